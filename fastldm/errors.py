@@ -1,0 +1,47 @@
+"""Every error that fastldm raises on purpose.
+
+Each says what was given, what was expected and what to do, and is raised where the outside comes in. Each also is the built-in
+that a caller who knows nothing of fastldm would catch.
+"""
+
+from __future__ import annotations
+
+
+class FastLDMError(Exception):
+    """Base of all errors that fastldm raises on purpose."""
+
+
+class InputError(FastLDMError, ValueError):
+    """An argument of a call or a command is wrong."""
+
+
+class CheckpointError(FastLDMError, OSError):
+    """A model on disk or on a hub cannot be used: missing, damaged, refused, or of another kind."""
+
+
+class OutOfMemory(FastLDMError, MemoryError):
+    """A request does not fit into memory; the message names what is needed and what is free."""
+
+
+class NonFinite(FastLDMError, ArithmeticError):
+    """NaN or infinity appeared; the message names the stage and the step."""
+
+
+class Cancelled(FastLDMError):
+    """A request was cancelled. Raise it in a step callback to stop a call; the pipeline stays usable."""
+
+
+class QueueFull(FastLDMError):
+    """A bounded queue has no room; try again later."""
+
+
+class DeadlineExceeded(FastLDMError, TimeoutError):
+    """A request did not finish before its deadline."""
+
+
+class BundleError(FastLDMError):
+    """An exported bundle is incomplete, damaged, or fails its own verification."""
+
+
+class EngineError(FastLDMError):
+    """An inference engine cannot be built, loaded or run."""
