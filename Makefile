@@ -1,0 +1,35 @@
+# `make demo` and `make test` set up all they need in .venv; nothing else has to be installed before.
+PYTHON ?= python3
+PROMPT ?= a red apple
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+.PHONY: demo test test-full lint
+
+demo: $(VENV)/base
+	$(BIN)/fastldm generate "$(PROMPT)" --seed 0 -o demo.png --force
+	@$(BIN)/python -c "from PIL import Image; im = Image.open('demo.png'); \
+	im.resize((im.width * 8, im.height * 8), Image.Resampling.BICUBIC).save('demo-large.png')"
+	@echo "demo.png is the picture, demo-large.png the same enlarged 8 times"
+
+test: $(VENV)/test
+	$(PYTEST) -m "not full"
+
+test-full: $(VENV)/test
+	$(PYTEST)
+
+lint: $(VENV)/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/base: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/test: $(VENV)/base
+	$(PIP) -e ".[test]"
+	@touch $@

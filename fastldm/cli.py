@@ -1,0 +1,180 @@
+"""The `fastldm` command.
+
+Only click is imported here: `--help` and `--version` answer at once, and each command imports what it runs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fastldm import __version__
+from fastldm.errors import Cancelled, FastLDMError, InputError
+
+
+class Size(click.ParamType):
+    name = "WxH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        match = re.fullmatch(r"(\d+)(?:[xX×](\d+))?", str(value).strip())
+        if not match:
+            self.fail(f"{value!r} is not a size: write WIDTHxHEIGHT in pixels, such as 768x512, or one number", param, ctx)
+        width = int(match[1])
+        return width, int(match[2] or width)
+
+
+@contextmanager
+def reported(debug: bool) -> Iterator[None]:
+    """Turns what the library raises into one line on stderr and an exit status: 1 failed, 2 usage, 130 Ctrl-C."""
+    try:
+        yield
+    except (KeyboardInterrupt, Cancelled):
+        click.echo("\nstopped", err=True)
+        sys.exit(130)
+    except FastLDMError as error:
+        if debug:
+            traceback.print_exc()
+        click.echo(f"fastldm: {error}", err=True)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        text = " ".join(str(error).split()) or "no message"
+        click.echo(f"fastldm: {type(error).__name__}: {text} (--debug shows where; this may be a bug)", err=True)
+        sys.exit(1)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="fastldm")
+def main() -> None:
+    """Run trained latent diffusion models as fast as the hardware allows.
+
+    \b
+    fastldm generate "a red apple" -o apple.png        with the small model that ships inside
+    fastldm generate "a castle" -m ./my-sd15 --steps 20 --sampler "dpm++ 2m karras"
+    fastldm doctor                                     what this machine has, and what it lacks
+    """
+
+
+model_option = click.option(
+    "-m",
+    "--model",
+    default="default",
+    show_default=True,
+    metavar="MODEL",
+    help="A diffusers folder, a hub id, a .safetensors file, or 'default' for the model that ships inside.",
+)
+debug_option = click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
+
+
+@main.command()
+@click.argument("prompt")
+@click.option("-o", "--output", metavar="FILE", help="Where the picture goes; with --n 4, a.png becomes a-0.png to "
+              "a-3.png.  [default: fastldm-SEED.png]")
+@model_option
+@click.option("--negative", metavar="TEXT", help="What to avoid.")
+@click.option("--steps", type=int, metavar="N", help="Sampler steps.  [default: the model's]")
+@click.option("--guidance", type=float, metavar="G", help="Guidance scale; 1 or less is off.  [default: the model's]")
+@click.option("--sampler", metavar="NAME", help="Such as 'euler a' or 'dpm++ 2m karras'.  [default: the model's]")
+@click.option("--seed", type=int, metavar="S", help="The same seed makes the same picture; picture k of --n uses S + k.")
+@click.option("--size", type=Size(), help="In pixels, such as 768x512.  [default: the model's]")
+@click.option("--n", "count", type=click.IntRange(min=1), default=1, show_default=True, help="How many pictures.")
+@click.option("--init-image", metavar="FILE", help="Start from this picture instead of noise.")
+@click.option("--strength", type=float, help="How much of --init-image is redone, 0 to 1.  [default: 0.8]")
+@click.option("--mask", metavar="FILE", help="Repaint only where this picture is white; needs --init-image.")
+@click.option("--clip-skip", type=int, metavar="N", help="Leave out the text encoder's last N layers.")
+@click.option("--device", metavar="D", help="Such as cpu, cuda or cuda:1.  [default: a GPU where there is one]")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: what is fastest there]")
+@click.option("--variant", metavar="V", help="Weights variant of a folder or hub id, such as fp16.")
+@click.option("--force", is_flag=True, help="Overwrite files that exist.")
+@click.option("--no-metadata", is_flag=True, help="Do not write prompt and settings into the PNG.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@debug_option
+def generate(prompt: str, output: str | None, model: str, count: int, as_json: bool, debug: bool, **options: Any) -> None:
+    """Make a picture for PROMPT.
+
+    \b
+    fastldm generate "a red apple"
+    fastldm generate "a (shiny:1.3) car" --n 4 --seed 7 -o car.png
+    fastldm generate "a cat, oil painting" -m ./sd15 --init-image cat.png --strength 0.6
+    """
+    with reported(debug):
+        _generate(prompt, output, model, count, as_json, options)
+
+
+def _generate(prompt: str, output: str | None, model: str, count: int, as_json: bool, options: dict[str, Any]) -> None:
+    from fastldm.request import Request, picture_seeds
+
+    width, height = options["size"] or (None, None)
+    given = {
+        "negative_prompt": options["negative"],
+        "num_inference_steps": options["steps"],
+        "guidance_scale": options["guidance"],
+        "sampler": options["sampler"],
+        "image": options["init_image"],
+        "strength": options["strength"],
+        "mask_image": options["mask"],
+        "clip_skip": options["clip_skip"],
+        "seed": options["seed"],
+        "height": height,
+        "width": width,
+        "num_images_per_prompt": count,
+    }
+    # All that can be wrong is found before the model is loaded: the request itself, then the place to write to.
+    request = Request(prompt=prompt, **{name: value for name, value in given.items() if value is not None})
+    request = request.replace(seed=picture_seeds(request))
+    seeds = picture_seeds(request)
+
+    from fastldm.image import output_paths, save_result
+
+    paths = output_paths(output or f"fastldm-{seeds[0]}.png", count, force=options["force"])
+
+    from fastldm.pipeline import Pipeline
+
+    pipe = Pipeline.open(model, device=options["device"], dtype=options["dtype"], variant=options["variant"])
+    result = pipe(request, progress=not as_json and sys.stderr.isatty())
+    save_result(result, paths, pipe.name, metadata=not options["no_metadata"])
+
+    timings = result.timings
+    if as_json:
+        record = {
+            "files": [str(path) for path in paths],
+            "seeds": list(result.seeds),
+            "model": pipe.name,
+            "backend": result.backend,
+            "device": str(pipe.device),
+            "dtype": result.dtype,
+            "timings": {"text": timings.text, "steps": timings.steps, "decode": timings.decode, "total": timings.total},
+        }
+        click.echo(json.dumps(record))
+        return
+    for path, seed in zip(paths, result.seeds, strict=True):
+        click.echo(f"{path}  seed {seed}")
+    steps = len(timings.steps)
+    click.echo(
+        f"{result.backend} {result.dtype} on {pipe.device}: {timings.total:.2f} s (text {timings.text:.2f}, "
+        f"{steps} steps {sum(timings.steps):.2f}, decode {timings.decode:.2f})"
+    )
+
+
+@main.command()
+@model_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@debug_option
+def doctor(model: str, as_json: bool, debug: bool) -> None:
+    """Say what this machine has, what a model would run on here, and what each extra would bring."""
+    with reported(debug):
+        from fastldm import doctor as checks
+
+        report = checks.examine(model)
+        click.echo(json.dumps(report, indent=2) if as_json else checks.render(report))
+
+

@@ -1,0 +1,102 @@
+"""`fastldm doctor`: what this machine has, what a model would run on, and what each extra would bring."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fastldm import __version__
+
+# extra -> what it brings, and the distributions it consists of
+EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "onnx": ("export to ONNX and run it with ONNX Runtime on a CPU", ("onnx", "onnxscript", "onnxruntime")),
+    "onnx-gpu": ("the same with ONNX Runtime's CUDA provider", ("onnx", "onnxscript", "onnxruntime-gpu")),
+    "openvino": ("run exported models with OpenVINO, the fastest on Intel and AMD CPUs", ("openvino",)),
+    "tensorrt": ("build and run TensorRT-RTX engines", ("tensorrt-rtx-cu13-libs", "tensorrt-rtx-cu13-bindings")),
+    "test": ("the tests, held against diffusers and transformers", ("pytest", "diffusers", "transformers")),
+}
+
+
+def cache_root() -> Path:
+    """Where fastldm keeps what it can make again: `FASTLDM_CACHE`, else the platform's cache folder for it."""
+    import platformdirs
+
+    chosen = os.environ.get("FASTLDM_CACHE")
+    return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("fastldm")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def examine(model: str = "default") -> dict[str, Any]:
+    """Everything that `fastldm doctor` prints, as plain data. Loads no weights."""
+    import torch
+
+    from fastldm.pipeline import choose_device, choose_dtype, describe
+
+    device = choose_device(None)
+    extras = {
+        name: {"brings": brings, "missing": [d for d in parts if _version(d) is None]}
+        for name, (brings, parts) in EXTRAS.items()
+    }
+    problems = []
+    if _version("onnxruntime") and _version("onnxruntime-gpu"):
+        problems.append(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: "
+            "pip uninstall onnxruntime onnxruntime-gpu, then install the extra you want (onnx or onnx-gpu)"
+        )
+    if _version("triton") is None:
+        problems.append("triton is not installed: everything runs, on PyTorch's own kernels")
+    spec = describe(model)
+    return {
+        "fastldm": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cpu": {"threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability()},
+        "gpus": [
+            f"{torch.cuda.get_device_name(k)} (sm_{''.join(map(str, torch.cuda.get_device_capability(k)))}, "
+            f"{torch.cuda.get_device_properties(k).total_memory / 2**30:.0f} GiB)"
+            for k in range(torch.cuda.device_count())
+        ],
+        "model": {
+            "name": model,
+            "family": spec.family.name,
+            "parameters": spec.parameters,
+            "runs on": str(device),
+            "dtype": str(choose_dtype(None, device, spec.parameters)).removeprefix("torch."),
+        },
+        "extras": extras,
+        "cache": str(cache_root()),
+        "problems": problems,
+    }
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report for a person."""
+    model, cpu = report["model"], report["cpu"]
+    lines = [
+        f"fastldm {report['fastldm']}, Python {report['python']}, torch {report['torch']}, "
+        f"triton {report['triton'] or 'not installed'}",
+        f"{report['platform']}",
+        f"CPU      {cpu['threads']} threads, {cpu['capability']}",
+        *(f"GPU      {gpu}" for gpu in report["gpus"] or ["none that torch sees"]),
+        f"cache    {report['cache']}",
+        f"model    {model['name']}: {model['family']}, {model['parameters'] / 1e6:.0f} M parameters, "
+        f"would run on {model['runs on']} in {model['dtype']}",
+        "",
+        "extras, installed with  pip install 'fastldm[NAME]'",
+    ]
+    for name, extra in report["extras"].items():
+        state = "missing " + ", ".join(extra["missing"]) if extra["missing"] else "installed"
+        lines.append(f"  {name:<9} {extra['brings']}: {state}")
+    lines += ["", *(f"! {problem}" for problem in report["problems"])] if report["problems"] else []
+    return "\n".join(lines)
