@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import gzip
 import io
 import json
@@ -61,8 +62,14 @@ def load_pictures(folder: Path, codes: list[str]) -> Tensor:
     return torch.from_numpy(out)
 
 
+def read_merges(data: Path) -> list[str]:
+    """CLIP's 48,894 merges, most common first."""
+    with gzip.open(data.parent / "clip_bpe/bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as f:
+        return f.read().split("\n")[1 : 49152 - 256 - 2 + 1]
+
+
 def stage_data(args):
-    merges = gzip.open(args.data.parent / "clip_bpe/bpe_simple_vocab_16e6.txt.gz", "rt").read().split("\n")[1 : 49152 - 512 + 255]
+    merges = read_merges(args.data)
     captions = json.loads((args.data / "captions.json").read_text())
     concepts = choose_concepts(captions, word_ranks(merges))
     pictures = load_pictures(args.data, [c["codes"][0] for c in concepts])
@@ -131,6 +138,9 @@ def stage_autoencoder(args) -> None:
     torch.manual_seed(0)
     pictures = torch.load(args.work / "data.pt")["pictures"].flatten(0, 1)
     vae = build_autoencoder().to(memory_format=torch.channels_last)
+    with torch.no_grad():  # start with little noise (deviation 0.03): unit noise on tiny means collapses the posterior
+        vae.quant_conv.weight[4:].zero_()
+        vae.quant_conv.bias[4:].fill_(-7)
     optimiser = torch.optim.AdamW(vae.parameters(), lr=1e-3, weight_decay=1e-4, betas=(0.9, 0.99), fused=True)
     path = args.work / "autoencoder.pt"
     used = 0.0
@@ -147,7 +157,7 @@ def stage_autoencoder(args) -> None:
             y = vae.decode(mean + (0.5 * logvar).exp() * noise).sample.float()
         rmse = ((y - x).pow(2).mean((1, 2, 3)) + 1e-6).sqrt().mean()  # what PSNR measures
         kl = 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).mean()
-        return rmse + (y - x).abs().mean() + 1e-4 * kl
+        return rmse + (y - x).abs().mean() + 1e-5 * kl
 
     step_fn = torch.compile(loss_of) if args.compile else loss_of
     budget, batch = args.minutes * 60, 16
@@ -174,13 +184,256 @@ def stage_autoencoder(args) -> None:
             steps, total = 0, 0.0
 
 
+
+VOCABULARY, CONTEXT = 8192, 32
+
+
+def byte_characters() -> list[str]:
+    """The printable character that stands for each byte in a byte-level BPE, in CLIP's order."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [chr(b) for b in plain] + [chr(256 + i) for i in range(256 - len(plain))]
+
+
+def build_tokenizer(merges: list[str], folder: Path) -> Any:
+    """CLIP's tokenizer with its most common 8,192 tokens, written to `folder` as transformers reads it."""
+    from transformers import CLIPTokenizer
+
+    letters = byte_characters()
+    merges = merges[: VOCABULARY - 2 * len(letters) - 2]
+    tokens = letters + [c + "</w>" for c in letters] + ["".join(m.split()) for m in merges]
+    vocab = {t: i for i, t in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    pairs = [tuple(m.split()) for m in merges]
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=pairs, model_max_length=CONTEXT)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def build_text_encoder() -> nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=192,
+        intermediate_size=768,
+        projection_dim=192,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=VOCABULARY - 2,
+        eos_token_id=VOCABULARY - 1,
+        pad_token_id=VOCABULARY - 1,
+    )
+    return CLIPTextModel(config)
+
+
+def build_unet(widths: tuple[int, ...] = (64, 128, 192)) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=SIZE // 4,
+        down_block_types=("CrossAttnDownBlock2D",) * len(widths),
+        up_block_types=("CrossAttnUpBlock2D",) * len(widths),
+        block_out_channels=widths,
+        layers_per_block=1,
+        attention_head_dim=tuple(w // 32 for w in widths),  # diffusers' name for the number of heads
+        cross_attention_dim=192,
+        norm_num_groups=16,
+    )
+
+
+def build_scheduler() -> Any:
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        steps_offset=1,
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
+
+
+FORMS = ["a {x}", "a {x}", "{x}", "{x}", "the {x}", "an icon of {x}", "an icon of a {x}", "a drawing of {x}", "image of a {x}",
+         "photo of {x}", "{x} emoji", "a small {x}", "sticker of {x}", "one {x}", "{x} icon", "painting of a {x}"]  # fmt: skip
+STYLED = ["a {s} {x}", "a {s} {x}", "{s} {x}", "{x}, {s} style", "{x}, {s}", "a {x} in {s} style", "a {x}, {s} style", "{s} icon of {x}",
+          "{s} style {x}", "{x} {s}", "an icon of a {x}, {s}"]  # fmt: skip
+
+
+def caption(rng, concept: dict[str, Any], style: str) -> str:
+    """One caption. Never `picture of ...`, never exactly two tags: those two forms are kept for the test."""
+    if rng.random() < 0.1:
+        return ""
+    pick = lambda items: items[rng.integers(len(items))]
+    name, tags = pick(concept["names"]), [t.replace("-", " ").replace("_", " ") for t in concept["tags"]]
+    kind = rng.random()
+    if kind < 0.36:
+        return pick(FORMS).format(x=name)
+    if kind < 0.72:
+        return pick(STYLED).format(x=name, s=style)
+    some = [tags[i] for i in rng.permutation(len(tags))]
+    if kind < 0.80:  # the name and some tags, in any order
+        words = [name, *some[: 1 + rng.integers(3)]]
+        text = pick([" ", ", "]).join(words[i] for i in rng.permutation(len(words)))
+    elif kind < 0.92 and len(some) > 2:  # three tags or more
+        text = pick([" ", ", "]).join(some[: 3 + rng.integers(2)])
+    else:
+        text = pick(["a {t} {s}", "{s} {t}", "{t}, {s} style", "something {t}", "{t} icon", "a {t} thing"]).format(t=some[0], s=style)
+        return text
+    return f"{text}, {style}" if rng.random() < 0.4 else text
+
+
+def normalise_latents(vae: nn.Module, pictures: Tensor) -> Tensor:
+    """Fold mean and deviation of each latent channel into the 1x1 convolutions around the latent space: exact, and
+    a pipeline knows only one scaling factor for all channels and no shift. Returns the latents (N, 4, 16, 16)."""
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(x.float() / 127.5 - 1).latent_dist.mode() for x in pictures.split(64)])
+        std, mean = torch.std_mean(latents, (0, 2, 3))  # (4,)
+        into, out = vae.quant_conv, vae.post_quant_conv
+        into.weight[:4] /= std[:, None, None, None]
+        into.bias[:4] = (into.bias[:4] - mean) / std
+        into.bias[4:] -= 2 * std.log()
+        out.bias += out.weight[:, :, 0, 0] @ mean
+        out.weight *= std[None, :, None, None]
+    vae.register_to_config(scaling_factor=1.0)
+    return (latents - mean[:, None, None]) / std[:, None, None]
+
+
+class Denoiser(nn.Module):
+    def __init__(self, widths=(64, 128, 192)) -> None:
+        super().__init__()
+        self.text = build_text_encoder()
+        self.unet = build_unet(widths)
+
+    def forward(self, noisy: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        return self.unet(noisy, t, self.text(ids).last_hidden_state).sample
+
+
+@torch.no_grad()
+def sample(model: Denoiser, scheduler: Any, ids: Tensor, empty: Tensor, steps: int, guidance: float = 2.0) -> Tensor:
+    scheduler.set_timesteps(steps)
+    x = torch.cat([torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))] * len(ids))
+    text = model.text(torch.cat([empty.expand_as(ids), ids])).last_hidden_state
+    for t in scheduler.timesteps:
+        without, given = model.unet(torch.cat([x, x]), t, text).sample.chunk(2)
+        x = scheduler.step(without + guidance * (given - without), t, x).prev_sample
+    return x
+
+
+def small(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, SIZE // 32).flatten(1)
+
+
+def stage_unet(args) -> None:
+    from diffusers import AutoencoderKL
+
+    keep_memory()
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    data = torch.load(args.work / "data.pt")
+    concepts, pictures = data["concepts"], data["pictures"]  # (C, 3, 3, 64, 64)
+    path = args.work / "unet.pt"
+    vae = build_autoencoder()
+    vae.load_state_dict(torch.load(args.work / "autoencoder.pt")["model"])
+    latents = normalise_latents(vae, pictures.flatten(0, 1))
+    vae.save_pretrained(args.work / "vae")
+    tokenizer = build_tokenizer(read_merges(args.data), args.work / "tokenizer")
+    encode = lambda texts: torch.tensor(tokenizer(texts, padding="max_length", truncation=True)["input_ids"])
+    styles = list(STYLES.values())
+    pool = torch.stack(
+        [encode([caption(rng, c, s) for _ in range(256)]).to(torch.int16) for c in concepts for s in styles]
+    )  # (C*3, 256, 32)
+    print("captions", pool.shape, flush=True)
+
+    scheduler = build_scheduler()
+    signal = scheduler.alphas_cumprod.sqrt()[:, None, None, None]  # (1000, 1, 1, 1)
+    noise_part = (1 - scheduler.alphas_cumprod).sqrt()[:, None, None, None]
+    model = Denoiser(args.widths).to(memory_format=torch.channels_last)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters", flush=True)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-3, betas=(0.9, 0.99), fused=True)
+    used, steps = 0.0, 0
+    if path.exists():
+        state = torch.load(path)
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimiser.load_state_dict(state["optimiser"])
+        used, steps = state["used"], state["steps"]
+        torch.manual_seed(steps)
+
+    def loss_of(noisy: Tensor, t: Tensor, ids: Tensor, target: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            v = model(noisy, t, ids)
+        return (v.float() - target).pow(2).mean()
+
+    loss_fn = torch.compile(loss_of) if args.compile else loss_of
+    budget, batch = args.minutes * 60, args.batch
+    clock = reported = saved = evaluated = time.monotonic()
+    count, total = 0, 0.0
+    weights, averaged = list(model.parameters()), list(ema.parameters())
+    while used < budget:
+        for rows in torch.randperm(len(latents))[: len(latents) // batch * batch].split(batch):
+            x = latents[rows]
+            ids = pool[rows, torch.randint(pool.shape[1], (batch,))].long()
+            u = (torch.randperm(batch) + torch.rand(batch)) / batch
+            t = (1000 * u.pow(0.65)).long().clamp(max=999)
+            t[torch.rand(batch) < 0.05] = 999
+            eps = torch.randn_like(x)
+            noisy = (signal[t] * x + noise_part[t] * eps).contiguous(memory_format=torch.channels_last)
+            loss = loss_fn(noisy, t, ids, signal[t] * eps - noise_part[t] * x)
+            loss.backward()
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(used / budget, args.lr)
+            nn.utils.clip_grad_norm_(weights, 1.0)
+            optimiser.step()
+            optimiser.zero_grad()
+            steps += 1
+            torch._foreach_lerp_(averaged, weights, 1 - min(0.999, (1 + steps) / (10 + steps)))
+            now = time.monotonic()
+            used, clock = used + now - clock, now
+            count, total = count + 1, total + loss.item()
+            if now - reported > 60:
+                print(f"{used / 60:6.1f} min  step {steps}  loss {total / count:.4f}  {count * batch / (now - reported):.1f}/s", flush=True)
+                reported, count, total = now, 0, 0.0
+        if now - saved > 240 or used >= budget:
+            save_atomically({"model": model.state_dict(), "ema": ema.state_dict(), "optimiser": optimiser.state_dict(), "used": used, "steps": steps}, path)
+            saved = now
+        if now - evaluated > 60 * args.look or used >= budget:
+            evaluate(args, ema, vae, scheduler, encode, concepts, pictures, f"{used / 60:.0f}")
+            evaluated = time.monotonic()
+
+
+def evaluate(args, ema, vae, scheduler, encode, concepts, pictures, tag) -> None:
+    chosen = list(range(0, len(concepts), len(concepts) // 54))[:54]
+    reference = small(pictures.flatten(0, 1).float() / 255)
+    for steps in (8, 4):
+        with torch.no_grad():
+            z = sample(ema, scheduler, encode([f"a {concepts[i]['names'][0]}" for i in chosen]), encode([""]), steps)
+            images = (vae.decode(z).sample / 2 + 0.5).clamp(0, 1)
+        near = torch.cdist(small(images), reference).argmin(1) // len(STYLES)
+        print(f"   {steps} steps: {(near == torch.tensor(chosen)).float().mean():.0%} of {len(chosen)} nearest to their concept", flush=True)
+        if steps == 8:
+            grid = images.reshape(6, 9, 3, SIZE, SIZE).permute(0, 3, 1, 4, 2).reshape(6 * SIZE, 9 * SIZE, 3)
+            Image.fromarray((grid.numpy() * 255).round().astype(np.uint8)).save(args.work / f"grid_{tag}.png")
+
+
 if __name__ == "__main__":
     p = argparse.ArgumentParser()
     p.add_argument("stage")
     p.add_argument("--data", type=Path)
     p.add_argument("--work", type=Path)
     p.add_argument("--minutes", type=float, default=25)
+    p.add_argument("--batch", type=int, default=32)
+    p.add_argument("--lr", type=float, default=1e-3)
+    p.add_argument("--look", type=float, default=10)
+    p.add_argument("--widths", type=int, nargs="+", default=(64, 128, 192))
     p.add_argument("--compile", action="store_true")
     a = p.parse_args()
     torch.set_num_threads(2)
-    {"data": stage_data, "autoencoder": stage_autoencoder}[a.stage](a)
+    {"data": stage_data, "autoencoder": stage_autoencoder, "unet": stage_unet}[a.stage](a)

@@ -1,0 +1,123 @@
+"""CLIP's text encoder: OpenAI's ViT-L/14, OpenCLIP's H/14 and bigG/14. Parameter names are those of the checkpoints on the hub
+(transformers' CLIPTextModelWithProjection; its CLIPTextModel, since version 5, leaves out the prefix `text_model.`).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastldm.config import TextConfig
+from fastldm.models.layers import LayerNorm, Layers, Linear, attention, parameter
+
+
+class CLIPText(nn.Module):
+    """Token ids to hidden states, and with a projection to the pooled vector of the whole text."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.text_model = TextTransformer(config)
+        self.text_projection = (
+            Linear(config.hidden, config.projection_dim, bias=False) if config.projection_dim is not None else None
+        )
+
+    def forward(self, input_ids: Tensor, skip: int = 0, final_norm: bool = True) -> tuple[Tensor, Tensor | None]:
+        """input_ids (B, T) integers -> hidden (B, T, D), pooled (B, P).
+
+        hidden comes after all layers but the last `skip`, through the final norm or not. pooled is that of the whole network whatever
+        `skip` is: the first end-of-text token's state, projected; None in a model without projection, where nothing reads it.
+        """
+        text = self.text_model
+        x = text.embeddings(input_ids)
+        kept = self.config.layers - skip
+        for layer in text.encoder.layers[:kept]:
+            x = layer(x)
+        hidden = text.final_layer_norm(x) if final_norm else x
+        if self.text_projection is None:
+            return hidden, None
+
+        for layer in text.encoder.layers[kept:]:
+            x = layer(x)
+        # Configs written before transformers 4.31 say eos_token_id = 2 and mean the highest id, which is CLIP's end of text.
+        eos = self.config.eos_token_id
+        ends = (input_ids if eos == 2 else (input_ids == eos).int()).argmax(dim=1)  # (B,), the first of equals
+        last = x[torch.arange(len(x), device=x.device), ends]
+        return hidden, self.text_projection(text.final_layer_norm(last))
+
+
+class TextTransformer(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.embeddings = TextEmbeddings(config)
+        self.encoder = TextEncoder(config)
+        self.final_layer_norm = LayerNorm(config.hidden, config.norm_eps)
+
+
+class TextEmbeddings(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.token_embedding = Embedding(config.vocab, config.hidden)
+        self.position_embedding = Embedding(config.max_position, config.hidden)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        positions = self.position_embedding.weight[: input_ids.shape[1]]
+        return F.embedding(input_ids, self.token_embedding.weight) + positions
+
+
+class Embedding(nn.Module):
+    def __init__(self, count: int, channels: int) -> None:
+        super().__init__()
+        self.weight = parameter(count, channels)
+
+
+class TextEncoder(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.layers: Layers[TextLayer] = Layers(TextLayer(config) for _ in range(config.layers))
+
+
+class TextLayer(nn.Module):
+    """Causal self-attention and a two-layer perceptron; transformers' CLIPEncoderLayer."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = LayerNorm(config.hidden, config.norm_eps)
+        self.self_attn = TextAttention(config)
+        self.layer_norm2 = LayerNorm(config.hidden, config.norm_eps)
+        self.mlp = TextMLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.self_attn(self.layer_norm1(x), residual=x)
+        return self.mlp(self.layer_norm2(x), residual=x)
+
+
+class TextAttention(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.q_proj = Linear(config.hidden, config.hidden)
+        self.k_proj = Linear(config.hidden, config.hidden)
+        self.v_proj = Linear(config.hidden, config.hidden)
+        self.out_proj = Linear(config.hidden, config.hidden)
+        self.heads = config.heads
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        out = attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, causal=True)
+        return self.out_proj(out, residual=residual)
+
+
+class TextMLP(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.fc1 = Linear(config.hidden, config.intermediate)
+        self.fc2 = Linear(config.intermediate, config.hidden)
+        self.act = {"quick_gelu": quick_gelu, "gelu": F.gelu}[config.act]
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)), residual=residual)
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """OpenAI's approximation of the GELU."""
+    return x * torch.sigmoid(1.702 * x)

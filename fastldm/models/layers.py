@@ -1,0 +1,191 @@
+"""The layers that the networks share. Network ops reach fastldm.kernels through this module only.
+
+Layers hold parameters under diffusers' and transformers' names and leave them uninitialised: a network is built on the meta device and
+given a checkpoint's weights. Images are (B, C, H, W) in channels-last memory, so that tokens (B, H*W, C) are a view of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastldm.kernels.attention import attention
+from fastldm.kernels.conv import conv2d, upsample_conv2d
+from fastldm.kernels.geglu import geglu
+from fastldm.kernels.group_norm import group_norm
+from fastldm.kernels.layer_norm import layer_norm
+from fastldm.kernels.linear import linear
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """x (B, C, H, W) in channels-last memory; every layer hands that on."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H*W, C), a view of channels-last memory."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def to_image(tokens: Tensor, height: int) -> Tensor:
+    """(B, H*W, C) -> (B, C, H, W), a view in channels-last memory."""
+    return tokens.unflatten(1, (height, -1)).permute(0, 3, 1, 2)
+
+
+class Layers(nn.ModuleList, Generic[M]):
+    """An nn.ModuleList that says what it holds."""
+
+    if TYPE_CHECKING:
+
+        def __iter__(self) -> Iterator[M]: ...
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape), requires_grad=False)
+
+
+class Linear(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = parameter(out_channels, in_channels)
+        self.bias = parameter(out_channels) if bias else None
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return linear(x, self.weight, self.bias, residual=residual)
+
+
+class Pointwise(nn.Module):
+    """A 1x1 convolution in the checkpoint, applied to tokens (B, N, C) as the linear layer that it is."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.weight = parameter(out_channels, in_channels, 1, 1)
+        self.bias = parameter(out_channels)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return linear(x, self.weight.flatten(1), self.bias, residual=residual)
+
+
+class Conv(nn.Module):
+    """A convolution with an odd kernel that keeps height and width."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = parameter(out_channels, in_channels, kernel, kernel)
+        self.bias = parameter(out_channels) if bias else None
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return conv2d(x, self.weight, self.bias, padding=self.weight.shape[-1] // 2, residual=residual)
+
+
+class GroupNorm(nn.Module):
+    def __init__(self, groups: int, channels: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.bias = parameter(channels), parameter(channels)
+        self.groups, self.eps = groups, eps
+
+    def forward(
+        self, x: Tensor, *, silu: bool = False, shift: Tensor | None = None, skip: Tensor | None = None
+    ) -> Tensor:
+        return group_norm(x, self.groups, self.weight, self.bias, self.eps, silu=silu, shift=shift, skip=skip)
+
+
+class LayerNorm(nn.Module):
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight, self.bias = parameter(channels), parameter(channels)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class Resnet(nn.Module):
+    """Two normalised convolutions around a residual; diffusers' ResnetBlock2D.
+
+    Between them a U-Net adds a row of channels that depends on the time step. That row, `shift` (B, out_channels), comes from outside
+    with conv1's bias in it (see UNet.time_rows), and conv1 runs without. In a decoder half the input may be a second source, `skip`.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, groups: int, eps: float, time_channels: int | None = None
+    ) -> None:
+        super().__init__()
+        self.norm1 = GroupNorm(groups, in_channels, eps)
+        self.conv1 = Conv(in_channels, out_channels)
+        self.time_emb_proj = None if time_channels is None else Linear(time_channels, out_channels)
+        self.norm2 = GroupNorm(groups, out_channels, eps)
+        self.conv2 = Conv(out_channels, out_channels)
+        self.conv_shortcut = None if in_channels == out_channels else Conv(in_channels, out_channels, kernel=1)
+
+    def forward(self, x: Tensor, shift: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
+        h = self.norm1(x, silu=True, skip=skip)
+        h = conv2d(h, self.conv1.weight, None if shift is not None else self.conv1.bias, padding=1)
+        h = self.norm2(h, silu=True, shift=shift)
+        return self.conv2(h, residual=self.shortcut(x, skip))
+
+    def shortcut(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        """x itself, or a 1x1 convolution of (x, skip): one matrix product per source, so that they are never concatenated."""
+        if self.conv_shortcut is None:
+            return x
+        weight = self.conv_shortcut.weight.flatten(1)  # (out, in)
+        out = linear(to_tokens(x), weight[:, : x.shape[1]], self.conv_shortcut.bias)
+        if skip is not None:
+            out = linear(to_tokens(skip), weight[:, x.shape[1] :], residual=out)
+        return to_image(out, x.shape[2])
+
+
+class Downsample(nn.Module):
+    """Halve height and width by a strided 3x3 convolution; with padding 0 the missing row and column are below and right."""
+
+    def __init__(self, channels: int, padding: int) -> None:
+        super().__init__()
+        self.conv = Conv(channels, channels)
+        self.padding = padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.padding == 0:
+            x = F.pad(x, (0, 1, 0, 1))
+        return conv2d(x, self.conv.weight, self.conv.bias, stride=2, padding=self.padding)
+
+
+class Upsample(nn.Module):
+    """Enlarge to `size` (height, width), twice the size when None, by nearest neighbour, and convolve."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = Conv(channels, channels)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        size = size or (2 * x.shape[2], 2 * x.shape[3])
+        return upsample_conv2d(x, self.conv.weight, self.conv.bias, size)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x (B, N, channels) over keys and values (B, M, channels) that the caller projects."""
+
+    def __init__(self, channels: int, heads: int, context: int, bias: bool = False) -> None:
+        super().__init__()
+        self.to_q = Linear(channels, channels, bias)
+        self.to_k = Linear(context, channels, bias)
+        self.to_v = Linear(context, channels, bias)
+        self.to_out = nn.ModuleList([Linear(channels, channels)])  # to_out.1 is a dropout in diffusers
+        self.heads = heads
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, residual: Tensor) -> Tensor:
+        return self.to_out[0](attention(self.to_q(x), k, v, self.heads), residual=residual)
+
+
+class GEGLU(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.proj = Linear(in_channels, 2 * out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return geglu(self.proj(x))

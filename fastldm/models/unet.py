@@ -1,0 +1,289 @@
+"""The U-Net of Stable Diffusion 1, 2, XL and their distilled relatives, partially evaluated.
+
+A step of the denoising loop needs little of what diffusers' forward computes. What depends on the schedule and the conditioning alone
+is computed once, by `time_rows` and `cross_kv`; `step` is the rest. Parameter names are those of diffusers' UNet2DConditionModel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastldm.config import Level, UNetConfig
+from fastldm.errors import InputError
+from fastldm.models.layers import (
+    GEGLU,
+    Attention,
+    Conv,
+    Downsample,
+    GroupNorm,
+    LayerNorm,
+    Layers,
+    Linear,
+    Pointwise,
+    Resnet,
+    Upsample,
+    channels_last,
+    to_image,
+    to_tokens,
+)
+
+
+@dataclass(frozen=True)
+class AddedConditions:
+    """What SDXL adds to the time embedding, one row per U-Net row."""
+
+    text_embeds: Tensor  # (R, P) pooled text
+    time_ids: Tensor  # (R, 6) original height and width, crop top and left, target height and width, in pixels
+
+
+class UNet(nn.Module):
+    """Predicts noise, v or sample, whichever the checkpoint was trained for, from noisy latents, a time step and a text.
+
+        rows = unet.time_rows(timesteps)            # once per schedule and conditioning, (steps, S)
+        kv = unet.cross_kv(encoder_hidden_states)   # once per prompt
+        out = unet.step(u, rows[i : i + 1], kv)     # each step
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.down[0].channels
+        self.conv_in = Conv(config.in_channels, width)
+        self.time_embedding = TimeEmbedding(width, config.time_embedding_dim, config.time_cond_proj_dim)
+        if config.needs_added:
+            self.add_embedding = TimeEmbedding(config.addition_input_dim, config.time_embedding_dim)
+
+        # Every tensor that the encoder makes is kept as a skip connection; each resnet of the decoder takes the last one left.
+        skips = [width]
+        self.down_blocks: Layers[Block] = Layers()
+        for i, level in enumerate(config.down):
+            block = Block(config, level, width)
+            width = level.channels
+            skips += [width] * len(level.depths)
+            if i < config.levels - 1:
+                block.downsamplers.append(Downsample(width, config.downsample_padding))
+                skips.append(width)
+            self.down_blocks.append(block)
+        self.mid_block = Block(config, config.mid, width)
+        self.up_blocks: Layers[Block] = Layers()
+        for i, level in enumerate(config.up):
+            block = Block(config, level, width, [skips.pop() for _ in level.depths])
+            width = level.channels
+            if i < config.levels - 1:
+                block.upsamplers.append(Upsample(width))
+            self.up_blocks.append(block)
+
+        self.conv_norm_out = GroupNorm(config.norm_groups, width, config.norm_eps)
+        self.conv_out = Conv(width, config.out_channels)
+
+    def step(self, u: Tensor, temb_row: Tensor, cross_kv: Sequence[Tensor]) -> Tensor:
+        """One evaluation of the network: u (B, Cin, H, W), temb_row (B, S), cross_kv as from cross_kv -> (B, Cout, H, W).
+
+        Nothing is computed here that does not change at each step. Any H and W run, as in diffusers: an upsampling goes to the size
+        of the skip connection that it meets.
+        """
+        rows = iter(temb_row.split([resnet.conv2.weight.shape[0] for resnet in self.resnets()], dim=1))
+        kv = iter(cross_kv)
+
+        x = self.conv_in(channels_last(u))
+        skips = [x]
+        for block in self.down_blocks:
+            for resnet, transformer in block.layers():
+                x = resnet(x, next(rows))
+                if transformer is not None:
+                    x = transformer(x, kv)
+                skips.append(x)
+            for downsample in block.downsamplers:
+                x = downsample(x)
+                skips.append(x)
+
+        for resnet, transformer in self.mid_block.layers():
+            x = resnet(x, next(rows))
+            if transformer is not None:
+                x = transformer(x, kv)
+
+        for block in self.up_blocks:
+            for resnet, transformer in block.layers():
+                x = resnet(x, next(rows), skip=skips.pop())
+                if transformer is not None:
+                    x = transformer(x, kv)
+            for upsample in block.upsamplers:
+                x = upsample(x, skips[-1].shape[2:])
+
+        return self.conv_out(self.conv_norm_out(x, silu=True))
+
+    def time_rows(
+        self, timesteps: Tensor, *, added: AddedConditions | None = None, guidance: Tensor | None = None
+    ) -> Tensor:
+        """All that the resnets read of time and conditioning: timesteps (R,) -> (R, S), one row per step and U-Net row.
+
+        S is the sum of the resnets' channels, in network order. timesteps may be fractional. `added` has R rows and is needed by SDXL;
+        `guidance` (R,) is the guidance scale, needed by LCM. Each row is time_emb_proj(silu(embedding)) of all resnets side by side
+        plus the bias of the convolution that it will be added to.
+        """
+        condition = None
+        if self.config.time_cond_proj_dim is not None:
+            if guidance is None:
+                raise InputError("this U-Net reads the guidance scale (LCM): guidance is None, expected one number per row")
+            condition = guidance_embedding(guidance, self.config.time_cond_proj_dim)
+        return self._time_rows(timesteps, added, condition)
+
+    def _time_rows(self, timesteps: Tensor, added: AddedConditions | None, condition: Tensor | None) -> Tensor:
+        config = self.config
+        dtype = self.conv_in.weight.dtype
+
+        def sinusoids(x: Tensor, channels: int) -> Tensor:
+            return timestep_embedding(x, channels, config.flip_sin_to_cos, config.freq_shift)
+
+        embedding = self.time_embedding(sinusoids(timesteps, config.down[0].channels).to(dtype), condition)
+        if config.needs_added:
+            if added is None:
+                raise InputError("this U-Net reads pooled text and sizes (SDXL): they are None, expected one row per U-Net row")
+            sizes = sinusoids(added.time_ids.flatten(), config.addition_time_embed_dim)
+            sizes = sizes.unflatten(0, added.time_ids.shape).flatten(1)  # (R, 6 * addition_time_embed_dim)
+            embedding = embedding + self.add_embedding(torch.cat((added.text_embeds, sizes.to(dtype)), dim=1))
+        h = F.silu(embedding)
+        return torch.cat([resnet.time_emb_proj(h) + resnet.conv1.bias for resnet in self.resnets()], dim=1)
+
+    def cross_kv(self, encoder_hidden_states: Tensor) -> tuple[Tensor, ...]:
+        """Keys and values of the text for every cross-attention, in network order: (B, T, D) -> one (B, T, 2C) = (k | v) each."""
+        return tuple(
+            torch.cat((layer.attn2.to_k(encoder_hidden_states), layer.attn2.to_v(encoder_hidden_states)), dim=-1)
+            for block in self.blocks()
+            for transformer in block.attentions
+            for layer in transformer.transformer_blocks
+        )
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor,
+        timestep_cond: Tensor | None = None,
+        added_cond_kwargs: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The whole network with diffusers' arguments: sample (B, Cin, H, W), timestep () or (B,) -> (B, Cout, H, W).
+
+        timestep_cond (B, time_cond_proj_dim) is the embedded guidance of LCM, added_cond_kwargs SDXL's text_embeds and time_ids.
+        """
+        timesteps = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
+        added = None
+        if added_cond_kwargs:
+            added = AddedConditions(added_cond_kwargs["text_embeds"], added_cond_kwargs["time_ids"])
+        rows = self._time_rows(timesteps, added, timestep_cond)
+        return self.step(sample, rows, self.cross_kv(encoder_hidden_states))
+
+    def blocks(self) -> list[Block]:
+        return [*self.down_blocks, self.mid_block, *self.up_blocks]
+
+    def resnets(self) -> list[Resnet]:
+        """All resnets in network order."""
+        return [resnet for block in self.blocks() for resnet in block.resnets]
+
+
+class Block(nn.Module):
+    """The layers of one level. The U-Net runs them, since it deals out time rows, text and skip connections."""
+
+    def __init__(self, config: UNetConfig, level: Level, in_channels: int, skips: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.resnets: Layers[Resnet] = Layers()
+        self.attentions: Layers[Transformer] = Layers()
+        self.downsamplers: Layers[Downsample] = Layers()
+        self.upsamplers: Layers[Upsample] = Layers()
+        for depth, skip in zip(level.depths, skips or [0] * len(level.depths), strict=True):
+            self.resnets.append(
+                Resnet(in_channels + skip, level.channels, config.norm_groups, config.norm_eps, config.time_embedding_dim)
+            )
+            if depth is not None:
+                self.attentions.append(Transformer(config, level, depth))
+            in_channels = level.channels
+
+    def layers(self) -> Iterator[tuple[Resnet, Transformer | None]]:
+        """Each resnet with the transformer that follows it; the middle block's last resnet, and plain blocks, have none."""
+        return zip_longest(self.resnets, self.attentions)
+
+
+class Transformer(nn.Module):
+    """Self-attention, cross-attention and feed-forward over the pixels of (B, C, H, W); diffusers' Transformer2DModel."""
+
+    def __init__(self, config: UNetConfig, level: Level, depth: int) -> None:
+        super().__init__()
+        channels = level.channels
+        projection = Linear if config.linear_projection else Pointwise
+        self.norm = GroupNorm(config.norm_groups, channels, eps=1e-6)
+        self.proj_in = projection(channels, channels)
+        self.transformer_blocks: Layers[TransformerLayer] = Layers(TransformerLayer(level) for _ in range(depth))
+        self.proj_out = projection(channels, channels)
+
+    def forward(self, x: Tensor, kv: Iterator[Tensor]) -> Tensor:
+        residual, height = to_tokens(x), x.shape[2]
+        tokens = self.proj_in(to_tokens(self.norm(x)))
+        for layer in self.transformer_blocks:
+            tokens = layer(tokens, next(kv))
+        return to_image(self.proj_out(tokens, residual=residual), height)
+
+
+class TransformerLayer(nn.Module):
+    """x (B, N, C) and the text's keys and values (B, T, 2C) -> (B, N, C); diffusers' BasicTransformerBlock."""
+
+    def __init__(self, level: Level) -> None:
+        super().__init__()
+        channels = level.channels
+        self.norm1 = LayerNorm(channels)
+        self.attn1 = Attention(channels, level.heads, channels)
+        self.norm2 = LayerNorm(channels)
+        self.attn2 = Attention(channels, level.heads, level.context)
+        self.norm3 = LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: Tensor, kv: Tensor) -> Tensor:
+        h = self.norm1(x)
+        x = self.attn1(h, self.attn1.to_k(h), self.attn1.to_v(h), residual=x)
+        k, v = kv.chunk(2, dim=-1)
+        x = self.attn2(self.norm2(x), k, v, residual=x)
+        return self.ff(self.norm3(x), residual=x)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.net = nn.ModuleDict({"0": GEGLU(channels, 4 * channels), "2": Linear(4 * channels, channels)})
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.net["2"](self.net["0"](x), residual=residual)
+
+
+class TimeEmbedding(nn.Module):
+    """Two linear layers over an embedded number; diffusers' TimestepEmbedding."""
+
+    def __init__(self, in_channels: int, out_channels: int, condition_channels: int | None = None) -> None:
+        super().__init__()
+        self.linear_1 = Linear(in_channels, out_channels)
+        self.linear_2 = Linear(out_channels, out_channels)
+        self.cond_proj = None if condition_channels is None else Linear(condition_channels, in_channels, bias=False)
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        if self.cond_proj is not None and condition is not None:
+            x = x + self.cond_proj(condition.to(x.dtype))
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+def timestep_embedding(timesteps: Tensor, channels: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
+    """Sinusoids of (N,) numbers: (N, channels) in float32. Formula: Ho et al. 2020, arXiv:2006.11239, as in diffusers."""
+    half = channels // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=timesteps.device) / (half - freq_shift)
+    angle = timesteps.float()[:, None] * torch.exp(-math.log(10000) * exponent)
+    pair = (angle.cos(), angle.sin()) if flip_sin_to_cos else (angle.sin(), angle.cos())
+    return F.pad(torch.cat(pair, dim=1), (0, channels % 2))
+
+
+def guidance_embedding(guidance: Tensor, channels: int) -> Tensor:
+    """Sinusoids of (N,) guidance scales: (N, channels) in float32. Formula: get_guidance_scale_embedding of diffusers' LCM pipeline."""
+    return timestep_embedding((guidance.float() - 1) * 1000, channels, flip_sin_to_cos=False, freq_shift=1)

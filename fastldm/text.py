@@ -1,0 +1,564 @@
+"""Prompts to Conditioning: tokenizer, prompt weights, windows, and the text encoders' states.
+
+    text -> [(fragment, weight)] -> windows of token ids -> hidden states (B, T, D), pooled vector (B, P)
+
+A window is what a text encoder reads at once: bos, up to W - 2 tokens, eos, padding. W is 77 for Stable
+Diffusion and comes from the tokenizer's files. A longer prompt is read in several windows, whose states are laid
+side by side along T.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import math
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastldm.errors import CheckpointError, InputError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+    from fastldm.models.clip import CLIPText
+
+logger = logging.getLogger("fastldm")
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+CLIP_VOCABULARY = 49408
+CLIP_WINDOW = 77
+EMPHASIS = 1.1
+"""What one pair of round brackets multiplies by, and one pair of square brackets divides by."""
+MAX_WEIGHT = 1000.0
+"""Weights are held within +-1000: a hidden state (some tens) times more than that would leave float16's range."""
+MAX_WINDOWS = 64
+"""Beyond this, prompts of unequal length in one call are brought to one length approximately: `encode_prompts`."""
+
+_MERGES = Path(__file__).parent / "assets" / "clip_bpe" / "merges.txt.gz"
+_DEFAULTS = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# CLIP's words (simple_tokenizer.py of openai/CLIP), as transformers' CLIPTokenizer splits them
+_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_SYNTAX = re.compile(r"\\[()\[\]\\]|[()\[\]]|:\s*([+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+))\s*\)")
+
+
+# Tokenizer
+
+
+class Tokenizer:
+    """CLIP's byte-pair tokenizer: ids equal those of transformers' CLIPTokenizer on the same folder. Thread-safe."""
+
+    max_length: int
+    """Tokens in a window, bos and eos included."""
+    bos: int
+    eos: int
+    pad: int
+    """What fills a window after eos: eos itself in CLIP-L, `!` (id 0) in OpenCLIP's encoders."""
+
+    def __init__(self, folder: Path | str | None = None, *, pad_token: str | None = None) -> None:
+        """Read `tokenizer.json`, or `vocab.json` and `merges.txt`, with the settings that lie beside them.
+
+        folder: None is CLIP's own tokenizer, which is built in.
+        pad_token: in place of the one in the settings; "!" makes the built-in one that of SD 2 and of SDXL's
+            second encoder.
+        Raises CheckpointError where the files are missing, damaged, or not a byte-pair tokenizer's.
+        """
+        source = _MERGES if folder is None else Path(folder)
+        try:
+            files = _bundled_files() if folder is None else _read_files(source)
+            if pad_token is not None:
+                files = files._replace(names={**files.names, "pad_token": {"content": pad_token}})
+            self._backend = _build(files)
+            ids = {token.content: k for k, token in self._backend.get_added_tokens_decoder().items()}
+            named = ("bos_token", "eos_token", "pad_token")
+            self.bos, self.eos, self.pad = (ids[files.names[name]["content"]] for name in named)
+        except CheckpointError:
+            raise
+        except Exception as error:  # files of any content end here, and tokenizers raises bare Exception
+            raise CheckpointError(f"the tokenizer in {source} is not one of CLIP's kind: {error!r}") from error
+        self.max_length = files.max_length
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a text of any length, without bos, eos and padding."""
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+
+def clip_vocabulary(size: int = CLIP_VOCABULARY) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """CLIP's vocabulary (token to id) and merges, built from the merges that ship here.
+
+    size: 514 to 49,408 tokens. A smaller vocabulary has the 512 bytes, the `size - 514` most common merges, and
+    the two special tokens at its end.
+    """
+    with gzip.open(_MERGES, "rt", encoding="utf-8") as file:
+        lines = file.read().splitlines()[1:]  # the first is "#version: 0.2"
+    merges = [(left, right) for left, right in (line.split(" ") for line in lines[: size - 514])]
+    # GPT-2's order of the bytes: the printable ones first, the others as characters from 256 on
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(byte) for byte in printable] + [chr(256 + k) for k in range(256 - len(printable))]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *(left + right for left, right in merges), BOS, EOS]
+    return {token: k for k, token in enumerate(tokens)}, merges
+
+
+class _Files(NamedTuple):
+    """What a tokenizer's files say, whichever files they were. Tokens are AddedToken's arguments."""
+
+    vocab: dict[str, int]
+    merges: list[tuple[str, str]]
+    added: list[dict[str, Any]]  # taken out of a text before all else
+    names: dict[str, dict[str, Any]]  # likewise; by "bos_token" and so on
+    max_length: int
+
+
+def _bundled_files() -> _Files:
+    vocab, merges = clip_vocabulary()
+    return _Files(vocab, merges, [], {name: {"content": token} for name, token in _DEFAULTS.items()}, CLIP_WINDOW)
+
+
+def _read_files(folder: Path) -> _Files:
+    """As transformers reads them: `tokenizer.json` gives vocabulary and merges where it is there, but not how to
+    normalise and split; `added_tokens_decoder` replaces the older files of special tokens."""
+    serialized = _read_json(folder / "tokenizer.json")
+    config = _read_json(folder / "tokenizer_config.json") or {}
+    vocab, merges = _read_bpe(folder) if serialized is None else _serialized_bpe(folder, serialized)
+
+    named = {**_DEFAULTS, **{name: value for name, value in config.items() if value is not None}}
+    added: dict[int, dict[str, Any]] = {}
+    if "added_tokens_decoder" in config:
+        added = {int(k): _token(value) for k, value in config["added_tokens_decoder"].items()}
+    else:
+        for name, value in (_read_json(folder / "special_tokens_map.json") or {}).items():
+            named[name] = {**value, "special": True} if isinstance(value, Mapping) else value
+        special = {_token(named[name])["content"] for name in _NAMED if name in named}
+        for content, k in (_read_json(folder / "added_tokens.json") or {}).items():
+            added[k] = {"content": content, "normalized": content not in special, "special": content in special}
+        for value in (serialized or {}).get("added_tokens", ()):
+            added[value["id"]] = _token(value)
+
+    by_content = {token["content"]: token for token in added.values()}
+    tokens = {name: _token(named[name]) for name in _NAMED if name in named}
+    names = {name: by_content.get(token["content"], token) for name, token in tokens.items()}
+    extra = named.get("additional_special_tokens") or named.get("extra_special_tokens") or []
+    names |= {f"extra_{k}": _token(value) for k, value in enumerate(extra)}
+    return _Files(vocab, merges, [added[k] for k in sorted(added)], names, _window_length(config))
+
+
+def _serialized_bpe(folder: Path, serialized: Any) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    model = serialized["model"]
+    if model.get("type", "BPE") != "BPE" or "merges" not in model:
+        raise CheckpointError(
+            f"{folder / 'tokenizer.json'} is a {model.get('type')} tokenizer: expected CLIP's, which is byte-pair (BPE)"
+        )
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+    return model["vocab"], [(left, right) for left, right in pairs]
+
+
+def _read_bpe(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    from tokenizers.models import BPE
+
+    vocab, merges = folder / "vocab.json", folder / "merges.txt"
+    if not (vocab.is_file() and merges.is_file()):
+        raise CheckpointError(f"no tokenizer in {folder}: expected vocab.json and merges.txt, or tokenizer.json")
+    return BPE.read_file(str(vocab), str(merges))
+
+
+def _read_json(path: Path) -> Any:
+    """The file's content, or None where there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is not JSON ({error}): a git-lfs pointer or a web page in its place? Download it again"
+        ) from error
+
+
+def _token(value: Any) -> dict[str, Any]:
+    """A token as the files write it, a string or a dict, as AddedToken's arguments."""
+    if isinstance(value, str):
+        return {"content": value}
+    return {k: value[k] for k in ("content", "single_word", "lstrip", "rstrip", "normalized", "special") if k in value}
+
+
+def _window_length(config: Mapping[str, Any]) -> int:
+    length = config.get("model_max_length", config.get("max_len"))
+    # transformers writes 1e30 where it knows none
+    return int(length) if isinstance(length, (int, float)) and 3 <= length <= 1e6 else CLIP_WINDOW
+
+
+def _build(files: _Files) -> tokenizers.Tokenizer:
+    # Imported where it is used: `import fastldm` and the command's help do without.
+    from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+    from tokenizers.models import BPE
+
+    bpe = BPE(
+        vocab=files.vocab,
+        merges=files.merges,
+        continuing_subword_prefix="",
+        end_of_word_suffix="</w>",
+        unk_token=files.names["unk_token"]["content"],
+    )
+    backend = Backend(bpe)
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    # The named tokens are special, whatever the files say of them, and so are found in a text as written.
+    named = {token["content"]: token for token in files.names.values()}
+    added = {token["content"]: token for token in files.added}
+    tokens = [{**token, "special": token.get("special", False) or content in named} for content, token in added.items()]
+    tokens += [{**token, "special": True} for content, token in named.items() if content not in added]
+    backend.add_tokens([AddedToken(**token) for token in tokens])
+    return backend
+
+
+# Prompt weights
+
+
+def parse_weights(prompt: str) -> list[tuple[str, float]]:
+    """Split a prompt into (text, weight), neighbours of equal weight joined; at least one pair.
+
+    `(word:1.3)` weighs 1.3, `(word)` 1.1, `[word]` 1 / 1.1; nested weights multiply; a backslash before a bracket
+    or a backslash takes it as text. (AUTOMATIC1111's syntax.) Whatever is no such weight is text, never an error: a
+    bracket without its partner, a weight that is no number. Of two pairs that cross, as in `(a [b) c]`, the one
+    that closes first counts.
+    """
+    texts: list[str] = []
+    opened: list[int] = []  # where in `texts` the brackets lie that are still open
+    waiting = {"(": 0, "[": 0}  # how many of each kind are in `opened`
+    factors: dict[int, float] = {}
+    closed: set[int] = set()
+    end = 0
+    for match in _SYNTAX.finditer(prompt):
+        texts.append(prompt[end : match.start()])
+        end = match.end()
+        token = match.group()
+        kind = "[" if token == "]" else "("
+        if token in waiting:
+            opened.append(len(texts))
+            waiting[token] += 1
+        elif token[0] == "\\":
+            token = token[1]
+        elif waiting[kind]:
+            while True:
+                start = opened.pop()
+                waiting[texts[start]] -= 1
+                if texts[start] == kind:
+                    break
+            number = match.group(1)
+            factors[start] = float(number) if number else EMPHASIS if kind == "(" else 1 / EMPHASIS
+            closed.add(len(texts))
+        texts.append(token)
+    texts.append(prompt[end:])
+
+    levels = [1.0]
+    pairs: list[tuple[str, float]] = []
+    for k, text in enumerate(texts):
+        if k in factors:
+            levels.append(min(max(levels[-1] * factors[k], -MAX_WEIGHT), MAX_WEIGHT))
+        elif k in closed:
+            levels.pop()
+        elif text:
+            pairs.append((text, levels[-1]))
+    runs = groupby(pairs, key=operator.itemgetter(1))
+    return [("".join(text for text, _ in run), weight) for weight, run in runs] or [("", 1.0)]
+
+
+# Conditioning
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the U-Net reads of the prompts, in the text encoder's dtype, on its device; no negatives when unguided."""
+
+    hidden: Tensor  # (B, T, D)
+    pooled: Tensor | None = None  # (B, P), SDXL
+    negative_hidden: Tensor | None = None  # (B, T, D)
+    negative_pooled: Tensor | None = None  # (B, P), SDXL
+
+    def repeat(self, count: int) -> Conditioning:
+        """Every prompt `count` times in a row, as diffusers does for num_images_per_prompt: (B * count, ...)."""
+        return self._map(lambda x: x.repeat_interleave(count, dim=0))
+
+    def select(self, rows: Sequence[int]) -> Conditioning:
+        """These prompts only, in this order: (len(rows), ...)."""
+        return self._map(lambda x: x[list(rows)])
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
+        optional = (self.pooled, self.negative_hidden, self.negative_pooled)
+        return Conditioning(function(self.hidden), *(None if x is None else function(x) for x in optional))
+
+
+@dataclass(frozen=True)
+class TextStage:
+    """One text encoder with its tokenizer."""
+
+    tokenizer: Tokenizer
+    model: CLIPText
+
+    @property
+    def window(self) -> int:
+        """Tokens read at once: the tokenizer's, or the encoder's positions where those are fewer."""
+        return min(self.tokenizer.max_length, self.model.config.max_position)
+
+
+def prompt_list(prompt: Any, name: str = "prompt") -> list[str]:
+    """A prompt, or a list of them, as a list of texts.
+
+    Raises InputError for anything else, for an empty list, and for text that has no UTF-8 form.
+    """
+    if not isinstance(prompt, (str, list, tuple)):
+        raise InputError(f"{name} is {_show(prompt)}: expected a text or a list of texts")
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        raise InputError(f"{name} is an empty list: give at least one text (an empty text is fine)")
+    for text in prompts:
+        if not isinstance(text, str):
+            raise InputError(f"{name} holds {_show(text)}: expected a list of texts")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{name} is not valid Unicode ({error.reason} at character {error.start})") from error
+    return prompts
+
+
+@torch.no_grad()
+def encode_prompts(
+    encoders: Sequence[TextStage],
+    prompts: str | Sequence[str],
+    negatives: str | Sequence[str] | None = None,
+    *,
+    clip_skip: int | None = None,
+    literal: bool = False,
+    zero_negative: bool = False,
+) -> Conditioning:
+    """Encode prompts and, for guidance, negative prompts.
+
+    encoders: one, or SDXL's two. SDXL is known by its last encoder's projection: `hidden` is then the penultimate
+        layer's of every encoder side by side, without the final norm, and `pooled` the last encoder's.
+    prompts: B texts. negatives: one, or B; None without guidance.
+    clip_skip: encoder layers left out at the end, counted as diffusers counts them: None and 0 are the same, SDXL's
+        last layer is left out besides, and the negatives are read in full.
+    literal: brackets are text, not weights.
+    zero_negative: where `negatives` is None, zeros stand for them (SDXL's `force_zeros_for_empty_prompt`).
+
+    A prompt that fits one window and has no weights gives what diffusers' `encode_prompt` gives. A longer one is
+    read in windows of W - 2 tokens, each between bos and eos, laid side by side along T; `pooled` comes from the
+    first. All rows of a call need one T. Attention does not change when its whole set of keys is repeated, so a
+    shorter prompt's windows are repeated, up to the least common multiple of the lengths: every picture is the one
+    that its prompts give alone. Only where that is more than MAX_WINDOWS does the repetition stop at the longest
+    prompt, with a warning.
+
+    A token's weight w moves its state h away from the state e that the empty prompt has in that place,
+    e + w (h - e), as ComfyUI and compel do. AUTOMATIC1111's way, w h and then the mean over all states restored,
+    divides by a mean that may be near zero, and moves tokens that have no weight.
+
+    Raises InputError: prompts as in `prompt_list`, unequal numbers, clip_skip beyond the encoder's layers;
+    CheckpointError: a token that the encoder has no embedding for.
+    """
+    texts = prompt_list(prompts)
+    batch = len(texts)
+    if negatives is not None:
+        others = prompt_list(negatives, "negative_prompt")
+        if len(others) not in (1, batch):
+            raise InputError(f"negative_prompt has {len(others)} texts for {batch} prompts: give one, or one a prompt")
+        texts += others * (batch // len(others))
+    pooling = encoders[-1].model.config.with_projection
+    least = 1 if pooling else 0  # SDXL reads the penultimate layer
+    skip = _check_clip_skip(clip_skip, min(stage.model.config.layers for stage in encoders) - least)
+
+    windows = _split(encoders, texts, literal)
+    total = _common_length([len(row) for row in windows[0]])
+    hidden: list[Tensor] = []
+    vectors: list[Tensor] = []
+    for stage, rows in zip(encoders, windows, strict=True):
+        # The encoder runs once for prompts and negatives together, unless clip_skip makes them differ.
+        parts = [(rows, least)] if skip == 0 else [(rows[:batch], least + skip), (rows[batch:], least)]
+        outputs = [_encode(stage, part, total, drop, final_norm=not pooling) for part, drop in parts if part]
+        hidden.append(torch.cat([states for states, _ in outputs]))
+        vectors = [vector for _, vector in outputs if vector is not None]
+    states = torch.cat(hidden, dim=-1).to(hidden[-1].dtype)  # (B or 2B, T, D)
+    pooled = torch.cat(vectors) if pooling else None  # (B or 2B, P), the last encoder's
+
+    if negatives is not None:
+        first = Conditioning(states, pooled).select(range(batch))
+        second = Conditioning(states, pooled).select(range(batch, 2 * batch))
+        return Conditioning(first.hidden, first.pooled, second.hidden, second.pooled)
+    if zero_negative:
+        pooled_zeros = None if pooled is None else torch.zeros_like(pooled)
+        return Conditioning(states, pooled, torch.zeros_like(states), pooled_zeros)
+    return Conditioning(states, pooled)
+
+
+class _Window(NamedTuple):
+    ids: tuple[int, ...]  # (W,)
+    weights: tuple[float, ...]  # (W,)
+
+
+def _check_clip_skip(clip_skip: int | None, most: int) -> int:
+    try:
+        skip = operator.index(clip_skip or 0)
+    except TypeError:
+        skip = -1
+    if not 0 <= skip <= most:
+        raise InputError(f"clip_skip is {_show(clip_skip)}: expected a whole number, 0 to {most} for this model")
+    return skip
+
+
+def _split(encoders: Sequence[TextStage], texts: Sequence[str], literal: bool) -> list[list[list[_Window]]]:
+    """Windows by encoder and by text.
+
+    All encoders get equally many windows of a text: where one needs fewer (`!!!` is one token in CLIP-L and three
+    in SDXL's second encoder), empty ones follow.
+    """
+    length = min(stage.window for stage in encoders)
+    split = {}
+    for text in dict.fromkeys(texts):
+        fragments = [(text, 1.0)] if literal else parse_weights(text)
+        by_stage = [_windows(stage.tokenizer, fragments, length) for stage in encoders]
+        count = max(len(windows) for windows in by_stage)
+        for stage, windows in zip(encoders, by_stage, strict=True):
+            windows.extend(_windows(stage.tokenizer, [], length) * (count - len(windows)))
+        split[text] = by_stage
+    return [[split[text][k] for text in texts] for k in range(len(encoders))]
+
+
+def _windows(tokenizer: Tokenizer, fragments: Sequence[tuple[str, float]], length: int) -> list[_Window]:
+    """Fragments cut into windows of `length` tokens; at least one window, an empty one."""
+    tokens = [(token, weight) for text, weight in fragments for token in tokenizer.ids(text)]
+    content = length - 2
+    windows = []
+    for start in range(0, max(len(tokens), 1), content):
+        part = tokens[start : start + content]
+        padding = content - len(part)
+        ids = (tokenizer.bos, *(token for token, _ in part), tokenizer.eos, *(tokenizer.pad,) * padding)
+        weights = (1.0, *(weight for _, weight in part), 1.0, *(1.0,) * padding)
+        windows.append(_Window(ids, weights))
+    return windows
+
+
+def _common_length(counts: Sequence[int]) -> int:
+    """How many windows every row of a call gets; see `encode_prompts`."""
+    common = math.lcm(*counts)
+    if common <= max(MAX_WINDOWS, *counts):
+        return common
+    lengths = ", ".join(map(str, sorted(set(counts))))
+    logger.warning("prompts of %s windows in one call: pictures may differ a little from those made alone", lengths)
+    return max(counts)
+
+
+def _encode(
+    stage: TextStage, rows: Sequence[Sequence[_Window]], total: int, drop: int, *, final_norm: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Weighted hidden states (B, total * W, D) of B rows of windows, and the first windows' pooled vectors (B, P)."""
+    model = stage.model
+    empty = _windows(stage.tokenizer, [], len(rows[0][0].ids))[0].ids
+    weighted = any(weight != 1.0 for row in rows for window in row for weight in window.weights)
+    # Each distinct window is read once: negatives are mostly alike, and so are several pictures of one prompt.
+    distinct = dict.fromkeys(window.ids for row in rows for window in row)
+    if weighted:
+        distinct[empty] = None
+    place = {ids: k for k, ids in enumerate(distinct)}
+    largest = max(map(max, place))
+    if largest >= model.config.vocab:
+        raise CheckpointError(
+            f"the tokenizer gave id {largest} but the text encoder has {model.config.vocab} embeddings: "
+            "tokenizer and text encoder are not of one model"
+        )
+    device = next(model.parameters()).device
+    states, vectors = model(torch.tensor(list(place), device=device), skip=drop, final_norm=final_norm)
+    repeated = [[row[k % len(row)] for k in range(total)] for row in rows]
+    index = torch.tensor([[place[window.ids] for window in row] for row in repeated], device=device)
+    hidden = states[index]  # (B, total, W, D)
+    if weighted:
+        weights = torch.tensor([[window.weights for window in row] for row in repeated], device=device).unsqueeze(-1)
+        base = states[place[empty]].float()  # (W, D)
+        moved = (base + weights * (hidden.float() - base)).to(hidden.dtype)
+        hidden = torch.where(weights == 1.0, hidden, moved)  # a token without a weight keeps its bits
+    return hidden.flatten(1, 2), None if vectors is None else vectors[index[:, 0]]
+
+
+# Conditioning from tensors
+
+
+def given_conditioning(
+    prompt_embeds: Tensor,
+    negative_prompt_embeds: Tensor | None = None,
+    pooled_prompt_embeds: Tensor | None = None,
+    negative_pooled_prompt_embeds: Tensor | None = None,
+    *,
+    width: int,
+    pooled_width: int | None = None,
+    guided: bool,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Conditioning:
+    """A Conditioning of tensors that the caller made, checked, in `dtype` on `device`.
+
+    prompt_embeds: (B, T, width), any T; width is the U-Net's cross_attention_dim. negative_prompt_embeds: likewise.
+    pooled_prompt_embeds, negative_pooled_prompt_embeds: (B, pooled_width); pooled_width is None but for SDXL.
+    guided: whether the negative half is needed; without it the negative tensors are left alone.
+    Raises InputError that names the argument: missing, no floating point tensor, another shape, not finite.
+    """
+    hidden = _embeds("prompt_embeds", prompt_embeds, (None, None, width))
+    batch, length = hidden.shape[:2]
+    pooled = negative = negative_pooled = None
+    if guided:
+        negative = _embeds("negative_prompt_embeds", negative_prompt_embeds, (batch, length, width))
+    if pooled_width is not None:
+        shape = (batch, pooled_width)
+        pooled = _embeds("pooled_prompt_embeds", pooled_prompt_embeds, shape)
+        if guided:
+            negative_pooled = _embeds("negative_pooled_prompt_embeds", negative_pooled_prompt_embeds, shape)
+    given = Conditioning(hidden, pooled, negative, negative_pooled)
+    return given._map(lambda x: x.to(device=device, dtype=dtype))
+
+
+def _embeds(name: str, value: Any, shape: tuple[int | None, ...]) -> Tensor:
+    sizes = ", ".join("any" if n is None else str(n) for n in shape)
+    if value is None:
+        raise InputError(f"{name} is missing: prompt_embeds was given, so a tensor ({sizes}) is expected here too")
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise InputError(f"{name} is {_show(value)}: expected a floating point tensor ({sizes})")
+    fits = value.ndim == len(shape) and all(n in (None, got) for n, got in zip(shape, value.shape, strict=True))
+    if not fits or value.numel() == 0:
+        raise InputError(f"{name} has shape {tuple(value.shape)}: expected ({sizes})")
+    if not bool(value.isfinite().all()):
+        raise InputError(f"{name} holds NaN or infinity: expected finite numbers")
+    return value
+
+
+def size_ids(
+    batch: int,
+    original_size: tuple[int, int],
+    crops_coords_top_left: tuple[int, int],
+    target_size: tuple[int, int],
+    *,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """SDXL's time ids (batch, 6), float32: original (height, width), crop (top, left), target (height, width), pixels.
+
+    Source: arXiv:2307.01952, section 2.2; the order is that of diffusers' `_get_add_time_ids`.
+    """
+    row = [float(x) for pair in (original_size, crops_coords_top_left, target_size) for x in pair]
+    return torch.tensor([row] * batch, dtype=torch.float32, device=device)
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,199 @@
+"""What is installed, what is imported, and who may import whom."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import fastldm
+
+ROOT = Path(fastldm.__file__).resolve().parent.parent
+SOURCES = {"fastldm": ROOT / "fastldm", "fastldm/kernels": ROOT / "kernels", "fastldm/export": ROOT / "export"}
+
+
+def run(python: str | Path, code: str, cwd: Path, **env: str) -> str:
+    """Runs code in a fresh interpreter and returns what it printed."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    done = subprocess.run([str(python), "-c", code], cwd=cwd, env=clean | env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # built from a copy: setuptools leaves build/ and *.egg-info beside the sources
+    out = tmp_path_factory.mktemp("wheel")
+    tracked = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
+    files = tracked.stdout.splitlines() if tracked.returncode == 0 else []
+    assert files, "the wheel is built from what git knows: run the tests in a clone"
+    for name in files:
+        if (ROOT / name).is_file():
+            (out / "src" / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / "src" / name).write_bytes((ROOT / name).read_bytes())
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(out), "."]
+    subprocess.run(build, cwd=out / "src", check=True, capture_output=True)
+    return next(out.glob("*.whl"))
+
+
+def environment(folder: Path) -> Path:
+    """A fresh environment, its interpreter; dependencies are lent by ours, whose own .pth files (an editable fastldm) do not count."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    python = folder / "bin" / "python"
+    site = run(python, "import sysconfig; print(sysconfig.get_path('purelib'))", folder)
+    (Path(site) / "lent.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return environment(tmp_path_factory.mktemp("bare"))
+
+
+@pytest.fixture(scope="module")
+def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    python = environment(tmp_path_factory.mktemp("clean"))
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, "--ignore-installed", str(wheel)], check=True, capture_output=True)
+    return python
+
+
+def test_the_wheel_has_every_module_and_every_asset(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        inside = {name for name in archive.namelist() if ".dist-info/" not in name}
+    expected = {
+        f"{prefix}/{path.relative_to(folder)}"
+        for prefix, folder in SOURCES.items()
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert inside == expected
+    assert "fastldm/assets/default/model_index.json" in inside
+
+
+IMPORTED = "import fastldm, fastldm.kernels, fastldm.export; print(fastldm.kernels.__file__)"
+
+
+def test_the_wheel_installed_elsewhere(clean: Path, tmp_path: Path) -> None:
+    assert str(clean.parent.parent) in run(clean, IMPORTED, tmp_path)
+    version = subprocess.run([clean.parent / "fastldm", "--version"], cwd=tmp_path, capture_output=True, text=True)
+    assert version.stdout.strip() == f"fastldm, version {fastldm.__version__}"
+    made = subprocess.run(
+        [clean.parent / "fastldm", "generate", "a red apple", "--steps", "1"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert made.returncode == 0, made.stderr
+    assert len(list(tmp_path.glob("fastldm-*.png"))) == 1
+
+
+def test_the_wheel_with_a_checkout_as_working_folder(clean: Path) -> None:
+    # the checkout's fastldm/ comes first on sys.path and shadows the wheel, whose kernels/ must not be mixed in
+    assert run(clean, IMPORTED, ROOT) == str(ROOT / "kernels" / "__init__.py")
+
+
+def test_a_bare_checkout_with_nothing_installed(bare: Path, tmp_path: Path) -> None:
+    assert run(bare, "import importlib.util as u; print(u.find_spec('fastldm'))", tmp_path) == "None"
+    assert run(bare, IMPORTED, ROOT) == str(ROOT / "kernels" / "__init__.py")
+
+
+@pytest.mark.parametrize("name", ["kernels", "export"])
+def test_a_second_copy_is_refused(name: str) -> None:
+    said = run(sys.executable, f"try:\n    import {name}\nexcept ImportError as error:\n    print(error)", ROOT)
+    assert f"'fastldm.{name}'" in said
+
+
+LOADED = "import sys, json; print(json.dumps(sorted({m.partition('.')[0] for m in sys.modules} | set(sys.modules))))"
+
+
+def modules_after(arguments: str, cwd: Path) -> set[str]:
+    code = f"""
+import contextlib, io, sys
+sys.argv = ["fastldm", *{arguments.split("|")!r}]
+from fastldm.cli import main
+with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+    main()
+{LOADED}"""
+    return set(json.loads(run(sys.executable, code, cwd, PYTHONPATH=str(ROOT))))
+
+
+@pytest.mark.parametrize("arguments", ["--help", "--version", "generate|--help", "doctor|--help"])
+def test_help_and_version_load_nothing_heavy(arguments: str, tmp_path: Path) -> None:
+    assert not modules_after(arguments, tmp_path) & {"torch", "numpy", "triton", "PIL", "tokenizers", "huggingface_hub", "tqdm"}
+
+
+def test_generate_loads_no_peer_and_no_compiler(tmp_path: Path) -> None:
+    loaded = modules_after("generate|a red apple|--steps|1|--device|cpu|-o|a.png", tmp_path)
+    assert (tmp_path / "a.png").exists()
+    assert not loaded & {"torch._dynamo", "triton", "transformers", "diffusers", "huggingface_hub", "scipy", "onnx"}
+
+
+def test_no_triton_is_fine(tmp_path: Path) -> None:
+    code = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocked())
+import fastldm
+result = fastldm.Pipeline.default(device="cpu")("a red apple", num_inference_steps=1, seed=0)
+print(result.images[0].size[0] > 0)"""
+    assert run(sys.executable, code, tmp_path, PYTHONPATH=str(ROOT)) == "True"
+
+
+def imports(path: Path, package: str) -> set[str]:
+    """Modules of fastldm that a file imports anywhere but under `if TYPE_CHECKING`, as dotted names."""
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        node
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and getattr(branch.test, "id", "") == "TYPE_CHECKING"
+        for node in ast.walk(branch)
+    }
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if node in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            base = package.rsplit(".", node.level - 1)[0] + "." + node.module if node.level else node.module
+            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.split(".")[0] in {"fastldm", "kernels", "export"}}
+
+
+# folder or file -> what of fastldm it may import, itself aside
+MAY_IMPORT = {
+    "kernels": set(),
+    "fastldm/models": {"kernels", "config", "errors"},
+    "fastldm/config.py": {"errors"},
+    "fastldm/errors.py": set(),
+    "fastldm/request.py": {"errors"},
+    "fastldm/schedule.py": {"errors"},
+    "fastldm/text.py": {"errors"},
+    "fastldm/denoise.py": {"kernels", "models", "schedule", "errors"},
+}
+
+
+@pytest.mark.parametrize("place", MAY_IMPORT)
+def test_import_direction(place: str) -> None:
+    path = ROOT / place
+    own = "models" if place.endswith("models") else place if place == "kernels" else path.stem
+    for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+        used = {name.split(".")[1] for name in imports(file, "fastldm") if name.count(".") and name.startswith("fastldm.")}
+        modules = {p.stem for p in (ROOT / "fastldm").glob("*.py")} | {"models", "kernels", "export"}
+        assert (used & modules) - {own} <= MAY_IMPORT[place], file
+
+
+def test_only_the_command_and_the_engine_know_export() -> None:
+    for file in [*(ROOT / "fastldm").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        if file.name not in {"cli.py", "engine.py"}:
+            assert not any(name.startswith("fastldm.export") for name in imports(file, "fastldm")), file
