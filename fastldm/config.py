@@ -1,7 +1,8 @@
 """What a checkpoint's config.json says about its network, as plain data, and what each model family wants by default.
 
-The quirks of the files end here: the networks in fastldm/models read one regular description. A key that would change the network in
-a way that is not implemented is an error that names it; a key that does not (dropout, training and loading options) is ignored.
+The quirks of the files end here: the networks in fastldm/models read one regular description. A key that would change
+the network in a way that is not implemented is an error that names it; a key that does not change it (dropout, options
+for training and loading) is ignored.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def _per_level(value: Any, levels: int, source: str, key: str) -> tuple[Any, ...
     return tuple(value)
 
 
-# ---------------------------------------------------------------------------------------------------------------- U-Net
+# ---------------------------------------------------------------------------------------------------------- U-Net
 
 _CROSS = {"down": "CrossAttnDownBlock2D", "up": "CrossAttnUpBlock2D"}
 _PLAIN = {"down": "DownBlock2D", "up": "UpBlock2D"}
@@ -73,7 +74,7 @@ _UNET_ACCEPTED: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Level:
-    """One block of a U-Net: a resnet per entry of `depths`, each followed by a transformer of that many layers, or by none."""
+    """One block of a U-Net: a resnet for each of `depths`, followed by a transformer so deep, or by none (None)."""
 
     channels: int
     heads: int
@@ -138,8 +139,8 @@ class UNetConfig:
             return _per_level(cfg.get(key, default), levels, source, key)
 
         if any(per_level("only_cross_attention", False)):
-            raise CheckpointError(f"{source}: 'only_cross_attention' is {cfg['only_cross_attention']!r}; fastldm implements False")
-        # `attention_head_dim` is the number of heads: diffusers keeps the misnomer for the sake of the files that have it.
+            raise CheckpointError(f"{source}: 'only_cross_attention' has a True; fastldm implements False")
+        # `attention_head_dim` is the number of heads: a misnomer that diffusers keeps since so many files have it.
         heads = per_level("attention_head_dim", 8)
         context = per_level("cross_attention_dim", 1280)
         layers = per_level("layers_per_block", 2)
@@ -160,7 +161,8 @@ class UNetConfig:
         def level(i: int, kind: str, where: str, resnets: int, depth: Any) -> Level:
             if kind not in (_CROSS[where], _PLAIN[where]):
                 raise CheckpointError(
-                    f"{source}: '{where}_block_types' has {kind!r}; fastldm implements {_CROSS[where]!r} and {_PLAIN[where]!r}"
+                    f"{source}: '{where}_block_types' has {kind!r}; "
+                    f"fastldm implements {_CROSS[where]!r} and {_PLAIN[where]!r}"
                 )
             if kind == _PLAIN[where]:
                 depth = None
@@ -171,7 +173,7 @@ class UNetConfig:
                 )
             each = (depth,) * resnets if depth is None or isinstance(depth, int) else tuple(depth)
             if len(each) != resnets:
-                raise CheckpointError(f"{source}: {len(each)} transformer depths {each} for a block of {resnets} resnets")
+                raise CheckpointError(f"{source}: transformer depths {each} for a block of {resnets} resnets")
             return Level(channels[i], heads[i], context[i], each)
 
         down_types = per_level("down_block_types", (*[_CROSS["down"]] * 3, _PLAIN["down"]))
@@ -210,7 +212,7 @@ class UNetConfig:
         )
 
 
-# ----------------------------------------------------------------------------------------------------------- autoencoders
+# --------------------------------------------------------------------------------------------------- autoencoders
 
 _VAE_ACCEPTED: dict[str, tuple[Any, ...]] = {
     "_class_name": ("AutoencoderKL",),
@@ -218,6 +220,7 @@ _VAE_ACCEPTED: dict[str, tuple[Any, ...]] = {
     "latents_mean": (None,),
     "latents_std": (None,),
 }
+
 
 def _one_width(cfg: Mapping[str, Any], source: str, key: str, levels: int) -> int:
     """A tiny VAE's blocks all have one width: its layout has no convolution that could change it."""
@@ -284,7 +287,7 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class TinyVAEConfig:
-    """A distilled autoencoder in TAESD's layout (diffusers' AutoencoderTiny), made for the scaled latents of a U-Net."""
+    """A distilled autoencoder in TAESD's layout (diffusers' AutoencoderTiny), made for a U-Net's scaled latents."""
 
     in_channels: int
     out_channels: int
@@ -308,7 +311,7 @@ class TinyVAEConfig:
 
     @classmethod
     def from_dict(cls, cfg: Mapping[str, Any], source: str = "config.json") -> TinyVAEConfig:
-        """Read the config.json of a diffusers AutoencoderTiny; CheckpointError where it asks for what is not implemented."""
+        """Read an AutoencoderTiny's config.json; CheckpointError where it asks for what is not implemented."""
         _only(cfg, source, _TINY_VAE_ACCEPTED)
         encoder = tuple(cfg.get("num_encoder_blocks", (1, 3, 3, 3)))
         decoder = tuple(cfg.get("num_decoder_blocks", (3, 3, 3, 1)))
@@ -325,7 +328,7 @@ class TinyVAEConfig:
         )
 
 
-# ------------------------------------------------------------------------------------------------------------------- text
+# ----------------------------------------------------------------------------------------------------------- text
 
 _TEXT_ACCEPTED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("quick_gelu", "gelu"),
@@ -337,7 +340,7 @@ _PROJECTED = "CLIPTextModelWithProjection"
 
 @dataclass(frozen=True)
 class TextConfig:
-    """A CLIP text encoder (transformers' CLIPTextModel, with or without projection; OpenAI's and OpenCLIP's weights)."""
+    """A CLIP text encoder (transformers' CLIPTextModel and CLIPTextModelWithProjection)."""
 
     vocab: int
     hidden: int
@@ -379,12 +382,12 @@ class TextConfig:
         )
 
 
-# --------------------------------------------------------------------------------------------------------------- families
+# ------------------------------------------------------------------------------------------------------- families
 
 
 @dataclass(frozen=True)
 class Family:
-    """What a kind of checkpoint wants unless the caller says otherwise. Height and width: `unet.sample_size * vae.factor`."""
+    """What a kind of checkpoint wants by default. Its height and width are `unet.sample_size * vae.factor`."""
 
     name: str
     num_inference_steps: int
@@ -398,7 +401,7 @@ def _is_v(scheduler: Mapping[str, Any]) -> bool:
 
 
 def _is_few_step(scheduler: Mapping[str, Any], *classes: str) -> bool:
-    """Adversarially distilled models ship Euler with trailing spacing; so do zero-SNR fine-tunes, which want all their steps."""
+    """Adversarially distilled models ship Euler with trailing spacing; so do zero-SNR fine-tunes, which need steps."""
     return (
         scheduler.get("_class_name") in classes
         and scheduler.get("timestep_spacing") == "trailing"
@@ -428,8 +431,8 @@ FAMILIES: tuple[Family, ...] = (
             _is_v(scheduler) and bool(scheduler.get("rescale_betas_zero_snr")) and unet.cross_attention_dim < 768
         ),
     ),
-    Family("sd2-v", 30, 7.5, lambda unet, scheduler: unet.cross_attention_dim == 1024 and _is_v(scheduler)),
-    Family("sd2", 30, 7.5, lambda unet, _: unet.cross_attention_dim == 1024),
+    Family("sd2-v", 30, 7.5, lambda unet, scheduler: unet.linear_projection and _is_v(scheduler)),
+    Family("sd2", 30, 7.5, lambda unet, _: unet.linear_projection),
     Family("sd1-inpaint", 30, 7.5, lambda unet, _: unet.in_channels == 9),
     Family("sd1", 30, 7.5, lambda unet, _: True),
 )

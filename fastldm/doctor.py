@@ -39,7 +39,7 @@ def examine(model: str = "default") -> dict[str, Any]:
     """Everything that `fastldm doctor` prints, as plain data. Loads no weights."""
     import torch
 
-    from fastldm.pipeline import choose_device, choose_dtype, describe
+    from fastldm.loading import choose_device, choose_dtype, describe
 
     device = choose_device(None)
     extras = {

@@ -29,6 +29,7 @@ from fastldm.errors import CheckpointError, InputError
 if TYPE_CHECKING:
     import tokenizers
 
+    from fastldm.config import UNetConfig
     from fastldm.models.clip import CLIPText
 
 logger = logging.getLogger("fastldm")
@@ -291,17 +292,18 @@ class Conditioning:
     negative_hidden: Tensor | None = None  # (B, T, D)
     negative_pooled: Tensor | None = None  # (B, P), SDXL
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
+        """`function` of every tensor there is, such as `lambda x: x.to(device)`."""
+        optional = (self.pooled, self.negative_hidden, self.negative_pooled)
+        return Conditioning(function(self.hidden), *(None if x is None else function(x) for x in optional))
+
     def repeat(self, count: int) -> Conditioning:
         """Every prompt `count` times in a row, as diffusers does for num_images_per_prompt: (B * count, ...)."""
-        return self._map(lambda x: x.repeat_interleave(count, dim=0))
+        return self.map(lambda x: x.repeat_interleave(count, dim=0))
 
     def select(self, rows: Sequence[int]) -> Conditioning:
         """These prompts only, in this order: (len(rows), ...)."""
-        return self._map(lambda x: x[list(rows)])
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
-        optional = (self.pooled, self.negative_hidden, self.negative_pooled)
-        return Conditioning(function(self.hidden), *(None if x is None else function(x) for x in optional))
+        return self.map(lambda x: x[list(rows)])
 
 
 @dataclass(frozen=True)
@@ -498,43 +500,40 @@ def _encode(
 
 def given_conditioning(
     prompt_embeds: Tensor,
-    negative_prompt_embeds: Tensor | None = None,
     pooled_prompt_embeds: Tensor | None = None,
+    negative_prompt_embeds: Tensor | None = None,
     negative_pooled_prompt_embeds: Tensor | None = None,
     *,
-    width: int,
-    pooled_width: int | None = None,
+    unet: UNetConfig,
     guided: bool,
-    dtype: torch.dtype,
-    device: torch.device | str,
 ) -> Conditioning:
-    """A Conditioning of tensors that the caller made, checked, in `dtype` on `device`.
+    """A Conditioning of tensors that the caller made, checked against the U-Net that will read them.
 
-    prompt_embeds: (B, T, width), any T; width is the U-Net's cross_attention_dim. negative_prompt_embeds: likewise.
-    pooled_prompt_embeds, negative_pooled_prompt_embeds: (B, pooled_width); pooled_width is None but for SDXL.
+    prompt_embeds, negative_prompt_embeds: (B, T, D), any T, D the U-Net's cross_attention_dim; floating point.
+    pooled_prompt_embeds, negative_pooled_prompt_embeds: (B, P), for SDXL; other models leave them alone.
     guided: whether the negative half is needed; without it the negative tensors are left alone.
     Raises InputError that names the argument: missing, no floating point tensor, another shape, not finite.
     """
-    hidden = _embeds("prompt_embeds", prompt_embeds, (None, None, width))
-    batch, length = hidden.shape[:2]
+    hidden = _embeds("prompt_embeds", prompt_embeds, (None, None, unet.cross_attention_dim))
     pooled = negative = negative_pooled = None
     if guided:
-        negative = _embeds("negative_prompt_embeds", negative_prompt_embeds, (batch, length, width))
-    if pooled_width is not None:
-        shape = (batch, pooled_width)
+        negative = _embeds("negative_prompt_embeds", negative_prompt_embeds, tuple(hidden.shape))
+    if unet.needs_added:
+        shape = (len(hidden), unet.addition_input_dim - 6 * unet.addition_time_embed_dim)
         pooled = _embeds("pooled_prompt_embeds", pooled_prompt_embeds, shape)
         if guided:
             negative_pooled = _embeds("negative_pooled_prompt_embeds", negative_pooled_prompt_embeds, shape)
-    given = Conditioning(hidden, pooled, negative, negative_pooled)
-    return given._map(lambda x: x.to(device=device, dtype=dtype))
+    return Conditioning(hidden, pooled, negative, negative_pooled)
 
 
 def _embeds(name: str, value: Any, shape: tuple[int | None, ...]) -> Tensor:
     sizes = ", ".join("any" if n is None else str(n) for n in shape)
     if value is None:
         raise InputError(f"{name} is missing: prompt_embeds was given, so a tensor ({sizes}) is expected here too")
-    if not isinstance(value, Tensor) or not value.is_floating_point():
+    if not isinstance(value, Tensor):
         raise InputError(f"{name} is {_show(value)}: expected a floating point tensor ({sizes})")
+    if not value.is_floating_point():
+        raise InputError(f"{name} has dtype {value.dtype}: expected a floating point tensor ({sizes})")
     fits = value.ndim == len(shape) and all(n in (None, got) for n, got in zip(shape, value.shape, strict=True))
     if not fits or value.numel() == 0:
         raise InputError(f"{name} has shape {tuple(value.shape)}: expected ({sizes})")
@@ -544,19 +543,13 @@ def _embeds(name: str, value: Any, shape: tuple[int | None, ...]) -> Tensor:
 
 
 def size_ids(
-    batch: int,
-    original_size: tuple[int, int],
-    crops_coords_top_left: tuple[int, int],
-    target_size: tuple[int, int],
-    *,
-    device: torch.device | str = "cpu",
+    original_size: tuple[int, int], crops_coords_top_left: tuple[int, int], target_size: tuple[int, int]
 ) -> Tensor:
-    """SDXL's time ids (batch, 6), float32: original (height, width), crop (top, left), target (height, width), pixels.
+    """SDXL's time ids (6,), float32: original (height, width), crop (top, left), target (height, width), in pixels.
 
     Source: arXiv:2307.01952, section 2.2; the order is that of diffusers' `_get_add_time_ids`.
     """
-    row = [float(x) for pair in (original_size, crops_coords_top_left, target_size) for x in pair]
-    return torch.tensor([row] * batch, dtype=torch.float32, device=device)
+    return torch.tensor([*original_size, *crops_coords_top_left, *target_size], dtype=torch.float32)
 
 
 def _show(value: Any) -> str:

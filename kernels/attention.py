@@ -4,7 +4,7 @@
 
     q (B, N, H*D), k and v (B, M, H*D) -> (B, N, H*D)
 
-A row (b, n) may have any stride, so k and v can be the two halves of one packed (B, M, 2*H*D) tensor; channels are dense.
+Rows (b, n) may have any stride, so k and v can be the halves of one packed (B, M, 2*H*D) tensor; channels are dense.
 Bytes: q, k, v and out once each; the (N, M) scores are never written.
 """
 

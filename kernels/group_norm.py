@@ -1,13 +1,13 @@
 """GroupNorm with what stands around it in a diffusion network.
 
-    y = concat(x, skip) + shift                             both optional; the concatenation is never needed elsewhere
-    out = (y - mean_g(y)) / sqrt(var_g(y) + eps) * weight + bias                  mean, var over one group of channels, H and W
-    out = out * sigmoid(out)                                                      when silu
+    y = concat(x, skip) + shift                                      skip and shift are optional
+    out = (y - mean(y)) / sqrt(var(y) + eps) * weight + bias         mean and var over a group of channels, H and W
+    out = out * sigmoid(out)                                         when silu
 
     x (B, C1, H, W), skip (B, C2, H, W), shift (B, C1 + C2), weight and bias (C1 + C2,) -> (B, C1 + C2, H, W)
 
 `shift` is the time embedding's row for this block, with the bias of the convolution before it folded in. Statistics are
-float32 whatever the dtype, and a group may straddle the seam between x and skip. Formula: Wu and He 2018, arXiv:1803.08494.
+float32 whatever the dtype; a group may straddle the seam between x and skip. Formula: Wu and He 2018, arXiv:1803.08494.
 Bytes: two reads and one write of (B, C1 + C2, H, W).
 """
 
@@ -29,7 +29,7 @@ def group_norm_reference(
     shift: Tensor | None = None,
     skip: Tensor | None = None,
 ) -> Tensor:
-    """The formula written plainly. PyTorch's group_norm keeps float32 statistics for half types and keeps channels-last."""
+    """The formula plainly. PyTorch's group_norm keeps float32 statistics for half types, and channels-last memory."""
     if skip is not None:
         x = torch.cat((x, skip), dim=1)
     if shift is not None:

@@ -2,7 +2,7 @@
 
     out = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias        x (..., C), weight and bias (C,) -> (..., C)
 
-Statistics are float32 whatever the dtype. Formula: Ba et al. 2016, arXiv:1607.06450. Bytes: one read and one write of x.
+Statistics are float32 whatever the dtype. Formula: Ba et al. 2016, arXiv:1607.06450. Bytes: x read and written once.
 """
 
 from __future__ import annotations

@@ -1,8 +1,12 @@
-"""CLIP's text encoder: OpenAI's ViT-L/14, OpenCLIP's H/14 and bigG/14. Parameter names are those of the checkpoints on the hub
-(transformers' CLIPTextModelWithProjection; its CLIPTextModel, since version 5, leaves out the prefix `text_model.`).
+"""CLIP's text encoder: OpenAI's ViT-L/14, OpenCLIP's H/14 and bigG/14.
+
+Parameter names are those of the checkpoints on the hub and of transformers' CLIPTextModelWithProjection. (Its
+CLIPTextModel leaves out the prefix `text_model.` since version 5.)
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +30,9 @@ class CLIPText(nn.Module):
     def forward(self, input_ids: Tensor, skip: int = 0, final_norm: bool = True) -> tuple[Tensor, Tensor | None]:
         """input_ids (B, T) integers -> hidden (B, T, D), pooled (B, P).
 
-        hidden comes after all layers but the last `skip`, through the final norm or not. pooled is that of the whole network whatever
-        `skip` is: the first end-of-text token's state, projected; None in a model without projection, where nothing reads it.
+        hidden is taken after all layers but the last `skip` and, with final_norm, normalised. pooled is the projected
+        state of the first end-of-text token after all layers, whatever `skip` is; None in a model without projection,
+        where no U-Net reads it.
         """
         text = self.text_model
         x = text.embeddings(input_ids)
@@ -40,7 +45,7 @@ class CLIPText(nn.Module):
 
         for layer in text.encoder.layers[kept:]:
             x = layer(x)
-        # Configs written before transformers 4.31 say eos_token_id = 2 and mean the highest id, which is CLIP's end of text.
+        # Configs from before transformers 4.31 say eos_token_id = 2 and mean the highest id: CLIP's end of text.
         eos = self.config.eos_token_id
         ends = (input_ids if eos == 2 else (input_ids == eos).int()).argmax(dim=1)  # (B,), the first of equals
         last = x[torch.arange(len(x), device=x.device), ends]
@@ -112,7 +117,7 @@ class TextMLP(nn.Module):
         super().__init__()
         self.fc1 = Linear(config.hidden, config.intermediate)
         self.fc2 = Linear(config.intermediate, config.hidden)
-        self.act = {"quick_gelu": quick_gelu, "gelu": F.gelu}[config.act]
+        self.act: Callable[[Tensor], Tensor] = quick_gelu if config.act == "quick_gelu" else F.gelu
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)), residual=residual)

@@ -1,7 +1,8 @@
 """The layers that the networks share. Network ops reach fastldm.kernels through this module only.
 
-Layers hold parameters under diffusers' and transformers' names and leave them uninitialised: a network is built on the meta device and
-given a checkpoint's weights. Images are (B, C, H, W) in channels-last memory, so that tokens (B, H*W, C) are a view of them.
+Layers hold parameters under diffusers' and transformers' names and leave them uninitialised: a network is built on the
+meta device and given a checkpoint's weights. Images are (B, C, H, W) in channels-last memory, so that their pixels as
+tokens, (B, H*W, C), are a view.
 """
 
 from __future__ import annotations
@@ -109,8 +110,9 @@ class LayerNorm(nn.Module):
 class Resnet(nn.Module):
     """Two normalised convolutions around a residual; diffusers' ResnetBlock2D.
 
-    Between them a U-Net adds a row of channels that depends on the time step. That row, `shift` (B, out_channels), comes from outside
-    with conv1's bias in it (see UNet.time_rows), and conv1 runs without. In a decoder half the input may be a second source, `skip`.
+    In a U-Net a row of channels that depends on the time step is added between them: `shift` (B, out_channels), which has
+    conv1's bias in it (see UNet.time_rows), so that conv1 runs without. A U-Net's decoder gives part of the input channels
+    as a second source, `skip`.
     """
 
     def __init__(
@@ -119,7 +121,8 @@ class Resnet(nn.Module):
         super().__init__()
         self.norm1 = GroupNorm(groups, in_channels, eps)
         self.conv1 = Conv(in_channels, out_channels)
-        self.time_emb_proj = None if time_channels is None else Linear(time_channels, out_channels)
+        if time_channels is not None:
+            self.time_emb_proj = Linear(time_channels, out_channels)
         self.norm2 = GroupNorm(groups, out_channels, eps)
         self.conv2 = Conv(out_channels, out_channels)
         self.conv_shortcut = None if in_channels == out_channels else Conv(in_channels, out_channels, kernel=1)
@@ -131,7 +134,7 @@ class Resnet(nn.Module):
         return self.conv2(h, residual=self.shortcut(x, skip))
 
     def shortcut(self, x: Tensor, skip: Tensor | None) -> Tensor:
-        """x itself, or a 1x1 convolution of (x, skip): one matrix product per source, so that they are never concatenated."""
+        """x, or a 1x1 convolution of x and skip: one matrix product for each, so that they are not concatenated."""
         if self.conv_shortcut is None:
             return x
         weight = self.conv_shortcut.weight.flatten(1)  # (out, in)
@@ -142,7 +145,7 @@ class Resnet(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve height and width by a strided 3x3 convolution; with padding 0 the missing row and column are below and right."""
+    """Halve height and width by a 3x3 convolution of stride 2; padding 0 means one row below and one column right."""
 
     def __init__(self, channels: int, padding: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """The U-Net of Stable Diffusion 1, 2, XL and their distilled relatives, partially evaluated.
 
-A step of the denoising loop needs little of what diffusers' forward computes. What depends on the schedule and the conditioning alone
-is computed once, by `time_rows` and `cross_kv`; `step` is the rest. Parameter names are those of diffusers' UNet2DConditionModel.
+What depends on the schedule and the conditioning alone is computed once, by `time_rows` and `cross_kv`; what is left
+for each step of the denoising loop is `step`. Parameter names are those of diffusers' UNet2DConditionModel.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ class AddedConditions:
 
 
 class UNet(nn.Module):
-    """Predicts noise, v or sample, whichever the checkpoint was trained for, from noisy latents, a time step and a text.
+    """From noisy latents, a time step and a text to noise, v or sample, whichever the checkpoint was trained for.
 
+    Used in parts:
         rows = unet.time_rows(timesteps)            # once per schedule and conditioning, (steps, S)
         kv = unet.cross_kv(encoder_hidden_states)   # once per prompt
         out = unet.step(u, rows[i : i + 1], kv)     # each step
@@ -60,7 +61,7 @@ class UNet(nn.Module):
         if config.needs_added:
             self.add_embedding = TimeEmbedding(config.addition_input_dim, config.time_embedding_dim)
 
-        # Every tensor that the encoder makes is kept as a skip connection; each resnet of the decoder takes the last one left.
+        # Whatever the encoder makes is kept as a skip connection; each resnet of the decoder takes the last one left.
         skips = [width]
         self.down_blocks: Layers[Block] = Layers()
         for i, level in enumerate(config.down):
@@ -84,10 +85,10 @@ class UNet(nn.Module):
         self.conv_out = Conv(width, config.out_channels)
 
     def step(self, u: Tensor, temb_row: Tensor, cross_kv: Sequence[Tensor]) -> Tensor:
-        """One evaluation of the network: u (B, Cin, H, W), temb_row (B, S), cross_kv as from cross_kv -> (B, Cout, H, W).
+        """One evaluation: u (B, Cin, H, W), temb_row (B, S) of time_rows, cross_kv of B texts -> (B, Cout, H, W).
 
-        Nothing is computed here that does not change at each step. Any H and W run, as in diffusers: an upsampling goes to the size
-        of the skip connection that it meets.
+        Nothing is computed here that does not change at each step. Any H and W run, as in diffusers: upsampling goes to
+        the size of the skip connection that it meets.
         """
         rows = iter(temb_row.split([resnet.conv2.weight.shape[0] for resnet in self.resnets()], dim=1))
         kv = iter(cross_kv)
@@ -124,14 +125,14 @@ class UNet(nn.Module):
     ) -> Tensor:
         """All that the resnets read of time and conditioning: timesteps (R,) -> (R, S), one row per step and U-Net row.
 
-        S is the sum of the resnets' channels, in network order. timesteps may be fractional. `added` has R rows and is needed by SDXL;
-        `guidance` (R,) is the guidance scale, needed by LCM. Each row is time_emb_proj(silu(embedding)) of all resnets side by side
-        plus the bias of the convolution that it will be added to.
+        A row is time_emb_proj(silu(embedding)) of all resnets side by side, in network order, plus the biases of the
+        convolutions whose output it is added to. timesteps may be fractional. SDXL needs `added`, with R rows, and LCM
+        `guidance` (R,), the guidance scale: InputError if they are missing.
         """
         condition = None
         if self.config.time_cond_proj_dim is not None:
             if guidance is None:
-                raise InputError("this U-Net reads the guidance scale (LCM): guidance is None, expected one number per row")
+                raise InputError("this U-Net (LCM) reads the guidance scale: guidance is None, expected (R,) numbers")
             condition = guidance_embedding(guidance, self.config.time_cond_proj_dim)
         return self._time_rows(timesteps, added, condition)
 
@@ -145,7 +146,7 @@ class UNet(nn.Module):
         embedding = self.time_embedding(sinusoids(timesteps, config.down[0].channels).to(dtype), condition)
         if config.needs_added:
             if added is None:
-                raise InputError("this U-Net reads pooled text and sizes (SDXL): they are None, expected one row per U-Net row")
+                raise InputError("this U-Net (SDXL) reads pooled text and sizes: got None, expected R rows of each")
             sizes = sinusoids(added.time_ids.flatten(), config.addition_time_embed_dim)
             sizes = sizes.unflatten(0, added.time_ids.shape).flatten(1)  # (R, 6 * addition_time_embed_dim)
             embedding = embedding + self.add_embedding(torch.cat((added.text_embeds, sizes.to(dtype)), dim=1))
@@ -153,7 +154,7 @@ class UNet(nn.Module):
         return torch.cat([resnet.time_emb_proj(h) + resnet.conv1.bias for resnet in self.resnets()], dim=1)
 
     def cross_kv(self, encoder_hidden_states: Tensor) -> tuple[Tensor, ...]:
-        """Keys and values of the text for every cross-attention, in network order: (B, T, D) -> one (B, T, 2C) = (k | v) each."""
+        """Keys and values of texts (B, T, D): for each cross-attention in network order one (B, T, 2C) = (k | v)."""
         return tuple(
             torch.cat((layer.attn2.to_k(encoder_hidden_states), layer.attn2.to_v(encoder_hidden_states)), dim=-1)
             for block in self.blocks()
@@ -171,7 +172,8 @@ class UNet(nn.Module):
     ) -> Tensor:
         """The whole network with diffusers' arguments: sample (B, Cin, H, W), timestep () or (B,) -> (B, Cout, H, W).
 
-        timestep_cond (B, time_cond_proj_dim) is the embedded guidance of LCM, added_cond_kwargs SDXL's text_embeds and time_ids.
+        timestep_cond (B, time_cond_proj_dim) is LCM's guidance, embedded; added_cond_kwargs has SDXL's text_embeds and
+        time_ids.
         """
         timesteps = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         added = None
@@ -198,20 +200,21 @@ class Block(nn.Module):
         self.downsamplers: Layers[Downsample] = Layers()
         self.upsamplers: Layers[Upsample] = Layers()
         for depth, skip in zip(level.depths, skips or [0] * len(level.depths), strict=True):
+            width = in_channels + skip
             self.resnets.append(
-                Resnet(in_channels + skip, level.channels, config.norm_groups, config.norm_eps, config.time_embedding_dim)
+                Resnet(width, level.channels, config.norm_groups, config.norm_eps, config.time_embedding_dim)
             )
             if depth is not None:
                 self.attentions.append(Transformer(config, level, depth))
             in_channels = level.channels
 
     def layers(self) -> Iterator[tuple[Resnet, Transformer | None]]:
-        """Each resnet with the transformer that follows it; the middle block's last resnet, and plain blocks, have none."""
+        """Each resnet with the transformer after it; the middle's last resnet and those of plain blocks have none."""
         return zip_longest(self.resnets, self.attentions)
 
 
 class Transformer(nn.Module):
-    """Self-attention, cross-attention and feed-forward over the pixels of (B, C, H, W); diffusers' Transformer2DModel."""
+    """Transformer layers over the pixels of (B, C, H, W) and a residual; diffusers' Transformer2DModel."""
 
     def __init__(self, config: UNetConfig, level: Level, depth: int) -> None:
         super().__init__()
@@ -276,7 +279,7 @@ class TimeEmbedding(nn.Module):
 
 
 def timestep_embedding(timesteps: Tensor, channels: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
-    """Sinusoids of (N,) numbers: (N, channels) in float32. Formula: Ho et al. 2020, arXiv:2006.11239, as in diffusers."""
+    """Sinusoids of (N,) numbers: (N, channels) in float32. Formula: Ho et al. 2020, arXiv:2006.11239."""
     half = channels // 2
     exponent = torch.arange(half, dtype=torch.float32, device=timesteps.device) / (half - freq_shift)
     angle = timesteps.float()[:, None] * torch.exp(-math.log(10000) * exponent)
@@ -285,5 +288,5 @@ def timestep_embedding(timesteps: Tensor, channels: int, flip_sin_to_cos: bool, 
 
 
 def guidance_embedding(guidance: Tensor, channels: int) -> Tensor:
-    """Sinusoids of (N,) guidance scales: (N, channels) in float32. Formula: get_guidance_scale_embedding of diffusers' LCM pipeline."""
+    """Sinusoids of (N,) guidance scales: (N, channels) in float32. Formula: diffusers' LCM pipeline."""
     return timestep_embedding((guidance.float() - 1) * 1000, channels, flip_sin_to_cos=False, freq_shift=1)

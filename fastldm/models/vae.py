@@ -1,7 +1,7 @@
 """Autoencoders between pictures and latents: Stable Diffusion's KL autoencoder and the tiny one in TAESD's layout.
 
-Pictures are (B, 3, H, W) in -1..1. Latents here are the autoencoder's own; a KL autoencoder's are (z - shift_factor) * scaling_factor
-for the U-Net. Parameter names are those of diffusers' AutoencoderKL and AutoencoderTiny.
+Pictures are (B, 3, H, W) in -1..1. Latents z are the autoencoder's own; a U-Net works on
+(z - shift_factor) * scaling_factor. Parameter names are those of diffusers' AutoencoderKL and AutoencoderTiny.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = Conv(latents, latents, kernel=1) if config.post_quant_conv else None
 
     def encode(self, x: Tensor) -> Tensor:
-        """x (B, 3, H, W) in -1..1 -> (B, 2C, H / factor, W / factor): mean and log variance of the latents, side by side."""
+        """x (B, 3, H, W) in -1..1 -> (B, 2C, H / factor, W / factor): the latents' mean, then their log variance."""
         moments = self.encoder(channels_last(x))
         return moments if self.quant_conv is None else self.quant_conv(moments)
 
@@ -147,10 +147,11 @@ class PixelAttention(Attention):
 def rescale_for_half(vae: AutoencoderKL, exponent: int = -4) -> None:
     """Keep the activations of a `force_upcast` autoencoder in float16's range, without changing what it computes.
 
-    Everything between conv_in and conv_norm_out is made 2 ** exponent times as large: the weights and biases that write into the residual
-    stream or between a resnet's convolutions are scaled; where a layer maps the stream to itself (shortcut, up- and downsampling) only
-    its bias is; GroupNorm divides the factor out again, given its eps times the factor squared. A power of two is exact: float32
-    results are bitwise the same. Parameters are replaced, not written to, so storage shared with others keeps its values.
+    All between conv_in and conv_norm_out becomes 2 ** exponent times as large. Where a layer writes into the residual
+    stream or between a resnet's convolutions, weight and bias are scaled; where it maps the stream to itself (shortcut,
+    up- and downsampling), the bias alone; each GroupNorm divides the factor out again, its eps scaled by the square. A
+    power of two is exact: float32 results are bitwise the same. Parameters are replaced, not written to: whatever shares
+    their storage keeps its values.
     """
     scale = 2.0**exponent
 
@@ -176,7 +177,7 @@ def rescale_for_half(vae: AutoencoderKL, exponent: int = -4) -> None:
 
 
 class TinyAutoencoder(nn.Module):
-    """A distilled autoencoder in TAESD's layout. Its latents are those of the U-Net: nothing is sampled, scaling_factor is 1."""
+    """A distilled autoencoder in TAESD's layout. Its latents are the U-Net's: nothing is sampled and nothing scaled."""
 
     def __init__(self, config: TinyVAEConfig) -> None:
         super().__init__()

@@ -1,0 +1,151 @@
+"""A checkpoint's description, and what it should run on here.
+
+    path or hub id -> Checkpoint (files and raw configs) -> Spec (configs and family) -> Networks (weights loaded)
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastldm import text, weights
+from fastldm.config import Family, TextConfig, TinyVAEConfig, UNetConfig, VAEConfig, recognise
+from fastldm.errors import InputError
+from fastldm.models.clip import CLIPText
+from fastldm.models.unet import UNet
+from fastldm.models.vae import AutoencoderKL, TinyAutoencoder, rescale_for_half
+
+logger = logging.getLogger("fastldm")
+
+DEFAULT_MODEL = Path(__file__).parent / "assets" / "default"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a model is, known before any of its weights are read."""
+
+    checkpoint: weights.Checkpoint
+    unet: UNetConfig
+    vae: VAEConfig | TinyVAEConfig
+    text: tuple[TextConfig, ...]
+    family: Family
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all networks together."""
+        with torch.device("meta"):
+            networks: list[torch.nn.Module] = [UNet(self.unet), _autoencoder(self.vae), *map(CLIPText, self.text)]
+        return sum(p.numel() for network in networks for p in network.parameters())
+
+
+def describe(
+    path_or_id: str | os.PathLike[str] = "default",
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    allow_pickle: bool = False,
+    prediction_type: str | None = None,
+) -> Spec:
+    """What a diffusers folder, a hub id, a single-file checkpoint or "default" holds. Reads no weights.
+
+    Raises CheckpointError for anything that is not a model that fastldm can run, naming what it is instead.
+    """
+    given = DEFAULT_MODEL if str(path_or_id) == "default" else path_or_id
+    checkpoint = weights.open_checkpoint(
+        given,
+        variant=variant,
+        revision=revision,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        allow_pickle=allow_pickle,
+        prediction_type=prediction_type,
+    )
+    return spec_of(checkpoint)
+
+
+def spec_of(checkpoint: weights.Checkpoint) -> Spec:
+    """The networks' descriptions from a checkpoint's raw config files."""
+    parts = checkpoint.components
+    vae = TinyVAEConfig if parts["vae"].config.get("_class_name") == "AutoencoderTiny" else VAEConfig
+    unet = UNetConfig.from_dict(parts["unet"].config, f"{checkpoint.source}: unet")
+    encoders = [name for name in ("text_encoder", "text_encoder_2") if name in parts]
+    return Spec(
+        checkpoint,
+        unet,
+        vae.from_dict(parts["vae"].config, f"{checkpoint.source}: vae"),
+        tuple(TextConfig.from_dict(parts[name].config, f"{checkpoint.source}: {name}") for name in encoders),
+        recognise(unet, checkpoint.scheduler),
+    )
+
+
+def _autoencoder(config: VAEConfig | TinyVAEConfig) -> AutoencoderKL | TinyAutoencoder:
+    return TinyAutoencoder(config) if isinstance(config, TinyVAEConfig) else AutoencoderKL(config)
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or a GPU where there is one, else the CPU. InputError where it does not exist here."""
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"device {str(device)!r} cannot be used here ({reason}): try cpu, or see `fastldm doctor`") from error
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype | None, device: torch.device, parameters: int) -> torch.dtype:
+    """The dtype asked for, or what is fastest on `device` for a model of so many parameters.
+
+    On a GPU that is float16: bfloat16's rate and eight times finer. On a CPU it is bfloat16 where the processor multiplies it natively and
+    the networks are large enough for that to matter, else float32. float16 asked for on a CPU is replaced, with a warning: code written
+    for a GPU runs as it is.
+    """
+    if isinstance(dtype, str):
+        named = getattr(torch, dtype.removeprefix("torch."), None)
+        if named not in (torch.float32, torch.float16, torch.bfloat16):
+            raise InputError(f"dtype is {dtype!r}: expected float32, float16 or bfloat16")
+        dtype = named
+    if device.type != "cpu":
+        return dtype or torch.float16
+    best = torch.bfloat16 if _native_bfloat16() and parameters > 10**8 else torch.float32
+    if dtype == torch.float16:
+        logger.warning("float16 is slow or missing on CPUs: running in %s", str(best).removeprefix("torch."))
+        return best
+    return dtype or best
+
+
+def _native_bfloat16() -> bool:
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(check() for check in checks if check is not None)
+
+
+@dataclass(frozen=True)
+class Networks:
+    """A model, loaded: what a pipeline runs."""
+
+    unet: UNet
+    vae: AutoencoderKL | TinyAutoencoder
+    text_stages: tuple[text.TextStage, ...]
+
+
+def load(spec: Spec, fill: Callable[[torch.nn.Module, str], Any]) -> Networks:
+    """The networks of a spec; `fill(module on meta, component name)` returns the module with its weights."""
+    names = [name for name in ("text_encoder", "text_encoder_2") if name in spec.checkpoint.components]
+    with torch.device("meta"):
+        unet, vae, encoders = UNet(spec.unet), _autoencoder(spec.vae), [CLIPText(one) for one in spec.text]
+    stages = tuple(
+        text.TextStage(spec.checkpoint.tokenizer(name.replace("text_encoder", "tokenizer")), fill(encoder, name))
+        for name, encoder in zip(names, encoders, strict=True)
+    )
+    vae = fill(vae, "vae")
+    if spec.vae.force_upcast and isinstance(vae, AutoencoderKL) and next(vae.parameters()).dtype == torch.float16:
+        rescale_for_half(vae)
+    return Networks(fill(unet, "unet"), vae, stages)

@@ -1,0 +1,651 @@
+"""Text: token ids against transformers, prompt weights, and the Conditioning against diffusers' `encode_prompt`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from fastldm.config import TextConfig
+from fastldm.errors import CheckpointError, InputError
+from fastldm.models.clip import CLIPText
+from fastldm.text import (
+    BOS,
+    EOS,
+    Conditioning,
+    TextStage,
+    Tokenizer,
+    clip_vocabulary,
+    encode_prompts,
+    given_conditioning,
+    parse_weights,
+    prompt_list,
+    size_ids,
+)
+
+ASTRONAUT = [320, 1125, 539, 550, 18376, 6765, 320, 4558]
+
+SD1_TOKEN = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+SD1_MAP = {name: {"content": EOS, **SD1_TOKEN} for name in ("eos_token", "unk_token")}
+SD1_MAP |= {"bos_token": {"content": BOS, **SD1_TOKEN}, "pad_token": EOS}
+SD1_CONFIG = {
+    **{name: {"__type": "AddedToken", **token} for name, token in SD1_MAP.items() if isinstance(token, dict)},
+    "pad_token": EOS,
+    "model_max_length": 77,
+    "tokenizer_class": "CLIPTokenizer",
+    "do_lower_case": True,
+    "errors": "replace",
+    "add_prefix_space": False,
+}
+SDXL2_ADDED = {
+    "0": {"content": "!", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True},
+    "49406": {"content": BOS, **SD1_TOKEN, "special": True},
+    "49407": {"content": EOS, **SD1_TOKEN, "special": True},
+}
+SDXL2_NAMES = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": "!"}
+
+# The forms in which tokenizers lie on disk: each a reason for tokens to come out otherwise. (vocabulary size, files)
+FOLDERS: dict[str, tuple[int, dict[str, Any]]] = {
+    # vocabulary and merges alone
+    "bare": (49408, {}),
+    # SD 1.x: special tokens as dicts, found in the normalised text, so in capitals too
+    "sd1": (49408, {"tokenizer_config.json": SD1_CONFIG, "special_tokens_map.json": SD1_MAP}),
+    # SD 2.x: the map overrides the settings' pad token; `!` in a prompt is the pad token
+    "sd2": (49408, {"tokenizer_config.json": SD1_CONFIG, "special_tokens_map.json": {**SD1_MAP, "pad_token": "!"}}),
+    # SDXL's second: added_tokens_decoder replaces the map
+    "sdxl2": (
+        49408,
+        {
+            "tokenizer_config.json": {**SDXL2_NAMES, "added_tokens_decoder": SDXL2_ADDED, "model_max_length": 77},
+            "special_tokens_map.json": {"pad_token": "never read"},
+        },
+    ),
+    # the default model's: a short vocabulary and window
+    "small": (8192, {"tokenizer_config.json": {**SDXL2_NAMES, "pad_token": EOS, "model_max_length": 32}}),
+    # textual inversion: a token of its own, at the end of the vocabulary
+    "added": (49408, {"added_tokens.json": {"<cat-toy>": 49408}, "special_tokens_map.json": SD1_MAP}),
+    "extra": (1000, {"tokenizer_config.json": {"additional_special_tokens": ["<Toy>"], "model_max_length": 1e30}}),
+}
+# Vocabularies that lack most single bytes: what they do not know becomes the unknown token
+HOLES = "holes"
+# As transformers 5 writes it
+SERIALIZED = {"tokenizer.json": "sd1", "tokenizer.json with !": "sd2", "tokenizer.json and extra": "extra"}
+# As older versions wrote it, beside older files, of which vocabulary and merges are not read; nor is how it splits
+OLDER = "older tokenizer.json"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("tokenizers")
+    made = {}
+    for name, (size, files) in FOLDERS.items():
+        vocab, merges = clip_vocabulary(size)
+        made[name] = write_folder(root / name, vocab, merges, files)
+    letters = {c: k for k, c in enumerate(["a", "b", "c</w>", "ab", "abc</w>", BOS, EOS])}
+    made[HOLES] = write_folder(root / HOLES, letters, [("a", "b"), ("ab", "c</w>")], {})
+    for name, origin in SERIALIZED.items():
+        made[name] = root / name
+        CLIPTokenizer.from_pretrained(made[origin]).save_pretrained(made[name])
+        assert not (made[name] / "vocab.json").exists()
+    serialized = json.loads((made["tokenizer.json"] / "tokenizer.json").read_text(encoding="utf-8"))
+    serialized["model"]["merges"] = [" ".join(pair) for pair in serialized["model"]["merges"]]
+    serialized["normalizer"] = serialized["pre_tokenizer"] = None
+    files = {"tokenizer.json": serialized, "special_tokens_map.json": SD1_MAP}
+    made[OLDER] = write_folder(root / OLDER, *clip_vocabulary(600), files)
+    return made
+
+
+def write_folder(path: Path, vocab: dict[str, int], merges: list[tuple[str, str]], files: dict[str, Any]) -> Path:
+    path.mkdir()
+    (path / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (path / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for name, content in files.items():
+        (path / name).write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+WORDS = "the quick brown fox of a photo astronaut riding horse unbelievableness internationalization 8k hdr"
+POOLS: tuple[list[str], ...] = (
+    WORDS.split(),
+    list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"),
+    list("0123456789٣४²½Ⅷ④百"),
+    list(" \t\n\r\v\f\x1c\x1d\x85\xa0\u1680\u2003\u2028\u2029\u202f\u205f\u3000\u200b\u2060\ufeff"),
+    [chr(c) for c in [*range(32), *range(127, 160)]],
+    [*"!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~", "...", "!!!", "-->", ":)", "¯\\_(ツ)_/¯"],
+    ["'s", "'S", "'t", "'re", "'VE", "'m", "'ll", "'LL", "'d", "’s", "ʼs", "''", "dog's", "don't", "I'M", "o'clock"],
+    ["é", "e\u0301", "E\u0301", "ñ", "n\u0303", "Å", "A\u030a", "\u212b", "d\u0323\u0307", "\u0308" * 9],
+    ["ß", "ẞ", "İ", "ı", "I", "Σ", "ΟΔΟΣ", "ς", "ǅ", "ﬁ", "ÀÉÎÕÜ", "Ж", "ԱԲ", "Ⅻ", "𝐀", "Ａ", "Ꭰ", "𐐀"],
+    ["你好", "日本語", "カタカナ", "ｶﾀｶﾅ", "がぎ", "か\u3099", "한국어", "\u1112\u1161\u11ab", "漢字𠮷", "、"],
+    ["繁體", "。", "ไทย", "नमस्ते", "עברית", "مرحبا", "\u202eabc", "\u0378", "\u034f", "\u0300"],
+    ["😀", "🇩🇪", "👍🏽", "☃", "\u2764\ufe0f", "1\ufe0f\u20e3", "\U0001f469\u200d\U0001f467", "\U0001f3f4\U000e007f"],
+    [BOS, EOS, BOS.upper(), EOS.title(), "<|", "|>", "<|endoftext", "</w>", "a</w>", "Ġ", "ġthe", "<cat-toy>", "<toy>"],
+    ["\ue000", "\U000f0000", "\ufffd", "\uffff", "\U0010ffff", "<Toy>"],
+)
+
+
+def nasty_texts(count: int, seed: int) -> list[str]:
+    """Seeded texts of mixed kinds, from empty to thousands of characters."""
+    draw = random.Random(seed)
+    texts = ["", " ", "a" * 5000, "ab" * 3000 + "'s", "1" * 999, "!" * 999, "字" * 999, "é" * 999, "\0" * 99, EOS * 99]
+    while len(texts) < count:
+        pools = draw.sample(POOLS, draw.randint(1, 4))
+        length = draw.choice((1, 2, 5, 20, 80, 400))
+        joint = draw.choice(("", " ", "  ", "'"))
+        pieces = [draw.choice(draw.choice(pools)) for _ in range(length)]
+        if draw.random() < 0.2:  # anything that Unicode has, assigned or not, but surrogates, which have no UTF-8 form
+            pieces = [chr(c) for c in (draw.randrange(0x110000) for _ in range(length)) if not 0xD800 <= c < 0xE000]
+        texts.append(joint.join(pieces))
+    return texts
+
+
+# Tokenizer
+
+
+@pytest.mark.parametrize("name", [*FOLDERS, HOLES, *SERIALIZED, OLDER])
+def test_ids_equal_transformers_on_nasty_texts(folders: dict[str, Path], name: str) -> None:
+    judge, ours = CLIPTokenizer.from_pretrained(folders[name]), Tokenizer(folders[name])
+    assert (ours.bos, ours.eos, ours.pad) == (judge.bos_token_id, judge.eos_token_id, judge.pad_token_id)
+    assert ours.max_length == (judge.model_max_length if judge.model_max_length < 1e6 else 77)
+    texts = nasty_texts(1000, seed=0)
+    wrong = [text for text in texts if [ours.bos, *ours.ids(text), ours.eos] != judge(text).input_ids]
+    assert not wrong, f"{len(wrong)} of {len(texts)}: {wrong[:3]!a}"
+
+
+@pytest.mark.parametrize(("pad_token", "folder"), [(None, "bare"), ("!", "sdxl2")])
+def test_the_tokenizer_that_ships_is_clips(folders: dict[str, Path], pad_token: str | None, folder: str) -> None:
+    ours, judge = Tokenizer(pad_token=pad_token), CLIPTokenizer.from_pretrained(folders[folder])
+    assert ours.ids("a photo of an astronaut riding a horse") == ASTRONAUT  # as openai/CLIP gives them
+    assert (ours.bos, ours.eos, ours.pad, ours.max_length) == (49406, 49407, judge.pad_token_id, 77)
+    texts = [text.replace(BOS.upper(), "").replace(EOS.title(), "") for text in nasty_texts(200, seed=1)]
+    assert [ours.ids(text) for text in texts] == [judge(text).input_ids[1:-1] for text in texts]
+
+
+@pytest.mark.parametrize("size", [514, 515, 8192, 49408])
+def test_a_truncated_vocabulary_is_the_start_of_the_whole(size: int) -> None:
+    vocab, merges = clip_vocabulary(size)
+    whole, all_merges = clip_vocabulary()
+    assert len(vocab) == size
+    assert merges == all_merges[: size - 514]
+    assert list(vocab)[:-2] == list(whole)[: size - 2]
+    assert (vocab[BOS], vocab[EOS]) == (size - 2, size - 1)
+
+
+def put(name: str, content: str) -> Any:
+    return lambda folder: (folder / name).write_text(content, encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "merges.txt").unlink(), "expected vocab.json and merges.txt"),
+        (lambda folder: (folder / "vocab.json").unlink(), "expected vocab.json and merges.txt"),
+        (put("vocab.json", "<!doctype html>"), "not one of CLIP's kind"),
+        (put("merges.txt", "#version: 0.2\na b c d\n"), "not one of CLIP's kind"),
+        (put("merges.txt", "#version: 0.2\nnever seen\n"), "not one of CLIP's kind"),
+        (put("tokenizer_config.json", "version https://git-lfs.github.com/spec/v1"), "is not JSON"),
+        (put("tokenizer_config.json", "[1, 2]"), "not one of CLIP's kind"),
+        (put("special_tokens_map.json", '{"pad_token": 3}'), "not one of CLIP's kind"),
+        (put("tokenizer.json", '{"model": {"type": "Unigram", "vocab": []}}'), "is a Unigram tokenizer"),
+        (put("tokenizer.json", '{"truncated": '), "is not JSON"),
+    ],
+)
+def test_bad_files_are_checkpoint_errors_that_name_the_folder(tmp_path: Path, damage: Any, message: str) -> None:
+    folder = write_folder(tmp_path / "tokenizer", *clip_vocabulary(600), {})
+    Tokenizer(folder)
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Tokenizer(folder)
+    assert str(folder) in str(caught.value)
+
+
+# Prompt weights
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("", [("", 1.0)]),
+        ("a cat", [("a cat", 1.0)]),
+        ("a (red:1.3) cat", [("a ", 1.0), ("red", 1.3), (" cat", 1.0)]),
+        ("(red)", [("red", 1.1)]),
+        ("((red))", [("red", 1.1 * 1.1)]),
+        ("[red]", [("red", 1 / 1.1)]),
+        ("(a (b:1.5) c:2)", [("a ", 2.0), ("b", 3.0), (" c", 2.0)]),
+        ("(a:0.5)(b:.5)(c : 2. )", [("ab", 0.5), ("c ", 2.0)]),
+        ("(a:-1)(b:+2)", [("a", -1.0), ("b", 2.0)]),
+        ("(a:b:2)", [("a:b", 2.0)]),
+        (r"\(a\) \[b\] \\ \c", [(r"(a) [b] \ \c", 1.0)]),
+        (r"(a\):2)", [("a)", 2.0)]),
+        (r"\\(a)", [("\\", 1.0), ("a", 1.1)]),
+        ("()[]", [("", 1.0)]),
+        # what is no weight is text
+        ("(a", [("(a", 1.0)]),
+        ("a)", [("a)", 1.0)]),
+        ("a] [b", [("a] [b", 1.0)]),
+        (":-) 8:30 a:1.3)", [(":-) 8:30 a:1.3)", 1.0)]),
+        ("((a)", [("(", 1.0), ("a", 1.1)]),
+        ("(a [b) c]", [("a [b", 1.1), (" c]", 1.0)]),
+        ("[a:1.3]", [("a:1.3", 1 / 1.1)]),
+        ("(a:1.2.3)", [("a:1.2.3", 1.1)]),
+        ("(a:high)", [("a:high", 1.1)]),
+        ("(a:1e3)", [("a:1e3", 1.1)]),
+        ("(a:٣)", [("a:٣", 1.1)]),
+        # held within float16's reach
+        ("(a:99999999)(b:-99999999)", [("a", 1000.0), ("b", -1000.0)]),
+        ("(" * 9999 + "a" + ")" * 9999, [("a", 1000.0)]),
+        ("[" * 9999 + "a" + "]" * 9999, [("a", 0.0)]),
+    ],
+)
+def test_weights(prompt: str, expected: list[tuple[str, float]]) -> None:
+    got = parse_weights(prompt)
+    assert [text for text, _ in got] == [text for text, _ in expected]
+    assert [weight for _, weight in got] == pytest.approx([weight for _, weight in expected])
+
+
+SYNTAX = st.text(st.sampled_from("()[]\\:.1a -"), max_size=40)
+
+
+@settings(max_examples=300, deadline=None)
+@given(SYNTAX)
+def test_any_text_parses_and_its_escaped_form_is_the_text(prompt: str) -> None:
+    for _, weight in parse_weights(prompt):
+        assert math.isfinite(weight)
+    escaped = "".join("\\" + c if c in "()[]\\" else c for c in prompt)
+    assert parse_weights(escaped) == [(prompt, 1.0)]
+
+
+def test_parsing_time_is_linear_in_length() -> None:
+    # each of these takes minutes where a bracket or a number is searched for again and again
+    for piece in ("(", "[", "[)", ":1", "1", "\\", "\\(", ": "):
+        text = ":" + piece * 200_000
+        assert sum(len(part) for part, _ in parse_weights(text)) <= len(text)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "expected a text or a list"),
+        (3, "expected a text or a list"),
+        (b"a", "expected a text or a list"),
+        ([], "empty list"),
+        ((), "empty list"),
+        (["a", None], "holds None"),
+        ("a \ud800", "not valid Unicode"),
+    ],
+)
+def test_prompts_that_are_none(value: Any, message: str) -> None:
+    with pytest.raises(InputError, match=rf"^negative_prompt .*{message}"):
+        prompt_list(value, "negative_prompt")
+
+
+def test_prompts_that_are() -> None:
+    assert prompt_list("") == [""]
+    assert prompt_list(("a", "b")) == ["a", "b"]
+
+
+# Conditioning: judged by diffusers' encode_prompt on tiny encoders with seeded random weights
+
+WINDOW = 16
+CONTENT = WINDOW - 2
+VOCABULARY = 1000
+PROMPTS = ["a photo of a cat", "", "the end"]
+NEGATIVES = ["ugly", "", "a man in the sea"]
+
+
+class Judge:
+    """diffusers' pipelines over tiny encoders, and fastldm's stages over the same weights and tokenizer folders."""
+
+    def __init__(self, root: Path) -> None:
+        settings = {"tokenizer_config.json": {**SDXL2_NAMES, "pad_token": EOS, "model_max_length": WINDOW}}
+        first = write_folder(root / "tokenizer", *clip_vocabulary(VOCABULARY), settings)
+        settings = {"tokenizer_config.json": {**SDXL2_NAMES, "model_max_length": WINDOW}}
+        second = write_folder(root / "tokenizer_2", *clip_vocabulary(VOCABULARY), settings)
+        torch.manual_seed(0)
+        # widths differ so that mixed-up encoders fail; the two kinds of activation and of eos_token_id are both there
+        one = tiny_encoder(CLIPTextModel, 32, hidden_act="quick_gelu", eos_token_id=2)
+        two = tiny_encoder(CLIPTextModelWithProjection, 48, hidden_act="gelu", eos_token_id=VOCABULARY - 1)
+        tokenizers = [CLIPTokenizer.from_pretrained(folder) for folder in (first, second)]
+        nothing = {"vae": None, "unet": None, "scheduler": None}
+        self.sd = StableDiffusionPipeline(
+            text_encoder=one,
+            tokenizer=tokenizers[0],
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+            **nothing,
+        )
+        self.sdxl = StableDiffusionXLPipeline(
+            text_encoder=one, tokenizer=tokenizers[0], text_encoder_2=two, tokenizer_2=tokenizers[1], **nothing
+        )
+        self.stages = [TextStage(Tokenizer(first), ours(one)), TextStage(Tokenizer(second), ours(two))]
+
+
+def tiny_encoder(kind: Any, width: int, **options: Any) -> Any:
+    config = CLIPTextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=37,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=WINDOW,
+        projection_dim=24,
+        bos_token_id=VOCABULARY - 2,
+        pad_token_id=VOCABULARY - 1,
+        **options,
+    )
+    model = kind(config).eval().requires_grad_(False)
+    for parameter in model.parameters():  # biases and norms too, which start as zeros and ones
+        parameter.add_(torch.randn_like(parameter) * 0.2)
+    if kind is CLIPTextModel:
+        # diffusers' clip_skip wants `text_model`, which transformers 5 took away; as a module it would be its own child
+        object.__setattr__(model, "text_model", model)
+    return model
+
+
+def ours(judge: nn.Module) -> CLIPText:
+    model = CLIPText(TextConfig.from_dict({**judge.config.to_dict(), "architectures": [type(judge).__name__]}))
+    state = judge.state_dict()
+    if isinstance(judge, CLIPTextModel):
+        state = {f"text_model.{name}": tensor for name, tensor in state.items()}
+    model.load_state_dict(state)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Judge:
+    return Judge(tmp_path_factory.mktemp("judge"))
+
+
+def assert_close(got: Tensor | None, expected: Tensor | None) -> None:
+    """Two float32 implementations of a few layers: rounding only."""
+    assert got is not None
+    assert expected is not None
+    assert got.shape == expected.shape
+    assert got.dtype == expected.dtype
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("clip_skip", [None, 0, 1, 3])
+def test_sd_equals_diffusers(judge: Judge, clip_skip: int | None) -> None:
+    got = encode_prompts(judge.stages[:1], PROMPTS, NEGATIVES, clip_skip=clip_skip).repeat(2)
+    hidden, negative = judge.sd.encode_prompt(PROMPTS, "cpu", 2, True, NEGATIVES, clip_skip=clip_skip)
+    assert_close(got.hidden, hidden)
+    assert_close(got.negative_hidden, negative)
+    assert got.pooled is None
+    assert got.negative_pooled is None
+
+
+@pytest.mark.parametrize("clip_skip", [None, 0, 1, 2])
+@pytest.mark.parametrize("negatives", [NEGATIVES, [""] * 3, None], ids=["given", "empty", "none"])
+def test_sdxl_equals_diffusers(judge: Judge, clip_skip: int | None, negatives: list[str] | None) -> None:
+    assert judge.sdxl.config.force_zeros_for_empty_prompt
+    got = encode_prompts(judge.stages, PROMPTS, negatives, clip_skip=clip_skip, zero_negative=True).repeat(2)
+    expected = judge.sdxl.encode_prompt(
+        PROMPTS, device="cpu", num_images_per_prompt=2, negative_prompt=negatives, clip_skip=clip_skip
+    )
+    assert_close(got.hidden, expected[0])
+    assert_close(got.negative_hidden, expected[1])
+    assert_close(got.pooled, expected[2])
+    assert_close(got.negative_pooled, expected[3])
+    assert bool(got.negative_hidden.any()) == (negatives is not None)
+
+
+def test_one_second_encoder_alone_is_read_as_sdxl_reads_it(judge: Judge) -> None:
+    got = encode_prompts(judge.stages[1:], PROMPTS)
+    both = encode_prompts(judge.stages, PROMPTS)
+    assert_close(got.hidden, both.hidden[..., 32:])
+    assert_close(got.pooled, both.pooled)
+    assert got.negative_hidden is None
+    assert got.negative_pooled is None
+
+
+def test_one_negative_serves_all_and_none_is_no_guidance(judge: Judge) -> None:
+    got = encode_prompts(judge.stages[:1], PROMPTS, "ugly")
+    _, negative = judge.sd.encode_prompt(PROMPTS, "cpu", 1, True, ["ugly"] * 3)
+    assert_close(got.negative_hidden, negative)
+    assert encode_prompts(judge.stages[:1], PROMPTS).negative_hidden is None
+
+
+def test_a_full_window_is_one_window_and_equals_diffusers(judge: Judge) -> None:
+    text = "a " * CONTENT
+    assert len(judge.stages[0].tokenizer.ids(text)) == CONTENT
+    got = encode_prompts(judge.stages[:1], text)
+    assert_close(got.hidden, judge.sd.encode_prompt(text, "cpu", 1, False)[0])
+    assert encode_prompts(judge.stages[:1], text + "a").hidden.shape[1] == 2 * WINDOW
+
+
+def test_literal_prompts_and_escaped_ones_equal_diffusers(judge: Judge) -> None:
+    text = "a (cat:1.3) [b]"
+    expected = judge.sd.encode_prompt(text, "cpu", 1, False)[0]
+    assert_close(encode_prompts(judge.stages[:1], text, literal=True).hidden, expected)
+    assert_close(encode_prompts(judge.stages[:1], r"a \(cat:1.3\) \[b\]").hidden, expected)
+
+
+def read(model: Any, ids: list[int], pad: int) -> Tensor:
+    """transformers' states (W, D) of one window that holds these tokens."""
+    window = [VOCABULARY - 2, *ids, VOCABULARY - 1]
+    return model(torch.tensor([window + [pad] * (WINDOW - len(window))])).last_hidden_state[0]
+
+
+def test_long_prompts_are_windows_side_by_side(judge: Judge) -> None:
+    text = "the man in the sea with a cat and the end of an hour in there, a man at sea in an hour"
+    ids = judge.sd.tokenizer(text).input_ids[1:-1]
+    assert 2 * CONTENT < len(ids) <= 3 * CONTENT
+    got = encode_prompts(judge.stages[:1], text, "")
+    parts = [ids[k : k + CONTENT] for k in range(0, len(ids), CONTENT)]
+    assert_close(got.hidden[0], torch.cat([read(judge.sd.text_encoder, part, VOCABULARY - 1) for part in parts]))
+    empty = read(judge.sd.text_encoder, [], VOCABULARY - 1)
+    assert_close(got.negative_hidden[0], torch.cat([empty] * 3))
+
+
+def test_pooled_is_the_first_windows(judge: Judge) -> None:
+    long = encode_prompts(judge.stages, "a " * CONTENT + "cat", "a " * CONTENT + "man", clip_skip=1)
+    short = encode_prompts(judge.stages, "a " * CONTENT, "a " * CONTENT)
+    assert_close(long.pooled, short.pooled)
+    assert_close(long.negative_pooled, short.negative_pooled)
+
+
+def test_rows_of_unequal_length_attend_as_if_alone(judge: Judge) -> None:
+    prompts = ["a cat", "a " * (2 * CONTENT), "a " * (3 * CONTENT)]
+    together = encode_prompts(judge.stages[:1], prompts, "the " * (2 * CONTENT))
+    assert together.hidden.shape == together.negative_hidden.shape == (3, 6 * WINDOW, 32)
+    query = torch.randn(1, 5, 32)
+    for k, prompt in enumerate(prompts):
+        alone = encode_prompts(judge.stages[:1], prompt)
+        assert alone.hidden.shape[1] == (k + 1) * WINDOW
+        expected = F.scaled_dot_product_attention(query, alone.hidden, alone.hidden)
+        row = together.hidden[k : k + 1]
+        assert_close(F.scaled_dot_product_attention(query, row, row), expected)
+
+
+def test_lengths_without_a_small_common_multiple_stop_at_the_longest(
+    judge: Judge, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = ["a " * (count * CONTENT) for count in (7, 8, 9)]
+    with caplog.at_level(logging.WARNING, "fastldm"):
+        got = encode_prompts(judge.stages[:1], prompts)
+    assert got.hidden.shape[1] == 9 * WINDOW
+    assert "7, 8, 9 windows" in caplog.text
+    longest = encode_prompts(judge.stages[:1], "a " * (70 * CONTENT))  # alone it may be as long as it likes
+    assert longest.hidden.shape[1] == 70 * WINDOW
+
+
+def test_encoders_that_need_unequally_many_windows(judge: Judge) -> None:
+    text = "!! " * 10  # ten tokens to the first tokenizer, twenty to the second, where `!` is a token by itself
+    assert [len(stage.tokenizer.ids(text)) > CONTENT for stage in judge.stages] == [False, True]
+    got = encode_prompts(judge.stages, text)
+    assert got.hidden.shape == (1, 2 * WINDOW, 80)
+    empty = encode_prompts(judge.stages, "").hidden[0, :, :32]
+    expected = encode_prompts(judge.stages[1:], text)
+    assert_close(got.hidden[..., 32:], expected.hidden)
+    assert_close(got.hidden[0, WINDOW:, :32], empty)
+    assert_close(got.pooled, expected.pooled)
+
+
+def test_weights_move_their_tokens_away_from_the_empty_prompt(judge: Judge) -> None:
+    weighted = "a (cat:1.5) in the (sea:-2) [there] (end:1)"
+    tokenizer = judge.stages[0].tokenizer
+    weights = torch.ones(WINDOW)
+    place = 1
+    for text, weight in parse_weights(weighted):
+        count = len(tokenizer.ids(text))
+        weights[place : place + count] = weight
+        place += count
+    assert len(weights.unique()) == 4
+    plain, empty = encode_prompts(judge.stages[:1], ["a cat in the sea there end", ""]).hidden
+    got, other = encode_prompts(judge.stages[:1], [weighted, "a man"]).hidden
+    assert_close(got, empty + weights[:, None] * (plain - empty))
+    assert got[weights == 1].equal(plain[weights == 1])
+    assert_close(other, encode_prompts(judge.stages[:1], "a man").hidden[0])
+
+
+def test_weights_reach_all_encoders_negatives_and_later_windows(judge: Judge) -> None:
+    long = "a " * CONTENT
+    got = encode_prompts(judge.stages, f"{long}(cat:2)", f"{long}(man:3)", clip_skip=1)
+    plain = encode_prompts(judge.stages, f"{long}cat", f"{long}man", clip_skip=1)
+    empty = encode_prompts(judge.stages, "", "", clip_skip=1)
+    cat, man = WINDOW + 1, WINDOW + 1
+    for weight, place, x, y, e in (
+        (2, cat, got.hidden, plain.hidden, empty.hidden),
+        (3, man, got.negative_hidden, plain.negative_hidden, empty.negative_hidden),
+    ):
+        assert_close(x[0, place], e[0, 1] + weight * (y[0, place] - e[0, 1]))
+        assert_close(x[:, :place], y[:, :place])
+    assert_close(got.pooled, plain.pooled)
+
+
+def test_half_precision_stays_half_and_finite(judge: Judge) -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        root = judge.stages[0]
+        model = CLIPText(root.model.config)
+        model.load_state_dict(root.model.state_dict())
+        got = encode_prompts([TextStage(root.tokenizer, model.to(dtype))], "a (((cat:9))) (sea:1000)", "")
+        assert got.hidden.dtype == got.negative_hidden.dtype == dtype
+        assert got.hidden.isfinite().all()
+
+
+def test_each_distinct_window_is_read_once(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    forward = CLIPText.forward
+
+    def counted(self: CLIPText, input_ids: Tensor, *args: Any, **options: Any) -> Any:
+        rows.append(len(input_ids))
+        return forward(self, input_ids, *args, **options)
+
+    monkeypatch.setattr(CLIPText, "forward", counted)
+    encode_prompts(judge.stages[:1], ["a cat"] * 4, "")
+    assert rows == [2]
+    encode_prompts(judge.stages[:1], ["a cat", "a (cat)"], ["ugly", ""])
+    assert rows == [2, 3]
+
+
+def test_the_window_is_no_longer_than_the_encoders_positions(judge: Judge) -> None:
+    stage = TextStage(Tokenizer(), judge.stages[0].model)
+    assert stage.window == WINDOW
+    with pytest.raises(CheckpointError, match=r"id 49407 but the text encoder has 1000 embeddings"):
+        encode_prompts([stage], "a")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompts": None}, "prompt is None"),
+        ({"prompts": []}, "prompt is an empty list"),
+        ({"prompts": ["a"] * 3, "negatives": ["b"] * 2}, "negative_prompt has 2 texts for 3 prompts"),
+        ({"prompts": "a", "negatives": 3}, "negative_prompt is 3"),
+        ({"prompts": "a", "clip_skip": 3}, "clip_skip is 3: expected a whole number, 0 to 2"),
+        ({"prompts": "a", "clip_skip": -1}, "clip_skip is -1"),
+        ({"prompts": "a", "clip_skip": 1.5}, "clip_skip is 1.5"),
+    ],
+)
+def test_bad_calls_are_input_errors(judge: Judge, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        encode_prompts(judge.stages, **options)
+
+
+def test_repeat_and_select() -> None:
+    tensors = [torch.randn(2, 3, 4), torch.randn(2, 5), torch.randn(2, 3, 4), None]
+    conditioning = Conditioning(*tensors)
+    repeated = conditioning.repeat(2)
+    assert repeated.hidden.equal(tensors[0][[0, 0, 1, 1]])
+    assert repeated.pooled.equal(tensors[1][[0, 0, 1, 1]])
+    assert repeated.select([3, 0]).negative_hidden.equal(tensors[2][[1, 0]])
+    assert repeated.negative_pooled is None
+
+
+# Conditioning from tensors
+
+
+SDXL = SimpleNamespace(cross_attention_dim=8, needs_added=True, addition_input_dim=29, addition_time_embed_dim=4)
+SD = SimpleNamespace(cross_attention_dim=8, needs_added=False)
+
+
+def embeds(**changes: Any) -> dict[str, Any]:
+    return {
+        "prompt_embeds": torch.randn(2, 7, 8),
+        "negative_prompt_embeds": torch.randn(2, 7, 8),
+        "pooled_prompt_embeds": torch.randn(2, 5),
+        "negative_pooled_prompt_embeds": torch.randn(2, 5),
+        "unet": SDXL,
+        "guided": True,
+        **changes,
+    }
+
+
+def test_given_tensors_make_a_conditioning() -> None:
+    options = embeds()
+    got = given_conditioning(**options)
+    assert got.hidden is options["prompt_embeds"]
+    assert got.pooled is options["pooled_prompt_embeds"]
+    assert got.negative_hidden is options["negative_prompt_embeds"]
+    assert got.negative_pooled is options["negative_pooled_prompt_embeds"]
+    # what is not needed is not looked at
+    assert given_conditioning(torch.ones(1, 2, 8), unet=SD, guided=False).map(torch.neg).hidden.mean() == -1
+    got = given_conditioning(**{**options, "negative_prompt_embeds": 1, "guided": False, "unet": SD})
+    assert got.pooled is got.negative_hidden is got.negative_pooled is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt_embeds": [1.0]}, r"^prompt_embeds is \[1.0\]: expected a floating point tensor \(any, any, 8\)"),
+        ({"prompt_embeds": torch.ones(2, 7, 8, dtype=torch.long)}, "^prompt_embeds has dtype torch.int64"),
+        ({"prompt_embeds": torch.ones(2, 7, 9)}, r"^prompt_embeds has shape \(2, 7, 9\): expected \(any, any, 8\)"),
+        ({"prompt_embeds": torch.ones(7, 8)}, r"^prompt_embeds has shape \(7, 8\)"),
+        ({"prompt_embeds": torch.ones(0, 7, 8)}, r"^prompt_embeds has shape \(0, 7, 8\)"),
+        ({"prompt_embeds": torch.full((2, 7, 8), math.nan)}, "^prompt_embeds holds NaN"),
+        ({"negative_prompt_embeds": None}, r"^negative_prompt_embeds is missing: .* tensor \(2, 7, 8\)"),
+        ({"negative_prompt_embeds": torch.ones(1, 7, 8)}, "^negative_prompt_embeds has shape"),
+        ({"negative_prompt_embeds": torch.ones(2, 6, 8)}, "^negative_prompt_embeds has shape"),
+        ({"pooled_prompt_embeds": None}, "^pooled_prompt_embeds is missing"),
+        ({"pooled_prompt_embeds": torch.ones(2, 4)}, "^pooled_prompt_embeds has shape"),
+        ({"negative_pooled_prompt_embeds": torch.full((2, 5), math.inf)}, "^negative_pooled_prompt_embeds holds NaN"),
+    ],
+)
+def test_given_tensors_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        given_conditioning(**embeds(**changes))
+
+
+def test_size_ids_equal_diffusers() -> None:
+    sizes = ((1024, 768), (8, 16), (512, 640))
+    unet = SimpleNamespace(
+        config=SimpleNamespace(addition_time_embed_dim=1),
+        add_embedding=SimpleNamespace(linear_1=SimpleNamespace(in_features=6)),
+    )
+    expected = StableDiffusionXLPipeline._get_add_time_ids(SimpleNamespace(unet=unet), *sizes, torch.float32, 0)
+    assert size_ids(*sizes).equal(expected[0])

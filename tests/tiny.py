@@ -1,0 +1,206 @@
+"""Tiny, seeded models of every family as diffusers and transformers build them, the judges of fastldm's own; no network, no files.
+
+    tiny.unet("sdxl")                          a diffusers U-Net
+    tiny.vae("sd1"), tiny.tiny_vae()           its autoencoders
+    tiny.text_encoder("bigg")                  a transformers text encoder
+    tiny.pipeline("sd2-v")                     a whole diffusers pipeline
+    tiny.save_pipeline("sd1", folder)          the same as a folder on disk
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from fastldm.text import clip_vocabulary
+
+M = TypeVar("M", bound=nn.Module)
+VOCABULARY = 1000  # tokens: all bytes, 486 merges, and the two special ones
+
+# ---------------------------------------------------------------------------------------------------------- U-Net
+
+CROSS_DOWN, DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
+CROSS_UP, UP = "CrossAttnUpBlock2D", "UpBlock2D"
+
+_SD1: dict[str, Any] = {
+    "sample_size": 8,
+    "block_out_channels": (16, 32, 48, 48),
+    "down_block_types": (CROSS_DOWN, CROSS_DOWN, CROSS_DOWN, DOWN),
+    "up_block_types": (UP, CROSS_UP, CROSS_UP, CROSS_UP),
+    "layers_per_block": 2,
+    "attention_head_dim": 4,  # heads, in truth
+    "cross_attention_dim": 32,
+    "norm_num_groups": 8,
+}
+_SD2 = {**_SD1, "attention_head_dim": (1, 2, 3, 3), "use_linear_projection": True, "upcast_attention": True}
+_SDXL: dict[str, Any] = {
+    **_SD1,
+    "block_out_channels": (16, 32, 48),
+    "down_block_types": (DOWN, CROSS_DOWN, CROSS_DOWN),
+    "up_block_types": (CROSS_UP, CROSS_UP, UP),
+    "transformer_layers_per_block": (1, 2, 3),
+    "attention_head_dim": (2, 4, 6),
+    "cross_attention_dim": 32 + 40,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 24 + 6 * 8,
+}
+UNETS: dict[str, dict[str, Any]] = {
+    "sd1": _SD1,
+    "sd1-inpaint": {**_SD1, "in_channels": 9},
+    "sd2": _SD2,
+    "sd2-v": _SD2,
+    "sd-turbo": _SD2,
+    "lcm": {**_SD1, "time_cond_proj_dim": 24},
+    "sdxl": _SDXL,
+    "sdxl-turbo": _SDXL,
+    "sdxl-lightning": _SDXL,
+    "sdxl-lcm": {**_SDXL, "time_cond_proj_dim": 24},
+    # BK-SDM small: one layer a block, nothing in the middle.
+    "bk-sdm": {**_SD1, "layers_per_block": 1, "mid_block_type": None},
+    # BK-SDM tiny and Segmind's tiny-sd: a level less, too, with cross-attention on the last.
+    "tiny-sd": {
+        **_SD1,
+        "block_out_channels": (16, 32, 48),
+        "down_block_types": (CROSS_DOWN, CROSS_DOWN, CROSS_DOWN),
+        "up_block_types": (CROSS_UP, CROSS_UP, CROSS_UP),
+        "layers_per_block": 1,
+        "mid_block_type": None,
+    },
+    # Segmind's SSD-1B: a resnet alone in the middle, transformers of another depth after every resnet.
+    "ssd-1b": {
+        **_SDXL,
+        "mid_block_type": "UNetMidBlock2D",
+        "transformer_layers_per_block": (1, (2, 2), (1, 2)),
+        "reverse_transformer_layers_per_block": ((2, 1, 3), (2, 1, 1), 1),
+    },
+    # What the configuration allows beyond the families: each level its own.
+    "uneven": {
+        **_SD2,
+        "block_out_channels": (16, 32, 48),
+        "down_block_types": (DOWN, CROSS_DOWN, CROSS_DOWN),
+        "up_block_types": (CROSS_UP, CROSS_UP, UP),
+        "layers_per_block": (1, 3, 2),
+        "transformer_layers_per_block": (1, 2, 1),
+        "attention_head_dim": (2, 4, 3),
+        "downsample_padding": 0,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "norm_eps": 1e-3,
+        "time_embedding_dim": 40,
+        "out_channels": 6,
+    },
+}
+
+
+def seeded(make: Callable[[], M], seed: int = 0) -> M:
+    """Build a module from a seed, in evaluation mode, its norms and biases moved off one and zero so that none can be lost unseen."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        module = make()
+        for parameter in module.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.2 * torch.randn_like(parameter)
+    return module.eval().requires_grad_(False)
+
+
+def unet(family: str, seed: int = 0, **changes: Any) -> UNet2DConditionModel:
+    return seeded(lambda: UNet2DConditionModel(**{**UNETS[family], **changes}), seed)
+
+
+# ----------------------------------------------------------------------------------------------------- autoencoders
+
+
+def vae(family: str = "sd1", seed: int = 0, **changes: Any) -> AutoencoderKL:
+    """A KL autoencoder of factor 8."""
+    config: dict[str, Any] = {
+        "sample_size": 64,
+        "block_out_channels": (8, 16, 24, 24),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "scaling_factor": 0.13025 if family.startswith("sdxl") else 0.18215,
+        "force_upcast": family.startswith("sdxl"),
+    }
+    return seeded(lambda: AutoencoderKL(**{**config, **changes}), seed)
+
+
+def tiny_vae(seed: int = 0, **changes: Any) -> AutoencoderTiny:
+    """TAESD of factor 8."""
+    config = {"encoder_block_out_channels": (16,) * 4, "decoder_block_out_channels": (16,) * 4}
+    return seeded(lambda: AutoencoderTiny(**{**config, **changes}), seed)
+
+
+# ------------------------------------------------------------------------------------------------------------ text
+
+_TEXT: dict[str, dict[str, Any]] = {
+    # OpenAI's ViT-L/14 (SD1, SDXL's first); its configs say eos_token_id = 2
+    "l": {"hidden_size": 32, "num_attention_heads": 4, "hidden_act": "quick_gelu", "eos_token_id": 2},
+    # OpenCLIP's H/14 (SD2), one layer short as there
+    "h": {"hidden_size": 32, "num_attention_heads": 2, "hidden_act": "gelu", "num_hidden_layers": 2},
+    # OpenCLIP's bigG/14 (SDXL's second), projected to another width than its own
+    "bigg": {"hidden_size": 40, "num_attention_heads": 5, "hidden_act": "gelu", "projection_dim": 24},
+}
+
+
+def text_encoder(kind: str, seed: int = 0, **changes: Any) -> CLIPTextModel | CLIPTextModelWithProjection:
+    """ "l", "h" or "bigg"; the last with projection."""
+    config: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "num_hidden_layers": 3,
+        "bos_token_id": VOCABULARY - 2,
+        "eos_token_id": VOCABULARY - 1,
+        **_TEXT[kind],
+        **changes,
+    }
+    config.setdefault("intermediate_size", 3 * config["hidden_size"])
+    make = CLIPTextModelWithProjection if kind == "bigg" else CLIPTextModel
+    return seeded(lambda: make(CLIPTextConfig(**config)), seed)
+
+
+def tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
+    """CLIP's tokenizer with a vocabulary of 1,000. SD2 and SDXL's second encoder pad with "!"."""
+    vocab, merges = clip_vocabulary(VOCABULARY)
+    return CLIPTokenizer(vocab, merges, pad_token=pad, model_max_length=77)
+
+
+# ------------------------------------------------------------------------------------------------- whole pipelines
+
+_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+_SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sd1": ("PNDMScheduler", {"skip_prk_steps": True, "steps_offset": 1}),
+    "sd2-v": ("DDIMScheduler", {"prediction_type": "v_prediction", "steps_offset": 1, "set_alpha_to_one": False}),
+    "sd-turbo": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    "lcm": ("LCMScheduler", {}),
+    "sdxl": ("EulerDiscreteScheduler", {"timestep_spacing": "leading", "steps_offset": 1}),
+    "sdxl-turbo": ("EulerAncestralDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    "sdxl-lightning": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    "sdxl-lcm": ("LCMScheduler", {}),
+    "ssd-1b": ("EulerDiscreteScheduler", {"timestep_spacing": "leading", "steps_offset": 1}),
+}
+# The families that pipeline() and save_pipeline() know: all but the U-Net that is no family.
+FAMILIES = tuple(name for name in UNETS if name != "uneven")
+
+
+def scheduler(family: str) -> Any:
+    """The scheduler that the family's checkpoints ship."""
+    name, config = _SCHEDULERS.get(family, _SCHEDULERS["sd1"])
+    make = getattr(diffusers, name)
+    known = make.load_config  # noqa: F841
+    return make(**config)
+
+
+def pipeline(family: str, seed: int = 0, **replaced: Any) -> DiffusionPipeline:
+    """A diffusers pipeline of the class that the family's model_index.json names; `replaced` are components to use instead."""
