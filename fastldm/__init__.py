@@ -12,54 +12,57 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastldm.errors import (
+    BundleError,
+    Cancelled,
+    CheckpointError,
+    DeadlineExceeded,
+    EngineError,
+    FastLDMError,
+    InputError,
+    NonFinite,
+    OutOfMemory,
+    QueueFull,
+)
+
+if TYPE_CHECKING:
+    from fastldm.pipeline import Pipeline
+    from fastldm.request import Request, Result
+
 __version__ = "0.1.0"
 
-_PUBLIC = {
-    "Pipeline": "pipeline",
-    "Request": "request",
-    "Result": "request",
-    "FastLDMError": "errors",
-    "InputError": "errors",
-    "CheckpointError": "errors",
-    "OutOfMemory": "errors",
-    "NonFinite": "errors",
-    "Cancelled": "errors",
-    "QueueFull": "errors",
-    "DeadlineExceeded": "errors",
-    "BundleError": "errors",
-    "EngineError": "errors",
-}
-__all__ = ["__version__", *_PUBLIC]
+__all__ = [
+    "BundleError",
+    "Cancelled",
+    "CheckpointError",
+    "DeadlineExceeded",
+    "EngineError",
+    "FastLDMError",
+    "InputError",
+    "NonFinite",
+    "OutOfMemory",
+    "Pipeline",
+    "QueueFull",
+    "Request",
+    "Result",
+    "__version__",
+]
 
-# In a checkout `kernels` and `export` lie beside this package, not in it (pyproject.toml maps them in for a wheel). Without this line a
-# bare checkout would not find `fastldm.kernels`, nor would an installed wheel once a checkout is the working folder and shadows it.
+_LAZY = {"Pipeline": "pipeline", "Request": "request", "Result": "request"}
+
+# In a checkout `kernels` and `export` lie beside this package, not in it (pyproject.toml maps them in for a wheel).
+# Without this line a bare checkout would not find `fastldm.kernels`, nor would an installed wheel once a checkout is
+# the working folder and shadows it.
 _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "pyproject.toml").is_file() and (_checkout / "kernels" / "__init__.py").is_file():
     __path__.append(str(_checkout))
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(f"fastldm.{_PUBLIC[name]}"), name)
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"fastldm.{_LAZY[name]}"), name)
     raise AttributeError(f"module 'fastldm' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-if TYPE_CHECKING:
-    from fastldm.errors import (
-        BundleError,
-        Cancelled,
-        CheckpointError,
-        DeadlineExceeded,
-        EngineError,
-        FastLDMError,
-        InputError,
-        NonFinite,
-        OutOfMemory,
-        QueueFull,
-    )
-    from fastldm.pipeline import Pipeline
-    from fastldm.request import Request, Result

@@ -26,7 +26,9 @@ class Size(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
         match = re.fullmatch(r"(\d+)(?:[xX×](\d+))?", str(value).strip())
         if not match:
-            self.fail(f"{value!r} is not a size: write WIDTHxHEIGHT in pixels, such as 768x512, or one number", param, ctx)
+            self.fail(
+                f"{value!r} is not a size: write WIDTHxHEIGHT in pixels, such as 768x512, or one number", param, ctx
+            )
         width = int(match[1])
         return width, int(match[2] or width)
 
@@ -77,14 +79,20 @@ debug_option = click.option("--debug", is_flag=True, help="Show a traceback when
 
 @main.command()
 @click.argument("prompt")
-@click.option("-o", "--output", metavar="FILE", help="Where the picture goes; with --n 4, a.png becomes a-0.png to "
-              "a-3.png.  [default: fastldm-SEED.png]")
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    help="Where the picture goes; with --n 4, a.png becomes a-0.png to a-3.png.  [default: fastldm-SEED.png]",
+)
 @model_option
 @click.option("--negative", metavar="TEXT", help="What to avoid.")
 @click.option("--steps", type=int, metavar="N", help="Sampler steps.  [default: the model's]")
 @click.option("--guidance", type=float, metavar="G", help="Guidance scale; 1 or less is off.  [default: the model's]")
 @click.option("--sampler", metavar="NAME", help="Such as 'euler a' or 'dpm++ 2m karras'.  [default: the model's]")
-@click.option("--seed", type=int, metavar="S", help="The same seed makes the same picture; picture k of --n uses S + k.")
+@click.option(
+    "--seed", type=int, metavar="S", help="The same seed makes the same picture; picture k of --n uses S + k."
+)
 @click.option("--size", type=Size(), help="In pixels, such as 768x512.  [default: the model's]")
 @click.option("--n", "count", type=click.IntRange(min=1), default=1, show_default=True, help="How many pictures.")
 @click.option("--init-image", metavar="FILE", help="Start from this picture instead of noise.")
@@ -98,7 +106,9 @@ debug_option = click.option("--debug", is_flag=True, help="Show a traceback when
 @click.option("--no-metadata", is_flag=True, help="Do not write prompt and settings into the PNG.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @debug_option
-def generate(prompt: str, output: str | None, model: str, count: int, as_json: bool, debug: bool, **options: Any) -> None:
+def generate(
+    prompt: str, output: str | None, model: str, count: int, as_json: bool, debug: bool, **options: Any
+) -> None:
     """Make a picture for PROMPT.
 
     \b
@@ -139,7 +149,7 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
 
     from fastldm.pipeline import Pipeline
 
-    pipe = Pipeline.open(model, device=options["device"], dtype=options["dtype"], variant=options["variant"])
+    pipe = Pipeline.from_pretrained(model, device=options["device"], dtype=options["dtype"], variant=options["variant"])
     result = pipe(request, progress=not as_json and sys.stderr.isatty())
     save_result(result, paths, pipe.name, metadata=not options["no_metadata"])
 
@@ -176,5 +186,3 @@ def doctor(model: str, as_json: bool, debug: bool) -> None:
 
         report = checks.examine(model)
         click.echo(json.dumps(report, indent=2) if as_json else checks.render(report))
-
-

@@ -1,7 +1,7 @@
 """The denoising loop, eager: what correct means.
 
-One call of the network and one `kernels.step` a row of the table. Nothing in the loop waits for the device or looks at a tensor's value;
-coefficients and flags are Python floats that were known before it began.
+One call of the network and one `kernels.step` a row of the table. Nothing in the loop waits for the device or looks
+at a tensor's value; coefficients and flags are Python floats that were known before it began.
 """
 
 from __future__ import annotations
@@ -51,10 +51,12 @@ def denoise(
 ) -> Tensor:
     """Run the table: (B, C, h, w) float32 latents at its start to float32 latents at its end.
 
-    network: (model input in `dtype`, row of the table, guided) -> its output. Unguided rows are B wide and conditional; guided ones 2B,
+    network: (model input in `dtype`, row of the table, guided) -> its output. Unguided rows are B wide and
+    conditional; guided ones 2B,
         the unconditional half first.
     noises: one float32 (B, C, h, w) or None for each row, as `draw_noise` gives them.
-    mask, init, init_noise: inpainting by blending: (B or 1, 1, h, w) with 1 where to paint, the picture's latents, and the noise that
+    mask, init, init_noise: inpainting by blending: (B or 1, 1, h, w) with 1 where to paint, the picture's latents,
+    and the noise that
         the run began with.
     extra_channels: (B, K, h, w), what an inpainting model sees behind the latents (mask and masked picture).
     on_step: called after each row with (row, timestep, latents); a tensor it returns replaces the latents.
@@ -62,7 +64,7 @@ def denoise(
     Raises NonFinite naming the first row whose latents held NaN or infinity; checked once, at the end.
     """
     if len(noises) != len(table):
-        raise InputError(f"{len(noises)} noises for a table of {len(table)} rows: draw them with draw_noise(table, ...).")
+        raise InputError(f"{len(noises)} noises for a table of {len(table)} rows; draw them with draw_noise.")
     rows, guided, depth = table.rows.tolist(), guidance.rows(table), table.depth
     extra = None if extra_channels is None else extra_channels.to(dtype)
     x = latents.float()
@@ -98,7 +100,8 @@ def _check_finite(sums: Tensor, table: StepTable) -> None:
 
 
 def randn(shape: Sequence[int], generators: Generators, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Normal noise as diffusers' `randn_tensor` draws it: in `dtype`, where the generator lives; a list of generators draws one
+    """Normal noise as diffusers' `randn_tensor` draws it: in `dtype`, where the generator lives; a list of
+    generators draws one
     sample each. shape: (B, ...)."""
     if generators is None or isinstance(generators, torch.Generator):
         place = device if generators is None else generators.device
@@ -113,7 +116,8 @@ def randn(shape: Sequence[int], generators: Generators, dtype: torch.dtype, devi
 def draw_step_noise(
     table: StepTable, shape: Sequence[int], generators: Generators, dtype: torch.dtype, device: torch.device | str
 ) -> list[Tensor | None]:
-    """The noise of every row, float32 or None, drawn in diffusers' order and dtype: `dtype` (the model's), unless the sampler's is
+    """The noise of every row, float32 or None, drawn in diffusers' order and dtype: `dtype` (the model's), unless
+    the sampler's is
     always float32."""
     drawn = torch.float32 if table.float32_noise else dtype
     return [randn(shape, generators, drawn, device).float() if draws else None for draws in table.draws]

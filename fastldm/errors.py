@@ -1,7 +1,7 @@
 """Every error that fastldm raises on purpose.
 
-Each says what was given, what was expected and what to do, and is raised where the outside comes in. Each also is the built-in
-that a caller who knows nothing of fastldm would catch.
+Each says what was given, what was expected and what to do, and is raised where the outside comes in. Each also is the
+built-in that a caller who knows nothing of fastldm would catch.
 """
 
 from __future__ import annotations

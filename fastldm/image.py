@@ -24,14 +24,16 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 def load_image(source: Any, size: tuple[int, int] | None = None, *, name: str = "image") -> torch.Tensor:
     """A picture as float32 (B, 3, H, W) in -1..1, resized (Lanczos) to `size` = (height, width) where given.
 
-    `source` is a PIL image, a path, an array (H, W, 3) or (B, H, W, 3) of uint8 or of floats in 0..1, a tensor (3, H, W) or (B, 3, H, W)
-    in 0..1, or a list of those. A transparent picture is laid on white, since its hidden colours are noise.
+    `source` is a PIL image, a path, an array (H, W, 3) or (B, H, W, 3) of uint8 or of floats in 0..1, a tensor
+    (3, H, W) or (B, 3, H, W) in 0..1, or a list of those. A transparent picture is laid on white, since its hidden
+    colours are noise.
     """
     return _load(source, "RGB", size, Image.Resampling.LANCZOS, name) * 2 - 1
 
 
 def load_mask(source: Any, size: tuple[int, int] | None = None) -> torch.Tensor:
-    """A mask as float32 (B, 1, H, W) of zeros and ones: 1 is repainted. Sources as in `load_image`; grey is cut at one half."""
+    """A mask as float32 (B, 1, H, W) of zeros and ones: 1 is repainted. Sources as in `load_image`; grey is cut at
+    one half."""
     return (_load(source, "L", size, Image.Resampling.NEAREST, "mask_image") >= 0.5).float()
 
 
@@ -47,7 +49,7 @@ def image_size(source: Any, name: str = "image") -> tuple[int, int]:
     if isinstance(first, np.ndarray) and first.ndim in (2, 3, 4):
         height, width = first.shape[:2] if first.ndim < 4 else first.shape[1:3]
         return int(height), int(width)
-    raise InputError(f"{name} is a {type(source).__name__}: expected a PIL image, a path, an array (H, W, 3) or a tensor (B, 3, H, W)")
+    raise InputError(f"{name} is a {type(source).__name__}: expected a PIL image, a path, an array or a tensor")
 
 
 def _open(path: str | Path, name: str) -> Image.Image:
@@ -67,7 +69,9 @@ def _load(source: Any, mode: str, size: tuple[int, int] | None, resample: Image.
             raise InputError(f"{name} is an empty list: expected at least one picture")
         loaded = [_load(one, mode, size, resample, name) for one in source]
         if len({one.shape[1:] for one in loaded}) > 1:
-            raise InputError(f"{name} is a list of pictures of different sizes: give them one size, or pass height and width")
+            raise InputError(
+                f"{name} is a list of pictures of different sizes: give them one size, or pass height and width"
+            )
         return torch.cat(loaded)
     if isinstance(source, (str, Path)):
         source = _open(source, name)
@@ -85,9 +89,13 @@ def _load(source: Any, mode: str, size: tuple[int, int] | None, resample: Image.
         raise InputError(f"{name} is a {type(source).__name__}: expected a PIL image, a path, an array or a tensor")
     channels = 3 if mode == "RGB" else 1
     if tensor.dim() != 4 or tensor.shape[1] not in {1, 3}:
-        raise InputError(f"{name} has shape {tuple(source.shape)}: expected (H, W, 3) for an array or (B, 3, H, W) for a tensor")
+        raise InputError(
+            f"{name} has shape {tuple(source.shape)}: expected (H, W, 3) for an array or (B, 3, H, W) for a tensor"
+        )
     if not (torch.isfinite(tensor).all() and tensor.min() >= 0 and tensor.max() <= 1):
-        raise InputError(f"{name} has values from {tensor.min():.3g} to {tensor.max():.3g}: expected 0 to 1 (uint8 arrays: 0 to 255)")
+        raise InputError(
+            f"{name} has values from {tensor.min():.3g} to {tensor.max():.3g}: expected 0 to 1 (uint8 arrays: 0 to 255)"
+        )
     if tensor.shape[1] != channels:
         tensor = tensor.expand(-1, 3, -1, -1) if channels == 3 else tensor.mean(1, keepdim=True)
     if size is not None and tuple(tensor.shape[-2:]) != size:
@@ -109,7 +117,8 @@ def _from_pil(image: Image.Image, mode: str, size: tuple[int, int] | None, resam
 
 
 def to_output(decoded: torch.Tensor, output_type: str) -> list[Image.Image] | np.ndarray | torch.Tensor:
-    """The VAE's picture (B, 3, H, W) in -1..1 as `output_type` asks: "pil", "np" (B, H, W, 3) in 0..1 or "pt" (B, 3, H, W) in 0..1."""
+    """The VAE's picture (B, 3, H, W) in -1..1 as `output_type` asks: "pil", "np" (B, H, W, 3) in 0..1 or "pt" (B, 3,
+    H, W) in 0..1."""
     unit = (decoded.float() / 2 + 0.5).clamp_(0, 1)
     if output_type == "pt":
         return unit
@@ -120,7 +129,8 @@ def to_output(decoded: torch.Tensor, output_type: str) -> list[Image.Image] | np
 
 
 def parameters_text(request: Request, seed: int | None, model: str, extra: dict[str, str] | None = None) -> str:
-    """How picture `seed` was made, in the form that other tools read from a PNG's `parameters` chunk (AUTOMATIC1111's)."""
+    """How picture `seed` was made, in the form that other tools read from a PNG's `parameters` chunk
+    (AUTOMATIC1111's)."""
     lines = [_one(request.prompt)]
     if request.negative_prompt:
         lines.append(f"Negative prompt: {_one(request.negative_prompt)}")
@@ -137,7 +147,9 @@ def parameters_text(request: Request, seed: int | None, model: str, extra: dict[
     if request.clip_skip:
         facts["Clip skip"] = request.clip_skip
     facts |= extra or {}
-    shown = {key: f"{value:g}" if isinstance(value, float) else value for key, value in facts.items() if value is not None}
+    shown = {
+        key: f"{value:g}" if isinstance(value, float) else value for key, value in facts.items() if value is not None
+    }
     lines.append(", ".join(f"{key}: {value}" for key, value in shown.items()))
     return "\n".join(lines)
 
@@ -149,11 +161,14 @@ def _one(prompt: Any) -> str:
 def output_paths(output: str | Path, count: int, *, force: bool = False) -> list[Path]:
     """The files that `count` pictures go to: `a.png`, or `a-0.png`, `a-1.png`, ... Found usable before any work starts.
 
-    InputError where the format is unknown, the folder is missing or cannot be written, or a file exists and `force` is not set.
+    InputError where the format is unknown, the folder is missing or cannot be written, or a file exists and `force`
+    is not set.
     """
     path = Path(output)
     if path.suffix.lower() not in FORMATS:
-        raise InputError(f"{str(path)!r} does not end in a picture format that can be written: use one of {', '.join(FORMATS)}")
+        raise InputError(
+            f"{str(path)!r} does not end in a picture format that can be written: use one of {', '.join(FORMATS)}"
+        )
     folder = path.parent
     if not folder.is_dir():
         raise InputError(f"the folder {str(folder)!r} does not exist: make it first, or write somewhere else")
@@ -161,11 +176,16 @@ def output_paths(output: str | Path, count: int, *, force: bool = False) -> list
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(f"the folder {str(folder)!r} cannot be written to ({error.strerror}): choose another with -o") from error
+        raise InputError(
+            f"the folder {str(folder)!r} cannot be written to ({error.strerror}): choose another with -o"
+        ) from error
     paths = [path] if count == 1 else [path.with_name(f"{path.stem}-{k}{path.suffix}") for k in range(count)]
     for one in paths:
         if one.is_dir() or (one.exists() and not force):
-            raise InputError(f"{str(one)!r} exists: choose another name with -o" + ("" if one.is_dir() else ", or overwrite it with --force"))
+            raise InputError(
+                f"{str(one)!r} exists: choose another name with -o"
+                + ("" if one.is_dir() else ", or overwrite it with --force")
+            )
     return paths
 
 

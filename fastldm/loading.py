@@ -1,6 +1,6 @@
 """A checkpoint's description, and what it should run on here.
 
-    path or hub id -> Checkpoint (files and raw configs) -> Spec (configs and family) -> Networks (weights loaded)
+path or hub id -> Checkpoint (files and raw configs) -> Spec (configs and family) -> Networks (weights loaded)
 """
 
 from __future__ import annotations
@@ -97,22 +97,24 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise InputError(f"device {str(device)!r} cannot be used here ({reason}): try cpu, or see `fastldm doctor`") from error
+        raise InputError(
+            f"device {str(device)!r} cannot be used here ({reason}): try cpu, or see `fastldm doctor`"
+        ) from error
     return chosen
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device, parameters: int) -> torch.dtype:
     """The dtype asked for, or what is fastest on `device` for a model of so many parameters.
 
-    On a GPU that is float16: bfloat16's rate and eight times finer. On a CPU it is bfloat16 where the processor multiplies it natively and
-    the networks are large enough for that to matter, else float32. float16 asked for on a CPU is replaced, with a warning: code written
-    for a GPU runs as it is.
+    On a GPU that is float16: bfloat16's rate and eight times finer. On a CPU it is bfloat16 where the processor
+    multiplies it natively and the networks are large enough for that to matter, else float32. float16 asked for on a
+    CPU is replaced, with a warning: code written for a GPU runs as it is.
     """
     if isinstance(dtype, str):
-        named = getattr(torch, dtype.removeprefix("torch."), None)
-        if named not in (torch.float32, torch.float16, torch.bfloat16):
+        names = {str(one).removeprefix("torch."): one for one in (torch.float32, torch.float16, torch.bfloat16)}
+        if dtype.removeprefix("torch.") not in names:
             raise InputError(f"dtype is {dtype!r}: expected float32, float16 or bfloat16")
-        dtype = named
+        dtype = names[dtype.removeprefix("torch.")]
     if device.type != "cpu":
         return dtype or torch.float16
     best = torch.bfloat16 if _native_bfloat16() and parameters > 10**8 else torch.float32

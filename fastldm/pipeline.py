@@ -1,6 +1,6 @@
 """A prompt to a picture. The body of `Pipeline.__call__` is the whole way through the house:
 
-    prompt -> Conditioning -> (StepTable, noise) -> latents -> image
+prompt -> Conditioning -> (StepTable, noise) -> latents -> image
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -32,7 +33,7 @@ StepCallback = Callable[["Pipeline", int, float, "dict[str, Any]"], "dict[str, A
 
 
 class Pipeline:
-    """A loaded model. Call it with a prompt; it keeps no state between calls, so several threads may call it at once."""
+    """A loaded model, ready to be called. It keeps no state between calls, so several threads may call it at once."""
 
     backend = "torch"
 
@@ -48,16 +49,22 @@ class Pipeline:
     # --- loading
 
     @classmethod
-    def open(
+    def from_pretrained(
         cls,
-        path_or_id: str | os.PathLike[str] = "default",
+        path_or_id: str | os.PathLike[str],
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         torch_dtype: str | torch.dtype | None = None,
         **where: Any,
     ) -> Pipeline:
-        """A pipeline from a diffusers folder, a hub id, a .safetensors file or "default"; `where` as in `describe`."""
+        """A pipeline from a diffusers folder, a hub id, a .safetensors file, or "default".
+
+        device: a GPU where there is one, else the CPU. dtype (or torch_dtype): what is fastest there, see `choose_dtype`.
+        where: variant, revision, cache_dir, local_files_only, allow_pickle and prediction_type, see `loading.describe`.
+
+        Raises CheckpointError for what is not a model that fastldm can run, InputError for a device or dtype there is not.
+        """
         chosen = loading.choose_device(device)
         spec = loading.describe(path_or_id, **where)
         precision = loading.choose_dtype(dtype or torch_dtype, chosen, spec.parameters)
@@ -70,30 +77,29 @@ class Pipeline:
         return cls(spec, loading.load(spec, fill), name)
 
     @classmethod
-    def from_pretrained(cls, path_or_id: str | os.PathLike[str], **options: Any) -> Pipeline:
-        """From a diffusers folder or a hub id; keyword arguments as in `open` and `describe` (device, dtype, variant, revision, ...)."""
-        return cls.open(path_or_id, **options)
-
-    @classmethod
     def from_single_file(cls, path: str | os.PathLike[str], **options: Any) -> Pipeline:
         """From one .safetensors file in the original Stability layout; options as in `from_pretrained`."""
         if not Path(path).is_file():
-            raise CheckpointError(f"there is no file {str(path)!r}; for a diffusers folder or a hub id use from_pretrained")
-        return cls.open(path, **options)
+            raise CheckpointError(f"there is no file {str(path)!r}; a folder or a hub id is for from_pretrained")
+        return cls.from_pretrained(path, **options)
 
     @classmethod
     def default(cls, **options: Any) -> Pipeline:
-        """The small model of everyday things in emoji style that ships inside fastldm; options as in `from_pretrained`."""
-        return cls.open("default", **options)
+        """The small model of everyday things in emoji style that ships inside; options as in `from_pretrained`."""
+        return cls.from_pretrained("default", **options)
 
     @classmethod
     def from_diffusers(cls, pipe: Any) -> Pipeline:
-        """Adopts a loaded diffusers Stable Diffusion pipeline (text to image, image to image or inpainting, SD or SDXL).
+        """Adopts a loaded diffusers pipeline: Stable Diffusion 1, 2 or XL, for text, image to image or inpainting.
 
         The weights are shared, not copied: what changes in one changes in the other. Device and dtype stay as they are.
         """
         spec = loading.spec_of(weights.describe_diffusers(pipe))
-        return cls(spec, loading.load(spec, lambda module, name: weights.adopt(module, getattr(pipe, name))), type(pipe).__name__)
+        return cls(
+            spec,
+            loading.load(spec, lambda module, name: weights.adopt(module, getattr(pipe, name))),
+            type(pipe).__name__,
+        )
 
     # --- a call
 
@@ -108,9 +114,11 @@ class Pipeline:
     ) -> Result:
         """Make pictures.
 
-        prompt: a text, a list of texts, or a whole `Request`. options: the other fields of `Request`, which says what each means.
-        callback_on_step_end: called as (pipeline, step, timestep, {"latents": x}) after every step; may return {"latents": changed}, and
-            may raise `Cancelled` to stop the call. progress: draw a bar on stderr.
+        prompt: a text, a list of texts, or a whole `Request`.
+        options: the other fields of `Request`, which says what each means.
+        callback_on_step_end: called as (pipeline, step, timestep, {"latents": x}) after every step; may return
+            {"latents": changed}, and may raise `Cancelled` to stop the call.
+        progress: draw a bar on stderr.
 
         Raises InputError for an argument that cannot be used, OutOfMemory, NonFinite, and whatever the callback raises.
         """
@@ -131,7 +139,7 @@ class Pipeline:
         marks = [encoded, *marks]
         timings = Timings(
             text=encoded - started,
-            steps=tuple(after - before for before, after in zip(marks, marks[1:], strict=False)),
+            steps=tuple(after - before for before, after in pairwise(marks)),
             decode=perf_counter() - sampled,
             total=perf_counter() - started,
         )
@@ -146,10 +154,11 @@ class Pipeline:
         size = self.unet.config.sample_size * factor
         height, width = size, size
         if latents is not None:
-            expected = (request.batch, self.latent_channels)
-            if latents.dim() != 4 or tuple(latents.shape[:2]) != expected:
-                shape = ", ".join(map(str, expected))
-                raise InputError(f"latents have shape {tuple(latents.shape)}: expected ({shape}, height / {factor}, width / {factor})")
+            if latents.dim() != 4 or tuple(latents.shape[:2]) != (request.batch, self.latent_channels):
+                raise InputError(
+                    f"latents have shape {tuple(latents.shape)}: expected ({request.batch}, {self.latent_channels}, "
+                    f"height / {factor}, width / {factor})"
+                )
             if not torch.isfinite(latents).all():
                 raise InputError("latents hold NaN or infinity before the first step: give finite start noise")
             height, width = (int(n) * factor for n in latents.shape[2:])
@@ -159,9 +168,13 @@ class Pipeline:
         for name, value in (("height", height), ("width", width)):
             if value % factor:
                 near = max(factor, round(value / factor) * factor)
-                raise InputError(f"{name} is {value}: expected a multiple of {factor} pixels for this model, such as {near}")
+                raise InputError(
+                    f"{name} is {value}: expected a multiple of {factor} pixels for this model, such as {near}"
+                )
         if latents is not None and (height, width) != tuple(int(n) * factor for n in latents.shape[2:]):
-            raise InputError(f"latents are for {latents.shape[3] * factor}x{latents.shape[2] * factor} pixels, not {width}x{height}")
+            raise InputError(
+                f"latents are for {latents.shape[3] * factor}x{latents.shape[2] * factor} pixels, not {width}x{height}"
+            )
         if self.unet.config.in_channels > self.latent_channels and request.mask_image is None:
             raise InputError("this model is for inpainting: give it image and mask_image")
         completed = request.replace(
@@ -170,6 +183,7 @@ class Pipeline:
             num_inference_steps=request.num_inference_steps or self.family.num_inference_steps,
             guidance_scale=self.family.guidance_scale if request.guidance_scale is None else request.guidance_scale,
             sampler=request.sampler or self.family.sampler,
+            strength=(1.0 if request.mask_image is not None else 0.8) if request.strength is None else request.strength,
         )
         _check_memory(completed, self)
         return completed
@@ -189,10 +203,12 @@ class Pipeline:
         if given is None:
             seeds = picture_seeds(request)
             return [torch.Generator().manual_seed(seed) for seed in seeds], seeds
-        one_each = isinstance(given, (list, tuple))
-        every = list(given) if one_each else [given]
+        one_each = not isinstance(given, torch.Generator)
+        every = list(given) if isinstance(given, (list, tuple)) else [given]
         if not all(isinstance(one, torch.Generator) for one in every) or (one_each and len(every) != request.batch):
-            raise InputError(f"generator is {given!r}: expected a torch.Generator, or a list with one for each of {request.batch} pictures")
+            raise InputError(
+                f"generator is {given!r}: expected a torch.Generator, or a list of one for each of {request.batch} pictures"
+            )
         return (every if one_each else given), ()
 
     def _encode(self, request: Request) -> text.Conditioning:
@@ -205,7 +221,9 @@ class Pipeline:
                 request.pooled_prompt_embeds,
                 request.negative_pooled_prompt_embeds,
                 width=config.cross_attention_dim,
-                pooled_width=config.addition_input_dim - 6 * config.addition_time_embed_dim if config.needs_added else None,
+                pooled_width=config.addition_input_dim - 6 * config.addition_time_embed_dim
+                if config.needs_added
+                else None,
                 guided=guided,
                 dtype=self.dtype,
                 device=self.device,
@@ -229,14 +247,17 @@ class Pipeline:
             self.schedule,
             request.num_inference_steps,  # type: ignore[arg-type]
             sampler=request.sampler,
-            strength=request.strength if request.image is not None else 1.0,
+            strength=float(request.strength or 0) if request.image is not None else 1.0,
             timesteps=request.timesteps,
             sigmas=request.sigmas,
             eta=request.eta,
         )
 
-    def _network(self, request: Request, conditioning: text.Conditioning, table: schedule.StepTable) -> Callable[..., Tensor]:
-        """The denoiser (u (R, Cin, h, w), row i, guided) -> (R, C, h, w), with all that does not change from step to step computed here.
+    def _network(
+        self, request: Request, conditioning: text.Conditioning, table: schedule.StepTable
+    ) -> Callable[..., Tensor]:
+        """The denoiser, (u (R, Cin, h, w), row i, guided) -> (R, C, h, w). What does not change at each step is
+        computed here, once.
 
         Rows of a guided pass are all negatives, then all prompts; an unguided one has the prompts alone.
         """
@@ -262,8 +283,7 @@ class Pipeline:
             embeds = torch.cat(pooled)  # type: ignore[arg-type]  # (R, P)
             added = AddedConditions(embeds.repeat(len(table), 1), sizes)
         if config.needs_guidance:
-            scale = torch.full((len(table),), float(request.guidance_scale), device=self.device)  # type: ignore[arg-type]
-            scale = scale.repeat_interleave(rows)
+            scale = torch.full((len(table) * rows,), float(request.guidance_scale or 0), device=self.device)
         temb = self.unet.time_rows(timesteps.repeat_interleave(rows), added=added, guidance=scale)
         temb = temb.unflatten(0, (len(table), rows))  # (S, 1 or R, channels)
 
@@ -285,30 +305,33 @@ class Pipeline:
         height, width = int(request.height or 0), int(request.width or 0)
         factor = self.vae.config.factor
         shape = (request.batch, self.latent_channels, height // factor, width // factor)
-        # Noise of a seed is float32 on every device and in every precision; a caller's generator draws in the model's, as in diffusers.
+        # Noise of a seed is float32 on every device and in every precision; a caller's generator draws in the
+        # model's, as in diffusers.
         noise_dtype = torch.float32 if request.generator is None else self.dtype
 
         def draw() -> Tensor:
             return randn(shape, generators, noise_dtype, self.device).float()  # (B, C, h, w)
 
-        picture = hole = init = mask = extra = None
+        # Inpainting at full strength starts from noise alone, so that nothing of what is repainted shines through.
+        from_noise = request.mask_image is not None and request.strength == 1
+        init = mask = extra = None
         for_inpainting = self.unet.config.in_channels > self.latent_channels
         if request.image is not None:
             picture = self._picture(request, images.load_image(request.image, (height, width)), "image")
-            if not for_inpainting or request.strength < 1:
+            if not (for_inpainting and from_noise):
                 init = self._encode_picture(picture, draw)
         noise = draw() if request.latents is None else request.latents.to(self.device, torch.float32)
-        if picture is not None and request.mask_image is not None:
+        if request.mask_image is not None:
             hole = self._picture(request, images.load_mask(request.mask_image, (height, width)), "mask_image")
             mask = torch.nn.functional.interpolate(hole, shape[2:])  # (B, 1, h, w)
             if for_inpainting:
                 masked = self._encode_picture(picture * (hole < 0.5), draw)
-                mask, extra = None, torch.cat([mask, masked], dim=1)  # (B, 1 + C, h, w)
+                extra = torch.cat([mask, masked], dim=1)  # (B, 1 + C, h, w)
             elif request.generator is not None:
                 draw()  # diffusers encodes the masked picture for 4-channel models too: keep its generator in step
         step_noise = draw_step_noise(table, shape, generators, noise_dtype, self.device)
         r, s = table.start
-        x = table.init_noise_sigma * noise if init is None else r * init + s * noise
+        x = table.init_noise_sigma * noise if init is None or from_noise else r * init + s * noise
         scale = float(request.guidance_scale or 0) if self._guided(request) else 1.0
         return denoise(
             network,
@@ -316,7 +339,7 @@ class Pipeline:
             x,
             step_noise,
             Guidance(scale, request.guidance_rescale, *request.guidance_interval),
-            mask=mask,
+            mask=None if for_inpainting else mask,
             init=init,
             init_noise=noise,
             extra_channels=extra,
@@ -327,17 +350,22 @@ class Pipeline:
     def _picture(self, request: Request, picture: Tensor, name: str) -> Tensor:
         """One picture for all, or one each: (1 or B, C, H, W) -> (B, C, H, W) on the device."""
         if picture.shape[0] not in (1, request.batch):
-            raise InputError(f"{name} holds {picture.shape[0]} pictures for a batch of {request.batch}: give one, or one each")
+            raise InputError(
+                f"{name} holds {picture.shape[0]} pictures for a batch of {request.batch}: give one, or one each"
+            )
         return picture.expand(request.batch, -1, -1, -1).to(self.device)
 
     def _encode_picture(self, picture: Tensor, draw: Callable[[], Tensor]) -> Tensor:
-        """Pictures (B, 3, H, W) in -1..1 to latents (B, C, h, w) in float32, drawn from the posterior of a KL autoencoder."""
+        """Pictures (B, 3, H, W) in -1..1 to latents (B, C, h, w) in float32, drawn from the posterior of a KL
+        autoencoder."""
         encoded = self.vae.encode(picture.to(self.dtype)).float()
         if isinstance(self.vae, AutoencoderKL):
             mean, log_variance = encoded.chunk(2, dim=1)
             encoded = mean + (log_variance.clamp(-30, 20) / 2).exp() * draw()
         if not bool(torch.isfinite(encoded).all()):
-            raise NonFinite(f"encoding the picture in {self.dtype} gave NaN or infinity: load the model in float32 or bfloat16")
+            raise NonFinite(
+                f"encoding the picture in {self.dtype} gave NaN or infinity: load the model in float32 or bfloat16"
+            )
         return (encoded - self.vae.config.shift_factor) * self.vae.config.scaling_factor
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
@@ -348,7 +376,9 @@ class Pipeline:
             logger.warning("decoding in %s overflowed: decoding once more in float32", self.dtype)
             decoded = copy.deepcopy(self.vae).float().decode(z)  # a copy, since other threads may be using this one
         if not bool(torch.isfinite(decoded).all()):
-            raise NonFinite("decoding the latents gave NaN or infinity, in float32 too: the VAE's weights may be damaged")
+            raise NonFinite(
+                "decoding the latents gave NaN or infinity, in float32 too: the VAE's weights may be damaged"
+            )
         return images.to_output(decoded, output_type)
 
     def _observer(
@@ -394,7 +424,8 @@ def _free_bytes(device: torch.device) -> int | None:
 
 
 def _check_memory(request: Request, pipe: Pipeline) -> None:
-    """Refuses a size that cannot fit before any work: the decoder's last level alone holds two tensors at full resolution."""
+    """Refuses a size that cannot fit before any work: the decoder's last level alone holds two tensors at full
+    resolution."""
     config = pipe.vae.config
     channels = config.decoder_width if isinstance(config, TinyVAEConfig) else config.channels[0]
     pixels = request.batch * int(request.height or 0) * int(request.width or 0)

@@ -1,7 +1,7 @@
 """What a caller asks for, and what comes back.
 
-`Request` is the one place where the arguments of a generation have their names, defaults and checks: `Pipeline.__call__`, the command
-and everything later are built from it. Names are diffusers'.
+`Request` is the one place where the arguments of a generation have their names, defaults and checks:
+`Pipeline.__call__`, the command and everything later are built from it. Names are diffusers'.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MAX_SEED = 2**63 - 1
 class Request:
     """One call: B = len(prompt) * num_images_per_prompt pictures. `None` means the model family's own default.
 
-    Checked here: all that can be checked without a model. `Pipeline` fills in the family's defaults and checks the rest.
+    Checked here: all that needs no model. `Pipeline` fills in the family's defaults and checks the rest.
     """
 
     prompt: str | Sequence[str] | None = None
@@ -45,7 +45,8 @@ class Request:
     guidance_scale: float | None = None
     """Classifier-free guidance: 1 or less is off and costs one network row a picture, not two."""
     guidance_rescale: float = 0.0
-    """Pulls the guided prediction's deviation back to the conditional one's, 0 (off) to 1 (arXiv:2305.08891, section 3.4)."""
+    """Pulls the guided prediction's deviation back to the conditional one's, 0 (off) to 1 (arXiv:2305.08891, section
+    3.4)."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Guide only between these fractions of the steps (arXiv:2404.07724)."""
     sampler: str | None = None
@@ -59,15 +60,17 @@ class Request:
     num_images_per_prompt: int = 1
     """Pictures a prompt."""
     seed: int | Sequence[int] | None = None
-    """Picture k is made from a CPU generator seeded seed + k, on every device; a list gives one seed a picture. None draws one."""
+    """Picture k is made from a CPU generator seeded seed + k, on every device; a list gives one seed a picture. None
+    draws one."""
     generator: torch.Generator | Sequence[torch.Generator] | None = None
     """In place of seed: one generator draws the whole batch, a list draws a picture each, both as diffusers does."""
     latents: torch.Tensor | None = None
     """Start noise (B, C, H / factor, W / factor), unit variance, in place of drawn noise."""
     image: Any = None
-    """Start picture (PIL, array (H, W, 3) or (B, H, W, 3) in 0..1 or uint8, tensor (B, 3, H, W) in 0..1): image to image."""
-    strength: float = 0.8
-    """How much of `image` is redone: 0 (nothing) to 1 (everything). Only with `image`; 1.0 is usual with `mask_image`."""
+    """Start picture (PIL, array (H, W, 3) or (B, H, W, 3) in 0..1 or uint8, tensor (B, 3, H, W) in 0..1): image to
+    image."""
+    strength: float | None = None
+    """How much of `image` is redone, 0 (nothing) to 1 (everything); None is 0.8, and 1 with `mask_image`."""
     mask_image: Any = None
     """White is repainted, black is kept; needs `image`."""
     clip_skip: int | None = None
@@ -84,7 +87,8 @@ class Request:
     crops_coords_top_left: tuple[int, int] = (0, 0)
     target_size: tuple[int, int] | None = None
     output_type: str = "pil"
-    """"pil": PIL images; "np": float32 (B, H, W, 3) in 0..1; "pt": tensor (B, 3, H, W) in 0..1; "latent": latents, undecoded."""
+    """"pil": PIL images; "np": float32 (B, H, W, 3) in 0..1; "pt": tensor (B, 3, H, W) in 0..1; "latent": latents,
+    undecoded."""
 
     def __post_init__(self) -> None:
         _check_prompts(self)
@@ -101,10 +105,13 @@ class Request:
             _real("guidance_scale", self.guidance_scale, 0.0, math.inf)
         _real("guidance_rescale", self.guidance_rescale, 0.0, 1.0)
         _real("eta", self.eta, 0.0, 1.0)
-        _real("strength", self.strength, 0.0, 1.0)
+        if self.strength is not None:
+            _real("strength", self.strength, 0.0, 1.0)
         start, end = self.guidance_interval
         if not 0.0 <= start <= end <= 1.0:
-            raise InputError(f"guidance_interval is {self.guidance_interval}: expected two fractions, 0 <= start <= end <= 1")
+            raise InputError(
+                f"guidance_interval is {self.guidance_interval}: expected two fractions, 0 <= start <= end <= 1"
+            )
         if self.output_type not in OUTPUT_TYPES:
             raise InputError(f"output_type is {self.output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
         if self.mask_image is not None and self.image is None:
@@ -196,7 +203,9 @@ def _check_prompts(request: Request) -> None:
         if not isinstance(negative, str):
             prompts = 1 if isinstance(prompt, str) else len(prompt)
             if len(negative) != prompts:
-                raise InputError(f"negative_prompt has {len(negative)} texts for {prompts} prompts: give one, or one a prompt")
+                raise InputError(
+                    f"negative_prompt has {len(negative)} texts for {prompts} prompts: give one, or one a prompt"
+                )
 
 
 def _check_texts(name: str, value: Any) -> None:
@@ -212,11 +221,11 @@ def _check_seed(request: Request) -> int | tuple[int, ...] | None:
     seed = request.seed
     if seed is None:
         return None
-    if _is_whole(seed):
-        if not 0 <= int(seed) <= MAX_SEED:  # type: ignore[arg-type]
-            raise InputError(f"seed is {seed}: expected a whole number from 0 to 2**63 - 1")
-        return int(seed)  # type: ignore[arg-type]
-    if not isinstance(seed, Sequence) or not all(_is_whole(s) and 0 <= int(s) <= MAX_SEED for s in seed):
+    if not isinstance(seed, Sequence):
+        if not _is_whole(seed) or not 0 <= int(seed) <= MAX_SEED:
+            raise InputError(f"seed is {_show(seed)}: expected a whole number from 0 to 2**63 - 1, or a list of them")
+        return int(seed)
+    if not all(_is_whole(s) and 0 <= int(s) <= MAX_SEED for s in seed):
         raise InputError(f"seed is {_show(seed)}: expected a whole number from 0 to 2**63 - 1, or a list of them")
     if (request.prompt is not None or request.prompt_embeds is not None) and len(seed) != request.batch:
         raise InputError(f"seed is a list of {len(seed)} for {request.batch} pictures: give one seed, or one a picture")
@@ -225,9 +234,9 @@ def _check_seed(request: Request) -> int | tuple[int, ...] | None:
 
 def picture_seeds(request: Request) -> tuple[int, ...]:
     """One seed a picture, (B,): the given list, or seed, seed + 1, ...; a fresh random seed where none was given."""
-    if isinstance(request.seed, tuple):
-        return request.seed
-    first = secrets.randbelow(2**32) if request.seed is None else int(request.seed)  # type: ignore[call-overload]
+    if isinstance(request.seed, Sequence):
+        return tuple(request.seed)
+    first = secrets.randbelow(2**32) if request.seed is None else request.seed
     return tuple((first + k) % (MAX_SEED + 1) for k in range(request.batch))
 
 

@@ -29,7 +29,6 @@ from fastldm.errors import CheckpointError, InputError
 if TYPE_CHECKING:
     import tokenizers
 
-    from fastldm.config import UNetConfig
     from fastldm.models.clip import CLIPText
 
 logger = logging.getLogger("fastldm")
@@ -262,7 +261,7 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
                 if texts[start] == kind:
                     break
             number = match.group(1)
-            factors[start] = float(number) if number else EMPHASIS if kind == "(" else 1 / EMPHASIS
+            factors[start] = _held(float(number)) if number else EMPHASIS if kind == "(" else 1 / EMPHASIS
             closed.add(len(texts))
         texts.append(token)
     texts.append(prompt[end:])
@@ -271,13 +270,17 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
     pairs: list[tuple[str, float]] = []
     for k, text in enumerate(texts):
         if k in factors:
-            levels.append(min(max(levels[-1] * factors[k], -MAX_WEIGHT), MAX_WEIGHT))
+            levels.append(_held(levels[-1] * factors[k]))
         elif k in closed:
             levels.pop()
         elif text:
             pairs.append((text, levels[-1]))
     runs = groupby(pairs, key=operator.itemgetter(1))
     return [("".join(text for text, _ in run), weight) for weight, run in runs] or [("", 1.0)]
+
+
+def _held(weight: float) -> float:
+    return min(max(weight, -MAX_WEIGHT), MAX_WEIGHT)
 
 
 # Conditioning
@@ -397,14 +400,14 @@ def encode_prompts(
     states = torch.cat(hidden, dim=-1).to(hidden[-1].dtype)  # (B or 2B, T, D)
     pooled = torch.cat(vectors) if pooling else None  # (B or 2B, P), the last encoder's
 
+    encoded = Conditioning(states, pooled)
     if negatives is not None:
-        first = Conditioning(states, pooled).select(range(batch))
-        second = Conditioning(states, pooled).select(range(batch, 2 * batch))
-        return Conditioning(first.hidden, first.pooled, second.hidden, second.pooled)
-    if zero_negative:
-        pooled_zeros = None if pooled is None else torch.zeros_like(pooled)
-        return Conditioning(states, pooled, torch.zeros_like(states), pooled_zeros)
-    return Conditioning(states, pooled)
+        first, second = encoded.map(lambda x: x[:batch]), encoded.map(lambda x: x[batch:])
+    elif zero_negative:
+        first, second = encoded, encoded.map(torch.zeros_like)
+    else:
+        return encoded
+    return Conditioning(first.hidden, first.pooled, second.hidden, second.pooled)
 
 
 class _Window(NamedTuple):
@@ -500,30 +503,34 @@ def _encode(
 
 def given_conditioning(
     prompt_embeds: Tensor,
-    pooled_prompt_embeds: Tensor | None = None,
     negative_prompt_embeds: Tensor | None = None,
+    pooled_prompt_embeds: Tensor | None = None,
     negative_pooled_prompt_embeds: Tensor | None = None,
     *,
-    unet: UNetConfig,
+    width: int,
+    pooled_width: int | None = None,
     guided: bool,
+    dtype: torch.dtype,
+    device: torch.device | str,
 ) -> Conditioning:
-    """A Conditioning of tensors that the caller made, checked against the U-Net that will read them.
+    """A Conditioning of tensors that the caller made, checked, in `dtype` on `device`.
 
-    prompt_embeds, negative_prompt_embeds: (B, T, D), any T, D the U-Net's cross_attention_dim; floating point.
-    pooled_prompt_embeds, negative_pooled_prompt_embeds: (B, P), for SDXL; other models leave them alone.
+    prompt_embeds, negative_prompt_embeds: (B, T, width), any T; width is the U-Net's cross_attention_dim.
+    pooled_prompt_embeds, negative_pooled_prompt_embeds: (B, pooled_width), for SDXL; left alone when that is None.
     guided: whether the negative half is needed; without it the negative tensors are left alone.
     Raises InputError that names the argument: missing, no floating point tensor, another shape, not finite.
     """
-    hidden = _embeds("prompt_embeds", prompt_embeds, (None, None, unet.cross_attention_dim))
+    hidden = _embeds("prompt_embeds", prompt_embeds, (None, None, width))
     pooled = negative = negative_pooled = None
     if guided:
         negative = _embeds("negative_prompt_embeds", negative_prompt_embeds, tuple(hidden.shape))
-    if unet.needs_added:
-        shape = (len(hidden), unet.addition_input_dim - 6 * unet.addition_time_embed_dim)
+    if pooled_width is not None:
+        shape = (len(hidden), pooled_width)
         pooled = _embeds("pooled_prompt_embeds", pooled_prompt_embeds, shape)
         if guided:
             negative_pooled = _embeds("negative_pooled_prompt_embeds", negative_pooled_prompt_embeds, shape)
-    return Conditioning(hidden, pooled, negative, negative_pooled)
+    given = Conditioning(hidden, pooled, negative, negative_pooled)
+    return given.map(lambda x: x.to(device=device, dtype=dtype))
 
 
 def _embeds(name: str, value: Any, shape: tuple[int | None, ...]) -> Tensor:
@@ -543,13 +550,20 @@ def _embeds(name: str, value: Any, shape: tuple[int | None, ...]) -> Tensor:
 
 
 def size_ids(
-    original_size: tuple[int, int], crops_coords_top_left: tuple[int, int], target_size: tuple[int, int]
+    count: int,
+    original_size: tuple[int, int],
+    crops_coords_top_left: tuple[int, int],
+    target_size: tuple[int, int],
+    *,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
-    """SDXL's time ids (6,), float32: original (height, width), crop (top, left), target (height, width), in pixels.
+    """SDXL's time ids, float32: `count` equal rows (count, 6) of original (height, width), crop (top, left) and target
+    (height, width), in pixels.
 
     Source: arXiv:2307.01952, section 2.2; the order is that of diffusers' `_get_add_time_ids`.
     """
-    return torch.tensor([*original_size, *crops_coords_top_left, *target_size], dtype=torch.float32)
+    row = [*original_size, *crops_coords_top_left, *target_size]
+    return torch.tensor([row] * count, dtype=torch.float32, device=device)
 
 
 def _show(value: Any) -> str:

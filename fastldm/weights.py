@@ -2,9 +2,9 @@
 
     path or id -> resolve -> open_diffusers or open_single_file -> Checkpoint -> Component.state -> load_module
 
-`Checkpoint` is what a model is before any weight is read; `Component.state` maps the weights into memory without
-reading them; `load_module` gives them to a network that was built on the meta device. All that is wrong with what lies
-outside (a missing folder, a git-lfs pointer, another family's shapes) ends here as one CheckpointError that says so.
+`Checkpoint` is what a model is before any weight is read; `Component.state` maps the weights into memory, and
+`load_module` gives them to a network that was built on the meta device. All that is wrong with what lies outside (a
+missing folder, a git-lfs pointer, another family's shapes) ends here as one CheckpointError that says so.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Component:
     allow_pickle: bool = False
 
     def state(self) -> dict[str, Tensor]:
-        """The weights by diffusers' and transformers' names, mapped from disk: no page is read before it is used."""
+        """The weights by diffusers' and transformers' names: views of the mapped files, read as they are used."""
         tensors: dict[str, Tensor] = {}
         for file in self.files:
             tensors.update(_read_tensors(file, self.names, self.allow_pickle))
@@ -278,7 +278,7 @@ def open_diffusers(folder: PathLike, variant: str | None = None, *, allow_pickle
     components = {}
     for name, weights in chosen.items():
         files = _weight_files(folder / name, weights)
-        config = _read_json(folder / name / "config.json")
+        config = _named(_read_json(folder / name / "config.json"), classes[name])
         shown = str(folder / name / weights.entry)
         components[name] = Component(name, classes[name], config, files, shown, allow_pickle=allow_pickle)
     scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
@@ -334,7 +334,7 @@ def _classes(index: Config, source: str) -> dict[str, str]:
     listed = _listed(index)
     if index.get("requires_aesthetics_score") and "text_encoder" not in listed:
         raise CheckpointError(f"{source} is the Stable Diffusion XL refiner, which fastldm does not run.")
-    known = {*_REQUIRED, *_CLASSES, *_TOKENIZERS}
+    known = (*_CLASSES, *_TOKENIZERS, "scheduler")
     strange = [f"{name} ({listed[name]})" for name in listed if name not in known and name not in _NOT_NEEDED]
     required = (*_REQUIRED, *(["tokenizer_2"] if "text_encoder_2" in listed else []))
     lacking = [name for name in required if name not in listed]
@@ -350,7 +350,13 @@ def _classes(index: Config, source: str) -> dict[str, str]:
             raise CheckpointError(
                 f"{source}: {name} is a {listed[name]}; fastldm runs {' or '.join(classes)} in its place."
             )
-    return {name: class_name for name, class_name in listed.items() if name in known}
+    return {name: listed[name] for name in known if name in listed}
+
+
+def _named(config: Config, class_name: str) -> Config:
+    """A component's config with the class that the pipeline's index gives it, whose word counts in diffusers too."""
+    key, value = ("architectures", [class_name]) if class_name.startswith("CLIP") else ("_class_name", class_name)
+    return {**config, key: value}
 
 
 # --- Which files hold a component's weights ---
@@ -498,10 +504,11 @@ def describe_diffusers(pipe: Any) -> Checkpoint:
         if name in _CLASSES:
             config = getattr(pipe, name).config
             raw = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-            if "architectures" in raw and not raw["architectures"]:
-                raw["architectures"] = [classes[name]]
-            components[name] = Component(name, classes[name], raw, (), f"{source}: {name}")
-    scheduler = {**pipe.scheduler.config, "_class_name": type(pipe.scheduler).__name__}
+            components[name] = Component(name, classes[name], _named(raw, classes[name]), (), f"{source}: {name}")
+    # What its author left to the class's defaults is left to the next class's too, as diffusers' `from_config` does.
+    defaults = pipe.scheduler.config.get("_use_default_values", ())
+    scheduler = {key: value for key, value in pipe.scheduler.config.items() if key not in defaults}
+    scheduler["_class_name"] = type(pipe.scheduler).__name__
     tokenizers = {name: TokenizerFiles(None, loaded=getattr(pipe, name)) for name in _TOKENIZERS if name in classes}
     return Checkpoint(source, components, scheduler, tokenizers, index)
 

@@ -1,4 +1,4 @@
-"""The network's ops, one file an op: the maths, a plain PyTorch reference that defines correct, and the public op.
+"""The networks' ops, one file an op: the maths, a plain PyTorch reference that defines correct, and the public op.
 
 Installed, and imported, as `fastldm.kernels`; nothing here imports anything else of fastldm.
 """
@@ -6,5 +6,12 @@ Installed, and imported, as `fastldm.kernels`; nothing here imports anything els
 from __future__ import annotations
 
 if __name__ != "fastldm.kernels":
-    # A second copy under another name would register every op twice and split its state.
-    raise ImportError(f"import this package as 'fastldm.kernels', not as {__name__!r}")
+    # A checkout as working folder makes this folder importable as `kernels`. A second copy of the ops must not come
+    # of that, but neither may the import fail: transformers imports whatever goes by that name to see whether it is
+    # the distribution so called.
+    __path__ = []
+
+    def __getattr__(name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ImportError(f"import this package as 'fastldm.kernels', not as {__name__!r}")

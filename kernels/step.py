@@ -1,4 +1,5 @@
-"""The end of a step: guidance, history, next latent, next anchor and mask blend, and the beginning of the next one, its model input.
+"""The end of a step: guidance, history, next latent, next anchor and mask blend, and the beginning of the next one,
+its model input.
 
     out  = u + g * (c - u)                                             classifier-free guidance, g per call
     m    = p * x + q * out                                             history, newest first
@@ -7,8 +8,8 @@
     x'   = mask * x' + (1 - mask) * (r * init + s * init_noise)        only where a mask is set
     u'   = c_in * x'                                                   next model input, once for each U-Net row
 
-All state is float32, (B, C, h, w); `row` holds one row of a step table, in the order of COLUMNS. Zero coefficients cost nothing: a
-DDIM step is two multiply-adds.
+All state is float32, (B, C, h, w); `row` holds one row of a step table, in the order of COLUMNS. Zero coefficients
+cost nothing: a DDIM step is two multiply-adds.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ COLUMNS = ("c_in", "p", "q", "a", "a1", "b0", "b1", "b2", "b3", "d", "e", "e1", 
 def guide(out: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
     """Classifier-free guidance: (2B, C, h, w), unguided rows first, to (B, C, h, w) float32.
 
-    `rescale` pulls the deviation of each sample back to that of its guided half (https://arxiv.org/abs/2305.08891, section 3.4).
+    `rescale` pulls the deviation of each sample back to that of its guided half (https://arxiv.org/abs/2305.08891,
+    section 3.4).
     """
     unguided, guided = out.float().chunk(2)
     mixed = torch.lerp(unguided, guided, scale)
@@ -36,7 +38,9 @@ def guide(out: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
 
 
 def model_input(x: Tensor, c_in: float, dtype: torch.dtype, copies: int, extra: Tensor | None = None) -> Tensor:
-    """c_in * x in the model's dtype, `extra` channels (of an inpainting model) behind, `copies` times along the batch."""
+    """c_in * x in the model's dtype, `extra` channels (of an inpainting model) behind, `copies` times along the
+    batch.
+    """
     u = (x if c_in == 1.0 else x * c_in).to(dtype)
     if extra is not None:
         u = torch.cat((u, extra), 1)
@@ -55,7 +59,8 @@ def step(
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
     """One step: (x', y', history with m in front, at most `depth` long).
 
-    x, out, noise: (B, C, h, w) float32. y: None for samplers that read no anchor, and it stays None. Pure: nothing is written in place.
+    x, out, noise: (B, C, h, w) float32. y: None for samplers that read no anchor, and it stays None. Pure: nothing
+    is written in place.
     """
     p, q, a, a1, b0, b1, b2, b3, d, e, e1, f0, f1, f2, f3 = row[1:16]
     history = (_sum((p, x), (q, out)), *history[: depth - 1])

@@ -46,7 +46,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def environment(folder: Path) -> Path:
-    """A fresh environment, its interpreter; dependencies are lent by ours, whose own .pth files (an editable fastldm) do not count."""
+    """A fresh environment, its interpreter; dependencies are lent by ours, whose own .pth files (an editable
+    fastldm) do not count."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     python = folder / "bin" / "python"
     site = run(python, "import sysconfig; print(sysconfig.get_path('purelib'))", folder)
@@ -88,7 +89,10 @@ def test_the_wheel_installed_elsewhere(clean: Path, tmp_path: Path) -> None:
     version = subprocess.run([clean.parent / "fastldm", "--version"], cwd=tmp_path, capture_output=True, text=True)
     assert version.stdout.strip() == f"fastldm, version {fastldm.__version__}"
     made = subprocess.run(
-        [clean.parent / "fastldm", "generate", "a red apple", "--steps", "1"], cwd=tmp_path, capture_output=True, text=True
+        [clean.parent / "fastldm", "generate", "a red apple", "--steps", "1"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert made.returncode == 0, made.stderr
     assert len(list(tmp_path.glob("fastldm-*.png"))) == 1
@@ -104,10 +108,19 @@ def test_a_bare_checkout_with_nothing_installed(bare: Path, tmp_path: Path) -> N
     assert run(bare, IMPORTED, ROOT) == str(ROOT / "kernels" / "__init__.py")
 
 
-@pytest.mark.parametrize("name", ["kernels", "export"])
-def test_a_second_copy_is_refused(name: str) -> None:
-    said = run(sys.executable, f"try:\n    import {name}\nexcept ImportError as error:\n    print(error)", ROOT)
-    assert f"'fastldm.{name}'" in said
+@pytest.mark.parametrize(
+    "code", ["from kernels import attention", "import kernels; kernels.attention", "import export"]
+)
+def test_a_second_copy_is_refused(code: str) -> None:
+    said = run(sys.executable, f"try:\n    {code}\nexcept ImportError as error:\n    print(error)", ROOT)
+    assert f"import this package as 'fastldm.{'export' if 'export' in code else 'kernels'}'" in said
+    assert "ModuleNotFoundError" in run(
+        sys.executable, "try:\n    import kernels.attention\nexcept ImportError as e:\n    print(repr(e))", ROOT
+    )
+
+
+def test_transformers_in_a_checkout_does_not_take_our_kernels_for_its_own() -> None:
+    assert run(sys.executable, "import transformers.utils as u; print(u.is_kernels_available())", ROOT) == "False"
 
 
 LOADED = "import sys, json; print(json.dumps(sorted({m.partition('.')[0] for m in sys.modules} | set(sys.modules))))"
@@ -126,7 +139,15 @@ with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
 
 @pytest.mark.parametrize("arguments", ["--help", "--version", "generate|--help", "doctor|--help"])
 def test_help_and_version_load_nothing_heavy(arguments: str, tmp_path: Path) -> None:
-    assert not modules_after(arguments, tmp_path) & {"torch", "numpy", "triton", "PIL", "tokenizers", "huggingface_hub", "tqdm"}
+    assert not modules_after(arguments, tmp_path) & {
+        "torch",
+        "numpy",
+        "triton",
+        "PIL",
+        "tokenizers",
+        "huggingface_hub",
+        "tqdm",
+    }
 
 
 def test_generate_loads_no_peer_and_no_compiler(tmp_path: Path) -> None:
@@ -188,7 +209,9 @@ def test_import_direction(place: str) -> None:
     path = ROOT / place
     own = "models" if place.endswith("models") else place if place == "kernels" else path.stem
     for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-        used = {name.split(".")[1] for name in imports(file, "fastldm") if name.count(".") and name.startswith("fastldm.")}
+        used = {
+            name.split(".")[1] for name in imports(file, "fastldm") if name.count(".") and name.startswith("fastldm.")
+        }
         modules = {p.stem for p in (ROOT / "fastldm").glob("*.py")} | {"models", "kernels", "export"}
         assert (used & modules) - {own} <= MAY_IMPORT[place], file
 

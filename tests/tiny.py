@@ -1,10 +1,10 @@
-"""Tiny, seeded models of every family as diffusers and transformers build them, the judges of fastldm's own; no network, no files.
+"""Tiny seeded models of every family, as diffusers and transformers build them: the judges of ours. No network needed.
 
-    tiny.unet("sdxl")                          a diffusers U-Net
-    tiny.vae("sd1"), tiny.tiny_vae()           its autoencoders
-    tiny.text_encoder("bigg")                  a transformers text encoder
-    tiny.pipeline("sd2-v")                     a whole diffusers pipeline
-    tiny.save_pipeline("sd1", folder)          the same as a folder on disk
+tiny.unet("sdxl")                    a diffusers U-Net, of any name in UNETS
+tiny.vae(), tiny.tiny_vae()          its autoencoders
+tiny.text_encoder("bigg")            a transformers text encoder
+tiny.pipeline("sd2-v")               a whole diffusers pipeline, of any name in FAMILIES
+tiny.save_pipeline("sd1", folder)    the same as a folder on disk
 """
 
 from __future__ import annotations
@@ -85,6 +85,15 @@ UNETS: dict[str, dict[str, Any]] = {
         "transformer_layers_per_block": (1, (2, 2), (1, 2)),
         "reverse_transformer_layers_per_block": ((2, 1, 3), (2, 1, 1), 1),
     },
+    # Like the model that ships with fastldm: cross-attention on every level, half the stride.
+    "small": {
+        **_SD1,
+        "sample_size": 16,
+        "block_out_channels": (16, 32, 48),
+        "down_block_types": (CROSS_DOWN, CROSS_DOWN, CROSS_DOWN),
+        "up_block_types": (CROSS_UP, CROSS_UP, CROSS_UP),
+        "layers_per_block": 1,
+    },
     # What the configuration allows beyond the families: each level its own.
     "uneven": {
         **_SD2,
@@ -105,7 +114,7 @@ UNETS: dict[str, dict[str, Any]] = {
 
 
 def seeded(make: Callable[[], M], seed: int = 0) -> M:
-    """Build a module from a seed, in evaluation mode, its norms and biases moved off one and zero so that none can be lost unseen."""
+    """Build a module from a seed for inference, with norms and biases off one and zero, so that none is lost unseen."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         module = make()
@@ -123,13 +132,15 @@ def unet(family: str, seed: int = 0, **changes: Any) -> UNet2DConditionModel:
 
 
 def vae(family: str = "sd1", seed: int = 0, **changes: Any) -> AutoencoderKL:
-    """A KL autoencoder of factor 8."""
+    """A KL autoencoder of factor 8 (4 for "small"): pictures of 64 x 64 for every family at its sample_size."""
+    channels = (8, 16, 24) if family == "small" else (8, 16, 24, 24)
     config: dict[str, Any] = {
         "sample_size": 64,
-        "block_out_channels": (8, 16, 24, 24),
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": channels,
+        "down_block_types": ("DownEncoderBlock2D",) * len(channels),
+        "up_block_types": ("UpDecoderBlock2D",) * len(channels),
         "layers_per_block": 1,
+        "mid_block_add_attention": family != "small",
         "norm_num_groups": 4,
         "scaling_factor": 0.13025 if family.startswith("sdxl") else 0.18215,
         "force_upcast": family.startswith("sdxl"),
@@ -178,29 +189,59 @@ def tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
 
 # ------------------------------------------------------------------------------------------------- whole pipelines
 
-_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
-_SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "sd1": ("PNDMScheduler", {"skip_prk_steps": True, "steps_offset": 1}),
-    "sd2-v": ("DDIMScheduler", {"prediction_type": "v_prediction", "steps_offset": 1, "set_alpha_to_one": False}),
-    "sd-turbo": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
-    "lcm": ("LCMScheduler", {}),
-    "sdxl": ("EulerDiscreteScheduler", {"timestep_spacing": "leading", "steps_offset": 1}),
-    "sdxl-turbo": ("EulerAncestralDiscreteScheduler", {"timestep_spacing": "trailing"}),
-    "sdxl-lightning": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
-    "sdxl-lcm": ("LCMScheduler", {}),
-    "ssd-1b": ("EulerDiscreteScheduler", {"timestep_spacing": "leading", "steps_offset": 1}),
+_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+_PNDM = ("PNDMScheduler", {**_BETAS, "skip_prk_steps": True, "steps_offset": 1})
+_DDIM = {
+    **_BETAS,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "prediction_type": "v_prediction",
 }
-# The families that pipeline() and save_pipeline() know: all but the U-Net that is no family.
+_SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sd2-v": ("DDIMScheduler", _DDIM),
+    "small": ("DDIMScheduler", {**_DDIM, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}),
+    "lcm": ("LCMScheduler", {}),
+    "sd-turbo": ("EulerDiscreteScheduler", {**_BETAS, "timestep_spacing": "trailing", "steps_offset": 1}),
+    "sdxl": ("EulerDiscreteScheduler", {**_BETAS, "timestep_spacing": "leading", "steps_offset": 1}),
+    "sdxl-turbo": ("EulerAncestralDiscreteScheduler", {**_BETAS, "timestep_spacing": "trailing"}),
+    "sdxl-lightning": ("EulerDiscreteScheduler", {**_BETAS, "timestep_spacing": "trailing"}),
+    "sdxl-lcm": ("LCMScheduler", {}),
+    "ssd-1b": ("EulerDiscreteScheduler", {**_BETAS, "timestep_spacing": "leading", "steps_offset": 1}),
+}
+# What pipeline() and save_pipeline() know: all U-Nets but the one that is no family.
 FAMILIES = tuple(name for name in UNETS if name != "uneven")
 
 
 def scheduler(family: str) -> Any:
-    """The scheduler that the family's checkpoints ship."""
-    name, config = _SCHEDULERS.get(family, _SCHEDULERS["sd1"])
-    make = getattr(diffusers, name)
-    known = make.load_config  # noqa: F841
-    return make(**config)
+    """The scheduler that checkpoints of the family ship."""
+    name, config = _SCHEDULERS.get(family, _PNDM)
+    return getattr(diffusers, name)(**config)
 
 
 def pipeline(family: str, seed: int = 0, **replaced: Any) -> DiffusionPipeline:
-    """A diffusers pipeline of the class that the family's model_index.json names; `replaced` are components to use instead."""
+    """A diffusers pipeline of the class that such a checkpoint's model_index.json names.
+
+    `replaced` are components to use instead, by name: `pipeline("sd1", vae=tiny_vae())`.
+    """
+    sd2 = UNETS[family].get("use_linear_projection", False)
+    xl = "addition_embed_type" in UNETS[family]
+    parts: dict[str, Any] = {
+        "unet": unet(family, seed),
+        "vae": vae(family, seed + 1),
+        "text_encoder": text_encoder("h" if sd2 and not xl else "l", seed + 2),
+        "tokenizer": tokenizer("!" if sd2 and not xl else "<|endoftext|>"),
+        "scheduler": scheduler(family),
+    }
+    if xl:
+        parts |= {"text_encoder_2": text_encoder("bigg", seed + 3), "tokenizer_2": tokenizer("!")}
+        return diffusers.StableDiffusionXLPipeline(**{**parts, **replaced})
+    parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    names = {"sd1-inpaint": "StableDiffusionInpaintPipeline", "lcm": "LatentConsistencyModelPipeline"}
+    return getattr(diffusers, names.get(family, "StableDiffusionPipeline"))(**{**parts, **replaced})
+
+
+def save_pipeline(family: str, folder: Path, seed: int = 0, **options: Any) -> Path:
+    """Write the family's pipeline as a diffusers folder. `options` go to save_pretrained (variant, max_shard_size)."""
+    pipeline(family, seed).save_pretrained(folder, **options)
+    return folder

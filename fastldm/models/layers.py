@@ -110,9 +110,8 @@ class LayerNorm(nn.Module):
 class Resnet(nn.Module):
     """Two normalised convolutions around a residual; diffusers' ResnetBlock2D.
 
-    In a U-Net a row of channels that depends on the time step is added between them: `shift` (B, out_channels), which has
-    conv1's bias in it (see UNet.time_rows), so that conv1 runs without. A U-Net's decoder gives part of the input channels
-    as a second source, `skip`.
+    In a U-Net a row of channels that depends on the time step is added between them: `shift` (B, out_channels). It has
+    conv1's bias in it (see UNet.time_rows), so conv1 runs without. A U-Net's decoder gives part of the input as `skip`.
     """
 
     def __init__(

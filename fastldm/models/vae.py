@@ -150,8 +150,8 @@ def rescale_for_half(vae: AutoencoderKL, exponent: int = -4) -> None:
     All between conv_in and conv_norm_out becomes 2 ** exponent times as large. Where a layer writes into the residual
     stream or between a resnet's convolutions, weight and bias are scaled; where it maps the stream to itself (shortcut,
     up- and downsampling), the bias alone; each GroupNorm divides the factor out again, its eps scaled by the square. A
-    power of two is exact: float32 results are bitwise the same. Parameters are replaced, not written to: whatever shares
-    their storage keeps its values.
+    power of two is exact: float32 results are bitwise the same. Parameters are replaced, not written to, for others may
+    share them.
     """
     scale = 2.0**exponent
 

@@ -1,0 +1,255 @@
+"""The gates of the default model: does a prompt give the thing it names?
+
+    python -m benchmarks.train_default_model data --data FOLDER    # once: the training pictures, to compare with
+    python -m benchmarks.default_model --json benchmarks/results/default_model.json
+
+A generated picture counts for the concept and the style of the training picture nearest to it (RMSE over RGB, both
+reduced to 32x32), among all pictures the model was trained on. Everything runs on the shipped float16 weights through
+the public `fastldm.Pipeline` with its own defaults; `--peer diffusers` makes the same pictures with diffusers instead,
+as a cross-check. Exits with 1 if a gate fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from benchmarks.train_default_model import STYLES, WORK, load_data, plain_tags
+
+HERE = Path(__file__).resolve().parent
+MODEL = HERE.parent / "fastldm" / "assets" / "default"
+BATCH = 36
+Pictures = NDArray[np.float32]  # (B, H, W, 3) in 0..1
+
+
+class Model(Protocol):
+    def generate(self, prompts: list[str], seeds: list[int], steps: int) -> Pictures: ...
+    def reconstruct(self, pictures: Pictures) -> Pictures: ...
+
+
+class FastLDM:
+    def __init__(self, path: Path) -> None:
+        import fastldm
+
+        self.pipe = fastldm.Pipeline.from_pretrained(path)
+
+    def generate(self, prompts: list[str], seeds: list[int], steps: int) -> Pictures:
+        return self.pipe(prompt=prompts, seed=seeds, num_inference_steps=steps, output_type="np").images
+
+    def reconstruct(self, pictures: Pictures) -> Pictures:
+        x = torch.from_numpy(pictures).movedim(-1, 1).to(self.pipe.dtype) * 2 - 1  # (B, 3, H, W)
+        vae = self.pipe.vae
+        mean, _ = vae.encode(x).chunk(2, dim=1)
+        return _unit(vae.decode(mean))
+
+
+class Diffusers:
+    def __init__(self, path: Path) -> None:
+        from diffusers import StableDiffusionPipeline
+
+        self.pipe = StableDiffusionPipeline.from_pretrained(path)
+        self.pipe.set_progress_bar_config(disable=True)
+
+    def generate(self, prompts: list[str], seeds: list[int], steps: int) -> Pictures:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        settings = {"guidance_scale": 2.0, "num_inference_steps": steps, "output_type": "np"}
+        return self.pipe(prompt=prompts, generator=generators, **settings).images
+
+    def reconstruct(self, pictures: Pictures) -> Pictures:
+        x = torch.from_numpy(pictures).movedim(-1, 1) * 2 - 1
+        return _unit(self.pipe.vae.decode(self.pipe.vae.encode(x).latent_dist.mode()).sample)
+
+
+def _unit(x: torch.Tensor) -> Pictures:
+    return (x.float() / 2 + 0.5).clamp(0, 1).movedim(1, -1).numpy()
+
+
+PEERS: dict[str, Callable[[Path], Model]] = {"fastldm": FastLDM, "diffusers": Diffusers}
+
+
+class Nearest:
+    """Finds the training picture nearest to a picture."""
+
+    def __init__(self, pictures: NDArray[np.uint8]) -> None:  # (C, styles, H, W, 3)
+        self.styles = pictures.shape[1]
+        self.known = _reduce(pictures.reshape(-1, *pictures.shape[2:]).astype(np.float32) / 255)  # (N, D)
+
+    def __call__(self, made: Pictures) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """The concept and the style nearest to each picture: (B,), (B,)"""
+        made = _reduce(made)
+        # |a - b|^2 without a (B, N, D) array; |a|^2 is the same for every b
+        distance = (self.known**2).sum(1) - 2 * made @ self.known.T  # (B, N)
+        return np.divmod(distance.argmin(1), self.styles)
+
+
+def _reduce(pictures: Pictures) -> Pictures:
+    """(B, H, W, 3) to 32x32 by box averaging, flattened: (B, 32 * 32 * 3)"""
+    b, h, w, c = pictures.shape
+    return pictures.reshape(b, 32, h // 32, 32, w // 32, c).mean((2, 4)).reshape(b, -1)
+
+
+def two_tags(concepts: Sequence[dict[str, Any]]) -> dict[int, str]:
+    """For each concept, its first two tags that no other concept has both of. Pairs that training may have shown (a tag
+    which is the name) are left out, and with them the concepts that have no other pair."""
+    known = [{*c["names"], *plain_tags(c)} for c in concepts]
+    prompts = {}
+    for i, concept in enumerate(concepts):
+        tags = [t for t in plain_tags(concept) if t not in concept["names"]]
+        for pair in combinations(tags, 2):
+            unique = all(not {*pair} <= other for j, other in enumerate(known) if j != i)
+            if unique and " ".join(pair) not in concept["names"]:
+                prompts[i] = " ".join(pair)
+                break
+    return prompts
+
+
+@dataclass
+class Gate:
+    name: str
+    value: float
+    least: float
+    unit: str = "%"
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        return self.value >= self.least
+
+
+def run_gates(model: Model, concepts: list[dict[str, Any]], pictures: NDArray[np.uint8]) -> list[Gate]:
+    nearest = Nearest(pictures)
+    names = [c["names"][0] for c in concepts]
+    everything = list(range(len(names)))
+
+    def hits(prompts: list[str], truth: list[int], seed: int = 0, steps: int = 8) -> tuple[NDArray, NDArray]:
+        """Whether each picture is nearest to its concept, and to which style: (N,) bool, (N,)"""
+        found = []
+        for i in range(0, len(prompts), BATCH):
+            part = prompts[i : i + BATCH]
+            found.append(nearest(model.generate(part, [seed] * len(part), steps)))
+        concept, style = map(np.concatenate, zip(*found, strict=True))
+        return concept == np.array(truth), style
+
+    def gate(name: str, least: float, prompts: list[str], truth: list[int], **how: int) -> Gate:
+        right, _ = hits(prompts, truth, **how)
+        missed = [prompt for prompt, ok in zip(prompts, right, strict=True) if not ok]
+        return report(Gate(name, 100 * right.mean(), least, details={"prompts": len(prompts), "missed": missed}))
+
+    def report(done: Gate) -> Gate:
+        verdict = "pass" if done.passed else "FAIL"
+        print(f"{verdict}  {done.name:<52} {done.value:7.2f} {done.unit:<3} (at least {done.least:g})", flush=True)
+        return done
+
+    plain = [f"a {name}" for name in names]
+    gates = [gate("a NAME, 8 steps", 90, plain, everything), gate("a NAME, 4 steps", 75, plain, everything, steps=4)]
+    gates.append(gate("picture of NAME (never trained on)", 70, [f"picture of {name}" for name in names], everything))
+    tags = two_tags(concepts)
+    gates.append(gate("two tags (never trained on)", 70, [*tags.values()], [*tags]))
+
+    words = list(STYLES.values())
+    asked = np.repeat(np.arange(len(words)), len(names))
+    right, style = hits([f"a {word} {name}" for word in words for name in names], everything * len(words))
+    each = {word: float(100 * (style == asked)[asked == k].mean()) for k, word in enumerate(words)}
+    details = {"prompts": len(asked), "by style": each, "concept also right": float(100 * right.mean())}
+    gates.append(report(Gate("a STYLE NAME: the style asked for", 100 * (style == asked).mean(), 80, details=details)))
+
+    seeds = [float(100 * hits(plain, everything, seed=seed)[0].mean()) for seed in range(1, 5)]
+    drift = abs(float(np.mean(seeds)) - gates[0].value)
+    name = "a NAME, seeds 1 to 4: 5 points less distance to seed 0"
+    gates.append(report(Gate(name, 5 - drift, 0, "pts", {"seeds 1 to 4": seeds})))
+
+    flat = pictures.reshape(-1, *pictures.shape[2:])
+    chosen = flat[np.linspace(0, len(flat) - 1, 256).astype(int)].astype(np.float32) / 255
+    made = np.concatenate([model.reconstruct(chosen[i : i + 32]) for i in range(0, len(chosen), 32)])
+    psnr = -10 * np.log10(((made - chosen) ** 2).mean((1, 2, 3)))
+    details = {"pictures": len(psnr), "worst 5% below": float(np.quantile(psnr, 0.05)), "worst": float(psnr.min())}
+    gates.append(report(Gate("autoencoder, mean PSNR of 256 pictures", float(psnr.mean()), 28, "dB", details)))
+    print(f"      autoencoder: the worst 5% are below {details['worst 5% below']:.2f} dB", flush=True)
+    gates.append(report(Gate("concepts", len(concepts), 300, "")))
+    return gates
+
+
+def contact_sheet(model: Model, names: list[str], path: Path) -> None:
+    """64 prompts in 8 rows of 8, twice their size, each with its prompt below."""
+    words = ["", *(f"{word} " for word in STYLES.values())]
+    chosen = np.linspace(0, len(names) - 1, 64).astype(int)
+    prompts = [f"a {words[k % len(words)]}{names[i]}" for k, i in enumerate(chosen)]
+    made = np.concatenate([model.generate(prompts[i : i + 32], [0] * 32, 8) for i in (0, 32)])
+    cell, label = 2 * made.shape[1], 18
+    sheet = Image.new("RGB", (8 * cell, 8 * (cell + label)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for k, (prompt, picture) in enumerate(zip(prompts, made, strict=True)):
+        x, y = k % 8 * cell, k // 8 * (cell + label)
+        image = Image.fromarray((picture * 255).round().astype(np.uint8))
+        sheet.paste(image.resize((cell, cell), Image.Resampling.BICUBIC), (x, y))
+        draw.text((x + cell // 2, y + cell + label // 2), prompt, fill="black", font=font, anchor="mm")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, optimize=True)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _digest(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*.safetensors"))
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL, help="a diffusers folder (default: the one that ships)")
+    parser.add_argument("--work", type=Path, default=WORK, help="where the data stage left the training pictures")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--sheet", type=Path, default=HERE / "results" / "default_model_sheet.png")
+    parser.add_argument("--peer", choices=PEERS, default="fastldm", help="what makes the pictures")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    started = time.perf_counter()
+    concepts, pictures = load_data(args.work)
+    model = PEERS[args.peer](args.model)
+    with torch.inference_mode():
+        gates = run_gates(model, concepts, pictures.permute(0, 1, 3, 4, 2).numpy())
+        contact_sheet(model, [c["names"][0] for c in concepts], args.sheet)
+    if args.json:
+        packages = ["torch", "numpy", *(["diffusers", "transformers"] if args.peer == "diffusers" else [])]
+        record = {
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "made by": args.peer,
+            "machine": f"{_processor()}, {args.threads} threads, {platform.system()} {platform.machine()}",
+            "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
+            "weights (sha256)": _digest(args.model),
+            "seconds": round(time.perf_counter() - started),
+            "gates": [{**vars(gate), "value": round(gate.value, 3), "passed": bool(gate.passed)} for gate in gates],
+        }
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    return 0 if all(gate.passed for gate in gates) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

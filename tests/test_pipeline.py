@@ -1,0 +1,401 @@
+"""The whole way from prompt to picture, held against diffusers' pipelines on seeded random weights."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+import fastldm
+from fastldm import InputError, NonFinite, OutOfMemory, Pipeline, Request
+
+diffusers.utils.logging.disable_progress_bar()
+diffusers.utils.logging.set_verbosity_error()
+
+
+def peer(family: str) -> Any:
+    pipe = tiny.pipeline(family)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def pipes() -> Any:
+    """(diffusers' pipeline, ours with its weights) by family, made once."""
+    made: dict[str, tuple[Any, Pipeline]] = {}
+
+    def get(family: str) -> tuple[Any, Pipeline]:
+        if family not in made:
+            theirs = peer(family)
+            made[family] = theirs, Pipeline.from_diffusers(theirs)
+        return made[family]
+
+    return get
+
+
+def as_bytes(images: np.ndarray) -> np.ndarray:
+    return (images * 255).round().astype(np.int16)
+
+
+def close(ours: Any, theirs: Any) -> None:
+    """Pictures within 1/255."""
+    assert ours.shape == theirs.shape
+    assert np.isfinite(ours).all()
+    assert ours.std() > 0.01, "a flat picture would agree with anything"
+    assert np.abs(as_bytes(ours) - as_bytes(theirs)).max() <= 1
+
+
+def generator(seed: int = 5) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+PROMPTS = {"prompt": ["a cat", "two dogs, with a hat"], "negative_prompt": ["blurry", ""]}
+# what each family is normally run with: guided, or distilled and not
+GUIDANCE = {"sd-turbo": 0.0, "sdxl-turbo": 0.0, "sdxl-lightning": 0.0, "lcm": 6.0}
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_text_to_image_as_diffusers(pipes: Any, family: str) -> None:
+    if family in ("sd1-inpaint", "sdxl-lcm"):
+        pytest.skip("inpainting has its own test; diffusers has no SDXL pipeline that embeds guidance the LCM way to judge by")
+    theirs, ours = pipes(family)
+    size = 16 * ours.vae.config.factor
+    options = {"num_inference_steps": 2, "guidance_scale": GUIDANCE.get(family, 5.0), "output_type": "np",
+               "height": size, "width": size + 2 * ours.vae.config.factor}  # fmt: skip
+    prompts = dict(PROMPTS)
+    if family == "lcm":
+        del prompts["negative_prompt"]  # diffusers' pipeline takes none
+    close(ours(**prompts, **options, generator=generator()).images, theirs(**prompts, **options, generator=generator()).images)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_images_per_prompt": 2},
+        {"guidance_scale": 1.0},
+        {"guidance_rescale": 0.7},
+        {"generator": "list"},
+        {"eta": 1.0, "sampler": "DDIMScheduler"},  # draws noise at every step, after that of the start
+        {"sampler": "EulerAncestralDiscreteScheduler"},
+        {"sampler": "UniPCMultistepScheduler"},
+    ],
+    ids=str,
+)
+def test_options_as_diffusers(pipes: Any, options: dict[str, Any]) -> None:
+    theirs, ours = pipes("sd1")
+    options = {"num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "np", **options}
+    many = options.pop("generator", None) == "list"
+    theirs_options = dict(options)
+    sampler = theirs_options.pop("sampler", None)
+    if sampler:
+        # a new pipeline, since it is the constructor that switches clip_sample off
+        scheduler = getattr(diffusers, sampler).from_config(theirs.scheduler.config)
+        parts = {**theirs.components, "scheduler": scheduler}
+        theirs = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
+        theirs.set_progress_bar_config(disable=True)
+
+    def draws() -> Any:
+        return [generator(1), generator(2)] if many else generator()
+
+    close(
+        ours(**PROMPTS, **options, generator=draws()).images,
+        theirs(**PROMPTS, **theirs_options, generator=draws()).images,
+    )
+
+
+@pytest.fixture(scope="module")
+def picture() -> Image.Image:
+    noise = np.random.default_rng(1).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((64, 64), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def mask() -> Image.Image:
+    hole = np.zeros((64, 64), np.uint8)
+    hole[16:48, 8:40] = 255
+    return Image.fromarray(hole)
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_image_to_image_as_diffusers(pipes: Any, picture: Image.Image, strength: float) -> None:
+    theirs, ours = pipes("sd1")
+    other = diffusers.StableDiffusionImg2ImgPipeline(**theirs.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 4, "strength": strength, "guidance_scale": 4.0, "image": picture, "output_type": "np"}
+    close(ours("a cat", **options, generator=generator()).images, other("a cat", **options, generator=generator()).images)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd1-inpaint"])
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+def test_inpainting_as_diffusers(
+    pipes: Any, picture: Image.Image, mask: Image.Image, family: str, strength: float
+) -> None:
+    theirs, ours = pipes(family)
+    other = diffusers.StableDiffusionInpaintPipeline(**theirs.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 4, "strength": strength, "guidance_scale": 4.0, "image": picture, "mask_image": mask,
+               "height": 64, "width": 64, "output_type": "np"}  # fmt: skip
+    close(ours("a cat", **options, generator=generator()).images, other("a cat", **options, generator=generator()).images)
+
+
+def test_prompt_embeds_in_place_of_a_prompt(pipes: Any) -> None:
+    theirs, ours = pipes("sdxl")
+    embeds = theirs.encode_prompt("a cat", negative_prompt="x", device="cpu")
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    options = {"num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "np", "height": 64, "width": 64}
+    given = dict(zip(names, embeds, strict=True))
+    close(
+        ours(**given, **options, generator=generator()).images,
+        ours("a cat", negative_prompt="x", **options, generator=generator()).images,
+    )
+
+
+def test_a_saved_folder_makes_the_same_picture(tmp_path: Path, pipes: Any) -> None:
+    tiny.save_pipeline("sd1", tmp_path)
+    loaded = Pipeline.from_pretrained(tmp_path, dtype="float32", device="cpu")
+    options = {"num_inference_steps": 2, "seed": 0, "output_type": "np"}
+    assert np.array_equal(loaded("a cat", **options).images, pipes("sd1")[1]("a cat", **options).images)
+
+
+def test_adopted_weights_are_shared(pipes: Any) -> None:
+    theirs, ours = pipes("sd1")
+    assert ours.unet.conv_in.weight.data_ptr() == theirs.unet.conv_in.weight.data_ptr()
+
+
+# --- one picture of many
+
+
+def test_each_picture_of_a_batch_is_the_one_made_alone(pipes: Any) -> None:
+    ours = pipes("sd1")[1]
+    options = {"num_inference_steps": 3, "sampler": "euler a", "output_type": "np"}
+    batch = ours(["a cat", "a dog"], num_images_per_prompt=2, seed=7, **options)
+    assert batch.seeds == (7, 8, 9, 10)
+    for k, prompt in enumerate(["a cat", "a cat", "a dog", "a dog"]):
+        close(batch.images[k : k + 1], ours(prompt, seed=7 + k, **options).images)
+    listed = ours(["a cat", "a dog"], seed=[9, 3], **options)
+    close(listed.images[:1], ours("a cat", seed=9, **options).images)
+
+
+def test_the_same_call_gives_the_same_bytes(pipes: Any) -> None:
+    ours = pipes("sd1")[1]
+    one, two = (ours("a cat", seed=1, num_inference_steps=2, output_type="np").images for _ in range(2))
+    assert np.array_equal(one, two)
+    other = ours("a cat", seed=2, num_inference_steps=2, output_type="np").images
+    assert np.abs(one - other).max() > 0.01
+
+
+def test_two_threads_may_share_a_pipeline(pipes: Any) -> None:
+    ours = pipes("sd1")[1]
+    jobs = [{"prompt": f"thing {k}", "seed": k, "sampler": name, "num_inference_steps": 2 + k % 2, "output_type": "np"}
+            for k, name in enumerate(["ddim", "euler a", "unipc", "dpm++ 2m"])]  # fmt: skip
+    alone = [ours(**job).images for job in jobs]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda job: ours(**job).images, jobs))
+    for one, other in zip(alone, together, strict=True):
+        assert np.array_equal(one, other)
+
+
+# --- how much work a call is
+
+
+class Counted:
+    """Rows of each U-Net pass."""
+
+    def __init__(self, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.rows: list[int] = []
+        step = pipe.unet.step
+
+        def counting(u: torch.Tensor, *rest: Any) -> torch.Tensor:
+            self.rows.append(u.shape[0])
+            return step(u, *rest)
+
+        monkeypatch.setattr(pipe.unet, "step", counting)
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        ({"guidance_scale": 5.0}, [2, 2, 2, 2]),
+        ({"guidance_scale": 1.0}, [1, 1, 1, 1]),
+        ({"guidance_scale": 0.0}, [1, 1, 1, 1]),
+        ({"guidance_scale": 5.0, "guidance_interval": (0.25, 0.75)}, [1, 2, 2, 1]),
+    ],
+    ids=str,
+)
+def test_rows_a_step(pipes: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], rows: list[int]) -> None:
+    ours = pipes("sd1")[1]
+    counted = Counted(ours, monkeypatch)
+    ours("a cat", sampler="ddim", num_inference_steps=4, seed=0, **options)
+    assert counted.rows == rows
+
+
+def test_an_embedded_guidance_scale_costs_no_second_row(pipes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = pipes("lcm")[1]
+    counted = Counted(ours, monkeypatch)
+    ours("a cat", seed=0, guidance_scale=8.0)
+    assert counted.rows == [1] * 4, "four steps are the family's default"
+
+
+# --- callback, result, output
+
+
+def test_the_callback_sees_each_step_and_may_change_latents(pipes: Any) -> None:
+    ours = pipes("sd1")[1]
+    seen: list[tuple[int, float]] = []
+
+    def watch(pipe: Pipeline, i: int, t: float, kwargs: dict[str, Any]) -> dict[str, Any]:
+        assert pipe is ours
+        seen.append((i, t))
+        return {"latents": torch.zeros_like(kwargs["latents"])} if i == 2 else {}
+
+    result = ours("a cat", sampler="ddim", num_inference_steps=3, callback_on_step_end=watch, output_type="latent")
+    assert [i for i, _ in seen] == [0, 1, 2]
+    assert [t for _, t in seen] == sorted((t for _, t in seen), reverse=True)
+    assert result.images.abs().max() == 0
+
+
+def test_cancelled_propagates_and_the_pipeline_stays_usable(pipes: Any) -> None:
+    ours = pipes("sd1")[1]
+
+    def stop(*_: Any) -> None:
+        raise fastldm.Cancelled("enough")
+
+    with pytest.raises(fastldm.Cancelled, match="enough"):
+        ours("a cat", callback_on_step_end=stop)
+    assert ours("a cat", num_inference_steps=1).images[0].size == (64, 64)
+
+
+def test_the_result_says_what_happened(pipes: Any) -> None:
+    ours = pipes("sd1")[1]
+    result = ours(Request(prompt="a cat", num_inference_steps=3, sampler="ddim"))
+    assert (result.backend, result.dtype) == ("torch", "float32")
+    assert len(result.timings.steps) == 3
+    parts = result.timings.text + sum(result.timings.steps) + result.timings.decode
+    assert 0 < parts <= result.timings.total
+    assert (result.request.height, result.request.guidance_scale) == (64, 7.5)
+    again = ours("a cat", num_inference_steps=3, sampler="ddim", seed=result.seeds[0])
+    assert np.array_equal(np.asarray(result.images[0]), np.asarray(again.images[0]))
+
+
+def test_output_types_agree(pipes: Any) -> None:
+    ours = pipes("sd1")[1]
+    pil, array, tensor, latent = (
+        ours("a cat", seed=0, num_inference_steps=1, output_type=kind).images for kind in ("pil", "np", "pt", "latent")
+    )
+    assert np.abs(np.asarray(pil[0]) / 255 - array[0]).max() <= 0.5 / 255 + 1e-6
+    assert np.array_equal(tensor.movedim(1, -1).numpy(), array)
+    assert latent.shape == (1, 4, 8, 8)
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"prompt": None}, "prompt is None"),
+        ({"height": 60}, "height is 60: expected a multiple of 8 pixels for this model, such as 64"),
+        ({"width": 3}, "width is 3: expected a multiple of 8 pixels for this model, such as 8"),
+        ({"latents": torch.zeros(2, 4, 8, 8)}, "latents have shape (2, 4, 8, 8): expected (1, 4, "),
+        ({"latents": torch.full((1, 4, 8, 8), float("nan"))}, "latents hold NaN or infinity before the first step"),
+        ({"latents": torch.zeros(1, 4, 8, 8), "height": 128}, "latents are for 64x64 pixels, not 64x128"),
+        ({"generator": [torch.Generator()] * 2}, "a list of one for each of 1 pictures"),
+        ({"generator": 3}, "generator is 3"),
+        ({"sampler": "eulr"}, "euler"),
+        ({"image": np.zeros((3, 64, 64, 3)), "num_inference_steps": 2}, "image holds 3 pictures for a batch of 1"),
+        ({"image": np.zeros((64, 64, 3)), "strength": 0.2, "num_inference_steps": 2}, "leaves none"),
+        ({"steps": 4}, "unknown argument 'steps'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_input(pipes: Any, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError) as caught:
+        pipes("sd1")[1](**{"prompt": "a cat", **options})
+    assert says in str(caught.value)
+
+
+def test_an_inpainting_model_says_what_it_needs(pipes: Any) -> None:
+    with pytest.raises(InputError, match="this model is for inpainting: give it image and mask_image"):
+        pipes("sd1-inpaint")[1]("a cat")
+
+
+def test_a_size_beyond_memory_is_refused_before_any_work(pipes: Any) -> None:
+    with pytest.raises(OutOfMemory, match=r"1 pictures of 800000x800000 need more than .* GiB are free"):
+        pipes("sd1")[1]("a cat", height=800000, width=800000)
+
+
+def test_an_allocator_that_fails_is_out_of_memory(pipes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = pipes("sd1")[1]
+
+    def fails(*_: Any) -> None:
+        torch.empty(2**56)
+
+    monkeypatch.setattr(ours.vae, "decode", fails)
+    with pytest.raises(OutOfMemory, match="memory ran out"):
+        ours("a cat", num_inference_steps=1)
+
+
+def test_sizes_off_the_unets_stride_run(pipes: Any) -> None:
+    assert pipes("sd1")[1]("a cat", height=72, width=88, num_inference_steps=1).images[0].size == (88, 72)
+
+
+def test_nan_from_the_network_names_the_step(pipes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = pipes("sd1")[1]
+    calls: list[int] = []
+
+    def broken(u: torch.Tensor, *_: Any) -> torch.Tensor:
+        calls.append(1)
+        return torch.full_like(u, float("nan")) if len(calls) == 3 else u
+
+    monkeypatch.setattr(ours.unet, "step", broken)
+    with pytest.raises(NonFinite, match="after step 3 of 4"):
+        ours("a cat", sampler="ddim", num_inference_steps=4)
+
+
+def test_a_decode_that_overflows_is_retried_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny.save_pipeline("sd1", tmp_path)
+    exact = Pipeline.from_pretrained(tmp_path, dtype="float32", device="cpu")
+    ours = Pipeline.from_pretrained(tmp_path, dtype="bfloat16", device="cpu")
+    decode = type(ours.vae).decode
+
+    def overflows(self: Any, z: torch.Tensor) -> torch.Tensor:
+        return decode(self, z) * (float("inf") if z.dtype == torch.bfloat16 else 1.0)
+
+    monkeypatch.setattr(type(ours.vae), "decode", overflows)
+    start = torch.randn(1, 4, 8, 8, generator=generator())
+    options = {"latents": start, "num_inference_steps": 1, "output_type": "np"}
+    images = ours("a cat", **options).images
+    assert "once more in float32" in caplog.text
+    assert np.abs(images - exact("a cat", **options).images).mean() < 0.02
+
+
+def test_half_precision_is_close_to_float32(tmp_path: Path) -> None:
+    tiny.save_pipeline("sd1", tmp_path)
+    exact, half = (Pipeline.from_pretrained(tmp_path, dtype=dtype, device="cpu") for dtype in ("float32", "bfloat16"))
+    options = {"seed": 0, "num_inference_steps": 3, "output_type": "np"}
+    error = exact("a cat", **options).images - half("a cat", **options).images
+    assert half.dtype == torch.bfloat16
+    assert np.sqrt((error**2).mean()) < 0.02
+
+
+def test_float16_on_a_cpu_warns_and_runs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tiny.save_pipeline("sd1", tmp_path)
+    ours = Pipeline.from_pretrained(tmp_path, torch_dtype=torch.float16, device="cpu")
+    assert ours.dtype == torch.float32
+    assert "float16 is slow or missing on CPUs" in caplog.text
+
+
+@pytest.mark.parametrize(("option", "says"), [({"device": "warp:9"}, "cannot be used here"), ({"dtype": "int8"}, "int8")])
+def test_a_device_or_dtype_there_is_not(tmp_path: Path, option: dict[str, str], says: str) -> None:
+    tiny.save_pipeline("sd1", tmp_path)
+    with pytest.raises(InputError, match=says):
+        Pipeline.from_pretrained(tmp_path, **option)
