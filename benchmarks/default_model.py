@@ -1,12 +1,12 @@
 """The gates of the default model: does a prompt give the thing it names?
 
-    python -m benchmarks.train_default_model data --data FOLDER    # once: the training pictures, to compare with
+    python -m benchmarks.train_default_model data --data FOLDER    # the training pictures
     python -m benchmarks.default_model --json benchmarks/results/default_model.json
 
-A generated picture counts for the concept and the style of the training picture nearest to it (RMSE over RGB, both
-reduced to 32x32), among all pictures the model was trained on. Everything runs on the shipped float16 weights through
-the public `fastldm.Pipeline` with its own defaults; `--peer diffusers` makes the same pictures with diffusers instead,
-as a cross-check. Exits with 1 if a gate fails.
+A generated picture counts for the concept and the style of the training picture nearest to it (RMSE over RGB,
+both reduced to 32x32), among all pictures the model was trained on. Everything runs on the shipped float16
+weights through the public `fastldm.Pipeline` with its own defaults; `--peer diffusers` makes the same
+pictures with diffusers instead, as a cross-check. Exits with 1 if a gate fails.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def _reduce(pictures: Pictures) -> Pictures:
 
 
 def two_tags(concepts: Sequence[dict[str, Any]]) -> dict[int, str]:
-    """For each concept, its first two tags that no other concept has both of. Pairs that training may have shown (a tag
-    which is the name) are left out, and with them the concepts that have no other pair."""
+    """For each concept, its first two tags that no other concept has both of. Pairs that training may have
+    shown (a tag which is the name) are left out, and with them the concepts that have no other pair."""
     known = [{*c["names"], *plain_tags(c)} for c in concepts]
     prompts = {}
     for i, concept in enumerate(concepts):
@@ -149,16 +149,26 @@ def run_gates(model: Model, concepts: list[dict[str, Any]], pictures: NDArray[np
     def gate(name: str, least: float, prompts: list[str], truth: list[int], **how: int) -> Gate:
         right, _ = hits(prompts, truth, **how)
         missed = [prompt for prompt, ok in zip(prompts, right, strict=True) if not ok]
-        return report(Gate(name, 100 * right.mean(), least, details={"prompts": len(prompts), "missed": missed}))
+        return report(
+            Gate(name, 100 * right.mean(), least, details={"prompts": len(prompts), "missed": missed})
+        )
 
     def report(done: Gate) -> Gate:
         verdict = "pass" if done.passed else "FAIL"
-        print(f"{verdict}  {done.name:<52} {done.value:7.2f} {done.unit:<3} (at least {done.least:g})", flush=True)
+        print(
+            f"{verdict}  {done.name:<52} {done.value:7.2f} {done.unit:<3} (at least {done.least:g})",
+            flush=True,
+        )
         return done
 
     plain = [f"a {name}" for name in names]
-    gates = [gate("a NAME, 8 steps", 90, plain, everything), gate("a NAME, 4 steps", 75, plain, everything, steps=4)]
-    gates.append(gate("picture of NAME (never trained on)", 70, [f"picture of {name}" for name in names], everything))
+    gates = [
+        gate("a NAME, 8 steps", 90, plain, everything),
+        gate("a NAME, 4 steps", 75, plain, everything, steps=4),
+    ]
+    gates.append(
+        gate("picture of NAME (never trained on)", 70, [f"picture of {name}" for name in names], everything)
+    )
     tags = two_tags(concepts)
     gates.append(gate("two tags (never trained on)", 70, [*tags.values()], [*tags]))
 
@@ -167,7 +177,9 @@ def run_gates(model: Model, concepts: list[dict[str, Any]], pictures: NDArray[np
     right, style = hits([f"a {word} {name}" for word in words for name in names], everything * len(words))
     each = {word: float(100 * (style == asked)[asked == k].mean()) for k, word in enumerate(words)}
     details = {"prompts": len(asked), "by style": each, "concept also right": float(100 * right.mean())}
-    gates.append(report(Gate("a STYLE NAME: the style asked for", 100 * (style == asked).mean(), 80, details=details)))
+    gates.append(
+        report(Gate("a STYLE NAME: the style asked for", 100 * (style == asked).mean(), 80, details=details))
+    )
 
     seeds = [float(100 * hits(plain, everything, seed=seed)[0].mean()) for seed in range(1, 5)]
     drift = abs(float(np.mean(seeds)) - gates[0].value)
@@ -178,8 +190,14 @@ def run_gates(model: Model, concepts: list[dict[str, Any]], pictures: NDArray[np
     chosen = flat[np.linspace(0, len(flat) - 1, 256).astype(int)].astype(np.float32) / 255
     made = np.concatenate([model.reconstruct(chosen[i : i + 32]) for i in range(0, len(chosen), 32)])
     psnr = -10 * np.log10(((made - chosen) ** 2).mean((1, 2, 3)))
-    details = {"pictures": len(psnr), "worst 5% below": float(np.quantile(psnr, 0.05)), "worst": float(psnr.min())}
-    gates.append(report(Gate("autoencoder, mean PSNR of 256 pictures", float(psnr.mean()), 28, "dB", details)))
+    details = {
+        "pictures": len(psnr),
+        "worst 5% below": float(np.quantile(psnr, 0.05)),
+        "worst": float(psnr.min()),
+    }
+    gates.append(
+        report(Gate("autoencoder, mean PSNR of 256 pictures", float(psnr.mean()), 28, "dB", details))
+    )
     print(f"      autoencoder: the worst 5% are below {details['worst 5% below']:.2f} dB", flush=True)
     gates.append(report(Gate("concepts", len(concepts), 300, "")))
     return gates
@@ -219,9 +237,15 @@ def _digest(folder: Path) -> dict[str, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=MODEL, help="a diffusers folder (default: the one that ships)")
-    parser.add_argument("--work", type=Path, default=WORK, help="where the data stage left the training pictures")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", type=Path, default=MODEL, help="a diffusers folder (default: the one that ships)"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=WORK, help="where the data stage left the training pictures"
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--sheet", type=Path, default=HERE / "results" / "default_model_sheet.png")
     parser.add_argument("--peer", choices=PEERS, default="fastldm", help="what makes the pictures")
@@ -241,10 +265,15 @@ def main() -> int:
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "made by": args.peer,
             "machine": f"{_processor()}, {args.threads} threads, {platform.system()} {platform.machine()}",
-            "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
+            "versions": {
+                "python": platform.python_version(),
+                **{p: importlib.metadata.version(p) for p in packages},
+            },
             "weights (sha256)": _digest(args.model),
             "seconds": round(time.perf_counter() - started),
-            "gates": [{**vars(gate), "value": round(gate.value, 3), "passed": bool(gate.passed)} for gate in gates],
+            "gates": [
+                {**vars(gate), "value": round(gate.value, 3), "passed": bool(gate.passed)} for gate in gates
+            ],
         }
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")

@@ -15,7 +15,7 @@ from fastldm.errors import CheckpointError
 
 
 def _only(cfg: Mapping[str, Any], source: str, accepted: Mapping[str, tuple[Any, ...]]) -> None:
-    """Refuse a key whose value is not among those implemented; a missing key has the first of them."""
+    """Refuse a key whose value is not among those implemented. A missing key stands for a default that is."""
     for key, values in accepted.items():
         if key in cfg and cfg[key] not in values:
             expected = " or ".join(repr(value) for value in values)
@@ -138,8 +138,9 @@ class UNetConfig:
         def per_level(key: str, default: Any) -> tuple[Any, ...]:
             return _per_level(cfg.get(key, default), levels, source, key)
 
-        if any(per_level("only_cross_attention", False)):
-            raise CheckpointError(f"{source}: 'only_cross_attention' has a True; fastldm implements False")
+        only_cross = cfg.get("only_cross_attention", False)
+        if any(_per_level(only_cross, levels, source, "only_cross_attention")):
+            raise CheckpointError(f"{source}: 'only_cross_attention' is {only_cross!r}; fastldm implements False")
         # `attention_head_dim` is the number of heads: a misnomer that diffusers keeps since so many files have it.
         heads = per_level("attention_head_dim", 8)
         context = per_level("cross_attention_dim", 1280)
@@ -158,20 +159,21 @@ class UNetConfig:
 
         groups = _required({"norm_num_groups": 32, **cfg}, source, "norm_num_groups")
 
+        def check_divides(i: int, into: int, key: str) -> None:
+            if channels[i] % into:
+                raise CheckpointError(f"{source}: {channels[i]} channels do not divide into {key!r} {into}")
+
         def level(i: int, kind: str, where: str, resnets: int, depth: Any) -> Level:
             if kind not in (_CROSS[where], _PLAIN[where]):
                 raise CheckpointError(
                     f"{source}: '{where}_block_types' has {kind!r}; "
                     f"fastldm implements {_CROSS[where]!r} and {_PLAIN[where]!r}"
                 )
+            check_divides(i, groups, "norm_num_groups")
             if kind == _PLAIN[where]:
-                depth = None
-            if channels[i] % heads[i] or channels[i] % groups:
-                raise CheckpointError(
-                    f"{source}: {channels[i]} channels do not divide into {heads[i]} heads ('attention_head_dim') "
-                    f"or {groups} groups ('norm_num_groups')"
-                )
-            each = (depth,) * resnets if depth is None or isinstance(depth, int) else tuple(depth)
+                return Level(channels[i], heads[i], context[i], (None,) * resnets)
+            check_divides(i, heads[i], "attention_head_dim")
+            each = (depth,) * resnets if isinstance(depth, int) else tuple(depth)
             if len(each) != resnets:
                 raise CheckpointError(f"{source}: transformer depths {each} for a block of {resnets} resnets")
             return Level(channels[i], heads[i], context[i], each)
@@ -181,7 +183,7 @@ class UNetConfig:
         down = tuple(level(i, down_types[i], "down", layers[i], depths[i]) for i in range(levels))
         last = levels - 1
         up = tuple(level(last - i, up_types[i], "up", layers[last - i] + 1, up_depths[i]) for i in range(levels))
-        mid_depth = depths[last] if isinstance(depths[last], int) else depths[last][0]
+        mid_depth = depths[last] if isinstance(depths[last], int) else depths[last][0]  # one transformer, so the first
         mid_depths: dict[str | None, tuple[int | None, ...]] = {
             "UNetMidBlock2DCrossAttn": (mid_depth, None),
             "UNetMidBlock2D": (None,),
@@ -366,18 +368,24 @@ class TextConfig:
         eos = cfg.get("eos_token_id", 49407)
         if not isinstance(eos, int):
             raise CheckpointError(f"{source}: 'eos_token_id' is {eos!r}, expected one integer")
+        hidden, heads = _required(cfg, source, "hidden_size"), _required(cfg, source, "num_attention_heads")
+        if hidden % heads:
+            raise CheckpointError(
+                f"{source}: 'hidden_size' {hidden} does not divide into 'num_attention_heads' {heads}"
+            )
         with_projection = architectures[0] == _PROJECTED
+        projection = _required({"projection_dim": 512, **cfg}, source, "projection_dim") if with_projection else None
         return cls(
             vocab=cfg.get("vocab_size", 49408),
-            hidden=_required(cfg, source, "hidden_size"),
+            hidden=hidden,
             layers=_required(cfg, source, "num_hidden_layers"),
-            heads=_required(cfg, source, "num_attention_heads"),
+            heads=heads,
             intermediate=_required(cfg, source, "intermediate_size"),
             max_position=cfg.get("max_position_embeddings", 77),
             act=cfg.get("hidden_act", "quick_gelu"),
             norm_eps=cfg.get("layer_norm_eps", 1e-5),
             eos_token_id=eos,
-            projection_dim=cfg.get("projection_dim", 512) if with_projection else None,
+            projection_dim=projection,
             with_projection=with_projection,
         )
 

@@ -1,7 +1,7 @@
 """The denoising loop, eager: what correct means.
 
-One call of the network and one `kernels.step` a row of the table. Nothing in the loop waits for the device or looks
-at a tensor's value; coefficients and flags are Python floats that were known before it began.
+One call of the network and one `kernels.step` for each row of the table. Nothing in the loop waits for the device or
+looks at a value: coefficients and flags are Python numbers that were known before it began.
 """
 
 from __future__ import annotations
@@ -51,21 +51,21 @@ def denoise(
 ) -> Tensor:
     """Run the table: (B, C, h, w) float32 latents at its start to float32 latents at its end.
 
-    network: (model input in `dtype`, row of the table, guided) -> its output. Unguided rows are B wide and
-    conditional; guided ones 2B,
-        the unconditional half first.
-    noises: one float32 (B, C, h, w) or None for each row, as `draw_noise` gives them.
-    mask, init, init_noise: inpainting by blending: (B or 1, 1, h, w) with 1 where to paint, the picture's latents,
-    and the noise that
-        the run began with.
-    extra_channels: (B, K, h, w), what an inpainting model sees behind the latents (mask and masked picture).
-    on_step: called after each row with (row, timestep, latents); a tensor it returns replaces the latents.
+    network: (model input in `dtype`, row of the table, guided) -> its output, a tensor of its own. The input of a
+        guided row is 2B wide, the unconditional half first; of any other it is B wide, conditional.
+    noises: a float32 (B, C, h, w) or None for each row, as `draw_noise` gives them.
+    mask, init, init_noise: inpainting by blending: (B or 1, 1, h, w), 1 where to paint; the latents of the picture;
+        and the noise that the run began with.
+    extra_channels: (B, K, h, w), what an inpainting model sees behind the latents: mask and masked picture.
+    on_step: called after each row with (row, timestep, latents); a tensor that it returns replaces the latents.
 
-    Raises NonFinite naming the first row whose latents held NaN or infinity; checked once, at the end.
+    Raises NonFinite naming the first step whose latents held NaN or infinity; it is looked for once, at the end.
     """
-    if len(noises) != len(table):
-        raise InputError(f"{len(noises)} noises for a table of {len(table)} rows; draw them with draw_noise.")
+    if mask is not None and (init is None or init_noise is None):
+        raise InputError("a mask needs init, the latents of the picture, and init_noise, the noise the run began with.")
     rows, guided, depth = table.rows.tolist(), guidance.rows(table), table.depth
+    if [noise is not None for noise in noises] != list(table.draws):
+        raise InputError("the noises are not those of this table; draw them with draw_noise.")
     extra = None if extra_channels is None else extra_channels.to(dtype)
     x = latents.float()
     y = torch.zeros_like(x) if table.anchored else None
@@ -76,7 +76,6 @@ def denoise(
         out = guide(out, guidance.scale, guidance.rescale) if guided[i] else out.float()
         x, y, history = step(row, x, y, history, out, noises[i], depth=depth)
         if mask is not None:
-            assert init is not None and init_noise is not None
             x = blend(row, x, mask, init, init_noise)
         sums.append(x.sum())
         if on_step is not None:
@@ -100,9 +99,10 @@ def _check_finite(sums: Tensor, table: StepTable) -> None:
 
 
 def randn(shape: Sequence[int], generators: Generators, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Normal noise as diffusers' `randn_tensor` draws it: in `dtype`, where the generator lives; a list of
-    generators draws one
-    sample each. shape: (B, ...)."""
+    """Normal noise, (B, ...), as diffusers' `randn_tensor` draws it.
+
+    In `dtype`, on the generator's device, then moved; a list of generators draws one sample each.
+    """
     if generators is None or isinstance(generators, torch.Generator):
         place = device if generators is None else generators.device
         return torch.randn(*shape, generator=generators, dtype=dtype, device=place).to(device)
@@ -116,9 +116,9 @@ def randn(shape: Sequence[int], generators: Generators, dtype: torch.dtype, devi
 def draw_step_noise(
     table: StepTable, shape: Sequence[int], generators: Generators, dtype: torch.dtype, device: torch.device | str
 ) -> list[Tensor | None]:
-    """The noise of every row, float32 or None, drawn in diffusers' order and dtype: `dtype` (the model's), unless
-    the sampler's is
-    always float32."""
+    """The noise of every row, float32 or None, in diffusers' order, drawn in `dtype` (the model's, as diffusers does)
+    but where the sampler's is always float32.
+    """
     drawn = torch.float32 if table.float32_noise else dtype
     return [randn(shape, generators, drawn, device).float() if draws else None for draws in table.draws]
 

@@ -93,7 +93,7 @@ def render(report: dict[str, Any]) -> str:
         f"model    {model['name']}: {model['family']}, {model['parameters'] / 1e6:.0f} M parameters, "
         f"would run on {model['runs on']} in {model['dtype']}",
         "",
-        "extras, installed with  pip install 'fastldm[NAME]'",
+        "extras (pip install 'fastldm[NAME]'; export and its engines are not built yet)",
     ]
     for name, extra in report["extras"].items():
         state = "missing " + ", ".join(extra["missing"]) if extra["missing"] else "installed"

@@ -60,10 +60,12 @@ class Pipeline:
     ) -> Pipeline:
         """A pipeline from a diffusers folder, a hub id, a .safetensors file, or "default".
 
-        device: a GPU where there is one, else the CPU. dtype (or torch_dtype): what is fastest there, see `choose_dtype`.
+        device: a GPU where there is one, else the CPU. dtype (or torch_dtype): what is fastest there, see
+        `choose_dtype`.
         where: variant, revision, cache_dir, local_files_only, allow_pickle and prediction_type, see `loading.describe`.
 
-        Raises CheckpointError for what is not a model that fastldm can run, InputError for a device or dtype there is not.
+        Raises CheckpointError for what is not a model that fastldm can run, InputError for a device or dtype there
+        is not.
         """
         chosen = loading.choose_device(device)
         spec = loading.describe(path_or_id, **where)
@@ -207,7 +209,8 @@ class Pipeline:
         every = list(given) if isinstance(given, (list, tuple)) else [given]
         if not all(isinstance(one, torch.Generator) for one in every) or (one_each and len(every) != request.batch):
             raise InputError(
-                f"generator is {given!r}: expected a torch.Generator, or a list of one for each of {request.batch} pictures"
+                f"generator is {given!r}: expected a torch.Generator, or a list of one for each of "
+                f"{request.batch} pictures"
             )
         return (every if one_each else given), ()
 

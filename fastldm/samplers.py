@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ from fastldm.errors import InputError
 if TYPE_CHECKING:
     from fastldm.schedule import ScheduleConfig
 
-Array = npt.NDArray[np.float64]
+Array = npt.NDArray[np.floating[Any]]
 Array32 = npt.NDArray[np.float32]
 
 X, Y, M0, M1, M2, M3, N = np.eye(7)
@@ -37,9 +37,9 @@ class Row(NamedTuple):
     step: int  # the user's step it belongs to, from 0
     t: float  # what the network is told
     level: tuple[float, float]  # a picture at this row's noise: r * init + s * noise
-    m: tuple[float, float]  # what enters the history: p * latent + q * output
     x: Array  # the next latent
     y: Array = Y  # the next anchor
+    m: tuple[float, float] = (0.0, 1.0)  # what enters the history: p * latent + q * output, here the output itself
     c_in: float = 1.0  # the network sees c_in * latent
     draws: bool = False  # whether diffusers draws noise here
 
@@ -91,6 +91,11 @@ class Grid:
             )
         return 1 / alpha, -sigma / alpha
 
+    def x0(self, alpha: float, sigma: float, latent: Array, output: Array) -> Array:
+        """The denoised latent where the history holds the network's output as it is."""
+        p, q = self.denoised(alpha, sigma)
+        return p * latent + q * output
+
     def noise(self, alpha: float, sigma: float) -> tuple[float, float]:
         """(p, q) that make p * latent + q * output the noise in it."""
         if self.config.prediction_type == "v_prediction":
@@ -115,11 +120,12 @@ def ddpm(grid: Grid) -> Iterator[Row]:
     for i in range(grid.begin, grid.steps):
         t, now, after = times[i], grid.bar(times[i]), grid.bar(times[i + 1])
         alpha, sigma, beta = math.sqrt(now), math.sqrt(1 - now), 1 - now / after
-        x = math.sqrt(after) * beta / (1 - now) * M0 + math.sqrt(now / after) * (1 - after) / (1 - now) * X
+        x0 = grid.x0(alpha, sigma, X, M0)
+        x = math.sqrt(after) * beta / (1 - now) * x0 + math.sqrt(now / after) * (1 - after) / (1 - now) * X
         if t > 0:
             large = grid.config.variance_type == "fixed_large"
             x = x + math.sqrt(beta if large else max((1 - after) / (1 - now) * beta, 1e-20)) * N
-        yield Row(i - grid.begin, t, (alpha, sigma), grid.denoised(alpha, sigma), x, draws=bool(t > 0))
+        yield Row(i - grid.begin, t, (alpha, sigma), x, draws=bool(t > 0))
 
 
 def ddim(grid: Grid) -> Iterator[Row]:
@@ -132,9 +138,10 @@ def ddim(grid: Grid) -> Iterator[Row]:
         now, after = grid.bar(t), grid.bar(t - stride, grid.final_bar)
         alpha, sigma = math.sqrt(now), math.sqrt(1 - now)
         deviation = grid.eta * math.sqrt((1 - after) / (1 - now) * (1 - now / after))
-        noise = (X - alpha * M0) / sigma
-        x = math.sqrt(after) * M0 + math.sqrt(1 - after - deviation**2) * noise + deviation * N
-        yield Row(i - grid.begin, t, (alpha, sigma), grid.denoised(alpha, sigma), x, draws=grid.eta > 0)
+        x0 = grid.x0(alpha, sigma, X, M0)
+        noise = (X - alpha * x0) / sigma
+        x = math.sqrt(after) * x0 + math.sqrt(1 - after - deviation**2) * noise + deviation * N
+        yield Row(i - grid.begin, t, (alpha, sigma), x, draws=grid.eta > 0)
 
 
 def plms(grid: Grid) -> Iterator[Row]:
@@ -154,7 +161,7 @@ def plms(grid: Grid) -> Iterator[Row]:
         x = math.sqrt(after / now) * origin
         x = x - (after - now) / (now * math.sqrt(1 - after) + math.sqrt(now * (1 - now) * after)) * form
         keep = (X, M1)[i] if i < 2 else Y
-        yield Row(max(i - 1, 0), t, (math.sqrt(grid.bar(t)), math.sqrt(1 - grid.bar(t))), (0.0, 1.0), x, keep)
+        yield Row(max(i - 1, 0), t, (math.sqrt(grid.bar(t)), math.sqrt(1 - grid.bar(t))), x, keep)
 
 
 def lcm(grid: Grid) -> Iterator[Row]:
@@ -165,11 +172,11 @@ def lcm(grid: Grid) -> Iterator[Row]:
         t, final = grid.timesteps[i], i + 1 == grid.steps
         now, scaled = grid.bar(t), t * grid.config.timestep_scaling
         alpha, sigma = math.sqrt(now), math.sqrt(1 - now)
-        x = scaled / math.hypot(scaled, 0.5) * M0 + 0.25 / (scaled**2 + 0.25) * X
+        x = scaled / math.hypot(scaled, 0.5) * grid.x0(alpha, sigma, X, M0) + 0.25 / (scaled**2 + 0.25) * X
         if not final:
             after = grid.bar(grid.timesteps[i + 1])
             x = math.sqrt(after) * x + math.sqrt(1 - after) * N
-        yield Row(i - grid.begin, t, (alpha, sigma), grid.denoised(alpha, sigma), x, draws=not final)
+        yield Row(i - grid.begin, t, (alpha, sigma), x, draws=not final)
 
 
 def tcd(grid: Grid) -> Iterator[Row]:
@@ -181,27 +188,31 @@ def tcd(grid: Grid) -> Iterator[Row]:
         t, now, after = times[i], grid.bar(times[i]), grid.bar(times[i + 1])
         between = grid.bar(np.floor(np.float32(1 - grid.eta) * np.float32(times[i + 1])))  # diffusers' rounding
         alpha, sigma = math.sqrt(now), math.sqrt(1 - now)
-        x = math.sqrt(between) * M0 + math.sqrt(1 - between) * (X - alpha * M0) / sigma
+        x0 = grid.x0(alpha, sigma, X, M0)
+        x = math.sqrt(between) * x0 + math.sqrt(1 - between) * (X - alpha * x0) / sigma
         draws = grid.eta > 0 and i + 1 < grid.steps
         if draws:
             x = math.sqrt(after / between) * x + math.sqrt(1 - after / between) * N
-        yield Row(i - grid.begin, t, (alpha, sigma), grid.denoised(alpha, sigma), x, draws=draws)
+        yield Row(i - grid.begin, t, (alpha, sigma), x, draws=draws)
 
 
 # ---- on latents x0 + sigma * noise ----
 
 
 def _row(grid: Grid, step: int, t: float, sigma: float, x: Array, y: Array = Y, draws: bool = False) -> Row:
-    """A row with the denoised latent as history."""
+    return Row(step, t, (1.0, sigma), x, y, c_in=1 / math.hypot(sigma, 1), draws=draws)
+
+
+def _slope(grid: Grid, sigma: float, latent: Array, output: Array) -> Array:
+    """d latent / d sigma, where the network saw c_in * latent, c_in = 1 / sqrt(1 + sigma^2)."""
     c_in = 1 / math.hypot(sigma, 1)
-    p, q = grid.denoised(c_in, sigma * c_in)
-    return Row(step, t, (1.0, sigma), (p * c_in, q), x, y, c_in, draws)
+    return (latent - grid.x0(c_in, sigma * c_in, c_in * latent, output)) / sigma
 
 
 def euler(grid: Grid) -> Iterator[Row]:
     """https://arxiv.org/abs/2206.00364, algorithm 2 without churn."""
     for i, t, sigma, after in grid.walk():
-        yield _row(grid, i, t, sigma, X + (after - sigma) * (X - M0) / sigma)
+        yield _row(grid, i, t, sigma, X + (after - sigma) * _slope(grid, sigma, X, M0))
 
 
 def _ancestral(sigma: float, after: float) -> tuple[float, float]:
@@ -214,15 +225,15 @@ def euler_ancestral(grid: Grid) -> Iterator[Row]:
     """k-diffusion's sample_euler_ancestral."""
     for i, t, sigma, after in grid.walk():
         down, up = _ancestral(sigma, after)
-        yield _row(grid, i, t, sigma, X + (down - sigma) * (X - M0) / sigma + up * N, draws=True)
+        yield _row(grid, i, t, sigma, X + (down - sigma) * _slope(grid, sigma, X, M0) + up * N, draws=True)
 
 
 def heun(grid: Grid) -> Iterator[Row]:
     """https://arxiv.org/abs/2206.00364, algorithm 1: the trapezoidal rule, and a plain Euler step at the end."""
     for i, t, sigma, after in grid.walk():
-        yield _row(grid, i, t, sigma, X + (after - sigma) * (X - M0) / sigma, X)
+        yield _row(grid, i, t, sigma, X + (after - sigma) * _slope(grid, sigma, X, M0), X)
         if grid.left(i) > 1:
-            slope = ((Y - M1) / sigma + (X - M0) / after) / 2
+            slope = (_slope(grid, sigma, Y, M1) + _slope(grid, after, X, M0)) / 2
             yield _row(grid, i, grid.timesteps[grid.begin + i + 1], after, Y + (after - sigma) * slope)
 
 
@@ -241,10 +252,11 @@ def dpm2_ancestral(grid: Grid) -> Iterator[Row]:
 
 def _midpoint(grid: Grid, i: int, t: float, sigma: float, down: float, up: float, after: float) -> Iterator[Row]:
     middle = math.sqrt(sigma * down)
-    yield _row(grid, i, t, sigma, X + (middle - sigma) * (X - M0) / sigma, X)
+    yield _row(grid, i, t, sigma, X + (middle - sigma) * _slope(grid, sigma, X, M0), X)
     if grid.left(i) > 1:
         t = float(sigma_to_t(np.array([middle]), grid.log_sigmas)[0])
-        row = _row(grid, i, t, middle, Y + (down - sigma) * (X - M0) / middle + up * N, draws=up > 0)
+        x = Y + (down - sigma) * _slope(grid, middle, X, M0) + up * N
+        row = _row(grid, i, t, middle, x, draws=up > 0)
         yield row._replace(level=(1.0, after))  # as diffusers' add_noise, which does not know of the middle
 
 
@@ -252,13 +264,13 @@ def lms(grid: Grid) -> Iterator[Row]:
     """k-diffusion's sample_lms, order 4: the last slopes, as a polynomial in sigma, integrated over the step."""
     for i, t, sigma, after in grid.walk():
         nodes = np.array(grid.past(i, 4)) - sigma
-        x = X
+        x: Array = X
         for k in range(min(len(nodes), i + 1)):  # diffusers counts the nodes, not the slopes, of steps left out
             lagrange, integral = _lagrange(nodes, k), np.polynomial.polynomial.polyint
             x = x + np.polynomial.polynomial.polyval(after - sigma, integral(lagrange)) * (M0, M1, M2, M3)[k]
         row = _row(grid, i, t, sigma, x)
         p, q = grid.noise(row.c_in, sigma * row.c_in)
-        yield row._replace(m=(p * row.c_in, q))
+        yield row._replace(m=(p * row.c_in, q))  # the slope is the noise
 
 
 def _lagrange(nodes: Array, k: int) -> Array:
@@ -267,7 +279,7 @@ def _lagrange(nodes: Array, k: int) -> Array:
     return np.polynomial.polynomial.polyfromroots(others) / np.prod(nodes[k] - others)
 
 
-# ---- on latents alpha * x0 + sigma * noise with alpha^2 + sigma^2 = 1; `now` and `after` are ratios, sigma / alpha ----
+# ---- on latents alpha * x0 + sigma * noise, alpha^2 + sigma^2 = 1; `now` and `after` are ratios, sigma / alpha ----
 
 
 def _split(ratio: float) -> tuple[float, float]:
@@ -277,24 +289,26 @@ def _split(ratio: float) -> tuple[float, float]:
 
 def _vp_row(grid: Grid, i: int, t: float, now: float, data: bool, x: Array, y: Array = Y, draws: bool = False) -> Row:
     """A row with the denoised latent as history (data), or else the noise."""
-    return Row(i, t, _split(now), (grid.denoised if data else grid.noise)(*_split(now)), x, y, draws=draws)
+    m = grid.denoised(*_split(now)) if data else grid.noise(*_split(now))
+    return Row(i, t, _split(now), x, y, m, draws=draws)
 
 
 def _dpm_step(config: ScheduleConfig, x: Array, now: float, after: float, d: Sequence[Array], solver: str) -> Array:
-    """One DPM-Solver update from x, given D0, D1, ... : https://arxiv.org/abs/2211.01095, tables and appendices of
-    its four kinds.
+    """One DPM-Solver update from x, given D0, D1, ... (https://arxiv.org/abs/2211.01095).
 
-    They are one formula in z: minus the step in lambda = log(alpha / sigma) where the data is predicted, plus where
-    the noise is, twice that for the SDE of the first.
+    Its four kinds are one formula in z: with h the step in lambda = log(alpha / sigma), z is h where noise is
+    predicted, -h where data is, and -2h for the SDE of the latter.
     """
     (alpha_s, sigma_s), (alpha, sigma) = _split(now), _split(after)
     data, sde = config.algorithm_type.endswith("++"), config.algorithm_type.startswith("sde")
     h = math.log(now / after) if after > 0 else math.inf
     if h == 0:
         return x
-    z = (-2 * h if sde else -h) if data else h
-    scale = alpha if data else (2 * sigma if sde else sigma)
-    x = (sigma / sigma_s * (math.exp(-h) if sde else 1) if data else alpha / alpha_s) * x - scale * math.expm1(z) * d[0]
+    if data:
+        z, scale, keep = (-2 * h if sde else -h), alpha, sigma / sigma_s * (math.exp(-h) if sde else 1)
+    else:
+        z, scale, keep = h, (2 * sigma if sde else sigma), alpha / alpha_s
+    x = keep * x - scale * math.expm1(z) * d[0]
     if sde:
         x = x + sigma * math.sqrt(max(-math.expm1(-2 * h) if data else math.expm1(2 * h), 0)) * N
     if len(d) == 2:
@@ -306,9 +320,7 @@ def _dpm_step(config: ScheduleConfig, x: Array, now: float, after: float, d: Seq
 
 
 def dpm_multistep(grid: Grid) -> Iterator[Row]:
-    """DPM-Solver and DPM-Solver++, multistep, orders 1 to 3, ODE and SDE: https://arxiv.org/abs/2211.01095,
-    algorithm 2.
-    """
+    """DPM-Solver and DPM-Solver++, multistep, ODE and SDE: https://arxiv.org/abs/2211.01095, algorithm 2."""
     config = grid.config
     data, sde = config.algorithm_type.endswith("++"), config.algorithm_type.startswith("sde")
     few = config.lower_order_final and grid.steps < 15
@@ -329,9 +341,7 @@ def dpm_multistep(grid: Grid) -> Iterator[Row]:
 
 
 def dpm_singlestep(grid: Grid) -> Iterator[Row]:
-    """The same, singlestep: groups of 1, 2 or 3 calls, each group from the latent that it began with, which the
-    anchor keeps.
-    """
+    """The same, singlestep: groups of 1, 2 or 3 calls, each from the latent its group began with, the anchor."""
     config = grid.config
     data, sde = config.algorithm_type.endswith("++"), config.algorithm_type.startswith("sde")
     orders = _group_orders(config, grid.steps)
@@ -339,9 +349,7 @@ def dpm_singlestep(grid: Grid) -> Iterator[Row]:
         order = min(orders[grid.begin + i], i + 1)
         past = grid.past(i, order)
         h = math.log(past[-1] / after) if after > 0 else math.inf
-        r = [
-            math.log(past[-1] / sigma) / h for sigma in past[:-1]
-        ]  # how far along the group each call is, newest first
+        r = [math.log(past[-1] / sigma) / h for sigma in past[:-1]]  # how far along its group each call is
         d, solver = [(M0, M1, M2)[order - 1]], config.solver_type
         if order == 2:
             d.append((M0 - M1) / r[0])
@@ -366,9 +374,7 @@ def _group_orders(config: ScheduleConfig, steps: int) -> list[int]:
 
 
 def deis(grid: Grid) -> Iterator[Row]:
-    """https://arxiv.org/abs/2204.13902, tAB-DEIS: the noise, as a polynomial in log sigma, integrated over the step
-    in sigma.
-    """
+    """https://arxiv.org/abs/2204.13902, tAB-DEIS: the noise, as a polynomial in log sigma, integrated over sigma."""
     config = grid.config
     few = config.lower_order_final and grid.steps < 15
     for i, t, now, after in grid.walk():
@@ -384,23 +390,20 @@ def deis(grid: Grid) -> Iterator[Row]:
 
 
 def unipc(grid: Grid) -> Iterator[Row]:
-    """https://arxiv.org/abs/2302.04867: first correct the latent that came of the last prediction, then predict the
-    next from it.
+    """https://arxiv.org/abs/2302.04867: correct the latent the last prediction gave, then predict the next from it.
 
     The anchor is the corrected latent.
     """
     config, order = grid.config, 0
     for i, t, now, _ in grid.walk():
-        x = X
+        x: Array = X
         if i > 0 and grid.begin + i - 1 not in config.disable_corrector:
-            x = _unified_update(grid, i - 1, order, Y, (M1, M2, M3), M0)
+            x = _uni_step(grid, i - 1, order, Y, (M1, M2, M3), M0)
         order = min(config.solver_order, i + 1, grid.left(i) if config.lower_order_final else 3)
-        yield _vp_row(grid, i, t, now, config.predict_x0, _unified_update(grid, i, order, x, (M0, M1, M2)), x)
+        yield _vp_row(grid, i, t, now, config.predict_x0, _uni_step(grid, i, order, x, (M0, M1, M2)), x)
 
 
-def _unified_update(
-    grid: Grid, i: int, order: int, x: Array, m: Sequence[Array], corrected: Array | None = None
-) -> Array:
+def _uni_step(grid: Grid, i: int, order: int, x: Array, m: Sequence[Array], corrected: Array | None = None) -> Array:
     """From step i to the next: UniP, or UniC where `corrected`, what the model says there, is known."""
     config, past = grid.config, grid.past(i, order)
     now, after = past[0], float(grid.sigmas[grid.begin + i + 1])
@@ -408,7 +411,7 @@ def _unified_update(
     if after == 0:
         if order > 1:
             raise InputError(
-                "UniPC ends at sigma 0 with lower_order_final only: set it, or final_sigmas_type 'sigma_min'."
+                "UniPC ends at sigma 0 with lower_order_final only; set it, or final_sigmas_type 'sigma_min'."
             )
         return alpha * m[0] if config.predict_x0 else alpha / alpha_s * x - alpha * now * m[0]
     h = math.log(now / after)

@@ -71,9 +71,7 @@ class StepTable:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """A `scheduler_config.json`, read for one scheduler class: keys that it does not know are left alone, absent
-    ones get its defaults.
-    """
+    """A `scheduler_config.json` read for one scheduler class, with its defaults, without keys it does not know."""
 
     class_name: str
     num_train_timesteps: int = 1000
@@ -107,9 +105,10 @@ class ScheduleConfig:
     def from_dict(cls, given: Mapping[str, Any], *, steps_offset: int | None = 1) -> ScheduleConfig:
         """Read a `scheduler_config.json`.
 
-        `steps_offset` replaces the file's: diffusers' Stable Diffusion pipelines run with 1 whatever it says. None
-        keeps the file's. Raises InputError for a class there is no sampler for, and for what diffusers refuses or a
-        table cannot hold.
+        `steps_offset` replaces the file's, since diffusers' Stable Diffusion pipelines run with 1 whatever it says;
+        None keeps the file's.
+
+        Raises InputError for a class without a sampler, and for what diffusers refuses or a table cannot hold.
         """
         name = given.get("_class_name")
         if name not in CLASSES:
@@ -137,9 +136,7 @@ def _read(name: str, given: Mapping[str, Any]) -> ScheduleConfig:
         if key in values and values[key] in _FOREIGN.get(key, ()) and values[key] not in choices:
             values[key] = known.keys[key]
         if key in values and values[key] not in choices:
-            raise InputError(
-                f"{name}: {key}={values[key]!r} is not supported; it can be {', '.join(map(str, choices))}."
-            )
+            raise InputError(f"{name}: {key}={values[key]!r} is none of {', '.join(map(str, choices))}.")
     kinds = [kind for kind, key in _KINDS.items() if values.get(key)]
     if len(kinds) > 1:
         raise InputError(f"{name}: only one kind of sigmas can be used, got {' and '.join(kinds)}.")
@@ -150,9 +147,7 @@ def _read(name: str, given: Mapping[str, Any]) -> ScheduleConfig:
         raise InputError(f"{name}: {betas} trained_betas for num_train_timesteps {trained}; they must be as many.")
     algorithm = values.get("algorithm_type", "++")
     if not algorithm.endswith("++") and values["final_sigmas_type"] == "zero":
-        raise InputError(
-            f"{name}: algorithm_type {algorithm!r} cannot end at sigma 0; set final_sigmas_type 'sigma_min'."
-        )
+        raise InputError(f"{name}: algorithm_type {algorithm!r} needs final_sigmas_type 'sigma_min', not 'zero'.")
     if algorithm == "sde-dpmsolver" and values["solver_order"] == 3:
         raise InputError(f"{name}: algorithm_type {algorithm!r} has no third order; set solver_order 2.")
     names = {f.name for f in fields(ScheduleConfig)} & set(values)
@@ -201,10 +196,10 @@ Placed = dict[str, Any]  # the arrays of a Grid
 def _spaced(config: ScheduleConfig, n: int, last: int, extra: int = 0) -> Array:
     """n timesteps, descending from below `last`; `extra` more are laid out and left away at the low end."""
     if config.timestep_spacing == "linspace":
-        return np.linspace(0.0, last - 1, n + extra)[::-1][:n]
+        return np.linspace(0, last - 1, n + extra)[::-1][:n]
     if config.timestep_spacing == "leading":
         return np.arange(n + extra)[::-1][:n] * (last // (n + extra)) + float(config.steps_offset)
-    return np.arange(last, 0, -config.num_train_timesteps / n).round()[:n] - 1
+    return np.arange(last, 0, -config.num_train_timesteps / n).round()[:n] - 1.0
 
 
 def _on_timesteps(config: ScheduleConfig, n: int, timesteps: Array | None, _: Array | None) -> Placed:
@@ -233,7 +228,7 @@ def _on_sigmas(config: ScheduleConfig, n: int, timesteps: Array | None, sigmas: 
     bar, trained, logs = _trained_sigmas(config)
     if sigmas is not None:
         return {"alpha_bar": bar, "timesteps": sigma_to_t(sigmas[:-1], logs), "sigmas": sigmas, "log_sigmas": logs}
-    t = (_spaced(config, n, len(bar)) if timesteps is None else timesteps).astype(np.float32).astype(np.float64)
+    t: Array = (_spaced(config, n, len(bar)) if timesteps is None else timesteps).astype(np.float32).astype(np.float64)
     sigmas = np.interp(t, np.arange(len(bar)), trained)
     if config.sigma_kind:
         sigmas = _respaced(config, n, sigmas[0], sigmas[-1])
@@ -435,7 +430,7 @@ SAMPLERS: dict[str, Sampler] = {
         _dpm("dpm++ 3m sde", "Multistep", 3, "sde-dpmsolver++"),
         _dpm("dpm++ 2s", "Singlestep", 2),
         _dpm("dpm++ 3s", "Singlestep", 3),
-        Sampler("deis", "DEISMultistepScheduler"),
+        Sampler("deis", "DEISMultistepScheduler", {"algorithm_type": "deis"}),
         Sampler("unipc", "UniPCMultistepScheduler"),
         Sampler("lcm", "LCMScheduler"),
         Sampler("tcd", "TCDScheduler"),

@@ -539,14 +539,15 @@ def _family(shapes: Shapes, source: str) -> _Family:
         "text encoder (cond_stage_model.* or conditioner.*)": has("cond_stage_model.") or has("conditioner."),
     }
     lacking = [part for part, found in there.items() if not found]
+    if len(lacking) == 1:
+        raise CheckpointError(f"{source} has no {lacking[0]}; a file with U-Net, VAE and text encoder was expected.")
+    if lacking and (what := _first_match(_LONE_COMPONENTS, shapes)):
+        raise CheckpointError(f"{source} is {what}; a file with U-Net, VAE and text encoder was expected.")
     if lacking:
-        what = _first_match(_LONE_COMPONENTS, shapes) if len(lacking) >= 2 else "a part of a model"
-        if what is None:
-            raise CheckpointError(
-                f"{source} is no Stable Diffusion checkpoint: its keys are like {min(shapes, default='(none)')}, "
-                f"where {_FIRST_CONV} was expected."
-            )
-        raise CheckpointError(f"{source} is {what}: it has no {' and no '.join(lacking)}. Give a file that has all.")
+        raise CheckpointError(
+            f"{source} is no Stable Diffusion checkpoint: its keys are like {min(shapes, default='(none)')}, "
+            f"where {_FIRST_CONV} was expected."
+        )
     channels, labelled = shapes[_FIRST_CONV][1], f"{_UNET}label_emb.0.0.weight" in shapes
     if channels not in (4, 9):
         kind = _OTHER_CHANNELS.get(channels, "of an unknown kind")
@@ -576,8 +577,8 @@ def _part(config: Config, shapes: Shapes, prefix: str, rename: Callable[[str], N
     unknown = [key for key, names in targets.items() if names is None]
     if unknown:
         raise CheckpointError(
-            f"{source} holds {len(unknown)} keys that no Stable Diffusion checkpoint has, such as {unknown[0]}; "
-            "it is of another family, or quantised."
+            f"{source} holds {unknown[0]}, which no Stable Diffusion checkpoint has (and {len(unknown) - 1} more such "
+            "keys); it is of another family, or quantised."
         )
     class_name = config["_class_name"] if "_class_name" in config else config["architectures"][0]
     return Part(class_name, config, {key: names for key, names in targets.items() if names})

@@ -143,9 +143,7 @@ def _read_files(folder: Path) -> _Files:
         for value in (serialized or {}).get("added_tokens", ()):
             added[value["id"]] = _token(value)
 
-    by_content = {token["content"]: token for token in added.values()}
-    tokens = {name: _token(named[name]) for name in _NAMED if name in named}
-    names = {name: by_content.get(token["content"], token) for name, token in tokens.items()}
+    names = {name: _token(named[name]) for name in _NAMED if name in named}
     extra = named.get("additional_special_tokens") or named.get("extra_special_tokens") or []
     names |= {f"extra_{k}": _token(value) for k, value in enumerate(extra)}
     return _Files(vocab, merges, [added[k] for k in sorted(added)], names, _window_length(config))

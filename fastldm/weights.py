@@ -506,7 +506,7 @@ def describe_diffusers(pipe: Any) -> Checkpoint:
             raw = config.to_dict() if hasattr(config, "to_dict") else dict(config)
             components[name] = Component(name, classes[name], _named(raw, classes[name]), (), f"{source}: {name}")
     # What its author left to the class's defaults is left to the next class's too, as diffusers' `from_config` does.
-    defaults = pipe.scheduler.config.get("_use_default_values", ())
+    defaults = ("_use_default_values", *pipe.scheduler.config.get("_use_default_values", ()))
     scheduler = {key: value for key, value in pipe.scheduler.config.items() if key not in defaults}
     scheduler["_class_name"] = type(pipe.scheduler).__name__
     tokenizers = {name: TokenizerFiles(None, loaded=getattr(pipe, name)) for name in _TOKENIZERS if name in classes}

@@ -1,5 +1,4 @@
-"""The end of a step: guidance, history, next latent, next anchor and mask blend, and the beginning of the next one,
-its model input.
+"""The end of a step: guidance, history, next latent, next anchor, mask blend, and the model input of the next step.
 
     out  = u + g * (c - u)                                             classifier-free guidance, g per call
     m    = p * x + q * out                                             history, newest first
@@ -25,8 +24,7 @@ COLUMNS = ("c_in", "p", "q", "a", "a1", "b0", "b1", "b2", "b3", "d", "e", "e1", 
 def guide(out: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
     """Classifier-free guidance: (2B, C, h, w), unguided rows first, to (B, C, h, w) float32.
 
-    `rescale` pulls the deviation of each sample back to that of its guided half (https://arxiv.org/abs/2305.08891,
-    section 3.4).
+    `rescale` pulls each sample's deviation back to its guided half's: https://arxiv.org/abs/2305.08891, section 3.4.
     """
     unguided, guided = out.float().chunk(2)
     mixed = torch.lerp(unguided, guided, scale)
@@ -89,6 +87,5 @@ def _sum(*terms: tuple[float, Tensor | None]) -> Tensor:
             total.add_(t, alpha=c)
         else:
             total, owned = torch.add(total, t, alpha=c), True
-    if total is None:
-        return torch.zeros_like(next(t for _, t in terms if t is not None))
+    assert total is not None  # no row of a table forgets all that it had
     return total

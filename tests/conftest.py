@@ -1,4 +1,5 @@
-"""Shared by all tests: the checkout is importable without an install, nothing reaches a hub, and every test starts from one seed."""
+"""Shared by all tests: the checkout is importable without an install, nothing reaches a hub, and every test starts
+from one seed."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from fastldm import InputError, Request
 from fastldm.image import image_size, load_image, load_mask, output_paths, parameters_text, save_image, to_output
 
 
-@pytest.fixture()
+@pytest.fixture
 def pixels() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (6, 10, 3), dtype=np.uint8)  # not square: swapped axes show
 
@@ -22,8 +22,16 @@ def test_every_form_of_a_picture_is_the_same_tensor(pixels: np.ndarray, tmp_path
     Image.fromarray(pixels).save(tmp_path / "a.png")
     floats = pixels.astype(np.float32) / 255
     expected = torch.from_numpy(floats).movedim(-1, 0)[None] * 2 - 1  # (1, 3, 6, 10)
-    forms = [Image.fromarray(pixels), tmp_path / "a.png", str(tmp_path / "a.png"), pixels, floats, pixels[None],
-             torch.from_numpy(floats).movedim(-1, 0), [pixels]]  # fmt: skip
+    forms = [
+        Image.fromarray(pixels),
+        tmp_path / "a.png",
+        str(tmp_path / "a.png"),
+        pixels,
+        floats,
+        pixels[None],
+        torch.from_numpy(floats).movedim(-1, 0),
+        [pixels],
+    ]
     for form in forms:
         loaded = load_image(form)
         assert loaded.dtype == torch.float32
@@ -75,8 +83,16 @@ def test_bad_pictures(source: object, says: str) -> None:
 
 
 def test_the_png_says_how_it_was_made(tmp_path: Path) -> None:
-    request = Request(prompt="a cat, 猫", negative_prompt="dog", num_inference_steps=8, sampler="ddim", guidance_scale=2.5,
-                      height=64, width=96, seed=3)  # fmt: skip
+    request = Request(
+        prompt="a cat, 猫",
+        negative_prompt="dog",
+        num_inference_steps=8,
+        sampler="ddim",
+        guidance_scale=2.5,
+        height=64,
+        width=96,
+        seed=3,
+    )
     text = parameters_text(request, 3, "default", {"Version": "x"})
     assert text == (
         "a cat, 猫\nNegative prompt: dog\n"

@@ -15,6 +15,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel
+from diffusers.models.embeddings import get_timestep_embedding
 from fastldm.kernels import attention, conv, geglu, group_norm, layer_norm, linear
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastldm.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig, recognise
 from fastldm.errors import CheckpointError, InputError
 from fastldm.models import AddedConditions, AutoencoderKL, CLIPText, TinyAutoencoder, UNet, rescale_for_half
+from fastldm.models.unet import guidance_embedding, timestep_embedding
 
 pytestmark = pytest.mark.usefixtures("_no_grad")
 TOLERANCE = 1e-4
@@ -131,6 +133,16 @@ def test_lcm_reads_the_guidance_scale() -> None:
     assert error(out, theirs(**given).sample) < TOLERANCE
     other = ours.time_rows(given["timestep"], guidance=torch.tensor([1.0, 1.0]))
     assert error(rows, other) > 0.01
+
+
+def test_embeddings_are_bitwise_those_of_diffusers() -> None:
+    steps = torch.tensor([0.0, 1.0, 37.5, 999.0])
+    for channels, flip, shift in ((320, True, 0), (33, False, 1)):  # 33: an odd width is padded
+        expected = get_timestep_embedding(steps, channels, flip_sin_to_cos=flip, downscale_freq_shift=shift)
+        assert torch.equal(timestep_embedding(steps, channels, flip, shift), expected)
+    scale = torch.tensor([1.0, 2.5, 8.5])
+    expected = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, scale - 1, embedding_dim=256)
+    assert torch.equal(guidance_embedding(scale, 256), expected)
 
 
 def test_missing_conditions_are_named() -> None:
@@ -469,13 +481,16 @@ def test_irrelevant_keys_are_ignored_and_missing_ones_named() -> None:
     ):
         with pytest.raises(CheckpointError, match=key):
             read.from_dict({})
+    with pytest.raises(CheckpointError, match=r"'hidden_size' 32 .* 'num_attention_heads' 5"):
+        TextConfig.from_dict({**TEXT, "num_attention_heads": 5})
 
 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
         ({"layers_per_block": [2, 2]}, "'layers_per_block' has 2 entries, expected 4"),
-        ({"attention_head_dim": 5}, "16 channels do not divide into 5 heads"),
+        ({"attention_head_dim": 5}, "16 channels do not divide into 'attention_head_dim' 5"),
+        ({"norm_num_groups": 5}, "16 channels do not divide into 'norm_num_groups' 5"),
         ({"transformer_layers_per_block": [[1, 1], 1, 1, 1]}, "reverse_transformer_layers_per_block"),
         (
             {"transformer_layers_per_block": [[1], 1, 1, 1], "reverse_transformer_layers_per_block": [1] * 4},
@@ -502,7 +517,8 @@ def test_families_are_recognised(name: str) -> None:
 @pytest.mark.parametrize("name", ["sd-turbo", "sdxl-turbo", "sdxl-lightning"])
 def test_a_zero_snr_fine_tune_is_not_taken_for_a_turbo(name: str) -> None:
     scheduler = {**scheduler_config(name), "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
-    assert recognise(UNetConfig.from_dict(tiny.UNETS[name]), scheduler).num_inference_steps >= 20
+    unet = UNetConfig.from_dict({**tiny.UNETS[name], "cross_attention_dim": 1024})
+    assert recognise(unet, scheduler).num_inference_steps >= 20
 
 
 # ------------------------------------------------------------------------------------------------------------ ops

@@ -58,21 +58,27 @@ def generator(seed: int = 5) -> torch.Generator:
 
 PROMPTS = {"prompt": ["a cat", "two dogs, with a hat"], "negative_prompt": ["blurry", ""]}
 # what each family is normally run with: guided, or distilled and not
-GUIDANCE = {"sd-turbo": 0.0, "sdxl-turbo": 0.0, "sdxl-lightning": 0.0, "lcm": 6.0}
+GUIDANCE = {"sd-turbo": 0.0, "sdxl-turbo": 0.0, "sdxl-lightning": 0.0, "lcm": 6.0, "sdxl-lcm": 6.0}
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family != "sd1-inpaint"])
 def test_text_to_image_as_diffusers(pipes: Any, family: str) -> None:
-    if family in ("sd1-inpaint", "sdxl-lcm"):
-        pytest.skip("inpainting has its own test; diffusers has no SDXL pipeline that embeds guidance the LCM way to judge by")
     theirs, ours = pipes(family)
     size = 16 * ours.vae.config.factor
-    options = {"num_inference_steps": 2, "guidance_scale": GUIDANCE.get(family, 5.0), "output_type": "np",
-               "height": size, "width": size + 2 * ours.vae.config.factor}  # fmt: skip
+    options = {
+        "num_inference_steps": 2,
+        "guidance_scale": GUIDANCE.get(family, 5.0),
+        "output_type": "np",
+        "height": size,
+        "width": size + 2 * ours.vae.config.factor,
+    }
     prompts = dict(PROMPTS)
     if family == "lcm":
         del prompts["negative_prompt"]  # diffusers' pipeline takes none
-    close(ours(**prompts, **options, generator=generator()).images, theirs(**prompts, **options, generator=generator()).images)
+    close(
+        ours(**prompts, **options, generator=generator()).images,
+        theirs(**prompts, **options, generator=generator()).images,
+    )
 
 
 @pytest.mark.parametrize(
@@ -128,8 +134,16 @@ def test_image_to_image_as_diffusers(pipes: Any, picture: Image.Image, strength:
     theirs, ours = pipes("sd1")
     other = diffusers.StableDiffusionImg2ImgPipeline(**theirs.components, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": 4, "strength": strength, "guidance_scale": 4.0, "image": picture, "output_type": "np"}
-    close(ours("a cat", **options, generator=generator()).images, other("a cat", **options, generator=generator()).images)
+    options = {
+        "num_inference_steps": 4,
+        "strength": strength,
+        "guidance_scale": 4.0,
+        "image": picture,
+        "output_type": "np",
+    }
+    close(
+        ours("a cat", **options, generator=generator()).images, other("a cat", **options, generator=generator()).images
+    )
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd1-inpaint"])
@@ -140,9 +154,19 @@ def test_inpainting_as_diffusers(
     theirs, ours = pipes(family)
     other = diffusers.StableDiffusionInpaintPipeline(**theirs.components, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": 4, "strength": strength, "guidance_scale": 4.0, "image": picture, "mask_image": mask,
-               "height": 64, "width": 64, "output_type": "np"}  # fmt: skip
-    close(ours("a cat", **options, generator=generator()).images, other("a cat", **options, generator=generator()).images)
+    options = {
+        "num_inference_steps": 4,
+        "strength": strength,
+        "guidance_scale": 4.0,
+        "image": picture,
+        "mask_image": mask,
+        "height": 64,
+        "width": 64,
+        "output_type": "np",
+    }
+    close(
+        ours("a cat", **options, generator=generator()).images, other("a cat", **options, generator=generator()).images
+    )
 
 
 def test_prompt_embeds_in_place_of_a_prompt(pipes: Any) -> None:
@@ -193,8 +217,10 @@ def test_the_same_call_gives_the_same_bytes(pipes: Any) -> None:
 
 def test_two_threads_may_share_a_pipeline(pipes: Any) -> None:
     ours = pipes("sd1")[1]
-    jobs = [{"prompt": f"thing {k}", "seed": k, "sampler": name, "num_inference_steps": 2 + k % 2, "output_type": "np"}
-            for k, name in enumerate(["ddim", "euler a", "unipc", "dpm++ 2m"])]  # fmt: skip
+    jobs = [
+        {"prompt": f"thing {k}", "seed": k, "sampler": name, "num_inference_steps": 2 + k % 2, "output_type": "np"}
+        for k, name in enumerate(["ddim", "euler a", "unipc", "dpm++ 2m"])
+    ]
     alone = [ours(**job).images for job in jobs]
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda job: ours(**job).images, jobs))
@@ -394,7 +420,9 @@ def test_float16_on_a_cpu_warns_and_runs(tmp_path: Path, caplog: pytest.LogCaptu
     assert "float16 is slow or missing on CPUs" in caplog.text
 
 
-@pytest.mark.parametrize(("option", "says"), [({"device": "warp:9"}, "cannot be used here"), ({"dtype": "int8"}, "int8")])
+@pytest.mark.parametrize(
+    ("option", "says"), [({"device": "warp:9"}, "cannot be used here"), ({"dtype": "int8"}, "int8")]
+)
 def test_a_device_or_dtype_there_is_not(tmp_path: Path, option: dict[str, str], says: str) -> None:
     tiny.save_pipeline("sd1", tmp_path)
     with pytest.raises(InputError, match=says):

@@ -1149,7 +1149,8 @@ def test_adopted_weights_are_shared(pipe: Any) -> None:
     assert weights.adopt(module, unet) is module
     theirs = dict(unet.named_parameters())
     assert all(p.data_ptr() == theirs[name].data_ptr() for name, p in module.named_parameters())
-    assert unet.training and all(p.requires_grad for p in theirs.values())  # theirs stay as they were
+    assert unet.training  # theirs stay as they were
+    assert all(p.requires_grad for p in theirs.values())
     assert not any(p.requires_grad for p in module.parameters())
     assert not module.training
     with pytest.raises(CheckpointError, match=r"The given Attention has weights in float32 on meta; they must be"):
@@ -1170,8 +1171,8 @@ def test_description_of_a_loaded_pipeline_is_that_of_its_folder(pipe: Any, folde
         volatile = {"_diffusers_version", "transformers_version", "_name_or_path", "dtype", "torch_dtype"}
         same = {k: v for k, v in part.config.items() if k not in volatile}
         assert json.loads(json.dumps({k: got.config[k] for k in same})) == same
-    scheduler = {k: v for k, v in saved.scheduler.items() if k != "_diffusers_version"}
-    assert loaded.scheduler.items() >= scheduler.items()
+    assert {"_class_name", "beta_start", "steps_offset"} <= set(loaded.scheduler)
+    assert loaded.scheduler == {key: saved.scheduler[key] for key in loaded.scheduler}
     text = "a tiny pipeline"
     assert loaded.tokenizer("tokenizer").ids(text) == saved.tokenizer("tokenizer").ids(text)
     assert loaded.index["_class_name"] == "StableDiffusionPipeline"

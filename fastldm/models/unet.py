@@ -149,7 +149,7 @@ class UNet(nn.Module):
                 raise InputError("this U-Net (SDXL) reads pooled text and sizes: got None, expected R rows of each")
             sizes = sinusoids(added.time_ids.flatten(), config.addition_time_embed_dim)
             sizes = sizes.unflatten(0, added.time_ids.shape).flatten(1)  # (R, 6 * addition_time_embed_dim)
-            embedding = embedding + self.add_embedding(torch.cat((added.text_embeds, sizes.to(dtype)), dim=1))
+            embedding = embedding + self.add_embedding(torch.cat((added.text_embeds, sizes), dim=1).to(dtype))
         h = F.silu(embedding)
         return torch.cat([resnet.time_emb_proj(h) + resnet.conv1.bias for resnet in self.resnets()], dim=1)
 
@@ -278,15 +278,22 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
+# Both embeddings keep diffusers' order of operations: at an angle of 1,000 the last bit of a frequency is worth 1e-4.
+
+
 def timestep_embedding(timesteps: Tensor, channels: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
     """Sinusoids of (N,) numbers: (N, channels) in float32. Formula: Ho et al. 2020, arXiv:2006.11239."""
     half = channels // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=timesteps.device) / (half - freq_shift)
-    angle = timesteps.float()[:, None] * torch.exp(-math.log(10000) * exponent)
+    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    angle = timesteps.float()[:, None] * torch.exp(exponent / (half - freq_shift))
     pair = (angle.cos(), angle.sin()) if flip_sin_to_cos else (angle.sin(), angle.cos())
     return F.pad(torch.cat(pair, dim=1), (0, channels % 2))
 
 
 def guidance_embedding(guidance: Tensor, channels: int) -> Tensor:
     """Sinusoids of (N,) guidance scales: (N, channels) in float32. Formula: diffusers' LCM pipeline."""
-    return timestep_embedding((guidance.float() - 1) * 1000, channels, flip_sin_to_cos=False, freq_shift=1)
+    half = channels // 2
+    step = torch.log(torch.tensor(10000.0)) / (half - 1)
+    frequency = torch.exp(torch.arange(half, dtype=torch.float32, device=guidance.device) * -step)
+    angle = ((guidance.float() - 1) * 1000)[:, None] * frequency
+    return F.pad(torch.cat((angle.sin(), angle.cos()), dim=1), (0, channels % 2))

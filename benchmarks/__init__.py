@@ -1,0 +1,1 @@
+"""All that is measured. Each module is a command: `python -m benchmarks.NAME --help`."""

@@ -1,0 +1,86 @@
+"""How long a person waits: `fastldm generate` with the default model, process start to PNG, and where the time goes.
+
+    python -m benchmarks.cold_start --json benchmarks/results/cold_start.json
+
+The whole command is timed from outside, several times after one warm-up (so that files are in the cache); its parts
+are timed in processes of their own that do the same and stop the clock between stages. Medians are reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parent.parent
+
+PARTS = """
+import json, sys, time
+marks = [("start", float(sys.argv[1])), ("interpreter", time.time())]
+import torch
+marks.append(("import torch", time.time()))
+from fastldm.image import save_result
+from fastldm.pipeline import Pipeline
+marks.append(("import fastldm", time.time()))
+pipe = Pipeline.default()
+marks.append(("load", time.time()))
+result = pipe(sys.argv[2], seed=0)
+marks.append(("picture", time.time()))
+from pathlib import Path
+save_result(result, [Path("part.png")], pipe.name)
+marks.append(("write PNG", time.time()))
+parts = {name: at - before for (_, before), (name, at) in zip(marks, marks[1:])}
+timings = result.timings
+parts |= {"  text": timings.text, "  steps": sum(timings.steps), "  decode": timings.decode}
+print(json.dumps(parts))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompt", default="a red apple")
+    parser.add_argument("--runs", type=int, default=7, help="counted runs of each kind (default: 7)")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args()
+
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    whole: list[float] = []
+    parts: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "fastldm", "generate", args.prompt, "--seed", "0", "-o", "a.png", "--force"]
+        for run in range(args.runs + 1):
+            started = time.time()
+            subprocess.run(command, cwd=folder, env=env, check=True, capture_output=True)
+            took = time.time() - started
+            child = [sys.executable, "-c", PARTS, str(time.time()), args.prompt]
+            printed = subprocess.run(child, cwd=folder, env=env, check=True, capture_output=True, text=True).stdout
+            if run:  # the first only warms the file cache
+                whole.append(took)
+                parts.append(json.loads(printed))
+
+    record = {
+        "command": f"fastldm generate {args.prompt!r}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {"python": platform.python_version(), "torch": metadata.version("torch")},
+        "runs": args.runs,
+        "seconds": {"median": median(whole), "min": min(whole), "max": max(whole)},
+        "parts": {name: median(part[name] for part in parts) for name in parts[0]},
+    }
+    print(f"whole command: median {median(whole):.2f} s, {min(whole):.2f} to {max(whole):.2f} s in {args.runs} runs")
+    for name, seconds in record["parts"].items():  # type: ignore[attr-defined]
+        print(f"  {name:<16} {seconds:6.2f} s")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""The README's code runs, its commands parse, its files exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import fastldm
+from fastldm.cli import main
+
+ROOT = Path(fastldm.__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_the_python_blocks_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_the_commands_exist() -> None:
+    lines = [line.partition("   #")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    assert any(line.startswith("fastldm generate") for line in lines)
+    for line in lines:
+        words = shlex.split(line)
+        if words[0] == "fastldm":
+            main.commands[words[1]].make_context(words[1], words[2:])  # raises where an option does not exist
+        elif words[0] == "make":
+            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
+        elif words[:2] == ["python", "-m"]:
+            assert (ROOT / (words[2].replace(".", "/") + ".py")).is_file(), line
+        else:
+            assert words[0] == "pip", line
+
+
+def test_what_it_names_is_there() -> None:
+    named = re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(
+        r"`((?:fastldm|kernels|export|benchmarks|tests)/[\w./]*)`", README
+    )
+    assert named
+    for name in named:
+        assert (ROOT / name).exists(), name
+
+
+def test_it_stays_short() -> None:
+    assert len(README.splitlines()) <= 300
