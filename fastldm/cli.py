@@ -97,6 +97,7 @@ debug_option = click.option("--debug", is_flag=True, help="Show a traceback when
 @click.option("--init-image", metavar="FILE", help="Start from this picture instead of noise.")
 @click.option("--strength", type=float, help="How much of --init-image is redone, 0 to 1.  [default: 0.8]")
 @click.option("--mask", metavar="FILE", help="Repaint only where this picture is white; needs --init-image.")
+@click.option("--literal", is_flag=True, help="Take brackets in PROMPT as text, not as weights.")
 @click.option("--clip-skip", type=int, metavar="N", help="Leave out the text encoder's last N layers.")
 @click.option("--device", metavar="D", help="Such as cpu, cuda or cuda:1.  [default: a GPU where there is one]")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: what is fastest there]")
@@ -131,6 +132,7 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
         "image": options["init_image"],
         "strength": options["strength"],
         "mask_image": options["mask"],
+        "literal_prompt": options["literal"],
         "clip_skip": options["clip_skip"],
         "seed": options["seed"],
         "height": height,

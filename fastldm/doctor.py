@@ -72,7 +72,7 @@ def examine(model: str = "default") -> dict[str, Any]:
             "family": spec.family.name,
             "parameters": spec.parameters,
             "runs on": str(device),
-            "dtype": str(choose_dtype(None, device, spec.parameters)).removeprefix("torch."),
+            "dtype": str(choose_dtype(None, device)).removeprefix("torch."),
         },
         "extras": extras,
         "cache": str(cache_root()),

@@ -209,6 +209,6 @@ def save_image(image: Image.Image, path: Path, parameters: str | None = None) ->
 def save_result(result: Result, paths: list[Path], model: str, metadata: bool = True) -> None:
     """Writes every picture of a result made with output_type="pil" to its path."""
     version = {"Version": f"fastldm {__version__}", "Backend": f"{result.backend} {result.dtype}"}
-    for k, (image, path) in enumerate(zip(result.images, paths, strict=True)):  # type: ignore[arg-type]
+    for k, (image, path) in enumerate(zip(result.images, paths, strict=True)):
         seed = result.seeds[k] if result.seeds else None
         save_image(image, path, parameters_text(result.request, seed, model, version) if metadata else None)

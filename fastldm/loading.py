@@ -103,12 +103,12 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def choose_dtype(dtype: str | torch.dtype | None, device: torch.device, parameters: int) -> torch.dtype:
-    """The dtype asked for, or what is fastest on `device` for a model of so many parameters.
+def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype asked for, or what is fastest on `device`.
 
     On a GPU that is float16: bfloat16's rate and eight times finer. On a CPU it is bfloat16 where the processor
-    multiplies it natively and the networks are large enough for that to matter, else float32. float16 asked for on a
-    CPU is replaced, with a warning: code written for a GPU runs as it is.
+    multiplies it natively, else float32. float16 asked for on a CPU is replaced, with a warning: code written for a
+    GPU runs as it is.
     """
     if isinstance(dtype, str):
         names = {str(one).removeprefix("torch."): one for one in (torch.float32, torch.float16, torch.bfloat16)}
@@ -117,7 +117,7 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device, paramete
         dtype = names[dtype.removeprefix("torch.")]
     if device.type != "cpu":
         return dtype or torch.float16
-    best = torch.bfloat16 if _native_bfloat16() and parameters > 10**8 else torch.float32
+    best = torch.bfloat16 if _native_bfloat16() else torch.float32
     if dtype == torch.float16:
         logger.warning("float16 is slow or missing on CPUs: running in %s", str(best).removeprefix("torch."))
         return best

@@ -69,7 +69,7 @@ class Pipeline:
         """
         chosen = loading.choose_device(device)
         spec = loading.describe(path_or_id, **where)
-        precision = loading.choose_dtype(dtype or torch_dtype, chosen, spec.parameters)
+        precision = loading.choose_dtype(dtype or torch_dtype, chosen)
 
         def fill(module: torch.nn.Module, name: str) -> Any:
             part = spec.checkpoint.components[name]
@@ -264,18 +264,16 @@ class Pipeline:
 
         Rows of a guided pass are all negatives, then all prompts; an unguided one has the prompts alone.
         """
-        batch, guided = request.batch, self._guided(request)
-        both = [conditioning.negative_hidden, conditioning.hidden] if guided else [conditioning.hidden]
-        hidden = torch.cat(both)  # type: ignore[arg-type]  # (R, T, D)
+        batch, config = request.batch, self.unet.config
+        hidden, pooled = conditioning.network_rows()  # (R, T, D), (R, P)
         cross_kv = self.unet.cross_kv(hidden)
         prompts_kv = tuple(kv[-batch:] for kv in cross_kv)
 
         timesteps = torch.from_numpy(table.timesteps).to(self.device)  # (S,)
-        config, rows = self.unet.config, 1
+        rows = 1  # a step: the network's rows differ only where their conditioning enters the time embedding
         added = scale = None
-        if config.needs_added:
-            rows, size = hidden.shape[0], (int(request.height or 0), int(request.width or 0))
-            pooled = [conditioning.negative_pooled, conditioning.pooled] if guided else [conditioning.pooled]
+        if config.needs_added and pooled is not None:
+            rows, size = pooled.shape[0], (int(request.height or 0), int(request.width or 0))
             sizes = text.size_ids(
                 rows * len(table),
                 request.original_size or size,
@@ -283,8 +281,7 @@ class Pipeline:
                 request.target_size or size,
                 device=self.device,
             )  # (S * R, 6)
-            embeds = torch.cat(pooled)  # type: ignore[arg-type]  # (R, P)
-            added = AddedConditions(embeds.repeat(len(table), 1), sizes)
+            added = AddedConditions(pooled.repeat(len(table), 1), sizes)
         if config.needs_guidance:
             scale = torch.full((len(table) * rows,), float(request.guidance_scale or 0), device=self.device)
         temb = self.unet.time_rows(timesteps.repeat_interleave(rows), added=added, guidance=scale)

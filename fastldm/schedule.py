@@ -243,6 +243,8 @@ def _on_lambdas(config: ScheduleConfig, n: int, timesteps: Array | None, _: Arra
     last = trained[0]
     if config.sigma_kind:
         sigmas = _respaced(config, n, trained[-1], trained[0])
+        if config.sigma_kind == "lu":  # https://arxiv.org/abs/2206.00927, uniform in lambda
+            sigmas = np.exp(np.linspace(logs[-1], logs[0], n, dtype=np.float64))
         t = sigma_to_t(sigmas, logs)
         cosine = config.beta_schedule == "squaredcos_cap_v2" and config.class_name == "DPMSolverMultistepScheduler"
         t = t.round() if config.sigma_kind in ("karras", "lu") and not cosine else t
@@ -275,7 +277,7 @@ def _respaced(config: ScheduleConfig, n: int, high: float, low: float) -> Array:
         return (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
     if config.sigma_kind == "beta":  # https://arxiv.org/abs/2407.12173
         return low + beta_quantile(1 - ramp) * (high - low)
-    return np.exp(np.linspace(math.log(high), math.log(low), n))  # "exponential", and "lu", whose rho is 1
+    return np.exp(np.linspace(math.log(high), math.log(low), n))
 
 
 def beta_quantile(probability: Array, shape: float = 0.6) -> Array:

@@ -306,6 +306,17 @@ class Conditioning:
         """These prompts only, in this order: (len(rows), ...)."""
         return self.map(lambda x: x[list(rows)])
 
+    def network_rows(self) -> tuple[Tensor, Tensor | None]:
+        """Hidden states (R, T, D) and pooled vectors (R, P) of the network's rows: all negatives, where there are any,
+        then all prompts.
+        """
+        if self.negative_hidden is None:
+            return self.hidden, self.pooled
+        hidden = torch.cat((self.negative_hidden, self.hidden))
+        if self.pooled is None or self.negative_pooled is None:
+            return hidden, None
+        return hidden, torch.cat((self.negative_pooled, self.pooled))
+
 
 @dataclass(frozen=True)
 class TextStage:

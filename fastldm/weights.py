@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fastldm import single_file
-from fastldm.errors import CheckpointError
+from fastldm.errors import CheckpointError, InputError
 from fastldm.text import Tokenizer
 
 logger = logging.getLogger("fastldm")
@@ -138,6 +138,8 @@ def open_checkpoint(
         allow_pickle=allow_pickle,
     )
     if path.is_dir():
+        if prediction_type is not None:
+            raise InputError(f"prediction_type is for single files; {path} says it in its scheduler_config.json.")
         return open_diffusers(path, variant, allow_pickle=allow_pickle)
     return open_single_file(path, prediction_type=prediction_type, allow_pickle=allow_pickle)
 
@@ -168,7 +170,7 @@ def resolve(
     text = str(path_or_id)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) or text.endswith((".safetensors", ".ckpt", ".bin", ".pt")):
         raise CheckpointError(
-            f"{text} does not exist. Give a model folder, a .safetensors file, or a hub id (owner/name)."
+            f"{text} does not exist here. Give a model folder, a .safetensors file, or a hub id (owner/name)."
         )
     return _from_hub(text, revision, cache_dir, local_files_only, variant, allow_pickle)
 
@@ -339,11 +341,9 @@ def _classes(index: Config, source: str) -> dict[str, str]:
     required = (*_REQUIRED, *(["tokenizer_2"] if "text_encoder_2" in listed else []))
     lacking = [name for name in required if name not in listed]
     if strange or lacking:
-        has = (
-            f"has {', '.join(strange)}, which fastldm does not run" if strange else f"lists no {', no '.join(lacking)}"
-        )
+        why = f"has {', '.join(strange)}" if strange else f"has no {', no '.join(lacking)}"
         raise CheckpointError(
-            f"{source} is a {pipeline} and {has}. Needed: {', '.join(_REQUIRED)}, as in Stable Diffusion 1, 2 and XL."
+            f"{source} is a {pipeline} and {why}: fastldm cannot run it. It runs Stable Diffusion 1, 2 and XL."
         )
     for name, classes in _CLASSES.items():
         if name in listed and listed[name] not in classes:
@@ -551,8 +551,8 @@ def _safetensors(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
-        what = _what_bytes_are(path) or _what_is_cut_off(path) or f"damaged ({error})"
-        raise CheckpointError(f"{path} is {what}. Fetch the file again.") from error
+        what = _what_bytes_are(path) or _what_is_cut_off(path) or f"no safetensors file, or damaged ({error})"
+        raise CheckpointError(f"{path} is {what}.") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
 
@@ -569,11 +569,11 @@ def _what_bytes_are(path: Path) -> str | None:
     """What lies in a file's place, if its first bytes tell."""
     head = _head(path)
     if not head:
-        return "empty (0 bytes)"
+        return "empty (0 bytes): fetch it again"
     if head.startswith(b"version https://git-lfs"):
         return "a git-lfs pointer, not the file itself: run `git lfs pull` where it was cloned"
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "an HTML page, perhaps a login or error page saved in the file's place"
+        return "an HTML page, as when a login or error page is saved in a file's place: fetch it again"
     if head.startswith(b"GGUF"):
         return "a GGUF file, whose quantised weights fastldm does not run"
     return None
@@ -584,7 +584,7 @@ def _what_is_cut_off(path: Path) -> str | None:
     size, head = path.stat().st_size, _head(path)
     length = int.from_bytes(head[:8], "little")
     if head[8:9] == b"{" and 8 + length > size and length < 10**8:
-        return f"cut off within its header: {size:,} bytes are there"
+        return f"cut off within its header, after {size:,} bytes: fetch it again"
     try:
         with path.open("rb") as file:
             header = json.loads(file.read(8 + length)[8:]) if 8 + length <= size else {}
@@ -592,7 +592,7 @@ def _what_is_cut_off(path: Path) -> str | None:
         end = 8 + length + max(ends)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError):  # the header itself is damaged
         return None
-    return f"cut off: {size:,} of {end:,} bytes are there" if size < end else None
+    return f"cut off, with {size:,} of {end:,} bytes there: fetch it again" if size < end else None
 
 
 def _is_pickle(path: Path) -> bool:
@@ -616,7 +616,7 @@ def _read_pickle(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
             f"{path} holds objects other than tensors and is refused: {_first_line(error)}"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged: {_first_line(error)} Fetch the file again.") from error
+        raise CheckpointError(f"{path} is damaged ({_first_line(error)}): fetch it again.") from error
     while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict):
@@ -708,7 +708,7 @@ def _fit(module: nn.Module, state: Mapping[str, Tensor], source: str) -> dict[st
         return fitted
 
     faults = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        f"{len(names)} tensor{'s' * (len(names) > 1)} {what} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
         for names, what in (
             (missing, "missing"),
             (unexpected, "unexpected"),

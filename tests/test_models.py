@@ -1,4 +1,4 @@
-"""The networks against diffusers and transformers on seeded random weights, float32, relative error under 1e-4."""
+"""The networks against diffusers and transformers, on seeded random weights in float32."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fastldm.models import AddedConditions, AutoencoderKL, CLIPText, TinyAutoenc
 from fastldm.models.unet import guidance_embedding, timestep_embedding
 
 pytestmark = pytest.mark.usefixtures("_no_grad")
-TOLERANCE = 1e-4
+TOLERANCE = 1e-5  # of 1e-4 allowed; 2e-6 was the most seen. A wrong eps in a norm shows only below 2e-5
 
 
 @pytest.fixture

@@ -198,8 +198,12 @@ MAY_IMPORT = {
     "fastldm/config.py": {"errors"},
     "fastldm/errors.py": set(),
     "fastldm/request.py": {"errors"},
-    "fastldm/schedule.py": {"errors"},
+    "fastldm/samplers.py": {"errors"},
+    "fastldm/schedule.py": {"errors", "samplers"},
     "fastldm/text.py": {"errors"},
+    "fastldm/single_file.py": {"errors"},
+    "fastldm/weights.py": {"errors", "single_file", "text"},
+    "fastldm/image.py": {"errors"},
     "fastldm/denoise.py": {"kernels", "models", "schedule", "errors"},
 }
 

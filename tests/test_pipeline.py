@@ -416,7 +416,7 @@ def test_half_precision_is_close_to_float32(tmp_path: Path) -> None:
 def test_float16_on_a_cpu_warns_and_runs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tiny.save_pipeline("sd1", tmp_path)
     ours = Pipeline.from_pretrained(tmp_path, torch_dtype=torch.float16, device="cpu")
-    assert ours.dtype == torch.float32
+    assert ours.dtype in (torch.float32, torch.bfloat16)
     assert "float16 is slow or missing on CPUs" in caplog.text
 
 

@@ -496,10 +496,13 @@ OTHER_FILES: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
     "Flux": (lambda: _tensors("double_blocks.0.img_attn.qkv.weight"), "a FLUX transformer"),
     "SD3": (lambda: _tensors("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"), "Diffusion 3"),
     "Playground": (lambda: _tensors("edm_mean", "edm_std"), "Playground"),
-    "VAE": (lambda: _tensors("encoder.down.0.block.0.conv1.weight"), "is a VAE alone: it has no U-Net"),
+    "VAE": (
+        lambda: _tensors("encoder.down.0.block.0.conv1.weight"),
+        "is a VAE alone; a file with U-Net, VAE and text encoder was expected",
+    ),
     "no VAE": (
         lambda: {k: v for k, v in random_state(_sd1_with()).items() if "first_stage" not in k},
-        r"is a part of a model: it has no VAE \(first_stage_model",
+        r"has no VAE \(first_stage_model\.\*\); a file with",
     ),
     "U-Net of diffusers": (lambda: _tensors("down_blocks.0.resnets.0.conv1.weight"), "a U-Net alone, in diffusers"),
     "text encoder": (lambda: _tensors("text_model.embeddings.token_embedding.weight"), "a text encoder alone"),
@@ -510,7 +513,7 @@ OTHER_FILES: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
     "cut down": (lambda: random_state(_without_middle_block()), "built differently: its middle block is not as deep"),
     "quantised": (
         lambda: random_state(_sd1_with({"model.diffusion_model.out.2.weight.absmax": (2,)})),
-        r"1 keys that no Stable Diffusion checkpoint has, such as model\.diffusion_model\.out\.2\.weight\.absmax",
+        r"holds model\.diffusion_model\.out\.2\.weight\.absmax, which no Stable Diffusion checkpoint has \(and 0 more",
     ),
     "something else": (lambda: _tensors("transformer.wte.weight", "lm_head.bias"), "no Stable Diffusion checkpoint"),
     "nothing": (dict, r"its keys are like \(none\)"),
@@ -536,21 +539,21 @@ def _good_bytes() -> bytes:
 
 
 DAMAGED: dict[str, tuple[Callable[[], bytes], str]] = {
-    "empty": (lambda: b"", r"is empty \(0 bytes\)"),
+    "empty": (lambda: b"", r"is empty \(0 bytes\): fetch it again"),
     "lfs": (
         lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
         "git-lfs pointer.*git lfs pull",
     ),
     "html": (lambda: b"\n<!DOCTYPE html><html><body>Log in</body></html>", "is an HTML page"),
-    "cut off": (lambda: _good_bytes()[:-100], r"is cut off: \d+ of \d+ bytes are there\. Fetch the file again"),
+    "cut off": (lambda: _good_bytes()[:-100], "is cut off, with 296 of 396 bytes there: fetch it again"),
     "cut within the header": (lambda: _good_bytes()[:40], "is cut off within its header"),
-    "noise": (lambda: bytes(range(7, 256)) * 4, r"is damaged \("),
-    "header is no JSON": (lambda: struct.pack("<Q", 16) + b"{" + b"x" * 40, r"is damaged \("),
+    "noise": (lambda: bytes(range(7, 256)) * 4, r"is no safetensors file, or damaged \("),
+    "header is no JSON": (lambda: struct.pack("<Q", 16) + b"{" + b"x" * 40, r"is no safetensors file, or damaged \("),
     "offsets overlap": (
         lambda: (lambda h: struct.pack("<Q", len(h)) + h + bytes(64))(
             b'{"a":{"dtype":"F32","shape":[8],"data_offsets":[0,32]},"b":{"dtype":"F32","shape":[8],"data_offsets":[0,32]}}'
         ),
-        r"is damaged \(",
+        r"is no safetensors file, or damaged \(",
     ),
     "gguf": (lambda: b"GGUF\x03\x00\x00\x00" + bytes(64), "is a GGUF file"),
     "pickle": (lambda: pickle.dumps({"weight": 1}), "is a pickle, which can run any code"),
@@ -610,7 +613,7 @@ def test_pickles_are_refused_then_read_as_tensors_only(tmp_path: Path) -> None:
 
     content = (tmp_path / "model.ckpt").read_bytes()
     (tmp_path / "cut.ckpt").write_bytes(content[: len(content) // 2])
-    with pytest.raises(CheckpointError, match=r"cut\.ckpt is damaged: .*Fetch the file again"):
+    with pytest.raises(CheckpointError, match=r"cut\.ckpt is damaged \(.*\): fetch it again"):
         open_single_file(tmp_path / "cut.ckpt", allow_pickle=True)
     torch.save([1, 2], tmp_path / "list.ckpt")
     with pytest.raises(CheckpointError, match="holds a list; tensors by name were expected"):
@@ -661,6 +664,8 @@ def test_diffusers_folder(pipe: Any, folder: Path) -> None:
     assert checkpoint.tokenizers["tokenizer"].folder == folder / "tokenizer"
     assert checkpoint.tokenizer("tokenizer").max_length == 77
     assert checkpoint.index["_class_name"] == "StableDiffusionPipeline"
+    with pytest.raises(InputError, match="prediction_type is for single files"):
+        open_checkpoint(folder, prediction_type="epsilon")
 
 
 def fill(spec: loading.Spec) -> loading.Networks:
@@ -781,15 +786,15 @@ OTHER_PIPELINES: dict[str, tuple[dict[str, Any], str]] = {
             "_class_name": "FluxPipeline",
             "transformer": ["diffusers", "FluxTransformer2DModel"],
         },
-        r"is a FluxPipeline and has transformer \(FluxTransformer2DModel\), which fastldm does not run",
+        r"is a FluxPipeline and has transformer \(FluxTransformer2DModel\): fastldm cannot run it",
     ),
     "controlnet": (
         {**SD_INDEX, "controlnet": ["diffusers", "ControlNetModel"]},
-        r"has controlnet \(ControlNetModel\), which fastldm does not run",
+        r"has controlnet \(ControlNetModel\): fastldm cannot run it",
     ),
     "unconditional": (
         {"_class_name": "DDPMPipeline", **{k: SD_INDEX[k] for k in ("unet", "scheduler")}},
-        "is a DDPMPipeline and lists no vae, no text_encoder, no tokenizer",
+        "is a DDPMPipeline and has no vae, no text_encoder, no tokenizer: fastldm cannot run it",
     ),
     "refiner": (
         {**SD_INDEX, "text_encoder": [None, None], "requires_aesthetics_score": True},
@@ -801,7 +806,7 @@ OTHER_PIPELINES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no second tokenizer": (
         {**SD_INDEX, "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]},
-        "lists no tokenizer_2",
+        "has no tokenizer_2",
     ),
 }
 
@@ -1044,7 +1049,7 @@ def test_local_paths_never_reach_a_hub(folder: Path, tmp_path: Path, monkeypatch
     assert open_checkpoint(inside).components["unet"].files[0].is_file()
     for name in (str(tmp_path / "gone"), "./gone/model", "gone", "a/b/c", "models/gone.safetensors", "https://host/x"):
         with pytest.raises(
-            CheckpointError, match=r"does not exist\. Give a model folder, a \.safetensors file, or a hub id"
+            CheckpointError, match=r"does not exist here\. Give a model folder, a \.safetensors file, or a hub id"
         ):
             open_checkpoint(name)
 
@@ -1103,15 +1108,15 @@ def test_old_spellings(pipe: Any) -> None:
 MISFITS: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
     "missing": (
         lambda s: {k: t for k, t in s.items() if k != "to_q.bias"},
-        r"1 missing \(to_q\.bias\)\. They belong to",
+        r"1 tensor missing \(to_q\.bias\)\. They belong to",
     ),
     "unexpected": (
         lambda s: s | _tensors("conv.weight", "a", "b", "c"),
-        r"4 unexpected \(conv\.weight, a, b, \.\.\.\)",
+        r"4 tensors unexpected \(conv\.weight, a, b, \.\.\.\)",
     ),
     "shape": (
         lambda s: s | {"to_k.weight": torch.zeros(4, 9)},
-        r"1 of another shape \(to_k\.weight is \(4, 9\), expected \(4, 4\)\)\. They belong to another model or version",
+        r"1 tensor of another shape \(to_k\.weight is \(4, 9\), expected \(4, 4\)\)\. They belong to another model",
     ),
     "another kind": (
         lambda _: _tensors("lm_head.weight", "wte.weight"),
@@ -1121,12 +1126,12 @@ MISFITS: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]]
     "loaded LoRA": (lambda s: s | _tensors("to_q.lora_A.default.weight"), "It is a LoRA or contains one"),
     "int8": (
         lambda s: s | {"to_q.weight": torch.zeros(4, 4, dtype=torch.int8)},
-        r"1 not floating point.*look quantised",
+        r"1 tensor not floating point.*look quantised",
     ),
     "absmax": (lambda s: s | _tensors("to_q.weight.absmax"), "They look quantised"),
     "both prefixes": (
         lambda s: s | {"text_model.to_q.bias": torch.zeros(4)},
-        r"1 unexpected \(text_model\.to_q\.bias\)",
+        r"1 tensor unexpected \(text_model\.to_q\.bias\)",
     ),
 }
 
