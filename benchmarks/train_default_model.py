@@ -159,50 +159,54 @@ EMOJIBASE_GROUPS = {
 
 
 def rebuild_emoji(folder: Path) -> Path:
-    """Draws every emoji of GROUPS from the icon sets on npm: STYLE_128.zip with CODE.webp in it, and
-    captions.json."""
+    """Draws every emoji of GROUPS from the icon sets on npm: SET_128.zip with CODE.webp in it, and captions.json."""
     import resvg_py
 
     if (folder / "captions.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    base = {e["hexcode"]: e for e in npm_json("emojibase-data", "en/data.json", folder)}
-    more = {
-        key.replace("\ufe0f", ""): tags
-        for key, tags in npm_json("emojilib", "dist/emoji-en-US.json", folder).items()
-    }
-    flat_names = npm_json("@iconify-json/fluent-emoji-flat", "chars.json", folder)
-    captions: dict[str, Any] = {}
+    captions = npm_captions(folder)
+    flat_icons = npm_json("@iconify-json/fluent-emoji-flat", "chars.json", folder)
     for style in STYLES:
         package = f"@iconify-json/{style}"
         icons = npm_json(package, "icons.json", folder)
         # the 3d set has no table from characters to icons; its icons are called as in the flat one
-        names = flat_names if style == "fluent-emoji" else npm_json(package, "chars.json", folder)
-        with zipfile.ZipFile(folder / f"{style}_128.zip", "w", zipfile.ZIP_STORED) as archive:
-            for code, entry in base.items():
-                icon = names.get(code.lower()) or names.get(code.lower().removesuffix("-fe0f"))
-                icon = icons.get("aliases", {}).get(icon, {}).get("parent", icon)
-                if entry.get("group") not in EMOJIBASE_GROUPS or icon not in icons["icons"]:
-                    continue
-                picture = io.BytesIO()
-                svg = svg_of(icons, icon)
-                png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=128, height=128, background="white"))
-                Image.open(io.BytesIO(png)).convert("RGB").save(picture, "WEBP", lossless=True)
-                archive.writestr(f"{code}.webp", picture.getvalue())
-                extra = [
-                    t
-                    for t in more.get(entry["emoji"].replace("\ufe0f", ""), [])[1:]
-                    if t not in entry["tags"]
-                ]
-                fresh = {
-                    "name": entry["label"],
-                    "tags": [*entry["tags"], *extra],
-                    "group": EMOJIBASE_GROUPS[entry["group"]],
-                    "sets": [],
-                }
-                captions.setdefault(code, fresh)["sets"].append(style)
+        names = flat_icons if style == "fluent-emoji" else npm_json(package, "chars.json", folder)
+        with zipfile.ZipFile(folder / f"{style}_128.zip", "w") as archive:
+            for character, name in names.items():
+                name = icons.get("aliases", {}).get(name, {}).get("parent", name)
+                code = plain_code(character)
+                if code in captions and name in icons["icons"] and style not in captions[code]["sets"]:
+                    svg = svg_of(icons, name)
+                    png = resvg_py.svg_to_bytes(svg_string=svg, width=128, height=128, background="white")
+                    picture = io.BytesIO()
+                    Image.open(io.BytesIO(bytes(png))).convert("RGB").save(picture, "WEBP", lossless=True)
+                    archive.writestr(f"{code}.webp", picture.getvalue())
+                    captions[code]["sets"].append(style)
     (folder / "captions.json").write_text(json.dumps(captions, ensure_ascii=False, indent=1))
     return folder
+
+
+def npm_captions(folder: Path) -> dict[str, Any]:
+    """Name, tags and group of every emoji of GROUPS, by code."""
+    keywords = npm_json("emojilib", "dist/emoji-en-US.json", folder)  # a name, then tags
+    keywords = {emoji.replace("\ufe0f", ""): words[1:] for emoji, words in keywords.items()}
+    captions = {}
+    for entry in npm_json("emojibase-data", "en/data.json", folder):
+        if entry.get("group") in EMOJIBASE_GROUPS:
+            more = [word.replace("_", " ") for word in keywords.get(entry["emoji"].replace("\ufe0f", ""), [])]
+            captions[plain_code(entry["hexcode"])] = {
+                "name": entry["label"],
+                "tags": list(dict.fromkeys([*entry["tags"], *more])),
+                "group": EMOJIBASE_GROUPS[entry["group"]],
+                "sets": [],
+            }
+    return captions
+
+
+def plain_code(hexcode: str) -> str:
+    """Without joiners and variation selectors, which the sources write differently."""
+    return "-".join(part for part in hexcode.upper().split("-") if part not in ("200D", "FE0F"))
 
 
 def npm_json(package: str, member: str, folder: Path) -> Any:
@@ -227,7 +231,8 @@ def svg_of(icons: dict[str, Any], name: str) -> str:
 
 FORMS = [
     *["a {x}"] * 4, *["{x}"] * 3, "the {x}", "one {x}", "a small {x}", "an icon of {x}", "an icon of a {x}",
-    "{x} icon", "a drawing of {x}", "image of {x}", "photo of a {x}", "{x} emoji", "sticker of {x}", "painting of a {x}",
+    "{x} icon", "a drawing of {x}", "image of {x}", "photo of a {x}", "{x} emoji", "sticker of {x}",
+    "painting of a {x}",
 ]  # fmt: skip
 STYLED = [
     *["a {s} {x}"] * 4, *["{s} {x}"] * 2, "{x}, {s} style", "{x}, {s}", "a {x} in {s} style",

@@ -6,6 +6,7 @@ prompt -> Conditioning -> (StepTable, noise) -> latents -> image
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -399,6 +400,18 @@ class Pipeline:
             return changed
 
         return on_step, marks
+
+
+def _call_signature() -> inspect.Signature:
+    """What `help(pipe.__call__)` and editors show: the call's own arguments, and every field of Request."""
+    own = inspect.signature(Pipeline.__call__, eval_str=False)
+    fields = inspect.signature(Request).parameters.values()
+    kept = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    added = [p.replace(kind=p.KEYWORD_ONLY) for p in fields if p.name not in own.parameters]
+    return own.replace(parameters=[*kept, *added])
+
+
+Pipeline.__call__.__signature__ = _call_signature()  # type: ignore[attr-defined]
 
 
 @contextmanager

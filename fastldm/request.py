@@ -162,7 +162,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Timings:
-    """Where the time of a call went, in seconds."""
+    """Where the time of a call went, in seconds. On a GPU, which works behind the host, these are the host's: what a
+    step leaves running is waited for in `decode`.
+    """
 
     text: float
     """Tokenising and encoding prompts, and all that is computed once a prompt or schedule."""

@@ -140,7 +140,7 @@ def ddim(grid: Grid) -> Iterator[Row]:
         deviation = grid.eta * math.sqrt((1 - after) / (1 - now) * (1 - now / after))
         x0 = grid.x0(alpha, sigma, X, M0)
         noise = (X - alpha * x0) / sigma
-        x = math.sqrt(after) * x0 + math.sqrt(1 - after - deviation**2) * noise + deviation * N
+        x = math.sqrt(after) * x0 + math.sqrt(max(1 - after - deviation**2, 0)) * noise + deviation * N
         yield Row(i - grid.begin, t, (alpha, sigma), x, draws=grid.eta > 0)
 
 

@@ -196,7 +196,8 @@ def _from_hub(
     index, commit = _read_json(snapshot / INDEX), snapshot.name  # the commit pins what follows to the same state
     if not offline:
         try:
-            names = huggingface_hub.list_repo_files(repo, revision=commit)
+            siblings = huggingface_hub.model_info(repo, revision=commit, timeout=10).siblings or []
+            names = [file.rfilename for file in siblings]
         except Exception as error:  # as in _hub_errors
             logger.warning("%s: the hub cannot be asked (%s); trying what is in the local cache", repo, error)
             offline = True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -270,6 +272,12 @@ def test_an_embedded_guidance_scale_costs_no_second_row(pipes: Any, monkeypatch:
 
 
 # --- callback, result, output
+
+
+def test_the_signature_names_every_field_of_a_request() -> None:
+    shown = inspect.signature(Pipeline.__call__).parameters
+    assert {field.name for field in dataclasses.fields(Request)} <= set(shown)
+    assert {"callback_on_step_end", "progress"} <= set(shown)
 
 
 def test_the_callback_sees_each_step_and_may_change_latents(pipes: Any) -> None:

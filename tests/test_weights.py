@@ -890,17 +890,18 @@ class Hub:
             raise self.failing
         return str(self._copy(name, options["revision"]))
 
-    def list_repo_files(self, repo: str, *, revision: str) -> list[str]:
+    def names(self) -> list[str]:
+        return [path.relative_to(self.repository).as_posix() for path in self.repository.rglob("*") if path.is_file()]
+
+    def model_info(self, repo: str, *, revision: str, timeout: float) -> SimpleNamespace:
         assert revision == "c0ffee"
-        files = self.repository.rglob("*")
-        return [path.relative_to(self.repository).as_posix() for path in files if path.is_file()]
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in self.names()])
 
     def snapshot_download(self, repo: str, *, allow_patterns: list[str], **options: Any) -> str:
         from huggingface_hub.utils import filter_repo_objects
 
         self.calls.append(options)
-        names = self.list_repo_files(repo, revision=options["revision"])
-        for name in filter_repo_objects(names, allow_patterns=allow_patterns):
+        for name in filter_repo_objects(self.names(), allow_patterns=allow_patterns):
             self._copy(name, options["revision"])
         return str(self._snapshot(options["revision"]))
 
@@ -918,7 +919,7 @@ def hub(pipe: Any, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (copied / "v1-5-pruned.safetensors").write_bytes(b"large")
     (copied / "README.md").write_text("hello")
     stand_in = Hub(copied, tmp_path / "cache")
-    for name in ("hf_hub_download", "list_repo_files", "snapshot_download"):
+    for name in ("hf_hub_download", "model_info", "snapshot_download"):
         monkeypatch.setattr(huggingface_hub, name, getattr(stand_in, name))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     return stand_in
@@ -1000,10 +1001,10 @@ def test_hub_that_stops_answering_leaves_the_cache(
 
     open_checkpoint("acme/tiny")
 
-    def unreachable(*_: Any, **__: Any) -> list[str]:
+    def unreachable(*_: Any, **__: Any) -> SimpleNamespace:
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", unreachable)
+    monkeypatch.setattr(huggingface_hub, "model_info", unreachable)
     assert open_checkpoint("acme/tiny").source == str(hub.cache / "snapshots" / "c0ffee")
     assert "the hub cannot be asked (no route); trying what is in the local cache" in caplog.text
 
@@ -1022,7 +1023,7 @@ def cache(copied: Path, tmp_path: Path) -> Path:
 def test_offline_takes_the_local_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", None)  # a call would raise
+    monkeypatch.setattr(huggingface_hub, "model_info", None)  # a call would raise
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     found = weights.resolve("acme/tiny", cache_dir=cache, local_files_only=True)
     assert found == cache / "models--acme--tiny" / "snapshots" / ("a" * 40)

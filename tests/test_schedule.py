@@ -1,0 +1,528 @@
+"""Samplers against diffusers' schedulers: whole trajectories with the same noise, and what bad configurations get."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import logging
+import random
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+from unittest import mock
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import schedulers as diffusers_schedulers
+from fastldm.kernels import step as step_kernel
+from torch import Tensor
+
+from fastldm import schedule
+from fastldm.denoise import Guidance, denoise, draw_noise
+from fastldm.errors import InputError
+from fastldm.schedule import CLASSES, COLUMNS, SAMPLERS, ScheduleConfig, StepTable, make_table, resolve_sampler
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+PARITY = 1e-4  # relative error that the issue sets for float32
+STEPS = (1, 2, 3, 5, 10, 25, 50)
+SHAPE = (4, 6, 5)
+DISTILLED = ("LCMScheduler", "TCDScheduler")
+STOCHASTIC = ("DDPMScheduler", "EulerAncestralDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", *DISTILLED)
+MIX = 0.3 * torch.randn(4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def network(u: Tensor, t: float) -> Tensor:
+    """Stands in for a U-Net: smooth, nonlinear, mixes channels, and depends on the timestep."""
+    t = float(t) / 1000
+    mixed = torch.einsum("oc,bchw->bohw", MIX.to(u.dtype), u)
+    return 0.9 * torch.tanh(mixed + 0.5 * u + 0.3 * np.sin(3 * t)) + 0.2 * torch.cos(u + 2 * t)
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    config: dict[str, Any]
+    steps: int
+    eta: float = 0.0
+    batch: int = 1
+    generators: int = 0  # 0: one for the whole batch
+    strength: float = 1.0
+    picture: bool = False  # image to image
+    mask: bool = False  # inpainting by blending
+    custom: dict[str, list[float]] = field(default_factory=dict)
+
+    def scheduler(self, exact: bool = False) -> Any:
+        cls = in_float64(self.name) if exact else getattr(diffusers, self.name)
+        extra = {"PNDMScheduler": {"skip_prk_steps": True}}.get(self.name, {})
+        clip = {"clip_sample": False} if "clip_sample" in inspect.signature(cls.__init__).parameters else {}
+        with mock.patch.object(cls, "set_timesteps", _lay_out_nothing):
+            return cls.from_config({**self.config, **extra, **clip})
+
+    def table(self) -> StepTable:
+        config = ScheduleConfig.from_dict({"_class_name": self.name, **self.config}, steps_offset=None)
+        return make_table(config, self.steps, eta=self.eta, strength=self.strength, **self.custom)
+
+    def randomness(self) -> Any:
+        made = [torch.Generator().manual_seed(7 + k) for k in range(max(self.generators, 1))]
+        return made if self.generators else made[0]
+
+    def given(self) -> tuple[Tensor, Tensor]:
+        """A picture's latents and a mask."""
+        g = torch.Generator().manual_seed(3)
+        return torch.randn(self.batch, *SHAPE, generator=g), torch.rand(self.batch, 1, *SHAPE[1:], generator=g).round()
+
+
+def _lay_out_nothing(scheduler: Any, *_: Any) -> None:
+    """For two-stage schedulers' constructors, which lay out a thousand steps for half a second, to no end."""
+    scheduler.sigmas = torch.zeros(1)
+
+
+@functools.cache
+def in_float64(name: str) -> Any:
+    """diffusers' class, computing in float64 what it computes in float32; noise is still drawn in float32."""
+    source = sys.modules[getattr(diffusers, name).__module__]
+    module = types.ModuleType(f"{source.__name__}_float64")
+    module.__dict__.update(__package__=source.__package__, __file__=source.__file__)
+    sys.modules[module.__name__] = module
+    exec(compile(inspect.getsource(source).replace("float32", "float64"), module.__name__, "exec"), module.__dict__)
+    draw = diffusers.utils.torch_utils.randn_tensor
+    module.__dict__["randn_tensor"] = lambda shape, generator=None, **_: draw(shape, generator=generator).double()
+    return module.__dict__[name]
+
+
+def diffusers_run(
+    case: Case, *, exact: bool = False, begin: int | None = None, alphas: Any = None, last: float | None = None
+) -> tuple[Tensor, Any]:
+    """What diffusers' pipelines do with a scheduler; the options are those of EXCEPTIONS. Returns latents and generators."""
+    scheduler, dtype = case.scheduler(exact), torch.float64 if exact else torch.float32
+    if exact or alphas is not None:
+        bar = case.scheduler().alphas_cumprod if alphas is None else torch.from_numpy(alphas)
+        scheduler.alphas_cumprod = bar.to(dtype)
+        if not getattr(scheduler.config, "set_alpha_to_one", True):
+            scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
+    scheduler.set_timesteps(**(case.custom or {"num_inference_steps": case.steps}))
+    if last is not None:
+        scheduler.sigmas[-1] = last
+    timesteps, g, (init, mask) = scheduler.timesteps, case.randomness(), case.given()
+    if case.picture or case.mask:
+        steps = case.steps
+        begin = max(steps - min(int(steps * case.strength), steps), 0) * scheduler.order
+        timesteps = timesteps[begin:]
+    if begin is not None and hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(begin)
+    noise = diffusers.utils.torch_utils.randn_tensor((case.batch, *SHAPE), generator=g).to(dtype)
+    if case.picture or (case.mask and case.strength < 1):
+        x = scheduler.add_noise(init.to(dtype), noise, timesteps[:1].repeat(case.batch))
+    else:
+        x = noise * scheduler.init_noise_sigma
+    takes = inspect.signature(scheduler.step).parameters
+    extra = {key: value for key, value in (("generator", g), ("eta", case.eta)) if key in takes}
+    for i, t in enumerate(timesteps):
+        out = network(scheduler.scale_model_input(x, t), t)
+        x = scheduler.step(out, t, x, **extra, return_dict=False)[0]
+        if case.mask:
+            proper = init.to(dtype)
+            if i < len(timesteps) - 1:
+                proper = scheduler.add_noise(proper, noise, torch.tensor([timesteps[i + 1]]))
+            x = (1 - mask) * proper + mask * x
+    return x, g
+
+
+def our_run(case: Case) -> tuple[Tensor, Any]:
+    table, g, (init, mask) = case.table(), case.randomness(), case.given()
+    noise, noises = draw_noise(table, (case.batch, *SHAPE), g, torch.float32, "cpu")
+    x = noise * table.init_noise_sigma
+    if case.picture or (case.mask and case.strength < 1):
+        x = table.start[0] * init + table.start[1] * noise
+    blend = {"mask": mask, "init": init, "init_noise": noise} if case.mask else {}
+    return denoise(lambda u, i, _: network(u, table.timesteps[i]), table, x, noises, Guidance(), **blend), g
+
+
+def error(got: Tensor, wanted: Tensor) -> float:
+    return float((got.double() - wanted.double()).abs().max() / wanted.double().abs().max())
+
+
+# Where diffusers raises, gives NaN or loses precision: the reason, when it holds, and how diffusers is then asked instead.
+EXCEPTIONS: dict[str, Any] = {
+    "two first timesteps round to the same one, and diffusers begins at the second (not in image to image, where it is told "
+    "where to begin)": (lambda case, table: len(table) > 1 and table.timesteps[0] == table.timesteps[1], {"begin": 0}),
+    "UniPC, bh1 or noise prediction, to sigma 0: diffusers multiplies infinity by 0; its limit is judged": (
+        lambda case, table: case.name == "UniPCMultistepScheduler" and table.rows[-1][9:10] == 0 and _to_zero(case),
+        {"last": 1e-6, "exact": True},
+    ),
+    "zero terminal SNR: torch's float32 square root is not always the nearest, which alphas_cumprod[0] near 1 magnifies": (
+        lambda case, table: case.config.get("rescale_betas_zero_snr", False),
+        {"alphas": True},
+    ),
+    "diffusers' float32 arithmetic loses what its own code keeps in float64 (cancellation, or the root of a rounding error "
+    "below 0)": (lambda case, table: True, {"exact": True}),
+}
+
+
+def _to_zero(case: Case) -> bool:
+    noise = not case.config.get("predict_x0", True)
+    return case.config.get("final_sigmas_type") != "sigma_min" and (noise or case.config.get("solver_type") == "bh1")
+
+
+def verdict(case: Case) -> str | None:
+    """None where we agree with diffusers, or a reason of EXCEPTIONS holds and is shown to; else what is wrong."""
+    try:
+        ours, our_generators = our_run(case)
+    except InputError as refusal:
+        try:
+            theirs = diffusers_run(case)[0]
+        except Exception:
+            return None
+        return None if not theirs.isfinite().all() else f"{case}: we refuse ({refusal}), diffusers does not"
+    off = float("nan")
+    try:
+        theirs, their_generators = diffusers_run(case)
+        off = error(ours, theirs)
+        for mine, other in zip(_listed(our_generators), _listed(their_generators), strict=True):
+            if not torch.equal(mine.get_state(), other.get_state()):
+                return f"{case}: as much noise was not drawn"
+        if off < PARITY:
+            return None
+    except (IndexError, AssertionError) as raised:
+        theirs = torch.full_like(ours, float("nan"))
+        off_reason = repr(raised)
+    else:
+        off_reason = f"error {off:.1e}"
+    table, options = case.table(), {}
+    for applies, how in EXCEPTIONS.values():
+        if not applies(case, table):
+            continue
+        options |= how
+        if "alphas" in options:
+            options["alphas"] = schedule.alphas_cumprod(
+                ScheduleConfig.from_dict({"_class_name": case.name, **case.config}, steps_offset=None)
+            )
+            if CLASSES[case.name].place in (schedule._on_sigmas, schedule._on_lambdas):
+                options["alphas"][-1] = 2**-24
+        judge = diffusers_run(case, **options)[0]
+        ours_off, theirs_off = error(ours, judge), error(theirs, judge)
+        if ours_off < PARITY:
+            return None
+        if "exact" in options and theirs_off > PARITY / 2 and not ours_off > theirs_off:
+            return None  # neither is exact: float32 latents cannot hold it
+    return f"{case}: {off_reason}; {ours_off:.1e} from {sorted(options)}, from which diffusers is {theirs_off:.1e}"
+
+
+def _listed(generators: Any) -> list[torch.Generator]:
+    return generators if isinstance(generators, list) else [generators]
+
+
+def check(cases: Iterator[Case] | list[Case]) -> None:
+    wrong = [complaint for case in cases if (complaint := verdict(case)) is not None]
+    assert not wrong, f"{len(wrong)} cases:\n" + "\n".join(wrong[:10])
+
+
+# ---- the grid: prediction types x spacings x sigmas ----
+
+
+def grid(name: str) -> Iterator[dict[str, Any]]:
+    keys = CLASSES[name].keys
+    predictions = CLASSES[name].choices.get("prediction_type", ("epsilon", "v_prediction", "sample"))
+    spacings = ("linspace", "leading", "trailing") if "timestep_spacing" in keys else (None,)
+    kinds = [{}] + [{key: True} for key in keys if key.startswith("use_")]
+    if "rescale_betas_zero_snr" in keys:
+        kinds.append({"rescale_betas_zero_snr": True})
+    for prediction, spacing, kind in itertools.product(predictions, spacings, kinds):
+        yield {**SD, "prediction_type": prediction, **kind, **({"timestep_spacing": spacing} if spacing else {})}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_trajectories_are_diffusers(name: str) -> None:
+    """Every cell of the grid at two step counts, all step counts in every class."""
+    cells = list(grid(name))
+    check(Case(name, config, STEPS[(i + k) % 7]) for i, config in enumerate(cells) for k in (0, 3))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", CLASSES)
+def test_trajectories_are_diffusers_at_all_steps(name: str) -> None:
+    check(Case(name, config, steps) for config in grid(name) for steps in range(1, 51))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_noise_of_batches_and_generators(name: str) -> None:
+    """Batch 3 from one generator, and from a list of three; eta makes DDIM and TCD draw."""
+    config = {**SD, **({"algorithm_type": "sde-dpmsolver++"} if name.startswith("DPMSolver") else {})}
+    check(Case(name, config, 4, eta=0.6, batch=3, generators=count) for count in (0, 3))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_image_to_image_and_inpainting(name: str) -> None:
+    cases = []
+    for strength, spacing in itertools.product((0.25, 0.6, 1.0), ("leading", "trailing")):
+        config = {**SD, "timestep_spacing": spacing}
+        cases += [Case(name, config, 8, eta=0.3, strength=strength, picture=True, batch=2)]
+        cases += [Case(name, config, 8, eta=0.3, strength=strength, mask=True, batch=2)]
+    check(cases)
+
+
+# ---- all other options ----
+
+OPTIONS: dict[str, list[Any]] = {
+    "beta_schedule": ["linear", "scaled_linear", "squaredcos_cap_v2"],
+    "beta_start": [0.00085, 0.0001],
+    "beta_end": [0.012, 0.02],
+    "prediction_type": ["epsilon", "v_prediction", "sample"],
+    "timestep_spacing": ["linspace", "leading", "trailing"],
+    "steps_offset": [0, 1],
+    "set_alpha_to_one": [True, False],
+    "rescale_betas_zero_snr": [False, False, True],
+    "variance_type": ["fixed_small", "fixed_small_log", "fixed_large"],
+    "final_sigmas_type": ["zero", "sigma_min"],
+    "lambda_min_clipped": [-float("inf"), -5.1],
+    "algorithm_type": ["dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver"],
+    "solver_order": [1, 2, 2, 3],
+    "solver_type": ["midpoint", "heun", "bh1", "bh2"],
+    "lower_order_final": [True, False],
+    "euler_at_final": [False, True],
+    "predict_x0": [True, True, False],
+    "disable_corrector": [[], [], [0], [1, 2]],
+    "original_inference_steps": [50, 100],
+    "timestep_scaling": [10.0, 7.0],
+}
+
+
+def any_case(name: str, rng: random.Random) -> Case:
+    """A configuration that the class takes, drawn from all options, at any number of steps."""
+    known, config = CLASSES[name], {}
+    for key, values in OPTIONS.items():
+        if key in known.keys:
+            allowed = known.choices.get(key, values)
+            config[key] = rng.choice([value for value in values if value in allowed] or [known.keys[key]])
+    kinds = [key for key in known.keys if key.startswith("use_")]
+    if kinds and (kind := rng.choice(["", *kinds])):
+        config[kind] = True
+    if name in ("EulerDiscreteScheduler", "UniPCMultistepScheduler"):
+        config |= {"sigma_min": rng.choice([None, 0.05]), "sigma_max": rng.choice([None, 12.0])}
+    return Case(name, config, rng.randint(1, 50), eta=rng.choice([0.0, 0.0, 0.5, 1.0]))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_any_options(name: str) -> None:
+    rng = random.Random(name)
+    check(any_case(name, rng) for _ in range(8))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", CLASSES)
+def test_any_options_many(name: str) -> None:
+    rng = random.Random(f"many {name}")
+    check(any_case(name, rng) for _ in range(250))
+
+
+def test_custom_timesteps_and_sigmas() -> None:
+    given = [999, 839, 639, 299, 39]
+    cases = [Case(name, SD, 5, custom={"timesteps": given}) for name in CLASSES if "timesteps" in CLASSES[name].custom]
+    assert len(cases) == 7
+    sigmas = [14.6, 6.3, 2.5, 0.9, 0.1, 0.0]
+    check([*cases, Case("EulerDiscreteScheduler", SD, 5, custom={"sigmas": sigmas})])
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_training_schedule(beta_schedule: str, zero_snr: bool) -> None:
+    given = {**SD, "beta_schedule": beta_schedule, "num_train_timesteps": 700, "rescale_betas_zero_snr": zero_snr}
+    wanted = diffusers.DDIMScheduler.from_config(given).alphas_cumprod.numpy()
+    got = schedule.alphas_cumprod(ScheduleConfig.from_dict({"_class_name": "DDIMScheduler", **given}))
+    # To the bit; but torch's vectorised float32 square root, in the zero SNR rescaling, may be a unit in the last place off.
+    np.testing.assert_allclose(got, wanted, rtol=1e-4 if zero_snr else 0, atol=1e-7 if zero_snr else 0)
+
+
+def test_trained_betas() -> None:
+    betas = np.linspace(0.001, 0.015, 100).tolist()
+    check([Case("DDIMScheduler", {"trained_betas": betas, "num_train_timesteps": 100}, 10)])
+    with pytest.raises(InputError, match="100 trained_betas for num_train_timesteps 1000"):
+        ScheduleConfig.from_dict({"_class_name": "DDIMScheduler", "trained_betas": betas})
+
+
+def test_beta_quantiles_are_scipys() -> None:
+    scipy_stats = pytest.importorskip("scipy.stats")
+    p = np.linspace(0, 1, 101)
+    np.testing.assert_allclose(schedule.beta_quantile(p), scipy_stats.beta.ppf(p, 0.6, 0.6), rtol=1e-13, atol=1e-15)
+
+
+def test_steps_of_a_table() -> None:
+    """The user's steps, the start and the header, where samplers differ in them."""
+    config = ScheduleConfig.from_dict({"_class_name": "EulerDiscreteScheduler", **SD})
+    euler, heun, plms = (make_table(config, 4, sampler=name) for name in ("euler", "heun", "plms"))
+    assert (euler.steps, euler.index) == (4, (0, 1, 2, 3))
+    assert (heun.steps, heun.index) == (4, (0, 0, 1, 1, 2, 2, 3))
+    assert (plms.steps, plms.index, plms.depth, plms.anchored) == (4, (0, 0, 1, 2, 3), 3, True)
+    assert make_table(config, 8, sampler="plms").depth == 4
+    assert (euler.depth, euler.anchored, make_table(config, 9, sampler="unipc").depth) == (1, False, 3)
+    assert make_table(config, 4, sampler="ddim").init_noise_sigma == 1.0
+    assert make_table(config, 10, strength=0.35).steps == 3
+    assert euler.rows.dtype == euler.timesteps.dtype == np.float32
+    assert not any(make_table(config, 4, sampler="ddim").draws)
+    assert all(make_table(config, 4, sampler="ddim", eta=0.1).draws)
+    assert [make_table(config, 4, sampler=name).float32_noise for name in ("euler a", "dpm++ 2m sde")] == [False, True]
+
+
+def test_columns_are_the_kernels() -> None:
+    assert step_kernel.COLUMNS == COLUMNS
+
+
+def test_no_torch() -> None:
+    code = "import sys; import fastldm.schedule; assert not {'torch', 'scipy', 'diffusers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- names ----
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("DPM++ 2M Karras", "dpm++ 2m karras"),
+        ("dpmpp_2m_sde_gpu", "dpm++ 2m sde"),
+        ("sample_dpmpp_2m", "dpm++ 2m"),
+        ("dpm++ 3m sde exponential", "dpm++ 3m sde exponential"),
+        ("Euler a", "euler a"),
+        ("k_euler_ancestral", "euler a"),
+        ("DPM2 a Karras", "dpm2 a karras"),
+        ("dpm_2_ancestral", "dpm2 a"),
+        ("uni_pc_bh2", "unipc"),
+        ("UniPC", "unipc"),
+        ("PNDM", "plms"),
+        ("K_LMS", "lms"),
+        ("DDIM", "ddim"),
+        ("heun beta", "heun beta"),
+        ("EulerDiscreteScheduler", "EulerDiscreteScheduler"),
+        ("kdpm2discrete", "KDPM2DiscreteScheduler"),
+    ],
+)
+def test_names(name: str, meant: str) -> None:
+    assert resolve_sampler(name).name == meant
+
+
+def test_every_name_makes_a_table() -> None:
+    config = ScheduleConfig.from_dict({"_class_name": "DDIMScheduler", **SD})
+    for name in SAMPLERS:
+        assert make_table(config, 6, sampler=name).sampler == name
+        assert make_table(config, 6, sampler=SAMPLERS[name].class_name).steps == 6
+    assert make_table(config, 6, sampler="dpm++ 2m sde karras").sampler == "dpm++ 2m sde karras"
+    with pytest.raises(
+        InputError, match=r"unknown sampler 'oiler a'. Did you mean 'euler a'\? There are: ddpm, ddim, "
+    ):
+        resolve_sampler("oiler a")
+    with pytest.raises(InputError, match="EulerAncestralDiscreteScheduler takes no karras sigmas"):
+        resolve_sampler("euler a karras")
+
+
+@pytest.mark.parametrize("sampler", ["dpm++ 2m", "unipc", "lcm", "deis", "heun karras"])
+def test_another_sampler_on_a_checkpoints_schedule(sampler: str) -> None:
+    """As diffusers' `from_config`: keys of the file stay, keys that it lacks get the new class's defaults."""
+    file = {
+        "_class_name": "PNDMScheduler",
+        **SD,
+        "skip_prk_steps": True,
+        "prediction_type": "v_prediction",
+        "clip_sample": False,
+    }
+    chosen = resolve_sampler(sampler)
+    plain = {key: value for key, value in file.items() if key not in ("_class_name", "skip_prk_steps")}
+    case = Case(chosen.class_name, {**plain, **chosen.options}, 6)
+    table = make_table(ScheduleConfig.from_dict(file), 6, sampler=sampler)
+    np.testing.assert_array_equal(table.rows, case.table().rows)
+    check([case])
+
+
+# ---- what is refused ----
+
+BAD_CONFIGS = [
+    ({"_class_name": "DPMSolverSDEScheduler"}, "_class_name 'DPMSolverSDEScheduler' is not supported; these are: DDPM"),
+    ({}, "_class_name None is not supported"),
+    ({"_class_name": "DDIMScheduler", "thresholding": True}, "thresholding=True is not supported: dynamic"),
+    ({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True, "use_beta_sigmas": True}, "only one kind"),
+    ({"_class_name": "PNDMScheduler", "prediction_type": "sample"}, "prediction_type='sample' is none of epsilon, v_"),
+    ({"_class_name": "KDPM2DiscreteScheduler", "prediction_type": "sample"}, "prediction_type='sample' is none of"),
+    ({"_class_name": "DDPMScheduler", "variance_type": "learned_range"}, "variance_type='learned_range' is none of"),
+    ({"_class_name": "DDIMScheduler", "beta_schedule": "cosine"}, "beta_schedule='cosine' is none of linear, scaled_"),
+    ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "log"}, "timestep_spacing='log' is none of"),
+    (
+        {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"},
+        "needs final_sigmas_type 'sigma_min'",
+    ),
+    (
+        {
+            "_class_name": "DPMSolverMultistepScheduler",
+            "algorithm_type": "sde-dpmsolver",
+            "final_sigmas_type": "sigma_min",
+            "solver_order": 3,
+        },
+        "has no third order",
+    ),
+    (
+        {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True},
+        "use_flow_sigmas=True is not supported: flow",
+    ),
+    ({"_class_name": "UniPCMultistepScheduler", "solver_order": 4}, "solver_order=4 is none of 1, 2, 3"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), BAD_CONFIGS)
+def test_bad_configurations(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ScheduleConfig.from_dict(given)
+
+
+BAD_CALLS = [
+    ("ddim", {"num_inference_steps": 0}, "whole number from 1 to 1000, got 0"),
+    ("ddim", {"num_inference_steps": 2.5}, "whole number from 1 to 1000, got 2.5"),
+    ("ddim", {"num_inference_steps": 1001}, "whole number from 1 to 1000, got 1001"),
+    ("ddim", {"strength": 0.05}, "strength 0.05 leaves none of 10 steps: take 20 steps"),
+    ("ddim", {"strength": 1.5}, "strength must be above 0 and at most 1, got 1.5"),
+    ("ddim", {"eta": -1.0}, "eta must be from 0 to 1, got -1.0"),
+    ("ddim", {"timesteps": [999, 500]}, "DDIMScheduler takes no timesteps, here as in diffusers; these do: DDPM"),
+    ("heun", {"sigmas": [1.0, 0.0]}, "takes no sigmas, here as in diffusers; these do: EulerDiscreteScheduler"),
+    ("heun karras", {"timesteps": [999, 500]}, "timesteps cannot be given together with karras sigmas"),
+    ("euler", {"timesteps": [500, 999]}, "timesteps must be descending"),
+    ("euler", {"timesteps": []}, "timesteps must be descending and not empty"),
+    ("euler", {"timesteps": [999, 500], "sigmas": [1.0, 0.0]}, "not both"),
+    ("euler", {"timesteps": [1000, 500]}, "leave the trained timesteps, 0 to 999"),
+    ("lcm", {"num_inference_steps": 51}, "more than the 50 of distillation"),
+]
+
+
+@pytest.mark.parametrize(("sampler", "arguments", "message"), BAD_CALLS)
+def test_bad_calls(sampler: str, arguments: dict[str, Any], message: str) -> None:
+    config = ScheduleConfig.from_dict({"_class_name": "DDIMScheduler", **SD})
+    with pytest.raises(InputError, match=message):
+        make_table(config, **{"num_inference_steps": 10, "sampler": sampler, **arguments})
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "lcm", "tcd"])
+def test_epsilon_at_zero_snr(sampler: str) -> None:
+    """diffusers divides by zero here."""
+    given = {"_class_name": "DDIMScheduler", **SD, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    with pytest.raises(InputError, match="epsilon prediction cannot start at zero terminal SNR"):
+        make_table(ScheduleConfig.from_dict(given), 4, sampler=sampler)
+    make_table(replace(ScheduleConfig.from_dict(given), prediction_type="v_prediction"), 4)
+
+
+def test_what_pipelines_change_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "fastldm"):
+        config = ScheduleConfig.from_dict({"_class_name": "DDIMScheduler"})
+        ScheduleConfig.from_dict({"_class_name": "DDIMScheduler", "clip_sample": False, "steps_offset": 1})
+    assert [r.message for r in caplog.records] == [
+        "scheduler: clip_sample is off, steps_offset is 1, as in diffusers' latent pipelines"
+    ]
+    assert config.steps_offset == 1
+
+
+def test_all_of_diffusers_classes_are_known() -> None:
+    """Those that diffusers says can be exchanged for one another, but for two."""
+    missing = {e.name for e in diffusers_schedulers.KarrasDiffusionSchedulers} - set(CLASSES)
+    assert missing == {"DPMSolverSDEScheduler", "EDMEulerScheduler"}  # Brownian tree noise; another family
