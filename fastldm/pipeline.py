@@ -74,7 +74,8 @@ class Pipeline:
 
         def fill(module: torch.nn.Module, name: str) -> Any:
             part = spec.checkpoint.components[name]
-            return weights.load_module(module, part.state(), dtype=precision, device=chosen, source=part.source)
+            state = part.state(channels_last=name in ("unet", "vae"))
+            return weights.load_module(module, state, dtype=precision, device=chosen, source=part.source)
 
         name = "default" if str(path_or_id) == "default" else Path(str(path_or_id)).name
         return cls(spec, loading.load(spec, fill), name)

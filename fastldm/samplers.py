@@ -1,10 +1,8 @@
-"""How samplers step: each a pure function from where it steps (a `Grid`) to its rows, written as its paper writes
-it.
+"""How samplers step: each is a pure function from where it steps (a `Grid`) to its rows, written as its paper has it.
 
 Every sampler here is linear in what it has seen, so a step is a form over seven symbols: the latent X, an anchor Y
-(a second state tensor), the history M0, M1, M2, M3 (newest first) and noise N. They are unit vectors, and `X + (s1
-- s) * (X - M0) / s` is at once a line of Euler's method and a row of the table that `schedule.make_table` packs.
-All of it is float64.
+(a second state tensor), the history M0, M1, M2, M3 (newest first) and noise N. They are unit vectors, in float64, and
+`X + (after - sigma) * slope` is at once a line of Euler's method and a row of the table that `make_table` packs.
 
 Formulas and peculiarities are those of diffusers' scheduler of the same name, which is the judge in the tests.
 """
@@ -129,9 +127,7 @@ def ddpm(grid: Grid) -> Iterator[Row]:
 
 
 def ddim(grid: Grid) -> Iterator[Row]:
-    """https://arxiv.org/abs/2010.02502, equation 12. The next time is a constant stride away, whatever the next
-    timestep is.
-    """
+    """https://arxiv.org/abs/2010.02502, equation 12, a constant stride down whatever the next timestep is."""
     stride = grid.config.num_train_timesteps // grid.steps
     for i in range(grid.begin, grid.steps):
         t = grid.timesteps[i]

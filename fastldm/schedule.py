@@ -10,7 +10,7 @@ Prediction type, spacing, Karras / exponential / beta sigmas, zero terminal SNR 
 change the numbers. How a sampler steps is in samplers.py; here are the configuration, where it steps, the names
 people use, and the packing.
 
-The training schedule `alphas_cumprod` is float32, as checkpoints and diffusers hold it, and equal to the bit. All
+The training schedule `alphas_cumprod` is float32, as checkpoints and diffusers hold it. All
 that follows is float64 and rounded once. Neither file needs anything but numpy.
 """
 
@@ -158,7 +158,11 @@ def _read(name: str, given: Mapping[str, Any]) -> ScheduleConfig:
 
 
 def alphas_cumprod(config: ScheduleConfig) -> Array32:
-    """The training schedule, (num_train_timesteps,) float32, equal to diffusers' buffer to the bit."""
+    """The training schedule, (num_train_timesteps,) float32.
+
+    Equal to diffusers' buffer to the bit, but for the last digits at zero terminal SNR, where torch's vectorised
+    square root is not always the nearest float32.
+    """
     steps, one = config.num_train_timesteps, np.float32(1)
     if config.trained_betas:
         betas = np.asarray(config.trained_betas, np.float32)
@@ -258,9 +262,7 @@ def _on_lambdas(config: ScheduleConfig, n: int, timesteps: Array | None, _: Arra
 
 
 def _trained_sigmas(config: ScheduleConfig) -> tuple[Array, Array, Array32]:
-    """alphas_cumprod, the ratio of noise to signal, and its logarithm in float32, on which diffusers' rounding of
-    timesteps hangs.
-    """
+    """alphas_cumprod, the ratio of noise to signal, and its float32 logarithm, on which rounded timesteps hang."""
     bar = alphas_cumprod(config)
     if config.rescale_betas_zero_snr:
         bar[-1] = 2**-24  # diffusers' stand-in for 0

@@ -69,11 +69,14 @@ class Component:
     """For a single file: the keys that are this component's, and the name or names each gets."""
     allow_pickle: bool = False
 
-    def state(self) -> dict[str, Tensor]:
-        """The weights by diffusers' and transformers' names: views of the mapped files, read as they are used."""
+    def state(self, *, channels_last: bool = False) -> dict[str, Tensor]:
+        """The weights by diffusers' and transformers' names: views of the mapped files, read as they are used.
+
+        channels_last: convolutions' weights are copies in that memory format, which a convolution of such pixels wants.
+        """
         tensors: dict[str, Tensor] = {}
         for file in self.files:
-            tensors.update(_read_tensors(file, self.names, self.allow_pickle))
+            tensors.update(_read_tensors(file, self.names, self.allow_pickle, channels_last))
         return tensors if self.names is None else single_file.convert(tensors, self.names)
 
 
@@ -396,11 +399,13 @@ def _weight_sets(names: Collection[str]) -> list[_Weights]:
                 shards.setdefault(key, []).append(name)
             elif key not in entries or match["index"] is None:  # a whole file goes before shards
                 entries[key] = name
-    return [
-        _Weights(variant or None, pickled, name, tuple(shards.get(key, ())) if name.endswith(".json") else ())
-        for key, name in sorted(entries.items())
-        for pickled, _, variant in [key]
-    ]
+    sets = []
+    for key, name in sorted(entries.items()):
+        pickled, _, variant = key
+        sets.append(
+            _Weights(variant or None, pickled, name, tuple(shards.get(key, ())) if name.endswith("json") else ())
+        )
+    return sets
 
 
 def _choose_weights(
@@ -537,13 +542,28 @@ def _read_shapes(path: Path, allow_pickle: bool) -> tuple[dict[str, tuple[int, .
         return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
-def _read_tensors(path: Path, keys: Collection[str] | None, allow_pickle: bool) -> dict[str, Tensor]:
-    """The tensors `keys`, or all, as views of the mapped file."""
+def _read_tensors(
+    path: Path, keys: Collection[str] | None, allow_pickle: bool, channels_last: bool = False
+) -> dict[str, Tensor]:
+    """The tensors `keys`, or all, as views of the mapped file; convolutions' as copies where channels_last."""
     if _is_pickle(path):
         tensors = _read_pickle(path, allow_pickle)
-        return tensors if keys is None else {key: tensors[key] for key in keys}
+        tensors = tensors if keys is None else {key: tensors[key] for key in keys}
+    else:
+        with _safetensors(path) as file:
+            tensors = {key: file.get_tensor(key) for key in (file.keys() if keys is None else keys)}
+    for key, tensor in tensors.items():
+        if channels_last and tensor.ndim == 4 and tensor.shape[2:].numel() > 1:
+            tensors[key] = _channels_last(path, key, tensor)
+    return tensors
+
+
+def _channels_last(path: Path, key: str, tensor: Tensor) -> Tensor:
+    if _is_pickle(path):
+        return tensor.contiguous(memory_format=torch.channels_last)
+    # Through a mapping of its own: what is read of it leaves memory at once, not when the last of all views does.
     with _safetensors(path) as file:
-        return {key: file.get_tensor(key) for key in (file.keys() if keys is None else keys)}
+        return file.get_tensor(key).contiguous(memory_format=torch.channels_last)
 
 
 @contextmanager

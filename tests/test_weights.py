@@ -1024,6 +1024,13 @@ def test_offline_takes_the_local_cache(cache: Path, monkeypatch: pytest.MonkeyPa
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "model_info", None)  # a call would raise
+    real = huggingface_hub.hf_hub_download
+
+    def download(*names: str, local_files_only: bool, **options: Any) -> str:
+        assert local_files_only
+        return real(*names, local_files_only=True, **options)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     found = weights.resolve("acme/tiny", cache_dir=cache, local_files_only=True)
     assert found == cache / "models--acme--tiny" / "snapshots" / ("a" * 40)

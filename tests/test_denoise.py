@@ -1,0 +1,299 @@
+"""The denoising loop against diffusers' loops: guidance, passes, inpainting, callbacks, noise, non-finite latents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastldm import kernels
+from fastldm.denoise import Guidance, denoise, draw_noise, draw_step_noise, randn
+from fastldm.errors import Cancelled, InputError, NonFinite
+from fastldm.schedule import SAMPLERS, ScheduleConfig, StepTable, make_table
+
+SHAPE = (2, 4, 6, 5)
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+
+
+def table(steps: int = 6, sampler: str = "ddim", **arguments: Any) -> StepTable:
+    return make_table(
+        ScheduleConfig.from_dict({"_class_name": "DDIMScheduler", **SD}), steps, sampler=sampler, **arguments
+    )
+
+
+class Network:
+    """Says something that depends on the row and, in a guided pass, on the half; records what it was called with."""
+
+    def __init__(self, batch: int = SHAPE[0]) -> None:
+        self.batch, self.calls = batch, []
+
+    def __call__(self, u: Tensor, i: int, guided: bool) -> Tensor:
+        self.calls.append((tuple(u.shape), u.dtype, i, guided))
+        prompts = torch.ones(len(u), 1, 1, 1)
+        if guided:
+            prompts[: self.batch] = -0.5  # the unconditional half comes first
+        return torch.tanh(u[:, :4].float() + prompts * (0.3 + 0.1 * i)).to(u.dtype)
+
+
+def started(table: StepTable, seed: int = 0) -> tuple[Tensor, list[Tensor | None]]:
+    noise, noises = draw_noise(table, SHAPE, torch.Generator().manual_seed(seed), torch.float32, "cpu")
+    return noise * table.init_noise_sigma, noises
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_guidance_is_diffusers(rescale: float) -> None:
+    """The whole loop of a guided pipeline, with diffusers' scheduler and its rescale_noise_cfg."""
+    steps, network = table(6, "euler"), Network()
+    x, noises = started(steps)
+    got = denoise(network, steps, x, noises, Guidance(7.5, rescale))
+
+    scheduler = diffusers.EulerDiscreteScheduler.from_config(SD)
+    scheduler.set_timesteps(6)
+    for i, t in enumerate(scheduler.timesteps):
+        u = scheduler.scale_model_input(torch.cat([x] * 2), t)
+        unguided, guided = Network()(u, i, True).chunk(2)
+        out = unguided + 7.5 * (guided - unguided)
+        if rescale:
+            out = rescale_noise_cfg(out, guided, rescale)
+        x = scheduler.step(out, t, x, return_dict=False)[0]
+    torch.testing.assert_close(got, x, rtol=0, atol=1e-5 * float(x.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("guidance", "guided"),
+    [
+        (Guidance(), [False] * 6),
+        (Guidance(1.0), [False] * 6),
+        (Guidance(0.0), [False] * 6),
+        (Guidance(1.01), [True] * 6),
+        (Guidance(3.0, 0.0, 0.2, 0.7), [False, False, True, True, True, False]),
+    ],
+)
+def test_passes(guidance: Guidance, guided: list[bool]) -> None:
+    """A guided row is one call twice as wide, an unguided one a call with the prompts alone."""
+    steps, network = table(6), Network()
+    denoise(network, steps, *started(steps), guidance)
+    assert [call[3] for call in network.calls] == guided
+    assert [call[0][0] for call in network.calls] == [4 if wide else 2 for wide in guided]
+    assert [call[2] for call in network.calls] == list(range(6))
+
+
+def test_an_interval_counts_the_users_steps() -> None:
+    """Heun's and PLMS's extra rows are guided as the step they belong to."""
+    assert Guidance(2.0, 0.0, 0.5).rows(table(4, "heun")) == [False] * 4 + [True] * 3
+    assert Guidance(2.0, 0.0, 0.0, 0.5).rows(table(4, "plms")) == [True] * 3 + [False] * 2
+
+
+def test_unguided_steps_are_the_guided_half() -> None:
+    """Guidance at scale 1 + epsilon tends to the single pass."""
+    steps = table(5)
+    x, noises = started(steps)
+    one, two = (denoise(Network(), steps, x, noises, Guidance(scale)) for scale in (1.0, 1.00001))
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_model_input(dtype: torch.dtype) -> None:
+    """The input is scaled, in the model's dtype, with the extra channels unscaled behind; latents stay float32."""
+    steps, seen = table(3, "euler a"), []
+    x, noises = started(steps)
+    extra = torch.randn(SHAPE[0], 5, *SHAPE[2:])
+
+    def network(u: Tensor, i: int, guided: bool) -> Tensor:
+        seen.append(u)
+        return u[:, :4] * 0.1
+
+    got = denoise(network, steps, x, noises, Guidance(2.0), extra_channels=extra, dtype=dtype)
+    assert got.dtype == torch.float32
+    assert {u.dtype for u in seen} == {dtype}
+    first = seen[0]
+    assert first.shape == (4, 9, *SHAPE[2:])
+    torch.testing.assert_close(first[:2], first[2:], rtol=0, atol=0)
+    torch.testing.assert_close(first[:2, :4], (x * float(steps.rows[0, 0])).to(dtype))
+    torch.testing.assert_close(first[:2, 4:], extra.to(dtype), rtol=0, atol=0)
+
+
+def test_inpainting_keeps_the_picture() -> None:
+    """Where the mask is 0 the result is the picture itself (parity of the rest: test_schedule.py)."""
+    steps = table(5, "dpm++ 2m", strength=0.8)
+    x, noises = started(steps)
+    mask = torch.zeros(1, 1, *SHAPE[2:])
+    mask[..., :3] = 1
+    init, noise = torch.randn(SHAPE), torch.randn(SHAPE)
+    got = denoise(Network(), steps, x, noises, Guidance(), mask=mask, init=init, init_noise=noise)
+    torch.testing.assert_close(got[..., 3:], init[..., 3:], rtol=0, atol=0)
+    assert (got[..., :3] - init[..., :3]).abs().min() > 1e-4
+
+
+def test_callback() -> None:
+    """Called after every row with row, timestep and latents; what it returns replaces them."""
+    steps, calls = table(4, "heun"), []
+    x, noises = started(steps)
+    halfway: list[Tensor] = []
+
+    def on_step(i: int, t: float, latents: Tensor) -> Tensor | None:
+        calls.append((i, t))
+        halfway.append(latents.clone())
+        return torch.zeros(SHAPE, dtype=torch.float64) if i == 6 else None
+
+    got = denoise(Network(), steps, x, noises, Guidance(), on_step=on_step)
+    assert calls == [(i, float(t)) for i, t in enumerate(steps.timesteps)]
+    assert torch.equal(got, torch.zeros(SHAPE))
+    assert not torch.equal(halfway[0], halfway[1])
+
+    def cancel(i: int, t: float, latents: Tensor) -> Tensor | None:
+        raise Cancelled
+
+    with pytest.raises(Cancelled):
+        denoise(Network(), steps, x, noises, Guidance(), on_step=cancel)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_finite(bad: float) -> None:
+    """One bad value is found, and the step that it came from is named, though later steps spread it."""
+    steps = table(6, "heun")
+    x, noises = started(steps)
+
+    def network(u: Tensor, i: int, guided: bool) -> Tensor:
+        out = u * 0.1
+        if i == 3:
+            out[1, 2, 3, 4] = bad
+        return out
+
+    with pytest.raises(NonFinite, match=r"after step 2 of 6 \(row 3, timestep 599.4\)"):
+        denoise(network, steps, x, noises, Guidance())
+    x[0, 0, 0, 0] = bad
+    with pytest.raises(NonFinite, match="that denoising starts from"):
+        denoise(Network(), steps, x, noises, Guidance())
+
+
+def test_what_does_not_belong_together() -> None:
+    steps, other = table(5, "euler a"), table(5)
+    x, noises = started(steps)
+    with pytest.raises(InputError, match="not those of this table"):
+        denoise(Network(), other, x, noises, Guidance())
+    with pytest.raises(InputError, match="not those of this table"):
+        denoise(Network(), steps, x, noises[1:], Guidance())
+    with pytest.raises(InputError, match="a mask needs init"):
+        denoise(Network(), steps, x, noises, Guidance(), mask=torch.ones(1, 1, 6, 5))
+
+
+# ---- noise ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_noise_is_diffusers(count: int, dtype: torch.dtype) -> None:
+    def generators() -> Any:
+        made = [torch.Generator().manual_seed(5 + k) for k in range(max(count, 1))]
+        return made if count else made[0]
+
+    torch.testing.assert_close(
+        randn(SHAPE, generators(), dtype, "cpu"), randn_tensor(SHAPE, generators(), dtype=dtype), rtol=0, atol=0
+    )
+    steps, g, their = table(3, "euler a"), generators(), generators()
+    start, noises = draw_noise(steps, SHAPE, g, dtype, "cpu")
+    for drawn in (start, *noises):
+        assert drawn is not None
+        assert drawn.dtype == torch.float32
+        torch.testing.assert_close(drawn, randn_tensor(SHAPE, their, dtype=dtype).float(), rtol=0, atol=0)
+
+
+def test_a_list_draws_what_each_draws_alone() -> None:
+    steps = table(4, "dpm++ 2m sde")
+    both = draw_noise(steps, SHAPE, [torch.Generator().manual_seed(s) for s in (1, 2)], torch.float32, "cpu")
+    alone = draw_noise(steps, (1, *SHAPE[1:]), torch.Generator().manual_seed(2), torch.float32, "cpu")
+    torch.testing.assert_close(both[0][1:], alone[0], rtol=0, atol=0)
+    for batched, single in zip(both[1], alone[1], strict=True):
+        torch.testing.assert_close(batched[1:], single, rtol=0, atol=0)
+
+
+def test_dtype_of_step_noise() -> None:
+    """DPM-Solver's SDE noise is float32 in diffusers whatever the model's dtype, other samplers' is the model's."""
+    for sampler, drawn in (("dpm++ 2m sde", torch.float32), ("euler a", torch.float16)):
+        noises = draw_step_noise(table(2, sampler), SHAPE, torch.Generator().manual_seed(0), torch.float16, "cpu")
+        wanted = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0), dtype=drawn).float()
+        torch.testing.assert_close(noises[0], wanted, rtol=0, atol=0)
+
+
+def test_wrong_number_of_generators() -> None:
+    with pytest.raises(InputError, match="3 generators for a batch of 2"):
+        randn(SHAPE, [torch.Generator() for _ in range(3)], torch.float32, "cpu")
+
+
+# ---- nothing in the loop waits, and little is done ----
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_no_waiting(sampler: str) -> None:
+    """To read a value on torch's meta device is an error: the loop runs through, and only the check after it fails."""
+    steps, calls = table(7, sampler), []
+    latents, given = (torch.empty(SHAPE, device="meta") for _ in range(2))
+    noises = [given if draws else None for draws in steps.draws]
+
+    def network(u: Tensor, i: int, guided: bool) -> Tensor:
+        calls.append(i)
+        return u
+
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        denoise(network, steps, latents, noises, Guidance(3.0, 0.5), mask=given[:, :1], init=given, init_noise=given)
+    assert calls == list(range(len(steps)))
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operators that run."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+# Of these 4 are every step's: the two halves put together, split and mixed, and the check.
+@pytest.mark.parametrize(("sampler", "most"), [("ddim", 6), ("euler", 6), ("dpm++ 2m", 9), ("unipc", 14)])
+def test_few_operators(sampler: str, most: int) -> None:
+    """What a step costs besides the network is bounded: small models feel it."""
+    counts = []
+    for steps in (table(20, sampler), table(30, sampler)):
+        x, noises = started(steps)
+        with Counted() as counted:
+            denoise(lambda u, i, guided: u, steps, x, noises, Guidance(3.0))
+        counts.append(counted.count)
+    assert (counts[1] - counts[0]) / 10 <= most
+
+
+def test_the_step_by_its_definition() -> None:
+    """kernels.step on a row without zeros, against the sums of its docstring in float64."""
+    g = torch.Generator().manual_seed(0)
+    row = torch.randn(18, generator=g).tolist()
+    x, y, out, noise, h1, h2, h3 = torch.randn(7, *SHAPE, generator=g)
+    _c_in, p, q, a, a1, b0, b1, b2, b3, d, e, e1, f0, f1, f2, f3, _r, _s = np.array(row)
+    m = p * x.double() + q * out
+    after, anchor, history = kernels.step.step(row, x, y, (h1, h2, h3), out, noise)
+    wanted = a * x.double() + a1 * y + b0 * m + b1 * h1 + b2 * h2 + b3 * h3 + d * noise
+    torch.testing.assert_close(after.double(), wanted, rtol=1e-5, atol=1e-5)
+    wanted = e * x.double() + e1 * y + f0 * m + f1 * h1 + f2 * h2 + f3 * h3
+    torch.testing.assert_close(anchor.double(), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(history[0].double(), m, rtol=1e-5, atol=1e-5)
+    assert [h is k for h, k in zip(history[1:], (h1, h2, h3), strict=True)] == [True] * 3
+    mask, init, start = torch.rand(SHAPE[0], 1, *SHAPE[2:], generator=g), h1, h2
+    wanted = mask * x.double() + (1 - mask) * (_r * init + _s * start)
+    torch.testing.assert_close(kernels.step.blend(row, x, mask, init, start).double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_the_step_writes_nothing_in_place() -> None:
+    steps = table(6, "unipc")
+    x, noises = started(steps)
+    before = x.clone()
+    first = denoise(Network(), steps, x, noises, Guidance(2.0))
+    assert torch.equal(x, before)
+    assert torch.equal(denoise(Network(), steps, x, noises, Guidance(2.0)), first)
