@@ -147,6 +147,7 @@ class Pipeline:
             decode=perf_counter() - sampled,
             total=perf_counter() - started,
         )
+        request = request.replace(sampler=table.sampler)
         dtype = str(self.dtype).removeprefix("torch.")
         return Result(pictures, seeds, timings, self.backend, dtype, request)
 

@@ -314,6 +314,7 @@ def test_the_result_says_what_happened(pipes: Any) -> None:
     parts = result.timings.text + sum(result.timings.steps) + result.timings.decode
     assert 0 < parts <= result.timings.total
     assert (result.request.height, result.request.guidance_scale) == (64, 7.5)
+    assert ours("a cat", num_inference_steps=1).request.sampler == "plms", "the checkpoint's own, by name"
     again = ours("a cat", num_inference_steps=3, sampler="ddim", seed=result.seeds[0])
     assert np.array_equal(np.asarray(result.images[0]), np.asarray(again.images[0]))
 

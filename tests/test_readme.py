@@ -10,6 +10,7 @@ import pytest
 
 import fastldm
 from fastldm.cli import main
+from fastldm.schedule import resolve_sampler
 
 ROOT = Path(fastldm.__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -51,3 +52,12 @@ def test_what_it_names_is_there() -> None:
 
 def test_it_stays_short() -> None:
     assert len(README.splitlines()) <= 300
+
+
+def test_the_samplers_it_names_are_known() -> None:
+    section = README.partition("## Samplers")[2].partition("\n## ")[0]
+    kinds = {"karras", "exponential", "beta", "eta"}
+    names = {name.strip('"') for name in re.findall(r"`([^`]+)`", section) if "/" not in name} - kinds
+    assert len(names) > 12
+    for name in names:
+        resolve_sampler(name)  # raises where there is none
