@@ -104,7 +104,8 @@ class Grid:
 def sigma_to_t(sigmas: Array, log_sigmas: Array32) -> Array:
     """Timesteps, fractional, at which the training schedule has these sigmas, linear in the logarithm."""
     logs = np.log(np.maximum(sigmas, 1e-10))
-    low = np.clip(np.searchsorted(log_sigmas, logs, side="right") - 1, 0, len(log_sigmas) - 2)
+    reached = np.cumsum(logs >= log_sigmas[:, None], axis=0)  # at zero terminal SNR the last of them may not ascend
+    low = np.minimum(reached.argmax(axis=0), len(log_sigmas) - 2)
     weight = np.clip((log_sigmas[low] - logs) / (log_sigmas[low] - log_sigmas[low + 1]), 0, 1)
     return (1 - weight) * low + weight * (low + 1)
 

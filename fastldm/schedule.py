@@ -546,9 +546,7 @@ def make_table(
     if "sigmas" in placed:
         steps = len(placed["sigmas"]) - 1  # fewer where lambda_min_clipped cuts off the first
     rows = list(known.run(Grid(config, steps, begin, eta, **placed)))
-    # Where a mask is set, the picture comes back with the noise of the row that follows, and clean at the end.
-    blends = [*(row.level for row in rows[1:]), (1.0, 0.0)]
-    numbers = np.array([(row.c_in, *row.m, *row.x, *row.y[:6], *rs) for row, rs in zip(rows, blends, strict=True)])
+    numbers = _pack(rows)
     if not np.isfinite(numbers).all():
         raise InputError(f"{config.class_name} has no finite steps with this configuration: {dict(config.given)}.")
     highest = float(placed["sigmas"].max()) if known.place is _on_sigmas else 1.0
@@ -565,6 +563,15 @@ def make_table(
         steps=rows[-1].step + 1,
         index=tuple(row.step for row in rows),
     )
+
+
+def _pack(rows: Sequence[Row]) -> Array:
+    """The numbers of all rows, (S, len(COLUMNS)), in float64.
+
+    Where a mask is set, the picture comes back at the noise of the row that follows, and clean at the end.
+    """
+    blends = [*(row.level for row in rows[1:]), (1.0, 0.0)]
+    return np.array([(row.c_in, *row.m, *row.x, *row.y[:6], *rs) for row, rs in zip(rows, blends, strict=True)])
 
 
 def _custom(
