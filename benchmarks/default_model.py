@@ -184,9 +184,7 @@ def run_gates(model: Model, concepts: list[dict[str, Any]], pictures: NDArray[np
     details = {
         "prompts": len(asked),
         "by style": {word: percent(style[asked == k] == k) for k, word in enumerate(words)},
-        "concept right too": percent(
-            (style == asked) & (concept == np.tile(np.arange(len(names)), len(words)))
-        ),
+        "concept right too": percent((style == asked) & (concept == np.tile(np.arange(len(names)), len(words)))),
     }
     yield Gate("a STYLE NAME: the style asked for", percent(style == asked), 80, details=details)
 
@@ -236,15 +234,9 @@ def _digest(folder: Path) -> dict[str, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model", type=Path, default=MODEL, help="a diffusers folder (default: the one that ships)"
-    )
-    parser.add_argument(
-        "--work", type=Path, default=WORK, help="where the data stage left the training pictures"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL, help="a diffusers folder (default: the one that ships)")
+    parser.add_argument("--work", type=Path, default=WORK, help="where the data stage left the training pictures")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--sheet", type=Path, default=HERE / "results" / "default_model_sheet.png")
     parser.add_argument("--peer", choices=PEERS, default="fastldm", help="what makes the pictures")
@@ -273,9 +265,7 @@ def main() -> int:
             },
             "weights (sha256)": _digest(args.model),
             "seconds": round(time.perf_counter() - started),
-            "gates": [
-                {**vars(gate), "value": round(gate.value, 3), "passed": bool(gate.passed)} for gate in gates
-            ],
+            "gates": [{**vars(gate), "value": round(gate.value, 3), "passed": bool(gate.passed)} for gate in gates],
         }
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")

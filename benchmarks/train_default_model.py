@@ -96,9 +96,7 @@ def choose_concepts(folder: Path) -> list[Concept]:
         name, words = entry["name"].lower(), entry["name"].lower().split(" ")
         plain = len(words) <= 2 and all(re.fullmatch("[a-z]+", w) and w in ranks for w in words)
         if plain and entry["group"] in GROUPS and STYLES.keys() <= set(entry["sets"]):
-            ranked.append(
-                (max(ranks[w] for w in words) * (4 if len(words) == 2 else 1), name, code, entry["tags"])
-            )
+            ranked.append((max(ranks[w] for w in words) * (4 if len(words) == 2 else 1), name, code, entry["tags"]))
     ranked.sort()
     pictures = load_pictures(folder, [code for _, _, code, _ in ranked])
     reduced = shrink(pictures.flatten(0, 1).float() / 255).unflatten(0, pictures.shape[:2])  # (R, styles, D)
@@ -322,9 +320,7 @@ class Denoiser(nn.Module):
             up_block_types=("CrossAttnUpBlock2D",) * 3,
             block_out_channels=widths,
             layers_per_block=1,
-            attention_head_dim=tuple(
-                w // 32 for w in widths
-            ),  # what diffusers calls so is the number of heads
+            attention_head_dim=tuple(w // 32 for w in widths),  # what diffusers calls so is the number of heads
             cross_attention_dim=TEXT_WIDTH,
             norm_num_groups=16,
         )
@@ -365,9 +361,7 @@ def build_tokenizer(folder: Path) -> Any:
     # transformers 5 writes tokenizer.json alone; these are what everything older reads
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
-    special = {
-        name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")
-    }
+    special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=1) + "\n")
     return tokenizer
 
@@ -411,12 +405,13 @@ class Every:
 
 
 class Optimiser:
-    """Muon (Jordan et al., 2024: momentum made orthogonal) for the matrices inside a network, AdamW for the rest.
+    """Muon (Jordan et al., 2024: momentum made orthogonal) for the matrices inside a network, AdamW for the
+    rest.
 
-    What all pictures have in common makes a few large directions of a gradient, and what tells 324 things apart
-    many small ones, which Muon makes equally large. Put in AdamW's place midway through the U-Net, it brought
-    the loss from 0.367 to 0.327 in four minutes; the three minutes before had brought it from 0.380. Each of
-    several workers, which all have the same gradients, does its share of the matrices.
+    What all pictures have in common makes a few large directions of a gradient, and what tells 324 things
+    apart many small ones, which Muon makes equally large. Put in AdamW's place midway through the U-Net, it
+    brought the loss from 0.367 to 0.327 in four minutes; the three minutes before had brought it from 0.380.
+    Each of several workers, which all have the same gradients, does its share of the matrices.
     """
 
     ELSEWHERE = re.compile(r"^text\.|conv_in\.|conv_out\.|quant_conv\.")  # the text encoder, and first and last layers
@@ -427,7 +422,10 @@ class Optimiser:
         self.every, self.inner = list(named.values()), [named[name] for name in named if name in inner]
         groups = [
             {"params": [w for n, w in named.items() if n.startswith("text.")], "share": 0.15},
-            {"params": [w for n, w in named.items() if n not in inner and not n.startswith("text.")], "share": 0.5},
+            {
+                "params": [w for n, w in named.items() if n not in inner and not n.startswith("text.")],
+                "share": 0.5,
+            },
         ]
         self.adamw = torch.optim.AdamW(
             [g for g in groups if g["params"]], betas=(0.9, 0.99), weight_decay=1e-3, fused=True
@@ -535,7 +533,11 @@ def stage_decoder(args: argparse.Namespace) -> None:
 
 
 def fit_pictures(
-    args: argparse.Namespace, vae: nn.Module, pictures: Tensor, loss_of: Callable[[Tensor], Tensor], path: Path
+    args: argparse.Namespace,
+    vae: nn.Module,
+    pictures: Tensor,
+    loss_of: Callable[[Tensor], Tensor],
+    path: Path,
 ) -> None:
     """Minimise loss_of(rows of pictures) until the time is used."""
     keep_memory()
@@ -551,7 +553,7 @@ def fit_pictures(
     save = Every(2)
     while budget.progress < 1:
         total = count = 0
-        for rows in shuffled(len(pictures), args.batch or 12):
+        for rows in shuffled(len(pictures), args.batch):
             loss = loss_of(rows)
             loss.backward()
             optimiser.step(budget.learning_rate(args.peak))
@@ -617,23 +619,21 @@ def stage_text(args: argparse.Namespace) -> None:
     nn.init.normal_(embedding, std=0.2)  # CLIP's 0.02 makes words too much alike to begin with
     head = nn.Linear(TEXT_WIDTH, targets.shape[1])
     others = [w for w in [*text.parameters(), *head.parameters()] if w is not embedding]
-    groups = [{"params": others, "peak": 1e-3}, {"params": [embedding], "peak": 5e-3}]
+    groups = [{"params": others, "share": 1.0}, {"params": [embedding], "share": 5.0}]
     optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     budget, due = Budget(args.minutes), Every(0.5)
     while budget.progress < 1:
         total = count = 0
-        for rows in shuffled(len(latents), args.batch or 108):
+        for rows in shuffled(len(latents), args.batch):
             ids = captions[rows, torch.randint(captions.shape[1], (len(rows),))].long()  # (B, 32)
-            whole = (
-                ids == VOCABULARY - 1
-            ).float()  # from <|endoftext|> on, a state has seen all of the caption
+            whole = (ids == VOCABULARY - 1).float()  # from <|endoftext|> on, a state has seen all of the caption
             with torch.autocast("cpu", torch.bfloat16):
                 guess = head(text(ids).last_hidden_state).float()  # (B, 32, 128)
             error = (guess - targets[rows, None]).pow(2).mean(2)  # (B, 32)
             loss = ((error * whole).sum(1) / whole.sum(1)).mean()
             loss.backward()
             for group in optimiser.param_groups:
-                group["lr"] = budget.learning_rate(group["peak"])
+                group["lr"] = group["share"] * budget.learning_rate(args.peak)
             nn.utils.clip_grad_norm_(text.parameters(), 1.0)
             optimiser.step()
             optimiser.zero_grad()
@@ -676,9 +676,7 @@ def train_unet(rank: int, args: argparse.Namespace) -> None:
 
     keep_memory()
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", f"file://{args.work.resolve()}/rendezvous", rank=rank, world_size=args.workers
-    )
+    dist.init_process_group("gloo", f"file://{args.work.resolve()}/rendezvous", rank=rank, world_size=args.workers)
     pairs = torch.load(args.work / "pairs.pt")
     latents, captions = pairs["latents"], pairs["ids"]  # (N, 4, 16, 16), (N, 256, 32)
     scheduler = build_scheduler()
@@ -708,7 +706,7 @@ def train_unet(rank: int, args: argparse.Namespace) -> None:
     for w, g in zip(weights, gradients[:-1].split([w.numel() for w in weights]), strict=True):
         w.grad = g.as_strided(w.shape, w.stride())
 
-    batch = (args.batch or 48) // args.workers
+    batch = args.batch // args.workers
     report, save, look = Every(1), Every(4), Every(args.look)
     total = count = 0
     while budget.progress < 1:
@@ -763,9 +761,7 @@ def look_at(model: Denoiser, ids: Tensor, work: Path, name: str) -> None:
     text = model.text(torch.cat([ids[:1].expand(54, -1), ids[1:][chosen]])).last_hidden_state
     for steps in (4, 8):
         scheduler.set_timesteps(steps)
-        x = torch.randn(1, 4, LATENT, LATENT, generator=torch.Generator().manual_seed(0)).expand(
-            54, -1, -1, -1
-        )
+        x = torch.randn(1, 4, LATENT, LATENT, generator=torch.Generator().manual_seed(0)).expand(54, -1, -1, -1)
         for t in scheduler.timesteps:
             without, given = model.unet(torch.cat([x, x]), t, text).sample.chunk(2)
             x = scheduler.step(without + 2.0 * (given - without), t, x).prev_sample
@@ -815,44 +811,39 @@ def stage_export(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
 
-    def add(name: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
-        stage = stages.add_parser(name, help=run.__doc__, description=run.__doc__)
-        stage.set_defaults(run=run)
-        stage.add_argument(
-            "--work", type=Path, default=WORK, help="folder for data, checkpoints and pictures"
+    def add(name: str, run: Callable[[argparse.Namespace], None]) -> Callable[..., argparse.Action]:
+        stage = stages.add_parser(
+            name,
+            help=run.__doc__,
+            description=run.__doc__,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
-        stage.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
-        return stage
+        stage.set_defaults(run=run)
+        stage.add_argument("--work", type=Path, default=WORK, help="folder for data, checkpoints and samples")
+        stage.add_argument("--threads", type=int, default=2, help="CPU threads")
+        return stage.add_argument
 
     def add_training(
-        name: str, run: Callable[[argparse.Namespace], None], minutes: float
-    ) -> argparse.ArgumentParser:
-        stage = add(name, run)
-        stage.add_argument(
-            "--minutes", type=float, default=minutes, help=f"time to train for (default {minutes:g})"
-        )
-        stage.add_argument("--batch", type=int, help="pictures a step")
-        return stage
+        name: str, run: Callable[[argparse.Namespace], None], minutes: float, batch: int, peak: float
+    ) -> Callable[..., argparse.Action]:
+        option = add(name, run)
+        option("--minutes", type=float, default=minutes, help="time to train for")
+        option("--batch", type=int, default=batch, help="pictures a step")
+        option("--peak", type=float, default=peak, help="highest learning rate")
+        return option
 
-    data = add("data", stage_data)
-    data.add_argument(
-        "--data", type=Path, metavar="FOLDER", help="pictures drawn before, instead of drawing them anew"
-    )
-    add_training("autoencoder", stage_autoencoder, 24)
-    add_training("text", stage_text, 5)
-    unet = add_training("unet", stage_unet, 92)
-    unet.add_argument("--peak", type=float, default=3e-3, help="highest learning rate")
-    unet.add_argument(
-        "--look", type=float, default=10, help="minutes between samples to look at (default 10)"
-    )
-    unet.add_argument("--workers", type=int, default=2, help="processes, one a core (default 2)")
-    add_training("decoder", stage_decoder, 8)
-    add("export", stage_export).add_argument("--out", type=Path, default=ASSETS / "default", help="where to")
+    add("data", stage_data)("--data", type=Path, help="folder of pictures drawn before, to draw none")
+    add_training("autoencoder", stage_autoencoder, minutes=24, batch=12, peak=2e-3)
+    add_training("text", stage_text, minutes=5, batch=108, peak=1e-3)
+    unet = add_training("unet", stage_unet, minutes=60, batch=48, peak=4e-3)
+    unet("--look", type=float, default=10, help="minutes between samples to look at")
+    unet("--workers", type=int, default=2, help="processes, one a core")
+    add_training("decoder", stage_decoder, minutes=5, batch=12, peak=2e-3)
+    add("export", stage_export)("--out", type=Path, default=ASSETS / "default", help="where to")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)

@@ -69,9 +69,13 @@ class Case:
     def table(self) -> StepTable:
         return make_table(self.schedule(), self.steps, eta=self.eta, strength=self.strength, **self.custom)
 
+    @property
+    def on_sigmas(self) -> bool:
+        return CLASSES[self.name].place in (schedule._on_sigmas, schedule._on_lambdas)
+
     def alphas_cumprod(self) -> Tensor:
         bar = schedule.alphas_cumprod(self.schedule())
-        if CLASSES[self.name].place in (schedule._on_sigmas, schedule._on_lambdas):
+        if self.on_sigmas:
             bar[-1] = 2**-24
         return torch.from_numpy(bar)
 
@@ -109,7 +113,8 @@ def diffusers_run(
     """What diffusers' pipelines do with a scheduler: latents and generators. The options are those of EXCEPTIONS."""
     scheduler, dtype = case.scheduler(exact), torch.float64 if exact else torch.float32
     if exact or alphas:
-        scheduler.alphas_cumprod = (case.alphas_cumprod() if alphas else case.scheduler().alphas_cumprod).to(dtype)
+        bar = case.alphas_cumprod() if alphas else case.scheduler().alphas_cumprod
+        scheduler.alphas_cumprod = bar if case.on_sigmas else bar.to(dtype)  # sigmas are made in float32, and kept so
         if not getattr(scheduler.config, "set_alpha_to_one", True):
             scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
     scheduler.set_timesteps(**(case.custom or {"num_inference_steps": case.steps}))
@@ -200,6 +205,7 @@ EXCEPTIONS = (
         "0 by 0. Its limit is judged.",
         lambda case, table: (
             case.config.get("final_sigmas_type") == "sigma_min"
+            and CLASSES[case.name].place is schedule._on_lambdas
             and (case.config.get("lower_order_final") is False or case.steps >= 15)
             and any(key.startswith("use_") for key in case.config)
         ),
