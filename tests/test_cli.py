@@ -145,7 +145,10 @@ def test_an_unwritable_folder_is_found_before_the_work() -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGINT is for POSIX")
 def test_ctrl_c_stops_with_130_and_leaves_no_file(model: str, tmp_path: Path) -> None:
-    code = "import sys; from fastldm.cli import main; main()"
+    # A job that a shell started in the background inherits an ignored SIGINT, and so would this child.
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from fastldm.cli import main; main()"
+    )
     command = [sys.executable, "-c", code, "generate", "a cat", "-m", model, "--steps", "999", "-o", "a.png"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     running = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
