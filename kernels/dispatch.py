@@ -1,0 +1,337 @@
+"""How an op finds its kernel: what every file of this package shares.
+
+An op is one signature written several times: a plain PyTorch reference that defines correct, a launcher of Triton
+kernels, a predicate that says where the kernel applies, the name of the shape's class in the table of launch
+configurations, and what the op costs. `Op` holds them together and, for each call, takes one path:
+
+    triton   on an NVIDIA GPU of Ampere or later, where `supports` says so and the table does not prefer the library
+    torch    everywhere else: the reference
+
+Triton is imported when the first kernel is launched and not before, so a machine without it, or a command that does
+not need it, never loads it. Nothing here imports anything else of fastldm.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Config = Mapping[str, Any]  # a launch configuration: num_warps, num_stages and the kernel's own constants
+Route = Literal["triton", "torch"]
+
+
+class Verdict(NamedTuple):
+    """Whether a kernel applies to some arguments, and if not, why: "head dim 12 is no multiple of 8"."""
+
+    ok: bool
+    why: str = ""
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+YES = Verdict(True)
+
+
+def no(why: str) -> Verdict:
+    return Verdict(False, why)
+
+
+class Cost(NamedTuple):
+    """What an op has to do at least, from which its floor follows."""
+
+    flop: int  # float operations, 2 for each multiply-add, of the matrix products (of everything where there are none)
+    bytes: int  # read and written, each tensor once
+    exp: int = 0  # exponentials, where they may outlast the rest
+
+
+# ------------------------------------------------------------------------------------- which path a call takes
+
+Observer = Callable[["Op[..., Any]", tuple[Any, ...], dict[str, Any]], None]
+
+
+class _Scope(threading.local):
+    """What the contexts below set, for the thread that entered them. (torch.compile traces this, no ContextVar.)"""
+
+    preference: Route | None = None
+    observer: Observer | None = None
+    forced: tuple[str, Config] | None = None
+    target: Target | None = None
+
+
+_scope = _Scope()
+
+
+@contextmanager
+def _set(name: str, value: object) -> Iterator[None]:
+    before = getattr(_scope, name)
+    setattr(_scope, name, value)
+    try:
+        yield
+    finally:
+        setattr(_scope, name, before)
+
+
+def use(path: Route) -> AbstractContextManager[None]:
+    """Inside, every op takes this path: "torch" always, "triton" wherever the kernel supports the arguments.
+
+    For tests, comparisons and export. Holds for the thread that entered it.
+    """
+    if path not in ("triton", "torch"):
+        raise ValueError(f'kernels.use: got {path!r}, expected "triton" or "torch"')
+    if path == "triton" and not has_triton():
+        raise RuntimeError('kernels.use("triton"): triton is not installed; pip install triton')
+    return _set("preference", path)
+
+
+def observe(observer: Observer) -> AbstractContextManager[None]:
+    """Inside, `observer(op, args, kwargs)` is called before each op runs."""
+    return _set("observer", observer)
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernels on the CPU, one program after the other (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def capability(x: Tensor) -> int:
+    """Compute capability of the device that x is on, 90 for sm_90; of the compilation's target for meta tensors."""
+    if x.is_cuda:
+        return _capability(x.device.index)
+    return _scope.target.arch if _scope.target is not None else 90
+
+
+@functools.cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def dense(x: Tensor) -> Verdict:
+    """Whether the last dimension of x is dense and every row of it starts where 16 bytes can be loaded at once."""
+    if x.stride(-1) != 1:
+        return no(f"the last dimension has stride {x.stride(-1)}")
+    if any(stride * x.element_size() % 16 for stride in x.stride()[:-1]):
+        return no(f"rows of {tuple(x.shape)} with strides {tuple(x.stride())} are not 16 bytes aligned")
+    return YES
+
+
+class Op(Generic[P, R]):
+    """One operation of the networks. All that is given has the op's own signature.
+
+    name: as in torch.ops.fastldm.NAME. reference: defines correct. triton: launches kernels; called with tensors that
+    `supports` has agreed to. shape_class: a short string that the table of launch configurations is keyed by.
+    default: the configuration where the table has none, from (shape class, capability). prefer: the path where the
+    table says nothing.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        reference: Callable[P, R],
+        triton: Callable[P, R],
+        supports: Callable[P, Verdict],
+        shape_class: Callable[P, str],
+        cost: Callable[P, Cost],
+        default: Callable[[str, int], Config],
+        prefer: Route = "triton",
+        mutates: tuple[str, ...] = (),
+    ) -> None:
+        self.name = name
+        self.reference, self.triton, self.supports = reference, triton, supports
+        self.shape_class, self.cost, self.default = shape_class, cost, default
+        self.prefer, self.mutates = prefer, mutates
+        OPS[name] = self
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        observer = _scope.observer
+        if observer is not None:
+            observer(self, args, kwargs)
+        if not self.path(*args, **kwargs):
+            return self.reference(*args, **kwargs)
+        if _traced():
+            return self.registered(*args, **kwargs)
+        return self.triton(*args, **kwargs)
+
+    def path(self, *args: P.args, **kwargs: P.kwargs) -> Verdict:
+        """Whether a call takes the Triton path, and if not, why."""
+        x = args[0]
+        assert isinstance(x, Tensor)
+        preference = _scope.preference
+        if preference == "torch":
+            return no('kernels.use("torch")')
+        if x.is_cuda:
+            if not has_triton():
+                return no("triton is not installed")
+            if capability(x) < 80:
+                return no(f"sm_{capability(x)} is older than Ampere (sm_80)")
+        elif _scope.target is None and not (preference == "triton" and interpreting()):
+            return no(f"tensors are on the {x.device.type.upper() if x.device.type == 'cpu' else x.device.type}")
+        verdict = self.supports(*args, **kwargs)
+        if verdict and preference is None:
+            entry = entry_of(self.name, self.shape_class(*args, **kwargs), capability(x))
+            if (entry or {}).get("path", self.prefer) == "torch":
+                return no("torch's own is faster here, says the table" if entry else "torch's own is taken by default")
+        return verdict
+
+    def config(self, *args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
+        """The launch configuration for these arguments."""
+        forced = _scope.forced
+        if forced is not None and forced[0] == self.name:
+            return dict(forced[1])
+        x = args[0]
+        assert isinstance(x, Tensor)
+        key, arch = self.shape_class(*args, **kwargs), capability(x)
+        entry = entry_of(self.name, key, arch)
+        return dict((entry or {}).get("config") or self.default(key, arch))
+
+    @functools.cached_property
+    def registered(self) -> Callable[P, R]:
+        """The op as torch.compile, torch.export and FakeTensor see it: torch.ops.fastldm.NAME.
+
+        Eager calls do not pass through here. Registering costs 2.5 s of imports (torch 2.13 loads its compiler), and
+        each call some microseconds of dispatch.
+        """
+        op = torch.library.triton_op(f"fastldm::{self.name}", self.triton, mutates_args=self.mutates)
+        op.register_kernel("cpu")(lambda *a, **k: (self.triton if interpreting() else self.reference)(*a, **k))
+        return op
+
+
+OPS: dict[str, Op[..., Any]] = {}
+
+
+def _traced() -> bool:
+    """Whether somebody records what runs (torch.compile, torch.export, FakeTensorMode) instead of running it."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+# ------------------------------------------------------------------------------------------- launching kernels
+
+
+class Kernel:
+    """A function in Triton's language, handed to triton.jit when it is first launched.
+
+    Triton looks names up in the function's module when it compiles, so `triton` and `tl` are put there then, and the
+    other kernels of that module become what triton.jit made of them.
+    """
+
+    _lock = threading.RLock()
+
+    def __init__(self, fn: Callable[..., None]) -> None:
+        functools.update_wrapper(self, fn)
+        self.fn = fn
+        self._jitted: Any = None
+
+    def jitted(self) -> Any:
+        with self._lock:
+            if self._jitted is None:
+                import triton
+                import triton.language as tl
+
+                self._jitted = triton.jit(self.fn)
+                names = self.fn.__globals__
+                names["triton"], names["tl"] = triton, tl
+                for name, value in list(names.items()):
+                    if isinstance(value, Kernel):
+                        names[name] = value.jitted()
+            return self._jitted
+
+
+def jit(fn: Callable[..., Any]) -> Any:
+    """triton.jit, later. Device functions that another kernel calls are marked the same way."""
+    return Kernel(fn)
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """Run a kernel on a grid of programs. constants: its constexpr arguments, num_warps and num_stages."""
+    if isinstance(kernel, Kernel):
+        kernel = kernel.jitted()
+    constants = {"enable_fp_fusion": True, **constants}  # the default of Triton up to 3.9, not of 3.10
+    target = _scope.target
+    if target is not None:
+        target.compile(kernel, args, constants)
+    elif interpreting() or not _traced():
+        if not any(isinstance(a, Tensor) and (a.is_meta or isinstance(a, FakeTensor)) for a in args):
+            kernel[grid](*args, **constants)
+    else:
+        torch.library.wrap_triton(kernel)[grid](*args, **constants)
+
+
+# --------------------------------------------------------------------------------------- launch configurations
+
+SHIPPED = Path(__file__).with_name("tuned.json")
+
+
+def forced(op: str, config: Config) -> AbstractContextManager[None]:
+    """Inside, this op is launched with this configuration: how a tuner tries them."""
+    return _set("forced", (op, config))
+
+
+@functools.cache
+def table() -> dict[str, dict[str, dict[str, Any]]]:
+    """sm_NN -> op -> shape class -> {"config": ..., "path": ..., "ms": ...}.
+
+    What ships, and over it what the file named by FASTLDM_TUNED says (`fastldm tune` writes such files). Read once.
+    """
+    merged: dict[str, dict[str, dict[str, Any]]] = {}
+    for path in (SHIPPED, os.environ.get("FASTLDM_TUNED")):
+        if path is None:
+            continue
+        try:
+            given = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{path}: not a table of launch configurations ({error}); write one: fastldm tune"
+            ) from None
+        for arch, ops in given.items():
+            for op, entries in ops.items():
+                merged.setdefault(arch, {}).setdefault(op, {}).update(entries)
+    return merged
+
+
+def entry_of(op: str, shape_class: str, arch: int) -> dict[str, Any] | None:
+    return table().get(f"sm_{arch}", {}).get(op, {}).get(shape_class)
+
+
+# --------------------------------------------------------------------------------------- ahead-of-time targets
+
+
+class Target:
+    """What kernels are compiled for where there is no such device; see kernels/compile.py."""
+
+    arch: int
+
+    def compile(self, kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+def targeting(target: Target) -> AbstractContextManager[None]:
+    """Inside, meta tensors count as tensors on the target, and a launch compiles the kernel and runs nothing."""
+    return _set("target", target)
