@@ -40,7 +40,7 @@ class Spec:
     def parameters(self) -> int:
         """Numbers in all networks together."""
         with torch.device("meta"):
-            networks: list[torch.nn.Module] = [UNet(self.unet), _autoencoder(self.vae), *map(CLIPText, self.text)]
+            networks: list[torch.nn.Module] = [UNet(self.unet), autoencoder(self.vae), *map(CLIPText, self.text)]
         return sum(p.numel() for network in networks for p in network.parameters())
 
 
@@ -86,7 +86,8 @@ def spec_of(checkpoint: weights.Checkpoint) -> Spec:
     )
 
 
-def _autoencoder(config: VAEConfig | TinyVAEConfig) -> AutoencoderKL | TinyAutoencoder:
+def autoencoder(config: VAEConfig | TinyVAEConfig) -> AutoencoderKL | TinyAutoencoder:
+    """The network for a config, its weights not set."""
     return TinyAutoencoder(config) if isinstance(config, TinyVAEConfig) else AutoencoderKL(config)
 
 
@@ -142,7 +143,7 @@ def load(spec: Spec, fill: Callable[[torch.nn.Module, str], Any]) -> Networks:
     """The networks of a spec; `fill(module on meta, component name)` returns the module with its weights."""
     names = [name for name in ("text_encoder", "text_encoder_2") if name in spec.checkpoint.components]
     with torch.device("meta"):
-        unet, vae, encoders = UNet(spec.unet), _autoencoder(spec.vae), [CLIPText(one) for one in spec.text]
+        unet, vae, encoders = UNet(spec.unet), autoencoder(spec.vae), [CLIPText(one) for one in spec.text]
     stages = tuple(
         text.TextStage(spec.checkpoint.tokenizer(name.replace("text_encoder", "tokenizer")), fill(encoder, name))
         for name, encoder in zip(names, encoders, strict=True)

@@ -1,0 +1,131 @@
+"""The networks and sizes that kernels are compiled and timed at, as data: published architectures, no weights.
+
+for workload in WORKLOADS.values():
+    for call in calls(workload, torch.float16): ...      # each op that it runs, with shapes, strides and how often
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fastldm.kernels import dispatch
+from torch import Tensor
+
+from fastldm import dry
+from fastldm.config import TextConfig, UNetConfig, VAEConfig
+
+_CROSS_DOWN, _DOWN, _CROSS_UP, _UP = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"
+
+SD15 = UNetConfig.from_dict(
+    {
+        "block_out_channels": [320, 640, 1280, 1280],
+        "down_block_types": [_CROSS_DOWN, _CROSS_DOWN, _CROSS_DOWN, _DOWN],
+        "up_block_types": [_UP, _CROSS_UP, _CROSS_UP, _CROSS_UP],
+        "layers_per_block": 2,
+        "attention_head_dim": 8,
+        "cross_attention_dim": 768,
+    },
+    "SD1.5",
+)
+SDXL = UNetConfig.from_dict(
+    {
+        "block_out_channels": [320, 640, 1280],
+        "down_block_types": [_DOWN, _CROSS_DOWN, _CROSS_DOWN],
+        "up_block_types": [_CROSS_UP, _CROSS_UP, _UP],
+        "layers_per_block": 2,
+        "transformer_layers_per_block": [1, 2, 10],
+        "attention_head_dim": [5, 10, 20],
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+    "SDXL",
+)
+VAE = VAEConfig.from_dict(
+    {
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "layers_per_block": 2,
+        "latent_channels": 4,
+    },
+    "VAE",
+)
+CLIP_L = TextConfig.from_dict(
+    {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}, "CLIP-L"
+)
+
+# name -> runs the workload on the meta device in a dtype. U-Nets take one guided step: two rows.
+WORKLOADS: dict[str, Callable[[torch.dtype], None]] = {
+    "sd15-512 step": lambda dtype: dry.run_unet(SD15, height=64, width=64, rows=2, tokens=77, dtype=dtype),
+    "sdxl-1024 step": lambda dtype: dry.run_unet(SDXL, height=128, width=128, rows=2, tokens=77, dtype=dtype),
+    "vae-512 decode": lambda dtype: dry.run_decoder(VAE, height=64, width=64, batch=1, dtype=dtype),
+    "vae-1024 decode": lambda dtype: dry.run_decoder(VAE, height=128, width=128, batch=1, dtype=dtype),
+    "clip-l": lambda dtype: dry.run_text([CLIP_L], batch=2, dtype=dtype),
+}
+
+
+@dataclass(frozen=True)
+class Meta:
+    """A tensor's description."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return cls(tuple(value.shape), tuple(value.stride()), value.dtype)
+        return value
+
+    def make(self, device: str) -> Tensor:
+        """A tensor like it, of random normal numbers."""
+        size = 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.stride, strict=True))
+        flat = torch.randn(size, device=device, dtype=torch.float32).to(self.dtype)
+        return flat.as_strided(self.shape, self.stride)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One op with its arguments, tensors described."""
+
+    op: str
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+
+    def arguments(self, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with tensors made anew on `device`."""
+
+        def make(value: Any) -> Any:
+            return value.make(device) if isinstance(value, Meta) else value
+
+        return tuple(map(make, self.args)), {name: make(value) for name, value in self.kwargs}
+
+    @property
+    def cost(self) -> dispatch.Cost:
+        args, kwargs = self.arguments("meta")
+        return dispatch.OPS[self.op].cost(*args, **kwargs)
+
+    def __str__(self) -> str:
+        tensors = [value for value in (*self.args, *(value for _, value in self.kwargs)) if isinstance(value, Meta)]
+        return f"{self.op} " + " ".join("x".join(map(str, t.shape)) for t in tensors[:2])
+
+
+def calls(workload: str, dtype: torch.dtype) -> Counter[Call]:
+    """Each distinct op call of a workload, with how often it is made."""
+    seen: Counter[Call] = Counter()
+
+    def watch(op: dispatch.Op[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = tuple((name, Meta.of(value)) for name, value in sorted(kwargs.items()))
+        seen[Call(op.name, tuple(map(Meta.of, args)), given)] += 1
+
+    with dispatch.observe(watch):
+        WORKLOADS[workload](dtype)
+    return seen
