@@ -6,6 +6,7 @@ Only click is imported here: `--help` and `--version` answer at once, and each c
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import traceback
@@ -62,6 +63,7 @@ def main() -> None:
     fastldm generate "a red apple" -o apple.png        with the small model that ships inside
     fastldm generate "a castle" -m ./my-sd15 --steps 20 --sampler "dpm++ 2m karras"
     fastldm doctor                                     what this machine has, and what it lacks
+    fastldm warm -m ./my-sd15 --arch sm_90             compile its kernels before the first request
     """
 
 
@@ -178,12 +180,65 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
 
 @main.command()
 @model_option
+@click.option("--arch", multiple=True, metavar="A", help="Such as sm_90; may be repeated.  [default: this machine's]")
+@click.option("--size", type=Size(), multiple=True, help="In pixels; may be repeated.  [default: the model's]")
+@click.option(
+    "--n", "batch", type=click.IntRange(min=1), multiple=True, default=(1,), help="Pictures; may be repeated."
+)
+@click.option("--dtype", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True)
+@click.option("--cache", metavar="DIR", help="Where the kernels go.  [default: Triton's cache]")
+@debug_option
+def warm(
+    model: str,
+    arch: tuple[str, ...],
+    size: tuple[tuple[int, int], ...],
+    batch: tuple[int, ...],
+    dtype: str,
+    cache: str | None,
+    debug: bool,
+) -> None:
+    """Compile a model's kernels, so that the first request does not have to. Needs no GPU.
+
+    \b
+    fastldm warm -m ./sd15 --arch sm_90 --arch sm_89
+    RUN fastldm warm -m ./sdxl --arch sm_90 --size 1024x1024 --cache /opt/kernels      in a Dockerfile, with
+    ENV TRITON_CACHE_DIR=/opt/kernels
+    """
+    with reported(debug):
+        if cache is not None:
+            os.environ["TRITON_CACHE_DIR"] = cache
+        import torch
+        from tqdm import tqdm
+
+        from fastldm import loading, warm
+
+        if not arch:
+            if not torch.cuda.is_available():
+                raise InputError(f"torch sees no GPU here: say which to compile for with --arch {warm.ARCH_NAMES}")
+            arch = tuple(f"sm_{a}{b}" for a, b in {torch.cuda.get_device_capability()})
+        for one in arch:
+            warm.parse_arch(one)
+        spec = loading.describe(model)
+        for one in arch:
+            with tqdm(desc=one, bar_format="{desc}: {elapsed} {postfix}", disable=not sys.stderr.isatty()) as bar:
+                sizes = size or [spec.default_size]
+                made = warm.warm(
+                    spec, one, sizes=sizes, batches=batch, dtype=getattr(torch, dtype), on_kernel=bar.set_postfix_str
+                )
+            click.echo(f"{one}: {made} kernels in {warm.cache_folder()}")
+
+
+@main.command()
+@model_option
+@click.option(
+    "--arch", metavar="A", help="Which kernels would run on this GPU, such as sm_90.  [default: this machine]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @debug_option
-def doctor(model: str, as_json: bool, debug: bool) -> None:
+def doctor(model: str, arch: str | None, as_json: bool, debug: bool) -> None:
     """Say what this machine has, what a model would run on here, and what each extra would bring."""
     with reported(debug):
         from fastldm import doctor as checks
 
-        report = checks.examine(model)
+        report = checks.examine(model, arch)
         click.echo(json.dumps(report, indent=2) if as_json else checks.render(report))

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import os
 import platform
+from collections import Counter
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastldm import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastldm.loading import Spec
 
 # extra -> what it brings, and the distributions it consists of
 EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -35,13 +42,17 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def examine(model: str = "default") -> dict[str, Any]:
-    """Everything that `fastldm doctor` prints, as plain data. Loads no weights."""
+def examine(model: str = "default", arch: str | None = None) -> dict[str, Any]:
+    """Everything that `fastldm doctor` prints, as plain data. Loads no weights.
+
+    arch: a GPU such as "sm_90" to say the ops' paths for, in place of this machine.
+    """
     import torch
 
     from fastldm.loading import choose_device, choose_dtype, describe
 
     device = choose_device(None)
+    dtype = choose_dtype(None, device) if arch is None else torch.float16
     extras = {
         name: {"brings": brings, "missing": [d for d in parts if _version(d) is None]}
         for name, (brings, parts) in EXTRAS.items()
@@ -74,15 +85,55 @@ def examine(model: str = "default") -> dict[str, Any]:
             "runs on": str(device),
             "dtype": str(choose_dtype(None, device)).removeprefix("torch."),
         },
+        "ops": {"on": arch or str(device), "dtype": str(dtype).removeprefix("torch."), **op_paths(spec, dtype, arch)},
         "extras": extras,
         "cache": str(cache_root()),
         "problems": problems,
     }
 
 
+def op_paths(spec: Spec, dtype: torch.dtype, arch: str | None) -> dict[str, Any]:
+    """Which path each op of a picture takes, from a dry run at the model's own size: path -> op -> why -> calls."""
+    import torch
+
+    from fastldm import dry
+    from fastldm.kernels import dispatch
+    from fastldm.warm import parse_arch
+
+    if arch is None and not torch.cuda.is_available():
+        return {"triton": {}, "torch": {"all": {"tensors are on the CPU": 1}}}
+    here = torch.cuda.current_device
+    on_gpu = dispatch.Target(dispatch.device_capability(here()) if arch is None else parse_arch(arch))
+    calls: dict[str, dict[str, Counter[str]]] = {"triton": {}, "torch": {}}
+
+    def watch(op: dispatch.Op[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        verdict = op.path(*args, **kwargs)
+        reasons = calls["triton" if verdict else "torch"].setdefault(op.name, Counter())
+        reasons[verdict.why] += 1
+
+    place = {"height": spec.default_size[1] // spec.vae.factor, "width": spec.default_size[0] // spec.vae.factor}
+    with dispatch.targeting(on_gpu), dispatch.observe(watch):
+        dry.run_text(spec.text, batch=1, dtype=dtype)
+        dry.run_unet(spec.unet, rows=2, tokens=spec.text[0].max_position, dtype=dtype, **place)
+        dry.run_decoder(spec.vae, batch=1, dtype=dtype, **place)
+    return calls
+
+
+def _op_lines(ops: dict[str, Any]) -> Iterator[str]:
+    if not ops["triton"]:
+        reasons = {why for found in ops["torch"].values() for why in found}
+        yield f"all run PyTorch's own kernels: {'; '.join(sorted(reasons))}"
+        return
+    for name, reasons in sorted(ops["triton"].items()):
+        yield f"{name:<16} triton  {sum(reasons.values())} calls"
+    for name, reasons in sorted(ops["torch"].items()):
+        for why, count in sorted(reasons.items()):
+            yield f"{name:<16} torch   {count} calls: {why}"
+
+
 def render(report: dict[str, Any]) -> str:
     """The report for a person."""
-    model, cpu = report["model"], report["cpu"]
+    model, cpu, ops = report["model"], report["cpu"], report["ops"]
     lines = [
         f"fastldm {report['fastldm']}, Python {report['python']}, torch {report['torch']}, "
         f"triton {report['triton'] or 'not installed'}",
@@ -92,6 +143,9 @@ def render(report: dict[str, Any]) -> str:
         f"cache    {report['cache']}",
         f"model    {model['name']}: {model['family']}, {model['parameters'] / 1e6:.0f} M parameters, "
         f"would run on {model['runs on']} in {model['dtype']}",
+        "",
+        f"ops of one guided step, text and decode in {ops['dtype']} on {ops['on']}",
+        *(f"  {line}" for line in _op_lines(ops)),
         "",
         "extras (pip install 'fastldm[NAME]'; export and its engines are not built yet)",
     ]

@@ -37,6 +37,12 @@ class Spec:
     family: Family
 
     @property
+    def default_size(self) -> tuple[int, int]:
+        """Width and height in pixels that the model was trained at."""
+        size = self.unet.sample_size * self.vae.factor
+        return size, size
+
+    @property
     def parameters(self) -> int:
         """Numbers in all networks together."""
         with torch.device("meta"):

@@ -15,3 +15,8 @@ if __name__ != "fastldm.kernels":
         if name.startswith("__"):
             raise AttributeError(name)
         raise ImportError(f"import this package as 'fastldm.kernels', not as {__name__!r}")
+
+else:
+    from fastldm.kernels.dispatch import OPS, observe, use
+
+    __all__ = ["OPS", "observe", "use"]

@@ -14,7 +14,7 @@ compiles nothing.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,15 +38,16 @@ class Compiled:
 
 class Ahead(Target):
     """Compiles for sm_`arch`. Fails with the compiler's error, and where a kernel takes more shared memory than there
-    is, which the compiler does not check.
+    is, which the compiler does not check. `done` hears of each kernel once.
     """
 
-    def __init__(self, arch: int) -> None:
+    def __init__(self, arch: int, done: Callable[[Compiled], None] | None = None) -> None:
         if arch not in ARCHS:
             raise ValueError(f"arch: got {arch!r}, expected one of {', '.join(map(str, ARCHS))}")
         if interpreting():
             raise RuntimeError("TRITON_INTERPRET=1 is set: Triton interprets kernels and cannot compile them; unset it")
-        self.arch = arch
+        super().__init__(arch)
+        self.done = done
         self.compiled: dict[str, Compiled] = {}  # by Triton's own hash
 
     def compile(self, kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
@@ -59,9 +60,12 @@ class Ahead(Target):
                 f"{made.name} {constants} takes {made.metadata.shared} bytes of shared memory; sm_{self.arch} has "
                 f"{SHARED_MEMORY[self.arch]} KiB"
             )
-        self.compiled[made.hash] = Compiled(
+        compiled = Compiled(
             made.name, self.arch, tuple(sorted(constants.items())), made.metadata.shared, made.asm["cubin"]
         )
+        self.compiled[made.hash] = compiled
+        if self.done is not None:
+            self.done(compiled)
 
 
 class _StandIn:

@@ -115,12 +115,12 @@ def interpreting() -> bool:
 def capability(x: Tensor) -> int:
     """Compute capability of the device that x is on, 90 for sm_90; of the compilation's target for meta tensors."""
     if x.is_cuda:
-        return _capability(x.device.index)
+        return device_capability(x.device.index)
     return _scope.target.arch if _scope.target is not None else 90
 
 
 @functools.cache
-def _capability(index: int) -> int:
+def device_capability(index: int) -> int:
     major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
 
@@ -324,14 +324,18 @@ def entry_of(op: str, shape_class: str, arch: int) -> dict[str, Any] | None:
 
 
 class Target:
-    """What kernels are compiled for where there is no such device; see kernels/compile.py."""
+    """A GPU that need not be there: ops on meta tensors take the paths that they would take on it.
 
-    arch: int
+    kernels/compile.py has the one that compiles; this one does nothing with a kernel.
+    """
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
 
     def compile(self, kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """Called in place of a launch."""
 
 
 def targeting(target: Target) -> AbstractContextManager[None]:
-    """Inside, meta tensors count as tensors on the target, and a launch compiles the kernel and runs nothing."""
+    """Inside, meta tensors count as tensors on the target, which gets each kernel in place of its launch."""
     return _set("target", target)
