@@ -87,8 +87,8 @@ def render(rows: Iterable[dict[str, Any]]) -> str:
     table = [
         "# Every shipped kernel, compiled ahead of time",
         "",
-        f"`python -m benchmarks.aot`, triton {metadata.version('triton')}. Cells are registers a thread / KiB of shared "
-        "memory a program. A kernel with stack use would be marked: none may have any.",
+        f"`python -m benchmarks.aot`, triton {metadata.version('triton')}. Cells are registers a thread / KiB of "
+        "shared memory a program. A kernel with stack use would be marked: none may have any.",
         "",
         "Shared memory limits, KiB: " + ", ".join(f"sm_{arch} {limit}" for arch, limit in SHARED_MEMORY.items()) + ".",
         "",

@@ -23,7 +23,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -31,12 +30,11 @@ from fastldm.kernels import dispatch
 from torch import Tensor
 
 from benchmarks.networks import WORKLOADS, Call, calls
+from fastldm.bench import capture, replay, take_turns
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 L2_BYTES = 128 << 20  # copies of the arguments together pass this: more than any chip's L2
-ROUNDS = 9
-SECONDS = 0.02  # of one graph's replays in one round
 
 Rivals = Callable[..., dict[str, Callable[[], object]]]
 
@@ -62,7 +60,8 @@ def main(ops: Sequence[dispatch.Op[..., Any]], rivals: Rivals) -> None:
         for workload, call, count in wanted:
             flop, moved, exp = call.cost
             print(
-                f"{workload:16} {count:3} x {call!s:60} {flop / 1e9:9.2f} GFLOP {moved / 1e6:8.1f} MB {exp / 1e6:8.1f} Mexp"
+                f"{workload:16} {count:3} x {call!s:56} "
+                f"{flop / 1e9:9.2f} GFLOP {moved / 1e6:8.1f} MB {exp / 1e6:8.1f} Mexp"
             )
         return
     if not torch.cuda.is_available():
@@ -111,19 +110,7 @@ def bench(call: Call, rivals: Rivals, ceilings: dict[str, float]) -> dict[str, A
         for name, run in rivals(*args, **kwargs).items():
             contenders.setdefault(name, []).append(run)
 
-    graphs = {}
-    for name, runs in contenders.items():
-        try:
-            graphs[name] = capture(runs), len(runs)
-        except Exception as error:  # a rival that does not take this shape, or that cannot be captured
-            row.setdefault("failed", {})[name] = str(error).split("\n")[0][:200]
-            torch.cuda.synchronize()
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(ROUNDS):
-        for name, (graph, count) in graphs.items():
-            times[name].append(replay(graph) / count)
-    row["us"] = {name: median(samples) for name, samples in times.items()}
-    row["spread"] = {name: (max(samples) - min(samples)) / median(samples) for name, samples in times.items()}
+    row["us"], row["spread"], row["failed"] = take_turns(contenders)
     if "triton" in row["us"]:
         others = {name: us for name, us in row["us"].items() if name != "triton"}
         best = min(others, key=others.__getitem__)
@@ -146,35 +133,6 @@ def disagreement(op: dispatch.Op[..., Any], args: tuple[Any, ...], kwargs: dict[
         if not off <= allowed:
             return f"error {off.item():.2e}, allowed {allowed.item():.2e}"
     return None
-
-
-def capture(runs: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            for run in runs:
-                run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for run in runs:
-            run()
-    return graph
-
-
-def replay(graph: torch.cuda.CUDAGraph) -> float:
-    """Microseconds of one replay, over enough of them to take SECONDS."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-
-    def run(times: int) -> float:
-        start.record()
-        for _ in range(times):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e3 / times
-
-    return run(max(3, int(SECONDS * 1e6 / run(3))))
 
 
 def measure_ceilings(dtype: torch.dtype) -> dict[str, float]:

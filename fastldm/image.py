@@ -169,7 +169,19 @@ def output_paths(output: str | Path, count: int, *, force: bool = False) -> list
         raise InputError(
             f"{str(path)!r} does not end in a picture format that can be written: use one of {', '.join(FORMATS)}"
         )
-    folder = path.parent
+    check_folder(path.parent)
+    paths = [path] if count == 1 else [path.with_name(f"{path.stem}-{k}{path.suffix}") for k in range(count)]
+    for one in paths:
+        if one.is_dir() or (one.exists() and not force):
+            raise InputError(
+                f"{str(one)!r} exists: choose another name with -o"
+                + ("" if one.is_dir() else ", or overwrite it with --force")
+            )
+    return paths
+
+
+def check_folder(folder: Path) -> None:
+    """InputError where files cannot be made in it."""
     if not folder.is_dir():
         raise InputError(f"the folder {str(folder)!r} does not exist: make it first, or write somewhere else")
     try:
@@ -179,14 +191,6 @@ def output_paths(output: str | Path, count: int, *, force: bool = False) -> list
         raise InputError(
             f"the folder {str(folder)!r} cannot be written to ({error.strerror}): choose another with -o"
         ) from error
-    paths = [path] if count == 1 else [path.with_name(f"{path.stem}-{k}{path.suffix}") for k in range(count)]
-    for one in paths:
-        if one.is_dir() or (one.exists() and not force):
-            raise InputError(
-                f"{str(one)!r} exists: choose another name with -o"
-                + ("" if one.is_dir() else ", or overwrite it with --force")
-            )
-    return paths
 
 
 def save_image(image: Image.Image, path: Path, parameters: str | None = None) -> None:

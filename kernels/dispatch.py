@@ -18,7 +18,7 @@ import importlib.util
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar
@@ -139,8 +139,8 @@ class Op(Generic[P, R]):
 
     name: as in torch.ops.fastldm.NAME. reference: defines correct. triton: launches kernels; called with tensors that
     `supports` has agreed to. shape_class: a short string that the table of launch configurations is keyed by.
-    default: the configuration where the table has none, from (shape class, capability). prefer: the path where the
-    table says nothing.
+    default: the configuration where the table has none, from (shape class, capability). space, keep: what a tuner
+    tries, and whether a configuration is worth a try for some arguments. prefer: the path where the table says nothing.
     """
 
     def __init__(
@@ -153,12 +153,15 @@ class Op(Generic[P, R]):
         shape_class: Callable[P, str],
         cost: Callable[P, Cost],
         default: Callable[[str, int], Config],
+        space: Sequence[Config] = (),
+        keep: Callable[..., bool] = lambda config, *args, **kwargs: True,
         prefer: Route = "triton",
         mutates: tuple[str, ...] = (),
     ) -> None:
         self.name = name
         self.reference, self.triton, self.supports = reference, triton, supports
         self.shape_class, self.cost, self.default = shape_class, cost, default
+        self.space, self.keep = space, keep
         self.prefer, self.mutates = prefer, mutates
         OPS[name] = self
 

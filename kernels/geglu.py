@@ -97,6 +97,8 @@ GEGLU = Op(
     shape_class=shape_class,
     cost=cost,
     default=default,
+    space=SPACE,
+    keep=keep,
 )
 
 
