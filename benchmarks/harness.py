@@ -29,6 +29,7 @@ import torch
 from fastldm.kernels import dispatch
 from torch import Tensor
 
+from benchmarks.gpu import source
 from benchmarks.networks import WORKLOADS, Call, calls
 from fastldm.bench import capture, replay, take_turns
 
@@ -75,8 +76,8 @@ def main(ops: Sequence[dispatch.Op[..., Any]], rivals: Rivals) -> None:
         print(line(row), flush=True)
     folder = args.results or RESULTS / machine()
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"machine": describe(), "ceilings": ceilings, "dtype": args.dtype, "rows": rows}
     name = Path(sys.modules["__main__"].__file__ or "op").stem
+    record = {"machine": describe(), "source": source(name), "ceilings": ceilings, "dtype": args.dtype, "rows": rows}
     (folder / f"{name}-{args.dtype}.json").write_text(json.dumps(record, indent=1) + "\n")
     if any("wrong" in row for row in rows):
         sys.exit("some kernels are wrong and were not timed")
