@@ -437,3 +437,27 @@ def test_a_device_or_dtype_there_is_not(tmp_path: Path, option: dict[str, str], 
     tiny.save_pipeline("sd1", tmp_path)
     with pytest.raises(InputError, match=says):
         Pipeline.from_pretrained(tmp_path, **option)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about CPU threads")
+def test_a_small_step_runs_on_one_thread_and_leaves_the_number_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine a second thread makes the default model's picture ten times slower, not faster."""
+    from fastldm import pipeline
+
+    pipe, before, seen = fastldm.Pipeline.default(), torch.get_num_threads(), []
+
+    def on_step(pipe: object, i: int, t: object, kwargs: object) -> None:
+        seen.append(torch.get_num_threads())
+        if i == 1:
+            raise fastldm.Cancelled
+
+    try:
+        torch.set_num_threads(3)
+        for work_per_thread in (8e9, 1e9, 1e3):
+            monkeypatch.setattr(pipeline, "_WORK_PER_THREAD", work_per_thread)
+            with pytest.raises(fastldm.Cancelled):
+                pipe("a cat", callback_on_step_end=on_step)
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 1, 2, 2, 3, 3]
