@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastldm.kernels import dispatch
-from fastldm.kernels.compile import ARCHS, SHARED_MEMORY, Ahead, Compiled
 
 from benchmarks.networks import WORKLOADS
+from fastldm.kernels import dispatch
+from fastldm.kernels.compile import ARCHS, SHARED_MEMORY, Ahead, Compiled
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--op", help="only this op, such as attention; prints and writes no file")
     parser.add_argument("--workload", choices=WORKLOADS, action="append", help="only this one; may be repeated")
     parser.add_argument("--dtype", choices=DTYPES, action="append")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the table")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     args = parser.parse_args()
 
@@ -123,10 +124,11 @@ def main() -> None:
     if args.op or args.arch or args.workload or args.dtype:
         print(render(rows))
     else:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "aot.json").write_text("[\n" + ",\n".join(json.dumps(one, sort_keys=True) for one in rows) + "\n]\n")
-        (RESULTS / "aot.md").write_text(render(rows))
-        print(f"{len(rows)} kernels; see {RESULTS / 'aot.md'}")
+        args.results.mkdir(parents=True, exist_ok=True)
+        lines = ",\n".join(json.dumps(one, sort_keys=True) for one in rows)
+        (args.results / "aot.json").write_text(f"[\n{lines}\n]\n")
+        (args.results / "aot.md").write_text(render(rows))
+        print(f"{len(rows)} kernels; see {args.results / 'aot.md'}")
     spilled = [one for one in rows if one["stack"]]
     for one in spilled:
         print(f"spills {one['stack']} bytes: {one}", file=sys.stderr)

@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastldm.kernels import dispatch
 from torch import Tensor
 
 from benchmarks.gpu import source
 from benchmarks.networks import WORKLOADS, Call, calls
 from fastldm.bench import capture, replay, take_turns
+from fastldm.kernels import dispatch
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}

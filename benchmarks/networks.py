@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fastldm.kernels import dispatch
 from torch import Tensor
 
 from fastldm import dry
 from fastldm.config import TextConfig, UNetConfig, VAEConfig
+from fastldm.kernels import dispatch
 
 _CROSS_DOWN, _DOWN, _CROSS_UP, _UP = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"
 
