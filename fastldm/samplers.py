@@ -213,9 +213,11 @@ def euler(grid: Grid) -> Iterator[Row]:
 
 
 def _ancestral(sigma: float, after: float) -> tuple[float, float]:
-    """How far down to step, and the noise that leads back up."""
-    up = math.sqrt(after**2 * (sigma**2 - after**2) / sigma**2)
-    return math.sqrt(max(after**2 - up**2, 0)), up
+    """How far down to step, and the noise that leads back up.
+
+    Down is sqrt(after^2 - up^2), which cancels where sigma is thousands of times `after`.
+    """
+    return after**2 / sigma, after * math.sqrt(1 - (after / sigma) ** 2)
 
 
 def euler_ancestral(grid: Grid) -> Iterator[Row]:

@@ -248,7 +248,8 @@ def _on_lambdas(config: ScheduleConfig, n: int, timesteps: Array | None, _: Arra
     if config.sigma_kind:
         sigmas = _respaced(config, n, trained[-1], trained[0])
         if config.sigma_kind == "lu":  # https://arxiv.org/abs/2206.00927, uniform in lambda
-            sigmas = np.exp(np.linspace(logs[-1], logs[0], n, dtype=np.float64))
+            # Python's floats: between float32 ends numpy steps in float32.
+            sigmas = np.exp(np.linspace(float(logs[-1]), float(logs[0]), n))
         t = sigma_to_t(sigmas, logs)
         cosine = config.beta_schedule == "squaredcos_cap_v2" and config.class_name == "DPMSolverMultistepScheduler"
         t = t.round() if config.sigma_kind in ("karras", "lu") and not cosine else t

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
 import logging
+import math
 import random
+import re
 import subprocess
 import sys
 import types
@@ -20,12 +23,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import schedulers as diffusers_schedulers
-from fastldm.kernels import step as step_kernel
+from diffusers.configuration_utils import ConfigMixin
 from torch import Tensor
 
 from fastldm import schedule
-from fastldm.denoise import Guidance, denoise, draw_noise
+from fastldm.denoise import Guidance, denoise, draw_step_noise, randn
 from fastldm.errors import InputError
+from fastldm.kernels import step as step_kernel
+from fastldm.samplers import Row
 from fastldm.schedule import CLASSES, COLUMNS, SAMPLERS, ScheduleConfig, StepTable, make_table, resolve_sampler
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -33,14 +38,32 @@ SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"
 PARITY = 1e-4  # relative error that the issue sets for float32
 STEPS = (1, 2, 3, 5, 10, 25, 50)
 SHAPE = (4, 6, 5)
-MIX = 0.3 * torch.randn(4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+MIX = 0.5 * torch.eye(4) + 0.3 * torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
+MIXES = {dtype: MIX.to(dtype) for dtype in (torch.float32, torch.float64)}
 
 
 def network(u: Tensor, t: float) -> Tensor:
     """Stands in for a U-Net: smooth, nonlinear, mixes channels, and depends on the timestep."""
-    t = float(t) / 1000
-    mixed = torch.einsum("oc,bchw->bohw", MIX.to(u.dtype), u)
-    return 0.9 * torch.tanh(mixed + 0.5 * u + 0.3 * np.sin(3 * t)) + 0.2 * torch.cos(u + 2 * t)
+    return torch.tanh(torch.matmul(MIXES[u.dtype], u.flatten(2)) + math.sin(float(t) / 300)).view_as(u)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fast_diffusers() -> Iterator[None]:
+    """What diffusers does anew in each of ten thousand runs, and always with the same result, is kept or shortened."""
+    keys = staticmethod(lambda cls: {*arguments_of(cls.__init__)})
+    with mock.patch.object(ConfigMixin, "_get_init_keys", keys), mock.patch("scipy.integrate.quad", quad):
+        yield
+
+
+def quad(f: Callable[[float], Any], low: Any, high: Any, **_: Any) -> tuple[Any]:
+    """The integral of a cubic or less, exactly, by Gauss and Legendre: what LMS asks of scipy, in 2 calls, not 21."""
+    middle, half = (low + high) / 2, (high - low) / 2
+    return ((f(middle - half / 3**0.5) + f(middle + half / 3**0.5)) * half,)
+
+
+@functools.cache
+def arguments_of(function: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 @dataclass(frozen=True)
@@ -59,7 +82,7 @@ class Case:
     def scheduler(self, exact: bool = False) -> Any:
         cls = in_float64(self.name) if exact else getattr(diffusers, self.name)
         extra = {"PNDMScheduler": {"skip_prk_steps": True}}.get(self.name, {})
-        clip = {"clip_sample": False} if "clip_sample" in inspect.signature(cls.__init__).parameters else {}
+        clip = {"clip_sample": False} if "clip_sample" in arguments_of(cls.__init__) else {}
         with mock.patch.object(cls, "set_timesteps", _lay_out_nothing):
             return cls.from_config({**self.config, **extra, **clip})
 
@@ -72,12 +95,6 @@ class Case:
     @property
     def on_sigmas(self) -> bool:
         return CLASSES[self.name].place in (schedule._on_sigmas, schedule._on_lambdas)
-
-    def alphas_cumprod(self) -> Tensor:
-        bar = schedule.alphas_cumprod(self.schedule())
-        if self.on_sigmas:
-            bar[-1] = 2**-24
-        return torch.from_numpy(bar)
 
     def randomness(self) -> Any:
         made = [torch.Generator().manual_seed(7 + k) for k in range(max(self.generators, 1))]
@@ -96,30 +113,64 @@ def _lay_out_nothing(scheduler: Any, *_: Any) -> None:
 
 @functools.cache
 def in_float64(name: str) -> Any:
-    """diffusers' class, computing in float64 what it computes in float32; noise is still drawn in float32."""
+    """diffusers' class, computing in float64 what it computes in float32; timesteps are still float32, and noise is
+    still drawn so.
+    """
     source = sys.modules[getattr(diffusers, name).__module__]
     module = types.ModuleType(f"{source.__name__}_float64")
     module.__dict__.update(__package__=source.__package__, __file__=source.__file__)
     sys.modules[module.__name__] = module
-    exec(compile(inspect.getsource(source).replace("float32", "float64"), module.__name__, "exec"), module.__dict__)
+    text = re.sub(r"^(?!.*timesteps)(.*)float32", r"\1float64", inspect.getsource(source), flags=re.M)
+    exec(compile(text, module.__name__, "exec"), module.__dict__)
     draw = diffusers.utils.torch_utils.randn_tensor
     module.__dict__["randn_tensor"] = lambda shape, generator=None, **_: draw(shape, generator=generator).double()
     return module.__dict__[name]
 
 
-def diffusers_run(
-    case: Case, *, exact: bool = False, begin: int | None = None, alphas: bool = False, last: float | None = None
-) -> tuple[Tensor, Any]:
-    """What diffusers' pipelines do with a scheduler: latents and generators. The options are those of EXCEPTIONS."""
-    scheduler, dtype = case.scheduler(exact), torch.float64 if exact else torch.float32
-    if exact or alphas:
-        bar = case.alphas_cumprod() if alphas else case.scheduler().alphas_cumprod
-        scheduler.alphas_cumprod = bar if case.on_sigmas else bar.to(dtype)  # sigmas are made in float32, and kept so
-        if not getattr(scheduler.config, "set_alpha_to_one", True):
-            scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
-    scheduler.set_timesteps(**(case.custom or {"num_inference_steps": case.steps}))
+@contextlib.contextmanager
+def nearest_roots() -> Iterator[None]:
+    """Square roots of float32 tensors are the nearest float32. torch leaves them to MKL where it has it, and a sixth
+    of MKL's are one unit in the last place off.
+    """
+    root, power = Tensor.sqrt, Tensor.__pow__
+
+    def nearest(x: Tensor) -> Tensor:
+        return root(x.double()).to(x.dtype)
+
+    def powers(x: Tensor, exponent: Any) -> Tensor:
+        return nearest(x) if isinstance(exponent, float) and exponent == 0.5 else power(x, exponent)
+
+    methods = mock.patch.multiple(Tensor, sqrt=nearest, __pow__=powers)
+    with methods, mock.patch.object(torch, "sqrt", nearest):
+        yield
+
+
+def laid_out(case: Case, exact: bool = False, nearest: bool = False, last: float | None = None) -> Any:
+    """diffusers' scheduler with its steps laid out. The options are those of EXCEPTIONS."""
+    with nearest_roots() if exact or nearest else contextlib.nullcontext():
+        scheduler = case.scheduler(exact)
+        if exact:  # from the same float32 alphas_cumprod; sigmas are made of them in float32, and kept so
+            bar = case.scheduler().alphas_cumprod
+            scheduler.alphas_cumprod = bar if case.on_sigmas else bar.double()
+            if not getattr(scheduler.config, "set_alpha_to_one", True):
+                scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
+        scheduler.set_timesteps(**(case.custom or {"num_inference_steps": case.steps}))
     if last is not None:
         scheduler.sigmas[-1] = last * scheduler.sigmas[-2]
+    return scheduler
+
+
+def diffusers_run(
+    case: Case,
+    *,
+    exact: bool = False,
+    begin: int | None = None,
+    nearest: bool = False,
+    last: float | None = None,
+    eta: float | None = None,
+) -> tuple[Tensor, Any]:
+    """What diffusers' pipelines do with a scheduler: latents and generators. The options are those of EXCEPTIONS."""
+    dtype, scheduler = torch.float64 if exact else torch.float32, laid_out(case, exact, nearest, last)
     timesteps, g, (init, mask) = scheduler.timesteps, case.randomness(), case.given()
     if case.picture or case.mask:
         steps = case.steps
@@ -132,8 +183,8 @@ def diffusers_run(
         x = scheduler.add_noise(init.to(dtype), noise, timesteps[:1].repeat(case.batch))
     else:
         x = noise * scheduler.init_noise_sigma
-    takes = inspect.signature(scheduler.step).parameters
-    extra = {key: value for key, value in (("generator", g), ("eta", case.eta)) if key in takes}
+    takes = arguments_of(type(scheduler).step)
+    extra = {key: value for key, value in (("generator", g), ("eta", case.eta if eta is None else eta)) if key in takes}
     for i, t in enumerate(timesteps):
         out = network(scheduler.scale_model_input(x, t), t)
         x = scheduler.step(out, t, x, **extra, return_dict=False)[0]
@@ -145,9 +196,17 @@ def diffusers_run(
     return x, g
 
 
+def draw_noise(table: StepTable, case: Case, generators: Any) -> tuple[Tensor, list[Tensor | None]]:
+    """What a run starts from, and the noise of its rows, as a text-to-image pipeline draws them."""
+    shape = (case.batch, *SHAPE)
+    return randn(shape, generators, torch.float32, "cpu"), draw_step_noise(
+        table, shape, generators, torch.float32, "cpu"
+    )
+
+
 def our_run(case: Case) -> tuple[Tensor, Any]:
     table, g, (init, mask) = case.table(), case.randomness(), case.given()
-    noise, noises = draw_noise(table, (case.batch, *SHAPE), g, torch.float32, "cpu")
+    noise, noises = draw_noise(table, case, g)
     x = noise * table.init_noise_sigma
     if case.picture or (case.mask and case.strength < 1):
         x = table.start[0] * init + table.start[1] * noise
@@ -155,14 +214,19 @@ def our_run(case: Case) -> tuple[Tensor, Any]:
     return denoise(lambda u, i, _: network(u, table.timesteps[i]), table, x, noises, Guidance(), **blend), g
 
 
-def our_exact_run(case: Case) -> Tensor:
-    """A run in float64, with a table that is not rounded to float32."""
+def exact_table(case: Case) -> tuple[StepTable, list[Row], np.ndarray]:
+    """The table, the rows it is made of, and its numbers in float64, not yet rounded."""
     kept: list[Any] = []
     pack = schedule._pack
     with mock.patch.object(schedule, "_pack", lambda rows: kept.append((rows, pack(rows))) or kept[0][1]):
         table = case.table()
-    (rows, numbers), shape = kept[0], (case.batch, *SHAPE)
-    noise, noises = draw_noise(table, shape, case.randomness(), torch.float32, "cpu")
+    return table, *kept[0]
+
+
+def our_exact_run(case: Case) -> Tensor:
+    """A run in float64, with a table that is not rounded to float32."""
+    table, rows, numbers = exact_table(case)
+    noise, noises = draw_noise(table, case, case.randomness())
     x, history = noise.double() * table.init_noise_sigma, ()
     y = torch.zeros_like(x)
     for i, row in enumerate(numbers.tolist()):
@@ -184,12 +248,38 @@ class Exception_:
     options: Mapping[str, Any]
 
 
+def hangs_on_a_root(case: Case) -> bool:
+    """Whether torch's square roots, one unit in the last place off, change diffusers' timesteps by a whole one."""
+    as_it_is, nearest = (laid_out(case, nearest=n).timesteps.double() for n in (False, True))
+    return len(as_it_is) != len(nearest) or bool((as_it_is - nearest).abs().max() >= 1)
+
+
 EXCEPTIONS = (
+    Exception_(
+        "torch's float32 roots are not always the nearest float32. At zero terminal SNR, 1 - alphas_cumprod[0] "
+        "magnifies it. Respaced sigmas begin at sigma_max, whose timestep is 999 but for rounding and then truncated: "
+        "the last bit decides between 999 and 998. Judged with the nearest roots.",
+        lambda case, table: case.config.get("rescale_betas_zero_snr", False) or hangs_on_a_root(case),
+        {"nearest": True},
+    ),
     Exception_(
         "A later timestep is rounded to the first one, and diffusers' text-to-image begins there. Its image-to-image, "
         "which says where to begin, does not.",
         lambda case, table: (table.timesteps == table.timesteps[0]).sum() > 1,
         {"begin": 0},
+    ),
+    Exception_(
+        "diffusers' float32 arithmetic cancels, or takes the root of a rounding error below 0. Judged in float64.",
+        lambda case, table: True,
+        {"exact": True},
+    ),
+    Exception_(
+        "DDIM with eta 1 from zero terminal SNR: 1 - alphas_cumprod - eta^2 variance is 0 but for rounding, and where "
+        "that is below 0, in float64 too, its root is NaN. Its limit is judged.",
+        lambda case, table: (
+            case.name == "DDIMScheduler" and case.eta == 1 and case.config.get("rescale_betas_zero_snr", False)
+        ),
+        {"eta": 1 - 1e-12, "exact": True},
     ),
     Exception_(
         "UniPC to sigma 0, with 'bh1' or predicting noise: diffusers multiplies 0 by infinity. Its limit is judged.",
@@ -198,29 +288,23 @@ EXCEPTIONS = (
             and case.config.get("final_sigmas_type") != "sigma_min"
             and (case.config.get("solver_type") == "bh1" or not case.config.get("predict_x0", True))
         ),
-        {"last": 1e-7, "exact": True},
+        {"last": 1e-10, "exact": True},
     ),
     Exception_(
         "Respaced sigmas end at sigma_min already, and a last step of order 2 or 3 to sigma_min, of no length, divides "
-        "0 by 0. Its limit is judged.",
+        "0 by 0. Lu's may end a rounding of float32 below, and the SDE's noise is the root of a negative length. Its "
+        "limit is judged.",
         lambda case, table: (
             case.config.get("final_sigmas_type") == "sigma_min"
             and CLASSES[case.name].place is schedule._on_lambdas
-            and (case.config.get("lower_order_final") is False or case.steps >= 15)
             and any(key.startswith("use_") for key in case.config)
+            and (
+                case.config.get("lower_order_final") is False
+                or case.steps >= 15
+                or ("use_lu_lambdas" in case.config and case.config.get("algorithm_type", "").startswith("sde"))
+            )
         ),
         {"last": 1 - 1e-12, "exact": True},
-    ),
-    Exception_(
-        "Zero terminal SNR: torch's vectorised float32 root is not always the nearest float32, and "
-        "1 - alphas_cumprod[0] magnifies it. Judged with our alphas_cumprod.",
-        lambda case, table: case.config.get("rescale_betas_zero_snr", False),
-        {"alphas": True},
-    ),
-    Exception_(
-        "diffusers' float32 arithmetic cancels, or takes the root of a rounding error below 0. Judged in float64.",
-        lambda case, table: True,
-        {"exact": True},
     ),
 )
 
@@ -270,6 +354,34 @@ def check(cases: Iterator[Case] | list[Case]) -> None:
     assert not wrong, f"{len(wrong)} cases:\n" + "\n".join(wrong[:10])
 
 
+ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+COSINE = {"beta_schedule": "squaredcos_cap_v2"}
+LIMIT = {"final_sigmas_type": "sigma_min", "solver_order": 3, "lower_order_final": False, "use_beta_sigmas": True}
+NEEDED = (  # a case for each of EXCEPTIONS
+    Case("DEISMultistepScheduler", {**SD, "beta_start": 0.0001, "use_exponential_sigmas": True}, 3),
+    Case("DPMSolverMultistepScheduler", {**SD, "use_beta_sigmas": True}, 50),
+    Case("HeunDiscreteScheduler", {**COSINE, "prediction_type": "sample"}, 5),
+    Case("DDIMScheduler", {**SD, **ZERO_SNR}, 3, eta=1.0),
+    Case("UniPCMultistepScheduler", {**SD, "solver_type": "bh1"}, 5),
+    Case("UniPCMultistepScheduler", {**SD, **LIMIT, "prediction_type": "sample"}, 27),
+)
+
+
+@pytest.mark.parametrize(("exception", "case"), list(zip(EXCEPTIONS, NEEDED, strict=True)))
+def test_each_exception_is_needed(exception: Exception_, case: Case) -> None:
+    """diffusers as it is raises, gives NaN or is off; asked as its reason says, it agrees with us."""
+    ours = our_run(case)[0]
+    try:
+        as_it_is = error(ours, diffusers_run(case)[0])
+    except IndexError:
+        as_it_is = math.nan
+    if exception is EXCEPTIONS[0] and not hangs_on_a_root(case):
+        pytest.skip("torch's roots are the nearest here")
+    assert exception.where(case, case.table())
+    assert not as_it_is < PARITY
+    assert error(ours, diffusers_run(case, **exception.options)[0]) < PARITY
+
+
 # ---- the grid: prediction types x spacings x sigmas ----
 
 
@@ -294,7 +406,55 @@ def test_trajectories_are_diffusers(name: str) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("name", CLASSES)
 def test_trajectories_are_diffusers_at_all_steps(name: str) -> None:
-    check(Case(name, config, steps) for config in grid(name) for steps in range(1, 51))
+    """Every cell at every number of steps up to 16, where the orders of solvers change; above, one prediction type at
+    a time, to which `test_prediction_types_are_one_sampler` holds the others, but for PLMS, of which it knows nothing.
+    """
+    cells, several = list(grid(name)), len({config["prediction_type"] for config in grid(name)})
+    share = 1 if name == "PNDMScheduler" else several
+    chosen = itertools.product(enumerate(cells), range(1, 51))
+    check(
+        Case(name, config, steps)
+        for (i, config), steps in chosen
+        if steps <= 16 or steps % share == i // (len(cells) // several) % share
+    )
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", [name for name in CLASSES if name != "PNDMScheduler"])
+def test_prediction_types_are_one_sampler(name: str) -> None:
+    """Every cell of the grid at every number of steps: networks that say the same as noise, as a picture and as v lead
+    to the same latents, in float64. (Not with PLMS, whose history holds outputs of other noise levels.)
+    """
+    cells: dict[str, list[Case]] = {}
+    for config, steps in itertools.product(grid(name), range(1, 51)):
+        cells.setdefault(str({**config, "prediction_type": steps}), []).append(Case(name, config, steps))
+    for cases in cells.values():
+        ends = [end for case in cases if (end := said_as(case)) is not None]
+        for end in ends[1:]:
+            assert np.abs(end - ends[0]).max() < 1e-9 * np.abs(ends[0]).max(), cases[0]
+
+
+def said_as(case: Case) -> np.ndarray | None:
+    """Where the table leads, in float64, a network that predicts one and the same picture, said as the case has it."""
+    try:
+        _, rows, numbers = exact_table(case)
+    except InputError:  # noise at zero terminal SNR, and what no prediction type can do
+        return None
+    drawn = np.random.default_rng(0).standard_normal((len(rows) + 1, 3))
+    state = np.zeros((7, 3))  # x, y, m0, m1, m2, m3, noise
+    state[0] = drawn[-1] * rows[0].level[1]
+    for row, n, noise in zip(rows, numbers, drawn, strict=False):
+        u, alpha = row.c_in * state[0], row.c_in * row.level[0]  # u = alpha * picture + sigma * noise
+        sigma = math.sqrt(1 - alpha**2)
+        said = picture = np.tanh(u + math.sin(row.t / 300))
+        if case.config["prediction_type"] == "epsilon":
+            said = (u - alpha * picture) / sigma
+        elif case.config["prediction_type"] == "v_prediction":
+            said = (alpha * u - picture) / sigma
+        state[3:6] = state[2:5]
+        state[2], state[6] = n[1] * state[0] + n[2] * said, noise
+        state[:2] = np.stack([n[3:10], [*n[10:16], 0.0]]) @ state
+    return state[0]
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -352,6 +512,8 @@ def any_case(name: str, rng: random.Random) -> Case:
         config[kind] = True
     if name in ("EulerDiscreteScheduler", "UniPCMultistepScheduler"):
         config |= {"sigma_min": rng.choice([None, 0.05]), "sigma_max": rng.choice([None, 12.0])}
+    if config.get("algorithm_type") == "sde-dpmsolver":
+        config["solver_order"] = min(config["solver_order"], 2)  # we refuse the third at once, diffusers on reaching it
     return Case(name, config, rng.randint(1, 50), eta=rng.choice([0.0, 0.0, 0.5, 1.0]))
 
 
@@ -380,10 +542,10 @@ def test_custom_timesteps_and_sigmas() -> None:
 @pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
 def test_training_schedule(beta_schedule: str, zero_snr: bool) -> None:
     given = {**SD, "beta_schedule": beta_schedule, "num_train_timesteps": 700, "rescale_betas_zero_snr": zero_snr}
-    wanted = diffusers.DDIMScheduler.from_config(given).alphas_cumprod.numpy()
+    with nearest_roots():
+        wanted = diffusers.DDIMScheduler.from_config(given).alphas_cumprod.numpy()
     got = schedule.alphas_cumprod(ScheduleConfig.from_dict({"_class_name": "DDIMScheduler", **given}))
-    # To the bit, but for zero SNR: torch's vectorised float32 root is not always the nearest float32.
-    np.testing.assert_allclose(got, wanted, rtol=1e-4 if zero_snr else 0, atol=1e-7 if zero_snr else 0)
+    np.testing.assert_array_equal(got, wanted)
 
 
 def test_trained_betas() -> None:
