@@ -1,0 +1,290 @@
+"""kernels/group_norm.py: the reference against the formula, the kernels against the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ops
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastldm.kernels import dispatch
+from fastldm.kernels.group_norm import GROUP_NORM, default, group_norm, group_norm_reference, keep, supports
+
+# The interpreter computes the lanes that are masked off, too.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
+# How the two designs are forced onto small shapes: one program for a group; pieces of two tiles of 8 pixels.
+ONE_PASS = {"GROUPS": 1, "PIXELS": 32, "TILES": 2, "num_warps": 4}
+PIECES = {"GROUPS": 2, "PIXELS": 8, "TILES": 2, "num_warps": 4}
+DESIGNS = pytest.mark.parametrize("config", [ONE_PASS, PIECES], ids=["one pass", "pieces"])
+SIZES = (4, 8, 16, 10, 20, 30, 40, 60, 80)  # channels a group of the autoencoders and of the U-Nets, skips and all
+
+
+def image(*shape: int, dtype: torch.dtype = torch.float32, mean: float = 0.0) -> Tensor:
+    """Channels-last."""
+    x = torch.randn(shape, device=ops.DEVICE) + mean
+    return x.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def vectors(channels: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    weight, bias = torch.randn(2, channels, device=ops.DEVICE, dtype=dtype)
+    return weight, bias
+
+
+def check(
+    config: dict[str, Any] | None,
+    x: Tensor,
+    groups: int,
+    *,
+    eps: float = 1e-5,
+    skip: Tensor | None = None,
+    **kwargs: Any,
+) -> None:
+    weight, bias = vectors(x.shape[1] + (0 if skip is None else skip.shape[1]), x.dtype)
+    with dispatch.forced("group_norm" if config else "", config or {}):
+        ops.check(GROUP_NORM, x, groups, weight, bias, eps, skip=skip, **kwargs)
+
+
+def error(x: Tensor, groups: int, eps: float = 1e-5) -> float:
+    """The kernel's greatest error, with weight 1 and bias 0, where PyTorch's own result is no measure."""
+    weight, bias = torch.ones(x.shape[1], device=x.device), torch.zeros(x.shape[1], device=x.device)
+    exact = F.group_norm(x.double(), groups, weight.double(), bias.double(), eps)
+    with ops.poisoned():
+        got = GROUP_NORM.triton(x, groups, weight, bias, eps)
+    return (got.double() - exact).abs().max().item()
+
+
+def test_the_reference_is_the_formula() -> None:
+    x, skip, shift = torch.randn(2, 10, 5, 3).double(), torch.randn(2, 14, 5, 3).double(), torch.randn(2, 24).double()
+    weight, bias = torch.randn(2, 24, dtype=torch.float64)
+    y = torch.cat((x, skip), 1) + shift[:, :, None, None]
+    group = y.reshape(2, 4, -1)  # groups of 6: one straddles the seam
+    group = (group - group.mean(2, keepdim=True)) / (group.var(2, keepdim=True, correction=0) + 1e-3).sqrt()
+    expected = group.reshape(2, 24, 5, 3) * weight[:, None, None] + bias[:, None, None]
+    got = group_norm_reference(x, 4, weight, bias, 1e-3, shift=shift, skip=skip)
+    assert torch.allclose(got, expected, rtol=1e-12, atol=1e-12)
+    got = group_norm(x, 4, weight, bias, 1e-3, silu=True, shift=shift, skip=skip)
+    assert torch.allclose(got, expected * expected.sigmoid(), rtol=1e-12, atol=1e-12)
+
+
+@DESIGNS
+@pytest.mark.parametrize("size", SIZES)
+def test_every_group_size(size: int, config: dict[str, Any]) -> None:
+    """Three groups: the last block of the pieces has one of its two. 35 pixels: a tail of tile and piece."""
+    check(config, image(1, 3 * size, 5, 7), 3, silu=True)
+
+
+@pytest.mark.full
+@DESIGNS
+@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_every_group_size_with_all_there_is(size: int, dtype: torch.dtype, config: dict[str, Any]) -> None:
+    """Four groups in two blocks of pieces, a seam within the second group, a shift, SiLU, batch 3."""
+    seam = 2 * size - size // 2
+    x, skip = image(3, seam, 5, 7, dtype=dtype), image(3, 4 * size - seam, 5, 7, dtype=dtype)
+    shift = torch.randn(3, 4 * size, device=ops.DEVICE, dtype=dtype)
+    check(config, x, 4, silu=True, shift=shift, skip=skip)
+
+
+@DESIGNS
+@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
+def test_all_at_once(dtype: torch.dtype, config: dict[str, Any]) -> None:
+    """Groups of 10, the third across the seam at 24; a shift that is a slice of a wider row; batch 3; no SiLU."""
+    x, skip = image(3, 24, 3, 9, dtype=dtype), image(3, 16, 3, 9, dtype=dtype)
+    shift = torch.randn(3, 100, device=ops.DEVICE, dtype=dtype)[:, 20:60]
+    check(config, x, 4, shift=shift, skip=skip)
+
+
+@DESIGNS
+def test_a_shift_shared_by_the_batch(config: dict[str, Any]) -> None:
+    """Rows of stride 0; much larger than what it is added to, as a bias may be."""
+    check(config, image(2, 20, 4, 5), 2, shift=torch.randn(1, 20, device=ops.DEVICE).mul_(50).expand(2, 20), silu=True)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    {
+        "one pixel": (2, 20, 1, 1),
+        "one channel a group": (1, 2, 3, 5),
+        "one column": (2, 8, 7, 1),
+        "one row": (2, 8, 1, 7),
+        "the 8x8 level": (1, 80, 8, 8),
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_default_configurations(shape: tuple[str, tuple[int, ...]]) -> None:
+    check(None, image(*shape[1]), 2, silu=True)
+
+
+@pytest.mark.full
+def test_a_whole_level() -> None:
+    """SD1.5's 64x64 level as it is launched, split among 192 programs."""
+    check(None, image(1, 320, 64, 64, dtype=torch.float16), 32, silu=True)
+
+
+@DESIGNS
+def test_views(config: dict[str, Any]) -> None:
+    """Tokens seen as an image, and a skip whose pixels lie further apart than they have channels."""
+    tokens = torch.randn(2, 4 * 5, 16, device=ops.DEVICE)
+    wide = torch.randn(2, 4, 5, 24, device=ops.DEVICE).permute(0, 3, 1, 2)
+    check(config, tokens.unflatten(1, (4, 5)).permute(0, 3, 1, 2), 4, skip=wide[:, 8:16])
+
+
+@DESIGNS
+@pytest.mark.parametrize(("mean", "dtype"), [(1e3, torch.float32), (1e4, torch.float32), (1e3, torch.float16)])
+def test_huge_means(mean: float, dtype: torch.dtype, config: dict[str, Any]) -> None:
+    """Deviation 1 about a large mean: right to the last places of the mean itself, which float32 resolves to 6e-8.
+
+    PyTorch on a CPU is no measure: channels-last it takes E[x^2] - mean^2, which at 1e3 is wrong by percents.
+    """
+    with dispatch.forced("group_norm", config):
+        rounding = 0.0 if dtype == torch.float32 else 2e-3  # of results up to 4 in float16
+        assert error(image(2, 20, 8, 7, dtype=dtype, mean=mean), 2) < 3 * 2**-23 * mean + rounding
+
+
+@DESIGNS
+def test_groups_with_means_far_apart(config: dict[str, Any]) -> None:
+    """Channels of one group at -3e3, 0 and 3e3 and pixels that drift: parts whose means differ are united rightly."""
+    x = image(1, 12, 7, 9) + torch.linspace(-3e3, 3e3, 12, device=ops.DEVICE)[:, None, None]
+    x = x + torch.linspace(0, 1e3, 63, device=ops.DEVICE).view(7, 9)
+    with dispatch.forced("group_norm", config):
+        assert error(x.contiguous(memory_format=torch.channels_last), 2) < 2e-6
+
+
+@DESIGNS
+def test_a_constant_input(config: dict[str, Any]) -> None:
+    """Variance 0: what is left is the mean's rounding, times 1 / sqrt(eps)."""
+    x = torch.full((1, 20, 5, 7), 0.7, device=ops.DEVICE).contiguous(memory_format=torch.channels_last)
+    with dispatch.forced("group_norm", config):
+        assert error(x, 2, eps=1e-6) <= 2**-23 / 1e-6**0.5
+
+
+@DESIGNS
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_extreme_values(scale: float, config: dict[str, Any]) -> None:
+    """float16 whose squares overflow float16; and one whose variance drowns in eps."""
+    check(config, image(1, 20, 5, 7).mul_(scale).half(), 2, silu=True)
+
+
+def test_an_infinity_stays_in_its_group() -> None:
+    x = image(1, 40, 5, 7)
+    weight, bias = vectors(40)
+    with dispatch.forced("group_norm", {**PIECES, "GROUPS": 4}):
+        good = GROUP_NORM.triton(x, 4, weight, bias, 1e-5)
+        x[0, 13, 2, 2] = float("inf")
+        bad = GROUP_NORM.triton(x, 4, weight, bias, 1e-5)
+    assert bad[:, 10:20].isnan().all()
+    assert torch.equal(bad[:, :10], good[:, :10])
+    assert torch.equal(bad[:, 20:], good[:, 20:])
+
+
+def test_a_row_does_not_depend_on_its_batch() -> None:
+    x, shift = image(3, 20, 5, 7), torch.randn(3, 20, device=ops.DEVICE)
+    weight, bias = vectors(20)
+    with dispatch.forced("group_norm", PIECES):
+        together = GROUP_NORM.triton(x, 2, weight, bias, 1e-5, shift=shift)
+        alone = [GROUP_NORM.triton(x[i : i + 1], 2, weight, bias, 1e-5, shift=shift[i : i + 1]) for i in range(3)]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_float32_weights_beside_float16() -> None:
+    x, (weight, bias) = image(2, 20, 4, 4, dtype=torch.float16), vectors(20)
+    exact = F.group_norm(x.double(), 2, weight.double(), bias.double())
+    got = GROUP_NORM.triton(x, 2, weight, bias, 1e-5)
+    assert got.dtype == torch.float16
+    assert ops.error(got, exact) < 2**-11
+
+
+def test_memory_stays_channels_last() -> None:
+    weight, bias = vectors(12)
+    out = GROUP_NORM.triton(image(2, 8, 4, 6), 3, weight, bias, 1e-5, skip=image(2, 4, 4, 6))
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    batch=st.integers(1, 2),
+    size=st.integers(1, 12),
+    groups=st.integers(1, 3),
+    cut=st.floats(0, 1),
+    height=st.integers(1, 6),
+    width=st.integers(1, 6),
+    silu=st.booleans(),
+    shifted=st.booleans(),
+    config=st.sampled_from([None, PIECES, {**PIECES, "GROUPS": 1, "TILES": 1}]),
+)
+def test_any_shape(
+    batch: int,
+    size: int,
+    groups: int,
+    cut: float,
+    height: int,
+    width: int,
+    silu: bool,
+    shifted: bool,
+    config: dict[str, Any] | None,
+) -> None:
+    channels = size * groups
+    if size * height * width == 1:
+        height += 1  # a group of one number is 0 / sqrt(eps), or noise
+    seam = max(1, round(cut * channels))
+    x = image(batch, seam, height, width)
+    skip = image(batch, channels - seam, height, width) if seam < channels else None
+    shift = torch.randn(batch, channels, device=ops.DEVICE) if shifted else None
+    check(config, x, groups, silu=silu, skip=skip, shift=shift)
+
+
+# What is normalised: channels, height, width (the U-Nets of SD1.5 at 512 and SDXL at 1024, their autoencoders)
+LEVELS = [
+    *((c, 64, 64) for c in (320, 512, 640, 960, 1280, 1920)),
+    *((c, 32, 32) for c in (320, 640, 960, 1280, 1920, 2560)),
+    *((c, 16, 16) for c in (640, 1280, 1920, 2560)),
+    *((c, 8, 8) for c in (1280, 2560)),
+    *((c, 128, 128) for c in (256, 320, 512, 640, 960)),
+    *((c, side, side) for c in (128, 256, 512) for side in (256, 512, 1024)),
+]
+
+
+@pytest.mark.parametrize("level", LEVELS, ids=str)
+def test_defaults_fit_the_networks(level: tuple[int, int, int]) -> None:
+    """They are among those that a tuner would try, and either one program takes a group or one row fills a chip."""
+    channels, height, width = level
+    x = torch.empty(1, height, width, channels, device="meta").permute(0, 3, 1, 2)
+    weight = torch.empty(channels, device="meta")
+    config = default(GROUP_NORM.shape_class(x, 32, weight, weight, 1e-5), 90)
+    assert keep(config, x, 32, weight, weight, 1e-5)
+    pieces = -(-height * width // (config["PIXELS"] * config["TILES"]))
+    assert pieces == 1 or pieces * -(-32 // config["GROUPS"]) >= 128
+
+
+def test_what_is_refused_says_why() -> None:
+    weight = torch.ones(8)
+
+    def why(x: Tensor, groups: int = 2, weight: Tensor = weight, **kwargs: Any) -> str:
+        return supports(x, groups, weight, weight, 1e-5, **kwargs).why
+
+    x = image(2, 8, 3, 3)
+    assert why(x) == ""
+    assert "float64" in why(x.double())
+    assert "empty" in why(x[:0])
+    assert "not channels-last" in why(torch.randn(2, 8, 3, 3))
+    assert "not channels-last" in why(x[..., :2])  # rows of pixels with a gap between them
+    assert "not channels-last" in why(x, weight=torch.ones(16), skip=torch.randn(2, 8, 3, 3))
+    assert "float16" in why(x, weight=torch.ones(16), skip=x.half())
+    assert "shift is (1, 8)" in why(x, shift=torch.ones(1, 8))
+    assert "stride 2" in why(x, shift=torch.ones(2, 16)[:, ::2])
+    assert "1025 channels a group" in why(image(1, 1025, 1, 1), 1, torch.ones(1025))
+    nchw = torch.randn(2, 8, 3, 3)  # and runs all the same
+    assert torch.equal(group_norm(nchw, 2, weight, weight, 1e-5), group_norm_reference(nchw, 2, weight, weight, 1e-5))
+
+
+def test_registered() -> None:
+    weight, bias = vectors(12)
+    ops.check_registered(GROUP_NORM, image(2, 8, 3, 3), 3, weight, bias, 1e-5)
+    shift, skip = torch.randn(2, 12, device=ops.DEVICE), image(2, 4, 3, 3)
+    ops.check_registered(GROUP_NORM, image(2, 8, 3, 3), 3, weight, bias, 1e-5, silu=True, shift=shift, skip=skip)
