@@ -4,6 +4,15 @@
 
 The exact GELU, not its tanh approximation. Formula: Shazeer 2020, arXiv:2002.05202.
 
+The kernel computes it from the far side of the normal distribution, F(z) = P(Z < -z) for z = |b| >= 0, which is small
+where its error would be multiplied by much:
+
+    gelu(b) = max(b, 0) - z F(z)        F(z) = exp(-z^2 / 2) (a1 t + ... + a5 t^5) / 2        t = 1 / (1 + p z / sqrt 2)
+
+with Hastings' p and a1..a5 (Abramowitz and Stegun 7.1.26), |error of F| < 8e-8: float32's own. That is 28 instructions
+an element, against 43 with the library's erf, and leaves memory the slower side: in the time of an element's 6 bytes an
+H100 issues 59 instructions, an H200 37.
+
 Bytes: x once, half of it written, nothing between: at any size the floor is 3C elements a row over the bandwidth. A
 program takes one block of rows and one block of channels, so that a small feature map fills the chip too.
 """
@@ -13,8 +22,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
-from fastldm.kernels.dispatch import YES, Config, Cost, Op, Verdict, cdiv, dense, jit, launch, no
 from torch import Tensor
+
+from fastldm.kernels.dispatch import YES, Config, Cost, Op, Verdict, cdiv, dense, jit, launch, no
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -59,10 +69,20 @@ def shape_class(x: Tensor) -> str:
 
 
 def default(shape: str, arch: int) -> Config:
-    return {"ROWS": 2, "CHANNELS": 512, "num_warps": 4}
+    """16 elements for each thread, and no block of channels beyond the end where C is a multiple of 256."""
+    channels = 512 if int(shape[1:]) % 512 == 0 else 256
+    return {"ROWS": 2048 // channels, "CHANNELS": channels, "num_warps": 4}
 
 
-# ------------------------------------------------------------------------------------------------------ kernel
+# ----------------------------------------------------------------------------------------------------- kernels
+
+
+@jit
+def gelu(b):
+    z = tl.abs(b)
+    t = 1.0 / (1.0 + 0.23164189 * z)  # p / sqrt 2
+    series = t * (0.12741480 + t * (-0.14224837 + t * (0.71070687 + t * (-0.72657601 + t * 0.53070271))))  # a1..a5 / 2
+    return tl.maximum(b, 0.0) - z * series * tl.exp2(-0.72134752 * b * b)  # log2(e) / 2
 
 
 @jit
@@ -73,8 +93,7 @@ def _geglu_kernel(x, out, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.const
     x += row.to(tl.int64) * (2 * channels) + channel  # 64 bits: rows * 2C passes 2^31 elements at large batches
     a = tl.load(x, mask, other=0.0).to(tl.float32)
     b = tl.load(x + channels, mask, other=0.0).to(tl.float32)
-    gelu = 0.5 * b * (1.0 + tl.erf(b * 0.7071067811865476))  # 1 / sqrt 2
-    tl.store(out + row.to(tl.int64) * channels + channel, (a * gelu).to(out.dtype.element_ty), mask)
+    tl.store(out + row.to(tl.int64) * channels + channel, (a * gelu(b)).to(out.dtype.element_ty), mask)
 
 
 def geglu_triton(x: Tensor) -> Tensor:

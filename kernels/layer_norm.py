@@ -1,14 +1,34 @@
-"""LayerNorm over the last dimension.
+"""LayerNorm over the last dimension, alone or after the sum that stands before it in a transformer.
 
-    out = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias        x (..., C), weight and bias (C,) -> (..., C)
+    layer_norm:        out = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias
+    add_layer_norm:    total = x + residual, rounded to x's dtype         out = layer_norm(total)         returns both
 
-Statistics are float32 whatever the dtype. Formula: Ba et al. 2016, arXiv:1607.06450. Bytes: x read and written once.
+    x, residual (..., C), weight and bias (C,) -> (..., C)
+
+Statistics are float32 whatever the dtype. Formula: Ba et al. 2016, arXiv:1607.06450.
+
+A program holds ROWS whole rows in registers. It takes their means and then M2 = sum (x - mean)^2 of what it holds,
+which is sound where E[x^2] - mean^2 loses everything. A row's C channels are the first of next_power_of_2(C) lanes: of
+320, 640 and 1280 three lanes in eight carry nothing, which costs instructions and no bytes. Four 16-byte loads a thread
+set the tile: two rows of 320 or one of 640 for one warp, which then exchanges nothing through shared memory, and one of
+1280 for two.
+
+Bytes: x read, out written. With the sum two are read and two written, where a sum of its own would read and write two
+more. 8192 rows of 320 in float16 are 10.5 MB (3.5 us at 3 TB/s), with the sum 21 MB.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastldm.kernels.dispatch import YES, Config, Cost, Op, Verdict, cdiv, jit, launch, next_power_of_2, no
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -16,6 +36,154 @@ def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) ->
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
+def add_layer_norm_reference(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The sum, then PyTorch's layer_norm of it."""
+    total = x + residual
+    return total, F.layer_norm(total, weight.shape, weight, bias, eps)
+
+
+def supports(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Verdict:
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return no(f"dtype {x.dtype}")
+    if x.numel() == 0:
+        return no(f"{tuple(x.shape)} is empty")
+    if not x.is_contiguous():
+        return no("rows are not contiguous")
+    if not (weight.is_contiguous() and bias.is_contiguous()):
+        return no("weight or bias is not contiguous")
+    if x.shape[-1] > _LONGEST_ROW:
+        return no(f"{x.shape[-1]} channels are more than {_LONGEST_ROW}")
+    return YES
+
+
+def add_supports(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Verdict:
+    if residual.shape != x.shape or residual.dtype != x.dtype:
+        return no(f"x is {x.dtype} {tuple(x.shape)}, residual {residual.dtype} {tuple(residual.shape)}")
+    return supports(x, weight, bias, eps) and supports(residual, weight, bias, eps)
+
+
+def cost(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Cost:
+    return Cost(flop=0, bytes=2 * x.numel() * x.element_size())
+
+
+def add_cost(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Cost:
+    return Cost(flop=0, bytes=4 * x.numel() * x.element_size())
+
+
+# ---------------------------------------------------------------------------------------------- configurations
+
+_LONGEST_ROW = 8192  # channels: 16 a thread of 16 warps
+
+SPACE = [{"ROWS": rows, "num_warps": warps} for rows in (1, 2, 4, 8, 16) for warps in (1, 2, 4, 8, 16)]
+
+
+def keep(config: Config, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> bool:
+    """8 to 64 elements for each thread."""
+    return 8 <= config["ROWS"] * next_power_of_2(x.shape[-1]) // (32 * config["num_warps"]) <= 64
+
+
+def add_keep(config: Config, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> bool:
+    return keep(config, x, weight, bias, eps)
+
+
+def shape_class(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> str:
+    return f"c{x.shape[-1]}"
+
+
+def add_shape_class(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> str:
+    return f"c{x.shape[-1]}"
+
+
+def default(shape: str, arch: int) -> Config:
+    """32 elements for each thread."""
+    lanes = next_power_of_2(int(shape[1:]))
+    return {"ROWS": max(1024 // lanes, 1), "num_warps": max(lanes // 1024, 1)}
+
+
+# ------------------------------------------------------------------------------------------------------ kernel
+
+
+@jit
+def _layer_norm_kernel(
+    x, residual, weight, bias, total, out, rows, channels, EPS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    channel = tl.arange(0, LANES)[None, :]
+    inside = (row < rows) & (channel < channels)
+    place = row.to(tl.int64) * channels + channel  # 64 bits: rows * channels passes 2^31 at large batches
+    y = tl.load(x + place, inside, other=0.0)
+    scale = tl.load(weight + channel, channel < channels, other=0.0).to(tl.float32)
+    base = tl.load(bias + channel, channel < channels, other=0.0).to(tl.float32)
+    if residual is not None:
+        y = (y.to(tl.float32) + tl.load(residual + place, inside, other=0.0).to(tl.float32)).to(y.dtype)
+        tl.store(total + place, y, inside)
+    y = y.to(tl.float32)
+    mean = tl.sum(y, axis=1, keep_dims=True) / channels
+    apart = tl.where(inside, y - mean, 0.0)
+    rstd = tl.rsqrt(tl.sum(apart * apart, axis=1, keep_dims=True) / channels + EPS)
+    tl.store(out + place, (apart * rstd * scale + base).to(out.dtype.element_ty), inside)
+
+
+def _launch(
+    config: Config, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor | None, Tensor]:
+    channels = x.shape[-1]
+    rows = x.numel() // channels
+    total = None if residual is None else x.new_empty(x.shape)
+    out = x.new_empty(x.shape)
+    grid = (cdiv(rows, config["ROWS"]),)
+    tile = {**config, "LANES": next_power_of_2(channels), "EPS": eps}
+    launch(_layer_norm_kernel, grid, x, residual, weight, bias, total, out, rows, channels, **tile)
+    return total, out
+
+
+def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return _launch(LAYER_NORM.config(x, weight, bias, eps), x, None, weight, bias, eps)[1]
+
+
+def add_layer_norm_triton(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    config = ADD_LAYER_NORM.config(x, residual, weight, bias, eps)
+    total, out = _launch(config, x, residual, weight, bias, eps)
+    assert total is not None
+    return total, out
+
+
+# --------------------------------------------------------------------------------------------------------- ops
+
+LAYER_NORM = Op(
+    "layer_norm",
+    reference=layer_norm_reference,
+    triton=layer_norm_triton,
+    supports=supports,
+    shape_class=shape_class,
+    cost=cost,
+    default=default,
+    space=SPACE,
+    keep=keep,
+)
+
+ADD_LAYER_NORM = Op(
+    "add_layer_norm",
+    reference=add_layer_norm_reference,
+    triton=add_layer_norm_triton,
+    supports=add_supports,
+    shape_class=add_shape_class,
+    cost=add_cost,
+    default=default,
+    space=SPACE,
+    keep=add_keep,
+)
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Normalise each row of x (..., C), in x's dtype."""
-    return layer_norm_reference(x, weight, bias, eps)
+    return LAYER_NORM(x, weight, bias, eps)
+
+
+def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + residual, both (..., C), and each of its rows normalised, in x's dtype."""
+    return ADD_LAYER_NORM(x, residual, weight, bias, eps)

@@ -6,9 +6,10 @@ import ops
 import pytest
 import torch
 import torch.nn.functional as F
-from fastldm.kernels.geglu import GEGLU, geglu, geglu_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fastldm.kernels.geglu import GEGLU, default, geglu, geglu_reference, keep
 
 SHAPES = {
     "sd15-level-0": (2, 6, 2 * 1280),
@@ -31,10 +32,30 @@ def test_the_kernel(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     ops.check(GEGLU, torch.randn(shape, dtype=dtype, device=ops.DEVICE))
 
 
-@pytest.mark.parametrize("scale", [1e-4, 30.0])
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # where the square of b overflows, as it may
+@pytest.mark.parametrize("scale", [1e-4, 30.0, 1e20])
 def test_extreme_values(scale: float) -> None:
-    """Far out, gelu is 0 or the identity: erf must saturate, not overflow."""
-    ops.check(GEGLU, scale * torch.randn(4, 2 * 64, device=ops.DEVICE))
+    """Far out, gelu is 0 or the identity, also where the square of b overflows."""
+    x = torch.randn(4, 2 * 64, device=ops.DEVICE)
+    x[:, 64:] *= scale
+    ops.check(GEGLU, x)
+
+
+def test_gelu_is_exact_to_float32() -> None:
+    """Everywhere, and for large negative b, where 1 + erf(b / sqrt 2) would have no digit left, relatively too."""
+    b = torch.linspace(-5.5, 5.5, 2000, device=ops.DEVICE)
+    got = GEGLU.triton(torch.stack((torch.ones_like(b), b), 1).contiguous())[:, 0].double()
+    exact = F.gelu(b.double())
+    assert (got - exact).abs().max() < 4e-7
+    assert ((got - exact) / exact)[b < -3].abs().max() < 5e-3
+
+
+@pytest.mark.parametrize("channels", [1280, 2560, 5120])
+def test_defaults_fit_the_networks(channels: int) -> None:
+    """No block of channels is beyond the end, and a tuner would try them."""
+    config = default(f"c{channels}", 90)
+    assert channels % config["CHANNELS"] == 0
+    assert keep(config, torch.empty(1, 2 * channels))
 
 
 @settings(max_examples=10, deadline=None)
