@@ -1,24 +1,65 @@
 """The end of a step: guidance, history, next latent, next anchor, mask blend, and the model input of the next step.
 
-    out  = u + g * (c - u)                                             classifier-free guidance, g per call
+    out  = c + (g - 1) * (c - u)                                       classifier-free guidance, g per call or slot
+    out *= 1 - phi + phi * std(c) / std(out)                           where guidance is rescaled, phi > 0
     m    = p * x + q * out                                             history, newest first
     x'   = a * x + a1 * y + sum_k b_k * m_(i-k) + d * noise            next latent
     y'   = e * x + e1 * y + sum_k f_k * m_(i-k)                        next anchor
-    x'   = mask * x' + (1 - mask) * (r * init + s * init_noise)        only where a mask is set
+    x'   = mask * x' + (1 - mask) * (r * init + s * noise0)            only where a mask is set
     u'   = c_in * x'                                                   next model input, once for each U-Net row
 
-All state is float32, (B, C, h, w); `row` holds one row of a step table, in the order of COLUMNS. Zero coefficients
-cost nothing: a DDIM step is two multiply-adds.
+The state is float32, (B, C, h, w), and a sampler is a table: `row` holds the numbers of one step in the order of
+COLUMNS. `guide`, `step`, `blend` and `model_input` are these formulas for one row, on Python numbers: what correct is,
+and what runs on a CPU. Zero coefficients cost nothing: a DDIM step is two multiply-adds.
+
+On a GPU `end_step` does all of it for S slots at once, each at its own step of its own table, in one kernel:
+
+- A program takes a block of pixels, all channels, of one slot. It reads the slot's counter, then the row of the table
+  that the counter points at, one line of the cache; the row says what else there is to read. A term whose coefficient
+  is 0 is a masked load, which moves nothing, so what is behind it may be garbage. All loads that the row asks for are
+  in flight together: the kernel is three waits long (counter, row, pictures), and what it computes hides in them.
+- All pictures lie as the network's do, channels-last: a thread holds the same pixels in each of them, four channels at
+  once (16 bytes of a state, 8 of the network), no value changes hands, and no shared memory is used. Other layouts
+  work, by way of shared memory.
+- The history is a ring of four planes: m of row i lies in plane i % 4, nothing is shifted. It is written only where a
+  later row reads it (column `keep`), the anchor only where the row changes it.
+- The counter may move only when no program will read it any more. Each program of a slot, once all of its warps have
+  read the counter (the barrier), adds 1 to `arrived`; the one that finds all others there before it sets `arrived` back
+  to 0 and the counter forward. Each program's read comes before its own arrival, and all arrivals before the move. It
+  is the only program that waits, and the next launch begins after this one's end, so it finds both as they should be.
+  (A second launch that adds 1 would be as safe, and costs a node of the graph and the drain between two kernels:
+  about as much time as this whole kernel.)
+- No value is looked at by the host, no launch depends on one, and no sum crosses slots: a captured step serves all
+  samplers, step counts and scales, and a slot's result does not depend on its neighbours.
+
+Bytes, for N = C*h*w a slot and a model in 16 bits: out 4N, x read and written 8N, u' 4N, and 4N for each term more
+that the row has (DPM-Solver++ 2M: a plane read, a plane written). SD1.5 at 512x512: 16 N = 262 kB, 0.09 us at 3 TB/s,
+so that the floor is the latency of a launch, three waits and an atomic, some 3 us. Rescaling needs two deviations over
+a whole sample first: a kernel of its own (`GUIDANCE_RESCALE`), one program a slot so that its sums have one order, two
+passes so that they do not cancel, launched only where a slot rescales.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastldm.kernels.dispatch import YES, Config, Cost, Op, Verdict, cdiv, jit, launch, next_power_of_2, no
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
 COLUMNS = ("c_in", "p", "q", "a", "a1", "b0", "b1", "b2", "b3", "d", "e", "e1", "f0", "f1", "f2", "f3", "r", "s")
+EXTRA = ("guided", "masked", "keep", "draw")  # behind them in device memory, see `table_rows`
+ROW = 32  # floats between rows in device memory: 128 bytes, a line of the cache
+RING = 4  # planes of history
+NEVER = 2**31 - 1  # in `first_bad`
+
+
+# ------------------------------------------------------------------------------------------- what correct means
 
 
 def guide(out: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
@@ -26,13 +67,19 @@ def guide(out: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
 
     `rescale` pulls each sample's deviation back to its guided half's: https://arxiv.org/abs/2305.08891, section 3.4.
     """
-    unguided, guided = out.float().chunk(2)
+    unguided, guided = _at_least_float32(out).chunk(2)
     mixed = torch.lerp(unguided, guided, scale)
-    if rescale == 0.0:
-        return mixed
+    return mixed if rescale == 0.0 else mixed * _rescale_factor(guided, mixed, rescale)
+
+
+def _rescale_factor(guided: Tensor, mixed: Tensor, rescale: float) -> Tensor:
     dims = tuple(range(1, mixed.ndim))
     ratio = guided.std(dims, keepdim=True) / mixed.std(dims, keepdim=True)
-    return mixed * (1 - rescale + rescale * ratio)
+    return 1 - rescale + rescale * ratio
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def model_input(x: Tensor, c_in: float, dtype: torch.dtype, copies: int, extra: Tensor | None = None) -> Tensor:
@@ -62,8 +109,7 @@ def step(
     """
     p, q, a, a1, b0, b1, b2, b3, d, e, e1, f0, f1, f2, f3 = row[1:16]
     history = (_sum((p, x), (q, out)), *history[: depth - 1])
-    nothing = (None,) * (4 - len(history))
-    m0, m1, m2, m3 = (*history, *nothing)
+    m0, m1, m2, m3 = [*history, None, None, None][:4]
     after = _sum((a, x), (a1, y), (b0, m0), (b1, m1), (b2, m2), (b3, m3), (d, noise))
     if y is not None:
         y = _sum((e, x), (e1, y), (f0, m0), (f1, m1), (f2, m2), (f3, m3))
@@ -89,3 +135,601 @@ def _sum(*terms: tuple[float, Tensor | None]) -> Tensor:
             total, owned = torch.add(total, t, alpha=c), True
     assert total is not None  # no row of a table forgets all that it had
     return total
+
+
+# ------------------------------------------------------------------------------------------ slots, in device memory
+
+
+class StepState(NamedTuple):
+    """What the end of a step reads and writes, for S slots and R rows of the network. Every slot is its own request.
+
+    All tensors are on the device, and written in place, never replaced: a captured step keeps reading them. A slot
+    whose counter has reached its steps is idle: nothing of it is read or written. A slot starts when its table, x,
+    noise, guidance and rescale are there, counter is 0, first_bad NEVER, c_in * x in its rows of u, and then steps is
+    set.
+    """
+
+    u: Tensor  # (R, C + K, h, w), the network's dtype: the next model input, of which the first C channels are written
+    x: Tensor  # (S, C, h, w) float32, as are all states: the latent
+    y: Tensor  # (S, C, h, w) the anchor
+    history: Tensor  # (S, RING, C, h, w)
+    noise: Tensor | None  # (S, D, C, h, w) what a slot's rows draw, all of it; None: no row draws
+    mask: Tensor | None  # (S, 1, h, w), 1 where to paint; None, as init and init_noise: no slot is masked
+    init: Tensor | None  # (S, C, h, w) the latents of the picture
+    init_noise: Tensor | None  # (S, C, h, w) the noise that the run began with
+    table: Tensor  # (S, T, ROW) float32: each slot's `table_rows`
+    counter: Tensor  # (S,) int32: the row of the table that comes next
+    steps: Tensor  # (S,) int32: how many rows the slot's table has
+    arrived: Tensor  # (S,) int32: the kernel's own, 0 between launches
+    guidance: Tensor  # (S,) float32: the scale
+    rescale: Tensor  # (S,) float32: phi, 0 for none
+    factor: Tensor  # (S,) float32: what guidance is multiplied by, written before each step where rescale is not 0
+    rows: Tensor  # (S, 2) int32: the rows of `out` that hold the unguided (or -1) and the guided half of this step
+    next_rows: Tensor  # (S, 2) int32: the rows of u that get the next model input, -1 for none
+    first_bad: Tensor  # (S,) int32: the first row after which x held NaN or infinity, else NEVER
+
+    @staticmethod
+    def empty(
+        *,
+        slots: int,
+        rows: int,
+        channels: int,
+        height: int,
+        width: int,
+        steps: int,
+        draws: int = 0,
+        extra_channels: int = 0,
+        masked: bool = False,
+        channels_last: bool = True,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str,
+    ) -> StepState:
+        """The buffers of a bucket, all slots idle. steps, draws: the most that a slot's table has.
+
+        channels_last: how u and all pictures lie in memory: as the network's output does, or the kernel has to turn it.
+        """
+
+        def floats(*shape: int, value: float = 0.0) -> Tensor:
+            return torch.full(shape, value, device=device, dtype=torch.float32)
+
+        def ints(*shape: int, value: int = 0) -> Tensor:
+            return torch.full(shape, value, device=device, dtype=torch.int32)
+
+        def pictures(*count: int, channels: int = channels, dtype: torch.dtype = torch.float32) -> Tensor:
+            if channels_last:
+                return torch.zeros(*count, height, width, channels, device=device, dtype=dtype).movedim(-1, -3)
+            return torch.zeros(*count, channels, height, width, device=device, dtype=dtype)
+
+        return StepState(
+            u=pictures(rows, channels=channels + extra_channels, dtype=dtype),
+            x=pictures(slots),
+            y=pictures(slots),
+            history=pictures(slots, RING),
+            noise=pictures(slots, draws) if draws else None,
+            mask=floats(slots, 1, height, width) if masked else None,
+            init=pictures(slots) if masked else None,
+            init_noise=pictures(slots) if masked else None,
+            table=floats(slots, steps, ROW),
+            counter=ints(slots),
+            steps=ints(slots),
+            arrived=ints(slots),
+            guidance=floats(slots, value=1.0),
+            rescale=floats(slots),
+            factor=floats(slots, value=1.0),
+            rows=ints(slots, 2, value=-1),
+            next_rows=ints(slots, 2, value=-1),
+            first_bad=ints(slots, value=NEVER),
+        )
+
+
+def table_rows(
+    rows: Sequence[Sequence[float]], draws: Sequence[bool], guided: Sequence[bool], masked: bool = False
+) -> Tensor:
+    """A step table as slots read it: (T, ROW) float32, on the CPU. Columns behind COLUMNS are EXTRA:
+
+    guided: 1 where two halves of `out` are mixed, 0 where the guided half is all. masked: 1 where the mask is blended
+    in. keep: 1 where a later row reads this row's m. draw: which of the slot's draws is this row's noise.
+    """
+    table = torch.zeros(len(rows), ROW)
+    numbers = torch.as_tensor(rows, dtype=torch.float32)
+    table[:, : len(COLUMNS)] = numbers
+    first = len(COLUMNS)
+    table[:, first] = torch.tensor(guided, dtype=torch.float32)
+    table[:, first + 1] = float(masked)
+    b, f = COLUMNS.index("b0"), COLUMNS.index("f0")
+    for k in range(1, RING):
+        table[:-k, first + 2] += ((numbers[k:, b + k] != 0) | (numbers[k:, f + k] != 0)).float()
+    table[:, first + 2].clamp_(max=1.0)
+    table[:, first + 3] = (torch.tensor(draws, dtype=torch.float32).cumsum(0) - 1).clamp_min(0)
+    return table
+
+
+# ---------------------------------------------------------------------------------------------- END_STEP: the op
+
+
+def end_step_reference(
+    out: Tensor,
+    u: Tensor,
+    x: Tensor,
+    y: Tensor,
+    history: Tensor,
+    noise: Tensor | None,
+    mask: Tensor | None,
+    init: Tensor | None,
+    init_noise: Tensor | None,
+    table: Tensor,
+    counter: Tensor,
+    steps: Tensor,
+    arrived: Tensor,
+    guidance: Tensor,
+    rescale: Tensor,
+    factor: Tensor,
+    rows: Tensor,
+    next_rows: Tensor,
+    first_bad: Tensor,
+) -> None:
+    """Slot after slot, by the functions above."""
+    for slot, (i, end) in enumerate(zip(counter.tolist(), steps.tolist(), strict=True)):
+        if i >= end:
+            continue
+        row = table[slot, i].tolist()
+        guided, masked, keep, draw = row[len(COLUMNS) : len(COLUMNS) + len(EXTRA)]
+        unguided_row, guided_row = rows[slot].tolist()
+        if guided and unguided_row >= 0:
+            said = guide(out[[unguided_row, guided_row]], float(guidance[slot]))
+            said = said * factor[slot] if rescale[slot] > 0 else said
+        else:
+            said = _at_least_float32(out[guided_row : guided_row + 1])
+        past = tuple(history[None, slot, (i - k) % RING] for k in range(1, RING))
+        drawn = None if noise is None else noise[None, slot, int(draw)]
+        after, anchor, (m, *_) = step(row, x[None, slot], y[None, slot], past, said, drawn)
+        if masked and mask is not None and init is not None and init_noise is not None:
+            after = blend(row, after, mask[None, slot], init[None, slot], init_noise[None, slot])
+        if not after.isfinite().all():
+            first_bad[slot].clamp_(max=i)
+        assert anchor is not None
+        x[slot], y[slot] = after[0].clone(), anchor[0].clone()  # either may be a view of the other
+        if keep:
+            history[slot, i % RING] = m[0]
+        if i + 1 < end:
+            for r in next_rows[slot].tolist():
+                if r >= 0:
+                    u[r, : x.shape[1]] = model_input(x[slot], float(table[slot, i + 1, 0]), u.dtype, 1)
+        counter[slot] = i + 1
+
+
+def end_step_supports(
+    out: Tensor,
+    u: Tensor,
+    x: Tensor,
+    y: Tensor | None = None,
+    history: Tensor | None = None,
+    noise: Tensor | None = None,
+    mask: Tensor | None = None,
+    init: Tensor | None = None,
+    init_noise: Tensor | None = None,
+    *slots: Tensor,
+    **named: Tensor,
+) -> Verdict:
+    channels, height, width = x.shape[1:]
+    layout = x.stride()[1:]
+    if layout not in ((height * width, width, 1), (1, width * channels, channels)):
+        return no(f"latents are neither contiguous nor channels-last: strides {tuple(x.stride())}")
+    for picture in (x, y, history, noise, init, init_noise):
+        if picture is None:
+            continue
+        if picture.dtype != torch.float32:
+            return no(f"a state is {picture.dtype}, not float32")
+        dense = picture.stride(-4) == channels * height * width and picture.stride(0) == picture.numel() // len(picture)
+        if picture.stride()[-3:] != layout or not dense:
+            return no(f"states differ in layout, or have gaps: {tuple(x.stride())} and {tuple(picture.stride())}")
+    for each in (mask, *slots, *named.values()):
+        if each is not None and not each.is_contiguous():
+            return no(f"{tuple(each.shape)} with strides {tuple(each.stride())} is not contiguous")
+    return _pixels(out) and _pixels(u)
+
+
+def _pixels(t: Tensor) -> Verdict:
+    """What the kernels take of a tensor that the network reads or writes: pixels at one stride, and few channels."""
+    if not t.is_floating_point():
+        return no(f"dtype {t.dtype}")
+    if t.shape[1] > 64:
+        return no(f"{t.shape[1]} channels are more than 64: a program takes all of a pixel's")
+    if t.stride(2) != t.shape[3] * t.stride(3):
+        return no(f"rows of pixels are not adjacent: {tuple(t.shape)} with strides {tuple(t.stride())}")
+    return YES
+
+
+def end_step_cost(out: Tensor, u: Tensor, x: Tensor, *_: object, **__: object) -> Cost:
+    """What every row of a table moves; which terms more it has is known to the device alone."""
+    written = u.shape[0] * x[0].numel() * u.element_size()
+    return Cost(flop=0, bytes=out.numel() * out.element_size() + 2 * x.numel() * x.element_size() + written)
+
+
+# ---- its configurations and kernel
+
+
+SPACE = [{"PIXELS": pixels, "num_warps": warps} for pixels in (16, 32, 64, 128, 256, 512) for warps in (1, 2, 4, 8)]
+
+
+def end_step_keep(config: Config, out: Tensor, u: Tensor, x: Tensor, *_: object, **__: object) -> bool:
+    """2 to 16 elements for each thread."""
+    return 2 <= config["PIXELS"] * next_power_of_2(x.shape[1]) // (32 * config["num_warps"]) <= 16
+
+
+def end_step_shape_class(out: Tensor, u: Tensor, x: Tensor, *_: object, **__: object) -> str:
+    return f"c{x.shape[1]} p{next_power_of_2(x.shape[2] * x.shape[3])}"
+
+
+def end_step_default(shape: str, arch: int) -> Config:
+    """4 elements a thread, which is 16 bytes of the state at once. Programs of one warp, that no warp waits for another
+    (SD1.5 has 128 of them a slot, one for each multiprocessor), but of four where they would be thousands.
+    """
+    channels, pixels = (int(part[1:]) for part in shape.split())
+    warps = 1 if pixels <= 4096 else 4
+    return {"PIXELS": max(128 * warps // next_power_of_2(channels), 8), "num_warps": warps}
+
+
+@jit
+def _lerp(start, end, weight):
+    """torch.lerp: from the nearer end, so that both ends are exact."""
+    span = end - start
+    return tl.where(weight < 0.5, start + weight * span, end - (1.0 - weight) * span)
+
+
+@jit
+def _term(c, at, inside):
+    """The tensor of a term with coefficient c: nothing is read where c is 0, and zeros stand for it."""
+    wanted = inside & (c + tl.zeros(inside.shape, tl.float32) != 0.0)
+    return tl.load(at, wanted, other=0.0)
+
+
+@jit
+def _end_step_kernel(
+    out,
+    u,
+    x,
+    y,
+    history,
+    noise,
+    mask,
+    init,
+    init_noise,
+    table,
+    counter,
+    steps,
+    arrived,
+    guidance,
+    rescale,
+    factor,
+    rows,
+    next_rows,
+    first_bad,
+    pixels,
+    capacity,
+    draws,
+    out_row,
+    out_channel,
+    u_row,
+    u_channel,
+    x_channel,
+    OUT_PIXEL: tl.constexpr,  # known to the compiler, so that the channels of a pixel are loaded at once
+    U_PIXEL: tl.constexpr,
+    X_PIXEL: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    LANES: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
+    slot = tl.program_id(1).to(tl.int64)  # 64 bits: the draws of all slots may pass 2^31 elements
+    i = tl.load(counter + slot)
+    end = tl.load(steps + slot)
+    if i >= end:
+        return
+
+    # All that says what is to be done, in flight together. The row is in the order of COLUMNS and EXTRA.
+    row = table + (slot * capacity + i) * 32
+    p = tl.load(row + 1)
+    q = tl.load(row + 2)
+    a = tl.load(row + 3)
+    a1 = tl.load(row + 4)
+    b0 = tl.load(row + 5)
+    b1 = tl.load(row + 6)
+    b2 = tl.load(row + 7)
+    b3 = tl.load(row + 8)
+    d = tl.load(row + 9)
+    e = tl.load(row + 10)
+    e1 = tl.load(row + 11)
+    f0 = tl.load(row + 12)
+    f1 = tl.load(row + 13)
+    f2 = tl.load(row + 14)
+    f3 = tl.load(row + 15)
+    guided = tl.load(row + 18)
+    masked = tl.load(row + 19)
+    keep = tl.load(row + 20)
+    next_c_in = tl.load(row + 32, i + 1 < end, other=0.0)
+    unguided_row = tl.load(rows + 2 * slot).to(tl.int64)
+    guided_row = tl.load(rows + 2 * slot + 1).to(tl.int64)
+    next_unguided_row = tl.load(next_rows + 2 * slot).to(tl.int64)
+    next_guided_row = tl.load(next_rows + 2 * slot + 1).to(tl.int64)
+    scale = tl.load(guidance + slot)
+    level = tl.where(tl.load(rescale + slot) > 0.0, tl.load(factor + slot), 1.0)
+
+    mixes = tl.where(unguided_row >= 0, guided, 0.0)
+    moves = tl.abs(e) + tl.abs(e1 - 1.0) + tl.abs(f0) + tl.abs(f1) + tl.abs(f2) + tl.abs(f3)
+    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)[:, None]
+    channel = tl.arange(0, LANES)[None, :]
+    inside = (pixel < pixels) & (channel < CHANNELS)
+    size = CHANNELS * pixels
+    at = slot * size + channel * x_channel + pixel * X_PIXEL
+
+    # All that the row asks for, in flight together.
+    ring = history + slot * (3 * size) + at  # 4 planes a slot
+    x_now = tl.load(x + at, inside, other=0.0)
+    y_now = _term(tl.abs(a1) + moves * tl.abs(e1), y + at, inside)
+    m1 = _term(tl.abs(b1) + tl.abs(f1), ring + (i + 3) % 4 * size, inside)
+    m2 = _term(tl.abs(b2) + tl.abs(f2), ring + (i + 2) % 4 * size, inside)
+    m3 = _term(tl.abs(b3) + tl.abs(f3), ring + (i + 1) % 4 * size, inside)
+    if noise is not None:
+        draw = tl.load(row + 21).to(tl.int32)
+        drawn = _term(d, noise + (slot * (draws - 1) + draw) * size + at, inside)
+    if mask is not None:
+        r = tl.load(row + 16) * masked
+        s = tl.load(row + 17) * masked
+        picture = _term(r, init + at, inside)
+        first_noise = _term(s, init_noise + at, inside)
+        weight = _term(masked, mask + slot * pixels + pixel + tl.zeros_like(channel), inside)
+    out_at = out + channel * out_channel + pixel * OUT_PIXEL
+    said = tl.load(out_at + guided_row * out_row, inside, other=0.0).to(tl.float32)
+    unguided = _term(mixes, out_at + unguided_row * out_row, inside).to(tl.float32)
+
+    said = tl.where(mixes != 0.0, _lerp(unguided, said, scale) * level, said)
+    m0 = p * x_now + q * said
+    x_next = a * x_now + a1 * y_now + b0 * m0 + b1 * m1 + b2 * m2 + b3 * m3
+    y_next = e * x_now + e1 * y_now + f0 * m0 + f1 * m1 + f2 * m2 + f3 * m3
+    if noise is not None:
+        x_next += d * drawn
+    if mask is not None:
+        x_next = tl.where(masked != 0.0, _lerp(r * picture + s * first_noise, x_next, weight), x_next)
+    bad = tl.max((~(tl.abs(x_next) < float("inf"))).to(tl.int32))
+    u_next = (next_c_in * x_next).to(u.dtype.element_ty)
+
+    # All warps of this program have read the counter. The last program to come here, which finds that all others have
+    # been here, moves it.
+    tl.debug_barrier()
+    if tl.atomic_add(arrived + slot, 1) == tl.num_programs(0) - 1:
+        tl.store(arrived + slot, 0)
+        tl.store(counter + slot, i + 1)
+
+    tl.store(x + at, x_next, inside)
+    if moves != 0.0:
+        tl.store(y + at, y_next, inside)
+    if keep != 0.0:
+        tl.store(ring + i % 4 * size, m0, inside)
+    tl.atomic_min(first_bad + slot, i, bad != 0, sem="relaxed")
+
+    # The next model input, for each row of the network that needs it.
+    u_at = u + channel * u_channel + pixel * U_PIXEL
+    goes_on = tl.where(i + 1 < end, pixels, 0)  # how many pixels to write
+    wanted = pixel < tl.where(next_unguided_row >= 0, goes_on, 0)
+    tl.store(u_at + next_unguided_row * u_row, u_next, inside & wanted)
+    wanted = pixel < tl.where(next_guided_row >= 0, goes_on, 0)
+    tl.store(u_at + next_guided_row * u_row, u_next, inside & wanted)
+
+
+def end_step_triton(
+    out: Tensor,
+    u: Tensor,
+    x: Tensor,
+    y: Tensor,
+    history: Tensor,
+    noise: Tensor | None,
+    mask: Tensor | None,
+    init: Tensor | None,
+    init_noise: Tensor | None,
+    table: Tensor,
+    counter: Tensor,
+    steps: Tensor,
+    arrived: Tensor,
+    guidance: Tensor,
+    rescale: Tensor,
+    factor: Tensor,
+    rows: Tensor,
+    next_rows: Tensor,
+    first_bad: Tensor,
+) -> None:
+    config = END_STEP.config(out, u, x)
+    slots, channels, height, width = x.shape
+    pixels = height * width
+    launch(
+        _end_step_kernel,
+        (cdiv(pixels, config["PIXELS"]), slots),
+        *(out, u, x, y, history, noise, mask, init, init_noise, table, counter, steps, arrived, guidance, rescale),
+        *(factor, rows, next_rows, first_bad),
+        *(pixels, table.shape[1], 1 if noise is None else noise.shape[1]),
+        *(out.stride(0), out.stride(1), u.stride(0), u.stride(1), x.stride(1)),
+        OUT_PIXEL=out.stride(3),
+        U_PIXEL=u.stride(3),
+        X_PIXEL=x.stride(3),
+        CHANNELS=channels,
+        LANES=next_power_of_2(channels),
+        **config,
+    )
+
+
+END_STEP = Op(
+    "end_step",
+    reference=end_step_reference,
+    triton=end_step_triton,
+    supports=end_step_supports,
+    shape_class=end_step_shape_class,
+    cost=end_step_cost,
+    default=end_step_default,
+    space=SPACE,
+    keep=end_step_keep,
+    mutates=("u", "x", "y", "history", "counter", "arrived", "first_bad"),
+)
+
+
+# --------------------------------------------------------------------------------- GUIDANCE_RESCALE: the op
+
+
+def guidance_rescale_reference(
+    out: Tensor,
+    counter: Tensor,
+    steps: Tensor,
+    guidance: Tensor,
+    rescale: Tensor,
+    factor: Tensor,
+    rows: Tensor,
+) -> None:
+    """Slot after slot, by `guide`'s formula."""
+    for slot, (i, end) in enumerate(zip(counter.tolist(), steps.tolist(), strict=True)):
+        unguided_row, guided_row = rows[slot].tolist()
+        if i >= end or rescale[slot] == 0 or unguided_row < 0:
+            continue
+        unguided, guided = _at_least_float32(out[[unguided_row, guided_row]]).chunk(2)
+        mixed = torch.lerp(unguided, guided, float(guidance[slot]))
+        factor[slot] = _rescale_factor(guided, mixed, float(rescale[slot])).squeeze()
+
+
+def guidance_rescale_supports(out: Tensor, *state: Tensor, **named: Tensor) -> Verdict:
+    return _pixels(out)
+
+
+def guidance_rescale_cost(out: Tensor, *_: object, **__: object) -> Cost:
+    return Cost(flop=0, bytes=out.numel() * out.element_size())
+
+
+def guidance_rescale_shape_class(out: Tensor, *_: object, **__: object) -> str:
+    return f"c{out.shape[1]}"
+
+
+# ---- its configurations and kernel
+
+
+RESCALE_SPACE = [
+    {"PIXELS": pixels, "num_warps": warps} for pixels in (128, 512, 1024, 2048) for warps in (4, 8, 16, 32)
+]
+
+
+def guidance_rescale_keep(config: Config, out: Tensor, *_: object, **__: object) -> bool:
+    """4 to 16 elements for each thread, so that 1024 threads have registers for them."""
+    return 4 <= config["PIXELS"] * next_power_of_2(out.shape[1]) // (32 * config["num_warps"]) <= 16
+
+
+def guidance_rescale_default(shape: str, arch: int) -> Config:
+    """8 elements a thread: SD1.5's 4096 pixels in 2 blocks, the second pass from the first level of cache."""
+    return {"PIXELS": max(8192 // next_power_of_2(int(shape[1:])), 16), "num_warps": 32}
+
+
+@jit
+def _guidance_rescale_kernel(
+    out,
+    counter,
+    steps,
+    guidance,
+    rescale,
+    factor,
+    rows,
+    pixels,
+    out_row,
+    out_channel,
+    OUT_PIXEL: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    LANES: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
+    slot = tl.program_id(0)
+    phi = tl.load(rescale + slot)
+    unguided_row = tl.load(rows + 2 * slot).to(tl.int64)
+    guided_row = tl.load(rows + 2 * slot + 1).to(tl.int64)
+    if (tl.load(counter + slot) >= tl.load(steps + slot)) | (phi == 0.0) | (unguided_row < 0):
+        return
+    scale = tl.load(guidance + slot)
+    block = tl.arange(0, PIXELS)[:, None]
+    channel = tl.arange(0, LANES)[None, :]
+    count = CHANNELS * pixels
+
+    guided_sum = tl.zeros((PIXELS, LANES), tl.float32)
+    mixed_sum = tl.zeros((PIXELS, LANES), tl.float32)
+    for start in range(0, pixels, PIXELS):
+        inside = (start + block < pixels) & (channel < CHANNELS)
+        at = out + channel * out_channel + (start + block) * OUT_PIXEL
+        guided = tl.load(at + guided_row * out_row, inside, other=0.0).to(tl.float32)
+        unguided = tl.load(at + unguided_row * out_row, inside, other=0.0).to(tl.float32)
+        guided_sum += guided
+        mixed_sum += _lerp(unguided, guided, scale)
+    guided_mean = tl.sum(guided_sum) / count
+    mixed_mean = tl.sum(mixed_sum) / count
+
+    guided_squares = tl.zeros((PIXELS, LANES), tl.float32)
+    mixed_squares = tl.zeros((PIXELS, LANES), tl.float32)
+    for start in range(0, pixels, PIXELS):
+        inside = (start + block < pixels) & (channel < CHANNELS)
+        at = out + channel * out_channel + (start + block) * OUT_PIXEL
+        guided = tl.load(at + guided_row * out_row, inside, other=0.0).to(tl.float32)
+        unguided = tl.load(at + unguided_row * out_row, inside, other=0.0).to(tl.float32)
+        guided_off = tl.where(inside, guided - guided_mean, 0.0)
+        mixed_off = tl.where(inside, _lerp(unguided, guided, scale) - mixed_mean, 0.0)
+        guided_squares += guided_off * guided_off
+        mixed_squares += mixed_off * mixed_off
+    ratio = tl.sqrt(tl.sum(guided_squares) / tl.sum(mixed_squares))  # both over count - 1
+    tl.store(factor + slot, 1.0 - phi + phi * ratio)
+
+
+def guidance_rescale_triton(
+    out: Tensor,
+    counter: Tensor,
+    steps: Tensor,
+    guidance: Tensor,
+    rescale: Tensor,
+    factor: Tensor,
+    rows: Tensor,
+) -> None:
+    config = GUIDANCE_RESCALE.config(out)
+    launch(
+        _guidance_rescale_kernel,
+        (counter.numel(),),
+        *(out, counter, steps, guidance, rescale, factor, rows),
+        *(out.shape[2] * out.shape[3], out.stride(0), out.stride(1)),
+        OUT_PIXEL=out.stride(3),
+        CHANNELS=out.shape[1],
+        LANES=next_power_of_2(out.shape[1]),
+        **config,
+    )
+
+
+GUIDANCE_RESCALE = Op(
+    "guidance_rescale",
+    reference=guidance_rescale_reference,
+    triton=guidance_rescale_triton,
+    supports=guidance_rescale_supports,
+    shape_class=guidance_rescale_shape_class,
+    cost=guidance_rescale_cost,
+    default=guidance_rescale_default,
+    space=RESCALE_SPACE,
+    keep=guidance_rescale_keep,
+    mutates=("factor",),
+)
+
+
+# ------------------------------------------------------------------------------------------------ the public op
+
+
+def end_step(out: Tensor, state: StepState, *, rescales: bool = False) -> None:
+    """End one step of every slot that is not idle: x, y, history, counter and first_bad move on, and u holds the input
+    of the next step. In place, with no value seen by the host; on a GPU one kernel, or two where a slot rescales.
+
+    out: (R, C, h, w), what the network said of u, in its dtype, contiguous or channels-last. After a slot's last row
+        its part of u is left as it is. rescales: whether `state.rescale` is above 0 for any slot.
+    """
+    if rescales:
+        GUIDANCE_RESCALE(out, state.counter, state.steps, state.guidance, state.rescale, state.factor, state.rows)
+    END_STEP(out, *state)
+
+
+def fuses(x: Tensor) -> bool:
+    """Whether `end_step` is the kernel for latents like x: if not, it waits for the device, and the functions above are
+    the way.
+    """
+    return bool(END_STEP.path(x, x, x))

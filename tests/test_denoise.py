@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastldm import kernels
-from fastldm.denoise import Guidance, denoise, draw_noise, draw_step_noise, randn
+from fastldm.denoise import Guidance, denoise, draw_step_noise, randn
 from fastldm.errors import Cancelled, InputError, NonFinite
 from fastldm.schedule import SAMPLERS, ScheduleConfig, StepTable, make_table
 
@@ -43,8 +43,15 @@ class Network:
         return torch.tanh(u[:, :4].float() + prompts * (0.3 + 0.1 * i)).to(u.dtype)
 
 
+def draw_noise(
+    table: StepTable, shape: Sequence[int], generators: Any, dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor | None]]:
+    """What a run starts from, and the noise of its rows, as a text-to-image pipeline draws them."""
+    return randn(shape, generators, dtype, "cpu").float(), draw_step_noise(table, shape, generators, dtype, "cpu")
+
+
 def started(table: StepTable, seed: int = 0) -> tuple[Tensor, list[Tensor | None]]:
-    noise, noises = draw_noise(table, SHAPE, torch.Generator().manual_seed(seed), torch.float32, "cpu")
+    noise, noises = draw_noise(table, SHAPE, torch.Generator().manual_seed(seed), torch.float32)
     return noise * table.init_noise_sigma, noises
 
 
@@ -200,7 +207,7 @@ def test_noise_is_diffusers(count: int, dtype: torch.dtype) -> None:
         randn(SHAPE, generators(), dtype, "cpu"), randn_tensor(SHAPE, generators(), dtype=dtype), rtol=0, atol=0
     )
     steps, g, their = table(3, "euler a"), generators(), generators()
-    start, noises = draw_noise(steps, SHAPE, g, dtype, "cpu")
+    start, noises = draw_noise(steps, SHAPE, g, dtype)
     for drawn in (start, *noises):
         assert drawn is not None
         assert drawn.dtype == torch.float32
@@ -209,8 +216,8 @@ def test_noise_is_diffusers(count: int, dtype: torch.dtype) -> None:
 
 def test_a_list_draws_what_each_draws_alone() -> None:
     steps = table(4, "dpm++ 2m sde")
-    both = draw_noise(steps, SHAPE, [torch.Generator().manual_seed(s) for s in (1, 2)], torch.float32, "cpu")
-    alone = draw_noise(steps, (1, *SHAPE[1:]), torch.Generator().manual_seed(2), torch.float32, "cpu")
+    both = draw_noise(steps, SHAPE, [torch.Generator().manual_seed(s) for s in (1, 2)], torch.float32)
+    alone = draw_noise(steps, (1, *SHAPE[1:]), torch.Generator().manual_seed(2), torch.float32)
     torch.testing.assert_close(both[0][1:], alone[0], rtol=0, atol=0)
     for batched, single in zip(both[1], alone[1], strict=True):
         torch.testing.assert_close(batched[1:], single, rtol=0, atol=0)

@@ -1,0 +1,167 @@
+"""The end of a step on a GPU: one kernel against diffusers' scheduler, the functions it replaces, and torch.compile.
+
+    python -m benchmarks.step            a row of DPM-Solver++ 2M, guided, in float16
+    python -m benchmarks.step --list     the shapes and the bytes they move; needs no GPU
+
+Everything is timed inside CUDA graphs. The table has more rows than there are replays, so that no slot ends; the state
+is checked against the functions first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import harness
+from benchmarks.gpu import source
+from fastldm.bench import take_turns
+from fastldm.kernels import use
+from fastldm.kernels.step import COLUMNS, END_STEP, StepState, end_step, guide, model_input, step, table_rows
+from fastldm.schedule import ScheduleConfig, make_table
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+SCALE, STEPS, ROW = 7.5, 20, 10  # every replay is step 11 of 20
+ROWS = 1 << 15  # of a table: more than there are replays
+COPIES = 4  # of the state, each with a call in the graph
+SHAPES = {  # slots, height and width of the latents
+    "sd15-512 1 slot": (1, 64, 64),
+    "sd15-512 8 slots": (8, 64, 64),
+    "sdxl-1024 1 slot": (1, 128, 128),
+    "sdxl-1024 4 slots": (4, 128, 128),
+}
+
+
+def arguments(slots: int, height: int, width: int, dtype: torch.dtype, device: str, rows: int = ROWS) -> Any:
+    """(out, state) in the middle of a guided run: the unguided rows of the network first, as the runtime has them."""
+    state = StepState.empty(
+        slots=slots, rows=2 * slots, channels=4, height=height, width=width, steps=rows, dtype=dtype, device=device
+    )
+    table = make_table(ScheduleConfig.from_dict({"_class_name": "DDIMScheduler", **SD}), STEPS, sampler="dpm++ 2m")
+    row = table_rows(table.rows.tolist(), table.draws, [True] * STEPS)[ROW]
+    state.table.copy_(row)
+    state.steps.fill_(rows)
+    state.guidance.fill_(SCALE)
+    at = torch.arange(slots, dtype=torch.int32, device=device)
+    for own in (state.rows, state.next_rows):
+        own.copy_(torch.stack((at, at + slots), 1))
+    for t in (state.x, state.y, state.history):
+        t.normal_()
+    out = torch.randn(2 * slots, 4, height, width, device=device).to(dtype, memory_format=torch.channels_last)
+    return out, state
+
+
+def functions(row: list[float], out: Tensor, x: Tensor, last: Tensor, dtype: torch.dtype) -> Any:
+    """What the kernel replaces: (model input, x, m)."""
+    after, _, (m, _) = step(row, x, None, (last,), guide(out, SCALE), None, depth=2)
+    return model_input(after, row[0], dtype, 2), after, m
+
+
+def rivals(out: Tensor, state: StepState) -> dict[str, Callable[[], object]]:
+    from diffusers import DPMSolverMultistepScheduler
+
+    row = state.table[0, 0, : len(COLUMNS)].tolist()
+    x, last, dtype = state.x.clone(), state.history[:, 0].clone(), out.dtype
+    compiled = torch.compile(functions)
+
+    scheduler = DPMSolverMultistepScheduler.from_config(SD)
+    scheduler.set_timesteps(STEPS)
+    scheduler.model_outputs, scheduler.lower_order_nums = [None, last.to(dtype)], 2
+    half = x.to(dtype)  # diffusers keeps latents in the model's dtype
+
+    def diffusers_step() -> Tensor:
+        scheduler._step_index = ROW
+        unguided, guided = out.chunk(2)
+        said = unguided + SCALE * (guided - unguided)
+        after = scheduler.step(said, scheduler.timesteps[ROW], half, return_dict=False)[0]
+        return scheduler.scale_model_input(torch.cat([after] * 2), scheduler.timesteps[ROW + 1])
+
+    return {
+        "diffusers": diffusers_step,
+        "eager": lambda: functions(row, out, x, last, dtype),
+        "torch.compile": lambda: compiled(row, out, x, last, dtype),
+    }
+
+
+def wrong(slots: int, height: int, width: int, dtype: torch.dtype) -> str | None:
+    """How the kernel disagrees with the functions after two steps; None if it does not."""
+    out, state = arguments(slots, height, width, dtype, "cuda", rows=4)
+    row = state.table[0, 0, : len(COLUMNS)].tolist()
+    x, last = state.x.clone(), state.history[:, -1].clone()
+    for _ in range(2):
+        with use("triton"):
+            end_step(out, state)
+        u, x, last = functions(row, out, x, last, dtype)
+    for name, got, expected, allowed in (("x", state.x, x, 1e-5), ("u", state.u, u, torch.finfo(dtype).eps)):
+        off = float((got.float() - expected.float()).abs().max() / expected.abs().max())
+        if not off <= allowed:
+            return f"{name}: error {off:.1e}, allowed {allowed:.1e}"
+    return None if state.counter.eq(2).all() else f"counters {state.counter.tolist()} after two steps"
+
+
+def bench(name: str, dtype: torch.dtype, ceiling: float) -> dict[str, Any]:
+    slots, height, width = SHAPES[name]
+    moved = bytes_moved(*arguments(*SHAPES[name], dtype, "meta"))
+    row: dict[str, Any] = {"workload": name, "count": 1, "call": f"end_step {slots}x4x{height}x{width}", "flop": 0}
+    row |= {"bytes": moved, "floor_us": moved / ceiling * 1e6}
+    if (why := wrong(*SHAPES[name], dtype)) is not None:
+        return row | {"wrong": why}
+    contenders: dict[str, list[Callable[[], object]]] = {}
+    sets = [arguments(*SHAPES[name], dtype, "cuda") for _ in range(COPIES)]
+    rescaled = [arguments(*SHAPES[name], dtype, "cuda") for _ in range(COPIES)]
+    for _, state in rescaled:
+        state.rescale.fill_(0.7)
+    contenders["triton"] = [(lambda o=out, s=state: end_step(o, s)) for out, state in sets]
+    contenders["triton with rescale"] = [
+        (lambda o=out, s=state: end_step(o, s, rescales=True)) for out, state in rescaled
+    ]
+    for out, state in sets:
+        for rival, run in rivals(out, state).items():
+            contenders.setdefault(rival, []).append(run)
+    row["us"], row["spread"], row["failed"] = take_turns(contenders)
+    if not all(bool((state.counter < state.steps).all()) for _, state in (*sets, *rescaled)):
+        return row | {"wrong": "a slot ended while it was timed: ROWS is too small"}
+    others = {rival: us for rival, us in row["us"].items() if not rival.startswith("triton")}
+    best = min(others, key=others.__getitem__)
+    return row | {"best_rival": best, "ratio": others[best] / row["us"]["triton"]}
+
+
+def bytes_moved(out: Tensor, state: StepState) -> int:
+    """The op's own count, and a plane of history read and one written."""
+    return END_STEP.cost(out, *state).bytes + 2 * 4 * state.x.numel()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="only the shapes with what they move; needs no GPU")
+    parser.add_argument("--dtype", choices=harness.DTYPES, default="float16")
+    parser.add_argument("--results", type=Path, help="folder for the JSON  [default: benchmarks/results/GPU]")
+    args = parser.parse_args()
+    dtype = harness.DTYPES[args.dtype]
+    if args.list:
+        for name, shape in SHAPES.items():
+            print(f"{name:20} {bytes_moved(*arguments(*shape, dtype, 'meta')) / 1e6:6.2f} MB")
+        return
+    if not torch.cuda.is_available():
+        sys.exit("torch sees no GPU: this times kernels on one. --list prints shapes and bytes without.")
+    ceilings = harness.measure_ceilings(dtype)
+    rows = []
+    for name in SHAPES:
+        rows.append(bench(name, dtype, ceilings["bytes"]))
+        print(harness.line(rows[-1]), flush=True)
+    folder = args.results or harness.RESULTS / harness.machine()
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"machine": harness.describe(), "source": source("step"), "ceilings": ceilings, "dtype": args.dtype}
+    (folder / f"step-{args.dtype}.json").write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n")
+    if any("wrong" in row for row in rows):
+        sys.exit("some kernels are wrong and were not timed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,576 @@
+"""kernels/step.py: the kernel that ends a step, against the functions that say what correct means."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import ops
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastldm.denoise import Guidance, denoise, draw_step_noise
+from fastldm.errors import NonFinite
+from fastldm.kernels import dispatch, use
+from fastldm.kernels.step import (
+    COLUMNS,
+    END_STEP,
+    GUIDANCE_RESCALE,
+    NEVER,
+    ROW,
+    StepState,
+    end_step,
+    fuses,
+    guide,
+    table_rows,
+)
+from fastldm.schedule import SAMPLERS, ScheduleConfig, StepTable, make_table
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+DEVICE = ops.DEVICE
+NAN, INF = float("nan"), float("inf")
+
+
+def table_of(sampler: str, steps: int, **arguments: Any) -> StepTable:
+    config = ScheduleConfig.from_dict({"_class_name": "DDIMScheduler", **SD})
+    return make_table(config, steps, sampler=sampler, **arguments)
+
+
+def in_blocks_of(pixels: int) -> AbstractContextManager[None]:
+    """Programs of so many pixels, so that small pictures have several."""
+    return dispatch.forced("end_step", {"PIXELS": pixels, "num_warps": 1})
+
+
+def clone(state: StepState) -> StepState:
+    return StepState(*(t if t is None else t.clone() for t in state))
+
+
+def full_state(
+    slots: int = 2,
+    channels: int = 4,
+    height: int = 5,
+    width: int = 3,
+    dtype: torch.dtype = torch.float32,
+    extra_channels: int = 0,
+    channels_last: bool = True,
+) -> StepState:
+    """Slots at different steps of tables that have no zero: everything is read, and everything is written."""
+    state = StepState.empty(
+        slots=slots,
+        rows=2 * slots,
+        channels=channels,
+        height=height,
+        width=width,
+        steps=6,
+        draws=3,
+        extra_channels=extra_channels,
+        masked=True,
+        channels_last=channels_last,
+        dtype=dtype,
+        device=DEVICE,
+    )
+    for t in (state.u, state.x, state.y, state.history, state.noise, state.init, state.init_noise, state.table):
+        t.normal_()
+    state.mask.uniform_()
+    state.table[:, :, len(COLUMNS) :] = torch.tensor([1.0, 1.0, 1.0, 2.0] + (ROW - len(COLUMNS) - 4) * [NAN])
+    state.counter.copy_(torch.arange(slots) % 5)
+    state.steps.fill_(6)
+    state.guidance.uniform_(1, 8)
+    state.rescale.fill_(0.5)
+    state.factor.uniform_(0.8, 1.0)
+    for rows in (state.rows, state.next_rows):  # each slot's rows are anywhere, and elsewhere in the next step
+        rows.copy_(torch.randperm(2 * slots).view(2, slots).t())
+    return state
+
+
+def output_for(state: StepState, memory_format: torch.memory_format = torch.channels_last) -> Tensor:
+    shape = (len(state.u), *state.x.shape[1:])
+    return torch.randn(shape, device=DEVICE).to(state.u.dtype).to(memory_format=memory_format)
+
+
+def assert_same(got: StepState, expected: StepState, float32: float = 3e-6) -> None:
+    """All that two states hold: integers equal, floats but for rounding, u but for its last place."""
+    for name, value, wanted in zip(StepState._fields, got, expected, strict=True):
+        if wanted is None or not wanted.is_floating_point():
+            assert wanted is value or torch.equal(value, wanted), name
+            continue
+        assert torch.equal(value.isfinite(), wanted.isfinite()), name
+        allowed = float32 if wanted.dtype == torch.float32 else torch.finfo(wanted.dtype).eps
+        off = ops.error(value.nan_to_num(0, 0, 0), wanted.nan_to_num(0, 0, 0))
+        assert off <= allowed, f"{name}: {off:.1e}, allowed {allowed:.1e}"
+
+
+def run_both(out: Tensor, state: StepState) -> StepState:
+    """The kernel's state after a step, found to be the reference's."""
+    expected, got = clone(state), clone(state)
+    END_STEP.reference(out, *expected)
+    END_STEP.triton(out, *got)
+    assert_same(got, expected)
+    return got
+
+
+# ---- one step ----
+
+SHAPES = {
+    "sd15-like": {"height": 8, "width": 8},
+    "odd": {"slots": 3, "height": 5, "width": 3},  # pixels no multiple of a block
+    "one-pixel": {"slots": 1, "height": 1, "width": 1},
+    "sixteen-channels": {"channels": 16},  # Stable Diffusion 3's latents
+    "three-channels": {"channels": 3},  # a lane of each pixel is beyond the end
+    "one-channel": {"channels": 1},
+    "inpainting": {"extra_channels": 5},  # channels of u that are not the kernel's, at odd strides
+}
+
+
+@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_kernel(shape: dict[str, int], dtype: torch.dtype) -> None:
+    """All terms at once, in the error budget, and equal to the reference in what is no float."""
+    state = full_state(**shape, dtype=dtype)
+    out = output_for(state)
+    ops.check(END_STEP, out, *state)
+    run_both(out, state)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_the_kernel_in_blocks_and_layouts(memory_format: torch.memory_format, channels_last: bool) -> None:
+    """Several programs a slot, the last not full, whatever the layouts of state and output."""
+    state = full_state(channels_last=channels_last, extra_channels=1)
+    with in_blocks_of(4):
+        after = run_both(output_for(state, memory_format), state)
+    assert torch.equal(after.counter, state.counter + 1)
+    assert not after.arrived.any()
+    assert torch.equal(after.u[:, 4:], state.u[:, 4:])
+
+
+@settings(max_examples=5, deadline=None)
+@given(
+    slots=st.integers(1, 3),
+    channels=st.integers(1, 5),
+    height=st.integers(1, 7),
+    width=st.integers(1, 7),
+    block=st.sampled_from([8, 32]),
+)
+def test_the_kernel_at_any_size(slots: int, channels: int, height: int, width: int, block: int) -> None:
+    state = full_state(slots, channels, height, width)
+    with in_blocks_of(block):
+        run_both(output_for(state), state)
+
+
+def test_the_kernel_leaves_idle_slots_alone() -> None:
+    """Never begun, and at the end: neither is read (all NaN) or written, and a neighbour goes on."""
+    state = full_state(slots=3)
+    state.steps.copy_(torch.tensor([0, 6, 6]))
+    state.counter.copy_(torch.tensor([0, 2, 6]))
+    for name in ("x", "y", "history", "noise", "mask", "init", "init_noise", "table", "guidance"):
+        getattr(state, name)[[0, 2]] = NAN
+    out = output_for(state)
+    out[state.rows[[0, 2]].flatten().long()] = NAN
+    after = run_both(out, state)
+    assert torch.equal(after.counter.cpu(), torch.tensor([0, 3, 6], dtype=torch.int32))
+    for name in ("x", "y", "history"):
+        assert getattr(after, name)[[0, 2]].isnan().all()
+        assert getattr(after, name)[1].isfinite().all()
+    mine = torch.zeros(6, dtype=torch.bool).index_fill(0, state.next_rows[1].long().cpu(), True)
+    assert torch.equal((after.u != state.u).flatten(1).any(1).cpu(), mine)
+
+
+def test_the_kernel_reads_nothing_behind_a_zero() -> None:
+    """A DDIM row, unguided, in a state that is NaN but for x and the guided half of the output."""
+    state = full_state()
+    state.table.zero_()
+    numbers = dict.fromkeys(COLUMNS, 0.0) | {"c_in": 0.5, "q": 1.0, "a": 0.9, "b0": -0.2, "e1": 1.0}
+    state.table[..., : len(COLUMNS)] = torch.tensor(list(numbers.values()), device=DEVICE)
+    for name in ("u", "y", "history", "noise", "mask", "init", "init_noise"):
+        getattr(state, name).fill_(NAN)
+    out = output_for(state)
+    out[state.rows[:, 0].long()] = NAN
+    after = run_both(out, state)
+    wanted = 0.9 * state.x - 0.2 * out[state.rows[:, 1].long()]
+    torch.testing.assert_close(after.x, wanted)
+    torch.testing.assert_close(after.u[after.next_rows[:, 0].long()], 0.5 * wanted)
+    assert after.y.isnan().all()  # neither is kept what no row will read
+    assert after.history.isnan().all()
+
+
+@pytest.mark.parametrize("how", ["no row", "the same row", "an unguided row of the table"])
+def test_the_kernel_without_guidance_takes_the_guided_half(how: str) -> None:
+    state = full_state()
+    plain = clone(state)
+    plain.guidance.fill_(1.0)
+    plain.rescale.zero_()
+    if how == "no row":
+        state.rows[:, 0] = -1
+    elif how == "the same row":
+        state.rows[:, 0] = state.rows[:, 1]
+        state.rescale.zero_()
+    else:
+        state.table[..., len(COLUMNS)] = 0.0
+    out = output_for(state)
+    assert torch.equal(run_both(out, state).x, run_both(out, plain).x)
+
+
+def test_the_kernel_ignores_the_factor_of_who_does_not_rescale() -> None:
+    state = full_state()
+    state.rescale.zero_()
+    state.factor.fill_(NAN)
+    assert run_both(output_for(state), state).x.isfinite().all()
+
+
+def test_the_kernel_after_the_last_row_leaves_u_alone() -> None:
+    state = full_state()
+    state.counter.fill_(5)
+    after = run_both(output_for(state), state)
+    assert torch.equal(after.u, state.u)
+    assert torch.equal(after.counter, after.steps)
+
+
+def test_the_kernel_writes_the_rows_that_there_are() -> None:
+    state = full_state()
+    state.next_rows.copy_(torch.tensor([[-1, 3], [-1, -1]]))
+    after = run_both(output_for(state), state)
+    assert (after.u != state.u).flatten(1).any(1).tolist() == [False, False, False, True]
+
+
+def test_a_slot_is_what_it_is_alone() -> None:
+    """To the bit, whoever its neighbours are."""
+    state = full_state(slots=3)
+    out = output_for(state)
+    together = run_both(out, state)
+    alone = StepState(state.u.clone(), *(t[1:2].clone() for t in state[1:]))
+    END_STEP.triton(out, *alone)
+    for name in ("x", "y", "history", "counter"):
+        assert torch.equal(getattr(alone, name)[0], getattr(together, name)[1])
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_the_kernel_records_the_first_bad_step(bad: float) -> None:
+    """Of each slot for itself, though later steps are bad too."""
+    state = full_state(slots=3)
+    state.table[..., 1 : len(COLUMNS)].clamp_(0.1, 0.5)
+    out = output_for(state)
+    bad_out = out.clone()
+    bad_out[int(state.rows[1, 1]), 2, 3, 1] = bad
+    for given_out in (out, bad_out, out):
+        END_STEP.triton(given_out, *state)
+    assert state.first_bad.tolist() == [NEVER, 2, NEVER]  # slot 1 began at step 1
+
+
+# ---- whole trajectories ----
+
+
+def network(u: Tensor, channels: int) -> Tensor:
+    """Stands in for a U-Net: each row says something else."""
+    shift = torch.linspace(-0.5, 0.5, len(u), device=u.device).view(-1, 1, 1, 1)
+    return torch.tanh(u[:, :channels].float() + shift).to(u.dtype)
+
+
+def admit(state: StepState, slot: int, table: StepTable, guidance: Guidance, masked: bool, rows: list[int]) -> None:
+    """Make a request of a slot, as a runtime would."""
+    guided = guidance.rows(table)
+    numbers = table_rows(table.rows.tolist(), table.draws, guided, masked)
+    state.table[slot].fill_(NAN)
+    state.table[slot, : len(numbers)] = numbers.to(DEVICE)
+    state.noise[slot, : sum(table.draws)].normal_()
+    state.x[slot].normal_().mul_(table.init_noise_sigma)
+    if masked:
+        state.mask[slot] = torch.rand(state.mask[slot].shape).round()
+        state.init[slot].normal_()
+        state.init_noise[slot].normal_()
+    state.guidance[slot] = guidance.scale
+    state.rescale[slot] = guidance.rescale
+    state.rows[slot] = state.next_rows[slot] = torch.tensor(rows, dtype=torch.int32)
+    for row in rows:
+        if row >= 0:
+            state.u[row, : state.x.shape[1]] = (float(table.rows[0, 0]) * state.x[slot]).to(state.u.dtype)
+    state.counter[slot] = 0
+    state.steps[slot] = len(table)
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(ops.DTYPES[0], marks=pytest.mark.full), *ops.DTYPES[1:]], ids=str)
+def test_all_samplers_in_one_batch(dtype: torch.dtype) -> None:
+    """A slot for each sampler, with its own steps, scale, interval, rescale and mask, begun one after the other, run to
+    the end: every state after every step is the reference's.
+    """
+    slots = len(SAMPLERS) + 1  # one stays idle
+    buffers = StepState.empty(
+        slots=slots,
+        rows=2 * slots,
+        channels=4,
+        height=3,
+        width=5,
+        steps=16,
+        draws=8,
+        extra_channels=5,
+        masked=True,
+        dtype=dtype,
+        device=DEVICE,
+    )
+    for name in ("x", "y", "history", "noise", "mask", "init", "init_noise", "table"):
+        getattr(buffers, name).fill_(NAN)  # nothing is read that was not written
+    buffers.u[:, 4:].normal_()
+    got, rows = buffers, torch.randperm(2 * slots).tolist()
+    launches, ended = 0, [0] * slots
+    while launches < 3 or bool((got.counter < got.steps).any()):
+        for slot, sampler in enumerate(SAMPLERS):
+            if slot % 3 != launches:
+                continue
+            table = table_of(sampler, 4 + slot % 3, eta=0.5 if slot % 2 else 0.0)
+            guidance = Guidance((1.0, 4.0, 7.5)[slot % 3], 0.7 * (slot % 4 == 0), 0.0, 0.6 + 0.4 * (slot % 2))
+            own = [rows[2 * slot], rows[2 * slot + 1]] if guidance.scale > 1 else [-1, rows[2 * slot]]
+            admit(got, slot, table, guidance, slot % 3 == 0, own)
+            ended[slot] = len(table)
+        expected, out = clone(got), network(got.u, 4)
+        with use("torch"):
+            end_step(out, expected, rescales=True)
+        with use("triton"):
+            end_step(out, got, rescales=True)
+        assert_same(got, expected)
+        launches += 1
+    assert got.counter.tolist() == ended
+    assert got.x[:-1].isfinite().all()
+    assert got.first_bad.tolist() == [NEVER] * slots
+    assert got.x[-1].isnan().all()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_denoising_with_the_kernel(sampler: str) -> None:
+    """`denoise` is the same, function by function and in one kernel a step."""
+    run = denoising(sampler, 5)
+    with use("torch"):
+        eager = run(Guidance(5.0, 0.3, 0.0, 0.7))
+    with use("triton"):
+        fused = run(Guidance(5.0, 0.3, 0.0, 0.7))
+    assert ops.error(fused, eager) < 2e-5
+    assert fused.is_contiguous()
+
+
+def denoising(sampler: str, steps: int, **options: Any) -> Any:
+    """A run of `denoise`, to be called with Guidance: a batch of two, its noise already drawn."""
+    table, shape = table_of(sampler, steps, eta=0.5), (2, 4, 6, 5)
+    x = torch.randn(shape, device=DEVICE) * table.init_noise_sigma
+    noises = draw_step_noise(table, shape, torch.Generator().manual_seed(1), torch.float32, DEVICE)
+
+    def run(guidance: Guidance) -> Tensor:
+        return denoise(lambda u, i, guided: network(u, 4), table, x, noises, guidance, **options)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"masked": True},
+        {"extra_channels": 5, "dtype": torch.float16},
+        {"on_step": lambda i, t, x: x * 0.5 if i in (1, 6) else None},  # the last row's are the result
+    ],
+    ids=["inpainting", "nine-channels", "replaced-latents"],
+)
+@pytest.mark.parametrize("guidance", [Guidance(), Guidance(3.0), Guidance(3.0, 0.0, 0.4, 0.8)], ids=str)
+def test_denoising_with_the_kernel_and_options(options: dict[str, Any], guidance: Guidance) -> None:
+    options = dict(options)
+    pictures = torch.randn(3, 2, 4, 6, 5, device=DEVICE)
+    if options.pop("masked", False):
+        options |= {"mask": pictures[0, :1, :1] > 0, "init": pictures[1], "init_noise": pictures[2]}
+        options["mask"] = options["mask"].float()
+    if options.get("extra_channels"):
+        options["extra_channels"] = torch.randn(2, 5, 6, 5, device=DEVICE)
+    run = denoising("heun", 4, **options)  # 7 rows
+    with use("torch"):
+        eager = run(guidance)
+    with use("triton"):
+        fused = run(guidance)
+    assert ops.error(fused, eager) < (2e-3 if "dtype" in options else 2e-5)
+
+
+def test_denoising_with_the_kernel_names_the_first_bad_step() -> None:
+    x = torch.randn(2, 4, 6, 5, device=DEVICE)
+    table = table_of("heun", 6)
+
+    def broken(u: Tensor, i: int, guided: bool) -> Tensor:
+        return network(u, 4) / (0.0 if i == 3 else 1.0)
+
+    with use("triton"):
+        assert fuses(x)
+        with pytest.raises(NonFinite, match=r"after step 2 of 6 \(row 3, timestep 599.4\)"):
+            denoise(broken, table, x, [None] * len(table), Guidance(2.0))
+        x[1, 0, 0, 0] = INF
+        with pytest.raises(NonFinite, match="that denoising starts from"):
+            denoise(broken, table, x, [None] * len(table), Guidance())
+
+
+def test_latents_of_a_callback_stay_as_they_were() -> None:
+    seen: list[Tensor] = []
+    with use("triton"):
+        last = denoising("euler", 4, on_step=lambda i, t, x: seen.append(x))(Guidance())
+    assert torch.equal(seen[-1], last)
+    assert not torch.equal(seen[0], seen[1])
+
+
+# ---- guidance rescale ----
+
+
+def rescale_arguments(state: StepState, out: Tensor) -> dict[str, Tensor]:
+    names = ("counter", "steps", "guidance", "rescale", "factor", "rows")
+    return {"out": out, **{name: getattr(state, name) for name in names}}
+
+
+@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_rescale_kernel(shape: dict[str, int], dtype: torch.dtype) -> None:
+    if shape == SHAPES["one-pixel"]:
+        shape = {**shape, "width": 2}
+    state = full_state(**shape, dtype=dtype)
+    with dispatch.forced("guidance_rescale", {"PIXELS": 8, "num_warps": 1}):  # several blocks, the last not full
+        ops.check(GUIDANCE_RESCALE, *rescale_arguments(state, output_for(state)).values())
+
+
+def test_the_rescale_kernel_at_a_huge_mean() -> None:
+    """Sums of squares less a squared sum would have no digit left."""
+    state = full_state()
+    ops.check(GUIDANCE_RESCALE, *rescale_arguments(state, output_for(state) + 3000).values())
+
+
+def test_rescaled_steps_are_guided_as_by_guide() -> None:
+    """Both kernels together, on a row that is nothing but guidance; a slot that does not rescale, or is idle, keeps its
+    factor.
+    """
+    state = full_state(slots=4)
+    numbers = dict.fromkeys(COLUMNS, 0.0) | {"q": 1.0, "b0": 1.0, "e1": 1.0}
+    state.table[..., : len(COLUMNS)] = torch.tensor(list(numbers.values()), device=DEVICE)
+    state.table[..., len(COLUMNS) + 1] = 0.0
+    state.rescale.copy_(torch.tensor([0.7, 0.0, 1.0, 0.5]))
+    state.steps[3] = 0
+    out, before = output_for(state), state.factor.clone()
+    state.x[3] = 1.0
+    with use("triton"):
+        end_step(out, state, rescales=True)
+    for slot, rescale in enumerate((0.7, 0.0, 1.0)):
+        wanted = guide(out[state.rows[slot].long()], float(state.guidance[slot]), rescale)
+        torch.testing.assert_close(state.x[slot], wanted[0])
+    assert (state.x[3] == 1.0).all()
+    assert torch.equal(state.factor[[1, 3]], before[[1, 3]])
+
+
+# ---- tables, refusals, registration ----
+
+
+def test_table_rows() -> None:
+    """Columns behind the sampler's own: what is guided, masked, kept, and which draw is whose."""
+    table = table_of("dpm++ 3m sde", 5)
+    guided = [True, True, False, True, True]
+    rows = table_rows(table.rows.tolist(), table.draws, guided, masked=True)
+    assert rows.shape == (5, ROW)
+    assert torch.equal(rows[:, : len(COLUMNS)], torch.from_numpy(table.rows))
+    extra = rows[:, len(COLUMNS) : len(COLUMNS) + 4]
+    assert extra[:, 0].tolist() == guided
+    assert extra[:, 1].tolist() == [1.0] * 5
+    assert extra[:, 2].tolist() == [1.0, 1.0, 1.0, 0.0, 0.0]  # the last is of order 1, the last but one of order 2
+    assert extra[:, 3].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert not rows[:, len(COLUMNS) + 4 :].any()
+
+    alternating = table_of("dpm2 a", 3)  # draws at every second row
+    assert alternating.draws == (False, True, False, True, False)
+    draw = table_rows(alternating.rows.tolist(), alternating.draws, [False] * 5)[:, len(COLUMNS) + 3]
+    assert [draw[1], draw[3]] == [0.0, 1.0]
+    for sampler, kept in (("ddim", 0), ("euler a", 0), ("heun", 3), ("dpm++ 2m", 3), ("lms", 5)):
+        table = table_of(sampler, 4 if sampler == "heun" else 5 if sampler != "lms" else 6)
+        keep = table_rows(table.rows.tolist(), table.draws, [False] * len(table))[:, len(COLUMNS) + 2]
+        assert keep.sum() == kept, sampler
+
+
+def test_what_is_refused_says_why() -> None:
+    state = full_state()
+    out = output_for(state)
+
+    def why(out: Tensor = out, **changed: Tensor) -> str:
+        return END_STEP.supports(out, *state._replace(**changed)).why
+
+    assert END_STEP.supports(out, *state)
+    assert "not float32" in why(y=state.y.double())
+    assert "neither contiguous nor channels-last" in why(x=torch.randn(2, 4, 5, 6)[..., ::2])
+    assert "layout, or have gaps" in why(y=state.y.contiguous())
+    assert "layout, or have gaps" in why(history=state.history[:, ::2])
+    assert "not contiguous" in why(table=state.table[:, ::2])
+    assert "not adjacent" in why(torch.randn(4, 4, 5, 6)[..., :3])
+    assert "more than 64" in why(torch.randn(4, 65, 5, 3))
+    assert "dtype" in GUIDANCE_RESCALE.supports(out.long()).why
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="about machines without a GPU")
+def test_on_a_cpu_the_functions_run() -> None:
+    assert not fuses(torch.zeros(2, 4, 5, 3))
+    state = full_state()
+    other, out = clone(state), output_for(state)
+    end_step(out, state)
+    END_STEP.reference(out, *other)
+    assert_same(state, other, float32=0.0)
+
+
+def test_registered() -> None:
+    state = full_state()
+    out = output_for(state)
+    ops.check_registered(END_STEP, out, *state)
+    ops.check_registered(GUIDANCE_RESCALE, *rescale_arguments(state, out).values())
+
+
+# ---- where many programs run at once ----
+
+
+@pytest.mark.gpu
+def test_no_program_finds_the_counter_moved() -> None:
+    """Thousands of programs a step, in every launch configuration: each must see the counter before it moves."""
+    state = full_state(slots=8, height=96, width=96)
+    state.counter.zero_()
+    out, expected = output_for(state), clone(state)
+    for _ in range(6):
+        END_STEP.reference(out, *expected)
+    for config in END_STEP.space:
+        if not END_STEP.keep(config, out, *state):
+            continue
+        got = clone(state)
+        with dispatch.forced("end_step", config):
+            for _ in range(8):  # two more than there are steps
+                END_STEP.triton(out, *got)
+        assert_same(got, expected, float32=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_captured_step_serves_every_table() -> None:
+    """One graph; the slot is given another sampler, and another scale, between replays."""
+    state = full_state()
+    out = output_for(state)
+    for _ in range(2):
+        END_STEP.triton(out, *clone(state))
+    graph = torch.cuda.CUDAGraph()
+    kept = clone(state)
+    with torch.cuda.graph(graph):
+        end_step(out, state)
+    for _ in range(2):
+        for t, value in zip(state, kept, strict=True):
+            t.copy_(value)
+        state.table[..., : len(COLUMNS)].normal_()
+        state.guidance.uniform_(1, 9)
+        expected = clone(state)
+        graph.replay()
+        END_STEP.reference(out, *expected)
+        assert_same(state, expected)
+
+
+@pytest.mark.gpu
+def test_nothing_in_the_loop_waits_for_the_gpu() -> None:
+    table, x = table_of("dpm++ 2m", 6), torch.randn(2, 4, 8, 8, device="cuda")
+    denoise(lambda u, i, guided: network(u, 4), table, x, [None] * 6, Guidance(3.0, 0.5))
+
+    def watched(u: Tensor, i: int, guided: bool) -> Tensor:
+        torch.cuda.set_sync_debug_mode("error" if i < 5 else "default")  # after the last row there is one
+        return network(u, 4)
+
+    try:
+        denoise(watched, table, x, [None] * 6, Guidance(3.0, 0.5))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
