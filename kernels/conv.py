@@ -1,33 +1,543 @@
 """2-D convolutions, and the nearest upsampling that stands before some of them.
 
-    conv2d:           out[o, h, w] = sum_cij weight[o, c, i, j] x[c, stride h + i - padding, stride w + j - padding]
+    conv2d            out[o, h, w] = sum_cij weight[o, c, i, j] x[c, stride h + i - padding, stride w + j - padding]
                                      + bias[o] + residual[o, h, w]
-    upsample_conv2d:  x enlarged to `size` by nearest neighbour, then a 3x3 convolution with padding 1
+    upsample_conv2d   x enlarged to (height, width) by nearest neighbour, then a 3x3 convolution with padding 1
 
     x (B, C, H, W), weight (O, C, K, K), bias (O,), residual as out -> out (B, O, H', W')
 
-Channels-last in gives channels-last out. Accumulation is float32. For size = (2H, 2W) upsample_conv2d equals four 2x2
-convolutions of the small input, one for each parity of the output's row and column, at 4/9 of the operations.
+All memory is channels-last: a pixel's channels lie side by side, x is a matrix (B*H*W, C), weight is (O, K, K, C). Then
+a convolution is the product of a matrix (B*H'*W', K*K*C), each of whose rows is K*K pixels of x, with weight's
+transpose. It is 2 B H' W' O C K^2 float operations over B H W C + O C K^2 + B H' W' O elements: 3x3 on 320 channels at
+64x64 and batch 2 makes 15.1 GFLOP of 12 MB, 1,230 operations a byte, and is bound by the matrix units. At 8x8 with 1280
+channels 3.8 GFLOP need 29 MB of weights, 128 operations a byte, and memory bounds.
+
+PyTorch at its best, which is what a GPU runs by default (`conv2d_torch`):
+
+    plan        cuDNN times its plans for a shape at the first call and keeps the fastest. One asks for that by setting
+                torch.backends.cudnn.benchmark, which is global; here it is an argument of each call (`_convolve`).
+    1x1         is a plain matrix product, which cuBLAS does better.
+    channels    3, 4 and 9 are padded to a multiple of 8 with zeros: rows of 16 bytes, which the tensor cores want. The
+                weights that this concerns are small (at most 4 * 9 * 512), so they are padded at each call.
+    bias        ATen adds it in a pass of its own after cuDNN. If there is a residual to add as well, one kernel adds
+                both, in place. The U-Net's first convolution of a block has none: its bias is in the time row.
+
+Upsampling. A row of the enlarged picture is a row of x, twice. Of the three rows that a 3x3 kernel covers two are
+therefore equal, and their weights can be added before: where the output's row is even, the first row stands alone,
+
+    out[2h]     = w0 x[h-1] + (w1 + w2) x[h]            out[2h + 1] = (w0 + w1) x[h] + w2 x[h+1]
+
+and the same for columns. So each of the four phases (parity of row, of column) is a 2x2 convolution of the small
+picture: 16 products for four outputs instead of 36, and the enlarged picture is never written. Together they are
+one transposed convolution of stride 2 and padding 1, whose kernel along one axis is (w2, w1 + w2, w0 + w1, w0), the
+mirrored sums of neighbours of w: the full convolution of w with a 2x2 box, which is what enlarging is
+(`upsample_phases`). Exact but for the rounding of the sums, which are made in float32. It pays where the picture is
+large enough to outweigh making the phases, see _PHASES_FROM; other sizes than the double take the plain form.
+
+The kernel (`_conv_kernel`, not taken by default) is the product described above with the big matrix never made
+("implicit GEMM"): a program makes BLOCK_M pixels x BLOCK_N channels of the output as the kernel of linear.py does,
+with its order of tiles, split of K and epilogue, and walks along K tap by tap, BLOCK_K channels at a time. A tap moves
+all pixels by the same distance in memory, so an address is a number for each pixel, made once, plus a number for the
+step; what a tap finds beyond the edge is masked to zero. For upsampling it runs the four phases as four such products
+in one launch, each reading its 2x2 taps of the 4x4 kernel and writing every other pixel: the output is written once,
+interleaved, and needs no further pass.
 """
 
 from __future__ import annotations
 
+import functools
+import re
+from typing import TYPE_CHECKING
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastldm.kernels.dispatch import YES, Config, Cost, Op, Verdict, capability, cdiv, jit, launch, no
+from fastldm.kernels.dispatch import next_power_of_2 as power_of_2
+from fastldm.kernels.linear import (
+    SPACE,
+    add_up,
+    estimate,
+    fast_library,
+    finish,
+    linear,
+    multipliable,
+    sum_kernel,
+    tile_of,
+    worth_a_try,
+)
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+# Pixels (B*H*W of the small picture) from which the phases pay, though they are made anew at each call. They save
+# 5/9 of 18 C O float operations for each of 4 pixels, and cost some 64 C O bytes to make and to read: on an H100 at
+# 500 TFLOP/s and 3 TB/s that balances at 270 pixels, and at 2 to 3 times that with PyTorch's unfused kernels. On two
+# CPU cores 128 channels at 64x64 take 0.46 of the plain form's time, 640 at 8x8 2.3.
+_PHASES_FROM = 1024
 
 
 def conv2d_reference(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    *,
+    residual: Tensor | None = None,
     stride: int = 1,
     padding: int = 0,
-    residual: Tensor | None = None,
 ) -> Tensor:
-    """PyTorch's convolution, then the sum."""
+    """PyTorch's convolution, then the sum: in place, for nobody else holds what was convolved."""
     out = F.conv2d(x, weight, bias, stride, padding)
-    return out if residual is None else out + residual
+    return out if residual is None else out.add_(residual)
+
+
+def conv2d_torch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 0,
+) -> Tensor:
+    """PyTorch at its best: on a GPU what the top of this file describes, on a CPU the reference."""
+    if not fast_library(x):
+        return conv2d_reference(x, weight, bias, residual, stride, padding)
+    if weight.shape[2:] == (1, 1) and (stride, padding) == (1, 0):
+        pixels = None if residual is None else residual.permute(0, 2, 3, 1)
+        return linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias, residual=pixels).permute(0, 3, 1, 2)
+    filters = weight.shape[0]
+    missing, surplus = -weight.shape[1] % 8, -filters % 8
+    if missing:
+        x = F.pad(x, (0, 0, 0, 0, 0, missing))
+    if missing or surplus:
+        weight = F.pad(weight, (0, 0, 0, 0, 0, missing, 0, surplus))
+    out = _convolve(x, weight, stride, padding)
+    if surplus:
+        out = _channels_last(out[:, :filters])
+    return _add(out, bias, residual)
+
+
+def upsample_conv2d_reference(x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int) -> Tensor:
+    """Enlarge, then convolve."""
+    return conv2d_reference(F.interpolate(x, size=(height, width), mode="nearest"), weight, bias, padding=1)
+
+
+def upsample_conv2d_torch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int, phases: Tensor | None = None
+) -> Tensor:
+    """PyTorch at its best: a transposed convolution by the phases where that pays, else enlarge and convolve."""
+    batch, _, h, w = x.shape
+    recorded = torch.compiler.is_compiling()  # the phases would be made at each run of what is exported
+    if (height, width) != (2 * h, 2 * w) or recorded or (phases is None and batch * h * w < _PHASES_FROM):
+        return conv2d_torch(F.interpolate(x, size=(height, width), mode="nearest"), weight, bias, padding=1)
+    if phases is None:
+        phases = upsample_phases(weight)
+    if not fast_library(x):
+        return F.conv_transpose2d(x, phases, bias, stride=2, padding=1)
+    return _add(_convolve(x, phases, 2, 1, transposed=True), bias, None)
+
+
+def upsample_phases(weight: Tensor) -> Tensor:
+    """The 4x4 kernel (C, O, 4, 4) of the transposed convolution that is upsampling and then weight (O, C, 3, 3).
+
+    Sums over 2x2 boxes, mirrored. Pooling sums in float32 and rounds once, whatever the dtype. Channels-last, as
+    `upsample_conv2d` takes them: who runs it often may keep them, and make them anew when the weight changes.
+    """
+    sums = F.avg_pool2d(weight, 2, stride=1, padding=1, divisor_override=1)  # (O, C, 4, 4)
+    return _channels_last(sums.flip(2, 3).transpose(0, 1))
+
+
+def _convolve(x: Tensor, weight: Tensor, stride: int, padding: int, transposed: bool = False) -> Tensor:
+    """PyTorch's convolution without a bias, by cuDNN's fastest plan for this shape; 16-bit dtypes.
+
+    What F.conv2d reads from torch.backends.cudnn is here an argument. cuDNN runs the plan it has for a shape, be it
+    from a search or not, so a search at the first call serves all later ones of this thread. A CUDA graph's capture
+    cannot hold a search: run each shape once before, or it gets the plan that cuDNN guesses.
+    """
+    cudnn = torch.backends.cudnn
+    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    search = not (capturing or deterministic)  # another run may find another plan, which rounds otherwise
+    steps, edges, ones = (stride, stride), (padding, padding), (1, 1)
+    out = torch._convolution(
+        x, weight, None, steps, edges, ones, transposed, (0, 0), 1, search, deterministic, cudnn.enabled, True
+    )
+    return _channels_last(out)  # as it is, but on the meta device
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+# ------------------------------------------------------------------- bias and residual, after cuDNN's convolution
+
+
+def bias_residual_reference(out: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    """Add both to out (B, O, H, W), in place."""
+    if bias is not None:
+        out += bias[:, None, None]
+    if residual is not None:
+        out += residual
+
+
+def bias_residual_supports(out: Tensor, bias: Tensor | None, residual: Tensor | None) -> Verdict:
+    if out.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return no(f"dtype {out.dtype}")
+    for image in (out,) if residual is None else (out, residual):
+        if not image.is_contiguous(memory_format=torch.channels_last):
+            return no(f"{tuple(image.shape)} with strides {tuple(image.stride())} is not channels-last")
+    return YES if out.numel() else no(f"{tuple(out.shape)} is empty")
+
+
+def bias_residual_cost(out: Tensor, bias: Tensor | None, residual: Tensor | None) -> Cost:
+    return Cost(flop=0, bytes=out.numel() * out.element_size() * (2 if residual is None else 3))
+
+
+BIAS_RESIDUAL_SPACE = [
+    {"ROWS": rows, "COLUMNS": columns, "num_warps": warps}
+    for rows in (4, 8, 16, 32, 64)
+    for columns in (32, 64, 128)
+    for warps in (2, 4, 8)
+]
+
+
+def bias_residual_keep(config: Config, out: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
+    """8 to 32 elements for each thread: one to four loads of 16 bytes of each tensor."""
+    return 8 <= config["ROWS"] * config["COLUMNS"] // (32 * config["num_warps"]) <= 32
+
+
+def bias_residual_shape_class(out: Tensor, bias: Tensor | None, residual: Tensor | None) -> str:
+    return f"p{power_of_2(out.numel() // out.shape[1])} n{out.shape[1]}"
+
+
+def bias_residual_default(shape: str, arch: int) -> Config:
+    """64 channels, which divide those of the networks: 128 bytes a pixel, 16 elements a thread."""
+    return {"ROWS": 32, "COLUMNS": 64, "num_warps": 4}
+
+
+def bias_residual_triton(out: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    config = BIAS_RESIDUAL.config(out, bias, residual)
+    columns = out.shape[1]
+    rows = out.numel() // columns
+    grid = (cdiv(rows, config["ROWS"]), cdiv(columns, config["COLUMNS"]))
+    launch(sum_kernel, grid, out, bias, residual, out, rows, columns, PARTS=1, **config)
+
+
+BIAS_RESIDUAL = Op(
+    "bias_residual",
+    reference=bias_residual_reference,
+    triton=bias_residual_triton,
+    supports=bias_residual_supports,
+    shape_class=bias_residual_shape_class,
+    cost=bias_residual_cost,
+    default=bias_residual_default,
+    space=BIAS_RESIDUAL_SPACE,
+    keep=bias_residual_keep,
+    mutates=("out",),
+)
+
+
+def _add(out: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    if bias is not None or residual is not None:
+        BIAS_RESIDUAL(out, bias, residual)
+    return out
+
+
+# ------------------------------------------------------------------------------- where the convolution applies
+
+
+def supports(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 0,
+) -> Verdict:
+    if not (verdict := multipliable(x, weight, bias, residual)):
+        return verdict
+    if weight.shape[1] % 8:
+        return no(f"{weight.shape[1]} input channels are no multiple of 8: pixels are not 16 bytes aligned")
+    for name, image in (("x", x), ("weight", weight), ("residual", residual)):
+        if image is not None and not image.is_contiguous(memory_format=torch.channels_last):
+            return no(f"{name} {tuple(image.shape)} with strides {tuple(image.stride())} is not channels-last")
+    return YES
+
+
+def upsample_supports(
+    x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int, phases: Tensor | None = None
+) -> Verdict:
+    if (height, width) != (2 * x.shape[2], 2 * x.shape[3]):
+        return no(f"{x.shape[2]}x{x.shape[3]} to {height}x{width} does not double height and width")
+    if phases is not None and not phases.is_contiguous(memory_format=torch.channels_last):
+        return no("the phases are not channels-last")
+    return supports(x, weight, bias)
+
+
+def cost(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 0,
+) -> Cost:
+    batch, height, width = _out_size(x, weight, stride, padding)
+    pixels = batch * height * width
+    elements = x.numel() + weight.numel() + pixels * weight.shape[0] * (1 if residual is None else 2)
+    return Cost(flop=2 * pixels * weight.numel(), bytes=elements * x.element_size())
+
+
+def upsample_cost(
+    x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int, phases: Tensor | None = None
+) -> Cost:
+    """Of the phases where they apply: 4 taps for each pixel of the output and 16 for each pair of channels."""
+    doubles = (height, width) == (2 * x.shape[2], 2 * x.shape[3])
+    pairs, pixels = weight.shape[0] * weight.shape[1], x.shape[0] * height * width
+    elements = x.numel() + pairs * (16 if phases is not None else 9) + pixels * weight.shape[0]
+    return Cost(flop=2 * pixels * pairs * (4 if doubles else 9), bytes=elements * x.element_size())
+
+
+def _out_size(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int, int, int]:
+    """Batch, height and width of the output."""
+    batch, _, height, width = x.shape
+    reach = 2 * padding - weight.shape[2]
+    return batch, (height + reach) // stride + 1, (width + reach) // stride + 1
+
+
+# ---------------------------------------------------------------------------------------------- configurations
+
+
+def _sizes(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int, int, int]:
+    """M, N and K of the matrix product."""
+    batch, height, width = _out_size(x, weight, stride, padding)
+    return batch * height * width, weight.shape[0], weight[0].numel()
+
+
+def keep(
+    config: Config,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 0,
+) -> bool:
+    return worth_a_try(config, SPACE, *_sizes(x, weight, stride, padding), capability(x))
+
+
+def upsample_keep(
+    config: Config,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    height: int,
+    width: int,
+    phases: Tensor | None = None,
+) -> bool:
+    pixels, filters, channels = x.shape[0] * height * width, weight.shape[0], weight.shape[1]
+    return worth_a_try(config, SPACE, pixels, filters, 4 * channels, capability(x))
+
+
+def shape_class(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 0,
+) -> str:
+    m, n, k = _sizes(x, weight, stride, padding)
+    return f"m{power_of_2(m)} n{n} k{k}" + ("" if stride == 1 else " strided")
+
+
+def upsample_shape_class(
+    x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int, phases: Tensor | None = None
+) -> str:
+    return f"m{power_of_2(x.shape[0] * height * width)} n{weight.shape[0]} k{4 * weight.shape[1]}"
+
+
+@functools.cache
+def default(shape: str, arch: int) -> Config:
+    """That of the matrix product; the four phases are one with all pixels of the output."""
+    m, n, k = map(int, re.findall(r"\d+", shape))
+    return min(SPACE, key=lambda config: estimate(config, m, n, k, arch))
+
+
+# ------------------------------------------------------------------------------------------------------ kernel
+
+
+@jit
+def _conv_kernel(
+    x,
+    weight,
+    bias,
+    residual,
+    out,
+    m,
+    filters,
+    channels,
+    height,
+    width,
+    out_height,
+    out_width,
+    weight_filter,
+    weight_channel,
+    weight_tap,
+    TAPS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    UPSAMPLE: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """m pixels of the output, or of one phase of it, times `filters` channels. TAPS: on one side of the kernel."""
+    program = tl.program_id(0)
+    if UPSAMPLE:  # the phases of a tile run side by side, for they read the same pixels
+        down = program % 4 // 2
+        right = program % 2
+        program = program // 4
+    row_tile, column_tile = tile_of(program, tl.cdiv(m, BLOCK_M), tl.cdiv(filters, BLOCK_N))
+    pixel = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    inner = tl.arange(0, BLOCK_K)
+
+    # A pixel's place in its picture, the pixel of x under the kernel's first tap, and the row of the output.
+    across = pixel % out_width
+    along = pixel // out_width % out_height
+    picture = pixel // (out_width * out_height)
+    if UPSAMPLE:  # out_height and out_width are those of x: a phase has as many pixels
+        top = along + down - 1
+        left = across + right - 1
+        row = (picture * 2 * height + 2 * along + down) * 2 * width + 2 * across + right
+        rows = 4 * m
+    else:
+        top = along * STRIDE - PADDING
+        left = across * STRIDE - PADDING
+        row = pixel
+        rows = m
+    under = (picture * height + top) * width + left
+    x += under.to(tl.int64)[:, None] * channels + inner[None, :]  # (BLOCK_M, BLOCK_K)
+    weight += (column % filters)[None, :] * weight_filter + inner[:, None] * weight_channel  # (BLOCK_K, BLOCK_N)
+
+    tile = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    split = tl.program_id(1)
+    blocks = tl.cdiv(channels, BLOCK_K)
+    steps = TAPS * TAPS * blocks
+    for step in range(split * steps // SPLIT, (split + 1) * steps // SPLIT):
+        tap = step // blocks
+        channel = (step - tap * blocks) * BLOCK_K
+        i = tap // TAPS
+        j = tap % TAPS
+        seen = pixel < m
+        if PADDING:
+            seen &= (top + i >= 0) & (top + i < height) & (left + j >= 0) & (left + j < width)
+        if UPSAMPLE:  # every other tap of the 4x4 kernel, last to first
+            tap = (3 - 2 * i - down) * 4 + 3 - 2 * j - right
+        source = x + ((i * width + j) * channels + channel)
+        factors = weight + (tap * weight_tap + channel * weight_channel)
+        if EVEN_K:
+            a = tl.load(source, seen[:, None], other=0.0)
+            b = tl.load(factors)
+        else:
+            a = tl.load(source, seen[:, None] & (inner < channels - channel)[None, :], other=0.0)
+            b = tl.load(factors, (inner < channels - channel)[:, None], other=0.0)
+        tile = tl.dot(a, b, tile)
+
+    place = row + split.to(tl.int64) * rows  # of a split, out is the workspace (SPLIT, rows, filters)
+    first = column_tile * BLOCK_N
+    finish(tile, bias, residual, out, place[:, None], (pixel < m)[:, None], first, filters, BLOCK_M, BLOCK_N)
+
+
+def conv2d_triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 0,
+) -> Tensor:
+    config = CONV2D.config(x, weight, bias, residual, stride, padding)
+    batch, height, width = _out_size(x, weight, stride, padding)
+    out = x.new_empty((batch, height, width, weight.shape[0]))
+    taps, channels = weight.shape[2], weight.shape[1]
+    shape = {"TAPS": taps, "STRIDE": stride, "PADDING": padding, "UPSAMPLE": False}
+    _launch(x, weight, bias, residual, out, (taps * taps * channels, 1, channels), shape, config)
+    return out.permute(0, 3, 1, 2)
+
+
+def upsample_conv2d_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int, phases: Tensor | None = None
+) -> Tensor:
+    config = UPSAMPLE_CONV2D.config(x, weight, bias, height, width, phases)
+    if phases is None:
+        phases = upsample_phases(weight)
+    filters = weight.shape[0]
+    out = x.new_empty((x.shape[0], height, width, filters))
+    shape = {"TAPS": 2, "STRIDE": 1, "PADDING": 1, "UPSAMPLE": True}
+    _launch(x, phases, bias, None, out, (1, 16 * filters, filters), shape, config)
+    return out.permute(0, 3, 1, 2)
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,  # (B, H', W', O)
+    weight_strides: tuple[int, int, int],  # between filters, channels, taps
+    shape: dict[str, int],
+    config: Config,
+) -> None:
+    _, channels, height, width = x.shape
+    _, out_height, out_width, filters = out.shape
+    phases = 4 if shape["UPSAMPLE"] else 1
+    rows = out.numel() // filters
+    m, split = rows // phases, config["SPLIT"]
+    if phases == 4:
+        out_height, out_width = height, width
+    if split == 1:
+        target, epilogue = out, (bias, residual)
+    else:
+        target, epilogue = x.new_empty((split, rows, filters), dtype=torch.float32), (None, None)
+    grid = (phases * cdiv(m, config["BLOCK_M"]) * cdiv(filters, config["BLOCK_N"]), split)
+    sizes = (m, filters, channels, height, width, out_height, out_width, *weight_strides)
+    even = channels % config["BLOCK_K"] == 0
+    launch(_conv_kernel, grid, x, weight, *epilogue, target, *sizes, **shape, EVEN_K=even, **config)
+    if split > 1:
+        add_up(target, bias, residual, out)
+
+
+# --------------------------------------------------------------------------------------------------------- ops
+
+CONV2D = Op(
+    "conv2d",
+    reference=conv2d_torch,
+    triton=conv2d_triton,
+    supports=supports,
+    shape_class=shape_class,
+    cost=cost,
+    default=default,
+    space=SPACE,
+    keep=keep,
+    prefer="torch",  # until a measured table says where the kernel is faster than cuDNN
+)
+
+UPSAMPLE_CONV2D = Op(
+    "upsample_conv2d",
+    reference=upsample_conv2d_torch,
+    triton=upsample_conv2d_triton,
+    supports=upsample_supports,
+    shape_class=upsample_shape_class,
+    cost=upsample_cost,
+    default=default,
+    space=SPACE,
+    keep=upsample_keep,
+    prefer="torch",
+)
 
 
 def conv2d(
@@ -40,14 +550,14 @@ def conv2d(
     residual: Tensor | None = None,
 ) -> Tensor:
     """Convolve x (B, C, H, W) with weight (O, C, K, K), add bias (O,) and residual (B, O, H', W'), in x's dtype."""
-    return conv2d_reference(x, weight, bias, stride=stride, padding=padding, residual=residual)
+    return CONV2D(x, weight, bias, residual, stride, padding)
 
 
-def upsample_conv2d_reference(x: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int]) -> Tensor:
-    """Enlarge, then convolve."""
-    return F.conv2d(F.interpolate(x, size=size, mode="nearest"), weight, bias, padding=1)
+def upsample_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int], *, phases: Tensor | None = None
+) -> Tensor:
+    """Enlarge x (B, C, H, W) to `size` (height, width), convolve with weight (O, C, 3, 3): (B, O, *size).
 
-
-def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int]) -> Tensor:
-    """Enlarge x (B, C, H, W) to `size` (height, width), convolve with weight (O, C, 3, 3): (B, O, *size)."""
-    return upsample_conv2d_reference(x, weight, bias, size)
+    phases: upsample_phases(weight) of the weight as it is now, if the caller keeps them.
+    """
+    return UPSAMPLE_CONV2D(x, weight, bias, *size, phases)

@@ -1,24 +1,418 @@
 """Matrix products with what follows them.
 
-    out = x weight^T + bias + residual        x (..., I), weight (O, I), bias (O,), residual (..., O) -> (..., O)
+    linear         out = x weight^T + bias + residual               weight (O, I), bias (O,), residual (..., O)
+    linear_geglu   out = a * gelu(b)   (a | b) = x weight^T + bias  weight (2O, I), bias (2O,)
+                                                                    x (..., I) -> out (..., O)
 
-Float32 accumulation. Rows of x and of weight may have any stride; the last dimension is dense.
+With M rows of x, N = O and K = I a product is 2MNK float operations over MK + NK + MN elements. A multiprocessor of an
+H100 makes 2048 float16 multiply-adds a cycle and its share of memory bandwidth is 13 bytes in that time, so products
+with less than about 300 operations a byte are bound by memory: those of the 8x8 level of a U-Net (M = 128 at batch 2)
+and the time embedding, which read their weights once and do little with them. All others are bound by the matrix units.
+
+The kernel. A program makes one tile of the output, BLOCK_M x BLOCK_N, in float32 registers, and walks along K in steps
+of BLOCK_K. A step loads BLOCK_M + BLOCK_N rows of BLOCK_K to multiply BLOCK_M * BLOCK_N * BLOCK_K pairs: large tiles
+load least, 128 x 256 takes 85 operations from each byte. `num_stages` steps are in flight, copied asynchronously to
+shared memory while the matrix units work on an earlier one.
+
+    order      Programs start in the order of their index, so those that run together should share what they load. A
+               group of 8 tiles' rows is walked column by column: the 132 programs of an H100 read about 8 blocks of x
+               and 17 of weight, where row by row they would read 1 or 2 of x and 132 of weight.
+    epilogue   Bias and residual are added to the accumulators in float32 and rounded once. For linear_geglu a program
+               accumulates the tile of a and the tile of b from the same loads of x, and the packed product, 2MN
+               elements written, read and gated in a kernel of its own, never exists.
+    split K    A small output makes few tiles: M = 128, N = 1280 is 10 of 128 x 128 for 132 multiprocessors. Then each
+               tile is made by SPLIT programs, each with its share of K, which write float32 partial sums to a
+               workspace; a second kernel adds them in a fixed order and runs the epilogue. No atomics: the result is
+               the same in every run. It costs 8 * SPLIT * M * N bytes, mostly in L2, and a launch.
+
+Which tile and how many splits follow from an estimate of the time (`estimate`), until a measured table says better.
+
+PyTorch's own product is cuBLAS. Without bias it is one call; with bias, cublasLt adds it in its epilogue (ATen takes
+that path for a one-dimensional bias on a two-dimensional view); a residual is a second pass, in place, 3MN elements.
+That is what runs by default: these kernels are taken where the table of measurements says so.
 """
 
 from __future__ import annotations
 
+import functools
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastldm.kernels.compile import SHARED_MEMORY
+from fastldm.kernels.dispatch import (
+    YES,
+    Config,
+    Cost,
+    Op,
+    Verdict,
+    capability,
+    cdiv,
+    dense,
+    interpreting,
+    jit,
+    launch,
+    no,
+)
+from fastldm.kernels.dispatch import next_power_of_2 as power_of_2
+from fastldm.kernels.geglu import geglu, geglu_reference
 
-def linear_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None
-) -> Tensor:
-    """PyTorch's linear, then the sum."""
+if TYPE_CHECKING:
+    import triton.language as tl
+
+
+def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """PyTorch's linear, then the sum: in place, for nobody else holds the product."""
     out = F.linear(x, weight, bias)
-    return out if residual is None else out + residual
+    return out if residual is None else out.add_(residual)
+
+
+def linear_geglu_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return geglu_reference(linear_reference(x, weight, bias))
+
+
+def linear_geglu_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """PyTorch at its best: on a GPU cuBLAS, then the gate's kernel; on a CPU the reference."""
+    if fast_library(x):
+        return geglu(linear(x, weight, bias))
+    return linear_geglu_reference(x, weight, bias)
+
+
+def fast_library(x: Tensor) -> bool:
+    """Whether the torch path is the one that was thought out for GPUs. The meta device stands for a GPU.
+
+    float32 is for comparisons and takes the references; so does whoever records the ops, for torch.compile and
+    torch.export fuse what they see better than what was fused before.
+    """
+    return x.device.type != "cpu" and x.element_size() == 2 and not torch.compiler.is_compiling()
+
+
+# ------------------------------------------------------------------------------------------- where, and what for
+
+
+def supports(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Verdict:
+    verdict = multipliable(x, weight, bias, residual)
+    if not verdict:
+        return verdict
+    if weight.shape[1] % 8:
+        return no(f"{weight.shape[1]} input channels are no multiple of 8: rows are not 16 bytes aligned")
+    for matrix in (x, weight):
+        if not (verdict := dense(matrix)):
+            return verdict
+    if residual is not None and not residual.is_contiguous():
+        return no("the residual is not contiguous")
+    return YES
+
+
+def linear_geglu_supports(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Verdict:
+    return no(f"{weight.shape[0]} outputs do not halve") if weight.shape[0] % 2 else supports(x, weight, bias)
+
+
+def multipliable(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Verdict:
+    """What the products of this file and the convolutions ask of dtypes."""
+    if x.dtype not in (torch.float16, torch.bfloat16) and not (x.dtype == torch.float32 and interpreting()):
+        rounds = ": the matrix units would round its operands to 10 bits" if x.dtype == torch.float32 else ""
+        return no(f"dtype {x.dtype}{rounds}")
+    for other in (weight, bias, residual):
+        if other is not None and other.dtype != x.dtype:
+            return no(f"x is {x.dtype}, another argument {other.dtype}")
+    return YES if x.numel() else no(f"x {tuple(x.shape)} is empty")
+
+
+def cost(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Cost:
+    rows = x.numel() // x.shape[-1]
+    out = rows * weight.shape[0]
+    elements = x.numel() + weight.numel() + out * (1 if residual is None else 2)
+    return Cost(flop=2 * rows * weight.numel(), bytes=elements * x.element_size())
+
+
+def linear_geglu_cost(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Cost:
+    rows = x.numel() // x.shape[-1]
+    out = rows * weight.shape[0] // 2
+    return Cost(flop=2 * rows * weight.numel(), bytes=(x.numel() + weight.numel() + out) * x.element_size(), exp=out)
+
+
+# ---------------------------------------------------------------------------------------------- configurations
+
+
+def _config(m: int, n: int, warps: int, stages: int) -> dict[str, Any]:
+    """maxnreg: what a thread can have where three programs with small tiles share a multiprocessor, or two of 4 warps,
+    or one. Left to itself the assembler sometimes spills registers to make room for one more."""
+    registers = 168 if m * n <= 64 * 64 else 255
+    tile = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": 64}
+    return tile | {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
+
+
+_TILES = [
+    _config(128, 256, 8, 3),
+    _config(256, 128, 8, 3),
+    _config(128, 128, 8, 3),
+    _config(128, 64, 4, 4),
+    _config(64, 128, 4, 4),
+    _config(64, 64, 4, 4),
+    _config(128, 16, 4, 4),  # convolutions to 3 or 4 channels
+]
+SPACE = [tile | {"SPLIT": split} for tile in _TILES for split in (1, 2, 3, 4, 6, 8, 12, 16)]
+GEGLU_SPACE = [  # two accumulators for each tile of the output
+    _config(128, 128, 8, 3),
+    _config(128, 64, 8, 3),
+    _config(64, 128, 8, 3),
+    _config(64, 64, 4, 4),
+]
+
+_MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
+
+
+def estimate(config: Config, m: int, n: int, k: int, arch: int, accumulators: int = 1) -> float:
+    """The time of a product (m, k) x (k, n), in multiply-adds of one multiprocessor; infinite where it does not fit.
+
+    Each row and column of a tile that is loaded costs about as much as 64 pairs: that is what large tiles save. Below
+    64 columns the matrix units wait for shared memory and gain nothing. Filling the pipeline and writing the tile count
+    as 128 more of k. All multiprocessors wait for the last round of tiles. A split writes and reads float32 sums (a
+    chip moves about one byte in the time that a multiprocessor takes for one multiply-add, from Ampere to Blackwell)
+    and launches a second kernel. None of this is measured: it only has to order the configurations.
+    """
+    chip = max(known for known in _MULTIPROCESSORS if known <= arch)
+    block_m, block_n, split = config["BLOCK_M"], config["BLOCK_N"] * accumulators, config.get("SPLIT", 1)
+    shared = (block_m + block_n) * config["BLOCK_K"] * 2 * config["num_stages"]
+    # Accumulators a thread. Hopper and Blackwell multiply from shared memory; the others hold operands there as well.
+    most = 128 if chip in (90, 100) else 64
+    if shared > SHARED_MEMORY[chip] * 1024 or block_m * block_n > most * 32 * config["num_warps"]:
+        return float("inf")
+    rounds = cdiv(cdiv(m, block_m) * cdiv(accumulators * n, block_n) * split, _MULTIPROCESSORS[chip])
+    product = rounds * (block_m * max(block_n, 64) + 64 * (block_m + block_n)) * (cdiv(k, split) + 128)
+    return product if split == 1 else product + 8 * m * n * split + 5e6
+
+
+def worth_a_try(
+    config: Config, space: list[dict[str, Any]], m: int, n: int, k: int, arch: int, accumulators: int = 1
+) -> bool:
+    """Estimated at most half as much again as the best."""
+    times = (estimate(one, m, n, k, arch, accumulators) for one in space)
+    return estimate(config, m, n, k, arch, accumulators) <= 1.5 * min(times)
+
+
+def _sizes(x: Tensor, weight: Tensor) -> tuple[int, int, int]:
+    return x.numel() // x.shape[-1], weight.shape[0], weight.shape[1]
+
+
+def keep(config: Config, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> bool:
+    return worth_a_try(config, SPACE, *_sizes(x, weight), capability(x))
+
+
+def linear_geglu_keep(config: Config, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    m, n, k = _sizes(x, weight)
+    return worth_a_try(config, GEGLU_SPACE, m, n // 2, k, capability(x), accumulators=2)
+
+
+def shape_class(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> str:
+    m, n, k = _sizes(x, weight)
+    return f"m{power_of_2(m)} n{n} k{k}"
+
+
+def linear_geglu_shape_class(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str:
+    return shape_class(x, weight)
+
+
+@functools.cache
+def default(shape: str, arch: int) -> Config:
+    m, n, k = map(int, re.findall(r"\d+", shape))
+    return min(SPACE, key=lambda config: estimate(config, m, n, k, arch))
+
+
+@functools.cache
+def linear_geglu_default(shape: str, arch: int) -> Config:
+    m, n, k = map(int, re.findall(r"\d+", shape))
+    return min(GEGLU_SPACE, key=lambda config: estimate(config, m, n // 2, k, arch, accumulators=2))
+
+
+# ----------------------------------------------------------------------------------------------------- kernels
+
+
+@jit
+def tile_of(program, rows, columns):
+    """The tile, of rows x columns tiles, that a program makes: column by column through 8 rows, then the next 8."""
+    first = program // (8 * columns) * 8
+    height = tl.minimum(rows - first, 8)
+    inside = program % (8 * columns)
+    return first + inside % height, inside // height
+
+
+@jit
+def finish(tile, bias, residual, out, row, inside, first, columns, M: tl.constexpr, N: tl.constexpr):
+    """Add bias and residual, where there are any, to a float32 tile (M, N) and write it.
+
+    row: (M, 1), 64 bits, rows of residual and out; inside: those that exist; first: the tile's first column. A large
+    tile goes in two halves: loading and rearranging it whole takes more registers than there are beside it.
+    """
+    if M * N > 16384:
+        left, right = tl.split(tl.permute(tl.reshape(tile, (M, 2, N // 2)), (0, 2, 1)))
+        _finish(left, bias, residual, out, row, inside, first, columns, N // 2)
+        _finish(right, bias, residual, out, row, inside, first + N // 2, columns, N // 2)
+    else:
+        _finish(tile, bias, residual, out, row, inside, first, columns, N)
+
+
+@jit
+def _finish(tile, bias, residual, out, row, inside, first, columns, N: tl.constexpr):
+    column = first + tl.arange(0, N)[None, :]
+    mask = inside & (column < columns)
+    if bias is not None:
+        tile += tl.load(bias + column, column < columns, other=0.0).to(tl.float32)
+    if residual is not None:
+        tile += tl.load(residual + row * columns + column, mask, other=0.0).to(tl.float32)
+    tl.store(out + row * columns + column, tile.to(out.dtype.element_ty), mask)
+
+
+@jit
+def _linear_kernel(
+    x,
+    weight,
+    bias,
+    residual,
+    out,
+    m,
+    n,
+    k,
+    x_row,
+    weight_row,
+    EVEN_K: tl.constexpr,
+    GEGLU: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    row_tile, column_tile = tile_of(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N))
+    row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    inner = tl.arange(0, BLOCK_K)
+
+    # Rows and columns beyond the end load those at the beginning, and are not written: loads without a mask.
+    x += (row % m).to(tl.int64)[:, None] * x_row + inner[None, :]  # (BLOCK_M, BLOCK_K)
+    weight += (column % n)[None, :] * weight_row + inner[:, None]  # (BLOCK_K, BLOCK_N)
+    gate_weight = weight + n * weight_row
+
+    tile = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    split = tl.program_id(1)
+    steps = tl.cdiv(k, BLOCK_K)
+    for step in range(split * steps // SPLIT, (split + 1) * steps // SPLIT):
+        at = step * BLOCK_K
+        if EVEN_K:
+            a = tl.load(x + at)
+            b = tl.load(weight + at)
+        else:
+            a = tl.load(x + at, (inner < k - at)[None, :], other=0.0)
+            b = tl.load(weight + at, (inner < k - at)[:, None], other=0.0)
+        tile = tl.dot(a, b, tile)
+        if GEGLU:
+            if EVEN_K:
+                b = tl.load(gate_weight + at)
+            else:
+                b = tl.load(gate_weight + at, (inner < k - at)[:, None], other=0.0)
+            gate = tl.dot(a, b, gate)
+
+    first = column_tile * BLOCK_N
+    if GEGLU:
+        if bias is not None:
+            tile += tl.load(bias + column, column < n, other=0.0).to(tl.float32)[None, :]
+            gate += tl.load(bias + n + column, column < n, other=0.0).to(tl.float32)[None, :]
+            bias = None
+        tile *= 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))  # 1 / sqrt 2
+    place = row + split.to(tl.int64) * m  # of a split, out is the workspace (SPLIT, m, n)
+    finish(tile, bias, residual, out, place[:, None], (row < m)[:, None], first, n, BLOCK_M, BLOCK_N)
+
+
+@jit
+def sum_kernel(
+    parts, bias, residual, out, rows, columns, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """out (rows, columns) = sum of parts (PARTS, rows, columns) + bias + residual. out may be the only part."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    first = tl.program_id(1) * COLUMNS
+    column = first + tl.arange(0, COLUMNS)[None, :]
+    mask = (row < rows) & (column < columns)
+    tile = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for part in tl.static_range(PARTS):
+        tile += tl.load(parts + (part * rows + row) * columns + column, mask, other=0.0).to(tl.float32)
+    finish(tile, bias, residual, out, row, row < rows, first, columns, ROWS, COLUMNS)
+
+
+def add_up(parts: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
+    """out = sum of the workspace parts (SPLIT, rows, columns) + bias + residual, for the kernels that split K."""
+    split, rows, columns = parts.shape
+    grid = (cdiv(rows, 16), cdiv(columns, 64))  # 64 columns: rows of 256 bytes; 16 rows: enough programs for M = 128
+    launch(sum_kernel, grid, parts, bias, residual, out, rows, columns, PARTS=split, ROWS=16, COLUMNS=64, num_warps=4)
+
+
+def linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    config = LINEAR.config(x, weight, bias, residual)
+    rows = x.reshape(-1, x.shape[-1])  # (M, K), a view unless the rows are not evenly spaced
+    (m, k), n, split = rows.shape, weight.shape[0], config["SPLIT"]
+    out = x.new_empty((*x.shape[:-1], n))
+    if split == 1:
+        target, epilogue = out, (bias, residual)
+    else:
+        target, epilogue = x.new_empty((split, m, n), dtype=torch.float32), (None, None)
+    grid = (cdiv(m, config["BLOCK_M"]) * cdiv(n, config["BLOCK_N"]), split)
+    sizes = (m, n, k, rows.stride(0), weight.stride(0))
+    even = k % config["BLOCK_K"] == 0
+    launch(_linear_kernel, grid, rows, weight, *epilogue, target, *sizes, EVEN_K=even, GEGLU=False, **config)
+    if split > 1:
+        add_up(target, bias, residual, out)
+    return out
+
+
+def linear_geglu_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    config = LINEAR_GEGLU.config(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])  # (M, K)
+    (m, k), n = rows.shape, weight.shape[0] // 2
+    out = x.new_empty((*x.shape[:-1], n))
+    grid = (cdiv(m, config["BLOCK_M"]) * cdiv(n, config["BLOCK_N"]), 1)
+    sizes = (m, n, k, rows.stride(0), weight.stride(0))
+    even = k % config["BLOCK_K"] == 0
+    launch(_linear_kernel, grid, rows, weight, bias, None, out, *sizes, EVEN_K=even, GEGLU=True, SPLIT=1, **config)
+    return out
+
+
+# --------------------------------------------------------------------------------------------------------- ops
+
+LINEAR = Op(
+    "linear",
+    reference=linear_reference,
+    triton=linear_triton,
+    supports=supports,
+    shape_class=shape_class,
+    cost=cost,
+    default=default,
+    space=SPACE,
+    keep=keep,
+    prefer="torch",  # until a measured table says where the kernel is faster than cuBLAS
+)
+
+LINEAR_GEGLU = Op(
+    "linear_geglu",
+    reference=linear_geglu_torch,
+    triton=linear_geglu_triton,
+    supports=linear_geglu_supports,
+    shape_class=linear_geglu_shape_class,
+    cost=linear_geglu_cost,
+    default=linear_geglu_default,
+    space=GEGLU_SPACE,
+    keep=linear_geglu_keep,
+    prefer="torch",
+)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None) -> Tensor:
     """Multiply x (..., I) by weight (O, I), then add bias (O,) and residual (..., O), in x's dtype."""
-    return linear_reference(x, weight, bias, residual=residual)
+    return LINEAR(x, weight, bias, residual)
+
+
+def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """geglu(linear(x, weight, bias)): x (..., I), weight (2O, I), bias (2O,) -> (..., O), in x's dtype."""
+    return LINEAR_GEGLU(x, weight, bias)

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from fastldm.kernels.attention import attention
 from fastldm.kernels.conv import conv2d, upsample_conv2d
-from fastldm.kernels.geglu import geglu
 from fastldm.kernels.group_norm import group_norm
-from fastldm.kernels.layer_norm import layer_norm
-from fastldm.kernels.linear import linear
+from fastldm.kernels.layer_norm import add_layer_norm, layer_norm
+from fastldm.kernels.linear import linear, linear_geglu
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -79,6 +78,7 @@ class Conv(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, bias: bool = True) -> None:
         super().__init__()
         self.weight = parameter(out_channels, in_channels, kernel, kernel)
+        self.weight.data = channels_last(self.weight.data)  # as weights are loaded
         self.bias = parameter(out_channels) if bias else None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -106,6 +106,10 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, self.eps)
 
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """x + residual, and that normalised."""
+        return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+
 
 class Resnet(nn.Module):
     """Two normalised convolutions around a residual; diffusers' ResnetBlock2D.
@@ -128,7 +132,11 @@ class Resnet(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
         h = self.norm1(x, silu=True, skip=skip)
-        h = conv2d(h, self.conv1.weight, None if shift is not None else self.conv1.bias, padding=1)
+        bias = self.conv1.bias if shift is None else None
+        if bias is not None and h.device.type != "cpu":
+            # A GPU's convolution adds a bias in a pass of its own, the norm in passing. A CPU's adds it for nothing.
+            shift, bias = bias.expand(h.shape[0], -1), None
+        h = conv2d(h, self.conv1.weight, bias, padding=1)
         h = self.norm2(h, silu=True, shift=shift)
         return self.conv2(h, residual=self.shortcut(x, skip))
 
@@ -180,7 +188,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([Linear(channels, channels)])  # to_out.1 is a dropout in diffusers
         self.heads = heads
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, residual: Tensor) -> Tensor:
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, residual: Tensor | None = None) -> Tensor:
         return self.to_out[0](attention(self.to_q(x), k, v, self.heads), residual=residual)
 
 
@@ -190,4 +198,4 @@ class GEGLU(nn.Module):
         self.proj = Linear(in_channels, 2 * out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return geglu(self.proj(x))
+        return linear_geglu(x, self.proj.weight, self.proj.bias)

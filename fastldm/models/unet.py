@@ -248,10 +248,9 @@ class TransformerLayer(nn.Module):
 
     def forward(self, x: Tensor, kv: Tensor) -> Tensor:
         h = self.norm1(x)
-        x = self.attn1(h, self.attn1.to_k(h), self.attn1.to_v(h), residual=x)
-        k, v = kv.chunk(2, dim=-1)
-        x = self.attn2(self.norm2(x), k, v, residual=x)
-        return self.ff(self.norm3(x), residual=x)
+        x, h = self.norm2.add(self.attn1(h, self.attn1.to_k(h), self.attn1.to_v(h)), x)
+        x, h = self.norm3.add(self.attn2(h, *kv.chunk(2, dim=-1)), x)
+        return self.ff(h, residual=x)
 
 
 class FeedForward(nn.Module):
