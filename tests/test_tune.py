@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from fastldm.kernels import dispatch
 
+from benchmarks import networks
 from fastldm import loading, tune, warm
 from fastldm.cli import main
 from fastldm.errors import InputError
+from fastldm.kernels import dispatch
 
 
 def run(*arguments: str) -> tuple[int, str]:
@@ -22,10 +23,17 @@ def run(*arguments: str) -> tuple[int, str]:
 
 def test_shapes_of_the_default_model() -> None:
     shapes = tune.shapes_of(loading.describe(), width=64, height=64, batch=1, dtype=torch.float16)
-    assert {"attention", "group_norm", "geglu"} <= {op for op, _ in shapes}
-    for (op, _), (args, kwargs) in shapes.items():
-        found = dispatch.OPS[op]
-        assert any(found.keep(config, *args, **kwargs) for config in found.space), "a space with nothing to try"
+    assert {"attention", "group_norm", "linear"} <= {op for op, _ in shapes}
+    assert all(args[0].is_meta for args, _ in shapes.values())
+
+
+def test_every_shape_of_a_real_step_has_configurations_to_try() -> None:
+    with dispatch.targeting(dispatch.Target(90)):
+        for call in networks.calls("sd15-512 step", torch.float16):
+            op, (args, kwargs) = dispatch.OPS[call.op], call.arguments("meta")
+            if op.space and op.supports(*args, **kwargs):
+                tried = [config for config in op.space if op.keep(config, *args, **kwargs)]
+                assert 1 <= len(tried) <= 100, f"{call}: {len(tried)} configurations"
 
 
 def test_tables_merge_whole(tmp_path: Path) -> None:
