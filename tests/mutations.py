@@ -13,6 +13,8 @@ from typing import NamedTuple
 import ops
 import torch
 
+from fastldm.kernels import dispatch
+
 
 class Mutation(NamedTuple):
     module: str
@@ -29,6 +31,13 @@ def _geglu(module: ModuleType) -> None:
 GEGLU = [
     Mutation(
         "geglu",
+        "tl.maximum(b, 0.0) - z * series",
+        "tl.maximum(b, 0.0) + z * series",
+        _geglu,
+        "the far side of the normal distribution added instead of taken away",
+    ),
+    Mutation(
+        "geglu",
         "mask = (row < rows) & (channel < channels)",
         "mask = (row < rows) & (channel < channels - 1)",
         _geglu,
@@ -36,4 +45,133 @@ GEGLU = [
     ),
 ]
 
-MUTATIONS = [*GEGLU]
+
+def _group_norm(module: ModuleType) -> None:
+    """Pieces, the last of them short; a seam within a group; a shift; groups that leave the last block half empty."""
+    x, skip = (torch.randn(2, c, 5, 7).contiguous(memory_format=torch.channels_last) for c in (17, 13))
+    weight, bias, shift = torch.randn(30), torch.randn(30), torch.randn(2, 30)
+    given = [t.to(ops.DEVICE) for t in (x, weight, bias, shift, skip)]
+    with dispatch.forced("group_norm", {"GROUPS": 2, "PIXELS": 8, "TILES": 2, "num_warps": 4}):
+        ops.check(module.GROUP_NORM, given[0], 3, *given[1:3], 1e-5, shift=given[3], skip=given[4])
+
+
+GROUP_NORM = [
+    Mutation(
+        "group_norm",
+        "count = tl.minimum(tl.maximum(pixels - part * (PIXELS * TILES), 0), PIXELS * TILES)",
+        "count = tl.where(part * (PIXELS * TILES) < pixels, PIXELS * TILES, 0)",
+        _group_norm,
+        "a short last piece weighed like the others",
+    ),
+    Mutation(
+        "group_norm",
+        "inside & (channel >= seam), other=0.0)",
+        "inside & (channel > seam), other=0.0)",
+        _group_norm,
+        "the first channel of the skip connection left out",
+    ),
+    Mutation(
+        "group_norm",
+        "m2 += apart * (y - mean)",
+        "m2 += apart * apart",
+        _group_norm,
+        "the running M2 without the step that the mean has made",
+    ),
+    Mutation(
+        "group_norm",
+        "mean = tl.gather(mean, slot, 0)[None, :] - offset",
+        "mean = tl.gather(mean, slot, 0)[None, :]",
+        _group_norm,
+        "a shift in the statistics only",
+    ),
+    Mutation(
+        "group_norm",
+        "before = (pixel >= first + PIXELS) & (pixel < last + PIXELS) & mask",
+        "before = (pixel >= first + PIXELS) & (pixel < last) & mask",
+        _group_norm,
+        "the tile before the last one loaded with the last one's mask",
+    ),
+]
+
+
+def _layer_norm(module: ModuleType) -> None:
+    """A row that is no power of two, and a program with one row of two."""
+    x, weight, bias = torch.randn(3, 320) + 1, torch.randn(320), torch.randn(320)
+    ops.check(module.LAYER_NORM, *(t.to(ops.DEVICE) for t in (x, weight, bias)), 1e-5)
+
+
+def _add_layer_norm(module: ModuleType) -> None:
+    """Values that float16 rounds much: the statistics are those of the rounded sum."""
+    x, residual = (torch.randn(3, 320, device=ops.DEVICE).half() for _ in range(2))
+    weight, bias = torch.randn(2, 320, device=ops.DEVICE).half()
+    total, out = module.ADD_LAYER_NORM.triton(x, residual * 99, weight, bias, 1e-5)
+    assert torch.equal(out, module.LAYER_NORM.triton(total, weight, bias, 1e-5))
+
+
+LAYER_NORM = [
+    Mutation(
+        "layer_norm",
+        "apart = tl.where(inside, y - mean, 0.0)",
+        "apart = y - mean",
+        _layer_norm,
+        "lanes beyond the row counted in the variance",
+    ),
+    Mutation(
+        "layer_norm",
+        "tl.load(residual + place, inside, other=0.0).to(tl.float32)).to(y.dtype)",
+        "tl.load(residual + place, inside, other=0.0).to(tl.float32))",
+        _add_layer_norm,
+        "the sum normalised before it is rounded",
+    ),
+]
+
+
+def _end_step(module: ModuleType) -> None:
+    """Every term, in several programs a slot; see test_step.py."""
+    from test_step import full_state, in_blocks_of, output_for
+
+    state = full_state()
+    with in_blocks_of(4):
+        ops.check(module.END_STEP, output_for(state), *state)
+
+
+def _guidance_rescale(module: ModuleType) -> None:
+    """A last block that is not full."""
+    from test_step import full_state, output_for, rescale_arguments
+
+    state = full_state()
+    ops.check(module.GUIDANCE_RESCALE, *rescale_arguments(state, output_for(state)).values())
+
+
+STEP = [
+    Mutation(
+        "step",
+        "== tl.num_programs(0) - 1:",
+        "== 0:",
+        _end_step,
+        "the first program moves the counter, before the others have read it",
+    ),
+    Mutation(
+        "step",
+        "ring + (i + 2) % 4 * size",
+        "ring + (i + 1) % 4 * size",
+        _end_step,
+        "the ring of histories read one plane too far back",
+    ),
+    Mutation(
+        "step",
+        "_term(tl.abs(a1) + moves * tl.abs(e1), y + at, inside)",
+        "_term(moves * tl.abs(e1) * 0.0, y + at, inside)",
+        _end_step,
+        "an anchor that the row asks for, not read",
+    ),
+    Mutation(
+        "step",
+        "tl.where(inside, guided - guided_mean, 0.0)",
+        "guided - guided_mean",
+        _guidance_rescale,
+        "lanes beyond the end counted in the deviation",
+    ),
+]
+
+MUTATIONS = [*GEGLU, *GROUP_NORM, *LAYER_NORM, *STEP]
