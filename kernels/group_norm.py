@@ -136,6 +136,7 @@ def cost(
 _LARGEST_GROUP = 1024  # channels
 _ONE_PASS = 16384  # elements of a group that one program takes, in one tile of 16 warps
 _PIECES = 128
+_MULTIPROCESSORS = 132  # of an H100; other chips of these generations have 82 to 170
 
 SPACE = [
     {"GROUPS": groups, "PIXELS": pixels, "TILES": tiles, "num_warps": warps}
@@ -200,7 +201,10 @@ def default(shape: str, arch: int) -> Config:
         return channels / (cdiv(groups, count) * next_power_of_2(count * size))
 
     aligned = [n for n in range(1, groups + 1) if n * size % 8 == 0 and 64 <= next_power_of_2(n * size) <= 256]
-    return pieces(_PIECES, max(aligned, key=in_use, default=1), 8)
+    count = max(aligned, key=in_use, default=1)
+    large = pieces(_PIECES, count, 8)
+    programs = cdiv(pixels, large["PIXELS"] * large["TILES"]) * cdiv(groups, count)
+    return large if programs >= _MULTIPROCESSORS else pieces(_PIECES, count, 4)
 
 
 # ----------------------------------------------------------------------------------------------------- kernels
@@ -224,13 +228,17 @@ def _channels(size, channels, LANES: tl.constexpr):
 
 @jit
 def _load(x, skip, start, place, channel, inside, seam, x_pixel, skip_pixel):
-    """A tile of concat(x, skip) from pixel `start` on, zero outside. Lanes past the seam load from skip, others from x."""
+    """A tile of concat(x, skip) from pixel `start` on, zero outside. Lanes before the seam load from x, others from skip.
+
+    Two loads with masks, of which each lane makes one: with a choice of pointers 16 bytes at once would be lost.
+    """
     start = start.to(tl.int64)  # pixels * channels passes 2^31 in large pictures, a tile does not
+    x += start * x_pixel
     if skip is None:
-        tile = tl.load(x + start * x_pixel + (place * x_pixel + channel), inside, other=0.0)
+        tile = tl.load(x + (place * x_pixel + channel), inside, other=0.0)
     else:
-        tile = tl.load(x + start * x_pixel + (place * x_pixel + channel), inside & (channel < seam), other=0.0)
         skip += start * skip_pixel - seam
+        tile = tl.load(x + (place * x_pixel + channel), inside & (channel < seam), other=0.0)
         tile += tl.load(skip + (place * skip_pixel + channel), inside & (channel >= seam), other=0.0)
     return tile
 

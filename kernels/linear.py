@@ -58,7 +58,7 @@ from fastldm.kernels.dispatch import (
     no,
 )
 from fastldm.kernels.dispatch import next_power_of_2 as power_of_2
-from fastldm.kernels.geglu import geglu, geglu_reference
+from fastldm.kernels.geglu import geglu, geglu_reference, gelu
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -138,29 +138,28 @@ def linear_geglu_cost(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 # ---------------------------------------------------------------------------------------------- configurations
 
 
-def _config(m: int, n: int, warps: int, stages: int) -> dict[str, Any]:
-    """maxnreg: what a thread can have where three programs with small tiles share a multiprocessor, or two of 4 warps,
-    or one. Left to itself the assembler sometimes spills registers to make room for one more."""
-    registers = 168 if m * n <= 64 * 64 else 255
-    tile = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": 64}
-    return tile | {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
+def _tile(m: int, n: int, warps: int, stages: int, registers: int) -> dict[str, Any]:
+    """registers: that a thread may take, 65536 over the threads that share a multiprocessor. Left to itself the
+    assembler now and then spills some to make room for one more program."""
+    blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": 64}
+    return blocks | {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
 
 
 _TILES = [
-    _config(128, 256, 8, 3),
-    _config(256, 128, 8, 3),
-    _config(128, 128, 8, 3),
-    _config(128, 64, 4, 4),
-    _config(64, 128, 4, 4),
-    _config(64, 64, 4, 4),
-    _config(128, 16, 4, 4),  # convolutions to 3 or 4 channels
+    _tile(128, 256, 8, 3, 255),
+    _tile(256, 128, 8, 3, 255),
+    _tile(128, 128, 8, 3, 255),
+    _tile(128, 64, 8, 4, 128),
+    _tile(64, 128, 4, 4, 255),
+    _tile(64, 64, 4, 4, 168),
+    _tile(128, 16, 4, 4, 168),  # convolutions to 3 or 4 channels
 ]
 SPACE = [tile | {"SPLIT": split} for tile in _TILES for split in (1, 2, 3, 4, 6, 8, 12, 16)]
 GEGLU_SPACE = [  # two accumulators for each tile of the output
-    _config(128, 128, 8, 3),
-    _config(128, 64, 8, 3),
-    _config(64, 128, 8, 3),
-    _config(64, 64, 4, 4),
+    _tile(128, 128, 8, 3, 255),
+    _tile(128, 64, 8, 3, 255),
+    _tile(64, 128, 8, 3, 255),
+    _tile(64, 64, 4, 4, 255),
 ]
 
 _MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
@@ -322,7 +321,7 @@ def _linear_kernel(
             tile += tl.load(bias + column, column < n, other=0.0).to(tl.float32)[None, :]
             gate += tl.load(bias + n + column, column < n, other=0.0).to(tl.float32)[None, :]
             bias = None
-        tile *= 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))  # 1 / sqrt 2
+        tile *= gelu(gate)
     place = row + split.to(tl.int64) * m  # of a split, out is the workspace (SPLIT, m, n)
     finish(tile, bias, residual, out, place[:, None], (row < m)[:, None], first, n, BLOCK_M, BLOCK_N)
 

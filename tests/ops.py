@@ -14,8 +14,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from fastldm.kernels import dispatch
 from torch import Tensor
+
+from fastldm.kernels import dispatch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter's bfloat16 products are wrong: that dtype is tested where there is a device.

@@ -14,6 +14,7 @@ import ops
 import pytest
 import torch
 from conftest import ROOT
+
 from fastldm.kernels import OPS, dispatch, observe, use
 from fastldm.kernels.geglu import GEGLU, geglu
 
@@ -22,7 +23,6 @@ X = torch.randn(3, 64, device=ops.DEVICE)
 
 def test_every_op_is_registered_under_its_own_name() -> None:
     import fastldm.kernels.step
-
     import fastldm.models.layers  # noqa: F401
 
     assert {"attention", "group_norm", "layer_norm", "geglu", "conv2d", "linear"} <= OPS.keys()

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel
 from diffusers.models.embeddings import get_timestep_embedding
-from fastldm.kernels import attention, conv, geglu, group_norm, layer_norm, linear
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastldm.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig, recognise
 from fastldm.errors import CheckpointError, InputError
+from fastldm.kernels import attention, conv, geglu, group_norm, layer_norm, linear
 from fastldm.models import AddedConditions, AutoencoderKL, CLIPText, TinyAutoencoder, UNet, rescale_for_half
 from fastldm.models.unet import guidance_embedding, timestep_embedding
 

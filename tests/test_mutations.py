@@ -9,8 +9,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from fastldm.kernels import dispatch
 from mutations import MUTATIONS, Mutation
+
+from fastldm.kernels import dispatch
 
 pytestmark = pytest.mark.full
 
