@@ -154,14 +154,14 @@ def cost(
 # of a head. SPLIT: a head lies in two tiles where those are narrower than one.
 
 LONG = [
-    {"BLOCK_M": m, "BLOCK_N": n, "SPLIT": split, "FMA_EIGHTHS": fma, "num_warps": warps, "num_stages": stages}
+    {"BLOCK_M": m, "BLOCK_N": n, "SPLIT": split, "FMA_EIGHTHS": 0, "num_warps": warps, "num_stages": stages}
     for m in (64, 128)
     for n in (16, 32, 64, 128)
     for warps in (4, 8)
     for stages in (2, 3)
     for split in (True, False)
-    for fma in (0, 1)
 ]
+LONG += [LONG[-1] | {"BLOCK_N": 64, "SPLIT": True, "FMA_EIGHTHS": share, "num_warps": 4} for share in (1, 2)]
 SHORT = [
     {"BLOCK_M": m, "PROGRAMS": programs, "SPLIT": split, "num_warps": warps, "num_stages": stages}
     for m in (64, 128)
@@ -212,7 +212,7 @@ def keep(
         rows > 64 and queries <= 64,
         not split and (dim > 128 or width == sum(tiles(dim, 16))),
         config.get("PROGRAMS", 32) != 32 and queries <= rows * config["PROGRAMS"],
-        config.get("FMA_EIGHTHS", 0) > 0 and (dim > 64 or not split),  # the exponentials are not what takes longest
+        config.get("FMA_EIGHTHS", 0) > 0 and dim > 64,  # the exponentials are not what takes longest
         columns < 32 and dim <= 64,
     ]
     return not any(idle)
@@ -240,7 +240,10 @@ def shape_class(
 # shared memory, so it takes 32 queries where registers allow; GeForce multiplies so slowly that 16 are enough.
 _GEFORCE = ((96, 64, 64, 4, 2), (128, 128, 16, 8, 2), (192, 64, 16, 4, 2), (256, 128, 16, 8, 1))
 _BLOCKS = {
-    80: ((64, 128, 64, 4, 3), (80, 128, 32, 4, 3), (128, 128, 64, 8, 3), (256, 128, 32, 8, 2)),
+    80: (
+        *((32, 64, 64, 4, 2), (64, 128, 64, 4, 3), (80, 128, 32, 4, 3), (96, 64, 64, 4, 2)),
+        *((128, 128, 64, 8, 3), (192, 128, 32, 8, 3), (256, 128, 32, 8, 2)),
+    ),
     86: _GEFORCE,
     89: _GEFORCE,
     90: ((80, 128, 64, 4, 3), (192, 128, 64, 8, 3), (256, 128, 64, 8, 2), (512, 128, 32, 8, 2)),
@@ -564,8 +567,8 @@ def attention_triton(
     parts = 1 if dim <= (256 if arch == 90 else 192) else 2  # of a head's values, a program each
     if config.pop("SPLIT"):
         high, low = tiles(dim, 16)
-        # sm_100 multiplies by 16 columns at least where it takes 128 rows
-        v_high, v_low = tiles(dim // parts, 16 if arch == 100 else 8)
+        # Warps of sm_80 multiply by 8 columns. Warpgroups by 8 too, but Triton lets them only since 3.8, and tcgen05 by 16.
+        v_high, v_low = tiles(dim // parts, 16 if arch in (90, 100) else 8)
     else:
         high = v_high = max(16, next_power_of_2(dim))
         low = v_low = 0

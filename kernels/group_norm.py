@@ -228,9 +228,9 @@ def _channels(size, channels, LANES: tl.constexpr):
 
 @jit
 def _load(x, skip, start, place, channel, inside, seam, x_pixel, skip_pixel):
-    """A tile of concat(x, skip) from pixel `start` on, zero outside. Lanes before the seam load from x, others from skip.
+    """A tile of concat(x, skip) from pixel `start` on, zero outside.
 
-    Two loads with masks, of which each lane makes one: with a choice of pointers 16 bytes at once would be lost.
+    Two loads with masks, of which each lane makes one: with a choice of pointers, 16 bytes at once would be lost.
     """
     start = start.to(tl.int64)  # pixels * channels passes 2^31 in large pictures, a tile does not
     x += start * x_pixel

@@ -174,4 +174,146 @@ STEP = [
     ),
 ]
 
-MUTATIONS = [*GEGLU, *GROUP_NORM, *LAYER_NORM, *STEP]
+
+def _random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, device=ops.DEVICE).to(torch.float16)
+
+
+_TILE = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
+
+
+def _linear(module: ModuleType) -> None:
+    """A tail of K; five steps in two splits; ten rows of tiles."""
+    with dispatch.forced("linear", _TILE | {"SPLIT": 2}):
+        ops.check(module.LINEAR, _random(300, 72), _random(40, 72) / 8, _random(40), _random(300, 40))
+
+
+def _conv(module: ModuleType) -> None:
+    channels_last = torch.channels_last
+    x, weight = (_random(*s).contiguous(memory_format=channels_last) for s in ((2, 16, 5, 4), (24, 16, 3, 3)))
+    with dispatch.forced("conv2d", _TILE | {"SPLIT": 1}):
+        ops.check(module.CONV2D, x, weight / 12, padding=1)
+
+
+def _upsample(module: ModuleType) -> None:
+    channels_last = torch.channels_last
+    x, weight = (_random(*s).contiguous(memory_format=channels_last) for s in ((1, 16, 3, 4), (24, 16, 3, 3)))
+    with dispatch.forced("upsample_conv2d", _TILE | {"SPLIT": 1}):
+        ops.check(module.UPSAMPLE_CONV2D, x, weight / 12, None, 6, 8)
+
+
+LINEAR = [
+    Mutation(
+        "linear",
+        "a = tl.load(x + at, (inner < k - at)[None, :], other=0.0)",
+        "a = tl.load(x + at, (inner < k - at - 1)[None, :], other=0.0)",
+        _linear,
+        "the last element of a row left out",
+    ),
+    Mutation(
+        "linear",
+        "range(split * steps // SPLIT, (split + 1) * steps // SPLIT)",
+        "range(split * (steps // SPLIT), (split + 1) * (steps // SPLIT))",
+        _linear,
+        "steps that the splits do not divide left out",
+    ),
+    Mutation(
+        "linear",
+        "height = tl.minimum(rows - first, 8)",
+        "height = 8",
+        _linear,
+        "a short last group of tiles walked like the others",
+    ),
+]
+
+CONV = [
+    Mutation(
+        "conv",
+        "(top + i < height) & (left + j >= 0) & (left + j < width)",
+        "(top + i < height) & (left + j < width)",
+        _conv,
+        "left of a row the end of the row before is seen",
+    ),
+    Mutation(
+        "conv",
+        "tap = (3 - 2 * i - down) * 4 + 3 - 2 * j - right",
+        "tap = (3 - 2 * i - right) * 4 + 3 - 2 * j - down",
+        _upsample,
+        "phases of rows and columns swapped",
+    ),
+]
+
+
+def _attention(config: dispatch.Config) -> Callable[[ModuleType], None]:
+    """Tails everywhere; keys and values with strides of their own; a slot shared, one shorter, one never read."""
+
+    def check(module: ModuleType) -> None:
+        dtype = torch.float32 if ops.DEVICE == "cpu" else torch.float16
+        q, k, v = (torch.randn(3, n, c, device=ops.DEVICE, dtype=dtype) for n, c in ((40, 80), (77, 80), (77, 96)))
+        v += 1  # so that a key too many or too few moves the mean
+        k[:, ::7] *= 4  # the peak moves from block to block
+        kv_len, slots = (torch.tensor(n, dtype=torch.int32, device=ops.DEVICE) for n in ([77, 45, 9], [1, 0, 1]))
+        with dispatch.forced("attention", config):
+            ops.check(module.ATTENTION, q, k, v[..., :80], 2, kv_len=kv_len, slots=slots)
+
+    return check
+
+
+_attention_long = _attention(
+    {"BLOCK_M": 32, "BLOCK_N": 32, "SPLIT": True, "FMA_EIGHTHS": 0, "num_warps": 4, "num_stages": 2}
+)
+_attention_short = _attention({"BLOCK_M": 32, "PROGRAMS": 1, "SPLIT": True, "num_warps": 4, "num_stages": 1})
+
+ATTENTION = [
+    Mutation(
+        "attention",
+        's = tl.where(tl.arange(0, BLOCK_N)[None, :] < keys, s, float("-inf"))',
+        's = tl.where(tl.arange(0, BLOCK_N)[None, :] <= keys, s, float("-inf"))',
+        _attention_long,
+        "a tail mask one key too long",
+    ),
+    Mutation(
+        "attention",
+        "_load(v, keys, v_row, acc, V_DIM, BLOCK_N, MASK)",
+        "_load(v, keys, k_row, acc, V_DIM, BLOCK_N, MASK)",
+        _attention_long,
+        "values read with the stride of the keys",
+    ),
+    Mutation(
+        "attention",
+        "_times(acc, rescale))",
+        "acc)",
+        _attention_long,
+        "what was summed before is not rescaled when the peak rises",
+    ),
+    Mutation(
+        "attention",
+        "slot = tl.load(slots + batch).to(tl.int64)",
+        "slot = tl.load(slots).to(tl.int64) + batch * 0",
+        _attention_long,
+        "all rows read the first row's slot",
+    ),
+    Mutation(
+        "attention",
+        "if START + WIDTH > DIM:",
+        "if START + WIDTH > DIM + 8:",
+        _attention_long,
+        "the last 8 of a head's 48 channels of scores not masked: the next head's are seen",
+    ),
+    Mutation(
+        "attention",
+        "tl.arange(0, MORE)[None, :] < keys - KEYS",
+        "tl.arange(0, MORE)[None, :] < keys",
+        _attention_short,
+        "the second block of a short text masked like the first",
+    ),
+    Mutation(
+        "attention",
+        "_load(v + KEYS * v_row, keys - KEYS, v_row,",
+        "_load(v + KEYS * k_row, keys - KEYS, v_row,",
+        _attention_short,
+        "the second block of values looked for where the keys are",
+    ),
+]
+
+MUTATIONS = [*GEGLU, *GROUP_NORM, *LAYER_NORM, *STEP, *LINEAR, *CONV, *ATTENTION]

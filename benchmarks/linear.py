@@ -1,0 +1,48 @@
+"""Matrix products with bias, residual and gate, against cuBLAS through PyTorch and torch.compile's best.
+
+python -m benchmarks.linear [--list] [--workload NAME] [--dtype bfloat16]
+
+"torch" is what fastldm runs where the kernel is not taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch._dynamo
+from torch import Tensor
+
+from benchmarks import harness
+from fastldm.kernels.linear import LINEAR, LINEAR_GEGLU, linear_geglu_reference, linear_reference
+
+
+def rivals(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Tensor | None
+) -> dict[str, Callable[[], object]]:
+    """Of linear, which is called with a residual or None, and of linear_geglu, which is not."""
+    torch._dynamo.config.recompile_limit = 1000  # one for each shape
+    plain = linear_reference if rest else linear_geglu_reference
+    compiled = torch.compile(plain, dynamic=False, mode="max-autotune-no-cudagraphs")
+    runs: dict[str, Callable[[], object]] = {"torch.compile": lambda: compiled(x, weight, bias, *rest)}
+
+    rows, factors = x.reshape(-1, x.shape[-1]), weight.t()
+    residual = rest[0] if rest else None
+    if not rest:
+        runs["gate by torch"] = lambda: linear_geglu_reference(x, weight, bias)
+    elif residual is not None:  # which cuBLAS adds, from a copy; then the bias takes a pass
+        flat = residual.view(len(rows), -1)
+        runs["addmm"] = lambda: _plus(torch.addmm(flat, rows, factors), bias)
+    elif bias is not None:
+        runs["addmm"] = lambda: torch.addmm(bias, rows, factors)
+    else:
+        runs["mm"] = lambda: rows @ factors
+    return runs
+
+
+def _plus(out: Tensor, bias: Tensor | None) -> Tensor:
+    return out if bias is None else out.add_(bias)
+
+
+if __name__ == "__main__":
+    harness.main([LINEAR, LINEAR_GEGLU], rivals)

@@ -1,0 +1,351 @@
+"""kernels/conv.py: the references against the formulas, the library's path against them, the kernels against both."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import ops
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastldm.kernels import conv, dispatch, linear
+from fastldm.kernels.conv import BIAS_RESIDUAL, CONV2D, UPSAMPLE_CONV2D
+
+# Tiles small enough that a picture of the interpreter's size has several in each direction.
+SMALL = {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 16, "SPLIT": 1, "num_warps": 4, "num_stages": 2}
+DTYPES = [dtype for dtype in ops.DTYPES if dtype != torch.float32 or ops.DEVICE == "cpu"]
+
+SHAPES = {  # B, C, H, W, O, K, stride, padding
+    "whole tiles": (1, 16, 8, 8, 32, 3, 1, 1),
+    "tails everywhere": (3, 24, 5, 3, 24, 3, 1, 1),  # of pixels, of channels in and out
+    "one pixel": (2, 16, 1, 1, 24, 3, 1, 1),  # eight taps of nine see nothing
+    "one row": (1, 16, 1, 9, 16, 3, 1, 1),
+    "3 filters": (1, 32, 6, 6, 3, 3, 1, 1),  # the autoencoder's last
+    "1x1": (2, 24, 3, 5, 16, 1, 1, 0),
+    "halved": (2, 16, 8, 8, 16, 3, 2, 1),  # the U-Net's
+    "halved, odd": (1, 24, 7, 5, 16, 3, 2, 1),
+    "halved, padded before": (1, 16, 9, 9, 16, 3, 2, 0),  # the autoencoder's
+    "halved, last row unseen": (1, 16, 8, 6, 16, 3, 2, 0),
+    "1x1 of every other": (1, 16, 5, 5, 16, 1, 2, 0),
+    "no padding": (1, 16, 6, 5, 16, 3, 1, 0),
+}
+
+
+def randn(*shape: int, dtype: torch.dtype = DTYPES[0]) -> Tensor:
+    """Channels-last where it is a picture or a convolution's weight."""
+    t = torch.randn(shape, device=ops.DEVICE).to(dtype)
+    return t.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else t
+
+
+def case(
+    b: int, c: int, h: int, w: int, o: int, k: int, stride: int, padding: int, dtype: torch.dtype = DTYPES[0]
+) -> tuple[Any, ...]:
+    """Arguments of CONV2D with bias and residual, from one of SHAPES; products of the size of one."""
+    x, weight = randn(b, c, h, w, dtype=dtype), randn(o, c, k, k, dtype=dtype) / (k * c**0.5)
+    height, width = ((n + 2 * padding - k) // stride + 1 for n in (h, w))
+    return x, weight, randn(o, dtype=dtype), randn(b, o, height, width, dtype=dtype), stride, padding
+
+
+def formula(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, stride: int, padding: int) -> Tensor:
+    """As it stands at the top of conv.py."""
+    x = F.pad(x, (padding,) * 4)
+    out = bias[:, None, None] + residual
+    height, width = residual.shape[2:]
+    for i in range(weight.shape[2]):
+        for j in range(weight.shape[3]):
+            seen = x[:, :, i : i + stride * height : stride, j : j + stride * width : stride]
+            out = out + torch.einsum("oc,bchw->bohw", weight[:, :, i, j], seen)
+    return out
+
+
+@pytest.fixture
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's path for GPUs, on the CPU and in any dtype."""
+    for module in (conv, linear):
+        monkeypatch.setattr(module, "fast_library", lambda x: True)
+
+
+# -------------------------------------------------------------------------------- references and the library's path
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_reference_is_the_formula(shape: tuple[int, ...]) -> None:
+    args = case(*shape, dtype=torch.float64)
+    kept = args[3].clone()
+    expected = formula(*args)
+    assert torch.allclose(conv.conv2d_reference(*args), expected, rtol=0, atol=1e-12)
+    x, weight, bias, residual, stride, padding = args
+    got = conv.conv2d(x, weight, bias, stride=stride, padding=padding, residual=residual)
+    assert torch.allclose(got, expected, rtol=0, atol=1e-12)
+    assert torch.equal(residual, kept)
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_library_on_a_gpu(shape: tuple[int, ...]) -> None:
+    args = case(*shape, dtype=torch.float64)
+    kept = args[3].clone()
+    got = conv.conv2d_torch(*args)
+    assert torch.allclose(got, formula(*args), rtol=0, atol=1e-12)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(args[3], kept)
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+@pytest.mark.parametrize(("channels", "filters"), [(3, 16), (4, 24), (9, 8), (16, 3), (8, 4), (4, 3)])
+def test_narrow_pictures_are_padded_to_eight(channels: int, filters: int) -> None:
+    args = case(2, channels, 6, 5, filters, 3, 1, 1, dtype=torch.float64)
+    with mock.patch.object(torch, "_convolution", wraps=torch._convolution) as library:
+        got = conv.conv2d_torch(*args)
+    assert torch.allclose(got, formula(*args), rtol=0, atol=1e-12)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    x, weight = library.call_args.args[:2]
+    assert x.shape[1] == weight.shape[1] == -(-channels // 8) * 8
+    assert weight.shape[0] % 8 == 0
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+def test_the_library_gets_no_bias_and_looks_for_its_best_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = case(1, 8, 4, 4, 8, 3, 1, 1, dtype=torch.float64)
+
+    def flags() -> tuple[bool, bool]:
+        with mock.patch.object(torch, "_convolution", wraps=torch._convolution) as library:
+            conv.conv2d_torch(*args)
+        assert library.call_args.args[2] is None
+        return library.call_args.args[9:11]
+
+    assert flags() == (True, False)  # benchmark, deterministic
+    assert not torch.backends.cudnn.benchmark
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    assert flags() == (False, True)
+
+
+@pytest.mark.gpu
+def test_a_capture_takes_the_plan_that_was_found() -> None:
+    x, weight, bias, residual, _, _ = case(2, 64, 16, 16, 64, 3, 1, 1, dtype=torch.float16)
+    expected = conv.conv2d(x, weight, bias, padding=1, residual=residual)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = conv.conv2d(x, weight, bias, padding=1, residual=residual)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+def test_on_a_gpu_pixels_are_a_matrix_and_sums_are_one_pass() -> None:
+    seen: list[str] = []
+    with dispatch.observe(lambda op, args, kwargs: seen.append(op.name)):
+        conv.conv2d_torch(*case(1, 8, 4, 4, 8, 1, 1, 0, dtype=torch.float64))
+        conv.conv2d_torch(*case(1, 8, 4, 4, 8, 3, 1, 1, dtype=torch.float64))
+        conv.conv2d_torch(*case(1, 8, 4, 4, 8, 3, 1, 1, dtype=torch.float64)[:2], padding=1)
+        conv.upsample_conv2d(randn(1, 8, 32, 32), randn(8, 8, 3, 3), randn(8), (64, 64))
+    assert seen == ["linear", "bias_residual", "upsample_conv2d", "bias_residual"]
+
+
+# --------------------------------------------------------------------------------------------------- upsampling
+
+
+def test_upsampling_is_a_transposed_convolution() -> None:
+    """With one weight at a time set, so that each lands where it must; then with all, at the edges too."""
+    for at in range(9):
+        weight = torch.zeros(1, 1, 9, dtype=torch.float64)
+        weight[..., at] = 1
+        weight = weight.view(1, 1, 3, 3)
+        x = torch.randn(1, 1, 3, 4, dtype=torch.float64)
+        plain = conv.upsample_conv2d_reference(x, weight, None, 6, 8)
+        got = F.conv_transpose2d(x, conv.upsample_phases(weight), stride=2, padding=1)
+        assert torch.allclose(got, plain, rtol=0, atol=1e-15)
+    x, weight = torch.randn(2, 6, 5, 7, dtype=torch.float64), torch.randn(4, 6, 3, 3, dtype=torch.float64)
+    phases = conv.upsample_phases(weight)
+    assert phases.shape == (6, 4, 4, 4)
+    plain = conv.upsample_conv2d_reference(x, weight, None, 10, 14)
+    assert torch.allclose(F.conv_transpose2d(x, phases, stride=2, padding=1), plain, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_phases_are_summed_in_float32_and_rounded_once(dtype: torch.dtype) -> None:
+    weight = randn(8, 16, 3, 3, dtype=dtype)
+    phases = conv.upsample_phases(weight)
+    assert phases.dtype == dtype
+    assert phases.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(phases, conv.upsample_phases(weight.float()).to(dtype))
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("given_phases", [False, True])
+@pytest.mark.parametrize("size", [(32, 32), (4, 4)], ids=str)
+def test_upsampling_by_phases(
+    size: tuple[int, int], given_phases: bool, gpu: bool, request: pytest.FixtureRequest
+) -> None:
+    """Large pictures take them, small ones if they were made before."""
+    if gpu:
+        request.getfixturevalue("_as_on_a_gpu")
+    h, w = size
+    x, weight, bias = (randn(*s, dtype=torch.float64) for s in ((1, 3, h, w), (4, 3, 3, 3), (4,)))
+    phases = conv.upsample_phases(weight) if given_phases else None
+    with mock.patch.object(F, "interpolate", wraps=F.interpolate) as enlarge:
+        got = conv.upsample_conv2d(x, weight, bias, (2 * h, 2 * w), phases=phases)
+    assert enlarge.called == (h < 32 and not given_phases)
+    assert torch.allclose(got, conv.upsample_conv2d_reference(x, weight, bias, 2 * h, 2 * w), rtol=0, atol=1e-12)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_other_sizes_than_the_double_are_enlarged() -> None:
+    x, weight, bias = (randn(*s, dtype=torch.float64) for s in ((1, 8, 33, 32), (4, 8, 3, 3), (4,)))
+    for phases in (None, conv.upsample_phases(weight)):
+        got = conv.upsample_conv2d(x, weight, bias, (65, 64), phases=phases)
+        enlarged = F.interpolate(x, size=(65, 64), mode="nearest")
+        assert torch.allclose(got, F.conv2d(enlarged, weight, bias, padding=1), rtol=0, atol=1e-12)
+
+
+# ----------------------------------------------------------------------------------------------------- kernels
+
+
+@pytest.mark.parametrize("split", [1, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_kernel(shape: tuple[int, ...], dtype: torch.dtype, split: int) -> None:
+    """Splits cut through taps: 9 taps of one or two steps each over 4."""
+    with dispatch.forced("conv2d", SMALL | {"SPLIT": split}):
+        ops.check(CONV2D, *case(*shape, dtype=dtype))
+
+
+def test_without_bias_or_residual() -> None:
+    x, weight, bias, residual, _, _ = case(2, 24, 4, 5, 16, 3, 1, 1)
+    for split in (1, 2):
+        with dispatch.forced("conv2d", SMALL | {"SPLIT": split}):
+            ops.check(CONV2D, x, weight, padding=1)
+            ops.check(CONV2D, x, weight, bias, padding=1)
+            ops.check(CONV2D, x, weight, None, residual, padding=1)
+
+
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 16, 4, 4, 16), (2, 24, 3, 5, 24), (2, 16, 1, 1, 8)], ids=str)
+def test_the_upsampling_kernel(shape: tuple[int, ...], dtype: torch.dtype, split: int) -> None:
+    b, c, h, w, o = shape
+    args = randn(b, c, h, w, dtype=dtype), randn(o, c, 3, 3, dtype=dtype) / (3 * c**0.5), randn(o, dtype=dtype)
+    with dispatch.forced("upsample_conv2d", SMALL | {"SPLIT": split}):
+        ops.check(UPSAMPLE_CONV2D, *args, 2 * h, 2 * w)
+        ops.check(UPSAMPLE_CONV2D, *args[:2], None, 2 * h, 2 * w, conv.upsample_phases(args[1]))
+
+
+def test_the_default_configurations() -> None:
+    args = case(2, 64, 5, 5, 24, 3, 1, 1)
+    ops.check(CONV2D, *args)
+    ops.check(UPSAMPLE_CONV2D, *args[:3], 10, 10)
+    with dispatch.forced("conv2d", SMALL | {"BLOCK_M": 256, "BLOCK_N": 128}):  # finished in halves
+        ops.check(CONV2D, *args)
+
+
+@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 320, 4, 4), (3, 3, 5, 7), (1, 72, 1, 1)], ids=str)
+def test_bias_and_residual_in_place(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """A whole number of blocks, tails of rows and columns, less than a block."""
+    out, bias, residual = randn(*shape, dtype=dtype), randn(shape[1], dtype=dtype), randn(*shape, dtype=dtype)
+    ops.check(BIAS_RESIDUAL, out, bias, residual)
+    ops.check(BIAS_RESIDUAL, out, bias, None)
+    ops.check(BIAS_RESIDUAL, out, None, residual)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    b=st.integers(1, 3),
+    c=st.integers(1, 4),
+    h=st.integers(1, 9),
+    w=st.integers(1, 9),
+    o=st.integers(1, 40),
+    k=st.sampled_from([1, 3]),
+    stride=st.integers(1, 2),
+    padding=st.integers(0, 1),
+    split=st.integers(1, 3),
+)
+def test_any_shape(b: int, c: int, h: int, w: int, o: int, k: int, stride: int, padding: int, split: int) -> None:
+    if min(h, w) + 2 * padding >= k:
+        with dispatch.forced("conv2d", SMALL | {"SPLIT": split}):
+            ops.check(CONV2D, *case(b, 8 * c, h, w, o, k, stride, padding))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("config", [c for c in linear.SPACE if c["SPLIT"] in (1, 3, 16)], ids=str)
+def test_every_configuration(config: dispatch.Config, dtype: torch.dtype) -> None:
+    with dispatch.forced("conv2d", config), dispatch.forced("upsample_conv2d", config):
+        args = case(2, 72, 9, 9, 136, 3, 1, 1, dtype=dtype)
+        ops.check(CONV2D, *args)
+        ops.check(UPSAMPLE_CONV2D, *args[:3], 18, 18)
+
+
+@pytest.mark.full
+@settings(max_examples=60, deadline=None)
+@given(b=st.integers(1, 3), c=st.integers(1, 6), h=st.integers(1, 9), w=st.integers(1, 9), o=st.integers(1, 40))
+def test_any_shape_upsampled(b: int, c: int, h: int, w: int, o: int) -> None:
+    x, weight = randn(b, 8 * c, h, w, dtype=torch.float16), randn(o, 8 * c, 3, 3, dtype=torch.float16) / 12
+    with dispatch.forced("upsample_conv2d", SMALL | {"SPLIT": 1 + o % 3}):
+        ops.check(UPSAMPLE_CONV2D, x, weight, None, 2 * h, 2 * w)
+
+
+# ------------------------------------------------------------------------------- where, what for, at what cost
+
+
+def test_what_is_refused_says_why() -> None:
+    x, weight, bias, residual, _, _ = args = case(2, 16, 4, 4, 24, 3, 1, 1)
+    assert CONV2D.supports(*args)
+    assert "no multiple of 8" in CONV2D.supports(randn(2, 12, 4, 4), randn(8, 12, 3, 3)).why
+    assert "x (2, 16, 4, 4)" in CONV2D.supports(x.contiguous(), weight).why
+    assert "weight (24, 16, 3, 3)" in CONV2D.supports(x, weight.contiguous()).why
+    assert "residual" in CONV2D.supports(x, weight, bias, residual.contiguous(), 1, 1).why
+    assert "dtype" in CONV2D.supports(x.double(), weight.double()).why
+    assert "does not double" in UPSAMPLE_CONV2D.supports(x, weight, bias, 8, 9).why
+    phases = conv.upsample_phases(weight).contiguous()
+    assert "phases are not channels-last" in UPSAMPLE_CONV2D.supports(x, weight, bias, 8, 8, phases).why
+    assert "not channels-last" in BIAS_RESIDUAL.supports(x, None, x.contiguous()).why
+    assert "dtype" in BIAS_RESIDUAL.supports(x.double(), None, None).why
+    assert "is empty" in BIAS_RESIDUAL.supports(x[:0], None, None).why
+
+
+def test_cost() -> None:
+    x, weight, bias, residual, _, _ = case(2, 16, 8, 8, 24, 3, 2, 1, dtype=torch.float16)
+    elements = 2 * 16 * 64 + 24 * 16 * 9 + 2 * 24 * 16
+    assert CONV2D.cost(x, weight, bias, None, 2, 1) == (2 * 2 * 24 * 16 * 16 * 9, 2 * elements, 0)
+    assert CONV2D.cost(x, weight, bias, residual, 2, 1).bytes == 2 * (elements + 2 * 24 * 16)
+    plain = CONV2D.cost(randn(2, 16, 16, 16), weight, None, None, 1, 1).flop
+    assert UPSAMPLE_CONV2D.cost(x, weight, bias, 16, 16).flop * 9 == plain * 4
+    assert UPSAMPLE_CONV2D.cost(x, weight, bias, 16, 17).flop == 9 * 2 * 2 * 16 * 17 * 24 * 16
+    assert BIAS_RESIDUAL.cost(x, bias, x).bytes == 3 * 2 * x.numel()
+
+
+def test_a_shape_has_its_class_and_its_configurations() -> None:
+    x, weight, bias, _, _, _ = case(2, 64, 8, 8, 640, 3, 1, 1)
+    assert CONV2D.shape_class(x, weight, bias, None, 1, 1) == "m128 n640 k576"
+    assert CONV2D.shape_class(x, weight, bias, None, 2, 1) == "m32 n640 k576 strided"
+    assert UPSAMPLE_CONV2D.shape_class(x, weight, bias, 16, 16) == "m512 n640 k256"
+    assert conv.default("m128 n1280 k11520 strided", 90) == linear.default("m128 n1280 k11520", 90)
+    for op, args in ((CONV2D, (x, weight, bias, None, 1, 1)), (UPSAMPLE_CONV2D, (x, weight, bias, 16, 16))):
+        assert 1 <= sum(op.keep(config, *args) for config in op.space) <= 30  # a tuner's patience
+    assert 1 <= sum(BIAS_RESIDUAL.keep(config, x, bias, None) for config in BIAS_RESIDUAL.space) <= 30
+
+
+def test_meta_stands_for_a_gpu() -> None:
+    """What a dry run sees is what a GPU would run: padded, summed in one pass, channels-last."""
+    x = torch.empty(1, 4, 8, 8, device="meta", dtype=torch.float16)
+    weight, bias = (torch.empty(*s, device="meta", dtype=torch.float16) for s in ((320, 4, 3, 3), (320,)))
+    seen: list[str] = []
+    with dispatch.observe(lambda op, args, kwargs: seen.append(op.name)):
+        out = conv.conv2d(x, weight, bias, padding=1)
+    assert seen == ["conv2d", "bias_residual"]
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_registered() -> None:
+    args = case(1, 16, 3, 4, 8, 3, 1, 1)
+    ops.check_registered(CONV2D, *args)
+    ops.check_registered(UPSAMPLE_CONV2D, *args[:3], 6, 8)
+    ops.check_registered(BIAS_RESIDUAL, args[3], args[2], None)
