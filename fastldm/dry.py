@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from fastldm.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
+from fastldm.kernels.step import StepState, end_step
 from fastldm.loading import autoencoder
 from fastldm.models.clip import CLIPText
 from fastldm.models.unet import AddedConditions, UNet
@@ -18,7 +19,8 @@ from fastldm.models.unet import AddedConditions, UNet
 
 @torch.no_grad()
 def run_unet(config: UNetConfig, *, height: int, width: int, rows: int, tokens: int, dtype: torch.dtype) -> None:
-    """All of one step for `rows` U-Net rows (2 for one guided picture): time rows, text keys and values, the step.
+    """All of one step for `rows` U-Net rows (2 for one guided picture): time rows, text keys and values, the network,
+    the sampler.
 
     height, width: of the latents. tokens: the text's length, a multiple of the window where it has several.
     """
@@ -31,7 +33,23 @@ def run_unet(config: UNetConfig, *, height: int, width: int, rows: int, tokens: 
             added = AddedConditions(torch.empty(rows, pooled, dtype=dtype), torch.empty(rows, 6))
         guidance = torch.empty(rows) if config.needs_guidance else None
         temb = unet.time_rows(torch.empty(rows), added=added, guidance=guidance)
-        unet.step(torch.empty(rows, config.in_channels, height, width, dtype=dtype), temb, unet.cross_kv(text))
+        out = unet.step(torch.empty(rows, config.in_channels, height, width, dtype=dtype), temb, unet.cross_kv(text))
+    end_step(out, _slots(config, rows, height, width, dtype))
+
+
+def _slots(config: UNetConfig, rows: int, height: int, width: int, dtype: torch.dtype) -> StepState:
+    channels = config.out_channels
+    return StepState.empty(
+        slots=rows,
+        rows=rows,
+        channels=channels,
+        height=height,
+        width=width,
+        steps=1,
+        extra_channels=config.in_channels - channels,
+        dtype=dtype,
+        device="meta",
+    )
 
 
 @torch.no_grad()

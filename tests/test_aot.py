@@ -1,21 +1,13 @@
-"""benchmarks/aot.py: every kernel compiles for every GPU, nothing spills, and the table in the repository is of now."""
+"""benchmarks/aot.py: kernels compiled for a GPU that is not here, and what they take."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
-import pytest
 from conftest import ROOT
-
-from fastldm.kernels.compile import ARCHS, SHARED_MEMORY
-
-COMMITTED = ROOT / "benchmarks" / "results" / "aot.json"
 
 
 def aot(cache: Path, *arguments: str) -> str:
@@ -27,32 +19,6 @@ def aot(cache: Path, *arguments: str) -> str:
 
 
 def test_one_op_for_one_gpu(tmp_path: Path) -> None:
-    said = aot(tmp_path, "--op", "geglu", "--arch", "90", "--workload", "sd15-512 step", "--dtype", "float16")
-    assert "| _geglu_kernel | float16 |" in said
+    said = aot(tmp_path, "--op", "layer_norm", "--arch", "90", "--workload", "sd15-512 step", "--dtype", "float16")
+    assert "| _layer_norm_kernel | float16 |" in said
     assert "spills 0" not in said
-
-
-def test_the_committed_table_has_every_gpu_and_no_spill() -> None:
-    rows: list[dict[str, Any]] = json.loads(COMMITTED.read_text())
-    assert {row["arch"] for row in rows} == set(ARCHS)
-    kernels = Counter(row["kernel"] for row in rows)
-    assert {"_geglu_kernel", "_normalise_kernel", "_statistics_kernel"} <= kernels.keys()
-    for row in rows:
-        assert row["stack"] == 0, row
-        assert row["registers"] <= 255, row
-        assert row["shared"] <= SHARED_MEMORY[row["arch"]] * 1024, row
-
-
-@pytest.mark.full
-def test_the_committed_table_is_of_these_kernels(tmp_path: Path) -> None:
-    """The same kernels in the same configurations; registers may differ with the compiler's version."""
-    out = tmp_path / "results"
-    aot(tmp_path / "cache", "--results", str(out))
-
-    def configurations(file: Path) -> set[str]:
-        return {
-            json.dumps([row["kernel"], row["arch"], row["dtype"], row["constants"]], sort_keys=True)
-            for row in json.loads(file.read_text())
-        }
-
-    assert configurations(out / "aot.json") == configurations(COMMITTED)
