@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.networks import WORKLOADS
+from benchmarks.networks import WORKLOADS, calls
 from fastldm.kernels import dispatch
 from fastldm.kernels.compile import ARCHS, SHARED_MEMORY, Ahead, Compiled
 
@@ -35,17 +35,15 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 def compile_all(arch: int, workload: str, dtype: str, op: str | None) -> list[dict[str, Any]]:
     """What the Triton path of a workload's ops would launch on sm_`arch`, compiled."""
+    # Watched first, on the torch path: what is compiled is then what one op launches, and no op inside another.
+    wanted = [] if op is None else [call for call in calls(workload, DTYPES[dtype]) if call.op == op]
     ahead = Ahead(arch)
     with dispatch.use("triton"), dispatch.targeting(ahead):
         if op is None:
             WORKLOADS[workload](DTYPES[dtype])
-        else:
-            from benchmarks.networks import calls
-
-            for call in calls(workload, DTYPES[dtype]):
-                if call.op == op:
-                    args, kwargs = call.arguments("meta")
-                    dispatch.OPS[op](*args, **kwargs)
+        for call in wanted:
+            args, kwargs = call.arguments("meta")
+            dispatch.OPS[call.op](*args, **kwargs)
     return [row(compiled, dtype) for compiled in ahead.compiled.values()]
 
 
