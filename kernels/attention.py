@@ -13,41 +13,43 @@ the sum of exponentials relative to it; when a block raises the peak, what was s
     total = a total + sum_m p       acc = a acc + p v            at the end: out = acc / total
 
 **Layout.** Rows may have any stride of a multiple of 16 bytes, so q, k and v can be thirds or halves of one packed
-projection, and nothing is transposed or copied. `slots` and `kv_len` are read from device memory by each program:
-prompts of different length share a batch, and rows of a batch share a prompt, without a copy of its keys and without
-the host knowing. Keys beyond kv_len are not even loaded, so what lies there may be NaN. A slot without keys gives 0.
+projection, and nothing is transposed or copied. Each program reads `slots` and `kv_len` from device memory: prompts of
+different length share a batch, and rows share a prompt, with no copy of its keys and nothing known to the host. Keys
+beyond kv_len are not even loaded, so what lies there may be NaN. A slot without keys gives 0.
 
 **Head dims as they are.** Tiles are powers of two wide, and SD1.5's heads have 40, 80 and 160 channels. A head lies in
-one tile or two, the second narrower: 40 = 32 + 8, 80 = 64 + 16, 160 = 128 + 32, where one tile would take 64, 128 and
-256. The tensor cores multiply 16 channels at a time, so scores go over 32 + 16 with the last 8 zero.
+one tile or two, the second narrower: 80 = 64 + 16 and 160 = 128 + 32, where one tile would be 128 and 256 wide. Tensor
+cores sum over 16 channels at a time, so scores of D = 40 go over 32 + 16, of which the last 8 are zero; they give 8
+columns at least (32 + 8) where warps multiply, 16 where warpgroups do.
 
 **Floors**, for the largest call of SD1.5 at 512x512 (guided, so B*H = 16; N = M = 4096; D = 40) on an H100:
 
-    matrix          4 B H N M D = 42.9 GFLOP          at 800 TFLOP/s                             54 us
-    exponentials      B H N M   =  268 M              132 SMs x 16 a cycle x 1.755 GHz           72 us
-    memory          q, k, v, out once = 21 MB         at 3 TB/s                                   7 us
+    matrix products   4 B H N M D = 42.9 GFLOP        at 800 TFLOP/s                       54 us
+    exponentials      B H N M = 268 M                 132 SMs x 16 a cycle x 1.755 GHz     72 us
+    memory            q, k, v and out once = 21 MB    at 3 TB/s                             7 us
 
-So here the special-function units are the floor, and time is lost wherever they wait for the tensor cores. What the
-compiler makes of the loop says more (sm_90, a warp's share of 128 x 64 scores, 64 to a thread): 544 cycles of special-
-function unit, 352 of tensor core, and 500 instructions to issue at one a cycle. Three resources are nearly balanced.
-Hence the shape of the default: registers for two programs or more on each multiprocessor, one of which exponentiates
-while the other multiplies. And hence what was tried and is not here: computing the next block's scores before this
-block's softmax (FlashAttention-3's overlap within a program) adds 15% of instructions, since Triton copies the tile,
-and spills; rescaling only when the peak has grown by 2 ** 8 (FlashAttention-4) saves 44 multiplications but costs a
-vote among all warps, two barriers a block. Two ideas of theirs remain. Sums of exponentials stay apart by column, 8
-for each query, until the end, which needs no exchange between threads (FlashAttention-2). And FMA_EIGHTHS eighths of
-the exponentials can be a polynomial on the FMA units: 7 more instructions each, so no gain by the count above, and 0
-by default. From D = 80 on the matrix floor is the higher one, and on GeForce cards always.
+The special-function units are the floor. (From D = 56 on the matrix products are; on GeForce cards at any D.) Counted
+in what the compiler makes of the loop for sm_90, a warp's share of 128 x 64 scores, 64 a thread, takes 544 cycles of
+special-function unit, 384 of tensor core, and 505 instructions at one a cycle. All three must overlap. So registers are
+budgeted for two programs or more on a multiprocessor, one of which multiplies while the other exponentiates, and the
+count of instructions decides on everything else:
 
-**Short keys** (77 or 154 tokens of text): all keys in one block or two, 77 = 64 + 16, no rescaling, and K and V stay
-where they are while the program walks over its share of the queries. Bytes decide there: q and out once.
+    sums of exponentials by column, 8 a query, added     no exchange between threads in the loop: 23 fewer; done
+      up at the end (FlashAttention-2)
+    a share of the exponentials by a polynomial on the   7 more for each of 64: no gain; FMA_EIGHTHS, 0 by default
+      FMA units (FlashAttention-4)
+    rescaling only when a peak grew by 2 ** 8 (the same) 52 fewer, but 38 and two barriers for all warps to agree; no
+    the next block's scores before this block's softmax  15% more, for Triton copies the tile, which spills; no
+      (FlashAttention-3)
+    tensor descriptors (TMA) instead of cp.async         some 20 fewer, and an allocator that Triton asks of us; no
+    warp_specialize                                      compiles for sm_100 with Triton 3.9, fails with 3.6; no
 
-**One head of 512** (the VAE): two programs share a head's queries, each with half of v's channels, since a float32
-accumulator of 128 x 512 would be all the registers of a multiprocessor. The scores are computed twice: 1.5 times the
-operations, and no score written. It takes 224 KiB of shared memory, and registers to match: sm_90 has both.
+**Short keys** (77 or 154 tokens of text): all in one block or two, 77 = 64 + 16. Nothing is rescaled, and K and V stay
+where they are while the program walks over its share of the queries. Bytes decide there: q and out, once.
 
-Not here: tensor descriptors (TMA) would save 6 loads of 500 instructions at D = 40, and tie the library to a scratch
-allocator of Triton's; `warp_specialize` compiles for sm_100 with Triton 3.9 and fails with 3.6.
+**One head of 512** (the VAE): a float32 accumulator of 128 x 512 is all the registers of a multiprocessor, so two
+programs share a head's queries, each with half of v's channels. The scores are computed twice, 1.5 times the
+operations. That takes 224 KiB of shared memory and 224 registers, which only sm_90 has; elsewhere PyTorch's own runs.
 """
 
 from __future__ import annotations
@@ -307,11 +309,9 @@ def _tile(
 @jit
 def _load(pointer, rows, stride, like, DIM: tl.constexpr, BLOCK: tl.constexpr, MASK: tl.constexpr):
     """BLOCK rows of one head, in as many tiles as `like` has and as wide."""
-    START: tl.constexpr = like[0].shape[1]
-    high = _tile(pointer, rows, stride, 0, START, DIM, MASK, BLOCK)
-    return (
-        (high, _tile(pointer, rows, stride, START, like[1].shape[1], DIM, MASK, BLOCK)) if len(like) == 2 else (high,)
-    )
+    WIDTH: tl.constexpr = like[0].shape[1]
+    high = _tile(pointer, rows, stride, 0, WIDTH, DIM, MASK, BLOCK)
+    return (high, _tile(pointer, rows, stride, WIDTH, like[1].shape[1], DIM, MASK, BLOCK)) if len(like) > 1 else (high,)
 
 
 @jit
@@ -320,7 +320,7 @@ def _store(pointer, rows, stride, acc, DIM: tl.constexpr):
     pointer += row * stride
     channel = tl.arange(0, acc[0].shape[1])[None, :]
     tl.store(pointer + channel, acc[0].to(pointer.dtype.element_ty), (row < rows) & (channel < DIM))
-    if len(acc) == 2:
+    if len(acc) > 1:
         channel = acc[0].shape[1] + tl.arange(0, acc[1].shape[1])[None, :]
         tl.store(pointer + channel, acc[1].to(pointer.dtype.element_ty), (row < rows) & (channel < DIM))
 
@@ -335,14 +335,14 @@ def _zeros(ROWS: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr):
 def _times(acc, factor):
     """Row i of acc times factor[i]."""
     high = acc[0] * factor[:, None]
-    return (high, acc[1] * factor[:, None]) if len(acc) == 2 else (high,)
+    return (high, acc[1] * factor[:, None]) if len(acc) > 1 else (high,)
 
 
 @jit
 def _scores(q, k):
     """q k^T."""
     s = tl.dot(q[0], tl.trans(k[0]))
-    if len(q) == 2:
+    if len(q) > 1:
         s = tl.dot(q[1], tl.trans(k[1]), s)
     return s
 
@@ -352,7 +352,7 @@ def _weigh(p, v, acc):
     """acc + p v."""
     p = p.to(v[0].dtype)
     high = tl.dot(p, v[0], acc[0])
-    return (high, tl.dot(p, v[1], acc[1])) if len(v) == 2 else (high,)
+    return (high, tl.dot(p, v[1], acc[1])) if len(v) > 1 else (high,)
 
 
 @jit
@@ -467,8 +467,10 @@ def _long_kernel(
     q, k, v, out, keys, stride = _locate(
         q, k, v, out, kv_len, slots, queries, keys, q_batch * UNIT, k_slot * UNIT, v_slot * UNIT, DIM, V_DIM
     )
-    first = tl.program_id(0).to(tl.int64) * BLOCK_M
-    q = _load(q + first * q_row, queries - first, q_row, _zeros(BLOCK_M, HIGH, LOW), DIM, BLOCK_M, True)
+    first = tl.program_id(0) * BLOCK_M
+    q += first.to(tl.int64) * q_row
+    out += first.to(tl.int64) * stride
+    q = _load(q, queries - first, q_row, _zeros(BLOCK_M, HIGH, LOW), DIM, BLOCK_M, True)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M, 8), tl.float32)  # the sums of columns 0, 8, ..., of 1, 9, ..., and so on
     acc = _zeros(BLOCK_M, V_HIGH, V_LOW)
@@ -484,7 +486,7 @@ def _long_kernel(
             q, k, v, peak, total, acc, keys - whole, k_row, v_row, scale, DIM, V_DIM, BLOCK_N, FMA_EIGHTHS, True
         )
     acc = _times(acc, 1 / tl.maximum(tl.sum(total, 1), 1e-30))  # 0 where no key was seen
-    _store(out + first * stride, queries - first, stride, acc, V_DIM)
+    _store(out, queries - first, stride, acc, V_DIM)
 
 
 @jit
@@ -567,7 +569,7 @@ def attention_triton(
     parts = 1 if dim <= (256 if arch == 90 else 192) else 2  # of a head's values, a program each
     if config.pop("SPLIT"):
         high, low = tiles(dim, 16)
-        # Warps of sm_80 multiply by 8 columns. Warpgroups by 8 too, but Triton lets them only since 3.8, and tcgen05 by 16.
+        # A warp multiplies by 8 columns or more; a warpgroup too, but not in every Triton from 3.6 on; tcgen05 by 16.
         v_high, v_low = tiles(dim // parts, 16 if arch in (90, 100) else 8)
     else:
         high = v_high = max(16, next_power_of_2(dim))

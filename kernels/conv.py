@@ -73,9 +73,9 @@ if TYPE_CHECKING:
 
 # Pixels (B*H*W of the small picture) from which the phases pay, though they are made anew at each call. They save
 # 5/9 of 18 C O float operations for each of 4 pixels, and cost some 64 C O bytes to make and to read: on an H100 at
-# 500 TFLOP/s and 3 TB/s that balances at 270 pixels, and at 2 to 3 times that with PyTorch's unfused kernels. On two
-# CPU cores 128 channels at 64x64 take 0.46 of the plain form's time, 640 at 8x8 2.3.
-_PHASES_FROM = 1024
+# 500 TFLOP/s and 3 TB/s that balances at 270 pixels, and with PyTorch's unfused kernels at three times as many. On a
+# CPU's core 64 to 512 channels at 64x64 take half of the plain form's time, 640 at 8x8 more than twice as much.
+_PHASES_FROM = 2048
 
 
 def conv2d_reference(
@@ -447,9 +447,9 @@ def _conv_kernel(
             b = tl.load(factors, (inner < channels - channel)[:, None], other=0.0)
         tile = tl.dot(a, b, tile)
 
-    place = row + split.to(tl.int64) * rows  # of a split, out is the workspace (SPLIT, rows, filters)
-    first = column_tile * BLOCK_N
-    finish(tile, bias, residual, out, place[:, None], (pixel < m)[:, None], first, filters, BLOCK_M, BLOCK_N)
+    place = row.to(tl.int64) + split.to(tl.int64) * rows  # of a split, out is the workspace (SPLIT, rows, filters)
+    place, inside, first = place[:, None], (pixel < m)[:, None], column_tile * BLOCK_N
+    finish(tile, None, bias, residual, out, place, inside, first, filters, BLOCK_M, BLOCK_N)
 
 
 def conv2d_triton(

@@ -241,26 +241,40 @@ def tile_of(program, rows, columns):
 
 
 @jit
-def finish(tile, bias, residual, out, row, inside, first, columns, M: tl.constexpr, N: tl.constexpr):
-    """Add bias and residual, where there are any, to a float32 tile (M, N) and write it.
+def finish(tile, gate, bias, residual, out, row, inside, first, columns, M: tl.constexpr, N: tl.constexpr):
+    """Add bias and residual to a float32 tile (M, N), or gate it by another, and write it. What is None is left out.
 
-    row: (M, 1), 64 bits, rows of residual and out; inside: those that exist; first: the tile's first column. A large
-    tile goes in two halves: loading and rearranging it whole takes more registers than there are beside it.
+    row: (M, 1), 64 bits, rows of residual and out. inside: those that exist. first: the tile's first column. Large
+    tiles go in two halves: to load and rearrange a whole one takes more registers than there are beside it.
     """
-    if M * N > 16384:
-        left, right = tl.split(tl.permute(tl.reshape(tile, (M, 2, N // 2)), (0, 2, 1)))
-        _finish(left, bias, residual, out, row, inside, first, columns, N // 2)
-        _finish(right, bias, residual, out, row, inside, first + N // 2, columns, N // 2)
+    if gate is None and M * N > 16384:
+        left, right = _halves(tile, M, N)
+        _finish(left, None, bias, residual, out, row, inside, first, columns, N // 2)
+        _finish(right, None, bias, residual, out, row, inside, first + N // 2, columns, N // 2)
+    elif gate is not None and 2 * M * N > 16384:
+        left, right = _halves(tile, M, N)
+        gate_left, gate_right = _halves(gate, M, N)
+        _finish(left, gate_left, bias, residual, out, row, inside, first, columns, N // 2)
+        _finish(right, gate_right, bias, residual, out, row, inside, first + N // 2, columns, N // 2)
     else:
-        _finish(tile, bias, residual, out, row, inside, first, columns, N)
+        _finish(tile, gate, bias, residual, out, row, inside, first, columns, N)
 
 
 @jit
-def _finish(tile, bias, residual, out, row, inside, first, columns, N: tl.constexpr):
+def _halves(tile, M: tl.constexpr, N: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(tile, (M, 2, N // 2)), (0, 2, 1)))
+
+
+@jit
+def _finish(tile, gate, bias, residual, out, row, inside, first, columns, N: tl.constexpr):
     column = first + tl.arange(0, N)[None, :]
     mask = inside & (column < columns)
     if bias is not None:
         tile += tl.load(bias + column, column < columns, other=0.0).to(tl.float32)
+    if gate is not None:
+        if bias is not None:
+            gate += tl.load(bias + columns + column, column < columns, other=0.0).to(tl.float32)
+        tile *= gelu(gate)
     if residual is not None:
         tile += tl.load(residual + row * columns + column, mask, other=0.0).to(tl.float32)
     tl.store(out + row * columns + column, tile.to(out.dtype.element_ty), mask)
@@ -315,15 +329,12 @@ def _linear_kernel(
                 b = tl.load(gate_weight + at, (inner < k - at)[:, None], other=0.0)
             gate = tl.dot(a, b, gate)
 
-    first = column_tile * BLOCK_N
+    place = row.to(tl.int64) + split.to(tl.int64) * m  # of a split, out is the workspace (SPLIT, m, n)
+    place, inside, first = place[:, None], (row < m)[:, None], column_tile * BLOCK_N
     if GEGLU:
-        if bias is not None:
-            tile += tl.load(bias + column, column < n, other=0.0).to(tl.float32)[None, :]
-            gate += tl.load(bias + n + column, column < n, other=0.0).to(tl.float32)[None, :]
-            bias = None
-        tile *= gelu(gate)
-    place = row + split.to(tl.int64) * m  # of a split, out is the workspace (SPLIT, m, n)
-    finish(tile, bias, residual, out, place[:, None], (row < m)[:, None], first, n, BLOCK_M, BLOCK_N)
+        finish(tile, gate, bias, None, out, place, inside, first, n, BLOCK_M, BLOCK_N)
+    else:
+        finish(tile, None, bias, residual, out, place, inside, first, n, BLOCK_M, BLOCK_N)
 
 
 @jit
@@ -338,7 +349,7 @@ def sum_kernel(
     tile = tl.zeros((ROWS, COLUMNS), tl.float32)
     for part in tl.static_range(PARTS):
         tile += tl.load(parts + (part * rows + row) * columns + column, mask, other=0.0).to(tl.float32)
-    finish(tile, bias, residual, out, row, row < rows, first, columns, ROWS, COLUMNS)
+    finish(tile, None, bias, residual, out, row, row < rows, first, columns, ROWS, COLUMNS)
 
 
 def add_up(parts: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:

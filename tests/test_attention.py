@@ -86,13 +86,13 @@ def test_the_reference_does_not_look_beyond_kv_len() -> None:
 
 DIMS = {
     8: "less than the 16 that a product of tensor cores takes",
-    24: "values in two tiles, scores in one",
-    40: "SD1.5: 32 + 8, scores 32 + 16",
+    24: "one tile on sm_90, where the least is 16",
+    40: "SD1.5: 32 + 16, the last 8 masked",
     56: "one tile with a masked end",
     64: "SDXL",
     80: "SD1.5: 64 + 16",
     96: "64 + 32",
-    136: "128 + 8",
+    136: "128 + 16",
     160: "SD1.5: 128 + 32",
     256: "two tiles of 128",
     512: "VAE: two programs share a head's values",
@@ -257,9 +257,9 @@ def test_one_tile_instead_of_two(dim: int, config: dispatch.Config) -> None:
     check(config | {"SPLIT": False}, *(normal(1, n, 2 * dim) for n in (33, 70, 70)), 2)
 
 
-@pytest.mark.parametrize(("arch", "dim"), [(100, 40), (100, 136), (80, 256), (121, 200)])
+@pytest.mark.parametrize(("arch", "dim"), [(80, 40), (86, 136), (80, 256), (121, 200), (100, 40)])
 def test_other_gpus_lay_heads_out_otherwise(arch: int, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """sm_100 takes 16 columns at least; only sm_90 holds 256 channels of values in one program."""
+    """Warps multiply by 8 columns, warpgroups by 16; only sm_90 holds 256 channels of values in one program."""
     if ops.DEVICE == "cuda":
         pytest.skip("this GPU is what it is")
     monkeypatch.setattr(module, "capability", lambda x: arch)
@@ -280,7 +280,7 @@ def test_any_shape(rows: int, queries: int, keys: int, heads: int, eighths: int,
 
 
 @pytest.mark.full
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     rows=st.integers(1, 4),
     queries=st.integers(1, 200),

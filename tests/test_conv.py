@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastldm.kernels import conv, dispatch, linear
 from fastldm.kernels.conv import BIAS_RESIDUAL, CONV2D, UPSAMPLE_CONV2D
+from fastldm.models.layers import Resnet
 
 # Tiles small enough that a picture of the interpreter's size has several in each direction.
 SMALL = {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 16, "SPLIT": 1, "num_warps": 4, "num_stages": 2}
@@ -145,8 +146,29 @@ def test_on_a_gpu_pixels_are_a_matrix_and_sums_are_one_pass() -> None:
         conv.conv2d_torch(*case(1, 8, 4, 4, 8, 1, 1, 0, dtype=torch.float64))
         conv.conv2d_torch(*case(1, 8, 4, 4, 8, 3, 1, 1, dtype=torch.float64))
         conv.conv2d_torch(*case(1, 8, 4, 4, 8, 3, 1, 1, dtype=torch.float64)[:2], padding=1)
-        conv.upsample_conv2d(randn(1, 8, 32, 32), randn(8, 8, 3, 3), randn(8), (64, 64))
+        conv.upsample_conv2d(randn(1, 8, 64, 32), randn(8, 8, 3, 3), randn(8), (128, 64))
     assert seen == ["linear", "bias_residual", "upsample_conv2d", "bias_residual"]
+
+
+def test_on_a_gpu_the_norm_adds_the_first_bias_of_a_block() -> None:
+    """An autoencoder's block has no time row: on a GPU conv1's bias takes its place, and no pass of its own."""
+    with torch.device("meta"):
+        block = Resnet(16, 16, groups=4, eps=1e-5).half()
+        x = torch.empty(2, 16, 8, 8, dtype=torch.float16)
+    seen: list[tuple[str, Any]] = []
+    with dispatch.observe(lambda op, args, kwargs: seen.append((op.name, args))):
+        block(x)
+    first, second, sums = (args for name, args in seen if name in ("conv2d", "bias_residual"))
+    assert first[2] is None
+    assert second[2] is block.conv2.bias
+    assert sums[1] is block.conv2.bias
+
+    block = Resnet(16, 16, groups=4, eps=1e-5).double()
+    for parameter in block.parameters():
+        parameter.data.normal_()
+    x = torch.randn(2, 16, 8, 8, dtype=torch.float64)
+    by_the_norm = block(x, shift=block.conv1.bias.expand(2, -1))
+    assert torch.allclose(block(x), by_the_norm, rtol=0, atol=1e-10)
 
 
 # --------------------------------------------------------------------------------------------------- upsampling
@@ -180,7 +202,7 @@ def test_phases_are_summed_in_float32_and_rounded_once(dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("given_phases", [False, True])
-@pytest.mark.parametrize("size", [(32, 32), (4, 4)], ids=str)
+@pytest.mark.parametrize("size", [(64, 32), (4, 4)], ids=str)
 def test_upsampling_by_phases(
     size: tuple[int, int], given_phases: bool, gpu: bool, request: pytest.FixtureRequest
 ) -> None:
@@ -198,10 +220,10 @@ def test_upsampling_by_phases(
 
 
 def test_other_sizes_than_the_double_are_enlarged() -> None:
-    x, weight, bias = (randn(*s, dtype=torch.float64) for s in ((1, 8, 33, 32), (4, 8, 3, 3), (4,)))
+    x, weight, bias = (randn(*s, dtype=torch.float64) for s in ((1, 8, 65, 32), (4, 8, 3, 3), (4,)))
     for phases in (None, conv.upsample_phases(weight)):
-        got = conv.upsample_conv2d(x, weight, bias, (65, 64), phases=phases)
-        enlarged = F.interpolate(x, size=(65, 64), mode="nearest")
+        got = conv.upsample_conv2d(x, weight, bias, (129, 64), phases=phases)
+        enlarged = F.interpolate(x, size=(129, 64), mode="nearest")
         assert torch.allclose(got, F.conv2d(enlarged, weight, bias, padding=1), rtol=0, atol=1e-12)
 
 
