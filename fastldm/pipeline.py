@@ -460,9 +460,9 @@ _WORK_PER_THREAD = 8e9  # multiply-adds of a step, about
 def _threads_for(request: Request, pipe: Pipeline) -> Iterator[None]:
     """No more CPU threads than a step has work for; torch's own number again afterwards.
 
-    The ops of a small step are over before threads have met. The default model's picture took 0.29 s with one thread
-    on two cores and 0.38 s with two; on a busy machine, where every op waits for the thread that is not running just
-    then, 1.3 and 18.6 s.
+    The ops of a small step are over before threads have met. The default model's eight steps took 0.29 s with one
+    thread on two cores and 0.38 s with two; on a busy machine, where every op waits for the thread that is not running
+    just then, a picture took 1.3 and 18.6 s.
     """
     before = torch.get_num_threads()
     cells = int(request.height or 0) * int(request.width or 0) / pipe.vae.config.factor**2
