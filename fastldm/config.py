@@ -119,6 +119,17 @@ class UNetConfig:
         return self.down[0].context
 
     @property
+    def time_channels(self) -> int:
+        """Channels of a time row: those of every resnet."""
+        return sum(level.channels * len(level.depths) for level in (*self.down, self.mid, *self.up))
+
+    @property
+    def cross_widths(self) -> tuple[int, ...]:
+        """Channels of each cross-attention, in network order."""
+        levels = (*self.down, self.mid, *self.up)
+        return tuple(level.channels for level in levels for depth in level.depths for _ in range(depth or 0))
+
+    @property
     def needs_added(self) -> bool:
         """Whether time rows need pooled text and sizes."""
         return self.addition_embed_type is not None

@@ -178,7 +178,10 @@ class Upsample(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x (B, N, channels) over keys and values (B, M, channels) that the caller projects."""
+    """Multi-head attention of x (B, N, channels) over keys and values (S, M, channels) that the caller projects.
+
+    kv_len and slots as in `kernels.attention`: how many keys each of S texts has, and whose each of B rows reads.
+    """
 
     def __init__(self, channels: int, heads: int, context: int, bias: bool = False) -> None:
         super().__init__()
@@ -188,8 +191,17 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([Linear(channels, channels)])  # to_out.1 is a dropout in diffusers
         self.heads = heads
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, residual: Tensor | None = None) -> Tensor:
-        return self.to_out[0](attention(self.to_q(x), k, v, self.heads), residual=residual)
+    def forward(
+        self,
+        x: Tensor,
+        k: Tensor,
+        v: Tensor,
+        residual: Tensor | None = None,
+        kv_len: Tensor | None = None,
+        slots: Tensor | None = None,
+    ) -> Tensor:
+        out = attention(self.to_q(x), k, v, self.heads, kv_len=kv_len, slots=slots)
+        return self.to_out[0](out, residual=residual)
 
 
 class GEGLU(nn.Module):

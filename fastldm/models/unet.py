@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,14 @@ class AddedConditions:
 
     text_embeds: Tensor  # (R, P) pooled text
     time_ids: Tensor  # (R, 6) original height and width, crop top and left, target height and width, in pixels
+
+
+class Text(NamedTuple):
+    """What one cross-attention reads: keys and values, and whose."""
+
+    kv: Tensor  # (texts, T, 2C), keys | values
+    kv_len: Tensor | None  # (texts,) int32
+    slots: Tensor | None  # (B,) int32
 
 
 class UNet(nn.Module):
@@ -84,14 +93,25 @@ class UNet(nn.Module):
         self.conv_norm_out = GroupNorm(config.norm_groups, width, config.norm_eps)
         self.conv_out = Conv(width, config.out_channels)
 
-    def step(self, u: Tensor, temb_row: Tensor, cross_kv: Sequence[Tensor]) -> Tensor:
+    def step(
+        self,
+        u: Tensor,
+        temb_row: Tensor,
+        cross_kv: Sequence[Tensor],
+        *,
+        kv_len: Tensor | None = None,
+        slots: Tensor | None = None,
+    ) -> Tensor:
         """One evaluation: u (B, Cin, H, W), temb_row (B, S) of time_rows, cross_kv of B texts -> (B, Cout, H, W).
+
+        kv_len (texts,) int32: how many tokens of each text are seen, all when None. slots (B,) int32: which of the
+        texts in cross_kv each row reads, its own when None. Both stay on the device.
 
         Nothing is computed here that does not change at each step. Any H and W run, as in diffusers: upsampling goes to
         the size of the skip connection that it meets.
         """
         rows = iter(temb_row.split([resnet.conv2.weight.shape[0] for resnet in self.resnets()], dim=1))
-        kv = iter(cross_kv)
+        texts = iter([Text(kv, kv_len, slots) for kv in cross_kv])
 
         x = self.conv_in(channels_last(u))
         skips = [x]
@@ -99,7 +119,7 @@ class UNet(nn.Module):
             for resnet, transformer in block.layers():
                 x = resnet(x, next(rows))
                 if transformer is not None:
-                    x = transformer(x, kv)
+                    x = transformer(x, texts)
                 skips.append(x)
             for downsample in block.downsamplers:
                 x = downsample(x)
@@ -108,13 +128,13 @@ class UNet(nn.Module):
         for resnet, transformer in self.mid_block.layers():
             x = resnet(x, next(rows))
             if transformer is not None:
-                x = transformer(x, kv)
+                x = transformer(x, texts)
 
         for block in self.up_blocks:
             for resnet, transformer in block.layers():
                 x = resnet(x, next(rows), skip=skips.pop())
                 if transformer is not None:
-                    x = transformer(x, kv)
+                    x = transformer(x, texts)
             for upsample in block.upsamplers:
                 x = upsample(x, skips[-1].shape[2:])
 
@@ -225,16 +245,16 @@ class Transformer(nn.Module):
         self.transformer_blocks: Layers[TransformerLayer] = Layers(TransformerLayer(level) for _ in range(depth))
         self.proj_out = projection(channels, channels)
 
-    def forward(self, x: Tensor, kv: Iterator[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, texts: Iterator[Text]) -> Tensor:
         residual, height = to_tokens(x), x.shape[2]
         tokens = self.proj_in(to_tokens(self.norm(x)))
         for layer in self.transformer_blocks:
-            tokens = layer(tokens, next(kv))
+            tokens = layer(tokens, next(texts))
         return to_image(self.proj_out(tokens, residual=residual), height)
 
 
 class TransformerLayer(nn.Module):
-    """x (B, N, C) and the text's keys and values (B, T, 2C) -> (B, N, C); diffusers' BasicTransformerBlock."""
+    """x (B, N, C) and the text's keys and values -> (B, N, C); diffusers' BasicTransformerBlock."""
 
     def __init__(self, level: Level) -> None:
         super().__init__()
@@ -246,10 +266,10 @@ class TransformerLayer(nn.Module):
         self.norm3 = LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, kv: Tensor) -> Tensor:
+    def forward(self, x: Tensor, text: Text) -> Tensor:
         h = self.norm1(x)
         x, h = self.norm2.add(self.attn1(h, self.attn1.to_k(h), self.attn1.to_v(h)), x)
-        x, h = self.norm3.add(self.attn2(h, *kv.chunk(2, dim=-1)), x)
+        x, h = self.norm3.add(self.attn2(h, *text.kv.chunk(2, dim=-1), kv_len=text.kv_len, slots=text.slots), x)
         return self.ff(h, residual=x)
 
 
