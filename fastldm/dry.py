@@ -34,7 +34,7 @@ def run_unet(config: UNetConfig, *, height: int, width: int, rows: int, tokens: 
         guidance = torch.empty(rows) if config.needs_guidance else None
         temb = unet.time_rows(torch.empty(rows), added=added, guidance=guidance)
         out = unet.step(torch.empty(rows, config.in_channels, height, width, dtype=dtype), temb, unet.cross_kv(text))
-    end_step(out, _slots(config, rows, height, width, dtype))
+    end_step(out, _slots(config, rows, height, width, dtype), rescales=True)
 
 
 def _slots(config: UNetConfig, rows: int, height: int, width: int, dtype: torch.dtype) -> StepState:
