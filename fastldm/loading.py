@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from fastldm.config import Family, TextConfig, TinyVAEConfig, UNetConfig, VAECon
 from fastldm.errors import InputError
 from fastldm.models.clip import CLIPText
 from fastldm.models.unet import UNet
-from fastldm.models.vae import AutoencoderKL, TinyAutoencoder, rescale_for_half
+from fastldm.models.vae import AutoencoderKL, TinyAutoencoder
+from fastldm.prepare import Prepared, prepare
 
 logger = logging.getLogger("fastldm")
 
@@ -138,15 +139,21 @@ def _native_bfloat16() -> bool:
 
 @dataclass(frozen=True)
 class Networks:
-    """A model, loaded: what a pipeline runs."""
+    """A model, loaded and prepared: what a pipeline runs."""
 
     unet: UNet
     vae: AutoencoderKL | TinyAutoencoder
     text_stages: tuple[text.TextStage, ...]
+    prepared: Prepared
 
 
-def load(spec: Spec, fill: Callable[[torch.nn.Module, str], Any]) -> Networks:
-    """The networks of a spec; `fill(module on meta, component name)` returns the module with its weights."""
+def load(
+    spec: Spec, fill: Callable[[torch.nn.Module, str], Any], sharing: Mapping[str, torch.nn.Module] | None = None
+) -> Networks:
+    """The networks of a spec; `fill(module on meta, component name)` returns the module with its weights.
+
+    sharing: modules whose weights those are, if they go on being used.
+    """
     names = [name for name in ("text_encoder", "text_encoder_2") if name in spec.checkpoint.components]
     with torch.device("meta"):
         unet, vae, encoders = UNet(spec.unet), autoencoder(spec.vae), [CLIPText(one) for one in spec.text]
@@ -154,7 +161,6 @@ def load(spec: Spec, fill: Callable[[torch.nn.Module, str], Any]) -> Networks:
         text.TextStage(spec.checkpoint.tokenizer(name.replace("text_encoder", "tokenizer")), fill(encoder, name))
         for name, encoder in zip(names, encoders, strict=True)
     )
-    vae = fill(vae, "vae")
-    if spec.vae.force_upcast and isinstance(vae, AutoencoderKL) and next(vae.parameters()).dtype == torch.float16:
-        rescale_for_half(vae)
-    return Networks(fill(unet, "unet"), vae, stages)
+    unet, vae = fill(unet, "unet"), fill(vae, "vae")
+    networks = {"unet": unet, "vae": vae} | {name: stage.model for name, stage in zip(names, stages, strict=True)}
+    return Networks(unet, vae, stages, prepare(networks, (sharing or {}).values()))

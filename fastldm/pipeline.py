@@ -74,7 +74,7 @@ class Pipeline:
 
         def fill(module: torch.nn.Module, name: str) -> Any:
             part = spec.checkpoint.components[name]
-            state = part.state(channels_last=name in ("unet", "vae"))
+            state = part.state(to_prepare=True)
             return weights.load_module(module, state, dtype=precision, device=chosen, source=part.source)
 
         name = "default" if str(path_or_id) == "default" else Path(str(path_or_id)).name
@@ -99,11 +99,9 @@ class Pipeline:
         The weights are shared, not copied: what changes in one changes in the other. Device and dtype stay as they are.
         """
         spec = loading.spec_of(weights.describe_diffusers(pipe))
-        return cls(
-            spec,
-            loading.load(spec, lambda module, name: weights.adopt(module, getattr(pipe, name))),
-            type(pipe).__name__,
-        )
+        parts = {name: getattr(pipe, name) for name in spec.checkpoint.components}
+        networks = loading.load(spec, lambda module, name: weights.adopt(module, parts[name]), parts)
+        return cls(spec, networks, type(pipe).__name__)
 
     # --- a call
 

@@ -69,14 +69,15 @@ class Component:
     """For a single file: the keys that are this component's, and the name or names each gets."""
     allow_pickle: bool = False
 
-    def state(self, *, channels_last: bool = False) -> dict[str, Tensor]:
+    def state(self, *, to_prepare: bool = False) -> dict[str, Tensor]:
         """The weights by diffusers' and transformers' names: views of the mapped files, read as they are used.
 
-        channels_last: convolutions' weights are copies in that memory format, which a convolution of such pixels wants.
+        to_prepare: those that `fastldm.prepare` moves are copies, so that their pages of the file are not held:
+            convolutions' weights, in channels-last memory, and the projections to queries, keys and values.
         """
         tensors: dict[str, Tensor] = {}
         for file in self.files:
-            tensors.update(_read_tensors(file, self.names, self.allow_pickle, channels_last))
+            tensors.update(_read_tensors(file, self.names, self.allow_pickle, to_prepare))
         return tensors if self.names is None else single_file.convert(tensors, self.names)
 
 
@@ -543,9 +544,9 @@ def _read_shapes(path: Path, allow_pickle: bool) -> tuple[dict[str, tuple[int, .
 
 
 def _read_tensors(
-    path: Path, keys: Collection[str] | None, allow_pickle: bool, channels_last: bool = False
+    path: Path, keys: Collection[str] | None, allow_pickle: bool, to_prepare: bool = False
 ) -> dict[str, Tensor]:
-    """The tensors `keys`, or all, as views of the mapped file; convolutions' as copies where channels_last."""
+    """The tensors `keys`, or all, as views of the mapped file; what `Component.state` says as copies."""
     if _is_pickle(path):
         tensors = _read_pickle(path, allow_pickle)
         tensors = tensors if keys is None else {key: tensors[key] for key in keys}
@@ -553,17 +554,21 @@ def _read_tensors(
         with _safetensors(path) as file:
             tensors = {key: file.get_tensor(key) for key in (file.keys() if keys is None else keys)}
     for key, tensor in tensors.items():
-        if channels_last and tensor.ndim == 4 and tensor.shape[2:].numel() > 1:
-            tensors[key] = _channels_last(path, key, tensor)
+        convolution = tensor.ndim == 4 and tensor.shape[2:].numel() > 1
+        if to_prepare and (convolution or _PROJECTION.search(key)):
+            tensors[key] = _copy(path, key, tensor, torch.channels_last if convolution else torch.contiguous_format)
     return tensors
 
 
-def _channels_last(path: Path, key: str, tensor: Tensor) -> Tensor:
+_PROJECTION = re.compile(r"\b(to_[qkv]|[qkv]_proj)\.")
+
+
+def _copy(path: Path, key: str, tensor: Tensor, layout: torch.memory_format) -> Tensor:
     if _is_pickle(path):
-        return tensor.contiguous(memory_format=torch.channels_last)
+        return tensor.clone(memory_format=layout)
     # Through a mapping of its own: what is read of it leaves memory at once, not when the last of all views does.
     with _safetensors(path) as file:
-        return file.get_tensor(key).contiguous(memory_format=torch.channels_last)
+        return file.get_tensor(key).clone(memory_format=layout)
 
 
 @contextmanager

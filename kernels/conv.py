@@ -17,8 +17,8 @@ PyTorch at its best, which is what a GPU runs by default (`conv2d_torch`):
     plan        cuDNN times its plans for a shape at the first call and keeps the fastest. One asks for that by setting
                 torch.backends.cudnn.benchmark, which is global; here it is an argument of each call (`_convolve`).
     1x1         is a plain matrix product, which cuBLAS does better.
-    channels    3, 4 and 9 are padded to a multiple of 8 with zeros: rows of 16 bytes, which the tensor cores want. The
-                weights that this concerns are small (at most 4 * 9 * 512), so they are padded at each call.
+    channels    3, 4 and 9 are padded to a multiple of 8 with zeros: rows of 16 bytes, which the tensor cores want.
+                Pictures are padded at each call, weights where they are not a corner of padded memory (`in_eights`).
     bias        ATen adds it in a pass of its own after cuDNN. If there is a residual to add as well, one kernel adds
                 both, in place. The U-Net's first convolution of a block has none: its bias is in the time row.
 
@@ -105,16 +105,29 @@ def conv2d_torch(
     if weight.shape[2:] == (1, 1) and (stride, padding) == (1, 0):
         pixels = None if residual is None else residual.permute(0, 2, 3, 1)
         return linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias, residual=pixels).permute(0, 3, 1, 2)
-    filters = weight.shape[0]
-    missing, surplus = -weight.shape[1] % 8, -filters % 8
+    filters, missing = weight.shape[0], -weight.shape[1] % 8
     if missing:
         x = F.pad(x, (0, 0, 0, 0, 0, missing))
-    if missing or surplus:
-        weight = F.pad(weight, (0, 0, 0, 0, 0, missing, 0, surplus))
-    out = _convolve(x, weight, stride, padding)
-    if surplus:
+    out = _convolve(x, in_eights(weight), stride, padding)
+    if out.shape[1] > filters:
         out = _channels_last(out[:, :filters])
     return _add(out, bias, residual)
+
+
+def in_eights(weight: Tensor) -> Tensor:
+    """weight (O, C, K, K) with zeros behind it, up to multiples of 8 filters and channels.
+
+    Nothing is copied where weight is a corner of such a tensor in channels-last memory, as `fastldm.prepare` lays it:
+    its strides and the size of its storage say so.
+    """
+    filters, channels, height, width = weight.shape
+    o, c = filters + -filters % 8, channels + -channels % 8
+    if (o, c) == (filters, channels):
+        return weight
+    strides, numbers = (height * width * c, 1, width * c, c), o * height * width * c
+    if weight.stride() == strides and weight.untyped_storage().nbytes() == numbers * weight.element_size():
+        return weight.as_strided((o, c, height, width), strides)
+    return _channels_last(F.pad(weight, (0, 0, 0, 0, 0, c - channels, 0, o - filters)))
 
 
 def upsample_conv2d_reference(x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int) -> Tensor:

@@ -1208,7 +1208,7 @@ with torch.device("meta"):
     module = nn.Sequential(*layers)
 part = weights.Component("unet", "Sequential", {}, (weights.Path(path),), path)
 before = resident("VmRSS")
-weights.load_module(module, part.state(channels_last=True), dtype=dtype, source=path)
+weights.load_module(module, part.state(to_prepare=True), dtype=dtype, source=path)
 for p in module.parameters():
     # one number of each page: all weights are resident
     torch.as_strided(p, (p.nbytes // p.itemsize,), (1,))[:: 2048 // p.itemsize].sum().item()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastldm.config import TextConfig
-from fastldm.models.layers import LayerNorm, Layers, Linear, attention, parameter
+from fastldm.models.layers import LayerNorm, Layers, Linear, attention, parameter, project
 
 
 class CLIPText(nn.Module):
@@ -108,7 +108,8 @@ class TextAttention(nn.Module):
         self.heads = config.heads
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        out = attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, causal=True)
+        q, k, v = project(x, (self.q_proj, self.k_proj, self.v_proj)).chunk(3, dim=-1)
+        out = attention(q, k, v, self.heads, causal=True)
         return self.out_proj(out, residual=residual)
 
 

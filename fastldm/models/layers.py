@@ -7,7 +7,7 @@ tokens, (B, H*W, C), are a view.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
@@ -60,6 +60,30 @@ class Linear(nn.Module):
         return linear(x, self.weight, self.bias, residual=residual)
 
 
+def project(x: Tensor, layers: Sequence[Linear]) -> Tensor:
+    """x (B, N, I) through all layers, their outputs side by side: (B, N, O1 + O2 + ...). One matrix product."""
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    return linear(x, stacked([layer.weight for layer in layers]), stacked(biases) if biases else None)
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensors as one, along their first dimension: a view where they lie so in memory (`fastldm.prepare` lays them
+    so), else a copy. The layout is all there is to know, so a tensor that was replaced is never read from before."""
+    first, *others = tensors
+    end = first.storage_offset() + first.numel()
+    for other in others:
+        if (
+            torch.compiler.is_compiling()  # which cannot look at memory, and folds constants
+            or other.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+            or other.storage_offset() != end
+            or not (first.is_contiguous() and other.is_contiguous())
+        ):
+            return torch.cat(list(tensors))
+        end += other.numel()
+    rows = sum(tensor.shape[0] for tensor in tensors)
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
+
+
 class Pointwise(nn.Module):
     """A 1x1 convolution in the checkpoint, applied to tokens (B, N, C) as the linear layer that it is."""
 
@@ -78,7 +102,7 @@ class Conv(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, bias: bool = True) -> None:
         super().__init__()
         self.weight = parameter(out_channels, in_channels, kernel, kernel)
-        self.weight.data = channels_last(self.weight.data)  # as weights are loaded
+        self.weight.data = channels_last(self.weight.data)  # as weights are prepared
         self.bias = parameter(out_channels) if bias else None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -166,20 +190,27 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Enlarge to `size` (height, width), twice the size when None, by nearest neighbour, and convolve."""
+    """Enlarge to `size` (height, width), twice the size when None, by nearest neighbour, and convolve.
+
+    phases: those of the convolution's weight, where `fastldm.prepare` keeps them.
+    """
+
+    phases: Tensor | None
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = Conv(channels, channels)
+        self.register_buffer("phases", None, persistent=False)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         size = size or (2 * x.shape[2], 2 * x.shape[3])
-        return upsample_conv2d(x, self.conv.weight, self.conv.bias, size)
+        return upsample_conv2d(x, self.conv.weight, self.conv.bias, size, phases=self.phases)
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x (B, N, channels) over keys and values (S, M, channels) that the caller projects.
+    """Multi-head attention of q (B, N, channels) over k and v (S, M, channels), and its output's projection.
 
+    The caller projects: `qkv` for attention to itself, `to_q` and, once a text, `kv` for attention to that.
     kv_len and slots as in `kernels.attention`: how many keys each of S texts has, and whose each of B rows reads.
     """
 
@@ -191,16 +222,24 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([Linear(channels, channels)])  # to_out.1 is a dropout in diffusers
         self.heads = heads
 
+    def qkv(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values of x (B, N, channels), thirds of one product."""
+        return project(x, (self.to_q, self.to_k, self.to_v)).chunk(3, dim=-1)
+
+    def kv(self, context: Tensor) -> Tensor:
+        """Keys | values of context (S, M, D): (S, M, 2 * channels)."""
+        return project(context, (self.to_k, self.to_v))
+
     def forward(
         self,
-        x: Tensor,
+        q: Tensor,
         k: Tensor,
         v: Tensor,
         residual: Tensor | None = None,
         kv_len: Tensor | None = None,
         slots: Tensor | None = None,
     ) -> Tensor:
-        out = attention(self.to_q(x), k, v, self.heads, kv_len=kv_len, slots=slots)
+        out = attention(q, k, v, self.heads, kv_len=kv_len, slots=slots)
         return self.to_out[0](out, residual=residual)
 
 

@@ -176,7 +176,7 @@ class UNet(nn.Module):
     def cross_kv(self, encoder_hidden_states: Tensor) -> tuple[Tensor, ...]:
         """Keys and values of texts (B, T, D): for each cross-attention in network order one (B, T, 2C) = (k | v)."""
         return tuple(
-            torch.cat((layer.attn2.to_k(encoder_hidden_states), layer.attn2.to_v(encoder_hidden_states)), dim=-1)
+            layer.attn2.kv(encoder_hidden_states)
             for block in self.blocks()
             for transformer in block.attentions
             for layer in transformer.transformer_blocks
@@ -268,8 +268,9 @@ class TransformerLayer(nn.Module):
 
     def forward(self, x: Tensor, text: Text) -> Tensor:
         h = self.norm1(x)
-        x, h = self.norm2.add(self.attn1(h, self.attn1.to_k(h), self.attn1.to_v(h)), x)
-        x, h = self.norm3.add(self.attn2(h, *text.kv.chunk(2, dim=-1), kv_len=text.kv_len, slots=text.slots), x)
+        x, h = self.norm2.add(self.attn1(*self.attn1.qkv(h)), x)
+        q, (k, v) = self.attn2.to_q(h), text.kv.chunk(2, dim=-1)
+        x, h = self.norm3.add(self.attn2(q, k, v, kv_len=text.kv_len, slots=text.slots), x)
         return self.ff(h, residual=x)
 
 

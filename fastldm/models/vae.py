@@ -27,6 +27,7 @@ from fastldm.models.layers import (
 )
 
 _EPS = 1e-6
+HALF_EXPONENT = -4  # of two: activations a sixteenth as large, with which SDXL's stay in float16's range
 
 
 class AutoencoderKL(nn.Module):
@@ -140,25 +141,28 @@ class PixelAttention(Attention):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         h = to_tokens(self.group_norm(x))
-        out = super().forward(h, self.to_k(h), self.to_v(h), residual=to_tokens(x))
+        q, k, v = self.qkv(h)
+        out = super().forward(q, k, v, residual=to_tokens(x))
         return to_image(out, x.shape[2])
 
 
-def rescale_for_half(vae: AutoencoderKL, exponent: int = -4) -> None:
+def rescale_for_half(vae: AutoencoderKL, exponent: int = HALF_EXPONENT) -> list[str]:
     """Keep the activations of a `force_upcast` autoencoder in float16's range, without changing what it computes.
 
     All between conv_in and conv_norm_out becomes 2 ** exponent times as large. Where a layer writes into the residual
     stream or between a resnet's convolutions, weight and bias are scaled; where it maps the stream to itself (shortcut,
     up- and downsampling), the bias alone; each GroupNorm divides the factor out again, its eps scaled by the square. A
     power of two is exact: float32 results are bitwise the same. Parameters are replaced, not written to, for others may
-    share them.
+    share them. Returns the names of those that were: each is 2 ** exponent times what it was.
     """
     scale = 2.0**exponent
+    names = {module: name for name, module in vae.named_modules()}
+    rescaled = []
 
-    def rescale(layer: nn.Module, *names: str) -> None:
-        for name in names:
-            value = getattr(layer, name)
-            setattr(layer, name, nn.Parameter(value * scale, requires_grad=False))
+    def rescale(layer: nn.Module, *leaves: str) -> None:
+        for leaf in leaves:
+            setattr(layer, leaf, nn.Parameter(getattr(layer, leaf) * scale, requires_grad=False))
+            rescaled.append(f"{names[layer]}.{leaf}")
 
     for half in (vae.encoder, vae.decoder):
         rescale(half.conv_in, "weight", "bias")
@@ -174,6 +178,7 @@ def rescale_for_half(vae: AutoencoderKL, exponent: int = -4) -> None:
                 rescale(layer.to_out[0], "weight", "bias")
             elif isinstance(layer, (Downsample, Upsample)):
                 rescale(layer.conv, "bias")
+    return rescaled
 
 
 class TinyAutoencoder(nn.Module):
@@ -237,10 +242,17 @@ class StridedConv(Conv):
 
 
 class EnlargedConv(Conv):
-    """Doubles height and width first."""
+    """Doubles height and width first. phases: as in Upsample."""
+
+    phases: Tensor | None
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool) -> None:
+        super().__init__(in_channels, out_channels, bias=bias)
+        self.register_buffer("phases", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return upsample_conv2d(x, self.weight, self.bias, (2 * x.shape[2], 2 * x.shape[3]))
+        size = (2 * x.shape[2], 2 * x.shape[3])
+        return upsample_conv2d(x, self.weight, self.bias, size, phases=self.phases)
 
 
 class TinyBlock(nn.Module):
