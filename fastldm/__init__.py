@@ -28,6 +28,7 @@ from fastldm.errors import (
 if TYPE_CHECKING:
     from fastldm.pipeline import Pipeline
     from fastldm.request import Request, Result
+    from fastldm.session import Generation, Progress, Session
 
 __version__ = "0.1.0"
 
@@ -38,17 +39,27 @@ __all__ = [
     "DeadlineExceeded",
     "EngineError",
     "FastLDMError",
+    "Generation",
     "InputError",
     "NonFinite",
     "OutOfMemory",
     "Pipeline",
+    "Progress",
     "QueueFull",
     "Request",
     "Result",
+    "Session",
     "__version__",
 ]
 
-_LAZY = {"Pipeline": "pipeline", "Request": "request", "Result": "request"}
+_LAZY = {
+    "Generation": "session",
+    "Pipeline": "pipeline",
+    "Progress": "session",
+    "Request": "request",
+    "Result": "request",
+    "Session": "session",
+}
 
 # In a checkout `kernels` and `export` lie beside this package, not in it (pyproject.toml maps them in for a wheel).
 # Without this line a bare checkout would not find `fastldm.kernels`, nor would an installed wheel once a checkout is

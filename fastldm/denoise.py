@@ -1,6 +1,6 @@
-"""The denoising loop.
+"""The denoising loop: for one run, `denoise`, which defines correct, and for many whose steps are taken together.
 
-One call of the network and one end of a step for each row of the table. Nothing in the loop waits for the device or
+One call of the network and one end of a step for each row of a run's table. Nothing in the loop waits for the device or
 looks at a value: coefficients and flags were known before it began, as Python numbers or in device memory.
 """
 
@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastldm.errors import InputError, NonFinite
-from fastldm.kernels.step import NEVER, StepState, blend, end_step, fuses, guide, model_input, step, table_rows
+from fastldm.kernels.step import blend, guide, model_input, step
 from fastldm.schedule import StepTable
+
+if TYPE_CHECKING:
+    from fastldm.models.unet import UNet
 
 Network = Callable[[Tensor, int, bool], Tensor]
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -35,7 +40,7 @@ class Guidance:
 
 
 @dataclass(frozen=True)
-class _Inpainting:
+class Inpainting:
     """Blending: what is repainted is a latent like any other, what is kept comes back at each step's noise."""
 
     mask: Tensor  # (B or 1, 1, h, w), 1 where to paint
@@ -43,84 +48,60 @@ class _Inpainting:
     noise: Tensor  # (B, C, h, w) that the run began with
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a run of the loop is made from: all noise drawn, nothing left to chance or to the host."""
+
+    table: StepTable
+    x: Tensor  # (B, C, h, w) float32: the latents at the table's start
+    noises: Sequence[Tensor | None]  # of each row, float32 (B, C, h, w), as `draw_step_noise` gives them
+    guidance: Guidance = Guidance()
+    inpainting: Inpainting | None = None
+    extra: Tensor | None = None  # (B, K, h, w) in `dtype`: what an inpainting model sees behind the latents
+    dtype: torch.dtype = torch.float32  # the network's
+
+    def __post_init__(self) -> None:
+        if [noise is not None for noise in self.noises] != list(self.table.draws):
+            raise InputError("the noises are not those of this table; draw them with draw_step_noise.")
+
+
 @torch.no_grad()
 def denoise(
-    network: Network,
-    table: StepTable,
-    latents: Tensor,
-    noises: Sequence[Tensor | None],
-    guidance: Guidance,
-    *,
-    mask: Tensor | None = None,
-    init: Tensor | None = None,
-    init_noise: Tensor | None = None,
-    extra_channels: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-    on_step: Callable[[int, float, Tensor], Tensor | None] | None = None,
+    network: Network, work: Work, *, on_step: Callable[[int, float, Tensor], Tensor | None] | None = None
 ) -> Tensor:
-    """Run the table: (B, C, h, w) float32 latents at its start to float32 latents at its end.
+    """Run the table: (B, C, h, w) float32 latents at its start to float32 latents at its end. What correct means.
 
-    network: (model input in `dtype`, row of the table, guided) -> its output. The input of a guided row is 2B wide,
-        the unconditional half first; of any other it is B wide, conditional. It is valid until the network returns.
-    noises: a float32 (B, C, h, w) or None for each row, as `draw_step_noise` gives them.
-    mask, init, init_noise: inpainting by blending: (B or 1, 1, h, w), 1 where to paint; the latents of the picture;
-        and the noise that the run began with.
-    extra_channels: (B, K, h, w), what an inpainting model sees behind the latents: mask and masked picture.
+    network: (model input in `work.dtype`, row of the table, guided) -> its output. The input of a guided row is 2B
+        wide, the unconditional half first; of any other it is B wide, conditional.
     on_step: called after each row with (row, timestep, latents); a tensor that it returns replaces the latents.
 
     Raises NonFinite naming the first step whose latents held NaN or infinity; it is looked for once, at the end.
     """
-    inpainting = None
-    if mask is not None:
-        if init is None or init_noise is None:
-            raise InputError(
-                "a mask needs init, the latents of the picture, and init_noise, the noise the run began with."
-            )
-        inpainting = _Inpainting(mask, init, init_noise)
-    if [noise is not None for noise in noises] != list(table.draws):
-        raise InputError("the noises are not those of this table; draw them with draw_step_noise.")
-    x, extra = latents.float(), None if extra_channels is None else extra_channels.to(dtype)
-    guided = guidance.rows(table)
-    work = _Work(table, x, noises, guidance, inpainting, extra, dtype)
-    run = _Fused(work) if fuses(x) else _Eager(work)
-    for i in range(len(table)):
-        run.end(i, network(run.input(i), i, guided[i]))
+    state = State(work)
+    for i in range(len(work.table)):
+        state.end(i, network(state.input(i), i, state.guided[i]))
         if on_step is not None:
-            replaced = on_step(i, float(table.timesteps[i]), run.latents())
+            replaced = on_step(i, float(work.table.timesteps[i]), state.x)
             if replaced is not None:
-                run.go_on_from(i, replaced)
-    _check_finite(run.first_bad(), table)
-    return run.latents()
+                state.go_on_from(replaced)
+    check_finite(state.first_bad(), work.table)
+    return state.x
 
 
-@dataclass(frozen=True)
-class _Work:
-    """What `denoise` was given, checked."""
+class State:
+    """A run between two steps, and the end of a step function by function, on any device."""
 
-    table: StepTable
-    x: Tensor
-    noises: Sequence[Tensor | None]
-    guidance: Guidance
-    inpainting: _Inpainting | None
-    extra: Tensor | None
-    dtype: torch.dtype
-
-
-class _Eager:
-    """The end of a step, function by function, on any device: what correct means."""
-
-    def __init__(self, work: _Work) -> None:
+    def __init__(self, work: Work) -> None:
         self.work, self.rows, self.depth = work, work.table.rows.tolist(), work.table.depth
         self.guided = work.guidance.rows(work.table)
-        self.x = work.x
+        self.x = work.x  # (B, C, h, w); never written in place, so that whoever was given it may keep it
         self.y = torch.zeros_like(work.x) if work.table.anchored else None
         self.history: tuple[Tensor, ...] = ()
-        self.sums = [
-            work.x.sum()
-        ]  # not finite when one value is not: one small reduction a step, read once after the loop
+        # Not finite when one value is not: one small reduction a step, read once after the loop.
+        self.sums = [work.x.sum()]
 
     def input(self, i: int) -> Tensor:
-        """What the network sees at row i."""
+        """What the network sees at row i: (2B, C + K, h, w) where it is guided, unconditional half first, else B."""
         return model_input(self.x, self.rows[i][0], self.work.dtype, 2 if self.guided[i] else 1, self.work.extra)
 
     def end(self, i: int, out: Tensor) -> None:
@@ -133,12 +114,8 @@ class _Eager:
         self.x = x
         self.sums.append(x.sum())
 
-    def latents(self) -> Tensor:
-        """The latents as they are now, in a tensor that later steps leave alone."""
-        return self.x
-
-    def go_on_from(self, i: int, latents: Tensor) -> None:
-        """Go on after row i from other latents."""
+    def go_on_from(self, latents: Tensor) -> None:
+        """Go on from other latents."""
         self.x = latents.to(self.x)
 
     def first_bad(self) -> int | None:
@@ -147,80 +124,149 @@ class _Eager:
         return None if all(finite) else finite.index(False) - 1
 
 
-class _Fused:
-    """The same in one kernel a step: each picture is a slot, and all are at the same row of the same table."""
-
-    def __init__(self, work: _Work) -> None:
-        table, x, guidance, inpainting, extra = work.table, work.x, work.guidance, work.inpainting, work.extra
-        batch, channels, height, width = x.shape
-        self.guided, self.c_in = guidance.rows(table), table.rows[:, 0].tolist()
-        self.rescales = guidance.rescale > 0
-        self.state = state = StepState.empty(
-            slots=batch,
-            rows=2 * batch if any(self.guided) else batch,
-            channels=channels,
-            height=height,
-            width=width,
-            steps=len(table),
-            draws=sum(table.draws),
-            extra_channels=0 if extra is None else extra.shape[1],
-            masked=inpainting is not None,
-            dtype=work.dtype,
-            device=x.device,
-        )
-        state.x.copy_(x)
-        state.table.copy_(table_rows(table.rows.tolist(), table.draws, self.guided, inpainting is not None))
-        state.steps.fill_(len(table))
-        state.guidance.fill_(guidance.scale)
-        state.rescale.fill_(guidance.rescale)
-        for at, noise in enumerate(noise for noise in work.noises if noise is not None):
-            state.noise[:, at] = noise
-        if inpainting is not None:
-            for target, given in zip(
-                (state.mask, state.init, state.init_noise),
-                (inpainting.mask, inpainting.init, inpainting.noise),
-                strict=True,
-            ):
-                target.copy_(given)
-        if extra is not None:
-            state.u[:, channels:] = extra.repeat(state.u.shape[0] // batch, 1, 1, 1)
-        # Which rows of the network are a slot's, in a pass with both halves and in one with the prompts alone.
-        slots = torch.arange(batch, dtype=torch.int32, device=x.device)
-        self.halves = torch.stack((slots, slots + batch), 1)
-        self.prompts = torch.stack((torch.full_like(slots, -1), slots), 1)
-        self.started_finite = x.isfinite().all()
-        self._write_input(0)
-
-    def _rows(self, i: int) -> Tensor:
-        return self.halves if self.guided[min(i, len(self.guided) - 1)] else self.prompts
-
-    def _write_input(self, i: int) -> None:
-        x, u = self.state.x, self.input(i)
-        u[:, : x.shape[1]] = model_input(x, self.c_in[i], u.dtype, u.shape[0] // x.shape[0])
-
-    def input(self, i: int) -> Tensor:
-        return self.state.u[: (2 if self.guided[i] else 1) * self.state.x.shape[0]]
-
-    def end(self, i: int, out: Tensor) -> None:
-        state = self.state._replace(rows=self._rows(i), next_rows=self._rows(i + 1))
-        end_step(out, state, rescales=self.rescales and self.guided[i])
-
-    def latents(self) -> Tensor:
-        return self.state.x.clone(memory_format=torch.contiguous_format)
-
-    def go_on_from(self, i: int, latents: Tensor) -> None:
-        self.state.x.copy_(latents)
-        if i + 1 < len(self.guided):
-            self._write_input(i + 1)
-
-    def first_bad(self) -> int | None:
-        if not bool(self.started_finite):
-            return -1
-        first = int(self.state.first_bad.min())
-        return None if first == NEVER else first
+# ----------------------------------------------------------------------------------------------- many runs at once
 
 
-def _check_finite(first: int | None, table: StepTable) -> None:
+@dataclass(frozen=True)
+class Conditions:
+    """What the network reads of a run besides its latents, computed once. R rows: 2B of negatives, then prompts, where
+    any step is guided, else the B prompts."""
+
+    temb: Tensor  # (steps, 1 or R, channels): `UNet.time_rows` of each row of the table
+    text: tuple[Tensor, ...]  # of each cross-attention (R, T, 2C): `UNet.cross_kv`
+
+
+class Run:
+    """A request of B pictures on its way through the loop, all of them at the same row of the same table."""
+
+    def __init__(self, work: Work, conditions: Conditions) -> None:
+        self.work, self.conditions = work, conditions
+        self.i = 0  # the row that comes next
+        self._guided = work.guidance.rows(work.table)
+
+    @property
+    def batch(self) -> int:
+        return self.work.x.shape[0]
+
+    @property
+    def done(self) -> bool:
+        return self.i == len(self._guided)
+
+    @property
+    def guided(self) -> bool:
+        """Whether the next row is."""
+        return self._guided[self.i]
+
+    @property
+    def most_rows(self) -> int:
+        """The most rows of the network that a step of this run takes."""
+        return self.batch * (2 if any(self._guided) else 1)
+
+
+class Batch(Protocol):
+    """Runs of one latent size whose steps are taken together, each getting what it would have got alone."""
+
+    def holds(self, run: Run) -> bool:
+        """Whether it could take a run in, were it empty."""
+
+    def admit(self, run: Run) -> None:
+        """Take a run in. Its steps may be taken from now on."""
+
+    def step(self, runs: Sequence[Run]) -> str:
+        """One row of each of these runs; says what ran it, such as "torch". Where it raises, no run has moved."""
+
+    def latents(self, run: Run) -> Tensor:
+        """(B, C, h, w) float32 as they are now, in a tensor that later steps leave alone."""
+
+    def go_on_from(self, run: Run, latents: Tensor) -> None:
+        """Replace a run's latents."""
+
+    def release(self, run: Run) -> Callable[[], int | None]:
+        """Let a run go, done or not. Returns what waits for the device and then says its first bad row."""
+
+    def close(self) -> None:
+        """Give up what the batch holds. It is empty, and not used again."""
+
+
+class EagerBatch:
+    """A batch that is put together anew at each step, on any device: what a CPU runs, and what `Slots` is held
+    against."""
+
+    def __init__(self, unet: UNet) -> None:
+        self.unet = unet
+        self._states: dict[Run, State] = {}
+        self._text: tuple[object, tuple[Tensor, ...], Tensor | None] = (None, (), None)
+
+    def holds(self, run: Run) -> bool:
+        return True
+
+    def admit(self, run: Run) -> None:
+        self._states[run] = State(run.work)
+
+    @torch.no_grad()
+    def step(self, runs: Sequence[Run]) -> str:
+        inputs = [self._states[run].input(run.i) for run in runs]
+        temb = [_time_rows(run).expand(u.shape[0], -1) for run, u in zip(runs, inputs, strict=True)]
+        text, kv_len = self._text_of(runs)
+        lengths = {} if kv_len is None else {"kv_len": kv_len}
+        out = self.unet.step(_cat(inputs), _cat(temb), text, **lengths)
+        for run, said in zip(runs, out.split([u.shape[0] for u in inputs]), strict=True):
+            self._states[run].end(run.i, said)
+            run.i += 1
+        return "torch"
+
+    def _text_of(self, runs: Sequence[Run]) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Keys and values of all rows, and their lengths where they differ; the same tensors while nobody comes or
+        goes."""
+        key = [(run, run.guided) for run in runs]
+        if self._text[0] != key:
+            texts = [run.conditions.text if run.guided else _prompts(run) for run in runs]
+            tokens = [layers[0].shape[1] if layers else 0 for layers in texts]
+            kv_len = None
+            if len(set(tokens)) > 1:
+                counts = [count for count, layers in zip(tokens, texts, strict=True) for _ in range(layers[0].shape[0])]
+                kv_len = torch.tensor(counts, dtype=torch.int32, device=texts[0][0].device)
+            text = tuple(_cat([_padded(kv, max(tokens)) for kv in layer]) for layer in zip(*texts, strict=True))
+            self._text = (key, text, kv_len)
+        return self._text[1:]
+
+    def latents(self, run: Run) -> Tensor:
+        return self._states[run].x
+
+    def go_on_from(self, run: Run, latents: Tensor) -> None:
+        self._states[run].go_on_from(latents)
+
+    def release(self, run: Run) -> Callable[[], int | None]:
+        self.close()
+        return self._states.pop(run).first_bad
+
+    def close(self) -> None:
+        self._text = (None, (), None)
+
+
+def _time_rows(run: Run) -> Tensor:
+    """(1 or rows of the next step, channels)."""
+    rows = run.conditions.temb[run.i]
+    return rows if run.guided else rows[-run.batch :]
+
+
+def _prompts(run: Run) -> tuple[Tensor, ...]:
+    return tuple(kv[-run.batch :] for kv in run.conditions.text)
+
+
+def _padded(kv: Tensor, tokens: int) -> Tensor:
+    return kv if kv.shape[1] == tokens else F.pad(kv, (0, 0, 0, tokens - kv.shape[1]))
+
+
+def _cat(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
+
+
+# -------------------------------------------------------------------------------------------------- what may go wrong
+
+
+def check_finite(first: int | None, table: StepTable) -> None:
+    """NonFinite where a run has a first bad row."""
     if first is None:
         return
     if first == -1:
@@ -229,6 +275,9 @@ def _check_finite(first: int | None, table: StepTable) -> None:
         f"denoising: NaN or infinity in the latents after step {table.index[first] + 1} of {table.steps} "
         f"(row {first}, timestep {table.timesteps[first]:g}); try dtype float32 or bfloat16, or less guidance."
     )
+
+
+# -------------------------------------------------------------------------------------------------------------- noise
 
 
 def randn(shape: Sequence[int], generators: Generators, dtype: torch.dtype, device: torch.device | str) -> Tensor:

@@ -45,3 +45,13 @@ class BundleError(FastLDMError):
 
 class EngineError(FastLDMError):
     """An inference engine cannot be built, loaded or run."""
+
+
+def out_of_memory_named(error: Exception) -> Exception:
+    """OutOfMemory for what an allocator of any device raises where it fails; any other error as it is."""
+    # What the CPU's allocator says has no type of its own, and a GPU's is a RuntimeError too.
+    named = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    if isinstance(error, FastLDMError) or not (named or isinstance(error, MemoryError)):
+        return error
+    text = f"memory ran out ({str(error).splitlines()[0]}): ask for a smaller size or fewer pictures"
+    return OutOfMemory(text).with_traceback(error.__traceback__)

@@ -116,16 +116,22 @@ def _from_pil(image: Image.Image, mode: str, size: tuple[int, int] | None, resam
     return pixels.movedim(-1, 0)[None]  # (1, C, H, W)
 
 
-def to_output(decoded: torch.Tensor, output_type: str) -> list[Image.Image] | np.ndarray | torch.Tensor:
-    """The VAE's picture (B, 3, H, W) in -1..1 as `output_type` asks: "pil", "np" (B, H, W, 3) in 0..1 or "pt" (B, 3,
-    H, W) in 0..1."""
+def to_pixels(decoded: torch.Tensor, output_type: str) -> torch.Tensor:
+    """The VAE's pictures (B, 3, H, W) in -1..1 on their device: for "pt" float32 in 0..1, for "np" the same as
+    (B, H, W, 3), for "pil" that as uint8."""
     unit = (decoded.float() / 2 + 0.5).clamp_(0, 1)
     if output_type == "pt":
         return unit
-    if output_type == "np":
-        return unit.movedim(1, -1).cpu().numpy()
-    pixels = (unit * 255).round_().to(torch.uint8).movedim(1, -1).cpu().numpy()
-    return [Image.fromarray(one) for one in pixels]
+    unit = unit.movedim(1, -1)
+    return unit if output_type == "np" else (unit * 255).round_().to(torch.uint8)
+
+
+def to_images(pixels: torch.Tensor, output_type: str) -> list[Image.Image] | np.ndarray | torch.Tensor:
+    """What `to_pixels` made, "np" and "pil" on the CPU by now, as the caller gets it."""
+    if output_type == "pt":
+        return pixels
+    arrays = pixels.numpy()
+    return arrays if output_type == "np" else [Image.fromarray(one) for one in arrays]
 
 
 def parameters_text(request: Request, seed: int | None, model: str, extra: dict[str, str] | None = None) -> str:

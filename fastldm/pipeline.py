@@ -1,6 +1,9 @@
-"""A prompt to a picture. The body of `Pipeline.__call__` is the whole way through the house:
+"""A prompt to a picture, and each stage of the way:
 
 prompt -> Conditioning -> (StepTable, noise) -> latents -> image
+
+A call submits a request to the pipeline's session (session.py), whose worker asks for the stages one by one: `_begin`
+is all before the first step, a `denoise.Batch` takes the steps, `_finish` is all after the last.
 """
 
 from __future__ import annotations
@@ -9,12 +12,11 @@ import copy
 import inspect
 import logging
 import os
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
-from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,11 +24,26 @@ from torch import Tensor
 from fastldm import image as images
 from fastldm import loading, schedule, text, weights
 from fastldm.config import TinyVAEConfig
-from fastldm.denoise import Guidance, denoise, draw_step_noise, randn
+from fastldm.denoise import (
+    Batch,
+    Conditions,
+    EagerBatch,
+    Guidance,
+    Inpainting,
+    Run,
+    Work,
+    check_finite,
+    draw_step_noise,
+    randn,
+)
 from fastldm.errors import CheckpointError, InputError, NonFinite, OutOfMemory
 from fastldm.models.unet import AddedConditions
-from fastldm.models.vae import AutoencoderKL
+from fastldm.models.vae import AutoencoderKL, TinyAutoencoder
 from fastldm.request import Request, Result, Timings, picture_seeds
+from fastldm.session import Progress, Session
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 logger = logging.getLogger("fastldm")
 
@@ -34,7 +51,7 @@ StepCallback = Callable[["Pipeline", int, float, "dict[str, Any]"], "dict[str, A
 
 
 class Pipeline:
-    """A loaded model, ready to be called. It keeps no state between calls, so several threads may call it at once."""
+    """A loaded model, ready to be called, by several threads at once too."""
 
     backend = "torch"
 
@@ -46,6 +63,9 @@ class Pipeline:
         self.zero_negative = bool(spec.checkpoint.index.get("force_zeros_for_empty_prompt", False))
         parameter = next(self.unet.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
+        self._parameters = sum(p.numel() for p in self.unet.parameters())
+        self._lock = threading.Lock()
+        self._session: Session | None = None
 
     # --- loading
 
@@ -105,7 +125,6 @@ class Pipeline:
 
     # --- a call
 
-    @torch.no_grad()
     def __call__(
         self,
         prompt: str | list[str] | Request | None = None,
@@ -114,7 +133,7 @@ class Pipeline:
         progress: bool = False,
         **options: Any,
     ) -> Result:
-        """Make pictures.
+        """Make pictures. Calls from several threads share the model: those of one size take their steps together.
 
         prompt: a text, a list of texts, or a whole `Request`.
         options: the other fields of `Request`, which says what each means.
@@ -124,31 +143,107 @@ class Pipeline:
 
         Raises InputError for an argument that cannot be used, OutOfMemory, NonFinite, and whatever the callback raises.
         """
-        started = perf_counter()
         request = prompt if isinstance(prompt, Request) else Request.from_options({"prompt": prompt, **options})
-        with _out_of_memory_named():
-            request = self._complete(request)
-            generators, seeds = self._generators(request)
-            with _threads_for(request, self):
-                conditioning = self._encode(request)
-                table = self._table(request)
-                network = self._network(request, conditioning, table)
-                encoded = perf_counter()
-                with _progress(len(table), progress) as advance:
-                    on_step, marks = self._observer(table, callback_on_step_end, advance)
-                    latents = self._sample(request, table, network, generators, on_step)
-                sampled = perf_counter()
-                pictures = latents if request.output_type == "latent" else self._decode(latents, request.output_type)
-        marks = [encoded, *marks]
-        timings = Timings(
-            text=encoded - started,
-            steps=tuple(after - before for before, after in pairwise(marks)),
-            decode=perf_counter() - sampled,
-            total=perf_counter() - started,
-        )
-        request = request.replace(sampler=table.sampler)
+        generation = self.session._submit(request, answered=callback_on_step_end is not None)
+        try:
+            if progress or callback_on_step_end is not None:
+                with _progress(progress) as advance:
+                    for step in generation.progress():
+                        if callback_on_step_end is not None:
+                            generation._answer(self._call_back(callback_on_step_end, step))
+                        advance(step)
+            return generation.result()
+        except BaseException:  # Ctrl-C too
+            generation.cancel()
+            raise
+
+    @property
+    def session(self) -> Session:
+        """What calls of this pipeline are submitted to; `Session(pipe, ...)` makes one with other limits."""
+        with self._lock:
+            if self._session is None:
+                self._session = Session(self)
+            return self._session
+
+    def _call_back(self, callback: StepCallback, step: Progress) -> Tensor | None:
+        """The latents to go on from, where the callback returns some."""
+        latents = step.latents
+        assert latents is not None
+        returned = callback(self, step.step, step.timestep, {"latents": latents})
+        changed = returned.get("latents") if returned else None
+        if changed is not None and changed.shape != latents.shape:
+            raise InputError(f"the callback returned latents {tuple(changed.shape)}: expected {tuple(latents.shape)}")
+        return changed
+
+    # --- what a session's worker asks of it: everything from here to `_result` runs on the worker's thread
+
+    def _begin(self, request: Request) -> Run:
+        """prompt -> Conditioning -> (StepTable, noise): all that comes before the first step."""
+        conditioning = self._encode(request)
+        table = self._table(request)
+        return Run(self._work(request, table), self._conditions(request, conditioning, table))
+
+    def _new_batch(self, run: Run, max_batch: int) -> Batch:
+        """For runs of the size of this one: what has room for it, and for `max_batch` pictures."""
+        return EagerBatch(self.unet)
+
+    def _finish(
+        self, request: Request, table: schedule.StepTable, latents: Tensor, first_bad: Callable[[], int | None]
+    ) -> Generator[Any, None, Any]:
+        """latents -> image, in pieces, between which others' steps may run; returns the images.
+
+        Yields None, or an event of the device that has to come before the next piece: nothing here waits for another.
+        """
+        kind, pixels, finite = request.output_type, latents, None
+        if kind != "latent":
+            decoded = self._decoded(latents)
+            yield None
+            pixels, finite = images.to_pixels(decoded, kind), _to_host(decoded.isfinite().all())
+            if kind != "pt":
+                pixels = _to_host(pixels)
+        if self.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+            yield event
+            event.synchronize()
+        check_finite(first_bad(), table)
+        if finite is None:
+            return latents
+        if not bool(finite):
+            pixels = self._decoded_in_float32(latents, kind)
+        return images.to_images(pixels, kind)
+
+    def _result(
+        self, request: Request, table: schedule.StepTable, images: Any, timings: Timings, backend: str
+    ) -> Result:
         dtype = str(self.dtype).removeprefix("torch.")
-        return Result(pictures, seeds, timings, self.backend, dtype, request)
+        seeds = picture_seeds(request) if request.generator is None else ()
+        return Result(images, seeds, timings, backend, dtype, request.replace(sampler=table.sampler))
+
+    def _preview(self, latents: Tensor, c_in: float) -> list[Image]:
+        """What latents (B, C, h, w) between two steps look like: small pictures, decoded from at most 16 latents a
+        side, a sixteenth of the work at 512x512 pixels and less beyond. c_in: what the next step scales them by."""
+        longest = max(latents.shape[2:])
+        if longest > _PREVIEW_LATENTS:
+            size = [max(1, round(n * _PREVIEW_LATENTS / longest)) for n in latents.shape[2:]]
+            latents = torch.nn.functional.interpolate(latents, size, mode="area")
+        return images.to_images(images.to_pixels(self._decoded(latents * c_in), "pil").cpu(), "pil")  # type: ignore
+
+    def _release_memory(self) -> None:
+        """Give back what a failed allocation may have left: the next, smaller request should find room."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _threads(self, request: Request, pictures: int, most: int) -> int:
+        """How many CPU threads a step of so many pictures has work for.
+
+        The ops of a small step are over before threads have met. The default model's eight steps took 0.29 s with one
+        thread on two cores and 0.38 s with two; on a busy machine, where every op waits for the thread that is not
+        running just then, a picture took 1.3 and 18.6 s.
+        """
+        cells = int(request.height or 0) * int(request.width or 0) / self.vae.config.factor**2
+        work = self._parameters * cells * pictures
+        return max(1, min(most, int(work / _WORK_PER_THREAD)))
 
     def _complete(self, request: Request) -> Request:
         """The request with the family's defaults filled in, and checked against this model."""
@@ -181,7 +276,17 @@ class Pipeline:
             )
         if self.unet.config.in_channels > self.latent_channels and request.mask_image is None:
             raise InputError("this model is for inpainting: give it image and mask_image")
+        given = request.generator
+        if given is not None:
+            every = given if isinstance(given, (list, tuple)) else [given]
+            right = len(every) == request.batch or isinstance(given, torch.Generator)
+            if not right or not all(isinstance(one, torch.Generator) for one in every):
+                raise InputError(
+                    f"generator is {given!r}: expected a torch.Generator, or a list of one for each of "
+                    f"{request.batch} pictures"
+                )
         completed = request.replace(
+            seed=picture_seeds(request) if given is None else None,
             height=height,
             width=width,
             num_inference_steps=request.num_inference_steps or self.family.num_inference_steps,
@@ -200,21 +305,6 @@ class Pipeline:
     def _guided(self, request: Request) -> bool:
         """Whether there are two network rows a picture; a model that reads the scale itself needs one."""
         return request.guidance_scale > 1 and not self.unet.config.needs_guidance  # type: ignore[operator]
-
-    def _generators(self, request: Request) -> tuple[Any, tuple[int, ...]]:
-        """What draws the noise (one generator for the batch, or one a picture), and the seeds to report."""
-        given = request.generator
-        if given is None:
-            seeds = picture_seeds(request)
-            return [torch.Generator().manual_seed(seed) for seed in seeds], seeds
-        one_each = not isinstance(given, torch.Generator)
-        every = list(given) if isinstance(given, (list, tuple)) else [given]
-        if not all(isinstance(one, torch.Generator) for one in every) or (one_each and len(every) != request.batch):
-            raise InputError(
-                f"generator is {given!r}: expected a torch.Generator, or a list of one for each of "
-                f"{request.batch} pictures"
-            )
-        return (every if one_each else given), ()
 
     def _encode(self, request: Request) -> text.Conditioning:
         guided = self._guided(request)
@@ -258,19 +348,10 @@ class Pipeline:
             eta=request.eta,
         )
 
-    def _network(
-        self, request: Request, conditioning: text.Conditioning, table: schedule.StepTable
-    ) -> Callable[..., Tensor]:
-        """The denoiser, (u (R, Cin, h, w), row i, guided) -> (R, C, h, w). What does not change at each step is
-        computed here, once.
-
-        Rows of a guided pass are all negatives, then all prompts; an unguided one has the prompts alone.
-        """
-        batch, config = request.batch, self.unet.config
-        hidden, pooled = conditioning.network_rows()  # (R, T, D), (R, P)
-        cross_kv = self.unet.cross_kv(hidden)
-        prompts_kv = tuple(kv[-batch:] for kv in cross_kv)
-
+    def _conditions(self, request: Request, conditioning: text.Conditioning, table: schedule.StepTable) -> Conditions:
+        """What does not change at each step, computed once."""
+        config = self.unet.config
+        hidden, pooled = conditioning.network_rows()  # (R, T, D), (R, P): all negatives, then all prompts
         timesteps = torch.from_numpy(table.timesteps).to(self.device)  # (S,)
         rows = 1  # a step: the network's rows differ only where their conditioning enters the time embedding
         added = scale = None
@@ -287,29 +368,18 @@ class Pipeline:
         if config.needs_guidance:
             scale = torch.full((len(table) * rows,), float(request.guidance_scale or 0), device=self.device)
         temb = self.unet.time_rows(timesteps.repeat_interleave(rows), added=added, guidance=scale)
-        temb = temb.unflatten(0, (len(table), rows))  # (S, 1 or R, channels)
+        return Conditions(temb.unflatten(0, (len(table), rows)), self.unet.cross_kv(hidden))
 
-        def network(u: Tensor, i: int, guided_pass: bool) -> Tensor:
-            row = temb[i][-batch:] if not guided_pass else temb[i]
-            return self.unet.step(u, row.expand(u.shape[0], -1), cross_kv if guided_pass else prompts_kv)
-
-        return network
-
-    def _sample(
-        self,
-        request: Request,
-        table: schedule.StepTable,
-        network: Callable[..., Tensor],
-        generators: Any,
-        on_step: Callable[[int, float, Tensor], Tensor | None],
-    ) -> Tensor:
-        """Latents (B, C, h, w) in float32: draws all noise in diffusers' order, then runs the loop."""
+    def _work(self, request: Request, table: schedule.StepTable) -> Work:
+        """Where the loop starts, and all noise that it will need, drawn in diffusers' order."""
         height, width = int(request.height or 0), int(request.width or 0)
         factor = self.vae.config.factor
         shape = (request.batch, self.latent_channels, height // factor, width // factor)
         # Noise of a seed is float32 on every device and in every precision; a caller's generator draws in the
         # model's, as in diffusers.
-        noise_dtype = torch.float32 if request.generator is None else self.dtype
+        generators, noise_dtype = request.generator, self.dtype
+        if generators is None:
+            generators, noise_dtype = [torch.Generator().manual_seed(s) for s in picture_seeds(request)], torch.float32
 
         def draw() -> Tensor:
             return randn(shape, generators, noise_dtype, self.device).float()  # (B, C, h, w)
@@ -328,25 +398,22 @@ class Pipeline:
             mask = torch.nn.functional.interpolate(hole, shape[2:])  # (B, 1, h, w)
             if for_inpainting:
                 masked = self._encode_picture(picture * (hole < 0.5), draw)
-                extra = torch.cat([mask, masked], dim=1)  # (B, 1 + C, h, w)
+                extra = torch.cat([mask, masked], dim=1).to(self.dtype)  # (B, 1 + C, h, w)
             elif request.generator is not None:
                 draw()  # diffusers encodes the masked picture for 4-channel models too: keep its generator in step
         step_noise = draw_step_noise(table, shape, generators, noise_dtype, self.device)
         r, s = table.start
         x = table.init_noise_sigma * noise if init is None or from_noise else r * init + s * noise
         scale = float(request.guidance_scale or 0) if self._guided(request) else 1.0
-        return denoise(
-            network,
+        blended = mask is not None and init is not None and not for_inpainting
+        return Work(
             table,
             x,
             step_noise,
             Guidance(scale, request.guidance_rescale, *request.guidance_interval),
-            mask=None if for_inpainting else mask,
-            init=init,
-            init_noise=noise,
-            extra_channels=extra,
-            dtype=self.dtype,
-            on_step=on_step,
+            Inpainting(mask, init, noise) if blended else None,  # type: ignore[arg-type]
+            extra,
+            self.dtype,
         )
 
     def _picture(self, request: Request, picture: Tensor, name: str) -> Tensor:
@@ -370,37 +437,31 @@ class Pipeline:
             )
         return (encoded - self.vae.config.shift_factor) * self.vae.config.scaling_factor
 
-    def _decode(self, latents: Tensor, output_type: str) -> Any:
-        """Latents (B, C, h, w) to pictures as `output_type` asks."""
-        z = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        decoded = self.vae.decode(z.to(self.dtype))  # (B, 3, H, W)
-        if not bool(torch.isfinite(decoded).all()) and self.dtype != torch.float32:
+    def _decoded(self, latents: Tensor, vae: AutoencoderKL | TinyAutoencoder | None = None) -> Tensor:
+        """Latents (B, C, h, w) as the U-Net has them to pictures (B, 3, H, W), about -1..1."""
+        vae = vae or self.vae
+        z = latents / vae.config.scaling_factor + vae.config.shift_factor
+        return vae.decode(z.to(next(vae.parameters()).dtype))
+
+    def _decoded_in_float32(self, latents: Tensor, kind: str) -> Tensor:
+        """The pixels of a picture whose decoding was not finite; NonFinite where float32 does not help. Waits."""
+        decoded = None
+        if self.dtype != torch.float32:
             logger.warning("decoding in %s overflowed: decoding once more in float32", self.dtype)
-            decoded = copy.deepcopy(self.vae).float().decode(z)  # a copy, since other threads may be using this one
-        if not bool(torch.isfinite(decoded).all()):
+            decoded = self._decoded(latents, copy.deepcopy(self.vae).float())
+        if decoded is None or not bool(decoded.isfinite().all()):
             raise NonFinite(
                 "decoding the latents gave NaN or infinity, in float32 too: the VAE's weights may be damaged"
             )
-        return images.to_output(decoded, output_type)
+        pixels = images.to_pixels(decoded, kind)
+        return pixels if kind == "pt" else pixels.cpu()
 
-    def _observer(
-        self, table: schedule.StepTable, callback: StepCallback | None, advance: Callable[[], object]
-    ) -> tuple[Callable[[int, float, Tensor], Tensor | None], list[float]]:
-        """What the loop calls after each row, and the list of moments at which it did."""
-        marks: list[float] = []
 
-        def on_step(row: int, timestep: float, x: Tensor) -> Tensor | None:
-            changed = None
-            if callback is not None:
-                returned = callback(self, row, timestep, {"latents": x})
-                changed = returned.get("latents") if returned else None
-                if changed is not None and changed.shape != x.shape:
-                    raise InputError(f"the callback returned latents {tuple(changed.shape)}: expected {tuple(x.shape)}")
-            advance()
-            marks.append(perf_counter())
-            return changed
-
-        return on_step, marks
+def _to_host(x: Tensor) -> Tensor:
+    """x on the CPU, without waiting: it is there when the device has come so far."""
+    if not x.is_cuda:
+        return x
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
 def _call_signature() -> inspect.Signature:
@@ -416,15 +477,24 @@ Pipeline.__call__.__signature__ = _call_signature()  # type: ignore[attr-defined
 
 
 @contextmanager
-def _progress(rows: int, shown: bool) -> Iterator[Callable[[], object]]:
-    """What to call after each row: draws a bar on stderr if `shown`."""
+def _progress(shown: bool) -> Iterator[Callable[[Progress], object]]:
+    """What to call after each step: draws a bar on stderr if `shown`."""
     if not shown:
-        yield lambda: None
+        yield lambda step: None
         return
     from tqdm import tqdm
 
-    with tqdm(total=rows, unit="step", leave=False) as bar:
-        yield bar.update
+    with tqdm(unit="step", leave=False) as bar:
+
+        def advance(step: Progress) -> None:
+            bar.total = step.steps
+            bar.update()
+
+        yield advance
+
+
+_PREVIEW_LATENTS = 16
+_WORK_PER_THREAD = 8e9  # multiply-adds of a step, about
 
 
 def _free_bytes(device: torch.device) -> int | None:
@@ -452,41 +522,3 @@ def _check_memory(request: Request, pipe: Pipeline) -> None:
 
 
 _WORK_PER_THREAD = 8e9  # multiply-adds of a step, about
-
-
-@contextmanager
-def _threads_for(request: Request, pipe: Pipeline) -> Iterator[None]:
-    """No more CPU threads than a step has work for; torch's own number again afterwards.
-
-    The ops of a small step are over before threads have met. The default model's eight steps took 0.29 s with one
-    thread on two cores and 0.38 s with two; on a busy machine, where every op waits for the thread that is not running
-    just then, a picture took 1.3 and 18.6 s.
-    """
-    before = torch.get_num_threads()
-    cells = int(request.height or 0) * int(request.width or 0) / pipe.vae.config.factor**2
-    work = sum(p.numel() for p in pipe.unet.parameters()) * cells * request.batch
-    if pipe.device.type != "cpu" or work >= before * _WORK_PER_THREAD:
-        yield
-        return
-    torch.set_num_threads(max(1, int(work / _WORK_PER_THREAD)))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _out_of_memory_named() -> Iterator[None]:
-    """Turns an allocator's failure on any device into OutOfMemory."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemory(_out_of_memory_text(error)) from error
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # what the CPU's allocator says, in no type of its own
-            raise
-        raise OutOfMemory(_out_of_memory_text(error)) from error
-
-
-def _out_of_memory_text(error: BaseException) -> str:
-    return f"memory ran out ({str(error).splitlines()[0]}): ask for a smaller size or fewer pictures"

@@ -112,11 +112,18 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def device_type(x: Tensor) -> str:
+    """"cpu" or "cuda": where x is, or for a meta tensor what it stands for: the target, a GPU if there is none."""
+    if x.is_meta:
+        return "cpu" if _scope.target is not None and not _scope.target.arch else "cuda"
+    return x.device.type
+
+
 def capability(x: Tensor) -> int:
     """Compute capability of the device that x is on, 90 for sm_90; of the compilation's target for meta tensors."""
     if x.is_cuda:
         return device_capability(x.device.index)
-    return _scope.target.arch if _scope.target is not None else 90
+    return (_scope.target and _scope.target.arch) or 90
 
 
 @functools.cache
@@ -171,7 +178,7 @@ class Op(Generic[P, R]):
             observer(self, args, kwargs)
         if not self.path(*args, **kwargs):
             return self.reference(*args, **kwargs)
-        if _traced():
+        if _scope.target is None and _traced():
             return self.registered(*args, **kwargs)
         return self.triton(*args, **kwargs)
 
@@ -187,7 +194,7 @@ class Op(Generic[P, R]):
                 return no("triton is not installed")
             if capability(x) < 80:
                 return no(f"sm_{capability(x)} is older than Ampere (sm_80)")
-        elif _scope.target is None and not (preference == "triton" and interpreting()):
+        elif (_scope.target is None or not _scope.target.arch) and not (preference == "triton" and interpreting()):
             return no(f"tensors are on the {x.device.type.upper() if x.device.type == 'cpu' else x.device.type}")
         verdict = self.supports(*args, **kwargs)
         if verdict and preference is None:
@@ -287,6 +294,37 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         torch.library.wrap_triton(kernel)[grid](*args, **constants)
 
 
+class CompiledLate(RuntimeError):
+    """A kernel would be compiled where nothing may be."""
+
+
+@contextmanager
+def nothing_compiles() -> Iterator[None]:
+    """Inside, this thread records what it launches: a kernel that was not compiled before raises CompiledLate."""
+    if not has_triton() or interpreting():
+        yield
+        return
+    from triton import knobs
+
+    thread, before = threading.get_ident(), knobs.runtime.jit_cache_hook
+
+    def hook(*args: Any, **named: Any) -> Any:
+        if threading.get_ident() == thread:
+            raise CompiledLate(f"kernel {named.get('repr') or named.get('fn')} was not compiled before")
+        return before(*args, **named) if before is not None else None
+
+    knobs.runtime.jit_cache_hook = hook
+    try:
+        yield
+    finally:
+        knobs.runtime.jit_cache_hook = before
+
+
+def preference() -> Route | None:
+    """What `use` says here: for whoever hands this thread's work to another."""
+    return _scope.preference
+
+
 # --------------------------------------------------------------------------------------- launch configurations
 
 SHIPPED = Path(__file__).with_name("tuned.json")
@@ -327,9 +365,10 @@ def entry_of(op: str, shape_class: str, arch: int) -> dict[str, Any] | None:
 
 
 class Target:
-    """A GPU that need not be there: ops on meta tensors take the paths that they would take on it.
+    """A device that need not be there: ops on meta tensors take the paths that they would take on it.
 
-    kernels/compile.py has the one that compiles; this one does nothing with a kernel.
+    arch: 90 for sm_90, 0 for a CPU. kernels/compile.py has the target that compiles; this one does nothing
+    with a kernel.
     """
 
     def __init__(self, arch: int) -> None:

@@ -10,7 +10,16 @@ import torch
 from PIL import Image
 
 from fastldm import InputError, Request
-from fastldm.image import image_size, load_image, load_mask, output_paths, parameters_text, save_image, to_output
+from fastldm.image import (
+    image_size,
+    load_image,
+    load_mask,
+    output_paths,
+    parameters_text,
+    save_image,
+    to_images,
+    to_pixels,
+)
 
 
 @pytest.fixture
@@ -42,9 +51,9 @@ def test_every_form_of_a_picture_is_the_same_tensor(pixels: np.ndarray, tmp_path
 
 def test_there_and_back(pixels: np.ndarray) -> None:
     decoded = load_image(pixels)
-    assert np.array_equal(np.asarray(to_output(decoded, "pil")[0]), pixels)
-    np.testing.assert_allclose(to_output(decoded, "np")[0], pixels / 255, atol=1e-6)
-    assert to_output(decoded, "pt").shape == (1, 3, 6, 10)
+    assert np.array_equal(np.asarray(to_images(to_pixels(decoded, "pil"), "pil")[0]), pixels)
+    np.testing.assert_allclose(to_images(to_pixels(decoded, "np"), "np")[0], pixels / 255, atol=1e-6)
+    assert to_images(to_pixels(decoded, "pt"), "pt").shape == (1, 3, 6, 10)
 
 
 def test_what_lies_under_transparency_is_white() -> None:

@@ -227,7 +227,7 @@ def test_two_threads_may_share_a_pipeline(pipes: Any) -> None:
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda job: ours(**job).images, jobs))
     for one, other in zip(alone, together, strict=True):
-        assert np.array_equal(one, other)
+        assert np.abs(one - other).max() < 1e-5, "steps are taken together, and sums rounded otherwise"
 
 
 # --- how much work a call is
@@ -444,18 +444,18 @@ def test_a_small_step_runs_on_one_thread_and_leaves_the_number_as_it_was(monkeyp
     from fastldm import pipeline
 
     pipe, before, seen = fastldm.Pipeline.default(), torch.get_num_threads(), []
+    step = pipe.unet.step
 
-    def on_step(pipe: object, i: int, t: object, kwargs: object) -> None:
+    def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
         seen.append(torch.get_num_threads())
-        if i == 1:
-            raise fastldm.Cancelled
+        return step(*args, **kwargs)
 
+    monkeypatch.setattr(pipe.unet, "step", watched)
     try:
         torch.set_num_threads(3)
         for work_per_thread in (8e9, 1e9, 1e3):
             monkeypatch.setattr(pipeline, "_WORK_PER_THREAD", work_per_thread)
-            with pytest.raises(fastldm.Cancelled):
-                pipe("a cat", callback_on_step_end=on_step)
+            pipe("a cat", num_inference_steps=2)
             assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)

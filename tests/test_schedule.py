@@ -27,7 +27,7 @@ from diffusers.configuration_utils import ConfigMixin
 from torch import Tensor
 
 from fastldm import schedule
-from fastldm.denoise import Guidance, denoise, draw_step_noise, randn
+from fastldm.denoise import Inpainting, Work, denoise, draw_step_noise, randn
 from fastldm.errors import InputError
 from fastldm.kernels import step as step_kernel
 from fastldm.samplers import Row
@@ -210,8 +210,9 @@ def our_run(case: Case) -> tuple[Tensor, Any]:
     x = noise * table.init_noise_sigma
     if case.picture or (case.mask and case.strength < 1):
         x = table.start[0] * init + table.start[1] * noise
-    blend = {"mask": mask, "init": init, "init_noise": noise} if case.mask else {}
-    return denoise(lambda u, i, _: network(u, table.timesteps[i]), table, x, noises, Guidance(), **blend), g
+    inpainting = Inpainting(mask, init, noise) if case.mask else None
+    work = Work(table, x, noises, inpainting=inpainting)
+    return denoise(lambda u, i, _: network(u, table.timesteps[i]), work), g
 
 
 def exact_table(case: Case) -> tuple[StepTable, list[Row], np.ndarray]:

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastldm.denoise import Guidance, denoise, draw_step_noise
-from fastldm.errors import NonFinite
+from fastldm.denoise import Guidance
 from fastldm.kernels import dispatch, use
 from fastldm.kernels.step import (
     COLUMNS,
@@ -337,80 +336,6 @@ def test_all_samplers_in_one_batch(dtype: torch.dtype) -> None:
     assert got.x[-1].isnan().all()
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_denoising_with_the_kernel(sampler: str) -> None:
-    """`denoise` is the same, function by function and in one kernel a step."""
-    run = denoising(sampler, 5)
-    with use("torch"):
-        eager = run(Guidance(5.0, 0.3, 0.0, 0.7))
-    with use("triton"):
-        fused = run(Guidance(5.0, 0.3, 0.0, 0.7))
-    assert ops.error(fused, eager) < 2e-5
-    assert fused.is_contiguous()
-
-
-def denoising(sampler: str, steps: int, **options: Any) -> Any:
-    """A run of `denoise`, to be called with Guidance: a batch of two, its noise already drawn."""
-    table, shape = table_of(sampler, steps, eta=0.5), (2, 4, 6, 5)
-    x = torch.randn(shape, device=DEVICE) * table.init_noise_sigma
-    noises = draw_step_noise(table, shape, torch.Generator().manual_seed(1), torch.float32, DEVICE)
-
-    def run(guidance: Guidance) -> Tensor:
-        return denoise(lambda u, i, guided: network(u, 4), table, x, noises, guidance, **options)
-
-    return run
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"masked": True},
-        {"extra_channels": 5, "dtype": torch.float16},
-        {"on_step": lambda i, t, x: x * 0.5 if i in (1, 6) else None},  # the last row's are the result
-    ],
-    ids=["inpainting", "nine-channels", "replaced-latents"],
-)
-@pytest.mark.parametrize("guidance", [Guidance(), Guidance(3.0), Guidance(3.0, 0.0, 0.4, 0.8)], ids=str)
-def test_denoising_with_the_kernel_and_options(options: dict[str, Any], guidance: Guidance) -> None:
-    options = dict(options)
-    pictures = torch.randn(3, 2, 4, 6, 5, device=DEVICE)
-    if options.pop("masked", False):
-        options |= {"mask": pictures[0, :1, :1] > 0, "init": pictures[1], "init_noise": pictures[2]}
-        options["mask"] = options["mask"].float()
-    if options.get("extra_channels"):
-        options["extra_channels"] = torch.randn(2, 5, 6, 5, device=DEVICE)
-    run = denoising("heun", 4, **options)  # 7 rows
-    with use("torch"):
-        eager = run(guidance)
-    with use("triton"):
-        fused = run(guidance)
-    assert ops.error(fused, eager) < (2e-3 if "dtype" in options else 2e-5)
-
-
-def test_denoising_with_the_kernel_names_the_first_bad_step() -> None:
-    x = torch.randn(2, 4, 6, 5, device=DEVICE)
-    table = table_of("heun", 6)
-
-    def broken(u: Tensor, i: int, guided: bool) -> Tensor:
-        return network(u, 4) / (0.0 if i == 3 else 1.0)
-
-    with use("triton"):
-        assert fuses(x)
-        with pytest.raises(NonFinite, match=r"after step 2 of 6 \(row 3, timestep 599.4\)"):
-            denoise(broken, table, x, [None] * len(table), Guidance(2.0))
-        x[1, 0, 0, 0] = INF
-        with pytest.raises(NonFinite, match="that denoising starts from"):
-            denoise(broken, table, x, [None] * len(table), Guidance())
-
-
-def test_latents_of_a_callback_stay_as_they_were() -> None:
-    seen: list[Tensor] = []
-    with use("triton"):
-        last = denoising("euler", 4, on_step=lambda i, t, x: seen.append(x))(Guidance())
-    assert torch.equal(seen[-1], last)
-    assert not torch.equal(seen[0], seen[1])
-
-
 # ---- guidance rescale ----
 
 
@@ -559,18 +484,3 @@ def test_a_captured_step_serves_every_table() -> None:
         graph.replay()
         END_STEP.reference(out, *expected)
         assert_same(state, expected)
-
-
-@pytest.mark.gpu
-def test_nothing_in_the_loop_waits_for_the_gpu() -> None:
-    table, x = table_of("dpm++ 2m", 6), torch.randn(2, 4, 8, 8, device="cuda")
-    denoise(lambda u, i, guided: network(u, 4), table, x, [None] * 6, Guidance(3.0, 0.5))
-
-    def watched(u: Tensor, i: int, guided: bool) -> Tensor:
-        torch.cuda.set_sync_debug_mode("error" if i < 5 else "default")  # after the last row there is one
-        return network(u, 4)
-
-    try:
-        denoise(watched, table, x, [None] * 6, Guidance(3.0, 0.5))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,195 @@
+"""A batch on a GPU: every slot its own request, the whole step a captured graph.
+
+The buffers of a size bucket lie still (`memory.StaticBuffers`), and small integer maps in device memory say which slot
+and which text each row of the U-Net is, and which rows a slot has. So one graph for each number of rows serves every
+mix of requests: with guidance and without, of any sampler, step count, prompt and seed, each at its own step. Maps are
+sent when somebody comes, goes or changes between guided and unguided, and at no other step; between two steps the host
+does nothing but replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastldm.denoise import Run
+from fastldm.graph import Graphs
+from fastldm.kernels.dispatch import cdiv
+from fastldm.kernels.step import NEVER, end_step, table_rows
+from fastldm.memory import StaticBuffers
+from fastldm.models.unet import UNet
+
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16)  # how many U-Net rows a graph may have; more go up in eights
+IN_FLIGHT = 2  # steps that the device may be behind the host: progress, cancelling and joining stay prompt
+
+
+def graph_rows(rows: int) -> int:
+    """The least number of rows that there are graphs for, and that holds so many."""
+    return next((some for some in ROWS if some >= rows), 8 * cdiv(rows, 8))
+
+
+class Slots:
+    """A `denoise.Batch` in static buffers. graphs: None runs every step eagerly."""
+
+    def __init__(self, unet: UNet, buffers: StaticBuffers, graphs: Graphs | None = None) -> None:
+        self.unet, self.buffers, self.graphs = unet, buffers, graphs
+        self._free = list(range(buffers.step.x.shape[0]))
+        self._slots: dict[Run, list[int]] = {}
+        self._started_finite: dict[Run, Tensor] = {}
+        self._arranged: list[tuple[Run, bool]] = []  # whose rows the maps speak of, and whether with both halves
+        self._behind: list[torch.cuda.Event] = []
+
+    def holds(self, run: Run) -> bool:
+        """Whether a run fits into these buffers, were they empty."""
+        state, text, work = self.buffers.step, self.buffers.text, run.work
+        return (
+            run.batch <= state.x.shape[0]
+            and graph_rows(run.most_rows) <= state.u.shape[0]
+            and len(work.table) <= state.table.shape[1]
+            and all(kv.shape[1] <= mine.shape[1] for kv, mine in zip(run.conditions.text, text, strict=True))
+        )
+
+    # --- coming and going
+
+    @torch.no_grad()
+    def admit(self, run: Run) -> None:
+        """Copy all that a run is into free slots, one a picture."""
+        work, (step, temb, text, kv_len, _) = run.work, self.buffers
+        slots = self._slots[run] = [self._free.pop(0) for _ in range(run.batch)]
+        length, masked = len(work.table), work.inpainting is not None
+        rows = table_rows(work.table.rows.tolist(), work.table.draws, work.guidance.rows(work.table), masked)
+        noises = [noise for noise in work.noises if noise is not None]
+        for k, slot in enumerate(slots):
+            step.x[slot] = work.x[k]
+            step.y[slot] = 0
+            step.counter[slot] = 0
+            step.steps[slot] = 0  # idle until its first step
+            step.first_bad[slot] = NEVER
+            step.guidance[slot] = work.guidance.scale
+            step.rescale[slot] = work.guidance.rescale
+            step.table[slot, :length].copy_(rows, non_blocking=True)
+            for at, noise in enumerate(noises):
+                step.noise[slot, at] = noise[k]
+            if work.inpainting is not None:
+                for mine, given in (
+                    (step.mask, work.inpainting.mask.expand(run.batch, -1, -1, -1)),
+                    (step.init, work.inpainting.init),
+                    (step.init_noise, work.inpainting.noise),
+                ):
+                    mine[slot] = given[k]
+            # Negatives come first among the run's rows; where it has none, the slot's own are never read.
+            for half, row in ((1, k - run.batch), (0, k)):
+                wanted = run.conditions.temb[:, row if run.conditions.temb.shape[1] > 1 else 0]
+                temb[2 * slot + half, :length] = wanted
+                for layer, kv in zip(text, run.conditions.text, strict=True):
+                    layer[2 * slot + half, : kv.shape[1]] = kv[row]
+                    kv_len[2 * slot + half] = kv.shape[1]
+        self._started_finite[run] = work.x.isfinite().all()
+
+    def latents(self, run: Run) -> Tensor:
+        # Slots need not lie side by side, so this is a copy.
+        return self.buffers.step.x[self._slots[run]].contiguous()
+
+    def go_on_from(self, run: Run, latents: Tensor) -> None:
+        self.buffers.step.x[self._slots[run]] = latents.to(self.buffers.step.x)
+        self._arranged = []  # the model input is made anew
+
+    def release(self, run: Run) -> Callable[[], int | None]:
+        slots, started_finite = self._slots.pop(run), self._started_finite.pop(run)
+        first_bad = self.buffers.step.first_bad[slots].min()
+        self._free += slots
+        self._arranged = []
+
+        def first() -> int | None:
+            if not bool(started_finite):
+                return -1
+            row = int(first_bad)
+            return None if row == NEVER else row
+
+        return first
+
+    def close(self) -> None:
+        if self.graphs is not None:
+            self.graphs.forget(id(self.buffers))
+
+    # --- a step
+
+    @torch.no_grad()
+    def step(self, runs: Sequence[Run]) -> str:
+        arranged = [(run, run.guided) for run in runs]
+        if arranged != self._arranged:
+            self._arrange(runs)
+            self._arranged = arranged
+        rows = graph_rows(_rows(runs))
+        rescales = any(run.guided and run.work.guidance.rescale > 0 for run in runs)
+        body = partial(self._body, rows, rescales)
+        # A graph reads tensors by address, so which buffers they are is part of the key.
+        replayed = self.graphs is not None and self.graphs.run((id(self.buffers), rows, rescales), body)
+        if self.graphs is None:
+            body()
+        for run in runs:
+            run.i += 1
+        self._pace()
+        return "cuda graph" if replayed else "torch"
+
+    def _body(self, rows: int, rescales: bool) -> None:
+        """The whole step, of fixed shapes and addresses: no value of it is seen by the host."""
+        state, temb = self.buffers.step, self.buffers.temb
+        text, slot, first = self.buffers.maps[:, :rows]
+        time_rows = temb.flatten(0, 1).index_select(0, first + state.counter.index_select(0, slot))
+        out = self.unet.step(state.u[:rows], time_rows, self.buffers.text, kv_len=self.buffers.kv_len, slots=text)
+        end_step(out, state, rescales=rescales)
+
+    def _arrange(self, runs: Sequence[Run]) -> None:
+        """Deal out rows, send the maps, and write the model input where it now belongs."""
+        state, temb = self.buffers.step, self.buffers.temb
+        capacity, device = temb.shape[1], temb.device
+        halves = [[-1, -1] for _ in range(state.x.shape[0])]  # of each slot: the rows of its unguided and guided half
+        ends = [0] * len(halves)  # idle, but for those of these runs
+        texts: list[int] = []
+        c_in: list[float] = []
+        for run in runs:
+            for half in (0, 1) if run.guided else (1,):
+                for slot in self._slots[run]:
+                    halves[slot][half] = len(texts)
+                    ends[slot] = len(run.work.table)
+                    texts.append(2 * slot + half)
+                    c_in.append(float(run.work.table.rows[run.i][0]))
+        padding = [0] * (self.buffers.maps.shape[1] - len(texts))
+        slots = [text // 2 for text in texts]
+        _send([texts + padding, slots + padding, [text * capacity for text in texts] + padding], self.buffers.maps)
+        _send(halves, state.rows)
+        state.next_rows.copy_(state.rows)
+        _send(ends, state.steps)
+
+        used, channels = len(texts), state.x.shape[1]
+        scales = _send(c_in, torch.empty(used, device=device))
+        latents = state.x.index_select(0, self.buffers.maps[1, :used])
+        state.u[:used, :channels] = latents * scales[:, None, None, None]
+        for run in runs:
+            if run.work.extra is not None:
+                for half in (0, 1) if run.guided else (1,):
+                    for k, slot in enumerate(self._slots[run]):
+                        state.u[halves[slot][half], channels:] = run.work.extra[k]
+
+    def _pace(self) -> None:
+        """Wait until the device is no more than IN_FLIGHT steps behind."""
+        if self.buffers.temb.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+            self._behind.append(event)
+            if len(self._behind) > IN_FLIGHT:
+                self._behind.pop(0).synchronize()
+
+
+def _rows(runs: Sequence[Run]) -> int:
+    return sum(run.batch * (2 if run.guided else 1) for run in runs)
+
+
+def _send(numbers: Sequence[object], to: Tensor) -> Tensor:
+    """Numbers of the host into a tensor, without waiting for the device."""
+    mine = torch.tensor(numbers, dtype=to.dtype, pin_memory=to.is_cuda)
+    return to.copy_(mine, non_blocking=True)

@@ -1,0 +1,228 @@
+"""fastldm/graph.py: what is captured when, what goes, and in which order; on a GPU, that a replay is its work."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from test_slots import Recorder
+from torch import Tensor
+
+from fastldm.errors import EngineError
+from fastldm.graph import CUDA, WARM_UPS, Graphs
+from fastldm.kernels.dispatch import CompiledLate
+
+
+class Work:
+    """Counts how often it really ran."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+
+    def __call__(self) -> None:
+        self.runs += 1
+
+
+def warm(graphs: Graphs, key: Any, work: Any = lambda: None) -> None:
+    for _ in range(WARM_UPS + 1):
+        graphs.run(key, work)
+
+
+def test_two_eager_runs_then_a_capture_then_replays() -> None:
+    driver, work = Recorder(), Work()
+    graphs = Graphs(driver)
+    assert [graphs.run("a", work) for _ in range(5)] == [False, False, True, True, True]
+    assert driver.said == ["capture", "replay", "replay", "replay"]
+    assert work.runs == 5, "each run is one run: a capture does not count"
+    assert "a" in graphs
+    assert "b" not in graphs
+
+
+def test_keys_are_warmed_one_by_one() -> None:
+    driver = Recorder()
+    graphs = Graphs(driver)
+    assert [graphs.run(key, lambda: None) for key in ("a", "b", "a", "b", "a", "b")] == [False] * 4 + [True] * 2
+
+
+def test_the_least_recently_used_goes_first() -> None:
+    driver = Recorder(size=100)
+    graphs = Graphs(driver, budget=250)
+    for key in ("a", "b"):
+        warm(graphs, key)
+    graphs.run("a", lambda: None)  # b is now the one that was used longest ago
+    warm(graphs, "c")
+    assert [key in graphs for key in "abc"] == [True, False, True]
+    assert graphs.bytes == 200
+    assert driver.said[-3:] == ["destroy", "trim", "replay"], "room is made before the new graph is used"
+    assert not graphs.run("b", lambda: None), "what went warms up again"
+
+
+def test_one_graph_may_be_larger_than_the_budget() -> None:
+    graphs = Graphs(Recorder(size=1000), budget=250)
+    warm(graphs, "a")
+    assert "a" in graphs
+
+
+def test_clear_destroys_the_last_first() -> None:
+    class Numbered(Recorder):
+        captured = 0
+
+        def capture(self, work: Any) -> tuple[Any, int]:
+            self.captured += 1
+            return self.captured, 1
+
+        def replay(self, handle: Any) -> None: ...
+
+        def destroy(self, handle: Any) -> None:
+            self.said.append(handle)
+
+    driver = Numbered()
+    graphs = Graphs(driver)
+    for key in "abc":
+        warm(graphs, key)
+    graphs.clear()
+    assert driver.said == [3, 2, 1, "trim"]
+    assert graphs.bytes == 0
+    assert not graphs.run("a", lambda: None)
+
+
+def test_forget_takes_what_is_of_one_owner() -> None:
+    graphs = Graphs(Recorder())
+    for key in ((1, "x"), (1, "y"), (2, "x")):
+        warm(graphs, key)
+    graphs.run((1, "z"), lambda: None)
+    graphs.forget(1)
+    assert [key in graphs for key in ((1, "x"), (1, "y"), (2, "x"))] == [False, False, True]
+    assert [graphs.run((1, "z"), lambda: None) for _ in range(3)] == [False, False, True]
+
+
+def test_calls_copy_in_and_out() -> None:
+    """A replay works on tensors of its own: the caller's may change and go, and so may what was returned."""
+    driver = Recorder()
+    graphs = Graphs(driver)
+    kept: list[Tensor] = []
+
+    def work(x: Tensor, y: Tensor) -> tuple[Tensor, None]:
+        if not kept:
+            kept.append(torch.empty_like(x))
+        kept[0].copy_(x * 2 + y)  # as a graph's output does, this lies where it lay before
+        return kept[0], None
+
+    outs = []
+    for k in range(5):
+        out, nothing = graphs.call("a", work, torch.full((3,), float(k)), torch.ones(3))
+        assert nothing is None
+        outs.append(out)
+    assert driver.said == ["capture", "replay", "replay", "replay"]
+    assert [out[0].item() for out in outs[2:]] == [5.0, 7.0, 9.0]
+
+
+def test_calls_of_other_shapes_are_other_graphs() -> None:
+    driver = Recorder()
+    graphs = Graphs(driver)
+    for _ in range(3):
+        for x in (torch.zeros(2), torch.zeros(3), torch.zeros(2, dtype=torch.float16)):
+            assert graphs.call("a", lambda x: x + 1, x).shape == x.shape
+    assert driver.said.count("capture") == 3
+
+
+def test_what_cannot_be_captured_runs_eagerly_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    class Refusing(Recorder):
+        def capture(self, work: Any) -> tuple[Any, int]:
+            self.said.append("capture")
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    driver, work = Refusing(), Work()
+    graphs = Graphs(driver)
+    with caplog.at_level(logging.WARNING, "fastldm"):
+        assert [graphs.run("a", work) for _ in range(6)] == [False] * 6
+    assert driver.said == ["capture"], "it is tried once"
+    assert work.runs == 6
+    assert len(caplog.records) == 1
+    assert "a cannot be captured and runs eagerly: operation not permitted" in caplog.text
+
+
+def test_a_compilation_inside_a_capture_is_an_error() -> None:
+    class Compiling(Recorder):
+        def capture(self, work: Any) -> tuple[Any, int]:
+            raise CompiledLate("kernel k was not compiled before")
+
+    graphs = Graphs(Compiling())
+    with pytest.raises(EngineError, match="capturing a: kernel k was not compiled before"):
+        warm(graphs, "a")
+
+
+def test_memory_that_runs_out_in_a_capture_is_raised() -> None:
+    class Full(Recorder):
+        def capture(self, work: Any) -> tuple[Any, int]:
+            raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        warm(Graphs(Full()), "a")
+
+
+# ---- on a device
+
+
+@pytest.fixture
+def graphs() -> Any:
+    with torch.cuda.stream(torch.cuda.Stream()):
+        yield Graphs(CUDA(torch.device("cuda", torch.cuda.current_device())))
+
+
+@pytest.mark.gpu
+def test_a_replay_is_the_work_bitwise(graphs: Graphs) -> None:
+    layer = torch.nn.Linear(64, 64).cuda().half()
+    xs = torch.randn(6, 32, 64, device="cuda", dtype=torch.float16)
+    with torch.no_grad():
+        for x in xs:
+            assert torch.equal(graphs.call("a", layer, x), layer(x))
+        layer.weight.data += 1  # in place: the next replay sees it
+        assert torch.equal(graphs.call("a", layer, xs[0]), layer(xs[0]))
+
+
+@pytest.mark.gpu
+def test_replays_allocate_nothing(graphs: Graphs) -> None:
+    x = torch.randn(256, 256, device="cuda")
+    out = torch.empty_like(x)
+
+    def work() -> None:
+        out.copy_((x @ x).relu() @ x)
+
+    warm(graphs, "a", work)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    for _ in range(20):
+        assert graphs.run("a", work)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+@pytest.mark.gpu
+def test_eviction_frees_what_it_says(graphs: Graphs) -> None:
+    def work() -> Tensor:
+        return torch.ones(64 * 2**20, device="cuda") * 2  # 256 MiB each, two at a time
+
+    warm(graphs, "a", work)
+    said, before = graphs.bytes, torch.cuda.memory_reserved()
+    graphs.drop("a")
+    assert said >= 512 * 2**20
+    assert before - torch.cuda.memory_reserved() >= said
+
+
+@pytest.mark.gpu
+def test_a_kernel_that_was_not_compiled_is_an_error_in_a_capture(graphs: Graphs) -> None:
+    from fastldm.kernels.geglu import GEGLU
+
+    calls = [0]
+    x = torch.randn(8, 640, device="cuda", dtype=torch.float16)
+
+    def work() -> None:
+        calls[0] += 1
+        if calls[0] > WARM_UPS:  # its first run is inside the capture
+            GEGLU.triton(x.bfloat16())
+
+    with pytest.raises(EngineError, match="was not compiled before"):
+        warm(graphs, "a", work)

@@ -1,0 +1,414 @@
+"""fastldm/slots.py: many requests in one batch's buffers, each held against `denoise` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ops
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from fastldm import weights
+from fastldm.config import UNetConfig
+from fastldm.denoise import (
+    Batch,
+    Conditions,
+    EagerBatch,
+    Guidance,
+    Inpainting,
+    Run,
+    Work,
+    denoise,
+    draw_step_noise,
+)
+from fastldm.graph import Graphs
+from fastldm.kernels import use
+from fastldm.kernels.step import StepState
+from fastldm.memory import StaticBuffers
+from fastldm.models.unet import UNet
+from fastldm.schedule import SAMPLERS, ScheduleConfig, make_table
+from fastldm.slots import ROWS, Slots, graph_rows
+
+DEVICE = ops.DEVICE
+CHANNELS, HEIGHT, WIDTH = 4, 6, 5  # no two alike, none a power of two but one
+SD = ScheduleConfig.from_dict(
+    {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+)
+GUIDED = Guidance(3.0)
+
+
+class Network:
+    """In place of a U-Net: something of the latents, the row of the table, and the whole of a row's own text."""
+
+    def __init__(self) -> None:
+        self.widths: list[int] = []
+
+    def step(
+        self,
+        u: Tensor,
+        temb: Tensor,
+        text: Sequence[Tensor],
+        *,
+        kv_len: Tensor | None = None,
+        slots: Tensor | None = None,
+    ) -> Tensor:
+        (states,) = text
+        if kv_len is not None:
+            seen = torch.arange(states.shape[1], device=u.device) < kv_len[:, None]
+            states = states.masked_fill(~seen[..., None], 0.0)
+        means = states.sum(1)[:, 0] / (states.shape[1] if kv_len is None else kv_len.clamp_min(1))
+        if slots is not None:
+            means = means[slots]
+        self.widths.append(u.shape[0])
+        told = (means + temb[:, 0].float())[:, None, None, None]
+        return torch.tanh(u[:, :CHANNELS].float() + u[:, CHANNELS:].float().sum(1, keepdim=True) + told).to(u.dtype)
+
+
+def run_of(sampler: str, steps: int, batch: int = 1, guidance: Guidance = GUIDED, seed: int = 0, **options: Any) -> Run:
+    """A seeded request. Options: tokens of its text (7), masked, extra (channels), dtype, strength."""
+    g = torch.Generator().manual_seed(seed)
+    table = make_table(SD, steps, sampler=sampler, eta=0.5, strength=options.get("strength", 1.0))
+    shape, dtype = (batch, CHANNELS, HEIGHT, WIDTH), options.get("dtype", torch.float32)
+
+    def pictures(channels: int = CHANNELS) -> Tensor:
+        return torch.randn(batch, channels, HEIGHT, WIDTH, generator=g).to(DEVICE)
+
+    inpainting = extra = None
+    if options.get("masked"):
+        inpainting = Inpainting((pictures(1)[:1] > 0).float(), pictures(), pictures())
+    if options.get("extra"):
+        extra = pictures(options["extra"]).to(dtype)
+    noises = draw_step_noise(table, shape, g, torch.float32, DEVICE)
+    work = Work(table, pictures() * table.init_noise_sigma, noises, guidance, inpainting, extra, dtype)
+    rows = batch * (2 if guidance.scale > 1 else 1)
+    text = torch.randn(rows, options.get("tokens", 7), 2, generator=g).to(DEVICE)
+    temb = torch.randn(len(table), rows, 1, generator=g).to(DEVICE, dtype)
+    return Run(work, Conditions(temb, (text,)))
+
+
+def alone(run: Run, network: Any = None) -> Tensor:
+    """What correct means: the loop of one request."""
+    network, batch, conditions = network or Network(), run.batch, run.conditions
+
+    def call(u: Tensor, i: int, guided: bool) -> Tensor:
+        rows = slice(None) if guided else slice(-batch, None)
+        return network.step(u, conditions.temb[i][rows], [text[rows] for text in conditions.text])
+
+    return denoise(call, run.work)
+
+
+def buffers(
+    slots: int, rows: int, steps: int = 16, tokens: int = 14, extra: int = 0, dtype: torch.dtype = torch.float32
+) -> StaticBuffers:
+    state = StepState.empty(
+        slots=slots,
+        rows=rows,
+        channels=CHANNELS,
+        height=HEIGHT,
+        width=WIDTH,
+        steps=steps,
+        draws=steps,
+        extra_channels=extra,
+        masked=True,
+        dtype=dtype,
+        device=DEVICE,
+    )
+    for t in (state.x, state.y, state.history, state.noise, state.init, state.init_noise, state.mask, state.u):
+        t.fill_(float("nan"))  # what nobody wrote is not read
+    return StaticBuffers(
+        step=state,
+        temb=torch.full((2 * slots, steps, 1), float("nan"), dtype=dtype, device=DEVICE),
+        text=(torch.full((2 * slots, tokens, 2), float("nan"), device=DEVICE),),
+        kv_len=torch.zeros(2 * slots, dtype=torch.int32, device=DEVICE),
+        maps=torch.zeros(3, rows, dtype=torch.int32, device=DEVICE),
+    )
+
+
+class Recorder:
+    """graph.Driver that keeps what it was asked to capture, and does it on replay."""
+
+    def __init__(self, size: int = 100) -> None:
+        self.size, self.said = size, []
+
+    def capture(self, work: Any) -> tuple[Any, int]:
+        self.said.append("capture")
+        return work, self.size
+
+    def replay(self, handle: Any) -> None:
+        self.said.append("replay")
+        handle()
+
+    def destroy(self, handle: Any) -> None:
+        self.said.append("destroy")
+
+    def trim(self) -> None:
+        self.said.append("trim")
+
+
+def finish(batch: Batch, runs: Sequence[Run], starts: Sequence[int] | None = None) -> list[Tensor]:
+    """Each run joins at its turn and leaves when it is done; what each ends with."""
+    starts, done, turn = starts or [0] * len(runs), {}, 0
+    while len(done) < len(runs):
+        for run, start in zip(runs, starts, strict=True):
+            if start == turn:
+                batch.admit(run)
+        under_way = [run for run, start in zip(runs, starts, strict=True) if start <= turn and run not in done]
+        if under_way:
+            batch.step(under_way)
+        for run in under_way:
+            if run.done:
+                done[run] = batch.latents(run)
+                assert batch.release(run)() is None
+        turn += 1
+    return [done[run] for run in runs]
+
+
+# Of every kind at once: other samplers, steps, guidance (none, at all steps, at some, rescaled), batches and texts.
+MIXED: list[dict[str, Any]] = [
+    {"sampler": "euler a", "steps": 5, "batch": 2, "guidance": Guidance(3.0, 0.5), "seed": 1},
+    {"sampler": "dpm++ 2m", "steps": 7, "guidance": Guidance(), "tokens": 14, "seed": 2},
+    {"sampler": "unipc", "steps": 6, "guidance": Guidance(4.0, 0.0, 0.3, 0.8), "tokens": 3, "seed": 3},
+    {"sampler": "heun", "steps": 4, "masked": True, "strength": 0.8, "seed": 4},
+    {"sampler": "dpm++ 2m sde karras", "steps": 5, "guidance": Guidance(), "seed": 5},
+]
+
+
+@pytest.mark.parametrize("kind", ["eager", "slots", "graphs"])
+@pytest.mark.parametrize("starts", [[0, 0, 0, 0, 0], [3, 0, 1, 2, 5]], ids=["together", "one-after-the-other"])
+def test_requests_of_every_kind_share_a_batch(kind: str, starts: list[int]) -> None:
+    expected = [alone(run_of(**one)) for one in MIXED]
+    runs = [run_of(**one) for one in MIXED]
+    batch: Batch = EagerBatch(Network())  # type: ignore[arg-type]
+    if kind != "eager":
+        graphs = Graphs(Recorder()) if kind == "graphs" else None
+        batch = Slots(Network(), buffers(slots=6, rows=12), graphs)  # type: ignore[arg-type]
+    for got, wanted in zip(finish(batch, runs, starts), expected, strict=True):
+        assert ops.error(got, wanted) < 2e-6
+
+
+def test_slots_are_used_again() -> None:
+    """Two slots, eight requests: nothing of the last tenant is left."""
+    requests = [{**one, "batch": 1, "seed": k} for k, one in enumerate([*MIXED, *reversed(MIXED)])]
+    batch = Slots(Network(), buffers(slots=2, rows=4))  # type: ignore[arg-type]
+    for first, second in zip(requests[::2], requests[1::2], strict=True):
+        expected = [alone(run_of(**one)) for one in (first, second)]
+        for got, wanted in zip(finish(batch, [run_of(**one) for one in (first, second)]), expected, strict=True):
+            assert ops.error(got, wanted) < 2e-6
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_kernel_ends_the_steps(sampler: str) -> None:
+    """On a GPU the end of a step is one kernel: here it runs in Triton's interpreter."""
+    asked = {"sampler": sampler, "steps": 5, "batch": 2, "guidance": Guidance(5.0, 0.3, 0.0, 0.7)}
+    expected = alone(run_of(**asked))
+    with use("triton"):
+        (got,) = finish(Slots(Network(), buffers(slots=2, rows=4)), [run_of(**asked)])  # type: ignore[arg-type]
+    assert ops.error(got, expected) < 2e-5
+    assert got.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"masked": True}, {"extra": 5, "dtype": torch.float16}],
+    ids=["inpainting", "nine-channels"],
+)
+@pytest.mark.parametrize("guidance", [Guidance(), Guidance(3.0), Guidance(3.0, 0.0, 0.4, 0.8)], ids=str)
+def test_the_kernel_ends_the_steps_with_options(options: dict[str, Any], guidance: Guidance) -> None:
+    asked = {"sampler": "heun", "steps": 4, "batch": 2, "guidance": guidance, **options}  # 7 rows
+    dtype = options.get("dtype", torch.float32)
+    expected = alone(run_of(**asked))
+    with use("triton"):
+        batch = Slots(Network(), buffers(2, 4, extra=options.get("extra", 0), dtype=dtype))  # type: ignore[arg-type]
+        (got,) = finish(batch, [run_of(**asked)])
+    assert ops.error(got, expected) < (2e-3 if dtype == torch.float16 else 2e-5)
+
+
+@pytest.mark.parametrize("kind", ["eager", "slots"])
+def test_latents_may_be_replaced_and_stay_as_they_were(kind: str) -> None:
+    def half(i: int, t: float, x: Tensor) -> Tensor | None:
+        return x * 0.5 if i in (1, 6) else None  # the last row's are the result
+
+    neighbour = run_of("euler a", 9, seed=1)
+    expected, beside = denoise_with(half), alone(run_of("euler a", 9, seed=1))
+    batch: Batch = EagerBatch(Network()) if kind == "eager" else Slots(Network(), buffers(2, 4))  # type: ignore[arg-type]
+    run, seen = run_of("heun", 4), []
+    for one in (run, neighbour):
+        batch.admit(one)
+    while not run.done:
+        i = run.i
+        batch.step([run, neighbour])
+        seen.append(batch.latents(run))
+        if i in (1, 6):
+            batch.go_on_from(run, seen[-1] * 0.5)
+    assert ops.error(batch.latents(run), expected) < 2e-6
+    assert ops.error(seen[-1] * 0.5, expected) < 2e-6, "what was handed out does not change"
+    batch.release(run)
+    while not neighbour.done:
+        batch.step([neighbour])
+    assert ops.error(batch.latents(neighbour), beside) < 2e-6
+
+
+def denoise_with(on_step: Any) -> Tensor:
+    run, network = run_of("heun", 4), Network()
+    call = lambda u, i, guided: network.step(u, run.conditions.temb[i], run.conditions.text)  # noqa: E731
+    return denoise(call, run.work, on_step=on_step)
+
+
+@pytest.mark.parametrize("kind", ["eager", "slots"])
+def test_a_run_that_waits_stands_still(kind: str) -> None:
+    """A request whose caller has not answered sits out steps that others take."""
+    requests = [{"sampler": "dpm++ 2m", "steps": 6, "seed": k} for k in range(2)]
+    expected = [alone(run_of(**one)) for one in requests]
+    first, second = (run_of(**one) for one in requests)
+    batch: Batch = EagerBatch(Network()) if kind == "eager" else Slots(Network(), buffers(2, 4))  # type: ignore[arg-type]
+    batch.admit(first)
+    batch.admit(second)
+    for turn in range(12):
+        batch.step([first, second][turn % 2 :][:1])
+    for run, wanted in zip((first, second), expected, strict=True):
+        assert ops.error(batch.latents(run), wanted) < 2e-6
+
+
+@pytest.mark.parametrize("kind", ["eager", "slots"])
+def test_a_bad_value_is_its_own_requests(kind: str) -> None:
+    """One network call in six gives NaN for the first run alone; the first bad row is recorded, and nobody else's."""
+
+    class Broken(Network):
+        def step(self, u: Tensor, temb: Tensor, *rest: Any, **lengths: Any) -> Tensor:
+            out = super().step(u, temb, *rest, **lengths)
+            if len(self.widths) == 4:
+                out[:2] = float("nan")  # the rows of the first run
+            return out
+
+    first, second = run_of("heun", 4, seed=0), run_of("heun", 4, seed=1)
+    expected = alone(run_of("heun", 4, seed=1))
+    batch: Batch = EagerBatch(Broken()) if kind == "eager" else Slots(Broken(), buffers(2, 4))  # type: ignore[arg-type]
+    for run in (first, second):
+        batch.admit(run)
+    while not second.done:
+        batch.step([first, second])
+    assert ops.error(batch.latents(second), expected) < 2e-6
+    assert batch.release(first)() == 3
+    assert batch.release(second)() is None
+
+    first = run_of("heun", 4)
+    first.work.x[0, 0, 0, 0] = float("inf")
+    batch.admit(first)
+    assert batch.release(first)() == -1, "the start was bad already"
+
+
+def test_a_failed_step_moves_nobody() -> None:
+    class Failing(Network):
+        def step(self, *args: Any, **lengths: Any) -> Tensor:
+            out = super().step(*args, **lengths)
+            if len(self.widths) == 3:
+                raise RuntimeError("injected")
+            return out
+
+    for kind in (EagerBatch, lambda network: Slots(network, buffers(2, 4))):
+        run, expected = run_of("unipc", 5), alone(run_of("unipc", 5))
+        batch = kind(Failing())  # type: ignore[operator, arg-type]
+        batch.admit(run)
+        batch.step([run])
+        batch.step([run])
+        with pytest.raises(RuntimeError, match="injected"):
+            batch.step([run])
+        assert run.i == 2
+        while not run.done:
+            batch.step([run])
+        assert ops.error(batch.latents(run), expected) < 2e-6
+
+
+def test_the_unet_reads_each_rows_own_text() -> None:
+    """A real network: texts of 5 and 9 tokens, guided and not, by slot and length in device memory."""
+    theirs = tiny.unet("sd1")
+    with torch.device("meta"):
+        empty = UNet(UNetConfig.from_dict(theirs.config, "tiny"))
+    unet = weights.adopt(empty, theirs)
+    held = StaticBuffers.empty(
+        unet.config, slots=3, rows=6, height=8, width=8, tokens=9, steps=4, dtype=torch.float32, device="cpu"
+    )
+
+    def run(seed: int, tokens: int, batch: int, guidance: Guidance) -> Run:
+        g = torch.Generator().manual_seed(seed)
+        table = make_table(SD, 4, sampler="ddim")
+        text = torch.randn(batch * (2 if guidance.scale > 1 else 1), tokens, 32, generator=g)
+        temb = unet.time_rows(torch.from_numpy(table.timesteps))[:, None]
+        return Run(
+            Work(table, torch.randn(batch, 4, 8, 8, generator=g), [None] * 4, guidance),
+            Conditions(temb, unet.cross_kv(text)),
+        )
+
+    def runs() -> list[Run]:
+        return [run(1, 9, 1, Guidance(3.0)), run(2, 5, 2, Guidance())]
+
+    with torch.no_grad():
+        alone = [finish(EagerBatch(unet), [one])[0] for one in runs()]
+        for batch in (EagerBatch(unet), Slots(unet, held)):
+            for got, wanted in zip(finish(batch, runs(), [1, 0]), alone, strict=True):
+                assert ops.error(got, wanted) < 5e-6
+
+
+# ---- how much is sent, run and captured
+
+
+def test_rows_of_graphs() -> None:
+    assert [graph_rows(rows) for rows in range(1, 18)] == [
+        *(1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12, 16, 16, 16, 16, 24),
+    ]
+    assert graph_rows(16) == ROWS[-1]
+
+
+def test_unguided_slots_cost_one_row() -> None:
+    network = Network()
+    batch = Slots(network, buffers(4, 8))  # type: ignore[arg-type]
+    guided, unguided = run_of("ddim", 4, guidance=Guidance(3.0, 0.0, 0.0, 0.5)), run_of("ddim", 4, guidance=Guidance())
+    finish(batch, [guided, unguided])
+    assert network.widths == [3, 3, 2, 2], "two rows while it is guided, then one, and one of the other"
+
+
+def test_a_graph_serves_every_sampler_scale_prompt_and_seed() -> None:
+    """Two rows are captured once, whoever they are of; a slot in other buffers is captured anew."""
+    driver = Recorder()
+    graphs = Graphs(driver)
+    batch = Slots(Network(), buffers(2, 4), graphs)  # type: ignore[arg-type]
+    for k, sampler in enumerate(["ddim", "euler a", "unipc", "dpm++ 2m karras"]):
+        asked = {"sampler": sampler, "steps": 3 + k, "guidance": Guidance(2.0 + k), "tokens": 7 + k, "seed": k}
+        expected = alone(run_of(**asked))
+        (got,) = finish(batch, [run_of(**asked)])
+        assert ops.error(got, expected) < 2e-6
+    assert driver.said.count("capture") == 1
+    assert driver.said.count("replay") == 3 + 4 + 5 + 6 - 2, "all steps but the two that warm up"
+    finish(batch, [run_of("ddim", 3, guidance=Guidance()) for _ in range(2)])
+    assert driver.said.count("capture") == 1, "two unguided requests are two rows too"
+    batch.close()
+    assert graphs.bytes == 0
+    assert driver.said[-2:] == ["destroy", "trim"]
+
+
+def test_maps_are_sent_when_somebody_comes_or_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastldm import slots
+
+    sent: list[int] = []
+    send = slots._send
+    monkeypatch.setattr(slots, "_send", lambda *args: sent.append(1) or send(*args))
+    batch = Slots(Network(), buffers(2, 4))  # type: ignore[arg-type]
+    run = run_of("ddim", 8, guidance=Guidance(3.0, 0.0, 0.5, 1.0))
+    batch.admit(run)
+    counts = []
+    while not run.done:
+        before = len(sent)
+        batch.step([run])
+        counts.append(len(sent) > before)
+    assert counts == [True, False, False, False, True, False, False, False]
+
+
+def test_what_the_buffers_hold() -> None:
+    batch = Slots(Network(), buffers(slots=2, rows=4, steps=8, tokens=10))  # type: ignore[arg-type]
+    assert batch.holds(run_of("ddim", 8, batch=2, tokens=10))
+    assert not batch.holds(run_of("ddim", 9))
+    assert not batch.holds(run_of("ddim", 8, tokens=11))
+    assert not batch.holds(run_of("ddim", 8, batch=3, guidance=Guidance()))
