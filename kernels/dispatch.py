@@ -113,7 +113,7 @@ def interpreting() -> bool:
 
 
 def device_type(x: Tensor) -> str:
-    """"cpu" or "cuda": where x is, or for a meta tensor what it stands for: the target, a GPU if there is none."""
+    """The type of device that x is on; for a meta tensor of what it stands for: the target, a GPU if there is none."""
     if x.is_meta:
         return "cpu" if _scope.target is not None and not _scope.target.arch else "cuda"
     return x.device.type

@@ -52,6 +52,7 @@ from fastldm.kernels.dispatch import (
     capability,
     cdiv,
     dense,
+    device_type,
     interpreting,
     jit,
     launch,
@@ -82,12 +83,12 @@ def linear_geglu_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
 
 
 def fast_library(x: Tensor) -> bool:
-    """Whether the torch path is the one that was thought out for GPUs. The meta device stands for a GPU.
+    """Whether the torch path is the one that was thought out for GPUs.
 
     float32 is for comparisons and takes the references; so does whoever records the ops, for torch.compile and
     torch.export fuse what they see better than what was fused before.
     """
-    return x.device.type != "cpu" and x.element_size() == 2 and not torch.compiler.is_compiling()
+    return device_type(x) != "cpu" and x.element_size() == 2 and not torch.compiler.is_compiling()
 
 
 # ------------------------------------------------------------------------------------------- where, and what for

@@ -7,7 +7,7 @@ tokens, (B, H*W, C), are a view.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastldm.kernels.attention import attention
 from fastldm.kernels.conv import conv2d, upsample_conv2d
+from fastldm.kernels.dispatch import device_type
 from fastldm.kernels.group_norm import group_norm
 from fastldm.kernels.layer_norm import add_layer_norm, layer_norm
 from fastldm.kernels.linear import linear, linear_geglu
@@ -140,6 +141,7 @@ class Resnet(nn.Module):
 
     In a U-Net a row of channels that depends on the time step is added between them: `shift` (B, out_channels). It has
     conv1's bias in it (see UNet.time_rows), so conv1 runs without. A U-Net's decoder gives part of the input as `skip`.
+    norm: what applies a GroupNorm: as the layer does, or with statistics from elsewhere.
     """
 
     def __init__(
@@ -154,14 +156,20 @@ class Resnet(nn.Module):
         self.conv2 = Conv(out_channels, out_channels)
         self.conv_shortcut = None if in_channels == out_channels else Conv(in_channels, out_channels, kernel=1)
 
-    def forward(self, x: Tensor, shift: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
-        h = self.norm1(x, silu=True, skip=skip)
+    def forward(
+        self,
+        x: Tensor,
+        shift: Tensor | None = None,
+        skip: Tensor | None = None,
+        norm: Callable[..., Tensor] = GroupNorm.__call__,
+    ) -> Tensor:
+        h = norm(self.norm1, x, silu=True, skip=skip)
         bias = self.conv1.bias if shift is None else None
-        if bias is not None and h.device.type != "cpu":
+        if bias is not None and device_type(h) != "cpu":
             # A GPU's convolution adds a bias in a pass of its own, the norm in passing. A CPU's adds it for nothing.
             shift, bias = bias.expand(h.shape[0], -1), None
         h = conv2d(h, self.conv1.weight, bias, padding=1)
-        h = self.norm2(h, silu=True, shift=shift)
+        h = norm(self.norm2, h, silu=True, shift=shift)
         return self.conv2(h, residual=self.shortcut(x, skip))
 
     def shortcut(self, x: Tensor, skip: Tensor | None) -> Tensor:

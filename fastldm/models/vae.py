@@ -6,6 +6,10 @@ Pictures are (B, 3, H, W) in -1..1. Latents z are the autoencoder's own; a U-Net
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +29,10 @@ from fastldm.models.layers import (
     to_tokens,
     upsample_conv2d,
 )
+
+Layer = Callable[[Tensor], Tensor]
+Norm = Callable[..., Tensor]  # (a GroupNorm, x, silu=...) -> x, normalised
+Pieces = Generator[None, None, Tensor]  # work in pieces, one for each next(); returns its result
 
 _EPS = 1e-6
 HALF_EXPONENT = -4  # of two: activations a sixteenth as large, with which SDXL's stay in float16's range
@@ -49,8 +57,20 @@ class AutoencoderKL(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """z (B, C, h, w), unscaled latents -> (B, 3, h * factor, w * factor), about -1..1."""
-        z = channels_last(z)
-        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
+        return finish(_in_turn(self.decoding(), z))
+
+    def decoding(self) -> list[Layer]:
+        """The layers of `decode`, in order."""
+        return [*self.low(), *self.high()]
+
+    def low(self) -> list[Layer]:
+        """The first of them, which work at the latents' resolution, the attention among them."""
+        first = [] if self.post_quant_conv is None else [self.post_quant_conv]
+        return [channels_last, *first, *self.decoder.low()]
+
+    def high(self, norm: Norm = GroupNorm.__call__) -> list[Layer]:
+        """The others, which enlarge. norm: what applies their GroupNorms, as in `Resnet`."""
+        return self.decoder.high(norm)
 
 
 class Encoder(nn.Module):
@@ -71,9 +91,10 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
-        x = self.mid_block(x)
+        for layer in (layer for block in self.down_blocks for layer in (*block.resnets, *block.downsamplers)):
+            x = layer(x)
+        for layer in self.mid_block.layers():
+            x = layer(x)
         return self.conv_out(self.conv_norm_out(x, silu=True))
 
 
@@ -93,11 +114,21 @@ class Decoder(nn.Module):
         self.conv_norm_out = GroupNorm(config.norm_groups, width, _EPS)
         self.conv_out = Conv(width, config.out_channels)
 
-    def forward(self, z: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(z))
-        for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(self.conv_norm_out(x, silu=True))
+    def low(self) -> list[Layer]:
+        first, *_ = self.up_blocks
+        return [self.conv_in, *self.mid_block.layers(), *first.resnets]
+
+    def high(self, norm: Norm) -> list[Layer]:
+        first, *others = self.up_blocks
+        layers: list[Layer] = [*first.upsamplers]
+        for block in others:
+            layers += [partial(resnet, norm=norm) for resnet in block.resnets]
+            layers += block.upsamplers
+
+        def to_picture(x: Tensor) -> Tensor:
+            return self.conv_out(norm(self.conv_norm_out, x, silu=True))
+
+        return [*layers, to_picture]
 
 
 class Block(nn.Module):
@@ -110,11 +141,6 @@ class Block(nn.Module):
         self.downsamplers: Layers[Downsample] = Layers()
         self.upsamplers: Layers[Upsample] = Layers()
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.downsamplers, *self.upsamplers):
-            x = layer(x)
-        return x
-
 
 class MidBlock(nn.Module):
     def __init__(self, config: VAEConfig, channels: int) -> None:
@@ -124,12 +150,9 @@ class MidBlock(nn.Module):
         if config.mid_attention:
             self.attentions.append(PixelAttention(channels, config.norm_groups))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def layers(self) -> list[Layer]:
         first, last = self.resnets
-        x = first(x)
-        for attention in self.attentions:
-            x = attention(x)
-        return last(x)
+        return [first, *self.attentions, last]
 
 
 class PixelAttention(Attention):
@@ -196,7 +219,20 @@ class TinyAutoencoder(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """z (B, C, h, w) -> (B, 3, h * factor, w * factor), about -1..1."""
-        return self.decoder(channels_last(z))
+        return finish(_in_turn(self.decoding(), z))
+
+    def decoding(self) -> list[Layer]:
+        """The layers of `decode`, in order."""
+        return [*self.low(), *self.high()]
+
+    def low(self) -> list[Layer]:
+        """The first of them, which work at the latents' resolution."""
+        layers = self.decoder.layers[: self.decoder.first_enlarged]
+        return [channels_last, lambda z: torch.tanh(z / 3) * 3, *layers]
+
+    def high(self, norm: Norm = GroupNorm.__call__) -> list[Layer]:
+        """The others, which enlarge. None of them normalises."""
+        return [*self.decoder.layers[self.decoder.first_enlarged :], lambda x: x * 2 - 1]
 
 
 class TinyEncoder(nn.Module):
@@ -226,12 +262,7 @@ class TinyDecoder(nn.Module):
                 self.layers.extend([nn.Identity(), EnlargedConv(width, width, bias=False)])
             self.layers.extend(TinyBlock(width) for _ in range(blocks))
         self.layers.append(Conv(width, config.out_channels))
-
-    def forward(self, z: Tensor) -> Tensor:
-        x = torch.tanh(z / 3) * 3
-        for layer in self.layers:
-            x = layer(x)
-        return x * 2 - 1
+        self.first_enlarged = 2 + config.decoder_blocks[0]
 
 
 class StridedConv(Conv):
@@ -264,3 +295,132 @@ class TinyBlock(nn.Module):
         h = F.relu(self.conv["0"](x))
         h = F.relu(self.conv["2"](h))
         return F.relu(self.conv["4"](h, residual=x))
+
+
+# ------------------------------------------------------------------------------------------------- decoding in pieces
+
+TILE = 64  # latents a side
+Decode = Literal["whole", "sliced", "tiled"]
+
+
+def decode_pieces(vae: AutoencoderKL | TinyAutoencoder, z: Tensor, how: Decode = "whole", tile: int = TILE) -> Pieces:
+    """`vae.decode(z)` in pieces of one layer (of one picture, of one tile): other work may run between them.
+
+    z (B, C, h, w), unscaled latents -> (B, 3, h * factor, w * factor). To go on, call next(); it raises StopIteration
+    with the pictures as its value. Or `finish` it, or `yield from` it.
+
+    how: "whole" is `decode`, piece by piece. "sliced" is the same for one picture after the other: the memory of one.
+    "tiled" decodes squares of `tile` latents a side, too: the memory of one tile, and what depends on the picture's size
+    is 1/16 of that of "whole", or less (the layers at the latents' resolution, which run whole).
+
+    Tiles overlap by a quarter, and where they do, one fades into the other. All tiles normalise by the same statistics,
+    so that all are the same function of the latents, and no tile shows by its tone. With statistics of its own, a tile
+    of blue sky and a tile of faces would each be stretched to the same mean and deviation. The shared statistics are
+    those of the latents' features scaled down to one tile (every n-th of them, since averages would be too smooth). That
+    makes another tile's work, and a difference to the whole picture that changes slowly or not at all over it.
+    """
+    if how == "whole":
+        return _in_turn(vae.decoding(), z)
+    return _one_by_one(vae, z, tile if how == "tiled" else max(z.shape[2:]))
+
+
+def finish(pieces: Pieces) -> Tensor:
+    """Runs what is left of some work and returns its result."""
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as done:
+            return done.value
+
+
+def _in_turn(layers: list[Layer], x: Tensor) -> Pieces:
+    for layer in layers:
+        x = layer(x)
+        yield
+    return x
+
+
+def _one_by_one(vae: AutoencoderKL | TinyAutoencoder, z: Tensor, tile: int) -> Pieces:
+    pictures = []
+    for one in z.split(1):
+        pictures.append((yield from _tiled(vae, one, tile)))
+    return torch.cat(pictures)
+
+
+def _tiled(vae: AutoencoderKL | TinyAutoencoder, z: Tensor, tile: int) -> Pieces:
+    height, width = z.shape[2:]
+    if max(height, width) <= tile:
+        return (yield from _in_turn(vae.decoding(), z))
+    x = yield from _in_turn(vae.low(), z)  # (1, C, h, w)
+
+    statistics: list[tuple[Tensor, Tensor]] = []
+    if isinstance(vae, AutoencoderKL):
+        small = F.interpolate(x, size=(min(height, tile), min(width, tile)), mode="nearest-exact")
+        yield from _in_turn(vae.high(_recording(statistics)), small)
+
+    factor = vae.config.factor
+    picture = x.new_zeros((1, vae.config.out_channels, height * factor, width * factor), dtype=torch.float32)
+    rows, columns = (list(_spans(size, tile, factor, x.device)) for size in (height, width))
+    for down, fade_down in rows:
+        for across, fade_across in columns:
+            part = yield from _in_turn(vae.high(_sharing(iter(statistics))), channels_last(x[:, :, down, across]))
+            place = (..., _scaled(down, factor), _scaled(across, factor))
+            picture[place] += part * fade_down[:, None] * fade_across
+    return picture.to(z.dtype)
+
+
+def _spans(size: int, tile: int, factor: int, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+    """Where tiles lie along a side of `size` latents, and the share (tile * factor,) that each has in its pixels.
+
+    All are of one size and evenly spread. Shares of a pixel sum to 1. In an overlap they rise and fall linearly, in the
+    middle half of it: what lies next to a tile's edge saw zeros behind it.
+    """
+    tile = min(tile, size)
+    last = -(-(size - tile) // (tile - tile // 4))  # the index of the last tile
+    starts = [i * (size - tile) // last if last else 0 for i in range(last + 1)]
+    for i, start in enumerate(starts):
+        share = torch.ones(tile * factor, device=device)
+        if i > 0:
+            fade = _fade((starts[i - 1] + tile - start) * factor, device)
+            share[: len(fade)] *= fade
+        if i < last:
+            fade = _fade((start + tile - starts[i + 1]) * factor, device)
+            share[-len(fade) :] *= 1 - fade
+        yield slice(start, start + tile), share
+
+
+def _fade(pixels: int, device: torch.device) -> Tensor:
+    """From 0 to 1."""
+    at = (torch.arange(pixels, device=device) + 0.5) / pixels
+    return (2 * at - 0.5).clamp(0, 1)
+
+
+def _scaled(span: slice, factor: int) -> slice:
+    return slice(span.start * factor, span.stop * factor)
+
+
+def _recording(statistics: list[tuple[Tensor, Tensor]]) -> Norm:
+    """Normalises, and keeps of each layer the mean and variance (C,) of each channel's group, in float32."""
+
+    def norm(layer: GroupNorm, x: Tensor, silu: bool, shift: Tensor | None = None, skip: None = None) -> Tensor:
+        moved = x if shift is None else x + shift[:, :, None, None]
+        groups, size, dims = moved.unflatten(1, (layer.groups, -1)), x.shape[1] // layer.groups, (0, 2, 3, 4)
+        mean = groups.mean(dims, dtype=torch.float32)  # reductions that take 16 bits without a copy in 32
+        power = torch.linalg.vector_norm(groups, dim=dims, dtype=torch.float32).square() * (layer.groups / x.numel())
+        statistics.append((mean.repeat_interleave(size), (power - mean.square()).repeat_interleave(size)))
+        return layer(x, silu=silu, shift=shift)
+
+    return norm
+
+
+def _sharing(statistics: Iterator[tuple[Tensor, Tensor]]) -> Norm:
+    """Normalises one picture by given statistics. That is what a batch norm does after its training."""
+
+    def norm(layer: GroupNorm, x: Tensor, silu: bool, shift: Tensor | None = None, skip: None = None) -> Tensor:
+        mean, variance = next(statistics)
+        if shift is not None:
+            mean = mean - shift[0]
+        out = F.batch_norm(x, mean, variance, layer.weight.float(), layer.bias.float(), eps=layer.eps)
+        return F.silu(out, inplace=True) if silu else out
+
+    return norm
