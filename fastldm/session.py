@@ -287,11 +287,19 @@ class _Bucket:
         """Let go of what was cancelled or is too late."""
         now = perf_counter()
         with self.worker.changed:
-            self.waiting = [one for one in self.waiting if not one[-1].future.cancelled()]
-            heapq.heapify(self.waiting)
+            cancelled = [job for *_, job in self.waiting if job.future.cancelled()]
+            self._leave(cancelled)
             over = [(job, error) for job in self.jobs() if (error := job.over(now)) is not None]
+        for job in cancelled:
+            job.future.set_running_or_notify_cancel()  # wakes those who wait for it
         for job, error in over:
             self._fail(job, error)
+
+    def _leave(self, jobs: list[_Job]) -> None:
+        """Take requests out of the queue. Called with `changed` held."""
+        if jobs:
+            self.waiting = [one for one in self.waiting if one[-1] not in jobs]
+            heapq.heapify(self.waiting)
 
     def _apply_answers(self) -> None:
         for job in list(self.running):
@@ -438,8 +446,7 @@ class _Bucket:
             self._event = None
         self.finishing = [one for one in self.finishing if one[0] is not job]
         with self.worker.changed:
-            self.waiting = [one for one in self.waiting if one[-1] is not job]
-            heapq.heapify(self.waiting)
+            self._leave([job])
         if isinstance(error, OutOfMemory):
             if not self.running:
                 self.drop_batch()

@@ -1,0 +1,484 @@
+"""fastldm/session.py: many requests from many threads, each getting what it would have got alone."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import random
+import sys
+import threading
+import time
+import weakref
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import fastldm
+from fastldm import Cancelled, DeadlineExceeded, InputError, NonFinite, OutOfMemory, Pipeline, QueueFull, Session
+from fastldm.denoise import EagerBatch
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return Pipeline.from_diffusers(tiny.pipeline("sd1"))
+
+
+def options(seed: int = 0, steps: int = 2, **more: Any) -> dict[str, Any]:
+    given = {"prompt": "a cat", "seed": seed, "num_inference_steps": steps, "sampler": "ddim", "output_type": "np"}
+    return given | more
+
+
+SAMPLERS = ["ddim", "euler a", "dpm++ 2m karras", "unipc", "heun", "dpm++ 2m sde", "plms", "lcm"]
+
+
+def requests(count: int, seed: int) -> list[dict[str, Any]]:
+    """Of every kind: sampler, steps, size, guidance (none, whole, part, rescaled), prompt length, pictures."""
+    r = random.Random(seed)
+    return [
+        options(
+            seed=k,
+            steps=r.randint(2, 6),
+            prompt=" ".join(["a cat"] * r.choice([1, 1, 40])),  # 40: two windows of tokens
+            sampler=r.choice(SAMPLERS),
+            guidance_scale=r.choice([1.0, 3.0, 7.5]),
+            guidance_rescale=r.choice([0.0, 0.0, 0.7]),
+            guidance_interval=r.choice([(0.0, 1.0), (0.0, 1.0), (0.3, 0.8)]),
+            num_images_per_prompt=r.choice([1, 1, 2]),
+            height=r.choice([32, 48]),
+            width=48,
+        )
+        for k in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def thirty_two(pipe: Pipeline) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
+    """The requests, and what each gives alone."""
+    asked = requests(32, seed=1)
+    return asked, [pipe(**one).images for one in asked]  # type: ignore[misc]
+
+
+def same(one: Any, other: Any) -> None:
+    """But for the order of sums: float32 rounding through some steps of a random network."""
+    assert one.shape == other.shape
+    assert np.abs(one - other).max() < 2e-5
+
+
+def from_threads(session: Session, asked: list[dict[str, Any]], **how: Any) -> list[fastldm.Generation]:
+    """Submitted by 8 threads at random moments; the futures in the requests' order."""
+    futures: list[Any] = [None] * len(asked)
+
+    def submit(first: int) -> None:
+        r = random.Random(first)
+        for k in range(first, len(asked), 8):
+            time.sleep(r.random() * 0.03)
+            futures[k] = session.submit(**asked[k], **how)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(submit, range(8)))
+    return futures
+
+
+def test_requests_from_eight_threads_are_what_they_are_alone(pipe: Pipeline, thirty_two: Any) -> None:
+    asked, alone = thirty_two
+    with Session(pipe, max_batch=6) as session:
+        futures = from_threads(session, asked)
+        for one, future, expected in zip(asked, futures, alone, strict=True):
+            result = future.result(60)
+            same(result.images, expected)
+            assert result.seeds[0] == one["seed"]
+
+
+def test_they_did_share_steps(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    together: list[int] = []
+    step = EagerBatch.step
+    monkeypatch.setattr(EagerBatch, "step", lambda self, runs: together.append(len(runs)) or step(self, runs))
+    with Session(pipe, max_batch=4) as session:
+        futures = [session.submit(**options(k, steps=8, sampler="ddim")) for k in range(6)]
+        for future in futures:
+            future.result(60)
+    assert max(together) == 4
+    assert sum(together) == 6 * 8
+
+
+def test_neighbours_of_failures_go_on(pipe: Pipeline, thirty_two: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every fourth request fails in its own way: it cannot begin, its network raises, gives NaN, or it is cancelled."""
+    asked, alone = thirty_two
+    begin, step = Pipeline._begin, EagerBatch.step
+    raising, nan = set(), set()
+
+    def broken_begin(self: Pipeline, request: fastldm.Request) -> Any:
+        kind = request.seed[0] % 16 if request.seed[0] % 4 == 0 else None  # type: ignore[index]
+        if kind == 0:
+            raise ValueError("injected: cannot begin")
+        run = begin(self, request)
+        if kind == 4:
+            raising.add(run)
+        if kind == 8:
+            nan.add(run)
+        return run
+
+    def broken_step(self: EagerBatch, runs: Any) -> str:
+        if any(run in raising and run.i == 1 for run in runs):
+            raise ValueError("injected: cannot step")
+        said = step(self, runs)
+        for run in runs:
+            if run in nan and run.i == 1:
+                self.go_on_from(run, self.latents(run) * float("nan"))
+        return said
+
+    monkeypatch.setattr(Pipeline, "_begin", broken_begin)
+    monkeypatch.setattr(EagerBatch, "step", broken_step)
+    with Session(pipe, max_batch=6) as session:
+        futures = from_threads(session, asked)
+        for k in range(12, 32, 16):
+            futures[k].cancel()
+        for k, (future, expected) in enumerate(zip(futures, alone, strict=True)):
+            if k % 16 == 0:
+                with pytest.raises(ValueError, match="cannot begin"):
+                    future.result(60)
+            elif k % 16 == 4:
+                with pytest.raises(ValueError, match="cannot step"):
+                    future.result(60)
+            elif k % 16 == 8:
+                with pytest.raises(NonFinite, match="NaN or infinity in the latents after step"):
+                    future.result(60)
+            elif k % 16 == 12:
+                with contextlib.suppress(CancelledError, Cancelled):
+                    same(future.result(60).images, expected)  # it was done before it was cancelled
+            else:
+                same(future.result(60).images, expected)
+    monkeypatch.undo()
+    same(pipe(**asked[0]).images, alone[0])
+
+
+# ---- leaving early
+
+
+def slow(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.02) -> None:
+    """Steps that take their time, so that something can happen between them."""
+    step = EagerBatch.step
+
+    def slowly(self: EagerBatch, runs: Any) -> str:
+        time.sleep(seconds)
+        return step(self, runs)
+
+    monkeypatch.setattr(EagerBatch, "step", slowly)
+
+
+def test_cancelling_between_two_steps(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow(monkeypatch)
+    with Session(pipe) as session:
+        future, neighbour = session.submit(**options(steps=500)), session.submit(**options(1, steps=4))
+        next(future.progress())
+        assert future.running()
+        assert future.cancel()
+        with pytest.raises(Cancelled, match=r"cancelled after \d+ steps"):
+            future.result(10)
+        assert not future.cancel(), "it is over"
+        assert neighbour.result(10).images.shape == (1, 64, 64, 3)
+        assert [step.step for step in neighbour.progress()] == [0, 1, 2, 3]
+        assert list(neighbour.progress()) == []
+
+
+def test_cancelling_before_the_first_step(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow(monkeypatch)
+    with Session(pipe, max_batch=1) as session:
+        first, second = session.submit(**options(steps=5)), session.submit(**options())
+        assert second.cancel()
+        with pytest.raises(CancelledError):
+            second.result(10)
+        assert list(second.progress()) == []
+        first.result(10)
+
+
+@pytest.mark.parametrize(
+    ("max_batch", "says"), [(2, r"deadline of 0.1 s passed after \d+ steps"), (1, "while it wait")]
+)
+def test_a_deadline(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, max_batch: int, says: str) -> None:
+    slow(monkeypatch)
+    with Session(pipe, max_batch=max_batch) as session:
+        other = session.submit(**options(steps=20))
+        late = session.submit(**options(1, steps=500), deadline=0.1)
+        with pytest.raises(DeadlineExceeded, match=says):
+            late.result(10)
+        assert isinstance(late.exception(), TimeoutError)
+        other.result(10)
+
+
+def test_a_deadline_passes_while_a_callback_thinks(pipe: Pipeline) -> None:
+    """A request that waits for its caller is let go in time, though nothing else happens on the device."""
+    future = pipe.session._submit(fastldm.Request(**options(steps=4)), deadline=0.2, answered=True)
+    with pytest.raises(DeadlineExceeded, match="after 1 steps"):
+        future.result(10)
+
+
+def test_closing_cancels_or_waits(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow(monkeypatch)
+    session = Session(pipe, max_batch=1)
+    futures = [session.submit(**options(k, steps=3)) for k in range(3)]
+    session.close()
+    assert all(future.result(0).images.shape == (1, 64, 64, 3) for future in futures)
+    with pytest.raises(InputError, match="this session is closed"):
+        session.submit("a cat")
+
+    session = Session(pipe, max_batch=1)
+    futures = [session.submit(**options(k, steps=500)) for k in range(3)]
+    next(futures[0].progress())
+    session.close(cancel=True)
+    assert all(future.done() for future in futures)
+    for future in futures:
+        with pytest.raises((Cancelled, CancelledError)):
+            future.result(0)
+    pipe("a cat", num_inference_steps=1)  # other sessions of the model go on
+
+
+def test_a_full_queue(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow(monkeypatch)
+    with Session(pipe, max_batch=1, max_queue=2) as session:
+        first = session.submit(**options(steps=10))
+        next(first.progress())  # it does not wait any more
+        others = [session.submit(**options(k)) for k in range(2)]
+        with pytest.raises(QueueFull, match="2 requests wait already, and max_queue is 2"):
+            session.submit(**options())
+        others[0].cancel()
+        for _ in range(100):
+            time.sleep(0.01)  # until the worker has seen it
+            if not session._buckets or all(len(bucket.waiting) < 2 for bucket in session._buckets.values()):
+                break
+        others.append(session.submit(**options()))
+        for future in (first, *others[1:]):
+            future.result(10)
+
+
+# ---- who is next
+
+
+def finished_in_order(futures: dict[str, fastldm.Generation]) -> list[str]:
+    order: list[str] = []
+    for name, future in futures.items():
+        future.add_done_callback(lambda _, name=name: order.append(name))
+    for future in futures.values():
+        future.result(60)
+    return order
+
+
+def test_priority_then_age(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow(monkeypatch)
+    with Session(pipe, max_batch=1) as session:
+        futures = {"first": session.submit(**options(steps=5))}
+        next(futures["first"].progress())
+        for name, priority in (("a", 0), ("b", 0), ("urgent", 5), ("idle", -1)):
+            futures[name] = session.submit(**options(), priority=priority)
+        assert finished_in_order(futures) == ["first", "urgent", "a", "b", "idle"]
+
+
+def test_waiting_raises_priority(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eleven seconds are worth more than one level."""
+    slow(monkeypatch)
+    with Session(pipe, max_batch=1) as session:
+        futures = {"first": session.submit(**options(steps=5))}
+        next(futures["first"].progress())
+        now = time.perf_counter()
+        monkeypatch.setattr("fastldm.session.perf_counter", lambda: now - 11.0)
+        futures["old"] = session.submit(**options())
+        monkeypatch.setattr("fastldm.session.perf_counter", time.perf_counter)
+        futures["urgent"] = session.submit(**options(), priority=1)
+        assert finished_in_order(futures) == ["first", "old", "urgent"]
+
+
+def test_a_small_picture_is_not_starved_by_large_ones(pipe: Pipeline) -> None:
+    """Twelve large requests are there first; the small one is done before most of them, for it gets half the time."""
+    with Session(pipe, max_batch=1) as session:
+        futures = {f"large {k}": session.submit(**options(k, steps=4, height=160, width=160)) for k in range(12)}
+        futures["small"] = session.submit(**options(steps=4, height=32, width=32))
+        order = finished_in_order(futures)
+    assert order.index("small") <= 2
+
+
+def test_a_batch_larger_than_the_session_runs_alone(pipe: Pipeline) -> None:
+    with Session(pipe, max_batch=2) as session:
+        small, large = session.submit(**options()), session.submit(**options(num_images_per_prompt=5))
+        last = session.submit(**options(4))
+        assert large.result(60).images.shape[0] == 5
+        same(large.result().images[4:], last.result(60).images)
+        same(large.result().images[:1], small.result(60).images)
+
+
+# ---- what a caller sees
+
+
+def test_progress_and_previews(pipe: Pipeline) -> None:
+    future = pipe.session.submit(**options(steps=3, num_images_per_prompt=2), preview=True)
+    steps = list(future.progress())
+    assert [(one.step, one.steps) for one in steps] == [(0, 3), (1, 3), (2, 3)]
+    assert [one.timestep for one in steps] == sorted((one.timestep for one in steps), reverse=True)
+    for one in steps:
+        assert one.preview is not None
+        assert [picture.size for picture in one.preview] == [(64, 64)] * 2
+    # The last is the picture: latents of 8x8 are decoded whole.
+    last = np.asarray(steps[-1].preview[0]) / 255.0  # type: ignore[index]
+    assert np.abs(last - future.result().images[0]).max() <= 0.5 / 255 + 1e-6
+
+
+def test_previews_of_large_pictures_are_small(pipe: Pipeline) -> None:
+    (step,) = pipe.session.submit(**options(steps=1, height=256, width=384), preview=True).progress()
+    assert step.preview is not None
+    assert step.preview[0].size == (128, 88)  # 16 x 11 latents
+
+
+def test_a_callback_holds_up_nobody_else(pipe: Pipeline) -> None:
+    """While one caller thinks, another's request runs from beginning to end, made from inside that callback even."""
+    inner: list[Any] = []
+
+    def think(pipe: Pipeline, i: int, t: float, kwargs: dict[str, Any]) -> None:
+        if i == 0:
+            assert threading.current_thread() is threading.main_thread()
+            inner.append(pipe(**options(3)).images)
+
+    outer = pipe(**options(steps=3), callback_on_step_end=think).images
+    same(outer, pipe(**options(steps=3)).images)
+    same(inner[0], pipe(**options(3)).images)
+
+
+def test_a_request_from_the_workers_own_thread_is_refused(pipe: Pipeline) -> None:
+    caught: list[BaseException] = []
+    done = threading.Event()
+
+    def again(_: Any) -> None:
+        try:
+            pipe("a cat")
+        except BaseException as error:
+            caught.append(error)
+        done.set()
+
+    future = pipe.session.submit(**options(steps=3))
+    future.add_done_callback(again)
+    future.result(10)
+    assert done.wait(10)
+    assert isinstance(caught[0], InputError)
+    assert "inside the worker's own thread" in str(caught[0])
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"deadline": 0}, "deadline is 0: expected seconds from now, more than 0"),
+        ({"height": 60}, "height is 60"),
+        ({"stps": 3}, "unknown argument 'stps'"),
+    ],
+)
+def test_bad_requests_are_refused_at_once(pipe: Pipeline, given: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        pipe.session.submit("a cat", **given)
+
+
+def test_bad_limits(pipe: Pipeline) -> None:
+    with pytest.raises(InputError, match="max_batch is 0: expected 1 or more"):
+        Session(pipe, max_batch=0)
+
+
+def test_kernels_use_goes_along(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller's choice of path holds for its own requests, which run on another thread."""
+    from fastldm import kernels
+    from fastldm.kernels import dispatch
+
+    seen: list[Any] = []
+    step = EagerBatch.step
+    monkeypatch.setattr(EagerBatch, "step", lambda self, runs: seen.append(dispatch.preference()) or step(self, runs))
+    with kernels.use("torch"):
+        pipe(**options(steps=1))
+    pipe(**options(steps=1))
+    assert seen == ["torch", None]
+
+
+# ---- memory
+
+
+def test_after_memory_ran_out_a_smaller_request_succeeds(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = EagerBatch.step
+
+    def fails(self: EagerBatch, runs: Any) -> str:
+        if runs[0].work.x.shape[-1] > 8:
+            torch.empty(2**56)
+        return step(self, runs)
+
+    monkeypatch.setattr(EagerBatch, "step", fails)
+    with Session(pipe) as session:
+        large, small = session.submit(**options(width=128)), session.submit(**options())
+        with pytest.raises(OutOfMemory, match="memory ran out"):
+            large.result(10)
+        small.result(10)
+        assert session.submit(**options(1)).result(10).images.shape == (1, 64, 64, 3)
+
+
+def live_tensors() -> int:
+    gc.collect()
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("count", [200, pytest.param(1000, marks=pytest.mark.full)])
+def test_memory_stays_flat(pipe: Pipeline, count: int) -> None:
+    """After 50 requests, and after many more: as many live tensors, and resident memory within 2%."""
+    with Session(pipe, max_batch=3) as session:
+
+        def run(requests: int) -> tuple[int, int]:
+            for first in range(0, requests, 5):
+                futures = [
+                    session.submit(**options(k, steps=1 + k % 2, height=16, width=16)) for k in range(first, first + 5)
+                ]
+                for future in futures:
+                    future.result(60)
+            del futures, future
+            return live_tensors(), resident()
+
+        tensors, bytes = run(50)
+        more_tensors, more_bytes = run(count - 50)
+    assert more_tensors == tensors
+    assert more_bytes <= 1.02 * bytes
+
+
+def test_a_model_that_nobody_holds_goes() -> None:
+    """The worker's thread stays, and keeps nothing of what it ran."""
+    pipe = Pipeline.from_diffusers(tiny.pipeline("sd1"))
+    pipe(**options(steps=1))
+    gone = weakref.ref(pipe.unet)
+    del pipe
+    for _ in range(50):
+        gc.collect()
+        if gone() is None:
+            break
+        time.sleep(0.02)  # the worker may be on its way to sleep
+    assert gone() is None
+
+
+# ---- nothing of a sampler runs in the loop
+
+
+def test_no_line_of_a_sampler_runs_in_the_loop(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the sampler, it was a table before the first step."""
+    files: set[str] = set()
+    step = EagerBatch.step
+
+    def watched(self: EagerBatch, runs: Any) -> str:
+        sys.setprofile(lambda frame, event, arg: files.add(frame.f_code.co_filename.rsplit("/", 1)[-1]))
+        try:
+            return step(self, runs)
+        finally:
+            sys.setprofile(None)
+
+    monkeypatch.setattr(EagerBatch, "step", watched)
+    for sampler in SAMPLERS:
+        pipe(**options(sampler=sampler))
+    assert "denoise.py" in files
+    assert not files & {"samplers.py", "schedule.py", "pipeline.py", "text.py"}
