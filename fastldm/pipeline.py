@@ -13,7 +13,7 @@ import inspect
 import logging
 import os
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,10 +37,14 @@ from fastldm.denoise import (
     randn,
 )
 from fastldm.errors import CheckpointError, InputError, NonFinite, OutOfMemory
+from fastldm.graph import CUDA, WARM_UPS, Graphs
+from fastldm.kernels.step import fuses
+from fastldm.memory import StaticBuffers
 from fastldm.models.unet import AddedConditions
-from fastldm.models.vae import AutoencoderKL, TinyAutoencoder
+from fastldm.models.vae import AutoencoderKL, Decode, Pieces, TinyAutoencoder, decode_pieces, finish
 from fastldm.request import Request, Result, Timings, picture_seeds
 from fastldm.session import Progress, Session
+from fastldm.slots import Slots, graph_rows, step_capacity
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -63,9 +67,15 @@ class Pipeline:
         self.zero_negative = bool(spec.checkpoint.index.get("force_zeros_for_empty_prompt", False))
         parameter = next(self.unet.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
+        self._prepared = networks.prepared
         self._parameters = sum(p.numel() for p in self.unet.parameters())
         self._lock = threading.Lock()
         self._session: Session | None = None
+        self._graphs: Graphs | None = None
+        if self.device.type == "cuda":
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            self._graphs = Graphs(CUDA(self.device), budget=int(_GRAPHS_SHARE * total))
+        self._vae_decode: Decode = "whole"
 
     # --- loading
 
@@ -165,6 +175,46 @@ class Pipeline:
                 self._session = Session(self)
             return self._session
 
+    def warmup(
+        self, sizes: Sequence[tuple[int, int]] | None = None, batches: Sequence[int] = (1,), **options: Any
+    ) -> None:
+        """Do before the first request what else it would wait for: kernels and plans, and on a GPU the graphs.
+
+        sizes: (width, height) in pixels, the model's own when None. batches: pictures a request. options: other fields
+        of Request, such as guidance_scale=1. The largest goes first: what it takes of memory serves the others.
+        """
+        size = self.unet.config.sample_size * self.vae.config.factor
+        asked = [(width, height, batch) for width, height in sizes or [(size, size)] for batch in batches]
+        # A step is captured after two; so are text and decoder, which run once a request.
+        times = WARM_UPS + 1 if self._graphs is not None else 1
+        for width, height, batch in sorted(asked, key=lambda one: -one[0] * one[1] * one[2]):
+            given = {"prompt": "", "num_inference_steps": times, "output_type": "pt", "seed": 0, **options}
+            for _ in range(times):
+                self(**given, width=width, height=height, num_images_per_prompt=batch)
+
+    def weights_changed(self) -> list[str]:
+        """Bring the model up to date with weights that were replaced, or changed where something is made of them.
+        Returns the names of what was not.
+
+        Each request does so before it begins; a call of this makes it so for those under way, from their next step on.
+        Raises InputError for a parameter of another shape, dtype or device.
+        """
+        return self.session.call(self._prepared.weights_changed)
+
+    def enable_vae_tiling(self) -> None:
+        """Decode large pictures in tiles: less memory for a difference that is not visible, see `decode_pieces`."""
+        self._vae_decode = "tiled"
+
+    def enable_vae_slicing(self) -> None:
+        """Decode a batch picture by picture: less memory, the same pictures."""
+        self._vae_decode = "sliced"
+
+    def disable_vae_tiling(self) -> None:
+        """Decode in one go, as by default."""
+        self._vae_decode = "whole"
+
+    disable_vae_slicing = disable_vae_tiling
+
     def _call_back(self, callback: StepCallback, step: Progress) -> Tensor | None:
         """The latents to go on from, where the callback returns some."""
         latents = step.latents
@@ -179,13 +229,37 @@ class Pipeline:
 
     def _begin(self, request: Request) -> Run:
         """prompt -> Conditioning -> (StepTable, noise): all that comes before the first step."""
+        if self._prepared.stale():
+            logger.info("weights changed: %s", ", ".join(self._prepared.weights_changed()))
         conditioning = self._encode(request)
         table = self._table(request)
         return Run(self._work(request, table), self._conditions(request, conditioning, table))
 
     def _new_batch(self, run: Run, max_batch: int) -> Batch:
         """For runs of the size of this one: what has room for it, and for `max_batch` pictures."""
-        return EagerBatch(self.unet)
+        if not fuses(run.work.x):
+            return EagerBatch(self.unet)
+        pictures = max(run.batch, max_batch)
+        buffers = StaticBuffers.empty(
+            self.unet.config,
+            slots=pictures,
+            rows=self._rows(pictures),
+            height=run.work.x.shape[2],
+            width=run.work.x.shape[3],
+            tokens=max(self.text_stages[0].window, *(kv.shape[1] for kv in run.conditions.text)),
+            steps=step_capacity(len(run.work.table)),
+            dtype=self.dtype,
+            device=self.device,
+        )
+        return Slots(self.unet, buffers, self._graphs)
+
+    def _rows(self, pictures: int) -> int:
+        """The most U-Net rows that a graph of so many pictures has."""
+        return graph_rows(pictures if self.unet.config.needs_guidance else 2 * pictures)
+
+    def _run(self, key: Hashable, work: Callable[..., Any], *inputs: Tensor) -> Any:
+        """work(*inputs), on a GPU by a graph when it has run often enough. key: says all but the tensors."""
+        return work(*inputs) if self._graphs is None else self._graphs.call(key, work, *inputs)
 
     def _finish(
         self, request: Request, table: schedule.StepTable, latents: Tensor, first_bad: Callable[[], int | None]
@@ -196,8 +270,7 @@ class Pipeline:
         """
         kind, pixels, finite = request.output_type, latents, None
         if kind != "latent":
-            decoded = self._decoded(latents)
-            yield None
+            decoded = yield from self._decoding(latents)
             pixels, finite = images.to_pixels(decoded, kind), _to_host(decoded.isfinite().all())
             if kind != "pt":
                 pixels = _to_host(pixels)
@@ -227,11 +300,12 @@ class Pipeline:
         if longest > _PREVIEW_LATENTS:
             size = [max(1, round(n * _PREVIEW_LATENTS / longest)) for n in latents.shape[2:]]
             latents = torch.nn.functional.interpolate(latents, size, mode="area")
-        return images.to_images(images.to_pixels(self._decoded(latents * c_in), "pil").cpu(), "pil")  # type: ignore
+        return images.to_images(images.to_pixels(finish(self._decoding(latents * c_in)), "pil").cpu(), "pil")  # type: ignore
 
     def _release_memory(self) -> None:
         """Give back what a failed allocation may have left: the next, smaller request should find room."""
-        if self.device.type == "cuda":
+        if self._graphs is not None:
+            self._graphs.clear()
             torch.cuda.empty_cache()
 
     def _threads(self, request: Request, pictures: int, most: int) -> int:
@@ -334,6 +408,7 @@ class Pipeline:
             clip_skip=request.clip_skip,
             literal=request.literal_prompt,
             zero_negative=guided and zero,
+            run=self._run,
         )
         return encoded.repeat(request.num_images_per_prompt)
 
@@ -368,7 +443,8 @@ class Pipeline:
         if config.needs_guidance:
             scale = torch.full((len(table) * rows,), float(request.guidance_scale or 0), device=self.device)
         temb = self.unet.time_rows(timesteps.repeat_interleave(rows), added=added, guidance=scale)
-        return Conditions(temb.unflatten(0, (len(table), rows)), self.unet.cross_kv(hidden))
+        text_kv = self._run("text keys and values", self.unet.cross_kv, hidden)
+        return Conditions(temb.unflatten(0, (len(table), rows)), text_kv)
 
     def _work(self, request: Request, table: schedule.StepTable) -> Work:
         """Where the loop starts, and all noise that it will need, drawn in diffusers' order."""
@@ -437,18 +513,22 @@ class Pipeline:
             )
         return (encoded - self.vae.config.shift_factor) * self.vae.config.scaling_factor
 
-    def _decoded(self, latents: Tensor, vae: AutoencoderKL | TinyAutoencoder | None = None) -> Tensor:
-        """Latents (B, C, h, w) as the U-Net has them to pictures (B, 3, H, W), about -1..1."""
+    def _decoding(self, latents: Tensor, vae: AutoencoderKL | TinyAutoencoder | None = None) -> Pieces:
+        """Latents (B, C, h, w) as the U-Net has them to pictures (B, 3, H, W), about -1..1, in pieces."""
         vae = vae or self.vae
         z = latents / vae.config.scaling_factor + vae.config.shift_factor
-        return vae.decode(z.to(next(vae.parameters()).dtype))
+        z = z.to(next(vae.parameters()).dtype)
+        if vae is self.vae and self._graphs is not None and self._vae_decode == "whole":
+            yield
+            return self._run("decode", vae.decode, z)  # one piece: about as long as a step
+        return (yield from decode_pieces(vae, z, self._vae_decode))
 
     def _decoded_in_float32(self, latents: Tensor, kind: str) -> Tensor:
         """The pixels of a picture whose decoding was not finite; NonFinite where float32 does not help. Waits."""
         decoded = None
         if self.dtype != torch.float32:
             logger.warning("decoding in %s overflowed: decoding once more in float32", self.dtype)
-            decoded = self._decoded(latents, copy.deepcopy(self.vae).float())
+            decoded = finish(self._decoding(latents, copy.deepcopy(self.vae).float()))
         if decoded is None or not bool(decoded.isfinite().all()):
             raise NonFinite(
                 "decoding the latents gave NaN or infinity, in float32 too: the VAE's weights may be damaged"
@@ -493,6 +573,7 @@ def _progress(shown: bool) -> Iterator[Callable[[Progress], object]]:
         yield advance
 
 
+_GRAPHS_SHARE = 0.25  # of a GPU's memory, that graphs may take
 _PREVIEW_LATENTS = 16
 _WORK_PER_THREAD = 8e9  # multiply-adds of a step, about
 

@@ -20,14 +20,14 @@ import atexit
 import heapq
 import itertools
 import threading
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from queue import SimpleQueue
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from fastldm.pipeline import Pipeline
+
+T = TypeVar("T")
 
 SECONDS_A_PRIORITY = 10.0
 """How long a request waits for what one level of priority is worth: none waits forever behind more urgent ones."""
@@ -172,6 +174,12 @@ class Session:
             worker.add(self)
         job.future.add_done_callback(self._open.discard)
         return job.future
+
+    def call(self, work: Callable[[], T]) -> T:
+        """work(), between two steps on the thread that has the device, while the caller waits."""
+        if threading.current_thread() is self._worker.thread:
+            return work()
+        return self._worker.call(work)
 
     def release_memory(self, keep: int = 0) -> None:
         """Give up the buffers of sizes that nobody asks for now, but of the last `keep` used. On the worker's thread,
@@ -491,12 +499,17 @@ class _Worker:
         self.changed = threading.Condition()  # guards all queues
         self.thread: threading.Thread | None = None
         self._busy: set[Session] = set()  # sessions with a request that is not done
+        self._calls: list[tuple[Future[Any], Callable[[], Any]]] = []
         self._stopping = False
         atexit.register(self.stop)
 
     def add(self, session: Session) -> None:
         """A session has something to do. Called with `changed` held."""
         self._busy.add(session)
+        self._start()
+
+    def _start(self) -> None:
+        """See to it that the thread runs, and looks. Called with `changed` held."""
         if self.thread is None or not self.thread.is_alive():  # a fork leaves a thread that is not
             self.thread = threading.Thread(target=self._run, name=f"fastldm {self.device}", daemon=True)
             self.thread.start()
@@ -520,21 +533,35 @@ class _Worker:
                 self._expire()
                 if not self._turn():
                     with self.changed:
-                        if self._choose() is None:
+                        if self._choose() is None and not self._calls:
                             self.changed.wait(self._patience())
 
     def _expire(self) -> None:
         for bucket in self._buckets():
             bucket.expire()
 
+    def call(self, work: Callable[[], T]) -> T:
+        """work(), on this thread between two turns, while the caller waits."""
+        future: Future[T] = Future()
+        with self.changed:
+            self._calls.append((future, work))
+            self._start()
+        return future.result()
+
     def _turn(self) -> bool:
         """One turn of one size; False where nobody has anything to do. (A function of its own, so that an idle worker
         keeps no model alive.)"""
         with self.changed:
+            calls, self._calls = self._calls, []
             bucket = self._choose()
+        for future, work in calls:
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
         if bucket is not None:
             bucket.turn()
-        return bucket is not None
+        return bool(calls) or bucket is not None
 
     def _buckets(self) -> list[_Bucket]:
         with self.changed:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastldm.denoise import Run
 from fastldm.graph import Graphs
-from fastldm.kernels.dispatch import cdiv
+from fastldm.kernels.dispatch import cdiv, next_power_of_2
 from fastldm.kernels.step import NEVER, end_step, table_rows
 from fastldm.memory import StaticBuffers
 from fastldm.models.unet import UNet
@@ -29,6 +29,11 @@ IN_FLIGHT = 2  # steps that the device may be behind the host: progress, cancell
 def graph_rows(rows: int) -> int:
     """The least number of rows that there are graphs for, and that holds so many."""
     return next((some for some in ROWS if some >= rows), 8 * cdiv(rows, 8))
+
+
+def step_capacity(steps: int) -> int:
+    """How many steps a slot has room for: a power of two, so that few buffers serve all requests."""
+    return max(64, next_power_of_2(steps))
 
 
 class Slots:

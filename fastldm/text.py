@@ -9,6 +9,7 @@ side by side along T.
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import logging
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from fastldm.models.clip import CLIPText
 
 logger = logging.getLogger("fastldm")
+
+Run = Callable[..., Any]
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 CLIP_VOCABULARY = 49408
@@ -360,6 +363,7 @@ def encode_prompts(
     clip_skip: int | None = None,
     literal: bool = False,
     zero_negative: bool = False,
+    run: Run = lambda key, work, *inputs: work(*inputs),
 ) -> Conditioning:
     """Encode prompts and, for guidance, negative prompts.
 
@@ -369,6 +373,7 @@ def encode_prompts(
     clip_skip: encoder layers left out at the end, counted as diffusers counts them: None and 0 are the same, SDXL's
         last layer is left out besides, and the negatives are read in full.
     literal: brackets are text, not weights.
+    run: how an encoder is called: (what says all but the tensors, work, tensors) -> work(*tensors).
     zero_negative: where `negatives` is None, zeros stand for them (SDXL's `force_zeros_for_empty_prompt`).
 
     A prompt that fits one window and has no weights gives what diffusers' `encode_prompt` gives. A longer one is
@@ -403,7 +408,7 @@ def encode_prompts(
     for stage, rows in zip(encoders, windows, strict=True):
         # The encoder runs once for prompts and negatives together, unless clip_skip makes them differ.
         parts = [(rows, least)] if skip == 0 else [(rows[:batch], least + skip), (rows[batch:], least)]
-        outputs = [_encode(stage, part, total, drop, final_norm=not pooling) for part, drop in parts if part]
+        outputs = [_encode(stage, part, total, drop, not pooling, run) for part, drop in parts if part]
         hidden.append(torch.cat([states for states, _ in outputs]))
         vectors = [vector for _, vector in outputs if vector is not None]
     states = torch.cat(hidden, dim=-1).to(hidden[-1].dtype)  # (B or 2B, T, D)
@@ -477,7 +482,7 @@ def _common_length(counts: Sequence[int]) -> int:
 
 
 def _encode(
-    stage: TextStage, rows: Sequence[Sequence[_Window]], total: int, drop: int, *, final_norm: bool
+    stage: TextStage, rows: Sequence[Sequence[_Window]], total: int, drop: int, final_norm: bool, run: Run
 ) -> tuple[Tensor, Tensor | None]:
     """Weighted hidden states (B, total * W, D) of B rows of windows, and the first windows' pooled vectors (B, P)."""
     model = stage.model
@@ -495,7 +500,8 @@ def _encode(
             "tokenizer and text encoder are not of one model"
         )
     device = next(model.parameters()).device
-    states, vectors = model(torch.tensor(list(place), device=device), skip=drop, final_norm=final_norm)
+    read = functools.partial(model, skip=drop, final_norm=final_norm)
+    states, vectors = run((id(model), drop, final_norm), read, torch.tensor(list(place), device=device))
     repeated = [[row[k % len(row)] for k in range(total)] for row in rows]
     index = torch.tensor([[place[window.ids] for window in row] for row in repeated], device=device)
     hidden = states[index]  # (B, total, W, D)

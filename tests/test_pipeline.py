@@ -372,7 +372,7 @@ def test_an_allocator_that_fails_is_out_of_memory(pipes: Any, monkeypatch: pytes
     def fails(*_: Any) -> None:
         torch.empty(2**56)
 
-    monkeypatch.setattr(ours.vae, "decode", fails)
+    monkeypatch.setattr(ours.vae, "decoding", lambda: [fails])
     with pytest.raises(OutOfMemory, match="memory ran out"):
         ours("a cat", num_inference_steps=1)
 
@@ -400,12 +400,12 @@ def test_a_decode_that_overflows_is_retried_in_float32(
     tiny.save_pipeline("sd1", tmp_path)
     exact = Pipeline.from_pretrained(tmp_path, dtype="float32", device="cpu")
     ours = Pipeline.from_pretrained(tmp_path, dtype="bfloat16", device="cpu")
-    decode = type(ours.vae).decode
+    decoding = type(ours.vae).decoding
 
-    def overflows(self: Any, z: torch.Tensor) -> torch.Tensor:
-        return decode(self, z) * (float("inf") if z.dtype == torch.bfloat16 else 1.0)
+    def overflows(self: Any) -> list[Any]:
+        return [*decoding(self), lambda x: x * (float("inf") if x.dtype == torch.bfloat16 else 1.0)]
 
-    monkeypatch.setattr(type(ours.vae), "decode", overflows)
+    monkeypatch.setattr(type(ours.vae), "decoding", overflows)
     start = torch.randn(1, 4, 8, 8, generator=generator())
     options = {"latents": start, "num_inference_steps": 1, "output_type": "np"}
     images = ours("a cat", **options).images
