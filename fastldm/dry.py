@@ -1,45 +1,78 @@
-"""A model's run on tensors without storage: what it would launch and cost, known before a weight is read.
+"""A model's run on tensors without storage: what it would launch, cost and hold, known before a weight is read.
 
 The networks are built on the meta device and run there as a request would run them. Whoever watches learns the rest:
-`kernels.dispatch.observe` sees each op with its shapes, `kernels.dispatch.targeting` compiles each kernel.
+`kernels.dispatch.observe` sees each op with its shapes, `kernels.dispatch.targeting` compiles each kernel or says which
+device it is about, `allocator.record` sees the memory.
+
+A function here makes what its work reads, and returns the work. height and width are those of the latents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor, nn
 
+from fastldm import image as images
 from fastldm.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
+from fastldm.kernels.dispatch import device_type
 from fastldm.kernels.step import StepState, end_step
 from fastldm.loading import autoencoder
 from fastldm.models.clip import CLIPText
 from fastldm.models.unet import AddedConditions, UNet
+from fastldm.models.vae import AutoencoderKL, Decode, TinyAutoencoder, decode_pieces, finish
+from fastldm.prepare import prepare
+
+Config = UNetConfig | VAEConfig | TinyVAEConfig | TextConfig
+Work = Callable[[], object]
 
 
-@torch.no_grad()
-def run_unet(config: UNetConfig, *, height: int, width: int, rows: int, tokens: int, dtype: torch.dtype) -> None:
-    """All of one step for `rows` U-Net rows (2 for one guided picture): time rows, text keys and values, the network,
-    the sampler.
+def network(config: Config, dtype: torch.dtype) -> nn.Module:
+    """The network for a config, prepared as for the device that the meta device stands for, without weights."""
+    return _network(config, dtype, device_type(_empty()))
 
-    height, width: of the latents. tokens: the text's length, a multiple of the window where it has several.
-    """
+
+@functools.lru_cache(maxsize=16)
+def _network(config: Config, dtype: torch.dtype, device: str) -> nn.Module:
+    build = UNet if isinstance(config, UNetConfig) else CLIPText if isinstance(config, TextConfig) else autoencoder
     with torch.device("meta"):
-        unet = UNet(config).to(dtype)
-        text = torch.empty(rows, tokens, config.cross_attention_dim, dtype=dtype)
-        added = None
-        if config.needs_added:
-            pooled = config.addition_input_dim - 6 * config.addition_time_embed_dim
-            added = AddedConditions(torch.empty(rows, pooled, dtype=dtype), torch.empty(rows, 6))
-        guidance = torch.empty(rows) if config.needs_guidance else None
-        temb = unet.time_rows(torch.empty(rows), added=added, guidance=guidance)
-        out = unet.step(torch.empty(rows, config.in_channels, height, width, dtype=dtype), temb, unet.cross_kv(text))
-    end_step(out, _slots(config, rows, height, width, dtype), rescales=True)
+        built = build(config).to(dtype)  # type: ignore[arg-type]
+        prepare({"": built})
+    return built
 
 
-def _slots(config: UNetConfig, rows: int, height: int, width: int, dtype: torch.dtype) -> StepState:
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def conditions(config: UNetConfig, *, steps: int, rows: int, tokens: int, dtype: torch.dtype) -> Work:
+    """All that is computed once for `rows` U-Net rows: time rows of so many steps, and keys and values of the texts.
+
+    tokens: of a text, a multiple of the window where it has several.
+    """
+    unet: UNet = network(config, dtype)  # type: ignore[assignment]
+    text, every = _empty(rows, tokens, config.cross_attention_dim, dtype=dtype), steps
+    added = None
+    if config.needs_added:
+        every = steps * rows
+        pooled = config.addition_input_dim - 6 * config.addition_time_embed_dim
+        added = AddedConditions(_empty(every, pooled, dtype=dtype), _empty(every, 6))
+    guidance = _empty(every) if config.needs_guidance else None
+
+    def work() -> object:
+        with torch.device("meta"):  # the network makes sinusoids of LCM's guidance on the default device
+            return unet.time_rows(_empty(every), added=added, guidance=guidance), unet.cross_kv(text)
+
+    return torch.no_grad()(work)
+
+
+def step(config: UNetConfig, *, height: int, width: int, rows: int, tokens: int, dtype: torch.dtype) -> Work:
+    """One step of `rows` U-Net rows: the network, and on a GPU the sampler's kernel."""
+    unet: UNet = network(config, dtype)  # type: ignore[assignment]
     channels = config.out_channels
-    return StepState.empty(
+    state = StepState.empty(
         slots=rows,
         rows=rows,
         channels=channels,
@@ -50,28 +83,67 @@ def _slots(config: UNetConfig, rows: int, height: int, width: int, dtype: torch.
         dtype=dtype,
         device="meta",
     )
+    temb = _empty(rows, config.time_channels, dtype=dtype)
+    text = tuple(_empty(rows, tokens, 2 * width, dtype=dtype) for width in config.cross_widths)
+
+    def work() -> None:
+        out = unet.step(state.u, temb, text)
+        if device_type(out) != "cpu":
+            end_step(out, state, rescales=True)
+
+    return torch.no_grad()(work)
 
 
-@torch.no_grad()
+def decode(
+    config: VAEConfig | TinyVAEConfig, *, height: int, width: int, batch: int, dtype: torch.dtype, how: Decode = "whole"
+) -> Work:
+    """Latents to the bytes of pictures."""
+    vae: AutoencoderKL | TinyAutoencoder = network(config, dtype)  # type: ignore[assignment]
+    latents = _empty(batch, config.latent_channels, height, width)
+
+    def work() -> None:
+        z = latents / config.scaling_factor + config.shift_factor
+        decoded = finish(decode_pieces(vae, z.to(dtype), how))
+        decoded.isfinite().all()
+        images.to_pixels(decoded, "pil")
+
+    return torch.no_grad()(work)
+
+
+def encode(config: VAEConfig | TinyVAEConfig, *, height: int, width: int, batch: int, dtype: torch.dtype) -> Work:
+    """Pictures to latents."""
+    factor = config.factor
+    pictures = _empty(batch, config.in_channels, height * factor, width * factor)
+    vae: AutoencoderKL | TinyAutoencoder = network(config, dtype)  # type: ignore[assignment]
+    return torch.no_grad()(lambda: vae.encode(pictures.to(dtype)).float())
+
+
+def text(configs: Sequence[TextConfig], *, batch: int, dtype: torch.dtype) -> Work:
+    """One window of text for each of `batch` prompts, through all encoders."""
+    encoders = [network(config, dtype) for config in configs]
+    ids = [torch.empty(batch, config.max_position, dtype=torch.long, device="meta") for config in configs]
+    return torch.no_grad()(lambda: [encoder(one) for encoder, one in zip(encoders, ids, strict=True)])
+
+
+# ------------------------------------------------------------------------------------------------ run, to be watched
+
+
+def run_unet(config: UNetConfig, *, height: int, width: int, rows: int, tokens: int, dtype: torch.dtype) -> None:
+    """All of one step for `rows` U-Net rows (2 for one guided picture), and what comes before it."""
+    conditions(config, steps=1, rows=rows, tokens=tokens, dtype=dtype)()
+    step(config, height=height, width=width, rows=rows, tokens=tokens, dtype=dtype)()
+
+
 def run_decoder(config: VAEConfig | TinyVAEConfig, *, height: int, width: int, batch: int, dtype: torch.dtype) -> None:
-    """Latents of height x width to pictures."""
-    with torch.device("meta"):
-        network = autoencoder(config).to(dtype)
-        network.decode(torch.empty(batch, config.latent_channels, height, width, dtype=dtype))
+    """Latents to pictures."""
+    decode(config, height=height, width=width, batch=batch, dtype=dtype)()
 
 
-@torch.no_grad()
 def run_encoder(config: VAEConfig | TinyVAEConfig, *, height: int, width: int, batch: int, dtype: torch.dtype) -> None:
-    """Pictures to latents of height x width."""
-    with torch.device("meta"):
-        network = autoencoder(config).to(dtype)
-        factor = config.factor
-        network.encode(torch.empty(batch, config.in_channels, height * factor, width * factor, dtype=dtype))
+    """Pictures to latents."""
+    encode(config, height=height, width=width, batch=batch, dtype=dtype)()
 
 
-@torch.no_grad()
 def run_text(configs: Sequence[TextConfig], *, batch: int, dtype: torch.dtype) -> None:
     """One window of text for each of `batch` prompts, through all encoders."""
-    with torch.device("meta"):
-        for config in configs:
-            CLIPText(config).to(dtype)(torch.empty(batch, config.max_position, dtype=torch.long))
+    text(configs, batch=batch, dtype=dtype)()

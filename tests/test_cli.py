@@ -107,6 +107,9 @@ def test_image_to_image_and_inpainting(model: str) -> None:
         (["generate", "a", "--mask", "m.png"], 2, "mask_image was given without image"),
         (["generate", "a", "--dtype", "int8"], 2, "'int8' is not one of"),
         (["generate", "a", "-m", "./nowhere"], 1, "nowhere"),
+        (["plan", "--size", "61x64"], 2, "width is 61: expected a positive multiple of 4"),
+        (["plan", "--arch", "sm_1"], 2, "arch is 'sm_1'"),
+        (["plan", "--arch", "sm_90", "--device", "cpu"], 2, "give --arch for a GPU that need not be here, or --device"),
         (["paint"], 2, "No such command 'paint'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -172,6 +175,45 @@ def test_help_teaches() -> None:
     for word in ("a.png becomes a-0.png", "dpm++ 2m karras", "--init-image", "fastldm-SEED.png", "default: default"):
         assert word in said
     assert "fastldm generate" in fast("--help").output
+
+
+def plan(model: str, *arguments: str) -> Result:
+    return fast("plan", "-m", model, "--device", "cpu", "--dtype", "float32", *arguments)
+
+
+def test_plan(model: str) -> None:
+    done = plan(model, "--size", "512x256", "--batch", "3")
+    assert done.exit_code == 0, done.output
+    said = done.output.splitlines()
+    assert said[0] == "3 x 512x256, guided, 30 steps, float32 on a CPU, whole decode"
+    for name in ("weights", "  U-Net", "buffers", "  noise", "all the time", "  and in decode", "needed", "peak"):
+        assert sum(line.startswith(f"{name} ") for line in said) == 1, name
+    assert said[-1].startswith("fits: ")
+    assert len({line.index("iB") for line in said if "iB  " in line}) == 1, "aligned"
+
+
+def test_plan_as_json(model: str) -> None:
+    report = json.loads(plan(model, "--n", "4", "--json").output)
+    assert report["model"] == model
+    assert report["workload"]["batch"] == 4
+    assert report["needed"] == report["resident"] + max(line["bytes"] for line in report["phases"])
+    assert report["here"]["fits"]
+    assert report["would_fit"] == []
+    elsewhere = json.loads(fast("plan", "-m", model, "--arch", "sm_89", "--json").output)
+    assert elsewhere["here"] is None
+    assert elsewhere["workload"]["dtype"] == "float16"
+
+
+def test_plan_says_what_would_fit(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastldm import memory
+
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 100 * 2**20)
+    said = plan(model, "--size", "768x768", "--n", "2").output
+    assert "does not fit: 100.0 MiB are free; what would: " in said
+    assert "tiled decode" in said
+    report = json.loads(plan(model, "--size", "768x768", "--n", "2", "--json").output)
+    assert report["here"] == {"fits": False, "free": 100 * 2**20}
+    assert "tiled" in {way["workload"]["decode"] for way in report["would_fit"]}
 
 
 def test_doctor(model: str) -> None:

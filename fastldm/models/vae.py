@@ -310,14 +310,23 @@ def decode_pieces(vae: AutoencoderKL | TinyAutoencoder, z: Tensor, how: Decode =
     with the pictures as its value. Or `finish` it, or `yield from` it.
 
     how: "whole" is `decode`, piece by piece. "sliced" is the same for one picture after the other: the memory of one.
-    "tiled" decodes squares of `tile` latents a side, too: the memory of one tile, and what depends on the picture's size
-    is 1/16 of that of "whole", or less (the layers at the latents' resolution, which run whole).
+    "tiled" decodes squares of `tile` latents a side, too: the memory of one tile, and a share that grows with the
+    picture, a sixteenth of that of "whole" or less: the layers at the latents' resolution, attention among them, which
+    run whole.
 
     Tiles overlap by a quarter, and where they do, one fades into the other. All tiles normalise by the same statistics,
-    so that all are the same function of the latents, and no tile shows by its tone. With statistics of its own, a tile
-    of blue sky and a tile of faces would each be stretched to the same mean and deviation. The shared statistics are
-    those of the latents' features scaled down to one tile (every n-th of them, since averages would be too smooth). That
-    makes another tile's work, and a difference to the whole picture that changes slowly or not at all over it.
+    so that all are the same function of the latents, and no tile shows by its tone. (With statistics of its own, a tile
+    of sky and a tile of faces would each be stretched to the same mean and deviation.) The shared ones are those of the
+    latents' features scaled down to one tile, every n-th of them, for averages would be too smooth. That costs as much
+    as one more tile, and gives the whole picture another tone, a little. Measured with the default model's VAE, in
+    levels of 255, against the whole decode of two photographs and an emoji of 512x512:
+
+        statistics        mean difference     max
+        each tile's own   2.7  12.2  2.9      22  115  100
+        shared            0.7   2.0  0.5       6   11    6
+
+    A tiled picture and one that is decoded whole with the shared statistics differ by less than 0.01: across a tile's
+    border there is no step that is not in the picture.
     """
     if how == "whole":
         return _in_turn(vae.decoding(), z)

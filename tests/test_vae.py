@@ -1,0 +1,170 @@
+"""Decoding in pieces: the same bits piece by piece, a picture at a time, and tiles that do not show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fastldm.models.vae as ours
+from fastldm import Pipeline
+from fastldm.config import TinyVAEConfig, VAEConfig
+from fastldm.models.layers import GroupNorm
+from fastldm.models.vae import AutoencoderKL, TinyAutoencoder, decode_pieces, finish
+
+
+def kl() -> AutoencoderKL:
+    theirs = tiny.vae()
+    vae = AutoencoderKL(VAEConfig.from_dict(theirs.config))
+    vae.load_state_dict(theirs.state_dict())
+    return vae
+
+
+def taesd() -> TinyAutoencoder:
+    theirs = tiny.tiny_vae()
+    vae = TinyAutoencoder(TinyVAEConfig.from_dict(theirs.config))
+    vae.load_state_dict(theirs.state_dict())
+    return vae
+
+
+both = pytest.mark.parametrize("make", [kl, taesd])
+
+
+@both
+def test_a_piece_is_a_layer_and_the_picture_is_the_same_bits(make: Callable[[], Any]) -> None:
+    vae, z = make(), torch.randn(2, 4, 5, 6)
+    # other work between the pieces: another decode, in step with the first
+    pieces, others = decode_pieces(vae, z), decode_pieces(vae, -z)
+    count, most = 0, 0
+    while True:
+        calls: list[object] = []
+        hooks = [
+            m.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+            for m in vae.modules()
+            if not list(m.children())
+        ]
+        try:
+            next(pieces)
+        except StopIteration as done:
+            picture = done.value
+            break
+        finally:
+            for hook in hooks:
+                hook.remove()
+        next(others, None)
+        count, most = count + 1, max(most, len(calls))
+    assert torch.equal(picture, vae.decode(z))
+    assert count >= 13  # four levels of two resnets or more and three upsamplers, or TAESD's 19 layers
+    assert most <= 8  # no piece is more than attention's norm and four products, or a resnet
+
+
+@both
+def test_sliced_is_each_picture_alone(make: Callable[[], Any]) -> None:
+    vae, z = make(), torch.randn(3, 4, 5, 6)
+    assert torch.equal(finish(decode_pieces(vae, z, "sliced")), torch.cat([vae.decode(one) for one in z.split(1)]))
+
+
+@both
+def test_one_tile_is_the_whole(make: Callable[[], Any]) -> None:
+    vae, z = make(), torch.randn(1, 4, 8, 6)
+    assert torch.equal(finish(decode_pieces(vae, z, "tiled", tile=8)), vae.decode(z))
+
+
+@given(st.integers(1, 300), st.integers(4, 96), st.sampled_from([4, 8]))
+def test_shares_of_a_pixel_sum_to_one(size: int, tile: int, factor: int) -> None:
+    total = torch.zeros(size * factor)
+    for place, share in ours._spans(size, tile, factor, torch.device("cpu")):
+        assert place.stop - place.start == min(size, tile)  # all of one size: one shape for a GPU's plans
+        assert share.min() >= 0
+        total[place.start * factor : place.stop * factor] += share
+    torch.testing.assert_close(total, torch.ones_like(total))
+
+
+def test_tiles_without_statistics_are_exact() -> None:
+    """TAESD normalises nothing, so all that is left is the edge of a tile, where convolutions saw zeros. They see 8
+    latents around them at most, and next to nothing of those further than the 3 that do not count at a tile's edge."""
+    vae, z = taesd(), torch.randn(2, 4, 60, 100)
+    tiled, whole = finish(decode_pieces(vae, z, "tiled", tile=48)), vae.decode(z)
+    assert (tiled - whole).abs().max() < 1e-2 * whole.abs().max()
+
+
+def photograph(height: int, width: int) -> Tensor:
+    """(1, 3, height, width) in -1..1, like one in what matters: a bright and even side, a dark and busy one, edges."""
+    busy = F.interpolate(torch.randn(1, 3, height // 4, width // 4), size=(height, width), mode="bicubic")
+    across = torch.linspace(1, -1, width)
+    x = 0.5 * across + 0.25 * busy * (1 - across) / 2
+    x[:, :, height // 3 : height // 2, width // 4 : width // 2] *= -1
+    return x.clamp(-1, 1)
+
+
+def extra_steps(tiled: Tensor, untiled: Tensor, tile: int, factor: int) -> Tensor:
+    """By how much more than the untiled picture the tiled one steps, in levels of 255, across each column where a tile
+    begins or ends, and beyond what it does across the columns around it."""
+    difference = 127.5 * (tiled - untiled)
+    steps = (difference[..., 1:] - difference[..., :-1]).abs().mean((0, 1, 2))
+    size = tiled.shape[3] // factor
+    ends = {e for span, _ in ours._spans(size, tile, factor, tiled.device) for e in (span.start, span.stop)} - {0, size}
+    columns = [end * factor - 1 for end in ends]
+    return torch.stack([steps[c] - steps[c - 8 : c + 9].median() for c in columns])
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[AutoencoderKL, Tensor, Tensor]:
+    """The default model's autoencoder, latents of a picture, and the picture that it decodes whole."""
+    vae = Pipeline.default(device="cpu", dtype="float32").vae
+    assert isinstance(vae, AutoencoderKL)
+    torch.manual_seed(0)
+    z = vae.encode(photograph(192, 320)).chunk(2, dim=1)[0]  # (1, 4, 48, 80)
+    return vae, z, vae.decode(z)
+
+
+TILE = 32  # of latents of 48 x 80: two tiles by three
+
+
+def test_no_tile_shows(trained: tuple[AutoencoderKL, Tensor, Tensor]) -> None:
+    vae, z, whole = trained
+    tiled = finish(decode_pieces(vae, z, "tiled", tile=TILE))
+    # The same statistics, and no tiles: what is left is what the tiles do. Half a level is not seen by rounding.
+    x, statistics = finish(ours._in_turn(vae.low(), z)), []
+    small = F.interpolate(x, size=(TILE, TILE), mode="nearest-exact")
+    finish(ours._in_turn(vae.high(ours._recording(statistics)), small))
+    untiled = finish(ours._in_turn(vae.high(ours._sharing(iter(statistics))), x))
+    assert 127.5 * (tiled - untiled).abs().max() < 0.5
+    # Against the whole picture, which has other statistics: no step at a border is a level higher than around it.
+    assert extra_steps(tiled, whole, TILE, vae.config.factor).max() < 1
+    assert 127.5 * (tiled - whole).abs().mean() < 5  # measured: see `decode_pieces`
+
+
+def test_tiles_with_statistics_of_their_own_would_show(
+    trained: tuple[AutoencoderKL, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae, z, whole = trained
+    shared = finish(decode_pieces(vae, z, "tiled", tile=TILE))
+    monkeypatch.setattr(ours, "_sharing", lambda statistics: GroupNorm.__call__)
+    own = finish(decode_pieces(vae, z, "tiled", tile=TILE))
+    assert (own - whole).abs().mean() > 2 * (shared - whole).abs().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_statistics_of_sixteen_bits(trained: tuple[AutoencoderKL, Tensor, Tensor], dtype: torch.dtype) -> None:
+    """Recorded ones are those that GroupNorm itself finds, in float32: normalising by them changes roundings alone."""
+    torch.manual_seed(0)
+    layer = GroupNorm(4, 16, 1e-6).to(dtype)
+    torch.nn.init.normal_(layer.weight), torch.nn.init.normal_(layer.bias)
+    x, shift = (3 + 2 * torch.randn(1, 16, 9, 7)).to(dtype), torch.randn(1, 16).to(dtype)
+    statistics: list[tuple[Tensor, Tensor]] = []
+    ours._recording(statistics)(layer, x, silu=True, shift=shift)
+    (mean, variance), moved = statistics[0], (x + shift[:, :, None, None]).double().unflatten(1, (4, 4))
+    torch.testing.assert_close(mean.double()[::4], moved.mean((0, 2, 3, 4)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(variance.double()[::4], moved.var((0, 2, 3, 4), correction=0), atol=1e-4, rtol=1e-4)
+    got = ours._sharing(iter(statistics))(layer, x, silu=True, shift=shift)
+    assert got.dtype == dtype
+    expected = layer.double()(x.double(), silu=True, shift=shift.double())
+    assert (got - expected).abs().max() < 4 * torch.finfo(dtype).eps * expected.abs().max()
