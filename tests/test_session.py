@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from test_slots import Recorder
 
 import fastldm
 from fastldm import Cancelled, DeadlineExceeded, InputError, NonFinite, OutOfMemory, Pipeline, QueueFull, Session
 from fastldm.denoise import EagerBatch
+from fastldm.graph import Graphs
 
 
 @pytest.fixture(scope="module")
@@ -482,3 +485,101 @@ def test_no_line_of_a_sampler_runs_in_the_loop(pipe: Pipeline, monkeypatch: pyte
         pipe(**options(sampler=sampler))
     assert "denoise.py" in files
     assert not files & {"samplers.py", "schedule.py", "pipeline.py", "text.py"}
+
+
+# ---- as on a GPU: slots in still buffers, graphs
+
+
+@pytest.fixture
+def in_slots(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """The pipeline takes the way that it takes on a GPU; what graphs would do is recorded, and done."""
+    driver = Recorder()
+    monkeypatch.setattr(pipe, "_graphs", Graphs(driver))
+    monkeypatch.setattr(pipe, "_session", None)
+    monkeypatch.setattr("fastldm.pipeline.fuses", lambda x: True)
+    return driver
+
+
+def test_in_slots_requests_are_what_they_are_alone(pipe: Pipeline, thirty_two: Any, in_slots: Recorder) -> None:
+    asked, alone = thirty_two
+    with Session(pipe, max_batch=4) as session:
+        futures = from_threads(session, asked)
+        for future, expected in zip(futures, alone, strict=True):
+            same(future.result(60).images, expected)
+    assert in_slots.said.count("replay") > in_slots.said.count("capture") > 0
+
+
+def test_a_graph_serves_whatever_does_not_change_its_shape(pipe: Pipeline, in_slots: Recorder) -> None:
+    """Another sampler, step count, scale, prompt and seed capture nothing; another size does."""
+    with Session(pipe, max_batch=1) as session:
+
+        def run(**more: Any) -> str:
+            return session.submit(**options(**{"steps": 4, "guidance_scale": 3.0, **more})).result(60).backend
+
+        assert [run(), run(), run(), run()] == ["torch", "cuda graph", "cuda graph", "cuda graph"]
+        captured = in_slots.said.count("capture")
+        for more in (
+            {"sampler": "euler a"},
+            {"sampler": "unipc", "steps": 9},
+            {"guidance_scale": 9.0},
+            {"prompt": "a dog"},
+            {"seed": 5},
+        ):
+            assert run(**more) == "cuda graph"
+        assert in_slots.said.count("capture") == captured
+        run(width=96)
+        assert run(width=96) == "cuda graph"
+        assert in_slots.said.count("capture") > captured
+
+
+def test_warming_up_captures_the_largest_first(pipe: Pipeline, in_slots: Recorder) -> None:
+    pipe.warmup(sizes=[(32, 32), (64, 64)], batches=[1, 2], guidance_scale=3.0)
+    captured = in_slots.said.count("capture")
+    for size in (32, 64):
+        for pictures in (1, 2):
+            result = pipe(**options(width=size, height=size, num_images_per_prompt=pictures, guidance_scale=3.0))
+            assert result.backend == "cuda graph"
+    assert in_slots.said.count("capture") == captured
+
+
+# ---- on a GPU
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Pipeline:
+    return Pipeline.from_diffusers(tiny.pipeline("sd1").to("cuda", torch.float16))
+
+
+@pytest.mark.gpu
+def test_replays_are_the_eager_steps_bitwise(gpu: Pipeline) -> None:
+    eager = [gpu(**options(seed=k, steps=2)).images for k in range(4)]  # two steps: never captured
+    results = [gpu(**options(seed=k, steps=2)) for k in range(4)]
+    assert results[-1].backend == "cuda graph"
+    for one, result in zip(eager, results, strict=True):
+        assert np.array_equal(one, result.images)
+
+
+@pytest.mark.gpu
+def test_a_run_allocates_nothing_in_its_steps(gpu: Pipeline) -> None:
+    gpu.warmup(guidance_scale=3.0)
+    seen: list[int] = []
+
+    def look(*_: Any) -> None:
+        torch.cuda.synchronize()
+        seen.append(torch.cuda.memory_stats()["allocation.all.allocated"])
+
+    gpu(**options(steps=8, guidance_scale=3.0), callback_on_step_end=look)
+    # What a callback sees is a copy, one a step.
+    assert {after - before for before, after in pairwise(seen)} <= {0, 1, 2}
+
+
+@pytest.mark.gpu
+def test_replays_see_weights_that_change(gpu: Pipeline) -> None:
+    gpu.warmup()
+    before = gpu(**options()).images
+    gpu.unet.conv_out.weight.data += 0.1
+    changed = gpu(**options())
+    assert changed.backend == "cuda graph"
+    assert np.abs(changed.images - before).max() > 0.01
+    gpu.unet.conv_out.weight.data -= 0.1
+    assert np.abs(gpu(**options()).images - before).max() < 0.02

@@ -10,7 +10,9 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.networks import SD15, SDXL
 from fastldm import weights
 from fastldm.config import UNetConfig
 from fastldm.denoise import (
@@ -25,7 +27,7 @@ from fastldm.denoise import (
     draw_step_noise,
 )
 from fastldm.graph import Graphs
-from fastldm.kernels import use
+from fastldm.kernels import dispatch, use
 from fastldm.kernels.step import StepState
 from fastldm.memory import StaticBuffers
 from fastldm.models.unet import UNet
@@ -412,3 +414,39 @@ def test_what_the_buffers_hold() -> None:
     assert not batch.holds(run_of("ddim", 9))
     assert not batch.holds(run_of("ddim", 8, tokens=11))
     assert not batch.holds(run_of("ddim", 8, batch=3, guidance=Guidance()))
+
+
+class Watched(TorchDispatchMode):
+    """Every operator that runs, and the devices of what it makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: set[str] = set()
+        self.devices: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.ops.add(func.overloadpacket.__name__)
+        self.devices |= {t.device.type for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor)}
+        return out
+
+
+@pytest.mark.parametrize(
+    "config",
+    [SD15, SDXL, UNetConfig.from_dict(tiny.UNETS["sd1-inpaint"], "tiny")],
+    ids=["sd1.5", "sdxl", "heads-that-no-kernel-takes"],
+)
+def test_a_step_is_fit_to_be_captured(config: UNetConfig) -> None:
+    """Traced with no storage and a GPU's choices: no value is read, nothing comes from the host or goes to it, and no
+    memory is asked for but by the operators themselves.
+    """
+    with torch.device("meta"):
+        unet = UNet(config)
+    held = StaticBuffers.empty(
+        config, slots=2, rows=4, height=16, width=16, tokens=77, steps=4, dtype=torch.float16, device="meta"
+    )
+    batch = Slots(unet.half(), held)
+    with dispatch.targeting(dispatch.Target(90)), Watched() as watched, torch.no_grad():
+        batch._body(4, True)
+    assert watched.devices == {"meta"}
+    assert not watched.ops & {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "_unique2", "masked_select"}
