@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from fastldm import image as images
 from fastldm.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
 from fastldm.kernels.dispatch import device_type
-from fastldm.kernels.step import StepState, end_step
 from fastldm.loading import autoencoder
 from fastldm.models.clip import CLIPText
 from fastldm.models.unet import AddedConditions, UNet
-from fastldm.models.vae import AutoencoderKL, Decode, TinyAutoencoder, decode_pieces, finish
+from fastldm.models.vae import TILE, AutoencoderKL, Decode, TinyAutoencoder, decode_pieces, finish
 from fastldm.prepare import prepare
+from fastldm.slots import Slots, StaticBuffers
 
 Config = UNetConfig | VAEConfig | TinyVAEConfig | TextConfig
 Work = Callable[[], object]
@@ -69,29 +69,14 @@ def conditions(config: UNetConfig, *, steps: int, rows: int, tokens: int, dtype:
 
 
 def step(config: UNetConfig, *, height: int, width: int, rows: int, tokens: int, dtype: torch.dtype) -> Work:
-    """One step of `rows` U-Net rows: the network, and on a GPU the sampler's kernel."""
+    """One step of `rows` U-Net rows: on a GPU all that its graph has, on a CPU the network."""
     unet: UNet = network(config, dtype)  # type: ignore[assignment]
-    channels = config.out_channels
-    state = StepState.empty(
-        slots=rows,
-        rows=rows,
-        channels=channels,
-        height=height,
-        width=width,
-        steps=1,
-        extra_channels=config.in_channels - channels,
-        dtype=dtype,
-        device="meta",
-    )
-    temb = _empty(rows, config.time_channels, dtype=dtype)
-    text = tuple(_empty(rows, tokens, 2 * width, dtype=dtype) for width in config.cross_widths)
-
-    def work() -> None:
-        out = unet.step(state.u, temb, text)
-        if device_type(out) != "cpu":
-            end_step(out, state, rescales=True)
-
-    return torch.no_grad()(work)
+    place = {"height": height, "width": width, "tokens": tokens, "dtype": dtype, "device": "meta"}
+    buffers = StaticBuffers.empty(config, slots=rows, rows=rows, steps=1, **place)  # type: ignore[arg-type]
+    if device_type(buffers.temb) != "cpu":
+        return torch.no_grad()(functools.partial(Slots(unet, buffers).body, rows, rescales=True))
+    inputs = buffers.step.u, buffers.temb[:rows, 0], tuple(text[:rows] for text in buffers.text)
+    return torch.no_grad()(functools.partial(unet.step, *inputs))
 
 
 def decode(
@@ -102,12 +87,28 @@ def decode(
     latents = _empty(batch, config.latent_channels, height, width)
 
     def work() -> None:
-        z = latents / config.scaling_factor + config.shift_factor
-        decoded = finish(decode_pieces(vae, z.to(dtype), how))
+        z = (latents / config.scaling_factor + config.shift_factor).to(dtype)
+        tiles = -(-max(height, width) // TILE)
+        decoded = _first_tiles(vae, z) if how == "tiled" and tiles > 4 else finish(decode_pieces(vae, z, how))
         decoded.isfinite().all()
         images.to_pixels(decoded, "pil")
 
     return torch.no_grad()(work)
+
+
+def _first_tiles(vae: AutoencoderKL | TinyAutoencoder, z: Tensor) -> Tensor:
+    """What a tiled decode has in memory at its most, without each of its thousand tiles, which are all alike: the last
+    picture's first, while the others are there, and its end."""
+    config = vae.config
+    shape = (config.out_channels, z.shape[2] * config.factor, z.shape[3] * config.factor)
+    others = z.new_empty((z.shape[0] - 1, *shape))
+    layers = len(vae.low()) + 3 * len(vae.high())  # statistics, then two tiles
+    pieces = decode_pieces(vae, z[:1], "tiled")
+    for _ in range(layers):
+        next(pieces)
+    pieces.close()
+    last = z.new_empty((1, *shape), dtype=torch.float32).to(z.dtype)
+    return torch.cat([others, last])
 
 
 def encode(config: VAEConfig | TinyVAEConfig, *, height: int, width: int, batch: int, dtype: torch.dtype) -> Work:

@@ -1,6 +1,4 @@
-"""Device memory, planned: the buffers of a size bucket, named and allocated before its first step, and all else that a
-request needs, counted before anything is allocated.
-"""
+"""What a request needs of a device's memory, counted by name before anything is allocated."""
 
 from __future__ import annotations
 
@@ -21,66 +19,12 @@ from fastldm.allocator import MIB, CUDAHeap, Heap, record
 from fastldm.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
 from fastldm.errors import InputError, OutOfMemory
 from fastldm.kernels.dispatch import Target, device_capability, targeting
-from fastldm.kernels.step import StepState
 from fastldm.models.vae import Decode
+from fastldm.slots import StaticBuffers
 
 if TYPE_CHECKING:
     from fastldm.loading import Spec
     from fastldm.pipeline import Pipeline
-
-
-class StaticBuffers(NamedTuple):
-    """All that the steps of a bucket read and write: S slots, R rows of the U-Net, texts of up to T tokens.
-
-    Allocated once, written in place and never replaced: captured steps go on reading them. A slot has two texts, the
-    negative prompt's (2 * slot) and the prompt's (2 * slot + 1).
-    """
-
-    step: StepState  # latents, anchor, history, model input, noise, tables, counters, guidance, row maps
-    temb: Tensor  # (2S, steps, channels) the network's dtype: `UNet.time_rows` of each text and step
-    text: tuple[Tensor, ...]  # of each cross-attention (2S, T, 2C): `UNet.cross_kv`
-    kv_len: Tensor  # (2S,) int32: the tokens of each text
-    maps: Tensor  # (3, R) int32: of each U-Net row its text, its slot, and the first of its text's rows in temb
-
-    @staticmethod
-    def empty(
-        config: UNetConfig,
-        *,
-        slots: int,
-        rows: int,
-        height: int,
-        width: int,
-        tokens: int,
-        steps: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
-    ) -> StaticBuffers:
-        """height, width: of the latents. steps: the most that a slot's table has, and the most that it draws."""
-        channels = config.out_channels
-        return StaticBuffers(
-            step=StepState.empty(
-                slots=slots,
-                rows=rows,
-                channels=channels,
-                height=height,
-                width=width,
-                steps=steps,
-                draws=steps,
-                extra_channels=config.in_channels - channels,
-                masked=True,
-                dtype=dtype,
-                device=device,
-            ),
-            temb=torch.zeros(2 * slots, steps, config.time_channels, dtype=dtype, device=device),
-            text=tuple(
-                torch.zeros(2 * slots, tokens, 2 * width, dtype=dtype, device=device) for width in config.cross_widths
-            ),
-            kv_len=torch.zeros(2 * slots, dtype=torch.int32, device=device),
-            maps=torch.zeros(3, rows, dtype=torch.int32, device=device),
-        )
-
-
-# ------------------------------------------------------------------------------------------------------------- the plan
 
 
 @dataclass(frozen=True)
@@ -182,7 +126,9 @@ class MemoryPlan:
         """Plans of what would fit instead, each with one thing changed; with several, if one is not enough."""
         asked = self.workload
         decodes: list[Decode] = ["sliced", "tiled"] if asked.batch > 1 else ["tiled"]
-        changes: list[dict[str, Any]] = [{"decode": how} for how in decodes if asked.decode == "whole"]
+        pixels = 12 * asked.batch * asked.height * asked.width * asked.vae.factor**2  # float32: no way around these
+        smaller = decodes if asked.decode == "whole" and pixels < free else []
+        changes: list[dict[str, Any]] = [{"decode": how} for how in smaller]
         if asked.dtype == torch.float32:
             changes.append({"dtype": torch.float16 if asked.arch else torch.bfloat16})
         found = [plan(replace(asked, **change)) for change in changes]

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from fastldm import image as images
-from fastldm import loading, schedule, text, weights
-from fastldm.config import TinyVAEConfig
+from fastldm import loading, memory, schedule, text, weights
 from fastldm.denoise import (
     Batch,
     Conditions,
@@ -36,15 +35,14 @@ from fastldm.denoise import (
     draw_step_noise,
     randn,
 )
-from fastldm.errors import CheckpointError, InputError, NonFinite, OutOfMemory
+from fastldm.errors import CheckpointError, InputError, NonFinite
 from fastldm.graph import CUDA, WARM_UPS, Graphs
 from fastldm.kernels.step import fuses
-from fastldm.memory import StaticBuffers
 from fastldm.models.unet import AddedConditions
 from fastldm.models.vae import AutoencoderKL, Decode, Pieces, TinyAutoencoder, decode_pieces, finish
 from fastldm.request import Request, Result, Timings, picture_seeds
 from fastldm.session import Progress, Session
-from fastldm.slots import Slots, graph_rows, step_capacity
+from fastldm.slots import Slots, StaticBuffers, graph_rows, step_capacity
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -368,8 +366,30 @@ class Pipeline:
             sampler=request.sampler or self.family.sampler,
             strength=(1.0 if request.mask_image is not None else 0.8) if request.strength is None else request.strength,
         )
-        _check_memory(completed, self)
+        self._check_memory(completed)
         return completed
+
+    def _check_memory(self, request: Request) -> None:
+        """OutOfMemory for what cannot fit, before any work."""
+        free = memory.free_bytes(self.device)
+        if free is None:
+            return
+        width, height, batch = int(request.width or 0), int(request.height or 0), request.batch
+        pictures = max(batch, self.session.max_batch) if self.device.type == "cuda" else batch
+        workload = memory.Workload.of_pipeline(
+            self,
+            width=width,
+            height=height,
+            batch=batch,
+            guided=self._guided(request),
+            steps=step_capacity(int(request.num_inference_steps or 1)),
+            tokens=self.text_stages[0].window,
+            decode=self._vae_decode,
+            encode=request.image is not None,
+            slots=pictures,
+            rows=self._rows(pictures),
+        )
+        memory.check(workload, free, f"{batch} picture{'s' * (batch > 1)} of {width}x{height}")
 
     @property
     def latent_channels(self) -> int:
@@ -575,31 +595,4 @@ def _progress(shown: bool) -> Iterator[Callable[[Progress], object]]:
 
 _GRAPHS_SHARE = 0.25  # of a GPU's memory, that graphs may take
 _PREVIEW_LATENTS = 16
-_WORK_PER_THREAD = 8e9  # multiply-adds of a step, about
-
-
-def _free_bytes(device: torch.device) -> int | None:
-    """Memory that is free for one more thing, in bytes; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if device.type == "cpu" else None
-    except (AttributeError, ValueError, OSError):
-        return None
-
-
-def _check_memory(request: Request, pipe: Pipeline) -> None:
-    """Refuses a size that cannot fit before any work: the decoder's last level alone holds two tensors at full
-    resolution."""
-    config = pipe.vae.config
-    channels = config.decoder_width if isinstance(config, TinyVAEConfig) else config.channels[0]
-    pixels = request.batch * int(request.height or 0) * int(request.width or 0)
-    needed, free = 2 * channels * pixels * pipe.dtype.itemsize, _free_bytes(pipe.device)
-    if free is not None and needed > free:
-        raise OutOfMemory(
-            f"{request.batch} pictures of {request.width}x{request.height} need more than {needed / 2**30:.1f} GiB, "
-            f"and {free / 2**30:.1f} GiB are free on {pipe.device}: ask for a smaller size or fewer pictures"
-        )
-
-
 _WORK_PER_THREAD = 8e9  # multiply-adds of a step, about

@@ -1,6 +1,6 @@
 """A batch on a GPU: every slot its own request, the whole step a captured graph.
 
-The buffers of a size bucket lie still (`memory.StaticBuffers`), and small integer maps in device memory say which slot
+The buffers of a size bucket lie still (`StaticBuffers`), and small integer maps in device memory say which slot
 and which text each row of the U-Net is, and which rows a slot has. So one graph for each number of rows serves every
 mix of requests: with guidance and without, of any sampler, step count, prompt and seed, each at its own step. Maps are
 sent when somebody comes, goes or changes between guided and unguided, and at no other step; between two steps the host
@@ -11,15 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastldm.config import UNetConfig
 from fastldm.denoise import Run
 from fastldm.graph import Graphs
 from fastldm.kernels.dispatch import cdiv, next_power_of_2
-from fastldm.kernels.step import NEVER, end_step, table_rows
-from fastldm.memory import StaticBuffers
+from fastldm.kernels.step import NEVER, StepState, end_step, table_rows
 from fastldm.models.unet import UNet
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16)  # how many U-Net rows a graph may have; more go up in eights
@@ -34,6 +35,57 @@ def graph_rows(rows: int) -> int:
 def step_capacity(steps: int) -> int:
     """How many steps a slot has room for: a power of two, so that few buffers serve all requests."""
     return max(64, next_power_of_2(steps))
+
+
+class StaticBuffers(NamedTuple):
+    """All that the steps of a bucket read and write: S slots, R rows of the U-Net, texts of up to T tokens.
+
+    Allocated once, written in place and never replaced: captured steps go on reading them. A slot has two texts, the
+    negative prompt's (2 * slot) and the prompt's (2 * slot + 1).
+    """
+
+    step: StepState  # latents, anchor, history, model input, noise, tables, counters, guidance, row maps
+    temb: Tensor  # (2S, steps, channels) the network's dtype: `UNet.time_rows` of each text and step
+    text: tuple[Tensor, ...]  # of each cross-attention (2S, T, 2C): `UNet.cross_kv`
+    kv_len: Tensor  # (2S,) int32: the tokens of each text
+    maps: Tensor  # (3, R) int32: of each U-Net row its text, its slot, and the first of its text's rows in temb
+
+    @staticmethod
+    def empty(
+        config: UNetConfig,
+        *,
+        slots: int,
+        rows: int,
+        height: int,
+        width: int,
+        tokens: int,
+        steps: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> StaticBuffers:
+        """height, width: of the latents. steps: the most that a slot's table has, and the most that it draws."""
+        channels = config.out_channels
+        return StaticBuffers(
+            step=StepState.empty(
+                slots=slots,
+                rows=rows,
+                channels=channels,
+                height=height,
+                width=width,
+                steps=steps,
+                draws=steps,
+                extra_channels=config.in_channels - channels,
+                masked=True,
+                dtype=dtype,
+                device=device,
+            ),
+            temb=torch.zeros(2 * slots, steps, config.time_channels, dtype=dtype, device=device),
+            text=tuple(
+                torch.zeros(2 * slots, tokens, 2 * width, dtype=dtype, device=device) for width in config.cross_widths
+            ),
+            kv_len=torch.zeros(2 * slots, dtype=torch.int32, device=device),
+            maps=torch.zeros(3, rows, dtype=torch.int32, device=device),
+        )
 
 
 class Slots:
@@ -130,7 +182,7 @@ class Slots:
             self._arranged = arranged
         rows = graph_rows(_rows(runs))
         rescales = any(run.guided and run.work.guidance.rescale > 0 for run in runs)
-        body = partial(self._body, rows, rescales)
+        body = partial(self.body, rows, rescales)
         # A graph reads tensors by address, so which buffers they are is part of the key.
         replayed = self.graphs is not None and self.graphs.run((id(self.buffers), rows, rescales), body)
         if self.graphs is None:
@@ -140,7 +192,7 @@ class Slots:
         self._pace()
         return "cuda graph" if replayed else "torch"
 
-    def _body(self, rows: int, rescales: bool) -> None:
+    def body(self, rows: int, rescales: bool) -> None:
         """The whole step, of fixed shapes and addresses: no value of it is seen by the host."""
         state, temb = self.buffers.step, self.buffers.temb
         text, slot, first = self.buffers.maps[:, :rows]

@@ -27,9 +27,11 @@ from benchmarks.networks import CLIP_L, SD15, SDXL, VAE
 from fastldm import OutOfMemory, Pipeline, loading, memory
 from fastldm import image as images
 from fastldm.allocator import MIB, CUDAHeap, Heap, record
-from fastldm.memory import MemoryPlan, StaticBuffers, Workload, plan, refuse
+from fastldm.kernels.step import StepState
+from fastldm.memory import MemoryPlan, Workload, plan, refuse
 from fastldm.models.unet import AddedConditions
 from fastldm.models.vae import decode_pieces, finish
+from fastldm.slots import StaticBuffers
 
 ROOT = Path(fastldm.__file__).resolve().parent.parent
 SCRATCH = 512 * 1024
@@ -257,7 +259,7 @@ def test_all_is_told_as_plain_data(spec: loading.Spec) -> None:
     assert told["resident"] + max(line["bytes"] for line in told["phases"]) == told["needed"]
     assert told["needed"] + told["cached"]["bytes"] == told["peak"] == made.peak
     assert told["workload"]["width"] == 256
-    fields = {*StaticBuffers._fields, *memory.StepState._fields} - {"step"}
+    fields = {*StaticBuffers._fields, *StepState._fields} - {"step"}
     assert {line["name"] for line in told["buffers"]} == fields
 
 

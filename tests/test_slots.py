@@ -29,10 +29,9 @@ from fastldm.denoise import (
 from fastldm.graph import Graphs
 from fastldm.kernels import dispatch, use
 from fastldm.kernels.step import StepState
-from fastldm.memory import StaticBuffers
 from fastldm.models.unet import UNet
 from fastldm.schedule import SAMPLERS, ScheduleConfig, make_table
-from fastldm.slots import ROWS, Slots, graph_rows
+from fastldm.slots import ROWS, Slots, StaticBuffers, graph_rows
 
 DEVICE = ops.DEVICE
 CHANNELS, HEIGHT, WIDTH = 4, 6, 5  # no two alike, none a power of two but one
@@ -447,6 +446,6 @@ def test_a_step_is_fit_to_be_captured(config: UNetConfig) -> None:
     )
     batch = Slots(unet.half(), held)
     with dispatch.targeting(dispatch.Target(90)), Watched() as watched, torch.no_grad():
-        batch._body(4, True)
+        batch.body(4, True)
     assert watched.devices == {"meta"}
     assert not watched.ops & {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "_unique2", "masked_select"}
