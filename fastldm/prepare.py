@@ -9,7 +9,8 @@ those of a diffusers pipeline that shares them: what is written into them in pla
                 multiples of 8 channels (kernels.conv.in_eights)
     folded      what is made of a parameter and kept beside it: on a GPU the phases of an upsampling convolution
                 (kernels.conv.upsample_phases); the weights of an autoencoder that is rescaled for float16, made of
-                those of an adopted pipeline, which stay as they are
+                those of an adopted pipeline, which stay as they are; on a CPU the U-Net's weights in oneDNN's layout
+                (kernels.onednn), made when first needed
 
 Two changes are not seen by themselves: a parameter that was replaced (`layer.weight = nn.Parameter(new)`,
 `layer.weight.data = new`), since captured steps go on reading where it was, and any change of what is folded.
@@ -27,8 +28,10 @@ from torch import Tensor, nn
 from fastldm.errors import InputError
 from fastldm.kernels.conv import in_eights, upsample_phases
 from fastldm.kernels.linear import fast_library
+from fastldm.kernels.onednn import Layouts, row_sums
 from fastldm.models.clip import TextAttention
 from fastldm.models.layers import Attention, Conv, Upsample, channels_last, stacked
+from fastldm.models.unet import UNet
 from fastldm.models.vae import HALF_EXPONENT, AutoencoderKL, EnlargedConv, rescale_for_half
 
 
@@ -93,8 +96,8 @@ class Folded(NamedTuple):
 class Prepared:
     """Where the weights of some networks are, and what is made of them."""
 
-    def __init__(self, homes: list[Home], folded: list[Folded]) -> None:
-        self._homes, self._folded = homes, folded
+    def __init__(self, homes: list[Home], folded: list[Folded], layouts: Layouts) -> None:
+        self._homes, self._folded, self._layouts = homes, folded, layouts
         self._addresses = [(place, home.data.data_ptr()) for home in homes for place in home.places]
         self._seen = self._fingerprint()
 
@@ -104,9 +107,8 @@ class Prepared:
         Compares addresses on the host and, only where something is folded, waits for the device. Raises InputError as
         `weights_changed` does.
         """
-        return any(place.address() != at for place, at in self._addresses) or not torch.equal(
-            self._fingerprint(), self._seen
-        )
+        moved = any(place.address() != at for place, at in self._addresses)
+        return moved or not torch.equal(self._fingerprint(), self._seen) or self._layouts.stale()
 
     @torch.no_grad()
     def weights_changed(self) -> list[str]:
@@ -128,11 +130,14 @@ class Prepared:
                 folded.data.copy_(made)
                 changed.append(folded.name)
         self._seen = self._fingerprint()
-        return changed
+        for weight in self._layouts.drop_stale():
+            at = weight.data_ptr()
+            changed += [home.name for home in self._homes if 0 <= at - home.data.data_ptr() < home.data.nbytes]
+        return list(dict.fromkeys(changed))
 
     def _fingerprint(self) -> Tensor:
         """Of all that is folded: for each row of its source, what the numbers' bits add up to as integers."""
-        sums = [_row_sums(folded.read()) for folded in self._folded]
+        sums = [row_sums(folded.read()) for folded in self._folded]
         return torch.cat(sums) if sums else torch.empty(0)
 
 
@@ -150,6 +155,7 @@ def prepare(networks: Mapping[str, nn.Module], sharing: Iterable[nn.Module] = ()
 
     homes: list[Home] = []
     folded: list[Folded] = []
+    blocked: list[Tensor] = []
     for title, network in networks.items():
         places = {
             name: (place, *sharers.get((parameter.data_ptr(), parameter.shape), ()))
@@ -163,6 +169,10 @@ def prepare(networks: Mapping[str, nn.Module], sharing: Iterable[nn.Module] = ()
 
         parameters = {name: parameter.data for name, _, parameter in _parameters(network)}
         homes += [Home(_join(title, name), data, places[name]) for name, data in parameters.items()]
+        if isinstance(
+            network, UNet
+        ):  # the others run once a request, and would gain less than looking for changes costs
+            blocked += [data for data in parameters.values() if data.device.type == "cpu" and not fast_library(data)]
         for name, theirs in sources.items():
             data = parameters[name]
             folded += [Folded(_join(title, name), data, source, Kind.of(data), _rescaled) for source in theirs[:1]]
@@ -173,7 +183,7 @@ def prepare(networks: Mapping[str, nn.Module], sharing: Iterable[nn.Module] = ()
                     module.phases = upsample_phases(conv.weight)
                     source, kind = Place(conv._parameters, "weight"), Kind.of(conv.weight)
                     folded.append(Folded(_join(title, path, "phases"), module.phases, source, kind, upsample_phases))
-    return Prepared(homes, folded)
+    return Prepared(homes, folded, Layouts(blocked))
 
 
 def _layout(module: nn.Module) -> dict[str, Tensor]:
@@ -225,11 +235,6 @@ def _move(places: Iterable[Place], data: Tensor) -> None:
         parameter = place.read()
         if parameter is not None:
             parameter.data = data
-
-
-def _row_sums(x: Tensor) -> Tensor:
-    bits = x.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
-    return bits.sum(tuple(range(1, x.dim())), dtype=torch.int64) if x.dim() > 1 else bits.long()
 
 
 def _join(*names: str) -> str:

@@ -53,6 +53,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastldm.kernels import onednn
 from fastldm.kernels.dispatch import YES, Config, Cost, Op, Verdict, capability, cdiv, jit, launch, no
 from fastldm.kernels.dispatch import next_power_of_2 as power_of_2
 from fastldm.kernels.linear import (
@@ -99,9 +100,12 @@ def conv2d_torch(
     stride: int = 1,
     padding: int = 0,
 ) -> Tensor:
-    """PyTorch at its best: on a GPU what the top of this file describes, on a CPU the reference."""
+    """PyTorch at its best: on a GPU what the top of this file describes, on a CPU what onednn.py does."""
     if not fast_library(x):
-        return conv2d_reference(x, weight, bias, residual, stride, padding)
+        out = onednn.convolve(x, weight, bias, stride, padding)
+        if out is None:
+            return conv2d_reference(x, weight, bias, residual, stride, padding)
+        return out if residual is None else out.add_(residual)
     if weight.shape[2:] == (1, 1) and (stride, padding) == (1, 0):
         pixels = None if residual is None else residual.permute(0, 2, 3, 1)
         return linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias, residual=pixels).permute(0, 3, 1, 2)

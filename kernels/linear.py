@@ -42,6 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastldm.kernels import onednn
 from fastldm.kernels.compile import SHARED_MEMORY
 from fastldm.kernels.dispatch import (
     YES,
@@ -71,15 +72,23 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, resi
     return out if residual is None else out.add_(residual)
 
 
+def linear_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """PyTorch at its best: on a GPU the reference, on a CPU what onednn.py does."""
+    out = onednn.product(x, weight, bias) if x.device.type == "cpu" else None
+    if out is None:
+        return linear_reference(x, weight, bias, residual)
+    return out if residual is None else out.add_(residual)
+
+
 def linear_geglu_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return geglu_reference(linear_reference(x, weight, bias))
 
 
 def linear_geglu_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """PyTorch at its best: on a GPU cuBLAS, then the gate's kernel; on a CPU the reference."""
+    """PyTorch at its best: on a GPU cuBLAS, then the gate's kernel; on a CPU one after the other."""
     if fast_library(x):
         return geglu(linear(x, weight, bias))
-    return linear_geglu_reference(x, weight, bias)
+    return geglu_reference(linear_torch(x, weight, bias))
 
 
 def fast_library(x: Tensor) -> bool:
@@ -394,7 +403,7 @@ def linear_geglu_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None) -
 
 LINEAR = Op(
     "linear",
-    reference=linear_reference,
+    reference=linear_torch,
     triton=linear_triton,
     supports=supports,
     shape_class=shape_class,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastldm import loading, prepare, weights
 from fastldm.errors import InputError
-from fastldm.kernels import conv, dispatch, linear
+from fastldm.kernels import conv, dispatch, linear, onednn
 from fastldm.models import UNet
 from fastldm.models.clip import TextAttention
 from fastldm.models.layers import Attention
@@ -304,6 +304,25 @@ def test_one_bit_of_what_is_folded_is_a_change(folder: Path) -> None:
     assert ours.prepared.weights_changed() == ["unet.up_blocks.0.upsamplers.0.phases"]
     assert torch.equal(ours.unet.up_blocks[0].upsamplers[0].phases, conv.upsample_phases(weight))
     assert not ours.prepared.stale()
+
+
+@pytest.mark.skipif(not onednn._available(torch.float32), reason="oneDNN's ops are not there")
+@pytest.mark.parametrize("how", CHANGES)
+def test_on_a_cpu_layouts_follow_their_weights(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "_BYTES", 0)  # tiny weights too
+    pipe, judge = tiny.pipeline("sd1"), tiny.unet("sd1")
+    ours, (run, judged) = adopt(pipe), RUNS["unet"]
+    assert error(run(ours.unet), judged(judge)) < TOLERANCE
+    assert not ours.prepared.stale()
+    for name in (*PLAIN["unet"][:3], *FOLDED["unet"], "up_blocks.1.resnets.0.conv_shortcut.weight"):
+        new = judge.get_parameter(name) * 3
+        CHANGES[how](ours.unet, name, new.clone())
+        set_data(judge, name, new)
+        assert ours.prepared.stale(), name
+        kept = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight" if "attn1" in name else name
+        assert f"unet.{kept.replace('to_v', 'to_k')}" in ours.prepared.weights_changed()
+        assert error(run(ours.unet), judged(judge)) < TOLERANCE, name
+        assert not ours.prepared.stale()
 
 
 def test_a_rescaled_autoencoder_follows_the_one_it_was_made_of() -> None:

@@ -75,7 +75,7 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor:
     for other in others:
         if (
             torch.compiler.is_compiling()  # which cannot look at memory, and folds constants
-            or other.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+            or other.untyped_storage()._cdata != first.untyped_storage()._cdata
             or other.storage_offset() != end
             or not (first.is_contiguous() and other.is_contiguous())
         ):
