@@ -2,7 +2,8 @@
 triton and pytest.
 
     python -m benchmarks.gpu test      the kernels' tests on the device, then the small ones under compute-sanitizer
-    python -m benchmarks.gpu bench     every op's benchmark, most important first; results in benchmarks/results/GPU
+    python -m benchmarks.gpu bench     the ladder from eager to captured steps, then every op's benchmark, most
+                                       important first; results in benchmarks/results/GPU
 
 `bench` goes on where it was stopped: an op whose kernel has not changed since its results were written is passed over.
 """
@@ -21,11 +22,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OPS = ("attention", "group_norm", "conv", "linear", "step", "geglu", "layer_norm")  # in this order
+RUNTIME = ("graph", "slots", "session")
 SANITIZED = ("geglu", "layer_norm", "step")  # the sanitizer is some hundred times slower: the cheapest tests
 
 
 def test() -> int:
-    files = [f"tests/test_{op}.py" for op in OPS]
+    files = [f"tests/test_{name}.py" for name in (*OPS, *RUNTIME)]
     failed = _pytest([sys.executable, "-m", "pytest", "-q", "-m", "not full", *files, "tests/test_dispatch.py"])
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if tool is None:
@@ -45,6 +47,13 @@ def bench(seconds: float, dtype: str, force: bool) -> int:
     from benchmarks.harness import RESULTS, machine
 
     deadline, failed = time.monotonic() + seconds, 0
+    if force or not (RESULTS / machine() / f"ladder-{dtype}.json").exists():
+        print("== ladder", flush=True)
+        command = [sys.executable, "-m", "benchmarks.ladder", "--dtype", dtype]
+        try:
+            failed |= subprocess.run(command, cwd=ROOT, timeout=seconds).returncode
+        except subprocess.TimeoutExpired:
+            print("ladder: stopped; --model takes one at a time")
     for op in OPS:
         if importlib.util.find_spec(f"benchmarks.{op}") is None:
             continue

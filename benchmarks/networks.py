@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastldm import dry
 from fastldm.config import TextConfig, UNetConfig, VAEConfig
@@ -20,19 +20,29 @@ from fastldm.kernels import dispatch
 
 _CROSS_DOWN, _DOWN, _CROSS_UP, _UP = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"
 
-SD15 = UNetConfig.from_dict(
-    {
-        "block_out_channels": [320, 640, 1280, 1280],
-        "down_block_types": [_CROSS_DOWN, _CROSS_DOWN, _CROSS_DOWN, _DOWN],
-        "up_block_types": [_UP, _CROSS_UP, _CROSS_UP, _CROSS_UP],
-        "layers_per_block": 2,
-        "attention_head_dim": 8,
-        "cross_attention_dim": 768,
-    },
-    "SD1.5",
+_SD15: dict[str, Any] = {
+    "sample_size": 64,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "down_block_types": [_CROSS_DOWN, _CROSS_DOWN, _CROSS_DOWN, _DOWN],
+    "up_block_types": [_UP, _CROSS_UP, _CROSS_UP, _CROSS_UP],
+    "layers_per_block": 2,
+    "attention_head_dim": 8,
+    "cross_attention_dim": 768,
+}
+SD15 = UNetConfig.from_dict(_SD15, "SD1.5")
+TINY = UNetConfig.from_dict(  # runs anywhere in no time
+    _SD15
+    | {"block_out_channels": [16, 32, 48, 48], "sample_size": 8, "norm_num_groups": 8, "cross_attention_dim": 32}
+    | {"attention_head_dim": 2},
+    "tiny",
+)
+SD_TURBO = UNetConfig.from_dict(
+    _SD15 | {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "use_linear_projection": True},
+    "SD-Turbo",
 )
 SDXL = UNetConfig.from_dict(
     {
+        "sample_size": 128,
         "block_out_channels": [320, 640, 1280],
         "down_block_types": [_DOWN, _CROSS_DOWN, _CROSS_DOWN],
         "up_block_types": [_CROSS_UP, _CROSS_UP, _UP],
@@ -57,8 +67,19 @@ VAE = VAEConfig.from_dict(
     },
     "VAE",
 )
-CLIP_L = TextConfig.from_dict(
-    {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}, "CLIP-L"
+TINY_VAE = replace(VAE, channels=(16, 16, 16, 16), norm_groups=8, layers_per_block=1)
+_CLIP: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+CLIP_L = TextConfig.from_dict(_CLIP | {"num_hidden_layers": 12}, "CLIP-L")
+TINY_CLIP = replace(CLIP_L, hidden=32, intermediate=64, heads=2, layers=2)
+CLIP_H = TextConfig.from_dict(
+    {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 23}
+    | {"hidden_act": "gelu"},
+    "OpenCLIP-H",
+)
+CLIP_G = TextConfig.from_dict(
+    {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32}
+    | {"hidden_act": "gelu", "projection_dim": 1280, "architectures": ["CLIPTextModelWithProjection"]},
+    "OpenCLIP-bigG",
 )
 
 # name -> runs the workload on the meta device in a dtype. U-Nets take one guided step: two rows.
@@ -129,3 +150,15 @@ def calls(workload: str, dtype: torch.dtype) -> Counter[Call]:
     with dispatch.targeting(dispatch.Target(90)), dispatch.observe(watch):
         WORKLOADS[workload](dtype)
     return seen
+
+
+@torch.no_grad()
+def with_random_weights(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A network of the meta device, on `device` with seeded weights of a size that keeps activations near one."""
+    network.to(dtype).to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, p in network.named_parameters():
+        p.normal_(0, p[0].numel() ** -0.5 if p.dim() > 1 else 0.1, generator=generator)
+        if "norm" in name and name.endswith("weight"):
+            p += 1
+    return network

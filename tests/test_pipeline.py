@@ -362,7 +362,8 @@ def test_an_inpainting_model_says_what_it_needs(pipes: Any) -> None:
 
 
 def test_a_size_beyond_memory_is_refused_before_any_work(pipes: Any) -> None:
-    with pytest.raises(OutOfMemory, match=r"1 picture of 800000x800000 need .* GiB beside the weights, and .* GiB are free: ask for a smaller size"):
+    says = r"1 picture of 800000x800000 need .* GiB beside the weights, and .* GiB are free: ask for a smaller size"
+    with pytest.raises(OutOfMemory, match=says):
         pipes("sd1")[1]("a cat", height=800000, width=800000)
 
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from test_slots import Recorder
 
 import fastldm
+from benchmarks import ladder
 from fastldm import Cancelled, DeadlineExceeded, InputError, NonFinite, OutOfMemory, Pipeline, QueueFull, Session
 from fastldm.denoise import EagerBatch
 from fastldm.graph import Graphs
@@ -28,7 +28,15 @@ from fastldm.graph import Graphs
 
 @pytest.fixture(scope="module")
 def pipe() -> Pipeline:
-    return Pipeline.from_diffusers(tiny.pipeline("sd1"))
+    return tiny_pipeline()
+
+
+def tiny_pipeline(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Pipeline:
+    """Seeded random weights, 64x64 pixels of 8x8 latents; made without diffusers, which a GPU's machine may lack."""
+    pipe = ladder.pipeline(ladder.MODELS["tiny"], torch.device(device), dtype)
+    picture = pipe("a cat", num_inference_steps=1, seed=0, output_type="np").images
+    assert picture.std() > 0.05, "a flat picture would agree with anything"  # type: ignore[union-attr]
+    return pipe
 
 
 def options(seed: int = 0, steps: int = 2, **more: Any) -> dict[str, Any]:
@@ -453,7 +461,7 @@ def test_memory_stays_flat(pipe: Pipeline, count: int) -> None:
 
 def test_a_model_that_nobody_holds_goes() -> None:
     """The worker's thread stays, and keeps nothing of what it ran."""
-    pipe = Pipeline.from_diffusers(tiny.pipeline("sd1"))
+    pipe = tiny_pipeline()
     pipe(**options(steps=1))
     gone = weakref.ref(pipe.unet)
     del pipe
@@ -547,7 +555,7 @@ def test_warming_up_captures_the_largest_first(pipe: Pipeline, in_slots: Recorde
 
 @pytest.fixture(scope="module")
 def gpu() -> Pipeline:
-    return Pipeline.from_diffusers(tiny.pipeline("sd1").to("cuda", torch.float16))
+    return tiny_pipeline("cuda", torch.float16)
 
 
 @pytest.mark.gpu

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import ops
 import pytest
-import tiny
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.networks import SD15, SDXL
-from fastldm import weights
+from benchmarks.networks import SD15, SDXL, TINY, with_random_weights
 from fastldm.config import UNetConfig
 from fastldm.denoise import (
     Batch,
@@ -325,10 +324,9 @@ def test_a_failed_step_moves_nobody() -> None:
 
 def test_the_unet_reads_each_rows_own_text() -> None:
     """A real network: texts of 5 and 9 tokens, guided and not, by slot and length in device memory."""
-    theirs = tiny.unet("sd1")
     with torch.device("meta"):
-        empty = UNet(UNetConfig.from_dict(theirs.config, "tiny"))
-    unet = weights.adopt(empty, theirs)
+        unet = UNet(TINY)
+    with_random_weights(unet, torch.device("cpu"), torch.float32)
     held = StaticBuffers.empty(
         unet.config, slots=3, rows=6, height=8, width=8, tokens=9, steps=4, dtype=torch.float32, device="cpu"
     )
@@ -432,8 +430,8 @@ class Watched(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     "config",
-    [SD15, SDXL, UNetConfig.from_dict(tiny.UNETS["sd1-inpaint"], "tiny")],
-    ids=["sd1.5", "sdxl", "heads-that-no-kernel-takes"],
+    [SD15, SDXL, replace(TINY, in_channels=9)],
+    ids=["sd1.5", "sdxl", "inpainting"],
 )
 def test_a_step_is_fit_to_be_captured(config: UNetConfig) -> None:
     """Traced with no storage and a GPU's choices: no value is read, nothing comes from the host or goes to it, and no

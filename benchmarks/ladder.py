@@ -1,0 +1,306 @@
+"""From eager diffusers to captured steps, one rung at a time: what each idea of this project is worth end to end.
+
+    python -m benchmarks.ladder                        SD1.5 512, SDXL 1024, SD-Turbo 512 on this GPU
+    python -m benchmarks.ladder --model sd15-512 --compile
+    python -m benchmarks.ladder --model tiny --device cpu --steps 3 --rounds 1      the same code, anywhere
+
+Full-size networks with seeded random weights. The rungs do the same steps of the same sampler (DPM-Solver++ 2M), each
+with all that the one before it has:
+
+    diffusers          its U-Net and its scheduler, eager                    (where diffusers is installed)
+    diffusers compiled the same, its U-Net by torch.compile max-autotune     (--compile: takes minutes)
+    fastldm            plain PyTorch: the whole U-Net at each step, the sampler's functions
+    + kernels          its ops by the kernels that the table says
+    + partial          text keys and values once a prompt, time rows once a schedule
+    + graphs           slots in static buffers, the step and its end in one captured graph
+
+A step is timed twice: host, the time in which it is issued, and whole, until the device is done. Rungs take turns;
+medians of rounds. Then pictures through the public Pipeline, by stage, and requests a second: one at a time, and
+submitted at once to a session.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import harness
+from benchmarks.networks import (
+    CLIP_G,
+    CLIP_H,
+    CLIP_L,
+    SD15,
+    SD_TURBO,
+    SDXL,
+    TINY,
+    TINY_CLIP,
+    TINY_VAE,
+    VAE,
+    with_random_weights,
+)
+from fastldm import loading
+from fastldm.config import FAMILIES, Family, TextConfig, UNetConfig, VAEConfig
+from fastldm.denoise import Batch, EagerBatch, Run, State
+from fastldm.graph import WARM_UPS
+from fastldm.kernels import use
+from fastldm.models.clip import CLIPText
+from fastldm.models.unet import AddedConditions, UNet
+from fastldm.pipeline import Pipeline
+from fastldm.prepare import prepare
+from fastldm.request import Request
+from fastldm.session import Session
+from fastldm.text import TextStage, Tokenizer
+
+SCHEDULER = {"_class_name": "DPMSolverMultistepScheduler", "beta_start": 0.00085, "beta_end": 0.012}
+SCHEDULER |= {"beta_schedule": "scaled_linear", "steps_offset": 1}
+
+
+@dataclass(frozen=True)
+class Model:
+    unet: UNetConfig
+    text: tuple[TextConfig, ...]
+    family: str
+    size: int
+    steps: int
+    floor_ms: float  # of a step, on an H100 at 800 TFLOP/s and 3 TB/s
+    best_ms: float | None  # the best that was published for an H100
+    vae: VAEConfig = VAE
+
+
+MODELS = {
+    "sd15-512": Model(SD15, (CLIP_L,), "sd1", 512, 20, 2.0, 9.56),
+    "sdxl-1024": Model(SDXL, (CLIP_L, CLIP_G), "sdxl", 1024, 20, 16.9, 44.6),
+    "sd-turbo-512": Model(SD_TURBO, (CLIP_H,), "sd-turbo", 512, 1, 1.0, None),
+    "tiny": Model(TINY, (TINY_CLIP,), "sd1", 64, 20, 0.0, None, TINY_VAE),
+}
+
+
+def pipeline(model: Model, device: torch.device, dtype: torch.dtype) -> Pipeline:
+    """The model with random weights, as the library would load it."""
+    with torch.device("meta"):
+        unet, vae, encoders = UNet(model.unet), loading.autoencoder(model.vae), [CLIPText(one) for one in model.text]
+    stages = tuple(TextStage(Tokenizer(), with_random_weights(one, device, dtype)) for one in encoders)  # type: ignore[arg-type]
+    networks = {"unet": with_random_weights(unet, device, dtype), "vae": with_random_weights(vae, device, dtype)}
+    prepared = prepare(networks | {f"text encoder {i}": stage.model for i, stage in enumerate(stages)})
+    family: Family = next(one for one in FAMILIES if one.name == model.family)
+    checkpoint: Any = SimpleNamespace(scheduler=SCHEDULER, index={})
+    spec = loading.Spec(checkpoint, model.unet, model.vae, model.text, family)
+    return Pipeline(spec, loading.Networks(unet, vae, stages, prepared), model.family)
+
+
+def request(pipe: Pipeline, model: Model, steps: int) -> Request:
+    return pipe._complete(
+        Request(prompt="a castle at dusk", height=model.size, width=model.size, num_inference_steps=steps, seed=0)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- the rungs
+
+
+class WholeUNet:
+    """A U-Net of which nothing is computed before: what `+ partial` is compared with."""
+
+    def __init__(self, unet: UNet, run: Run, text: Tensor, added: AddedConditions | None) -> None:
+        self.unet, self.text, self.added = unet, text, added
+        self.timesteps = torch.from_numpy(run.work.table.timesteps).to(text.device)
+
+    def __call__(self, u: Tensor, i: int) -> Tensor:
+        rows = self.unet.time_rows(self.timesteps[i].expand(u.shape[0]), added=self.added)
+        return self.unet.step(u, rows, self.unet.cross_kv(self.text[-u.shape[0] :]))
+
+
+def rungs(pipe: Pipeline, model: Model, steps: int, compiled: bool) -> dict[str, Callable[[], object]]:
+    """What takes all steps of a run, by name."""
+    asked = request(pipe, model, steps)
+    run = pipe._begin(asked)
+    conditioning = pipe._encode(asked)
+    hidden, pooled = conditioning.network_rows()
+    added = None
+    if pooled is not None and model.unet.needs_added:
+        ids = torch.tensor([[model.size, model.size, 0, 0, model.size, model.size]], device=pipe.device)
+        added = AddedConditions(pooled, ids.float().expand(len(pooled), -1))
+
+    whole = WholeUNet(pipe.unet, run, hidden, added)
+
+    def loop(route: Any) -> None:
+        with use(route) if route else nullcontext():
+            state = State(run.work)
+            for i in range(len(run.work.table)):
+                state.end(i, whole(state.input(i), i))
+
+    def batch(make: Callable[[], Batch]) -> Callable[[], None]:
+        held = make()
+
+        def steps() -> None:
+            run.i = 0
+            held.admit(run)
+            while not run.done:
+                held.step([run])
+            held.release(run)
+
+        return steps
+
+    found: dict[str, Callable[[], object]] = {}
+    if importlib.util.find_spec("diffusers") and model.family in ("sd1", "sd-turbo"):
+        found["diffusers"] = diffusers_loop(model, run, hidden, None)
+        if compiled:
+            found["diffusers compiled"] = diffusers_loop(model, run, hidden, "max-autotune")
+    return found | {
+        "fastldm": lambda: loop("torch"),
+        "+ kernels": lambda: loop(None),
+        "+ partial": batch(lambda: EagerBatch(pipe.unet)),
+        "+ graphs": batch(lambda: pipe._new_batch(run, 1)),
+    }
+
+
+def diffusers_loop(model: Model, run: Run, hidden: Tensor, mode: str | None) -> Callable[[], None]:
+    """diffusers' own loop: its U-Net, guidance as its pipeline does it, its scheduler."""
+    import diffusers
+
+    config = model.unet
+    with torch.device("meta"):
+        theirs = diffusers.UNet2DConditionModel(
+            sample_size=config.sample_size,
+            block_out_channels=[level.channels for level in config.down],
+            cross_attention_dim=config.cross_attention_dim,
+            attention_head_dim=[level.heads for level in config.down],
+            norm_num_groups=config.norm_groups,
+            use_linear_projection=config.linear_projection,
+        )
+    with_random_weights(theirs, hidden.device, hidden.dtype)
+    unet: Any = theirs if mode is None else torch.compile(theirs, mode=mode, fullgraph=True)
+    scheduler = diffusers.DPMSolverMultistepScheduler.from_config(SCHEDULER)
+    scale, guided = run.work.guidance.scale, run.work.guidance.scale > 1
+
+    def loop() -> None:
+        scheduler.set_timesteps(run.work.table.steps, device=hidden.device)
+        x = run.work.x.to(hidden.dtype)
+        for t in scheduler.timesteps:
+            u = scheduler.scale_model_input(torch.cat([x] * 2) if guided else x, t)
+            out = unet(u, t, encoder_hidden_states=hidden, return_dict=False)[0]
+            if guided:
+                unguided, text = out.chunk(2)
+                out = unguided + scale * (text - unguided)
+            x = scheduler.step(out, t, x, return_dict=False)[0]
+
+    return loop
+
+
+# ------------------------------------------------------------------------------------------------------------- timing
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.no_grad()
+def climb(pipe: Pipeline, model: Model, steps: int, rounds: int, compiled: bool) -> dict[str, dict[str, float]]:
+    """Milliseconds a step of each rung: whole, and the host's part."""
+    times: dict[str, list[tuple[float, float]]] = {}
+
+    def on_the_worker() -> None:
+        found = rungs(pipe, model, steps, compiled)
+        for name, run in found.items():
+            for _ in range(WARM_UPS + 1):
+                run()
+            times[name] = []
+        for _ in range(rounds):
+            for name, run in found.items():
+                synchronize(pipe.device)
+                began = time.perf_counter()
+                run()
+                issued = time.perf_counter()
+                synchronize(pipe.device)
+                times[name].append((time.perf_counter() - began, issued - began))
+
+    pipe.session.call(on_the_worker)  # as the library runs it: on the stream that captures
+    return {
+        name: {
+            "ms": median(1e3 * whole / steps for whole, _ in rows),
+            "host_ms": median(1e3 * host / steps for _, host in rows),
+        }
+        for name, rows in times.items()
+    }
+
+
+def pictures(pipe: Pipeline, model: Model, steps: int, rounds: int) -> dict[str, float]:
+    """Milliseconds a picture by stage, and pictures a second: one request after the other, and all at once."""
+    given: dict[str, Any] = {"height": model.size, "width": model.size, "num_inference_steps": steps}
+    pipe.warmup([(model.size, model.size)], num_inference_steps=steps)
+    results = [pipe("a castle at dusk", seed=k, **given) for k in range(max(3, rounds))]
+    count = 16
+    with Session(pipe, max_batch=8) as session:
+
+        def together() -> float:
+            began = time.perf_counter()
+            for future in [session.submit("a castle at dusk", seed=k, **given) for k in range(count)]:
+                future.result()
+            return time.perf_counter() - began
+
+        together()
+        together()
+        at_once = min(together() for _ in range(2))
+    one_by_one = sum(result.timings.total for result in results) / len(results)
+    return {
+        "text_ms": 1e3 * median(result.timings.text for result in results),
+        "steps_ms": 1e3 * median(sum(result.timings.steps) for result in results),
+        "decode_ms": 1e3 * median(result.timings.decode for result in results),
+        "total_ms": 1e3 * median(result.timings.total for result in results),
+        "one_at_a_time_per_s": 1 / one_by_one,
+        "together_per_s": count / at_once,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, action="append", help="may be repeated  [default: all but tiny]")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
+    parser.add_argument("--steps", type=int, help="[default: the model's]")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="diffusers by torch.compile too; takes minutes")
+    parser.add_argument("--results", type=Path, help="folder for the JSON  [default: benchmarks/results/GPU]")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        sys.exit("torch sees no GPU: --device cpu runs the same code, for --model tiny in seconds")
+    dtype = torch.float32 if device.type == "cpu" else getattr(torch, args.dtype)
+
+    rows: dict[str, Any] = {}
+    for name in args.model or [name for name in MODELS if name != "tiny"]:
+        model = MODELS[name]
+        steps = args.steps or model.steps
+        pipe = pipeline(model, device, dtype)
+        found = climb(pipe, model, max(steps, 4), args.rounds, args.compile)
+        first = next(iter(found.values()))["ms"]
+        print(f"{name}, {steps} steps, {dtype}; floor {model.floor_ms} ms a step, best published {model.best_ms}")
+        for rung, row in found.items():
+            print(f"  {rung:20} {row['ms']:9.3f} ms a step  {first / row['ms']:6.2f} x  host {row['host_ms']:8.3f} ms")
+        made = pictures(pipe, model, steps, args.rounds)
+        print("  " + ", ".join(f"{key} {value:.2f}" for key, value in made.items()), flush=True)
+        rows[name] = {"steps": steps, "floor_ms": model.floor_ms, "best_published_ms": model.best_ms}
+        rows[name] |= {"rungs": found, "pictures": made}
+        del pipe
+    if device.type == "cuda":
+        folder = args.results or harness.RESULTS / harness.machine()
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {"machine": harness.describe(), "dtype": args.dtype, "rows": rows}
+        (folder / f"ladder-{args.dtype}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
