@@ -144,14 +144,14 @@ class Pipeline:
         """Make pictures. Calls from several threads share the model: those of one size take their steps together.
 
         prompt: a text, a list of texts, or a whole `Request`.
-        options: the other fields of `Request`, which says what each means.
+        options: the other fields of `Request`, which says what each means; those of a whole one are replaced.
         callback_on_step_end: called as (pipeline, step, timestep, {"latents": x}) after every step; may return
             {"latents": changed}, and may raise `Cancelled` to stop the call.
         progress: draw a bar on stderr.
 
         Raises InputError for an argument that cannot be used, OutOfMemory, NonFinite, and whatever the callback raises.
         """
-        request = prompt if isinstance(prompt, Request) else Request.from_options({"prompt": prompt, **options})
+        request = Request.of(prompt, options)
         generation = self.session._submit(request, answered=callback_on_step_end is not None)
         try:
             if progress or callback_on_step_end is not None:

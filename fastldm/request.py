@@ -123,15 +123,16 @@ class Request:
         object.__setattr__(self, "seed", _check_seed(self))
 
     @classmethod
-    def from_options(cls, options: dict[str, Any]) -> Request:
-        """A request from keyword arguments; an unknown name is an InputError that suggests the nearest one."""
+    def of(cls, prompt: str | Sequence[str] | Request | None, options: dict[str, Any]) -> Request:
+        """A request from a prompt, or from another request, and keyword arguments; an unknown name is an InputError
+        that suggests the nearest one."""
         names = [f.name for f in dataclasses.fields(cls)]
         for name in options:
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(names)}"
                 raise InputError(f"unknown argument {name!r}: {hint}")
-        return cls(**options)
+        return prompt.replace(**options) if isinstance(prompt, Request) else cls(prompt=prompt, **options)
 
     @property
     def prompts(self) -> list[str]:

@@ -139,7 +139,7 @@ class Session:
 
         Raises InputError for what cannot be run, QueueFull, and OutOfMemory for what cannot fit.
         """
-        request = prompt if isinstance(prompt, Request) else Request.from_options({"prompt": prompt, **options})
+        request = Request.of(prompt, options)
         if deadline is not None and not deadline > 0:
             raise InputError(f"deadline is {deadline}: expected seconds from now, more than 0")
         return self._submit(request, priority=priority, deadline=deadline, preview=preview)
@@ -154,7 +154,7 @@ class Session:
         answered: bool = False,
     ) -> Generation:
         """answered: whether the request waits after each step until somebody has answered for it."""
-        job = _Job(self._worker, self.pipe._complete(request), priority, deadline, preview, answered)
+        job = _Job(self._worker, self.pipe._complete(request), deadline, preview, answered)
         worker = self._worker
         with worker.changed:
             if self._closed:
@@ -182,8 +182,7 @@ class Session:
         return self._worker.call(work)
 
     def release_memory(self, keep: int = 0) -> None:
-        """Give up the buffers of sizes that nobody asks for now, but of the last `keep` used. On the worker's thread,
-        or while nothing runs."""
+        """Give up the buffers of sizes that nobody asks for, but of the last `keep` used. On the worker's thread."""
         with self._worker.changed:
             idle = [key for key, bucket in self._buckets.items() if not bucket.jobs()]
             gone = [self._buckets.pop(key) for key in idle[: len(idle) - keep]]
@@ -199,7 +198,7 @@ class Session:
             for future in left:
                 future.cancel()
         wait(left)
-        self.release_memory()
+        self.call(self.release_memory)
 
     def __enter__(self) -> Session:
         return self
@@ -215,7 +214,6 @@ class _Job:
         self,
         worker: _Worker,
         request: Request,
-        priority: float,
         deadline: float | None,
         preview: bool,
         answered: bool,
@@ -230,7 +228,7 @@ class _Job:
         if self.given is not None:
             self.given.record(torch.cuda.current_stream(worker.device))  # behind what made the request's tensors
         self.run: Run | None = None
-        self.began = self.admitted = self.submitted
+        self.began = self.begun = self.admitted = self.submitted
         self.marks: list[float] = []  # when each step was done
         self.ran: set[str] = set()  # what ran its steps
         self.paused = self.cancelled = False
@@ -273,8 +271,11 @@ class _Bucket:
     def _first(self) -> _Job | None:
         """Who may join now. Nobody overtakes: what does not fit yet waits until it does, and the others behind it."""
         job = self.next or (self.waiting[0][-1] if self.waiting else None)
-        fits = job is not None and (not self.running or self.pictures + job.request.batch <= self.session.max_batch)
-        return job if fits else None
+        if job is None or not self.running:
+            return job
+        if self.batch is not None and job.run is not None and not self.batch.holds(job.run):
+            return None  # the buffers are made anew when the last has left them
+        return job if self.pictures + job.request.batch <= self.session.max_batch else None
 
     def ready(self) -> bool:
         """Whether a turn would do anything."""
@@ -339,9 +340,10 @@ class _Bucket:
                     torch.cuda.current_stream().wait_event(job.given)
                 self._set_threads([job])
                 job.run = self.pipe._begin(job.request)
+                job.begun = perf_counter()
             if self.batch is None or not self.batch.holds(job.run):
                 if self.running:
-                    return  # the buffers are made anew when the last has left them
+                    return
                 self.drop_batch()
                 self.batch = self.pipe._new_batch(job.run, self.session.max_batch)
             self.batch.admit(job.run)
@@ -425,7 +427,7 @@ class _Bucket:
         now, last = perf_counter(), job.marks[-1]
         assert job.run is not None
         timings = Timings(
-            text=job.admitted - job.began,
+            text=job.begun - job.began,
             steps=tuple(after - before for before, after in pairwise([job.admitted, *job.marks])),
             decode=now - last,
             total=now - job.submitted,

@@ -45,8 +45,9 @@ from fastldm.request import picture_seeds
     ],
 )
 def test_bad_input_says_what_was_given_and_expected(options: dict, says: str) -> None:
+    options = dict(options)
     with pytest.raises(InputError) as caught:
-        Request.from_options(options)
+        Request.of(options.pop("prompt", None), options)
     assert says in str(caught.value)
     assert isinstance(caught.value, ValueError)
 
@@ -76,3 +77,10 @@ def test_a_request_is_frozen_and_a_changed_copy_is_checked_again() -> None:
         request.height = 3  # type: ignore[misc]
     with pytest.raises(InputError):
         request.replace(height=-1)
+
+
+def test_a_request_with_some_fields_changed() -> None:
+    request = Request(prompt="a cat", seed=3)
+    assert Request.of(request, {"seed": 4}) == request.replace(seed=4)
+    with pytest.raises(InputError, match="unknown argument 'sed': did you mean 'seed'"):
+        Request.of(request, {"sed": 4})
