@@ -80,6 +80,13 @@ model_option = click.option(
     metavar="MODEL",
     help="A diffusers folder, a hub id, a .safetensors file, or 'default' for the model that ships inside.",
 )
+decode_option = click.option(
+    "--decode",
+    type=click.Choice(["whole", "sliced", "tiled"]),
+    default="whole",
+    show_default=True,
+    help="Picture by picture, or in tiles too, takes less memory.",
+)
 debug_option = click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
 
 
@@ -109,6 +116,7 @@ debug_option = click.option("--debug", is_flag=True, help="Show a traceback when
 @click.option("--device", metavar="D", help="Such as cpu, cuda or cuda:1.  [default: a GPU where there is one]")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: what is fastest there]")
 @click.option("--variant", metavar="V", help="Weights variant of a folder or hub id, such as fp16.")
+@decode_option
 @click.option("--force", is_flag=True, help="Overwrite files that exist.")
 @click.option("--no-metadata", is_flag=True, help="Do not write prompt and settings into the PNG.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
@@ -158,6 +166,8 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
     from fastldm.pipeline import Pipeline
 
     pipe = Pipeline.from_pretrained(model, device=options["device"], dtype=options["dtype"], variant=options["variant"])
+    if options["decode"] != "whole":
+        (pipe.enable_vae_tiling if options["decode"] == "tiled" else pipe.enable_vae_slicing)()
     result = pipe(request, progress=not as_json and sys.stderr.isatty())
     save_result(result, paths, pipe.name, metadata=not options["no_metadata"])
 
@@ -240,7 +250,7 @@ def warm(
     "-n", "--n", "--batch", "batch", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures."
 )
 @click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Sampler steps.  [default: the model's]")
-@click.option("--decode", type=click.Choice(["whole", "sliced", "tiled"]), default="whole", show_default=True)
+@decode_option
 @click.option("--init-image", is_flag=True, help="It starts from a picture, which is encoded.")
 @click.option("--arch", metavar="A", help="A GPU that need not be here, such as sm_90.  [default: this machine's]")
 @click.option("--device", metavar="D", help="Such as cpu, cuda or cuda:1.  [default: a GPU where there is one]")

@@ -591,3 +591,14 @@ def test_replays_see_weights_that_change(gpu: Pipeline) -> None:
     assert np.abs(changed.images - before).max() > 0.01
     gpu.unet.conv_out.weight.data -= 0.1
     assert np.abs(gpu(**options()).images - before).max() < 0.02
+
+
+@pytest.mark.gpu
+def test_threads_and_samplers_share_what_is_captured(gpu: Pipeline) -> None:
+    gpu.warmup(batches=[1, 2], guidance_scale=3.0)
+    asked = [options(k, steps=3 + k, sampler=SAMPLERS[k % 3], guidance_scale=3.0) for k in range(6)]
+    alone = [gpu(**one).images for one in asked]
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(lambda one: gpu(**one).images, asked))
+    for one, other in zip(alone, together, strict=True):
+        assert np.abs(one - other).max() < 0.02, "float16, at other numbers of rows"
