@@ -18,6 +18,7 @@ from fastldm import dry
 from fastldm.allocator import MIB, CUDAHeap, Heap, record
 from fastldm.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
 from fastldm.errors import InputError, OutOfMemory
+from fastldm.kernels import onednn
 from fastldm.kernels.dispatch import Target, device_capability, targeting
 from fastldm.models.vae import Decode
 from fastldm.slots import StaticBuffers
@@ -86,9 +87,9 @@ class MemoryPlan:
     """What a request has on the device, in bytes, by name.
 
     weights, buffers and libraries are there all the time, and one phase after the other: the most that is alive in it.
-    cached: what PyTorch's allocator holds beyond what is alive, when nothing presses it. On a CPU, buffers stand for
-    tensors of the same content that belong to the requests, and nothing is planned for what ops take and give back
-    within themselves (oneDNN's reordered weights, attention's scores of a block): some hundred KiB a thread.
+    cached: what is held beyond that, free blocks of PyTorch's allocator, or on a CPU weights in a second layout. On a
+    CPU, buffers stand for tensors of the same content that belong to the requests, and nothing is planned for what ops
+    take and give back within themselves (attention's scores of a block): some hundred KiB a thread.
     """
 
     workload: Workload
@@ -242,7 +243,11 @@ def plan(workload: Workload) -> MemoryPlan:
     libraries = _libraries(asked.arch)
     heap.hold([line.bytes for line in libraries])
     phases = tuple(Line(name, heap.run(trace), _PHASES[name]) for name, trace in traces.items())
-    cached = Line("cached", heap.held - heap.peak, "free blocks, and what is left over of segments")
+    if asked.arch:
+        cached = Line("cached", heap.held - heap.peak, "free blocks, and what is left over of segments")
+    else:
+        kept = sum(p.nbytes for p in networks["U-Net"].parameters() if onednn.worth_keeping(p))
+        cached = Line("cached", kept, "weights of the U-Net in oneDNN's layout, at most: of layers with few pixels")
     return MemoryPlan(asked, tuple(weights), held, libraries, phases, cached)
 
 

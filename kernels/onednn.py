@@ -81,6 +81,11 @@ class Layouts:
         return sum(kept.weight.nbytes for kept in self._kept.values())
 
 
+def worth_keeping(weight: Tensor) -> bool:
+    """Whether a weight is so large that its layout may be kept."""
+    return weight.numel() * weight.element_size() >= _BYTES
+
+
 _owners: WeakValueDictionary[int, Layouts] = WeakValueDictionary()  # by the address of a storage
 
 
@@ -89,7 +94,7 @@ def _storage(weight: Tensor) -> int:
 
 
 def _layouts(x: Tensor, weight: Tensor, rows: int) -> Layouts | None:
-    if not _owners or rows > _ROWS or weight.numel() * weight.element_size() < _BYTES or x.dtype != weight.dtype:
+    if not _owners or rows > _ROWS or not worth_keeping(weight) or x.dtype != weight.dtype:
         return None
     if x.requires_grad or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return None  # these ops know no gradient, and whoever records wants the plain ones
