@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import random
+import subprocess
 import sys
 import threading
 import time
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from test_slots import Recorder
 
 import fastldm
@@ -602,3 +604,22 @@ def test_threads_and_samplers_share_what_is_captured(gpu: Pipeline) -> None:
         together = list(pool.map(lambda one: gpu(**one).images, asked))
     for one, other in zip(alone, together, strict=True):
         assert np.abs(one - other).max() < 0.02, "float16, at other numbers of rows"
+
+
+@pytest.mark.gpu
+def test_reserved_memory_is_what_the_plan_says() -> None:
+    """SD1.5's full size, captured and run, in a process of its own."""
+    code = """
+import torch
+from benchmarks import ladder
+from fastldm.memory import Workload, plan
+from fastldm.slots import step_capacity
+model = ladder.MODELS["sd15-512"]
+pipe = ladder.pipeline(model, torch.device("cuda"), torch.float16)
+pipe.warmup([(512, 512)])
+pipe("a castle", num_inference_steps=4)
+asked = Workload.of_pipeline(pipe, width=512, height=512, batch=1, guided=True, steps=step_capacity(4),
+                             slots=pipe.session.max_batch, rows=pipe._rows(pipe.session.max_batch))
+print(torch.cuda.max_memory_reserved() / plan(asked).peak)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 0.85 <= float(done.stdout.split()[-1]) <= 1.0
