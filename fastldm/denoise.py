@@ -182,7 +182,7 @@ class Batch(Protocol):
         """Replace a run's latents."""
 
     def release(self, run: Run) -> Callable[[], int | None]:
-        """Let a run go, done or not. Returns what waits for the device and then says its first bad row."""
+        """Let a run go, done or not. Returns what says its first bad row, once the device has come so far."""
 
     def close(self) -> None:
         """Give up what the batch holds. It is empty, and not used again."""

@@ -42,7 +42,7 @@ from fastldm.models.unet import AddedConditions
 from fastldm.models.vae import AutoencoderKL, Decode, Pieces, TinyAutoencoder, decode_pieces, finish
 from fastldm.request import Request, Result, Timings, picture_seeds
 from fastldm.session import Progress, Session
-from fastldm.slots import Slots, StaticBuffers, graph_rows, step_capacity
+from fastldm.slots import Slots, StaticBuffers, graph_rows, step_capacity, to_host
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -269,9 +269,9 @@ class Pipeline:
         kind, pixels, finite = request.output_type, latents, None
         if kind != "latent":
             decoded = yield from self._decoding(latents)
-            pixels, finite = images.to_pixels(decoded, kind), _to_host(decoded.isfinite().all())
+            pixels, finite = images.to_pixels(decoded, kind), to_host(decoded.isfinite().all())
             if kind != "pt":
-                pixels = _to_host(pixels)
+                pixels = to_host(pixels)
         if self.device.type == "cuda":
             event = torch.cuda.Event()
             event.record()
@@ -555,13 +555,6 @@ class Pipeline:
             )
         pixels = images.to_pixels(decoded, kind)
         return pixels if kind == "pt" else pixels.cpu()
-
-
-def _to_host(x: Tensor) -> Tensor:
-    """x on the CPU, without waiting: it is there when the device has come so far."""
-    if not x.is_cuda:
-        return x
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
 def _call_signature() -> inspect.Signature:

@@ -143,7 +143,7 @@ class Slots:
                 temb[2 * slot + half, :length] = wanted
                 for layer, kv in zip(text, run.conditions.text, strict=True):
                     layer[2 * slot + half, : kv.shape[1]] = kv[row]
-                    kv_len[2 * slot + half] = kv.shape[1]
+                kv_len[2 * slot + half] = run.conditions.text[0].shape[1]
         self._started_finite[run] = work.x.isfinite().all()
 
     def latents(self, run: Run) -> Tensor:
@@ -156,15 +156,13 @@ class Slots:
 
     def release(self, run: Run) -> Callable[[], int | None]:
         slots, started_finite = self._slots.pop(run), self._started_finite.pop(run)
-        first_bad = self.buffers.step.first_bad[slots].min()
+        said = to_host(torch.stack((started_finite.int(), self.buffers.step.first_bad[slots].min())))
         self._free += slots
         self._arranged = []
 
         def first() -> int | None:
-            if not bool(started_finite):
-                return -1
-            row = int(first_bad)
-            return None if row == NEVER else row
+            finite, row = said.tolist()
+            return -1 if not finite else None if row == NEVER else row
 
         return first
 
@@ -240,6 +238,13 @@ class Slots:
             self._behind.append(event)
             if len(self._behind) > IN_FLIGHT:
                 self._behind.pop(0).synchronize()
+
+
+def to_host(x: Tensor) -> Tensor:
+    """x on the CPU, without waiting: it is there when the device has come so far."""
+    if not x.is_cuda:
+        return x
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
 def _rows(runs: Sequence[Run]) -> int:
