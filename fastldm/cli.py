@@ -397,3 +397,6 @@ def doctor(model: str, arch: str | None, as_json: bool, debug: bool) -> None:
 
         report = checks.examine(model, arch)
         click.echo(json.dumps(report, indent=2) if as_json else checks.render(report))
+
+
+from fastldm import cli_cache  # noqa: E402, F401  `fastldm cache`: a group of its own, which needs what is above
