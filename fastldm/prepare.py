@@ -169,9 +169,8 @@ def prepare(networks: Mapping[str, nn.Module], sharing: Iterable[nn.Module] = ()
 
         parameters = {name: parameter.data for name, _, parameter in _parameters(network)}
         homes += [Home(_join(title, name), data, places[name]) for name, data in parameters.items()]
-        if isinstance(
-            network, UNet
-        ):  # the others run once a request, and would gain less than looking for changes costs
+        # The others run once a request, and would gain less than looking for changes costs.
+        if isinstance(network, UNet):
             blocked += [data for data in parameters.values() if data.device.type == "cpu" and not fast_library(data)]
         for name, theirs in sources.items():
             data = parameters[name]
