@@ -49,6 +49,7 @@ class CUDA:
 
     def capture(self, work: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, int]:
         torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()  # a capture begins with this: what it gives back is no growth of ours
         before = torch.cuda.memory_reserved(self.device)
         graph = torch.cuda.CUDAGraph()
         # "thread_local": other threads may allocate and copy meanwhile, as a caller that reads its picture does.
