@@ -166,6 +166,10 @@ class Run:
 class Batch(Protocol):
     """Runs of one latent size whose steps are taken together, each getting what it would have got alone."""
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that it holds while it is empty, for the next of that size."""
+
     def holds(self, run: Run) -> bool:
         """Whether it could take a run in, were it empty."""
 
@@ -191,6 +195,8 @@ class Batch(Protocol):
 class EagerBatch:
     """A batch that is put together anew at each step, on any device: what a CPU runs, and what `Slots` is held
     against."""
+
+    nbytes = 0  # what it holds is the runs'
 
     def __init__(self, unet: UNet) -> None:
         self.unet = unet

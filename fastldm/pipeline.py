@@ -389,7 +389,9 @@ class Pipeline:
             slots=pictures,
             rows=self._rows(pictures),
         )
-        memory.check(workload, free, f"{batch} picture{'s' * (batch > 1)} of {width}x{height}")
+        memory.check(
+            workload, free + self.session.held(height, width), f"{batch} picture{'s' * (batch > 1)} of {width}x{height}"
+        )
 
     @property
     def latent_channels(self) -> int:

@@ -20,7 +20,7 @@ import atexit
 import heapq
 import itertools
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -118,7 +118,7 @@ class Session:
                 raise InputError(f"{name} is {value}: expected 1 or more")
         self.pipe, self.max_batch, self.max_queue = pipe, max_batch, max_queue
         self._worker = _Worker.of(pipe.device)
-        self._buckets: dict[Hashable, _Bucket] = {}
+        self._buckets: dict[tuple[int, int, dispatch.Route | None], _Bucket] = {}
         self._numbers = itertools.count()
         self._open: set[Generation] = set()  # what has been submitted and is not done
         self._closed = False
@@ -164,7 +164,7 @@ class Session:
             waiting = sum(len(bucket.waiting) for bucket in self._buckets.values())
             if waiting >= self.max_queue:
                 raise QueueFull(f"{waiting} requests wait already, and max_queue is {self.max_queue}: try again later")
-            key = (job.request.height, job.request.width, job.route)
+            key = (int(job.request.height or 0), int(job.request.width or 0), job.route)
             bucket = self._buckets.pop(key, None) or _Bucket(self, job.route)
             self._buckets[key] = bucket  # the last used is the last
             if not bucket.jobs():
@@ -180,6 +180,12 @@ class Session:
         if threading.current_thread() is self._worker.thread:
             return work()
         return self._worker.call(work)
+
+    def held(self, height: int, width: int) -> int:
+        """Bytes that lie ready for requests of this size, in pixels."""
+        with self._worker.changed:
+            batches = [bucket.batch for (h, w, _), bucket in self._buckets.items() if (h, w) == (height, width)]
+            return sum(batch.nbytes for batch in batches if batch is not None)
 
     def release_memory(self, keep: int = 0) -> None:
         """Give up the buffers of sizes that nobody asks for, but of the last `keep` used. On the worker's thread."""

@@ -109,6 +109,12 @@ class Slots:
             and all(kv.shape[1] <= mine.shape[1] for kv, mine in zip(run.conditions.text, text, strict=True))
         )
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        step, temb, text, kv_len, maps = self.buffers
+        return sum(t.nbytes for t in (*step, temb, *text, kv_len, maps) if t is not None)
+
     # --- coming and going
 
     @torch.no_grad()

@@ -509,3 +509,9 @@ def test_a_step_is_few_kernels() -> None:
         with Nodes() as nodes:
             step()
     assert 300 < nodes.count + launches.count <= 476
+
+
+def test_bytes_of_the_buffers() -> None:
+    held = buffers(2, 4)
+    fields = [t for t in (*held.step, *held) if isinstance(t, Tensor)] + list(held.text)
+    assert Slots(Network(), held).nbytes == sum(t.numel() * t.element_size() for t in fields)  # type: ignore[arg-type]
