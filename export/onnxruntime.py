@@ -1,0 +1,77 @@
+"""Networks on ONNX Runtime: on a CPU, or with its CUDA provider on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from fastldm.engine import bound
+from fastldm.errors import EngineError
+from fastldm.export.spec import NetworkSpec
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_ELEMENTS = {torch.float32: 1, torch.float16: 10, torch.int64: 7}  # onnx.TensorProto's, without importing onnx
+
+
+class ONNXRuntimeEngine:
+    """A network, its inputs and outputs bound by address: nothing is copied on the way in or out."""
+
+    def __init__(self, path: Path, spec: NetworkSpec, device: torch.device) -> None:
+        provider = _PROVIDERS.get(device.type)
+        if provider not in ort.get_available_providers():
+            raise EngineError(
+                f"this onnxruntime cannot run on {device}, only with {', '.join(ort.get_available_providers())}: "
+                "pip install 'fastldm[onnx-gpu]' for NVIDIA GPUs, or run on the CPU"
+            )
+        self.spec, self.device, self._index = spec, device, device.index or 0
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        # Threads that wait for work by spinning take the processor from the other networks' and from PyTorch.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3  # errors, which are raised too
+        given = {"device_id": self._index} if device.type == "cuda" else {}
+        try:
+            self._session = ort.InferenceSession(str(path), options, providers=[(provider, given)])
+        except Exception as error:  # ONNX Runtime's own, which share no other base
+            raise EngineError(f"ONNX Runtime cannot load {path}: {_first_line(error)}") from error
+        if self._session.get_providers()[0] != provider:  # it only logs that it has gone to the CPU
+            raise EngineError(
+                f"ONNX Runtime could not start its {provider} for {path}: are CUDA and cuDNN of its version here?"
+            )
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        ins, outs = bound(self.spec, inputs, self.device)
+        binding, kind = self._session.io_binding(), self.device.type
+        for name, tensor in ins.items():
+            binding.bind_input(name, kind, self._index, _ELEMENTS[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
+        for name, tensor in outs.items():
+            shape = tuple(tensor.shape)
+            binding.bind_output(name, kind, self._index, _ELEMENTS[tensor.dtype], shape, tensor.data_ptr())
+        if kind == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime has a stream of its own
+        try:
+            self._session.run_with_iobinding(binding)  # waits for its stream
+        except Exception as error:
+            raise EngineError(f"{self.spec.name} failed in ONNX Runtime: {_first_line(error)}") from error
+        return outs
+
+    def close(self) -> None:
+        del self._session
+
+
+def open_engine(path: Path, spec: NetworkSpec, device: torch.device, precision: str | None) -> ONNXRuntimeEngine:
+    """The network of an ONNX file. precision: that of the file, which is what ONNX Runtime computes in."""
+    has = next(port.dtype for port in spec.outputs)
+    if precision not in (None, has):
+        raise EngineError(
+            f"ONNX Runtime computes in what the file holds, {has}, not in {precision}: export it in {precision}"
+        )
+    return ONNXRuntimeEngine(path, spec, device)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,264 @@
+"""Networks as TensorRT engines, by TensorRT-RTX, which builds with no GPU and no driver, or by TensorRT if installed.
+
+Both have one API. The ONNX file says what is computed in which precision (strongly typed); the builder is told ranges
+of the dynamic axes and, for GPUs that are not here, their compute capabilities. What is built on the machine that runs
+it goes through the engine cache.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastldm.engine import bound, nearest
+from fastldm.errors import EngineError, InputError
+from fastldm.export.cache import EngineCache, Key, hash_files
+from fastldm.export.spec import NetworkSpec
+
+logger = logging.getLogger("fastldm")
+
+Ranges = Mapping[str, tuple[int, int, int]]  # of axes of a spec's inputs by name: least, best, most
+
+
+def _import_library() -> ModuleType:
+    # The extra brings TensorRT-RTX. Whoever installed the other one did so on purpose, but it builds on a GPU only.
+    full = torch.cuda.is_available() and importlib.util.find_spec("tensorrt") is not None
+    return importlib.import_module("tensorrt" if full else "tensorrt_rtx")
+
+
+trt: Any = _import_library()
+
+
+def static(spec: NetworkSpec, sizes: Mapping[str, int]) -> Ranges:
+    """Ranges of an engine for one shape alone: the builder knows all sizes. Axes not named have their best."""
+    chosen = {name: sizes.get(name, axis.best) for name, axis in spec.axes.items()}
+    return {name: (size, size, size) for name, size in chosen.items()}
+
+
+def build(
+    path: Path, spec: NetworkSpec, *, profiles: Sequence[Ranges] = ({},), capabilities: Sequence[int] = ()
+) -> bytes:
+    """A serialised engine from a network's model.onnx, whose inputs and outputs must be the spec's.
+
+    profiles: ranges that the engine is optimised for, each on its own; an axis that one does not name has the spec's
+        range. A single profile of one size per axis (`static`) makes an engine without dynamic shapes.
+    capabilities: of the GPUs that it is for, such as 89; TensorRT-RTX only. Without any, TensorRT-RTX builds one that
+        runs on Ampere and later, and TensorRT one for this machine's GPU.
+
+    Raises InputError for ranges outside the spec's, EngineError where the network cannot be built.
+    """
+    log = _Log()
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(path)):
+        raise EngineError(
+            f"TensorRT cannot read {path}: {parser.get_error(0).desc() if parser.num_errors else log.last}"
+        )
+    _check_ports(network, spec)
+    _allow_any_attention(network)
+    config = builder.create_builder_config()
+    _set_capabilities(config, capabilities)
+    inputs = {network.get_input(i).name: network.get_input(i) for i in range(network.num_inputs)}
+    for ranges in profiles:
+        profile = builder.create_optimization_profile()
+        for name, (least, best, most) in shapes(spec, ranges).items():
+            if len(profiles) == 1 and least == most:
+                inputs[name].shape = best
+            else:
+                profile.set_shape(name, least, best, most)
+        if any(-1 in tensor.shape for tensor in inputs.values()) and config.add_optimization_profile(profile) < 0:
+            raise EngineError(f"TensorRT refuses the ranges {range_words([ranges], spec)} of {spec.name}: {log.last}")
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise EngineError(f"TensorRT cannot build {spec.name}: {log.last}")
+    return bytes(engine)
+
+
+class TensorRTEngine:
+    """An engine on a GPU, on PyTorch's current stream: a call waits for nothing and can be captured in a CUDA graph."""
+
+    def __init__(self, data: bytes, spec: NetworkSpec, device: torch.device) -> None:
+        self.spec, self.device, self._log = spec, device, _Log()
+        with torch.cuda.device(device):
+            self._runtime = trt.Runtime(self._log)
+            self._engine = self._runtime.deserialize_cuda_engine(data)
+            if self._engine is None:
+                raise EngineError(f"TensorRT refuses the engine of {spec.name}: {self._log.last}")
+            self._contexts = [self._context(k) for k in range(max(1, self._engine.num_optimization_profiles))]
+
+    def _context(self, profile: int) -> Any:
+        context = self._engine.create_execution_context()
+        if context is None:
+            raise EngineError(f"TensorRT has no memory to run {self.spec.name}: {self._log.last}")
+        stream = torch.cuda.current_stream(self.device)
+        if profile and not context.set_optimization_profile_async(profile, stream.cuda_stream):
+            raise EngineError(f"{self.spec.name} cannot use its profile {profile}: {self._log.last}")
+        stream.synchronize()
+        return context
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        ins, outs = bound(self.spec, inputs, self.device)
+        context = self._contexts[self._profile(ins)]
+        for name, tensor in ins.items():
+            context.set_input_shape(name, tuple(tensor.shape))
+        for name, tensor in {**ins, **outs}.items():
+            context.set_tensor_address(name, tensor.data_ptr())
+        if not context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
+            raise EngineError(f"{self.spec.name} failed in TensorRT: {self._log.last}")
+        return outs
+
+    def _profile(self, inputs: Mapping[str, Tensor]) -> int:
+        """The first profile that these inputs fit into."""
+        for k in range(len(self._contexts)):
+            if all(self._takes(name, k, tensor.shape) for name, tensor in inputs.items()):
+                return k
+        given = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in inputs.items())
+        raise InputError(f"the engine of {self.spec.name} was not built for {given}: build one whose ranges hold it")
+
+    def _takes(self, name: str, profile: int, shape: torch.Size) -> bool:
+        fixed = tuple(self._engine.get_tensor_shape(name))
+        if -1 not in fixed:
+            return tuple(shape) == fixed
+        least, _, most = self._engine.get_tensor_profile_shape(name, profile)
+        return all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True))
+
+    def close(self) -> None:
+        # A context must go before its engine, and that before its runtime.
+        del self._contexts
+        del self._engine
+        del self._runtime
+
+
+def open_engine(path: Path, spec: NetworkSpec, device: torch.device, precision: str | None) -> TensorRTEngine:
+    """An engine file, or an ONNX file that is built here unless the engine cache has it."""
+    if device.type != "cuda":
+        raise EngineError(f"TensorRT runs on NVIDIA GPUs, not on {device}: try backend openvino or onnxruntime")
+    has = next(port.dtype for port in spec.outputs)
+    if precision not in (None, has):
+        raise EngineError(
+            f"TensorRT computes in what the file holds, {has}, not in {precision}: export it in {precision}"
+        )
+    if path.suffix != ".onnx":
+        return TensorRTEngine(path.read_bytes(), spec, device)
+    name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+
+    def build_here() -> bytes:
+        with torch.cuda.device(device):
+            return build(path, spec)
+
+    key = key_of(path, spec, gpu=f"{name} sm_{major}{minor}")
+    return EngineCache().fetch(key, build_here, lambda data: TensorRTEngine(data, spec, device))
+
+
+def key_of(path: Path, spec: NetworkSpec, *, profiles: Sequence[Ranges] = ({},), gpu: str) -> Key:
+    """What an engine that `build` makes of a network's model.onnx is kept under. Reads all of its weights."""
+    return Key(
+        network=spec.name,
+        graph=hash_files(path),
+        weights=hash_files(*sorted(path.parent.glob(f"{path.name}_data*"))),
+        backend=trt.__name__,
+        version=trt.__version__,
+        precision=next(port.dtype for port in spec.outputs),
+        ranges=range_words(profiles, spec),
+        flags="",
+        gpu=gpu,
+    )
+
+
+def range_words(profiles: Sequence[Ranges], spec: NetworkSpec) -> str:
+    """Such as "batch=1:2:16 height=16:64:128", with a bar between profiles."""
+    whole = [
+        {name: ranges.get(name, (axis.least, axis.best, axis.most)) for name, axis in spec.axes.items()}
+        for ranges in profiles
+    ]
+    return " | ".join(
+        " ".join(f"{name}={low}:{best}:{high}" for name, (low, best, high) in one.items()) for one in whole
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- building
+
+
+def shapes(spec: NetworkSpec, ranges: Ranges) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Least, best and most shape of each input that has axes. InputError for ranges outside the spec's."""
+    axes = spec.axes
+    for name, sizes in ranges.items():
+        if name not in axes:
+            raise InputError(f"{spec.name} has no axis {name!r}: expected some of {', '.join(axes)}")
+        if list(sizes) != sorted(sizes) or any(nearest(axes[name], size) != size for size in sizes):
+            axis = axes[name]
+            raise InputError(
+                f"{spec.name}: {name} is to be from {sizes[0]} over {sizes[1]} to {sizes[2]}: expected ascending "
+                f"multiples of {axis.multiple_of} from {axis.least} to {axis.most}"
+            )
+    chosen = {name: ranges.get(name, (axis.least, axis.best, axis.most)) for name, axis in axes.items()}
+    ends = [{name: sizes[k] for name, sizes in chosen.items()} for k in range(3)]
+    return {port.name: tuple(spec.shape(port, sizes) for sizes in ends) for port in spec.inputs if port.axes}
+
+
+def _check_ports(network: Any, spec: NetworkSpec) -> None:
+    """EngineError where the parsed network's inputs or outputs are not the spec's."""
+    sides = (
+        ("inputs", [network.get_input(i) for i in range(network.num_inputs)], spec.inputs),
+        ("outputs", [network.get_output(i) for i in range(network.num_outputs)], spec.outputs),
+    )
+    for side, tensors, ports in sides:
+        found = {(tensor.name, trt.nptype(tensor.dtype).__name__, tuple(tensor.shape)) for tensor in tensors}
+        expected = {
+            (port.name, port.dtype, tuple(size if isinstance(size, int) else -1 for size in port.shape))
+            for port in ports
+        }
+        if found != expected:
+            raise EngineError(
+                f"the {side} of {spec.name} are not what its bundle says: "
+                f"found {_ports(found - expected)}, expected {_ports(expected - found)}"
+            )
+
+
+def _ports(ports: Iterable[tuple[str, str, tuple[int, ...]]]) -> str:
+    return ", ".join(f"{name} {dtype} {shape}" for name, dtype, shape in sorted(ports)) or "no other"
+
+
+def _allow_any_attention(network: Any) -> None:
+    """Attention as one node (opset 23) has kernels for some head sizes in float16 only; others may be taken apart."""
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer  # the bindings' way to say which layer it is
+            layer.attention.decomposable = True
+
+
+def _set_capabilities(config: Any, capabilities: Sequence[int]) -> None:
+    if not capabilities:
+        return
+    if not hasattr(config, "set_compute_capability"):
+        raise EngineError("TensorRT builds for the GPU that is here: builds for others need TensorRT-RTX")
+    config.num_compute_capabilities = len(capabilities)
+    for i, capability in enumerate(capabilities):
+        known = trt.ComputeCapability.__members__
+        if f"SM{capability}" not in known:
+            offered = ", ".join(name[2:] for name in known if name.startswith("SM"))
+            raise EngineError(f"TensorRT-RTX does not build for compute capability {capability}: expected {offered}")
+        config.set_compute_capability(known[f"SM{capability}"], i)
+
+
+class _Log(trt.ILogger):  # type: ignore[misc]
+    """TensorRT's messages in ours, and the last error, since its calls return only that they failed."""
+
+    def __init__(self) -> None:
+        trt.ILogger.__init__(self)
+        self.last = "it does not say why"
+
+    def log(self, severity: Any, message: str) -> None:
+        if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
+            self.last = message
+        logger.debug("TensorRT: %s", message)

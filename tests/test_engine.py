@@ -1,0 +1,380 @@
+"""Backends behind the Engine seam, on a network small enough to export and build in a second: a convolution, a
+GroupNorm, cross-attention and an upsampling, so every kind of axis that a U-Net has."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastldm.engine import BACKENDS, bound, nearest, open_engine
+from fastldm.errors import EngineError, InputError
+from fastldm.export.spec import Axis, NetworkSpec, Port, sample
+
+CPU = torch.device("cpu")
+BATCH, TOKENS = Axis("batch", 1, 2, 4), Axis("tokens", 1, 7, 20)
+HEIGHT, WIDTH = Axis("height", 4, 8, 16, 2), Axis("width", 4, 8, 16, 2)
+
+
+def spec(dtype: Any = "float32") -> NetworkSpec:
+    tall, wide = (Axis(a.name, 2 * a.least, 2 * a.best, 2 * a.most, 2 * a.multiple_of) for a in (HEIGHT, WIDTH))
+    inputs = (
+        Port("sample", dtype, (BATCH, 4, HEIGHT, WIDTH)),
+        Port("timestep", "float32", (BATCH,), 1000),
+        Port("encoder_hidden_states", dtype, (BATCH, TOKENS, 12)),
+    )
+    return NetworkSpec("unet", inputs, (Port("out_sample", dtype, (BATCH, 3, tall, wide)),))
+
+
+class Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(4, 16, 3, padding=1), nn.Conv2d(16, 3, 3, padding=1)
+        self.norm, self.q, self.kv = nn.GroupNorm(4, 16), nn.Linear(16, 16), nn.Linear(12, 32)
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        time = (timestep * 1e-3).to(sample.dtype)[:, None, None, None]
+        x = F.silu(self.norm(self.conv(sample) + time))  # (B, 16, h, w)
+        rows, channels, height, width = x.shape
+        q, k, v = (
+            one.unflatten(2, (2, 8)).transpose(1, 2)
+            for one in (self.q(x.flatten(2).transpose(1, 2)), *self.kv(encoder_hidden_states).chunk(2, dim=2))
+        )
+        seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, hw, 16)
+        x = x + seen.transpose(1, 2).reshape(rows, channels, height, width)
+        return self.out(F.gelu(F.interpolate(x, scale_factor=2.0)))
+
+
+def exported(network: nn.Module, folder: Path, dtype: str = "float32", opset: int = 21) -> Path:
+    pytest.importorskip("onnx", reason="exporting needs onnx: pip install 'fastldm[onnx]'")
+    pytest.importorskip("onnxscript", reason="exporting needs onnxscript: pip install 'fastldm[onnx]'")
+    batch, tokens = torch.export.Dim("batch", min=1, max=4), torch.export.Dim("tokens", min=1, max=20)
+    tall, wide = (2 * torch.export.Dim(name, min=2, max=8) for name in ("tall", "wide"))
+    inputs = sample(spec(dtype))
+    program = torch.onnx.export(
+        network,
+        tuple(inputs.values()),
+        dynamo=True,
+        opset_version=opset,
+        input_names=list(inputs),
+        output_names=["out_sample"],
+        dynamic_shapes=({0: batch, 2: tall, 3: wide}, {0: batch}, {0: batch, 1: tokens}),
+        verbose=False,
+    )
+    assert program is not None
+    folder.mkdir()
+    program.save(str(folder / "model.onnx"))
+    return folder / "model.onnx"
+
+
+@pytest.fixture(scope="module")
+def network() -> Tiny:
+    torch.manual_seed(0)
+    return Tiny().eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def model(network: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported(network, tmp_path_factory.mktemp("tiny") / "unet")
+
+
+def backend(name: str) -> str:
+    package = {"tensorrt": "tensorrt_rtx"}.get(name, name)
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install 'fastldm[{BACKENDS[name]}]'")
+    return name
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    return ((a.float() - b).abs().max() / b.abs().max()).item()
+
+
+# ---- on the CPU
+
+SIZES = [
+    {},
+    {"batch": 1, "tokens": 1, "height": 4, "width": 4},  # the least of everything
+    {"batch": 4, "tokens": 20, "height": 16, "width": 16},  # the most
+    {"batch": 3, "height": 6, "width": 14},  # between, not square
+]
+# float32 differs in the order of sums alone; bfloat16 has 2^-9 in each of about eight roundings in a row.
+RUNS = [("onnxruntime", None, 1e-5), ("openvino", "float32", 1e-5), ("openvino", "bfloat16", 8 * 2**-9)]
+
+
+@pytest.mark.parametrize(("name", "precision", "tolerance"), RUNS)
+def test_a_backend_gives_what_pytorch_gives(
+    name: str, precision: str | None, tolerance: float, network: Tiny, model: Path
+) -> None:
+    engine = open_engine(backend(name), model, spec(), precision=precision)
+    kept = []
+    for sizes in SIZES:
+        inputs = sample(spec(), sizes, seed=1)
+        before = {name: tensor.clone() for name, tensor in inputs.items()}
+        inputs["sample"] = inputs["sample"].to(memory_format=torch.channels_last)
+        expected = network(*inputs.values())
+        outputs = engine(inputs)
+        assert set(outputs) == {"out_sample"}
+        assert outputs["out_sample"].shape == expected.shape
+        assert all(torch.equal(inputs[name], before[name]) for name in before), "inputs are only read"
+        kept.append((outputs["out_sample"], expected))
+    # Compared at the end: an output is the caller's, and no later call writes to it.
+    assert max(error(*pair) for pair in kept) <= tolerance
+    engine.close()
+
+
+def test_float16_on_onnx_runtime(network: Tiny, tmp_path: Path) -> None:
+    half = Tiny().eval().requires_grad_(False)
+    half.load_state_dict(network.state_dict())
+    engine = open_engine(backend("onnxruntime"), exported(half.half(), tmp_path / "unet", "float16"), spec("float16"))
+    inputs = sample(spec("float16"), seed=1)
+    outputs = engine(inputs)
+    assert outputs["out_sample"].dtype == torch.float16
+    assert error(outputs["out_sample"], network(*(tensor.float() for tensor in inputs.values()))) <= 1e-2
+
+
+def without(name: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    return lambda inputs: {key: tensor for key, tensor in inputs.items() if key != name}
+
+
+def replaced(name: str, tensor: Tensor) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    return lambda inputs: {**inputs, name: tensor}
+
+
+WRONG = {
+    "one is missing": (without("timestep"), "unet got sample, encoder_hidden_states: expected sample, timestep"),
+    "one too many": (replaced("other", torch.zeros(1)), "unet got .*, other: expected sample"),
+    "dtype": (
+        replaced("timestep", torch.zeros(2).long()),
+        "timestep is int64 of 1 dimensions on cpu: expected float32",
+    ),
+    "dimensions": (replaced("timestep", torch.zeros(())), "float32 of 0 dimensions on cpu: expected float32 of 1"),
+    "device": (replaced("timestep", torch.zeros(2, device="meta")), "on meta: expected float32 of 1 dimensions on cpu"),
+    "channels": (
+        replaced("sample", torch.zeros(2, 5, 8, 8)),
+        r"sample is \(2, 5, 8, 8\): expected \(batch 1 to 4, 4, ",
+    ),
+    "not a multiple": (replaced("sample", torch.zeros(2, 4, 9, 8)), "height 4 to 16 in steps of 2"),
+    "too large": (replaced("sample", torch.zeros(2, 4, 8, 18)), "width 4 to 16 in steps of 2"),
+    "too small": (replaced("sample", torch.zeros(2, 4, 2, 8)), "height 4 to 16 in steps of 2"),
+    "two batches": (replaced("timestep", torch.zeros(3)), r"timestep is \(3,\): expected \(batch 1 to 4\)"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_inputs_that_are_not_the_spec_s_are_refused(wrong: str) -> None:
+    change, message = WRONG[wrong]
+    with pytest.raises(InputError, match=message):
+        bound(spec(), change(sample(spec())), CPU)
+
+
+def test_contiguous_inputs_are_not_copied() -> None:
+    inputs = sample(spec())
+    ins, outs = bound(spec(), inputs, CPU)
+    assert all(ins[name] is inputs[name] for name in inputs)
+    assert {name: tuple(tensor.shape) for name, tensor in outs.items()} == {"out_sample": (2, 3, 16, 16)}
+
+
+@pytest.mark.parametrize("axis", [HEIGHT, BATCH, Axis("width", 3, 3, 3, 3), Axis("width", 16, 64, 128, 8)])
+def test_the_nearest_size_is_the_nearest(axis: Axis) -> None:
+    valid = range(axis.least, axis.most + 1, axis.multiple_of)
+    for size in range(-3, 2 * axis.most):
+        assert nearest(axis, size) == min(valid, key=lambda one: abs(one - size))
+
+
+# ---- what cannot run
+
+
+def test_an_unknown_backend_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="backend is 'tvm': expected one of onnxruntime, openvino, tensorrt"):
+        open_engine("tvm", tmp_path, spec())
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_backend_that_is_not_installed_names_its_extra(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, package, None)  # type: ignore[arg-type]
+    monkeypatch.delitem(sys.modules, f"fastldm.export.{name}", raising=False)
+    with pytest.raises(EngineError, match=rf"backend '{name}' cannot be imported.*fastldm\[{BACKENDS[name]}\]"):
+        open_engine(name, tmp_path / "model.onnx", spec())
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_files_that_are_missing_or_damaged_are_named(name: str, model: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "model.onnx"
+    with pytest.raises(EngineError, match="does not exist: expected the unet of a bundle"):
+        open_engine(backend(name), damaged, spec())
+    damaged.write_bytes(model.read_bytes()[:1000])
+    with pytest.raises(EngineError, match=f"cannot load {damaged}: ."):
+        open_engine(name, damaged, spec())
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "precision", "message"),
+    [
+        ("onnxruntime", "cpu", "bfloat16", "computes in what the file holds, float32, not in bfloat16"),
+        ("openvino", "cpu", "float16", "computes in float32 or bfloat16 on a CPU, not in float16"),
+        ("openvino", "cuda", None, "runs on the CPU, not on cuda"),
+        ("tensorrt", "cpu", None, "runs on NVIDIA GPUs, not on cpu"),
+        ("tensorrt", "cuda", "bfloat16", "computes in what the file holds, float32, not in bfloat16"),
+    ],
+)
+def test_what_a_backend_does_not_do_it_says(
+    name: str, device: str, precision: str | None, message: str, model: Path
+) -> None:
+    with pytest.raises(EngineError, match=message):
+        open_engine(backend(name), model, spec(), device=device, precision=precision)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.filterwarnings("ignore:Specified provider")
+@pytest.mark.parametrize("claimed", [False, True])
+def test_onnx_runtime_never_goes_to_the_cpu_in_silence(
+    claimed: bool, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module(f"fastldm.export.{backend('onnxruntime')}")
+    if claimed:  # as onnxruntime-gpu does on a machine without CUDA: it has the provider, and cannot start it
+        monkeypatch.setattr(module.ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    message = "could not start its CUDAExecutionProvider" if claimed else r"cannot run on cuda.*fastldm\[onnx-gpu\]"
+    with pytest.raises(EngineError, match=message):
+        open_engine("onnxruntime", model, spec(), device="cuda")
+
+
+# ---- TensorRT-RTX builds with no GPU
+
+
+@pytest.fixture(scope="module")
+def tensorrt() -> Any:
+    return importlib.import_module(f"fastldm.export.{backend('tensorrt')}")
+
+
+def test_an_engine_is_built_with_no_gpu(tensorrt: Any, model: Path) -> None:
+    # An engine cannot be opened without a GPU; that it names all ports says that it is one. What it knows of one GPU
+    # more, and of one profile more, takes room.
+    def size(**how: Any) -> int:
+        engine = tensorrt.build(model, spec(), **how)
+        assert all(port.name.encode() in engine for port in (*spec().inputs, *spec().outputs))
+        return len(engine)
+
+    shape = tensorrt.static(spec(), {"height": 16})
+    assert size(profiles=[shape], capabilities=[89]) < size(profiles=[shape], capabilities=[89, 120])
+    ranges = [{"height": (4, 4, 8), "width": (4, 4, 8)}, {"height": (8, 16, 16)}]
+    assert size(profiles=[shape]) < size(profiles=ranges[:1]) < size(profiles=ranges)
+
+
+def test_a_profile_is_the_least_best_and_most_of_each_input(tensorrt: Any) -> None:
+    found = tensorrt.shapes(spec(), {"height": (4, 8, 8), "batch": (2, 2, 2)})
+    assert found == {
+        "sample": ((2, 4, 4, 4), (2, 4, 8, 8), (2, 4, 8, 16)),
+        "timestep": ((2,), (2,), (2,)),
+        "encoder_hidden_states": ((2, 1, 12), (2, 7, 12), (2, 20, 12)),
+    }
+    fixed = tensorrt.shapes(spec(), tensorrt.static(spec(), {"height": 16}))
+    assert fixed["sample"] == ((2, 4, 16, 8),) * 3
+
+
+def test_attention_as_one_node_is_built_in_float32_too(tensorrt: Any, network: Tiny, tmp_path: Path) -> None:
+    path = exported(network, tmp_path / "unet", opset=23)
+    assert b"Attention" in path.read_bytes()
+    assert len(tensorrt.build(path, spec(), profiles=[tensorrt.static(spec(), {})], capabilities=[86])) > 10_000
+
+
+def changed(**ports: Port) -> NetworkSpec:
+    plain = spec()
+    inputs = tuple(ports.get(port.name, port) for port in plain.inputs)
+    return NetworkSpec("unet", inputs, tuple(ports.get(port.name, port) for port in plain.outputs))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (changed(sample=Port("sample", "float16", (BATCH, 4, HEIGHT, WIDTH))), "the inputs .* found sample float32"),
+        (changed(sample=Port("latent", "float32", (BATCH, 4, HEIGHT, WIDTH))), "expected latent float32"),
+        (changed(sample=Port("sample", "float32", (BATCH, 4, 8, WIDTH))), r"expected sample float32 \(-1, 4, 8, -1\)"),
+        (changed(out_sample=Port("out_sample", "float32", (BATCH, 4, HEIGHT, WIDTH))), "the outputs .* are not what"),
+    ],
+)
+def test_a_network_whose_ports_are_not_the_spec_s_is_not_built(
+    other: NetworkSpec, message: str, tensorrt: Any, model: Path
+) -> None:
+    with pytest.raises(EngineError, match=message):
+        tensorrt.build(model, other)
+
+
+@pytest.mark.parametrize(
+    ("ranges", "message"),
+    [
+        ({"depth": (1, 1, 1)}, "unet has no axis 'depth': expected some of "),
+        ({"height": (4, 8, 32)}, "from 4 over 8 to 32: expected ascending multiples of 2 from 4 to 16"),
+        ({"height": (4, 7, 8)}, "from 4 over 7 to 8"),
+        ({"batch": (2, 1, 4)}, "from 2 over 1 to 4"),
+    ],
+)
+def test_ranges_outside_the_spec_s_are_refused(
+    ranges: dict[str, Any], message: str, tensorrt: Any, model: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        tensorrt.build(model, spec(), profiles=[ranges])
+
+
+def test_gpus_that_it_does_not_build_for_are_named(tensorrt: Any, model: Path) -> None:
+    with pytest.raises(EngineError, match=r"does not build for compute capability 90: expected .*89, 120"):
+        tensorrt.build(model, spec(), capabilities=[90])
+
+
+def test_a_damaged_network_is_named(tensorrt: Any, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(model.read_bytes()[:1000])
+    with pytest.raises(EngineError, match=f"cannot read {tmp_path / 'model.onnx'}: ."):
+        tensorrt.build(tmp_path / "model.onnx", spec())
+
+
+def test_a_key_changes_with_whatever_the_engine_depends_on(tensorrt: Any, model: Path, tmp_path: Path) -> None:
+    def key(**given: Any) -> str:
+        return tensorrt.key_of(path, spec(), **{"gpu": "A sm_89", **given}).digest
+
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.read_bytes())
+    keys = [key(), key(gpu="B sm_89"), key(profiles=[{"height": (4, 4, 4)}]), key(profiles=[{}, {}])]
+    assert key(profiles=[{"batch": (1, 2, 4)}]) == keys[0], "the spec's own ranges, spelled out"
+    (tmp_path / "model.onnx_data").write_bytes(b"weights")
+    keys.append(key())
+    (tmp_path / "model.onnx_data").write_bytes(b"Weights")
+    keys.append(key())
+    path.write_bytes(model.read_bytes() + b"\0")
+    keys.append(key())
+    assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.gpu
+def test_an_engine_on_a_gpu_gives_what_pytorch_gives(
+    network: Tiny, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTLDM_CACHE", str(tmp_path))
+    engine = open_engine(backend("tensorrt"), model, spec(), device="cuda:0")
+    for sizes in SIZES:
+        inputs = sample(spec(), sizes, seed=1)
+        outputs = engine({name: tensor.to("cuda:0") for name, tensor in inputs.items()})
+        assert error(outputs["out_sample"].cpu(), network(*inputs.values())) <= 2e-3  # TF32 products
+    engine.close()
+
+
+@pytest.mark.gpu
+def test_an_engine_can_be_captured(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLDM_CACHE", str(tmp_path))
+    engine = open_engine(backend("tensorrt"), model, spec(), device="cuda:0")
+    inputs = {name: tensor.to("cuda:0") for name, tensor in sample(spec()).items()}
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        engine(inputs)
+        with torch.cuda.graph(graph, stream=stream):
+            captured = engine(inputs)["out_sample"]
+        inputs["sample"].neg_()
+        graph.replay()
+        assert torch.equal(captured, engine(inputs)["out_sample"])
