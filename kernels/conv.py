@@ -171,15 +171,17 @@ def _convolve(x: Tensor, weight: Tensor, stride: int, padding: int, transposed: 
     from a search or not, so a search at the first call serves all later ones of this thread. A CUDA graph's capture
     cannot hold a search: run each shape once before, or it gets the plan that cuDNN guesses.
     """
+    steps, edges, ones = (stride, stride), (padding, padding), (1, 1)
+    if x.is_meta:  # which `_convolution` does not know before torch 2.12
+        return _channels_last(torch.convolution(x, weight, None, steps, edges, ones, transposed, (0, 0), 1))
     cudnn = torch.backends.cudnn
     capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
     deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
     search = not (capturing or deterministic)  # another run may find another plan, which rounds otherwise
-    steps, edges, ones = (stride, stride), (padding, padding), (1, 1)
     out = torch._convolution(
         x, weight, None, steps, edges, ones, transposed, (0, 0), 1, search, deterministic, cudnn.enabled, True
     )
-    return _channels_last(out)  # as it is, but on the meta device
+    return _channels_last(out)  # as it is, from cuDNN
 
 
 def _channels_last(x: Tensor) -> Tensor:
