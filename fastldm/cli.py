@@ -400,3 +400,90 @@ def doctor(model: str, arch: str | None, as_json: bool, debug: bool) -> None:
 
 
 from fastldm import cli_cache  # noqa: E402, F401  `fastldm cache`: a group of its own, which needs what is above
+
+
+@main.command()
+@model_option
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
+@click.option(
+    "--opset", type=click.Choice(["21", "23"]), default="21", show_default=True, help="23 has attention as one node."
+)
+@click.option(
+    "--split", is_flag=True, help="The U-Net in three: what changes once a prompt, once a schedule, each step."
+)
+@debug_option
+def export(model: str, out: Path, dtype: str, opset: str, split: bool, debug: bool) -> None:
+    """Write a model to the folder OUT as ONNX, each network compared with PyTorch before it counts.
+
+    \b
+    fastldm export -m ./sd15 ./sd15-onnx                        float32, for ONNX Runtime and OpenVINO on CPUs
+    fastldm export -m ./sd15 ./sd15-half --dtype float16        for GPUs
+    fastldm export -m ./sd15 ./sd15-split --split               text and time steps once, not at each step
+    fastldm verify ./sd15-onnx                                  prove it once more, on the machine that runs it
+
+    The folders are laid out as optimum's and diffusers' exports are. An export that was stopped goes on where it was
+    when the same command is given again.
+    """
+    with reported(debug):
+        need_export()
+        from fastldm import loading
+        from fastldm.export import bundle
+
+        spec = loading.describe(model)
+        made = bundle.export(
+            spec,
+            out,
+            name="default" if model == "default" else Path(model).name,
+            dtype=dtype,
+            opset=int(opset),
+            split=split,
+            on_network=lambda network: click.echo(f"{network} ...", err=True),
+        )
+        total = sum(known["bytes"] for known in made.manifest["files"].values())
+        click.echo(f"{out}: {', '.join(made.specs)}; {total / 2**20:.0f} MiB in {dtype}, as PyTorch computes them")
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--backend", type=click.Choice(["onnxruntime", "openvino", "tensorrt"]), default="onnxruntime", show_default=True
+)
+@click.option("--device", default="cpu", show_default=True, metavar="D", help="Such as cpu or cuda.")
+@debug_option
+def verify(out: Path, backend: str, device: str, debug: bool) -> None:
+    """Prove a bundle: compare each file with its hash, then run each network at three sizes and compare with PyTorch.
+
+    PyTorch's results lie in the bundle, so the model itself need not be here. Exit status 1 where anything differs.
+    """
+    with reported(debug):
+        need_export()
+        from fastldm.errors import BundleError
+        from fastldm.export import bundle
+
+        opened = bundle.Bundle.open(out)
+        manifest = opened.manifest
+        click.echo(
+            f"{manifest['model']} ({manifest['family']}), {manifest['dtype']}, opset {manifest['opset']}: "
+            f"{len(manifest['files'])} files are as they were written"
+        )
+        problems = []
+        for check in bundle.verify(opened, backend, device):
+            if check.difference is None:
+                problems.append(check.problem)
+            shown = "FAILED" if check.difference is None else f"{check.difference}  PSNR {check.difference.psnr:.0f} dB"
+            click.echo(f"{check.network:<15}{check.sizes:<34}{shown}")
+        if problems:
+            raise BundleError(f"{len(problems)} of the above failed on {backend}: {problems[0]}")
+        click.echo(f"all within {manifest['tolerance']:.0e} of PyTorch on {backend}")
+
+
+def need_export() -> None:
+    """EngineError where the packages that exporting needs are not installed."""
+    from importlib.util import find_spec
+
+    from fastldm.errors import EngineError
+
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise EngineError(f"{', '.join(missing)} is not installed: pip install 'fastldm[onnx]'")

@@ -45,11 +45,14 @@ class CLIPText(nn.Module):
 
         for layer in text.encoder.layers[kept:]:
             x = layer(x)
+        last = x[torch.arange(len(x), device=x.device), self.ends(input_ids)]
+        return hidden, self.text_projection(text.final_layer_norm(last))
+
+    def ends(self, input_ids: Tensor) -> Tensor:
+        """Where each text of input_ids (B, T) ends: (B,), its first end-of-text token."""
         # Configs from before transformers 4.31 say eos_token_id = 2 and mean the highest id: CLIP's end of text.
         eos = self.config.eos_token_id
-        ends = (input_ids if eos == 2 else (input_ids == eos).int()).argmax(dim=1)  # (B,), the first of equals
-        last = x[torch.arange(len(x), device=x.device), ends]
-        return hidden, self.text_projection(text.final_layer_norm(last))
+        return (input_ids if eos == 2 else (input_ids == eos).int()).argmax(dim=1)  # the first of equals
 
 
 class TextTransformer(nn.Module):

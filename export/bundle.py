@@ -1,0 +1,320 @@
+"""A model as a folder that other tools read and that proves itself.
+
+    manifest.json                what it is: model, configs, dtype, opset, each network's inputs and outputs, versions,
+                                 the sha256 of every other file, and that of the manifest
+    unet/model.onnx, ...         the networks, each with model.onnx_data and config.json beside it
+    goldens/unet.safetensors     inputs of three sizes, and what PyTorch made of them in float32
+    tokenizer/, scheduler/, model_index.json
+
+The layout is that of optimum's exports. A bundle takes its name by one rename when all of it is on the disk and has
+been compared with PyTorch. Until then it grows in .NAME.partial, from where an export that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from fastldm import __version__
+from fastldm.engine import open_engine
+from fastldm.errors import BundleError, CheckpointError, EngineError, InputError
+from fastldm.export.onnx import MODEL, Networks, write
+from fastldm.export.parity import TOLERANCES, Difference, gate
+from fastldm.export.spec import Axis, DType, NetworkSpec, sample
+from fastldm.loading import Spec
+from fastldm.text import BOS, CLIP_WINDOW, EOS, clip_vocabulary
+from fastldm.weights import TokenizerFiles
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+_TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_VERSIONS = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose files are those that were written."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    specs: Mapping[str, NetworkSpec]
+
+    @classmethod
+    def open(cls, folder: Path) -> Bundle:
+        """Read the manifest and compare every file with its hash. BundleError for what is missing or differs; nothing
+        of the bundle has been executed by then."""
+        manifest = _read_manifest(folder)
+        for name, known in manifest["files"].items():
+            path = folder / name
+            if folder.resolve() not in path.resolve().parents:
+                raise BundleError(f"{folder / MANIFEST} names {name!r}, which is not in the bundle")
+            if not path.is_file():
+                raise BundleError(f"{path} is missing: export the model again, or copy the whole folder")
+            if path.stat().st_size != known["bytes"]:
+                raise BundleError(f"{path} has {path.stat().st_size} bytes, expected {known['bytes']}: it is damaged")
+            if _sha256(path) != known["sha256"]:
+                raise BundleError(f"{path} is not what was exported (its sha256 differs): it is damaged or was edited")
+        specs = {name: NetworkSpec.from_dict(one) for name, one in manifest["networks"].items()}
+        return cls(folder, manifest, specs)
+
+    def path(self, network: str) -> Path:
+        """The ONNX file of a network."""
+        return self.folder / network / MODEL
+
+    def goldens(self, network: str) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """Inputs, and what PyTorch made of them in float32."""
+        cases: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
+        for key, tensor in load_file(_goldens(self.folder, network)).items():
+            case, side, name = key.split(":")
+            cases.setdefault(case, ({}, {}))[side == "out"][name] = tensor
+        return [cases[case] for case in sorted(cases)]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One network, run at one size."""
+
+    network: str
+    sizes: str
+    difference: Difference | None
+    problem: str = ""  # what is wrong, where something is
+
+
+def verify(bundle: Bundle, backend: str = "onnxruntime", device: str = "cpu") -> Iterator[Check]:
+    """Run every network on a backend at three sizes and compare with what PyTorch made of the same inputs.
+
+    Raises EngineError where the backend is not installed or cannot load a network.
+    """
+    for network, spec in bundle.specs.items():
+        engine = open_engine(backend, bundle.path(network), spec, device=device)
+        for inputs, wanted in bundle.goldens(network):
+            sizes = "  ".join(f"{port.name} {tuple(inputs[port.name].shape)}" for port in spec.inputs[:1])
+            try:
+                got = engine({name: tensor.to(device) for name, tensor in inputs.items()})
+                yield Check(network, sizes, gate(network, got, wanted, bundle.manifest["tolerance"]))
+            except (BundleError, EngineError) as error:
+                yield Check(network, sizes, None, str(error))
+        engine.close()
+
+
+def export(
+    model: Spec,
+    out: Path,
+    *,
+    name: str,
+    dtype: DType = "float32",
+    opset: int = 21,
+    split: bool = False,
+    on_network: Callable[[str], object] = lambda network: None,
+) -> Bundle:
+    """Write a model as a bundle, each network compared with PyTorch before it counts.
+
+    name: what the manifest calls the model. split: the U-Net in three, see `export.spec`. on_network: told which is
+        next.
+
+    An export of the same model with the same options that was stopped goes on where it was. Raises InputError where
+    `out` exists or another process writes it, BundleError where a network is not what PyTorch computes or the disk is
+    full, EngineError where ONNX Runtime cannot run it.
+    """
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"there is no folder {out.absolute().parent} to write {out.name} into")
+    work = out.absolute().with_name(f".{out.absolute().name}.partial")
+    lock = FileLock(work.with_name(f"{work.name}.lock"), timeout=0)
+    try:
+        with lock:
+            if out.exists():
+                raise InputError(f"{out} exists: give the bundle another name, or remove what is there")
+            _export(model, work, on_network, name=name, dtype=dtype, opset=opset, split=split)
+            work.rename(out)
+    except Timeout:
+        raise InputError(f"another process is writing {out}: wait for it, or give the bundle another name") from None
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise BundleError(
+            f"{out} could not be written ({error}): what is done is in {work}, and the same command goes on from there"
+        ) from error
+    finally:
+        if not work.exists():
+            Path(lock.lock_file).unlink(missing_ok=True)
+    return Bundle.open(out)
+
+
+def _export(
+    model: Spec, work: Path, on_network: Callable[[str], object], *, name: str, dtype: DType, opset: int, split: bool
+) -> None:
+    versions = {package: importlib.metadata.version(package) for package in _VERSIONS}
+    manifest: dict[str, Any] = {
+        "format": _FORMAT,
+        "model": name,
+        "family": model.family.name,
+        "dtype": dtype,
+        "opset": opset,
+        "split": split,
+        "tolerance": TOLERANCES[dtype],
+        "config": {part: component.config for part, component in model.checkpoint.components.items()}
+        | {"scheduler": model.checkpoint.scheduler},
+        "index": model.checkpoint.index,
+        "versions": {"fastldm": __version__, "python": platform.python_version(), **versions},
+    }
+    networks, reference = Networks(model, dtype, split=split), Networks(model, "float32", split=split)
+    manifest["networks"] = {network: spec.to_dict() for network, spec in networks.specs.items()}
+
+    # What is there counts if it is of the same files and options.
+    files = [path for component in model.checkpoint.components.values() for path in component.files]
+    weights = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    key = json.dumps([manifest, weights], sort_keys=True)
+    done = work / "done.json"
+    finished: dict[str, dict[str, Any]] = {}
+    if done.is_file():
+        before = json.loads(done.read_text())
+        finished = before["networks"] if before["key"] == key else {}
+    if not finished:
+        shutil.rmtree(work, ignore_errors=True)
+        (work / "goldens").mkdir(parents=True)
+
+    for network in networks.specs:
+        on_network(network)
+        if finished.get(network) is None or finished[network] != _hashes(work, network):
+            shutil.rmtree(work / network, ignore_errors=True)
+            write(networks, network, work / network, opset=opset)
+            _write_json(work / network / "config.json", model.checkpoint.components[Networks.part(network)].config)
+            _write_goldens(networks.specs[network], reference, work)
+            _compare(networks.specs[network], work, TOLERANCES[dtype])
+            finished[network] = _hashes(work, network)
+            _write_json(done, {"key": key, "networks": finished})
+
+    for title, tokenizer in model.checkpoint.tokenizers.items():
+        _write_tokenizer(tokenizer, work / title)
+    (work / "scheduler").mkdir(exist_ok=True)
+    _write_json(work / "scheduler" / "scheduler_config.json", model.checkpoint.scheduler)
+    _write_json(work / "model_index.json", model.checkpoint.index)
+    done.unlink()
+    manifest["files"] = _hashes(work, "")
+    manifest["sha256"] = _manifest_hash(manifest)
+    _write_json(work / MANIFEST, manifest)
+
+
+def _write_goldens(spec: NetworkSpec, reference: Networks, work: Path) -> None:
+    tensors: dict[str, Tensor] = {}
+    for case, sizes in enumerate(golden_sizes(spec)):
+        inputs = sample(spec, sizes, seed=case)
+        # The reference is given what the network is given, rounded to its dtype.
+        exact = {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()}
+        tensors |= {f"{case}:in:{name}": x for name, x in inputs.items()}
+        tensors |= {f"{case}:out:{name}": x.contiguous() for name, x in reference.run(spec.name, exact).items()}
+    _goldens(work, spec.name).write_bytes(save(tensors))
+
+
+def golden_sizes(spec: NetworkSpec) -> list[dict[str, int]]:
+    """Three sizes that a network is judged at: one picture of the best size, two upright and three broad ones of half
+    that, with a timestep for all and one for each."""
+
+    def half(axis: Axis) -> int:
+        return max(axis.least, axis.best // 2 // axis.multiple_of * axis.multiple_of)
+
+    axes = spec.axes
+    halves = {name: half(axis) for name, axis in axes.items() if name in ("height", "width")}
+    long = {"tokens": min(2 * axes["tokens"].best, axes["tokens"].most)} if "tokens" in axes else {}
+    return [
+        {"batch": 1},
+        {"batch": 2, "steps": 2, "rows": 1, **{name: size for name, size in halves.items() if name == "width"}},
+        {"batch": 3, "rows": 7, **long, **{name: size for name, size in halves.items() if name == "height"}},
+    ]
+
+
+def _compare(spec: NetworkSpec, work: Path, tolerance: float) -> None:
+    bundle = Bundle(work, {"tolerance": tolerance}, {spec.name: spec})
+    for check in verify(bundle):
+        if check.problem:
+            raise BundleError(f"exported, but not as PyTorch computes it: {check.problem}")
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+def _goldens(folder: Path, network: str) -> Path:
+    return folder / "goldens" / f"{network}.safetensors"
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _hashes(folder: Path, network: str) -> dict[str, dict[str, Any]]:
+    """Of a network's files, or of all; by their path in the bundle."""
+    paths = [path for path in (folder / network).rglob("*") if path.is_file()]
+    if network:
+        paths += [path for path in [_goldens(folder, network)] if path.is_file()]
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(paths)
+    }
+
+
+def _write_json(path: Path, data: Any) -> None:
+    """In one go: a reader finds all of it or none."""
+    beside = path.with_name(f"{path.name}.tmp")
+    with beside.open("w") as file:
+        json.dump(data, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.rename(path)
+
+
+def _manifest_hash(manifest: Mapping[str, Any]) -> str:
+    rest = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise BundleError(f"{folder} is no bundle: it has no {MANIFEST}; `fastldm export -m MODEL {folder}` makes one")
+    try:
+        manifest = json.loads(path.read_text())
+        known, version = manifest["sha256"], manifest["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{path} is not a bundle's manifest ({error!r}): export the model again") from error
+    if version != _FORMAT:
+        raise BundleError(f"{path} is of format {version}, this fastldm reads {_FORMAT}: export the model again")
+    if known != _manifest_hash(manifest):
+        raise BundleError(f"{path} was edited or is damaged (its sha256 differs): export the model again")
+    return manifest
+
+
+def _write_tokenizer(files: TokenizerFiles, folder: Path) -> None:
+    """A tokenizer as a folder, from wherever it comes."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    if files.loaded is not None:
+        files.loaded.save_pretrained(folder)
+    elif files.folder is not None:
+        for name in _TOKENIZER_FILES:
+            if (files.folder / name).is_file():
+                shutil.copyfile(files.folder / name, folder / name)
+    else:
+        vocab, merges = clip_vocabulary()
+        _write_json(folder / "vocab.json", vocab)
+        lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges), ""]
+        (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+        named = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": files.pad_token or EOS}
+        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": CLIP_WINDOW, **named}
+        _write_json(folder / "tokenizer_config.json", config)
