@@ -1,0 +1,156 @@
+"""ONNX files of networks, run by ONNX Runtime on the CPU and held against PyTorch in float32."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import bundles
+import onnx
+import pytest
+import tiny
+import torch
+
+import fastldm
+from fastldm import loading
+from fastldm.errors import BundleError, InputError
+from fastldm.export.onnx import Networks, _trace, _Traced, check_graph, write
+from fastldm.export.onnxruntime import ONNXRuntimeEngine
+from fastldm.export.parity import TOLERANCES, difference, gate
+from fastldm.export.spec import NetworkSpec, sample
+from fastldm.models.layers import GEGLU, GroupNorm
+
+ROOT = Path(fastldm.__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> loading.Spec:
+    return loading.describe(bundles.smallest("sd1", tmp_path_factory.mktemp("model")))
+
+
+def nodes(folder: Path) -> Counter[str]:
+    return Counter(node.op_type for node in onnx.load(folder / "model.onnx", load_external_data=False).graph.node)
+
+
+def sizes_of(spec: NetworkSpec) -> list[dict[str, int]]:
+    """None of them traced: one row, upright and broad pictures, one timestep and one each, two windows of text, and the
+    largest of all."""
+    axes = spec.axes
+    tall = {name: axes[name].best // 2 or 1 for name in ("width",) if name in axes}
+    wide = {name: axes[name].most for name in ("width",) if name in axes}
+    several = {name: min(2 * axes[name].best, axes[name].most) for name in ("tokens",) if name in axes}
+    return [{"batch": 1, "steps": 1, "rows": 1, **tall}, {"batch": 4, "steps": 4, "rows": 9, **wide, **several}]
+
+
+def judge(networks: Networks, reference: Networks, name: str, folder: Path, opset: int = 21) -> float:
+    """Exports a network and returns its largest relative error, which the gate has accepted."""
+    write(networks, name, folder, opset=opset)
+    spec, worst = networks.specs[name], 0.0
+    engine = ONNXRuntimeEngine(folder / "model.onnx", spec, torch.device("cpu"))
+    dtype = next(port.dtype for port in spec.outputs)
+    for seed, sizes in enumerate(sizes_of(spec)):
+        inputs = sample(spec, sizes, seed)
+        exact = {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()}
+        wanted = reference.run(name, exact)
+        worst = max(worst, gate(name, engine(inputs), wanted, TOLERANCES[dtype]).relative)
+    return worst
+
+
+def test_a_unet(model: loading.Spec, tmp_path: Path) -> None:
+    networks = Networks(model, "float32")
+    assert judge(networks, networks, "unet", tmp_path / "unet") > 0  # ONNX Runtime sums in another order
+    counts = nodes(tmp_path / "unet")
+    modules = list(networks.module("unet").modules())
+    assert counts["GroupNormalization"] == sum(isinstance(module, GroupNorm) for module in modules) > 5
+    assert counts["Gelu"] == sum(isinstance(module, GEGLU) for module in modules) > 2
+    assert not counts.keys() & {"InstanceNormalization", "Erf"}
+    assert {path.name for path in (tmp_path / "unet").iterdir()} == {"model.onnx", "model.onnx_data"}
+
+    graph = onnx.load(tmp_path / "unet" / "model.onnx", load_external_data=False)
+    dims = {
+        port.name: [size.dim_param or size.dim_value for size in port.type.tensor_type.shape.dim]
+        for port in (*graph.graph.input, *graph.graph.output)
+    }
+    assert dims == {
+        "sample": ["batch", 4, "2*height", "2*width"],
+        "timestep": ["steps"],
+        "encoder_hidden_states": ["batch", "tokens", 32],
+        "out_sample": ["batch", 4, "2*height", "2*width"],
+    }
+    # Nothing that depends on weights alone is left to be computed: no transpose or concatenation of initializers.
+    weights = {tensor.name for tensor in graph.graph.initializer}
+    left = [node.op_type for node in graph.graph.node if node.input and set(node.input) <= weights]
+    assert left == []
+
+
+def test_the_same_model_gives_the_same_bytes(model: loading.Spec, tmp_path: Path) -> None:
+    for folder in ("once", "again"):
+        write(Networks(model, "float32", split=True), "time_rows", tmp_path / folder)
+    for file in ("model.onnx", "model.onnx_data"):
+        assert (tmp_path / "once" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+    graph = (tmp_path / "once" / "model.onnx").read_bytes()
+    assert str(ROOT).encode() not in graph  # in the stack traces that the exporter leaves
+    assert b"site-packages" not in graph
+
+
+def test_a_graph_that_is_not_as_it_should_be_is_refused(model: loading.Spec, tmp_path: Path) -> None:
+    networks = Networks(model, "float32", split=True)
+    traced = _trace(_Traced(networks, "text_kv"), networks.specs["text_kv"], 21)
+    check_graph(traced, networks, "text_kv", 21)
+    with pytest.raises(BundleError, match="vae_decoder: the traced graph has 0 GroupNormalization nodes, expected"):
+        check_graph(traced, networks, "vae_decoder", 21)
+    with pytest.raises(InputError, match="opset is 18: expected 21 or 23"):
+        write(networks, "text_kv", tmp_path / "text_kv", opset=18)
+    assert not (tmp_path / "text_kv").exists()
+
+
+def test_differences_and_their_gate() -> None:
+    wanted = torch.tensor([0.0, -2.0, 1.0])
+    found = difference(wanted + torch.tensor([0.0, 0.0, 0.02]), wanted)
+    assert found.maximum == pytest.approx(0.02, rel=1e-5)
+    assert found.relative == pytest.approx(0.01, rel=1e-5)
+    assert found.psnr == pytest.approx(44.77, abs=0.01)  # 10 log10(2^2 / (0.02^2 / 3))
+    assert difference(wanted, wanted).relative == difference(torch.zeros(1), torch.zeros(1)).relative == 0
+    assert difference(wanted * torch.nan, wanted).relative == float("inf")
+    assert difference(wanted[:1], wanted).relative == float("inf")
+    gate("unet", {"out": wanted + 1e-5}, {"out": wanted}, 1e-4)
+    with pytest.raises(BundleError, match=r"unet: out \(3,\) .* relative error 5.0e-01, maximum 1.0e\+00, 1e-04 is"):
+        gate("unet", {"out": wanted + 1}, {"out": wanted}, 1e-4)
+    with pytest.raises(BundleError, match="unet has no output 'out', only other"):
+        gate("unet", {"other": wanted}, {"out": wanted}, 1e-4)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_family(family: str, split: bool, tmp_path: Path) -> None:
+    spec = loading.describe(tiny.save_pipeline(family, tmp_path / "model"))
+    networks = Networks(spec, "float32", split=split)
+    for name in networks.specs:
+        judge(networks, networks, name, tmp_path / name)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", ["sd1", "sdxl-lcm"])
+def test_float16(family: str, tmp_path: Path) -> None:
+    """SDXL's autoencoder is rescaled on the way."""
+    spec = loading.describe(tiny.save_pipeline(family, tmp_path / "model"))
+    networks, reference = Networks(spec, "float16"), Networks(spec, "float32")
+    assert all(judge(networks, reference, name, tmp_path / name) > 1e-5 for name in networks.specs)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["unet", "vae_decoder"])
+def test_opset_23_has_attention_as_one_node(model: loading.Spec, name: str, tmp_path: Path) -> None:
+    networks = Networks(model, "float32")
+    judge(networks, networks, name, tmp_path / name, opset=23)
+    assert nodes(tmp_path / name)["Attention"] == {"unet": 2 * 3, "vae_decoder": 1}[name]
+    assert nodes(tmp_path / name)["Softmax"] == 0
+
+
+@pytest.mark.full
+def test_a_tiny_autoencoder(tmp_path: Path) -> None:
+    tiny.pipeline("sd1", vae=tiny.tiny_vae()).save_pretrained(tmp_path / "model")
+    networks = Networks(loading.describe(tmp_path / "model"), "float32")
+    for name in ("vae_decoder", "vae_encoder"):
+        judge(networks, networks, name, tmp_path / name)
