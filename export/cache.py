@@ -1,7 +1,7 @@
 """Engines that were built once, kept for the next process.
 
-An engine is code for one GPU, one version of its backend and one network. Its key names all of that, so what is found
-under a key fits, and what does not fit is never found. One folder holds a folder for each key:
+An engine is code for one device, one version of its backend and one network. Its key names all of that, so what is
+found under a key fits, and what does not fit is never found. One folder holds a folder for each key:
 
     KEY/engine        what the backend serialised
     KEY/entry.json    the key in words, and the engine's hash
@@ -56,7 +56,7 @@ class Key:
     precision: str  # "float16"
     ranges: str  # of the dynamic axes, least:best:most: "batch=1:2:8 height=32:64:128"
     flags: str  # what else the builder was told
-    gpu: str  # name and capability, or the capabilities of a build for GPUs that are not here
+    device: str  # name and capability of the GPU or processor, or capabilities where it is built for GPUs elsewhere
     driver: str = ""  # where the engine depends on it
 
     @property
@@ -67,11 +67,11 @@ class Key:
     @property
     def machine(self) -> str:
         """What it runs with, in words."""
-        return f"{self.backend} {self.version} on {self.gpu}" + (f", driver {self.driver}" if self.driver else "")
+        return f"{self.backend} {self.version} on {self.device}" + (f", driver {self.driver}" if self.driver else "")
 
     def same_work(self, other: Key) -> bool:
-        """Whether the other differs in nothing but version, GPU and driver."""
-        return replace(self, version=other.version, gpu=other.gpu, driver=other.driver) == other
+        """Whether the other differs in nothing but version, device and driver."""
+        return replace(self, version=other.version, device=other.device, driver=other.driver) == other
 
 
 @dataclass(frozen=True)

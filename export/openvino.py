@@ -1,9 +1,14 @@
-"""Networks on OpenVINO, which reads the same ONNX files: the fastest on a CPU, in bfloat16 or float32."""
+"""Networks on OpenVINO, which reads the same ONNX files: the fastest on a CPU, in bfloat16 or float32.
+
+What it compiles goes through the engine cache, without the weights where these have a file of their own.
+"""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import openvino as ov
 import torch
@@ -11,8 +16,8 @@ from torch import Tensor
 
 from fastldm.engine import bound
 from fastldm.errors import EngineError
+from fastldm.export.cache import EngineCache, Key, hash_files
 from fastldm.export.spec import NetworkSpec
-from fastldm.loading import choose_dtype
 
 _PRECISIONS = {"float32": ov.Type.f32, "bfloat16": ov.Type.bf16}
 
@@ -20,18 +25,8 @@ _PRECISIONS = {"float32": ov.Type.f32, "bfloat16": ov.Type.bf16}
 class OpenVINOEngine:
     """A network compiled for the CPU. Inputs and outputs are the caller's memory."""
 
-    def __init__(self, path: Path, spec: NetworkSpec, precision: str) -> None:
-        self.spec = spec
-        settings = {
-            "INFERENCE_PRECISION_HINT": _PRECISIONS[precision],
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        }
-        try:
-            core = ov.Core()
-            self._request = core.compile_model(core.read_model(path), "CPU", settings).create_infer_request()
-        except RuntimeError as error:
-            raise EngineError(f"OpenVINO cannot load {path}: {_last_line(error)}") from error
+    def __init__(self, compiled: ov.CompiledModel, spec: NetworkSpec) -> None:
+        self.spec, self._request = spec, compiled.create_infer_request()
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ins, outs = bound(self.spec, inputs, torch.device("cpu"))
@@ -48,13 +43,49 @@ class OpenVINOEngine:
 
 
 def open_engine(path: Path, spec: NetworkSpec, device: torch.device, precision: str | None) -> OpenVINOEngine:
-    """The network of an ONNX file. precision: "float32" or "bfloat16"; what is fastest here where it is None."""
+    """The network of an ONNX file. precision: "float32", also where it is None, or "bfloat16"."""
     if device.type != "cpu":
         raise EngineError(f"the OpenVINO backend runs on the CPU, not on {device}")
-    fastest = str(choose_dtype(None, device)).removeprefix("torch.")
-    if (precision or fastest) not in _PRECISIONS:
+    precision = precision or "float32"
+    if precision not in _PRECISIONS:
         raise EngineError(f"OpenVINO computes in {' or '.join(_PRECISIONS)} on a CPU, not in {precision}")
-    return OpenVINOEngine(path, spec, precision or fastest)
+    core, weights = ov.Core(), path.with_name(f"{path.name}_data")
+    settings: dict[str, Any] = {
+        "INFERENCE_PRECISION_HINT": _PRECISIONS[precision],
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    found = {}
+    if weights.exists():  # what is serialised then names them by their place in that file
+        settings["CACHE_MODE"] = "OPTIMIZE_SIZE"
+        found["WEIGHTS_PATH"] = str(weights)
+
+    def compile_here() -> bytes:
+        try:
+            return core.compile_model(core.read_model(path), "CPU", settings).export_model().getvalue()
+        except RuntimeError as error:
+            raise EngineError(f"OpenVINO cannot load {path}: {_last_line(error)}") from error
+
+    def load(data: bytes) -> OpenVINOEngine:
+        try:
+            return OpenVINOEngine(core.import_model(io.BytesIO(data), "CPU", {**settings, **found}), spec)
+        except RuntimeError as error:
+            raise EngineError(f"OpenVINO refuses what it compiled of {spec.name}: {_last_line(error)}") from error
+
+    key = Key(
+        network=spec.name,
+        graph=hash_files(path),
+        weights=hash_files(*[weights] * weights.exists()),
+        backend="openvino",
+        version=ov.__version__,
+        precision=precision,
+        ranges="",
+        flags=f"threads={torch.get_num_threads()}",
+        device=" ".join(
+            [core.get_property("CPU", "FULL_DEVICE_NAME"), *core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")]
+        ),
+    )
+    return EngineCache().fetch(key, compile_here, load)
 
 
 def _last_line(error: Exception) -> str:

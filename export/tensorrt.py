@@ -170,7 +170,7 @@ def key_of(path: Path, spec: NetworkSpec, *, profiles: Sequence[Ranges] = ({},),
         precision=next(port.dtype for port in spec.outputs),
         ranges=range_words(profiles, spec),
         flags="",
-        gpu=gpu,
+        device=gpu,
     )
 
 

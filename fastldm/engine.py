@@ -49,8 +49,8 @@ def open_engine(
 
     path: the network's model.onnx; for "tensorrt" also an engine that was built before (NAME.engine).
     device: where inputs and outputs are, and where it runs.
-    precision: what it computes in, "float32", "float16" or "bfloat16"; what the file holds where it is None. Only
-        OpenVINO knows others than that.
+    precision: what it computes in, "float32", "float16" or "bfloat16"; what the file holds where it is None, but for
+        OpenVINO, which computes in "float32" or "bfloat16" whatever the file holds.
 
     Raises EngineError where the backend is not installed, naming the extra that brings it, or cannot run this.
     """

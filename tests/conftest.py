@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("FASTLDM_CACHE", "/nonexistent")  # nothing in the tests may depend on a user's cache
+os.environ.setdefault("FASTLDM_CACHE", "/dev/null/cache")  # no user's cache in the tests, and none that root can make
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

@@ -29,7 +29,7 @@ KEY = Key(
     precision="float16",
     ranges="batch=1:2:8 height=32:64:128",
     flags="",
-    gpu="NVIDIA H100 sm_90",
+    device="NVIDIA H100 sm_90",
 )
 ENGINE = b"engine " * 10_000
 
@@ -88,7 +88,7 @@ def test_a_key_that_differs_in_anything_is_another_engine(cache: EngineCache, fi
     assert cache.fetch(KEY, never, bytes) == ENGINE
 
 
-@pytest.mark.parametrize("field", ["version", "gpu", "driver"], ids="of {}".format)
+@pytest.mark.parametrize("field", ["version", "device", "driver"], ids="of {}".format)
 def test_one_for_another_machine_is_left_aside_and_one_line_says_so(
     cache: EngineCache, field: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -271,7 +271,7 @@ def missing(folder: Path) -> None:
 
 def for_another_gpu(folder: Path) -> None:
     entry = json.loads((folder / "entry.json").read_text())
-    entry["key"]["gpu"] = "NVIDIA A100 sm_80"
+    entry["key"]["device"] = "NVIDIA A100 sm_80"
     (folder / "entry.json").write_text(json.dumps(entry))
 
 
@@ -409,5 +409,5 @@ def test_ls_as_data(cache: EngineCache) -> None:
     put(cache)
     code, said = command(cache, "ls", "--json")
     (entry,) = json.loads(said)
-    assert (code, entry["key"]["gpu"], entry["set_aside"]) == (0, KEY.gpu, False)
+    assert (code, entry["key"]["device"], entry["set_aside"]) == (0, KEY.device, False)
     assert entry["bytes"] > len(ENGINE)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastldm.engine import BACKENDS, bound, nearest, open_engine
 from fastldm.errors import EngineError, InputError
+from fastldm.export.cache import EngineCache
 from fastldm.export.spec import Axis, NetworkSpec, Port, sample
 
 CPU = torch.device("cpu")
@@ -83,6 +84,12 @@ def network() -> Tiny:
 @pytest.fixture(scope="module")
 def model(network: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return exported(network, tmp_path_factory.mktemp("tiny") / "unet")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FASTLDM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "engines"
 
 
 def backend(name: str) -> str:
@@ -185,6 +192,40 @@ def test_the_nearest_size_is_the_nearest(axis: Axis) -> None:
     valid = range(axis.least, axis.most + 1, axis.multiple_of)
     for size in range(-3, 2 * axis.most):
         assert nearest(axis, size) == min(valid, key=lambda one: abs(one - size))
+
+
+# ---- what is kept
+
+
+@pytest.mark.parametrize("external", [False, True])  # weights in the graph's file or beside it
+def test_openvino_compiles_once(
+    external: bool, network: Tiny, model: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module(f"fastldm.export.{backend('openvino')}")
+    onnx, path = pytest.importorskip("onnx"), tmp_path / "model.onnx"
+    how = {"save_as_external_data": True, "location": "model.onnx_data", "size_threshold": 0} if external else {}
+    onnx.save_model(onnx.load(model), path, **how)
+    inputs = sample(spec(), seed=1)
+    compiled = open_engine("openvino", path, spec())(inputs)["out_sample"]
+    assert error(compiled, network(*inputs.values())) <= 1e-5
+    (entry,) = cache.glob("*/engine")
+
+    def no_model(self: Any, path: Path) -> None:
+        raise AssertionError("compiled although it was kept")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.ov.Core, "read_model", no_model)
+        assert torch.equal(open_engine("openvino", path, spec())(inputs)["out_sample"], compiled)
+    entry.write_bytes(entry.read_bytes()[:1000])  # as a full disk leaves a file that was copied by hand
+    assert torch.equal(open_engine("openvino", path, spec())(inputs)["out_sample"], compiled)
+    open_engine("openvino", path, spec(), precision="bfloat16")
+    assert len([one for one in EngineCache(cache).entries() if not one.aside]) == 2
+    # Other weights under the same graph are another engine: none is run with weights that it was not compiled for.
+    if external:
+        data = bytearray((tmp_path / "model.onnx_data").read_bytes())
+        data[:4] = b"\0\0\0\0"
+        (tmp_path / "model.onnx_data").write_bytes(data)
+        assert not torch.equal(open_engine("openvino", path, spec())(inputs)["out_sample"], compiled)
 
 
 # ---- what cannot run
@@ -353,10 +394,7 @@ def test_a_key_changes_with_whatever_the_engine_depends_on(tensorrt: Any, model:
 
 
 @pytest.mark.gpu
-def test_an_engine_on_a_gpu_gives_what_pytorch_gives(
-    network: Tiny, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FASTLDM_CACHE", str(tmp_path))
+def test_an_engine_on_a_gpu_gives_what_pytorch_gives(network: Tiny, model: Path) -> None:
     engine = open_engine(backend("tensorrt"), model, spec(), device="cuda:0")
     for sizes in SIZES:
         inputs = sample(spec(), sizes, seed=1)
@@ -366,8 +404,7 @@ def test_an_engine_on_a_gpu_gives_what_pytorch_gives(
 
 
 @pytest.mark.gpu
-def test_an_engine_can_be_captured(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTLDM_CACHE", str(tmp_path))
+def test_an_engine_can_be_captured(model: Path) -> None:
     engine = open_engine(backend("tensorrt"), model, spec(), device="cuda:0")
     inputs = {name: tensor.to("cuda:0") for name, tensor in sample(spec()).items()}
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
