@@ -10,7 +10,7 @@ import tiny
 
 def smallest(family: str, folder: Path) -> Path:
     """A diffusers folder of the family's kind: two levels of one layer and nothing in the middle, a text encoder of two
-    layers, an autoencoder of factor 2."""
+    layers, an autoencoder of factor 2 without attention."""
     levels: dict[str, Any] = {
         "block_out_channels": (16, 32),
         "down_block_types": (tiny.DOWN, tiny.CROSS_DOWN),
@@ -24,6 +24,7 @@ def smallest(family: str, folder: Path) -> Path:
         "block_out_channels": (8, 16),
         "down_block_types": ("DownEncoderBlock2D",) * 2,
         "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "mid_block_add_attention": False,
     }
     parts = {
         "unet": tiny.unet(family, **levels),

@@ -140,11 +140,11 @@ def test_float16(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["unet", "vae_decoder"])
-def test_opset_23_has_attention_as_one_node(model: loading.Spec, name: str, tmp_path: Path) -> None:
-    networks = Networks(model, "float32")
+@pytest.mark.parametrize(("name", "attentions"), [("unet", 2 * 16), ("vae_decoder", 1), ("text_encoder", 3)])
+def test_opset_23_has_attention_as_one_node(name: str, attentions: int, tmp_path: Path) -> None:
+    networks = Networks(loading.describe(tiny.save_pipeline("sd1", tmp_path / "model")), "float32")
     judge(networks, networks, name, tmp_path / name, opset=23)
-    assert nodes(tmp_path / name)["Attention"] == {"unet": 2 * 3, "vae_decoder": 1}[name]
+    assert nodes(tmp_path / name)["Attention"] == attentions
     assert nodes(tmp_path / name)["Softmax"] == 0
 
 
