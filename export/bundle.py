@@ -1,7 +1,7 @@
 """A model as a folder that other tools read and that proves itself.
 
     manifest.json                what it is: model, configs, dtype, opset, each network's inputs and outputs, versions,
-                                 the sha256 of every other file, and that of the manifest
+                                 the sha256 of the weights it was made of and of every other file, and the manifest's
     unet/model.onnx, ...         the networks, each with model.onnx_data and config.json beside it
     goldens/unet.safetensors     inputs of three sizes, and what PyTorch made of them in float32
     tokenizer/, scheduler/, model_index.json
@@ -21,7 +21,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -31,9 +31,10 @@ from torch import Tensor
 from fastldm import __version__
 from fastldm.engine import open_engine
 from fastldm.errors import BundleError, CheckpointError, EngineError, InputError
+from fastldm.export.cache import hash_files
 from fastldm.export.onnx import MODEL, Networks, write
 from fastldm.export.parity import TOLERANCES, Difference, gate
-from fastldm.export.spec import Axis, DType, NetworkSpec, sample
+from fastldm.export.spec import Axis, DType, NetworkSpec, sample, specs
 from fastldm.loading import Spec
 from fastldm.text import BOS, CLIP_WINDOW, EOS, clip_vocabulary
 from fastldm.weights import TokenizerFiles
@@ -65,7 +66,7 @@ class Bundle:
                 raise BundleError(f"{path} is missing: export the model again, or copy the whole folder")
             if path.stat().st_size != known["bytes"]:
                 raise BundleError(f"{path} has {path.stat().st_size} bytes, expected {known['bytes']}: it is damaged")
-            if _sha256(path) != known["sha256"]:
+            if hash_files(path) != known["sha256"]:
                 raise BundleError(f"{path} is not what was exported (its sha256 differs): it is damaged or was edited")
         specs = {name: NetworkSpec.from_dict(one) for name, one in manifest["networks"].items()}
         return cls(folder, manifest, specs)
@@ -88,33 +89,62 @@ class Check:
     """One network, run at one size."""
 
     network: str
+    origin: Literal["golden", "fresh"]  # of what it was compared with: stored in the bundle, or computed just now
     sizes: str
     difference: Difference | None
     problem: str = ""  # what is wrong, where something is
 
 
-def verify(bundle: Bundle, backend: str = "onnxruntime", device: str = "cpu") -> Iterator[Check]:
+def verify(
+    bundle: Bundle, backend: str = "onnxruntime", device: str = "cpu", model: Spec | None = None
+) -> Iterator[Check]:
     """Run every network on a backend at three sizes and compare with what PyTorch made of the same inputs.
 
-    Raises EngineError where the backend is not installed or cannot load a network.
+    model: what the bundle was exported from. With it, PyTorch computes the networks in float32 at three other sizes
+        too, of which the bundle knows nothing.
+
+    Raises EngineError where the backend is not installed or cannot load a network, BundleError where the model is not
+    of the bundle's kind.
     """
+    reference = None if model is None else Networks(model, "float32", split=bundle.manifest["split"])
+    if reference is not None and reference.specs.keys() != bundle.specs.keys():
+        raise BundleError(
+            f"the bundle has {', '.join(bundle.specs)}, the model it is to be compared with "
+            f"{', '.join(reference.specs)}: give -m the model that it was exported from"
+        )
     for network, spec in bundle.specs.items():
         engine = open_engine(backend, bundle.path(network), spec, device=device)
-        for inputs, wanted in bundle.goldens(network):
+        for origin, inputs, wanted in _cases(bundle, network, reference):
             sizes = "  ".join(f"{port.name} {tuple(inputs[port.name].shape)}" for port in spec.inputs[:1])
             try:
                 got = engine({name: tensor.to(device) for name, tensor in inputs.items()})
-                yield Check(network, sizes, gate(network, got, wanted, bundle.manifest["tolerance"]))
+                yield Check(network, origin, sizes, gate(network, got, wanted, bundle.manifest["tolerance"]))
             except (BundleError, EngineError) as error:
-                yield Check(network, sizes, None, str(error))
+                yield Check(network, origin, sizes, None, str(error))
         engine.close()
+
+
+def _cases(
+    bundle: Bundle, network: str, reference: Networks | None
+) -> Iterator[tuple[Literal["golden", "fresh"], dict[str, Tensor], dict[str, Tensor]]]:
+    for inputs, wanted in bundle.goldens(network):
+        yield "golden", inputs, wanted
+    if reference is not None:
+        spec = bundle.specs[network]
+        for case, sizes in enumerate(fresh_sizes(spec)):
+            yield "fresh", *_computed(spec, reference, sizes, seed=100 + case)
+
+
+def source_of(model: str) -> str:
+    """How a manifest names a model so that it is found again: "default", a hub id, or an absolute path."""
+    return str(Path(model).absolute()) if model != "default" and Path(model).exists() else model
 
 
 def export(
     model: Spec,
     out: Path,
     *,
-    name: str,
+    source: str,
     dtype: DType = "float32",
     opset: int = 21,
     split: bool = False,
@@ -122,22 +152,23 @@ def export(
 ) -> Bundle:
     """Write a model as a bundle, each network compared with PyTorch before it counts.
 
-    name: what the manifest calls the model. split: the U-Net in three, see `export.spec`. on_network: told which is
-        next.
+    source: where the model is from, see `source_of`. split: the U-Net in three, see `export.spec`. on_network: told
+        which is next.
 
-    An export of the same model with the same options that was stopped goes on where it was. Raises InputError where
-    `out` exists or another process writes it, BundleError where a network is not what PyTorch computes or the disk is
-    full, EngineError where ONNX Runtime cannot run it.
+    An export of the same model with the same options that was stopped goes on where it was, and one that is there is
+    opened. Raises InputError where `out` is anything else or another process writes it, BundleError where a network is
+    not what PyTorch computes or the disk is full, EngineError where ONNX Runtime cannot run it.
     """
     if not out.absolute().parent.is_dir():
         raise InputError(f"there is no folder {out.absolute().parent} to write {out.name} into")
+    head = _head(model, source=source, dtype=dtype, opset=opset, split=split)
     work = out.absolute().with_name(f".{out.absolute().name}.partial")
     lock = FileLock(work.with_name(f"{work.name}.lock"), timeout=0)
     try:
         with lock:
             if out.exists():
-                raise InputError(f"{out} exists: give the bundle another name, or remove what is there")
-            _export(model, work, on_network, name=name, dtype=dtype, opset=opset, split=split)
+                return _there(out, head)
+            _export(model, work, on_network, head)
             work.rename(out)
     except Timeout:
         raise InputError(f"another process is writing {out}: wait for it, or give the bundle another name") from None
@@ -153,30 +184,55 @@ def export(
     return Bundle.open(out)
 
 
-def _export(
-    model: Spec, work: Path, on_network: Callable[[str], object], *, name: str, dtype: DType, opset: int, split: bool
-) -> None:
-    versions = {package: importlib.metadata.version(package) for package in _VERSIONS}
-    manifest: dict[str, Any] = {
+def _head(model: Spec, *, source: str, dtype: DType, opset: int, split: bool) -> dict[str, Any]:
+    """What a manifest says of model and options: two bundles with one head are the same."""
+    parts = model.checkpoint.components
+    weights = {files: hash_files(*files) for files in {component.files for component in parts.values()}}
+    networks = specs(model.unet, model.vae, model.text, dtype=dtype, split=split)
+    return {
         "format": _FORMAT,
-        "model": name,
+        "model": Path(source).name,
+        "source": source,
         "family": model.family.name,
         "dtype": dtype,
         "opset": opset,
         "split": split,
         "tolerance": TOLERANCES[dtype],
-        "config": {part: component.config for part, component in model.checkpoint.components.items()}
+        "weights": {part: weights[component.files] for part, component in parts.items()},
+        "config": {part: component.config for part, component in parts.items()}
         | {"scheduler": model.checkpoint.scheduler},
         "index": model.checkpoint.index,
+        "networks": {network: spec.to_dict() for network, spec in networks.items()},
+    }
+
+
+def _there(out: Path, head: Mapping[str, Any]) -> Bundle:
+    """The bundle that stands where one is to be written, if it is the same. InputError if it is not."""
+    if not (out / MANIFEST).is_file():
+        raise InputError(f"{out} exists and is no bundle: give the bundle another name, or remove what is there")
+    found = Bundle.open(out)
+    wanted = json.loads(json.dumps(head))  # with lists in place of tuples
+    # By its weights, not by where they lie, it is the same model.
+    differs = [name for name in wanted if name not in ("source", "model") and found.manifest.get(name) != wanted[name]]
+    if differs:
+        raise InputError(
+            f"{out} exists and is a bundle of another model or of other options (its {', '.join(differs)} differ): "
+            "give the bundle another name, or remove what is there"
+        )
+    return found
+
+
+def _export(model: Spec, work: Path, on_network: Callable[[str], object], head: Mapping[str, Any]) -> None:
+    versions = {package: importlib.metadata.version(package) for package in _VERSIONS}
+    manifest: dict[str, Any] = {
+        **head,
         "versions": {"fastldm": __version__, "python": platform.python_version(), **versions},
     }
+    dtype, split = head["dtype"], head["split"]
     networks, reference = Networks(model, dtype, split=split), Networks(model, "float32", split=split)
-    manifest["networks"] = {network: spec.to_dict() for network, spec in networks.specs.items()}
 
-    # What is there counts if it is of the same files and options.
-    files = [path for component in model.checkpoint.components.values() for path in component.files]
-    weights = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    key = json.dumps([manifest, weights], sort_keys=True)
+    # What is there counts if it is of the same weights, options and versions.
+    key = json.dumps(manifest, sort_keys=True)
     done = work / "done.json"
     finished: dict[str, dict[str, Any]] = {}
     if done.is_file():
@@ -190,7 +246,7 @@ def _export(
         on_network(network)
         if finished.get(network) is None or finished[network] != _hashes(work, network):
             shutil.rmtree(work / network, ignore_errors=True)
-            write(networks, network, work / network, opset=opset)
+            write(networks, network, work / network, opset=head["opset"])
             _write_json(work / network / "config.json", model.checkpoint.components[Networks.part(network)].config)
             _write_goldens(networks.specs[network], reference, work)
             _compare(networks.specs[network], work, TOLERANCES[dtype])
@@ -211,29 +267,53 @@ def _export(
 def _write_goldens(spec: NetworkSpec, reference: Networks, work: Path) -> None:
     tensors: dict[str, Tensor] = {}
     for case, sizes in enumerate(golden_sizes(spec)):
-        inputs = sample(spec, sizes, seed=case)
-        # The reference is given what the network is given, rounded to its dtype.
-        exact = {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()}
+        inputs, outputs = _computed(spec, reference, sizes, seed=case)
         tensors |= {f"{case}:in:{name}": x for name, x in inputs.items()}
-        tensors |= {f"{case}:out:{name}": x.contiguous() for name, x in reference.run(spec.name, exact).items()}
+        tensors |= {f"{case}:out:{name}": x.contiguous() for name, x in outputs.items()}
     _goldens(work, spec.name).write_bytes(save(tensors))
+
+
+def _computed(
+    spec: NetworkSpec, reference: Networks, sizes: Mapping[str, int], seed: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Inputs of a network, and what PyTorch makes of them in float32."""
+    inputs = sample(spec, sizes, seed)
+    # The reference is given what the network is given, rounded to its dtype.
+    exact = {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()}
+    return inputs, reference.run(spec.name, exact)
 
 
 def golden_sizes(spec: NetworkSpec) -> list[dict[str, int]]:
     """Three sizes that a network is judged at: one picture of the best size, two upright and three broad ones of half
     that, with a timestep for all and one for each."""
 
-    def half(axis: Axis) -> int:
-        return max(axis.least, axis.best // 2 // axis.multiple_of * axis.multiple_of)
-
     axes = spec.axes
-    halves = {name: half(axis) for name, axis in axes.items() if name in ("height", "width")}
+    halves = {name: _share(axis, 1, 2) for name, axis in axes.items() if name in ("height", "width")}
     long = {"tokens": min(2 * axes["tokens"].best, axes["tokens"].most)} if "tokens" in axes else {}
     return [
         {"batch": 1},
         {"batch": 2, "steps": 2, "rows": 1, **{name: size for name, size in halves.items() if name == "width"}},
         {"batch": 3, "rows": 7, **long, **{name: size for name, size in halves.items() if name == "height"}},
     ]
+
+
+def fresh_sizes(spec: NetworkSpec) -> list[dict[str, int]]:
+    """Three sizes that a network is judged at where the model is at hand, none of them a golden's: the smallest
+    picture with the shortest text, a picture that is neither square nor a half of the best, and four of a quarter."""
+    axes = spec.axes
+    return [
+        {**{name: axis.least for name, axis in axes.items()}, "rows": 2},
+        {"batch": 1, "rows": 3, **{name: _share(axes[name], 3, 4) for name in ("height", "tokens") if name in axes}},
+        {
+            **{"batch": 4, "steps": 4, "rows": 50},
+            **{name: _share(axes[name], 1, 4) for name in ("height", "width", "tokens") if name in axes},
+        },
+    ]
+
+
+def _share(axis: Axis, part: int, whole: int) -> int:
+    """A part of the best size, as the axis allows it."""
+    return max(axis.least, axis.best * part // whole // axis.multiple_of * axis.multiple_of)
 
 
 def _compare(spec: NetworkSpec, work: Path, tolerance: float) -> None:
@@ -250,21 +330,13 @@ def _goldens(folder: Path, network: str) -> Path:
     return folder / "goldens" / f"{network}.safetensors"
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _hashes(folder: Path, network: str) -> dict[str, dict[str, Any]]:
     """Of a network's files, or of all; by their path in the bundle."""
     paths = [path for path in (folder / network).rglob("*") if path.is_file()]
     if network:
         paths += [path for path in [_goldens(folder, network)] if path.is_file()]
     return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": hash_files(path)}
         for path in sorted(paths)
     }
 

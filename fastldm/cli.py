@@ -434,7 +434,7 @@ def export(model: str, out: Path, dtype: str, opset: str, split: bool, debug: bo
         made = bundle.export(
             spec,
             out,
-            name="default" if model == "default" else Path(model).name,
+            source=bundle.source_of(model),
             dtype=dtype,
             opset=int(opset),
             split=split,
@@ -450,15 +450,23 @@ def export(model: str, out: Path, dtype: str, opset: str, split: bool, debug: bo
     "--backend", type=click.Choice(["onnxruntime", "openvino", "tensorrt"]), default="onnxruntime", show_default=True
 )
 @click.option("--device", default="cpu", show_default=True, metavar="D", help="Such as cpu or cuda.")
+@click.option(
+    "-m", "--model", metavar="MODEL", help="What it was exported from.  [default: what the bundle names, if it is here]"
+)
 @debug_option
-def verify(out: Path, backend: str, device: str, debug: bool) -> None:
-    """Prove a bundle: compare each file with its hash, then run each network at three sizes and compare with PyTorch.
+def verify(out: Path, backend: str, device: str, model: str | None, debug: bool) -> None:
+    """Prove a bundle: compare each file with its hash, then run each network and compare with PyTorch in float32.
 
-    PyTorch's results lie in the bundle, so the model itself need not be here. Exit status 1 where anything differs.
+    \b
+    golden    at three sizes, with PyTorch's results that lie in the bundle: the model itself need not be here
+    fresh     at three others that the bundle knows nothing of, computed now, where the model is here
+
+    Exit status 1 where anything differs, with the network and the figure.
     """
     with reported(debug):
         need_export()
-        from fastldm.errors import BundleError
+        from fastldm import loading
+        from fastldm.errors import BundleError, CheckpointError
         from fastldm.export import bundle
 
         opened = bundle.Bundle.open(out)
@@ -467,12 +475,19 @@ def verify(out: Path, backend: str, device: str, debug: bool) -> None:
             f"{manifest['model']} ({manifest['family']}), {manifest['dtype']}, opset {manifest['opset']}: "
             f"{len(manifest['files'])} files are as they were written"
         )
+        try:
+            spec = loading.describe(model or manifest["source"], local_files_only=model is None)
+        except CheckpointError:
+            if model is not None:
+                raise
+            click.echo(f"{manifest['source']} is not here any more: compared with the goldens alone")
+            spec = None
         problems = []
-        for check in bundle.verify(opened, backend, device):
+        for check in bundle.verify(opened, backend, device, spec):
             if check.difference is None:
                 problems.append(check.problem)
             shown = "FAILED" if check.difference is None else f"{check.difference}  PSNR {check.difference.psnr:.0f} dB"
-            click.echo(f"{check.network:<15}{check.sizes:<34}{shown}")
+            click.echo(f"{check.network:<15}{check.origin:<8}{check.sizes:<34}{shown}")
         if problems:
             raise BundleError(f"{len(problems)} of the above failed on {backend}: {problems[0]}")
         click.echo(f"all within {manifest['tolerance']:.0e} of PyTorch on {backend}")

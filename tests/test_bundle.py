@@ -5,20 +5,25 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import re
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import bundles
 import pytest
+import tiny
 from click.testing import CliRunner
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from fastldm import loading
 from fastldm.cli import main
+from fastldm.engine import nearest
 from fastldm.errors import BundleError, InputError
 from fastldm.export import bundle
+from fastldm.export.spec import specs
 from fastldm.text import Tokenizer
 
 NETWORKS = ["text_encoder", "text_kv", "time_rows", "unet_step", "vae_decoder", "vae_encoder"]
@@ -43,9 +48,15 @@ def copy(exported: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(exported, tmp_path / "copy"))
 
 
-def verify(folder: Path) -> tuple[int, str]:
-    done = CliRunner().invoke(main, ["verify", str(folder)])
+def verify(folder: Path, *options: str) -> tuple[int, str]:
+    done = CliRunner().invoke(main, ["verify", str(folder), *options])
     return done.exit_code, done.output
+
+
+def rows(said: str) -> Counter[tuple[str, str]]:
+    """Networks and origins of the lines of the table."""
+    found = (line.split()[:2] for line in said.splitlines() if line.startswith(tuple(NETWORKS)))
+    return Counter((network, origin) for network, origin in found)
 
 
 def rehash(folder: Path) -> None:
@@ -82,12 +93,55 @@ def test_what_is_in_a_bundle(exported: Path, model: Path) -> None:
 def test_it_proves_itself(exported: Path) -> None:
     status, said = verify(exported)
     assert status == 0, said
-    for name in NETWORKS:
-        assert sum(line.startswith(f"{name} ") for line in said.splitlines()) == 3  # at three sizes
-    assert "sample (1, 4, 8, 8)" in said
-    assert "sample (2, 4, 8, 4)" in said
-    assert "sample (3, 4, 4, 8)" in said
+    assert rows(said) == {(name, origin): 3 for name in NETWORKS for origin in ("golden", "fresh")}
+    for golden in ("(1, 4, 8, 8)", "(2, 4, 8, 4)", "(3, 4, 4, 8)"):
+        assert re.search(rf"unet_step +golden +sample {re.escape(golden)}", said)
+    for fresh in ("(1, 4, 2, 2)", "(1, 4, 6, 8)", "(4, 4, 2, 2)"):
+        assert re.search(rf"unet_step +fresh +sample {re.escape(fresh)}", said)
     assert said.endswith("all within 1e-04 of PyTorch on onnxruntime\n")
+
+
+def test_no_fresh_size_is_a_golden_s() -> None:
+    """Of the default model, whose axes have steps enough to tell."""
+    model = loading.describe("default")
+    for split in (False, True):
+        for spec in specs(model.unet, model.vae, model.text, dtype="float32", split=split).values():
+            sizes = bundle.golden_sizes(spec) + bundle.fresh_sizes(spec)
+            assert len({tuple(spec.shape(port, one) for port in spec.inputs) for one in sizes}) == 6, spec.name
+            given = [(spec.axes[name], size) for one in sizes for name, size in one.items() if name in spec.axes]
+            assert all(nearest(axis, size) == size for axis, size in given)
+
+
+def test_without_the_model_it_is_held_against_the_goldens(exported: Path, model: Path, tmp_path: Path) -> None:
+    moved = model.rename(model.with_name("moved"))
+    try:
+        status, said = verify(exported)
+        assert status == 0, said
+        assert f"{model} is not here any more: compared with the goldens alone" in said
+        assert rows(said) == {(name, "golden"): 3 for name in NETWORKS}
+        assert rows(verify(exported, "-m", str(moved))[1])["unet_step", "fresh"] == 3
+        status, said = verify(exported, "-m", str(model))
+        assert (status, "does not exist here" in said) == (1, True)
+    finally:
+        moved.rename(model)
+
+
+def test_another_model_s_weights_are_found(exported: Path, model: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    path = other / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["time_embedding.linear_2.bias"] += 1
+    save_file(weights, path, metadata={"format": "pt"})
+    status, said = verify(exported, "-m", str(other))
+    assert status == 1
+    failed = {tuple(line.split()[:2]) for line in said.splitlines() if line.endswith("FAILED")}
+    assert failed == {("time_rows", "fresh")}  # alone: the rows are what that bias goes into
+    assert "fastldm: 3 of the above failed on onnxruntime: time_rows: temb_rows" in said
+
+    xl = tiny.save_pipeline("sdxl", tmp_path / "xl")
+    status, said = verify(exported, "-m", str(xl))
+    assert status == 1
+    assert "give -m the model that it was exported from" in said
 
 
 def truncate(folder: Path) -> None:
@@ -172,7 +226,7 @@ def test_an_export_that_was_stopped_goes_on(
     writer, out = Writer(exported, monkeypatch), tmp_path / "out"
 
     def export(**options: object) -> bundle.Bundle:
-        return bundle.export(loading.describe(model), out, name="smallest", split=True, **options)  # type: ignore[arg-type]
+        return bundle.export(loading.describe(model), out, source=str(model), split=True, **options)  # type: ignore[arg-type]
 
     writer.fails = {"unet_step": KeyboardInterrupt()}
     with pytest.raises(KeyboardInterrupt):
@@ -199,12 +253,12 @@ def test_what_was_left_by_other_options_or_damaged_since_is_made_anew(
     for name in ("first", "second"):
         writer.fails = {"time_rows": KeyboardInterrupt()}
         with pytest.raises(KeyboardInterrupt):
-            bundle.export(loading.describe(model), out, name=name, split=True)
+            bundle.export(loading.describe(model), out, source=name, split=True)
     assert writer.written == [*NETWORKS[:2], *NETWORKS[:2]]
     truncated = tmp_path / ".out.partial" / "text_kv" / "model.onnx_data"
     truncated.write_bytes(truncated.read_bytes()[:-1])
     writer.written = []
-    bundle.export(loading.describe(model), out, name="second", split=True)
+    bundle.export(loading.describe(model), out, source="second", split=True)
     assert writer.written == NETWORKS[1:]
 
 
@@ -215,22 +269,22 @@ def test_a_network_that_is_not_pytorchs_is_no_bundle(
     path = writer.source / "text_kv" / "model.onnx_data"
     path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(BundleError, match=r"text_kv: kv.0 .* relative error 1.0e\+00"):
-        bundle.export(loading.describe(model), tmp_path / "out", name="smallest", split=True)
+        bundle.export(loading.describe(model), tmp_path / "out", source=str(model), split=True)
     assert not (tmp_path / "out").exists()
 
 
 def test_where_a_bundle_cannot_go(model: Path, tmp_path: Path) -> None:
     spec = loading.describe(model)
     (tmp_path / "there").mkdir()
-    with pytest.raises(InputError, match="there exists: give the bundle another name"):
-        bundle.export(spec, tmp_path / "there", name="smallest")
+    with pytest.raises(InputError, match="there exists and is no bundle: give the bundle another name"):
+        bundle.export(spec, tmp_path / "there", source=str(model))
     with pytest.raises(InputError, match="there is no folder"):
-        bundle.export(spec, tmp_path / "no" / "out", name="smallest")
+        bundle.export(spec, tmp_path / "no" / "out", source=str(model))
     with (
         FileLock(tmp_path / ".out.partial.lock"),
         pytest.raises(InputError, match=r"another process is writing .*out: wait for it"),
     ):
-        bundle.export(spec, tmp_path / "out", name="smallest")
+        bundle.export(spec, tmp_path / "out", source=str(model))
 
 
 @pytest.mark.full
