@@ -13,6 +13,7 @@ import torch
 
 import fastldm
 from fastldm import loading
+from fastldm.engine import nearest
 from fastldm.errors import BundleError, InputError
 from fastldm.export.onnx import Networks, _trace, _Traced, check_graph, write
 from fastldm.export.onnxruntime import ONNXRuntimeEngine
@@ -36,7 +37,7 @@ def sizes_of(spec: NetworkSpec) -> list[dict[str, int]]:
     """None of them traced: one row, upright and broad pictures, one timestep and one each, two windows of text, and the
     largest of all."""
     axes = spec.axes
-    tall = {name: axes[name].best // 2 or 1 for name in ("width",) if name in axes}
+    tall = {name: nearest(axes[name], axes[name].best // 2) for name in ("width",) if name in axes}
     wide = {name: axes[name].most for name in ("width",) if name in axes}
     several = {name: min(2 * axes[name].best, axes[name].most) for name in ("tokens",) if name in axes}
     return [{"batch": 1, "steps": 1, "rows": 1, **tall}, {"batch": 4, "steps": 4, "rows": 9, **wide, **several}]
