@@ -63,8 +63,11 @@ class ONNXRuntimeEngine:
         del self._session
 
 
-def open_engine(path: Path, spec: NetworkSpec, device: torch.device, precision: str | None) -> ONNXRuntimeEngine:
-    """The network of an ONNX file. precision: that of the file, which is what ONNX Runtime computes in."""
+def open_engine(
+    path: Path, spec: NetworkSpec, device: torch.device, precision: str | None, hashes: Mapping[str, str]
+) -> ONNXRuntimeEngine:
+    """The network of an ONNX file. precision: that of the file, which is what ONNX Runtime computes in. Nothing that
+    it makes of the file is kept, so `hashes` are not needed."""
     has = next(port.dtype for port in spec.outputs)
     if precision not in (None, has):
         raise EngineError(

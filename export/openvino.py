@@ -42,7 +42,9 @@ class OpenVINOEngine:
         del self._request
 
 
-def open_engine(path: Path, spec: NetworkSpec, device: torch.device, precision: str | None) -> OpenVINOEngine:
+def open_engine(
+    path: Path, spec: NetworkSpec, device: torch.device, precision: str | None, hashes: Mapping[str, str]
+) -> OpenVINOEngine:
     """The network of an ONNX file. precision: "float32", also where it is None, or "bfloat16"."""
     if device.type != "cpu":
         raise EngineError(f"the OpenVINO backend runs on the CPU, not on {device}")
@@ -74,8 +76,8 @@ def open_engine(path: Path, spec: NetworkSpec, device: torch.device, precision: 
 
     key = Key(
         network=spec.name,
-        graph=hash_files(path),
-        weights=hash_files(*[weights] * weights.exists()),
+        graph=hash_files(path, known=hashes),
+        weights=hash_files(*[weights] * weights.exists(), known=hashes),
         backend="openvino",
         version=ov.__version__,
         precision=precision,

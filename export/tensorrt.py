@@ -138,7 +138,9 @@ class TensorRTEngine:
         del self._runtime
 
 
-def open_engine(path: Path, spec: NetworkSpec, device: torch.device, precision: str | None) -> TensorRTEngine:
+def open_engine(
+    path: Path, spec: NetworkSpec, device: torch.device, precision: str | None, hashes: Mapping[str, str]
+) -> TensorRTEngine:
     """An engine file, or an ONNX file that is built here unless the engine cache has it."""
     if device.type != "cuda":
         raise EngineError(f"TensorRT runs on NVIDIA GPUs, not on {device}: try backend openvino or onnxruntime")
@@ -155,16 +157,24 @@ def open_engine(path: Path, spec: NetworkSpec, device: torch.device, precision: 
         with torch.cuda.device(device):
             return build(path, spec)
 
-    key = key_of(path, spec, gpu=f"{name} sm_{major}{minor}")
+    key = key_of(path, spec, gpu=f"{name} sm_{major}{minor}", hashes=hashes)
     return EngineCache().fetch(key, build_here, lambda data: TensorRTEngine(data, spec, device))
 
 
-def key_of(path: Path, spec: NetworkSpec, *, profiles: Sequence[Ranges] = ({},), gpu: str) -> Key:
-    """What an engine that `build` makes of a network's model.onnx is kept under. Reads all of its weights."""
+def key_of(
+    path: Path,
+    spec: NetworkSpec,
+    *,
+    profiles: Sequence[Ranges] = ({},),
+    gpu: str,
+    hashes: Mapping[str, str] | None = None,
+) -> Key:
+    """What an engine that `build` makes of a network's model.onnx is kept under. Reads all of its weights, but for
+    those whose hashes are known, by the files' names."""
     return Key(
         network=spec.name,
-        graph=hash_files(path),
-        weights=hash_files(*sorted(path.parent.glob(f"{path.name}_data*"))),
+        graph=hash_files(path, known=hashes),
+        weights=hash_files(*sorted(path.parent.glob(f"{path.name}_data*")), known=hashes),
         backend=trt.__name__,
         version=trt.__version__,
         precision=next(port.dtype for port in spec.outputs),

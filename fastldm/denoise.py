@@ -19,7 +19,7 @@ from fastldm.kernels.step import blend, guide, model_input, step
 from fastldm.schedule import StepTable
 
 if TYPE_CHECKING:
-    from fastldm.models.unet import UNet
+    from fastldm.engine import Denoiser
 
 Network = Callable[[Tensor, int, bool], Tensor]
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -198,8 +198,9 @@ class EagerBatch:
 
     nbytes = 0  # what it holds is the runs'
 
-    def __init__(self, unet: UNet) -> None:
-        self.unet = unet
+    def __init__(self, unet: Denoiser, backend: str = "torch") -> None:
+        """backend: what runs it."""
+        self.unet, self.backend = unet, backend
         self._states: dict[Run, State] = {}
         self._text: tuple[object, tuple[Tensor, ...], Tensor | None] = (None, (), None)
 
@@ -219,7 +220,7 @@ class EagerBatch:
         for run, said in zip(runs, out.split([u.shape[0] for u in inputs]), strict=True):
             self._states[run].end(run.i, said)
             run.i += 1
-        return "torch"
+        return self.backend
 
     def _text_of(self, runs: Sequence[Run]) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """Keys and values of all rows, and their lengths where they differ; the same tensors while nobody comes or

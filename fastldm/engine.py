@@ -1,12 +1,16 @@
-"""The seam between a pipeline and what runs its networks: tensors by name in, tensors by name out.
+"""The seam between a pipeline and what runs its networks.
 
-The only place in the runtime that knows of `fastldm.export`, and it imports a backend when one is opened.
+    TextEncoder, Denoiser, Autoencoder    what a pipeline asks of them: PyTorch's modules, or a bundle's networks
+    Engine                                what those ask of a backend: tensors by name in, tensors by name out
+
+The only place in the runtime that knows of `fastldm.export`, and it imports what it needs of that when it needs it.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,7 +20,54 @@ from torch import Tensor
 from fastldm.errors import EngineError, InputError
 
 if TYPE_CHECKING:
+    from fastldm import loading
+    from fastldm.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
+    from fastldm.export.bundle import Bundle
     from fastldm.export.spec import Axis, NetworkSpec
+    from fastldm.models.unet import AddedConditions
+    from fastldm.models.vae import Layer
+
+
+class TextEncoder(Protocol):
+    """See models.clip.CLIPText."""
+
+    @property
+    def config(self) -> TextConfig: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __call__(self, input_ids: Tensor, skip: int = 0, final_norm: bool = True) -> tuple[Tensor, Tensor | None]: ...
+
+
+class Denoiser(Protocol):
+    """See models.unet.UNet."""
+
+    @property
+    def config(self) -> UNetConfig: ...
+
+    def time_rows(
+        self, timesteps: Tensor, *, added: AddedConditions | None = None, guidance: Tensor | None = None
+    ) -> Tensor: ...
+
+    def cross_kv(self, encoder_hidden_states: Tensor) -> tuple[Tensor, ...]: ...
+
+    def step(
+        self, u: Tensor, temb_row: Tensor, cross_kv: Sequence[Tensor], *, kv_len: Tensor | None = None
+    ) -> Tensor: ...
+
+
+class Autoencoder(Protocol):
+    """See models.vae.AutoencoderKL."""
+
+    @property
+    def config(self) -> VAEConfig | TinyVAEConfig: ...
+
+    def encode(self, x: Tensor) -> Tensor: ...
+
+    def decode(self, z: Tensor) -> Tensor: ...
+
+    def decoding(self) -> list[Layer]: ...
 
 
 class Engine(Protocol):
@@ -35,6 +86,67 @@ class Engine(Protocol):
 
 # backend -> the extra that brings its packages
 BACKENDS = {"onnxruntime": "onnx", "openvino": "openvino", "tensorrt": "tensorrt"}
+MANIFEST = "manifest.json"
+"""What a folder that is a bundle has, and no other model."""
+
+
+def is_bundle(path: str | os.PathLike[str]) -> bool:
+    """Whether this is a folder that `fastldm export` wrote."""
+    return (Path(path).expanduser() / MANIFEST).is_file()
+
+
+def open_bundle(path: str | os.PathLike[str]) -> Bundle:
+    """A bundle, each file of which is what was written. BundleError where one is not."""
+    from fastldm.export.bundle import Bundle
+
+    return Bundle.open(Path(path).expanduser())
+
+
+def describe(path: str | os.PathLike[str]) -> loading.Spec:
+    """What a bundle is a bundle of."""
+    from fastldm.export import networks
+
+    return networks.describe(open_bundle(path))
+
+
+def source(path: str | os.PathLike[str]) -> str:
+    """The model that a bundle was made of, for PyTorch. BundleError where it is not here any more."""
+    from fastldm.export import networks
+
+    return networks.source(open_bundle(path))
+
+
+def choose(backend: str, path: str | os.PathLike[str], device: torch.device) -> str:
+    """What runs the model at a path: the backend that was asked for, or for "auto" PyTorch, if it is no bundle.
+
+    Of a bundle, "auto" takes what makes a picture soonest, loading included, as `fastldm verify` measured on this
+    machine; where it did not, the first that is installed of OpenVINO and ONNX Runtime, on a GPU of TensorRT and ONNX
+    Runtime. Nothing is exported and nothing measured here.
+
+    Raises InputError for a backend there is not and for one that runs bundles where this is none, EngineError where
+    none is installed.
+    """
+    if backend not in ("auto", "torch", *BACKENDS):
+        raise InputError(f"backend is {backend!r}: expected auto, torch, {', '.join(BACKENDS)}")
+    if not is_bundle(path):
+        if backend in BACKENDS:
+            raise InputError(f"{backend} runs bundles, and {path} is none: `fastldm export -m {path} OUT` makes one")
+        return "torch"
+    if backend != "auto":
+        return backend
+    from fastldm.export import auto
+
+    return auto.choose(open_bundle(path), device)
+
+
+def load(
+    path: str | os.PathLike[str], backend: str, device: torch.device, dtype: str | torch.dtype | None
+) -> tuple[loading.Spec, loading.Networks, str]:
+    """What a bundle is of, its networks on a backend, and its name. dtype: to compute in, the best where it is None."""
+    from fastldm.export import networks
+
+    bundle = open_bundle(path)
+    return networks.describe(bundle), networks.load(bundle, backend, device, dtype), bundle.manifest["model"]
 
 
 def open_engine(
@@ -44,6 +156,7 @@ def open_engine(
     *,
     device: torch.device | str = "cpu",
     precision: str | None = None,
+    hashes: Mapping[str, str] | None = None,
 ) -> Engine:
     """A network of a bundle, on a backend.
 
@@ -51,6 +164,7 @@ def open_engine(
     device: where inputs and outputs are, and where it runs.
     precision: what it computes in, "float32", "float16" or "bfloat16"; what the file holds where it is None, but for
         OpenVINO, which computes in "float32" or "bfloat16" whatever the file holds.
+    hashes: sha256 of the network's files by name, where they are known: engine caches need them.
 
     Raises EngineError where the backend is not installed, naming the extra that brings it, or cannot run this.
     """
@@ -64,7 +178,7 @@ def open_engine(
         ) from error
     if not path.is_file():
         raise EngineError(f"{path} does not exist: expected the {spec.name} of a bundle")
-    return module.open_engine(path, spec, torch.device(device), precision)
+    return module.open_engine(path, spec, torch.device(device), precision, hashes or {})
 
 
 def bound(

@@ -10,17 +10,20 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastldm import text, weights
+from fastldm import engine, text, weights
 from fastldm.config import Family, TextConfig, TinyVAEConfig, UNetConfig, VAEConfig, recognise
 from fastldm.errors import InputError
 from fastldm.models.clip import CLIPText
 from fastldm.models.unet import UNet
 from fastldm.models.vae import AutoencoderKL, TinyAutoencoder
 from fastldm.prepare import Prepared, prepare
+
+if TYPE_CHECKING:
+    from fastldm.export.spec import Axis
 
 logger = logging.getLogger("fastldm")
 
@@ -61,10 +64,13 @@ def describe(
     allow_pickle: bool = False,
     prediction_type: str | None = None,
 ) -> Spec:
-    """What a diffusers folder, a hub id, a single-file checkpoint or "default" holds. Reads no weights.
+    """What a diffusers folder, a hub id, a single-file checkpoint, an exported bundle or "default" holds. Loads no
+    weights.
 
     Raises CheckpointError for anything that is not a model that fastldm can run, naming what it is instead.
     """
+    if engine.is_bundle(path_or_id):
+        return engine.describe(path_or_id)
     given = DEFAULT_MODEL if str(path_or_id) == "default" else path_or_id
     checkpoint = weights.open_checkpoint(
         given,
@@ -141,10 +147,19 @@ def _native_bfloat16() -> bool:
 class Networks:
     """A model, loaded and prepared: what a pipeline runs."""
 
-    unet: UNet
-    vae: AutoencoderKL | TinyAutoencoder
+    unet: engine.Denoiser
+    vae: engine.Autoencoder
     text_stages: tuple[text.TextStage, ...]
     prepared: Prepared
+    device: torch.device
+    dtype: torch.dtype
+    """Of what goes into the U-Net and the autoencoder, and comes out."""
+    backend: str = "torch"
+    """What runs them: "torch" or one of `engine.BACKENDS`."""
+    precision: str | None = None
+    """What they compute in, where that is not `dtype`."""
+    latents: tuple[Axis, Axis] | None = None
+    """The heights and widths of latents that they run with, where those are limited."""
 
 
 def load(
@@ -163,4 +178,6 @@ def load(
     )
     unet, vae = fill(unet, "unet"), fill(vae, "vae")
     networks = {"unet": unet, "vae": vae} | {name: stage.model for name, stage in zip(names, stages, strict=True)}
-    return Networks(unet, vae, stages, prepare(networks, (sharing or {}).values()))
+    weight = unet.conv_in.weight
+    prepared = prepare(networks, (sharing or {}).values())
+    return Networks(unet, vae, stages, prepared, device=weight.device, dtype=weight.dtype)

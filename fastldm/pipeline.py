@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastldm import engine, loading, memory, schedule, text, weights
 from fastldm import image as images
-from fastldm import loading, memory, schedule, text, weights
+from fastldm.config import VAEConfig
 from fastldm.denoise import (
     Batch,
     Conditions,
@@ -38,8 +39,8 @@ from fastldm.denoise import (
 from fastldm.errors import CheckpointError, InputError, NonFinite
 from fastldm.graph import CUDA, WARM_UPS, Graphs
 from fastldm.kernels.step import fuses
-from fastldm.models.unet import AddedConditions
-from fastldm.models.vae import AutoencoderKL, Decode, Pieces, TinyAutoencoder, decode_pieces, finish
+from fastldm.models.unet import AddedConditions, UNet
+from fastldm.models.vae import Decode, Pieces, decode_pieces, finish
 from fastldm.request import Request, Result, Timings, picture_seeds
 from fastldm.session import Progress, Session
 from fastldm.slots import Slots, StaticBuffers, graph_rows, step_capacity, to_host
@@ -55,22 +56,21 @@ StepCallback = Callable[["Pipeline", int, float, "dict[str, Any]"], "dict[str, A
 class Pipeline:
     """A loaded model, ready to be called, by several threads at once too."""
 
-    backend = "torch"
-
     def __init__(self, spec: loading.Spec, networks: loading.Networks, name: str) -> None:
         """Most callers want `from_pretrained`, `from_single_file`, `from_diffusers` or `default`."""
         self.name, self.family = name, spec.family
         self.unet, self.vae, self.text_stages = networks.unet, networks.vae, networks.text_stages
         self.schedule = schedule.ScheduleConfig.from_dict(spec.checkpoint.scheduler)
         self.zero_negative = bool(spec.checkpoint.index.get("force_zeros_for_empty_prompt", False))
-        parameter = next(self.unet.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
-        self._prepared = networks.prepared
-        self._parameters = sum(p.numel() for p in self.unet.parameters())
+        self.device, self.dtype, self.backend = networks.device, networks.dtype, networks.backend
+        self.precision = networks.precision or str(self.dtype).removeprefix("torch.")
+        """What the networks compute in: "float32", "float16" or "bfloat16"."""
+        self._prepared, self._latents = networks.prepared, networks.latents
+        self._parameters = sum(p.numel() for p in self.unet.parameters()) if isinstance(self.unet, UNet) else 0
         self._lock = threading.Lock()
         self._session: Session | None = None
         self._graphs: Graphs | None = None
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and self.backend == "torch":
             total = torch.cuda.get_device_properties(self.device).total_memory
             self._graphs = Graphs(CUDA(self.device), budget=int(_GRAPHS_SHARE * total))
         self._vae_decode: Decode = "whole"
@@ -85,18 +85,31 @@ class Pipeline:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         torch_dtype: str | torch.dtype | None = None,
+        backend: str = "auto",
         **where: Any,
     ) -> Pipeline:
-        """A pipeline from a diffusers folder, a hub id, a .safetensors file, or "default".
+        """A pipeline from a diffusers folder, a hub id, a .safetensors file, a bundle that `fastldm export` wrote, or
+        "default".
 
         device: a GPU where there is one, else the CPU. dtype (or torch_dtype): what is fastest there, see
-        `choose_dtype`.
+        `choose_dtype`; of a bundle, ONNX Runtime and TensorRT compute in what it was exported in.
+        backend: what runs the networks: "torch", or for a bundle "onnxruntime", "openvino" or "tensorrt". "auto" is
+        PyTorch, and for a bundle what `fastldm verify` found to be fastest on this machine, see `engine.choose`.
         where: variant, revision, cache_dir, local_files_only, allow_pickle and prediction_type, see `loading.describe`.
 
         Raises CheckpointError for what is not a model that fastldm can run, InputError for a device or dtype there
-        is not.
+        is not, BundleError for a bundle that is damaged, EngineError for a backend that is not installed or cannot
+        run it.
         """
         chosen = loading.choose_device(device)
+        runs = engine.choose(backend, path_or_id, chosen)
+        if runs != "torch":
+            unused = [name for name, value in where.items() if value]
+            if unused:
+                raise InputError(f"{', '.join(unused)}: not for a bundle, which was exported from one checkpoint")
+            return cls(*engine.load(path_or_id, runs, chosen, dtype or torch_dtype))
+        if engine.is_bundle(path_or_id):
+            path_or_id = engine.source(path_or_id)
         spec = loading.describe(path_or_id, **where)
         precision = loading.choose_dtype(dtype or torch_dtype, chosen)
 
@@ -200,7 +213,12 @@ class Pipeline:
         return self.session.call(self._prepared.weights_changed)
 
     def enable_vae_tiling(self) -> None:
-        """Decode large pictures in tiles: less memory for a difference that is not visible, see `decode_pieces`."""
+        """Decode large pictures in tiles: less memory for a difference that is not visible, see `decode_pieces`.
+
+        InputError for a bundle: an exported decoder does not give the statistics that tiles share.
+        """
+        if self.backend != "torch":
+            raise InputError(f"{self.backend} cannot decode in tiles: decode sliced or whole, or run on backend torch")
         self._vae_decode = "tiled"
 
     def enable_vae_slicing(self) -> None:
@@ -235,8 +253,8 @@ class Pipeline:
 
     def _new_batch(self, run: Run, max_batch: int) -> Batch:
         """For runs of the size of this one: what has room for it, and for `max_batch` pictures."""
-        if not fuses(run.work.x):
-            return EagerBatch(self.unet)
+        if not isinstance(self.unet, UNet) or not fuses(run.work.x):
+            return EagerBatch(self.unet, self.backend)
         pictures = max(run.batch, max_batch)
         buffers = StaticBuffers.empty(
             self.unet.config,
@@ -287,9 +305,8 @@ class Pipeline:
     def _result(
         self, request: Request, table: schedule.StepTable, images: Any, timings: Timings, backend: str
     ) -> Result:
-        dtype = str(self.dtype).removeprefix("torch.")
         seeds = picture_seeds(request) if request.generator is None else ()
-        return Result(images, seeds, timings, backend, dtype, request.replace(sampler=table.sampler))
+        return Result(images, seeds, timings, backend, self.precision, request.replace(sampler=table.sampler))
 
     def _preview(self, latents: Tensor, c_in: float) -> list[Image]:
         """What latents (B, C, h, w) between two steps look like: small pictures, decoded from at most 16 latents a
@@ -311,7 +328,7 @@ class Pipeline:
 
         The ops of a small step are over before threads have met. The default model's eight steps took 0.29 s with one
         thread on two cores and 0.38 s with two; on a busy machine, where every op waits for the thread that is not
-        running just then, a picture took 1.3 and 18.6 s.
+        running just then, a picture took 1.3 and 18.6 s. An engine has threads of its own, and little is left to do.
         """
         cells = int(request.height or 0) * int(request.width or 0) / self.vae.config.factor**2
         work = self._parameters * cells * pictures
@@ -342,6 +359,7 @@ class Pipeline:
                 raise InputError(
                     f"{name} is {value}: expected a multiple of {factor} pixels for this model, such as {near}"
                 )
+        self._check_size(width, height)
         if latents is not None and (height, width) != tuple(int(n) * factor for n in latents.shape[2:]):
             raise InputError(
                 f"latents are for {latents.shape[3] * factor}x{latents.shape[2] * factor} pixels, not {width}x{height}"
@@ -368,6 +386,17 @@ class Pipeline:
         )
         self._check_memory(completed)
         return completed
+
+    def _check_size(self, width: int, height: int) -> None:
+        """InputError for a size that the networks were not exported for."""
+        factor = self.vae.config.factor
+        for name, size, axis in zip(("height", "width"), (height, width), self._latents or (), strict=False):
+            near = engine.nearest(axis, size // factor) * factor
+            if near != size:
+                raise InputError(
+                    f"{name} is {size}: this bundle runs {axis.least * factor} to {axis.most * factor} pixels in steps "
+                    f"of {axis.multiple_of * factor}, of which {near} is nearest"
+                )
 
     def _check_memory(self, request: Request) -> None:
         """OutOfMemory for what cannot fit, before any work."""
@@ -526,7 +555,7 @@ class Pipeline:
         """Pictures (B, 3, H, W) in -1..1 to latents (B, C, h, w) in float32, drawn from the posterior of a KL
         autoencoder."""
         encoded = self.vae.encode(picture.to(self.dtype)).float()
-        if isinstance(self.vae, AutoencoderKL):
+        if isinstance(self.vae.config, VAEConfig):
             mean, log_variance = encoded.chunk(2, dim=1)
             encoded = mean + (log_variance.clamp(-30, 20) / 2).exp() * draw()
         if not bool(torch.isfinite(encoded).all()):
@@ -535,26 +564,27 @@ class Pipeline:
             )
         return (encoded - self.vae.config.shift_factor) * self.vae.config.scaling_factor
 
-    def _decoding(self, latents: Tensor, vae: AutoencoderKL | TinyAutoencoder | None = None) -> Pieces:
+    def _decoding(self, latents: Tensor) -> Pieces:
         """Latents (B, C, h, w) as the U-Net has them to pictures (B, 3, H, W), about -1..1, in pieces."""
-        vae = vae or self.vae
-        z = latents / vae.config.scaling_factor + vae.config.shift_factor
-        z = z.to(next(vae.parameters()).dtype)
-        if vae is self.vae and self._graphs is not None and self._vae_decode == "whole":
+        z = self._unscaled(latents).to(self.dtype)
+        if self._graphs is not None and self._vae_decode == "whole":
             yield
-            return self._run("decode", vae.decode, z)  # one piece: about as long as a step
-        return (yield from decode_pieces(vae, z, self._vae_decode))
+            return self._run("decode", self.vae.decode, z)  # one piece: about as long as a step
+        return (yield from decode_pieces(self.vae, z, self._vae_decode))
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        return latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
 
     def _decoded_in_float32(self, latents: Tensor, kind: str) -> Tensor:
         """The pixels of a picture whose decoding was not finite; NonFinite where float32 does not help. Waits."""
         decoded = None
-        if self.dtype != torch.float32:
+        if self.dtype != torch.float32 and isinstance(self.vae, torch.nn.Module):
             logger.warning("decoding in %s overflowed: decoding once more in float32", self.dtype)
-            decoded = finish(self._decoding(latents, copy.deepcopy(self.vae).float()))
+            vae = copy.deepcopy(self.vae).float()
+            decoded = finish(decode_pieces(vae, self._unscaled(latents).float(), self._vae_decode))
         if decoded is None or not bool(decoded.isfinite().all()):
-            raise NonFinite(
-                "decoding the latents gave NaN or infinity, in float32 too: the VAE's weights may be damaged"
-            )
+            how = f"on {self.backend}" if self.backend != "torch" else "in float32 too"
+            raise NonFinite(f"decoding the latents gave NaN or infinity, {how}: the VAE's weights may be damaged")
         pixels = images.to_pixels(decoded, kind)
         return pixels if kind == "pt" else pixels.cpu()
 

@@ -30,7 +30,7 @@ from fastldm.errors import CheckpointError, InputError
 if TYPE_CHECKING:
     import tokenizers
 
-    from fastldm.models.clip import CLIPText
+    from fastldm.engine import TextEncoder
 
 logger = logging.getLogger("fastldm")
 
@@ -326,7 +326,7 @@ class TextStage:
     """One text encoder with its tokenizer."""
 
     tokenizer: Tokenizer
-    model: CLIPText
+    model: TextEncoder
 
     @property
     def window(self) -> int:
@@ -499,14 +499,15 @@ def _encode(
             f"the tokenizer gave id {largest} but the text encoder has {model.config.vocab} embeddings: "
             "tokenizer and text encoder are not of one model"
         )
-    device = next(model.parameters()).device
     read = functools.partial(model, skip=drop, final_norm=final_norm)
-    states, vectors = run((id(model), drop, final_norm), read, torch.tensor(list(place), device=device))
+    states, vectors = run((id(model), drop, final_norm), read, torch.tensor(list(place), device=model.device))
     repeated = [[row[k % len(row)] for k in range(total)] for row in rows]
-    index = torch.tensor([[place[window.ids] for window in row] for row in repeated], device=device)
+    index = torch.tensor([[place[window.ids] for window in row] for row in repeated], device=model.device)
     hidden = states[index]  # (B, total, W, D)
     if weighted:
-        weights = torch.tensor([[window.weights for window in row] for row in repeated], device=device).unsqueeze(-1)
+        weights = torch.tensor([[window.weights for window in row] for row in repeated], device=model.device).unsqueeze(
+            -1
+        )
         base = states[place[empty]].float()  # (W, D)
         moved = (base + weights * (hidden.float() - base)).to(hidden.dtype)
         hidden = torch.where(weights == 1.0, hidden, moved)  # a token without a weight keeps its bits

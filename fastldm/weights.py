@@ -74,7 +74,13 @@ class Component:
 
         to_prepare: those that `fastldm.prepare` moves are copies, so that their pages of the file are not held:
             convolutions' weights, in channels-last memory, and the projections to queries, keys and values.
+
+        CheckpointError where there are none: a bundle holds engines' weights, not PyTorch's.
         """
+        if not self.files:
+            raise CheckpointError(
+                f"{self.source} is an exported bundle, which PyTorch cannot read: give the model that it was made of"
+            )
         tensors: dict[str, Tensor] = {}
         for file in self.files:
             tensors.update(_read_tensors(file, self.names, self.allow_pickle, to_prepare))

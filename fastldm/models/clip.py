@@ -27,6 +27,11 @@ class CLIPText(nn.Module):
             Linear(config.hidden, config.projection_dim, bias=False) if config.projection_dim is not None else None
         )
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.text_model.final_layer_norm.weight.device
+
     def forward(self, input_ids: Tensor, skip: int = 0, final_norm: bool = True) -> tuple[Tensor, Tensor | None]:
         """input_ids (B, T) integers -> hidden (B, T, D), pooled (B, P).
 

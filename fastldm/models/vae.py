@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,9 @@ from fastldm.models.layers import (
     to_tokens,
     upsample_conv2d,
 )
+
+if TYPE_CHECKING:
+    from fastldm.engine import Autoencoder
 
 Layer = Callable[[Tensor], Tensor]
 Norm = Callable[..., Tensor]  # (a GroupNorm, x, silu=...) -> x, normalised
@@ -303,7 +306,7 @@ TILE = 64  # latents a side
 Decode = Literal["whole", "sliced", "tiled"]
 
 
-def decode_pieces(vae: AutoencoderKL | TinyAutoencoder, z: Tensor, how: Decode = "whole", tile: int = TILE) -> Pieces:
+def decode_pieces(vae: Autoencoder, z: Tensor, how: Decode = "whole", tile: int = TILE) -> Pieces:
     """`vae.decode(z)` in pieces of one layer (of one picture, of one tile): other work may run between them.
 
     z (B, C, h, w), unscaled latents -> (B, 3, h * factor, w * factor). To go on, call next(); it raises StopIteration
@@ -349,17 +352,18 @@ def _in_turn(layers: list[Layer], x: Tensor) -> Pieces:
     return x
 
 
-def _one_by_one(vae: AutoencoderKL | TinyAutoencoder, z: Tensor, tile: int) -> Pieces:
+def _one_by_one(vae: Autoencoder, z: Tensor, tile: int) -> Pieces:
     pictures = []
     for one in z.split(1):
         pictures.append((yield from _tiled(vae, one, tile)))
     return torch.cat(pictures)
 
 
-def _tiled(vae: AutoencoderKL | TinyAutoencoder, z: Tensor, tile: int) -> Pieces:
+def _tiled(vae: Autoencoder, z: Tensor, tile: int) -> Pieces:
     height, width = z.shape[2:]
     if max(height, width) <= tile:
         return (yield from _in_turn(vae.decoding(), z))
+    assert isinstance(vae, AutoencoderKL | TinyAutoencoder)  # no other has layers to run apart
     x = yield from _in_turn(vae.low(), z)  # (1, C, h, w)
 
     statistics: list[tuple[Tensor, Tensor]] = []
