@@ -60,7 +60,7 @@ class Cost(NamedTuple):
 
 # ------------------------------------------------------------------------------------- which path a call takes
 
-Observer = Callable[["Op[..., Any]", tuple[Any, ...], dict[str, Any]], None]
+Observer = Callable[["Op[..., Any]", tuple[Any, ...], dict[str, Any]], Callable[[], None] | None]
 
 
 class _Scope(threading.local):
@@ -98,7 +98,8 @@ def use(path: Route) -> AbstractContextManager[None]:
 
 
 def observe(observer: Observer) -> AbstractContextManager[None]:
-    """Inside, `observer(op, args, kwargs)` is called before each op runs."""
+    """Inside, `observer(op, args, kwargs)` is called before each op runs, and what it returns, unless that is None,
+    when the op has run. Ops that an op is made of are seen too, between the two."""
     return _set("observer", observer)
 
 
@@ -174,13 +175,16 @@ class Op(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         observer = _scope.observer
-        if observer is not None:
-            observer(self, args, kwargs)
+        done = None if observer is None else observer(self, args, kwargs)
         if not self.path(*args, **kwargs):
-            return self.reference(*args, **kwargs)
-        if _scope.target is None and _traced():
-            return self.registered(*args, **kwargs)
-        return self.triton(*args, **kwargs)
+            out = self.reference(*args, **kwargs)
+        elif _scope.target is None and _traced():
+            out = self.registered(*args, **kwargs)
+        else:
+            out = self.triton(*args, **kwargs)
+        if done is not None:
+            done()
+        return out
 
     def path(self, *args: P.args, **kwargs: P.kwargs) -> Verdict:
         """Whether a call takes the Triton path, and if not, why."""

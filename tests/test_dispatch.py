@@ -8,7 +8,9 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ops
 import pytest
@@ -17,6 +19,7 @@ from conftest import ROOT
 
 from fastldm.kernels import OPS, dispatch, observe, use
 from fastldm.kernels.geglu import GEGLU, geglu
+from fastldm.kernels.layer_norm import LAYER_NORM
 
 X = torch.randn(3, 64, device=ops.DEVICE)
 
@@ -63,6 +66,24 @@ def test_observers_see_each_call() -> None:
         geglu(X)
     geglu(X)
     assert seen == [("geglu", X.shape)]
+
+
+def test_observers_may_ask_to_be_called_when_the_op_has_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is between the two is all of the op, and the ops that it is made of."""
+    order: list[str] = []
+
+    def watch(op: dispatch.Op[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
+        order.append(f"{op.name} begins")
+        return lambda: order.append(f"{op.name} has run")
+
+    def reference(x: torch.Tensor) -> torch.Tensor:
+        order.append("inside")
+        return LAYER_NORM(x, x[0], x[0], 1e-5)
+
+    monkeypatch.setattr(GEGLU, "reference", reference)
+    with use("torch"), observe(watch):
+        geglu(X)
+    assert order == ["geglu begins", "inside", "layer_norm begins", "layer_norm has run", "geglu has run"]
 
 
 def test_the_table_and_who_overrules_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
