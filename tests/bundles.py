@@ -1,11 +1,19 @@
-"""Models for the tests of exports. Tracing takes a second for each layer of a network, so they have few."""
+"""Models and bundles for the tests of exports. Tracing takes a second for each layer of a network, so they have few,
+and what one test process has exported serves the others."""
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny
+from filelock import FileLock
+
+from fastldm import loading
+from fastldm.export import bundle
 
 
 def smallest(family: str, folder: Path) -> Path:
@@ -33,3 +41,28 @@ def smallest(family: str, folder: Path) -> Path:
     }
     tiny.pipeline(family, **parts).save_pretrained(folder)
     return folder
+
+
+def shared(factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run of the tests, whichever of its processes asks."""
+    own = factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "bundles"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def exported(family: str, split: bool, folder: Path, **options: Any) -> tuple[Path, Path]:
+    """The smallest model of a family, and the bundle of it, in a shared folder. Neither is to be written to."""
+    source = folder / family
+    out = folder / "-".join([family, "split" if split else "whole", *map(str, options.values())])
+    with FileLock(folder / f"{family}.lock"):
+        if not source.exists():
+            smallest(family, source)
+        if not out.exists():
+            bundle.export(loading.describe(source), out, source=str(source), split=split, **options)
+    return source, out
+
+
+def sign(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write a changed manifest as somebody would who changes it on purpose."""
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "sha256": bundle._manifest_hash(manifest)}))
