@@ -30,7 +30,7 @@ from torch import Tensor
 
 from benchmarks.gpu import source
 from benchmarks.networks import WORKLOADS, Call, calls
-from fastldm.bench import capture, replay, take_turns
+from fastldm.bench import Ceilings, ceilings, take_turns
 from fastldm.kernels import dispatch
 
 RESULTS = Path(__file__).parent / "results"
@@ -68,32 +68,32 @@ def main(ops: Sequence[dispatch.Op[..., Any]], rivals: Rivals) -> None:
     if not torch.cuda.is_available():
         sys.exit("torch sees no GPU: this times kernels on one. --list prints shapes and costs without.")
 
-    ceilings = measure_ceilings(DTYPES[args.dtype])
+    limits = ceilings(torch.device("cuda"), DTYPES[args.dtype])
     rows = []
     for workload, call, count in wanted:
-        row = {"workload": workload, "count": count, **bench(call, rivals, ceilings)}
+        row = {"workload": workload, "count": count, **bench(call, rivals, limits)}
         rows.append(row)
         print(line(row), flush=True)
     folder = args.results or RESULTS / machine()
     folder.mkdir(parents=True, exist_ok=True)
     name = Path(sys.modules["__main__"].__file__ or "op").stem
-    record = {"machine": describe(), "source": source(name), "ceilings": ceilings, "dtype": args.dtype, "rows": rows}
+    record = {"machine": describe(), "source": source(name), "ceilings": limits._asdict(), "dtype": args.dtype}
+    record["rows"] = rows
     (folder / f"{name}-{args.dtype}.json").write_text(json.dumps(record, indent=1) + "\n")
     if any("wrong" in row for row in rows):
         sys.exit("some kernels are wrong and were not timed")
 
 
-def bench(call: Call, rivals: Rivals, ceilings: dict[str, float]) -> dict[str, Any]:
+def bench(call: Call, rivals: Rivals, limits: Ceilings) -> dict[str, Any]:
     """One call: correct or not, microseconds of each contender, and the floor."""
     op = dispatch.OPS[call.op]
     flop, moved, exp = call.cost
-    floors = {"matrix": flop / ceilings["flops"] * 1e6, "memory": moved / ceilings["bytes"] * 1e6}
     row: dict[str, Any] = {
         "call": str(call),
         "flop": flop,
         "bytes": moved,
         "exp": exp,
-        "floor_us": max(floors.values()),
+        "floor_us": limits.seconds(flop, moved) * 1e6,
     }
 
     sets = [call.arguments("cuda") for _ in range(min(16, max(2, L2_BYTES // max(moved, 1) + 1)))]
@@ -134,18 +134,6 @@ def disagreement(op: dispatch.Op[..., Any], args: tuple[Any, ...], kwargs: dict[
         if not off <= allowed:
             return f"error {off.item():.2e}, allowed {allowed.item():.2e}"
     return None
-
-
-def measure_ceilings(dtype: torch.dtype) -> dict[str, float]:
-    """What this GPU does at best: float operations a second of a large product, bytes a second of a large copy."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
-    source = torch.empty(1 << 30, device="cuda", dtype=torch.uint8)
-    target = torch.empty_like(source)
-    product, copy = capture([lambda: a @ b]), capture([lambda: target.copy_(source)])
-    return {
-        "flops": 2 * 8192**3 / min(replay(product) for _ in range(5)) * 1e6,
-        "bytes": 2 * source.numel() / min(replay(copy) for _ in range(5)) * 1e6,
-    }
 
 
 def line(row: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks import harness
 from benchmarks.gpu import source
-from fastldm.bench import take_turns
+from fastldm.bench import ceilings, take_turns
 from fastldm.kernels import use
 from fastldm.kernels.step import COLUMNS, END_STEP, StepState, end_step, guide, model_input, step, table_rows
 from fastldm.schedule import ScheduleConfig, make_table
@@ -150,14 +150,14 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         sys.exit("torch sees no GPU: this times kernels on one. --list prints shapes and bytes without.")
-    ceilings = harness.measure_ceilings(dtype)
+    limits = ceilings(torch.device("cuda"), dtype)
     rows = []
     for name in SHAPES:
-        rows.append(bench(name, dtype, ceilings["bytes"]))
+        rows.append(bench(name, dtype, limits.bytes))
         print(harness.line(rows[-1]), flush=True)
     folder = args.results or harness.RESULTS / harness.machine()
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"machine": harness.describe(), "source": source("step"), "ceilings": ceilings, "dtype": args.dtype}
+    record = {"machine": harness.describe(), "source": source("step"), "ceilings": limits._asdict(), "dtype": args.dtype}
     (folder / f"step-{args.dtype}.json").write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n")
     if any("wrong" in row for row in rows):
         sys.exit("some kernels are wrong and were not timed")

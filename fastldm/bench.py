@@ -1,11 +1,69 @@
-"""Timing on a GPU: what benchmarks and the tuner share."""
+"""Timing: what benchmarks, the tuner and the profile share."""
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from statistics import median
+from time import perf_counter
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+
+
+class Ceilings(NamedTuple):
+    """What a device does at best, as measured on it."""
+
+    flops: float
+    """Float operations a second, of a large matrix product."""
+    bytes: float
+    """Bytes a second, read and written, of a large copy."""
+
+    def seconds(self, flop: float, moved: float) -> float:
+        """The least that work of so many operations and bytes can take."""
+        return max(flop / self.flops, moved / self.bytes)
+
+
+def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """Measured on the device, a CPU with as many threads as torch has now: about a second."""
+    gpu = device.type == "cuda"
+    side, size = (8192, 1 << 30) if gpu else (1536, 1 << 28)
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    source = torch.zeros(size, device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    works: list[Callable[[], object]] = [lambda: F.linear(a, b), lambda: target.copy_(source)]
+    if gpu:
+        graphs = [capture([work]) for work in works]
+        product, copy = (min(replay(graph) for _ in range(5)) / 1e6 for graph in graphs)
+    else:
+        product, copy = (_least(work) for work in works)
+    return Ceilings(2 * side**3 / product, 2 * size / copy)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a figure was measured on."""
+    found: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return {"name": properties.name, "sm": f"{properties.major}{properties.minor}", **found}
+    name, cpuinfo = platform.processor(), Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = cpuinfo.read_text().splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return {"name": name, "cores": os.cpu_count(), "capability": torch.backends.cpu.get_cpu_capability(), **found}
+
+
+def _least(work: Callable[[], object]) -> float:
+    """Seconds of the fastest of some runs: whatever else a machine does only adds to them."""
+    times = []
+    for _ in range(8):
+        began = perf_counter()
+        work()
+        times.append(perf_counter() - began)
+    return min(times)
 
 
 def capture(runs: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastldm import image as images
 from fastldm.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
-from fastldm.kernels.dispatch import device_type
+from fastldm.kernels.dispatch import Cost, Op, Target, device_type, observe, targeting
 from fastldm.loading import autoencoder
 from fastldm.models.clip import CLIPText
 from fastldm.models.unet import AddedConditions, UNet
@@ -52,20 +53,32 @@ def conditions(config: UNetConfig, *, steps: int, rows: int, tokens: int, dtype:
 
     tokens: of a text, a multiple of the window where it has several.
     """
+    times = time_rows(config, count=steps * rows if config.needs_added else steps, dtype=dtype)
+    texts = cross_kv(config, rows=rows, tokens=tokens, dtype=dtype)
+    return lambda: (times(), texts())
+
+
+def time_rows(config: UNetConfig, *, count: int, dtype: torch.dtype) -> Work:
+    """What the resnets read of so many times and conditions."""
     unet: UNet = network(config, dtype)  # type: ignore[assignment]
-    text, every = _empty(rows, tokens, config.cross_attention_dim, dtype=dtype), steps
     added = None
     if config.needs_added:
-        every = steps * rows
         pooled = config.addition_input_dim - 6 * config.addition_time_embed_dim
-        added = AddedConditions(_empty(every, pooled, dtype=dtype), _empty(every, 6))
-    guidance = _empty(every) if config.needs_guidance else None
+        added = AddedConditions(_empty(count, pooled, dtype=dtype), _empty(count, 6))
+    guidance = _empty(count) if config.needs_guidance else None
 
     def work() -> object:
         with torch.device("meta"):  # the network makes sinusoids of LCM's guidance on the default device
-            return unet.time_rows(_empty(every), added=added, guidance=guidance), unet.cross_kv(text)
+            return unet.time_rows(_empty(count), added=added, guidance=guidance)
 
     return torch.no_grad()(work)
+
+
+def cross_kv(config: UNetConfig, *, rows: int, tokens: int, dtype: torch.dtype) -> Work:
+    """Keys and values of so many texts."""
+    unet: UNet = network(config, dtype)  # type: ignore[assignment]
+    text = _empty(rows, tokens, config.cross_attention_dim, dtype=dtype)
+    return torch.no_grad()(lambda: unet.cross_kv(text))
 
 
 def step(config: UNetConfig, *, height: int, width: int, rows: int, tokens: int, dtype: torch.dtype) -> Work:
@@ -148,3 +161,52 @@ def run_encoder(config: VAEConfig | TinyVAEConfig, *, height: int, width: int, b
 def run_text(configs: Sequence[TextConfig], *, batch: int, dtype: torch.dtype) -> None:
     """One window of text for each of `batch` prompts, through all encoders."""
     text(configs, batch=batch, dtype=dtype)()
+
+
+# ------------------------------------------------------------------------------------------------------------ counted
+
+
+def count(make: Callable[[], Work]) -> dict[str, Cost]:
+    """What the ops of a work have to do on a CPU, by name; those that an op is made of are its own. Under "enlarging":
+    what everybody counts more, who convolves the enlarged picture."""
+    found: dict[str, Cost] = {}
+    inside: list[str] = []
+
+    def add(name: str, flop: int, moved: int) -> None:
+        before = found.get(name, Cost(0, 0))
+        found[name] = Cost(before.flop + flop, before.bytes + moved)
+
+    def watch(op: Op[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
+        if not inside:
+            cost = op.cost(*args, **kwargs)
+            add(op.name, cost.flop, cost.bytes)
+            if op.name == "upsample_conv2d":
+                x, weight, _, height, width = args[:5]
+                add("enlarging", 2 * x.shape[0] * height * width * weight.numel() - cost.flop, 0)
+        inside.append(op.name)
+        return inside.clear if len(inside) == 1 else lambda: None
+
+    with targeting(Target(0)), observe(watch):
+        make()()
+    return found
+
+
+def total(make: Callable[[], Work]) -> Cost:
+    """All that the ops of a work have to do on a CPU."""
+    costs = [cost for name, cost in count(make).items() if name != "enlarging"]
+    return Cost(sum(cost.flop for cost in costs), sum(cost.bytes for cost in costs))
+
+
+def operations(config: UNetConfig, *, height: int, width: int, rows: int, tokens: int) -> dict[str, int]:
+    """Float operations of the whole U-Net for `rows` rows, 2 for each multiply-add of a product, by what becomes of
+    them: "step" is what is computed at each step. All together they are what everybody counts.
+    """
+    dtype = torch.float32
+    step_counts = count(lambda: step(config, height=height, width=width, rows=rows, tokens=tokens, dtype=dtype))
+    enlarging = step_counts.pop("enlarging", Cost(0, 0))
+    return {
+        "step": sum(cost.flop for cost in step_counts.values()),
+        "once a prompt: keys and values": total(lambda: cross_kv(config, rows=rows, tokens=tokens, dtype=dtype)).flop,
+        "once a schedule: time rows": total(lambda: time_rows(config, count=rows, dtype=dtype)).flop,
+        "never: convolutions of enlarged pictures": enlarging.flop,
+    }
