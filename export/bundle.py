@@ -31,8 +31,9 @@ from torch import Tensor
 from fastldm import __version__
 from fastldm.engine import open_engine
 from fastldm.errors import BundleError, CheckpointError, EngineError, InputError
-from fastldm.export.cache import hash_files
-from fastldm.export.onnx import MODEL, Networks, write
+from fastldm.export.cache import Key, hash_files
+from fastldm.export.engines import Engines
+from fastldm.export.onnx import DATA, MODEL, Networks, write
 from fastldm.export.parity import TOLERANCES, Difference, gate
 from fastldm.export.spec import Axis, DType, NetworkSpec, sample, specs
 from fastldm.loading import Spec
@@ -74,6 +75,30 @@ class Bundle:
     def path(self, network: str) -> Path:
         """The ONNX file of a network."""
         return self.folder / network / MODEL
+
+    def hashes(self, network: str) -> dict[str, str]:
+        """sha256 of the files of a network, by name."""
+        folder = f"{network}/"
+        files = self.manifest["files"]
+        return {name.removeprefix(folder): files[name]["sha256"] for name in files if name.startswith(folder)}
+
+    def engine(self, network: str, *, backend: str, version: str, capability: int) -> bytes | None:
+        """An engine of a network that was built ahead for this version of this backend ("tensorrt_rtx") and for GPUs of
+        this compute capability (89), its hash checked; None where there is none, and a warning says why one was left.
+        EngineError where others than the user may write to it."""
+        hashes = self.hashes(network)
+        wanted = Key(
+            network=network,
+            graph=hashes[MODEL],
+            weights=hashes[DATA],
+            backend=backend,
+            version=version,
+            precision=self.manifest["dtype"],
+            ranges="",
+            flags="",
+            device=f"sm_{capability}",
+        )
+        return Engines(self.folder).find(wanted, capability)
 
     def goldens(self, network: str) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
         """Inputs, and what PyTorch made of them in float32."""

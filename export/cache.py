@@ -170,7 +170,7 @@ class EngineCache:
     def check_permissions(self) -> None:
         """EngineError where the folder is another user's, or where others may write to it. No folder is fine."""
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            _refuse_what_others_can_write(self.folder)
+            refuse_what_others_can_write(self.folder)
 
     # ---- one entry
 
@@ -178,7 +178,7 @@ class EngineCache:
         """The serialised engine. FileNotFoundError where there is none, EngineError where it must not be loaded."""
         folder = self.folder / key.digest
         for path in (folder, folder / _ENTRY, folder / _ENGINE):
-            _refuse_what_others_can_write(path)
+            refuse_what_others_can_write(path)
         try:
             entry = json.loads((folder / _ENTRY).read_bytes())
             kept_key, kept_hash = entry["key"], entry["sha256"]
@@ -203,11 +203,11 @@ class EngineCache:
             self._evict(self.limit - len(data))
             unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self.folder))  # nobody else's to read or write
             about = {"key": asdict(key), "sha256": hashlib.sha256(data).hexdigest()}
-            _write(unfinished / _ENGINE, data)
-            _write(unfinished / _ENTRY, json.dumps(about, indent=1).encode())
-            _sync_folder(unfinished)
+            write_private(unfinished / _ENGINE, data)
+            write_private(unfinished / _ENTRY, json.dumps(about, indent=1).encode())
+            sync_folder(unfinished)
             unfinished.rename(self.folder / key.digest)
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
         except OSError as error:
             logger.warning("the engine of %s runs, but cannot be kept in %s: %s", key.network, self.folder, error)
             self._sweep()
@@ -303,7 +303,7 @@ def _describe(folder: Path) -> Entry | None:
     return Entry(folder, key, size, used)
 
 
-def _refuse_what_others_can_write(path: Path) -> None:
+def refuse_what_others_can_write(path: Path) -> None:
     """EngineError where somebody else could have put code there. FileNotFoundError where there is nothing."""
     if sys.platform == "win32":  # there, a user's own folders are closed to others by their access lists
         path.stat()
@@ -318,14 +318,14 @@ def _refuse_what_others_can_write(path: Path) -> None:
         )
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_private(path: Path, data: bytes) -> None:
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Names of files reach the disk with their folder; Windows has no such call."""
     if sys.platform != "win32":
         opened = os.open(folder, os.O_RDONLY)

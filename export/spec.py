@@ -152,6 +152,7 @@ def sample(spec: NetworkSpec, sizes: Mapping[str, int] | None = None, seed: int 
 
 # Two rows are a guided picture. Sixteen are eight of them.
 _BATCH = Axis("batch", 1, 2, 16)
+_PICTURES = Axis("batch", 1, 1, 16)
 
 
 def _text_encoder(name: str, config: TextConfig, dtype: DType, normalised: bool) -> NetworkSpec:
@@ -232,7 +233,7 @@ def _picture(unet: UNetConfig, channels: int, unit: int) -> tuple[int | Axis, ..
     """Latents for a unit of 1, pictures for one of the autoencoder's factor. Any size: previews are small."""
     largest = _latents(unet, "height")
     sides = [Axis(name, unit, largest.best * unit, largest.most * unit, unit) for name in ("height", "width")]
-    return (_BATCH, channels, *sides)
+    return (_PICTURES, channels, *sides)
 
 
 def _vae_decoder(unet: UNetConfig, vae: VAEConfig | TinyVAEConfig, dtype: DType) -> NetworkSpec:

@@ -2,7 +2,7 @@
 
 Both have one API. The ONNX file says what is computed in which precision (strongly typed); the builder is told ranges
 of the dynamic axes and, for GPUs that are not here, their compute capabilities. What is built on the machine that runs
-it goes through the engine cache.
+it goes through the engine cache; what is built ahead, for GPUs that need not be here, travels with the bundle.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +21,9 @@ from torch import Tensor
 
 from fastldm.engine import bound, nearest
 from fastldm.errors import EngineError, InputError
+from fastldm.export.bundle import Bundle
 from fastldm.export.cache import EngineCache, Key, hash_files
+from fastldm.export.engines import PORTABLE, Engines, Record
 from fastldm.export.spec import NetworkSpec
 
 logger = logging.getLogger("fastldm")
@@ -151,14 +154,87 @@ def open_engine(
         )
     if path.suffix != ".onnx":
         return TensorRTEngine(path.read_bytes(), spec, device)
-    name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    name, capability = torch.cuda.get_device_name(device), _capability_of(device)
 
     def build_here() -> bytes:
         with torch.cuda.device(device):
             return build(path, spec)
 
-    key = key_of(path, spec, gpu=f"{name} sm_{major}{minor}", hashes=hashes)
+    key = key_of(path, spec, gpu=f"{name} sm_{capability}", hashes=hashes)
+    ahead = Engines(path.parent.parent).find(key, capability)
+    if ahead is not None:
+        try:
+            return TensorRTEngine(ahead, spec, device)
+        except EngineError as error:
+            logger.warning("the bundle's engine of %s is set aside: %s", spec.name, error)
     return EngineCache().fetch(key, build_here, lambda data: TensorRTEngine(data, spec, device))
+
+
+def build_ahead(
+    bundle: Bundle, *, capabilities: Sequence[int] = (), size: tuple[int, int] | None = None
+) -> Iterator[tuple[Record, float]]:
+    """Build the engines of a bundle's networks into the bundle, one after the other; those that are there already are
+    taken. Gives each with the seconds that it took, 0 where it was there.
+
+    capabilities: as `build` takes them. size: width and height of pictures in pixels, for engines of that size alone,
+        see `picture_ranges`; the spec's ranges where it is None.
+
+    Raises InputError for a size that the networks do not take or where another process builds, EngineError where a
+    network cannot be built or its engine not be written.
+    """
+    ranges = picture_ranges(bundle.specs, size)
+    engines, targets = Engines(bundle.folder), " ".join(f"sm_{one}" for one in capabilities)
+    kept_for = tuple(capabilities)
+    if trt.__name__ == "tensorrt":  # builds for the GPU that is here
+        kept_for, targets = (_capability_of(torch.device("cuda")),), torch.cuda.get_device_name()
+    words = [f"{trt.__name__}-{trt.__version__}", *(f"sm_{one}" for one in kept_for)] + ["portable"] * (not kept_for)
+    folder = "-".join(words if size is None else [*words, f"{size[0]}x{size[1]}"])
+    with engines.writing():
+        for network, spec in bundle.specs.items():
+            profiles = [ranges[network]]
+            key = key_of(
+                bundle.path(network), spec, profiles=profiles, gpu=targets or PORTABLE, hashes=bundle.hashes(network)
+            )
+            there = engines.has(key)
+            if there is not None:
+                yield there, 0.0
+                continue
+            start = time.monotonic()
+            data = build(bundle.path(network), spec, profiles=profiles, capabilities=capabilities)
+            record = engines.keep(data, f"{folder}/{network}.engine", key, kept_for, bundle.manifest["opset"])
+            yield record, time.monotonic() - start
+
+
+def picture_ranges(specs: Mapping[str, NetworkSpec], size: tuple[int, int] | None) -> dict[str, Ranges]:
+    """Of each network. For a size, width and height in pixels: networks of pictures have that one and the best of all
+    else, but for the number of time steps, which is one for all rows or one each; the others keep their ranges."""
+    if size is None:
+        return {name: {} for name in specs}
+    encoder = specs["vae_encoder"]
+    factor = encoder.inputs[0].axes[2].best // encoder.outputs[0].axes[2].best
+    made: dict[str, Ranges] = {}
+    for name, spec in specs.items():
+        if "height" not in spec.axes:
+            made[name] = {}
+            continue
+        unit = 1 if name == "vae_encoder" else factor
+        axes = [spec.axes["width"], spec.axes["height"]]
+        takes = [nearest(axis, pixels // unit) * unit for axis, pixels in zip(axes, size, strict=True)]
+        if takes != list(size):
+            raise InputError(
+                f"the size is {size[0]}x{size[1]}: {name} takes widths and heights from {axes[0].least * unit} to "
+                f"{axes[0].most * unit} in steps of {axes[0].multiple_of * unit}, the nearest is {takes[0]}x{takes[1]}"
+            )
+        fixed = dict(static(spec, {"width": size[0] // unit, "height": size[1] // unit}))
+        if "steps" in fixed:
+            fixed["steps"] = (1, 1, fixed["batch"][1])
+        made[name] = fixed
+    return made
+
+
+def _capability_of(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def key_of(
@@ -247,18 +323,25 @@ def _allow_any_attention(network: Any) -> None:
             layer.attention.decomposable = True
 
 
+def parse_capability(arch: str) -> int:
+    """ "sm_89" -> 89. InputError for GPUs that this library does not build for."""
+    if trt.__name__ == "tensorrt":
+        raise InputError("TensorRT builds for the GPU that is here: builds for others need TensorRT-RTX")
+    offered = [name.lower().replace("sm", "sm_") for name in trt.ComputeCapability.__members__ if name[:2] == "SM"]
+    if arch not in offered:
+        raise InputError(
+            f"TensorRT-RTX does not build for {arch}: expected {', '.join(offered)}, or none for {PORTABLE}"
+        )
+    return int(arch.removeprefix("sm_"))
+
+
 def _set_capabilities(config: Any, capabilities: Sequence[int]) -> None:
-    if not capabilities:
-        return
-    if not hasattr(config, "set_compute_capability"):
-        raise EngineError("TensorRT builds for the GPU that is here: builds for others need TensorRT-RTX")
-    config.num_compute_capabilities = len(capabilities)
+    for capability in capabilities:
+        parse_capability(f"sm_{capability}")
+    if capabilities:
+        config.num_compute_capabilities = len(capabilities)
     for i, capability in enumerate(capabilities):
-        known = trt.ComputeCapability.__members__
-        if f"SM{capability}" not in known:
-            offered = ", ".join(name[2:] for name in known if name.startswith("SM"))
-            raise EngineError(f"TensorRT-RTX does not build for compute capability {capability}: expected {offered}")
-        config.set_compute_capability(known[f"SM{capability}"], i)
+        config.set_compute_capability(trt.ComputeCapability.__members__[f"SM{capability}"], i)
 
 
 class _Log(trt.ILogger):  # type: ignore[misc]

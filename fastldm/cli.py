@@ -399,7 +399,7 @@ def doctor(model: str, arch: str | None, as_json: bool, debug: bool) -> None:
         click.echo(json.dumps(report, indent=2) if as_json else checks.render(report))
 
 
-from fastldm import cli_cache  # noqa: E402, F401  `fastldm cache`: a group of its own, which needs what is above
+from fastldm import cli_bench, cli_cache  # noqa: E402, F401  commands of their own files, which need what is above
 
 
 @main.command()
@@ -412,25 +412,62 @@ from fastldm import cli_cache  # noqa: E402, F401  `fastldm cache`: a group of i
 @click.option(
     "--split", is_flag=True, help="The U-Net in three: what changes once a prompt, once a schedule, each step."
 )
+@click.option("--to", type=click.Choice(["tensorrt"]), help="Build engines of the networks too. Needs no GPU.")
+@click.option(
+    "--arch",
+    multiple=True,
+    metavar="A",
+    help="With --to: a GPU that the engines are for, such as sm_89; may be repeated.  [default: Ampere and later]",
+)
+@click.option(
+    "--size", type=Size(), help="With --to: engines for pictures of this size alone.  [default: all that the model has]"
+)
 @debug_option
-def export(model: str, out: Path, dtype: str, opset: str, split: bool, debug: bool) -> None:
+def export(
+    model: str,
+    out: Path,
+    dtype: str,
+    opset: str,
+    split: bool,
+    to: str | None,
+    arch: tuple[str, ...],
+    size: tuple[int, int] | None,
+    debug: bool,
+) -> None:
     """Write a model to the folder OUT as ONNX, each network compared with PyTorch before it counts.
 
     \b
-    fastldm export -m ./sd15 ./sd15-onnx                        float32, for ONNX Runtime and OpenVINO on CPUs
-    fastldm export -m ./sd15 ./sd15-half --dtype float16        for GPUs
-    fastldm export -m ./sd15 ./sd15-split --split               text and time steps once, not at each step
-    fastldm verify ./sd15-onnx                                  prove it once more, on the machine that runs it
+    fastldm export -m ./sd15 ./sd15-onnx --split                a checkpoint becomes a bundle
+    fastldm verify ./sd15-onnx --backend openvino               proved once more, on the machine that runs it
+    fastldm generate "a castle" -m ./sd15-onnx --backend openvino
+
+    \b
+    For NVIDIA GPUs, in float16; the engines go into OUT/engines, and no network is traced twice:
+    fastldm export -m ./sd15 ./sd15-half --split --dtype float16 --to tensorrt --arch sm_89 --size 512x512
+    fastldm generate "a castle" -m ./sd15-half --backend tensorrt
+    fastldm cache ls                                            what a machine built for itself, where no engine fitted
+
+    \b
+    --split   text and time steps are computed once, not at each step; without, optimum reads the folder too
+    --opset   23 has attention as one node, which not all backends know
+    --size    the builder then knows all shapes: one guided picture of one window of text at a time
 
     The folders are laid out as optimum's and diffusers' exports are. An export that was stopped goes on where it was
-    when the same command is given again.
+    when the same command is given again, and so do engines.
     """
     with reported(debug):
         need_export()
         from fastldm import loading
         from fastldm.export import bundle
+        from fastldm.export.spec import specs
 
+        if to is None and (arch or size):
+            raise InputError("--arch and --size are of engines: give --to tensorrt too")
         spec = loading.describe(model)
+        if to is not None:  # all that can be wrong is found before anything is traced
+            tensorrt = need_tensorrt()
+            capabilities = [tensorrt.parse_capability(one) for one in arch]
+            tensorrt.picture_ranges(specs(spec.unet, spec.vae, spec.text, dtype=dtype, split=split), size)
         made = bundle.export(
             spec,
             out,
@@ -442,6 +479,10 @@ def export(model: str, out: Path, dtype: str, opset: str, split: bool, debug: bo
         )
         total = sum(known["bytes"] for known in made.manifest["files"].values())
         click.echo(f"{out}: {', '.join(made.specs)}; {total / 2**20:.0f} MiB in {dtype}, as PyTorch computes them")
+        if to is not None:
+            for record, seconds in tensorrt.build_ahead(made, capabilities=capabilities, size=size):
+                took = f"{seconds:.1f} s" if seconds else "is there"
+                click.echo(f"{out / 'engines' / record.file}: {took}, {record.bytes / 2**20:.1f} MiB")
 
 
 @main.command()
@@ -491,6 +532,18 @@ def verify(out: Path, backend: str, device: str, model: str | None, debug: bool)
         if problems:
             raise BundleError(f"{len(problems)} of the above failed on {backend}: {problems[0]}")
         click.echo(f"all within {manifest['tolerance']:.0e} of PyTorch on {backend}")
+
+
+def need_tensorrt() -> Any:
+    """fastldm.export.tensorrt. EngineError where what it needs is not installed."""
+    import importlib
+
+    from fastldm.errors import EngineError
+
+    try:
+        return importlib.import_module("fastldm.export.tensorrt")
+    except ImportError as error:
+        raise EngineError(f"TensorRT cannot be imported here ({error}): pip install 'fastldm[tensorrt]'") from error
 
 
 def need_export() -> None:

@@ -7,25 +7,33 @@ import hashlib
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import bundles
 import pytest
 import tiny
+import torch
 from click.testing import CliRunner
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
+import fastldm
 from fastldm import loading
 from fastldm.cli import main
-from fastldm.engine import nearest
-from fastldm.errors import BundleError, InputError
+from fastldm.engine import nearest, open_engine
+from fastldm.errors import BundleError, EngineError, InputError
 from fastldm.export import bundle
+from fastldm.export.engines import Engines
 from fastldm.export.spec import specs
 from fastldm.text import Tokenizer
 
+ROOT = Path(fastldm.__file__).resolve().parent.parent
 NETWORKS = ["text_encoder", "text_kv", "time_rows", "unet_step", "vae_decoder", "vae_encoder"]
 
 
@@ -246,6 +254,56 @@ def test_an_export_that_was_stopped_goes_on(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_an_export_that_was_killed_goes_on(
+    exported: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = f"""
+import os, shutil, signal, sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from fastldm import loading
+from fastldm.export import bundle
+def dying(networks, name, folder, *, opset):
+    folder.mkdir()
+    if name == "time_rows":
+        os.kill(os.getpid(), signal.SIGKILL)
+    shutil.copytree(Path({str(exported)!r}, name), folder, dirs_exist_ok=True)
+bundle.write = dying
+source = {str(model)!r}
+bundle.export(loading.describe(source), Path({str(tmp_path / "out")!r}), source=source, split=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {".out.partial", ".out.partial.lock"}
+    writer = Writer(exported, monkeypatch)
+    bundle.export(loading.describe(model), tmp_path / "out", source=str(model), split=True)
+    assert writer.written == NETWORKS[2:]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_is_named_and_the_same_command_goes_on(
+    exported: Path, model: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, out = Writer(exported, monkeypatch), small_disk / "out"
+
+    def export() -> bundle.Bundle:
+        return bundle.export(loading.describe(model), out, source=str(model), split=True)
+
+    whole = sum(path.stat().st_size for path in exported.rglob("*"))
+    for kibibytes in (256, whole // 2048):  # too small, half of what it takes
+        subprocess.run(["mount", "-o", f"remount,size={kibibytes}k", small_disk], check=True)
+        with pytest.raises(BundleError, match=r"No space left on device.*the same command goes on from there"):
+            export()
+        assert not out.exists()
+    before = list(writer.written)
+    subprocess.run(["mount", "-o", f"remount,size={2 * whole // 1024}k", small_disk], check=True)
+    assert export().manifest == bundle.Bundle.open(exported).manifest
+    again = writer.written[len(before) :]
+    assert before
+    assert len(again) < len(NETWORKS)  # what the half disk held was not made twice
+    assert sorted({*before, *again}) == sorted(NETWORKS)
+
+
 def test_what_was_left_by_other_options_or_damaged_since_is_made_anew(
     exported: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,6 +343,130 @@ def test_where_a_bundle_cannot_go(model: Path, tmp_path: Path) -> None:
         pytest.raises(InputError, match=r"another process is writing .*out: wait for it"),
     ):
         bundle.export(spec, tmp_path / "out", source=str(model))
+
+
+def test_what_is_there_already_is_opened(
+    exported: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundle, "write", lambda *args, **kwargs: pytest.fail("a network was traced"))
+    spec = loading.describe(model)
+    assert bundle.export(spec, exported, source=str(model), split=True).folder == exported
+    moved = Path(shutil.copytree(model, tmp_path / "moved"))
+    bundle.export(loading.describe(moved), exported, source=str(moved), split=True)  # the same weights elsewhere
+    with pytest.raises(InputError, match=r"bundle of another model or of other options \(its opset differ\)"):
+        bundle.export(spec, exported, source=str(model), split=True, opset=23)
+    path = moved / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 2 * x for name, x in load_file(path).items()}, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"\(its weights differ\)"):
+        bundle.export(loading.describe(moved), exported, source=str(moved), split=True)
+
+
+# ---- engines that are built ahead
+
+
+def engines(out: Path, model: Path, *options: str) -> tuple[int, str]:
+    done = CliRunner().invoke(main, ["export", "-m", str(model), str(out), "--split", "--to", "tensorrt", *options])
+    return done.exit_code, done.output
+
+
+def test_engines_of_a_bundle_are_built_with_no_gpu(
+    copy: Path, model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensorrt = pytest.importorskip("fastldm.export.tensorrt", reason="tensorrt_rtx is not installed")
+    monkeypatch.setattr(bundle, "write", lambda *args, **kwargs: pytest.fail("a network was traced"))
+    # latents of 6x8, which the model allows and was not made for
+    status, said = engines(copy, model, "--arch", "sm_89", "--size", "16x12")
+    assert status == 0, said
+    folder = f"{tensorrt.trt.__name__}-{tensorrt.trt.__version__}-sm_89-16x12"
+    for name in NETWORKS:
+        assert re.search(rf"engines/{re.escape(folder)}/{name}\.engine: \d+\.\d s, \d+\.\d MiB\n", said)
+    found = {record.key.network: record for record in Engines(copy).records()}
+    assert list(found) == NETWORKS
+    assert found["unet_step"].key.ranges == "batch=2:2:2 tokens=77:77:77 height=6:6:6 width=8:8:8"
+    assert found["vae_encoder"].key.ranges == "batch=1:1:1 height=12:12:12 width=16:16:16"
+    assert found["time_rows"].key.ranges == "rows=1:32:1024"
+    opened = bundle.Bundle.open(copy)  # its manifest holds still
+    here = {"backend": tensorrt.trt.__name__, "version": tensorrt.trt.__version__}
+    data = opened.engine("unet_step", **here, capability=89)
+    assert data == (copy / "engines" / folder / "unet_step.engine").read_bytes()
+    assert all(port.name.encode() in data for port in opened.specs["unet_step"].inputs)
+    assert opened.engine("unet_step", **here, capability=86) is None
+    assert "the bundle's engine of unet_step is set aside: it is for sm_89, and here is sm_86" in caplog.text
+
+    (copy / "engines" / folder / "text_kv.engine").unlink()
+    status, said = engines(copy, model, "--arch", "sm_89", "--size", "16x12")
+    assert [line.split()[1:3] == ["is", "there,"] for line in said.splitlines() if ".engine: " in line] == [
+        name != "text_kv" for name in NETWORKS
+    ]
+
+
+def test_a_gpu_takes_the_bundle_s_engine_where_it_fits(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """Without a GPU: what would be deserialised is looked at instead."""
+    tensorrt = pytest.importorskip("fastldm.export.tensorrt", reason="tensorrt_rtx is not installed")
+    refused: list[bytes] = []
+
+    def opened(data: bytes, spec: object, device: object) -> bytes:
+        if data in refused:
+            raise EngineError("made for another driver")
+        return data
+
+    monkeypatch.setattr(tensorrt, "TensorRTEngine", opened)
+    monkeypatch.setattr(tensorrt, "build", lambda *args, **kwargs: b"built here")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setenv("FASTLDM_CACHE", str(tmp_path / "cache"))
+    made = bundle.Bundle.open(copy)
+    path, spec = made.path("text_kv"), made.specs["text_kv"]
+
+    def run() -> bytes:
+        return open_engine("tensorrt", path, spec, device="cuda:0")  # type: ignore[return-value]
+
+    assert run() == b"built here"
+    assert not caplog.records
+    monkeypatch.setattr(tensorrt, "build", lambda *args, **kwargs: b"built ahead")
+    list(tensorrt.build_ahead(made))
+    assert run() == b"built ahead"
+    refused.append(b"built ahead")
+    assert run() == b"built here"
+    assert caplog.messages == ["the bundle's engine of text_kv is set aside: made for another driver"]
+    caplog.clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(tensorrt, "build", lambda *args, **kwargs: b"built here")
+    assert run() == b"built here"
+    assert "text_kv is set aside: it is for Ampere and later, and here is sm_75" in caplog.messages[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--to", "tensorrt", "--arch", "sm_90"], r"does not build for sm_90: expected .*sm_89.* or none for Ampere"),
+        (["--to", "tensorrt", "--size", "16x13"], r"the size is 16x13: .*in steps of 4, the nearest is 16x12"),
+        (["--arch", "sm_89"], "give --to tensorrt too"),
+        (["--size", "16x16"], "give --to tensorrt too"),
+    ],
+)
+def test_what_is_wrong_with_engines_is_found_before_anything_is_traced(
+    options: list[str], words: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "--to" in options:
+        pytest.importorskip("fastldm.export.tensorrt", reason="tensorrt_rtx is not installed")
+    monkeypatch.setattr(bundle, "export", lambda *args, **kwargs: pytest.fail("exported"))
+    done = CliRunner().invoke(main, ["export", "-m", str(model), str(tmp_path / "out"), *options])
+    assert done.exit_code == 2
+    assert re.search(words, done.output), done.output
+
+
+def test_without_tensorrt_nothing_is_traced(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle, "export", lambda *args, **kwargs: pytest.fail("exported"))
+    for package in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "fastldm.export.tensorrt", raising=False)
+    status, said = engines(tmp_path / "out", model)
+    assert status == 1
+    assert re.search(r"TensorRT cannot be imported here .*: pip install 'fastldm\[tensorrt\]'", said)
 
 
 @pytest.mark.full

@@ -366,7 +366,7 @@ def test_ranges_outside_the_spec_s_are_refused(
 
 
 def test_gpus_that_it_does_not_build_for_are_named(tensorrt: Any, model: Path) -> None:
-    with pytest.raises(EngineError, match=r"does not build for compute capability 90: expected .*89, 120"):
+    with pytest.raises(InputError, match=r"does not build for sm_90: expected .*sm_89, sm_120"):
         tensorrt.build(model, spec(), capabilities=[90])
 
 

@@ -1,0 +1,215 @@
+"""Engines that travel with a bundle: kept whole or not at all, handed out where they fit, and only if nobody else can
+have written them. What TensorRT makes is in test_bundle.py; here, engines are bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from fastldm.errors import EngineError, InputError
+from fastldm.export.cache import Key
+from fastldm.export.engines import PORTABLE, Engines, Record
+
+ROOT = Path(__file__).resolve().parent.parent
+KEY = Key(
+    network="unet",
+    graph="a" * 64,
+    weights="b" * 64,
+    backend="tensorrt_rtx",
+    version="1.7.1.116",
+    precision="float16",
+    ranges="batch=1:2:16",
+    flags="",
+    device="sm_89",
+)
+ENGINE = b"engine " * 10_000
+FILE = "some/unet.engine"
+
+
+@pytest.fixture
+def engines(tmp_path: Path) -> Engines:
+    return Engines(tmp_path)
+
+
+def keep(
+    engines: Engines, file: str = FILE, data: bytes = ENGINE, key: Key = KEY, gpus: tuple[int, ...] = (89,)
+) -> Path:
+    with engines.writing():
+        record = engines.keep(data, file, key, gpus, 21)
+    assert engines.records()[-1] == record
+    return engines.folder / file
+
+
+def test_an_engine_is_for_the_gpus_that_it_names_or_for_ampere_and_later(engines: Engines) -> None:
+    assert engines.find(KEY, 89) is None
+    keep(engines)
+    assert {gpu for gpu in (75, 80, 86, 89, 90, 120) if engines.find(KEY, gpu)} == {89}
+    keep(engines, "portable/unet.engine", b"portable", dataclasses.replace(KEY, device=PORTABLE), ())
+    assert {gpu for gpu in (75, 80, 86, 89, 90, 120) if engines.find(KEY, gpu)} == {80, 86, 89, 90, 120}
+    assert engines.find(KEY, 89) == b"portable"  # the one that was built last
+    keep(engines)
+    assert engines.find(KEY, 89) == ENGINE
+    assert len(engines.records()) == 2
+
+
+def test_the_index_says_what_each_is(engines: Engines) -> None:
+    keep(engines)
+    (said,) = json.loads((engines.folder / "engines.json").read_text())["engines"]
+    assert (said["network"], said["file"], said["bytes"], said["opset"]) == ("unet", FILE, len(ENGINE), 21)
+    assert (said["capabilities"], said["digest"]) == ([89], KEY.digest)
+    assert (said["key"]["version"], said["key"]["ranges"]) == ("1.7.1.116", "batch=1:2:16")
+    assert Record.from_dict(said) == engines.records()[0]
+    assert engines.has(KEY) == engines.records()[0]
+    assert engines.has(dataclasses.replace(KEY, ranges="batch=2:2:2")) is None
+
+
+@pytest.mark.parametrize(
+    ("field", "why"),
+    [
+        ("version", "it is for tensorrt_rtx 1.7.1.116, and here is tensorrt_rtx other"),
+        ("backend", "it is for tensorrt_rtx 1.7.1.116, and here is other 1.7.1.116"),
+        ("graph", "it was built from another network"),
+        ("weights", "it was built from another network"),
+        ("precision", "it was built from another network"),
+    ],
+)
+def test_one_that_does_not_fit_is_set_aside_and_one_line_says_why(
+    field: str, why: str, engines: Engines, caplog: pytest.LogCaptureFixture
+) -> None:
+    keep(engines)
+    keep(engines, "some/vae_decoder.engine", b"vae", dataclasses.replace(KEY, network="vae_decoder"))
+    assert engines.find(dataclasses.replace(KEY, **{field: "other"}), 89) is None
+    assert [record.getMessage() for record in caplog.records] == [f"the bundle's engine of unet is set aside: {why}"]
+
+
+def test_one_for_another_gpu_is_set_aside(engines: Engines, caplog: pytest.LogCaptureFixture) -> None:
+    keep(engines)
+    assert engines.find(KEY, 120) is None
+    assert "is set aside: it is for sm_89, and here is sm_120" in caplog.text
+
+
+def truncated(path: Path) -> None:
+    os.truncate(path, 1000)
+
+
+def edited(path: Path) -> None:
+    path.write_bytes(b"E" + path.read_bytes()[1:])
+
+
+def pointing_outside(path: Path) -> None:
+    (path.parents[2] / "evil").write_bytes(path.read_bytes())
+    index = path.parents[1] / "engines.json"
+    index.write_text(index.read_text().replace(FILE, "../evil"))
+
+
+DAMAGE = {
+    truncated: "its sha256 differs",
+    edited: "its sha256 differs",
+    pointing_outside: "which is not in the bundle",
+    (lambda path: path.unlink()): "is missing",
+    (lambda path: path.chmod(0o666)): "can be written to by others",
+    (lambda path: path.parent.chmod(0o777)): "can be written to by others",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_one_is_never_handed_out(
+    damage: Callable[[Path], None], engines: Engines, caplog: pytest.LogCaptureFixture
+) -> None:
+    damage(keep(engines))
+    assert engines.find(KEY, 89) is None
+    assert DAMAGE[damage] in caplog.text
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707])
+def test_a_folder_that_others_can_write_to_is_refused(mode: int, engines: Engines) -> None:
+    keep(engines)
+    engines.folder.chmod(mode)
+    with pytest.raises(EngineError, match=r"can be written to by others.*chmod -R go-w"):
+        engines.find(KEY, 89)
+    with pytest.raises(EngineError, match="can be written to by others"):
+        keep(engines)
+    engines.folder.chmod(0o700)
+    (engines.folder / "engines.json").chmod(0o666)
+    with pytest.raises(EngineError, match=r"engines\.json can be written to by others"):
+        engines.find(KEY, 89)
+
+
+def test_a_damaged_index_is_named(engines: Engines) -> None:
+    keep(engines)
+    (engines.folder / "engines.json").write_text("{")
+    with pytest.raises(EngineError, match=r"engines\.json is damaged"):
+        engines.find(KEY, 89)
+
+
+def test_new_files_are_closed_to_others_whatever_the_umask(engines: Engines) -> None:
+    before = os.umask(0)
+    try:
+        path = keep(engines)
+    finally:
+        os.umask(before)
+    for one in (engines.folder, path.parent, path, engines.folder / "engines.json"):
+        assert one.stat().st_mode & 0o077 == 0
+
+
+def test_one_process_builds_at_a_time(engines: Engines) -> None:
+    keep(engines)
+    with FileLock(engines.folder / "lock"), pytest.raises(InputError, match="another process builds engines in"):
+        keep(engines)
+
+
+@pytest.mark.parametrize("call", range(4))  # while the engine, its folder, the index and the engines' folder are synced
+def test_a_process_killed_while_it_writes_leaves_what_was_there(call: int, engines: Engines) -> None:
+    other = dataclasses.replace(KEY, network="vae_decoder")
+    keep(engines)
+    code = f"""
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from fastldm.export.cache import Key
+from fastldm.export.engines import Engines
+calls, fsync = [], os.fsync
+def dying(file):
+    if len(calls) == {call}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    calls.append(file)
+    fsync(file)
+os.fsync = dying
+engines = Engines(Path({str(engines.folder.parent)!r}))
+with engines.writing():
+    engines.keep(b"new", "some/vae_decoder.engine", {other!r}, (89,), 21)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert engines.find(KEY, 89) == ENGINE
+    assert (engines.find(other, 89) == b"new") == (call == 3)  # its place in the index is the last of all
+    keep(engines, "some/vae_decoder.engine", b"new", other)
+    assert engines.find(other, 89) == b"new"
+    assert not list(engines.folder.rglob("*.tmp"))
+
+
+def test_a_full_disk_is_named_and_leaves_what_was_there(small_disk: Path) -> None:
+    engines = Engines(small_disk)
+    keep(engines)
+    other = dataclasses.replace(KEY, network="vae_decoder")
+    with pytest.raises(EngineError, match=r"vae_decoder\.engine could not be written .*No space left.* goes on with"):
+        keep(engines, "some/vae_decoder.engine", os.urandom(400_000), other)
+    assert engines.find(KEY, 89) == ENGINE
+    assert not list(engines.folder.rglob("*.tmp"))
+    keep(engines, "some/vae_decoder.engine", b"small", other)
+
+
+def test_a_copy_of_a_bundle_brings_its_engines(engines: Engines, tmp_path: Path) -> None:
+    keep(engines)
+    copied = shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name}-copy")
+    assert Engines(copied).find(KEY, 89) == ENGINE
