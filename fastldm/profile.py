@@ -284,7 +284,7 @@ def profile(
             count = rounds or min(20, max(3, int(SECONDS / early[-1].wall)))
             plain = [_make(session, asked, clock) for _ in range(count)]
         with _ops(pipe, clock), Session(pipe) as session:
-            watched = [_make(session, asked, clock) for _ in range(1 + min(count, 5))][1:]  # the first makes the batch
+            watched = [_make(session, asked, clock) for _ in range(1 + min(count, 9))][1:]  # the first makes the batch
         limits = pipe.session.call(lambda: ceilings(pipe.device, pipe.dtype))  # with the threads that the steps had
 
     wall = Spread.of([one.wall for one in plain])
