@@ -399,7 +399,7 @@ def doctor(model: str, arch: str | None, as_json: bool, debug: bool) -> None:
         click.echo(json.dumps(report, indent=2) if as_json else checks.render(report))
 
 
-from fastldm import cli_bench, cli_cache  # noqa: E402, F401  commands of their own files, which need what is above
+from fastldm import cli_bench, cli_cache, cli_profile  # noqa: E402, F401  commands of files of their own
 
 
 @main.command()
