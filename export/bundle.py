@@ -18,7 +18,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -309,16 +309,18 @@ def _computed(
 
 
 def golden_sizes(spec: NetworkSpec) -> list[dict[str, int]]:
-    """Three sizes that a network is judged at: one picture of the best size, two upright and three broad ones of half
-    that, with a timestep for all and one for each."""
-
+    """Three sizes that a network is judged at: one picture of the best size, and two upright and three broad ones of an
+    eighth of its pixels (at full size it is PyTorch's time that counts), with a timestep for all and one for each."""
     axes = spec.axes
-    halves = {name: _share(axis, 1, 2) for name, axis in axes.items() if name in ("height", "width")}
+
+    def sides(**parts: int) -> dict[str, int]:
+        return {name: _share(axes[name], 1, whole) for name, whole in parts.items() if name in axes}
+
     long = {"tokens": min(2 * axes["tokens"].best, axes["tokens"].most)} if "tokens" in axes else {}
     return [
         {"batch": 1},
-        {"batch": 2, "steps": 2, "rows": 1, **{name: size for name, size in halves.items() if name == "width"}},
-        {"batch": 3, "rows": 7, **long, **{name: size for name, size in halves.items() if name == "height"}},
+        {"batch": 2, "steps": 2, "rows": 1, **sides(height=2, width=4)},
+        {"batch": 3, "rows": 7, **long, **sides(height=4, width=2)},
     ]
 
 
@@ -408,10 +410,17 @@ def _write_tokenizer(files: TokenizerFiles, folder: Path) -> None:
             if (files.folder / name).is_file():
                 shutil.copyfile(files.folder / name, folder / name)
     else:
-        vocab, merges = clip_vocabulary()
-        _write_json(folder / "vocab.json", vocab)
-        lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges), ""]
-        (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+        _write_vocabulary(folder, *clip_vocabulary())
         named = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": files.pad_token or EOS}
         config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": CLIP_WINDOW, **named}
         _write_json(folder / "tokenizer_config.json", config)
+    if not (folder / "vocab.json").exists():  # transformers 5 writes one file, 4 reads these two
+        model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        _write_vocabulary(folder, model["vocab"], pairs)
+
+
+def _write_vocabulary(folder: Path, vocab: Mapping[str, int], merges: Iterable[Sequence[str]]) -> None:
+    _write_json(folder / "vocab.json", vocab)
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
+    (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
