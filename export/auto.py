@@ -48,9 +48,7 @@ class Measured:
 def choose(bundle: Bundle, device: torch.device) -> str:
     """The backend for a bundle, see `fastldm.engine.choose`."""
     measured = read(bundle, device)
-    try:
-        source(bundle)
-    except BundleError:
+    if not has_source(bundle):
         measured.pop("torch", None)
     if measured:
         return min(measured, key=lambda backend: measured[backend].total)
@@ -63,6 +61,15 @@ def choose(bundle: Bundle, device: torch.device) -> str:
         if preferred
         else f"no backend runs bundles on {device}: expected cpu or cuda"
     )
+
+
+def has_source(bundle: Bundle) -> bool:
+    """Whether the model that it was made of is here, for PyTorch."""
+    try:
+        source(bundle)
+    except BundleError:
+        return False
+    return True
 
 
 def measure(bundle: Bundle, backend: str, device: torch.device) -> Measured:

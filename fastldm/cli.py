@@ -78,7 +78,8 @@ model_option = click.option(
     default="default",
     show_default=True,
     metavar="MODEL",
-    help="A diffusers folder, a hub id, a .safetensors file, or 'default' for the model that ships inside.",
+    help="A diffusers folder, a hub id, a .safetensors file, an exported bundle, or 'default' for the model that ships "
+    "inside.",
 )
 decode_option = click.option(
     "--decode",
@@ -86,6 +87,14 @@ decode_option = click.option(
     default="whole",
     show_default=True,
     help="Picture by picture, or in tiles too, takes less memory.",
+)
+backend_option = click.option(
+    "--backend",
+    type=click.Choice(["auto", "torch", "onnxruntime", "openvino", "tensorrt"]),
+    default="auto",
+    show_default=True,
+    help="What runs the networks. All but torch need MODEL to be a bundle, which `fastldm export` writes; auto takes, "
+    "of a bundle, what `fastldm verify` found fastest here.",
 )
 debug_option = click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
 
@@ -115,6 +124,7 @@ debug_option = click.option("--debug", is_flag=True, help="Show a traceback when
 @click.option("--clip-skip", type=int, metavar="N", help="Leave out the text encoder's last N layers.")
 @click.option("--device", metavar="D", help="Such as cpu, cuda or cuda:1.  [default: a GPU where there is one]")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: what is fastest there]")
+@backend_option
 @click.option("--variant", metavar="V", help="Weights variant of a folder or hub id, such as fp16.")
 @decode_option
 @click.option("--force", is_flag=True, help="Overwrite files that exist.")
@@ -130,6 +140,7 @@ def generate(
     fastldm generate "a red apple"
     fastldm generate "a (shiny:1.3) car" --n 4 --seed 7 -o car.png
     fastldm generate "a cat, oil painting" -m ./sd15 --init-image cat.png --strength 0.6
+    fastldm generate "a cat" -m ./sd15-onnx --backend openvino
     """
     with reported(debug):
         _generate(prompt, output, model, count, as_json, options)
@@ -165,7 +176,8 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
 
     from fastldm.pipeline import Pipeline
 
-    pipe = Pipeline.from_pretrained(model, device=options["device"], dtype=options["dtype"], variant=options["variant"])
+    where = {name: options[name] for name in ("device", "dtype", "backend", "variant")}
+    pipe = Pipeline.from_pretrained(model, **where)
     if options["decode"] != "whole":
         (pipe.enable_vae_tiling if options["decode"] == "tiled" else pipe.enable_vae_slicing)()
     result = pipe(request, progress=not as_json and sys.stderr.isatty())
@@ -502,6 +514,7 @@ def verify(out: Path, backend: str, device: str, model: str | None, debug: bool)
     golden    at three sizes, with PyTorch's results that lie in the bundle: the model itself need not be here
     fresh     at three others that the bundle knows nothing of, computed now, where the model is here
 
+    What loading and a picture take is measured, too, on PyTorch where the model is here: --backend auto goes by that.
     Exit status 1 where anything differs, with the network and the figure.
     """
     with reported(debug):
@@ -532,6 +545,16 @@ def verify(out: Path, backend: str, device: str, model: str | None, debug: bool)
         if problems:
             raise BundleError(f"{len(problems)} of the above failed on {backend}: {problems[0]}")
         click.echo(f"all within {manifest['tolerance']:.0e} of PyTorch on {backend}")
+
+        import torch
+
+        from fastldm.export import auto
+
+        place = torch.device(device)
+        for one in ("torch", backend) if auto.has_source(opened) else (backend,):
+            took = auto.measure(opened, one, place)
+            click.echo(f"{one} {took.precision}: {took.start_up:.2f} s to load, {took.picture:.2f} s a picture")
+        click.echo(f"--backend auto takes {auto.choose(opened, place)} here")
 
 
 def need_tensorrt() -> Any:

@@ -1,0 +1,156 @@
+"""`fastldm bench`: fastldm beside what one would otherwise pick."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fastldm.cli import Size, debug_option, main, model_option, reported
+from fastldm.errors import InputError
+
+if TYPE_CHECKING:
+    from fastldm.compare import Row, Task
+
+PEERS = ("diffusers", "diffusers-compile", "onnxruntime", "openvino")
+
+
+@main.command()
+@model_option
+@click.option(
+    "--compare", default="diffusers", show_default=True, metavar="PEERS", help=f"Some of {','.join(PEERS)}, by commas."
+)
+@click.option(
+    "--bundle",
+    "bundles",
+    multiple=True,
+    metavar="DIR",
+    help="A bundle of MODEL, for fastldm to run too; may be repeated. The peers onnxruntime and openvino run the first "
+    "that was exported without --split.",
+)
+@click.option(
+    "--what",
+    type=click.Choice(["picture", "step"]),
+    default="picture",
+    show_default=True,
+    help="Prompt to picture, or one guided evaluation of the U-Net.",
+)
+@click.option("--size", type=Size(), help="In pixels.  [default: the model's]")
+@click.option("--n", "batch", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures.")
+@click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Sampler steps.  [default: the model's]")
+@click.option("--guidance", type=float, metavar="G", help="Guidance scale.  [default: the model's]")
+@click.option(
+    "--sampler",
+    metavar="NAME",
+    help="A scheduler of diffusers, such as EulerDiscreteScheduler.  [default: the model's]",
+)
+@click.option("--prompt", default="a red apple", show_default=True)
+@click.option("--dtypes", default="float32,bfloat16", show_default=True, help="By commas.")
+@click.option("--threads", type=click.IntRange(min=1), help="Of each contender.  [default: one a core]")
+@click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Turns of each contender.")
+@click.option("--json", "out", type=click.Path(path_type=Path), metavar="FILE", help="Write the figures here, too.")
+@debug_option
+def bench(model: str, debug: bool, out: Path | None, **options: Any) -> None:
+    """Run fastldm and its peers in turns on the same weights and inputs, and say how many times faster each is.
+
+    \b
+    fastldm bench                                                     the model that ships, against diffusers
+    fastldm export ./bundle --split
+    fastldm bench --compare diffusers,diffusers-compile --bundle ./bundle
+    fastldm bench -m ./sd15 --what step --size 256x256 --bundle ./sd15-split --bundle ./sd15-onnx \\
+        --compare diffusers,onnxruntime,openvino --json sd15.json
+
+    Every contender is a process of its own. Each is first compared with the first peer in float32: one that does not
+    compute the same is red, and its time means nothing. A ratio is the median of the rounds' ratios, in brackets the
+    quarter and three quarters of them.
+    """
+    with reported(debug):
+        from fastldm import compare
+
+        peers = [peer.strip() for peer in options["compare"].split(",") if peer.strip()]
+        unknown = [peer for peer in peers if peer not in PEERS]
+        if unknown or not peers:
+            raise InputError(f"--compare {options['compare']!r}: expected some of {', '.join(PEERS)}")
+        task = _task(model, options)
+        dtypes = [dtype.strip() for dtype in options["dtypes"].split(",")]
+        if not set(dtypes) <= {"float32", "bfloat16"} or dtypes[0] != "float32":
+            raise InputError(f"--dtypes {options['dtypes']!r}: expected float32, then bfloat16 if you like")
+        found = compare.contenders(peers, options["bundles"], dtypes)
+        shown = sys.stderr.isatty()
+
+        def tell(text: str) -> None:
+            if shown:
+                click.echo(text, err=True)
+
+        rows = compare.compare(task, found, options["rounds"], tell)
+        click.echo(table(task, rows))
+        if out is not None:
+            out.write_text(json.dumps(record(task, rows), indent=1) + "\n")
+
+
+def _task(model: str, options: dict[str, Any]) -> Task:
+    from fastldm import compare, loading
+
+    spec = loading.describe(model)
+    width, height = options["size"] or spec.default_size
+    guidance = spec.family.guidance_scale if options["guidance"] is None else options["guidance"]
+    return compare.Task(
+        str(Path(model).absolute()) if Path(model).exists() else model,
+        options["what"],
+        width,
+        height,
+        options["sampler"] or spec.checkpoint.scheduler["_class_name"],
+        options["steps"] or spec.family.num_inference_steps,
+        guidance,
+        options["threads"] or os.cpu_count() or 1,
+        prompt=options["prompt"],
+        batch=options["batch"],
+    )
+
+
+def record(task: Task, rows: list[Row]) -> dict[str, Any]:
+    """What `--json` writes."""
+    from dataclasses import asdict
+    from importlib import metadata
+
+    import torch
+
+    from fastldm.bench import machine
+
+    versions: dict[str, str | None] = {}
+    for name in ("diffusers", "transformers", "onnxruntime", "openvino"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    about = {"machine": machine(torch.device("cpu")), "versions": versions, "task": asdict(task)}
+    return {**about, "command": " ".join(["fastldm", *sys.argv[1:]]), "rows": [row.to_dict() for row in rows]}
+
+
+def table(task: Task, rows: list[Row]) -> str:
+    """The rows for a person."""
+    size = f"{task.batch} x {task.width}x{task.height}"
+    work = (
+        "one guided step" if task.what == "step" else f"{task.steps} steps, {task.sampler}, guidance {task.guidance:g}"
+    )
+    lines = [f"{task.model}, {size}, {work}; {task.threads} threads each, {len(rows[0].seconds)} rounds", ""]
+    wide = max(len(str(row.contender)) for row in rows)
+    lines.append(f"{'':{wide}}   seconds   times faster           load   first    memory   difference")
+    for row in rows:
+        title = f"{row.contender!s:{wide}}"
+        if row.failure:
+            lines.append(click.style(f"{title}   cannot run: {row.failure}", fg="red"))
+            continue
+        low, high = row.spread
+        costs = f"{row.load:6.1f}  {row.first:6.2f}  {row.peak / 2**20:5.0f} MiB"
+        if row.wrong:
+            text = f"{title}   does not compute the same: {row.difference:.1e} off"
+            lines.append(click.style(text, fg="red"))
+            continue
+        ratio = f"{row.ratio:6.2f} ({low:.2f} to {high:.2f})"
+        lines.append(f"{title}   {row.median:7.3f}  {ratio:<22} {costs}   {row.difference:.0e}")
+    return "\n".join(lines)

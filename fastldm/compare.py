@@ -1,0 +1,250 @@
+"""fastldm beside what one would otherwise pick: the same weights and inputs, in processes that take turns.
+
+Each contender (contender.py) is a process of its own, so that threads, caches and settings of one are not another's.
+All are loaded, have run once and are compared with the first before anything is timed. Then they work one after the
+other, in an order that turns round, and each round gives a ratio to the first: other work on the machine slows all of a
+round alike. Where memory does not hold all at once they come in groups, each with the first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from fastldm import memory
+from fastldm.errors import EngineError
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every contender does."""
+
+    model: str  # a diffusers folder, or "default"
+    what: Literal["step", "picture"]  # one guided evaluation of the U-Net, or prompt to picture
+    width: int  # in pixels
+    height: int
+    sampler: str  # a scheduler's class name in diffusers
+    steps: int
+    guidance: float
+    threads: int
+    prompt: str = "a red apple"
+    batch: int = 1  # pictures
+    tokens: int = 77  # of the step's text
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Contender:
+    name: str  # see contender.py
+    dtype: str
+    backend: str = "torch"  # of fastldm
+    bundle: str | None = None
+    note: str = ""  # "split"
+
+    def __str__(self) -> str:
+        backend = f" on {self.backend}" if self.name == "fastldm" else ""
+        return " ".join(filter(None, [f"{self.name}{backend}", self.note, self.dtype]))
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a contender did. Times in seconds."""
+
+    contender: Contender
+    seconds: tuple[float, ...]  # of each round
+    ratios: tuple[float, ...]  # of each round, how many times faster than the first contender
+    load: float
+    first: float  # the first run, compilation included
+    peak: int  # bytes of memory
+    difference: float  # max |x - first's| / max |first's|, or of 1 for pictures
+    wrong: bool
+    failure: str = ""
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+    @property
+    def ratio(self) -> float:
+        return median(self.ratios)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The quarter and three quarters of the rounds' ratios."""
+        if len(self.ratios) < 2:
+            return self.ratio, self.ratio
+        low, _, high = quantiles(self.ratios, n=4, method="inclusive")
+        return low, high
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        row = {**asdict(self), "contender": {**asdict(self.contender), "title": str(self.contender)}}
+        return row if self.failure else {**row, "median": self.median, "ratio": self.ratio, "spread": self.spread}
+
+
+# Relative errors of a step, absolute ones of a picture in 0..1: float32 sums in another order. What bfloat16 may do to
+# a picture depends on steps and prompt; a wrong picture is half of all levels off, or more.
+TOLERANCES = {("step", "float32"): 1e-3, ("picture", "float32"): 2 / 255}
+HALF = {"step": 0.1, "picture": 0.35}
+
+
+def compare(
+    task: Task, contenders: Sequence[Contender], rounds: int, on_event: Callable[[str], object] = lambda text: None
+) -> list[Row]:
+    """Rows in the order of the contenders, the first of which all are compared with.
+
+    on_event: told what happens, in words. Raises EngineError where the first contender cannot run.
+    """
+    first, *others = contenders
+    rows: dict[Contender, Row] = {}
+    while True:
+        with ExitStack() as stack:
+            base = stack.enter_context(_running(task, first, on_event))
+            if base.failure:
+                raise EngineError(f"{first} cannot run: {base.failure}")
+            group: list[_Process] = []
+            while others and (not group or _has_room(base)):
+                process = stack.enter_context(_running(task, others.pop(0), on_event))
+                if process.failure:
+                    rows[process.contender] = Row(process.contender, (), (), 0, 0, 0, 0, True, process.failure)
+                else:
+                    group.append(process)
+            for turn in range(rounds):
+                for process in [base, *group][:: -1 if turn % 2 else 1]:
+                    process.run()
+                on_event(f"round {turn + 1} of {rounds}")
+            wanted = base.output()
+            for process in [base, *group]:
+                rows.setdefault(process.contender, process.row(base, wanted, task))
+        if not others:
+            return [rows[one] for one in contenders]
+
+
+def _has_room(largest: _Process) -> bool:
+    """Whether another process as large as this one, and half of it, fits."""
+    free = memory.free_bytes(torch.device("cpu"))
+    return free is None or free > 1.5 * largest.peak
+
+
+class _Process:
+    def __init__(self, task: Task, contender: Contender, folder: Path) -> None:
+        self.contender, self._folder = contender, folder
+        self.seconds: list[float] = []
+        self.peak, self.failure = 0, ""
+        given = json.dumps({"task": asdict(task), "contender": asdict(contender)})
+        root = str(Path(__file__).resolve().parent.parent)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(task.threads)}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        self._errors = (folder / "stderr").open("w+")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "fastldm.contender", given],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=environment,
+        )
+        try:
+            ready = self._heard()
+        except EngineError as error:
+            self.failure = str(error)
+            return
+        self.load, self.first = ready["loaded"], ready["first"]
+        self.run()  # another that does not count: buffers of the second run are not those of the first
+        self.seconds.clear()
+
+    def run(self) -> None:
+        said = self._ask("run")
+        self.seconds.append(said["seconds"])
+        self.peak = said["peak"]
+
+    def output(self) -> np.ndarray:
+        path = self._folder / "output.npy"
+        self._ask(f"save {path}")
+        return np.load(path)
+
+    def row(self, base: _Process, wanted: np.ndarray, task: Task) -> Row:
+        got = self.output()
+        scale = float(np.abs(wanted).max()) if task.what == "step" else 1.0
+        same = got.shape == wanted.shape and bool(np.isfinite(got).all())
+        difference = float(np.abs(got - wanted).max()) / scale if same else float("inf")
+        allowed = TOLERANCES.get((task.what, self.contender.dtype), HALF[task.what])
+        return Row(
+            self.contender,
+            tuple(self.seconds),
+            tuple(theirs / mine for theirs, mine in zip(base.seconds, self.seconds, strict=True)),
+            self.load,
+            self.first,
+            self.peak,
+            difference,
+            not difference <= allowed,
+        )
+
+    def _ask(self, what: str) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{what}\n")
+        self._process.stdin.flush()
+        return self._heard()
+
+    def _heard(self) -> dict[str, Any]:
+        """The next line of JSON; a library's own remarks on stdout are passed over."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        self._process.wait()
+        self._errors.seek(0)
+        said = self._errors.read().strip().splitlines() or [f"exit status {self._process.returncode}"]
+        raise EngineError(said[-1])
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+
+@contextmanager
+def _running(task: Task, contender: Contender, on_event: Callable[[str], object]) -> Iterator[_Process]:
+    on_event(f"loading {contender}")
+    with tempfile.TemporaryDirectory() as folder:
+        process = _Process(task, contender, Path(folder))
+        try:
+            yield process
+        finally:
+            process.close()
+
+
+def contenders(peers: Sequence[str], bundles: Sequence[str], dtypes: Sequence[str]) -> list[Contender]:
+    """The peers and fastldm on everything that these bundles run on, each in each of the dtypes it has.
+
+    peers: names of contender.py; the first is what all others are compared with, in float32. Raises EngineError for a
+    peer that needs a bundle that was not split where there is none.
+    """
+    from fastldm import engine
+
+    opened = {bundle: engine.open_bundle(bundle).manifest for bundle in bundles}
+    whole = next((bundle for bundle, manifest in opened.items() if not manifest["split"]), None)
+    found = []
+    for peer in peers:
+        if peer in ("onnxruntime", "openvino") and whole is None:
+            raise EngineError(f"{peer} runs a bundle: give one that was exported without --split as --bundle")
+        one = Contender(peer, "float32", bundle=whole if peer in ("onnxruntime", "openvino") else None)
+        found += [replace(one, dtype=dtype) for dtype in dtypes if (peer, dtype) != ("onnxruntime", "bfloat16")]
+    found += [Contender("fastldm", dtype) for dtype in dtypes]
+    for bundle, manifest in opened.items():
+        note = "split" if manifest["split"] else "whole"
+        found.append(Contender("fastldm", manifest["dtype"], "onnxruntime", bundle, note))
+        found += [Contender("fastldm", dtype, "openvino", bundle, note) for dtype in dtypes]
+    return found

@@ -1,0 +1,237 @@
+"""One contender of a comparison, in a process of its own: loads, then works whenever it is told to.
+
+    python -m fastldm.contender TASK          TASK: a compare.Task and a compare.Contender as JSON
+
+Reads lines: "run", or "save FILE". Writes a line of JSON for each, and one when it is loaded. Peers are run as their
+own documentation says: a pipeline of diffusers; for ONNX Runtime and OpenVINO that pipeline with its networks replaced
+by sessions on a bundle that was not split.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastldm.compare import Contender, Task
+
+Work = Callable[[], Tensor]
+
+
+def main() -> None:
+    given = json.loads(sys.argv[1])
+    task, contender = Task(**given["task"]), Contender(**given["contender"])
+    torch.set_num_threads(task.threads)
+    began = perf_counter()
+    with torch.inference_mode():
+        work = _MAKE[contender.name](task, contender)
+        loaded = perf_counter() - began
+        last = work()
+        _say(loaded=loaded, first=perf_counter() - began - loaded)
+        for line in sys.stdin:
+            command, _, path = line.strip().partition(" ")
+            if command == "save":
+                np.save(path, last.float().cpu().numpy())
+                _say(saved=path)
+                continue
+            began = perf_counter()
+            last = work()
+            seconds = perf_counter() - began
+            # Kibibytes on Linux, bytes on macOS.
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            _say(seconds=seconds, peak=peak)
+
+
+def _say(**what: Any) -> None:
+    print(json.dumps(what), flush=True)
+
+
+def _latents(task: Task, channels: int, factor: int) -> Tensor:
+    """What all contenders start from: (batch, C, h, w), normal numbers of the task's seed."""
+    shape = (task.batch, channels, task.height // factor, task.width // factor)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(task.seed))
+
+
+def _inputs(task: Task, config: Any, width: int, factor: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one guided step: latents (2B, C, h, w), a timestep (1,), text (2B, T, D)."""
+    generator = torch.Generator().manual_seed(task.seed)
+    shape = (2 * task.batch, config.in_channels, task.height // factor, task.width // factor)
+    text = (2 * task.batch, task.tokens, width)
+    return torch.randn(shape, generator=generator), torch.tensor([500.0]), torch.randn(text, generator=generator)
+
+
+def _fastldm(task: Task, contender: Contender) -> Work:
+    from fastldm.pipeline import Pipeline
+
+    source = contender.bundle or task.model
+    pipe = Pipeline.from_pretrained(source, device="cpu", dtype=contender.dtype, backend=contender.backend)
+    if task.what == "step":
+        config = pipe.unet.config
+        u, timestep, text = _inputs(task, config, config.cross_attention_dim, pipe.vae.config.factor)
+        rows = pipe.unet.time_rows(timestep).expand(len(u), -1)
+        u, kv = u.to(pipe.dtype), pipe.unet.cross_kv(text.to(pipe.dtype))
+        return lambda: pipe.unet.step(u, rows, kv)
+    latents = _latents(task, pipe.latent_channels, pipe.vae.config.factor)
+
+    def picture() -> Tensor:
+        images = pipe(
+            [task.prompt] * task.batch,
+            num_inference_steps=task.steps,
+            guidance_scale=task.guidance,
+            sampler=task.sampler,
+            latents=latents,
+            generator=torch.Generator().manual_seed(task.seed),
+            output_type="pt",
+        ).images
+        assert isinstance(images, Tensor)
+        return images.permute(0, 2, 3, 1)
+
+    return picture
+
+
+def _diffusers(task: Task, contender: Contender) -> Work:
+    pipe = _diffusers_pipeline(task, contender)
+    if contender.name == "diffusers-compile":
+        pipe.unet.forward = torch.compile(pipe.unet.forward)
+    return _diffusers_work(task, pipe)
+
+
+def _diffusers_pipeline(task: Task, contender: Contender) -> Any:
+    import diffusers
+
+    half = contender.dtype == "bfloat16"
+    source = _folder(task.model)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(source, torch_dtype=torch.bfloat16 if half else torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = getattr(diffusers, task.sampler).from_config(pipe.scheduler.config)
+    if half:  # slower without: it is what its documentation advises
+        pipe.unet.to(memory_format=torch.channels_last)
+        pipe.vae.to(memory_format=torch.channels_last)
+    return pipe
+
+
+def _diffusers_work(task: Task, pipe: Any) -> Work:
+    dtype, factor = pipe.unet.dtype, 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    if task.what == "step":
+        config = pipe.unet.config
+        u, timestep, text = _inputs(task, config, config.cross_attention_dim, factor)
+        u, text = u.to(dtype), text.to(dtype)
+        return lambda: pipe.unet(u, timestep, text).sample
+    latents = _latents(task, pipe.unet.config.in_channels, factor).to(dtype)
+
+    def picture() -> Tensor:
+        images = pipe(
+            [task.prompt] * task.batch,
+            height=task.height,
+            width=task.width,
+            num_inference_steps=task.steps,
+            guidance_scale=task.guidance,
+            latents=latents,
+            generator=torch.Generator().manual_seed(task.seed),
+            output_type="np",
+        ).images
+        return torch.from_numpy(images)
+
+    return picture
+
+
+def _folder(model: str) -> str:
+    from fastldm.loading import DEFAULT_MODEL
+
+    return str(DEFAULT_MODEL) if model == "default" else model
+
+
+Session = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+
+
+def _engines(task: Task, contender: Contender) -> Work:
+    """diffusers' pipeline on sessions: what optimum's and OpenVINO's own pipelines do."""
+    assert contender.bundle is not None
+    folder = Path(contender.bundle)
+    pipe = _diffusers_pipeline(task, Contender("diffusers", "float32"))
+    open_session = _onnxruntime if contender.name == "onnxruntime" else _openvino
+
+    def session(name: str) -> Session:
+        return open_session(folder / name / "model.onnx", contender.dtype, task.threads)
+
+    unet = session("unet")
+
+    def unet_forward(sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, **_: Any) -> Any:
+        time = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1)
+        given = {"sample": sample, "timestep": time, "encoder_hidden_states": encoder_hidden_states}
+        out = torch.from_numpy(unet({name: x.numpy() for name, x in given.items()})["out_sample"])
+        return _Sample(out)
+
+    pipe.unet.forward = unet_forward
+    if task.what == "picture":
+        decoder, encoder = session("vae_decoder"), session("text_encoder")
+
+        def decode(z: Tensor, return_dict: bool = True, **_: Any) -> Any:
+            return (torch.from_numpy(decoder({"latent_sample": z.numpy()})["sample"]),)
+
+        def encode(input_ids: Tensor, **_: Any) -> Any:
+            return _Text(torch.from_numpy(encoder({"input_ids": input_ids.numpy()})["last_hidden_state"]))
+
+        pipe.vae.decode, pipe.text_encoder.forward = decode, encode
+    return _diffusers_work(task, pipe)
+
+
+class _Sample(tuple):
+    """What diffusers' U-Net returns, both ways."""
+
+    def __new__(cls, sample: Tensor) -> _Sample:
+        return super().__new__(cls, (sample,))
+
+    @property
+    def sample(self) -> Tensor:
+        return self[0]
+
+
+class _Text(tuple):
+    def __new__(cls, hidden: Tensor) -> _Text:
+        return super().__new__(cls, (hidden,))
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        return self[0]
+
+
+def _onnxruntime(path: Path, dtype: str, threads: int) -> Session:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return lambda given: dict(zip(names, session.run(None, given), strict=True))
+
+
+def _openvino(path: Path, dtype: str, threads: int) -> Session:
+    import openvino as ov
+
+    precision = ov.Type.bf16 if dtype == "bfloat16" else ov.Type.f32
+    settings = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+    compiled = ov.Core().compile_model(path, "CPU", settings)
+    names = [output.get_any_name() for output in compiled.outputs]
+    return lambda given: dict(zip(names, compiled(given).values(), strict=True))
+
+
+_MAKE: dict[str, Callable[[Task, Contender], Work]] = {
+    "fastldm": _fastldm,
+    "diffusers": _diffusers,
+    "diffusers-compile": _diffusers,
+    "onnxruntime": _engines,
+    "openvino": _engines,
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""`fastldm bench`: contenders in turns, judged before they are timed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from fastldm import compare
+from fastldm.cli import main
+from fastldm.compare import Contender, Task
+from fastldm.errors import EngineError
+
+TASK = Task("default", "step", 32, 32, "DDIMScheduler", 1, 2.0, threads=1)
+PEER, OURS = Contender("diffusers", "float32"), Contender("fastldm", "float32")
+ABSENT = Contender("fastldm", "float32", backend="openvino")  # that runs bundles, and the task has none
+DTYPES = ("float32", "bfloat16")
+
+
+def test_the_default_model_against_diffusers(tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    asked = ["bench", "--steps", "2", "--size", "32x32", "--rounds", "2", "--threads", "1", "--json", str(out)]
+    done = CliRunner().invoke(main, asked)
+    assert done.exit_code == 0, done.output
+    found = json.loads(out.read_text())
+    rows = {row["contender"]["title"]: row for row in found["rows"]}
+    assert list(rows) == [f"{name} {dtype}" for name in ("diffusers", "fastldm on torch") for dtype in DTYPES]
+    for title, row in rows.items():
+        assert title in done.output
+        assert len(row["seconds"]) == len(row["ratios"]) == 2
+        assert min(*row["seconds"], row["load"], row["first"]) > 0
+        assert not row["wrong"]
+    assert rows["fastldm on torch float32"]["difference"] <= 1e-4  # the same picture
+    assert rows["diffusers float32"]["ratios"] == [1, 1]
+    first, ours = rows["diffusers float32"], rows["fastldm on torch float32"]
+    assert ours["ratios"] == [a / b for a, b in zip(first["seconds"], ours["seconds"], strict=True)]
+    assert {"machine", "versions", "task", "command"} <= found.keys()
+
+
+def test_one_that_computes_something_else_is_red_and_one_that_cannot_run_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A bound that no other arithmetic keeps stands for a wrong result."""
+    monkeypatch.setitem(compare.TOLERANCES, ("step", "float32"), 0.0)
+    rows = compare.compare(TASK, [PEER, ABSENT, OURS], rounds=1)
+    assert [row.wrong for row in rows] == [False, True, True]
+    assert "openvino runs bundles" in rows[1].failure
+    assert not rows[2].failure
+    assert 0 < rows[2].difference < 1e-4
+    with pytest.raises(EngineError, match=r"fastldm on openvino float32 cannot run: .*openvino runs bundles"):
+        compare.compare(TASK, [ABSENT, OURS], rounds=1)
+
+
+@pytest.mark.full
+def test_they_come_in_groups_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "_has_room", lambda largest: False)
+    heard: list[str] = []
+    rows = compare.compare(TASK, [PEER, OURS, Contender("fastldm", "bfloat16")], 1, heard.append)
+    assert [str(row.contender) for row in rows] == [f"fastldm on torch {d}" if d else str(PEER) for d in ("", *DTYPES)]
+    assert heard.count("loading diffusers float32") == 2  # once a group
+    assert all(len(row.ratios) == 1 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--compare", "pytorch"], "expected some of diffusers, diffusers-compile, onnxruntime, openvino"),
+        (["--compare", "diffusers,openvino"], "openvino runs a bundle: give one that was exported without --split"),
+        (["--dtypes", "float16"], "expected float32, then bfloat16 if you like"),
+    ],
+)
+def test_what_cannot_be_compared(options: list[str], words: str) -> None:
+    done = CliRunner().invoke(main, ["bench", *options])
+    assert done.exit_code in (1, 2)
+    assert words in done.output
