@@ -147,7 +147,7 @@ def render(report: dict[str, Any]) -> str:
         f"ops of one guided step, text and decode in {ops['dtype']} on {ops['on']}",
         *(f"  {line}" for line in _op_lines(ops)),
         "",
-        "extras (pip install 'fastldm[NAME]'; the Pipeline itself does not run on engines yet)",
+        "extras (pip install 'fastldm[NAME]')",
     ]
     for name, extra in report["extras"].items():
         state = "missing " + ", ".join(extra["missing"]) if extra["missing"] else "installed"

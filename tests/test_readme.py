@@ -6,9 +6,13 @@ import re
 import shlex
 from pathlib import Path
 
+import bundles
 import pytest
+from click.testing import CliRunner
+from PIL import Image
 
 import fastldm
+from fastldm import loading
 from fastldm.cli import main
 from fastldm.schedule import resolve_sampler
 
@@ -20,10 +24,37 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.mark.parametrize("code", blocks("python"))
+DEPLOYMENT = README.partition("## Deployment\n")[2].partition("\n## ")[0]
+
+
+@pytest.mark.parametrize("code", [code for code in blocks("python") if code not in DEPLOYMENT])
 def test_the_python_blocks_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("model", ["smallest", pytest.param("default", marks=pytest.mark.full)])
+def test_the_way_to_a_running_engine(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The four commands as they stand there, then the Python; with a small model in place of the one that ships."""
+    for package in ("openvino", "tensorrt_rtx"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FASTLDM_CACHE", str(tmp_path / "cache"))
+    if model == "smallest":
+        monkeypatch.setattr(loading, "DEFAULT_MODEL", bundles.smallest("sd1", tmp_path / "model"))
+    (commands,), (code,) = (re.findall(rf"```{kind}\n(.*?)```", DEPLOYMENT, re.DOTALL) for kind in ("sh", "python"))
+    lines = [shlex.split(line.partition("   #")[0]) for line in commands.splitlines()]
+    assert [line[:2] for line in lines] == [["fastldm", name] for name in ("export", "verify", "generate", "export")]
+    for line in lines:
+        done = CliRunner().invoke(main, line[1:])
+        assert done.exit_code == 0, done.output
+    with Image.open("apple.png") as picture:
+        assert re.search("Backend: (torch|openvino) (float32|bfloat16)", picture.info["parameters"])
+    assert len([*(tmp_path / "half" / "engines").rglob("*.engine")]) == 6
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("openvino ")
 
 
 def test_the_commands_exist() -> None:
