@@ -173,12 +173,13 @@ def export(
     dtype: DType = "float32",
     opset: int = 21,
     split: bool = False,
+    fused_ops: bool = False,
     on_network: Callable[[str], object] = lambda network: None,
 ) -> Bundle:
     """Write a model as a bundle, each network compared with PyTorch before it counts.
 
-    source: where the model is from, see `source_of`. split: the U-Net in three, see `export.spec`. on_network: told
-        which is next.
+    source: where the model is from, see `source_of`. split: the U-Net in three, see `export.spec`. fused_ops: our own
+        ops as single nodes, see `export.fused`. on_network: told which is next.
 
     An export of the same model with the same options that was stopped goes on where it was, and one that is there is
     opened. Raises InputError where `out` is anything else or another process writes it, BundleError where a network is
@@ -186,7 +187,7 @@ def export(
     """
     if not out.absolute().parent.is_dir():
         raise InputError(f"there is no folder {out.absolute().parent} to write {out.name} into")
-    head = _head(model, source=source, dtype=dtype, opset=opset, split=split)
+    head = _head(model, source=source, dtype=dtype, opset=opset, split=split, fused_ops=fused_ops)
     work = out.absolute().with_name(f".{out.absolute().name}.partial")
     lock = FileLock(work.with_name(f"{work.name}.lock"), timeout=0)
     try:
@@ -209,7 +210,7 @@ def export(
     return Bundle.open(out)
 
 
-def _head(model: Spec, *, source: str, dtype: DType, opset: int, split: bool) -> dict[str, Any]:
+def _head(model: Spec, *, source: str, dtype: DType, opset: int, split: bool, fused_ops: bool) -> dict[str, Any]:
     """What a manifest says of model and options: two bundles with one head are the same."""
     parts = model.checkpoint.components
     weights = {files: hash_files(*files) for files in {component.files for component in parts.values()}}
@@ -222,6 +223,7 @@ def _head(model: Spec, *, source: str, dtype: DType, opset: int, split: bool) ->
         "dtype": dtype,
         "opset": opset,
         "split": split,
+        "fused_ops": fused_ops,
         "tolerance": TOLERANCES[dtype],
         "weights": {part: weights[component.files] for part, component in parts.items()},
         "config": {part: component.config for part, component in parts.items()}
@@ -271,7 +273,7 @@ def _export(model: Spec, work: Path, on_network: Callable[[str], object], head: 
         on_network(network)
         if finished.get(network) is None or finished[network] != _hashes(work, network):
             shutil.rmtree(work / network, ignore_errors=True)
-            write(networks, network, work / network, opset=head["opset"])
+            write(networks, network, work / network, opset=head["opset"], fused_ops=head["fused_ops"])
             _write_json(work / network / "config.json", model.checkpoint.components[Networks.part(network)].config)
             _write_goldens(networks.specs[network], reference, work)
             _compare(networks.specs[network], work, TOLERANCES[dtype])

@@ -25,8 +25,10 @@ from torch import Tensor, nn
 
 from fastldm import loading, weights
 from fastldm.errors import BundleError, InputError
+from fastldm.export import fused
 from fastldm.export.spec import Axis, DType, NetworkSpec, sample, specs
 from fastldm.kernels import observe, use
+from fastldm.kernels.dispatch import instead
 from fastldm.models.clip import CLIPText
 from fastldm.models.unet import AddedConditions, UNet
 from fastldm.models.vae import AutoencoderKL, TinyAutoencoder, rescale_for_half
@@ -176,14 +178,19 @@ class _Traced(nn.Module):
         return tuple(made[port.name] for port in self._spec.outputs)
 
 
-def write(networks: Networks, name: str, folder: Path, *, opset: int = 21) -> None:
+def write(networks: Networks, name: str, folder: Path, *, opset: int = 21, fused_ops: bool = False) -> None:
     """Trace a network and write it into `folder`, which is made. Raises BundleError for a graph that is not as it
-    should be, InputError for an opset that is not in OPSETS."""
+    should be, InputError for an opset that is not in OPSETS.
+
+    fused_ops: GroupNorm with SiLU, attention and GEGLU are one node each, see `export.fused`.
+    """
     if opset not in OPSETS:
         raise InputError(f"opset is {opset}: expected {' or '.join(map(str, OPSETS))}")
     spec = networks.specs[name]
-    model = _trace(_Traced(networks, name), spec, opset)
+    with instead(fused.stand_ins() if fused_ops else {}):
+        model = _trace(_Traced(networks, name), spec, opset)
     _clean(model, spec)
+    fused.add_functions(model, opset)
     check_graph(model, networks, name, opset)
     folder.mkdir(parents=True)
     ir.save(model, folder / MODEL, external_data=DATA)
@@ -262,8 +269,8 @@ _TAKEN_APART = ("InstanceNormalization", "Erf", "ReduceMean")  # what a norm or 
 
 
 def check_graph(model: ir.Model, networks: Networks, name: str, opset: int) -> None:
-    """BundleError unless each GroupNorm and GELU of the network is one node, and at opset 23 each attention: backends
-    have kernels for these, and none for what they are made of."""
+    """BundleError unless each GroupNorm and GELU of the network is one node, and at opset 23 or with fused ops each
+    attention: backends have kernels for these, and none for what they are made of."""
     called: Counter[str] = Counter()
     inputs = sample(networks.specs[name], trace_sizes(networks.specs[name]) | {"steps": 1})
     with use("torch"), observe(lambda op, args, kwargs: called.update([op.name])):
@@ -274,9 +281,9 @@ def check_graph(model: ir.Model, networks: Networks, name: str, opset: int) -> N
         "GroupNormalization": called["group_norm"],
         "Gelu": called["linear_geglu"] + gelus,
     }
-    if opset >= 23:
+    if opset >= 23 or model.functions:
         wanted["Attention"] = called["attention"]
-    counts = Counter(node.op_type for node in model.graph.all_nodes())
+    counts = Counter(fused.heart(node) for node in model.graph.all_nodes())
     for op, count in wanted.items():
         if counts[op] != count:
             raise BundleError(

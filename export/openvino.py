@@ -66,6 +66,10 @@ def open_engine(
         try:
             return core.compile_model(core.read_model(path), "CPU", settings).export_model().getvalue()
         except RuntimeError as error:
+            if "operations: fastldm." in str(error):  # it does not read functions in ONNX files
+                raise EngineError(
+                    f"OpenVINO cannot read {path}, which has fused ops: export the model without --fused-ops"
+                ) from error
             raise EngineError(f"OpenVINO cannot load {path}: {_last_line(error)}") from error
 
     def load(data: bytes) -> OpenVINOEngine:

@@ -424,6 +424,9 @@ from fastldm import cli_bench, cli_cache, cli_profile  # noqa: E402, F401  comma
 @click.option(
     "--split", is_flag=True, help="The U-Net in three: what changes once a prompt, once a schedule, each step."
 )
+@click.option(
+    "--fused-ops", is_flag=True, help="GroupNorm with SiLU, attention and GEGLU as one node each. Not for OpenVINO."
+)
 @click.option("--to", type=click.Choice(["tensorrt"]), help="Build engines of the networks too. Needs no GPU.")
 @click.option(
     "--arch",
@@ -441,6 +444,7 @@ def export(
     dtype: str,
     opset: str,
     split: bool,
+    fused_ops: bool,
     to: str | None,
     arch: tuple[str, ...],
     size: tuple[int, int] | None,
@@ -463,6 +467,7 @@ def export(
     --split   text and time steps are computed once, not at each step; without, optimum reads the folder too
     --opset   23 has attention as one node, which not all backends know
     --size    the builder then knows all shapes: one guided picture of one window of text at a time
+    --fused-ops  for backends with kernels of their own; ONNX Runtime and TensorRT run what the nodes stand for
 
     The folders are laid out as optimum's and diffusers' exports are. An export that was stopped goes on where it was
     when the same command is given again, and so do engines.
@@ -487,6 +492,7 @@ def export(
             dtype=dtype,
             opset=int(opset),
             split=split,
+            fused_ops=fused_ops,
             on_network=lambda network: click.echo(f"{network} ...", err=True),
         )
         total = sum(known["bytes"] for known in made.manifest["files"].values())

@@ -70,6 +70,7 @@ class _Scope(threading.local):
     observer: Observer | None = None
     forced: tuple[str, Config] | None = None
     target: Target | None = None
+    instead: Mapping[str, Callable[..., Any]] = {}  # replaced, never written to
 
 
 _scope = _Scope()
@@ -101,6 +102,11 @@ def observe(observer: Observer) -> AbstractContextManager[None]:
     """Inside, `observer(op, args, kwargs)` is called before each op runs, and what it returns, unless that is None,
     when the op has run. Ops that an op is made of are seen too, between the two."""
     return _set("observer", observer)
+
+
+def instead(references: Mapping[str, Callable[..., Any]]) -> AbstractContextManager[None]:
+    """Inside, these run in place of the references of the ops so named: how an export has an op as one node."""
+    return _set("instead", references)
 
 
 @functools.cache
@@ -177,7 +183,7 @@ class Op(Generic[P, R]):
         observer = _scope.observer
         done = None if observer is None else observer(self, args, kwargs)
         if not self.path(*args, **kwargs):
-            out = self.reference(*args, **kwargs)
+            out = _scope.instead.get(self.name, self.reference)(*args, **kwargs)
         elif _scope.target is None and _traced():
             out = self.registered(*args, **kwargs)
         else:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import bundles
 import onnx
@@ -13,12 +16,13 @@ import torch
 
 import fastldm
 from fastldm import loading
-from fastldm.engine import nearest
-from fastldm.errors import BundleError, InputError
+from fastldm.engine import nearest, open_engine
+from fastldm.errors import BundleError, EngineError, InputError
 from fastldm.export.onnx import Networks, _trace, _Traced, check_graph, write
 from fastldm.export.onnxruntime import ONNXRuntimeEngine
 from fastldm.export.parity import TOLERANCES, difference, gate
 from fastldm.export.spec import NetworkSpec, sample
+from fastldm.kernels import observe
 from fastldm.models.layers import GEGLU, GroupNorm
 
 ROOT = Path(fastldm.__file__).resolve().parent.parent
@@ -43,9 +47,9 @@ def sizes_of(spec: NetworkSpec) -> list[dict[str, int]]:
     return [{"batch": 1, "steps": 1, "rows": 1, **tall}, {"batch": 4, "steps": 4, "rows": 9, **wide, **several}]
 
 
-def judge(networks: Networks, reference: Networks, name: str, folder: Path, opset: int = 21) -> float:
+def judge(networks: Networks, reference: Networks, name: str, folder: Path, **options: Any) -> float:
     """Exports a network and returns its largest relative error, which the gate has accepted."""
-    write(networks, name, folder, opset=opset)
+    write(networks, name, folder, **options)
     spec, worst = networks.specs[name], 0.0
     engine = ONNXRuntimeEngine(folder / "model.onnx", spec, torch.device("cpu"))
     dtype = next(port.dtype for port in spec.outputs)
@@ -134,6 +138,64 @@ def test_every_family(family: str, tmp_path: Path) -> None:
         for name in networks.specs:
             if networks is whole or name not in whole.specs:
                 judge(networks, networks, name, tmp_path / name)
+
+
+FUSED = {"group_norm": "GroupNorm", "attention": "Attention", "linear_geglu": "GEGLU"}
+
+
+@pytest.mark.parametrize(
+    ("name", "opset", "dtype", "kinds"),
+    [
+        ("text_encoder", 21, "float32", {"CausalHeadAttention"}),
+        ("vae_decoder", 21, "float16", {"GroupNormSiLU"}),
+        pytest.param("text_encoder", 23, "float16", {"CausalHeadAttention"}, marks=pytest.mark.full),
+        *(
+            pytest.param(
+                *("unet_step", opset, "float32"),
+                {"GroupNorm", "GroupNormSiLU", "GroupNormSkipSiLU", "GroupNormShiftSiLU", "HeadAttention", "GEGLU"},
+                marks=pytest.mark.full,
+            )
+            for opset in (21, 23)
+        ),
+    ],
+)
+def test_fused_ops_are_one_node_each(
+    name: str,
+    opset: int,
+    dtype: Any,
+    kinds: set[str],
+    model: loading.Spec,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """ONNX Runtime, which knows none of them, runs what they stand for, and TensorRT builds it; OpenVINO says no."""
+    monkeypatch.setenv("FASTLDM_CACHE", str(tmp_path / "cache"))
+    networks, reference = (Networks(model, one, split=True) for one in (dtype, "float32"))
+    judge(networks, reference, name, tmp_path / name, opset=opset, fused_ops=True)
+    path, spec = tmp_path / name / "model.onnx", networks.specs[name]
+    onnx.checker.check_model(path)
+
+    calls: Counter[str] = Counter()
+    with observe(lambda op, args, kwargs: calls.update([op.name])):
+        networks.run(name, sample(spec, {"batch": 1}))
+    graph = onnx.load(path, load_external_data=False)
+    found = Counter(node.op_type for node in graph.graph.node if node.domain == "fastldm")
+    assert found.keys() == kinds == {function.name for function in graph.functions}
+    assert sum(found.values()) == sum(calls[op] for op in FUSED) > 0
+    for op, part in FUSED.items():
+        assert sum(count for kind, count in found.items() if part in kind) == calls[op]
+    # none of what the functions are made of is outside of them
+    outside = {node.op_type for node in graph.graph.node if not node.domain}
+    assert not outside & {"GroupNormalization", "Gelu", "Softmax", "Attention"}
+    bodies = {function.name: [node.op_type for node in function.node] for function in graph.functions}
+    assert all("GroupNormalization" in body for kind, body in bodies.items() if kind.startswith("GroupNorm"))
+
+    if importlib.util.find_spec("openvino"):
+        with pytest.raises(EngineError, match=r"has fused ops: export the model without --fused-ops"):
+            open_engine("openvino", path, spec)
+    if importlib.util.find_spec("tensorrt_rtx"):
+        tensorrt = importlib.import_module("fastldm.export.tensorrt")
+        assert len(tensorrt.build(path, spec)) > 10_000
 
 
 @pytest.mark.full
