@@ -11,6 +11,7 @@ import gc
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import platform
 from dataclasses import asdict, dataclass
@@ -27,6 +28,8 @@ from fastldm.errors import BundleError, EngineError
 from fastldm.export.bundle import Bundle
 from fastldm.export.networks import source
 from fastldm.pipeline import Pipeline
+
+logger = logging.getLogger("fastldm")
 
 _PACKAGES = {"onnxruntime": ("onnxruntime",), "openvino": ("openvino",), "tensorrt": ("tensorrt_rtx", "tensorrt")}
 _PREFERRED = {"cpu": ("openvino", "onnxruntime"), "cuda": ("tensorrt", "onnxruntime")}
@@ -102,11 +105,14 @@ def read(bundle: Bundle, device: torch.device) -> dict[str, Measured]:
 
 def _write(bundle: Bundle, device: torch.device, measured: dict[str, Measured]) -> None:
     path = _path(bundle, device)
-    path.parent.mkdir(parents=True, exist_ok=True)
     data = {backend: {"measured": asdict(one), "versions": _versions(backend)} for backend, one in measured.items()}
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    beside.write_text(json.dumps(data, indent=1))
-    beside.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(json.dumps(data, indent=1))
+        beside.replace(path)
+    except OSError as error:
+        logger.warning("what was measured cannot be kept in %s (%s)", path.parent, error)
 
 
 def _path(bundle: Bundle, device: torch.device) -> Path:
