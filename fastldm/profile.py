@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from time import perf_counter
 from typing import Any, Literal
 
@@ -75,6 +75,8 @@ class Spread:
     p99: float
     least: float
     most: float
+    mean: float
+    """Of parts these add up to that of the whole; medians do not where a machine is busy."""
     count: int
 
     @classmethod
@@ -87,7 +89,7 @@ class Spread:
             high = min(low + 1, len(ordered) - 1)
             return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
-        return cls(at(0.5), at(0.9), at(0.99), ordered[0], ordered[-1], len(ordered))
+        return cls(at(0.5), at(0.9), at(0.99), ordered[0], ordered[-1], fmean(ordered), len(ordered))
 
 
 @dataclass(frozen=True)
@@ -352,11 +354,12 @@ def _rows(pipe: Pipeline, asked: Request, rows: int, pictures: Sequence[Picture]
     for span, seconds in zip(spans, times, strict=True):
         if span.stage not in _NETWORKS:
             continue
+        engine = span.stage not in with_ops
         call = span.call or Call(OUTSIDE, Cost(0, 0), "")
-        if span.call is None and span.stage not in with_ops:
-            call = Call(_NETWORKS[span.stage], _whole(pipe, asked, rows, span), pictures[0].result.backend)
-        elif span.name == "step" and not gpu:
+        if span.name == "step" and (engine or not gpu):
             call = Call("end_step", Cost(0, 0), "torch: the sampler's functions")
+        elif engine:
+            call = Call(_NETWORKS[span.stage], _whole(pipe, asked, rows, span), pictures[0].result.backend)
         calls.setdefault((span.stage, call.name), []).append((seconds, call))
     whole = {stage: sum(t for (of, _), some in calls.items() if of == stage for t, _ in some) for stage in _NETWORKS}
     return tuple(

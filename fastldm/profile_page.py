@@ -42,7 +42,7 @@ def page(made: Profile) -> str:
         f"<header><h1>fastldm profile</h1><p>{escape(title(made))}</p></header>"
         f'<p class="advice">{escape(made.advice)}</p>{_tiles(made)}\n{figures}\n'
         f"<section><h2>Stages</h2>{_table(stage_cells(made))}</section>"
-        f"<section><h2>Ops</h2>{_table(op_cells(made))}</section>"
+        f"<section><h2>Ops</h2>{_table(op_cells(made, len(made.rows)))}</section>"
         f"<dl>{told}<dt>measured on</dt><dd>{escape(versions)}</dd></dl></main></body></html>"
     )
 

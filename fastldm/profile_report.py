@@ -16,10 +16,14 @@ def milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
-def rate(number: float, unit: str) -> str:
-    """Such as "1.2 TFLOP/s"."""
+def scaled(number: float, unit: str) -> str:
+    """Such as "1.2 TFLOP"."""
     step = next((k for k in (12, 9, 6) if number >= 10**k), 6)
-    return f"{number / 10**step:.3g} {' kMGT'[step // 3]}{unit}/s"
+    return f"{number / 10**step:.3g} {'MGT'[step // 3 - 2]}{unit}"
+
+
+def rate(number: float, unit: str) -> str:
+    return f"{scaled(number, unit)}/s"
 
 
 def path(row: Row, per: int = 1) -> str:
@@ -45,14 +49,14 @@ def facts(made: Profile) -> dict[str, str]:
     """What is no table."""
     counts, about = made.operations, made.about
     whole = sum(counts.values())
-    others = ", ".join(f"{name} {gigaflop(flop)}" for name, flop in counts.items() if name != "step")
+    others = ", ".join(f"{name} {scaled(flop, 'FLOP')}" for name, flop in counts.items() if name != "step")
     reasons = {said for row in made.rows for said in row.paths if ": " in said}
     told = {
         "only the first time": ", ".join(f"{name} {milliseconds(seconds)}" for name, seconds in made.first.items()),
         "this machine": f"{rate(made.ceilings.flops, 'FLOP')} and {rate(made.ceilings.bytes, 'B')} measured in "
         f"{about['dtype']}; floor: what these allow, for the least that an op must do",
-        "operations": f"a step computes {gigaflop(counts['step'])} of the whole U-Net's {gigaflop(whole)} for "
-        f"{about['rows']} rows; {others}",
+        "operations": f"a step computes {scaled(counts['step'], 'FLOP')} of the whole U-Net's "
+        f"{scaled(whole, 'FLOP')} for {about['rows']} rows; {others}",
         "paths": "; ".join(sorted(reasons)),
     }
     if made.memory:
@@ -60,13 +64,10 @@ def facts(made: Profile) -> dict[str, str]:
     return {name: text for name, text in told.items() if text}
 
 
-def gigaflop(flop: int) -> str:
-    return f"{flop / 1e9:,.3g} GFLOP" if flop < 1e12 else f"{flop / 1e9:,.0f} GFLOP"
-
-
 # -------------------------------------------------------------------------------------------------------- the terminal
 
-STAGE, ROW = 0.05, 0.01  # of a picture: stages and rows of less are one row together
+ROWS = 10  # of ops in the terminal, the slowest; the others are one row
+STAGE = 0.05  # of a picture: of stages that take less, no op is shown
 
 
 def stage_cells(made: Profile) -> Iterable[list[str]]:
@@ -86,55 +87,45 @@ def stage_cells(made: Profile) -> Iterable[list[str]]:
             yield cells("    each", made.step, made.step, "", f"of {len(made.steps)} steps, {made.step.count} in all")
 
 
-def op_cells(made: Profile) -> Iterable[list[str]]:
+def op_cells(made: Profile, most: int) -> Iterable[list[str]]:
+    """The slowest ops, `most` of them and what is outside of them in a step."""
     yield ["", "calls", "time", "share", "GFLOP", "MB", "GFLOP/s", "GB/s", "of floor", "path"]
-    small = []
-    for stage in ("step", "decode", "text", "conditions"):
-        rows = made.of(stage)
-        if sum(row.seconds for row in rows) < STAGE * made.wall.median:
-            small += rows
-            continue
+    long = [row for row in made.rows if _seconds(made.of(row.stage)) > STAGE * made.wall.median]
+    shown = sorted(long, key=lambda row: -row.seconds)[:most]
+    shown += [row for row in made.of("step") if row.name == OUTSIDE]
+    for stage in dict.fromkeys(row.stage for row in shown):
         per = len(made.steps) if stage == "step" else 1
-        each = "each step" if per > 1 else stage
-        yield [each, "", milliseconds(sum(row.seconds for row in rows) / per), *[""] * 7]
-        for row in rows:
-            kept = row.name == OUTSIDE or row.seconds >= ROW * made.wall.median
-            if kept:
-                yield _cells(row, per)
-            else:
-                small.append(row)
+        yield ["each step" if per > 1 else stage, "", milliseconds(_seconds(made.of(stage)) / per), *[""] * 7]
+        yield from (_cells(row, per) for row in made.of(stage) if row in shown)
+    small = [row for row in made.rows if row not in shown]
     if small:
-        whole = sum(row.seconds for row in small)
-        yield ["others", str(sum(row.calls for row in small)), milliseconds(whole), *[""] * 6, "a picture's, all small"]
+        yield ["others", str(sum(row.calls for row in small)), milliseconds(_seconds(small)), *[""] * 6, "a picture's"]
 
 
-def _cells(row: Row, per: int = 1) -> list[str]:
-    work = (
-        [f"{row.flop / per / 1e9:.2f}" if row.flop else "", f"{row.bytes / per / 1e6:.1f}"] if row.floor else ["", ""]
-    )
-    rates = [f"{row.flop / row.seconds / 1e9:.4g}" if row.flop else "", f"{row.bytes / row.seconds / 1e9:.3g}"]
-    achieved = [*rates, share(row.floor, row.seconds)] if row.floor else ["", "", ""]
+def _seconds(rows: Iterable[Row]) -> float:
+    return sum(row.seconds for row in rows)
+
+
+def _cells(row: Row, per: int) -> list[str]:
     calls = "" if row.name == OUTSIDE else f"{row.calls / per:g}"
-    return [
-        f"  {row.name}",
-        calls,
-        milliseconds(row.seconds / per),
-        share(row.share, 1),
-        *work,
-        *achieved,
-        path(row, per),
-    ]
+    work = [""] * 5
+    if row.floor:
+        work = [f"{row.flop / per / 1e9:.2f}", f"{row.bytes / per / 1e6:.1f}", f"{row.flop / row.seconds / 1e9:.1f}"]
+        work += [f"{row.bytes / row.seconds / 1e9:.2f}", share(row.floor, row.seconds)]
+        if not row.flop:
+            work[0] = work[2] = ""
+    return [f"  {row.name}", calls, milliseconds(row.seconds / per), share(row.share, 1), *work, path(row, per)]
 
 
 def table(made: Profile) -> str:
     """For a terminal."""
     told = [line for name, text in facts(made).items() for line in _wrapped(f"{name}: {text}")]
-    parts = [[title(made)], _aligned(stage_cells(made)), _aligned(op_cells(made)), told, _wrapped(made.advice)]
+    parts = [[title(made)], _aligned(stage_cells(made)), _aligned(op_cells(made, ROWS)), told, _wrapped(made.advice)]
     return "\n\n".join("\n".join(part) for part in parts)
 
 
 def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, 100, subsequent_indent="  ")
+    return textwrap.wrap(text, 110, subsequent_indent="  ")
 
 
 def _aligned(cells: Iterable[Sequence[str]]) -> list[str]:

@@ -1,0 +1,399 @@
+"""fastldm profile: whether its numbers add up, what it names first, and what it shows.
+
+Judges: torch's FlopCounterMode on diffusers' networks, spans whose times are made up, ops that are slowed on purpose, a
+browser, and the profile's own other numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import bundles
+import diffusers
+import pytest
+import tiny
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.networks import SD15, SDXL
+from fastldm import Pipeline, dry, profile_page, profile_report, spans
+from fastldm import profile as profiles
+from fastldm.bench import Ceilings
+from fastldm.cli import main
+from fastldm.config import UNetConfig
+from fastldm.kernels import dispatch, onednn
+from fastldm.kernels.geglu import GEGLU, geglu
+from fastldm.kernels.group_norm import GROUP_NORM
+from fastldm.kernels.layer_norm import LAYER_NORM
+from fastldm.profile import OUTSIDE, Profile, Spread, profile
+
+STEPS, ROUNDS = 3, 3
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return Pipeline.default(device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def made(pipe: Pipeline) -> Profile:
+    return profile(pipe, num_inference_steps=STEPS, rounds=ROUNDS, first={"import": 1.5})
+
+
+# ------------------------------------------------------------------------------------------------------ it adds up
+
+
+def test_stages_add_up_to_the_wall_clock(made: Profile) -> None:
+    """Within 5%, though what no stage has ("session") is left out; and steps to theirs."""
+    mean = {stage.name: stage.host.mean for stage in made.stages}
+    assert sum(mean.values()) == pytest.approx(made.wall.mean)
+    assert 0 < mean["session"] < 0.05 * made.wall.mean
+    assert sum(step.mean for step in made.steps) == pytest.approx(mean["step"])
+    assert (len(made.steps), made.step.count, made.wall.count) == (STEPS, STEPS * ROUNDS, ROUNDS)
+
+
+def test_rows_add_up_to_their_stage(made: Profile) -> None:
+    for stage in ("text", "conditions", "step", "decode"):
+        rows = made.of(stage)
+        assert sum(row.share for row in rows) == pytest.approx(1)
+        assert [row.name for row in rows].count(OUTSIDE) == 1
+        assert all(sum(row.paths.values()) == row.calls for row in rows if row.name != OUTSIDE)
+    seconds = {row.name: row.seconds for row in made.of("step")}
+    assert {"linear", "conv2d", "group_norm", "self-attention", "cross-attention", "end_step"} <= seconds.keys()
+    assert min(seconds.values()) > 0
+
+
+def test_the_ops_of_a_step_are_those_that_a_dry_run_counts(made: Profile, pipe: Pipeline) -> None:
+    assert sum(row.flop for row in made.of("step")) == STEPS * made.operations["step"]
+    place: dict[str, Any] = {"height": 16, "width": 16, "rows": 2, "tokens": pipe.text_stages[0].window}
+    counted = dry.count(lambda: dry.step(pipe.unet.config, **place, dtype=torch.float32))
+    moved = sum(cost.bytes for name, cost in counted.items() if name != "enlarging")
+    assert sum(row.bytes for row in made.of("step")) == STEPS * moved
+
+
+class Times:
+    """A clock that says what it is told to."""
+
+    def __init__(self, *times: float) -> None:
+        self.times = iter(times)
+
+    def __call__(self) -> float:
+        return next(self.times)
+
+
+def test_what_watching_costs_counts_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage from 0 to 10 with an op in it that is noticed at 2, runs from 5 to 7, and has an op within."""
+    clock, x = spans.Clock(torch.device("cpu")), torch.randn(3, 64)
+    monkeypatch.setattr(GEGLU, "reference", lambda x: LAYER_NORM(x, x[0], x[0], 1e-5))
+    # of each span: when it was made, when it began; of the op before that when it was noticed and after that once more
+    monkeypatch.setattr(spans, "perf_counter", Times(0, 0, 2, 3, 4, 5, 7, 10))
+    with dispatch.use("torch"), dispatch.observe(clock.observe), clock.span("text", "text"):
+        geglu(x)
+    picture = profiles.Picture(12.0, clock.spans, None)  # type: ignore[arg-type]
+    assert [span.name for span in clock.spans] == ["text", "geglu"]
+    assert picture.alone(device=False) == [10 - (7 - 2), 2]
+    assert picture.stages(device=False)["text"] == 7
+    assert picture.stages(device=False)["session"] == 5
+
+
+def test_percentiles() -> None:
+    """Between two times in proportion, as numpy does; of one they are it."""
+    found = Spread.of([float(n) for n in range(101)][::-1])
+    assert found == Spread(median=50, p90=90, p99=99, least=0, most=100, mean=50, count=101)
+    assert Spread.of([1.0, 2.0]).p90 == pytest.approx(1.9)
+    assert Spread.of([3.0]).p99 == 3.0
+
+
+def test_nothing_stays_behind(made: Profile, pipe: Pipeline) -> None:
+    """The pipeline's functions and the library's are their own again, also where a picture fails."""
+    before = set(vars(pipe)), set(vars(pipe.unet)), onednn.product, onednn.convolve
+    with pytest.raises(ValueError, match="never mind"), monkeypatched(GROUP_NORM, _failing):
+        profile(pipe, num_inference_steps=1, rounds=1)
+    assert (set(vars(pipe)), set(vars(pipe.unet)), onednn.product, onednn.convolve) == before
+    assert not before[0] & {*profiles._FUNCTIONS, "_run", "_finish"}
+    assert "step" not in before[1]
+    assert pipe.session.call(lambda: dispatch._scope.observer) is None
+
+
+def _failing(*args: Any, **kwargs: Any) -> Any:
+    raise ValueError("never mind")
+
+
+def monkeypatched(op: Any, reference: Callable[..., Any]) -> Any:
+    return spans.replaced(op, reference=reference)
+
+
+# ----------------------------------------------------------------------------------------------- what is named first
+
+
+def slowed(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(seconds)
+        return function(*args, **kwargs)
+
+    return slow
+
+
+def test_a_slowed_op_is_named_first(pipe: Pipeline) -> None:
+    """33 calls a step of 5 ms more: a dozen times what anything else takes."""
+    with monkeypatched(GROUP_NORM, slowed(GROUP_NORM.reference, 0.005)):
+        made = profile(pipe, num_inference_steps=1, rounds=1)
+    assert made.of("step")[0].name == "group_norm"
+    assert made.of("step")[0].seconds > 33 * 0.005
+    assert made.advice.startswith("Most is lost in group_norm of step, ")
+    lines = profile_report.table(made).splitlines()
+    assert lines[[line.split(" ")[0] for line in lines].index("step") + 1].startswith("  group_norm ")
+
+
+def test_a_slowed_stage_is_named_first(pipe: Pipeline) -> None:
+    with spans.replaced(profiles.images, save_result=slowed(profiles.images.save_result, 1.0)):
+        made = profile(pipe, num_inference_steps=1, rounds=1)
+    assert made.advice.startswith("Most is lost in PNG, ")
+
+
+def test_time_between_ops_is_named_first(pipe: Pipeline) -> None:
+    hook = pipe.unet.conv_in.register_forward_pre_hook(lambda *_: time.sleep(1))  # type: ignore[union-attr]
+    made = profile(pipe, num_inference_steps=1, rounds=1)
+    hook.remove()
+    assert made.advice.startswith(f"Most is lost in {OUTSIDE} of step, ")
+
+
+# --------------------------------------------------------------------------------------------------------- operations
+
+
+def everybodys(config: dict[str, Any], size: int) -> int:
+    """Of one row through diffusers' U-Net, as torch counts."""
+    with torch.device("meta"):
+        theirs = diffusers.UNet2DConditionModel(**config)
+        sample, text = torch.empty(1, 4, size, size), torch.empty(1, 77, theirs.config.cross_attention_dim)
+        added: dict[str, Any] = {}
+        if theirs.config.addition_embed_type:
+            pooled = theirs.config.projection_class_embeddings_input_dim - 6 * theirs.config.addition_time_embed_dim
+            added = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}
+        condition = None
+        if theirs.config.time_cond_proj_dim:
+            condition = torch.empty(1, theirs.config.time_cond_proj_dim)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            theirs(sample, torch.tensor(1), text, timestep_cond=condition, added_cond_kwargs=added)
+    return int(counter.get_total_flops())
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "lcm", "ssd-1b", "tiny-sd"])
+def test_operations_of_tiny_networks_are_everybodys(name: str) -> None:
+    """In 16 latents, where SD's deepest level has 2, and each of its upsamplers doubles."""
+    found = dry.operations(UNetConfig.from_dict(tiny.UNETS[name], name), height=16, width=16, rows=1, tokens=77)
+    assert sum(found.values()) == everybodys(tiny.UNETS[name], 16)
+    assert all(flop > 0 for flop in found.values())
+
+
+def published(config: UNetConfig) -> dict[str, Any]:
+    """diffusers' own defaults are SD1.5's, but for two; SDXL's file says the rest."""
+    if config is SD15:
+        return {"sample_size": 64, "cross_attention_dim": 768}
+    return {
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": (tiny.DOWN, tiny.CROSS_DOWN, tiny.CROSS_DOWN),
+        "up_block_types": (tiny.CROSS_UP, tiny.CROSS_UP, tiny.UP),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "gflop", "plain"), [(SD15, 64, 803, 1.0), (SDXL, 128, 6761, 0.5)], ids=["sd1.5", "sdxl"]
+)
+def test_operations_of_published_networks(config: UNetConfig, size: int, gflop: int, plain: float) -> None:
+    """The step is the whole less three items. One of them, the phases, a CPU leaves out where pixels are few: in all
+    three enlarging convolutions of SD1.5, and in one of SDXL's two, which save equally much. Torch counts that too."""
+    found = dry.operations(config, height=size, width=size, rows=1, tokens=77)
+    assert round(sum(found.values()) / 1e9) == gflop
+    assert sum(found.values()) == everybodys(published(config), size)
+    with dispatch.targeting(dispatch.Target(0)):
+        step = dry.step(config, height=size, width=size, rows=1, tokens=77, dtype=torch.float32)
+        with FlopCounterMode(display=False) as counter:
+            step()
+    assert counter.get_total_flops() == found["step"] + plain * found["never: convolutions of enlarged pictures"]
+
+
+# ------------------------------------------------------------------------------------------------------ what is shown
+
+
+def test_all_is_told_as_plain_data(made: Profile) -> None:
+    told = json.loads(json.dumps(made.to_dict()))
+    assert {row["name"] for row in told["rows"]} == {row.name for row in made.rows}
+    assert [stage["name"] for stage in told["stages"]] == list(profiles.STAGES)
+    assert told["first"].keys() == {"import", "compile"}
+    assert told["advice"] == made.advice
+    assert told["about"]["steps"] == STEPS
+
+
+def test_the_data_has_what_the_terminal_has(made: Profile) -> None:
+    """Every number of the table is one of the data, formatted."""
+    told, shown = json.loads(json.dumps(made.to_dict())), profile_report.table(made)
+    for stage in told["stages"]:
+        line = next(line for line in shown.splitlines() if line.startswith(f"  {stage['name']} "))
+        for key in ("median", "p90", "p99"):
+            assert profile_report.milliseconds(stage["host"][key]) in line
+    block = shown[shown.index("each step") : shown.index("others")].splitlines()
+    for row in told["rows"]:
+        lines = [line for line in block if line.startswith(f"  {row['name']} ")]
+        if row["stage"] == "step" and lines:
+            assert profile_report.milliseconds(row["seconds"] / STEPS) in lines[0]
+            assert f"{row['calls'] / STEPS:g}" in lines[0] or row["name"] == OUTSIDE
+    assert any(line.startswith(f"  {OUTSIDE} ") for line in block)
+    assert profile_report.size(told["memory"]["measured"]) in shown
+    assert "import 1.50 s" in shown
+
+
+def test_the_table_fits_a_screen_and_ends_with_one_sentence(made: Profile) -> None:
+    lines = profile_report.table(made).splitlines()
+    assert len(lines) <= 45
+    assert max(map(len, lines)) <= 120
+    last = " ".join(profile_report.table(made).split("\n\n")[-1].split())
+    assert last == made.advice
+    assert last.count(". ") == 0
+
+
+def test_memory_is_held_against_the_plan(made: Profile) -> None:
+    assert 0.9 < made.memory["measured"] / made.memory["planned"] <= 1.01
+
+
+def test_the_trace_has_named_ranges_inside_of_one_another(made: Profile) -> None:
+    told = json.loads(json.dumps(profile_report.trace(made)))
+    ranges = [event for event in told["traceEvents"] if event["ph"] == "X"]
+    assert {"tokenise", "text", "step", "U-Net", "decode", "PNG", "linear"} <= {event["name"] for event in ranges}
+    steps = [event for event in ranges if event["name"] == "step"]
+    assert len(steps) == STEPS
+    for event in ranges:
+        if event["cat"] == "op" and event["args"]["stage"] == "step":
+            assert any(s["ts"] <= event["ts"] and event["ts"] + event["dur"] <= s["ts"] + s["dur"] for s in steps)
+
+
+def plots(page: str) -> list[ElementTree.Element]:
+    tree = ElementTree.fromstring(page.removeprefix("<!doctype html>"))
+    return tree.findall(".//{http://www.w3.org/2000/svg}svg")
+
+
+def test_the_page_is_whole_and_has_its_plots(made: Profile) -> None:
+    page = profile_page.page(made)
+    assert not re.findall(r"(?:src|href)=|@import|url\(|<script|https?://(?!www\.w3\.org/2000/svg)", page)
+    stages, steps, one, bars, roofline = plots(page)
+    inside = "{http://www.w3.org/2000/svg}"
+    assert len(steps.findall(f"{inside}rect")) == STEPS
+    assert len(stages.findall(f"{inside}rect[@height='44.00']")) == len(made.stages)
+    rows = made.of("step")
+    assert len(bars.findall(f"{inside}rect")) == 2 * len(rows)
+    assert (
+        len(one.findall(f"{inside}rect[@height='60.00']")) == 1 + sum(row.calls for row in rows if row.bytes) // STEPS
+    )
+    multiply = [row for stage in ("step", "decode") for row in made.of(stage) if row.flop]
+    assert len(roofline.findall(f"{inside}circle")) == len(multiply)
+    assert made.advice in page
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs a headless Chromium, such as Debian's chromium-headless-shell")
+@pytest.mark.parametrize(("scheme", "ground", "bar"), [(1, "#fbfbfa", "#2f6fd0"), (0, "#14171b", "#6ea4f4")])
+def test_a_browser_shows_the_page(made: Profile, tmp_path: Path, scheme: int, ground: str, bar: str) -> None:
+    """In light and in dark: its ground, and the bars of the steps, which are as wide as 5% of the page each."""
+    (tmp_path / "page.html").write_text(profile_page.page(made), encoding="utf-8")
+    options = ["--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--blink-settings=preferredColorScheme={scheme}"]
+    options += ["--window-size=1000,1600", f"--screenshot={tmp_path / 'page.png'}", (tmp_path / "page.html").as_uri()]
+    subprocess.run([str(BROWSER), *options], check=True, capture_output=True, timeout=120, cwd=tmp_path)
+    with Image.open(tmp_path / "page.png") as picture:
+        counts = {f"#{r:02x}{g:02x}{b:02x}": n for n, (r, g, b) in picture.convert("RGB").getcolors(1 << 24) or ()}
+    assert max(counts, key=counts.__getitem__) in (ground, {"#fbfbfa": "#ffffff", "#14171b": "#1b1f25"}[ground])
+    assert counts[ground] > 10_000
+    assert counts[bar] > 10_000
+
+
+def test_a_page_of_one_step_and_one_that_takes_long(made: Profile) -> None:
+    """Axes have their round numbers whatever they measure."""
+    slow = Spread.of([4000.0])
+    assert len(plots(profile_page.page(replace(made, steps=(slow,), step=slow)))) == 5
+    assert len(plots(profile_page.page(replace(made, ceilings=Ceilings(1e15, 8e12))))) == 5
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = ["profile", "--device", "cpu", "--dtype", "float32", "--steps", "2", "--rounds", "1", "-n", "2"]
+    asked += ["--sampler", "euler", "--guidance", "1", "--size", "32x64", "--prompt", "a green pear"]
+    done = CliRunner().invoke(main, [*asked, "--json", "p.json", "--html", "p.html", "--trace", "p.trace"])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines()[0].startswith(
+        "default: 2 pictures of 32x64, 2 steps of euler, guidance 1; torch float32"
+    )
+    about = json.loads((tmp_path / "p.json").read_text())["about"]
+    assert (about["width"], about["height"], about["pictures"], about["rows"], about["sampler"]) == (
+        32,
+        64,
+        2,
+        2,
+        "euler",
+    )
+    assert len(plots((tmp_path / "p.html").read_text())) == 5
+    assert json.loads((tmp_path / "p.trace").read_text())["traceEvents"]
+
+
+def test_json_alone_is_one_object_and_mistakes_are_found_first(tmp_path: Path) -> None:
+    asked = ["profile", "--device", "cpu", "--dtype", "float32", "--steps", "1", "--rounds", "1"]
+    done = CliRunner().invoke(main, [*asked, "--json", "-"])
+    assert json.loads(done.stdout)["wall"]["count"] == 1
+    done = CliRunner().invoke(main, [*asked, "--html", str(tmp_path / "none" / "p.html")])
+    assert done.exit_code == 2
+    assert "none" in done.stderr
+    assert CliRunner().invoke(main, [*asked, "--sampler", "nonsense"]).exit_code == 2
+
+
+# ------------------------------------------------------------------------------------------------------------ engines
+
+
+def test_an_engine_has_a_row_for_each_network(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime", reason="needs ONNX Runtime")
+    folder = bundles.shared(tmp_path_factory)
+    monkeypatch.setenv("FASTLDM_CACHE", str(folder / "cache"))
+    pipe = Pipeline.from_pretrained(bundles.exported("sd1", True, folder)[1], backend="onnxruntime", device="cpu")
+    made = profile(pipe, num_inference_steps=2, rounds=1, sampler="ddim")
+    assert made.about["backend"] == "onnxruntime"
+    assert [row.name for row in made.of("decode")] == ["VAE"]
+    network = {row.name: row for row in made.of("step")}
+    assert network.keys() == {"U-Net", "end_step"}
+    assert (network["U-Net"].calls, network["U-Net"].flop) == (2, 2 * made.operations["step"])
+    assert network["U-Net"].paths == {"onnxruntime": 2}
+    assert not made.memory
+    assert len(plots(profile_page.page(made))) == 5
+    assert "U-Net" in profile_report.table(made)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_device_and_host_are_told_apart() -> None:
+    made = profile(Pipeline.default(device="cuda"), rounds=3)
+    assert all(stage.device is not None for stage in made.stages)
+    assert made.first.keys() == {"compile", "capture"}
+    assert {event.track for event in made.events} == {"host", "device"}
+    assert all(row.seconds > 0 for row in made.of("step"))
+    assert "host" in profile_report.table(made).splitlines()[2]
