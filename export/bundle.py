@@ -213,6 +213,8 @@ def export(
 def _head(model: Spec, *, source: str, dtype: DType, opset: int, split: bool, fused_ops: bool) -> dict[str, Any]:
     """What a manifest says of model and options: two bundles with one head are the same."""
     parts = model.checkpoint.components
+    if not all(component.files for component in parts.values()):
+        raise InputError(f"{source} has no weights for PyTorch, as a bundle: give the model that it was made of")
     weights = {files: hash_files(*files) for files in {component.files for component in parts.values()}}
     networks = specs(model.unet, model.vae, model.text, dtype=dtype, split=split)
     return {

@@ -464,10 +464,10 @@ def export(
     fastldm cache ls                                            what a machine built for itself, where no engine fitted
 
     \b
-    --split   text and time steps are computed once, not at each step; without, optimum reads the folder too
-    --opset   23 has attention as one node, which not all backends know
-    --size    the builder then knows all shapes: one guided picture of one window of text at a time
-    --fused-ops  for backends with kernels of their own; ONNX Runtime and TensorRT run what the nodes stand for
+    --split        text and time steps are computed once, not at each step; without, optimum reads the folder too
+    --opset        23 has attention as one node, which not all backends know
+    --fused-ops    for backends with kernels of their own; ONNX Runtime and TensorRT run what the nodes stand for
+    --size         the builder then knows all shapes: one guided picture of one window of text at a time
 
     The folders are laid out as optimum's and diffusers' exports are. An export that was stopped goes on where it was
     when the same command is given again, and so do engines.
@@ -547,7 +547,7 @@ def verify(out: Path, backend: str, device: str, model: str | None, debug: bool)
             if check.difference is None:
                 problems.append(check.problem)
             shown = "FAILED" if check.difference is None else f"{check.difference}  PSNR {check.difference.psnr:.0f} dB"
-            click.echo(f"{check.network:<15}{check.origin:<8}{check.sizes:<34}{shown}")
+            click.echo(f"{check.network:<15}{check.origin:<8}{check.sizes:<36}{shown}")
         if problems:
             raise BundleError(f"{len(problems)} of the above failed on {backend}: {problems[0]}")
         click.echo(f"all within {manifest['tolerance']:.0e} of PyTorch on {backend}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import importlib.util
 import json
 import re
 import shutil
@@ -336,11 +337,13 @@ def test_a_network_that_is_not_pytorchs_is_no_bundle(
     assert not (tmp_path / "out").exists()
 
 
-def test_where_a_bundle_cannot_go(model: Path, tmp_path: Path) -> None:
+def test_where_a_bundle_cannot_go(model: Path, exported: Path, tmp_path: Path) -> None:
     spec = loading.describe(model)
     (tmp_path / "there").mkdir()
     with pytest.raises(InputError, match="there exists and is no bundle: give the bundle another name"):
         bundle.export(spec, tmp_path / "there", source=str(model))
+    with pytest.raises(InputError, match="has no weights for PyTorch, as a bundle: give the model that it was made of"):
+        bundle.export(loading.describe(exported), tmp_path / "out", source=str(exported))
     with pytest.raises(InputError, match="there is no folder"):
         bundle.export(spec, tmp_path / "no" / "out", source=str(model))
     with (
@@ -475,9 +478,12 @@ def test_without_tensorrt_nothing_is_traced(model: Path, tmp_path: Path, monkeyp
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("options", [[], ["--split"], ["--dtype", "float16"]])
+@pytest.mark.parametrize("options", [[], ["--split"], ["--dtype", "float16"], ["--split", "--fused-ops"]])
 def test_the_default_model(options: list[str], tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["export", str(tmp_path / "out"), *options])
     assert done.exit_code == 0, done.output
     status, said = verify(tmp_path / "out")
     assert status == 0, said
+    if "--fused-ops" not in options and importlib.util.find_spec("openvino"):
+        status, said = verify(tmp_path / "out", "--backend", "openvino")
+        assert status == 0, said
