@@ -33,9 +33,9 @@ from fastldm.engine import open_engine
 from fastldm.errors import BundleError, CheckpointError, EngineError, InputError
 from fastldm.export.cache import Key, hash_files
 from fastldm.export.engines import Engines
-from fastldm.export.onnx import DATA, MODEL, Networks, write
 from fastldm.export.parity import TOLERANCES, Difference, gate
-from fastldm.export.spec import Axis, DType, NetworkSpec, sample, specs
+from fastldm.export.reference import Networks
+from fastldm.export.spec import DATA, MODEL, Axis, DType, NetworkSpec, sample, specs
 from fastldm.loading import Spec
 from fastldm.text import BOS, CLIP_WINDOW, EOS, clip_vocabulary
 from fastldm.weights import TokenizerFiles
@@ -252,6 +252,8 @@ def _there(out: Path, head: Mapping[str, Any]) -> Bundle:
 
 
 def _export(model: Spec, work: Path, on_network: Callable[[str], object], head: Mapping[str, Any]) -> None:
+    from fastldm.export import onnx  # what traces, and takes packages that running a bundle does not need
+
     versions = {package: importlib.metadata.version(package) for package in _VERSIONS}
     manifest: dict[str, Any] = {
         **head,
@@ -275,7 +277,7 @@ def _export(model: Spec, work: Path, on_network: Callable[[str], object], head: 
         on_network(network)
         if finished.get(network) is None or finished[network] != _hashes(work, network):
             shutil.rmtree(work / network, ignore_errors=True)
-            write(networks, network, work / network, opset=head["opset"], fused_ops=head["fused_ops"])
+            onnx.write(networks, network, work / network, opset=head["opset"], fused_ops=head["fused_ops"])
             _write_json(work / network / "config.json", model.checkpoint.components[Networks.part(network)].config)
             _write_goldens(networks.specs[network], reference, work)
             _compare(networks.specs[network], work, TOLERANCES[dtype])

@@ -20,8 +20,7 @@ from fastldm.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
 from fastldm.engine import Engine, open_engine
 from fastldm.errors import BundleError, InputError
 from fastldm.export.bundle import Bundle
-from fastldm.export.onnx import MODEL
-from fastldm.export.spec import Axis, NetworkSpec
+from fastldm.export.spec import MODEL, Axis, NetworkSpec
 from fastldm.models.unet import AddedConditions, guidance_embedding
 from fastldm.models.vae import Layer
 from fastldm.prepare import prepare

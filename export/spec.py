@@ -28,6 +28,8 @@ from torch import Tensor
 from fastldm.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
 
 DType = Literal["float32", "float16", "int64"]
+MODEL, DATA = "model.onnx", "model.onnx_data"
+"""The files of an exported network: the graph, and beside it the weights."""
 
 
 @dataclass(frozen=True)

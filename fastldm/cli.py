@@ -524,7 +524,6 @@ def verify(out: Path, backend: str, device: str, model: str | None, debug: bool)
     Exit status 1 where anything differs, with the network and the figure.
     """
     with reported(debug):
-        need_export()
         from fastldm import loading
         from fastldm.errors import BundleError, CheckpointError
         from fastldm.export import bundle

@@ -3,17 +3,23 @@ and what one test process has exported serves the others."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import tiny
 from filelock import FileLock
 
 from fastldm import loading
-from fastldm.export import bundle
+from fastldm.export import bundle, onnx
+from fastldm.export.reference import Networks
 
 
 def smallest(family: str, folder: Path) -> Path:
@@ -59,8 +65,32 @@ def exported(family: str, split: bool, folder: Path, **options: Any) -> tuple[Pa
         if not source.exists():
             smallest(family, source)
         if not out.exists():
-            bundle.export(loading.describe(source), out, source=str(source), split=split, **options)
+            with traced_once(folder):
+                bundle.export(loading.describe(source), out, source=str(source), split=split, **options)
     return source, out
+
+
+@contextlib.contextmanager
+def traced_once(folder: Path) -> Iterator[None]:
+    """What is exported in here is traced for the first who asks, of networks of the same weights and shapes: families
+    share text encoders and autoencoders."""
+    trace = onnx.write
+
+    def write(networks: Networks, name: str, out: Path, **options: Any) -> None:
+        module = networks.module(name)
+        state = module.state_dict()
+        about = [name, networks.specs[name].to_dict(), repr(module.config), options, *state]
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+        for tensor in state.values():
+            digest.update(tensor.numpy().tobytes())
+        kept = folder / "traced" / digest.hexdigest()
+        with FileLock(f"{folder / digest.hexdigest()}.lock"):
+            if not kept.exists():
+                trace(networks, name, kept, **options)
+        shutil.copytree(kept, out, dirs_exist_ok=True)
+
+    with mock.patch.object(onnx, "write", write):
+        yield
 
 
 def sign(folder: Path, manifest: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ from fastldm import loading
 from fastldm.cli import main
 from fastldm.engine import nearest, open_engine
 from fastldm.errors import BundleError, EngineError, InputError
-from fastldm.export import bundle
+from fastldm.export import bundle, onnx
 from fastldm.export.engines import Engines
 from fastldm.export.spec import specs
 from fastldm.text import Tokenizer
@@ -44,9 +44,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exported(model: Path) -> Path:
+def exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Split: its networks are the smaller ones, and more."""
-    done = CliRunner().invoke(main, ["export", "-m", str(model), str(model.parent / "bundle"), "--split"])
+    with bundles.traced_once(bundles.shared(tmp_path_factory)):
+        done = CliRunner().invoke(main, ["export", "-m", str(model), str(model.parent / "bundle"), "--split"])
     assert done.exit_code == 0, done.output
     assert "as PyTorch computes them" in done.output
     return model.parent / "bundle"
@@ -223,7 +224,7 @@ class Writer:
 
     def __init__(self, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.source, self.written, self.fails = source, [], {}  # type: ignore[var-annotated]
-        monkeypatch.setattr(bundle, "write", self)
+        monkeypatch.setattr(onnx, "write", self)
 
     def __call__(self, networks: object, name: str, folder: Path, *, opset: int, fused_ops: bool) -> None:
         if name in self.fails:
@@ -268,13 +269,13 @@ import os, shutil, signal, sys
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 from fastldm import loading
-from fastldm.export import bundle
+from fastldm.export import bundle, onnx
 def dying(networks, name, folder, **options):
     folder.mkdir()
     if name == "time_rows":
         os.kill(os.getpid(), signal.SIGKILL)
     shutil.copytree(Path({str(exported)!r}, name), folder, dirs_exist_ok=True)
-bundle.write = dying
+onnx.write = dying
 source = {str(model)!r}
 bundle.export(loading.describe(source), Path({str(tmp_path / "out")!r}), source=source, split=True)
 """
@@ -356,7 +357,7 @@ def test_where_a_bundle_cannot_go(model: Path, exported: Path, tmp_path: Path) -
 def test_what_is_there_already_is_opened(
     exported: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bundle, "write", lambda *args, **kwargs: pytest.fail("a network was traced"))
+    monkeypatch.setattr(onnx, "write", lambda *args, **kwargs: pytest.fail("a network was traced"))
     spec = loading.describe(model)
     assert bundle.export(spec, exported, source=str(model), split=True).folder == exported
     moved = Path(shutil.copytree(model, tmp_path / "moved"))
@@ -381,7 +382,7 @@ def test_engines_of_a_bundle_are_built_with_no_gpu(
     copy: Path, model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tensorrt = pytest.importorskip("fastldm.export.tensorrt", reason="tensorrt_rtx is not installed")
-    monkeypatch.setattr(bundle, "write", lambda *args, **kwargs: pytest.fail("a network was traced"))
+    monkeypatch.setattr(onnx, "write", lambda *args, **kwargs: pytest.fail("a network was traced"))
     # latents of 6x8, which the model allows and was not made for
     status, said = engines(copy, model, "--arch", "sm_89", "--size", "16x12")
     assert status == 0, said

@@ -18,9 +18,10 @@ import fastldm
 from fastldm import loading
 from fastldm.engine import nearest, open_engine
 from fastldm.errors import BundleError, EngineError, InputError
-from fastldm.export.onnx import Networks, _trace, _Traced, check_graph, write
+from fastldm.export.onnx import _trace, _Traced, check_graph, write
 from fastldm.export.onnxruntime import ONNXRuntimeEngine
 from fastldm.export.parity import TOLERANCES, difference, gate
+from fastldm.export.reference import Networks
 from fastldm.export.spec import NetworkSpec, sample
 from fastldm.kernels import observe
 from fastldm.models.layers import GEGLU, GroupNorm

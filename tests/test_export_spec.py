@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from fastldm import loading
-from fastldm.export.onnx import Networks
+from fastldm.export.reference import Networks
 from fastldm.export.spec import Axis, NetworkSpec, Port, sample, specs
 
 

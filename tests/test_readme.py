@@ -35,7 +35,11 @@ def test_the_python_blocks_run(code: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("model", ["smallest", pytest.param("default", marks=pytest.mark.full)])
 def test_the_way_to_a_running_engine(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: str,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The four commands as they stand there, then the Python; with a small model in place of the one that ships."""
     for package in ("openvino", "tensorrt_rtx"):
@@ -47,9 +51,10 @@ def test_the_way_to_a_running_engine(
     (commands,), (code,) = (re.findall(rf"```{kind}\n(.*?)```", DEPLOYMENT, re.DOTALL) for kind in ("sh", "python"))
     lines = [shlex.split(line.partition("   #")[0]) for line in commands.splitlines()]
     assert [line[:2] for line in lines] == [["fastldm", name] for name in ("export", "verify", "generate", "export")]
-    for line in lines:
-        done = CliRunner().invoke(main, line[1:])
-        assert done.exit_code == 0, done.output
+    with bundles.traced_once(bundles.shared(tmp_path_factory)):
+        for line in lines:
+            done = CliRunner().invoke(main, line[1:])
+            assert done.exit_code == 0, done.output
     with Image.open("apple.png") as picture:
         assert re.search("Backend: (torch|openvino) (float32|bfloat16)", picture.info["parameters"])
     assert len([*(tmp_path / "half" / "engines").rglob("*.engine")]) == 6
