@@ -98,7 +98,8 @@ def pipeline(model: Model, device: torch.device, dtype: torch.dtype) -> Pipeline
     family: Family = next(one for one in FAMILIES if one.name == model.family)
     checkpoint: Any = SimpleNamespace(scheduler=SCHEDULER, index={})
     spec = loading.Spec(checkpoint, model.unet, model.vae, model.text, family)
-    return Pipeline(spec, loading.Networks(unet, vae, stages, prepared), model.family)
+    loaded = loading.Networks(unet, vae, stages, prepared, device=device, dtype=dtype)
+    return Pipeline(spec, loaded, model.family)
 
 
 def request(pipe: Pipeline, model: Model, steps: int) -> Request:

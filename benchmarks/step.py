@@ -157,8 +157,9 @@ def main() -> None:
         print(harness.line(rows[-1]), flush=True)
     folder = args.results or harness.RESULTS / harness.machine()
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"machine": harness.describe(), "source": source("step"), "ceilings": limits._asdict(), "dtype": args.dtype}
-    (folder / f"step-{args.dtype}.json").write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n")
+    record = {"machine": harness.describe(), "source": source("step"), "ceilings": limits._asdict()}
+    record |= {"dtype": args.dtype, "rows": rows}
+    (folder / f"step-{args.dtype}.json").write_text(json.dumps(record, indent=1) + "\n")
     if any("wrong" in row for row in rows):
         sys.exit("some kernels are wrong and were not timed")
 

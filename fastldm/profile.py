@@ -139,7 +139,8 @@ class Profile:
     about: dict[str, Any]
     """What was measured, on what."""
     first: dict[str, float]
-    """Seconds that only the first picture of a process costs."""
+    """Seconds that are spent once: "compile" is what the first picture took more than later ones, for kernels, plans
+    and layouts, and on a GPU for the graph of its step; "capture" what the third did, for those of text and decoder."""
     wall: Spread
     """A picture from its prompt to its file."""
     stages: tuple[Stage, ...]
@@ -188,9 +189,8 @@ def _stages(pipe: Pipeline, clock: Clock) -> Iterator[None]:
 
     def encoders(*args: Any) -> Any:
         inside = clock.inside
-        return (
-            clock.around("text", run, "text")(*args) if inside is not None and inside.name == "tokenise" else run(*args)
-        )
+        tokenising = inside is not None and inside.name == "tokenise"
+        return clock.around("text", run, "text")(*args) if tokenising else run(*args)
 
     own |= {"_new_batch": with_timed_steps, "_run": encoders, "_finish": clock.pieces("decode", pipe._finish)}
     with replaced(pipe, **own):

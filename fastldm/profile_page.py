@@ -101,25 +101,18 @@ def steps(made: Profile) -> str:
     most = 1.05 * max(each.p90 for each in made.steps)
     room = (WIDTH - left) / len(made.steps)
     parts = [_line(left, height, WIDTH, height, "axis")]
-    for value in _ticks(1e3 * most):
-        y = height - height * value / (1e3 * most)
-        parts += [_line(left, y, WIDTH, y, "grid"), _text(left - 8, y + 4, f"{value:g} ms", "end")]
+    for seconds, said in _ticks(most):
+        y = height - height * seconds / most
+        parts += [_line(left, y, WIDTH, y, "grid"), _text(left - 8, y + 4, said, "end")]
+    wide = min(0.76 * room, 90)
     for k, each in enumerate(made.steps):
-        x, tall = left + k * room, height * each.median / most
-        parts.append(
-            _rect(
-                x + 0.12 * room,
-                height - tall,
-                0.76 * room,
-                tall,
-                _colour(0),
-                f"step {k + 1}: {each.median * 1e3:.2f} ms",
-            )
-        )
+        x, tall = left + (k + 0.5) * room, height * each.median / most
+        said = f"step {k + 1}: {milliseconds(each.median)}"
+        parts.append(_rect(x - wide / 2, height - tall, wide, tall, _colour(0), said))
         low, high = (height - height * value / most for value in (each.least, each.p90))
-        parts.append(_line(x + room / 2, low, x + room / 2, high, "whisker"))
+        parts.append(_line(x, low, x, high, "whisker"))
         if len(made.steps) <= 30 or k % 5 == 4:
-            parts.append(_text(x + room / 2, height + 17, str(k + 1), "middle"))
+            parts.append(_text(x, height + 17, str(k + 1), "middle"))
     return _svg(height + 24, parts, "latency of each step")
 
 
@@ -140,10 +133,8 @@ def one_step(made: Profile) -> str:
         return _rect(x, 0, max(event.seconds * scale, 0.4), 60, colours.get(event.name, "var(--other)"), said)
 
     parts = [_rect(0, 0, WIDTH, 60, "var(--quiet)", OUTSIDE), *(drawn(event) for event in ops)]
-    for value in _ticks(1e3 * step.seconds):
-        parts.append(
-            _text(min(value / 1e3 * scale, WIDTH - 20), 78, f"{value:g} ms", "start" if value == 0 else "middle")
-        )
+    for seconds, said in _ticks(step.seconds):
+        parts.append(_text(min(seconds * scale, WIDTH - 20), 78, said, "middle" if seconds else "start"))
     names = [name for name in colours if any(event.name == name for event in ops)]
     told = [*((colours[name], name) for name in names), ("var(--quiet)", OUTSIDE)]
     return _svg(92 + 20 * math.ceil(len(told) / 5), [*parts, *_legend(told, 104, 5)], "ops of one step in time")
@@ -169,8 +160,9 @@ def bars(made: Profile) -> str:
 def roofline(made: Profile) -> str:
     """Operations a second over operations a byte, both by powers of ten, of all ops that multiply."""
     rows = [row for stage in ("step", "decode") for row in made.of(stage) if row.flop and row.bytes]
+    rows = [row for row in rows if row.seconds >= 0.01 * made.wall.median]
     if not rows:
-        return _svg(30, [_text(0, 20, "no op multiplies", "start")], "roofline")
+        return _svg(30, [_text(0, 20, "no op multiplies here", "start")], "roofline")
     limits, height, left = made.ceilings, 330, 100
     at = [(row, row.flop / row.bytes, row.flop / row.seconds) for row in rows]
     ridge = limits.flops / limits.bytes
@@ -237,11 +229,12 @@ def _colour(rank: int) -> str:
     return f"var(--c{rank})" if rank < _COLOURS else "var(--other)"
 
 
-def _ticks(most: float) -> list[float]:
-    """Round numbers from 0, four to eight of them."""
-    unit = 10 ** math.floor(math.log10(most / 4))
-    gap = next(unit * n for n in (1, 2, 5, 10) if most / (unit * n) <= 8)
-    return [gap * k for k in range(int(most / gap) + 1)]
+def _ticks(most: float) -> list[tuple[float, str]]:
+    """Round times from 0, four to eight of them, and what to write there."""
+    one, unit = (1.0, "s") if most >= 1 else (1e-3, "ms")
+    power = 10 ** math.floor(math.log10(most / one / 4))
+    gap = next(power * n for n in (1, 2, 5, 10) if most / one / (power * n) <= 8)
+    return [(one * gap * k, f"{gap * k:.6g} {unit}") for k in range(int(most / one / gap) + 1)]
 
 
 def _rect(x: float, y: float, width: float, height: float, colour: str, said: str, kind: str = "") -> str:

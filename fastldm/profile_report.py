@@ -93,7 +93,8 @@ def op_cells(made: Profile, most: int) -> Iterable[list[str]]:
     long = [row for row in made.rows if _seconds(made.of(row.stage)) > STAGE * made.wall.median]
     shown = sorted(long, key=lambda row: -row.seconds)[:most]
     shown += [row for row in made.of("step") if row.name == OUTSIDE]
-    for stage in dict.fromkeys(row.stage for row in shown):
+    stages = {row.stage for row in shown}
+    for stage in (stage for stage in ("step", "decode", "text", "conditions") if stage in stages):
         per = len(made.steps) if stage == "step" else 1
         yield ["each step" if per > 1 else stage, "", milliseconds(_seconds(made.of(stage)) / per), *[""] * 7]
         yield from (_cells(row, per) for row in made.of(stage) if row in shown)
