@@ -69,6 +69,7 @@ def main() -> None:
     fastldm doctor                                     what this machine has, and what it lacks
     fastldm warm -m ./my-sd15 --arch sm_90             compile its kernels before the first request
     fastldm plan -m ./my-sd15 --size 1024x1024 --n 4   what memory a request takes, and whether it fits
+    fastldm profile -m ./my-sd15                       where the time goes, and what would help most
     """
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from fastldm.cli import Size, debug_option, main, model_option, reported
+from fastldm.cli import Size, backend_option, debug_option, main, model_option, reported
 
 
 @main.command()
@@ -29,13 +29,7 @@ from fastldm.cli import Size, debug_option, main, model_option, reported
 )
 @click.option("--device", metavar="D", help="Such as cpu, cuda or cuda:1.  [default: a GPU where there is one]")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: what is fastest there]")
-@click.option(
-    "--backend",
-    type=click.Choice(["auto", "torch", "onnxruntime", "openvino", "tensorrt"]),
-    default="auto",
-    show_default=True,
-    help="What runs the networks; all but torch take an exported model.",
-)
+@backend_option
 @click.option("--json", "json_to", metavar="FILE", help="Write all figures there; - prints them in place of the table.")
 @click.option("--html", "html_to", metavar="FILE", help="Write a page with plots there. It needs no network.")
 @click.option("--trace", "trace_to", metavar="FILE", help="Write one picture there for Perfetto or chrome://tracing.")

@@ -206,6 +206,7 @@ def _ops(pipe: Pipeline, clock: Clock) -> Iterator[None]:
         enter(replaced(pipe, _graphs=None))
         enter(replaced(clock, ahead=clock.gpu))
         enter(replaced(pipe.unet, step=clock.around("U-Net", pipe.unet.step)))
+        enter(replaced(pipe.vae, decode=clock.around("VAE", pipe.vae.decode)))
         enter(replaced(onednn, product=clock.kept(onednn.product), convolve=clock.kept(onednn.convolve)))
         pipe.session.call(observing.__enter__)  # it holds for the thread that entered it: the one that works
         stack.callback(pipe.session.call, lambda: observing.__exit__(None, None, None))
@@ -287,7 +288,8 @@ def profile(
             plain = [_make(session, asked, clock) for _ in range(count)]
         with _ops(pipe, clock), Session(pipe) as session:
             watched = [_make(session, asked, clock) for _ in range(1 + min(count, 9))][1:]  # the first makes the batch
-        limits = pipe.session.call(lambda: ceilings(pipe.device, pipe.dtype))  # with the threads that the steps had
+        dtype = getattr(torch, plain[-1].result.dtype)
+        limits = pipe.session.call(lambda: ceilings(pipe.device, dtype))  # with the threads that the steps had
 
     wall = Spread.of([one.wall for one in plain])
     extra = {"compile": early[0]} | ({"capture": early[WARM_UPS]} if captures else {})
@@ -358,7 +360,7 @@ def _rows(pipe: Pipeline, asked: Request, rows: int, pictures: Sequence[Picture]
         call = span.call or Call(OUTSIDE, Cost(0, 0), "")
         if span.name == "step" and (engine or not gpu):
             call = Call("end_step", Cost(0, 0), "torch: the sampler's functions")
-        elif engine:
+        elif engine and span.name != "decode":
             call = Call(_NETWORKS[span.stage], _whole(pipe, asked, rows, span), pictures[0].result.backend)
         calls.setdefault((span.stage, call.name), []).append((seconds, call))
     whole = {stage: sum(t for (of, _), some in calls.items() if of == stage for t, _ in some) for stage in _NETWORKS}
@@ -405,7 +407,7 @@ def _whole(pipe: Pipeline, asked: Request, rows: int, span: Span) -> Cost:
     tokens = pipe.text_stages[0].window
     if span.name == "U-Net":
         return dry.total(lambda: dry.step(pipe.unet.config, rows=rows, tokens=tokens, **place))
-    if span.name == "decode":
+    if span.name == "VAE":
         return dry.total(lambda: dry.decode(pipe.vae.config, batch=asked.batch, **place))
     return Cost(0, 0)
 
