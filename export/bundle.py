@@ -48,7 +48,7 @@ _VERSIONS = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle whose files are those that were written."""
+    """A bundle; one that was opened has the files that were written."""
 
     folder: Path
     manifest: Mapping[str, Any]
@@ -58,8 +58,8 @@ class Bundle:
     def open(cls, folder: Path) -> Bundle:
         """Read the manifest and compare every file with its hash. BundleError for what is missing or differs; nothing
         of the bundle has been executed by then."""
-        manifest = _read_manifest(folder)
-        for name, known in manifest["files"].items():
+        bundle = cls.read(folder)
+        for name, known in bundle.manifest["files"].items():
             path = folder / name
             if folder.resolve() not in path.resolve().parents:
                 raise BundleError(f"{folder / MANIFEST} names {name!r}, which is not in the bundle")
@@ -69,6 +69,12 @@ class Bundle:
                 raise BundleError(f"{path} has {path.stat().st_size} bytes, expected {known['bytes']}: it is damaged")
             if hash_files(path) != known["sha256"]:
                 raise BundleError(f"{path} is not what was exported (its sha256 differs): it is damaged or was edited")
+        return bundle
+
+    @classmethod
+    def read(cls, folder: Path) -> Bundle:
+        """Read the manifest alone: what is to be run has to be opened."""
+        manifest = _read_manifest(folder)
         specs = {name: NetworkSpec.from_dict(one) for name, one in manifest["networks"].items()}
         return cls(folder, manifest, specs)
 

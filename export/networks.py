@@ -20,7 +20,7 @@ from fastldm.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
 from fastldm.engine import Engine, open_engine
 from fastldm.errors import BundleError, InputError
 from fastldm.export.bundle import Bundle
-from fastldm.export.spec import MODEL, Axis, NetworkSpec
+from fastldm.export.spec import Axis, NetworkSpec
 from fastldm.models.unet import AddedConditions, guidance_embedding
 from fastldm.models.vae import Layer
 from fastldm.prepare import prepare
@@ -55,6 +55,14 @@ def source(bundle: Bundle) -> str:
     return str(given)
 
 
+def precision(bundle: Bundle, backend: str, device: torch.device, dtype: str | torch.dtype | None) -> str:
+    """What a backend computes a bundle in: what it was exported in, if nothing else is asked for; OpenVINO in what is
+    fastest on the device."""
+    if backend == "openvino":
+        dtype = loading.choose_dtype(dtype, device)
+    return str(dtype or bundle.manifest["dtype"]).removeprefix("torch.")
+
+
 def load(
     bundle: Bundle, backend: str, device: torch.device, dtype: str | torch.dtype | None = None
 ) -> loading.Networks:
@@ -64,15 +72,11 @@ def load(
 
     The encoder of pictures is opened when it is first asked for: most never do.
     """
-    spec, stored = describe(bundle), bundle.manifest["dtype"]
-    if backend == "openvino":
-        dtype = loading.choose_dtype(dtype, device)
-    precision = stored if dtype is None else str(dtype).removeprefix("torch.")
+    spec, computed = describe(bundle), precision(bundle, backend, device, dtype)
 
     def network(name: str) -> Network:
-        hashes = {file: bundle.manifest["files"][f"{name}/{file}"]["sha256"] for file in _files(bundle, name)}
-        known = bundle.specs[name]
-        engine = open_engine(backend, bundle.path(name), known, device=device, precision=precision, hashes=hashes)
+        known, hashes = bundle.specs[name], bundle.hashes(name)
+        engine = open_engine(backend, bundle.path(name), known, device=device, precision=computed, hashes=hashes)
         return Network(engine, known)
 
     names = [name for name in ("text_encoder", "text_encoder_2") if name in bundle.specs]
@@ -95,17 +99,11 @@ def load(
         stages,
         prepare({}),
         device=device,
-        dtype=getattr(torch, stored),
+        dtype=getattr(torch, bundle.manifest["dtype"]),
         backend=backend,
-        precision=precision,
+        precision=computed,
         latents=unet.latents,
     )
-
-
-def _files(bundle: Bundle, name: str) -> list[str]:
-    """The model.onnx of a network, and the file of its weights where it has one."""
-    prefix = f"{name}/"
-    return [path.removeprefix(prefix) for path in bundle.manifest["files"] if path.startswith(f"{prefix}{MODEL}")]
 
 
 class Network:

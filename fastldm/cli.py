@@ -268,6 +268,7 @@ def warm(
 @click.option("--arch", metavar="A", help="A GPU that need not be here, such as sm_90.  [default: this machine's]")
 @click.option("--device", metavar="D", help="Such as cpu, cuda or cuda:1.  [default: a GPU where there is one]")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: what is fastest there]")
+@backend_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @debug_option
 def plan(
@@ -280,6 +281,7 @@ def plan(
     arch: str | None,
     device: str | None,
     dtype: str | None,
+    backend: str,
     as_json: bool,
     debug: bool,
 ) -> None:
@@ -292,7 +294,7 @@ def plan(
     with reported(debug):
         import torch
 
-        from fastldm import loading, memory
+        from fastldm import engine, loading, memory
         from fastldm.kernels.dispatch import device_capability
         from fastldm.warm import parse_arch
 
@@ -304,17 +306,23 @@ def plan(
             target = device_capability(place.index or 0)
         spec = loading.describe(model)
         width, height = size or spec.default_size
+        runs = engine.choose(backend, model, place)
+        given: dict[str, Any] = {} if steps is None else {"steps": steps}
+        if runs == "torch":
+            given["dtype"] = loading.choose_dtype(dtype, place)
+        else:
+            given["backend"] = runs
+            given["dtype"], given["precision"] = engine.precisions(model, runs, place, dtype)
         made = memory.plan(
             memory.Workload.of_spec(
                 spec,
                 width=width,
                 height=height,
                 batch=batch,
-                dtype=loading.choose_dtype(dtype, place),
                 arch=target,
                 decode=decode,
                 encode=init_image,
-                **({} if steps is None else {"steps": steps}),
+                **given,
             )
         )
         free = memory.free_bytes(place) if arch is None else None
@@ -346,10 +354,10 @@ def _plan_table(made: MemoryPlan, free: int | None) -> str:
     rows += [("needed", made.needed, f"all the time, and in {largest.name}"), made.cached, ("peak", made.peak, "")]
     wide = max(len(name) for name, _, _ in rows)
     device = f"sm_{asked.arch}" if asked.arch else "a CPU"
+    dtype = str(asked.precision or asked.dtype).removeprefix("torch.")
     said = [
         f"{asked.batch} x {asked.width * factor}x{asked.height * factor}{', guided' * asked.guided}, "
-        f"{asked.steps} steps, {str(asked.dtype).removeprefix('torch.')} on {device}, "
-        f"{asked.decode} decode",
+        f"{asked.steps} steps, {asked.backend} {dtype} on {device}, {asked.decode} decode",
         "",
         *(f"{name:<{wide}}  {size(count):>10}  {note}".rstrip() for name, count, note in rows),
     ]

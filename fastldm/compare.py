@@ -234,7 +234,7 @@ def contenders(peers: Sequence[str], bundles: Sequence[str], dtypes: Sequence[st
     """
     from fastldm import engine
 
-    opened = {bundle: engine.open_bundle(bundle).manifest for bundle in bundles}
+    opened = {bundle: engine.read_bundle(bundle).manifest for bundle in bundles}
     whole = next((bundle for bundle, manifest in opened.items() if not manifest["split"]), None)
     found = []
     for peer in peers:

@@ -60,10 +60,10 @@ def _latents(task: Task, channels: int, factor: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(task.seed))
 
 
-def _inputs(task: Task, config: Any, width: int, factor: int) -> tuple[Tensor, Tensor, Tensor]:
+def _inputs(task: Task, channels: int, width: int, factor: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of one guided step: latents (2B, C, h, w), a timestep (1,), text (2B, T, D)."""
     generator = torch.Generator().manual_seed(task.seed)
-    shape = (2 * task.batch, config.in_channels, task.height // factor, task.width // factor)
+    shape = (2 * task.batch, channels, task.height // factor, task.width // factor)
     text = (2 * task.batch, task.tokens, width)
     return torch.randn(shape, generator=generator), torch.tensor([500.0]), torch.randn(text, generator=generator)
 
@@ -75,7 +75,7 @@ def _fastldm(task: Task, contender: Contender) -> Work:
     pipe = Pipeline.from_pretrained(source, device="cpu", dtype=contender.dtype, backend=contender.backend)
     if task.what == "step":
         config = pipe.unet.config
-        u, timestep, text = _inputs(task, config, config.cross_attention_dim, pipe.vae.config.factor)
+        u, timestep, text = _inputs(task, config.in_channels, config.cross_attention_dim, pipe.vae.config.factor)
         rows = pipe.unet.time_rows(timestep).expand(len(u), -1)
         u, kv = u.to(pipe.dtype), pipe.unet.cross_kv(text.to(pipe.dtype))
         return lambda: pipe.unet.step(u, rows, kv)
@@ -122,7 +122,7 @@ def _diffusers_work(task: Task, pipe: Any) -> Work:
     dtype, factor = pipe.unet.dtype, 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     if task.what == "step":
         config = pipe.unet.config
-        u, timestep, text = _inputs(task, config, config.cross_attention_dim, factor)
+        u, timestep, text = _inputs(task, config.in_channels, config.cross_attention_dim, factor)
         u, text = u.to(dtype), text.to(dtype)
         return lambda: pipe.unet(u, timestep, text).sample
     latents = _latents(task, pipe.unet.config.in_channels, factor).to(dtype)
@@ -156,13 +156,18 @@ def _engines(task: Task, contender: Contender) -> Work:
     """diffusers' pipeline on sessions: what optimum's and OpenVINO's own pipelines do."""
     assert contender.bundle is not None
     folder = Path(contender.bundle)
-    pipe = _diffusers_pipeline(task, Contender("diffusers", "float32"))
     open_session = _onnxruntime if contender.name == "onnxruntime" else _openvino
 
     def session(name: str) -> Session:
         return open_session(folder / name / "model.onnx", contender.dtype, task.threads)
 
     unet = session("unet")
+    if task.what == "step":
+        u, timestep, text = _inputs(task, *_sizes(folder))
+        given = {"sample": u, "timestep": timestep, "encoder_hidden_states": text}
+        arrays = {name: x.numpy() for name, x in given.items()}
+        return lambda: torch.from_numpy(unet(arrays)["out_sample"])
+    pipe = _diffusers_pipeline(task, Contender("diffusers", "float32"))
 
     def unet_forward(sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, **_: Any) -> Any:
         time = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1)
@@ -170,18 +175,22 @@ def _engines(task: Task, contender: Contender) -> Work:
         out = torch.from_numpy(unet({name: x.numpy() for name, x in given.items()})["out_sample"])
         return _Sample(out)
 
-    pipe.unet.forward = unet_forward
-    if task.what == "picture":
-        decoder, encoder = session("vae_decoder"), session("text_encoder")
+    decoder, encoder = session("vae_decoder"), session("text_encoder")
 
-        def decode(z: Tensor, return_dict: bool = True, **_: Any) -> Any:
-            return (torch.from_numpy(decoder({"latent_sample": z.numpy()})["sample"]),)
+    def decode(z: Tensor, return_dict: bool = True, **_: Any) -> Any:
+        return (torch.from_numpy(decoder({"latent_sample": z.numpy()})["sample"]),)
 
-        def encode(input_ids: Tensor, **_: Any) -> Any:
-            return _Text(torch.from_numpy(encoder({"input_ids": input_ids.numpy()})["last_hidden_state"]))
+    def encode(input_ids: Tensor, **_: Any) -> Any:
+        return _Text(torch.from_numpy(encoder({"input_ids": input_ids.numpy()})["last_hidden_state"]))
 
-        pipe.vae.decode, pipe.text_encoder.forward = decode, encode
+    pipe.unet.forward, pipe.vae.decode, pipe.text_encoder.forward = unet_forward, decode, encode
     return _diffusers_work(task, pipe)
+
+
+def _sizes(folder: Path) -> tuple[int, int, int]:
+    """Of a bundle's U-Net: channels of its input, width of its text, pixels a latent."""
+    unet, vae = (json.loads((folder / name / "config.json").read_text()) for name in ("unet", "vae_decoder"))
+    return unet["in_channels"], unet["cross_attention_dim"], 2 ** (len(vae["block_out_channels"]) - 1)
 
 
 class _Sample(tuple):

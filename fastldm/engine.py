@@ -95,25 +95,26 @@ def is_bundle(path: str | os.PathLike[str]) -> bool:
     return (Path(path).expanduser() / MANIFEST).is_file()
 
 
-def open_bundle(path: str | os.PathLike[str]) -> Bundle:
-    """A bundle, each file of which is what was written. BundleError where one is not."""
+def read_bundle(path: str | os.PathLike[str]) -> Bundle:
+    """What a bundle says of itself; its files have not been compared with their hashes. BundleError where it says
+    nothing that can be read."""
     from fastldm.export.bundle import Bundle
 
-    return Bundle.open(Path(path).expanduser())
+    return Bundle.read(Path(path).expanduser())
 
 
 def describe(path: str | os.PathLike[str]) -> loading.Spec:
     """What a bundle is a bundle of."""
     from fastldm.export import networks
 
-    return networks.describe(open_bundle(path))
+    return networks.describe(read_bundle(path))
 
 
 def source(path: str | os.PathLike[str]) -> str:
     """The model that a bundle was made of, for PyTorch. BundleError where it is not here any more."""
     from fastldm.export import networks
 
-    return networks.source(open_bundle(path))
+    return networks.source(read_bundle(path))
 
 
 def choose(backend: str, path: str | os.PathLike[str], device: torch.device) -> str:
@@ -136,16 +137,31 @@ def choose(backend: str, path: str | os.PathLike[str], device: torch.device) -> 
         return backend
     from fastldm.export import auto
 
-    return auto.choose(open_bundle(path), device)
+    return auto.choose(read_bundle(path), device)
+
+
+def precisions(
+    path: str | os.PathLike[str], backend: str, device: torch.device, dtype: str | torch.dtype | None
+) -> tuple[torch.dtype, torch.dtype]:
+    """What a bundle was exported in, and what a backend would compute it in."""
+    from fastldm.export import networks
+
+    bundle = read_bundle(path)
+    computed = networks.precision(bundle, backend, device, dtype)
+    return getattr(torch, bundle.manifest["dtype"]), getattr(torch, computed)
 
 
 def load(
     path: str | os.PathLike[str], backend: str, device: torch.device, dtype: str | torch.dtype | None
 ) -> tuple[loading.Spec, loading.Networks, str]:
-    """What a bundle is of, its networks on a backend, and its name. dtype: to compute in, the best where it is None."""
-    from fastldm.export import networks
+    """What a bundle is of, its networks on a backend, and its name. dtype: to compute in, the best where it is None.
 
-    bundle = open_bundle(path)
+    Raises BundleError for a file that is not what was written, before anything is run.
+    """
+    from fastldm.export import networks
+    from fastldm.export.bundle import Bundle
+
+    bundle = Bundle.open(Path(path).expanduser())
     return networks.describe(bundle), networks.load(bundle, backend, device, dtype), bundle.manifest["model"]
 
 

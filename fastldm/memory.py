@@ -47,6 +47,8 @@ class Workload:
     encode: bool = False  # whether it starts from a picture
     slots: int = 0  # of the bucket, as many as pictures where 0
     rows: int = 0  # of the U-Net, as many as the request needs where 0
+    backend: str = "torch"
+    precision: torch.dtype | None = None  # what an engine computes in, where that is not `dtype`, a bundle's
 
     @classmethod
     def of_spec(
@@ -73,6 +75,7 @@ class Workload:
         factor = pipe.vae.config.factor
         given: dict[str, Any] = {"height": height // factor, "width": width // factor, "batch": batch}
         given = {**given, "tokens": configs[0].max_position, **others}
+        given |= {"backend": pipe.backend, "precision": getattr(torch, pipe.precision)}
         return cls(pipe.unet.config, pipe.vae.config, configs, dtype=pipe.dtype, arch=arch, **given)
 
 
@@ -87,9 +90,10 @@ class MemoryPlan:
     """What a request has on the device, in bytes, by name.
 
     weights, buffers and libraries are there all the time, and one phase after the other: the most that is alive in it.
-    cached: what is held beyond that, free blocks of PyTorch's allocator, or on a CPU weights in a second layout. On a
-    CPU, buffers stand for tensors of the same content that belong to the requests, and nothing is planned for what ops
-    take and give back within themselves (attention's scores of a block): some hundred KiB a thread.
+    cached: what is held beyond that, free blocks of PyTorch's allocator, or on a CPU weights in a second layout. An
+    engine's activations are its own affair: these are PyTorch's, and engines were seen to take up to several times as
+    much. On a CPU, buffers stand for tensors of the same content that belong to the requests, and nothing is planned
+    for what ops take and give back within themselves (attention's scores of a block): some hundred KiB a thread.
     """
 
     workload: Workload
@@ -126,11 +130,13 @@ class MemoryPlan:
     def remedies(self, free: int) -> Iterator[MemoryPlan]:
         """Plans of what would fit instead, each with one thing changed; with several, if one is not enough."""
         asked = self.workload
-        decodes: list[Decode] = ["sliced", "tiled"] if asked.batch > 1 else ["tiled"]
+        on_torch = asked.backend == "torch"
+        possible: list[tuple[Decode, bool]] = [("sliced", asked.batch > 1), ("tiled", on_torch)]
+        decodes = [how for how, helps in possible if helps]
         pixels = 12 * asked.batch * asked.height * asked.width * asked.vae.factor**2  # float32: no way around these
         smaller = decodes if asked.decode == "whole" and pixels < free else []
         changes: list[dict[str, Any]] = [{"decode": how} for how in smaller]
-        if asked.dtype == torch.float32:
+        if asked.dtype == torch.float32 and on_torch:
             changes.append({"dtype": torch.float16 if asked.arch else torch.bfloat16})
         found = [plan(replace(asked, **change)) for change in changes]
         fewer = _largest_batch(asked, free)
@@ -148,7 +154,7 @@ class MemoryPlan:
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain data."""
         asked = self.workload
-        kept = ("batch", "guided", "arch", "steps", "tokens", "decode", "encode")
+        kept = ("batch", "guided", "arch", "steps", "tokens", "decode", "encode", "backend")
         factor = asked.vae.factor
         return {
             "workload": {
@@ -243,7 +249,13 @@ def plan(workload: Workload) -> MemoryPlan:
     libraries = _libraries(asked.arch)
     heap.hold([line.bytes for line in libraries])
     phases = tuple(Line(name, heap.run(trace), _PHASES[name]) for name, trace in traces.items())
-    if asked.arch:
+    if asked.backend != "torch":
+        size = sum(p.numel() for network in networks.values() for p in network.parameters())
+        kept = size * (asked.precision or asked.dtype).itemsize
+        cached = Line(
+            "cached", kept, f"weights in {asked.backend}'s own layout; its activations may take more than these"
+        )
+    elif asked.arch:
         cached = Line("cached", heap.held - heap.peak, "free blocks, and what is left over of segments")
     else:
         kept = sum(p.nbytes for p in networks["U-Net"].parameters() if onednn.worth_keeping(p))

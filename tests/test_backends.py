@@ -250,6 +250,23 @@ def test_the_command_says_what_ran(sd1: tuple[Path, Path], tmp_path: Path) -> No
     assert "makes one" in refused.output
 
 
+def test_the_plan_of_a_bundle(sd1: tuple[Path, Path]) -> None:
+    def planned(*options: str) -> dict[str, Any]:
+        done = CliRunner().invoke(main, ["plan", *options, "--device", "cpu", "--json"])
+        assert done.exit_code == 0, done.output
+        return dict(json.loads(done.output))
+
+    source, bundle = (str(path) for path in sd1)
+    plain = planned("-m", source, "--dtype", "float32")
+    for backend, dtype, copies in (("onnxruntime", "float32", 1.0), ("openvino", "bfloat16", 0.5)):
+        made = planned("-m", bundle, "--backend", backend, "--dtype", dtype)
+        assert made["workload"]["backend"] == backend
+        assert made["weights"] == plain["weights"]
+        assert made["phases"] == plain["phases"]
+        assert made["cached"]["bytes"] == copies * sum(line["bytes"] for line in made["weights"])
+    assert planned("-m", bundle, "--backend", "torch", "--dtype", "float32") == {**plain, "model": bundle}
+
+
 @pytest.mark.full
 def test_float16(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Held against the float32 reference; OpenVINO computes it in float32 and has only the weights' error."""

@@ -185,7 +185,7 @@ def test_plan(model: str) -> None:
     done = plan(model, "--size", "512x256", "--batch", "3")
     assert done.exit_code == 0, done.output
     said = done.output.splitlines()
-    assert said[0] == "3 x 512x256, guided, 30 steps, float32 on a CPU, whole decode"
+    assert said[0] == "3 x 512x256, guided, 30 steps, torch float32 on a CPU, whole decode"
     for name in ("weights", "  U-Net", "buffers", "  noise", "all the time", "  and in decode", "needed", "peak"):
         assert sum(line.startswith(f"{name} ") for line in said) == 1, name
     assert said[-1].startswith("fits: ")
