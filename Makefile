@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-full lint gpu-test gpu-bench
+.PHONY: demo test test-full lint bench gpu-test gpu-bench
 
 demo: $(VENV)/base
 	$(BIN)/fastldm generate "$(PROMPT)" --seed 0 -o demo.png --force
@@ -24,6 +24,10 @@ lint: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# On a CPU, in under 20 minutes: fastldm and its peers, and their history as a page.
+bench: $(VENV)/test
+	$(BIN)/python -m benchmarks.suite
 
 # On a machine with a GPU, with the torch and triton that it has.
 gpu-test:

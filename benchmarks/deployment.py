@@ -2,9 +2,9 @@
 
     python -m benchmarks.deployment /tmp/deployment --json benchmarks/results/deployment.json
 
-SD1.5 with seeded random weights is exported (whole, split, and split in float16), the split bundle is verified, two steps
-of a picture at 512x512 are sampled on every backend of a CPU, and TensorRT-RTX engines are built, by the commands that
-users type, each in a process of its own. Needs 20 GiB of memory and of disk. What is in the folder is not made again.
+SD1.5 with seeded random weights is exported (whole, split, and split in float16), the split bundle is verified, two
+steps of a picture at 512x512 are sampled on every backend of a CPU, and TensorRT-RTX engines are built, by the commands
+that users type, each in a process of its own. Needs 20 GiB of memory and of disk. What is done is not done again.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.cpu import machine
 from benchmarks.networks import with_random_weights
+from fastldm.bench import machine
 
 PICTURE = ["generate", "a castle", "--steps", "2", "--seed", "0", "--json", "--device", "cpu"]
 
@@ -49,7 +49,12 @@ def main() -> None:
         size = f"{one['MiB']:8.0f} MiB written" if "MiB" in one else ""
         print(f"{name:32}{one['seconds']:8.1f} s {one['peak_MiB']:8.0f} MiB of memory{size}", flush=True)
     if args.json:
-        record = {"what": "SD1.5, seeded random weights, 512x512", "machine": machine(), "rows": done}
+        record = {
+            "what": "SD1.5, seeded random weights, 512x512",
+            "machine": machine(torch.device("cpu")),
+            "threads": torch.get_num_threads(),
+            "rows": done,
+        }
         args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 

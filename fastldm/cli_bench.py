@@ -52,9 +52,15 @@ PEERS = ("diffusers", "diffusers-compile", "onnxruntime", "openvino")
 @click.option("--dtypes", default="float32,bfloat16", show_default=True, help="By commas.")
 @click.option("--threads", type=click.IntRange(min=1), help="Of each contender.  [default: one a core]")
 @click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Turns of each contender.")
+@click.option(
+    "--suite",
+    type=click.Choice(["cpu-step", "ladder"]),
+    help="cpu-step: one guided step of an SD1.5-size U-Net at 256x256, random weights, in a minute. ladder: from "
+    "eager diffusers to captured steps, one idea at a time, from a checkout and on a GPU.",
+)
 @click.option("--json", "out", type=click.Path(path_type=Path), metavar="FILE", help="Write the figures here, too.")
 @debug_option
-def bench(model: str, debug: bool, out: Path | None, **options: Any) -> None:
+def bench(model: str, debug: bool, out: Path | None, suite: str | None, **options: Any) -> None:
     """Run fastldm and its peers in turns on the same weights and inputs, and say how many times faster each is.
 
     \b
@@ -71,11 +77,14 @@ def bench(model: str, debug: bool, out: Path | None, **options: Any) -> None:
     with reported(debug):
         from fastldm import compare
 
+        if suite == "ladder":
+            _ladder(out)
+            return
         peers = [peer.strip() for peer in options["compare"].split(",") if peer.strip()]
         unknown = [peer for peer in peers if peer not in PEERS]
         if unknown or not peers:
             raise InputError(f"--compare {options['compare']!r}: expected some of {', '.join(PEERS)}")
-        task = _task(model, options)
+        task = _cpu_step(options) if suite == "cpu-step" else _task(model, options)
         dtypes = [dtype.strip() for dtype in options["dtypes"].split(",")]
         if not set(dtypes) <= {"float32", "bfloat16"} or dtypes[0] != "float32":
             raise InputError(f"--dtypes {options['dtypes']!r}: expected float32, then bfloat16 if you like")
@@ -90,6 +99,26 @@ def bench(model: str, debug: bool, out: Path | None, **options: Any) -> None:
         click.echo(table(task, rows))
         if out is not None:
             out.write_text(json.dumps(record(task, rows), indent=1) + "\n")
+
+
+def _ladder(out: Path | None) -> None:
+    """benchmarks/ladder.py, which a checkout has and an installation has not."""
+    import subprocess
+
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "benchmarks" / "ladder.py").is_file():
+        raise InputError("the ladder is part of a checkout of fastldm: run it there, by `fastldm bench --suite ladder`")
+    where = ["--results", str(out)] if out is not None else []
+    sys.exit(subprocess.run([sys.executable, "-m", "benchmarks.ladder", *where], cwd=root).returncode)
+
+
+def _cpu_step(options: dict[str, Any]) -> Task:
+    from fastldm import compare
+
+    if options["bundles"]:
+        raise InputError("--suite cpu-step has random weights, of which there is no bundle: give -m, --what and --size")
+    threads = options["threads"] or os.cpu_count() or 1
+    return compare.Task(compare.RANDOM, "step", 256, 256, "DDIMScheduler", 1, 7.5, threads, batch=options["batch"])
 
 
 def _task(model: str, options: dict[str, Any]) -> Task:

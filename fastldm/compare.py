@@ -26,12 +26,15 @@ import torch
 from fastldm import memory
 from fastldm.errors import EngineError
 
+RANDOM = "random SD1.5"
+"""SD1.5's U-Net at its full size with seeded random weights: no file is read, and a step costs what it costs."""
+
 
 @dataclass(frozen=True)
 class Task:
     """What every contender does."""
 
-    model: str  # a diffusers folder, or "default"
+    model: str  # a diffusers folder, "default", or RANDOM
     what: Literal["step", "picture"]  # one guided evaluation of the U-Net, or prompt to picture
     width: int  # in pixels
     height: int
@@ -109,13 +112,14 @@ def compare(
     """
     first, *others = contenders
     rows: dict[Contender, Row] = {}
+    free = memory.free_bytes(torch.device("cpu"))
     while True:
         with ExitStack() as stack:
             base = stack.enter_context(_running(task, first, on_event))
             if base.failure:
                 raise EngineError(f"{first} cannot run: {base.failure}")
             group: list[_Process] = []
-            while others and (not group or _has_room(base)):
+            while others and (not group or _has_room(free, [base, *group])):
                 process = stack.enter_context(_running(task, others.pop(0), on_event))
                 if process.failure:
                     rows[process.contender] = Row(process.contender, (), (), 0, 0, 0, 0, True, process.failure)
@@ -132,10 +136,13 @@ def compare(
             return [rows[one] for one in contenders]
 
 
-def _has_room(largest: _Process) -> bool:
-    """Whether another process as large as this one, and half of it, fits."""
-    free = memory.free_bytes(torch.device("cpu"))
-    return free is None or free > 1.5 * largest.peak
+def _has_room(free: int | None, running: Sequence[_Process]) -> bool:
+    """Whether one more fits, half as large again as the largest of these, into what was free before there was any.
+
+    What is free now says less: the system calls pages of mapped weights free, and reads them anew for each run.
+    """
+    peaks = [process.peak for process in running]
+    return free is None or free - sum(peaks) > 1.5 * max(peaks)
 
 
 class _Process:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastldm.compare import Contender, Task
+from fastldm.compare import RANDOM, Contender, Task
 
 Work = Callable[[], Tensor]
 
@@ -68,17 +68,79 @@ def _inputs(task: Task, channels: int, width: int, factor: int) -> tuple[Tensor,
     return torch.randn(shape, generator=generator), torch.tensor([500.0]), torch.randn(text, generator=generator)
 
 
+SD15: dict[str, Any] = {
+    "sample_size": 64,
+    "cross_attention_dim": 768,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+    "layers_per_block": 2,
+    "attention_head_dim": 8,
+}
+
+
+def _random_state(network: torch.nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Weights for a network on the meta device, the same for all who name and shape theirs alike, of a size that keeps
+    activations near one. One block of numbers serves all, turned a little for each: drawing as many takes minutes."""
+    block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
+    made = {}
+    for turn, (name, p) in enumerate(sorted(network.state_dict().items())):
+        values = block.roll(7919 * turn).repeat(-(-p.numel() // len(block)))[: p.numel()].reshape(p.shape)
+        values = values * (p[0].numel() ** -0.5 if p.dim() > 1 else 0.1)
+        made[name] = (values + 1 if "norm" in name and name.endswith("weight") else values).to(dtype)
+    return made
+
+
+def _random_fastldm(task: Task, dtype: torch.dtype) -> Work:
+    from fastldm.config import UNetConfig
+    from fastldm.models.unet import UNet
+    from fastldm.prepare import prepare
+    from fastldm.weights import load_module
+
+    with torch.device("meta"):
+        unet = UNet(UNetConfig.from_dict(SD15, RANDOM))
+    load_module(unet, _random_state(unet, dtype), dtype=dtype, source=RANDOM)
+    prepare({"unet": unet})
+    return _step(task, unet, dtype, 8)
+
+
+def _step(task: Task, unet: Any, dtype: torch.dtype, factor: int) -> Work:
+    """A step of fastldm's, with what it computes once a request."""
+    u, timestep, text = _inputs(task, unet.config.in_channels, unet.config.cross_attention_dim, factor)
+    rows = unet.time_rows(timestep).expand(len(u), -1)
+    u, kv = u.to(dtype), unet.cross_kv(text.to(dtype))
+
+    def step() -> Tensor:
+        return unet.step(u, rows, kv)
+
+    return step
+
+
+def _random_diffusers(task: Task, dtype: torch.dtype, compiled: bool) -> Work:
+    import diffusers
+
+    with torch.device("meta"):
+        unet: Any = diffusers.UNet2DConditionModel(**SD15)
+    unet.load_state_dict(_random_state(unet, dtype), assign=True)
+    unet.eval()
+    if dtype == torch.bfloat16:
+        unet.to(memory_format=torch.channels_last)
+    if compiled:
+        unet.forward = torch.compile(unet.forward)
+    u, timestep, text = _inputs(task, unet.config.in_channels, unet.config.cross_attention_dim, 8)
+    u, text = u.to(dtype), text.to(dtype)
+    return lambda: unet(u, timestep, text).sample
+
+
 def _fastldm(task: Task, contender: Contender) -> Work:
     from fastldm.pipeline import Pipeline
 
+    if task.model == RANDOM:
+        return _random_fastldm(task, getattr(torch, contender.dtype))
     source = contender.bundle or task.model
     pipe = Pipeline.from_pretrained(source, device="cpu", dtype=contender.dtype, backend=contender.backend)
     if task.what == "step":
-        config = pipe.unet.config
-        u, timestep, text = _inputs(task, config.in_channels, config.cross_attention_dim, pipe.vae.config.factor)
-        rows = pipe.unet.time_rows(timestep).expand(len(u), -1)
-        u, kv = u.to(pipe.dtype), pipe.unet.cross_kv(text.to(pipe.dtype))
-        return lambda: pipe.unet.step(u, rows, kv)
+        return _step(task, pipe.unet, pipe.dtype, pipe.vae.config.factor)
     latents = _latents(task, pipe.latent_channels, pipe.vae.config.factor)
 
     def picture() -> Tensor:
@@ -98,6 +160,8 @@ def _fastldm(task: Task, contender: Contender) -> Work:
 
 
 def _diffusers(task: Task, contender: Contender) -> Work:
+    if task.model == RANDOM:
+        return _random_diffusers(task, getattr(torch, contender.dtype), contender.name == "diffusers-compile")
     pipe = _diffusers_pipeline(task, contender)
     if contender.name == "diffusers-compile":
         pipe.unet.forward = torch.compile(pipe.unet.forward)

@@ -55,7 +55,7 @@ def test_one_that_computes_something_else_is_red_and_one_that_cannot_run_is_name
 
 @pytest.mark.full
 def test_they_come_in_groups_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "_has_room", lambda largest: False)
+    monkeypatch.setattr(compare, "_has_room", lambda free, running: False)
     heard: list[str] = []
     rows = compare.compare(TASK, [PEER, OURS, Contender("fastldm", "bfloat16")], 1, heard.append)
     assert [str(row.contender) for row in rows] == [f"fastldm on torch {d}" if d else str(PEER) for d in ("", *DTYPES)]

@@ -1,0 +1,103 @@
+"""The README's tables, written between their markers from benchmarks/results/: no number in them is typed by hand.
+
+python -m benchmarks.readme             writes them
+python -m benchmarks.readme --check     exit status 1 where they are not what the results say
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.suite import RESULTS, newest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+_MARKED = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def rendered(text: str) -> str:
+    """A README with every table made anew. KeyError for a marker that names no table."""
+    return _MARKED.sub(lambda found: found[1] + "\n".join([*TABLES[found[2]](), "", ""]) + found[3], text)
+
+
+def compared(*cases: str) -> list[str]:
+    """The newest runs of benchmarks/suite.py: each task with a table of its own, the fastest row last."""
+    lines = []
+    for case in cases:
+        record = newest(case)
+        if record is None:
+            lines += [f"{case}: not yet measured; `python -m benchmarks.suite --case {case}` does.", ""]
+            continue
+        task, machine = record["task"], record["machine"]
+        rows = [row for row in record["rows"] if not (row["failure"] or row["wrong"])]
+        size = f"{task['width']}x{task['height']}"
+        work = f"one guided step at {size}" if task["what"] == "step" else f"a {size} picture, {task['steps']} steps"
+        title = "default model" if task["model"] == "default" else "SD1.5 size"
+        lines += [f"| {title}, {work} | seconds | times faster than {rows[0]['contender']['title']} |", "|---|---|---|"]
+        for row in sorted(rows, key=lambda row: row["ratio"]):
+            low, high = row["spread"]
+            title, seconds = row["contender"]["title"], _number(row["median"])
+            lines.append(f"| {title} | {seconds} | {row['ratio']:.2f} ({low:.2f} to {high:.2f}) |")
+        versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
+        lines += ["", f"{machine['name']}, {task['threads']} threads; torch {machine['torch']}, {versions}.", ""]
+    return lines[:-1]
+
+
+def on_gpu() -> list[str]:
+    """The newest ladder of each GPU."""
+    found = sorted(RESULTS.glob("*/ladder-*.json"))
+    if not found:
+        return ["GPUs: not yet measured, for none was at hand; `make gpu-bench` does, in under eight minutes."]
+    lines = ["| GPU, model | rung | ms a step | floor |", "|---|---|---|---|"]
+    for path in found:
+        for model, row in json.loads(path.read_text())["rows"].items():
+            for rung, took in row["rungs"].items():
+                lines.append(f"| {path.parent.name}, {model} | {rung} | {took['ms']:.2f} | {row['floor_ms']} |")
+    return lines
+
+
+def deployed() -> list[str]:
+    """What benchmarks/deployment.py wrote."""
+    record = _read("deployment")
+    lines = ["| SD1.5, full size | seconds | most memory | written |", "|---|---|---|---|"]
+    for name, row in record["rows"].items():
+        written = f"{row['MiB'] / 1024:.2f} GiB" if "MiB" in row else ""
+        steps = ""
+        if "timings" in row:
+            timings = row["timings"]
+            steps = f" (a step {_number(sorted(timings['steps'])[len(timings['steps']) // 2])})"
+        lines.append(f"| {name} | {row['seconds']:.0f}{steps} | {row['peak_MiB'] / 1024:.1f} GiB | {written} |")
+    return [*lines, "", f"{record['machine']['name']}, {record['threads']} threads."]
+
+
+def _read(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def _number(seconds: float) -> str:
+    return f"{seconds:.2f}" if seconds < 10 else f"{seconds:.1f}"
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "performance": lambda: [*compared("sd15-step", "cpu-picture"), "", *on_gpu()],
+    "deployment": deployed,
+}
+
+
+def main() -> None:
+    text = README.read_text(encoding="utf-8")
+    made = rendered(text)
+    if "--check" in sys.argv[1:]:
+        if made != text:
+            sys.exit("README.md has tables that are not what benchmarks/results says: run python -m benchmarks.readme")
+        return
+    README.write_text(made, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

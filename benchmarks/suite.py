@@ -1,0 +1,194 @@
+"""All that is measured on a CPU, in under 20 minutes, and its history.
+
+    python -m benchmarks.suite                                  make bench
+    python -m benchmarks.suite --deployment /tmp/deployment     with SD1.5's bundles, which benchmarks.deployment made
+    python -m benchmarks.suite --case cpu-picture               one of them
+
+Each run is added to benchmarks/results/MACHINE/CASE.json with its date and commit, and benchmarks/results/index.html is
+made anew: the history of every case as a plot. `python -m benchmarks.readme` then takes the newest into the README.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastldm.bench import machine
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).parent / "results"
+CASES = {
+    "cpu-step": ["--suite", "cpu-step", "--rounds", "5"],
+    "cpu-picture": [
+        "--compare",
+        "diffusers,diffusers-compile,onnxruntime,openvino",
+        "--bundle",
+        "split",
+        "--bundle",
+        "whole",
+    ],
+}
+FULL = {  # of SD1.5's bundles
+    "sd15-step": [
+        *("-m", "sd15", "--what", "step", "--size", "256x256", "--bundle", "split", "--bundle", "whole"),
+        *("--compare", "diffusers,onnxruntime,openvino"),
+    ]
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=[*CASES, *FULL], action="append", help="may be repeated  [default: all]")
+    parser.add_argument("--deployment", type=Path, help="the folder of benchmarks.deployment, for the full sizes")
+    args = parser.parse_args()
+    cases = args.case or [*CASES, *(FULL if args.deployment else ())]
+    with tempfile.TemporaryDirectory() as folder:
+        for case in cases:
+            if case in FULL:
+                if args.deployment is None:
+                    sys.exit(f"{case} needs --deployment FOLDER")
+                keep(case, bench(FULL[case], args.deployment))
+            else:
+                if "--bundle" in CASES[case]:
+                    make_bundles(Path(folder))
+                keep(case, bench(CASES[case], Path(folder)))
+    (RESULTS / "index.html").write_text(page(), encoding="utf-8")
+
+
+def make_bundles(folder: Path) -> None:
+    """Of the default model."""
+    for name, options in (("split", ["--split"]), ("whole", [])):
+        subprocess.run([sys.executable, "-m", "fastldm", "export", str(folder / name), *options], cwd=ROOT, check=True)
+
+
+def bench(options: list[str], folder: Path) -> dict[str, Any]:
+    """What `fastldm bench` writes. Names of bundles and models in the options are those in the folder."""
+    with tempfile.TemporaryDirectory() as out:
+        given = [str(folder / one) if (folder / one).exists() else one for one in options]
+        command = [sys.executable, "-m", "fastldm", "bench", *given, "--json", f"{out}/figures.json"]
+        subprocess.run(command, cwd=ROOT, check=True)
+        record: dict[str, Any] = json.loads(Path(out, "figures.json").read_text())
+    return {**record, "command": " ".join(["fastldm bench", *options])}
+
+
+def keep(case: str, record: dict[str, Any]) -> None:
+    """Add a run to its case's history."""
+    path = RESULTS / slug() / f"{case}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs = json.loads(path.read_text())["runs"] if path.exists() else []
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    runs.append({"date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()), "commit": commit.strip(), **record})
+    path.write_text(json.dumps({"case": case, "runs": runs}, indent=1) + "\n")
+
+
+def slug() -> str:
+    """This machine as the name of a folder."""
+    about = machine(torch.device("cpu"))
+    return re.sub(r"\W+", "-", f"{about['name']} {about['cores']} cores".lower()).strip("-")
+
+
+def newest(case: str) -> dict[str, Any] | None:
+    """The last run of a case on whichever machine it was last run; None where there is none."""
+    runs = [run for path in RESULTS.glob(f"*/{case}.json") for run in json.loads(path.read_text())["runs"]]
+    return max(runs, key=lambda run: run["date"], default=None)
+
+
+# -------------------------------------------------------------------------------------------------------------- page
+
+_COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#7f7f7f",
+    "#8c564b",
+    "#17becf",
+    "#bcbd22",
+)
+_STYLE = """
+:root { color-scheme: light dark; --edge: #8884; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 960px; margin: 32px auto; padding: 0 16px; }
+h2 { margin: 32px 0 0; } svg { width: 100%; height: auto; } text { fill: currentColor; font-size: 12px; }
+.grid { stroke: var(--edge); } path { fill: none; stroke-width: 2; } code { font-size: 13px; }
+"""
+
+
+def page() -> str:
+    """The history of every case on every machine: how many times faster than the first contender each one was."""
+    parts = [part for path in sorted(RESULTS.glob("*/*.json")) for part in _case(path)]
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"<title>fastldm: measured</title><style>{_STYLE}</style><h1>fastldm, measured</h1>"
+        f"<p>How many times faster than the first contender, run by run; whiskers are the quarter and three quarters "
+        f"of the rounds. Written by <code>python -m benchmarks.suite</code>.</p>{''.join(parts)}</html>\n"
+    )
+
+
+def _case(path: Path) -> Iterator[str]:
+    record = json.loads(path.read_text())
+    if "runs" not in record:  # an op's benchmark, which harness.py writes
+        return
+    runs = record["runs"]
+    yield f"<h2>{escape(record['case'])}</h2><p>{escape(runs[-1]['machine']['name'])}: "
+    yield f"<code>{escape(runs[-1]['command'])}</code></p>{_plot(runs)}"
+
+
+def _plot(runs: list[dict[str, Any]], width: int = 900, height: int = 320) -> str:
+    rows = [
+        {row["contender"]["title"]: row for row in run["rows"] if not (row["failure"] or row["wrong"])} for run in runs
+    ]
+    titles = list(dict.fromkeys(title for run in rows for title in run))
+    top = 1.1 * max(row["spread"][1] for run in rows for row in run.values())
+    left, right, bottom = 40, 280, 30
+
+    def x(i: int) -> float:
+        return left + (width - left - right) * (i + 0.5) / len(runs)
+
+    def y(ratio: float) -> float:
+        return height - bottom - (height - bottom - 10) * ratio / top
+
+    step = max(1, round(top / 6))
+    drawn = [
+        f"<path class=grid d='M{left} {y(r):.1f}H{width - right}'/><text x={left - 8} y={y(r) + 4:.1f} "
+        f"text-anchor=end>{r}×</text>"
+        for r in range(0, int(top) + 1, step)
+    ]
+    for k, title in enumerate(titles):
+        colour = _COLOURS[k % len(_COLOURS)]
+        points = [(x(i), run[title]) for i, run in enumerate(rows) if title in run]
+        line = "L".join(f"{at:.1f} {y(row['ratio']):.1f}" for at, row in points)
+        drawn.append(f"<path stroke='{colour}' d='M{line}'/>")
+        for at, row in points:
+            low, high = row["spread"]
+            said = f"{title}: {row['ratio']:.2f} times, {row['median']:.3f} s"
+            drawn.append(
+                f"<path stroke='{colour}' d='M{at:.1f} {y(low):.1f}V{y(high):.1f}'/><circle cx={at:.1f} "
+                f"cy={y(row['ratio']):.1f} r=4 fill='{colour}'><title>{escape(said)}</title></circle>"
+            )
+        place = 20 + 18 * k
+        drawn.append(f"<circle cx={width - right + 20} cy={place - 4} r=5 fill='{colour}'/>")
+        drawn.append(f"<text x={width - right + 32} y={place}>{escape(title)}</text>")
+    for i, run in enumerate(runs):
+        if i in (0, len(runs) - 1):
+            drawn.append(
+                f"<text x={x(i):.1f} y={height - 8} text-anchor=middle>{run['date'][:10]} {run['commit']}</text>"
+            )
+    tall = max(height, 20 + 18 * len(titles))
+    return f"<svg viewBox='0 0 {width} {tall}' role=img>{''.join(drawn)}</svg>"
+
+
+if __name__ == "__main__":
+    main()
