@@ -4,6 +4,8 @@ triton and pytest.
     python -m benchmarks.gpu test      the kernels' tests on the device, then the small ones under compute-sanitizer
     python -m benchmarks.gpu bench     the ladder from eager to captured steps, then every op's benchmark, most
                                        important first; results in benchmarks/results/GPU
+    python -m benchmarks.gpu peers --wheels DIR     the ladder with diffusers, eager and compiled, from wheels that were
+                                       carried along: pip download -d DIR --no-deps diffusers transformers ...
 
 `bench` goes on where it was stopped: an op whose kernel has not changed since its results were written is passed over.
 """
@@ -14,9 +16,11 @@ import argparse
 import hashlib
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -75,6 +79,19 @@ def bench(seconds: float, dtype: str, force: bool) -> int:
     return failed
 
 
+def peers(wheels: Path, dtype: str) -> int:
+    """The ladder beside diffusers, which is installed next to the torch that is here and touches nothing of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = sorted(map(str, wheels.glob("*.whl")))
+        if not found:
+            sys.exit(f"there are no wheels in {wheels}: pip download -d {wheels} --no-deps diffusers transformers ...")
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", folder]
+        subprocess.run([*pip, *found], check=True)
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), folder])}
+        command = [sys.executable, "-m", "benchmarks.ladder", "--dtype", dtype, "--compile"]
+        return subprocess.run(command, cwd=ROOT, env=environment).returncode
+
+
 def source(op: str) -> str:
     """What an op's figures depend on, hashed."""
     files = [ROOT / "kernels" / name for name in (f"{op}.py", "dispatch.py", "tuned.json")]
@@ -83,7 +100,8 @@ def source(op: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("test", "bench"))
+    parser.add_argument("what", choices=("test", "bench", "peers"))
+    parser.add_argument("--wheels", type=Path, help="peers: the folder of their wheels")
     parser.add_argument("--seconds", type=float, default=470, help="bench: stop after so many (default: 470)")
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
     parser.add_argument("--force", action="store_true", help="bench: measure again what has results")
@@ -92,6 +110,10 @@ def main() -> None:
 
     if not torch.cuda.is_available():
         sys.exit("torch sees no GPU here")
+    if args.what == "peers":
+        if args.wheels is None:
+            parser.error("peers needs --wheels DIR")
+        sys.exit(peers(args.wheels, args.dtype))
     sys.exit(test() if args.what == "test" else bench(args.seconds, args.dtype, args.force))
 
 

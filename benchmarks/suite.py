@@ -118,7 +118,7 @@ _COLOURS = (
     "#17becf",
     "#bcbd22",
 )
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --edge: #8884; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 960px; margin: 32px auto; padding: 0 16px; }
 h2 { margin: 32px 0 0; } svg { width: 100%; height: auto; } text { fill: currentColor; font-size: 12px; }
@@ -131,7 +131,7 @@ def page() -> str:
     parts = [part for path in sorted(RESULTS.glob("*/*.json")) for part in _case(path)]
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>fastldm: measured</title><style>{_STYLE}</style><h1>fastldm, measured</h1>"
+        f"<title>fastldm: measured</title><style>{STYLE}</style><h1>fastldm, measured</h1>"
         f"<p>How many times faster than the first contender, run by run; whiskers are the quarter and three quarters "
         f"of the rounds. Written by <code>python -m benchmarks.suite</code>.</p>{''.join(parts)}</html>\n"
     )

@@ -57,6 +57,8 @@ def choose(bundle: Bundle, device: torch.device) -> str:
         return min(measured, key=lambda backend: measured[backend].total)
     preferred = _PREFERRED.get(device.type, ())
     for backend in preferred:
+        if backend == "openvino" and bundle.manifest["fused_ops"]:
+            continue  # it cannot read functions in ONNX files
         if any(importlib.util.find_spec(package) is not None for package in _PACKAGES[backend]):
             return backend
     raise EngineError(

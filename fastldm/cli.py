@@ -70,6 +70,8 @@ def main() -> None:
     fastldm warm -m ./my-sd15 --arch sm_90             compile its kernels before the first request
     fastldm plan -m ./my-sd15 --size 1024x1024 --n 4   what memory a request takes, and whether it fits
     fastldm profile -m ./my-sd15                       where the time goes, and what would help most
+    fastldm bench -m ./my-sd15                         beside diffusers, in turns
+    fastldm export -m ./my-sd15 ./bundle --split       for ONNX Runtime, OpenVINO and TensorRT: see its --help
     """
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from fastldm.compare import RANDOM, Contender, Task
 
 Work = Callable[[], Tensor]
+_ALIVE: list[object] = []  # who owns the layouts that a network's weights are read in
 
 
 def main() -> None:
@@ -100,7 +101,7 @@ def _random_fastldm(task: Task, dtype: torch.dtype) -> Work:
     with torch.device("meta"):
         unet = UNet(UNetConfig.from_dict(SD15, RANDOM))
     load_module(unet, _random_state(unet, dtype), dtype=dtype, source=RANDOM)
-    prepare({"unet": unet})
+    _ALIVE.append(prepare({"unet": unet}))
     return _step(task, unet, dtype, 8)
 
 
@@ -140,6 +141,7 @@ def _fastldm(task: Task, contender: Contender) -> Work:
     source = contender.bundle or task.model
     pipe = Pipeline.from_pretrained(source, device="cpu", dtype=contender.dtype, backend=contender.backend)
     if task.what == "step":
+        _ALIVE.append(pipe)
         return _step(task, pipe.unet, pipe.dtype, pipe.vae.config.factor)
     latents = _latents(task, pipe.latent_channels, pipe.vae.config.factor)
 

@@ -75,3 +75,13 @@ def test_what_cannot_be_compared(options: list[str], words: str) -> None:
     done = CliRunner().invoke(main, ["bench", *options])
     assert done.exit_code in (1, 2)
     assert words in done.output
+
+
+@pytest.mark.full
+def test_the_suite_of_one_minute() -> None:
+    """SD1.5's full size: what diffusers computes with the same random weights, fastldm does."""
+    rows = compare.compare(
+        Task(compare.RANDOM, "step", 128, 128, "DDIMScheduler", 1, 7.5, threads=2), [PEER, OURS], rounds=1
+    )
+    assert not any(row.wrong or row.failure for row in rows)
+    assert 0 < rows[1].difference < 1e-4

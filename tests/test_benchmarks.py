@@ -1,0 +1,83 @@
+"""What benchmarks write: histories, plots, fitted growth, and the README's tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import readme, scaling, suite
+
+
+def run(ratio: float, date: str = "2026-11-22 10:00") -> dict[str, Any]:
+    def row(title: str, ratio: float, **others: Any) -> dict[str, Any]:
+        one = {"contender": {"title": title}, "failure": "", "wrong": False, "median": 1 / ratio, "ratio": ratio}
+        return {**one, "spread": [0.9 * ratio, 1.1 * ratio], **others}
+
+    rows = [row("diffusers float32", 1.0), row("ours", ratio), row("broken", 99.0, wrong=True)]
+    task = {"what": "step", "width": 256, "height": 256, "steps": 1, "model": "default", "threads": 2}
+    versions = {"diffusers": "0.42.1", "openvino": None}
+    about = {"machine": {"name": "A <CPU>", "torch": "2.13.0"}, "versions": versions, "command": "fastldm bench"}
+    return {"date": date, **about, "task": task, "rows": rows}
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(suite, "RESULTS", tmp_path)
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def test_the_readme_says_what_was_measured() -> None:
+    text = readme.README.read_text(encoding="utf-8")
+    assert {found[2] for found in readme._MARKED.finditer(text)} == set(readme.TABLES)
+    assert readme.rendered(text) == text, "run python -m benchmarks.readme"
+
+
+def test_a_history_grows_and_the_newest_run_counts(results: Path) -> None:
+    for ratio in (2.0, 3.0):
+        suite.keep("sd15-step", {k: v for k, v in run(ratio).items() if k != "date"})
+    (path,) = results.glob("*/sd15-step.json")
+    assert [one["rows"][1]["ratio"] for one in json.loads(path.read_text())["runs"]] == [2.0, 3.0]
+    path.write_text(json.dumps({"case": "sd15-step", "runs": [run(2.0), run(3.0, "2026-11-22 11:00")]}))
+    assert "| ours | 0.33 | 3.00 (2.70 to 3.30) |" in readme.compared("sd15-step")
+    assert "not yet measured" in readme.compared("cpu-picture")[0]
+    assert not any("broken" in line for line in readme.compared("sd15-step"))
+
+
+def test_the_page_has_every_contender_of_every_run(results: Path) -> None:
+    (results / "machine").mkdir()
+    (results / "machine" / "sd15-step.json").write_text(
+        json.dumps({"case": "sd15-step", "runs": [{**run(ratio), "commit": "abc"} for ratio in (2.0, 3.0)]})
+    )
+    (results / "machine" / "attention-float16.json").write_text(json.dumps({"rows": []}))  # of another benchmark
+    page = suite.page()
+    assert "A &lt;CPU&gt;" in page
+    assert page.count("<title>ours: ") == 2
+    assert "broken" not in page
+
+
+def test_growth_is_fitted() -> None:
+    points = [(n, 0.5 * n**1.5) for n in (1, 2, 4, 8)]
+    assert scaling.slope(points) == pytest.approx(1.5)
+    assert scaling.between([*points, (16, 2 * 0.5 * 8**1.5)]) == pytest.approx([1.5, 1.5, 1.5, 1.0])
+
+
+def test_what_scales_is_what_is_said() -> None:
+    """Every series on counts that stand for seconds: each size is asked for, in every round."""
+    asked: list[int] = []
+
+    def timed(size: int) -> float:
+        asked.append(size)
+        return float(size)
+
+    found = scaling.measure({"steps": ((2, 4), timed)}, rounds=3)
+    assert asked == [2, 4] * 4
+    assert found == {"steps": [(2, 2.0), (4, 4.0)]}
+    record = {"model": "m", "dtype": "float32", "machine": {"name": "A <CPU>"}}
+    series = {"points": found["steps"], "exponent": 1.0, "expected": 1.0, "between": [1.0]}
+    page = scaling.page({**record, "series": {"steps": series}})
+    assert "A &lt;CPU&gt;" in page
+    assert page.count("<circle") == 2
