@@ -68,7 +68,6 @@ def commands(model: Path, folder: Path) -> list[tuple[str, list[str], Path | Non
         return name, [*PICTURE, "-m", str(source), "-o", str(out), "--force", *options], None
 
     return [
-        ("export whole", [*export, str(whole)], whole),
         ("export split", [*export, str(split), "--split"], split),
         ("verify split onnxruntime", ["verify", str(split), "--backend", "onnxruntime"], None),
         ("verify split openvino", ["verify", str(split), "--backend", "openvino"], None),
@@ -77,13 +76,14 @@ def commands(model: Path, folder: Path) -> list[tuple[str, list[str], Path | Non
         picture("onnxruntime float32", split, "--backend", "onnxruntime"),
         picture("openvino float32", split, "--backend", "openvino", "--dtype", "float32"),
         picture("openvino bfloat16", split, "--backend", "openvino", "--dtype", "bfloat16"),
-        picture("whole onnxruntime float32", whole, "--backend", "onnxruntime"),
-        picture("whole openvino float32", whole, "--backend", "openvino", "--dtype", "float32"),
         (
             "export split float16, TensorRT",
             [*export, str(half), "--split", "--dtype", "float16", "--to", "tensorrt"],
             half,
         ),
+        ("export whole", [*export, str(whole)], whole),
+        picture("whole onnxruntime float32", whole, "--backend", "onnxruntime"),
+        picture("whole openvino float32", whole, "--backend", "openvino", "--dtype", "float32"),
     ]
 
 

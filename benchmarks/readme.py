@@ -11,7 +11,6 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from benchmarks.suite import RESULTS, newest
 
@@ -63,7 +62,10 @@ def on_gpu() -> list[str]:
 
 def deployed() -> list[str]:
     """What benchmarks/deployment.py wrote."""
-    record = _read("deployment")
+    path = RESULTS / "deployment.json"
+    if not path.exists():
+        return ["Not yet measured."]
+    record = json.loads(path.read_text())
     lines = ["| SD1.5, full size | seconds | most memory | written |", "|---|---|---|---|"]
     for name, row in record["rows"].items():
         written = f"{row['MiB'] / 1024:.2f} GiB" if "MiB" in row else ""
@@ -73,10 +75,6 @@ def deployed() -> list[str]:
             steps = f" (a step {_number(sorted(timings['steps'])[len(timings['steps']) // 2])})"
         lines.append(f"| {name} | {row['seconds']:.0f}{steps} | {row['peak_MiB'] / 1024:.1f} GiB | {written} |")
     return [*lines, "", f"{record['machine']['name']}, {record['threads']} threads."]
-
-
-def _read(name: str) -> Any:
-    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def _number(seconds: float) -> str:

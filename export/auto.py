@@ -7,25 +7,29 @@ bundle was made of is at hand, the seconds until a pipeline is loaded and those 
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import importlib.util
 import json
 import logging
 import os
-import platform
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
+import numpy as np
 import torch
 
+from fastldm.bench import machine
 from fastldm.doctor import cache_root
 from fastldm.engine import BACKENDS
 from fastldm.errors import BundleError, EngineError
 from fastldm.export.bundle import Bundle
+from fastldm.export.engines import Engines
 from fastldm.export.networks import source
 from fastldm.pipeline import Pipeline
 
@@ -48,30 +52,51 @@ class Measured:
         return self.start_up + self.picture
 
 
-def choose(bundle: Bundle, device: torch.device) -> str:
+def choose(bundle: Bundle, device: torch.device, dtype: str | torch.dtype | None = None) -> str:
     """The backend for a bundle, see `fastldm.engine.choose`."""
-    measured = read(bundle, device)
+
+    def computes(backend: str) -> bool:
+        """Whether it can compute in the dtype that was asked for."""
+        return dtype is None or backend in ("torch", "openvino") or _named(dtype) == bundle.manifest["dtype"]
+
+    measured = {backend: took for backend, took in read(bundle, device).items() if computes(backend)}
     if not has_source(bundle):
         measured.pop("torch", None)
     if measured:
         return min(measured, key=lambda backend: measured[backend].total)
-    preferred = _PREFERRED.get(device.type, ())
-    for backend in preferred:
-        if backend == "openvino" and bundle.manifest["fused_ops"]:
-            continue  # it cannot read functions in ONNX files
-        if any(importlib.util.find_spec(package) is not None for package in _PACKAGES[backend]):
+    for backend in _PREFERRED.get(device.type, ()):
+        if computes(backend) and _ready(bundle, backend, device):
             return backend
     raise EngineError(
-        f"no backend that runs bundles on {device} is installed: pip install 'fastldm[{BACKENDS[preferred[0]]}]'"
-        if preferred
-        else f"no backend runs bundles on {device}: expected cpu or cuda"
+        f"no backend is ready to run {bundle.folder} on {device}{f' in {_named(dtype)}' if dtype else ''}: "
+        f"expected one of {', '.join(f'{one} (fastldm[{extra}])' for one, extra in BACKENDS.items())}; "
+        "--backend NAME says what is missing"
     )
+
+
+def _named(dtype: str | torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _ready(bundle: Bundle, backend: str, device: torch.device) -> bool:
+    """Whether a backend is installed and has nothing to build first."""
+    if not any(importlib.util.find_spec(package) is not None for package in _PACKAGES[backend]):
+        return False
+    if backend == "openvino":
+        return not bundle.manifest["fused_ops"]  # it cannot read functions in ONNX files
+    if backend == "tensorrt":
+        return {record.key.network for record in Engines(bundle.folder).records()} >= bundle.specs.keys()
+    if device.type == "cuda":
+        import onnxruntime
+
+        return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    return True
 
 
 def has_source(bundle: Bundle) -> bool:
     """Whether the model that it was made of is here, for PyTorch."""
     try:
-        source(bundle)
+        source(bundle, check=False)
     except BundleError:
         return False
     return True
@@ -79,13 +104,21 @@ def has_source(bundle: Bundle) -> bool:
 
 def measure(bundle: Bundle, backend: str, device: torch.device) -> Measured:
     """Load a pipeline and let it make pictures of two steps; remembered for `choose`."""
-    for _ in range(2):  # the first fills the caches that the second is measured with
+
+    def load() -> Pipeline:
         gc.collect()
-        began = perf_counter()
-        pipe = Pipeline.from_pretrained(bundle.folder, backend=backend, device=device)
-        start_up = perf_counter() - began
+        return Pipeline.from_pretrained(bundle.folder, backend=backend, device=device)
+
+    load()  # fills the caches that the next is measured with
+    began = perf_counter()
+    pipe = load()
+    start_up = perf_counter() - began
+    asked: dict[str, Any] = {"prompt": "a photograph", "num_inference_steps": 2, "seed": 0, "output_type": "pt"}
+    if pipe.unet.config.in_channels > pipe.latent_channels:  # made for inpainting
+        grey = np.full((64, 64, 3), 0.5, dtype=np.float32)
+        asked |= {"image": grey, "mask_image": grey[..., 0], "strength": 1.0}
     for _ in range(2):
-        timings = pipe("a photograph", num_inference_steps=2, seed=0, output_type="pt").timings
+        timings = pipe(**asked).timings
     steps = pipe.family.num_inference_steps * median(timings.steps)
     found = Measured(start_up, timings.text + steps + timings.decode, pipe.precision)
     _write(bundle, device, {**read(bundle, device), backend: found})
@@ -101,7 +134,7 @@ def read(bundle: Bundle, device: torch.device) -> dict[str, Measured]:
             for backend, one in data.items()
             if one["versions"] == _versions(backend)
         }
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
@@ -118,15 +151,14 @@ def _write(bundle: Bundle, device: torch.device, measured: dict[str, Measured]) 
 
 
 def _path(bundle: Bundle, device: torch.device) -> Path:
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    about = [bundle.manifest["sha256"], device.type, machine, torch.get_num_threads()]
+    here = device.type == "cpu" or torch.cuda.is_available()
+    about = [bundle.manifest["sha256"], machine(device) if here else str(device), torch.get_num_threads()]
     return cache_root() / "measured" / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:40]}.json"
 
 
+@functools.cache
 def _versions(backend: str) -> list[str]:
     """Of the packages that a backend is, as installed here."""
-    found = []
-    for package in ("torch", *_PACKAGES.get(backend, ())):
-        for name in metadata.packages_distributions().get(package, ()):
-            found.append(f"{name} {metadata.version(name)}")
-    return sorted(found)
+    names = metadata.packages_distributions()
+    packages = ("torch", *_PACKAGES.get(backend, ()))
+    return sorted(f"{name} {metadata.version(name)}" for package in packages for name in names.get(package, ()))

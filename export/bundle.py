@@ -13,7 +13,7 @@ been compared with PyTorch. Until then it grows in .NAME.partial, from where an 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
+import importlib
 import json
 import os
 import platform
@@ -23,27 +23,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fastldm import __version__
-from fastldm.engine import open_engine
+from fastldm.engine import MANIFEST, open_engine
 from fastldm.errors import BundleError, CheckpointError, EngineError, InputError
-from fastldm.export.cache import Key, hash_files
-from fastldm.export.engines import Engines
+from fastldm.export.cache import hash_files
 from fastldm.export.parity import TOLERANCES, Difference, gate
 from fastldm.export.reference import Networks
-from fastldm.export.spec import DATA, MODEL, Axis, DType, NetworkSpec, sample, specs
+from fastldm.export.spec import MODEL, Axis, DType, NetworkSpec, sample, specs
 from fastldm.loading import Spec
 from fastldm.text import BOS, CLIP_WINDOW, EOS, clip_vocabulary
 from fastldm.weights import TokenizerFiles
 
-MANIFEST = "manifest.json"
 _FORMAT = 1
 _TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-_VERSIONS = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
+_VERSIONS = ("torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -88,24 +87,6 @@ class Bundle:
         files = self.manifest["files"]
         return {name.removeprefix(folder): files[name]["sha256"] for name in files if name.startswith(folder)}
 
-    def engine(self, network: str, *, backend: str, version: str, capability: int) -> bytes | None:
-        """An engine of a network that was built ahead for this version of this backend ("tensorrt_rtx") and for GPUs of
-        this compute capability (89), its hash checked; None where there is none, and a warning says why one was left.
-        EngineError where others than the user may write to it."""
-        hashes = self.hashes(network)
-        wanted = Key(
-            network=network,
-            graph=hashes[MODEL],
-            weights=hashes[DATA],
-            backend=backend,
-            version=version,
-            precision=self.manifest["dtype"],
-            ranges="",
-            flags="",
-            device=f"sm_{capability}",
-        )
-        return Engines(self.folder).find(wanted, capability)
-
     def goldens(self, network: str) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
         """Inputs, and what PyTorch made of them in float32."""
         cases: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
@@ -127,7 +108,7 @@ class Check:
 
 
 def verify(
-    bundle: Bundle, backend: str = "onnxruntime", device: str = "cpu", model: Spec | None = None
+    bundle: Bundle, backend: str = "onnxruntime", device: torch.device | str = "cpu", model: Spec | None = None
 ) -> Iterator[Check]:
     """Run every network on a backend at three sizes and compare with what PyTorch made of the same inputs.
 
@@ -221,7 +202,6 @@ def _head(model: Spec, *, source: str, dtype: DType, opset: int, split: bool, fu
     parts = model.checkpoint.components
     if not all(component.files for component in parts.values()):
         raise InputError(f"{source} has no weights for PyTorch, as a bundle: give the model that it was made of")
-    weights = {files: hash_files(*files) for files in {component.files for component in parts.values()}}
     networks = specs(model.unet, model.vae, model.text, dtype=dtype, split=split)
     return {
         "format": _FORMAT,
@@ -233,12 +213,19 @@ def _head(model: Spec, *, source: str, dtype: DType, opset: int, split: bool, fu
         "split": split,
         "fused_ops": fused_ops,
         "tolerance": TOLERANCES[dtype],
-        "weights": {part: weights[component.files] for part, component in parts.items()},
+        "weights": weights_of(model),
         "config": {part: component.config for part, component in parts.items()}
         | {"scheduler": model.checkpoint.scheduler},
         "index": model.checkpoint.index,
         "networks": {network: spec.to_dict() for network, spec in networks.items()},
     }
+
+
+def weights_of(model: Spec) -> dict[str, str]:
+    """sha256 of the files of each component's weights."""
+    parts = model.checkpoint.components
+    hashes = {files: hash_files(*files) for files in {component.files for component in parts.values()}}
+    return {part: hashes[component.files] for part, component in parts.items()}
 
 
 def _there(out: Path, head: Mapping[str, Any]) -> Bundle:
@@ -260,7 +247,8 @@ def _there(out: Path, head: Mapping[str, Any]) -> Bundle:
 def _export(model: Spec, work: Path, on_network: Callable[[str], object], head: Mapping[str, Any]) -> None:
     from fastldm.export import onnx  # what traces, and takes packages that running a bundle does not need
 
-    versions = {package: importlib.metadata.version(package) for package in _VERSIONS}
+    # Asked of the modules: onnxruntime is one distribution for CPUs and another for GPUs.
+    versions = {name: str(importlib.import_module(name).__version__) for name in _VERSIONS}
     manifest: dict[str, Any] = {
         **head,
         "versions": {"fastldm": __version__, "python": platform.python_version(), **versions},
@@ -387,7 +375,7 @@ def _write_json(path: Path, data: Any) -> None:
         json.dump(data, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    beside.rename(path)
+    beside.replace(path)
 
 
 def _manifest_hash(manifest: Mapping[str, Any]) -> str:

@@ -166,7 +166,7 @@ def _replace(path: Path, data: bytes) -> None:
     unfinished.unlink(missing_ok=True)
     try:
         write_private(unfinished, data)
-        unfinished.rename(path)
+        unfinished.replace(path)
     except OSError:
         unfinished.unlink(missing_ok=True)
         raise

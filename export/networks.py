@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ from torch import Tensor
 from fastldm import loading
 from fastldm.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
 from fastldm.engine import Engine, open_engine
-from fastldm.errors import BundleError, InputError
-from fastldm.export.bundle import Bundle
+from fastldm.errors import BundleError, CheckpointError, InputError
+from fastldm.export.bundle import Bundle, weights_of
 from fastldm.export.spec import Axis, NetworkSpec
 from fastldm.models.unet import AddedConditions, guidance_embedding
 from fastldm.models.vae import Layer
@@ -45,14 +45,19 @@ def describe(bundle: Bundle) -> loading.Spec:
     return loading.spec_of(Checkpoint(source, components, scheduler, tokenizers, manifest["index"]))
 
 
-def source(bundle: Bundle) -> str:
-    """Where the model lies that a bundle was made of. BundleError where it is not there any more."""
-    given = bundle.manifest["source"]
-    if Path(given).is_absolute() and not Path(given).exists():
+def source(bundle: Bundle, *, check: bool = True) -> str:
+    """Where the model lies that a bundle was made of. BundleError where it is not there any more; with `check`, which
+    reads all of it, also where its weights are others by now."""
+    given = str(bundle.manifest["source"])
+    try:
+        model = loading.describe(given, local_files_only=True)
+    except CheckpointError as error:
         raise BundleError(
             f"{bundle.folder} was made of {given}, which is not here: PyTorch cannot read the bundle itself"
-        )
-    return str(given)
+        ) from error
+    if check and weights_of(model) != bundle.manifest["weights"]:
+        raise BundleError(f"{given} has changed since {bundle.folder} was made of it: export it once more")
+    return given
 
 
 def precision(bundle: Bundle, backend: str, device: torch.device, dtype: str | torch.dtype | None) -> str:
@@ -73,11 +78,11 @@ def load(
     The encoder of pictures is opened when it is first asked for: most never do.
     """
     spec, computed = describe(bundle), precision(bundle, backend, device, dtype)
+    options: dict[str, Any] = {"device": device, "precision": computed, "threads": torch.get_num_threads()}
 
     def network(name: str) -> Network:
-        known, hashes = bundle.specs[name], bundle.hashes(name)
-        engine = open_engine(backend, bundle.path(name), known, device=device, precision=computed, hashes=hashes)
-        return Network(engine, known)
+        known = bundle.specs[name]
+        return Network(open_engine(backend, bundle.path(name), known, hashes=bundle.hashes(name), **options), known)
 
     names = [name for name in ("text_encoder", "text_encoder_2") if name in bundle.specs]
     stages = tuple(

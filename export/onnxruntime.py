@@ -20,7 +20,8 @@ _ELEMENTS = {torch.float32: 1, torch.float16: 10, torch.int64: 7}  # onnx.Tensor
 class ONNXRuntimeEngine:
     """A network, its inputs and outputs bound by address: nothing is copied on the way in or out."""
 
-    def __init__(self, path: Path, spec: NetworkSpec, device: torch.device) -> None:
+    def __init__(self, path: Path, spec: NetworkSpec, device: torch.device, threads: int = 0) -> None:
+        """threads: of a CPU; 0 is one for each core."""
         provider = _PROVIDERS.get(device.type)
         if provider not in ort.get_available_providers():
             raise EngineError(
@@ -29,7 +30,7 @@ class ONNXRuntimeEngine:
             )
         self.spec, self.device, self._index = spec, device, device.index or 0
         options = ort.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
+        options.intra_op_num_threads = threads
         # Threads that wait for work by spinning take the processor from the other networks' and from PyTorch.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3  # errors, which are raised too
@@ -64,7 +65,7 @@ class ONNXRuntimeEngine:
 
 
 def open_engine(
-    path: Path, spec: NetworkSpec, device: torch.device, precision: str | None, hashes: Mapping[str, str]
+    path: Path, spec: NetworkSpec, device: torch.device, precision: str | None, hashes: Mapping[str, str], threads: int
 ) -> ONNXRuntimeEngine:
     """The network of an ONNX file. precision: that of the file, which is what ONNX Runtime computes in. Nothing that
     it makes of the file is kept, so `hashes` are not needed."""
@@ -73,7 +74,7 @@ def open_engine(
         raise EngineError(
             f"ONNX Runtime computes in what the file holds, {has}, not in {precision}: export it in {precision}"
         )
-    return ONNXRuntimeEngine(path, spec, device)
+    return ONNXRuntimeEngine(path, spec, device, threads)
 
 
 def _first_line(error: Exception) -> str:

@@ -43,7 +43,7 @@ class OpenVINOEngine:
 
 
 def open_engine(
-    path: Path, spec: NetworkSpec, device: torch.device, precision: str | None, hashes: Mapping[str, str]
+    path: Path, spec: NetworkSpec, device: torch.device, precision: str | None, hashes: Mapping[str, str], threads: int
 ) -> OpenVINOEngine:
     """The network of an ONNX file. precision: "float32", also where it is None, or "bfloat16"."""
     if device.type != "cpu":
@@ -55,7 +55,7 @@ def open_engine(
     settings: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": _PRECISIONS[precision],
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_NUM_THREADS": threads,
     }
     found = {}
     if weights.exists():  # what is serialised then names them by their place in that file
@@ -86,7 +86,7 @@ def open_engine(
         version=ov.__version__,
         precision=precision,
         ranges="",
-        flags=f"threads={torch.get_num_threads()}",
+        flags=f"threads={threads}",
         device=" ".join(
             [core.get_property("CPU", "FULL_DEVICE_NAME"), *core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")]
         ),

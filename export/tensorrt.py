@@ -142,7 +142,7 @@ class TensorRTEngine:
 
 
 def open_engine(
-    path: Path, spec: NetworkSpec, device: torch.device, precision: str | None, hashes: Mapping[str, str]
+    path: Path, spec: NetworkSpec, device: torch.device, precision: str | None, hashes: Mapping[str, str], threads: int
 ) -> TensorRTEngine:
     """An engine file, or an ONNX file that is built here unless the engine cache has it."""
     if device.type != "cuda":

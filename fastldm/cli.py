@@ -302,13 +302,15 @@ def plan(
 
         if arch is not None and device is not None:
             raise InputError("give --arch for a GPU that need not be here, or --device for one that is, not both")
-        place = torch.device("cuda") if arch is not None else loading.choose_device(device)
+        place = torch.device("cuda")
+        if arch is None:
+            place = loading.choose_device(engine.choose_device(backend, device))
         target = parse_arch(arch) if arch is not None else 0
         if arch is None and place.type == "cuda":
             target = device_capability(place.index or 0)
         spec = loading.describe(model)
         width, height = size or spec.default_size
-        runs = engine.choose(backend, model, place)
+        runs = engine.choose(backend, model, place, dtype)
         given: dict[str, Any] = {} if steps is None else {"steps": steps}
         if runs == "torch":
             given["dtype"] = loading.choose_dtype(dtype, place)
@@ -519,12 +521,12 @@ def export(
 @click.option(
     "--backend", type=click.Choice(["onnxruntime", "openvino", "tensorrt"]), default="onnxruntime", show_default=True
 )
-@click.option("--device", default="cpu", show_default=True, metavar="D", help="Such as cpu or cuda.")
+@click.option("--device", metavar="D", help="Such as cpu or cuda.  [default: cuda for tensorrt, else cpu]")
 @click.option(
     "-m", "--model", metavar="MODEL", help="What it was exported from.  [default: what the bundle names, if it is here]"
 )
 @debug_option
-def verify(out: Path, backend: str, device: str, model: str | None, debug: bool) -> None:
+def verify(out: Path, backend: str, device: str | None, model: str | None, debug: bool) -> None:
     """Prove a bundle: compare each file with its hash, then run each network and compare with PyTorch in float32.
 
     \b
@@ -539,6 +541,7 @@ def verify(out: Path, backend: str, device: str, model: str | None, debug: bool)
         from fastldm.errors import BundleError, CheckpointError
         from fastldm.export import bundle
 
+        place = loading.choose_device(device or ("cuda" if backend == "tensorrt" else "cpu"))
         opened = bundle.Bundle.open(out)
         manifest = opened.manifest
         click.echo(
@@ -553,21 +556,18 @@ def verify(out: Path, backend: str, device: str, model: str | None, debug: bool)
             click.echo(f"{manifest['source']} is not here any more: compared with the goldens alone")
             spec = None
         problems = []
-        for check in bundle.verify(opened, backend, device, spec):
+        for check in bundle.verify(opened, backend, place, spec):
             if check.difference is None:
                 problems.append(check.problem)
             shown = "FAILED" if check.difference is None else f"{check.difference}  PSNR {check.difference.psnr:.0f} dB"
             click.echo(f"{check.network:<15}{check.origin:<8}{check.sizes:<36}{shown}")
         if problems:
             raise BundleError(f"{len(problems)} of the above failed on {backend}: {problems[0]}")
-        click.echo(f"all within {manifest['tolerance']:.0e} of PyTorch on {backend}")
-
-        import torch
+        click.echo(f"all within {manifest['tolerance']:.0e} of PyTorch on {backend} in {manifest['dtype']}")
 
         from fastldm.export import auto
 
-        place = torch.device(device)
-        for one in ("torch", backend) if auto.has_source(opened) else (backend,):
+        for one in ("torch", backend) if spec is not None and model is None else (backend,):
             took = auto.measure(opened, one, place)
             click.echo(f"{one} {took.precision}: {took.start_up:.2f} s to load, {took.picture:.2f} s a picture")
         click.echo(f"--backend auto takes {auto.choose(opened, place)} here")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from fastldm.cli import Size, debug_option, main, model_option, reported
-from fastldm.errors import InputError
+from fastldm.errors import EngineError, InputError
 
 if TYPE_CHECKING:
     from fastldm.compare import Row, Task
@@ -50,7 +50,14 @@ PEERS = ("diffusers", "diffusers-compile", "onnxruntime", "openvino")
 )
 @click.option("--prompt", default="a red apple", show_default=True)
 @click.option("--dtypes", default="float32,bfloat16", show_default=True, help="By commas.")
-@click.option("--threads", type=click.IntRange(min=1), help="Of each contender.  [default: one a core]")
+@click.option(
+    "--backend",
+    type=click.Choice(["all", "torch", "onnxruntime", "openvino"]),
+    default="all",
+    show_default=True,
+    help="Of fastldm; all but torch run the bundles.",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="Of each contender.  [default: as many as PyTorch takes]")
 @click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Turns of each contender.")
 @click.option(
     "--suite",
@@ -72,14 +79,19 @@ def bench(model: str, debug: bool, out: Path | None, suite: str | None, **option
 
     Every contender is a process of its own. Each is first compared with the first peer in float32: one that does not
     compute the same is red, and its time means nothing. A ratio is the median of the rounds' ratios, in brackets the
-    quarter and three quarters of them.
+    quarter and three quarters of them. The peers onnxruntime and openvino are diffusers' pipeline with its networks
+    replaced, so that their memory and their time to load count its weights too.
     """
     with reported(debug):
         from fastldm import compare
 
         if suite == "ladder":
-            _ladder(out)
+            if out is not None:
+                raise InputError("--suite ladder writes its figures to benchmarks/results itself: leave out --json")
+            _ladder()
             return
+        if find_spec("diffusers") is None:
+            raise EngineError("diffusers is not installed, and is what is compared with: pip install 'fastldm[bench]'")
         peers = [peer.strip() for peer in options["compare"].split(",") if peer.strip()]
         unknown = [peer for peer in peers if peer not in PEERS]
         if unknown or not peers:
@@ -88,7 +100,7 @@ def bench(model: str, debug: bool, out: Path | None, suite: str | None, **option
         dtypes = [dtype.strip() for dtype in options["dtypes"].split(",")]
         if not set(dtypes) <= {"float32", "bfloat16"} or dtypes[0] != "float32":
             raise InputError(f"--dtypes {options['dtypes']!r}: expected float32, then bfloat16 if you like")
-        found = compare.contenders(peers, options["bundles"], dtypes)
+        found = compare.contenders(peers, options["bundles"], dtypes, options["backend"])
         shown = sys.stderr.isatty()
 
         def tell(text: str) -> None:
@@ -101,30 +113,48 @@ def bench(model: str, debug: bool, out: Path | None, suite: str | None, **option
             out.write_text(json.dumps(record(task, rows), indent=1) + "\n")
 
 
-def _ladder(out: Path | None) -> None:
+def _ladder() -> None:
     """benchmarks/ladder.py, which a checkout has and an installation has not."""
     import subprocess
 
     root = Path(__file__).resolve().parent.parent
     if not (root / "benchmarks" / "ladder.py").is_file():
         raise InputError("the ladder is part of a checkout of fastldm: run it there, by `fastldm bench --suite ladder`")
-    where = ["--results", str(out)] if out is not None else []
-    sys.exit(subprocess.run([sys.executable, "-m", "benchmarks.ladder", *where], cwd=root).returncode)
+    sys.exit(subprocess.run([sys.executable, "-m", "benchmarks.ladder"], cwd=root).returncode)
 
 
 def _cpu_step(options: dict[str, Any]) -> Task:
+    import torch
+
     from fastldm import compare
 
-    if options["bundles"]:
-        raise InputError("--suite cpu-step has random weights, of which there is no bundle: give -m, --what and --size")
-    threads = options["threads"] or os.cpu_count() or 1
+    fixed = [name for name in ("bundles", "size", "steps", "guidance", "sampler") if options[name]]
+    engines = [peer for peer in ("onnxruntime", "openvino") if peer in options["compare"]]
+    if fixed or engines:
+        raise InputError(
+            f"--suite cpu-step is one step at 256x256 of a network with random weights, of which there is no bundle: "
+            f"leave out {', '.join([*fixed, *engines])}, or leave out --suite and give -m MODEL --what step"
+        )
+    threads = options["threads"] or torch.get_num_threads()
     return compare.Task(compare.RANDOM, "step", 256, 256, "DDIMScheduler", 1, 7.5, threads, batch=options["batch"])
 
 
 def _task(model: str, options: dict[str, Any]) -> Task:
-    from fastldm import compare, loading
+    import diffusers
+    import torch
 
+    from fastldm import compare, engine, loading
+
+    if engine.is_bundle(model):
+        raise InputError(f"{model} is a bundle, which diffusers cannot load: give it as --bundle, and its model as -m")
+    if Path(model).is_file():
+        raise InputError(f"{model} is one file: --compare needs a diffusers folder, or a hub id")
+    sampler = options["sampler"]
+    if sampler is not None and not hasattr(diffusers, sampler):
+        raise InputError(f"--sampler {sampler!r}: expected a scheduler of diffusers, such as EulerDiscreteScheduler")
     spec = loading.describe(model)
+    if options["what"] == "step" and (spec.unet.needs_added or spec.unet.time_cond_proj_dim is not None):
+        raise InputError(f"--what step is for U-Nets that read a text alone, not for {spec.family.name}: leave it out")
     width, height = options["size"] or spec.default_size
     guidance = spec.family.guidance_scale if options["guidance"] is None else options["guidance"]
     return compare.Task(
@@ -132,10 +162,10 @@ def _task(model: str, options: dict[str, Any]) -> Task:
         options["what"],
         width,
         height,
-        options["sampler"] or spec.checkpoint.scheduler["_class_name"],
+        sampler or spec.checkpoint.scheduler["_class_name"],
         options["steps"] or spec.family.num_inference_steps,
         guidance,
-        options["threads"] or os.cpu_count() or 1,
+        options["threads"] or torch.get_num_threads(),
         prompt=options["prompt"],
         batch=options["batch"],
     )

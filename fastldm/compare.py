@@ -8,6 +8,7 @@ round alike. Where memory does not hold all at once they come in groups, each wi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 
 from fastldm import memory
-from fastldm.errors import EngineError
+from fastldm.errors import EngineError, InputError
 
 RANDOM = "random SD1.5"
 """SD1.5's U-Net at its full size with seeded random weights: no file is read, and a step costs what it costs."""
@@ -71,7 +72,7 @@ class Row:
     load: float
     first: float  # the first run, compilation included
     peak: int  # bytes of memory
-    difference: float  # max |x - first's| / max |first's|, or of 1 for pictures
+    difference: float | None  # max |x - first's| / max |first's|, or of 1 for pictures; None where it is not finite
     wrong: bool
     failure: str = ""
 
@@ -122,18 +123,30 @@ def compare(
             while others and (not group or _has_room(free, [base, *group])):
                 process = stack.enter_context(_running(task, others.pop(0), on_event))
                 if process.failure:
-                    rows[process.contender] = Row(process.contender, (), (), 0, 0, 0, 0, True, process.failure)
+                    rows[process.contender] = process.failed()
                 else:
                     group.append(process)
             for turn in range(rounds):
                 for process in [base, *group][:: -1 if turn % 2 else 1]:
-                    process.run()
+                    _run(process, base)
                 on_event(f"round {turn + 1} of {rounds}")
             wanted = base.output()
             for process in [base, *group]:
                 rows.setdefault(process.contender, process.row(base, wanted, task))
         if not others:
             return [rows[one] for one in contenders]
+
+
+def _run(process: _Process, base: _Process) -> None:
+    """One turn. Whoever dies in it is out and the others go on, but for the first, without which there is no ratio."""
+    if process.failure:
+        return
+    try:
+        process.run()
+    except EngineError as error:
+        process.failure = str(error)
+        if process is base:
+            raise EngineError(f"{process.contender} cannot run: {error}") from error
 
 
 def _has_room(free: int | None, running: Sequence[_Process]) -> bool:
@@ -165,11 +178,10 @@ class _Process:
         )
         try:
             ready = self._heard()
+            self.load, self.first = ready["loaded"], ready["first"]
+            self.run()  # another that does not count: buffers of the second run are not those of the first
         except EngineError as error:
             self.failure = str(error)
-            return
-        self.load, self.first = ready["loaded"], ready["first"]
-        self.run()  # another that does not count: buffers of the second run are not those of the first
         self.seconds.clear()
 
     def run(self) -> None:
@@ -182,11 +194,16 @@ class _Process:
         self._ask(f"save {path}")
         return np.load(path)
 
+    def failed(self) -> Row:
+        return Row(self.contender, (), (), 0, 0, 0, None, True, self.failure)
+
     def row(self, base: _Process, wanted: np.ndarray, task: Task) -> Row:
+        if self.failure:
+            return self.failed()
         got = self.output()
         scale = float(np.abs(wanted).max()) if task.what == "step" else 1.0
         same = got.shape == wanted.shape and bool(np.isfinite(got).all())
-        difference = float(np.abs(got - wanted).max()) / scale if same else float("inf")
+        difference = float(np.abs(got - wanted).max()) / scale if same else None
         allowed = TOLERANCES.get((task.what, self.contender.dtype), HALF[task.what])
         return Row(
             self.contender,
@@ -196,13 +213,14 @@ class _Process:
             self.first,
             self.peak,
             difference,
-            not difference <= allowed,
+            difference is None or difference > allowed,
         )
 
     def _ask(self, what: str) -> dict[str, Any]:
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{what}\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended: what follows says why
+            self._process.stdin.write(f"{what}\n")
+            self._process.stdin.flush()
         return self._heard()
 
     def _heard(self) -> dict[str, Any]:
@@ -211,9 +229,11 @@ class _Process:
         for line in self._process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        self._process.wait()
+        status = self._process.wait()
+        if status < 0:
+            raise EngineError(f"it was killed by signal {-status}: was there too little memory?")
         self._errors.seek(0)
-        said = self._errors.read().strip().splitlines() or [f"exit status {self._process.returncode}"]
+        said = self._errors.read().strip().splitlines() or [f"exit status {status}"]
         raise EngineError(said[-1])
 
     def close(self) -> None:
@@ -233,20 +253,24 @@ def _running(task: Task, contender: Contender, on_event: Callable[[str], object]
             process.close()
 
 
-def contenders(peers: Sequence[str], bundles: Sequence[str], dtypes: Sequence[str]) -> list[Contender]:
+def contenders(
+    peers: Sequence[str], bundles: Sequence[str], dtypes: Sequence[str], backend: str = "all"
+) -> list[Contender]:
     """The peers and fastldm on everything that these bundles run on, each in each of the dtypes it has.
 
-    peers: names of contender.py; the first is what all others are compared with, in float32. Raises EngineError for a
+    backend: of fastldm; "all" is every one of a CPU.
+    peers: names of contender.py; the first is what all others are compared with, in float32. Raises InputError for a
     peer that needs a bundle that was not split where there is none.
     """
     from fastldm import engine
 
     opened = {bundle: engine.read_bundle(bundle).manifest for bundle in bundles}
-    whole = next((bundle for bundle, manifest in opened.items() if not manifest["split"]), None)
+    plain = {"split": False, "dtype": "float32", "fused_ops": False}
+    whole = next((one for one, manifest in opened.items() if plain.items() <= manifest.items()), None)
     found = []
     for peer in peers:
         if peer in ("onnxruntime", "openvino") and whole is None:
-            raise EngineError(f"{peer} runs a bundle: give one that was exported without --split as --bundle")
+            raise InputError(f"{peer} runs a bundle: give one that was exported in float32 without --split as --bundle")
         one = Contender(peer, "float32", bundle=whole if peer in ("onnxruntime", "openvino") else None)
         found += [replace(one, dtype=dtype) for dtype in dtypes if (peer, dtype) != ("onnxruntime", "bfloat16")]
     found += [Contender("fastldm", dtype) for dtype in dtypes]
@@ -254,4 +278,4 @@ def contenders(peers: Sequence[str], bundles: Sequence[str], dtypes: Sequence[st
         note = "split" if manifest["split"] else "whole"
         found.append(Contender("fastldm", manifest["dtype"], "onnxruntime", bundle, note))
         found += [Contender("fastldm", dtype, "openvino", bundle, note) for dtype in dtypes]
-    return found
+    return [one for one in found if one.name != "fastldm" or backend in ("all", one.backend)]

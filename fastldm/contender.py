@@ -10,7 +10,6 @@ by sessions on a bundle that was not split.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -46,9 +45,17 @@ def main() -> None:
             began = perf_counter()
             last = work()
             seconds = perf_counter() - began
-            # Kibibytes on Linux, bytes on macOS.
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-            _say(seconds=seconds, peak=peak)
+            _say(seconds=seconds, peak=_peak())
+
+
+def _peak() -> int:
+    """The most bytes of memory that this process has had; 0 on Windows, which keeps no such count."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024  # Linux counts in KiB
 
 
 def _say(**what: Any) -> None:

@@ -117,12 +117,20 @@ def source(path: str | os.PathLike[str]) -> str:
     return networks.source(read_bundle(path))
 
 
-def choose(backend: str, path: str | os.PathLike[str], device: torch.device) -> str:
+def choose_device(backend: str, device: str | torch.device | None) -> str | torch.device | None:
+    """Where a backend runs if nothing else is asked for: OpenVINO on the CPU, also where there is a GPU."""
+    return "cpu" if device is None and backend == "openvino" else device
+
+
+def choose(
+    backend: str, path: str | os.PathLike[str], device: torch.device, dtype: str | torch.dtype | None = None
+) -> str:
     """What runs the model at a path: the backend that was asked for, or for "auto" PyTorch, if it is no bundle.
 
     Of a bundle, "auto" takes what makes a picture soonest, loading included, as `fastldm verify` measured on this
-    machine; where it did not, the first that is installed of OpenVINO and ONNX Runtime, on a GPU of TensorRT and ONNX
-    Runtime. Nothing is exported and nothing measured here.
+    machine; where it did not, the first that is installed of OpenVINO and ONNX Runtime, on a GPU of TensorRT, if
+    engines were built ahead, and ONNX Runtime. Of those, only what computes in `dtype`. Nothing is exported, built or
+    measured here.
 
     Raises InputError for a backend there is not and for one that runs bundles where this is none, EngineError where
     none is installed.
@@ -137,7 +145,7 @@ def choose(backend: str, path: str | os.PathLike[str], device: torch.device) -> 
         return backend
     from fastldm.export import auto
 
-    return auto.choose(read_bundle(path), device)
+    return auto.choose(read_bundle(path), device, dtype)
 
 
 def precisions(
@@ -173,6 +181,7 @@ def open_engine(
     device: torch.device | str = "cpu",
     precision: str | None = None,
     hashes: Mapping[str, str] | None = None,
+    threads: int | None = None,
 ) -> Engine:
     """A network of a bundle, on a backend.
 
@@ -181,6 +190,7 @@ def open_engine(
     precision: what it computes in, "float32", "float16" or "bfloat16"; what the file holds where it is None, but for
         OpenVINO, which computes in "float32" or "bfloat16" whatever the file holds.
     hashes: sha256 of the network's files by name, where they are known: engine caches need them.
+    threads: of a CPU that it may use; those that PyTorch has in this thread where it is None.
 
     Raises EngineError where the backend is not installed, naming the extra that brings it, or cannot run this.
     """
@@ -194,7 +204,9 @@ def open_engine(
         ) from error
     if not path.is_file():
         raise EngineError(f"{path} does not exist: expected the {spec.name} of a bundle")
-    return module.open_engine(path, spec, torch.device(device), precision, hashes or {})
+    return module.open_engine(
+        path, spec, torch.device(device), precision, hashes or {}, threads or torch.get_num_threads()
+    )
 
 
 def bound(

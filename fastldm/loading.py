@@ -108,7 +108,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     """The device asked for, or a GPU where there is one, else the CPU. InputError where it does not exist here."""
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=chosen)
+        chosen = torch.empty(0, device=chosen).device  # "cuda" is the current one of several, by its index
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(

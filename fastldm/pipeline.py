@@ -101,8 +101,8 @@ class Pipeline:
         is not, BundleError for a bundle that is damaged, EngineError for a backend that is not installed or cannot
         run it.
         """
-        chosen = loading.choose_device(device)
-        runs = engine.choose(backend, path_or_id, chosen)
+        chosen = loading.choose_device(engine.choose_device(backend, device))
+        runs = engine.choose(backend, path_or_id, chosen, dtype or torch_dtype)
         if runs != "torch":
             unused = [name for name, value in where.items() if value]
             if unused:

@@ -67,7 +67,10 @@ def test_they_come_in_groups_where_memory_is_short(monkeypatch: pytest.MonkeyPat
     ("options", "words"),
     [
         (["--compare", "pytorch"], "expected some of diffusers, diffusers-compile, onnxruntime, openvino"),
-        (["--compare", "diffusers,openvino"], "openvino runs a bundle: give one that was exported without --split"),
+        (
+            ["--compare", "diffusers,openvino"],
+            "openvino runs a bundle: give one that was exported in float32",
+        ),
         (["--dtypes", "float16"], "expected float32, then bfloat16 if you like"),
     ],
 )
