@@ -26,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OPS = ("attention", "group_norm", "conv", "linear", "step", "geglu", "layer_norm")  # in this order
-RUNTIME = ("graph", "slots", "session")
+RUNTIME = ("graph", "slots", "session", "profile", "engine", "backends")
 SANITIZED = ("geglu", "layer_norm", "step")  # the sanitizer is some hundred times slower: the cheapest tests
 
 

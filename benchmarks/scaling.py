@@ -47,9 +47,8 @@ def main() -> None:
     for name, points in found.items():
         print(f"{name:9} exponent {slope(points):5.2f}, expected {EXPECTED[name]:.0f}: ", end="")
         print("  ".join(f"{size}: {seconds:.3f} s" for size, seconds in points))
-    folder = RESULTS / (
-        slug() if pipe.device.type == "cpu" else torch.cuda.get_device_name(pipe.device).replace(" ", "-")
-    )
+    name = torch.cuda.get_device_name(pipe.device).lower() if pipe.device.type == "cuda" else slug()
+    folder = RESULTS / name.replace(" ", "-")
     folder.mkdir(parents=True, exist_ok=True)
     record = {
         "machine": machine(pipe.device),

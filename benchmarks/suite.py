@@ -53,11 +53,11 @@ def main() -> None:
     parser.add_argument("--deployment", type=Path, help="the folder of benchmarks.deployment, for the full sizes")
     args = parser.parse_args()
     cases = args.case or [*CASES, *(FULL if args.deployment else ())]
+    if args.deployment is None and FULL.keys() & set(cases):
+        parser.error(f"{', '.join(FULL)} need --deployment FOLDER")
     with tempfile.TemporaryDirectory() as folder:
         for case in cases:
             if case in FULL:
-                if args.deployment is None:
-                    sys.exit(f"{case} needs --deployment FOLDER")
                 keep(case, bench(FULL[case], args.deployment))
             else:
                 if "--bundle" in CASES[case]:
@@ -128,12 +128,14 @@ h2 { margin: 32px 0 0; } svg { width: 100%; height: auto; } text { fill: current
 
 def page() -> str:
     """The history of every case on every machine: how many times faster than the first contender each one was."""
+    found = sorted(path.relative_to(RESULTS).as_posix() for path in RESULTS.glob("*/scaling.html"))
+    links = "".join(f" <a href='{path}'>How cost grows on {path.partition('/')[0]}</a>." for path in found)
     parts = [part for path in sorted(RESULTS.glob("*/*.json")) for part in _case(path)]
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>fastldm: measured</title><style>{STYLE}</style><h1>fastldm, measured</h1>"
         f"<p>How many times faster than the first contender, run by run; whiskers are the quarter and three quarters "
-        f"of the rounds. Written by <code>python -m benchmarks.suite</code>.</p>{''.join(parts)}</html>\n"
+        f"of the rounds. Written by <code>python -m benchmarks.suite</code>.{links}</p>{''.join(parts)}</html>\n"
     )
 
 

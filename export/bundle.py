@@ -284,6 +284,10 @@ def _export(model: Spec, work: Path, on_network: Callable[[str], object], head: 
     _write_json(work / "scheduler" / "scheduler_config.json", model.checkpoint.scheduler)
     _write_json(work / "model_index.json", model.checkpoint.index)
     done.unlink()
+    for path in work.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
     manifest["files"] = _hashes(work, "")
     manifest["sha256"] = _manifest_hash(manifest)
     _write_json(work / MANIFEST, manifest)

@@ -60,6 +60,12 @@ def source(bundle: Bundle, *, check: bool = True) -> str:
     return given
 
 
+def latents(bundle: Bundle) -> tuple[Axis, Axis]:
+    """Heights and widths that the U-Net runs with."""
+    axes = bundle.specs["unet_step" if bundle.manifest["split"] else "unet"].axes
+    return axes["height"], axes["width"]
+
+
 def precision(bundle: Bundle, backend: str, device: torch.device, dtype: str | torch.dtype | None) -> str:
     """What a backend computes a bundle in: what it was exported in, if nothing else is asked for; OpenVINO in what is
     fastest on the device."""
@@ -107,7 +113,7 @@ def load(
         dtype=getattr(torch, bundle.manifest["dtype"]),
         backend=backend,
         precision=computed,
-        latents=unet.latents,
+        latents=latents(bundle),
     )
 
 
@@ -180,7 +186,6 @@ class ExportedUNet(ABC):
         """step: runs at each step. text: its input that has the axis of tokens."""
         self.config, self._step = config, step
         self._tokens = next(port.axes[1] for port in step.spec.inputs if port.name == text)
-        self.latents = step.spec.axes["height"], step.spec.axes["width"]
 
     @abstractmethod
     def time_rows(

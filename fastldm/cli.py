@@ -315,6 +315,7 @@ def plan(
         if runs == "torch":
             given["dtype"] = loading.choose_dtype(dtype, place)
         else:
+            engine.check_size(engine.latents(model), spec.vae.factor, width, height)
             given["backend"] = runs
             given["dtype"], given["precision"] = engine.precisions(model, runs, place, dtype)
         made = memory.plan(

@@ -148,6 +148,13 @@ def choose(
     return auto.choose(read_bundle(path), device, dtype)
 
 
+def latents(path: str | os.PathLike[str]) -> tuple[Axis, Axis]:
+    """The heights and widths of latents that a bundle runs with."""
+    from fastldm.export import networks
+
+    return networks.latents(read_bundle(path))
+
+
 def precisions(
     path: str | os.PathLike[str], backend: str, device: torch.device, dtype: str | torch.dtype | None
 ) -> tuple[torch.dtype, torch.dtype]:
@@ -236,6 +243,17 @@ def bound(
         port.name: torch.empty(spec.shape(port, sizes), dtype=port.torch_dtype, device=device) for port in spec.outputs
     }
     return {name: tensor.contiguous() for name, tensor in inputs.items()}, outputs
+
+
+def check_size(latents: tuple[Axis, Axis], factor: int, width: int, height: int) -> None:
+    """InputError for pictures of a size that the latents' axes (height, width) do not have. factor: pixels a latent."""
+    for name, size, axis in zip(("height", "width"), (height, width), latents, strict=True):
+        near = nearest(axis, size // factor) * factor
+        if near != size:
+            raise InputError(
+                f"{name} is {size}: this bundle runs {axis.least * factor} to {axis.most * factor} pixels in steps "
+                f"of {axis.multiple_of * factor}, of which {near} is nearest"
+            )
 
 
 def nearest(axis: Axis, size: int) -> int:

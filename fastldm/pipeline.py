@@ -359,7 +359,8 @@ class Pipeline:
                 raise InputError(
                     f"{name} is {value}: expected a multiple of {factor} pixels for this model, such as {near}"
                 )
-        self._check_size(width, height)
+        if self._latents is not None:
+            engine.check_size(self._latents, factor, width, height)
         if latents is not None and (height, width) != tuple(int(n) * factor for n in latents.shape[2:]):
             raise InputError(
                 f"latents are for {latents.shape[3] * factor}x{latents.shape[2] * factor} pixels, not {width}x{height}"
@@ -386,17 +387,6 @@ class Pipeline:
         )
         self._check_memory(completed)
         return completed
-
-    def _check_size(self, width: int, height: int) -> None:
-        """InputError for a size that the networks were not exported for."""
-        factor = self.vae.config.factor
-        for name, size, axis in zip(("height", "width"), (height, width), self._latents or (), strict=False):
-            near = engine.nearest(axis, size // factor) * factor
-            if near != size:
-                raise InputError(
-                    f"{name} is {size}: this bundle runs {axis.least * factor} to {axis.most * factor} pixels in steps "
-                    f"of {axis.multiple_of * factor}, of which {near} is nearest"
-                )
 
     def _check_memory(self, request: Request) -> None:
         """OutOfMemory for what cannot fit, before any work."""

@@ -327,7 +327,7 @@ def _about(pipe: Pipeline, result: Result, rows: int) -> dict[str, Any]:
         "steps": len(result.timings.steps),
         "sampler": asked.sampler,
         "guidance": asked.guidance_scale,
-        "threads": torch.get_num_threads(),
+        "threads": pipe.session.call(torch.get_num_threads),  # those of the thread that took the steps
         "machine": machine(pipe.device),
     }
 
@@ -497,7 +497,7 @@ def _hint(made: Profile, row: Row) -> str:
         return "on a CPU an engine fuses and packs what PyTorch runs op by op: fastldm export, then --backend openvino"
     if "triton is not installed" in reasons:
         return "its kernel is written in Triton: pip install triton"
-    return f"find its best launch configuration here: fastldm tune -m {about['model']}"
+    return "find its best launch configuration here, with fastldm tune"
 
 
 _HINTS = {

@@ -57,12 +57,19 @@ def made(pipe: Pipeline) -> Profile:
 
 
 def test_stages_add_up_to_the_wall_clock(made: Profile) -> None:
-    """Within 5%, though what no stage has ("session") is left out; and steps to theirs."""
+    """With what no stage has ("session"); and steps to theirs."""
     mean = {stage.name: stage.host.mean for stage in made.stages}
     assert sum(mean.values()) == pytest.approx(made.wall.mean)
-    assert 0 < mean["session"] < 0.05 * made.wall.mean
+    assert 0 < mean["session"] < 0.5 * made.wall.mean
     assert sum(step.mean for step in made.steps) == pytest.approx(mean["step"])
     assert (len(made.steps), made.step.count, made.wall.count) == (STEPS, STEPS * ROUNDS, ROUNDS)
+
+
+@pytest.mark.full
+def test_what_no_stage_has_is_little(made: Profile) -> None:
+    """At most 5%. A machine that is busy with something else gives more: not for every run of the tests."""
+    mean = {stage.name: stage.host.mean for stage in made.stages}
+    assert mean["session"] < 0.05 * made.wall.mean
 
 
 def test_rows_add_up_to_their_stage(made: Profile) -> None:
