@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -124,7 +124,7 @@ def _step(task: Task, unet: Any, dtype: torch.dtype, factor: int) -> Work:
     return step
 
 
-def _random_diffusers(task: Task, dtype: torch.dtype, compiled: bool) -> Work:
+def _random_diffusers(dtype: torch.dtype) -> Any:
     import diffusers
 
     with torch.device("meta"):
@@ -133,11 +133,7 @@ def _random_diffusers(task: Task, dtype: torch.dtype, compiled: bool) -> Work:
     unet.eval()
     if dtype == torch.bfloat16:
         unet.to(memory_format=torch.channels_last)
-    if compiled:
-        unet.forward = torch.compile(unet.forward)
-    u, timestep, text = _inputs(task, unet.config.in_channels, unet.config.cross_attention_dim, 8)
-    u, text = u.to(dtype), text.to(dtype)
-    return lambda: unet(u, timestep, text).sample
+    return unet
 
 
 def _fastldm(task: Task, contender: Contender) -> Work:
@@ -170,11 +166,22 @@ def _fastldm(task: Task, contender: Contender) -> Work:
 
 def _diffusers(task: Task, contender: Contender) -> Work:
     if task.model == RANDOM:
-        return _random_diffusers(task, getattr(torch, contender.dtype), contender.name == "diffusers-compile")
-    pipe = _diffusers_pipeline(task, contender)
+        pipe, unet, factor = None, _random_diffusers(getattr(torch, contender.dtype)), 8
+    else:
+        pipe = _diffusers_pipeline(task, contender)
+        unet, factor = pipe.unet, _factor(pipe.vae.config)
     if contender.name == "diffusers-compile":
-        pipe.unet.forward = torch.compile(pipe.unet.forward)
-    return _diffusers_work(task, pipe)
+        unet.forward = torch.compile(unet.forward)
+    if task.what == "picture":
+        return _diffusers_picture(task, pipe)
+    u, timestep, text = _inputs(task, unet.config.in_channels, unet.config.cross_attention_dim, factor)
+    u, text = u.to(unet.dtype), text.to(unet.dtype)
+    return lambda: unet(u, timestep, text).sample
+
+
+def _factor(vae: Mapping[str, Any]) -> int:
+    """Pixels a latent, from an autoencoder's config."""
+    return int(2 ** (len(vae["block_out_channels"]) - 1))
 
 
 def _diffusers_pipeline(task: Task, contender: Contender) -> Any:
@@ -191,14 +198,8 @@ def _diffusers_pipeline(task: Task, contender: Contender) -> Any:
     return pipe
 
 
-def _diffusers_work(task: Task, pipe: Any) -> Work:
-    dtype, factor = pipe.unet.dtype, 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-    if task.what == "step":
-        config = pipe.unet.config
-        u, timestep, text = _inputs(task, config.in_channels, config.cross_attention_dim, factor)
-        u, text = u.to(dtype), text.to(dtype)
-        return lambda: pipe.unet(u, timestep, text).sample
-    latents = _latents(task, pipe.unet.config.in_channels, factor).to(dtype)
+def _diffusers_picture(task: Task, pipe: Any) -> Work:
+    latents = _latents(task, pipe.unet.config.in_channels, _factor(pipe.vae.config)).to(pipe.unet.dtype)
 
     def picture() -> Tensor:
         images = pipe(
@@ -246,7 +247,7 @@ def _engines(task: Task, contender: Contender) -> Work:
         time = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1)
         given = {"sample": sample, "timestep": time, "encoder_hidden_states": encoder_hidden_states}
         out = torch.from_numpy(unet({name: x.numpy() for name, x in given.items()})["out_sample"])
-        return _Sample(out)
+        return _Answer((out,))
 
     decoder, encoder = session("vae_decoder"), session("text_encoder")
 
@@ -254,36 +255,26 @@ def _engines(task: Task, contender: Contender) -> Work:
         return (torch.from_numpy(decoder({"latent_sample": z.numpy()})["sample"]),)
 
     def encode(input_ids: Tensor, **_: Any) -> Any:
-        return _Text(torch.from_numpy(encoder({"input_ids": input_ids.numpy()})["last_hidden_state"]))
+        return _Answer((torch.from_numpy(encoder({"input_ids": input_ids.numpy()})["last_hidden_state"]),))
 
     pipe.unet.forward, pipe.vae.decode, pipe.text_encoder.forward = unet_forward, decode, encode
-    return _diffusers_work(task, pipe)
+    return _diffusers_picture(task, pipe)
 
 
-def _sizes(folder: Path) -> tuple[int, int, int]:
-    """Of a bundle's U-Net: channels of its input, width of its text, pixels a latent."""
-    unet, vae = (json.loads((folder / name / "config.json").read_text()) for name in ("unet", "vae_decoder"))
-    return unet["in_channels"], unet["cross_attention_dim"], 2 ** (len(vae["block_out_channels"]) - 1)
-
-
-class _Sample(tuple):
-    """What diffusers' U-Net returns, both ways."""
-
-    def __new__(cls, sample: Tensor) -> _Sample:
-        return super().__new__(cls, (sample,))
+class _Answer(tuple):
+    """One tensor as diffusers and transformers return it: the first of a tuple, and by its name."""
 
     @property
     def sample(self) -> Tensor:
         return self[0]
 
+    last_hidden_state = sample
 
-class _Text(tuple):
-    def __new__(cls, hidden: Tensor) -> _Text:
-        return super().__new__(cls, (hidden,))
 
-    @property
-    def last_hidden_state(self) -> Tensor:
-        return self[0]
+def _sizes(folder: Path) -> tuple[int, int, int]:
+    """Of a bundle's U-Net: channels of its input, width of its text, pixels a latent."""
+    unet, vae = (json.loads((folder / name / "config.json").read_text()) for name in ("unet", "vae_decoder"))
+    return unet["in_channels"], unet["cross_attention_dim"], _factor(vae)
 
 
 def _onnxruntime(path: Path, dtype: str, threads: int) -> Session:
