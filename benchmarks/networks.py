@@ -16,19 +16,11 @@ from torch import Tensor, nn
 
 from fastldm import dry
 from fastldm.config import TextConfig, UNetConfig, VAEConfig
+from fastldm.contender import SD15 as _SD15
 from fastldm.kernels import dispatch
 
 _CROSS_DOWN, _DOWN, _CROSS_UP, _UP = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"
 
-_SD15: dict[str, Any] = {
-    "sample_size": 64,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "down_block_types": [_CROSS_DOWN, _CROSS_DOWN, _CROSS_DOWN, _DOWN],
-    "up_block_types": [_UP, _CROSS_UP, _CROSS_UP, _CROSS_UP],
-    "layers_per_block": 2,
-    "attention_head_dim": 8,
-    "cross_attention_dim": 768,
-}
 SD15 = UNetConfig.from_dict(_SD15, "SD1.5")
 TINY = UNetConfig.from_dict(  # runs anywhere in no time
     _SD15

@@ -170,6 +170,7 @@ def _plot(runs: list[dict[str, Any]], width: int = 900, height: int = 320) -> st
     ]
     for k, title in enumerate(titles):
         colour = _COLOURS[k % len(_COLOURS)]
+        dot = f"stroke='{colour}' stroke-width=2 fill='{'none' if k // len(_COLOURS) % 2 else colour}'"  # or a ring
         points = [(x(i), run[title]) for i, run in enumerate(rows) if title in run]
         line = "L".join(f"{at:.1f} {y(row['ratio']):.1f}" for at, row in points)
         drawn.append(f"<path stroke='{colour}' d='M{line}'/>")
@@ -178,10 +179,10 @@ def _plot(runs: list[dict[str, Any]], width: int = 900, height: int = 320) -> st
             said = f"{title}: {row['ratio']:.2f} times, {row['median']:.3f} s"
             drawn.append(
                 f"<path stroke='{colour}' d='M{at:.1f} {y(low):.1f}V{y(high):.1f}'/><circle cx={at:.1f} "
-                f"cy={y(row['ratio']):.1f} r=4 fill='{colour}'><title>{escape(said)}</title></circle>"
+                f"cy={y(row['ratio']):.1f} r=4 {dot}><title>{escape(said)}</title></circle>"
             )
         place = 20 + 18 * k
-        drawn.append(f"<circle cx={width - right + 20} cy={place - 4} r=5 fill='{colour}'/>")
+        drawn.append(f"<circle cx={width - right + 20} cy={place - 4} r=4 {dot}/>")
         drawn.append(f"<text x={width - right + 32} y={place}>{escape(title)}</text>")
     for i, run in enumerate(runs):
         if i in (0, len(runs) - 1):

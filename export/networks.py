@@ -20,7 +20,7 @@ from fastldm.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
 from fastldm.engine import Engine, open_engine
 from fastldm.errors import BundleError, CheckpointError, InputError
 from fastldm.export.bundle import Bundle, weights_of
-from fastldm.export.spec import Axis, NetworkSpec
+from fastldm.export.spec import Axis
 from fastldm.models.unet import AddedConditions, guidance_embedding
 from fastldm.models.vae import Layer
 from fastldm.prepare import prepare
@@ -87,8 +87,9 @@ def load(
     options: dict[str, Any] = {"device": device, "precision": computed, "threads": torch.get_num_threads()}
 
     def network(name: str) -> Network:
-        known = bundle.specs[name]
-        return Network(open_engine(backend, bundle.path(name), known, hashes=bundle.hashes(name), **options), known)
+        return Network(
+            open_engine(backend, bundle.path(name), bundle.specs[name], hashes=bundle.hashes(name), **options)
+        )
 
     names = [name for name in ("text_encoder", "text_encoder_2") if name in bundle.specs]
     stages = tuple(
@@ -113,16 +114,16 @@ def load(
         dtype=getattr(torch, bundle.manifest["dtype"]),
         backend=backend,
         precision=computed,
-        latents=latents(bundle),
+        latents=unet.latents,
     )
 
 
 class Network:
     """An engine for any number of rows."""
 
-    def __init__(self, engine: Engine, spec: NetworkSpec) -> None:
-        self.spec, self._engine = spec, engine
-        rows = spec.inputs[0].shape[0]
+    def __init__(self, engine: Engine) -> None:
+        self.spec, self._engine = engine.spec, engine
+        rows = self.spec.inputs[0].shape[0]
         assert isinstance(rows, Axis)
         self._most = rows.most
 
@@ -186,6 +187,7 @@ class ExportedUNet(ABC):
         """step: runs at each step. text: its input that has the axis of tokens."""
         self.config, self._step = config, step
         self._tokens = next(port.axes[1] for port in step.spec.inputs if port.name == text)
+        self.latents = step.spec.axes["height"], step.spec.axes["width"]
 
     @abstractmethod
     def time_rows(

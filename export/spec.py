@@ -19,7 +19,7 @@ The split form has the U-Net in three, as `models.unet` runs it:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -89,6 +89,23 @@ class NetworkSpec:
             return sizes.get(axis.name, own.best) * axis.best // own.best
 
         return tuple(size(axis) if isinstance(axis, Axis) else axis for axis in port.shape)
+
+    def narrowed(self, ranges: Mapping[str, tuple[int, int]]) -> NetworkSpec:
+        """The same network for fewer sizes. ranges: least and most of axes of the inputs, by name."""
+        axes = self.axes
+
+        def narrow(size: int | Axis) -> int | Axis:
+            if isinstance(size, int) or size.name not in ranges:
+                return size
+            own, (least, most) = axes[size.name], ranges[size.name]
+            best = min(max(own.best, least), most)
+            inside = {"least": least, "best": best, "most": most}
+            return replace(size, **{end: n * size.best // own.best for end, n in inside.items()})
+
+        def ports(given: tuple[Port, ...]) -> tuple[Port, ...]:
+            return tuple(replace(port, shape=tuple(map(narrow, port.shape))) for port in given)
+
+        return NetworkSpec(self.name, ports(self.inputs), ports(self.outputs))
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; `from_dict` reads it."""

@@ -90,13 +90,25 @@ class TensorRTEngine:
     """An engine on a GPU, on PyTorch's current stream: a call waits for nothing and can be captured in a CUDA graph."""
 
     def __init__(self, data: bytes, spec: NetworkSpec, device: torch.device) -> None:
-        self.spec, self.device, self._log = spec, device, _Log()
+        self.device, self._log = device, _Log()
         with torch.cuda.device(device):
             self._runtime = trt.Runtime(self._log)
             self._engine = self._runtime.deserialize_cuda_engine(data)
             if self._engine is None:
                 raise EngineError(f"TensorRT refuses the engine of {spec.name}: {self._log.last}")
-            self._contexts = [self._context(k) for k in range(max(1, self._engine.num_optimization_profiles))]
+            profiles = range(max(1, self._engine.num_optimization_profiles))
+            self.spec = spec.narrowed(self._ranges(spec, profiles))
+            self._contexts = [self._context(k) for k in profiles]
+
+    def _ranges(self, spec: NetworkSpec, profiles: Iterable[int]) -> dict[str, tuple[int, int]]:
+        """Least and most of each axis over all profiles."""
+        ranges: dict[str, tuple[int, int]] = {}
+        for port in spec.inputs:
+            for least, most in (self._shapes(port.name, k) for k in profiles):
+                for dimension, axis in port.axes.items():
+                    low, high = ranges.get(axis.name, (least[dimension], most[dimension]))
+                    ranges[axis.name] = min(low, least[dimension]), max(high, most[dimension])
+        return ranges
 
     def _context(self, profile: int) -> Any:
         context = self._engine.create_execution_context()
@@ -128,11 +140,16 @@ class TensorRTEngine:
         raise InputError(f"the engine of {self.spec.name} was not built for {given}: build one whose ranges hold it")
 
     def _takes(self, name: str, profile: int, shape: torch.Size) -> bool:
+        least, most = self._shapes(name, profile)
+        return all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True))
+
+    def _shapes(self, name: str, profile: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The least and the most shape of an input."""
         fixed = tuple(self._engine.get_tensor_shape(name))
         if -1 not in fixed:
-            return tuple(shape) == fixed
+            return fixed, fixed
         least, _, most = self._engine.get_tensor_profile_shape(name, profile)
-        return all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True))
+        return tuple(least), tuple(most)
 
     def close(self) -> None:
         # A context must go before its engine, and that before its runtime.
@@ -207,7 +224,8 @@ def build_ahead(
 
 def picture_ranges(specs: Mapping[str, NetworkSpec], size: tuple[int, int] | None) -> dict[str, Ranges]:
     """Of each network. For a size, width and height in pixels: networks of pictures have that one and the best of all
-    else, but for the number of time steps, which is one for all rows or one each; the others keep their ranges."""
+    else, but for what a single picture varies: its rows, one or guided two; time steps, one for all rows or one each;
+    and smaller pictures to decode, which are previews. The others keep their ranges."""
     if size is None:
         return {name: {} for name in specs}
     encoder = specs["vae_encoder"]
@@ -226,8 +244,10 @@ def picture_ranges(specs: Mapping[str, NetworkSpec], size: tuple[int, int] | Non
                 f"{axes[0].most * unit} in steps of {axes[0].multiple_of * unit}, the nearest is {takes[0]}x{takes[1]}"
             )
         fixed = dict(static(spec, {"width": size[0] // unit, "height": size[1] // unit}))
-        if "steps" in fixed:
-            fixed["steps"] = (1, 1, fixed["batch"][1])
+        for axis in {"batch", "steps"} & fixed.keys():
+            fixed[axis] = (1, fixed[axis][1], spec.axes["batch"].best)
+        if name == "vae_decoder":
+            fixed |= {side: (spec.axes[side].least, fixed[side][1], fixed[side][2]) for side in ("height", "width")}
         made[name] = fixed
     return made
 

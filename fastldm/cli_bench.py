@@ -16,7 +16,8 @@ from fastldm.errors import EngineError, InputError
 if TYPE_CHECKING:
     from fastldm.compare import Row, Task
 
-PEERS = ("diffusers", "diffusers-compile", "onnxruntime", "openvino")
+# compare.PEERS, which costs torch to import; a test holds them equal
+PEERS = ("diffusers", "diffusers-compile", "onnxruntime", "openvino", "optimum", "openvino-genai")
 
 
 @main.command()
@@ -29,8 +30,15 @@ PEERS = ("diffusers", "diffusers-compile", "onnxruntime", "openvino")
     "bundles",
     multiple=True,
     metavar="DIR",
-    help="A bundle of MODEL, for fastldm to run too; may be repeated. The peers onnxruntime and openvino run the first "
-    "that was exported without --split.",
+    help="A bundle of MODEL, for fastldm to run too; may be repeated. Peers other than diffusers run the first that "
+    "was exported without --split.",
+)
+@click.option(
+    "--python",
+    "pythons",
+    multiple=True,
+    metavar="PEER=PATH",
+    help="An interpreter that has this peer, in an environment of its own; may be repeated.",
 )
 @click.option(
     "--what",
@@ -80,7 +88,8 @@ def bench(model: str, debug: bool, out: Path | None, suite: str | None, **option
     Every contender is a process of its own. Each is first compared with the first peer in float32: one that does not
     compute the same is red, and its time means nothing. A ratio is the median of the rounds' ratios, in brackets the
     quarter and three quarters of them. The peers onnxruntime and openvino are diffusers' pipeline with its networks
-    replaced, so that their memory and their time to load count its weights too.
+    replaced, so that their memory and their time to load count its weights too. optimum needs an older transformers
+    than fastldm, and so an environment of its own: --python optimum=PATH.
     """
     with reported(debug):
         from fastldm import compare
@@ -100,7 +109,8 @@ def bench(model: str, debug: bool, out: Path | None, suite: str | None, **option
         dtypes = [dtype.strip() for dtype in options["dtypes"].split(",")]
         if not set(dtypes) <= {"float32", "bfloat16"} or dtypes[0] != "float32":
             raise InputError(f"--dtypes {options['dtypes']!r}: expected float32, then bfloat16 if you like")
-        found = compare.contenders(peers, options["bundles"], dtypes, options["backend"])
+        pythons = dict(_python(given) for given in options["pythons"])
+        found = compare.contenders(peers, options["bundles"], dtypes, options["backend"], pythons)
         shown = sys.stderr.isatty()
 
         def tell(text: str) -> None:
@@ -111,6 +121,13 @@ def bench(model: str, debug: bool, out: Path | None, suite: str | None, **option
         click.echo(table(task, rows))
         if out is not None:
             out.write_text(json.dumps(record(task, rows), indent=1) + "\n")
+
+
+def _python(given: str) -> tuple[str, str]:
+    peer, _, path = given.partition("=")
+    if peer not in PEERS or not Path(path).is_file():
+        raise InputError(f"--python {given!r}: expected PEER=PATH, such as optimum=/opt/optimum/bin/python")
+    return peer, path
 
 
 def _ladder() -> None:
@@ -129,7 +146,7 @@ def _cpu_step(options: dict[str, Any]) -> Task:
     from fastldm import compare
 
     fixed = [name for name in ("bundles", "size", "steps", "guidance", "sampler") if options[name]]
-    engines = [peer for peer in ("onnxruntime", "openvino") if peer in options["compare"]]
+    engines = [peer for peer in compare.OF_A_BUNDLE if peer in options["compare"].split(",")]
     if fixed or engines:
         raise InputError(
             f"--suite cpu-step is one step at 256x256 of a network with random weights, of which there is no bundle: "
@@ -181,7 +198,7 @@ def record(task: Task, rows: list[Row]) -> dict[str, Any]:
     from fastldm.bench import machine
 
     versions: dict[str, str | None] = {}
-    for name in ("diffusers", "transformers", "onnxruntime", "openvino"):
+    for name in ("diffusers", "transformers", "onnxruntime", "openvino", "openvino-genai"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -56,6 +56,7 @@ class Contender:
     backend: str = "torch"  # of fastldm
     bundle: str | None = None
     note: str = ""  # "split"
+    python: str | None = None  # the interpreter that runs it, this one when None
 
     def __str__(self) -> str:
         backend = f" on {self.backend}" if self.name == "fastldm" else ""
@@ -169,7 +170,7 @@ class _Process:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         self._errors = (folder / "stderr").open("w+")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "fastldm.contender", given],
+            [contender.python or sys.executable, "-m", "fastldm.contender", given],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -253,14 +254,24 @@ def _running(task: Task, contender: Contender, on_event: Callable[[str], object]
             process.close()
 
 
+PEERS = ("diffusers", "diffusers-compile", "onnxruntime", "openvino", "optimum", "openvino-genai")
+OF_A_BUNDLE = PEERS[2:]
+"""Peers that run what `fastldm export` wrote without --split."""
+
+
 def contenders(
-    peers: Sequence[str], bundles: Sequence[str], dtypes: Sequence[str], backend: str = "all"
+    peers: Sequence[str],
+    bundles: Sequence[str],
+    dtypes: Sequence[str],
+    backend: str = "all",
+    pythons: Mapping[str, str] | None = None,
 ) -> list[Contender]:
     """The peers and fastldm on everything that these bundles run on, each in each of the dtypes it has.
 
     backend: of fastldm; "all" is every one of a CPU.
-    peers: names of contender.py; the first is what all others are compared with, in float32. Raises InputError for a
-    peer that needs a bundle that was not split where there is none.
+    peers: some of PEERS; the first is what all others are compared with, in float32. Raises InputError for a peer that
+    needs a bundle that was not split where there is none.
+    pythons: peer -> an interpreter that has it, where that is not this one.
     """
     from fastldm import engine
 
@@ -269,10 +280,13 @@ def contenders(
     whole = next((one for one, manifest in opened.items() if plain.items() <= manifest.items()), None)
     found = []
     for peer in peers:
-        if peer in ("onnxruntime", "openvino") and whole is None:
+        if peer in OF_A_BUNDLE and whole is None:
             raise InputError(f"{peer} runs a bundle: give one that was exported in float32 without --split as --bundle")
-        one = Contender(peer, "float32", bundle=whole if peer in ("onnxruntime", "openvino") else None)
-        found += [replace(one, dtype=dtype) for dtype in dtypes if (peer, dtype) != ("onnxruntime", "bfloat16")]
+        one = Contender(
+            peer, "float32", bundle=whole if peer in OF_A_BUNDLE else None, python=(pythons or {}).get(peer)
+        )
+        as_exported = peer in ("onnxruntime", "optimum")  # ONNX Runtime computes in what it reads
+        found += [replace(one, dtype=dtype) for dtype in (dtypes[:1] if as_exported else dtypes)]
     found += [Contender("fastldm", dtype) for dtype in dtypes]
     for bundle, manifest in opened.items():
         note = "split" if manifest["split"] else "whole"

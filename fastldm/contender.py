@@ -3,15 +3,19 @@
     python -m fastldm.contender TASK          TASK: a compare.Task and a compare.Contender as JSON
 
 Reads lines: "run", or "save FILE". Writes a line of JSON for each, and one when it is loaded. Peers are run as their
-own documentation says: a pipeline of diffusers; for ONNX Runtime and OpenVINO that pipeline with its networks replaced
-by sessions on a bundle that was not split.
+own documentation says: a pipeline of diffusers, optimum or OpenVINO GenAI; "onnxruntime" and "openvino" are diffusers'
+pipeline with its networks replaced by sessions. All but diffusers read a bundle that was not split.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
+import re
+import shutil
 import sys
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -21,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fastldm.compare import RANDOM, Contender, Task
+from fastldm.errors import EngineError
 
 Work = Callable[[], Tensor]
 _ALIVE: list[object] = []  # who owns the layouts that a network's weights are read in
@@ -169,19 +174,18 @@ def _diffusers(task: Task, contender: Contender) -> Work:
         pipe, unet, factor = None, _random_diffusers(getattr(torch, contender.dtype)), 8
     else:
         pipe = _diffusers_pipeline(task, contender)
-        unet, factor = pipe.unet, _factor(pipe.vae.config)
+        unet, factor = pipe.unet, pipe.vae_scale_factor
     if contender.name == "diffusers-compile":
         unet.forward = torch.compile(unet.forward)
     if task.what == "picture":
         return _diffusers_picture(task, pipe)
+    return _diffusers_step(task, unet, unet.dtype, factor)
+
+
+def _diffusers_step(task: Task, unet: Any, dtype: torch.dtype, factor: int) -> Work:
     u, timestep, text = _inputs(task, unet.config.in_channels, unet.config.cross_attention_dim, factor)
-    u, text = u.to(unet.dtype), text.to(unet.dtype)
+    u, text = u.to(dtype), text.to(dtype)
     return lambda: unet(u, timestep, text).sample
-
-
-def _factor(vae: Mapping[str, Any]) -> int:
-    """Pixels a latent, from an autoencoder's config."""
-    return int(2 ** (len(vae["block_out_channels"]) - 1))
 
 
 def _diffusers_pipeline(task: Task, contender: Contender) -> Any:
@@ -191,15 +195,21 @@ def _diffusers_pipeline(task: Task, contender: Contender) -> Any:
     source = _folder(task.model)
     pipe = diffusers.DiffusionPipeline.from_pretrained(source, torch_dtype=torch.bfloat16 if half else torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = getattr(diffusers, task.sampler).from_config(pipe.scheduler.config)
+    pipe.scheduler = _scheduler(task, pipe)
     if half:  # slower without: it is what its documentation advises
         pipe.unet.to(memory_format=torch.channels_last)
         pipe.vae.to(memory_format=torch.channels_last)
     return pipe
 
 
+def _scheduler(task: Task, pipe: Any) -> Any:
+    import diffusers
+
+    return getattr(diffusers, task.sampler).from_config(pipe.scheduler.config)
+
+
 def _diffusers_picture(task: Task, pipe: Any) -> Work:
-    latents = _latents(task, pipe.unet.config.in_channels, _factor(pipe.vae.config)).to(pipe.unet.dtype)
+    latents = _latents(task, pipe.unet.config.in_channels, pipe.vae_scale_factor).to(pipe.dtype)
 
     def picture() -> Tensor:
         images = pipe(
@@ -227,7 +237,7 @@ Session = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 
 def _engines(task: Task, contender: Contender) -> Work:
-    """diffusers' pipeline on sessions: what optimum's and OpenVINO's own pipelines do."""
+    """diffusers' pipeline on sessions, without what others' pipelines add."""
     assert contender.bundle is not None
     folder = Path(contender.bundle)
     open_session = _onnxruntime if contender.name == "onnxruntime" else _openvino
@@ -261,6 +271,94 @@ def _engines(task: Task, contender: Contender) -> Work:
     return _diffusers_picture(task, pipe)
 
 
+def _optimum(task: Task, contender: Contender) -> Work:
+    """optimum's pipeline on ONNX Runtime, which reads the bundle as it is."""
+    import onnxruntime as ort
+    from optimum.onnxruntime import ORTStableDiffusionPipeline
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = task.threads
+    pipe = ORTStableDiffusionPipeline.from_pretrained(
+        contender.bundle, provider="CPUExecutionProvider", session_options=options
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = _scheduler(task, pipe)
+    if task.what == "step":
+        return _diffusers_step(task, pipe.unet, torch.float32, pipe.vae_scale_factor)
+    return _diffusers_picture(task, pipe)
+
+
+def _openvino_genai(task: Task, contender: Contender) -> Work:
+    """OpenVINO's pipeline, which has no Python between its steps. It wants models in OpenVINO's own format, an integer
+    time step, and a tokenizer that is a model too."""
+    import openvino as ov
+    import openvino_genai as genai
+    from openvino.preprocess import PrePostProcessor
+    from openvino_tokenizers import convert_tokenizer
+    from transformers import AutoTokenizer
+
+    assert contender.bundle is not None
+    bundle, folder = Path(contender.bundle), Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    shutil.copytree(bundle / "scheduler", folder / "scheduler")
+    shutil.copy(bundle / "model_index.json", folder)
+    for name in ("text_encoder", "unet", "vae_decoder"):
+        model = ov.Core().read_model(bundle / name / "model.onnx")
+        if name == "unet":
+            changed = PrePostProcessor(model)
+            changed.input("timestep").tensor().set_element_type(ov.Type.i64)
+            model = changed.build()
+        (folder / name).mkdir()
+        ov.save_model(model, folder / name / "openvino_model.xml", compress_to_fp16=False)
+        shutil.copy(bundle / name / "config.json", folder / name)
+    tokenizer = convert_tokenizer(AutoTokenizer.from_pretrained(bundle / "tokenizer"))
+    ov.save_model(tokenizer, folder / "tokenizer" / "openvino_tokenizer.xml")
+
+    settings = _openvino_settings(contender.dtype, task.threads)
+    if task.what == "step":
+        unet = genai.UNet2DConditionModel(folder / "unet", "CPU", **settings)
+        u, timestep, text = _inputs(task, *_sizes(bundle))
+        unet.set_hidden_states("encoder_hidden_states", ov.Tensor(text.numpy()))
+        given = ov.Tensor(u.numpy()), ov.Tensor(timestep.long().numpy())
+        return lambda: torch.from_numpy(unet.infer(*given).data)
+
+    pipe = genai.Text2ImagePipeline(folder, "CPU", **settings)
+    pipe.set_scheduler(
+        genai.Scheduler.from_config(folder / "scheduler" / "scheduler_config.json", _genai_scheduler(task.sampler))
+    )
+    channels, _, factor = _sizes(bundle)
+    latents = _latents(task, channels, factor).numpy()
+
+    class Given(genai.Generator):  # type: ignore[misc]
+        def randn_tensor(self, shape: Any) -> ov.Tensor:
+            return ov.Tensor(latents.copy())  # which the pipeline scales in place
+
+    def picture() -> Tensor:
+        made = pipe.generate(
+            task.prompt,
+            num_images_per_prompt=task.batch,
+            width=task.width,
+            height=task.height,
+            num_inference_steps=task.steps,
+            guidance_scale=task.guidance,
+            generator=Given(),
+        )
+        return torch.from_numpy(made.data) / 255
+
+    return picture
+
+
+def _genai_scheduler(name: str) -> Any:
+    """OpenVINO GenAI's, by the name of diffusers': EulerDiscreteScheduler is EULER_DISCRETE."""
+    import openvino_genai as genai
+
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.removesuffix("Scheduler")).upper()
+    found = genai.Scheduler.Type.__members__.get(words)
+    if found is None:
+        raise EngineError(f"OpenVINO GenAI has no {name}")
+    return found
+
+
 class _Answer(tuple):
     """One tensor as diffusers and transformers return it: the first of a tuple, and by its name."""
 
@@ -274,7 +372,7 @@ class _Answer(tuple):
 def _sizes(folder: Path) -> tuple[int, int, int]:
     """Of a bundle's U-Net: channels of its input, width of its text, pixels a latent."""
     unet, vae = (json.loads((folder / name / "config.json").read_text()) for name in ("unet", "vae_decoder"))
-    return unet["in_channels"], unet["cross_attention_dim"], _factor(vae)
+    return unet["in_channels"], unet["cross_attention_dim"], 2 ** (len(vae["block_out_channels"]) - 1)
 
 
 def _onnxruntime(path: Path, dtype: str, threads: int) -> Session:
@@ -290,11 +388,16 @@ def _onnxruntime(path: Path, dtype: str, threads: int) -> Session:
 def _openvino(path: Path, dtype: str, threads: int) -> Session:
     import openvino as ov
 
-    precision = ov.Type.bf16 if dtype == "bfloat16" else ov.Type.f32
-    settings = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
-    compiled = ov.Core().compile_model(path, "CPU", settings)
+    compiled = ov.Core().compile_model(path, "CPU", _openvino_settings(dtype, threads))
     names = [output.get_any_name() for output in compiled.outputs]
     return lambda given: dict(zip(names, compiled(given).values(), strict=True))
+
+
+def _openvino_settings(dtype: str, threads: int) -> dict[str, Any]:
+    import openvino as ov
+
+    precision = ov.Type.bf16 if dtype == "bfloat16" else ov.Type.f32
+    return {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
 
 
 _MAKE: dict[str, Callable[[Task, Contender], Work]] = {
@@ -303,6 +406,8 @@ _MAKE: dict[str, Callable[[Task, Contender], Work]] = {
     "diffusers-compile": _diffusers,
     "onnxruntime": _engines,
     "openvino": _engines,
+    "optimum": _optimum,
+    "openvino-genai": _openvino_genai,
 }
 
 

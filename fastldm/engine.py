@@ -73,6 +73,10 @@ class Autoencoder(Protocol):
 class Engine(Protocol):
     """A network that is ready to run. Used by one thread at a time."""
 
+    @property
+    def spec(self) -> NetworkSpec:
+        """What it takes: of what it was opened for, the sizes that it was built for."""
+
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One pass: all inputs of the network's spec to all its outputs, new tensors that belong to the caller.
 

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from fastldm import openmp
 from fastldm.denoise import Batch, Run
 from fastldm.errors import Cancelled, DeadlineExceeded, InputError, OutOfMemory, QueueFull, out_of_memory_named
 from fastldm.kernels import dispatch
@@ -156,6 +157,8 @@ class Session:
         """answered: whether the request waits after each step until somebody has answered for it."""
         job = _Job(self._worker, self.pipe._complete(request), deadline, preview, answered)
         worker = self._worker
+        if worker.device.type == "cpu":
+            openmp.rest()
         with worker.changed:
             if self._closed:
                 raise InputError("this session is closed: make a new one")

@@ -148,6 +148,11 @@ def dense(x: Tensor) -> Verdict:
     return YES
 
 
+@functools.cache  # a CPU's networks ask two hundred times a step
+def _on(device_type: str) -> Verdict:
+    return no(f"tensors are on the {'CPU' if device_type == 'cpu' else device_type}")
+
+
 class Op(Generic[P, R]):
     """One operation of the networks. All that is given has the op's own signature.
 
@@ -205,7 +210,7 @@ class Op(Generic[P, R]):
             if capability(x) < 80:
                 return no(f"sm_{capability(x)} is older than Ampere (sm_80)")
         elif (_scope.target is None or not _scope.target.arch) and not (preference == "triton" and interpreting()):
-            return no(f"tensors are on the {x.device.type.upper() if x.device.type == 'cpu' else x.device.type}")
+            return _on(x.device.type)
         verdict = self.supports(*args, **kwargs)
         if verdict and preference is None:
             entry = entry_of(self.name, self.shape_class(*args, **kwargs), capability(x))

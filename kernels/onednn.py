@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 # Rows of x up to which a layout is kept: beyond, the product is so much work that making the layout is 2% of it. And
-# bytes of a weight from which one is kept: below, it stays in the processor's cache and costs next to nothing.
+# bytes of a weight from which one is kept: below, it stays in the processor's cache and costs next to nothing. (Of the
+# default model's step in bfloat16, layouts of all weights take 7% off, of those from here on 6%, and from 1 MiB on 0.)
 _ROWS = 2048
-_BYTES = 1 << 20
+_BYTES = 1 << 18
 
 
 class _Kept:

@@ -20,9 +20,10 @@ import fastldm
 from fastldm import Pipeline, Session
 from fastldm.cli import main
 from fastldm.errors import BundleError, CheckpointError, EngineError, InputError
-from fastldm.export import auto
+from fastldm.export import auto, networks
 from fastldm.export.bundle import Bundle
 from fastldm.export.networks import Network
+from fastldm.export.spec import NetworkSpec
 
 ENGINES = ["onnxruntime", "openvino"]
 CPU = torch.device("cpu")
@@ -168,6 +169,31 @@ def test_sizes_and_texts_that_were_not_exported(pipe: Pipeline) -> None:
     with pytest.raises(InputError, match="cannot decode in tiles: decode sliced or whole"):
         pipe.enable_vae_tiling()
     assert pipe("a cat", **SMALL).images.isfinite().all()  # none of that has harmed it
+
+
+def test_engines_that_were_built_for_one_size(
+    sd1: tuple[Path, Path], torch_pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As TensorRT's may be: other sizes are refused before anything runs, more pictures go through one by one, and
+    previews are small as ever."""
+    tensorrt = pytest.importorskip("fastldm.export.tensorrt", reason="TensorRT-RTX is not installed")
+    ranges = tensorrt.picture_ranges(Bundle.read(sd1[1]).specs, (32, 16))
+    opened = networks.open_engine
+
+    def for_one_size(backend: str, path: Path, spec: NetworkSpec, **options: Any) -> Any:
+        ends = {name: (least, most) for name, (least, _, most) in ranges[spec.name].items()}
+        return opened(backend, path, spec.narrowed(ends), **options)
+
+    monkeypatch.setattr(networks, "open_engine", for_one_size)
+    pipe = load(sd1[1], "onnxruntime")
+    several = {"prompt": ["a cat", "two dogs, " * 20, "a bird"], "width": 32, "height": 16, **SMALL}
+    assert apart(pipe(**several).images, torch_pipe(**several).images) <= TOLERANCE
+    alone = {"prompt": "a cat", "guidance_scale": 1.0, "width": 32, "height": 16, **SMALL}
+    assert apart(pipe(**alone).images, torch_pipe(**alone).images) <= TOLERANCE
+    shown = list(pipe.session.submit(**alone, preview=True).progress())
+    assert shown[-1].preview[0].size == (32, 16)
+    with pytest.raises(InputError, match="height is 32: this bundle runs 16 to 16 pixels"):
+        pipe("a cat", width=32, height=32)
 
 
 def test_a_backend_is_asked_for_by_name(sd1: tuple[Path, Path]) -> None:

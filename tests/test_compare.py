@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import bundles
 import pytest
 from click.testing import CliRunner
 
-from fastldm import compare
+from fastldm import cli_bench, compare
 from fastldm.cli import main
 from fastldm.compare import Contender, Task
 from fastldm.errors import EngineError
@@ -72,12 +73,29 @@ def test_they_come_in_groups_where_memory_is_short(monkeypatch: pytest.MonkeyPat
             "openvino runs a bundle: give one that was exported in float32",
         ),
         (["--dtypes", "float16"], "expected float32, then bfloat16 if you like"),
+        (["--python", "optimum=/no/such/python"], "expected PEER=PATH, such as optimum="),
     ],
 )
 def test_what_cannot_be_compared(options: list[str], words: str) -> None:
     done = CliRunner().invoke(main, ["bench", *options])
     assert done.exit_code in (1, 2)
     assert words in done.output
+
+
+def test_the_command_knows_every_peer() -> None:
+    assert cli_bench.PEERS == compare.PEERS
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("what", ["step", "picture"])
+def test_pipelines_of_others_that_read_a_bundle(what: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    pytest.importorskip("openvino_genai", reason="openvino-genai is not installed: pip install 'fastldm[bench]'")
+    model, bundle = bundles.exported("sd1", False, bundles.shared(tmp_path_factory))
+    task = Task(str(model), what, 32, 16, "DDIMScheduler", 2, 2.0, threads=1)  # type: ignore[arg-type]
+    peers = compare.contenders(["diffusers", "openvino-genai"], [str(bundle)], ["float32"], backend="torch")
+    rows = compare.compare(task, peers, rounds=1)
+    assert [(row.failure, row.wrong) for row in rows] == [("", False)] * 3
+    assert rows[1].difference > 0  # it is another's arithmetic
 
 
 @pytest.mark.full

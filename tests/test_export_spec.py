@@ -106,3 +106,18 @@ def test_samples_repeat_and_token_ids_end(models: dict[str, loading.Spec]) -> No
     assert torch.equal(once["input_ids"], again["input_ids"])
     assert not torch.equal(once["input_ids"], other["input_ids"])
     assert ((once["input_ids"] == model.text[0].vocab - 1).sum(dim=1) >= 2).all()
+
+
+def test_a_narrowed_network_has_its_outputs_narrowed_in_their_own_unit(models: dict[str, loading.Spec]) -> None:
+    model = models["sd1"]
+    decoder = specs(model.unet, model.vae, model.text, dtype="float32")["vae_decoder"]
+    fewer = decoder.narrowed({"height": (2, 5), "width": (6, 6)})
+    axes = [[axis for axis in port.shape[2:] if isinstance(axis, Axis)] for port in (*fewer.inputs, *fewer.outputs)]
+    factor = model.vae.factor
+    assert [[(axis.least, axis.most) for axis in side] for side in axes] == [
+        [(2, 5), (6, 6)],
+        [(2 * factor, 5 * factor), (6 * factor, 6 * factor)],
+    ]
+    assert [axis.best for axis in axes[0]] == [5, 6]  # it was 8
+    assert fewer.shape(fewer.outputs[0], {"height": 3}) == (1, 3, 3 * factor, 6 * factor)
+    assert fewer.axes["batch"] == decoder.axes["batch"]
