@@ -32,7 +32,7 @@ CASES = {
     "cpu-step": ["--suite", "cpu-step", "--rounds", "5"],
     "cpu-picture": [
         "--compare",
-        "diffusers,diffusers-compile,onnxruntime,openvino",
+        "diffusers,diffusers-compile,onnxruntime,openvino,openvino-genai",
         "--bundle",
         "split",
         "--bundle",
@@ -42,7 +42,7 @@ CASES = {
 FULL = {  # of SD1.5's bundles
     "sd15-step": [
         *("-m", "sd15", "--what", "step", "--size", "256x256", "--bundle", "split", "--bundle", "whole"),
-        *("--compare", "diffusers,onnxruntime,openvino"),
+        *("--compare", "diffusers,onnxruntime,openvino,openvino-genai"),
     ]
 }
 
@@ -51,6 +51,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=[*CASES, *FULL], action="append", help="may be repeated  [default: all]")
     parser.add_argument("--deployment", type=Path, help="the folder of benchmarks.deployment, for the full sizes")
+    parser.add_argument(
+        "--optimum", type=Path, metavar="PYTHON", help="an interpreter with optimum-onnx, to compare too"
+    )
     args = parser.parse_args()
     cases = args.case or [*CASES, *(FULL if args.deployment else ())]
     if args.deployment is None and FULL.keys() & set(cases):
@@ -58,12 +61,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for case in cases:
             if case in FULL:
-                keep(case, bench(FULL[case], args.deployment))
+                keep(case, bench(with_optimum(FULL[case], args.optimum), args.deployment))
             else:
                 if "--bundle" in CASES[case]:
                     make_bundles(Path(folder))
-                keep(case, bench(CASES[case], Path(folder)))
+                keep(case, bench(with_optimum(CASES[case], args.optimum), Path(folder)))
     (RESULTS / "index.html").write_text(page(), encoding="utf-8")
+
+
+def with_optimum(options: list[str], python: Path | None) -> list[str]:
+    """The options of a case, with one peer more where it has peers that run bundles."""
+    if python is None or "--bundle" not in options:
+        return options
+    peers = options.index("--compare") + 1
+    return [*options[:peers], f"{options[peers]},optimum", *options[peers + 1 :], "--python", f"optimum={python}"]
 
 
 def make_bundles(folder: Path) -> None:

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import atexit
 import json
-import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -25,7 +24,6 @@ import torch
 from torch import Tensor
 
 from fastldm.compare import RANDOM, Contender, Task
-from fastldm.errors import EngineError
 
 Work = Callable[[], Tensor]
 _ALIVE: list[object] = []  # who owns the layouts that a network's weights are read in
@@ -185,7 +183,7 @@ def _diffusers(task: Task, contender: Contender) -> Work:
 def _diffusers_step(task: Task, unet: Any, dtype: torch.dtype, factor: int) -> Work:
     u, timestep, text = _inputs(task, unet.config.in_channels, unet.config.cross_attention_dim, factor)
     u, text = u.to(dtype), text.to(dtype)
-    return lambda: unet(u, timestep, text).sample
+    return lambda: unet(u, timestep[0], text).sample
 
 
 def _diffusers_pipeline(task: Task, contender: Contender) -> Any:
@@ -195,17 +193,20 @@ def _diffusers_pipeline(task: Task, contender: Contender) -> Any:
     source = _folder(task.model)
     pipe = diffusers.DiffusionPipeline.from_pretrained(source, torch_dtype=torch.bfloat16 if half else torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = _scheduler(task, pipe)
+    pipe.scheduler = _scheduler(task, pipe.scheduler.config)
     if half:  # slower without: it is what its documentation advises
         pipe.unet.to(memory_format=torch.channels_last)
         pipe.vae.to(memory_format=torch.channels_last)
     return pipe
 
 
-def _scheduler(task: Task, pipe: Any) -> Any:
+def _scheduler(task: Task, config: Mapping[str, Any]) -> Any:
+    """The task's, with what diffusers' pipelines change of a scheduler that they are made with."""
     import diffusers
 
-    return getattr(diffusers, task.sampler).from_config(pipe.scheduler.config)
+    kind = getattr(diffusers, task.sampler)
+    scheduler = kind.from_config(config)
+    return kind.from_config({**config, "clip_sample": False}) if scheduler.config.get("clip_sample") else scheduler
 
 
 def _diffusers_picture(task: Task, pipe: Any) -> Work:
@@ -282,7 +283,7 @@ def _optimum(task: Task, contender: Contender) -> Work:
         contender.bundle, provider="CPUExecutionProvider", session_options=options
     )
     pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = _scheduler(task, pipe)
+    pipe.scheduler = _scheduler(task, pipe.scheduler.config)
     if task.what == "step":
         return _diffusers_step(task, pipe.unet, torch.float32, pipe.vae_scale_factor)
     return _diffusers_picture(task, pipe)
@@ -300,7 +301,8 @@ def _openvino_genai(task: Task, contender: Contender) -> Work:
     assert contender.bundle is not None
     bundle, folder = Path(contender.bundle), Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    shutil.copytree(bundle / "scheduler", folder / "scheduler")
+    scheduler = json.loads((bundle / "scheduler" / "scheduler_config.json").read_text())
+    _scheduler(task, scheduler).save_pretrained(folder / "scheduler")
     shutil.copy(bundle / "model_index.json", folder)
     for name in ("text_encoder", "unet", "vae_decoder"):
         model = ov.Core().read_model(bundle / name / "model.onnx")
@@ -323,9 +325,6 @@ def _openvino_genai(task: Task, contender: Contender) -> Work:
         return lambda: torch.from_numpy(unet.infer(*given).data)
 
     pipe = genai.Text2ImagePipeline(folder, "CPU", **settings)
-    pipe.set_scheduler(
-        genai.Scheduler.from_config(folder / "scheduler" / "scheduler_config.json", _genai_scheduler(task.sampler))
-    )
     channels, _, factor = _sizes(bundle)
     latents = _latents(task, channels, factor).numpy()
 
@@ -346,17 +345,6 @@ def _openvino_genai(task: Task, contender: Contender) -> Work:
         return torch.from_numpy(made.data) / 255
 
     return picture
-
-
-def _genai_scheduler(name: str) -> Any:
-    """OpenVINO GenAI's, by the name of diffusers': EulerDiscreteScheduler is EULER_DISCRETE."""
-    import openvino_genai as genai
-
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.removesuffix("Scheduler")).upper()
-    found = genai.Scheduler.Type.__members__.get(words)
-    if found is None:
-        raise EngineError(f"OpenVINO GenAI has no {name}")
-    return found
 
 
 class _Answer(tuple):
