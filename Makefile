@@ -26,7 +26,7 @@ lint: $(VENV)/test
 	$(BIN)/mypy
 
 # On a CPU, in under 20 minutes: fastldm and its peers, and their history as a page.
-bench: $(VENV)/test
+bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks.suite
 
 # On a machine with a GPU, with the torch and triton that it has.
@@ -43,4 +43,8 @@ $(VENV)/base: pyproject.toml constraints.txt
 
 $(VENV)/test: $(VENV)/base
 	$(PIP) -e ".[test]"
+	@touch $@
+
+$(VENV)/bench: $(VENV)/test
+	$(PIP) -e ".[bench]"
 	@touch $@
