@@ -98,9 +98,8 @@ class NetworkSpec:
             if isinstance(size, int) or size.name not in ranges:
                 return size
             own, (least, most) = axes[size.name], ranges[size.name]
-            best = min(max(own.best, least), most)
-            inside = {"least": least, "best": best, "most": most}
-            return replace(size, **{end: n * size.best // own.best for end, n in inside.items()})
+            low, best, high = (end * size.best // own.best for end in (least, min(max(own.best, least), most), most))
+            return replace(size, least=low, best=best, most=high)
 
         def ports(given: tuple[Port, ...]) -> tuple[Port, ...]:
             return tuple(replace(port, shape=tuple(map(narrow, port.shape))) for port in given)

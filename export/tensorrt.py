@@ -364,7 +364,7 @@ def _set_capabilities(config: Any, capabilities: Sequence[int]) -> None:
         config.set_compute_capability(trt.ComputeCapability.__members__[f"SM{capability}"], i)
 
 
-class _Log(trt.ILogger):  # type: ignore[misc]
+class _Log(trt.ILogger):
     """TensorRT's messages in ours, and the last error, since its calls return only that they failed."""
 
     def __init__(self) -> None:

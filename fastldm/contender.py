@@ -328,7 +328,7 @@ def _openvino_genai(task: Task, contender: Contender) -> Work:
     channels, _, factor = _sizes(bundle)
     latents = _latents(task, channels, factor).numpy()
 
-    class Given(genai.Generator):  # type: ignore[misc]
+    class Given(genai.Generator):
         def randn_tensor(self, shape: Any) -> ov.Tensor:
             return ov.Tensor(latents.copy())  # which the pipeline scales in place
 

@@ -236,7 +236,7 @@ class Op(Generic[P, R]):
         Eager calls do not pass through here. Registering costs 2.5 s of imports (torch 2.13 loads its compiler), and
         each call some microseconds of dispatch.
         """
-        op = torch.library.triton_op(f"fastldm::{self.name}", self.triton, mutates_args=self.mutates)
+        op: Any = torch.library.triton_op(f"fastldm::{self.name}", self.triton, mutates_args=self.mutates)
         op.register_kernel("cpu")(lambda *a, **k: (self.triton if interpreting() else self.reference)(*a, **k))
         return op
 
@@ -262,7 +262,7 @@ class Kernel:
     _lock = threading.RLock()
 
     def __init__(self, fn: Callable[..., None]) -> None:
-        functools.update_wrapper(self, fn)
+        functools.update_wrapper(self, fn)  # type: ignore[arg-type]
         self.fn = fn
         self._jitted: Any = None
 
