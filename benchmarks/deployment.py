@@ -53,7 +53,7 @@ def main() -> None:
             "what": "SD1.5, seeded random weights, 512x512",
             "machine": machine(torch.device("cpu")),
             "threads": torch.get_num_threads(),
-            "rows": done,
+            "rows": {name: done[name] for name, _, _ in commands(model, folder)},  # whatever was done first
         }
         args.json.write_text(json.dumps(record, indent=1) + "\n")
 

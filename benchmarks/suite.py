@@ -29,7 +29,7 @@ from fastldm.bench import machine
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results"
 CASES = {
-    "cpu-step": ["--suite", "cpu-step", "--rounds", "5"],
+    "cpu-step": ["--suite", "cpu-step"],
     "cpu-picture": [
         "--compare",
         "diffusers,diffusers-compile,onnxruntime,openvino,openvino-genai",

@@ -66,7 +66,7 @@ PEERS = ("diffusers", "diffusers-compile", "onnxruntime", "openvino", "optimum",
     help="Of fastldm; all but torch run the bundles.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Of each contender.  [default: as many as PyTorch takes]")
-@click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Turns of each contender.")
+@click.option("--rounds", type=click.IntRange(min=1), help="Turns of each contender.  [default: 7, of cpu-step 3]")
 @click.option(
     "--suite",
     type=click.Choice(["cpu-step", "ladder"]),
@@ -117,7 +117,7 @@ def bench(model: str, debug: bool, out: Path | None, suite: str | None, **option
             if shown:
                 click.echo(text, err=True)
 
-        rows = compare.compare(task, found, options["rounds"], tell)
+        rows = compare.compare(task, found, options["rounds"] or (3 if suite == "cpu-step" else 7), tell)
         click.echo(table(task, rows))
         if out is not None:
             out.write_text(json.dumps(record(task, rows), indent=1) + "\n")
@@ -127,7 +127,7 @@ def _python(given: str) -> tuple[str, str]:
     peer, _, path = given.partition("=")
     if peer not in PEERS or not Path(path).is_file():
         raise InputError(f"--python {given!r}: expected PEER=PATH, such as optimum=/opt/optimum/bin/python")
-    return peer, path
+    return peer, str(Path(path).absolute())  # as it is: an environment's interpreter is a link
 
 
 def _ladder() -> None:

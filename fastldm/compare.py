@@ -176,6 +176,7 @@ class _Process:
             stderr=self._errors,
             text=True,
             env=environment,
+            cwd=folder,
         )
         try:
             ready = self._heard()
@@ -275,7 +276,7 @@ def contenders(
     """
     from fastldm import engine
 
-    opened = {bundle: engine.read_bundle(bundle).manifest for bundle in bundles}
+    opened = {str(Path(bundle).expanduser().absolute()): engine.read_bundle(bundle).manifest for bundle in bundles}
     plain = {"split": False, "dtype": "float32", "fused_ops": False}
     whole = next((one for one, manifest in opened.items() if plain.items() <= manifest.items()), None)
     found = []

@@ -1,6 +1,7 @@
 """One contender of a comparison, in a process of its own: loads, then works whenever it is told to.
 
-    python -m fastldm.contender TASK          TASK: a compare.Task and a compare.Contender as JSON
+    python -m fastldm.contender TASK          TASK: a compare.Task and a compare.Contender as JSON, all paths absolute;
+                                              the working folder is its own, and is deleted after it
 
 Reads lines: "run", or "save FILE". Writes a line of JSON for each, and one when it is loaded. Peers are run as their
 own documentation says: a pipeline of diffusers, optimum or OpenVINO GenAI; "onnxruntime" and "openvino" are diffusers'
@@ -9,11 +10,9 @@ pipeline with its networks replaced by sessions. All but diffusers read a bundle
 
 from __future__ import annotations
 
-import atexit
 import json
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import perf_counter
@@ -96,9 +95,10 @@ def _random_state(network: torch.nn.Module, dtype: torch.dtype) -> dict[str, Ten
     block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
     made = {}
     for turn, (name, p) in enumerate(sorted(network.state_dict().items())):
-        values = block.roll(7919 * turn).repeat(-(-p.numel() // len(block)))[: p.numel()].reshape(p.shape)
-        values = values * (p[0].numel() ** -0.5 if p.dim() > 1 else 0.1)
-        made[name] = (values + 1 if "norm" in name and name.endswith("weight") else values).to(dtype)
+        values = block.roll(7919 * turn) * (p[0].numel() ** -0.5 if p.dim() > 1 else 0.1)
+        if "norm" in name and name.endswith("weight"):
+            values += 1
+        made[name] = values.to(dtype).repeat(-(-p.numel() // len(block)))[: p.numel()].reshape(p.shape)
     return made
 
 
@@ -299,8 +299,8 @@ def _openvino_genai(task: Task, contender: Contender) -> Work:
     from transformers import AutoTokenizer
 
     assert contender.bundle is not None
-    bundle, folder = Path(contender.bundle), Path(tempfile.mkdtemp())
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    bundle, folder = Path(contender.bundle), Path("openvino-genai").absolute()
+    folder.mkdir()
     scheduler = json.loads((bundle / "scheduler" / "scheduler_config.json").read_text())
     _scheduler(task, scheduler).save_pretrained(folder / "scheduler")
     shutil.copy(bundle / "model_index.json", folder)

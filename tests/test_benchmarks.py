@@ -81,3 +81,12 @@ def test_what_scales_is_what_is_said() -> None:
     page = scaling.page({**record, "series": {"steps": series}})
     assert "A &lt;CPU&gt;" in page
     assert page.count("<circle") == 2
+
+
+def test_optimum_joins_the_cases_that_run_bundles() -> None:
+    python = Path("/opt/optimum/bin/python")
+    given = suite.with_optimum(suite.CASES["cpu-picture"], python)
+    assert given[1] == suite.CASES["cpu-picture"][1] + ",optimum"
+    assert given[-2:] == ["--python", f"optimum={python}"]
+    assert suite.with_optimum(suite.CASES["cpu-picture"], None) == suite.CASES["cpu-picture"]
+    assert suite.with_optimum(suite.CASES["cpu-step"], python) == suite.CASES["cpu-step"]

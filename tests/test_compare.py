@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import bundles
 import pytest
 from click.testing import CliRunner
 
-from fastldm import cli_bench, compare
+from fastldm import cli_bench, compare, contender
 from fastldm.cli import main
 from fastldm.compare import Contender, Task
 from fastldm.errors import EngineError
@@ -80,6 +81,14 @@ def test_what_cannot_be_compared(options: list[str], words: str) -> None:
     done = CliRunner().invoke(main, ["bench", *options])
     assert done.exit_code in (1, 2)
     assert words in done.output
+
+
+def test_a_scheduler_is_what_diffusers_pipelines_make_of_it() -> None:
+    """They switch clip_sample off in those that they are made with, and leave one be that is put in later."""
+    made = contender._scheduler(replace(TASK, sampler="DDIMScheduler"), {"beta_schedule": "scaled_linear"})
+    assert (made.config.clip_sample, made.config.beta_schedule) == (False, "scaled_linear")
+    euler = contender._scheduler(replace(TASK, sampler="EulerDiscreteScheduler"), {"steps_offset": 1})
+    assert "clip_sample" not in euler.config
 
 
 def test_the_command_knows_every_peer() -> None:
