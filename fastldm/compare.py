@@ -94,8 +94,11 @@ class Row:
         return low, high
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        row = {**asdict(self), "contender": {**asdict(self.contender), "title": str(self.contender)}}
+        """As JSON has it, without this machine's paths."""
+        bundle = self.contender.bundle and Path(self.contender.bundle).name
+        about = {**asdict(self.contender), "bundle": bundle, "title": str(self.contender)}
+        del about["python"]
+        row = {**asdict(self), "contender": about}
         return row if self.failure else {**row, "median": self.median, "ratio": self.ratio, "spread": self.spread}
 
 
