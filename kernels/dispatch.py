@@ -50,6 +50,9 @@ def no(why: str) -> Verdict:
     return Verdict(False, why)
 
 
+_ON_CPU = no("tensors are on the CPU")  # made once: a network's ops ask two hundred times a step
+
+
 class Cost(NamedTuple):
     """What an op has to do at least, from which its floor follows."""
 
@@ -148,11 +151,6 @@ def dense(x: Tensor) -> Verdict:
     return YES
 
 
-@functools.cache  # a CPU's networks ask two hundred times a step
-def _on(device_type: str) -> Verdict:
-    return no(f"tensors are on the {'CPU' if device_type == 'cpu' else device_type}")
-
-
 class Op(Generic[P, R]):
     """One operation of the networks. All that is given has the op's own signature.
 
@@ -210,7 +208,7 @@ class Op(Generic[P, R]):
             if capability(x) < 80:
                 return no(f"sm_{capability(x)} is older than Ampere (sm_80)")
         elif (_scope.target is None or not _scope.target.arch) and not (preference == "triton" and interpreting()):
-            return _on(x.device.type)
+            return _ON_CPU if x.device.type == "cpu" else no(f"tensors are on the {x.device.type}")
         verdict = self.supports(*args, **kwargs)
         if verdict and preference is None:
             entry = entry_of(self.name, self.shape_class(*args, **kwargs), capability(x))

@@ -87,7 +87,9 @@ def test_what_it_names_is_there() -> None:
 
 
 def test_it_stays_short() -> None:
-    assert len(README.splitlines()) <= 300
+    """Without what is measured, which benchmarks/readme.py writes."""
+    written = re.sub(r"(<!-- table: .*? -->).*?<!-- end -->", r"\1", README, flags=re.DOTALL)
+    assert len(written.splitlines()) <= 265
 
 
 def test_the_samplers_it_names_are_known() -> None:
