@@ -138,7 +138,7 @@ def _plot(name: str, one: dict[str, Any], width: int = 900, height: int = 300) -
     points = one["points"]
     expected = [(size, points[0][1] * (size / points[0][0]) ** one["expected"]) for size, _ in points]
     lowest, highest = (pick(seconds for _, seconds in [*points, *expected]) for pick in (min, max))
-    left, right, top, bottom = 70, 20, 12, 34
+    left, right, top, bottom = 70, 20, 26, 34
 
     def x(size: float) -> float:
         return left + (width - left - right) * math.log(size / points[0][0]) / math.log(points[-1][0] / points[0][0])

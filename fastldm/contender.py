@@ -98,7 +98,8 @@ def _random_state(network: torch.nn.Module, dtype: torch.dtype) -> dict[str, Ten
         values = block.roll(7919 * turn) * (p[0].numel() ** -0.5 if p.dim() > 1 else 0.1)
         if "norm" in name and name.endswith("weight"):
             values += 1
-        made[name] = values.to(dtype).repeat(-(-p.numel() // len(block)))[: p.numel()].reshape(p.shape)
+        numbers = values.to(dtype).repeat(-(-p.numel() // len(block)))[: p.numel()]
+        made[name] = numbers.clone().reshape(p.shape)  # which does not hold on to what was cut off
     return made
 
 
