@@ -70,7 +70,7 @@ PEERS = ("diffusers", "diffusers-compile", "onnxruntime", "openvino", "optimum",
 @click.option(
     "--suite",
     type=click.Choice(["cpu-step", "ladder"]),
-    help="cpu-step: one guided step of an SD1.5-size U-Net at 256x256, random weights, in a minute. ladder: from "
+    help="cpu-step: one guided step of an SD1.5-size U-Net at 256x256, random weights. ladder: from "
     "eager diffusers to captured steps, one idea at a time, from a checkout and on a GPU.",
 )
 @click.option("--json", "out", type=click.Path(path_type=Path), metavar="FILE", help="Write the figures here, too.")

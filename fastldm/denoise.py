@@ -216,9 +216,7 @@ class EagerBatch:
         temb = [_time_rows(run).expand(u.shape[0], -1) for run, u in zip(runs, inputs, strict=True)]
         text, kv_len = self._text_of(runs)
         lengths = {} if kv_len is None else {"kv_len": kv_len}
-        with (
-            torch.inference_mode()
-        ):  # views, of which a step has hundreds, cost less where no gradient can be asked for
+        with torch.inference_mode():  # where the views that a step makes, hundreds of them, cost less
             out = self.unet.step(_cat(inputs), _cat(temb), text, **lengths)
         for run, said in zip(runs, out.split([u.shape[0] for u in inputs]), strict=True):
             self._states[run].end(run.i, said)
