@@ -1,9 +1,10 @@
 """How long a person waits: `fastldm generate` with the default model, process start to PNG, and where the time goes.
 
-    python -m benchmarks.cold_start --json benchmarks/results/cold_start.json
+    python -m benchmarks.cold_start
 
 The whole command is timed from outside, several times after one warm-up (so that files are in the cache); its parts
-are timed in processes of their own that do the same and stop the clock between stages. Medians are reported.
+are timed in processes of their own that do the same and stop the clock between stages. Medians are reported, and kept
+in the history of benchmarks/suite.py.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 from statistics import median
+
+import torch
+
+from benchmarks.suite import keep
+from fastldm.bench import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,7 +52,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt", default="a red apple")
     parser.add_argument("--runs", type=int, default=7, help="counted runs of each kind (default: 7)")
-    parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
 
     env = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -66,20 +69,12 @@ def main() -> None:
                 whole.append(took)
                 parts.append(json.loads(printed))
 
-    record = {
-        "command": f"fastldm generate {args.prompt!r}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version(), "torch": metadata.version("torch")},
-        "runs": args.runs,
-        "seconds": {"median": median(whole), "min": min(whole), "max": max(whole)},
-        "parts": {name: median(part[name] for part in parts) for name in parts[0]},
-    }
-    print(f"whole command: median {median(whole):.2f} s, {min(whole):.2f} to {max(whole):.2f} s in {args.runs} runs")
-    for name, seconds in record["parts"].items():  # type: ignore[attr-defined]
-        print(f"  {name:<16} {seconds:6.2f} s")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+    series = {"whole command": whole, **{name.strip(): [part[name] for part in parts] for name in parts[0]}}
+    seconds = {name: [min(times), median(times), max(times)] for name, times in series.items()}
+    for name, (least, middle, most) in seconds.items():
+        print(f"{name:<16} median {middle:6.2f} s, {least:.2f} to {most:.2f} s in {args.runs} runs")
+    command = f"fastldm generate {args.prompt!r}"
+    keep("cold-start", {"command": command, "machine": machine(torch.device("cpu")), "seconds": seconds})
 
 
 if __name__ == "__main__":

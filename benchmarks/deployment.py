@@ -1,10 +1,11 @@
 """From a checkpoint to running engines at full size, once, and what each command takes.
 
-    python -m benchmarks.deployment /tmp/deployment --json benchmarks/results/deployment.json
+    python -m benchmarks.deployment /tmp/deployment
 
 SD1.5 with seeded random weights is exported (whole, split, and split in float16), the split bundle is verified, two
 steps of a picture at 512x512 are sampled on every backend of a CPU, and TensorRT-RTX engines are built, by the commands
-that users type, each in a process of its own. Needs 20 GiB of memory and of disk. What is done is not done again.
+that users type, each in a process of its own. Needs 20 GiB of memory and of disk. What is done is not done again; when
+all is, it goes into the history of benchmarks/suite.py.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.networks import with_random_weights
+from benchmarks.suite import keep
 from fastldm.bench import machine
 
 PICTURE = ["generate", "a castle", "--steps", "2", "--seed", "0", "--json", "--device", "cpu"]
@@ -29,7 +31,6 @@ PICTURE = ["generate", "a castle", "--steps", "2", "--seed", "0", "--json", "--d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where model, bundles and pictures go")
-    parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     folder = args.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -39,6 +40,7 @@ def main() -> None:
 
     noted = folder / "done.json"
     done: dict[str, dict[str, Any]] = json.loads(noted.read_text()) if noted.exists() else {}
+    before = len(done)
     for name, command, written in commands(model, folder):
         if name not in done:
             done[name] = {"command": "fastldm " + " ".join(command).replace(f"{folder}/", ""), **run(command)}
@@ -48,14 +50,17 @@ def main() -> None:
         one = done[name]
         size = f"{one['MiB']:8.0f} MiB written" if "MiB" in one else ""
         print(f"{name:32}{one['seconds']:8.1f} s {one['peak_MiB']:8.0f} MiB of memory{size}", flush=True)
-    if args.json:
+    if len(done) > before:
+        names = [name for name, _, _ in commands(model, folder)]  # in this order, whatever was done first
         record = {
             "what": "SD1.5, seeded random weights, 512x512",
+            "command": "python -m benchmarks.deployment FOLDER",
             "machine": machine(torch.device("cpu")),
             "threads": torch.get_num_threads(),
-            "rows": {name: done[name] for name, _, _ in commands(model, folder)},  # whatever was done first
+            "seconds": {name: done[name]["seconds"] for name in names},
+            "commands": {name: done[name] for name in names},
         }
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+        keep("deployment", record)
 
 
 def commands(model: Path, folder: Path) -> list[tuple[str, list[str], Path | None]]:

@@ -62,12 +62,11 @@ def on_gpu() -> list[str]:
 
 def deployed() -> list[str]:
     """What benchmarks/deployment.py wrote."""
-    path = RESULTS / "deployment.json"
-    if not path.exists():
+    record = newest("deployment")
+    if record is None:
         return ["Not yet measured."]
-    record = json.loads(path.read_text())
     lines = ["| SD1.5, full size | seconds | most memory | written |", "|---|---|---|---|"]
-    for name, row in record["rows"].items():
+    for name, row in record["commands"].items():
         written = f"{row['MiB'] / 1024:.2f} GiB" if "MiB" in row else ""
         steps = ""
         if "timings" in row:

@@ -6,6 +6,7 @@
 
 Each run is added to benchmarks/results/MACHINE/CASE.json with its date and commit, and benchmarks/results/index.html is
 made anew: the history of every case as a plot. `python -m benchmarks.readme` then takes the newest into the README.
+Benchmarks that take no turns with others, such as deployment.py, keep their history here too.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import time
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,7 +29,7 @@ from fastldm.bench import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results"
-CASES = {
+CASES = {  # -> what `fastldm bench` is told
     "cpu-step": ["--suite", "cpu-step"],
     "cpu-picture": [
         "--compare",
@@ -49,24 +50,26 @@ FULL = {  # of SD1.5's bundles
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=[*CASES, *FULL], action="append", help="may be repeated  [default: all]")
+    known = [*CASES, *FULL, "cold-start"]
+    parser.add_argument("--case", choices=known, action="append", help="may be repeated  [default: all]")
     parser.add_argument("--deployment", type=Path, help="the folder of benchmarks.deployment, for the full sizes")
     parser.add_argument(
         "--optimum", type=Path, metavar="PYTHON", help="an interpreter with optimum-onnx, to compare too"
     )
     args = parser.parse_args()
-    cases = args.case or [*CASES, *(FULL if args.deployment else ())]
+    cases = args.case or [case for case in known if case not in FULL or args.deployment]
     if args.deployment is None and FULL.keys() & set(cases):
         parser.error(f"{', '.join(FULL)} need --deployment FOLDER")
     with tempfile.TemporaryDirectory() as folder:
         for case in cases:
-            if case in FULL:
+            if case == "cold-start":
+                subprocess.run([sys.executable, "-m", "benchmarks.cold_start"], cwd=ROOT, check=True)
+            elif case in FULL:
                 keep(case, bench(with_optimum(FULL[case], args.optimum), args.deployment))
             else:
                 if "--bundle" in CASES[case]:
                     make_bundles(Path(folder))
                 keep(case, bench(with_optimum(CASES[case], args.optimum), Path(folder)))
-    (RESULTS / "index.html").write_text(page(), encoding="utf-8")
 
 
 def with_optimum(options: list[str], python: Path | None) -> list[str]:
@@ -95,13 +98,18 @@ def bench(options: list[str], folder: Path) -> dict[str, Any]:
 
 
 def keep(case: str, record: dict[str, Any]) -> None:
-    """Add a run to its case's history."""
+    """Add a run to its case's history, and to the page of all histories.
+
+    record: of contenders what `fastldm bench` writes; of anything else "seconds" by name, each a number or the least,
+        median and most of several; "machine", "command", and whatever else is worth knowing.
+    """
     path = RESULTS / slug() / f"{case}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     runs = json.loads(path.read_text())["runs"] if path.exists() else []
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     runs.append({"date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()), "commit": commit.strip(), **record})
     path.write_text(json.dumps({"case": case, "runs": runs}, indent=1) + "\n")
+    (RESULTS / "index.html").write_text(page(), encoding="utf-8")
 
 
 def slug() -> str:
@@ -139,15 +147,16 @@ h2 { margin: 32px 0 0; } svg { width: 100%; height: auto; } text { fill: current
 
 
 def page() -> str:
-    """The history of every case on every machine: how many times faster than the first contender each one was."""
+    """The history of every case on every machine."""
     found = sorted(path.relative_to(RESULTS).as_posix() for path in RESULTS.glob("*/scaling.html"))
     links = "".join(f" <a href='{path}'>How cost grows on {path.partition('/')[0]}</a>." for path in found)
     parts = [part for path in sorted(RESULTS.glob("*/*.json")) for part in _case(path)]
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>fastldm: measured</title><style>{STYLE}</style><h1>fastldm, measured</h1>"
-        f"<p>How many times faster than the first contender, run by run; whiskers are the quarter and three quarters "
-        f"of the rounds. Written by <code>python -m benchmarks.suite</code>.{links}</p>{''.join(parts)}</html>\n"
+        f"<p>Run by run: how many times faster than the first contender each one was, with the quarter and three "
+        f"quarters of the rounds; or the seconds that each thing took, with the least and the most."
+        f"{links}</p>{''.join(parts)}</html>\n"
     )
 
 
@@ -160,38 +169,63 @@ def _case(path: Path) -> Iterator[str]:
     yield f"<code>{escape(runs[-1]['command'])}</code></p>{_plot(runs)}"
 
 
+class Point(NamedTuple):
+    """Of one run."""
+
+    low: float
+    value: float
+    high: float
+    said: str
+
+
+def _points(run: dict[str, Any]) -> dict[str, Point]:
+    """By what they are of."""
+    if "rows" not in run:
+        ends = {
+            name: seconds if isinstance(seconds, list) else [seconds] * 3 for name, seconds in run["seconds"].items()
+        }
+        return {name: Point(*three, f"{name}: {three[1]:.3g} s") for name, three in ends.items()}
+    rows = {row["contender"]["title"]: row for row in run["rows"] if not (row["failure"] or row["wrong"])}
+    return {
+        title: Point(
+            row["spread"][0],
+            row["ratio"],
+            row["spread"][1],
+            f"{title}: {row['ratio']:.2f} times, {row['median']:.3f} s",
+        )
+        for title, row in rows.items()
+    }
+
+
 def _plot(runs: list[dict[str, Any]], width: int = 900, height: int = 320) -> str:
-    rows = [
-        {row["contender"]["title"]: row for row in run["rows"] if not (row["failure"] or row["wrong"])} for run in runs
-    ]
-    titles = list(dict.fromkeys(title for run in rows for title in run))
-    top = 1.1 * max(row["spread"][1] for run in rows for row in run.values())
-    left, right, bottom = 40, 280, 30
+    unit = "×" if "rows" in runs[-1] else " s"
+    told = [_points(run) for run in runs]
+    titles = list(dict.fromkeys(title for run in told for title in run))
+    top = 1.1 * max(point.high for run in told for point in run.values())
+    left, right, bottom = 50, 280, 30
 
     def x(i: int) -> float:
         return left + (width - left - right) * (i + 0.5) / len(runs)
 
-    def y(ratio: float) -> float:
-        return height - bottom - (height - bottom - 10) * ratio / top
+    def y(value: float) -> float:
+        return height - bottom - (height - bottom - 10) * value / top
 
-    step = max(1, round(top / 6))
+    step = next(size for k in range(-3, 6) for size in (10**k, 2 * 10**k, 5 * 10**k) if size >= top / 7)
     drawn = [
-        f"<path class=grid d='M{left} {y(r):.1f}H{width - right}'/><text x={left - 8} y={y(r) + 4:.1f} "
-        f"text-anchor=end>{r}×</text>"
-        for r in range(0, int(top) + 1, step)
+        f"<path class=grid d='M{left} {y(k * step):.1f}H{width - right}'/><text x={left - 8} y={y(k * step) + 4:.1f} "
+        f"text-anchor=end>{k * step:g}{unit}</text>"
+        for k in range(int(top / step) + 1)
     ]
     for k, title in enumerate(titles):
         colour = _COLOURS[k % len(_COLOURS)]
         dot = f"stroke='{colour}' stroke-width=2 fill='{'none' if k // len(_COLOURS) % 2 else colour}'"  # or a ring
-        points = [(x(i), run[title]) for i, run in enumerate(rows) if title in run]
-        line = "L".join(f"{at:.1f} {y(row['ratio']):.1f}" for at, row in points)
+        points = [(x(i), run[title]) for i, run in enumerate(told) if title in run]
+        line = "L".join(f"{at:.1f} {y(point.value):.1f}" for at, point in points)
         drawn.append(f"<path stroke='{colour}' d='M{line}'/>")
-        for at, row in points:
-            low, high = row["spread"]
-            said = f"{title}: {row['ratio']:.2f} times, {row['median']:.3f} s"
+        for at, point in points:
             drawn.append(
-                f"<path stroke='{colour}' d='M{at:.1f} {y(low):.1f}V{y(high):.1f}'/><circle cx={at:.1f} "
-                f"cy={y(row['ratio']):.1f} r=4 {dot}><title>{escape(said)}</title></circle>"
+                f"<path stroke='{colour}' d='M{at:.1f} {y(point.low):.1f}V{y(point.high):.1f}'/><circle cx={at:.1f} "
+                f"cy={y(point.value):.1f} r=4 {dot}><title>{escape(point.said)}</title></circle>"
             )
         place = 20 + 18 * k
         drawn.append(f"<circle cx={width - right + 20} cy={place - 4} r=4 {dot}/>")

@@ -222,7 +222,8 @@ def table(task: Task, rows: list[Row]) -> str:
             lines.append(click.style(f"{title}   cannot run: {row.failure}", fg="red"))
             continue
         low, high = row.spread
-        costs = f"{row.load:6.1f}  {row.first:6.2f}  {row.peak / 2**20:5.0f} MiB"
+        load = "     -" if row.load is None else f"{row.load:6.1f}"
+        costs = f"{load}  {row.first:6.2f}  {row.peak / 2**20:5.0f} MiB"
         if row.wrong:
             text = f"{title}   does not compute the same: {row.difference:.1e} off"
             lines.append(click.style(text, fg="red"))

@@ -3,7 +3,8 @@
 Each contender (contender.py) is a process of its own, so that threads, caches and settings of one are not another's.
 All are loaded, have run once and are compared with the first before anything is timed. Then they work one after the
 other, in an order that turns round, and each round gives a ratio to the first: other work on the machine slows all of a
-round alike. Where memory does not hold all at once they come in groups, each with the first.
+round alike. Where memory does not hold all at once they come in groups, each with the first. Those that draw random
+weights load side by side, for that is no load that anybody waits for.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, Literal
@@ -29,6 +31,8 @@ from fastldm.errors import EngineError, InputError
 
 RANDOM = "random SD1.5"
 """SD1.5's U-Net at its full size with seeded random weights: no file is read, and a step costs what it costs."""
+RANDOM_BYTES = {"float32": 11 << 29, "bfloat16": 11 << 28}
+"""What one of those takes at most: its weights, layouts of some of them, and a step."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Row:
     contender: Contender
     seconds: tuple[float, ...]  # of each round
     ratios: tuple[float, ...]  # of each round, how many times faster than the first contender
-    load: float
+    load: float | None  # None where others were loading too
     first: float  # the first run, compilation included
     peak: int  # bytes of memory
     difference: float | None  # max |x - first's| / max |first's|, or of 1 for pictures; None where it is not finite
@@ -120,37 +124,43 @@ def compare(
     free = memory.free_bytes(torch.device("cpu"))
     while True:
         with ExitStack() as stack:
-            base = stack.enter_context(_running(task, first, on_event))
-            if base.failure:
-                raise EngineError(f"{first} cannot run: {base.failure}")
-            group: list[_Process] = []
-            while others and (not group or _has_room(free, [base, *group])):
-                process = stack.enter_context(_running(task, others.pop(0), on_event))
-                if process.failure:
-                    rows[process.contender] = process.failed()
-                else:
-                    group.append(process)
+            count = _side_by_side(task, [first, *others], free)
+            begun, others = [first, *others[: count - 1]], others[count - 1 :]
+            group = [stack.enter_context(_running(task, one, on_event)) for one in begun]
+            for process in group:
+                process.wait(alone=count == 1)
+            for process in group:
+                process.warm_up()
+            base = group[0]
+            _check(base)
+            while others and (len(group) == 1 or _has_room(free, group)):
+                group.append(stack.enter_context(_running(task, others.pop(0), on_event)))
+                group[-1].wait()
+                group[-1].warm_up()
             for turn in range(rounds):
-                for process in [base, *group][:: -1 if turn % 2 else 1]:
-                    _run(process, base)
+                for process in group[:: -1 if turn % 2 else 1]:
+                    process.run()
+                    _check(base)
                 on_event(f"round {turn + 1} of {rounds}")
             wanted = base.output()
-            for process in [base, *group]:
+            for process in group:
                 rows.setdefault(process.contender, process.row(base, wanted, task))
         if not others:
             return [rows[one] for one in contenders]
 
 
-def _run(process: _Process, base: _Process) -> None:
-    """One turn. Whoever dies in it is out and the others go on, but for the first, without which there is no ratio."""
-    if process.failure:
-        return
-    try:
-        process.run()
-    except EngineError as error:
-        process.failure = str(error)
-        if process is base:
-            raise EngineError(f"{process.contender} cannot run: {error}") from error
+def _side_by_side(task: Task, contenders: Sequence[Contender], free: int | None) -> int:
+    """How many of these load at once, one at least."""
+    if task.model != RANDOM:
+        return 1
+    needed = accumulate(RANDOM_BYTES[one.dtype] for one in contenders)
+    return max(1, sum(free is None or bytes <= free for bytes in needed))
+
+
+def _check(base: _Process) -> None:
+    """Whoever dies is out and the others go on, but for the first, without which there is no ratio."""
+    if base.failure:
+        raise EngineError(f"{base.contender} cannot run: {base.failure}")
 
 
 def _has_room(free: int | None, running: Sequence[_Process]) -> bool:
@@ -166,7 +176,8 @@ class _Process:
     def __init__(self, task: Task, contender: Contender, folder: Path) -> None:
         self.contender, self._folder = contender, folder
         self.seconds: list[float] = []
-        self.peak, self.failure = 0, ""
+        self.load: float | None = 0.0
+        self.first, self.peak, self.failure = 0.0, 0, ""
         given = json.dumps({"task": asdict(task), "contender": asdict(contender)})
         root = str(Path(__file__).resolve().parent.parent)
         environment = {**os.environ, "OMP_NUM_THREADS": str(task.threads)}
@@ -181,30 +192,44 @@ class _Process:
             env=environment,
             cwd=folder,
         )
-        try:
-            ready = self._heard()
-            self.load, self.first = ready["loaded"], ready["first"]
-            self.run()  # another that does not count: buffers of the second run are not those of the first
-        except EngineError as error:
-            self.failure = str(error)
+
+    def wait(self, *, alone: bool = True) -> None:
+        """Until it has loaded, alone or beside others."""
+        with self._failing():
+            loaded = self._heard()["loaded"]
+            self.load = loaded if alone else None
+
+    def warm_up(self) -> None:
+        """Two runs that do not count: buffers of the second run are not those of the first."""
+        self.run()
+        self.run()
+        self.first = self.seconds[0] if self.seconds else 0.0
         self.seconds.clear()
 
     def run(self) -> None:
-        said = self._ask("run")
-        self.seconds.append(said["seconds"])
-        self.peak = said["peak"]
+        """Unless it has failed."""
+        if self.failure:
+            return
+        with self._failing():
+            said = self._ask("run")
+            self.seconds.append(said["seconds"])
+            self.peak = said["peak"]
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except EngineError as error:
+            self.failure = str(error)
 
     def output(self) -> np.ndarray:
         path = self._folder / "output.npy"
         self._ask(f"save {path}")
         return np.load(path)
 
-    def failed(self) -> Row:
-        return Row(self.contender, (), (), 0, 0, 0, None, True, self.failure)
-
     def row(self, base: _Process, wanted: np.ndarray, task: Task) -> Row:
         if self.failure:
-            return self.failed()
+            return Row(self.contender, (), (), 0, 0, 0, None, True, self.failure)
         got = self.output()
         scale = float(np.abs(wanted).max()) if task.what == "step" else 1.0
         same = got.shape == wanted.shape and bool(np.isfinite(got).all())

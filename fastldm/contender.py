@@ -3,9 +3,9 @@
     python -m fastldm.contender TASK          TASK: a compare.Task and a compare.Contender as JSON, all paths absolute;
                                               the working folder is its own, and is deleted after it
 
-Reads lines: "run", or "save FILE". Writes a line of JSON for each, and one when it is loaded. Peers are run as their
-own documentation says: a pipeline of diffusers, optimum or OpenVINO GenAI; "onnxruntime" and "openvino" are diffusers'
-pipeline with its networks replaced by sessions. All but diffusers read a bundle that was not split.
+Reads lines: "run", or "save FILE". Writes a line of JSON for each, and one before when it is loaded. Peers are run as
+their own documentation says: a pipeline of diffusers, optimum or OpenVINO GenAI; "onnxruntime" and "openvino" are
+diffusers' pipeline with its networks replaced by sessions. All but diffusers read a bundle that was not split.
 """
 
 from __future__ import annotations
@@ -35,9 +35,8 @@ def main() -> None:
     began = perf_counter()
     with torch.inference_mode():
         work = _MAKE[contender.name](task, contender)
-        loaded = perf_counter() - began
-        last = work()
-        _say(loaded=loaded, first=perf_counter() - began - loaded)
+        _say(loaded=perf_counter() - began)
+        last = torch.empty(0)
         for line in sys.stdin:
             command, _, path = line.strip().partition(" ")
             if command == "save":
@@ -91,15 +90,19 @@ SD15: dict[str, Any] = {
 
 def _random_state(network: torch.nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """Weights for a network on the meta device, the same for all who name and shape theirs alike, of a size that keeps
-    activations near one. One block of numbers serves all, turned a little for each: drawing as many takes minutes."""
-    block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
+    activations near one. One block of numbers serves all, each from another place on: drawing as many takes minutes."""
+    size = 1 << 20
+    block = torch.randn(size, generator=torch.Generator().manual_seed(0)).repeat(2)
     made = {}
     for turn, (name, p) in enumerate(sorted(network.state_dict().items())):
-        values = block.roll(7919 * turn) * (p[0].numel() ** -0.5 if p.dim() > 1 else 0.1)
+        count, start = p.numel(), -7919 * turn % size
+        values = block[start : start + min(count, size)] * (p[0].numel() ** -0.5 if p.dim() > 1 else 0.1)
         if "norm" in name and name.endswith("weight"):
             values += 1
-        numbers = values.to(dtype).repeat(-(-p.numel() // len(block)))[: p.numel()]
-        made[name] = numbers.clone().reshape(p.shape)  # which does not hold on to what was cut off
+        numbers = torch.empty(count, dtype=dtype)
+        for part in numbers.split(size):
+            part.copy_(values[: len(part)])
+        made[name] = numbers.reshape(p.shape)
     return made
 
 

@@ -59,6 +59,31 @@ def test_the_page_has_every_contender_of_every_run(results: Path) -> None:
     assert "broken" not in page
 
 
+def test_what_takes_no_turns_has_its_history_in_seconds(results: Path) -> None:
+    for seconds in (1.0, 3.0):
+        about = {"command": "python -m benchmarks.cold_start", "machine": {"name": "A <CPU>"}}
+        suite.keep("cold-start", {**about, "seconds": {"whole command": [0.5, seconds, 4.0], "load": 0.25}})
+    page = (results / "index.html").read_text()
+    assert [f"<title>whole command: {seconds} s</title>" in page for seconds in (1, 2, 3)] == [True, False, True]
+    assert page.count("<title>load: 0.25 s</title>") == 2
+    assert ">4 s</text>" in page
+    assert "5 s</text>" not in page
+
+
+def test_the_readme_has_every_command_of_the_newest_deployment(results: Path) -> None:
+    assert readme.deployed() == ["Not yet measured."]
+    commands = {
+        "export split": {"seconds": 100.4, "peak_MiB": 2048, "MiB": 512},
+        "torch float32": {"seconds": 60.0, "peak_MiB": 1024, "timings": {"steps": [12.5, 12.0]}},
+    }
+    about = {"command": "", "machine": {"name": "A CPU"}, "threads": 2, "seconds": {"export split": 100.4}}
+    suite.keep("deployment", {**about, "commands": commands})
+    assert readme.deployed()[2:4] == [
+        "| export split | 100 | 2.0 GiB | 0.50 GiB |",
+        "| torch float32 | 60 (a step 12.5) | 1.0 GiB |  |",
+    ]
+
+
 def test_growth_is_fitted() -> None:
     points = [(n, 0.5 * n**1.5) for n in (1, 2, 4, 8)]
     assert scaling.slope(points) == pytest.approx(1.5)
