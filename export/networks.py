@@ -20,7 +20,7 @@ from fastldm.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
 from fastldm.engine import Engine, open_engine
 from fastldm.errors import BundleError, CheckpointError, InputError
 from fastldm.export.bundle import Bundle, weights_of
-from fastldm.export.spec import Axis
+from fastldm.export.spec import Axis, NetworkSpec
 from fastldm.models.unet import AddedConditions, guidance_embedding
 from fastldm.models.vae import Layer
 from fastldm.prepare import prepare
@@ -60,10 +60,13 @@ def source(bundle: Bundle, *, check: bool = True) -> str:
     return given
 
 
-def latents(bundle: Bundle) -> tuple[Axis, Axis]:
+def latents(bundle: Bundle) -> list[tuple[Axis, Axis]]:
     """Heights and widths that the U-Net runs with."""
-    axes = bundle.specs["unet_step" if bundle.manifest["split"] else "unet"].axes
-    return axes["height"], axes["width"]
+    return _latents([bundle.specs["unet_step" if bundle.manifest["split"] else "unet"]])
+
+
+def _latents(specs: Sequence[NetworkSpec]) -> list[tuple[Axis, Axis]]:
+    return [(spec.axes["height"], spec.axes["width"]) for spec in specs]
 
 
 def precision(bundle: Bundle, backend: str, device: torch.device, dtype: str | torch.dtype | None) -> str:
@@ -122,14 +125,13 @@ class Network:
     """An engine for any number of rows."""
 
     def __init__(self, engine: Engine) -> None:
-        self.spec, self._engine = engine.spec, engine
-        rows = self.spec.inputs[0].shape[0]
-        assert isinstance(rows, Axis)
-        self._most = rows.most
+        self.specs, self._engine = engine.specs, engine
+        self.inputs = self.specs[0].inputs
+        self._most = min(spec.inputs[0].axes[0].most for spec in self.specs)
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """All inputs of the spec, each of R rows, in any floating point dtype -> all outputs, of R rows."""
-        given = {port.name: inputs[port.name].to(port.torch_dtype) for port in self.spec.inputs}
+        given = {port.name: inputs[port.name].to(port.torch_dtype) for port in self.inputs}
         rows = next(iter(given.values())).shape[0]
         parts = [
             self._engine({name: x[start : start + self._most] for name, x in given.items()})
@@ -186,8 +188,8 @@ class ExportedUNet(ABC):
     def __init__(self, config: UNetConfig, step: Network, text: str) -> None:
         """step: runs at each step. text: its input that has the axis of tokens."""
         self.config, self._step = config, step
-        self._tokens = next(port.axes[1] for port in step.spec.inputs if port.name == text)
-        self.latents = step.spec.axes["height"], step.spec.axes["width"]
+        self._tokens = next(port.axes[1] for port in step.inputs if port.name == text)
+        self.latents = _latents(step.specs)
 
     @abstractmethod
     def time_rows(
@@ -246,7 +248,7 @@ class WholeUNet(ExportedUNet):
     def __init__(self, config: UNetConfig, unet: Network) -> None:
         super().__init__(config, unet, "encoder_hidden_states")
         names = ("timestep", "timestep_cond", "time_ids", "text_embeds")
-        ports = {port.name: port for port in unet.spec.inputs}
+        ports = {port.name: port for port in unet.inputs}
         self._row = {name: 1 if name == "timestep" else ports[name].shape[1] for name in names if name in ports}
 
     def time_rows(

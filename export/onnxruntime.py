@@ -28,7 +28,7 @@ class ONNXRuntimeEngine:
                 f"this onnxruntime cannot run on {device}, only with {', '.join(ort.get_available_providers())}: "
                 "pip install 'fastldm[onnx-gpu]' for NVIDIA GPUs, or run on the CPU"
             )
-        self.spec, self.device, self._index = spec, device, device.index or 0
+        self.specs, self.device, self._index = (spec,), device, device.index or 0
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         # Threads that wait for work by spinning take the processor from the other networks' and from PyTorch.
@@ -45,7 +45,7 @@ class ONNXRuntimeEngine:
             )
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        ins, outs = bound(self.spec, inputs, self.device)
+        ins, outs = bound(self.specs[0], inputs, self.device)
         binding, kind = self._session.io_binding(), self.device.type
         for name, tensor in ins.items():
             binding.bind_input(name, kind, self._index, _ELEMENTS[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
@@ -57,7 +57,7 @@ class ONNXRuntimeEngine:
         try:
             self._session.run_with_iobinding(binding)  # waits for its stream
         except Exception as error:
-            raise EngineError(f"{self.spec.name} failed in ONNX Runtime: {_first_line(error)}") from error
+            raise EngineError(f"{self.specs[0].name} failed in ONNX Runtime: {_first_line(error)}") from error
         return outs
 
     def close(self) -> None:

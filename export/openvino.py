@@ -26,16 +26,16 @@ class OpenVINOEngine:
     """A network compiled for the CPU. Inputs and outputs are the caller's memory."""
 
     def __init__(self, compiled: ov.CompiledModel, spec: NetworkSpec) -> None:
-        self.spec, self._request = spec, compiled.create_infer_request()
+        self.specs, self._request = (spec,), compiled.create_infer_request()
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        ins, outs = bound(self.spec, inputs, torch.device("cpu"))
+        ins, outs = bound(self.specs[0], inputs, torch.device("cpu"))
         for name, tensor in {**ins, **outs}.items():
             self._request.set_tensor(name, ov.Tensor(tensor.numpy(), shared_memory=True))
         try:
             self._request.infer()
         except RuntimeError as error:
-            raise EngineError(f"{self.spec.name} failed in OpenVINO: {_last_line(error)}") from error
+            raise EngineError(f"{self.specs[0].name} failed in OpenVINO: {_last_line(error)}") from error
         return outs
 
     def close(self) -> None:

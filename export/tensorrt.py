@@ -97,51 +97,38 @@ class TensorRTEngine:
             if self._engine is None:
                 raise EngineError(f"TensorRT refuses the engine of {spec.name}: {self._log.last}")
             profiles = range(max(1, self._engine.num_optimization_profiles))
-            self.spec = spec.narrowed(self._ranges(spec, profiles))
+            self.specs = [spec.narrowed(self._ranges(spec, k)) for k in profiles]
             self._contexts = [self._context(k) for k in profiles]
 
-    def _ranges(self, spec: NetworkSpec, profiles: Iterable[int]) -> dict[str, tuple[int, int]]:
-        """Least and most of each axis over all profiles."""
+    def _ranges(self, spec: NetworkSpec, profile: int) -> dict[str, tuple[int, int]]:
+        """Least and most of each axis."""
         ranges: dict[str, tuple[int, int]] = {}
         for port in spec.inputs:
-            for least, most in (self._shapes(port.name, k) for k in profiles):
-                for dimension, axis in port.axes.items():
-                    low, high = ranges.get(axis.name, (least[dimension], most[dimension]))
-                    ranges[axis.name] = min(low, least[dimension]), max(high, most[dimension])
+            least, most = self._shapes(port.name, profile)
+            ranges |= {axis.name: (least[dimension], most[dimension]) for dimension, axis in port.axes.items()}
         return ranges
 
     def _context(self, profile: int) -> Any:
         context = self._engine.create_execution_context()
         if context is None:
-            raise EngineError(f"TensorRT has no memory to run {self.spec.name}: {self._log.last}")
+            raise EngineError(f"TensorRT has no memory to run {self.specs[0].name}: {self._log.last}")
         stream = torch.cuda.current_stream(self.device)
         if profile and not context.set_optimization_profile_async(profile, stream.cuda_stream):
-            raise EngineError(f"{self.spec.name} cannot use its profile {profile}: {self._log.last}")
+            raise EngineError(f"{self.specs[0].name} cannot use its profile {profile}: {self._log.last}")
         stream.synchronize()
         return context
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        ins, outs = bound(self.spec, inputs, self.device)
-        context = self._contexts[self._profile(ins)]
+        profile = fitting(self.specs, inputs)
+        ins, outs = bound(self.specs[profile], inputs, self.device)
+        context = self._contexts[profile]
         for name, tensor in ins.items():
             context.set_input_shape(name, tuple(tensor.shape))
         for name, tensor in {**ins, **outs}.items():
             context.set_tensor_address(name, tensor.data_ptr())
         if not context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
-            raise EngineError(f"{self.spec.name} failed in TensorRT: {self._log.last}")
+            raise EngineError(f"{self.specs[0].name} failed in TensorRT: {self._log.last}")
         return outs
-
-    def _profile(self, inputs: Mapping[str, Tensor]) -> int:
-        """The first profile that these inputs fit into."""
-        for k in range(len(self._contexts)):
-            if all(self._takes(name, k, tensor.shape) for name, tensor in inputs.items()):
-                return k
-        given = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in inputs.items())
-        raise InputError(f"the engine of {self.spec.name} was not built for {given}: build one whose ranges hold it")
-
-    def _takes(self, name: str, profile: int, shape: torch.Size) -> bool:
-        least, most = self._shapes(name, profile)
-        return all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True))
 
     def _shapes(self, name: str, profile: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The least and the most shape of an input."""
@@ -156,6 +143,21 @@ class TensorRTEngine:
         del self._contexts
         del self._engine
         del self._runtime
+
+
+def fitting(specs: Sequence[NetworkSpec], inputs: Mapping[str, Tensor]) -> int:
+    """The first of an engine's profiles that these inputs fit into; the first of all where there is none."""
+
+    def takes(spec: NetworkSpec) -> bool:
+        ports = [port for port in spec.inputs if port.name in inputs]
+        return all(
+            nearest(axis, inputs[port.name].shape[dimension]) == inputs[port.name].shape[dimension]
+            for port in ports
+            for dimension, axis in port.axes.items()
+            if dimension < inputs[port.name].ndim
+        )
+
+    return next((k for k, spec in enumerate(specs) if takes(spec)), 0)
 
 
 def open_engine(
@@ -188,7 +190,7 @@ def open_engine(
 
 
 def build_ahead(
-    bundle: Bundle, *, capabilities: Sequence[int] = (), size: tuple[int, int] | None = None
+    bundle: Bundle, *, capabilities: Sequence[int] = (), sizes: Sequence[tuple[int, int]] = ()
 ) -> Iterator[tuple[Record, float]]:
     """Build the engines of a bundle's networks into the bundle, one after the other; those that are there already are
     taken. Gives each with the seconds that it took, 0 where it was there.
@@ -199,35 +201,43 @@ def build_ahead(
     Raises InputError for a size that the networks do not take or where another process builds, EngineError where a
     network cannot be built or its engine not be written.
     """
-    ranges = picture_ranges(bundle.specs, size)
+    profiles = picture_profiles(bundle.specs, sizes)
     engines, targets = Engines(bundle.folder), " ".join(f"sm_{one}" for one in capabilities)
     kept_for = tuple(capabilities)
     if trt.__name__ == "tensorrt":  # builds for the GPU that is here
         kept_for, targets = (_capability_of(torch.device("cuda")),), torch.cuda.get_device_name()
     words = [f"{trt.__name__}-{trt.__version__}", *(f"sm_{one}" for one in kept_for)] + ["portable"] * (not kept_for)
-    folder = "-".join(words if size is None else [*words, f"{size[0]}x{size[1]}"])
+    folder = "-".join([*words, *(f"{width}x{height}" for width, height in sizes)])
     with engines.writing():
         for network, spec in bundle.specs.items():
-            profiles = [ranges[network]]
             key = key_of(
-                bundle.path(network), spec, profiles=profiles, gpu=targets or PORTABLE, hashes=bundle.hashes(network)
+                bundle.path(network),
+                spec,
+                profiles=profiles[network],
+                gpu=targets or PORTABLE,
+                hashes=bundle.hashes(network),
             )
             there = engines.has(key)
             if there is not None:
                 yield there, 0.0
                 continue
             start = time.monotonic()
-            data = build(bundle.path(network), spec, profiles=profiles, capabilities=capabilities)
+            data = build(bundle.path(network), spec, profiles=profiles[network], capabilities=capabilities)
             record = engines.keep(data, f"{folder}/{network}.engine", key, kept_for, bundle.manifest["opset"])
             yield record, time.monotonic() - start
 
 
-def picture_ranges(specs: Mapping[str, NetworkSpec], size: tuple[int, int] | None) -> dict[str, Ranges]:
-    """Of each network. For a size, width and height in pixels: networks of pictures have that one and the best of all
-    else, but for what a single picture varies: its rows, one or guided two; time steps, one for all rows or one each;
-    and smaller pictures to decode, which are previews. The others keep their ranges."""
-    if size is None:
-        return {name: {} for name in specs}
+def picture_profiles(specs: Mapping[str, NetworkSpec], sizes: Sequence[tuple[int, int]]) -> dict[str, Sequence[Ranges]]:
+    """Of each network, a profile for each of these sizes of pictures; one for all that it takes where there are none,
+    or where it does not see the size. InputError for a size that the networks do not take."""
+    each = [picture_ranges(specs, size) for size in dict.fromkeys(sizes)]
+    return {name: [one[name] for one in each if one[name]] or ({},) for name in specs}
+
+
+def picture_ranges(specs: Mapping[str, NetworkSpec], size: tuple[int, int]) -> dict[str, Ranges]:
+    """Of each network for pictures of a size, width and height in pixels: networks of pictures have that one and the
+    best of all else, but for what a single picture varies: its rows, one or guided two; time steps, one for all rows or
+    one each; and smaller pictures to decode, which are previews. The others keep their ranges."""
     encoder = specs["vae_encoder"]
     factor = encoder.inputs[0].axes[2].best // encoder.outputs[0].axes[2].best
     made: dict[str, Ranges] = {}

@@ -449,7 +449,11 @@ from fastldm import cli_bench, cli_cache, cli_profile  # noqa: E402, F401  comma
     help="With --to: a GPU that the engines are for, such as sm_89; may be repeated.  [default: Ampere and later]",
 )
 @click.option(
-    "--size", type=Size(), help="With --to: engines for pictures of this size alone.  [default: all that the model has]"
+    "--size",
+    "sizes",
+    type=Size(),
+    multiple=True,
+    help="With --to: engines for pictures of this size alone; may be repeated.  [default: all that the model has]",
 )
 @debug_option
 def export(
@@ -461,7 +465,7 @@ def export(
     fused_ops: bool,
     to: str | None,
     arch: tuple[str, ...],
-    size: tuple[int, int] | None,
+    sizes: tuple[tuple[int, int], ...],
     debug: bool,
 ) -> None:
     """Write a model to the folder OUT as ONNX, each network compared with PyTorch before it counts.
@@ -481,7 +485,8 @@ def export(
     --split        text and time steps are computed once, not at each step; without, optimum reads the folder too
     --opset        23 has attention as one node, which not all backends know
     --fused-ops    for backends with kernels of their own; ONNX Runtime and TensorRT run what the nodes stand for
-    --size         the builder then knows all shapes: one guided picture of one window of text at a time
+    --size         the builder then knows all shapes: one guided picture of one window of text at a time; of several
+                   sizes, each is tuned on its own, in one engine with one copy of the weights
 
     The folders are laid out as optimum's and diffusers' exports are. An export that was stopped goes on where it was
     when the same command is given again, and so do engines.
@@ -492,13 +497,13 @@ def export(
         from fastldm.export import bundle
         from fastldm.export.spec import specs
 
-        if to is None and (arch or size):
+        if to is None and (arch or sizes):
             raise InputError("--arch and --size are of engines: give --to tensorrt too")
         spec = loading.describe(model)
         if to is not None:  # all that can be wrong is found before anything is traced
             tensorrt = need_tensorrt()
             capabilities = [tensorrt.parse_capability(one) for one in arch]
-            tensorrt.picture_ranges(specs(spec.unet, spec.vae, spec.text, dtype=dtype, split=split), size)
+            tensorrt.picture_profiles(specs(spec.unet, spec.vae, spec.text, dtype=dtype, split=split), sizes)
         made = bundle.export(
             spec,
             out,
@@ -512,7 +517,7 @@ def export(
         total = sum(known["bytes"] for known in made.manifest["files"].values())
         click.echo(f"{out}: {', '.join(made.specs)}; {total / 2**20:.0f} MiB in {dtype}, as PyTorch computes them")
         if to is not None:
-            for record, seconds in tensorrt.build_ahead(made, capabilities=capabilities, size=size):
+            for record, seconds in tensorrt.build_ahead(made, capabilities=capabilities, sizes=sizes):
                 took = f"{seconds:.1f} s" if seconds else "is there"
                 click.echo(f"{out / 'engines' / record.file}: {took}, {record.bytes / 2**20:.1f} MiB")
 

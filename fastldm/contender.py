@@ -31,10 +31,11 @@ _ALIVE: list[object] = []  # who owns the layouts that a network's weights are r
 def main() -> None:
     given = json.loads(sys.argv[1])
     task, contender = Task(**given["task"]), Contender(**given["contender"])
-    torch.set_num_threads(task.threads)
+    torch.set_num_threads(1 if task.model == RANDOM else task.threads)  # as many load side by side
     began = perf_counter()
     with torch.inference_mode():
         work = _MAKE[contender.name](task, contender)
+        torch.set_num_threads(task.threads)
         _say(loaded=perf_counter() - began)
         last = torch.empty(0)
         for line in sys.stdin:

@@ -74,8 +74,8 @@ class Engine(Protocol):
     """A network that is ready to run. Used by one thread at a time."""
 
     @property
-    def spec(self) -> NetworkSpec:
-        """What it takes: of what it was opened for, the sizes that it was built for."""
+    def specs(self) -> Sequence[NetworkSpec]:
+        """What it takes: of what it was opened for, each range of sizes that it was built for."""
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One pass: all inputs of the network's spec to all its outputs, new tensors that belong to the caller.
@@ -152,8 +152,8 @@ def choose(
     return auto.choose(read_bundle(path), device, dtype)
 
 
-def latents(path: str | os.PathLike[str]) -> tuple[Axis, Axis]:
-    """The heights and widths of latents that a bundle runs with."""
+def latents(path: str | os.PathLike[str]) -> list[tuple[Axis, Axis]]:
+    """The heights and widths of latents that a bundle runs with, each range of them."""
     from fastldm.export import networks
 
     return networks.latents(read_bundle(path))
@@ -249,15 +249,21 @@ def bound(
     return {name: tensor.contiguous() for name, tensor in inputs.items()}, outputs
 
 
-def check_size(latents: tuple[Axis, Axis], factor: int, width: int, height: int) -> None:
-    """InputError for pictures of a size that the latents' axes (height, width) do not have. factor: pixels a latent."""
-    for name, size, axis in zip(("height", "width"), (height, width), latents, strict=True):
-        near = nearest(axis, size // factor) * factor
-        if near != size:
-            raise InputError(
-                f"{name} is {size}: this bundle runs {axis.least * factor} to {axis.most * factor} pixels in steps "
-                f"of {axis.multiple_of * factor}, of which {near} is nearest"
-            )
+def check_size(latents: Sequence[tuple[Axis, Axis]], factor: int, width: int, height: int) -> None:
+    """InputError for pictures of a size that none of these ranges has. latents: heights and widths. factor: pixels a
+    latent."""
+
+    def words(tall: Axis, wide: Axis) -> str:
+        least, most = (f"{w * factor}x{h * factor}" for w, h in ((wide.least, tall.least), (wide.most, tall.most)))
+        return least if least == most else f"{least} to {most} in steps of {tall.multiple_of * factor}"
+
+    near = [
+        [nearest(axis, n // factor) * factor for axis, n in zip(one, (height, width), strict=True)] for one in latents
+    ]
+    if [height, width] not in near:
+        h, w = min(near, key=lambda one: abs(one[0] - height) + abs(one[1] - width))
+        runs = " or ".join(words(*one) for one in latents)
+        raise InputError(f"the size is {width}x{height}: this bundle runs {runs}, of which {w}x{h} is nearest")
 
 
 def nearest(axis: Axis, size: int) -> int:

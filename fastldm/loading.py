@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,8 +158,8 @@ class Networks:
     """What runs them: "torch" or one of `engine.BACKENDS`."""
     precision: str | None = None
     """What they compute in, where that is not `dtype`."""
-    latents: tuple[Axis, Axis] | None = None
-    """The heights and widths of latents that they run with, where those are limited."""
+    latents: Sequence[tuple[Axis, Axis]] = ()
+    """The heights and widths of latents that they run with, each range of them, where those are limited."""
 
 
 def load(

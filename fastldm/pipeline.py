@@ -360,7 +360,7 @@ class Pipeline:
                 raise InputError(
                     f"{name} is {value}: expected a multiple of {factor} pixels for this model, such as {near}"
                 )
-        if self._latents is not None:
+        if self._latents:
             engine.check_size(self._latents, factor, width, height)
         if latents is not None and (height, width) != tuple(int(n) * factor for n in latents.shape[2:]):
             raise InputError(

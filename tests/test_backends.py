@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from PIL import Image
 import fastldm
 from fastldm import Pipeline, Session
 from fastldm.cli import main
+from fastldm.engine import bound
 from fastldm.errors import BundleError, CheckpointError, EngineError, InputError
 from fastldm.export import auto, networks
 from fastldm.export.bundle import Bundle
@@ -139,7 +141,7 @@ def test_a_split_bundle_keeps_what_does_not_change(pipe: Pipeline, monkeypatch: 
     run = Network.__call__
 
     def counted(network: Network, **inputs: torch.Tensor) -> Any:
-        calls[network.spec.name] += 1
+        calls[network.specs[0].name] += 1
         return run(network, **inputs)
 
     monkeypatch.setattr(Network, "__call__", counted)
@@ -160,9 +162,9 @@ def test_previews_slices_and_latents(pipe: Pipeline, torch_pipe: Pipeline) -> No
 
 
 def test_sizes_and_texts_that_were_not_exported(pipe: Pipeline) -> None:
-    with pytest.raises(InputError, match=r"width is 18: this bundle runs 4 to 32 pixels in steps of 4, of which 16 is"):
+    with pytest.raises(InputError, match=r"size is 18x32: this bundle runs 4x4 to 32x32 in steps of 4, of which 16x32"):
         pipe("a cat", width=18)
-    with pytest.raises(InputError, match=r"height is 64: this bundle runs 4 to 32 .* of which 32 is nearest"):
+    with pytest.raises(InputError, match=r"size is 32x64: this bundle runs .* of which 32x32 is nearest"):
         pipe("a cat", height=64)
     with pytest.raises(InputError, match=r"the text has \d+ tokens and this bundle takes 308: shorten the prompt"):
         pipe("dog " * 301)
@@ -176,26 +178,51 @@ def test_engines_that_were_built_for_one_size(
 ) -> None:
     """As TensorRT's may be: other sizes are refused before anything runs, more pictures go through one by one, and
     previews are small as ever."""
-    tensorrt = pytest.importorskip("fastldm.export.tensorrt", reason="TensorRT-RTX is not installed")
-    ranges = tensorrt.picture_ranges(Bundle.read(sd1[1]).specs, (32, 16))
-    opened = networks.open_engine
-
-    def for_one_size(backend: str, path: Path, spec: NetworkSpec, **options: Any) -> Any:
-        ends = {name: (least, most) for name, (least, _, most) in ranges[spec.name].items()}
-        return opened(backend, path, spec.narrowed(ends), **options)
-
-    monkeypatch.setattr(networks, "open_engine", for_one_size)
-    pipe = load(sd1[1], "onnxruntime")
+    pipe = _for_sizes(sd1[1], [(32, 16)], monkeypatch)
     several = {"prompt": ["a cat", "two dogs", "a bird"], "width": 32, "height": 16, **SMALL}
     assert apart(pipe(**several).images, torch_pipe(**several).images) <= TOLERANCE
     alone = {"prompt": "a cat", "guidance_scale": 1.0, "width": 32, "height": 16, **SMALL}
     assert apart(pipe(**alone).images, torch_pipe(**alone).images) <= TOLERANCE
     shown = list(pipe.session.submit(**alone, preview=True).progress())
     assert shown[-1].preview[0].size == (32, 16)
-    with pytest.raises(InputError, match="height is 32: this bundle runs 16 to 16 pixels"):
+    with pytest.raises(InputError, match="the size is 32x32: this bundle runs 32x16, of which 32x16 is nearest"):
         pipe("a cat", width=32, height=32)
     with pytest.raises(InputError, match="the text has 154 tokens and this bundle takes 77"):
         pipe("two dogs, " * 20, width=32, height=16)
+
+
+def test_engines_that_were_built_for_several_sizes(
+    sd1: tuple[Path, Path], torch_pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each runs, and what lies between them does not."""
+    pipe = _for_sizes(sd1[1], [(32, 16), (16, 24)], monkeypatch)
+    for width, height in ((16, 24), (32, 16)):
+        asked = {"prompt": "a cat", "width": width, "height": height, **SMALL}
+        assert apart(pipe(**asked).images, torch_pipe(**asked).images) <= TOLERANCE
+    with pytest.raises(InputError, match=r"size is 32x20: this bundle runs 32x16 or 16x24, of which 32x16 is nearest"):
+        pipe("a cat", width=32, height=20)
+
+
+def _for_sizes(bundle: Path, sizes: Sequence[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> Pipeline:
+    """A bundle on ONNX Runtime with the profiles that TensorRT engines would have, which need a GPU."""
+    tensorrt = pytest.importorskip("fastldm.export.tensorrt", reason="TensorRT-RTX is not installed")
+    profiles = tensorrt.picture_profiles(Bundle.read(bundle).specs, sizes)
+    opened = networks.open_engine
+
+    class Profiled:
+        def __init__(self, backend: str, path: Path, spec: NetworkSpec, **options: Any) -> None:
+            self._engine = opened(backend, path, spec, **options)
+            self.specs = [
+                spec.narrowed({name: (least, most) for name, (least, _, most) in ranges.items()})
+                for ranges in profiles[spec.name]
+            ]
+
+        def __call__(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            bound(self.specs[tensorrt.fitting(self.specs, inputs)], inputs, CPU)
+            return self._engine(inputs)
+
+    monkeypatch.setattr(networks, "open_engine", Profiled)
+    return load(bundle, "onnxruntime")
 
 
 def test_a_backend_is_asked_for_by_name(sd1: tuple[Path, Path]) -> None:
