@@ -1,5 +1,13 @@
-"""`python -m fastldm` is the `fastldm` command."""
+"""`python -m fastldm` and `fastldm`: the command, in a process of its own."""
 
+from fastldm import heap
 from fastldm.cli import main
 
-main()
+
+def run() -> None:
+    heap.keep()
+    main()
+
+
+if __name__ == "__main__":
+    run()

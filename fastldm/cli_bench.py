@@ -68,6 +68,13 @@ PEERS = ("diffusers", "diffusers-compile", "onnxruntime", "openvino", "optimum",
 @click.option("--threads", type=click.IntRange(min=1), help="Of each contender.  [default: as many as PyTorch takes]")
 @click.option("--rounds", type=click.IntRange(min=1), help="Turns of each contender.  [default: 7, of cpu-step 3]")
 @click.option(
+    "--restarts",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Begin every process anew so often, for as many rounds: some are slower than others of their kind.",
+)
+@click.option(
     "--suite",
     type=click.Choice(["cpu-step", "ladder"]),
     help="cpu-step: one guided step of an SD1.5-size U-Net at 256x256, random weights. ladder: from "
@@ -89,7 +96,8 @@ def bench(model: str, debug: bool, out: Path | None, suite: str | None, **option
     compute the same is red, and its time means nothing. A ratio is the median of the rounds' ratios, in brackets the
     quarter and three quarters of them. The peers onnxruntime and openvino are diffusers' pipeline with its networks
     replaced, so that their memory and their time to load count its weights too. optimum needs an older transformers
-    than fastldm, and so an environment of its own: --python optimum=PATH.
+    than fastldm, and so an environment of its own: --python optimum=PATH. Peers run as they are; fastldm as this
+    command does, which tells malloc to keep memory between ops.
     """
     with reported(debug):
         from fastldm import compare
@@ -117,7 +125,8 @@ def bench(model: str, debug: bool, out: Path | None, suite: str | None, **option
             if shown:
                 click.echo(text, err=True)
 
-        rows = compare.compare(task, found, options["rounds"] or (3 if suite == "cpu-step" else 7), tell)
+        rounds = options["rounds"] or (3 if suite == "cpu-step" else 7)
+        rows = compare.compare(task, found, rounds, tell, restarts=options["restarts"])
         click.echo(table(task, rows))
         if out is not None:
             out.write_text(json.dumps(record(task, rows), indent=1) + "\n")

@@ -72,8 +72,8 @@ class Row:
     contender: Contender
     seconds: tuple[float, ...]  # of each round
     ratios: tuple[float, ...]  # of each round, how many times faster than the first contender
-    load: float | None  # None where others were loading too
-    first: float  # the first run, compilation included
+    load: float | None  # of the first life; None where others were loading too
+    first: float  # the first run of it, compilation included
     peak: int  # bytes of memory
     difference: float | None  # max |x - first's| / max |first's|, or of 1 for pictures; None where it is not finite
     wrong: bool
@@ -111,12 +111,40 @@ HALF = {"step": 0.1, "picture": 0.35}
 
 
 def compare(
-    task: Task, contenders: Sequence[Contender], rounds: int, on_event: Callable[[str], object] = lambda text: None
+    task: Task,
+    contenders: Sequence[Contender],
+    rounds: int,
+    on_event: Callable[[str], object] = lambda text: None,
+    *,
+    restarts: int = 1,
 ) -> list[Row]:
     """Rows in the order of the contenders, the first of which all are compared with.
 
-    on_event: told what happens, in words. Raises EngineError where the first contender cannot run.
+    rounds: in each life of the processes. on_event: told what happens, in words. restarts: how often all processes
+    begin anew, for one may be slower than the next of the same kind, by where its memory happens to lie. Raises
+    EngineError where the first contender cannot run.
     """
+    lives = [_compare(task, contenders, rounds, on_event) for _ in range(restarts)]
+    return [_whole(rows) for rows in zip(*lives, strict=True)]
+
+
+def _whole(lives: Sequence[Row]) -> Row:
+    """The row of a contender that lived several times; that of a life in which it failed, if there is one."""
+    failed = [row for row in lives if row.failure]
+    if failed:
+        return failed[0]
+    differences = [row.difference for row in lives]
+    return replace(
+        lives[0],
+        seconds=tuple(seconds for row in lives for seconds in row.seconds),
+        ratios=tuple(ratio for row in lives for ratio in row.ratios),
+        peak=max(row.peak for row in lives),
+        difference=None if None in differences else max(one for one in differences if one is not None),
+        wrong=any(row.wrong for row in lives),
+    )
+
+
+def _compare(task: Task, contenders: Sequence[Contender], rounds: int, on_event: Callable[[str], object]) -> list[Row]:
     first, *others = contenders
     rows: dict[Contender, Row] = {}
     free = memory.free_bytes(torch.device("cpu"))

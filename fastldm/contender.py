@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastldm import heap
 from fastldm.compare import RANDOM, Contender, Task
 
 Work = Callable[[], Tensor]
@@ -31,6 +32,8 @@ _ALIVE: list[object] = []  # who owns the layouts that a network's weights are r
 def main() -> None:
     given = json.loads(sys.argv[1])
     task, contender = Task(**given["task"]), Contender(**given["contender"])
+    if contender.name == "fastldm":
+        heap.keep()  # as its command does
     torch.set_num_threads(1 if task.model == RANDOM else task.threads)  # as many load side by side
     began = perf_counter()
     with torch.inference_mode():

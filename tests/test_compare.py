@@ -46,7 +46,8 @@ def test_one_that_computes_something_else_is_red_and_one_that_cannot_run_is_name
 ) -> None:
     """A bound that no other arithmetic keeps stands for a wrong result."""
     monkeypatch.setitem(compare.TOLERANCES, ("step", "float32"), 0.0)
-    rows = compare.compare(TASK, [PEER, ABSENT, OURS], rounds=1)
+    rows = compare.compare(TASK, [PEER, ABSENT, OURS], rounds=1, restarts=2)
+    assert [len(row.ratios) for row in rows] == [2, 0, 2]
     assert [row.wrong for row in rows] == [False, True, True]
     assert "openvino runs bundles" in rows[1].failure
     assert not rows[2].failure
@@ -63,6 +64,14 @@ def test_they_come_in_groups_where_memory_is_short(monkeypatch: pytest.MonkeyPat
     assert [str(row.contender) for row in rows] == [f"fastldm on torch {d}" if d else str(PEER) for d in ("", *DTYPES)]
     assert heard.count("loading diffusers float32") == 2  # once a group
     assert all(len(row.ratios) == 1 for row in rows)
+
+
+def test_random_weights_load_side_by_side_as_far_as_memory_goes() -> None:
+    random = replace(TASK, model=compare.RANDOM)
+    all_four = [Contender(name, dtype) for name in ("diffusers", "fastldm") for dtype in DTYPES]
+    found = [compare._side_by_side(random, all_four, free) for free in (10**9, 8 * 10**9, 64 * 10**9, None)]
+    assert found == [1, 2, 4, 4]
+    assert compare._side_by_side(TASK, all_four, None) == 1  # whose loading counts
 
 
 @pytest.mark.parametrize(
@@ -109,9 +118,12 @@ def test_pipelines_of_others_that_read_a_bundle(what: str, tmp_path_factory: pyt
 
 @pytest.mark.full
 def test_the_suite_of_one_minute() -> None:
-    """SD1.5's full size: what diffusers computes with the same random weights, fastldm does."""
-    rows = compare.compare(
-        Task(compare.RANDOM, "step", 128, 128, "DDIMScheduler", 1, 7.5, threads=2), [PEER, OURS], rounds=1
-    )
-    assert not any(row.wrong or row.failure for row in rows)
-    assert 0 < rows[1].difference < 1e-4
+    """SD1.5's full size: what diffusers computes with the same random weights, fastldm does. One that cannot run beside
+    others is named as one that runs alone."""
+    task = Task(compare.RANDOM, "step", 128, 128, "DDIMScheduler", 1, 7.5, threads=2)
+    absent = replace(ABSENT, python="/bin/false")
+    first, broken, ours = compare.compare(task, [PEER, absent, OURS], rounds=1)
+    assert not any(row.wrong or row.failure for row in (first, ours))
+    assert 0 < ours.difference < 1e-4
+    assert broken.failure == "exit status 1"
+    assert [row.load for row in (first, ours)] == [None, None]
