@@ -43,7 +43,7 @@ CASES = {  # -> what `fastldm bench` is told
 FULL = {  # of SD1.5's bundles
     "sd15-step": [
         *("-m", "sd15", "--what", "step", "--size", "256x256", "--bundle", "split", "--bundle", "whole"),
-        *("--compare", "diffusers,onnxruntime,openvino,openvino-genai", "--rounds", "3", "--restarts", "3"),
+        *("--compare", "diffusers,onnxruntime,openvino,openvino-genai"),
     ]
 }
 

@@ -68,13 +68,6 @@ PEERS = ("diffusers", "diffusers-compile", "onnxruntime", "openvino", "optimum",
 @click.option("--threads", type=click.IntRange(min=1), help="Of each contender.  [default: as many as PyTorch takes]")
 @click.option("--rounds", type=click.IntRange(min=1), help="Turns of each contender.  [default: 7, of cpu-step 3]")
 @click.option(
-    "--restarts",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Begin every process anew so often, for as many rounds: some are slower than others of their kind.",
-)
-@click.option(
     "--suite",
     type=click.Choice(["cpu-step", "ladder"]),
     help="cpu-step: one guided step of an SD1.5-size U-Net at 256x256, random weights. ladder: from "
@@ -96,8 +89,8 @@ def bench(model: str, debug: bool, out: Path | None, suite: str | None, **option
     compute the same is red, and its time means nothing. A ratio is the median of the rounds' ratios, in brackets the
     quarter and three quarters of them. The peers onnxruntime and openvino are diffusers' pipeline with its networks
     replaced, so that their memory and their time to load count its weights too. optimum needs an older transformers
-    than fastldm, and so an environment of its own: --python optimum=PATH. Peers run as they are; fastldm as this
-    command does, which tells malloc to keep memory between ops.
+    than fastldm, and so an environment of its own: --python optimum=PATH. In all of them malloc keeps memory
+    between ops, as in this command itself.
     """
     with reported(debug):
         from fastldm import compare
@@ -125,8 +118,7 @@ def bench(model: str, debug: bool, out: Path | None, suite: str | None, **option
             if shown:
                 click.echo(text, err=True)
 
-        rounds = options["rounds"] or (3 if suite == "cpu-step" else 7)
-        rows = compare.compare(task, found, rounds, tell, restarts=options["restarts"])
+        rows = compare.compare(task, found, options["rounds"] or (3 if suite == "cpu-step" else 7), tell)
         click.echo(table(task, rows))
         if out is not None:
             out.write_text(json.dumps(record(task, rows), indent=1) + "\n")

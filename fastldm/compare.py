@@ -1,10 +1,12 @@
 """fastldm beside what one would otherwise pick: the same weights and inputs, in processes that take turns.
 
 Each contender (contender.py) is a process of its own, so that threads, caches and settings of one are not another's.
-All are loaded, have run once and are compared with the first before anything is timed. Then they work one after the
-other, in an order that turns round, and each round gives a ratio to the first: other work on the machine slows all of a
-round alike. Where memory does not hold all at once they come in groups, each with the first. Those that draw random
-weights load side by side, for that is no load that anybody waits for.
+All keep their heap, as the fastldm command does (heap.py): where malloc does as it likes, diffusers' float32 step of
+SD1.5 takes a third longer in some processes than in others. All are loaded, have run once and are compared with the
+first before anything is timed. Then they work one after the other, in an order that turns round, and each round gives a
+ratio to the first: other work on the machine slows all of a round alike. Where memory does not hold all at once they
+come in groups, each with the first. Those that draw random weights load side by side, for that is no load that anybody
+waits for.
 """
 
 from __future__ import annotations
@@ -72,8 +74,8 @@ class Row:
     contender: Contender
     seconds: tuple[float, ...]  # of each round
     ratios: tuple[float, ...]  # of each round, how many times faster than the first contender
-    load: float | None  # of the first life; None where others were loading too
-    first: float  # the first run of it, compilation included
+    load: float | None  # None where others were loading too
+    first: float  # the first run, compilation included
     peak: int  # bytes of memory
     difference: float | None  # max |x - first's| / max |first's|, or of 1 for pictures; None where it is not finite
     wrong: bool
@@ -111,40 +113,12 @@ HALF = {"step": 0.1, "picture": 0.35}
 
 
 def compare(
-    task: Task,
-    contenders: Sequence[Contender],
-    rounds: int,
-    on_event: Callable[[str], object] = lambda text: None,
-    *,
-    restarts: int = 1,
+    task: Task, contenders: Sequence[Contender], rounds: int, on_event: Callable[[str], object] = lambda text: None
 ) -> list[Row]:
     """Rows in the order of the contenders, the first of which all are compared with.
 
-    rounds: in each life of the processes. on_event: told what happens, in words. restarts: how often all processes
-    begin anew, for one may be slower than the next of the same kind, by where its memory happens to lie. Raises
-    EngineError where the first contender cannot run.
+    on_event: told what happens, in words. Raises EngineError where the first contender cannot run.
     """
-    lives = [_compare(task, contenders, rounds, on_event) for _ in range(restarts)]
-    return [_whole(rows) for rows in zip(*lives, strict=True)]
-
-
-def _whole(lives: Sequence[Row]) -> Row:
-    """The row of a contender that lived several times; that of a life in which it failed, if there is one."""
-    failed = [row for row in lives if row.failure]
-    if failed:
-        return failed[0]
-    differences = [row.difference for row in lives]
-    return replace(
-        lives[0],
-        seconds=tuple(seconds for row in lives for seconds in row.seconds),
-        ratios=tuple(ratio for row in lives for ratio in row.ratios),
-        peak=max(row.peak for row in lives),
-        difference=None if None in differences else max(one for one in differences if one is not None),
-        wrong=any(row.wrong for row in lives),
-    )
-
-
-def _compare(task: Task, contenders: Sequence[Contender], rounds: int, on_event: Callable[[str], object]) -> list[Row]:
     first, *others = contenders
     rows: dict[Contender, Row] = {}
     free = memory.free_bytes(torch.device("cpu"))

@@ -32,8 +32,7 @@ _ALIVE: list[object] = []  # who owns the layouts that a network's weights are r
 def main() -> None:
     given = json.loads(sys.argv[1])
     task, contender = Task(**given["task"]), Contender(**given["contender"])
-    if contender.name == "fastldm":
-        heap.keep()  # as its command does
+    heap.keep()
     torch.set_num_threads(1 if task.model == RANDOM else task.threads)  # as many load side by side
     began = perf_counter()
     with torch.inference_mode():

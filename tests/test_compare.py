@@ -46,8 +46,7 @@ def test_one_that_computes_something_else_is_red_and_one_that_cannot_run_is_name
 ) -> None:
     """A bound that no other arithmetic keeps stands for a wrong result."""
     monkeypatch.setitem(compare.TOLERANCES, ("step", "float32"), 0.0)
-    rows = compare.compare(TASK, [PEER, ABSENT, OURS], rounds=1, restarts=2)
-    assert [len(row.ratios) for row in rows] == [2, 0, 2]
+    rows = compare.compare(TASK, [PEER, ABSENT, OURS], rounds=1)
     assert [row.wrong for row in rows] == [False, True, True]
     assert "openvino runs bundles" in rows[1].failure
     assert not rows[2].failure
