@@ -38,6 +38,8 @@ from fastldm.spans import Call, Clock, Span, replaced
 
 SECONDS = 10.0
 """For about so long pictures are repeated, where no number of rounds is given."""
+BUSY = 1.5
+"""Times as long as the fastest picture that the slowest tenth takes where others' work keeps the machine busy."""
 OUTSIDE = "outside ops"
 
 STAGES = {
@@ -169,8 +171,14 @@ class Profile:
 
     @property
     def advice(self) -> str:
-        """The one change that would help most, in a sentence."""
-        return _advice(self)
+        """The one change that would help most, in a sentence, which says so where the machine was too busy to tell."""
+        least, most = self.wall.least, self.wall.p90
+        if most < BUSY * least:
+            return f"{_advice(self)}."
+        return (
+            f"{_advice(self)} (but pictures took {1e3 * least:.0f} to {1e3 * most:.0f} ms: "
+            "profile again when nothing else runs here)."
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- one picture
@@ -473,11 +481,11 @@ def _advice(made: Profile) -> str:
     lost, stage, name, row = max([*ops, *others], key=lambda one: one[0])
     whole = made.wall.median
     if row is None:
-        return f"Most is lost in {stage}, {share(lost, whole)} of a picture: {_HINTS[stage]}."
+        return f"Most is lost in {stage}, {share(lost, whole)} of a picture: {_HINTS[stage]}"
     said = f"Most is lost in {name} of {stage}, {share(row.seconds, whole)} of a picture"
     if row.floor:
         said += f" at {share(row.floor, row.seconds)} of what this machine can do"
-    return f"{said}: {_hint(made, row)}."
+    return f"{said}: {_hint(made, row)}"
 
 
 def share(part: float, whole: float) -> str:

@@ -142,18 +142,21 @@ def one_step(made: Profile) -> str:
 
 def bars(made: Profile) -> str:
     """A bar for each op of a step, its floor within."""
-    rows, per, left, right = made.of("step"), len(made.steps), 150, 270
-    most, colours = rows[0].seconds, _op_colours(made)
-    scale, parts = (WIDTH - left - right) / most, []
-    for k, row in enumerate(rows):
+    rows, per, left, colours = made.of("step"), len(made.steps), 150, _op_colours(made)
+    told = []
+    for row in rows:
+        floor = f"{share(row.floor, row.seconds)} of floor" if row.floor else ""
+        told.append(", ".join(filter(None, (milliseconds(row.seconds / per), floor, path(row, per)))))
+    # As long as leaves room for the words behind each bar, of about seven units a letter.
+    ends = [WIDTH - left - 16 - 7 * len(words) for words in told]
+    scale, parts = min(end / row.seconds for end, row in zip(ends, rows, strict=True)), []
+    for k, (row, words) in enumerate(zip(rows, told, strict=True)):
         y, colour = 30 * k, colours.get(row.name, "var(--other)")
         said = f"{row.name}: {milliseconds(row.seconds / per)}, floor {milliseconds(row.floor / per)}"
         parts.append(_text(left - 10, y + 17, row.name, "end"))
         parts.append(_rect(left, y + 2, row.seconds * scale, 22, colour, said, "light"))
         parts.append(_rect(left, y + 2, min(row.floor, row.seconds) * scale, 22, colour, said))
-        floor = f"{share(row.floor, row.seconds)} of floor" if row.floor else ""
-        told = ", ".join(filter(None, (milliseconds(row.seconds / per), floor, path(row, per))))
-        parts.append(_text(left + row.seconds * scale + 8, y + 17, told, "start"))
+        parts.append(_text(left + row.seconds * scale + 8, y + 17, words, "start"))
     return _svg(30 * len(rows), parts, "ops of a step against their floors")
 
 

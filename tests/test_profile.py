@@ -280,6 +280,12 @@ def test_the_table_fits_a_screen_and_ends_with_one_sentence(made: Profile) -> No
     assert last.count(". ") == 0
 
 
+def test_advice_says_where_the_machine_was_busy(made: Profile) -> None:
+    quiet, busy = (replace(made, wall=Spread.of(times)).advice for times in ([1.0, 1.1, 1.2], [1.0, 1.1, 2.0]))
+    assert busy == quiet[:-1] + " (but pictures took 1000 to 1820 ms: profile again when nothing else runs here)."
+    assert "but pictures" not in quiet
+
+
 def test_memory_is_held_against_the_plan(made: Profile) -> None:
     assert 0.9 < made.memory["measured"] / made.memory["planned"] <= 1.01
 
@@ -309,6 +315,8 @@ def test_the_page_is_whole_and_has_its_plots(made: Profile) -> None:
     assert len(stages.findall(f"{inside}rect[@height='44.00']")) == len(made.stages)
     rows = made.of("step")
     assert len(bars.findall(f"{inside}rect")) == 2 * len(rows)
+    for words in bars.findall(f"{inside}text[@class='start']"):
+        assert float(words.get("x", 0)) + 7 * len(words.text or "") <= profile_page.WIDTH
     assert (
         len(one.findall(f"{inside}rect[@height='60.00']")) == 1 + sum(row.calls for row in rows if row.bytes) // STEPS
     )
