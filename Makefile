@@ -17,7 +17,7 @@ demo: $(VENV)/base
 test: $(VENV)/test
 	$(PYTEST) -m "not full"
 
-test-full: $(VENV)/test
+test-full: $(VENV)/bench
 	$(PYTEST)
 
 lint: $(VENV)/test

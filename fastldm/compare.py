@@ -153,8 +153,8 @@ def _side_by_side(task: Task, contenders: Sequence[Contender], free: int | None)
     """How many of these load at once, one at least."""
     if task.model != RANDOM:
         return 1
-    needed = accumulate(_random_bytes(one) for one in contenders)
-    return max(1, sum(free is None or bytes <= free for bytes in needed))
+    together = accumulate(_random_bytes(one) for one in contenders)
+    return max(1, sum(free is None or needed <= free for needed in together))
 
 
 def _random_bytes(contender: Contender) -> int:
