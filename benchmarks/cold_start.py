@@ -29,6 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS = """
 import json, sys, time
 marks = [("start", float(sys.argv[1])), ("interpreter", time.time())]
+from fastldm import heap
+heap.keep()
 import torch
 marks.append(("import torch", time.time()))
 from fastldm.image import save_result

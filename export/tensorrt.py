@@ -149,13 +149,9 @@ def fitting(specs: Sequence[NetworkSpec], inputs: Mapping[str, Tensor]) -> int:
     """The first of an engine's profiles that these inputs fit into; the first of all where there is none."""
 
     def takes(spec: NetworkSpec) -> bool:
-        ports = [port for port in spec.inputs if port.name in inputs]
-        return all(
-            nearest(axis, inputs[port.name].shape[dimension]) == inputs[port.name].shape[dimension]
-            for port in ports
-            for dimension, axis in port.axes.items()
-            if dimension < inputs[port.name].ndim
-        )
+        shapes = [(port.shape, inputs[port.name].shape) for port in spec.inputs if port.name in inputs]
+        pairs = [pair for wanted, given in shapes for pair in zip(wanted, given, strict=False)]  # `bound` counts them
+        return all(isinstance(axis, int) or nearest(axis, size) == size for axis, size in pairs)
 
     return next((k for k, spec in enumerate(specs) if takes(spec)), 0)
 
