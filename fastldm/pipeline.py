@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastldm import engine, loading, memory, schedule, text, weights
+from fastldm import adoption, engine, loading, memory, schedule, text, weights
 from fastldm import image as images
 from fastldm.config import VAEConfig
 from fastldm.denoise import (
@@ -139,9 +139,9 @@ class Pipeline:
 
         The weights are shared, not copied: what changes in one changes in the other. Device and dtype stay as they are.
         """
-        spec = loading.spec_of(weights.describe_diffusers(pipe))
+        spec = loading.spec_of(adoption.describe_diffusers(pipe))
         parts = {name: getattr(pipe, name) for name in spec.checkpoint.components}
-        networks = loading.load(spec, lambda module, name: weights.adopt(module, parts[name]), parts)
+        networks = loading.load(spec, lambda module, name: adoption.adopt(module, parts[name]), parts)
         return cls(spec, networks, type(pipe).__name__)
 
     # --- a call

@@ -36,14 +36,14 @@ Config = dict[str, Any]
 Module = TypeVar("Module", bound=nn.Module)
 
 INDEX = "model_index.json"
-_CLASSES = {
+NETWORK_CLASSES = {
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL", "AutoencoderTiny"),
     "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
     "text_encoder_2": ("CLIPTextModel", "CLIPTextModelWithProjection"),
 }
 _REQUIRED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-_TOKENIZERS = ("tokenizer", "tokenizer_2")
+TOKENIZERS = ("tokenizer", "tokenizer_2")
 _NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
 _TOKENIZER_FILES = (
     "vocab.json",
@@ -222,18 +222,18 @@ def _from_hub(
 
 def _wanted(index: Config, names: Collection[str], variant: str | None, allow_pickle: bool, source: str) -> list[str]:
     """The files of a repository that loading will read."""
-    classes = _classes(index, source)
+    classes = component_classes(index, source)
     inside = {
         name: {path.removeprefix(f"{name}/") for path in names if path.startswith(f"{name}/") and path.count("/") == 1}
         for name in classes
     }
-    networks = {name: inside[name] for name in classes if name in _CLASSES}
+    networks = {name: inside[name] for name in classes if name in NETWORK_CLASSES}
     chosen = _choose_weights(networks, variant, allow_pickle, source)
     wanted = [INDEX, "scheduler/scheduler_config.json"]
     for name in classes:
-        if name in _CLASSES:
+        if name in NETWORK_CLASSES:
             wanted += [f"{name}/{file}" for file in ("config.json", *chosen[name].names)]
-        elif name in _TOKENIZERS:
+        elif name in TOKENIZERS:
             wanted += [f"{name}/{file}" for file in _TOKENIZER_FILES if file in inside[name]]
     return wanted
 
@@ -282,20 +282,20 @@ def open_diffusers(folder: PathLike, variant: str | None = None, *, allow_pickle
     _check_folder(folder)
     source = str(folder)
     index = _read_json(folder / INDEX)
-    classes = _classes(index, source)
+    classes = component_classes(index, source)
     left = [name for name in _NOT_NEEDED if name in _listed(index)]
     if left:
         logger.info("%s: not needed and left alone: %s", source, ", ".join(left))
-    networks = {name: _listing(folder / name) for name in classes if name in _CLASSES}
+    networks = {name: _listing(folder / name) for name in classes if name in NETWORK_CLASSES}
     chosen = _choose_weights(networks, variant, allow_pickle, source)
     components = {}
     for name, weights in chosen.items():
         files = _weight_files(folder / name, weights)
-        config = _named(_read_json(folder / name / "config.json"), classes[name])
+        config = named_config(_read_json(folder / name / "config.json"), classes[name])
         shown = str(folder / name / weights.entry)
         components[name] = Component(name, classes[name], config, files, shown, allow_pickle=allow_pickle)
     scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
-    tokenizers = {name: folder / name for name in _TOKENIZERS if name in classes}
+    tokenizers = {name: folder / name for name in TOKENIZERS if name in classes}
     for path in tokenizers.values():
         if not path.is_dir():
             raise CheckpointError(f"{path} is missing, though {folder / INDEX} names it.")
@@ -341,13 +341,13 @@ def _listed(index: Config) -> dict[str, str]:
     return {name: str(class_name) for name, (_, class_name) in pairs.items() if class_name is not None}
 
 
-def _classes(index: Config, source: str) -> dict[str, str]:
+def component_classes(index: Config, source: str) -> dict[str, str]:
     """Component name to class name, of those that fastldm reads. Raises CheckpointError for a model it cannot run."""
     pipeline = index.get("_class_name", "a pipeline of unknown class")
     listed = _listed(index)
     if index.get("requires_aesthetics_score") and "text_encoder" not in listed:
         raise CheckpointError(f"{source} is the Stable Diffusion XL refiner, which fastldm does not run.")
-    known = (*_CLASSES, *_TOKENIZERS, "scheduler")
+    known = (*NETWORK_CLASSES, *TOKENIZERS, "scheduler")
     strange = [f"{name} ({listed[name]})" for name in listed if name not in known and name not in _NOT_NEEDED]
     required = (*_REQUIRED, *(["tokenizer_2"] if "text_encoder_2" in listed else []))
     lacking = [name for name in required if name not in listed]
@@ -356,7 +356,7 @@ def _classes(index: Config, source: str) -> dict[str, str]:
         raise CheckpointError(
             f"{source} is a {pipeline} and {why}: fastldm cannot run it. It runs Stable Diffusion 1, 2 and XL."
         )
-    for name, classes in _CLASSES.items():
+    for name, classes in NETWORK_CLASSES.items():
         if name in listed and listed[name] not in classes:
             raise CheckpointError(
                 f"{source}: {name} is a {listed[name]}; fastldm runs {' or '.join(classes)} in its place."
@@ -364,7 +364,7 @@ def _classes(index: Config, source: str) -> dict[str, str]:
     return {name: listed[name] for name in known if name in listed}
 
 
-def _named(config: Config, class_name: str) -> Config:
+def named_config(config: Config, class_name: str) -> Config:
     """A component's config with the class that the pipeline's index gives it, whose word counts in diffusers too."""
     key, value = ("architectures", [class_name]) if class_name.startswith("CLIP") else ("_class_name", class_name)
     return {**config, key: value}
@@ -499,31 +499,6 @@ def open_single_file(path: PathLike, *, prediction_type: str | None = None, allo
     }
     tokenizers = {name: TokenizerFiles(None, pad) for name, pad in layout.pad_tokens.items()}
     return Checkpoint(source, components, layout.scheduler, tokenizers, layout.index)
-
-
-# --- A loaded diffusers pipeline ---
-
-
-def describe_diffusers(pipe: Any) -> Checkpoint:
-    """What a loaded diffusers pipeline is. Its components have configs but no files: `adopt` takes their weights.
-
-    Raises CheckpointError for a pipeline that fastldm cannot run.
-    """
-    index = dict(pipe.config)
-    source = type(pipe).__name__
-    classes = _classes(index, source)
-    components = {}
-    for name in classes:
-        if name in _CLASSES:
-            config = getattr(pipe, name).config
-            raw = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-            components[name] = Component(name, classes[name], _named(raw, classes[name]), (), f"{source}: {name}")
-    # What its author left to the class's defaults is left to the next class's too, as diffusers' `from_config` does.
-    defaults = ("_use_default_values", *pipe.scheduler.config.get("_use_default_values", ()))
-    scheduler = {key: value for key, value in pipe.scheduler.config.items() if key not in defaults}
-    scheduler["_class_name"] = type(pipe.scheduler).__name__
-    tokenizers = {name: TokenizerFiles(None, loaded=getattr(pipe, name)) for name in _TOKENIZERS if name in classes}
-    return Checkpoint(source, components, scheduler, tokenizers, index)
 
 
 # --- Reading files ---
@@ -689,36 +664,16 @@ def load_module(
     `position_ids`, the names query, key, value and proj_attn in a VAE's attention, and a `text_model.` prefix more or
     less. Raises CheckpointError, naming `source`, the first few names and the likely cause; `module` is then unchanged.
     """
-    fitted = _fit(module, state, source)
+    fitted = fit_names(module, state, source)
     ready = {name: state[key].to(device, dtype) for name, key in fitted.items()}
     module.load_state_dict(ready, assign=True)
-    return module.requires_grad_(False).eval()
-
-
-def adopt(module: Module, other: nn.Module) -> Module:
-    """Give `module`, built on the meta device, the weights of a loaded diffusers or transformers module, not copied.
-
-    Both modules then share storage: what is written into one's weights in place is seen by the other. Dtype and device
-    stay; `other` is unchanged. Raises CheckpointError as `load_module` does, and for weights that are not all in one
-    dtype on one device (offloaded, quantised).
-    """
-    source, state = f"the given {type(other).__name__}", other.state_dict()
-    fitted = _fit(module, state, source)
-    kinds = {(state[key].dtype, state[key].device) for key in fitted.values()}
-    if len(kinds) != 1 or any(device.type == "meta" or not dtype.is_floating_point for dtype, device in kinds):
-        shown = ", ".join(sorted(f"{dtype} on {device}".removeprefix("torch.") for dtype, device in kinds))
-        raise CheckpointError(
-            f"{source[0].upper()}{source[1:]} has weights in {shown}; they must be floating point, in one dtype on one "
-            "device. Undo offloading or quantisation first."
-        )
-    module.load_state_dict({name: state[key] for name, key in fitted.items()}, assign=True)
     return module.requires_grad_(False).eval()
 
 
 _OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def _fit(module: nn.Module, state: Mapping[str, Tensor], source: str) -> dict[str, str]:
+def fit_names(module: nn.Module, state: Mapping[str, Tensor], source: str) -> dict[str, str]:
     """The module's names, each with the key of `state` that is its tensor."""
     expected = module.state_dict()
     fitted: dict[str, str] = {}

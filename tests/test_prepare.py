@@ -17,7 +17,7 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from fastldm import loading, prepare, weights
+from fastldm import adoption, loading, prepare, weights
 from fastldm.errors import InputError
 from fastldm.kernels import conv, dispatch, linear, onednn
 from fastldm.models import UNet
@@ -51,9 +51,9 @@ def error(ours: Tensor, theirs: Tensor) -> float:
 
 def adopt(pipe: Any) -> loading.Networks:
     """As Pipeline.from_diffusers does."""
-    spec = loading.spec_of(weights.describe_diffusers(pipe))
+    spec = loading.spec_of(adoption.describe_diffusers(pipe))
     parts = {name: getattr(pipe, name) for name in spec.checkpoint.components}
-    return loading.load(spec, lambda module, name: weights.adopt(module, parts[name]), parts)
+    return loading.load(spec, lambda module, name: adoption.adopt(module, parts[name]), parts)
 
 
 def load(folder: Path) -> loading.Networks:

@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastldm import loading, weights
+from fastldm import adoption, loading, weights
 from fastldm.config import TextConfig
 from fastldm.errors import CheckpointError, InputError
 from fastldm.models.clip import CLIPText
@@ -1159,7 +1159,7 @@ def test_adopted_weights_are_shared(pipe: Any) -> None:
 
     unet = deepcopy(pipe.unet).train().requires_grad_(True)
     module = on_meta(lambda: UNet2DConditionModel.from_config(unet.config))
-    assert weights.adopt(module, unet) is module
+    assert adoption.adopt(module, unet) is module
     theirs = dict(unet.named_parameters())
     assert all(p.data_ptr() == theirs[name].data_ptr() for name, p in module.named_parameters())
     assert unet.training  # theirs stay as they were
@@ -1167,15 +1167,15 @@ def test_adopted_weights_are_shared(pipe: Any) -> None:
     assert not any(p.requires_grad for p in module.parameters())
     assert not module.training
     with pytest.raises(CheckpointError, match=r"The given Attention has weights in float32 on meta; they must be"):
-        weights.adopt(on_meta(Attention), on_meta(Attention))
+        adoption.adopt(on_meta(Attention), on_meta(Attention))
     mixed = Attention()
     mixed.to_q.half()
     with pytest.raises(CheckpointError, match="has weights in float16 on cpu, float32 on cpu"):
-        weights.adopt(on_meta(Attention), mixed)
+        adoption.adopt(on_meta(Attention), mixed)
 
 
 def test_description_of_a_loaded_pipeline_is_that_of_its_folder(pipe: Any, folder: Path) -> None:
-    loaded, saved = weights.describe_diffusers(pipe), open_diffusers(folder)
+    loaded, saved = adoption.describe_diffusers(pipe), open_diffusers(folder)
     assert set(loaded.components) == set(saved.components)
     for name, part in saved.components.items():
         got = loaded.components[name]
