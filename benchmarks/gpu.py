@@ -17,6 +17,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,13 +27,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OPS = ("attention", "group_norm", "conv", "linear", "step", "geglu", "layer_norm")  # in this order
-RUNTIME = ("graph", "slots", "session", "profile", "engine", "backends")
+MARKED = re.compile(
+    r"^import ops$|\bmark\.gpu\b", re.MULTILINE
+)  # `ops` runs a kernel wherever there is a device for it
 SANITIZED = ("geglu", "layer_norm", "step")  # the sanitizer is some hundred times slower: the cheapest tests
 
 
+def suite() -> list[str]:
+    """The files of tests that a GPU has a say in: those of the ops first, then each with a test that is marked gpu."""
+    ops = [f"tests/test_{op}.py" for op in OPS]
+    found = sorted(path for path in (ROOT / "tests").glob("test_*.py") if MARKED.search(path.read_text("utf-8")))
+    return [*ops, *(name for path in found if (name := f"tests/{path.name}") not in ops)]
+
+
 def test() -> int:
-    files = [f"tests/test_{name}.py" for name in (*OPS, *RUNTIME)]
-    failed = _pytest([sys.executable, "-m", "pytest", "-q", "-m", "not full", *files, "tests/test_dispatch.py"])
+    failed = _pytest([sys.executable, "-m", "pytest", "-q", "-m", "not full", *suite()])
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if tool is None:
         print("compute-sanitizer is not installed (it comes with the CUDA toolkit): kernels ran without it")

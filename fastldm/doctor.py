@@ -29,10 +29,14 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 def cache_root() -> Path:
     """Where fastldm keeps what it can make again: `FASTLDM_CACHE`, else the platform's cache folder for it."""
-    import platformdirs
-
     chosen = os.environ.get("FASTLDM_CACHE")
-    return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("fastldm")
+    if chosen:
+        return Path(chosen).expanduser()
+    try:
+        import platformdirs
+    except ModuleNotFoundError:  # a container that was given torch and not all else: what platformdirs says on Linux
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastldm"
+    return platformdirs.user_cache_path("fastldm")
 
 
 def _version(distribution: str) -> str | None:

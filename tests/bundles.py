@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import pytest
@@ -18,8 +18,10 @@ import tiny
 from filelock import FileLock
 
 from fastldm import loading
-from fastldm.export import bundle, onnx
-from fastldm.export.reference import Networks
+from fastldm.export import bundle
+
+if TYPE_CHECKING:
+    from fastldm.export.reference import Networks
 
 
 def smallest(family: str, folder: Path) -> Path:
@@ -74,6 +76,7 @@ def exported(family: str, split: bool, folder: Path, **options: Any) -> tuple[Pa
 def traced_once(folder: Path) -> Iterator[None]:
     """What is exported in here is traced for the first who asks, of networks of the same weights and shapes: families
     share text encoders and autoencoders."""
+    onnx = pytest.importorskip("fastldm.export.onnx", reason="exporting needs fastldm[onnx]", exc_type=ImportError)
     trace = onnx.write
 
     def write(networks: Networks, name: str, out: Path, **options: Any) -> None:

@@ -18,7 +18,6 @@ from typing import Any
 from xml.etree import ElementTree
 
 import bundles
-import diffusers
 import pytest
 import tiny
 import torch
@@ -184,7 +183,7 @@ def test_time_between_ops_is_named_first(pipe: Pipeline) -> None:
 def everybodys(config: dict[str, Any], size: int) -> int:
     """Of one row through diffusers' U-Net, as torch counts."""
     with torch.device("meta"):
-        theirs = diffusers.UNet2DConditionModel(**config)
+        theirs = tiny.peer("diffusers").UNet2DConditionModel(**config)
         sample, text = torch.empty(1, 4, size, size), torch.empty(1, 77, theirs.config.cross_attention_dim)
         added: dict[str, Any] = {}
         if theirs.config.addition_embed_type:
