@@ -343,7 +343,7 @@ class Pipeline:
         size = self.unet.config.sample_size * factor
         height, width = size, size
         if latents is not None:
-            if latents.dim() != 4 or tuple(latents.shape[:2]) != (request.batch, self.latent_channels):
+            if tuple(latents.shape[:2]) != (request.batch, self.latent_channels):
                 raise InputError(
                     f"latents have shape {tuple(latents.shape)}: expected ({request.batch}, {self.latent_channels}, "
                     f"height / {factor}, width / {factor})"
@@ -368,17 +368,8 @@ class Pipeline:
             )
         if self.unet.config.in_channels > self.latent_channels and request.mask_image is None:
             raise InputError("this model is for inpainting: give it image and mask_image")
-        given = request.generator
-        if given is not None:
-            every = given if isinstance(given, (list, tuple)) else [given]
-            right = len(every) == request.batch or isinstance(given, torch.Generator)
-            if not right or not all(isinstance(one, torch.Generator) for one in every):
-                raise InputError(
-                    f"generator is {given!r}: expected a torch.Generator, or a list of one for each of "
-                    f"{request.batch} pictures"
-                )
         completed = request.replace(
-            seed=picture_seeds(request) if given is None else None,
+            seed=picture_seeds(request) if request.generator is None else None,
             height=height,
             width=width,
             num_inference_steps=request.num_inference_steps or self.family.num_inference_steps,

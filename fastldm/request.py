@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from fastldm import checks
 from fastldm.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,6 +23,30 @@ if TYPE_CHECKING:
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MAX_SEED = 2**63 - 1
+# Beyond what anybody asks for in earnest, and small enough to be turned into lists and tensors.
+MAX_IMAGES = 4096  # of a request
+MAX_SIDE = 2**20  # pixels
+MAX_STEPS = 10_000
+MAX_GUIDANCE = 10_000.0
+MAX_PROMPT_LENGTH = 32_768  # characters of a prompt
+MAX_TEXT = 2**20  # characters of all prompts together
+
+UNSUPPORTED = {
+    "callback": ": use callback_on_step_end",
+    "callback_steps": ": use callback_on_step_end",
+    "cross_attention_kwargs": "",
+    "ip_adapter_image": "",
+    "ip_adapter_image_embeds": "",
+    "masked_image_latents": ": give image and mask_image",
+    "padding_mask_crop": ": crop image and mask_image",
+    "denoising_start": "",
+    "denoising_end": "",
+    "aesthetic_score": "",
+    "negative_aesthetic_score": "",
+    "original_inference_steps": "",
+}
+"""Arguments of diffusers' pipelines that fastldm does not have, and what to do instead. None is taken: it asks for
+nothing."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +57,8 @@ class Request:
     """
 
     prompt: str | Sequence[str] | None = None
-    """What to draw: one text, or a list with one text a picture. `(word:1.3)` and `[word]` weigh words."""
+    """What to draw: one text, or a list with one text a picture. `(word:1.3)` and `[word]` weigh words, BREAK begins a
+    new window of the text encoder."""
     negative_prompt: str | Sequence[str] | None = None
     """What to avoid; one text for all or one a prompt. Used where guidance_scale > 1."""
     height: int | None = None
@@ -76,69 +101,76 @@ class Request:
     clip_skip: int | None = None
     """Text encoder layers left out at the end, as diffusers counts them."""
     literal_prompt: bool = False
-    """Take brackets in prompts as text, not as weights."""
+    """Take brackets and BREAK in prompts as text."""
     prompt_embeds: torch.Tensor | None = None
-    """Text states (B, T, D) in place of `prompt`."""
+    """Text states (prompts, T, D) in place of `prompt`."""
     negative_prompt_embeds: torch.Tensor | None = None
+    """Text states (prompts, T, D) in place of `negative_prompt`."""
     pooled_prompt_embeds: torch.Tensor | None = None
+    """SDXL's pooled vectors (prompts, P), in place of those of `prompt`; needed with prompt_embeds."""
     negative_pooled_prompt_embeds: torch.Tensor | None = None
+    """Likewise for the negative prompts."""
+    prompt_2: str | Sequence[str] | None = None
+    """What SDXL's second text encoder reads in place of `prompt`."""
+    negative_prompt_2: str | Sequence[str] | None = None
+    """What SDXL's second text encoder reads in place of `negative_prompt`."""
     original_size: tuple[int, int] | None = None
     """SDXL's size conditions, (height, width) in pixels; the picture's own size when None."""
     crops_coords_top_left: tuple[int, int] = (0, 0)
+    """SDXL's crop condition, (top, left) in pixels."""
     target_size: tuple[int, int] | None = None
+    """As original_size."""
+    negative_original_size: tuple[int, int] | None = None
+    """The size conditions of the negative half; original_size when None."""
+    negative_crops_coords_top_left: tuple[int, int] | None = None
+    """The crop condition of the negative half. None is crops_coords_top_left; with a negative size and no `image` it
+    is (0, 0), as in diffusers."""
+    negative_target_size: tuple[int, int] | None = None
+    """The target size of the negative half; target_size when None."""
     output_type: str = "pil"
     """"pil": PIL images; "np": float32 (B, H, W, 3) in 0..1; "pt": tensor (B, 3, H, W) in 0..1; "latent": latents,
     undecoded."""
 
     def __post_init__(self) -> None:
-        _check_prompts(self)
-        for name in ("height", "width"):
+        _check_embeds(self)
+        _check_texts(self)
+        for name, check in _CHECKS.items():
             value = getattr(self, name)
-            if value is not None:
-                _whole(name, value, 1, "pixels")
-        if self.num_inference_steps is not None:
-            _whole("num_inference_steps", self.num_inference_steps, 1, "steps")
-        _whole("num_images_per_prompt", self.num_images_per_prompt, 1, "pictures")
-        if self.clip_skip is not None:
-            _whole("clip_skip", self.clip_skip, 0, "layers")
-        if self.guidance_scale is not None:
-            _real("guidance_scale", self.guidance_scale, 0.0, math.inf)
-        _real("guidance_rescale", self.guidance_rescale, 0.0, 1.0)
-        _real("eta", self.eta, 0.0, 1.0)
-        if self.strength is not None:
-            _real("strength", self.strength, 0.0, 1.0)
+            if value is not None or _DEFAULTS[name] is not None:
+                self._set(name, check(name, value))
         start, end = self.guidance_interval
-        if not 0.0 <= start <= end <= 1.0:
+        if start > end:
             raise InputError(
                 f"guidance_interval is {self.guidance_interval}: expected two fractions, 0 <= start <= end <= 1"
             )
-        if self.output_type not in OUTPUT_TYPES:
-            raise InputError(f"output_type is {self.output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
         if self.mask_image is not None and self.image is None:
             raise InputError("mask_image was given without image: inpainting needs both")
         if self.timesteps is not None and self.sigmas is not None:
             raise InputError("timesteps and sigmas were both given: give one of them")
         if self.seed is not None and self.generator is not None:
             raise InputError("seed and generator were both given: give one of them")
-        object.__setattr__(self, "seed", _check_seed(self))
+        if self.batch > MAX_IMAGES:
+            raise InputError(f"the request is for {self.batch} pictures: expected at most {MAX_IMAGES}")
+        self._set("seed", _check_seed(self))
+        _check_generators(self)
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     @classmethod
     def of(cls, prompt: str | Sequence[str] | Request | None, options: dict[str, Any]) -> Request:
         """A request from a prompt, or from another request, and keyword arguments; an unknown name is an InputError
         that suggests the nearest one."""
-        names = [f.name for f in dataclasses.fields(cls)]
+        options = {name: value for name, value in options.items() if value is not None or name not in UNSUPPORTED}
         for name in options:
-            if name not in names:
-                near = difflib.get_close_matches(name, names, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(names)}"
-                raise InputError(f"unknown argument {name!r}: {hint}")
+            if name not in _DEFAULTS:
+                raise InputError(_unknown(name))
         return prompt.replace(**options) if isinstance(prompt, Request) else cls(prompt=prompt, **options)
 
     @property
     def prompts(self) -> list[str]:
         """The prompts, one a picture."""
-        texts = [self.prompt] if isinstance(self.prompt, str) else list(self.prompt or [])
-        return [text for text in texts for _ in range(self.num_images_per_prompt)]
+        return [text for text in as_list(self.prompt) for _ in range(self.num_images_per_prompt)]
 
     @property
     def negative_prompts(self) -> list[str] | None:
@@ -152,9 +184,12 @@ class Request:
     @property
     def batch(self) -> int:
         """B, the number of pictures."""
-        if self.prompt_embeds is not None:
-            return int(self.prompt_embeds.shape[0]) * self.num_images_per_prompt
-        return len(self.prompts)
+        return self.count * self.num_images_per_prompt
+
+    @property
+    def count(self) -> int:
+        """The number of prompts."""
+        return len(as_list(self.prompt)) if self.prompt_embeds is None else int(self.prompt_embeds.shape[0])
 
     def replace(self, **changes: Any) -> Request:
         """A copy with some fields changed (and checked again)."""
@@ -194,45 +229,134 @@ class Result:
     """The request with every default filled in."""
 
 
-def _check_prompts(request: Request) -> None:
-    prompt, negative, embeds = request.prompt, request.negative_prompt, request.prompt_embeds
-    if prompt is not None and embeds is not None:
-        raise InputError("prompt and prompt_embeds were both given: give one of them")
-    if prompt is None:
-        return  # `Request()` is a set of defaults; the pipeline refuses to run one without a prompt
-    _check_texts("prompt", prompt)
-    if negative is not None:
-        _check_texts("negative_prompt", negative)
-        if not isinstance(negative, str):
-            prompts = 1 if isinstance(prompt, str) else len(prompt)
-            if len(negative) != prompts:
-                raise InputError(
-                    f"negative_prompt has {len(negative)} texts for {prompts} prompts: give one, or one a prompt"
-                )
+def as_list(texts: str | Sequence[str] | None) -> list[str]:
+    """A text or several as a list of them."""
+    return [texts] if isinstance(texts, str) else list(texts or [])
 
 
-def _check_texts(name: str, value: Any) -> None:
-    if isinstance(value, str):
-        return
-    if not isinstance(value, Sequence) or not all(isinstance(text, str) for text in value):
-        raise InputError(f"{name} is {_show(value)}: expected a text or a list of texts")
-    if not value:
-        raise InputError(f"{name} is an empty list: give at least one text (an empty text is fine)")
+def _check_texts(request: Request) -> None:
+    """Texts of types and lengths that can be used, one for all or one a prompt."""
+    for name in ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2"):
+        value = getattr(request, name)
+        if value is None:
+            continue
+        texts = checks.texts(name, value, MAX_IMAGES, MAX_PROMPT_LENGTH)
+        length = sum(map(len, texts))
+        if length > MAX_TEXT:
+            raise InputError(f"{name} has {length} characters in {len(texts)} texts: expected at most {MAX_TEXT}")
+        request._set(name, texts[0] if isinstance(value, str) else tuple(texts))
+        if name == "prompt" or (request.prompt is None and request.prompt_embeds is None):
+            continue  # `Request()` is a set of defaults; the pipeline refuses to run one without a prompt
+        if not isinstance(value, str) and len(texts) != request.count:
+            raise InputError(f"{name} has {len(texts)} texts for {request.count} prompts: give one, or one a prompt")
+    if request.prompt_2 is not None and request.prompt is None and request.prompt_embeds is None:
+        raise InputError("prompt_2 was given without prompt: it is what the second text encoder reads in its place")
+
+
+def _check_embeds(request: Request) -> None:
+    """Tensors in place of texts: not beside them."""
+    for half in ("", "negative_"):
+        for name in (f"{half}prompt", f"{half}prompt_2"):
+            if getattr(request, name) is not None and getattr(request, f"{half}prompt_embeds") is not None:
+                raise InputError(f"{name} and {half}prompt_embeds were both given: give one of them")
+        for name, dimensions in ((f"{half}prompt_embeds", 3), (f"{half}pooled_prompt_embeds", 2)):
+            if getattr(request, name) is not None:
+                checks.tensor(name, getattr(request, name), (None,) * dimensions)
 
 
 def _check_seed(request: Request) -> int | tuple[int, ...] | None:
     seed = request.seed
     if seed is None:
         return None
-    if not isinstance(seed, Sequence):
-        if not _is_whole(seed) or not 0 <= int(seed) <= MAX_SEED:
-            raise InputError(f"seed is {_show(seed)}: expected a whole number from 0 to 2**63 - 1, or a list of them")
-        return int(seed)
-    if not all(_is_whole(s) and 0 <= int(s) <= MAX_SEED for s in seed):
-        raise InputError(f"seed is {_show(seed)}: expected a whole number from 0 to 2**63 - 1, or a list of them")
-    if (request.prompt is not None or request.prompt_embeds is not None) and len(seed) != request.batch:
-        raise InputError(f"seed is a list of {len(seed)} for {request.batch} pictures: give one seed, or one a picture")
-    return tuple(int(s) for s in seed)
+    try:
+        return checks.whole("seed", seed, 0, MAX_SEED)
+    except InputError:
+        wrong = f"seed is {checks.show(seed)}: expected a whole number from 0 to 2**63 - 1, or a list of them"
+    try:
+        seeds = tuple(
+            checks.whole("seed", item, 0, MAX_SEED) for item in checks.listed("seed", seed, MAX_IMAGES, "seeds")
+        )
+    except InputError:
+        raise InputError(wrong) from None
+    if (request.prompt is not None or request.prompt_embeds is not None) and len(seeds) != request.batch:
+        raise InputError(
+            f"seed is a list of {len(seeds)} for {request.batch} pictures: give one seed, or one a picture"
+        )
+    return seeds
+
+
+def _check_generators(request: Request) -> None:
+    """One generator, or one for each picture."""
+    import torch
+
+    value = request.generator
+    if value is None or isinstance(value, torch.Generator):
+        return
+    several = isinstance(value, (list, tuple)) and len(value) == (request.batch or len(value))
+    if not several or not all(isinstance(item, torch.Generator) for item in value):
+        raise InputError(
+            f"generator is {checks.show(value)}: expected a torch.Generator, or a list of one for each of "
+            f"{request.batch} pictures"
+        )
+
+
+def _unknown(name: str) -> str:
+    if name in UNSUPPORTED:
+        return f"{name} is not supported{UNSUPPORTED[name]}"
+    near = difflib.get_close_matches(name[:100], _DEFAULTS, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(_DEFAULTS)}"
+    return f"unknown argument {checks.show(name)}: {hint}"
+
+
+def _fractions(name: str, value: Any) -> tuple[float, float]:
+    items = checks.listed(name, value, 2, "fractions")
+    if len(items) != 2:
+        raise InputError(f"{name} is {checks.show(value)}: expected two fractions, 0 <= start <= end <= 1")
+    return checks.real(f"{name}[0]", items[0], 0.0, 1.0), checks.real(f"{name}[1]", items[1], 0.0, 1.0)
+
+
+def _size(name: str, value: Any) -> tuple[int, int]:
+    return checks.pair(name, value, 0, MAX_SIDE, "(height, width) in pixels")
+
+
+def _crop(name: str, value: Any) -> tuple[int, int]:
+    return checks.pair(name, value, 0, MAX_SIDE, "(top, left) in pixels")
+
+
+def _whole(low: int, high: int, unit: str) -> Check:
+    return lambda name, value: checks.whole(name, value, low, high, unit)
+
+
+def _real(low: float, high: float) -> Check:
+    return lambda name, value: checks.real(name, value, low, high)
+
+
+Check = Callable[[str, Any], Any]
+_CHECKS: dict[str, Check] = {
+    "height": _whole(1, MAX_SIDE, "pixels"),
+    "width": _whole(1, MAX_SIDE, "pixels"),
+    "num_inference_steps": _whole(1, MAX_STEPS, "steps"),
+    "num_images_per_prompt": _whole(1, MAX_IMAGES, "pictures"),
+    "clip_skip": _whole(0, 1000, "layers"),
+    "guidance_scale": _real(0.0, MAX_GUIDANCE),
+    "guidance_rescale": _real(0.0, 1.0),
+    "guidance_interval": _fractions,
+    "eta": _real(0.0, 1.0),
+    "strength": _real(0.0, 1.0),
+    "sampler": lambda name, value: checks.short_text(name, value, "a sampler's name, such as 'euler a'"),
+    "timesteps": lambda name, value: checks.numbers(name, value, MAX_STEPS),
+    "sigmas": lambda name, value: checks.numbers(name, value, MAX_STEPS),
+    "literal_prompt": checks.flag,
+    "output_type": lambda name, value: checks.choice(name, value, OUTPUT_TYPES),
+    "latents": lambda name, value: checks.tensor(name, value, (None,) * 4),
+    "original_size": _size,
+    "target_size": _size,
+    "negative_original_size": _size,
+    "negative_target_size": _size,
+    "crops_coords_top_left": _crop,
+    "negative_crops_coords_top_left": _crop,
+}
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Request)}
 
 
 def picture_seeds(request: Request) -> tuple[int, ...]:
@@ -241,28 +365,3 @@ def picture_seeds(request: Request) -> tuple[int, ...]:
         return tuple(request.seed)
     first = secrets.randbelow(2**32) if request.seed is None else request.seed
     return tuple((first + k) % (MAX_SEED + 1) for k in range(request.batch))
-
-
-def _is_whole(value: Any) -> bool:
-    # numpy's integers count, bool does not
-    return hasattr(value, "__index__") and not isinstance(value, bool) and not hasattr(value, "__len__")
-
-
-def _whole(name: str, value: Any, least: int, unit: str) -> None:
-    if not _is_whole(value) or int(value) < least:
-        raise InputError(f"{name} is {_show(value)}: expected a whole number of {unit}, {least} or more")
-
-
-def _real(name: str, value: Any, low: float, high: float) -> None:
-    try:
-        inside = low <= float(value) <= high and math.isfinite(float(value))
-    except (TypeError, ValueError):
-        inside = False
-    if not inside:
-        bounds = f"{low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
-        raise InputError(f"{name} is {_show(value)}: expected a number {bounds}")
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -23,7 +23,7 @@ from fastldm.request import picture_seeds
         ({"prompt": "a", "height": 64.5}, "height is 64.5"),
         (
             {"prompt": "a", "num_inference_steps": 0},
-            "num_inference_steps is 0: expected a whole number of steps, 1 or more",
+            "num_inference_steps is 0: expected a whole number of steps, 1 to 10000",
         ),
         ({"prompt": "a", "num_inference_steps": True}, "num_inference_steps is True"),
         ({"prompt": "a", "guidance_scale": float("nan")}, "guidance_scale is nan"),
