@@ -100,7 +100,7 @@ def test_image_to_image_and_inpainting(model: str) -> None:
         (["generate"], 2, "Missing argument 'PROMPT'"),
         (["generate", "a", "--size", "big"], 2, "'big' is not a size: write WIDTHxHEIGHT"),
         (["generate", "a", "--n", "0"], 2, "0 is not in the range"),
-        (["generate", "a", "--steps", "0"], 2, "num_inference_steps is 0: expected a whole number of steps, 1 to 10000"),
+        (["generate", "a", "--steps", "0"], 2, "num_inference_steps is 0: expected a whole number of steps"),
         (["generate", "a", "--seed", "-1"], 2, "seed is -1"),
         (["generate", "a", "-o", "no/where.png"], 2, "the folder 'no' does not exist"),
         (["generate", "a", "-o", "a.gif"], 2, "picture format"),
