@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastldm import engine, text, weights
+from fastldm import engine, relatives, text, weights
 from fastldm.config import Family, TextConfig, TinyVAEConfig, UNetConfig, VAEConfig, recognise
 from fastldm.errors import InputError
 from fastldm.models.clip import CLIPText
@@ -88,12 +88,16 @@ def spec_of(checkpoint: weights.Checkpoint) -> Spec:
     """The networks' descriptions from a checkpoint's raw config files."""
     parts = checkpoint.components
     vae = TinyVAEConfig if parts["vae"].config.get("_class_name") == "AutoencoderTiny" else VAEConfig
-    unet = UNetConfig.from_dict(parts["unet"].config, f"{checkpoint.source}: unet")
+    source = f"{checkpoint.source}: unet"
+    relatives.check_unet_keys(parts["unet"].config, source)
+    unet = UNetConfig.from_dict(parts["unet"].config, source)
+    autoencoder_config = vae.from_dict(parts["vae"].config, f"{checkpoint.source}: vae")
+    relatives.check_channels(unet.in_channels, source, autoencoder_config.latent_channels)
     encoders = [name for name in ("text_encoder", "text_encoder_2") if name in parts]
     return Spec(
         checkpoint,
         unet,
-        vae.from_dict(parts["vae"].config, f"{checkpoint.source}: vae"),
+        autoencoder_config,
         tuple(TextConfig.from_dict(parts[name].config, f"{checkpoint.source}: {name}") for name in encoders),
         recognise(unet, checkpoint.scheduler),
     )

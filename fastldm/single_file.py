@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastldm import relatives
 from fastldm.errors import CheckpointError, InputError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -76,6 +77,12 @@ _OTHER_MODELS = (
     (r"^edm_vpred\.sigma_max$", "a CosXL model, which needs EDM scaling"),
     (r"^embedder\.model\.visual\.", "a Stable unCLIP model"),
     (r"^depth_model\.", "a depth-conditioned Stable Diffusion 2 model"),
+    (r"^low_res_model\.", "an upscaler"),
+    (r"\.position_net\.|\.transformer_blocks\.\d+\.fuser\.", "GLIGEN, whose U-Net reads boxes"),
+    (r"^cc_projection\.", "Zero123, which turns objects"),
+    (r"^learnable_vector$|^cond_stage_model\.(mapper|transformer\.vision_model)\.", "Paint by Example"),
+    (r"^cond_stage_model\.(roberta|transformer\.roberta)\.", "AltDiffusion"),
+    (r"\.time_stack\.|\.time_mixer\.|\.temopral_conv\.", "a model for video"),
 )
 _LONE_COMPONENTS = (
     (r"^(encoder\.down|decoder\.up)\.\d|^first_stage_model\.", "a VAE alone"),
@@ -448,7 +455,6 @@ _SDXL = _Family(
     scheduler="EulerDiscreteScheduler",
     pipeline="StableDiffusionXL",
 )
-_OTHER_CHANNELS = {5: "depth-conditioned", 7: "an upscaler", 8: "InstructPix2Pix"}
 
 
 def read_layout(
@@ -549,11 +555,7 @@ def _family(shapes: Shapes, source: str) -> _Family:
             f"where {_FIRST_CONV} was expected."
         )
     channels, labelled = shapes[_FIRST_CONV][1], f"{_UNET}label_emb.0.0.weight" in shapes
-    if channels not in (4, 9):
-        kind = _OTHER_CHANNELS.get(channels, "of an unknown kind")
-        raise CheckpointError(
-            f"{source} has a U-Net with {channels} input channels ({kind}); fastldm runs 4, and 9 for inpainting."
-        )
+    relatives.check_channels(channels, f"{source}: its U-Net")
     if labelled and has(_SD2_AS_GENERATIVE_MODELS.texts["text_encoder"].prefix):
         raise CheckpointError(
             f"{source} is the Stable Diffusion XL refiner, which fastldm does not run; give the base model."

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fastldm import single_file
+from fastldm import relatives, single_file
 from fastldm.errors import CheckpointError, InputError
 from fastldm.text import Tokenizer
 
@@ -337,15 +337,16 @@ def _what_folder_is(folder: Path, names: list[str]) -> str:
 
 def _listed(index: Config) -> dict[str, str]:
     """Component name to class name, of all that a pipeline has; it lists [null, null] for what it was saved without."""
-    pairs = {name: value for name, value in index.items() if isinstance(value, list | tuple) and len(value) == 2}
+    components = {name: value for name, value in index.items() if not name.startswith("_")}
+    pairs = {name: value for name, value in components.items() if isinstance(value, list | tuple) and len(value) == 2}
     return {name: str(class_name) for name, (_, class_name) in pairs.items() if class_name is not None}
 
 
 def component_classes(index: Config, source: str) -> dict[str, str]:
     """Component name to class name, of those that fastldm reads. Raises CheckpointError for a model it cannot run."""
-    pipeline = index.get("_class_name", "a pipeline of unknown class")
-    listed = _listed(index)
-    if index.get("requires_aesthetics_score") and "text_encoder" not in listed:
+    pipeline, listed = index.get("_class_name"), _listed(index)
+    relatives.check_class(pipeline, source)
+    if "text_encoder" not in listed and ("text_encoder_2" in listed or index.get("requires_aesthetics_score")):
         raise CheckpointError(f"{source} is the Stable Diffusion XL refiner, which fastldm does not run.")
     known = (*NETWORK_CLASSES, *TOKENIZERS, "scheduler")
     strange = [f"{name} ({listed[name]})" for name in listed if name not in known and name not in _NOT_NEEDED]
@@ -354,13 +355,14 @@ def component_classes(index: Config, source: str) -> dict[str, str]:
     if strange or lacking:
         why = f"has {', '.join(strange)}" if strange else f"has no {', no '.join(lacking)}"
         raise CheckpointError(
-            f"{source} is a {pipeline} and {why}: fastldm cannot run it. It runs Stable Diffusion 1, 2 and XL."
+            f"{source} is a {pipeline or 'pipeline'} and {why}: fastldm cannot run it. {relatives.RUNS}."
         )
     for name, classes in NETWORK_CLASSES.items():
         if name in listed and listed[name] not in classes:
             raise CheckpointError(
                 f"{source}: {name} is a {listed[name]}; fastldm runs {' or '.join(classes)} in its place."
             )
+    relatives.check_known(pipeline, source)
     return {name: listed[name] for name in known if name in listed}
 
 

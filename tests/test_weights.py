@@ -507,8 +507,11 @@ OTHER_FILES: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
     "U-Net of diffusers": (lambda: _tensors("down_blocks.0.resnets.0.conv1.weight"), "a U-Net alone, in diffusers"),
     "text encoder": (lambda: _tensors("text_model.embeddings.token_embedding.weight"), "a text encoder alone"),
     "refiner": (lambda: random_state(_refiner()), "XL refiner, which fastldm does not run"),
-    "InstructPix2Pix": (lambda: random_state(_sd1_with(into=8)), r"8 input channels \(InstructPix2Pix\)"),
-    "three channels": (lambda: random_state(_sd1_with(into=3)), r"3 input channels \(of an unknown kind\)"),
+    "InstructPix2Pix": (lambda: random_state(_sd1_with(into=8)), "U-Net has 8 input channels: it is InstructPix2Pix"),
+    "three channels": (lambda: random_state(_sd1_with(into=3)), r"3 input channels: it is a model of an unknown kind"),
+    "upscaler": (lambda: random_state(_sd1_with({"low_res_model.betas": (9,)}, into=7)), "is an upscaler"),
+    "GLIGEN": (lambda: random_state(_sd1_with({"model.diffusion_model.position_net.null": (9,)})), "is GLIGEN"),
+    "Paint by Example": (lambda: random_state(_sd1_with({"learnable_vector": (1, 1, 9)}, into=9)), "Paint by Example"),
     "unCLIP": (lambda: random_state(_sd1_with({"embedder.model.visual.proj": (2, 2)})), "Stable unCLIP"),
     "cut down": (lambda: random_state(_without_middle_block()), "built differently: its middle block is not as deep"),
     "quantised": (

@@ -1,0 +1,124 @@
+"""What is built like Stable Diffusion and is another model, as data: pipeline classes, channels, config keys.
+
+A relative's networks may load where Stable Diffusion's do, and then crash or make another picture. So every way in (a
+folder, a single file, an adopted pipeline) asks here and refuses it by what it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from fastldm.errors import CheckpointError
+
+RUNS = "fastldm runs Stable Diffusion 1, 2 and XL for text to image, image to image and inpainting"
+
+PLAIN = frozenset(
+    {
+        "StableDiffusionPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+        "StableDiffusionInpaintPipelineLegacy",  # inpainting with a network that knows of no mask, as the one above may
+        "StableDiffusionXLPipeline",
+        "StableDiffusionXLImg2ImgPipeline",
+        "StableDiffusionXLInpaintPipeline",
+        "LatentConsistencyModelPipeline",
+        "LatentConsistencyModelImg2ImgPipeline",
+    }
+)
+"""diffusers' classes whose pictures a pipeline here makes: they differ in their arguments alone."""
+
+
+class Relative(NamedTuple):
+    """A kind of pipeline that is refused."""
+
+    classes: str
+    """A pattern in the names of its classes."""
+    what: str
+    plain_networks: bool = False
+    """Whether its networks are Stable Diffusion's own, which a plain pipeline could run without what it adds."""
+
+
+RELATIVES = (  # the first that matches names it
+    Relative(r"Onnx|^(ORT|OV|TRT|Neuron|Gaudi|Optimum)", "an export for another runtime"),
+    Relative(r"ControlNet", "Stable Diffusion with a ControlNet", plain_networks=True),
+    Relative(r"Adapter", "Stable Diffusion with a T2I-Adapter", plain_networks=True),
+    Relative(r"AnimateDiff|PIA|Video|I2VGen", "a model for video"),
+    Relative(r"InstructPix2Pix", "InstructPix2Pix, whose U-Net reads the image that it edits"),
+    Relative(r"Depth2Img", "depth to image, whose U-Net reads a depth map"),
+    Relative(r"Upscale|SuperResolution", "an upscaler, whose U-Net reads a small image"),
+    Relative(r"UnCLIP", "unCLIP, whose U-Net reads the embedding of an image"),
+    Relative(r"ImageVariation", "image variation, which reads an image in place of a prompt"),
+    Relative(r"PaintByExample", "Paint by Example, which reads an image in place of a prompt"),
+    Relative(r"Marigold", "Marigold, which estimates depth, normals or materials of an image"),
+    Relative(r"LDM3D", "LDM3D, whose autoencoder holds depth beside colour"),
+    Relative(r"GLIGEN", "GLIGEN, whose U-Net reads boxes"),
+    Relative(r"PAG", "Stable Diffusion with perturbed-attention guidance", plain_networks=True),
+    Relative(r"SAG", "Stable Diffusion with self-attention guidance", plain_networks=True),
+    Relative(r"Safe$", "Stable Diffusion with safe guidance", plain_networks=True),
+    Relative(r"Panorama", "MultiDiffusion panoramas with Stable Diffusion", plain_networks=True),
+    Relative(r"AttendAndExcite", "Attend-and-Excite, which optimises its latents", plain_networks=True),
+    Relative(
+        r"LEdits|DiffEdit|Pix2PixZero|CycleDiffusion|Semantic|ModelEditing",
+        "a way of editing with Stable Diffusion",
+        plain_networks=True,
+    ),
+    Relative(r"KDiffusion|Paradigms", "Stable Diffusion with samplers of its own", plain_networks=True),
+)
+
+INPUT_CHANNELS = {
+    5: "depth to image",
+    7: "an upscaler",
+    8: "InstructPix2Pix, Marigold, or another that reads an image",
+}
+"""What a U-Net with so many input channels is; Stable Diffusion has 4, and 9 for inpainting."""
+
+_UNET_KEYS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("addition_embed_type", ("image", "image_hint", "text_image"), "Kandinsky"),
+    ("addition_embed_type", ("text",), "DeepFloyd IF"),
+    ("attention_type", ("gated", "gated-text-image"), "GLIGEN, whose U-Net reads boxes"),
+    ("class_embed_type", ("timestep",), "a latent upscaler"),
+    ("class_embed_type", ("identity", "projection", "simple_projection"), "unCLIP, whose U-Net reads an embedding"),
+    ("encoder_hid_dim_type", ("image_proj", "text_image_proj"), "Kandinsky"),
+    ("encoder_hid_dim_type", ("ip_image_proj",), "Stable Diffusion with an IP-Adapter"),
+    ("encoder_hid_dim_type", ("text_proj",), "Kolors or DeepFloyd IF"),
+)
+
+
+def check_class(name: Any, source: str) -> None:
+    """Raise CheckpointError if `name`, the `_class_name` of a pipeline, is that of a relative, naming it."""
+    for relative in RELATIVES:
+        if isinstance(name, str) and name not in PLAIN and re.search(relative.classes, name):
+            advice = " To run its networks without that, load them as a StableDiffusionPipeline, or its XL form."
+            text = f"{source} is a {name}: {relative.what}. {RUNS}."
+            raise CheckpointError(text + advice if relative.plain_networks else text)
+
+
+def check_known(name: Any, source: str) -> None:
+    """Raise CheckpointError if `name` is none of PLAIN: a class that is not known may do anything."""
+    if not isinstance(name, str) or name not in PLAIN:
+        what = "has no _class_name" if name is None else f"is a {name}, a pipeline that fastldm does not know"
+        raise CheckpointError(f"{source} {what}. {RUNS}: {', '.join(sorted(PLAIN))}.")
+
+
+def check_unet_keys(config: Mapping[str, Any], source: str) -> None:
+    """Raise CheckpointError if the raw config of a U-Net has what only a relative's has, naming it."""
+    for key, values, what in _UNET_KEYS:
+        if config.get(key) in values:
+            raise CheckpointError(f"{source} has {key!r} {config[key]!r}: it is {what}. {RUNS}.")
+    if config.get("num_class_embeds") is not None:
+        raise CheckpointError(f"{source} has 'num_class_embeds': it is an upscaler, or reads classes. {RUNS}.")
+
+
+def check_channels(channels: int, source: str, latents: int = 4) -> None:
+    """Raise CheckpointError if a U-Net that reads so many channels is a relative's, naming it.
+
+    Of C channels of latents, Stable Diffusion's reads C, and for inpainting C, a mask, and C of the masked image.
+    """
+    if channels not in (latents, 2 * latents + 1):
+        what = INPUT_CHANNELS.get(channels, "a model of an unknown kind")
+        raise CheckpointError(
+            f"{source} has {channels} input channels: it is {what}. {RUNS}, with {latents} channels, or "
+            f"{2 * latents + 1} for inpainting."
+        )

@@ -1,0 +1,127 @@
+"""What is built like Stable Diffusion and is another model is refused by name, whichever way it comes in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import tiny
+from safetensors.torch import save_file
+from test_weights import SD_INDEX, ldm_unet, ldm_vae, openai_clip, random_state
+
+from fastldm import Pipeline, loading, relatives
+from fastldm.errors import CheckpointError
+from fastldm.weights import component_classes
+
+XL_INDEX = {
+    **SD_INDEX,
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+}
+OTHER_CLASSES = sorted(
+    name
+    for name in dir(diffusers)
+    if ("Pipeline" in name or name.startswith("StableDiffusion")) and not name.endswith("Output")
+    if name not in relatives.PLAIN
+)
+
+
+def test_plain_classes_are_accepted() -> None:
+    assert len(relatives.PLAIN) == 9
+    for name in relatives.PLAIN:
+        index = XL_INDEX if "XL" in name else SD_INDEX
+        assert component_classes({**index, "_class_name": name}, "here")["unet"] == "UNet2DConditionModel"
+        assert hasattr(diffusers, name) or name.endswith("Legacy")  # diffusers dropped that one
+
+
+def test_other_classes_are_refused_by_name() -> None:
+    assert len(OTHER_CLASSES) > 250
+    for name in OTHER_CLASSES:
+        with pytest.raises(CheckpointError, match=f"^here is a {name}") as caught:
+            component_classes({**SD_INDEX, "_class_name": name}, "here")
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("StableDiffusionInstructPix2PixPipeline", "InstructPix2Pix, whose U-Net reads the image that it edits"),
+        ("StableDiffusionXLInstructPix2PixPipeline", "InstructPix2Pix, whose U-Net reads the image that it edits"),
+        ("StableDiffusionDepth2ImgPipeline", "depth to image"),
+        ("StableDiffusionUpscalePipeline", "an upscaler"),
+        ("StableDiffusionLatentUpscalePipeline", "an upscaler"),
+        ("StableUnCLIPImg2ImgPipeline", "unCLIP"),
+        ("MarigoldDepthPipeline", "Marigold"),
+        ("LEditsPPPipelineStableDiffusionXL", "a way of editing .* load them as a StableDiffusionPipeline"),
+        (
+            "StableDiffusionXLPAGImg2ImgPipeline",
+            "perturbed-attention guidance.* load them as a StableDiffusionPipeline",
+        ),
+        ("StableDiffusionControlNetPAGPipeline", "Stable Diffusion with a ControlNet"),
+        ("StableDiffusionXLAdapterPipeline", "T2I-Adapter"),
+        ("StableDiffusionGLIGENTextImagePipeline", "GLIGEN"),
+        ("StableDiffusionLDM3DPipeline", "LDM3D"),
+        ("AnimateDiffSDXLPipeline", "a model for video"),
+        ("ORTStableDiffusionPipeline", "an export for another runtime"),
+        ("MyPipeline", "a pipeline that fastldm does not know"),
+        (["my_pipeline", "MyPipeline"], r"is a \['my_pipeline', 'MyPipeline'\], a pipeline that fastldm does not know"),
+        (None, "has no _class_name"),
+    ],
+)
+def test_a_class_is_told_by_what_it_is(name: Any, what: str) -> None:
+    with pytest.raises(CheckpointError, match=what):
+        component_classes({**SD_INDEX, "_class_name": name}, "here")
+
+
+def test_a_refiner_is_named_whatever_its_class() -> None:
+    for changes in ({"text_encoder": [None, None]}, {"text_encoder": [None, None], "requires_aesthetics_score": True}):
+        with pytest.raises(CheckpointError, match="is the Stable Diffusion XL refiner"):
+            component_classes({**XL_INDEX, **changes, "_class_name": "StableDiffusionXLImg2ImgPipeline"}, "here")
+
+
+CHANNELS = [(5, "depth to image"), (7, "an upscaler"), (8, "InstructPix2Pix"), (3, "a model of an unknown kind")]
+
+
+@pytest.mark.parametrize(("channels", "what"), CHANNELS)
+def test_channels_tell_a_relative_under_a_plain_name(tmp_path: Path, channels: int, what: str) -> None:
+    theirs: Any = tiny.pipeline("sd1", unet=tiny.unet("sd1", in_channels=channels))
+    theirs.save_pretrained(tmp_path / "folder")
+    clip = openai_clip("cond_stage_model.transformer.", 64, 1, vocabulary=99)
+    shapes = ldm_unet(64, (1,), (1,), 64, into=channels, layers=1) | ldm_vae(32, (1,), layers=1) | clip
+    save_file(random_state(shapes), tmp_path / "single.safetensors")
+    message = f"has {channels} input channels: it is {what}"
+    with pytest.raises(CheckpointError, match=message):
+        Pipeline.from_diffusers(theirs)
+    for path in (tmp_path / "folder", tmp_path / "single.safetensors"):
+        with pytest.raises(CheckpointError, match=message) as caught:
+            loading.describe(path)
+        assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "what"),
+    [
+        ("num_class_embeds", 1000, "an upscaler"),
+        ("class_embed_type", "projection", "unCLIP"),
+        ("class_embed_type", "timestep", "a latent upscaler"),
+        ("attention_type", "gated", "GLIGEN"),
+        ("addition_embed_type", "image", "Kandinsky"),
+        ("encoder_hid_dim_type", "ip_image_proj", "Stable Diffusion with an IP-Adapter"),
+    ],
+)
+def test_config_keys_tell_a_relative_under_a_plain_name(tmp_path: Path, key: str, value: Any, what: str) -> None:
+    folder = tiny.save_pipeline("sd1", tmp_path)
+    path = folder / "unet" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(CheckpointError, match=f"unet has '{key}'.*it is {what}"):
+        loading.describe(folder)
+
+
+def test_an_adopted_relative_is_refused_by_its_own_class() -> None:
+    parts = tiny.pipeline("sd1").components
+    editing = diffusers.StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
+    with pytest.raises(CheckpointError, match="is a StableDiffusionInstructPix2PixPipeline: InstructPix2Pix"):
+        Pipeline.from_diffusers(editing)
