@@ -20,8 +20,8 @@ def describe_diffusers(pipe: Any) -> weights.Checkpoint:
 
     Raises CheckpointError for a pipeline that fastldm cannot run.
     """
-    index = dict(pipe.config)
     source = type(pipe).__name__
+    index = {**pipe.config, "_class_name": source}
     classes = weights.component_classes(index, source)
     components = {}
     for name in classes:
