@@ -29,6 +29,7 @@ from fastldm.doctor import cache_root
 from fastldm.engine import BACKENDS
 from fastldm.errors import BundleError, EngineError
 from fastldm.export.bundle import Bundle
+from fastldm.export.cache import instructions
 from fastldm.export.engines import Engines
 from fastldm.export.networks import source
 from fastldm.pipeline import Pipeline
@@ -152,7 +153,8 @@ def _write(bundle: Bundle, device: torch.device, measured: dict[str, Measured]) 
 
 def _path(bundle: Bundle, device: torch.device) -> Path:
     here = device.type == "cpu" or torch.cuda.is_available()
-    about = [bundle.manifest["sha256"], machine(device) if here else str(device), torch.get_num_threads()]
+    runs = [machine(device) if here else str(device), torch.get_num_threads(), instructions()]
+    about = [bundle.manifest["sha256"], *runs]
     return cache_root() / "measured" / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:40]}.json"
 
 

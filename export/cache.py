@@ -20,20 +20,18 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
-import shutil
+import re
 import stat
-import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TypeVar
 
-from filelock import FileLock, Timeout
+import torch
 
 from fastldm.doctor import cache_root
 from fastldm.errors import EngineError
+from fastldm.export.private import Folder
 
 logger = logging.getLogger("fastldm")
 
@@ -42,6 +40,7 @@ T = TypeVar("T")
 LIMIT = 32 * 2**30  # bytes: SDXL's engines in two sizes, SD 1.5's in four
 _ENGINE, _ENTRY = "engine", "entry.json"
 _ASIDE, _UNFINISHED = "aside-", "tmp-"
+_NAMES = re.compile(rf"(?:{_ASIDE})?[0-9a-f]{{40}}")
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,10 @@ class Key:
     precision: str  # "float16"
     ranges: str  # of the dynamic axes, least:best:most: "batch=1:2:8 height=32:64:128"
     flags: str  # what else the builder was told
-    device: str  # name and capability of the GPU or processor, or capabilities where it is built for GPUs elsewhere
+    device: (
+        str  # name and capability of the GPU, or of the processor with its instructions, or capabilities where it is
+    )
+    # built for GPUs elsewhere
     driver: str = ""  # where the engine depends on it
 
     @property
@@ -109,34 +111,32 @@ class EngineCache:
         warning says so. Raises EngineError where others than the user may write to the folder, and what `build` and
         `load` raise for an engine that has just been built.
         """
-        self.check_permissions()
-        with contextlib.suppress(OSError, EngineError):  # not here, or not usable: dealt with under the lock
-            return load(self._read(key))
+        # What is not here, or not usable, is dealt with under the lock.
+        with contextlib.suppress(OSError), self._opened() as folder, contextlib.suppress(OSError, EngineError):
+            return load(self._read(folder, key))
         with contextlib.ExitStack() as held:
             try:
-                self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                self.check_permissions()
-                held.enter_context(self._locked())
+                folder = held.enter_context(self._opened(create=True))
+                held.enter_context(self._locked(folder))
             except OSError as error:
                 logger.warning(
                     "engines cannot be kept in %s (%s): building %s for now", self.folder, error, key.network
                 )
                 return load(build())
             try:
-                return load(self._read(key))
+                return load(self._read(folder, key))
             except (EngineError, OSError) as error:
-                self._set_aside(key, error)
+                self._set_aside(folder, key, error)
             data = build()
             engine = load(data)
-            self._keep(key, data)
+            self._keep(folder, key, data)
             return engine
 
     def entries(self) -> list[Entry]:
         """What is here, last used first. Raises EngineError where others may write to the folder."""
-        self.check_permissions()
-        folders = [one for one in self._folders() if not one.name.startswith(_UNFINISHED)]
-        found = [entry for folder in folders if (entry := _describe(folder)) is not None]
-        return sorted(found, key=lambda entry: -entry.used)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), self._opened() as folder:
+            return _entries(folder)
+        return []
 
     def verify(self) -> Iterator[tuple[Entry, str]]:
         """Each entry in use, with what is wrong with it or "". Reads all of them."""
@@ -146,7 +146,8 @@ class EngineCache:
             try:
                 if entry.key is None or entry.key.digest != entry.folder.name:
                     raise EngineError("its description is not the one it was kept under")
-                self._read(entry.key, used=False)
+                with self._opened() as folder:
+                    self._read(folder, entry.key, used=False)
             except (EngineError, OSError) as error:
                 yield entry, str(error)
             else:
@@ -158,67 +159,79 @@ class EngineCache:
         keep: the cache's limit where it is not given. Returns what was removed. Raises OSError where the folder cannot
         be written to.
         """
-        self.check_permissions()
-        if not self.folder.exists():
+        try:
+            opened = self._opened()
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        with self._locked():
-            useless = [entry for entry in self.entries() if entry.aside or entry.key is None]
+        with opened as folder, self._locked(folder):
+            useless = [entry for entry in _entries(folder) if entry.aside or entry.key is None]
             for entry in useless:
-                self._remove(entry.folder)
-            return useless + self._evict(self.limit if keep is None else keep)
+                _remove(folder, entry.folder.name)
+            return useless + _evict(folder, self.limit if keep is None else keep)
 
-    def check_permissions(self) -> None:
-        """EngineError where the folder is another user's, or where others may write to it. No folder is fine."""
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            refuse_what_others_can_write(self.folder)
+    def _opened(self, create: bool = False) -> Folder:
+        return Folder.open(self.folder, create=create)
+
+    @contextlib.contextmanager
+    def _locked(self, folder: Folder) -> Iterator[None]:
+        """The one that may change the folder. The lock of a process that dies is free at once."""
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(folder.locked("lock", timeout=0))
+            except TimeoutError:
+                logger.warning("another process builds engines in %s: waiting for it", self.folder)
+                held.enter_context(folder.locked("lock"))
+            _sweep(folder)
+            yield
 
     # ---- one entry
 
-    def _read(self, key: Key, used: bool = True) -> bytes:
+    def _read(self, folder: Folder, key: Key, used: bool = True) -> bytes:
         """The serialised engine. FileNotFoundError where there is none, EngineError where it must not be loaded."""
-        folder = self.folder / key.digest
-        for path in (folder, folder / _ENTRY, folder / _ENGINE):
-            refuse_what_others_can_write(path)
-        try:
-            entry = json.loads((folder / _ENTRY).read_bytes())
-            kept_key, kept_hash = entry["key"], entry["sha256"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise EngineError(f"{folder / _ENTRY} is damaged") from error
-        if kept_key != asdict(key):
-            raise EngineError(f"{folder} holds an engine of another key")
-        data = (folder / _ENGINE).read_bytes()
-        if hashlib.sha256(data).hexdigest() != kept_hash:
-            raise EngineError(f"{folder / _ENGINE} is not what was written: its hash differs")
-        if used:
-            with contextlib.suppress(OSError):  # a cache that is read-only is used all the same
-                os.utime(folder / _ENTRY)
-        return data
+        with folder.folder(key.digest) as entry:
+            try:
+                about = entry.read_json(_ENTRY)
+                kept_key, kept_hash = about["key"], about["sha256"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise EngineError(f"{entry.path / _ENTRY} is damaged") from error
+            if kept_key != asdict(key):
+                raise EngineError(f"{entry.path} holds an engine of another key")
+            data = entry.read(_ENGINE)
+            if hashlib.sha256(data).hexdigest() != kept_hash:
+                raise EngineError(f"{entry.path / _ENGINE} is not what was written: its hash differs")
+            if used:
+                with contextlib.suppress(OSError):  # a cache that is read-only is used all the same
+                    entry.touch(_ENTRY)
+            return data
 
-    def _keep(self, key: Key, data: bytes) -> None:
+    def _keep(self, folder: Folder, key: Key, data: bytes) -> None:
         """Write an engine. Under the lock; where it cannot be written, a warning and no trace."""
         if len(data) > self.limit:
             logger.warning("the engine of %s is larger than the whole cache may be: not kept", key.network)
             return
+        about = {"key": asdict(key), "sha256": hashlib.sha256(data).hexdigest()}
         try:
-            self._evict(self.limit - len(data))
-            unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self.folder))  # nobody else's to read or write
-            about = {"key": asdict(key), "sha256": hashlib.sha256(data).hexdigest()}
-            write_private(unfinished / _ENGINE, data)
-            write_private(unfinished / _ENTRY, json.dumps(about, indent=1).encode())
-            sync_folder(unfinished)
-            unfinished.rename(self.folder / key.digest)
-            sync_folder(self.folder)
+            _evict(folder, self.limit - len(data))
+            name = _UNFINISHED + key.digest  # under the lock there is one of it
+            with folder.make(name) as unfinished:
+                unfinished.write(_ENGINE, data)
+                unfinished.write(_ENTRY, json.dumps(about, indent=1).encode())
+                unfinished.sync()
+            folder.rename(name, key.digest)
+            folder.sync()
         except OSError as error:
             logger.warning("the engine of %s runs, but cannot be kept in %s: %s", key.network, self.folder, error)
-            self._sweep()
+            _sweep(folder)
 
-    def _set_aside(self, key: Key, error: Exception) -> None:
+    def _set_aside(self, folder: Folder, key: Key, error: Exception) -> None:
         """Make room for an engine, with one line on why the one that is here does not do. Under the lock."""
-        if (self.folder / key.digest).exists():
+        if folder.stat(key.digest) is not None:
             logger.warning("the cached engine of %s is set aside and built again: %s", key.network, error)
-            self._move(self.folder / key.digest, _ASIDE + key.digest)
+            with contextlib.suppress(OSError):  # what cannot be moved cannot be replaced either, which is told then
+                _move(folder, key.digest, _ASIDE + key.digest)
             return
-        others = [one.key for one in self.entries() if one.key is not None and one.key.same_work(key) and not one.aside]
+        others = [one.key for one in _entries(folder) if one.key is not None and one.key.same_work(key)]
+        others = [one for one in others if folder.stat(one.digest) is not None]
         if others:
             logger.warning(
                 "the cached engine of %s is for %s, which is left aside: building one for %s",
@@ -227,53 +240,59 @@ class EngineCache:
                 key.machine,
             )
 
-    # ---- the folder
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """The one that may change the folder. The lock of a process that dies is free at once."""
-        lock = FileLock(self.folder / "lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            logger.warning("another process builds engines in %s: waiting for it", self.folder)
-            lock.acquire()
-        try:
-            self._sweep()
-            yield
-        finally:
-            lock.release()
+# ----------------------------------------------------------------------------------------------------- in the folder
 
-    def _folders(self) -> list[Path]:
-        try:
-            return [one for one in self.folder.iterdir() if one.is_dir()]
-        except (FileNotFoundError, NotADirectoryError):
-            return []
 
-    def _sweep(self) -> None:
-        """Remove what is unfinished. Under the lock: whoever began it is no more."""
-        for folder in self._folders():
-            if folder.name.startswith(_UNFINISHED):
-                shutil.rmtree(folder, ignore_errors=True)
+def _entries(folder: Folder) -> list[Entry]:
+    """What is kept or set aside, last used first. Whatever else has such a name is an entry that cannot be read."""
+    names = [name for name in folder.names() if _NAMES.fullmatch(name)]
+    found = [entry for name in names if (entry := _describe(folder, name)) is not None]
+    return sorted(found, key=lambda entry: -entry.used)
 
-    def _evict(self, room: int) -> list[Entry]:
-        """Remove entries until the rest takes at most `room` bytes. Under the lock."""
-        removed, left = [], self.entries()
-        left.sort(key=lambda entry: (not entry.aside, entry.used))
-        while left and sum(entry.bytes for entry in left) > room:
-            removed.append(left.pop(0))
-            self._remove(removed[-1].folder)
-        return removed
 
-    def _remove(self, folder: Path) -> None:
-        """Take an entry away whole, so that no reader meets half of it."""
-        gone = _UNFINISHED + folder.name
-        self._move(folder, gone)
-        shutil.rmtree(self.folder / gone, ignore_errors=True)
+def _describe(folder: Folder, name: str) -> Entry | None:
+    """An entry from what lies under its name; None where it has just been removed."""
+    about = folder.stat(name)
+    if about is None:
+        return None
+    size, used, key = about.st_size * stat.S_ISREG(about.st_mode), about.st_mtime, None
+    with contextlib.suppress(OSError, EngineError, ValueError, KeyError, TypeError), folder.folder(name) as entry:
+        found = {name: one for name in entry.names() if (one := entry.stat(name)) is not None}
+        size = sum(one.st_size for one in found.values())
+        used = found[_ENTRY].st_mtime if _ENTRY in found else 0.0
+        said = entry.read_json(_ENTRY)["key"]
+        key = Key(**{field.name: str(said[field.name]) for field in fields(Key)})
+    return Entry(folder.path / name, key, size, used)
 
-    def _move(self, folder: Path, name: str) -> None:
-        shutil.rmtree(self.folder / name, ignore_errors=True)
-        folder.rename(self.folder / name)
+
+def _sweep(folder: Folder) -> None:
+    """Remove what is unfinished. Under the lock: whoever began it is no more."""
+    for name in folder.names():
+        if name.startswith(_UNFINISHED):
+            folder.remove(name)
+
+
+def _evict(folder: Folder, room: int) -> list[Entry]:
+    """Remove entries until the rest takes at most `room` bytes. Under the lock."""
+    removed, left = [], _entries(folder)
+    left.sort(key=lambda entry: (not entry.aside, entry.used))
+    while left and sum(entry.bytes for entry in left) > room:
+        removed.append(left.pop(0))
+        _remove(folder, removed[-1].folder.name)
+    return removed
+
+
+def _remove(folder: Folder, name: str) -> None:
+    """Take an entry away whole, so that no reader meets half of it."""
+    gone = _UNFINISHED + name
+    _move(folder, name, gone)
+    folder.remove(gone)
+
+
+def _move(folder: Folder, name: str, new: str) -> None:
+    folder.remove(new)  # whatever is in the way
+    folder.rename(name, new)
 
 
 def hash_files(*paths: Path, known: Mapping[str, str] | None = None) -> str:
@@ -288,48 +307,20 @@ def hash_files(*paths: Path, known: Mapping[str, str] | None = None) -> str:
     return digest.hexdigest()
 
 
-def _describe(folder: Path) -> Entry | None:
-    """An entry from what lies in its folder; None where it has just been removed."""
-    try:
-        size = sum(file.stat().st_size for file in folder.iterdir())
-        used = (folder / _ENTRY).stat().st_mtime if (folder / _ENTRY).exists() else 0.0
-    except FileNotFoundError:
-        return None
-    try:
-        said = json.loads((folder / _ENTRY).read_bytes())["key"]
-        key = Key(**{field.name: str(said[field.name]) for field in fields(Key)})
-    except (OSError, ValueError, KeyError, TypeError):
-        key = None
-    return Entry(folder, key, size, used)
+def instructions() -> str:
+    """The vector and matrix instructions of this CPU, which code for another may not find here: processors of one name,
+    as virtual machines have it, differ in them."""
+    for line in _lines("/proc/cpuinfo"):
+        name, _, words = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return " ".join(sorted(set(filter(_VECTORS.match, words.split()))))
+    return torch.backends.cpu.get_cpu_capability()
 
 
-def refuse_what_others_can_write(path: Path) -> None:
-    """EngineError where somebody else could have put code there. FileNotFoundError where there is nothing."""
-    if sys.platform == "win32":  # there, a user's own folders are closed to others by their access lists
-        path.stat()
-        return
-    found = path.stat()
-    if found.st_uid not in (os.getuid(), 0):
-        raise EngineError(f"{path} belongs to another user: engines are code, and only one's own are run")
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise EngineError(
-            f"{path} can be written to by others, and engines are code: delete it, or, if nobody has, "
-            f"close it with `chmod -R go-w {path}`"
-        )
+def _lines(path: str) -> list[str]:
+    with contextlib.suppress(OSError):
+        return Path(path).read_text().splitlines()
+    return []
 
 
-def write_private(path: Path, data: bytes) -> None:
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Names of files reach the disk with their folder; Windows has no such call."""
-    if sys.platform != "win32":
-        opened = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
+_VECTORS = re.compile(r"avx|amx|sse|ssse|fma|f16c|bmi|vnni|asimd|sve|sme|neon|bf16|i8mm|fphp")

@@ -20,10 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from fastldm.errors import EngineError, InputError
-from fastldm.export.cache import Key, hash_files, refuse_what_others_can_write, sync_folder, write_private
+from fastldm.export.cache import Key
+from fastldm.export.private import Folder
 
 logger = logging.getLogger("fastldm")
 
@@ -52,9 +51,15 @@ class Record:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Record:
-        capabilities = tuple(int(one) for one in data["capabilities"])
+        """Of what engines.json says; ValueError, KeyError or TypeError where that is something else."""
         key = Key(**data["key"])
-        return cls(str(data["file"]), key, str(data["sha256"]), int(data["bytes"]), capabilities, int(data["opset"]))
+        record = cls(data["file"], key, data["sha256"], data["bytes"], tuple(data["capabilities"]), data["opset"])
+        words, numbers = (record.file, record.sha256, *vars(key).values()), (record.bytes, record.opset)
+        if not all(isinstance(one, str) for one in words):
+            raise TypeError("a text was expected")
+        if not all(type(one) is int for one in (*numbers, *record.capabilities)):
+            raise TypeError("a whole number was expected")
+        return record
 
 
 class Engines:
@@ -65,16 +70,22 @@ class Engines:
 
     def records(self) -> list[Record]:
         """Those that are there, last built last. EngineError where others may write there, or the index is damaged."""
-        index = self.folder / INDEX
-        if not index.is_file():
-            return []
-        for path in (self.folder, index):
-            refuse_what_others_can_write(path)
         try:
-            return [Record.from_dict(one) for one in json.loads(index.read_bytes())["engines"]]
+            with Folder.open(self.folder, parents=False) as folder:
+                return self._records(folder)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise EngineError(f"{self.folder} cannot be read: {error}") from error
+
+    def _records(self, folder: Folder) -> list[Record]:
+        if folder.stat(INDEX) is None:
+            return []
+        try:
+            return [Record.from_dict(one) for one in folder.read_json(INDEX)["engines"]]
         except (ValueError, KeyError, TypeError) as error:
             raise EngineError(
-                f"{index} is damaged ({error!r}): delete {self.folder} and build the engines again"
+                f"{self.folder / INDEX} is damaged ({error!r}): delete {self.folder} and build the engines again"
             ) from error
 
     def find(self, wanted: Key, capability: int) -> bytes | None:
@@ -105,14 +116,17 @@ class Engines:
         return None
 
     def _read(self, record: Record) -> bytes:
-        path = self.folder / record.file
-        if self.folder.resolve() not in path.resolve().parents:
+        """An engine's content, which is what was built. EngineError where it is not, or must not be run."""
+        path, parts = self.folder / record.file, record.file.split("/")
+        if len(parts) != 2 or {"", ".", ".."} & set(parts):
             raise EngineError(f"{self.folder / INDEX} names {record.file!r}, which is not in the bundle")
-        if not path.is_file():
-            raise EngineError(f"{path} is missing")
-        for one in (path.parent, path):
-            refuse_what_others_can_write(one)
-        data = path.read_bytes()
+        try:
+            with Folder.open(self.folder, parents=False) as folder, folder.folder(parts[0]) as inside:
+                data = inside.read(parts[1])
+        except FileNotFoundError:
+            raise EngineError(f"{path} is missing") from None
+        except OSError as error:  # a link, for one
+            raise EngineError(f"{path} cannot be read: {error}") from error
         if hashlib.sha256(data).hexdigest() != record.sha256:
             raise EngineError(f"{path} is not what was built (its sha256 differs)")
         return data
@@ -120,24 +134,26 @@ class Engines:
     def has(self, key: Key) -> Record | None:
         """The engine of just this key, if it is here whole."""
         for record in self.records():
-            path = self.folder / record.file
-            if record.key == key and path.is_file() and hash_files(path) == record.sha256:
-                return record
+            with contextlib.suppress(EngineError):
+                if record.key == key and self._read(record):
+                    return record
         return None
 
     def keep(self, data: bytes, file: str, key: Key, capabilities: tuple[int, ...], opset: int) -> Record:
-        """Write an engine and enter it in the index. Inside `writing`. EngineError where the disk does not take it."""
+        """Write an engine and enter it in the index. Inside `writing`. EngineError where the disk does not take it.
+        file: its folder and its name."""
         record = Record(file, key, hashlib.sha256(data).hexdigest(), len(data), capabilities, opset)
-        path = self.folder / file
+        name, _, engine = file.partition("/")
         try:
-            path.parent.mkdir(mode=0o700, exist_ok=True)
-            _replace(path, data)
-            others = [one for one in self.records() if one.file != file]
-            index = {"engines": [one.to_dict() for one in (*others, record)]}
-            _replace(self.folder / INDEX, json.dumps(index, indent=1).encode())
+            with Folder.open(self.folder, parents=False) as folder:
+                with folder.folder(name) if folder.stat(name) is not None else folder.make(name) as inside:
+                    inside.replace(engine, data)
+                others = [one for one in self._records(folder) if one.file != file]
+                index = {"engines": [one.to_dict() for one in (*others, record)]}
+                folder.replace(INDEX, json.dumps(index, indent=1).encode())
         except OSError as error:
             raise EngineError(
-                f"{path} could not be written ({error}): the same command goes on with what is missing"
+                f"{self.folder / file} could not be written ({error}): the same command goes on with what is missing"
             ) from error
         return record
 
@@ -145,29 +161,12 @@ class Engines:
     def writing(self) -> Iterator[None]:
         """Held by the one process that builds. InputError where another one does, EngineError where others than the
         user may write there, or nobody can."""
-        lock = FileLock(self.folder / "lock", timeout=0)
-        try:
-            self.folder.mkdir(mode=0o700, exist_ok=True)
-            refuse_what_others_can_write(self.folder)
-            lock.acquire()
-        except Timeout:
-            raise InputError(f"another process builds engines in {self.folder}: wait for it") from None
-        except OSError as error:
-            raise EngineError(f"engines cannot be written to {self.folder}: {error}") from error
-        try:
+        with contextlib.ExitStack() as held:
+            try:
+                folder = held.enter_context(Folder.open(self.folder, parents=False, create=True))
+                held.enter_context(folder.locked("lock", timeout=0))
+            except TimeoutError:
+                raise InputError(f"another process builds engines in {self.folder}: wait for it") from None
+            except OSError as error:
+                raise EngineError(f"engines cannot be written to {self.folder}: {error}") from error
             yield
-        finally:
-            lock.release()
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Put a file in its place in one go: a reader finds the one before or this one."""
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.unlink(missing_ok=True)
-    try:
-        write_private(unfinished, data)
-        unfinished.replace(path)
-    except OSError:
-        unfinished.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)

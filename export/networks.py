@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -73,7 +74,12 @@ def precision(bundle: Bundle, backend: str, device: torch.device, dtype: str | t
     """What a backend computes a bundle in: what it was exported in, if nothing else is asked for; OpenVINO in what is
     fastest on the device."""
     if backend == "openvino":
+        fastest = dtype is None
         dtype = loading.choose_dtype(dtype, device)
+        if fastest and dtype == torch.bfloat16 and find_spec("openvino") is not None:
+            from fastldm.export.openvino import has_bfloat16
+
+            dtype = torch.bfloat16 if has_bfloat16() else torch.float32
     return str(dtype or bundle.manifest["dtype"]).removeprefix("torch.")
 
 

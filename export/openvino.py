@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastldm.engine import bound
 from fastldm.errors import EngineError
-from fastldm.export.cache import EngineCache, Key, hash_files
+from fastldm.export.cache import EngineCache, Key, hash_files, instructions
 from fastldm.export.spec import NetworkSpec
 
 _PRECISIONS = {"float32": ov.Type.f32, "bfloat16": ov.Type.bf16}
@@ -51,6 +51,8 @@ def open_engine(
     precision = precision or "float32"
     if precision not in _PRECISIONS:
         raise EngineError(f"OpenVINO computes in {' or '.join(_PRECISIONS)} on a CPU, not in {precision}")
+    if precision == "bfloat16" and not has_bfloat16():
+        raise EngineError("OpenVINO has no bfloat16 on this CPU, only float32")
     core, weights = ov.Core(), path.with_name(f"{path.name}_data")
     settings: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": _PRECISIONS[precision],
@@ -87,11 +89,18 @@ def open_engine(
         precision=precision,
         ranges="",
         flags=f"threads={threads}",
-        device=" ".join(
-            [core.get_property("CPU", "FULL_DEVICE_NAME"), *core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")]
-        ),
+        device=" ".join([core.get_property("CPU", "FULL_DEVICE_NAME"), *_capabilities(), instructions()]),
     )
     return EngineCache().fetch(key, compile_here, load)
+
+
+def has_bfloat16() -> bool:
+    """Whether it computes in bfloat16 here."""
+    return "BF16" in _capabilities()
+
+
+def _capabilities() -> list[str]:
+    return list(ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
 
 def _last_line(error: Exception) -> str:

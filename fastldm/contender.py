@@ -11,6 +11,7 @@ diffusers' pipeline with its networks replaced by sessions. All but diffusers re
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -33,6 +34,7 @@ def main() -> None:
     given = json.loads(sys.argv[1])
     task, contender = Task(**given["task"]), Contender(**given["contender"])
     heap.keep()
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as fastldm.export does
     torch.set_num_threads(1 if task.model == RANDOM else task.threads)  # as many load side by side
     began = perf_counter()
     with torch.inference_mode():

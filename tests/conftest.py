@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # also where a test imports ONNX Runtime itself
 os.environ.setdefault("FASTLDM_CACHE", "/dev/null/cache")  # no user's cache in the tests, and none that root can make
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

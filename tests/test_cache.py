@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import json
 import os
+import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -344,6 +349,124 @@ def test_a_new_folder_is_closed_to_others_whatever_the_umask(cache: EngineCache)
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o077 for path in (cache.folder, entry, *entry.iterdir())} == {0}
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770])
+def test_a_parent_that_others_can_write_to_is_refused(cache: EngineCache, mode: int) -> None:
+    put(cache)
+    cache.folder.parent.chmod(mode)
+    if mode == 0o770:
+        if os.geteuid() != 0:
+            pytest.skip("only root can give a folder to another group")
+        os.chown(cache.folder.parent, -1, 12345)
+    for call in (lambda: cache.fetch(KEY, never, bytes), cache.entries, cache.prune, lambda: list(cache.verify())):
+        with pytest.raises(EngineError, match=rf"{cache.folder.parent} can be written to by others.*chmod go-w"):
+            call()
+    cache.folder.parent.chmod(mode | stat.S_ISVTX)  # as /tmp: only its owner may rename a folder there
+    assert cache.fetch(KEY, never, bytes) == ENGINE
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give things away")
+def test_a_parent_or_link_of_another_user_is_refused(tmp_path: Path) -> None:
+    own = EngineCache(tmp_path / "own" / "engines")
+    put(own)
+    (tmp_path / "link").symlink_to("own")
+    linked = EngineCache(tmp_path / "link" / "engines")
+    assert linked.fetch(KEY, never, bytes) == ENGINE, "one's own link is fine"
+    os.chown(tmp_path / "link", 12345, -1, follow_symlinks=False)
+    with pytest.raises(EngineError, match="link is another user's link"):
+        linked.fetch(KEY, never, bytes)
+    os.chown(tmp_path / "own", 12345, -1)
+    with pytest.raises(EngineError, match="own belongs to another user"):
+        own.fetch(KEY, never, bytes)
+
+
+def test_links_that_lead_nowhere_are_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    assert EngineCache(tmp_path / "loop" / "engines").fetch(KEY, lambda: ENGINE, bytes) == ENGINE
+    assert EngineCache(tmp_path / "loop" / "engines").entries() == []
+
+
+@pytest.mark.parametrize("nth", range(1, 16))
+def test_what_was_judged_is_what_is_read(nth: int, cache: EngineCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user's entry takes the place of one's own after the nth look at it: its engine is never run."""
+    entry = put(cache)
+    evil = Path(shutil.copytree(entry, cache.folder / "evil"))
+    about = json.loads((entry / "entry.json").read_text())
+    (evil / "engine").write_bytes(b"evil")
+    (evil / "entry.json").write_text(json.dumps({**about, "sha256": hashlib.sha256(b"evil").hexdigest()}))
+    for path in (*evil.iterdir(), evil):
+        path.chmod(0o777)
+    looks = 0
+
+    def look(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        nonlocal looks
+        found = call(*args, **options)
+        looks += 1
+        if looks == nth:
+            entry.rename(cache.folder / "good")
+            evil.rename(entry)
+        return found
+
+    with monkeypatch.context() as patched:
+        for name in ("stat", "fstat", "open"):
+            patched.setattr(os, name, functools.partial(look, getattr(os, name)))
+        assert cache.fetch(KEY, lambda: b"built", bytes) in (ENGINE, b"built")
+
+
+def as_a_file(path: Path) -> None:
+    path.write_bytes(b"in the way")
+
+
+def as_a_folder(path: Path) -> None:
+    (path / "inner").mkdir(parents=True)
+
+
+def as_a_dangling_link(path: Path) -> None:
+    path.symlink_to(path.with_name("nowhere"))
+
+
+def as_a_loop(path: Path) -> None:
+    path.symlink_to(path)
+
+
+def as_a_link(path: Path) -> None:
+    outside = next(one for one in path.parents if one.name == "engines").with_name("outside")
+    outside.mkdir()
+    kept = outside / path.name
+    path.rename(kept) if path.exists() else kept.mkdir()
+    path.symlink_to(kept)
+
+
+def as_a_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("thing", [as_a_file, as_a_folder, as_a_dangling_link, as_a_loop, as_a_link, as_a_pipe])
+@pytest.mark.parametrize("place", ["lock", "aside-KEY", "KEY", "KEY/engine", "KEY/entry.json", "tmp-KEY"])
+def test_whatever_lies_in_a_place_is_healed(cache: EngineCache, place: str, thing: Callable[[Path], None]) -> None:
+    entry = put(cache)
+    path = cache.folder / place.replace("KEY", KEY.digest)
+    if thing is not as_a_link or not place.startswith("KEY"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    thing(path)
+    if not place.startswith("KEY"):
+        edited(entry)  # so that the lock is taken, and what was there set aside
+    cache.entries()
+    list(cache.verify())
+    assert cache.fetch(KEY, lambda: b"built again", bytes) == b"built again"
+    assert cache.fetch(KEY, never, bytes) == b"built again"
+    cache.prune()
+    assert sorted(one.name for one in cache.folder.iterdir()) == sorted([KEY.digest, "lock"])
+    assert not (cache.folder / "nowhere").exists(), "nothing is written through a link"
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"key":' * 50_000, "[]", '{"key": [], "sha256": 1}', "\xff", '"key"'])
+def test_whatever_an_entry_says_is_healed(cache: EngineCache, text: str) -> None:
+    (put(cache) / "entry.json").write_text(text)
+    assert [entry.key for entry in cache.entries()] == [None]
+    assert cache.fetch(KEY, lambda: b"built again", bytes) == b"built again"
+    assert [entry.aside for entry in cache.prune()] == [True]
 
 
 # ---- the command

@@ -4,6 +4,8 @@ GroupNorm, cross-attention and an upsampling, so every kind of axis that a U-Net
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastldm import loading
 from fastldm.engine import BACKENDS, bound, nearest, open_engine
 from fastldm.errors import EngineError, InputError
+from fastldm.export import cache as cache_module
+from fastldm.export import networks
 from fastldm.export.cache import EngineCache
 from fastldm.export.spec import Axis, NetworkSpec, Port, sample
 
@@ -218,8 +223,9 @@ def test_openvino_compiles_once(
         assert torch.equal(open_engine("openvino", path, spec())(inputs)["out_sample"], compiled)
     entry.write_bytes(entry.read_bytes()[:1000])  # as a full disk leaves a file that was copied by hand
     assert torch.equal(open_engine("openvino", path, spec())(inputs)["out_sample"], compiled)
-    open_engine("openvino", path, spec(), precision="bfloat16")
-    assert len([one for one in EngineCache(cache).entries() if not one.aside]) == 2
+    if module.has_bfloat16():
+        open_engine("openvino", path, spec(), precision="bfloat16")
+    assert len([one for one in EngineCache(cache).entries() if not one.aside]) == 1 + module.has_bfloat16()
     # Other weights under the same graph are another engine: none is run with weights that it was not compiled for.
     if external:
         data = bytearray((tmp_path / "model.onnx_data").read_bytes())
@@ -228,7 +234,61 @@ def test_openvino_compiles_once(
         assert not torch.equal(open_engine("openvino", path, spec())(inputs)["out_sample"], compiled)
 
 
+def test_machines_with_other_instructions_have_their_own_engines(
+    model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Virtual machines call different processors by one name: two on one cache leave each other's engines alone."""
+    module = importlib.import_module(f"fastldm.export.{backend('openvino')}")
+    for flags in ("fma avx2", "fma avx2 avx512f", "fma avx2", "fma avx2 avx512f"):
+        monkeypatch.setattr(module, "instructions", lambda flags=flags: flags)
+        open_engine("openvino", model, spec())
+    kept = EngineCache(cache).entries()
+    assert [one.aside for one in kept] == [False, False]
+    assert {one.key.device.rpartition("fma")[2] for one in kept if one.key} == {" avx2", " avx2 avx512f"}
+    assert len(caplog.records) == 1  # the second of them says that the first's is not for it
+
+
+def test_instructions_are_what_the_kernel_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = ["model name\t: Xeon", "flags\t\t: fpu vme sse2 fma avx2 ibrs avx512_bf16 amx_tile md_clear", "bugs\t:"]
+    monkeypatch.setattr(cache_module, "_lines", lambda path: said)
+    assert cache_module.instructions() == "amx_tile avx2 avx512_bf16 fma sse2"
+    monkeypatch.setattr(cache_module, "_lines", lambda path: ["Features : fp asimd sve bf16 crc32"])
+    assert cache_module.instructions() == "asimd bf16 sve"
+    monkeypatch.setattr(cache_module, "_lines", lambda path: [])
+    assert cache_module.instructions() == torch.backends.cpu.get_cpu_capability()
+
+
+def test_onnx_runtime_leaves_nothing_in_its_user_s_home(model: Path, tmp_path: Path) -> None:
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r}); sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+import test_engine
+from fastldm.engine import open_engine
+from fastldm.export.spec import sample
+given = test_engine.spec()
+open_engine("onnxruntime", test_engine.Path({str(model)!r}), given)(sample(given))
+"""
+    set_here = ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")
+    environment = {name: value for name, value in os.environ.items() if name not in set_here}
+    home = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**environment, **home}, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert not [path for path in tmp_path.rglob("*") if "onnxruntime" in path.name.lower()]
+
+
 # ---- what cannot run
+
+
+def test_bfloat16_is_refused_where_the_cpu_has_none(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module(f"fastldm.export.{backend('openvino')}")
+    monkeypatch.setattr(module, "_capabilities", lambda: ["FP32", "INT8"])
+    with pytest.raises(EngineError, match="OpenVINO has no bfloat16 on this CPU, only float32"):
+        open_engine("openvino", model, spec(), precision="bfloat16")
+    # What it takes by default is then the other, also where PyTorch calls the processor able.
+    monkeypatch.setattr(loading, "_native_bfloat16", lambda: True)
+    assert networks.precision(None, "openvino", CPU, None) == "float32"  # type: ignore[arg-type]
 
 
 def test_an_unknown_backend_is_refused(tmp_path: Path) -> None:

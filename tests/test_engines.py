@@ -112,6 +112,16 @@ def pointing_outside(path: Path) -> None:
     index.write_text(index.read_text().replace(FILE, "../evil"))
 
 
+def behind_a_link(path: Path) -> None:
+    path.rename(path.with_name("kept"))
+    path.symlink_to("kept")
+
+
+def a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 DAMAGE = {
     truncated: "its sha256 differs",
     edited: "its sha256 differs",
@@ -119,6 +129,8 @@ DAMAGE = {
     (lambda path: path.unlink()): "is missing",
     (lambda path: path.chmod(0o666)): "can be written to by others",
     (lambda path: path.parent.chmod(0o777)): "can be written to by others",
+    behind_a_link: "cannot be read",
+    a_pipe: "is no file",
 }
 
 
@@ -145,9 +157,23 @@ def test_a_folder_that_others_can_write_to_is_refused(mode: int, engines: Engine
         engines.find(KEY, 89)
 
 
-def test_a_damaged_index_is_named(engines: Engines) -> None:
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "[]", '{"engines": [{}]}', '{"engines": {"a": 1}}'])
+def test_a_damaged_index_is_named(text: str, engines: Engines) -> None:
     keep(engines)
-    (engines.folder / "engines.json").write_text("{")
+    (engines.folder / "engines.json").write_text(text)
+    with pytest.raises(EngineError, match=r"engines\.json is damaged"):
+        engines.find(KEY, 89)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("file", 1), ("bytes", "1"), ("capabilities", ["89"]), ("sha256", None), ("opset", True)]
+)
+def test_an_index_of_wrong_types_is_named(field: str, value: object, engines: Engines) -> None:
+    keep(engines)
+    index = engines.folder / "engines.json"
+    said = json.loads(index.read_text())
+    said["engines"][0][field] = value
+    index.write_text(json.dumps(said))
     with pytest.raises(EngineError, match=r"engines\.json is damaged"):
         engines.find(KEY, 89)
 
