@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     pipe = Pipeline.from_pretrained(args.model, device=args.device)
-    side = pipe.unet.config.sample_size * pipe.vae.config.factor
+    side = pipe.unet.config.sample_size[0] * pipe.vae.config.factor
     found = measure(series(pipe, side), args.rounds)
     for name, points in found.items():
         print(f"{name:9} exponent {slope(points):5.2f}, expected {EXPECTED[name]:.0f}: ", end="")

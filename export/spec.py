@@ -195,12 +195,12 @@ def _tokens(window: int) -> Axis:
 
 def _latents(config: UNetConfig, name: str) -> Axis:
     """A latent's height or width: from a quarter of what the model was trained at to twice as much."""
-    stride = config.stride
+    stride, trained = config.stride, config.sample_size[name == "width"]
 
     def steps(size: int) -> int:
         return max(1, size // stride) * stride
 
-    return Axis(name, steps(config.sample_size // 4), steps(config.sample_size), steps(2 * config.sample_size), stride)
+    return Axis(name, steps(trained // 4), steps(trained), steps(2 * trained), stride)
 
 
 def _image(config: UNetConfig, channels: int) -> tuple[int | Axis, ...]:
@@ -249,9 +249,8 @@ def _split_unet(config: UNetConfig, window: int, dtype: DType) -> list[NetworkSp
 
 def _picture(unet: UNetConfig, channels: int, unit: int) -> tuple[int | Axis, ...]:
     """Latents for a unit of 1, pictures for one of the autoencoder's factor. Any size: previews are small."""
-    largest = _latents(unet, "height")
-    sides = [Axis(name, unit, largest.best * unit, largest.most * unit, unit) for name in ("height", "width")]
-    return (_PICTURES, channels, *sides)
+    sides = [_latents(unet, name) for name in ("height", "width")]
+    return (_PICTURES, channels, *(Axis(side.name, unit, side.best * unit, side.most * unit, unit) for side in sides))
 
 
 def _vae_decoder(unet: UNetConfig, vae: VAEConfig | TinyVAEConfig, dtype: DType) -> NetworkSpec:

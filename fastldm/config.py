@@ -1,40 +1,58 @@
 """What a checkpoint's config.json says about its network, as plain data, and what each model family wants by default.
 
-The quirks of the files end here: the networks in fastldm/models read one regular description. A key that would change
-the network in a way that is not implemented is an error that names it; a key that does not change it (dropout, options
-for training and loading) is ignored.
+The quirks of the files end here: the networks in fastldm/models read one regular description. Each file has a table of
+the keys that are read (see reading.py). A key that would change the network in a way that is not implemented is an
+error that names it; a key that does not change it (dropout, options for training and loading) is ignored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fastldm.errors import CheckpointError
+from fastldm.reading import (
+    MAX_CHANNELS,
+    Either,
+    Field,
+    Flag,
+    Integer,
+    Kind,
+    ListOf,
+    Maybe,
+    Number,
+    OneOf,
+    Text,
+    read_fields,
+)
+
+_WIDTH = Integer(1, MAX_CHANNELS)  # channels, heads, groups
+_LAYERS = Integer(1, 64)
+_EPSILON = Number(0, 1)
+_MAX_LEVELS = 12
+_MAX_BLOCKS = 1500  # resnets and transformer blocks of a U-Net; the largest there are, SDXL's, have 87
 
 
-def _only(cfg: Mapping[str, Any], source: str, accepted: Mapping[str, tuple[Any, ...]]) -> None:
-    """Refuse a key whose value is not among those implemented. A missing key stands for a default that is."""
-    for key, values in accepted.items():
-        if key in cfg and cfg[key] not in values:
-            expected = " or ".join(repr(value) for value in values)
-            raise CheckpointError(f"{source}: {key!r} is {cfg[key]!r}; fastldm implements {expected}")
+def _only(values: Mapping[str, tuple[Any, ...]]) -> dict[str, Field]:
+    """Keys with the values that are implemented. A missing key stands for the first."""
+    return {key: Field(OneOf(*allowed), allowed[0]) for key, allowed in values.items()}
 
 
-def _required(cfg: Mapping[str, Any], source: str, key: str) -> Any:
-    if cfg.get(key) is None:
-        raise CheckpointError(f"{source}: {key!r} is missing; is this the config.json of a model of this kind?")
-    return cfg[key]
+def _per_level(kind: Kind, levels: int, scalar: bool = True) -> ListOf:
+    """A value for each level; a scalar stands for every one."""
+    return ListOf(kind, levels, levels, scalar, each="level")
 
 
-def _per_level(value: Any, levels: int, source: str, key: str) -> tuple[Any, ...]:
-    """A scalar stands for every level."""
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        return (value,) * levels
-    if len(value) != levels:
-        raise CheckpointError(f"{source}: {key!r} has {len(value)} entries, expected {levels} (one a level)")
-    return tuple(value)
+def _channels(cfg: Mapping[str, Any], source: str) -> tuple[int, ...]:
+    """The key that says how many levels there are, and with that how long other keys' lists are."""
+    fields = {"block_out_channels": Field(ListOf(_WIDTH, 1, _MAX_LEVELS))}
+    return read_fields(cfg, fields, source)["block_out_channels"]
+
+
+def _check_divides(channels: int, into: int, key: str, source: str) -> None:
+    if channels % into:
+        raise CheckpointError(f"{source}: {channels} channels do not divide into {key!r} {into}")
 
 
 # ---------------------------------------------------------------------------------------------------------- U-Net
@@ -43,7 +61,7 @@ _CROSS = {"down": "CrossAttnDownBlock2D", "up": "CrossAttnUpBlock2D"}
 _PLAIN = {"down": "DownBlock2D", "up": "UpBlock2D"}
 
 # Not here on purpose: `upcast_attention` asks for a float32 softmax, which every attention here has.
-_UNET_ACCEPTED: dict[str, tuple[Any, ...]] = {
+_UNET_ONLY: dict[str, tuple[Any, ...]] = {
     "_class_name": ("UNet2DConditionModel",),
     "act_fn": ("silu", "swish"),
     "addition_embed_type": (None, "text_time"),
@@ -72,6 +90,43 @@ _UNET_ACCEPTED: dict[str, tuple[Any, ...]] = {
 }
 
 
+_DEPTH = Integer(0, 64)  # transformer blocks after a resnet
+
+
+def _unet_fields(levels: int) -> dict[str, Field]:
+    usual = levels == 4  # the block types that diffusers' class has by default
+    down = (*[_CROSS["down"]] * 3, _PLAIN["down"]) if usual else ...
+    up = (_PLAIN["up"], *[_CROSS["up"]] * 3) if usual else ...
+    depths = _per_level(Either(_DEPTH, ListOf(_DEPTH, 1, _LAYERS.max + 1)), levels)
+    return _only(_UNET_ONLY) | {
+        "sample_size": Field(Maybe(Either(_WIDTH, ListOf(_WIDTH, 2, 2))), None),
+        "in_channels": Field(_WIDTH, 4),
+        "out_channels": Field(_WIDTH, 4),
+        "down_block_types": Field(_per_level(OneOf(_CROSS["down"], _PLAIN["down"]), levels, scalar=False), down),
+        "up_block_types": Field(_per_level(OneOf(_CROSS["up"], _PLAIN["up"]), levels, scalar=False), up),
+        "only_cross_attention": Field(_per_level(OneOf(False), levels), None),
+        # The number of heads: a misnomer that diffusers keeps since so many files have it.
+        "attention_head_dim": Field(_per_level(_WIDTH, levels), (8,) * levels),
+        "cross_attention_dim": Field(_per_level(_WIDTH, levels), (1280,) * levels),
+        "layers_per_block": Field(_per_level(_LAYERS, levels), (2,) * levels),
+        "transformer_layers_per_block": Field(depths, (1,) * levels),
+        "reverse_transformer_layers_per_block": Field(Maybe(depths), None),
+        "norm_num_groups": Field(_WIDTH, 32),
+        "norm_eps": Field(_EPSILON, 1e-5),
+        "use_linear_projection": Field(Flag(), False),
+        "flip_sin_to_cos": Field(Flag(), True),
+        "freq_shift": Field(Number(-1, 1), 0.0),
+        "time_embedding_dim": Field(Maybe(_WIDTH), None),
+        "time_cond_proj_dim": Field(Maybe(Integer(4, MAX_CHANNELS)), None),
+    }
+
+
+_TEXT_TIME = {
+    "addition_time_embed_dim": Field(_WIDTH),
+    "projection_class_embeddings_input_dim": Field(_WIDTH),
+}
+
+
 @dataclass(frozen=True)
 class Level:
     """One block of a U-Net: a resnet for each of `depths`, followed by a transformer so deep, or by none (None)."""
@@ -88,7 +143,7 @@ class UNetConfig:
 
     in_channels: int
     out_channels: int
-    sample_size: int  # latent height and width that the model was trained at
+    sample_size: tuple[int, int]  # latent height and width that the model was trained at
     down: tuple[Level, ...]
     mid: Level  # without resnets in distilled networks that have no middle
     up: tuple[Level, ...]
@@ -142,92 +197,92 @@ class UNetConfig:
     @classmethod
     def from_dict(cls, cfg: Mapping[str, Any], source: str = "config.json") -> UNetConfig:
         """Read diffusers' unet/config.json; CheckpointError where it asks for what is not implemented."""
-        _only(cfg, source, _UNET_ACCEPTED)
-        channels = tuple(_required(cfg, source, "block_out_channels"))
-        levels = len(channels)
+        channels = _channels(cfg, source)
+        levels, last = len(channels), len(channels) - 1
+        values = read_fields(cfg, _unet_fields(levels), source)
+        text_time = values["addition_embed_type"] == "text_time"
+        added = read_fields(cfg, _TEXT_TIME, source) if text_time else dict.fromkeys(_TEXT_TIME, 0)
 
-        def per_level(key: str, default: Any) -> tuple[Any, ...]:
-            return _per_level(cfg.get(key, default), levels, source, key)
-
-        only_cross = cfg.get("only_cross_attention", False)
-        if any(_per_level(only_cross, levels, source, "only_cross_attention")):
-            raise CheckpointError(f"{source}: 'only_cross_attention' is {only_cross!r}; fastldm implements False")
-        # `attention_head_dim` is the number of heads: a misnomer that diffusers keeps since so many files have it.
-        heads = per_level("attention_head_dim", 8)
-        context = per_level("cross_attention_dim", 1280)
-        layers = per_level("layers_per_block", 2)
-        depths = per_level("transformer_layers_per_block", 1)
-        up_depths = cfg.get("reverse_transformer_layers_per_block")
+        heads, layers, groups = values["attention_head_dim"], values["layers_per_block"], values["norm_num_groups"]
+        depths, up_depths = values["transformer_layers_per_block"], values["reverse_transformer_layers_per_block"]
         if up_depths is None:
             up_depths = depths[::-1]
             if not all(isinstance(depth, int) for depth in depths):
                 raise CheckpointError(
-                    f"{source}: 'transformer_layers_per_block' is {cfg['transformer_layers_per_block']!r}, "
+                    f"{source}: 'transformer_layers_per_block' is {list(depths)}, "
                     "and such nested lists need 'reverse_transformer_layers_per_block' too"
                 )
-        else:
-            up_depths = _per_level(up_depths, levels, source, "reverse_transformer_layers_per_block")
+        down_types, up_types = values["down_block_types"], values["up_block_types"]
+        widths = zip(down_types, values["cross_attention_dim"], strict=True)
+        contexts = {width for kind, width in widths if kind == _CROSS["down"]} or {values["cross_attention_dim"][last]}
+        if len(contexts) > 1:
+            raise CheckpointError(
+                f"{source}: 'cross_attention_dim' is {list(values['cross_attention_dim'])}, "
+                "expected one width: all levels read one text"
+            )
+        context = contexts.pop()
 
-        groups = _required({"norm_num_groups": 32, **cfg}, source, "norm_num_groups")
-
-        def check_divides(i: int, into: int, key: str) -> None:
-            if channels[i] % into:
-                raise CheckpointError(f"{source}: {channels[i]} channels do not divide into {key!r} {into}")
-
-        def level(i: int, kind: str, where: str, resnets: int, depth: Any) -> Level:
-            if kind not in (_CROSS[where], _PLAIN[where]):
-                raise CheckpointError(
-                    f"{source}: '{where}_block_types' has {kind!r}; "
-                    f"fastldm implements {_CROSS[where]!r} and {_PLAIN[where]!r}"
-                )
-            check_divides(i, groups, "norm_num_groups")
-            if kind == _PLAIN[where]:
-                return Level(channels[i], heads[i], context[i], (None,) * resnets)
-            check_divides(i, heads[i], "attention_head_dim")
-            each = (depth,) * resnets if isinstance(depth, int) else tuple(depth)
+        def level(i: int, crosses: bool, resnets: int, depth: Any) -> Level:
+            _check_divides(channels[i], groups, "norm_num_groups", source)
+            if not crosses:
+                return Level(channels[i], heads[i], context, (None,) * resnets)
+            _check_divides(channels[i], heads[i], "attention_head_dim", source)
+            each = (depth,) * resnets if isinstance(depth, int) else depth
             if len(each) != resnets:
                 raise CheckpointError(f"{source}: transformer depths {each} for a block of {resnets} resnets")
-            return Level(channels[i], heads[i], context[i], each)
+            return Level(channels[i], heads[i], context, each)
 
-        down_types = per_level("down_block_types", (*[_CROSS["down"]] * 3, _PLAIN["down"]))
-        up_types = per_level("up_block_types", (_PLAIN["up"], *[_CROSS["up"]] * 3))
-        down = tuple(level(i, down_types[i], "down", layers[i], depths[i]) for i in range(levels))
-        last = levels - 1
-        up = tuple(level(last - i, up_types[i], "up", layers[last - i] + 1, up_depths[i]) for i in range(levels))
+        down = tuple(level(i, down_types[i] == _CROSS["down"], layers[i], depths[i]) for i in range(levels))
+        up = tuple(
+            level(last - i, up_types[i] == _CROSS["up"], layers[last - i] + 1, up_depths[i]) for i in range(levels)
+        )
         mid_depth = depths[last] if isinstance(depths[last], int) else depths[last][0]  # one transformer, so the first
         mid_depths: dict[str | None, tuple[int | None, ...]] = {
             "UNetMidBlock2DCrossAttn": (mid_depth, None),
             "UNetMidBlock2D": (None,),
             None: (),
         }
-        mid_type = cfg.get("mid_block_type", "UNetMidBlock2DCrossAttn")
+        if values["mid_block_type"] == "UNetMidBlock2DCrossAttn":
+            _check_divides(channels[last], heads[last], "attention_head_dim", source)
+        mid = Level(channels[last], heads[last], context, mid_depths[values["mid_block_type"]])
+        blocks = sum(1 + (depth or 0) for part in (*down, mid, *up) for depth in part.depths)
+        if blocks > _MAX_BLOCKS:
+            raise CheckpointError(
+                f"{source}: its 'layers_per_block' and 'transformer_layers_per_block' make {blocks:,} blocks, "
+                f"expected at most {_MAX_BLOCKS:,}"
+            )
 
-        text_time = cfg.get("addition_embed_type") == "text_time"
-        sample_size = cfg.get("sample_size") or (128 if text_time else 64)  # diffusers' pipelines fall back to these
+        shift = values["freq_shift"]  # frequencies are spread over half the channels, less this
+        if min(channels[0] // 2, added["addition_time_embed_dim"] // 2 if text_time else channels[0]) <= shift:
+            raise CheckpointError(
+                f"{source}: 'freq_shift' is {shift:g}, expected less than half of the embedding's channels"
+            )
+        size = values["sample_size"] or (128 if text_time else 64)  # diffusers' pipelines fall back to these
         return cls(
-            in_channels=cfg.get("in_channels", 4),
-            out_channels=cfg.get("out_channels", 4),
-            sample_size=sample_size if isinstance(sample_size, int) else sample_size[0],
+            in_channels=values["in_channels"],
+            out_channels=values["out_channels"],
+            sample_size=(size, size) if isinstance(size, int) else size,
             down=down,
-            mid=Level(channels[last], heads[last], context[last], mid_depths[mid_type]),
+            mid=mid,
             up=up,
             norm_groups=groups,
-            norm_eps=cfg.get("norm_eps", 1e-5),
-            linear_projection=cfg.get("use_linear_projection", False),
-            downsample_padding=cfg.get("downsample_padding", 1),
-            flip_sin_to_cos=cfg.get("flip_sin_to_cos", True),
-            freq_shift=cfg.get("freq_shift", 0),
-            time_embedding_dim=cfg.get("time_embedding_dim") or 4 * channels[0],
-            time_cond_proj_dim=cfg.get("time_cond_proj_dim"),
-            addition_embed_type=cfg.get("addition_embed_type"),
-            addition_time_embed_dim=_required(cfg, source, "addition_time_embed_dim") if text_time else 0,
-            addition_input_dim=_required(cfg, source, "projection_class_embeddings_input_dim") if text_time else 0,
+            norm_eps=values["norm_eps"],
+            linear_projection=values["use_linear_projection"],
+            downsample_padding=values["downsample_padding"],
+            flip_sin_to_cos=values["flip_sin_to_cos"],
+            freq_shift=shift,
+            time_embedding_dim=values["time_embedding_dim"] or 4 * channels[0],
+            time_cond_proj_dim=values["time_cond_proj_dim"],
+            addition_embed_type=values["addition_embed_type"],
+            addition_time_embed_dim=added["addition_time_embed_dim"],
+            addition_input_dim=added["projection_class_embeddings_input_dim"],
         )
 
 
 # --------------------------------------------------------------------------------------------------- autoencoders
 
-_VAE_ACCEPTED: dict[str, tuple[Any, ...]] = {
+# Not here on purpose: `shift_factor`, which diffusers' pipelines of Stable Diffusion 1, 2 and XL do not look at.
+_VAE_ONLY: dict[str, tuple[Any, ...]] = {
     "_class_name": ("AutoencoderKL",),
     "act_fn": ("silu", "swish"),
     "latents_mean": (None,),
@@ -235,15 +290,26 @@ _VAE_ACCEPTED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _one_width(cfg: Mapping[str, Any], source: str, key: str, levels: int) -> int:
-    """A tiny VAE's blocks all have one width: its layout has no convolution that could change it."""
-    widths = _per_level(cfg.get(key, 64), levels, source, key)
-    if len(set(widths)) != 1:
-        raise CheckpointError(f"{source}: {key!r} is {list(widths)}, expected one width for all blocks")
-    return widths[0]
-
-
-_TINY_VAE_ACCEPTED: dict[str, tuple[Any, ...]] = {
+_LATENTS = {
+    "in_channels": Field(_WIDTH, 3),
+    "out_channels": Field(_WIDTH, 3),
+    "latent_channels": Field(_WIDTH, 4),
+}
+_VAE = {
+    "layers_per_block": Field(_LAYERS, 1),
+    "norm_num_groups": Field(_WIDTH, 32),
+    "mid_block_add_attention": Field(Flag(), True),
+    "use_quant_conv": Field(Flag(), True),
+    "use_post_quant_conv": Field(Flag(), True),
+    "scaling_factor": Field(Number(1e-6, 1e6), 0.18215),
+    "force_upcast": Field(Flag(), True),
+}
+_TINY_VAE = {
+    "num_encoder_blocks": Field(ListOf(_LAYERS, 1, _MAX_LEVELS), (1, 3, 3, 3)),
+    "num_decoder_blocks": Field(ListOf(_LAYERS, 1, _MAX_LEVELS), (3, 3, 3, 1)),
+    "scaling_factor": Field(Number(1e-6, 1e6), 1.0),
+}
+_TINY_VAE_ONLY: dict[str, tuple[Any, ...]] = {
     "_class_name": ("AutoencoderTiny",),
     "act_fn": ("relu",),
     "upsample_fn": ("nearest",),
@@ -253,7 +319,7 @@ _TINY_VAE_ACCEPTED: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """A KL autoencoder (diffusers' AutoencoderKL). Latents for the U-Net are (z - shift_factor) * scaling_factor."""
+    """A KL autoencoder (diffusers' AutoencoderKL). Latents for the U-Net are z * scaling_factor."""
 
     in_channels: int
     out_channels: int
@@ -265,7 +331,6 @@ class VAEConfig:
     quant_conv: bool
     post_quant_conv: bool
     scaling_factor: float
-    shift_factor: float
     force_upcast: bool  # trained with activations beyond float16's range: see models.vae.rescale_for_half
 
     @property
@@ -276,25 +341,26 @@ class VAEConfig:
     @classmethod
     def from_dict(cls, cfg: Mapping[str, Any], source: str = "config.json") -> VAEConfig:
         """Read diffusers' vae/config.json; CheckpointError where it asks for what is not implemented."""
-        _only(cfg, source, _VAE_ACCEPTED)
-        channels = tuple(_required(cfg, source, "block_out_channels"))
-        for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-            types = _per_level(cfg.get(key, (kind,)), len(channels), source, key)
-            if set(types) != {kind}:
-                raise CheckpointError(f"{source}: {key!r} is {list(types)}; fastldm implements {kind!r}")
+        channels = _channels(cfg, source)
+        types = {
+            key: Field(_per_level(OneOf(kind), len(channels), scalar=False), None)
+            for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D"))
+        }
+        values = read_fields(cfg, _only(_VAE_ONLY) | types | _LATENTS | _VAE, source)
+        for width in channels:
+            _check_divides(width, values["norm_num_groups"], "norm_num_groups", source)
         return cls(
-            in_channels=cfg.get("in_channels", 3),
-            out_channels=cfg.get("out_channels", 3),
-            latent_channels=cfg.get("latent_channels", 4),
+            in_channels=values["in_channels"],
+            out_channels=values["out_channels"],
+            latent_channels=values["latent_channels"],
             channels=channels,
-            layers_per_block=cfg.get("layers_per_block", 1),
-            norm_groups=_required({"norm_num_groups": 32, **cfg}, source, "norm_num_groups"),
-            mid_attention=cfg.get("mid_block_add_attention", True),
-            quant_conv=cfg.get("use_quant_conv", True),
-            post_quant_conv=cfg.get("use_post_quant_conv", True),
-            scaling_factor=cfg.get("scaling_factor", 0.18215),
-            shift_factor=cfg.get("shift_factor") or 0.0,
-            force_upcast=cfg.get("force_upcast", True),
+            layers_per_block=values["layers_per_block"],
+            norm_groups=values["norm_num_groups"],
+            mid_attention=values["mid_block_add_attention"],
+            quant_conv=values["use_quant_conv"],
+            post_quant_conv=values["use_post_quant_conv"],
+            scaling_factor=values["scaling_factor"],
+            force_upcast=values["force_upcast"],
         )
 
 
@@ -310,7 +376,6 @@ class TinyVAEConfig:
     encoder_blocks: tuple[int, ...]
     decoder_blocks: tuple[int, ...]
     scaling_factor: float
-    shift_factor: float
 
     @property
     def factor(self) -> int:
@@ -325,30 +390,47 @@ class TinyVAEConfig:
     @classmethod
     def from_dict(cls, cfg: Mapping[str, Any], source: str = "config.json") -> TinyVAEConfig:
         """Read an AutoencoderTiny's config.json; CheckpointError where it asks for what is not implemented."""
-        _only(cfg, source, _TINY_VAE_ACCEPTED)
-        encoder = tuple(cfg.get("num_encoder_blocks", (1, 3, 3, 3)))
-        decoder = tuple(cfg.get("num_decoder_blocks", (3, 3, 3, 1)))
+        values = read_fields(cfg, _only(_TINY_VAE_ONLY) | _LATENTS | _TINY_VAE, source)
+        blocks = {side: values[f"num_{side}_blocks"] for side in ("encoder", "decoder")}
+        if len(blocks["encoder"]) != len(blocks["decoder"]):
+            raise CheckpointError(
+                f"{source}: 'num_encoder_blocks' is {list(blocks['encoder'])} and 'num_decoder_blocks' "
+                f"{list(blocks['decoder'])}, expected as many levels in both"
+            )
+        widths = {}
+        for side, levels in blocks.items():
+            key = f"{side}_block_out_channels"
+            each = read_fields(cfg, {key: Field(_per_level(_WIDTH, len(levels)), (64,) * len(levels))}, source)[key]
+            if len(set(each)) != 1:  # the layout has no convolution that could change it
+                raise CheckpointError(f"{source}: {key!r} is {list(each)}, expected one width for all blocks")
+            widths[side] = each[0]
         return cls(
-            in_channels=cfg.get("in_channels", 3),
-            out_channels=cfg.get("out_channels", 3),
-            latent_channels=cfg.get("latent_channels", 4),
-            encoder_width=_one_width(cfg, source, "encoder_block_out_channels", len(encoder)),
-            decoder_width=_one_width(cfg, source, "decoder_block_out_channels", len(decoder)),
-            encoder_blocks=encoder,
-            decoder_blocks=decoder,
-            scaling_factor=cfg.get("scaling_factor", 1.0),
-            shift_factor=cfg.get("shift_factor") or 0.0,
+            in_channels=values["in_channels"],
+            out_channels=values["out_channels"],
+            latent_channels=values["latent_channels"],
+            encoder_width=widths["encoder"],
+            decoder_width=widths["decoder"],
+            encoder_blocks=blocks["encoder"],
+            decoder_blocks=blocks["decoder"],
+            scaling_factor=values["scaling_factor"],
         )
 
 
 # ----------------------------------------------------------------------------------------------------------- text
 
-_TEXT_ACCEPTED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("quick_gelu", "gelu"),
-    "model_type": ("clip_text_model",),
-    "use_attention_mask": (False, None),
-}
 _PROJECTED = "CLIPTextModelWithProjection"
+_TEXT = _only({"model_type": ("clip_text_model",), "use_attention_mask": (None, False)}) | {
+    "architectures": Field(Maybe(ListOf(Text(), 0, 16)), None),
+    "hidden_act": Field(OneOf("quick_gelu", "gelu"), "quick_gelu"),
+    "vocab_size": Field(Integer(3, 2**22), 49408),
+    "hidden_size": Field(_WIDTH),
+    "num_hidden_layers": Field(Integer(1, 256)),
+    "num_attention_heads": Field(_WIDTH),
+    "intermediate_size": Field(Integer(1, 2**20)),
+    "max_position_embeddings": Field(Integer(3, MAX_CHANNELS), 77),
+    "layer_norm_eps": Field(_EPSILON, 1e-5),
+    "eos_token_id": Field(Integer(0), 49407),
+}
 
 
 @dataclass(frozen=True)
@@ -370,33 +452,31 @@ class TextConfig:
     @classmethod
     def from_dict(cls, cfg: Mapping[str, Any], source: str = "config.json") -> TextConfig:
         """Read transformers' text_encoder/config.json; CheckpointError where it asks for what is not implemented."""
-        _only(cfg, source, _TEXT_ACCEPTED)
-        architectures = cfg.get("architectures") or ["CLIPTextModel"]
+        values = read_fields(cfg, _TEXT, source)
+        architectures = values["architectures"] or ("CLIPTextModel",)
         if architectures[0] not in ("CLIPTextModel", _PROJECTED):
             raise CheckpointError(
-                f"{source}: 'architectures' is {architectures}; fastldm implements 'CLIPTextModel' and {_PROJECTED!r}"
+                f"{source}: 'architectures' is {list(architectures)}; "
+                f"fastldm implements 'CLIPTextModel' and {_PROJECTED!r}"
             )
-        eos = cfg.get("eos_token_id", 49407)
-        if not isinstance(eos, int):
-            raise CheckpointError(f"{source}: 'eos_token_id' is {eos!r}, expected one integer")
-        hidden, heads = _required(cfg, source, "hidden_size"), _required(cfg, source, "num_attention_heads")
+        hidden, heads = values["hidden_size"], values["num_attention_heads"]
         if hidden % heads:
             raise CheckpointError(
                 f"{source}: 'hidden_size' {hidden} does not divide into 'num_attention_heads' {heads}"
             )
         with_projection = architectures[0] == _PROJECTED
-        projection = _required({"projection_dim": 512, **cfg}, source, "projection_dim") if with_projection else None
+        projection = {"projection_dim": Field(_WIDTH, 512)} if with_projection else {}
         return cls(
-            vocab=cfg.get("vocab_size", 49408),
+            vocab=values["vocab_size"],
             hidden=hidden,
-            layers=_required(cfg, source, "num_hidden_layers"),
+            layers=values["num_hidden_layers"],
             heads=heads,
-            intermediate=_required(cfg, source, "intermediate_size"),
-            max_position=cfg.get("max_position_embeddings", 77),
-            act=cfg.get("hidden_act", "quick_gelu"),
-            norm_eps=cfg.get("layer_norm_eps", 1e-5),
-            eos_token_id=eos,
-            projection_dim=projection,
+            intermediate=values["intermediate_size"],
+            max_position=values["max_position_embeddings"],
+            act=values["hidden_act"],
+            norm_eps=values["layer_norm_eps"],
+            eos_token_id=values["eos_token_id"],
+            projection_dim=read_fields(cfg, projection, source).get("projection_dim"),
             with_projection=with_projection,
         )
 
@@ -406,7 +486,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class Family:
-    """What a kind of checkpoint wants by default. Its height and width are `unet.sample_size * vae.factor`."""
+    """What a kind of checkpoint wants by default. Its size is `unet.sample_size` times `vae.factor`."""
 
     name: str
     num_inference_steps: int

@@ -100,7 +100,7 @@ def decode(
     latents = _empty(batch, config.latent_channels, height, width)
 
     def work() -> None:
-        z = (latents / config.scaling_factor + config.shift_factor).to(dtype)
+        z = (latents / config.scaling_factor).to(dtype)
         tiles = -(-max(height, width) // TILE)
         decoded = _first_tiles(vae, z) if how == "tiled" and tiles > 4 else finish(decode_pieces(vae, z, how))
         decoded.isfinite().all()

@@ -43,8 +43,8 @@ class Spec:
     @property
     def default_size(self) -> tuple[int, int]:
         """Width and height in pixels that the model was trained at."""
-        size = self.unet.sample_size * self.vae.factor
-        return size, size
+        height, width = self.unet.sample_size
+        return width * self.vae.factor, height * self.vae.factor
 
     @property
     def parameters(self) -> int:

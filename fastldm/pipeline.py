@@ -194,8 +194,8 @@ class Pipeline:
         sizes: (width, height) in pixels, the model's own when None. batches: pictures a request. options: other fields
         of Request, such as guidance_scale=1. The largest goes first: what it takes of memory serves the others.
         """
-        size = self.unet.config.sample_size * self.vae.config.factor
-        asked = [(width, height, batch) for width, height in sizes or [(size, size)] for batch in batches]
+        own = tuple(size * self.vae.config.factor for size in reversed(self.unet.config.sample_size))
+        asked = [(width, height, batch) for width, height in sizes or [own] for batch in batches]
         # A step is captured after two; so are text and decoder, which run once a request.
         times = WARM_UPS + 1 if self._graphs is not None else 1
         for width, height, batch in sorted(asked, key=lambda one: -one[0] * one[1] * one[2]):
@@ -340,8 +340,7 @@ class Pipeline:
         if request.prompt is None and request.prompt_embeds is None:
             raise InputError("prompt is None: give a text, a list of texts, or prompt_embeds")
         factor, latents = self.vae.config.factor, request.latents
-        size = self.unet.config.sample_size * factor
-        height, width = size, size
+        height, width = (size * factor for size in self.unet.config.sample_size)
         if latents is not None:
             if tuple(latents.shape[:2]) != (request.batch, self.latent_channels):
                 raise InputError(
@@ -544,7 +543,7 @@ class Pipeline:
             raise NonFinite(
                 f"encoding the picture in {self.dtype} gave NaN or infinity: load the model in float32 or bfloat16"
             )
-        return (encoded - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+        return encoded * self.vae.config.scaling_factor
 
     def _decoding(self, latents: Tensor) -> Pieces:
         """Latents (B, C, h, w) as the U-Net has them to pictures (B, 3, H, W), about -1..1, in pieces."""
@@ -555,7 +554,7 @@ class Pipeline:
         return (yield from decode_pieces(self.vae, z, self._vae_decode))
 
     def _unscaled(self, latents: Tensor) -> Tensor:
-        return latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        return latents / self.vae.config.scaling_factor
 
     def _decoded_in_float32(self, latents: Tensor, kind: str) -> Tensor:
         """The pixels of a picture whose decoding was not finite; NonFinite where float32 does not help. Waits."""

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import functools
 import gzip
-import json
 import logging
 import math
 import operator
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from fastldm.errors import CheckpointError, InputError
+from fastldm.reading import read_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -173,14 +174,7 @@ def _read_bpe(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 def _read_json(path: Path) -> Any:
     """The file's content, or None where there is no such file."""
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path} is not JSON ({error}): a git-lfs pointer or a web page in its place? Download it again"
-        ) from error
+    return read_json(path) if os.path.lexists(path) else None
 
 
 def _token(value: Any) -> dict[str, Any]:

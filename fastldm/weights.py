@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from fastldm import relatives, single_file
 from fastldm.errors import CheckpointError, InputError
+from fastldm.reading import Field, MapOf, Text, check_file, read_fields, read_file, read_json, what_bytes_are
 from fastldm.text import Tokenizer
 
 logger = logging.getLogger("fastldm")
@@ -203,7 +204,7 @@ def _from_hub(
             repo, INDEX, revision=revision, cache_dir=cache, local_files_only=offline
         )
     snapshot = Path(found).parent
-    index, commit = _read_json(snapshot / INDEX), snapshot.name  # the commit pins what follows to the same state
+    index, commit = read_json(snapshot / INDEX), snapshot.name  # the commit pins what follows to the same state
     if not offline:
         try:
             siblings = huggingface_hub.model_info(repo, revision=commit, timeout=10).siblings or []
@@ -281,7 +282,7 @@ def open_diffusers(folder: PathLike, variant: str | None = None, *, allow_pickle
     folder = Path(folder).expanduser()
     _check_folder(folder)
     source = str(folder)
-    index = _read_json(folder / INDEX)
+    index = read_json(folder / INDEX)
     classes = component_classes(index, source)
     left = [name for name in _NOT_NEEDED if name in _listed(index)]
     if left:
@@ -291,10 +292,10 @@ def open_diffusers(folder: PathLike, variant: str | None = None, *, allow_pickle
     components = {}
     for name, weights in chosen.items():
         files = _weight_files(folder / name, weights)
-        config = named_config(_read_json(folder / name / "config.json"), classes[name])
+        config = named_config(read_json(folder / name / "config.json"), classes[name])
         shown = str(folder / name / weights.entry)
         components[name] = Component(name, classes[name], config, files, shown, allow_pickle=allow_pickle)
-    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     tokenizers = {name: folder / name for name in TOKENIZERS if name in classes}
     for path in tokenizers.values():
         if not path.is_dir():
@@ -324,9 +325,10 @@ def _what_folder_is(folder: Path, names: list[str]) -> str:
     """A sentence on a folder that is no diffusers pipeline."""
     singles = [name for name in names if name.endswith(".safetensors")]
     if "config.json" in names:
-        config = _read_json(folder / "config.json")
-        what = config.get("_class_name") or (config.get("architectures") or ["a model of unknown class"])[0]
-        return f"it holds {what} alone. Give the folder of a whole pipeline."
+        config = read_json(folder / "config.json")
+        architectures = config.get("architectures")
+        first = architectures[0] if isinstance(architectures, list) and architectures else "a model of unknown class"
+        return f"it holds {config.get('_class_name') or first} alone. Give the folder of a whole pipeline."
     for name in singles:
         if what := single_file.recognise_adapter(_read_shapes(folder / name, allow_pickle=False)[0]):
             return f"{name} in it is {what}, which fastldm does not load yet."
@@ -458,15 +460,15 @@ def _listing(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
+_SHARDS = {"weight_map": Field(MapOf(Text(255), 1))}
+
+
 def _weight_files(folder: Path, weights: _Weights) -> tuple[Path, ...]:
     """The files that hold the tensors: those that the index names, where there is one."""
     if not weights.entry.endswith(".json"):
         return (folder / weights.entry,)
     index = folder / weights.entry
-    listed = _read_json(index).get("weight_map")
-    if not isinstance(listed, dict) or not listed:
-        raise CheckpointError(f"{index} lists no weights: a non-empty weight_map was expected.")
-    files = sorted({str(name) for name in listed.values()})
+    files = sorted(set(read_fields(read_json(index), _SHARDS, str(index))["weight_map"].values()))
     missing = [name for name in files if Path(name).name != name or not (folder / name).is_file()]
     if missing:
         raise CheckpointError(f"{index} names {missing[0]}, which is not in {folder}: fetch all {len(files)} files.")
@@ -504,18 +506,6 @@ def open_single_file(path: PathLike, *, prediction_type: str | None = None, allo
 
 
 # --- Reading files ---
-
-
-def _read_json(path: Path) -> Config:
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {_what_bytes_are(path) or error}.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}; an object was expected.")
-    return content
 
 
 def _read_shapes(path: Path, allow_pickle: bool) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
@@ -556,36 +546,15 @@ def _copy(path: Path, key: str, tensor: Tensor, layout: torch.memory_format) -> 
 
 @contextmanager
 def _safetensors(path: Path) -> Iterator[Any]:
+    check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
-        what = _what_bytes_are(path) or _what_is_cut_off(path) or f"no safetensors file, or damaged ({error})"
+        what = what_bytes_are(_head(path)) or _what_is_cut_off(path) or f"no safetensors file, or damaged ({error})"
         raise CheckpointError(f"{path} is {what}.") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
-
-
-def _head(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(512)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
-
-
-def _what_bytes_are(path: Path) -> str | None:
-    """What lies in a file's place, if its first bytes tell."""
-    head = _head(path)
-    if not head:
-        return "empty (0 bytes): fetch it again"
-    if head.startswith(b"version https://git-lfs"):
-        return "a git-lfs pointer, not the file itself: run `git lfs pull` where it was cloned"
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "an HTML page, as when a login or error page is saved in a file's place: fetch it again"
-    if head.startswith(b"GGUF"):
-        return "a GGUF file, whose quantised weights fastldm does not run"
-    return None
 
 
 def _what_is_cut_off(path: Path) -> str | None:
@@ -595,13 +564,23 @@ def _what_is_cut_off(path: Path) -> str | None:
     if head[8:9] == b"{" and 8 + length > size and length < 10**8:
         return f"cut off within its header, after {size:,} bytes: fetch it again"
     try:
-        with path.open("rb") as file:
-            header = json.loads(file.read(8 + length)[8:]) if 8 + length <= size else {}
+        header = json.loads(read_file(path, first=8 + length)[8:]) if 8 + length <= size and length < 10**8 else {}
         ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
         end = 8 + length + max(ends)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError):  # the header itself is damaged
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        RecursionError,
+    ):  # the header itself is damaged
         return None
     return f"cut off, with {size:,} of {end:,} bytes there: fetch it again" if size < end else None
+
+
+def _head(path: Path) -> bytes:
+    return read_file(path, first=512)
 
 
 def _is_pickle(path: Path) -> bool:

@@ -197,7 +197,7 @@ def put(name: str, content: str) -> Any:
         (put("merges.txt", "#version: 0.2\na b c d\n"), "not one of CLIP's kind"),
         (put("merges.txt", "#version: 0.2\nnever seen\n"), "not one of CLIP's kind"),
         (put("tokenizer_config.json", "version https://git-lfs.github.com/spec/v1"), "is not JSON"),
-        (put("tokenizer_config.json", "[1, 2]"), "not one of CLIP's kind"),
+        (put("tokenizer_config.json", "[1, 2]"), "holds a list; an object was expected"),
         (put("special_tokens_map.json", '{"pad_token": 3}'), "not one of CLIP's kind"),
         (put("tokenizer.json", '{"model": {"type": "Unigram", "vocab": []}}'), "is a Unigram tokenizer"),
         (put("tokenizer.json", '{"truncated": '), "is not JSON"),

@@ -1,7 +1,7 @@
 """Autoencoders between pictures and latents: Stable Diffusion's KL autoencoder and the tiny one in TAESD's layout.
 
 Pictures are (B, 3, H, W) in -1..1. Latents z are the autoencoder's own; a U-Net works on
-(z - shift_factor) * scaling_factor. Parameter names are those of diffusers' AutoencoderKL and AutoencoderTiny.
+z * scaling_factor. Parameter names are those of diffusers' AutoencoderKL and AutoencoderTiny.
 """
 
 from __future__ import annotations
