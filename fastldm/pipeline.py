@@ -194,8 +194,8 @@ class Pipeline:
         sizes: (width, height) in pixels, the model's own when None. batches: pictures a request. options: other fields
         of Request, such as guidance_scale=1. The largest goes first: what it takes of memory serves the others.
         """
-        own = tuple(size * self.vae.config.factor for size in reversed(self.unet.config.sample_size))
-        asked = [(width, height, batch) for width, height in sizes or [own] for batch in batches]
+        height, width = (size * self.vae.config.factor for size in self.unet.config.sample_size)
+        asked = [(*size, batch) for size in sizes or [(width, height)] for batch in batches]
         # A step is captured after two; so are text and decoder, which run once a request.
         times = WARM_UPS + 1 if self._graphs is not None else 1
         for width, height, batch in sorted(asked, key=lambda one: -one[0] * one[1] * one[2]):
