@@ -305,8 +305,12 @@ class Pipeline:
     def _result(
         self, request: Request, table: schedule.StepTable, images: Any, timings: Timings, backend: str
     ) -> Result:
-        seeds = picture_seeds(request) if request.generator is None else ()
-        return Result(images, seeds, timings, backend, self.precision, request.replace(sampler=table.sampler))
+        seeds = picture_seeds(request) if request.generator is None and request.latents is None else ()
+        steps = request.num_inference_steps
+        if request.timesteps is not None or request.sigmas is not None:
+            steps = table.steps  # of a caller's own list, what ran
+        ran = request.replace(sampler=table.sampler, num_inference_steps=steps)
+        return Result(images, seeds, timings, backend, self.precision, ran)
 
     def _preview(self, latents: Tensor, c_in: float) -> list[Image]:
         """What latents (B, C, h, w) between two steps look like: small pictures, decoded from at most 16 latents a
@@ -341,6 +345,7 @@ class Pipeline:
             raise InputError("prompt is None: give a text, a list of texts, or prompt_embeds")
         factor, latents = self.vae.config.factor, request.latents
         height, width = (size * factor for size in self.unet.config.sample_size)
+        measured = None if request.image is None else self._measured(request)
         if latents is not None:
             if tuple(latents.shape[:2]) != (request.batch, self.latent_channels):
                 raise InputError(
@@ -350,8 +355,8 @@ class Pipeline:
             if not torch.isfinite(latents).all():
                 raise InputError("latents hold NaN or infinity before the first step: give finite start noise")
             height, width = (int(n) * factor for n in latents.shape[2:])
-        elif request.image is not None and request.mask_image is None:
-            height, width = (max(n - n % factor, factor) for n in images.image_size(request.image))
+        elif measured is not None and (request.mask_image is None or self._latents_given(request) is not None):
+            height, width = measured
         height, width = request.height or height, request.width or width
         for name, value in (("height", height), ("width", width)):
             if value % factor:
@@ -379,6 +384,35 @@ class Pipeline:
         self._check_memory(completed)
         return completed
 
+    def _latents_given(self, request: Request) -> Tensor | None:
+        """Latents (B, C, h, w) in place of a picture."""
+        return None if request.image is None else images.load_latents(request.image, self.latent_channels)
+
+    def _measured(self, request: Request) -> tuple[int, int]:
+        """(height, width) in pixels that `image` asks for; picture and mask are looked at, but not decoded yet."""
+        factor = self.vae.config.factor
+        start = self._latents_given(request)
+        if start is not None:
+            count, height, width = start.shape[0], start.shape[2] * factor, start.shape[3] * factor
+            if (request.height or height, request.width or width) != (height, width):
+                raise InputError(
+                    f"image is latents for {width}x{height} pixels, not {request.width or width}x"
+                    f"{request.height or height}"
+                )
+            if self.unet.config.in_channels > self.latent_channels:
+                raise InputError(
+                    "image is latents: this model for inpainting needs pixels, to leave out what is masked"
+                )
+        else:
+            count, height, width = images.measure(request.image)
+        counts = {"image": count}
+        if request.mask_image is not None:
+            counts["mask_image"] = images.measure(request.mask_image, "mask_image", mask=True)[0]
+        for name, count in counts.items():
+            if count not in (1, request.batch):
+                raise InputError(f"{name} holds {count} pictures for a batch of {request.batch}: give one, or one each")
+        return max(height - height % factor, factor), max(width - width % factor, factor)
+
     def _check_memory(self, request: Request) -> None:
         """OutOfMemory for what cannot fit, before any work."""
         free = memory.free_bytes(self.device)
@@ -395,7 +429,7 @@ class Pipeline:
             steps=step_capacity(int(request.num_inference_steps or 1)),
             tokens=self.text_stages[0].window,
             decode=self._vae_decode,
-            encode=request.image is not None,
+            encode=request.image is not None and self._latents_given(request) is None,
             slots=pictures,
             rows=self._rows(pictures),
         )
@@ -496,18 +530,21 @@ class Pipeline:
         from_noise = request.mask_image is not None and request.strength == 1
         init = mask = extra = None
         for_inpainting = self.unet.config.in_channels > self.latent_channels
-        if request.image is not None:
-            picture = self._picture(request, images.load_image(request.image, (height, width)), "image")
+        start = self._latents_given(request)
+        if start is not None:
+            init = self._each(request, start)
+        elif request.image is not None:
+            picture = self._each(request, images.load_image(request.image, (height, width)))
             if not (for_inpainting and from_noise):
                 init = self._encode_picture(picture, draw)
         noise = draw() if request.latents is None else request.latents.to(self.device, torch.float32)
         if request.mask_image is not None:
-            hole = self._picture(request, images.load_mask(request.mask_image, (height, width)), "mask_image")
+            hole = self._each(request, images.load_mask(request.mask_image, (height, width)))
             mask = torch.nn.functional.interpolate(hole, shape[2:])  # (B, 1, h, w)
             if for_inpainting:
                 masked = self._encode_picture(picture * (hole < 0.5), draw)
                 extra = torch.cat([mask, masked], dim=1).to(self.dtype)  # (B, 1 + C, h, w)
-            elif request.generator is not None:
+            elif request.generator is not None and start is None:
                 draw()  # diffusers encodes the masked picture for 4-channel models too: keep its generator in step
         step_noise = draw_step_noise(table, shape, generators, noise_dtype, self.device)
         r, s = table.start
@@ -524,12 +561,8 @@ class Pipeline:
             self.dtype,
         )
 
-    def _picture(self, request: Request, picture: Tensor, name: str) -> Tensor:
+    def _each(self, request: Request, picture: Tensor) -> Tensor:
         """One picture for all, or one each: (1 or B, C, H, W) -> (B, C, H, W) on the device."""
-        if picture.shape[0] not in (1, request.batch):
-            raise InputError(
-                f"{name} holds {picture.shape[0]} pictures for a batch of {request.batch}: give one, or one each"
-            )
         return picture.expand(request.batch, -1, -1, -1).to(self.device)
 
     def _encode_picture(self, picture: Tensor, draw: Callable[[], Tensor]) -> Tensor:

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import io
+import os
+import struct
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from fastldm import InputError, Request
 from fastldm.image import (
+    MAX_PIXELS,
     image_size,
     load_image,
+    load_latents,
     load_mask,
+    measure,
     output_paths,
     parameters_text,
     save_image,
@@ -89,6 +102,335 @@ def test_bad_pictures(source: object, says: str) -> None:
     with pytest.raises(InputError) as caught:
         load_image(source)
     assert says in str(caught.value)
+
+
+# --- the judge: diffusers' reader and processors
+
+
+def judged(source: Any, size: tuple[int, int], mask: bool = False) -> torch.Tensor:
+    from diffusers.image_processor import VaeImageProcessor
+
+    kind = {"do_normalize": False, "do_binarize": True, "do_convert_grayscale": True} if mask else {}
+    processor = VaeImageProcessor(vae_scale_factor=1, **kind)
+    return processor.preprocess(source, height=size[0], width=size[1]).float()
+
+
+def upright(source: Any) -> Image.Image:
+    from diffusers.utils import load_image as reader
+
+    return reader(source)
+
+
+def scene(width: int, height: int, seed: int = 0) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 4), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)  # RGBA
+
+
+SIZES = st.sampled_from([(24, 32), (16, 16), (40, 12)])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_photos_are_turned_upright(kind: str, orientation: int, tmp_path: Path) -> None:
+    photo, path = scene(32, 20).convert("RGB"), str(tmp_path / "photo")
+    exif = photo.getexif()
+    exif[0x0112] = orientation
+    photo.save(path, kind, exif=exif)
+    expected = judged(upright(path), (20, 32))
+    for source in (path, Image.open(path)):
+        assert image_size(source) == upright(path).size[::-1]
+        torch.testing.assert_close(load_image(source, (20, 32)), expected, atol=1e-6, rtol=0)
+        assert load_image(source).shape[2:] == image_size(source)
+
+
+def png_with_late_exif(picture: Image.Image, orientation: int) -> bytes:
+    """The standard lets eXIf come after the pixels, where exiftool writes it."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    body = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    written = io.BytesIO()
+    picture.save(written, "PNG")
+    end = written.getvalue().rindex(b"IEND") - 4
+    return written.getvalue()[:end] + chunk + written.getvalue()[end:]
+
+
+def test_exif_behind_a_pngs_pixels_counts(tmp_path: Path) -> None:
+    path = tmp_path / "late.png"
+    path.write_bytes(png_with_late_exif(scene(32, 20), 6))
+    assert upright(str(path)).size == (20, 32)
+    for source in (path, Image.open(path)):
+        assert image_size(source) == (32, 20) == load_image(source).shape[2:]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    mode=st.sampled_from(["1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB"]),
+    size=SIZES,
+    seed=st.integers(0, 9),
+)
+def test_masks_of_every_mode_as_diffusers(mode: str, size: tuple[int, int], seed: int) -> None:
+    picture = scene(33, 27, seed)
+    mask = picture.convert("RGB").convert(mode) if mode not in ("RGBA", "LA") else picture.convert(mode)
+    try:
+        expected = judged(mask, size, mask=True)
+    except ValueError:  # there is no way from LAB to grey
+        with pytest.raises(InputError, match="LAB"):
+            load_mask(mask, size)
+        return
+    assert torch.equal(load_mask(mask, size), expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(mode=st.sampled_from(["1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV", "LAB"]), size=SIZES, seed=st.integers(0, 9))
+def test_pictures_of_every_mode_as_diffusers(mode: str, size: tuple[int, int], seed: int) -> None:
+    picture = scene(33, 27, seed).convert("RGB").convert(mode)
+    torch.testing.assert_close(load_image(picture, size), judged(upright(picture), size), atol=1e-6, rtol=0)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    size=SIZES,
+    tensor=st.booleans(),
+    signed=st.booleans(),
+    batch=st.integers(0, 3),
+    seed=st.integers(0, 9),
+)
+def test_arrays_and_tensors_as_diffusers(
+    size: tuple[int, int], tensor: bool, signed: bool, batch: int, seed: int
+) -> None:
+    pixels = np.random.default_rng(seed).random((max(batch, 1), 21, 30, 3), np.float32) * (2 if signed else 1) - signed
+    pixels = pixels if batch else pixels[0]
+    source = torch.from_numpy(np.moveaxis(pixels, -1, -3)) if tensor else pixels
+    torch.testing.assert_close(load_image(source, size), judged(source, size), atol=1e-6, rtol=0)
+    assert measure(source) == (max(batch, 1), 21, 30)
+
+
+def test_a_list_has_one_range() -> None:
+    dark, bright = torch.full((3, 8, 8), -0.5), torch.full((3, 8, 8), 0.5)
+    assert torch.equal(load_image([dark, bright]), judged([dark, bright], (8, 8)))
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int64, np.float32, bool])
+@pytest.mark.parametrize("shape", [(21, 30), (2, 21, 30), (21, 30, 1), (2, 21, 30, 1)])
+def test_masks_of_zeros_and_ones_as_diffusers(shape: tuple[int, ...], kind: type) -> None:
+    mask = np.random.default_rng(0).integers(0, 2, shape).astype(kind)
+    expected = judged(mask.astype(np.float32), (24, 32), mask=True)
+    assert torch.equal(load_mask(mask, (24, 32)), expected)
+    if shape[-1] != 1:
+        assert torch.equal(load_mask(torch.from_numpy(mask), (24, 32)), expected)
+
+
+def test_a_mask_tensor_of_three_is_three_masks() -> None:
+    masks = torch.rand(3, 8, 8)
+    assert torch.equal(load_mask(masks), judged(masks, (8, 8), mask=True))
+    assert load_mask(masks).shape == (3, 1, 8, 8)
+    assert measure(masks, "mask_image", mask=True) == (3, 8, 8)
+
+
+def test_a_coloured_mask_counts_by_its_luminance() -> None:
+    pixels = np.array(scene(16, 12).convert("RGB"))
+    expected = load_mask(Image.fromarray(pixels))
+    assert 0 < expected.mean() < 1
+    assert torch.equal(load_mask(pixels), expected)
+    assert torch.equal(load_mask(np.full((8, 8, 3), 0.5, np.float32)), torch.ones(1, 1, 8, 8))
+
+
+def test_a_transparent_canvas_masks_by_its_strokes() -> None:
+    canvas = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    canvas.paste((255, 255, 255, 255), (16, 16, 32, 32))
+    for mask in (canvas, canvas.convert("LA"), canvas.convert("PA"), canvas.convert("P")):
+        assert load_mask(mask).mean() == 1 / 16
+
+
+@pytest.mark.parametrize(
+    ("kind", "white"), [(np.uint16, 65535), (">u2", 65535), (np.int32, 65535), (np.int32, 255), (np.float32, 1)]
+)
+@pytest.mark.parametrize("container", ["memory", "TIFF", "PNG"])
+def test_deep_greys_keep_their_range(kind: Any, white: int, container: str) -> None:
+    ramp = np.linspace(0, white, 64)[None].repeat(64, 0).astype(kind)
+    picture = Image.fromarray(ramp)
+    if container == "PNG" and kind in (np.int32, np.float32):
+        pytest.skip("PNG has 16 bits, and no floats")
+    if container != "memory":
+        file = io.BytesIO()
+        picture.save(file, container)
+        picture = Image.open(file)
+    expected = torch.from_numpy(ramp.astype(np.float32) / white * 2 - 1).expand(1, 3, 64, 64)
+    torch.testing.assert_close(load_image(picture), expected, atol=1e-4, rtol=0)
+    assert load_image(picture, (32, 32)).abs().max() <= 1
+    assert load_mask(picture).mean() == 0.5
+    if kind is np.uint16:
+        torch.testing.assert_close(load_image(ramp), expected, atol=1e-4, rtol=0)
+
+
+def test_16_bit_transparency_is_white() -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.array([[0, 30000, 65535]], np.uint16)).save(file, "PNG", transparency=0)
+    shades = load_image(Image.open(file))[0, 0, 0]
+    torch.testing.assert_close(shades, torch.tensor([1, 30000 / 65535 * 2 - 1, 1]), atol=1e-4, rtol=0)
+
+
+def test_of_an_animation_the_current_frame_is_read(tmp_path: Path) -> None:
+    red, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    red.save(tmp_path / "a.gif", save_all=True, append_images=[blue])
+    moving = Image.open(tmp_path / "a.gif")
+    moving.seek(1)
+    assert load_image(tmp_path / "a.gif")[0, :, 0, 0].tolist() == [1, -1, -1]
+    assert load_image(moving)[0, :, 0, 0].tolist() == [-1, -1, 1]
+
+
+def test_views_with_negative_strides_are_read() -> None:
+    pixels = np.random.default_rng(0).random((6, 10, 3)).astype(np.float32)
+    assert torch.equal(load_image(pixels[::-1, :, ::-1]), load_image(pixels[::-1, :, ::-1].copy()))
+
+
+def test_latents_are_told_by_their_channels() -> None:
+    latents = torch.randn(2, 4, 8, 6)
+    for source in (latents, list(latents), [latents[:1], latents[1:]]):
+        assert torch.equal(load_latents(source, 4), latents)
+    for picture in (torch.rand(2, 3, 8, 6), Image.new("RGBA", (8, 8)), [Image.new("RGB", (8, 8))], [], "a.png"):
+        assert load_latents(picture, 4) is None
+    assert load_latents(torch.rand(1, 3, 8, 8), 3) is None, "three channels are a picture"
+    with pytest.raises(InputError, match="NaN or infinity"):
+        load_latents(latents * np.inf, 4)
+
+
+# --- hostile ones: one line of one type, before anything is made of them
+
+
+def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG whose header claims a size, with the given chunks before no pixels at all."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+BOMB = zlib.compress(bytes(2**24))
+FILES = {
+    "bomb.png": (png(60000, 60000), "60000x60000: expected at most 89,478,485 pixels|decompression bomb"),
+    "between.png": (png(11000, 9000), "11000x9000: expected at most 89,478,485 pixels"),
+    "text.png": (png(8, 8, (b"zTXt", b"a\0\0" + BOMB)), "too large"),
+    "itext.png": (png(8, 8, (b"iTXt", b"a\0\1\0\0\0" + BOMB)), "too large"),
+    "profile.png": (png(8, 8, (b"iCCP", b"a\0\0" + BOMB)), "too large"),
+    "truncated.png": (png(8, 8), "truncated|broken|unexpected"),
+    "empty.png": (b"", "expected PNG, JPEG"),
+    "flat.png": (png(0, 8), "no pixels|expected PNG"),
+    "a.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n", "expected PNG, JPEG"),
+    "a.wmf": (b"\xd7\xcd\xc6\x9a\0\0" + bytes([0, 0, 0, 0, 8, 0, 8, 0, 72, 0]) + bytes(64), "expected PNG, JPEG"),
+    "text.txt": (b"a text", "expected PNG, JPEG"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Image size:PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("read", [load_image, load_mask])
+def test_hostile_files(read: Callable[[Any], torch.Tensor], name: str, tmp_path: Path) -> None:
+    contents, says = FILES[name]
+    (tmp_path / name).write_bytes(contents)
+    with pytest.raises(InputError, match=says) as caught:
+        read(tmp_path / name)
+    assert str(tmp_path / name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_paths_that_are_no_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    for path, says in [
+        (tmp_path / "fifo.png", "not a regular file"),  # a FIFO that is opened waits for ever
+        (tmp_path, "is a folder"),
+        (tmp_path / "loop.png", "cannot be read"),
+        ("nul\0.png", "cannot be read"),
+        ("\udcff.png", "there is no file '\\\\udcff.png'"),
+        ("n" * 5000, "cannot be read"),
+        ("", "image: '' is|mask_image: '' is"),
+        (b"nowhere.png", "a bytes: expected"),
+        (io.BytesIO(), "a BytesIO: expected"),
+    ]:
+        for read in (load_image, load_mask, image_size):
+            with pytest.raises(InputError, match=says) as caught:
+                read(path)
+            assert len(str(caught.value)) < 400
+
+
+def closed() -> Image.Image:
+    picture = Image.new("RGB", (8, 8))
+    picture.close()
+    return picture
+
+
+HOSTILE = {
+    "closed": (closed, "cannot be read"),
+    "no pixels": (lambda: Image.new("RGB", (0, 8)), "no pixels"),
+    "objects": (lambda: np.array([[None]]), "an array of object"),
+    "texts": (lambda: np.array([["a"]]), "an array of <U1"),
+    "complex": (lambda: np.zeros((8, 8), complex), "an array of complex128"),
+    "empty": (lambda: np.zeros((0, 8, 3)), "no pixels"),
+    "none": (lambda: np.zeros((0, 8, 8, 3)), "holds no pictures"),
+    "flat": (lambda: np.zeros(3), r"shape \(3,\)"),
+    "meta": (lambda: torch.zeros(3, 8, 8, device="meta"), "device meta"),
+    "sparse": (lambda: torch.zeros(3, 8, 8).to_sparse(), "sparse"),
+    "complex tensor": (lambda: torch.zeros(3, 8, 8, dtype=torch.complex64), "complex64"),
+    "no channels": (lambda: torch.zeros(1, 0, 8, 8), "shape"),
+    "broadcast": (lambda: np.broadcast_to(np.uint8(0), (10**6, 10**6, 3)), "at most 89,478,485 pixels"),
+    "infinite": (lambda: np.full((8, 8), np.inf), "values from inf"),
+    "huge": (lambda: np.full((8, 8), 1e300), "values from"),
+    "above": (lambda: np.full((8, 8, 3), 255.0), "values from 255 to 255"),
+    "beside": (lambda: np.linspace(-0.01, 1, 64).reshape(8, 8), "values from -0.01 to 1"),
+    "deep": (lambda: Image.fromarray(np.full((8, 8), 1e9, np.float32)), "mode F and values from 1e[+]09"),
+    "negative": (lambda: Image.fromarray(np.full((8, 8), -5, np.int32)), "mode I and values from -5"),
+    "not finite": (lambda: Image.fromarray(np.full((8, 8), np.nan, np.float32)), "mode F and values from nan"),
+    "nested": (lambda: [[np.zeros((8, 8, 3))]], "a list: expected"),
+    "None": (lambda: None, "a NoneType: expected"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("read", [load_image, load_mask])
+def test_hostile_pictures(read: Callable[[Any], torch.Tensor], name: str) -> None:
+    make, says = HOSTILE[name]
+    with pytest.raises(InputError, match=says) as caught:
+        read(make())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mask_of_nearly_black_is_refused() -> None:
+    labels = np.zeros((8, 8), np.uint8)
+    assert load_mask(Image.fromarray(labels)).sum() == 0, "nothing to repaint is a wish"
+    labels[2:4] = 1
+    for mask in (Image.fromarray(labels), Image.fromarray(labels.astype(np.uint16) * 257)):
+        with pytest.raises(InputError, match="nothing would be repainted"):
+            load_mask(mask)
+
+
+def test_a_picture_is_measured_without_its_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert MAX_PIXELS > 9000 * 9000
+    path = tmp_path / "large.png"
+    path.write_bytes(png(9000, 9000))
+    monkeypatch.setattr(PngImageFile, "load", lambda self: pytest.fail("decoded"))
+    for source in (path, Image.open(path), [path, path]):
+        assert image_size(source) == (9000, 9000)
+
+
+def test_threads_may_share_a_picture_not_yet_decoded(tmp_path: Path) -> None:
+    scene(400, 300).save(tmp_path / "a.png")
+    expected = load_image(tmp_path / "a.png")
+
+    def read(picture: Image.Image) -> bool:
+        return image_size(picture) == (300, 400) and torch.equal(load_image(picture), expected)
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            assert all(pool.map(read, [Image.open(tmp_path / "a.png")] * 4))
+
+
+# --- out
 
 
 def test_the_png_says_how_it_was_made(tmp_path: Path) -> None:

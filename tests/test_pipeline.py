@@ -14,9 +14,10 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 import fastldm
-from fastldm import InputError, NonFinite, OutOfMemory, Pipeline, Request
+from fastldm import InputError, NonFinite, OutOfMemory, Pipeline, Request, memory
 
 diffusers.utils.logging.disable_progress_bar()
 diffusers.utils.logging.set_verbosity_error()
@@ -169,6 +170,68 @@ def test_inpainting_as_diffusers(
     close(
         ours("a cat", **options, generator=generator()).images, other("a cat", **options, generator=generator()).images
     )
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_latents_in_place_of_a_picture_as_diffusers(pipes: Any, as_list: bool) -> None:
+    theirs, ours = pipes("sd1")
+    other = diffusers.StableDiffusionImg2ImgPipeline(**theirs.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    latents = torch.randn(2, 4, 8, 12, generator=generator(5))
+    options = {
+        "prompt": ["a cat", "a dog"],
+        "num_inference_steps": 4,
+        "strength": 0.6,
+        "image": list(latents) if as_list else latents,
+        "output_type": "np",
+    }
+    made = ours(**options, generator=generator()).images
+    assert made.shape == (2, 64, 96, 3)
+    close(made, other(**options, generator=generator()).images)
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+def test_latents_are_inpainted_as_diffusers(pipes: Any, mask: Image.Image, strength: float) -> None:
+    theirs, ours = pipes("sdxl")
+    other = diffusers.StableDiffusionXLInpaintPipeline(**theirs.components)
+    other.set_progress_bar_config(disable=True)
+    options = {
+        "num_inference_steps": 4,
+        "strength": strength,
+        "guidance_scale": 4.0,
+        "image": torch.randn(1, 4, 8, 8, generator=generator(5)),
+        "mask_image": mask,
+        "output_type": "np",
+    }
+    theirs_made = other("a cat", **options, height=64, width=64, generator=generator()).images
+    close(ours("a cat", **options, generator=generator()).images, theirs_made)
+
+
+def test_latents_of_another_size_are_refused(pipes: Any, mask: Image.Image) -> None:
+    latents = torch.zeros(1, 4, 8, 8)
+    with pytest.raises(InputError, match="image is latents for 64x64 pixels, not 128x64"):
+        pipes("sd1")[1]("a cat", image=latents, width=128)
+    with pytest.raises(InputError, match="needs pixels"):
+        pipes("sd1-inpaint")[1]("a cat", image=latents, mask_image=mask)
+
+
+def test_a_picture_that_cannot_fit_is_never_decoded(
+    pipes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (9000, 9000)).save(tmp_path / "large.png")
+    assert (tmp_path / "large.png").stat().st_size < 2**20
+    monkeypatch.setattr(PngImageFile, "load", lambda self: pytest.fail("decoded"))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2**30)
+    with pytest.raises(OutOfMemory, match="9000x9000"):
+        pipes("sd1")[1]("a cat", image=tmp_path / "large.png")
+
+
+def test_a_result_says_what_ran(pipes: Any) -> None:
+    ours = pipes("sd1")[1]
+    listed = ours("a cat", timesteps=[900, 500, 200], sampler="dpm++ 2m", seed=1)
+    assert listed.request.num_inference_steps == 3
+    assert listed.seeds == (1,)
+    assert ours("a cat", latents=torch.randn(1, 4, 8, 8), num_inference_steps=1).seeds == ()
 
 
 def test_prompt_embeds_in_place_of_a_prompt(pipes: Any) -> None:

@@ -1,0 +1,101 @@
+"""Files that are written: found usable before any work starts, then written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from fastldm.errors import InputError
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+_ROOM = 2**16  # bytes that a folder must take to count as writable: an empty file fits on a full disk
+
+
+def output_paths(output: str | Path, count: int, *, force: bool = False) -> list[Path]:
+    """The files that `count` pictures go to: `a.png`, or `a-0.png`, `a-1.png`, ... Found usable before any work starts.
+
+    InputError where the format is unknown, a name cannot be one, the folder is missing or cannot be written, or a file
+    exists and `force` is not set.
+    """
+    path = Path(output)
+    if path.suffix.lower() not in FORMATS:
+        raise InputError(
+            f"{_shown(path)} does not end in a picture format that can be written: use one of {', '.join(FORMATS)}"
+        )
+    paths = [path] if count == 1 else [path.with_name(f"{path.stem}-{k}{path.suffix}") for k in range(count)]
+    check_output(paths[-1], force=True)  # the longest name, and the folder
+    for one in paths:
+        _check_free(one, force)
+    return paths
+
+
+def check_output(path: Path, *, force: bool = False) -> None:
+    """InputError where a file of this name cannot be made: its folder, its name, or a file that exists."""
+    try:
+        os.fsencode(path).decode()
+    except UnicodeError:
+        raise InputError(f"{_shown(path)} is not a name in UTF-8: choose another with -o") from None
+    if "\0" in str(path):
+        raise InputError(f"{_shown(path)} holds a zero byte: choose another name with -o")
+    check_folder(path.parent)
+    _check_free(path, force)
+
+
+def _check_free(path: Path, force: bool) -> None:
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise InputError(f"{_shown(path)} cannot be written ({error.strerror}): choose another name with -o") from error
+    replaceable = stat.S_ISREG(mode) or stat.S_ISLNK(mode)  # not a folder, a device, a FIFO
+    if not (force and replaceable) or path.is_dir():
+        hint = ", or overwrite it with --force" if replaceable and not path.is_dir() else ""
+        raise InputError(f"{_shown(path)} exists: choose another name with -o{hint}")
+
+
+def check_folder(folder: Path) -> None:
+    """InputError where files cannot be made in it."""
+    try:
+        if not stat.S_ISDIR(folder.stat().st_mode):
+            raise InputError(f"{_shown(folder)} is not a folder: write somewhere else")
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            file.write(bytes(_ROOM))
+    except FileNotFoundError:
+        raise InputError(
+            f"the folder {_shown(folder)} does not exist: make it first, or write somewhere else"
+        ) from None
+    except OSError as error:
+        raise InputError(
+            f"the folder {_shown(folder)} cannot be written to ({error.strerror}): choose another with -o"
+        ) from error
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file beside `path` that takes its name when all is written; where anything fails, what was there stays.
+
+    An OSError of it names `path`.
+    """
+    temporary = path.with_name(f".{path.stem[:40]}-{secrets.token_hex(4)}{path.suffix}")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+        temporary.replace(path)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename in (None, str(temporary)):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def _shown(path: Path) -> str:
+    text = repr(str(path))
+    return text if len(text) <= 200 else f"{text[:100]}...{text[-60:]}"

@@ -1,0 +1,187 @@
+"""How a picture was made, as text that other tools read too: the form of AUTOMATIC1111's `parameters`.
+
+    a red apple
+    Negative prompt: worm
+    Steps: 8, Sampler: ddim, CFG scale: 2.5, Seed: 3, Size: 64x64, Model: "apples, v2", Version: fastldm 0.1.0
+
+A value that holds a comma, a colon, a quote or a line break is a JSON string, as there. So is a prompt that would
+otherwise be read as one of the other lines: nothing in a prompt or in a model's name can forge a field, and what was
+written reads back as the same request. Readers that do not know of quoted prompts show those as they stand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fastldm.errors import InputError
+
+if TYPE_CHECKING:
+    from fastldm.request import Request
+
+_NEGATIVE = "Negative prompt:"
+_FIELD = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+_MIN_FIELDS = 3  # on the last line; with fewer it is the end of a prompt
+# All that ends a line for somebody, or shows as nothing: line feed apart, which prompts may hold.
+_UNSAFE = re.compile("[\0-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def parameters_text(
+    request: Request, seed: int | None, model: str, extra: dict[str, str] | None = None, *, picture: int = 0
+) -> str:
+    """How picture number `picture` of a completed request was made, from `seed` (None where a caller's generator or
+    latents were used), by `model`; extra: further fields."""
+    lines = [_prompt(_nth(request.prompt, picture, request.num_images_per_prompt) or "")]
+    negative = _nth(request.negative_prompt, picture, request.num_images_per_prompt)
+    if negative is not None:
+        lines.append(f"{_NEGATIVE} {_prompt(negative)}")
+    size = f"{request.width}x{request.height}" if request.width and request.height else None
+    facts: dict[str, Any] = {
+        "Steps": request.num_inference_steps,
+        "Sampler": request.sampler,
+        "CFG scale": request.guidance_scale,
+        "Seed": seed,
+        "Size": size,
+        "Model": model,
+        "Denoising strength": request.strength if request.image is not None else None,
+        # There the last layer is number 1, in diffusers none is left out.
+        "Clip skip": request.clip_skip + 1 if request.clip_skip else None,
+    }
+    for name, (label, _) in _FIELDS.items():
+        value = _plain(getattr(request, name))
+        if name.endswith("prompt_2"):
+            value = _nth(value, picture, request.num_images_per_prompt)
+        facts[label] = None if value == _plain(type(request).__dataclass_fields__[name].default) else value
+    facts |= extra or {}
+    lines.append(", ".join(f"{key}: {_value(value)}" for key, value in facts.items() if value is not None))
+    return "\n".join(lines)
+
+
+def parse_parameters(text: str) -> tuple[Request, dict[str, str]]:
+    """The request of one picture that `parameters_text`, or AUTOMATIC1111, wrote, and the other fields by their names.
+
+    The request lacks what is no text: pictures, latents, embeddings. InputError where a field's value cannot be one.
+    """
+    from fastldm.request import Request
+
+    *lines, last = text.strip("\n").split("\n") if text.count("\n") else [text]
+    fields = _fields(last)
+    if len(fields) < _MIN_FIELDS:
+        lines, fields = [*lines, last], {}
+    negative_at = next((k for k, line in enumerate(lines) if line.lstrip().startswith(_NEGATIVE)), None)
+    arguments: dict[str, Any] = {"prompt": _unquoted("\n".join(lines[:negative_at]))}
+    if negative_at is not None:
+        negative = "\n".join(lines[negative_at:]).lstrip().removeprefix(_NEGATIVE)
+        arguments["negative_prompt"] = _unquoted(negative.removeprefix(" "))
+    readers = _READERS | {label: (name, read) for name, (label, read) in _FIELDS.items()}
+    for label in [label for label in fields if label in readers]:
+        name, read = readers[label]
+        value = fields.pop(label)
+        try:
+            arguments[name] = read(value)
+        except ValueError:
+            raise InputError(f"the picture's parameters say {label}: {value[:60]!r}, which cannot be") from None
+    if "size" in arguments:
+        arguments["width"], arguments["height"] = arguments.pop("size")
+    return Request(**arguments), fields
+
+
+def _nth(texts: str | Sequence[str] | None, picture: int, each: int) -> str | None:
+    """The text of one picture of a batch: one text is for all, of a list each is for `each` pictures."""
+    return texts if texts is None or isinstance(texts, str) else texts[picture // each]
+
+
+def _prompt(text: str) -> str:
+    forges = any(line.strip().startswith((_NEGATIVE, "Steps:")) for line in text.split("\n"))
+    return _quoted(text) if forges or _UNSAFE.search(text) or text[:1] == '"' == text[-1:] else text
+
+
+def _plain(value: Any) -> Any:
+    """Lists, arrays and tensors of numbers as tuples."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(_value(item) for item in value)
+    if isinstance(value, (bool, str)):
+        text = str(value)
+    else:  # whole numbers as such, others with all their digits
+        number = float(value)
+        text = str(int(value)) if number.is_integer() and abs(number) < 2**63 else repr(number)
+    plain = text and text == text.strip() and not re.search(r'[,:"\\\n]', text) and not _UNSAFE.search(text)
+    return text if plain else _quoted(text)
+
+
+def _quoted(text: str) -> str:
+    return _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(text, ensure_ascii=False))
+
+
+def _unquoted(text: str) -> str:
+    if text[:1] != '"':
+        return text
+    try:
+        return str(json.loads(text))
+    except ValueError:
+        return text  # somebody's prompt in quotes
+
+
+def _fields(line: str) -> dict[str, str]:
+    fields, position = {}, 0
+    while position < len(line):
+        if match := _FIELD.match(line, position):
+            fields[match[1]] = _unquoted(match[2].strip())
+            position = match.end()
+        else:
+            position = line.find(",", position) + 1 or len(line)
+    return fields
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, height = text.lower().split("x")
+    return int(width), int(height)
+
+
+def _truth(text: str) -> bool:
+    if text not in ("True", "False"):
+        raise ValueError
+    return text == "True"
+
+
+def _list_of(read: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    return lambda text: tuple(read(item) for item in text.split())
+
+
+def _number(text: str) -> float | int:
+    return float(text) if re.search(r"[.einEIN]", text) else int(text)
+
+
+_READERS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "Steps": ("num_inference_steps", int),
+    "Sampler": ("sampler", str),
+    "CFG scale": ("guidance_scale", float),
+    "Seed": ("seed", int),
+    "Size": ("size", _size),
+    "Denoising strength": ("strength", float),
+    "Clip skip": ("clip_skip", lambda text: max(int(text) - 1, 0)),
+}
+# Fields of Request that are written where they differ from their default: how they are called, and read.
+_FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "prompt_2": ("Prompt 2", str),
+    "negative_prompt_2": ("Negative prompt 2", str),
+    "guidance_rescale": ("Guidance rescale", float),
+    "guidance_interval": ("Guidance interval", _list_of(float)),
+    "eta": ("Eta", float),
+    "timesteps": ("Timesteps", _list_of(_number)),
+    "sigmas": ("Sigmas", _list_of(float)),
+    "literal_prompt": ("Literal prompt", _truth),
+    "original_size": ("Original size", _list_of(int)),
+    "crops_coords_top_left": ("Crop top left", _list_of(int)),
+    "target_size": ("Target size", _list_of(int)),
+    "negative_original_size": ("Negative original size", _list_of(int)),
+    "negative_crops_coords_top_left": ("Negative crop top left", _list_of(int)),
+    "negative_target_size": ("Negative target size", _list_of(int)),
+}
