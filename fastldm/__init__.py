@@ -26,6 +26,7 @@ from fastldm.errors import (
 )
 
 if TYPE_CHECKING:
+    from fastldm.image import read_parameters
     from fastldm.pipeline import Pipeline
     from fastldm.request import Request, Result
     from fastldm.session import Generation, Progress, Session
@@ -50,6 +51,7 @@ __all__ = [
     "Result",
     "Session",
     "__version__",
+    "read_parameters",
 ]
 
 _LAZY = {
@@ -59,6 +61,7 @@ _LAZY = {
     "Request": "request",
     "Result": "request",
     "Session": "session",
+    "read_parameters": "image",
 }
 
 # In a checkout `kernels` and `export` lie beside this package, not in it (pyproject.toml maps them in for a wheel).

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fastldm import checks
 from fastldm.errors import InputError
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def parse_parameters(text: str) -> tuple[Request, dict[str, str]]:
     """
     from fastldm.request import Request
 
-    *lines, last = text.strip("\n").split("\n") if text.count("\n") else [text]
+    *lines, last = text.rstrip("\n").split("\n")
     fields = _fields(last)
     if len(fields) < _MIN_FIELDS:
         lines, fields = [*lines, last], {}
@@ -82,7 +83,7 @@ def parse_parameters(text: str) -> tuple[Request, dict[str, str]]:
         try:
             arguments[name] = read(value)
         except ValueError:
-            raise InputError(f"the picture's parameters say {label}: {value[:60]!r}, which cannot be") from None
+            raise InputError(f"the picture's parameters say {label}: {checks.show(value)}, which cannot be") from None
     if "size" in arguments:
         arguments["width"], arguments["height"] = arguments.pop("size")
     return Request(**arguments), fields
@@ -107,11 +108,10 @@ def _plain(value: Any) -> Any:
 def _value(value: Any) -> str:
     if isinstance(value, tuple):
         return " ".join(_value(item) for item in value)
-    if isinstance(value, (bool, str)):
+    if isinstance(value, float):  # with all its digits, but 7 for 7.0
+        text = repr(float(value)).removesuffix(".0")
+    else:
         text = str(value)
-    else:  # whole numbers as such, others with all their digits
-        number = float(value)
-        text = str(int(value)) if number.is_integer() and abs(number) < 2**63 else repr(number)
     plain = text and text == text.strip() and not re.search(r'[,:"\\\n]', text) and not _UNSAFE.search(text)
     return text if plain else _quoted(text)
 

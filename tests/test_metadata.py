@@ -1,0 +1,218 @@
+"""What a picture says of how it was made: other tools read it, nothing forges it, and it reads back as the request."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image, PngImagePlugin
+
+import fastldm
+from fastldm import InputError, Request
+from fastldm.image import output_paths, read_parameters, save_image, save_result
+from fastldm.metadata import parameters_text, parse_parameters
+from fastldm.request import Result, Timings
+
+COMPLETE: dict[str, Any] = {
+    "height": 64,
+    "width": 96,
+    "num_inference_steps": 8,
+    "guidance_scale": 2.5,
+    "sampler": "dpm++ 2m karras",
+    "seed": 3,
+}
+
+
+def a1111(text: str) -> dict[str, str]:
+    """The text as AUTOMATIC1111 reads it: by lines, the last one by fields, of which there must be three."""
+    field = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+    *lines, last = text.strip().split("\n")
+    fields = dict(field.findall(last))
+    if len(fields) < 3:
+        lines, fields = [*lines, last], {}
+    prompts: dict[str, list[str]] = {"Prompt": [], "Negative prompt": []}
+    half = "Prompt"
+    for line in map(str.strip, lines):
+        if line.startswith("Negative prompt:"):
+            half, line = "Negative prompt", line.removeprefix("Negative prompt:").strip()
+        prompts[half].append(line)
+    return fields | {name: "\n".join(lines) for name, lines in prompts.items()}
+
+
+PIECES = st.sampled_from(
+    [
+        "a cat",
+        "\n",
+        "\r",
+        ", ",
+        '"',
+        "\\",
+        ":",
+        " ",
+        "Negative prompt: ",
+        "Negative prompt:",
+        "Steps: 5, Sampler: x, CFG scale: 1, Seed: 666, Size: 8x8",
+        "\u2028",
+        "\x85",
+        "\0",
+        "猫",
+        "\\u0041",
+    ]
+)
+TEXTS = st.one_of(st.text(max_size=40), st.lists(PIECES, max_size=8).map("".join))
+REALS = st.floats(0, 1, allow_nan=False)
+
+
+@settings(max_examples=400, deadline=None)
+@given(prompt=TEXTS, negative=st.none() | TEXTS, second=st.none() | TEXTS, model=TEXTS, sampler=TEXTS.filter(bool))
+@example(prompt="", negative="", second=None, model="", sampler="ddim")
+@example(prompt='"a" and "b"', negative="\nNegative prompt: x", second="", model='"', sampler="ddim")
+def test_every_text_reads_back(prompt: str, negative: str | None, second: str | None, model: str, sampler: str) -> None:
+    request = Request(
+        **{**COMPLETE, "sampler": sampler}, prompt=prompt, negative_prompt=negative, negative_prompt_2=second
+    )
+    text = parameters_text(request, 3, model, {"Version": "x"})
+    assert parse_parameters(text) == (request, {"Model": model, "Version": "x"})
+    assert sum(line.startswith("Steps:") for line in text.splitlines()) == 1
+    assert sum(line.startswith("Negative prompt:") for line in text.splitlines()) == (negative is not None)
+    fields = a1111(text)
+    assert fields["Seed"] == "3", "another reader sees no forged field"
+    assert fields["Steps"] == "8"
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    numbers=st.fixed_dictionaries(
+        {},
+        optional={
+            "guidance_scale": st.floats(0, 100),
+            "guidance_rescale": REALS,
+            "guidance_interval": st.tuples(REALS, REALS).map(lambda pair: tuple(sorted(pair))),
+            "eta": REALS,
+            "strength": REALS.filter(lambda strength: strength > 0),
+            "clip_skip": st.integers(1, 11),
+            "seed": st.integers(0, 2**63 - 1),
+            "literal_prompt": st.booleans(),
+            "original_size": st.tuples(st.integers(1, 4096), st.integers(1, 4096)),
+            "crops_coords_top_left": st.tuples(st.integers(0, 99), st.integers(0, 99)),
+            "negative_target_size": st.tuples(st.integers(1, 4096), st.integers(1, 4096)),
+            "timesteps": st.lists(st.integers(0, 999), min_size=1, max_size=5, unique=True).map(
+                lambda steps: tuple(sorted(steps, reverse=True))
+            ),
+        },
+    )
+)
+def test_every_number_reads_back(numbers: dict[str, Any]) -> None:
+    with_image = {"image": "start.png"} if "strength" in numbers else {}
+    request = Request("a cat", **{**COMPLETE, **numbers, **with_image})
+    read, _ = parse_parameters(parameters_text(request, request.seed, "m"))
+    assert read == request.replace(image=None)
+
+
+def test_other_tools_read_an_ordinary_picture() -> None:
+    request = Request("a cat\non a mat, cinematic: soft light", negative_prompt="dog, worm", clip_skip=1, **COMPLETE)
+    assert a1111(parameters_text(request, 3, "apples")) == {
+        "Prompt": "a cat\non a mat, cinematic: soft light",
+        "Negative prompt": "dog, worm",
+        "Steps": "8",
+        "Sampler": "dpm++ 2m karras",
+        "CFG scale": "2.5",
+        "Seed": "3",
+        "Size": "96x64",
+        "Model": "apples",
+        "Clip skip": "2",  # there 1 leaves none out
+    }
+
+
+def test_what_another_tool_wrote_is_read() -> None:
+    request, others = parse_parameters(
+        'a cat,\n"quoted"\nNegative prompt: dog\n'
+        'Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 512x768, Model hash: e1441589a6, Lora hashes: "a: b"'
+    )
+    assert request == Request(
+        'a cat,\n"quoted"',
+        negative_prompt="dog",
+        num_inference_steps=20,
+        sampler="Euler a",
+        guidance_scale=7.0,
+        seed=1,
+        width=512,
+        height=768,
+    )
+    assert others == {"Model hash": "e1441589a6", "Lora hashes": "a: b"}
+    assert parse_parameters("Negative prompt: x\nonly: texts") == (Request("", negative_prompt="x\nonly: texts"), {})
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a\nSteps: many, Sampler: x, Size: 8x8", "say Steps: 'many'"),
+        ("a\nSteps: 1, Sampler: x, Size: 8", "say Size: '8'"),
+        (f"a\nSteps: {'9' * 5000}, Sampler: x, Size: 8x8", "say Steps: '999"),
+        ("a\nSteps: 0, Sampler: x, Size: 8x8", "num_inference_steps is 0"),
+    ],
+)
+def test_values_that_cannot_be(text: str, says: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_parameters(text)
+    assert says in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+def test_a_long_line_without_fields_is_read_at_once() -> None:
+    for line in (
+        "x" * 10**6,
+        'a: "' * 10**5,
+        "a: b, " * 10**5,
+    ):  # a pattern that starts anew at each letter takes hours
+        with pytest.raises(InputError, match="characters"):
+            parse_parameters(f"{line}\nthat was a prompt")
+        parse_parameters(f"a prompt\nSteps: 1, Sampler: x, Size: 8x8, {line}")
+
+
+def test_each_png_of_a_batch_is_its_own(tmp_path: Path) -> None:
+    request = Request(
+        ["a red apple", "a blue car"],
+        negative_prompt=["worm", "rust"],
+        num_images_per_prompt=2,
+        **{**COMPLETE, "seed": [5, 6, 9, 2]},
+    )
+    pictures = [Image.new("RGB", (96, 64))] * 4
+    result = Result(pictures, (5, 6, 9, 2), Timings(0, (), 0, 0), "torch", "float32", request)
+    paths = output_paths(tmp_path / "a.png", 4)
+    save_result(result, paths, "default")
+    for k, path in enumerate(paths):
+        read, others = fastldm.read_parameters(path)
+        assert (read.prompt, read.negative_prompt) == (("a red apple", "worm"), ("a blue car", "rust"))[k // 2]
+        assert read.seed == (5, 6, 9, 2)[k]
+        assert read.batch == 1
+        assert others["Backend"] == "torch float32"
+
+
+def test_the_file_keeps_every_character(tmp_path: Path) -> None:
+    request = Request("猫\u2028\0é\nNegative prompt: x", **COMPLETE)
+    save_image(Image.new("RGB", (4, 4)), tmp_path / "a.png", parameters_text(request, 3, "m"))
+    assert read_parameters(tmp_path / "a.png")[0] == request
+    assert read_parameters(Image.open(tmp_path / "a.png"))[0] == request
+
+
+def test_text_behind_the_pixels_is_read(tmp_path: Path) -> None:
+    request = Request("a cat", **COMPLETE)
+    text = PngImagePlugin.PngInfo()
+    text.add_text("parameters", parameters_text(request, 3, "m"), zip=True)
+    text.chunks[0] = (*text.chunks[0][:2], True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png", pnginfo=text)
+    assert read_parameters(tmp_path / "a.png")[0] == request
+
+
+def test_a_picture_that_says_nothing_is_refused(tmp_path: Path) -> None:
+    for name in ("a.png", "a.jpg"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+        with pytest.raises(InputError, match="does not say how it was made"):
+            read_parameters(tmp_path / name)
+    with pytest.raises(InputError, match="there is no file"):
+        read_parameters(tmp_path / "b.png")
