@@ -9,9 +9,10 @@ whatever that does.
 
 from __future__ import annotations
 
+import difflib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,8 @@ def show(value: Any) -> str:
     """A value as a message names it: one line, short, and without a look at what a tensor or a long list holds."""
     kind = type(value).__name__
     if _is(value, "torch", "Tensor") or (_is(value, "numpy", "ndarray") and value.ndim):
-        return f"{_article(kind)} {kind} of shape {tuple(value.shape)} and dtype {value.dtype}"
+        kind = "an array" if kind == "ndarray" else f"a {kind}"
+        return f"{kind} of shape {tuple(value.shape)} and dtype {value.dtype}"
     if isinstance(value, (str, bytes)):
         text = repr(value[: _SHOWN + 1])
     elif isinstance(value, int) and value.bit_length() > 128:
@@ -74,6 +76,22 @@ def choice(name: str, value: Any, choices: Sequence[str]) -> str:
     if not isinstance(value, str) or value not in choices:
         raise InputError(f"{name} is {show(value)}: expected one of {', '.join(choices)}")
     return value
+
+
+def instance(name: str, value: Any, kinds: type | tuple[type, ...], what: str) -> Any:
+    """A value of one of these types. what: as the message names it."""
+    if not isinstance(value, kinds):
+        raise InputError(f"{name} is {show(value)}: expected {what}")
+    return value
+
+
+def known(names: Iterable[str], among: Sequence[str]) -> None:
+    """Names of arguments that there are; an unknown one is an InputError that suggests the nearest."""
+    for name in names:
+        if name not in among:
+            near = difflib.get_close_matches(name[:100], among, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(among)}"
+            raise InputError(f"unknown argument {show(name)}: {hint}")
 
 
 def short_text(name: str, value: Any, what: str) -> str:

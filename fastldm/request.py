@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -161,10 +160,11 @@ class Request:
     def of(cls, prompt: str | Sequence[str] | Request | None, options: dict[str, Any]) -> Request:
         """A request from a prompt, or from another request, and keyword arguments; an unknown name is an InputError
         that suggests the nearest one."""
-        options = {name: value for name, value in options.items() if value is not None or name not in UNSUPPORTED}
-        for name in options:
-            if name not in _DEFAULTS:
-                raise InputError(_unknown(name))
+        for name in [name for name in options if name in UNSUPPORTED]:
+            if options[name] is not None:
+                raise InputError(f"{name} is not supported{UNSUPPORTED[name]}")
+            options = {key: value for key, value in options.items() if key != name}
+        checks.known(options, list(_DEFAULTS))
         return prompt.replace(**options) if isinstance(prompt, Request) else cls(prompt=prompt, **options)
 
     @property
@@ -298,14 +298,6 @@ def _check_generators(request: Request) -> None:
             f"generator is {checks.show(value)}: expected a torch.Generator, or a list of one for each of "
             f"{request.batch} pictures"
         )
-
-
-def _unknown(name: str) -> str:
-    if name in UNSUPPORTED:
-        return f"{name} is not supported{UNSUPPORTED[name]}"
-    near = difflib.get_close_matches(name[:100], _DEFAULTS, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(_DEFAULTS)}"
-    return f"unknown argument {checks.show(name)}: {hint}"
 
 
 def _fractions(name: str, value: Any) -> tuple[float, float]:

@@ -1,6 +1,6 @@
-"""Prompts to Conditioning: tokenizer, prompt weights, windows, and the text encoders' states.
+"""Prompts to Conditioning: tokenizer, windows, and the text encoders' states.
 
-    text -> [(fragment, weight)] -> windows of token ids -> hidden states (B, T, D), pooled vector (B, P)
+    text -> [(fragment, weight)] (prompt.py) -> windows of token ids -> hidden states (B, T, D), pooled vector (B, P)
 
 A window is what a text encoder reads at once: bos, up to W - 2 tokens, eos, padding. W is 77 for Stable
 Diffusion and comes from the tokenizer's files. A longer prompt is read in several windows, whose states are laid
@@ -13,20 +13,20 @@ import functools
 import gzip
 import logging
 import math
-import operator
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastldm import checks
 from fastldm.errors import CheckpointError, InputError
+from fastldm.prompt import Fragments, parse
 from fastldm.reading import read_json
+from fastldm.request import MAX_IMAGES, MAX_PROMPT_LENGTH
 
 if TYPE_CHECKING:
     import tokenizers
@@ -40,19 +40,16 @@ Run = Callable[..., Any]
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 CLIP_VOCABULARY = 49408
 CLIP_WINDOW = 77
-EMPHASIS = 1.1
-"""What one pair of round brackets multiplies by, and one pair of square brackets divides by."""
-MAX_WEIGHT = 1000.0
-"""Weights are held within +-1000: a hidden state (some tens) times more than that would leave float16's range."""
 MAX_WINDOWS = 64
 """Beyond this, prompts of unequal length in one call are brought to one length approximately: `encode_prompts`."""
+MAX_PROMPT_WINDOWS = 128
+"""What a prompt may have: cross-attention reads all of it at each step."""
 
 _MERGES = Path(__file__).parent / "assets" / "clip_bpe" / "merges.txt.gz"
 _DEFAULTS = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # CLIP's words (simple_tokenizer.py of openai/CLIP), as transformers' CLIPTokenizer splits them
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-_SYNTAX = re.compile(r"\\[()\[\]\\]|[()\[\]]|:\s*([+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+))\s*\)")
 
 
 # Tokenizer
@@ -222,62 +219,6 @@ def _build(files: _Files) -> tokenizers.Tokenizer:
     return backend
 
 
-# Prompt weights
-
-
-def parse_weights(prompt: str) -> list[tuple[str, float]]:
-    """Split a prompt into (text, weight), neighbours of equal weight joined; at least one pair.
-
-    `(word:1.3)` weighs 1.3, `(word)` 1.1, `[word]` 1 / 1.1; nested weights multiply; a backslash before a bracket
-    or a backslash takes it as text. (AUTOMATIC1111's syntax.) Whatever is no such weight is text, never an error: a
-    bracket without its partner, a weight that is no number. Of two pairs that cross, as in `(a [b) c]`, the one
-    that closes first counts.
-    """
-    texts: list[str] = []
-    opened: list[int] = []  # where in `texts` the brackets lie that are still open
-    waiting = {"(": 0, "[": 0}  # how many of each kind are in `opened`
-    factors: dict[int, float] = {}
-    closed: set[int] = set()
-    end = 0
-    for match in _SYNTAX.finditer(prompt):
-        texts.append(prompt[end : match.start()])
-        end = match.end()
-        token = match.group()
-        kind = "[" if token == "]" else "("
-        if token in waiting:
-            opened.append(len(texts))
-            waiting[token] += 1
-        elif token[0] == "\\":
-            token = token[1]
-        elif waiting[kind]:
-            while True:
-                start = opened.pop()
-                waiting[texts[start]] -= 1
-                if texts[start] == kind:
-                    break
-            number = match.group(1)
-            factors[start] = _held(float(number)) if number else EMPHASIS if kind == "(" else 1 / EMPHASIS
-            closed.add(len(texts))
-        texts.append(token)
-    texts.append(prompt[end:])
-
-    levels = [1.0]
-    pairs: list[tuple[str, float]] = []
-    for k, text in enumerate(texts):
-        if k in factors:
-            levels.append(_held(levels[-1] * factors[k]))
-        elif k in closed:
-            levels.pop()
-        elif text:
-            pairs.append((text, levels[-1]))
-    runs = groupby(pairs, key=operator.itemgetter(1))
-    return [("".join(text for text, _ in run), weight) for weight, run in runs] or [("", 1.0)]
-
-
-def _held(weight: float) -> float:
-    return min(max(weight, -MAX_WEIGHT), MAX_WEIGHT)
-
-
 # Conditioning
 
 
@@ -331,21 +272,10 @@ class TextStage:
 def prompt_list(prompt: Any, name: str = "prompt") -> list[str]:
     """A prompt, or a list of them, as a list of texts.
 
-    Raises InputError for anything else, for an empty list, and for text that has no UTF-8 form.
+    Raises InputError for anything else, for an empty list, for too many and too long ones, and for text that has no
+    UTF-8 form.
     """
-    if not isinstance(prompt, (str, list, tuple)):
-        raise InputError(f"{name} is {_show(prompt)}: expected a text or a list of texts")
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not prompts:
-        raise InputError(f"{name} is an empty list: give at least one text (an empty text is fine)")
-    for text in prompts:
-        if not isinstance(text, str):
-            raise InputError(f"{name} holds {_show(text)}: expected a list of texts")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"{name} is not valid Unicode ({error.reason} at character {error.start})") from error
-    return prompts
+    return checks.texts(name, prompt, MAX_IMAGES, MAX_PROMPT_LENGTH)
 
 
 @torch.no_grad()
@@ -354,9 +284,12 @@ def encode_prompts(
     prompts: str | Sequence[str],
     negatives: str | Sequence[str] | None = None,
     *,
+    prompts_2: str | Sequence[str] | None = None,
+    negatives_2: str | Sequence[str] | None = None,
     clip_skip: int | None = None,
     literal: bool = False,
     zero_negative: bool = False,
+    length: int | None = None,
     run: Run = lambda key, work, *inputs: work(*inputs),
 ) -> Conditioning:
     """Encode prompts and, for guidance, negative prompts.
@@ -364,38 +297,41 @@ def encode_prompts(
     encoders: one, or SDXL's two. SDXL is known by its last encoder's projection: `hidden` is then the penultimate
         layer's of every encoder side by side, without the final norm, and `pooled` the last encoder's.
     prompts: B texts. negatives: one, or B; None without guidance.
+    prompts_2, negatives_2: one, or B, for the second encoder, in place of those.
     clip_skip: encoder layers left out at the end, counted as diffusers counts them: None and 0 are the same, SDXL's
         last layer is left out besides, and the negatives are read in full.
-    literal: brackets are text, not weights.
+    literal: brackets and BREAK are text.
+    length: tokens of a window; the encoders' own when None, or where it is more.
     run: how an encoder is called: (what says all but the tensors, work, tensors) -> work(*tensors).
     zero_negative: where `negatives` is None, zeros stand for them (SDXL's `force_zeros_for_empty_prompt`).
 
     A prompt that fits one window and has no weights gives what diffusers' `encode_prompt` gives. A longer one is
-    read in windows of W - 2 tokens, each between bos and eos, laid side by side along T; `pooled` comes from the
-    first. All rows of a call need one T. Attention does not change when its whole set of keys is repeated, so a
-    shorter prompt's windows are repeated, up to the least common multiple of the lengths: every picture is the one
-    that its prompts give alone. Only where that is more than MAX_WINDOWS does the repetition stop at the longest
-    prompt, with a warning.
+    read in windows of W - 2 tokens, each between bos and eos, laid side by side along T; BREAK fills up a window and
+    begins the next. `pooled` comes from the first. All rows of a call need one T. Attention does not change when its
+    whole set of keys is repeated, so a shorter prompt's windows are repeated, up to the least common multiple of the
+    lengths: every picture is the one that its prompts give alone. Only where that is more than MAX_WINDOWS does the
+    repetition stop at the longest prompt, with a warning.
 
     A token's weight w moves its state h away from the state e that the empty prompt has in that place,
     e + w (h - e), as ComfyUI and compel do. AUTOMATIC1111's way, w h and then the mean over all states restored,
     divides by a mean that may be near zero, and moves tokens that have no weight.
 
-    Raises InputError: prompts as in `prompt_list`, unequal numbers, clip_skip beyond the encoder's layers;
+    Raises InputError: prompts as in `prompt_list`, unequal numbers, a prompt of more than MAX_PROMPT_WINDOWS windows,
+    clip_skip beyond the encoder's layers;
     CheckpointError: a token that the encoder has no embedding for.
     """
     texts = prompt_list(prompts)
     batch = len(texts)
+    texts_2 = texts if prompts_2 is None else _one_each(prompts_2, batch, "prompt_2")
     if negatives is not None:
-        others = prompt_list(negatives, "negative_prompt")
-        if len(others) not in (1, batch):
-            raise InputError(f"negative_prompt has {len(others)} texts for {batch} prompts: give one, or one a prompt")
-        texts += others * (batch // len(others))
+        others = _one_each(negatives, batch, "negative_prompt")
+        texts_2 = texts_2 + (others if negatives_2 is None else _one_each(negatives_2, batch, "negative_prompt_2"))
+        texts = texts + others
     pooling = encoders[-1].model.config.with_projection
     least = 1 if pooling else 0  # SDXL reads the penultimate layer
     skip = _check_clip_skip(clip_skip, min(stage.model.config.layers for stage in encoders) - least)
 
-    windows = _split(encoders, texts, literal)
+    windows = _split(encoders, list(zip(texts, texts_2, strict=True)), literal, length)
     total = _common_length([len(row) for row in windows[0]])
     hidden: list[Tensor] = []
     vectors: list[Tensor] = []
@@ -423,41 +359,60 @@ class _Window(NamedTuple):
     weights: tuple[float, ...]  # (W,)
 
 
+def _one_each(texts: str | Sequence[str], batch: int, name: str) -> list[str]:
+    """A text for each prompt, from one for all or as many."""
+    items = prompt_list(texts, name)
+    if len(items) not in (1, batch):
+        raise InputError(f"{name} has {len(items)} texts for {batch} prompts: give one, or one a prompt")
+    return items * (batch // len(items))
+
+
 def _check_clip_skip(clip_skip: int | None, most: int) -> int:
     try:
-        skip = operator.index(clip_skip or 0)
-    except TypeError:
-        skip = -1
-    if not 0 <= skip <= most:
-        raise InputError(f"clip_skip is {_show(clip_skip)}: expected a whole number, 0 to {most} for this model")
-    return skip
+        return checks.whole("clip_skip", 0 if clip_skip is None else clip_skip, 0, most)
+    except InputError as error:
+        raise InputError(f"{error} for this model") from None
 
 
-def _split(encoders: Sequence[TextStage], texts: Sequence[str], literal: bool) -> list[list[list[_Window]]]:
-    """Windows by encoder and by text.
+def _split(
+    encoders: Sequence[TextStage], texts: Sequence[tuple[str, str]], literal: bool, length: int | None
+) -> list[list[list[_Window]]]:
+    """Windows by encoder and by text. texts: what the first encoder reads, and what the second does.
 
-    All encoders get equally many windows of a text: where one needs fewer (`!!!` is one token in CLIP-L and three
-    in SDXL's second encoder), empty ones follow.
+    All encoders get equally many windows of each part of a text: where one needs fewer (`!!!` is one token in CLIP-L
+    and three in SDXL's second encoder), empty ones follow.
     """
-    length = min(stage.window for stage in encoders)
+    window = min(stage.window for stage in encoders)
+    length = window if length is None else min(length, window)
     split = {}
-    for text in dict.fromkeys(texts):
-        fragments = [(text, 1.0)] if literal else parse_weights(text)
-        by_stage = [_windows(stage.tokenizer, fragments, length) for stage in encoders]
-        count = max(len(windows) for windows in by_stage)
-        for stage, windows in zip(encoders, by_stage, strict=True):
-            windows.extend(_windows(stage.tokenizer, [], length) * (count - len(windows)))
-        split[text] = by_stage
-    return [[split[text][k] for text in texts] for k in range(len(encoders))]
+    for pair in dict.fromkeys(texts):
+        parts = [parse(text, literal=literal) for text in pair[: len(encoders)]]
+        most = max(len(one) for one in parts)
+        parts = [one + [[]] * (most - len(one)) for one in parts]
+        by_stage: list[list[_Window]] = [[] for _ in encoders]
+        for k in range(most):
+            tokens = [_tokens(stage, one[k]) for stage, one in zip(encoders, parts, strict=True)]
+            last_is_empty = 0 < k == most - 1 and not any(tokens)  # a BREAK at the end begins nothing
+            count = 0 if last_is_empty else max(1, *(-(-len(one) // (length - 2)) for one in tokens))
+            if len(by_stage[0]) + count > MAX_PROMPT_WINDOWS:
+                limit = MAX_PROMPT_WINDOWS * (length - 2)
+                raise InputError(f"a prompt, {checks.show(pair[0])}, has more than the {limit} tokens that it may have")
+            for stage, windows, one in zip(encoders, by_stage, tokens, strict=True):
+                windows.extend(_windows(stage.tokenizer, one, length, count))
+        split[pair] = by_stage
+    return [[split[pair][k] for pair in texts] for k in range(len(encoders))]
 
 
-def _windows(tokenizer: Tokenizer, fragments: Sequence[tuple[str, float]], length: int) -> list[_Window]:
-    """Fragments cut into windows of `length` tokens; at least one window, an empty one."""
-    tokens = [(token, weight) for text, weight in fragments for token in tokenizer.ids(text)]
+def _tokens(stage: TextStage, fragments: Fragments) -> list[tuple[int, float]]:
+    return [(token, weight) for text, weight in fragments for token in stage.tokenizer.ids(text)]
+
+
+def _windows(tokenizer: Tokenizer, tokens: Sequence[tuple[int, float]], length: int, count: int) -> list[_Window]:
+    """Tokens and their weights cut into `count` windows of `length`; empty ones follow."""
     content = length - 2
     windows = []
-    for start in range(0, max(len(tokens), 1), content):
-        part = tokens[start : start + content]
+    for k in range(count):
+        part = tokens[k * content : (k + 1) * content]
         padding = content - len(part)
         ids = (tokenizer.bos, *(token for token, _ in part), tokenizer.eos, *(tokenizer.pad,) * padding)
         weights = (1.0, *(weight for _, weight in part), 1.0, *(1.0,) * padding)
@@ -475,12 +430,21 @@ def _common_length(counts: Sequence[int]) -> int:
     return max(counts)
 
 
+def _read(encode: Callable[[Tensor], tuple[Tensor, Tensor | None]], ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    """An encoder's states and vectors of windows (N, W), a number of windows at once that memory was planned for."""
+    if len(ids) <= MAX_WINDOWS:
+        return encode(ids)
+    groups = [encode(group) for group in ids.split(MAX_WINDOWS)]
+    vectors = [vector for _, vector in groups if vector is not None]
+    return torch.cat([states for states, _ in groups]), torch.cat(vectors) if vectors else None
+
+
 def _encode(
     stage: TextStage, rows: Sequence[Sequence[_Window]], total: int, drop: int, final_norm: bool, run: Run
 ) -> tuple[Tensor, Tensor | None]:
     """Weighted hidden states (B, total * W, D) of B rows of windows, and the first windows' pooled vectors (B, P)."""
     model = stage.model
-    empty = _windows(stage.tokenizer, [], len(rows[0][0].ids))[0].ids
+    empty = _windows(stage.tokenizer, [], len(rows[0][0].ids), 1)[0].ids
     weighted = any(weight != 1.0 for row in rows for window in row for weight in window.weights)
     # Each distinct window is read once: negatives are mostly alike, and so are several pictures of one prompt.
     distinct = dict.fromkeys(window.ids for row in rows for window in row)
@@ -494,7 +458,8 @@ def _encode(
             "tokenizer and text encoder are not of one model"
         )
     read = functools.partial(model, skip=drop, final_norm=final_norm)
-    states, vectors = run((id(model), drop, final_norm), read, torch.tensor(list(place), device=model.device))
+    ids = torch.tensor(list(place), device=model.device)
+    states, vectors = _read(lambda some: run((id(model), drop, final_norm), read, some), ids)
     repeated = [[row[k % len(row)] for k in range(total)] for row in rows]
     index = torch.tensor([[place[window.ids] for window in row] for row in repeated], device=model.device)
     hidden = states[index]  # (B, total, W, D)
@@ -506,76 +471,3 @@ def _encode(
         moved = (base + weights * (hidden.float() - base)).to(hidden.dtype)
         hidden = torch.where(weights == 1.0, hidden, moved)  # a token without a weight keeps its bits
     return hidden.flatten(1, 2), None if vectors is None else vectors[index[:, 0]]
-
-
-# Conditioning from tensors
-
-
-def given_conditioning(
-    prompt_embeds: Tensor,
-    negative_prompt_embeds: Tensor | None = None,
-    pooled_prompt_embeds: Tensor | None = None,
-    negative_pooled_prompt_embeds: Tensor | None = None,
-    *,
-    width: int,
-    pooled_width: int | None = None,
-    guided: bool,
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> Conditioning:
-    """A Conditioning of tensors that the caller made, checked, in `dtype` on `device`.
-
-    prompt_embeds, negative_prompt_embeds: (B, T, width), any T; width is the U-Net's cross_attention_dim.
-    pooled_prompt_embeds, negative_pooled_prompt_embeds: (B, pooled_width), for SDXL; left alone when that is None.
-    guided: whether the negative half is needed; without it the negative tensors are left alone.
-    Raises InputError that names the argument: missing, no floating point tensor, another shape, not finite.
-    """
-    hidden = _embeds("prompt_embeds", prompt_embeds, (None, None, width))
-    pooled = negative = negative_pooled = None
-    if guided:
-        negative = _embeds("negative_prompt_embeds", negative_prompt_embeds, tuple(hidden.shape))
-    if pooled_width is not None:
-        shape = (len(hidden), pooled_width)
-        pooled = _embeds("pooled_prompt_embeds", pooled_prompt_embeds, shape)
-        if guided:
-            negative_pooled = _embeds("negative_pooled_prompt_embeds", negative_pooled_prompt_embeds, shape)
-    given = Conditioning(hidden, pooled, negative, negative_pooled)
-    return given.map(lambda x: x.to(device=device, dtype=dtype))
-
-
-def _embeds(name: str, value: Any, shape: tuple[int | None, ...]) -> Tensor:
-    sizes = ", ".join("any" if n is None else str(n) for n in shape)
-    if value is None:
-        raise InputError(f"{name} is missing: prompt_embeds was given, so a tensor ({sizes}) is expected here too")
-    if not isinstance(value, Tensor):
-        raise InputError(f"{name} is {_show(value)}: expected a floating point tensor ({sizes})")
-    if not value.is_floating_point():
-        raise InputError(f"{name} has dtype {value.dtype}: expected a floating point tensor ({sizes})")
-    fits = value.ndim == len(shape) and all(n in (None, got) for n, got in zip(shape, value.shape, strict=True))
-    if not fits or value.numel() == 0:
-        raise InputError(f"{name} has shape {tuple(value.shape)}: expected ({sizes})")
-    if not bool(value.isfinite().all()):
-        raise InputError(f"{name} holds NaN or infinity: expected finite numbers")
-    return value
-
-
-def size_ids(
-    count: int,
-    original_size: tuple[int, int],
-    crops_coords_top_left: tuple[int, int],
-    target_size: tuple[int, int],
-    *,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """SDXL's time ids, float32: `count` equal rows (count, 6) of original (height, width), crop (top, left) and target
-    (height, width), in pixels.
-
-    Source: arXiv:2307.01952, section 2.2; the order is that of diffusers' `_get_add_time_ids`.
-    """
-    row = [*original_size, *crops_coords_top_left, *target_size]
-    return torch.tensor([row] * count, dtype=torch.float32, device=device)
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import random
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from fastldm.config import TextConfig
 from fastldm.errors import CheckpointError, InputError
 from fastldm.models.clip import CLIPText
+from fastldm.prompt import parse_weights
 from fastldm.text import (
     BOS,
     EOS,
@@ -30,10 +27,7 @@ from fastldm.text import (
     Tokenizer,
     clip_vocabulary,
     encode_prompts,
-    given_conditioning,
-    parse_weights,
     prompt_list,
-    size_ids,
 )
 
 ASTRONAUT = [320, 1125, 539, 550, 18376, 6765, 320, 4558]
@@ -210,70 +204,6 @@ def test_bad_files_are_checkpoint_errors_that_name_the_folder(tmp_path: Path, da
     with pytest.raises(CheckpointError, match=message) as caught:
         Tokenizer(folder)
     assert str(folder) in str(caught.value)
-
-
-# Prompt weights
-
-
-@pytest.mark.parametrize(
-    ("prompt", "expected"),
-    [
-        ("", [("", 1.0)]),
-        ("a cat", [("a cat", 1.0)]),
-        ("a (red:1.3) cat", [("a ", 1.0), ("red", 1.3), (" cat", 1.0)]),
-        ("(red)", [("red", 1.1)]),
-        ("((red))", [("red", 1.1 * 1.1)]),
-        ("[red]", [("red", 1 / 1.1)]),
-        ("(a (b:1.5) c:2)", [("a ", 2.0), ("b", 3.0), (" c", 2.0)]),
-        ("(a:0.5)(b:.5)(c : 2. )", [("ab", 0.5), ("c ", 2.0)]),
-        ("(a:-1)(b:+2)", [("a", -1.0), ("b", 2.0)]),
-        ("(a:b:2)", [("a:b", 2.0)]),
-        (r"\(a\) \[b\] \\ \c", [(r"(a) [b] \ \c", 1.0)]),
-        (r"(a\):2)", [("a)", 2.0)]),
-        (r"\\(a)", [("\\", 1.0), ("a", 1.1)]),
-        ("()[]", [("", 1.0)]),
-        # what is no weight is text
-        ("(a", [("(a", 1.0)]),
-        ("a)", [("a)", 1.0)]),
-        ("a] [b", [("a] [b", 1.0)]),
-        (":-) 8:30 a:1.3)", [(":-) 8:30 a:1.3)", 1.0)]),
-        ("((a)", [("(", 1.0), ("a", 1.1)]),
-        ("(a [b) c]", [("a [b", 1.1), (" c]", 1.0)]),
-        ("[a:1.3]", [("a:1.3", 1 / 1.1)]),
-        ("(a:1.2.3)", [("a:1.2.3", 1.1)]),
-        ("(a:high)", [("a:high", 1.1)]),
-        ("(a:1e3)", [("a:1e3", 1.1)]),
-        ("(a:٣)", [("a:٣", 1.1)]),
-        # held within float16's reach
-        ("(a:99999999)(b:-99999999)", [("a", 1000.0), ("b", -1000.0)]),
-        (f"((a:{'9' * 400}):0)", [("a", 0.0)]),
-        ("(" * 9999 + "a" + ")" * 9999, [("a", 1000.0)]),
-        ("[" * 9999 + "a" + "]" * 9999, [("a", 0.0)]),
-    ],
-)
-def test_weights(prompt: str, expected: list[tuple[str, float]]) -> None:
-    got = parse_weights(prompt)
-    assert [text for text, _ in got] == [text for text, _ in expected]
-    assert [weight for _, weight in got] == pytest.approx([weight for _, weight in expected])
-
-
-SYNTAX = st.text(st.sampled_from("()[]\\:.1a -"), max_size=40)
-
-
-@settings(max_examples=300, deadline=None)
-@given(SYNTAX)
-def test_any_text_parses_and_its_escaped_form_is_the_text(prompt: str) -> None:
-    for _, weight in parse_weights(prompt):
-        assert math.isfinite(weight)
-    escaped = "".join("\\" + c if c in "()[]\\" else c for c in prompt)
-    assert parse_weights(escaped) == [(prompt, 1.0)]
-
-
-def test_parsing_time_is_linear_in_length() -> None:
-    # each of these takes minutes where a bracket or a number is searched for again and again
-    for piece in ("(", "[", "[)", ":1", "1", "\\", "\\(", ": "):
-        text = ":" + piece * 200_000
-        assert sum(len(part) for part, _ in parse_weights(text)) <= len(text)
 
 
 @pytest.mark.parametrize(
@@ -488,6 +418,55 @@ def test_lengths_without_a_small_common_multiple_stop_at_the_longest(
     assert not caplog.records
 
 
+def test_break_fills_a_window_and_begins_the_next(judge: Judge) -> None:
+    """AUTOMATIC1111's rule: each part is read in windows of its own, and a BREAK at the end begins nothing."""
+    stages = judge.stages
+
+    def hidden(text: str, **options: Any) -> Tensor:
+        return encode_prompts(stages, text, **options).hidden
+
+    cat, dog, empty = hidden("a cat"), hidden("a dog"), hidden("")
+    assert_close(hidden("a cat BREAK a dog"), torch.cat([cat, dog], dim=1))
+    assert_close(hidden("a cat BREAK"), cat)
+    assert_close(hidden("BREAK a cat"), torch.cat([empty, cat], dim=1))
+    assert_close(hidden("a cat BREAK BREAK a dog"), torch.cat([cat, empty, dog], dim=1))
+    full = "a " * CONTENT
+    assert_close(hidden(f"{full} BREAK a dog"), torch.cat([hidden(full), dog], dim=1))
+    assert_close(encode_prompts(stages, "a cat BREAK a dog").pooled, encode_prompts(stages, "a cat").pooled)
+    assert hidden("a BREAK b", literal=True).shape[1] == WINDOW
+
+
+def test_the_second_encoder_reads_the_second_prompt(judge: Judge) -> None:
+    got = encode_prompts(judge.stages, ["a cat", "a dog"], "ugly", prompts_2=["sea", "end"], negatives_2="there")
+    first = encode_prompts(judge.stages, ["a cat", "a dog"], "ugly")
+    second = encode_prompts(judge.stages, ["sea", "end"], "there")
+    for one, a, b in (
+        (got.hidden, first.hidden, second.hidden),
+        (got.negative_hidden, first.negative_hidden, second.negative_hidden),
+    ):
+        assert_close(one[..., :32], a[..., :32])
+        assert_close(one[..., 32:], b[..., 32:])
+    assert_close(got.pooled, second.pooled)
+    assert_close(got.negative_pooled, second.negative_pooled)
+
+
+def test_many_windows_are_read_in_groups(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastldm.text.MAX_WINDOWS", 2)
+    counts: list[int] = []
+
+    def run(key: Any, work: Any, ids: Tensor) -> Any:
+        counts.append(len(ids))
+        return work(ids)
+
+    prompts = ["a cat", "a dog", "sea", "end", "there"]
+    got = encode_prompts(judge.stages, prompts, run=run)
+    assert counts == [2, 2, 1] * 2
+    monkeypatch.undo()
+    expected = encode_prompts(judge.stages, prompts)
+    assert_close(got.hidden, expected.hidden)
+    assert_close(got.pooled, expected.pooled)
+
+
 def test_encoders_that_need_unequally_many_windows(judge: Judge) -> None:
     text = "!! " * 10  # ten tokens to the first tokenizer, twenty to the second, where `!` is a token by itself
     assert [len(stage.tokenizer.ids(text)) > CONTENT for stage in judge.stages] == [False, True]
@@ -579,6 +558,9 @@ def test_the_window_is_no_longer_than_the_encoders_positions(judge: Judge) -> No
         ({"prompts": []}, "prompt is an empty list"),
         ({"prompts": ["a"] * 3, "negatives": ["b"] * 2}, "negative_prompt has 2 texts for 3 prompts"),
         ({"prompts": "a", "negatives": 3}, "negative_prompt is 3"),
+        ({"prompts": "a", "prompts_2": ["b"] * 2}, "prompt_2 has 2 texts for 1 prompts"),
+        ({"prompts": "a " * 10_000}, "has more than the 9600 tokens that it may have"),
+        ({"prompts": "BREAK " * 200}, "has more than the 9600 tokens that it may have"),
         ({"prompts": "a", "clip_skip": 3}, "clip_skip is 3: expected a whole number, 0 to 2"),
         ({"prompts": "a", "clip_skip": -1}, "clip_skip is -1"),
         ({"prompts": "a", "clip_skip": 1.5}, "clip_skip is 1.5"),
@@ -597,65 +579,3 @@ def test_repeat_and_select() -> None:
     assert repeated.pooled.equal(tensors[1][[0, 0, 1, 1]])
     assert repeated.select([3, 0]).negative_hidden.equal(tensors[2][[1, 0]])
     assert repeated.negative_pooled is None
-
-
-# Conditioning from tensors
-
-
-def embeds(**changes: Any) -> dict[str, Any]:
-    return {
-        "prompt_embeds": torch.randn(2, 7, 8),
-        "negative_prompt_embeds": torch.randn(2, 7, 8),
-        "pooled_prompt_embeds": torch.randn(2, 5),
-        "negative_pooled_prompt_embeds": torch.randn(2, 5),
-        "width": 8,
-        "pooled_width": 5,
-        "guided": True,
-        "dtype": torch.bfloat16,
-        "device": "cpu",
-        **changes,
-    }
-
-
-def test_given_tensors_make_a_conditioning() -> None:
-    options = embeds()
-    got = given_conditioning(**options)
-    assert got.hidden.equal(options["prompt_embeds"].bfloat16())
-    assert got.pooled.equal(options["pooled_prompt_embeds"].bfloat16())
-    assert got.negative_hidden.equal(options["negative_prompt_embeds"].bfloat16())
-    assert got.negative_pooled.equal(options["negative_pooled_prompt_embeds"].bfloat16())
-    # what is not needed is not looked at
-    got = given_conditioning(**{**options, "negative_prompt_embeds": 1, "guided": False, "pooled_width": None})
-    assert got.pooled is got.negative_hidden is got.negative_pooled is None
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"prompt_embeds": [1.0]}, r"^prompt_embeds is \[1.0\]: expected a floating point tensor \(any, any, 8\)"),
-        ({"prompt_embeds": torch.ones(2, 7, 8, dtype=torch.long)}, "^prompt_embeds has dtype torch.int64"),
-        ({"prompt_embeds": torch.ones(2, 7, 9)}, r"^prompt_embeds has shape \(2, 7, 9\): expected \(any, any, 8\)"),
-        ({"prompt_embeds": torch.ones(7, 8)}, r"^prompt_embeds has shape \(7, 8\)"),
-        ({"prompt_embeds": torch.ones(0, 7, 8)}, r"^prompt_embeds has shape \(0, 7, 8\)"),
-        ({"prompt_embeds": torch.full((2, 7, 8), math.nan)}, "^prompt_embeds holds NaN"),
-        ({"negative_prompt_embeds": None}, r"^negative_prompt_embeds is missing: .* tensor \(2, 7, 8\)"),
-        ({"negative_prompt_embeds": torch.ones(1, 7, 8)}, "^negative_prompt_embeds has shape"),
-        ({"negative_prompt_embeds": torch.ones(2, 6, 8)}, "^negative_prompt_embeds has shape"),
-        ({"pooled_prompt_embeds": None}, "^pooled_prompt_embeds is missing"),
-        ({"pooled_prompt_embeds": torch.ones(2, 4)}, "^pooled_prompt_embeds has shape"),
-        ({"negative_pooled_prompt_embeds": torch.full((2, 5), math.inf)}, "^negative_pooled_prompt_embeds holds NaN"),
-    ],
-)
-def test_given_tensors_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        given_conditioning(**embeds(**changes))
-
-
-def test_size_ids_equal_diffusers() -> None:
-    sizes = ((1024, 768), (8, 16), (512, 640))
-    unet = SimpleNamespace(
-        config=SimpleNamespace(addition_time_embed_dim=1),
-        add_embedding=SimpleNamespace(linear_1=SimpleNamespace(in_features=6)),
-    )
-    expected = StableDiffusionXLPipeline._get_add_time_ids(SimpleNamespace(unet=unet), *sizes, torch.float32, 0)
-    assert size_ids(3, *sizes).equal(expected.repeat(3, 1))
