@@ -44,7 +44,6 @@ def encode(
 
     Raises InputError as `encode_prompts` and `given` do, and for halves of lengths that have no small common multiple.
     """
-    place = {"dtype": dtype, "device": device}
     texts, negative_texts = request.prompt_embeds is None, request.negative_prompt_embeds is None
     read = guided and negative_texts
     zeros = read and zero_negative and request.negative_prompt is None and request.negative_prompt_2 is None
@@ -82,12 +81,18 @@ def encode(
         if negative_pooled is None and pooled is not None:
             negative_pooled = torch.zeros_like(pooled)
 
-    return _leveled(
-        given(
-            hidden, negative, pooled, negative_pooled, width=width, pooled_width=pooled_width, guided=guided, **place
-        ),
-        stages[0].window,
+    both = given(
+        hidden,
+        negative,
+        pooled,
+        negative_pooled,
+        width=width,
+        pooled_width=pooled_width,
+        guided=guided,
+        dtype=dtype,
+        device=device,
     )
+    return _leveled(both, stages[0].window)
 
 
 def _one_each(texts: str | Sequence[str], count: int) -> list[str]:

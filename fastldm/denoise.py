@@ -7,8 +7,8 @@ looks at a value: coefficients and flags were known before it began, as Python n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -118,6 +118,11 @@ class State:
         """Go on from other latents."""
         self.x = latents.to(self.x)
 
+    def guide(self, guidance: Guidance) -> None:
+        """Go on with other guidance."""
+        self.work = replace(self.work, guidance=guidance)
+        self.guided = guidance.rows(self.work.table)
+
     def first_bad(self) -> int | None:
         """The first row that left NaN or infinity, -1 for the start. Waits for the device."""
         finite = torch.stack(self.sums).isfinite().tolist()
@@ -127,6 +132,15 @@ class State:
 # ----------------------------------------------------------------------------------------------- many runs at once
 
 
+class Embeds(NamedTuple):
+    """What the rows of the U-Net are conditioned on: R rows, all negatives and then all prompts, or the prompts alone.
+    The names are those by which step callbacks of diffusers know them."""
+
+    prompt_embeds: Tensor  # (R, T, D)
+    add_text_embeds: Tensor | None = None  # (R, P), SDXL's pooled vectors
+    add_time_ids: Tensor | None = None  # (R, 6), SDXL's sizes
+
+
 @dataclass(frozen=True)
 class Conditions:
     """What the network reads of a run besides its latents, computed once. R rows: 2B of negatives, then prompts, where
@@ -134,6 +148,7 @@ class Conditions:
 
     temb: Tensor  # (steps, 1 or R, channels): `UNet.time_rows` of each row of the table
     text: tuple[Tensor, ...]  # of each cross-attention (R, T, 2C): `UNet.cross_kv`
+    embeds: Embeds | None = None  # what they were computed from
 
 
 class Run:
@@ -162,6 +177,11 @@ class Run:
         """The most rows of the network that a step of this run takes."""
         return self.batch * (2 if any(self._guided) else 1)
 
+    def recondition(self, conditions: Conditions, guidance: Guidance) -> None:
+        """Other conditions and guidance from the next row on; for a batch that has the run, see `Batch.recondition`."""
+        self.conditions, self.work = conditions, replace(self.work, guidance=guidance)
+        self._guided = guidance.rows(self.work.table)
+
 
 class Batch(Protocol):
     """Runs of one latent size whose steps are taken together, each getting what it would have got alone."""
@@ -184,6 +204,9 @@ class Batch(Protocol):
 
     def go_on_from(self, run: Run, latents: Tensor) -> None:
         """Replace a run's latents."""
+
+    def recondition(self, run: Run, conditions: Conditions, guidance: Guidance) -> None:
+        """Replace what a run is conditioned on, texts of no more tokens than before, and its guidance."""
 
     def release(self, run: Run) -> Callable[[], int | None]:
         """Let a run go, done or not. Returns what says its first bad row, once the device has come so far."""
@@ -243,6 +266,11 @@ class EagerBatch:
 
     def go_on_from(self, run: Run, latents: Tensor) -> None:
         self._states[run].go_on_from(latents)
+
+    def recondition(self, run: Run, conditions: Conditions, guidance: Guidance) -> None:
+        run.recondition(conditions, guidance)
+        self._states[run].guide(guidance)
+        self.close()
 
     def release(self, run: Run) -> Callable[[], int | None]:
         self.close()

@@ -9,6 +9,7 @@ is all before the first step, a `denoise.Batch` takes the steps, `_finish` is al
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import logging
 import os
@@ -16,18 +17,20 @@ import threading
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from fastldm import adoption, engine, loading, memory, schedule, text, weights
+from fastldm import adoption, checks, conditioning, engine, loading, memory, schedule, weights
 from fastldm import image as images
+from fastldm.callback import Calls, CallState, Change, Steered, StepCallback, tensor_names
 from fastldm.config import VAEConfig
 from fastldm.denoise import (
     Batch,
     Conditions,
     EagerBatch,
+    Embeds,
     Guidance,
     Inpainting,
     Run,
@@ -41,19 +44,20 @@ from fastldm.graph import CUDA, WARM_UPS, Graphs
 from fastldm.kernels.step import fuses
 from fastldm.models.unet import AddedConditions, UNet
 from fastldm.models.vae import Decode, Pieces, decode_pieces, finish
-from fastldm.request import Request, Result, Timings, picture_seeds
+from fastldm.request import MAX_IMAGES, MAX_SIDE, Request, Result, Timings, picture_seeds
 from fastldm.session import Progress, Session
 from fastldm.slots import Slots, StaticBuffers, graph_rows, step_capacity, to_host
+from fastldm.text import Conditioning
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 logger = logging.getLogger("fastldm")
 
-StepCallback = Callable[["Pipeline", int, float, "dict[str, Any]"], "dict[str, Any] | None"]
+Prompt = str | Sequence[str] | Request | None
 
 
-class Pipeline:
+class Pipeline(Steered):
     """A loaded model, ready to be called, by several threads at once too."""
 
     def __init__(self, spec: loading.Spec, networks: loading.Networks, name: str) -> None:
@@ -74,6 +78,7 @@ class Pipeline:
             total = torch.cuda.get_device_properties(self.device).total_memory
             self._graphs = Graphs(CUDA(self.device), budget=int(_GRAPHS_SHARE * total))
         self._vae_decode: Decode = "whole"
+        self._calls = Calls()
 
     # --- loading
 
@@ -101,6 +106,7 @@ class Pipeline:
         is not, BundleError for a bundle that is damaged, EngineError for a backend that is not installed or cannot
         run it.
         """
+        _check_loading(path_or_id, where, device=device, dtype=dtype, torch_dtype=torch_dtype, backend=backend)
         chosen = loading.choose_device(engine.choose_device(backend, device))
         runs = engine.choose(backend, path_or_id, chosen, dtype or torch_dtype)
         if runs != "torch":
@@ -124,7 +130,7 @@ class Pipeline:
     @classmethod
     def from_single_file(cls, path: str | os.PathLike[str], **options: Any) -> Pipeline:
         """From one .safetensors file in the original Stability layout; options as in `from_pretrained`."""
-        if not Path(path).is_file():
+        if not Path(checks.instance("path", path, (str, os.PathLike), "a path")).is_file():
             raise CheckpointError(f"there is no file {str(path)!r}; a folder or a hub id is for from_pretrained")
         return cls.from_pretrained(path, **options)
 
@@ -146,37 +152,58 @@ class Pipeline:
 
     # --- a call
 
+    @overload
+    def __call__(self, prompt: Prompt = None, *, return_dict: Literal[False], **options: Any) -> tuple[Any, ...]: ...
+
+    @overload
+    def __call__(self, prompt: Prompt = None, *, return_dict: Literal[True] = True, **options: Any) -> Result: ...
+
     def __call__(
         self,
-        prompt: str | list[str] | Request | None = None,
+        prompt: Prompt = None,
         *,
         callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         progress: bool = False,
+        return_dict: bool = True,
         **options: Any,
-    ) -> Result:
+    ) -> Result | tuple[Any, ...]:
         """Make pictures. Calls from several threads share the model: those of one size take their steps together.
 
         prompt: a text, a list of texts, or a whole `Request`.
         options: the other fields of `Request`, which says what each means; those of a whole one are replaced.
-        callback_on_step_end: called as (pipeline, step, timestep, {"latents": x}) after every step; may return
-            {"latents": changed}, and may raise `Cancelled` to stop the call.
+        callback_on_step_end: called as (pipeline, step, timestep, tensors) after every step, in this thread; may return
+            a dict of changed ones, may set `_guidance_scale`, `_guidance_rescale` or `_interrupt` of the pipeline as
+            with diffusers, see callback.py, and may raise `Cancelled` to stop the call.
+        callback_on_step_end_tensor_inputs: which tensors it is given: latents (B, C, h, w) float32, prompt_embeds
+            (B or, guided, 2B, T, D), negative_prompt_embeds, and with SDXL add_text_embeds and add_time_ids.
         progress: draw a bar on stderr.
+        return_dict: False gives what diffusers' pipelines give then, a tuple whose first item is the images.
 
         Raises InputError for an argument that cannot be used, OutOfMemory, NonFinite, and whatever the callback raises.
         """
         request = Request.of(prompt, options)
-        generation = self.session._submit(request, answered=callback_on_step_end is not None)
+        checks.flag("progress", progress), checks.flag("return_dict", return_dict)
+        callback, xl = callback_on_step_end, self.unet.config.needs_added
+        names = () if callback is None else tensor_names(callback, callback_on_step_end_tensor_inputs, xl)
+        generation = self.session._submit(request, answered=callback is not None)
         try:
-            if progress or callback_on_step_end is not None:
-                with _progress(progress) as advance:
-                    for step in generation.progress():
-                        if callback_on_step_end is not None:
-                            generation._answer(self._call_back(callback_on_step_end, step))
-                        advance(step)
-            return generation.result()
+            with self._calls.open(generation):
+                if progress or callback is not None:
+                    call = CallState(generation, self.unet.config.needs_guidance)
+                    with _progress(progress) as advance:
+                        for step in generation.progress():
+                            if callback is not None:
+                                with self._calls.entered(call):
+                                    generation._answer(call.call(self, callback, names, step))
+                            advance(step)
+                result = generation.result()
         except BaseException:  # Ctrl-C too
             generation.cancel()
             raise
+        if return_dict:
+            return result
+        return (result.images,) if xl else (result.images, None)  # diffusers says whether it found something unsafe
 
     @property
     def session(self) -> Session:
@@ -195,7 +222,11 @@ class Pipeline:
         of Request, such as guidance_scale=1. The largest goes first: what it takes of memory serves the others.
         """
         height, width = (size * self.vae.config.factor for size in self.unet.config.sample_size)
-        asked = [(*size, batch) for size in sizes or [(width, height)] for batch in batches]
+        places = [(width, height)] if sizes is None else checks.listed("sizes", sizes, 1000, "sizes (width, height)")
+        places = [checks.pair(f"sizes[{k}]", one, 1, MAX_SIDE, "(width, height)") for k, one in enumerate(places)]
+        counts = checks.listed("batches", batches, 1000, "numbers of pictures")
+        counts = [checks.whole(f"batches[{k}]", one, 1, MAX_IMAGES, "pictures") for k, one in enumerate(counts)]
+        asked = [(width, height, batch) for width, height in places for batch in counts]
         # A step is captured after two; so are text and decoder, which run once a request.
         times = WARM_UPS + 1 if self._graphs is not None else 1
         for width, height, batch in sorted(asked, key=lambda one: -one[0] * one[1] * one[2]):
@@ -231,25 +262,15 @@ class Pipeline:
 
     disable_vae_slicing = disable_vae_tiling
 
-    def _call_back(self, callback: StepCallback, step: Progress) -> Tensor | None:
-        """The latents to go on from, where the callback returns some."""
-        latents = step.latents
-        assert latents is not None
-        returned = callback(self, step.step, step.timestep, {"latents": latents})
-        changed = returned.get("latents") if returned else None
-        if changed is not None and changed.shape != latents.shape:
-            raise InputError(f"the callback returned latents {tuple(changed.shape)}: expected {tuple(latents.shape)}")
-        return changed
-
     # --- what a session's worker asks of it: everything from here to `_result` runs on the worker's thread
 
     def _begin(self, request: Request) -> Run:
         """prompt -> Conditioning -> (StepTable, noise): all that comes before the first step."""
         if self._prepared.stale():
             logger.info("weights changed: %s", ", ".join(self._prepared.weights_changed()))
-        conditioning = self._encode(request)
+        encoded = self._encode(request)
         table = self._table(request)
-        return Run(self._work(request, table), self._conditions(request, conditioning, table))
+        return Run(self._work(request, table), self._conditions(request, encoded, table))
 
     def _new_batch(self, run: Run, max_batch: int) -> Batch:
         """For runs of the size of this one: what has room for it, and for `max_batch` pictures."""
@@ -446,37 +467,25 @@ class Pipeline:
         """Whether there are two network rows a picture; a model that reads the scale itself needs one."""
         return request.guidance_scale > 1 and not self.unet.config.needs_guidance  # type: ignore[operator]
 
-    def _encode(self, request: Request) -> text.Conditioning:
-        guided = self._guided(request)
-        if request.prompt_embeds is not None:
-            config = self.unet.config
-            given = text.given_conditioning(
-                request.prompt_embeds,
-                request.negative_prompt_embeds,
-                request.pooled_prompt_embeds,
-                request.negative_pooled_prompt_embeds,
-                width=config.cross_attention_dim,
-                pooled_width=config.addition_input_dim - 6 * config.addition_time_embed_dim
-                if config.needs_added
-                else None,
-                guided=guided,
-                dtype=self.dtype,
-                device=self.device,
-            )
-            return given.repeat(request.num_images_per_prompt)
-        prompts = [request.prompt] if isinstance(request.prompt, str) else list(request.prompt or [])
-        zero = self.zero_negative and request.negative_prompt is None
-        negatives = request.negative_prompt or "" if guided and not zero else None
-        encoded = text.encode_prompts(
+    def _encode(self, request: Request) -> Conditioning:
+        config = self.unet.config
+        encoded = conditioning.encode(
+            request,
             self.text_stages,
-            prompts,
-            negatives,
-            clip_skip=request.clip_skip,
-            literal=request.literal_prompt,
-            zero_negative=guided and zero,
+            width=config.cross_attention_dim,
+            pooled_width=self._pooled_width,
+            guided=self._guided(request),
+            zero_negative=self.zero_negative,
+            dtype=self.dtype,
+            device=self.device,
             run=self._run,
         )
         return encoded.repeat(request.num_images_per_prompt)
+
+    @property
+    def _pooled_width(self) -> int | None:
+        config = self.unet.config
+        return config.addition_input_dim - 6 * config.addition_time_embed_dim if config.needs_added else None
 
     def _table(self, request: Request) -> schedule.StepTable:
         return schedule.make_table(
@@ -489,28 +498,41 @@ class Pipeline:
             eta=request.eta,
         )
 
-    def _conditions(self, request: Request, conditioning: text.Conditioning, table: schedule.StepTable) -> Conditions:
+    def _conditions(self, request: Request, encoded: Conditioning, table: schedule.StepTable) -> Conditions:
         """What does not change at each step, computed once."""
-        config = self.unet.config
-        hidden, pooled = conditioning.network_rows()  # (R, T, D), (R, P): all negatives, then all prompts
+        hidden, pooled = encoded.network_rows()  # (R, T, D), (R, P): all negatives, then all prompts
+        embeds = Embeds(hidden)
+        if self.unet.config.needs_added and pooled is not None:
+            embeds = Embeds(hidden, pooled, conditioning.size_ids(request, pooled.shape[0], device=self.device))
+        return self._conditioned(embeds, table, float(request.guidance_scale or 0))
+
+    def _conditioned(self, embeds: Embeds, table: schedule.StepTable, guidance_scale: float) -> Conditions:
+        """What the steps of a table read, of U-Net rows that are conditioned so."""
         timesteps = torch.from_numpy(table.timesteps).to(self.device)  # (S,)
         rows = 1  # a step: the network's rows differ only where their conditioning enters the time embedding
         added = scale = None
-        if config.needs_added and pooled is not None:
-            rows, size = pooled.shape[0], (int(request.height or 0), int(request.width or 0))
-            sizes = text.size_ids(
-                rows * len(table),
-                request.original_size or size,
-                request.crops_coords_top_left,
-                request.target_size or size,
-                device=self.device,
-            )  # (S * R, 6)
-            added = AddedConditions(pooled.repeat(len(table), 1), sizes)
-        if config.needs_guidance:
-            scale = torch.full((len(table) * rows,), float(request.guidance_scale or 0), device=self.device)
+        if embeds.add_text_embeds is not None and embeds.add_time_ids is not None:
+            rows, steps = len(embeds.add_text_embeds), len(table)
+            added = AddedConditions(embeds.add_text_embeds.repeat(steps, 1), embeds.add_time_ids.repeat(steps, 1))
+        if self.unet.config.needs_guidance:
+            scale = torch.full((len(table) * rows,), guidance_scale, device=self.device)
         temb = self.unet.time_rows(timesteps.repeat_interleave(rows), added=added, guidance=scale)
-        text_kv = self._run("text keys and values", self.unet.cross_kv, hidden)
-        return Conditions(temb.unflatten(0, (len(table), rows)), text_kv)
+        text_kv = self._run("text keys and values", self.unet.cross_kv, embeds.prompt_embeds)
+        return Conditions(temb.unflatten(0, (len(table), rows)), text_kv, embeds)
+
+    def _change(self, batch: Batch, run: Run, change: Change) -> None:
+        """Go on as a callback wants."""
+        if change.latents is not None:
+            batch.go_on_from(run, change.latents)
+        scale, rescale = change.guidance
+        guidance = dataclasses.replace(
+            run.work.guidance, scale=1.0 if self.unet.config.needs_guidance else scale, rescale=rescale
+        )
+        conditions = run.conditions
+        if change.embeds is not None:
+            conditions = self._conditioned(change.embeds, run.work.table, scale)
+        if conditions is not run.conditions or guidance != run.work.guidance:
+            batch.recondition(run, conditions, guidance)
 
     def _work(self, request: Request, table: schedule.StepTable) -> Work:
         """Where the loop starts, and all noise that it will need, drawn in diffusers' order."""
@@ -601,6 +623,25 @@ class Pipeline:
             raise NonFinite(f"decoding the latents gave NaN or infinity, {how}: the VAE's weights may be damaged")
         pixels = images.to_pixels(decoded, kind)
         return pixels if kind == "pt" else pixels.cpu()
+
+
+def _check_loading(path: Any, where: dict[str, Any], **chosen: Any) -> None:
+    """InputError for arguments of loading of other types than they have."""
+    checks.instance("path_or_id", path, (str, os.PathLike), 'a path, a hub id or "default"')
+    names = ("variant", "revision", "cache_dir", "local_files_only", "allow_pickle", "prediction_type")
+    checks.known(where, (*chosen, *names))
+    kinds = {"device": (torch.device, "a device, such as cpu or cuda:1"), "cache_dir": (os.PathLike, "a folder")}
+    dtypes = dict.fromkeys(("dtype", "torch_dtype"), (torch.dtype, "float32, float16 or bfloat16"))
+    for name, value in {**chosen, **where}.items():
+        if name in ("local_files_only", "allow_pickle"):
+            checks.flag(name, value)
+        elif value is not None:
+            kind, what = {**kinds, **dtypes}.get(name, (str, "a text"))
+            checks.instance(name, value, (str, kind), what)
+    if chosen["backend"] is None:
+        raise InputError("backend is None: expected auto or a backend's name")
+    if None not in (chosen["dtype"], chosen["torch_dtype"]):
+        raise InputError("dtype and torch_dtype were both given: give one of them")
 
 
 def _call_signature() -> inspect.Signature:

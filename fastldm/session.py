@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from fastldm import openmp
-from fastldm.denoise import Batch, Run
+from fastldm.denoise import Batch, Embeds, Run
 from fastldm.errors import Cancelled, DeadlineExceeded, InputError, OutOfMemory, QueueFull, out_of_memory_named
 from fastldm.kernels import dispatch
 from fastldm.request import Request, Result, Timings
@@ -41,6 +41,7 @@ from fastldm.request import Request, Result, Timings
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from fastldm.callback import Change
     from fastldm.pipeline import Pipeline
 
 T = TypeVar("T")
@@ -65,6 +66,8 @@ class Progress:
     """What the pictures look like so far, small; for requests submitted with preview."""
     latents: Tensor | None = None
     """(B, C, h, w) float32; for calls with a callback."""
+    embeds: Embeds | None = None
+    """What the U-Net's rows are conditioned on; for calls with a callback."""
 
 
 class Generation(Future[Result]):
@@ -86,6 +89,17 @@ class Generation(Future[Result]):
             self._job.worker.changed.notify()
         return True
 
+    def interrupt(self) -> None:
+        """Finish early: leave out the steps that are left, but for one where none is done, and decode what there is."""
+        with self._job.worker.changed:
+            self._job.interrupted = True
+            self._job.worker.changed.notify()
+
+    @property
+    def request(self) -> Request:
+        """What is made, with every default filled in."""
+        return self._job.request
+
     def progress(self) -> Iterator[Progress]:
         """Each step as it is done, until the request is; for one reader. Never raises what `result` does."""
         while (event := self._events.get()) is not None:
@@ -101,10 +115,10 @@ class Generation(Future[Result]):
             result.images.record_stream(torch.cuda.current_stream(result.images.device))
         return result
 
-    def _answer(self, latents: Tensor | None) -> None:
-        """Let a request go on that waits for its callback, from other latents if there are any."""
+    def _answer(self, change: Change | None) -> None:
+        """Let a request go on that waits for its callback, with what that changed."""
         with self._job.worker.changed:
-            self._job.replaced, self._job.paused = latents, False
+            self._job.change, self._job.paused = change, False
             self._job.worker.changed.notify()
 
 
@@ -240,8 +254,8 @@ class _Job:
         self.began = self.begun = self.admitted = self.submitted
         self.marks: list[float] = []  # when each step was done
         self.ran: set[str] = set()  # what ran its steps
-        self.paused = self.cancelled = False
-        self.replaced: Tensor | None = None
+        self.paused = self.cancelled = self.interrupted = False
+        self.change: Change | None = None
         self.future = Generation(self)
 
     def over(self, now: float) -> Exception | None:
@@ -323,12 +337,12 @@ class _Bucket:
         for job in list(self.running):
             if job.paused:
                 continue
-            if job.replaced is not None:
+            if job.change is not None:
                 assert self.batch is not None
                 assert job.run is not None
-                replaced, job.replaced = job.replaced, None
+                change, job.change = job.change, None
                 with self._failing(job):
-                    self.batch.go_on_from(job.run, replaced)
+                    self.pipe._change(self.batch, job.run, change)
             if job in self.running:
                 self._retire(job)
 
@@ -396,16 +410,16 @@ class _Bucket:
         step, table = len(job.marks) - 1, job.run.work.table
         c_in = 1.0 if job.run.done else float(table.rows[step + 1][0])
         preview = self.pipe._preview(self.batch.latents(job.run), c_in) if job.preview else None
-        latents = self.batch.latents(job.run) if job.answered else None
+        latents, embeds = (self.batch.latents(job.run), job.run.conditions.embeds) if job.answered else (None, None)
         job.paused = job.answered
-        job.future._events.put(Progress(step, len(table), float(table.timesteps[step]), preview, latents))
+        job.future._events.put(Progress(step, len(table), float(table.timesteps[step]), preview, latents, embeds))
         if not job.paused:
             self._retire(job)
 
     def _retire(self, job: _Job) -> None:
-        """From the loop to the decoder, if all steps are done."""
+        """From the loop to the decoder, if all steps are done that will be."""
         assert self.batch is not None
-        if job.run is not None and job.run.done:
+        if job.run is not None and (job.run.done or (job.interrupted and job.marks)):
             latents = self.batch.latents(job.run)
             first_bad = self.batch.release(job.run)
             self.running.remove(job)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastldm.config import UNetConfig
-from fastldm.denoise import Run
+from fastldm.denoise import Conditions, Guidance, Run
 from fastldm.graph import Graphs
 from fastldm.kernels.dispatch import cdiv, next_power_of_2
 from fastldm.kernels.step import NEVER, StepState, end_step, table_rows
@@ -120,10 +120,8 @@ class Slots:
     @torch.no_grad()
     def admit(self, run: Run) -> None:
         """Copy all that a run is into free slots, one a picture."""
-        work, (step, temb, text, kv_len, _) = run.work, self.buffers
+        work, step = run.work, self.buffers.step
         slots = self._slots[run] = [self._free.pop(0) for _ in range(run.batch)]
-        length, masked = len(work.table), work.inpainting is not None
-        rows = table_rows(work.table.rows.tolist(), work.table.draws, work.guidance.rows(work.table), masked)
         noises = [noise for noise in work.noises if noise is not None]
         for k, slot in enumerate(slots):
             step.x[slot] = work.x[k]
@@ -131,9 +129,6 @@ class Slots:
             step.counter[slot] = 0
             step.steps[slot] = 0  # idle until its first step
             step.first_bad[slot] = NEVER
-            step.guidance[slot] = work.guidance.scale
-            step.rescale[slot] = work.guidance.rescale
-            step.table[slot, :length].copy_(rows, non_blocking=True)
             for at, noise in enumerate(noises):
                 step.noise[slot, at] = noise[k]
             if work.inpainting is not None:
@@ -143,6 +138,18 @@ class Slots:
                     (step.init_noise, work.inpainting.noise),
                 ):
                     mine[slot] = given[k]
+        self._condition(run)
+        self._started_finite[run] = work.x.isfinite().all()
+
+    def _condition(self, run: Run) -> None:
+        """Write what a run is conditioned on, and its guidance, into its slots."""
+        work, (step, temb, text, kv_len, _) = run.work, self.buffers
+        length, masked = len(work.table), work.inpainting is not None
+        rows = table_rows(work.table.rows.tolist(), work.table.draws, work.guidance.rows(work.table), masked)
+        for k, slot in enumerate(self._slots[run]):
+            step.guidance[slot] = work.guidance.scale
+            step.rescale[slot] = work.guidance.rescale
+            step.table[slot, :length].copy_(rows, non_blocking=True)
             # Negatives come first among the run's rows; where it has none, the slot's own are never read.
             for half, row in ((1, k - run.batch), (0, k)):
                 wanted = run.conditions.temb[:, row if run.conditions.temb.shape[1] > 1 else 0]
@@ -150,7 +157,12 @@ class Slots:
                 for layer, kv in zip(text, run.conditions.text, strict=True):
                     layer[2 * slot + half, : kv.shape[1]] = kv[row]
                 kv_len[2 * slot + half] = run.conditions.text[0].shape[1]
-        self._started_finite[run] = work.x.isfinite().all()
+
+    @torch.no_grad()
+    def recondition(self, run: Run, conditions: Conditions, guidance: Guidance) -> None:
+        run.recondition(conditions, guidance)
+        self._condition(run)
+        self._arranged = []  # it may have other rows
 
     def latents(self, run: Run) -> Tensor:
         # Slots need not lie side by side, so this is a copy.

@@ -1,0 +1,358 @@
+"""diffusers' pipelines as the judge of ours: their own arguments, alone and in pairs, and why the two may part.
+
+    .venv/bin/python tests/pipeline_judge.py        all cases, as benchmarks/results/pipelines.md
+
+A `Case` is a pipeline class and some values of its arguments. `judge` makes the pictures of both, on the same tiny
+weights, and says where they stand:
+
+    agree     both ran, and their images are equal within 2/255; or both refuse
+    differ    both ran, with other images: a row of DIFFERENCES says why
+    refused   ours says in one line that it does not, theirs ran: a row of REFUSALS says why
+    more      ours ran where theirs fails
+    unknown   it differs or is refused, and no row says why
+    crashed   ours raised what is no error of fastldm's, or an error of several lines
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import numpy as np
+import tiny
+import torch
+from PIL import Image
+
+from fastldm import Pipeline
+from fastldm.errors import FastLDMError
+from fastldm.request import UNSUPPORTED
+
+TABLE = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "pipelines.md"
+CLASSES = {  # a name: diffusers' class, the tiny family, and its scheduler
+    "text to image": (diffusers.StableDiffusionPipeline, "sd1", "ddim"),
+    "image to image": (diffusers.StableDiffusionImg2ImgPipeline, "sd1", "ddim"),
+    "inpainting": (diffusers.StableDiffusionInpaintPipeline, "sd1", "ddim"),
+    "inpainting, 9 channels": (diffusers.StableDiffusionInpaintPipeline, "sd1-inpaint", "ddim"),
+    "SDXL text to image": (diffusers.StableDiffusionXLPipeline, "sdxl", "euler"),
+    "SDXL image to image": (diffusers.StableDiffusionXLImg2ImgPipeline, "sdxl", "euler"),
+    "SDXL inpainting": (diffusers.StableDiffusionXLInpaintPipeline, "sdxl", "euler"),
+    "LCM text to image": (diffusers.LatentConsistencyModelPipeline, "lcm", "lcm"),
+    "LCM image to image": (diffusers.LatentConsistencyModelImg2ImgPipeline, "lcm", "lcm"),
+}
+SIDE = 64  # pixels; 8 latents
+WIDTHS = {"sd1": 32, "sd1-inpaint": 32, "lcm": 32, "sdxl": 72}  # of text states
+POOLED = 24
+
+
+class Case(NamedTuple):
+    """A pipeline, and which value of which arguments: (argument, name of the value)."""
+
+    pipeline: str
+    values: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.pipeline}: {', '.join(f'{name} {value}' for name, value in self.values) or 'nothing else'}"
+
+    def has(self, name: str, value: str = "") -> bool:
+        return any(mine == name and value in got for mine, got in self.values)
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@functools.cache
+def picture(seed: int = 1) -> Image.Image:
+    small = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+
+
+@functools.cache
+def mask(left: int = 8) -> Image.Image:
+    array = np.zeros((SIDE, SIDE), np.uint8)
+    array[16:48, left : left + 32] = 255
+    return Image.fromarray(array)
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image, np.float32) / 255
+
+
+def scale_latents(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    tensors["latents"] = tensors["latents"] * 0.9
+    return tensors
+
+
+def less_guidance(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    pipe._guidance_scale = 2.0
+    return tensors
+
+
+def interrupt(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    pipe._interrupt = i == 0
+    return tensors
+
+
+# What is tried of each argument, made anew for each call. B is the number of pictures, W the width of text states.
+Value = Callable[[int, int], dict[str, Any]]
+VALUES: dict[str, dict[str, Value]] = {
+    "prompt": {
+        "list": lambda B, W: {"prompt": ["a cat", "two dogs"]},
+        "empty": lambda B, W: {"prompt": ""},
+    },
+    "prompt_2": {"text": lambda B, W: {"prompt_2": "a house by the sea"}},
+    "negative_prompt": {"text": lambda B, W: {"negative_prompt": "ugly"}},
+    "negative_prompt_2": {"text": lambda B, W: {"negative_prompt_2": "blurry"}},
+    "prompt_embeds": {"tensor": lambda B, W: {"prompt": None, "prompt_embeds": noise(B, 77, W, seed=2)}},
+    "negative_prompt_embeds": {"tensor": lambda B, W: {"negative_prompt_embeds": noise(B, 77, W, seed=3)}},
+    "pooled_prompt_embeds": {"tensor": lambda B, W: {"pooled_prompt_embeds": noise(B, POOLED, seed=4)}},
+    "negative_pooled_prompt_embeds": {
+        "tensor": lambda B, W: {"negative_pooled_prompt_embeds": noise(B, POOLED, seed=5)}
+    },
+    "num_images_per_prompt": {"2": lambda B, W: {"num_images_per_prompt": 2}},
+    "generator": {"list": lambda B, W: {"generator": [torch.Generator().manual_seed(k) for k in range(B)]}},
+    "image": {
+        "list": lambda B, W: {"image": [picture(1), picture(2)]},
+        "array": lambda B, W: {"image": pixels(picture())[None]},
+        "tensor": lambda B, W: {"image": torch.from_numpy(pixels(picture())).movedim(-1, 0)[None]},
+        "latents": lambda B, W: {"image": noise(1, 4, 8, 8, seed=6) * 0.5},
+    },
+    "mask_image": {
+        "list": lambda B, W: {"mask_image": [mask(8), mask(24)]},
+        "tensor": lambda B, W: {"mask_image": torch.from_numpy(pixels(mask()))[None, None]},
+    },
+    "latents": {"tensor": lambda B, W: {"latents": noise(B, 4, 8, 8, seed=7)}},
+    "strength": {"0.5": lambda B, W: {"strength": 0.5}, "1": lambda B, W: {"strength": 1.0}},
+    "height": {"96": lambda B, W: {"height": 96}},
+    "num_inference_steps": {"4": lambda B, W: {"num_inference_steps": 4}},
+    "timesteps": {"list": lambda B, W: {"timesteps": [759, 519, 259]}},
+    "sigmas": {"list": lambda B, W: {"sigmas": [10.0, 3.0, 1.0]}},
+    "guidance_scale": {"1": lambda B, W: {"guidance_scale": 1.0}, "12": lambda B, W: {"guidance_scale": 12.0}},
+    "guidance_rescale": {"0.7": lambda B, W: {"guidance_rescale": 0.7}},
+    "eta": {"0.5": lambda B, W: {"eta": 0.5}},
+    "clip_skip": {"1": lambda B, W: {"clip_skip": 1}},
+    "original_size": {"pair": lambda B, W: {"original_size": (48, 32)}},
+    "crops_coords_top_left": {"pair": lambda B, W: {"crops_coords_top_left": (4, 8)}},
+    "target_size": {"pair": lambda B, W: {"target_size": (32, 48)}},
+    "negative_original_size": {"pair": lambda B, W: {"negative_original_size": (16, 24)}},
+    "negative_crops_coords_top_left": {"pair": lambda B, W: {"negative_crops_coords_top_left": (2, 6)}},
+    "negative_target_size": {"pair": lambda B, W: {"negative_target_size": (24, 16)}},
+    "output_type": {kind: lambda B, W, kind=kind: {"output_type": kind} for kind in ("pil", "pt", "latent")},  # type: ignore[misc]
+    "return_dict": {"False": lambda B, W: {"return_dict": False}},
+    "callback_on_step_end": {
+        "latents": lambda B, W: {"callback_on_step_end": scale_latents},
+        "guidance": lambda B, W: {"callback_on_step_end": less_guidance},
+        "interrupt": lambda B, W: {"callback_on_step_end": interrupt},
+    },
+    "callback_on_step_end_tensor_inputs": {
+        "prompt_embeds": lambda B, W: {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    },
+    "cross_attention_kwargs": {"scale": lambda B, W: {"cross_attention_kwargs": {"scale": 1.0}}},
+    "masked_image_latents": {"tensor": lambda B, W: {"masked_image_latents": noise(1, 4, 8, 8, seed=8)}},
+    "padding_mask_crop": {"8": lambda B, W: {"padding_mask_crop": 8, "output_type": "pil"}},
+    "denoising_start": {"0.5": lambda B, W: {"denoising_start": 0.5}},
+    "denoising_end": {"0.5": lambda B, W: {"denoising_end": 0.5}},
+    "aesthetic_score": {"3": lambda B, W: {"aesthetic_score": 3.0}},
+    "negative_aesthetic_score": {"3": lambda B, W: {"negative_aesthetic_score": 3.0}},
+    "original_inference_steps": {"20": lambda B, W: {"original_inference_steps": 20}},
+    # ip_adapter_image and ip_adapter_image_embeds need an adapter, without which diffusers fails too
+    "ip_adapter_image": {"picture": lambda B, W: {"ip_adapter_image": picture()}},
+    "ip_adapter_image_embeds": {"list": lambda B, W: {"ip_adapter_image_embeds": [noise(2, 1, 8)]}},
+}
+
+
+class Reason(NamedTuple):
+    """Why cases differ or are refused."""
+
+    why: str
+    holds: Callable[[Case], bool]
+    message: str = ""  # of a refusal: what it says
+
+
+REFUSALS = [
+    Reason(
+        "not supported: refused by name",
+        lambda case: True,
+        r"^(masked_image_latents|padding_mask_crop|denoising_start|denoising_end|aesthetic_score|"
+        r"negative_aesthetic_score|original_inference_steps|cross_attention_kwargs|ip_adapter_\w+) is not supported",
+    ),
+]
+DIFFERENCES: list[Reason] = []
+
+
+@functools.cache
+def pair(pipeline: str) -> tuple[Any, Pipeline]:
+    cls, family, name = CLASSES[pipeline]
+    parts = tiny.pipeline(family).components
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    parts["scheduler"] = {
+        "ddim": lambda: diffusers.DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False),
+        "euler": lambda: diffusers.EulerDiscreteScheduler(**betas),
+        "lcm": diffusers.LCMScheduler,
+    }[name]()
+    extra = {} if family == "sdxl" else {"requires_safety_checker": False}
+    accepted = inspect.signature(cls.__init__).parameters
+    theirs = cls(**{k: v for k, v in parts.items() if k in accepted}, **extra)
+    theirs.set_progress_bar_config(disable=True)
+    return theirs, Pipeline.from_diffusers(theirs)
+
+
+def parameters(pipeline: str) -> list[str]:
+    found = inspect.signature(CLASSES[pipeline][0].__call__).parameters.values()
+    return [p.name for p in found if p.name != "self" and p.kind is not p.VAR_KEYWORD]
+
+
+def singles(pipeline: str) -> list[tuple[str, str]]:
+    """Every value of every argument that a pipeline has."""
+    return [(name, value) for name in parameters(pipeline) for value in VALUES.get(name, ())]
+
+
+def cases() -> Iterator[Case]:
+    """All pipelines with nothing else, with one argument, and with two, neither of which is refused anyway."""
+    for pipeline in CLASSES:
+        alone = singles(pipeline)
+        yield Case(pipeline)
+        yield from (Case(pipeline, (one,)) for one in alone)
+        pairable = [(name, value) for name, value in alone if name not in UNSUPPORTED and value not in ("pil", "pt")]
+        yield from (Case(pipeline, two) for two in itertools.combinations(pairable, 2) if two[0][0] != two[1][0])
+
+
+def arguments(case: Case) -> dict[str, Any]:
+    """What is passed to both, made anew."""
+    names = parameters(case.pipeline)
+    base = {
+        "prompt": "a cat",
+        "image": picture(),
+        "mask_image": mask(),
+        "num_inference_steps": 3,
+        "strength": 0.7,
+        "guidance_scale": 5.0,
+        "generator": torch.Generator().manual_seed(0),
+        "output_type": "np",
+        "height": SIDE,
+        "width": SIDE,
+    }
+    given = {name: value for name, value in base.items() if name in names}
+    prompts = 2 if case.has("prompt", "list") else 1
+    pictures = prompts * (2 if case.has("num_images_per_prompt") else 1)
+    width = WIDTHS[CLASSES[case.pipeline][1]]
+    for name, value in case.values:
+        count = pictures if name in ("generator", "latents") else prompts
+        given |= VALUES[name][value](count, width)
+    if case.has("prompt_embeds") and case.has("prompt"):
+        given["prompt"] = None  # the embeds are as many
+    if case.has("timesteps") or case.has("sigmas"):
+        given["num_inference_steps"] = 3
+    return given
+
+
+@dataclass(frozen=True)
+class Verdict:
+    kind: str
+    detail: str = ""
+
+
+def images(result: Any) -> np.ndarray:
+    made = result[0] if isinstance(result, tuple) else result.images
+    if isinstance(made, list):
+        made = np.stack([pixels(one) for one in made])
+    made = made.numpy() if isinstance(made, torch.Tensor) else made
+    return np.asarray(made, np.float32)
+
+
+def distance(ours: np.ndarray, theirs: np.ndarray, case: Case) -> float:
+    """The largest difference, in 255ths of a picture's range, or of the latents'."""
+    if ours.shape != theirs.shape or not np.isfinite(ours).all():
+        return float("inf")
+    scale = np.abs(theirs).max() if case.has("output_type", "latent") else 1.0
+    return float(255 * np.abs(ours - theirs).max() / max(scale, 1e-6))
+
+
+@torch.no_grad()
+def judge(case: Case) -> Verdict:
+    theirs, ours = pair(case.pipeline)
+    failed: Exception | None = None
+    expected = None
+    try:
+        expected = images(theirs(**arguments(case)))
+    except Exception as error:
+        failed = error
+    try:
+        got = images(ours(**arguments(case), literal_prompt=True))
+    except FastLDMError as error:
+        message = str(error)
+        if "\n" in message:
+            return Verdict("crashed", message)
+        if failed is not None:
+            return Verdict("agree", "both refuse")
+        return _reason("refused", REFUSALS, case, message)
+    except Exception as error:
+        return Verdict("crashed", repr(error))
+    if expected is None:
+        return Verdict("more", f"{type(failed).__name__} in diffusers")
+    away = distance(got, expected, case)
+    return Verdict("agree") if away <= 2 else _reason("differ", DIFFERENCES, case, f"{away:.0f}/255")
+
+
+def _reason(kind: str, reasons: list[Reason], case: Case, detail: str) -> Verdict:
+    for reason in reasons:
+        if reason.holds(case) and re.search(reason.message, detail):
+            return Verdict(kind, reason.why)
+    return Verdict("unknown", f"{kind}: {detail}")
+
+
+KINDS = ("agree", "differ", "refused", "more", "unknown", "crashed")
+
+
+def table(verdicts: dict[Case, Verdict]) -> str:
+    """All of them counted, as Markdown."""
+    lines = [
+        "# fastldm beside diffusers' pipelines",
+        "",
+        f"Every argument of diffusers {diffusers.__version__}'s pipelines, alone and in pairs, on the tests' tiny "
+        "models. Written by `python tests/pipeline_judge.py`, which says what is counted.",
+        "",
+        f"| pipeline | cases | {' | '.join(KINDS)} |",
+        f"|---|{'---|' * (1 + len(KINDS))}",
+    ]
+    for pipeline in [*CLASSES, "all"]:
+        mine = [v for case, v in verdicts.items() if pipeline in (case.pipeline, "all")]
+        counts = Counter(v.kind for v in mine)
+        lines.append(f"| {pipeline} | {len(mine)} | {' | '.join(str(counts[kind]) for kind in KINDS)} |")
+    for kind in ("differ", "refused", "unknown", "crashed"):
+        details = Counter(v.detail for v in verdicts.values() if v.kind == kind)
+        if details:
+            lines += ["", f"## {kind}", "", "| cases | why |", "|---|---|"]
+            lines += [f"| {count} | {why} |" for why, count in details.most_common(60)]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str]) -> None:
+    diffusers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    every = list(cases())
+    verdicts: dict[Case, Verdict] = {}
+    wanted = [case for case in every if not argv or (argv[0] == "singles" and len(case.values) < 2)]
+    for k, case in enumerate(wanted):
+        verdicts[case] = judge(case)
+        if verdicts[case].kind in ("unknown", "crashed"):
+            print(f"{case}: {verdicts[case].kind} {verdicts[case].detail}", flush=True)
+        if k % 500 == 499:
+            print(f"{k + 1} of {len(wanted)}: {dict(Counter(v.kind for v in verdicts.values()))}", flush=True)
+    text = table(verdicts)
+    if not argv:
+        TABLE.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
