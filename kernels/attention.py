@@ -41,7 +41,8 @@ count of instructions decides on everything else:
     rescaling only when a peak grew by 2 ** 8 (the same) 52 fewer, but 38 and two barriers for all warps to agree; no
     the next block's scores before this block's softmax  15% more, for Triton copies the tile, which spills; no
       (FlashAttention-3)
-    tensor descriptors (TMA) instead of cp.async         some 20 fewer, and an allocator that Triton asks of us; no
+    tensor descriptors (TMA) instead of cp.async, made   43 registers fewer at D = 40, 47 at 64, and fewer
+      by the host at each launch                         instructions; TMA, a configuration to be measured
     warp_specialize                                      compiles for sm_100 with Triton 3.9, fails with 3.6; no
 
 **Short keys** (77 or 154 tokens of text): all in one block or two, 77 = 64 + 16. Nothing is rescaled, and K and V stay
@@ -151,6 +152,22 @@ def cost(
     return Cost(flop=4 * scores * (q.shape[-1] // heads), bytes=moved, exp=scores)
 
 
+def given(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    scale: float | None = None,
+    causal: bool = False,
+    kv_len: Tensor | None = None,
+    slots: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Every slot with all its keys, as texts that are padded to the window have them; rows deal the slots out in turn.
+    Valid are 0 to M keys, and slots below S."""
+    count = k.shape[0]
+    return {"kv_len": torch.full((count,), k.shape[1]), "slots": torch.arange(q.shape[0]) % count}
+
+
 # ---------------------------------------------------------------------------------------------- configurations
 # A configuration with BLOCK_N walks over the keys. One without holds them all, and PROGRAMS programs share the queries
 # of a head. SPLIT: a head lies in two tiles where those are narrower than one.
@@ -164,6 +181,22 @@ LONG = [
     for split in (True, False)
 ]
 LONG += [LONG[-1] | {"BLOCK_N": 64, "SPLIT": True, "FMA_EIGHTHS": share, "num_warps": 4} for share in (1, 2)]
+# The bulk copy engine of Hopper and later, from descriptors: fewer registers, and one thread issues all loads.
+LONG += [
+    {
+        "BLOCK_M": m,
+        "BLOCK_N": n,
+        "SPLIT": split,
+        "FMA_EIGHTHS": 0,
+        "TMA": True,
+        "num_warps": warps,
+        "num_stages": stages,
+    }
+    for m, warps in ((64, 4), (128, 4), (128, 8))
+    for n in (64, 128)
+    for stages in (2, 3)
+    for split in (True, False)
+]
 SHORT = [
     {"BLOCK_M": m, "PROGRAMS": programs, "SPLIT": split, "num_warps": warps, "num_stages": stages}
     for m in (64, 128)
@@ -215,6 +248,7 @@ def keep(
         not split and (dim > 128 or width == sum(tiles(dim, 16))),
         config.get("PROGRAMS", 32) != 32 and queries <= rows * config["PROGRAMS"],
         config.get("FMA_EIGHTHS", 0) > 0 and dim > 64,  # the exponentials are not what takes longest
+        config.get("TMA", False) and capability(q) < 90,
         columns < 32 and dim <= 64,
     ]
     return not any(idle)
@@ -315,6 +349,13 @@ def _load(pointer, rows, stride, like, DIM: tl.constexpr, BLOCK: tl.constexpr, M
 
 
 @jit
+def _bulk(high, low, slot, row, head, BLOCK: tl.constexpr):
+    """BLOCK rows of one head by the bulk copy engine, from descriptors (see `_descriptors`) of one tile or two."""
+    first = tl.reshape(high.load([slot, row, head, 0]), (BLOCK, high.block_shape[3]))
+    return (first,) if low is None else (first, tl.reshape(low.load([slot, row, head, 0]), (BLOCK, low.block_shape[3])))
+
+
+@jit
 def _store(pointer, rows, stride, acc, DIM: tl.constexpr):
     row = tl.arange(0, acc[0].shape[0])[:, None]
     pointer += row * stride
@@ -388,7 +429,8 @@ def _exp2(x, FMA_EIGHTHS: tl.constexpr):
 def _locate(
     q, k, v, out, kv_len, slots, queries, keys, q_batch, k_slot, v_slot, DIM: tl.constexpr, V_DIM: tl.constexpr
 ):
-    """Where this program's rows start in q, k, v and out, how many keys they see, and the stride of out's rows."""
+    """Where this program's rows start in q, k, v and out, how many keys they see, the stride of out's rows, and which
+    slot, head and part it has."""
     part = tl.program_id(1)  # a head, or one of the parts that its values are in
     head = part // (DIM // V_DIM)
     batch = tl.program_id(2).to(tl.int64)  # 64 bits: rows * N * H * D passes 2^31 elements
@@ -402,7 +444,7 @@ def _locate(
     k += slot * k_slot + head * DIM
     v += slot * v_slot + part * V_DIM
     out += batch * queries * stride + part * V_DIM
-    return q, k, v, out, keys, stride
+    return q, k, v, out, keys, stride, slot.to(tl.int32), head, part
 
 
 @jit
@@ -417,21 +459,37 @@ def _block(
     k_row,
     v_row,
     scale,
+    k_high,
+    k_low,
+    v_high,
+    v_low,
+    slot,
+    row,
+    head,
+    part,
     DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     FMA_EIGHTHS: tl.constexpr,
     MASK: tl.constexpr,
 ):
-    """One block of keys, of which, with MASK, `keys` are there."""
-    s = _scores(q, _load(k, keys, k_row, q, DIM, BLOCK_N, MASK))
+    """One block of keys, of which, with MASK, `keys` are there; by descriptors, the rows of a slot from `row` on."""
+    if k_high is None:
+        k_tiles = _load(k, keys, k_row, q, DIM, BLOCK_N, MASK)
+    else:
+        k_tiles = _bulk(k_high, k_low, slot, row, head, BLOCK_N)
+    s = _scores(q, k_tiles)
     if MASK:
         s = tl.where(tl.arange(0, BLOCK_N)[None, :] < keys, s, float("-inf"))
     raised = tl.maximum(peak, tl.max(s, 1) * scale)
     rescale = tl.exp2(peak - raised)
     p = _exp2(s * scale - raised[:, None], FMA_EIGHTHS)
     total = total * rescale[:, None] + tl.sum(tl.reshape(p, (p.shape[0], BLOCK_N // 8, 8)), 1)
-    acc = _weigh(p, _load(v, keys, v_row, acc, V_DIM, BLOCK_N, MASK), _times(acc, rescale))
+    if v_high is None:
+        v_tiles = _load(v, keys, v_row, acc, V_DIM, BLOCK_N, MASK)
+    else:
+        v_tiles = _bulk(v_high, v_low, slot, row, part, BLOCK_N)
+    acc = _weigh(p, v_tiles, _times(acc, rescale))
     return raised, total, acc
 
 
@@ -452,6 +510,10 @@ def _long_kernel(
     k_row,
     v_slot,
     v_row,
+    k_high,
+    k_low,
+    v_high,
+    v_low,
     DIM: tl.constexpr,
     HIGH: tl.constexpr,
     LOW: tl.constexpr,
@@ -464,7 +526,7 @@ def _long_kernel(
 ):
     UNIT: tl.constexpr = 128 // q.dtype.element_ty.primitive_bitwidth  # strides count 16 bytes, so the compiler knows
     q_row, k_row, v_row = q_row * UNIT, k_row * UNIT, v_row * UNIT
-    q, k, v, out, keys, stride = _locate(
+    q, k, v, out, keys, stride, slot, head, part = _locate(
         q, k, v, out, kv_len, slots, queries, keys, q_batch * UNIT, k_slot * UNIT, v_slot * UNIT, DIM, V_DIM
     )
     first = tl.program_id(0) * BLOCK_M
@@ -475,15 +537,23 @@ def _long_kernel(
     total = tl.zeros((BLOCK_M, 8), tl.float32)  # the sums of columns 0, 8, ..., of 1, 9, ..., and so on
     acc = _zeros(BLOCK_M, V_HIGH, V_LOW)
     whole = keys // BLOCK_N * BLOCK_N
-    for _ in tl.range(0, whole, BLOCK_N):
+    for row in tl.range(0, whole, BLOCK_N):
         peak, total, acc = _block(
-            q, k, v, peak, total, acc, BLOCK_N, k_row, v_row, scale, DIM, V_DIM, BLOCK_N, FMA_EIGHTHS, False
+            *(q, k, v, peak, total, acc, BLOCK_N, k_row, v_row, scale),
+            *(k_high, k_low, v_high, v_low, slot, row, head, part),
+            *(DIM, V_DIM, BLOCK_N, FMA_EIGHTHS, False),
         )
-        k += BLOCK_N * k_row
-        v += BLOCK_N * v_row
-    if whole < keys:
+        if k_high is None:
+            k += BLOCK_N * k_row
+            v += BLOCK_N * v_row
+    if whole < keys:  # by pointers: what lies behind the last key is not even loaded
+        if k_high is not None:
+            k += whole.to(tl.int64) * k_row
+            v += whole.to(tl.int64) * v_row
         peak, total, acc = _block(
-            q, k, v, peak, total, acc, keys - whole, k_row, v_row, scale, DIM, V_DIM, BLOCK_N, FMA_EIGHTHS, True
+            *(q, k, v, peak, total, acc, keys - whole, k_row, v_row, scale),
+            *(None, None, None, None, slot, whole, head, part),
+            *(DIM, V_DIM, BLOCK_N, FMA_EIGHTHS, True),
         )
     acc = _times(acc, 1 / tl.maximum(tl.sum(total, 1), 1e-30))  # 0 where no key was seen
     _store(out, queries - first, stride, acc, V_DIM)
@@ -519,7 +589,7 @@ def _short_kernel(
     """All keys at once, in a block of KEYS and, unless 0, one of MORE."""
     UNIT: tl.constexpr = 128 // q.dtype.element_ty.primitive_bitwidth
     q_row, k_row, v_row = q_row * UNIT, k_row * UNIT, v_row * UNIT
-    q, k, v, out, keys, stride = _locate(
+    q, k, v, out, keys, stride, _, _, _ = _locate(
         q, k, v, out, kv_len, slots, queries, keys, q_batch * UNIT, k_slot * UNIT, v_slot * UNIT, DIM, V_DIM
     )
     like, v_like = _zeros(BLOCK_M, HIGH, LOW), _zeros(BLOCK_M, V_HIGH, V_LOW)
@@ -583,10 +653,20 @@ def attention_triton(
     out = q.new_empty(q.shape)
     unit = 16 // q.element_size()
     strides = [t.stride(i) // unit for t in (q, k, v) for i in (0, 1)]
+    described: list[object] = []
+    if kernel is _long_kernel:
+        described = [None] * 4
+        if config.pop("TMA", False):
+            block = config["BLOCK_N"]
+            described = [
+                *_descriptors(k, heads, block, high, low),
+                *_descriptors(v, heads * parts, block, v_high, v_low),
+            ]
     launch(
         kernel,
         (blocks, heads * parts, rows),
         *(q, k, v, out, kv_len, slots, (dim**-0.5 if scale is None else scale) * LOG2_E, queries, keys, *strides),
+        *described,
         DIM=dim,
         HIGH=high,
         LOW=low,
@@ -596,6 +676,21 @@ def attention_triton(
         **config,
     )
     return out
+
+
+def _descriptors(x: Tensor, heads: int, rows: int, high: int, low: int) -> tuple[object, object]:
+    """What the bulk copy engine takes of x (S, M, heads * D): `rows` rows of a head at a time, in a tile of the first
+    `high` channels and, unless 0, one of the `low` next. Beyond D it reads zeros. Made by the host at each launch, so
+    that the kernel needs no memory for them."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    dim = x.shape[2] // heads
+    shape, strides = [*x.shape[:2], heads, dim], [x.stride(0), x.stride(1), dim, 1]
+    first = TensorDescriptor(x, shape, strides, [1, rows, 1, high])
+    if not low:
+        return first, None
+    rest = x.as_strided((*x.shape[:2], x.shape[2] - high), x.stride(), x.storage_offset() + high)
+    return first, TensorDescriptor(rest, [*shape[:3], dim - high], strides, [1, rows, 1, low])
 
 
 ATTENTION = Op(
@@ -608,6 +703,7 @@ ATTENTION = Op(
     default=default,
     space=SPACE,
     keep=keep,
+    given=given,
 )
 
 

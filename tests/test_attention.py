@@ -257,6 +257,23 @@ def test_one_tile_instead_of_two(dim: int, config: dispatch.Config) -> None:
     check(config | {"SPLIT": False}, *(normal(1, n, 2 * dim) for n in (33, 70, 70)), 2)
 
 
+@pytest.mark.skipif(
+    ops.DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0), reason="Hopper and later copy so"
+)
+@pytest.mark.parametrize(("dim", "split"), [(40, True), (40, False), (64, False), (80, True)])
+def test_loads_by_descriptors(dim: int, split: bool) -> None:
+    """Heads whose tiles end inside their neighbours, parts of a packed projection, slots, and keys that are not there
+    in whole blocks and in the last."""
+    dtype = torch.float16  # as it is used: descriptors of float32 would be twice as wide
+    packed = normal(3, 150, 6 * dim, dtype=dtype)
+    k, v = packed[..., 2 * dim : 4 * dim], packed[..., 4 * dim :]
+    kv_len = torch.tensor([150, 0, 70], dtype=torch.int32, device=ops.DEVICE)
+    slots = torch.tensor([2, 0, 1, 0], dtype=torch.int32, device=ops.DEVICE)
+    packed[2, 70:, 2 * dim :] = float("nan")
+    config = LONG | {"BLOCK_N": 64, "SPLIT": split, "TMA": True}
+    check(config, normal(4, 33, 2 * dim, dtype=dtype), k, v, 2, kv_len=kv_len, slots=slots)
+
+
 @pytest.mark.parametrize(("arch", "dim"), [(80, 40), (86, 136), (80, 256), (121, 200), (100, 40)])
 def test_other_gpus_lay_heads_out_otherwise(arch: int, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Warps multiply by 8 columns, warpgroups by 16; only sm_90 holds 256 channels of values in one program."""
