@@ -18,6 +18,7 @@ from fastldm import dry
 from fastldm.config import TextConfig, UNetConfig, VAEConfig
 from fastldm.contender import SD15 as _SD15
 from fastldm.kernels import dispatch
+from fastldm.kernels.attention import attention
 
 _CROSS_DOWN, _DOWN, _CROSS_UP, _UP = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"
 
@@ -82,6 +83,21 @@ WORKLOADS: dict[str, Callable[[torch.dtype], None]] = {
     "vae-1024 decode": lambda dtype: dry.run_decoder(VAE, height=128, width=128, batch=1, dtype=dtype),
     "clip-l": lambda dtype: dry.run_text([CLIP_L], batch=2, dtype=dtype),
 }
+# The same for machines and minutes that are small: every op, and attention at each of its kinds of head dim.
+SMALL: dict[str, Callable[[torch.dtype], None]] = {
+    "tiny step": lambda dtype: dry.run_unet(TINY, height=8, width=8, rows=2, tokens=77, dtype=dtype),
+    "tiny decode": lambda dtype: dry.run_decoder(TINY_VAE, height=4, width=4, batch=1, dtype=dtype),
+    "heads": lambda dtype: _heads(dtype),
+}
+
+
+def _heads(dtype: torch.dtype) -> None:
+    """Attention of 64 queries over keys of their own and over a text, by head dims that lie in one tile and in two."""
+    for dim in (40, 64, 80, 160):
+        q = torch.empty(2, 64, dim, dtype=dtype, device="meta")
+        for keys in (192, 77):
+            kv = torch.empty(2, keys, dim, dtype=dtype, device="meta")
+            attention(q, kv, kv, 1)
 
 
 @dataclass(frozen=True)
@@ -98,11 +114,8 @@ class Meta:
             return cls(tuple(value.shape), tuple(value.stride()), value.dtype)
         return value
 
-    def make(self, device: str) -> Tensor:
-        """A tensor like it, of random normal numbers."""
-        size = 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.stride, strict=True))
-        flat = torch.randn(size, device=device, dtype=torch.float32).to(self.dtype)
-        return flat.as_strided(self.shape, self.stride)
+    def make(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
 
 
 @dataclass(frozen=True)
@@ -114,12 +127,13 @@ class Call:
     kwargs: tuple[tuple[str, Any], ...]
 
     def arguments(self, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with tensors made anew on `device`."""
+        """The arguments with tensors made anew on `device`, as the op's `example` makes them."""
 
         def make(value: Any) -> Any:
-            return value.make(device) if isinstance(value, Meta) else value
+            return value.make() if isinstance(value, Meta) else value
 
-        return tuple(map(make, self.args)), {name: make(value) for name, value in self.kwargs}
+        args, kwargs = tuple(map(make, self.args)), {name: make(value) for name, value in self.kwargs}
+        return (args, kwargs) if device == "meta" else dispatch.OPS[self.op].example(args, kwargs, device)
 
     @property
     def cost(self) -> dispatch.Cost:
@@ -140,7 +154,7 @@ def calls(workload: str, dtype: torch.dtype) -> Counter[Call]:
         seen[Call(op.name, tuple(map(Meta.of, args)), given)] += 1
 
     with dispatch.targeting(dispatch.Target(90)), dispatch.observe(watch):
-        WORKLOADS[workload](dtype)
+        (WORKLOADS | SMALL)[workload](dtype)
     return seen
 
 

@@ -32,7 +32,7 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     gpu = device.type == "cuda"
     side, size = (8192, 1 << 30) if gpu else (1536, 1 << 28)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    source = torch.zeros(size, device=device, dtype=torch.uint8)
+    source = torch.arange(size // 4, device=device, dtype=torch.int32)  # not zeros, which some chips move faster
     target = torch.empty_like(source)
     works: list[Callable[[], object]] = [lambda: F.linear(a, b), lambda: target.copy_(source)]
     if gpu:
@@ -97,23 +97,41 @@ def replay(graph: torch.cuda.CUDAGraph, seconds: float = 0.02) -> float:
 
 
 def take_turns(
-    contenders: Mapping[str, Sequence[Callable[[], object]]], rounds: int = 9
+    contenders: Mapping[str, Sequence[Callable[[], object]]], rounds: int = 9, seconds: float = 0.02
 ) -> tuple[dict[str, float], dict[str, float], dict[str, str]]:
     """(median microseconds a call, spread as (max - min) / median, why one could not be captured), each by name.
 
-    A contender is several calls that do the same to different tensors. All are timed in every round, so that a clock
-    that drifts hits them alike.
+    A contender is several calls that do the same to different tensors, on a GPU in a graph, which is replayed for about
+    `seconds` in each round. All are timed in every round, so that a clock that drifts hits them alike.
     """
-    graphs, failed = {}, {}
+    timed: dict[str, Callable[[], float]] = {}
+    failed: dict[str, str] = {}
     for name, runs in contenders.items():
         try:
-            graphs[name] = capture(runs)
+            timed[name] = _timed(runs, seconds)
         except Exception as error:  # an alternative that does not take these arguments is no failure of the benchmark
-            failed[name] = str(error).strip().split("\n")[0][:200]
-            torch.cuda.synchronize()
-    times: dict[str, list[float]] = {name: [] for name in graphs}
+            failed[name] = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+    times: dict[str, list[float]] = {name: [] for name in timed}
     for _ in range(rounds):
-        for name, graph in graphs.items():
-            times[name].append(replay(graph) / len(contenders[name]))
+        for name, once in timed.items():
+            times[name].append(once() / len(contenders[name]))
     middle = {name: median(samples) for name, samples in times.items()}
     return middle, {name: (max(samples) - min(samples)) / middle[name] for name, samples in times.items()}, failed
+
+
+def _timed(runs: Sequence[Callable[[], object]], seconds: float) -> Callable[[], float]:
+    """What takes the calls once more, after they have run, and says for how many microseconds."""
+    if torch.cuda.is_available():
+        graph = capture(runs)
+        return lambda: replay(graph, seconds)
+
+    def once() -> float:
+        began = perf_counter()
+        for run in runs:
+            run()
+        return 1e6 * (perf_counter() - began)
+
+    once()
+    return once

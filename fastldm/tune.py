@@ -7,13 +7,13 @@ by FASTLDM_TUNED). This fills such a file.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastldm import dry
 from fastldm.bench import take_turns
@@ -58,7 +58,10 @@ def tune(
     arch = f"sm_{dispatch.device_capability(torch.cuda.current_device())}"
     table: dict[str, Any] = {}
     for (name, shape_class), (args, kwargs) in shapes.items():
-        entry = _tune_one(dispatch.OPS[name], shape_class, int(arch[3:]), args, kwargs, rounds)
+        op = dispatch.OPS[name]
+        entry = best_of(
+            op, candidates(op, shape_class, int(arch[3:]), args, kwargs), args, kwargs, "cuda", rounds=rounds
+        )
         if entry is not None:
             table.setdefault(arch, {}).setdefault(name, {})[shape_class] = entry
             if on_done is not None:
@@ -66,29 +69,51 @@ def tune(
     return table
 
 
-def _tune_one(
-    op: dispatch.Op[..., Any], shape_class: str, arch: int, args: Any, kwargs: Any, rounds: int
-) -> dict[str, Any] | None:
-    args, kwargs = _on_gpu(args), dict(zip(kwargs, _on_gpu(tuple(kwargs.values())), strict=True))
+def candidates(
+    op: dispatch.Op[..., Any], shape_class: str, arch: int, args: Any, kwargs: Any, limit: int | None = None
+) -> list[dispatch.Config]:
+    """The configurations of an op that are worth a try for these arguments: the default, then those that differ from it
+    in one constant, in two, and so on; at most `limit`."""
     default = op.default(shape_class, arch)
-    configs = [default, *(one for one in op.space if one != default and op.keep(one, *args, **kwargs))]
+    rest = [config for config in op.space if config != default and op.keep(config, *args, **kwargs)]
+    rest.sort(key=lambda config: sum(config.get(name) != value for name, value in default.items()))
+    return [default, *rest][:limit]
 
-    def run(config: dispatch.Config) -> object:
-        with dispatch.forced(op.name, config):
-            return op.triton(*args, **kwargs)
 
-    contenders = {str(i): [partial(run, config)] for i, config in enumerate(configs)}
-    us, _, _ = take_turns({"torch": [partial(op.reference, *args, **kwargs)], **contenders}, rounds)
-    torch_us = us.pop("torch", float("inf"))
+def best_of(
+    op: dispatch.Op[..., Any],
+    configs: Sequence[dispatch.Config],
+    args: Any,
+    kwargs: Any,
+    device: str,
+    *,
+    rounds: int = 5,
+    seconds: float = 0.02,
+) -> dict[str, Any] | None:
+    """The entry of dispatch.table() for the fastest of these configurations, on tensors like those given, which may be
+    meta tensors; None where none of them runs here."""
+    args, kwargs = op.example(args, kwargs, device)
+    # A call that moves a counter would come to its end, and then be timed doing nothing: all are set back each time.
+    named = op.named(*args, **kwargs)
+    moved = [named[name] for name in op.mutates if name in named and not named[name].is_floating_point()]
+    kept = [x.clone() for x in moved]
+
+    def run(function: Callable[..., object], config: dispatch.Config | None = None) -> None:
+        with dispatch.forced(op.name, config) if config is not None else nullcontext():
+            function(*args, **kwargs)
+        for x, before in zip(moved, kept, strict=True):
+            x.copy_(before)
+
+    contenders = {str(i): [partial(run, op.triton, config)] for i, config in enumerate(configs)}
+    us, _, _ = take_turns({"torch": [partial(run, op.reference)], **contenders}, rounds, seconds)
+    torch_us = us.pop("torch", None)
     if not us:
-        return None  # no configuration runs here: the reference goes on
+        return None  # the reference goes on
     best = min(us, key=us.__getitem__)
-    return {
-        "config": dict(configs[int(best)]),
-        "path": "triton" if us[best] <= torch_us else "torch",
-        "us": round(us[best], 2),
-        "torch_us": round(torch_us, 2),
-    }
+    entry: dict[str, Any] = {"config": dict(configs[int(best)]), "path": "triton", "us": round(us[best], 2)}
+    if torch_us is not None:  # a reference that waits for the device cannot be captured, and is no alternative
+        entry |= {"path": "triton" if us[best] <= torch_us else "torch", "torch_us": round(torch_us, 2)}
+    return entry
 
 
 def merge_into(path: Path, table: dict[str, Any]) -> None:
@@ -100,15 +125,3 @@ def merge_into(path: Path, table: dict[str, Any]) -> None:
     unfinished = path.with_name(path.name + ".partial")
     unfinished.write_text(json.dumps(merged, indent=1, sort_keys=True) + "\n")
     unfinished.replace(path)
-
-
-def _on_gpu(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Random tensors in place of meta tensors, with their strides."""
-
-    def real(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
-        return made.normal_() if value.is_floating_point() else made.zero_()
-
-    return tuple(map(real, values))

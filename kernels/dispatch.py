@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import json
 import os
 import threading
@@ -158,6 +159,8 @@ class Op(Generic[P, R]):
     `supports` has agreed to. shape_class: a short string that the table of launch configurations is keyed by.
     default: the configuration where the table has none, from (shape class, capability). space, keep: what a tuner
     tries, and whether a configuration is worth a try for some arguments. prefer: the path where the table says nothing.
+    given: of a call's arguments those that random numbers cannot stand for (integers, and whatever else holds places),
+    by name: valid and typical ones for its shapes, on the CPU.
     """
 
     def __init__(
@@ -174,12 +177,13 @@ class Op(Generic[P, R]):
         keep: Callable[..., bool] = lambda config, *args, **kwargs: True,
         prefer: Route = "triton",
         mutates: tuple[str, ...] = (),
+        given: Callable[P, Mapping[str, Tensor]] | None = None,
     ) -> None:
         self.name = name
         self.reference, self.triton, self.supports = reference, triton, supports
         self.shape_class, self.cost, self.default = shape_class, cost, default
         self.space, self.keep = space, keep
-        self.prefer, self.mutates = prefer, mutates
+        self.prefer, self.mutates, self.given = prefer, mutates, given
         OPS[name] = self
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -226,6 +230,34 @@ class Op(Generic[P, R]):
         key, arch = self.shape_class(*args, **kwargs), capability(x)
         entry = entry_of(self.name, key, arch)
         return dict((entry or {}).get("config") or self.default(key, arch))
+
+    def named(self, *args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
+        """The arguments of a call by their names."""
+        return dict(inspect.signature(self.reference).bind(*args, **kwargs).arguments)
+
+    def example(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: torch.device | str
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call with tensors on `device` in place of theirs, which may be meta tensors: of the same
+        shapes, dtypes and strides, of random normal numbers, and as `given` says where there is no such thing.
+
+        How an op is timed and tuned. TypeError for an integer tensor that `given` says nothing of: rounded noise would
+        be lengths below zero and rows that are not there.
+        """
+        named = self.named(*args, **kwargs)
+        given = {} if self.given is None else self.given(*args, **kwargs)
+
+        def make(name: str, x: Tensor) -> Tensor:
+            size = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+            flat = torch.empty(size, dtype=x.dtype, device=device)
+            if name in given:
+                return flat.as_strided(x.shape, x.stride()).copy_(given[name])
+            if not x.is_floating_point():
+                raise TypeError(f"op {self.name} reads {name!r}, {x.dtype}, and does not say which values are valid")
+            return flat.normal_().as_strided(x.shape, x.stride())
+
+        made = {name: make(name, value) if isinstance(value, Tensor) else value for name, value in named.items()}
+        return tuple(made.values())[: len(args)], {name: made[name] for name in kwargs}
 
     @functools.cached_property
     def registered(self) -> Callable[P, R]:

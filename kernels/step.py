@@ -346,6 +346,34 @@ def end_step_cost(out: Tensor, u: Tensor, x: Tensor, *_: object, **__: object) -
     return Cost(flop=0, bytes=out.numel() * out.element_size() + 2 * x.numel() * x.element_size() + written)
 
 
+def _given_slots(slots: int, rows: int, steps: int) -> dict[str, Tensor]:
+    """Slots at the first of `steps` rows of their tables, guided where the network has two rows for each."""
+    row = torch.arange(slots) % rows
+    pairs = torch.stack((row, row + slots) if rows >= 2 * slots else (torch.full_like(row, -1), row), 1)
+    return {"counter": torch.zeros(slots), "steps": torch.full((slots,), steps), "rows": pairs}
+
+
+def end_step_given(
+    out: Tensor, u: Tensor, x: Tensor, *state: Tensor | None, **named: Tensor | None
+) -> dict[str, Tensor]:
+    """A row of DPM-Solver++ 2M at every step, with noise and a mask where there are any."""
+    call = END_STEP.named(out, u, x, *state, **named)
+    slots, (_, steps, _) = len(x), call["table"].shape
+    row = dict.fromkeys((*COLUMNS, *EXTRA), 0.0)
+    row |= {"c_in": 1.0, "p": 0.9, "q": -0.4, "a": 0.8, "b0": 0.3, "b1": -0.1, "e1": 1.0, "r": 0.7, "s": 0.7}
+    row |= {
+        "guided": 1.0,
+        "keep": 1.0,
+        "d": float(call["noise"] is not None),
+        "masked": float(call["mask"] is not None),
+    }
+    table = torch.zeros(slots, steps, ROW)
+    table[..., : len(row)] = torch.tensor(list(row.values()))
+    given = _given_slots(slots, len(out), steps)
+    given |= {"table": table, "next_rows": given["rows"], "arrived": torch.zeros(slots)}
+    return given | {"first_bad": torch.full((slots,), NEVER), "guidance": torch.full((slots,), 7.5)}
+
+
 # ---- its configurations and kernel
 
 
@@ -567,6 +595,7 @@ END_STEP = Op(
     space=SPACE,
     keep=end_step_keep,
     mutates=("u", "x", "y", "history", "counter", "arrived", "first_bad"),
+    given=end_step_given,
 )
 
 
@@ -598,6 +627,11 @@ def guidance_rescale_supports(out: Tensor, *state: Tensor, **named: Tensor) -> V
 
 def guidance_rescale_cost(out: Tensor, *_: object, **__: object) -> Cost:
     return Cost(flop=0, bytes=out.numel() * out.element_size())
+
+
+def guidance_rescale_given(out: Tensor, counter: Tensor, *_: Tensor, **__: Tensor) -> dict[str, Tensor]:
+    slots = len(counter)
+    return _given_slots(slots, len(out), 1) | {"rescale": torch.full((slots,), 0.7)}
 
 
 def guidance_rescale_shape_class(out: Tensor, *_: object, **__: object) -> str:
@@ -710,6 +744,7 @@ GUIDANCE_RESCALE = Op(
     space=RESCALE_SPACE,
     keep=guidance_rescale_keep,
     mutates=("factor",),
+    given=guidance_rescale_given,
 )
 
 
