@@ -15,7 +15,9 @@ Times are medians of rounds in which all contenders take turns.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
+import importlib.metadata
 import json
 import platform
 import re
@@ -28,12 +30,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import source
 from benchmarks.networks import WORKLOADS, Call, calls
 from fastldm.bench import Ceilings, ceilings, take_turns
 from fastldm.kernels import dispatch
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 L2_BYTES = 128 << 20  # copies of the arguments together pass this: more than any chip's L2
 
@@ -69,23 +71,56 @@ def main(ops: Sequence[dispatch.Op[..., Any]], rivals: Rivals) -> None:
         sys.exit("torch sees no GPU: this times kernels on one. --list prints shapes and costs without.")
 
     limits = ceilings(torch.device("cuda"), DTYPES[args.dtype])
-    rows = []
+    name = Path(sys.modules["__main__"].__file__ or "op").stem
+    record = Record(
+        args.results, f"{name}-{args.dtype}", source=source(name), ceilings=limits._asdict(), dtype=args.dtype
+    )
     for workload, call, count in wanted:
         row = {"workload": workload, "count": count, **bench(call, rivals, limits)}
-        rows.append(row)
+        record.add(row)
         print(line(row), flush=True)
-    folder = args.results or RESULTS / machine()
-    folder.mkdir(parents=True, exist_ok=True)
-    name = Path(sys.modules["__main__"].__file__ or "op").stem
-    record = {"machine": describe(), "source": source(name), "ceilings": limits._asdict(), "dtype": args.dtype}
-    record["rows"] = rows
-    (folder / f"{name}-{args.dtype}.json").write_text(json.dumps(record, indent=1) + "\n")
-    if any("wrong" in row for row in rows):
-        sys.exit("some kernels are wrong and were not timed")
+    record.end()
 
 
-def bench(call: Call, rivals: Rivals, limits: Ceilings) -> dict[str, Any]:
-    """One call: correct or not, microseconds of each contender, and the floor."""
+class Record:
+    """The results of a benchmark on a GPU as a file, written anew with every row: what is stopped keeps what it has."""
+
+    def __init__(self, folder: Path | None, name: str, **about: Any) -> None:
+        """folder: benchmarks/results/GPU when None."""
+        folder = folder or RESULTS / machine()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"{name}.json"
+        self.content: dict[str, Any] = {"machine": describe(), **about, "whole": False, "rows": []}
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.content["rows"].append(row)
+        self.write()
+
+    def write(self) -> None:
+        unfinished = self.path.with_name(self.path.name + ".partial")
+        unfinished.write_text(json.dumps(self.content, indent=1) + "\n")
+        unfinished.replace(self.path)
+
+    def end(self) -> None:
+        """All rows are there. Exits with 1 where a kernel was wrong."""
+        self.content["whole"] = True
+        self.write()
+        if any("wrong" in row for row in self.content["rows"]):
+            sys.exit("some kernels are wrong and were not timed")
+
+
+def bench(
+    call: Call,
+    rivals: Rivals,
+    limits: Ceilings,
+    *,
+    device: str = "cuda",
+    copies: int | None = None,
+    rounds: int = 9,
+    seconds: float = 0.02,
+) -> dict[str, Any]:
+    """One call: correct or not, microseconds of each contender, and the floor. copies: sets of arguments, as many as
+    pass the L2 cache when None."""
     op = dispatch.OPS[call.op]
     flop, moved, exp = call.cost
     row: dict[str, Any] = {
@@ -96,7 +131,8 @@ def bench(call: Call, rivals: Rivals, limits: Ceilings) -> dict[str, Any]:
         "floor_us": limits.seconds(flop, moved) * 1e6,
     }
 
-    sets = [call.arguments("cuda") for _ in range(min(16, max(2, L2_BYTES // max(moved, 1) + 1)))]
+    copies = copies or min(16, max(2, L2_BYTES // max(moved, 1) + 1))
+    sets = [call.arguments(device) for _ in range(copies)]
     contenders: dict[str, list[Callable[[], object]]] = {}
     verdict = op.supports(*sets[0][0], **sets[0][1])
     if not verdict:
@@ -111,28 +147,47 @@ def bench(call: Call, rivals: Rivals, limits: Ceilings) -> dict[str, Any]:
         for name, run in rivals(*args, **kwargs).items():
             contenders.setdefault(name, []).append(run)
 
-    row["us"], row["spread"], row["failed"] = take_turns(contenders)
-    if "triton" in row["us"]:
-        others = {name: us for name, us in row["us"].items() if name != "triton"}
-        best = min(others, key=others.__getitem__)
-        row |= {"best_rival": best, "ratio": others[best] / row["us"]["triton"]}
-    return row
+    row["us"], row["spread"], row["failed"] = take_turns(contenders, rounds, seconds)
+    return row | against_rivals(row["us"])
+
+
+def against_rivals(us: dict[str, float], ours: str = "triton") -> dict[str, Any]:
+    """The fastest rival and how many times longer it takes than ours; nothing where either is missing."""
+    others = {name: took for name, took in us.items() if not name.startswith(ours)}
+    if ours not in us or not others:
+        return {}
+    best = min(others, key=others.__getitem__)
+    return {"best_rival": best, "ratio": others[best] / us[ours]}
+
+
+SMALL = {torch.float32: 1e-6, torch.float16: 2.5e-4, torch.bfloat16: 2e-3}  # a quarter of the last place, about
 
 
 def disagreement(op: dispatch.Op[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """How the Triton path is further from float32 than twice the reference in the same precision; None if it is not."""
+    """How the Triton path is further from float32 than twice the reference in the same precision, in what it returns
+    and what it writes; None if it is not. The arguments are left as they are."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
-    def float32(value: Any) -> Any:
-        return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+    def results(function: Callable[..., Any], exactly: bool = False) -> dict[str, Tensor]:
+        call = op.named(*args, **kwargs)
+        for name, value in call.items():
+            if isinstance(value, Tensor):
+                value = value.float() if exactly and value.is_floating_point() else value
+                call[name] = value.clone() if name in op.mutates else value
+        out = function(**call)
+        returned = () if out is None else (out,) if isinstance(out, Tensor) else tuple(out)
+        found = {f"output {i}": x for i, x in enumerate(returned)}
+        written = {name: call.get(name) for name in op.mutates}
+        return found | {name: x for name, x in written.items() if isinstance(x, Tensor)}
 
-    exact = op.reference(*map(float32, args), **{name: float32(value) for name, value in kwargs.items()})
-    plain, got = op.reference(*args, **kwargs), op.triton(*args, **kwargs)
-    for g, p, e in zip(*(t if isinstance(t, tuple | list) else [t] for t in (got, plain, exact)), strict=True):
-        scale = e.abs().max()
-        off, allowed = (g - e).abs().max() / scale, 2 * (p - e).abs().max() / scale + torch.finfo(g.dtype).eps / 4
+    exact, plain, got = results(op.reference, exactly=True), results(op.reference), results(op.triton)
+    for name, result in got.items():
+        g, p, e = (t.double() for t in (result, plain[name], exact[name]))
+        scale = e.abs().max().clamp_min(1e-30)
+        allowed = 2 * (p - e).abs().max() / scale + SMALL.get(result.dtype, 0.0)
+        off = (g - e).abs().max() / scale
         if not off <= allowed:
-            return f"error {off.item():.2e}, allowed {allowed.item():.2e}"
+            return f"{name}: error {off.item():.2e}, allowed {allowed.item():.2e}"
     return None
 
 
@@ -144,32 +199,47 @@ def line(row: dict[str, Any]) -> str:
     mine = row["us"].get("triton")
     others = " ".join(f"{name} {us:.1f}" for name, us in row["us"].items() if name != "triton")
     if mine is None:
-        return f"{head} not supported ({row['unsupported']}); us: {others}"
+        why = row.get("unsupported") or row["failed"]["triton"]
+        return f"{head} not run by a kernel ({why}); us: {others}"
     rate = f"{row['flop'] / mine / 1e6:.0f} TFLOP/s" if row["flop"] else f"{row['bytes'] / mine / 1e3:.0f} GB/s"
-    return (
-        f"{head} {mine:9.1f} us {rate:>12}, {100 * row['floor_us'] / mine:3.0f}% of floor, "
-        f"{row['ratio']:.2f}x {row['best_rival']}; us: {others}"
-    )
+    ratio = f"{row['ratio']:.2f}x {row['best_rival']}" if "ratio" in row else "no rival ran"
+    return f"{head} {mine:9.1f} us {rate:>12}, {100 * row['floor_us'] / mine:3.0f}% of floor, {ratio}; us: {others}"
+
+
+def source(name: str) -> str:
+    """What a benchmark's figures depend on, hashed: its op's kernel, or for the ladder all kernels and the runtime."""
+    files = [ROOT / "kernels" / file for file in (f"{name}.py", "dispatch.py", "tuned.json")]
+    if not files[0].exists():
+        files = sorted((*(ROOT / "kernels").glob("*"), *(ROOT / "fastldm").rglob("*.py")))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()[:16]
 
 
 def machine() -> str:
     """The GPU's name as a folder's."""
-    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    return folder_name(torch.cuda.get_device_name())
+
+
+def folder_name(gpu: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
 
 
 def describe() -> dict[str, Any]:
-    import triton
-
+    """The machine that a figure comes from."""
+    found: dict[str, Any] = {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": importlib.metadata.version("triton") if dispatch.has_triton() else None,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    if not torch.cuda.is_available():
+        return found
     properties = torch.cuda.get_device_properties(0)
-    return {
+    return found | {
         "gpu": properties.name,
+        "folder": machine(),
         "sm": f"{properties.major}{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
         "memory_GiB": round(properties.total_memory / 2**30, 1),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
     }

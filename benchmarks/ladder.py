@@ -9,7 +9,8 @@ with all that the one before it has:
 
     diffusers          its U-Net and its scheduler, eager                    (where diffusers is installed)
     diffusers compiled the same, its U-Net by torch.compile max-autotune     (--compile: takes minutes)
-    fastldm            plain PyTorch: the whole U-Net at each step, the sampler's functions
+    eager              plain PyTorch, channels first: benchmarks/plain.py, and the sampler's functions
+    channels-last      fastldm's layers on PyTorch's ops: the whole U-Net at each step
     + kernels          its ops by the kernels that the table says
     + partial          text keys and values once a prompt, time rows once a schedule
     + graphs           slots in static buffers, the step and its end in one captured graph
@@ -23,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -51,6 +51,7 @@ from benchmarks.networks import (
     VAE,
     with_random_weights,
 )
+from benchmarks.plain import PlainUNet
 from fastldm import loading
 from fastldm.config import FAMILIES, Family, TextConfig, UNetConfig, VAEConfig
 from fastldm.denoise import Batch, EagerBatch, Run, State
@@ -117,10 +118,14 @@ class WholeUNet:
     def __init__(self, unet: UNet, run: Run, text: Tensor, added: AddedConditions | None) -> None:
         self.unet, self.text, self.added = unet, text, added
         self.timesteps = torch.from_numpy(run.work.table.timesteps).to(text.device)
+        self.plain = PlainUNet(unet)
 
     def __call__(self, u: Tensor, i: int) -> Tensor:
         rows = self.unet.time_rows(self.timesteps[i].expand(u.shape[0]), added=self.added)
         return self.unet.step(u, rows, self.unet.cross_kv(self.text[-u.shape[0] :]))
+
+    def channels_first(self, u: Tensor, i: int) -> Tensor:
+        return self.plain(u, self.timesteps[i].expand(u.shape[0]), self.text[-u.shape[0] :], self.added)
 
 
 def rungs(pipe: Pipeline, model: Model, steps: int, compiled: bool) -> dict[str, Callable[[], object]]:
@@ -136,11 +141,11 @@ def rungs(pipe: Pipeline, model: Model, steps: int, compiled: bool) -> dict[str,
 
     whole = WholeUNet(pipe.unet, run, hidden, added)
 
-    def loop(route: Any) -> None:
+    def loop(route: Any, network: Callable[[Tensor, int], Tensor] = whole) -> None:
         with use(route) if route else nullcontext():
             state = State(run.work)
             for i in range(len(run.work.table)):
-                state.end(i, whole(state.input(i), i))
+                state.end(i, network(state.input(i), i))
 
     def batch(make: Callable[[], Batch]) -> Callable[[], None]:
         held = make()
@@ -160,7 +165,8 @@ def rungs(pipe: Pipeline, model: Model, steps: int, compiled: bool) -> dict[str,
         if compiled:
             found["diffusers compiled"] = diffusers_loop(model, run, hidden, "max-autotune")
     return found | {
-        "fastldm": lambda: loop("torch"),
+        "eager": lambda: loop("torch", whole.channels_first),
+        "channels-last": lambda: loop("torch"),
         "+ kernels": lambda: loop(None),
         "+ partial": batch(lambda: EagerBatch(pipe.unet)),
         "+ graphs": batch(lambda: pipe._new_batch(run, 1)),
@@ -209,41 +215,82 @@ def synchronize(device: torch.device) -> None:
 
 
 @torch.no_grad()
-def climb(pipe: Pipeline, model: Model, steps: int, rounds: int, compiled: bool) -> dict[str, dict[str, float]]:
-    """Milliseconds a step of each rung: whole, and the host's part."""
+def climb(
+    pipe: Pipeline,
+    model: Model,
+    steps: int,
+    rounds: int,
+    compiled: bool = False,
+    on_rung: Callable[[str, dict[str, Any]], object] = lambda name, row: None,
+) -> dict[str, dict[str, Any]]:
+    """Milliseconds a step of each rung: whole, and the host's part; of a rung that fails why.
+
+    on_rung: hears of each rung as soon as it has run once, and again when all have taken their turns.
+    """
     times: dict[str, list[tuple[float, float]]] = {}
+    failed: dict[str, str] = {}
+
+    def once(name: str, run: Callable[[], object]) -> None:
+        synchronize(pipe.device)
+        began = time.perf_counter()
+        run()
+        issued = time.perf_counter()
+        synchronize(pipe.device)
+        times.setdefault(name, []).append((time.perf_counter() - began, issued - began))
+
+    def row(name: str) -> dict[str, Any]:
+        if name in failed:
+            return {"failed": failed[name]}
+        whole, host = zip(*times[name], strict=True)
+        return {
+            "ms": 1e3 * median(whole) / steps,
+            "host_ms": 1e3 * median(host) / steps,
+            "spread": (max(whole) - min(whole)) / median(whole),
+            "rounds": len(whole),
+        }
 
     def on_the_worker() -> None:
         found = rungs(pipe, model, steps, compiled)
         for name, run in found.items():
-            for _ in range(WARM_UPS + 1):
-                run()
-            times[name] = []
-        for _ in range(rounds):
+            try:
+                for _ in range(WARM_UPS + 1):
+                    run()
+                once(name, run)
+            except Exception as error:  # the rungs above it may stand all the same
+                failed[name] = f"{type(error).__name__}: {error}".split("\n")[0][:300]
+            on_rung(name, row(name))
+        for _ in range(rounds - 1):
             for name, run in found.items():
-                synchronize(pipe.device)
-                began = time.perf_counter()
-                run()
-                issued = time.perf_counter()
-                synchronize(pipe.device)
-                times[name].append((time.perf_counter() - began, issued - began))
+                if name not in failed:
+                    once(name, run)
 
     pipe.session.call(on_the_worker)  # as the library runs it: on the stream that captures
+    for name in times:
+        on_rung(name, row(name))
+    return {name: row(name) for name in [*times, *failed]}
+
+
+def stages_of(pipe: Pipeline, model: Model, steps: int, rounds: int) -> dict[str, float]:
+    """Milliseconds of a picture's stages, one request after the other."""
+    given = _given(model, steps)
+    pipe.warmup([(model.size, model.size)], num_inference_steps=steps)
+    results = [pipe("a castle at dusk", seed=k, **given) for k in range(max(3, rounds))]
     return {
-        name: {
-            "ms": median(1e3 * whole / steps for whole, _ in rows),
-            "host_ms": median(1e3 * host / steps for _, host in rows),
-        }
-        for name, rows in times.items()
+        "text_ms": 1e3 * median(result.timings.text for result in results),
+        "steps_ms": 1e3 * median(sum(result.timings.steps) for result in results),
+        "decode_ms": 1e3 * median(result.timings.decode for result in results),
+        "total_ms": 1e3 * median(result.timings.total for result in results),
     }
 
 
-def pictures(pipe: Pipeline, model: Model, steps: int, rounds: int) -> dict[str, float]:
-    """Milliseconds a picture by stage, and pictures a second: one request after the other, and all at once."""
-    given: dict[str, Any] = {"height": model.size, "width": model.size, "num_inference_steps": steps}
+def throughput(pipe: Pipeline, model: Model, steps: int, count: int = 16) -> dict[str, float]:
+    """Pictures a second: one request after the other, and so many submitted at once to a session that takes eight."""
+    given = _given(model, steps)
     pipe.warmup([(model.size, model.size)], num_inference_steps=steps)
-    results = [pipe("a castle at dusk", seed=k, **given) for k in range(max(3, rounds))]
-    count = 16
+    began = time.perf_counter()
+    for k in range(count):
+        pipe("a castle at dusk", seed=k, **given)
+    one_by_one = (time.perf_counter() - began) / count
     with Session(pipe, max_batch=8) as session:
 
         def together() -> float:
@@ -255,15 +302,11 @@ def pictures(pipe: Pipeline, model: Model, steps: int, rounds: int) -> dict[str,
         together()
         together()
         at_once = min(together() for _ in range(2))
-    one_by_one = sum(result.timings.total for result in results) / len(results)
-    return {
-        "text_ms": 1e3 * median(result.timings.text for result in results),
-        "steps_ms": 1e3 * median(sum(result.timings.steps) for result in results),
-        "decode_ms": 1e3 * median(result.timings.decode for result in results),
-        "total_ms": 1e3 * median(result.timings.total for result in results),
-        "one_at_a_time_per_s": 1 / one_by_one,
-        "together_per_s": count / at_once,
-    }
+    return {"one_at_a_time_per_s": 1 / one_by_one, "together_per_s": count / at_once}
+
+
+def _given(model: Model, steps: int) -> dict[str, Any]:
+    return {"height": model.size, "width": model.size, "num_inference_steps": steps}
 
 
 def main() -> None:
@@ -281,26 +324,29 @@ def main() -> None:
         sys.exit("torch sees no GPU: --device cpu runs the same code, for --model tiny in seconds")
     dtype = torch.float32 if device.type == "cpu" else getattr(torch, args.dtype)
 
-    rows: dict[str, Any] = {}
+    record = None
+    if device.type == "cuda":
+        record = harness.Record(args.results, f"ladder-{args.dtype}", source=harness.source("ladder"), dtype=args.dtype)
     for name in args.model or [name for name in MODELS if name != "tiny"]:
         model = MODELS[name]
         steps = args.steps or model.steps
         pipe = pipeline(model, device, dtype)
         found = climb(pipe, model, max(steps, 4), args.rounds, args.compile)
-        first = next(iter(found.values()))["ms"]
+        first = next((row["ms"] for row in found.values() if "ms" in row), 0.0)
         print(f"{name}, {steps} steps, {dtype}; floor {model.floor_ms} ms a step, best published {model.best_ms}")
         for rung, row in found.items():
+            if "failed" in row:
+                print(f"  {rung:20} {row['failed']}")
+                continue
             print(f"  {rung:20} {row['ms']:9.3f} ms a step  {first / row['ms']:6.2f} x  host {row['host_ms']:8.3f} ms")
-        made = pictures(pipe, model, steps, args.rounds)
+        made = stages_of(pipe, model, steps, args.rounds) | throughput(pipe, model, steps)
         print("  " + ", ".join(f"{key} {value:.2f}" for key, value in made.items()), flush=True)
-        rows[name] = {"steps": steps, "floor_ms": model.floor_ms, "best_published_ms": model.best_ms}
-        rows[name] |= {"rungs": found, "pictures": made}
+        if record is not None:
+            about = {"steps": steps, "floor_ms": model.floor_ms, "best_published_ms": model.best_ms}
+            record.add({"model": name, **about, "rungs": found, "pictures": made})
         del pipe
-    if device.type == "cuda":
-        folder = args.results or harness.RESULTS / harness.machine()
-        folder.mkdir(parents=True, exist_ok=True)
-        record = {"machine": harness.describe(), "dtype": args.dtype, "rows": rows}
-        (folder / f"ladder-{args.dtype}.json").write_text(json.dumps(record, indent=1) + "\n")
+    if record is not None:
+        record.end()
 
 
 if __name__ == "__main__":

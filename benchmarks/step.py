@@ -10,7 +10,7 @@ is checked against the functions first.
 from __future__ import annotations
 
 import argparse
-import json
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness
-from benchmarks.gpu import source
 from fastldm.bench import ceilings, take_turns
 from fastldm.kernels import use
 from fastldm.kernels.step import COLUMNS, END_STEP, StepState, end_step, guide, model_input, step, table_rows
@@ -63,12 +62,16 @@ def functions(row: list[float], out: Tensor, x: Tensor, last: Tensor, dtype: tor
     return model_input(after, row[0], dtype, 2), after, m
 
 
-def rivals(out: Tensor, state: StepState) -> dict[str, Callable[[], object]]:
-    from diffusers import DPMSolverMultistepScheduler
-
+def rivals(out: Tensor, state: StepState, compiled: bool = True) -> dict[str, Callable[[], object]]:
     row = state.table[0, 0, : len(COLUMNS)].tolist()
     x, last, dtype = state.x.clone(), state.history[:, 0].clone(), out.dtype
-    compiled = torch.compile(functions)
+    runs: dict[str, Callable[[], object]] = {"eager": lambda: functions(row, out, x, last, dtype)}
+    if compiled:
+        fused = torch.compile(functions)
+        runs["torch.compile"] = lambda: fused(row, out, x, last, dtype)
+    if importlib.util.find_spec("diffusers") is None:
+        return runs  # a machine without it still learns the rest
+    from diffusers import DPMSolverMultistepScheduler
 
     scheduler = DPMSolverMultistepScheduler.from_config(SD)
     scheduler.set_timesteps(STEPS)
@@ -82,16 +85,12 @@ def rivals(out: Tensor, state: StepState) -> dict[str, Callable[[], object]]:
         after = scheduler.step(said, scheduler.timesteps[ROW], half, return_dict=False)[0]
         return scheduler.scale_model_input(torch.cat([after] * 2), scheduler.timesteps[ROW + 1])
 
-    return {
-        "diffusers": diffusers_step,
-        "eager": lambda: functions(row, out, x, last, dtype),
-        "torch.compile": lambda: compiled(row, out, x, last, dtype),
-    }
+    return {"diffusers": diffusers_step, **runs}
 
 
-def wrong(slots: int, height: int, width: int, dtype: torch.dtype) -> str | None:
+def wrong(slots: int, height: int, width: int, dtype: torch.dtype, device: str) -> str | None:
     """How the kernel disagrees with the functions after two steps; None if it does not."""
-    out, state = arguments(slots, height, width, dtype, "cuda", rows=4)
+    out, state = arguments(slots, height, width, dtype, device, rows=4)
     row = state.table[0, 0, : len(COLUMNS)].tolist()
     x, last = state.x.clone(), state.history[:, -1].clone()
     for _ in range(2):
@@ -105,16 +104,24 @@ def wrong(slots: int, height: int, width: int, dtype: torch.dtype) -> str | None
     return None if state.counter.eq(2).all() else f"counters {state.counter.tolist()} after two steps"
 
 
-def bench(name: str, dtype: torch.dtype, ceiling: float) -> dict[str, Any]:
-    slots, height, width = SHAPES[name]
-    moved = bytes_moved(*arguments(*SHAPES[name], dtype, "meta"))
+def bench(
+    name: str,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    ceiling: float,
+    device: str = "cuda",
+    compiled: bool = True,
+) -> dict[str, Any]:
+    """The row of one shape: (slots, height, width). ceiling: bytes a second. compiled: torch.compile takes its turn."""
+    slots, height, width = shape
+    moved = bytes_moved(*arguments(*shape, dtype, "meta"))
     row: dict[str, Any] = {"workload": name, "count": 1, "call": f"end_step {slots}x4x{height}x{width}", "flop": 0}
     row |= {"bytes": moved, "floor_us": moved / ceiling * 1e6}
-    if (why := wrong(*SHAPES[name], dtype)) is not None:
+    if (why := wrong(*shape, dtype, device)) is not None:
         return row | {"wrong": why}
     contenders: dict[str, list[Callable[[], object]]] = {}
-    sets = [arguments(*SHAPES[name], dtype, "cuda") for _ in range(COPIES)]
-    rescaled = [arguments(*SHAPES[name], dtype, "cuda") for _ in range(COPIES)]
+    sets = [arguments(*shape, dtype, device) for _ in range(COPIES)]
+    rescaled = [arguments(*shape, dtype, device) for _ in range(COPIES)]
     for _, state in rescaled:
         state.rescale.fill_(0.7)
     contenders["triton"] = [(lambda o=out, s=state: end_step(o, s)) for out, state in sets]
@@ -122,14 +129,13 @@ def bench(name: str, dtype: torch.dtype, ceiling: float) -> dict[str, Any]:
         (lambda o=out, s=state: end_step(o, s, rescales=True)) for out, state in rescaled
     ]
     for out, state in sets:
-        for rival, run in rivals(out, state).items():
+        for rival, run in rivals(out, state, compiled).items():
             contenders.setdefault(rival, []).append(run)
-    row["us"], row["spread"], row["failed"] = take_turns(contenders)
+    with use("triton"):
+        row["us"], row["spread"], row["failed"] = take_turns(contenders)
     if not all(bool((state.counter < state.steps).all()) for _, state in (*sets, *rescaled)):
         return row | {"wrong": "a slot ended while it was timed: ROWS is too small"}
-    others = {rival: us for rival, us in row["us"].items() if not rival.startswith("triton")}
-    best = min(others, key=others.__getitem__)
-    return row | {"best_rival": best, "ratio": others[best] / row["us"]["triton"]}
+    return row | harness.against_rivals(row["us"])
 
 
 def bytes_moved(out: Tensor, state: StepState) -> int:
@@ -151,17 +157,13 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("torch sees no GPU: this times kernels on one. --list prints shapes and bytes without.")
     limits = ceilings(torch.device("cuda"), dtype)
-    rows = []
+    about = {"source": harness.source("step"), "ceilings": limits._asdict(), "dtype": args.dtype}
+    record = harness.Record(args.results, f"step-{args.dtype}", **about)
     for name in SHAPES:
-        rows.append(bench(name, dtype, limits.bytes))
-        print(harness.line(rows[-1]), flush=True)
-    folder = args.results or harness.RESULTS / harness.machine()
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {"machine": harness.describe(), "source": source("step"), "ceilings": limits._asdict()}
-    record |= {"dtype": args.dtype, "rows": rows}
-    (folder / f"step-{args.dtype}.json").write_text(json.dumps(record, indent=1) + "\n")
-    if any("wrong" in row for row in rows):
-        sys.exit("some kernels are wrong and were not timed")
+        row = bench(name, SHAPES[name], dtype, limits.bytes)
+        record.add(row)
+        print(harness.line(row), flush=True)
+    record.end()
 
 
 if __name__ == "__main__":

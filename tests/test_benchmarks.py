@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import readme, scaling, suite
+from benchmarks import harness, networks, readme, scaling, suite
+from fastldm import bench
+from fastldm.kernels import dispatch
 
 
 def run(ratio: float, date: str = "2026-11-22 10:00") -> dict[str, Any]:
@@ -115,3 +119,63 @@ def test_optimum_joins_the_cases_that_run_bundles() -> None:
     assert given[-2:] == ["--python", f"optimum={python}"]
     assert suite.with_optimum(suite.CASES["cpu-picture"], None) == suite.CASES["cpu-picture"]
     assert suite.with_optimum(suite.CASES["cpu-step"], python) == suite.CASES["cpu-step"]
+
+
+def test_results_are_written_row_by_row(tmp_path: Path) -> None:
+    record = harness.Record(tmp_path / "chosen", "geglu-float16", dtype="float16")
+    for k in range(2):
+        record.add({"call": k})
+        content = json.loads((tmp_path / "chosen" / "geglu-float16.json").read_text())
+        assert (len(content["rows"]), content["whole"]) == (k + 1, False)
+    record.end()
+    assert json.loads(record.path.read_text())["whole"]
+    record.add({"wrong": "error 1"})
+    with pytest.raises(SystemExit, match="wrong"):
+        record.end()
+
+
+def test_a_contender_that_cannot_run_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    (call, *_) = (call for call in networks.calls("tiny step", torch.float32) if call.op == "layer_norm")
+
+    def broken(*_: Any) -> torch.Tensor:
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(harness, "disagreement", lambda *_: None)
+    monkeypatch.setattr(dispatch.OPS["layer_norm"], "triton", broken)
+    limits = bench.Ceilings(1e12, 1e12)
+    row = harness.bench(call, lambda *args: {"rival": lambda: broken(*args)}, limits, device="cpu", copies=1, rounds=1)
+    assert row["failed"] == {"triton": "no driver", "rival": "no driver"}
+    assert row["us"].keys() == {"torch"}
+    assert "no driver" in harness.line({"workload": "tiny", "count": 1, **row})
+    assert harness.against_rivals({"triton": 2.0}) == {}
+    assert harness.against_rivals({"triton": 2.0, "a": 6.0, "b": 3.0}) == {"best_rival": "b", "ratio": 1.5}
+
+
+def test_a_kernel_that_writes_wrongly_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what an op writes into its arguments, which are left as they were."""
+    for name in ("layer_norm", "guidance_rescale"):
+        (call, *_) = (call for call in networks.calls("tiny step", torch.float32) if call.op == name)
+        op, (args, kwargs) = dispatch.OPS[name], call.arguments("cpu")
+        before = copy.deepcopy(op.named(*args, **kwargs))
+        monkeypatch.setattr(op, "triton", op.reference)
+        assert harness.disagreement(op, args, kwargs) is None
+
+        def off(*args: Any, op: Any = op, **kwargs: Any) -> Any:
+            out = op.reference(*args, **kwargs)
+            changed = out if out is not None else op.named(*args, **kwargs)[op.mutates[0]]
+            changed.mul_(1.001)
+            return out
+
+        monkeypatch.setattr(op, "triton", off)
+        assert "error" in str(harness.disagreement(op, args, kwargs))
+        named = op.named(*args, **kwargs)
+        assert all(value.equal(before[key]) for key, value in named.items() if isinstance(value, torch.Tensor))
+
+
+def test_the_readme_has_the_rungs_of_a_gpu(results: Path) -> None:
+    assert "not yet measured" in readme.on_gpu()[0]
+    (results / "a-gpu").mkdir()
+    rungs = {"eager": {"ms": 20.0}, "+ graphs": {"failed": "OutOfMemoryError"}}
+    rows = [{"model": "sd15-512", "floor_ms": 2.0, "rungs": rungs}]
+    (results / "a-gpu" / "ladder-float16.json").write_text(json.dumps({"rows": rows}))
+    assert readme.on_gpu()[2:] == ["| a-gpu, sd15-512 | eager | 20.00 | 2.0 |"]
