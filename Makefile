@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-full lint bench gpu-test gpu-bench
+.PHONY: demo test test-full lint bench gpu-first gpu-rehearsal gpu-test gpu-bench
 
 demo: $(VENV)/base
 	$(BIN)/fastldm generate "$(PROMPT)" --seed 0 -o demo.png --force
@@ -29,7 +29,16 @@ lint: $(VENV)/test
 bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks.suite
 
-# On a machine with a GPU, with the torch and triton that it has.
+# On a machine with a GPU, with the torch and triton that it has. What has to be learnt first, in two halves of six
+# minutes: `make gpu-first OUT=DIR HALF=1`, then `make gpu-first OUT=DIR2 HALF=2 RESUME=DIR`; without HALF both.
+OUT ?= benchmarks/runs/first
+gpu-first:
+	$(PYTHON) -m benchmarks.gpu first --out $(OUT) $(if $(HALF),--half $(HALF)) $(if $(RESUME),--resume $(RESUME))
+
+# The same on a CPU: every stage, on tiny shapes, without the packages that such a machine lacks.
+gpu-rehearsal: $(VENV)/test
+	$(BIN)/python -m benchmarks.gpu first --dry --out $(OUT)-rehearsal --resume $(OUT)-rehearsal
+
 gpu-test:
 	$(PYTHON) -m benchmarks.gpu test
 

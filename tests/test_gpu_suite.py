@@ -6,28 +6,24 @@ import subprocess
 import sys
 from pathlib import Path
 
-import blocked
 from conftest import ROOT
 
-from benchmarks import gpu
-
-# What such a machine was seen to lack; and what comes with it: ONNX is traced by onnxscript.
-MISSING = ("diffusers", "platformdirs", "openvino", "tensorrt", "tensorrt_rtx", "onnxscript", "onnx_ir", "optimum")
+from benchmarks import first
 
 
 def test_the_suite_has_every_file_that_asks_for_a_gpu() -> None:
     asking = {path.stem for path in (ROOT / "tests").glob("test_*.py") if "@pytest.mark.gpu\n" in path.read_text()}
-    names = [Path(name).stem for name in gpu.suite()]
+    names = [Path(name).stem for name in first.suite()]
     assert asking <= set(names)
     assert len(names) == len(set(names))
-    assert {f"test_{op}" for op in gpu.OPS} <= set(names)
+    assert {f"test_{op}" for op in first.OPS} <= set(names)
 
 
-def test_it_collects_the_same_where_peers_are_missing(tmp_path: Path) -> None:
+def test_it_collects_the_same_where_peers_are_missing() -> None:
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    environments = (None, blocked.environment(tmp_path, *MISSING))
+    environments = (None, first.without(*first.MISSING))
     running = [
-        subprocess.Popen([*command, *gpu.suite()], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([*command, *first.suite()], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
         for env in environments
     ]
     whole, lacking = (process.communicate(timeout=120)[0] for process in running)
@@ -38,7 +34,7 @@ def test_it_collects_the_same_where_peers_are_missing(tmp_path: Path) -> None:
 
 
 def test_a_picture_is_made_where_they_are_missing(tmp_path: Path) -> None:
-    environment = blocked.environment(tmp_path, *MISSING, "transformers", "scipy")
+    environment = first.without(*first.MISSING, "transformers", "scipy")
     del environment["FASTLDM_CACHE"]
     work = "-m", "fastldm", "generate", "a red apple", "--steps", "1", "-o", str(tmp_path / "apple.png")
     for arguments in (work, ("-m", "fastldm", "doctor")):
