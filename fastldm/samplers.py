@@ -51,13 +51,23 @@ class Grid:
     begin: int
     eta: float
     alpha_bar: Array  # (T,) alphas_cumprod
-    timesteps: Array  # (steps,); PLMS has one more
+    timesteps: Array  # (steps,)
     sigmas: Array = field(default_factory=lambda: np.zeros(0))  # (steps + 1,) noise over signal
     log_sigmas: Array32 = field(default_factory=lambda: np.zeros(0, np.float32))  # (T,) of the training schedule
 
     def bar(self, t: float, before_first: float = 1.0) -> float:
         """alphas_cumprod at a timestep."""
         return float(self.alpha_bar[int(t)]) if t >= 0 else before_first
+
+    def stride(self, i: int) -> int:
+        """How many timesteps DDIM and PLMS step down from step i of the whole schedule.
+
+        One stride for all, as in diffusers, comes within a timestep of the next step. With linspace spacing it does
+        not (diffusers ends 51 of 250 timesteps too high at 5 steps), so there the stride is what leads there.
+        """
+        if self.config.timestep_spacing != "linspace":
+            return self.config.num_train_timesteps // self.steps
+        return int(self.timesteps[i] - [*self.timesteps, -1.0][i + 1])
 
     @property
     def final_bar(self) -> float:
@@ -94,6 +104,11 @@ class Grid:
         p, q = self.denoised(alpha, sigma)
         return p * latent + q * output
 
+    def epsilon(self, alpha: float, sigma: float, latent: Array, output: Array) -> Array:
+        """The noise in it, likewise."""
+        p, q = self.noise(alpha, sigma)
+        return p * latent + q * output
+
     def noise(self, alpha: float, sigma: float) -> tuple[float, float]:
         """(p, q) that make p * latent + q * output the noise in it."""
         if self.config.prediction_type == "v_prediction":
@@ -128,16 +143,14 @@ def ddpm(grid: Grid) -> Iterator[Row]:
 
 
 def ddim(grid: Grid) -> Iterator[Row]:
-    """https://arxiv.org/abs/2010.02502, equation 12, a constant stride down whatever the next timestep is."""
-    stride = grid.config.num_train_timesteps // grid.steps
+    """https://arxiv.org/abs/2010.02502, equation 12."""
     for i in range(grid.begin, grid.steps):
         t = grid.timesteps[i]
-        now, after = grid.bar(t), grid.bar(t - stride, grid.final_bar)
+        now, after = grid.bar(t), grid.bar(t - grid.stride(i), grid.final_bar)
         alpha, sigma = math.sqrt(now), math.sqrt(1 - now)
         deviation = grid.eta * math.sqrt((1 - after) / (1 - now) * (1 - now / after))
-        x0 = grid.x0(alpha, sigma, X, M0)
-        noise = (X - alpha * x0) / sigma
-        x = math.sqrt(after) * x0 + math.sqrt(max(1 - after - deviation**2, 0)) * noise + deviation * N
+        x = math.sqrt(after) * grid.x0(alpha, sigma, X, M0)
+        x = x + math.sqrt(max(1 - after - deviation**2, 0)) * grid.epsilon(alpha, sigma, X, M0) + deviation * N
         yield Row(i - grid.begin, t, (alpha, sigma), x, draws=grid.eta > 0)
 
 
@@ -145,20 +158,23 @@ def plms(grid: Grid) -> Iterator[Row]:
     """https://arxiv.org/abs/2202.09778, the linear multistep method, on the network's output as it is.
 
     The second call repeats the first step with what the network says at its end, and is then forgotten: the history
-    skips it, and the anchor keeps the first output, which the fourth order still asks for three calls later.
+    skips it, and the anchor keeps the first output, which the fourth order still asks for three calls later. It is the
+    first step that runs: diffusers repeats the first of all, and where a picture leaves that out, steps twice to the
+    same level and lags behind by a step from there on.
     """
     third, fourth = 23 * M0 - 16 * M1 + 5 * Y, 55 * M0 - 59 * M1 + 37 * M2  # Adams and Bashforth's, but for the last
     forms = M0, (M0 + M1) / 2, (3 * M0 - Y) / 2, third / 12, (fourth - 9 * Y) / 24, (fourth - 9 * M3) / 24
-    stride = grid.config.num_train_timesteps // grid.steps
-    for i, t in enumerate(grid.timesteps[grid.begin :]):
+    steps = grid.timesteps[grid.begin :]
+    for i, t in enumerate([*steps[:2], *steps[1:]]):
+        step = max(i - 1, 0)
+        stride = grid.stride(grid.begin + step)
         form, (origin, source) = forms[min(i, 5)], (Y, t + stride) if i == 1 else (X, t)
         now, after = grid.bar(source), grid.bar(source - stride, grid.final_bar)
-        if grid.config.prediction_type == "v_prediction":
-            form = math.sqrt(now) * form + math.sqrt(1 - now) * origin
-        x = math.sqrt(after / now) * origin
-        x = x - (after - now) / (now * math.sqrt(1 - after) + math.sqrt(now * (1 - now) * after)) * form
+        alpha, sigma = math.sqrt(now), math.sqrt(1 - now)
+        x = math.sqrt(after) * grid.x0(alpha, sigma, origin, form)
+        x = x + math.sqrt(1 - after) * grid.epsilon(alpha, sigma, origin, form)
         keep = (X, M1)[i] if i < 2 else Y
-        yield Row(max(i - 1, 0), t, (math.sqrt(grid.bar(t)), math.sqrt(1 - grid.bar(t))), x, keep)
+        yield Row(step, t, (math.sqrt(grid.bar(t)), math.sqrt(1 - grid.bar(t))), x, keep)
 
 
 def lcm(grid: Grid) -> Iterator[Row]:
@@ -185,8 +201,8 @@ def tcd(grid: Grid) -> Iterator[Row]:
         t, now, after = times[i], grid.bar(times[i]), grid.bar(times[i + 1])
         between = grid.bar(np.floor(np.float32(1 - grid.eta) * np.float32(times[i + 1])))  # diffusers' rounding
         alpha, sigma = math.sqrt(now), math.sqrt(1 - now)
-        x0 = grid.x0(alpha, sigma, X, M0)
-        x = math.sqrt(between) * x0 + math.sqrt(1 - between) * (X - alpha * x0) / sigma
+        x = math.sqrt(between) * grid.x0(alpha, sigma, X, M0)
+        x = x + math.sqrt(1 - between) * grid.epsilon(alpha, sigma, X, M0)
         draws = grid.eta > 0 and i + 1 < grid.steps
         if draws:
             x = math.sqrt(after / between) * x + math.sqrt(1 - after / between) * N
@@ -262,9 +278,9 @@ def _midpoint(grid: Grid, i: int, t: float, sigma: float, down: float, up: float
 def lms(grid: Grid) -> Iterator[Row]:
     """k-diffusion's sample_lms, order 4: the last slopes, as a polynomial in sigma, integrated over the step."""
     for i, t, sigma, after in grid.walk():
-        nodes = np.array(grid.past(i, 4)) - sigma
+        nodes = np.array(grid.past(i, min(i + 1, 4))) - sigma  # of steps that ran; diffusers takes those before too
         x: Array = X
-        for k in range(min(len(nodes), i + 1)):  # diffusers counts the nodes, not the slopes, of steps left out
+        for k in range(len(nodes)):
             lagrange, integral = _lagrange(nodes, k), np.polynomial.polynomial.polyint
             x = x + np.polynomial.polynomial.polyval(after - sigma, integral(lagrange)) * (M0, M1, M2, M3)[k]
         row = _row(grid, i, t, sigma, x)
@@ -326,7 +342,7 @@ def dpm_multistep(grid: Grid) -> Iterator[Row]:
     for i, t, now, after in grid.walk():
         order = min(config.solver_order, i + 1, grid.left(i) if few else 3)
         final = config.euler_at_final or config.final_sigmas_type == "zero"
-        if now == after or (final and grid.left(i) == 1):
+        if grid.left(i) == 1 and (final or now == after):
             order = 1
         d = [M0]
         if order > 1:

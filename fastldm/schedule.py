@@ -7,11 +7,17 @@
     inpainting    x' = mask * x' + (1 - mask) * (r * init + s * noise0)          only where a mask is set
 
 Prediction type, spacing, Karras / exponential / beta sigmas, zero terminal SNR and image-to-image strength only
-change the numbers. How a sampler steps is in samplers.py; here are the configuration, where it steps, the names
-people use, and the packing.
+change the numbers. How a sampler steps is in samplers.py, where it steps in spacing.py; here are the configuration,
+the names people use, and the packing. All is computed in float64 and rounded once. None of the three files needs
+anything but numpy.
 
-The training schedule `alphas_cumprod` is float32, as checkpoints and diffusers hold it. All
-that follows is float64 and rounded once. Neither file needs anything but numpy.
+Tables are those of diffusers' schedulers, but where diffusers leaves the schedule that it was asked for:
+
+- Zero terminal SNR is kept by all classes; diffusers drops it in seven.
+- DDIM and PLMS on linspace spacing end each step where the next begins; diffusers ends elsewhere.
+- PLMS and LMS begin their history where a picture lets them begin; diffusers' goes on from steps that never ran.
+- TCD lays a picture's steps inside the strength, like LCM and as its scheduler can; diffusers' pipelines cut them from
+  the whole schedule. A caller's own `timesteps` are cut here too, so those of the whole schedule are the way to that.
 """
 
 from __future__ import annotations
@@ -20,16 +26,17 @@ import difflib
 import logging
 import math
 import re
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from fastldm import samplers
 from fastldm.errors import InputError
-from fastldm.samplers import Array, Array32, Grid, Row, sigma_to_t
+from fastldm.samplers import Array, Array32, Grid, Row
+from fastldm.spacing import Asked, Placed, alphas_cumprod, on_distilled_timesteps, on_lambdas, on_sigmas, on_timesteps
 
 log = logging.getLogger("fastldm")
 
@@ -141,9 +148,10 @@ def _read(name: str, given: Mapping[str, Any]) -> ScheduleConfig:
     if len(kinds) > 1:
         raise InputError(f"{name}: only one kind of sigmas can be used, got {' and '.join(kinds)}.")
     values |= {"sigma_kind": "".join(kinds), "sigma_min": given.get("sigma_min"), "sigma_max": given.get("sigma_max")}
-    values |= {key: tuple(values.get(key) or ()) for key in ("trained_betas", "disable_corrector")}
+    for key in ("trained_betas", "disable_corrector"):  # lists, arrays of numpy or torch
+        values[key] = () if values.get(key) is None else tuple(np.asarray(values[key]).tolist())
     betas, trained = len(values["trained_betas"]), values["num_train_timesteps"]
-    if betas not in (0, trained):
+    if betas != trained and given.get("trained_betas") is not None:
         raise InputError(f"{name}: {betas} trained_betas for num_train_timesteps {trained}; they must be as many.")
     algorithm = values.get("algorithm_type", "++")
     if not algorithm.endswith("++") and values["final_sigmas_type"] == "zero":
@@ -151,154 +159,9 @@ def _read(name: str, given: Mapping[str, Any]) -> ScheduleConfig:
     if algorithm == "sde-dpmsolver" and values["solver_order"] == 3:
         raise InputError(f"{name}: algorithm_type {algorithm!r} has no third order; set solver_order 2.")
     names = {f.name for f in fields(ScheduleConfig)} & set(values)
-    return ScheduleConfig(class_name=name, given=dict(given), **{key: values[key] for key in names})
-
-
-# ---- the training schedule ----
-
-
-def alphas_cumprod(config: ScheduleConfig) -> Array32:
-    """The training schedule, (num_train_timesteps,) float32.
-
-    Equal to diffusers' buffer to the bit, but for the last digits at zero terminal SNR, where torch's vectorised
-    square root is not always the nearest float32.
-    """
-    steps, one = config.num_train_timesteps, np.float32(1)
-    if config.trained_betas:
-        betas = np.asarray(config.trained_betas, np.float32)
-    elif config.beta_schedule == "linear":
-        betas = _linspace32(config.beta_start, config.beta_end, steps)
-    elif config.beta_schedule == "scaled_linear":
-        betas = _linspace32(config.beta_start**0.5, config.beta_end**0.5, steps) ** 2
-    else:  # squaredcos_cap_v2
-        bar = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
-        betas = np.array([min(1 - after / now, 0.999) for now, after in pairwise(bar)], np.float32)
-    if config.rescale_betas_zero_snr:  # https://arxiv.org/abs/2305.08891, algorithm 1
-        root = np.sqrt(_cumprod32(one - betas))
-        bar = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
-        betas = one - np.append(bar[:1], bar[1:] / bar[:-1])
-    return _cumprod32(one - betas)
-
-
-def _linspace32(start: float, end: float, steps: int) -> Array32:
-    """torch.linspace: a float32 step and fused multiply-adds, counted from the nearer end."""
-    first, last, i = np.float32(start), np.float32(end), np.arange(steps)
-    step = float((last - first) / np.float32(max(steps - 1, 1)))
-    return np.where(i < steps // 2, first + step * i, last - step * (steps - 1 - i)).astype(np.float32)
-
-
-def _cumprod32(x: Array32) -> Array32:
-    """torch.cumprod: on a CPU, float32 accumulates in float64."""
-    return np.cumprod(x, dtype=np.float64).astype(np.float32)
-
-
-# ---- where samplers step ----
-
-Placed = dict[str, Any]  # the arrays of a Grid
-
-
-def _spaced(config: ScheduleConfig, n: int, last: int, extra: int = 0) -> Array:
-    """n timesteps, descending from below `last`; `extra` more are laid out and left away at the low end."""
-    if config.timestep_spacing == "linspace":
-        return np.linspace(0, last - 1, n + extra)[::-1][:n]
-    if config.timestep_spacing == "leading":
-        return np.arange(n + extra)[::-1][:n] * (last // (n + extra)) + float(config.steps_offset)
-    return np.arange(last, 0, -config.num_train_timesteps / n).round()[:n] - 1.0
-
-
-def _on_timesteps(config: ScheduleConfig, n: int, timesteps: Array | None, _: Array | None) -> Placed:
-    bar = alphas_cumprod(config).astype(np.float64)
-    timesteps = _spaced(config, n, len(bar)).round() if timesteps is None else np.trunc(timesteps)
-    return {"alpha_bar": bar, "timesteps": timesteps}
-
-
-def _on_plms_timesteps(config: ScheduleConfig, n: int, *_: Array | None) -> Placed:
-    placed = _on_timesteps(config, n, None, None)
-    t = placed["timesteps"]
-    return {**placed, "timesteps": np.concatenate([t[:2], t[1:]])}  # the second one twice
-
-
-def _on_distilled_timesteps(config: ScheduleConfig, n: int, timesteps: Array | None, _: Array | None) -> Placed:
-    bar, trained = alphas_cumprod(config).astype(np.float64), config.original_inference_steps
-    if timesteps is None:
-        if n > trained:
-            raise InputError(f"{n} steps are more than the {trained} of distillation (original_inference_steps).")
-        origin = np.arange(trained, 0, -1) * (len(bar) // trained) - 1.0
-        timesteps = origin[np.floor(np.linspace(0, trained, n, endpoint=False)).astype(int)]
-    return {"alpha_bar": bar, "timesteps": np.trunc(timesteps)}
-
-
-def _on_sigmas(config: ScheduleConfig, n: int, timesteps: Array | None, sigmas: Array | None) -> Placed:
-    bar, trained, logs = _trained_sigmas(config)
-    if sigmas is not None:
-        return {"alpha_bar": bar, "timesteps": sigma_to_t(sigmas[:-1], logs), "sigmas": sigmas, "log_sigmas": logs}
-    t: Array = (_spaced(config, n, len(bar)) if timesteps is None else timesteps).astype(np.float32).astype(np.float64)
-    sigmas = np.interp(t, np.arange(len(bar)), trained)
-    if config.sigma_kind:
-        sigmas = _respaced(config, n, sigmas[0], sigmas[-1])
-        t = sigma_to_t(sigmas, logs)
-        t = t.round() if config.sigma_kind == "karras" and config.class_name.startswith("KDPM2") else t
-    last = trained[0] if config.final_sigmas_type == "sigma_min" else 0.0
-    return {"alpha_bar": bar, "timesteps": t, "sigmas": np.append(sigmas, last), "log_sigmas": logs}
-
-
-def _on_lambdas(config: ScheduleConfig, n: int, timesteps: Array | None, _: Array | None) -> Placed:
-    bar, trained, logs = _trained_sigmas(config)
-    last = trained[0]
-    if config.sigma_kind:
-        sigmas = _respaced(config, n, trained[-1], trained[0])
-        if config.sigma_kind == "lu":  # https://arxiv.org/abs/2206.00927, uniform in lambda
-            # Python's floats: between float32 ends numpy steps in float32.
-            sigmas = np.exp(np.linspace(float(logs[-1]), float(logs[0]), n))
-        t = sigma_to_t(sigmas, logs)
-        cosine = config.beta_schedule == "squaredcos_cap_v2" and config.class_name == "DPMSolverMultistepScheduler"
-        t = t.round() if config.sigma_kind in ("karras", "lu") and not cosine else t
-        last = sigmas[-1] if config.class_name in ("DEISMultistepScheduler", "UniPCMultistepScheduler") else last
-    else:
-        below = len(bar) - int(np.searchsorted(-logs[::-1], config.lambda_min_clipped))
-        t = _spaced(config, n, below, extra=1).round() if timesteps is None else timesteps
-        sigmas = np.interp(np.trunc(t), np.arange(len(bar)), trained)
-    last = 0.0 if config.final_sigmas_type == "zero" else last
-    return {"alpha_bar": bar, "timesteps": np.trunc(t), "sigmas": np.append(sigmas, last), "log_sigmas": logs}
-
-
-def _trained_sigmas(config: ScheduleConfig) -> tuple[Array, Array, Array32]:
-    """alphas_cumprod, the ratio of noise to signal, and its float32 logarithm, on which rounded timesteps hang."""
-    bar = alphas_cumprod(config)
-    if config.rescale_betas_zero_snr:
-        bar[-1] = 2**-24  # diffusers' stand-in for 0
-    sigmas = np.sqrt((1 - bar) / bar)
-    return bar.astype(np.float64), sigmas.astype(np.float64), np.log(sigmas)
-
-
-def _respaced(config: ScheduleConfig, n: int, high: float, low: float) -> Array:
-    """n sigmas from high to low, spaced as `config.sigma_kind` says."""
-    high = high if config.sigma_max is None else config.sigma_max
-    low = low if config.sigma_min is None else config.sigma_min
-    ramp = np.linspace(0, 1, n)
-    if config.sigma_kind == "karras":  # https://arxiv.org/abs/2206.00364, equation 5 with rho = 7
-        return (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
-    if config.sigma_kind == "beta":  # https://arxiv.org/abs/2407.12173
-        return low + beta_quantile(1 - ramp) * (high - low)
-    return np.exp(np.linspace(math.log(high), math.log(low), n))
-
-
-def beta_quantile(probability: Array, shape: float = 0.6) -> Array:
-    """Quantiles of the Beta(shape, shape) distribution, as scipy.stats.beta.ppf has them.
-
-    Newton's method on the regularized incomplete beta function, by its power series, on the lower half, where that
-    converges fast.
-    """
-    lower = np.minimum(probability, 1 - probability)
-    k = np.arange(64)
-    series = np.cumprod(np.append(1.0, (k[1:] - shape) / k[1:])) / (shape + k)
-    total = math.gamma(shape) ** 2 / math.gamma(2 * shape)
-    x = np.minimum((lower * shape * total) ** (1 / shape), 0.5)
-    for _ in range(8):
-        inside = np.where(x > 0, x, 0.5)
-        excess = inside**shape * (inside[:, None] ** k @ series) / total - lower
-        x = np.where(x > 0, np.clip(inside - excess * total / (inside * (1 - inside)) ** (shape - 1), 0, 0.5), 0)
-    return np.where(probability > 0.5, 1 - x, x)
+    config = ScheduleConfig(class_name=name, given=dict(given), **{key: values[key] for key in names})
+    alphas_cumprod(config)  # bad betas are refused here
+    return config
 
 
 # ---- what diffusers' classes know ----
@@ -309,7 +172,7 @@ class SchedulerClass:
     """A diffusers scheduler class: how it steps, where, and the keys of its configuration with their defaults."""
 
     run: Callable[[Grid], Iterator[Row]]
-    place: Callable[[ScheduleConfig, int, Array | None, Array | None], Placed]
+    place: Callable[[ScheduleConfig, Asked], Placed]
     keys: Mapping[str, Any]
     choices: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # where they differ from _CHOICES
     custom: tuple[str, ...] = ()  # which of `timesteps` and `sigmas` a caller may give
@@ -321,24 +184,24 @@ _BETAS = {
     "beta_end": 0.02,
     "beta_schedule": "linear",
     "trained_betas": None,
+    "rescale_betas_zero_snr": False,
 }
 _ANY = {**_BETAS, "prediction_type": "epsilon"}
 _LEADING = {**_ANY, "timestep_spacing": "leading", "steps_offset": 0}
 _LINSPACE = {**_ANY, "timestep_spacing": "linspace", "steps_offset": 0}
-_ZERO_SNR = {"rescale_betas_zero_snr": False}
 _SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 _KINDS = {key.split("_")[1]: key for key in (*_SIGMAS, "use_lu_lambdas")}  # "karras" and so on
 _SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
 _TWO_STAGE = {**_LINSPACE, **_SIGMAS, **_SD_BETAS}
 _LCM = {"set_alpha_to_one": True, "original_inference_steps": 50, "timestep_scaling": 10.0}
-_DISTILLED = {**_ANY, **_ZERO_SNR, **_SD_BETAS, **_LCM, "beta_schedule": "scaled_linear"}
+_DISTILLED = {**_ANY, **_SD_BETAS, **_LCM, "beta_schedule": "scaled_linear"}
 _ORDER = {"solver_order": 2, "lower_order_final": True, "final_sigmas_type": "zero"}
 _DPM = {**_ORDER, "algorithm_type": "dpmsolver++", "solver_type": "midpoint", "lambda_min_clipped": -math.inf}
-_DPM_KEYS = {**_LINSPACE, **_ZERO_SNR, **_SIGMAS, **_DPM, "use_lu_lambdas": False, "euler_at_final": False}
+_DPM_KEYS = {**_LINSPACE, **_SIGMAS, **_DPM, "use_lu_lambdas": False, "euler_at_final": False}
 _SINGLE_KEYS = {**_ANY, **_SIGMAS, **_DPM, "lower_order_final": False}
 _UNIPC = {**_ORDER, "solver_type": "bh2", "predict_x0": True, "disable_corrector": ()}
 _DEIS = {**_ORDER, "solver_type": "logrho", "algorithm_type": "deis", "final_sigmas_type": "sigma_min"}
-_EULER = {**_LINSPACE, **_ZERO_SNR, **_SIGMAS, "final_sigmas_type": "zero"}
+_EULER = {**_LINSPACE, **_SIGMAS, "final_sigmas_type": "zero"}
 _DDPM = {"variance_type": "fixed_small", "clip_sample": True}
 _DDIM = {"set_alpha_to_one": True, "clip_sample": True}
 
@@ -351,26 +214,24 @@ _FREE = ("timesteps",)
 CLASSES: dict[str, SchedulerClass] = {
     f"{name}Scheduler": known
     for name, known in {
-        "DDPM": SchedulerClass(samplers.ddpm, _on_timesteps, {**_LEADING, **_ZERO_SNR, **_DDPM}, custom=_FREE),
-        "DDIM": SchedulerClass(samplers.ddim, _on_timesteps, {**_LEADING, **_ZERO_SNR, **_DDIM}),
-        "PNDM": SchedulerClass(samplers.plms, _on_plms_timesteps, {**_LEADING, "set_alpha_to_one": False}, _NO_SAMPLE),
-        "LCM": SchedulerClass(samplers.lcm, _on_distilled_timesteps, _DISTILLED, custom=_FREE),
-        "TCD": SchedulerClass(samplers.tcd, _on_distilled_timesteps, _DISTILLED, custom=_FREE),
-        "EulerDiscrete": SchedulerClass(samplers.euler, _on_sigmas, _EULER, custom=("timesteps", "sigmas")),
-        "EulerAncestralDiscrete": SchedulerClass(
-            samplers.euler_ancestral, _on_sigmas, {**_LINSPACE, **_ZERO_SNR}, _NO_SAMPLE
-        ),
-        "HeunDiscrete": SchedulerClass(samplers.heun, _on_sigmas, _TWO_STAGE, custom=_FREE),
-        "KDPM2Discrete": SchedulerClass(samplers.dpm2, _on_sigmas, _TWO_STAGE, _NO_SAMPLE),
-        "KDPM2AncestralDiscrete": SchedulerClass(samplers.dpm2_ancestral, _on_sigmas, _TWO_STAGE, _NO_SAMPLE),
-        "LMSDiscrete": SchedulerClass(samplers.lms, _on_sigmas, {**_LINSPACE, **_SIGMAS}),
-        "DPMSolverMultistep": SchedulerClass(samplers.dpm_multistep, _on_lambdas, _DPM_KEYS, _MULTI, _FREE),
-        "DPMSolverSinglestep": SchedulerClass(samplers.dpm_singlestep, _on_lambdas, _SINGLE_KEYS, _SINGLE, _FREE),
-        "DEISMultistep": SchedulerClass(samplers.deis, _on_lambdas, {**_LINSPACE, **_SIGMAS, **_DEIS}, _DEIS_ONLY),
+        "DDPM": SchedulerClass(samplers.ddpm, on_timesteps, {**_LEADING, **_DDPM}, custom=_FREE),
+        "DDIM": SchedulerClass(samplers.ddim, on_timesteps, {**_LEADING, **_DDIM}),
+        "PNDM": SchedulerClass(samplers.plms, on_timesteps, {**_LEADING, "set_alpha_to_one": False}, _NO_SAMPLE),
+        "LCM": SchedulerClass(samplers.lcm, on_distilled_timesteps, _DISTILLED, custom=_FREE),
+        "TCD": SchedulerClass(samplers.tcd, on_distilled_timesteps, _DISTILLED, custom=_FREE),
+        "EulerDiscrete": SchedulerClass(samplers.euler, on_sigmas, _EULER, custom=("timesteps", "sigmas")),
+        "EulerAncestralDiscrete": SchedulerClass(samplers.euler_ancestral, on_sigmas, _LINSPACE, _NO_SAMPLE),
+        "HeunDiscrete": SchedulerClass(samplers.heun, on_sigmas, _TWO_STAGE, custom=_FREE),
+        "KDPM2Discrete": SchedulerClass(samplers.dpm2, on_sigmas, _TWO_STAGE, _NO_SAMPLE),
+        "KDPM2AncestralDiscrete": SchedulerClass(samplers.dpm2_ancestral, on_sigmas, _TWO_STAGE, _NO_SAMPLE),
+        "LMSDiscrete": SchedulerClass(samplers.lms, on_sigmas, {**_LINSPACE, **_SIGMAS}),
+        "DPMSolverMultistep": SchedulerClass(samplers.dpm_multistep, on_lambdas, _DPM_KEYS, _MULTI, _FREE),
+        "DPMSolverSinglestep": SchedulerClass(samplers.dpm_singlestep, on_lambdas, _SINGLE_KEYS, _SINGLE, _FREE),
+        "DEISMultistep": SchedulerClass(samplers.deis, on_lambdas, {**_LINSPACE, **_SIGMAS, **_DEIS}, _DEIS_ONLY),
         "UniPCMultistep": SchedulerClass(
             samplers.unipc,
-            _on_lambdas,
-            {**_LINSPACE, **_ZERO_SNR, **_SIGMAS, **_UNIPC},
+            on_lambdas,
+            {**_LINSPACE, **_SIGMAS, **_UNIPC},
             {"solver_type": ("bh1", "bh2")},
         ),
     }.items()
@@ -511,13 +372,11 @@ def make_table(
     """The table of the configuration's sampler, or of another one on its schedule, as diffusers' `from_config`
     exchanges them.
 
-    num_inference_steps: the user's steps. `timesteps`, or `sigmas` (one more than there are steps, 0 at the end),
-    replace them where the
-        scheduler class takes them, descending.
+    num_inference_steps: the user's steps. `timesteps`, or `sigmas` (one more than there are steps, the last of them the
+        noise that stays), replace them where the scheduler class takes them, descending.
     sampler: a name for `resolve_sampler`.
-    strength: in (0, 1], how much of the schedule a given picture goes through; the first steps are left out, as in
-    diffusers'
-        image-to-image `get_timesteps`.
+    strength: in (0, 1], how much of the schedule a given picture goes through. The first steps are left out, as in
+        diffusers' image-to-image `get_timesteps`; LCM and TCD lay all steps inside that share of the distilled ones.
     eta: from 0 to 1, the noise of DDIM and TCD; other samplers do not look at it.
 
     Raises InputError.
@@ -525,33 +384,29 @@ def make_table(
     if sampler is not None:
         chosen = resolve_sampler(sampler)
         config = _read(chosen.class_name, {**config.given, **chosen.options})
-    known = CLASSES[config.class_name]
+    known, trained = CLASSES[config.class_name], config.num_train_timesteps
     custom = _custom(config, timesteps, sigmas)
-    if custom:
-        num_inference_steps = len(timesteps) if timesteps is not None else len(sigmas or ()) - 1
-    steps, trained = num_inference_steps, config.num_train_timesteps
-    if not isinstance(steps, int) or not 1 <= steps <= trained:
+    for name, values in custom.items():
+        num_inference_steps = len(values) - (name == "sigmas")
+    steps = num_inference_steps
+    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= trained:
         raise InputError(f"num_inference_steps must be a whole number from 1 to {trained}, got {steps!r}.")
     if not 0 < strength <= 1:
         raise InputError(f"strength must be above 0 and at most 1, got {strength}.")
     if not 0 <= eta <= 1:
         raise InputError(f"eta must be from 0 to 1, got {eta}.")
-    begin = steps - min(int(steps * strength), steps)
-    if begin == steps:
-        enough = math.ceil(1 / strength)
-        raise InputError(f"strength {strength} leaves none of {steps} steps: take {enough} steps, or more strength.")
 
-    placed = known.place(config, steps, custom.get("timesteps"), custom.get("sigmas"))
-    if placed["timesteps"].min() < 0 or placed["timesteps"].max() >= trained:
+    placed = known.place(config, Asked(int(steps), float(strength), **custom))
+    times = placed["timesteps"]
+    if times.size == 0 or times.min() < 0 or times.max() >= trained:
         raise InputError(f"{steps} steps, {config.timestep_spacing}, leave the trained timesteps, 0 to {trained - 1}.")
-    if "sigmas" in placed:
-        steps = len(placed["sigmas"]) - 1  # fewer where lambda_min_clipped cuts off the first
-    rows = list(known.run(Grid(config, steps, begin, eta, **placed)))
-    numbers = _pack(rows)
-    if not np.isfinite(numbers).all():
-        raise InputError(f"{config.class_name} has no finite steps with this configuration: {dict(config.given)}.")
-    highest = float(placed["sigmas"].max()) if known.place is _on_sigmas else 1.0
-    if known.place is _on_sigmas and config.timestep_spacing == "leading":
+    if placed["begin"] >= len(times):  # lambda_min_clipped may leave less than `steps`
+        enough = next((n for n in range(steps + 1, trained + 1) if int(n * strength) > 0), None)
+        take = f"take {enough} steps, or more strength" if enough and len(times) == steps else "take more strength"
+        raise InputError(f"strength {strength} leaves none of {steps} steps: {take}.")
+    rows, numbers = _rows(known, Grid(config, steps=len(times), eta=eta, **placed))
+    highest = float(placed["sigmas"].max()) if known.place is on_sigmas else 1.0
+    if known.place is on_sigmas and config.timestep_spacing == "leading":
         highest = math.hypot(highest, 1)
     return StepTable(
         sampler=_name(config),
@@ -564,6 +419,27 @@ def make_table(
         steps=rows[-1].step + 1,
         index=tuple(row.step for row in rows),
     )
+
+
+def _rows(known: SchedulerClass, grid: Grid) -> tuple[list[Row], Array]:
+    """All rows, in symbols and packed. InputError for a schedule on which a step is not finite."""
+    numbers, times = np.full(1, np.nan), grid.timesteps
+    try:
+        with np.errstate(all="ignore"):
+            rows = list(known.run(grid))
+            numbers = _pack(rows)
+            finite = bool(np.isfinite(numbers.astype(np.float32)).all())
+    except InputError:
+        raise
+    except (ArithmeticError, ValueError):  # Python's numbers raise where numpy's become infinite
+        finite = False
+    if finite:
+        return rows, numbers
+    twice = times[1:][times[1:] == times[:-1]]
+    why = "has no finite steps with this configuration"
+    if len(twice):
+        why = f"cannot step from timestep {twice[0]:g} to itself: take fewer than {grid.steps} steps, or other spacing"
+    raise InputError(f"{grid.config.class_name} {why}.")
 
 
 def _pack(rows: Sequence[Row]) -> Array:
@@ -582,12 +458,26 @@ def _custom(
     given = {name: values for name, values in (("timesteps", timesteps), ("sigmas", sigmas)) if values is not None}
     if len(given) > 1:
         raise InputError("give timesteps or sigmas, not both.")
+    custom: dict[str, Array] = {}
     for name, values in given.items():
-        able = [key for key, known in CLASSES.items() if name in known.custom]
-        if config.class_name not in able:
-            raise InputError(f"{config.class_name} takes no {name}, here as in diffusers; these do: {', '.join(able)}.")
+        takers = [key for key, known in CLASSES.items() if name in known.custom]
+        if config.class_name not in takers:
+            these = ", ".join(takers)
+            raise InputError(f"{config.class_name} takes no {name}, here as in diffusers; these do: {these}.")
         if config.sigma_kind and name == "timesteps":
             raise InputError(f"timesteps cannot be given together with {config.sigma_kind} sigmas.")
-        if not values or any(after >= before for before, after in pairwise(values)):
-            raise InputError(f"{name} must be descending and not empty, got {list(values)}.")
-    return {name: np.asarray(values, np.float64) for name, values in given.items()}
+        try:
+            numbers = np.asarray(values, np.float64)
+        except (TypeError, ValueError):
+            raise InputError(f"{name} must be numbers, got {reprlib.repr(values)}.") from None
+        good = numbers.ndim == 1 and len(numbers) > (name == "sigmas") and bool(np.isfinite(numbers).all())
+        if good:
+            # Noise levels may repeat, as the last does in diffusers' own `sigmas` where they end at sigma_min.
+            repeats = CLASSES[config.class_name].place in (on_sigmas, on_lambdas)
+            falls = bool((np.diff(numbers) <= 0).all() if repeats else (np.diff(numbers) < 0).all())
+            good = falls and (name == "timesteps" or numbers[0] > 0 <= numbers[-1])
+        if not good:
+            what = "two or more noise levels, from above 0" if name == "sigmas" else "finite numbers"
+            raise InputError(f"{name} must be descending and not empty: {what}, got {reprlib.repr(numbers.tolist())}.")
+        custom[name] = numbers
+    return custom

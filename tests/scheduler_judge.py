@@ -1,0 +1,551 @@
+"""diffusers' schedulers as the judge of ours: whole trajectories with the same noise, and why the two may part.
+
+A `Case` is a scheduler class, its configuration, and how it is run. `judge` says where the two stand. What diffusers
+does as it is comes first; where ours is another result, a row of DIFFERENCES must say why, and how diffusers is asked
+so that it agrees: that is tried. Where ours refuses, a row of REFUSALS must say why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import math
+import re
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import diffusers
+import numpy as np
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from torch import Tensor
+
+from fastldm import schedule, spacing
+from fastldm.denoise import Inpainting, Work, denoise, draw_step_noise, randn
+from fastldm.errors import InputError
+from fastldm.kernels import step as step_kernel
+from fastldm.samplers import Row
+from fastldm.schedule import CLASSES, ScheduleConfig, StepTable, make_table
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+PARITY = 1e-4  # relative error of float32
+SHAPE = (4, 6, 5)
+MIX = 0.5 * torch.eye(4) + 0.3 * torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
+MIXES = {dtype: MIX.to(dtype) for dtype in (torch.float32, torch.float64)}
+
+
+def network(u: Tensor, t: float) -> Tensor:
+    """Stands in for a U-Net: smooth, nonlinear, mixes channels, and depends on the timestep."""
+    return torch.tanh(torch.matmul(MIXES[u.dtype], u.flatten(2)) + math.sin(float(t) / 300)).view_as(u)
+
+
+@contextlib.contextmanager
+def fast_diffusers() -> Iterator[None]:
+    """What diffusers does anew in each of ten thousand runs, and always with the same result, is kept or shortened."""
+    keys = staticmethod(lambda cls: {*arguments_of(cls.__init__)})
+    with mock.patch.object(ConfigMixin, "_get_init_keys", keys), mock.patch("scipy.integrate.quad", quad):
+        yield
+
+
+def quad(f: Callable[[float], Any], low: Any, high: Any, **_: Any) -> tuple[Any]:
+    """The integral of a cubic or less, exactly, by Gauss and Legendre: what LMS asks of scipy, in 2 calls, not 21."""
+    middle, half = (low + high) / 2, (high - low) / 2
+    return ((f(middle - half / 3**0.5) + f(middle + half / 3**0.5)) * half,)
+
+
+@functools.cache
+def arguments_of(function: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    config: dict[str, Any]
+    steps: int
+    eta: float = 0.0
+    batch: int = 1
+    generators: int = 0  # 0: one for the whole batch
+    strength: float = 1.0
+    picture: bool = False  # image to image
+    mask: bool = False  # inpainting by blending
+    custom: dict[str, list[float]] = field(default_factory=dict)
+
+    def scheduler(self, exact: bool = False) -> Any:
+        cls = in_float64(self.name) if exact else getattr(diffusers, self.name)
+        extra = {"PNDMScheduler": {"skip_prk_steps": True}}.get(self.name, {})
+        clip = {"clip_sample": False} if "clip_sample" in arguments_of(cls.__init__) else {}
+        with mock.patch.object(cls, "set_timesteps", _lay_out_nothing):
+            return cls.from_config({**self.config, **extra, **clip})
+
+    def schedule(self) -> ScheduleConfig:
+        return ScheduleConfig.from_dict({"_class_name": self.name, **self.config}, steps_offset=None)
+
+    def table(self) -> StepTable:
+        return make_table(self.schedule(), self.steps, eta=self.eta, strength=self.strength, **self.custom)
+
+    def takes(self, argument: str) -> bool:
+        """Whether diffusers' class has it in its configuration."""
+        return argument in arguments_of(getattr(diffusers, self.name).__init__)
+
+    @property
+    def place(self) -> Any:
+        return CLASSES[self.name].place
+
+    @property
+    def on_sigmas(self) -> bool:
+        return self.place in (spacing.on_sigmas, spacing.on_lambdas)
+
+    @property
+    def started(self) -> bool:
+        """Whether it starts in the middle of the schedule."""
+        return (self.picture or self.mask) and self.strength < 1
+
+    def randomness(self) -> Any:
+        made = [torch.Generator().manual_seed(7 + k) for k in range(max(self.generators, 1))]
+        return made if self.generators else made[0]
+
+    def given(self) -> tuple[Tensor, Tensor]:
+        """A picture's latents and a mask."""
+        g = torch.Generator().manual_seed(3)
+        return torch.randn(self.batch, *SHAPE, generator=g), torch.rand(self.batch, 1, *SHAPE[1:], generator=g).round()
+
+
+def _lay_out_nothing(scheduler: Any, *_: Any) -> None:
+    """For two-stage schedulers' constructors, which lay out a thousand steps for half a second, to no end."""
+    scheduler.sigmas = torch.zeros(1)
+
+
+# ---- diffusers, asked in other ways ----
+
+
+@functools.cache
+def in_float64(name: str) -> Any:
+    """diffusers' class, computing in float64 what it computes in float32; timesteps are still float32, and noise is
+    still drawn so.
+    """
+    source = sys.modules[getattr(diffusers, name).__module__]
+    module = types.ModuleType(f"{source.__name__}_float64")
+    module.__dict__.update(__package__=source.__package__, __file__=source.__file__)
+    sys.modules[module.__name__] = module
+    text = re.sub(r"^(?!.*timesteps)(.*)float32", r"\1float64", inspect.getsource(source), flags=re.M)
+    exec(compile(text, module.__name__, "exec"), module.__dict__)
+    draw = diffusers.utils.torch_utils.randn_tensor
+    module.__dict__["randn_tensor"] = lambda shape, generator=None, **_: draw(shape, generator=generator).double()
+    return module.__dict__[name]
+
+
+@contextlib.contextmanager
+def nearest_roots() -> Iterator[None]:
+    """Square roots of float32 tensors are the nearest float32. torch leaves them to MKL where it has it, and a sixth
+    of MKL's are one unit in the last place off.
+    """
+    root, power = Tensor.sqrt, Tensor.__pow__
+
+    def nearest(x: Tensor) -> Tensor:
+        return root(x.double()).to(x.dtype)
+
+    def powers(x: Tensor, exponent: Any) -> Tensor:
+        return nearest(x) if isinstance(exponent, float) and exponent == 0.5 else power(x, exponent)
+
+    methods = mock.patch.multiple(Tensor, sqrt=nearest, __pow__=powers)
+    with methods, mock.patch.object(torch, "sqrt", nearest):
+        yield
+
+
+class Stride:
+    """In place of a scheduler's num_inference_steps: num_train_timesteps // it is the stride."""
+
+    def __init__(self, stride: int) -> None:
+        self.stride = stride
+
+    def __rfloordiv__(self, _: int) -> int:
+        return self.stride
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How diffusers is asked; the defaults are what its pipelines do."""
+
+    exact: bool = False  # in float64
+    nearest: bool = False  # with the nearest float32 roots
+    begin: int | None = None  # told where to begin
+    last: float | None = None  # the last sigma, as a share of the one before
+    eta: float | None = None
+    zero_snr: bool = False  # on betas rescaled as other classes of diffusers rescale them
+    next_level: bool = False  # DDIM and PNDM: each step ends where the next begins
+    history: bool = False  # PNDM and LMS: their history begins where they do
+    inside: bool = False  # TCD: set_timesteps is given the strength
+    own_steps: bool = False  # the strength is a share of the caller's timesteps, not of the scheduler's calls
+
+    def __or__(self, options: Mapping[str, Any]) -> Asked:
+        return Asked(**{**vars(self), **options})
+
+
+def lies_inside(case: Case, how: Asked) -> bool:
+    """Whether the scheduler is told the strength, as LCM's pipelines tell it, and not cut."""
+    return (case.name == "LCMScheduler" or how.inside) and not case.custom
+
+
+def training_bar(case: Case, how: Asked) -> Tensor | None:
+    """alphas_cumprod where it is not as the scheduler's constructor makes it."""
+    if how.zero_snr:
+        bar = diffusers.DDIMScheduler.from_config({**case.config, "clip_sample": False}).alphas_cumprod
+        bar[-1] = 2**-24 if case.on_sigmas else 1e-14
+    elif how.exact:  # from the same float32 alphas_cumprod; sigmas are made of them in float32, and kept so
+        bar = case.scheduler().alphas_cumprod
+    else:
+        return None
+    return bar.double() if how.exact and not case.on_sigmas else bar
+
+
+def laid_out(case: Case, how: Asked) -> Any:
+    """diffusers' scheduler with its steps laid out."""
+    with nearest_roots() if how.exact or how.nearest else contextlib.nullcontext():
+        scheduler = case.scheduler(how.exact)
+        bar = training_bar(case, how)
+        if bar is not None:
+            scheduler.alphas_cumprod = bar
+            if not getattr(scheduler.config, "set_alpha_to_one", True):
+                scheduler.final_alpha_cumprod = bar[0]
+            if hasattr(scheduler, "lambda_t"):
+                scheduler.alpha_t, scheduler.sigma_t = bar.sqrt(), (1 - bar).sqrt()
+                scheduler.lambda_t = scheduler.alpha_t.log() - scheduler.sigma_t.log()
+        strength = {"strength": case.strength} if lies_inside(case, how) else {}
+        scheduler.set_timesteps(**(case.custom or {"num_inference_steps": case.steps}), **strength)
+    if how.last is not None:
+        scheduler.sigmas[-1] = how.last * scheduler.sigmas[-2]
+    return scheduler
+
+
+def diffusers_run(case: Case, how: Asked = Asked()) -> tuple[Tensor, Any]:
+    """What diffusers' pipelines do with a scheduler: latents and generators."""
+    dtype, scheduler = torch.float64 if how.exact else torch.float32, laid_out(case, how)
+    g, (init, mask), begin, skipped = case.randomness(), case.given(), how.begin, 0
+    if (case.picture or case.mask) and not lies_inside(case, how):
+        steps = len(scheduler.timesteps) if case.custom and not how.own_steps else case.steps
+        skipped = max(steps - min(int(steps * case.strength), steps), 0)
+        begin = skipped * scheduler.order
+    timesteps = scheduler.timesteps[begin or 0 :] if skipped else scheduler.timesteps
+    if begin is not None and hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(begin)
+    if how.history and case.name == "PNDMScheduler" and skipped:
+        own = [scheduler.timesteps[0], *scheduler.timesteps[2:]][skipped:]
+        timesteps = torch.stack([*own[:2], *own[1:]])
+    noise = diffusers.utils.torch_utils.randn_tensor((case.batch, *SHAPE), generator=g).to(dtype)
+    if case.picture or (case.mask and case.strength < 1):
+        x = scheduler.add_noise(init.to(dtype), noise, timesteps[:1].repeat(case.batch))
+    else:
+        x = noise * scheduler.init_noise_sigma
+    takes = arguments_of(type(scheduler).step)
+    extra = {"generator": g, "eta": case.eta if how.eta is None else how.eta}
+    extra = {key: value for key, value in extra.items() if key in takes}
+    strides = [int(a - b) for a, b in zip(timesteps, [*timesteps[1:], -1], strict=True)] if how.next_level else []
+    if how.next_level and case.name == "PNDMScheduler" and len(strides) > 2:
+        strides[1] = strides[0]  # the second call comes from where the first came from
+    for i, t in enumerate(timesteps):
+        if how.next_level:
+            scheduler.num_inference_steps = Stride(strides[i])
+        if how.history and case.name == "LMSDiscreteScheduler":
+            extra["order"] = min(i + 1, 4)
+        out = network(scheduler.scale_model_input(x, t), t)
+        x = scheduler.step(out, t, x, **extra, return_dict=False)[0]
+        if case.mask:
+            proper = init.to(dtype)
+            if i < len(timesteps) - 1:
+                proper = scheduler.add_noise(proper, noise, torch.tensor([timesteps[i + 1]]))
+            x = (1 - mask) * proper + mask * x
+    return x, g
+
+
+# ---- ours ----
+
+
+def draw_noise(table: StepTable, case: Case, generators: Any) -> tuple[Tensor, list[Tensor | None]]:
+    """What a run starts from, and the noise of its rows, as a text-to-image pipeline draws them."""
+    shape = (case.batch, *SHAPE)
+    return randn(shape, generators, torch.float32, "cpu"), draw_step_noise(
+        table, shape, generators, torch.float32, "cpu"
+    )
+
+
+def our_run(case: Case) -> tuple[Tensor, Any]:
+    table, g, (init, mask) = case.table(), case.randomness(), case.given()
+    noise, noises = draw_noise(table, case, g)
+    x = noise * table.init_noise_sigma
+    if case.picture or (case.mask and case.strength < 1):
+        x = table.start[0] * init + table.start[1] * noise
+    inpainting = Inpainting(mask, init, noise) if case.mask else None
+    work = Work(table, x, noises, inpainting=inpainting)
+    return denoise(lambda u, i, _: network(u, table.timesteps[i]), work), g
+
+
+def exact_table(case: Case) -> tuple[StepTable, list[Row], np.ndarray]:
+    """The table, the rows it is made of, and its numbers in float64, not yet rounded."""
+    kept: list[Any] = []
+    pack = schedule._pack
+    with mock.patch.object(schedule, "_pack", lambda rows: kept.append((rows, pack(rows))) or kept[0][1]):
+        table = case.table()
+    return table, *kept[0]
+
+
+def our_exact_run(case: Case) -> Tensor:
+    """A run in float64, with a table that is not rounded to float32."""
+    table, rows, numbers = exact_table(case)
+    noise, noises = draw_noise(table, case, case.randomness())
+    noise, (init, mask) = noise.double(), case.given()
+    x, history = noise * table.init_noise_sigma, ()
+    if case.picture or (case.mask and case.strength < 1):
+        x = rows[0].level[0] * init + rows[0].level[1] * noise
+    y = torch.zeros_like(x)
+    for i, row in enumerate(numbers.tolist()):
+        drawn = None if noises[i] is None else noises[i].double()
+        x, y, history = step_kernel.step(row, x, y, history, network(row[0] * x, rows[i].t), drawn)
+        if case.mask:
+            x = mask * x + (1 - mask) * (row[-2] * init + row[-1] * noise)
+    return x
+
+
+def error(got: Tensor, wanted: Tensor) -> float:
+    return float((got.double() - wanted.double()).abs().max() / wanted.double().abs().max())
+
+
+# ---- why they part ----
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where ours is another result than diffusers': why, where, and how diffusers is asked for the same."""
+
+    name: str
+    reason: str
+    where: Callable[[Case, StepTable], bool]
+    options: Mapping[str, Any]
+
+
+def hangs_on_a_root(case: Case) -> bool:
+    """Whether torch's square roots, one unit in the last place off, change diffusers' timesteps by a whole one."""
+    as_it_is, nearest = (laid_out(case, Asked(nearest=n)).timesteps.double() for n in (False, True))
+    return len(as_it_is) != len(nearest) or bool((as_it_is - nearest).abs().max() >= 1)
+
+
+def _zero_snr(case: Case) -> bool:
+    return bool(case.config.get("rescale_betas_zero_snr", False))
+
+
+RIGHT = (  # where diffusers' result is wrong: all that hold are asked for together
+    Difference(
+        "zero SNR kept",
+        "diffusers drops rescale_betas_zero_snr where the class does not take it, and samples a zero terminal SNR "
+        "model on another schedule. Ours rescales in every class, as diffusers' formula does.",
+        lambda case, table: _zero_snr(case) and not case.takes("rescale_betas_zero_snr"),
+        {"zero_snr": True},
+    ),
+    Difference(
+        "next level on linspace",
+        "diffusers' DDIM and PNDM step down by num_train_timesteps // steps, which on linspace is not where the next "
+        "step begins. Ours steps there.",
+        lambda case, table: (
+            case.name in ("DDIMScheduler", "PNDMScheduler") and case.config.get("timestep_spacing") == "linspace"
+        ),
+        {"next_level": True},
+    ),
+    Difference(
+        "history begins at the start",
+        "Where a picture leaves out the first steps, diffusers' PNDM repeats a step that it has not come from, and LMS "
+        "takes a polynomial through steps that never ran. Ours begin their history where they begin.",
+        lambda case, table: case.name in ("PNDMScheduler", "LMSDiscreteScheduler") and case.started,
+        {"history": True},
+    ),
+    Difference(
+        "TCD inside the strength",
+        "TCDScheduler lays its steps inside the strength, if told, as LCM's does; diffusers' pipelines tell LCM alone, "
+        "and cut TCD's. Ours lays both inside.",
+        lambda case, table: case.name == "TCDScheduler" and case.started and not case.custom,
+        {"inside": True},
+    ),
+    Difference(
+        "strength of the caller's timesteps",
+        "With a caller's timesteps diffusers takes the strength of all calls, of which Heun has two a step, and then "
+        "cuts steps. Ours takes it of the steps.",
+        lambda case, table: case.name == "HeunDiscreteScheduler" and case.started and bool(case.custom),
+        {"own_steps": True},
+    ),
+)
+
+NUMBERS = (  # where diffusers raises, gives NaN or loses precision: each is added to those before
+    Difference(
+        "float32 roots",
+        "torch's float32 roots are not always the nearest float32. At zero terminal SNR, 1 - alphas_cumprod[0] "
+        "magnifies it. Respaced sigmas begin at sigma_max, whose timestep is 999 but for rounding and then truncated: "
+        "the last bit decides between 999 and 998. Judged with the nearest roots.",
+        lambda case, table: _zero_snr(case) or hangs_on_a_root(case),
+        {"nearest": True},
+    ),
+    Difference(
+        "first timestep twice",
+        "A later timestep is rounded to the first one, and diffusers' text-to-image begins there. Its image-to-image, "
+        "which says where to begin, does not.",
+        lambda case, table: (table.timesteps == table.timesteps[0]).sum() > 1,
+        {"begin": 0},
+    ),
+    Difference(
+        "float32 cancels",
+        "diffusers' float32 arithmetic cancels, or takes the root of a rounding error below 0. Judged in float64.",
+        lambda case, table: True,
+        {"exact": True},
+    ),
+    Difference(
+        "eta 1 at zero SNR",
+        "DDIM with eta 1 from zero terminal SNR: 1 - alphas_cumprod - eta^2 variance is 0 but for rounding, and where "
+        "that is below 0, in float64 too, its root is NaN. Its limit is judged.",
+        lambda case, table: case.name == "DDIMScheduler" and case.eta == 1 and _zero_snr(case),
+        {"eta": 1 - 1e-12, "exact": True},
+    ),
+    Difference(
+        "UniPC to sigma 0",
+        "UniPC to sigma 0, with 'bh1' or predicting noise: diffusers multiplies 0 by infinity. Its limit is judged.",
+        lambda case, table: (
+            case.name == "UniPCMultistepScheduler"
+            and case.config.get("final_sigmas_type") != "sigma_min"
+            and (case.config.get("solver_type") == "bh1" or not case.config.get("predict_x0", True))
+        ),
+        {"last": 1e-10, "exact": True},
+    ),
+    Difference(
+        "a last step of no length",
+        "Respaced sigmas end at sigma_min already, and a last step of order 2 or 3 to sigma_min, of no length, divides "
+        "0 by 0. Lu's may end a rounding of float32 below, and the SDE's noise is the root of a negative length. Its "
+        "limit is judged.",
+        lambda case, table: (
+            case.config.get("final_sigmas_type") == "sigma_min"
+            and case.place is spacing.on_lambdas
+            and any(key.startswith("use_") for key in case.config)
+            and (
+                case.config.get("lower_order_final") is False
+                or case.steps >= 15
+                or ("use_lu_lambdas" in case.config and case.config.get("algorithm_type", "").startswith("sde"))
+            )
+        ),
+        {"last": 1 - 1e-12, "exact": True},
+    ),
+)
+DIFFERENCES = (*RIGHT, *NUMBERS)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What ours refuses: what it says, and why; and whether diffusers gives a picture there."""
+
+    name: str
+    message: str
+    reason: str
+    diffusers_runs: bool = False
+
+
+REFUSALS = (
+    Refusal(
+        "noise at zero SNR",
+        "epsilon prediction cannot start at zero terminal SNR",
+        "At zero terminal SNR the latent is noise alone, and what noise is in it says nothing of the picture: "
+        "diffusers divides by 0, but for PNDM, where it drops rescale_betas_zero_snr.",
+        diffusers_runs=True,
+    ),
+    Refusal(
+        "outside of training",
+        "leave the trained timesteps",
+        "The network never saw such a timestep. Classes on sigmas run in diffusers, at the noise of the last timestep.",
+        diffusers_runs=True,
+    ),
+    Refusal(
+        "noise predicted to sigma 0",
+        "needs final_sigmas_type 'sigma_min', not 'zero'",
+        "The step to sigma 0 is infinitely long in lambda where noise is predicted; diffusers refuses it too.",
+    ),
+    Refusal(
+        "UniPC to sigma 0 in a higher order",
+        "UniPC ends at sigma 0 with lower_order_final only",
+        "The step to sigma 0 is infinitely long in lambda, and only its first order has a limit.",
+    ),
+    Refusal(
+        "more steps than distilled",
+        "are more than the [0-9]+ of distillation",
+        "A distilled model has no other timesteps.",
+    ),
+    Refusal(
+        "a timestep twice",
+        "cannot step from timestep [0-9.]+ to itself",
+        "Rounding gives two steps one timestep, and a solver of higher order divides by their distance.",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """agree, differ (for reasons named), refused (for one), unknown (what is wrong) or crashed (with what)."""
+
+    kind: str
+    why: tuple[str, ...] = ()
+
+
+def judge(case: Case) -> Verdict:
+    try:
+        ours, our_generators = our_run(case)
+    except InputError as refusal:
+        return _judge_refusal(case, str(refusal))
+    except Exception as crash:
+        return Verdict("crashed", (f"{case}: {crash!r}",))
+    table, complaint = case.table(), f"{case}:"
+    right = [d for d in RIGHT if d.where(case, table)]
+    how, names = Asked(), []
+    for attempt in (None, right, *([d] for d in NUMBERS)):
+        if attempt is not None:
+            if not attempt or not all(d.where(case, table) for d in attempt):
+                continue
+            for difference in attempt:
+                how |= difference.options
+            names += [d.name for d in attempt]
+        try:
+            theirs, their_generators = diffusers_run(case, how)
+            off = error(ours, theirs)
+        except Exception as raised:
+            complaint += f" {names}: {raised!r};"
+            continue
+        same = all(
+            torch.equal(a.get_state(), b.get_state())
+            for a, b in zip(_listed(our_generators), _listed(their_generators), strict=True)
+        )
+        if not same and (names or not right):
+            return Verdict("unknown", (f"{case}: as much noise was not drawn",))
+        agrees = same and off < PARITY
+        complaint += f" {names}: {off:.1e};"
+        if not agrees and how.exact:  # float32 latents may hold neither result: then both in float64
+            off = error(our_exact_run(case), theirs)
+            agrees = same and off < PARITY / 10
+            complaint += f" both in float64: {off:.1e};"
+        if agrees:
+            numbers = names[len(right) :][-1:]  # those before did not help
+            return Verdict("differ", (*(d.name for d in right), *numbers)) if names else Verdict("agree")
+    return Verdict("unknown", (complaint,))
+
+
+def _judge_refusal(case: Case, message: str) -> Verdict:
+    found = next((r for r in REFUSALS if re.search(r.message, message)), None)
+    if found is None:
+        return Verdict("unknown", (f"{case}: refused: {message}",))
+    if not found.diffusers_runs:
+        try:
+            if diffusers_run(case)[0].isfinite().all():
+                return Verdict("unknown", (f"{case}: diffusers runs what is refused: {message}",))
+        except Exception:
+            pass
+    return Verdict("refused", (found.name,))
+
+
+def _listed(generators: Any) -> list[torch.Generator]:
+    return generators if isinstance(generators, list) else [generators]

@@ -1,0 +1,101 @@
+"""Samplers as methods: where they lead a network that knows the picture, whatever diffusers does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from scheduler_judge import SD
+
+from fastldm import spacing
+from fastldm.schedule import COLUMNS, SAMPLERS, ScheduleConfig, make_table
+
+ENDS_NOISY = ("deis", "tcd")  # at the noise of timestep 0
+SPACINGS = ("linspace", "leading", "trailing")
+ZERO_SNR = ScheduleConfig.from_dict(
+    {
+        "_class_name": "DDIMScheduler",
+        **SD,
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+    }
+)
+
+
+def lead(config: ScheduleConfig, steps: int, **options: Any) -> float:
+    """How far from its picture a sampler ends if the network sees the noise exactly, at the timestep that it is told.
+
+    Every consistent method is exact then, from wherever it starts, in however few steps.
+    """
+    table = make_table(config, steps, **options)
+    bar = spacing.alphas_cumprod(config).astype(np.float64)
+    bar[-1] = max(bar[-1], 2**-24)
+    levels = np.log((1 - bar) / bar)
+    rng = np.random.default_rng(0)
+    picture, noise = rng.standard_normal((2, 50))
+    x = table.start[0] * picture + table.start[1] * noise
+    y, history = np.zeros_like(x), [np.zeros_like(x)] * 4
+    for t, numbers in zip(table.timesteps, table.rows.astype(np.float64), strict=True):
+        row = dict(zip(COLUMNS, numbers, strict=True))
+        alpha = 1 / np.sqrt(1 + np.exp(np.interp(t, np.arange(len(bar)), levels)))
+        sigma, u = np.sqrt(1 - alpha**2), row["c_in"] * x
+        output = (u - alpha * picture) / sigma
+        if config.prediction_type == "v_prediction":
+            output = (alpha * u - picture) / sigma
+        history = [row["p"] * x + row["q"] * output, *history[:3]]
+        x, y = (
+            row[a] * x + row[b] * y + sum(row[f"{h}{k}"] * m for k, m in enumerate(history)) + noisy
+            for a, b, h, noisy in (
+                ("a", "a1", "b", row["d"] * rng.standard_normal(50)),
+                ("e", "e1", "f", 0.0),
+            )
+        )
+    return float(np.abs(x - picture).max())
+
+
+@pytest.mark.parametrize("spaced", SPACINGS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_exact_noise_leads_to_the_picture(sampler: str, spaced: str) -> None:
+    """From the start and from everywhere in the middle: with history or without, a step goes where the next begins."""
+    given = {"_class_name": "DDIMScheduler", **SD, "timestep_spacing": spaced, "set_alpha_to_one": True}
+    config = ScheduleConfig.from_dict(given)
+    near = 0.15 if sampler in ENDS_NOISY else 2e-3
+    for steps in (1, 2, 5, 8, 10, 25):  # divisors of 1000: else trailing rounds, as diffusers does
+        for strength in (0.2, 0.35, 0.5, 0.75, 1.0):
+            if int(steps * strength) == 0 or (sampler in ("lcm", "tcd") and steps > 50 * strength):
+                continue
+            for eta in (0.0, 0.7) if sampler in ("ddim", "tcd") else (0.0,):
+                off = lead(config, steps, sampler=sampler, strength=strength, eta=eta)
+                assert off < near, (steps, strength, eta, off)
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "plms"])
+def test_zero_terminal_snr_leads_to_the_picture(sampler: str) -> None:
+    """From noise alone. (PLMS's history holds velocities of other noise levels, which are not one another's.)"""
+    near = 0.15 if sampler in ENDS_NOISY else 4e-3
+    for steps in (1, 2, 5, 8, 25):
+        off = lead(ZERO_SNR, steps, sampler=sampler)
+        assert off < near, (steps, off)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_keeps_zero_terminal_snr(sampler: str) -> None:
+    """It starts from noise alone, told of the last timestep."""
+    table = make_table(ZERO_SNR, 5, sampler=sampler)
+    assert table.timesteps[0] == 999
+    assert table.start[0] <= 3e-4 * table.start[1]
+
+
+@pytest.mark.parametrize("sampler", ["plms", "lms"])
+def test_history_begins_where_the_sampler_does(sampler: str) -> None:
+    """A start in the middle is the start of a schedule that has no steps before."""
+    config = ScheduleConfig.from_dict({"_class_name": "DDIMScheduler", **SD})
+    whole, late = (make_table(config, 20, sampler=sampler, strength=s) for s in (1.0, 0.3))
+    assert late.steps == 6
+    calls = len(late) - late.steps  # PLMS makes one more
+    assert len(whole) - whole.steps == calls
+    assert np.unique(late.timesteps).tolist() == np.unique(whole.timesteps)[:6].tolist()
+    whole, late = (t.rows[:, COLUMNS.index("b0") : COLUMNS.index("b3") + 1] != 0 for t in (whole, late))
+    assert late.tolist() == whole[: len(late)].tolist()

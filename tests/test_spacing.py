@@ -1,0 +1,243 @@
+"""The training schedule and the steps on it: what betas, timesteps, noise levels and strengths are taken, and how."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from scheduler_judge import SD, Case, judge, nearest_roots
+
+from fastldm import spacing
+from fastldm.errors import InputError
+from fastldm.schedule import CLASSES, SAMPLERS, ScheduleConfig, make_table
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+DDIM = ScheduleConfig.from_dict({"_class_name": "DDIMScheduler", **SD})
+
+
+# ---- the training schedule ----
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_training_schedule(beta_schedule: str, zero_snr: bool) -> None:
+    given = {**SD, "beta_schedule": beta_schedule, "num_train_timesteps": 700, "rescale_betas_zero_snr": zero_snr}
+    with nearest_roots():
+        wanted = diffusers.DDIMScheduler.from_config(given).alphas_cumprod.numpy()
+    got = spacing.alphas_cumprod(ScheduleConfig.from_dict({"_class_name": "DDIMScheduler", **given}))
+    np.testing.assert_array_equal(got, wanted)
+
+
+def test_trained_betas() -> None:
+    betas = np.linspace(0.001, 0.015, 100).tolist()
+    assert judge(Case("DDIMScheduler", {"trained_betas": betas, "num_train_timesteps": 100}, 10)).kind == "agree"
+    with pytest.raises(InputError, match="100 trained_betas for num_train_timesteps 1000"):
+        ScheduleConfig.from_dict({"_class_name": "DDIMScheduler", "trained_betas": betas})
+
+
+def test_beta_quantiles_are_scipys() -> None:
+    scipy_stats = pytest.importorskip("scipy.stats")
+    p = np.linspace(0, 1, 101)
+    np.testing.assert_allclose(spacing.beta_quantile(p), scipy_stats.beta.ppf(p, 0.6, 0.6), rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.tensor, tuple])
+def test_trained_betas_of_any_kind(kind: Any) -> None:
+    betas = np.linspace(0.001, 0.015, 100).tolist()
+    plain, given = (
+        ScheduleConfig.from_dict({"_class_name": "DDIMScheduler", "num_train_timesteps": 100, "trained_betas": values})
+        for values in (betas, kind(betas))
+    )
+    np.testing.assert_allclose(spacing.alphas_cumprod(given), spacing.alphas_cumprod(plain), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_betas_that_end_in_noise_are_zero_snr(name: str) -> None:
+    """However the last alpha came to be 0."""
+    rescaled = diffusers.DDIMScheduler.from_config({**SD, "rescale_betas_zero_snr": True}).betas.numpy()
+    common = {"_class_name": name, **SD, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+    tables = [
+        make_table(ScheduleConfig.from_dict({**common, **how}), 5)
+        for how in ({"rescale_betas_zero_snr": True}, {"trained_betas": rescaled})
+    ]
+    np.testing.assert_allclose(tables[1].rows, tables[0].rows, rtol=1e-3, atol=1e-3)
+    assert np.isfinite(tables[1].rows).all()
+
+
+BETAS = [
+    ({"trained_betas": [0.1, 1.0, 0.1]}, "betas leave 0 of the picture at timestep 1 of 3"),
+    ({"trained_betas": [0.1, 2.5, 0.1]}, "betas leave -1.35 of the picture at timestep 1 of 3"),
+    ({"trained_betas": [-0.1, 0.1, 0.1]}, "betas leave 1.1 of the picture at timestep 0 of 3"),
+    ({"trained_betas": [0.1, math.nan, 0.1]}, "betas leave nan of the picture at timestep 1 of 3"),
+    ({"trained_betas": [0.1, 0.1, 0.1], "rescale_betas_zero_snr": True, "beta_start": 0}, None),
+    ({"trained_betas": [0.0, 0.0, 0.0], "rescale_betas_zero_snr": True}, "betas leave nan of the picture"),
+    ({"trained_betas": []}, "0 trained_betas for num_train_timesteps 3"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), BETAS)
+@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"])
+def test_betas_that_leave_no_picture(name: str, given: dict[str, Any], message: str | None) -> None:
+    config = {"_class_name": name, "num_train_timesteps": 3, **given}
+    if message is None:
+        ScheduleConfig.from_dict(config)
+        return
+    with pytest.raises(InputError, match=message):
+        ScheduleConfig.from_dict(config)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_betas_that_begin_with_zero(sampler: str) -> None:
+    """A picture without noise at timestep 0: a step that has to divide by that noise says so."""
+    for spaced, steps in itertools.product(("leading", "linspace", "trailing"), (1, 2, 5)):
+        given = {"_class_name": "DDIMScheduler", **SD, "beta_start": 0.0, "timestep_spacing": spaced}
+        config = ScheduleConfig.from_dict(given)
+        try:
+            table = make_table(config, steps, sampler=sampler)
+        except InputError as refused:
+            why = str(refused)
+            assert re.search("has no finite steps|to itself|of distillation|leave the trained|UniPC ends", why), why
+        else:
+            assert np.isfinite(table.rows).all()
+
+
+# ---- a caller's own ----
+
+
+def test_custom_noise_levels_as_diffusers_has_them() -> None:
+    """Its own `scheduler.sigmas`, whose last repeats where they end at sigma_min, too."""
+    euler = diffusers.EulerDiscreteScheduler(**SD, final_sigmas_type="sigma_min")
+    euler.set_timesteps(6)
+    own = euler.sigmas.tolist()
+    assert own[-1] == own[-2]
+    for sigmas in (own, [14.6, 6.3, 6.3, 0.9, 0.1, 0.0]):
+        assert judge(Case("EulerDiscreteScheduler", SD, 5, custom={"sigmas": sigmas})).kind == "agree"
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSES if CLASSES[name].custom])
+@pytest.mark.parametrize("kind", [list, tuple, np.asarray, torch.tensor])
+def test_custom_timesteps_of_any_kind(name: str, kind: Any) -> None:
+    config = ScheduleConfig.from_dict({"_class_name": name, **SD})
+    plain = make_table(config, 1, timesteps=[999, 600, 250, 30], strength=0.5)
+    given = make_table(config, 1, timesteps=kind([999, 600, 250, 30]), strength=0.5)
+    np.testing.assert_array_equal(given.rows, plain.rows)
+    assert given.steps == 2
+    assert given.timesteps[0] == 250
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.5, 0.8])
+def test_custom_timesteps_and_noise_levels_are_cut(strength: float) -> None:
+    """By the strength, as diffusers' pipelines cut them: all samplers that take them."""
+    cases = [
+        Case(name, SD, 5, custom={"timesteps": [999, 839, 639, 299, 39]}, strength=strength, picture=True)
+        for name in CLASSES
+        if "timesteps" in CLASSES[name].custom
+    ]
+    sigmas = {"sigmas": [14.6, 6.3, 2.5, 0.9, 0.1, 0.0]}
+    cases.append(Case("EulerDiscreteScheduler", SD, 5, custom=sigmas, strength=strength, picture=True))
+    for case in cases:
+        verdict = judge(case)
+        assert verdict.kind == "agree" or verdict.why == ("strength of the caller's timesteps",), verdict
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"timesteps": [999, math.nan]}, "timesteps must be descending and not empty: finite numbers, got"),
+        ({"timesteps": [[999, 1]]}, "timesteps must be descending"),
+        ({"timesteps": "many"}, "timesteps must be numbers, got 'many'"),
+        ({"timesteps": [3, object()]}, "timesteps must be numbers"),
+        ({"timesteps": list(range(2000, 0, -1))}, "whole number from 1 to 1000, got 2000"),
+        ({"timesteps": [500, 500]}, "timesteps must be descending"),
+        ({"sigmas": [0.5]}, "two or more noise levels, from above 0, got"),
+        ({"sigmas": [0.5, 0.7]}, "sigmas must be descending"),
+        ({"sigmas": [0.5, -0.1]}, "sigmas must be descending"),
+        ({"sigmas": [math.inf, 0.5]}, "sigmas must be descending"),
+        ({"sigmas": [0.0, 0.0]}, "sigmas must be descending"),
+    ],
+)
+def test_bad_custom_steps(given: dict[str, Any], message: str) -> None:
+    sampler = "euler" if "sigmas" in given else "ddpm"
+    with pytest.raises(InputError, match=message):
+        make_table(DDIM, 4, sampler=sampler, **given)
+
+
+# ---- the strength ----
+
+
+@pytest.mark.parametrize("sampler", ["lcm", "tcd"])
+@pytest.mark.parametrize(("steps", "strength"), [(4, 0.5), (4, 0.8), (8, 0.3), (1, 0.02), (15, 0.3), (50, 1.0)])
+def test_distilled_steps_lie_inside_the_strength(sampler: str, steps: int, strength: float) -> None:
+    """All of them, at timesteps of distillation, as diffusers' schedulers lay them."""
+    table = make_table(DDIM, steps, sampler=sampler, strength=strength)
+    scheduler = getattr(diffusers, SAMPLERS[sampler].class_name)()
+    scheduler.set_timesteps(steps, strength=strength)
+    assert table.timesteps.tolist() == scheduler.timesteps.tolist()
+    assert table.steps == steps
+
+
+@pytest.mark.parametrize(
+    ("sampler", "steps", "strength", "message"),
+    [
+        (
+            "lcm",
+            4,
+            0.06,
+            "4 steps are more than the 3 of distillation .original_inference_steps 50. that strength 0.06",
+        ),
+        ("tcd", 1, 0.01, "1 steps are more than the 0 of distillation"),
+        ("euler", 1, 0.9, "leaves none of 1 steps: take 2 steps, or more strength"),
+        ("euler", 1, 1 / 49, "leaves none of 1 steps: take 50 steps, or more strength"),  # 49 / 49 is below 1
+        ("heun", 4, 5e-324, "leaves none of 4 steps: take more strength"),
+        ("heun", 4, math.nan, "strength must be above 0 and at most 1, got nan"),
+    ],
+)
+def test_a_strength_that_leaves_nothing(sampler: str, steps: int, strength: float, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_table(DDIM, steps, sampler=sampler, strength=strength)
+
+
+def test_a_strength_that_leaves_nothing_of_clipped_steps() -> None:
+    """lambda_min_clipped takes the first steps away, and the strength may take the others."""
+    given = {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "beta_schedule": "squaredcos_cap_v2",
+        "lambda_min_clipped": 2.0,
+        "timestep_spacing": "trailing",
+    }
+    config = ScheduleConfig.from_dict(given)
+    assert make_table(config, 20).steps < 10
+    with pytest.raises(InputError, match=r"strength 0\.2 leaves none of 20 steps: take more strength"):
+        make_table(config, 20, strength=0.2)
+    with pytest.raises(InputError, match="20 steps, trailing, leave the trained timesteps"):
+        make_table(ScheduleConfig.from_dict({**given, "lambda_min_clipped": 99.0}), 20)
+
+
+# ---- many steps ----
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("spaced", ["linspace", "leading", "trailing"])
+@pytest.mark.parametrize("steps", [999, 1000])
+def test_as_many_steps_as_there_are(sampler: str, spaced: str, steps: int) -> None:
+    """A table, or one line that says why there is none."""
+    given = {"_class_name": "DDIMScheduler", **SD, "timestep_spacing": spaced}
+    config, why = ScheduleConfig.from_dict(given, steps_offset=0), None
+    solver = sampler.startswith(("dpm++ 2m", "dpm++ 3m", "deis", "unipc"))
+    if sampler in ("lcm", "tcd"):
+        why = "more than the 50 of distillation"
+    elif steps == 1000 and solver and spaced != "trailing":
+        why = "cannot step from timestep [0-9]+ to itself: take fewer than 1000 steps"
+    if why:
+        with pytest.raises(InputError, match=why):
+            make_table(config, steps, sampler=sampler)
+        return
+    table = make_table(config, steps, sampler=sampler)
+    assert np.isfinite(table.rows).all()
+    assert table.steps == steps
