@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastldm import openmp
 from fastldm.bench import machine
 from fastldm.doctor import cache_root
 from fastldm.engine import BACKENDS
@@ -153,7 +154,7 @@ def _write(bundle: Bundle, device: torch.device, measured: dict[str, Measured]) 
 
 def _path(bundle: Bundle, device: torch.device) -> Path:
     here = device.type == "cpu" or torch.cuda.is_available()
-    runs = [machine(device) if here else str(device), torch.get_num_threads(), instructions()]
+    runs = [machine(device) if here else str(device), openmp.threads(), instructions()]
     about = [bundle.manifest["sha256"], *runs]
     return cache_root() / "measured" / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:40]}.json"
 

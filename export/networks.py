@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastldm import loading
+from fastldm import loading, openmp
 from fastldm.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
 from fastldm.engine import Engine, open_engine
 from fastldm.errors import BundleError, CheckpointError, InputError
@@ -93,7 +93,7 @@ def load(
     The encoder of pictures is opened when it is first asked for: most never do.
     """
     spec, computed = describe(bundle), precision(bundle, backend, device, dtype)
-    options: dict[str, Any] = {"device": device, "precision": computed, "threads": torch.get_num_threads()}
+    options: dict[str, Any] = {"device": device, "precision": computed, "threads": openmp.threads()}
 
     def network(name: str) -> Network:
         return Network(

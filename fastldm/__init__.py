@@ -12,6 +12,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastldm import openmp
 from fastldm.errors import (
     BundleError,
     Cancelled,
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from fastldm.pipeline import Pipeline
     from fastldm.request import Request, Result
     from fastldm.session import Generation, Progress, Session
+
+openmp.bound_spin()  # before torch is loaded, whose runtime reads it once
 
 __version__ = "0.1.0"
 

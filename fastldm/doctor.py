@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastldm import __version__
+from fastldm import __version__, openmp
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +76,7 @@ def examine(model: str = "default", arch: str | None = None) -> dict[str, Any]:
         "platform": platform.platform(),
         "torch": torch.__version__,
         "triton": _version("triton"),
-        "cpu": {"threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability()},
+        "cpu": {"threads": openmp.threads(), "capability": torch.backends.cpu.get_cpu_capability()},
         "gpus": [
             f"{torch.cuda.get_device_name(k)} (sm_{''.join(map(str, torch.cuda.get_device_capability(k)))}, "
             f"{torch.cuda.get_device_properties(k).total_memory / 2**30:.0f} GiB)"

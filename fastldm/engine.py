@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from fastldm import openmp
 from fastldm.errors import EngineError, InputError
 
 if TYPE_CHECKING:
@@ -215,9 +216,7 @@ def open_engine(
         ) from error
     if not path.is_file():
         raise EngineError(f"{path} does not exist: expected the {spec.name} of a bundle")
-    return module.open_engine(
-        path, spec, torch.device(device), precision, hashes or {}, threads or torch.get_num_threads()
-    )
+    return module.open_engine(path, spec, torch.device(device), precision, hashes or {}, threads or openmp.threads())
 
 
 def bound(

@@ -1,19 +1,103 @@
-"""What PyTorch's CPU threads do while the thread that they work for waits.
+"""What PyTorch's CPU threads do while they wait, and how many of them there should be.
 
 Every thread that runs PyTorch's ops has OpenMP threads of its own. GNU's runtime, which PyTorch's builds for Linux
-bring, lets them spin between two loops, for the next one is microseconds away. But it counts those of all threads, and
-once they are more than there are cores they sleep instead, and are woken anew for each of a network's hundreds of
-loops: the default model's steps take twice as long.
+bring, lets them spin between two loops, for the next one is microseconds away. Three things go wrong with that:
+
+    Others want the cores. A thread that spins for milliseconds burns the share that the thread it waits for would
+    need: eight steps of the default model take 30 s on two cores with a load of four, 2.6 s where threads do not spin.
+    `bound_spin` has them spin for microseconds and then sleep.
+
+    A container has fewer CPUs than the machine. What it may use by quota is known to the kernel alone; a thread for
+    each of 64 cores, of which 1.5 are its own, is stopped for most of each period, the one that all others wait for
+    too. `cpus` says how many there are.
+
+    Threads of two callers. The runtime counts those of all, and once they are more than there are cores they sleep
+    instead, and are woken anew for each of a network's hundreds of loops: the default model's steps take twice as long.
+    `rest` ends those of a caller that only waits.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 _SOFT = 1  # omp_pause_soft: what the runtime knows is kept
+SPIN_COUNT = "1000"
+"""Rounds that a waiting thread spins before it sleeps, some tens of microseconds: longer than from one loop of a step
+to the next. GNU's default is 300,000."""
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+def bound_spin() -> None:
+    """Have OpenMP's threads spin shortly, and be no more than this process has CPUs by quota. To be called before the
+    runtime is loaded, which reads the environment once: `import fastldm` does so. What the environment says already
+    (OMP_WAIT_POLICY, GOMP_SPINCOUNT, OMP_NUM_THREADS) stays.
+    """
+    if sys.platform != "linux" or _is_loaded():
+        return
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
+    if "OMP_NUM_THREADS" not in os.environ and cpus() < len(os.sched_getaffinity(0)):
+        os.environ["OMP_NUM_THREADS"] = str(cpus())
+
+
+def _is_loaded() -> bool:
+    """Whether GNU's runtime is in this process already."""
+    try:
+        return "libgomp" in Path("/proc/self/maps").read_text()
+    except OSError:
+        return "torch" in sys.modules
+
+
+def cpus() -> int:
+    """How many CPUs this process may use: by its affinity, and by the quota of its control groups, to the nearest."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        groups = Path("/proc/self/cgroup").read_text()
+    except OSError:
+        return affinity
+    return max(1, min([affinity, *(int(quota + 0.5) for quota in _quotas(groups, _CGROUPS))]))
+
+
+def threads() -> int:
+    """How many CPU threads work has that this thread asks for: what torch.set_num_threads said, and no more than there
+    are CPUs."""
+    import torch
+
+    return min(torch.get_num_threads(), cpus())
+
+
+def _quotas(groups: str, root: Path) -> Iterator[float]:
+    """CPUs that each control group of a process allows, its parents' too. groups: what /proc/self/cgroup says.
+
+    In a container the path may be the host's, of which nothing is mounted: then the mount's own root says it.
+    """
+    for line in groups.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mounts = [root / controllers, root / "cpu"] if controllers else [root, root / "unified"]
+        for mount in mounts:
+            inside = Path(path.lstrip("/"))
+            for folder in (mount / inside, *(mount / parent for parent in inside.parents)):
+                yield from _quota(folder)
+
+
+def _quota(folder: Path) -> Iterator[float]:
+    """Of one control group, of version 2 or 1; nothing where it has none."""
+    try:
+        if (folder / "cpu.max").is_file():
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        if quota != "max" and int(quota) > 0:
+            yield int(quota) / int(period)
+    except (OSError, ValueError):
+        return
 
 
 def rest() -> None:

@@ -246,7 +246,7 @@ class _Job:
         self.submitted = perf_counter()
         self.seconds = deadline
         self.route = dispatch.preference()  # kernels.use holds for the caller's thread: it goes along
-        self.threads = torch.get_num_threads()
+        self.threads = openmp.threads()
         self.given = torch.cuda.Event() if worker.device.type == "cuda" else None
         if self.given is not None:
             self.given.record(torch.cuda.current_stream(worker.device))  # behind what made the request's tensors

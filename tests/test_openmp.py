@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fastldm import openmp
+
 SCRIPT = """
 import os, torch
 from fastldm import Pipeline, openmp
@@ -33,3 +35,54 @@ def test_a_thread_that_waits_has_no_others() -> None:
     command = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.splitlines() == ["2 0", "2 2"]
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "quotas"),
+    [
+        ("0::/\n", {"cpu.max": "150000 100000"}, [1.5]),
+        ("0::/\n", {"cpu.max": "max 100000"}, []),
+        ("0::/a/b\n", {"a/b/cpu.max": "400000 100000", "a/cpu.max": "200000 100000"}, [4.0, 2.0]),
+        ("0::/docker/of-the-host\n", {"cpu.max": "50000 100000"}, [0.5]),
+        ("3:cpu,cpuacct:/x\n", {"cpu/x/cpu.cfs_quota_us": "100000\n", "cpu/x/cpu.cfs_period_us": "100000\n"}, [1.0]),
+        ("3:cpu:/x\n", {"cpu/x/cpu.cfs_quota_us": "-1\n", "cpu/x/cpu.cfs_period_us": "100000\n"}, []),
+        ("3:cpuset:/x\n4:memory:/y\n", {"cpuset/x/cpu.max": "100000 100000"}, []),
+        ("0::/\n", {"cpu.max": "nonsense"}, []),
+        ("0::/\n", {}, []),
+    ],
+)
+def test_quotas_of_control_groups(groups: str, files: dict[str, str], quotas: list[float], tmp_path: Path) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert list(openmp._quotas(groups, tmp_path)) == quotas
+
+
+def printed(code: str, **environment: str) -> str:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    kept |= {"PYTHONPATH": str(Path(__file__).parents[1]), **environment}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=kept, check=True)
+    return done.stdout.strip()
+
+
+SHOW = "print(os.environ.get('GOMP_SPINCOUNT'), os.environ.get('OMP_NUM_THREADS'))"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other runtimes, which are left alone")
+def test_threads_spin_shortly_unless_somebody_has_said_otherwise() -> None:
+    assert printed(f"import os, fastldm; {SHOW}") == f"{openmp.SPIN_COUNT} None"
+    assert printed(f"import os, fastldm; {SHOW}", OMP_WAIT_POLICY="ACTIVE") == "None None"
+    assert printed(f"import os, fastldm; {SHOW}", GOMP_SPINCOUNT="7") == "7 None"
+    assert printed(f"import os, torch, fastldm; {SHOW}") == "None None", "too late: the runtime has read it"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no control groups")
+def test_no_more_threads_than_cpus() -> None:
+    """Of a quota that is read before the runtime is there, and of one that a request finds."""
+    groups = "import os, pathlib; os.sched_getaffinity = lambda pid: set(range(8)); import fastldm.openmp as o; "
+    quota = f"o._quotas = lambda *_: iter([1.4]); o.bound_spin(); {SHOW}; "
+    code = groups + quota + "import torch; print(o.cpus(), torch.get_num_threads())"
+    assert printed(code).splitlines() == [f"{openmp.SPIN_COUNT} 1", "1 1"]
+    later = "import torch; torch.set_num_threads(4); import fastldm.openmp as o; o._quotas = lambda *_: iter([1.0]); "
+    run = "import fastldm; p = fastldm.Pipeline.default(device='cpu', dtype='float32'); p('a', num_inference_steps=1); "
+    assert printed(later + run + "print(p.session.call(torch.get_num_threads))") == "1"
