@@ -9,16 +9,14 @@ import json
 import os
 import re
 import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from fastldm import __version__
-from fastldm.errors import Cancelled, FastLDMError, InputError
+from fastldm.cli_report import Commands, reported
+from fastldm.errors import InputError
 
 if TYPE_CHECKING:
     from fastldm.memory import MemoryPlan
@@ -28,7 +26,7 @@ class Size(click.ParamType):
     name = "WxH"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        match = re.fullmatch(r"(\d+)(?:[xX×](\d+))?", str(value).strip())
+        match = re.fullmatch(r"(\d{1,9})(?:[xX×](\d{1,9}))?", str(value).strip())
         if not match:
             self.fail(
                 f"{value!r} is not a size: write WIDTHxHEIGHT in pixels, such as 768x512, or one number", param, ctx
@@ -37,28 +35,15 @@ class Size(click.ParamType):
         return width, int(match[2] or width)
 
 
-@contextmanager
-def reported(debug: bool) -> Iterator[None]:
-    """Turns what the library raises into one line on stderr and an exit status: 1 failed, 2 usage, 130 Ctrl-C."""
-    try:
-        yield
-    except (KeyboardInterrupt, Cancelled):
-        click.echo("\nstopped", err=True)
-        sys.exit(130)
-    except FastLDMError as error:
-        if debug:
-            traceback.print_exc()
-        click.echo(f"fastldm: {error}", err=True)
-        sys.exit(2 if isinstance(error, InputError) else 1)
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        text = " ".join(str(error).split()) or "no message"
-        click.echo(f"fastldm: {type(error).__name__}: {text} (--debug shows where; this may be a bug)", err=True)
-        sys.exit(1)
+def check_numbers(size: tuple[int, int] | None, pictures: int = 1, steps: int | None = None) -> None:
+    """InputError for numbers that no request may have, before anything is computed of them."""
+    from fastldm.request import Request
+
+    width, height = size or (None, None)
+    Request("", width=width, height=height, num_inference_steps=steps, num_images_per_prompt=pictures)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="fastldm")
 def main() -> None:
     """Run trained latent diffusion models as fast as the hardware allows.
@@ -173,9 +158,12 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
     request = request.replace(seed=picture_seeds(request))
     seeds = picture_seeds(request)
 
-    from fastldm.image import output_paths, save_result
+    from fastldm.image import measure, output_paths, save_result
 
     paths = output_paths(output or f"fastldm-{seeds[0]}.png", count, force=options["force"])
+    for name, path in (("--init-image", options["init_image"]), ("--mask", options["mask"])):
+        if path is not None:
+            measure(path, name)
 
     from fastldm.pipeline import Pipeline
 
@@ -242,6 +230,9 @@ def warm(
 
         from fastldm import loading, warm
 
+        for pictures in batch:
+            for one_size in size or (None,):
+                check_numbers(one_size, pictures)
         if not arch:
             if not torch.cuda.is_available():
                 raise InputError(f"torch sees no GPU here: say which to compile for with --arch {warm.ARCH_NAMES}")
@@ -300,6 +291,7 @@ def plan(
         from fastldm.kernels.dispatch import device_capability
         from fastldm.warm import parse_arch
 
+        check_numbers(size, batch, steps)
         if arch is not None and device is not None:
             raise InputError("give --arch for a GPU that need not be here, or --device for one that is, not both")
         place = torch.device("cuda")
@@ -394,10 +386,12 @@ def tune(model: str, output: str, size: tuple[int, int] | None, batch: int, dtyp
         from tqdm import tqdm
 
         from fastldm import loading, tune
-        from fastldm.image import check_folder
+        from fastldm.files import check_output
 
+        check_numbers(size, batch)
         path = Path(output)
-        check_folder(path.parent)
+        check_output(path, force=True)
+        tune.read_table(path)
         tune.check_gpu()
         spec = loading.describe(model)
         width, height = size or spec.default_size

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastldm.cli import Size, debug_option, main, model_option, reported
+from fastldm.cli import Size, check_numbers, debug_option, main, model_option, reported
 from fastldm.errors import EngineError, InputError
 
 if TYPE_CHECKING:
@@ -94,7 +94,11 @@ def bench(model: str, debug: bool, out: Path | None, suite: str | None, **option
     """
     with reported(debug):
         from fastldm import compare
+        from fastldm.files import check_output, whole_file
 
+        check_numbers(options["size"], options["batch"], options["steps"])
+        if out is not None:
+            check_output(out, force=True)
         if suite == "ladder":
             if out is not None:
                 raise InputError("--suite ladder writes its figures to benchmarks/results itself: leave out --json")
@@ -121,7 +125,8 @@ def bench(model: str, debug: bool, out: Path | None, suite: str | None, **option
         rows = compare.compare(task, found, options["rounds"] or (3 if suite == "cpu-step" else 7), tell)
         click.echo(table(task, rows))
         if out is not None:
-            out.write_text(json.dumps(record(task, rows), indent=1) + "\n")
+            with whole_file(out) as file:
+                file.write(f"{json.dumps(record(task, rows), indent=1)}\n".encode())
 
 
 def _python(given: str) -> tuple[str, str]:

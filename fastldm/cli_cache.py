@@ -21,7 +21,7 @@ class Bytes(click.ParamType):
     name = "SIZE"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", str(value).strip().lower())
+        match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([kmgt]?)(?:i?b)?", str(value).strip().lower())
         if not match:
             self.fail(f"{value!r} is not a size: write such as 10GiB, 500M or 0", param, ctx)
         return int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))

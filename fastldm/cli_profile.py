@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from fastldm.cli import Size, backend_option, debug_option, main, model_option, reported
+from fastldm.cli import Size, backend_option, check_numbers, debug_option, main, model_option, reported
 
 
 @main.command()
@@ -56,13 +56,14 @@ def profile(
     with reported(debug):
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler tells its own beginning and end otherwise
         began = perf_counter()
-        from fastldm.image import check_folder
+        from fastldm.files import check_output, whole_file
 
+        check_numbers(size, batch, options["steps"])
         files = {name: Path(to) for name, to in (("json", json_to), ("html", html_to), ("trace", trace_to)) if to}
         if json_to == "-":
             del files["json"]
         for path in files.values():
-            check_folder(path.parent)
+            check_output(path, force=True)
         from fastldm import profile_page, profile_report
         from fastldm.pipeline import Pipeline
         from fastldm.profile import profile as measure
@@ -89,5 +90,6 @@ def profile(
             "trace": lambda: json.dumps(profile_report.trace(made)),
         }
         for name, path in files.items():
-            path.write_text(contents[name]() + "\n", encoding="utf-8")
+            with whole_file(path) as file:
+                file.write(f"{contents[name]()}\n".encode())
         click.echo(contents["json"]() if json_to == "-" else profile_report.table(made))

@@ -53,5 +53,6 @@ def out_of_memory_named(error: Exception) -> Exception:
     named = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
     if isinstance(error, FastLDMError) or not (named or isinstance(error, MemoryError)):
         return error
-    text = f"memory ran out ({str(error).splitlines()[0]}): ask for a smaller size or fewer pictures"
+    reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
+    text = f"memory ran out{reason}: ask for a smaller size or fewer pictures"
     return OutOfMemory(text).with_traceback(error.__traceback__)

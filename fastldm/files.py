@@ -65,8 +65,9 @@ def check_folder(folder: Path) -> None:
     try:
         if not stat.S_ISDIR(folder.stat().st_mode):
             raise InputError(f"{_shown(folder)} is not a folder: write somewhere else")
-        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(_ROOM))
+            file.flush()
     except FileNotFoundError:
         raise InputError(
             f"the folder {_shown(folder)} does not exist: make it first, or write somewhere else"

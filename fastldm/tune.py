@@ -18,8 +18,10 @@ import torch
 from fastldm import dry
 from fastldm.bench import take_turns
 from fastldm.errors import InputError
+from fastldm.files import whole_file
 from fastldm.kernels import dispatch
 from fastldm.loading import Spec
+from fastldm.reading import read_json
 
 Shapes = dict[tuple[str, str], tuple[tuple[Any, ...], dict[str, Any]]]  # (op, shape class) -> arguments of one call
 
@@ -116,12 +118,21 @@ def best_of(
     return entry
 
 
+def read_table(path: Path) -> dict[str, Any]:
+    """What a file of entries has, {} where there is none. InputError for what is not one."""
+    table: dict[str, Any] = read_json(path, error=InputError) if path.exists() else {}
+    if not all(
+        isinstance(ops, dict) and all(isinstance(entries, dict) for entries in ops.values()) for ops in table.values()
+    ):
+        raise InputError(f"{path} is not a table of tuned kernels: choose another with -o")
+    return table
+
+
 def merge_into(path: Path, table: dict[str, Any]) -> None:
     """Write the table over what the file has. Whole or not at all."""
-    merged = json.loads(path.read_text()) if path.exists() else {}
+    merged = read_table(path)
     for arch, ops in table.items():
         for op, entries in ops.items():
             merged.setdefault(arch, {}).setdefault(op, {}).update(entries)
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_text(json.dumps(merged, indent=1, sort_keys=True) + "\n")
-    unfinished.replace(path)
+    with whole_file(path) as file:
+        file.write(f"{json.dumps(merged, indent=1, sort_keys=True)}\n".encode())

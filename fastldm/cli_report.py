@@ -1,0 +1,129 @@
+"""How a command ends: one line that says why, the right exit status, and streams that may be closed, full or gone.
+
+Exit status: 0 done, 1 failed, 2 used wrongly, 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import TextIOWrapper
+from typing import Any
+
+import click
+
+from fastldm.errors import Cancelled, FastLDMError, InputError, out_of_memory_named
+
+_MAX_LINE = 2000
+
+
+@contextmanager
+def reported(debug: bool) -> Iterator[None]:
+    """Turns whatever ends a command early into one line on stderr and an exit status."""
+    try:
+        yield
+        if sys.stdout is not None:
+            sys.stdout.flush()  # what cannot be written is found here, not when the interpreter ends
+    except Exception as error:
+        if debug:
+            with suppress(OSError):
+                traceback.print_exc()
+        sys.exit(_fail(error))
+    except KeyboardInterrupt:
+        sys.exit(_fail(Cancelled()))
+
+
+def run(command: click.Command) -> None:
+    """The command in a process of its own: what `reported` is for a command's body, for all before and after it."""
+    _open_streams()
+    status: Any = 0
+    try:
+        command.main(prog_name="fastldm")
+    except SystemExit as end:
+        status = end.code
+    except Exception as error:  # click's own output, such as --help, into a full disk
+        status = _fail(error)
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        status = status or _fail(error)
+    with suppress(OSError):
+        sys.stderr.flush()
+    _drop_what_cannot_be_written()
+    sys.exit(status)
+
+
+def _fail(error: Exception) -> int:
+    """Say why, and return the status."""
+    error = out_of_memory_named(error)
+    text = " ".join(str(error).split())
+    if isinstance(error, Cancelled):
+        _say("\nstopped")
+        return 130
+    if isinstance(error, FastLDMError):
+        _say(f"fastldm: {text}")
+        return 2 if isinstance(error, InputError) else 1
+    if isinstance(error, BrokenPipeError):  # who reads our output has had enough, as `head` has
+        return 1
+    if isinstance(error, OSError):  # the machine's, not ours: a full disk, a lost network
+        of = "the output" if error.filename is None else repr(error.filename)
+        _say(f"fastldm: {of}: {error.strerror}" if error.strerror else f"fastldm: {text or type(error).__name__}")
+        return 1
+    _say(f"fastldm: {type(error).__name__}: {text or 'no message'} (--debug shows where; this may be a bug)")
+    return 1
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):
+        click.echo(line if len(line) <= _MAX_LINE else f"{line[: _MAX_LINE - 3]}...", err=True)
+
+
+def _open_streams() -> None:
+    """Closed streams become the null device: a file opened later would take a closed one's number, and whatever is
+    printed to it. Names that are not UTF-8 are printed escaped."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
+            stream = open(number, "w" if number else "r", encoding="utf-8", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, TextIOWrapper):
+            output.reconfigure(errors="backslashreplace")
+
+
+def _drop_what_cannot_be_written() -> None:
+    """What stays in a buffer would be tried again, and complained of, when the interpreter ends."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            os.close(null)
+
+
+class Commands(click.Group):
+    """A group whose messages name at most the beginning of an argument: a number of 5,000 digits fills a screen."""
+
+    def make_context(self, *args: Any, **options: Any) -> click.Context:
+        with _short_messages():
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _short_messages():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _short_messages() -> Iterator[None]:
+    try:
+        yield
+    except click.UsageError as error:
+        if len(error.message) > 300:
+            error.message = f"{error.message[:120]}...{error.message[-120:]}"  # type: ignore[misc]
+        raise
