@@ -63,15 +63,11 @@ def _check_free(path: Path, force: bool) -> None:
 def check_folder(folder: Path) -> None:
     """InputError where files cannot be made in it."""
     try:
-        if not stat.S_ISDIR(folder.stat().st_mode):
-            raise InputError(f"{_shown(folder)} is not a folder: write somewhere else")
+        if not folder.exists():
+            raise InputError(f"the folder {_shown(folder)} does not exist: make it first, or write somewhere else")
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(_ROOM))
             file.flush()
-    except FileNotFoundError:
-        raise InputError(
-            f"the folder {_shown(folder)} does not exist: make it first, or write somewhere else"
-        ) from None
     except OSError as error:
         raise InputError(
             f"the folder {_shown(folder)} cannot be written to ({error.strerror}): choose another with -o"
