@@ -4,12 +4,15 @@ A graph is captured only after its work has run eagerly, exactly as it will be c
 plan and workspace to be there: to compile or to search inside a capture is an error. All graphs share one pool of
 memory and are replayed on the stream of the thread that captured them, one after the other; what crosses a graph's
 edge lies outside the pool, in buffers that the caller keeps.
+
+What a graph takes cannot be told from what it makes the pool grow by: one that is captured where another's tensors lay
+makes it grow by nothing. And the pool gives nothing back while any graph holds it. So the budget is the pool's, and
+where the pool passes it all graphs go, and those that are still asked for are captured again in a new one.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -28,16 +31,19 @@ WARM_UPS = 2  # eager runs before a capture: the first compiles and plans, the s
 class Driver(Protocol):
     """What captures. `CUDA` is the one there is; a test's records what it is asked."""
 
-    def capture(self, work: Callable[[], Any]) -> tuple[Any, int]:
-        """Record `work`, which is not run. A handle, and by how many bytes the pool grew."""
+    def capture(self, work: Callable[[], Any]) -> Any:
+        """Record `work`, which is not run. A handle."""
+
+    def held(self) -> int:
+        """Bytes that the pool holds of the device's memory, used by a graph or not."""
 
     def replay(self, handle: Any) -> None: ...
 
     def destroy(self, handle: Any) -> None:
-        """Give the graph's memory back to the pool."""
+        """Let a graph go, and with the last one the pool."""
 
     def trim(self) -> None:
-        """Give memory of the pool that no graph uses back to the device."""
+        """Give memory that no pool holds any more back to the device."""
 
 
 class CUDA:
@@ -46,18 +52,24 @@ class CUDA:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.pool = torch.cuda.graph_pool_handle()
+        self._alive = 0
 
-    def capture(self, work: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, int]:
+    def capture(self, work: Callable[[], Any]) -> torch.cuda.CUDAGraph:
         torch.cuda.synchronize(self.device)
-        torch.cuda.empty_cache()  # a capture begins with this: what it gives back is no growth of ours
-        before = torch.cuda.memory_reserved(self.device)
+        if not self._alive:  # PyTorch captures nothing more into a pool whose last graph has gone
+            self.pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # "thread_local": other threads may allocate and copy meanwhile, as a caller that reads its picture does.
         with torch.cuda.graph(
             graph, pool=self.pool, stream=torch.cuda.current_stream(self.device), capture_error_mode="thread_local"
         ):
             work()
-        return graph, max(0, torch.cuda.memory_reserved(self.device) - before)
+        self._alive += 1
+        return graph
+
+    def held(self) -> int:
+        segments = torch.cuda.memory_snapshot()
+        return sum(one["total_size"] for one in segments if tuple(one["segment_pool_id"]) == tuple(self.pool))
 
     def replay(self, handle: torch.cuda.CUDAGraph) -> None:
         handle.replay()
@@ -65,6 +77,7 @@ class CUDA:
     def destroy(self, handle: torch.cuda.CUDAGraph) -> None:
         torch.cuda.current_stream(self.device).synchronize()  # a replay may be under way
         handle.reset()
+        self._alive -= 1
 
     def trim(self) -> None:
         torch.cuda.empty_cache()
@@ -73,26 +86,27 @@ class CUDA:
 @dataclass
 class _Captured:
     handle: Any
-    bytes: int
     inputs: tuple[Tensor, ...]
     outputs: list[Any]  # one: what the work returned when it was captured, written by each replay
 
 
 class Graphs:
-    """Captured work by key; where it would pass its budget, the least recently used goes.
+    """Captured work by key.
 
-    budget: bytes that all graphs together may add to the pool; None for no bound. Used by one thread.
+    budget: bytes that the pool of all graphs may hold, but for one graph that needs more; None for no bound. Used by
+    one thread.
     """
 
     def __init__(self, driver: Driver, budget: int | None = None) -> None:
         self.driver, self.budget = driver, budget
-        self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()  # the least recently used first
+        self._captured: dict[Hashable, _Captured] = {}  # in the order of their captures
         self._runs: dict[Hashable, int] = {}  # eager runs of what is not captured
         self._refused: set[Hashable] = set()
 
     @property
     def bytes(self) -> int:
-        return sum(one.bytes for one in self._captured.values())
+        """What the pool holds."""
+        return self.driver.held() if self._captured else 0
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._captured
@@ -124,7 +138,6 @@ class Graphs:
     def _find(self, key: Hashable, work: Callable[..., Any], inputs: tuple[Tensor, ...]) -> _Captured | None:
         found = self._captured.get(key)
         if found is not None:
-            self._captured.move_to_end(key)
             return found
         if key in self._refused:
             return None
@@ -132,6 +145,10 @@ class Graphs:
         if runs < WARM_UPS:
             self._runs[key] = runs + 1
             return None
+        found = self._capture(key, work, inputs)
+        if found is None or self.budget is None or len(self._captured) == 1 or self.driver.held() <= self.budget:
+            return found
+        self._destroy_all()  # what they have run is kept: each is captured again when it is next asked for
         return self._capture(key, work, inputs)
 
     def _capture(self, key: Hashable, work: Callable[..., Any], inputs: tuple[Tensor, ...]) -> _Captured | None:
@@ -139,7 +156,7 @@ class Graphs:
         outputs: list[Any] = []
         try:
             with nothing_compiles():
-                handle, size = self.driver.capture(lambda: outputs.append(work(*mine)))
+                handle = self.driver.capture(lambda: outputs.append(work(*mine)))
         except torch.OutOfMemoryError:
             raise
         except CompiledLate as error:
@@ -148,29 +165,31 @@ class Graphs:
             logger.warning("%s cannot be captured and runs eagerly: %s", key, error)
             self._refused.add(key)
             return None
-        captured = self._captured[key] = _Captured(handle, size, mine, outputs)
-        self._runs.pop(key, None)
-        while self.budget is not None and self.bytes > self.budget and len(self._captured) > 1:
-            self.drop(next(iter(self._captured)))
+        captured = self._captured[key] = _Captured(handle, mine, outputs)
         return captured
-
-    def drop(self, key: Hashable) -> None:
-        """Destroy one graph."""
-        self.driver.destroy(self._captured.pop(key).handle)
-        self.driver.trim()
 
     def forget(self, owner: Hashable) -> None:
         """Destroy the graphs whose keys begin with `owner`, whose buffers are about to go."""
-        for key in [key for key in self._captured if isinstance(key, tuple) and key[0] == owner]:
-            self.drop(key)
-        self._runs = {key: runs for key, runs in self._runs.items() if not (isinstance(key, tuple) and key[0] == owner)}
+
+        def owned(key: Hashable) -> bool:
+            return isinstance(key, tuple) and key[0] == owner
+
+        for key in [*filter(owned, self._captured)]:
+            self.driver.destroy(self._captured.pop(key).handle)
+        self.driver.trim()
+        self._runs = {key: runs for key, runs in self._runs.items() if not owned(key)}
+        self._refused = {key for key in self._refused if not owned(key)}
 
     def clear(self) -> None:
-        """Destroy all graphs, the last captured first, and forget what has run."""
-        while self._captured:
-            self.driver.destroy(self._captured.popitem()[1].handle)
+        """Destroy all graphs, and forget what has run."""
+        self._destroy_all()
         self._runs.clear()
         self._refused.clear()
+
+    def _destroy_all(self) -> None:
+        """The last captured first."""
+        while self._captured:
+            self.driver.destroy(self._captured.popitem()[1].handle)
         self.driver.trim()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Any
 
@@ -46,32 +47,140 @@ def test_keys_are_warmed_one_by_one() -> None:
     assert [graphs.run(key, lambda: None) for key in ("a", "b", "a", "b", "a", "b")] == [False] * 4 + [True] * 2
 
 
-def test_the_least_recently_used_goes_first() -> None:
-    driver = Recorder(size=100)
+class Pool(Recorder):
+    """Memory as PyTorch's allocator holds it for the graphs of one pool: a capture takes what is free there before the
+    pool grows, and nothing is given back while a graph holds the pool."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.sizes = iter(sizes)
+        self.alive = self.reserved = 0
+
+    def capture(self, work: Any) -> Any:
+        self.said.append("capture")
+        self.alive += 1
+        self.reserved = max(self.reserved, next(self.sizes))
+        return work
+
+    def held(self) -> int:
+        return self.reserved
+
+    def destroy(self, handle: Any) -> None:
+        super().destroy(handle)
+        self.alive -= 1
+
+    def trim(self) -> None:
+        super().trim()
+        if not self.alive:
+            self.reserved = 0
+
+
+def test_the_pool_stays_within_its_budget() -> None:
+    """A graph in memory that another has left makes the pool grow by nothing, and is not free for that."""
+    driver = Pool(200, 100, 240, 300, 300, 100, 100)
     graphs = Graphs(driver, budget=250)
-    for key in ("a", "b"):
+    for key in ("a", "b", "c"):
         warm(graphs, key)
-    graphs.run("a", lambda: None)  # b is now the one that was used longest ago
-    warm(graphs, "c")
-    assert [key in graphs for key in "abc"] == [True, False, True]
-    assert graphs.bytes == 200
-    assert driver.said[-3:] == ["destroy", "trim", "replay"], "room is made before the new graph is used"
-    assert not graphs.run("b", lambda: None), "what went warms up again"
+    assert (graphs.bytes, [key in graphs for key in "abc"]) == (240, [True] * 3), "they lie on the same memory"
+    warm(graphs, "d")  # 300 alone
+    assert [key in graphs for key in "abcd"] == [False, False, False, True]
+    assert driver.said[-7:] == [*["destroy"] * 4, "trim", "capture", "replay"]
+    assert graphs.run("b", lambda: None), "it has run before: it is captured again at once"
+    assert "d" not in graphs
+    assert graphs.bytes == driver.reserved <= 250
 
 
 def test_one_graph_may_be_larger_than_the_budget() -> None:
-    graphs = Graphs(Recorder(size=1000), budget=250)
+    graphs = Graphs(Pool(1000), budget=250)
     warm(graphs, "a")
     assert "a" in graphs
+    assert graphs.bytes == 1000
+
+
+def test_what_is_let_go_takes_the_pool_along_only_with_the_last() -> None:
+    graphs = Graphs(Pool(200, 100))
+    for key in ((1, "x"), (2, "x")):
+        warm(graphs, key)
+    graphs.forget(1)
+    assert graphs.bytes == 200
+    graphs.forget(2)
+    assert graphs.bytes == graphs.driver.held() == 0
+
+
+class FakeCUDA:
+    """What `CUDA` asks of torch.cuda. A pool whose last graph has gone takes no other, as in PyTorch."""
+
+    class CUDAGraph:
+        def __init__(self) -> None:
+            self.pool: Any = None
+
+        def reset(self) -> None:
+            FakeCUDA.users[self.pool] -= 1
+
+        def replay(self) -> None: ...
+
+    users: dict[Any, int]
+
+    def __init__(self) -> None:
+        FakeCUDA.users = {}
+        self.pools = 0
+
+    def graph_pool_handle(self) -> tuple[int, int]:
+        self.pools += 1
+        return (0, self.pools)
+
+    @contextlib.contextmanager
+    def graph(self, graph: CUDAGraph, pool: Any, **_: Any) -> Any:
+        if pool in self.users and self.users[pool] == 0:
+            raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
+        self.users[pool] = self.users.get(pool, 0) + 1
+        graph.pool = pool
+        try:
+            yield
+        except BaseException:
+            graph.reset()
+            raise
+
+    def memory_snapshot(self) -> list[dict[str, Any]]:
+        mine = [{"segment_pool_id": pool, "total_size": 20} for pool, users in self.users.items() if users]
+        return [{"segment_pool_id": (0, 0), "total_size": 7}, *mine, *mine]
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: self  # synchronize, current_stream, empty_cache
+
+
+def test_a_pool_whose_last_graph_has_gone_is_not_captured_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether they were let go for memory, with their buffers, or the only one could not be captured."""
+    monkeypatch.setattr("fastldm.graph.torch.cuda", FakeCUDA())
+
+    def refuses() -> None:
+        raise RuntimeError("not permitted when stream is capturing")
+
+    for let_go in (Graphs.clear, lambda graphs: graphs.forget(1), lambda graphs: warm(graphs, "b", refuses)):
+        graphs = Graphs(CUDA(torch.device("cuda")))
+        with contextlib.suppress(RuntimeError):
+            let_go(graphs)
+        for _ in range(2):
+            warm(graphs, (1, "a"))
+            assert (1, "a") in graphs
+            assert graphs.bytes == 40
+            graphs.clear()
+    graphs = Graphs(CUDA(torch.device("cuda")))
+    for key in ((1, "a"), (2, "a")):
+        warm(graphs, key)
+    graphs.forget(1)
+    warm(graphs, (3, "a"))
+    assert (3, "a") in graphs
+    assert sorted(FakeCUDA.users.values())[-1] == 2, "graphs that live together share a pool"
 
 
 def test_clear_destroys_the_last_first() -> None:
     class Numbered(Recorder):
         captured = 0
 
-        def capture(self, work: Any) -> tuple[Any, int]:
+        def capture(self, work: Any) -> Any:
             self.captured += 1
-            return self.captured, 1
+            return self.captured
 
         def replay(self, handle: Any) -> None: ...
 
@@ -130,7 +239,7 @@ def test_calls_of_other_shapes_are_other_graphs() -> None:
 
 def test_what_cannot_be_captured_runs_eagerly_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     class Refusing(Recorder):
-        def capture(self, work: Any) -> tuple[Any, int]:
+        def capture(self, work: Any) -> Any:
             self.said.append("capture")
             raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -146,7 +255,7 @@ def test_what_cannot_be_captured_runs_eagerly_and_says_so(caplog: pytest.LogCapt
 
 def test_a_compilation_inside_a_capture_is_an_error() -> None:
     class Compiling(Recorder):
-        def capture(self, work: Any) -> tuple[Any, int]:
+        def capture(self, work: Any) -> Any:
             raise CompiledLate("kernel k was not compiled before")
 
     graphs = Graphs(Compiling())
@@ -156,7 +265,7 @@ def test_a_compilation_inside_a_capture_is_an_error() -> None:
 
 def test_memory_that_runs_out_in_a_capture_is_raised() -> None:
     class Full(Recorder):
-        def capture(self, work: Any) -> tuple[Any, int]:
+        def capture(self, work: Any) -> Any:
             raise torch.OutOfMemoryError("full")
 
     with pytest.raises(torch.OutOfMemoryError):
@@ -201,13 +310,13 @@ def test_replays_allocate_nothing(graphs: Graphs) -> None:
 
 
 @pytest.mark.gpu
-def test_eviction_frees_what_it_says(graphs: Graphs) -> None:
+def test_letting_go_frees_what_the_pool_held(graphs: Graphs) -> None:
     def work() -> Tensor:
         return torch.ones(64 * 2**20, device="cuda") * 2  # 256 MiB each, two at a time
 
     warm(graphs, "a", work)
     said, before = graphs.bytes, torch.cuda.memory_reserved()
-    graphs.drop("a")
+    graphs.clear()
     assert said >= 512 * 2**20
     assert before - torch.cuda.memory_reserved() >= said
 
