@@ -34,7 +34,8 @@ class ONNXRuntimeEngine:
         # Threads that wait for work by spinning take the processor from the other networks' and from PyTorch.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3  # errors, which are raised too
-        given = {"device_id": self._index} if device.type == "cuda" else {}
+        # TF32 is on by default: float32 is float32, as in kernels/float32.py.
+        given = {"device_id": self._index, "use_tf32": 0} if device.type == "cuda" else {}
         try:
             self._session = ort.InferenceSession(str(path), options, providers=[(provider, given)])
         except Exception as error:  # ONNX Runtime's own, which share no other base

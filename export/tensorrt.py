@@ -69,6 +69,7 @@ def build(
     _check_ports(network, spec)
     _allow_any_attention(network)
     config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default: float32 is float32, as in kernels/float32.py
     _set_capabilities(config, capabilities)
     inputs = {network.get_input(i).name: network.get_input(i) for i in range(network.num_inputs)}
     for ranges in profiles:
@@ -281,7 +282,7 @@ def key_of(
         version=trt.__version__,
         precision=next(port.dtype for port in spec.outputs),
         ranges=range_words(profiles, spec),
-        flags="",
+        flags="ieee",  # no TF32
         device=gpu,
     )
 

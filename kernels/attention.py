@@ -61,6 +61,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastldm.kernels import float32
 from fastldm.kernels.dispatch import (
     Config,
     Cost,
@@ -102,7 +103,8 @@ def attention_reference(
     if slots is not None:
         k, v = k[slots], v[slots]
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, H, N or M, D)
-    out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, is_causal=causal and mask is None)
+    with float32.products(q):
+        out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, is_causal=causal and mask is None)
     return out.transpose(1, 2).flatten(2)  # (B, N, H*D)
 
 

@@ -53,7 +53,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastldm.kernels import onednn
+from fastldm.kernels import float32, onednn
 from fastldm.kernels.dispatch import YES, Config, Cost, Op, Verdict, capability, cdiv, jit, launch, no
 from fastldm.kernels.dispatch import next_power_of_2 as power_of_2
 from fastldm.kernels.linear import (
@@ -88,7 +88,7 @@ def conv2d_reference(
     padding: int = 0,
 ) -> Tensor:
     """PyTorch's convolution, then the sum: in place, for nobody else holds what was convolved."""
-    out = F.conv2d(x, weight, bias, stride, padding)
+    out = float32.convolve(x, weight, bias, stride, padding)
     return out if residual is None else out.add_(residual)
 
 
@@ -150,7 +150,7 @@ def upsample_conv2d_torch(
     if phases is None:
         phases = upsample_phases(weight)
     if not fast_library(x):
-        return F.conv_transpose2d(x, phases, bias, stride=2, padding=1)
+        return float32.convolve(x, phases, bias, 2, 1, transposed=True)
     return _add(_convolve(x, phases, 2, 1, transposed=True), bias, None)
 
 

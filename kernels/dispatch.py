@@ -191,7 +191,7 @@ class Op(Generic[P, R]):
         done = None if observer is None else observer(self, args, kwargs)
         if not self.path(*args, **kwargs):
             out = _scope.instead.get(self.name, self.reference)(*args, **kwargs)
-        elif _scope.target is None and _traced():
+        elif _scope.target is None and traced():
             out = self.registered(*args, **kwargs)
         else:
             out = self.triton(*args, **kwargs)
@@ -274,7 +274,7 @@ class Op(Generic[P, R]):
 OPS: dict[str, Op[..., Any]] = {}
 
 
-def _traced() -> bool:
+def traced() -> bool:
     """Whether somebody records what runs (torch.compile, torch.export, FakeTensorMode) instead of running it."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
@@ -332,7 +332,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     target = _scope.target
     if target is not None:
         target.compile(kernel, args, constants)
-    elif interpreting() or not _traced():
+    elif interpreting() or not traced():
         if not any(isinstance(a, Tensor) and (a.is_meta or isinstance(a, FakeTensor)) for a in args):
             kernel[grid](*args, **constants)
     else:

@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastldm.kernels import onednn
+from fastldm.kernels import float32, onednn
 from fastldm.kernels.compile import SHARED_MEMORY
 from fastldm.kernels.dispatch import (
     YES,
@@ -68,7 +68,8 @@ if TYPE_CHECKING:
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """PyTorch's linear, then the sum: in place, for nobody else holds the product."""
-    out = F.linear(x, weight, bias)
+    with float32.products(x):
+        out = F.linear(x, weight, bias)
     return out if residual is None else out.add_(residual)
 
 
