@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastldm.device import send, send_numbers
 from fastldm.errors import InputError, NonFinite
 from fastldm.kernels.step import blend, guide, model_input, step
 from fastldm.schedule import StepTable
@@ -98,7 +99,7 @@ class State:
         self.y = torch.zeros_like(work.x) if work.table.anchored else None
         self.history: tuple[Tensor, ...] = ()
         # Not finite when one value is not: one small reduction a step, read once after the loop.
-        self.sums = [work.x.sum()]
+        self.sums = [work.x.sum() if work.extra is None else work.x.sum() + work.extra.sum(dtype=torch.float32)]
 
     def input(self, i: int) -> Tensor:
         """What the network sees at row i: (2B, C + K, h, w) where it is guided, unconditional half first, else B."""
@@ -116,7 +117,7 @@ class State:
 
     def go_on_from(self, latents: Tensor) -> None:
         """Go on from other latents."""
-        self.x = latents.to(self.x)
+        self.x = send(latents, self.x.device, self.x.dtype)
 
     def guide(self, guidance: Guidance) -> None:
         """Go on with other guidance."""
@@ -256,7 +257,7 @@ class EagerBatch:
             kv_len = None
             if len(set(tokens)) > 1:
                 counts = [count for count, layers in zip(tokens, texts, strict=True) for _ in range(layers[0].shape[0])]
-                kv_len = torch.tensor(counts, dtype=torch.int32, device=texts[0][0].device)
+                kv_len = send_numbers(counts, torch.int32, texts[0][0].device)
             text = tuple(_cat([_padded(kv, max(tokens)) for kv in layer]) for layer in zip(*texts, strict=True))
             self._text = (key, text, kv_len)
         return self._text[1:]
@@ -323,7 +324,7 @@ def randn(shape: Sequence[int], generators: Generators, dtype: torch.dtype, devi
     """
     if generators is None or isinstance(generators, torch.Generator):
         place = device if generators is None else generators.device
-        return torch.randn(*shape, generator=generators, dtype=dtype, device=place).to(device)
+        return send(torch.randn(*shape, generator=generators, dtype=dtype, device=place), device)
     if len(generators) == 1:
         return randn(shape, generators[0], dtype, device)
     if len(generators) != shape[0]:

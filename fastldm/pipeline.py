@@ -39,6 +39,7 @@ from fastldm.denoise import (
     draw_step_noise,
     randn,
 )
+from fastldm.device import Mark, send, to_host
 from fastldm.errors import CheckpointError, InputError, NonFinite
 from fastldm.graph import CUDA, WARM_UPS, Graphs
 from fastldm.kernels.step import fuses
@@ -46,7 +47,7 @@ from fastldm.models.unet import AddedConditions, UNet
 from fastldm.models.vae import Decode, Pieces, decode_pieces, finish
 from fastldm.request import MAX_IMAGES, MAX_SIDE, Request, Result, Timings, picture_seeds
 from fastldm.session import Progress, Session
-from fastldm.slots import Slots, StaticBuffers, graph_rows, step_capacity, to_host
+from fastldm.slots import Slots, StaticBuffers, graph_rows, step_capacity
 from fastldm.text import Conditioning
 
 if TYPE_CHECKING:
@@ -266,8 +267,9 @@ class Pipeline(Steered):
 
     def _begin(self, request: Request) -> Run:
         """prompt -> Conditioning -> (StepTable, noise): all that comes before the first step."""
-        if self._prepared.stale():
-            logger.info("weights changed: %s", ", ".join(self._prepared.weights_changed()))
+        changed = self._prepared.refresh()
+        if changed:
+            logger.info("weights changed: %s", ", ".join(changed))
         encoded = self._encode(request)
         table = self._table(request)
         return Run(self._work(request, table), self._conditions(request, encoded, table))
@@ -303,7 +305,7 @@ class Pipeline(Steered):
     ) -> Generator[Any, None, Any]:
         """latents -> image, in pieces, between which others' steps may run; returns the images.
 
-        Yields None, or an event of the device that has to come before the next piece: nothing here waits for another.
+        Yields None, or a mark that the device has to reach before the next piece: nothing here waits for another.
         """
         kind, pixels, finite = request.output_type, latents, None
         if kind != "latent":
@@ -311,12 +313,15 @@ class Pipeline(Steered):
             pixels, finite = images.to_pixels(decoded, kind), to_host(decoded.isfinite().all())
             if kind != "pt":
                 pixels = to_host(pixels)
-        if self.device.type == "cuda":
-            event = torch.cuda.Event()
-            event.record()
-            yield event
-            event.synchronize()
-        check_finite(first_bad(), table)
+        mark = Mark(self.device)
+        yield mark
+        mark.wait()
+        first = first_bad()
+        if first == -1 and request.image is not None:
+            raise NonFinite(
+                f"encoding the picture in {self.dtype} gave NaN or infinity: load the model in float32 or bfloat16"
+            )
+        check_finite(first, table)
         if finite is None:
             return latents
         if not bool(finite):
@@ -333,14 +338,15 @@ class Pipeline(Steered):
         ran = request.replace(sampler=table.sampler, num_inference_steps=steps)
         return Result(images, seeds, timings, backend, self.precision, ran)
 
-    def _preview(self, latents: Tensor, c_in: float) -> list[Image]:
-        """What latents (B, C, h, w) between two steps look like: small pictures, decoded from at most 16 latents a
-        side, a sixteenth of the work at 512x512 pixels and less beyond. c_in: what the next step scales them by."""
+    def _preview(self, latents: Tensor, c_in: float) -> Tensor:
+        """What latents (B, C, h, w) between two steps look like: small pictures (B, H, W, 3) uint8, on the host when
+        the device has come so far. They are decoded from at most 16 latents a side, a sixteenth of the work at 512x512
+        pixels and less beyond. c_in: what the next step scales them by."""
         longest = max(latents.shape[2:])
         if longest > _PREVIEW_LATENTS:
             size = [max(1, round(n * _PREVIEW_LATENTS / longest)) for n in latents.shape[2:]]
             latents = torch.nn.functional.interpolate(latents, size, mode="area")
-        return images.to_images(images.to_pixels(finish(self._decoding(latents * c_in)), "pil").cpu(), "pil")  # type: ignore
+        return to_host(images.to_pixels(finish(self._decoding(latents * c_in)), "pil"))
 
     def _release_memory(self) -> None:
         """Give back what a failed allocation may have left: the next, smaller request should find room."""
@@ -508,7 +514,7 @@ class Pipeline(Steered):
 
     def _conditioned(self, embeds: Embeds, table: schedule.StepTable, guidance_scale: float) -> Conditions:
         """What the steps of a table read, of U-Net rows that are conditioned so."""
-        timesteps = torch.from_numpy(table.timesteps).to(self.device)  # (S,)
+        timesteps = send(torch.from_numpy(table.timesteps), self.device)  # (S,)
         rows = 1  # a step: the network's rows differ only where their conditioning enters the time embedding
         added = scale = None
         if embeds.add_text_embeds is not None and embeds.add_time_ids is not None:
@@ -559,7 +565,7 @@ class Pipeline(Steered):
             picture = self._each(request, images.load_image(request.image, (height, width)))
             if not (for_inpainting and from_noise):
                 init = self._encode_picture(picture, draw)
-        noise = draw() if request.latents is None else request.latents.to(self.device, torch.float32)
+        noise = draw() if request.latents is None else send(request.latents, self.device, torch.float32)
         if request.mask_image is not None:
             hole = self._each(request, images.load_mask(request.mask_image, (height, width)))
             mask = torch.nn.functional.interpolate(hole, shape[2:])  # (B, 1, h, w)
@@ -585,7 +591,7 @@ class Pipeline(Steered):
 
     def _each(self, request: Request, picture: Tensor) -> Tensor:
         """One picture for all, or one each: (1 or B, C, H, W) -> (B, C, H, W) on the device."""
-        return picture.expand(request.batch, -1, -1, -1).to(self.device)
+        return send(picture, self.device).expand(request.batch, -1, -1, -1)
 
     def _encode_picture(self, picture: Tensor, draw: Callable[[], Tensor]) -> Tensor:
         """Pictures (B, 3, H, W) in -1..1 to latents (B, C, h, w) in float32, drawn from the posterior of a KL
@@ -594,10 +600,6 @@ class Pipeline(Steered):
         if isinstance(self.vae.config, VAEConfig):
             mean, log_variance = encoded.chunk(2, dim=1)
             encoded = mean + (log_variance.clamp(-30, 20) / 2).exp() * draw()
-        if not bool(torch.isfinite(encoded).all()):
-            raise NonFinite(
-                f"encoding the picture in {self.dtype} gave NaN or infinity: load the model in float32 or bfloat16"
-            )
         return encoded * self.vae.config.scaling_factor
 
     def _decoding(self, latents: Tensor) -> Pieces:

@@ -14,7 +14,8 @@ those of a diffusers pipeline that shares them: what is written into them in pla
 
 Two changes are not seen by themselves: a parameter that was replaced (`layer.weight = nn.Parameter(new)`,
 `layer.weight.data = new`), since captured steps go on reading where it was, and any change of what is folded.
-`Prepared.stale` finds both, `Prepared.weights_changed` brings all up to date in place.
+`Prepared.stale` finds both, `Prepared.weights_changed` brings all up to date in place, and `Prepared.refresh` does
+before each request.
 """
 
 from __future__ import annotations
@@ -111,19 +112,25 @@ class Prepared:
         return moved or not torch.equal(self._fingerprint(), self._seen) or self._layouts.stale()
 
     @torch.no_grad()
+    def refresh(self) -> list[str]:
+        """What `weights_changed` does, before each request, without waiting for a GPU: what is folded there is made
+        anew unasked, for to see whether it has to be would wait. Returns the names of what is known to have changed."""
+        folds_on_gpu = any(folded.data.is_cuda or folded.data.is_meta for folded in self._folded)
+        if not folds_on_gpu:
+            return self.weights_changed() if self.stale() else []
+        changed = self._rehome()
+        for folded in self._folded:
+            folded.data.copy_(folded.make(folded.read()))
+        return changed
+
+    @torch.no_grad()
     def weights_changed(self) -> list[str]:
         """Bring what steps read up to date with the parameters, in place. Returns the names of what was not.
 
         A replaced parameter's content is copied to where the old one's was, and lives there from then on. Raises
         InputError for one of another shape or dtype, or on another device.
         """
-        changed = []
-        for home in self._homes:
-            for place in home.places:
-                if place.address() != home.data.data_ptr():
-                    home.data.copy_(place.expect(Kind.of(home.data), home.name))
-                    _move(home.places, home.data)
-                    changed.append(home.name)
+        changed = self._rehome()
         for folded in self._folded:
             made = folded.make(folded.read())
             if not torch.equal(folded.data, made):
@@ -134,6 +141,17 @@ class Prepared:
             at = weight.data_ptr()
             changed += [home.name for home in self._homes if 0 <= at - home.data.data_ptr() < home.data.nbytes]
         return list(dict.fromkeys(changed))
+
+    def _rehome(self) -> list[str]:
+        """Copy what lies elsewhere to where it is read."""
+        changed = []
+        for home in self._homes:
+            for place in home.places:
+                if place.address() != home.data.data_ptr():
+                    home.data.copy_(place.expect(Kind.of(home.data), home.name))
+                    _move(home.places, home.data)
+                    changed.append(home.name)
+        return changed
 
     def _fingerprint(self) -> Tensor:
         """Of all that is folded: for each row of its source, what the numbers' bits add up to as integers."""

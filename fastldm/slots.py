@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastldm.config import UNetConfig
 from fastldm.denoise import Conditions, Guidance, Run
+from fastldm.device import send, send_numbers, to_host
 from fastldm.graph import Graphs
 from fastldm.kernels.dispatch import cdiv, next_power_of_2
 from fastldm.kernels.step import NEVER, StepState, end_step, table_rows
@@ -95,6 +96,7 @@ class Slots:
         self.unet, self.buffers, self.graphs = unet, buffers, graphs
         self._free = list(range(buffers.step.x.shape[0]))
         self._slots: dict[Run, list[int]] = {}
+        self._index: dict[Run, Tensor] = {}  # the slots again, (B,) int64 on the device
         self._started_finite: dict[Run, Tensor] = {}
         self._arranged: list[tuple[Run, bool]] = []  # whose rows the maps speak of, and whether with both halves
         self._behind: list[torch.cuda.Event] = []
@@ -122,41 +124,40 @@ class Slots:
         """Copy all that a run is into free slots, one a picture."""
         work, step = run.work, self.buffers.step
         slots = self._slots[run] = [self._free.pop(0) for _ in range(run.batch)]
+        index = self._index[run] = send_numbers(slots, torch.int64, step.x.device)
+        copies = [(step.x, work.x)]
         noises = [noise for noise in work.noises if noise is not None]
-        for k, slot in enumerate(slots):
-            step.x[slot] = work.x[k]
-            step.y[slot] = 0
-            step.counter[slot] = 0
-            step.steps[slot] = 0  # idle until its first step
-            step.first_bad[slot] = NEVER
-            for at, noise in enumerate(noises):
-                step.noise[slot, at] = noise[k]
-            if work.inpainting is not None:
-                for mine, given in (
-                    (step.mask, work.inpainting.mask.expand(run.batch, -1, -1, -1)),
-                    (step.init, work.inpainting.init),
-                    (step.init_noise, work.inpainting.noise),
-                ):
-                    mine[slot] = given[k]
+        copies += [(step.noise[:, k], noise) for k, noise in enumerate(noises)]
+        if work.inpainting is not None:
+            mask = work.inpainting.mask.expand(run.batch, -1, -1, -1)
+            copies += [(step.mask, mask), (step.init, work.inpainting.init), (step.init_noise, work.inpainting.noise)]
+        for mine, given in copies:
+            mine.index_copy_(0, index, given.to(mine.dtype))
+        # Idle until its first step: no steps yet.
+        for mine, number in ((step.y, 0), (step.counter, 0), (step.steps, 0), (step.first_bad, NEVER)):
+            mine.index_fill_(0, index, number)
         self._condition(run)
-        self._started_finite[run] = work.x.isfinite().all()
+        finite = work.x.isfinite().all()
+        self._started_finite[run] = finite if work.extra is None else finite & work.extra.isfinite().all()
 
     def _condition(self, run: Run) -> None:
         """Write what a run is conditioned on, and its guidance, into its slots."""
         work, (step, temb, text, kv_len, _) = run.work, self.buffers
+        slots, index = self._slots[run], self._index[run]
         length, masked = len(work.table), work.inpainting is not None
         rows = table_rows(work.table.rows.tolist(), work.table.draws, work.guidance.rows(work.table), masked)
-        for k, slot in enumerate(self._slots[run]):
-            step.guidance[slot] = work.guidance.scale
-            step.rescale[slot] = work.guidance.rescale
-            step.table[slot, :length].copy_(rows, non_blocking=True)
-            # Negatives come first among the run's rows; where it has none, the slot's own are never read.
-            for half, row in ((1, k - run.batch), (0, k)):
-                wanted = run.conditions.temb[:, row if run.conditions.temb.shape[1] > 1 else 0]
-                temb[2 * slot + half, :length] = wanted
-                for layer, kv in zip(text, run.conditions.text, strict=True):
-                    layer[2 * slot + half, : kv.shape[1]] = kv[row]
-                kv_len[2 * slot + half] = run.conditions.text[0].shape[1]
+        step.table[:, :length].index_copy_(0, index, send(rows, index.device).expand(run.batch, -1, -1))
+        step.guidance.index_fill_(0, index, work.guidance.scale)
+        step.rescale.index_fill_(0, index, work.guidance.rescale)
+        # Negatives come first among the run's rows; where it has none, the slots' own are never read.
+        halves = run.conditions.text[0].shape[0] // run.batch
+        texts = [2 * slot + half for half in (0, 1)[2 - halves :] for slot in slots]
+        of_texts = send_numbers(texts, torch.int64, index.device)
+        wanted = run.conditions.temb.movedim(0, 1).expand(len(texts), -1, -1)  # (texts, steps, channels)
+        temb[:, :length].index_copy_(0, of_texts, wanted.to(temb.dtype))
+        for layer, kv in zip(text, run.conditions.text, strict=True):
+            layer[:, : kv.shape[1]].index_copy_(0, of_texts, kv.to(layer.dtype))
+        kv_len.index_fill_(0, of_texts, run.conditions.text[0].shape[1])
 
     @torch.no_grad()
     def recondition(self, run: Run, conditions: Conditions, guidance: Guidance) -> None:
@@ -166,21 +167,22 @@ class Slots:
 
     def latents(self, run: Run) -> Tensor:
         # Slots need not lie side by side, so this is a copy.
-        return self.buffers.step.x[self._slots[run]].contiguous()
+        return self.buffers.step.x.index_select(0, self._index[run]).contiguous()
 
     def go_on_from(self, run: Run, latents: Tensor) -> None:
-        self.buffers.step.x[self._slots[run]] = latents.to(self.buffers.step.x)
+        x = self.buffers.step.x
+        x.index_copy_(0, self._index[run], send(latents, x.device, x.dtype))
         self._arranged = []  # the model input is made anew
 
     def release(self, run: Run) -> Callable[[], int | None]:
-        slots, started_finite = self._slots.pop(run), self._started_finite.pop(run)
-        said = to_host(torch.stack((started_finite.int(), self.buffers.step.first_bad[slots].min())))
+        slots, index, finite = self._slots.pop(run), self._index.pop(run), self._started_finite.pop(run)
+        bad = to_host(torch.stack((finite.int(), self.buffers.step.first_bad.index_select(0, index).min())))
         self._free += slots
         self._arranged = []
 
         def first() -> int | None:
-            finite, row = said.tolist()
-            return -1 if not finite else None if row == NEVER else row
+            started, row = bad.tolist()
+            return -1 if not started else None if row == NEVER else row
 
         return first
 
@@ -233,13 +235,14 @@ class Slots:
                     c_in.append(float(run.work.table.rows[run.i][0]))
         padding = [0] * (self.buffers.maps.shape[1] - len(texts))
         slots = [text // 2 for text in texts]
-        _send([texts + padding, slots + padding, [text * capacity for text in texts] + padding], self.buffers.maps)
-        _send(halves, state.rows)
+        maps = [texts + padding, slots + padding, [text * capacity for text in texts] + padding]
+        self.buffers.maps.copy_(send_numbers(maps, torch.int32, device))
+        state.rows.copy_(send_numbers(halves, torch.int32, device))
         state.next_rows.copy_(state.rows)
-        _send(ends, state.steps)
+        state.steps.copy_(send_numbers(ends, torch.int32, device))
 
         used, channels = len(texts), state.x.shape[1]
-        scales = _send(c_in, torch.empty(used, device=device))
+        scales = send_numbers(c_in, torch.float32, device)
         latents = state.x.index_select(0, self.buffers.maps[1, :used])
         state.u[:used, :channels] = latents * scales[:, None, None, None]
         for run in runs:
@@ -258,18 +261,5 @@ class Slots:
                 self._behind.pop(0).synchronize()
 
 
-def to_host(x: Tensor) -> Tensor:
-    """x on the CPU, without waiting: it is there when the device has come so far."""
-    if not x.is_cuda:
-        return x
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-
-
 def _rows(runs: Sequence[Run]) -> int:
     return sum(run.batch * (2 if run.guided else 1) for run in runs)
-
-
-def _send(numbers: Sequence[object], to: Tensor) -> Tensor:
-    """Numbers of the host into a tensor, without waiting for the device."""
-    mine = torch.tensor(numbers, dtype=to.dtype, pin_memory=to.is_cuda)
-    return to.copy_(mine, non_blocking=True)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fastldm import checks
+from fastldm.device import send_numbers
 from fastldm.errors import CheckpointError, InputError
 from fastldm.prompt import Fragments, parse
 from fastldm.reading import read_json
@@ -458,15 +459,14 @@ def _encode(
             "tokenizer and text encoder are not of one model"
         )
     read = functools.partial(model, skip=drop, final_norm=final_norm)
-    ids = torch.tensor(list(place), device=model.device)
+    ids = send_numbers(list(place), torch.int64, model.device)
     states, vectors = _read(lambda some: run((id(model), drop, final_norm), read, some), ids)
     repeated = [[row[k % len(row)] for k in range(total)] for row in rows]
-    index = torch.tensor([[place[window.ids] for window in row] for row in repeated], device=model.device)
+    index = send_numbers([[place[window.ids] for window in row] for row in repeated], torch.int64, model.device)
     hidden = states[index]  # (B, total, W, D)
     if weighted:
-        weights = torch.tensor([[window.weights for window in row] for row in repeated], device=model.device).unsqueeze(
-            -1
-        )
+        numbers = [[window.weights for window in row] for row in repeated]
+        weights = send_numbers(numbers, torch.float32, model.device).unsqueeze(-1)
         base = states[place[empty]].float()  # (W, D)
         moved = (base + weights * (hidden.float() - base)).to(hidden.dtype)
         hidden = torch.where(weights == 1.0, hidden, moved)  # a token without a weight keeps its bits

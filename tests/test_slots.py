@@ -396,8 +396,8 @@ def test_maps_are_sent_when_somebody_comes_or_goes(monkeypatch: pytest.MonkeyPat
     from fastldm import slots
 
     sent: list[int] = []
-    send = slots._send
-    monkeypatch.setattr(slots, "_send", lambda *args: sent.append(1) or send(*args))
+    send = slots.send_numbers
+    monkeypatch.setattr(slots, "send_numbers", lambda *args: sent.append(1) or send(*args))
     batch = Slots(Network(), buffers(2, 4))  # type: ignore[arg-type]
     run = run_of("ddim", 8, guidance=Guidance(3.0, 0.0, 0.5, 1.0))
     batch.admit(run)

@@ -1,0 +1,178 @@
+"""fastldm/device.py, and whoever has tensors cross: that nothing waits for the device unseen."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks import ladder
+from fastldm import Pipeline, denoise, pipeline, slots, text
+from fastldm.device import Mark, send, send_numbers, to_host
+from fastldm.kernels import dispatch
+from fastldm.request import Request
+
+
+def test_numbers_keep_their_values_shape_and_dtype() -> None:
+    x = torch.arange(6, dtype=torch.float64).view(2, 3).t()
+    assert torch.equal(send(x, "cpu"), x)
+    assert send(x, "cpu", torch.float16).dtype == torch.float16
+    assert send_numbers([[1, 2], [3, 4]], torch.int32, "cpu").tolist() == [[1, 2], [3, 4]]
+    assert to_host(x) is x
+    mark = Mark(torch.device("cpu"))
+    assert mark.follow(x) is x
+    assert mark.reached()
+    mark.wait()
+
+
+class NoWaits(TorchDispatchMode):
+    """Refuses what would wait for a GPU, for which tensors without storage stand: to read a value of it (which such
+    tensors refuse themselves), to index by a list, to copy between host and device but by `send`."""
+
+    READ = frozenset({"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "_unique2", "masked_select", "item"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sending = 0
+        self.made: dict[int, Any] = {}  # what operators made, and so no list did: PyTorch sends those behind our back
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        out, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
+        self.made |= {id(t): weakref.ref(t) for t in tree_leaves(out) if isinstance(t, Tensor)}
+        for index in args[1] if name in ("index", "index_put", "index_put_") else ():
+            if index is not None and self.made.get(id(index), lambda: None)() is not index:
+                raise AssertionError(f"{name} by a list, or by a tensor from elsewhere")
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
+        there, here = (any(t.is_meta == meta and (meta or t.dim()) for t in tensors) for meta in (True, False))
+        if there and name in self.READ:
+            raise AssertionError(f"{name} reads a value of the device")
+        if there and here and not self.sending:
+            raise AssertionError(f"{name} goes from host to device or back: {[(t.shape, t.device) for t in tensors]}")
+        return out
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[NoWaits]:
+    mode = NoWaits()
+
+    def sending(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def send(*args: Any) -> Tensor:
+            mode.sending += 1
+            try:
+                return function(*args)
+            finally:
+                mode.sending -= 1
+
+        return send
+
+    for module in (denoise, pipeline, slots, text):
+        for name in ("send", "send_numbers"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, sending(getattr(module, name)))
+    make = torch.tensor  # which no mode sees
+
+    def tensor(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
+        assert torch.device(device or "cpu").type == "cpu", "torch.tensor copies from the host and waits"
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "tensor", tensor)
+    with dispatch.targeting(dispatch.Target(90)):
+        yield mode
+
+
+@pytest.fixture(scope="module")
+def on_a_gpu() -> Pipeline:
+    """A pipeline whose tensors have no storage and stand for a GPU's."""
+    bare = mock.patch.object(ladder, "with_random_weights", lambda network, device, dtype: network.to(dtype).eval())
+    with bare, dispatch.targeting(dispatch.Target(90)):
+        return ladder.pipeline(ladder.MODELS["tiny"], torch.device("meta"), torch.float16)
+
+
+PICTURE = Image.new("RGB", (64, 64), "red")
+REQUESTS: dict[str, dict[str, Any]] = {
+    "text": {"prompt": ["a (red:1.3) cat, " * 30, "a dog"], "negative_prompt": "blurry", "sampler": "euler a"},
+    "latents": {"latents": torch.zeros(1, 4, 32, 32), "guidance_scale": 1.0},
+    "image": {"image": PICTURE, "strength": 0.9, "num_images_per_prompt": 2},
+    "inpainting": {"image": PICTURE, "mask_image": PICTURE.convert("L"), "generator": torch.Generator()},
+    "embeds": {
+        "prompt": None,
+        "prompt_embeds": torch.zeros(1, 77, 32),
+        "negative_prompt_embeds": torch.zeros(1, 77, 32),
+    },
+}
+
+
+def asked(pipe: Pipeline, name: str) -> Request:
+    given = {"prompt": "a cat", "num_inference_steps": 2, "height": 64, "width": 64, **REQUESTS[name]}
+    if "latents" in given:
+        given["latents"] = torch.zeros(1, 4, 64 // pipe.vae.config.factor, 64 // pipe.vae.config.factor)
+    return pipe._complete(Request(**given))
+
+
+def through(pipe: Pipeline, request: Request) -> None:
+    """A request, up to where it may wait: the device has come so far."""
+    run = pipe._begin(request)
+    batch = pipe._new_batch(run, 4)
+    assert isinstance(batch, slots.Slots)
+    batch.admit(run)
+    while not run.done:
+        batch.step([run])
+        pipe._preview(batch.latents(run), 1.0)
+        batch.go_on_from(run, batch.latents(run) * 0.9)
+    pieces = pipe._finish(request, run.work.table, batch.latents(run), batch.release(run))
+    next(piece for piece in pieces if piece is not None)
+    batch.close()
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_no_join_step_or_leave_waits(name: str, on_a_gpu: Pipeline, watch: NoWaits) -> None:
+    request = asked(on_a_gpu, name)
+    with torch.no_grad(), watch:
+        through(on_a_gpu, request)
+
+
+def test_the_watch_sees_what_waits(watch: NoWaits) -> None:
+    x = torch.zeros(4, 3, device="meta")
+
+    def index_assigned() -> None:
+        x[[0, 1]] = x[:2]
+
+    waiting: dict[str, Callable[[], Any]] = {
+        "list": lambda: x[[0, 1]],
+        "list, assigned": index_assigned,
+        "item": lambda: x.sum().item(),
+        "bool": lambda: bool(x.isfinite().all()),
+        "tensor": lambda: torch.tensor([1, 2], device="meta"),
+        "to": lambda: torch.zeros(3).to("meta"),
+        "copy": lambda: x.copy_(torch.zeros(4, 3), non_blocking=True),
+    }
+    for call in waiting.values():
+        with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), watch:
+            call()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", REQUESTS)
+def test_on_a_gpu_no_join_step_or_leave_waits(name: str) -> None:
+    pipe = ladder.pipeline(ladder.MODELS["tiny"], torch.device("cuda"), torch.float16)
+    request = asked(pipe, name)
+
+    def watched() -> None:
+        for _ in range(4):  # whatever is done once, and captured
+            through(pipe, request)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            through(pipe, request)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    pipe.session.call(watched)
