@@ -24,6 +24,7 @@ from fastldm.errors import (
     NonFinite,
     OutOfMemory,
     QueueFull,
+    WorkerLost,
 )
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ __all__ = [
     "Request",
     "Result",
     "Session",
+    "WorkerLost",
     "__version__",
     "read_parameters",
 ]

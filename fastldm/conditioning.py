@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastldm import checks
+from fastldm.device import send, send_numbers
 from fastldm.errors import InputError
 from fastldm.text import MAX_PROMPT_WINDOWS, Conditioning, Run, TextStage, encode_prompts
 
@@ -146,7 +147,7 @@ def given(
         if guided:
             negative_pooled = _embeds("negative_pooled_prompt_embeds", negative_pooled_prompt_embeds, shape)
     tensors = Conditioning(hidden, pooled, negative, negative_pooled)
-    return tensors.map(lambda x: x.detach().to(device=device, dtype=dtype))
+    return tensors.map(lambda x: send(x.detach(), device, dtype))
 
 
 def _embeds(name: str, value: Any, shape: tuple[int | None, ...]) -> Tensor:
@@ -172,4 +173,4 @@ def size_ids(request: Request, rows: int, *, device: torch.device | str = "cpu")
     negative_ids = (*(request.negative_original_size or original), *crop, *(request.negative_target_size or target))
     pictures = request.batch
     table = [negative_ids] * (rows - pictures) + [ids] * pictures
-    return torch.tensor(table, dtype=torch.float32, device=device)
+    return send_numbers(table, torch.float32, device)

@@ -39,6 +39,10 @@ class DeadlineExceeded(FastLDMError, TimeoutError):
     """A request did not finish before its deadline."""
 
 
+class WorkerLost(FastLDMError, RuntimeError):
+    """A request was lost through no fault of its own, with what ran it or in a forked process: ask again."""
+
+
 class BundleError(FastLDMError):
     """An exported bundle is incomplete, damaged, or fails its own verification."""
 

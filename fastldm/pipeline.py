@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -49,9 +49,6 @@ from fastldm.request import MAX_IMAGES, MAX_SIDE, Request, Result, Timings, pict
 from fastldm.session import Progress, Session
 from fastldm.slots import Slots, StaticBuffers, graph_rows, step_capacity
 from fastldm.text import Conditioning
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 logger = logging.getLogger("fastldm")
 

@@ -12,7 +12,8 @@ from benchmarks import first
 
 
 def test_the_suite_has_every_file_that_asks_for_a_gpu() -> None:
-    asking = {path.stem for path in (ROOT / "tests").glob("test_*.py") if "@pytest.mark.gpu\n" in path.read_text()}
+    marker = f"@pytest.mark.{'gpu'}\n"  # this file asks for none
+    asking = {path.stem for path in (ROOT / "tests").glob("test_*.py") if marker in path.read_text()}
     names = [Path(name).stem for name in first.suite()]
     assert asking <= set(names)
     assert len(names) == len(set(names))
@@ -26,7 +27,7 @@ def test_it_collects_the_same_where_peers_are_missing() -> None:
         subprocess.Popen([*command, *first.suite()], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
         for env in environments
     ]
-    whole, lacking = (process.communicate(timeout=120)[0] for process in running)
+    whole, lacking = (process.communicate(timeout=600)[0] for process in running)
     assert [process.returncode for process in running] == [0, 0], lacking[-3000:]
     collected = [line for line in whole.splitlines() if "::" in line]
     assert len(collected) >= 20

@@ -13,6 +13,7 @@ import weakref
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -292,13 +293,11 @@ def test_a_full_queue(pipe: Pipeline, gate: threading.Event) -> None:
 
 
 def finished_in_order(futures: dict[str, fastldm.Generation], gate: threading.Event) -> list[str]:
-    order: list[str] = []
+    order: SimpleQueue[str] = SimpleQueue()
     for name, future in futures.items():
-        future.add_done_callback(lambda _, name=name: order.append(name))
+        future.add_done_callback(lambda _, name=name: order.put(name))
     gate.set()
-    for future in futures.values():
-        future.result(60)
-    return order
+    return [order.get(timeout=60) for _ in futures]
 
 
 def test_priority_then_age(pipe: Pipeline, gate: threading.Event) -> None:
@@ -318,9 +317,9 @@ def test_waiting_raises_priority(pipe: Pipeline, gate: threading.Event, monkeypa
         while not futures["first"].running():
             time.sleep(0.001)
         now = time.perf_counter()
-        monkeypatch.setattr("fastldm.session.perf_counter", lambda: now - 60.0)
+        monkeypatch.setattr("fastldm.bucket.perf_counter", lambda: now - 60.0)
         futures["old"] = session.submit(**options())
-        monkeypatch.setattr("fastldm.session.perf_counter", time.perf_counter)
+        monkeypatch.setattr("fastldm.bucket.perf_counter", time.perf_counter)
         futures["urgent"] = session.submit(**options(), priority=1)
         assert finished_in_order(futures, gate) == ["first", "old", "urgent"]
 
@@ -380,22 +379,21 @@ def test_a_callback_holds_up_nobody_else(pipe: Pipeline) -> None:
 
 
 def test_a_request_from_the_workers_own_thread_is_refused(pipe: Pipeline) -> None:
-    caught: list[BaseException] = []
-    done = threading.Event()
+    with pytest.raises(InputError, match="inside the worker's own thread"):
+        pipe.session.call(lambda: pipe("a cat"))
 
-    def again(_: Any) -> None:
-        try:
-            pipe("a cat")
-        except BaseException as error:
-            caught.append(error)
-        done.set()
 
+def test_a_done_callback_may_make_a_request(pipe: Pipeline) -> None:
+    """It is called by no thread that anybody else's request needs."""
+    made: SimpleQueue[Any] = SimpleQueue()
     future = pipe.session.submit(**options(steps=3))
-    future.add_done_callback(again)
+    future.add_done_callback(lambda done: made.put((done, pipe(**options(3)).images)))
     future.result(10)
-    assert done.wait(10)
-    assert isinstance(caught[0], InputError)
-    assert "inside the worker's own thread" in str(caught[0])
+    done, images = made.get(timeout=30)
+    assert done is future
+    same(images, pipe(**options(3)).images)
+    future.add_done_callback(lambda _: made.put(threading.current_thread()))
+    assert made.get(timeout=0) is threading.main_thread(), "of what is done already, at once"
 
 
 @pytest.mark.parametrize(
@@ -412,7 +410,7 @@ def test_bad_requests_are_refused_at_once(pipe: Pipeline, given: dict[str, Any],
 
 
 def test_bad_limits(pipe: Pipeline) -> None:
-    with pytest.raises(InputError, match="max_batch is 0: expected 1 or more"):
+    with pytest.raises(InputError, match="max_batch is 0: expected a whole number, 1 to 4096"):
         Session(pipe, max_batch=0)
 
 
