@@ -20,7 +20,7 @@ from fastldm.device import Mark
 from fastldm.errors import Cancelled, DeadlineExceeded, OutOfMemory, WorkerLost, out_of_memory_named
 from fastldm.kernels import dispatch
 from fastldm.request import Request, Result, Timings
-from fastldm.worker import Worker, lost_by
+from fastldm.worker import Worker, lost_by, report
 
 if TYPE_CHECKING:
     from fastldm.callback import Change
@@ -91,7 +91,13 @@ class Bucket:
         return sum(job.request.batch for job in self.running)
 
     def _holds(self, run: Run) -> bool:
-        return self.batch is not None and not self.damaged and self.batch.holds(run)
+        if self.batch is None or self.damaged:
+            return False
+        try:
+            return self.batch.holds(run)
+        except BaseException:  # it is asked while nobody's work is done: one that cannot say is made anew
+            self.damaged = True
+            return False
 
     def _first(self) -> Job | None:
         """Who may join now. Nobody overtakes: what does not fit yet waits until it does, and the others behind it."""
@@ -308,7 +314,10 @@ class Bucket:
     def drop_batch(self) -> None:
         batch, self.batch, self.damaged = self.batch, None, False
         if batch is not None:
-            batch.close()
+            try:
+                batch.close()
+            except BaseException:  # of what nobody needs any more
+                report("buffers of %s pictures could not be given back", self.pipe.name)
 
     def _set_threads(self, jobs: list[Job]) -> None:
         """As many CPU threads as the work of these requests has use for, and their callers have."""

@@ -150,11 +150,13 @@ def given(
     return tensors.map(lambda x: send(x.detach(), device, dtype))
 
 
-def _embeds(name: str, value: Any, shape: tuple[int | None, ...]) -> Tensor:
+def _embeds(name: str, value: Tensor | None, shape: tuple[int | None, ...]) -> Tensor:
     if value is None:
         sizes = ", ".join("any" if n is None else str(n) for n in shape)
         raise InputError(f"{name} is missing: expected a tensor ({sizes}) beside the embeds that were given")
-    return checks.finite(name, checks.tensor(name, value, shape))
+    value = checks.tensor(name, value, shape)
+    # Of what is on a GPU a caller's thread has looked at what was given: here, between others' steps, it would wait.
+    return checks.finite(name, value) if value.device.type == "cpu" else value
 
 
 def size_ids(request: Request, rows: int, *, device: torch.device | str = "cpu") -> Tensor:

@@ -367,6 +367,10 @@ class Pipeline(Steered):
         """The request with the family's defaults filled in, and checked against this model."""
         if request.prompt is None and request.prompt_embeds is None:
             raise InputError("prompt is None: give a text, a list of texts, or prompt_embeds")
+        for name in _EMBEDS:
+            embeds = getattr(request, name)
+            if embeds is not None and embeds.device.type != "cpu":  # of others `conditioning.given` sees it
+                checks.finite(name, embeds)
         factor, latents = self.vae.config.factor, request.latents
         height, width = (size * factor for size in self.unet.config.sample_size)
         measured = None if request.image is None else self._measured(request)
@@ -672,6 +676,7 @@ def _progress(shown: bool) -> Iterator[Callable[[Progress], object]]:
         yield advance
 
 
+_EMBEDS = tuple(f"{half}{kind}_embeds" for half in ("", "negative_") for kind in ("prompt", "pooled_prompt"))
 _GRAPHS_SHARE = 0.25  # of a GPU's memory, that graphs may take
 _PREVIEW_LATENTS = 16
 _WORK_PER_THREAD = 1e9  # multiply-adds of a step, about

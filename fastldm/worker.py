@@ -73,7 +73,7 @@ class Callbacks:
             try:
                 work()
             except BaseException:
-                _report("a done-callback of a request failed")
+                report("a done-callback of a request failed")
             del work  # nothing of it is kept until the next
 
 
@@ -100,7 +100,9 @@ class Worker:
 
     def _reset(self) -> None:
         self.changed = threading.Condition()  # guards all queues
-        self.turning = threading.RLock()  # held while something is done: a fork waits for it
+        self.turning = threading.RLock()  # held while something is done: a fork waits for it ...
+        self.no_fork = threading.Event()  # ... and the next turn for the fork
+        self.no_fork.set()
         self.thread: threading.Thread | None = None
         self._busy: set[Session] = set()  # sessions with a request that is not done
         self._calls: list[Call] = []
@@ -180,6 +182,7 @@ class Worker:
 
     def _round(self) -> None:
         """What there is to do, or a wait for something."""
+        self.no_fork.wait(FORK_PATIENCE)
         with self.turning:
             self._expire()
             self._let_idle_go()
@@ -216,17 +219,14 @@ class Worker:
     def _lose(self, error: BaseException, all_there_is: bool = False) -> None:
         """Something was raised that is no request's own. What was in hand fails; all there is where nothing was, again
         and again."""
-        _report("the worker of %s lost what it had in hand", self.device)
+        report("the worker of %s lost what it had in hand", self.device)
         lost, self._in_hand = self._in_hand, None
         self._failures += 1
-        if lost is None and not all_there_is and self._failures < PATIENCE:
-            time.sleep(0.01)
-            return
-        waiting_too = all_there_is or lost is None
+        waiting_too = all_there_is or (lost is None and self._failures >= PATIENCE)
         everything: list[Bucket | Call] = [] if lost is None else [lost]
         if waiting_too:
             with self.changed:
-                everything += [*self._calls, *self._buckets()]
+                everything += [*self._calls, *(b for one in self._busy for b in one._buckets.values())]
                 self._calls = []
         for one in everything:
             try:
@@ -235,7 +235,9 @@ class Worker:
                 else:
                     one.lose(error, waiting_too)
             except BaseException:
-                _report("a request that was lost could not be told so")
+                report("a request that was lost could not be told so")
+        if lost is None:
+            time.sleep(0.01 * min(self._failures, 100))
 
     def _let_idle_go(self) -> None:
         """Memory of sessions that have nothing to do any more."""
@@ -267,10 +269,12 @@ class Worker:
 
     def _before_fork(self) -> None:
         if threading.current_thread() is not self.thread:
+            self.no_fork.clear()
             self.turning.acquire(timeout=FORK_PATIENCE)
 
     def _after_fork_in_parent(self) -> None:
         if threading.current_thread() is not self.thread:
+            self.no_fork.set()
             try:
                 self.turning.release()
             except RuntimeError:  # the turn took longer than the fork was willing to wait
@@ -289,7 +293,7 @@ def lost_by(error: BaseException) -> WorkerLost:
     return lost
 
 
-def _report(text: str, *args: object) -> None:
+def report(text: str, *args: object) -> None:
     """To the log, whose handlers are somebody else's code too."""
     with suppress(BaseException):
         logger.exception(text, *args)
