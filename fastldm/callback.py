@@ -159,7 +159,7 @@ def _usable(name: str, value: Any, shape: tuple[int, ...]) -> Tensor:
     try:
         return checks.finite(name, checks.tensor(name, value, shape)).detach()
     except InputError as error:
-        raise InputError(f"the callback returned {error}") from None
+        raise InputError(f"the callback's {error}") from None
 
 
 class _OfCall:

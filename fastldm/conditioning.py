@@ -22,6 +22,29 @@ if TYPE_CHECKING:
     from fastldm.request import Request
 
 
+XL_ALONE = (
+    "prompt_2",
+    "negative_prompt_2",
+    "pooled_prompt_embeds",
+    "negative_pooled_prompt_embeds",
+    "original_size",
+    "crops_coords_top_left",
+    "target_size",
+    "negative_original_size",
+    "negative_crops_coords_top_left",
+    "negative_target_size",
+)
+"""Fields of a request that only SDXL reads: its second text encoder, its pooled text and its sizes."""
+
+
+def check(request: Request, needs_added: bool) -> None:
+    """InputError for what a model does not read. needs_added: whether it is SDXL."""
+    for name in () if needs_added else XL_ALONE:
+        value = getattr(request, name)
+        if value is not None and not (name == "crops_coords_top_left" and value == (0, 0)):
+            raise InputError(f"{name} is {checks.show(value)}: only SDXL reads it, and this model is none")
+
+
 def encode(
     request: Request,
     stages: Sequence[TextStage],

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastldm import dry
+from fastldm import checks, dry
 from fastldm.allocator import MIB, CUDAHeap, Heap, record
 from fastldm.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
 from fastldm.errors import InputError, OutOfMemory
 from fastldm.kernels import onednn
 from fastldm.kernels.dispatch import Target, device_capability, targeting
 from fastldm.models.vae import Decode
+from fastldm.request import MAX_IMAGES, MAX_SIDE, MAX_STEPS
 from fastldm.slots import StaticBuffers
 
 if TYPE_CHECKING:
@@ -55,8 +56,10 @@ class Workload:
         cls, spec: Spec, *, width: int, height: int, batch: int, dtype: torch.dtype, arch: int, **others: Any
     ) -> Workload:
         """For a model that is not loaded. width, height: of the pictures, in pixels. others: the other fields."""
+        checks.whole("batch", batch, 1, MAX_IMAGES, "pictures")
+        checks.whole("steps", others.get("steps", 1), 1, MAX_STEPS, "steps")
         for name, size in (("width", width), ("height", height)):
-            if size <= 0 or size % spec.vae.factor:
+            if checks.whole(name, size, 0, MAX_SIDE, "pixels") == 0 or size % spec.vae.factor:
                 raise InputError(f"{name} is {size}: expected a positive multiple of {spec.vae.factor} for this model")
         guided = spec.family.guidance_scale > 1 and not spec.unet.needs_guidance
         given = {"guided": guided, "steps": spec.family.num_inference_steps, "tokens": spec.text[0].max_position}

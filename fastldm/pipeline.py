@@ -25,19 +25,16 @@ from torch import Tensor
 from fastldm import adoption, checks, conditioning, engine, loading, memory, schedule, weights
 from fastldm import image as images
 from fastldm.callback import Calls, CallState, Change, Steered, StepCallback, tensor_names
-from fastldm.config import VAEConfig
+from fastldm.complete import complete, start_latents
 from fastldm.denoise import (
     Batch,
     Conditions,
     EagerBatch,
     Embeds,
     Guidance,
-    Inpainting,
     Run,
     Work,
     check_finite,
-    draw_step_noise,
-    randn,
 )
 from fastldm.device import Mark, send, to_host
 from fastldm.errors import CheckpointError, InputError, NonFinite
@@ -48,6 +45,7 @@ from fastldm.models.vae import Decode, Pieces, decode_pieces, finish
 from fastldm.request import MAX_IMAGES, MAX_SIDE, Request, Result, Timings, picture_seeds
 from fastldm.session import Progress, Session
 from fastldm.slots import Slots, StaticBuffers, graph_rows, step_capacity
+from fastldm.start import start_work
 from fastldm.text import Conditioning
 
 logger = logging.getLogger("fastldm")
@@ -365,81 +363,9 @@ class Pipeline(Steered):
 
     def _complete(self, request: Request) -> Request:
         """The request with the family's defaults filled in, and checked against this model."""
-        if request.prompt is None and request.prompt_embeds is None:
-            raise InputError("prompt is None: give a text, a list of texts, or prompt_embeds")
-        for name in _EMBEDS:
-            embeds = getattr(request, name)
-            if embeds is not None and embeds.device.type != "cpu":  # of others `conditioning.given` sees it
-                checks.finite(name, embeds)
-        factor, latents = self.vae.config.factor, request.latents
-        height, width = (size * factor for size in self.unet.config.sample_size)
-        measured = None if request.image is None else self._measured(request)
-        if latents is not None:
-            if tuple(latents.shape[:2]) != (request.batch, self.latent_channels):
-                raise InputError(
-                    f"latents have shape {tuple(latents.shape)}: expected ({request.batch}, {self.latent_channels}, "
-                    f"height / {factor}, width / {factor})"
-                )
-            if not torch.isfinite(latents).all():
-                raise InputError("latents hold NaN or infinity before the first step: give finite start noise")
-            height, width = (int(n) * factor for n in latents.shape[2:])
-        elif measured is not None and (request.mask_image is None or self._latents_given(request) is not None):
-            height, width = measured
-        height, width = request.height or height, request.width or width
-        for name, value in (("height", height), ("width", width)):
-            if value % factor:
-                near = max(factor, round(value / factor) * factor)
-                raise InputError(
-                    f"{name} is {value}: expected a multiple of {factor} pixels for this model, such as {near}"
-                )
-        if self._latents:
-            engine.check_size(self._latents, factor, width, height)
-        if latents is not None and (height, width) != tuple(int(n) * factor for n in latents.shape[2:]):
-            raise InputError(
-                f"latents are for {latents.shape[3] * factor}x{latents.shape[2] * factor} pixels, not {width}x{height}"
-            )
-        if self.unet.config.in_channels > self.latent_channels and request.mask_image is None:
-            raise InputError("this model is for inpainting: give it image and mask_image")
-        completed = request.replace(
-            seed=picture_seeds(request) if request.generator is None else None,
-            height=height,
-            width=width,
-            num_inference_steps=request.num_inference_steps or self.family.num_inference_steps,
-            guidance_scale=self.family.guidance_scale if request.guidance_scale is None else request.guidance_scale,
-            sampler=request.sampler or self.family.sampler,
-            strength=(1.0 if request.mask_image is not None else 0.8) if request.strength is None else request.strength,
-        )
+        completed = complete(request, self.unet.config, self.vae.config, self.family, self._latents)
         self._check_memory(completed)
         return completed
-
-    def _latents_given(self, request: Request) -> Tensor | None:
-        """Latents (B, C, h, w) in place of a picture."""
-        return None if request.image is None else images.load_latents(request.image, self.latent_channels)
-
-    def _measured(self, request: Request) -> tuple[int, int]:
-        """(height, width) in pixels that `image` asks for; picture and mask are looked at, but not decoded yet."""
-        factor = self.vae.config.factor
-        start = self._latents_given(request)
-        if start is not None:
-            count, height, width = start.shape[0], start.shape[2] * factor, start.shape[3] * factor
-            if (request.height or height, request.width or width) != (height, width):
-                raise InputError(
-                    f"image is latents for {width}x{height} pixels, not {request.width or width}x"
-                    f"{request.height or height}"
-                )
-            if self.unet.config.in_channels > self.latent_channels:
-                raise InputError(
-                    "image is latents: this model for inpainting needs pixels, to leave out what is masked"
-                )
-        else:
-            count, height, width = images.measure(request.image)
-        counts = {"image": count}
-        if request.mask_image is not None:
-            counts["mask_image"] = images.measure(request.mask_image, "mask_image", mask=True)[0]
-        for name, count in counts.items():
-            if count not in (1, request.batch):
-                raise InputError(f"{name} holds {count} pictures for a batch of {request.batch}: give one, or one each")
-        return max(height - height % factor, factor), max(width - width % factor, factor)
 
     def _check_memory(self, request: Request) -> None:
         """OutOfMemory for what cannot fit, before any work."""
@@ -457,7 +383,7 @@ class Pipeline(Steered):
             steps=step_capacity(int(request.num_inference_steps or 1)),
             tokens=self.text_stages[0].window,
             decode=self._vae_decode,
-            encode=request.image is not None and self._latents_given(request) is None,
+            encode=request.image is not None and start_latents(request, self.latent_channels) is None,
             slots=pictures,
             rows=self._rows(pictures),
         )
@@ -542,66 +468,10 @@ class Pipeline(Steered):
             batch.recondition(run, conditions, guidance)
 
     def _work(self, request: Request, table: schedule.StepTable) -> Work:
-        """Where the loop starts, and all noise that it will need, drawn in diffusers' order."""
-        height, width = int(request.height or 0), int(request.width or 0)
-        factor = self.vae.config.factor
-        shape = (request.batch, self.latent_channels, height // factor, width // factor)
-        # Noise of a seed is float32 on every device and in every precision; a caller's generator draws in the
-        # model's, as in diffusers.
-        generators, noise_dtype = request.generator, self.dtype
-        if generators is None:
-            generators, noise_dtype = [torch.Generator().manual_seed(s) for s in picture_seeds(request)], torch.float32
-
-        def draw() -> Tensor:
-            return randn(shape, generators, noise_dtype, self.device).float()  # (B, C, h, w)
-
-        # Inpainting at full strength starts from noise alone, so that nothing of what is repainted shines through.
-        from_noise = request.mask_image is not None and request.strength == 1
-        init = mask = extra = None
-        for_inpainting = self.unet.config.in_channels > self.latent_channels
-        start = self._latents_given(request)
-        if start is not None:
-            init = self._each(request, start)
-        elif request.image is not None:
-            picture = self._each(request, images.load_image(request.image, (height, width)))
-            if not (for_inpainting and from_noise):
-                init = self._encode_picture(picture, draw)
-        noise = draw() if request.latents is None else send(request.latents, self.device, torch.float32)
-        if request.mask_image is not None:
-            hole = self._each(request, images.load_mask(request.mask_image, (height, width)))
-            mask = torch.nn.functional.interpolate(hole, shape[2:])  # (B, 1, h, w)
-            if for_inpainting:
-                masked = self._encode_picture(picture * (hole < 0.5), draw)
-                extra = torch.cat([mask, masked], dim=1).to(self.dtype)  # (B, 1 + C, h, w)
-            elif request.generator is not None and start is None:
-                draw()  # diffusers encodes the masked picture for 4-channel models too: keep its generator in step
-        step_noise = draw_step_noise(table, shape, generators, noise_dtype, self.device)
-        r, s = table.start
-        x = table.init_noise_sigma * noise if init is None or from_noise else r * init + s * noise
         scale = float(request.guidance_scale or 0) if self._guided(request) else 1.0
-        blended = mask is not None and init is not None and not for_inpainting
-        return Work(
-            table,
-            x,
-            step_noise,
-            Guidance(scale, request.guidance_rescale, *request.guidance_interval),
-            Inpainting(mask, init, noise) if blended else None,  # type: ignore[arg-type]
-            extra,
-            self.dtype,
-        )
-
-    def _each(self, request: Request, picture: Tensor) -> Tensor:
-        """One picture for all, or one each: (1 or B, C, H, W) -> (B, C, H, W) on the device."""
-        return send(picture, self.device).expand(request.batch, -1, -1, -1)
-
-    def _encode_picture(self, picture: Tensor, draw: Callable[[], Tensor]) -> Tensor:
-        """Pictures (B, 3, H, W) in -1..1 to latents (B, C, h, w) in float32, drawn from the posterior of a KL
-        autoencoder."""
-        encoded = self.vae.encode(picture.to(self.dtype)).float()
-        if isinstance(self.vae.config, VAEConfig):
-            mean, log_variance = encoded.chunk(2, dim=1)
-            encoded = mean + (log_variance.clamp(-30, 20) / 2).exp() * draw()
-        return encoded * self.vae.config.scaling_factor
+        guidance = Guidance(scale, request.guidance_rescale, *request.guidance_interval)
+        in_channels = self.unet.config.in_channels
+        return start_work(request, table, guidance, self.vae, in_channels, dtype=self.dtype, device=self.device)
 
     def _decoding(self, latents: Tensor) -> Pieces:
         """Latents (B, C, h, w) as the U-Net has them to pictures (B, 3, H, W), about -1..1, in pieces."""
@@ -676,7 +546,6 @@ def _progress(shown: bool) -> Iterator[Callable[[Progress], object]]:
         yield advance
 
 
-_EMBEDS = tuple(f"{half}{kind}_embeds" for half in ("", "negative_") for kind in ("prompt", "pooled_prompt"))
 _GRAPHS_SHARE = 0.25  # of a GPU's memory, that graphs may take
 _PREVIEW_LATENTS = 16
 _WORK_PER_THREAD = 1e9  # multiply-adds of a step, about

@@ -89,10 +89,13 @@ class Request:
     generator: torch.Generator | Sequence[torch.Generator] | None = None
     """In place of seed: one generator draws the whole batch, a list draws a picture each, both as diffusers does."""
     latents: torch.Tensor | None = None
-    """Start noise (B, C, H / factor, W / factor), unit variance, in place of drawn noise."""
+    """Start noise (B, C, H / factor, W / factor), unit variance, in place of drawn noise. With `image` and no
+    `mask_image` it is where the steps start, noise and all, and of `image` the size is all that is used, as in
+    diffusers."""
     image: Any = None
-    """Start picture (PIL, array (H, W, 3) or (B, H, W, 3) in 0..1 or uint8, tensor (B, 3, H, W) in 0..1): image to
-    image."""
+    """Start picture (PIL, array (H, W, 3) or (B, H, W, 3) in 0..1 or uint8, tensor (B, 3, H, W) in 0..1, or latents
+    (B, C, h, w)): image to image. Of n pictures, where n divides the batch, picture k starts from k modulo n, as in
+    diffusers; so it is with `mask_image`."""
     strength: float | None = None
     """How much of `image` is redone, 0 (nothing) to 1 (everything); None is 0.8, and 1 with `mask_image`."""
     mask_image: Any = None

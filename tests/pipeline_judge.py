@@ -1,6 +1,7 @@
 """diffusers' pipelines as the judge of ours: their own arguments, alone and in pairs, and why the two may part.
 
     .venv/bin/python tests/pipeline_judge.py        all cases, as benchmarks/results/pipelines.md
+    .venv/bin/python tests/pipeline_judge.py 500    those of one argument, and 500 of the pairs
 
 A `Case` is a pipeline class and some values of its arguments. `judge` makes the pictures of both, on the same tiny
 weights, and says where they stand:
@@ -18,6 +19,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import random
 import re
 import sys
 from collections import Counter
@@ -186,7 +188,35 @@ REFUSALS = [
         r"negative_aesthetic_score|original_inference_steps|cross_attention_kwargs|ip_adapter_\w+) is not supported",
     ),
 ]
-DIFFERENCES: list[Reason] = []
+DIFFERENCES = [
+    Reason(
+        "diffusers ignores negative_prompt_2 and negative_pooled_prompt_embeds where no negative_prompt is given and "
+        "zeros stand for it; ours reads them",
+        lambda case: (
+            case.pipeline.startswith("SDXL")
+            and (case.has("negative_prompt_2") or case.has("negative_pooled_prompt_embeds"))
+            and not case.has("negative_prompt", "text")
+        ),
+    ),
+    Reason(
+        "diffusers' text to image ignores one negative size without the other, and a negative crop without both; ours "
+        "takes the positive half's for those that are not given",
+        lambda case: (
+            case.pipeline == "SDXL text to image"
+            and any(case.has(f"negative_{name}") for name in ("original_size", "target_size", "crops_coords_top_left"))
+            and not (case.has("negative_original_size") and case.has("negative_target_size"))
+        ),
+    ),
+    Reason(
+        "diffusers' SDXL image to image and inpainting ignore negative_crops_coords_top_left; ours reads it",
+        lambda case: case.pipeline.startswith("SDXL") and case.has("negative_crops_coords_top_left"),
+    ),
+    Reason(
+        "diffusers' LCM pipelines decode the last step's denoised latents, not what a callback makes of the latents, "
+        "do not look at _interrupt, and read the guidance scale once",
+        lambda case: case.pipeline.startswith("LCM") and case.has("callback_on_step_end"),
+    ),
+]
 
 
 @functools.cache
@@ -313,13 +343,14 @@ def _reason(kind: str, reasons: list[Reason], case: Case, detail: str) -> Verdic
 KINDS = ("agree", "differ", "refused", "more", "unknown", "crashed")
 
 
-def table(verdicts: dict[Case, Verdict]) -> str:
-    """All of them counted, as Markdown."""
+def table(verdicts: dict[Case, Verdict], whole: int) -> str:
+    """Verdicts counted, as Markdown. whole: how many cases there are."""
     lines = [
         "# fastldm beside diffusers' pipelines",
         "",
-        f"Every argument of diffusers {diffusers.__version__}'s pipelines, alone and in pairs, on the tests' tiny "
-        "models. Written by `python tests/pipeline_judge.py`, which says what is counted.",
+        f"Every argument of diffusers {diffusers.__version__}'s pipelines alone, and pairs of them, on the tests' tiny "
+        f"models: {len(verdicts)} of {whole} cases. `python tests/pipeline_judge.py [NUMBER OF PAIRS]` writes this, "
+        "and says what is counted.",
         "",
         f"| pipeline | cases | {' | '.join(KINDS)} |",
         f"|---|{'---|' * (1 + len(KINDS))}",
@@ -337,21 +368,22 @@ def table(verdicts: dict[Case, Verdict]) -> str:
 
 
 def main(argv: list[str]) -> None:
+    """All cases; with a number, those of one argument and so many of the pairs, drawn from a seed."""
     diffusers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
     every = list(cases())
+    if argv:
+        pairs = [case for case in every if len(case.values) == 2]
+        chosen = {*random.Random(0).sample(pairs, min(int(argv[0]), len(pairs)))}
+        every = [case for case in every if len(case.values) < 2 or case in chosen]
     verdicts: dict[Case, Verdict] = {}
-    wanted = [case for case in every if not argv or (argv[0] == "singles" and len(case.values) < 2)]
-    for k, case in enumerate(wanted):
+    for k, case in enumerate(every):
         verdicts[case] = judge(case)
         if verdicts[case].kind in ("unknown", "crashed"):
             print(f"{case}: {verdicts[case].kind} {verdicts[case].detail}", flush=True)
-        if k % 500 == 499:
-            print(f"{k + 1} of {len(wanted)}: {dict(Counter(v.kind for v in verdicts.values()))}", flush=True)
-    text = table(verdicts)
-    if not argv:
-        TABLE.write_text(text)
-    print(text)
+        if k % 50 == 49:
+            print(f"{k + 1} of {len(every)}: {dict(Counter(v.kind for v in verdicts.values()))}", flush=True)
+    TABLE.write_text(table(verdicts, len(list(cases()))))
 
 
 if __name__ == "__main__":

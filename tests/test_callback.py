@@ -162,7 +162,7 @@ def test_any_real_dtype_of_latents_is_taken(pipes: Any) -> None:
         ("no", "the callback returned 'no'"),
         (torch.zeros(2), "the callback returned a Tensor of shape"),
         ([("latents", 1)], "expected a dict"),
-        ({"latents": "no"}, "the callback returned latents is 'no': expected a floating point tensor (1, 4, 4, 4)"),
+        ({"latents": "no"}, "the callback's latents is 'no': expected a floating point tensor (1, 4, 4, 4)"),
         ({"latents": torch.zeros(1, 4, 4, 5)}, "latents has shape (1, 4, 4, 5)"),
         ({"latents": torch.zeros(1, 4, 4, 4, dtype=torch.long)}, "latents has dtype torch.int64"),
         ({"latents": torch.zeros(1, 4, 4, 4, dtype=torch.complex64)}, "latents has dtype torch.complex64"),

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastldm import FastLDMError, InputError, Pipeline, Request, checks
+from fastldm.cli import main
 from fastldm.request import MAX_IMAGES, MAX_PROMPT_LENGTH
 
 
@@ -249,3 +251,12 @@ def test_a_warm_up_says_what_it_cannot_take(pipe: Pipeline, options: dict[str, A
 def test_a_prompt_of_too_many_windows_is_refused(pipe: Pipeline) -> None:
     with pytest.raises(InputError, match="more than the 3840 tokens that it may have"):
         pipe("a " * 10_000, num_inference_steps=1)
+
+
+@pytest.mark.parametrize("options", [["--n", "1000000000000"], ["--steps", "1000000000000"], ["--size", "9999999x64"]])
+def test_a_plan_of_too_much_is_refused_at_once(options: list[str]) -> None:
+    began = time.process_time()
+    result = CliRunner().invoke(main, ["plan", *options])
+    assert result.exit_code == 2
+    assert "expected a whole number" in result.output
+    assert time.process_time() - began < 10
