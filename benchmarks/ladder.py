@@ -62,6 +62,7 @@ from fastldm.models.unet import AddedConditions, UNet
 from fastldm.pipeline import Pipeline
 from fastldm.prepare import prepare
 from fastldm.request import Request
+from fastldm.scheduler_config import read_scheduler
 from fastldm.session import Session
 from fastldm.text import TextStage, Tokenizer
 
@@ -98,7 +99,8 @@ def pipeline(model: Model, device: torch.device, dtype: torch.dtype) -> Pipeline
     prepared = prepare(networks | {f"text encoder {i}": stage.model for i, stage in enumerate(stages)})
     family: Family = next(one for one in FAMILIES if one.name == model.family)
     checkpoint: Any = SimpleNamespace(scheduler=SCHEDULER, index={})
-    spec = loading.Spec(checkpoint, model.unet, model.vae, model.text, family)
+    schedule = read_scheduler(SCHEDULER, None, "SCHEDULER")
+    spec = loading.Spec(checkpoint, model.unet, model.vae, model.text, family, schedule)
     loaded = loading.Networks(unet, vae, stages, prepared, device=device, dtype=dtype)
     return Pipeline(spec, loaded, model.family)
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from fastldm import weights
+from fastldm import loading, weights
 from fastldm.errors import CheckpointError
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -38,7 +38,7 @@ def describe_diffusers(pipe: Any) -> weights.Checkpoint:
     tokenizers = {
         name: weights.TokenizerFiles(None, loaded=getattr(pipe, name)) for name in weights.TOKENIZERS if name in classes
     }
-    return weights.Checkpoint(source, components, scheduler, tokenizers, index)
+    return weights.Checkpoint(source, components, scheduler, tokenizers, index, loaded=True)
 
 
 def adopt(module: Module, other: nn.Module) -> Module:
@@ -51,11 +51,11 @@ def adopt(module: Module, other: nn.Module) -> Module:
     source, state = f"the given {type(other).__name__}", other.state_dict()
     fitted = weights.fit_names(module, state, source)
     kinds = {(state[key].dtype, state[key].device) for key in fitted.values()}
-    if len(kinds) != 1 or any(device.type == "meta" or not dtype.is_floating_point for dtype, device in kinds):
+    if len(kinds) != 1 or any(device.type == "meta" or dtype not in loading.DTYPES for dtype, device in kinds):
         shown = ", ".join(sorted(f"{dtype} on {device}".removeprefix("torch.") for dtype, device in kinds))
         raise CheckpointError(
-            f"{source[0].upper()}{source[1:]} has weights in {shown}; they must be floating point, in one dtype on one "
-            "device. Undo offloading or quantisation first."
+            f"{source[0].upper()}{source[1:]} has weights in {shown}; they must be float32, float16 or bfloat16, in "
+            "one dtype on one device. Undo offloading or quantisation first."
         )
     module.load_state_dict({name: state[key] for name, key in fitted.items()}, assign=True)
     return module.requires_grad_(False).eval()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastldm import openmp
 from fastldm.errors import EngineError, InputError
+from fastldm.reading import check_path
 
 if TYPE_CHECKING:
     from fastldm import loading
@@ -96,8 +97,8 @@ MANIFEST = "manifest.json"
 
 
 def is_bundle(path: str | os.PathLike[str]) -> bool:
-    """Whether this is a folder that `fastldm export` wrote."""
-    return (Path(path).expanduser() / MANIFEST).is_file()
+    """Whether this is a folder that `fastldm export` wrote. InputError for what can be no path."""
+    return (check_path(path, "path_or_id") / MANIFEST).is_file()
 
 
 def read_bundle(path: str | os.PathLike[str]) -> Bundle:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,19 +15,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastldm import engine, relatives, text, weights
+from fastldm import checks, engine, relatives, text, weights
+from fastldm.checks import show
 from fastldm.config import Family, TextConfig, TinyVAEConfig, UNetConfig, VAEConfig, recognise
-from fastldm.errors import InputError
+from fastldm.errors import CheckpointError, InputError
 from fastldm.models.clip import CLIPText
 from fastldm.models.unet import UNet
 from fastldm.models.vae import AutoencoderKL, TinyAutoencoder
 from fastldm.prepare import Prepared, prepare
+from fastldm.reading import Field, Flag, check_path, read_fields
+from fastldm.schedule import ScheduleConfig
+from fastldm.scheduler_config import SET_BY_PIPELINES, read_scheduler
 
 if TYPE_CHECKING:
     from fastldm.export.spec import Axis
 
 logger = logging.getLogger("fastldm")
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What networks compute in."""
 DEFAULT_MODEL = Path(__file__).parent / "assets" / "default"
 
 
@@ -39,6 +46,7 @@ class Spec:
     vae: VAEConfig | TinyVAEConfig
     text: tuple[TextConfig, ...]
     family: Family
+    schedule: ScheduleConfig
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -69,6 +77,13 @@ def describe(
 
     Raises CheckpointError for anything that is not a model that fastldm can run, naming what it is instead.
     """
+    for name, word in (("variant", variant), ("revision", revision)):
+        if word is not None and not (isinstance(word, str) and 0 < len(word) < 256 and word.isprintable()):
+            raise InputError(f"{name} is {show(word)}: expected a name, or None")
+    if cache_dir is not None:
+        check_path(cache_dir, "cache_dir")
+    checks.flag("local_files_only", local_files_only)
+    checks.flag("allow_pickle", allow_pickle)
     if engine.is_bundle(path_or_id):
         return engine.describe(path_or_id)
     given = DEFAULT_MODEL if str(path_or_id) == "default" else path_or_id
@@ -84,22 +99,87 @@ def describe(
     return spec_of(checkpoint)
 
 
+_INDEX = {
+    "force_zeros_for_empty_prompt": Field(Flag(), False),
+    "requires_aesthetics_score": Field(Flag(), False),
+}
+
+
 def spec_of(checkpoint: weights.Checkpoint) -> Spec:
-    """The networks' descriptions from a checkpoint's raw config files."""
-    parts = checkpoint.components
-    vae = TinyVAEConfig if parts["vae"].config.get("_class_name") == "AutoencoderTiny" else VAEConfig
-    source = f"{checkpoint.source}: unet"
-    relatives.check_unet_keys(parts["unet"].config, source)
-    unet = UNetConfig.from_dict(parts["unet"].config, source)
-    autoencoder_config = vae.from_dict(parts["vae"].config, f"{checkpoint.source}: vae")
-    relatives.check_channels(unet.in_channels, source, autoencoder_config.latent_channels)
-    encoders = [name for name in ("text_encoder", "text_encoder_2") if name in parts]
-    return Spec(
-        checkpoint,
-        unet,
-        autoencoder_config,
-        tuple(TextConfig.from_dict(parts[name].config, f"{checkpoint.source}: {name}") for name in encoders),
-        recognise(unet, checkpoint.scheduler),
+    """What a checkpoint's raw config files say, each read and all held against each other.
+
+    CheckpointError for what is not implemented, is no value of its key, or does not fit the other components.
+    """
+    index = read_fields(checkpoint.index, _INDEX, f"{checkpoint.source}: {weights.INDEX}")
+    if index["requires_aesthetics_score"]:
+        raise CheckpointError(
+            f"{checkpoint.source}: 'requires_aesthetics_score' is True, as for the Stable Diffusion XL refiner: "
+            "fastldm implements False"
+        )
+    pipeline = None if checkpoint.loaded else checkpoint.index.get("_class_name")
+    schedule = read_scheduler(checkpoint.scheduler, pipeline, checkpoint.config_source("scheduler"))
+
+    configs = {name: component.config for name, component in checkpoint.components.items()}
+    sources = {name: checkpoint.config_source(name) for name in configs}
+    relatives.check_unet_keys(configs["unet"], sources["unet"])
+    unet = UNetConfig.from_dict(_with_size(configs["unet"], pipeline), sources["unet"])
+    vae_class = TinyVAEConfig if configs["vae"].get("_class_name") == "AutoencoderTiny" else VAEConfig
+    vae = vae_class.from_dict(configs["vae"], sources["vae"])
+    relatives.check_channels(unet.in_channels, sources["unet"], vae.latent_channels)
+    names = [name for name in ("text_encoder", "text_encoder_2") if name in configs]
+    text = tuple(TextConfig.from_dict(configs[name], sources[name]) for name in names)
+    _check_fit(unet, vae, text, checkpoint.source)
+    return Spec(checkpoint, unet, vae, text, recognise(unet, checkpoint.scheduler), schedule)
+
+
+def _with_size(config: Mapping[str, Any], pipeline: str | None) -> Mapping[str, Any]:
+    """A U-Net's config with sample_size as diffusers' pipelines of SD 1 and 2 set it: early files say 32 for 64."""
+    size, version = config.get("sample_size"), str(config.get("_diffusers_version", ""))
+    if pipeline in SET_BY_PIPELINES and re.match(r"0\.[0-8]\.", version) and isinstance(size, int) and 0 < size < 64:
+        return {**config, "sample_size": 64}
+    return config
+
+
+def _check_fit(unet: UNetConfig, vae: VAEConfig | TinyVAEConfig, text: Sequence[TextConfig], source: str) -> None:
+    """CheckpointError where components are not of one model: each may load, and the whole would fail or lie."""
+
+    def check(fits: bool, what: str) -> None:
+        if not fits:
+            raise CheckpointError(f"{source}: {what}: its components are not of one model")
+
+    widths, latents = [encoder.hidden for encoder in text], vae.latent_channels
+    check(
+        sum(widths) == unet.cross_attention_dim,
+        f"the U-Net reads text of {unet.cross_attention_dim} channels ('cross_attention_dim'), "
+        f"and {' + '.join(map(str, widths))} come from the text encoder{'s' * (len(text) > 1)} ('hidden_size')",
+    )
+    check(
+        unet.out_channels == latents,
+        f"the U-Net makes {unet.out_channels} channels ('out_channels'), and the VAE's latents have {latents} "
+        "('latent_channels')",
+    )
+    check(
+        vae.in_channels == vae.out_channels == 3,
+        f"the VAE reads pictures of {vae.in_channels} channels and makes {vae.out_channels}, expected 3",
+    )
+    pooled = text[-1].projection_dim
+    if not unet.needs_added:
+        check(
+            len(text) == 1 and pooled is None,
+            "the U-Net reads no pooled text ('addition_embed_type'), and there is a text encoder that gives one",
+        )
+        return
+    check(len(text) == 2, "the U-Net reads pooled text ('addition_embed_type'), and there is no text_encoder_2")
+    check(
+        pooled is not None,
+        "the U-Net reads pooled text ('addition_embed_type'), and text_encoder_2 is no CLIPTextModelWithProjection",
+    )
+    sizes = (unet.addition_input_dim - (pooled or 0)) / unet.addition_time_embed_dim
+    check(
+        sizes == 6,
+        f"the U-Net's added embedding has {unet.addition_input_dim} channels "
+        f"('projection_class_embeddings_input_dim'), expected {pooled} of pooled text ('projection_dim') and 6 x "
+        f"{unet.addition_time_embed_dim} of sizes{', not 5 x as in the XL refiner' * (sizes == 5)}",
     )
 
 
@@ -113,11 +193,13 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         chosen = torch.empty(0, device=chosen).device  # "cuda" is the current one of several, by its index
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError, OverflowError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(
-            f"device {str(device)!r} cannot be used here ({reason}): try cpu, or see `fastldm doctor`"
+            f"device {show(device)} cannot be used here ({reason}): try cpu, or see `fastldm doctor`"
         ) from error
+    if chosen.type == "meta":
+        raise InputError("device 'meta' holds no numbers, so that nothing can run there: try cpu or cuda")
     return chosen
 
 
@@ -126,13 +208,14 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
 
     On a GPU that is float16: bfloat16's rate and eight times finer. On a CPU it is bfloat16 where the processor
     multiplies it natively, else float32. float16 asked for on a CPU is replaced, with a warning: code written for a
-    GPU runs as it is.
+    GPU runs as it is. InputError for any other dtype.
     """
-    if isinstance(dtype, str):
-        names = {str(one).removeprefix("torch."): one for one in (torch.float32, torch.float16, torch.bfloat16)}
-        if dtype.removeprefix("torch.") not in names:
-            raise InputError(f"dtype is {dtype!r}: expected float32, float16 or bfloat16")
-        dtype = names[dtype.removeprefix("torch.")]
+    known = {str(one).removeprefix("torch."): one for one in DTYPES}
+    if dtype is not None:
+        name = str(dtype).removeprefix("torch.") if isinstance(dtype, str | torch.dtype) else ""
+        if name not in known:
+            raise InputError(f"dtype is {show(dtype)}: expected float32, float16 or bfloat16")
+        dtype = known[name]
     if device.type != "cpu":
         return dtype or torch.float16
     best = torch.bfloat16 if _native_bfloat16() else torch.float32
@@ -176,9 +259,16 @@ def load(
     names = [name for name in ("text_encoder", "text_encoder_2") if name in spec.checkpoint.components]
     with torch.device("meta"):
         unet, vae, encoders = UNet(spec.unet), autoencoder(spec.vae), [CLIPText(one) for one in spec.text]
+    tokenizers = [spec.checkpoint.tokenizer(name.replace("text_encoder", "tokenizer")) for name in names]
+    for name, tokenizer, config in zip(names, tokenizers, spec.text, strict=True):
+        if tokenizer.size > config.vocab:
+            raise CheckpointError(
+                f"{spec.checkpoint.source}: the tokenizer has ids up to {tokenizer.size - 1}, and {name} has "
+                f"{config.vocab} embeddings ('vocab_size'): its components are not of one model"
+            )
     stages = tuple(
-        text.TextStage(spec.checkpoint.tokenizer(name.replace("text_encoder", "tokenizer")), fill(encoder, name))
-        for name, encoder in zip(names, encoders, strict=True)
+        text.TextStage(tokenizer, fill(encoder, name))
+        for name, encoder, tokenizer in zip(names, encoders, tokenizers, strict=True)
     )
     unet, vae = fill(unet, "unet"), fill(vae, "vae")
     networks = {"unet": unet, "vae": vae} | {name: stage.model for name, stage in zip(names, stages, strict=True)}

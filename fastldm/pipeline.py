@@ -42,6 +42,7 @@ from fastldm.graph import CUDA, WARM_UPS, Graphs
 from fastldm.kernels.step import fuses
 from fastldm.models.unet import AddedConditions, UNet
 from fastldm.models.vae import Decode, Pieces, decode_pieces, finish
+from fastldm.reading import check_path
 from fastldm.request import MAX_IMAGES, MAX_SIDE, Request, Result, Timings, picture_seeds
 from fastldm.session import Progress, Session
 from fastldm.slots import Slots, StaticBuffers, graph_rows, step_capacity
@@ -60,7 +61,7 @@ class Pipeline(Steered):
         """Most callers want `from_pretrained`, `from_single_file`, `from_diffusers` or `default`."""
         self.name, self.family = name, spec.family
         self.unet, self.vae, self.text_stages = networks.unet, networks.vae, networks.text_stages
-        self.schedule = schedule.ScheduleConfig.from_dict(spec.checkpoint.scheduler)
+        self.schedule = spec.schedule
         self.zero_negative = bool(spec.checkpoint.index.get("force_zeros_for_empty_prompt", False))
         self.device, self.dtype, self.backend = networks.device, networks.dtype, networks.backend
         self.precision = networks.precision or str(self.dtype).removeprefix("torch.")
@@ -112,8 +113,8 @@ class Pipeline(Steered):
             return cls(*engine.load(path_or_id, runs, chosen, dtype or torch_dtype))
         if engine.is_bundle(path_or_id):
             path_or_id = engine.source(path_or_id)
-        spec = loading.describe(path_or_id, **where)
         precision = loading.choose_dtype(dtype or torch_dtype, chosen)
+        spec = loading.describe(path_or_id, **where)
 
         def fill(module: torch.nn.Module, name: str) -> Any:
             part = spec.checkpoint.components[name]
@@ -126,7 +127,7 @@ class Pipeline(Steered):
     @classmethod
     def from_single_file(cls, path: str | os.PathLike[str], **options: Any) -> Pipeline:
         """From one .safetensors file in the original Stability layout; options as in `from_pretrained`."""
-        if not Path(checks.instance("path", path, (str, os.PathLike), "a path")).is_file():
+        if not check_path(path, "path").is_file():
             raise CheckpointError(f"there is no file {str(path)!r}; a folder or a hub id is for from_pretrained")
         return cls.from_pretrained(path, **options)
 

@@ -27,16 +27,15 @@ from __future__ import annotations
 import codecs
 import errno
 import json
-import math
 import numbers
 import os
-import reprlib
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from fastldm.checks import show
 from fastldm.errors import CheckpointError, FastLDMError, InputError
 
 MAX_CHANNELS = 2**16
@@ -403,19 +402,3 @@ class Either:
             except _Unfit:
                 continue
         raise unfit(value, at, self)
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 60, 60
-
-
-def show(value: Any) -> str:
-    """A value for an error: one line of some 60 characters, whatever it is."""
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and abs(int(value)) >= 10**30:
-        return f"a whole number of {math.floor(math.log10(2) * int(value).bit_length()) + 1:,} digits"
-    try:
-        text = _SHORT.repr(value)
-    except Exception:  # what its own __repr__ raises
-        return f"a {type(value).__name__}"
-    text = " ".join(text.split())
-    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -65,6 +65,8 @@ class Tokenizer:
     eos: int
     pad: int
     """What fills a window after eos: eos itself in CLIP-L, `!` (id 0) in OpenCLIP's encoders."""
+    size: int
+    """One more than the highest id: the rows that a text encoder's embedding has to have."""
 
     def __init__(self, folder: Path | str | None = None, *, pad_token: str | None = None) -> None:
         """Read `tokenizer.json`, or `vocab.json` and `merges.txt`, with the settings that lie beside them.
@@ -83,6 +85,7 @@ class Tokenizer:
             ids = {token.content: k for k, token in self._backend.get_added_tokens_decoder().items()}
             named = ("bos_token", "eos_token", "pad_token")
             self.bos, self.eos, self.pad = (ids[files.names[name]["content"]] for name in named)
+            self.size = 1 + max(*files.vocab.values(), *ids.values())
         except CheckpointError:
             raise
         except Exception as error:  # files of any content end here, and tokenizers raises bare Exception

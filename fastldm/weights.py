@@ -27,7 +27,17 @@ from torch import Tensor, nn
 
 from fastldm import relatives, single_file
 from fastldm.errors import CheckpointError, InputError
-from fastldm.reading import Field, MapOf, Text, check_file, read_fields, read_file, read_json, what_bytes_are
+from fastldm.reading import (
+    Field,
+    MapOf,
+    Text,
+    check_file,
+    check_path,
+    read_fields,
+    read_file,
+    read_json,
+    what_bytes_are,
+)
 from fastldm.text import Tokenizer
 
 logger = logging.getLogger("fastldm")
@@ -119,6 +129,14 @@ class Checkpoint:
     """By name: "tokenizer" and, for SDXL, "tokenizer_2"."""
     index: Config
     """model_index.json as it is: the pipeline's class, and settings such as `force_zeros_for_empty_prompt`."""
+    loaded: bool = False
+    """Whether it was a pipeline in memory: diffusers has changed by then what it changes of the files' values."""
+
+    def config_source(self, name: str) -> str:
+        """What errors call the config of a component, or of "scheduler": its file, where it has one."""
+        file = "scheduler_config.json" if name == "scheduler" else "config.json"
+        path = Path(self.source) / name / file
+        return str(path) if not self.loaded and path.is_file() else f"{self.source}: {name}"
 
     def tokenizer(self, name: str) -> Tokenizer:
         """The tokenizer "tokenizer" or "tokenizer_2"; each call reads it anew."""
@@ -175,9 +193,11 @@ def resolve(
 
     Raises CheckpointError for a path that does not exist, and for all that can go wrong with a hub.
     """
-    path = Path(path_or_id).expanduser()
+    path = check_path(path_or_id, "path_or_id")
     if path.exists():
         return path
+    if path.is_symlink():
+        raise CheckpointError(f"{path} is a link that leads nowhere, or to itself.")
     text = str(path_or_id)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) or text.endswith((".safetensors", ".ckpt", ".bin", ".pt")):
         raise CheckpointError(

@@ -35,7 +35,6 @@ from fastldm.reading import (
     read_fields,
     read_file,
     read_json,
-    show,
 )
 
 needs_posix = pytest.mark.skipif(sys.platform == "win32", reason="pipes and sockets have names on POSIX systems")
@@ -225,7 +224,7 @@ def test_values_are_read_as_the_table_says() -> None:
         ({"width": True}, "'width' is True, expected"),
         ({"width": 8.0}, r"'width' is 8\.0, expected"),
         ({"width": "8"}, "'width' is '8', expected"),
-        ({"width": 10**5000}, "'width' is a whole number of 5,001 digits, expected"),
+        ({"width": 10**5000}, "'width' is a whole number of 16610 bits, expected"),
         ({"eps": math.nan}, "'eps' is nan, expected a number from 0 to 1"),
         ({"eps": math.inf}, "'eps' is inf, expected"),
         ({"eps": "1e-5"}, "'eps' is '1e-5', expected"),
@@ -234,7 +233,7 @@ def test_values_are_read_as_the_table_says() -> None:
         ({"act": "gelu"}, "'act' is 'gelu'; fastldm implements 'silu' or None or 3 or False"),
         ({"act": 0}, "'act' is 0; fastldm"),
         ({"act": ["silu"]}, r"'act' is \['silu'\]; fastldm"),
-        ({"act": np.zeros(3)}, "'act' is array"),
+        ({"act": np.zeros(3)}, "'act' is an ndarray"),
         ({"name": "a longer one"}, "'name' is 'a longer one', expected a text of at most 5 characters"),
         ({"sizes": 8}, "'sizes' is 8, expected a list of 2"),
         ({"sizes": [8]}, "'sizes' has 1 entries, expected 2"),
@@ -270,31 +269,3 @@ def test_any_value_is_read_or_is_one_line(config: dict[str, Any]) -> None:
         one_line(refused)
     else:
         assert values.keys() == FIELDS.keys()
-
-
-class _Mute:
-    def __repr__(self) -> str:
-        raise RuntimeError("no words")
-
-
-def test_any_value_is_shown_in_one_short_line() -> None:
-    deep: Any = []
-    for _ in range(100_000):
-        deep = [deep]
-    for value in (
-        10**5000,
-        -(10**40),
-        "x" * 10**6,
-        [1] * 10**6,
-        _Mute(),
-        "a\nb\ud800",
-        deep,
-        np.zeros((9, 9)),
-        {1: deep},
-    ):
-        text = show(value)
-        assert text.isprintable()
-        assert len(text) <= 100
-    assert "_Mute" in show(_Mute())
-    assert show("cat") == "'cat'"
-    assert show(-(10**40)) == "a whole number of 41 digits"

@@ -1,0 +1,177 @@
+"""A checkpoint's components held against each other, and where and in what they run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import tiny
+import torch
+
+import fastldm
+from fastldm import loading
+from fastldm.errors import CheckpointError, InputError
+
+# --- Components that are not of one model, in a folder and in memory ---
+
+MISFITS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "text": (
+        "sd1",
+        {"text_encoder": lambda: tiny.text_encoder("l", hidden_size=48)},
+        r"the U-Net reads text of 32 channels \('cross_attention_dim'\), and 48 come from the text encoder",
+    ),
+    "texts": (
+        "sdxl",
+        {"text_encoder": lambda: tiny.text_encoder("l", hidden_size=48)},
+        r"reads text of 72 channels .* 48 \+ 40 come from the text encoders",
+    ),
+    "latents": (
+        "sd1",
+        {"vae": lambda: tiny.vae(latent_channels=16)},
+        "in_channels|input channels",
+    ),
+    "latents made": (
+        "sd1",
+        {"unet": lambda: tiny.unet("sd1", out_channels=8)},
+        r"the U-Net makes 8 channels \('out_channels'\), and the VAE's latents have 4",
+    ),
+    "colours": ("sd1", {"vae": lambda: tiny.vae(out_channels=4)}, "reads pictures of 3 channels and makes 4"),
+    "pooled": (
+        "sdxl",
+        {"text_encoder_2": lambda: tiny.text_encoder("bigg", projection_dim=32)},
+        r"added embedding has 72 channels .*expected 32 of pooled text .*6 x 8 of sizes",
+    ),
+    "five sizes": (
+        "sdxl",
+        {"unet": lambda: tiny.unet("sdxl", projection_class_embeddings_input_dim=24 + 5 * 8)},
+        "6 x 8 of sizes, not 5 x as in the XL refiner",
+    ),
+    "tokenizer": (
+        "sd1",
+        {"text_encoder": lambda: tiny.text_encoder("l", vocab_size=999, eos_token_id=998, bos_token_id=997)},
+        r"the tokenizer has ids up to 999, and text_encoder has 999 embeddings \('vocab_size'\)",
+    ),
+    "second tokenizer": (
+        "sdxl",
+        {"text_encoder_2": lambda: tiny.text_encoder("bigg", vocab_size=600, eos_token_id=5, bos_token_id=4)},
+        "the tokenizer has ids up to 999, and text_encoder_2 has 600 embeddings",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+def test_components_of_two_models_are_refused_at_load(tmp_path: Path, kind: str) -> None:
+    family, replaced, message = MISFITS[kind]
+    pipe = tiny.pipeline(family, **{name: make() for name, make in replaced.items()})
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=message) as refused:
+        fastldm.Pipeline.from_pretrained(tmp_path, dtype="float32")
+    assert str(refused.value).startswith(str(tmp_path))
+    assert "\n" not in str(refused.value)
+    with pytest.raises(CheckpointError, match=message):
+        fastldm.Pipeline.from_diffusers(pipe)
+
+
+def test_a_second_reader_of_size_ids_is_refused(tmp_path: Path) -> None:
+    """diffusers' image-to-image class of XL gives five numbers in place of six to a U-Net that asks for them."""
+    parts = tiny.pipeline("sdxl").components
+    names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
+    pipe = diffusers.StableDiffusionXLImg2ImgPipeline(**{k: parts[k] for k in names}, requires_aesthetics_score=True)
+    pipe.save_pretrained(tmp_path)
+    for load in (lambda: loading.describe(tmp_path), lambda: fastldm.Pipeline.from_diffusers(pipe)):
+        with pytest.raises(CheckpointError, match="'requires_aesthetics_score' is True"):
+            load()
+
+
+# --- What a pipeline takes of its files ---
+
+
+def edit(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_pictures_have_the_trained_height_and_width() -> None:
+    pipe = tiny.pipeline("sd1", unet=tiny.unet("sd1", sample_size=(8, 12)))
+    theirs = pipe("a cat", num_inference_steps=1, output_type="np").images
+    ours = fastldm.Pipeline.from_diffusers(pipe)
+    assert ours("a cat", num_inference_steps=1, seed=0).images[0].size == (theirs.shape[2], theirs.shape[1]) == (96, 64)
+
+
+def test_sample_size_of_early_files_is_64_as_in_diffusers(tmp_path: Path) -> None:
+    tiny.save_pipeline("sd1", tmp_path)
+    for version, size in (("0.6.0.dev0", 64), ("0.9.0", 8)):
+        edit(tmp_path / "unet" / "config.json", _diffusers_version=version)
+        theirs: Any = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path, safety_checker=None)
+        spec = loading.describe(tmp_path)
+        assert spec.unet.sample_size == (theirs.unet.config.sample_size,) * 2 == (size, size)
+        assert spec.default_size == (8 * size, 8 * size)
+
+
+def test_shift_factor_is_left_alone_as_in_diffusers() -> None:
+    pipe: Any = tiny.pipeline("sd1", vae=tiny.vae(shift_factor=0.3))
+    arguments = {"num_inference_steps": 1, "guidance_scale": 1.0}
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    theirs = torch.from_numpy(pipe("a cat", latents=latents, output_type="np", **arguments).images)
+    ours = fastldm.Pipeline.from_diffusers(pipe)("a cat", latents=latents, output_type="pt", **arguments).images
+    assert (ours.permute(0, 2, 3, 1) - theirs).abs().max() < 1e-4
+
+
+# --- Where and in what ---
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.complex64, torch.float64, torch.float8_e4m3fn, "double", 16, ["float32"]]
+)
+def test_dtypes_that_nothing_runs_in_are_refused(dtype: Any) -> None:
+    with pytest.raises(InputError, match=r"dtype is .*: expected float32, float16 or bfloat16"):
+        fastldm.Pipeline.default(dtype=dtype)
+
+
+@pytest.mark.parametrize("device", ["meta", torch.device("meta"), "nowhere", 3.5, ["cpu"], "cpu:x", "\0"])
+def test_devices_where_nothing_runs_are_refused(device: Any) -> None:
+    with pytest.raises(InputError, match=r"device .*try cpu") as refused:
+        fastldm.Pipeline.default(device=device)
+    assert str(refused.value).isprintable()
+
+
+def test_a_pipeline_in_float64_is_not_adopted() -> None:
+    with pytest.raises(CheckpointError, match="weights in float64 on cpu; they must be float32, float16 or bfloat16"):
+        fastldm.Pipeline.from_diffusers(tiny.pipeline("sd1").to(torch.float64))
+
+
+@pytest.mark.parametrize("name", [None, "", b"default", "a" * 5000, "a\0b", 3, ["default"], "~no-such-user/model"])
+@pytest.mark.parametrize(
+    "load", [fastldm.Pipeline.from_pretrained, fastldm.Pipeline.from_single_file, loading.describe]
+)
+def test_names_that_are_no_path_are_refused(load: Any, name: Any) -> None:
+    with pytest.raises(InputError, match=r"^path(_or_id)? is ") as refused:
+        load(name)
+    assert str(refused.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("variant", 3),
+        ("variant", ""),
+        ("variant", "a\0b"),
+        ("revision", ["main"]),
+        ("cache_dir", ""),
+        ("cache_dir", b"cache"),
+        ("local_files_only", "yes"),
+        ("allow_pickle", "no"),
+        ("prediction_type", ["epsilon"]),
+    ],
+)
+def test_options_of_another_type_are_refused(tmp_path: Path, option: str, value: Any) -> None:
+    with pytest.raises(InputError, match=option):
+        loading.describe("default", **{option: value})
+
+
+def test_a_link_to_itself_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "a")
+    with pytest.raises(CheckpointError, match="is a link that leads nowhere, or to itself"):
+        fastldm.Pipeline.from_pretrained(tmp_path / "a")
