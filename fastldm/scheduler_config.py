@@ -78,9 +78,12 @@ SET_BY_PIPELINES: dict[str, dict[str, Any]] = {
     "StableDiffusionInpaintPipeline": {"steps_offset": 1, "skip_prk_steps": True},
 }
 # What classes have by default that no table needs.
-_ALSO_KNOWN = {"PNDMScheduler": {"skip_prk_steps": False}} | dict.fromkeys(
-    ("LCMScheduler", "TCDScheduler", "HeunDiscreteScheduler"), {"clip_sample": False}
-)
+_ALSO_KNOWN: dict[str, dict[str, Any]] = {
+    "HeunDiscreteScheduler": {"clip_sample": False},
+    "LCMScheduler": {"clip_sample": False},
+    "PNDMScheduler": {"skip_prk_steps": False},
+    "TCDScheduler": {"clip_sample": False},
+}
 
 
 def read_scheduler(config: Mapping[str, Any], pipeline: str | None, source: str) -> ScheduleConfig:

@@ -13,7 +13,6 @@ import logging
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -208,27 +207,30 @@ def vae_name(key: str, levels: int) -> Names | None:
     return None
 
 
-def openai_clip_name(key: str) -> Names | None:
-    """transformers' name of a CLIP ViT-L text key without its prefix: the same, less what is no weight of the model."""
-    if key.endswith("position_ids") or key in ("text_projection.weight", "logit_scale"):
+def transformers_clip_name(key: str, *, with_projection: bool, drops_last: bool) -> Names | None:
+    """transformers' own name of a CLIP text key without its prefix: the same, less what is no weight of the model."""
+    if key.endswith("position_ids") or key.startswith(("logit_scale", "vision_model.", "visual_projection.")):
         return ()
-    if key.startswith(("embeddings.", "encoder.", "final_layer_norm.")):  # files of 2022 lack the inner prefix
-        return (f"text_model.{key}",)
-    return (key,) if key.startswith("text_model.") else None
+    if key == "text_projection.weight":
+        return (key,) if with_projection else ()
+    name = f"text_model.{key.removeprefix('text_model.')}"  # files of 2022 lack it
+    if not name.startswith(("text_model.embeddings.", "text_model.encoder.", "text_model.final_layer_norm.")):
+        return None
+    return () if drops_last and _is_dropped_layer(name) else (name,)
 
 
 def _is_dropped_layer(key: str) -> bool:
     """SD2 conditions on the output of OpenCLIP H's last layer but one: diffusers drops layer 23 of 24, and so do we."""
-    return key.startswith("transformer.resblocks.23.")
+    return re.match(r"(transformer\.resblocks|(text_model\.)?encoder\.layers)\.23\.", key) is not None
 
 
-def open_clip_name(key: str, *, with_projection: bool) -> Names | None:
+def open_clip_name(key: str, *, with_projection: bool, drops_last: bool) -> Names | None:
     """transformers' name, or three of them for a fused q, k, v, of an OpenCLIP text key without its prefix."""
     if key in ("logit_scale", "attn_mask") or key.startswith("visual."):
         return ()
     if key in _OPEN_CLIP_ENDS:
         return (_OPEN_CLIP_ENDS[key],) if with_projection or key != "text_projection" else ()
-    if _is_dropped_layer(key) and not with_projection:
+    if drops_last and _is_dropped_layer(key):
         return ()
     match = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)[._](weight|bias)", key)
     if match is None:
@@ -271,9 +273,11 @@ def _count(keys: Collection[str], pattern: str) -> int:
     return 1 + max((int(match[1]) for key in keys if (match := re.match(pattern, key))), default=-1)
 
 
-def _unet_config(shapes: Shapes, sample_size: int) -> Config:
+def _unet_config(shapes: Shapes, sample_size: int, *, linear: bool) -> Config:
     """UNet2DConditionModel's config from the shapes of a U-Net's keys without prefix.
 
+    linear: whether it is of SD2's kind or SDXL's, with heads of 64 and linear projections (which some files hold as
+        convolutions of one pixel), or of SD1's, with 8 heads a level.
     KeyError or ValueError when it is not built as Stable Diffusion's are.
     """
 
@@ -299,13 +303,11 @@ def _unet_config(shapes: Shapes, sample_size: int) -> Config:
         raise ValueError("its middle block is not as deep as the last level")
     any_depth = next(i for i, d in enumerate(depths) if d)
     attention = f"input_blocks.{1 + any_depth * (layers_per_block + 1)}.1"
-    linear = len(shapes[f"{attention}.proj_in.weight"]) == 2
     down = ["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in depths]
     return {
         "_class_name": "UNet2DConditionModel",
         "act_fn": "silu",
-        # SD1: 8 heads a level; SD2 and SDXL (linear projections): heads of 64. The key says "dim", means heads.
-        "attention_head_dim": [c // 64 for c in channels] if linear else 8,
+        "attention_head_dim": [c // 64 for c in channels] if linear else 8,  # the key says "dim", means heads
         "block_out_channels": channels,
         "center_input_sample": False,
         "cross_attention_dim": shapes[f"{attention}.transformer_blocks.0.attn2.to_k.weight"][1],
@@ -345,39 +347,33 @@ def _vae_config(shapes: Shapes, sample_size: int, scaling_factor: float) -> Conf
     }
 
 
-def _text_config(state: Shapes, open_clip: bool, *, projection: bool) -> Config:
+def _text_config(state: Shapes, text: _Text) -> Config:
     """CLIPTextModel's config from the shapes of the original keys without prefix."""
-    if open_clip:
-        embeddings, positions, fc1 = (
-            "token_embedding.weight",
-            "positional_embedding",
-            "transformer.resblocks.0.mlp.c_fc.weight",
-        )
-        kept = [key for key in state if projection or not _is_dropped_layer(key)]
-        layers = _count(kept, r"transformer\.resblocks\.(\d+)\.")
+    if text.open_clip_names:
+        embeddings, positions = "token_embedding.weight", "positional_embedding"
+        layer, fc1, projection = r"transformer\.resblocks", "transformer.resblocks.0.mlp.c_fc.weight", "text_projection"
     else:
         inner = "text_model." if "text_model.final_layer_norm.weight" in state else ""
-        embeddings, positions = (
-            f"{inner}embeddings.token_embedding.weight",
-            f"{inner}embeddings.position_embedding.weight",
-        )
-        fc1 = f"{inner}encoder.layers.0.mlp.fc1.weight"
-        layers = _count(state, rf"{re.escape(inner)}encoder\.layers\.(\d+)\.")
+        embeddings, positions = (f"{inner}embeddings.{name}_embedding.weight" for name in ("token", "position"))
+        layer, fc1 = rf"{re.escape(inner)}encoder\.layers", f"{inner}encoder.layers.0.mlp.fc1.weight"
+        projection = "text_projection.weight"
     vocabulary, hidden = state[embeddings]
+    kept = [key for key in state if not (text.drops_last and _is_dropped_layer(key))]
+    projected = state[projection][1 if text.open_clip_names else 0] if text.with_projection else hidden
     return {
-        "architectures": ["CLIPTextModelWithProjection" if projection else "CLIPTextModel"],
+        "architectures": ["CLIPTextModelWithProjection" if text.with_projection else "CLIPTextModel"],
         "bos_token_id": 0,
         "eos_token_id": 2,
-        "hidden_act": "gelu" if open_clip else "quick_gelu",
+        "hidden_act": "gelu" if text.open_clip else "quick_gelu",
         "hidden_size": hidden,
         "intermediate_size": state[fc1][0],
         "layer_norm_eps": 1e-5,
         "max_position_embeddings": state[positions][0],
         "model_type": "clip_text_model",
         "num_attention_heads": max(1, hidden // 64),
-        "num_hidden_layers": layers,
+        "num_hidden_layers": _count(kept, rf"{layer}\.(\d+)\."),
         "pad_token_id": 1,
-        "projection_dim": state["text_projection"][1] if projection else hidden,
+        "projection_dim": projected,
         "vocab_size": vocabulary,
     }
 
@@ -406,14 +402,25 @@ def _scheduler_config(class_name: str, prediction_type: str, *, zero_terminal_sn
 
 @dataclass(frozen=True)
 class _Text:
-    """A text encoder in a single file. OpenAI's CLIP pads with its end token, OpenCLIP with id 0, which is "!"."""
+    """A text encoder in a single file: which it is, and how its keys are named."""
 
     prefix: str
-    open_clip: bool
+    open_clip_names: bool  # OpenCLIP's, else transformers'
+    open_clip: bool  # trained by OpenCLIP: pads with id 0, which is "!"; OpenAI's with its end token
+    with_projection: bool = False
+
+    @property
+    def drops_last(self) -> bool:
+        """Whether the last layer is left away: see `_is_dropped_layer`."""
+        return self.open_clip and not self.with_projection
 
     @property
     def pad_token(self) -> str:
         return "!" if self.open_clip else "<|endoftext|>"
+
+    def name(self, key: str) -> Names | None:
+        rename = open_clip_name if self.open_clip_names else transformers_clip_name
+        return rename(key, with_projection=self.with_projection, drops_last=self.drops_last)
 
 
 @dataclass(frozen=True)
@@ -421,40 +428,15 @@ class _Family:
     """What keys and shapes do not say of a family, as its diffusers repository has it."""
 
     title: str
-    texts: dict[str, _Text]
     sample_size: int
     scaling_factor: float
     scheduler: str
     pipeline: str
 
 
-_SD1 = _Family(
-    "Stable Diffusion 1",
-    {"text_encoder": _Text("cond_stage_model.transformer.", open_clip=False)},
-    sample_size=64,
-    scaling_factor=0.18215,
-    scheduler="PNDMScheduler",
-    pipeline="StableDiffusion",
-)
-_SD2 = replace(
-    _SD1,
-    title="Stable Diffusion 2",
-    texts={"text_encoder": _Text("cond_stage_model.model.", open_clip=True)},
-)
-_SD2_AS_GENERATIVE_MODELS = replace(  # SD-Turbo's own file
-    _SD2, texts={"text_encoder": _Text("conditioner.embedders.0.model.", open_clip=True)}
-)
-_SDXL = _Family(
-    "Stable Diffusion XL",
-    {
-        "text_encoder": _Text("conditioner.embedders.0.transformer.", open_clip=False),
-        "text_encoder_2": _Text("conditioner.embedders.1.model.", open_clip=True),
-    },
-    sample_size=128,
-    scaling_factor=0.13025,
-    scheduler="EulerDiscreteScheduler",
-    pipeline="StableDiffusionXL",
-)
+_SD1 = _Family("Stable Diffusion 1", 64, 0.18215, "PNDMScheduler", "StableDiffusion")
+_SD2 = replace(_SD1, title="Stable Diffusion 2")
+_SDXL = _Family("Stable Diffusion XL", 128, 0.13025, "EulerDiscreteScheduler", "StableDiffusionXL")
 
 
 def read_layout(
@@ -471,8 +453,8 @@ def read_layout(
     """
     if prediction_type is not None and prediction_type not in PREDICTION_TYPES:
         raise InputError(f"prediction_type is {prediction_type!r}; expected one of {', '.join(PREDICTION_TYPES)}.")
-    family = _family(shapes, source)
-    is_sdxl, is_sd2 = family.title == _SDXL.title, family.title == _SD2.title
+    family, texts = _family(shapes, source)
+    is_sdxl, is_sd2 = family is _SDXL, family is _SD2
     inpainting = shapes[_FIRST_CONV][1] == 9
     prediction = prediction_type or _spoken_prediction_type(shapes, metadata or {})
     if prediction is None:
@@ -483,12 +465,9 @@ def read_layout(
 
     unet, vae = _stripped(shapes, _UNET), _stripped(shapes, _VAE)
     try:
-        unet_config = _unet_config(unet, sample_size)
+        unet_config = _unet_config(unet, sample_size, linear=family is not _SD1)
         vae_config = _vae_config(vae, sample_size, family.scaling_factor)
-        text_configs = {
-            name: _text_config(_stripped(shapes, text.prefix), text.open_clip, projection=name == "text_encoder_2")
-            for name, text in family.texts.items()
-        }
+        text_configs = {name: _text_config(_stripped(shapes, text.prefix), text) for name, text in texts.items()}
     except (KeyError, IndexError, ValueError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise CheckpointError(
@@ -511,10 +490,8 @@ def read_layout(
         "unet": _part(unet_config, shapes, _UNET, lambda key: unet_name(key, layers_per_block), source),
         "vae": _part(vae_config, shapes, _VAE, lambda key: vae_name(key, levels), source),
     }
-    for name, text in family.texts.items():
-        open_clip = partial(open_clip_name, with_projection=name == "text_encoder_2")
-        rename = open_clip if text.open_clip else openai_clip_name
-        parts[name] = _part(text_configs[name], shapes, text.prefix, rename, source)
+    for name, text in texts.items():
+        parts[name] = _part(text_configs[name], shapes, text.prefix, text.name, source)
     used = {key for part in parts.values() for key in part.names}
     is_sd2_v = is_sd2 and prediction == "v_prediction"
     return Layout(
@@ -522,15 +499,17 @@ def read_layout(
         scheduler=_scheduler_config(
             "DDIMScheduler" if is_sd2_v else family.scheduler, prediction, zero_terminal_snr="ztsnr" in shapes
         ),
-        pad_tokens={name.replace("text_encoder", "tokenizer"): text.pad_token for name, text in family.texts.items()},
+        pad_tokens={name.replace("text_encoder", "tokenizer"): text.pad_token for name, text in texts.items()},
         index={"_class_name": f"{family.pipeline}{'Inpaint' if inpainting else ''}Pipeline"}
         | ({"force_zeros_for_empty_prompt": True} if is_sdxl else {}),
         ignored=[key for key in shapes if key not in used],
     )
 
 
-def _family(shapes: Shapes, source: str) -> _Family:
-    """CheckpointError if the file is no model of a family that fastldm runs, saying what it is instead."""
+def _family(shapes: Shapes, source: str) -> tuple[_Family, dict[str, _Text]]:
+    """The family of a file, and its text encoders by component.
+
+    CheckpointError if the file is no model of a family that fastldm runs, saying what it is instead."""
     if what := recognise_adapter(shapes):
         raise CheckpointError(f"{source} is {what}, not a model; fastldm does not load those yet.")
     if what := _first_match(_OTHER_MODELS, shapes):
@@ -556,14 +535,34 @@ def _family(shapes: Shapes, source: str) -> _Family:
         )
     channels, labelled = shapes[_FIRST_CONV][1], f"{_UNET}label_emb.0.0.weight" in shapes
     relatives.check_channels(channels, f"{source}: its U-Net")
-    if labelled and has(_SD2_AS_GENERATIVE_MODELS.texts["text_encoder"].prefix):
+    first, second = (_text_keys(shapes, f"conditioner.embedders.{i}.") for i in (0, 1))
+    if labelled and first and not second:
         raise CheckpointError(
             f"{source} is the Stable Diffusion XL refiner, which fastldm does not run; give the base model."
         )
-    for family in (_SDXL, _SD2, _SD2_AS_GENERATIVE_MODELS, _SD1):
-        if labelled == (family is _SDXL) and all(has(text.prefix) for text in family.texts.values()):
-            return family
-    raise CheckpointError(f"{source} pairs a Stable Diffusion U-Net with text encoders that fastldm does not know.")
+    if labelled and first and second:
+        encoder = _Text(*first, open_clip=first[1])
+        return _SDXL, {"text_encoder": encoder, "text_encoder_2": _Text(*second, open_clip=True, with_projection=True)}
+    only = _text_keys(shapes, "cond_stage_model.") or first
+    if labelled or second or only is None:
+        raise CheckpointError(f"{source} pairs a Stable Diffusion U-Net with text encoders that fastldm does not know.")
+    # With transformers' names the U-Net tells: SD2's reads OpenCLIP H's 1024 channels, and has linear projections.
+    attentions = {key: shape for key, shape in shapes.items() if key.startswith(_UNET)}
+    linear = any(len(shape) == 2 for key, shape in attentions.items() if key.endswith(".1.proj_in.weight"))
+    wide = any(shape[1:] == (1024,) for key, shape in attentions.items() if key.endswith(".0.attn2.to_k.weight"))
+    is_sd2 = only[1] or linear or wide
+    return _SD2 if is_sd2 else _SD1, {"text_encoder": _Text(*only, open_clip=is_sd2)}
+
+
+def _text_keys(shapes: Shapes, root: str) -> tuple[str, bool] | None:
+    """The prefix of a text encoder's keys under a root, and whether they have OpenCLIP's names, or else transformers'.
+    None where there is none."""
+    for prefix in (f"{root}transformer.", f"{root}model.", root):
+        if f"{prefix}token_embedding.weight" in shapes:
+            return prefix, True
+        if any(f"{prefix}{inner}embeddings.token_embedding.weight" in shapes for inner in ("text_model.", "")):
+            return prefix, False
+    return None
 
 
 def _spoken_prediction_type(shapes: Shapes, metadata: Mapping[str, str]) -> str | None:

@@ -9,10 +9,8 @@ missing folder, a git-lfs pointer, another family's shapes) ends here as one Che
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import pickle
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +20,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fastldm import relatives, single_file
@@ -31,13 +28,11 @@ from fastldm.reading import (
     Field,
     MapOf,
     Text,
-    check_file,
     check_path,
     read_fields,
-    read_file,
     read_json,
-    what_bytes_are,
 )
+from fastldm.tensors import read_shapes, read_tensors
 from fastldm.text import Tokenizer
 
 logger = logging.getLogger("fastldm")
@@ -94,8 +89,20 @@ class Component:
             )
         tensors: dict[str, Tensor] = {}
         for file in self.files:
-            tensors.update(_read_tensors(file, self.names, self.allow_pickle, to_prepare))
-        return tensors if self.names is None else single_file.convert(tensors, self.names)
+            tensors.update(read_tensors(file, self.names, self.allow_pickle, to_prepare))
+        return self._own(tensors) if self.names is None else single_file.convert(tensors, self.names)
+
+    def _own(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Without what else lies in a component's file: a prefix before all keys, and the rest of a whole CLIP."""
+        for prefix in (f"{self.name}.", f"{self.name.removesuffix('_2')}.", "transformer."):
+            if all(key.startswith(prefix) for key in tensors):
+                tensors = {key[len(prefix) :]: tensor for key, tensor in tensors.items()}
+        if not self.class_name.startswith("CLIPTextModel"):
+            return tensors
+        rest = ("vision_model.", "visual_projection.", "logit_scale")
+        if not self.class_name.endswith("WithProjection"):
+            rest = (*rest, "text_projection.")
+        return {key: tensor for key, tensor in tensors.items() if not key.startswith(rest)}
 
 
 @dataclass(frozen=True)
@@ -350,7 +357,7 @@ def _what_folder_is(folder: Path, names: list[str]) -> str:
         first = architectures[0] if isinstance(architectures, list) and architectures else "a model of unknown class"
         return f"it holds {config.get('_class_name') or first} alone. Give the folder of a whole pipeline."
     for name in singles:
-        if what := single_file.recognise_adapter(_read_shapes(folder / name, allow_pickle=False)[0]):
+        if what := single_file.recognise_adapter(read_shapes(folder / name, allow_pickle=False)[0]):
             return f"{name} in it is {what}, which fastldm does not load yet."
     if singles:
         return f"to load one of its files, give that file ({', '.join(singles[:3])})."
@@ -390,6 +397,9 @@ def component_classes(index: Config, source: str) -> dict[str, str]:
 
 def named_config(config: Config, class_name: str) -> Config:
     """A component's config with the class that the pipeline's index gives it, whose word counts in diffusers too."""
+    inner = config.get("text_config")
+    if class_name.startswith("CLIPText") and config.get("model_type") == "clip" and isinstance(inner, dict):
+        config = inner  # of a whole CLIP, as transformers reads it
     key, value = ("architectures", [class_name]) if class_name.startswith("CLIP") else ("_class_name", class_name)
     return {**config, key: value}
 
@@ -507,7 +517,7 @@ def open_single_file(path: PathLike, *, prediction_type: str | None = None, allo
     """
     path = Path(path).expanduser()
     source = str(path)
-    shapes, metadata = _read_shapes(path, allow_pickle)
+    shapes, metadata = read_shapes(path, allow_pickle)
     layout = single_file.read_layout(shapes, source=source, metadata=metadata, prediction_type=prediction_type)
     if layout.ignored:
         averaged = sum(key.startswith("model_ema.") for key in layout.ignored)
@@ -523,126 +533,6 @@ def open_single_file(path: PathLike, *, prediction_type: str | None = None, allo
     }
     tokenizers = {name: TokenizerFiles(None, pad) for name, pad in layout.pad_tokens.items()}
     return Checkpoint(source, components, layout.scheduler, tokenizers, layout.index)
-
-
-# --- Reading files ---
-
-
-def _read_shapes(path: Path, allow_pickle: bool) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Shapes by key, and the metadata of a safetensors file."""
-    if _is_pickle(path):
-        return {key: tuple(tensor.shape) for key, tensor in _read_pickle(path, allow_pickle).items()}, {}
-    with _safetensors(path) as file:
-        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-
-
-def _read_tensors(
-    path: Path, keys: Collection[str] | None, allow_pickle: bool, to_prepare: bool = False
-) -> dict[str, Tensor]:
-    """The tensors `keys`, or all, as views of the mapped file; what `Component.state` says as copies."""
-    if _is_pickle(path):
-        tensors = _read_pickle(path, allow_pickle)
-        tensors = tensors if keys is None else {key: tensors[key] for key in keys}
-    else:
-        with _safetensors(path) as file:
-            tensors = {key: file.get_tensor(key) for key in (file.keys() if keys is None else keys)}
-    for key, tensor in tensors.items():
-        convolution = tensor.ndim == 4 and tensor.shape[2:].numel() > 1
-        if to_prepare and (convolution or _PROJECTION.search(key)):
-            tensors[key] = _copy(path, key, tensor, torch.channels_last if convolution else torch.contiguous_format)
-    return tensors
-
-
-_PROJECTION = re.compile(r"\b(to_[qkv]|[qkv]_proj)\.")
-
-
-def _copy(path: Path, key: str, tensor: Tensor, layout: torch.memory_format) -> Tensor:
-    if _is_pickle(path):
-        return tensor.clone(memory_format=layout)
-    # Through a mapping of its own: what is read of it leaves memory at once, not when the last of all views does.
-    with _safetensors(path) as file:
-        return file.get_tensor(key).clone(memory_format=layout)
-
-
-@contextmanager
-def _safetensors(path: Path) -> Iterator[Any]:
-    check_file(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        what = what_bytes_are(_head(path)) or _what_is_cut_off(path) or f"no safetensors file, or damaged ({error})"
-        raise CheckpointError(f"{path} is {what}.") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
-
-
-def _what_is_cut_off(path: Path) -> str | None:
-    """How much of a safetensors file is there, if its header tells: 8 bytes of length, that much JSON, the tensors."""
-    size, head = path.stat().st_size, _head(path)
-    length = int.from_bytes(head[:8], "little")
-    if head[8:9] == b"{" and 8 + length > size and length < 10**8:
-        return f"cut off within its header, after {size:,} bytes: fetch it again"
-    try:
-        header = json.loads(read_file(path, first=8 + length)[8:]) if 8 + length <= size and length < 10**8 else {}
-        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-        end = 8 + length + max(ends)
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        RecursionError,
-    ):  # the header itself is damaged
-        return None
-    return f"cut off, with {size:,} of {end:,} bytes there: fetch it again" if size < end else None
-
-
-def _head(path: Path) -> bytes:
-    return read_file(path, first=512)
-
-
-def _is_pickle(path: Path) -> bool:
-    """By content, not by name: torch.save writes a zip archive, and before 2020 a bare pickle."""
-    head = _head(path)
-    # A safetensors header starts with "{" after 8 bytes of length, whatever those bytes look like.
-    return head[8:9] != b"{" and (head.startswith(b"PK\x03\x04") or re.match(rb"\x80[\x02-\x05]", head) is not None)
-
-
-def _read_pickle(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
-    if not allow_pickle:
-        raise CheckpointError(
-            f"{path} is a pickle, which can run any code when loaded. Look for a .safetensors of the model, or pass "
-            "allow_pickle=True to take nothing but tensors from it."
-        )
-    try:
-        zipped = _head(path).startswith(b"PK")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} holds objects other than tensors and is refused: {_first_line(error)}"
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged ({_first_line(error)}): fetch it again.") from error
-    while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}; tensors by name were expected.")
-    return dict(_flat(content))
-
-
-def _flat(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Tensors of nested dicts under dotted names; numbers such as a step count are no weights."""
-    for key, value in content.items():
-        if isinstance(value, Tensor):
-            yield f"{prefix}{key}", value.detach()
-        elif isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 # --- Weights into networks ---
@@ -662,11 +552,16 @@ def load_module(
     used and are private to the process once written. Others are converted one at a time.
 
     Strict: each parameter must be there in its shape and nothing may be left over, save what older files have:
-    `position_ids`, the names query, key, value and proj_attn in a VAE's attention, and a `text_model.` prefix more or
-    less. Raises CheckpointError, naming `source`, the first few names and the likely cause; `module` is then unchanged.
+    `position_ids`, the names query, key, value and proj_attn in a VAE's attention, a `text_model.` prefix more or
+    less, and linear layers as convolutions of one pixel. Raises CheckpointError, naming `source`, the first few names
+    and the likely cause; `module` is then unchanged.
     """
     fitted = fit_names(module, state, source)
-    ready = {name: state[key].to(device, dtype) for name, key in fitted.items()}
+    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    ready = {
+        name: (state[key] if state[key].shape == shapes[name] else state[key].flatten(1)).to(device, dtype)
+        for name, key in fitted.items()
+    }
     module.load_state_dict(ready, assign=True)
     return module.requires_grad_(False).eval()
 
@@ -689,7 +584,7 @@ def fit_names(module: nn.Module, state: Mapping[str, Tensor], source: str) -> di
     shapes = [
         f"{name} is {tuple(state[key].shape)}, expected {tuple(expected[name].shape)}"
         for name, key in fitted.items()
-        if state[key].shape != expected[name].shape
+        if tuple(state[key].shape) not in (tuple(expected[name].shape), (*expected[name].shape, 1, 1))
     ]
     integers = [key for name, key in fitted.items() if not state[key].is_floating_point()]
     if not (missing or unexpected or shapes or integers):

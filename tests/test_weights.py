@@ -213,17 +213,17 @@ def full_size(family: str) -> Shapes:
     return unet | ldm_vae(128) | texts | open_clip("conditioner.embedders.1.model.", 1280, 32)
 
 
-def small(family: str) -> Shapes:
+def small(family: str, vocabulary: int = 99) -> Shapes:
     """The same structure with narrow layers: 64 channels, so that SD2's and SDXL's heads of 64 divide them."""
     vae = ldm_vae(32, (1, 2))
     if family == "sd1":
-        clip = openai_clip("cond_stage_model.transformer.", 64, 2, vocabulary=99)
+        clip = openai_clip("cond_stage_model.transformer.", 64, 2, vocabulary)
         return ldm_unet(64, (1, 2, 2), (1, 1, 0), 64) | vae | clip
     if family == "sd2":
-        clip = open_clip("cond_stage_model.model.", 64, 24, vocabulary=99)
+        clip = open_clip("cond_stage_model.model.", 64, 24, vocabulary)
         return ldm_unet(64, (1, 2), (1, 0), 64, linear=True) | vae | clip
-    clips = openai_clip("conditioner.embedders.0.transformer.", 64, 2, vocabulary=99)
-    clips |= open_clip("conditioner.embedders.1.model.", 128, 3, vocabulary=99)
+    clips = openai_clip("conditioner.embedders.0.transformer.", 64, 2, vocabulary)
+    clips |= open_clip("conditioner.embedders.1.model.", 128, 3, vocabulary)
     return ldm_unet(64, (1, 2), (0, 2), 192, linear=True, label=128 + 6 * 32) | vae | clips
 
 
@@ -691,7 +691,7 @@ def test_networks_of_every_family_load_strictly(tmp_path: Path, family: str) -> 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_single_file_loads_into_the_networks(tmp_path: Path, family: str) -> None:
-    save_file(random_state(small(family)), tmp_path / "model.safetensors")
+    save_file(random_state(small(family, vocabulary=49408)), tmp_path / "model.safetensors")
     spec = loading.describe(tmp_path / "model.safetensors")
     networks = fill(spec)
     assert spec.family.name == {"sd2": "sd2-v"}.get(family, family)
