@@ -271,16 +271,16 @@ class Flag:
 
 @dataclass(frozen=True)
 class Text:
-    """A text."""
+    """A text in one line."""
 
     max: int = 1000
 
     @property
     def expected(self) -> str:
-        return f"a text of at most {self.max} characters"
+        return f"a text of one line of at most {self.max} characters"
 
     def read(self, value: Any, at: str) -> str:
-        if not isinstance(value, str) or len(value) > self.max:
+        if not isinstance(value, str) or len(value) > self.max or not value.isprintable():
             raise unfit(value, at, self)
         return value
 

@@ -23,10 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from fastldm import relatives, single_file
+from fastldm.checks import show
 from fastldm.errors import CheckpointError, InputError
 from fastldm.reading import (
     Field,
     MapOf,
+    Maybe,
     Text,
     check_path,
     read_fields,
@@ -364,16 +366,24 @@ def _what_folder_is(folder: Path, names: list[str]) -> str:
     return f"it holds {', '.join(names[:5])}. Give the folder of a diffusers pipeline."
 
 
+_CLASS = {"_class_name": Field(Maybe(Text(100)), None)}
+
+
 def _listed(index: Config) -> dict[str, str]:
     """Component name to class name, of all that a pipeline has; it lists [null, null] for what it was saved without."""
     components = {name: value for name, value in index.items() if not name.startswith("_")}
     pairs = {name: value for name, value in components.items() if isinstance(value, list | tuple) and len(value) == 2}
-    return {name: str(class_name) for name, (_, class_name) in pairs.items() if class_name is not None}
+    return {_word(name): _word(class_name) for name, (_, class_name) in pairs.items() if class_name is not None}
+
+
+def _word(value: Any) -> str:
+    """A name as it is, or what stands in its place as an error may say it."""
+    return value if isinstance(value, str) and value.isprintable() and len(value) < 100 else show(value)
 
 
 def component_classes(index: Config, source: str) -> dict[str, str]:
     """Component name to class name, of those that fastldm reads. Raises CheckpointError for a model it cannot run."""
-    pipeline, listed = index.get("_class_name"), _listed(index)
+    pipeline, listed = read_fields(index, _CLASS, f"{source}: {INDEX}")["_class_name"], _listed(index)
     relatives.check_class(pipeline, source)
     if "text_encoder" not in listed and ("text_encoder_2" in listed or index.get("requires_aesthetics_score")):
         raise CheckpointError(f"{source} is the Stable Diffusion XL refiner, which fastldm does not run.")

@@ -610,7 +610,7 @@ def test_pickles_are_refused_then_read_as_tensors_only(tmp_path: Path) -> None:
             tmp_path / name,
             _use_new_zipfile_serialization=zipped,
         )
-        with pytest.raises(CheckpointError, match="holds objects other than tensors and is refused"):
+        with pytest.raises(CheckpointError, match=r"holds objects other than tensors.* and is refused"):
             open_single_file(tmp_path / name, allow_pickle=True)
     assert not (tmp_path / "ran").exists()
 
