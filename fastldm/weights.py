@@ -101,7 +101,7 @@ class Component:
                 tensors = {key[len(prefix) :]: tensor for key, tensor in tensors.items()}
         if not self.class_name.startswith("CLIPTextModel"):
             return tensors
-        rest = ("vision_model.", "visual_projection.", "logit_scale")
+        rest: tuple[str, ...] = ("vision_model.", "visual_projection.", "logit_scale")
         if not self.class_name.endswith("WithProjection"):
             rest = (*rest, "text_projection.")
         return {key: tensor for key, tensor in tensors.items() if not key.startswith(rest)}
