@@ -40,6 +40,7 @@ from fastldm.device import Mark, send, to_host
 from fastldm.errors import CheckpointError, InputError, NonFinite
 from fastldm.graph import CUDA, WARM_UPS, Graphs
 from fastldm.kernels.step import fuses
+from fastldm.mapped import Mapped
 from fastldm.models.unet import AddedConditions, UNet
 from fastldm.models.vae import Decode, Pieces, decode_pieces, finish
 from fastldm.reading import check_path
@@ -57,8 +58,9 @@ Prompt = str | Sequence[str] | Request | None
 class Pipeline(Steered):
     """A loaded model, ready to be called, by several threads at once too."""
 
-    def __init__(self, spec: loading.Spec, networks: loading.Networks, name: str) -> None:
-        """Most callers want `from_pretrained`, `from_single_file`, `from_diffusers` or `default`."""
+    def __init__(self, spec: loading.Spec, networks: loading.Networks, name: str, mapped: Mapped | None = None) -> None:
+        """Most callers want `from_pretrained`, `from_single_file`, `from_diffusers` or `default`. mapped: files that
+        the networks' weights lie in."""
         self.name, self.family = name, spec.family
         self.unet, self.vae, self.text_stages = networks.unet, networks.vae, networks.text_stages
         self.schedule = spec.schedule
@@ -68,6 +70,7 @@ class Pipeline(Steered):
         """What the networks compute in: "float32", "float16" or "bfloat16"."""
         self._prepared, self._latents = networks.prepared, networks.latents
         self._parameters = sum(p.numel() for p in self.unet.parameters()) if isinstance(self.unet, UNet) else 0
+        self._mapped = mapped or Mapped()
         self._lock = threading.Lock()
         self._session: Session | None = None
         self._graphs: Graphs | None = None
@@ -110,19 +113,26 @@ class Pipeline(Steered):
             unused = [name for name, value in where.items() if value]
             if unused:
                 raise InputError(f"{', '.join(unused)}: not for a bundle, which was exported from one checkpoint")
-            return cls(*engine.load(path_or_id, runs, chosen, dtype or torch_dtype))
+            files = Path(path_or_id).expanduser().rglob("*.onnx*") if chosen.type == "cpu" else ()
+            mapped = Mapped(files)  # engines map them too
+            return cls(*engine.load(path_or_id, runs, chosen, dtype or torch_dtype), mapped)
         if engine.is_bundle(path_or_id):
             path_or_id = engine.source(path_or_id)
         precision = loading.choose_dtype(dtype or torch_dtype, chosen)
         spec = loading.describe(path_or_id, **where)
+        mapped = Mapped()
 
         def fill(module: torch.nn.Module, name: str) -> Any:
+            nonlocal mapped
             part = spec.checkpoint.components[name]
+            files = Mapped(part.files)
             state = part.state(to_prepare=True)
+            if chosen.type == "cpu" and any(tensor.dtype == precision for tensor in state.values()):
+                mapped |= files  # of another dtype, or on another device, they are copied
             return weights.load_module(module, state, dtype=precision, device=chosen, source=part.source)
 
         name = "default" if str(path_or_id) == "default" else Path(str(path_or_id)).name
-        return cls(spec, loading.load(spec, fill), name)
+        return cls(spec, loading.load(spec, fill), name, mapped)
 
     @classmethod
     def from_single_file(cls, path: str | os.PathLike[str], **options: Any) -> Pipeline:
@@ -364,6 +374,7 @@ class Pipeline(Steered):
 
     def _complete(self, request: Request) -> Request:
         """The request with the family's defaults filled in, and checked against this model."""
+        self._mapped.check()
         completed = complete(request, self.unet.config, self.vae.config, self.family, self._latents)
         self._check_memory(completed)
         return completed
