@@ -172,6 +172,8 @@ def export(
     opened. Raises InputError where `out` is anything else or another process writes it, BundleError where a network is
     not what PyTorch computes or the disk is full, EngineError where ONNX Runtime cannot run it.
     """
+    if not out.absolute().name:
+        raise InputError(f"{out} cannot be a bundle: give the name of a folder that is not there yet")
     if not out.absolute().parent.is_dir():
         raise InputError(f"there is no folder {out.absolute().parent} to write {out.name} into")
     head = _head(model, source=source, dtype=dtype, opset=opset, split=split, fused_ops=fused_ops)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
@@ -39,6 +40,7 @@ def reported(debug: bool) -> Iterator[None]:
 def run(command: click.Command) -> None:
     """The command in a process of its own: what `reported` is for a command's body, for all before and after it."""
     _open_streams()
+    warnings.filterwarnings("ignore", message="Image size .* exceeds limit")  # PIL's, before our own error
     status: Any = 0
     try:
         command.main(prog_name="fastldm")

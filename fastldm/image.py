@@ -133,8 +133,13 @@ def _measure(source: Any, name: str, mask: bool) -> tuple[int, int, int]:
         return int(planes.shape[0]), int(planes.shape[2]), int(planes.shape[3])
     with _opened(source, name) as image:
         width, height = image.size
-        # A TIFF's size is that of the picture turned upright already.
-        turned = image.format != "TIFF" and _orientation(image) >= 5
+        if image.format == "TIFF":  # which PIL turns itself, and whose size it turns before or after that
+            tags = getattr(image, "tag_v2", {})
+            turned = tags.get(ExifTags.Base.Orientation, 1) >= 5
+            if turned:
+                width, height = tags[ExifTags.Base.ImageWidth], tags[ExifTags.Base.ImageLength]
+        else:
+            turned = _orientation(image) >= 5
         return (1, width, height) if turned else (1, height, width)
 
 

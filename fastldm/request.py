@@ -93,13 +93,14 @@ class Request:
     `mask_image` it is where the steps start, noise and all, and of `image` the size is all that is used, as in
     diffusers."""
     image: Any = None
-    """Start picture (PIL, array (H, W, 3) or (B, H, W, 3) in 0..1 or uint8, tensor (B, 3, H, W) in 0..1, or latents
-    (B, C, h, w)): image to image. Of n pictures, where n divides the batch, picture k starts from k modulo n, as in
+    """Start picture: image to image. A path, a PIL image, an array (H, W, 3) or (B, H, W, 3), a tensor (B, 3, H, W), or
+    a list: RGB, uint8 or floats in 0..1, see `image.load_image`. Or latents (B, C, h, w), told by their channels and
+    scaled as the U-Net has them. Of n pictures, where n divides the batch, picture k starts from k modulo n, as in
     diffusers; so it is with `mask_image`."""
     strength: float | None = None
     """How much of `image` is redone, 0 (nothing) to 1 (everything); None is 0.8, and 1 with `mask_image`."""
     mask_image: Any = None
-    """White is repainted, black is kept; needs `image`."""
+    """White is repainted, black is kept; needs `image`. Forms as of `image`, or (H, W), see `image.load_mask`."""
     clip_skip: int | None = None
     """Text encoder layers left out at the end, as diffusers counts them."""
     literal_prompt: bool = False

@@ -142,3 +142,11 @@ def test_numbers_without_bounds(arguments: tuple[str, ...], tmp_path: Path, monk
     assert "bug" not in done.output
     assert len(done.output) < 1000
     assert not list(tmp_path.iterdir())
+
+
+def test_the_root_cannot_be_a_bundle() -> None:
+    done = CliRunner().invoke(main, ["export", "/"])
+    assert (done.exit_code, done.output) == (
+        2,
+        "fastldm: / cannot be a bundle: give the name of a folder that is not there yet\n",
+    )

@@ -314,9 +314,9 @@ BOMB = zlib.compress(bytes(2**24))
 FILES = {
     "bomb.png": (png(60000, 60000), "60000x60000: expected at most 89,478,485 pixels|decompression bomb"),
     "between.png": (png(11000, 9000), "11000x9000: expected at most 89,478,485 pixels"),
-    "text.png": (png(8, 8, (b"zTXt", b"a\0\0" + BOMB)), "too large"),
-    "itext.png": (png(8, 8, (b"iTXt", b"a\0\1\0\0\0" + BOMB)), "too large"),
-    "profile.png": (png(8, 8, (b"iCCP", b"a\0\0" + BOMB)), "too large"),
+    "text.png": (png(8, 8, (b"zTXt", b"a\0\0" + BOMB)), "(?i)too large"),
+    "itext.png": (png(8, 8, (b"iTXt", b"a\0\1\0\0\0" + BOMB)), "(?i)too large"),
+    "profile.png": (png(8, 8, (b"iCCP", b"a\0\0" + BOMB)), "(?i)too large"),
     "truncated.png": (png(8, 8), "truncated|broken|unexpected"),
     "empty.png": (b"", "expected PNG, JPEG"),
     "flat.png": (png(0, 8), "no pixels|expected PNG"),
