@@ -224,7 +224,7 @@ class Bucket:
         job.paused = job.answered
         told = {"step": step, "steps": len(table), "timestep": float(table.timesteps[step])}
         job.future._tell(preview, latents=latents, embeds=embeds, **told)
-        if not job.paused:
+        if not job.answered:  # else when it has been, however soon that was: with what the answer changes
             self._retire(job)
 
     def _retire(self, job: Job) -> None:
