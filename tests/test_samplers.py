@@ -24,10 +24,11 @@ ZERO_SNR = ScheduleConfig.from_dict(
 )
 
 
-def lead(config: ScheduleConfig, steps: int, **options: Any) -> float:
-    """How far from its picture a sampler ends if the network sees the noise exactly, at the timestep that it is told.
+def lead(config: ScheduleConfig, steps: int, make_table: Any = make_table, **options: Any) -> float:
+    """How far from its picture a sampler ends if the network says the noise exactly.
 
-    Every consistent method is exact then, from wherever it starts, in however few steps.
+    Every consistent method is exact then, from wherever it starts, in however few steps. Where nothing is drawn, the
+    noise is that of the start; else what is in the latent beside the picture, at the timestep that the network is told.
     """
     table = make_table(config, steps, **options)
     bar = spacing.alphas_cumprod(config).astype(np.float64)
@@ -41,9 +42,9 @@ def lead(config: ScheduleConfig, steps: int, **options: Any) -> float:
         row = dict(zip(COLUMNS, numbers, strict=True))
         alpha = 1 / np.sqrt(1 + np.exp(np.interp(t, np.arange(len(bar)), levels)))
         sigma, u = np.sqrt(1 - alpha**2), row["c_in"] * x
-        output = (u - alpha * picture) / sigma
+        output = (u - alpha * picture) / sigma if any(table.draws) else noise
         if config.prediction_type == "v_prediction":
-            output = (alpha * u - picture) / sigma
+            output = alpha * output - sigma * picture
         history = [row["p"] * x + row["q"] * output, *history[:3]]
         x, y = (
             row[a] * x + row[b] * y + sum(row[f"{h}{k}"] * m for k, m in enumerate(history)) + noisy

@@ -1,0 +1,59 @@
+"""diffusers' configuration space against ours: nothing crashes, and nothing is off without a reason in the table."""
+
+from __future__ import annotations
+
+import pytest
+from peer_schedulers import CUSTOM, KINDS, RESULTS, cases, choices, judged, pairs
+from scheduler_judge import DIFFERENCES, REFUSALS, Case, Verdict
+
+from fastldm.schedule import CLASSES
+
+NAMES = {row.name for row in (*DIFFERENCES, *REFUSALS)}
+
+
+def check(found: list[tuple[Case, Verdict]]) -> None:
+    wrong = [verdict for _, verdict in found if verdict.kind in ("unknown", "crashed")]
+    assert not wrong, f"{len(wrong)} of {len(found)}:\n" + "\n".join(verdict.why[0] for verdict in wrong[:10])
+    assert {verdict.kind for _, verdict in found} <= set(KINDS)
+    assert {why for _, verdict in found for why in verdict.why} <= NAMES
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_sample_of_configurations(name: str) -> None:
+    check(judged([case for case in cases(name, 0.25) if case.steps < 100][:12]))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", CLASSES)
+def test_all_configurations(name: str) -> None:
+    check(judged(cases(name)))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_all_pairs_of_values_occur(name: str) -> None:
+    options = choices(name)
+    rows = list(pairs(options, name))
+    for a in options:
+        for b in options:
+            if a < b:
+                together = {(str(row[a]), str(row[b])) for row in rows}
+                assert len(together) == len(options[a]) * len(options[b])
+
+
+def test_the_committed_table_has_all_configurations() -> None:
+    """Of every class; none unknown, none crashed, and no reason that there no longer is."""
+    text = RESULTS.read_text()
+    counts = {}
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0] in (*CLASSES, "all"):
+            counts[cells[0]] = [int(cell) for cell in cells[1:]]
+        elif cells[0].isdigit():
+            assert cells[1] in NAMES
+    assert set(counts) == {*CLASSES, "all"}
+    for name, count in counts.items():
+        assert count[KINDS.index("unknown") :] == [0, 0]
+        assert count[KINDS.index("agree")] > 0
+        if name != "all":
+            assert sum(count) == len(cases(name)), "run `python tests/peer_schedulers.py`"
+    assert set(CUSTOM) == {"timesteps", "sigmas"}
