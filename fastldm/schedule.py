@@ -135,15 +135,15 @@ class ScheduleConfig:
 
 def _read(name: str, given: Mapping[str, Any]) -> ScheduleConfig:
     known = CLASSES[name]
-    for key, (allowed, why) in _REFUSED.items():
-        if given.get(key) not in allowed:
-            raise InputError(f"{name}: {key}={given[key]!r} is not supported: {why}.")
     values: dict[str, Any] = {**known.keys, **{key: value for key, value in given.items() if key in known.keys}}
     for key, choices in {**_CHOICES, **known.choices}.items():
         if key in values and values[key] in _FOREIGN.get(key, ()) and values[key] not in choices:
             values[key] = known.keys[key]
         if key in values and values[key] not in choices:
             raise InputError(f"{name}: {key}={values[key]!r} is none of {', '.join(map(str, choices))}.")
+    for key, (allowed, why) in _REFUSED.items():
+        if given.get(key) not in allowed:
+            raise InputError(f"{name}: {key}={given[key]!r} is not supported: {why}.")
     kinds = [kind for kind, key in _KINDS.items() if values.get(key)]
     if len(kinds) > 1:
         raise InputError(f"{name}: only one kind of sigmas can be used, got {' and '.join(kinds)}.")
@@ -250,7 +250,8 @@ _FOREIGN: dict[str, tuple[Any, ...]] = {  # other classes' values, for which a c
     "algorithm_type": ("deis", "dpmsolver", "dpmsolver++"),
     "final_sigmas_type": ("zero",),
 }
-_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {  # what changes a class's steps, whether it is a key of it or not
+    "variance_type": ((None, *_CHOICES["variance_type"], "fixed_large_log"), "the U-Net would have to predict it"),
     "thresholding": ((None, False), "dynamic thresholding is not linear, and meant for pixels, not latents"),
     "use_flow_sigmas": ((None, False), "flow matching models are another family"),
     "use_dynamic_shifting": ((None, False), "flow matching models are another family"),

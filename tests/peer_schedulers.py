@@ -10,6 +10,7 @@ start and strength. Values that ours does not support are tried one at a time.
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 import random
 import sys
@@ -125,13 +126,16 @@ def case_of(name: str, chosen: Mapping[str, Any]) -> Case:
         config.pop("trained_betas", None)
     if config.get("algorithm_type") == "sde-dpmsolver":
         config["solver_order"] = min(config["solver_order"], 2)  # diffusers raises on reaching the third
-    if config.get("algorithm_type") in ("dpmsolver", "sde-dpmsolver"):
+    if config.get("algorithm_type") in ("dpmsolver", "sde-dpmsolver", "deis"):
         config["final_sigmas_type"] = "sigma_min"  # diffusers refuses "zero" with it
+    steps = chosen.get("steps", 10)
+    for key, values in chosen.get("custom", {}).items():
+        steps = len(values) - (key == "sigmas")
     start, strength = ([*str(chosen.get("start", "noise")).split(), "1.0"])[:2]
     return Case(
         name,
         config,
-        chosen.get("steps", 10),
+        steps,
         eta=chosen.get("eta", 0.0),
         strength=float(strength),
         picture=start == "picture",
@@ -140,8 +144,9 @@ def case_of(name: str, chosen: Mapping[str, Any]) -> Case:
     )
 
 
-def cases(name: str, share: float = 1.0) -> list[Case]:
-    """All of a class, or a share of them, drawn."""
+@functools.cache
+def cases(name: str) -> tuple[Case, ...]:
+    """All of a class, in an order drawn once."""
     made = [case_of(name, chosen) for chosen in pairs(choices(name), name)]
     for steps, spaced in itertools.product(MANY_STEPS, choices(name).get("timestep_spacing", ("linspace",))):
         made.append(case_of(name, {"steps": steps, "timestep_spacing": spaced, "prediction_type": "v_prediction"}))
@@ -152,7 +157,7 @@ def cases(name: str, share: float = 1.0) -> list[Case]:
     for key, lists in CUSTOM.items():
         for values, start in itertools.product(lists, ("noise", "picture 0.6")):
             made.append(case_of(name, {"custom": {key: values}, "start": start}))
-    return random.Random(name).sample(made, max(1, int(len(made) * share)))
+    return tuple(random.Random(name).sample(made, len(made)))
 
 
 def judged(chosen: Iterable[Case]) -> list[tuple[Case, Verdict]]:

@@ -329,6 +329,10 @@ BAD_CONFIGS = [
     ({"_class_name": "PNDMScheduler", "prediction_type": "sample"}, "prediction_type='sample' is none of epsilon, v_"),
     ({"_class_name": "KDPM2DiscreteScheduler", "prediction_type": "sample"}, "prediction_type='sample' is none of"),
     ({"_class_name": "DDPMScheduler", "variance_type": "learned_range"}, "variance_type='learned_range' is none of"),
+    (
+        {"_class_name": "DPMSolverMultistepScheduler", "variance_type": "learned_range"},
+        "variance_type='learned_range' is not supported: the U-Net would have to predict it",
+    ),
     ({"_class_name": "DDIMScheduler", "beta_schedule": "cosine"}, "beta_schedule='cosine' is none of linear, scaled_"),
     ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "log"}, "timestep_spacing='log' is none of"),
     (
