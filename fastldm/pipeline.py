@@ -151,11 +151,20 @@ class Pipeline(Steered):
         """Adopts a loaded diffusers pipeline: Stable Diffusion 1, 2 or XL, for text, image to image or inpainting.
 
         The weights are shared, not copied: what changes in one changes in the other. Device and dtype stay as they are.
+        Compiled and fused networks are taken as what they are made of, and tiled or sliced decoding goes on.
+
+        Raises InputError for what is no diffusers pipeline, and CheckpointError for one whose pictures are made by more
+        than its class, its weights and its configs: by FreeU, hooks, adapters, replaced methods, changed layers.
         """
         spec = loading.spec_of(adoption.describe_diffusers(pipe))
         parts = {name: getattr(pipe, name) for name in spec.checkpoint.components}
         networks = loading.load(spec, lambda module, name: adoption.adopt(module, parts[name]), parts)
-        return cls(spec, networks, type(pipe).__name__)
+        adopted = cls(spec, networks, type(pipe).__name__)
+        if pipe.vae.use_tiling:
+            adopted.enable_vae_tiling()
+        elif pipe.vae.use_slicing:
+            adopted.enable_vae_slicing()
+        return adopted
 
     # --- a call
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import itertools
 import logging
 import math
 import os
@@ -86,6 +87,7 @@ class Tokenizer:
             named = ("bos_token", "eos_token", "pad_token")
             self.bos, self.eos, self.pad = (ids[files.names[name]["content"]] for name in named)
             self.size = 1 + max(*files.vocab.values(), *ids.values())
+            self._vectors = _vectors(ids)
         except CheckpointError:
             raise
         except Exception as error:  # files of any content end here, and tokenizers raises bare Exception
@@ -93,8 +95,29 @@ class Tokenizer:
         self.max_length = files.max_length
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of a text of any length, without bos, eos and padding."""
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        """Token ids of a text of any length, without bos, eos and padding.
+
+        A token of several vectors, which textual inversion adds as `<x>`, `<x>_1`, `<x>_2` and so on, is read as all of
+        them where `<x>` stands (diffusers' `maybe_convert_prompt`), or as they stand where all are spelled out.
+        """
+        ids = list(self._backend.encode(text, add_special_tokens=False).ids)
+        if self._vectors.keys().isdisjoint(ids):
+            return ids
+        expanded = []
+        for k, token in enumerate(ids):
+            others = self._vectors.get(token, [])
+            expanded += [token] if ids[k + 1 : k + 1 + len(others)] == others else [token, *others]
+        return expanded
+
+
+def _vectors(added: Mapping[str, int]) -> dict[int, list[int]]:
+    """The ids of `<x>_1`, `<x>_2` and so on, as far as there are such, by that of `<x>`; of all added tokens."""
+    vectors = {}
+    for content, token in added.items():
+        others = itertools.takewhile(added.__contains__, (f"{content}_{k}" for k in itertools.count(1)))
+        if ids := [added[other] for other in others]:
+            vectors[token] = ids
+    return vectors
 
 
 def clip_vocabulary(size: int = CLIP_VOCABULARY) -> tuple[dict[str, int], list[tuple[str, str]]]:
