@@ -20,7 +20,7 @@ import pytest
 import tiny
 import torch
 from diffusers.models import attention_processor
-from diffusers.models.unets.unet_2d_blocks import UpBlock2D
+from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D
 from torch import Tensor, nn
 
 from fastldm import Pipeline, changes, relatives, schedule
@@ -301,7 +301,7 @@ def test_a_refused_pipeline_is_left_as_it_was(pipe: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"), [(UpBlock2D, "forward"), (nn.Conv2d, "_conv_forward"), (nn.Conv2d, "__init__")]
+    ("owner", "name"), [(CrossAttnUpBlock2D, "forward"), (nn.Conv2d, "_conv_forward"), (nn.Conv2d, "__init__")]
 )
 def test_a_patched_class_is_refused(pipe: Any, monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> None:
     method = getattr(owner, name)
