@@ -1,0 +1,51 @@
+"""Where the loop starts: which picture goes to which, and whose noise is whose. Generators: see test_peer_pipelines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pipeline_judge as judge
+import pytest
+
+from fastldm import InputError, Pipeline
+
+OPTIONS: dict[str, Any] = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "np"}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return judge.pair("inpainting")[1]
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_a_picture_of_a_batch_is_the_one_made_alone(pipe: Pipeline, mask: bool) -> None:
+    """With seeds: picture k starts from image k modulo n, and draws what it would alone."""
+    pictures, holes = [judge.picture(1), judge.picture(2)], [judge.mask(8), judge.mask(24)]
+
+    def inputs(k: int | None) -> dict[str, Any]:
+        image = pictures if k is None else pictures[k % 2]
+        hole = {"mask_image": holes if k is None else holes[k % 2]} if mask else {}
+        return {"image": image, **hole, **OPTIONS}
+
+    batch = pipe(["a cat", "a dog"], num_images_per_prompt=2, seed=5, strength=0.6, **inputs(None)).images
+    for k, prompt in ((1, "a cat"), (2, "a dog")):
+        alone = pipe(prompt, seed=5 + k, strength=0.6, **inputs(k)).images
+        np.testing.assert_allclose(batch[k], alone[0], atol=1e-3)
+    assert np.abs(batch[0] - batch[1]).max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["image", "mask_image"])
+def test_pictures_that_do_not_go_into_the_batch_are_refused(pipe: Pipeline, name: str) -> None:
+    pictures = {"image": judge.picture(), "mask_image": judge.mask()}
+    pictures[name] = [pictures[name]] * 3
+    with pytest.raises(InputError, match=f"^{name} holds 3 pictures for a batch of 4"):
+        pipe(["a", "b"], num_images_per_prompt=2, **pictures, **OPTIONS)
+
+
+def test_latents_beside_an_image_are_where_it_starts(pipe: Pipeline) -> None:
+    start = judge.noise(1, 4, 8, 8)
+    one, other = (
+        pipe("a cat", latents=start, image=judge.picture(k), strength=0.5, **OPTIONS, seed=0).images for k in (1, 2)
+    )
+    assert np.array_equal(one, other), "of the image the size is all that counts"
