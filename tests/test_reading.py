@@ -233,7 +233,7 @@ def test_values_are_read_as_the_table_says() -> None:
         ({"act": "gelu"}, "'act' is 'gelu'; fastldm implements 'silu' or None or 3 or False"),
         ({"act": 0}, "'act' is 0; fastldm"),
         ({"act": ["silu"]}, r"'act' is \['silu'\]; fastldm"),
-        ({"act": np.zeros(3)}, "'act' is an ndarray"),
+        ({"act": np.zeros(3)}, "'act' is an array"),
         ({"name": "a longer one"}, "'name' is 'a longer one', expected a text of one line of at most 5 characters"),
         ({"sizes": 8}, "'sizes' is 8, expected a list of 2"),
         ({"sizes": [8]}, "'sizes' has 1 entries, expected 2"),
