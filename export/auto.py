@@ -62,10 +62,11 @@ def choose(bundle: Bundle, device: torch.device, dtype: str | torch.dtype | None
         return dtype is None or backend in ("torch", "openvino") or _named(dtype) == bundle.manifest["dtype"]
 
     measured = {backend: took for backend, took in read(bundle, device).items() if computes(backend)}
-    if not has_source(bundle):
-        measured.pop("torch", None)
-    if measured:
-        return min(measured, key=lambda backend: measured[backend].total)
+    while measured:
+        fastest = min(measured, key=lambda backend: measured[backend].total)
+        if fastest != "torch" or _has_source(bundle):
+            return fastest
+        del measured[fastest]
     for backend in _PREFERRED.get(device.type, ()):
         if computes(backend) and _ready(bundle, backend, device):
             return backend
@@ -95,21 +96,29 @@ def _ready(bundle: Bundle, backend: str, device: torch.device) -> bool:
     return True
 
 
-def has_source(bundle: Bundle) -> bool:
-    """Whether the model that it was made of is here, for PyTorch."""
+def _has_source(bundle: Bundle) -> bool:
+    """Whether the model that it was made of is here as it was, for PyTorch. Where not, one line a process says so."""
     try:
-        source(bundle, check=False)
-    except BundleError:
+        source(bundle)
+    except BundleError as error:
+        if str(error) not in _said:
+            _said.add(str(error))
+            logger.warning("PyTorch was fastest here, and is not taken: %s", error)
         return False
     return True
 
 
-def measure(bundle: Bundle, backend: str, device: torch.device) -> Measured:
+_said: set[str] = set()
+
+
+def measure(
+    bundle: Bundle, backend: str, device: torch.device, dtype: str | torch.dtype | None = None
+) -> Measured:
     """Load a pipeline and let it make pictures of two steps; remembered for `choose`."""
 
     def load() -> Pipeline:
         gc.collect()
-        return Pipeline.from_pretrained(bundle.folder, backend=backend, device=device)
+        return Pipeline.from_pretrained(bundle.folder, backend=backend, device=device, dtype=dtype)
 
     load()  # fills the caches that the next is measured with
     began = perf_counter()

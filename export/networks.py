@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
@@ -16,49 +17,47 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastldm import loading, openmp
+from fastldm import engine, loading, openmp
 from fastldm.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
 from fastldm.engine import Engine, open_engine
 from fastldm.errors import BundleError, CheckpointError, InputError
-from fastldm.export.bundle import Bundle, weights_of
+from fastldm.export.bundle import Bundle, differing, identity
 from fastldm.export.spec import Axis, NetworkSpec
 from fastldm.models.unet import AddedConditions, guidance_embedding
 from fastldm.models.vae import Layer
 from fastldm.prepare import prepare
 from fastldm.text import TextStage
-from fastldm.weights import Checkpoint, Component, TokenizerFiles
 
 
-def describe(bundle: Bundle) -> loading.Spec:
-    """What a bundle is a bundle of, as `loading.describe` says it of the model itself."""
-    manifest, source = bundle.manifest, str(bundle.folder)
-    configs = {name: config for name, config in manifest["config"].items() if name != "scheduler"}
-    components = {
-        name: Component(name, str(config.get("_class_name", name)), config, (), source)
-        for name, config in configs.items()
-    }
-    tokenizers = {
-        name: TokenizerFiles(bundle.folder / name)
-        for name in ("tokenizer", "tokenizer_2")
-        if (bundle.folder / name).is_dir()
-    }
-    scheduler = manifest["config"]["scheduler"]
-    return loading.spec_of(Checkpoint(source, components, scheduler, tokenizers, manifest["index"]))
+@dataclass(frozen=True)
+class Source:
+    """The model that a bundle was made of: what `loading.describe` takes to find it."""
+
+    model: str
+    options: dict[str, Any]
 
 
-def source(bundle: Bundle, *, check: bool = True) -> str:
+def source(bundle: Bundle, *, check: bool = True) -> Source:
     """Where the model lies that a bundle was made of. BundleError where it is not there any more; with `check`, which
-    reads all of it, also where its weights are others by now."""
-    given = str(bundle.manifest["source"])
+    reads all of it, also where anything of it is different by now."""
+    given, folder = bundle.manifest["source"], bundle.folder
+    if given is None:
+        raise BundleError(f"{folder} was made of a model in memory, and PyTorch cannot read the bundle itself")
+    found = Source(given, {key: value for key, value in bundle.manifest["options"].items() if value})
     try:
-        model = loading.describe(given, local_files_only=True)
-    except CheckpointError as error:
+        model = loading.describe(given, local_files_only=True, **found.options)
+    except (CheckpointError, InputError) as error:
         raise BundleError(
-            f"{bundle.folder} was made of {given}, which is not here: PyTorch cannot read the bundle itself"
+            f"{folder} was made of {given}, which is not here: PyTorch cannot read the bundle itself ({error})"
         ) from error
-    if check and weights_of(model) != bundle.manifest["weights"]:
-        raise BundleError(f"{given} has changed since {bundle.folder} was made of it: export it once more")
-    return given
+    if engine.is_bundle(given):
+        raise BundleError(f"{folder} was made of {given}, which is a bundle by now, and PyTorch reads none")
+    differs = differing(bundle.manifest, identity(model)) if check else []
+    if differs:
+        raise BundleError(
+            f"{given} has changed since {folder} was made of it ({', '.join(differs)}): export it once more"
+        )
+    return found
 
 
 def latents(bundle: Bundle) -> list[tuple[Axis, Axis]]:
@@ -84,18 +83,25 @@ def precision(bundle: Bundle, backend: str, device: torch.device, dtype: str | t
 
 
 def load(
-    bundle: Bundle, backend: str, device: torch.device, dtype: str | torch.dtype | None = None
+    bundle: Bundle,
+    backend: str,
+    device: torch.device,
+    dtype: str | torch.dtype | None = None,
+    opened: Callable[[str], Engine] | None = None,
 ) -> loading.Networks:
     """The networks of a bundle on a backend.
 
     dtype: to compute in; the best where it is None. Only OpenVINO has a choice, float32 or bfloat16.
+    opened: gives the engine of a network, in place of the backend.
 
     The encoder of pictures is opened when it is first asked for: most never do.
     """
-    spec, computed = describe(bundle), precision(bundle, backend, device, dtype)
+    spec, computed = bundle.model, precision(bundle, backend, device, dtype)
     options: dict[str, Any] = {"device": device, "precision": computed, "threads": openmp.threads()}
 
     def network(name: str) -> Network:
+        if opened is not None:
+            return Network(opened(name))
         return Network(
             open_engine(backend, bundle.path(name), bundle.specs[name], hashes=bundle.hashes(name), **options)
         )
@@ -179,7 +185,8 @@ class ExportedAutoencoder:
         return self._open_encoder()
 
     def encode(self, x: Tensor) -> Tensor:
-        return self._encoder.only(sample=x)
+        outputs = self._encoder(sample=x)
+        return outputs.get("latent_parameters", outputs["latent_sample"])
 
     def decode(self, z: Tensor) -> Tensor:
         return self._decoder.only(latent_sample=z)

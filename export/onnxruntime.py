@@ -14,7 +14,7 @@ from fastldm.errors import EngineError
 from fastldm.export.spec import NetworkSpec
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_ELEMENTS = {torch.float32: 1, torch.float16: 10, torch.int64: 7}  # onnx.TensorProto's, without importing onnx
+_ELEMENTS = {torch.float32: 1, torch.float16: 10, torch.int32: 6}  # onnx.TensorProto's, without importing onnx
 
 
 class ONNXRuntimeEngine:

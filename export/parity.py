@@ -6,14 +6,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fastldm.errors import BundleError, FastLDMError
 
-TOLERANCES = {"float32": 1e-4, "float16": 1e-2}
-"""Relative errors that may be between a network in a dtype and PyTorch in float32. Seen were up to 2e-5 of float32,
-which only sums in another order, and 2e-3 to 6e-3 of float16."""
+FACTOR = 4
+"""How many times a sound computation's error another may have, which sums in another order or rounds elsewhere."""
+_SHARED = 1 / 8
+"""Of a sound computation's error, what may be common to all numbers by chance; in fact it is less than a hundredth."""
+_LEAST = 2.0**-20
+"""What no bound is below, relative to the largest number: eight roundings of float32."""
 
 
 @dataclass(frozen=True)
@@ -23,45 +25,76 @@ class Difference:
     maximum: float  # max |got - wanted|
     relative: float  # that over max |wanted|
     psnr: float  # dB, of numbers from -1 to 1, as pictures have
+    spread: float  # root mean square of got - wanted, over that of wanted
+    bias: float  # what the errors have in common, as a part of wanted: a shift, or a factor, whichever is larger
 
     def __str__(self) -> str:
-        return f"relative error {self.relative:.1e}, maximum {self.maximum:.1e}"
+        return f"relative error {self.relative:.1e}, mean {self.spread:.1e}, bias {self.bias:.1e}"
+
+    @classmethod
+    def none(cls) -> Difference:
+        return cls(0.0, 0.0, math.inf, 0.0, 0.0)
+
+    def figures(self) -> list[float]:
+        """All of it, as it is kept."""
+        return [self.maximum, self.relative, self.psnr, self.spread, self.bias]
+
+    def allowed(self) -> Difference:
+        """How far another computation may be off where a sound one is so far off."""
+        return Difference(
+            math.inf,
+            FACTOR * max(self.relative, _LEAST),
+            -math.inf,
+            FACTOR * max(self.spread, _LEAST),
+            FACTOR * max(self.bias, _SHARED * self.spread, _LEAST),
+        )
+
+    def within(self, allowed: Difference) -> bool:
+        return self.relative <= allowed.relative and self.spread <= allowed.spread and self.bias <= allowed.bias
 
 
 def difference(got: Tensor, wanted: Tensor) -> Difference:
     """Of two tensors of one shape, computed in float64. What is not finite is infinitely far off."""
-    apart = torch.tensor(math.inf)
-    if got.shape == wanted.shape and bool(got.isfinite().all()):
-        apart = got.double() - wanted.double()
-    maximum, square = float(apart.abs().max()), float(apart.square().mean())
+    if got.shape != wanted.shape or not bool(got.isfinite().all()):
+        return Difference(math.inf, math.inf, -math.inf, math.inf, math.inf)
+    expected = wanted.double()
+    apart = got.double() - expected
+    maximum, square, power = float(apart.abs().max()), float(apart.square().mean()), float(expected.square().mean())
     if maximum == 0:
-        return Difference(0.0, 0.0, math.inf)
-    largest = float(wanted.abs().max())
-    return Difference(
-        maximum,
-        maximum / largest if largest else math.inf,
-        10 * math.log10(4 / square) if square < math.inf else -math.inf,
-    )
+        return Difference.none()
+    psnr = 10 * math.log10(4 / square)
+    if power == 0:
+        return Difference(maximum, math.inf, psnr, math.inf, math.inf)
+    shift, factor = abs(float(apart.mean())) / math.sqrt(power), abs(float((apart * expected).mean())) / power
+    largest = float(expected.abs().max())
+    return Difference(maximum, maximum / largest, psnr, math.sqrt(square / power), max(shift, factor))
+
+
+def worst(one: Difference, other: Difference) -> Difference:
+    """The larger of each figure."""
+    figures = [max(a, b) for a, b in zip(one.figures(), other.figures(), strict=True)]
+    figures[2] = min(one.psnr, other.psnr)
+    return Difference(*figures)
 
 
 def gate(
     network: str,
     got: Mapping[str, Tensor],
     wanted: Mapping[str, Tensor],
-    tolerance: float,
+    sound: Mapping[str, Difference],
     error: type[FastLDMError] = BundleError,
 ) -> Difference:
-    """The largest difference of all outputs of a network. Raises `error`, naming network, output and figure, where one
-    is missing or beyond the relative tolerance."""
-    worst = Difference(0.0, 0.0, math.inf)
+    """The largest differences of all outputs of a network. Raises `error`, naming network, output and figures, where
+    one is missing or further off than a sound computation of it, by output, allows."""
+    total = Difference.none()
     for name, expected in wanted.items():
         if name not in got:
             raise error(f"{network} has no output {name!r}, only {', '.join(got) or 'none'}")
-        found = difference(got[name].cpu(), expected)
-        if not found.relative <= tolerance:
+        found, allowed = difference(got[name].cpu(), expected), sound[name].allowed()
+        if not found.within(allowed):
             raise error(
                 f"{network}: {name} {tuple(got[name].shape)} is not PyTorch's {tuple(expected.shape)}: "
-                f"{found}, {tolerance:.0e} is allowed"
+                f"{found}; allowed are {allowed.relative:.1e}, {allowed.spread:.1e} and {allowed.bias:.1e}"
             )
-        worst = max(worst, found, key=lambda one: one.relative)
-    return worst
+        total = worst(total, found)
+    return total

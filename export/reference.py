@@ -6,27 +6,32 @@ Networks.run    one of them, tensors by name in and out
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fastldm import loading, weights
-from fastldm.export.spec import DType, specs
+from fastldm.export.spec import DType, sample, specs
+from fastldm.kernels import use
 from fastldm.models.clip import CLIPText
 from fastldm.models.unet import AddedConditions, UNet
-from fastldm.models.vae import AutoencoderKL, TinyAutoencoder, rescale_for_half
+from fastldm.models.vae import HALF_EXPONENT, AutoencoderKL, TinyAutoencoder, rescale_for_half
 
 Named = Mapping[str, Tensor]
 
 
 class Networks:
     """The networks of a model for export, on the CPU. dtype: of the weights; a float16 autoencoder is rescaled where
-    its activations would leave the range."""
+    its activations would leave the range. exact: computed in float32 all the same."""
 
-    def __init__(self, model: loading.Spec, dtype: DType, *, split: bool = False) -> None:
+    def __init__(self, model: loading.Spec, dtype: DType, *, split: bool = False, exact: bool = False) -> None:
         self.specs = specs(model.unet, model.vae, model.text, dtype=dtype, split=split)
-        self._model, self._dtype = model, dtype
+        self.dtype, self._model, self._exact = dtype, model, exact
         self._loaded: dict[str, nn.Module] = {}
 
     @staticmethod
@@ -53,17 +58,85 @@ class Networks:
             else:
                 built = CLIPText(model.text[1 if part.endswith("_2") else 0])
         component = model.checkpoint.components[part]
-        dtype = getattr(torch, self._dtype)
+        dtype = getattr(torch, self.dtype)
         module = weights.load_module(built, component.state(), dtype=dtype, source=component.source)
-        if dtype == torch.float16 and isinstance(module, AutoencoderKL) and module.config.force_upcast:
-            rescale_for_half(module)
-        return module
+        if dtype == torch.float16 and isinstance(module, AutoencoderKL):
+            exponent = self._exponent(module.float())
+            rescale_for_half(module.half(), exponent)
+        return module.float() if self._exact else module
+
+    @torch.no_grad()
+    def _exponent(self, vae: AutoencoderKL) -> int:
+        """The power of two that keeps what an autoencoder in float32 computes a sixteenth below float16's range."""
+        with _Largest() as seen, use("torch"):
+            for name in ("vae_decoder", "vae_encoder"):
+                inputs = sample(self.specs[name], {"height": 128, "width": 128})
+                RUN[name](vae, {key: x.float() for key, x in inputs.items()})
+        needed = -math.ceil(math.log2(max(1.0, seen.largest * _MARGIN / torch.finfo(torch.float16).max)))
+        return min(needed, HALF_EXPONENT if vae.config.force_upcast else 0)
 
     @torch.no_grad()
     def run(self, name: str, inputs: Named) -> dict[str, Tensor]:
         """What PyTorch says: all inputs of the network's spec to all its outputs."""
-        made = RUN[name](self.module(name), inputs)
+        with use("torch"):
+            made = RUN[name](self.module(name), inputs)
         return {port.name: made[port.name] for port in self.specs[name].outputs}
+
+
+# ---------------------------------------------------------------------------------------------- what precisions cost
+
+_MARGIN = 16
+_SPARE = 4
+"""Bits of float32's 24 that sums in other orders and transforms of convolutions may cost."""
+
+
+def rounding(precision: str) -> _Rounding:
+    """Within this, what an op of PyTorch makes in float32 is rounded to a precision, and so are the weights that it
+    reads: what a computer of that precision with sums in float32 does. Of "float32" itself, four bits are dropped."""
+    return _Rounding(_drop if precision == "float32" else _through(getattr(torch, precision)))
+
+
+def _drop(x: Tensor) -> Tensor:
+    """Rounded to _SPARE bits less (Veltkamp's splitting)."""
+    high = x * (2.0**_SPARE + 1)
+    return high - (high - x)
+
+
+def _through(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return lambda x: x.to(dtype).float()
+
+
+class _Rounding(TorchDispatchMode):
+    def __init__(self, rounded: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._rounded = rounded
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.is_view:  # of what is rounded already; of weights, so that these are
+            return func(*tree_map(self._weight, args), **(kwargs or {}))
+        made = func(*tree_map(self._weight, args), **tree_map(self._weight, kwargs or {}))
+        for x in tree_leaves(made):
+            if isinstance(x, Tensor) and x.dtype == torch.float32:
+                x.copy_(self._rounded(x))
+        return made
+
+    def _weight(self, x: Any) -> Any:
+        if isinstance(x, nn.Parameter) and x.dtype == torch.float32:
+            return self._rounded(x.detach())
+        return x
+
+
+class _Largest(TorchDispatchMode):
+    """The largest number that any op makes."""
+
+    largest = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for x in tree_leaves(made):
+            if isinstance(x, Tensor) and x.is_floating_point() and x.numel() and not func.is_view:
+                self.largest = max(self.largest, float(x.abs().max()))
+        return made
 
 
 # ------------------------------------------------------------------------------- networks by the names of their spec
@@ -126,8 +199,10 @@ def _vae_decoder(vae: AutoencoderKL | TinyAutoencoder, inputs: Named) -> dict[st
 
 
 def _vae_encoder(vae: AutoencoderKL | TinyAutoencoder, inputs: Named) -> dict[str, Tensor]:
-    name = "latent_parameters" if isinstance(vae, AutoencoderKL) else "latent_sample"
-    return {name: vae.encode(inputs["sample"])}
+    encoded = vae.encode(inputs["sample"])
+    if isinstance(vae, TinyAutoencoder):
+        return {"latent_sample": encoded}
+    return {"latent_sample": encoded[:, : vae.config.latent_channels], "latent_parameters": encoded}
 
 
 RUN: dict[str, Callable[..., dict[str, Tensor]]] = {

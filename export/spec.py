@@ -7,7 +7,10 @@ Names are those of optimum's and diffusers' exports, so that their pipelines loa
     unet                            sample, timestep, encoder_hidden_states (SDXL: text_embeds, time_ids; LCM:
                                     timestep_cond) -> out_sample
     vae_decoder                     latent_sample -> sample
-    vae_encoder                     sample -> latent_parameters (a tiny autoencoder: latent_sample)
+    vae_encoder                     sample -> latent_sample, latent_parameters (a tiny autoencoder: the first alone)
+
+Where theirs differ, both are served: diffusers gives token ids in int32, and optimum in whatever the network takes;
+diffusers reads an encoder's first output as the latent, and optimum the mean and log variance by their name.
 
 The split form has the U-Net in three, as `models.unet` runs it:
 
@@ -27,7 +30,8 @@ from torch import Tensor
 
 from fastldm.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
 
-DType = Literal["float32", "float16", "int64"]
+DType = Literal["float32", "float16", "int32"]
+Like = Literal["normal", "latents", "picture"]
 MODEL, DATA = "model.onnx", "model.onnx_data"
 """The files of an exported network: the graph, and beside it the weights."""
 
@@ -54,7 +58,10 @@ class Port:
     name: str
     dtype: DType
     shape: tuple[int | Axis, ...]
-    below: int | None = None  # what is fed in lies in 0..below; about -1..1, normally distributed, where it is None
+    below: int | None = None  # what is fed in lies in 0..below; where it is None, it is
+    like: Like = "normal"  # numbers of mean 0 and deviation 1, latents as an autoencoder has them, or a picture in -1..1
+    scale: float = 1.0  # deviation of latents
+    shift: float = 0.0  # and their mean
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -119,6 +126,9 @@ class NetworkSpec:
                     port["dtype"],
                     tuple(Axis(**size) if isinstance(size, Mapping) else size for size in port["shape"]),
                     port["below"],
+                    port["like"],
+                    float(port["scale"]),
+                    float(port["shift"]),
                 )
                 for port in given
             )
@@ -147,23 +157,35 @@ def specs(
 def sample(spec: NetworkSpec, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
     """Inputs of a network from a seed, on the CPU. sizes: of its axes by name, their best where none is given.
 
-    Token ids hold the highest one, CLIP's end of text, twice in each row: the first is to count.
+    Token ids hold the highest one, CLIP's end of text, twice in each row: the first is to count. Latents and pictures
+    are patches with noise on them, in the range that they have in use: what is smooth drives activations further.
     """
     generator = torch.Generator().manual_seed(seed)
     made = {}
     for port in spec.inputs:
         shape = spec.shape(port, sizes or {})
-        if port.dtype == "int64":
+        if port.dtype == "int32":
             assert port.below is not None
             values = torch.randint(port.below, shape, generator=generator)
             ends = torch.rand(shape, generator=generator).topk(min(2, shape[1]), dim=1).indices
             values.scatter_(1, ends, port.below - 1)
         elif port.below is not None:
             values = port.below * torch.rand(shape, generator=generator)
-        else:
+        elif port.like == "normal":
             values = torch.randn(shape, generator=generator)
+        else:
+            values = _patches(shape, generator)
+            values = port.shift + port.scale * values if port.like == "latents" else (0.7 * values).clamp(-1, 1)
         made[port.name] = values.to(port.torch_dtype)
     return made
+
+
+def _patches(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Of mean 0 and deviation 1, half of it in patches of eight a side: (B, C, H, W)."""
+    batch, channels, height, width = shape
+    coarse = torch.randn((batch, channels, -(-height // 8), -(-width // 8)), generator=generator)
+    coarse = coarse.repeat_interleave(8, 2)[:, :, :height].repeat_interleave(8, 3)[..., :width]
+    return (coarse + torch.randn(shape, generator=generator)) / 2**0.5
 
 
 # --------------------------------------------------------------------------------------------------------- networks
@@ -185,7 +207,7 @@ def _text_encoder(name: str, config: TextConfig, dtype: DType, normalised: bool)
     if normalised:
         # What clip_skip N reads; where it is not normalised, that is one of the hidden states.
         outputs += [Port(f"clip_skip.{n}", dtype, hidden) for n in range(1, config.layers)]
-    return NetworkSpec(name, (Port("input_ids", "int64", (_BATCH, tokens), config.vocab),), tuple(outputs))
+    return NetworkSpec(name, (Port("input_ids", "int32", (_BATCH, tokens), config.vocab),), tuple(outputs))
 
 
 def _tokens(window: int) -> Axis:
@@ -254,15 +276,14 @@ def _picture(unet: UNetConfig, channels: int, unit: int) -> tuple[int | Axis, ..
 
 
 def _vae_decoder(unet: UNetConfig, vae: VAEConfig | TinyVAEConfig, dtype: DType) -> NetworkSpec:
-    latents = _picture(unet, vae.latent_channels, 1)
-    picture = _picture(unet, vae.out_channels, vae.factor)
-    return NetworkSpec("vae_decoder", (Port("latent_sample", dtype, latents),), (Port("sample", dtype, picture),))
+    size, picture = _picture(unet, vae.latent_channels, 1), _picture(unet, vae.out_channels, vae.factor)
+    latents = Port("latent_sample", dtype, size, like="latents", scale=1 / vae.scaling_factor, shift=vae.shift_factor)
+    return NetworkSpec("vae_decoder", (latents,), (Port("sample", dtype, picture),))
 
 
 def _vae_encoder(unet: UNetConfig, vae: VAEConfig | TinyVAEConfig, dtype: DType) -> NetworkSpec:
-    name, channels = "latent_parameters", 2 * vae.latent_channels  # mean and log variance
-    if isinstance(vae, TinyVAEConfig):
-        name, channels = "latent_sample", vae.latent_channels
-    picture = _picture(unet, vae.in_channels, vae.factor)
-    latents = _picture(unet, channels, 1)
-    return NetworkSpec("vae_encoder", (Port("sample", dtype, picture),), (Port(name, dtype, latents),))
+    picture = Port("sample", dtype, _picture(unet, vae.in_channels, vae.factor), like="picture")
+    outputs = [Port("latent_sample", dtype, _picture(unet, vae.latent_channels, 1))]
+    if not isinstance(vae, TinyVAEConfig):  # mean and log variance
+        outputs.append(Port("latent_parameters", dtype, _picture(unet, 2 * vae.latent_channels, 1)))
+    return NetworkSpec("vae_encoder", (picture,), tuple(outputs))

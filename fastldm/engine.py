@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fastldm import loading
     from fastldm.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
     from fastldm.export.bundle import Bundle
+    from fastldm.export.networks import Source
     from fastldm.export.spec import Axis, NetworkSpec
     from fastldm.models.unet import AddedConditions
     from fastldm.models.vae import Layer
@@ -111,13 +112,11 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
 
 def describe(path: str | os.PathLike[str]) -> loading.Spec:
     """What a bundle is a bundle of."""
-    from fastldm.export import networks
-
-    return networks.describe(read_bundle(path))
+    return read_bundle(path).model
 
 
-def source(path: str | os.PathLike[str]) -> str:
-    """The model that a bundle was made of, for PyTorch. BundleError where it is not here any more."""
+def source(path: str | os.PathLike[str]) -> Source:
+    """The model that a bundle was made of, for PyTorch. BundleError where it is not here any more, or has changed."""
     from fastldm.export import networks
 
     return networks.source(read_bundle(path))
@@ -183,7 +182,7 @@ def load(
     from fastldm.export.bundle import Bundle
 
     bundle = Bundle.open(Path(path).expanduser())
-    return networks.describe(bundle), networks.load(bundle, backend, device, dtype), bundle.manifest["model"]
+    return bundle.model, networks.load(bundle, backend, device, dtype), bundle.manifest["model"]
 
 
 def open_engine(

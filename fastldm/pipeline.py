@@ -109,15 +109,16 @@ class Pipeline(Steered):
         _check_loading(path_or_id, where, device=device, dtype=dtype, torch_dtype=torch_dtype, backend=backend)
         chosen = loading.choose_device(engine.choose_device(backend, device))
         runs = engine.choose(backend, path_or_id, chosen, dtype or torch_dtype)
-        if runs != "torch":
+        if engine.is_bundle(path_or_id):
             unused = [name for name, value in where.items() if value]
             if unused:
                 raise InputError(f"{', '.join(unused)}: not for a bundle, which was exported from one checkpoint")
-            files = Path(path_or_id).expanduser().rglob("*.onnx*") if chosen.type == "cpu" else ()
-            mapped = Mapped(files)  # engines map them too
-            return cls(*engine.load(path_or_id, runs, chosen, dtype or torch_dtype), mapped)
-        if engine.is_bundle(path_or_id):
-            path_or_id = engine.source(path_or_id)
+            if runs != "torch":
+                files = Path(path_or_id).expanduser().rglob("*.onnx*") if chosen.type == "cpu" else ()
+                mapped = Mapped(files)  # engines map them too
+                return cls(*engine.load(path_or_id, runs, chosen, dtype or torch_dtype), mapped)
+            source = engine.source(path_or_id)
+            path_or_id, where = source.model, source.options
         precision = loading.choose_dtype(dtype or torch_dtype, chosen)
         spec = loading.describe(path_or_id, **where)
         mapped = Mapped()

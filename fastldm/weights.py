@@ -53,7 +53,7 @@ NETWORK_CLASSES = {
 _REQUIRED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 _NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "tokenizer.json",
@@ -264,7 +264,7 @@ def _wanted(index: Config, names: Collection[str], variant: str | None, allow_pi
         if name in NETWORK_CLASSES:
             wanted += [f"{name}/{file}" for file in ("config.json", *chosen[name].names)]
         elif name in TOKENIZERS:
-            wanted += [f"{name}/{file}" for file in _TOKENIZER_FILES if file in inside[name]]
+            wanted += [f"{name}/{file}" for file in TOKENIZER_FILES if file in inside[name]]
     return wanted
 
 

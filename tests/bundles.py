@@ -18,7 +18,8 @@ import tiny
 from filelock import FileLock
 
 from fastldm import loading
-from fastldm.export import bundle
+from fastldm.export import manifest as manifests
+from fastldm.export import writing
 
 if TYPE_CHECKING:
     from fastldm.export.reference import Networks
@@ -68,7 +69,7 @@ def exported(family: str, split: bool, folder: Path, **options: Any) -> tuple[Pa
             smallest(family, source)
         if not out.exists():
             with traced_once(folder):
-                bundle.export(loading.describe(source), out, source=str(source), split=split, **options)
+                writing.export(loading.describe(source), out, source=str(source), split=split, **options)
     return source, out
 
 
@@ -98,4 +99,4 @@ def traced_once(folder: Path) -> Iterator[None]:
 
 def sign(folder: Path, manifest: dict[str, Any]) -> None:
     """Write a changed manifest as somebody would who changes it on purpose."""
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "sha256": bundle._manifest_hash(manifest)}))
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "sha256": manifests.digest(manifest)}))

@@ -37,7 +37,7 @@ def test_the_names_are_those_of_optimum(models: dict[str, loading.Spec]) -> None
     assert names(sd1["unet"]) == (["sample", "timestep", "encoder_hidden_states"], ["out_sample"])
     assert names(xl["unet"])[0][3:] == ["text_embeds", "time_ids", "timestep_cond"]
     assert names(sd1["vae_decoder"]) == (["latent_sample"], ["sample"])
-    assert names(sd1["vae_encoder"]) == (["sample"], ["latent_parameters"])
+    assert names(sd1["vae_encoder"]) == (["sample"], ["latent_sample", "latent_parameters"])
     # Pipelines take a text encoder's first output by place: SDXL's second gives its pooled vector there.
     assert names(sd1["text_encoder"])[1][:2] == ["last_hidden_state", "pooler_output"]
     assert names(xl["text_encoder_2"])[1][:2] == ["text_embeds", "last_hidden_state"]

@@ -1,0 +1,173 @@
+"""manifest.json: what a bundle says of itself. Read by a table of types, and believed only as far as its own hash and
+the model's configs agree with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fastldm.engine import MANIFEST
+from fastldm.errors import BundleError
+from fastldm.export.reference import RUN
+from fastldm.export.spec import NetworkSpec
+from fastldm.reading import (
+    Either,
+    Field,
+    Flag,
+    Integer,
+    ListOf,
+    MapOf,
+    Maybe,
+    Number,
+    Object,
+    OneOf,
+    Text,
+    read_fields,
+    read_json,
+    unfit,
+)
+
+FORMAT = 2
+"""1 had one tolerance for all networks, did not know tokenizers and options, and took token ids in int64."""
+
+
+@dataclass(frozen=True)
+class Digest:
+    """A sha256 in hexadecimal digits."""
+
+    expected: str = "a sha256 of 64 hexadecimal digits"
+
+    def read(self, value: Any, at: str) -> str:
+        if not isinstance(value, str) or len(value) != 64 or set(value) - set("0123456789abcdef"):
+            raise unfit(value, at, self)
+        return value
+
+
+_SIZE = Integer(1, 2**24)
+_AXIS = Object(
+    {
+        "name": Field(Text(40)),
+        "least": Field(_SIZE),
+        "best": Field(_SIZE),
+        "most": Field(_SIZE),
+        "multiple_of": Field(_SIZE),
+    },
+    "a size, or an axis with name, least, best, most and multiple_of",
+)
+_PORT = Object(
+    {
+        "name": Field(Text(80)),
+        "dtype": Field(OneOf("float32", "float16", "int32")),
+        "shape": Field(ListOf(Either(_SIZE, _AXIS), 1, 4)),
+        "below": Field(Maybe(Integer())),
+        "like": Field(OneOf("normal", "latents", "picture")),
+        "scale": Field(Number(0)),
+        "shift": Field(Number()),
+    }
+)
+_NETWORK = Object(
+    {"name": Field(OneOf(*RUN)), "inputs": Field(ListOf(_PORT, 1, 1000)), "outputs": Field(ListOf(_PORT, 1, 1000))}
+)
+_OPTIONS = {
+    "variant": Field(Text(), None),
+    "revision": Field(Text(), None),
+    "prediction_type": Field(Text(), None),
+    "allow_pickle": Field(Flag(), False),
+}
+FIELDS = {
+    "model": Field(Text()),
+    "source": Field(Maybe(Text(10_000))),
+    "options": Field(Object(_OPTIONS)),
+    "family": Field(Text()),
+    "dtype": Field(OneOf("float32", "float16")),
+    "opset": Field(Integer(1, 1000)),
+    "split": Field(Flag()),
+    "fused_ops": Field(Flag()),
+    "weights": Field(MapOf(Digest(), 3, 10)),
+    "tokenizers": Field(MapOf(Digest(), 1, 10)),
+    "config": Field(MapOf(Object({}), 4, 10)),
+    "index": Field(Object({})),
+    "networks": Field(MapOf(_NETWORK, 1, len(RUN))),
+    "versions": Field(MapOf(Text(), 0, 100)),
+    "files": Field(MapOf(Object({"bytes": Field(Integer(0, 2**60)), "sha256": Field(Digest())}))),
+}
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """A bundle's manifest. BundleError, naming the field, where it is not one, or not as it was written."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise BundleError(f"{folder} is no bundle: it has no {MANIFEST}; `fastldm export -m MODEL {folder}` makes one")
+    manifest = read_json(path, error=BundleError)
+    head = {"format": Field(Integer(0)), "sha256": Field(Digest())}
+    known = read_fields(manifest, head, str(path), error=BundleError)
+    if known["format"] != FORMAT:
+        raise BundleError(
+            f"{path} is of format {known['format']}, this fastldm reads {FORMAT}: export the model again"
+        )
+    if known["sha256"] != digest(manifest):
+        raise BundleError(f"{path} was edited or is damaged (its sha256 differs): export the model again")
+    values = read_fields(manifest, FIELDS, str(path), error=BundleError)
+    for name in values["files"]:
+        if not _inside(name):
+            raise BundleError(f"{path} names {name!r}, which is not in the bundle")
+    for name, network in values["networks"].items():
+        if network["name"] != name or name not in RUN:
+            raise BundleError(f"{path}: 'networks.{name}' is of {network['name']!r}, expected one of {', '.join(RUN)}")
+    return manifest  # configs and the index have tables of their own, where they are read
+
+
+def check_networks(folder: Path, found: Mapping[str, NetworkSpec], expected: Mapping[str, NetworkSpec]) -> None:
+    """BundleError where a bundle's networks have not the inputs and outputs that follow from its configs. Ranges of
+    sizes may be others."""
+    path = folder / MANIFEST
+    if found.keys() != expected.keys():
+        raise BundleError(f"{path} has the networks {', '.join(found)}, expected {', '.join(expected)}")
+    for name, spec in found.items():
+        for port, wanted in zip((*spec.inputs, *spec.outputs), (*expected[name].inputs, *expected[name].outputs)):  # noqa: B905
+            if (port.name, port.dtype, _kinds(port.shape)) != (wanted.name, wanted.dtype, _kinds(wanted.shape)):
+                raise BundleError(f"{path}: {name} has {port.name!r} in place of {wanted.name!r} as its configs have it")
+            if any(not axis.least <= axis.best <= axis.most for axis in port.axes.values()):
+                raise BundleError(f"{path}: {name}.{port.name} has an axis whose sizes do not ascend")
+        counts = [(len(one.inputs), len(one.outputs)) for one in (spec, expected[name])]
+        if counts[0] != counts[1]:
+            raise BundleError(f"{path}: {name} has {counts[0]} inputs and outputs, expected {counts[1]}")
+
+
+def _kinds(shape: tuple[Any, ...]) -> list[Any]:
+    return [size if isinstance(size, int) else size.name for size in shape]
+
+
+def _inside(name: str) -> bool:
+    """Whether a file's name is one of a file in the bundle, written in the one way that there is."""
+    path = PurePosixPath(name)
+    return "\\" not in name and "\0" not in name and not path.is_absolute() and ".." not in path.parts and str(path) == name
+
+
+def write(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a manifest its format and its hash, and write it. Returns it."""
+    whole = {"format": FORMAT, **manifest}
+    whole["sha256"] = digest(whole)
+    write_json(folder / MANIFEST, whole)
+    return whole
+
+
+def digest(manifest: Mapping[str, Any]) -> str:
+    """What a manifest says in "sha256": of all else in it."""
+    rest = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def write_json(path: Path, data: Any) -> None:
+    """In one go: a reader finds all of it or none."""
+    beside = path.with_name(f"{path.name}.tmp")
+    with beside.open("w") as file:
+        json.dump(data, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
