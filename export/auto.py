@@ -111,9 +111,7 @@ def _has_source(bundle: Bundle) -> bool:
 _said: set[str] = set()
 
 
-def measure(
-    bundle: Bundle, backend: str, device: torch.device, dtype: str | torch.dtype | None = None
-) -> Measured:
+def measure(bundle: Bundle, backend: str, device: torch.device, dtype: str | torch.dtype | None = None) -> Measured:
     """Load a pipeline and let it make pictures of two steps; remembered for `choose`."""
 
     def load() -> Pipeline:

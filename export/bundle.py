@@ -12,18 +12,19 @@ The layout is that of optimum's exports. `export.writing` makes one, `export.ver
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastldm import loading
 from fastldm.engine import MANIFEST
@@ -31,6 +32,7 @@ from fastldm.errors import BundleError, CheckpointError
 from fastldm.export import manifest as manifests
 from fastldm.export.cache import hash_files
 from fastldm.export.spec import MODEL, NetworkSpec, specs
+from fastldm.models.vae import HALF_EXPONENT, AutoencoderKL, rescale_for_half
 from fastldm.weights import TOKENIZER_FILES, TOKENIZERS, Checkpoint, Component, TokenizerFiles
 
 GOLDENS, PICTURE = "goldens", "picture"
@@ -129,6 +131,19 @@ class Loaded(Component):
         return dict(self.tensors)
 
 
+def in_memory(model: loading.Spec, modules: Mapping[str, nn.Module]) -> loading.Spec:
+    """A model with the weights that its modules, by their components' names, have now."""
+    components: dict[str, Component] = {}
+    for name, part in model.checkpoint.components.items():
+        module = modules[name]
+        if isinstance(module, AutoencoderKL) and module.config.force_upcast and _is_half(module):
+            module = copy.deepcopy(module).float()  # it was rescaled for the precision that it runs in
+            rescale_for_half(module, -HALF_EXPONENT)
+        tensors = module.state_dict()
+        components[name] = Loaded(name, part.class_name, part.config, (), f"the {name} in memory", tensors=tensors)
+    return replace(model, checkpoint=replace(model.checkpoint, components=components))
+
+
 def identity(model: loading.Spec) -> dict[str, Any]:
     """All of a model that a picture depends on, so that two models with one identity are the same: weights and
     tokenizers by their sha256, and the configs. InputError where it has no weights."""
@@ -143,6 +158,10 @@ def identity(model: loading.Spec) -> dict[str, Any]:
     }
 
 
+def _is_half(module: nn.Module) -> bool:
+    return next(module.parameters()).dtype == torch.float16
+
+
 def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """What of two identities differs, such as "the weights of unet" or "the config of scheduler"."""
     found = []
@@ -150,7 +169,9 @@ def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
         mine, theirs = ({name: _told(value) for name, value in given[title].items()} for given in (one, other))
         what = "files" if title == "tokenizers" else title
         found += [f"the {what} of {name}" for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
-    settings = [{key: value for key, value in _told(given["index"]).items() if _is_setting(value)} for given in (one, other)]
+    settings = [
+        {key: value for key, value in _told(given["index"]).items() if _is_setting(value)} for given in (one, other)
+    ]
     return [*found, *["the index"] * (settings[0] != settings[1])]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from fastldm.engine import MANIFEST
 from fastldm.errors import BundleError
 from fastldm.export.reference import RUN
-from fastldm.export.spec import NetworkSpec
+from fastldm.export.spec import NetworkSpec, Port
 from fastldm.reading import (
     Either,
     Field,
@@ -67,7 +67,6 @@ _PORT = Object(
         "below": Field(Maybe(Integer())),
         "like": Field(OneOf("normal", "latents", "picture")),
         "scale": Field(Number(0)),
-        "shift": Field(Number()),
     }
 )
 _NETWORK = Object(
@@ -107,9 +106,7 @@ def read(folder: Path) -> dict[str, Any]:
     head = {"format": Field(Integer(0)), "sha256": Field(Digest())}
     known = read_fields(manifest, head, str(path), error=BundleError)
     if known["format"] != FORMAT:
-        raise BundleError(
-            f"{path} is of format {known['format']}, this fastldm reads {FORMAT}: export the model again"
-        )
+        raise BundleError(f"{path} is of format {known['format']}, this fastldm reads {FORMAT}: export the model again")
     if known["sha256"] != digest(manifest):
         raise BundleError(f"{path} was edited or is damaged (its sha256 differs): export the model again")
     values = read_fields(manifest, FIELDS, str(path), error=BundleError)
@@ -131,12 +128,16 @@ def check_networks(folder: Path, found: Mapping[str, NetworkSpec], expected: Map
     for name, spec in found.items():
         for port, wanted in zip((*spec.inputs, *spec.outputs), (*expected[name].inputs, *expected[name].outputs)):  # noqa: B905
             if (port.name, port.dtype, _kinds(port.shape)) != (wanted.name, wanted.dtype, _kinds(wanted.shape)):
-                raise BundleError(f"{path}: {name} has {port.name!r} in place of {wanted.name!r} as its configs have it")
+                raise BundleError(f"{path}: {name} has {_said(port)} where its configs have {_said(wanted)}")
             if any(not axis.least <= axis.best <= axis.most for axis in port.axes.values()):
                 raise BundleError(f"{path}: {name}.{port.name} has an axis whose sizes do not ascend")
         counts = [(len(one.inputs), len(one.outputs)) for one in (spec, expected[name])]
         if counts[0] != counts[1]:
             raise BundleError(f"{path}: {name} has {counts[0]} inputs and outputs, expected {counts[1]}")
+
+
+def _said(port: Port) -> str:
+    return f"{port.name} ({', '.join(map(str, _kinds(port.shape)))}) in {port.dtype}"
 
 
 def _kinds(shape: tuple[Any, ...]) -> list[Any]:
@@ -146,7 +147,13 @@ def _kinds(shape: tuple[Any, ...]) -> list[Any]:
 def _inside(name: str) -> bool:
     """Whether a file's name is one of a file in the bundle, written in the one way that there is."""
     path = PurePosixPath(name)
-    return "\\" not in name and "\0" not in name and not path.is_absolute() and ".." not in path.parts and str(path) == name
+    return (
+        "\\" not in name
+        and "\0" not in name
+        and not path.is_absolute()
+        and ".." not in path.parts
+        and str(path) == name
+    )
 
 
 def write(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:

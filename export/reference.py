@@ -86,13 +86,13 @@ class Networks:
 # ---------------------------------------------------------------------------------------------- what precisions cost
 
 _MARGIN = 16
-_SPARE = 4
+_SPARE = 5
 """Bits of float32's 24 that sums in other orders and transforms of convolutions may cost."""
 
 
 def rounding(precision: str) -> _Rounding:
     """Within this, what an op of PyTorch makes in float32 is rounded to a precision, and so are the weights that it
-    reads: what a computer of that precision with sums in float32 does. Of "float32" itself, four bits are dropped."""
+    reads: what a computer of that precision with sums in float32 does. Of "float32" itself, five bits are dropped."""
     return _Rounding(_drop if precision == "float32" else _through(getattr(torch, precision)))
 
 

@@ -59,9 +59,10 @@ class Port:
     dtype: DType
     shape: tuple[int | Axis, ...]
     below: int | None = None  # what is fed in lies in 0..below; where it is None, it is
-    like: Like = "normal"  # numbers of mean 0 and deviation 1, latents as an autoencoder has them, or a picture in -1..1
+    like: Like = (
+        "normal"  # numbers of mean 0 and deviation 1, latents as an autoencoder has them, or a picture in -1..1
+    )
     scale: float = 1.0  # deviation of latents
-    shift: float = 0.0  # and their mean
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -128,7 +129,6 @@ class NetworkSpec:
                     port["below"],
                     port["like"],
                     float(port["scale"]),
-                    float(port["shift"]),
                 )
                 for port in given
             )
@@ -175,7 +175,7 @@ def sample(spec: NetworkSpec, sizes: Mapping[str, int] | None = None, seed: int 
             values = torch.randn(shape, generator=generator)
         else:
             values = _patches(shape, generator)
-            values = port.shift + port.scale * values if port.like == "latents" else (0.7 * values).clamp(-1, 1)
+            values = port.scale * values if port.like == "latents" else (0.7 * values).clamp(-1, 1)
         made[port.name] = values.to(port.torch_dtype)
     return made
 
@@ -277,7 +277,7 @@ def _picture(unet: UNetConfig, channels: int, unit: int) -> tuple[int | Axis, ..
 
 def _vae_decoder(unet: UNetConfig, vae: VAEConfig | TinyVAEConfig, dtype: DType) -> NetworkSpec:
     size, picture = _picture(unet, vae.latent_channels, 1), _picture(unet, vae.out_channels, vae.factor)
-    latents = Port("latent_sample", dtype, size, like="latents", scale=1 / vae.scaling_factor, shift=vae.shift_factor)
+    latents = Port("latent_sample", dtype, size, like="latents", scale=1 / vae.scaling_factor)
     return NetworkSpec("vae_decoder", (latents,), (Port("sample", dtype, picture),))
 
 

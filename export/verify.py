@@ -153,12 +153,12 @@ class Goldens:
 
     def to_bytes(self) -> bytes:
         """As a safetensors file."""
-        tensors = {}
+        tensors: Named = {}
         for case, (inputs, outputs) in enumerate(self.cases):
             tensors |= {f"{case}:in:{name}": x for name, x in inputs.items()}
             tensors |= {f"{case}:out:{name}": x.contiguous() for name, x in outputs.items()}
-        for precision, outputs in self.sound.items():
-            for name, found in outputs.items():
+        for precision, differences in self.sound.items():
+            for name, found in differences.items():
                 tensors[f"sound:{precision}:{name}"] = torch.tensor(found.figures(), dtype=torch.float64)
         return save(tensors)
 
@@ -166,7 +166,10 @@ class Goldens:
 def goldens_of(spec: NetworkSpec, reference: Networks, stored: Networks) -> Goldens:
     """reference: the model in float32. stored: with the weights that the network is written with, computing in float32.
     BundleError where the dtype of these cannot hold what the network computes."""
-    cases, sound = [], {one: {port.name: Difference.none() for port in spec.outputs} for one in PRECISIONS[stored.dtype]}
+    cases, sound = (
+        [],
+        {one: {port.name: Difference.none() for port in spec.outputs} for one in PRECISIONS[stored.dtype]},
+    )
     for case, sizes in enumerate(golden_sizes(spec)):
         inputs = sample(spec, sizes, seed=case)
         wanted = reference.run(spec.name, exact(inputs))
@@ -197,7 +200,9 @@ def goldens_of_picture(bundle: Bundle, reference: Networks, stored: Networks) ->
         return {PICTURE: _picture(Pipeline(model, loaded, bundle.manifest["model"]), inputs)}
 
     wanted = made(reference, None)
-    sound = {one: {PICTURE: difference(made(stored, one)[PICTURE], wanted[PICTURE])} for one in PRECISIONS[stored.dtype]}
+    sound = {
+        one: {PICTURE: difference(made(stored, one)[PICTURE], wanted[PICTURE])} for one in PRECISIONS[stored.dtype]
+    }
     return Goldens([(inputs, wanted)], sound)
 
 
@@ -209,7 +214,8 @@ def _picture(pipe: Pipeline, inputs: Mapping[str, Tensor]) -> Tensor:
         grey = np.full((height, width, 3), 0.5, dtype=np.float32)
         asked |= {"image": grey, "mask_image": grey[..., 0] * 2, "strength": 1.0}
     with contextlib.closing(pipe.session):
-        return pipe(**asked, seed=0, latents=inputs["latents"]).images.float().cpu()
+        made: Any = pipe(**asked, seed=0, latents=inputs["latents"]).images
+        return made.float().cpu()
 
 
 class _Reference:

@@ -103,17 +103,25 @@ def _places(given: Path) -> tuple[Path, Path]:
         if out.is_symlink():
             out = Path(os.path.realpath(out))
             if not out.exists():
-                raise InputError(f"{given} is a link to {out}, which is not there: make that folder, or remove the link")
+                raise InputError(
+                    f"{given} is a link to {out}, which is not there: make that folder, or remove the link"
+                )
+        if not out.name:
+            raise InputError(f"{given} cannot be a bundle: give the name of a folder that is not there yet")
         exists, inside = out.exists(), out.is_dir()
         if not exists and not out.parent.is_dir():
             raise InputError(f"there is no folder {out.parent} to write {out.name} into")
         work = out / _PARTIAL if inside else out.with_name(f".{out.name}{_PARTIAL}")
         most = os.pathconf(out.parent, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
     except (OSError, ValueError) as error:  # too long, a loop of links, a NUL
-        raise InputError(f"{str(given)[:100]!r} cannot be a bundle's name: {getattr(error, 'strerror', error)}") from error
+        raise InputError(
+            f"{str(given)[:100]!r} cannot be a bundle's name: {getattr(error, 'strerror', error)}"
+        ) from error
     room = most - len(os.fsencode(f".{_PARTIAL}.lock"))
     if not inside and len(os.fsencode(out.name)) > room:
-        raise InputError(f"the name {out.name[:40]}... has {len(os.fsencode(out.name))} bytes, at most {room} are possible")
+        raise InputError(
+            f"the name {out.name[:40]}... has {len(os.fsencode(out.name))} bytes, at most {room} are possible"
+        )
     return out, work
 
 
@@ -288,15 +296,13 @@ def _index(model: Spec, networks: Iterable[str]) -> dict[str, Any]:
     the model's own, each network as one of ONNX, and nothing that is not there."""
     given, scheduler = model.checkpoint.index, model.checkpoint.scheduler
     settings = {key: value for key, value in given.items() if not isinstance(value, list | tuple)}
-    absent = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), [None, None])
-    return {
-        **settings,
-        **absent,
-        "requires_safety_checker": False,
-        "scheduler": ["diffusers", scheduler.get("_class_name", "PNDMScheduler")],
-        **dict.fromkeys(model.checkpoint.tokenizers, ["transformers", "CLIPTokenizer"]),
-        **dict.fromkeys(networks, ["diffusers", "OnnxRuntimeModel"]),
+    parts: dict[str, tuple[str | None, str | None]] = {
+        "scheduler": ("diffusers", scheduler.get("_class_name", "PNDMScheduler")),
+        **dict.fromkeys(model.checkpoint.tokenizers, ("transformers", "CLIPTokenizer")),
+        **dict.fromkeys(networks, ("diffusers", "OnnxRuntimeModel")),
+        **dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), (None, None)),
     }
+    return {**settings, "requires_safety_checker": False, **{name: list(part) for name, part in parts.items()}}
 
 
 def _write_tokenizer(files: TokenizerFiles, folder: Path) -> None:

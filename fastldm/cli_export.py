@@ -84,12 +84,12 @@ def export(
                    sizes, each is tuned on its own, in one engine with one copy of the weights
 
     The folders are laid out as optimum's and diffusers' exports are. OUT may be an empty folder, such as a mounted
-    volume. An export that was stopped goes on where it was
-    when the same command is given again, and so do engines.
+    volume. An export that was stopped goes on where it was when the same command is given again, and so do engines.
     """
     with reported(debug):
-        need_export()
-        from fastldm import loading
+        from fastldm import engine, loading
+
+        engine.need_exporter()
         from fastldm.export import writing
         from fastldm.export.spec import specs
 
@@ -203,14 +203,3 @@ def need_tensorrt() -> Any:
         return importlib.import_module("fastldm.export.tensorrt")
     except ImportError as error:
         raise EngineError(f"TensorRT cannot be imported here ({error}): pip install 'fastldm[tensorrt]'") from error
-
-
-def need_export() -> None:
-    """EngineError where the packages that exporting needs are not installed."""
-    from importlib.util import find_spec
-
-    from fastldm.errors import EngineError
-
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
-    if missing:
-        raise EngineError(f"{', '.join(missing)} is not installed: pip install 'fastldm[onnx]'")

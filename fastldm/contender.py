@@ -275,7 +275,9 @@ def _engines(task: Task, contender: Contender) -> Work:
         return (torch.from_numpy(decoder({"latent_sample": z.numpy()})["sample"]),)
 
     def encode(input_ids: Tensor, **_: Any) -> Any:
-        return _Answer((torch.from_numpy(encoder({"input_ids": input_ids.numpy().astype(np.int32)})["last_hidden_state"]),))
+        return _Answer(
+            (torch.from_numpy(encoder({"input_ids": input_ids.numpy().astype(np.int32)})["last_hidden_state"]),)
+        )
 
     pipe.unet.forward, pipe.vae.decode, pipe.text_encoder.forward = unet_forward, decode, encode
     return _diffusers_picture(task, pipe)

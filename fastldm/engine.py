@@ -11,8 +11,9 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -183,6 +184,24 @@ def load(
 
     bundle = Bundle.open(Path(path).expanduser())
     return bundle.model, networks.load(bundle, backend, device, dtype), bundle.manifest["model"]
+
+
+def need_exporter() -> None:
+    """EngineError where the packages that exporting needs are not installed."""
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise EngineError(f"{', '.join(missing)} is not installed: pip install 'fastldm[onnx]'")
+
+
+def export(model: loading.Spec, modules: Mapping[str, Any], out: Path, **options: Any) -> Path:
+    """Write a model in memory as a bundle, see `Pipeline.export`. modules: its networks by their components' names.
+
+    Raises EngineError where the packages that exporting needs are not installed.
+    """
+    need_exporter()
+    from fastldm.export import bundle, writing
+
+    return writing.export(bundle.in_memory(model, modules), out, source=None, **options).folder
 
 
 def open_engine(

@@ -61,7 +61,7 @@ class Pipeline(Steered):
     def __init__(self, spec: loading.Spec, networks: loading.Networks, name: str, mapped: Mapped | None = None) -> None:
         """Most callers want `from_pretrained`, `from_single_file`, `from_diffusers` or `default`. mapped: files that
         the networks' weights lie in."""
-        self.name, self.family = name, spec.family
+        self.name, self.family, self._spec = name, spec.family, spec
         self.unet, self.vae, self.text_stages = networks.unet, networks.vae, networks.text_stages
         self.schedule = spec.schedule
         self.zero_negative = bool(spec.checkpoint.index.get("force_zeros_for_empty_prompt", False))
@@ -259,6 +259,21 @@ class Pipeline(Steered):
         Raises InputError for a parameter of another shape, dtype or device.
         """
         return self.session.call(self._prepared.weights_changed)
+
+    def export(self, out: str | os.PathLike[str], **options: Any) -> Path:
+        """Write the model as a bundle, with the weights that it has now: adopted, merged or edited ones too. Returns
+        the bundle's folder.
+
+        options: dtype ("float32" or "float16"), opset, split and fused_ops, see `fastldm.export.writing.export`, whose
+        errors these are. InputError for a pipeline that itself runs a bundle.
+        """
+        if self.backend != "torch":
+            raise InputError(f"this pipeline runs a bundle on {self.backend}, which has no weights to export: copy it")
+        self.weights_changed()
+        modules: dict[str, Any] = {"unet": self.unet, "vae": self.vae}
+        names = [name for name in ("text_encoder", "text_encoder_2") if name in self._spec.checkpoint.components]
+        modules |= {name: stage.model for name, stage in zip(names, self.text_stages, strict=True)}
+        return engine.export(self._spec, modules, Path(out).expanduser(), name=self.name, **options)
 
     def enable_vae_tiling(self) -> None:
         """Decode large pictures in tiles: less memory for a difference that is not visible, see `decode_pieces`.

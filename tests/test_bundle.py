@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import bundles
 import pytest
@@ -210,6 +211,93 @@ def test_damage_is_found_before_anything_runs(
     status, said = verify(copy)
     assert status == 1
     assert said.startswith("fastldm: ")
+
+
+@pytest.mark.parametrize("files", ["none", "without a network", "without a golden"])
+def test_what_is_run_has_a_hash(files: str, copy: Path) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    dropped = {"none": "", "without a network": "unet_step/model.onnx", "without a golden": "goldens/time_rows"}[files]
+    manifest["files"] = {name: one for name, one in manifest["files"].items() if not name.startswith(dropped)}
+    bundles.sign(copy, manifest)
+    with pytest.raises(BundleError, match=r"manifest\.json has no hash of .*, which is run: export the model again"):
+        Bundle.open(copy)
+
+
+@pytest.mark.parametrize("name", ["unet_step/other_data", "tokenizer/added_tokens.json", "text_encoder/deep/er"])
+def test_what_is_laid_beside_is_not_run(name: str, copy: Path) -> None:
+    """A graph may name any file of its folder as its weights, and a tokenizer reads more files than it was given."""
+    (copy / name).parent.mkdir(exist_ok=True)
+    (copy / name).write_text("{}")
+    with pytest.raises(BundleError, match=rf"manifest\.json has no hash of {name}, which is run"):
+        Bundle.open(copy)
+
+
+def _set(*path: str | int, to: object) -> Callable[[dict[str, Any]], None]:
+    def change(manifest: dict[str, Any]) -> None:
+        place: Any = manifest
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = to
+
+    return change
+
+
+def _rename_network(manifest: dict[str, Any]) -> None:
+    network = manifest["networks"].pop("unet_step")
+    manifest["networks"]["../../unet_step"] = network
+
+
+_STEP = ("networks", "unet_step")
+TYPES = {
+    "format": _set("format", to="2"),
+    "sha256": _set("files", "scheduler/scheduler_config.json", "sha256", to="z" * 64),
+    "bytes": _set("files", "scheduler/scheduler_config.json", "bytes", to=-1),
+    "files": _set("files", to=[]),
+    "source": _set("source", to=3),
+    "options": _set("options", to={"variant": 3}),
+    "dtype": _set("dtype", to="int8"),
+    "opset": _set("opset", to=True),
+    "split": _set("split", to="yes"),
+    "weights": _set("weights", to={"unet": None}),
+    "tokenizers": _set("tokenizers", to="x"),
+    "config": _set("config", to=[1]),
+    "config.unet": _set("config", "unet", to="x"),
+    "no config.vae": lambda manifest: manifest["config"].pop("vae"),
+    "channels": _set("config", "unet", "block_out_channels", to="many"),
+    "index": _set("index", to=None),
+    "versions": _set("versions", to={"torch": 2}),
+    "networks": _set("networks", to={}),
+    "a network": _set(*_STEP, to=None),
+    "a network's name": _set(*_STEP, "name", to="unet"),
+    "a key with ..": _rename_network,
+    "inputs": _set(*_STEP, "inputs", to=[]),
+    "an input": _set(*_STEP, "inputs", 0, to=1),
+    "an input's name": _set(*_STEP, "inputs", 0, "name", to="smaple"),
+    "an input's dtype": _set(*_STEP, "inputs", 0, "dtype", to="int32"),
+    "a shape": _set(*_STEP, "inputs", 0, "shape", to=[2]),
+    "a size": _set(*_STEP, "inputs", 0, "shape", 1, to=5),
+    "an axis": _set(*_STEP, "inputs", 0, "shape", 0, to={"name": "batch"}),
+    "an axis's least": _set(*_STEP, "inputs", 0, "shape", 0, "least", to=0),
+    "an axis's order": _set(*_STEP, "inputs", 0, "shape", 0, "most", to=1),
+    "an unknown network": lambda manifest: manifest["networks"].update(unet=manifest["networks"]["unet_step"]),
+}
+
+
+@pytest.mark.parametrize("change", TYPES.values(), ids=TYPES.keys())
+def test_every_field_of_a_manifest_is_of_its_type(change: Callable[[dict[str, Any]], None], copy: Path) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    change(manifest)
+    bundles.sign(copy, manifest)
+    with pytest.raises(BundleError, match=r"manifest\.json"):
+        Bundle.open(copy)
+
+
+def test_a_manifest_is_a_file_of_some_depth(copy: Path) -> None:
+    path = copy / "manifest.json"
+    for text in ("[" * 100_000, '{"a":' * 100_000, "[]", "{}", "\xff"):
+        path.write_text(text)
+        with pytest.raises(BundleError, match=r"manifest\.json"):
+            Bundle.open(copy)
 
 
 def test_verify_names_the_network_and_the_figure(copy: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,9 @@ def test_the_gate_is_what_a_sound_computation_allows() -> None:
     sound = {"out": difference(wanted + 1e-3 * torch.randn(100_000), wanted)}
     gate("unet", {"out": wanted + 3e-3 * torch.randn(100_000)}, {"out": wanted}, sound)
     for wrong in (1.0008 * wanted, wanted + 0.0008, wanted + 5e-3 * torch.randn(100_000), wanted * torch.nan):
-        with pytest.raises(BundleError, match=r"unet: out \(100000,\) is not PyTorch's .*: relative error .* allowed are"):
+        with pytest.raises(
+            BundleError, match=r"unet: out \(100000,\) is not PyTorch's .*: relative error .* allowed are"
+        ):
             gate("unet", {"out": wrong}, {"out": wanted}, sound)
     with pytest.raises(BundleError, match="unet has no output 'out', only other"):
         gate("unet", {"other": wanted}, {"out": wanted}, sound)

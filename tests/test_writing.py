@@ -1,0 +1,314 @@
+"""Where a bundle may be written, by how many at once, and what other tools find in it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import bundles
+import diffusers
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from fastldm import Pipeline, loading
+from fastldm.errors import BundleError, InputError
+from fastldm.export import onnx, writing
+from fastldm.export.bundle import Bundle
+from fastldm.export.private import locked
+from fastldm.export.reference import Networks
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model, and the bundle of it."""
+    return bundles.exported("sd1", False, bundles.shared(tmp_path_factory))
+
+
+@pytest.fixture
+def copying(made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """In place of tracing: the networks of that bundle. Lists those that were asked for."""
+    written: list[str] = []
+
+    def write(networks: Networks, name: str, folder: Path, **options: Any) -> None:
+        written.append(name)
+        folder.mkdir()
+        for file in ("model.onnx", "model.onnx_data"):
+            shutil.copyfile(made[1] / name / file, folder / file)
+
+    monkeypatch.setattr(onnx, "write", write)
+    return written
+
+
+def export(made: tuple[Path, Path], out: Path, **options: Any) -> Bundle:
+    return writing.export(loading.describe(made[0]), out, source=str(made[0]), **options)
+
+
+# ---- where
+
+
+def test_an_empty_folder_is_taken(made: tuple[Path, Path], copying: list[str], tmp_path: Path) -> None:
+    """A volume cannot be renamed to or from, and may have the folder that its file system makes."""
+    volume = tmp_path / "volume"
+    (volume / "lost+found").mkdir(parents=True)
+    assert export(made, volume).manifest == Bundle.open(made[1]).manifest
+    assert {path.name for path in volume.iterdir()} == {"lost+found", *(path.name for path in made[1].iterdir())}
+    assert [path.name for path in tmp_path.iterdir()] == ["volume"]
+    assert export(made, volume).folder == volume  # opened, not made again
+    assert len(copying) == len(Bundle.read(made[1]).specs)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_one_that_was_stopped_while_it_took_its_name_is_finished(
+    inside: bool, made: tuple[Path, Path], copying: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, rename, left = tmp_path / "out", Path.rename, [3 if inside else 0]
+    if inside:
+        out.mkdir()
+
+    def stopping(path: Path, target: Path) -> Path:
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return rename(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            export(made, out)
+    with pytest.raises(BundleError, match="is no bundle"):
+        Bundle.open(out)
+    copying.clear()
+    assert export(made, out).manifest == Bundle.open(made[1]).manifest
+    assert copying == []
+    assert {path.name for path in out.iterdir()} == {path.name for path in made[1].iterdir()}
+
+
+def test_a_link_to_a_folder_is_the_folder(made: tuple[Path, Path], copying: list[str], tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    export(made, tmp_path / "link")
+    assert Bundle.open(tmp_path / "disk").manifest == Bundle.open(made[1]).manifest
+
+
+def file(path: Path) -> Path:
+    path.write_text("mine")
+    return path
+
+
+def dangling(path: Path) -> Path:
+    path.symlink_to("nowhere")
+    return path
+
+
+def loop(path: Path) -> Path:
+    path.symlink_to(path.name)
+    return path
+
+
+def full(path: Path) -> Path:
+    path.mkdir()
+    (path / "mine").touch()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        (file, "exists and is no bundle"),
+        (full, "exists and is no bundle"),
+        (dangling, r"is a link to .*nowhere, which is not there"),
+        (loop, "is a link to|cannot be a bundle's name"),
+        (lambda path: path.with_name("n" * 250), r"the name n{40}\.\.\. has 250 bytes, at most 2\d\d are possible"),
+        (lambda path: path.with_name("n" * 300), "cannot be a bundle's name: File name too long"),
+        (lambda path: path.with_name("é" * 125), "has 250 bytes"),
+        (lambda path: path.with_name("a\0b"), "cannot be a bundle's name"),
+        (lambda path: path / "sub", "there is no folder"),
+        (lambda path: file(path) / "sub", "there is no folder"),
+        (lambda path: Path("/"), "/ cannot be a bundle: give the name of a folder"),
+    ],
+)
+def test_where_no_bundle_can_stand(place: Any, words: str, made: tuple[Path, Path], tmp_path: Path) -> None:
+    out = place(tmp_path / "out")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=words):
+        export(made, out)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, '{"key": 1, "networks": 2}'])
+def test_whatever_was_left_is_no_obstacle(
+    text: str, made: tuple[Path, Path], copying: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "done.json").write_text(text)
+    assert export(made, tmp_path / "out").manifest == Bundle.open(made[1]).manifest
+
+
+# ---- one at a time
+
+
+def test_who_is_refused_leaves_the_lock_to_its_holder(made: tuple[Path, Path], tmp_path: Path) -> None:
+    lock = tmp_path / ".out.partial.lock"
+    with locked(lock, timeout=0):
+        for _ in range(2):  # the second, too, finds it held
+            with pytest.raises(InputError, match=r"another process is writing .*out: wait for it"):
+                export(made, tmp_path / "out")
+        assert lock.exists()
+
+
+def test_a_lock_that_is_removed_is_held_by_one_at_a_time(tmp_path: Path) -> None:
+    """Each removes it while holding it: who waited on the removed file takes the next."""
+    path, inside, seen = tmp_path / "lock", [0], [0]
+
+    def work() -> None:
+        for _ in range(30):
+            with locked(path, remove=True):
+                inside[0] += 1
+                assert inside[0] == 1
+                seen[0] += 1
+                inside[0] -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert seen == [120]
+    assert not path.exists()
+
+
+def test_the_lock_of_a_process_that_died_is_free(tmp_path: Path) -> None:
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from fastldm.export.private import locked
+with locked(Path({str(tmp_path / "lock")!r})):
+    os._exit(0)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+    with locked(tmp_path / "lock", timeout=0), pytest.raises(TimeoutError), locked(tmp_path / "lock", timeout=0.1):
+        pass
+
+
+# ---- what others read
+
+
+def test_the_index_names_what_is_there(made: tuple[Path, Path], tmp_path: Path, copying: list[str]) -> None:
+    """Also where the model has a safety checker, which no bundle has."""
+    model = Path(shutil.copytree(made[0], tmp_path / "model"))
+    index = json.loads((model / "model_index.json").read_text())
+    index |= {
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+        "requires_safety_checker": True,
+    }
+    (model / "model_index.json").write_text(json.dumps(index))
+    out = writing.export(loading.describe(model), tmp_path / "out", source=str(model)).folder
+    said = json.loads((out / "model_index.json").read_text())
+    parts = {name for name, value in said.items() if isinstance(value, list) and value[0] is not None}
+    assert parts == {path.name for path in out.iterdir() if path.is_dir()} - {"goldens"}
+    assert said["safety_checker"] == said["feature_extractor"] == [None, None]
+    assert (said["_class_name"], said["requires_safety_checker"]) == ("StableDiffusionPipeline", False)
+
+
+REQUEST = {"negative_prompt": "blue", "height": 16, "width": 24, "num_inference_steps": 3, "guidance_scale": 5.0}
+
+
+def latents(seed: int = 0) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(seed).standard_normal((1, 4, 8, 12)).astype(np.float32)
+
+
+def test_diffusers_makes_the_same_picture(made: tuple[Path, Path]) -> None:
+    theirs = diffusers.OnnxStableDiffusionPipeline.from_pretrained(made[1], provider="CPUExecutionProvider")
+    got = theirs("a red apple", latents=latents(), output_type="np", **REQUEST).images[0]
+    ours = Pipeline.from_pretrained(made[0], device="cpu", dtype="float32")
+    wanted = ours("a red apple", latents=torch.from_numpy(latents()), output_type="np", **REQUEST).images[0]
+    assert wanted.std() > 0.05  # a picture, not a surface
+    assert np.abs(got - wanted).max() <= 1e-4
+
+
+def test_diffusers_starts_from_a_picture(made: tuple[Path, Path]) -> None:
+    """It takes an encoder's first output for the latent."""
+    theirs = diffusers.OnnxStableDiffusionImg2ImgPipeline.from_pretrained(made[1], provider="CPUExecutionProvider")
+    start = np.random.default_rng(0).random((1, 3, 16, 24), dtype=np.float32) * 2 - 1
+    got = theirs("a red apple", image=start, strength=0.5, num_inference_steps=4, output_type="np").images
+    assert got.shape == (1, 16, 24, 3)
+    assert np.isfinite(got).all()
+
+
+def test_a_single_file_s_bundle_is_read_by_diffusers(tmp_path: Path, made: tuple[Path, Path]) -> None:
+    """Its index is made, for the file has none."""
+    checkpoint = loading.describe("default").checkpoint
+    index = writing._index(
+        loading.describe(made[0]).__class__(
+            checkpoint.__class__(
+                checkpoint.source,
+                checkpoint.components,
+                checkpoint.scheduler,
+                checkpoint.tokenizers,
+                {"_class_name": "StableDiffusionPipeline"},
+            ),
+            *(getattr(loading.describe("default"), name) for name in ("unet", "vae", "text", "family")),
+        ),
+        ("text_encoder", "unet", "vae_decoder", "vae_encoder"),
+    )
+    copy = Path(shutil.copytree(made[1], tmp_path / "copy"))
+    index["scheduler"] = json.loads((copy / "model_index.json").read_text())["scheduler"]
+    (copy / "model_index.json").write_text(json.dumps(index))
+    assert diffusers.OnnxStableDiffusionPipeline.from_pretrained(copy, provider="CPUExecutionProvider").unet is not None
+
+
+def test_all_files_of_a_tokenizer_travel(made: tuple[Path, Path], copying: list[str], tmp_path: Path) -> None:
+    """added_tokens.json too, without which a token of its own is read as letters."""
+    model = Path(shutil.copytree(made[0], tmp_path / "model"))
+    shutil.rmtree(model / "tokenizer")
+    vocab, merges = tiny.clip_vocabulary(tiny.VOCABULARY)
+    (model / "tokenizer").mkdir()
+    writing._write_vocabulary(model / "tokenizer", vocab, merges)
+    (model / "tokenizer" / "special_tokens_map.json").write_text(
+        json.dumps({"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"})
+    )
+    (model / "tokenizer" / "added_tokens.json").write_text(json.dumps({"<mine>": 17}))
+    spec = loading.describe(model)
+    out = writing.export(spec, tmp_path / "out", source=str(model)).folder
+    prompt = "a photo of <mine>"
+    wanted = spec.checkpoint.tokenizer("tokenizer").ids(prompt)
+    assert 17 in wanted
+    assert loading.describe(out).checkpoint.tokenizer("tokenizer").ids(prompt) == wanted
+
+
+# ---- what is in memory
+
+
+@pytest.mark.parametrize("adopted", [False, True])
+def test_what_was_edited_is_exported(adopted: bool, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """As a merged adapter is: the weights as they are now, not as they lie on the disk."""
+    source = bundles.smallest("sd1", tmp_path / "model")
+    if adopted:
+        pipe = Pipeline.from_diffusers(diffusers.DiffusionPipeline.from_pretrained(source, torch_dtype=torch.float32))
+    else:
+        pipe = Pipeline.from_pretrained(source, device="cpu", dtype="float32")
+    unet: Any = pipe.unet
+    unet.conv_in.weight.mul_(1.5)
+    with bundles.traced_once(bundles.shared(tmp_path_factory)):
+        out = pipe.export(tmp_path / "out", split=True)
+    asked = {"prompt": "a cat", "num_inference_steps": 2, "seed": 1, "output_type": "pt"}
+    wanted = pipe(**asked).images
+    deployed = Pipeline.from_pretrained(out, backend="onnxruntime")
+    assert float((deployed(**asked).images - wanted).abs().max()) <= 1e-4
+    before = Pipeline.from_pretrained(source, device="cpu", dtype="float32")
+    assert float((before(**asked).images - wanted).abs().max()) > 1e-3
+    with pytest.raises(BundleError, match="was made of a model in memory, and PyTorch cannot read the bundle itself"):
+        Pipeline.from_pretrained(out, backend="torch")
+    with pytest.raises(InputError, match="this pipeline runs a bundle on onnxruntime, which has no weights to export"):
+        deployed.export(tmp_path / "again")
