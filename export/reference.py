@@ -6,6 +6,7 @@ Networks.run    one of them, tensors by name in and out
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -59,10 +60,13 @@ class Networks:
                 built = CLIPText(model.text[1 if part.endswith("_2") else 0])
         component = model.checkpoint.components[part]
         dtype = getattr(torch, self.dtype)
-        module = weights.load_module(built, component.state(), dtype=dtype, source=component.source)
-        if dtype == torch.float16 and isinstance(module, AutoencoderKL):
-            exponent = self._exponent(module.float())
-            rescale_for_half(module.half(), exponent)
+        rescaled = dtype == torch.float16 and isinstance(built, AutoencoderKL)
+        first = torch.float32 if rescaled or self._exact else dtype
+        module = weights.load_module(built, component.state(), dtype=first, source=component.source)
+        if rescaled:  # before its weights are rounded, which may leave the range too
+            assert isinstance(module, AutoencoderKL)
+            rescale_for_half(module, self._exponent(module))
+        module = module.to(dtype)
         return module.float() if self._exact else module
 
     @torch.no_grad()
@@ -72,14 +76,18 @@ class Networks:
             for name in ("vae_decoder", "vae_encoder"):
                 inputs = sample(self.specs[name], {"height": 128, "width": 128})
                 RUN[name](vae, {key: x.float() for key, x in inputs.items()})
-        needed = -math.ceil(math.log2(max(1.0, seen.largest * _MARGIN / torch.finfo(torch.float16).max)))
-        return min(needed, HALF_EXPONENT if vae.config.force_upcast else 0)
+        least = HALF_EXPONENT if vae.config.force_upcast else 0
+        if not math.isfinite(seen.largest):  # its weights leave the range already: no power of two helps
+            return least
+        return min(-math.ceil(math.log2(max(1.0, seen.largest * _MARGIN / torch.finfo(torch.float16).max))), least)
 
     @torch.no_grad()
-    def run(self, name: str, inputs: Named) -> dict[str, Tensor]:
-        """What PyTorch says: all inputs of the network's spec to all its outputs."""
-        with use("torch"):
-            made = RUN[name](self.module(name), inputs)
+    def run(self, name: str, inputs: Named, precision: str | None = None) -> dict[str, Tensor]:
+        """What PyTorch says: all inputs of the network's spec to all its outputs. precision: rounded to, see
+        `rounding`."""
+        module = self.module(name)  # loaded outside of that
+        with use("torch"), contextlib.nullcontext() if precision is None else rounding(precision):
+            made = RUN[name](module, inputs)
         return {port.name: made[port.name] for port in self.specs[name].outputs}
 
 

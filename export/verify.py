@@ -23,7 +23,7 @@ from fastldm.errors import BundleError, EngineError, NonFinite
 from fastldm.export import networks
 from fastldm.export.bundle import PICTURE, Bundle
 from fastldm.export.parity import Difference, difference, gate, worst
-from fastldm.export.reference import Networks, rounding
+from fastldm.export.reference import Networks
 from fastldm.export.spec import Axis, NetworkSpec, sample
 from fastldm.loading import Spec
 from fastldm.pipeline import Pipeline
@@ -175,8 +175,7 @@ def goldens_of(spec: NetworkSpec, reference: Networks, stored: Networks) -> Gold
         wanted = reference.run(spec.name, exact(inputs))
         cases.append((inputs, wanted))
         for precision, figures in sound.items():
-            with rounding(precision):
-                got = stored.run(spec.name, exact(inputs))
+            got = stored.run(spec.name, exact(inputs), precision)
             figures |= {name: worst(figures[name], difference(got[name], wanted[name])) for name in figures}
     for name, found in sound[stored.dtype].items():
         if not found.maximum < float("inf"):
@@ -225,8 +224,7 @@ class _Reference:
         self.specs, self._source, self._precision = (spec,), source, precision
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Named:
-        with contextlib.nullcontext() if self._precision is None else rounding(self._precision):
-            return self._source.run(self.specs[0].name, exact(inputs))
+        return self._source.run(self.specs[0].name, exact(inputs), self._precision)
 
     def close(self) -> None:
         pass

@@ -31,6 +31,7 @@ from fastldm.export.reference import Networks
 from fastldm.export.spec import DType, specs
 from fastldm.export.verify import check_network, goldens_of, goldens_of_picture
 from fastldm.loading import Spec
+from fastldm.reading import check_path
 from fastldm.text import BOS, CLIP_WINDOW, EOS, clip_vocabulary
 from fastldm.weights import TOKENIZER_FILES, TokenizerFiles
 
@@ -99,7 +100,7 @@ def export(
 def _places(given: Path) -> tuple[Path, Path]:
     """Where a bundle is to stand, and where it grows. InputError where none can stand there."""
     try:
-        out = given.absolute()
+        out = check_path(given, "out").absolute()
         if out.is_symlink():
             out = Path(os.path.realpath(out))
             if not out.exists():
@@ -113,7 +114,9 @@ def _places(given: Path) -> tuple[Path, Path]:
             raise InputError(f"there is no folder {out.parent} to write {out.name} into")
         work = out / _PARTIAL if inside else out.with_name(f".{out.name}{_PARTIAL}")
         most = os.pathconf(out.parent, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
-    except (OSError, ValueError) as error:  # too long, a loop of links, a NUL
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # a loop of links, a path that is too long as a whole
         raise InputError(
             f"{str(given)[:100]!r} cannot be a bundle's name: {getattr(error, 'strerror', error)}"
         ) from error
