@@ -21,6 +21,13 @@ from fastldm.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Beyond what anybody asks for in earnest, and small enough to be turned into lists and tensors.
+MAX_IMAGES = 4096  # of a request
+MAX_SIDE = 2**20  # pixels
+MAX_STEPS = 10_000
+MAX_GUIDANCE = 10_000.0
+MAX_PROMPT_LENGTH = 32_768  # characters of a prompt
+MAX_TEXT = 2**20  # characters of all prompts together
 FINITE = sys.float_info.max
 _SHOWN = 60  # characters of a value that a message holds
 

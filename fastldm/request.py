@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fastldm import checks
+from fastldm.checks import MAX_GUIDANCE, MAX_IMAGES, MAX_PROMPT_LENGTH, MAX_SIDE, MAX_STEPS, MAX_TEXT
 from fastldm.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,13 +23,6 @@ if TYPE_CHECKING:
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MAX_SEED = 2**63 - 1
-# Beyond what anybody asks for in earnest, and small enough to be turned into lists and tensors.
-MAX_IMAGES = 4096  # of a request
-MAX_SIDE = 2**20  # pixels
-MAX_STEPS = 10_000
-MAX_GUIDANCE = 10_000.0
-MAX_PROMPT_LENGTH = 32_768  # characters of a prompt
-MAX_TEXT = 2**20  # characters of all prompts together
 
 UNSUPPORTED = {
     "callback": ": use callback_on_step_end",

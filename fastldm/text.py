@@ -28,7 +28,6 @@ from fastldm.device import send_numbers
 from fastldm.errors import CheckpointError, InputError
 from fastldm.prompt import Fragments, parse
 from fastldm.reading import read_json
-from fastldm.request import MAX_IMAGES, MAX_PROMPT_LENGTH
 
 if TYPE_CHECKING:
     import tokenizers
@@ -302,7 +301,7 @@ def prompt_list(prompt: Any, name: str = "prompt") -> list[str]:
     Raises InputError for anything else, for an empty list, for too many and too long ones, and for text that has no
     UTF-8 form.
     """
-    return checks.texts(name, prompt, MAX_IMAGES, MAX_PROMPT_LENGTH)
+    return checks.texts(name, prompt, checks.MAX_IMAGES, checks.MAX_PROMPT_LENGTH)
 
 
 @torch.no_grad()

@@ -195,8 +195,7 @@ LONG += [
         "num_stages": stages,
     }
     for m, warps in ((64, 4), (128, 4), (128, 8))
-    for n in (64, 128)
-    for stages in (2, 3)
+    for n, stages in ((64, 2), (64, 3), (128, 2))
     for split in (True, False)
 ]
 SHORT = [

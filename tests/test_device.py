@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import ladder
-from fastldm import Pipeline, conditioning, denoise, pipeline, slots, text
+from fastldm import Pipeline, conditioning, denoise, pipeline, slots, start, text
 from fastldm.device import Mark, send, send_numbers, to_host
 from fastldm.kernels import dispatch
 from fastldm.request import Request
@@ -73,7 +73,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[NoWaits]:
 
         return send
 
-    for module in (conditioning, denoise, pipeline, slots, text):
+    for module in (conditioning, denoise, pipeline, slots, start, text):
         for name in ("send", "send_numbers"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, sending(getattr(module, name)))

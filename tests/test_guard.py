@@ -200,10 +200,11 @@ with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
 @pytest.mark.parametrize(
     ("code", "ours", "others", "most"),
     [
-        ("import fastldm", {"errors"}, set(), 40),
+        ("import fastldm", {"errors", "openmp"}, set(), 40),
         (
             HELP,
-            {"__main__", "errors", "heap", "cli", "cli_bench", "cli_cache", "cli_export", "cli_profile"},
+            {"__main__", "errors", "heap", "openmp", "cli", "cli_report"}
+            | {"cli_bench", "cli_cache", "cli_export", "cli_profile"},
             {"click"},
             120,
         ),

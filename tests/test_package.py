@@ -195,16 +195,16 @@ def imports(path: Path, package: str) -> set[str]:
 MAY_IMPORT = {
     "kernels": set(),
     "fastldm/models": {"kernels", "config", "errors"},
-    "fastldm/config.py": {"errors"},
+    "fastldm/config.py": {"errors", "reading"},
     "fastldm/errors.py": set(),
-    "fastldm/request.py": {"errors"},
+    "fastldm/request.py": {"errors", "checks"},
     "fastldm/samplers.py": {"errors"},
-    "fastldm/schedule.py": {"errors", "samplers"},
-    "fastldm/text.py": {"errors"},
-    "fastldm/single_file.py": {"errors"},
-    "fastldm/weights.py": {"errors", "single_file", "text"},
-    "fastldm/image.py": {"errors"},
-    "fastldm/denoise.py": {"kernels", "models", "schedule", "errors"},
+    "fastldm/schedule.py": {"errors", "samplers", "spacing"},
+    "fastldm/text.py": {"errors", "checks", "device", "prompt", "reading"},
+    "fastldm/single_file.py": {"errors", "relatives"},
+    "fastldm/weights.py": {"errors", "checks", "reading", "relatives", "single_file", "tensors", "text"},
+    "fastldm/image.py": {"errors", "checks", "files", "metadata"},
+    "fastldm/denoise.py": {"kernels", "models", "schedule", "errors", "device"},
 }
 
 
