@@ -153,8 +153,8 @@ def identity(model: loading.Spec) -> dict[str, Any]:
     return {
         "weights": {part: _hash_weights(one) for part, one in parts.items()},
         "tokenizers": {name: _hash_tokenizer(files) for name, files in checkpoint.tokenizers.items()},
-        "config": _as_json(configs),
-        "index": _as_json(checkpoint.index),
+        "config": as_json(configs),
+        "index": as_json(checkpoint.index),
     }
 
 
@@ -188,7 +188,7 @@ def _told(config: Any) -> Any:
     return {k: v for k, v in config.items() if k not in _NOT_TOLD} if isinstance(config, Mapping) else config
 
 
-def _as_json(config: Any) -> Any:
+def as_json(config: Any) -> Any:
     """As a file would have it: with lists in place of tuples."""
     return json.loads(json.dumps(config, default=_plain))
 

@@ -81,12 +81,13 @@ class Networks:
             return least
         return min(-math.ceil(math.log2(max(1.0, seen.largest * _MARGIN / torch.finfo(torch.float16).max))), least)
 
-    @torch.no_grad()
     def run(self, name: str, inputs: Named, precision: str | None = None) -> dict[str, Tensor]:
         """What PyTorch says: all inputs of the network's spec to all its outputs. precision: rounded to, see
         `rounding`."""
         module = self.module(name)  # loaded outside of that
-        with use("torch"), contextlib.nullcontext() if precision is None else rounding(precision):
+        mode = contextlib.nullcontext() if precision is None else rounding(precision)
+        # Not in a caller's inference mode, where a dispatch mode cannot take views of ordinary weights.
+        with use("torch"), torch.inference_mode(False), torch.no_grad(), mode:
             made = RUN[name](module, inputs)
         return {port.name: made[port.name] for port in self.specs[name].outputs}
 
@@ -94,20 +95,29 @@ class Networks:
 # ---------------------------------------------------------------------------------------------- what precisions cost
 
 _MARGIN = 16
-_SPARE = 5
-"""Bits of float32's 24 that sums in other orders and transforms of convolutions may cost."""
+_SPARE, _LAST = 5, 2
+"""Bits of float32's 24 that sums in other orders and transforms of convolutions may cost, and what libraries differ in
+where a number is computed of one of each input: at an angle of 1,000, five bits of it are worth a thousandth."""
 
 
 def rounding(precision: str) -> _Rounding:
     """Within this, what an op of PyTorch makes in float32 is rounded to a precision, and so are the weights that it
-    reads: what a computer of that precision with sums in float32 does. Of "float32" itself, five bits are dropped."""
-    return _Rounding(_drop if precision == "float32" else _through(getattr(torch, precision)))
+    reads: what a computer of that precision with sums in float32 does. Of "float32" itself, the last bits are dropped,
+    more where an op sums than where it does not."""
+    if precision == "float32":
+        return _Rounding(_without(_SPARE), _without(_LAST))
+    through = _through(getattr(torch, precision))
+    return _Rounding(through, through)
 
 
-def _drop(x: Tensor) -> Tensor:
-    """Rounded to _SPARE bits less (Veltkamp's splitting)."""
-    high = x * (2.0**_SPARE + 1)
-    return high - (high - x)
+def _without(bits: int) -> Callable[[Tensor], Tensor]:
+    """To float32 with so many bits less (Veltkamp's splitting)."""
+
+    def drop(x: Tensor) -> Tensor:
+        high = x * (2.0**bits + 1)
+        return high - (high - x)
+
+    return drop
 
 
 def _through(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -115,23 +125,33 @@ def _through(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
 
 
 class _Rounding(TorchDispatchMode):
-    def __init__(self, rounded: Callable[[Tensor], Tensor]) -> None:
+    """rounded: of what ops make that may sum, and of weights. pointwise: of what others make."""
+
+    def __init__(self, rounded: Callable[[Tensor], Tensor], pointwise: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self._rounded = rounded
+        self._rounded, self._pointwise = rounded, pointwise
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.is_view:  # of what is rounded already; of weights, so that these are
-            return func(*tree_map(self._weight, args), **(kwargs or {}))
-        made = func(*tree_map(self._weight, args), **tree_map(self._weight, kwargs or {}))
+        kwargs = kwargs or {}
+        if func.is_view:  # of what is rounded already, or of weights where they lie: one may reach over several
+            made = func(*args, **kwargs)
+            return tree_map(self._round, made) if any(map(_is_weight, tree_leaves((args, kwargs)))) else made
+        made = func(*tree_map(self._weight, args), **tree_map(self._weight, kwargs))
+        rounded = self._pointwise if torch.Tag.pointwise in func.tags else self._rounded
         for x in tree_leaves(made):
             if isinstance(x, Tensor) and x.dtype == torch.float32:
-                x.copy_(self._rounded(x))
+                x.copy_(rounded(x))
         return made
 
     def _weight(self, x: Any) -> Any:
-        if isinstance(x, nn.Parameter) and x.dtype == torch.float32:
-            return self._rounded(x.detach())
-        return x
+        return self._round(x.detach()) if _is_weight(x) else x
+
+    def _round(self, x: Any) -> Any:
+        return self._rounded(x) if isinstance(x, Tensor) else x
+
+
+def _is_weight(x: Any) -> bool:
+    return isinstance(x, nn.Parameter) and x.dtype == torch.float32
 
 
 class _Largest(TorchDispatchMode):

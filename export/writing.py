@@ -23,7 +23,7 @@ from fastldm import __version__
 from fastldm.engine import MANIFEST
 from fastldm.errors import BundleError, CheckpointError, InputError
 from fastldm.export import manifest as manifests
-from fastldm.export.bundle import GOLDENS, PICTURE, Bundle, Loaded, differing, identity
+from fastldm.export.bundle import GOLDENS, PICTURE, Bundle, Loaded, as_json, differing, identity
 from fastldm.export.cache import hash_files
 from fastldm.export.manifest import write_json
 from fastldm.export.private import locked
@@ -297,7 +297,7 @@ def _hashes(folder: Path, part: str) -> dict[str, dict[str, Any]]:
 def _index(model: Spec, networks: Iterable[str]) -> dict[str, Any]:
     """model_index.json of what is in the folder, as optimum and diffusers' pipelines for ONNX read it: the settings of
     the model's own, each network as one of ONNX, and nothing that is not there."""
-    given, scheduler = model.checkpoint.index, model.checkpoint.scheduler
+    given, scheduler = as_json(model.checkpoint.index), model.checkpoint.scheduler
     settings = {key: value for key, value in given.items() if not isinstance(value, list | tuple)}
     parts: dict[str, tuple[str | None, str | None]] = {
         "scheduler": ("diffusers", scheduler.get("_class_name", "PNDMScheduler")),
