@@ -166,7 +166,6 @@ SMALL = {torch.float32: 1e-6, torch.float16: 2.5e-4, torch.bfloat16: 2e-3}  # a 
 def disagreement(op: dispatch.Op[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """How the Triton path is further from float32 than twice the reference in the same precision, in what it returns
     and what it writes; None if it is not. The arguments are left as they are."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
     def results(function: Callable[..., Any], exactly: bool = False) -> dict[str, Tensor]:
         call = op.named(*args, **kwargs)
