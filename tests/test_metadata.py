@@ -68,7 +68,13 @@ REALS = st.floats(0, 1, allow_nan=False)
 
 
 @settings(max_examples=400, deadline=None)
-@given(prompt=TEXTS, negative=st.none() | TEXTS, second=st.none() | TEXTS, model=TEXTS, sampler=TEXTS.filter(bool))
+@given(
+    prompt=TEXTS,
+    negative=st.none() | TEXTS,
+    second=st.none() | TEXTS,
+    model=TEXTS,
+    sampler=TEXTS.filter(lambda text: 0 < len(text) <= 200),
+)
 @example(prompt="", negative="", second=None, model="", sampler="ddim")
 @example(prompt='"a" and "b"', negative="\nNegative prompt: x", second="", model='"', sampler="ddim")
 def test_every_text_reads_back(prompt: str, negative: str | None, second: str | None, model: str, sampler: str) -> None:
