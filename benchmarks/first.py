@@ -204,7 +204,8 @@ def step(where: Where, name: str = "sd15-512") -> None:
     """one guided step: eager, channels-last, own kernels, partly evaluated, captured"""
     from benchmarks import ladder
 
-    model = ladder.MODELS["tiny" if where.dry else name]
+    name = "tiny" if where.dry else name
+    model = ladder.MODELS[name]
     pipe = ladder.pipeline(model, where.device, where.network_dtype)
     steps = 2 if where.dry else max(model.steps, 4)
 
@@ -351,7 +352,8 @@ def pictures(where: Where, name: str) -> None:
     """whole pictures through the public pipeline, by stage; then the decoder alone"""
     from benchmarks import ladder
 
-    model = ladder.MODELS["tiny" if where.dry else name]
+    name = "tiny" if where.dry else name
+    model = ladder.MODELS[name]
     pipe = ladder.pipeline(model, where.device, where.network_dtype)
     steps = 2 if where.dry else model.steps
     row = ladder.stages_of(pipe, model, steps, 1 if where.dry else 5)
@@ -362,7 +364,8 @@ def slots(where: Where, name: str = "sd15-512") -> None:
     """requests a second: one at a time, and eight waiting for a session"""
     from benchmarks import ladder
 
-    model = ladder.MODELS["tiny" if where.dry else name]
+    name = "tiny" if where.dry else name
+    model = ladder.MODELS[name]
     pipe = ladder.pipeline(model, where.device, where.network_dtype)
     row = ladder.throughput(pipe, model, 2 if where.dry else 10, count=2 if where.dry else 16)
     emit(model=name, **row, say=f"{name} {', '.join(f'{key} {value:.2f}' for key, value in row.items())}")
@@ -376,7 +379,8 @@ def compiled(where: Where, name: str = "sd15-512") -> None:
     from fastldm.bench import take_turns
     from fastldm.kernels import use
 
-    model = ladder.MODELS["tiny" if where.dry else name]
+    name = "tiny" if where.dry else name
+    model = ladder.MODELS[name]
     unet = ladder.pipeline(model, where.device, where.network_dtype).unet
     config, size = model.unet, model.size // model.vae.factor
     u = torch.randn(2, config.in_channels, size, size, device=where.device, dtype=where.network_dtype)

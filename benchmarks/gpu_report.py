@@ -20,7 +20,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 32px auto; padding: 0 16px; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { padding: 3px 10px; border-bottom: 1px solid var(--edge); text-align: right; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; } td { overflow-wrap: anywhere; }
+th:first-child, td:first-child { text-align: left; } td { white-space: nowrap; } td:last-child { white-space: normal; }
 .bad { color: var(--bad); font-weight: 600; } .wide { overflow-x: auto; }
 """
 
