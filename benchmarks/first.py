@@ -487,12 +487,16 @@ def _groups(dry: bool) -> list[tuple[str, ...]]:
     return [names] if dry else [(name,) for name in names]
 
 
+def sanitizer() -> str:
+    """Where compute-sanitizer is, or would be: it comes with the CUDA toolkit."""
+    return shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+
+
 def _sanitizers(where: Where) -> list[list[str]]:
     """compute-sanitizer, memory and races; nothing before the command in a dry run."""
     if where.dry:
         return [[]]
-    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    return [[tool, "--tool", check, "--error-exitcode", "9"] for check in ("memcheck", "racecheck")]
+    return [[sanitizer(), "--tool", check, "--error-exitcode", "9"] for check in ("memcheck", "racecheck")]
 
 
 def _placed(stage: Stage, where: Where) -> Stage:

@@ -60,8 +60,8 @@ def run_first(args: argparse.Namespace) -> int:
 
 def test() -> int:
     failed = _pytest([sys.executable, "-m", "pytest", "-q", "-m", "not full", *first.suite()])
-    tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    if tool is None:
+    tool = first.sanitizer()
+    if shutil.which(tool) is None:
         print("compute-sanitizer is not installed (it comes with the CUDA toolkit): kernels ran without it")
         return failed
     files = [f"tests/test_{op}.py" for op in SANITIZED]

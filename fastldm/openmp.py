@@ -41,8 +41,9 @@ def bound_spin() -> None:
         return
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
-    if "OMP_NUM_THREADS" not in os.environ and cpus() < len(os.sched_getaffinity(0)):
-        os.environ["OMP_NUM_THREADS"] = str(cpus())
+    allowed = cpus()
+    if "OMP_NUM_THREADS" not in os.environ and allowed < len(os.sched_getaffinity(0)):
+        os.environ["OMP_NUM_THREADS"] = str(allowed)
 
 
 def _is_loaded() -> bool:
