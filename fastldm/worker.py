@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 
+from fastldm import openmp
 from fastldm.device import Mark
 from fastldm.errors import WorkerLost
 
@@ -107,6 +108,7 @@ class Worker:
         self._busy: set[Session] = set()  # sessions with a request that is not done
         self._calls: list[Call] = []
         self._in_hand: Bucket | Call | None = None  # whose turn it is
+        self._contention = openmp.Contention()
         self._failures = 0  # how often in a row something was raised that is no request's own
         self._stopping = False
 
@@ -213,6 +215,8 @@ class Worker:
                 future.set_result(result)
         else:
             self._in_hand.turn()
+            if self.device.type == "cpu":
+                self._contention.look()
         self._in_hand = None
         return True
 

@@ -86,3 +86,48 @@ def test_no_more_threads_than_cpus() -> None:
     later = "import torch; torch.set_num_threads(4); import fastldm.openmp as o; o._quotas = lambda *_: iter([1.0]); "
     run = "import fastldm; p = fastldm.Pipeline.default(device='cpu', dtype='float32'); p('a', num_inference_steps=1); "
     assert printed(later + run + "print(p.session.call(torch.get_num_threads))") == "1"
+
+
+CONTENTION = """
+import os, sys, time, torch
+from pathlib import Path
+from fastldm import openmp
+
+openmp._SCHEDSTAT, watch = Path(sys.argv[1]), openmp.Contention()
+count = lambda: len(os.listdir("/proc/self/task"))
+alone = count()
+
+def after(share, seconds):
+    global worked, waited
+    worked, waited = worked + 1e9 * (1 - share), waited + 1e9 * share
+    openmp._SCHEDSTAT.write_text(f"{worked:.0f} {waited:.0f} 7")
+    time.sleep(1.2 * openmp.WINDOW)
+    watch.look()
+    time.sleep(seconds)
+    return count() - alone
+
+worked = waited = 0
+print(after(0.02, 0.1), after(0.5, 0.2), after(0.5, 0.4), after(0.1, 0.3), after(0.5, 0.2))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not say how long a thread waited for a core")
+@pytest.mark.parametrize(
+    ("environment", "crowded"), [({}, True), ({"GOMP_SPINCOUNT": "7"}, False), ({"OMP_WAIT_POLICY": "active"}, False)]
+)
+def test_threads_sleep_while_others_want_the_cores(environment: dict[str, str], crowded: bool, tmp_path: Path) -> None:
+    """A thread more than there are cores, and who keeps them: there while a thread waits for its core, gone after."""
+    crowd = (len(os.sched_getaffinity(0)) + 1) * crowded
+    code = f"import sys; sys.argv = ['', {str(tmp_path / 'schedstat')!r}]\n{CONTENTION}"
+    assert printed(code, **environment) == f"0 {crowd} {crowd} 0 {crowd}"
+
+
+def test_a_kernel_that_does_not_count_waiting_is_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    watch = openmp.Contention()
+    for text in (None, "", "nonsense 1 2"):
+        if text is not None:
+            (tmp_path / "schedstat").write_text(text)
+        monkeypatch.setattr(openmp, "_SCHEDSTAT", tmp_path / "schedstat")
+        monkeypatch.setattr(watch, "_looked", 0.0)
+        watch.look()
+    assert watch._crowd is None
