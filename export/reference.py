@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from fastldm import loading, weights
 from fastldm.export.spec import DType, sample, specs
 from fastldm.kernels import use
 from fastldm.models.clip import CLIPText
-from fastldm.models.unet import AddedConditions, UNet
+from fastldm.models.unet import AddedConditions, GuidanceSinusoids, Sinusoids, UNet
 from fastldm.models.vae import HALF_EXPONENT, AutoencoderKL, TinyAutoencoder, rescale_for_half
 
 Named = Mapping[str, Tensor]
@@ -83,13 +83,16 @@ class Networks:
 
     def run(self, name: str, inputs: Named, precision: str | None = None) -> dict[str, Tensor]:
         """What PyTorch says: all inputs of the network's spec to all its outputs. precision: rounded to, see
-        `rounding`."""
+        `rounding`; outputs to the dtype that the spec has them in too."""
         module = self.module(name)  # loaded outside of that
-        mode = contextlib.nullcontext() if precision is None else rounding(precision)
+        mode = contextlib.nullcontext() if precision is None else _rounded(module, precision)
         # Not in a caller's inference mode, where a dispatch mode cannot take views of ordinary weights.
         with use("torch"), torch.inference_mode(False), torch.no_grad(), mode:
             made = RUN[name](module, inputs)
-        return {port.name: made[port.name] for port in self.specs[name].outputs}
+        outputs = self.specs[name].outputs
+        if precision is None:
+            return {port.name: made[port.name] for port in outputs}
+        return {port.name: made[port.name].to(port.torch_dtype).float() for port in outputs}
 
 
 # ---------------------------------------------------------------------------------------------- what precisions cost
@@ -124,20 +127,46 @@ def _through(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     return lambda x: x.to(dtype).float()
 
 
+@contextlib.contextmanager
+def _rounded(module: nn.Module, precision: str) -> Iterator[None]:
+    """`rounding`, but for sinusoids: they are float32 in a network of any dtype, for an angle of 1,000 has no digits in
+    16 bits. (In bfloat16 alone they are rounded: OpenVINO takes all of a whole U-Net in it.)"""
+    mode, hooks = rounding(precision), []
+
+    def begin(*_: Any) -> None:
+        mode.paused = True
+
+    def end(_: nn.Module, __: Any, made: Tensor) -> Tensor:
+        mode.paused = False
+        return mode.pointwise(made)
+
+    for part in module.modules():
+        if isinstance(part, Sinusoids | GuidanceSinusoids) and precision != "bfloat16":
+            hooks += [part.register_forward_pre_hook(begin), part.register_forward_hook(end)]
+    try:
+        with mode:
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 class _Rounding(TorchDispatchMode):
     """rounded: of what ops make that may sum, and of weights. pointwise: of what others make."""
 
     def __init__(self, rounded: Callable[[Tensor], Tensor], pointwise: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self._rounded, self._pointwise = rounded, pointwise
+        self._rounded, self.pointwise, self.paused = rounded, pointwise, False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
         if func.is_view:  # of what is rounded already, or of weights where they lie: one may reach over several
             made = func(*args, **kwargs)
             return tree_map(self._round, made) if any(map(_is_weight, tree_leaves((args, kwargs)))) else made
         made = func(*tree_map(self._weight, args), **tree_map(self._weight, kwargs))
-        rounded = self._pointwise if torch.Tag.pointwise in func.tags else self._rounded
+        rounded = self.pointwise if torch.Tag.pointwise in func.tags else self._rounded
         for x in tree_leaves(made):
             if isinstance(x, Tensor) and x.dtype == torch.float32:
                 x.copy_(rounded(x))

@@ -84,7 +84,8 @@ def check_network(
     reference: Networks | None = None,
 ) -> Iterator[Check]:
     """One network of it. precision: the bundle's dtype where it is None."""
-    spec, precision = bundle.specs[network], precision or bundle.manifest["dtype"]
+    spec = bundle.specs[network]
+    precision = networks.precision_of(network, precision or bundle.manifest["dtype"])
     goldens = Goldens.read(bundle, network)
     engine = open_engine(backend, bundle.path(network), spec, device=device, precision=precision)
     cases: list[tuple[Literal["golden", "fresh"], Named, Named]] = [("golden", *case) for case in goldens.cases]

@@ -66,8 +66,12 @@ class UNet(nn.Module):
         self.config = config
         width = config.down[0].channels
         self.conv_in = Conv(config.in_channels, width)
+        self.time_proj = Sinusoids(width, config.flip_sin_to_cos, config.freq_shift)
         self.time_embedding = TimeEmbedding(width, config.time_embedding_dim, config.time_cond_proj_dim)
+        if config.time_cond_proj_dim is not None:
+            self.guidance_proj = GuidanceSinusoids(config.time_cond_proj_dim)
         if config.needs_added:
+            self.add_time_proj = Sinusoids(config.addition_time_embed_dim, config.flip_sin_to_cos, config.freq_shift)
             self.add_embedding = TimeEmbedding(config.addition_input_dim, config.time_embedding_dim)
 
         # Whatever the encoder makes is kept as a skip connection; each resnet of the decoder takes the last one left.
@@ -153,21 +157,17 @@ class UNet(nn.Module):
         if self.config.time_cond_proj_dim is not None:
             if guidance is None:
                 raise InputError("this U-Net (LCM) reads the guidance scale: guidance is None, expected (R,) numbers")
-            condition = guidance_embedding(guidance, self.config.time_cond_proj_dim)
+            condition = self.guidance_proj(guidance)
         return self._time_rows(timesteps, added, condition)
 
     def _time_rows(self, timesteps: Tensor, added: AddedConditions | None, condition: Tensor | None) -> Tensor:
         config = self.config
         dtype = self.conv_in.weight.dtype
-
-        def sinusoids(x: Tensor, channels: int) -> Tensor:
-            return timestep_embedding(x, channels, config.flip_sin_to_cos, config.freq_shift)
-
-        embedding = self.time_embedding(sinusoids(timesteps, config.down[0].channels).to(dtype), condition)
+        embedding = self.time_embedding(self.time_proj(timesteps).to(dtype), condition)
         if config.needs_added:
             if added is None:
                 raise InputError("this U-Net (SDXL) reads pooled text and sizes: got None, expected R rows of each")
-            sizes = sinusoids(added.time_ids.flatten(), config.addition_time_embed_dim)
+            sizes = self.add_time_proj(added.time_ids.flatten())
             sizes = sizes.unflatten(0, added.time_ids.shape).flatten(1)  # (R, 6 * addition_time_embed_dim)
             embedding = embedding + self.add_embedding(torch.cat((added.text_embeds, sizes), dim=1).to(dtype))
         h = F.silu(embedding)
@@ -296,6 +296,28 @@ class TimeEmbedding(nn.Module):
         if self.cond_proj is not None and condition is not None:
             x = x + self.cond_proj(condition.to(x.dtype))
         return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class Sinusoids(nn.Module):
+    """`timestep_embedding` of numbers, which is float32 whatever the network's dtype."""
+
+    def __init__(self, channels: int, flip_sin_to_cos: bool, freq_shift: float) -> None:
+        super().__init__()
+        self.channels, self.flip_sin_to_cos, self.freq_shift = channels, flip_sin_to_cos, freq_shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        return timestep_embedding(x, self.channels, self.flip_sin_to_cos, self.freq_shift)
+
+
+class GuidanceSinusoids(nn.Module):
+    """`guidance_embedding` of guidance scales, float32 too."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, guidance: Tensor) -> Tensor:
+        return guidance_embedding(guidance, self.channels)
 
 
 # Both embeddings keep diffusers' order of operations: at an angle of 1,000 the last bit of a frequency is worth 1e-4.
