@@ -20,6 +20,7 @@ from fastldm.errors import InputError
 
 if TYPE_CHECKING:
     from fastldm.memory import MemoryPlan
+    from fastldm.pipeline import Pipeline
 
 
 class Size(click.ParamType):
@@ -84,6 +85,19 @@ backend_option = click.option(
     help="What runs the networks. All but torch need MODEL to be a bundle, which `fastldm export` writes; auto takes, "
     "of a bundle, what `fastldm verify` found fastest here.",
 )
+
+
+def _list_things(ctx: click.Context, param: click.Parameter, group: str | None) -> None:
+    """`--list`: as `--help`, it answers in place of the command."""
+    if group is None:
+        return
+    with reported(debug=False):
+        from fastldm.things import listing
+
+        click.echo(listing(group))
+    ctx.exit()
+
+
 debug_option = click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
 
 
@@ -118,6 +132,16 @@ debug_option = click.option("--debug", is_flag=True, help="Show a traceback when
 @click.option("--force", is_flag=True, help="Overwrite files that exist.")
 @click.option("--no-metadata", is_flag=True, help="Do not write prompt and settings into the PNG.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@click.option(
+    "--list",
+    is_flag=False,
+    flag_value="",
+    is_eager=True,
+    expose_value=False,
+    callback=_list_things,
+    metavar="[GROUP]",
+    help="Name the things that the model inside knows, of a group such as 'animals', and do nothing else.",
+)
 @debug_option
 def generate(
     prompt: str, output: str | None, model: str, count: int, as_json: bool, debug: bool, **options: Any
@@ -171,6 +195,8 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
     pipe = Pipeline.from_pretrained(model, **where)
     if options["decode"] != "whole":
         (pipe.enable_vae_tiling if options["decode"] == "tiled" else pipe.enable_vae_slicing)()
+    if model == "default":
+        _name_nearest(pipe, prompt)
     result = pipe(request, progress=not as_json and sys.stderr.isatty())
     save_result(result, paths, pipe.name, metadata=not options["no_metadata"])
 
@@ -194,6 +220,19 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
         f"{result.backend} {result.dtype} on {pipe.device}: {timings.total:.2f} s (text {timings.text:.2f}, "
         f"{steps} steps {sum(timings.steps):.2f}, decode {timings.decode:.2f})"
     )
+
+
+def _name_nearest(pipe: Pipeline, prompt: str) -> None:
+    """Say on stderr what the model inside takes a prompt for that names nothing it knows."""
+    from fastldm import things
+
+    if prompt.strip() and not things.knows_a_word(prompt):
+        near = ", ".join(repr(name) for name in things.nearest(pipe, prompt))
+        click.echo(
+            f"warning: the prompt names nothing that the default model knows; what it knows nearest to it: {near} "
+            "(all: fastldm generate --list)",
+            err=True,
+        )
 
 
 @main.command()

@@ -1,0 +1,86 @@
+"""What the model that ships inside knows, by its names, and what it takes a prompt without any of them for."""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+from fastldm.errors import InputError
+from fastldm.loading import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from fastldm.pipeline import Pipeline
+
+# Words of names and tags that say nothing of which thing is meant.
+_NO_THING = """
+a an the of and with in on at to for by from up down no one two big small little old new good bad beautiful cute
+red yellow green blue purple pink brown black white gray grey dark flat noto 3d
+"""
+
+
+class Thing(NamedTuple):
+    names: tuple[str, ...]  # the first is the one it was chosen by
+    tags: tuple[str, ...]
+    group: str
+
+
+@lru_cache
+def things() -> tuple[Thing, ...]:
+    """All that the model was trained on, the most common names first."""
+    listed = json.loads((DEFAULT_MODEL / "concepts.json").read_text(encoding="utf-8"))
+    return tuple(Thing(tuple(one["names"]), tuple(one["tags"]), one["group"]) for one in listed)
+
+
+def listing(group: str = "", width: int = 100) -> str:
+    """The names of a group, which a part of its name finds; of every group where none is given."""
+    groups: dict[str, list[str]] = {}
+    for thing in things():
+        groups.setdefault(thing.group, []).append(thing.names[0])
+    found = [name for name in sorted(groups) if group.strip().lower() in name.lower()]
+    if not found:
+        raise InputError(f"--list {group!r} is no group of things: expected a part of {', '.join(sorted(groups))}")
+    return "\n\n".join(
+        f"{name} ({len(groups[name])})\n" + textwrap.fill(", ".join(sorted(groups[name])), width) for name in found
+    )
+
+
+def knows_a_word(prompt: str) -> bool:
+    """Whether a prompt has a name in it, the last word of one, or a tag, in the singular or the plural."""
+    words = [_stem(word) for word in re.findall(r"\w+", prompt.lower())]
+    text = f" {' '.join(words)} "
+    return any(f" {known} " in text for known in _known())
+
+
+@lru_cache
+def _known() -> frozenset[str]:
+    texts = {text for thing in things() for text in (*thing.names, *thing.tags, *(n.split()[-1] for n in thing.names))}
+    known = (" ".join(_stem(word) for word in re.findall(r"\w+", text.lower())) for text in texts)
+    said = {"", *_NO_THING.split()}
+    return frozenset(text for text in known if not said.issuperset(text.split()))
+
+
+def _stem(word: str) -> str:
+    """What singular and plural have in common: of `bus` and `buses`, `berry` and `berries`, `glass` and `glasses`."""
+    return re.sub("y$", "i", word[:3] + word[3:].rstrip("es"))
+
+
+def nearest(pipe: Pipeline, prompt: str, count: int = 3) -> list[str]:
+    """The things whose text embeddings are nearest to a prompt's, by cosine once the mean of all is taken off.
+
+    An embedding is the text encoder's state (D,) at the last position of the window: from the end of a text on, a state
+    has seen all of it.
+    """
+    import torch
+
+    from fastldm.text import encode_prompts
+
+    names = [thing.names[0] for thing in things()]
+    texts = [f"a {name}" for name in names]
+    known = encode_prompts(pipe.text_stages, texts, literal=True).hidden[:, -1].float()  # (N, D)
+    asked = encode_prompts(pipe.text_stages, prompt, literal=True).hidden[:, -1].float()  # (1, D)
+    mean = known.mean(0)
+    alike = torch.cosine_similarity(known - mean, asked - mean, dim=1)  # (N,)
+    return [names[k] for k in alike.topk(count).indices.tolist()]
