@@ -12,6 +12,8 @@ import pytest
 import torch
 
 import fastldm
+from benchmarks.default_data import choose_concepts, plural
+from benchmarks.default_model import cleanness
 from fastldm.loading import DEFAULT_MODEL
 
 ROOT = Path(fastldm.__file__).resolve().parent.parent
@@ -52,3 +54,36 @@ def test_its_family_is_known(pipe: fastldm.Pipeline) -> None:
     assert pipe.family.name == "small"
     result = pipe("a red apple", seed=0)
     assert (len(result.timings.steps), result.request.guidance_scale, result.images[0].size) == (8, 2.0, (64, 64))
+
+
+def test_flat_areas_are_judged_where_the_own_picture_is_flat() -> None:
+    rng = np.random.default_rng(0)
+    own = np.full((1, 64, 64, 3), 255, np.uint8)
+    own[:, 16:48, 16:48] = (200, 30, 30)  # one colour in the middle of white
+    other = rng.integers(0, 256, own.shape, np.uint8)
+    true = own[0].astype(np.float32) / 255
+    assert max(cleanness(true[None], [np.concatenate([other, own])])) < 1e-3
+    noise = rng.normal(0, 0.02, true.shape).astype(np.float32)
+    middle = np.zeros_like(true)
+    middle[16:48, 16:48] = 1
+    rmse, flat = cleanness((true + noise * middle)[None], [own])
+    assert abs(rmse - 255 * 0.02 / 2) < 0.2  # a quarter of the picture
+    assert abs(flat - 255 * 0.02) < 0.3
+    assert cleanness((true + noise * (1 - middle))[None], [own])[1] < 1e-3  # white does not count
+    assert cleanness((true + 0.1 * middle)[None], [own])[1] < 1e-3  # another colour is no blot
+
+
+def test_things_are_chosen_by_group_and_by_how_common_their_names_are(tmp_path: Path) -> None:
+    def emoji(name: str, group: str = "Food & Drink", sets: str = "noto fluent-emoji-flat fluent-emoji") -> dict:
+        return {"name": name, "tags": [], "group": group, "sets": sets.split()}
+
+    given = {"1": emoji("zither"), "2": emoji("Red apple"), "3": emoji("water"), "4": emoji("dog", sets="noto")}
+    given["5"] = emoji("smile", "Smileys & Emotion")
+    (tmp_path / "captions.json").write_text(json.dumps(given))
+    assert [c["names"] for c in choose_concepts(tmp_path)] == [["water"], ["red apple", "apple"], ["zither"]]
+
+
+def test_plurals() -> None:
+    assert [plural(name) for name in ("dog", "berry", "key", "box", "peach", "grapes")] == [
+        "dogs", "berries", "keys", "boxes", "peaches", "grapes",
+    ]  # fmt: skip
