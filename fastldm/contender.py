@@ -301,8 +301,8 @@ def _optimum(task: Task, contender: Contender) -> Work:
 
 
 def _openvino_genai(task: Task, contender: Contender) -> Work:
-    """OpenVINO's pipeline, which has no Python between its steps. It wants models in OpenVINO's own format, an integer
-    time step, and a tokenizer that is a model too."""
+    """OpenVINO's pipeline, which has no Python between its steps. It wants models in OpenVINO's own format, time step
+    and tokens of 64 bits, and a tokenizer that is a model too."""
     import openvino as ov
     import openvino_genai as genai
     from openvino.preprocess import PrePostProcessor
@@ -314,12 +314,19 @@ def _openvino_genai(task: Task, contender: Contender) -> Work:
     folder.mkdir()
     scheduler = json.loads((bundle / "scheduler" / "scheduler_config.json").read_text())
     _scheduler(task, scheduler).save_pretrained(folder / "scheduler")
-    shutil.copy(bundle / "model_index.json", folder)
+    index = json.loads((bundle / "model_index.json").read_text())
+    index |= {  # by whose classes it knows what kind of model this is
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
     for name in ("text_encoder", "unet", "vae_decoder"):
         model = ov.Core().read_model(bundle / name / "model.onnx")
-        if name == "unet":
+        integers = {"unet": "timestep", "text_encoder": "input_ids"}
+        if name in integers:
             changed = PrePostProcessor(model)
-            changed.input("timestep").tensor().set_element_type(ov.Type.i64)
+            changed.input(integers[name]).tensor().set_element_type(ov.Type.i64)
             model = changed.build()
         (folder / name).mkdir()
         ov.save_model(model, folder / name / "openvino_model.xml", compress_to_fp16=False)
