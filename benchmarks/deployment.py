@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.networks import with_random_weights
 from benchmarks.suite import keep
-from fastldm.bench import machine
+from fastldm.planning.timing import machine
 
 PICTURE = ["generate", "a castle", "--steps", "2", "--seed", "0", "--json", "--device", "cpu"]
 
@@ -112,7 +112,7 @@ def make_model(folder: Path) -> None:
     import diffusers
     import transformers
 
-    from fastldm.text import clip_vocabulary
+    from fastldm.conditioning.text import clip_vocabulary
 
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768)

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     import torch
 
     from benchmarks.networks import Call
-    from fastldm.bench import Ceilings
     from fastldm.kernels.dispatch import Config, Op
+    from fastldm.planning.timing import Ceilings
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGEST = 8  # calls of an op that are timed
@@ -92,7 +92,7 @@ class Where:
     @property
     def limits(self) -> Ceilings:
         """The ceilings that the first stage measured, or those of the vendor's sheet, which the table then says."""
-        from fastldm.bench import Ceilings
+        from fastldm.planning.timing import Ceilings
 
         found = [row for row in of(self.rows, "ceilings") if "flops" in row]
         return Ceilings(found[0]["flops"], found[0]["bytes"]) if found else Ceilings(800e12, 4.3e12)
@@ -123,7 +123,7 @@ def ceilings(where: Where) -> None:
     import torch
 
     from benchmarks.harness import describe
-    from fastldm.bench import ceilings
+    from fastldm.planning.timing import ceilings
 
     emit(machine=describe(), say=f"{describe().get('gpu', 'a CPU')}, torch {torch.__version__}")
     measured = ceilings(where.device, where.network_dtype)
@@ -273,9 +273,9 @@ def _smallest(calls: Iterable[Call]) -> list[Call]:
 
 def variants(where: Where, name: str) -> None:
     """launch configurations against each other, A against B, at an op's largest calls"""
-    from fastldm.bench import take_turns
     from fastldm.kernels import dispatch
-    from fastldm.tune import candidates
+    from fastldm.planning.timing import take_turns
+    from fastldm.planning.tune import candidates
 
     if name in where.red:
         emit(op=name, skipped="its check was red", say=f"{name}: not timed, its check was red")
@@ -376,8 +376,8 @@ def compiled(where: Where, name: str = "sd15-512") -> None:
     import torch
 
     from benchmarks import ladder
-    from fastldm.bench import take_turns
     from fastldm.kernels import use
+    from fastldm.planning.timing import take_turns
 
     name = "tiny" if where.dry else name
     model = ladder.MODELS[name]
@@ -406,7 +406,7 @@ def compiled(where: Where, name: str = "sd15-512") -> None:
 def tune(where: Where) -> None:
     """launch configurations of the ten largest matrix products and convolutions, into tuned.json"""
     from fastldm.kernels import dispatch
-    from fastldm.tune import best_of, candidates, merge_into
+    from fastldm.planning.tune import best_of, candidates, merge_into
 
     wanted: dict[Call, list[Config]] = {}
     for name in ("linear", "linear_geglu", "conv2d", "upsample_conv2d"):

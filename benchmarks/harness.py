@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.networks import WORKLOADS, Call, calls
-from fastldm.bench import Ceilings, ceilings, take_turns
 from fastldm.kernels import dispatch
+from fastldm.planning.timing import Ceilings, ceilings, take_turns
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

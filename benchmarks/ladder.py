@@ -52,19 +52,19 @@ from benchmarks.networks import (
     with_random_weights,
 )
 from benchmarks.plain import PlainUNet
-from fastldm import loading
-from fastldm.config import FAMILIES, Family, TextConfig, UNetConfig, VAEConfig
-from fastldm.denoise import Batch, EagerBatch, Run, State
-from fastldm.graph import WARM_UPS
+from fastldm.conditioning.text import TextStage, Tokenizer
 from fastldm.kernels import use
+from fastldm.loading import spec as loading
+from fastldm.loading.prepare import prepare
 from fastldm.models.clip import CLIPText
+from fastldm.models.config import FAMILIES, Family, TextConfig, UNetConfig, VAEConfig
 from fastldm.models.unet import AddedConditions, UNet
 from fastldm.pipeline import Pipeline
-from fastldm.prepare import prepare
 from fastldm.request import Request
-from fastldm.scheduler_config import read_scheduler
-from fastldm.session import Session
-from fastldm.text import TextStage, Tokenizer
+from fastldm.runtime.denoise import Batch, EagerBatch, Run, State
+from fastldm.runtime.graph import WARM_UPS
+from fastldm.samplers.config import read_scheduler
+from fastldm.serving.session import Session
 
 SCHEDULER = {"_class_name": "DPMSolverMultistepScheduler", "beta_start": 0.00085, "beta_end": 0.012}
 SCHEDULER |= {"beta_schedule": "scaled_linear", "steps_offset": 1}

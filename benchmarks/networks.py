@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastldm import dry
-from fastldm.config import TextConfig, UNetConfig, VAEConfig
-from fastldm.contender import SD15 as _SD15
 from fastldm.kernels import dispatch
 from fastldm.kernels.attention import attention
+from fastldm.models.config import TextConfig, UNetConfig, VAEConfig
+from fastldm.planning import dry
+from fastldm.profiling.contender import SD15 as _SD15
 
 _CROSS_DOWN, _DOWN, _CROSS_UP, _UP = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"
 

@@ -27,9 +27,9 @@ from typing import Any
 import torch
 
 from benchmarks.suite import RESULTS, STYLE, slug
-from fastldm.bench import machine
 from fastldm.pipeline import Pipeline
-from fastldm.session import Session
+from fastldm.planning.timing import machine
+from fastldm.serving.session import Session
 
 EXPECTED = {"steps": 1.0, "pictures": 1.0, "pixels": 1.0, "tokens": 0.0, "requests": 1.0}
 Timed = Callable[[int], float]  # size -> seconds

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness
-from fastldm.bench import ceilings, take_turns
 from fastldm.kernels import use
 from fastldm.kernels.step import COLUMNS, END_STEP, StepState, end_step, guide, model_input, step, table_rows
-from fastldm.schedule import ScheduleConfig, make_table
+from fastldm.planning.timing import ceilings, take_turns
+from fastldm.samplers.table import ScheduleConfig, make_table
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 SCALE, STEPS, ROW = 7.5, 20, 10  # every replay is step 11 of 20

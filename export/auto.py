@@ -25,8 +25,6 @@ import numpy as np
 import torch
 
 from fastldm import openmp
-from fastldm.bench import machine
-from fastldm.doctor import cache_root
 from fastldm.engine import BACKENDS
 from fastldm.errors import BundleError, EngineError
 from fastldm.export.bundle import Bundle
@@ -34,6 +32,8 @@ from fastldm.export.cache import instructions
 from fastldm.export.engines import Engines
 from fastldm.export.networks import source
 from fastldm.pipeline import Pipeline
+from fastldm.planning.doctor import cache_root
+from fastldm.planning.timing import machine
 
 logger = logging.getLogger("fastldm")
 

@@ -29,9 +29,9 @@ from typing import TypeVar
 
 import torch
 
-from fastldm.doctor import cache_root
 from fastldm.errors import EngineError
 from fastldm.export.private import Folder
+from fastldm.planning.doctor import cache_root
 
 logger = logging.getLogger("fastldm")
 

@@ -17,16 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastldm import engine, loading, openmp
-from fastldm.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
+from fastldm import engine, openmp
+from fastldm.conditioning.text import TextStage
 from fastldm.engine import Engine, open_engine
 from fastldm.errors import BundleError, CheckpointError, InputError
 from fastldm.export.bundle import Bundle, differing, identity
 from fastldm.export.spec import Axis, NetworkSpec
+from fastldm.loading import spec as loading
+from fastldm.loading.prepare import prepare
+from fastldm.models.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
 from fastldm.models.unet import AddedConditions, guidance_embedding
 from fastldm.models.vae import Layer
-from fastldm.prepare import prepare
-from fastldm.text import TextStage
 
 
 @dataclass(frozen=True)

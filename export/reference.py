@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastldm import loading, weights
 from fastldm.export.spec import DType, sample, specs
 from fastldm.kernels import use
+from fastldm.loading import spec as loading
+from fastldm.loading import weights
 from fastldm.models.clip import CLIPText
 from fastldm.models.unet import AddedConditions, GuidanceSinusoids, Sinusoids, UNet
 from fastldm.models.vae import HALF_EXPONENT, AutoencoderKL, TinyAutoencoder, rescale_for_half

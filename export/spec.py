@@ -28,7 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastldm.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
+from fastldm.models.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
 
 DType = Literal["float32", "float16", "int32"]
 Like = Literal["normal", "latents", "picture"]
@@ -146,7 +146,7 @@ def specs(
 ) -> dict[str, NetworkSpec]:
     """All networks of a model by name. dtype: "float32" or "float16", that of weights and activations."""
     names = ("text_encoder", "text_encoder_2")
-    normalised = texts[-1].projection_dim is None  # as `fastldm.text` reads them: SDXL's are not
+    normalised = texts[-1].projection_dim is None  # as `fastldm.conditioning.text` reads them: SDXL's are not
     networks = [_text_encoder(name, text, dtype, normalised) for name, text in zip(names, texts, strict=False)]
     window = min(text.max_position for text in texts)
     networks += _split_unet(unet, window, dtype) if split else [_unet(unet, window, dtype)]

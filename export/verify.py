@@ -25,7 +25,7 @@ from fastldm.export.bundle import PICTURE, Bundle
 from fastldm.export.parity import Difference, difference, gate, worst
 from fastldm.export.reference import Networks
 from fastldm.export.spec import Axis, NetworkSpec, sample
-from fastldm.loading import Spec
+from fastldm.loading.spec import Spec
 from fastldm.pipeline import Pipeline
 
 Named = dict[str, Tensor]

@@ -20,6 +20,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from fastldm import __version__
+from fastldm.conditioning.text import BOS, CLIP_WINDOW, EOS, clip_vocabulary
 from fastldm.engine import MANIFEST
 from fastldm.errors import BundleError, CheckpointError, InputError
 from fastldm.export import manifest as manifests
@@ -30,10 +31,9 @@ from fastldm.export.private import locked
 from fastldm.export.reference import Networks
 from fastldm.export.spec import DType, specs
 from fastldm.export.verify import check_network, goldens_of, goldens_of_picture
-from fastldm.loading import Spec
+from fastldm.loading.spec import Spec
+from fastldm.loading.weights import TOKENIZER_FILES, TokenizerFiles
 from fastldm.reading import check_path
-from fastldm.text import BOS, CLIP_WINDOW, EOS, clip_vocabulary
-from fastldm.weights import TOKENIZER_FILES, TokenizerFiles
 
 _VERSIONS = ("torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime")
 _PARTIAL, _DONE = ".partial", "done.json"

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fastldm.image import read_parameters
     from fastldm.pipeline import Pipeline
     from fastldm.request import Request, Result
-    from fastldm.session import Generation, Progress, Session
+    from fastldm.serving.session import Generation, Progress, Session
 
 openmp.bound_spin()  # before torch is loaded, whose runtime reads it once
 
@@ -60,12 +60,12 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Generation": "session",
+    "Generation": "serving.session",
     "Pipeline": "pipeline",
-    "Progress": "session",
+    "Progress": "serving.session",
     "Request": "request",
     "Result": "request",
-    "Session": "session",
+    "Session": "serving.session",
     "read_parameters": "image",
 }
 

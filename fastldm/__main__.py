@@ -1,7 +1,8 @@
 """`python -m fastldm` and `fastldm`: the command, in a process of its own."""
 
-from fastldm import cli_report, heap
+from fastldm import heap
 from fastldm.cli import main
+from fastldm.cli import report as cli_report
 
 
 def run() -> None:

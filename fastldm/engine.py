@@ -23,11 +23,11 @@ from fastldm.errors import EngineError, InputError
 from fastldm.reading import check_path
 
 if TYPE_CHECKING:
-    from fastldm import loading
-    from fastldm.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
     from fastldm.export.bundle import Bundle
     from fastldm.export.networks import Source
     from fastldm.export.spec import Axis, NetworkSpec
+    from fastldm.loading import spec as loading
+    from fastldm.models.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
     from fastldm.models.unet import AddedConditions
     from fastldm.models.vae import Layer
 

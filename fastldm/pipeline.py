@@ -22,11 +22,23 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from fastldm import adoption, checks, conditioning, engine, loading, memory, schedule, weights
+from fastldm import checks, engine
 from fastldm import image as images
-from fastldm.callback import Calls, CallState, Change, Steered, StepCallback, tensor_names
-from fastldm.complete import complete, start_latents
-from fastldm.denoise import (
+from fastldm.conditioning import encode as conditioning
+from fastldm.conditioning.text import Conditioning
+from fastldm.device import Mark, send, to_host
+from fastldm.errors import CheckpointError, InputError, NonFinite
+from fastldm.kernels.step import fuses
+from fastldm.loading import adoption, weights
+from fastldm.loading import spec as loading
+from fastldm.loading.mapped import Mapped
+from fastldm.models.unet import AddedConditions, UNet
+from fastldm.models.vae import Decode, Pieces, decode_pieces, finish
+from fastldm.planning import memory
+from fastldm.reading import check_path
+from fastldm.request import MAX_IMAGES, MAX_SIDE, Request, Result, Timings, picture_seeds
+from fastldm.runtime.complete import complete, start_latents
+from fastldm.runtime.denoise import (
     Batch,
     Conditions,
     EagerBatch,
@@ -36,19 +48,12 @@ from fastldm.denoise import (
     Work,
     check_finite,
 )
-from fastldm.device import Mark, send, to_host
-from fastldm.errors import CheckpointError, InputError, NonFinite
-from fastldm.graph import CUDA, WARM_UPS, Graphs
-from fastldm.kernels.step import fuses
-from fastldm.mapped import Mapped
-from fastldm.models.unet import AddedConditions, UNet
-from fastldm.models.vae import Decode, Pieces, decode_pieces, finish
-from fastldm.reading import check_path
-from fastldm.request import MAX_IMAGES, MAX_SIDE, Request, Result, Timings, picture_seeds
-from fastldm.session import Progress, Session
-from fastldm.slots import Slots, StaticBuffers, graph_rows, step_capacity
-from fastldm.start import start_work
-from fastldm.text import Conditioning
+from fastldm.runtime.graph import CUDA, WARM_UPS, Graphs
+from fastldm.runtime.slots import Slots, StaticBuffers, graph_rows, step_capacity
+from fastldm.runtime.start import start_work
+from fastldm.samplers import table as schedule
+from fastldm.serving.callback import Calls, CallState, Change, Steered, StepCallback, tensor_names
+from fastldm.serving.session import Progress, Session
 
 logger = logging.getLogger("fastldm")
 

@@ -121,7 +121,7 @@ def conv2d_torch(
 def in_eights(weight: Tensor) -> Tensor:
     """weight (O, C, K, K) with zeros behind it, up to multiples of 8 filters and channels.
 
-    Nothing is copied where weight is a corner of such a tensor in channels-last memory, as `fastldm.prepare` lays it:
+    Nothing is copied where weight is a corner of such a tensor in channels-last memory, as loading/prepare.py lays it:
     its strides and the size of its storage say so.
     """
     filters, channels, height, width = weight.shape

@@ -17,9 +17,9 @@ import pytest
 import tiny
 from filelock import FileLock
 
-from fastldm import loading
 from fastldm.export import manifest as manifests
 from fastldm.export import writing
+from fastldm.loading import spec as loading
 
 if TYPE_CHECKING:
     from fastldm.export.reference import Networks

@@ -25,12 +25,13 @@ import torch
 from diffusers.configuration_utils import ConfigMixin
 from torch import Tensor
 
-from fastldm import schedule, spacing
-from fastldm.denoise import Inpainting, Work, denoise, draw_step_noise, randn
 from fastldm.errors import InputError
 from fastldm.kernels import step as step_kernel
-from fastldm.samplers import Row
-from fastldm.schedule import CLASSES, ScheduleConfig, StepTable, make_table
+from fastldm.runtime.denoise import Inpainting, Work, denoise, draw_step_noise, randn
+from fastldm.samplers import spacing
+from fastldm.samplers import table as schedule
+from fastldm.samplers.solvers import Row
+from fastldm.samplers.table import CLASSES, ScheduleConfig, StepTable, make_table
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 PARITY = 1e-4  # relative error of float32

@@ -23,9 +23,11 @@ from diffusers.models import attention_processor
 from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D
 from torch import Tensor, nn
 
-from fastldm import Pipeline, changes, relatives, schedule
+from fastldm import Pipeline
+from fastldm.conditioning.text import Tokenizer
 from fastldm.errors import CheckpointError, InputError
-from fastldm.text import Tokenizer
+from fastldm.loading import changes, relatives
+from fastldm.samplers import table as schedule
 
 Change = Callable[[Any], object]
 

@@ -256,7 +256,7 @@ def test_what_a_bundle_is_of_is_known_without_its_model(sd1: tuple[Path, Path], 
         load(moved, "torch")
     assert load(moved, "onnxruntime").family.name == "sd1"
     with pytest.raises(CheckpointError, match="is an exported bundle, which PyTorch cannot read"):
-        fastldm.loading.describe(moved).checkpoint.components["unet"].state()
+        fastldm.loading.spec.describe(moved).checkpoint.components["unet"].state()
 
 
 def test_a_damaged_bundle_is_refused(sd1: tuple[Path, Path], tmp_path: Path) -> None:

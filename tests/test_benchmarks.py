@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from benchmarks import harness, networks, readme, scaling, suite
-from fastldm import bench
 from fastldm.kernels import dispatch
+from fastldm.planning import timing as bench
 
 
 def run(ratio: float, date: str = "2026-11-22 10:00") -> dict[str, Any]:

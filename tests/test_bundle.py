@@ -26,8 +26,8 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 import fastldm
-from fastldm import loading
 from fastldm.cli import main
+from fastldm.conditioning.text import Tokenizer
 from fastldm.engine import nearest, open_engine
 from fastldm.errors import BundleError, EngineError, InputError
 from fastldm.export import manifest as manifests
@@ -36,7 +36,7 @@ from fastldm.export import verify as proof
 from fastldm.export.bundle import Bundle
 from fastldm.export.engines import Engines
 from fastldm.export.spec import specs
-from fastldm.text import Tokenizer
+from fastldm.loading import spec as loading
 
 ROOT = Path(fastldm.__file__).resolve().parent.parent
 PICTURE = {("picture", "golden"): 1}

@@ -15,8 +15,8 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback, SDXLCFGCutoffCallback
 
 from fastldm import InputError, Pipeline, Request, Session
-from fastldm.denoise import EagerBatch, Run
-from fastldm.slots import Slots, StaticBuffers
+from fastldm.runtime.denoise import EagerBatch, Run
+from fastldm.runtime.slots import Slots, StaticBuffers
 
 diffusers.utils.logging.disable_progress_bar()
 diffusers.utils.logging.set_verbosity_error()

@@ -205,7 +205,7 @@ def test_plan_as_json(model: str) -> None:
 
 
 def test_plan_says_what_would_fit(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastldm import memory
+    from fastldm.planning import memory
 
     monkeypatch.setattr(memory, "free_bytes", lambda device: 100 * 2**20)
     said = plan(model, "--size", "768x768", "--n", "2").output
@@ -226,7 +226,7 @@ def test_doctor(model: str) -> None:
 
 
 def test_doctor_sees_two_onnx_runtimes(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastldm import doctor
+    from fastldm.planning import doctor
 
     monkeypatch.setattr(doctor, "_version", lambda distribution: "1.0")
     assert "overwrite each other's files" in fast("doctor", "-m", model).output

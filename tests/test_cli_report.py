@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 import fastldm
 from fastldm.cli import main
-from fastldm.cli_report import reported
+from fastldm.cli.report import reported
 from fastldm.errors import Cancelled, CheckpointError, InputError
 
 ROOT = Path(fastldm.__file__).resolve().parent.parent

@@ -10,10 +10,11 @@ import bundles
 import pytest
 from click.testing import CliRunner
 
-from fastldm import cli_bench, compare, contender
+from fastldm.cli import bench as cli_bench
 from fastldm.cli import main
-from fastldm.compare import Contender, Task
 from fastldm.errors import EngineError
+from fastldm.profiling import compare, contender
+from fastldm.profiling.compare import Contender, Task
 
 TASK = Task("default", "step", 32, 32, "DDIMScheduler", 1, 2.0, threads=1)
 PEER, OURS = Contender("diffusers", "float32"), Contender("fastldm", "float32")

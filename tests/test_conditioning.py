@@ -11,7 +11,8 @@ import tiny
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from fastldm import InputError, Pipeline, Request, conditioning
+from fastldm import InputError, Pipeline, Request
+from fastldm.conditioning import encode as conditioning
 
 
 def embeds(**changes: Any) -> dict[str, Any]:

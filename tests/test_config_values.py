@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import tiny
 
-from fastldm import loading, schedule, weights
+from fastldm.conditioning.text import Tokenizer
 from fastldm.errors import CheckpointError, FastLDMError, InputError
-from fastldm.text import Tokenizer
+from fastldm.loading import spec as loading
+from fastldm.loading import weights
+from fastldm.samplers import table as schedule
 
 HOSTILE: list[Any] = [
     None,

@@ -14,7 +14,7 @@ import torch
 import fastldm
 from benchmarks.default_data import choose_concepts, plural
 from benchmarks.default_model import cleanness
-from fastldm.loading import DEFAULT_MODEL
+from fastldm.loading.spec import DEFAULT_MODEL
 
 ROOT = Path(fastldm.__file__).resolve().parent.parent
 GATES = ROOT / "benchmarks" / "results" / "default_model.json"

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastldm import kernels
-from fastldm.denoise import Guidance, Inpainting, Work, denoise, draw_step_noise, randn
 from fastldm.errors import Cancelled, InputError, NonFinite
-from fastldm.schedule import SAMPLERS, ScheduleConfig, StepTable, make_table
+from fastldm.runtime.denoise import Guidance, Inpainting, Work, denoise, draw_step_noise, randn
+from fastldm.samplers.table import SAMPLERS, ScheduleConfig, StepTable, make_table
 
 SHAPE = (2, 4, 6, 5)
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}

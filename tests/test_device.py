@@ -15,10 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import ladder
-from fastldm import Pipeline, conditioning, denoise, pipeline, slots, start, text
+from fastldm import Pipeline, pipeline
+from fastldm.conditioning import encode as conditioning
+from fastldm.conditioning import text
 from fastldm.device import Mark, send, send_numbers, to_host
 from fastldm.kernels import dispatch
 from fastldm.request import Request
+from fastldm.runtime import denoise, slots, start
 
 
 def test_numbers_keep_their_values_shape_and_dtype() -> None:

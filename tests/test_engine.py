@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastldm import loading
 from fastldm.engine import BACKENDS, bound, nearest, open_engine
 from fastldm.errors import EngineError, InputError
 from fastldm.export import cache as cache_module
 from fastldm.export import networks
 from fastldm.export.cache import EngineCache
 from fastldm.export.spec import Axis, NetworkSpec, Port, sample
+from fastldm.loading import spec as loading
 
 CPU = torch.device("cpu")
 BATCH, TOKENS = Axis("batch", 1, 2, 4), Axis("tokens", 1, 7, 20)

@@ -16,7 +16,6 @@ import tiny
 import torch
 
 import fastldm
-from fastldm import loading
 from fastldm.engine import nearest, open_engine
 from fastldm.errors import BundleError, EngineError, InputError
 from fastldm.export.onnx import _trace, _Traced, check_graph, write
@@ -25,6 +24,7 @@ from fastldm.export.parity import Difference, difference, gate
 from fastldm.export.reference import Networks
 from fastldm.export.spec import NetworkSpec, sample
 from fastldm.kernels import observe
+from fastldm.loading import spec as loading
 from fastldm.models.layers import GEGLU, GroupNorm
 
 ROOT = Path(fastldm.__file__).resolve().parent.parent

@@ -9,9 +9,9 @@ import pytest
 import tiny
 import torch
 
-from fastldm import loading
 from fastldm.export.reference import Networks
 from fastldm.export.spec import Axis, NetworkSpec, Port, sample, specs
+from fastldm.loading import spec as loading
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from test_slots import Recorder
 from torch import Tensor
 
 from fastldm.errors import EngineError
-from fastldm.graph import CUDA, WARM_UPS, Graphs
 from fastldm.kernels.dispatch import CompiledLate
+from fastldm.runtime.graph import CUDA, WARM_UPS, Graphs
 
 
 class Work:
@@ -151,7 +151,7 @@ class FakeCUDA:
 
 def test_a_pool_whose_last_graph_has_gone_is_not_captured_into(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether they were let go for memory, with their buffers, or the only one could not be captured."""
-    monkeypatch.setattr("fastldm.graph.torch.cuda", FakeCUDA())
+    monkeypatch.setattr("fastldm.runtime.graph.torch.cuda", FakeCUDA())
 
     def refuses() -> None:
         raise RuntimeError("not permitted when stream is capturing")

@@ -27,13 +27,14 @@ from conftest import ROOT
 from test_slots import Launches, Nodes
 
 from benchmarks.networks import CLIP_L, SD15, SDXL, VAE
-from fastldm import Pipeline, dry
-from fastldm.allocator import record
-from fastldm.config import UNetConfig
-from fastldm.denoise import Conditions, EagerBatch, Guidance, Run, Work
+from fastldm import Pipeline
 from fastldm.kernels import dispatch
-from fastldm.schedule import ScheduleConfig, make_table
-from fastldm.session import Session
+from fastldm.models.config import UNetConfig
+from fastldm.planning import dry
+from fastldm.planning.allocator import record
+from fastldm.runtime.denoise import Conditions, EagerBatch, Guidance, Run, Work
+from fastldm.samplers.table import ScheduleConfig, make_table
+from fastldm.serving.session import Session
 
 GPU, CPU = 90, 0
 

@@ -12,8 +12,8 @@ import tiny
 import torch
 
 import fastldm
-from fastldm import loading
 from fastldm.errors import CheckpointError, InputError
+from fastldm.loading import spec as loading
 
 # --- Components that are not of one model, in a folder and in memory ---
 

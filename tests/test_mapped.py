@@ -15,7 +15,7 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 from fastldm import CheckpointError, Pipeline
-from fastldm.loading import DEFAULT_MODEL
+from fastldm.loading.spec import DEFAULT_MODEL
 
 SMALL = {"prompt": "a cat", "num_inference_steps": 1, "seed": 0, "height": 32, "width": 32, "output_type": "np"}
 

@@ -24,14 +24,16 @@ from torch.profiler import ProfilerActivity, profile
 
 import fastldm
 from benchmarks.networks import CLIP_L, SD15, SDXL, VAE
-from fastldm import OutOfMemory, Pipeline, loading, memory
+from fastldm import OutOfMemory, Pipeline
 from fastldm import image as images
-from fastldm.allocator import MIB, CUDAHeap, Heap, record
 from fastldm.kernels.step import StepState
-from fastldm.memory import MemoryPlan, Workload, plan, refuse
+from fastldm.loading import spec as loading
 from fastldm.models.unet import AddedConditions
 from fastldm.models.vae import decode_pieces, finish
-from fastldm.slots import StaticBuffers
+from fastldm.planning import memory
+from fastldm.planning.allocator import MIB, CUDAHeap, Heap, record
+from fastldm.planning.memory import MemoryPlan, Workload, plan, refuse
+from fastldm.runtime.slots import StaticBuffers
 
 ROOT = Path(fastldm.__file__).resolve().parent.parent
 SCRATCH = 512 * 1024

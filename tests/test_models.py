@@ -19,10 +19,10 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastldm.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig, recognise
 from fastldm.errors import CheckpointError, InputError
 from fastldm.kernels import attention, conv, geglu, group_norm, layer_norm, linear
 from fastldm.models import AddedConditions, AutoencoderKL, CLIPText, TinyAutoencoder, UNet, rescale_for_half
+from fastldm.models.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig, recognise
 from fastldm.models.unet import guidance_embedding, timestep_embedding
 
 pytestmark = pytest.mark.usefixtures("_no_grad")

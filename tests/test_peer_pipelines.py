@@ -10,7 +10,8 @@ import pipeline_judge as judge
 import pytest
 from pipeline_judge import CLASSES, KINDS, VALUES, Case, Verdict
 
-from fastldm import Request, conditioning
+from fastldm import Request
+from fastldm.conditioning import encode as conditioning
 
 diffusers.utils.logging.disable_progress_bar()
 diffusers.utils.logging.set_verbosity_error()

@@ -17,7 +17,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
 import fastldm
-from fastldm import InputError, NonFinite, OutOfMemory, Pipeline, Request, memory
+from fastldm import InputError, NonFinite, OutOfMemory, Pipeline, Request
+from fastldm.planning import memory
 
 diffusers.utils.logging.disable_progress_bar()
 diffusers.utils.logging.set_verbosity_error()

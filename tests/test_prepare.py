@@ -17,9 +17,10 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from fastldm import adoption, loading, prepare, weights
 from fastldm.errors import InputError
 from fastldm.kernels import conv, dispatch, linear, onednn
+from fastldm.loading import adoption, prepare, weights
+from fastldm.loading import spec as loading
 from fastldm.models import UNet
 from fastldm.models.clip import TextAttention
 from fastldm.models.layers import Attention

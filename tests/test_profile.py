@@ -27,17 +27,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import ladder
 from benchmarks.networks import SD15, SDXL
-from fastldm import Pipeline, dry, profile_page, profile_report, spans
-from fastldm import profile as profiles
-from fastldm.bench import Ceilings
+from fastldm import Pipeline
 from fastldm.cli import main
-from fastldm.config import UNetConfig
 from fastldm.kernels import dispatch, onednn
 from fastldm.kernels.geglu import GEGLU, geglu
 from fastldm.kernels.group_norm import GROUP_NORM
 from fastldm.kernels.layer_norm import LAYER_NORM
-from fastldm.loading import choose_dtype
-from fastldm.profile import OUTSIDE, Profile, Spread, profile
+from fastldm.loading.spec import choose_dtype
+from fastldm.models.config import UNetConfig
+from fastldm.planning import dry
+from fastldm.planning.timing import Ceilings
+from fastldm.profiling import page as profile_page
+from fastldm.profiling import profile as profiles
+from fastldm.profiling import report as profile_report
+from fastldm.profiling import spans
+from fastldm.profiling.profile import OUTSIDE, Profile, Spread, profile
 
 STEPS, ROUNDS = 3, 3
 

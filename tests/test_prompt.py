@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastldm import prompt as prompts
-from fastldm.prompt import parse, parse_weights
+from fastldm.conditioning import prompt as prompts
+from fastldm.conditioning.prompt import parse, parse_weights
 
 
 @pytest.mark.parametrize(

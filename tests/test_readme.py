@@ -12,9 +12,9 @@ from click.testing import CliRunner
 from PIL import Image
 
 import fastldm
-from fastldm import loading
 from fastldm.cli import main
-from fastldm.schedule import resolve_sampler
+from fastldm.loading import spec as loading
+from fastldm.samplers.table import resolve_sampler
 
 ROOT = Path(fastldm.__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -12,9 +12,11 @@ import tiny
 from safetensors.torch import save_file
 from test_weights import SD_INDEX, ldm_unet, ldm_vae, openai_clip, random_state
 
-from fastldm import Pipeline, loading, relatives
+from fastldm import Pipeline
 from fastldm.errors import CheckpointError
-from fastldm.weights import component_classes
+from fastldm.loading import relatives
+from fastldm.loading import spec as loading
+from fastldm.loading.weights import component_classes
 
 XL_INDEX = {
     **SD_INDEX,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scheduler_judge import SD
 
-from fastldm import spacing
-from fastldm.schedule import COLUMNS, SAMPLERS, ScheduleConfig, make_table
+from fastldm.samplers import spacing
+from fastldm.samplers.table import COLUMNS, SAMPLERS, ScheduleConfig, make_table
 
 ENDS_NOISY = ("deis", "tcd")  # at the noise of timestep 0
 SPACINGS = ("linspace", "leading", "trailing")

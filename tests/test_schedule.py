@@ -32,7 +32,7 @@ from scheduler_judge import (
 
 from fastldm.errors import InputError
 from fastldm.kernels import step as step_kernel
-from fastldm.schedule import CLASSES, COLUMNS, SAMPLERS, ScheduleConfig, make_table, resolve_sampler
+from fastldm.samplers.table import CLASSES, COLUMNS, SAMPLERS, ScheduleConfig, make_table, resolve_sampler
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 STEPS = (1, 2, 3, 5, 10, 25, 50)
@@ -256,7 +256,7 @@ def test_columns_are_the_kernels() -> None:
 
 
 def test_no_torch() -> None:
-    code = "import sys; import fastldm.schedule; assert not {'torch', 'scipy', 'diffusers'} & set(sys.modules)"
+    code = "import sys; import fastldm.samplers.table; assert not {'torch', 'scipy', 'diffusers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -99,7 +99,7 @@ MUTATIONS = [
 
 @contextmanager
 def planted(mutation: Mutation, new: str) -> Iterator[ModuleType]:
-    """fastldm.schedule, and the modules under it, with the text replaced in one of them."""
+    """fastldm.samplers.table, and the modules under it, with the text replaced in one of them."""
     modules = [importlib.import_module(f"fastldm.{name}") for name in MODULES]
     sources = [inspect.getsource(module) for module in modules]
     with mock.patch.dict(sys.modules), mock.patch.multiple(fastldm, **dict(zip(MODULES, modules, strict=True))):

@@ -11,8 +11,8 @@ import pytest
 import tiny
 
 from fastldm.errors import CheckpointError
-from fastldm.schedule import CLASSES
-from fastldm.scheduler_config import SET_BY_PIPELINES, read_scheduler
+from fastldm.samplers.config import SET_BY_PIPELINES, read_scheduler
+from fastldm.samplers.table import CLASSES
 
 PIPELINES = (
     *(name for name in SET_BY_PIPELINES if hasattr(diffusers, name)),

@@ -25,8 +25,8 @@ from test_slots import Recorder
 import fastldm
 from benchmarks import ladder
 from fastldm import Cancelled, DeadlineExceeded, InputError, NonFinite, OutOfMemory, Pipeline, QueueFull, Session
-from fastldm.denoise import EagerBatch
-from fastldm.graph import Graphs
+from fastldm.runtime.denoise import EagerBatch
+from fastldm.runtime.graph import Graphs
 
 
 @pytest.fixture(scope="module")
@@ -317,9 +317,9 @@ def test_waiting_raises_priority(pipe: Pipeline, gate: threading.Event, monkeypa
         while not futures["first"].running():
             time.sleep(0.001)
         now = time.perf_counter()
-        monkeypatch.setattr("fastldm.bucket.perf_counter", lambda: now - 60.0)
+        monkeypatch.setattr("fastldm.serving.bucket.perf_counter", lambda: now - 60.0)
         futures["old"] = session.submit(**options())
-        monkeypatch.setattr("fastldm.bucket.perf_counter", time.perf_counter)
+        monkeypatch.setattr("fastldm.serving.bucket.perf_counter", time.perf_counter)
         futures["urgent"] = session.submit(**options(), priority=1)
         assert finished_in_order(futures, gate) == ["first", "old", "urgent"]
 

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from test_weights import Shapes, converted_by_diffusers, full_size, openai_clip, random_state, small, write_sparse
 from torch import Tensor, nn
 
-from fastldm import loading
 from fastldm.errors import CheckpointError
-from fastldm.weights import load_module, open_single_file
+from fastldm.loading import spec as loading
+from fastldm.loading.weights import load_module, open_single_file
 
 CLIP_H = "cond_stage_model.model."
 
@@ -131,7 +131,7 @@ def test_names_of_torch_compile_in_a_single_file(tmp_path: Path) -> None:
 def test_absurd_shapes_are_refused_at_once(tmp_path: Path) -> None:
     shapes = small("sd1") | {"model.diffusion_model.input_blocks.0.0.weight": (10**9, 4, 3, 3)}
     shapes |= {"model.diffusion_model.input_blocks.1.0.in_layers.2.weight": (10**9, 10**9, 3, 3)}
-    from fastldm.single_file import read_layout
+    from fastldm.loading.single_file import read_layout
 
     with pytest.raises(CheckpointError, match="built differently"):
         read_layout(shapes, source="file")

@@ -13,9 +13,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.networks import SD15, SDXL, TINY, with_random_weights
-from fastldm import dry
-from fastldm.config import UNetConfig
-from fastldm.denoise import (
+from fastldm.kernels import dispatch, use
+from fastldm.kernels.step import StepState
+from fastldm.models.config import UNetConfig
+from fastldm.models.unet import UNet
+from fastldm.planning import dry
+from fastldm.runtime.denoise import (
     Batch,
     Conditions,
     EagerBatch,
@@ -26,12 +29,9 @@ from fastldm.denoise import (
     denoise,
     draw_step_noise,
 )
-from fastldm.graph import Graphs
-from fastldm.kernels import dispatch, use
-from fastldm.kernels.step import StepState
-from fastldm.models.unet import UNet
-from fastldm.schedule import SAMPLERS, ScheduleConfig, make_table
-from fastldm.slots import ROWS, Slots, StaticBuffers, graph_rows
+from fastldm.runtime.graph import Graphs
+from fastldm.runtime.slots import ROWS, Slots, StaticBuffers, graph_rows
+from fastldm.samplers.table import SAMPLERS, ScheduleConfig, make_table
 
 DEVICE = ops.DEVICE
 CHANNELS, HEIGHT, WIDTH = 4, 6, 5  # no two alike, none a power of two but one
@@ -393,7 +393,7 @@ def test_a_graph_serves_every_sampler_scale_prompt_and_seed() -> None:
 
 
 def test_maps_are_sent_when_somebody_comes_or_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastldm import slots
+    from fastldm.runtime import slots
 
     sent: list[int] = []
     send = slots.send_numbers

@@ -13,11 +13,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from fastldm import Pipeline, loading
+from fastldm import Pipeline
 from fastldm.cli import main
 from fastldm.errors import BundleError, InputError
 from fastldm.export import auto, networks, writing
 from fastldm.export.bundle import Bundle, differing, identity
+from fastldm.loading import spec as loading
 
 CPU = torch.device("cpu")
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from scheduler_judge import SD, Case, judge, nearest_roots
 
-from fastldm import spacing
 from fastldm.errors import InputError
-from fastldm.schedule import CLASSES, SAMPLERS, ScheduleConfig, make_table
+from fastldm.samplers import spacing
+from fastldm.samplers.table import CLASSES, SAMPLERS, ScheduleConfig, make_table
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 DDIM = ScheduleConfig.from_dict({"_class_name": "DDIMScheduler", **SD})

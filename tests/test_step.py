@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastldm.denoise import Guidance
 from fastldm.kernels import dispatch, use
 from fastldm.kernels.step import (
     COLUMNS,
@@ -26,7 +25,8 @@ from fastldm.kernels.step import (
     guide,
     table_rows,
 )
-from fastldm.schedule import SAMPLERS, ScheduleConfig, StepTable, make_table
+from fastldm.runtime.denoise import Guidance
+from fastldm.samplers.table import SAMPLERS, ScheduleConfig, StepTable, make_table
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 DEVICE = ops.DEVICE

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastldm.errors import CheckpointError
-from fastldm.tensors import read_shapes, read_tensors
+from fastldm.loading.tensors import read_shapes, read_tensors
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2)}
 

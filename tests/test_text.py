@@ -15,11 +15,8 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from fastldm.config import TextConfig
-from fastldm.errors import CheckpointError, InputError
-from fastldm.models.clip import CLIPText
-from fastldm.prompt import parse_weights
-from fastldm.text import (
+from fastldm.conditioning.prompt import parse_weights
+from fastldm.conditioning.text import (
     BOS,
     EOS,
     Conditioning,
@@ -29,6 +26,9 @@ from fastldm.text import (
     encode_prompts,
     prompt_list,
 )
+from fastldm.errors import CheckpointError, InputError
+from fastldm.models.clip import CLIPText
+from fastldm.models.config import TextConfig
 
 ASTRONAUT = [320, 1125, 539, 550, 18376, 6765, 320, 4558]
 
@@ -451,7 +451,7 @@ def test_the_second_encoder_reads_the_second_prompt(judge: Judge) -> None:
 
 
 def test_many_windows_are_read_in_groups(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastldm.text.MAX_WINDOWS", 2)
+    monkeypatch.setattr("fastldm.conditioning.text.MAX_WINDOWS", 2)
     counts: list[int] = []
 
     def run(key: Any, work: Any, ids: Tensor) -> Any:

@@ -10,10 +10,11 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks import networks
-from fastldm import loading, tune, warm
 from fastldm.cli import main
 from fastldm.errors import InputError
 from fastldm.kernels import dispatch
+from fastldm.loading import spec as loading
+from fastldm.planning import tune, warm
 
 
 def run(*arguments: str) -> tuple[int, str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastldm.models.vae as ours
 from fastldm import Pipeline
-from fastldm.config import TinyVAEConfig, VAEConfig
+from fastldm.models.config import TinyVAEConfig, VAEConfig
 from fastldm.models.layers import GroupNorm
 from fastldm.models.vae import AutoencoderKL, TinyAutoencoder, decode_pieces, finish
 

@@ -16,7 +16,6 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastldm import loading
 from fastldm.cli import main
 from fastldm.errors import BundleError
 from fastldm.export import auto, networks
@@ -25,6 +24,7 @@ from fastldm.export.bundle import Bundle
 from fastldm.export.parity import Difference, difference
 from fastldm.export.reference import Networks, rounding
 from fastldm.export.spec import sample
+from fastldm.loading import spec as loading
 
 CPU = torch.device("cpu")
 

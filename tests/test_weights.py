@@ -29,12 +29,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastldm import adoption, loading, weights
-from fastldm.config import TextConfig
 from fastldm.errors import CheckpointError, InputError
+from fastldm.loading import adoption, weights
+from fastldm.loading import spec as loading
+from fastldm.loading.single_file import convert
+from fastldm.loading.weights import load_module, open_checkpoint, open_diffusers, open_single_file
 from fastldm.models.clip import CLIPText
-from fastldm.single_file import convert
-from fastldm.weights import load_module, open_checkpoint, open_diffusers, open_single_file
+from fastldm.models.config import TextConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 Shapes = dict[str, tuple[int, ...]]

@@ -20,10 +20,10 @@ from test_session import gate, options, same, tiny_pipeline  # noqa: F401
 
 import fastldm
 from fastldm import InputError, Pipeline, Session, WorkerLost, device
-from fastldm.bucket import Bucket
-from fastldm.denoise import EagerBatch
 from fastldm.device import Mark
-from fastldm.worker import Worker
+from fastldm.runtime.denoise import EagerBatch
+from fastldm.serving.bucket import Bucket
+from fastldm.serving.worker import Worker
 
 SMALL = {"height": 16, "width": 16}
 

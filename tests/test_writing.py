@@ -20,12 +20,13 @@ import torch
 import transformers
 from PIL import Image
 
-from fastldm import Pipeline, loading
+from fastldm import Pipeline
 from fastldm.errors import BundleError, InputError
 from fastldm.export import onnx, writing
 from fastldm.export.bundle import Bundle
 from fastldm.export.private import locked
 from fastldm.export.reference import Networks
+from fastldm.loading import spec as loading
 
 ROOT = Path(__file__).resolve().parent.parent
 

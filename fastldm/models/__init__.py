@@ -1,4 +1,4 @@
-"""The networks, each built from a config of fastldm.config on any device (meta included) with uninitialised weights."""
+"""The networks, each built from its config (config.py) on any device, meta included, with uninitialised weights."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastldm.config import TextConfig
+from fastldm.models.config import TextConfig
 from fastldm.models.layers import LayerNorm, Layers, Linear, attention, parameter, project
 
 

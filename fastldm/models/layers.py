@@ -68,7 +68,7 @@ def project(x: Tensor, layers: Sequence[Linear]) -> Tensor:
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """The tensors as one, along their first dimension: a view where they lie so in memory (`fastldm.prepare` lays them
+    """The tensors as one, along their first dimension: a view where they lie so in memory (loading/prepare.py lays them
     so), else a copy. The layout is all there is to know, so a tensor that was replaced is never read from before."""
     first, *others = tensors
     end = first.storage_offset() + first.numel()
@@ -200,7 +200,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Enlarge to `size` (height, width), twice the size when None, by nearest neighbour, and convolve.
 
-    phases: those of the convolution's weight, where `fastldm.prepare` keeps them.
+    phases: those of the convolution's weight, where `fastldm.loading.prepare` keeps them.
     """
 
     phases: Tensor | None

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastldm.config import Level, UNetConfig
 from fastldm.errors import InputError
+from fastldm.models.config import Level, UNetConfig
 from fastldm.models.layers import (
     GEGLU,
     Attention,

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastldm.config import TinyVAEConfig, VAEConfig
+from fastldm.models.config import TinyVAEConfig, VAEConfig
 from fastldm.models.layers import (
     Attention,
     Conv,

@@ -1,0 +1,5 @@
+"""The `fastldm` command."""
+
+from fastldm.cli.main import main
+
+__all__ = ["main"]

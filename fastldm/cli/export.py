@@ -1,0 +1,206 @@
+"""`fastldm export` and `fastldm verify`: from a checkpoint to a bundle that is proved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fastldm.cli.main import Size, debug_option, main, model_option, reported
+from fastldm.errors import InputError
+
+
+@main.command()
+@model_option
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--variant", metavar="V", help="Weights variant of a folder or hub id, such as fp16.")
+@click.option("--revision", metavar="R", help="Branch, tag or commit of a hub id.")
+@click.option(
+    "--prediction-type",
+    type=click.Choice(["epsilon", "v_prediction", "sample"]),
+    help="Of a single file, which seldom says it.  [default: v_prediction for SD 2, else epsilon]",
+)
+@click.option("--allow-pickle", is_flag=True, help="Take tensors from pickled files too.")
+@click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
+@click.option(
+    "--opset", type=click.Choice(["21", "23"]), default="21", show_default=True, help="23 has attention as one node."
+)
+@click.option(
+    "--split", is_flag=True, help="The U-Net in three: what changes once a prompt, once a schedule, each step."
+)
+@click.option(
+    "--fused-ops", is_flag=True, help="GroupNorm with SiLU, attention and GEGLU as one node each. Not for OpenVINO."
+)
+@click.option("--to", type=click.Choice(["tensorrt"]), help="Build engines of the networks too. Needs no GPU.")
+@click.option(
+    "--arch",
+    multiple=True,
+    metavar="A",
+    help="With --to: a GPU that the engines are for, such as sm_89; may be repeated.  [default: Ampere and later]",
+)
+@click.option(
+    "--size",
+    "sizes",
+    type=Size(),
+    multiple=True,
+    help="With --to: engines for pictures of this size alone; may be repeated.  [default: all that the model has]",
+)
+@debug_option
+def export(
+    model: str,
+    out: Path,
+    variant: str | None,
+    revision: str | None,
+    prediction_type: str | None,
+    allow_pickle: bool,
+    dtype: str,
+    opset: str,
+    split: bool,
+    fused_ops: bool,
+    to: str | None,
+    arch: tuple[str, ...],
+    sizes: tuple[tuple[int, int], ...],
+    debug: bool,
+) -> None:
+    """Write a model to the folder OUT as ONNX, each network compared with PyTorch before it counts.
+
+    \b
+    fastldm export -m ./sd15 ./sd15-onnx --split                a checkpoint becomes a bundle
+    fastldm verify ./sd15-onnx --backend openvino               proved once more, on the machine that runs it
+    fastldm generate "a castle" -m ./sd15-onnx --backend openvino
+
+    \b
+    For NVIDIA GPUs, in float16; the engines go into OUT/engines, and no network is traced twice:
+    fastldm export -m ./sd15 ./sd15-half --split --dtype float16 --to tensorrt --arch sm_89 --size 512x512
+    fastldm generate "a castle" -m ./sd15-half --backend tensorrt
+    fastldm cache ls                                            what a machine built for itself, where no engine fitted
+
+    \b
+    --split        text and time steps are computed once, not at each step; without, optimum reads the folder too
+    --opset        23 has attention as one node, which not all backends know
+    --fused-ops    for backends with kernels of their own; ONNX Runtime and TensorRT run what the nodes stand for
+    --size         the builder then knows all shapes: one guided picture of one window of text at a time; of several
+                   sizes, each is tuned on its own, in one engine with one copy of the weights
+
+    The folders are laid out as optimum's and diffusers' exports are. OUT may be an empty folder, such as a mounted
+    volume. An export that was stopped goes on where it was when the same command is given again, and so do engines.
+    """
+    with reported(debug):
+        from fastldm import engine
+        from fastldm.loading import spec as loading
+
+        engine.need_exporter()
+        from fastldm.export import writing
+        from fastldm.export.spec import specs
+
+        if to is None and (arch or sizes):
+            raise InputError("--arch and --size are of engines: give --to tensorrt too")
+        options: dict[str, Any] = {
+            "variant": variant,
+            "revision": revision,
+            "prediction_type": prediction_type,
+            "allow_pickle": allow_pickle,
+        }
+        spec = loading.describe(model, **options)
+        if to is not None:  # all that can be wrong is found before anything is traced
+            tensorrt = need_tensorrt()
+            capabilities = [tensorrt.parse_capability(one) for one in arch]
+            tensorrt.picture_profiles(specs(spec.unet, spec.vae, spec.text, dtype=dtype, split=split), sizes)
+        made = writing.export(
+            spec,
+            out,
+            source=writing.source_of(model),
+            options=options,
+            dtype=dtype,
+            opset=int(opset),
+            split=split,
+            fused_ops=fused_ops,
+            on_network=lambda network: click.echo(f"{network} ...", err=True),
+        )
+        total = sum(known["bytes"] for known in made.manifest["files"].values())
+        click.echo(f"{out}: {', '.join(made.specs)}; {total / 2**20:.0f} MiB in {dtype}, as PyTorch computes them")
+        if to is not None:
+            for record, seconds in tensorrt.build_ahead(made, capabilities=capabilities, sizes=sizes):
+                took = f"{seconds:.1f} s" if seconds else "is there"
+                click.echo(f"{out / 'engines' / record.file}: {took}, {record.bytes / 2**20:.1f} MiB")
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--backend", type=click.Choice(["onnxruntime", "openvino", "tensorrt"]), default="onnxruntime", show_default=True
+)
+@click.option("--device", metavar="D", help="Such as cpu or cuda.  [default: cuda for tensorrt, else cpu]")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: what `generate` takes]")
+@click.option(
+    "-m", "--model", metavar="MODEL", help="What it was exported from.  [default: what the bundle names, if it is here]"
+)
+@debug_option
+def verify(out: Path, backend: str, device: str | None, dtype: str | None, model: str | None, debug: bool) -> None:
+    """Prove a bundle: compare each file with its hash, then run each network, and a whole picture, in the precision
+    that it will run in, and compare with PyTorch in float32.
+
+    \b
+    golden    at three sizes, with PyTorch's results that lie in the bundle: the model itself need not be here
+    fresh     at three others that the bundle knows nothing of, computed now, where the model is here
+
+    Each output may be four times as far off as PyTorch itself is where it rounds to that precision, and no more in what
+    all its errors have in common: a shift or a factor is not what rounding makes.
+
+    What loading and a picture take is measured, too, on PyTorch where the model is here: --backend auto goes by that.
+    Exit status 1 where anything differs, with the network and the figure.
+    """
+    with reported(debug):
+        from fastldm.errors import BundleError, CheckpointError
+        from fastldm.export import networks
+        from fastldm.export.bundle import Bundle
+        from fastldm.export.verify import verify
+        from fastldm.loading import spec as loading
+
+        place = loading.choose_device(device or ("cuda" if backend == "tensorrt" else "cpu"))
+        opened = Bundle.open(out)
+        manifest = opened.manifest
+        precision = networks.precision(opened, backend, place, dtype)
+        click.echo(
+            f"{manifest['model']} ({manifest['family']}), {manifest['dtype']}, opset {manifest['opset']}: "
+            f"{len(manifest['files'])} files are as they were written"
+        )
+        try:
+            named = manifest["source"] if model is None else model
+            if named is None:
+                raise CheckpointError(f"{out} was made of a model in memory")
+            spec = loading.describe(named, local_files_only=model is None, **({} if model else manifest["options"]))
+        except CheckpointError as error:
+            if model is not None:
+                raise
+            click.echo(f"{error}: compared with the goldens alone")
+            spec = None
+        problems = []
+        for check in verify(opened, backend, place, spec, precision):
+            if check.difference is None:
+                problems.append(check.problem)
+            shown = "FAILED" if check.difference is None else f"{check.difference}  PSNR {check.difference.psnr:.0f} dB"
+            click.echo(f"{check.network:<15}{check.origin:<8}{check.sizes:<36}{shown}")
+        if problems:
+            raise BundleError(f"{len(problems)} of the above failed on {backend} in {precision}: {problems[0]}")
+        click.echo(f"all are as close to PyTorch in float32 as {precision} is, on {backend}, which will run in it")
+
+        from fastldm.export import auto
+
+        for one in ("torch", backend) if spec is not None and model is None else (backend,):
+            took = auto.measure(opened, one, place, dtype)
+            click.echo(f"{one} {took.precision}: {took.start_up:.2f} s to load, {took.picture:.2f} s a picture")
+        click.echo(f"--backend auto takes {auto.choose(opened, place)} here")
+
+
+def need_tensorrt() -> Any:
+    """fastldm.export.tensorrt. EngineError where what it needs is not installed."""
+    import importlib
+
+    from fastldm.errors import EngineError
+
+    try:
+        return importlib.import_module("fastldm.export.tensorrt")
+    except ImportError as error:
+        raise EngineError(f"TensorRT cannot be imported here ({error}): pip install 'fastldm[tensorrt]'") from error

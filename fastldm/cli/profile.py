@@ -1,0 +1,96 @@
+"""`fastldm profile`: where the time goes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import click
+
+from fastldm.cli.main import Size, backend_option, check_numbers, debug_option, main, model_option, reported
+
+
+@main.command()
+@model_option
+@click.option("--prompt", default="a red apple", show_default=True, metavar="TEXT", help="What the pictures are of.")
+@click.option("--size", type=Size(), help="In pixels, such as 1024x1024.  [default: the model's]")
+@click.option(
+    "-n", "--n", "--batch", "batch", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures at once."
+)
+@click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Sampler steps.  [default: the model's]")
+@click.option("--sampler", metavar="NAME", help="Such as 'euler a' or 'dpm++ 2m karras'.  [default: the model's]")
+@click.option("--guidance", type=float, metavar="G", help="Guidance scale; 1 or less is off.  [default: the model's]")
+@click.option(
+    "--rounds", type=click.IntRange(min=1), metavar="N", help="Pictures that count.  [default: ten seconds of them]"
+)
+@click.option("--device", metavar="D", help="Such as cpu, cuda or cuda:1.  [default: a GPU where there is one]")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: what is fastest there]")
+@backend_option
+@click.option("--json", "json_to", metavar="FILE", help="Write all figures there; - prints them in place of the table.")
+@click.option("--html", "html_to", metavar="FILE", help="Write a page with plots there. It needs no network.")
+@click.option("--trace", "trace_to", metavar="FILE", help="Write one picture there for Perfetto or chrome://tracing.")
+@debug_option
+def profile(
+    model: str,
+    prompt: str,
+    size: tuple[int, int] | None,
+    batch: int,
+    rounds: int | None,
+    json_to: str | None,
+    html_to: str | None,
+    trace_to: str | None,
+    debug: bool,
+    **options: Any,
+) -> None:
+    """Say where the time of a picture goes, and which one change would help most.
+
+    \b
+    fastldm profile                                             the small model that ships inside
+    fastldm profile -m ./sd15 --steps 5 --html sd15.html        a page with plots
+    fastldm profile -m ./sd15-onnx --backend openvino --json -  an exported model, as data
+    """
+    with reported(debug):
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler tells its own beginning and end otherwise
+        began = perf_counter()
+        from fastldm.files import check_output, whole_file
+
+        check_numbers(size, batch, options["steps"])
+        files = {name: Path(to) for name, to in (("json", json_to), ("html", html_to), ("trace", trace_to)) if to}
+        if json_to == "-":
+            del files["json"]
+        for path in files.values():
+            check_output(path, force=True)
+        from fastldm.pipeline import Pipeline
+        from fastldm.profiling import page as profile_page
+        from fastldm.profiling import report as profile_report
+        from fastldm.profiling.profile import profile as measure
+
+        imported = perf_counter()
+        chosen = {} if options["backend"] == "auto" else {"backend": options["backend"]}
+        pipe = Pipeline.from_pretrained(model, device=options["device"], dtype=options["dtype"], **chosen)
+        first = {"import": imported - began, "load": perf_counter() - imported}
+        width, height = size or (None, None)
+        asked = {
+            "num_inference_steps": options["steps"],
+            "guidance_scale": options["guidance"],
+            "sampler": options["sampler"],
+            "num_images_per_prompt": batch,
+            "width": width,
+            "height": height,
+        }
+        given = {name: value for name, value in asked.items() if value is not None}
+        made = measure(pipe, prompt, rounds=rounds, first=first, **given)
+
+        contents: dict[str, Callable[[], str]] = {
+            "json": lambda: json.dumps(made.to_dict(), indent=1),
+            "html": lambda: profile_page.page(made),
+            "trace": lambda: json.dumps(profile_report.trace(made)),
+        }
+        for name, path in files.items():
+            with whole_file(path) as file:
+                file.write(f"{contents[name]()}\n".encode())
+        click.echo(contents["json"]() if json_to == "-" else profile_report.table(made))

@@ -1,0 +1,1 @@
+"""Models on disk, on a hub or in another library, into networks that run."""

@@ -1,0 +1,110 @@
+"""A loaded diffusers pipeline, taken over: what it is, and its weights without a copy.
+
+    pipe -> describe_diffusers -> Checkpoint -> networks on the meta device -> adopt
+
+What neither its weights nor its configs say is honoured (compiled and fused modules, removed layers of a text encoder)
+or refused by name (changes.py), never dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any, TypeVar
+
+from torch import nn
+
+from fastldm.errors import CheckpointError, InputError
+from fastldm.loading import changes, weights
+from fastldm.loading import spec as loading
+
+logger = logging.getLogger("fastldm")
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def describe_diffusers(pipe: Any) -> weights.Checkpoint:
+    """What a loaded diffusers pipeline is. Its components have configs but no files: `adopt` takes their weights.
+
+    Raises InputError for what is no diffusers pipeline, CheckpointError for one that fastldm cannot run as it is: of
+    another class, changed by more than weights and configs, or not all in one dtype on one device. `pipe` is unchanged.
+    """
+    library = sys.modules.get("diffusers")
+    if library is None or not isinstance(pipe, library.DiffusionPipeline):
+        raise InputError(f"pipe is a {type(pipe).__name__}: expected a loaded diffusers pipeline")
+    source = type(pipe).__name__
+    parts = {name: changes.unwrapped(part) for name, part in pipe.components.items()}
+    listed = {name: (None, None) if part is None else ("", type(part).__name__) for name, part in parts.items()}
+    index = {**pipe.config, **listed, "_class_name": source}
+    classes = weights.component_classes(index, source)
+    networks = {name: parts[name] for name in classes if name in weights.NETWORK_CLASSES}
+    tokenizers = {name: parts[name] for name in classes if name in weights.TOKENIZERS}
+    _check_unchanged(pipe, networks, tokenizers, source)
+    _check_kinds(networks, source)
+    if parts.get("safety_checker") is not None:
+        logger.warning("%s: its safety checker is not run: images come as they are", source)
+    if getattr(pipe, "watermark", None) is not None:
+        logger.warning("%s: its invisible watermark is not written", source)
+
+    components = {}
+    for name, module in networks.items():
+        raw = _raw_config(module)
+        components[name] = weights.Component(
+            name, classes[name], weights.named_config(raw, classes[name]), (), f"{source}: {name}"
+        )
+    # What its author left to the class's defaults is left to the next class's too, as diffusers' `from_config` does.
+    defaults = ("_use_default_values", *pipe.scheduler.config.get("_use_default_values", ()))
+    scheduler = {key: value for key, value in pipe.scheduler.config.items() if key not in defaults}
+    scheduler["_class_name"] = type(pipe.scheduler).__name__
+    files = {name: weights.TokenizerFiles(None, loaded=tokenizer) for name, tokenizer in tokenizers.items()}
+    return weights.Checkpoint(source, components, scheduler, files, index, loaded=True)
+
+
+def adopt(module: Module, other: nn.Module) -> Module:
+    """Give `module`, built on the meta device, the weights of a loaded diffusers or transformers module, not copied.
+
+    Both modules then share storage: what is written into one's weights in place is seen by the other. Dtype and device
+    stay; `other` is unchanged. Raises CheckpointError as `load_module` does, and for weights that are not all in one
+    dtype on one device (offloaded, quantised).
+    """
+    other = changes.unwrapped(other)
+    source, state = f"the given {type(other).__name__}", dict(changes.tensors(other))
+    fitted = weights.fit_names(module, state, source)
+    _check_kinds({"": other}, source)
+    module.load_state_dict({name: state[key] for name, key in fitted.items()}, assign=True)
+    return module.requires_grad_(False).eval()
+
+
+def _check_unchanged(pipe: Any, networks: dict[str, Any], tokenizers: dict[str, Any], source: str) -> None:
+    found = [*changes.of_pipeline(pipe), *changes.of_scheduler(pipe.scheduler)]
+    for name, module in networks.items():
+        found += changes.of_network(name, module)
+    for name, tokenizer in tokenizers.items():
+        found += changes.of_tokenizer(name, tokenizer)
+    if found:
+        raise CheckpointError(f"{source}: {changes.told(found)}")
+
+
+def _check_kinds(networks: dict[str, nn.Module], source: str) -> None:
+    """Raise CheckpointError if not all weights are floating point, in one dtype on one device."""
+    kinds: dict[str, list[str]] = {}
+    usable = True
+    for name, module in networks.items():
+        for _, tensor in changes.tensors(module):
+            usable &= tensor.dtype in loading.DTYPES and tensor.device.type != "meta"
+            names = kinds.setdefault(f"{tensor.dtype} on {tensor.device}".removeprefix("torch."), [])
+            if name not in names:
+                names.append(name)
+    if len(kinds) != 1 or not usable:
+        shown = ", ".join(f"{kind} ({', '.join(names)})".removesuffix(" ()") for kind, names in sorted(kinds.items()))
+        raise CheckpointError(
+            f"{source[0].upper()}{source[1:]} has weights in {shown}; they must be float32, float16 or bfloat16, all "
+            "in one dtype on one device. Undo offloading or quantisation first, or call pipe.to(device, dtype)."
+        )
+
+
+def _raw_config(module: Any) -> weights.Config:
+    """A network's config as its config.json would say it."""
+    if not hasattr(module.config, "to_dict"):
+        return dict(module.config)
+    return {**module.config.to_dict(), "num_hidden_layers": changes.text_depth(module)}

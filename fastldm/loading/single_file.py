@@ -1,0 +1,585 @@
+"""What a single file of weights is, by its keys and shapes, and its names as diffusers and transformers say them.
+
+The original Stability layout keeps U-Net, VAE and text encoders in one file (`model.diffusion_model.`,
+`first_stage_model.`, `cond_stage_model.` or `conditioner.embedders.N.`) and no configuration. `read_layout` recognises
+the family, derives each component's config and maps every key; `convert` then renames (and splits, transposes or
+flattens) the tensors. The maps follow diffusers' `loaders/single_file_utils.py`, their judge in the tests too.
+Nothing here reads a file.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from fastldm.errors import CheckpointError, InputError
+from fastldm.loading import relatives
+
+Shapes = Mapping[str, tuple[int, ...]]
+Config = dict[str, Any]
+Names = tuple[str, ...]
+
+logger = logging.getLogger("fastldm")
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+_UNET = "model.diffusion_model."
+_VAE = "first_stage_model."
+_FIRST_CONV = f"{_UNET}input_blocks.0.0.weight"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One component of a single file: class and config as diffusers or transformers write them, and each original key
+    with the name or names that its tensor gets."""
+
+    class_name: str
+    config: Config
+    names: dict[str, Names]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A single file: its components, scheduler config, each tokenizer's pad token, model_index, and keys left alone."""
+
+    parts: dict[str, Part]
+    scheduler: Config
+    pad_tokens: dict[str, str]
+    index: Config
+    ignored: list[str]
+
+
+# --- What a file is when it is not a model ---
+
+_ADAPTERS = (
+    (
+        r"^lora_|[._]lora_(up|down|A|B|embedding_A|embedding_B)\b|\.lora\.(up|down)\.|\.hada_w1_|\.lokr_w1|\.oft_blocks|\.dora_scale",
+        "a LoRA",
+    ),
+    (r"^ip_adapter\.|^image_proj\.|\.to_k_ip\b", "an IP-Adapter"),
+    (
+        r"^control_model\.|^controlnet_(cond_embedding|down_blocks|mid_block)|(^|\.)input_hint_block\.",
+        "a ControlNet",
+    ),
+    (r"^emb_params$|^string_to_param\b|^string_to_token\b", "a textual inversion embedding"),
+    (r"motion_modules\.", "an AnimateDiff motion module"),
+)
+_OTHER_MODELS = (
+    (r"(^|\.)double_blocks\.\d+\.img_", "a FLUX transformer or one of its relatives"),
+    (r"(^|\.)joint_blocks\.\d+\.", "a Stable Diffusion 3 transformer"),
+    (r"^edm_mean$", "Playground v2.5, which needs latent statistics and EDM scaling"),
+    (r"^edm_vpred\.sigma_max$", "a CosXL model, which needs EDM scaling"),
+    (r"^embedder\.model\.visual\.", "a Stable unCLIP model"),
+    (r"^depth_model\.", "a depth-conditioned Stable Diffusion 2 model"),
+    (r"^low_res_model\.", "an upscaler"),
+    (r"\.position_net\.|\.transformer_blocks\.\d+\.fuser\.", "GLIGEN, whose U-Net reads boxes"),
+    (r"^cc_projection\.", "Zero123, which turns objects"),
+    (r"^learnable_vector$|^cond_stage_model\.(mapper|transformer\.vision_model)\.", "Paint by Example"),
+    (r"^cond_stage_model\.(roberta|transformer\.roberta)\.", "AltDiffusion"),
+    (r"\.time_stack\.|\.time_mixer\.|\.temopral_conv\.", "a model for video"),
+)
+_LONE_COMPONENTS = (
+    (r"^(encoder\.down|decoder\.up)\.\d|^first_stage_model\.", "a VAE alone"),
+    (r"^(encoder\.down_blocks|decoder\.up_blocks)\.\d", "a VAE alone, in diffusers' layout"),
+    (r"^(encoder|decoder)\.layers\.\d+\.conv\.|^taesd_", "a tiny autoencoder alone"),
+    (r"^(input_blocks|output_blocks)\.\d|^model\.diffusion_model\.", "a U-Net alone"),
+    (r"^(down_blocks|up_blocks)\.\d", "a U-Net alone, in diffusers' layout"),
+    (r"^(text_model|transformer\.resblocks|cond_stage_model|conditioner)\.", "a text encoder alone"),
+)
+
+
+def _first_match(table: tuple[tuple[str, str], ...], keys: Collection[str]) -> str | None:
+    for pattern, what in table:
+        search = re.compile(pattern).search
+        if any(search(key) for key in keys):
+            return what
+    return None
+
+
+def recognise_adapter(shapes: Shapes) -> str | None:
+    """What a file is when it only adds to a model ("a LoRA", "a ControlNet" ...), or None."""
+    if what := _first_match(_ADAPTERS, shapes):
+        return what
+    # Embeddings are saved under the token's own name or, for SDXL, as clip_l and clip_g: rows as wide as the text.
+    rows = 0 < len(shapes) <= 2 and all(1 <= len(shape) <= 2 and shape[-1] >= 64 for shape in shapes.values())
+    named = any(key.endswith((".weight", ".bias")) for key in shapes)
+    return "a textual inversion embedding" if rows and not named else None
+
+
+# --- Names: each a pure function of a key without its prefix; () is a key to leave alone, None an unknown one ---
+
+_UNET_ENDS = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "add_embedding.linear_1",
+    "label_emb.0.2": "add_embedding.linear_2",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+_UNET_RESNET = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+_VAE_RESNET = {name: name for name in ("norm1", "conv1", "norm2", "conv2")} | {"nin_shortcut": "conv_shortcut"}
+_VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+_OPEN_CLIP_ENDS = {
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "ln_final.weight": "text_model.final_layer_norm.weight",
+    "ln_final.bias": "text_model.final_layer_norm.bias",
+    "text_projection": "text_projection.weight",
+}
+_OPEN_CLIP_BLOCK = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}
+
+
+def unet_name(key: str, layers_per_block: int) -> Names | None:
+    """diffusers' name of a U-Net key without `model.diffusion_model.`: blocks count through there, by level here."""
+    stem, _, end = key.rpartition(".")  # end: weight or bias
+    if stem in _UNET_ENDS:
+        return (f"{_UNET_ENDS[stem]}.{end}",)
+    if match := re.fullmatch(r"(input|output)_blocks\.(\d+)\.([012])\.(.+)", stem):
+        side, flat, slot, rest = match[1], int(match[2]), int(match[3]), match[4]
+        block, layer = divmod(flat - 1 if side == "input" else flat, layers_per_block + 1)
+        down_or_up = "down" if side == "input" else "up"
+        if (side, rest) in (("input", "op"), ("output", "conv")):
+            return (f"{down_or_up}_blocks.{block}.{down_or_up}samplers.0.conv.{end}",)
+        if slot == 0 and rest in _UNET_RESNET:
+            return (f"{down_or_up}_blocks.{block}.resnets.{layer}.{_UNET_RESNET[rest]}.{end}",)
+        if slot == 1:
+            return (f"{down_or_up}_blocks.{block}.attentions.{layer}.{rest}.{end}",)
+    if match := re.fullmatch(r"middle_block\.([02])\.(.+)", stem):
+        return (
+            (f"mid_block.resnets.{int(match[1]) // 2}.{_UNET_RESNET[match[2]]}.{end}",)
+            if match[2] in _UNET_RESNET
+            else None
+        )
+    if stem.startswith("middle_block.1."):
+        return (f"mid_block.attentions.0.{stem.removeprefix('middle_block.1.')}.{end}",)
+    return None
+
+
+def vae_name(key: str, levels: int) -> Names | None:
+    """diffusers' name of a VAE key without `first_stage_model.`; the decoder's levels count the other way round."""
+    if key.startswith(("loss.", "model_ema.")):  # what training left behind
+        return ()
+    stem, _, end = key.rpartition(".")
+    if stem in ("quant_conv", "post_quant_conv"):
+        return (key,)
+    side, _, rest = stem.partition(".")
+    if side not in ("encoder", "decoder"):
+        return None
+    if rest in ("conv_in", "conv_out"):
+        return (key,)
+    if rest == "norm_out":
+        return (f"{side}.conv_norm_out.{end}",)
+    if match := re.fullmatch(r"(down|up)\.(\d+)\.(?:block\.(\d+)\.(\w+)|(?:down|up)sample\.conv)", rest):
+        level = int(match[2]) if match[1] == "down" else levels - 1 - int(match[2])
+        where = f"{side}.{match[1]}_blocks.{level}"
+        if match[3] is None:
+            return (f"{where}.{match[1]}samplers.0.conv.{end}",)
+        return (f"{where}.resnets.{match[3]}.{_VAE_RESNET[match[4]]}.{end}",) if match[4] in _VAE_RESNET else None
+    if match := re.fullmatch(r"mid\.block_([12])\.(\w+)", rest):
+        return (
+            (f"{side}.mid_block.resnets.{int(match[1]) - 1}.{_VAE_RESNET[match[2]]}.{end}",)
+            if match[2] in _VAE_RESNET
+            else None
+        )
+    if match := re.fullmatch(r"mid\.attn_1\.(\w+)", rest):
+        return (
+            (f"{side}.mid_block.attentions.0.{_VAE_ATTENTION[match[1]]}.{end}",) if match[1] in _VAE_ATTENTION else None
+        )
+    return None
+
+
+def transformers_clip_name(key: str, *, with_projection: bool, drops_last: bool) -> Names | None:
+    """transformers' own name of a CLIP text key without its prefix: the same, less what is no weight of the model."""
+    if key.endswith("position_ids") or key.startswith(("logit_scale", "vision_model.", "visual_projection.")):
+        return ()
+    if key == "text_projection.weight":
+        return (key,) if with_projection else ()
+    name = f"text_model.{key.removeprefix('text_model.')}"  # files of 2022 lack it
+    if not name.startswith(("text_model.embeddings.", "text_model.encoder.", "text_model.final_layer_norm.")):
+        return None
+    return () if drops_last and _is_dropped_layer(name) else (name,)
+
+
+def _is_dropped_layer(key: str) -> bool:
+    """SD2 conditions on the output of OpenCLIP H's last layer but one: diffusers drops layer 23 of 24, and so do we."""
+    return re.match(r"(transformer\.resblocks|(text_model\.)?encoder\.layers)\.23\.", key) is not None
+
+
+def open_clip_name(key: str, *, with_projection: bool, drops_last: bool) -> Names | None:
+    """transformers' name, or three of them for a fused q, k, v, of an OpenCLIP text key without its prefix."""
+    if key in ("logit_scale", "attn_mask") or key.startswith("visual."):
+        return ()
+    if key in _OPEN_CLIP_ENDS:
+        return (_OPEN_CLIP_ENDS[key],) if with_projection or key != "text_projection" else ()
+    if drops_last and _is_dropped_layer(key):
+        return ()
+    match = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)[._](weight|bias)", key)
+    if match is None:
+        return None
+    layer, end = f"text_model.encoder.layers.{match[1]}", match[3]
+    if match[2] == "attn.in_proj":
+        return tuple(f"{layer}.self_attn.{part}_proj.{end}" for part in "qkv")
+    return (f"{layer}.{_OPEN_CLIP_BLOCK[match[2]]}.{end}",) if match[2] in _OPEN_CLIP_BLOCK else None
+
+
+def convert(tensors: Mapping[str, Tensor], names: Mapping[str, Names]) -> dict[str, Tensor]:
+    """Tensors under their new names: views of the old ones, save for the small transposed `text_projection`.
+
+    A fused (3C, ...) q, k, v is split in three; the VAE's attention weights, 1x1 convolutions (C, C, 1, 1) there,
+    become (C, C).
+    """
+    state: dict[str, Tensor] = {}
+    for key, targets in names.items():
+        tensor = tensors[key]
+        if len(targets) == 3:
+            state.update(zip(targets, tensor.chunk(3), strict=True))
+        elif key.endswith("text_projection"):
+            state[targets[0]] = tensor.T.contiguous()
+        elif ".mid.attn_1." in key and tensor.ndim > 2:
+            state[targets[0]] = tensor.flatten(1)
+        else:
+            state[targets[0]] = tensor
+    return state
+
+
+# --- Configs from shapes ---
+
+
+def _stripped(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
+    return {key[len(prefix) :]: shape for key, shape in shapes.items() if key.startswith(prefix)}
+
+
+def _count(keys: Collection[str], pattern: str) -> int:
+    """One more than the highest number that the pattern's group takes."""
+    return 1 + max((int(match[1]) for key in keys if (match := re.match(pattern, key))), default=-1)
+
+
+def _unet_config(shapes: Shapes, sample_size: int, *, linear: bool) -> Config:
+    """UNet2DConditionModel's config from the shapes of a U-Net's keys without prefix.
+
+    linear: whether it is of SD2's kind or SDXL's, with heads of 64 and linear projections (which some files hold as
+        convolutions of one pixel), or of SD1's, with 8 heads a level.
+    KeyError or ValueError when it is not built as Stable Diffusion's are.
+    """
+
+    def depth(block: str) -> int:
+        return _count(shapes, rf"{re.escape(block)}\.1\.transformer_blocks\.(\d+)\.")
+
+    levels: list[list[tuple[int, int]]] = [[]]  # (channels, transformer depth) of each layer of each level
+    for i in range(1, _count(shapes, r"input_blocks\.(\d+)\.")):
+        if f"input_blocks.{i}.0.op.weight" in shapes:
+            levels.append([])
+        else:
+            levels[-1].append((shapes[f"input_blocks.{i}.0.in_layers.2.weight"][0], depth(f"input_blocks.{i}")))
+    layers_per_block = len(levels[0])
+    if any(len(level) != layers_per_block or len(set(level)) != 1 for level in levels):
+        raise ValueError("its levels differ in layers")
+    channels, depths = [level[0][0] for level in levels], [level[0][1] for level in levels]
+    if not any(depths):
+        raise ValueError("it has no cross-attention")
+    up_depths = [depth(f"output_blocks.{i}") for i in range(_count(shapes, r"output_blocks\.(\d+)\."))]
+    if up_depths != [d for d in reversed(depths) for _ in range(layers_per_block + 1)]:
+        raise ValueError("its decoder does not mirror its encoder")
+    if depth("middle_block") != (depths[-1] or 1):
+        raise ValueError("its middle block is not as deep as the last level")
+    any_depth = next(i for i, d in enumerate(depths) if d)
+    attention = f"input_blocks.{1 + any_depth * (layers_per_block + 1)}.1"
+    down = ["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in depths]
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "act_fn": "silu",
+        "attention_head_dim": [c // 64 for c in channels] if linear else 8,  # the key says "dim", means heads
+        "block_out_channels": channels,
+        "center_input_sample": False,
+        "cross_attention_dim": shapes[f"{attention}.transformer_blocks.0.attn2.to_k.weight"][1],
+        "down_block_types": down,
+        "downsample_padding": 1,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "in_channels": shapes["input_blocks.0.0.weight"][1],
+        "layers_per_block": layers_per_block,
+        "mid_block_scale_factor": 1,
+        "norm_eps": 1e-5,
+        "norm_num_groups": 32,
+        "out_channels": shapes["out.2.weight"][0],
+        "sample_size": sample_size,
+        "transformer_layers_per_block": [d or 1 for d in depths] if max(depths) > 1 else 1,
+        "up_block_types": [name.replace("Down", "Up") for name in reversed(down)],
+        "use_linear_projection": linear,
+    }
+
+
+def _vae_config(shapes: Shapes, sample_size: int, scaling_factor: float) -> Config:
+    """AutoencoderKL's config from the shapes of a VAE's keys without prefix; `sample_size` is that of the latents."""
+    levels = _count(shapes, r"encoder\.down\.(\d+)\.")
+    return {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)],
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "in_channels": shapes["encoder.conv_in.weight"][1],
+        "latent_channels": shapes["decoder.conv_in.weight"][1],
+        "layers_per_block": _count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
+        "norm_num_groups": 32,
+        "out_channels": shapes["decoder.conv_out.weight"][0],
+        "sample_size": sample_size * 2 ** (levels - 1),
+        "scaling_factor": scaling_factor,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
+
+
+def _text_config(state: Shapes, text: _Text) -> Config:
+    """CLIPTextModel's config from the shapes of the original keys without prefix."""
+    if text.open_clip_names:
+        embeddings, positions = "token_embedding.weight", "positional_embedding"
+        layer, fc1, projection = r"transformer\.resblocks", "transformer.resblocks.0.mlp.c_fc.weight", "text_projection"
+    else:
+        inner = "text_model." if "text_model.final_layer_norm.weight" in state else ""
+        embeddings, positions = (f"{inner}embeddings.{name}_embedding.weight" for name in ("token", "position"))
+        layer, fc1 = rf"{re.escape(inner)}encoder\.layers", f"{inner}encoder.layers.0.mlp.fc1.weight"
+        projection = "text_projection.weight"
+    vocabulary, hidden = state[embeddings]
+    kept = [key for key in state if not (text.drops_last and _is_dropped_layer(key))]
+    projected = state[projection][1 if text.open_clip_names else 0] if text.with_projection else hidden
+    return {
+        "architectures": ["CLIPTextModelWithProjection" if text.with_projection else "CLIPTextModel"],
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "hidden_act": "gelu" if text.open_clip else "quick_gelu",
+        "hidden_size": hidden,
+        "intermediate_size": state[fc1][0],
+        "layer_norm_eps": 1e-5,
+        "max_position_embeddings": state[positions][0],
+        "model_type": "clip_text_model",
+        "num_attention_heads": max(1, hidden // 64),
+        "num_hidden_layers": _count(kept, rf"{layer}\.(\d+)\."),
+        "pad_token_id": 1,
+        "projection_dim": projected,
+        "vocab_size": vocabulary,
+    }
+
+
+def _scheduler_config(class_name: str, prediction_type: str, *, zero_terminal_snr: bool) -> Config:
+    """The scheduler_config.json that the family's diffusers repository has."""
+    config: Config = {
+        "_class_name": class_name,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "clip_sample": False,
+        "num_train_timesteps": 1000,
+        "prediction_type": prediction_type,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+        "timestep_spacing": "leading",
+        "trained_betas": None,
+    }
+    return config | {"rescale_betas_zero_snr": True} if zero_terminal_snr else config
+
+
+# --- A whole file ---
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A text encoder in a single file: which it is, and how its keys are named."""
+
+    prefix: str
+    open_clip_names: bool  # OpenCLIP's, else transformers'
+    open_clip: bool  # trained by OpenCLIP: pads with id 0, which is "!"; OpenAI's with its end token
+    with_projection: bool = False
+
+    @property
+    def drops_last(self) -> bool:
+        """Whether the last layer is left away: see `_is_dropped_layer`."""
+        return self.open_clip and not self.with_projection
+
+    @property
+    def pad_token(self) -> str:
+        return "!" if self.open_clip else "<|endoftext|>"
+
+    def name(self, key: str) -> Names | None:
+        rename = open_clip_name if self.open_clip_names else transformers_clip_name
+        return rename(key, with_projection=self.with_projection, drops_last=self.drops_last)
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What keys and shapes do not say of a family, as its diffusers repository has it."""
+
+    title: str
+    sample_size: int
+    scaling_factor: float
+    scheduler: str
+    pipeline: str
+
+
+_SD1 = _Family("Stable Diffusion 1", 64, 0.18215, "PNDMScheduler", "StableDiffusion")
+_SD2 = replace(_SD1, title="Stable Diffusion 2")
+_SDXL = _Family("Stable Diffusion XL", 128, 0.13025, "EulerDiscreteScheduler", "StableDiffusionXL")
+
+
+def read_layout(
+    shapes: Shapes, *, source: str, metadata: Mapping[str, str] | None = None, prediction_type: str | None = None
+) -> Layout:
+    """What the single file `source` holds, from its keys' shapes and its safetensors metadata.
+
+    Families: SD1, SD2, SDXL, each with 4 latent channels or the 9 of inpainting, at any width and depth. Whether a
+    network predicts noise or v cannot be seen: `prediction_type` decides, else the file's own word (ModelSpec metadata,
+    or the `v_pred` marker key), else v for SD2 text to image, as diffusers assumes, and epsilon for all others.
+
+    Raises CheckpointError when the file is something else, named where it can be; InputError for an unknown
+    `prediction_type`.
+    """
+    if prediction_type is not None and prediction_type not in PREDICTION_TYPES:
+        raise InputError(f"prediction_type is {prediction_type!r}; expected one of {', '.join(PREDICTION_TYPES)}.")
+    family, texts = _family(shapes, source)
+    is_sdxl, is_sd2 = family is _SDXL, family is _SD2
+    inpainting = shapes[_FIRST_CONV][1] == 9
+    prediction = prediction_type or _spoken_prediction_type(shapes, metadata or {})
+    if prediction is None:
+        prediction = "v_prediction" if is_sd2 and not inpainting else "epsilon"
+        if is_sd2:
+            logger.info("%s does not say what it predicts: taken as %s (prediction_type= decides)", source, prediction)
+    sample_size = 96 if is_sd2 and prediction == "v_prediction" else family.sample_size
+
+    unet, vae = _stripped(shapes, _UNET), _stripped(shapes, _VAE)
+    try:
+        unet_config = _unet_config(unet, sample_size, linear=family is not _SD1)
+        vae_config = _vae_config(vae, sample_size, family.scaling_factor)
+        text_configs = {name: _text_config(_stripped(shapes, text.prefix), text) for name, text in texts.items()}
+    except (KeyError, IndexError, ValueError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise CheckpointError(
+            f"{source} looks like {family.title} but is built differently: {reason}. "
+            "If it is a distilled or cut-down model, load its diffusers folder instead."
+        ) from error
+    if is_sd2:
+        unet_config["upcast_attention"] = prediction == "v_prediction"  # SD2.1's attention scores overflow float16
+    if is_sdxl:
+        pooled, width = text_configs["text_encoder_2"]["projection_dim"], unet["label_emb.0.0.weight"][1]
+        unet_config |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": (width - pooled) // 6,  # six numbers: original size, crop, target size
+            "projection_class_embeddings_input_dim": width,
+        }
+        vae_config["force_upcast"] = True
+
+    layers_per_block, levels = unet_config["layers_per_block"], len(vae_config["block_out_channels"])
+    parts = {
+        "unet": _part(unet_config, shapes, _UNET, lambda key: unet_name(key, layers_per_block), source),
+        "vae": _part(vae_config, shapes, _VAE, lambda key: vae_name(key, levels), source),
+    }
+    for name, text in texts.items():
+        parts[name] = _part(text_configs[name], shapes, text.prefix, text.name, source)
+    used = {key for part in parts.values() for key in part.names}
+    is_sd2_v = is_sd2 and prediction == "v_prediction"
+    return Layout(
+        parts=parts,
+        scheduler=_scheduler_config(
+            "DDIMScheduler" if is_sd2_v else family.scheduler, prediction, zero_terminal_snr="ztsnr" in shapes
+        ),
+        pad_tokens={name.replace("text_encoder", "tokenizer"): text.pad_token for name, text in texts.items()},
+        index={"_class_name": f"{family.pipeline}{'Inpaint' if inpainting else ''}Pipeline"}
+        | ({"force_zeros_for_empty_prompt": True} if is_sdxl else {}),
+        ignored=[key for key in shapes if key not in used],
+    )
+
+
+def _family(shapes: Shapes, source: str) -> tuple[_Family, dict[str, _Text]]:
+    """The family of a file, and its text encoders by component.
+
+    CheckpointError if the file is no model of a family that fastldm runs, saying what it is instead."""
+    if what := recognise_adapter(shapes):
+        raise CheckpointError(f"{source} is {what}, not a model; fastldm does not load those yet.")
+    if what := _first_match(_OTHER_MODELS, shapes):
+        raise CheckpointError(f"{source} is {what}; fastldm runs Stable Diffusion 1, 2 and XL.")
+
+    def has(prefix: str) -> bool:
+        return any(key.startswith(prefix) for key in shapes)
+
+    there = {
+        "U-Net (model.diffusion_model.*)": len(shapes.get(_FIRST_CONV, ())) == 4,
+        "VAE (first_stage_model.*)": has(_VAE),
+        "text encoder (cond_stage_model.* or conditioner.*)": has("cond_stage_model.") or has("conditioner."),
+    }
+    lacking = [part for part, found in there.items() if not found]
+    if len(lacking) == 1:
+        raise CheckpointError(f"{source} has no {lacking[0]}; a file with U-Net, VAE and text encoder was expected.")
+    if lacking and (what := _first_match(_LONE_COMPONENTS, shapes)):
+        raise CheckpointError(f"{source} is {what}; a file with U-Net, VAE and text encoder was expected.")
+    if lacking:
+        raise CheckpointError(
+            f"{source} is no Stable Diffusion checkpoint: its keys are like {min(shapes, default='(none)')}, "
+            f"where {_FIRST_CONV} was expected."
+        )
+    channels, labelled = shapes[_FIRST_CONV][1], f"{_UNET}label_emb.0.0.weight" in shapes
+    relatives.check_channels(channels, f"{source}: its U-Net")
+    first, second = (_text_keys(shapes, f"conditioner.embedders.{i}.") for i in (0, 1))
+    if labelled and first and not second:
+        raise CheckpointError(
+            f"{source} is the Stable Diffusion XL refiner, which fastldm does not run; give the base model."
+        )
+    if labelled and first and second:
+        encoder = _Text(*first, open_clip=first[1])
+        return _SDXL, {"text_encoder": encoder, "text_encoder_2": _Text(*second, open_clip=True, with_projection=True)}
+    only = _text_keys(shapes, "cond_stage_model.") or first
+    if labelled or second or only is None:
+        raise CheckpointError(f"{source} pairs a Stable Diffusion U-Net with text encoders that fastldm does not know.")
+    # With transformers' names the U-Net tells: SD2's reads OpenCLIP H's 1024 channels, and has linear projections.
+    attentions = {key: shape for key, shape in shapes.items() if key.startswith(_UNET)}
+    linear = any(len(shape) == 2 for key, shape in attentions.items() if key.endswith(".1.proj_in.weight"))
+    wide = any(shape[1:] == (1024,) for key, shape in attentions.items() if key.endswith(".0.attn2.to_k.weight"))
+    is_sd2 = only[1] or linear or wide
+    return _SD2 if is_sd2 else _SD1, {"text_encoder": _Text(*only, open_clip=is_sd2)}
+
+
+def _text_keys(shapes: Shapes, root: str) -> tuple[str, bool] | None:
+    """The prefix of a text encoder's keys under a root, and whether they have OpenCLIP's names, or else transformers'.
+    None where there is none."""
+    for prefix in (f"{root}transformer.", f"{root}model.", root):
+        if f"{prefix}token_embedding.weight" in shapes:
+            return prefix, True
+        if any(f"{prefix}{inner}embeddings.token_embedding.weight" in shapes for inner in ("text_model.", "")):
+            return prefix, False
+    return None
+
+
+def _spoken_prediction_type(shapes: Shapes, metadata: Mapping[str, str]) -> str | None:
+    """What the file itself says: ModelSpec's metadata, or the marker key that trainers of v-predicting models leave."""
+    said = metadata.get("modelspec.prediction_type")
+    if said in ("v", "v_prediction") or "v_pred" in shapes:
+        return "v_prediction"
+    return "epsilon" if said == "epsilon" else None
+
+
+def _part(config: Config, shapes: Shapes, prefix: str, rename: Callable[[str], Names | None], source: str) -> Part:
+    targets = {key: rename(key[len(prefix) :]) for key in shapes if key.startswith(prefix)}
+    unknown = [key for key, names in targets.items() if names is None]
+    if unknown:
+        raise CheckpointError(
+            f"{source} holds {unknown[0]}, which no Stable Diffusion checkpoint has (and {len(unknown) - 1} more such "
+            "keys); it is of another family, or quantised."
+        )
+    class_name = config["_class_name"] if "_class_name" in config else config["architectures"][0]
+    return Part(class_name, config, {key: names for key, names in targets.items() if names})

@@ -1,0 +1,279 @@
+"""A checkpoint's description, and what it should run on here.
+
+path or hub id -> Checkpoint (files and raw configs) -> Spec (configs and family) -> Networks (weights loaded)
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastldm import checks, engine
+from fastldm.checks import show
+from fastldm.conditioning import text
+from fastldm.errors import CheckpointError, InputError
+from fastldm.loading import relatives, weights
+from fastldm.loading.prepare import Prepared, prepare
+from fastldm.models.clip import CLIPText
+from fastldm.models.config import Family, TextConfig, TinyVAEConfig, UNetConfig, VAEConfig, recognise
+from fastldm.models.unet import UNet
+from fastldm.models.vae import AutoencoderKL, TinyAutoencoder
+from fastldm.reading import Field, Flag, check_path, read_fields
+from fastldm.samplers.config import SET_BY_PIPELINES, read_scheduler
+from fastldm.samplers.table import ScheduleConfig
+
+if TYPE_CHECKING:
+    from fastldm.export.spec import Axis
+
+logger = logging.getLogger("fastldm")
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What networks compute in."""
+DEFAULT_MODEL = Path(__file__).parents[1] / "assets" / "default"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a model is, known before any of its weights are read."""
+
+    checkpoint: weights.Checkpoint
+    unet: UNetConfig
+    vae: VAEConfig | TinyVAEConfig
+    text: tuple[TextConfig, ...]
+    family: Family
+    schedule: ScheduleConfig
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Width and height in pixels that the model was trained at."""
+        height, width = self.unet.sample_size
+        return width * self.vae.factor, height * self.vae.factor
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all networks together."""
+        with torch.device("meta"):
+            networks: list[torch.nn.Module] = [UNet(self.unet), autoencoder(self.vae), *map(CLIPText, self.text)]
+        return sum(p.numel() for network in networks for p in network.parameters())
+
+
+def describe(
+    path_or_id: str | os.PathLike[str] = "default",
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    allow_pickle: bool = False,
+    prediction_type: str | None = None,
+) -> Spec:
+    """What a diffusers folder, a hub id, a single-file checkpoint, an exported bundle or "default" holds. Loads no
+    weights.
+
+    Raises CheckpointError for anything that is not a model that fastldm can run, naming what it is instead.
+    """
+    for name, word in (("variant", variant), ("revision", revision)):
+        if word is not None and not (isinstance(word, str) and 0 < len(word) < 256 and word.isprintable()):
+            raise InputError(f"{name} is {show(word)}: expected a name, or None")
+    if cache_dir is not None:
+        check_path(cache_dir, "cache_dir")
+    checks.flag("local_files_only", local_files_only)
+    checks.flag("allow_pickle", allow_pickle)
+    if engine.is_bundle(path_or_id):
+        return engine.describe(path_or_id)
+    given = DEFAULT_MODEL if str(path_or_id) == "default" else path_or_id
+    checkpoint = weights.open_checkpoint(
+        given,
+        variant=variant,
+        revision=revision,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        allow_pickle=allow_pickle,
+        prediction_type=prediction_type,
+    )
+    return spec_of(checkpoint)
+
+
+_INDEX = {
+    "force_zeros_for_empty_prompt": Field(Flag(), False),
+    "requires_aesthetics_score": Field(Flag(), False),
+}
+
+
+def spec_of(checkpoint: weights.Checkpoint) -> Spec:
+    """What a checkpoint's raw config files say, each read and all held against each other.
+
+    CheckpointError for what is not implemented, is no value of its key, or does not fit the other components.
+    """
+    index = read_fields(checkpoint.index, _INDEX, f"{checkpoint.source}: {weights.INDEX}")
+    if index["requires_aesthetics_score"]:
+        raise CheckpointError(
+            f"{checkpoint.source}: 'requires_aesthetics_score' is True, as for the Stable Diffusion XL refiner: "
+            "fastldm implements False"
+        )
+    pipeline = None if checkpoint.loaded else checkpoint.index.get("_class_name")
+    schedule = read_scheduler(checkpoint.scheduler, pipeline, checkpoint.config_source("scheduler"))
+
+    configs = {name: component.config for name, component in checkpoint.components.items()}
+    sources = {name: checkpoint.config_source(name) for name in configs}
+    relatives.check_unet_keys(configs["unet"], sources["unet"])
+    unet = UNetConfig.from_dict(_with_size(configs["unet"], pipeline), sources["unet"])
+    vae_class = TinyVAEConfig if configs["vae"].get("_class_name") == "AutoencoderTiny" else VAEConfig
+    vae = vae_class.from_dict(configs["vae"], sources["vae"])
+    relatives.check_channels(unet.in_channels, sources["unet"], vae.latent_channels)
+    names = [name for name in ("text_encoder", "text_encoder_2") if name in configs]
+    text = tuple(TextConfig.from_dict(configs[name], sources[name]) for name in names)
+    _check_fit(unet, vae, text, checkpoint.source)
+    return Spec(checkpoint, unet, vae, text, recognise(unet, checkpoint.scheduler), schedule)
+
+
+def _with_size(config: Mapping[str, Any], pipeline: str | None) -> Mapping[str, Any]:
+    """A U-Net's config with sample_size as diffusers' pipelines of SD 1 and 2 set it: early files say 32 for 64."""
+    size, version = config.get("sample_size"), str(config.get("_diffusers_version", ""))
+    if pipeline in SET_BY_PIPELINES and re.match(r"0\.[0-8]\.", version) and isinstance(size, int) and 0 < size < 64:
+        return {**config, "sample_size": 64}
+    return config
+
+
+def _check_fit(unet: UNetConfig, vae: VAEConfig | TinyVAEConfig, text: Sequence[TextConfig], source: str) -> None:
+    """CheckpointError where components are not of one model: each may load, and the whole would fail or lie."""
+
+    def check(fits: bool, what: str) -> None:
+        if not fits:
+            raise CheckpointError(f"{source}: {what}: its components are not of one model")
+
+    widths, latents = [encoder.hidden for encoder in text], vae.latent_channels
+    check(
+        sum(widths) == unet.cross_attention_dim,
+        f"the U-Net reads text of {unet.cross_attention_dim} channels ('cross_attention_dim'), "
+        f"and {' + '.join(map(str, widths))} come from the text encoder{'s' * (len(text) > 1)} ('hidden_size')",
+    )
+    check(
+        unet.out_channels == latents,
+        f"the U-Net makes {unet.out_channels} channels ('out_channels'), and the VAE's latents have {latents} "
+        "('latent_channels')",
+    )
+    check(
+        vae.in_channels == vae.out_channels == 3,
+        f"the VAE reads pictures of {vae.in_channels} channels and makes {vae.out_channels}, expected 3",
+    )
+    pooled = text[-1].projection_dim
+    if not unet.needs_added:
+        check(
+            len(text) == 1 and pooled is None,
+            "the U-Net reads no pooled text ('addition_embed_type'), and there is a text encoder that gives one",
+        )
+        return
+    check(len(text) == 2, "the U-Net reads pooled text ('addition_embed_type'), and there is no text_encoder_2")
+    check(
+        pooled is not None,
+        "the U-Net reads pooled text ('addition_embed_type'), and text_encoder_2 is no CLIPTextModelWithProjection",
+    )
+    sizes = (unet.addition_input_dim - (pooled or 0)) / unet.addition_time_embed_dim
+    check(
+        sizes == 6,
+        f"the U-Net's added embedding has {unet.addition_input_dim} channels "
+        f"('projection_class_embeddings_input_dim'), expected {pooled} of pooled text ('projection_dim') and 6 x "
+        f"{unet.addition_time_embed_dim} of sizes{', not 5 x as in the XL refiner' * (sizes == 5)}",
+    )
+
+
+def autoencoder(config: VAEConfig | TinyVAEConfig) -> AutoencoderKL | TinyAutoencoder:
+    """The network for a config, its weights not set."""
+    return TinyAutoencoder(config) if isinstance(config, TinyVAEConfig) else AutoencoderKL(config)
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or a GPU where there is one, else the CPU. InputError where it does not exist here."""
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        chosen = torch.empty(0, device=chosen).device  # "cuda" is the current one of several, by its index
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError, OverflowError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"device {show(device)} cannot be used here ({reason}): try cpu, or see `fastldm doctor`"
+        ) from error
+    if chosen.type == "meta":
+        raise InputError("device 'meta' holds no numbers, so that nothing can run there: try cpu or cuda")
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype asked for, or what is fastest on `device`.
+
+    On a GPU that is float16: bfloat16's rate and eight times finer. On a CPU it is bfloat16 where the processor
+    multiplies it natively, else float32. float16 asked for on a CPU is replaced, with a warning: code written for a
+    GPU runs as it is. InputError for any other dtype.
+    """
+    known = {str(one).removeprefix("torch."): one for one in DTYPES}
+    if dtype is not None:
+        name = str(dtype).removeprefix("torch.") if isinstance(dtype, str | torch.dtype) else ""
+        if name not in known:
+            raise InputError(f"dtype is {show(dtype)}: expected float32, float16 or bfloat16")
+        dtype = known[name]
+    if device.type != "cpu":
+        return dtype or torch.float16
+    best = torch.bfloat16 if _native_bfloat16() else torch.float32
+    if dtype == torch.float16:
+        logger.warning("float16 is slow or missing on CPUs: running in %s", str(best).removeprefix("torch."))
+        return best
+    return dtype or best
+
+
+def _native_bfloat16() -> bool:
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(check() for check in checks if check is not None)
+
+
+@dataclass(frozen=True)
+class Networks:
+    """A model, loaded and prepared: what a pipeline runs."""
+
+    unet: engine.Denoiser
+    vae: engine.Autoencoder
+    text_stages: tuple[text.TextStage, ...]
+    prepared: Prepared
+    device: torch.device
+    dtype: torch.dtype
+    """Of what goes into the U-Net and the autoencoder, and comes out."""
+    backend: str = "torch"
+    """What runs them: "torch" or one of `engine.BACKENDS`."""
+    precision: str | None = None
+    """What they compute in, where that is not `dtype`."""
+    latents: Sequence[tuple[Axis, Axis]] = ()
+    """The heights and widths of latents that they run with, each range of them, where those are limited."""
+
+
+def load(
+    spec: Spec, fill: Callable[[torch.nn.Module, str], Any], sharing: Mapping[str, torch.nn.Module] | None = None
+) -> Networks:
+    """The networks of a spec; `fill(module on meta, component name)` returns the module with its weights.
+
+    sharing: modules whose weights those are, if they go on being used.
+    """
+    names = [name for name in ("text_encoder", "text_encoder_2") if name in spec.checkpoint.components]
+    with torch.device("meta"):
+        unet, vae, encoders = UNet(spec.unet), autoencoder(spec.vae), [CLIPText(one) for one in spec.text]
+    tokenizers = [spec.checkpoint.tokenizer(name.replace("text_encoder", "tokenizer")) for name in names]
+    for name, tokenizer, config in zip(names, tokenizers, spec.text, strict=True):
+        if tokenizer.size > config.vocab:
+            raise CheckpointError(
+                f"{spec.checkpoint.source}: the tokenizer has ids up to {tokenizer.size - 1}, and {name} has "
+                f"{config.vocab} embeddings ('vocab_size'): its components are not of one model"
+            )
+    stages = tuple(
+        text.TextStage(tokenizer, fill(encoder, name))
+        for name, encoder, tokenizer in zip(names, encoders, tokenizers, strict=True)
+    )
+    unet, vae = fill(unet, "unet"), fill(vae, "vae")
+    networks = {"unet": unet, "vae": vae} | {name: stage.model for name, stage in zip(names, stages, strict=True)}
+    weight = unet.conv_in.weight
+    prepared = prepare(networks, (sharing or {}).values())
+    return Networks(unet, vae, stages, prepared, device=weight.device, dtype=weight.dtype)

@@ -1,0 +1,160 @@
+"""`fastldm doctor`: what this machine has, what a model would run on, and what each extra would bring."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections import Counter
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastldm import __version__, openmp
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastldm.loading.spec import Spec
+
+# extra -> what it brings, and the distributions it consists of
+EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "onnx": ("export to ONNX and run it with ONNX Runtime on a CPU", ("onnx", "onnxscript", "onnxruntime")),
+    "onnx-gpu": ("the same with ONNX Runtime's CUDA provider", ("onnx", "onnxscript", "onnxruntime-gpu")),
+    "openvino": ("run exported models with OpenVINO, the fastest on Intel and AMD CPUs", ("openvino",)),
+    "tensorrt": ("build and run TensorRT-RTX engines", ("tensorrt-rtx-cu13-libs", "tensorrt-rtx-cu13-bindings")),
+    "test": ("the tests, held against diffusers and transformers", ("pytest", "diffusers", "transformers")),
+}
+
+
+def cache_root() -> Path:
+    """Where fastldm keeps what it can make again: `FASTLDM_CACHE`, else the platform's cache folder for it."""
+    chosen = os.environ.get("FASTLDM_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    try:
+        import platformdirs
+    except ModuleNotFoundError:  # a container that was given torch and not all else: what platformdirs says on Linux
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastldm"
+    return platformdirs.user_cache_path("fastldm")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def examine(model: str = "default", arch: str | None = None) -> dict[str, Any]:
+    """Everything that `fastldm doctor` prints, as plain data. Loads no weights.
+
+    arch: a GPU such as "sm_90" to say the ops' paths for, in place of this machine.
+    """
+    import torch
+
+    from fastldm.loading.spec import choose_device, choose_dtype, describe
+
+    device = choose_device(None)
+    dtype = choose_dtype(None, device) if arch is None else torch.float16
+    extras = {
+        name: {"brings": brings, "missing": [d for d in parts if _version(d) is None]}
+        for name, (brings, parts) in EXTRAS.items()
+    }
+    problems = []
+    if _version("onnxruntime") and _version("onnxruntime-gpu"):
+        problems.append(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: "
+            "pip uninstall onnxruntime onnxruntime-gpu, then install the extra you want (onnx or onnx-gpu)"
+        )
+    if _version("triton") is None:
+        problems.append("triton is not installed: everything runs, on PyTorch's own kernels")
+    spec = describe(model)
+    return {
+        "fastldm": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cpu": {"threads": openmp.threads(), "capability": torch.backends.cpu.get_cpu_capability()},
+        "gpus": [
+            f"{torch.cuda.get_device_name(k)} (sm_{''.join(map(str, torch.cuda.get_device_capability(k)))}, "
+            f"{torch.cuda.get_device_properties(k).total_memory / 2**30:.0f} GiB)"
+            for k in range(torch.cuda.device_count())
+        ],
+        "model": {
+            "name": model,
+            "family": spec.family.name,
+            "parameters": spec.parameters,
+            "runs on": str(device),
+            "dtype": str(choose_dtype(None, device)).removeprefix("torch."),
+        },
+        "ops": {"on": arch or str(device), "dtype": str(dtype).removeprefix("torch."), **op_paths(spec, dtype, arch)},
+        "extras": extras,
+        "cache": str(cache_root()),
+        "problems": problems,
+    }
+
+
+def op_paths(spec: Spec, dtype: torch.dtype, arch: str | None) -> dict[str, Any]:
+    """Which path each op of a picture takes, from a dry run at the model's own size: path -> op -> why -> calls."""
+    import torch
+
+    from fastldm.kernels import dispatch
+    from fastldm.planning import dry
+    from fastldm.planning.warm import parse_arch
+
+    if arch is None and not torch.cuda.is_available():
+        return {"triton": {}, "torch": {"all": {"tensors are on the CPU": 1}}}
+    here = torch.cuda.current_device
+    on_gpu = dispatch.Target(dispatch.device_capability(here()) if arch is None else parse_arch(arch))
+    calls: dict[str, dict[str, Counter[str]]] = {"triton": {}, "torch": {}}
+
+    def watch(op: dispatch.Op[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        verdict = op.path(*args, **kwargs)
+        reasons = calls["triton" if verdict else "torch"].setdefault(op.name, Counter())
+        reasons[verdict.why] += 1
+
+    place = {"height": spec.default_size[1] // spec.vae.factor, "width": spec.default_size[0] // spec.vae.factor}
+    with dispatch.targeting(on_gpu), dispatch.observe(watch):
+        dry.run_text(spec.text, batch=1, dtype=dtype)
+        dry.run_unet(spec.unet, rows=2, tokens=spec.text[0].max_position, dtype=dtype, **place)
+        dry.run_decoder(spec.vae, batch=1, dtype=dtype, **place)
+    return calls
+
+
+def _op_lines(ops: dict[str, Any]) -> Iterator[str]:
+    if not ops["triton"]:
+        reasons = {why for found in ops["torch"].values() for why in found}
+        yield f"all run PyTorch's own kernels: {'; '.join(sorted(reasons))}"
+        return
+    for name, reasons in sorted(ops["triton"].items()):
+        yield f"{name:<16} triton  {sum(reasons.values())} calls"
+    for name, reasons in sorted(ops["torch"].items()):
+        for why, count in sorted(reasons.items()):
+            yield f"{name:<16} torch   {count} calls: {why}"
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report for a person."""
+    model, cpu, ops = report["model"], report["cpu"], report["ops"]
+    lines = [
+        f"fastldm {report['fastldm']}, Python {report['python']}, torch {report['torch']}, "
+        f"triton {report['triton'] or 'not installed'}",
+        f"{report['platform']}",
+        f"CPU      {cpu['threads']} threads, {cpu['capability']}",
+        *(f"GPU      {gpu}" for gpu in report["gpus"] or ["none that torch sees"]),
+        f"cache    {report['cache']}",
+        f"model    {model['name']}: {model['family']}, {model['parameters'] / 1e6:.0f} M parameters, "
+        f"would run on {model['runs on']} in {model['dtype']}",
+        "",
+        f"ops of one guided step, text and decode in {ops['dtype']} on {ops['on']}",
+        *(f"  {line}" for line in _op_lines(ops)),
+        "",
+        "extras (pip install 'fastldm[NAME]')",
+    ]
+    for name, extra in report["extras"].items():
+        state = "missing " + ", ".join(extra["missing"]) if extra["missing"] else "installed"
+        lines.append(f"  {name:<9} {extra['brings']}: {state}")
+    lines += ["", *(f"! {problem}" for problem in report["problems"])] if report["problems"] else []
+    return "\n".join(lines)

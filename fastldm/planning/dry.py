@@ -1,0 +1,212 @@
+"""A model's run on tensors without storage: what it would launch, cost and hold, known before a weight is read.
+
+The networks are built on the meta device and run there as a request would run them. Whoever watches learns the rest:
+`kernels.dispatch.observe` sees each op with its shapes, `kernels.dispatch.targeting` compiles each kernel or says which
+device it is about, `allocator.record` sees the memory.
+
+A function here makes what its work reads, and returns the work. height and width are those of the latents.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastldm import image as images
+from fastldm.kernels.dispatch import Cost, Op, Target, device_type, observe, targeting
+from fastldm.loading.prepare import prepare
+from fastldm.loading.spec import autoencoder
+from fastldm.models.clip import CLIPText
+from fastldm.models.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
+from fastldm.models.unet import AddedConditions, UNet
+from fastldm.models.vae import TILE, AutoencoderKL, Decode, TinyAutoencoder, decode_pieces, finish
+from fastldm.runtime.slots import Slots, StaticBuffers
+
+Config = UNetConfig | VAEConfig | TinyVAEConfig | TextConfig
+Work = Callable[[], object]
+
+
+def network(config: Config, dtype: torch.dtype) -> nn.Module:
+    """The network for a config, prepared as for the device that the meta device stands for, without weights."""
+    return _network(config, dtype, device_type(_empty()))
+
+
+@functools.lru_cache(maxsize=16)
+def _network(config: Config, dtype: torch.dtype, device: str) -> nn.Module:
+    build = UNet if isinstance(config, UNetConfig) else CLIPText if isinstance(config, TextConfig) else autoencoder
+    with torch.device("meta"):
+        built = build(config).to(dtype)  # type: ignore[arg-type]
+        prepare({"": built})
+    return built
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def conditions(config: UNetConfig, *, steps: int, rows: int, tokens: int, dtype: torch.dtype) -> Work:
+    """All that is computed once for `rows` U-Net rows: time rows of so many steps, and keys and values of the texts.
+
+    tokens: of a text, a multiple of the window where it has several.
+    """
+    times = time_rows(config, count=steps * rows if config.needs_added else steps, dtype=dtype)
+    texts = cross_kv(config, rows=rows, tokens=tokens, dtype=dtype)
+    return lambda: (times(), texts())
+
+
+def time_rows(config: UNetConfig, *, count: int, dtype: torch.dtype) -> Work:
+    """What the resnets read of so many times and conditions."""
+    unet: UNet = network(config, dtype)  # type: ignore[assignment]
+    added = None
+    if config.needs_added:
+        pooled = config.addition_input_dim - 6 * config.addition_time_embed_dim
+        added = AddedConditions(_empty(count, pooled, dtype=dtype), _empty(count, 6))
+    guidance = _empty(count) if config.needs_guidance else None
+
+    def work() -> object:
+        with torch.device("meta"):  # the network makes sinusoids of LCM's guidance on the default device
+            return unet.time_rows(_empty(count), added=added, guidance=guidance)
+
+    return torch.no_grad()(work)
+
+
+def cross_kv(config: UNetConfig, *, rows: int, tokens: int, dtype: torch.dtype) -> Work:
+    """Keys and values of so many texts."""
+    unet: UNet = network(config, dtype)  # type: ignore[assignment]
+    text = _empty(rows, tokens, config.cross_attention_dim, dtype=dtype)
+    return torch.no_grad()(lambda: unet.cross_kv(text))
+
+
+def step(config: UNetConfig, *, height: int, width: int, rows: int, tokens: int, dtype: torch.dtype) -> Work:
+    """One step of `rows` U-Net rows: on a GPU all that its graph has, on a CPU the network."""
+    unet: UNet = network(config, dtype)  # type: ignore[assignment]
+    place = {"height": height, "width": width, "tokens": tokens, "dtype": dtype, "device": "meta"}
+    buffers = StaticBuffers.empty(config, slots=rows, rows=rows, steps=1, **place)  # type: ignore[arg-type]
+    if device_type(buffers.temb) != "cpu":
+        return torch.no_grad()(functools.partial(Slots(unet, buffers).body, rows, rescales=True))
+    inputs = buffers.step.u, buffers.temb[:rows, 0], tuple(text[:rows] for text in buffers.text)
+    return torch.no_grad()(functools.partial(unet.step, *inputs))
+
+
+def decode(
+    config: VAEConfig | TinyVAEConfig, *, height: int, width: int, batch: int, dtype: torch.dtype, how: Decode = "whole"
+) -> Work:
+    """Latents to the bytes of pictures."""
+    vae: AutoencoderKL | TinyAutoencoder = network(config, dtype)  # type: ignore[assignment]
+    latents = _empty(batch, config.latent_channels, height, width)
+
+    def work() -> None:
+        z = (latents / config.scaling_factor).to(dtype)
+        tiles = -(-max(height, width) // TILE)
+        decoded = _first_tiles(vae, z) if how == "tiled" and tiles > 4 else finish(decode_pieces(vae, z, how))
+        decoded.isfinite().all()
+        images.to_pixels(decoded, "pil")
+
+    return torch.no_grad()(work)
+
+
+def _first_tiles(vae: AutoencoderKL | TinyAutoencoder, z: Tensor) -> Tensor:
+    """What a tiled decode has in memory at its most, without each of its thousand tiles, which are all alike: the last
+    picture's first, while the others are there, and its end."""
+    config = vae.config
+    shape = (config.out_channels, z.shape[2] * config.factor, z.shape[3] * config.factor)
+    others = z.new_empty((z.shape[0] - 1, *shape))
+    layers = len(vae.low()) + 3 * len(vae.high())  # statistics, then two tiles
+    pieces = decode_pieces(vae, z[:1], "tiled")
+    for _ in range(layers):
+        next(pieces)
+    pieces.close()
+    last = z.new_empty((1, *shape), dtype=torch.float32).to(z.dtype)
+    return torch.cat([others, last])
+
+
+def encode(config: VAEConfig | TinyVAEConfig, *, height: int, width: int, batch: int, dtype: torch.dtype) -> Work:
+    """Pictures to latents."""
+    factor = config.factor
+    pictures = _empty(batch, config.in_channels, height * factor, width * factor)
+    vae: AutoencoderKL | TinyAutoencoder = network(config, dtype)  # type: ignore[assignment]
+    return torch.no_grad()(lambda: vae.encode(pictures.to(dtype)).float())
+
+
+def text(configs: Sequence[TextConfig], *, batch: int, dtype: torch.dtype) -> Work:
+    """One window of text for each of `batch` prompts, through all encoders."""
+    encoders = [network(config, dtype) for config in configs]
+    ids = [torch.empty(batch, config.max_position, dtype=torch.long, device="meta") for config in configs]
+    return torch.no_grad()(lambda: [encoder(one) for encoder, one in zip(encoders, ids, strict=True)])
+
+
+# ------------------------------------------------------------------------------------------------ run, to be watched
+
+
+def run_unet(config: UNetConfig, *, height: int, width: int, rows: int, tokens: int, dtype: torch.dtype) -> None:
+    """All of one step for `rows` U-Net rows (2 for one guided picture), and what comes before it."""
+    conditions(config, steps=1, rows=rows, tokens=tokens, dtype=dtype)()
+    step(config, height=height, width=width, rows=rows, tokens=tokens, dtype=dtype)()
+
+
+def run_decoder(config: VAEConfig | TinyVAEConfig, *, height: int, width: int, batch: int, dtype: torch.dtype) -> None:
+    """Latents to pictures."""
+    decode(config, height=height, width=width, batch=batch, dtype=dtype)()
+
+
+def run_encoder(config: VAEConfig | TinyVAEConfig, *, height: int, width: int, batch: int, dtype: torch.dtype) -> None:
+    """Pictures to latents."""
+    encode(config, height=height, width=width, batch=batch, dtype=dtype)()
+
+
+def run_text(configs: Sequence[TextConfig], *, batch: int, dtype: torch.dtype) -> None:
+    """One window of text for each of `batch` prompts, through all encoders."""
+    text(configs, batch=batch, dtype=dtype)()
+
+
+# ------------------------------------------------------------------------------------------------------------ counted
+
+
+def count(make: Callable[[], Work]) -> dict[str, Cost]:
+    """What the ops of a work have to do on a CPU, by name; those that an op is made of are its own. Under "enlarging":
+    what everybody counts more, who convolves the enlarged picture."""
+    found: dict[str, Cost] = {}
+    inside: list[str] = []
+
+    def add(name: str, flop: int, moved: int) -> None:
+        before = found.get(name, Cost(0, 0))
+        found[name] = Cost(before.flop + flop, before.bytes + moved)
+
+    def watch(op: Op[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
+        if not inside:
+            cost = op.cost(*args, **kwargs)
+            add(op.name, cost.flop, cost.bytes)
+            if op.name == "upsample_conv2d":
+                x, weight, _, height, width = args[:5]
+                add("enlarging", 2 * x.shape[0] * height * width * weight.numel() - cost.flop, 0)
+        inside.append(op.name)
+        return inside.clear if len(inside) == 1 else lambda: None
+
+    with targeting(Target(0)), observe(watch):
+        make()()
+    return found
+
+
+def total(make: Callable[[], Work]) -> Cost:
+    """All that the ops of a work have to do on a CPU."""
+    costs = [cost for name, cost in count(make).items() if name != "enlarging"]
+    return Cost(sum(cost.flop for cost in costs), sum(cost.bytes for cost in costs))
+
+
+def operations(config: UNetConfig, *, height: int, width: int, rows: int, tokens: int) -> dict[str, int]:
+    """Float operations of the whole U-Net for `rows` rows, 2 for each multiply-add of a product, by what becomes of
+    them: "step" is what is computed at each step. All together they are what everybody counts.
+    """
+    dtype = torch.float32
+    step_counts = count(lambda: step(config, height=height, width=width, rows=rows, tokens=tokens, dtype=dtype))
+    enlarging = step_counts.pop("enlarging", Cost(0, 0))
+    return {
+        "step": sum(cost.flop for cost in step_counts.values()),
+        "once a prompt: keys and values": total(lambda: cross_kv(config, rows=rows, tokens=tokens, dtype=dtype)).flop,
+        "once a schedule: time rows": total(lambda: time_rows(config, count=rows, dtype=dtype)).flop,
+        "never: convolutions of enlarged pictures": enlarging.flop,
+    }

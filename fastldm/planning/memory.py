@@ -1,0 +1,356 @@
+"""What a request needs of a device's memory, counted by name before anything is allocated."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastldm import checks
+from fastldm.errors import InputError, OutOfMemory
+from fastldm.kernels import onednn
+from fastldm.kernels.dispatch import Target, device_capability, targeting
+from fastldm.models.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
+from fastldm.models.vae import Decode
+from fastldm.planning import dry
+from fastldm.planning.allocator import MIB, CUDAHeap, Heap, record
+from fastldm.request import MAX_IMAGES, MAX_SIDE, MAX_STEPS
+from fastldm.runtime.slots import StaticBuffers
+
+if TYPE_CHECKING:
+    from fastldm.loading.spec import Spec
+    from fastldm.pipeline import Pipeline
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a request asks of a model and a device. Plans are kept by it."""
+
+    unet: UNetConfig
+    vae: VAEConfig | TinyVAEConfig
+    text: tuple[TextConfig, ...]
+    height: int  # of the latents
+    width: int
+    batch: int
+    guided: bool
+    dtype: torch.dtype
+    arch: int  # 90 for sm_90, 0 for a CPU
+    steps: int = 30
+    tokens: int = 77  # of a text
+    decode: Decode = "whole"
+    encode: bool = False  # whether it starts from a picture
+    slots: int = 0  # of the bucket, as many as pictures where 0
+    rows: int = 0  # of the U-Net, as many as the request needs where 0
+    backend: str = "torch"
+    precision: torch.dtype | None = None  # what an engine computes in, where that is not `dtype`, a bundle's
+
+    @classmethod
+    def of_spec(
+        cls, spec: Spec, *, width: int, height: int, batch: int, dtype: torch.dtype, arch: int, **others: Any
+    ) -> Workload:
+        """For a model that is not loaded. width, height: of the pictures, in pixels. others: the other fields."""
+        checks.whole("batch", batch, 1, MAX_IMAGES, "pictures")
+        checks.whole("steps", others.get("steps", 1), 1, MAX_STEPS, "steps")
+        for name, size in (("width", width), ("height", height)):
+            if checks.whole(name, size, 0, MAX_SIDE, "pixels") == 0 or size % spec.vae.factor:
+                raise InputError(f"{name} is {size}: expected a positive multiple of {spec.vae.factor} for this model")
+        guided = spec.family.guidance_scale > 1 and not spec.unet.needs_guidance
+        given = {"guided": guided, "steps": spec.family.num_inference_steps, "tokens": spec.text[0].max_position}
+        place: dict[str, Any] = {
+            "height": height // spec.vae.factor,
+            "width": width // spec.vae.factor,
+            "batch": batch,
+        }
+        return cls(spec.unet, spec.vae, spec.text, **place, dtype=dtype, arch=arch, **{**given, **others})
+
+    @classmethod
+    def of_pipeline(cls, pipe: Pipeline, *, width: int, height: int, batch: int, **others: Any) -> Workload:
+        """For a model that is loaded, where it is; `guided` must be among the others."""
+        arch = device_capability(pipe.device.index or 0) if pipe.device.type == "cuda" else 0
+        configs = tuple(stage.model.config for stage in pipe.text_stages)
+        factor = pipe.vae.config.factor
+        given: dict[str, Any] = {"height": height // factor, "width": width // factor, "batch": batch}
+        given = {**given, "tokens": configs[0].max_position, **others}
+        given |= {"backend": pipe.backend, "precision": getattr(torch, pipe.precision)}
+        return cls(pipe.unet.config, pipe.vae.config, configs, dtype=pipe.dtype, arch=arch, **given)
+
+
+class Line(NamedTuple):
+    name: str
+    bytes: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a request has on the device, in bytes, by name.
+
+    weights, buffers and libraries are there all the time, and one phase after the other: the most that is alive in it.
+    cached: what is held beyond that, free blocks of PyTorch's allocator, or on a CPU weights in a second layout. An
+    engine's activations are its own affair: these are PyTorch's, and engines were seen to take up to several times as
+    much. On a CPU, buffers stand for tensors of the same content that belong to the requests, and nothing is planned
+    for what ops take and give back within themselves (attention's scores of a block): some hundred KiB a thread.
+    """
+
+    workload: Workload
+    weights: tuple[Line, ...]
+    buffers: tuple[Line, ...]
+    libraries: tuple[Line, ...]
+    phases: tuple[Line, ...]
+    cached: Line
+
+    @property
+    def resident(self) -> int:
+        """What is there all the time."""
+        return sum(line.bytes for line in (*self.weights, *self.buffers, *self.libraries))
+
+    @property
+    def needed(self) -> int:
+        """Without so much the request cannot run: the allocator gives back what is only cached when it has to."""
+        return self.resident + max(line.bytes for line in self.phases)
+
+    @property
+    def peak(self) -> int:
+        """What the process takes from the device."""
+        return self.needed + self.cached.bytes
+
+    @property
+    def loading(self) -> int:
+        """The part of `needed` that is there once the model is loaded."""
+        return sum(line.bytes for line in self.weights)
+
+    def fits(self, free: int) -> bool:
+        """Whether that many bytes are enough for model and request."""
+        return self.needed <= free
+
+    def remedies(self, free: int) -> Iterator[MemoryPlan]:
+        """Plans of what would fit instead, each with one thing changed; with several, if one is not enough."""
+        asked = self.workload
+        on_torch = asked.backend == "torch"
+        possible: list[tuple[Decode, bool]] = [("sliced", asked.batch > 1), ("tiled", on_torch)]
+        decodes = [how for how, helps in possible if helps]
+        pixels = 12 * asked.batch * asked.height * asked.width * asked.vae.factor**2  # float32: no way around these
+        smaller = decodes if asked.decode == "whole" and pixels < free else []
+        changes: list[dict[str, Any]] = [{"decode": how} for how in smaller]
+        if asked.dtype == torch.float32 and on_torch:
+            changes.append({"dtype": torch.float16 if asked.arch else torch.bfloat16})
+        found = [plan(replace(asked, **change)) for change in changes]
+        fewer = _largest_batch(asked, free)
+        found = [one for one in (*found, fewer) if one is not None and one.fits(free)]
+        if not found:
+            last = _largest_batch(replace(asked, **{k: v for change in changes for k, v in change.items()}), free)
+            found = [] if last is None else [last]
+        yield from found
+
+    def advice(self, free: int) -> str:
+        """What would make it fit, in words."""
+        ways = [_difference(self.workload, other.workload) for other in self.remedies(free)]
+        return ", or ".join(ways) or "a smaller size, or a device with more memory"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain data."""
+        asked = self.workload
+        kept = ("batch", "guided", "arch", "steps", "tokens", "decode", "encode", "backend")
+        factor = asked.vae.factor
+        return {
+            "workload": {
+                "width": asked.width * factor,
+                "height": asked.height * factor,
+                "dtype": str(asked.dtype).removeprefix("torch."),
+                **{name: getattr(asked, name) for name in kept},
+            },
+            **{
+                part: [line._asdict() for line in getattr(self, part)]
+                for part in ("weights", "buffers", "libraries", "phases")
+            },
+            "cached": self.cached._asdict(),
+            **{name: getattr(self, name) for name in ("resident", "needed", "peak")},
+        }
+
+
+def check(asked: Workload, free: int, what: str) -> None:
+    """`refuse`, without a plan where a request plainly fits: the first in a process takes a second (for PyTorch's meta
+    device imports its compiler), others some tenths."""
+    if at_most(asked) > free:
+        refuse(plan(asked), free, what)
+
+
+def at_most(asked: Workload) -> int:
+    """More bytes than a request takes beside the weights: two to three times as many."""
+    unet, vae, rows = asked.unet, asked.vae, asked.batch * (2 if asked.guided else 1)
+    width = vae.decoder_width if isinstance(vae, TinyVAEConfig) else max(vae.channels[:2])
+    latents = asked.height * asked.width
+    text = 2 * asked.tokens * sum(unet.cross_widths) + 2 * asked.steps * unet.time_channels
+    numbers = 8 * asked.batch * latents * vae.factor**2 * width + 64 * rows * latents * unet.down[0].channels
+    noise = 4 * asked.batch * asked.steps * latents * unet.out_channels
+    return 256 * MIB + asked.dtype.itemsize * (numbers + 4 * rows * text) + 2 * noise
+
+
+def refuse(plan: MemoryPlan, free: int, what: str) -> None:
+    """Raises OutOfMemory where a request cannot fit beside the weights, which are loaded. free: bytes, besides them.
+
+    what: such as "4 pictures of 1024x1024".
+    """
+    needed = plan.needed - plan.loading
+    if needed > free:
+        advice = plan.advice(free + plan.loading)
+        raise OutOfMemory(f"{what} need {size(needed)} beside the weights, and {size(free)} are free: ask for {advice}")
+
+
+def size(count: int) -> str:
+    """Bytes for a person."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / MIB:.1f} MiB"
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that is free for one more thing, what PyTorch caches included; None where the system does not tell."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    if device.type != "cpu":
+        return None
+    try:
+        found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())  # files in memory can go
+        return int(found[1]) * 1024 if found else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+@functools.lru_cache(maxsize=64)
+def plan(workload: Workload) -> MemoryPlan:
+    """The plan, from a run of each phase without storage: some tenths of a second, and nothing for one asked before."""
+    asked = workload
+    rows = asked.batch * (2 if asked.guided else 1)
+    with targeting(Target(asked.arch)):
+        networks = _networks(asked)
+        buffers = StaticBuffers.empty(
+            asked.unet,
+            slots=asked.slots or asked.batch,
+            rows=asked.rows or rows,
+            height=asked.height,
+            width=asked.width,
+            tokens=asked.tokens,
+            steps=asked.steps,
+            dtype=asked.dtype,
+            device="meta",
+        )
+        traces = {name: record(work()) for name, work in _phases(asked, rows).items()}
+
+    heap = CUDAHeap() if asked.arch else Heap()
+    weights = [Line(name, heap.hold(_storages(network.parameters()))) for name, network in networks.items()]
+    made = heap.hold(_storages(tensor for network in networks.values() for tensor in network.buffers()))
+    if made:
+        weights.append(Line("made of weights", made, "phases of the convolutions that enlarge"))
+    held = tuple(Line(name, heap.hold(_storages(tensors)), _FIELDS.get(name, "")) for name, tensors in _fields(buffers))
+    libraries = _libraries(asked.arch)
+    heap.hold([line.bytes for line in libraries])
+    phases = tuple(Line(name, heap.run(trace), _PHASES[name]) for name, trace in traces.items())
+    if asked.backend != "torch":
+        size = sum(p.numel() for network in networks.values() for p in network.parameters())
+        kept = size * (asked.precision or asked.dtype).itemsize
+        cached = Line(
+            "cached", kept, f"weights in {asked.backend}'s own layout; its activations may take more than these"
+        )
+    elif asked.arch:
+        cached = Line("cached", heap.held - heap.peak, "free blocks, and what is left over of segments")
+    else:
+        kept = sum(p.nbytes for p in networks["U-Net"].parameters() if onednn.worth_keeping(p))
+        cached = Line("cached", kept, "weights of the U-Net in oneDNN's layout, at most: of layers with few pixels")
+    return MemoryPlan(asked, tuple(weights), held, libraries, phases, cached)
+
+
+_FIELDS = {
+    "u": "the U-Net's input",
+    "x": "latents",
+    "y": "anchors",
+    "history": "what multistep samplers remember",
+    "noise": "all that the steps draw",
+    "table": "the samplers' numbers",
+    "temb": "time rows of all steps",
+    "text": "keys and values of every cross-attention",
+}
+_PHASES = {
+    "text": "prompts and negative prompts, through the encoders",
+    "conditions": "keys and values of the texts, time rows of all steps",
+    "step": "activations of the U-Net",
+    "encode": "the picture that it starts from",
+    "decode": "latents to pictures",
+}
+
+
+def _phases(asked: Workload, rows: int) -> dict[str, Callable[[], dry.Work]]:
+    place: dict[str, Any] = {"height": asked.height, "width": asked.width, "dtype": asked.dtype}
+    text: dict[str, Any] = {"rows": rows, "tokens": asked.tokens}
+    phases: dict[str, Callable[[], dry.Work]] = {
+        "text": lambda: dry.text(asked.text, batch=rows, dtype=asked.dtype),
+        "conditions": lambda: dry.conditions(asked.unet, steps=asked.steps, dtype=asked.dtype, **text),
+        "encode": lambda: dry.encode(asked.vae, batch=asked.batch, **place),
+        "step": lambda: dry.step(asked.unet, **place, **text),
+        "decode": lambda: dry.decode(asked.vae, batch=asked.batch, how=asked.decode, **place),
+    }
+    return {name: work for name, work in phases.items() if name != "encode" or asked.encode}
+
+
+def _networks(asked: Workload) -> dict[str, nn.Module]:
+    names = ["U-Net", "VAE", *(f"text encoder {i}" for i in range(1, len(asked.text) + 1))]
+    configs: list[dry.Config] = [asked.unet, asked.vae, *asked.text]
+    return {name: dry.network(config, asked.dtype) for name, config in zip(names, configs, strict=True)}
+
+
+def _storages(tensors: Iterable[Tensor]) -> list[int]:
+    """The sizes of the memory behind some tensors, each piece once."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return list({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+def _fields(buffers: StaticBuffers) -> Iterator[tuple[str, list[Tensor]]]:
+    for name, field in (*buffers.step._asdict().items(), *buffers._asdict().items()):
+        if isinstance(field, Tensor):
+            yield name, [field]
+        elif name == "text":
+            yield name, list(field)
+
+
+def _libraries(arch: int) -> tuple[Line, ...]:
+    """Workspaces that libraries keep."""
+    if not arch:
+        return ()
+    given = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    pairs = re.findall(r":(\d+):(\d+)", given or (":4096:8" if arch >= 90 else ":4096:2:16:8"))
+    cublas = sum(int(kib) * int(count) for kib, count in pairs) * 1024
+    source = f"CUBLAS_WORKSPACE_CONFIG={given}" if given else f"PyTorch's default for sm_{arch}"
+    return (
+        Line("cuBLAS", cublas, f"{source}, for one stream"),
+        Line("cuBLASLt", 0, "PyTorch lends it cuBLAS's"),
+        Line("cuDNN", 64 * MIB, "an allowance: its plans take from none to some tens of MiB, for one convolution"),
+    )
+
+
+def _largest_batch(asked: Workload, free: int) -> MemoryPlan | None:
+    """The plan for the most pictures, fewer than are asked for, that fit."""
+
+    def fewer(batch: int) -> MemoryPlan:
+        return plan(replace(asked, batch=batch, slots=0, rows=0))
+
+    most = bisect.bisect_left(range(1, asked.batch), True, key=lambda batch: not fewer(batch).fits(free))
+    return fewer(most) if most else None
+
+
+def _difference(asked: Workload, other: Workload) -> str:
+    """What is to be changed to come from one to the other."""
+    words = []
+    if other.batch != asked.batch:
+        words.append(f"{other.batch} picture{'s' * (other.batch > 1)} at once")
+    if other.decode != asked.decode:
+        words.append(f"{other.decode} decode")
+    if other.dtype != asked.dtype:
+        words.append(str(other.dtype).removeprefix("torch."))
+    return " with ".join(words)

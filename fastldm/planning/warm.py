@@ -1,0 +1,76 @@
+"""Compiling a model's kernels before its first request, for GPUs that need not be here.
+
+A Docker build, which has no GPU, runs `fastldm warm --arch sm_90`; the container's first request then compiles nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from fastldm.errors import InputError
+from fastldm.loading.spec import Spec
+from fastldm.planning import dry
+
+ARCH_NAMES = "sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120"
+
+
+def parse_arch(arch: str) -> int:
+    """ "sm_90" -> 90. InputError for anything that kernels are not compiled for."""
+    from fastldm.kernels.compile import ARCHS
+
+    number = arch.removeprefix("sm_")
+    if not number.isdigit() or int(number) not in ARCHS:
+        raise InputError(f"arch is {arch!r}: expected {ARCH_NAMES}")
+    return int(number)
+
+
+def warm(
+    spec: Spec,
+    arch: str,
+    *,
+    sizes: Sequence[tuple[int, int]],
+    batches: Sequence[int] = (1,),
+    dtype: torch.dtype = torch.float16,
+    on_kernel: Callable[[str], None] | None = None,
+) -> int:
+    """Compile every kernel that requests of these sizes, (width, height) in pixels, and batches launch on `arch`.
+
+    What is compiled lies in Triton's cache (TRITON_CACHE_DIR, else ~/.triton/cache) for the same versions of fastldm,
+    torch and Triton. on_kernel hears each kernel's name as it is done. Returns how many there are.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise InputError("there is nothing to warm: triton is not installed; pip install triton")
+    from fastldm.kernels.compile import Ahead, Compiled
+    from fastldm.kernels.dispatch import targeting
+
+    def done(compiled: Compiled) -> None:
+        if on_kernel is not None:
+            on_kernel(compiled.kernel)
+
+    ahead = Ahead(parse_arch(arch), done)
+    factor = spec.vae.factor
+    guided = spec.family.guidance_scale > 1 and not spec.unet.needs_guidance
+    with targeting(ahead):
+        dry.run_text(spec.text, batch=1, dtype=dtype)
+        for width, height in sizes:
+            if width % factor or height % factor or width <= 0 or height <= 0:
+                raise InputError(f"size is {width}x{height}: expected positive multiples of {factor}")
+            h, w = height // factor, width // factor
+            for batch in batches:
+                for rows in sorted({batch, 2 * batch} if guided else {batch}):
+                    tokens = spec.text[0].max_position
+                    dry.run_unet(spec.unet, height=h, width=w, rows=rows, tokens=tokens, dtype=dtype)
+                dry.run_decoder(spec.vae, height=h, width=w, batch=batch, dtype=dtype)
+                dry.run_encoder(spec.vae, height=h, width=w, batch=batch, dtype=dtype)
+    return len(ahead.compiled)
+
+
+def cache_folder() -> Path:
+    """Where Triton keeps what it compiled."""
+    chosen = os.environ.get("TRITON_CACHE_DIR")
+    return Path(chosen) if chosen else Path(os.environ.get("TRITON_HOME", Path.home())) / ".triton" / "cache"

@@ -1,0 +1,1 @@
+"""Where the time goes, and what it is beside others."""

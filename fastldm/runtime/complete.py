@@ -1,0 +1,116 @@
+"""A request against a model: defaults filled in, and everything checked that needs no work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastldm import checks, engine
+from fastldm import image as images
+from fastldm.conditioning import encode as conditioning
+from fastldm.errors import InputError
+from fastldm.models.config import Family, TinyVAEConfig, UNetConfig, VAEConfig
+from fastldm.request import Request, picture_seeds
+
+if TYPE_CHECKING:
+    from fastldm.export.spec import Axis
+
+
+def complete(
+    request: Request,
+    unet: UNetConfig,
+    vae: VAEConfig | TinyVAEConfig,
+    family: Family,
+    ranges: Sequence[tuple[Axis, Axis]] = (),
+) -> Request:
+    """The request with every default of the model filled in, seeds drawn. InputError for what the model cannot run.
+
+    ranges: the heights and widths of latents that the model runs with, where those are limited.
+    """
+    if request.prompt is None and request.prompt_embeds is None:
+        raise InputError("prompt is None: give a text, a list of texts, or prompt_embeds")
+    conditioning.check(request, unet.needs_added)
+    for name in ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"):
+        embeds = getattr(request, name)
+        if embeds is not None and embeds.device.type != "cpu":  # of others `conditioning.given` sees it
+            checks.finite(name, embeds)
+    if unet.in_channels > vae.latent_channels and request.mask_image is None:
+        raise InputError("this model is for inpainting: give it image and mask_image")
+    width, height = _size(request, unet, vae)
+    if ranges:
+        engine.check_size(ranges, vae.factor, width, height)
+    return request.replace(
+        seed=picture_seeds(request) if request.generator is None else None,
+        height=height,
+        width=width,
+        num_inference_steps=request.num_inference_steps or family.num_inference_steps,
+        guidance_scale=family.guidance_scale if request.guidance_scale is None else request.guidance_scale,
+        sampler=request.sampler or family.sampler,
+        strength=(1.0 if request.mask_image is not None else 0.8) if request.strength is None else request.strength,
+    )
+
+
+def start_latents(request: Request, channels: int) -> Tensor | None:
+    """Latents (n, C, h, w) in place of pictures of `image`; None where it holds pictures."""
+    return None if request.image is None else images.load_latents(request.image, channels)
+
+
+def _size(request: Request, unet: UNetConfig, vae: VAEConfig | TinyVAEConfig) -> tuple[int, int]:
+    """(width, height) in pixels: as asked for, or as of latents and image, or the model's own."""
+    factor, latents = vae.factor, request.latents
+    height, width = (size * factor for size in unet.sample_size)
+    measured = None if request.image is None else _measured(request, unet, vae)
+    if latents is not None:
+        if tuple(latents.shape[:2]) != (request.batch, vae.latent_channels):
+            raise InputError(
+                f"latents have shape {tuple(latents.shape)}: expected ({request.batch}, {vae.latent_channels}, "
+                f"height / {factor}, width / {factor})"
+            )
+        if not torch.isfinite(latents).all():
+            raise InputError("latents hold NaN or infinity before the first step: give finite start noise")
+        height, width = (int(n) * factor for n in latents.shape[2:])
+    elif measured is not None and (
+        request.mask_image is None or start_latents(request, vae.latent_channels) is not None
+    ):
+        height, width = measured
+    height, width = request.height or height, request.width or width
+    for name, value in (("height", height), ("width", width)):
+        if value % factor:
+            near = max(factor, round(value / factor) * factor)
+            raise InputError(
+                f"{name} is {value}: expected a multiple of {factor} pixels for this model, such as {near}"
+            )
+    if latents is not None and (height, width) != tuple(int(n) * factor for n in latents.shape[2:]):
+        raise InputError(
+            f"latents are for {latents.shape[3] * factor}x{latents.shape[2] * factor} pixels, not {width}x{height}"
+        )
+    return width, height
+
+
+def _measured(request: Request, unet: UNetConfig, vae: VAEConfig | TinyVAEConfig) -> tuple[int, int]:
+    """(height, width) in pixels that `image` asks for; picture and mask are looked at, but not decoded yet."""
+    factor = vae.factor
+    start = start_latents(request, vae.latent_channels)
+    if start is not None:
+        count, height, width = start.shape[0], start.shape[2] * factor, start.shape[3] * factor
+        if (request.height or height, request.width or width) != (height, width):
+            raise InputError(
+                f"image is latents for {width}x{height} pixels, not {request.width or width}x{request.height or height}"
+            )
+        if unet.in_channels > vae.latent_channels:
+            raise InputError("image is latents: this model for inpainting needs pixels, to leave out what is masked")
+    else:
+        count, height, width = images.measure(request.image)
+    counts = {"image": count}
+    if request.mask_image is not None:
+        counts["mask_image"] = images.measure(request.mask_image, "mask_image", mask=True)[0]
+    for name, count in counts.items():
+        if request.batch % count:
+            raise InputError(
+                f"{name} holds {count} pictures for a batch of {request.batch}: give one, or one each, or a "
+                "number that divides them"
+            )
+    return max(height - height % factor, factor), max(width - width % factor, factor)

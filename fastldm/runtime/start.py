@@ -1,0 +1,100 @@
+"""Where the denoising loop starts: pictures and masks encoded, and all noise drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastldm import image as images
+from fastldm.device import send
+from fastldm.models.config import VAEConfig
+from fastldm.request import Request, picture_seeds
+from fastldm.runtime.complete import start_latents
+from fastldm.runtime.denoise import Guidance, Inpainting, Work, draw_step_noise, randn
+from fastldm.samplers.table import StepTable
+
+if TYPE_CHECKING:
+    from fastldm.engine import Autoencoder
+
+
+def start_work(
+    request: Request,
+    table: StepTable,
+    guidance: Guidance,
+    vae: Autoencoder,
+    in_channels: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Work:
+    """What the loop of a completed request is made from, all noise drawn, in diffusers' order.
+
+    in_channels: the U-Net's, more than the latents' where it is a model for inpainting. dtype: the networks'.
+    """
+    height, width = int(request.height or 0), int(request.width or 0)
+    factor, channels = vae.config.factor, vae.config.latent_channels
+    shape = (request.batch, channels, height // factor, width // factor)
+    # Noise of a seed is float32 on every device and in every precision; a caller's generator draws in the
+    # model's, as in diffusers.
+    generators, noise_dtype = request.generator, dtype
+    if generators is None:
+        generators, noise_dtype = [torch.Generator().manual_seed(s) for s in picture_seeds(request)], torch.float32
+
+    def draw(count: int = request.batch) -> Tensor:
+        some = generators[:count] if isinstance(generators, Sequence) else generators
+        return randn((count, *shape[1:]), some, noise_dtype, device).float()  # (count, C, h, w)
+
+    def each(pictures: Tensor, count: int = request.batch) -> Tensor:
+        """n pictures as so many, in turn: the first, ..., the last, the first, ..."""
+        return pictures.repeat(count // len(pictures), 1, 1, 1)
+
+    # Each picture's own generator draws of the posterior what it would draw for it alone. As in diffusers, one
+    # generator for all draws once for each picture of `image`, and a list of them, for inpainting, likewise.
+    alone = request.generator is None or (request.mask_image is None and isinstance(generators, Sequence))
+    prepared = each if alone else lambda pictures: pictures
+
+    # Inpainting at full strength starts from noise alone, so that nothing of what is repainted shines through;
+    # so it does from noise that is given, as in diffusers.
+    from_noise = request.mask_image is not None and (request.strength == 1 or request.latents is not None)
+    init = mask = extra = None
+    for_inpainting = in_channels > channels
+    start, noised = start_latents(request, channels), request.latents is not None and request.mask_image is None
+    if start is not None:
+        init = each(send(start, device))
+    elif request.image is not None and not noised:
+        picture = prepared(send(images.load_image(request.image, (height, width)), device))
+        if not (for_inpainting and from_noise):
+            init = each(_encode(vae, picture, draw, dtype))
+    noise = draw() if request.latents is None else send(request.latents, device, torch.float32)
+    if request.mask_image is not None:
+        hole = prepared(send(images.load_mask(request.mask_image, (height, width)), device))
+        mask = each(torch.nn.functional.interpolate(hole, shape[2:]))  # (B, 1, h, w)
+        if start is None:
+            counts = sorted((len(picture), len(hole)))
+            count = request.batch if counts[1] % counts[0] else counts[1]
+            if for_inpainting:
+                masked = each(picture, count) * (each(hole, count) < 0.5)
+                extra = torch.cat([mask, each(_encode(vae, masked, draw, dtype))], dim=1).to(dtype)
+            elif request.generator is not None:
+                draw(count)  # diffusers encodes masked pictures for 4-channel models too: its generator is in step
+    step_noise = draw_step_noise(table, shape, generators, noise_dtype, device)
+    r, s = table.start
+    x = table.init_noise_sigma * noise if init is None or from_noise else r * init + s * noise
+    if noised and request.image is not None:
+        x = noise  # where image to image starts, noise and all
+    blended = mask is not None and init is not None and not for_inpainting
+    inpainting = Inpainting(mask, init, noise) if blended else None  # type: ignore[arg-type]
+    return Work(table, x, step_noise, guidance, inpainting, extra, dtype)
+
+
+def _encode(vae: Autoencoder, picture: Tensor, draw: Callable[[int], Tensor], dtype: torch.dtype) -> Tensor:
+    """Pictures (n, 3, H, W) in -1..1 to latents (n, C, h, w) in float32, drawn from the posterior of a KL
+    autoencoder."""
+    encoded = vae.encode(picture.to(dtype)).float()
+    if isinstance(vae.config, VAEConfig):
+        mean, log_variance = encoded.chunk(2, dim=1)
+        encoded = mean + (log_variance.clamp(-30, 20) / 2).exp() * draw(len(mean))
+    return encoded * vae.config.scaling_factor

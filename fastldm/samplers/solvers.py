@@ -1,0 +1,447 @@
+"""How samplers step: each is a pure function from where it steps (a `Grid`) to its rows, written as its paper has it.
+
+Every sampler here is linear in what it has seen, so a step is a form over seven symbols: the latent X, an anchor Y
+(a second state tensor), the history M0, M1, M2, M3 (newest first) and noise N. They are unit vectors, in float64, and
+`X + (after - sigma) * slope` is at once a line of Euler's method and a row of the table that `make_table` packs.
+
+Formulas and peculiarities are those of diffusers' scheduler of the same name, which is the judge in the tests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fastldm.errors import InputError
+
+if TYPE_CHECKING:
+    from fastldm.samplers.table import ScheduleConfig
+
+Array = npt.NDArray[np.floating[Any]]
+Array32 = npt.NDArray[np.float32]
+
+X, Y, M0, M1, M2, M3, N = np.eye(7)
+
+
+class Row(NamedTuple):
+    """One call of the network, in symbols."""
+
+    step: int  # the user's step it belongs to, from 0
+    t: float  # what the network is told
+    level: tuple[float, float]  # a picture at this row's noise: r * init + s * noise
+    x: Array  # the next latent
+    y: Array = Y  # the next anchor
+    m: tuple[float, float] = (0.0, 1.0)  # what enters the history: p * latent + q * output, here the output itself
+    c_in: float = 1.0  # the network sees c_in * latent
+    draws: bool = False  # whether diffusers draws noise here
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where a sampler steps: all of the schedule's steps, of which those from `begin` on run."""
+
+    config: ScheduleConfig
+    steps: int
+    begin: int
+    eta: float
+    alpha_bar: Array  # (T,) alphas_cumprod
+    timesteps: Array  # (steps,)
+    sigmas: Array = field(default_factory=lambda: np.zeros(0))  # (steps + 1,) noise over signal
+    log_sigmas: Array32 = field(default_factory=lambda: np.zeros(0, np.float32))  # (T,) of the training schedule
+
+    def bar(self, t: float, before_first: float = 1.0) -> float:
+        """alphas_cumprod at a timestep."""
+        return float(self.alpha_bar[int(t)]) if t >= 0 else before_first
+
+    def stride(self, i: int) -> int:
+        """How many timesteps DDIM and PLMS step down from step i of the whole schedule.
+
+        One stride for all, as in diffusers, comes within a timestep of the next step. With linspace spacing it does
+        not (diffusers ends 51 of 250 timesteps too high at 5 steps), so there the stride is what leads there.
+        """
+        if self.config.timestep_spacing != "linspace":
+            return self.config.num_train_timesteps // self.steps
+        return int(self.timesteps[i] - [*self.timesteps, -1.0][i + 1])
+
+    @property
+    def final_bar(self) -> float:
+        return 1.0 if self.config.set_alpha_to_one else float(self.alpha_bar[0])
+
+    def walk(self) -> Iterator[tuple[int, float, float, float]]:
+        """(step, timestep, sigma, next sigma) of each step that runs; steps count from 0."""
+        for i in range(self.begin, self.steps):
+            yield i - self.begin, self.timesteps[i], self.sigmas[i], self.sigmas[i + 1]
+
+    def left(self, step: int) -> int:
+        """How many steps there are from this one on."""
+        return self.steps - self.begin - step
+
+    def past(self, step: int, order: int) -> list[float]:
+        """The last `order` sigmas, newest first."""
+        return [float(s) for s in self.sigmas[self.begin + step :: -1][:order]]
+
+    def denoised(self, alpha: float, sigma: float) -> tuple[float, float]:
+        """(p, q) that make p * latent + q * output the denoised latent, for a latent alpha * x0 + sigma * noise."""
+        if self.config.prediction_type == "v_prediction":
+            return alpha, -sigma
+        if self.config.prediction_type == "sample":
+            return 0.0, 1.0
+        if alpha == 0:
+            raise InputError(
+                "epsilon prediction cannot start at zero terminal SNR, where the latent holds no picture: use a "
+                "v-prediction model, timestep_spacing 'leading', or a schedule without rescale_betas_zero_snr."
+            )
+        return 1 / alpha, -sigma / alpha
+
+    def x0(self, alpha: float, sigma: float, latent: Array, output: Array) -> Array:
+        """The denoised latent where the history holds the network's output as it is."""
+        p, q = self.denoised(alpha, sigma)
+        return p * latent + q * output
+
+    def epsilon(self, alpha: float, sigma: float, latent: Array, output: Array) -> Array:
+        """The noise in it, likewise."""
+        p, q = self.noise(alpha, sigma)
+        return p * latent + q * output
+
+    def noise(self, alpha: float, sigma: float) -> tuple[float, float]:
+        """(p, q) that make p * latent + q * output the noise in it."""
+        if self.config.prediction_type == "v_prediction":
+            return sigma, alpha
+        return (1 / sigma, -alpha / sigma) if self.config.prediction_type == "sample" else (0.0, 1.0)
+
+
+def sigma_to_t(sigmas: Array, log_sigmas: Array32) -> Array:
+    """Timesteps, fractional, at which the training schedule has these sigmas, linear in the logarithm."""
+    logs = np.log(np.maximum(sigmas, 1e-10))
+    reached = np.cumsum(logs >= log_sigmas[:, None], axis=0)  # at zero terminal SNR the last of them may not ascend
+    low = np.minimum(reached.argmax(axis=0), len(log_sigmas) - 2)
+    weight = np.clip((log_sigmas[low] - logs) / (log_sigmas[low] - log_sigmas[low + 1]), 0, 1)
+    return (1 - weight) * low + weight * (low + 1)
+
+
+# ---- on latents sqrt(bar) * x0 + sqrt(1 - bar) * noise ----
+
+
+def ddpm(grid: Grid) -> Iterator[Row]:
+    """https://arxiv.org/abs/2006.11239, equations 6 and 7."""
+    times = [*grid.timesteps, -1.0]
+    for i in range(grid.begin, grid.steps):
+        t, now, after = times[i], grid.bar(times[i]), grid.bar(times[i + 1])
+        alpha, sigma, beta = math.sqrt(now), math.sqrt(1 - now), 1 - now / after
+        x0 = grid.x0(alpha, sigma, X, M0)
+        x = math.sqrt(after) * beta / (1 - now) * x0 + math.sqrt(now / after) * (1 - after) / (1 - now) * X
+        if t > 0:
+            large = grid.config.variance_type == "fixed_large"
+            x = x + math.sqrt(beta if large else max((1 - after) / (1 - now) * beta, 1e-20)) * N
+        yield Row(i - grid.begin, t, (alpha, sigma), x, draws=bool(t > 0))
+
+
+def ddim(grid: Grid) -> Iterator[Row]:
+    """https://arxiv.org/abs/2010.02502, equation 12."""
+    for i in range(grid.begin, grid.steps):
+        t = grid.timesteps[i]
+        now, after = grid.bar(t), grid.bar(t - grid.stride(i), grid.final_bar)
+        alpha, sigma = math.sqrt(now), math.sqrt(1 - now)
+        deviation = grid.eta * math.sqrt((1 - after) / (1 - now) * (1 - now / after))
+        x = math.sqrt(after) * grid.x0(alpha, sigma, X, M0)
+        x = x + math.sqrt(max(1 - after - deviation**2, 0)) * grid.epsilon(alpha, sigma, X, M0) + deviation * N
+        yield Row(i - grid.begin, t, (alpha, sigma), x, draws=grid.eta > 0)
+
+
+def plms(grid: Grid) -> Iterator[Row]:
+    """https://arxiv.org/abs/2202.09778, the linear multistep method, on the network's output as it is.
+
+    The second call repeats the first step with what the network says at its end, and is then forgotten: the history
+    skips it, and the anchor keeps the first output, which the fourth order still asks for three calls later. It is the
+    first step that runs: diffusers repeats the first of all, and where a picture leaves that out, steps twice to the
+    same level and lags behind by a step from there on.
+    """
+    third, fourth = 23 * M0 - 16 * M1 + 5 * Y, 55 * M0 - 59 * M1 + 37 * M2  # Adams and Bashforth's, but for the last
+    forms = M0, (M0 + M1) / 2, (3 * M0 - Y) / 2, third / 12, (fourth - 9 * Y) / 24, (fourth - 9 * M3) / 24
+    steps = grid.timesteps[grid.begin :]
+    for i, t in enumerate([*steps[:2], *steps[1:]]):
+        step = max(i - 1, 0)
+        stride = grid.stride(grid.begin + step)
+        form, (origin, source) = forms[min(i, 5)], (Y, t + stride) if i == 1 else (X, t)
+        now, after = grid.bar(source), grid.bar(source - stride, grid.final_bar)
+        alpha, sigma = math.sqrt(now), math.sqrt(1 - now)
+        x = math.sqrt(after) * grid.x0(alpha, sigma, origin, form)
+        x = x + math.sqrt(1 - after) * grid.epsilon(alpha, sigma, origin, form)
+        keep = (X, M1)[i] if i < 2 else Y
+        yield Row(step, t, (math.sqrt(grid.bar(t)), math.sqrt(1 - grid.bar(t))), x, keep)
+
+
+def lcm(grid: Grid) -> Iterator[Row]:
+    """https://arxiv.org/abs/2310.04378, algorithm 3: jump to the denoised latent, then add the noise of the next
+    step.
+    """
+    for i in range(grid.begin, grid.steps):
+        t, final = grid.timesteps[i], i + 1 == grid.steps
+        now, scaled = grid.bar(t), t * grid.config.timestep_scaling
+        alpha, sigma = math.sqrt(now), math.sqrt(1 - now)
+        x = scaled / math.hypot(scaled, 0.5) * grid.x0(alpha, sigma, X, M0) + 0.25 / (scaled**2 + 0.25) * X
+        if not final:
+            after = grid.bar(grid.timesteps[i + 1])
+            x = math.sqrt(after) * x + math.sqrt(1 - after) * N
+        yield Row(i - grid.begin, t, (alpha, sigma), x, draws=not final)
+
+
+def tcd(grid: Grid) -> Iterator[Row]:
+    """https://arxiv.org/abs/2402.19159, strategic stochastic sampling: down to (1 - eta) of the next time, then
+    noise up to it.
+    """
+    times = [*grid.timesteps, 0.0]
+    for i in range(grid.begin, grid.steps):
+        t, now, after = times[i], grid.bar(times[i]), grid.bar(times[i + 1])
+        between = grid.bar(np.floor(np.float32(1 - grid.eta) * np.float32(times[i + 1])))  # diffusers' rounding
+        alpha, sigma = math.sqrt(now), math.sqrt(1 - now)
+        x = math.sqrt(between) * grid.x0(alpha, sigma, X, M0)
+        x = x + math.sqrt(1 - between) * grid.epsilon(alpha, sigma, X, M0)
+        draws = grid.eta > 0 and i + 1 < grid.steps
+        if draws:
+            x = math.sqrt(after / between) * x + math.sqrt(1 - after / between) * N
+        yield Row(i - grid.begin, t, (alpha, sigma), x, draws=draws)
+
+
+# ---- on latents x0 + sigma * noise ----
+
+
+def _row(grid: Grid, step: int, t: float, sigma: float, x: Array, y: Array = Y, draws: bool = False) -> Row:
+    return Row(step, t, (1.0, sigma), x, y, c_in=1 / math.hypot(sigma, 1), draws=draws)
+
+
+def _slope(grid: Grid, sigma: float, latent: Array, output: Array) -> Array:
+    """d latent / d sigma, where the network saw c_in * latent, c_in = 1 / sqrt(1 + sigma^2)."""
+    c_in = 1 / math.hypot(sigma, 1)
+    return (latent - grid.x0(c_in, sigma * c_in, c_in * latent, output)) / sigma
+
+
+def euler(grid: Grid) -> Iterator[Row]:
+    """https://arxiv.org/abs/2206.00364, algorithm 2 without churn."""
+    for i, t, sigma, after in grid.walk():
+        yield _row(grid, i, t, sigma, X + (after - sigma) * _slope(grid, sigma, X, M0))
+
+
+def _ancestral(sigma: float, after: float) -> tuple[float, float]:
+    """How far down to step, and the noise that leads back up.
+
+    Down is sqrt(after^2 - up^2), which cancels where sigma is thousands of times `after`.
+    """
+    return after**2 / sigma, after * math.sqrt(1 - (after / sigma) ** 2)
+
+
+def euler_ancestral(grid: Grid) -> Iterator[Row]:
+    """k-diffusion's sample_euler_ancestral."""
+    for i, t, sigma, after in grid.walk():
+        down, up = _ancestral(sigma, after)
+        yield _row(grid, i, t, sigma, X + (down - sigma) * _slope(grid, sigma, X, M0) + up * N, draws=True)
+
+
+def heun(grid: Grid) -> Iterator[Row]:
+    """https://arxiv.org/abs/2206.00364, algorithm 1: the trapezoidal rule, and a plain Euler step at the end."""
+    for i, t, sigma, after in grid.walk():
+        yield _row(grid, i, t, sigma, X + (after - sigma) * _slope(grid, sigma, X, M0), X)
+        if grid.left(i) > 1:
+            slope = (_slope(grid, sigma, Y, M1) + _slope(grid, after, X, M0)) / 2
+            yield _row(grid, i, grid.timesteps[grid.begin + i + 1], after, Y + (after - sigma) * slope)
+
+
+def dpm2(grid: Grid) -> Iterator[Row]:
+    """k-diffusion's sample_dpm_2: the midpoint rule, at the geometric mean, and a plain Euler step at the end."""
+    for i, t, sigma, after in grid.walk():
+        yield from _midpoint(grid, i, t, sigma, after, 0.0, after)
+
+
+def dpm2_ancestral(grid: Grid) -> Iterator[Row]:
+    """k-diffusion's sample_dpm_2_ancestral."""
+    for i, t, sigma, after in grid.walk():
+        down, up = _ancestral(sigma, after)
+        yield from _midpoint(grid, i, t, sigma, down, up, after)
+
+
+def _midpoint(grid: Grid, i: int, t: float, sigma: float, down: float, up: float, after: float) -> Iterator[Row]:
+    middle = math.sqrt(sigma * down)
+    yield _row(grid, i, t, sigma, X + (middle - sigma) * _slope(grid, sigma, X, M0), X)
+    if grid.left(i) > 1:
+        t = float(sigma_to_t(np.array([middle]), grid.log_sigmas)[0])
+        x = Y + (down - sigma) * _slope(grid, middle, X, M0) + up * N
+        row = _row(grid, i, t, middle, x, draws=up > 0)
+        yield row._replace(level=(1.0, after))  # as diffusers' add_noise, which does not know of the middle
+
+
+def lms(grid: Grid) -> Iterator[Row]:
+    """k-diffusion's sample_lms, order 4: the last slopes, as a polynomial in sigma, integrated over the step."""
+    for i, t, sigma, after in grid.walk():
+        nodes = np.array(grid.past(i, min(i + 1, 4))) - sigma  # of steps that ran; diffusers takes those before too
+        x: Array = X
+        for k in range(len(nodes)):
+            lagrange, integral = _lagrange(nodes, k), np.polynomial.polynomial.polyint
+            x = x + np.polynomial.polynomial.polyval(after - sigma, integral(lagrange)) * (M0, M1, M2, M3)[k]
+        row = _row(grid, i, t, sigma, x)
+        p, q = grid.noise(row.c_in, sigma * row.c_in)
+        yield row._replace(m=(p * row.c_in, q))  # the slope is the noise
+
+
+def _lagrange(nodes: Array, k: int) -> Array:
+    """The polynomial, lowest coefficient first, that is 1 at nodes[k] and 0 at the others."""
+    others = np.delete(nodes, k)
+    return np.polynomial.polynomial.polyfromroots(others) / np.prod(nodes[k] - others)
+
+
+# ---- on latents alpha * x0 + sigma * noise, alpha^2 + sigma^2 = 1; `now` and `after` are ratios, sigma / alpha ----
+
+
+def _split(ratio: float) -> tuple[float, float]:
+    """alpha and sigma."""
+    return 1 / math.hypot(ratio, 1), ratio / math.hypot(ratio, 1)
+
+
+def _vp_row(grid: Grid, i: int, t: float, now: float, data: bool, x: Array, y: Array = Y, draws: bool = False) -> Row:
+    """A row with the denoised latent as history (data), or else the noise."""
+    m = grid.denoised(*_split(now)) if data else grid.noise(*_split(now))
+    return Row(i, t, _split(now), x, y, m, draws=draws)
+
+
+def _dpm_step(config: ScheduleConfig, x: Array, now: float, after: float, d: Sequence[Array], solver: str) -> Array:
+    """One DPM-Solver update from x, given D0, D1, ... (https://arxiv.org/abs/2211.01095).
+
+    Its four kinds are one formula in z: with h the step in lambda = log(alpha / sigma), z is h where noise is
+    predicted, -h where data is, and -2h for the SDE of the latter.
+    """
+    (alpha_s, sigma_s), (alpha, sigma) = _split(now), _split(after)
+    data, sde = config.algorithm_type.endswith("++"), config.algorithm_type.startswith("sde")
+    h = math.log(now / after) if after > 0 else math.inf
+    if h == 0:
+        return x
+    if data:
+        z, scale, keep = (-2 * h if sde else -h), alpha, sigma / sigma_s * (math.exp(-h) if sde else 1)
+    else:
+        z, scale, keep = h, (2 * sigma if sde else sigma), alpha / alpha_s
+    x = keep * x - scale * math.expm1(z) * d[0]
+    if sde:
+        x = x + sigma * math.sqrt(max(-math.expm1(-2 * h) if data else math.expm1(2 * h), 0)) * N
+    if len(d) == 2:
+        x = x - scale * (math.expm1(z) / 2 if solver == "midpoint" else math.expm1(z) / z - 1) * d[1]
+    if len(d) == 3:
+        half = -0.5 if data and sde else 0.5  # diffusers' sign for the SDE, with which the term does not vanish with h
+        x = x - scale * (math.expm1(z) / z - 1) * d[1] - scale * ((math.expm1(z) - z) / z**2 - half) * d[2]
+    return x
+
+
+def dpm_multistep(grid: Grid) -> Iterator[Row]:
+    """DPM-Solver and DPM-Solver++, multistep, ODE and SDE: https://arxiv.org/abs/2211.01095, algorithm 2."""
+    config = grid.config
+    data, sde = config.algorithm_type.endswith("++"), config.algorithm_type.startswith("sde")
+    few = config.lower_order_final and grid.steps < 15
+    for i, t, now, after in grid.walk():
+        order = min(config.solver_order, i + 1, grid.left(i) if few else 3)
+        final = config.euler_at_final or config.final_sigmas_type == "zero"
+        if grid.left(i) == 1 and (final or now == after):
+            order = 1
+        d = [M0]
+        if order > 1:
+            past = grid.past(i, order)
+            r = [math.log(older / newer) / math.log(now / after) for newer, older in pairwise(past)]
+            d.append((M0 - M1) / r[0])
+            if order > 2:
+                curve = (d[1] - (M1 - M2) / r[1]) / (r[0] + r[1])
+                d = [M0, d[1] + r[0] * curve, curve]
+        yield _vp_row(grid, i, t, now, data, _dpm_step(config, X, now, after, d, config.solver_type), draws=sde)
+
+
+def dpm_singlestep(grid: Grid) -> Iterator[Row]:
+    """The same, singlestep: groups of 1, 2 or 3 calls, each from the latent its group began with, the anchor."""
+    config = grid.config
+    data, sde = config.algorithm_type.endswith("++"), config.algorithm_type.startswith("sde")
+    orders = _group_orders(config, grid.steps)
+    for i, t, now, after in grid.walk():
+        order = min(orders[grid.begin + i], i + 1)
+        past = grid.past(i, order)
+        h = math.log(past[-1] / after) if after > 0 else math.inf
+        r = [math.log(past[-1] / sigma) / h for sigma in past[:-1]]  # how far along its group each call is
+        d, solver = [(M0, M1, M2)[order - 1]], config.solver_type
+        if order == 2:
+            d.append((M0 - M1) / r[0])
+        if order == 3:
+            far, near = (M0 - M2) / r[0], (M1 - M2) / r[1]
+            if solver == "heun":
+                d += [(r[0] * near - r[1] * far) / (r[0] - r[1]), 2 * (far - near) / (r[0] - r[1])]
+            else:
+                d, solver = [M2, far], "heun"
+        x = _dpm_step(config, X if order == 1 else Y, past[-1], after, d, solver)
+        yield _vp_row(grid, i, t, now, data, x, X if order == 1 else Y, draws=sde)
+
+
+def _group_orders(config: ScheduleConfig, steps: int) -> list[int]:
+    order = config.solver_order
+    whole, rest = divmod(steps, order)
+    group, tail = list(range(1, order + 1)), list(range(1, rest + 1))
+    if rest == 0 and order > 1 and (config.lower_order_final or config.final_sigmas_type == "zero"):
+        whole, tail = whole - 1, [1, 2, 1] if order == 3 else [1, 1]
+    orders = group * whole + tail
+    return [*orders[:-1], 1] if config.final_sigmas_type == "zero" else orders
+
+
+def deis(grid: Grid) -> Iterator[Row]:
+    """https://arxiv.org/abs/2204.13902, tAB-DEIS: the noise, as a polynomial in log sigma, integrated over sigma."""
+    config = grid.config
+    few = config.lower_order_final and grid.steps < 15
+    for i, t, now, after in grid.walk():
+        alpha, u = _split(after)[0], math.log(after / now)
+        # The integrals of 1, v and v^2 over v = log(sigma / now), of d sigma = now * e^v dv, to v = u.
+        powers = math.expm1(u), (u - 1) * math.exp(u) + 1, (u * u - 2 * u + 2) * math.exp(u) - 2
+        order = min(config.solver_order, i + 1, grid.left(i) if few else 3)
+        nodes = np.log(np.array(grid.past(i, order)) / now)
+        x = alpha / _split(now)[0] * X
+        for k in range(order):
+            x = x + alpha * now * np.dot(_lagrange(nodes, k), powers[:order]) * (M0, M1, M2)[k]
+        yield _vp_row(grid, i, t, now, False, x)
+
+
+def unipc(grid: Grid) -> Iterator[Row]:
+    """https://arxiv.org/abs/2302.04867: correct the latent the last prediction gave, then predict the next from it.
+
+    The anchor is the corrected latent.
+    """
+    config, order = grid.config, 0
+    for i, t, now, _ in grid.walk():
+        x: Array = X
+        if i > 0 and grid.begin + i - 1 not in config.disable_corrector:
+            x = _uni_step(grid, i - 1, order, Y, (M1, M2, M3), M0)
+        order = min(config.solver_order, i + 1, grid.left(i) if config.lower_order_final else 3)
+        yield _vp_row(grid, i, t, now, config.predict_x0, _uni_step(grid, i, order, x, (M0, M1, M2)), x)
+
+
+def _uni_step(grid: Grid, i: int, order: int, x: Array, m: Sequence[Array], corrected: Array | None = None) -> Array:
+    """From step i to the next: UniP, or UniC where `corrected`, what the model says there, is known."""
+    config, past = grid.config, grid.past(i, order)
+    now, after = past[0], float(grid.sigmas[grid.begin + i + 1])
+    (alpha_s, sigma_s), (alpha, sigma) = _split(now), _split(after)
+    if after == 0:
+        if order > 1:
+            raise InputError(
+                "UniPC ends at sigma 0 with lower_order_final only; set it, or final_sigmas_type 'sigma_min'."
+            )
+        return alpha * m[0] if config.predict_x0 else alpha / alpha_s * x - alpha * now * m[0]
+    h = math.log(now / after)
+    z, scale = (-h, alpha) if config.predict_x0 else (h, sigma)
+    x = (sigma / sigma_s if config.predict_x0 else alpha / alpha_s) * x - scale * math.expm1(z) * m[0]
+    r = [math.log(now / older) / h for older in past[1:]] if h else []
+    slopes = [(older - m[0]) / ratio for older, ratio in zip(m[1:], r, strict=False)]
+    if corrected is not None:
+        r, slopes = [*r, 1.0], [*slopes, corrected - m[0]]
+    if not slopes:
+        return x
+    b_h = z if config.solver_type == "bh1" else math.expm1(z)
+    phi, targets = math.expm1(z) / z - 1, []
+    for k in range(1, len(r) + 1):
+        targets.append(phi * math.factorial(k) / b_h)
+        phi = phi / z - 1 / math.factorial(k + 1)
+    weights = np.linalg.solve(np.vander(r, increasing=True).T, targets) if len(r) > 1 else [0.5]
+    return x - scale * b_h * sum(weight * slope for weight, slope in zip(weights, slopes, strict=True))

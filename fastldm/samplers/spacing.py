@@ -1,0 +1,205 @@
+"""Where samplers step: the training schedule, and the timesteps and noise levels that a number of steps has on it.
+
+The training schedule `alphas_cumprod` is float32, as checkpoints and diffusers hold it; what follows is float64.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastldm.errors import InputError
+from fastldm.samplers.solvers import Array, Array32, sigma_to_t
+
+if TYPE_CHECKING:
+    from fastldm.samplers.table import ScheduleConfig
+
+
+# ---- the training schedule ----
+
+
+def alphas_cumprod(config: ScheduleConfig) -> Array32:
+    """The training schedule, (num_train_timesteps,) float32.
+
+    Equal to diffusers' buffer to the bit, but for the last digits at zero terminal SNR, where torch's vectorised
+    square root is not always the nearest float32.
+
+    Raises InputError for betas that leave no picture, or more than all of it. Nothing at the last timestep is zero
+    terminal SNR.
+    """
+    steps, one = config.num_train_timesteps, np.float32(1)
+    if config.trained_betas:
+        betas = np.asarray(config.trained_betas, np.float32)
+    elif config.beta_schedule == "linear":
+        betas = _linspace32(config.beta_start, config.beta_end, steps)
+    elif config.beta_schedule == "scaled_linear":
+        betas = _linspace32(config.beta_start**0.5, config.beta_end**0.5, steps) ** 2
+    else:  # squaredcos_cap_v2
+        cosine = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
+        betas = np.array([min(1 - after / now, 0.999) for now, after in pairwise(cosine)], np.float32)
+    with np.errstate(all="ignore"):
+        if config.rescale_betas_zero_snr:  # https://arxiv.org/abs/2305.08891, algorithm 1
+            root = np.sqrt(_cumprod32(one - betas))
+            bar = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+            betas = one - np.append(bar[:1], bar[1:] / bar[:-1])
+        bar = _cumprod32(one - betas)
+    good = (bar > 0) & (bar <= 1)
+    if not good[:-1].all() or not 0 <= bar[-1] <= 1:
+        worst = int(good.argmin())
+        raise InputError(
+            f"betas leave {bar[worst]:g} of the picture at timestep {worst} of {steps} (alphas_cumprod): "
+            "expected above 0, but for the last, and at most 1."
+        )
+    return bar
+
+
+def _linspace32(start: float, end: float, steps: int) -> Array32:
+    """torch.linspace: a float32 step and fused multiply-adds, counted from the nearer end."""
+    first, last, i = np.float32(start), np.float32(end), np.arange(steps)
+    step = float((last - first) / np.float32(max(steps - 1, 1)))
+    return np.where(i < steps // 2, first + step * i, last - step * (steps - 1 - i)).astype(np.float32)
+
+
+def _cumprod32(x: Array32) -> Array32:
+    """torch.cumprod: on a CPU, float32 accumulates in float64."""
+    return np.cumprod(x, dtype=np.float64).astype(np.float32)
+
+
+# ---- where samplers step ----
+
+Placed = dict[str, Any]  # the arrays of a Grid, and the step it begins at
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The steps that a caller asks for: so many, from `strength` of the schedule on, or his own."""
+
+    steps: int
+    strength: float = 1.0
+    timesteps: Array | None = None  # (steps,)
+    sigmas: Array | None = None  # (steps + 1,)
+
+    @property
+    def begin(self) -> int:
+        """How many of the first steps a given picture leaves out, as diffusers' `get_timesteps` counts them."""
+        return self.steps - min(int(self.steps * self.strength), self.steps)
+
+
+def _spaced(config: ScheduleConfig, n: int, last: int, extra: int = 0) -> Array:
+    """n timesteps, descending from below `last`; `extra` more are laid out and left away at the low end."""
+    if config.timestep_spacing == "linspace":
+        return np.linspace(0, last - 1, n + extra)[::-1][:n]
+    if config.timestep_spacing == "leading":
+        return np.arange(n + extra)[::-1][:n] * (last // (n + extra)) + float(config.steps_offset)
+    return np.arange(last, 0, -config.num_train_timesteps / n).round()[:n] - 1.0
+
+
+def on_timesteps(config: ScheduleConfig, asked: Asked) -> Placed:
+    """Whole timesteps of the training schedule."""
+    bar, given = alphas_cumprod(config).astype(np.float64), asked.timesteps
+    timesteps = _spaced(config, asked.steps, len(bar)).round() if given is None else np.trunc(given)
+    return {"begin": asked.begin, "alpha_bar": bar, "timesteps": timesteps}
+
+
+def on_distilled_timesteps(config: ScheduleConfig, asked: Asked) -> Placed:
+    """Timesteps that a distilled model was trained at.
+
+    A picture is given all of its steps: they are laid inside `strength` of the distilled ones, where other schedules
+    leave out their first steps. A caller's own timesteps are cut like others.
+    """
+    if asked.timesteps is not None:
+        return on_timesteps(config, asked)
+    bar, trained = alphas_cumprod(config).astype(np.float64), config.original_inference_steps
+    inside = int(trained * asked.strength)
+    if asked.steps > inside:
+        raise InputError(
+            f"{asked.steps} steps are more than the {inside} of distillation (original_inference_steps {trained}) that "
+            f"strength {asked.strength:g} leaves: take fewer steps, or more strength."
+        )
+    distilled = np.arange(inside, 0, -1) * (len(bar) // trained) - 1.0
+    timesteps = distilled[np.floor(np.linspace(0, inside, asked.steps, endpoint=False)).astype(int)]
+    return {"begin": 0, "alpha_bar": bar, "timesteps": timesteps}
+
+
+def on_sigmas(config: ScheduleConfig, asked: Asked) -> Placed:
+    """Fractional timesteps; the ratio of noise to signal is linear between those of training."""
+    bar, trained, logs = _trained_sigmas(config)
+    if asked.sigmas is not None:
+        t, sigmas = sigma_to_t(asked.sigmas[:-1], logs), asked.sigmas
+    else:
+        spaced = _spaced(config, asked.steps, len(bar)) if asked.timesteps is None else asked.timesteps
+        t = spaced.astype(np.float32).astype(np.float64)
+        sigmas = np.interp(t, np.arange(len(bar)), trained)
+        if config.sigma_kind:
+            sigmas = _respaced(config, asked.steps, sigmas[0], sigmas[-1])
+            t = sigma_to_t(sigmas, logs)
+            t = t.round() if config.sigma_kind == "karras" and config.class_name.startswith("KDPM2") else t
+        sigmas = np.append(sigmas, trained[0] if config.final_sigmas_type == "sigma_min" else 0.0)
+    return {"begin": asked.begin, "alpha_bar": bar, "timesteps": t, "sigmas": sigmas, "log_sigmas": logs}
+
+
+def on_lambdas(config: ScheduleConfig, asked: Asked) -> Placed:
+    """Whole timesteps, one of which is left out at the low end."""
+    bar, trained, logs = _trained_sigmas(config)
+    last, n = trained[0], asked.steps
+    if config.sigma_kind:
+        sigmas = _respaced(config, n, trained[-1], trained[0])
+        if config.sigma_kind == "lu":  # https://arxiv.org/abs/2206.00927, uniform in lambda
+            # Python's floats: between float32 ends numpy steps in float32.
+            sigmas = np.exp(np.linspace(float(logs[-1]), float(logs[0]), n))
+        t = sigma_to_t(sigmas, logs)
+        cosine = config.beta_schedule == "squaredcos_cap_v2" and config.class_name == "DPMSolverMultistepScheduler"
+        t = t.round() if config.sigma_kind in ("karras", "lu") and not cosine else t
+        last = sigmas[-1] if config.class_name in ("DEISMultistepScheduler", "UniPCMultistepScheduler") else last
+    else:
+        below = len(bar) - int(np.searchsorted(-logs[::-1], config.lambda_min_clipped))
+        t = _spaced(config, n, below, extra=1).round() if asked.timesteps is None else asked.timesteps
+        sigmas = np.interp(np.trunc(t), np.arange(len(bar)), trained)
+    sigmas = np.append(sigmas, 0.0 if config.final_sigmas_type == "zero" else last)
+    return {"begin": asked.begin, "alpha_bar": bar, "timesteps": np.trunc(t), "sigmas": sigmas, "log_sigmas": logs}
+
+
+def _trained_sigmas(config: ScheduleConfig) -> tuple[Array, Array, Array32]:
+    """alphas_cumprod, the ratio of noise to signal, and its float32 logarithm, on which rounded timesteps hang."""
+    bar = alphas_cumprod(config)
+    if bar[-1] == 0:
+        bar[-1] = 2**-24  # zero terminal SNR: diffusers' stand-in
+    sigmas = np.sqrt((1 - bar) / bar)
+    with np.errstate(divide="ignore"):  # betas that begin with 0
+        return bar.astype(np.float64), sigmas.astype(np.float64), np.log(sigmas)
+
+
+def _respaced(config: ScheduleConfig, n: int, high: float, low: float) -> Array:
+    """n sigmas from high to low, spaced as `config.sigma_kind` says."""
+    high = high if config.sigma_max is None else config.sigma_max
+    low = low if config.sigma_min is None else config.sigma_min
+    if not (0 < low < math.inf and 0 < high < math.inf):
+        raise InputError(f"{config.sigma_kind} sigmas go from {high:g} to {low:g}: both must be above 0, and finite.")
+    ramp = np.linspace(0, 1, n)
+    if config.sigma_kind == "karras":  # https://arxiv.org/abs/2206.00364, equation 5 with rho = 7
+        return (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
+    if config.sigma_kind == "beta":  # https://arxiv.org/abs/2407.12173
+        return low + beta_quantile(1 - ramp) * (high - low)
+    return np.exp(np.linspace(math.log(high), math.log(low), n))
+
+
+def beta_quantile(probability: Array, shape: float = 0.6) -> Array:
+    """Quantiles of the Beta(shape, shape) distribution, as scipy.stats.beta.ppf has them.
+
+    Newton's method on the regularized incomplete beta function, by its power series, on the lower half, where that
+    converges fast.
+    """
+    lower = np.minimum(probability, 1 - probability)
+    k = np.arange(64)
+    series = np.cumprod(np.append(1.0, (k[1:] - shape) / k[1:])) / (shape + k)
+    total = math.gamma(shape) ** 2 / math.gamma(2 * shape)
+    x = np.minimum((lower * shape * total) ** (1 / shape), 0.5)
+    for _ in range(8):
+        inside = np.where(x > 0, x, 0.5)
+        excess = inside**shape * (inside[:, None] ** k @ series) / total - lower
+        x = np.where(x > 0, np.clip(inside - excess * total / (inside * (1 - inside)) ** (shape - 1), 0, 0.5), 0)
+    return np.where(probability > 0.5, 1 - x, x)
