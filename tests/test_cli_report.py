@@ -48,14 +48,14 @@ def test_each_end_is_one_line(error: BaseException, status: int, says: str) -> N
 
 BODY = """
 import sys, click
-from fastldm import cli_report
+from fastldm.cli import report
 
 @click.command()
 def command():
-    with cli_report.reported(False):
+    with report.reported(False):
         {}
 
-cli_report.run(command)
+report.run(command)
 """
 
 

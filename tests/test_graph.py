@@ -1,4 +1,4 @@
-"""fastldm/graph.py: what is captured when, what goes, and in which order; on a GPU, that a replay is its work."""
+"""runtime/graph.py: what is captured when, what goes, and in which order; on a GPU, that a replay is its work."""
 
 from __future__ import annotations
 

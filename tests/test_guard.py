@@ -204,8 +204,8 @@ with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
         ("import fastldm", {"errors", "openmp"}, set(), 40),
         (
             HELP,
-            {"__main__", "errors", "heap", "openmp", "cli", "cli_report"}
-            | {"cli_bench", "cli_cache", "cli_export", "cli_profile"},
+            {"__main__", "errors", "heap", "openmp", "cli"}
+            | {f"cli.{name}" for name in ("main", "report", "bench", "cache", "export", "profile")},
             {"click"},
             120,
         ),

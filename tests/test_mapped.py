@@ -1,4 +1,4 @@
-"""fastldm/mapped.py: files that change under a model that was loaded from them."""
+"""fastldm/loading/mapped.py: files that change under a model that was loaded from them."""
 
 from __future__ import annotations
 

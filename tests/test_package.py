@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import subprocess
@@ -168,62 +167,6 @@ import fastldm
 result = fastldm.Pipeline.default(device="cpu")("a red apple", num_inference_steps=1, seed=0)
 print(result.images[0].size[0] > 0)"""
     assert run(sys.executable, code, tmp_path, PYTHONPATH=str(ROOT)) == "True"
-
-
-def imports(path: Path, package: str) -> set[str]:
-    """Modules of fastldm that a file imports anywhere but under `if TYPE_CHECKING`, as dotted names."""
-    tree = ast.parse(path.read_text())
-    typing_only = {
-        node
-        for branch in ast.walk(tree)
-        if isinstance(branch, ast.If) and getattr(branch.test, "id", "") == "TYPE_CHECKING"
-        for node in ast.walk(branch)
-    }
-    found: set[str] = set()
-    for node in ast.walk(tree):
-        if node in typing_only:
-            continue
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            base = package.rsplit(".", node.level - 1)[0] + "." + node.module if node.level else node.module
-            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
-    return {name for name in found if name.split(".")[0] in {"fastldm", "kernels", "export"}}
-
-
-# folder or file -> what of fastldm it may import, itself aside
-MAY_IMPORT = {
-    "kernels": set(),
-    "fastldm/models": {"kernels", "config", "errors"},
-    "fastldm/config.py": {"errors", "reading"},
-    "fastldm/errors.py": set(),
-    "fastldm/request.py": {"errors", "checks"},
-    "fastldm/samplers.py": {"errors"},
-    "fastldm/schedule.py": {"errors", "samplers", "spacing"},
-    "fastldm/text.py": {"errors", "checks", "device", "prompt", "reading"},
-    "fastldm/single_file.py": {"errors", "relatives"},
-    "fastldm/weights.py": {"errors", "checks", "reading", "relatives", "single_file", "tensors", "text"},
-    "fastldm/image.py": {"errors", "checks", "files", "metadata"},
-    "fastldm/denoise.py": {"kernels", "models", "schedule", "errors", "device"},
-}
-
-
-@pytest.mark.parametrize("place", MAY_IMPORT)
-def test_import_direction(place: str) -> None:
-    path = ROOT / place
-    own = "models" if place.endswith("models") else place if place == "kernels" else path.stem
-    for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-        used = {
-            name.split(".")[1] for name in imports(file, "fastldm") if name.count(".") and name.startswith("fastldm.")
-        }
-        modules = {p.stem for p in (ROOT / "fastldm").glob("*.py")} | {"models", "kernels", "export"}
-        assert (used & modules) - {own} <= MAY_IMPORT[place], file
-
-
-def test_only_the_command_and_the_engine_know_export() -> None:
-    for file in [*(ROOT / "fastldm").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
-        if file.name not in {"cli_export.py", "cli_cache.py", "engine.py"}:
-            assert not any(name.startswith("fastldm.export") for name in imports(file, "fastldm")), file
 
 
 def test_the_tree_travels() -> None:

@@ -15,11 +15,11 @@ import pytest
 from scheduler_judge import SD
 from test_samplers import lead
 
-import fastldm
+from fastldm import samplers
 from fastldm.errors import InputError
 
 pytestmark = pytest.mark.full
-MODULES = ("samplers", "spacing", "schedule")  # each imports those before
+MODULES = ("solvers", "spacing", "table")  # each imports those before
 
 
 class Mutation(NamedTuple):
@@ -58,21 +58,21 @@ def lies_inside(schedule: ModuleType) -> None:
 ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
 MUTATIONS = [
     Mutation(
-        "samplers",
+        "solvers",
         "grid.past(i, min(i + 1, 4))",
         "grid.past(i, 4)",
         leads("lms", "leading", 0.5),
         "a polynomial through steps that never ran",
     ),
     Mutation(
-        "samplers",
+        "solvers",
         "(Y, t + stride) if i == 1",
         "(Y, t + stride) if i == 1 - min(grid.begin, 1)",
         leads("plms", "leading", 0.5),
         "the first step repeated only from the beginning",
     ),
     Mutation(
-        "samplers",
+        "solvers",
         'timestep_spacing != "linspace"',
         'timestep_spacing != ""',
         leads("ddim", "linspace"),
@@ -86,9 +86,9 @@ MUTATIONS = [
         "cut from all steps",
     ),
     Mutation("spacing", "bar[-1] = 2**-24", "bar[-1] = bar[-2]", starts_from_noise, "a last level like the one before"),
-    Mutation("schedule", '    "rescale_betas_zero_snr": False,\n', "", starts_from_noise, "zero terminal SNR dropped"),
+    Mutation("table", '    "rescale_betas_zero_snr": False,\n', "", starts_from_noise, "zero terminal SNR dropped"),
     Mutation(
-        "schedule",
+        "table",
         "(np.diff(numbers) <= 0).all() if repeats",
         "(np.diff(numbers) < 0).all() if repeats",
         levels_may_repeat,
@@ -100,16 +100,16 @@ MUTATIONS = [
 @contextmanager
 def planted(mutation: Mutation, new: str) -> Iterator[ModuleType]:
     """fastldm.samplers.table, and the modules under it, with the text replaced in one of them."""
-    modules = [importlib.import_module(f"fastldm.{name}") for name in MODULES]
+    modules = [importlib.import_module(f"fastldm.samplers.{name}") for name in MODULES]
     sources = [inspect.getsource(module) for module in modules]
-    with mock.patch.dict(sys.modules), mock.patch.multiple(fastldm, **dict(zip(MODULES, modules, strict=True))):
+    with mock.patch.dict(sys.modules), mock.patch.multiple(samplers, **dict(zip(MODULES, modules, strict=True))):
         for name, source in zip(MODULES, sources, strict=True):
             if name == mutation.module:
                 assert source.count(mutation.old) == 1, "the mutation no longer fits the source: rewrite it"
                 source = source.replace(mutation.old, new)
-            made = ModuleType(f"fastldm.{name}")
+            made = ModuleType(f"fastldm.samplers.{name}")
             sys.modules[made.__name__] = made
-            setattr(fastldm, name, made)
+            setattr(samplers, name, made)
             exec(compile(source, made.__name__, "exec"), made.__dict__)
         yield made
 

@@ -1,4 +1,4 @@
-"""fastldm/session.py: many requests from many threads, each getting what it would have got alone."""
+"""fastldm/serving/session.py: many requests from many threads, each getting what it would have got alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fastldm/slots.py: many requests in one batch's buffers, each held against `denoise` alone."""
+"""fastldm/runtime/slots.py: many requests in one batch's buffers, each held against `denoise` alone."""
 
 from __future__ import annotations
 

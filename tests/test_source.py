@@ -128,7 +128,7 @@ def test_options_of_the_export_are_kept(
     out = tmp_path / "variant"
     with bundles.traced_once(bundles.shared(tmp_path_factory)):
         refused = CliRunner().invoke(main, ["export", "-m", str(model), str(out), "--split"])
-        assert refused.exit_code == 1
+        assert refused.exit_code == 1, refused.output
         assert 'variant="half"' in refused.output
         done = CliRunner().invoke(main, ["export", "-m", str(model), str(out), "--split", "--variant", "half"])
     assert done.exit_code == 0, done.output

@@ -1,4 +1,4 @@
-"""fastldm/tune.py, fastldm/warm.py and their commands, as far as they go without a GPU."""
+"""planning/tune.py, planning/warm.py and their commands, as far as they go without a GPU."""
 
 from __future__ import annotations
 

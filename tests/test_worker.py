@@ -1,4 +1,4 @@
-"""fastldm/worker.py: whatever is raised wherever, others are served; streams are ordered; forks are survived."""
+"""serving/worker.py: whatever is raised wherever, others are served; streams are ordered; forks are survived."""
 
 from __future__ import annotations
 

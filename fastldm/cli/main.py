@@ -462,4 +462,5 @@ def doctor(model: str, arch: str | None, as_json: bool, debug: bool) -> None:
         click.echo(json.dumps(report, indent=2) if as_json else checks.render(report))
 
 
-from fastldm.cli import profile as cli_profile  # noqa: E402, F401  commands of files of their own
+from fastldm.cli import bench, export, profile  # noqa: E402, F401  commands of files of their own
+from fastldm.cli import cache as _cache  # noqa: E402, F401

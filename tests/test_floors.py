@@ -1,0 +1,228 @@
+"""The house: who may see whom. Each floor sees itself and those below it; on a floor no two modules see each other."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+FLOORS = [  # top first
+    ["__main__", "cli"],
+    ["profiling"],
+    ["pipeline"],
+    ["serving"],
+    ["planning"],
+    ["runtime"],
+    ["engine"],
+    ["export"],
+    ["loading"],
+    ["conditioning"],
+    ["samplers"],
+    ["models"],
+    ["kernels"],
+    ["checks", "device", "errors", "files", "heap", "image", "metadata", "openmp", "reading", "request"],
+]
+GOES_UP: set[tuple[str, str]] = {  # known, and to become none
+    ("cli.main", "fastldm"),
+    ("conditioning.text", "engine"),
+    ("export.auto", "engine"),
+    ("export.auto", "pipeline"),
+    ("export.auto", "planning.doctor"),
+    ("export.auto", "planning.timing"),
+    ("export.bundle", "engine"),
+    ("export.cache", "planning.doctor"),
+    ("export.manifest", "engine"),
+    ("export.networks", "engine"),
+    ("export.onnxruntime", "engine"),
+    ("export.openvino", "engine"),
+    ("export.tensorrt", "engine"),
+    ("export.verify", "engine"),
+    ("export.verify", "pipeline"),
+    ("export.writing", "engine"),
+    ("export.writing", "fastldm"),
+    ("image", "fastldm"),
+    ("loading.spec", "engine"),
+    ("loading.spec", "export.spec"),
+    ("models.vae", "engine"),
+    ("planning.doctor", "fastldm"),
+    ("planning.memory", "pipeline"),
+    ("serving.session", "pipeline"),
+}
+CIRCLES: list[set[str]] = [
+    {"samplers.solvers", "samplers.spacing", "samplers.table"},
+    {"cli.bench", "cli.cache", "cli.export", "cli.main", "cli.profile"},
+    {
+        "conditioning.encode",
+        "conditioning.text",
+        "engine",
+        "export.auto",
+        "export.bundle",
+        "export.cache",
+        "export.engines",
+        "export.manifest",
+        "export.networks",
+        "export.onnx",
+        "export.openvino",
+        "export.reference",
+        "export.verify",
+        "export.writing",
+        "loading.adoption",
+        "loading.prepare",
+        "loading.spec",
+        "loading.weights",
+        "models.vae",
+        "pipeline",
+        "planning.doctor",
+        "planning.dry",
+        "planning.memory",
+        "planning.warm",
+        "runtime.complete",
+        "runtime.denoise",
+        "runtime.slots",
+        "runtime.start",
+        "serving.bucket",
+        "serving.callback",
+        "serving.session",
+        "serving.worker",
+    },
+]  # known, and to become none
+PRIVATE: set[str] = {  # "module: _name of another", known, and to become none
+    "loading.changes: _parameters",
+    "pipeline: _answer",
+    "pipeline: _submit",
+    "profiling.profile: _begin",
+    "profiling.profile: _complete",
+    "profiling.profile: _finish",
+    "profiling.profile: _graphs",
+    "profiling.profile: _guided",
+    "profiling.profile: _new_batch",
+    "profiling.profile: _run",
+    "serving.bucket: _begin",
+    "serving.bucket: _change",
+    "serving.bucket: _finish",
+    "serving.bucket: _new_batch",
+    "serving.bucket: _preview",
+    "serving.bucket: _release_memory",
+    "serving.bucket: _tell",
+    "serving.bucket: _threads",
+    "serving.bucket: _worker",
+    "serving.callback: _version",
+    "serving.session: _complete",
+    "serving.session: _lock",
+    "serving.worker: _forked",
+}
+
+
+def modules() -> dict[str, ast.Module]:
+    """All of them, by their names without fastldm's."""
+    found = {}
+    for top in ("fastldm", "kernels", "export"):
+        for path in sorted((ROOT / top).rglob("*.py")):
+            parts = [*([] if top == "fastldm" else [top]), *path.relative_to(ROOT / top).with_suffix("").parts]
+            name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+            found[name or "fastldm"] = ast.parse(path.read_text())
+    return found
+
+
+MODULES = modules()
+
+
+def imports(name: str) -> set[str]:
+    """The modules that one imports, wherever in it, under TYPE_CHECKING too."""
+    found = set()
+    for node in ast.walk(MODULES[name]):
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{name} imports relatively"
+            base = (node.module or "").removeprefix("fastldm").removeprefix(".")
+            if (node.module or "").split(".")[0] == "fastldm":
+                for alias in node.names:
+                    full = f"{base}.{alias.name}".removeprefix(".")
+                    found.add(full if full in MODULES else base or "fastldm")
+        elif isinstance(node, ast.Import):
+            found |= {
+                alias.name.partition(".")[2] or "fastldm"
+                for alias in node.names
+                if alias.name.split(".")[0] == "fastldm"
+            }
+    return found - {name}
+
+
+def floor(name: str) -> int:
+    """The number of a module's floor, from the top. The package itself is above all: it gives users what is below."""
+    return next((k for k, rooms in enumerate(FLOORS) if name.split(".")[0] in rooms), -1)
+
+
+def test_every_module_has_a_floor() -> None:
+    assert {name for name in MODULES if floor(name) < 0} == {"fastldm"}
+
+
+def test_no_import_goes_up() -> None:
+    found = {(one, other) for one in MODULES for other in imports(one) if floor(other) < floor(one)}
+    assert found == GOES_UP
+
+
+def test_no_circles() -> None:
+    assert circles({name: imports(name) for name in MODULES if name != "fastldm"}) == CIRCLES
+
+
+def circles(edges: dict[str, set[str]]) -> list[set[str]]:
+    """Groups of modules of which each reaches all others (Tarjan's strongly connected components)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[set[str]] = []
+
+    def visit(name: str) -> None:
+        index[name] = low[name] = len(index)
+        stack.append(name)
+        for other in sorted(edges[name] & edges.keys()):
+            if other not in index:
+                visit(other)
+            if other in stack:
+                low[name] = min(low[name], low[other])
+        if low[name] == index[name]:
+            at = stack.index(name)
+            group = set(stack[at:])
+            del stack[at:]
+            if len(group) > 1:
+                found.append(group)
+
+    sys.setrecursionlimit(10_000)
+    for name in sorted(edges):
+        if name not in index:
+            visit(name)
+    return sorted(found, key=len)
+
+
+def test_nobody_uses_what_is_private_elsewhere() -> None:
+    """Names of modules, and attributes that only another module's classes define. (A NamedTuple's own begin with an
+    underscore and are public.)"""
+    owners = defaultdict(set)
+    for name, tree in MODULES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                owners[node.name].add(name)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_own(node):
+                owners[node.attr].add(name)
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                owners[node.target.id].add(name)
+    found = set()
+    for name, tree in MODULES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and is_private(node.attr) and not is_own(node):
+                if node.attr in owners and name not in owners[node.attr]:
+                    found.add(f"{name}: {node.attr}")
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastldm"):
+                found |= {f"{name}: {alias.name}" for alias in node.names if is_private(alias.name)}
+    assert found == PRIVATE
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__") and name not in {"_replace", "_asdict", "_fields", "_make"}
+
+
+def is_own(node: ast.Attribute) -> bool:
+    return isinstance(node.value, ast.Name) and node.value.id in {"self", "cls"}
