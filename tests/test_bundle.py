@@ -361,7 +361,7 @@ def test_an_export_that_was_killed_goes_on(
 import os, shutil, signal, sys
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
-from fastldm import loading
+from fastldm.loading import spec as loading
 from fastldm.export import onnx, writing
 def dying(networks, name, folder, **options):
     folder.mkdir()

@@ -136,8 +136,8 @@ def test_export_gives_plain_torch_ops_on_a_cpu() -> None:
 TRACED = """
 import sys, torch
 from pathlib import Path
-from fastldm.config import UNetConfig
-from fastldm import dry
+from fastldm.models.config import UNetConfig
+from fastldm.planning import dry
 from fastldm.kernels.compile import Ahead
 from fastldm.kernels.dispatch import targeting
 import triton

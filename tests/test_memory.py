@@ -270,7 +270,7 @@ def test_planning_allocates_nothing(tmp_path: Path) -> None:
     code = """
 import resource, torch
 from benchmarks.networks import CLIP_L, SDXL, VAE
-from fastldm.memory import Workload, plan
+from fastldm.planning.memory import Workload, plan
 def asked(size):
     return Workload(SDXL, VAE, (CLIP_L,), size, size, 1, True, torch.float32, 0)
 plan(asked(8))  # imports

@@ -581,7 +581,7 @@ def test_building_draws_no_random_numbers() -> None:
 def test_the_networks_import_nothing_heavy() -> None:
     code = f"""
 import sys, torch
-from fastldm.config import UNetConfig
+from fastldm.models.config import UNetConfig
 from fastldm.models import UNet
 with torch.inference_mode():
     unet = UNet(UNetConfig.from_dict({tiny.UNETS["tiny-sd"]!r}))

@@ -170,9 +170,9 @@ def test_on_meta_a_network_is_prepared_as_on_a_gpu() -> None:
 MEASURE = """
 import sys, torch
 from torch import nn
-from fastldm import weights
+from fastldm.loading import weights
 from fastldm.models.layers import Attention, Conv
-from fastldm.prepare import prepare
+from fastldm.loading.prepare import prepare
 
 def resident(field):
     for line in open("/proc/self/status"):

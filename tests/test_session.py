@@ -658,8 +658,8 @@ def test_reserved_memory_is_what_the_plan_says() -> None:
     code = """
 import torch
 from benchmarks import ladder
-from fastldm.memory import Workload, plan
-from fastldm.slots import step_capacity
+from fastldm.planning.memory import Workload, plan
+from fastldm.runtime.slots import step_capacity
 model = ladder.MODELS["sd15-512"]
 pipe = ladder.pipeline(model, torch.device("cuda"), torch.float16)
 pipe.warmup([(512, 512)])

@@ -9,8 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import fastldm
-from fastldm import things
-from fastldm.cli import main
+from fastldm.cli import main, things
 from fastldm.errors import InputError
 
 KNOWN = {thing.names[0]: thing for thing in things.things()}

@@ -1198,7 +1198,7 @@ def test_description_of_a_loaded_pipeline_is_that_of_its_folder(pipe: Any, folde
 MEASURE = """
 import sys, torch
 from torch import nn
-from fastldm import weights
+from fastldm.loading import weights
 
 def resident(field):
     for line in open("/proc/self/status"):

@@ -92,7 +92,7 @@ def _list_things(ctx: click.Context, param: click.Parameter, group: str | None) 
     if group is None:
         return
     with reported(debug=False):
-        from fastldm.things import listing
+        from fastldm.cli.things import listing
 
         click.echo(listing(group))
     ctx.exit()
@@ -224,7 +224,7 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
 
 def _name_nearest(pipe: Pipeline, prompt: str) -> None:
     """Say on stderr what the model inside takes a prompt for that names nothing it knows."""
-    from fastldm import things
+    from fastldm.cli import things
 
     if prompt.strip() and not things.knows_a_word(prompt):
         near = ", ".join(repr(name) for name in things.nearest(pipe, prompt))

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastldm.errors import InputError
-from fastldm.loading import DEFAULT_MODEL
+from fastldm.loading.spec import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from fastldm.pipeline import Pipeline
@@ -75,7 +75,7 @@ def nearest(pipe: Pipeline, prompt: str, count: int = 3) -> list[str]:
     """
     import torch
 
-    from fastldm.text import encode_prompts
+    from fastldm.conditioning.text import encode_prompts
 
     names = [thing.names[0] for thing in things()]
     texts = [f"a {name}" for name in names]
