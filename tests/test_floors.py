@@ -53,7 +53,6 @@ GOES_UP: set[tuple[str, str]] = {  # known, and to become none
 }
 CIRCLES: list[set[str]] = [
     {"samplers.solvers", "samplers.spacing", "samplers.table"},
-    {"cli.bench", "cli.cache", "cli.export", "cli.main", "cli.profile"},
     {
         "conditioning.encode",
         "conditioning.text",

@@ -205,7 +205,7 @@ with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
         (
             HELP,
             {"__main__", "errors", "heap", "openmp", "cli"}
-            | {f"cli.{name}" for name in ("main", "report", "bench", "cache", "export", "profile")},
+            | {f"cli.{path.stem}" for path in (ROOT / "fastldm" / "cli").glob("[a-z]*.py") if path.stem != "things"},
             {"click"},
             120,
         ),

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastldm.cli.main import Size, check_numbers, debug_option, main, model_option, reported
+from fastldm.cli.options import Size, check_numbers, debug_option, model_option
+from fastldm.cli.report import reported
 from fastldm.errors import EngineError, InputError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 PEERS = ("diffusers", "diffusers-compile", "onnxruntime", "openvino", "optimum", "openvino-genai")
 
 
-@main.command()
+@click.command()
 @model_option
 @click.option(
     "--compare", default="diffusers", show_default=True, metavar="PEERS", help=f"Some of {','.join(PEERS)}, by commas."

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastldm.cli.main import debug_option, main, reported
+from fastldm.cli.options import debug_option
+from fastldm.cli.report import reported
 
 if TYPE_CHECKING:
     from fastldm.export.cache import Entry
@@ -27,7 +28,7 @@ class Bytes(click.ParamType):
         return int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))
 
 
-@main.group()
+@click.group()
 def cache() -> None:
     """Engines that were built on this machine, for the next time.
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import click
 
-from fastldm.cli.main import Size, debug_option, main, model_option, reported
+from fastldm.cli.options import Size, debug_option, model_option
+from fastldm.cli.report import reported
 from fastldm.errors import InputError
 
 
-@main.command()
+@click.command()
 @model_option
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--variant", metavar="V", help="Weights variant of a folder or hub id, such as fp16.")
@@ -126,7 +127,7 @@ def export(
                 click.echo(f"{out / 'engines' / record.file}: {took}, {record.bytes / 2**20:.1f} MiB")
 
 
-@main.command()
+@click.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--backend", type=click.Choice(["onnxruntime", "openvino", "tensorrt"]), default="onnxruntime", show_default=True

@@ -11,10 +11,11 @@ from typing import Any
 
 import click
 
-from fastldm.cli.main import Size, backend_option, check_numbers, debug_option, main, model_option, reported
+from fastldm.cli.options import Size, backend_option, check_numbers, debug_option, model_option
+from fastldm.cli.report import reported
 
 
-@main.command()
+@click.command()
 @model_option
 @click.option("--prompt", default="a red apple", show_default=True, metavar="TEXT", help="What the pictures are of.")
 @click.option("--size", type=Size(), help="In pixels, such as 1024x1024.  [default: the model's]")

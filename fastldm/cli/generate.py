@@ -1,0 +1,160 @@
+"""`fastldm generate`: from a prompt to files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fastldm.cli.options import Size, backend_option, debug_option, decode_option, model_option
+from fastldm.cli.report import reported
+
+if TYPE_CHECKING:
+    from fastldm.pipeline import Pipeline
+
+
+def _list_things(ctx: click.Context, param: click.Parameter, group: str | None) -> None:
+    """`--list`: as `--help`, it answers in place of the command."""
+    if group is None:
+        return
+    with reported(debug=False):
+        from fastldm.cli.things import listing
+
+        click.echo(listing(group))
+    ctx.exit()
+
+
+@click.command()
+@click.argument("prompt")
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    help="Where the picture goes; with --n 4, a.png becomes a-0.png to a-3.png.  [default: fastldm-SEED.png]",
+)
+@model_option
+@click.option("--negative", metavar="TEXT", help="What to avoid.")
+@click.option("--steps", type=int, metavar="N", help="Sampler steps.  [default: the model's]")
+@click.option("--guidance", type=float, metavar="G", help="Guidance scale; 1 or less is off.  [default: the model's]")
+@click.option("--sampler", metavar="NAME", help="Such as 'euler a' or 'dpm++ 2m karras'.  [default: the model's]")
+@click.option(
+    "--seed", type=int, metavar="S", help="The same seed makes the same picture; picture k of --n uses S + k."
+)
+@click.option("--size", type=Size(), help="In pixels, such as 768x512.  [default: the model's]")
+@click.option("--n", "count", type=click.IntRange(min=1), default=1, show_default=True, help="How many pictures.")
+@click.option("--init-image", metavar="FILE", help="Start from this picture instead of noise.")
+@click.option("--strength", type=float, help="How much of --init-image is redone, 0 to 1.  [default: 0.8]")
+@click.option("--mask", metavar="FILE", help="Repaint only where this picture is white; needs --init-image.")
+@click.option("--literal", is_flag=True, help="Take brackets in PROMPT as text, not as weights.")
+@click.option("--clip-skip", type=int, metavar="N", help="Leave out the text encoder's last N layers.")
+@click.option("--device", metavar="D", help="Such as cpu, cuda or cuda:1.  [default: a GPU where there is one]")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: what is fastest there]")
+@backend_option
+@click.option("--variant", metavar="V", help="Weights variant of a folder or hub id, such as fp16.")
+@decode_option
+@click.option("--force", is_flag=True, help="Overwrite files that exist.")
+@click.option("--no-metadata", is_flag=True, help="Do not write prompt and settings into the PNG.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@click.option(
+    "--list",
+    is_flag=False,
+    flag_value="",
+    is_eager=True,
+    expose_value=False,
+    callback=_list_things,
+    metavar="[GROUP]",
+    help="Name the things that the model inside knows, of a group such as 'animals', and do nothing else.",
+)
+@debug_option
+def generate(
+    prompt: str, output: str | None, model: str, count: int, as_json: bool, debug: bool, **options: Any
+) -> None:
+    """Make a picture for PROMPT.
+
+    \b
+    fastldm generate "a red apple"
+    fastldm generate "a (shiny:1.3) car" --n 4 --seed 7 -o car.png
+    fastldm generate "a cat, oil painting" -m ./sd15 --init-image cat.png --strength 0.6
+    fastldm generate "a cat" -m ./sd15-onnx --backend openvino
+    """
+    with reported(debug):
+        _generate(prompt, output, model, count, as_json, options)
+
+
+def _generate(prompt: str, output: str | None, model: str, count: int, as_json: bool, options: dict[str, Any]) -> None:
+    from fastldm.request import Request, picture_seeds
+
+    width, height = options["size"] or (None, None)
+    given = {
+        "negative_prompt": options["negative"],
+        "num_inference_steps": options["steps"],
+        "guidance_scale": options["guidance"],
+        "sampler": options["sampler"],
+        "image": options["init_image"],
+        "strength": options["strength"],
+        "mask_image": options["mask"],
+        "literal_prompt": options["literal"],
+        "clip_skip": options["clip_skip"],
+        "seed": options["seed"],
+        "height": height,
+        "width": width,
+        "num_images_per_prompt": count,
+    }
+    # All that can be wrong is found before the model is loaded: the request itself, then the place to write to.
+    request = Request(prompt=prompt, **{name: value for name, value in given.items() if value is not None})
+    request = request.replace(seed=picture_seeds(request))
+    seeds = picture_seeds(request)
+
+    from fastldm.image import measure, output_paths, save_result
+
+    paths = output_paths(output or f"fastldm-{seeds[0]}.png", count, force=options["force"])
+    for name, path in (("--init-image", options["init_image"]), ("--mask", options["mask"])):
+        if path is not None:
+            measure(path, name)
+
+    from fastldm.pipeline import Pipeline
+
+    where = {name: options[name] for name in ("device", "dtype", "backend", "variant")}
+    pipe = Pipeline.from_pretrained(model, **where)
+    if options["decode"] != "whole":
+        (pipe.enable_vae_tiling if options["decode"] == "tiled" else pipe.enable_vae_slicing)()
+    if model == "default":
+        _name_nearest(pipe, prompt)
+    result = pipe(request, progress=not as_json and sys.stderr.isatty())
+    save_result(result, paths, pipe.name, metadata=not options["no_metadata"])
+
+    timings = result.timings
+    if as_json:
+        record = {
+            "files": [str(path) for path in paths],
+            "seeds": list(result.seeds),
+            "model": pipe.name,
+            "backend": result.backend,
+            "device": str(pipe.device),
+            "dtype": result.dtype,
+            "timings": {"text": timings.text, "steps": timings.steps, "decode": timings.decode, "total": timings.total},
+        }
+        click.echo(json.dumps(record))
+        return
+    for path, seed in zip(paths, result.seeds, strict=True):
+        click.echo(f"{path}  seed {seed}")
+    steps = len(timings.steps)
+    click.echo(
+        f"{result.backend} {result.dtype} on {pipe.device}: {timings.total:.2f} s (text {timings.text:.2f}, "
+        f"{steps} steps {sum(timings.steps):.2f}, decode {timings.decode:.2f})"
+    )
+
+
+def _name_nearest(pipe: Pipeline, prompt: str) -> None:
+    """Say on stderr what the model inside takes a prompt for that names nothing it knows."""
+    from fastldm.cli import things
+
+    if prompt.strip() and not things.knows_a_word(prompt):
+        near = ", ".join(repr(name) for name in things.nearest(pipe, prompt))
+        click.echo(
+            f"warning: the prompt names nothing that the default model knows; what it knows nearest to it: {near} "
+            "(all: fastldm generate --list)",
+            err=True,
+        )

@@ -1,0 +1,56 @@
+"""Options and checks that commands share."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import click
+
+
+class Size(click.ParamType):
+    name = "WxH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        match = re.fullmatch(r"(\d{1,9})(?:[xX×](\d{1,9}))?", str(value).strip())
+        if not match:
+            self.fail(
+                f"{value!r} is not a size: write WIDTHxHEIGHT in pixels, such as 768x512, or one number", param, ctx
+            )
+        width = int(match[1])
+        return width, int(match[2] or width)
+
+
+def check_numbers(size: tuple[int, int] | None, pictures: int = 1, steps: int | None = None) -> None:
+    """InputError for numbers that no request may have, before anything is computed of them."""
+    from fastldm.request import Request
+
+    width, height = size or (None, None)
+    Request("", width=width, height=height, num_inference_steps=steps, num_images_per_prompt=pictures)
+
+
+model_option = click.option(
+    "-m",
+    "--model",
+    default="default",
+    show_default=True,
+    metavar="MODEL",
+    help="A diffusers folder, a hub id, a .safetensors file, an exported bundle, or 'default' for the model that ships "
+    "inside.",
+)
+decode_option = click.option(
+    "--decode",
+    type=click.Choice(["whole", "sliced", "tiled"]),
+    default="whole",
+    show_default=True,
+    help="Picture by picture, or in tiles too, takes less memory.",
+)
+backend_option = click.option(
+    "--backend",
+    type=click.Choice(["auto", "torch", "onnxruntime", "openvino", "tensorrt"]),
+    default="auto",
+    show_default=True,
+    help="What runs the networks. All but torch need MODEL to be a bundle, which `fastldm export` writes; auto takes, "
+    "of a bundle, what `fastldm verify` found fastest here.",
+)
+debug_option = click.option("--debug", is_flag=True, help="Show a traceback when something fails.")

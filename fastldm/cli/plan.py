@@ -1,0 +1,135 @@
+"""`fastldm plan`: what memory a request takes, and whether it fits."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fastldm.cli.options import Size, backend_option, check_numbers, debug_option, decode_option, model_option
+from fastldm.cli.report import reported
+from fastldm.errors import InputError
+
+if TYPE_CHECKING:
+    from fastldm.planning.memory import MemoryPlan
+
+
+@click.command()
+@model_option
+@click.option("--size", type=Size(), help="In pixels, such as 1024x1024.  [default: the model's]")
+@click.option(
+    "-n", "--n", "--batch", "batch", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures."
+)
+@click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Sampler steps.  [default: the model's]")
+@decode_option
+@click.option("--init-image", is_flag=True, help="It starts from a picture, which is encoded.")
+@click.option("--arch", metavar="A", help="A GPU that need not be here, such as sm_90.  [default: this machine's]")
+@click.option("--device", metavar="D", help="Such as cpu, cuda or cuda:1.  [default: a GPU where there is one]")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: what is fastest there]")
+@backend_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@debug_option
+def plan(
+    model: str,
+    size: tuple[int, int] | None,
+    batch: int,
+    steps: int | None,
+    decode: str,
+    init_image: bool,
+    arch: str | None,
+    device: str | None,
+    dtype: str | None,
+    backend: str,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Say what memory a request would take, by name. Allocates none of it and reads no weights.
+
+    \b
+    fastldm plan -m ./sdxl --size 1024x1024 --n 4
+    fastldm plan -m ./sdxl --n 4 --arch sm_89 --json
+    """
+    with reported(debug):
+        import torch
+
+        from fastldm import engine
+        from fastldm.kernels.dispatch import device_capability
+        from fastldm.loading import spec as loading
+        from fastldm.planning import memory
+        from fastldm.planning.warm import parse_arch
+
+        check_numbers(size, batch, steps)
+        if arch is not None and device is not None:
+            raise InputError("give --arch for a GPU that need not be here, or --device for one that is, not both")
+        place = torch.device("cuda")
+        if arch is None:
+            place = loading.choose_device(engine.choose_device(backend, device))
+        target = parse_arch(arch) if arch is not None else 0
+        if arch is None and place.type == "cuda":
+            target = device_capability(place.index or 0)
+        spec = loading.describe(model)
+        width, height = size or spec.default_size
+        runs = engine.choose(backend, model, place, dtype)
+        given: dict[str, Any] = {} if steps is None else {"steps": steps}
+        if runs == "torch":
+            given["dtype"] = loading.choose_dtype(dtype, place)
+        else:
+            engine.check_size(engine.latents(model), spec.vae.factor, width, height)
+            given["backend"] = runs
+            given["dtype"], given["precision"] = engine.precisions(model, runs, place, dtype)
+        made = memory.plan(
+            memory.Workload.of_spec(
+                spec,
+                width=width,
+                height=height,
+                batch=batch,
+                arch=target,
+                decode=decode,
+                encode=init_image,
+                **given,
+            )
+        )
+        free = memory.free_bytes(place) if arch is None else None
+        if as_json:
+            fits = None if free is None else {"fits": made.fits(free), "free": free}
+            ways = [] if free is None or made.fits(free) else [one.to_dict() for one in made.remedies(free)]
+            click.echo(json.dumps({"model": model, **made.to_dict(), "here": fits, "would_fit": ways}, indent=2))
+        else:
+            click.echo(_plan_table(made, free))
+
+
+def _plan_table(made: MemoryPlan, free: int | None) -> str:
+    """A plan for a person; what takes less than 50 KiB in one line."""
+    from fastldm.planning.memory import size
+
+    asked, factor = made.workload, made.workload.vae.factor
+    rows: list[tuple[str, int, str]] = []
+    for title, lines in (("weights", made.weights), ("buffers", made.buffers), ("libraries", made.libraries)):
+        if not (whole := sum(line.bytes for line in lines)):
+            continue
+        small = [line for line in lines if line.bytes < 50 * 1024]
+        rows.append((title, whole, ""))
+        rows += [(f"  {line.name}", line.bytes, line.note) for line in lines if line not in small]
+        if small:
+            rows.append(("  others", sum(line.bytes for line in small), ", ".join(line.name for line in small)))
+    rows.append(("all the time", made.resident, ""))
+    rows += [(f"  and in {line.name}", line.bytes, line.note) for line in made.phases]
+    largest = max(made.phases, key=lambda line: line.bytes)
+    rows += [("needed", made.needed, f"all the time, and in {largest.name}"), made.cached, ("peak", made.peak, "")]
+    wide = max(len(name) for name, _, _ in rows)
+    device = f"sm_{asked.arch}" if asked.arch else "a CPU"
+    dtype = str(asked.precision or asked.dtype).removeprefix("torch.")
+    said = [
+        f"{asked.batch} x {asked.width * factor}x{asked.height * factor}{', guided' * asked.guided}, "
+        f"{asked.steps} steps, {asked.backend} {dtype} on {device}, {asked.decode} decode",
+        "",
+        *(f"{name:<{wide}}  {size(count):>10}  {note}".rstrip() for name, count, note in rows),
+    ]
+    if free is None:
+        return "\n".join(said)
+    if not made.fits(free):
+        fits = f"does not fit: {size(free)} are free; what would: {made.advice(free)}"
+    else:
+        fits = f"fits: {size(free)} are free" + (", if PyTorch gives back what it caches" if made.peak > free else "")
+    return "\n".join([*said, "", fits])

@@ -1,0 +1,66 @@
+"""`fastldm warm`: a model's kernels, compiled ahead."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from fastldm.cli.options import Size, check_numbers, debug_option, model_option
+from fastldm.cli.report import reported
+from fastldm.errors import InputError
+
+
+@click.command()
+@model_option
+@click.option("--arch", multiple=True, metavar="A", help="Such as sm_90; may be repeated.  [default: this machine's]")
+@click.option("--size", type=Size(), multiple=True, help="In pixels; may be repeated.  [default: the model's]")
+@click.option(
+    "--n", "batch", type=click.IntRange(min=1), multiple=True, default=(1,), help="Pictures; may be repeated."
+)
+@click.option("--dtype", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True)
+@click.option("--cache", metavar="DIR", help="Where the kernels go.  [default: Triton's cache]")
+@debug_option
+def warm(
+    model: str,
+    arch: tuple[str, ...],
+    size: tuple[tuple[int, int], ...],
+    batch: tuple[int, ...],
+    dtype: str,
+    cache: str | None,
+    debug: bool,
+) -> None:
+    """Compile a model's kernels, so that the first request does not have to. Needs no GPU.
+
+    \b
+    fastldm warm -m ./sd15 --arch sm_90 --arch sm_89
+    RUN fastldm warm -m ./sdxl --arch sm_90 --size 1024x1024 --cache /opt/kernels      in a Dockerfile, with
+    ENV TRITON_CACHE_DIR=/opt/kernels
+    """
+    with reported(debug):
+        if cache is not None:
+            os.environ["TRITON_CACHE_DIR"] = cache
+        import torch
+        from tqdm import tqdm
+
+        from fastldm.loading import spec as loading
+        from fastldm.planning import warm
+
+        for pictures in batch:
+            for one_size in size or (None,):
+                check_numbers(one_size, pictures)
+        if not arch:
+            if not torch.cuda.is_available():
+                raise InputError(f"torch sees no GPU here: say which to compile for with --arch {warm.ARCH_NAMES}")
+            arch = tuple(f"sm_{a}{b}" for a, b in {torch.cuda.get_device_capability()})
+        for one in arch:
+            warm.parse_arch(one)
+        spec = loading.describe(model)
+        for one in arch:
+            with tqdm(desc=one, bar_format="{desc}: {elapsed} {postfix}", disable=not sys.stderr.isatty()) as bar:
+                sizes = size or [spec.default_size]
+                made = warm.warm(
+                    spec, one, sizes=sizes, batches=batch, dtype=getattr(torch, dtype), on_kernel=bar.set_postfix_str
+                )
+            click.echo(f"{one}: {made} kernels in {warm.cache_folder()}")
