@@ -63,7 +63,7 @@ from fastldm.pipeline import Pipeline
 from fastldm.request import Request
 from fastldm.runtime.denoise import Batch, EagerBatch, Run, State
 from fastldm.runtime.graph import WARM_UPS
-from fastldm.samplers.config import read_scheduler
+from fastldm.samplers.scheduler_config import read_scheduler
 from fastldm.serving.session import Session
 
 SCHEDULER = {"_class_name": "DPMSolverMultistepScheduler", "beta_start": 0.00085, "beta_end": 0.012}

@@ -23,7 +23,8 @@ from benchmarks import harness
 from fastldm.kernels import use
 from fastldm.kernels.step import COLUMNS, END_STEP, StepState, end_step, guide, model_input, step, table_rows
 from fastldm.planning.timing import ceilings, take_turns
-from fastldm.samplers.table import ScheduleConfig, make_table
+from fastldm.samplers.scheduler_config import read_config
+from fastldm.samplers.table import make_table
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 SCALE, STEPS, ROW = 7.5, 20, 10  # every replay is step 11 of 20
@@ -42,7 +43,7 @@ def arguments(slots: int, height: int, width: int, dtype: torch.dtype, device: s
     state = StepState.empty(
         slots=slots, rows=2 * slots, channels=4, height=height, width=width, steps=rows, dtype=dtype, device=device
     )
-    table = make_table(ScheduleConfig.from_dict({"_class_name": "DDIMScheduler", **SD}), STEPS, sampler="dpm++ 2m")
+    table = make_table(read_config({"_class_name": "DDIMScheduler", **SD}), STEPS, sampler="dpm++ 2m")
     row = table_rows(table.rows.tolist(), table.draws, [True] * STEPS)[ROW]
     state.table.copy_(row)
     state.steps.fill_(rows)

@@ -28,7 +28,7 @@ if __name__ == "__main__":
 
 from scheduler_judge import DIFFERENCES, REFUSALS, SD, Case, Verdict, arguments_of, fast_diffusers, judge
 
-from fastldm.samplers.table import CLASSES
+from fastldm.samplers.classes import CLASSES
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks/results/peer_schedulers.md"
 KINDS = ("agree", "differ", "refused", "unknown", "crashed")

@@ -30,8 +30,11 @@ from fastldm.kernels import step as step_kernel
 from fastldm.runtime.denoise import Inpainting, Work, denoise, draw_step_noise, randn
 from fastldm.samplers import spacing
 from fastldm.samplers import table as schedule
-from fastldm.samplers.solvers import Row
-from fastldm.samplers.table import CLASSES, ScheduleConfig, StepTable, make_table
+from fastldm.samplers.classes import CLASSES
+from fastldm.samplers.config import ScheduleConfig
+from fastldm.samplers.grid import Row
+from fastldm.samplers.scheduler_config import read_config
+from fastldm.samplers.table import StepTable, make_table
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 PARITY = 1e-4  # relative error of float32
@@ -85,7 +88,7 @@ class Case:
             return cls.from_config({**self.config, **extra, **clip})
 
     def schedule(self) -> ScheduleConfig:
-        return ScheduleConfig.from_dict({"_class_name": self.name, **self.config}, steps_offset=None)
+        return read_config({"_class_name": self.name, **self.config}, steps_offset=None)
 
     def table(self) -> StepTable:
         return make_table(self.schedule(), self.steps, eta=self.eta, strength=self.strength, **self.custom)

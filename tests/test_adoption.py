@@ -27,7 +27,7 @@ from fastldm import Pipeline
 from fastldm.conditioning.text import Tokenizer
 from fastldm.errors import CheckpointError, InputError
 from fastldm.loading import changes, relatives
-from fastldm.samplers import table as schedule
+from fastldm.samplers.classes import CLASSES as SCHEDULERS
 
 Change = Callable[[Any], object]
 
@@ -360,7 +360,7 @@ def test_every_plain_class_is_adopted(name: str) -> None:
     assert Pipeline.from_diffusers(theirs).name == name
 
 
-@pytest.mark.parametrize("name", schedule.CLASSES)
+@pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers_that_have_run_are_no_change(name: str) -> None:
     config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     scheduler = getattr(diffusers, name)(**config)

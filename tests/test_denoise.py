@@ -17,16 +17,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastldm import kernels
 from fastldm.errors import Cancelled, InputError, NonFinite
 from fastldm.runtime.denoise import Guidance, Inpainting, Work, denoise, draw_step_noise, randn
-from fastldm.samplers.table import SAMPLERS, ScheduleConfig, StepTable, make_table
+from fastldm.samplers.names import SAMPLERS
+from fastldm.samplers.scheduler_config import read_config
+from fastldm.samplers.table import StepTable, make_table
 
 SHAPE = (2, 4, 6, 5)
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
 
 def table(steps: int = 6, sampler: str = "ddim", **arguments: Any) -> StepTable:
-    return make_table(
-        ScheduleConfig.from_dict({"_class_name": "DDIMScheduler", **SD}), steps, sampler=sampler, **arguments
-    )
+    return make_table(read_config({"_class_name": "DDIMScheduler", **SD}), steps, sampler=sampler, **arguments)
 
 
 class Network:

@@ -52,7 +52,6 @@ GOES_UP: set[tuple[str, str]] = {  # known, and to become none
     ("serving.session", "pipeline"),
 }
 CIRCLES: list[set[str]] = [
-    {"samplers.solvers", "samplers.spacing", "samplers.table"},
     {
         "conditioning.encode",
         "conditioning.text",
@@ -86,7 +85,7 @@ CIRCLES: list[set[str]] = [
         "serving.callback",
         "serving.session",
         "serving.worker",
-    },
+    }
 ]  # known, and to become none
 PRIVATE: set[str] = {  # "module: _name of another", known, and to become none
     "loading.changes: _parameters",

@@ -33,7 +33,8 @@ from fastldm.models.config import UNetConfig
 from fastldm.planning import dry
 from fastldm.planning.allocator import record
 from fastldm.runtime.denoise import Conditions, EagerBatch, Guidance, Run, Work
-from fastldm.samplers.table import ScheduleConfig, make_table
+from fastldm.samplers.scheduler_config import read_config
+from fastldm.samplers.table import make_table
 from fastldm.serving.session import Session
 
 GPU, CPU = 90, 0
@@ -155,7 +156,7 @@ def test_products_once_a_request(config: UNetConfig, layers: int) -> None:
 
 def test_no_step_of_a_cpu_reads_a_value() -> None:
     """Steps of two requests at once, one unguided, on tensors that have none: to read one would be an error."""
-    table = make_table(ScheduleConfig.from_dict({"_class_name": "DDIMScheduler"}), 3, sampler="dpm++ 2m")
+    table = make_table(read_config({"_class_name": "DDIMScheduler"}), 3, sampler="dpm++ 2m")
     unet: Any = dry.network(UNetConfig.from_dict(tiny.UNETS["sd1"], "tiny"), torch.float32)
     batch = EagerBatch(unet)
     runs = []

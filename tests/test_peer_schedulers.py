@@ -6,7 +6,7 @@ import pytest
 from peer_schedulers import CUSTOM, KINDS, RESULTS, cases, choices, judged, pairs
 from scheduler_judge import DIFFERENCES, REFUSALS, Case, Verdict
 
-from fastldm.samplers.table import CLASSES
+from fastldm.samplers.classes import CLASSES
 
 NAMES = {row.name for row in (*DIFFERENCES, *REFUSALS)}
 

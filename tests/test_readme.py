@@ -14,7 +14,7 @@ from PIL import Image
 import fastldm
 from fastldm.cli import main
 from fastldm.loading import spec as loading
-from fastldm.samplers.table import resolve_sampler
+from fastldm.samplers.names import resolve_sampler
 
 ROOT = Path(fastldm.__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

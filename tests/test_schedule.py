@@ -32,7 +32,10 @@ from scheduler_judge import (
 
 from fastldm.errors import InputError
 from fastldm.kernels import step as step_kernel
-from fastldm.samplers.table import CLASSES, COLUMNS, SAMPLERS, ScheduleConfig, make_table, resolve_sampler
+from fastldm.samplers.classes import CLASSES
+from fastldm.samplers.names import SAMPLERS, resolve_sampler
+from fastldm.samplers.scheduler_config import read_config
+from fastldm.samplers.table import COLUMNS, make_table
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 STEPS = (1, 2, 3, 5, 10, 25, 50)
@@ -236,7 +239,7 @@ def test_custom_timesteps_and_sigmas() -> None:
 
 def test_steps_of_a_table() -> None:
     """The user's steps, the start and the header, where samplers differ in them."""
-    config = ScheduleConfig.from_dict({"_class_name": "EulerDiscreteScheduler", **SD})
+    config = read_config({"_class_name": "EulerDiscreteScheduler", **SD})
     euler, heun, plms = (make_table(config, 4, sampler=name) for name in ("euler", "heun", "plms"))
     assert (euler.steps, euler.index) == (4, (0, 1, 2, 3))
     assert (heun.steps, heun.index) == (4, (0, 0, 1, 1, 2, 2, 3))
@@ -289,7 +292,7 @@ def test_names(name: str, meant: str) -> None:
 
 
 def test_every_name_makes_a_table() -> None:
-    config = ScheduleConfig.from_dict({"_class_name": "DDIMScheduler", **SD})
+    config = read_config({"_class_name": "DDIMScheduler", **SD})
     for name in SAMPLERS:
         assert make_table(config, 6, sampler=name).sampler == name
         assert make_table(config, 6, sampler=SAMPLERS[name].class_name).steps == 6
@@ -314,7 +317,7 @@ def test_another_sampler_on_a_checkpoints_schedule(sampler: str) -> None:
     chosen = resolve_sampler(sampler)
     plain = {key: value for key, value in file.items() if key not in ("_class_name", "skip_prk_steps")}
     case = Case(chosen.class_name, {**plain, **chosen.options}, 6)
-    table = make_table(ScheduleConfig.from_dict(file), 6, sampler=sampler)
+    table = make_table(read_config(file), 6, sampler=sampler)
     np.testing.assert_array_equal(table.rows, case.table().rows)
     check([case])
 
@@ -359,7 +362,7 @@ BAD_CONFIGS = [
 @pytest.mark.parametrize(("given", "message"), BAD_CONFIGS)
 def test_bad_configurations(given: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        ScheduleConfig.from_dict(given)
+        read_config(given)
 
 
 BAD_CALLS = [
@@ -382,7 +385,7 @@ BAD_CALLS = [
 
 @pytest.mark.parametrize(("sampler", "arguments", "message"), BAD_CALLS)
 def test_bad_calls(sampler: str, arguments: dict[str, Any], message: str) -> None:
-    config = ScheduleConfig.from_dict({"_class_name": "DDIMScheduler", **SD})
+    config = read_config({"_class_name": "DDIMScheduler", **SD})
     with pytest.raises(InputError, match=message):
         make_table(config, **{"num_inference_steps": 10, "sampler": sampler, **arguments})
 
@@ -392,14 +395,14 @@ def test_epsilon_at_zero_snr(sampler: str) -> None:
     """diffusers divides by zero here."""
     given = {"_class_name": "DDIMScheduler", **SD, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     with pytest.raises(InputError, match="epsilon prediction cannot start at zero terminal SNR"):
-        make_table(ScheduleConfig.from_dict(given), 4, sampler=sampler)
-    make_table(replace(ScheduleConfig.from_dict(given), prediction_type="v_prediction"), 4)
+        make_table(read_config(given), 4, sampler=sampler)
+    make_table(replace(read_config(given), prediction_type="v_prediction"), 4)
 
 
 def test_what_pipelines_change_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "fastldm"):
-        config = ScheduleConfig.from_dict({"_class_name": "DDIMScheduler"})
-        ScheduleConfig.from_dict({"_class_name": "DDIMScheduler", "clip_sample": False, "steps_offset": 1})
+        config = read_config({"_class_name": "DDIMScheduler"})
+        read_config({"_class_name": "DDIMScheduler", "clip_sample": False, "steps_offset": 1})
     assert [r.message for r in caplog.records] == [
         "scheduler: clip_sample is off, steps_offset is 1, as in diffusers' latent pipelines"
     ]

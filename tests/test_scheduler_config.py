@@ -11,8 +11,8 @@ import pytest
 import tiny
 
 from fastldm.errors import CheckpointError
-from fastldm.samplers.config import SET_BY_PIPELINES, read_scheduler
-from fastldm.samplers.table import CLASSES
+from fastldm.samplers.classes import CLASSES
+from fastldm.samplers.scheduler_config import SET_BY_PIPELINES, read_scheduler
 
 PIPELINES = (
     *(name for name in SET_BY_PIPELINES if hasattr(diffusers, name)),

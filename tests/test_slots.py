@@ -31,11 +31,13 @@ from fastldm.runtime.denoise import (
 )
 from fastldm.runtime.graph import Graphs
 from fastldm.runtime.slots import ROWS, Slots, StaticBuffers, graph_rows
-from fastldm.samplers.table import SAMPLERS, ScheduleConfig, make_table
+from fastldm.samplers.names import SAMPLERS
+from fastldm.samplers.scheduler_config import read_config
+from fastldm.samplers.table import make_table
 
 DEVICE = ops.DEVICE
 CHANNELS, HEIGHT, WIDTH = 4, 6, 5  # no two alike, none a power of two but one
-SD = ScheduleConfig.from_dict(
+SD = read_config(
     {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 )
 GUIDED = Guidance(3.0)

@@ -15,10 +15,13 @@ from scheduler_judge import SD, Case, judge, nearest_roots
 
 from fastldm.errors import InputError
 from fastldm.samplers import spacing
-from fastldm.samplers.table import CLASSES, SAMPLERS, ScheduleConfig, make_table
+from fastldm.samplers.classes import CLASSES
+from fastldm.samplers.names import SAMPLERS
+from fastldm.samplers.scheduler_config import read_config
+from fastldm.samplers.table import make_table
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-DDIM = ScheduleConfig.from_dict({"_class_name": "DDIMScheduler", **SD})
+DDIM = read_config({"_class_name": "DDIMScheduler", **SD})
 
 
 # ---- the training schedule ----
@@ -30,7 +33,7 @@ def test_training_schedule(beta_schedule: str, zero_snr: bool) -> None:
     given = {**SD, "beta_schedule": beta_schedule, "num_train_timesteps": 700, "rescale_betas_zero_snr": zero_snr}
     with nearest_roots():
         wanted = diffusers.DDIMScheduler.from_config(given).alphas_cumprod.numpy()
-    got = spacing.alphas_cumprod(ScheduleConfig.from_dict({"_class_name": "DDIMScheduler", **given}))
+    got = spacing.alphas_cumprod(read_config({"_class_name": "DDIMScheduler", **given}))
     np.testing.assert_array_equal(got, wanted)
 
 
@@ -38,7 +41,7 @@ def test_trained_betas() -> None:
     betas = np.linspace(0.001, 0.015, 100).tolist()
     assert judge(Case("DDIMScheduler", {"trained_betas": betas, "num_train_timesteps": 100}, 10)).kind == "agree"
     with pytest.raises(InputError, match="100 trained_betas for num_train_timesteps 1000"):
-        ScheduleConfig.from_dict({"_class_name": "DDIMScheduler", "trained_betas": betas})
+        read_config({"_class_name": "DDIMScheduler", "trained_betas": betas})
 
 
 def test_beta_quantiles_are_scipys() -> None:
@@ -51,7 +54,7 @@ def test_beta_quantiles_are_scipys() -> None:
 def test_trained_betas_of_any_kind(kind: Any) -> None:
     betas = np.linspace(0.001, 0.015, 100).tolist()
     plain, given = (
-        ScheduleConfig.from_dict({"_class_name": "DDIMScheduler", "num_train_timesteps": 100, "trained_betas": values})
+        read_config({"_class_name": "DDIMScheduler", "num_train_timesteps": 100, "trained_betas": values})
         for values in (betas, kind(betas))
     )
     np.testing.assert_allclose(spacing.alphas_cumprod(given), spacing.alphas_cumprod(plain), rtol=1e-6)
@@ -63,7 +66,7 @@ def test_betas_that_end_in_noise_are_zero_snr(name: str) -> None:
     rescaled = diffusers.DDIMScheduler.from_config({**SD, "rescale_betas_zero_snr": True}).betas.numpy()
     common = {"_class_name": name, **SD, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
     tables = [
-        make_table(ScheduleConfig.from_dict({**common, **how}), 5)
+        make_table(read_config({**common, **how}), 5)
         for how in ({"rescale_betas_zero_snr": True}, {"trained_betas": rescaled})
     ]
     np.testing.assert_allclose(tables[1].rows, tables[0].rows, rtol=1e-3, atol=1e-3)
@@ -86,10 +89,10 @@ BETAS = [
 def test_betas_that_leave_no_picture(name: str, given: dict[str, Any], message: str | None) -> None:
     config = {"_class_name": name, "num_train_timesteps": 3, **given}
     if message is None:
-        ScheduleConfig.from_dict(config)
+        read_config(config)
         return
     with pytest.raises(InputError, match=message):
-        ScheduleConfig.from_dict(config)
+        read_config(config)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -97,7 +100,7 @@ def test_betas_that_begin_with_zero(sampler: str) -> None:
     """A picture without noise at timestep 0: a step that has to divide by that noise says so."""
     for spaced, steps in itertools.product(("leading", "linspace", "trailing"), (1, 2, 5)):
         given = {"_class_name": "DDIMScheduler", **SD, "beta_start": 0.0, "timestep_spacing": spaced}
-        config = ScheduleConfig.from_dict(given)
+        config = read_config(given)
         try:
             table = make_table(config, steps, sampler=sampler)
         except InputError as refused:
@@ -123,7 +126,7 @@ def test_custom_noise_levels_as_diffusers_has_them() -> None:
 @pytest.mark.parametrize("name", [name for name in CLASSES if CLASSES[name].custom])
 @pytest.mark.parametrize("kind", [list, tuple, np.asarray, torch.tensor])
 def test_custom_timesteps_of_any_kind(name: str, kind: Any) -> None:
-    config = ScheduleConfig.from_dict({"_class_name": name, **SD})
+    config = read_config({"_class_name": name, **SD})
     plain = make_table(config, 1, timesteps=[999, 600, 250, 30], strength=0.5)
     given = make_table(config, 1, timesteps=kind([999, 600, 250, 30]), strength=0.5)
     np.testing.assert_array_equal(given.rows, plain.rows)
@@ -211,12 +214,12 @@ def test_a_strength_that_leaves_nothing_of_clipped_steps() -> None:
         "lambda_min_clipped": 2.0,
         "timestep_spacing": "trailing",
     }
-    config = ScheduleConfig.from_dict(given)
+    config = read_config(given)
     assert make_table(config, 20).steps < 10
     with pytest.raises(InputError, match=r"strength 0\.2 leaves none of 20 steps: take more strength"):
         make_table(config, 20, strength=0.2)
     with pytest.raises(InputError, match="20 steps, trailing, leave the trained timesteps"):
-        make_table(ScheduleConfig.from_dict({**given, "lambda_min_clipped": 99.0}), 20)
+        make_table(read_config({**given, "lambda_min_clipped": 99.0}), 20)
 
 
 # ---- many steps ----
@@ -228,7 +231,7 @@ def test_a_strength_that_leaves_nothing_of_clipped_steps() -> None:
 def test_as_many_steps_as_there_are(sampler: str, spaced: str, steps: int) -> None:
     """A table, or one line that says why there is none."""
     given = {"_class_name": "DDIMScheduler", **SD, "timestep_spacing": spaced}
-    config, why = ScheduleConfig.from_dict(given, steps_offset=0), None
+    config, why = read_config(given, steps_offset=0), None
     solver = sampler.startswith(("dpm++ 2m", "dpm++ 3m", "deis", "unipc"))
     if sampler in ("lcm", "tcd"):
         why = "more than the 50 of distillation"

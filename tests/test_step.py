@@ -26,7 +26,9 @@ from fastldm.kernels.step import (
     table_rows,
 )
 from fastldm.runtime.denoise import Guidance
-from fastldm.samplers.table import SAMPLERS, ScheduleConfig, StepTable, make_table
+from fastldm.samplers.names import SAMPLERS
+from fastldm.samplers.scheduler_config import read_config
+from fastldm.samplers.table import StepTable, make_table
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 DEVICE = ops.DEVICE
@@ -34,7 +36,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def table_of(sampler: str, steps: int, **arguments: Any) -> StepTable:
-    config = ScheduleConfig.from_dict({"_class_name": "DDIMScheduler", **SD})
+    config = read_config({"_class_name": "DDIMScheduler", **SD})
     return make_table(config, steps, sampler=sampler, **arguments)
 
 

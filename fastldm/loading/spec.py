@@ -26,8 +26,8 @@ from fastldm.models.config import Family, TextConfig, TinyVAEConfig, UNetConfig,
 from fastldm.models.unet import UNet
 from fastldm.models.vae import AutoencoderKL, TinyAutoencoder
 from fastldm.reading import Field, Flag, check_path, read_fields
-from fastldm.samplers.config import SET_BY_PIPELINES, read_scheduler
-from fastldm.samplers.table import ScheduleConfig
+from fastldm.samplers.config import ScheduleConfig
+from fastldm.samplers.scheduler_config import SET_BY_PIPELINES, read_scheduler
 
 if TYPE_CHECKING:
     from fastldm.export.spec import Axis

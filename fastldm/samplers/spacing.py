@@ -8,16 +8,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fastldm.errors import InputError
-from fastldm.samplers.solvers import Array, Array32, sigma_to_t
-
-if TYPE_CHECKING:
-    from fastldm.samplers.table import ScheduleConfig
-
+from fastldm.samplers.config import ScheduleConfig
+from fastldm.samplers.grid import Array, Array32, sigma_to_t
 
 # ---- the training schedule ----
 

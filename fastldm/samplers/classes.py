@@ -1,0 +1,136 @@
+"""diffusers' scheduler classes: of each how it steps, where, its configuration, and the names people use for it.
+
+To add a sampler, write its function in `solvers.py` and its entry here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastldm.samplers import solvers
+from fastldm.samplers.config import ScheduleConfig
+from fastldm.samplers.grid import Grid, Row
+from fastldm.samplers.spacing import Asked, Placed, on_distilled_timesteps, on_lambdas, on_sigmas, on_timesteps
+
+Options = Mapping[str, Any]  # of a configuration
+
+
+@dataclass(frozen=True)
+class SchedulerClass:
+    """A diffusers scheduler class: how it steps, where, and the keys of its configuration with their defaults."""
+
+    run: Callable[[Grid], Iterator[Row]]
+    place: Callable[[ScheduleConfig, Asked], Placed]
+    keys: Options
+    names: Mapping[str, Options]  # of its samplers, each with the options that the name settles
+    aliases: Mapping[str, Options] = field(
+        default_factory=dict
+    )  # the same for names that the first of `names` stands for
+    choices: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # where they differ from scheduler_config's
+    custom: tuple[str, ...] = ()  # which of `timesteps` and `sigmas` a caller may give
+    float32_noise: bool = False  # diffusers draws its noise in float32 whatever the model's dtype
+
+
+_BETAS = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "rescale_betas_zero_snr": False,
+}
+_ANY = {**_BETAS, "prediction_type": "epsilon"}
+_LEADING = {**_ANY, "timestep_spacing": "leading", "steps_offset": 0}
+_LINSPACE = {**_ANY, "timestep_spacing": "linspace", "steps_offset": 0}
+_SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+SIGMA_KINDS = {key.split("_")[1]: key for key in (*_SIGMAS, "use_lu_lambdas")}  # "karras" and so on
+_SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
+_TWO_STAGE = {**_LINSPACE, **_SIGMAS, **_SD_BETAS}
+_LCM = {"set_alpha_to_one": True, "original_inference_steps": 50, "timestep_scaling": 10.0, "clip_sample": False}
+_DISTILLED = {**_ANY, **_SD_BETAS, **_LCM, "beta_schedule": "scaled_linear"}
+_PNDM = {"set_alpha_to_one": False, "skip_prk_steps": False}
+_HEUN = {**_TWO_STAGE, "clip_sample": False}
+_ORDER = {"solver_order": 2, "lower_order_final": True, "final_sigmas_type": "zero"}
+_DPM = {**_ORDER, "algorithm_type": "dpmsolver++", "solver_type": "midpoint", "lambda_min_clipped": -math.inf}
+_DPM_KEYS = {**_LINSPACE, **_SIGMAS, **_DPM, "use_lu_lambdas": False, "euler_at_final": False}
+_SINGLE_KEYS = {**_ANY, **_SIGMAS, **_DPM, "lower_order_final": False}
+_UNIPC = {**_ORDER, "solver_type": "bh2", "predict_x0": True, "disable_corrector": ()}
+_DEIS = {**_ORDER, "solver_type": "logrho", "algorithm_type": "deis", "final_sigmas_type": "sigma_min"}
+_EULER = {**_LINSPACE, **_SIGMAS, "final_sigmas_type": "zero"}
+_DDPM = {"variance_type": "fixed_small", "clip_sample": True}
+_DDIM = {"set_alpha_to_one": True, "clip_sample": True}
+
+_DEIS_ONLY = {"solver_type": ("logrho",), "algorithm_type": ("deis",), "final_sigmas_type": ("sigma_min",)}
+_NO_SAMPLE = {"prediction_type": ("epsilon", "v_prediction")}
+_SINGLE = {"solver_type": ("midpoint", "heun"), "algorithm_type": ("dpmsolver", "dpmsolver++", "sde-dpmsolver++")}
+_MULTI = {"solver_type": ("midpoint", "heun"), "algorithm_type": (*_SINGLE["algorithm_type"], "sde-dpmsolver")}
+
+_FREE = ("timesteps",)
+_EITHER = ("timesteps", "sigmas")
+
+
+def _dpm(order: int, algorithm: str = "dpmsolver++") -> Options:
+    return {"solver_order": order, "algorithm_type": algorithm}
+
+
+_MULTI_NAMES = {
+    "dpm++ 2m": _dpm(2),
+    "dpm++ 2m sde": _dpm(2, "sde-dpmsolver++"),
+    "dpm++ 3m": _dpm(3),
+    "dpm++ 3m sde": _dpm(3, "sde-dpmsolver++"),
+}
+_SINGLE_NAMES = {"dpm++ 2s": _dpm(2), "dpm++ 3s": _dpm(3)}
+_UNIPC_ALIASES = {"unipc bh1": {"solver_type": "bh1"}, "unipc bh2": {"solver_type": "bh2"}}
+
+CLASSES: dict[str, SchedulerClass] = {
+    f"{name}Scheduler": entry
+    for name, entry in {
+        "DDPM": SchedulerClass(solvers.ddpm, on_timesteps, {**_LEADING, **_DDPM}, {"ddpm": {}}, custom=_FREE),
+        "DDIM": SchedulerClass(solvers.ddim, on_timesteps, {**_LEADING, **_DDIM}, {"ddim": {}}),
+        "PNDM": SchedulerClass(
+            solvers.plms, on_timesteps, {**_LEADING, **_PNDM}, {"plms": {}}, {"pndm": {}}, choices=_NO_SAMPLE
+        ),
+        "EulerDiscrete": SchedulerClass(solvers.euler, on_sigmas, _EULER, {"euler": {}}, custom=_EITHER),
+        "EulerAncestralDiscrete": SchedulerClass(
+            solvers.euler_ancestral, on_sigmas, _LINSPACE, {"euler a": {}}, choices=_NO_SAMPLE
+        ),
+        "HeunDiscrete": SchedulerClass(solvers.heun, on_sigmas, _HEUN, {"heun": {}}, custom=_FREE),
+        "KDPM2Discrete": SchedulerClass(solvers.dpm2, on_sigmas, _TWO_STAGE, {"dpm2": {}}, choices=_NO_SAMPLE),
+        "KDPM2AncestralDiscrete": SchedulerClass(
+            solvers.dpm2_ancestral, on_sigmas, _TWO_STAGE, {"dpm2 a": {}}, choices=_NO_SAMPLE
+        ),
+        "LMSDiscrete": SchedulerClass(solvers.lms, on_sigmas, {**_LINSPACE, **_SIGMAS}, {"lms": {}}),
+        "DPMSolverMultistep": SchedulerClass(
+            solvers.dpm_multistep,
+            on_lambdas,
+            _DPM_KEYS,
+            _MULTI_NAMES,
+            choices=_MULTI,
+            custom=_FREE,
+            float32_noise=True,
+        ),
+        "DPMSolverSinglestep": SchedulerClass(
+            solvers.dpm_singlestep, on_lambdas, _SINGLE_KEYS, _SINGLE_NAMES, choices=_SINGLE, custom=_FREE
+        ),
+        "DEISMultistep": SchedulerClass(
+            solvers.deis,
+            on_lambdas,
+            {**_LINSPACE, **_SIGMAS, **_DEIS},
+            {"deis": {"algorithm_type": "deis"}},
+            choices=_DEIS_ONLY,
+        ),
+        "UniPCMultistep": SchedulerClass(
+            solvers.unipc,
+            on_lambdas,
+            {**_LINSPACE, **_SIGMAS, **_UNIPC},
+            {"unipc": {}},
+            _UNIPC_ALIASES,
+            choices={"solver_type": ("bh1", "bh2")},
+        ),
+        "LCM": SchedulerClass(solvers.lcm, on_distilled_timesteps, _DISTILLED, {"lcm": {}}, custom=_FREE),
+        "TCD": SchedulerClass(solvers.tcd, on_distilled_timesteps, _DISTILLED, {"tcd": {}}, custom=_FREE),
+    }.items()
+}

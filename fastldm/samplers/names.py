@@ -1,0 +1,85 @@
+"""The names people use for samplers."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from fastldm.errors import InputError
+from fastldm.samplers.classes import CLASSES, SIGMA_KINDS
+from fastldm.samplers.config import ScheduleConfig
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler by name: its scheduler class, and the options that the name settles. All others stay the
+    checkpoint's.
+    """
+
+    name: str
+    class_name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+SAMPLERS: dict[str, Sampler] = {
+    name: Sampler(name, class_name, options)
+    for class_name, entry in CLASSES.items()
+    for name, options in entry.names.items()
+}
+
+
+def _plain(name: str) -> str:
+    """A name without case, punctuation, and the beginnings and endings that other programs give it."""
+    plain = re.sub(r"[^a-z0-9]", "", name.lower().replace("+", "p"))
+    return re.sub(r"^sample|scheduler$|gpu$", "", plain).replace("ancestral", "a")
+
+
+_LOOKUP = {
+    **{_plain(name): Sampler(name, name) for name in CLASSES},
+    **{_plain(name): sampler for name, sampler in SAMPLERS.items()},
+    **{
+        _plain(alias): Sampler(next(iter(entry.names)), class_name, options)
+        for class_name, entry in CLASSES.items()
+        for alias, options in entry.aliases.items()
+    },
+}
+
+
+def resolve_sampler(name: str) -> Sampler:
+    """The sampler that a user means.
+
+    fastldm's names, other programs' ("DPM++ 2M Karras", "k_euler_a", "dpmpp_2m_sde_gpu") and diffusers' class
+    names, whatever the case, spaces and punctuation. "karras", "exponential" or "beta" at the end sets the sigmas;
+    without, they stay the checkpoint's.
+
+    Raises InputError for a name that there is not, and for sigmas that the sampler does not take.
+    """
+    plain = _plain(name)
+    kind = next((kind for kind in ("karras", "exponential", "beta") if plain.endswith(kind)), "")
+    base = plain.removesuffix(kind)
+    found = _LOOKUP.get(base) or _LOOKUP.get(base.removeprefix("k"))
+    if found is None:
+        near = difflib.get_close_matches(base, _LOOKUP, 1, 0.5)
+        hint = f" Did you mean {_LOOKUP[near[0]].name!r}?" if near else ""
+        raise InputError(
+            f"unknown sampler {name!r}.{hint} There are: {', '.join(SAMPLERS)}; diffusers' class names; and these with "
+            "'karras', 'exponential' or 'beta' at the end where they take other sigmas."
+        )
+    if not kind:
+        return found
+    if SIGMA_KINDS[kind] not in CLASSES[found.class_name].keys:
+        raise InputError(f"sampler {name!r}: {found.class_name} takes no {kind} sigmas, here as in diffusers.")
+    only = {key: other == kind for other, key in SIGMA_KINDS.items()}
+    return replace(found, name=f"{found.name} {kind}", options={**found.options, **only})
+
+
+def sampler_name(config: ScheduleConfig) -> str:
+    """What a configuration is called: the last of SAMPLERS that it fits, or else its class."""
+    fits = [config.class_name]
+    for name, sampler in SAMPLERS.items():
+        if sampler.class_name == config.class_name and all(getattr(config, k) == v for k, v in sampler.options.items()):
+            fits.append(name)
+    return f"{fits[-1]} {config.sigma_kind}".rstrip()

@@ -1,0 +1,196 @@
+"""scheduler_config.json: its values, checked, and what diffusers' pipelines change of them when they are built.
+
+How a sampler steps is in solvers.py and spacing.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+
+from fastldm.errors import CheckpointError, InputError
+from fastldm.reading import Field, Flag, Integer, ListOf, Maybe, Number, Text, read_fields
+from fastldm.samplers.classes import CLASSES, SIGMA_KINDS
+from fastldm.samplers.config import ScheduleConfig
+from fastldm.samplers.spacing import alphas_cumprod
+
+logger = logging.getLogger("fastldm")
+
+_MAX_STEPS = 10**5  # that a model was trained with; all there are had 1000
+_BETA, _STEP, _WORD = Number(0, 1), Integer(0, _MAX_STEPS), Maybe(Text(100))
+_SIGMA = Maybe(Number(1e-9, 1e9))
+_FIELDS: dict[str, Field] = {
+    "num_train_timesteps": Field(Integer(1, _MAX_STEPS)),
+    "beta_start": Field(_BETA),
+    "beta_end": Field(_BETA),
+    "trained_betas": Field(Maybe(ListOf(_BETA, 1, _MAX_STEPS))),
+    "steps_offset": Field(_STEP),
+    "sigma_min": Field(_SIGMA),
+    "sigma_max": Field(_SIGMA),
+    "lambda_min_clipped": Field(Number(-math.inf, 1e3)),  # diffusers' own files say -Infinity
+    "solver_order": Field(Integer(1, 3)),
+    "disable_corrector": Field(Maybe(ListOf(_STEP, 0, _MAX_STEPS))),
+    "original_inference_steps": Field(Integer(1, _MAX_STEPS)),
+    "timestep_scaling": Field(Number(0, 1e6)),
+    **dict.fromkeys(
+        (
+            "_class_name",
+            "algorithm_type",
+            "beta_schedule",
+            "final_sigmas_type",
+            "interpolation_type",
+            "prediction_type",
+            "solver_type",
+            "timestep_spacing",
+            "timestep_type",
+            "variance_type",
+        ),
+        Field(_WORD),
+    ),
+    **dict.fromkeys(
+        (
+            "clip_sample",
+            "euler_at_final",
+            "lower_order_final",
+            "predict_x0",
+            "rescale_betas_zero_snr",
+            "set_alpha_to_one",
+            "skip_prk_steps",
+            "thresholding",
+            "use_beta_sigmas",
+            "use_dynamic_shifting",
+            "use_exponential_sigmas",
+            "use_flow_sigmas",
+            "use_karras_sigmas",
+            "use_lu_lambdas",
+        ),
+        Field(Flag()),
+    ),
+}
+
+# What the classes' __init__ sets where a scheduler has it and another value; those of XL and LCM set nothing.
+_TEXT_TO_IMAGE = {"steps_offset": 1, "clip_sample": False}
+SET_BY_PIPELINES: dict[str, dict[str, Any]] = {
+    "StableDiffusionPipeline": _TEXT_TO_IMAGE,
+    "StableDiffusionImg2ImgPipeline": _TEXT_TO_IMAGE,
+    "StableDiffusionInpaintPipelineLegacy": _TEXT_TO_IMAGE,
+    "StableDiffusionInpaintPipeline": {"steps_offset": 1, "skip_prk_steps": True},
+}
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+    "prediction_type": ("epsilon", "v_prediction", "sample"),
+    "timestep_spacing": ("linspace", "leading", "trailing"),
+    "final_sigmas_type": ("zero", "sigma_min"),
+    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large"),
+    "solver_order": (1, 2, 3),
+}
+_FOREIGN: dict[str, tuple[Any, ...]] = {  # other classes' values, for which a class takes its own default
+    "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),
+    "algorithm_type": ("deis", "dpmsolver", "dpmsolver++"),
+    "final_sigmas_type": ("zero",),
+}
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {  # what changes a class's steps, whether it is a key of it or not
+    "variance_type": ((None, *_CHOICES["variance_type"], "fixed_large_log"), "the U-Net would have to predict it"),
+    "thresholding": ((None, False), "dynamic thresholding is not linear, and meant for pixels, not latents"),
+    "use_flow_sigmas": ((None, False), "flow matching models are another family"),
+    "use_dynamic_shifting": ((None, False), "flow matching models are another family"),
+    "solver_p": ((None,), "a second scheduler as the predictor is no table"),
+    "timestep_type": ((None, "discrete"), "continuous timesteps belong to EDM models"),
+    "interpolation_type": ((None, "linear"), "only 'linear' is implemented"),
+}
+
+
+def read_scheduler(config: Mapping[str, Any], pipeline: str | None, source: str) -> ScheduleConfig:
+    """A `scheduler_config.json` as a pipeline of the class `pipeline` runs with it; None takes it as it is, as that of
+    a loaded pipeline is. source: the file, for errors.
+
+    CheckpointError for a class without a sampler, a value of the wrong kind, and what a table cannot hold.
+    """
+    present = {key: field for key, field in _FIELDS.items() if key in config}
+    config = {**config, **read_fields(config, present, source)}
+    name = config.get("_class_name")
+    known = CLASSES[name].keys if name in CLASSES else {}
+    has = {**known, **config}
+    changed = {
+        key: value
+        for key, value in SET_BY_PIPELINES.get(pipeline or "", {}).items()
+        if key in has and has[key] != value
+    }
+    if changed:
+        told = ", ".join(f"{key} is {value}" for key, value in changed.items())
+        logger.info("%s: %s, as a %s of diffusers sets it", source, told, pipeline)
+    runs = {**config, **changed}
+    for key, bad, why in (("clip_sample", True, "clips latents"), ("skip_prk_steps", False, "starts with Runge-Kutta")):
+        if key in known and runs.get(key, known[key]) == bad:
+            raise CheckpointError(
+                f"{source}: {key!r} is {bad}, here by {'its value' if key in runs else 'default'}, so that diffusers "
+                f"{why}, which fastldm does not: set it to {not bad}"
+            )
+    try:
+        read = read_config(runs, steps_offset=None)
+    except InputError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    # Another sampler starts from the file's own keys: diffusers' `from_config` leaves away what was a default.
+    return replace(read, given={key: value for key, value in runs.items() if key in config})
+
+
+def read_config(given: Mapping[str, Any], *, steps_offset: int | None = 1) -> ScheduleConfig:
+    """Read a `scheduler_config.json`.
+
+    `steps_offset` replaces the file's, since diffusers' Stable Diffusion pipelines run with 1 whatever it says;
+    None keeps the file's.
+
+    Raises InputError for a class without a sampler, and for what diffusers refuses or a table cannot hold.
+    """
+    name = given.get("_class_name")
+    if name not in CLASSES:
+        raise InputError(f"scheduler: _class_name {name!r} is not supported; these are: {', '.join(CLASSES)}.")
+    fixes = []
+    if given.get("clip_sample", CLASSES[name].keys.get("clip_sample", False)):
+        fixes.append("clip_sample is off")
+    if steps_offset is not None and given.get("steps_offset", 0) != steps_offset:
+        given = {**given, "steps_offset": steps_offset}
+        fixes.append(f"steps_offset is {steps_offset}")
+    if name == "PNDMScheduler" and not given.get("skip_prk_steps", False):
+        fixes.append("skip_prk_steps is on (PLMS)")
+    if fixes:
+        logger.info("scheduler: %s, as in diffusers' latent pipelines", ", ".join(fixes))
+    return config_of(name, given)
+
+
+def config_of(name: str, given: Mapping[str, Any]) -> ScheduleConfig:
+    """The configuration of a scheduler class: its defaults, and what is given of its keys. Raises as `read_config`."""
+    known = CLASSES[name]
+    values: dict[str, Any] = {**known.keys, **{key: value for key, value in given.items() if key in known.keys}}
+    for key, choices in {**_CHOICES, **known.choices}.items():
+        if key in values and values[key] in _FOREIGN.get(key, ()) and values[key] not in choices:
+            values[key] = known.keys[key]
+        if key in values and values[key] not in choices:
+            raise InputError(f"{name}: {key}={values[key]!r} is none of {', '.join(map(str, choices))}.")
+    for key, (allowed, why) in _REFUSED.items():
+        if given.get(key) not in allowed:
+            raise InputError(f"{name}: {key}={given[key]!r} is not supported: {why}.")
+    kinds = [kind for kind, key in SIGMA_KINDS.items() if values.get(key)]
+    if len(kinds) > 1:
+        raise InputError(f"{name}: only one kind of sigmas can be used, got {' and '.join(kinds)}.")
+    values |= {"sigma_kind": "".join(kinds), "sigma_min": given.get("sigma_min"), "sigma_max": given.get("sigma_max")}
+    for key in ("trained_betas", "disable_corrector"):  # lists, arrays of numpy or torch
+        values[key] = () if values.get(key) is None else tuple(np.asarray(values[key]).tolist())
+    betas, trained = len(values["trained_betas"]), values["num_train_timesteps"]
+    if betas != trained and given.get("trained_betas") is not None:
+        raise InputError(f"{name}: {betas} trained_betas for num_train_timesteps {trained}; they must be as many.")
+    algorithm = values.get("algorithm_type", "++")
+    if not algorithm.endswith("++") and values["final_sigmas_type"] == "zero":
+        raise InputError(f"{name}: algorithm_type {algorithm!r} needs final_sigmas_type 'sigma_min', not 'zero'.")
+    if algorithm == "sde-dpmsolver" and values["solver_order"] == 3:
+        raise InputError(f"{name}: algorithm_type {algorithm!r} has no third order; set solver_order 2.")
+    names = {f.name for f in fields(ScheduleConfig)} & set(values)
+    config = ScheduleConfig(class_name=name, given=dict(given), **{key: values[key] for key in names})
+    alphas_cumprod(config)  # bad betas are refused here
+    return config
