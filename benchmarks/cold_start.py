@@ -22,7 +22,7 @@ from statistics import median
 import torch
 
 from benchmarks.suite import keep
-from fastldm.planning.timing import machine
+from fastldm.system import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -153,7 +153,7 @@ def main() -> None:
         import torch
 
         from benchmarks.suite import keep
-        from fastldm.planning.timing import machine
+        from fastldm.system import machine
 
         seconds = {f"{row['situation']}: {row['contender']}": row["seconds"] for row in rows}
         about = {"command": "python -m benchmarks.contention", "machine": machine(torch.device("cpu"))}

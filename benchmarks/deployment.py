@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.networks import with_random_weights
 from benchmarks.suite import keep
-from fastldm.planning.timing import machine
+from fastldm.system import machine
 
 PICTURE = ["generate", "a castle", "--steps", "2", "--seed", "0", "--json", "--device", "cpu"]
 

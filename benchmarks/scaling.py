@@ -28,8 +28,8 @@ import torch
 
 from benchmarks.suite import RESULTS, STYLE, slug
 from fastldm.pipeline import Pipeline
-from fastldm.planning.timing import machine
 from fastldm.serving.session import Session
+from fastldm.system import machine
 
 EXPECTED = {"steps": 1.0, "pictures": 1.0, "pixels": 1.0, "tokens": 0.0, "requests": 1.0}
 Timed = Callable[[int], float]  # size -> seconds

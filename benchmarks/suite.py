@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastldm.planning.timing import machine
+from fastldm.system import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results"

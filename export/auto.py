@@ -8,7 +8,6 @@ bundle was made of is at hand, the seconds until a pipeline is loaded and those 
 from __future__ import annotations
 
 import functools
-import gc
 import hashlib
 import importlib.util
 import json
@@ -17,23 +16,17 @@ import os
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from statistics import median
-from time import perf_counter
-from typing import Any
 
-import numpy as np
 import torch
 
 from fastldm import openmp
-from fastldm.engine import BACKENDS
 from fastldm.errors import BundleError, EngineError
 from fastldm.export.bundle import Bundle
 from fastldm.export.cache import instructions
+from fastldm.export.engine import BACKENDS
 from fastldm.export.engines import Engines
 from fastldm.export.networks import source
-from fastldm.pipeline import Pipeline
-from fastldm.planning.doctor import cache_root
-from fastldm.planning.timing import machine
+from fastldm.system import cache_root, machine
 
 logger = logging.getLogger("fastldm")
 
@@ -55,7 +48,7 @@ class Measured:
 
 
 def choose(bundle: Bundle, device: torch.device, dtype: str | torch.dtype | None = None) -> str:
-    """The backend for a bundle, see `fastldm.engine.choose`."""
+    """The backend for a bundle, see `fastldm.model.choose`."""
 
     def computes(backend: str) -> bool:
         """Whether it can compute in the dtype that was asked for."""
@@ -111,29 +104,6 @@ def _has_source(bundle: Bundle) -> bool:
 _said: set[str] = set()
 
 
-def measure(bundle: Bundle, backend: str, device: torch.device, dtype: str | torch.dtype | None = None) -> Measured:
-    """Load a pipeline and let it make pictures of two steps; remembered for `choose`."""
-
-    def load() -> Pipeline:
-        gc.collect()
-        return Pipeline.from_pretrained(bundle.folder, backend=backend, device=device, dtype=dtype)
-
-    load()  # fills the caches that the next is measured with
-    began = perf_counter()
-    pipe = load()
-    start_up = perf_counter() - began
-    asked: dict[str, Any] = {"prompt": "a photograph", "num_inference_steps": 2, "seed": 0, "output_type": "pt"}
-    if pipe.unet.config.in_channels > pipe.latent_channels:  # made for inpainting
-        grey = np.full((64, 64, 3), 0.5, dtype=np.float32)
-        asked |= {"image": grey, "mask_image": grey[..., 0], "strength": 1.0}
-    for _ in range(2):
-        timings = pipe(**asked).timings
-    steps = pipe.family.num_inference_steps * median(timings.steps)
-    found = Measured(start_up, timings.text + steps + timings.decode, pipe.precision)
-    _write(bundle, device, {**read(bundle, device), backend: found})
-    return found
-
-
 def read(bundle: Bundle, device: torch.device) -> dict[str, Measured]:
     """What was measured of a bundle here, with the versions that are installed now."""
     try:
@@ -147,7 +117,8 @@ def read(bundle: Bundle, device: torch.device) -> dict[str, Measured]:
         return {}
 
 
-def _write(bundle: Bundle, device: torch.device, measured: dict[str, Measured]) -> None:
+def remember(bundle: Bundle, device: torch.device, measured: dict[str, Measured]) -> None:
+    """For `choose`."""
     path = _path(bundle, device)
     data = {backend: {"measured": asdict(one), "versions": _versions(backend)} for backend, one in measured.items()}
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")

@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastldm.engine import MANIFEST
 from fastldm.errors import BundleError, CheckpointError
 from fastldm.export import manifest as manifests
 from fastldm.export.cache import hash_files
+from fastldm.export.engine import MANIFEST
 from fastldm.export.spec import MODEL, NetworkSpec, specs
 from fastldm.loading import spec as loading
 from fastldm.loading.weights import TOKENIZER_FILES, TOKENIZERS, Checkpoint, Component, TokenizerFiles

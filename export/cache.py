@@ -31,7 +31,7 @@ import torch
 
 from fastldm.errors import EngineError
 from fastldm.export.private import Folder
-from fastldm.planning.doctor import cache_root
+from fastldm.system import cache_root
 
 logger = logging.getLogger("fastldm")
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fastldm.engine import MANIFEST
 from fastldm.errors import BundleError
+from fastldm.export.engine import MANIFEST
 from fastldm.export.reference import RUN
 from fastldm.export.spec import NetworkSpec, Port
 from fastldm.reading import (

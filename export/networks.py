@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastldm import engine, openmp
+from fastldm import openmp
 from fastldm.conditioning.text import TextStage
-from fastldm.engine import Engine, open_engine
 from fastldm.errors import BundleError, CheckpointError, InputError
 from fastldm.export.bundle import Bundle, differing, identity
+from fastldm.export.engine import Engine, is_bundle, open_engine
 from fastldm.export.spec import Axis, NetworkSpec
 from fastldm.loading import spec as loading
 from fastldm.loading.prepare import prepare
@@ -44,6 +44,8 @@ def source(bundle: Bundle, *, check: bool = True) -> Source:
     given, folder = bundle.manifest["source"], bundle.folder
     if given is None:
         raise BundleError(f"{folder} was made of a model in memory, and PyTorch cannot read the bundle itself")
+    if is_bundle(given):
+        raise BundleError(f"{folder} was made of {given}, which is a bundle by now, and PyTorch reads none")
     found = Source(given, {key: value for key, value in bundle.manifest["options"].items() if value})
     try:
         model = loading.describe(given, local_files_only=True, **found.options)
@@ -51,8 +53,6 @@ def source(bundle: Bundle, *, check: bool = True) -> Source:
         raise BundleError(
             f"{folder} was made of {given}, which is not here: PyTorch cannot read the bundle itself ({error})"
         ) from error
-    if engine.is_bundle(given):
-        raise BundleError(f"{folder} was made of {given}, which is a bundle by now, and PyTorch reads none")
     differs = differing(bundle.manifest, identity(model)) if check else []
     if differs:
         raise BundleError(

@@ -9,8 +9,8 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from fastldm.engine import bound
 from fastldm.errors import EngineError
+from fastldm.export.engine import bound
 from fastldm.export.spec import NetworkSpec
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}

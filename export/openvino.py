@@ -14,9 +14,9 @@ import openvino as ov
 import torch
 from torch import Tensor
 
-from fastldm.engine import bound
 from fastldm.errors import EngineError
 from fastldm.export.cache import EngineCache, Key, hash_files, instructions
+from fastldm.export.engine import bound
 from fastldm.export.spec import NetworkSpec
 
 _PRECISIONS = {"float32": ov.Type.f32, "bfloat16": ov.Type.bf16}

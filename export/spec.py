@@ -29,26 +29,12 @@ import torch
 from torch import Tensor
 
 from fastldm.models.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
+from fastldm.sizes import Axis
 
 DType = Literal["float32", "float16", "int32"]
 Like = Literal["normal", "latents", "picture"]
 MODEL, DATA = "model.onnx", "model.onnx_data"
 """The files of an exported network: the graph, and beside it the weights."""
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A dimension whose size is chosen at run time, from `least` to `most`; `best` is what an engine is tuned for.
-
-    Axes of one name are one quantity. Where a network's outputs have it in another unit (pixels for latents), sizes are
-    to each other as `best` is to `best`.
-    """
-
-    name: str
-    least: int
-    best: int
-    most: int
-    multiple_of: int = 1
 
 
 @dataclass(frozen=True)

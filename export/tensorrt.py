@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastldm.engine import bound, nearest
 from fastldm.errors import EngineError, InputError
 from fastldm.export.bundle import Bundle
 from fastldm.export.cache import EngineCache, Key, hash_files
+from fastldm.export.engine import bound
 from fastldm.export.engines import PORTABLE, Engines, Record
 from fastldm.export.spec import NetworkSpec
+from fastldm.sizes import nearest
 
 logger = logging.getLogger("fastldm")
 

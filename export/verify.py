@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from fastldm.engine import Engine, open_engine
 from fastldm.errors import BundleError, EngineError, NonFinite
 from fastldm.export import networks
 from fastldm.export.bundle import PICTURE, Bundle
+from fastldm.export.engine import Engine, open_engine
 from fastldm.export.parity import Difference, difference, gate, worst
 from fastldm.export.reference import Networks
 from fastldm.export.spec import Axis, NetworkSpec, sample

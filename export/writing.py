@@ -19,13 +19,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from fastldm import __version__
 from fastldm.conditioning.text import BOS, CLIP_WINDOW, EOS, clip_vocabulary
-from fastldm.engine import MANIFEST
 from fastldm.errors import BundleError, CheckpointError, InputError
 from fastldm.export import manifest as manifests
 from fastldm.export.bundle import GOLDENS, PICTURE, Bundle, Loaded, as_json, differing, identity
 from fastldm.export.cache import hash_files
+from fastldm.export.engine import MANIFEST
 from fastldm.export.manifest import write_json
 from fastldm.export.private import locked
 from fastldm.export.reference import Networks
@@ -34,6 +33,7 @@ from fastldm.export.verify import check_network, goldens_of, goldens_of_picture
 from fastldm.loading.spec import Spec
 from fastldm.loading.weights import TOKENIZER_FILES, TokenizerFiles
 from fastldm.reading import check_path
+from fastldm.version import __version__
 
 _VERSIONS = ("torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime")
 _PARTIAL, _DONE = ".partial", "done.json"

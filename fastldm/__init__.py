@@ -26,6 +26,7 @@ from fastldm.errors import (
     QueueFull,
     WorkerLost,
 )
+from fastldm.version import __version__
 
 if TYPE_CHECKING:
     from fastldm.image import read_parameters
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
     from fastldm.serving.session import Generation, Progress, Session
 
 openmp.bound_spin()  # before torch is loaded, whose runtime reads it once
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BundleError",

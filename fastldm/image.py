@@ -16,10 +16,10 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from fastldm import __version__
 from fastldm.errors import InputError, out_of_memory_named
 from fastldm.files import FORMATS, check_folder, output_paths, whole_file
 from fastldm.metadata import parameters_text, parse_parameters
+from fastldm.version import __version__
 
 if TYPE_CHECKING:
     from fastldm.request import Request, Result

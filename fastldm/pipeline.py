@@ -22,16 +22,17 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from fastldm import checks, engine
+from fastldm import checks
 from fastldm import image as images
 from fastldm.conditioning import encode as conditioning
 from fastldm.conditioning.text import Conditioning
 from fastldm.device import Mark, send, to_host
 from fastldm.errors import CheckpointError, InputError, NonFinite
 from fastldm.kernels.step import fuses
-from fastldm.loading import adoption, weights
+from fastldm.loading import adoption
 from fastldm.loading import spec as loading
 from fastldm.loading.mapped import Mapped
+from fastldm.model import export, open_model
 from fastldm.models.unet import AddedConditions, UNet
 from fastldm.models.vae import Decode, Pieces, decode_pieces, finish
 from fastldm.planning import memory
@@ -104,41 +105,18 @@ class Pipeline(Steered):
         device: a GPU where there is one, else the CPU. dtype (or torch_dtype): what is fastest there, see
         `choose_dtype`; of a bundle, ONNX Runtime and TensorRT compute in what it was exported in.
         backend: what runs the networks: "torch", or for a bundle "onnxruntime", "openvino" or "tensorrt". "auto" is
-        PyTorch, and for a bundle what `fastldm verify` found to be fastest on this machine, see `engine.choose`.
+        PyTorch, and for a bundle what `fastldm verify` found to be fastest on this machine, see `model.choose`.
         where: variant, revision, cache_dir, local_files_only, allow_pickle and prediction_type, see `loading.describe`.
 
         Raises CheckpointError for what is not a model that fastldm can run, InputError for a device or dtype there
         is not, BundleError for a bundle that is damaged, EngineError for a backend that is not installed or cannot
         run it.
         """
-        _check_loading(path_or_id, where, device=device, dtype=dtype, torch_dtype=torch_dtype, backend=backend)
-        chosen = loading.choose_device(engine.choose_device(backend, device))
-        runs = engine.choose(backend, path_or_id, chosen, dtype or torch_dtype)
-        if engine.is_bundle(path_or_id):
-            unused = [name for name, value in where.items() if value]
-            if unused:
-                raise InputError(f"{', '.join(unused)}: not for a bundle, which was exported from one checkpoint")
-            if runs != "torch":
-                files = Path(path_or_id).expanduser().rglob("*.onnx*") if chosen.type == "cpu" else ()
-                mapped = Mapped(files)  # engines map them too
-                return cls(*engine.load(path_or_id, runs, chosen, dtype or torch_dtype), mapped)
-            source = engine.source(path_or_id)
-            path_or_id, where = source.model, source.options
-        precision = loading.choose_dtype(dtype or torch_dtype, chosen)
-        spec = loading.describe(path_or_id, **where)
-        mapped = Mapped()
-
-        def fill(module: torch.nn.Module, name: str) -> Any:
-            nonlocal mapped
-            part = spec.checkpoint.components[name]
-            files = Mapped(part.files)
-            state = part.state(to_prepare=True)
-            if chosen.type == "cpu" and any(tensor.dtype == precision for tensor in state.values()):
-                mapped |= files  # of another dtype, or on another device, they are copied
-            return weights.load_module(module, state, dtype=precision, device=chosen, source=part.source)
-
-        name = "default" if str(path_or_id) == "default" else Path(str(path_or_id)).name
-        return cls(spec, loading.load(spec, fill), name, mapped)
+        if torch_dtype is not None:
+            checks.instance("torch_dtype", torch_dtype, (str, torch.dtype), "float32, float16 or bfloat16")
+        if None not in (dtype, torch_dtype):
+            raise InputError("dtype and torch_dtype were both given: give one of them")
+        return cls(*open_model(path_or_id, device=device, dtype=dtype or torch_dtype, backend=backend, **where))
 
     @classmethod
     def from_single_file(cls, path: str | os.PathLike[str], **options: Any) -> Pipeline:
@@ -278,7 +256,7 @@ class Pipeline(Steered):
         modules: dict[str, Any] = {"unet": self.unet, "vae": self.vae}
         names = [name for name in ("text_encoder", "text_encoder_2") if name in self._spec.checkpoint.components]
         modules |= {name: stage.model for name, stage in zip(names, self.text_stages, strict=True)}
-        return engine.export(self._spec, modules, Path(out).expanduser(), name=self.name, **options)
+        return export(self._spec, modules, Path(out).expanduser(), name=self.name, **options)
 
     def enable_vae_tiling(self) -> None:
         """Decode large pictures in tiles: less memory for a difference that is not visible, see `decode_pieces`.
@@ -538,25 +516,6 @@ class Pipeline(Steered):
             raise NonFinite(f"decoding the latents gave NaN or infinity, {how}: the VAE's weights may be damaged")
         pixels = images.to_pixels(decoded, kind)
         return pixels if kind == "pt" else pixels.cpu()
-
-
-def _check_loading(path: Any, where: dict[str, Any], **chosen: Any) -> None:
-    """InputError for arguments of loading of other types than they have."""
-    checks.instance("path_or_id", path, (str, os.PathLike), 'a path, a hub id or "default"')
-    names = ("variant", "revision", "cache_dir", "local_files_only", "allow_pickle", "prediction_type")
-    checks.known(where, (*chosen, *names))
-    kinds = {"device": (torch.device, "a device, such as cpu or cuda:1"), "cache_dir": (os.PathLike, "a folder")}
-    dtypes = dict.fromkeys(("dtype", "torch_dtype"), (torch.dtype, "float32, float16 or bfloat16"))
-    for name, value in {**chosen, **where}.items():
-        if name in ("local_files_only", "allow_pickle"):
-            checks.flag(name, value)
-        elif value is not None:
-            kind, what = {**kinds, **dtypes}.get(name, (str, "a text"))
-            checks.instance(name, value, (str, kind), what)
-    if chosen["backend"] is None:
-        raise InputError("backend is None: expected auto or a backend's name")
-    if None not in (chosen["dtype"], chosen["torch_dtype"]):
-        raise InputError("dtype and torch_dtype were both given: give one of them")
 
 
 def _call_signature() -> inspect.Signature:

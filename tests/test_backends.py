@@ -20,12 +20,13 @@ from PIL import Image
 import fastldm
 from fastldm import Pipeline, Session
 from fastldm.cli import main
-from fastldm.engine import bound
 from fastldm.errors import BundleError, CheckpointError, EngineError, InputError
 from fastldm.export import auto, networks
 from fastldm.export.bundle import Bundle
+from fastldm.export.engine import bound
 from fastldm.export.networks import Network
 from fastldm.export.spec import NetworkSpec
+from fastldm.profiling import backends
 
 ENGINES = ["onnxruntime", "openvino"]
 CPU = torch.device("cpu")
@@ -276,16 +277,16 @@ def test_auto_takes_what_was_fastest_here(
     opened = Bundle.open(bundle)
     assert auto.choose(opened, CPU) == ("openvino" if _has("openvino") else "onnxruntime")  # nothing was measured
     slow, fast = auto.Measured(9.0, 0.1, "float32"), auto.Measured(1.0, 2.0, "float32")
-    auto._write(opened, CPU, {"openvino": slow, "onnxruntime": fast, "torch": slow})
+    auto.remember(opened, CPU, {"openvino": slow, "onnxruntime": fast, "torch": slow})
     assert load(bundle, "auto").backend == "onnxruntime"  # the sum counts
-    auto._write(opened, CPU, {"openvino": slow, "torch": fast})
+    auto.remember(opened, CPU, {"openvino": slow, "torch": fast})
     assert load(bundle, "auto").backend == "torch"
     path = auto._path(opened, CPU)
     path.write_text(path.read_text().replace("torch 2", "torch 1"))
     assert auto.read(opened, CPU) == {}  # of other versions
     path.write_text("{")
     assert auto.read(opened, CPU) == {}
-    measured = auto.measure(opened, "onnxruntime", CPU)
+    measured = backends.measure(opened, "onnxruntime", CPU)
     assert auto.read(opened, CPU) == {"onnxruntime": measured}
     assert min(measured.start_up, measured.picture) > 0
     assert measured.precision == "float32"

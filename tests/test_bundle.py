@@ -28,15 +28,16 @@ from safetensors.torch import load_file, save_file
 import fastldm
 from fastldm.cli import main
 from fastldm.conditioning.text import Tokenizer
-from fastldm.engine import nearest, open_engine
 from fastldm.errors import BundleError, EngineError, InputError
 from fastldm.export import manifest as manifests
 from fastldm.export import onnx, writing
 from fastldm.export import verify as proof
 from fastldm.export.bundle import Bundle
+from fastldm.export.engine import open_engine
 from fastldm.export.engines import Engines
 from fastldm.export.spec import specs
 from fastldm.loading import spec as loading
+from fastldm.sizes import nearest
 
 ROOT = Path(fastldm.__file__).resolve().parent.parent
 PICTURE = {("picture", "golden"): 1}

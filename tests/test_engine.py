@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastldm.engine import BACKENDS, bound, nearest, open_engine
 from fastldm.errors import EngineError, InputError
 from fastldm.export import cache as cache_module
 from fastldm.export import networks
 from fastldm.export.cache import EngineCache
+from fastldm.export.engine import BACKENDS, bound, open_engine
 from fastldm.export.spec import Axis, NetworkSpec, Port, sample
 from fastldm.loading import spec as loading
+from fastldm.sizes import nearest
 
 CPU = torch.device("cpu")
 BATCH, TOKENS = Axis("batch", 1, 2, 4), Axis("tokens", 1, 7, 20)
@@ -263,7 +264,7 @@ def test_onnx_runtime_leaves_nothing_in_its_user_s_home(model: Path, tmp_path: P
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r}); sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 import test_engine
-from fastldm.engine import open_engine
+from fastldm.export.engine import open_engine
 from fastldm.export.spec import sample
 given = test_engine.spec()
 open_engine("onnxruntime", test_engine.Path({str(model)!r}), given)(sample(given))

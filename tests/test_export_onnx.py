@@ -16,8 +16,8 @@ import tiny
 import torch
 
 import fastldm
-from fastldm.engine import nearest, open_engine
 from fastldm.errors import BundleError, EngineError, InputError
+from fastldm.export.engine import open_engine
 from fastldm.export.onnx import _trace, _Traced, check_graph, write
 from fastldm.export.onnxruntime import ONNXRuntimeEngine
 from fastldm.export.parity import Difference, difference, gate
@@ -26,6 +26,7 @@ from fastldm.export.spec import NetworkSpec, sample
 from fastldm.kernels import observe
 from fastldm.loading import spec as loading
 from fastldm.models.layers import GEGLU, GroupNorm
+from fastldm.sizes import nearest
 
 ROOT = Path(fastldm.__file__).resolve().parent.parent
 

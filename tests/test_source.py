@@ -106,7 +106,7 @@ def test_auto_goes_on_without_a_source_that_has_changed(
     model, bundle = made
     opened = Bundle.open(bundle)
     fast, slow = auto.Measured(1.0, 0.1, "float32"), auto.Measured(9.0, 9.0, "float32")
-    auto._write(opened, CPU, {"torch": fast, "onnxruntime": slow})
+    auto.remember(opened, CPU, {"torch": fast, "onnxruntime": slow})
     assert Pipeline.from_pretrained(bundle, device="cpu").backend == "torch"
     scheduler(model)
     for _ in range(2):

@@ -25,6 +25,7 @@ from fastldm.export.parity import Difference, difference
 from fastldm.export.reference import Networks, rounding
 from fastldm.export.spec import sample
 from fastldm.loading import spec as loading
+from fastldm.profiling import backends
 
 CPU = torch.device("cpu")
 
@@ -154,7 +155,7 @@ def test_what_will_run_is_verified_and_named(made: tuple[Path, Path], monkeypatc
     if not module.has_bfloat16():
         pytest.skip("this CPU has no bfloat16")
     monkeypatch.setattr(loading, "_native_bfloat16", lambda: True)
-    monkeypatch.setattr(auto, "measure", lambda *args: auto.Measured(1, 1, "bfloat16"))
+    monkeypatch.setattr(backends, "measure", lambda *args: auto.Measured(1, 1, "bfloat16"))
     opened: list[str] = []
     for place in (proof, networks):
 

@@ -13,6 +13,7 @@ import click
 from fastldm.cli.options import Size, check_numbers, debug_option, model_option
 from fastldm.cli.report import reported
 from fastldm.errors import EngineError, InputError
+from fastldm.system import CHECKOUT
 
 if TYPE_CHECKING:
     from fastldm.profiling.compare import Row, Task
@@ -141,7 +142,7 @@ def _ladder() -> None:
     """benchmarks/ladder.py, which a checkout has and an installation has not."""
     import subprocess
 
-    root = Path(__file__).resolve().parents[2]
+    root = CHECKOUT
     if not (root / "benchmarks" / "ladder.py").is_file():
         raise InputError("the ladder is part of a checkout of fastldm: run it there, by `fastldm bench --suite ladder`")
     sys.exit(subprocess.run([sys.executable, "-m", "benchmarks.ladder"], cwd=root).returncode)
@@ -167,18 +168,18 @@ def _task(model: str, options: dict[str, Any]) -> Task:
     import diffusers
     import torch
 
-    from fastldm import engine
-    from fastldm.loading import spec as loading
+    from fastldm.export.engine import is_bundle
+    from fastldm.model import describe
     from fastldm.profiling import compare
 
-    if engine.is_bundle(model):
+    if is_bundle(model):
         raise InputError(f"{model} is a bundle, which diffusers cannot load: give it as --bundle, and its model as -m")
     if Path(model).is_file():
         raise InputError(f"{model} is one file: --compare needs a diffusers folder, or a hub id")
     sampler = options["sampler"]
     if sampler is not None and not hasattr(diffusers, sampler):
         raise InputError(f"--sampler {sampler!r}: expected a scheduler of diffusers, such as EulerDiscreteScheduler")
-    spec = loading.describe(model)
+    spec = describe(model)
     if options["what"] == "step" and (spec.unet.needs_added or spec.unet.time_cond_proj_dim is not None):
         raise InputError(f"--what step is for U-Nets that read a text alone, not for {spec.family.name}: leave it out")
     width, height = options["size"] or spec.default_size
@@ -204,7 +205,7 @@ def record(task: Task, rows: list[Row]) -> dict[str, Any]:
 
     import torch
 
-    from fastldm.planning.timing import machine
+    from fastldm.system import machine
 
     versions: dict[str, str | None] = {}
     for name in ("diffusers", "transformers", "onnxruntime", "openvino", "openvino-genai"):

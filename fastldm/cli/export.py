@@ -88,10 +88,9 @@ def export(
     volume. An export that was stopped goes on where it was when the same command is given again, and so do engines.
     """
     with reported(debug):
-        from fastldm import engine
-        from fastldm.loading import spec as loading
+        from fastldm.model import describe, need_exporter
 
-        engine.need_exporter()
+        need_exporter()
         from fastldm.export import writing
         from fastldm.export.spec import specs
 
@@ -103,7 +102,7 @@ def export(
             "prediction_type": prediction_type,
             "allow_pickle": allow_pickle,
         }
-        spec = loading.describe(model, **options)
+        spec = describe(model, **options)
         if to is not None:  # all that can be wrong is found before anything is traced
             tensorrt = need_tensorrt()
             capabilities = [tensorrt.parse_capability(one) for one in arch]
@@ -158,6 +157,7 @@ def verify(out: Path, backend: str, device: str | None, dtype: str | None, model
         from fastldm.export.bundle import Bundle
         from fastldm.export.verify import verify
         from fastldm.loading import spec as loading
+        from fastldm.model import describe
 
         place = loading.choose_device(device or ("cuda" if backend == "tensorrt" else "cpu"))
         opened = Bundle.open(out)
@@ -171,7 +171,7 @@ def verify(out: Path, backend: str, device: str | None, dtype: str | None, model
             named = manifest["source"] if model is None else model
             if named is None:
                 raise CheckpointError(f"{out} was made of a model in memory")
-            spec = loading.describe(named, local_files_only=model is None, **({} if model else manifest["options"]))
+            spec = describe(named, local_files_only=model is None, **({} if model else manifest["options"]))
         except CheckpointError as error:
             if model is not None:
                 raise
@@ -188,9 +188,10 @@ def verify(out: Path, backend: str, device: str | None, dtype: str | None, model
         click.echo(f"all are as close to PyTorch in float32 as {precision} is, on {backend}, which will run in it")
 
         from fastldm.export import auto
+        from fastldm.profiling import backends
 
         for one in ("torch", backend) if spec is not None and model is None else (backend,):
-            took = auto.measure(opened, one, place, dtype)
+            took = backends.measure(opened, one, place, dtype)
             click.echo(f"{one} {took.precision}: {took.start_up:.2f} s to load, {took.picture:.2f} s a picture")
         click.echo(f"--backend auto takes {auto.choose(opened, place)} here")
 

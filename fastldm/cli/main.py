@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import click
 
-from fastldm import __version__
 from fastldm.cli.bench import bench
 from fastldm.cli.cache import cache
 from fastldm.cli.doctor import doctor
@@ -18,6 +17,7 @@ from fastldm.cli.profile import profile
 from fastldm.cli.report import Commands
 from fastldm.cli.tune import tune
 from fastldm.cli.warm import warm
+from fastldm.version import __version__
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -53,9 +53,10 @@ def plan(
     with reported(debug):
         import torch
 
-        from fastldm import engine
+        from fastldm import sizes
         from fastldm.kernels.dispatch import device_capability
         from fastldm.loading import spec as loading
+        from fastldm.model import choose, choose_device, describe, latents, precisions
         from fastldm.planning import memory
         from fastldm.planning.warm import parse_arch
 
@@ -64,20 +65,20 @@ def plan(
             raise InputError("give --arch for a GPU that need not be here, or --device for one that is, not both")
         place = torch.device("cuda")
         if arch is None:
-            place = loading.choose_device(engine.choose_device(backend, device))
+            place = loading.choose_device(choose_device(backend, device))
         target = parse_arch(arch) if arch is not None else 0
         if arch is None and place.type == "cuda":
             target = device_capability(place.index or 0)
-        spec = loading.describe(model)
+        spec = describe(model)
         width, height = size or spec.default_size
-        runs = engine.choose(backend, model, place, dtype)
+        runs = choose(backend, model, place, dtype)
         given: dict[str, Any] = {} if steps is None else {"steps": steps}
         if runs == "torch":
             given["dtype"] = loading.choose_dtype(dtype, place)
         else:
-            engine.check_size(engine.latents(model), spec.vae.factor, width, height)
+            sizes.check_size(latents(model), spec.vae.factor, width, height)
             given["backend"] = runs
-            given["dtype"], given["precision"] = engine.precisions(model, runs, place, dtype)
+            given["dtype"], given["precision"] = precisions(model, runs, place, dtype)
         made = memory.plan(
             memory.Workload.of_spec(
                 spec,

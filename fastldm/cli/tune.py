@@ -30,7 +30,7 @@ def tune(model: str, output: str, size: tuple[int, int] | None, batch: int, dtyp
         from tqdm import tqdm
 
         from fastldm.files import check_output
-        from fastldm.loading import spec as loading
+        from fastldm.model import describe
         from fastldm.planning import tune
 
         check_numbers(size, batch)
@@ -38,7 +38,7 @@ def tune(model: str, output: str, size: tuple[int, int] | None, batch: int, dtyp
         check_output(path, force=True)
         tune.read_table(path)
         tune.check_gpu()
-        spec = loading.describe(model)
+        spec = describe(model)
         width, height = size or spec.default_size
         shapes = tune.shapes_of(spec, width=width, height=height, batch=batch, dtype=getattr(torch, dtype))
         with tqdm(total=len(shapes), unit=" shapes", disable=not sys.stderr.isatty()) as bar:

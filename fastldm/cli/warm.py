@@ -44,7 +44,7 @@ def warm(
         import torch
         from tqdm import tqdm
 
-        from fastldm.loading import spec as loading
+        from fastldm.model import describe
         from fastldm.planning import warm
 
         for pictures in batch:
@@ -56,7 +56,7 @@ def warm(
             arch = tuple(f"sm_{a}{b}" for a, b in {torch.cuda.get_device_capability()})
         for one in arch:
             warm.parse_arch(one)
-        spec = loading.describe(model)
+        spec = describe(model)
         for one in arch:
             with tqdm(desc=one, bar_format="{desc}: {elapsed} {postfix}", disable=not sys.stderr.isatty()) as bar:
                 sizes = size or [spec.default_size]

@@ -28,11 +28,12 @@ from fastldm.conditioning.prompt import Fragments, parse
 from fastldm.device import send_numbers
 from fastldm.errors import CheckpointError, InputError
 from fastldm.reading import read_json
+from fastldm.system import ASSETS
 
 if TYPE_CHECKING:
     import tokenizers
 
-    from fastldm.engine import TextEncoder
+    from fastldm.models.interfaces import TextEncoder
 
 logger = logging.getLogger("fastldm")
 
@@ -46,7 +47,7 @@ MAX_WINDOWS = 64
 MAX_PROMPT_WINDOWS = 128
 """What a prompt may have: cross-attention reads all of it at each step."""
 
-_MERGES = Path(__file__).parents[1] / "assets" / "clip_bpe" / "merges.txt.gz"
+_MERGES = ASSETS / "clip_bpe" / "merges.txt.gz"
 _DEFAULTS = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # CLIP's words (simple_tokenizer.py of openai/CLIP), as transformers' CLIPTokenizer splits them

@@ -10,12 +10,11 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from fastldm import checks, engine
+from fastldm import checks
 from fastldm.checks import show
 from fastldm.conditioning import text
 from fastldm.errors import CheckpointError, InputError
@@ -23,20 +22,20 @@ from fastldm.loading import relatives, weights
 from fastldm.loading.prepare import Prepared, prepare
 from fastldm.models.clip import CLIPText
 from fastldm.models.config import Family, TextConfig, TinyVAEConfig, UNetConfig, VAEConfig, recognise
+from fastldm.models.interfaces import Autoencoder, Denoiser
 from fastldm.models.unet import UNet
 from fastldm.models.vae import AutoencoderKL, TinyAutoencoder
 from fastldm.reading import Field, Flag, check_path, read_fields
 from fastldm.samplers.config import ScheduleConfig
 from fastldm.samplers.scheduler_config import SET_BY_PIPELINES, read_scheduler
-
-if TYPE_CHECKING:
-    from fastldm.export.spec import Axis
+from fastldm.sizes import Axis
+from fastldm.system import ASSETS
 
 logger = logging.getLogger("fastldm")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """What networks compute in."""
-DEFAULT_MODEL = Path(__file__).parents[1] / "assets" / "default"
+DEFAULT_MODEL = ASSETS / "default"
 
 
 @dataclass(frozen=True)
@@ -74,20 +73,17 @@ def describe(
     allow_pickle: bool = False,
     prediction_type: str | None = None,
 ) -> Spec:
-    """What a diffusers folder, a hub id, a single-file checkpoint, an exported bundle or "default" holds. Loads no
-    weights.
+    """What a diffusers folder, a hub id, a single-file checkpoint or "default" holds. Loads no weights.
 
     Raises CheckpointError for anything that is not a model that fastldm can run, naming what it is instead.
     """
-    for name, word in (("variant", variant), ("revision", revision)):
-        if word is not None and not (isinstance(word, str) and 0 < len(word) < 256 and word.isprintable()):
-            raise InputError(f"{name} is {show(word)}: expected a name, or None")
-    if cache_dir is not None:
-        check_path(cache_dir, "cache_dir")
-    checks.flag("local_files_only", local_files_only)
-    checks.flag("allow_pickle", allow_pickle)
-    if engine.is_bundle(path_or_id):
-        return engine.describe(path_or_id)
+    check_options(
+        variant=variant,
+        revision=revision,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        allow_pickle=allow_pickle,
+    )
     given = DEFAULT_MODEL if str(path_or_id) == "default" else path_or_id
     checkpoint = weights.open_checkpoint(
         given,
@@ -99,6 +95,17 @@ def describe(
         prediction_type=prediction_type,
     )
     return spec_of(checkpoint)
+
+
+def check_options(*, variant: Any = None, revision: Any = None, cache_dir: Any = None, **flags: Any) -> None:
+    """InputError for options of `describe` that say nothing."""
+    for name, word in (("variant", variant), ("revision", revision)):
+        if word is not None and not (isinstance(word, str) and 0 < len(word) < 256 and word.isprintable()):
+            raise InputError(f"{name} is {show(word)}: expected a name, or None")
+    if cache_dir is not None:
+        check_path(cache_dir, "cache_dir")
+    for name in ("local_files_only", "allow_pickle"):
+        checks.flag(name, flags.get(name, False))
 
 
 _INDEX = {
@@ -236,15 +243,15 @@ def _native_bfloat16() -> bool:
 class Networks:
     """A model, loaded and prepared: what a pipeline runs."""
 
-    unet: engine.Denoiser
-    vae: engine.Autoencoder
+    unet: Denoiser
+    vae: Autoencoder
     text_stages: tuple[text.TextStage, ...]
     prepared: Prepared
     device: torch.device
     dtype: torch.dtype
     """Of what goes into the U-Net and the autoencoder, and comes out."""
     backend: str = "torch"
-    """What runs them: "torch" or one of `engine.BACKENDS`."""
+    """What runs them: "torch" or one of export.engine.BACKENDS."""
     precision: str | None = None
     """What they compute in, where that is not `dtype`."""
     latents: Sequence[tuple[Axis, Axis]] = ()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from fastldm.errors import InputError
 from fastldm.models.config import Level, UNetConfig
+from fastldm.models.interfaces import AddedConditions
 from fastldm.models.layers import (
     GEGLU,
     Attention,
@@ -34,14 +34,6 @@ from fastldm.models.layers import (
     to_image,
     to_tokens,
 )
-
-
-@dataclass(frozen=True)
-class AddedConditions:
-    """What SDXL adds to the time embedding, one row per U-Net row."""
-
-    text_embeds: Tensor  # (R, P) pooled text
-    time_ids: Tensor  # (R, 6) original height and width, crop top and left, target height and width, in pixels
 
 
 class Text(NamedTuple):

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastldm.models.config import TinyVAEConfig, VAEConfig
+from fastldm.models.interfaces import Autoencoder, Layer
 from fastldm.models.layers import (
     Attention,
     Conv,
@@ -30,10 +31,6 @@ from fastldm.models.layers import (
     upsample_conv2d,
 )
 
-if TYPE_CHECKING:
-    from fastldm.engine import Autoencoder
-
-Layer = Callable[[Tensor], Tensor]
 Norm = Callable[..., Tensor]  # (a GroupNorm, x, silu=...) -> x, normalised
 Pieces = Generator[None, None, Tensor]  # work in pieces, one for each next(); returns its result
 

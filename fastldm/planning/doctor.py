@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections import Counter
 from collections.abc import Iterator
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastldm import __version__, openmp
+from fastldm import openmp
+from fastldm.system import cache_root
+from fastldm.version import __version__
 
 if TYPE_CHECKING:
     import torch
@@ -27,19 +27,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-def cache_root() -> Path:
-    """Where fastldm keeps what it can make again: `FASTLDM_CACHE`, else the platform's cache folder for it."""
-    chosen = os.environ.get("FASTLDM_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    try:
-        import platformdirs
-    except ModuleNotFoundError:  # a container that was given torch and not all else: what platformdirs says on Linux
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastldm"
-    return platformdirs.user_cache_path("fastldm")
-
-
-def _version(distribution: str) -> str | None:
+def version_of(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -53,21 +41,22 @@ def examine(model: str = "default", arch: str | None = None) -> dict[str, Any]:
     """
     import torch
 
-    from fastldm.loading.spec import choose_device, choose_dtype, describe
+    from fastldm.loading.spec import choose_device, choose_dtype
+    from fastldm.model import describe
 
     device = choose_device(None)
     dtype = choose_dtype(None, device) if arch is None else torch.float16
     extras = {
-        name: {"brings": brings, "missing": [d for d in parts if _version(d) is None]}
+        name: {"brings": brings, "missing": [d for d in parts if version_of(d) is None]}
         for name, (brings, parts) in EXTRAS.items()
     }
     problems = []
-    if _version("onnxruntime") and _version("onnxruntime-gpu"):
+    if version_of("onnxruntime") and version_of("onnxruntime-gpu"):
         problems.append(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: "
             "pip uninstall onnxruntime onnxruntime-gpu, then install the extra you want (onnx or onnx-gpu)"
         )
-    if _version("triton") is None:
+    if version_of("triton") is None:
         problems.append("triton is not installed: everything runs, on PyTorch's own kernels")
     spec = describe(model)
     return {
@@ -75,7 +64,7 @@ def examine(model: str = "default", arch: str | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": version_of("triton"),
         "cpu": {"threads": openmp.threads(), "capability": torch.backends.cpu.get_cpu_capability()},
         "gpus": [
             f"{torch.cuda.get_device_name(k)} (sm_{''.join(map(str, torch.cuda.get_device_capability(k)))}, "

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,19 +38,6 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     else:
         product, copy = (_least(work) for work in works)
     return Ceilings(2 * side**3 / product, 2 * size / copy)
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What a figure was measured on."""
-    found: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        return {"name": properties.name, "sm": f"{properties.major}{properties.minor}", **found}
-    name, cpuinfo = platform.processor(), Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = cpuinfo.read_text().splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    return {"name": name, "cores": os.cpu_count(), "capability": torch.backends.cpu.get_cpu_capability(), **found}
 
 
 def _least(work: Callable[[], object]) -> float:

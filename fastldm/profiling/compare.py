@@ -30,6 +30,7 @@ import torch
 
 from fastldm.errors import EngineError, InputError
 from fastldm.planning import memory
+from fastldm.system import CHECKOUT
 
 RANDOM = "random SD1.5"
 """SD1.5's U-Net at its full size with seeded random weights: no file is read, and a step costs what it costs."""
@@ -185,7 +186,7 @@ class _Process:
         self.load: float | None = 0.0
         self.first, self.peak, self.failure = 0.0, 0, ""
         given = json.dumps({"task": asdict(task), "contender": asdict(contender)})
-        root = str(Path(__file__).resolve().parents[2])
+        root = str(CHECKOUT)
         environment = {**os.environ, "OMP_NUM_THREADS": str(task.threads)}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         self._errors = (folder / "stderr").open("w+")
@@ -308,9 +309,9 @@ def contenders(
     needs a bundle that was not split where there is none.
     pythons: peer -> an interpreter that has it, where that is not this one.
     """
-    from fastldm import engine
+    from fastldm.export.bundle import Bundle
 
-    opened = {str(Path(bundle).expanduser().absolute()): engine.read_bundle(bundle).manifest for bundle in bundles}
+    opened = {str(path): Bundle.read(path).manifest for path in (Path(one).expanduser().absolute() for one in bundles)}
     plain = {"split": False, "dtype": "float32", "fused_ops": False}
     whole = next((one for one, manifest in opened.items() if plain.items() <= manifest.items()), None)
     found = []

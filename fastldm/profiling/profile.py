@@ -30,11 +30,12 @@ from fastldm.loading.spec import choose_dtype
 from fastldm.models.vae import finish
 from fastldm.pipeline import Pipeline
 from fastldm.planning import dry, memory
-from fastldm.planning.timing import Ceilings, ceilings, machine
+from fastldm.planning.timing import Ceilings, ceilings
 from fastldm.profiling.spans import Call, Clock, Span, replaced
 from fastldm.request import Request, Result
 from fastldm.runtime.graph import WARM_UPS
 from fastldm.serving.session import Session
+from fastldm.system import machine
 
 SECONDS = 10.0
 """For about so long pictures are repeated, where no number of rounds is given."""

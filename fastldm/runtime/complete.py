@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastldm import checks, engine
+from fastldm import checks, sizes
 from fastldm import image as images
 from fastldm.conditioning import encode as conditioning
 from fastldm.errors import InputError
@@ -16,7 +16,7 @@ from fastldm.models.config import Family, TinyVAEConfig, UNetConfig, VAEConfig
 from fastldm.request import Request, picture_seeds
 
 if TYPE_CHECKING:
-    from fastldm.export.spec import Axis
+    from fastldm.sizes import Axis
 
 
 def complete(
@@ -41,7 +41,7 @@ def complete(
         raise InputError("this model is for inpainting: give it image and mask_image")
     width, height = _size(request, unet, vae)
     if ranges:
-        engine.check_size(ranges, vae.factor, width, height)
+        sizes.check_size(ranges, vae.factor, width, height)
     return request.replace(
         seed=picture_seeds(request) if request.generator is None else None,
         height=height,

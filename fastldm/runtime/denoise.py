@@ -20,7 +20,7 @@ from fastldm.kernels.step import blend, guide, model_input, step
 from fastldm.samplers.table import StepTable
 
 if TYPE_CHECKING:
-    from fastldm.engine import Denoiser
+    from fastldm.models.interfaces import Denoiser
 
 Network = Callable[[Tensor, int, bool], Tensor]
 Generators = torch.Generator | Sequence[torch.Generator] | None

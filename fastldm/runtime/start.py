@@ -17,7 +17,7 @@ from fastldm.runtime.denoise import Guidance, Inpainting, Work, draw_step_noise,
 from fastldm.samplers.table import StepTable
 
 if TYPE_CHECKING:
-    from fastldm.engine import Autoencoder
+    from fastldm.models.interfaces import Autoencoder
 
 
 def start_work(

@@ -1,0 +1,186 @@
+"""From a path or an id to a model that is loaded: a checkpoint on PyTorch, or a bundle on what runs it soonest.
+
+What `fastldm.export` needs is imported when a bundle is met.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastldm import checks
+from fastldm.errors import EngineError, InputError
+from fastldm.export.engine import BACKENDS, is_bundle
+from fastldm.loading import spec as loading
+from fastldm.loading import weights
+from fastldm.loading.mapped import Mapped
+from fastldm.sizes import Axis
+
+Opened = tuple[loading.Spec, loading.Networks, str, Mapped]
+"""What a model is, its networks, its name, and the files that their weights lie in."""
+
+
+def describe(path_or_id: str | os.PathLike[str] = "default", **options: Any) -> loading.Spec:
+    """What a checkpoint or a bundle holds; loads no weights. options and errors: see `loading.spec.describe`, and
+    BundleError for a bundle that says nothing that can be read."""
+    loading.check_options(**options)
+    if is_bundle(path_or_id):
+        return _read_bundle(path_or_id).model
+    return loading.describe(path_or_id, **options)
+
+
+def open_model(
+    path_or_id: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    backend: str = "auto",
+    **options: Any,
+) -> Opened:
+    """A model, loaded: see `Pipeline.from_pretrained` for the arguments and errors."""
+    check_arguments(path_or_id, options, device=device, dtype=dtype, backend=backend)
+    place = loading.choose_device(choose_device(backend, device))
+    runs = choose(backend, path_or_id, place, dtype)
+    if is_bundle(path_or_id):
+        unused = [name for name, value in options.items() if value]
+        if unused:
+            raise InputError(f"{', '.join(unused)}: not for a bundle, which was exported from one checkpoint")
+        if runs != "torch":
+            return _open_bundle(path_or_id, runs, place, dtype)
+        from fastldm.export import networks
+
+        source = networks.source(_read_bundle(path_or_id))
+        path_or_id, options = source.model, source.options
+    return _open_checkpoint(path_or_id, place, loading.choose_dtype(dtype, place), options)
+
+
+def _open_bundle(
+    path: str | os.PathLike[str], backend: str, device: torch.device, dtype: str | torch.dtype | None
+) -> Opened:
+    """BundleError for a file that is not what was written, before anything is run."""
+    from fastldm.export import networks
+    from fastldm.export.bundle import Bundle
+
+    folder = Path(path).expanduser()
+    mapped = Mapped(folder.rglob("*.onnx*") if device.type == "cpu" else ())  # engines map them too
+    bundle = Bundle.open(folder)
+    return bundle.model, networks.load(bundle, backend, device, dtype), bundle.manifest["model"], mapped
+
+
+def _open_checkpoint(
+    path_or_id: str | os.PathLike[str], device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]
+) -> Opened:
+    spec, mapped = loading.describe(path_or_id, **options), Mapped()
+
+    def fill(module: torch.nn.Module, name: str) -> Any:
+        nonlocal mapped
+        component = spec.checkpoint.components[name]
+        files = Mapped(component.files)
+        state = component.state(to_prepare=True)
+        if device.type == "cpu" and any(tensor.dtype == dtype for tensor in state.values()):
+            mapped |= files  # of another dtype, or on another device, they are copied
+        return weights.load_module(module, state, dtype=dtype, device=device, source=component.source)
+
+    name = "default" if str(path_or_id) == "default" else Path(str(path_or_id)).name
+    networks = loading.load(spec, fill)
+    return spec, networks, name, mapped
+
+
+def check_arguments(path: Any, options: Mapping[str, Any], **selected: Any) -> None:
+    """InputError for arguments of loading of other types than they have."""
+    checks.instance("path_or_id", path, (str, os.PathLike), 'a path, a hub id or "default"')
+    names = ("variant", "revision", "cache_dir", "local_files_only", "allow_pickle", "prediction_type")
+    checks.known(options, ("torch_dtype", *selected, *names))
+    kinds = {
+        "device": (torch.device, "a device, such as cpu or cuda:1"),
+        "cache_dir": (os.PathLike, "a folder"),
+        "dtype": (torch.dtype, "float32, float16 or bfloat16"),
+    }
+    for name, value in {**selected, **options}.items():
+        if name in ("local_files_only", "allow_pickle"):
+            checks.flag(name, value)
+        elif value is not None:
+            kind, what = kinds.get(name, (str, "a text"))
+            checks.instance(name, value, (str, kind), what)
+    if selected["backend"] is None:
+        raise InputError("backend is None: expected auto or a backend's name")
+
+
+def choose_device(backend: str, device: str | torch.device | None) -> str | torch.device | None:
+    """Where a backend runs if nothing else is asked for: OpenVINO on the CPU, also where there is a GPU."""
+    return "cpu" if device is None and backend == "openvino" else device
+
+
+def choose(
+    backend: str, path: str | os.PathLike[str], device: torch.device, dtype: str | torch.dtype | None = None
+) -> str:
+    """What runs the model at a path: the backend that was asked for, or for "auto" PyTorch, if it is no bundle.
+
+    Of a bundle, "auto" takes what makes a picture soonest, loading included, as `fastldm verify` measured on this
+    machine; where it did not, the first that is installed of OpenVINO and ONNX Runtime, on a GPU of TensorRT, if
+    engines were built ahead, and ONNX Runtime. Of those, only what computes in `dtype`. Nothing is exported, built or
+    measured here.
+
+    Raises InputError for a backend there is not and for one that runs bundles where this is none, EngineError where
+    none is installed.
+    """
+    if backend not in ("auto", "torch", *BACKENDS):
+        raise InputError(f"backend is {backend!r}: expected auto, torch, {', '.join(BACKENDS)}")
+    if not is_bundle(path):
+        if backend in BACKENDS:
+            raise InputError(f"{backend} runs bundles, and {path} is none: `fastldm export -m {path} OUT` makes one")
+        return "torch"
+    if backend != "auto":
+        return backend
+    from fastldm.export import auto
+
+    return auto.choose(_read_bundle(path), device, dtype)
+
+
+def latents(path: str | os.PathLike[str]) -> list[tuple[Axis, Axis]]:
+    """The heights and widths of latents that a bundle runs with, each range of them."""
+    from fastldm.export import networks
+
+    return networks.latents(_read_bundle(path))
+
+
+def precisions(
+    path: str | os.PathLike[str], backend: str, device: torch.device, dtype: str | torch.dtype | None
+) -> tuple[torch.dtype, torch.dtype]:
+    """What a bundle was exported in, and what a backend would compute it in."""
+    from fastldm.export import networks
+
+    bundle = _read_bundle(path)
+    computed = networks.precision(bundle, backend, device, dtype)
+    return getattr(torch, bundle.manifest["dtype"]), getattr(torch, computed)
+
+
+def need_exporter() -> None:
+    """EngineError where the packages that exporting needs are not installed."""
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise EngineError(f"{', '.join(missing)} is not installed: pip install 'fastldm[onnx]'")
+
+
+def export(model: loading.Spec, modules: Mapping[str, Any], out: Path, **options: Any) -> Path:
+    """Write a model in memory as a bundle, see `Pipeline.export`. modules: its networks by their components' names.
+
+    Raises EngineError where the packages that exporting needs are not installed.
+    """
+    need_exporter()
+    from fastldm.export import bundle, writing
+
+    return writing.export(bundle.in_memory(model, modules), out, source=None, **options).folder
+
+
+def _read_bundle(path: str | os.PathLike[str]) -> Any:
+    """What a bundle says of itself; its files have not been compared with their hashes. BundleError where it says
+    nothing that can be read."""
+    from fastldm.export.bundle import Bundle
+
+    return Bundle.read(Path(path).expanduser())

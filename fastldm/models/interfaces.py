@@ -1,0 +1,64 @@
+"""What a pipeline asks of its networks: of PyTorch's modules, or of those in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastldm.models.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
+
+Layer = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class AddedConditions:
+    """What SDXL adds to the time embedding, one row per U-Net row."""
+
+    text_embeds: Tensor  # (R, P) pooled text
+    time_ids: Tensor  # (R, 6) original height and width, crop top and left, target height and width, in pixels
+
+
+class TextEncoder(Protocol):
+    """See models.clip.CLIPText."""
+
+    @property
+    def config(self) -> TextConfig: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __call__(self, input_ids: Tensor, skip: int = 0, final_norm: bool = True) -> tuple[Tensor, Tensor | None]: ...
+
+
+class Denoiser(Protocol):
+    """See models.unet.UNet."""
+
+    @property
+    def config(self) -> UNetConfig: ...
+
+    def time_rows(
+        self, timesteps: Tensor, *, added: AddedConditions | None = None, guidance: Tensor | None = None
+    ) -> Tensor: ...
+
+    def cross_kv(self, encoder_hidden_states: Tensor) -> tuple[Tensor, ...]: ...
+
+    def step(
+        self, u: Tensor, temb_row: Tensor, cross_kv: Sequence[Tensor], *, kv_len: Tensor | None = None
+    ) -> Tensor: ...
+
+
+class Autoencoder(Protocol):
+    """See models.vae.AutoencoderKL."""
+
+    @property
+    def config(self) -> VAEConfig | TinyVAEConfig: ...
+
+    def encode(self, x: Tensor) -> Tensor: ...
+
+    def decode(self, z: Tensor) -> Tensor: ...
+
+    def decoding(self) -> list[Layer]: ...

@@ -1,0 +1,39 @@
+"""What each backend takes for a picture of a bundle on this machine, measured for `--backend auto`."""
+
+from __future__ import annotations
+
+import gc
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastldm.export import auto
+from fastldm.export.auto import Measured
+from fastldm.export.bundle import Bundle
+from fastldm.pipeline import Pipeline
+
+
+def measure(bundle: Bundle, backend: str, device: torch.device, dtype: str | torch.dtype | None = None) -> Measured:
+    """Load a pipeline and let it make pictures of two steps; remembered for `export.auto.choose`."""
+
+    def load() -> Pipeline:
+        gc.collect()
+        return Pipeline.from_pretrained(bundle.folder, backend=backend, device=device, dtype=dtype)
+
+    load()  # fills the caches that the next is measured with
+    began = perf_counter()
+    pipe = load()
+    start_up = perf_counter() - began
+    asked: dict[str, Any] = {"prompt": "a photograph", "num_inference_steps": 2, "seed": 0, "output_type": "pt"}
+    if pipe.unet.config.in_channels > pipe.latent_channels:  # made for inpainting
+        grey = np.full((64, 64, 3), 0.5, dtype=np.float32)
+        asked |= {"image": grey, "mask_image": grey[..., 0], "strength": 1.0}
+    for _ in range(2):
+        timings = pipe(**asked).timings
+    steps = pipe.family.num_inference_steps * median(timings.steps)
+    found = Measured(start_up, timings.text + steps + timings.decode, pipe.precision)
+    auto.remember(bundle, device, {**auto.read(bundle, device), backend: found})
+    return found
