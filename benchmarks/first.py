@@ -47,7 +47,7 @@ RIVALS = {  # op -> the benchmark that has its alternatives
 }
 SLOW = ("torch.compile", "math", "efficient")  # alternatives that take a minute, or memory, and are not the best
 OPS = ("attention", "group_norm", "conv", "linear", "step", "geglu", "layer_norm")  # files of kernels, in this order
-MARKED = re.compile(r"^import ops$|\bmark\.gpu\b", re.MULTILINE)  # tests/ops.py runs a kernel where there is a device
+MARKED = re.compile(r"^import ops$|\bmark\.gpu\b", re.MULTILINE)  # support/ops.py runs a kernel where there is a device
 # What such a machine was seen to lack, and what comes with it (onnxscript traces ONNX): a rehearsal lacks it too.
 MISSING = ("diffusers", "platformdirs", "openvino", "tensorrt", "tensorrt_rtx", "onnxscript", "onnx_ir", "optimum")
 

@@ -1,19 +1,21 @@
-"""Shared by all tests: the checkout is importable without an install, nothing reaches a hub, and every test starts
-from one seed."""
+"""Shared by all tests: the checkout is importable without an install, as are the helpers in support/, nothing reaches a
+hub, and every test starts from one seed."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # also where a test imports ONNX Runtime itself
 os.environ.setdefault("FASTLDM_CACHE", "/dev/null/cache")  # no user's cache in the tests, and none that root can make
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -45,3 +47,18 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
     yield folder
     subprocess.run(["umount", folder], check=True)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Steps wait until it is set: what a test does before happens before them, however slow the machine."""
+    from fastldm.runtime.denoise import EagerBatch
+
+    gate, step = threading.Event(), EagerBatch.step
+
+    def waiting(self: Any, runs: Any) -> str:
+        assert gate.wait(60)
+        return step(self, runs)
+
+    monkeypatch.setattr(EagerBatch, "step", waiting)
+    return gate

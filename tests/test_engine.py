@@ -1,5 +1,4 @@
-"""Backends behind the Engine seam, on a network small enough to export and build in a second: a convolution, a
-GroupNorm, cross-attention and an upsampling, so every kind of axis that a U-Net has."""
+"""Backends behind the Engine seam, on small_network, which has every kind of axis that a U-Net has."""
 
 from __future__ import annotations
 
@@ -13,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from small_network import BATCH, HEIGHT, WIDTH, Tiny, exported, spec
+from torch import Tensor
 
 from fastldm.errors import EngineError, InputError
 from fastldm.export import cache as cache_module
@@ -26,59 +25,7 @@ from fastldm.loading import spec as loading
 from fastldm.sizes import nearest
 
 CPU = torch.device("cpu")
-BATCH, TOKENS = Axis("batch", 1, 2, 4), Axis("tokens", 1, 7, 20)
-HEIGHT, WIDTH = Axis("height", 4, 8, 16, 2), Axis("width", 4, 8, 16, 2)
-
-
-def spec(dtype: Any = "float32") -> NetworkSpec:
-    tall, wide = (Axis(a.name, 2 * a.least, 2 * a.best, 2 * a.most, 2 * a.multiple_of) for a in (HEIGHT, WIDTH))
-    inputs = (
-        Port("sample", dtype, (BATCH, 4, HEIGHT, WIDTH)),
-        Port("timestep", "float32", (BATCH,), 1000),
-        Port("encoder_hidden_states", dtype, (BATCH, TOKENS, 12)),
-    )
-    return NetworkSpec("unet", inputs, (Port("out_sample", dtype, (BATCH, 3, tall, wide)),))
-
-
-class Tiny(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.out = nn.Conv2d(4, 16, 3, padding=1), nn.Conv2d(16, 3, 3, padding=1)
-        self.norm, self.q, self.kv = nn.GroupNorm(4, 16), nn.Linear(16, 16), nn.Linear(12, 32)
-
-    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        time = (timestep * 1e-3).to(sample.dtype)[:, None, None, None]
-        x = F.silu(self.norm(self.conv(sample) + time))  # (B, 16, h, w)
-        rows, channels, height, width = x.shape
-        q, k, v = (
-            one.unflatten(2, (2, 8)).transpose(1, 2)
-            for one in (self.q(x.flatten(2).transpose(1, 2)), *self.kv(encoder_hidden_states).chunk(2, dim=2))
-        )
-        seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, hw, 16)
-        x = x + seen.transpose(1, 2).reshape(rows, channels, height, width)
-        return self.out(F.gelu(F.interpolate(x, scale_factor=2.0)))
-
-
-def exported(network: nn.Module, folder: Path, dtype: str = "float32", opset: int = 21) -> Path:
-    pytest.importorskip("onnx", reason="exporting needs onnx: pip install 'fastldm[onnx]'")
-    pytest.importorskip("onnxscript", reason="exporting needs onnxscript: pip install 'fastldm[onnx]'")
-    batch, tokens = torch.export.Dim("batch", min=1, max=4), torch.export.Dim("tokens", min=1, max=20)
-    tall, wide = (2 * torch.export.Dim(name, min=2, max=8) for name in ("tall", "wide"))
-    inputs = sample(spec(dtype))
-    program = torch.onnx.export(
-        network,
-        tuple(inputs.values()),
-        dynamo=True,
-        opset_version=opset,
-        input_names=list(inputs),
-        output_names=["out_sample"],
-        dynamic_shapes=({0: batch, 2: tall, 3: wide}, {0: batch}, {0: batch, 1: tokens}),
-        verbose=False,
-    )
-    assert program is not None
-    folder.mkdir()
-    program.save(str(folder / "model.onnx"))
-    return folder / "model.onnx"
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -262,12 +209,13 @@ def test_instructions_are_what_the_kernel_says(monkeypatch: pytest.MonkeyPatch) 
 def test_onnx_runtime_leaves_nothing_in_its_user_s_home(model: Path, tmp_path: Path) -> None:
     code = f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r}); sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-import test_engine
+sys.path[:0] = [{str(ROOT / "tests" / "support")!r}, {str(ROOT)!r}]
+from pathlib import Path
+import small_network
 from fastldm.export.engine import open_engine
 from fastldm.export.spec import sample
-given = test_engine.spec()
-open_engine("onnxruntime", test_engine.Path({str(model)!r}), given)(sample(given))
+given = small_network.spec()
+open_engine("onnxruntime", Path({str(model)!r}), given)(sample(given))
 """
     set_here = ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")
     environment = {name: value for name, value in os.environ.items() if name not in set_here}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -182,3 +183,11 @@ def is_private(name: str) -> bool:
 
 def is_own(node: ast.Attribute) -> bool:
     return isinstance(node.value, ast.Name) and node.value.id in {"self", "cls"}
+
+
+def test_no_test_imports_a_test() -> None:
+    """What two of them share is in support/."""
+    pattern = re.compile(r"^\s*(?:from|import) test_\w+", re.MULTILINE)  # also in code that a test runs in a process
+    found = {path.name: pattern.findall(path.read_text("utf-8")) for path in (ROOT / "tests").rglob("*.py")}
+    assert len(found) > 80
+    assert not {name: imports for name, imports in found.items() if imports}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_slots import Recorder
+from counters import Recorder
 from torch import Tensor
 
 from fastldm.errors import EngineError

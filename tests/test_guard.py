@@ -24,7 +24,7 @@ import pytest
 import tiny
 import torch
 from conftest import ROOT
-from test_slots import Launches, Nodes
+from counters import Launches, Nodes
 
 from benchmarks.networks import CLIP_L, SD15, SDXL, VAE
 from fastldm import Pipeline

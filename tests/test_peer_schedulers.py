@@ -56,5 +56,5 @@ def test_the_committed_table_has_all_configurations() -> None:
         assert count[KINDS.index("unknown") :] == [0, 0]
         assert count[KINDS.index("agree")] > 0
         if name != "all":
-            assert sum(count) == len(cases(name)), "run `python tests/peer_schedulers.py`"
+            assert sum(count) == len(cases(name)), "run `python tests/support/peer_schedulers.py`"
     assert set(CUSTOM) == {"timesteps", "sigmas"}

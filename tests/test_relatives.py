@@ -9,8 +9,8 @@ from typing import Any
 import diffusers
 import pytest
 import tiny
+from original_layout import SD_INDEX, ldm_unet, ldm_vae, openai_clip, random_state
 from safetensors.torch import save_file
-from test_weights import SD_INDEX, ldm_unet, ldm_vae, openai_clip, random_state
 
 from fastldm import Pipeline
 from fastldm.errors import CheckpointError

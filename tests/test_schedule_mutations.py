@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
+from exact_noise import lead
 from samplers_from_source import Edit, samplers_with
 from scheduler_judge import SD
-from test_samplers import lead
 
 from fastldm.errors import InputError
 

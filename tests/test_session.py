@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from test_slots import Recorder
+from counters import Recorder
+from sessions import options, same, tiny_pipeline
 
 import fastldm
-from benchmarks import ladder
 from fastldm import Cancelled, DeadlineExceeded, InputError, NonFinite, OutOfMemory, Pipeline, QueueFull, Session
 from fastldm.runtime.denoise import EagerBatch
 from fastldm.runtime.graph import Graphs
@@ -32,19 +32,6 @@ from fastldm.runtime.graph import Graphs
 @pytest.fixture(scope="module")
 def pipe() -> Pipeline:
     return tiny_pipeline()
-
-
-def tiny_pipeline(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Pipeline:
-    """Seeded random weights, 64x64 pixels of 8x8 latents; made without diffusers, which a GPU's machine may lack."""
-    pipe = ladder.pipeline(ladder.MODELS["tiny"], torch.device(device), dtype)
-    picture = pipe("a cat", num_inference_steps=1, seed=0, output_type="np").images
-    assert picture.std() > 0.05, "a flat picture would agree with anything"  # type: ignore[union-attr]
-    return pipe
-
-
-def options(seed: int = 0, steps: int = 2, **more: Any) -> dict[str, Any]:
-    given = {"prompt": "a cat", "seed": seed, "num_inference_steps": steps, "sampler": "ddim", "output_type": "np"}
-    return given | more
 
 
 SAMPLERS = ["ddim", "euler a", "dpm++ 2m karras", "unipc", "heun", "dpm++ 2m sde", "plms", "lcm"]
@@ -75,12 +62,6 @@ def thirty_two(pipe: Pipeline) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
     """The requests, and what each gives alone."""
     asked = requests(32, seed=1)
     return asked, [pipe(**one).images for one in asked]  # type: ignore[misc]
-
-
-def same(one: Any, other: Any) -> None:
-    """But for the order of sums: float32 rounding through some steps of a random network."""
-    assert one.shape == other.shape
-    assert np.abs(one - other).max() < 2e-5
 
 
 def from_threads(session: Session, asked: list[dict[str, Any]], **how: Any) -> list[fastldm.Generation]:
@@ -183,19 +164,6 @@ def slow(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.02) -> None:
         return step(self, runs)
 
     monkeypatch.setattr(EagerBatch, "step", slowly)
-
-
-@pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Steps wait until it is set: what a test does before happens before them, however slow the machine."""
-    gate, step = threading.Event(), EagerBatch.step
-
-    def waiting(self: EagerBatch, runs: Any) -> str:
-        assert gate.wait(60)
-        return step(self, runs)
-
-    monkeypatch.setattr(EagerBatch, "step", waiting)
-    return gate
 
 
 def test_cancelling_between_two_steps(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
-"""What a single file is, where its keys are not as its family's own code writes them. The shapes are test_weights'."""
+"""What a single file is, where its keys are not as its family's own code writes them. The shapes are
+original_layout's."""
 
 from __future__ import annotations
 
@@ -6,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from original_layout import Shapes, converted_by_diffusers, full_size, openai_clip, random_state, small, write_sparse
 from safetensors.torch import save_file
-from test_weights import Shapes, converted_by_diffusers, full_size, openai_clip, random_state, small, write_sparse
 from torch import Tensor, nn
 
 from fastldm.errors import CheckpointError

@@ -9,6 +9,7 @@ from typing import Any
 import ops
 import pytest
 import torch
+from counters import Launches, Nodes, Recorder
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -128,30 +129,6 @@ def buffers(
         kv_len=torch.zeros(2 * slots, dtype=torch.int32, device=DEVICE),
         maps=torch.zeros(3, rows, dtype=torch.int32, device=DEVICE),
     )
-
-
-class Recorder:
-    """graph.Driver that keeps what it was asked to capture, and does it on replay."""
-
-    def __init__(self) -> None:
-        self.said: list[Any] = []
-
-    def capture(self, work: Any) -> Any:
-        self.said.append("capture")
-        return work
-
-    def held(self) -> int:
-        return 100
-
-    def replay(self, handle: Any) -> None:
-        self.said.append("replay")
-        handle()
-
-    def destroy(self, handle: Any) -> None:
-        self.said.append("destroy")
-
-    def trim(self) -> None:
-        self.said.append("trim")
 
 
 def finish(batch: Batch, runs: Sequence[Run], starts: Sequence[int] | None = None) -> list[Tensor]:
@@ -453,55 +430,6 @@ def test_a_step_is_fit_to_be_captured(config: UNetConfig) -> None:
         batch.body(4, True)
     assert watched.devices == {"meta"}
     assert not watched.ops & {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "_unique2", "masked_select"}
-
-
-class Launches(dispatch.Target):
-    """A GPU that only counts."""
-
-    def __init__(self) -> None:
-        super().__init__(90)
-        self.count = 0
-
-    def compile(self, kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
-        self.count += 1
-
-
-class Nodes(TorchDispatchMode):
-    """Counts operators that launch something: no views, no empty memory."""
-
-    VIEWS = frozenset(
-        [
-            "alias",
-            "as_strided",
-            "detach",
-            "empty",
-            "empty_strided",
-            "expand",
-            "new_empty",
-            "permute",
-            "select",
-            "slice",
-            "split",
-            "split_with_sizes",
-            "squeeze",
-            "t",
-            "transpose",
-            "unsqueeze",
-            "unbind",
-            "view",
-            "_unsafe_view",
-        ]
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        # The meta device's convolutions forget that they are channels-last, and are copied; cuDNN's do not.
-        self.count += name not in self.VIEWS and name != "clone"
-        return func(*args, **(kwargs or {}))
 
 
 def test_a_step_is_few_kernels() -> None:

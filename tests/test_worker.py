@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_session import gate, options, same, tiny_pipeline  # noqa: F401
+from sessions import options, same, tiny_pipeline
 
 import fastldm
 from fastldm import InputError, Pipeline, Session, WorkerLost, device
@@ -191,7 +191,7 @@ def test_done_callbacks_may_do_as_they_please(pipe: Pipeline, alone: Any) -> Non
         assert session._worker.thread not in threads
 
 
-def test_futures_may_be_misused(pipe: Pipeline, alone: Any, gate: threading.Event) -> None:  # noqa: F811
+def test_futures_may_be_misused(pipe: Pipeline, alone: Any, gate: threading.Event) -> None:
     """Whoever answers a request himself has his answer, and nobody else is bothered."""
     with Session(pipe, max_batch=1) as session:
         first = session.submit(**options(7, **SMALL))

@@ -1,7 +1,7 @@
 """Faults to plant in the kernels' source, each with a check that it has to turn red: data for test_mutations.py.
 
 A mutation is (module, old, new, check, why). `old` stands in the module's source exactly once; `check` gets the
-mutated module and calls tests/ops.py on its op.
+mutated module and calls ops.py on its op.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import ops
 import torch
+from step_states import full_state, in_blocks_of, output_for, rescale_arguments
 
 from fastldm.kernels import dispatch
 
@@ -127,9 +128,7 @@ LAYER_NORM = [
 
 
 def _end_step(module: ModuleType) -> None:
-    """Every term, in several programs a slot; see test_step.py."""
-    from test_step import full_state, in_blocks_of, output_for
-
+    """Every term, in several programs a slot; see step_states.py."""
     state = full_state()
     with in_blocks_of(4):
         ops.check(module.END_STEP, output_for(state), *state)
@@ -137,8 +136,6 @@ def _end_step(module: ModuleType) -> None:
 
 def _guidance_rescale(module: ModuleType) -> None:
     """A last block that is not full."""
-    from test_step import full_state, output_for, rescale_arguments
-
     state = full_state()
     ops.check(module.GUIDANCE_RESCALE, *rescale_arguments(state, output_for(state)).values())
 

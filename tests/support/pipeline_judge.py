@@ -1,7 +1,7 @@
 """diffusers' pipelines as the judge of ours: their own arguments, alone and in pairs, and why the two may part.
 
-    .venv/bin/python tests/pipeline_judge.py        all cases, as benchmarks/results/pipelines.md
-    .venv/bin/python tests/pipeline_judge.py 500    those of one argument, and 500 of the pairs
+    .venv/bin/python tests/support/pipeline_judge.py        all cases, as benchmarks/results/pipelines.md
+    .venv/bin/python tests/support/pipeline_judge.py 500    those of one argument, and 500 of the pairs
 
 A `Case` is a pipeline class and some values of its arguments. `judge` makes the pictures of both, on the same tiny
 weights, and says where they stand:
@@ -38,7 +38,7 @@ from fastldm import Pipeline
 from fastldm.errors import FastLDMError
 from fastldm.request import UNSUPPORTED
 
-TABLE = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "pipelines.md"
+TABLE = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "pipelines.md"
 CLASSES = {  # a name: diffusers' class, the tiny family, and its scheduler
     "text to image": (diffusers.StableDiffusionPipeline, "sd1", "ddim"),
     "image to image": (diffusers.StableDiffusionImg2ImgPipeline, "sd1", "ddim"),
@@ -363,8 +363,8 @@ def table(verdicts: dict[Case, Verdict], whole: int) -> str:
         "# fastldm beside diffusers' pipelines",
         "",
         f"Every argument of diffusers {diffusers.__version__}'s pipelines alone, and pairs of them, on the tests' tiny "
-        f"models: {len(verdicts)} of {whole} cases. `python tests/pipeline_judge.py [NUMBER OF PAIRS]` writes this, "
-        "and says what is counted.",
+        f"models: {len(verdicts)} of {whole} cases. `python tests/support/pipeline_judge.py [NUMBER OF PAIRS]` writes "
+        "this, and says what is counted.",
         "",
         f"| pipeline | cases | {' | '.join(KINDS)} |",
         f"|---|{'---|' * (1 + len(KINDS))}",

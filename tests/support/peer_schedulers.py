@@ -4,7 +4,7 @@ The arguments and their values are below, in ARGUMENTS; which a class has is rea
 values of two arguments of a class occurs together in some configuration, and so does each with every number of steps,
 start and strength. Values that ours does not support are tried one at a time.
 
-    python tests/peer_schedulers.py        writes benchmarks/results/peer_schedulers.md
+    python tests/support/peer_schedulers.py        writes benchmarks/results/peer_schedulers.md
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ import diffusers
 import numpy as np
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scheduler_judge import DIFFERENCES, REFUSALS, SD, Case, Verdict, arguments_of, fast_diffusers, judge
 
 from fastldm.samplers.classes import CLASSES
 
-RESULTS = Path(__file__).resolve().parent.parent / "benchmarks/results/peer_schedulers.md"
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks/results/peer_schedulers.md"
 KINDS = ("agree", "differ", "refused", "unknown", "crashed")
 STEPS = (1, 2, 3, 5, 10, 25, 50)
 MANY_STEPS = (999, 1000)
@@ -178,8 +178,8 @@ def table(results: Mapping[str, list[tuple[Case, Verdict]]]) -> str:
         "# diffusers' scheduler configurations against fastldm's",
         "",
         f"{total.total():,} configurations and runs of diffusers {diffusers.__version__}, whole trajectories with the",
-        "same noise. `python tests/peer_schedulers.py` writes this. A relative error below 1e-4 in float32 agrees.",
-        "Where the two differ, diffusers was asked as the reason says, and then agrees.",
+        "same noise. `python tests/support/peer_schedulers.py` writes this. A relative error below 1e-4 in float32",
+        "agrees. Where the two differ, diffusers was asked as the reason says, and then agrees.",
         "",
         "| class | " + " | ".join(KINDS) + " |",
         "|---|" + "---|" * len(KINDS),

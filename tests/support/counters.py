@@ -1,0 +1,83 @@
+"""Who counts instead of launching: a driver of graphs, a GPU, and a mode of dispatch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastldm.kernels import dispatch
+
+
+class Recorder:
+    """graph.Driver that keeps what it was asked to capture, and does it on replay."""
+
+    def __init__(self) -> None:
+        self.said: list[Any] = []
+
+    def capture(self, work: Any) -> Any:
+        self.said.append("capture")
+        return work
+
+    def held(self) -> int:
+        return 100
+
+    def replay(self, handle: Any) -> None:
+        self.said.append("replay")
+        handle()
+
+    def destroy(self, handle: Any) -> None:
+        self.said.append("destroy")
+
+    def trim(self) -> None:
+        self.said.append("trim")
+
+
+class Launches(dispatch.Target):
+    """A GPU that only counts."""
+
+    def __init__(self) -> None:
+        super().__init__(90)
+        self.count = 0
+
+    def compile(self, kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        self.count += 1
+
+
+class Nodes(TorchDispatchMode):
+    """Counts operators that launch something: no views, no empty memory."""
+
+    VIEWS = frozenset(
+        [
+            "alias",
+            "as_strided",
+            "detach",
+            "empty",
+            "empty_strided",
+            "expand",
+            "new_empty",
+            "permute",
+            "select",
+            "slice",
+            "split",
+            "split_with_sizes",
+            "squeeze",
+            "t",
+            "transpose",
+            "unsqueeze",
+            "unbind",
+            "view",
+            "_unsafe_view",
+        ]
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        # The meta device's convolutions forget that they are channels-last, and are copied; cuDNN's do not.
+        self.count += name not in self.VIEWS and name != "clone"
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,252 @@
+"""Single files in the original layout: their keys and shapes, and such files.
+
+The layout is written down from its own code (ldm's openaimodel.py, model.py, attention.py and OpenCLIP's
+transformer.py), not from the maps under test.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from fastldm.loading import weights
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _linear(key: str, out: int, into: int, bias: bool = True) -> Shapes:
+    return {f"{key}.weight": (out, into)} | ({f"{key}.bias": (out,)} if bias else {})
+
+
+def _conv(key: str, out: int, into: int, size: int = 3) -> Shapes:
+    return {f"{key}.weight": (out, into, size, size), f"{key}.bias": (out,)}
+
+
+def _norm(key: str, channels: int) -> Shapes:
+    return {f"{key}.weight": (channels,), f"{key}.bias": (channels,)}
+
+
+def _prefixed(prefix: str, *parts: Shapes) -> Shapes:
+    return {f"{prefix}{key}": shape for part in parts for key, shape in part.items()}
+
+
+def _res_block(into: int, out: int, embedding: int) -> Shapes:
+    shapes = _norm("in_layers.0", into) | _conv("in_layers.2", out, into) | _linear("emb_layers.1", out, embedding)
+    shapes |= _norm("out_layers.0", out) | _conv("out_layers.3", out, out)
+    return shapes | (_conv("skip_connection", out, into, 1) if into != out else {})
+
+
+def _spatial_transformer(channels: int, depth: int, context: int, linear: bool) -> Shapes:
+    def project(key: str) -> Shapes:
+        return _linear(key, channels, channels) if linear else _conv(key, channels, channels, 1)
+
+    def attention(key: str, width: int) -> Shapes:
+        shapes = _linear(f"{key}.to_q", channels, channels, bias=False)
+        shapes |= _linear(f"{key}.to_k", channels, width, bias=False) | _linear(
+            f"{key}.to_v", channels, width, bias=False
+        )
+        return shapes | _linear(f"{key}.to_out.0", channels, channels)
+
+    shapes = _norm("norm", channels) | project("proj_in")
+    for i in range(depth):
+        block = attention("attn1", channels) | attention("attn2", context)
+        block |= _linear("ff.net.0.proj", 8 * channels, channels) | _linear("ff.net.2", channels, 4 * channels)
+        block |= _norm("norm1", channels) | _norm("norm2", channels) | _norm("norm3", channels)
+        shapes |= _prefixed(f"transformer_blocks.{i}.", block)
+    return shapes | project("proj_out")
+
+
+def ldm_unet(
+    channels: int,
+    mult: tuple[int, ...],
+    depth: tuple[int, ...],
+    context: int,
+    *,
+    linear: bool = False,
+    into: int = 4,
+    label: int | None = None,
+    layers: int = 2,
+) -> Shapes:
+    """UNetModel of ldm and sgm. `depth`: transformer blocks at each level, 0 for none."""
+    embedding, skips, here = 4 * channels, [channels], channels
+    shapes = _linear("time_embed.0", embedding, channels) | _linear("time_embed.2", embedding, embedding)
+    if label is not None:
+        shapes |= _linear("label_emb.0.0", embedding, label) | _linear("label_emb.0.2", embedding, embedding)
+    shapes |= _conv("input_blocks.0.0", channels, into)
+    block = 0
+    for level, times in enumerate(mult):
+        for _ in range(layers):
+            block += 1
+            shapes |= _prefixed(f"input_blocks.{block}.0.", _res_block(here, channels * times, embedding))
+            here = channels * times
+            if depth[level]:
+                shapes |= _prefixed(
+                    f"input_blocks.{block}.1.", _spatial_transformer(here, depth[level], context, linear)
+                )
+            skips.append(here)
+        if level != len(mult) - 1:
+            block += 1
+            shapes |= _conv(f"input_blocks.{block}.0.op", here, here)
+            skips.append(here)
+    shapes |= _prefixed("middle_block.0.", _res_block(here, here, embedding))
+    shapes |= _prefixed("middle_block.1.", _spatial_transformer(here, depth[-1] or 1, context, linear))
+    shapes |= _prefixed("middle_block.2.", _res_block(here, here, embedding))
+    block = 0
+    for level, times in reversed(list(enumerate(mult))):
+        for i in range(layers + 1):
+            part = f"output_blocks.{block}"
+            shapes |= _prefixed(f"{part}.0.", _res_block(here + skips.pop(), channels * times, embedding))
+            here = channels * times
+            if depth[level]:
+                shapes |= _prefixed(f"{part}.1.", _spatial_transformer(here, depth[level], context, linear))
+            if level and i == layers:
+                shapes |= _conv(f"{part}.{2 if depth[level] else 1}.conv", here, here)
+            block += 1
+    shapes |= _norm("out.0", channels) | _conv("out.2", 4, channels)
+    return _prefixed("model.diffusion_model.", shapes)
+
+
+def ldm_vae(channels: int, mult: tuple[int, ...] = (1, 2, 4, 4), latent: int = 4, layers: int = 2) -> Shapes:
+    """AutoencoderKL of ldm."""
+
+    def block(into: int, out: int) -> Shapes:
+        shapes = _norm("norm1", into) | _conv("conv1", out, into) | _norm("norm2", out) | _conv("conv2", out, out)
+        return shapes | (_conv("nin_shortcut", out, into, 1) if into != out else {})
+
+    def middle(width: int) -> Shapes:
+        attention = _norm("norm", width)
+        for name in ("q", "k", "v", "proj_out"):
+            attention |= _conv(name, width, width, 1)
+        shapes = _prefixed("mid.block_1.", block(width, width)) | _prefixed("mid.attn_1.", attention)
+        return shapes | _prefixed("mid.block_2.", block(width, width))
+
+    top, here = channels * mult[-1], channels
+    encoder = _conv("conv_in", channels, 3)
+    for level, times in enumerate(mult):
+        for i in range(layers):
+            encoder |= _prefixed(f"down.{level}.block.{i}.", block(here, channels * times))
+            here = channels * times
+        if level != len(mult) - 1:
+            encoder |= _conv(f"down.{level}.downsample.conv", here, here)
+    encoder |= middle(top) | _norm("norm_out", top) | _conv("conv_out", 2 * latent, top)
+    decoder, here = _conv("conv_in", top, latent) | middle(top), top
+    for level, times in reversed(list(enumerate(mult))):
+        for i in range(layers + 1):
+            decoder |= _prefixed(f"up.{level}.block.{i}.", block(here, channels * times))
+            here = channels * times
+        if level:
+            decoder |= _conv(f"up.{level}.upsample.conv", here, here)
+    decoder |= _norm("norm_out", channels) | _conv("conv_out", 3, channels)
+    outer = _conv("quant_conv", 2 * latent, 2 * latent, 1) | _conv("post_quant_conv", latent, latent, 1)
+    return _prefixed("first_stage_model.", _prefixed("encoder.", encoder), _prefixed("decoder.", decoder), outer)
+
+
+def openai_clip(prefix: str, width: int, layers: int, vocabulary: int = 49408) -> Shapes:
+    """transformers 4's CLIPTextModel, as ldm's FrozenCLIPEmbedder holds it, with its position_ids buffer."""
+    shapes: Shapes = {"embeddings.position_ids": (1, 77), "embeddings.token_embedding.weight": (vocabulary, width)}
+    shapes |= {"embeddings.position_embedding.weight": (77, width)} | _norm("final_layer_norm", width)
+    for i in range(layers):
+        layer = _norm("layer_norm1", width) | _norm("layer_norm2", width)
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            layer |= _linear(f"self_attn.{name}", width, width)
+        layer |= _linear("mlp.fc1", 4 * width, width) | _linear("mlp.fc2", width, 4 * width)
+        shapes |= _prefixed(f"encoder.layers.{i}.", layer)
+    return _prefixed(f"{prefix}text_model.", shapes)
+
+
+def open_clip(prefix: str, width: int, layers: int, vocabulary: int = 49408) -> Shapes:
+    """open_clip's text transformer, as FrozenOpenCLIPEmbedder holds it."""
+    shapes: Shapes = {"positional_embedding": (77, width), "text_projection": (width, width), "logit_scale": ()}
+    shapes |= {"token_embedding.weight": (vocabulary, width)} | _norm("ln_final", width)
+    for i in range(layers):
+        layer: Shapes = {"attn.in_proj_weight": (3 * width, width), "attn.in_proj_bias": (3 * width,)}
+        layer |= _linear("attn.out_proj", width, width) | _norm("ln_1", width) | _norm("ln_2", width)
+        layer |= _linear("mlp.c_fc", 4 * width, width) | _linear("mlp.c_proj", width, 4 * width)
+        shapes |= _prefixed(f"transformer.resblocks.{i}.", layer)
+    return _prefixed(prefix, shapes)
+
+
+SCHEDULE_BUFFERS: Shapes = dict.fromkeys(("betas", "alphas_cumprod", "posterior_variance"), (1000,))
+
+
+def full_size(family: str) -> Shapes:
+    """The keys and shapes of the published files."""
+    into = 9 if family.endswith("-inpaint") else 4
+    name = family.removesuffix("-inpaint")
+    if name == "sd1":
+        unet = ldm_unet(320, (1, 2, 4, 4), (1, 1, 1, 0), 768, into=into)
+        return unet | ldm_vae(128) | openai_clip("cond_stage_model.transformer.", 768, 12) | SCHEDULE_BUFFERS
+    if name == "sd2":
+        unet = ldm_unet(320, (1, 2, 4, 4), (1, 1, 1, 0), 1024, linear=True, into=into)
+        return unet | ldm_vae(128) | open_clip("cond_stage_model.model.", 1024, 24) | SCHEDULE_BUFFERS
+    unet = ldm_unet(320, (1, 2, 4), (0, 2, 10), 2048, linear=True, label=2816, into=into)
+    texts = openai_clip("conditioner.embedders.0.transformer.", 768, 12)
+    return unet | ldm_vae(128) | texts | open_clip("conditioner.embedders.1.model.", 1280, 32)
+
+
+def small(family: str, vocabulary: int = 99) -> Shapes:
+    """The same structure with narrow layers: 64 channels, so that SD2's and SDXL's heads of 64 divide them."""
+    vae = ldm_vae(32, (1, 2))
+    if family == "sd1":
+        clip = openai_clip("cond_stage_model.transformer.", 64, 2, vocabulary)
+        return ldm_unet(64, (1, 2, 2), (1, 1, 0), 64) | vae | clip
+    if family == "sd2":
+        clip = open_clip("cond_stage_model.model.", 64, 24, vocabulary)
+        return ldm_unet(64, (1, 2), (1, 0), 64, linear=True) | vae | clip
+    clips = openai_clip("conditioner.embedders.0.transformer.", 64, 2, vocabulary)
+    clips |= open_clip("conditioner.embedders.1.model.", 128, 3, vocabulary)
+    return ldm_unet(64, (1, 2), (0, 2), 192, linear=True, label=128 + 6 * 32) | vae | clips
+
+
+def write_sparse(path: Path, shapes: Shapes) -> None:
+    """A float16 safetensors file of zeros that takes no room on disk, so that full-size files can be opened."""
+    header, end = {}, 0
+    for key, shape in shapes.items():
+        size = 2 * math.prod(shape)
+        header[key] = {"dtype": "F16", "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+
+
+def random_state(shapes: Shapes, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+
+
+def converted_by_diffusers(state: dict[str, Tensor], checkpoint: weights.Checkpoint) -> dict[str, dict[str, Tensor]]:
+    from diffusers.loaders import single_file_utils as judge
+
+    parts = checkpoint.components
+    gold = {
+        "unet": judge.convert_ldm_unet_checkpoint(dict(state), {"num_class_embeds": None, **parts["unet"].config}),
+        "vae": judge.convert_ldm_vae_checkpoint(dict(state), parts["vae"].config),
+    }
+    for name, part in ((name, parts[name]) for name in parts if name.startswith("text")):
+        if part.config["hidden_act"] == "quick_gelu":
+            converted = judge.convert_ldm_clip_checkpoint(dict(state))
+        else:
+            prefix = "cond_stage_model.model." if name == "text_encoder" else "conditioner.embedders.1.model."
+            model = SimpleNamespace(config=SimpleNamespace(hidden_size=part.config["hidden_size"]))
+            converted = judge.convert_open_clip_checkpoint(model, dict(state), prefix=prefix)
+        gold[name] = {key: value for key, value in converted.items() if not key.endswith("position_ids")}
+    return gold
+
+
+SD_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+}

@@ -1,0 +1,66 @@
+"""States of kernels/step.py in which every term counts."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager
+
+import ops
+import torch
+from torch import Tensor
+
+from fastldm.kernels import dispatch
+from fastldm.kernels.step import COLUMNS, ROW, StepState
+
+
+def in_blocks_of(pixels: int) -> AbstractContextManager[None]:
+    """Programs of so many pixels, so that small pictures have several."""
+    return dispatch.forced("end_step", {"PIXELS": pixels, "num_warps": 1})
+
+
+def full_state(
+    slots: int = 2,
+    channels: int = 4,
+    height: int = 5,
+    width: int = 3,
+    dtype: torch.dtype = torch.float32,
+    extra_channels: int = 0,
+    channels_last: bool = True,
+) -> StepState:
+    """Slots at different steps of tables that have no zero: everything is read, and everything is written."""
+    state = StepState.empty(
+        slots=slots,
+        rows=2 * slots,
+        channels=channels,
+        height=height,
+        width=width,
+        steps=6,
+        draws=3,
+        extra_channels=extra_channels,
+        masked=True,
+        channels_last=channels_last,
+        dtype=dtype,
+        device=ops.DEVICE,
+    )
+    for t in (state.u, state.x, state.y, state.history, state.noise, state.init, state.init_noise, state.table):
+        t.normal_()
+    state.mask.uniform_()
+    state.table[:, :, len(COLUMNS) :] = torch.tensor([1.0, 1.0, 1.0, 2.0] + (ROW - len(COLUMNS) - 4) * [math.nan])
+    state.counter.copy_(torch.arange(slots) % 5)
+    state.steps.fill_(6)
+    state.guidance.uniform_(1, 8)
+    state.rescale.fill_(0.5)
+    state.factor.uniform_(0.8, 1.0)
+    for rows in (state.rows, state.next_rows):  # each slot's rows are anywhere, and elsewhere in the next step
+        rows.copy_(torch.randperm(2 * slots).view(2, slots).t())
+    return state
+
+
+def output_for(state: StepState, memory_format: torch.memory_format = torch.channels_last) -> Tensor:
+    shape = (len(state.u), *state.x.shape[1:])
+    return torch.randn(shape, device=ops.DEVICE).to(state.u.dtype).to(memory_format=memory_format)
+
+
+def rescale_arguments(state: StepState, out: Tensor) -> dict[str, Tensor]:
+    names = ("counter", "steps", "guidance", "rescale", "factor", "rows")
+    return {"out": out, **{name: getattr(state, name) for name in names}}
