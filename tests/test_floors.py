@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 import sys
 from collections import defaultdict
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -191,3 +194,15 @@ def test_no_test_imports_a_test() -> None:
     found = {path.name: pattern.findall(path.read_text("utf-8")) for path in (ROOT / "tests").rglob("*.py")}
     assert len(found) > 80
     assert not {name: imports for name, imports in found.items() if imports}
+
+
+def test_the_drawing_is_of_these_floors() -> None:
+    svg = runpy.run_path(str(ROOT / "docs" / "architecture.py"))["svg"]
+    assert (ROOT / "docs" / "architecture.svg").read_text("utf-8") == svg(), "run `python docs/architecture.py`"
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_pages_name_files_that_there_are(page: str) -> None:
+    names = re.findall(r"`([\w./]+(?:/|\.py|\.toml))`", (ROOT / page).read_text("utf-8"))
+    assert names
+    assert not [name for name in names if not (ROOT / name).exists() and name not in ("adapters/", "server/")]
