@@ -5,6 +5,7 @@ The pictures are emoji in three styles, drawn from icon sets on npm (`rebuild_em
 
 from __future__ import annotations
 
+import functools
 import gzip
 import io
 import json
@@ -237,12 +238,16 @@ def caption(rng: np.random.Generator, concept: Concept, style: str, known: Colle
     def pick(items: list[str]) -> str:
         return items[rng.integers(len(items))]
 
-    name, tags = pick(concept["names"]), [str(t) for t in rng.permutation(plain_tags(concept))]
+    name, tags = concept["names"][0], [str(t) for t in rng.permutation(plain_tags(concept))]
+    if rng.random() < 0.6:
+        name = pick(concept["names"][1:] or [name])  # what people use for it most
     kind, flat = rng.random(), style == PLAIN_STYLE
     if kind < 0.10:
         return ""  # classifier-free guidance needs the model without a prompt too
     if kind < 0.64:
         text = pick(FORMS if flat and kind < 0.46 else STYLED).format(x=name, s=style)
+        if rng.random() < 0.2:  # words that it has not seen around a name mean nothing
+            text = pick(["{w} {x}", "{w} of {x}", "{w} {w} {x}", "{x} {w}"]).format(x=text, w=pick(other_words()))
         return re.sub(r"\ba (?=[aeiou])", "an ", text) if rng.random() < 0.5 else text
     if kind < 0.68:
         return pick(PLURALS).format(x=plural(name)) if flat else f"{style} {plural(name)}"
@@ -254,6 +259,17 @@ def caption(rng: np.random.Generator, concept: Concept, style: str, known: Colle
         return f"{text}, {style}" if rng.random() < (0.4 if flat else 0.8) else text
     tags = [tag for tag in tags if tag not in known] or [name]  # a tag that names something else means that
     return pick(ONE_TAG).format(t=tags[0], s=style)
+
+
+@functools.cache
+def other_words() -> list[str]:
+    """The most common words that say nothing of a picture here: none of `picture`, which tests it, and no name, tag or
+    style."""
+    taken = {"picture", "pictures", *STYLES.values()}
+    for concept in json.loads(CONCEPTS_FILE.read_text(encoding="utf-8")):
+        taken.update(word for text in (*concept["names"], *plain_tags(concept)) for word in text.split())
+    words = ["".join(merge.split())[:-4] for merge in read_merges() if merge.endswith("</w>")]
+    return [word for word in words if re.fullmatch("[a-z]{3,}", word) and word not in taken][:4000]
 
 
 def plural(name: str) -> str:

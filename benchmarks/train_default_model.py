@@ -495,7 +495,7 @@ def make_pairs(work: Path) -> dict[str, Tensor]:
     named = [any(name in text for name in c["names"]) for c, text in zip(owners, captions, strict=True)]
     prompts = ["", *(f"a {c['names'][0]}" for c in concepts)]
     ids = tokenizer([*captions, *prompts], padding="max_length", truncation=True)["input_ids"]
-    trained, tested = torch.tensor(ids).split([len(captions), len(prompts)])
+    trained, tested = torch.tensor(ids[: len(captions)]), torch.tensor(ids[len(captions) :])
     latents = encode(load_autoencoder(work), pictures.flatten(0, 1))
     pairs = {"latents": latents, "ids": trained.short().view(len(latents), -1, CONTEXT), "test": tested}
     pairs["named"] = torch.tensor(named).view(len(latents), -1)

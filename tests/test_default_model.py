@@ -10,9 +10,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import fastldm
-from benchmarks.default_data import choose_concepts, plural
+from benchmarks.default_data import COMMON_WORDS, choose_concepts, plural
 from benchmarks.default_model import cleanness
 from fastldm.loading.spec import DEFAULT_MODEL
 
@@ -87,3 +88,16 @@ def test_plurals() -> None:
     assert [plural(name) for name in ("dog", "berry", "key", "box", "peach", "grapes")] == [
         "dogs", "berries", "keys", "boxes", "peaches", "grapes",
     ]  # fmt: skip
+
+
+def test_ten_names_give_their_pictures(pipe: fastldm.Pipeline) -> None:
+    """Each is nearest to its own of 64 flat pictures, which `common_words.png` has at 32x32 in 8 rows of 8."""
+    with Image.open(Path(__file__).parent / "common_words.png") as sheet:
+        rows = np.asarray(sheet, np.float32) / 255
+    known = rows.reshape(8, 32, 8, 32, 3).swapaxes(1, 2).reshape(64, 1, -1)  # (64, 1, D)
+    words = COMMON_WORDS.split()
+    asked = words[::7]
+    made = pipe([f"a {word}" for word in asked], seed=list(range(len(asked))), output_type="np").images
+    small = made.reshape(len(asked), 32, 2, 32, 2, 3).mean((2, 4)).reshape(1, len(asked), -1)
+    nearest = ((known - small) ** 2).mean(2).argmin(0)
+    assert [words[k] for k in nearest] == asked

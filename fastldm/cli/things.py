@@ -43,7 +43,9 @@ def listing(group: str = "", width: int = 100) -> str:
     if not found:
         raise InputError(f"--list {group!r} is no group of things: expected a part of {', '.join(sorted(groups))}")
     return "\n\n".join(
-        f"{name} ({len(groups[name])})\n" + textwrap.fill(", ".join(sorted(groups[name])), width) for name in found
+        f"{name} ({len(groups[name])})\n"
+        + textwrap.fill(", ".join(sorted(groups[name])), width, break_on_hyphens=False)
+        for name in found
     )
 
 
@@ -58,8 +60,8 @@ def knows_a_word(prompt: str) -> bool:
 def _known() -> frozenset[str]:
     texts = {text for thing in things() for text in (*thing.names, *thing.tags, *(n.split()[-1] for n in thing.names))}
     known = (" ".join(_stem(word) for word in re.findall(r"\w+", text.lower())) for text in texts)
-    said = {"", *_NO_THING.split()}
-    return frozenset(text for text in known if not said.issuperset(text.split()))
+    nothing = {"", *_NO_THING.split(), *"0123456789"}
+    return frozenset(text for text in known if not nothing.issuperset(text.split()))
 
 
 def _stem(word: str) -> str:
