@@ -32,7 +32,8 @@ from fastldm.export.cache import hash_files
 from fastldm.export.engine import MANIFEST
 from fastldm.export.spec import MODEL, NetworkSpec, specs
 from fastldm.loading import spec as loading
-from fastldm.loading.weights import TOKENIZER_FILES, TOKENIZERS, Checkpoint, Component, TokenizerFiles
+from fastldm.loading.checkpoint import Checkpoint, Component, TokenizerFiles
+from fastldm.loading.formats import TOKENIZER_FILES, TOKENIZERS
 from fastldm.models.vae import HALF_EXPONENT, AutoencoderKL, rescale_for_half
 
 GOLDENS, PICTURE = "goldens", "picture"

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fastldm.export.spec import DType, sample, specs
 from fastldm.kernels import use
 from fastldm.loading import spec as loading
-from fastldm.loading import weights
+from fastldm.loading.state import load_module
 from fastldm.models.clip import CLIPText
 from fastldm.models.unet import AddedConditions, GuidanceSinusoids, Sinusoids, UNet
 from fastldm.models.vae import HALF_EXPONENT, AutoencoderKL, TinyAutoencoder, rescale_for_half
@@ -63,7 +63,7 @@ class Networks:
         dtype = getattr(torch, self.dtype)
         rescaled = dtype == torch.float16 and isinstance(built, AutoencoderKL)
         first = torch.float32 if rescaled or self._exact else dtype
-        module = weights.load_module(built, component.state(), dtype=first, source=component.source)
+        module = load_module(built, component.state(), dtype=first, source=component.source)
         if rescaled:  # before its weights are rounded, which may leave the range too
             assert isinstance(module, AutoencoderKL)
             rescale_for_half(module, self._exponent(module))

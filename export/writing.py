@@ -30,8 +30,9 @@ from fastldm.export.private import locked
 from fastldm.export.reference import Networks
 from fastldm.export.spec import DType, specs
 from fastldm.export.verify import check_network, goldens_of, goldens_of_picture
+from fastldm.loading.checkpoint import TokenizerFiles
+from fastldm.loading.formats import TOKENIZER_FILES
 from fastldm.loading.spec import Spec
-from fastldm.loading.weights import TOKENIZER_FILES, TokenizerFiles
 from fastldm.reading import check_path
 from fastldm.version import __version__
 

@@ -17,8 +17,8 @@ from fastldm import checks
 from fastldm.errors import EngineError, InputError
 from fastldm.export.engine import BACKENDS, is_bundle
 from fastldm.loading import spec as loading
-from fastldm.loading import weights
 from fastldm.loading.mapped import Mapped
+from fastldm.loading.state import load_module
 from fastldm.sizes import Axis
 
 Opened = tuple[loading.Spec, loading.Networks, str, Mapped]
@@ -84,7 +84,7 @@ def _open_checkpoint(
         state = component.state(to_prepare=True)
         if device.type == "cpu" and any(tensor.dtype == dtype for tensor in state.values()):
             mapped |= files  # of another dtype, or on another device, they are copied
-        return weights.load_module(module, state, dtype=dtype, device=device, source=component.source)
+        return load_module(module, state, dtype=dtype, device=device, source=component.source)
 
     name = "default" if str(path_or_id) == "default" else Path(str(path_or_id)).name
     networks = loading.load(spec, fill)

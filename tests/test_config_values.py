@@ -18,7 +18,8 @@ import tiny
 from fastldm.conditioning.text import Tokenizer
 from fastldm.errors import CheckpointError, FastLDMError, InputError
 from fastldm.loading import spec as loading
-from fastldm.loading import weights
+from fastldm.loading.checkpoint import Checkpoint
+from fastldm.loading.diffusers_folder import open_diffusers
 from fastldm.samplers import table as schedule
 
 HOSTILE: list[Any] = [
@@ -98,7 +99,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def build(checkpoint: weights.Checkpoint) -> None:
+def build(checkpoint: Checkpoint) -> None:
     """All that is made of the configs before weights are read, and a sampler's table."""
     spec = loading.spec_of(checkpoint)
     assert spec.parameters > 0
@@ -123,7 +124,7 @@ FULL = pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.m
     ],
 )
 def test_values_of_components(folders: dict[str, Path], family: str, part: str, full: bool) -> None:
-    checkpoint = weights.open_diffusers(folders[family])
+    checkpoint = open_diffusers(folders[family])
     component = checkpoint.components[part]
     for place, value in cases(component.config, full):
         parts = {**checkpoint.components, part: replace(component, config=changed(component.config, place, value))}
@@ -135,7 +136,7 @@ def test_values_of_components(folders: dict[str, Path], family: str, part: str, 
 def test_values_of_schedulers(folders: dict[str, Path], name: str, full: bool) -> None:
     import diffusers
 
-    checkpoint = weights.open_diffusers(folders["sd1"])
+    checkpoint = open_diffusers(folders["sd1"])
     options = {"clip_sample": False} if name == "DDIM" else {"skip_prk_steps": True} if name == "PNDM" else {}
     config = json.loads(getattr(diffusers, f"{name}Scheduler")(**options).to_json_string())
     for place, value in cases(config, full):
@@ -184,7 +185,7 @@ def test_values_of_tokenizers(tmp_path: Path, folders: dict[str, Path], name: st
 
 def test_what_is_refused_says_what_it_expects(folders: dict[str, Path]) -> None:
     """A few of the messages, whole."""
-    checkpoint = weights.open_diffusers(folders["sd1"])
+    checkpoint = open_diffusers(folders["sd1"])
 
     def refused(part: str, **values: Any) -> str:
         component = checkpoint.components[part]

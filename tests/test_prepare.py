@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from fastldm.errors import InputError
 from fastldm.kernels import conv, dispatch, linear, onednn
-from fastldm.loading import adoption, prepare, weights
+from fastldm.loading import adoption, prepare
 from fastldm.loading import spec as loading
+from fastldm.loading.state import load_module
 from fastldm.models import UNet
 from fastldm.models.clip import TextAttention
 from fastldm.models.layers import Attention
@@ -63,7 +64,7 @@ def load(folder: Path) -> loading.Networks:
 
     def fill(module: nn.Module, name: str) -> nn.Module:
         part = spec.checkpoint.components[name]
-        return weights.load_module(module, part.state(to_prepare=True), dtype=torch.float32, source=part.source)
+        return load_module(module, part.state(to_prepare=True), dtype=torch.float32, source=part.source)
 
     return loading.load(spec, fill)
 
@@ -169,8 +170,10 @@ def test_on_meta_a_network_is_prepared_as_on_a_gpu() -> None:
 
 MEASURE = """
 import sys, torch
+from pathlib import Path
 from torch import nn
-from fastldm.loading import weights
+from fastldm.loading.checkpoint import Component
+from fastldm.loading.state import load_module
 from fastldm.models.layers import Attention, Conv
 from fastldm.loading.prepare import prepare
 
@@ -185,9 +188,9 @@ if sys.argv[2] == "write":
     from safetensors.torch import save_file
     save_file({name: torch.ones(p.shape, dtype=p.dtype) for name, p in network.named_parameters()}, sys.argv[1])
     sys.exit()
-part = weights.Component("unet", "ModuleList", {}, (weights.Path(sys.argv[1]),), sys.argv[1])
+part = Component("unet", "ModuleList", {}, (Path(sys.argv[1]),), sys.argv[1])
 before = resident("VmRSS")
-weights.load_module(network, part.state(to_prepare=True), dtype=torch.bfloat16, source=sys.argv[1])
+load_module(network, part.state(to_prepare=True), dtype=torch.bfloat16, source=sys.argv[1])
 prepare({"unet": network})
 for p in network.parameters():
     p.sum()  # now all of it is resident

@@ -16,7 +16,7 @@ from fastldm import Pipeline
 from fastldm.errors import CheckpointError
 from fastldm.loading import relatives
 from fastldm.loading import spec as loading
-from fastldm.loading.weights import component_classes
+from fastldm.loading.formats import component_classes
 
 XL_INDEX = {
     **SD_INDEX,

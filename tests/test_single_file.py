@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fastldm.errors import CheckpointError
 from fastldm.loading import spec as loading
-from fastldm.loading.weights import load_module, open_single_file
+from fastldm.loading.single_file import open_single_file
+from fastldm.loading.state import load_module
 
 CLIP_H = "cond_stage_model.model."
 

@@ -41,10 +41,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastldm.errors import CheckpointError, InputError
-from fastldm.loading import adoption, weights
+from fastldm.loading import adoption
+from fastldm.loading import hub as hub_module
 from fastldm.loading import spec as loading
-from fastldm.loading.single_file import convert
-from fastldm.loading.weights import load_module, open_checkpoint, open_diffusers, open_single_file
+from fastldm.loading.diffusers_folder import open_diffusers
+from fastldm.loading.hub import resolve
+from fastldm.loading.key_names import convert
+from fastldm.loading.open_checkpoint import open_checkpoint
+from fastldm.loading.single_file import open_single_file
+from fastldm.loading.state import load_module
 from fastldm.models.clip import CLIPText
 from fastldm.models.config import TextConfig
 
@@ -813,26 +818,26 @@ def test_offline_takes_the_local_cache(cache: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    found = weights.resolve("acme/tiny", cache_dir=cache, local_files_only=True)
+    found = resolve("acme/tiny", cache_dir=cache, local_files_only=True)
     assert found == cache / "models--acme--tiny" / "snapshots" / ("a" * 40)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert weights.resolve("acme/tiny", cache_dir=cache) == found
-    assert weights.resolve("acme/tiny", cache_dir=cache, revision="a" * 40) == found
+    assert resolve("acme/tiny", cache_dir=cache) == found
+    assert resolve("acme/tiny", cache_dir=cache, revision="a" * 40) == found
     for path in (found / "unet").glob("*.safetensors"):
         path.unlink()
     with pytest.raises(CheckpointError, match="acme/tiny in the local hub cache/unet has no weights"):
-        weights.resolve("acme/tiny", cache_dir=cache)
+        resolve("acme/tiny", cache_dir=cache)
     with pytest.raises(
         CheckpointError, match="acme/other is neither a folder here nor in the local hub cache, and the hub was not"
     ):
-        weights.resolve("acme/other", cache_dir=cache)
+        resolve("acme/other", cache_dir=cache)
 
 
 def test_local_paths_never_reach_a_hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def called(*_: Any) -> Path:
         raise AssertionError("the hub was asked")
 
-    monkeypatch.setattr(weights, "_from_hub", called)
+    monkeypatch.setattr(hub_module, "_from_hub", called)
     monkeypatch.chdir(folder.parent.parent)
     inside = f"{folder.parent.name}/{folder.name}"  # a path that would pass for a hub id
     assert open_checkpoint(inside).components["unet"].files[0].is_file()
@@ -974,8 +979,10 @@ def test_description_of_a_loaded_pipeline_is_that_of_its_folder(pipe: Any, folde
 
 MEASURE = """
 import sys, torch
+from pathlib import Path
 from torch import nn
-from fastldm.loading import weights
+from fastldm.loading.checkpoint import Component
+from fastldm.loading.state import load_module
 
 def resident(field):
     for line in open("/proc/self/status"):
@@ -987,9 +994,9 @@ with torch.device("meta"):
     # half linear layers, half convolutions of as many weights: the latter are copied to be channels-last
     layers = [nn.Conv2d(width // 2, width // 2, 2) if i % 2 else nn.Linear(width, width) for i in range(count)]
     module = nn.Sequential(*layers)
-part = weights.Component("unet", "Sequential", {}, (weights.Path(path),), path)
+part = Component("unet", "Sequential", {}, (Path(path),), path)
 before = resident("VmRSS")
-weights.load_module(module, part.state(to_prepare=True), dtype=dtype, source=path)
+load_module(module, part.state(to_prepare=True), dtype=dtype, source=path)
 for p in module.parameters():
     # one number of each page: all weights are resident
     torch.as_strided(p, (p.nbytes // p.itemsize,), (1,))[:: 2048 // p.itemsize].sum().item()

@@ -15,15 +15,18 @@ from typing import Any, TypeVar
 from torch import nn
 
 from fastldm.errors import CheckpointError, InputError
-from fastldm.loading import changes, weights
+from fastldm.loading import changes
 from fastldm.loading import spec as loading
+from fastldm.loading.checkpoint import Checkpoint, Component, TokenizerFiles
+from fastldm.loading.formats import NETWORK_CLASSES, TOKENIZERS, Config, component_classes, named_config
+from fastldm.loading.state import fit_names
 
 logger = logging.getLogger("fastldm")
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def describe_diffusers(pipe: Any) -> weights.Checkpoint:
+def describe_diffusers(pipe: Any) -> Checkpoint:
     """What a loaded diffusers pipeline is. Its components have configs but no files: `adopt` takes their weights.
 
     Raises InputError for what is no diffusers pipeline, CheckpointError for one that fastldm cannot run as it is: of
@@ -36,9 +39,9 @@ def describe_diffusers(pipe: Any) -> weights.Checkpoint:
     parts = {name: changes.unwrapped(part) for name, part in pipe.components.items()}
     listed = {name: (None, None) if part is None else ("", type(part).__name__) for name, part in parts.items()}
     index = {**pipe.config, **listed, "_class_name": source}
-    classes = weights.component_classes(index, source)
-    networks = {name: parts[name] for name in classes if name in weights.NETWORK_CLASSES}
-    tokenizers = {name: parts[name] for name in classes if name in weights.TOKENIZERS}
+    classes = component_classes(index, source)
+    networks = {name: parts[name] for name in classes if name in NETWORK_CLASSES}
+    tokenizers = {name: parts[name] for name in classes if name in TOKENIZERS}
     _check_unchanged(pipe, networks, tokenizers, source)
     _check_kinds(networks, source)
     if parts.get("safety_checker") is not None:
@@ -49,15 +52,13 @@ def describe_diffusers(pipe: Any) -> weights.Checkpoint:
     components = {}
     for name, module in networks.items():
         raw = _raw_config(module)
-        components[name] = weights.Component(
-            name, classes[name], weights.named_config(raw, classes[name]), (), f"{source}: {name}"
-        )
+        components[name] = Component(name, classes[name], named_config(raw, classes[name]), (), f"{source}: {name}")
     # What its author left to the class's defaults is left to the next class's too, as diffusers' `from_config` does.
     defaults = ("_use_default_values", *pipe.scheduler.config.get("_use_default_values", ()))
     scheduler = {key: value for key, value in pipe.scheduler.config.items() if key not in defaults}
     scheduler["_class_name"] = type(pipe.scheduler).__name__
-    files = {name: weights.TokenizerFiles(None, loaded=tokenizer) for name, tokenizer in tokenizers.items()}
-    return weights.Checkpoint(source, components, scheduler, files, index, loaded=True)
+    files = {name: TokenizerFiles(None, loaded=tokenizer) for name, tokenizer in tokenizers.items()}
+    return Checkpoint(source, components, scheduler, files, index, loaded=True)
 
 
 def adopt(module: Module, other: nn.Module) -> Module:
@@ -69,7 +70,7 @@ def adopt(module: Module, other: nn.Module) -> Module:
     """
     other = changes.unwrapped(other)
     source, state = f"the given {type(other).__name__}", dict(changes.tensors(other))
-    fitted = weights.fit_names(module, state, source)
+    fitted = fit_names(module, state, source)
     _check_kinds({"": other}, source)
     module.load_state_dict({name: state[key] for name, key in fitted.items()}, assign=True)
     return module.requires_grad_(False).eval()
@@ -103,7 +104,7 @@ def _check_kinds(networks: dict[str, nn.Module], source: str) -> None:
         )
 
 
-def _raw_config(module: Any) -> weights.Config:
+def _raw_config(module: Any) -> Config:
     """A network's config as its config.json would say it."""
     if not hasattr(module.config, "to_dict"):
         return dict(module.config)

@@ -1,4 +1,5 @@
-"""What is built like Stable Diffusion and is another model, as data: pipeline classes, channels, config keys.
+"""What is built like Stable Diffusion and is another model, as data: pipeline classes, channels, config keys, and the
+names in a file of weights.
 
 A relative's networks may load where Stable Diffusion's do, and then crash or make another picture. So every way in (a
 folder, a single file, an adopted pipeline) asks here and refuses it by what it is.
@@ -7,10 +8,11 @@ folder, a single file, an adopted pipeline) asks here and refuses it by what it 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from fastldm.errors import CheckpointError
+from fastldm.loading.tensors import Shapes
 
 RUNS = "fastldm runs Stable Diffusion 1, 2 and XL for text to image, image to image and inpainting"
 
@@ -122,3 +124,61 @@ def check_channels(channels: int, source: str, latents: int = 4) -> None:
             f"{source} has {channels} input channels: it is {what}. {RUNS}, with {latents} channels, or "
             f"{2 * latents + 1} for inpainting."
         )
+
+
+# --- What a file of weights is when it is not a model ---
+
+_ADAPTERS = (
+    (
+        r"^lora_|[._]lora_(up|down|A|B|embedding_A|embedding_B)\b|\.lora\.(up|down)\.|\.hada_w1_|\.lokr_w1|\.oft_blocks|\.dora_scale",
+        "a LoRA",
+    ),
+    (r"^ip_adapter\.|^image_proj\.|\.to_k_ip\b", "an IP-Adapter"),
+    (
+        r"^control_model\.|^controlnet_(cond_embedding|down_blocks|mid_block)|(^|\.)input_hint_block\.",
+        "a ControlNet",
+    ),
+    (r"^emb_params$|^string_to_param\b|^string_to_token\b", "a textual inversion embedding"),
+    (r"motion_modules\.", "an AnimateDiff motion module"),
+)
+OTHER_MODELS = (
+    (r"(^|\.)double_blocks\.\d+\.img_", "a FLUX transformer or one of its relatives"),
+    (r"(^|\.)joint_blocks\.\d+\.", "a Stable Diffusion 3 transformer"),
+    (r"^edm_mean$", "Playground v2.5, which needs latent statistics and EDM scaling"),
+    (r"^edm_vpred\.sigma_max$", "a CosXL model, which needs EDM scaling"),
+    (r"^embedder\.model\.visual\.", "a Stable unCLIP model"),
+    (r"^depth_model\.", "a depth-conditioned Stable Diffusion 2 model"),
+    (r"^low_res_model\.", "an upscaler"),
+    (r"\.position_net\.|\.transformer_blocks\.\d+\.fuser\.", "GLIGEN, whose U-Net reads boxes"),
+    (r"^cc_projection\.", "Zero123, which turns objects"),
+    (r"^learnable_vector$|^cond_stage_model\.(mapper|transformer\.vision_model)\.", "Paint by Example"),
+    (r"^cond_stage_model\.(roberta|transformer\.roberta)\.", "AltDiffusion"),
+    (r"\.time_stack\.|\.time_mixer\.|\.temopral_conv\.", "a model for video"),
+)
+LONE_COMPONENTS = (
+    (r"^(encoder\.down|decoder\.up)\.\d|^first_stage_model\.", "a VAE alone"),
+    (r"^(encoder\.down_blocks|decoder\.up_blocks)\.\d", "a VAE alone, in diffusers' layout"),
+    (r"^(encoder|decoder)\.layers\.\d+\.conv\.|^taesd_", "a tiny autoencoder alone"),
+    (r"^(input_blocks|output_blocks)\.\d|^model\.diffusion_model\.", "a U-Net alone"),
+    (r"^(down_blocks|up_blocks)\.\d", "a U-Net alone, in diffusers' layout"),
+    (r"^(text_model|transformer\.resblocks|cond_stage_model|conditioner)\.", "a text encoder alone"),
+)
+
+
+def first_match(table: tuple[tuple[str, str], ...], keys: Collection[str]) -> str | None:
+    """What the first pattern of a table that is found in a key stands for, or None."""
+    for pattern, what in table:
+        search = re.compile(pattern).search
+        if any(search(key) for key in keys):
+            return what
+    return None
+
+
+def recognise_adapter(shapes: Shapes) -> str | None:
+    """What a file is when it only adds to a model ("a LoRA", "a ControlNet" ...), or None."""
+    if what := first_match(_ADAPTERS, shapes):
+        return what
+    # Embeddings are saved under the token's own name or, for SDXL, as clip_l and clip_g: rows as wide as the text.
+    rows = 0 < len(shapes) <= 2 and all(1 <= len(shape) <= 2 and shape[-1] >= 64 for shape in shapes.values())
+    named = any(key.endswith((".weight", ".bias")) for key in shapes)
+    return "a textual inversion embedding" if rows and not named else None

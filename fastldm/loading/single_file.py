@@ -1,10 +1,8 @@
-"""What a single file of weights is, by its keys and shapes, and its names as diffusers and transformers say them.
+"""A single file, opened: what it is, by its keys and shapes.
 
 The original Stability layout keeps U-Net, VAE and text encoders in one file (`model.diffusion_model.`,
 `first_stage_model.`, `cond_stage_model.` or `conditioner.embedders.N.`) and no configuration. `read_layout` recognises
-the family, derives each component's config and maps every key; `convert` then renames (and splits, transposes or
-flattens) the tensors. The maps follow diffusers' `loaders/single_file_utils.py`, their judge in the tests too.
-Nothing here reads a file.
+the family, derives each component's config and maps every key to diffusers' names (key_names.py).
 """
 
 from __future__ import annotations
@@ -13,16 +11,21 @@ import logging
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
-
-from torch import Tensor
+from pathlib import Path
 
 from fastldm.errors import CheckpointError, InputError
 from fastldm.loading import relatives
-
-Shapes = Mapping[str, tuple[int, ...]]
-Config = dict[str, Any]
-Names = tuple[str, ...]
+from fastldm.loading.checkpoint import Checkpoint, Component, TokenizerFiles
+from fastldm.loading.formats import Config, PathLike
+from fastldm.loading.key_names import (
+    Names,
+    is_dropped_layer,
+    open_clip_name,
+    transformers_clip_name,
+    unet_name,
+    vae_name,
+)
+from fastldm.loading.tensors import Shapes, read_shapes
 
 logger = logging.getLogger("fastldm")
 
@@ -52,213 +55,6 @@ class Layout:
     pad_tokens: dict[str, str]
     index: Config
     ignored: list[str]
-
-
-# --- What a file is when it is not a model ---
-
-_ADAPTERS = (
-    (
-        r"^lora_|[._]lora_(up|down|A|B|embedding_A|embedding_B)\b|\.lora\.(up|down)\.|\.hada_w1_|\.lokr_w1|\.oft_blocks|\.dora_scale",
-        "a LoRA",
-    ),
-    (r"^ip_adapter\.|^image_proj\.|\.to_k_ip\b", "an IP-Adapter"),
-    (
-        r"^control_model\.|^controlnet_(cond_embedding|down_blocks|mid_block)|(^|\.)input_hint_block\.",
-        "a ControlNet",
-    ),
-    (r"^emb_params$|^string_to_param\b|^string_to_token\b", "a textual inversion embedding"),
-    (r"motion_modules\.", "an AnimateDiff motion module"),
-)
-_OTHER_MODELS = (
-    (r"(^|\.)double_blocks\.\d+\.img_", "a FLUX transformer or one of its relatives"),
-    (r"(^|\.)joint_blocks\.\d+\.", "a Stable Diffusion 3 transformer"),
-    (r"^edm_mean$", "Playground v2.5, which needs latent statistics and EDM scaling"),
-    (r"^edm_vpred\.sigma_max$", "a CosXL model, which needs EDM scaling"),
-    (r"^embedder\.model\.visual\.", "a Stable unCLIP model"),
-    (r"^depth_model\.", "a depth-conditioned Stable Diffusion 2 model"),
-    (r"^low_res_model\.", "an upscaler"),
-    (r"\.position_net\.|\.transformer_blocks\.\d+\.fuser\.", "GLIGEN, whose U-Net reads boxes"),
-    (r"^cc_projection\.", "Zero123, which turns objects"),
-    (r"^learnable_vector$|^cond_stage_model\.(mapper|transformer\.vision_model)\.", "Paint by Example"),
-    (r"^cond_stage_model\.(roberta|transformer\.roberta)\.", "AltDiffusion"),
-    (r"\.time_stack\.|\.time_mixer\.|\.temopral_conv\.", "a model for video"),
-)
-_LONE_COMPONENTS = (
-    (r"^(encoder\.down|decoder\.up)\.\d|^first_stage_model\.", "a VAE alone"),
-    (r"^(encoder\.down_blocks|decoder\.up_blocks)\.\d", "a VAE alone, in diffusers' layout"),
-    (r"^(encoder|decoder)\.layers\.\d+\.conv\.|^taesd_", "a tiny autoencoder alone"),
-    (r"^(input_blocks|output_blocks)\.\d|^model\.diffusion_model\.", "a U-Net alone"),
-    (r"^(down_blocks|up_blocks)\.\d", "a U-Net alone, in diffusers' layout"),
-    (r"^(text_model|transformer\.resblocks|cond_stage_model|conditioner)\.", "a text encoder alone"),
-)
-
-
-def _first_match(table: tuple[tuple[str, str], ...], keys: Collection[str]) -> str | None:
-    for pattern, what in table:
-        search = re.compile(pattern).search
-        if any(search(key) for key in keys):
-            return what
-    return None
-
-
-def recognise_adapter(shapes: Shapes) -> str | None:
-    """What a file is when it only adds to a model ("a LoRA", "a ControlNet" ...), or None."""
-    if what := _first_match(_ADAPTERS, shapes):
-        return what
-    # Embeddings are saved under the token's own name or, for SDXL, as clip_l and clip_g: rows as wide as the text.
-    rows = 0 < len(shapes) <= 2 and all(1 <= len(shape) <= 2 and shape[-1] >= 64 for shape in shapes.values())
-    named = any(key.endswith((".weight", ".bias")) for key in shapes)
-    return "a textual inversion embedding" if rows and not named else None
-
-
-# --- Names: each a pure function of a key without its prefix; () is a key to leave alone, None an unknown one ---
-
-_UNET_ENDS = {
-    "time_embed.0": "time_embedding.linear_1",
-    "time_embed.2": "time_embedding.linear_2",
-    "label_emb.0.0": "add_embedding.linear_1",
-    "label_emb.0.2": "add_embedding.linear_2",
-    "input_blocks.0.0": "conv_in",
-    "out.0": "conv_norm_out",
-    "out.2": "conv_out",
-}
-_UNET_RESNET = {
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2",
-    "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut",
-}
-_VAE_RESNET = {name: name for name in ("norm1", "conv1", "norm2", "conv2")} | {"nin_shortcut": "conv_shortcut"}
-_VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-_OPEN_CLIP_ENDS = {
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "ln_final.weight": "text_model.final_layer_norm.weight",
-    "ln_final.bias": "text_model.final_layer_norm.bias",
-    "text_projection": "text_projection.weight",
-}
-_OPEN_CLIP_BLOCK = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-    "attn.out_proj": "self_attn.out_proj",
-}
-
-
-def unet_name(key: str, layers_per_block: int) -> Names | None:
-    """diffusers' name of a U-Net key without `model.diffusion_model.`: blocks count through there, by level here."""
-    stem, _, end = key.rpartition(".")  # end: weight or bias
-    if stem in _UNET_ENDS:
-        return (f"{_UNET_ENDS[stem]}.{end}",)
-    if match := re.fullmatch(r"(input|output)_blocks\.(\d+)\.([012])\.(.+)", stem):
-        side, flat, slot, rest = match[1], int(match[2]), int(match[3]), match[4]
-        block, layer = divmod(flat - 1 if side == "input" else flat, layers_per_block + 1)
-        down_or_up = "down" if side == "input" else "up"
-        if (side, rest) in (("input", "op"), ("output", "conv")):
-            return (f"{down_or_up}_blocks.{block}.{down_or_up}samplers.0.conv.{end}",)
-        if slot == 0 and rest in _UNET_RESNET:
-            return (f"{down_or_up}_blocks.{block}.resnets.{layer}.{_UNET_RESNET[rest]}.{end}",)
-        if slot == 1:
-            return (f"{down_or_up}_blocks.{block}.attentions.{layer}.{rest}.{end}",)
-    if match := re.fullmatch(r"middle_block\.([02])\.(.+)", stem):
-        return (
-            (f"mid_block.resnets.{int(match[1]) // 2}.{_UNET_RESNET[match[2]]}.{end}",)
-            if match[2] in _UNET_RESNET
-            else None
-        )
-    if stem.startswith("middle_block.1."):
-        return (f"mid_block.attentions.0.{stem.removeprefix('middle_block.1.')}.{end}",)
-    return None
-
-
-def vae_name(key: str, levels: int) -> Names | None:
-    """diffusers' name of a VAE key without `first_stage_model.`; the decoder's levels count the other way round."""
-    if key.startswith(("loss.", "model_ema.")):  # what training left behind
-        return ()
-    stem, _, end = key.rpartition(".")
-    if stem in ("quant_conv", "post_quant_conv"):
-        return (key,)
-    side, _, rest = stem.partition(".")
-    if side not in ("encoder", "decoder"):
-        return None
-    if rest in ("conv_in", "conv_out"):
-        return (key,)
-    if rest == "norm_out":
-        return (f"{side}.conv_norm_out.{end}",)
-    if match := re.fullmatch(r"(down|up)\.(\d+)\.(?:block\.(\d+)\.(\w+)|(?:down|up)sample\.conv)", rest):
-        level = int(match[2]) if match[1] == "down" else levels - 1 - int(match[2])
-        where = f"{side}.{match[1]}_blocks.{level}"
-        if match[3] is None:
-            return (f"{where}.{match[1]}samplers.0.conv.{end}",)
-        return (f"{where}.resnets.{match[3]}.{_VAE_RESNET[match[4]]}.{end}",) if match[4] in _VAE_RESNET else None
-    if match := re.fullmatch(r"mid\.block_([12])\.(\w+)", rest):
-        return (
-            (f"{side}.mid_block.resnets.{int(match[1]) - 1}.{_VAE_RESNET[match[2]]}.{end}",)
-            if match[2] in _VAE_RESNET
-            else None
-        )
-    if match := re.fullmatch(r"mid\.attn_1\.(\w+)", rest):
-        return (
-            (f"{side}.mid_block.attentions.0.{_VAE_ATTENTION[match[1]]}.{end}",) if match[1] in _VAE_ATTENTION else None
-        )
-    return None
-
-
-def transformers_clip_name(key: str, *, with_projection: bool, drops_last: bool) -> Names | None:
-    """transformers' own name of a CLIP text key without its prefix: the same, less what is no weight of the model."""
-    if key.endswith("position_ids") or key.startswith(("logit_scale", "vision_model.", "visual_projection.")):
-        return ()
-    if key == "text_projection.weight":
-        return (key,) if with_projection else ()
-    name = f"text_model.{key.removeprefix('text_model.')}"  # files of 2022 lack it
-    if not name.startswith(("text_model.embeddings.", "text_model.encoder.", "text_model.final_layer_norm.")):
-        return None
-    return () if drops_last and _is_dropped_layer(name) else (name,)
-
-
-def _is_dropped_layer(key: str) -> bool:
-    """SD2 conditions on the output of OpenCLIP H's last layer but one: diffusers drops layer 23 of 24, and so do we."""
-    return re.match(r"(transformer\.resblocks|(text_model\.)?encoder\.layers)\.23\.", key) is not None
-
-
-def open_clip_name(key: str, *, with_projection: bool, drops_last: bool) -> Names | None:
-    """transformers' name, or three of them for a fused q, k, v, of an OpenCLIP text key without its prefix."""
-    if key in ("logit_scale", "attn_mask") or key.startswith("visual."):
-        return ()
-    if key in _OPEN_CLIP_ENDS:
-        return (_OPEN_CLIP_ENDS[key],) if with_projection or key != "text_projection" else ()
-    if drops_last and _is_dropped_layer(key):
-        return ()
-    match = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)[._](weight|bias)", key)
-    if match is None:
-        return None
-    layer, end = f"text_model.encoder.layers.{match[1]}", match[3]
-    if match[2] == "attn.in_proj":
-        return tuple(f"{layer}.self_attn.{part}_proj.{end}" for part in "qkv")
-    return (f"{layer}.{_OPEN_CLIP_BLOCK[match[2]]}.{end}",) if match[2] in _OPEN_CLIP_BLOCK else None
-
-
-def convert(tensors: Mapping[str, Tensor], names: Mapping[str, Names]) -> dict[str, Tensor]:
-    """Tensors under their new names: views of the old ones, save for the small transposed `text_projection`.
-
-    A fused (3C, ...) q, k, v is split in three; the VAE's attention weights, 1x1 convolutions (C, C, 1, 1) there,
-    become (C, C).
-    """
-    state: dict[str, Tensor] = {}
-    for key, targets in names.items():
-        tensor = tensors[key]
-        if len(targets) == 3:
-            state.update(zip(targets, tensor.chunk(3), strict=True))
-        elif key.endswith("text_projection"):
-            state[targets[0]] = tensor.T.contiguous()
-        elif ".mid.attn_1." in key and tensor.ndim > 2:
-            state[targets[0]] = tensor.flatten(1)
-        else:
-            state[targets[0]] = tensor
-    return state
 
 
 # --- Configs from shapes ---
@@ -358,7 +154,7 @@ def _text_config(state: Shapes, text: _Text) -> Config:
         layer, fc1 = rf"{re.escape(inner)}encoder\.layers", f"{inner}encoder.layers.0.mlp.fc1.weight"
         projection = "text_projection.weight"
     vocabulary, hidden = state[embeddings]
-    kept = [key for key in state if not (text.drops_last and _is_dropped_layer(key))]
+    kept = [key for key in state if not (text.drops_last and is_dropped_layer(key))]
     projected = state[projection][1 if text.open_clip_names else 0] if text.with_projection else hidden
     return {
         "architectures": ["CLIPTextModelWithProjection" if text.with_projection else "CLIPTextModel"],
@@ -411,7 +207,7 @@ class _Text:
 
     @property
     def drops_last(self) -> bool:
-        """Whether the last layer is left away: see `_is_dropped_layer`."""
+        """Whether the last layer is left away: see `is_dropped_layer`."""
         return self.open_clip and not self.with_projection
 
     @property
@@ -510,9 +306,9 @@ def _family(shapes: Shapes, source: str) -> tuple[_Family, dict[str, _Text]]:
     """The family of a file, and its text encoders by component.
 
     CheckpointError if the file is no model of a family that fastldm runs, saying what it is instead."""
-    if what := recognise_adapter(shapes):
+    if what := relatives.recognise_adapter(shapes):
         raise CheckpointError(f"{source} is {what}, not a model; fastldm does not load those yet.")
-    if what := _first_match(_OTHER_MODELS, shapes):
+    if what := relatives.first_match(relatives.OTHER_MODELS, shapes):
         raise CheckpointError(f"{source} is {what}; fastldm runs Stable Diffusion 1, 2 and XL.")
 
     def has(prefix: str) -> bool:
@@ -526,7 +322,7 @@ def _family(shapes: Shapes, source: str) -> tuple[_Family, dict[str, _Text]]:
     lacking = [part for part, found in there.items() if not found]
     if len(lacking) == 1:
         raise CheckpointError(f"{source} has no {lacking[0]}; a file with U-Net, VAE and text encoder was expected.")
-    if lacking and (what := _first_match(_LONE_COMPONENTS, shapes)):
+    if lacking and (what := relatives.first_match(relatives.LONE_COMPONENTS, shapes)):
         raise CheckpointError(f"{source} is {what}; a file with U-Net, VAE and text encoder was expected.")
     if lacking:
         raise CheckpointError(
@@ -583,3 +379,30 @@ def _part(config: Config, shapes: Shapes, prefix: str, rename: Callable[[str], N
         )
     class_name = config["_class_name"] if "_class_name" in config else config["architectures"][0]
     return Part(class_name, config, {key: names for key, names in targets.items() if names})
+
+
+def open_single_file(path: PathLike, *, prediction_type: str | None = None, allow_pickle: bool = False) -> Checkpoint:
+    """One file in the original Stability layout: SD 1, SD 2, SDXL, or an inpainting form of them. Reads no weights.
+
+    prediction_type: "epsilon", "v_prediction" or "sample", which such a file seldom says. The default is diffusers':
+        v-prediction for SD 2 (so give "epsilon" for SD 2 base and SD-Turbo), epsilon for all others.
+    Raises CheckpointError for a file that is something else or damaged, naming what it is.
+    """
+    path = Path(path).expanduser()
+    source = str(path)
+    shapes, metadata = read_shapes(path, allow_pickle)
+    layout = read_layout(shapes, source=source, metadata=metadata, prediction_type=prediction_type)
+    if layout.ignored:
+        averaged = sum(key.startswith("model_ema.") for key in layout.ignored)
+        logger.info(
+            "%s: left alone %d keys that no network needs (%d of them moving averages)",
+            source,
+            len(layout.ignored),
+            averaged,
+        )
+    components = {
+        name: Component(name, part.class_name, part.config, (path,), source, part.names, allow_pickle)
+        for name, part in layout.parts.items()
+    }
+    tokenizers = {name: TokenizerFiles(None, pad) for name, pad in layout.pad_tokens.items()}
+    return Checkpoint(source, components, layout.scheduler, tokenizers, layout.index)

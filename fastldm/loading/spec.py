@@ -18,7 +18,10 @@ from fastldm import checks
 from fastldm.checks import show
 from fastldm.conditioning import text
 from fastldm.errors import CheckpointError, InputError
-from fastldm.loading import relatives, weights
+from fastldm.loading import relatives
+from fastldm.loading.checkpoint import Checkpoint
+from fastldm.loading.formats import INDEX
+from fastldm.loading.open_checkpoint import open_checkpoint
 from fastldm.loading.prepare import Prepared, prepare
 from fastldm.models.clip import CLIPText
 from fastldm.models.config import Family, TextConfig, TinyVAEConfig, UNetConfig, VAEConfig, recognise
@@ -42,7 +45,7 @@ DEFAULT_MODEL = ASSETS / "default"
 class Spec:
     """What a model is, known before any of its weights are read."""
 
-    checkpoint: weights.Checkpoint
+    checkpoint: Checkpoint
     unet: UNetConfig
     vae: VAEConfig | TinyVAEConfig
     text: tuple[TextConfig, ...]
@@ -85,7 +88,7 @@ def describe(
         allow_pickle=allow_pickle,
     )
     given = DEFAULT_MODEL if str(path_or_id) == "default" else path_or_id
-    checkpoint = weights.open_checkpoint(
+    checkpoint = open_checkpoint(
         given,
         variant=variant,
         revision=revision,
@@ -114,12 +117,12 @@ _INDEX = {
 }
 
 
-def spec_of(checkpoint: weights.Checkpoint) -> Spec:
+def spec_of(checkpoint: Checkpoint) -> Spec:
     """What a checkpoint's raw config files say, each read and all held against each other.
 
     CheckpointError for what is not implemented, is no value of its key, or does not fit the other components.
     """
-    index = read_fields(checkpoint.index, _INDEX, f"{checkpoint.source}: {weights.INDEX}")
+    index = read_fields(checkpoint.index, _INDEX, f"{checkpoint.source}: {INDEX}")
     if index["requires_aesthetics_score"]:
         raise CheckpointError(
             f"{checkpoint.source}: 'requires_aesthetics_score' is True, as for the Stable Diffusion XL refiner: "

@@ -18,6 +18,8 @@ from torch import Tensor
 from fastldm.errors import CheckpointError
 from fastldm.reading import check_file, read_file, what_bytes_are
 
+Shapes = Mapping[str, tuple[int, ...]]
+
 _PROJECTION = re.compile(r"\b(to_[qkv]|[qkv]_proj)\.")
 _WRAPPER = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module)\.")  # torch.compile's, and data parallel's
 

@@ -115,7 +115,7 @@ def _random_state(network: torch.nn.Module, dtype: torch.dtype) -> dict[str, Ten
 
 def _random_fastldm(task: Task, dtype: torch.dtype) -> Work:
     from fastldm.loading.prepare import prepare
-    from fastldm.loading.weights import load_module
+    from fastldm.loading.state import load_module
     from fastldm.models.config import UNetConfig
     from fastldm.models.unet import UNet
 

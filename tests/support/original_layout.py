@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from fastldm.loading import weights
+from fastldm.loading.checkpoint import Checkpoint
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -223,7 +223,7 @@ def random_state(shapes: Shapes, seed: int = 0) -> dict[str, Tensor]:
     return {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
 
 
-def converted_by_diffusers(state: dict[str, Tensor], checkpoint: weights.Checkpoint) -> dict[str, dict[str, Tensor]]:
+def converted_by_diffusers(state: dict[str, Tensor], checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
     from diffusers.loaders import single_file_utils as judge
 
     parts = checkpoint.components

@@ -1,0 +1,166 @@
+"""What a diffusers folder is made of, by the names of its files and of its components' classes, here or on a hub."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastldm.checks import show
+from fastldm.errors import CheckpointError
+from fastldm.loading import relatives
+from fastldm.reading import Field, Maybe, Text, read_fields
+
+logger = logging.getLogger("fastldm")
+
+PathLike = str | os.PathLike[str]
+Config = dict[str, Any]
+
+INDEX = "model_index.json"
+NETWORK_CLASSES = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "text_encoder_2": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+}
+_REQUIRED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
+TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+
+_CLASS = {"_class_name": Field(Maybe(Text(100)), None)}
+
+
+def listed_classes(index: Config) -> dict[str, str]:
+    """Component name to class name, of all that a pipeline has; it lists [null, null] for what it was saved without."""
+    components = {name: value for name, value in index.items() if not name.startswith("_")}
+    pairs = {name: value for name, value in components.items() if isinstance(value, list | tuple) and len(value) == 2}
+    return {_word(name): _word(class_name) for name, (_, class_name) in pairs.items() if class_name is not None}
+
+
+def _word(value: Any) -> str:
+    """A name as it is, or what stands in its place as an error may say it."""
+    return value if isinstance(value, str) and value.isprintable() and len(value) < 100 else show(value)
+
+
+def component_classes(index: Config, source: str) -> dict[str, str]:
+    """Component name to class name, of those that fastldm reads. Raises CheckpointError for a model it cannot run."""
+    pipeline, listed = read_fields(index, _CLASS, f"{source}: {INDEX}")["_class_name"], listed_classes(index)
+    relatives.check_class(pipeline, source)
+    if "text_encoder" not in listed and ("text_encoder_2" in listed or index.get("requires_aesthetics_score")):
+        raise CheckpointError(f"{source} is the Stable Diffusion XL refiner, which fastldm does not run.")
+    known = (*NETWORK_CLASSES, *TOKENIZERS, "scheduler")
+    strange = [f"{name} ({listed[name]})" for name in listed if name not in known and name not in NOT_NEEDED]
+    required = (*_REQUIRED, *(["tokenizer_2"] if "text_encoder_2" in listed else []))
+    lacking = [name for name in required if name not in listed]
+    if strange or lacking:
+        why = f"has {', '.join(strange)}" if strange else f"has no {', no '.join(lacking)}"
+        raise CheckpointError(
+            f"{source} is a {pipeline or 'pipeline'} and {why}: fastldm cannot run it. {relatives.RUNS}."
+        )
+    for name, classes in NETWORK_CLASSES.items():
+        if name in listed and listed[name] not in classes:
+            raise CheckpointError(
+                f"{source}: {name} is a {listed[name]}; fastldm runs {' or '.join(classes)} in its place."
+            )
+    relatives.check_known(pipeline, source)
+    return {name: listed[name] for name in known if name in listed}
+
+
+def named_config(config: Config, class_name: str) -> Config:
+    """A component's config with the class that the pipeline's index gives it, whose word counts in diffusers too."""
+    inner = config.get("text_config")
+    if class_name.startswith("CLIPText") and config.get("model_type") == "clip" and isinstance(inner, dict):
+        config = inner  # of a whole CLIP, as transformers reads it
+    key, value = ("architectures", [class_name]) if class_name.startswith("CLIP") else ("_class_name", class_name)
+    return {**config, key: value}
+
+
+@dataclass(frozen=True)
+class WeightSet:
+    """One complete set of weights in a component's folder: a single file, or an index and its shards."""
+
+    variant: str | None
+    pickled: bool
+    entry: str
+    shards: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.entry, *self.shards)
+
+
+_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # diffusers', transformers', transformers' pickles
+_WEIGHTS = re.compile(
+    rf"(?P<stem>{'|'.join(_STEMS)})(?:\.(?P<early>\w+))?(?P<shard>-\d{{5}}-of-\d{{5}})?(?:\.(?P<late>\w+))?"
+    r"\.(?P<type>safetensors|bin)(?:(?:\.(?P<mid>\w+))?(?P<index>\.index)(?:\.(?P<last>\w+))?\.json)?"
+)
+
+
+def _weight_sets(names: Collection[str]) -> list[WeightSet]:
+    """All sets of weights among file names, safetensors first. A shard belongs to the index of its stem and variant."""
+    entries: dict[tuple[bool, int, str], str] = {}
+    shards: dict[tuple[bool, int, str], list[str]] = {}
+    for name in sorted(names):
+        if match := _WEIGHTS.fullmatch(name):
+            variant = next((match[k] for k in ("early", "late", "mid", "last") if match[k]), "")
+            key = (match["type"] == "bin", _STEMS.index(match["stem"]), variant)
+            if match["shard"]:
+                shards.setdefault(key, []).append(name)
+            elif key not in entries or match["index"] is None:  # a whole file goes before shards
+                entries[key] = name
+    sets = []
+    for key, name in sorted(entries.items()):
+        pickled, _, variant = key
+        sets.append(
+            WeightSet(variant or None, pickled, name, tuple(shards.get(key, ())) if name.endswith("json") else ())
+        )
+    return sets
+
+
+def choose_weights(
+    networks: Mapping[str, Collection[str]], variant: str | None, allow_pickle: bool, source: str
+) -> dict[str, WeightSet]:
+    """For each network, given the names of the files in its folder, the weights to load."""
+    sets = {name: _weight_sets(names) for name, names in networks.items()}
+    usable = {name: [w for w in found if allow_pickle or not w.pickled] for name, found in sets.items()}
+    anywhere = any(w.variant == variant for found in usable.values() for w in found)
+    chosen = {}
+    for name, found in usable.items():
+        match = next((w for w in found if w.variant == variant), None)
+        if match is None and anywhere:
+            match = next((w for w in found if w.variant is None), None)
+            if match is not None:
+                logger.warning("%s/%s has no variant %r: its plain weights are used", source, name, variant)
+        if match is None:
+            raise CheckpointError(_no_weights(f"{source}/{name}", networks[name], sets[name], found, variant))
+        chosen[name] = match
+    return chosen
+
+
+def _no_weights(
+    where: str, names: Collection[str], found: list[WeightSet], usable: list[WeightSet], variant: str | None
+) -> str:
+    if usable:
+        variants = sorted({w.variant or "" for w in usable})
+        calls = " or ".join(f'variant="{name}"' if name else "no variant" for name in variants)
+        wanted = f'variant "{variant}"' if variant else "plain weights (no variant)"
+        return f"{where} has no {wanted}. What is there loads with {calls}."
+    if found:
+        return (
+            f"{where} has only pickled weights ({found[0].entry}), which can run any code when loaded. Look for "
+            "safetensors, or pass allow_pickle=True to take nothing but tensors from them."
+        )
+    there = ", ".join(sorted(names)[:5]) or "nothing"
+    return f"{where} has no weights: expected {_STEMS[0]}.safetensors or {_STEMS[1]}.safetensors, found {there}."

@@ -1,0 +1,137 @@
+"""A hub id, or a path, to a path: what fastldm needs of a repository is fetched into huggingface_hub's cache."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fastldm.errors import CheckpointError
+from fastldm.loading.formats import (
+    INDEX,
+    NETWORK_CLASSES,
+    TOKENIZER_FILES,
+    TOKENIZERS,
+    Config,
+    PathLike,
+    choose_weights,
+    component_classes,
+)
+from fastldm.reading import check_path, read_json
+
+logger = logging.getLogger("fastldm")
+
+
+def resolve(
+    path_or_id: PathLike,
+    *,
+    revision: str | None = None,
+    cache_dir: PathLike | None = None,
+    local_files_only: bool = False,
+    variant: str | None = None,
+    allow_pickle: bool = False,
+) -> Path:
+    """The local path of a model. What exists locally is returned as it is, and no network is touched.
+
+    Otherwise "owner/name" is a hub id: what fastldm needs of that repository (configs, tokenizers, and each network's
+    weights in one variant and one format) is fetched into huggingface_hub's cache, or only looked up there when
+    `local_files_only` or HF_HUB_OFFLINE is set.
+
+    Raises CheckpointError for a path that does not exist, and for all that can go wrong with a hub.
+    """
+    path = check_path(path_or_id, "path_or_id")
+    if path.exists():
+        return path
+    if path.is_symlink():
+        raise CheckpointError(f"{path} is a link that leads nowhere, or to itself.")
+    text = str(path_or_id)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) or text.endswith((".safetensors", ".ckpt", ".bin", ".pt")):
+        raise CheckpointError(
+            f"{text} does not exist here. Give a model folder, a .safetensors file, or a hub id (owner/name)."
+        )
+    return _from_hub(text, revision, cache_dir, local_files_only, variant, allow_pickle)
+
+
+def _from_hub(
+    repo: str,
+    revision: str | None,
+    cache_dir: PathLike | None,
+    local_files_only: bool,
+    variant: str | None,
+    allow_pickle: bool,
+) -> Path:
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    cache = None if cache_dir is None else os.fspath(cache_dir)
+    offline = local_files_only or constants.HF_HUB_OFFLINE
+    with _hub_errors(repo, revision, offline):
+        found = huggingface_hub.hf_hub_download(
+            repo, INDEX, revision=revision, cache_dir=cache, local_files_only=offline
+        )
+    snapshot = Path(found).parent
+    index, commit = read_json(snapshot / INDEX), snapshot.name  # the commit pins what follows to the same state
+    if not offline:
+        try:
+            siblings = huggingface_hub.model_info(repo, revision=commit, timeout=10).siblings or []
+            names = [file.rfilename for file in siblings]
+        except Exception as error:  # as in _hub_errors
+            logger.warning("%s: the hub cannot be asked (%s); trying what is in the local cache", repo, error)
+            offline = True
+    if offline:
+        names = [path.relative_to(snapshot).as_posix() for path in snapshot.glob("*/*")]
+        _wanted(index, names, variant, allow_pickle, source=f"{repo} in the local hub cache")
+        return snapshot
+    wanted = _wanted(index, names, variant, allow_pickle, source=repo)
+    with _hub_errors(repo, revision, offline):
+        return Path(huggingface_hub.snapshot_download(repo, revision=commit, cache_dir=cache, allow_patterns=wanted))
+
+
+def _wanted(index: Config, names: Collection[str], variant: str | None, allow_pickle: bool, source: str) -> list[str]:
+    """The files of a repository that loading will read."""
+    classes = component_classes(index, source)
+    inside = {
+        name: {path.removeprefix(f"{name}/") for path in names if path.startswith(f"{name}/") and path.count("/") == 1}
+        for name in classes
+    }
+    networks = {name: inside[name] for name in classes if name in NETWORK_CLASSES}
+    chosen = choose_weights(networks, variant, allow_pickle, source)
+    wanted = [INDEX, "scheduler/scheduler_config.json"]
+    for name in classes:
+        if name in NETWORK_CLASSES:
+            wanted += [f"{name}/{file}" for file in ("config.json", *chosen[name].names)]
+        elif name in TOKENIZERS:
+            wanted += [f"{name}/{file}" for file in TOKENIZER_FILES if file in inside[name]]
+    return wanted
+
+
+@contextmanager
+def _hub_errors(repo: str, revision: str | None, offline: bool) -> Iterator[None]:
+    """The hub client's errors as a CheckpointError. Those of its HTTP library differ by version: hence `Exception`."""
+    from huggingface_hub import errors
+
+    at = f"{repo} at revision {revision}" if revision else repo
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        why = f"{repo} asks for its conditions to be accepted: do so on its page, then log in with `hf auth login`."
+        raise CheckpointError(why) from error
+    except errors.RepositoryNotFoundError as error:
+        why = f"There is no folder {repo} here and no such model on the hub; if it is private, log in: `hf auth login`."
+        raise CheckpointError(why) from error
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointError(f"{repo} has no revision {revision!r} on the hub.") from error
+    except errors.LocalEntryNotFoundError as error:
+        if offline:
+            why = "the hub was not asked, as local_files_only or HF_HUB_OFFLINE is set"
+        else:
+            why = "the hub cannot be reached"
+        raise CheckpointError(f"{at} is neither a folder here nor in the local hub cache, and {why}.") from error
+    except errors.EntryNotFoundError as error:
+        why = f"{at} has no {INDEX}: it is not a diffusers pipeline. A file in it can be downloaded and given by path."
+        raise CheckpointError(why) from error
+    except Exception as error:
+        raise CheckpointError(f"{at} cannot be fetched from the hub: {error}") from error
