@@ -112,7 +112,7 @@ def make_model(folder: Path) -> None:
     import diffusers
     import transformers
 
-    from fastldm.conditioning.text import clip_vocabulary
+    from fastldm.conditioning.tokenizer import clip_vocabulary
 
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768)

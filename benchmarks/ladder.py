@@ -52,7 +52,8 @@ from benchmarks.networks import (
     with_random_weights,
 )
 from benchmarks.plain import PlainUNet
-from fastldm.conditioning.text import TextStage, Tokenizer
+from fastldm.conditioning.text import TextStage
+from fastldm.conditioning.tokenizer import Tokenizer
 from fastldm.kernels import use
 from fastldm.loading import spec as loading
 from fastldm.loading.prepare import prepare

@@ -19,7 +19,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from fastldm.conditioning.text import BOS, CLIP_WINDOW, EOS, clip_vocabulary
+from fastldm.conditioning.tokenizer import BOS, CLIP_WINDOW, EOS, clip_vocabulary
 from fastldm.errors import BundleError, CheckpointError, InputError
 from fastldm.export import manifest as manifests
 from fastldm.export.bundle import GOLDENS, PICTURE, Bundle, Loaded, as_json, differing, identity

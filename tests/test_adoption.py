@@ -24,7 +24,7 @@ from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D
 from torch import Tensor, nn
 
 from fastldm import Pipeline
-from fastldm.conditioning.text import Tokenizer
+from fastldm.conditioning.tokenizer import Tokenizer
 from fastldm.errors import CheckpointError, InputError
 from fastldm.loading import changes, relatives
 from fastldm.samplers.classes import CLASSES as SCHEDULERS

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 import fastldm
 from fastldm.cli import main
-from fastldm.conditioning.text import Tokenizer
+from fastldm.conditioning.tokenizer import Tokenizer
 from fastldm.errors import BundleError, EngineError, InputError
 from fastldm.export import manifest as manifests
 from fastldm.export import onnx, writing

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import tiny
 
-from fastldm.conditioning.text import Tokenizer
+from fastldm.conditioning.tokenizer import Tokenizer
 from fastldm.errors import CheckpointError, FastLDMError, InputError
 from fastldm.loading import spec as loading
 from fastldm.loading.checkpoint import Checkpoint

@@ -16,16 +16,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from fastldm.conditioning.prompt import parse_weights
-from fastldm.conditioning.text import (
-    BOS,
-    EOS,
-    Conditioning,
-    TextStage,
-    Tokenizer,
-    clip_vocabulary,
-    encode_prompts,
-    prompt_list,
-)
+from fastldm.conditioning.text import Conditioning, TextStage, encode_prompts, prompt_list
+from fastldm.conditioning.tokenizer import BOS, EOS, Tokenizer, clip_vocabulary
 from fastldm.errors import CheckpointError, InputError
 from fastldm.models.clip import CLIPText
 from fastldm.models.config import TextConfig

@@ -1,4 +1,4 @@
-"""Prompts to Conditioning: tokenizer, windows, and the text encoders' states.
+"""Prompts to Conditioning: windows of token ids, and the text encoders' states.
 
     text -> [(fragment, weight)] (prompt.py) -> windows of token ids -> hidden states (B, T, D), pooled vector (B, P)
 
@@ -10,14 +10,10 @@ side by side along T.
 from __future__ import annotations
 
 import functools
-import gzip
-import itertools
 import logging
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -25,228 +21,21 @@ from torch import Tensor
 
 from fastldm import checks
 from fastldm.conditioning.prompt import Fragments, parse
+from fastldm.conditioning.tokenizer import Tokenizer
 from fastldm.device import send_numbers
 from fastldm.errors import CheckpointError, InputError
-from fastldm.reading import read_json
-from fastldm.system import ASSETS
 
 if TYPE_CHECKING:
-    import tokenizers
-
     from fastldm.models.interfaces import TextEncoder
 
 logger = logging.getLogger("fastldm")
 
 Run = Callable[..., Any]
 
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-CLIP_VOCABULARY = 49408
-CLIP_WINDOW = 77
 MAX_WINDOWS = 64
 """Beyond this, prompts of unequal length in one call are brought to one length approximately: `encode_prompts`."""
 MAX_PROMPT_WINDOWS = 128
 """What a prompt may have: cross-attention reads all of it at each step."""
-
-_MERGES = ASSETS / "clip_bpe" / "merges.txt.gz"
-_DEFAULTS = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# CLIP's words (simple_tokenizer.py of openai/CLIP), as transformers' CLIPTokenizer splits them
-_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-
-
-# Tokenizer
-
-
-class Tokenizer:
-    """CLIP's byte-pair tokenizer: ids equal those of transformers' CLIPTokenizer on the same folder. Thread-safe."""
-
-    max_length: int
-    """Tokens in a window, bos and eos included."""
-    bos: int
-    eos: int
-    pad: int
-    """What fills a window after eos: eos itself in CLIP-L, `!` (id 0) in OpenCLIP's encoders."""
-    size: int
-    """One more than the highest id: the rows that a text encoder's embedding has to have."""
-
-    def __init__(self, folder: Path | str | None = None, *, pad_token: str | None = None) -> None:
-        """Read `tokenizer.json`, or `vocab.json` and `merges.txt`, with the settings that lie beside them.
-
-        folder: None is CLIP's own tokenizer, which is built in.
-        pad_token: in place of the one in the settings; "!" makes the built-in one that of SD 2 and of SDXL's
-            second encoder.
-        Raises CheckpointError where the files are missing, damaged, or not a byte-pair tokenizer's.
-        """
-        source = _MERGES if folder is None else Path(folder)
-        try:
-            files = _bundled_files() if folder is None else _read_files(source)
-            if pad_token is not None:
-                files = files._replace(names={**files.names, "pad_token": {"content": pad_token}})
-            self._backend = _build(files)
-            ids = {token.content: k for k, token in self._backend.get_added_tokens_decoder().items()}
-            named = ("bos_token", "eos_token", "pad_token")
-            self.bos, self.eos, self.pad = (ids[files.names[name]["content"]] for name in named)
-            self.size = 1 + max(*files.vocab.values(), *ids.values())
-            self._vectors = _vectors(ids)
-        except CheckpointError:
-            raise
-        except Exception as error:  # files of any content end here, and tokenizers raises bare Exception
-            raise CheckpointError(f"the tokenizer in {source} is not one of CLIP's kind: {error!r}") from error
-        self.max_length = files.max_length
-
-    def ids(self, text: str) -> list[int]:
-        """Token ids of a text of any length, without bos, eos and padding.
-
-        A token of several vectors, which textual inversion adds as `<x>`, `<x>_1`, `<x>_2` and so on, is read as all of
-        them where `<x>` stands (diffusers' `maybe_convert_prompt`), or as they stand where all are spelled out.
-        """
-        ids = list(self._backend.encode(text, add_special_tokens=False).ids)
-        if self._vectors.keys().isdisjoint(ids):
-            return ids
-        expanded = []
-        for k, token in enumerate(ids):
-            others = self._vectors.get(token, [])
-            expanded += [token] if ids[k + 1 : k + 1 + len(others)] == others else [token, *others]
-        return expanded
-
-
-def _vectors(added: Mapping[str, int]) -> dict[int, list[int]]:
-    """The ids of `<x>_1`, `<x>_2` and so on, as far as there are such, by that of `<x>`; of all added tokens."""
-    vectors = {}
-    for content, token in added.items():
-        others = itertools.takewhile(added.__contains__, (f"{content}_{k}" for k in itertools.count(1)))
-        if ids := [added[other] for other in others]:
-            vectors[token] = ids
-    return vectors
-
-
-def clip_vocabulary(size: int = CLIP_VOCABULARY) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """CLIP's vocabulary (token to id) and merges, built from the merges that ship here.
-
-    size: 514 to 49,408 tokens. A smaller vocabulary has the 512 bytes, the `size - 514` most common merges, and
-    the two special tokens at its end.
-    """
-    with gzip.open(_MERGES, "rt", encoding="utf-8") as file:
-        lines = file.read().splitlines()[1:]  # the first is "#version: 0.2"
-    merges = [(left, right) for left, right in (line.split(" ") for line in lines[: size - 514])]
-    # GPT-2's order of the bytes: the printable ones first, the others as characters from 256 on
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = [chr(byte) for byte in printable] + [chr(256 + k) for k in range(256 - len(printable))]
-    tokens = [*letters, *(letter + "</w>" for letter in letters), *(left + right for left, right in merges), BOS, EOS]
-    return {token: k for k, token in enumerate(tokens)}, merges
-
-
-class _Files(NamedTuple):
-    """What a tokenizer's files say, whichever files they were. Tokens are AddedToken's arguments."""
-
-    vocab: dict[str, int]
-    merges: list[tuple[str, str]]
-    added: list[dict[str, Any]]  # taken out of a text before all else
-    names: dict[str, dict[str, Any]]  # likewise; by "bos_token" and so on
-    max_length: int
-
-
-def _bundled_files() -> _Files:
-    vocab, merges = clip_vocabulary()
-    return _Files(vocab, merges, [], {name: {"content": token} for name, token in _DEFAULTS.items()}, CLIP_WINDOW)
-
-
-def _read_files(folder: Path) -> _Files:
-    """As transformers reads them: `tokenizer.json` gives vocabulary and merges where it is there, but not how to
-    normalise and split; `added_tokens_decoder` replaces the older files of special tokens."""
-    serialized = _read_json(folder / "tokenizer.json")
-    config = _read_json(folder / "tokenizer_config.json") or {}
-    vocab, merges = _read_bpe(folder) if serialized is None else _serialized_bpe(folder, serialized)
-
-    named = {**_DEFAULTS, **{name: value for name, value in config.items() if value is not None}}
-    added: dict[int, dict[str, Any]] = {}
-    if "added_tokens_decoder" in config:
-        added = {int(k): _token(value) for k, value in config["added_tokens_decoder"].items()}
-    else:
-        for name, value in (_read_json(folder / "special_tokens_map.json") or {}).items():
-            named[name] = {**value, "special": True} if isinstance(value, Mapping) else value
-        special = {_token(named[name])["content"] for name in _NAMED if name in named}
-        for content, k in (_read_json(folder / "added_tokens.json") or {}).items():
-            added[k] = {"content": content, "normalized": content not in special, "special": content in special}
-        for value in (serialized or {}).get("added_tokens", ()):
-            added[value["id"]] = _token(value)
-
-    names = {name: _token(named[name]) for name in _NAMED if name in named}
-    extra = named.get("additional_special_tokens") or named.get("extra_special_tokens") or []
-    names |= {f"extra_{k}": _token(value) for k, value in enumerate(extra)}
-    return _Files(vocab, merges, [added[k] for k in sorted(added)], names, _window_length(config))
-
-
-def _serialized_bpe(folder: Path, serialized: Any) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    model = serialized["model"]
-    if model.get("type", "BPE") != "BPE" or "merges" not in model:
-        raise CheckpointError(
-            f"{folder / 'tokenizer.json'} is a {model.get('type')} tokenizer: expected CLIP's, which is byte-pair (BPE)"
-        )
-    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
-    return model["vocab"], [(left, right) for left, right in pairs]
-
-
-def _read_bpe(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    from tokenizers.models import BPE
-
-    vocab, merges = folder / "vocab.json", folder / "merges.txt"
-    if not (vocab.is_file() and merges.is_file()):
-        raise CheckpointError(f"no tokenizer in {folder}: expected vocab.json and merges.txt, or tokenizer.json")
-    return BPE.read_file(str(vocab), str(merges))
-
-
-def _read_json(path: Path) -> Any:
-    """The file's content, or None where there is no such file."""
-    return read_json(path) if os.path.lexists(path) else None
-
-
-def _token(value: Any) -> dict[str, Any]:
-    """A token as the files write it, a string or a dict, as AddedToken's arguments."""
-    if isinstance(value, str):
-        return {"content": value}
-    return {k: value[k] for k in ("content", "single_word", "lstrip", "rstrip", "normalized", "special") if k in value}
-
-
-def _window_length(config: Mapping[str, Any]) -> int:
-    length = config.get("model_max_length", config.get("max_len"))
-    # transformers writes 1e30 where it knows none
-    return int(length) if isinstance(length, (int, float)) and 3 <= length <= 1e6 else CLIP_WINDOW
-
-
-def _build(files: _Files) -> tokenizers.Tokenizer:
-    # Imported where it is used: `import fastldm` and the command's help do without.
-    from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
-    from tokenizers import Tokenizer as Backend
-    from tokenizers.models import BPE
-
-    bpe = BPE(
-        vocab=files.vocab,
-        merges=files.merges,
-        continuing_subword_prefix="",
-        end_of_word_suffix="</w>",
-        unk_token=files.names["unk_token"]["content"],
-    )
-    backend = Backend(bpe)
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    # The named tokens are special, whatever the files say of them, and so are found in a text as written.
-    named = {token["content"]: token for token in files.names.values()}
-    added = {token["content"]: token for token in files.added}
-    tokens = [{**token, "special": token.get("special", False) or content in named} for content, token in added.items()]
-    tokens += [{**token, "special": True} for content, token in named.items() if content not in added]
-    backend.add_tokens([AddedToken(**token) for token in tokens])
-    return backend
-
-
-# Conditioning
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastldm.conditioning.text import Tokenizer
+from fastldm.conditioning.tokenizer import Tokenizer
 from fastldm.errors import CheckpointError
 from fastldm.loading.formats import Config
 from fastldm.loading.key_names import Names, convert

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastldm.conditioning.text import clip_vocabulary
+from fastldm.conditioning.tokenizer import clip_vocabulary
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, UNet2DConditionModel
