@@ -58,7 +58,8 @@ from fastldm.kernels import use
 from fastldm.loading import spec as loading
 from fastldm.loading.prepare import prepare
 from fastldm.models.clip import CLIPText
-from fastldm.models.config import FAMILIES, Family, TextConfig, UNetConfig, VAEConfig
+from fastldm.models.config import TextConfig, UNetConfig, VAEConfig
+from fastldm.models.families import FAMILIES, Family
 from fastldm.models.unet import AddedConditions, UNet
 from fastldm.pipeline import Pipeline
 from fastldm.request import Request

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from fastldm import Pipeline
 from fastldm.conditioning.tokenizer import Tokenizer
 from fastldm.errors import CheckpointError, InputError
-from fastldm.loading import changes, relatives
+from fastldm.loading import changes
+from fastldm.models.families import pipeline_classes
 from fastldm.samplers.classes import CLASSES as SCHEDULERS
 
 Change = Callable[[Any], object]
@@ -351,7 +352,7 @@ def test_what_is_no_pipeline_is_refused() -> None:
 # --- Every class and every scheduler as it comes ---
 
 
-@pytest.mark.parametrize("name", sorted(name for name in relatives.PLAIN if hasattr(diffusers, name)))
+@pytest.mark.parametrize("name", sorted(name for name in pipeline_classes() if hasattr(diffusers, name)))
 def test_every_plain_class_is_adopted(name: str) -> None:
     parts = tiny.pipeline("sdxl" if "XL" in name else "lcm" if "Latent" in name else "sd1").components
     parts.pop("image_encoder", None)  # which no older class has

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastldm.errors import CheckpointError, InputError
 from fastldm.kernels import attention, conv, geglu, group_norm, layer_norm, linear
 from fastldm.models import AddedConditions, AutoencoderKL, CLIPText, TinyAutoencoder, UNet, rescale_for_half
-from fastldm.models.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig, recognise
+from fastldm.models.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
 from fastldm.models.unet import guidance_embedding, timestep_embedding
 
 pytestmark = pytest.mark.usefixtures("_no_grad")
@@ -501,24 +500,6 @@ def test_irrelevant_keys_are_ignored_and_missing_ones_named() -> None:
 def test_contradictions_in_a_unet_config_are_named(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(CheckpointError, match=told):
         UNetConfig.from_dict({**UNET, **changes})
-
-
-def scheduler_config(family: str) -> dict[str, Any]:
-    """scheduler_config.json, which has the class name that a scheduler built in memory does not."""
-    return json.loads(tiny.scheduler(family).to_json_string())
-
-
-@pytest.mark.parametrize("name", tiny.FAMILIES)
-def test_families_are_recognised(name: str) -> None:
-    family = recognise(UNetConfig.from_dict(tiny.UNETS[name]), scheduler_config(name))
-    assert family.name == {"bk-sdm": "sd1", "tiny-sd": "sd1", "ssd-1b": "sdxl"}.get(name, name)
-
-
-@pytest.mark.parametrize("name", ["sd-turbo", "sdxl-turbo", "sdxl-lightning"])
-def test_a_zero_snr_fine_tune_is_not_taken_for_a_turbo(name: str) -> None:
-    scheduler = {**scheduler_config(name), "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
-    unet = UNetConfig.from_dict({**tiny.UNETS[name], "cross_attention_dim": 1024})
-    assert recognise(unet, scheduler).num_inference_steps >= 20
 
 
 # ------------------------------------------------------------------------------------------------------------ ops

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 
 from fastldm import Pipeline
 from fastldm.errors import CheckpointError
-from fastldm.loading import relatives
 from fastldm.loading import spec as loading
 from fastldm.loading.formats import component_classes
+from fastldm.models.families import pipeline_classes
 
 XL_INDEX = {
     **SD_INDEX,
@@ -27,13 +27,13 @@ OTHER_CLASSES = sorted(
     name
     for name in dir(diffusers)
     if ("Pipeline" in name or name.startswith("StableDiffusion")) and not name.endswith("Output")
-    if name not in relatives.PLAIN
+    if name not in pipeline_classes()
 )
 
 
 def test_plain_classes_are_accepted() -> None:
-    assert len(relatives.PLAIN) == 9
-    for name in relatives.PLAIN:
+    assert len(pipeline_classes()) == 9
+    for name in pipeline_classes():
         index = XL_INDEX if "XL" in name else SD_INDEX
         assert component_classes({**index, "_class_name": name}, "here")["unet"] == "UNet2DConditionModel"
         assert hasattr(diffusers, name) or name.endswith("Legacy")  # diffusers dropped that one

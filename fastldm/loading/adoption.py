@@ -18,8 +18,9 @@ from fastldm.errors import CheckpointError, InputError
 from fastldm.loading import changes
 from fastldm.loading import spec as loading
 from fastldm.loading.checkpoint import Checkpoint, Component, TokenizerFiles
-from fastldm.loading.formats import NETWORK_CLASSES, TOKENIZERS, Config, component_classes, named_config
+from fastldm.loading.formats import TOKENIZERS, Config, component_classes, named_config
 from fastldm.loading.state import fit_names
+from fastldm.models.families import NETWORK_CLASSES
 
 logger = logging.getLogger("fastldm")
 

@@ -9,7 +9,6 @@ from fastldm.errors import CheckpointError
 from fastldm.loading.checkpoint import Checkpoint, Component, TokenizerFiles
 from fastldm.loading.formats import (
     INDEX,
-    NETWORK_CLASSES,
     NOT_NEEDED,
     TOKENIZERS,
     PathLike,
@@ -21,6 +20,7 @@ from fastldm.loading.formats import (
 )
 from fastldm.loading.relatives import recognise_adapter
 from fastldm.loading.tensors import read_shapes
+from fastldm.models.families import NETWORK_CLASSES
 from fastldm.reading import Field, MapOf, Text, read_fields, read_json
 
 logger = logging.getLogger("fastldm")

@@ -12,6 +12,7 @@ from typing import Any
 from fastldm.checks import show
 from fastldm.errors import CheckpointError
 from fastldm.loading import relatives
+from fastldm.models.families import NETWORK_CLASSES
 from fastldm.reading import Field, Maybe, Text, read_fields
 
 logger = logging.getLogger("fastldm")
@@ -20,12 +21,6 @@ PathLike = str | os.PathLike[str]
 Config = dict[str, Any]
 
 INDEX = "model_index.json"
-NETWORK_CLASSES = {
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL", "AutoencoderTiny"),
-    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
-    "text_encoder_2": ("CLIPTextModel", "CLIPTextModelWithProjection"),
-}
 _REQUIRED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")

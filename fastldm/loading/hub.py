@@ -12,7 +12,6 @@ from pathlib import Path
 from fastldm.errors import CheckpointError
 from fastldm.loading.formats import (
     INDEX,
-    NETWORK_CLASSES,
     TOKENIZER_FILES,
     TOKENIZERS,
     Config,
@@ -20,6 +19,7 @@ from fastldm.loading.formats import (
     choose_weights,
     component_classes,
 )
+from fastldm.models.families import NETWORK_CLASSES
 from fastldm.reading import check_path, read_json
 
 logger = logging.getLogger("fastldm")

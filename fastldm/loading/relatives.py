@@ -13,23 +13,9 @@ from typing import Any, NamedTuple
 
 from fastldm.errors import CheckpointError
 from fastldm.loading.tensors import Shapes
+from fastldm.models.families import pipeline_classes
 
 RUNS = "fastldm runs Stable Diffusion 1, 2 and XL for text to image, image to image and inpainting"
-
-PLAIN = frozenset(
-    {
-        "StableDiffusionPipeline",
-        "StableDiffusionImg2ImgPipeline",
-        "StableDiffusionInpaintPipeline",
-        "StableDiffusionInpaintPipelineLegacy",  # inpainting with a network that knows of no mask, as the one above may
-        "StableDiffusionXLPipeline",
-        "StableDiffusionXLImg2ImgPipeline",
-        "StableDiffusionXLInpaintPipeline",
-        "LatentConsistencyModelPipeline",
-        "LatentConsistencyModelImg2ImgPipeline",
-    }
-)
-"""diffusers' classes whose pictures a pipeline here makes: they differ in their arguments alone."""
 
 
 class Relative(NamedTuple):
@@ -91,17 +77,17 @@ _UNET_KEYS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 def check_class(name: Any, source: str) -> None:
     """Raise CheckpointError if `name`, the `_class_name` of a pipeline, is that of a relative, naming it."""
     for relative in RELATIVES:
-        if isinstance(name, str) and name not in PLAIN and re.search(relative.classes, name):
+        if isinstance(name, str) and name not in pipeline_classes() and re.search(relative.classes, name):
             advice = " To run its networks without that, load them as a StableDiffusionPipeline, or its XL form."
             text = f"{source} is a {name}: {relative.what}. {RUNS}."
             raise CheckpointError(text + advice if relative.plain_networks else text)
 
 
 def check_known(name: Any, source: str) -> None:
-    """Raise CheckpointError if `name` is none of PLAIN: a class that is not known may do anything."""
-    if not isinstance(name, str) or name not in PLAIN:
+    """Raise CheckpointError if `name` is not one of a family: a class that is not known may do anything."""
+    if not isinstance(name, str) or name not in pipeline_classes():
         what = "has no _class_name" if name is None else f"is a {name}, a pipeline that fastldm does not know"
-        raise CheckpointError(f"{source} {what}. {RUNS}: {', '.join(sorted(PLAIN))}.")
+        raise CheckpointError(f"{source} {what}. {RUNS}: {', '.join(sorted(pipeline_classes()))}.")
 
 
 def check_unet_keys(config: Mapping[str, Any], source: str) -> None:

@@ -24,7 +24,8 @@ from fastldm.loading.formats import INDEX
 from fastldm.loading.open_checkpoint import open_checkpoint
 from fastldm.loading.prepare import Prepared, prepare
 from fastldm.models.clip import CLIPText
-from fastldm.models.config import Family, TextConfig, TinyVAEConfig, UNetConfig, VAEConfig, recognise
+from fastldm.models.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
+from fastldm.models.families import Family, recognise
 from fastldm.models.interfaces import Autoencoder, Denoiser
 from fastldm.models.unet import UNet
 from fastldm.models.vae import AutoencoderKL, TinyAutoencoder

@@ -1,4 +1,4 @@
-"""What a checkpoint's config.json says about its network, as plain data, and what each model family wants by default.
+"""What a checkpoint's config.json says about its network, as plain data.
 
 The quirks of the files end here: the networks in fastldm/models read one regular description. Each file has a table of
 the keys that are read (see reading.py). A key that would change the network in a way that is not implemented is an
@@ -7,7 +7,7 @@ error that names it; a key that does not change it (dropout, options for trainin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -479,64 +479,3 @@ class TextConfig:
             projection_dim=read_fields(cfg, projection, source).get("projection_dim"),
             with_projection=with_projection,
         )
-
-
-# ------------------------------------------------------------------------------------------------------- families
-
-
-@dataclass(frozen=True)
-class Family:
-    """What a kind of checkpoint wants by default. Its size is `unet.sample_size` times `vae.factor`."""
-
-    name: str
-    num_inference_steps: int
-    guidance_scale: float  # classifier-free guidance at most 1 means none: one pass a step, not two
-    matches: Callable[[UNetConfig, Mapping[str, Any]], bool]  # of the U-Net and the raw scheduler_config.json
-    sampler: str | None = None  # None: the one that scheduler_config.json names
-
-
-def _is_v(scheduler: Mapping[str, Any]) -> bool:
-    return scheduler.get("prediction_type") == "v_prediction"
-
-
-def _is_few_step(scheduler: Mapping[str, Any], *classes: str) -> bool:
-    """Adversarially distilled models ship Euler with trailing spacing; so do zero-SNR fine-tunes, which need steps."""
-    return (
-        scheduler.get("_class_name") in classes
-        and scheduler.get("timestep_spacing") == "trailing"
-        and scheduler.get("prediction_type", "epsilon") == "epsilon"
-        and not scheduler.get("rescale_betas_zero_snr", False)
-    )
-
-
-_EULER, _EULER_A = "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"
-
-# The first that matches wins; the last matches everything.
-FAMILIES: tuple[Family, ...] = (
-    Family("sdxl-lcm", 4, 8.0, lambda unet, _: unet.needs_guidance and unet.needs_added),
-    Family("lcm", 4, 8.5, lambda unet, _: unet.needs_guidance),
-    # An LCM or TCD adapter merged into an ordinary network.
-    Family("lcm-merged", 4, 1.0, lambda _, scheduler: scheduler.get("_class_name") in ("LCMScheduler", "TCDScheduler")),
-    Family("sdxl-turbo", 1, 0.0, lambda unet, scheduler: unet.needs_added and _is_few_step(scheduler, _EULER_A)),
-    Family("sdxl-lightning", 4, 0.0, lambda unet, scheduler: unet.needs_added and _is_few_step(scheduler, _EULER)),
-    Family("sdxl", 30, 5.0, lambda unet, _: unet.needs_added),
-    Family("sd-turbo", 1, 0.0, lambda _, scheduler: _is_few_step(scheduler, _EULER, _EULER_A)),
-    # The model that ships with fastldm.
-    Family(
-        "small",
-        8,
-        2.0,
-        lambda unet, scheduler: (
-            _is_v(scheduler) and bool(scheduler.get("rescale_betas_zero_snr")) and unet.cross_attention_dim < 768
-        ),
-    ),
-    Family("sd2-v", 30, 7.5, lambda unet, scheduler: unet.linear_projection and _is_v(scheduler)),
-    Family("sd2", 30, 7.5, lambda unet, _: unet.linear_projection),
-    Family("sd1-inpaint", 30, 7.5, lambda unet, _: unet.in_channels == 9),
-    Family("sd1", 30, 7.5, lambda unet, _: True),
-)
-
-
-def recognise(unet: UNetConfig, scheduler: Mapping[str, Any]) -> Family:
-    """The family of a checkpoint from its U-Net and the raw scheduler_config.json."""
-    return next(family for family in FAMILIES if family.matches(unet, scheduler))

@@ -12,7 +12,8 @@ from fastldm import checks, sizes
 from fastldm import image as images
 from fastldm.conditioning import encode as conditioning
 from fastldm.errors import InputError
-from fastldm.models.config import Family, TinyVAEConfig, UNetConfig, VAEConfig
+from fastldm.models.config import TinyVAEConfig, UNetConfig, VAEConfig
+from fastldm.models.families import Family
 from fastldm.request import Request, picture_seeds
 
 if TYPE_CHECKING:

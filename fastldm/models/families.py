@@ -1,0 +1,97 @@
+"""The families of models, as data. One that has no network of its own is added by its entry in FAMILIES."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastldm.models.config import UNetConfig
+
+NETWORK_CLASSES = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "text_encoder_2": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+}
+"""Of each component of a pipeline, diffusers' and transformers' classes that there are networks for."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of checkpoint: how it is recognised, and what it wants by default.
+
+    Its size is `unet.sample_size` times `vae.factor`.
+    """
+
+    name: str
+    num_inference_steps: int
+    guidance_scale: float  # classifier-free guidance at most 1 means none: one pass a step, not two
+    matches: Callable[[UNetConfig, Mapping[str, Any]], bool]  # of the U-Net and the raw scheduler_config.json
+    sampler: str | None = None  # None: the one that scheduler_config.json names
+    pipelines: tuple[str, ...] = ()  # diffusers' classes that came with it, and whose arguments a pipeline here takes
+
+
+def _is_v(scheduler: Mapping[str, Any]) -> bool:
+    return scheduler.get("prediction_type") == "v_prediction"
+
+
+def _is_few_step(scheduler: Mapping[str, Any], *classes: str) -> bool:
+    """Adversarially distilled models ship Euler with trailing spacing; so do zero-SNR fine-tunes, which need steps."""
+    return (
+        scheduler.get("_class_name") in classes
+        and scheduler.get("timestep_spacing") == "trailing"
+        and scheduler.get("prediction_type", "epsilon") == "epsilon"
+        and not scheduler.get("rescale_betas_zero_snr", False)
+    )
+
+
+_LCM_PIPELINES = ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline")
+_SD_PIPELINES = (
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipelineLegacy",  # with a network that knows of no mask, as the one of sd1-inpaint may
+)
+_SDXL_PIPELINES = (
+    "StableDiffusionXLPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLInpaintPipeline",
+)
+_EULER, _EULER_A = "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"
+
+# The first that matches wins; the last matches everything.
+FAMILIES: tuple[Family, ...] = (
+    Family("sdxl-lcm", 4, 8.0, lambda unet, _: unet.needs_guidance and unet.needs_added),
+    Family("lcm", 4, 8.5, lambda unet, _: unet.needs_guidance, pipelines=_LCM_PIPELINES),
+    # An LCM or TCD adapter merged into an ordinary network.
+    Family("lcm-merged", 4, 1.0, lambda _, scheduler: scheduler.get("_class_name") in ("LCMScheduler", "TCDScheduler")),
+    Family("sdxl-turbo", 1, 0.0, lambda unet, scheduler: unet.needs_added and _is_few_step(scheduler, _EULER_A)),
+    Family("sdxl-lightning", 4, 0.0, lambda unet, scheduler: unet.needs_added and _is_few_step(scheduler, _EULER)),
+    Family("sdxl", 30, 5.0, lambda unet, _: unet.needs_added, pipelines=_SDXL_PIPELINES),
+    Family("sd-turbo", 1, 0.0, lambda _, scheduler: _is_few_step(scheduler, _EULER, _EULER_A)),
+    # The model that ships with fastldm.
+    Family(
+        "small",
+        8,
+        2.0,
+        lambda unet, scheduler: (
+            _is_v(scheduler) and bool(scheduler.get("rescale_betas_zero_snr")) and unet.cross_attention_dim < 768
+        ),
+    ),
+    Family("sd2-v", 30, 7.5, lambda unet, scheduler: unet.linear_projection and _is_v(scheduler)),
+    Family("sd2", 30, 7.5, lambda unet, _: unet.linear_projection),
+    Family(
+        "sd1-inpaint", 30, 7.5, lambda unet, _: unet.in_channels == 9, pipelines=("StableDiffusionInpaintPipeline",)
+    ),
+    Family("sd1", 30, 7.5, lambda unet, _: True, pipelines=_SD_PIPELINES),
+)
+
+
+def recognise(unet: UNetConfig, scheduler: Mapping[str, Any]) -> Family:
+    """The family of a checkpoint from its U-Net and the raw scheduler_config.json."""
+    return next(family for family in FAMILIES if family.matches(unet, scheduler))
+
+
+def pipeline_classes() -> frozenset[str]:
+    """diffusers' classes whose pictures a pipeline here makes: they differ in their arguments alone."""
+    return frozenset(name for family in FAMILIES for name in family.pipelines)
