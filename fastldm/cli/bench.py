@@ -116,25 +116,25 @@ def bench(model: str, debug: bool, out: Path | None, suite: str | None, **option
         dtypes = [dtype.strip() for dtype in options["dtypes"].split(",")]
         if not set(dtypes) <= {"float32", "bfloat16"} or dtypes[0] != "float32":
             raise InputError(f"--dtypes {options['dtypes']!r}: expected float32, then bfloat16 if you like")
-        pythons = dict(_python(given) for given in options["pythons"])
-        found = compare.contenders(peers, options["bundles"], dtypes, options["backend"], pythons)
-        shown = sys.stderr.isatty()
+        pythons = dict(_python(option) for option in options["pythons"])
+        contenders = compare.contenders(peers, options["bundles"], dtypes, options["backend"], pythons)
+        is_terminal = sys.stderr.isatty()
 
-        def tell(text: str) -> None:
-            if shown:
+        def show(text: str) -> None:
+            if is_terminal:
                 click.echo(text, err=True)
 
-        rows = compare.compare(task, found, options["rounds"] or (3 if suite == "cpu-step" else 7), tell)
+        rows = compare.compare(task, contenders, options["rounds"] or (3 if suite == "cpu-step" else 7), show)
         click.echo(table(task, rows))
         if out is not None:
             with whole_file(out) as file:
                 file.write(f"{json.dumps(record(task, rows), indent=1)}\n".encode())
 
 
-def _python(given: str) -> tuple[str, str]:
-    peer, _, path = given.partition("=")
+def _python(option: str) -> tuple[str, str]:
+    peer, _, path = option.partition("=")
     if peer not in PEERS or not Path(path).is_file():
-        raise InputError(f"--python {given!r}: expected PEER=PATH, such as optimum=/opt/optimum/bin/python")
+        raise InputError(f"--python {option!r}: expected PEER=PATH, such as optimum=/opt/optimum/bin/python")
     return peer, str(Path(path).absolute())  # as it is: an environment's interpreter is a link
 
 
@@ -213,21 +213,21 @@ def record(task: Task, rows: list[Row]) -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = None
-    about = {"machine": machine(torch.device("cpu")), "versions": versions, "task": asdict(task)}
-    return {**about, "command": " ".join(["fastldm", *sys.argv[1:]]), "rows": [row.to_dict() for row in rows]}
+    info = {"machine": machine(torch.device("cpu")), "versions": versions, "task": asdict(task)}
+    return {**info, "command": " ".join(["fastldm", *sys.argv[1:]]), "rows": [row.to_dict() for row in rows]}
 
 
 def table(task: Task, rows: list[Row]) -> str:
     """The rows for a person."""
     size = f"{task.batch} x {task.width}x{task.height}"
-    work = (
+    workload = (
         "one guided step" if task.what == "step" else f"{task.steps} steps, {task.sampler}, guidance {task.guidance:g}"
     )
-    lines = [f"{task.model}, {size}, {work}; {task.threads} threads each, {len(rows[0].seconds)} rounds", ""]
-    wide = max(len(str(row.contender)) for row in rows)
-    lines.append(f"{'':{wide}}   seconds   times faster           load   first    memory   difference")
+    lines = [f"{task.model}, {size}, {workload}; {task.threads} threads each, {len(rows[0].seconds)} rounds", ""]
+    width = max(len(str(row.contender)) for row in rows)
+    lines.append(f"{'':{width}}   seconds   times faster           load   first    memory   difference")
     for row in rows:
-        title = f"{row.contender!s:{wide}}"
+        title = f"{row.contender!s:{width}}"
         if row.failure:
             lines.append(click.style(f"{title}   cannot run: {row.failure}", fg="red"))
             continue

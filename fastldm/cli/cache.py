@@ -49,15 +49,15 @@ def ls(as_json: bool, debug: bool) -> None:
     with reported(debug):
         from fastldm.export.cache import EngineCache
 
-        found = EngineCache()
-        entries = found.entries()
+        engines = EngineCache()
+        entries = engines.entries()
         if as_json:
             click.echo(json.dumps([_record(entry) for entry in entries], indent=1))
         elif not entries:
-            click.echo(f"no engines in {found.folder}")
+            click.echo(f"no engines in {engines.folder}")
         else:
             click.echo("\n".join(_line(entry) for entry in entries))
-            click.echo(f"{_size(sum(entry.bytes for entry in entries))} of {_size(found.limit)} in {found.folder}")
+            click.echo(f"{_size(sum(entry.bytes for entry in entries))} of {_size(engines.limit)} in {engines.folder}")
 
 
 @cache.command()
@@ -97,9 +97,9 @@ def _line(entry: Entry) -> str:
     age = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
     if entry.key is None:
         return f"{name}  {_size(entry.bytes):>10}  unreadable"
-    words = (entry.key.network, entry.key.precision, entry.key.machine, entry.key.ranges, entry.key.flags)
-    said = "  ".join(word for word in words if word)
-    return f"{name}  {_size(entry.bytes):>10}  {age}  {said}" + ("  (set aside)" if entry.aside else "")
+    fields = (entry.key.network, entry.key.precision, entry.key.machine, entry.key.ranges, entry.key.flags)
+    text = "  ".join(field for field in fields if field)
+    return f"{name}  {_size(entry.bytes):>10}  {age}  {text}" + ("  (set aside)" if entry.aside else "")
 
 
 def _record(entry: Entry) -> dict[str, Any]:

@@ -105,9 +105,9 @@ def export(
         spec = describe(model, **options)
         if to is not None:  # all that can be wrong is found before anything is traced
             tensorrt = need_tensorrt()
-            capabilities = [tensorrt.parse_capability(one) for one in arch]
+            capabilities = [tensorrt.parse_capability(name) for name in arch]
             tensorrt.picture_profiles(specs(spec.unet, spec.vae, spec.text, dtype=dtype, split=split), sizes)
-        made = writing.export(
+        bundle = writing.export(
             spec,
             out,
             source=writing.source_of(model),
@@ -118,12 +118,12 @@ def export(
             fused_ops=fused_ops,
             on_network=lambda network: click.echo(f"{network} ...", err=True),
         )
-        total = sum(known["bytes"] for known in made.manifest["files"].values())
-        click.echo(f"{out}: {', '.join(made.specs)}; {total / 2**20:.0f} MiB in {dtype}, as PyTorch computes them")
+        total = sum(entry["bytes"] for entry in bundle.manifest["files"].values())
+        click.echo(f"{out}: {', '.join(bundle.specs)}; {total / 2**20:.0f} MiB in {dtype}, as PyTorch computes them")
         if to is not None:
-            for record, seconds in tensorrt.build_ahead(made, capabilities=capabilities, sizes=sizes):
-                took = f"{seconds:.1f} s" if seconds else "is there"
-                click.echo(f"{out / 'engines' / record.file}: {took}, {record.bytes / 2**20:.1f} MiB")
+            for record, seconds in tensorrt.build_ahead(bundle, capabilities=capabilities, sizes=sizes):
+                text = f"{seconds:.1f} s" if seconds else "is there"
+                click.echo(f"{out / 'engines' / record.file}: {text}, {record.bytes / 2**20:.1f} MiB")
 
 
 @click.command()
@@ -159,30 +159,30 @@ def verify(out: Path, backend: str, device: str | None, dtype: str | None, model
         from fastldm.loading import spec as loading
         from fastldm.model import describe
 
-        place = loading.choose_device(device or ("cuda" if backend == "tensorrt" else "cpu"))
-        opened = Bundle.open(out)
-        manifest = opened.manifest
-        precision = networks.precision(opened, backend, place, dtype)
+        target_device = loading.choose_device(device or ("cuda" if backend == "tensorrt" else "cpu"))
+        bundle = Bundle.open(out)
+        manifest = bundle.manifest
+        precision = networks.precision(bundle, backend, target_device, dtype)
         click.echo(
             f"{manifest['model']} ({manifest['family']}), {manifest['dtype']}, opset {manifest['opset']}: "
             f"{len(manifest['files'])} files are as they were written"
         )
         try:
-            named = manifest["source"] if model is None else model
-            if named is None:
+            source = manifest["source"] if model is None else model
+            if source is None:
                 raise CheckpointError(f"{out} was made of a model in memory")
-            spec = describe(named, local_files_only=model is None, **({} if model else manifest["options"]))
+            spec = describe(source, local_files_only=model is None, **({} if model else manifest["options"]))
         except CheckpointError as error:
             if model is not None:
                 raise
             click.echo(f"{error}: compared with the goldens alone")
             spec = None
         problems = []
-        for check in verify(opened, backend, place, spec, precision):
+        for check in verify(bundle, backend, target_device, spec, precision):
             if check.difference is None:
                 problems.append(check.problem)
-            shown = "FAILED" if check.difference is None else f"{check.difference}  PSNR {check.difference.psnr:.0f} dB"
-            click.echo(f"{check.network:<15}{check.origin:<8}{check.sizes:<36}{shown}")
+            text = "FAILED" if check.difference is None else f"{check.difference}  PSNR {check.difference.psnr:.0f} dB"
+            click.echo(f"{check.network:<15}{check.origin:<8}{check.sizes:<36}{text}")
         if problems:
             raise BundleError(f"{len(problems)} of the above failed on {backend} in {precision}: {problems[0]}")
         click.echo(f"all are as close to PyTorch in float32 as {precision} is, on {backend}, which will run in it")
@@ -190,10 +190,12 @@ def verify(out: Path, backend: str, device: str | None, dtype: str | None, model
         from fastldm.export import auto
         from fastldm.profiling import backends
 
-        for one in ("torch", backend) if spec is not None and model is None else (backend,):
-            took = backends.measure(opened, one, place, dtype)
-            click.echo(f"{one} {took.precision}: {took.start_up:.2f} s to load, {took.picture:.2f} s a picture")
-        click.echo(f"--backend auto takes {auto.choose(opened, place)} here")
+        for name in ("torch", backend) if spec is not None and model is None else (backend,):
+            measured = backends.measure(bundle, name, target_device, dtype)
+            click.echo(
+                f"{name} {measured.precision}: {measured.start_up:.2f} s to load, {measured.picture:.2f} s a picture"
+            )
+        click.echo(f"--backend auto takes {auto.choose(bundle, target_device)} here")
 
 
 def need_tensorrt() -> Any:

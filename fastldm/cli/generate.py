@@ -87,7 +87,7 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
     from fastldm.request import Request, picture_seeds
 
     width, height = options["size"] or (None, None)
-    given = {
+    arguments = {
         "negative_prompt": options["negative"],
         "num_inference_steps": options["steps"],
         "guidance_scale": options["guidance"],
@@ -103,7 +103,7 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
         "num_images_per_prompt": count,
     }
     # All that can be wrong is found before the model is loaded: the request itself, then the place to write to.
-    request = Request(prompt=prompt, **{name: value for name, value in given.items() if value is not None})
+    request = Request(prompt=prompt, **{name: value for name, value in arguments.items() if value is not None})
     request = request.replace(seed=picture_seeds(request))
     seeds = picture_seeds(request)
 
@@ -116,8 +116,8 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
 
     from fastldm.pipeline import Pipeline
 
-    where = {name: options[name] for name in ("device", "dtype", "backend", "variant")}
-    pipe = Pipeline.from_pretrained(model, **where)
+    placement = {name: options[name] for name in ("device", "dtype", "backend", "variant")}
+    pipe = Pipeline.from_pretrained(model, **placement)
     if options["decode"] != "whole":
         (pipe.enable_vae_tiling if options["decode"] == "tiled" else pipe.enable_vae_slicing)()
     if model == "default":
@@ -152,9 +152,9 @@ def _name_nearest(pipe: Pipeline, prompt: str) -> None:
     from fastldm.cli import things
 
     if prompt.strip() and not things.knows_a_word(prompt):
-        near = ", ".join(repr(name) for name in things.nearest(pipe, prompt))
+        suggestions = ", ".join(repr(name) for name in things.nearest(pipe, prompt))
         click.echo(
-            f"warning: the prompt names nothing that the default model knows; what it knows nearest to it: {near} "
-            "(all: fastldm generate --list)",
+            "warning: the prompt names nothing that the default model knows; what it knows nearest to it: "
+            f"{suggestions} (all: fastldm generate --list)",
             err=True,
         )

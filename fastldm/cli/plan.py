@@ -63,74 +63,75 @@ def plan(
         check_numbers(size, batch, steps)
         if arch is not None and device is not None:
             raise InputError("give --arch for a GPU that need not be here, or --device for one that is, not both")
-        place = torch.device("cuda")
+        target_device = torch.device("cuda")
         if arch is None:
-            place = loading.choose_device(choose_device(backend, device))
-        target = parse_arch(arch) if arch is not None else 0
-        if arch is None and place.type == "cuda":
-            target = device_capability(place.index or 0)
+            target_device = loading.choose_device(choose_device(backend, device))
+        capability = parse_arch(arch) if arch is not None else 0
+        if arch is None and target_device.type == "cuda":
+            capability = device_capability(target_device.index or 0)
         spec = describe(model)
         width, height = size or spec.default_size
-        runs = choose(backend, model, place, dtype)
-        given: dict[str, Any] = {} if steps is None else {"steps": steps}
-        if runs == "torch":
-            given["dtype"] = loading.choose_dtype(dtype, place)
+        selected = choose(backend, model, target_device, dtype)
+        options: dict[str, Any] = {} if steps is None else {"steps": steps}
+        if selected == "torch":
+            options["dtype"] = loading.choose_dtype(dtype, target_device)
         else:
             sizes.check_size(latents(model), spec.vae.factor, width, height)
-            given["backend"] = runs
-            given["dtype"], given["precision"] = precisions(model, runs, place, dtype)
-        made = memory.plan(
+            options["backend"] = selected
+            options["dtype"], options["precision"] = precisions(model, selected, target_device, dtype)
+        memory_plan = memory.plan(
             memory.Workload.of_spec(
                 spec,
                 width=width,
                 height=height,
                 batch=batch,
-                arch=target,
+                arch=capability,
                 decode=decode,
                 encode=init_image,
-                **given,
+                **options,
             )
         )
-        free = memory.free_bytes(place) if arch is None else None
+        free = memory.free_bytes(target_device) if arch is None else None
         if as_json:
-            fits = None if free is None else {"fits": made.fits(free), "free": free}
-            ways = [] if free is None or made.fits(free) else [one.to_dict() for one in made.remedies(free)]
-            click.echo(json.dumps({"model": model, **made.to_dict(), "here": fits, "would_fit": ways}, indent=2))
+            fits = None if free is None else {"fits": memory_plan.fits(free), "free": free}
+            remedies = () if free is None or memory_plan.fits(free) else memory_plan.remedies(free)
+            record = {"model": model, **memory_plan.to_dict(), "here": fits}
+            click.echo(json.dumps({**record, "would_fit": [remedy.to_dict() for remedy in remedies]}, indent=2))
         else:
-            click.echo(_plan_table(made, free))
+            click.echo(_plan_table(memory_plan, free))
 
 
-def _plan_table(made: MemoryPlan, free: int | None) -> str:
+def _plan_table(plan: MemoryPlan, free: int | None) -> str:
     """A plan for a person; what takes less than 50 KiB in one line."""
     from fastldm.planning.memory import size
 
-    asked, factor = made.workload, made.workload.vae.factor
+    workload, factor = plan.workload, plan.workload.vae.factor
     rows: list[tuple[str, int, str]] = []
-    for title, lines in (("weights", made.weights), ("buffers", made.buffers), ("libraries", made.libraries)):
-        if not (whole := sum(line.bytes for line in lines)):
+    for title, lines in (("weights", plan.weights), ("buffers", plan.buffers), ("libraries", plan.libraries)):
+        if not (total := sum(line.bytes for line in lines)):
             continue
         small = [line for line in lines if line.bytes < 50 * 1024]
-        rows.append((title, whole, ""))
+        rows.append((title, total, ""))
         rows += [(f"  {line.name}", line.bytes, line.note) for line in lines if line not in small]
         if small:
             rows.append(("  others", sum(line.bytes for line in small), ", ".join(line.name for line in small)))
-    rows.append(("all the time", made.resident, ""))
-    rows += [(f"  and in {line.name}", line.bytes, line.note) for line in made.phases]
-    largest = max(made.phases, key=lambda line: line.bytes)
-    rows += [("needed", made.needed, f"all the time, and in {largest.name}"), made.cached, ("peak", made.peak, "")]
-    wide = max(len(name) for name, _, _ in rows)
-    device = f"sm_{asked.arch}" if asked.arch else "a CPU"
-    dtype = str(asked.precision or asked.dtype).removeprefix("torch.")
-    said = [
-        f"{asked.batch} x {asked.width * factor}x{asked.height * factor}{', guided' * asked.guided}, "
-        f"{asked.steps} steps, {asked.backend} {dtype} on {device}, {asked.decode} decode",
+    rows.append(("all the time", plan.resident, ""))
+    rows += [(f"  and in {line.name}", line.bytes, line.note) for line in plan.phases]
+    largest = max(plan.phases, key=lambda line: line.bytes)
+    rows += [("needed", plan.needed, f"all the time, and in {largest.name}"), plan.cached, ("peak", plan.peak, "")]
+    width = max(len(name) for name, _, _ in rows)
+    device = f"sm_{workload.arch}" if workload.arch else "a CPU"
+    dtype = str(workload.precision or workload.dtype).removeprefix("torch.")
+    output = [
+        f"{workload.batch} x {workload.width * factor}x{workload.height * factor}{', guided' * workload.guided}, "
+        f"{workload.steps} steps, {workload.backend} {dtype} on {device}, {workload.decode} decode",
         "",
-        *(f"{name:<{wide}}  {size(count):>10}  {note}".rstrip() for name, count, note in rows),
+        *(f"{name:<{width}}  {size(count):>10}  {note}".rstrip() for name, count, note in rows),
     ]
     if free is None:
-        return "\n".join(said)
-    if not made.fits(free):
-        fits = f"does not fit: {size(free)} are free; what would: {made.advice(free)}"
+        return "\n".join(output)
+    if not plan.fits(free):
+        fits = f"does not fit: {size(free)} are free; what would: {plan.advice(free)}"
     else:
-        fits = f"fits: {size(free)} are free" + (", if PyTorch gives back what it caches" if made.peak > free else "")
-    return "\n".join([*said, "", fits])
+        fits = f"fits: {size(free)} are free" + (", if PyTorch gives back what it caches" if plan.peak > free else "")
+    return "\n".join([*output, "", fits])

@@ -56,7 +56,7 @@ def profile(
     """
     with reported(debug):
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler tells its own beginning and end otherwise
-        began = perf_counter()
+        start = perf_counter()
         from fastldm.files import check_output, whole_file
 
         check_numbers(size, batch, options["steps"])
@@ -70,12 +70,12 @@ def profile(
         from fastldm.profiling import report as profile_report
         from fastldm.profiling.profile import profile as measure
 
-        imported = perf_counter()
-        chosen = {} if options["backend"] == "auto" else {"backend": options["backend"]}
-        pipe = Pipeline.from_pretrained(model, device=options["device"], dtype=options["dtype"], **chosen)
-        first = {"import": imported - began, "load": perf_counter() - imported}
+        after_imports = perf_counter()
+        selected = {} if options["backend"] == "auto" else {"backend": options["backend"]}
+        pipe = Pipeline.from_pretrained(model, device=options["device"], dtype=options["dtype"], **selected)
+        first = {"import": after_imports - start, "load": perf_counter() - after_imports}
         width, height = size or (None, None)
-        asked = {
+        arguments = {
             "num_inference_steps": options["steps"],
             "guidance_scale": options["guidance"],
             "sampler": options["sampler"],
@@ -83,15 +83,15 @@ def profile(
             "width": width,
             "height": height,
         }
-        given = {name: value for name, value in asked.items() if value is not None}
-        made = measure(pipe, prompt, rounds=rounds, first=first, **given)
+        request = {name: value for name, value in arguments.items() if value is not None}
+        result = measure(pipe, prompt, rounds=rounds, first=first, **request)
 
         contents: dict[str, Callable[[], str]] = {
-            "json": lambda: json.dumps(made.to_dict(), indent=1),
-            "html": lambda: profile_page.page(made),
-            "trace": lambda: json.dumps(profile_report.trace(made)),
+            "json": lambda: json.dumps(result.to_dict(), indent=1),
+            "html": lambda: profile_page.page(result),
+            "trace": lambda: json.dumps(profile_report.trace(result)),
         }
         for name, path in files.items():
             with whole_file(path) as file:
                 file.write(f"{contents[name]()}\n".encode())
-        click.echo(contents["json"]() if json_to == "-" else profile_report.table(made))
+        click.echo(contents["json"]() if json_to == "-" else profile_report.table(result))

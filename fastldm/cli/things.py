@@ -31,7 +31,7 @@ class Thing(NamedTuple):
 def things() -> tuple[Thing, ...]:
     """All that the model was trained on, the most common names first."""
     listed = json.loads((DEFAULT_MODEL / "concepts.json").read_text(encoding="utf-8"))
-    return tuple(Thing(tuple(one["names"]), tuple(one["tags"]), one["group"]) for one in listed)
+    return tuple(Thing(tuple(entry["names"]), tuple(entry["tags"]), entry["group"]) for entry in listed)
 
 
 def listing(group: str = "", width: int = 100) -> str:
@@ -39,13 +39,13 @@ def listing(group: str = "", width: int = 100) -> str:
     groups: dict[str, list[str]] = {}
     for thing in things():
         groups.setdefault(thing.group, []).append(thing.names[0])
-    found = [name for name in sorted(groups) if group.strip().lower() in name.lower()]
-    if not found:
+    matches = [name for name in sorted(groups) if group.strip().lower() in name.lower()]
+    if not matches:
         raise InputError(f"--list {group!r} is no group of things: expected a part of {', '.join(sorted(groups))}")
     return "\n\n".join(
         f"{name} ({len(groups[name])})\n"
         + textwrap.fill(", ".join(sorted(groups[name])), width, break_on_hyphens=False)
-        for name in found
+        for name in matches
     )
 
 
@@ -53,15 +53,15 @@ def knows_a_word(prompt: str) -> bool:
     """Whether a prompt has a name in it, the last word of one, or a tag, in the singular or the plural."""
     words = [_stem(word) for word in re.findall(r"\w+", prompt.lower())]
     text = f" {' '.join(words)} "
-    return any(f" {known} " in text for known in _known())
+    return any(f" {known_text} " in text for known_text in _known_texts())
 
 
 @lru_cache
-def _known() -> frozenset[str]:
+def _known_texts() -> frozenset[str]:
     texts = {text for thing in things() for text in (*thing.names, *thing.tags, *(n.split()[-1] for n in thing.names))}
-    known = (" ".join(_stem(word) for word in re.findall(r"\w+", text.lower())) for text in texts)
-    nothing = {"", *_NO_THING.split(), *"0123456789"}
-    return frozenset(text for text in known if not nothing.issuperset(text.split()))
+    normalized = (" ".join(_stem(word) for word in re.findall(r"\w+", text.lower())) for text in texts)
+    ignored = {"", *_NO_THING.split(), *"0123456789"}
+    return frozenset(text for text in normalized if not ignored.issuperset(text.split()))
 
 
 def _stem(word: str) -> str:
@@ -81,8 +81,8 @@ def nearest(pipe: Pipeline, prompt: str, count: int = 3) -> list[str]:
 
     names = [thing.names[0] for thing in things()]
     texts = [f"a {name}" for name in names]
-    known = encode_prompts(pipe.text_stages, texts, literal=True).hidden[:, -1].float()  # (N, D)
-    asked = encode_prompts(pipe.text_stages, prompt, literal=True).hidden[:, -1].float()  # (1, D)
-    mean = known.mean(0)
-    alike = torch.cosine_similarity(known - mean, asked - mean, dim=1)  # (N,)
+    embeddings = encode_prompts(pipe.text_stages, texts, literal=True).hidden[:, -1].float()  # (N, D)
+    embedding = encode_prompts(pipe.text_stages, prompt, literal=True).hidden[:, -1].float()  # (1, D)
+    mean = embeddings.mean(0)
+    alike = torch.cosine_similarity(embeddings - mean, embedding - mean, dim=1)  # (N,)
     return [names[k] for k in alike.topk(count).indices.tolist()]

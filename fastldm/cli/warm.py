@@ -60,7 +60,7 @@ def warm(
         for one in arch:
             with tqdm(desc=one, bar_format="{desc}: {elapsed} {postfix}", disable=not sys.stderr.isatty()) as bar:
                 sizes = size or [spec.default_size]
-                made = warm.warm(
+                count = warm.warm(
                     spec, one, sizes=sizes, batches=batch, dtype=getattr(torch, dtype), on_kernel=bar.set_postfix_str
                 )
-            click.echo(f"{one}: {made} kernels in {warm.cache_folder()}")
+            click.echo(f"{one}: {count} kernels in {warm.cache_folder()}")

@@ -21,14 +21,14 @@ Trace = tuple[tuple[int, int], ...]  # in order: (storage, its bytes) where one 
 MIB = 2**20
 
 
-def record(work: Callable[[], object]) -> Trace:
+def record(function: Callable[[], object]) -> Trace:
     """The storages that ops of `work` make, as they come and go. It runs on the meta device.
 
     What an op takes and gives back within itself is not seen: libraries' workspaces, and some scratch of ATen's.
     """
     watch = _Watch()
     with watch, _FusedAttention():
-        work()
+        function()
     return tuple(watch.trace)
 
 
@@ -44,8 +44,8 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        several = out if isinstance(out, (tuple, list)) else (out,)
-        for tensor, returned in zip(several, func._schema.returns, strict=False):
+        tensors = out if isinstance(out, (tuple, list)) else (out,)
+        for tensor, returned in zip(tensors, func._schema.returns, strict=False):
             if isinstance(tensor, Tensor) and returned.alias_info is None:  # no view, and not written in place
                 self._came(tensor.untyped_storage())
         return out
@@ -98,14 +98,14 @@ class Heap:
     def hold(self, sizes: Iterable[int]) -> int:
         """Takes these for good. Their bytes, rounded as the allocator does."""
         before = self.live
-        for some in sizes:
-            if some:
-                self.take(object(), some)
+        for size in sizes:
+            if size:
+                self.take(object(), size)
         return self.live - before
 
     def run(self, trace: Trace) -> int:
         """All of a trace; what is alive at its end goes too. The most bytes that were alive in it, of its own."""
-        before, self.peak, whole = self.live, self.live, self.peak
+        before, self.peak, peak_before = self.live, self.live, self.peak
         names: dict[int, object] = {}
         for name, size in trace:
             if size < 0:
@@ -113,9 +113,9 @@ class Heap:
             else:
                 names[name] = object()
                 self.take(names[name], size)
-        for left in names.values():
-            self.give(left)
-        most, self.peak = self.peak - before, max(whole, self.peak)
+        for remaining in names.values():
+            self.give(remaining)
+        most, self.peak = self.peak - before, max(peak_before, self.peak)
         return most
 
 

@@ -47,8 +47,8 @@ def examine(model: str = "default", arch: str | None = None) -> dict[str, Any]:
     device = choose_device(None)
     dtype = choose_dtype(None, device) if arch is None else torch.float16
     extras = {
-        name: {"brings": brings, "missing": [d for d in parts if version_of(d) is None]}
-        for name, (brings, parts) in EXTRAS.items()
+        name: {"brings": brings, "missing": [d for d in distributions if version_of(d) is None]}
+        for name, (brings, distributions) in EXTRAS.items()
     }
     problems = []
     if version_of("onnxruntime") and version_of("onnxruntime-gpu"):
@@ -104,24 +104,24 @@ def op_paths(spec: Spec, dtype: torch.dtype, arch: str | None) -> dict[str, Any]
         reasons = calls["triton" if verdict else "torch"].setdefault(op.name, Counter())
         reasons[verdict.why] += 1
 
-    place = {"height": spec.default_size[1] // spec.vae.factor, "width": spec.default_size[0] // spec.vae.factor}
+    latents = {"height": spec.default_size[1] // spec.vae.factor, "width": spec.default_size[0] // spec.vae.factor}
     with dispatch.targeting(on_gpu), dispatch.observe(watch):
         dry.run_text(spec.text, batch=1, dtype=dtype)
-        dry.run_unet(spec.unet, rows=2, tokens=spec.text[0].max_position, dtype=dtype, **place)
-        dry.run_decoder(spec.vae, batch=1, dtype=dtype, **place)
+        dry.run_unet(spec.unet, rows=2, tokens=spec.text[0].max_position, dtype=dtype, **latents)
+        dry.run_decoder(spec.vae, batch=1, dtype=dtype, **latents)
     return calls
 
 
 def _op_lines(ops: dict[str, Any]) -> Iterator[str]:
     if not ops["triton"]:
-        reasons = {why for found in ops["torch"].values() for why in found}
+        reasons = {reason for calls in ops["torch"].values() for reason in calls}
         yield f"all run PyTorch's own kernels: {'; '.join(sorted(reasons))}"
         return
     for name, reasons in sorted(ops["triton"].items()):
         yield f"{name:<16} triton  {sum(reasons.values())} calls"
     for name, reasons in sorted(ops["torch"].items()):
-        for why, count in sorted(reasons.items()):
-            yield f"{name:<16} torch   {count} calls: {why}"
+        for reason, count in sorted(reasons.items()):
+            yield f"{name:<16} torch   {count} calls: {reason}"
 
 
 def render(report: dict[str, Any]) -> str:

@@ -84,8 +84,8 @@ def cross_kv(config: UNetConfig, *, rows: int, tokens: int, dtype: torch.dtype) 
 def step(config: UNetConfig, *, height: int, width: int, rows: int, tokens: int, dtype: torch.dtype) -> Work:
     """One step of `rows` U-Net rows: on a GPU all that its graph has, on a CPU the network."""
     unet: UNet = network(config, dtype)  # type: ignore[assignment]
-    place = {"height": height, "width": width, "tokens": tokens, "dtype": dtype, "device": "meta"}
-    buffers = StaticBuffers.empty(config, slots=rows, rows=rows, steps=1, **place)  # type: ignore[arg-type]
+    shape = {"height": height, "width": width, "tokens": tokens, "dtype": dtype, "device": "meta"}
+    buffers = StaticBuffers.empty(config, slots=rows, rows=rows, steps=1, **shape)  # type: ignore[arg-type]
     if device_type(buffers.temb) != "cpu":
         return torch.no_grad()(functools.partial(Slots(unet, buffers).body, rows, rescales=True))
     inputs = buffers.step.u, buffers.temb[:rows, 0], tuple(text[:rows] for text in buffers.text)
@@ -114,14 +114,14 @@ def _first_tiles(vae: AutoencoderKL | TinyAutoencoder, z: Tensor) -> Tensor:
     picture's first, while the others are there, and its end."""
     config = vae.config
     shape = (config.out_channels, z.shape[2] * config.factor, z.shape[3] * config.factor)
-    others = z.new_empty((z.shape[0] - 1, *shape))
+    rest = z.new_empty((z.shape[0] - 1, *shape))
     layers = len(vae.low()) + 3 * len(vae.high())  # statistics, then two tiles
     pieces = decode_pieces(vae, z[:1], "tiled")
     for _ in range(layers):
         next(pieces)
     pieces.close()
     last = z.new_empty((1, *shape), dtype=torch.float32).to(z.dtype)
-    return torch.cat([others, last])
+    return torch.cat([rest, last])
 
 
 def encode(config: VAEConfig | TinyVAEConfig, *, height: int, width: int, batch: int, dtype: torch.dtype) -> Work:
@@ -136,7 +136,7 @@ def text(configs: Sequence[TextConfig], *, batch: int, dtype: torch.dtype) -> Wo
     """One window of text for each of `batch` prompts, through all encoders."""
     encoders = [network(config, dtype) for config in configs]
     ids = [torch.empty(batch, config.max_position, dtype=torch.long, device="meta") for config in configs]
-    return torch.no_grad()(lambda: [encoder(one) for encoder, one in zip(encoders, ids, strict=True)])
+    return torch.no_grad()(lambda: [encoder(tokens) for encoder, tokens in zip(encoders, ids, strict=True)])
 
 
 # ------------------------------------------------------------------------------------------------ run, to be watched
@@ -169,26 +169,26 @@ def run_text(configs: Sequence[TextConfig], *, batch: int, dtype: torch.dtype) -
 def count(make: Callable[[], Work]) -> dict[str, Cost]:
     """What the ops of a work have to do on a CPU, by name; those that an op is made of are its own. Under "enlarging":
     what everybody counts more, who convolves the enlarged picture."""
-    found: dict[str, Cost] = {}
-    inside: list[str] = []
+    costs: dict[str, Cost] = {}
+    parents: list[str] = []
 
     def add(name: str, flop: int, moved: int) -> None:
-        before = found.get(name, Cost(0, 0))
-        found[name] = Cost(before.flop + flop, before.bytes + moved)
+        before = costs.get(name, Cost(0, 0))
+        costs[name] = Cost(before.flop + flop, before.bytes + moved)
 
     def watch(op: Op[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
-        if not inside:
+        if not parents:
             cost = op.cost(*args, **kwargs)
             add(op.name, cost.flop, cost.bytes)
             if op.name == "upsample_conv2d":
                 x, weight, _, height, width = args[:5]
                 add("enlarging", 2 * x.shape[0] * height * width * weight.numel() - cost.flop, 0)
-        inside.append(op.name)
-        return inside.clear if len(inside) == 1 else lambda: None
+        parents.append(op.name)
+        return parents.clear if len(parents) == 1 else lambda: None
 
     with targeting(Target(0)), observe(watch):
         make()()
-    return found
+    return costs
 
 
 def total(make: Callable[[], Work]) -> Cost:

@@ -31,37 +31,37 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     source = torch.arange(size // 4, device=device, dtype=torch.int32)  # not zeros, which some chips move faster
     target = torch.empty_like(source)
-    works: list[Callable[[], object]] = [lambda: F.linear(a, b), lambda: target.copy_(source)]
+    functions: list[Callable[[], object]] = [lambda: F.linear(a, b), lambda: target.copy_(source)]
     if gpu:
-        graphs = [capture([work]) for work in works]
+        graphs = [capture([function]) for function in functions]
         product, copy = (min(replay(graph) for _ in range(5)) / 1e6 for graph in graphs)
     else:
-        product, copy = (_least(work) for work in works)
+        product, copy = (_least(function) for function in functions)
     return Ceilings(2 * side**3 / product, 2 * size / copy)
 
 
-def _least(work: Callable[[], object]) -> float:
+def _least(function: Callable[[], object]) -> float:
     """Seconds of the fastest of some runs: whatever else a machine does only adds to them."""
     times = []
     for _ in range(8):
-        began = perf_counter()
-        work()
-        times.append(perf_counter() - began)
+        start = perf_counter()
+        function()
+        times.append(perf_counter() - start)
     return min(times)
 
 
-def capture(runs: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     """One CUDA graph of these calls, so that no launch overhead is timed. Each is run twice before."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(2):
-            for run in runs:
-                run()
+            for call in calls:
+                call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        for run in runs:
-            run()
+        for call in calls:
+            call()
     return graph
 
 
@@ -90,9 +90,9 @@ def take_turns(
     """
     timed: dict[str, Callable[[], float]] = {}
     failed: dict[str, str] = {}
-    for name, runs in contenders.items():
+    for name, calls in contenders.items():
         try:
-            timed[name] = _timed(runs, seconds)
+            timed[name] = _timed(calls, seconds)
         except Exception as error:  # an alternative that does not take these arguments is no failure of the benchmark
             failed[name] = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
             if torch.cuda.is_available():
@@ -101,21 +101,21 @@ def take_turns(
     for _ in range(rounds):
         for name, once in timed.items():
             times[name].append(once() / len(contenders[name]))
-    middle = {name: median(samples) for name, samples in times.items()}
-    return middle, {name: (max(samples) - min(samples)) / middle[name] for name, samples in times.items()}, failed
+    medians = {name: median(samples) for name, samples in times.items()}
+    return medians, {name: (max(samples) - min(samples)) / medians[name] for name, samples in times.items()}, failed
 
 
-def _timed(runs: Sequence[Callable[[], object]], seconds: float) -> Callable[[], float]:
+def _timed(calls: Sequence[Callable[[], object]], seconds: float) -> Callable[[], float]:
     """What takes the calls once more, after they have run, and says for how many microseconds."""
     if torch.cuda.is_available():
-        graph = capture(runs)
+        graph = capture(calls)
         return lambda: replay(graph, seconds)
 
     def once() -> float:
-        began = perf_counter()
-        for run in runs:
-            run()
-        return 1e6 * (perf_counter() - began)
+        start = perf_counter()
+        for call in calls:
+            call()
+        return 1e6 * (perf_counter() - start)
 
     once()
     return once

@@ -34,18 +34,18 @@ def check_gpu() -> None:
 
 def shapes_of(spec: Spec, *, width: int, height: int, batch: int, dtype: torch.dtype) -> Shapes:
     """One call, on meta tensors, of each op and shape class that a request runs through a tunable kernel."""
-    found: Shapes = {}
+    shapes: Shapes = {}
 
     def watch(op: dispatch.Op[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if op.space and op.supports(*args, **kwargs):
-            found.setdefault((op.name, op.shape_class(*args, **kwargs)), (args, kwargs))
+            shapes.setdefault((op.name, op.shape_class(*args, **kwargs)), (args, kwargs))
 
     h, w = height // spec.vae.factor, width // spec.vae.factor
     with dispatch.targeting(dispatch.Target(90)), dispatch.observe(watch):
         dry.run_text(spec.text, batch=1, dtype=dtype)
         dry.run_unet(spec.unet, height=h, width=w, rows=2 * batch, tokens=spec.text[0].max_position, dtype=dtype)
         dry.run_decoder(spec.vae, height=h, width=w, batch=batch, dtype=dtype)
-    return found
+    return shapes
 
 
 def tune(
@@ -97,17 +97,17 @@ def best_of(
     args, kwargs = op.example(args, kwargs, device)
     # A call that moves a counter would come to its end, and then be timed doing nothing: all are set back each time.
     named = op.named(*args, **kwargs)
-    moved = [named[name] for name in op.mutates if name in named and not named[name].is_floating_point()]
-    kept = [x.clone() for x in moved]
+    counters = [named[name] for name in op.mutates if name in named and not named[name].is_floating_point()]
+    saved = [x.clone() for x in counters]
 
-    def run(function: Callable[..., object], config: dispatch.Config | None = None) -> None:
+    def call(function: Callable[..., object], config: dispatch.Config | None = None) -> None:
         with dispatch.forced(op.name, config) if config is not None else nullcontext():
             function(*args, **kwargs)
-        for x, before in zip(moved, kept, strict=True):
+        for x, before in zip(counters, saved, strict=True):
             x.copy_(before)
 
-    contenders = {str(i): [partial(run, op.triton, config)] for i, config in enumerate(configs)}
-    us, _, _ = take_turns({"torch": [partial(run, op.reference)], **contenders}, rounds, seconds)
+    contenders = {str(i): [partial(call, op.triton, config)] for i, config in enumerate(configs)}
+    us, _, _ = take_turns({"torch": [partial(call, op.reference)], **contenders}, rounds, seconds)
     torch_us = us.pop("torch", None)
     if not us:
         return None  # the reference goes on

@@ -72,5 +72,5 @@ def warm(
 
 def cache_folder() -> Path:
     """Where Triton keeps what it compiled."""
-    chosen = os.environ.get("TRITON_CACHE_DIR")
-    return Path(chosen) if chosen else Path(os.environ.get("TRITON_HOME", Path.home())) / ".triton" / "cache"
+    selected = os.environ.get("TRITON_CACHE_DIR")
+    return Path(selected) if selected else Path(os.environ.get("TRITON_HOME", Path.home())) / ".triton" / "cache"

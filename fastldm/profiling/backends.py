@@ -24,16 +24,16 @@ def measure(bundle: Bundle, backend: str, device: torch.device, dtype: str | tor
         return Pipeline.from_pretrained(bundle.folder, backend=backend, device=device, dtype=dtype)
 
     load()  # fills the caches that the next is measured with
-    began = perf_counter()
+    start = perf_counter()
     pipe = load()
-    start_up = perf_counter() - began
-    asked: dict[str, Any] = {"prompt": "a photograph", "num_inference_steps": 2, "seed": 0, "output_type": "pt"}
+    start_up = perf_counter() - start
+    arguments: dict[str, Any] = {"prompt": "a photograph", "num_inference_steps": 2, "seed": 0, "output_type": "pt"}
     if pipe.unet.config.in_channels > pipe.latent_channels:  # made for inpainting
         grey = np.full((64, 64, 3), 0.5, dtype=np.float32)
-        asked |= {"image": grey, "mask_image": grey[..., 0], "strength": 1.0}
+        arguments |= {"image": grey, "mask_image": grey[..., 0], "strength": 1.0}
     for _ in range(2):
-        timings = pipe(**asked).timings
+        timings = pipe(**arguments).timings
     steps = pipe.family.num_inference_steps * median(timings.steps)
-    found = Measured(start_up, timings.text + steps + timings.decode, pipe.precision)
-    auto.remember(bundle, device, {**auto.read(bundle, device), backend: found})
-    return found
+    measured = Measured(start_up, timings.text + steps + timings.decode, pipe.precision)
+    auto.remember(bundle, device, {**auto.read(bundle, device), backend: measured})
+    return measured

@@ -101,16 +101,16 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it, without this machine's paths."""
         bundle = self.contender.bundle and Path(self.contender.bundle).name
-        about = {**asdict(self.contender), "bundle": bundle, "title": str(self.contender)}
-        del about["python"]
-        row = {**asdict(self), "contender": about}
+        contender = {**asdict(self.contender), "bundle": bundle, "title": str(self.contender)}
+        del contender["python"]
+        row = {**asdict(self), "contender": contender}
         return row if self.failure else {**row, "median": self.median, "ratio": self.ratio, "spread": self.spread}
 
 
 # Relative errors of a step, absolute ones of a picture in 0..1: float32 sums in another order. What bfloat16 may do to
 # a picture depends on steps and prompt; a wrong picture is half of all levels off, or more.
 TOLERANCES = {("step", "float32"): 1e-3, ("picture", "float32"): 2 / 255}
-HALF = {"step": 0.1, "picture": 0.35}
+BFLOAT16_TOLERANCES = {"step": 0.1, "picture": 0.35}
 
 
 def compare(
@@ -120,22 +120,22 @@ def compare(
 
     on_event: told what happens, in words. Raises EngineError where the first contender cannot run.
     """
-    first, *others = contenders
+    first, *remaining = contenders
     rows: dict[Contender, Row] = {}
     free = memory.free_bytes(torch.device("cpu"))
     while True:
         with ExitStack() as stack:
-            count = _side_by_side(task, [first, *others], free)
-            begun, others = [first, *others[: count - 1]], others[count - 1 :]
-            group = [stack.enter_context(_running(task, one, on_event)) for one in begun]
+            count = _side_by_side(task, [first, *remaining], free)
+            started, remaining = [first, *remaining[: count - 1]], remaining[count - 1 :]
+            group = [stack.enter_context(_running(task, contender, on_event)) for contender in started]
             for process in group:
                 process.wait(alone=count == 1)
             for process in group:
                 process.warm_up()
             base = group[0]
             _check(base)
-            while others and (len(group) == 1 or _has_room(free, group)):
-                group.append(stack.enter_context(_running(task, others.pop(0), on_event)))
+            while remaining and (len(group) == 1 or _has_room(free, group)):
+                group.append(stack.enter_context(_running(task, remaining.pop(0), on_event)))
                 group[-1].wait()
                 group[-1].warm_up()
             for turn in range(rounds):
@@ -143,19 +143,19 @@ def compare(
                     process.run()
                     _check(base)
                 on_event(f"round {turn + 1} of {rounds}")
-            wanted = base.output()
+            expected = base.output()
             for process in group:
-                rows.setdefault(process.contender, process.row(base, wanted, task))
-        if not others:
-            return [rows[one] for one in contenders]
+                rows.setdefault(process.contender, process.row(base, expected, task))
+        if not remaining:
+            return [rows[contender] for contender in contenders]
 
 
 def _side_by_side(task: Task, contenders: Sequence[Contender], free: int | None) -> int:
     """How many of these load at once, one at least."""
     if task.model != RANDOM:
         return 1
-    together = accumulate(_random_bytes(one) for one in contenders)
-    return max(1, sum(free is None or needed <= free for needed in together))
+    totals = accumulate(_random_bytes(contender) for contender in contenders)
+    return max(1, sum(free is None or needed <= free for needed in totals))
 
 
 def _random_bytes(contender: Contender) -> int:
@@ -185,13 +185,13 @@ class _Process:
         self.seconds: list[float] = []
         self.load: float | None = 0.0
         self.first, self.peak, self.failure = 0.0, 0, ""
-        given = json.dumps({"task": asdict(task), "contender": asdict(contender)})
+        arguments = json.dumps({"task": asdict(task), "contender": asdict(contender)})
         root = str(CHECKOUT)
         environment = {**os.environ, "OMP_NUM_THREADS": str(task.threads)}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         self._errors = (folder / "stderr").open("w+")
         self._process = subprocess.Popen(
-            [contender.python or sys.executable, "-m", "fastldm.profiling.contender", given],
+            [contender.python or sys.executable, "-m", "fastldm.profiling.contender", arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -218,9 +218,9 @@ class _Process:
         if self.failure:
             return
         with self._failing():
-            said = self._ask("run")
-            self.seconds.append(said["seconds"])
-            self.peak = said["peak"]
+            reply = self._ask("run")
+            self.seconds.append(reply["seconds"])
+            self.peak = reply["peak"]
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
@@ -234,18 +234,18 @@ class _Process:
         self._ask(f"save {path}")
         return np.load(path)
 
-    def row(self, base: _Process, wanted: np.ndarray, task: Task) -> Row:
+    def row(self, base: _Process, expected: np.ndarray, task: Task) -> Row:
         if self.failure:
             return Row(self.contender, (), (), 0, 0, 0, None, True, self.failure)
-        got = self.output()
-        scale = float(np.abs(wanted).max()) if task.what == "step" else 1.0
-        same = got.shape == wanted.shape and bool(np.isfinite(got).all())
-        difference = float(np.abs(got - wanted).max()) / scale if same else None
-        allowed = TOLERANCES.get((task.what, self.contender.dtype), HALF[task.what])
+        output = self.output()
+        scale = float(np.abs(expected).max()) if task.what == "step" else 1.0
+        comparable = output.shape == expected.shape and bool(np.isfinite(output).all())
+        difference = float(np.abs(output - expected).max()) / scale if comparable else None
+        allowed = TOLERANCES.get((task.what, self.contender.dtype), BFLOAT16_TOLERANCES[task.what])
         return Row(
             self.contender,
             tuple(self.seconds),
-            tuple(theirs / mine for theirs, mine in zip(base.seconds, self.seconds, strict=True)),
+            tuple(theirs / ours for theirs, ours in zip(base.seconds, self.seconds, strict=True)),
             self.load,
             self.first,
             self.peak,
@@ -253,10 +253,10 @@ class _Process:
             difference is None or difference > allowed,
         )
 
-    def _ask(self, what: str) -> dict[str, Any]:
+    def _ask(self, command: str) -> dict[str, Any]:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended: what follows says why
-            self._process.stdin.write(f"{what}\n")
+            self._process.stdin.write(f"{command}\n")
             self._process.stdin.flush()
         return self._heard()
 
@@ -270,8 +270,8 @@ class _Process:
         if status < 0:
             raise EngineError(f"it was killed by signal {-status}: was there too little memory?")
         self._errors.seek(0)
-        said = self._errors.read().strip().splitlines() or [f"exit status {status}"]
-        raise EngineError(said[-1])
+        message = self._errors.read().strip().splitlines() or [f"exit status {status}"]
+        raise EngineError(message[-1])
 
     def close(self) -> None:
         self._process.kill()
@@ -311,21 +311,22 @@ def contenders(
     """
     from fastldm.export.bundle import Bundle
 
-    opened = {str(path): Bundle.read(path).manifest for path in (Path(one).expanduser().absolute() for one in bundles)}
-    plain = {"split": False, "dtype": "float32", "fused_ops": False}
-    whole = next((one for one, manifest in opened.items() if plain.items() <= manifest.items()), None)
-    found = []
+    folders = [Path(bundle).expanduser().absolute() for bundle in bundles]
+    manifests = {str(folder): Bundle.read(folder).manifest for folder in folders}
+    requirements = {"split": False, "dtype": "float32", "fused_ops": False}
+    unsplit = next((path for path, manifest in manifests.items() if requirements.items() <= manifest.items()), None)
+    result = []
     for peer in peers:
-        if peer in OF_A_BUNDLE and whole is None:
+        if peer in OF_A_BUNDLE and unsplit is None:
             raise InputError(f"{peer} runs a bundle: give one that was exported in float32 without --split as --bundle")
-        one = Contender(
-            peer, "float32", bundle=whole if peer in OF_A_BUNDLE else None, python=(pythons or {}).get(peer)
+        contender = Contender(
+            peer, "float32", bundle=unsplit if peer in OF_A_BUNDLE else None, python=(pythons or {}).get(peer)
         )
         as_exported = peer in ("onnxruntime", "optimum")  # ONNX Runtime computes in what it reads
-        found += [replace(one, dtype=dtype) for dtype in (dtypes[:1] if as_exported else dtypes)]
-    found += [Contender("fastldm", dtype) for dtype in dtypes]
-    for bundle, manifest in opened.items():
+        result += [replace(contender, dtype=dtype) for dtype in (dtypes[:1] if as_exported else dtypes)]
+    result += [Contender("fastldm", dtype) for dtype in dtypes]
+    for bundle, manifest in manifests.items():
         note = "split" if manifest["split"] else "whole"
-        found.append(Contender("fastldm", manifest["dtype"], "onnxruntime", bundle, note))
-        found += [Contender("fastldm", dtype, "openvino", bundle, note) for dtype in dtypes]
-    return [one for one in found if one.name != "fastldm" or backend in ("all", one.backend)]
+        result.append(Contender("fastldm", manifest["dtype"], "onnxruntime", bundle, note))
+        result += [Contender("fastldm", dtype, "openvino", bundle, note) for dtype in dtypes]
+    return [contender for contender in result if contender.name != "fastldm" or backend in ("all", contender.backend)]

@@ -28,32 +28,32 @@ from torch import Tensor
 from fastldm import heap
 from fastldm.profiling.compare import RANDOM, Contender, Task
 
-Work = Callable[[], Tensor]
+Inference = Callable[[], Tensor]
 _ALIVE: list[object] = []  # who owns the layouts that a network's weights are read in
 
 
 def main() -> None:
-    given = json.loads(sys.argv[1])
-    task, contender = Task(**given["task"]), Contender(**given["contender"])
+    arguments = json.loads(sys.argv[1])
+    task, contender = Task(**arguments["task"]), Contender(**arguments["contender"])
     heap.keep()
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as fastldm.export does
     torch.set_num_threads(1 if task.model == RANDOM else task.threads)  # as many load side by side
-    began = perf_counter()
+    start = perf_counter()
     with torch.inference_mode():
-        work = _MAKE[contender.name](task, contender)
+        call = _MAKE[contender.name](task, contender)
         torch.set_num_threads(task.threads)
-        _say(loaded=perf_counter() - began)
-        last = torch.empty(0)
+        _write(loaded=perf_counter() - start)
+        output = torch.empty(0)
         for line in sys.stdin:
             command, _, path = line.strip().partition(" ")
             if command == "save":
-                np.save(path, last.float().cpu().numpy())
-                _say(saved=path)
+                np.save(path, output.float().cpu().numpy())
+                _write(saved=path)
                 continue
-            began = perf_counter()
-            last = work()
-            seconds = perf_counter() - began
-            _say(seconds=seconds, peak=_peak())
+            start = perf_counter()
+            output = call()
+            seconds = perf_counter() - start
+            _write(seconds=seconds, peak=_peak())
 
 
 def _peak() -> int:
@@ -66,8 +66,8 @@ def _peak() -> int:
     return most if sys.platform == "darwin" else most * 1024  # Linux counts in KiB
 
 
-def _say(**what: Any) -> None:
-    print(json.dumps(what), flush=True)
+def _write(**values: Any) -> None:
+    print(json.dumps(values), flush=True)
 
 
 def _latents(task: Task, channels: int, factor: int) -> Tensor:
@@ -100,20 +100,20 @@ def _random_state(network: torch.nn.Module, dtype: torch.dtype) -> dict[str, Ten
     activations near one. One block of numbers serves all, each from another place on: drawing as many takes minutes."""
     size = 1 << 20
     block = torch.randn(size, generator=torch.Generator().manual_seed(0)).repeat(2)
-    made = {}
-    for turn, (name, p) in enumerate(sorted(network.state_dict().items())):
-        count, start = p.numel(), -7919 * turn % size
+    state = {}
+    for k, (name, p) in enumerate(sorted(network.state_dict().items())):
+        count, start = p.numel(), -7919 * k % size
         values = block[start : start + min(count, size)] * (p[0].numel() ** -0.5 if p.dim() > 1 else 0.1)
         if "norm" in name and name.endswith("weight"):
             values += 1
         numbers = torch.empty(count, dtype=dtype)
-        for part in numbers.split(size):
-            part.copy_(values[: len(part)])
-        made[name] = numbers.reshape(p.shape)
-    return made
+        for piece in numbers.split(size):
+            piece.copy_(values[: len(piece)])
+        state[name] = numbers.reshape(p.shape)
+    return state
 
 
-def _random_fastldm(task: Task, dtype: torch.dtype) -> Work:
+def _random_fastldm(task: Task, dtype: torch.dtype) -> Inference:
     from fastldm.loading.prepare import prepare
     from fastldm.loading.state import load_module
     from fastldm.models.config import UNetConfig
@@ -126,14 +126,14 @@ def _random_fastldm(task: Task, dtype: torch.dtype) -> Work:
     return _step(task, unet, dtype, 8)
 
 
-def _step(task: Task, unet: Any, dtype: torch.dtype, factor: int) -> Work:
+def _step(task: Task, unet: Any, dtype: torch.dtype, factor: int) -> Inference:
     """A step of fastldm's, with what it computes once a request."""
-    u, timestep, text = _inputs(task, unet.config.in_channels, unet.config.cross_attention_dim, factor)
-    rows = unet.time_rows(timestep).expand(len(u), -1)
-    u, kv = u.to(dtype), unet.cross_kv(text.to(dtype))
+    model_input, timestep, text = _inputs(task, unet.config.in_channels, unet.config.cross_attention_dim, factor)
+    rows = unet.time_rows(timestep).expand(len(model_input), -1)
+    model_input, kv = model_input.to(dtype), unet.cross_kv(text.to(dtype))
 
     def step() -> Tensor:
-        return unet.step(u, rows, kv)
+        return unet.step(model_input, rows, kv)
 
     return step
 
@@ -150,7 +150,7 @@ def _random_diffusers(dtype: torch.dtype) -> Any:
     return unet
 
 
-def _fastldm(task: Task, contender: Contender) -> Work:
+def _fastldm(task: Task, contender: Contender) -> Inference:
     from fastldm.pipeline import Pipeline
 
     if task.model == RANDOM:
@@ -178,7 +178,7 @@ def _fastldm(task: Task, contender: Contender) -> Work:
     return picture
 
 
-def _diffusers(task: Task, contender: Contender) -> Work:
+def _diffusers(task: Task, contender: Contender) -> Inference:
     if task.model == RANDOM:
         pipe, unet, factor = None, _random_diffusers(getattr(torch, contender.dtype)), 8
     else:
@@ -191,21 +191,23 @@ def _diffusers(task: Task, contender: Contender) -> Work:
     return _diffusers_step(task, unet, unet.dtype, factor)
 
 
-def _diffusers_step(task: Task, unet: Any, dtype: torch.dtype, factor: int) -> Work:
-    u, timestep, text = _inputs(task, unet.config.in_channels, unet.config.cross_attention_dim, factor)
-    u, text = u.to(dtype), text.to(dtype)
-    return lambda: unet(u, timestep[0], text).sample
+def _diffusers_step(task: Task, unet: Any, dtype: torch.dtype, factor: int) -> Inference:
+    model_input, timestep, text = _inputs(task, unet.config.in_channels, unet.config.cross_attention_dim, factor)
+    model_input, text = model_input.to(dtype), text.to(dtype)
+    return lambda: unet(model_input, timestep[0], text).sample
 
 
 def _diffusers_pipeline(task: Task, contender: Contender) -> Any:
     import diffusers
 
-    half = contender.dtype == "bfloat16"
+    is_bfloat16 = contender.dtype == "bfloat16"
     source = _folder(task.model)
-    pipe = diffusers.DiffusionPipeline.from_pretrained(source, torch_dtype=torch.bfloat16 if half else torch.float32)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(
+        source, torch_dtype=torch.bfloat16 if is_bfloat16 else torch.float32
+    )
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = _scheduler(task, pipe.scheduler.config)
-    if half:  # slower without: it is what its documentation advises
+    if is_bfloat16:  # slower without: it is what its documentation advises
         pipe.unet.to(memory_format=torch.channels_last)
         pipe.vae.to(memory_format=torch.channels_last)
     return pipe
@@ -220,7 +222,7 @@ def _scheduler(task: Task, config: Mapping[str, Any]) -> Any:
     return kind.from_config({**config, "clip_sample": False}) if scheduler.config.get("clip_sample") else scheduler
 
 
-def _diffusers_picture(task: Task, pipe: Any) -> Work:
+def _diffusers_picture(task: Task, pipe: Any) -> Inference:
     latents = _latents(task, pipe.unet.config.in_channels, pipe.vae_scale_factor).to(pipe.dtype)
 
     def picture() -> Tensor:
@@ -248,7 +250,7 @@ def _folder(model: str) -> str:
 Session = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 
-def _engines(task: Task, contender: Contender) -> Work:
+def _engines(task: Task, contender: Contender) -> Inference:
     """diffusers' pipeline on sessions, without what others' pipelines add."""
     assert contender.bundle is not None
     folder = Path(contender.bundle)
@@ -259,17 +261,17 @@ def _engines(task: Task, contender: Contender) -> Work:
 
     unet = session("unet")
     if task.what == "step":
-        u, timestep, text = _inputs(task, *_sizes(folder))
-        given = {"sample": u, "timestep": timestep, "encoder_hidden_states": text}
-        arrays = {name: x.numpy() for name, x in given.items()}
+        latents, timestep, text = _inputs(task, *_sizes(folder))
+        inputs = {"sample": latents, "timestep": timestep, "encoder_hidden_states": text}
+        arrays = {name: x.numpy() for name, x in inputs.items()}
         return lambda: torch.from_numpy(unet(arrays)["out_sample"])
     pipe = _diffusers_pipeline(task, Contender("diffusers", "float32"))
 
     def unet_forward(sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, **_: Any) -> Any:
         time = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1)
-        given = {"sample": sample, "timestep": time, "encoder_hidden_states": encoder_hidden_states}
-        out = torch.from_numpy(unet({name: x.numpy() for name, x in given.items()})["out_sample"])
-        return _Answer((out,))
+        inputs = {"sample": sample, "timestep": time, "encoder_hidden_states": encoder_hidden_states}
+        out = torch.from_numpy(unet({name: x.numpy() for name, x in inputs.items()})["out_sample"])
+        return _Output((out,))
 
     decoder, encoder = session("vae_decoder"), session("text_encoder")
 
@@ -277,7 +279,7 @@ def _engines(task: Task, contender: Contender) -> Work:
         return (torch.from_numpy(decoder({"latent_sample": z.numpy()})["sample"]),)
 
     def encode(input_ids: Tensor, **_: Any) -> Any:
-        return _Answer(
+        return _Output(
             (torch.from_numpy(encoder({"input_ids": input_ids.numpy().astype(np.int32)})["last_hidden_state"]),)
         )
 
@@ -285,7 +287,7 @@ def _engines(task: Task, contender: Contender) -> Work:
     return _diffusers_picture(task, pipe)
 
 
-def _optimum(task: Task, contender: Contender) -> Work:
+def _optimum(task: Task, contender: Contender) -> Inference:
     """optimum's pipeline on ONNX Runtime, which reads the bundle as it is."""
     import onnxruntime as ort
     from optimum.onnxruntime import ORTStableDiffusionPipeline
@@ -302,7 +304,7 @@ def _optimum(task: Task, contender: Contender) -> Work:
     return _diffusers_picture(task, pipe)
 
 
-def _openvino_genai(task: Task, contender: Contender) -> Work:
+def _openvino_genai(task: Task, contender: Contender) -> Inference:
     """OpenVINO's pipeline, which has no Python between its steps. It wants models in OpenVINO's own format, time step
     and tokens of 64 bits, and a tokenizer that is a model too."""
     import openvino as ov
@@ -339,35 +341,35 @@ def _openvino_genai(task: Task, contender: Contender) -> Work:
     settings = _openvino_settings(contender.dtype, task.threads)
     if task.what == "step":
         unet = genai.UNet2DConditionModel(folder / "unet", "CPU", **settings)
-        u, timestep, text = _inputs(task, *_sizes(bundle))
+        model_input, timestep, text = _inputs(task, *_sizes(bundle))
         unet.set_hidden_states("encoder_hidden_states", ov.Tensor(text.numpy()))
-        given = ov.Tensor(u.numpy()), ov.Tensor(timestep.long().numpy())
-        return lambda: torch.from_numpy(unet.infer(*given).data)
+        inputs = ov.Tensor(model_input.numpy()), ov.Tensor(timestep.long().numpy())
+        return lambda: torch.from_numpy(unet.infer(*inputs).data)
 
     pipe = genai.Text2ImagePipeline(folder, "CPU", **settings)
     channels, _, factor = _sizes(bundle)
     latents = _latents(task, channels, factor).numpy()
 
-    class Given(genai.Generator):
+    class FixedNoise(genai.Generator):
         def randn_tensor(self, shape: Any) -> ov.Tensor:
             return ov.Tensor(latents.copy())  # which the pipeline scales in place
 
     def picture() -> Tensor:
-        made = pipe.generate(
+        output = pipe.generate(
             task.prompt,
             num_images_per_prompt=task.batch,
             width=task.width,
             height=task.height,
             num_inference_steps=task.steps,
             guidance_scale=task.guidance,
-            generator=Given(),
+            generator=FixedNoise(),
         )
-        return torch.from_numpy(made.data) / 255
+        return torch.from_numpy(output.data) / 255
 
     return picture
 
 
-class _Answer(tuple):
+class _Output(tuple):
     """One tensor as diffusers and transformers return it: the first of a tuple, and by its name."""
 
     @property
@@ -390,7 +392,7 @@ def _onnxruntime(path: Path, dtype: str, threads: int) -> Session:
     options.intra_op_num_threads = threads
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    return lambda given: dict(zip(names, session.run(None, given), strict=True))
+    return lambda inputs: dict(zip(names, session.run(None, inputs), strict=True))
 
 
 def _openvino(path: Path, dtype: str, threads: int) -> Session:
@@ -398,7 +400,7 @@ def _openvino(path: Path, dtype: str, threads: int) -> Session:
 
     compiled = ov.Core().compile_model(path, "CPU", _openvino_settings(dtype, threads))
     names = [output.get_any_name() for output in compiled.outputs]
-    return lambda given: dict(zip(names, compiled(given).values(), strict=True))
+    return lambda inputs: dict(zip(names, compiled(inputs).values(), strict=True))
 
 
 def _openvino_settings(dtype: str, threads: int) -> dict[str, Any]:
@@ -408,7 +410,7 @@ def _openvino_settings(dtype: str, threads: int) -> dict[str, Any]:
     return {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
 
 
-_MAKE: dict[str, Callable[[Task, Contender], Work]] = {
+_MAKE: dict[str, Callable[[Task, Contender], Inference]] = {
     "fastldm": _fastldm,
     "diffusers": _diffusers,
     "diffusers-compile": _diffusers,

@@ -28,40 +28,42 @@ def rate(number: float, unit: str) -> str:
 
 def path(row: Row, per: int = 1) -> str:
     """Which way the calls of a row took, in a word each. per: steps that they are of."""
-    ways: dict[str, int] = {}
-    for said, calls in row.paths.items():
-        way = said.partition(":")[0]
-        ways[way] = ways.get(way, 0) + calls
-    return next(iter(ways), "") if len(ways) < 2 else ", ".join(f"{calls / per:g} {way}" for way, calls in ways.items())
+    counts: dict[str, int] = {}
+    for reason, calls in row.paths.items():
+        name = reason.partition(":")[0]
+        counts[name] = counts.get(name, 0) + calls
+    if len(counts) < 2:
+        return next(iter(counts), "")
+    return ", ".join(f"{calls / per:g} {name}" for name, calls in counts.items())
 
 
-def title(made: Profile) -> str:
-    about, where = made.about, made.about["machine"]
-    pictures = f"{about['pictures']} picture{'s' * (about['pictures'] > 1)} of {about['width']}x{about['height']}"
+def title(profile: Profile) -> str:
+    info, machine = profile.about, profile.about["machine"]
+    pictures = f"{info['pictures']} picture{'s' * (info['pictures'] > 1)} of {info['width']}x{info['height']}"
     return (
-        f"{about['model']}: {pictures}, {about['steps']} steps of {about['sampler']}, guidance {about['guidance']:g}; "
-        f"{about['backend']} {about['dtype']} on {where['name']}"
-        + ("" if "sm" in where else f", {about['threads']} thread{'s' * (about['threads'] > 1)}")
+        f"{info['model']}: {pictures}, {info['steps']} steps of {info['sampler']}, guidance {info['guidance']:g}; "
+        f"{info['backend']} {info['dtype']} on {machine['name']}"
+        + ("" if "sm" in machine else f", {info['threads']} thread{'s' * (info['threads'] > 1)}")
     )
 
 
-def facts(made: Profile) -> dict[str, str]:
+def facts(profile: Profile) -> dict[str, str]:
     """What is no table."""
-    counts, about = made.operations, made.about
-    whole = sum(counts.values())
-    others = ", ".join(f"{name} {scaled(flop, 'FLOP')}" for name, flop in counts.items() if name != "step")
-    reasons = {said for row in made.rows for said in row.paths if ": " in said}
-    told = {
-        "only the first time": ", ".join(f"{name} {milliseconds(seconds)}" for name, seconds in made.first.items()),
-        "this machine": f"{rate(made.ceilings.flops, 'FLOP')} and {rate(made.ceilings.bytes, 'B')} measured in "
-        f"{about['dtype']}; floor: what these allow, for the least that an op must do",
+    counts, info = profile.operations, profile.about
+    total = sum(counts.values())
+    rest = ", ".join(f"{name} {scaled(flop, 'FLOP')}" for name, flop in counts.items() if name != "step")
+    reasons = {reason for row in profile.rows for reason in row.paths if ": " in reason}
+    entries = {
+        "only the first time": ", ".join(f"{name} {milliseconds(seconds)}" for name, seconds in profile.first.items()),
+        "this machine": f"{rate(profile.ceilings.flops, 'FLOP')} and {rate(profile.ceilings.bytes, 'B')} measured in "
+        f"{info['dtype']}; floor: what these allow, for the least that an op must do",
         "operations": f"a step computes {scaled(counts['step'], 'FLOP')} of the whole U-Net's "
-        f"{scaled(whole, 'FLOP')} for {about['rows']} rows; {others}",
+        f"{scaled(total, 'FLOP')} for {info['rows']} rows; {rest}",
         "paths": "; ".join(sorted(reasons)),
     }
-    if made.memory:
-        told["memory"] = f"{size(made.memory['measured'])} at most, {size(made.memory['planned'])} planned"
-    return {name: text for name, text in told.items() if text}
+    if profile.memory:
+        entries["memory"] = f"{size(profile.memory['measured'])} at most, {size(profile.memory['planned'])} planned"
+    return {name: text for name, text in entries.items() if text}
 
 
 # -------------------------------------------------------------------------------------------------------- the terminal
@@ -70,8 +72,8 @@ ROWS = 10  # of ops in the terminal, the slowest; the others are one row
 STAGE = 0.05  # of a picture: of stages that take less, no op is shown
 
 
-def stage_cells(made: Profile) -> Iterable[list[str]]:
-    gpu = made.stages[0].device is not None
+def stage_cells(profile: Profile) -> Iterable[list[str]]:
+    gpu = profile.stages[0].device is not None
 
     def cells(name: str, each: Spread, host: Spread, part: str, note: str) -> list[str]:
         spread = f"{share(each.most - each.least, each.median)}" if each.median else ""
@@ -79,28 +81,30 @@ def stage_cells(made: Profile) -> Iterable[list[str]]:
         return [name, *times, milliseconds(host.median) if gpu else spread, part, note]
 
     yield ["", "median", "p90", "p99", "host" if gpu else "spread", "share", ""]
-    yield cells("a picture", made.wall, made.wall, "", f"{made.wall.count} of them, from prompt to file")
-    for stage in made.stages:
+    yield cells("a picture", profile.wall, profile.wall, "", f"{profile.wall.count} of them, from prompt to file")
+    for stage in profile.stages:
         each = stage.device or stage.host
-        yield cells(f"  {stage.name}", each, stage.host, share(each.median, made.wall.median), stage.note)
-        if stage.name == "step" and len(made.steps) > 1:
-            yield cells("    each", made.step, made.step, "", f"of {len(made.steps)} steps, {made.step.count} in all")
+        yield cells(f"  {stage.name}", each, stage.host, share(each.median, profile.wall.median), stage.note)
+        if stage.name == "step" and len(profile.steps) > 1:
+            note = f"of {len(profile.steps)} steps, {profile.step.count} in all"
+            yield cells("    each", profile.step, profile.step, "", note)
 
 
-def op_cells(made: Profile, most: int) -> Iterable[list[str]]:
-    """The slowest ops, `most` of them and what is outside of them in a step."""
+def op_cells(profile: Profile, limit: int) -> Iterable[list[str]]:
+    """The slowest ops, `limit` of them and what is outside of them in a step."""
     yield ["", "calls", "time", "share", "GFLOP", "MB", "GFLOP/s", "GB/s", "of floor", "path"]
-    long = [row for row in made.rows if _seconds(made.of(row.stage)) > STAGE * made.wall.median]
-    shown = sorted(long, key=lambda row: -row.seconds)[:most]
-    shown += [row for row in made.of("step") if row.name == OUTSIDE]
-    stages = {row.stage for row in shown}
+    long = [row for row in profile.rows if _seconds(profile.of(row.stage)) > STAGE * profile.wall.median]
+    selected = sorted(long, key=lambda row: -row.seconds)[:limit]
+    selected += [row for row in profile.of("step") if row.name == OUTSIDE]
+    stages = {row.stage for row in selected}
     for stage in (stage for stage in ("step", "decode", "text", "conditions") if stage in stages):
-        per = len(made.steps) if stage == "step" else 1
-        yield ["each step" if per > 1 else stage, "", milliseconds(_seconds(made.of(stage)) / per), *[""] * 7]
-        yield from (_cells(row, per) for row in made.of(stage) if row in shown)
-    small = [row for row in made.rows if row not in shown]
-    if small:
-        yield ["others", str(sum(row.calls for row in small)), milliseconds(_seconds(small)), *[""] * 6, "a picture's"]
+        per = len(profile.steps) if stage == "step" else 1
+        yield ["each step" if per > 1 else stage, "", milliseconds(_seconds(profile.of(stage)) / per), *[""] * 7]
+        yield from (_cells(row, per) for row in profile.of(stage) if row in selected)
+    remaining = [row for row in profile.rows if row not in selected]
+    if remaining:
+        calls = sum(row.calls for row in remaining)
+        yield ["others", str(calls), milliseconds(_seconds(remaining)), *[""] * 6, "a picture's"]
 
 
 def _seconds(rows: Iterable[Row]) -> float:
@@ -109,20 +113,26 @@ def _seconds(rows: Iterable[Row]) -> float:
 
 def _cells(row: Row, per: int) -> list[str]:
     calls = "" if row.name == OUTSIDE else f"{row.calls / per:g}"
-    work = [""] * 5
+    figures = [""] * 5
     if row.floor:
-        work = [f"{row.flop / per / 1e9:.2f}", f"{row.bytes / per / 1e6:.1f}", f"{row.flop / row.seconds / 1e9:.1f}"]
-        work += [f"{row.bytes / row.seconds / 1e9:.2f}", share(row.floor, row.seconds)]
+        figures = [f"{row.flop / per / 1e9:.2f}", f"{row.bytes / per / 1e6:.1f}", f"{row.flop / row.seconds / 1e9:.1f}"]
+        figures += [f"{row.bytes / row.seconds / 1e9:.2f}", share(row.floor, row.seconds)]
         if not row.flop:
-            work[0] = work[2] = ""
-    return [f"  {row.name}", calls, milliseconds(row.seconds / per), share(row.share, 1), *work, path(row, per)]
+            figures[0] = figures[2] = ""
+    return [f"  {row.name}", calls, milliseconds(row.seconds / per), share(row.share, 1), *figures, path(row, per)]
 
 
-def table(made: Profile) -> str:
+def table(profile: Profile) -> str:
     """For a terminal."""
-    told = [line for name, text in facts(made).items() for line in _wrapped(f"{name}: {text}")]
-    parts = [[title(made)], _aligned(stage_cells(made)), _aligned(op_cells(made, ROWS)), told, _wrapped(made.advice)]
-    return "\n\n".join("\n".join(part) for part in parts)
+    lines = [line for name, text in facts(profile).items() for line in _wrapped(f"{name}: {text}")]
+    sections = [
+        [title(profile)],
+        _aligned(stage_cells(profile)),
+        _aligned(op_cells(profile, ROWS)),
+        lines,
+        _wrapped(profile.advice),
+    ]
+    return "\n\n".join("\n".join(section) for section in sections)
 
 
 def _wrapped(text: str) -> list[str]:
@@ -145,12 +155,12 @@ def _aligned(cells: Iterable[Sequence[str]]) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------ a trace
 
 
-def trace(made: Profile) -> dict[str, Any]:
+def trace(profile: Profile) -> dict[str, Any]:
     """Of the picture that took the median time: what Perfetto and chrome://tracing open."""
     tracks = {"host": 1, "device": 2}
     names = [
         {"name": "thread_name", "ph": "M", "pid": 1, "tid": tracks[track], "args": {"name": track}}
-        for track in dict.fromkeys(event.track for event in made.events)
+        for track in dict.fromkeys(event.track for event in profile.events)
     ]
     ranges = [
         {
@@ -163,6 +173,6 @@ def trace(made: Profile) -> dict[str, Any]:
             "dur": 1e6 * event.seconds,
             "args": {"stage": event.stage},
         }
-        for event in made.events
+        for event in profile.events
     ]
-    return {"traceEvents": [*names, *ranges], "displayTimeUnit": "ms", "otherData": {"of": title(made)}}
+    return {"traceEvents": [*names, *ranges], "displayTimeUnit": "ms", "otherData": {"of": title(profile)}}
