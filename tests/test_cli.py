@@ -228,5 +228,5 @@ def test_doctor(model: str) -> None:
 def test_doctor_sees_two_onnx_runtimes(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastldm.planning import doctor
 
-    monkeypatch.setattr(doctor, "_version", lambda distribution: "1.0")
+    monkeypatch.setattr(doctor, "version_of", lambda distribution: "1.0")
     assert "overwrite each other's files" in fast("doctor", "-m", model).output
