@@ -108,7 +108,7 @@ def pipeline(model: Model, device: torch.device, dtype: torch.dtype) -> Pipeline
 
 
 def request(pipe: Pipeline, model: Model, steps: int) -> Request:
-    return pipe._complete(
+    return pipe.stages.complete(
         Request(prompt="a castle at dusk", height=model.size, width=model.size, num_inference_steps=steps, seed=0)
     )
 
@@ -135,8 +135,8 @@ class WholeUNet:
 def rungs(pipe: Pipeline, model: Model, steps: int, compiled: bool) -> dict[str, Callable[[], object]]:
     """What takes all steps of a run, by name."""
     asked = request(pipe, model, steps)
-    run = pipe._begin(asked)
-    conditioning = pipe._encode(asked)
+    run = pipe.stages.prepare(asked)
+    conditioning = pipe.stages._encode(asked)
     hidden, pooled = conditioning.network_rows()
     added = None
     if pooled is not None and model.unet.needs_added:
@@ -173,7 +173,7 @@ def rungs(pipe: Pipeline, model: Model, steps: int, compiled: bool) -> dict[str,
         "channels-last": lambda: loop("torch"),
         "+ kernels": lambda: loop(None),
         "+ partial": batch(lambda: EagerBatch(pipe.unet)),
-        "+ graphs": batch(lambda: pipe._new_batch(run, 1)),
+        "+ graphs": batch(lambda: pipe.stages.new_batch(run, 1)),
     }
 
 

@@ -8,7 +8,6 @@ have in common, a shift or a factor, which a sound computation has nearly none o
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,7 +25,8 @@ from fastldm.export.parity import Difference, difference, gate, worst
 from fastldm.export.reference import Networks
 from fastldm.export.spec import Axis, NetworkSpec, sample
 from fastldm.loading.spec import Spec
-from fastldm.pipeline import Pipeline
+from fastldm.request import Request
+from fastldm.runtime.stages import Stages
 
 Named = dict[str, Tensor]
 
@@ -119,7 +119,7 @@ def _check_picture(
     sizes = f"{wanted[PICTURE].shape[3]}x{wanted[PICTURE].shape[2]} pixels"
     loaded = networks.load(bundle, backend, device, dtype)
     try:
-        got = {PICTURE: _picture(Pipeline(bundle.model, loaded, bundle.manifest["model"]), inputs)}
+        got = {PICTURE: _picture(Stages(bundle.model, loaded, bundle.manifest["model"]), inputs)}
         return Check(PICTURE, "golden", sizes, gate(PICTURE, got, wanted, goldens.sound[precision]))
     except (BundleError, EngineError, NonFinite) as error:
         return Check(PICTURE, "golden", sizes, None, str(error))
@@ -197,7 +197,7 @@ def goldens_of_picture(bundle: Bundle, reference: Networks, stored: Networks) ->
             return _Reference(source, bundle.specs[name], precision)
 
         loaded = networks.load(bundle, "torch", torch.device("cpu"), opened=opened)
-        return {PICTURE: _picture(Pipeline(model, loaded, bundle.manifest["model"]), inputs)}
+        return {PICTURE: _picture(Stages(model, loaded, bundle.manifest["model"]), inputs)}
 
     wanted = made(reference, None)
     sound = {
@@ -206,16 +206,14 @@ def goldens_of_picture(bundle: Bundle, reference: Networks, stored: Networks) ->
     return Goldens([(inputs, wanted)], sound)
 
 
-def _picture(pipe: Pipeline, inputs: Mapping[str, Tensor]) -> Tensor:
+def _picture(stages: Stages, inputs: Mapping[str, Tensor]) -> Tensor:
     """(1, 3, H, W) in 0..1 of a fixed prompt, from these latents."""
     asked: dict[str, Any] = {"prompt": "a photograph of a red apple", "num_inference_steps": 3, "output_type": "pt"}
-    if pipe.unet.config.in_channels > pipe.latent_channels:  # made for inpainting
-        height, width = (int(n) * pipe.vae.config.factor for n in inputs["latents"].shape[2:])
+    if stages.unet.config.in_channels > stages.latent_channels:  # made for inpainting
+        height, width = (int(n) * stages.vae.config.factor for n in inputs["latents"].shape[2:])
         grey = np.full((height, width, 3), 0.5, dtype=np.float32)
         asked |= {"image": grey, "mask_image": grey[..., 0] * 2, "strength": 1.0}
-    with contextlib.closing(pipe.session):
-        made: Any = pipe(**asked, seed=0, latents=inputs["latents"]).images
-        return made.float().cpu()
+    return stages.make(Request(**asked, seed=0, latents=inputs["latents"])).float().cpu()
 
 
 class _Reference:

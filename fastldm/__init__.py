@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from fastldm.image import read_parameters
     from fastldm.pipeline import Pipeline
     from fastldm.request import Request, Result
-    from fastldm.serving.session import Generation, Progress, Session
+    from fastldm.serving.generation import Generation, Progress
+    from fastldm.serving.session import Session
 
 openmp.bound_spin()  # before torch is loaded, whose runtime reads it once
 
@@ -59,9 +60,9 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Generation": "serving.session",
+    "Generation": "serving.generation",
     "Pipeline": "pipeline",
-    "Progress": "serving.session",
+    "Progress": "serving.generation",
     "Request": "request",
     "Result": "request",
     "Session": "serving.session",

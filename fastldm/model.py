@@ -167,17 +167,6 @@ def need_exporter() -> None:
         raise EngineError(f"{', '.join(missing)} is not installed: pip install 'fastldm[onnx]'")
 
 
-def export(model: loading.Spec, modules: Mapping[str, Any], out: Path, **options: Any) -> Path:
-    """Write a model in memory as a bundle, see `Pipeline.export`. modules: its networks by their components' names.
-
-    Raises EngineError where the packages that exporting needs are not installed.
-    """
-    need_exporter()
-    from fastldm.export import bundle, writing
-
-    return writing.export(bundle.in_memory(model, modules), out, source=None, **options).folder
-
-
 def _read_bundle(path: str | os.PathLike[str]) -> Any:
     """What a bundle says of itself; its files have not been compared with their hashes. BundleError where it says
     nothing that can be read."""

@@ -290,11 +290,11 @@ def test_without_a_dictionary_the_images_come_in_a_tuple(pipes: Any) -> None:
 def test_slots_and_an_eager_batch_change_alike(pipes: Any) -> None:
     """A run reconditioned between two steps, beside one that is not."""
     ours = pipes("sdxl")[1]
-    requests = [ours._complete(_request(seed, prompt)) for seed, prompt in ((1, "a cat"), (2, "a dog"))]
+    requests = [ours.stages.complete(_request(seed, prompt)) for seed, prompt in ((1, "a cat"), (2, "a dog"))]
 
     def runs() -> list[Run]:
         with torch.no_grad():
-            return [ours._begin(request) for request in requests]
+            return [ours.stages.prepare(request) for request in requests]
 
     def slots() -> Slots:
         buffers = StaticBuffers.empty(
@@ -316,7 +316,7 @@ def test_slots_and_an_eager_batch_change_alike(pipes: Any) -> None:
                 embeds, guidance = type(embeds)(*(x[-1:] for x in embeds)), type(guidance)(scale=0.0)
             if k < 2:
                 with torch.no_grad():
-                    batch.recondition(pair[0], ours._conditioned(embeds, pair[0].work.table, 0.0), guidance)
+                    batch.recondition(pair[0], ours.stages._conditioned(embeds, pair[0].work.table, 0.0), guidance)
         results.append([batch.latents(run) for run in pair])
     for eager, slot in zip(*results, strict=True):
         torch.testing.assert_close(slot, eager, atol=1e-4, rtol=1e-4)

@@ -118,20 +118,20 @@ def asked(pipe: Pipeline, name: str) -> Request:
     given = {"prompt": "a cat", "num_inference_steps": 2, "height": 64, "width": 64, **REQUESTS[name]}
     if "latents" in given:
         given["latents"] = torch.zeros(1, 4, 64 // pipe.vae.config.factor, 64 // pipe.vae.config.factor)
-    return pipe._complete(Request(**given))
+    return pipe.stages.complete(Request(**given))
 
 
 def through(pipe: Pipeline, request: Request) -> None:
     """A request, up to where it may wait: the device has come so far."""
-    run = pipe._begin(request)
-    batch = pipe._new_batch(run, 4)
+    run = pipe.stages.prepare(request)
+    batch = pipe.stages.new_batch(run, 4)
     assert isinstance(batch, slots.Slots)
     batch.admit(run)
     while not run.done:
         batch.step([run])
-        pipe._preview(batch.latents(run), 1.0)
+        pipe.stages.preview(batch.latents(run), 1.0)
         batch.go_on_from(run, batch.latents(run) * 0.9)
-    pieces = pipe._finish(request, run.work.table, batch.latents(run), batch.release(run))
+    pieces = pipe.stages.decode(request, run.work.table, batch.latents(run), batch.release(run))
     next(piece for piece in pieces if piece is not None)
     batch.close()
 

@@ -113,13 +113,13 @@ def test_the_plan_is_what_is_really_alive(family: str, options: dict[str, Any]) 
     """256 to 512 pixels, so that scratch is small beside it."""
     pipe = Pipeline.from_diffusers(tiny.pipeline(family))
     place = {"width": 32 * pipe.vae.config.factor, "height": 48 * pipe.vae.config.factor}
-    held_against_reality(pipe, Workload.of_pipeline(pipe, encode=True, **{"guided": True, **place, **options}))
+    held_against_reality(pipe, Workload.of_stages(pipe.stages, encode=True, **{"guided": True, **place, **options}))
 
 
 def test_the_plan_of_a_tiled_decode_is_what_is_really_alive() -> None:
     """TAESD: 96 latents are two tiles, and nothing is normalised."""
     pipe = Pipeline.from_diffusers(tiny.pipeline("sd1", vae=tiny.tiny_vae()))
-    asked = Workload.of_pipeline(pipe, width=768, height=256, batch=1, guided=False, decode="tiled", encode=True)
+    asked = Workload.of_stages(pipe.stages, width=768, height=256, batch=1, guided=False, decode="tiled", encode=True)
     held_against_reality(pipe, asked)
 
 
@@ -127,7 +127,7 @@ def test_the_plan_of_a_tiled_decode_is_what_is_really_alive() -> None:
 @pytest.mark.parametrize("decode", ["whole", "tiled"])
 def test_the_plan_of_the_default_model_at_its_largest(decode: Any) -> None:
     pipe = Pipeline.default(device="cpu", dtype="float32")
-    asked = Workload.of_pipeline(pipe, width=448, height=320, batch=2, guided=True, decode=decode, encode=True)
+    asked = Workload.of_stages(pipe.stages, width=448, height=320, batch=2, guided=True, decode=decode, encode=True)
     held_against_reality(pipe, asked)
 
 
@@ -220,7 +220,9 @@ def test_what_cannot_fit_is_refused_with_both_numbers_and_what_would(spec: loadi
 def test_nothing_is_let_through_that_the_plan_would_refuse(family: str, arch: int) -> None:
     pipe = Pipeline.from_diffusers(tiny.pipeline(family))
     for width, batch, steps in ((8, 1, 1), (64, 1, 200), (512, 3, 20), (1024, 1, 30)):
-        asked = Workload.of_pipeline(pipe, width=width, height=256, batch=batch, guided=True, encode=True, steps=steps)
+        asked = Workload.of_stages(
+            pipe.stages, width=width, height=256, batch=batch, guided=True, encode=True, steps=steps
+        )
         made = plan(replace(asked, arch=arch))
         assert memory.at_most(made.workload) >= made.needed - made.loading
 

@@ -534,7 +534,6 @@ def test_a_device_or_dtype_there_is_not(tmp_path: Path, option: dict[str, str], 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about CPU threads")
 def test_a_small_step_runs_on_one_thread_and_leaves_the_number_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a busy machine a second thread makes the default model's picture ten times slower, not faster."""
-    from fastldm import pipeline
 
     pipe, before, seen = fastldm.Pipeline.default(), torch.get_num_threads(), []
     step = pipe.unet.step
@@ -548,7 +547,7 @@ def test_a_small_step_runs_on_one_thread_and_leaves_the_number_as_it_was(monkeyp
     try:
         torch.set_num_threads(3)
         for work_per_thread in (8e9, 1e9, 1e3):
-            monkeypatch.setattr(pipeline, "_WORK_PER_THREAD", work_per_thread)
+            monkeypatch.setattr("fastldm.runtime.stages._WORK_PER_THREAD", work_per_thread)
             pipe("a cat", num_inference_steps=2)
             assert torch.get_num_threads() == 3
     finally:

@@ -129,11 +129,11 @@ def test_percentiles() -> None:
 
 def test_nothing_stays_behind(made: Profile, pipe: Pipeline) -> None:
     """The pipeline's functions and the library's are their own again, also where a picture fails."""
-    before = set(vars(pipe)), set(vars(pipe.unet)), onednn.product, onednn.convolve
+    before = set(vars(pipe.stages)), set(vars(pipe.unet)), onednn.product, onednn.convolve
     with pytest.raises(ValueError, match="never mind"), monkeypatched(GROUP_NORM, _failing):
         profile(pipe, num_inference_steps=1, rounds=1)
-    assert (set(vars(pipe)), set(vars(pipe.unet)), onednn.product, onednn.convolve) == before
-    assert not before[0] & {*profiles._FUNCTIONS, "_run", "_finish"}
+    assert (set(vars(pipe.stages)), set(vars(pipe.unet)), onednn.product, onednn.convolve) == before
+    assert not before[0] & {*profiles._FUNCTIONS, "run", "decode"}
     assert "step" not in before[1]
     assert pipe.session.call(lambda: dispatch._scope.observer) is None
 

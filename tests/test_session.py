@@ -27,6 +27,7 @@ import fastldm
 from fastldm import Cancelled, DeadlineExceeded, InputError, NonFinite, OutOfMemory, Pipeline, QueueFull, Session
 from fastldm.runtime.denoise import EagerBatch
 from fastldm.runtime.graph import Graphs
+from fastldm.runtime.stages import Stages
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def test_they_did_share_steps(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -
 def test_neighbours_of_failures_go_on(pipe: Pipeline, thirty_two: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every fourth request fails in its own way: it cannot begin, its network raises, gives NaN, or it is cancelled."""
     asked, alone = thirty_two
-    begin, step = Pipeline._begin, EagerBatch.step
+    begin, step = Stages.prepare, EagerBatch.step
     raising, nan = set(), set()
 
     def broken_begin(self: Pipeline, request: fastldm.Request) -> Any:
@@ -127,7 +128,7 @@ def test_neighbours_of_failures_go_on(pipe: Pipeline, thirty_two: Any, monkeypat
                 self.go_on_from(run, self.latents(run) * float("nan"))
         return said
 
-    monkeypatch.setattr(Pipeline, "_begin", broken_begin)
+    monkeypatch.setattr(Stages, "prepare", broken_begin)
     monkeypatch.setattr(EagerBatch, "step", broken_step)
     with Session(pipe, max_batch=6) as session:
         futures = from_threads(session, asked)
@@ -216,7 +217,7 @@ def test_a_deadline_of_a_request_that_waits(pipe: Pipeline, gate: threading.Even
 
 def test_a_deadline_passes_while_a_callback_thinks(pipe: Pipeline) -> None:
     """A request that waits for its caller is let go in time, though nothing else happens on the device."""
-    future = pipe.session._submit(fastldm.Request(**options(steps=4)), deadline=3, answered=True)
+    future = pipe.session.submit_request(fastldm.Request(**options(steps=4)), deadline=3, answered=True)
     with pytest.raises(DeadlineExceeded, match="after 1 steps"):
         future.result(20)
 
@@ -518,9 +519,9 @@ def test_no_line_of_a_sampler_runs_in_the_loop(pipe: Pipeline, monkeypatch: pyte
 def in_slots(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     """The pipeline takes the way that it takes on a GPU; what graphs would do is recorded, and done."""
     driver = Recorder()
-    monkeypatch.setattr(pipe, "_graphs", Graphs(driver))
+    monkeypatch.setattr(pipe.stages, "graphs", Graphs(driver))
     monkeypatch.setattr(pipe, "_session", None)
-    monkeypatch.setattr("fastldm.pipeline.fuses", lambda x: True)
+    monkeypatch.setattr("fastldm.runtime.stages.fuses", lambda x: True)
     return driver
 
 
@@ -632,8 +633,8 @@ model = ladder.MODELS["sd15-512"]
 pipe = ladder.pipeline(model, torch.device("cuda"), torch.float16)
 pipe.warmup([(512, 512)])
 pipe("a castle", num_inference_steps=4)
-asked = Workload.of_pipeline(pipe, width=512, height=512, batch=1, guided=True, steps=step_capacity(4),
-                             slots=pipe.session.max_batch, rows=pipe._rows(pipe.session.max_batch))
+asked = Workload.of_stages(pipe.stages, width=512, height=512, batch=1, guided=True, steps=step_capacity(4),
+                             slots=pipe.session.max_batch, rows=pipe.stages.unet_rows(pipe.session.max_batch))
 print(torch.cuda.max_memory_reserved() / plan(asked).peak)"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert 0.85 <= float(done.stdout.split()[-1]) <= 1.0

@@ -22,6 +22,7 @@ import fastldm
 from fastldm import InputError, Pipeline, Session, WorkerLost, device
 from fastldm.device import Mark
 from fastldm.runtime.denoise import EagerBatch
+from fastldm.runtime.stages import Stages
 from fastldm.serving.bucket import Bucket
 from fastldm.serving.worker import Worker
 
@@ -44,11 +45,11 @@ class Odd(BaseException):
 
 RAISED = [SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError, Odd, ValueError]
 OWNERS: dict[str, tuple[Any, str]] = {
-    **{name: (Pipeline, name) for name in ("_begin", "_new_batch", "_preview", "_result", "_threads", "_change")},
+    **{name: (Stages, name) for name in ("prepare", "new_batch", "preview", "result", "threads", "change")},
     **{name: (EagerBatch, name) for name in ("admit", "step", "latents", "release", "holds", "go_on_from")},
-    "finish": (Pipeline, "_finish"),
+    "finish": (Stages, "decode"),
     "release after a failure": (EagerBatch, "release"),
-    "memory given back": (Pipeline, "_release_memory"),
+    "memory given back": (Stages, "release_memory"),
 }
 
 
@@ -69,7 +70,7 @@ def test_whatever_is_raised_others_are_served(
 
     def raises(*args: Any, **kwargs: Any) -> Any:
         listed = [one for arg in args for one in (arg if isinstance(arg, (list, tuple)) else [arg])]
-        if name in ("_release_memory", "_preview") or is_about(tuple(listed)):
+        if name in ("release_memory", "preview") or is_about(tuple(listed)):
             raise error("thrown on purpose")
         return whole(*args, **kwargs)
 
@@ -79,7 +80,7 @@ def test_whatever_is_raised_others_are_served(
             raise error("thrown on purpose")
         return (yield from whole(*args))
 
-    begin, step = Pipeline._begin, EagerBatch.step
+    begin, step = Stages.prepare, EagerBatch.step
 
     def begun(self: Pipeline, request: Any) -> Any:
         run = begin(self, request)
@@ -92,15 +93,15 @@ def test_whatever_is_raised_others_are_served(
             raise MemoryError("first this")
         return step(self, runs)
 
-    if place != "_begin":
-        monkeypatch.setattr(Pipeline, "_begin", begun)
+    if place != "prepare":
+        monkeypatch.setattr(Stages, "prepare", begun)
     if place in ("release after a failure", "memory given back"):
         monkeypatch.setattr(EagerBatch, "step", failing)
     monkeypatch.setattr(owner, name, pieces if place == "finish" else raises)
     changes = lambda *_: {"latents": torch.zeros(1, 4, *[16 // pipe.vae.config.factor] * 2)}  # noqa: E731
     with Session(pipe, max_batch=3) as session:
         before = session.submit(**options(7, **SMALL))
-        if name in ("_change", "go_on_from"):
+        if name in ("change", "go_on_from"):
             monkeypatch.setattr(pipe, "_session", session)
             caught: SimpleQueue[Any] = SimpleQueue()
 
@@ -113,7 +114,7 @@ def test_whatever_is_raised_others_are_served(
             victim: Any = threading.Thread(target=call)
             victim.start()
         else:
-            size = {"height": 32, "width": 32} if place == "_new_batch" else SMALL  # of another size: in another batch
+            size = {"height": 32, "width": 32} if place == "new_batch" else SMALL  # of another size: in another batch
             victim = session.submit(**options(666, **size), preview=True)
         after = session.submit(**options(7, **SMALL))
         for future in (before, after):
@@ -229,11 +230,11 @@ def test_an_event_loop_gets_its_results(pipe: Pipeline, alone: Any) -> None:
 def test_deadlines_without_bounds(deadline: Any, pipe: Pipeline) -> None:
     """Also of a request that waits while its callback thinks, so that the worker sleeps until then."""
     with Session(pipe) as session:
-        thinking = session._submit(fastldm.Request(**options(7, **SMALL)), answered=True)
+        thinking = session.submit_request(fastldm.Request(**options(7, **SMALL)), answered=True)
         future = session.submit(**options(7, **SMALL), deadline=deadline)
         next(thinking.progress())
         future.result(60)
-        waiting = session._submit(fastldm.Request(**options(7, **SMALL)), deadline=1e10, answered=True)
+        waiting = session.submit_request(fastldm.Request(**options(7, **SMALL)), deadline=1e10, answered=True)
         next(waiting.progress())
         session.submit(**options(7, **SMALL)).result(60)
         for one in (thinking, waiting):
@@ -336,16 +337,16 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> Streams:
 def test_a_request_is_read_behind_what_made_it(
     streams: Streams, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin = Pipeline._begin
-    monkeypatch.setattr(Pipeline, "_begin", lambda self, request: streams.note("read") or begin(self, request))
+    begin = Stages.prepare
+    monkeypatch.setattr(Stages, "prepare", lambda self, request: streams.note("read") or begin(self, request))
     streams.note("made")
     pipe.session.submit(**options(**SMALL)).result(60)
     assert streams.ordered("made", "read")
 
 
 def test_a_result_is_behind_what_made_it(streams: Streams, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = Pipeline._result
-    monkeypatch.setattr(Pipeline, "_result", lambda self, *args: streams.note("made") or result(self, *args))
+    result = Stages.result
+    monkeypatch.setattr(Stages, "result", lambda self, *args: streams.note("made") or result(self, *args))
     for kind in ("pt", "latent"):
         future = pipe.session.submit(**options(**SMALL, output_type=kind))
         future.result(60)
@@ -401,12 +402,12 @@ def test_what_runs_in_a_worker_is_ordered_both_ways(fails: bool, streams: Stream
     assert streams.ordered("works", "after")
     if not fails:
         streams.note("changed")
-        changed = pipe._prepared.weights_changed
-        pipe._prepared.weights_changed = lambda: streams.note("seen") or changed()  # type: ignore[method-assign,func-returns-value]
+        changed = pipe.stages.prepared.weights_changed
+        pipe.stages.prepared.weights_changed = lambda: streams.note("seen") or changed()  # type: ignore[method-assign,func-returns-value]
         try:
             pipe.weights_changed()
         finally:
-            del pipe._prepared.weights_changed
+            del pipe.stages.prepared.weights_changed
         assert streams.ordered("changed", "seen")
 
 

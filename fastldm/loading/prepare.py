@@ -168,7 +168,7 @@ def prepare(networks: Mapping[str, nn.Module], sharing: Iterable[nn.Module] = ()
     """
     sharers: dict[tuple[int, torch.Size], list[Place]] = {}
     for module in sharing:
-        for _, place, parameter in _parameters(module):
+        for _, place, parameter in _named_parameters(module):
             sharers.setdefault((parameter.data_ptr(), parameter.shape), []).append(place)
 
     homes: list[Home] = []
@@ -177,7 +177,7 @@ def prepare(networks: Mapping[str, nn.Module], sharing: Iterable[nn.Module] = ()
     for title, network in networks.items():
         places = {
             name: (place, *sharers.get((parameter.data_ptr(), parameter.shape), ()))
-            for name, place, parameter in _parameters(network)
+            for name, place, parameter in _named_parameters(network)
         }
         sources = {name: places[name][1:] for name in _rescale(network)}
         places |= {name: places[name][:1] for name in sources}
@@ -185,7 +185,7 @@ def prepare(networks: Mapping[str, nn.Module], sharing: Iterable[nn.Module] = ()
             for name, data in _layout(module).items():
                 _move(places[_join(path, name)], data)
 
-        parameters = {name: parameter.data for name, _, parameter in _parameters(network)}
+        parameters = {name: parameter.data for name, _, parameter in _named_parameters(network)}
         homes += [Home(_join(title, name), data, places[name]) for name, data in parameters.items()]
         # The others run once a request, and would gain less than looking for changes costs.
         if isinstance(network, UNet):
@@ -240,7 +240,7 @@ def _rescaled(x: Tensor) -> Tensor:
     return x * 2.0**HALF_EXPONENT
 
 
-def _parameters(module: nn.Module) -> Iterator[tuple[str, Place, nn.Parameter]]:
+def _named_parameters(module: nn.Module) -> Iterator[tuple[str, Place, nn.Parameter]]:
     for path, layer in module.named_modules():
         for leaf, parameter in layer._parameters.items():
             if parameter is not None:

@@ -27,7 +27,7 @@ from fastldm.runtime.slots import StaticBuffers
 
 if TYPE_CHECKING:
     from fastldm.loading.spec import Spec
-    from fastldm.pipeline import Pipeline
+    from fastldm.runtime.stages import Stages
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,15 @@ class Workload:
         return cls(spec.unet, spec.vae, spec.text, **place, dtype=dtype, arch=arch, **{**given, **others})
 
     @classmethod
-    def of_pipeline(cls, pipe: Pipeline, *, width: int, height: int, batch: int, **others: Any) -> Workload:
+    def of_stages(cls, stages: Stages, *, width: int, height: int, batch: int, **others: Any) -> Workload:
         """For a model that is loaded, where it is; `guided` must be among the others."""
-        arch = device_capability(pipe.device.index or 0) if pipe.device.type == "cuda" else 0
-        configs = tuple(stage.model.config for stage in pipe.text_stages)
-        factor = pipe.vae.config.factor
+        arch = device_capability(stages.device.index or 0) if stages.device.type == "cuda" else 0
+        configs = tuple(stage.model.config for stage in stages.text_stages)
+        factor = stages.vae.config.factor
         given: dict[str, Any] = {"height": height // factor, "width": width // factor, "batch": batch}
         given = {**given, "tokens": configs[0].max_position, **others}
-        given |= {"backend": pipe.backend, "precision": getattr(torch, pipe.precision)}
-        return cls(pipe.unet.config, pipe.vae.config, configs, dtype=pipe.dtype, arch=arch, **given)
+        given |= {"backend": stages.backend, "precision": getattr(torch, stages.precision)}
+        return cls(stages.unet.config, stages.vae.config, configs, dtype=stages.dtype, arch=arch, **given)
 
 
 class Line(NamedTuple):

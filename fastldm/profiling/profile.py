@@ -55,13 +55,13 @@ STAGES = {
     "PNG": "pictures to files",
     "session": "what is left of the wall clock: queues, threads",
 }
-_FUNCTIONS = {  # of the pipeline -> the stage that the time in it counts to, but for others' inside
-    "_begin": "check weights",
+_FUNCTIONS = {  # of the pipeline's stages -> the stage that the time in it counts to, but for others' inside
+    "prepare": "check weights",
     "_encode": "tokenise",
     "_conditions": "conditions",
     "_table": "noise",
     "_work": "noise",
-    "_new_batch": "admit",
+    "new_batch": "admit",
 }
 _NETWORKS = {"text": "text encoder", "conditions": "U-Net's once", "step": "U-Net", "decode": "VAE"}
 
@@ -188,8 +188,8 @@ class Profile:
 @contextmanager
 def _stages(pipe: Pipeline, clock: Clock) -> Iterator[None]:
     """Inside, what a session asks of the pipeline is timed."""
-    own = {name: clock.around(stage, getattr(pipe, name), stage) for name, stage in _FUNCTIONS.items()}
-    new_batch, run = own["_new_batch"], pipe._run
+    own = {name: clock.around(stage, getattr(pipe.stages, name), stage) for name, stage in _FUNCTIONS.items()}
+    new_batch, run = own["new_batch"], pipe.stages.run
 
     def with_timed_steps(*args: Any) -> Any:
         batch = new_batch(*args)
@@ -201,8 +201,8 @@ def _stages(pipe: Pipeline, clock: Clock) -> Iterator[None]:
         tokenising = inside is not None and inside.name == "tokenise"
         return clock.around("text", run, "text")(*args) if tokenising else run(*args)
 
-    own |= {"_new_batch": with_timed_steps, "_run": encoders, "_finish": clock.pieces("decode", pipe._finish)}
-    with replaced(pipe, **own):
+    own |= {"new_batch": with_timed_steps, "run": encoders, "decode": clock.pieces("decode", pipe.stages.decode)}
+    with replaced(pipe.stages, **own):
         yield
 
 
@@ -212,7 +212,7 @@ def _ops(pipe: Pipeline, clock: Clock) -> Iterator[None]:
     observing = dispatch.observe(clock.observe)
     with ExitStack() as stack:
         enter = stack.enter_context
-        enter(replaced(pipe, _graphs=None))
+        enter(replaced(pipe.stages, graphs=None))
         enter(replaced(clock, ahead=clock.gpu))
         enter(replaced(pipe.unet, step=clock.around("U-Net", pipe.unet.step)))
         enter(replaced(pipe.vae, decode=clock.around("VAE", pipe.vae.decode)))
@@ -257,10 +257,10 @@ def _make(session: Session, request: Request, clock: Clock) -> Picture:
         began = perf_counter()
         result = session.submit(request).result()
         with clock.span("PNG"):
-            images.save_result(result, paths, session.pipe.name)
+            images.save_result(result, paths, session.stages.name)
         wall = perf_counter() - began
     if clock.gpu:
-        torch.cuda.synchronize(session.pipe.device)
+        torch.cuda.synchronize(session.stages.device)
     return Picture(wall, clock.spans, result)
 
 
@@ -284,8 +284,8 @@ def profile(
     Raises what making the pictures raises.
     """
     asked = Request.of(request, {"seed": 0, **options} if isinstance(request, str) else options)
-    completed = pipe._complete(asked)
-    clock, captures = Clock(pipe.device), pipe._graphs is not None
+    completed = pipe.stages.complete(asked)
+    clock, captures = Clock(pipe.device), pipe.stages.graphs is not None
     with ExitStack() as stack:
         if clock.gpu:
             stack.enter_context(torch.cuda.device(pipe.device))
@@ -303,7 +303,7 @@ def profile(
     wall = Spread.of([one.wall for one in plain])
     extra = {"compile": early[0]} | ({"capture": early[WARM_UPS]} if captures else {})
     steps = [one.steps(clock.gpu) for one in plain]
-    rows = completed.batch * (2 if pipe._guided(completed) else 1)
+    rows = completed.batch * (2 if pipe.stages.guided(completed) else 1)
     return Profile(
         about=_about(pipe, plain[-1].result, rows),
         first={**(first or {}), **{name: max(0.0, one.wall - wall.median) for name, one in extra.items()}},
@@ -430,12 +430,12 @@ def _memory(pipe: Pipeline, asked: Request) -> dict[str, int]:
         return {}
     gpu = pipe.device.type == "cuda"
     made = memory.plan(
-        memory.Workload.of_pipeline(
-            pipe,
+        memory.Workload.of_stages(
+            pipe.stages,
             width=int(asked.width or 0),
             height=int(asked.height or 0),
             batch=asked.batch,
-            guided=pipe._guided(asked),
+            guided=pipe.stages.guided(asked),
             steps=int(asked.num_inference_steps or 1),
             encode=asked.image is not None,
         )
@@ -457,11 +457,11 @@ def _most_alive(pipe: Pipeline, asked: Request) -> int:
     torch.set_num_threads(1)  # the session's thread has a pool of its own, and two fight for the cores
     try:  # in this thread: the profiler hears of no other
         with torch.no_grad(), listening(activities=[ProfilerActivity.CPU], profile_memory=True) as heard:
-            run = pipe._begin(asked)
-            batch = pipe._new_batch(run, asked.batch)
+            run = pipe.stages.prepare(asked)
+            batch = pipe.stages.new_batch(run, asked.batch)
             batch.admit(run)
             batch.step([run])
-            finish(pipe._finish(asked, run.work.table, batch.latents(run), batch.release(run)))
+            finish(pipe.stages.decode(asked, run.work.table, batch.latents(run), batch.release(run)))
     finally:
         torch.set_num_threads(threads)
     alive = most = 0

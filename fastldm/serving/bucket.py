@@ -6,72 +6,37 @@ What a request's own work raises is that request's failure and nobody else's, be
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from itertools import pairwise
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from fastldm import openmp
 from fastldm.device import Mark
-from fastldm.errors import Cancelled, DeadlineExceeded, OutOfMemory, WorkerLost, out_of_memory_named
+from fastldm.errors import OutOfMemory, WorkerLost, out_of_memory_named
 from fastldm.kernels import dispatch
-from fastldm.request import Request, Result, Timings
+from fastldm.request import Result, Timings
 from fastldm.runtime.denoise import Batch, Run
-from fastldm.serving.worker import Worker, lost_by, report
-
-if TYPE_CHECKING:
-    from fastldm.serving.callback import Change
-    from fastldm.serving.session import Generation, Session
-
-
-class Job:
-    """A request between submission and result."""
-
-    def __init__(
-        self,
-        worker: Worker,
-        request: Request,
-        seconds: float | None,
-        preview: bool,
-        answered: bool,
-    ) -> None:
-        """seconds: until its deadline. answered: whether it waits after each step until somebody has answered."""
-        self.worker, self.request = worker, request
-        self.preview, self.answered = preview, answered
-        self.submitted = perf_counter()
-        self.seconds = seconds
-        self.route = dispatch.preference()  # kernels.use holds for the caller's thread: it goes along
-        self.threads = openmp.threads()
-        self.given = Mark(worker.device)  # behind what made the request's tensors
-        self.run: Run | None = None
-        self.began = self.begun = self.admitted = self.submitted
-        self.marks: list[float] = []  # when each step was done
-        self.ran: set[str] = set()  # what ran its steps
-        self.paused = self.cancelled = self.interrupted = False
-        self.answer: tuple[Change, Mark] | None = None  # what a callback wants changed
-        self.future: Generation  # whose it is
-
-    def over(self, now: float) -> Exception | None:
-        """Why the request has to stop, if it has to."""
-        if self.cancelled:
-            return Cancelled(f"cancelled after {len(self.marks)} steps")
-        if self.seconds is not None and now - self.submitted > self.seconds:
-            at = f"after {len(self.marks)} steps" if self.run is not None else "while it waited"
-            return DeadlineExceeded(f"the request's deadline of {self.seconds:g} s passed {at}")
-        if self.future.done():  # by somebody who holds it: nobody waits for it any more
-            return Cancelled("the request was answered by somebody else")
-        return None
+from fastldm.runtime.stages import Stages
+from fastldm.serving.generation import Host, Job, lost_by, report
 
 
 class Bucket:
     """The requests of one size."""
 
-    def __init__(self, session: Session, route: dispatch.Route | None) -> None:
-        self.session, self.pipe, self.worker = session, session.pipe, session._worker
-        self.route = route
+    def __init__(
+        self,
+        stages: Stages,
+        worker: Host,
+        max_batch: int,
+        route: dispatch.Route | None,
+        release_memory: Callable[[], None],
+    ) -> None:
+        """max_batch: pictures that share a step. release_memory: gives up what other sizes keep for later."""
+        self.stages, self.worker, self.max_batch, self.route = stages, worker, max_batch, route
+        self._release_others = release_memory
         self.waiting: list[tuple[float, int, Job]] = []  # a heap: the first in line is first
         self.next: Job | None = None  # begun, and waiting until the batch can take it
         self.running: list[Job] = []
@@ -106,7 +71,7 @@ class Bucket:
             return job
         if self.damaged or (job.run is not None and not self._holds(job.run)):
             return None  # the buffers are made anew when the last has left them
-        return job if self.pictures + job.request.batch <= self.session.max_batch else None
+        return job if self.pictures + job.request.batch <= self.max_batch else None
 
     def ready(self) -> bool:
         """Whether a turn would do anything."""
@@ -138,7 +103,7 @@ class Bucket:
             self.waiting = [] if waiting_too else self.waiting
             self.next, self.running, self.finishing, self._mark = None, [], [], None
         for job in begun:
-            job.future._fail(lost_by(error))
+            job.future.fail(lost_by(error))
         self.drop_batch()
 
     def _apply_answers(self) -> None:
@@ -150,7 +115,7 @@ class Bucket:
                     assert self.batch is not None
                     assert job.run is not None
                     (change, given), job.answer = job.answer, None
-                    self.pipe._change(self.batch, job.run, given.follow(change))
+                    self.stages.change(self.batch, job.run, given.follow(change))
                 self._retire(job)
 
     def _admit(self) -> None:
@@ -163,19 +128,19 @@ class Bucket:
                 self.next = job
         with self._failing(job):
             if job.run is None:
-                if not job.future._begin():
+                if not job.future.begin():
                     self.next = None
                     return
                 job.began = perf_counter()
                 job.given.follow(job.request)
                 self._set_threads([job])
-                job.run = self.pipe._begin(job.request)
+                job.run = self.stages.prepare(job.request)
                 job.begun = perf_counter()
             if not self._holds(job.run):
                 if self.running:
                     return
                 self.drop_batch()
-                self.batch = self.pipe._new_batch(job.run, self.session.max_batch)
+                self.batch = self.stages.new_batch(job.run, self.max_batch)
             assert self.batch is not None
             self.damaged = True  # until it has been taken in whole
             self.batch.admit(job.run)
@@ -219,11 +184,11 @@ class Bucket:
         job.marks.append(now)
         step, table = len(job.marks) - 1, job.run.work.table
         c_in = 1.0 if job.run.done else float(table.rows[step + 1][0])
-        preview = self.pipe._preview(self.batch.latents(job.run), c_in) if job.preview else None
+        preview = self.stages.preview(self.batch.latents(job.run), c_in) if job.preview else None
         latents, embeds = (self.batch.latents(job.run), job.run.conditions.embeds) if job.answered else (None, None)
         job.paused = job.answered
         told = {"step": step, "steps": len(table), "timestep": float(table.timesteps[step])}
-        job.future._tell(preview, latents=latents, embeds=embeds, **told)
+        job.future.publish(preview, latents=latents, embeds=embeds, **told)
         if not job.answered:  # else when it has been, however soon that was: with what the answer changes
             self._retire(job)
 
@@ -234,7 +199,7 @@ class Bucket:
             latents = self.batch.latents(job.run)
             first_bad = self._release(job.run)
             self.running.remove(job)
-            self.finishing.append((job, self.pipe._finish(job.request, job.run.work.table, latents, first_bad)))
+            self.finishing.append((job, self.stages.decode(job.request, job.run.work.table, latents, first_bad)))
 
     def _release(self, run: Run) -> Any:
         assert self.batch is not None
@@ -260,7 +225,7 @@ class Bucket:
                     result = self._result(job, done.value)
                     del self.finishing[0]
                     self._mark = None
-                    job.future._finish(result)
+                    job.future.finish(result)
                     if not others:
                         return
             if others and perf_counter() > until:
@@ -275,8 +240,8 @@ class Bucket:
             decode=now - last,
             total=now - job.submitted,
         )
-        backend = job.ran.pop() if len(job.ran) == 1 else self.pipe.backend
-        return self.pipe._result(job.request, job.run.work.table, images, timings, backend)
+        backend = job.ran.pop() if len(job.ran) == 1 else self.stages.backend
+        return self.stages.result(job.request, job.run.work.table, images, timings, backend)
 
     # --- failures
 
@@ -307,9 +272,9 @@ class Bucket:
             with suppress(BaseException):
                 if not self.running:
                     self.drop_batch()
-                self.session.release_memory()
-                self.pipe._release_memory()
-        job.future._fail(told)
+                self._release_others()
+                self.stages.release_memory()
+        job.future.fail(told)
 
     def drop_batch(self) -> None:
         batch, self.batch, self.damaged = self.batch, None, False
@@ -317,13 +282,13 @@ class Bucket:
             try:
                 batch.close()
             except BaseException:  # of what nobody needs any more
-                report("buffers of %s pictures could not be given back", self.pipe.name)
+                report("buffers of %s pictures could not be given back", self.stages.name)
 
     def _set_threads(self, jobs: list[Job]) -> None:
         """As many CPU threads as the work of these requests has use for, and their callers have."""
         wanted = max(job.threads for job in jobs)
         if self.worker.device.type == "cpu":
-            wanted = self.pipe._threads(jobs[0].request, sum(job.request.batch for job in jobs), wanted)
+            wanted = self.stages.threads(jobs[0].request, sum(job.request.batch for job in jobs), wanted)
         if torch.get_num_threads() != wanted:
             torch.set_num_threads(wanted)
 

@@ -15,7 +15,6 @@ import difflib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,23 +24,15 @@ from fastldm import checks
 from fastldm.errors import InputError
 from fastldm.request import MAX_GUIDANCE
 from fastldm.runtime.denoise import Embeds
+from fastldm.runtime.stages import Change
 
 if TYPE_CHECKING:
     from fastldm.request import Request
-    from fastldm.serving.session import Generation, Progress
+    from fastldm.serving.generation import Generation, Progress
 
 StepCallback = Callable[[Any, int, float, "dict[str, Any]"], "Mapping[str, Any] | None"]
 
 LATENTS, NEGATIVE = "latents", "negative_prompt_embeds"
-
-
-@dataclass(frozen=True)
-class Change:
-    """What a callback wants from the next step on."""
-
-    guidance: tuple[float, float]  # scale and rescale
-    latents: Tensor | None = None  # (B, C, h, w); None where they are as they were
-    embeds: Embeds | None = None  # likewise
 
 
 def tensor_names(callback: Any, names: Any, xl: bool) -> tuple[str, ...]:

@@ -19,20 +19,16 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import ExitStack, suppress
-from queue import SimpleQueue
+from contextlib import ExitStack
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 
 from fastldm import openmp
 from fastldm.device import Mark
-from fastldm.errors import WorkerLost
-
-if TYPE_CHECKING:
-    from fastldm.serving.bucket import Bucket
-    from fastldm.serving.session import Session
+from fastldm.serving.bucket import Bucket
+from fastldm.serving.generation import Callbacks, lost_by, report
 
 T = TypeVar("T")
 Call = tuple[Future[Any], Callable[[], Any]]
@@ -46,36 +42,14 @@ PATIENCE = 3  # failures in a row, with nothing in hand, after which all that wa
 FORK_PATIENCE = 30.0  # seconds that a fork waits for a turn to end
 
 
-class Callbacks:
-    """A thread that does what others have asked to be done, in order, whatever that raises."""
+class Client(Protocol):
+    """A session, as its worker sees it."""
 
-    def __init__(self) -> None:
-        self._lock, self._queue = threading.Lock(), SimpleQueue[Callable[[], Any] | None]()
-        self._thread: threading.Thread | None = None
+    buckets: dict[Any, Bucket]
 
-    def put(self, work: Callable[[], Any]) -> None:
-        with self._lock:
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._run, name="fastldm callbacks", daemon=True)
-                self._thread.start()
-        self._queue.put(work)
+    def release_memory(self, keep: int = 0) -> None: ...
 
-    def inside(self) -> bool:
-        return threading.current_thread() is self._thread
-
-    def stop(self) -> None:
-        """When all that was asked for is done, or takes too long."""
-        if self._thread is not None and not self.inside():
-            self._queue.put(None)
-            self._thread.join(timeout=5)
-
-    def _run(self) -> None:
-        while (work := self._queue.get()) is not None:
-            try:
-                work()
-            except BaseException:
-                report("a done-callback of a request failed")
-            del work  # nothing of it is kept until the next
+    def lose_in_child(self) -> None: ...
 
 
 class Worker:
@@ -96,7 +70,7 @@ class Worker:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self.sessions: weakref.WeakSet[Client] = weakref.WeakSet()
         self._reset()
 
     def _reset(self) -> None:
@@ -105,7 +79,7 @@ class Worker:
         self.no_fork = threading.Event()  # ... and the next turn for the fork
         self.no_fork.set()
         self.thread: threading.Thread | None = None
-        self._busy: set[Session] = set()  # sessions with a request that is not done
+        self._busy: set[Client] = set()  # sessions with a request that is not done
         self._calls: list[Call] = []
         self._in_hand: Bucket | Call | None = None  # whose turn it is
         self._contention = openmp.Contention()
@@ -114,7 +88,7 @@ class Worker:
 
     # --- what other threads ask
 
-    def add(self, session: Session) -> None:
+    def add(self, session: Client) -> None:
         """A session has something to do. Called with `changed` held."""
         self._busy.add(session)
         self._start()
@@ -230,7 +204,7 @@ class Worker:
         everything: list[Bucket | Call] = [] if lost is None else [lost]
         if waiting_too:
             with self.changed:
-                everything += [*self._calls, *(b for one in self._busy for b in one._buckets.values())]
+                everything += [*self._calls, *(b for one in self._busy for b in one.buckets.values())]
                 self._calls = []
         for one in everything:
             try:
@@ -246,14 +220,14 @@ class Worker:
     def _let_idle_go(self) -> None:
         """Memory of sessions that have nothing to do any more."""
         with self.changed:
-            idle = [one for one in self._busy if not any(bucket.jobs() for bucket in one._buckets.values())]
+            idle = [one for one in self._busy if not any(bucket.jobs() for bucket in one.buckets.values())]
             self._busy.difference_update(idle)
         for session in idle:
             session.release_memory(keep=IDLE_SIZES)
 
     def _buckets(self) -> list[Bucket]:
         with self.changed:
-            return [bucket for session in self._busy for bucket in session._buckets.values()]
+            return [bucket for session in self._busy for bucket in session.buckets.values()]
 
     def least_spent(self) -> float:
         """Of the sizes that something is asked of."""
@@ -287,20 +261,7 @@ class Worker:
     def _after_fork_in_child(self) -> None:
         self._reset()
         for session in [*self.sessions]:
-            session._forked()
-
-
-def lost_by(error: BaseException) -> WorkerLost:
-    """What a request gets that was in hand when something else failed."""
-    lost = WorkerLost(f"the thread that ran the request failed ({type(error).__name__}: {error}): ask again")
-    lost.__cause__ = error
-    return lost
-
-
-def report(text: str, *args: object) -> None:
-    """To the log, whose handlers are somebody else's code too."""
-    with suppress(BaseException):
-        logger.exception(text, *args)
+            session.lose_in_child()
 
 
 def _forking(name: str) -> Callable[[], None]:

@@ -1,0 +1,33 @@
+"""Who may wait: requests that can fit on the device."""
+
+from __future__ import annotations
+
+from fastldm.planning import memory
+from fastldm.request import Request
+from fastldm.runtime.complete import start_latents
+from fastldm.runtime.slots import step_capacity
+from fastldm.runtime.stages import Stages
+
+
+def check(stages: Stages, request: Request, max_batch: int, held: int) -> None:
+    """OutOfMemory for what cannot fit, before any work. max_batch: pictures that the session's buffers are made for.
+    held: bytes that lie ready for requests of this size."""
+    free = memory.free_bytes(stages.device)
+    if free is None:
+        return
+    width, height, batch = int(request.width or 0), int(request.height or 0), request.batch
+    pictures = max(batch, max_batch) if stages.device.type == "cuda" else batch
+    workload = memory.Workload.of_stages(
+        stages,
+        width=width,
+        height=height,
+        batch=batch,
+        guided=stages.guided(request),
+        steps=step_capacity(int(request.num_inference_steps or 1)),
+        tokens=stages.text_stages[0].window,
+        decode=stages.vae_decode,
+        encode=request.image is not None and start_latents(request, stages.latent_channels) is None,
+        slots=pictures,
+        rows=stages.unet_rows(pictures),
+    )
+    memory.check(workload, free + held, f"{batch} picture{'s' * (batch > 1)} of {width}x{height}")
