@@ -15,13 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import ladder
-from fastldm import Pipeline, pipeline
+from fastldm import Pipeline
 from fastldm.conditioning import encode as conditioning
 from fastldm.conditioning import text
 from fastldm.device import Mark, send, send_numbers, to_host
 from fastldm.kernels import dispatch
 from fastldm.request import Request
-from fastldm.runtime import denoise, slots, start
+from fastldm.runtime import denoise, slots, stages, start
 
 
 def test_numbers_keep_their_values_shape_and_dtype() -> None:
@@ -76,7 +76,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[NoWaits]:
 
         return send
 
-    for module in (conditioning, denoise, pipeline, slots, start, text):
+    for module in (conditioning, denoise, slots, stages, start, text):
         for name in ("send", "send_numbers"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, sending(getattr(module, name)))

@@ -286,9 +286,9 @@ def test_waiting_raises_priority(pipe: Pipeline, gate: threading.Event, monkeypa
         while not futures["first"].running():
             time.sleep(0.001)
         now = time.perf_counter()
-        monkeypatch.setattr("fastldm.serving.bucket.perf_counter", lambda: now - 60.0)
+        monkeypatch.setattr("fastldm.serving.generation.perf_counter", lambda: now - 60.0)
         futures["old"] = session.submit(**options())
-        monkeypatch.setattr("fastldm.serving.bucket.perf_counter", time.perf_counter)
+        monkeypatch.setattr("fastldm.serving.generation.perf_counter", time.perf_counter)
         futures["urgent"] = session.submit(**options(), priority=1)
         assert finished_in_order(futures, gate) == ["first", "old", "urgent"]
 
