@@ -75,7 +75,7 @@ def test_history_begins_where_the_sampler_does(sampler: str) -> None:
 def test_a_sampler_is_added_by_a_function_and_an_entry() -> None:
     """Found by its names and by its class, and listed."""
     function = '''
-def dummy(grid: Grid) -> Iterator[Row]:
+def dummy(grid: Grid) -> Iterator[SolverRow]:
     """Euler's method."""
     for i, t, sigma, after in grid.walk():
         yield _row(grid, i, t, sigma, X + (after - sigma) * _slope(grid, sigma, X, M0))

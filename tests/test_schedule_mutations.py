@@ -73,8 +73,8 @@ MUTATIONS = [
     ),
     Mutation(
         "spacing",
-        "inside = int(trained * asked.strength)",
-        "inside = trained",
+        "distilled_steps = int(trained * request.strength)",
+        "distilled_steps = trained",
         lies_inside,
         "cut from all steps",
     ),

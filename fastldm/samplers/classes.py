@@ -12,8 +12,8 @@ from typing import Any
 
 from fastldm.samplers import solvers
 from fastldm.samplers.config import ScheduleConfig
-from fastldm.samplers.grid import Grid, Row
-from fastldm.samplers.spacing import Asked, Placed, on_distilled_timesteps, on_lambdas, on_sigmas, on_timesteps
+from fastldm.samplers.grid import Grid, SolverRow
+from fastldm.samplers.spacing import Placed, StepRequest, on_distilled_timesteps, on_lambdas, on_sigmas, on_timesteps
 
 Options = Mapping[str, Any]  # of a configuration
 
@@ -22,8 +22,8 @@ Options = Mapping[str, Any]  # of a configuration
 class SchedulerClass:
     """A diffusers scheduler class: how it steps, where, and the keys of its configuration with their defaults."""
 
-    run: Callable[[Grid], Iterator[Row]]
-    place: Callable[[ScheduleConfig, Asked], Placed]
+    run: Callable[[Grid], Iterator[SolverRow]]
+    place: Callable[[ScheduleConfig, StepRequest], Placed]
     keys: Options
     names: Mapping[str, Options]  # of its samplers, each with the options that the name settles
     aliases: Mapping[str, Options] = field(

@@ -1,4 +1,4 @@
-"""Where a sampler steps (`Grid`), and one call of the network in symbols (`Row`).
+"""Where a sampler steps (`Grid`), and one call of the network in symbols (`SolverRow`).
 
 Every sampler here is linear in what it has seen, so a step is a form over seven symbols: the latent X, an anchor Y
 (a second state tensor), the history M0, M1, M2, M3 (newest first) and noise N. They are unit vectors, in float64, and
@@ -23,15 +23,15 @@ Array32 = npt.NDArray[np.float32]
 X, Y, M0, M1, M2, M3, N = np.eye(7)
 
 
-class Row(NamedTuple):
+class SolverRow(NamedTuple):
     """One call of the network, in symbols."""
 
     step: int  # the user's step it belongs to, from 0
-    t: float  # what the network is told
-    level: tuple[float, float]  # a picture at this row's noise: r * init + s * noise
+    t: float  # the timestep the network reads
+    level: tuple[float, float]  # an image at this row's noise: r * init + s * noise
     x: Array  # the next latent
     y: Array = Y  # the next anchor
-    m: tuple[float, float] = (0.0, 1.0)  # what enters the history: p * latent + q * output, here the output itself
+    m: tuple[float, float] = (0.0, 1.0)  # (p, q): p * latent + q * output enters the history, here the output itself
     c_in: float = 1.0  # the network sees c_in * latent
     draws: bool = False  # whether diffusers draws noise here
 
@@ -72,7 +72,7 @@ class Grid:
         for i in range(self.begin, self.steps):
             yield i - self.begin, self.timesteps[i], self.sigmas[i], self.sigmas[i + 1]
 
-    def left(self, step: int) -> int:
+    def remaining(self, step: int) -> int:
         """How many steps there are from this one on."""
         return self.steps - self.begin - step
 

@@ -31,17 +31,17 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 
-def _plain(name: str) -> str:
+def _normalized(name: str) -> str:
     """A name without case, punctuation, and the beginnings and endings that other programs give it."""
-    plain = re.sub(r"[^a-z0-9]", "", name.lower().replace("+", "p"))
-    return re.sub(r"^sample|scheduler$|gpu$", "", plain).replace("ancestral", "a")
+    letters = re.sub(r"[^a-z0-9]", "", name.lower().replace("+", "p"))
+    return re.sub(r"^sample|scheduler$|gpu$", "", letters).replace("ancestral", "a")
 
 
 _LOOKUP = {
-    **{_plain(name): Sampler(name, name) for name in CLASSES},
-    **{_plain(name): sampler for name, sampler in SAMPLERS.items()},
+    **{_normalized(name): Sampler(name, name) for name in CLASSES},
+    **{_normalized(name): sampler for name, sampler in SAMPLERS.items()},
     **{
-        _plain(alias): Sampler(next(iter(entry.names)), class_name, options)
+        _normalized(alias): Sampler(next(iter(entry.names)), class_name, options)
         for class_name, entry in CLASSES.items()
         for alias, options in entry.aliases.items()
     },
@@ -57,23 +57,23 @@ def resolve_sampler(name: str) -> Sampler:
 
     Raises InputError for a name that there is not, and for sigmas that the sampler does not take.
     """
-    plain = _plain(name)
-    kind = next((kind for kind in ("karras", "exponential", "beta") if plain.endswith(kind)), "")
-    base = plain.removesuffix(kind)
-    found = _LOOKUP.get(base) or _LOOKUP.get(base.removeprefix("k"))
-    if found is None:
-        near = difflib.get_close_matches(base, _LOOKUP, 1, 0.5)
-        hint = f" Did you mean {_LOOKUP[near[0]].name!r}?" if near else ""
+    normalized = _normalized(name)
+    kind = next((kind for kind in ("karras", "exponential", "beta") if normalized.endswith(kind)), "")
+    base = normalized.removesuffix(kind)
+    sampler = _LOOKUP.get(base) or _LOOKUP.get(base.removeprefix("k"))
+    if sampler is None:
+        suggestions = difflib.get_close_matches(base, _LOOKUP, 1, 0.5)
+        hint = f" Did you mean {_LOOKUP[suggestions[0]].name!r}?" if suggestions else ""
         raise InputError(
             f"unknown sampler {name!r}.{hint} There are: {', '.join(SAMPLERS)}; diffusers' class names; and these with "
             "'karras', 'exponential' or 'beta' at the end where they take other sigmas."
         )
     if not kind:
-        return found
-    if SIGMA_KINDS[kind] not in CLASSES[found.class_name].keys:
-        raise InputError(f"sampler {name!r}: {found.class_name} takes no {kind} sigmas, here as in diffusers.")
-    only = {key: other == kind for other, key in SIGMA_KINDS.items()}
-    return replace(found, name=f"{found.name} {kind}", options={**found.options, **only})
+        return sampler
+    if SIGMA_KINDS[kind] not in CLASSES[sampler.class_name].keys:
+        raise InputError(f"sampler {name!r}: {sampler.class_name} takes no {kind} sigmas, here as in diffusers.")
+    only = {key: candidate == kind for candidate, key in SIGMA_KINDS.items()}
+    return replace(sampler, name=f"{sampler.name} {kind}", options={**sampler.options, **only})
 
 
 def sampler_name(config: ScheduleConfig) -> str:

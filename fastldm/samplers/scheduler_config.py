@@ -112,32 +112,34 @@ def read_scheduler(config: Mapping[str, Any], pipeline: str | None, source: str)
 
     CheckpointError for a class without a sampler, a value of the wrong kind, and what a table cannot hold.
     """
-    present = {key: field for key, field in _FIELDS.items() if key in config}
-    config = {**config, **read_fields(config, present, source)}
+    config = {**config, **read_fields(config, {k: field for k, field in _FIELDS.items() if k in config}, source)}
     name = config.get("_class_name")
-    known = CLASSES[name].keys if name in CLASSES else {}
-    has = {**known, **config}
+    defaults = CLASSES[name].keys if name in CLASSES else {}
+    present = {**defaults, **config}
     changed = {
         key: value
         for key, value in SET_BY_PIPELINES.get(pipeline or "", {}).items()
-        if key in has and has[key] != value
+        if key in present and present[key] != value
     }
     if changed:
-        told = ", ".join(f"{key} is {value}" for key, value in changed.items())
-        logger.info("%s: %s, as a %s of diffusers sets it", source, told, pipeline)
-    runs = {**config, **changed}
-    for key, bad, why in (("clip_sample", True, "clips latents"), ("skip_prk_steps", False, "starts with Runge-Kutta")):
-        if key in known and runs.get(key, known[key]) == bad:
+        report = ", ".join(f"{key} is {value}" for key, value in changed.items())
+        logger.info("%s: %s, as a %s of diffusers sets it", source, report, pipeline)
+    effective = {**config, **changed}
+    for key, bad, reason in (
+        ("clip_sample", True, "clips latents"),
+        ("skip_prk_steps", False, "starts with Runge-Kutta"),
+    ):
+        if key in defaults and effective.get(key, defaults[key]) == bad:
             raise CheckpointError(
-                f"{source}: {key!r} is {bad}, here by {'its value' if key in runs else 'default'}, so that diffusers "
-                f"{why}, which fastldm does not: set it to {not bad}"
+                f"{source}: {key!r} is {bad}, here by {'its value' if key in effective else 'default'}, so that "
+                f"diffusers {reason}, which fastldm does not: set it to {not bad}"
             )
     try:
-        read = read_config(runs, steps_offset=None)
+        read = read_config(effective, steps_offset=None)
     except InputError as error:
         raise CheckpointError(f"{source}: {error}") from error
     # Another sampler starts from the file's own keys: diffusers' `from_config` leaves away what was a default.
-    return replace(read, given={key: value for key, value in runs.items() if key in config})
+    return replace(read, given={key: value for key, value in effective.items() if key in config})
 
 
 def read_config(given: Mapping[str, Any], *, steps_offset: int | None = 1) -> ScheduleConfig:
@@ -165,17 +167,20 @@ def read_config(given: Mapping[str, Any], *, steps_offset: int | None = 1) -> Sc
 
 
 def config_of(name: str, given: Mapping[str, Any]) -> ScheduleConfig:
-    """The configuration of a scheduler class: its defaults, and what is given of its keys. Raises as `read_config`."""
-    known = CLASSES[name]
-    values: dict[str, Any] = {**known.keys, **{key: value for key, value in given.items() if key in known.keys}}
-    for key, choices in {**_CHOICES, **known.choices}.items():
+    """The configuration of a scheduler class: its defaults, and what `given` has of its keys.
+
+    Raises as `read_config` does.
+    """
+    entry = CLASSES[name]
+    values: dict[str, Any] = {**entry.keys, **{key: value for key, value in given.items() if key in entry.keys}}
+    for key, choices in {**_CHOICES, **entry.choices}.items():
         if key in values and values[key] in _FOREIGN.get(key, ()) and values[key] not in choices:
-            values[key] = known.keys[key]
+            values[key] = entry.keys[key]
         if key in values and values[key] not in choices:
             raise InputError(f"{name}: {key}={values[key]!r} is none of {', '.join(map(str, choices))}.")
-    for key, (allowed, why) in _REFUSED.items():
+    for key, (allowed, reason) in _REFUSED.items():
         if given.get(key) not in allowed:
-            raise InputError(f"{name}: {key}={given[key]!r} is not supported: {why}.")
+            raise InputError(f"{name}: {key}={given[key]!r} is not supported: {reason}.")
     kinds = [kind for kind, key in SIGMA_KINDS.items() if values.get(key)]
     if len(kinds) > 1:
         raise InputError(f"{name}: only one kind of sigmas can be used, got {' and '.join(kinds)}.")

@@ -13,12 +13,12 @@ import numpy as np
 
 from fastldm.errors import InputError
 from fastldm.samplers.config import ScheduleConfig
-from fastldm.samplers.grid import M0, M1, M2, M3, Array, Grid, N, Row, X, Y, sigma_to_t
+from fastldm.samplers.grid import M0, M1, M2, M3, Array, Grid, N, SolverRow, X, Y, sigma_to_t
 
 # ---- on latents sqrt(bar) * x0 + sqrt(1 - bar) * noise ----
 
 
-def ddpm(grid: Grid) -> Iterator[Row]:
+def ddpm(grid: Grid) -> Iterator[SolverRow]:
     """https://arxiv.org/abs/2006.11239, equations 6 and 7."""
     times = [*grid.timesteps, -1.0]
     for i in range(grid.begin, grid.steps):
@@ -29,10 +29,10 @@ def ddpm(grid: Grid) -> Iterator[Row]:
         if t > 0:
             large = grid.config.variance_type == "fixed_large"
             x = x + math.sqrt(beta if large else max((1 - after) / (1 - now) * beta, 1e-20)) * N
-        yield Row(i - grid.begin, t, (alpha, sigma), x, draws=bool(t > 0))
+        yield SolverRow(i - grid.begin, t, (alpha, sigma), x, draws=bool(t > 0))
 
 
-def ddim(grid: Grid) -> Iterator[Row]:
+def ddim(grid: Grid) -> Iterator[SolverRow]:
     """https://arxiv.org/abs/2010.02502, equation 12."""
     for i in range(grid.begin, grid.steps):
         t = grid.timesteps[i]
@@ -41,15 +41,15 @@ def ddim(grid: Grid) -> Iterator[Row]:
         deviation = grid.eta * math.sqrt((1 - after) / (1 - now) * (1 - now / after))
         x = math.sqrt(after) * grid.x0(alpha, sigma, X, M0)
         x = x + math.sqrt(max(1 - after - deviation**2, 0)) * grid.epsilon(alpha, sigma, X, M0) + deviation * N
-        yield Row(i - grid.begin, t, (alpha, sigma), x, draws=grid.eta > 0)
+        yield SolverRow(i - grid.begin, t, (alpha, sigma), x, draws=grid.eta > 0)
 
 
-def plms(grid: Grid) -> Iterator[Row]:
+def plms(grid: Grid) -> Iterator[SolverRow]:
     """https://arxiv.org/abs/2202.09778, the linear multistep method, on the network's output as it is.
 
-    The second call repeats the first step with what the network says at its end, and is then forgotten: the history
+    The second call repeats the first step with the network's output at its end, and is then forgotten: the history
     skips it, and the anchor keeps the first output, which the fourth order still asks for three calls later. It is the
-    first step that runs: diffusers repeats the first of all, and where a picture leaves that out, steps twice to the
+    first step that runs: diffusers repeats the first of all, and where an image leaves that out, steps twice to the
     same level and lags behind by a step from there on.
     """
     third, fourth = 23 * M0 - 16 * M1 + 5 * Y, 55 * M0 - 59 * M1 + 37 * M2  # Adams and Bashforth's, but for the last
@@ -63,11 +63,11 @@ def plms(grid: Grid) -> Iterator[Row]:
         alpha, sigma = math.sqrt(now), math.sqrt(1 - now)
         x = math.sqrt(after) * grid.x0(alpha, sigma, origin, form)
         x = x + math.sqrt(1 - after) * grid.epsilon(alpha, sigma, origin, form)
-        keep = (X, M1)[i] if i < 2 else Y
-        yield Row(step, t, (math.sqrt(grid.bar(t)), math.sqrt(1 - grid.bar(t))), x, keep)
+        anchor = (X, M1)[i] if i < 2 else Y
+        yield SolverRow(step, t, (math.sqrt(grid.bar(t)), math.sqrt(1 - grid.bar(t))), x, anchor)
 
 
-def lcm(grid: Grid) -> Iterator[Row]:
+def lcm(grid: Grid) -> Iterator[SolverRow]:
     """https://arxiv.org/abs/2310.04378, algorithm 3: jump to the denoised latent, then add the noise of the next
     step.
     """
@@ -79,10 +79,10 @@ def lcm(grid: Grid) -> Iterator[Row]:
         if not final:
             after = grid.bar(grid.timesteps[i + 1])
             x = math.sqrt(after) * x + math.sqrt(1 - after) * N
-        yield Row(i - grid.begin, t, (alpha, sigma), x, draws=not final)
+        yield SolverRow(i - grid.begin, t, (alpha, sigma), x, draws=not final)
 
 
-def tcd(grid: Grid) -> Iterator[Row]:
+def tcd(grid: Grid) -> Iterator[SolverRow]:
     """https://arxiv.org/abs/2402.19159, strategic stochastic sampling: down to (1 - eta) of the next time, then
     noise up to it.
     """
@@ -96,14 +96,14 @@ def tcd(grid: Grid) -> Iterator[Row]:
         draws = grid.eta > 0 and i + 1 < grid.steps
         if draws:
             x = math.sqrt(after / between) * x + math.sqrt(1 - after / between) * N
-        yield Row(i - grid.begin, t, (alpha, sigma), x, draws=draws)
+        yield SolverRow(i - grid.begin, t, (alpha, sigma), x, draws=draws)
 
 
 # ---- on latents x0 + sigma * noise ----
 
 
-def _row(grid: Grid, step: int, t: float, sigma: float, x: Array, y: Array = Y, draws: bool = False) -> Row:
-    return Row(step, t, (1.0, sigma), x, y, c_in=1 / math.hypot(sigma, 1), draws=draws)
+def _row(grid: Grid, step: int, t: float, sigma: float, x: Array, y: Array = Y, draws: bool = False) -> SolverRow:
+    return SolverRow(step, t, (1.0, sigma), x, y, c_in=1 / math.hypot(sigma, 1), draws=draws)
 
 
 def _slope(grid: Grid, sigma: float, latent: Array, output: Array) -> Array:
@@ -112,7 +112,7 @@ def _slope(grid: Grid, sigma: float, latent: Array, output: Array) -> Array:
     return (latent - grid.x0(c_in, sigma * c_in, c_in * latent, output)) / sigma
 
 
-def euler(grid: Grid) -> Iterator[Row]:
+def euler(grid: Grid) -> Iterator[SolverRow]:
     """https://arxiv.org/abs/2206.00364, algorithm 2 without churn."""
     for i, t, sigma, after in grid.walk():
         yield _row(grid, i, t, sigma, X + (after - sigma) * _slope(grid, sigma, X, M0))
@@ -126,46 +126,46 @@ def _ancestral(sigma: float, after: float) -> tuple[float, float]:
     return after**2 / sigma, after * math.sqrt(1 - (after / sigma) ** 2)
 
 
-def euler_ancestral(grid: Grid) -> Iterator[Row]:
+def euler_ancestral(grid: Grid) -> Iterator[SolverRow]:
     """k-diffusion's sample_euler_ancestral."""
     for i, t, sigma, after in grid.walk():
         down, up = _ancestral(sigma, after)
         yield _row(grid, i, t, sigma, X + (down - sigma) * _slope(grid, sigma, X, M0) + up * N, draws=True)
 
 
-def heun(grid: Grid) -> Iterator[Row]:
+def heun(grid: Grid) -> Iterator[SolverRow]:
     """https://arxiv.org/abs/2206.00364, algorithm 1: the trapezoidal rule, and a plain Euler step at the end."""
     for i, t, sigma, after in grid.walk():
         yield _row(grid, i, t, sigma, X + (after - sigma) * _slope(grid, sigma, X, M0), X)
-        if grid.left(i) > 1:
+        if grid.remaining(i) > 1:
             slope = (_slope(grid, sigma, Y, M1) + _slope(grid, after, X, M0)) / 2
             yield _row(grid, i, grid.timesteps[grid.begin + i + 1], after, Y + (after - sigma) * slope)
 
 
-def dpm2(grid: Grid) -> Iterator[Row]:
+def dpm2(grid: Grid) -> Iterator[SolverRow]:
     """k-diffusion's sample_dpm_2: the midpoint rule, at the geometric mean, and a plain Euler step at the end."""
     for i, t, sigma, after in grid.walk():
         yield from _midpoint(grid, i, t, sigma, after, 0.0, after)
 
 
-def dpm2_ancestral(grid: Grid) -> Iterator[Row]:
+def dpm2_ancestral(grid: Grid) -> Iterator[SolverRow]:
     """k-diffusion's sample_dpm_2_ancestral."""
     for i, t, sigma, after in grid.walk():
         down, up = _ancestral(sigma, after)
         yield from _midpoint(grid, i, t, sigma, down, up, after)
 
 
-def _midpoint(grid: Grid, i: int, t: float, sigma: float, down: float, up: float, after: float) -> Iterator[Row]:
-    middle = math.sqrt(sigma * down)
-    yield _row(grid, i, t, sigma, X + (middle - sigma) * _slope(grid, sigma, X, M0), X)
-    if grid.left(i) > 1:
-        t = float(sigma_to_t(np.array([middle]), grid.log_sigmas)[0])
-        x = Y + (down - sigma) * _slope(grid, middle, X, M0) + up * N
-        row = _row(grid, i, t, middle, x, draws=up > 0)
-        yield row._replace(level=(1.0, after))  # as diffusers' add_noise, which does not know of the middle
+def _midpoint(grid: Grid, i: int, t: float, sigma: float, down: float, up: float, after: float) -> Iterator[SolverRow]:
+    midpoint = math.sqrt(sigma * down)
+    yield _row(grid, i, t, sigma, X + (midpoint - sigma) * _slope(grid, sigma, X, M0), X)
+    if grid.remaining(i) > 1:
+        t = float(sigma_to_t(np.array([midpoint]), grid.log_sigmas)[0])
+        x = Y + (down - sigma) * _slope(grid, midpoint, X, M0) + up * N
+        row = _row(grid, i, t, midpoint, x, draws=up > 0)
+        yield row._replace(level=(1.0, after))  # as diffusers' add_noise, which does not know of the midpoint
 
 
-def lms(grid: Grid) -> Iterator[Row]:
+def lms(grid: Grid) -> Iterator[SolverRow]:
     """k-diffusion's sample_lms, order 4: the last slopes, as a polynomial in sigma, integrated over the step."""
     for i, t, sigma, after in grid.walk():
         nodes = np.array(grid.past(i, min(i + 1, 4))) - sigma  # of steps that ran; diffusers takes those before too
@@ -180,8 +180,8 @@ def lms(grid: Grid) -> Iterator[Row]:
 
 def _lagrange(nodes: Array, k: int) -> Array:
     """The polynomial, lowest coefficient first, that is 1 at nodes[k] and 0 at the others."""
-    others = np.delete(nodes, k)
-    return np.polynomial.polynomial.polyfromroots(others) / np.prod(nodes[k] - others)
+    rest = np.delete(nodes, k)
+    return np.polynomial.polynomial.polyfromroots(rest) / np.prod(nodes[k] - rest)
 
 
 # ---- on latents alpha * x0 + sigma * noise, alpha^2 + sigma^2 = 1; `now` and `after` are ratios, sigma / alpha ----
@@ -192,10 +192,12 @@ def _split(ratio: float) -> tuple[float, float]:
     return 1 / math.hypot(ratio, 1), ratio / math.hypot(ratio, 1)
 
 
-def _vp_row(grid: Grid, i: int, t: float, now: float, data: bool, x: Array, y: Array = Y, draws: bool = False) -> Row:
+def _vp_row(
+    grid: Grid, i: int, t: float, now: float, data: bool, x: Array, y: Array = Y, draws: bool = False
+) -> SolverRow:
     """A row with the denoised latent as history (data), or else the noise."""
     m = grid.denoised(*_split(now)) if data else grid.noise(*_split(now))
-    return Row(i, t, _split(now), x, y, m, draws=draws)
+    return SolverRow(i, t, _split(now), x, y, m, draws=draws)
 
 
 def _dpm_step(config: ScheduleConfig, x: Array, now: float, after: float, d: Sequence[Array], solver: str) -> Array:
@@ -224,15 +226,15 @@ def _dpm_step(config: ScheduleConfig, x: Array, now: float, after: float, d: Seq
     return x
 
 
-def dpm_multistep(grid: Grid) -> Iterator[Row]:
+def dpm_multistep(grid: Grid) -> Iterator[SolverRow]:
     """DPM-Solver and DPM-Solver++, multistep, ODE and SDE: https://arxiv.org/abs/2211.01095, algorithm 2."""
     config = grid.config
     data, sde = config.algorithm_type.endswith("++"), config.algorithm_type.startswith("sde")
     few = config.lower_order_final and grid.steps < 15
     for i, t, now, after in grid.walk():
-        order = min(config.solver_order, i + 1, grid.left(i) if few else 3)
+        order = min(config.solver_order, i + 1, grid.remaining(i) if few else 3)
         final = config.euler_at_final or config.final_sigmas_type == "zero"
-        if grid.left(i) == 1 and (final or now == after):
+        if grid.remaining(i) == 1 and (final or now == after):
             order = 1
         d = [M0]
         if order > 1:
@@ -245,7 +247,7 @@ def dpm_multistep(grid: Grid) -> Iterator[Row]:
         yield _vp_row(grid, i, t, now, data, _dpm_step(config, X, now, after, d, config.solver_type), draws=sde)
 
 
-def dpm_singlestep(grid: Grid) -> Iterator[Row]:
+def dpm_singlestep(grid: Grid) -> Iterator[SolverRow]:
     """The same, singlestep: groups of 1, 2 or 3 calls, each from the latent its group began with, the anchor."""
     config = grid.config
     data, sde = config.algorithm_type.endswith("++"), config.algorithm_type.startswith("sde")
@@ -270,15 +272,15 @@ def dpm_singlestep(grid: Grid) -> Iterator[Row]:
 
 def _group_orders(config: ScheduleConfig, steps: int) -> list[int]:
     order = config.solver_order
-    whole, rest = divmod(steps, order)
+    groups, rest = divmod(steps, order)
     group, tail = list(range(1, order + 1)), list(range(1, rest + 1))
     if rest == 0 and order > 1 and (config.lower_order_final or config.final_sigmas_type == "zero"):
-        whole, tail = whole - 1, [1, 2, 1] if order == 3 else [1, 1]
-    orders = group * whole + tail
+        groups, tail = groups - 1, [1, 2, 1] if order == 3 else [1, 1]
+    orders = group * groups + tail
     return [*orders[:-1], 1] if config.final_sigmas_type == "zero" else orders
 
 
-def deis(grid: Grid) -> Iterator[Row]:
+def deis(grid: Grid) -> Iterator[SolverRow]:
     """https://arxiv.org/abs/2204.13902, tAB-DEIS: the noise, as a polynomial in log sigma, integrated over sigma."""
     config = grid.config
     few = config.lower_order_final and grid.steps < 15
@@ -286,7 +288,7 @@ def deis(grid: Grid) -> Iterator[Row]:
         alpha, u = _split(after)[0], math.log(after / now)
         # The integrals of 1, v and v^2 over v = log(sigma / now), of d sigma = now * e^v dv, to v = u.
         powers = math.expm1(u), (u - 1) * math.exp(u) + 1, (u * u - 2 * u + 2) * math.exp(u) - 2
-        order = min(config.solver_order, i + 1, grid.left(i) if few else 3)
+        order = min(config.solver_order, i + 1, grid.remaining(i) if few else 3)
         nodes = np.log(np.array(grid.past(i, order)) / now)
         x = alpha / _split(now)[0] * X
         for k in range(order):
@@ -294,7 +296,7 @@ def deis(grid: Grid) -> Iterator[Row]:
         yield _vp_row(grid, i, t, now, False, x)
 
 
-def unipc(grid: Grid) -> Iterator[Row]:
+def unipc(grid: Grid) -> Iterator[SolverRow]:
     """https://arxiv.org/abs/2302.04867: correct the latent the last prediction gave, then predict the next from it.
 
     The anchor is the corrected latent.
@@ -304,12 +306,12 @@ def unipc(grid: Grid) -> Iterator[Row]:
         x: Array = X
         if i > 0 and grid.begin + i - 1 not in config.disable_corrector:
             x = _uni_step(grid, i - 1, order, Y, (M1, M2, M3), M0)
-        order = min(config.solver_order, i + 1, grid.left(i) if config.lower_order_final else 3)
+        order = min(config.solver_order, i + 1, grid.remaining(i) if config.lower_order_final else 3)
         yield _vp_row(grid, i, t, now, config.predict_x0, _uni_step(grid, i, order, x, (M0, M1, M2)), x)
 
 
 def _uni_step(grid: Grid, i: int, order: int, x: Array, m: Sequence[Array], corrected: Array | None = None) -> Array:
-    """From step i to the next: UniP, or UniC where `corrected`, what the model says there, is known."""
+    """From step i to the next: UniP, or UniC where `corrected`, the network's output there, is known."""
     config, past = grid.config, grid.past(i, order)
     now, after = past[0], float(grid.sigmas[grid.begin + i + 1])
     (alpha_s, sigma_s), (alpha, sigma) = _split(now), _split(after)

@@ -25,7 +25,7 @@ def alphas_cumprod(config: ScheduleConfig) -> Array32:
     Equal to diffusers' buffer to the bit, but for the last digits at zero terminal SNR, where torch's vectorised
     square root is not always the nearest float32.
 
-    Raises InputError for betas that leave no picture, or more than all of it. Nothing at the last timestep is zero
+    Raises InputError for betas that leave no image, or more than all of it. Nothing at the last timestep is zero
     terminal SNR.
     """
     steps, one = config.num_train_timesteps, np.float32(1)
@@ -72,8 +72,8 @@ Placed = dict[str, Any]  # the arrays of a Grid, and the step it begins at
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The steps that a caller asks for: so many, from `strength` of the schedule on, or his own."""
+class StepRequest:
+    """The steps that a caller requests: so many, from `strength` of the schedule on, or the caller's own."""
 
     steps: int
     strength: float = 1.0
@@ -82,7 +82,7 @@ class Asked:
 
     @property
     def begin(self) -> int:
-        """How many of the first steps a given picture leaves out, as diffusers' `get_timesteps` counts them."""
+        """How many of the first steps a start from an image leaves out, as diffusers' `get_timesteps` counts them."""
         return self.steps - min(int(self.steps * self.strength), self.steps)
 
 
@@ -95,54 +95,54 @@ def _spaced(config: ScheduleConfig, n: int, last: int, extra: int = 0) -> Array:
     return np.arange(last, 0, -config.num_train_timesteps / n).round()[:n] - 1.0
 
 
-def on_timesteps(config: ScheduleConfig, asked: Asked) -> Placed:
+def on_timesteps(config: ScheduleConfig, request: StepRequest) -> Placed:
     """Whole timesteps of the training schedule."""
-    bar, given = alphas_cumprod(config).astype(np.float64), asked.timesteps
-    timesteps = _spaced(config, asked.steps, len(bar)).round() if given is None else np.trunc(given)
-    return {"begin": asked.begin, "alpha_bar": bar, "timesteps": timesteps}
+    bar, custom = alphas_cumprod(config).astype(np.float64), request.timesteps
+    timesteps = _spaced(config, request.steps, len(bar)).round() if custom is None else np.trunc(custom)
+    return {"begin": request.begin, "alpha_bar": bar, "timesteps": timesteps}
 
 
-def on_distilled_timesteps(config: ScheduleConfig, asked: Asked) -> Placed:
+def on_distilled_timesteps(config: ScheduleConfig, request: StepRequest) -> Placed:
     """Timesteps that a distilled model was trained at.
 
-    A picture is given all of its steps: they are laid inside `strength` of the distilled ones, where other schedules
-    leave out their first steps. A caller's own timesteps are cut like others.
+    A start from an image takes all of its steps: they are laid within `strength` of the distilled ones, where other
+    schedules leave out their first steps. A caller's own timesteps are cut like others.
     """
-    if asked.timesteps is not None:
-        return on_timesteps(config, asked)
+    if request.timesteps is not None:
+        return on_timesteps(config, request)
     bar, trained = alphas_cumprod(config).astype(np.float64), config.original_inference_steps
-    inside = int(trained * asked.strength)
-    if asked.steps > inside:
+    distilled_steps = int(trained * request.strength)
+    if request.steps > distilled_steps:
         raise InputError(
-            f"{asked.steps} steps are more than the {inside} of distillation (original_inference_steps {trained}) that "
-            f"strength {asked.strength:g} leaves: take fewer steps, or more strength."
+            f"{request.steps} steps are more than the {distilled_steps} of distillation (original_inference_steps "
+            f"{trained}) that strength {request.strength:g} leaves: take fewer steps, or more strength."
         )
-    distilled = np.arange(inside, 0, -1) * (len(bar) // trained) - 1.0
-    timesteps = distilled[np.floor(np.linspace(0, inside, asked.steps, endpoint=False)).astype(int)]
+    distilled = np.arange(distilled_steps, 0, -1) * (len(bar) // trained) - 1.0
+    timesteps = distilled[np.floor(np.linspace(0, distilled_steps, request.steps, endpoint=False)).astype(int)]
     return {"begin": 0, "alpha_bar": bar, "timesteps": timesteps}
 
 
-def on_sigmas(config: ScheduleConfig, asked: Asked) -> Placed:
+def on_sigmas(config: ScheduleConfig, request: StepRequest) -> Placed:
     """Fractional timesteps; the ratio of noise to signal is linear between those of training."""
     bar, trained, logs = _trained_sigmas(config)
-    if asked.sigmas is not None:
-        t, sigmas = sigma_to_t(asked.sigmas[:-1], logs), asked.sigmas
+    if request.sigmas is not None:
+        t, sigmas = sigma_to_t(request.sigmas[:-1], logs), request.sigmas
     else:
-        spaced = _spaced(config, asked.steps, len(bar)) if asked.timesteps is None else asked.timesteps
+        spaced = _spaced(config, request.steps, len(bar)) if request.timesteps is None else request.timesteps
         t = spaced.astype(np.float32).astype(np.float64)
         sigmas = np.interp(t, np.arange(len(bar)), trained)
         if config.sigma_kind:
-            sigmas = _respaced(config, asked.steps, sigmas[0], sigmas[-1])
+            sigmas = _respaced(config, request.steps, sigmas[0], sigmas[-1])
             t = sigma_to_t(sigmas, logs)
             t = t.round() if config.sigma_kind == "karras" and config.class_name.startswith("KDPM2") else t
         sigmas = np.append(sigmas, trained[0] if config.final_sigmas_type == "sigma_min" else 0.0)
-    return {"begin": asked.begin, "alpha_bar": bar, "timesteps": t, "sigmas": sigmas, "log_sigmas": logs}
+    return {"begin": request.begin, "alpha_bar": bar, "timesteps": t, "sigmas": sigmas, "log_sigmas": logs}
 
 
-def on_lambdas(config: ScheduleConfig, asked: Asked) -> Placed:
+def on_lambdas(config: ScheduleConfig, request: StepRequest) -> Placed:
     """Whole timesteps, one of which is left out at the low end."""
     bar, trained, logs = _trained_sigmas(config)
-    last, n = trained[0], asked.steps
+    last, n = trained[0], request.steps
     if config.sigma_kind:
         sigmas = _respaced(config, n, trained[-1], trained[0])
         if config.sigma_kind == "lu":  # https://arxiv.org/abs/2206.00927, uniform in lambda
@@ -154,10 +154,10 @@ def on_lambdas(config: ScheduleConfig, asked: Asked) -> Placed:
         last = sigmas[-1] if config.class_name in ("DEISMultistepScheduler", "UniPCMultistepScheduler") else last
     else:
         below = len(bar) - int(np.searchsorted(-logs[::-1], config.lambda_min_clipped))
-        t = _spaced(config, n, below, extra=1).round() if asked.timesteps is None else asked.timesteps
+        t = _spaced(config, n, below, extra=1).round() if request.timesteps is None else request.timesteps
         sigmas = np.interp(np.trunc(t), np.arange(len(bar)), trained)
     sigmas = np.append(sigmas, 0.0 if config.final_sigmas_type == "zero" else last)
-    return {"begin": asked.begin, "alpha_bar": bar, "timesteps": np.trunc(t), "sigmas": sigmas, "log_sigmas": logs}
+    return {"begin": request.begin, "alpha_bar": bar, "timesteps": np.trunc(t), "sigmas": sigmas, "log_sigmas": logs}
 
 
 def _trained_sigmas(config: ScheduleConfig) -> tuple[Array, Array, Array32]:
@@ -196,7 +196,7 @@ def beta_quantile(probability: Array, shape: float = 0.6) -> Array:
     total = math.gamma(shape) ** 2 / math.gamma(2 * shape)
     x = np.minimum((lower * shape * total) ** (1 / shape), 0.5)
     for _ in range(8):
-        inside = np.where(x > 0, x, 0.5)
-        excess = inside**shape * (inside[:, None] ** k @ series) / total - lower
-        x = np.where(x > 0, np.clip(inside - excess * total / (inside * (1 - inside)) ** (shape - 1), 0, 0.5), 0)
+        positive = np.where(x > 0, x, 0.5)
+        excess = positive**shape * (positive[:, None] ** k @ series) / total - lower
+        x = np.where(x > 0, np.clip(positive - excess * total / (positive * (1 - positive)) ** (shape - 1), 0, 0.5), 0)
     return np.where(probability > 0.5, 1 - x, x)

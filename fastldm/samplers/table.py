@@ -14,8 +14,8 @@ Tables are those of diffusers' schedulers, but where diffusers leaves the schedu
 
 - Zero terminal SNR is kept by all classes; diffusers drops it in seven.
 - DDIM and PLMS on linspace spacing end each step where the next begins; diffusers ends elsewhere.
-- PLMS and LMS begin their history where a picture lets them begin; diffusers' goes on from steps that never ran.
-- TCD lays a picture's steps inside the strength, like LCM and as its scheduler can; diffusers' pipelines cut them from
+- PLMS and LMS begin their history where an image lets them begin; diffusers' goes on from steps that never ran.
+- TCD lays the steps from an image within the strength, like LCM and as its scheduler can; diffusers' pipelines cut them from
   the whole schedule. A caller's own `timesteps` are cut here too, so those of the whole schedule are the way to that.
 """
 
@@ -31,10 +31,10 @@ import numpy as np
 from fastldm.errors import InputError
 from fastldm.samplers.classes import CLASSES, SchedulerClass
 from fastldm.samplers.config import ScheduleConfig
-from fastldm.samplers.grid import Array, Array32, Grid, Row
+from fastldm.samplers.grid import Array, Array32, Grid, SolverRow
 from fastldm.samplers.names import resolve_sampler, sampler_name
 from fastldm.samplers.scheduler_config import config_of
-from fastldm.samplers.spacing import Asked, on_lambdas, on_sigmas
+from fastldm.samplers.spacing import StepRequest, on_lambdas, on_sigmas
 
 COLUMNS = ("c_in", "p", "q", "a", "a1", "b0", "b1", "b2", "b3", "d", "e", "e1", "f0", "f1", "f2", "f3", "r", "s")
 
@@ -44,12 +44,12 @@ class StepTable:
     """A sampler, ready to run: `rows[i]` holds the numbers of call i in the order of COLUMNS."""
 
     sampler: str
-    timesteps: Array32  # (S,) what the network is told; some samplers have fractional ones
+    timesteps: Array32  # (S,) the timesteps the network reads; some samplers have fractional ones
     rows: Array32  # (S, len(COLUMNS))
     draws: tuple[bool, ...]  # (S,) whether diffusers draws noise at this row, even where d is 0
     float32_noise: bool  # diffusers draws that noise in float32 whatever the model's dtype
     init_noise_sigma: float  # a start from noise alone: x = init_noise_sigma * noise
-    start: tuple[float, float]  # a start from a picture: x = r * init + s * noise
+    start: tuple[float, float]  # a start from an image: x = r * init + s * noise
     steps: int  # the user's steps that run; some samplers have more rows
     index: tuple[int, ...]  # (S,) the user's step, from 0, that each row belongs to
 
@@ -85,16 +85,17 @@ def make_table(
     num_inference_steps: the user's steps. `timesteps`, or `sigmas` (one more than there are steps, the last of them the
         noise that stays), replace them where the scheduler class takes them, descending.
     sampler: a name for `resolve_sampler`.
-    strength: in (0, 1], how much of the schedule a given picture goes through. The first steps are left out, as in
-        diffusers' image-to-image `get_timesteps`; LCM and TCD lay all steps inside that share of the distilled ones.
-    eta: from 0 to 1, the noise of DDIM and TCD; other samplers do not look at it.
+    strength: in (0, 1], the fraction of the schedule that a start from an image goes through. The first steps are left
+        out, as in diffusers' image-to-image `get_timesteps`; LCM and TCD lay all steps within that fraction of the
+        distilled ones.
+    eta: from 0 to 1, the noise of DDIM and TCD; other samplers ignore it.
 
     Raises InputError.
     """
     if sampler is not None:
-        chosen = resolve_sampler(sampler)
-        config = config_of(chosen.class_name, {**config.given, **chosen.options})
-    known, trained = CLASSES[config.class_name], config.num_train_timesteps
+        selected = resolve_sampler(sampler)
+        config = config_of(selected.class_name, {**config.given, **selected.options})
+    entry, trained = CLASSES[config.class_name], config.num_train_timesteps
     custom = _custom(config, timesteps, sigmas)
     for name, values in custom.items():
         num_inference_steps = len(values) - (name == "sigmas")
@@ -106,24 +107,24 @@ def make_table(
     if not 0 <= eta <= 1:
         raise InputError(f"eta must be from 0 to 1, got {eta}.")
 
-    placed = known.place(config, Asked(int(steps), float(strength), **custom))
-    times = placed["timesteps"]
+    arrays = entry.place(config, StepRequest(int(steps), float(strength), **custom))
+    times = arrays["timesteps"]
     if times.size == 0 or times.min() < 0 or times.max() >= trained:
         raise InputError(f"{steps} steps, {config.timestep_spacing}, leave the trained timesteps, 0 to {trained - 1}.")
-    if placed["begin"] >= len(times):  # lambda_min_clipped may leave less than `steps`
+    if arrays["begin"] >= len(times):  # lambda_min_clipped may leave less than `steps`
         enough = next((n for n in range(steps + 1, trained + 1) if int(n * strength) > 0), None)
         take = f"take {enough} steps, or more strength" if enough and len(times) == steps else "take more strength"
         raise InputError(f"strength {strength} leaves none of {steps} steps: {take}.")
-    rows, numbers = _rows(known, Grid(config, steps=len(times), eta=eta, **placed))
-    highest = float(placed["sigmas"].max()) if known.place is on_sigmas else 1.0
-    if known.place is on_sigmas and config.timestep_spacing == "leading":
+    rows, numbers = _rows(entry, Grid(config, steps=len(times), eta=eta, **arrays))
+    highest = float(arrays["sigmas"].max()) if entry.place is on_sigmas else 1.0
+    if entry.place is on_sigmas and config.timestep_spacing == "leading":
         highest = math.hypot(highest, 1)
     return StepTable(
         sampler=sampler_name(config),
         timesteps=np.array([row.t for row in rows], np.float32),
         rows=numbers.astype(np.float32),
         draws=tuple(row.draws for row in rows),
-        float32_noise=known.float32_noise,
+        float32_noise=entry.float32_noise,
         init_noise_sigma=highest,
         start=rows[0].level,
         steps=rows[-1].step + 1,
@@ -131,12 +132,12 @@ def make_table(
     )
 
 
-def _rows(known: SchedulerClass, grid: Grid) -> tuple[list[Row], Array]:
+def _rows(entry: SchedulerClass, grid: Grid) -> tuple[list[SolverRow], Array]:
     """All rows, in symbols and packed. InputError for a schedule on which a step is not finite."""
     numbers, times = np.full(1, np.nan), grid.timesteps
     try:
         with np.errstate(all="ignore"):
-            rows = list(known.run(grid))
+            rows = list(entry.run(grid))
             numbers = _pack(rows)
             finite = bool(np.isfinite(numbers.astype(np.float32)).all())
     except InputError:
@@ -145,17 +146,19 @@ def _rows(known: SchedulerClass, grid: Grid) -> tuple[list[Row], Array]:
         finite = False
     if finite:
         return rows, numbers
-    twice = times[1:][times[1:] == times[:-1]]
-    why = "has no finite steps with this configuration"
-    if len(twice):
-        why = f"cannot step from timestep {twice[0]:g} to itself: take fewer than {grid.steps} steps, or other spacing"
-    raise InputError(f"{grid.config.class_name} {why}.")
+    repeated = times[1:][times[1:] == times[:-1]]
+    reason = "has no finite steps with this configuration"
+    if len(repeated):
+        reason = (
+            f"cannot step from timestep {repeated[0]:g} to itself: take fewer than {grid.steps} steps, or other spacing"
+        )
+    raise InputError(f"{grid.config.class_name} {reason}.")
 
 
-def _pack(rows: Sequence[Row]) -> Array:
+def _pack(rows: Sequence[SolverRow]) -> Array:
     """The numbers of all rows, (S, len(COLUMNS)), in float64.
 
-    Where a mask is set, the picture comes back at the noise of the row that follows, and clean at the end.
+    Where a mask is set, the image comes back at the noise of the row that follows, and clean at the end.
     """
     blends = [*(row.level for row in rows[1:]), (1.0, 0.0)]
     return np.array([(row.c_in, *row.m, *row.x, *row.y[:6], *rs) for row, rs in zip(rows, blends, strict=True)])
@@ -165,12 +168,12 @@ def _custom(
     config: ScheduleConfig, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None
 ) -> dict[str, Array]:
     """The caller's own timesteps or sigmas, checked."""
-    given = {name: values for name, values in (("timesteps", timesteps), ("sigmas", sigmas)) if values is not None}
-    if len(given) > 1:
+    provided = {name: values for name, values in (("timesteps", timesteps), ("sigmas", sigmas)) if values is not None}
+    if len(provided) > 1:
         raise InputError("give timesteps or sigmas, not both.")
     custom: dict[str, Array] = {}
-    for name, values in given.items():
-        takers = [key for key, known in CLASSES.items() if name in known.custom]
+    for name, values in provided.items():
+        takers = [key for key, entry in CLASSES.items() if name in entry.custom]
         if config.class_name not in takers:
             these = ", ".join(takers)
             raise InputError(f"{config.class_name} takes no {name}, here as in diffusers; these do: {these}.")
@@ -187,7 +190,9 @@ def _custom(
             falls = bool((np.diff(numbers) <= 0).all() if repeats else (np.diff(numbers) < 0).all())
             good = falls and (name == "timesteps" or numbers[0] > 0 <= numbers[-1])
         if not good:
-            what = "two or more noise levels, from above 0" if name == "sigmas" else "finite numbers"
-            raise InputError(f"{name} must be descending and not empty: {what}, got {reprlib.repr(numbers.tolist())}.")
+            expected = "two or more noise levels, from above 0" if name == "sigmas" else "finite numbers"
+            raise InputError(
+                f"{name} must be descending and not empty: {expected}, got {reprlib.repr(numbers.tolist())}."
+            )
         custom[name] = numbers
     return custom

@@ -32,7 +32,7 @@ from fastldm.samplers import spacing
 from fastldm.samplers import table as schedule
 from fastldm.samplers.classes import CLASSES
 from fastldm.samplers.config import ScheduleConfig
-from fastldm.samplers.grid import Row
+from fastldm.samplers.grid import SolverRow
 from fastldm.samplers.scheduler_config import read_config
 from fastldm.samplers.table import StepTable, make_table
 
@@ -289,7 +289,7 @@ def our_run(case: Case) -> tuple[Tensor, Any]:
     return denoise(lambda u, i, _: network(u, table.timesteps[i]), work), g
 
 
-def exact_table(case: Case) -> tuple[StepTable, list[Row], np.ndarray]:
+def exact_table(case: Case) -> tuple[StepTable, list[SolverRow], np.ndarray]:
     """The table, the rows it is made of, and its numbers in float64, not yet rounded."""
     kept: list[Any] = []
     pack = schedule._pack
