@@ -1,4 +1,4 @@
-"""What a request says of its pictures to Conditioning: texts, tensors in their place, or a half of each.
+"""The prompts of a request to Conditioning: texts, tensors in place of texts, or one branch of each.
 
 Source of the rules: `encode_prompt` and `_get_add_time_ids` of diffusers' Stable Diffusion and SDXL pipelines.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastldm import checks
-from fastldm.conditioning.text import MAX_PROMPT_WINDOWS, Conditioning, Run, TextStage, encode_prompts
+from fastldm.conditioning.text import MAX_PROMPT_WINDOWS, Call, Conditioning, TextStage, encode_prompts
 from fastldm.device import send, send_numbers
 from fastldm.errors import InputError
 
@@ -55,18 +55,18 @@ def encode(
     zero_negative: bool,
     dtype: torch.dtype,
     device: torch.device,
-    run: Run,
+    run: Call,
 ) -> Conditioning:
-    """The Conditioning of a request's prompts, one row each: not repeated yet for several pictures of a prompt.
+    """The Conditioning of a request's prompts, one row each: not repeated yet for several images of a prompt.
 
     width: the U-Net's cross_attention_dim. pooled_width: SDXL's, else None. guided: whether negatives are read at all.
     zero_negative: zeros stand for negatives where none are given (SDXL's `force_zeros_for_empty_prompt`).
 
-    A half (positive, negative) is texts or tensors. Beside prompt_embeds of T tokens, negative texts are read in
-    windows of T, where that is less than the encoder's, as in diffusers; two halves of unequal length are repeated to a
-    common one, which attention does not notice. A pooled vector that is given stands for that of its half's texts.
+    A branch (positive, negative) is texts or tensors. Beside prompt_embeds of T tokens, negative texts are read in
+    windows of T, where that is less than the encoder's, as in diffusers; two branches of unequal length are repeated to
+    a common one, which attention does not notice. A pooled vector that is given replaces that of its branch's texts.
 
-    Raises InputError as `encode_prompts` and `given` do, and for halves of lengths that have no small common multiple.
+    Raises InputError as `encode_prompts` and `given` do, and for branches whose lengths have no small common multiple.
     """
     texts, negative_texts = request.prompt_embeds is None, request.negative_prompt_embeds is None
     read = guided and negative_texts
@@ -124,7 +124,7 @@ def _one_each(texts: str | Sequence[str], count: int) -> list[str]:
 
 
 def _leveled(conditioning: Conditioning, window: int) -> Conditioning:
-    """Both halves repeated along T to one length."""
+    """Both branches repeated along T to one length."""
     hidden, negative = conditioning.hidden, conditioning.negative_hidden
     if negative is None or negative.shape[1] == hidden.shape[1]:
         return conditioning
@@ -157,7 +157,7 @@ def given(
 
     prompt_embeds, negative_prompt_embeds: (B, T, width), any T; width is the U-Net's cross_attention_dim.
     pooled_prompt_embeds, negative_pooled_prompt_embeds: (B, pooled_width), for SDXL; left alone when that is None.
-    guided: whether the negative half is needed; without it the negative tensors are left alone.
+    guided: whether the negative branch is needed; without it the negative tensors are left alone.
     Raises InputError that names the argument: missing, no floating point tensor, another shape, not finite.
     """
     hidden = _embeds("prompt_embeds", prompt_embeds, (None, None, width))
@@ -178,7 +178,7 @@ def _embeds(name: str, value: Tensor | None, shape: tuple[int | None, ...]) -> T
         sizes = ", ".join("any" if n is None else str(n) for n in shape)
         raise InputError(f"{name} is missing: expected a tensor ({sizes}) beside the embeds that were given")
     value = checks.tensor(name, value, shape)
-    # Of what is on a GPU a caller's thread has looked at what was given: here, between others' steps, it would wait.
+    # The caller's thread has checked tensors on a GPU: here the check would wait between other requests' steps.
     return checks.finite(name, value) if value.device.type == "cpu" else value
 
 
@@ -186,7 +186,7 @@ def size_ids(request: Request, rows: int, *, device: torch.device | str = "cpu")
     """SDXL's time ids (rows, 6) of a request, float32, negatives first: of each U-Net row the original (height, width),
     the crop's (top, left) and the target's (height, width), in pixels.
 
-    rows: as many as pictures, or twice as many. Source: arXiv:2307.01952, section 2.2.
+    rows: as many as images, or twice as many. Source: arXiv:2307.01952, section 2.2.
     """
     own = (int(request.height or 0), int(request.width or 0))
     original, target = request.original_size or own, request.target_size or own
@@ -196,6 +196,6 @@ def size_ids(request: Request, rows: int, *, device: torch.device | str = "cpu")
         sizes = request.negative_original_size or request.negative_target_size
         crop = (0, 0) if sizes and request.image is None else request.crops_coords_top_left
     negative_ids = (*(request.negative_original_size or original), *crop, *(request.negative_target_size or target))
-    pictures = request.batch
-    table = [negative_ids] * (rows - pictures) + [ids] * pictures
+    images = request.batch
+    table = [negative_ids] * (rows - images) + [ids] * images
     return send_numbers(table, torch.float32, device)

@@ -1,8 +1,8 @@
-"""What a prompt's own syntax asks for: weights of words, and where a window of the text encoder ends.
+"""The syntax of prompts: weights of words, and where a window of the text encoder ends.
 
     "a (red:1.3) car BREAK a blue house" -> [[("a ", 1.0), ("red", 1.3), (" car", 1.0)], [("a blue house", 1.0)]]
 
-The syntax is AUTOMATIC1111's. What of it is not read is text, and named once a process.
+The syntax is AUTOMATIC1111's. What is not supported of it is read as text, and named once a process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_WEIGHT = 1000.0
 _WEIGHTS = re.compile(r"\\[()\[\]\\]|[()\[\]]|:\s*([+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+))\s*\)")
 _BREAK = re.compile(r"\bBREAK\b")
 # Nothing here may take more than linear time, whatever the text.
-_UNREAD = {
+_UNSUPPORTED = {
     "<name:...>, a network or style by its name": re.compile(r"<[A-Za-z]{1,20}:[^<>\s][^<>]{0,200}>"),
     "AND, prompts that are weighed against each other": re.compile(r"\bAND\b"),
     "[from:to:when], a prompt that changes with the steps": re.compile(
@@ -44,18 +44,18 @@ def parse(prompt: str, *, literal: bool = False) -> list[Fragments]:
     """
     if literal:
         return [[(prompt, 1.0)]]
-    _name_unread(prompt)
+    _warn_unsupported(prompt)
     parts: list[Fragments] = [[]]
     for text, weight in parse_weights(prompt):
-        first, *others = _BREAK.split(text)
+        first, *rest = _BREAK.split(text)
         parts[-1].append((first, weight))
-        parts += [[(other, weight)] for other in others]
+        parts += [[(part, weight)] for part in rest]
     return parts
 
 
-def _name_unread(prompt: str) -> None:
-    """Say once a process of each syntax of other tools that it is taken as text."""
-    for syntax, pattern in _UNREAD.items():
+def _warn_unsupported(prompt: str) -> None:
+    """Warn once a process of each syntax of other tools that it is read as text."""
+    for syntax, pattern in _UNSUPPORTED.items():
         if syntax in _named or not pattern.search(prompt):
             continue
         with _naming:
@@ -95,7 +95,7 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
                 if texts[start] == kind:
                     break
             number = match.group(1)
-            factors[start] = _held(float(number)) if number else EMPHASIS if kind == "(" else 1 / EMPHASIS
+            factors[start] = _clamped(float(number)) if number else EMPHASIS if kind == "(" else 1 / EMPHASIS
             closed.add(len(texts))
         texts.append(token)
     texts.append(prompt[end:])
@@ -104,14 +104,14 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
     pairs: list[tuple[str, float]] = []
     for k, text in enumerate(texts):
         if k in factors:
-            levels.append(_held(levels[-1] * factors[k]))
+            levels.append(_clamped(levels[-1] * factors[k]))
         elif k in closed:
             levels.pop()
         elif text:
             pairs.append((text, levels[-1]))
-    runs = groupby(pairs, key=operator.itemgetter(1))
-    return [("".join(text for text, _ in run), weight) for weight, run in runs] or [("", 1.0)]
+    groups = groupby(pairs, key=operator.itemgetter(1))
+    return [("".join(text for text, _ in group), weight) for weight, group in groups] or [("", 1.0)]
 
 
-def _held(weight: float) -> float:
+def _clamped(weight: float) -> float:
     return min(max(weight, -MAX_WEIGHT), MAX_WEIGHT)

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("fastldm")
 
-Run = Callable[..., Any]
+Call = Callable[..., Any]
+"""How an encoder is called: (key of all but the tensors, function, tensors) -> function(*tensors)."""
 
 MAX_WINDOWS = 64
 """Beyond this, prompts of unequal length in one call are brought to one length approximately: `encode_prompts`."""
@@ -106,7 +107,7 @@ def encode_prompts(
     literal: bool = False,
     zero_negative: bool = False,
     length: int | None = None,
-    run: Run = lambda key, work, *inputs: work(*inputs),
+    run: Call = lambda key, function, *inputs: function(*inputs),
 ) -> Conditioning:
     """Encode prompts and, for guidance, negative prompts.
 
@@ -118,14 +119,14 @@ def encode_prompts(
         last layer is left out besides, and the negatives are read in full.
     literal: brackets and BREAK are text.
     length: tokens of a window; the encoders' own when None, or where it is more.
-    run: how an encoder is called: (what says all but the tensors, work, tensors) -> work(*tensors).
+    run: how an encoder is called, see `Call`.
     zero_negative: where `negatives` is None, zeros stand for them (SDXL's `force_zeros_for_empty_prompt`).
 
     A prompt that fits one window and has no weights gives what diffusers' `encode_prompt` gives. A longer one is
     read in windows of W - 2 tokens, each between bos and eos, laid side by side along T; BREAK fills up a window and
     begins the next. `pooled` comes from the first. All rows of a call need one T. Attention does not change when its
     whole set of keys is repeated, so a shorter prompt's windows are repeated, up to the least common multiple of the
-    lengths: every picture is the one that its prompts give alone. Only where that is more than MAX_WINDOWS does the
+    lengths: every image is the one that its prompts give alone. Only where that is more than MAX_WINDOWS does the
     repetition stop at the longest prompt, with a warning.
 
     A token's weight w moves its state h away from the state e that the empty prompt has in that place,
@@ -140,9 +141,11 @@ def encode_prompts(
     batch = len(texts)
     texts_2 = texts if prompts_2 is None else _one_each(prompts_2, batch, "prompt_2")
     if negatives is not None:
-        others = _one_each(negatives, batch, "negative_prompt")
-        texts_2 = texts_2 + (others if negatives_2 is None else _one_each(negatives_2, batch, "negative_prompt_2"))
-        texts = texts + others
+        negative_texts = _one_each(negatives, batch, "negative_prompt")
+        texts_2 = texts_2 + (
+            negative_texts if negatives_2 is None else _one_each(negatives_2, batch, "negative_prompt_2")
+        )
+        texts = texts + negative_texts
     pooling = encoders[-1].model.config.with_projection
     least = 1 if pooling else 0  # SDXL reads the penultimate layer
     skip = _check_clip_skip(clip_skip, min(stage.model.config.layers for stage in encoders) - least)
@@ -153,8 +156,8 @@ def encode_prompts(
     vectors: list[Tensor] = []
     for stage, rows in zip(encoders, windows, strict=True):
         # The encoder runs once for prompts and negatives together, unless clip_skip makes them differ.
-        parts = [(rows, least)] if skip == 0 else [(rows[:batch], least + skip), (rows[batch:], least)]
-        outputs = [_encode(stage, part, total, drop, not pooling, run) for part, drop in parts if part]
+        groups = [(rows, least)] if skip == 0 else [(rows[:batch], least + skip), (rows[batch:], least)]
+        outputs = [_encode(stage, group, total, drop, not pooling, run) for group, drop in groups if group]
         hidden.append(torch.cat([states for states, _ in outputs]))
         vectors = [vector for _, vector in outputs if vector is not None]
     states = torch.cat(hidden, dim=-1).to(hidden[-1].dtype)  # (B or 2B, T, D)
@@ -195,26 +198,26 @@ def _split(
 ) -> list[list[list[_Window]]]:
     """Windows by encoder and by text. texts: what the first encoder reads, and what the second does.
 
-    All encoders get equally many windows of each part of a text: where one needs fewer (`!!!` is one token in CLIP-L
+    All encoders get equally many windows of each section of a text: where one needs fewer (`!!!` is one token in CLIP-L
     and three in SDXL's second encoder), empty ones follow.
     """
     window = min(stage.window for stage in encoders)
     length = window if length is None else min(length, window)
     split = {}
     for pair in dict.fromkeys(texts):
-        parts = [parse(text, literal=literal) for text in pair[: len(encoders)]]
-        most = max(len(one) for one in parts)
-        parts = [one + [[]] * (most - len(one)) for one in parts]
+        parsed = [parse(text, literal=literal) for text in pair[: len(encoders)]]
+        most = max(len(sections) for sections in parsed)
+        parsed = [sections + [[]] * (most - len(sections)) for sections in parsed]
         by_stage: list[list[_Window]] = [[] for _ in encoders]
         for k in range(most):
-            tokens = [_tokens(stage, one[k]) for stage, one in zip(encoders, parts, strict=True)]
+            tokens = [_tokens(stage, sections[k]) for stage, sections in zip(encoders, parsed, strict=True)]
             last_is_empty = 0 < k == most - 1 and not any(tokens)  # a BREAK at the end begins nothing
-            count = 0 if last_is_empty else max(1, *(-(-len(one) // (length - 2)) for one in tokens))
+            count = 0 if last_is_empty else max(1, *(-(-len(ids) // (length - 2)) for ids in tokens))
             if len(by_stage[0]) + count > MAX_PROMPT_WINDOWS:
                 limit = MAX_PROMPT_WINDOWS * (length - 2)
                 raise InputError(f"a prompt, {checks.show(pair[0])}, has more than the {limit} tokens that it may have")
-            for stage, windows, one in zip(encoders, by_stage, tokens, strict=True):
-                windows.extend(_windows(stage.tokenizer, one, length, count))
+            for stage, windows, ids in zip(encoders, by_stage, tokens, strict=True):
+                windows.extend(_windows(stage.tokenizer, ids, length, count))
         split[pair] = by_stage
     return [[split[pair][k] for pair in texts] for k in range(len(encoders))]
 
@@ -256,33 +259,33 @@ def _read(encode: Callable[[Tensor], tuple[Tensor, Tensor | None]], ids: Tensor)
 
 
 def _encode(
-    stage: TextStage, rows: Sequence[Sequence[_Window]], total: int, drop: int, final_norm: bool, run: Run
+    stage: TextStage, rows: Sequence[Sequence[_Window]], total: int, drop: int, final_norm: bool, run: Call
 ) -> tuple[Tensor, Tensor | None]:
     """Weighted hidden states (B, total * W, D) of B rows of windows, and the first windows' pooled vectors (B, P)."""
     model = stage.model
     empty = _windows(stage.tokenizer, [], len(rows[0][0].ids), 1)[0].ids
     weighted = any(weight != 1.0 for row in rows for window in row for weight in window.weights)
-    # Each distinct window is read once: negatives are mostly alike, and so are several pictures of one prompt.
+    # Each distinct window is read once: negatives are mostly alike, and so are several images of one prompt.
     distinct = dict.fromkeys(window.ids for row in rows for window in row)
     if weighted:
         distinct[empty] = None
-    place = {ids: k for k, ids in enumerate(distinct)}
-    largest = max(map(max, place))
+    index_of = {ids: k for k, ids in enumerate(distinct)}
+    largest = max(map(max, index_of))
     if largest >= model.config.vocab:
         raise CheckpointError(
             f"the tokenizer gave id {largest} but the text encoder has {model.config.vocab} embeddings: "
             "tokenizer and text encoder are not of one model"
         )
     read = functools.partial(model, skip=drop, final_norm=final_norm)
-    ids = send_numbers(list(place), torch.int64, model.device)
-    states, vectors = _read(lambda some: run((id(model), drop, final_norm), read, some), ids)
+    ids = send_numbers(list(index_of), torch.int64, model.device)
+    states, vectors = _read(lambda group: run((id(model), drop, final_norm), read, group), ids)
     repeated = [[row[k % len(row)] for k in range(total)] for row in rows]
-    index = send_numbers([[place[window.ids] for window in row] for row in repeated], torch.int64, model.device)
+    index = send_numbers([[index_of[window.ids] for window in row] for row in repeated], torch.int64, model.device)
     hidden = states[index]  # (B, total, W, D)
     if weighted:
         numbers = [[window.weights for window in row] for row in repeated]
         weights = send_numbers(numbers, torch.float32, model.device).unsqueeze(-1)
-        base = states[place[empty]].float()  # (W, D)
+        base = states[index_of[empty]].float()  # (W, D)
         moved = (base + weights * (hidden.float() - base)).to(hidden.dtype)
         hidden = torch.where(weights == 1.0, hidden, moved)  # a token without a weight keeps its bits
     return hidden.flatten(1, 2), None if vectors is None else vectors[index[:, 0]]

@@ -75,8 +75,8 @@ class Tokenizer:
             return ids
         expanded = []
         for k, token in enumerate(ids):
-            others = self._vectors.get(token, [])
-            expanded += [token] if ids[k + 1 : k + 1 + len(others)] == others else [token, *others]
+            rest = self._vectors.get(token, [])
+            expanded += [token] if ids[k + 1 : k + 1 + len(rest)] == rest else [token, *rest]
         return expanded
 
 
@@ -84,8 +84,8 @@ def _vectors(added: Mapping[str, int]) -> dict[int, list[int]]:
     """The ids of `<x>_1`, `<x>_2` and so on, as far as there are such, by that of `<x>`; of all added tokens."""
     vectors = {}
     for content, token in added.items():
-        others = itertools.takewhile(added.__contains__, (f"{content}_{k}" for k in itertools.count(1)))
-        if ids := [added[other] for other in others]:
+        rest = itertools.takewhile(added.__contains__, (f"{content}_{k}" for k in itertools.count(1)))
+        if ids := [added[name] for name in rest]:
             vectors[token] = ids
     return vectors
 
@@ -99,7 +99,7 @@ def clip_vocabulary(size: int = CLIP_VOCABULARY) -> tuple[dict[str, int], list[t
     with gzip.open(_MERGES, "rt", encoding="utf-8") as file:
         lines = file.read().splitlines()[1:]  # the first is "#version: 0.2"
     merges = [(left, right) for left, right in (line.split(" ") for line in lines[: size - 514])]
-    # GPT-2's order of the bytes: the printable ones first, the others as characters from 256 on
+    # GPT-2's order of the bytes: the printable ones first, the rest as characters from 256 on
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(byte) for byte in printable] + [chr(256 + k) for k in range(256 - len(printable))]
     tokens = [*letters, *(letter + "</w>" for letter in letters), *(left + right for left, right in merges), BOS, EOS]
@@ -107,7 +107,7 @@ def clip_vocabulary(size: int = CLIP_VOCABULARY) -> tuple[dict[str, int], list[t
 
 
 class _Files(NamedTuple):
-    """What a tokenizer's files say, whichever files they were. Tokens are AddedToken's arguments."""
+    """A tokenizer's files, read, whichever they were. Tokens are AddedToken's arguments."""
 
     vocab: dict[str, int]
     merges: list[tuple[str, str]]

@@ -15,8 +15,8 @@ Tables are those of diffusers' schedulers, but where diffusers leaves the schedu
 - Zero terminal SNR is kept by all classes; diffusers drops it in seven.
 - DDIM and PLMS on linspace spacing end each step where the next begins; diffusers ends elsewhere.
 - PLMS and LMS begin their history where an image lets them begin; diffusers' goes on from steps that never ran.
-- TCD lays the steps from an image within the strength, like LCM and as its scheduler can; diffusers' pipelines cut them from
-  the whole schedule. A caller's own `timesteps` are cut here too, so those of the whole schedule are the way to that.
+- TCD lays the steps from an image within the strength, like LCM and as its scheduler can; diffusers' pipelines cut them
+  from the full schedule. A caller's own `timesteps` are cut here too, so those of the full schedule lead there.
 """
 
 from __future__ import annotations
