@@ -21,17 +21,14 @@ import torch
 
 from fastldm import openmp
 from fastldm.errors import BundleError, EngineError
+from fastldm.export.backends import BACKENDS
 from fastldm.export.bundle import Bundle
 from fastldm.export.cache import instructions
-from fastldm.export.engine import BACKENDS
 from fastldm.export.engines import Engines
 from fastldm.export.networks import source
 from fastldm.system import cache_root, machine
 
 logger = logging.getLogger("fastldm")
-
-_PACKAGES = {"onnxruntime": ("onnxruntime",), "openvino": ("openvino",), "tensorrt": ("tensorrt_rtx", "tensorrt")}
-_PREFERRED = {"cpu": ("openvino", "onnxruntime"), "cuda": ("tensorrt", "onnxruntime")}
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,8 @@ def choose(bundle: Bundle, device: torch.device, dtype: str | torch.dtype | None
 
     def computes(backend: str) -> bool:
         """Whether it can compute in the dtype that was asked for."""
-        return dtype is None or backend in ("torch", "openvino") or _named(dtype) == bundle.manifest["dtype"]
+        any_dtype = backend not in BACKENDS or BACKENDS[backend].any_dtype  # not in: torch
+        return dtype is None or any_dtype or _named(dtype) == bundle.manifest["dtype"]
 
     measured = {backend: took for backend, took in read(bundle, device).items() if computes(backend)}
     while measured:
@@ -60,12 +58,12 @@ def choose(bundle: Bundle, device: torch.device, dtype: str | torch.dtype | None
         if fastest != "torch" or _has_source(bundle):
             return fastest
         del measured[fastest]
-    for backend in _PREFERRED.get(device.type, ()):
-        if computes(backend) and _ready(bundle, backend, device):
+    for backend in reversed(BACKENDS):
+        if device.type in BACKENDS[backend].devices and computes(backend) and _ready(bundle, backend, device):
             return backend
     raise EngineError(
         f"no backend is ready to run {bundle.folder} on {device}{f' in {_named(dtype)}' if dtype else ''}: "
-        f"expected one of {', '.join(f'{one} (fastldm[{extra}])' for one, extra in BACKENDS.items())}; "
+        f"expected one of {', '.join(f'{name} (fastldm[{entry.extra}])' for name, entry in BACKENDS.items())}; "
         "--backend NAME says what is missing"
     )
 
@@ -76,7 +74,7 @@ def _named(dtype: str | torch.dtype) -> str:
 
 def _ready(bundle: Bundle, backend: str, device: torch.device) -> bool:
     """Whether a backend is installed and has nothing to build first."""
-    if not any(importlib.util.find_spec(package) is not None for package in _PACKAGES[backend]):
+    if not any(importlib.util.find_spec(package) is not None for package in BACKENDS[backend].packages):
         return False
     if backend == "openvino":
         return not bundle.manifest["fused_ops"]  # it cannot read functions in ONNX files
@@ -141,5 +139,5 @@ def _path(bundle: Bundle, device: torch.device) -> Path:
 def _versions(backend: str) -> list[str]:
     """Of the packages that a backend is, as installed here."""
     names = metadata.packages_distributions()
-    packages = ("torch", *_PACKAGES.get(backend, ()))
+    packages = ("torch", *(BACKENDS[backend].packages if backend in BACKENDS else ()))
     return sorted(f"{name} {metadata.version(name)}" for package in packages for name in names.get(package, ()))

@@ -1,4 +1,4 @@
-"""What runs a network: tensors by name in, tensors by name out; and which backends there are."""
+"""What runs a network: tensors by name in, tensors by name out; and a network of a bundle on a backend."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastldm import openmp
 from fastldm.errors import EngineError, InputError
+from fastldm.export.backends import BACKENDS
 from fastldm.export.spec import NetworkSpec
 from fastldm.reading import check_path
 from fastldm.sizes import Axis, nearest
@@ -36,8 +37,6 @@ class Engine(Protocol):
         """Give up what the engine holds. It is not used again."""
 
 
-# backend -> the extra that brings its packages
-BACKENDS = {"onnxruntime": "onnx", "openvino": "openvino", "tensorrt": "tensorrt"}
 MANIFEST = "manifest.json"
 """What a folder that is a bundle has, and no other model."""
 
@@ -74,7 +73,7 @@ def open_engine(
         module = importlib.import_module(f"fastldm.export.{backend}")
     except ImportError as error:
         raise EngineError(
-            f"backend {backend!r} cannot be imported here ({error}): pip install 'fastldm[{BACKENDS[backend]}]'"
+            f"backend {backend!r} cannot be imported here ({error}): pip install 'fastldm[{BACKENDS[backend].extra}]'"
         ) from error
     if not path.is_file():
         raise EngineError(f"{path} does not exist: expected the {spec.name} of a bundle")

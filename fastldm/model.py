@@ -15,7 +15,8 @@ import torch
 
 from fastldm import checks
 from fastldm.errors import EngineError, InputError
-from fastldm.export.engine import BACKENDS, is_bundle
+from fastldm.export.backends import BACKENDS
+from fastldm.export.engine import is_bundle
 from fastldm.loading import spec as loading
 from fastldm.loading.mapped import Mapped
 from fastldm.loading.state import load_module
@@ -113,7 +114,8 @@ def check_arguments(path: Any, options: Mapping[str, Any], **selected: Any) -> N
 
 def choose_device(backend: str, device: str | torch.device | None) -> str | torch.device | None:
     """Where a backend runs if nothing else is asked for: OpenVINO on the CPU, also where there is a GPU."""
-    return "cpu" if device is None and backend == "openvino" else device
+    only_cpu = backend in BACKENDS and BACKENDS[backend].devices == ("cpu",)
+    return "cpu" if device is None and only_cpu else device
 
 
 def choose(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,10 +19,12 @@ from torch import Tensor
 from fastldm.errors import EngineError, InputError
 from fastldm.export import cache as cache_module
 from fastldm.export import networks
+from fastldm.export.backends import BACKENDS, Backend
 from fastldm.export.cache import EngineCache
-from fastldm.export.engine import BACKENDS, bound, open_engine
+from fastldm.export.engine import bound, open_engine
 from fastldm.export.spec import Axis, NetworkSpec, Port, sample
 from fastldm.loading import spec as loading
+from fastldm.model import choose
 from fastldm.sizes import nearest
 
 CPU = torch.device("cpu")
@@ -47,7 +50,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def backend(name: str) -> str:
     package = {"tensorrt": "tensorrt_rtx"}.get(name, name)
-    pytest.importorskip(package, reason=f"{package} is not installed: pip install 'fastldm[{BACKENDS[name]}]'")
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install 'fastldm[{BACKENDS[name].extra}]'")
     return name
 
 
@@ -245,6 +248,31 @@ def test_an_unknown_backend_is_refused(tmp_path: Path) -> None:
         open_engine("tvm", tmp_path, spec())
 
 
+def test_a_backend_is_added_by_a_file_and_an_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = ModuleType("fastldm.export.dummy")
+    module.open_engine = lambda path, spec, device, precision, hashes, threads: (path, device.type)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(BACKENDS, "dummy", Backend("dummy-extra", ("dummy",), ("cpu",)))
+    (tmp_path / "model.onnx").touch()
+    assert open_engine("dummy", tmp_path / "model.onnx", spec()) == (tmp_path / "model.onnx", "cpu")
+    with pytest.raises(InputError, match=r"expected auto, torch, .*tensorrt, dummy"):
+        choose("other", "default", CPU)
+    with pytest.raises(InputError, match="dummy runs bundles"):
+        choose("dummy", "default", CPU)
+
+
+def test_the_command_offers_every_backend() -> None:
+    code = """
+from fastldm.export.backends import BACKENDS, Backend
+BACKENDS["dummy"] = Backend("dummy-extra", ("dummy",), ("cpu",))
+from fastldm.cli import main
+for command in ("generate", "plan", "profile", "verify", "bench"):
+    choices = next(option for option in main.commands[command].params if option.name == "backend").type.choices
+    assert "dummy" in choices, command
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_backend_that_is_not_installed_names_its_extra(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -252,7 +280,7 @@ def test_a_backend_that_is_not_installed_names_its_extra(
     for package in ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, package, None)  # type: ignore[arg-type]
     monkeypatch.delitem(sys.modules, f"fastldm.export.{name}", raising=False)
-    with pytest.raises(EngineError, match=rf"backend '{name}' cannot be imported.*fastldm\[{BACKENDS[name]}\]"):
+    with pytest.raises(EngineError, match=rf"backend '{name}' cannot be imported.*fastldm\[{BACKENDS[name].extra}\]"):
         open_engine(name, tmp_path / "model.onnx", spec())
 
 

@@ -202,10 +202,10 @@ with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
 @pytest.mark.parametrize(
     ("code", "ours", "others", "most"),
     [
-        ("import fastldm", {"errors", "openmp"}, set(), 40),
+        ("import fastldm", {"errors", "openmp", "version"}, set(), 40),
         (
             HELP,
-            {"__main__", "errors", "heap", "openmp", "cli"}
+            {"__main__", "errors", "export", "export.backends", "heap", "openmp", "version", "cli"}
             | {f"cli.{path.stem}" for path in (ROOT / "fastldm" / "cli").glob("[a-z]*.py") if path.stem != "things"},
             {"click"},
             120,

@@ -13,7 +13,7 @@ import click
 from fastldm.cli.options import Size, check_numbers, debug_option, model_option
 from fastldm.cli.report import reported
 from fastldm.errors import EngineError, InputError
-from fastldm.system import CHECKOUT
+from fastldm.export.backends import BACKENDS
 
 if TYPE_CHECKING:
     from fastldm.profiling.compare import Row, Task
@@ -62,7 +62,7 @@ PEERS = ("diffusers", "diffusers-compile", "onnxruntime", "openvino", "optimum",
 @click.option("--dtypes", default="float32,bfloat16", show_default=True, help="By commas.")
 @click.option(
     "--backend",
-    type=click.Choice(["all", "torch", "onnxruntime", "openvino"]),
+    type=click.Choice(["all", "torch", *(name for name, backend in BACKENDS.items() if "cpu" in backend.devices)]),
     default="all",
     show_default=True,
     help="Of fastldm; all but torch run the bundles.",
@@ -142,10 +142,11 @@ def _ladder() -> None:
     """benchmarks/ladder.py, which a checkout has and an installation has not."""
     import subprocess
 
-    root = CHECKOUT
-    if not (root / "benchmarks" / "ladder.py").is_file():
+    from fastldm.system import CHECKOUT
+
+    if not (CHECKOUT / "benchmarks" / "ladder.py").is_file():
         raise InputError("the ladder is part of a checkout of fastldm: run it there, by `fastldm bench --suite ladder`")
-    sys.exit(subprocess.run([sys.executable, "-m", "benchmarks.ladder"], cwd=root).returncode)
+    sys.exit(subprocess.run([sys.executable, "-m", "benchmarks.ladder"], cwd=CHECKOUT).returncode)
 
 
 def _cpu_step(options: dict[str, Any]) -> Task:

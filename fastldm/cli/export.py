@@ -10,6 +10,7 @@ import click
 from fastldm.cli.options import Size, debug_option, model_option
 from fastldm.cli.report import reported
 from fastldm.errors import InputError
+from fastldm.export.backends import BACKENDS
 
 
 @click.command()
@@ -128,9 +129,7 @@ def export(
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option(
-    "--backend", type=click.Choice(["onnxruntime", "openvino", "tensorrt"]), default="onnxruntime", show_default=True
-)
+@click.option("--backend", type=click.Choice([*BACKENDS]), default="onnxruntime", show_default=True)
 @click.option("--device", metavar="D", help="Such as cpu or cuda.  [default: cuda for tensorrt, else cpu]")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: what `generate` takes]")
 @click.option(

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from fastldm.export.backends import BACKENDS
+
 
 class Size(click.ParamType):
     name = "WxH"
@@ -47,7 +49,7 @@ decode_option = click.option(
 )
 backend_option = click.option(
     "--backend",
-    type=click.Choice(["auto", "torch", "onnxruntime", "openvino", "tensorrt"]),
+    type=click.Choice(["auto", "torch", *BACKENDS]),
     default="auto",
     show_default=True,
     help="What runs the networks. All but torch need MODEL to be a bundle, which `fastldm export` writes; auto takes, "

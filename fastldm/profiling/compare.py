@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from fastldm.errors import EngineError, InputError
+from fastldm.export.backends import BACKENDS
 from fastldm.planning import memory
 from fastldm.system import CHECKOUT
 
@@ -327,6 +328,8 @@ def contenders(
     result += [Contender("fastldm", dtype) for dtype in dtypes]
     for bundle, manifest in manifests.items():
         note = "split" if manifest["split"] else "whole"
-        result.append(Contender("fastldm", manifest["dtype"], "onnxruntime", bundle, note))
-        result += [Contender("fastldm", dtype, "openvino", bundle, note) for dtype in dtypes]
+        for name, entry in BACKENDS.items():
+            if "cpu" in entry.devices:
+                computed = dtypes if entry.any_dtype else [manifest["dtype"]]
+                result += [Contender("fastldm", dtype, name, bundle, note) for dtype in computed]
     return [contender for contender in result if contender.name != "fastldm" or backend in ("all", contender.backend)]
