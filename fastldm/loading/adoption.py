@@ -37,15 +37,18 @@ def describe_diffusers(pipe: Any) -> Checkpoint:
     if library is None or not isinstance(pipe, library.DiffusionPipeline):
         raise InputError(f"pipe is a {type(pipe).__name__}: expected a loaded diffusers pipeline")
     source = type(pipe).__name__
-    parts = {name: changes.unwrapped(part) for name, part in pipe.components.items()}
-    listed = {name: (None, None) if part is None else ("", type(part).__name__) for name, part in parts.items()}
+    loaded = {name: changes.unwrapped(component) for name, component in pipe.components.items()}
+    listed = {
+        name: (None, None) if component is None else ("", type(component).__name__)
+        for name, component in loaded.items()
+    }
     index = {**pipe.config, **listed, "_class_name": source}
     classes = component_classes(index, source)
-    networks = {name: parts[name] for name in classes if name in NETWORK_CLASSES}
-    tokenizers = {name: parts[name] for name in classes if name in TOKENIZERS}
+    networks = {name: loaded[name] for name in classes if name in NETWORK_CLASSES}
+    tokenizers = {name: loaded[name] for name in classes if name in TOKENIZERS}
     _check_unchanged(pipe, networks, tokenizers, source)
     _check_kinds(networks, source)
-    if parts.get("safety_checker") is not None:
+    if loaded.get("safety_checker") is not None:
         logger.warning("%s: its safety checker is not run: images come as they are", source)
     if getattr(pipe, "watermark", None) is not None:
         logger.warning("%s: its invisible watermark is not written", source)
@@ -78,13 +81,13 @@ def adopt(module: Module, other: nn.Module) -> Module:
 
 
 def _check_unchanged(pipe: Any, networks: dict[str, Any], tokenizers: dict[str, Any], source: str) -> None:
-    found = [*changes.of_pipeline(pipe), *changes.of_scheduler(pipe.scheduler)]
+    differences = [*changes.of_pipeline(pipe), *changes.of_scheduler(pipe.scheduler)]
     for name, module in networks.items():
-        found += changes.of_network(name, module)
+        differences += changes.of_network(name, module)
     for name, tokenizer in tokenizers.items():
-        found += changes.of_tokenizer(name, tokenizer)
-    if found:
-        raise CheckpointError(f"{source}: {changes.told(found)}")
+        differences += changes.of_tokenizer(name, tokenizer)
+    if differences:
+        raise CheckpointError(f"{source}: {changes.told(differences)}")
 
 
 def _check_kinds(networks: dict[str, nn.Module], source: str) -> None:

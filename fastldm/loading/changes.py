@@ -1,9 +1,9 @@
 """What was changed in a loaded diffusers pipeline that neither its weights nor its configs say.
 
-An adopted pipeline's networks are built anew, of its configs and weights. Whatever else decides its pictures would be
+An adopted pipeline's networks are built anew, of its configs and weights. Whatever else decides its images would be
 lost: a module of another class, a hook, a replaced method, an attribute such as a convolution's padding_mode. So each
-network is compared with the one that its own class builds of its own config, and the scheduler with a new one, which
-is told as many steps; what differs is a change. What has no effect on a picture is named here, not what has one.
+network is compared with the one that its own class builds of its own config, and the scheduler with a new one of
+as many steps; what differs is a change. What has no effect on an image is named here, not what has one.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ _IMAGE_PROCESSORS: Mapping[str, Mapping[str, Any]] = {
     "image_processor": {},
     "mask_processor": {"do_normalize": False, "do_binarize": True, "do_convert_grayscale": True},
 }
-_STEPS = 4  # that both schedulers are told
+_STEPS = 4  # that both schedulers are set to
 
 _CAUSES = (  # a pattern in a change, what it is, and what to do; the first that matches
     (r"\.[bs][12] is ", "FreeU", "call pipe.disable_freeu()"),
@@ -87,11 +87,11 @@ _CAUSES = (  # a pattern in a change, what it is, and what to do; the first that
 
 def told(changes: list[str]) -> str:
     """A sentence on changes, at least one: the first, what it is, and what to do."""
-    first, *others = changes
+    first, *rest = changes
     unknown = ("", "a change beside its weights and configs", "undo it")
-    _, what, advice = next((cause for cause in _CAUSES if re.search(cause[0], first)), unknown)
-    more = f" (and {len(others)} more)" if others else ""
-    return f"{first}{more}: {what}, which adoption would lose; {advice} first."
+    _, cause, advice = next((row for row in _CAUSES if re.search(row[0], first)), unknown)
+    more = f" (and {len(rest)} more)" if rest else ""
+    return f"{first}{more}: {cause}, which adoption would lose; {advice} first."
 
 
 # --- Modules without what torch.compile and fusing add ---
@@ -116,15 +116,15 @@ def tensors(module: nn.Module, path: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _is_fused(module: nn.Module, name: str) -> bool:
-    """Whether child `name` is what fusing the others' weights makes, or is left from that and not used."""
-    parts = [module._modules.get(part) for part in _FUSED[name]]
-    if any(part is None for part in parts):
+    """Whether child `name` is what fusing its siblings' weights makes, or is left from that and not used."""
+    sources = [module._modules.get(source) for source in _FUSED[name]]
+    if any(source is None for source in sources):
         return False
     if not type(getattr(module, "processor", None)).__name__.startswith("Fused"):
         return True
     fused = module._modules[name]
     return all(
-        torch.equal(getattr(fused, leaf), torch.cat([getattr(part, leaf) for part in parts]))
+        torch.equal(getattr(fused, leaf), torch.cat([getattr(source, leaf) for source in sources]))
         for leaf in ("weight", "bias")
         if getattr(fused, leaf) is not None
     )
@@ -286,9 +286,10 @@ def _of_attributes(path: str, module: nn.Module, expected: Mapping[str, Any]) ->
         if callable(getattr(cls, name, None)):
             continue  # a method: looked at as such
         if name not in expected and name not in read:
-            continue  # a note of somebody's, which the class does not look at
-        right = "zeros" if name == "padding_mode" else expected.get(name)  # a patched class builds what it is told
-        if not _is_same(value, right):
+            continue  # a note of somebody's, which the class does not read
+        # a patched class builds its convolutions with any padding
+        default = "zeros" if name == "padding_mode" else expected.get(name)
+        if not _is_same(value, default):
             yield f"{path}.{name} is {_shown(value)}"
     rate = module.p if isinstance(module, _DropoutNd) else vars(module).get("dropout")
     if module.training and isinstance(rate, float) and rate > 0:
@@ -327,7 +328,7 @@ def _shown(value: Any) -> str:
 
 
 def of_scheduler(scheduler: Any) -> Iterator[str]:
-    """What differs in a scheduler from a new one of its class and config, once both are told the same steps."""
+    """What differs in a scheduler from a new one of its class and config, once both are set to the same steps."""
     replaced = [*_of_class(type(scheduler)), *_of_methods("scheduler", scheduler)]
     yield from replaced
     if replaced:
@@ -335,24 +336,26 @@ def of_scheduler(scheduler: Any) -> Iterator[str]:
     arguments = inspect.signature(type(scheduler).__init__).parameters
     config = {name: value for name, value in scheduler.config.items() if name in arguments}
     try:
-        new, *after_runs = (type(scheduler)(**config) for _ in range(3))
+        new, *used_before = (type(scheduler)(**config) for _ in range(3))
         new.set_timesteps(_STEPS)
-        for run, calls in zip(after_runs, (1, None), strict=True):  # one that was interrupted, and a whole one
-            _run(run, calls)
-            run.set_timesteps(_STEPS)
-    except Exception:  # of a config that diffusers itself cannot run; what is wrong with it is said where it is read
+        for other, calls in zip(used_before, (1, None), strict=True):  # interrupted, and run to the end
+            _take_steps(other, calls)
+            other.set_timesteps(_STEPS)
+    except (
+        Exception
+    ):  # of a config that diffusers itself cannot run; what is wrong with it is an error where it is read
         return
     used = copy.deepcopy(scheduler)
     used.set_timesteps(_STEPS)
     for name, value in vars(used).items():
         expected = vars(new).get(name)
-        left_by_runs = any(not _is_close(vars(run).get(name), expected) for run in after_runs)
-        if not (name == "_internal_dict" or left_by_runs or _is_close(value, expected)):
+        changed_by_steps = any(not _is_close(vars(other).get(name), expected) for other in used_before)
+        if not (name == "_internal_dict" or changed_by_steps or _is_close(value, expected)):
             yield f"scheduler.{name} is not what the scheduler's config says"
 
 
-def _run(scheduler: Any, calls: int | None) -> None:
-    """So many calls of a scheduler, or all, with something for what a network would say."""
+def _take_steps(scheduler: Any, calls: int | None) -> None:
+    """So many steps of a scheduler, or all, with its input in place of a network's output."""
     scheduler.set_timesteps(_STEPS)
     x = torch.ones(1, 1, 2, 2)
     with torch.random.fork_rng(devices=[]):

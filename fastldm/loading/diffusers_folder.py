@@ -39,13 +39,13 @@ def open_diffusers(folder: PathLike, variant: str | None = None, *, allow_pickle
     source = str(folder)
     index = read_json(folder / INDEX)
     classes = component_classes(index, source)
-    left = [name for name in NOT_NEEDED if name in listed_classes(index)]
-    if left:
-        logger.info("%s: not needed and left alone: %s", source, ", ".join(left))
+    ignored = [name for name in NOT_NEEDED if name in listed_classes(index)]
+    if ignored:
+        logger.info("%s: not needed and left alone: %s", source, ", ".join(ignored))
     networks = {name: _listing(folder / name) for name in classes if name in NETWORK_CLASSES}
-    chosen = choose_weights(networks, variant, allow_pickle, source)
+    selected = choose_weights(networks, variant, allow_pickle, source)
     components = {}
-    for name, weights in chosen.items():
+    for name, weights in selected.items():
         files = _weight_files(folder / name, weights)
         config = named_config(read_json(folder / name / "config.json"), classes[name])
         shown = str(folder / name / weights.entry)
@@ -66,8 +66,8 @@ def open_diffusers(folder: PathLike, variant: str | None = None, *, allow_pickle
 
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
-        what = "a file, not a folder: open it as a single file" if folder.exists() else "not there"
-        raise CheckpointError(f"{folder} is {what}.")
+        reason = "a file, not a folder: open it as a single file" if folder.exists() else "not there"
+        raise CheckpointError(f"{folder} is {reason}.")
     if (folder / INDEX).is_file():
         return
     names = sorted(path.name for path in folder.iterdir())

@@ -45,7 +45,7 @@ def listed_classes(index: Config) -> dict[str, str]:
 
 
 def _word(value: Any) -> str:
-    """A name as it is, or what stands in its place as an error may say it."""
+    """A name as it is, or what replaces it in an error."""
     return value if isinstance(value, str) and value.isprintable() and len(value) < 100 else show(value)
 
 
@@ -55,14 +55,14 @@ def component_classes(index: Config, source: str) -> dict[str, str]:
     relatives.check_class(pipeline, source)
     if "text_encoder" not in listed and ("text_encoder_2" in listed or index.get("requires_aesthetics_score")):
         raise CheckpointError(f"{source} is the Stable Diffusion XL refiner, which fastldm does not run.")
-    known = (*NETWORK_CLASSES, *TOKENIZERS, "scheduler")
-    strange = [f"{name} ({listed[name]})" for name in listed if name not in known and name not in NOT_NEEDED]
+    names = (*NETWORK_CLASSES, *TOKENIZERS, "scheduler")
+    unknown = [f"{name} ({listed[name]})" for name in listed if name not in names and name not in NOT_NEEDED]
     required = (*_REQUIRED, *(["tokenizer_2"] if "text_encoder_2" in listed else []))
-    lacking = [name for name in required if name not in listed]
-    if strange or lacking:
-        why = f"has {', '.join(strange)}" if strange else f"has no {', no '.join(lacking)}"
+    missing = [name for name in required if name not in listed]
+    if unknown or missing:
+        reason = f"has {', '.join(unknown)}" if unknown else f"has no {', no '.join(missing)}"
         raise CheckpointError(
-            f"{source} is a {pipeline or 'pipeline'} and {why}: fastldm cannot run it. {relatives.RUNS}."
+            f"{source} is a {pipeline or 'pipeline'} and {reason}: fastldm cannot run it. {relatives.RUNS}."
         )
     for name, classes in NETWORK_CLASSES.items():
         if name in listed and listed[name] not in classes:
@@ -70,11 +70,11 @@ def component_classes(index: Config, source: str) -> dict[str, str]:
                 f"{source}: {name} is a {listed[name]}; fastldm runs {' or '.join(classes)} in its place."
             )
     relatives.check_known(pipeline, source)
-    return {name: listed[name] for name in known if name in listed}
+    return {name: listed[name] for name in names if name in listed}
 
 
 def named_config(config: Config, class_name: str) -> Config:
-    """A component's config with the class that the pipeline's index gives it, whose word counts in diffusers too."""
+    """A component's config with the class that the pipeline's index gives it, which counts in diffusers too."""
     inner = config.get("text_config")
     if class_name.startswith("CLIPText") and config.get("model_type") == "clip" and isinstance(inner, dict):
         config = inner  # of a whole CLIP, as transformers reads it
@@ -129,33 +129,33 @@ def choose_weights(
 ) -> dict[str, WeightSet]:
     """For each network, given the names of the files in its folder, the weights to load."""
     sets = {name: _weight_sets(names) for name, names in networks.items()}
-    usable = {name: [w for w in found if allow_pickle or not w.pickled] for name, found in sets.items()}
-    anywhere = any(w.variant == variant for found in usable.values() for w in found)
-    chosen = {}
-    for name, found in usable.items():
-        match = next((w for w in found if w.variant == variant), None)
+    usable = {name: [w for w in all_sets if allow_pickle or not w.pickled] for name, all_sets in sets.items()}
+    anywhere = any(w.variant == variant for some in usable.values() for w in some)
+    selected = {}
+    for name, candidates in usable.items():
+        match = next((w for w in candidates if w.variant == variant), None)
         if match is None and anywhere:
-            match = next((w for w in found if w.variant is None), None)
+            match = next((w for w in candidates if w.variant is None), None)
             if match is not None:
                 logger.warning("%s/%s has no variant %r: its plain weights are used", source, name, variant)
         if match is None:
-            raise CheckpointError(_no_weights(f"{source}/{name}", networks[name], sets[name], found, variant))
-        chosen[name] = match
-    return chosen
+            raise CheckpointError(_no_weights(f"{source}/{name}", networks[name], sets[name], candidates, variant))
+        selected[name] = match
+    return selected
 
 
 def _no_weights(
-    where: str, names: Collection[str], found: list[WeightSet], usable: list[WeightSet], variant: str | None
+    location: str, names: Collection[str], sets: list[WeightSet], usable: list[WeightSet], variant: str | None
 ) -> str:
     if usable:
         variants = sorted({w.variant or "" for w in usable})
         calls = " or ".join(f'variant="{name}"' if name else "no variant" for name in variants)
-        wanted = f'variant "{variant}"' if variant else "plain weights (no variant)"
-        return f"{where} has no {wanted}. What is there loads with {calls}."
-    if found:
+        expected = f'variant "{variant}"' if variant else "plain weights (no variant)"
+        return f"{location} has no {expected}. What is there loads with {calls}."
+    if sets:
         return (
-            f"{where} has only pickled weights ({found[0].entry}), which can run any code when loaded. Look for "
+            f"{location} has only pickled weights ({sets[0].entry}), which can run any code when loaded. Look for "
             "safetensors, or pass allow_pickle=True to take nothing but tensors from them."
         )
-    there = ", ".join(sorted(names)[:5]) or "nothing"
-    return f"{where} has no weights: expected {_STEMS[0]}.safetensors or {_STEMS[1]}.safetensors, found {there}."
+    present = ", ".join(sorted(names)[:5]) or "nothing"
+    return f"{location} has no weights: expected {_STEMS[0]}.safetensors or {_STEMS[1]}.safetensors, found {present}."

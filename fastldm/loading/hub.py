@@ -69,10 +69,10 @@ def _from_hub(
     cache = None if cache_dir is None else os.fspath(cache_dir)
     offline = local_files_only or constants.HF_HUB_OFFLINE
     with _hub_errors(repo, revision, offline):
-        found = huggingface_hub.hf_hub_download(
+        index_file = huggingface_hub.hf_hub_download(
             repo, INDEX, revision=revision, cache_dir=cache, local_files_only=offline
         )
-    snapshot = Path(found).parent
+    snapshot = Path(index_file).parent
     index, commit = read_json(snapshot / INDEX), snapshot.name  # the commit pins what follows to the same state
     if not offline:
         try:
@@ -83,29 +83,31 @@ def _from_hub(
             offline = True
     if offline:
         names = [path.relative_to(snapshot).as_posix() for path in snapshot.glob("*/*")]
-        _wanted(index, names, variant, allow_pickle, source=f"{repo} in the local hub cache")
+        _needed_files(index, names, variant, allow_pickle, source=f"{repo} in the local hub cache")
         return snapshot
-    wanted = _wanted(index, names, variant, allow_pickle, source=repo)
+    needed = _needed_files(index, names, variant, allow_pickle, source=repo)
     with _hub_errors(repo, revision, offline):
-        return Path(huggingface_hub.snapshot_download(repo, revision=commit, cache_dir=cache, allow_patterns=wanted))
+        return Path(huggingface_hub.snapshot_download(repo, revision=commit, cache_dir=cache, allow_patterns=needed))
 
 
-def _wanted(index: Config, names: Collection[str], variant: str | None, allow_pickle: bool, source: str) -> list[str]:
+def _needed_files(
+    index: Config, names: Collection[str], variant: str | None, allow_pickle: bool, source: str
+) -> list[str]:
     """The files of a repository that loading will read."""
     classes = component_classes(index, source)
-    inside = {
+    files_of = {
         name: {path.removeprefix(f"{name}/") for path in names if path.startswith(f"{name}/") and path.count("/") == 1}
         for name in classes
     }
-    networks = {name: inside[name] for name in classes if name in NETWORK_CLASSES}
-    chosen = choose_weights(networks, variant, allow_pickle, source)
-    wanted = [INDEX, "scheduler/scheduler_config.json"]
+    networks = {name: files_of[name] for name in classes if name in NETWORK_CLASSES}
+    selected = choose_weights(networks, variant, allow_pickle, source)
+    needed = [INDEX, "scheduler/scheduler_config.json"]
     for name in classes:
         if name in NETWORK_CLASSES:
-            wanted += [f"{name}/{file}" for file in ("config.json", *chosen[name].names)]
+            needed += [f"{name}/{file}" for file in ("config.json", *selected[name].names)]
         elif name in TOKENIZERS:
-            wanted += [f"{name}/{file}" for file in TOKENIZER_FILES if file in inside[name]]
-    return wanted
+            needed += [f"{name}/{file}" for file in TOKENIZER_FILES if file in files_of[name]]
+    return needed
 
 
 @contextmanager
@@ -117,21 +119,25 @@ def _hub_errors(repo: str, revision: str | None, offline: bool) -> Iterator[None
     try:
         yield
     except errors.GatedRepoError as error:
-        why = f"{repo} asks for its conditions to be accepted: do so on its page, then log in with `hf auth login`."
-        raise CheckpointError(why) from error
+        reason = f"{repo} asks for its conditions to be accepted: do so on its page, then log in with `hf auth login`."
+        raise CheckpointError(reason) from error
     except errors.RepositoryNotFoundError as error:
-        why = f"There is no folder {repo} here and no such model on the hub; if it is private, log in: `hf auth login`."
-        raise CheckpointError(why) from error
+        reason = (
+            f"There is no folder {repo} here and no such model on the hub; if it is private, log in: `hf auth login`."
+        )
+        raise CheckpointError(reason) from error
     except errors.RevisionNotFoundError as error:
         raise CheckpointError(f"{repo} has no revision {revision!r} on the hub.") from error
     except errors.LocalEntryNotFoundError as error:
         if offline:
-            why = "the hub was not asked, as local_files_only or HF_HUB_OFFLINE is set"
+            reason = "the hub was not asked, as local_files_only or HF_HUB_OFFLINE is set"
         else:
-            why = "the hub cannot be reached"
-        raise CheckpointError(f"{at} is neither a folder here nor in the local hub cache, and {why}.") from error
+            reason = "the hub cannot be reached"
+        raise CheckpointError(f"{at} is neither a folder here nor in the local hub cache, and {reason}.") from error
     except errors.EntryNotFoundError as error:
-        why = f"{at} has no {INDEX}: it is not a diffusers pipeline. A file in it can be downloaded and given by path."
-        raise CheckpointError(why) from error
+        reason = (
+            f"{at} has no {INDEX}: it is not a diffusers pipeline. A file in it can be downloaded and given by path."
+        )
+        raise CheckpointError(reason) from error
     except Exception as error:
         raise CheckpointError(f"{at} cannot be fetched from the hub: {error}") from error

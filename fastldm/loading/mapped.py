@@ -1,7 +1,7 @@
 """Files that a loaded model goes on reading: on a CPU, weights that are taken as they are stay in their file, mapped.
 
 A file that is replaced, as hubs, package managers and `mv` do it, leaves the old one to whoever has it open. One that
-is written into or cut off changes under the model: its pictures change, or the process is killed as it reads what is
+is written into or cut off changes under the model: its images change, or the process is killed as it reads what is
 no longer there. That is noticed at the next request, which is refused.
 """
 
@@ -22,12 +22,12 @@ class _Seen(NamedTuple):
 
     @classmethod
     def at(cls, path: Path) -> _Seen | None:
-        """What lies there, if anything does."""
+        """The state of the file, or None where there is none."""
         try:
-            found = path.stat()
+            status = path.stat()
         except OSError:
             return None
-        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 class Mapped:

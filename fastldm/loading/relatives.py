@@ -1,7 +1,7 @@
 """What is built like Stable Diffusion and is another model, as data: pipeline classes, channels, config keys, and the
 names in a file of weights.
 
-A relative's networks may load where Stable Diffusion's do, and then crash or make another picture. So every way in (a
+A relative's networks may load where Stable Diffusion's do, and then crash or make another image. So every way in (a
 folder, a single file, an adopted pipeline) asks here and refuses it by what it is.
 """
 
@@ -153,10 +153,10 @@ LONE_COMPONENTS = (
 
 def first_match(table: tuple[tuple[str, str], ...], keys: Collection[str]) -> str | None:
     """What the first pattern of a table that is found in a key stands for, or None."""
-    for pattern, what in table:
+    for pattern, label in table:
         search = re.compile(pattern).search
         if any(search(key) for key in keys):
-            return what
+            return label
     return None
 
 

@@ -37,7 +37,7 @@ _FIRST_CONV = f"{_UNET}input_blocks.0.0.weight"
 
 
 @dataclass(frozen=True)
-class Part:
+class OriginalComponent:
     """One component of a single file: class and config as diffusers or transformers write them, and each original key
     with the name or names that its tensor gets."""
 
@@ -50,7 +50,7 @@ class Part:
 class Layout:
     """A single file: its components, scheduler config, each tokenizer's pad token, model_index, and keys left alone."""
 
-    parts: dict[str, Part]
+    components: dict[str, OriginalComponent]
     scheduler: Config
     pad_tokens: dict[str, str]
     index: Config
@@ -221,7 +221,7 @@ class _Text:
 
 @dataclass(frozen=True)
 class _Family:
-    """What keys and shapes do not say of a family, as its diffusers repository has it."""
+    """What keys and shapes do not tell of a family, as its diffusers repository has it."""
 
     title: str
     sample_size: int
@@ -241,8 +241,8 @@ def read_layout(
     """What the single file `source` holds, from its keys' shapes and its safetensors metadata.
 
     Families: SD1, SD2, SDXL, each with 4 latent channels or the 9 of inpainting, at any width and depth. Whether a
-    network predicts noise or v cannot be seen: `prediction_type` decides, else the file's own word (ModelSpec metadata,
-    or the `v_pred` marker key), else v for SD2 text to image, as diffusers assumes, and epsilon for all others.
+    network predicts noise or v cannot be seen: `prediction_type` decides, else what the file states (ModelSpec
+    metadata, or the `v_pred` marker key), else v for SD2 text to image, as diffusers assumes, and epsilon for all others.
 
     Raises CheckpointError when the file is something else, named where it can be; InputError for an unknown
     `prediction_type`.
@@ -252,7 +252,7 @@ def read_layout(
     family, texts = _family(shapes, source)
     is_sdxl, is_sd2 = family is _SDXL, family is _SD2
     inpainting = shapes[_FIRST_CONV][1] == 9
-    prediction = prediction_type or _spoken_prediction_type(shapes, metadata or {})
+    prediction = prediction_type or _stated_prediction_type(shapes, metadata or {})
     if prediction is None:
         prediction = "v_prediction" if is_sd2 and not inpainting else "epsilon"
         if is_sd2:
@@ -282,16 +282,16 @@ def read_layout(
         vae_config["force_upcast"] = True
 
     layers_per_block, levels = unet_config["layers_per_block"], len(vae_config["block_out_channels"])
-    parts = {
-        "unet": _part(unet_config, shapes, _UNET, lambda key: unet_name(key, layers_per_block), source),
-        "vae": _part(vae_config, shapes, _VAE, lambda key: vae_name(key, levels), source),
+    components = {
+        "unet": _component(unet_config, shapes, _UNET, lambda key: unet_name(key, layers_per_block), source),
+        "vae": _component(vae_config, shapes, _VAE, lambda key: vae_name(key, levels), source),
     }
     for name, text in texts.items():
-        parts[name] = _part(text_configs[name], shapes, text.prefix, text.name, source)
-    used = {key for part in parts.values() for key in part.names}
+        components[name] = _component(text_configs[name], shapes, text.prefix, text.name, source)
+    used = {key for component in components.values() for key in component.names}
     is_sd2_v = is_sd2 and prediction == "v_prediction"
     return Layout(
-        parts=parts,
+        components=components,
         scheduler=_scheduler_config(
             "DDIMScheduler" if is_sd2_v else family.scheduler, prediction, zero_terminal_snr="ztsnr" in shapes
         ),
@@ -314,17 +314,17 @@ def _family(shapes: Shapes, source: str) -> tuple[_Family, dict[str, _Text]]:
     def has(prefix: str) -> bool:
         return any(key.startswith(prefix) for key in shapes)
 
-    there = {
+    present = {
         "U-Net (model.diffusion_model.*)": len(shapes.get(_FIRST_CONV, ())) == 4,
         "VAE (first_stage_model.*)": has(_VAE),
         "text encoder (cond_stage_model.* or conditioner.*)": has("cond_stage_model.") or has("conditioner."),
     }
-    lacking = [part for part, found in there.items() if not found]
-    if len(lacking) == 1:
-        raise CheckpointError(f"{source} has no {lacking[0]}; a file with U-Net, VAE and text encoder was expected.")
-    if lacking and (what := relatives.first_match(relatives.LONE_COMPONENTS, shapes)):
+    missing = [label for label, found in present.items() if not found]
+    if len(missing) == 1:
+        raise CheckpointError(f"{source} has no {missing[0]}; a file with U-Net, VAE and text encoder was expected.")
+    if missing and (what := relatives.first_match(relatives.LONE_COMPONENTS, shapes)):
         raise CheckpointError(f"{source} is {what}; a file with U-Net, VAE and text encoder was expected.")
-    if lacking:
+    if missing:
         raise CheckpointError(
             f"{source} is no Stable Diffusion checkpoint: its keys are like {min(shapes, default='(none)')}, "
             f"where {_FIRST_CONV} was expected."
@@ -361,15 +361,17 @@ def _text_keys(shapes: Shapes, root: str) -> tuple[str, bool] | None:
     return None
 
 
-def _spoken_prediction_type(shapes: Shapes, metadata: Mapping[str, str]) -> str | None:
-    """What the file itself says: ModelSpec's metadata, or the marker key that trainers of v-predicting models leave."""
-    said = metadata.get("modelspec.prediction_type")
-    if said in ("v", "v_prediction") or "v_pred" in shapes:
+def _stated_prediction_type(shapes: Shapes, metadata: Mapping[str, str]) -> str | None:
+    """What the file states: ModelSpec's metadata, or the marker key that trainers of v-predicting models leave."""
+    stated = metadata.get("modelspec.prediction_type")
+    if stated in ("v", "v_prediction") or "v_pred" in shapes:
         return "v_prediction"
-    return "epsilon" if said == "epsilon" else None
+    return "epsilon" if stated == "epsilon" else None
 
 
-def _part(config: Config, shapes: Shapes, prefix: str, rename: Callable[[str], Names | None], source: str) -> Part:
+def _component(
+    config: Config, shapes: Shapes, prefix: str, rename: Callable[[str], Names | None], source: str
+) -> OriginalComponent:
     targets = {key: rename(key[len(prefix) :]) for key in shapes if key.startswith(prefix)}
     unknown = [key for key, names in targets.items() if names is None]
     if unknown:
@@ -378,13 +380,13 @@ def _part(config: Config, shapes: Shapes, prefix: str, rename: Callable[[str], N
             "keys); it is of another family, or quantised."
         )
     class_name = config["_class_name"] if "_class_name" in config else config["architectures"][0]
-    return Part(class_name, config, {key: names for key, names in targets.items() if names})
+    return OriginalComponent(class_name, config, {key: names for key, names in targets.items() if names})
 
 
 def open_single_file(path: PathLike, *, prediction_type: str | None = None, allow_pickle: bool = False) -> Checkpoint:
     """One file in the original Stability layout: SD 1, SD 2, SDXL, or an inpainting form of them. Reads no weights.
 
-    prediction_type: "epsilon", "v_prediction" or "sample", which such a file seldom says. The default is diffusers':
+    prediction_type: "epsilon", "v_prediction" or "sample", which such a file seldom states. The default is diffusers':
         v-prediction for SD 2 (so give "epsilon" for SD 2 base and SD-Turbo), epsilon for all others.
     Raises CheckpointError for a file that is something else or damaged, naming what it is.
     """
@@ -401,8 +403,8 @@ def open_single_file(path: PathLike, *, prediction_type: str | None = None, allo
             averaged,
         )
     components = {
-        name: Component(name, part.class_name, part.config, (path,), source, part.names, allow_pickle)
-        for name, part in layout.parts.items()
+        name: Component(name, one.class_name, one.config, (path,), source, one.names, allow_pickle)
+        for name, one in layout.components.items()
     }
     tokenizers = {name: TokenizerFiles(None, pad) for name, pad in layout.pad_tokens.items()}
     return Checkpoint(source, components, layout.scheduler, tokenizers, layout.index)

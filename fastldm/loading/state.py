@@ -67,8 +67,8 @@ def fit_names(module: nn.Module, state: Mapping[str, Tensor], source: str) -> di
         return fitted
 
     faults = [
-        f"{len(names)} tensor{'s' * (len(names) > 1)} {what} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
-        for names, what in (
+        f"{len(names)} tensor{'s' * (len(names) > 1)} {fault} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+        for names, fault in (
             (missing, "missing"),
             (unexpected, "unexpected"),
             (shapes, "of another shape"),

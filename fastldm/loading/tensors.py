@@ -59,7 +59,7 @@ def read_tensors(
             if raws is None:
                 tensors[key] = tensor.clone(memory_format=layout)
                 continue
-            # Through a mapping of its own: what is read of it leaves memory at once, not when the last of all does.
+            # Through a mapping of its own: pages read of it leave memory at once, not with the last of all.
             with _safetensors(path) as file:
                 tensors[key] = file.get_tensor(raws[key]).clone(memory_format=layout)
     return tensors
@@ -84,15 +84,15 @@ def _safetensors(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
-        what = what_bytes_are(_head(path)) or _what_is_cut_off(path) or f"no safetensors file, or damaged ({error})"
-        raise CheckpointError(f"{path} is {what}.") from error
+        reason = what_bytes_are(_head(path)) or _cut_off(path) or f"no safetensors file, or damaged ({error})"
+        raise CheckpointError(f"{path} is {reason}.") from error
     except OSError as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
-def _what_is_cut_off(path: Path) -> str | None:
+def _cut_off(path: Path) -> str | None:
     """How much of a safetensors file is there, if its header tells: 8 bytes of length, that much JSON, the tensors."""
     size, head = path.stat().st_size, _head(path)
     length = int.from_bytes(head[:8], "little")
@@ -166,8 +166,8 @@ def _read_pickle(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
         with _allowing, torch.serialization.safe_globals(stubs):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
-        held = f" ({', '.join(foreign[:3])})" if foreign else ""
-        raise CheckpointError(f"{path} holds objects other than tensors{held} and is refused.") from error
+        names = f" ({', '.join(foreign[:3])})" if foreign else ""
+        raise CheckpointError(f"{path} holds objects other than tensors{names} and is refused.") from error
     except Exception as error:  # what torch raises on damaged files differs by version
         if "torchscript" in str(error).lower():
             raise CheckpointError(f"{path} is a TorchScript program, not a file of tensors.") from error
