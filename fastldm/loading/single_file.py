@@ -242,7 +242,7 @@ def read_layout(
 
     Families: SD1, SD2, SDXL, each with 4 latent channels or the 9 of inpainting, at any width and depth. Whether a
     network predicts noise or v cannot be seen: `prediction_type` decides, else what the file states (ModelSpec
-    metadata, or the `v_pred` marker key), else v for SD2 text to image, as diffusers assumes, and epsilon for all others.
+    metadata, or the `v_pred` marker key), else v for SD2 text to image, as in diffusers, and epsilon for all others.
 
     Raises CheckpointError when the file is something else, named where it can be; InputError for an unknown
     `prediction_type`.
