@@ -378,11 +378,11 @@ def test_schedulers_that_have_run_are_no_change(name: str) -> None:
 
 
 def test_decoding_in_tiles_and_slices_goes_on(pipe: Any) -> None:
-    assert Pipeline.from_diffusers(pipe)._vae_decode == "whole"
+    assert Pipeline.from_diffusers(pipe).stages.vae_decode == "whole"
     pipe.vae.enable_slicing()
-    assert Pipeline.from_diffusers(pipe)._vae_decode == "sliced"
+    assert Pipeline.from_diffusers(pipe).stages.vae_decode == "sliced"
     pipe.vae.enable_tiling()
-    assert Pipeline.from_diffusers(pipe)._vae_decode == "tiled"
+    assert Pipeline.from_diffusers(pipe).stages.vae_decode == "tiled"
 
 
 def test_a_safety_checker_that_is_not_run_is_told(caplog: pytest.LogCaptureFixture, pipe: Any) -> None:
