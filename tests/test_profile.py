@@ -112,7 +112,7 @@ def test_what_watching_costs_counts_nowhere(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(spans, "perf_counter", Times(0, 0, 2, 3, 4, 5, 7, 10))
     with dispatch.use("torch"), dispatch.observe(clock.observe), clock.span("text", "text"):
         geglu(x)
-    picture = profiles.Picture(12.0, clock.spans, None)  # type: ignore[arg-type]
+    picture = profiles.Trial(12.0, clock.spans, None)  # type: ignore[arg-type]
     assert [span.name for span in clock.spans] == ["text", "geglu"]
     assert picture.alone(device=False) == [10 - (7 - 2), 2]
     assert picture.stages(device=False)["text"] == 7

@@ -63,13 +63,13 @@ class Workload:
             if checks.whole(name, size, 0, MAX_SIDE, "pixels") == 0 or size % spec.vae.factor:
                 raise InputError(f"{name} is {size}: expected a positive multiple of {spec.vae.factor} for this model")
         guided = spec.family.guidance_scale > 1 and not spec.unet.needs_guidance
-        given = {"guided": guided, "steps": spec.family.num_inference_steps, "tokens": spec.text[0].max_position}
-        place: dict[str, Any] = {
+        defaults = {"guided": guided, "steps": spec.family.num_inference_steps, "tokens": spec.text[0].max_position}
+        shape: dict[str, Any] = {
             "height": height // spec.vae.factor,
             "width": width // spec.vae.factor,
             "batch": batch,
         }
-        return cls(spec.unet, spec.vae, spec.text, **place, dtype=dtype, arch=arch, **{**given, **others})
+        return cls(spec.unet, spec.vae, spec.text, **shape, dtype=dtype, arch=arch, **{**defaults, **others})
 
     @classmethod
     def of_stages(cls, stages: Stages, *, width: int, height: int, batch: int, **others: Any) -> Workload:
@@ -133,22 +133,23 @@ class MemoryPlan:
 
     def remedies(self, free: int) -> Iterator[MemoryPlan]:
         """Plans of what would fit instead, each with one thing changed; with several, if one is not enough."""
-        asked = self.workload
-        on_torch = asked.backend == "torch"
-        possible: list[tuple[Decode, bool]] = [("sliced", asked.batch > 1), ("tiled", on_torch)]
-        decodes = [how for how, helps in possible if helps]
-        pixels = 12 * asked.batch * asked.height * asked.width * asked.vae.factor**2  # float32: no way around these
-        smaller = decodes if asked.decode == "whole" and pixels < free else []
-        changes: list[dict[str, Any]] = [{"decode": how} for how in smaller]
-        if asked.dtype == torch.float32 and on_torch:
-            changes.append({"dtype": torch.float16 if asked.arch else torch.bfloat16})
-        found = [plan(replace(asked, **change)) for change in changes]
-        fewer = _largest_batch(asked, free)
-        found = [one for one in (*found, fewer) if one is not None and one.fits(free)]
-        if not found:
-            last = _largest_batch(replace(asked, **{k: v for change in changes for k, v in change.items()}), free)
-            found = [] if last is None else [last]
-        yield from found
+        workload = self.workload
+        on_torch = workload.backend == "torch"
+        possible: list[tuple[Decode, bool]] = [("sliced", workload.batch > 1), ("tiled", on_torch)]
+        decodes = [mode for mode, helps in possible if helps]
+        # Pixels in float32: no way around these.
+        pixels = 12 * workload.batch * workload.height * workload.width * workload.vae.factor**2
+        smaller = decodes if workload.decode == "whole" and pixels < free else []
+        changes: list[dict[str, Any]] = [{"decode": mode} for mode in smaller]
+        if workload.dtype == torch.float32 and on_torch:
+            changes.append({"dtype": torch.float16 if workload.arch else torch.bfloat16})
+        plans = [plan(replace(workload, **change)) for change in changes]
+        fewer = _largest_batch(workload, free)
+        plans = [candidate for candidate in (*plans, fewer) if candidate is not None and candidate.fits(free)]
+        if not plans:
+            last = _largest_batch(replace(workload, **{k: v for change in changes for k, v in change.items()}), free)
+            plans = [] if last is None else [last]
+        yield from plans
 
     def advice(self, free: int) -> str:
         """What would make it fit, in words."""
@@ -157,19 +158,19 @@ class MemoryPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain data."""
-        asked = self.workload
-        kept = ("batch", "guided", "arch", "steps", "tokens", "decode", "encode", "backend")
-        factor = asked.vae.factor
+        workload = self.workload
+        fields = ("batch", "guided", "arch", "steps", "tokens", "decode", "encode", "backend")
+        factor = workload.vae.factor
         return {
             "workload": {
-                "width": asked.width * factor,
-                "height": asked.height * factor,
-                "dtype": str(asked.dtype).removeprefix("torch."),
-                **{name: getattr(asked, name) for name in kept},
+                "width": workload.width * factor,
+                "height": workload.height * factor,
+                "dtype": str(workload.dtype).removeprefix("torch."),
+                **{name: getattr(workload, name) for name in fields},
             },
             **{
-                part: [line._asdict() for line in getattr(self, part)]
-                for part in ("weights", "buffers", "libraries", "phases")
+                component: [line._asdict() for line in getattr(self, component)]
+                for component in ("weights", "buffers", "libraries", "phases")
             },
             "cached": self.cached._asdict(),
             **{name: getattr(self, name) for name in ("resident", "needed", "peak")},
@@ -218,8 +219,8 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type != "cpu":
         return None
     try:
-        found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())  # files in memory can go
-        return int(found[1]) * 1024 if found else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        match = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())  # files in memory can go
+        return int(match[1]) * 1024 if match else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return None
 
@@ -227,44 +228,47 @@ def free_bytes(device: torch.device) -> int | None:
 @functools.lru_cache(maxsize=64)
 def plan(workload: Workload) -> MemoryPlan:
     """The plan, from a run of each phase without storage: some tenths of a second, and nothing for one asked before."""
-    asked = workload
-    rows = asked.batch * (2 if asked.guided else 1)
-    with targeting(Target(asked.arch)):
-        networks = _networks(asked)
+    rows = workload.batch * (2 if workload.guided else 1)
+    with targeting(Target(workload.arch)):
+        networks = _networks(workload)
         buffers = StaticBuffers.empty(
-            asked.unet,
-            slots=asked.slots or asked.batch,
-            rows=asked.rows or rows,
-            height=asked.height,
-            width=asked.width,
-            tokens=asked.tokens,
-            steps=asked.steps,
-            dtype=asked.dtype,
+            workload.unet,
+            slots=workload.slots or workload.batch,
+            rows=workload.rows or rows,
+            height=workload.height,
+            width=workload.width,
+            tokens=workload.tokens,
+            steps=workload.steps,
+            dtype=workload.dtype,
             device="meta",
         )
-        traces = {name: record(work()) for name, work in _phases(asked, rows).items()}
+        traces = {name: record(work()) for name, work in _phases(workload, rows).items()}
 
-    heap = CUDAHeap() if asked.arch else Heap()
+    heap = CUDAHeap() if workload.arch else Heap()
     weights = [Line(name, heap.hold(_storages(network.parameters()))) for name, network in networks.items()]
-    made = heap.hold(_storages(tensor for network in networks.values() for tensor in network.buffers()))
-    if made:
-        weights.append(Line("made of weights", made, "phases of the convolutions that enlarge"))
+    derived = heap.hold(_storages(tensor for network in networks.values() for tensor in network.buffers()))
+    if derived:
+        weights.append(Line("made of weights", derived, "phases of the convolutions that enlarge"))
     held = tuple(Line(name, heap.hold(_storages(tensors)), _FIELDS.get(name, "")) for name, tensors in _fields(buffers))
-    libraries = _libraries(asked.arch)
+    libraries = _libraries(workload.arch)
     heap.hold([line.bytes for line in libraries])
     phases = tuple(Line(name, heap.run(trace), _PHASES[name]) for name, trace in traces.items())
-    if asked.backend != "torch":
+    if workload.backend != "torch":
         size = sum(p.numel() for network in networks.values() for p in network.parameters())
-        kept = size * (asked.precision or asked.dtype).itemsize
+        cached_bytes = size * (workload.precision or workload.dtype).itemsize
         cached = Line(
-            "cached", kept, f"weights in {asked.backend}'s own layout; its activations may take more than these"
+            "cached",
+            cached_bytes,
+            f"weights in {workload.backend}'s own layout; its activations may take more than these",
         )
-    elif asked.arch:
+    elif workload.arch:
         cached = Line("cached", heap.held - heap.peak, "free blocks, and what is left over of segments")
     else:
-        kept = sum(p.nbytes for p in networks["U-Net"].parameters() if onednn.worth_keeping(p))
-        cached = Line("cached", kept, "weights of the U-Net in oneDNN's layout, at most: of layers with few pixels")
-    return MemoryPlan(asked, tuple(weights), held, libraries, phases, cached)
+        cached_bytes = sum(p.nbytes for p in networks["U-Net"].parameters() if onednn.worth_keeping(p))
+        cached = Line(
+            "cached", cached_bytes, "weights of the U-Net in oneDNN's layout, at most: of layers with few pixels"
+        )
+    return MemoryPlan(workload, tuple(weights), held, libraries, phases, cached)
 
 
 _FIELDS = {
@@ -286,23 +290,23 @@ _PHASES = {
 }
 
 
-def _phases(asked: Workload, rows: int) -> dict[str, Callable[[], dry.Work]]:
-    place: dict[str, Any] = {"height": asked.height, "width": asked.width, "dtype": asked.dtype}
-    text: dict[str, Any] = {"rows": rows, "tokens": asked.tokens}
+def _phases(workload: Workload, rows: int) -> dict[str, Callable[[], dry.Work]]:
+    shape: dict[str, Any] = {"height": workload.height, "width": workload.width, "dtype": workload.dtype}
+    text: dict[str, Any] = {"rows": rows, "tokens": workload.tokens}
     phases: dict[str, Callable[[], dry.Work]] = {
-        "text": lambda: dry.text(asked.text, batch=rows, dtype=asked.dtype),
-        "conditions": lambda: dry.conditions(asked.unet, steps=asked.steps, dtype=asked.dtype, **text),
-        "encode": lambda: dry.encode(asked.vae, batch=asked.batch, **place),
-        "step": lambda: dry.step(asked.unet, **place, **text),
-        "decode": lambda: dry.decode(asked.vae, batch=asked.batch, how=asked.decode, **place),
+        "text": lambda: dry.text(workload.text, batch=rows, dtype=workload.dtype),
+        "conditions": lambda: dry.conditions(workload.unet, steps=workload.steps, dtype=workload.dtype, **text),
+        "encode": lambda: dry.encode(workload.vae, batch=workload.batch, **shape),
+        "step": lambda: dry.step(workload.unet, **shape, **text),
+        "decode": lambda: dry.decode(workload.vae, batch=workload.batch, how=workload.decode, **shape),
     }
-    return {name: work for name, work in phases.items() if name != "encode" or asked.encode}
+    return {name: work for name, work in phases.items() if name != "encode" or workload.encode}
 
 
-def _networks(asked: Workload) -> dict[str, nn.Module]:
-    names = ["U-Net", "VAE", *(f"text encoder {i}" for i in range(1, len(asked.text) + 1))]
-    configs: list[dry.Config] = [asked.unet, asked.vae, *asked.text]
-    return {name: dry.network(config, asked.dtype) for name, config in zip(names, configs, strict=True)}
+def _networks(workload: Workload) -> dict[str, nn.Module]:
+    names = ["U-Net", "VAE", *(f"text encoder {i}" for i in range(1, len(workload.text) + 1))]
+    configs: list[dry.Config] = [workload.unet, workload.vae, *workload.text]
+    return {name: dry.network(config, workload.dtype) for name, config in zip(names, configs, strict=True)}
 
 
 def _storages(tensors: Iterable[Tensor]) -> list[int]:
@@ -323,10 +327,10 @@ def _libraries(arch: int) -> tuple[Line, ...]:
     """Workspaces that libraries keep."""
     if not arch:
         return ()
-    given = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
-    pairs = re.findall(r":(\d+):(\d+)", given or (":4096:8" if arch >= 90 else ":4096:2:16:8"))
+    setting = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    pairs = re.findall(r":(\d+):(\d+)", setting or (":4096:8" if arch >= 90 else ":4096:2:16:8"))
     cublas = sum(int(kib) * int(count) for kib, count in pairs) * 1024
-    source = f"CUBLAS_WORKSPACE_CONFIG={given}" if given else f"PyTorch's default for sm_{arch}"
+    source = f"CUBLAS_WORKSPACE_CONFIG={setting}" if setting else f"PyTorch's default for sm_{arch}"
     return (
         Line("cuBLAS", cublas, f"{source}, for one stream"),
         Line("cuBLASLt", 0, "PyTorch lends it cuBLAS's"),

@@ -87,10 +87,10 @@ class Spread:
         ordered = sorted(times)
 
         def at(share: float) -> float:
-            place = share * (len(ordered) - 1)
-            low = int(place)
+            position = share * (len(ordered) - 1)
+            low = int(position)
             high = min(low + 1, len(ordered) - 1)
-            return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+            return ordered[low] + (position - low) * (ordered[high] - ordered[low])
 
         return cls(at(0.5), at(0.9), at(0.99), ordered[0], ordered[-1], fmean(ordered), len(ordered))
 
@@ -167,8 +167,8 @@ class Profile:
 
     def to_dict(self) -> dict[str, Any]:
         """All but the events, as plain data."""
-        told = {name: value for name, value in asdict(self).items() if name != "events"}
-        return {**told, "ceilings": self.ceilings._asdict(), "advice": self.advice}
+        fields = {name: value for name, value in asdict(self).items() if name != "events"}
+        return {**fields, "ceilings": self.ceilings._asdict(), "advice": self.advice}
 
     @property
     def advice(self) -> str:
@@ -223,7 +223,7 @@ def _ops(pipe: Pipeline, clock: Clock) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Picture:
+class Trial:
     """One picture's spans, and the time of its own that each had."""
 
     wall: float
@@ -233,11 +233,11 @@ class Picture:
     def alone(self, device: bool) -> list[float]:
         """Seconds of each span that no other inside it had, nor the watching of it."""
         own = {id(span): span.seconds(device) for span in self.spans}
-        left = dict(own)
+        remaining = dict(own)
         for span in self.spans:
             if span.parent is not None:
-                left[id(span.parent)] -= own[id(span)] if device else span.ended - span.noticed
-        return [left[id(span)] for span in self.spans]
+                remaining[id(span.parent)] -= own[id(span)] if device else span.ended - span.noticed
+        return [remaining[id(span)] for span in self.spans]
 
     def stages(self, device: bool) -> dict[str, float]:
         seconds = dict.fromkeys(STAGES, 0.0)
@@ -250,18 +250,18 @@ class Picture:
         return [span.seconds(device) for span in self.spans if span.name == "step"]
 
 
-def _make(session: Session, request: Request, clock: Clock) -> Picture:
+def _make(session: Session, request: Request, clock: Clock) -> Trial:
     clock.spans = []
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder, f"{k}.png") for k in range(request.batch)]
-        began = perf_counter()
+        start = perf_counter()
         result = session.submit(request).result()
         with clock.span("PNG"):
             images.save_result(result, paths, session.stages.name)
-        wall = perf_counter() - began
+        wall = perf_counter() - start
     if clock.gpu:
         torch.cuda.synchronize(session.stages.device)
-    return Picture(wall, clock.spans, result)
+    return Trial(wall, clock.spans, result)
 
 
 # --------------------------------------------------------------------------------------------------------- the profile
@@ -341,7 +341,7 @@ def _about(pipe: Pipeline, result: Result, rows: int) -> dict[str, Any]:
     }
 
 
-def _told(pictures: Sequence[Picture], gpu: bool) -> tuple[Stage, ...]:
+def _told(pictures: Sequence[Trial], gpu: bool) -> tuple[Stage, ...]:
     host = [one.stages(False) for one in pictures]
     device = [one.stages(True) for one in pictures] if gpu else []
     return tuple(
@@ -355,7 +355,7 @@ def _told(pictures: Sequence[Picture], gpu: bool) -> tuple[Stage, ...]:
     )
 
 
-def _rows(pipe: Pipeline, asked: Request, rows: int, pictures: Sequence[Picture], limits: Ceilings) -> tuple[Row, ...]:
+def _rows(pipe: Pipeline, asked: Request, rows: int, pictures: Sequence[Trial], limits: Ceilings) -> tuple[Row, ...]:
     """Each span takes the median of its times in all pictures, which have the same spans."""
     gpu = pipe.device.type == "cuda"
     times = [median(each) for each in zip(*(one.alone(gpu) for one in pictures), strict=True)]
@@ -389,7 +389,7 @@ def _rows(pipe: Pipeline, asked: Request, rows: int, pictures: Sequence[Picture]
     )
 
 
-def _events(picture: Picture, gpu: bool) -> tuple[Event, ...]:
+def _events(picture: Trial, gpu: bool) -> tuple[Event, ...]:
     start = picture.spans[0].began
     told = [
         Event(span.name, span.stage, "host", span.began - start, span.seconds(False), span.call is not None)
