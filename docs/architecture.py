@@ -38,8 +38,9 @@ def lines_of(number: int) -> list[str]:
     else:
         title = ", ".join(f"{room}/" if room in packages else room for room in rooms)
         about = (ast.get_docstring(MODULES[rooms[-1]]) or "").split("\n\n")[0].replace("\n", " ").partition(". ")[0]
-    modules = sorted(name.partition(".")[2] or name for name in inside if name not in packages)
-    return [title, about.rstrip(".:"), *(textwrap.wrap(", ".join(modules), width=118) if modules != [title] else [])]
+        inside = [name for name in inside if name not in rooms]
+    modules = ", ".join(sorted(name.partition(".")[2] or name for name in inside))
+    return [title, about.rstrip(".:"), *textwrap.wrap(modules, width=118)]
 
 
 def svg() -> str:
