@@ -68,7 +68,7 @@ class Pipeline(Steered):
         the networks' weights lie in."""
         self.stages = Stages(spec, networks, name, mapped)
         self._session: Session | None = None
-        self._calls = Calls()
+        self.calls = Calls()
 
     # --- loading
 
@@ -172,13 +172,13 @@ class Pipeline(Steered):
         names = () if callback is None else tensor_names(callback, callback_on_step_end_tensor_inputs, xl)
         generation = self.session.submit_request(request, answered=callback is not None)
         try:
-            with self._calls.open(generation):
+            with self.calls.open(generation):
                 if progress or callback is not None:
                     call = CallState(generation, self.unet.config.needs_guidance)
                     with _progress(progress) as advance:
                         for step in generation.progress():
                             if callback is not None:
-                                with self._calls.entered(call):
+                                with self.calls.entered(call):
                                     generation.answer(call.call(self, callback, names, step))
                             advance(step)
                 result = generation.result()

@@ -165,12 +165,12 @@ class _OfCall:
     def __get__(self, pipe: Any, owner: type) -> Any:
         if pipe is None:
             return self
-        return getattr(pipe._calls.current(self.name), self.field)
+        return getattr(pipe.calls.current(self.name), self.field)
 
     def __set__(self, pipe: Any, value: Any) -> None:
         if self.check is None:
             raise AttributeError(f"{self.name} cannot be set")
-        setattr(pipe._calls.current(self.name), self.field, self.check(self.name, value))
+        setattr(pipe.calls.current(self.name), self.field, self.check(self.name, value))
 
 
 def _scale(name: str, value: Any) -> float:
@@ -227,7 +227,7 @@ class Calls:
 class Steered:
     """The attributes by which callbacks written for diffusers' pipelines see and change a call."""
 
-    _calls: Calls
+    calls: Calls
 
     guidance_scale = _OfCall("guidance_scale")
     guidance_rescale = _OfCall("guidance_rescale")
@@ -241,7 +241,7 @@ class Steered:
     @property
     def interrupt(self) -> bool:
         """Whether the call whose callback asks is to skip the steps that are left."""
-        call = self._calls.here()
+        call = self.calls.here()
         return call is not None and call.interrupt
 
     @property
@@ -251,8 +251,8 @@ class Steered:
     @_interrupt.setter
     def _interrupt(self, value: bool) -> None:
         """In a callback its own call's; elsewhere, such as in the thread of a stop button, that of all under way."""
-        call, stop = self._calls.here(), checks.flag("_interrupt", value)
+        call, stop = self.calls.here(), checks.flag("_interrupt", value)
         if call is not None:
             call.interrupt = stop
         elif stop:
-            self._calls.interrupt()
+            self.calls.interrupt()

@@ -68,6 +68,11 @@ class Worker:
                 cls._of[device] = cls(device)
             return cls._of[device]
 
+    @classmethod
+    def renew(cls) -> None:
+        """In a process that was forked: another thread may have held what all workers share."""
+        cls._lock, cls.callbacks = threading.Lock(), Callbacks()
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.sessions: weakref.WeakSet[Client] = weakref.WeakSet()
@@ -267,7 +272,7 @@ class Worker:
 def _forking(name: str) -> Callable[[], None]:
     def ask() -> None:
         if name == "_after_fork_in_child":
-            Worker._lock, Worker.callbacks = threading.Lock(), Callbacks()
+            Worker.renew()
         for worker in [*Worker._of.values()]:
             getattr(worker, name)()
 
