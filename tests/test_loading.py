@@ -38,7 +38,11 @@ MISFITS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"unet": lambda: tiny.unet("sd1", out_channels=8)},
         r"the U-Net makes 8 channels \('out_channels'\), and the VAE's latents have 4",
     ),
-    "colours": ("sd1", {"vae": lambda: tiny.vae(out_channels=4)}, "reads pictures of 3 channels and makes 4"),
+    "colours": (
+        "sd1",
+        {"vae": lambda: tiny.vae(out_channels=4)},
+        r"reads pictures of 3 channels \('in_channels'\) and makes 4",
+    ),
     "pooled": (
         "sdxl",
         {"text_encoder_2": lambda: tiny.text_encoder("bigg", projection_dim=32)},
@@ -47,7 +51,7 @@ MISFITS: dict[str, tuple[str, dict[str, Any], str]] = {
     "five sizes": (
         "sdxl",
         {"unet": lambda: tiny.unet("sdxl", projection_class_embeddings_input_dim=24 + 5 * 8)},
-        "6 x 8 of sizes, not 5 x as in the XL refiner",
+        r"6 x 8 of sizes \('addition_time_embed_dim'\), not 5 x as in the XL refiner",
     ),
     "tokenizer": (
         "sd1",

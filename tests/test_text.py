@@ -185,7 +185,7 @@ def put(name: str, content: str) -> Any:
         (put("tokenizer_config.json", "version https://git-lfs.github.com/spec/v1"), "is not JSON"),
         (put("tokenizer_config.json", "[1, 2]"), "holds a list; an object was expected"),
         (put("special_tokens_map.json", '{"pad_token": 3}'), "not one of CLIP's kind"),
-        (put("tokenizer.json", '{"model": {"type": "Unigram", "vocab": []}}'), "is a Unigram tokenizer"),
+        (put("tokenizer.json", '{"model": {"type": "Unigram", "vocab": []}}'), "is a 'Unigram' tokenizer"),
         (put("tokenizer.json", '{"truncated": '), "is not JSON"),
     ],
 )

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fastldm import checks
 from fastldm.errors import CheckpointError
 from fastldm.reading import read_json
 from fastldm.system import ASSETS
@@ -151,7 +152,8 @@ def _serialized_bpe(folder: Path, serialized: Any) -> tuple[dict[str, int], list
     model = serialized["model"]
     if model.get("type", "BPE") != "BPE" or "merges" not in model:
         raise CheckpointError(
-            f"{folder / 'tokenizer.json'} is a {model.get('type')} tokenizer: expected CLIP's, which is byte-pair (BPE)"
+            f"{folder / 'tokenizer.json'} is a {checks.show(model.get('type'))} tokenizer: expected CLIP's, which is "
+            "byte-pair (BPE)"
         )
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
     return model["vocab"], [(left, right) for left, right in pairs]

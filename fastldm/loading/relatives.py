@@ -107,8 +107,8 @@ def check_channels(channels: int, source: str, latents: int = 4) -> None:
     if channels not in (latents, 2 * latents + 1):
         what = INPUT_CHANNELS.get(channels, "a model of an unknown kind")
         raise CheckpointError(
-            f"{source} has {channels} input channels: it is {what}. {RUNS}, with {latents} channels, or "
-            f"{2 * latents + 1} for inpainting."
+            f"{source} has {channels} input channels: it is {what}. {RUNS}, with {latents} channels, as the "
+            f"VAE's latents have ('latent_channels'), or {2 * latents + 1} for inpainting."
         )
 
 

@@ -173,7 +173,8 @@ def _check_fit(unet: UNetConfig, vae: VAEConfig | TinyVAEConfig, text: Sequence[
     )
     check(
         vae.in_channels == vae.out_channels == 3,
-        f"the VAE reads pictures of {vae.in_channels} channels and makes {vae.out_channels}, expected 3",
+        f"the VAE reads pictures of {vae.in_channels} channels ('in_channels') and makes {vae.out_channels} "
+        "('out_channels'), expected 3",
     )
     pooled = text[-1].projection_dim
     if not unet.needs_added:
@@ -192,7 +193,8 @@ def _check_fit(unet: UNetConfig, vae: VAEConfig | TinyVAEConfig, text: Sequence[
         sizes == 6,
         f"the U-Net's added embedding has {unet.addition_input_dim} channels "
         f"('projection_class_embeddings_input_dim'), expected {pooled} of pooled text ('projection_dim') and 6 x "
-        f"{unet.addition_time_embed_dim} of sizes{', not 5 x as in the XL refiner' * (sizes == 5)}",
+        f"{unet.addition_time_embed_dim} of sizes ('addition_time_embed_dim')"
+        f"{', not 5 x as in the XL refiner' * (sizes == 5)}",
     )
 
 
