@@ -12,7 +12,7 @@ from fastldm.errors import BundleError, FastLDMError
 
 FACTOR = 4
 """How many times a sound computation's error another may have, which sums in another order or rounds elsewhere."""
-_SHARED = 1 / 4
+_SHARED = 3 / 16
 """Of a sound computation's error, what may be common to all numbers: less than a hundredth as a rule, 0.35 / FACTOR
 where OpenVINO cuts weights of float16 to bfloat16 instead of rounding them."""
 _LEAST, _LEAST_SHARED = 2.0**-20, 2.0**-18

@@ -98,9 +98,10 @@ class Pipeline(Steered):
         """
         if torch_dtype is not None:
             checks.instance("torch_dtype", torch_dtype, (str, torch.dtype), "float32, float16 or bfloat16")
-        if None not in (dtype, torch_dtype):
+        if dtype is not None and torch_dtype is not None:
             raise InputError("dtype and torch_dtype were both given: give one of them")
-        return cls(*open_model(path_or_id, device=device, dtype=dtype or torch_dtype, backend=backend, **where))
+        dtype = torch_dtype if dtype is None else dtype
+        return cls(*open_model(path_or_id, device=device, dtype=dtype, backend=backend, **where))
 
     @classmethod
     def from_single_file(cls, path: str | os.PathLike[str], **options: Any) -> Pipeline:

@@ -17,7 +17,6 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-import fastldm
 from fastldm import Pipeline, Session
 from fastldm.cli import main
 from fastldm.errors import BundleError, CheckpointError, EngineError, InputError
@@ -26,6 +25,7 @@ from fastldm.export.bundle import Bundle
 from fastldm.export.engine import bound
 from fastldm.export.networks import Network
 from fastldm.export.spec import NetworkSpec
+from fastldm.model import describe
 from fastldm.profiling import backends
 
 ENGINES = ["onnxruntime", "openvino"]
@@ -257,7 +257,7 @@ def test_what_a_bundle_is_of_is_known_without_its_model(sd1: tuple[Path, Path], 
         load(moved, "torch")
     assert load(moved, "onnxruntime").family.name == "sd1"
     with pytest.raises(CheckpointError, match="is an exported bundle, which PyTorch cannot read"):
-        fastldm.loading.spec.describe(moved).checkpoint.components["unet"].state()
+        describe(moved).checkpoint.components["unet"].state()
 
 
 def test_a_damaged_bundle_is_refused(sd1: tuple[Path, Path], tmp_path: Path) -> None:

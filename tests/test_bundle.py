@@ -37,6 +37,7 @@ from fastldm.export.engine import open_engine
 from fastldm.export.engines import Engines
 from fastldm.export.spec import specs
 from fastldm.loading import spec as loading
+from fastldm.model import describe
 from fastldm.sizes import nearest
 
 ROOT = Path(fastldm.__file__).resolve().parent.parent
@@ -439,7 +440,7 @@ def test_where_a_bundle_cannot_go(model: Path, exported: Path, tmp_path: Path) -
     with pytest.raises(InputError, match="there exists and is no bundle: give the bundle another name"):
         writing.export(spec, tmp_path / "there", source=str(model))
     with pytest.raises(InputError, match="has no weights for PyTorch, as a bundle: give the model that it was made of"):
-        writing.export(loading.describe(exported), tmp_path / "out", source=str(exported))
+        writing.export(describe(exported), tmp_path / "out", source=str(exported))
     with pytest.raises(InputError, match="there is no folder"):
         writing.export(spec, tmp_path / "no" / "out", source=str(model))
     with (

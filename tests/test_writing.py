@@ -27,6 +27,7 @@ from fastldm.export.bundle import Bundle
 from fastldm.export.private import locked
 from fastldm.export.reference import Networks
 from fastldm.loading import spec as loading
+from fastldm.model import describe
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -282,7 +283,7 @@ def test_all_files_of_a_tokenizer_travel(made: tuple[Path, Path], copying: list[
     wanted = spec.checkpoint.tokenizer("tokenizer").ids(prompt)
     assert mine in wanted
     assert transformers.CLIPTokenizer.from_pretrained(out / "tokenizer")(prompt).input_ids[1:-1] == wanted
-    assert loading.describe(out).checkpoint.tokenizer("tokenizer").ids(prompt) == wanted
+    assert describe(out).checkpoint.tokenizer("tokenizer").ids(prompt) == wanted
 
 
 # ---- what is in memory
