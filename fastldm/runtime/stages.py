@@ -199,9 +199,8 @@ class Stages:
         """How many CPU threads a step of so many pictures has work for.
 
         Ops of a small step are over before threads have met: on two cores the default model's picture at 32x32 takes as
-        long with two as with one, at 64x64 three quarters, at 128x128 half. (Where others want the cores too, threads
-        wait for each other: a caller that knows so sets torch.set_num_threads(1).) An engine has threads of its own,
-        and little is left to do.
+        long with two as with one, at 64x64 three quarters, at 128x128 half. (How they wait where others want the cores
+        too is openmp.Contention's to see to.) An engine has threads of its own, and little is left to do.
         """
         cells = int(request.height or 0) * int(request.width or 0) / self.vae.config.factor**2
         work = self._unet_parameters * cells * pictures
