@@ -103,7 +103,7 @@ def pipeline(model: Model, device: torch.device, dtype: torch.dtype) -> Pipeline
     checkpoint: Any = SimpleNamespace(scheduler=SCHEDULER, index={})
     schedule = read_scheduler(SCHEDULER, None, "SCHEDULER")
     spec = loading.Spec(checkpoint, model.unet, model.vae, model.text, family, schedule)
-    loaded = loading.Networks(unet, vae, stages, prepared, device=device, dtype=dtype)
+    loaded = loading.LoadedModel(unet, vae, stages, prepared, device=device, dtype=dtype)
     return Pipeline(spec, loaded, model.family)
 
 

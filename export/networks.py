@@ -95,7 +95,7 @@ def load(
     device: torch.device,
     dtype: str | torch.dtype | None = None,
     opened: Callable[[str], Engine] | None = None,
-) -> loading.Networks:
+) -> loading.LoadedModel:
     """The networks of a bundle on a backend.
 
     dtype: to compute in; the best where it is None. Only OpenVINO has a choice, float32 or bfloat16.
@@ -128,7 +128,7 @@ def load(
     else:
         unet = WholeUNet(spec.unet, network("unet"))
     vae = ExportedAutoencoder(spec.vae, network("vae_decoder"), lambda: network("vae_encoder"))
-    return loading.Networks(
+    return loading.LoadedModel(
         unet,
         vae,
         stages,

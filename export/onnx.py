@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastldm.errors import BundleError, InputError
 from fastldm.export import fused
-from fastldm.export.reference import RUN, Networks
+from fastldm.export.reference import RUN, ReferenceNetworks
 from fastldm.export.spec import DATA, MODEL, Axis, NetworkSpec, sample
 from fastldm.kernels import observe, use
 from fastldm.kernels.dispatch import instead
@@ -34,7 +34,7 @@ OPSETS = (21, 23)
 class _Traced(nn.Module):
     """A network with the inputs and outputs of its spec in order: what a trace wants."""
 
-    def __init__(self, networks: Networks, name: str) -> None:
+    def __init__(self, networks: ReferenceNetworks, name: str) -> None:
         super().__init__()
         self.network = networks.module(name)
         self._spec, self._run = networks.specs[name], RUN[name]
@@ -45,7 +45,7 @@ class _Traced(nn.Module):
         return tuple(made[port.name] for port in self._spec.outputs)
 
 
-def write(networks: Networks, name: str, folder: Path, *, opset: int = 21, fused_ops: bool = False) -> None:
+def write(networks: ReferenceNetworks, name: str, folder: Path, *, opset: int = 21, fused_ops: bool = False) -> None:
     """Trace a network and write it into `folder`, which is made. Raises BundleError for a graph that is not as it
     should be, InputError for an opset that is not in OPSETS.
 
@@ -135,7 +135,7 @@ def _dimension(axis: Axis) -> str:
 _TAKEN_APART = ("InstanceNormalization", "Erf", "ReduceMean")  # what a norm or a GELU becomes where it is not one node
 
 
-def check_graph(model: ir.Model, networks: Networks, name: str, opset: int) -> None:
+def check_graph(model: ir.Model, networks: ReferenceNetworks, name: str, opset: int) -> None:
     """BundleError unless each GroupNorm and GELU of the network is one node, and at opset 23 or with fused ops each
     attention: backends have kernels for these, and none for what they are made of."""
     called: Counter[str] = Counter()

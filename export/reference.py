@@ -1,7 +1,7 @@
 """What PyTorch says: a model's networks by the names of their spec, which is what is traced and what judges.
 
-Networks        in one dtype, on the CPU, each loaded when it is asked for
-Networks.run    one of them, tensors by name in and out
+ReferenceNetworks       in one dtype, on the CPU, each loaded when it is asked for
+ReferenceNetworks.run    one of them, tensors by name in and out
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastldm.models.vae import HALF_EXPONENT, AutoencoderKL, TinyAutoencoder, re
 Named = Mapping[str, Tensor]
 
 
-class Networks:
+class ReferenceNetworks:
     """The networks of a model for export, on the CPU. dtype: of the weights; a float16 autoencoder is rescaled where
     its activations would leave the range. exact: computed in float32 all the same."""
 

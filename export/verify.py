@@ -22,7 +22,7 @@ from fastldm.export import networks
 from fastldm.export.bundle import PICTURE, Bundle
 from fastldm.export.engine import Engine, open_engine
 from fastldm.export.parity import Difference, difference, gate, worst
-from fastldm.export.reference import Networks
+from fastldm.export.reference import ReferenceNetworks
 from fastldm.export.spec import Axis, NetworkSpec, sample
 from fastldm.loading.spec import Spec
 from fastldm.request import Request
@@ -63,7 +63,7 @@ def verify(
     of the bundle's kind.
     """
     place = torch.device(device)
-    reference = None if model is None else Networks(model, "float32", split=bundle.manifest["split"])
+    reference = None if model is None else ReferenceNetworks(model, "float32", split=bundle.manifest["split"])
     if reference is not None and reference.specs.keys() != bundle.specs.keys():
         raise BundleError(
             f"the bundle has {', '.join(bundle.specs)}, the model it is to be compared with "
@@ -81,7 +81,7 @@ def check_network(
     backend: str = "onnxruntime",
     device: torch.device | str = "cpu",
     precision: str | None = None,
-    reference: Networks | None = None,
+    reference: ReferenceNetworks | None = None,
 ) -> Iterator[Check]:
     """One network of it. precision: the bundle's dtype where it is None."""
     spec = bundle.specs[network]
@@ -102,7 +102,7 @@ def check_network(
 
 
 def _with_fresh(
-    cases: list[tuple[Literal["golden", "fresh"], Named, Named]], spec: NetworkSpec, reference: Networks | None
+    cases: list[tuple[Literal["golden", "fresh"], Named, Named]], spec: NetworkSpec, reference: ReferenceNetworks | None
 ) -> Iterator[tuple[Literal["golden", "fresh"], Named, Named]]:
     yield from cases
     if reference is not None:
@@ -164,7 +164,7 @@ class Goldens:
         return save(tensors)
 
 
-def goldens_of(spec: NetworkSpec, reference: Networks, stored: Networks) -> Goldens:
+def goldens_of(spec: NetworkSpec, reference: ReferenceNetworks, stored: ReferenceNetworks) -> Goldens:
     """reference: the model in float32. stored: with the weights that the network is written with, computing in float32.
     BundleError where the dtype of these cannot hold what the network computes."""
     cases, sound = (
@@ -184,7 +184,7 @@ def goldens_of(spec: NetworkSpec, reference: Networks, stored: Networks) -> Gold
     return Goldens(cases, sound)
 
 
-def goldens_of_picture(bundle: Bundle, reference: Networks, stored: Networks) -> Goldens:
+def goldens_of_picture(bundle: Bundle, reference: ReferenceNetworks, stored: ReferenceNetworks) -> Goldens:
     """The same of a picture of a quarter of the model's size in few steps, from its text on."""
     model = bundle.model
     unet = networks.latents(bundle)[0]
@@ -192,7 +192,7 @@ def goldens_of_picture(bundle: Bundle, reference: Networks, stored: Networks) ->
     shape = (1, model.vae.latent_channels, height, width)
     inputs = {"latents": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
 
-    def made(source: Networks, precision: str | None) -> Named:
+    def made(source: ReferenceNetworks, precision: str | None) -> Named:
         def opened(name: str) -> Engine:
             return _Reference(source, bundle.specs[name], precision)
 
@@ -219,7 +219,7 @@ def _picture(stages: Stages, inputs: Mapping[str, Tensor]) -> Tensor:
 class _Reference:
     """PyTorch in an engine's place, rounding to a precision where one is given."""
 
-    def __init__(self, source: Networks, spec: NetworkSpec, precision: str | None) -> None:
+    def __init__(self, source: ReferenceNetworks, spec: NetworkSpec, precision: str | None) -> None:
         self.specs, self._source, self._precision = (spec,), source, precision
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Named:

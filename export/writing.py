@@ -27,7 +27,7 @@ from fastldm.export.cache import hash_files
 from fastldm.export.engine import MANIFEST
 from fastldm.export.manifest import write_json
 from fastldm.export.private import locked
-from fastldm.export.reference import Networks
+from fastldm.export.reference import ReferenceNetworks
 from fastldm.export.spec import DType, specs
 from fastldm.export.verify import check_network, goldens_of, goldens_of_picture
 from fastldm.loading.checkpoint import TokenizerFiles
@@ -208,8 +208,8 @@ def _export(model: Spec, work: Path, on_network: Callable[[str], object], head: 
         "versions": {"fastldm": __version__, "python": platform.python_version(), **versions},
     }
     dtype, split = head["dtype"], head["split"]
-    networks, reference = Networks(model, dtype, split=split), Networks(model, "float32", split=split)
-    stored = reference if dtype == "float32" else Networks(model, dtype, split=split, exact=True)
+    networks, reference = ReferenceNetworks(model, dtype, split=split), ReferenceNetworks(model, "float32", split=split)
+    stored = reference if dtype == "float32" else ReferenceNetworks(model, dtype, split=split, exact=True)
 
     # What is there counts if it is of the same weights, options and versions.
     key = json.dumps(about, sort_keys=True)
@@ -234,7 +234,7 @@ def _export(model: Spec, work: Path, on_network: Callable[[str], object], head: 
 
         def write(network: str = network, spec: Any = spec) -> None:
             onnx.write(networks, network, work / network, opset=head["opset"], fused_ops=head["fused_ops"])
-            write_json(work / network / "config.json", head["config"][Networks.part(network)])
+            write_json(work / network / "config.json", head["config"][ReferenceNetworks.part(network)])
             grown.goldens(network).write_bytes(goldens_of(spec, reference, stored).to_bytes())
             for check in check_network(grown, network):
                 if check.problem:

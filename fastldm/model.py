@@ -22,7 +22,7 @@ from fastldm.loading.mapped import Mapped
 from fastldm.loading.state import load_module
 from fastldm.sizes import Axis
 
-Opened = tuple[loading.Spec, loading.Networks, str, Mapped]
+Opened = tuple[loading.Spec, loading.LoadedModel, str, Mapped]
 """What a model is, its networks, its name, and the files that their weights lie in."""
 
 

@@ -63,7 +63,9 @@ class Pipeline(Steered):
     precision = _of_stages("precision", 'What they compute in: "float32", "float16" or "bfloat16".')
     latent_channels = _of_stages("latent_channels", "Channels of a latent: 4 for Stable Diffusion.")
 
-    def __init__(self, spec: loading.Spec, networks: loading.Networks, name: str, mapped: Mapped | None = None) -> None:
+    def __init__(
+        self, spec: loading.Spec, networks: loading.LoadedModel, name: str, mapped: Mapped | None = None
+    ) -> None:
         """Most callers want `from_pretrained`, `from_single_file`, `from_diffusers` or `default`. mapped: files that
         the networks' weights lie in."""
         self.stages = Stages(spec, networks, name, mapped)

@@ -21,7 +21,7 @@ from fastldm.export.engine import open_engine
 from fastldm.export.onnx import _trace, _Traced, check_graph, write
 from fastldm.export.onnxruntime import ONNXRuntimeEngine
 from fastldm.export.parity import Difference, difference, gate
-from fastldm.export.reference import Networks
+from fastldm.export.reference import ReferenceNetworks
 from fastldm.export.spec import NetworkSpec, sample
 from fastldm.kernels import observe
 from fastldm.loading import spec as loading
@@ -50,7 +50,7 @@ def sizes_of(spec: NetworkSpec) -> list[dict[str, int]]:
     return [{"batch": 1, "steps": 1, "rows": 1, **tall}, {"batch": 4, "steps": 4, "rows": 9, **wide, **several}]
 
 
-def judge(networks: Networks, reference: Networks, name: str, folder: Path, **options: Any) -> float:
+def judge(networks: ReferenceNetworks, reference: ReferenceNetworks, name: str, folder: Path, **options: Any) -> float:
     """Exports a network and returns its largest relative error, which is small."""
     write(networks, name, folder, **options)
     spec, worst = networks.specs[name], 0.0
@@ -67,7 +67,7 @@ def judge(networks: Networks, reference: Networks, name: str, folder: Path, **op
 
 
 def test_a_unet(model: loading.Spec, tmp_path: Path) -> None:
-    networks = Networks(model, "float32")
+    networks = ReferenceNetworks(model, "float32")
     assert judge(networks, networks, "unet", tmp_path / "unet") > 0  # ONNX Runtime sums in another order
     counts = nodes(tmp_path / "unet")
     modules = list(networks.module("unet").modules())
@@ -95,7 +95,7 @@ def test_a_unet(model: loading.Spec, tmp_path: Path) -> None:
 
 def test_the_same_model_gives_the_same_bytes(model: loading.Spec, tmp_path: Path) -> None:
     for folder in ("once", "again"):
-        write(Networks(model, "float32", split=True), "time_rows", tmp_path / folder)
+        write(ReferenceNetworks(model, "float32", split=True), "time_rows", tmp_path / folder)
     for file in ("model.onnx", "model.onnx_data"):
         assert (tmp_path / "once" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
     graph = (tmp_path / "once" / "model.onnx").read_bytes()
@@ -104,7 +104,7 @@ def test_the_same_model_gives_the_same_bytes(model: loading.Spec, tmp_path: Path
 
 
 def test_a_graph_that_is_not_as_it_should_be_is_refused(model: loading.Spec, tmp_path: Path) -> None:
-    networks = Networks(model, "float32", split=True)
+    networks = ReferenceNetworks(model, "float32", split=True)
     traced = _trace(_Traced(networks, "text_kv"), networks.specs["text_kv"], 21)
     check_graph(traced, networks, "text_kv", 21)
     with pytest.raises(BundleError, match="vae_decoder: the traced graph has 0 GroupNormalization nodes, expected"):
@@ -151,7 +151,7 @@ ALIKE = {"sd2-v", "sd-turbo", "sdxl-turbo", "sdxl-lightning"}
 @pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family not in ALIKE])
 def test_every_family(family: str, tmp_path: Path) -> None:
     spec = loading.describe(tiny.save_pipeline(family, tmp_path / "model"))
-    whole, split = (Networks(spec, "float32", split=split) for split in (False, True))
+    whole, split = (ReferenceNetworks(spec, "float32", split=split) for split in (False, True))
     for networks in (whole, split):
         for name in networks.specs:
             if networks is whole or name not in whole.specs:
@@ -188,7 +188,7 @@ def test_fused_ops_are_one_node_each(
 ) -> None:
     """ONNX Runtime, which knows none of them, runs what they stand for, and TensorRT builds it; OpenVINO says no."""
     monkeypatch.setenv("FASTLDM_CACHE", str(tmp_path / "cache"))
-    networks, reference = (Networks(model, one, split=True) for one in (dtype, "float32"))
+    networks, reference = (ReferenceNetworks(model, one, split=True) for one in (dtype, "float32"))
     judge(networks, reference, name, tmp_path / name, opset=opset, fused_ops=True)
     path, spec = tmp_path / name / "model.onnx", networks.specs[name]
     onnx.checker.check_model(path)
@@ -221,14 +221,14 @@ def test_fused_ops_are_one_node_each(
 def test_float16(family: str, tmp_path: Path) -> None:
     """SDXL's autoencoder is rescaled on the way."""
     spec = loading.describe(tiny.save_pipeline(family, tmp_path / "model"))
-    networks, reference = Networks(spec, "float16"), Networks(spec, "float32")
+    networks, reference = ReferenceNetworks(spec, "float16"), ReferenceNetworks(spec, "float32")
     assert all(judge(networks, reference, name, tmp_path / name) > 1e-5 for name in networks.specs)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize(("name", "attentions"), [("unet", 2 * 16), ("vae_decoder", 1), ("text_encoder", 3)])
 def test_opset_23_has_attention_as_one_node(name: str, attentions: int, tmp_path: Path) -> None:
-    networks = Networks(loading.describe(tiny.save_pipeline("sd1", tmp_path / "model")), "float32")
+    networks = ReferenceNetworks(loading.describe(tiny.save_pipeline("sd1", tmp_path / "model")), "float32")
     judge(networks, networks, name, tmp_path / name, opset=23)
     assert nodes(tmp_path / name)["Attention"] == attentions
     assert nodes(tmp_path / name)["Softmax"] == 0
@@ -237,6 +237,6 @@ def test_opset_23_has_attention_as_one_node(name: str, attentions: int, tmp_path
 @pytest.mark.full
 def test_a_tiny_autoencoder(tmp_path: Path) -> None:
     tiny.pipeline("sd1", vae=tiny.tiny_vae()).save_pretrained(tmp_path / "model")
-    networks = Networks(loading.describe(tmp_path / "model"), "float32")
+    networks = ReferenceNetworks(loading.describe(tmp_path / "model"), "float32")
     for name in ("vae_decoder", "vae_encoder"):
         judge(networks, networks, name, tmp_path / name)

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 
-from fastldm.export.reference import Networks
+from fastldm.export.reference import ReferenceNetworks
 from fastldm.export.spec import Axis, NetworkSpec, Port, sample, specs
 from fastldm.loading import spec as loading
 
@@ -49,7 +49,7 @@ def test_the_names_are_those_of_optimum(models: dict[str, loading.Spec]) -> None
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("family", ["sd1", "sd1-inpaint", "sdxl-lcm"])
 def test_networks_take_and_give_what_their_specs_say(models: dict[str, loading.Spec], family: str, split: bool) -> None:
-    networks = Networks(models[family], "float32", split=split)
+    networks = ReferenceNetworks(models[family], "float32", split=split)
     # Neither square nor best, a batch of three, two windows of text, one timestep for all rows.
     sizes = {"batch": 3, "height": 8, "width": 16, "tokens": 77, "rows": 5}
     for name, network in networks.specs.items():
@@ -66,7 +66,7 @@ def test_the_split_networks_are_the_whole_one(models: dict[str, loading.Spec]) -
     from fastldm.models.unet import guidance_embedding
 
     model = models["sdxl-lcm"]
-    whole, split = (Networks(model, "float32", split=split) for split in (False, True))
+    whole, split = (ReferenceNetworks(model, "float32", split=split) for split in (False, True))
     inputs = sample(whole.specs["unet"], {"steps": 2})
     guidance = torch.tensor([1.5, 7.0])
     inputs["timestep_cond"] = guidance_embedding(guidance, model.unet.time_cond_proj_dim or 0)

@@ -51,14 +51,14 @@ def error(ours: Tensor, theirs: Tensor) -> float:
     return ((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()).item()
 
 
-def adopt(pipe: Any) -> loading.Networks:
+def adopt(pipe: Any) -> loading.LoadedModel:
     """As Pipeline.from_diffusers does."""
     spec = loading.spec_of(adoption.describe_diffusers(pipe))
     parts = {name: getattr(pipe, name) for name in spec.checkpoint.components}
     return loading.load(spec, lambda module, name: adoption.adopt(module, parts[name]), parts)
 
 
-def load(folder: Path) -> loading.Networks:
+def load(folder: Path) -> loading.LoadedModel:
     """As Pipeline.from_pretrained does."""
     spec = loading.describe(folder)
 
@@ -69,7 +69,7 @@ def load(folder: Path) -> loading.Networks:
     return loading.load(spec, fill)
 
 
-def network(networks: loading.Networks, name: str) -> nn.Module:
+def network(networks: loading.LoadedModel, name: str) -> nn.Module:
     return networks.text_stages[0].model if name == "text_encoder" else getattr(networks, name)
 
 

@@ -22,7 +22,7 @@ from fastldm.export import auto, networks
 from fastldm.export import verify as proof
 from fastldm.export.bundle import Bundle
 from fastldm.export.parity import Difference, difference
-from fastldm.export.reference import Networks, rounding
+from fastldm.export.reference import ReferenceNetworks, rounding
 from fastldm.export.spec import sample
 from fastldm.loading import spec as loading
 from fastldm.profiling import backends
@@ -72,7 +72,7 @@ def test_a_small_error_of_a_network_is_found(
 def test_a_bias_of_float16_is_found(tmp_path: Path) -> None:
     """Of 0.8%, which one tolerance for all networks lets pass: a sound computation's error is a twentieth."""
     model = loading.describe(bundles.smallest("sd1", tmp_path / "model"))
-    stored, reference = Networks(model, "float16", exact=True), Networks(model, "float32")
+    stored, reference = ReferenceNetworks(model, "float16", exact=True), ReferenceNetworks(model, "float32")
     spec = stored.specs["unet"]
     goldens = proof.goldens_of(spec, reference, stored)
     (inputs, wanted), *_ = goldens.cases
@@ -83,7 +83,7 @@ def test_a_bias_of_float16_is_found(tmp_path: Path) -> None:
     biased = difference(1.008 * sound, wanted["out_sample"])
     assert biased.relative < 1e-2
     assert not biased.within(allowed)
-    half = Networks(model, "float16").run("unet", inputs)["out_sample"].float()  # PyTorch's own float16
+    half = ReferenceNetworks(model, "float16").run("unet", inputs)["out_sample"].float()  # PyTorch's own float16
     assert difference(half, wanted["out_sample"]).within(allowed)
 
 
@@ -91,13 +91,16 @@ def test_sinusoids_stay_float32_in_a_sound_run(tmp_path: Path) -> None:
     """So that what another computation may be off in float16 is a few times PyTorch's error, and angles in float16 are
     found: at a timestep of 999 these have no digits behind the point."""
     model = loading.describe(bundles.smallest("lcm", tmp_path / "model"))
-    stored, reference = Networks(model, "float16", split=True, exact=True), Networks(model, "float32", split=True)
+    stored, reference = (
+        ReferenceNetworks(model, "float16", split=True, exact=True),
+        ReferenceNetworks(model, "float32", split=True),
+    )
     spec = stored.specs["time_rows"]
     goldens = proof.goldens_of(spec, reference, stored)
     inputs, wanted = goldens.cases[0]
     rows = wanted["temb_rows"]
     allowed = goldens.sound["float16"]["temb_rows"].allowed(rows.numel())
-    half = Networks(model, "float16", split=True).run("time_rows", inputs)["temb_rows"].float()
+    half = ReferenceNetworks(model, "float16", split=True).run("time_rows", inputs)["temb_rows"].float()
     real = difference(half, rows)
     assert real.within(allowed)
     assert allowed.spread < 20 * real.spread
@@ -137,7 +140,7 @@ def test_openvino_runs_what_float16_holds(
 def test_rounding_is_what_a_precision_costs(precision: str, made: tuple[Path, Path]) -> None:
     """Held against PyTorch, computing in it."""
     model = loading.describe(made[0])
-    networks = Networks(model, "float32")
+    networks = ReferenceNetworks(model, "float32")
     inputs = sample(networks.specs["unet"])
     wanted = networks.run("unet", inputs)["out_sample"]
     with rounding(precision):
@@ -206,7 +209,7 @@ def loud(folder: Path, factor: float, **changes: Any) -> Path:
 
 def test_latents_come_as_they_do(made: tuple[Path, Path]) -> None:
     model = loading.describe(made[0])
-    specs = Networks(model, "float32").specs
+    specs = ReferenceNetworks(model, "float32").specs
     (latents,) = sample(specs["vae_decoder"], {"height": 64, "width": 64, "batch": 4}).values()
     assert float(latents.std()) == pytest.approx(1 / model.vae.scaling_factor, rel=0.1)  # 5.5 for SD 1
     blocks = torch.nn.functional.avg_pool2d(latents, 8)
@@ -219,7 +222,7 @@ def test_latents_come_as_they_do(made: tuple[Path, Path]) -> None:
 def test_an_autoencoder_is_rescaled_by_what_overflows(factor: float, tmp_path: Path) -> None:
     """`force_upcast` does not say so here."""
     model = loading.describe(loud(tmp_path / "model", factor))
-    stored, reference = Networks(model, "float16", exact=True), Networks(model, "float32")
+    stored, reference = ReferenceNetworks(model, "float16", exact=True), ReferenceNetworks(model, "float32")
     for name in ("vae_decoder", "vae_encoder"):
         goldens = proof.goldens_of(stored.specs[name], reference, stored)
         assert all(one.relative < 2e-2 for one in goldens.sound["float16"].values()), name
@@ -237,6 +240,6 @@ def test_what_cannot_be_rescaled_is_not_exported(tmp_path: Path) -> None:
     weights = load_file(path)
     weights["decoder.conv_out.weight"] *= 1e5
     save_file(weights, path, metadata={"format": "pt"})
-    stored, reference = Networks(model, "float16", exact=True), Networks(model, "float32")
+    stored, reference = ReferenceNetworks(model, "float16", exact=True), ReferenceNetworks(model, "float32")
     with pytest.raises(BundleError, match="sample leaves the range of float16: export the model in float32"):
         proof.goldens_of(stored.specs["vae_decoder"], reference, stored)

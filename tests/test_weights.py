@@ -462,7 +462,7 @@ def test_diffusers_folder(pipe: Any, folder: Path) -> None:
         open_checkpoint(folder, prediction_type="epsilon")
 
 
-def fill(spec: loading.Spec) -> loading.Networks:
+def fill(spec: loading.Spec) -> loading.LoadedModel:
     def weighted(module: nn.Module, name: str) -> nn.Module:
         part = spec.checkpoint.components[name]
         return load_module(module, part.state(), dtype=torch.float32, source=part.source)

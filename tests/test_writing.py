@@ -25,7 +25,7 @@ from fastldm.errors import BundleError, InputError
 from fastldm.export import onnx, writing
 from fastldm.export.bundle import Bundle
 from fastldm.export.private import locked
-from fastldm.export.reference import Networks
+from fastldm.export.reference import ReferenceNetworks
 from fastldm.loading import spec as loading
 from fastldm.model import describe
 
@@ -43,7 +43,7 @@ def copying(made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> list[st
     """In place of tracing: the networks of that bundle. Lists those that were asked for."""
     written: list[str] = []
 
-    def write(networks: Networks, name: str, folder: Path, **options: Any) -> None:
+    def write(networks: ReferenceNetworks, name: str, folder: Path, **options: Any) -> None:
         written.append(name)
         folder.mkdir()
         for file in ("model.onnx", "model.onnx_data"):

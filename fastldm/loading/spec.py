@@ -1,6 +1,6 @@
 """A checkpoint's description, and what it should run on here.
 
-path or hub id -> Checkpoint (files and raw configs) -> Spec (configs and family) -> Networks (weights loaded)
+path or hub id -> Checkpoint (files and raw configs) -> Spec (configs and family) -> LoadedModel (weights loaded)
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ def _native_bfloat16() -> bool:
 
 
 @dataclass(frozen=True)
-class Networks:
+class LoadedModel:
     """A model, loaded and prepared: what a pipeline runs."""
 
     unet: Denoiser
@@ -266,7 +266,7 @@ class Networks:
 
 def load(
     spec: Spec, fill: Callable[[torch.nn.Module, str], Any], sharing: Mapping[str, torch.nn.Module] | None = None
-) -> Networks:
+) -> LoadedModel:
     """The networks of a spec; `fill(module on meta, component name)` returns the module with its weights.
 
     sharing: modules whose weights those are, if they go on being used.
@@ -289,4 +289,4 @@ def load(
     networks = {"unet": unet, "vae": vae} | {name: stage.model for name, stage in zip(names, stages, strict=True)}
     weight = unet.conv_in.weight
     prepared = prepare(networks, (sharing or {}).values())
-    return Networks(unet, vae, stages, prepared, device=weight.device, dtype=weight.dtype)
+    return LoadedModel(unet, vae, stages, prepared, device=weight.device, dtype=weight.dtype)

@@ -64,7 +64,9 @@ class Change:
 class Stages:
     """What a session runs. A pipeline has one."""
 
-    def __init__(self, spec: loading.Spec, networks: loading.Networks, name: str, mapped: Mapped | None = None) -> None:
+    def __init__(
+        self, spec: loading.Spec, networks: loading.LoadedModel, name: str, mapped: Mapped | None = None
+    ) -> None:
         """mapped: files that the networks' weights lie in."""
         self.name, self.family, self.spec = name, spec.family, spec
         self.unet, self.vae, self.text_stages = networks.unet, networks.vae, networks.text_stages

@@ -22,7 +22,7 @@ from fastldm.export import writing
 from fastldm.loading import spec as loading
 
 if TYPE_CHECKING:
-    from fastldm.export.reference import Networks
+    from fastldm.export.reference import ReferenceNetworks
 
 
 def smallest(family: str, folder: Path) -> Path:
@@ -80,7 +80,7 @@ def traced_once(folder: Path) -> Iterator[None]:
     onnx = pytest.importorskip("fastldm.export.onnx", reason="exporting needs fastldm[onnx]", exc_type=ImportError)
     trace = onnx.write
 
-    def write(networks: Networks, name: str, out: Path, **options: Any) -> None:
+    def write(networks: ReferenceNetworks, name: str, out: Path, **options: Any) -> None:
         module = networks.module(name)
         state = module.state_dict()
         about = [name, networks.specs[name].to_dict(), repr(module.config), options, *state]
