@@ -45,7 +45,7 @@ class Measured:
 
 
 def choose(bundle: Bundle, device: torch.device, dtype: str | torch.dtype | None = None) -> str:
-    """The backend for a bundle, see `fastldm.model.choose`."""
+    """The backend for a bundle, see `fastldm.model.choose_backend`."""
 
     def computes(backend: str) -> bool:
         """Whether it can compute in the dtype that was asked for."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastldm import openmp
 from fastldm.conditioning.text import TextStage
+from fastldm.device import choose_dtype
 from fastldm.errors import BundleError, CheckpointError, InputError
 from fastldm.export.bundle import Bundle, differing, identity
 from fastldm.export.engine import Engine, is_bundle, open_engine
@@ -75,7 +76,7 @@ def precision(bundle: Bundle, backend: str, device: torch.device, dtype: str | t
     fastest on the device."""
     if backend == "openvino":
         fastest = dtype is None
-        dtype = loading.choose_dtype(dtype, device)
+        dtype = choose_dtype(dtype, device)
         if fastest and dtype == torch.bfloat16 and find_spec("openvino") is not None:
             from fastldm.export.openvino import has_bfloat16
 

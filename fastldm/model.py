@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fastldm import checks
+from fastldm.device import choose_device, choose_dtype
 from fastldm.errors import EngineError, InputError
 from fastldm.export.backends import BACKENDS
 from fastldm.export.engine import is_bundle
@@ -29,7 +30,7 @@ Opened = tuple[loading.Spec, loading.LoadedModel, str, Mapped]
 def describe(path_or_id: str | os.PathLike[str] = "default", **options: Any) -> loading.Spec:
     """What a checkpoint or a bundle holds; loads no weights. options and errors: see `loading.spec.describe`, and
     BundleError for a bundle that says nothing that can be read."""
-    loading.check_options(**options)
+    loading.check_options(options)
     if is_bundle(path_or_id):
         return _read_bundle(path_or_id).model
     return loading.describe(path_or_id, **options)
@@ -44,9 +45,16 @@ def open_model(
     **options: Any,
 ) -> Opened:
     """A model, loaded: see `Pipeline.from_pretrained` for the arguments and errors."""
-    check_arguments(path_or_id, options, device=device, dtype=dtype, backend=backend)
-    place = loading.choose_device(choose_device(backend, device))
-    runs = choose(backend, path_or_id, place, dtype)
+    checks.instance("path_or_id", path_or_id, (str, os.PathLike), 'a path, a hub id or "default"')
+    checks.known(options, ("device", "dtype", "torch_dtype", "backend", *loading.OPTIONS))
+    checks.instance("backend", backend, str, "auto or a backend's name")
+    if device is not None:
+        checks.instance("device", device, (str, torch.device), "a device, such as cpu or cuda:1")
+    if dtype is not None:
+        checks.instance("dtype", dtype, (str, torch.dtype), "float32, float16 or bfloat16")
+    loading.check_options(options)
+    place = choose_device(backend_device(backend, device))
+    runs = choose_backend(backend, path_or_id, place, dtype)
     if is_bundle(path_or_id):
         unused = [name for name, value in options.items() if value]
         if unused:
@@ -57,7 +65,7 @@ def open_model(
 
         source = networks.source(_read_bundle(path_or_id))
         path_or_id, options = source.model, source.options
-    return _open_checkpoint(path_or_id, place, loading.choose_dtype(dtype, place), options)
+    return _open_checkpoint(path_or_id, place, choose_dtype(dtype, place), options)
 
 
 def _open_bundle(
@@ -92,33 +100,13 @@ def _open_checkpoint(
     return spec, networks, name, mapped
 
 
-def check_arguments(path: Any, options: Mapping[str, Any], **selected: Any) -> None:
-    """InputError for arguments of loading of other types than they have."""
-    checks.instance("path_or_id", path, (str, os.PathLike), 'a path, a hub id or "default"')
-    names = ("variant", "revision", "cache_dir", "local_files_only", "allow_pickle", "prediction_type")
-    checks.known(options, ("torch_dtype", *selected, *names))
-    kinds = {
-        "device": (torch.device, "a device, such as cpu or cuda:1"),
-        "cache_dir": (os.PathLike, "a folder"),
-        "dtype": (torch.dtype, "float32, float16 or bfloat16"),
-    }
-    for name, value in {**selected, **options}.items():
-        if name in ("local_files_only", "allow_pickle"):
-            checks.flag(name, value)
-        elif value is not None:
-            kind, what = kinds.get(name, (str, "a text"))
-            checks.instance(name, value, (str, kind), what)
-    if selected["backend"] is None:
-        raise InputError("backend is None: expected auto or a backend's name")
-
-
-def choose_device(backend: str, device: str | torch.device | None) -> str | torch.device | None:
+def backend_device(backend: str, device: str | torch.device | None) -> str | torch.device | None:
     """Where a backend runs if nothing else is asked for: OpenVINO on the CPU, also where there is a GPU."""
     only_cpu = backend in BACKENDS and BACKENDS[backend].devices == ("cpu",)
     return "cpu" if device is None and only_cpu else device
 
 
-def choose(
+def choose_backend(
     backend: str, path: str | os.PathLike[str], device: torch.device, dtype: str | torch.dtype | None = None
 ) -> str:
     """What runs the model at a path: the backend that was asked for, or for "auto" PyTorch, if it is no bundle.

@@ -89,9 +89,9 @@ class Pipeline(Steered):
         "default".
 
         device: a GPU where there is one, else the CPU. dtype (or torch_dtype): what is fastest there, see
-        `choose_dtype`; of a bundle, ONNX Runtime and TensorRT compute in what it was exported in.
+        `device.choose_dtype`; of a bundle, ONNX Runtime and TensorRT compute in what it was exported in.
         backend: what runs the networks: "torch", or for a bundle "onnxruntime", "openvino" or "tensorrt". "auto" is
-        PyTorch, and for a bundle what `fastldm verify` found to be fastest on this machine, see `model.choose`.
+        PyTorch, and for a bundle what `fastldm verify` found to be fastest on this machine, see `model.choose_backend`.
         where: variant, revision, cache_dir, local_files_only, allow_pickle and prediction_type, see `loading.describe`.
 
         Raises CheckpointError for what is not a model that fastldm can run, InputError for a device or dtype there

@@ -16,6 +16,7 @@ import torch
 from small_network import BATCH, HEIGHT, WIDTH, Tiny, exported, spec
 from torch import Tensor
 
+from fastldm import device as devices
 from fastldm.errors import EngineError, InputError
 from fastldm.export import cache as cache_module
 from fastldm.export import networks
@@ -23,8 +24,7 @@ from fastldm.export.backends import BACKENDS, Backend
 from fastldm.export.cache import EngineCache
 from fastldm.export.engine import bound, open_engine
 from fastldm.export.spec import Axis, NetworkSpec, Port, sample
-from fastldm.loading import spec as loading
-from fastldm.model import choose
+from fastldm.model import choose_backend
 from fastldm.sizes import nearest
 
 CPU = torch.device("cpu")
@@ -239,7 +239,7 @@ def test_bfloat16_is_refused_where_the_cpu_has_none(model: Path, monkeypatch: py
     with pytest.raises(EngineError, match="OpenVINO has no bfloat16 on this CPU, only float32"):
         open_engine("openvino", model, spec(), precision="bfloat16")
     # What it takes by default is then the other, also where PyTorch calls the processor able.
-    monkeypatch.setattr(loading, "_native_bfloat16", lambda: True)
+    monkeypatch.setattr(devices, "_native_bfloat16", lambda: True)
     assert networks.precision(None, "openvino", CPU, None) == "float32"  # type: ignore[arg-type]
 
 
@@ -256,9 +256,9 @@ def test_a_backend_is_added_by_a_file_and_an_entry(tmp_path: Path, monkeypatch: 
     (tmp_path / "model.onnx").touch()
     assert open_engine("dummy", tmp_path / "model.onnx", spec()) == (tmp_path / "model.onnx", "cpu")
     with pytest.raises(InputError, match=r"expected auto, torch, .*tensorrt, dummy"):
-        choose("other", "default", CPU)
+        choose_backend("other", "default", CPU)
     with pytest.raises(InputError, match="dummy runs bundles"):
-        choose("dummy", "default", CPU)
+        choose_backend("dummy", "default", CPU)
 
 
 def test_the_command_offers_every_backend() -> None:

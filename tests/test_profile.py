@@ -29,11 +29,11 @@ from benchmarks import ladder
 from benchmarks.networks import SD15, SDXL
 from fastldm import Pipeline
 from fastldm.cli import main
+from fastldm.device import choose_dtype
 from fastldm.kernels import dispatch, onednn
 from fastldm.kernels.geglu import GEGLU, geglu
 from fastldm.kernels.group_norm import GROUP_NORM
 from fastldm.kernels.layer_norm import LAYER_NORM
-from fastldm.loading.spec import choose_dtype
 from fastldm.models.config import UNetConfig
 from fastldm.planning import dry
 from fastldm.planning.timing import Ceilings

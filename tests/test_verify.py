@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastldm import device as devices
 from fastldm.cli import main
 from fastldm.errors import BundleError
 from fastldm.export import auto, networks
@@ -157,7 +158,7 @@ def test_what_will_run_is_verified_and_named(made: tuple[Path, Path], monkeypatc
     module = importlib.import_module(f"fastldm.export.{_openvino()}")
     if not module.has_bfloat16():
         pytest.skip("this CPU has no bfloat16")
-    monkeypatch.setattr(loading, "_native_bfloat16", lambda: True)
+    monkeypatch.setattr(devices, "_native_bfloat16", lambda: True)
     monkeypatch.setattr(backends, "measure", lambda *args: auto.Measured(1, 1, "bfloat16"))
     opened: list[str] = []
     for place in (proof, networks):

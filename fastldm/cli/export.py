@@ -151,14 +151,14 @@ def verify(out: Path, backend: str, device: str | None, dtype: str | None, model
     Exit status 1 where anything differs, with the network and the figure.
     """
     with reported(debug):
+        from fastldm.device import choose_device
         from fastldm.errors import BundleError, CheckpointError
         from fastldm.export import networks
         from fastldm.export.bundle import Bundle
         from fastldm.export.verify import verify
-        from fastldm.loading import spec as loading
         from fastldm.model import describe
 
-        target_device = loading.choose_device(device or ("cuda" if backend == "tensorrt" else "cpu"))
+        target_device = choose_device(device or ("cuda" if backend == "tensorrt" else "cpu"))
         bundle = Bundle.open(out)
         manifest = bundle.manifest
         precision = networks.precision(bundle, backend, target_device, dtype)

@@ -54,9 +54,9 @@ def plan(
         import torch
 
         from fastldm import sizes
+        from fastldm.device import choose_device, choose_dtype
         from fastldm.kernels.dispatch import device_capability
-        from fastldm.loading import spec as loading
-        from fastldm.model import choose, choose_device, describe, latents, precisions
+        from fastldm.model import backend_device, choose_backend, describe, latents, precisions
         from fastldm.planning import memory
         from fastldm.planning.warm import parse_arch
 
@@ -65,16 +65,16 @@ def plan(
             raise InputError("give --arch for a GPU that need not be here, or --device for one that is, not both")
         target_device = torch.device("cuda")
         if arch is None:
-            target_device = loading.choose_device(choose_device(backend, device))
+            target_device = choose_device(backend_device(backend, device))
         capability = parse_arch(arch) if arch is not None else 0
         if arch is None and target_device.type == "cuda":
             capability = device_capability(target_device.index or 0)
         spec = describe(model)
         width, height = size or spec.default_size
-        selected = choose(backend, model, target_device, dtype)
+        selected = choose_backend(backend, model, target_device, dtype)
         options: dict[str, Any] = {} if steps is None else {"steps": steps}
         if selected == "torch":
-            options["dtype"] = loading.choose_dtype(dtype, target_device)
+            options["dtype"] = choose_dtype(dtype, target_device)
         else:
             sizes.check_size(latents(model), spec.vae.factor, width, height)
             options["backend"] = selected

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from fastldm.device import DTYPES
 from fastldm.errors import CheckpointError, InputError
 from fastldm.loading import changes
-from fastldm.loading import spec as loading
 from fastldm.loading.checkpoint import Checkpoint, Component, TokenizerFiles
 from fastldm.loading.formats import TOKENIZERS, Config, component_classes, named_config
 from fastldm.loading.state import fit_names
@@ -96,7 +96,7 @@ def _check_kinds(networks: dict[str, nn.Module], source: str) -> None:
     usable = True
     for name, module in networks.items():
         for _, tensor in changes.tensors(module):
-            usable &= tensor.dtype in loading.DTYPES and tensor.device.type != "meta"
+            usable &= tensor.dtype in DTYPES and tensor.device.type != "meta"
             names = kinds.setdefault(f"{tensor.dtype} on {tensor.device}".removeprefix("torch."), [])
             if name not in names:
                 names.append(name)

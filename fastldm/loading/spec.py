@@ -5,7 +5,6 @@ path or hub id -> Checkpoint (files and raw configs) -> Spec (configs and family
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -35,10 +34,6 @@ from fastldm.samplers.scheduler_config import SET_BY_PIPELINES, read_scheduler
 from fastldm.sizes import Axis
 from fastldm.system import ASSETS
 
-logger = logging.getLogger("fastldm")
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""What networks compute in."""
 DEFAULT_MODEL = ASSETS / "default"
 
 
@@ -81,35 +76,34 @@ def describe(
 
     Raises CheckpointError for anything that is not a model that fastldm can run, naming what it is instead.
     """
-    check_options(
-        variant=variant,
-        revision=revision,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        allow_pickle=allow_pickle,
-    )
-    given = DEFAULT_MODEL if str(path_or_id) == "default" else path_or_id
-    checkpoint = open_checkpoint(
-        given,
-        variant=variant,
-        revision=revision,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        allow_pickle=allow_pickle,
-        prediction_type=prediction_type,
-    )
-    return spec_of(checkpoint)
+    options: dict[str, Any] = {
+        "variant": variant,
+        "revision": revision,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+        "allow_pickle": allow_pickle,
+        "prediction_type": prediction_type,
+    }
+    check_options(options)
+    path = DEFAULT_MODEL if str(path_or_id) == "default" else path_or_id
+    return spec_of(open_checkpoint(path, **options))
 
 
-def check_options(*, variant: Any = None, revision: Any = None, cache_dir: Any = None, **flags: Any) -> None:
-    """InputError for options of `describe` that say nothing."""
-    for name, word in (("variant", variant), ("revision", revision)):
-        if word is not None and not (isinstance(word, str) and 0 < len(word) < 256 and word.isprintable()):
-            raise InputError(f"{name} is {show(word)}: expected a name, or None")
-    if cache_dir is not None:
-        check_path(cache_dir, "cache_dir")
-    for name in ("local_files_only", "allow_pickle"):
-        checks.flag(name, flags.get(name, False))
+OPTIONS = ("variant", "revision", "cache_dir", "local_files_only", "allow_pickle", "prediction_type")
+"""Names of the options of `describe`."""
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """InputError for an option of `describe` that is of the wrong type or names nothing."""
+    for name, value in options.items():
+        if name in ("local_files_only", "allow_pickle"):
+            checks.flag(name, value)
+        elif value is None:
+            continue
+        elif name == "cache_dir":
+            check_path(value, name)
+        elif not (isinstance(value, str) and 0 < len(value) < 256 and value.isprintable()):
+            raise InputError(f"{name} is {show(value)}: expected a name, or None")
 
 
 _INDEX = {
@@ -201,48 +195,6 @@ def _check_fit(unet: UNetConfig, vae: VAEConfig | TinyVAEConfig, text: Sequence[
 def autoencoder(config: VAEConfig | TinyVAEConfig) -> AutoencoderKL | TinyAutoencoder:
     """The network for a config, its weights not set."""
     return TinyAutoencoder(config) if isinstance(config, TinyVAEConfig) else AutoencoderKL(config)
-
-
-def choose_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, or a GPU where there is one, else the CPU. InputError where it does not exist here."""
-    try:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        chosen = torch.empty(0, device=chosen).device  # "cuda" is the current one of several, by its index
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError, OverflowError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(
-            f"device {show(device)} cannot be used here ({reason}): try cpu, or see `fastldm doctor`"
-        ) from error
-    if chosen.type == "meta":
-        raise InputError("device 'meta' holds no numbers, so that nothing can run there: try cpu or cuda")
-    return chosen
-
-
-def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The dtype asked for, or what is fastest on `device`.
-
-    On a GPU that is float16: bfloat16's rate and eight times finer. On a CPU it is bfloat16 where the processor
-    multiplies it natively, else float32. float16 asked for on a CPU is replaced, with a warning: code written for a
-    GPU runs as it is. InputError for any other dtype.
-    """
-    known = {str(one).removeprefix("torch."): one for one in DTYPES}
-    if dtype is not None:
-        name = str(dtype).removeprefix("torch.") if isinstance(dtype, str | torch.dtype) else ""
-        if name not in known:
-            raise InputError(f"dtype is {show(dtype)}: expected float32, float16 or bfloat16")
-        dtype = known[name]
-    if device.type != "cpu":
-        return dtype or torch.float16
-    best = torch.bfloat16 if _native_bfloat16() else torch.float32
-    if dtype == torch.float16:
-        logger.warning("float16 is slow or missing on CPUs: running in %s", str(best).removeprefix("torch."))
-        return best
-    return dtype or best
-
-
-def _native_bfloat16() -> bool:
-    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(check() for check in checks if check is not None)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def examine(model: str = "default", arch: str | None = None) -> dict[str, Any]:
     """
     import torch
 
-    from fastldm.loading.spec import choose_device, choose_dtype
+    from fastldm.device import choose_device, choose_dtype
     from fastldm.model import describe
 
     device = choose_device(None)

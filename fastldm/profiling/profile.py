@@ -24,9 +24,9 @@ from typing import Any, Literal
 import torch
 
 from fastldm import image as images
+from fastldm.device import choose_dtype
 from fastldm.kernels import dispatch, onednn
 from fastldm.kernels.dispatch import Cost
-from fastldm.loading.spec import choose_dtype
 from fastldm.models.vae import finish
 from fastldm.pipeline import Pipeline
 from fastldm.planning import dry, memory
