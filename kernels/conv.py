@@ -54,6 +54,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastldm.kernels import float32, onednn
+from fastldm.kernels.bias_residual import bias_residual
 from fastldm.kernels.dispatch import YES, Config, Cost, Op, Verdict, capability, cdiv, jit, launch, no
 from fastldm.kernels.dispatch import next_power_of_2 as power_of_2
 from fastldm.kernels.linear import (
@@ -64,7 +65,6 @@ from fastldm.kernels.linear import (
     finish,
     linear,
     multipliable,
-    sum_kernel,
     tile_of,
     worth_a_try,
 )
@@ -115,7 +115,7 @@ def conv2d_torch(
     out = _convolve(x, in_eights(weight), stride, padding)
     if out.shape[1] > filters:
         out = _channels_last(out[:, :filters])
-    return _add(out, bias, residual)
+    return bias_residual(out, bias, residual)
 
 
 def in_eights(weight: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ def upsample_conv2d_torch(
         phases = upsample_phases(weight)
     if not fast_library(x):
         return float32.convolve(x, phases, bias, 2, 1, transposed=True)
-    return _add(_convolve(x, phases, 2, 1, transposed=True), bias, None)
+    return bias_residual(_convolve(x, phases, 2, 1, transposed=True), bias, None)
 
 
 def upsample_phases(weight: Tensor) -> Tensor:
@@ -186,80 +186,6 @@ def _convolve(x: Tensor, weight: Tensor, stride: int, padding: int, transposed: 
 
 def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
-
-
-# ------------------------------------------------------------------- bias and residual, after cuDNN's convolution
-
-
-def bias_residual_reference(out: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
-    """Add both to out (B, O, H, W), in place."""
-    if bias is not None:
-        out += bias[:, None, None]
-    if residual is not None:
-        out += residual
-
-
-def bias_residual_supports(out: Tensor, bias: Tensor | None, residual: Tensor | None) -> Verdict:
-    if out.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return no(f"dtype {out.dtype}")
-    for image in (out,) if residual is None else (out, residual):
-        if not image.is_contiguous(memory_format=torch.channels_last):
-            return no(f"{tuple(image.shape)} with strides {tuple(image.stride())} is not channels-last")
-    return YES if out.numel() else no(f"{tuple(out.shape)} is empty")
-
-
-def bias_residual_cost(out: Tensor, bias: Tensor | None, residual: Tensor | None) -> Cost:
-    return Cost(flop=0, bytes=out.numel() * out.element_size() * (2 if residual is None else 3))
-
-
-BIAS_RESIDUAL_SPACE = [
-    {"ROWS": rows, "COLUMNS": columns, "num_warps": warps}
-    for rows in (4, 8, 16, 32, 64)
-    for columns in (32, 64, 128)
-    for warps in (2, 4, 8)
-]
-
-
-def bias_residual_keep(config: Config, out: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
-    """8 to 32 elements for each thread: one to four loads of 16 bytes of each tensor."""
-    return 8 <= config["ROWS"] * config["COLUMNS"] // (32 * config["num_warps"]) <= 32
-
-
-def bias_residual_shape_class(out: Tensor, bias: Tensor | None, residual: Tensor | None) -> str:
-    return f"p{power_of_2(out.numel() // out.shape[1])} n{out.shape[1]}"
-
-
-def bias_residual_default(shape: str, arch: int) -> Config:
-    """64 channels, which divide those of the networks: 128 bytes a pixel, 16 elements a thread."""
-    return {"ROWS": 32, "COLUMNS": 64, "num_warps": 4}
-
-
-def bias_residual_triton(out: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
-    config = BIAS_RESIDUAL.config(out, bias, residual)
-    columns = out.shape[1]
-    rows = out.numel() // columns
-    grid = (cdiv(rows, config["ROWS"]), cdiv(columns, config["COLUMNS"]))
-    launch(sum_kernel, grid, out, bias, residual, out, rows, columns, PARTS=1, **config)
-
-
-BIAS_RESIDUAL = Op(
-    "bias_residual",
-    reference=bias_residual_reference,
-    triton=bias_residual_triton,
-    supports=bias_residual_supports,
-    shape_class=bias_residual_shape_class,
-    cost=bias_residual_cost,
-    default=bias_residual_default,
-    space=BIAS_RESIDUAL_SPACE,
-    keep=bias_residual_keep,
-    mutates=("out",),
-)
-
-
-def _add(out: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    if bias is not None or residual is not None:
-        BIAS_RESIDUAL(out, bias, residual)
-    return out
 
 
 # ------------------------------------------------------------------------------- where the convolution applies

@@ -34,9 +34,8 @@ On a GPU `end_step` does all of it for S slots at once, each at its own step of 
 
 Bytes, for N = C*h*w a slot and a model in 16 bits: out 4N, x read and written 8N, u' 4N, and 4N for each term more
 that the row has (DPM-Solver++ 2M: a plane read, a plane written). SD1.5 at 512x512: 16 N = 262 kB, 0.09 us at 3 TB/s,
-so that the floor is the latency of a launch, three waits and an atomic, some 3 us. Rescaling needs two deviations over
-a whole sample first: a kernel of its own (`GUIDANCE_RESCALE`), one program a slot so that its sums have one order, two
-passes so that they do not cancel, launched only where a slot rescales.
+so that the floor is the latency of a launch, three waits and an atomic, some 3 us. Where a slot rescales, the op of
+guidance_rescale.py is launched before.
 """
 
 from __future__ import annotations
@@ -47,7 +46,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from fastldm.kernels.dispatch import YES, Config, Cost, Op, Verdict, cdiv, jit, launch, next_power_of_2, no
+from fastldm.kernels.dispatch import Config, Cost, Op, Verdict, cdiv, jit, launch, next_power_of_2, no
+from fastldm.kernels.guidance_rescale import (
+    GUIDANCE_RESCALE,
+    at_least_float32,
+    example_slots,
+    lerp,
+    pixels_supported,
+    rescale_factor,
+)
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -67,19 +74,9 @@ def guide(out: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
 
     `rescale` pulls each sample's deviation back to its guided half's: https://arxiv.org/abs/2305.08891, section 3.4.
     """
-    unguided, guided = _at_least_float32(out).chunk(2)
+    unguided, guided = at_least_float32(out).chunk(2)
     mixed = torch.lerp(unguided, guided, scale)
-    return mixed if rescale == 0.0 else mixed * _rescale_factor(guided, mixed, rescale)
-
-
-def _rescale_factor(guided: Tensor, mixed: Tensor, rescale: float) -> Tensor:
-    dims = tuple(range(1, mixed.ndim))
-    ratio = guided.std(dims, keepdim=True) / mixed.std(dims, keepdim=True)
-    return 1 - rescale + rescale * ratio
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return mixed if rescale == 0.0 else mixed * rescale_factor(guided, mixed, rescale)
 
 
 def model_input(x: Tensor, c_in: float, dtype: torch.dtype, copies: int, extra: Tensor | None = None) -> Tensor:
@@ -137,7 +134,7 @@ def _sum(*terms: tuple[float, Tensor | None]) -> Tensor:
     return total
 
 
-# ------------------------------------------------------------------------------------------ slots, in device memory
+# -------------------------------------------------------------------------------------- slots, in device memory
 
 
 class StepState(NamedTuple):
@@ -244,7 +241,7 @@ def table_rows(
     return table
 
 
-# ---------------------------------------------------------------------------------------------- END_STEP: the op
+# ------------------------------------------------------------- the op's reference, and where its kernel applies
 
 
 def end_step_reference(
@@ -279,7 +276,7 @@ def end_step_reference(
             said = guide(out[[unguided_row, guided_row]], float(guidance[slot]))
             said = said * factor[slot] if rescale[slot] > 0 else said
         else:
-            said = _at_least_float32(out[guided_row : guided_row + 1])
+            said = at_least_float32(out[guided_row : guided_row + 1])
         past = tuple(history[None, slot, (i - k) % RING] for k in range(1, RING))
         drawn = None if noise is None else noise[None, slot, int(draw)]
         after, anchor, (m, *_) = step(row, x[None, slot], y[None, slot], past, said, drawn)
@@ -298,7 +295,7 @@ def end_step_reference(
         counter[slot] = i + 1
 
 
-def end_step_supports(
+def supports(
     out: Tensor,
     u: Tensor,
     x: Tensor,
@@ -326,36 +323,16 @@ def end_step_supports(
     for each in (mask, *slots, *named.values()):
         if each is not None and not each.is_contiguous():
             return no(f"{tuple(each.shape)} with strides {tuple(each.stride())} is not contiguous")
-    return _pixels(out) and _pixels(u)
+    return pixels_supported(out) and pixels_supported(u)
 
 
-def _pixels(t: Tensor) -> Verdict:
-    """What the kernels take of a tensor that the network reads or writes: pixels at one stride, and few channels."""
-    if not t.is_floating_point():
-        return no(f"dtype {t.dtype}")
-    if t.shape[1] > 64:
-        return no(f"{t.shape[1]} channels are more than 64: a program takes all of a pixel's")
-    if t.stride(2) != t.shape[3] * t.stride(3):
-        return no(f"rows of pixels are not adjacent: {tuple(t.shape)} with strides {tuple(t.stride())}")
-    return YES
-
-
-def end_step_cost(out: Tensor, u: Tensor, x: Tensor, *_: object, **__: object) -> Cost:
+def cost(out: Tensor, u: Tensor, x: Tensor, *_: object, **__: object) -> Cost:
     """What every row of a table moves; which terms more it has is known to the device alone."""
     written = u.shape[0] * x[0].numel() * u.element_size()
     return Cost(flop=0, bytes=out.numel() * out.element_size() + 2 * x.numel() * x.element_size() + written)
 
 
-def _given_slots(slots: int, rows: int, steps: int) -> dict[str, Tensor]:
-    """Slots at the first of `steps` rows of their tables, guided where the network has two rows for each."""
-    row = torch.arange(slots) % rows
-    pairs = torch.stack((row, row + slots) if rows >= 2 * slots else (torch.full_like(row, -1), row), 1)
-    return {"counter": torch.zeros(slots), "steps": torch.full((slots,), steps), "rows": pairs}
-
-
-def end_step_given(
-    out: Tensor, u: Tensor, x: Tensor, *state: Tensor | None, **named: Tensor | None
-) -> dict[str, Tensor]:
+def given(out: Tensor, u: Tensor, x: Tensor, *state: Tensor | None, **named: Tensor | None) -> dict[str, Tensor]:
     """A row of DPM-Solver++ 2M at every step, with noise and a mask where there are any."""
     call = END_STEP.named(out, u, x, *state, **named)
     slots, (_, steps, _) = len(x), call["table"].shape
@@ -369,27 +346,26 @@ def end_step_given(
     }
     table = torch.zeros(slots, steps, ROW)
     table[..., : len(row)] = torch.tensor(list(row.values()))
-    given = _given_slots(slots, len(out), steps)
+    given = example_slots(slots, len(out), steps)
     given |= {"table": table, "next_rows": given["rows"], "arrived": torch.zeros(slots)}
     return given | {"first_bad": torch.full((slots,), NEVER), "guidance": torch.full((slots,), 7.5)}
 
 
-# ---- its configurations and kernel
-
+# ----------------------------------------------------------------------------------------------- configurations
 
 SPACE = [{"PIXELS": pixels, "num_warps": warps} for pixels in (16, 32, 64, 128, 256, 512) for warps in (1, 2, 4, 8)]
 
 
-def end_step_keep(config: Config, out: Tensor, u: Tensor, x: Tensor, *_: object, **__: object) -> bool:
+def keep(config: Config, out: Tensor, u: Tensor, x: Tensor, *_: object, **__: object) -> bool:
     """2 to 16 elements for each thread."""
     return 2 <= config["PIXELS"] * next_power_of_2(x.shape[1]) // (32 * config["num_warps"]) <= 16
 
 
-def end_step_shape_class(out: Tensor, u: Tensor, x: Tensor, *_: object, **__: object) -> str:
+def shape_class(out: Tensor, u: Tensor, x: Tensor, *_: object, **__: object) -> str:
     return f"c{x.shape[1]} p{next_power_of_2(x.shape[2] * x.shape[3])}"
 
 
-def end_step_default(shape: str, arch: int) -> Config:
+def default(shape: str, arch: int) -> Config:
     """4 elements a thread, which is 16 bytes of the state at once. Programs of one warp, that no warp waits for another
     (SD1.5 has 128 of them a slot, one for each multiprocessor), but of four where they would be thousands.
     """
@@ -398,11 +374,7 @@ def end_step_default(shape: str, arch: int) -> Config:
     return {"PIXELS": max(128 * warps // next_power_of_2(channels), 8), "num_warps": warps}
 
 
-@jit
-def _lerp(start, end, weight):
-    """torch.lerp: from the nearer end, so that both ends are exact."""
-    span = end - start
-    return tl.where(weight < 0.5, start + weight * span, end - (1.0 - weight) * span)
+# ------------------------------------------------------------------------------------------------------- kernel
 
 
 @jit
@@ -510,14 +482,14 @@ def _end_step_kernel(
     said = tl.load(out_at + guided_row * out_row, inside, other=0.0).to(tl.float32)
     unguided = _term(mixes, out_at + unguided_row * out_row, inside).to(tl.float32)
 
-    said = tl.where(mixes != 0.0, _lerp(unguided, said, scale) * level, said)
+    said = tl.where(mixes != 0.0, lerp(unguided, said, scale) * level, said)
     m0 = p * x_now + q * said
     x_next = a * x_now + a1 * y_now + b0 * m0 + b1 * m1 + b2 * m2 + b3 * m3
     y_next = e * x_now + e1 * y_now + f0 * m0 + f1 * m1 + f2 * m2 + f3 * m3
     if noise is not None:
         x_next += d * drawn
     if mask is not None:
-        x_next = tl.where(masked != 0.0, _lerp(r * picture + s * first_noise, x_next, weight), x_next)
+        x_next = tl.where(masked != 0.0, lerp(r * picture + s * first_noise, x_next, weight), x_next)
     bad = tl.max((~(tl.abs(x_next) < float("inf"))).to(tl.int32))
     u_next = (next_c_in * x_next).to(u.dtype.element_ty)
 
@@ -584,171 +556,21 @@ def end_step_triton(
     )
 
 
+# ----------------------------------------------------------------------------------------------------------- op
+
 END_STEP = Op(
     "end_step",
     reference=end_step_reference,
     triton=end_step_triton,
-    supports=end_step_supports,
-    shape_class=end_step_shape_class,
-    cost=end_step_cost,
-    default=end_step_default,
+    supports=supports,
+    shape_class=shape_class,
+    cost=cost,
+    default=default,
     space=SPACE,
-    keep=end_step_keep,
+    keep=keep,
     mutates=("u", "x", "y", "history", "counter", "arrived", "first_bad"),
-    given=end_step_given,
+    given=given,
 )
-
-
-# --------------------------------------------------------------------------------- GUIDANCE_RESCALE: the op
-
-
-def guidance_rescale_reference(
-    out: Tensor,
-    counter: Tensor,
-    steps: Tensor,
-    guidance: Tensor,
-    rescale: Tensor,
-    factor: Tensor,
-    rows: Tensor,
-) -> None:
-    """Slot after slot, by `guide`'s formula."""
-    for slot, (i, end) in enumerate(zip(counter.tolist(), steps.tolist(), strict=True)):
-        unguided_row, guided_row = rows[slot].tolist()
-        if i >= end or rescale[slot] == 0 or unguided_row < 0:
-            continue
-        unguided, guided = _at_least_float32(out[[unguided_row, guided_row]]).chunk(2)
-        mixed = torch.lerp(unguided, guided, float(guidance[slot]))
-        factor[slot] = _rescale_factor(guided, mixed, float(rescale[slot])).squeeze()
-
-
-def guidance_rescale_supports(out: Tensor, *state: Tensor, **named: Tensor) -> Verdict:
-    return _pixels(out)
-
-
-def guidance_rescale_cost(out: Tensor, *_: object, **__: object) -> Cost:
-    return Cost(flop=0, bytes=out.numel() * out.element_size())
-
-
-def guidance_rescale_given(out: Tensor, counter: Tensor, *_: Tensor, **__: Tensor) -> dict[str, Tensor]:
-    slots = len(counter)
-    return _given_slots(slots, len(out), 1) | {"rescale": torch.full((slots,), 0.7)}
-
-
-def guidance_rescale_shape_class(out: Tensor, *_: object, **__: object) -> str:
-    return f"c{out.shape[1]}"
-
-
-# ---- its configurations and kernel
-
-
-RESCALE_SPACE = [
-    {"PIXELS": pixels, "num_warps": warps} for pixels in (128, 512, 1024, 2048) for warps in (4, 8, 16, 32)
-]
-
-
-def guidance_rescale_keep(config: Config, out: Tensor, *_: object, **__: object) -> bool:
-    """4 to 16 elements for each thread, so that 1024 threads have registers for them."""
-    return 4 <= config["PIXELS"] * next_power_of_2(out.shape[1]) // (32 * config["num_warps"]) <= 16
-
-
-def guidance_rescale_default(shape: str, arch: int) -> Config:
-    """8 elements a thread: SD1.5's 4096 pixels in 2 blocks, the second pass from the first level of cache."""
-    return {"PIXELS": max(8192 // next_power_of_2(int(shape[1:])), 16), "num_warps": 32}
-
-
-@jit
-def _guidance_rescale_kernel(
-    out,
-    counter,
-    steps,
-    guidance,
-    rescale,
-    factor,
-    rows,
-    pixels,
-    out_row,
-    out_channel,
-    OUT_PIXEL: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    LANES: tl.constexpr,
-    PIXELS: tl.constexpr,
-):
-    slot = tl.program_id(0)
-    phi = tl.load(rescale + slot)
-    unguided_row = tl.load(rows + 2 * slot).to(tl.int64)
-    guided_row = tl.load(rows + 2 * slot + 1).to(tl.int64)
-    if (tl.load(counter + slot) >= tl.load(steps + slot)) | (phi == 0.0) | (unguided_row < 0):
-        return
-    scale = tl.load(guidance + slot)
-    block = tl.arange(0, PIXELS)[:, None]
-    channel = tl.arange(0, LANES)[None, :]
-    count = CHANNELS * pixels
-
-    guided_sum = tl.zeros((PIXELS, LANES), tl.float32)
-    mixed_sum = tl.zeros((PIXELS, LANES), tl.float32)
-    for start in range(0, pixels, PIXELS):
-        inside = (start + block < pixels) & (channel < CHANNELS)
-        at = out + channel * out_channel + (start + block) * OUT_PIXEL
-        guided = tl.load(at + guided_row * out_row, inside, other=0.0).to(tl.float32)
-        unguided = tl.load(at + unguided_row * out_row, inside, other=0.0).to(tl.float32)
-        guided_sum += guided
-        mixed_sum += _lerp(unguided, guided, scale)
-    guided_mean = tl.sum(guided_sum) / count
-    mixed_mean = tl.sum(mixed_sum) / count
-
-    guided_squares = tl.zeros((PIXELS, LANES), tl.float32)
-    mixed_squares = tl.zeros((PIXELS, LANES), tl.float32)
-    for start in range(0, pixels, PIXELS):
-        inside = (start + block < pixels) & (channel < CHANNELS)
-        at = out + channel * out_channel + (start + block) * OUT_PIXEL
-        guided = tl.load(at + guided_row * out_row, inside, other=0.0).to(tl.float32)
-        unguided = tl.load(at + unguided_row * out_row, inside, other=0.0).to(tl.float32)
-        guided_off = tl.where(inside, guided - guided_mean, 0.0)
-        mixed_off = tl.where(inside, _lerp(unguided, guided, scale) - mixed_mean, 0.0)
-        guided_squares += guided_off * guided_off
-        mixed_squares += mixed_off * mixed_off
-    ratio = tl.sqrt(tl.sum(guided_squares) / tl.sum(mixed_squares))  # both over count - 1
-    tl.store(factor + slot, 1.0 - phi + phi * ratio)
-
-
-def guidance_rescale_triton(
-    out: Tensor,
-    counter: Tensor,
-    steps: Tensor,
-    guidance: Tensor,
-    rescale: Tensor,
-    factor: Tensor,
-    rows: Tensor,
-) -> None:
-    config = GUIDANCE_RESCALE.config(out)
-    launch(
-        _guidance_rescale_kernel,
-        (counter.numel(),),
-        *(out, counter, steps, guidance, rescale, factor, rows),
-        *(out.shape[2] * out.shape[3], out.stride(0), out.stride(1)),
-        OUT_PIXEL=out.stride(3),
-        CHANNELS=out.shape[1],
-        LANES=next_power_of_2(out.shape[1]),
-        **config,
-    )
-
-
-GUIDANCE_RESCALE = Op(
-    "guidance_rescale",
-    reference=guidance_rescale_reference,
-    triton=guidance_rescale_triton,
-    supports=guidance_rescale_supports,
-    shape_class=guidance_rescale_shape_class,
-    cost=guidance_rescale_cost,
-    default=guidance_rescale_default,
-    space=RESCALE_SPACE,
-    keep=guidance_rescale_keep,
-    mutates=("factor",),
-    given=guidance_rescale_given,
-)
-
-
-# ------------------------------------------------------------------------------------------------ the public op
 
 
 def end_step(out: Tensor, state: StepState, *, rescales: bool = False) -> None:

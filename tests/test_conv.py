@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastldm.kernels import conv, dispatch, linear
-from fastldm.kernels.conv import BIAS_RESIDUAL, CONV2D, UPSAMPLE_CONV2D
+from fastldm.kernels.conv import CONV2D, UPSAMPLE_CONV2D
 from fastldm.models.layers import Resnet
 
 # Tiles small enough that a picture of the interpreter's size has several in each direction.
@@ -267,16 +267,6 @@ def test_the_default_configurations() -> None:
         ops.check(CONV2D, *args)
 
 
-@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(2, 320, 4, 4), (3, 3, 5, 7), (1, 72, 1, 1)], ids=str)
-def test_bias_and_residual_in_place(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """A whole number of blocks, tails of rows and columns, less than a block."""
-    out, bias, residual = randn(*shape, dtype=dtype), randn(shape[1], dtype=dtype), randn(*shape, dtype=dtype)
-    ops.check(BIAS_RESIDUAL, out, bias, residual)
-    ops.check(BIAS_RESIDUAL, out, bias, None)
-    ops.check(BIAS_RESIDUAL, out, None, residual)
-
-
 @settings(max_examples=10, deadline=None)
 @given(
     b=st.integers(1, 3),
@@ -328,9 +318,6 @@ def test_what_is_refused_says_why() -> None:
     assert "does not double" in UPSAMPLE_CONV2D.supports(x, weight, bias, 8, 9).why
     phases = conv.upsample_phases(weight).contiguous()
     assert "phases are not channels-last" in UPSAMPLE_CONV2D.supports(x, weight, bias, 8, 8, phases).why
-    assert "not channels-last" in BIAS_RESIDUAL.supports(x, None, x.contiguous()).why
-    assert "dtype" in BIAS_RESIDUAL.supports(x.double(), None, None).why
-    assert "is empty" in BIAS_RESIDUAL.supports(x[:0], None, None).why
 
 
 def test_cost() -> None:
@@ -341,7 +328,6 @@ def test_cost() -> None:
     plain = CONV2D.cost(randn(2, 16, 16, 16), weight, None, None, 1, 1).flop
     assert UPSAMPLE_CONV2D.cost(x, weight, bias, 16, 16).flop * 9 == plain * 4
     assert UPSAMPLE_CONV2D.cost(x, weight, bias, 16, 17).flop == 9 * 2 * 2 * 16 * 17 * 24 * 16
-    assert BIAS_RESIDUAL.cost(x, bias, x).bytes == 3 * 2 * x.numel()
 
 
 def test_a_shape_has_its_class_and_its_configurations() -> None:
@@ -352,7 +338,6 @@ def test_a_shape_has_its_class_and_its_configurations() -> None:
     assert conv.default("m128 n1280 k11520 strided", 90) == linear.default("m128 n1280 k11520", 90)
     for op, args in ((CONV2D, (x, weight, bias, None, 1, 1)), (UPSAMPLE_CONV2D, (x, weight, bias, 16, 16))):
         assert 1 <= sum(op.keep(config, *args) for config in op.space) <= 30  # a tuner's patience
-    assert 1 <= sum(BIAS_RESIDUAL.keep(config, x, bias, None) for config in BIAS_RESIDUAL.space) <= 30
 
 
 def test_meta_stands_for_a_gpu() -> None:
@@ -370,4 +355,3 @@ def test_registered() -> None:
     args = case(1, 16, 3, 4, 8, 3, 1, 1)
     ops.check_registered(CONV2D, *args)
     ops.check_registered(UPSAMPLE_CONV2D, *args[:3], 6, 8)
-    ops.check_registered(BIAS_RESIDUAL, args[3], args[2], None)

@@ -9,14 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from step_states import full_state, in_blocks_of, output_for, rescale_arguments
+from step_states import SHAPES, full_state, in_blocks_of, output_for
 from torch import Tensor
 
 from fastldm.kernels import dispatch, use
 from fastldm.kernels.step import (
     COLUMNS,
     END_STEP,
-    GUIDANCE_RESCALE,
     NEVER,
     ROW,
     StepState,
@@ -66,16 +65,6 @@ def run_both(out: Tensor, state: StepState) -> StepState:
 
 
 # ---- one step ----
-
-SHAPES = {
-    "sd15-like": {"height": 8, "width": 8},
-    "odd": {"slots": 3, "height": 5, "width": 3},  # pixels no multiple of a block
-    "one-pixel": {"slots": 1, "height": 1, "width": 1},
-    "sixteen-channels": {"channels": 16},  # Stable Diffusion 3's latents
-    "three-channels": {"channels": 3},  # a lane of each pixel is beyond the end
-    "one-channel": {"channels": 1},
-    "inpainting": {"extra_channels": 5},  # channels of u that are not the kernel's, at odd strides
-}
 
 
 @pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
@@ -293,22 +282,6 @@ def test_all_samplers_in_one_batch(dtype: torch.dtype) -> None:
 # ---- guidance rescale ----
 
 
-@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_the_rescale_kernel(shape: dict[str, int], dtype: torch.dtype) -> None:
-    if shape == SHAPES["one-pixel"]:
-        shape = {**shape, "width": 2}
-    state = full_state(**shape, dtype=dtype)
-    with dispatch.forced("guidance_rescale", {"PIXELS": 8, "num_warps": 1}):  # several blocks, the last not full
-        ops.check(GUIDANCE_RESCALE, *rescale_arguments(state, output_for(state)).values())
-
-
-def test_the_rescale_kernel_at_a_huge_mean() -> None:
-    """Sums of squares less a squared sum would have no digit left."""
-    state = full_state()
-    ops.check(GUIDANCE_RESCALE, *rescale_arguments(state, output_for(state) + 3000).values())
-
-
 def test_rescaled_steps_are_guided_as_by_guide() -> None:
     """Both kernels together, on a row that is nothing but guidance; a slot that does not rescale, or is idle, keeps its
     factor.
@@ -372,7 +345,6 @@ def test_what_is_refused_says_why() -> None:
     assert "not contiguous" in why(table=state.table[:, ::2])
     assert "not adjacent" in why(torch.randn(4, 4, 5, 6)[..., :3])
     assert "more than 64" in why(torch.randn(4, 65, 5, 3))
-    assert "dtype" in GUIDANCE_RESCALE.supports(out.long()).why
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="about machines without a GPU")
@@ -389,7 +361,6 @@ def test_registered() -> None:
     state = full_state()
     out = output_for(state)
     ops.check_registered(END_STEP, out, *state)
-    ops.check_registered(GUIDANCE_RESCALE, *rescale_arguments(state, out).values())
 
 
 # ---- where many programs run at once ----

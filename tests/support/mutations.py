@@ -163,7 +163,7 @@ STEP = [
         "an anchor that the row asks for, not read",
     ),
     Mutation(
-        "step",
+        "guidance_rescale",
         "tl.where(inside, guided - guided_mean, 0.0)",
         "guided - guided_mean",
         _guidance_rescale,

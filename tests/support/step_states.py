@@ -12,6 +12,16 @@ from torch import Tensor
 from fastldm.kernels import dispatch
 from fastldm.kernels.step import COLUMNS, ROW, StepState
 
+SHAPES = {
+    "sd15-like": {"height": 8, "width": 8},
+    "odd": {"slots": 3, "height": 5, "width": 3},  # pixels no multiple of a block
+    "one-pixel": {"slots": 1, "height": 1, "width": 1},
+    "sixteen-channels": {"channels": 16},  # Stable Diffusion 3's latents
+    "three-channels": {"channels": 3},  # a lane of each pixel is beyond the end
+    "one-channel": {"channels": 1},
+    "inpainting": {"extra_channels": 5},  # channels of u that are not the kernel's, at odd strides
+}
+
 
 def in_blocks_of(pixels: int) -> AbstractContextManager[None]:
     """Programs of so many pixels, so that small pictures have several."""
