@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 from click.testing import Result
@@ -35,7 +37,7 @@ def generate(model: str, *arguments: str) -> Result:
     return run("generate", "a cat", "-m", model, "--steps", "1", "--device", "cpu", "--dtype", "float32", *arguments)
 
 
-def test_it_says_where_the_picture_went(model: str, tmp_path: Path) -> None:
+def test_output_names_file_seed_and_times(model: str, tmp_path: Path) -> None:
     done = generate(model, "-o", "cat.png", "--seed", "3", "--size", "64x96", "--negative", "dog", "--sampler", "ddim")
     assert done.exit_code == 0, done.output
     assert done.output.startswith("cat.png  seed 3\ntorch float32 on cpu: ")
@@ -48,17 +50,16 @@ def test_it_says_where_the_picture_went(model: str, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["cat.png"]
 
 
-def test_names_without_o_and_with_n(model: str, tmp_path: Path) -> None:
+def test_file_names_without_output_and_with_n(model: str, tmp_path: Path) -> None:
     assert generate(model, "--seed", "8").exit_code == 0
     assert generate(model, "--seed", "8", "--n", "2", "-o", "a.png", "--no-metadata").exit_code == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a-0.png", "a-1.png", "fastldm-8.png"]
-    with Image.open("a-0.png") as one, Image.open("fastldm-8.png") as other:
-        assert "parameters" not in one.info
-        assert "parameters" in other.info
-        assert other.info["parameters"].count("Seed: 8") == 1
+    with Image.open("a-0.png") as without, Image.open("fastldm-8.png") as default:
+        assert "parameters" not in without.info
+        assert default.info["parameters"].count("Seed: 8") == 1
 
 
-def test_a_prompt_never_names_a_file(model: str, tmp_path: Path) -> None:
+def test_prompt_never_names_a_file(model: str, tmp_path: Path) -> None:
     assert run("generate", "../../etc/passwd", "-m", model, "--steps", "1", "--seed", "1").exit_code == 0
     assert [p.name for p in tmp_path.iterdir()] == ["fastldm-1.png"]
 
@@ -74,23 +75,74 @@ def test_nothing_is_overwritten_without_force(model: str) -> None:
     assert Path("a.png").read_bytes() != b"precious"
 
 
-def test_json_is_one_object(model: str) -> None:
+def test_json_prints_one_object(model: str) -> None:
     done = generate(model, "--seed", "5", "--n", "2", "--json")
-    record = json.loads(done.output)
+    record = json.loads(done.stdout)
+    assert done.stderr == ""
     assert record["files"] == ["fastldm-5-0.png", "fastldm-5-1.png"]
     assert record["seeds"] == [5, 6]
     assert (record["backend"], record["dtype"], record["device"]) == ("torch", "float32", "cpu")
     assert len(record["timings"]["steps"]) == 1
 
 
-def test_image_to_image_and_inpainting(model: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        (["--guidance", "3.5"], "CFG scale: 3.5"),
+        (["--steps", "2"], "Steps: 2"),
+        (["--sampler", "dpm++ 2m karras"], "Sampler: dpm++ 2m karras"),
+        (["--clip-skip", "1"], "Clip skip: 2"),  # there the last layer is number 1
+        (["--literal"], "Literal prompt: True"),
+        (["--dtype", "bfloat16"], "Backend: torch bfloat16"),
+        (["--backend", "torch"], "Backend: torch float32"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_options_are_run_and_written_to_the_png(model: str, options: list[str], field: str) -> None:
+    done = generate(model, "-o", "a.png", *options)
+    assert done.exit_code == 0, done.output
+    with Image.open("a.png") as image:
+        assert field in image.info["parameters"].splitlines()[-1].split(", ")
+
+
+def test_decode_options_give_the_same_image(model: str) -> None:
+    images = {}
+    for decode in ("whole", "sliced", "tiled"):
+        done = generate(model, "--seed", "2", "--n", "2", "--decode", decode, "-o", f"{decode}.png")
+        assert done.exit_code == 0, done.output
+        images[decode] = np.stack([np.asarray(Image.open(f"{decode}-{k}.png"), np.int16) for k in range(2)])
+    assert np.abs(images["sliced"] - images["whole"]).max() <= 1
+    assert np.abs(images["tiled"] - images["whole"]).max() <= 1  # one tile, at this size
+
+
+def test_variant_selects_the_weights_files(tmp_path: Path) -> None:
+    folder = tiny.save_pipeline("sd1", tmp_path / "half", variant="fp16")
+    refused = generate(str(folder), "-o", "a.png")
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert "fp16" in refused.stderr
+    done = generate(str(folder), "-o", "a.png", "--variant", "fp16")
+    assert done.exit_code == 0, done.output
+    assert Path("a.png").exists()
+
+
+def test_default_model_needs_only_a_prompt(tmp_path: Path) -> None:
+    done = run("generate", "a red apple", "--seed", "0")
+    assert (done.exit_code, done.stderr) == (0, "")
+    first, second = done.stdout.splitlines()
+    assert first == "fastldm-0.png  seed 0"
+    time = r"\d+\.\d\d"
+    assert re.fullmatch(rf"torch \w+ on \w+: {time} s \(text {time}, 8 steps {time}, decode {time}\)", second)
+    assert [path.name for path in tmp_path.iterdir()] == ["fastldm-0.png"]
+
+
+def test_image_to_image_and_inpainting_write_images(model: str) -> None:
     Image.new("RGB", (64, 64), "red").save("in.png")
     Image.new("L", (64, 64), 255).save("mask.png")
     assert generate(model, "--init-image", "in.png", "--strength", "1", "-o", "a.png").exit_code == 0
     assert generate(model, "--init-image", "in.png", "--mask", "mask.png", "-o", "b.png").exit_code == 0
 
 
-def test_mistakes_that_only_a_loaded_model_shows(model: str) -> None:
+def test_mistakes_found_by_the_loaded_model(model: str) -> None:
     for arguments, says in [
         (("--size", "60x64"), "width is 60: expected a multiple of 8"),
         (("--sampler", "eulr"), "did you mean"),
@@ -100,22 +152,23 @@ def test_mistakes_that_only_a_loaded_model_shows(model: str) -> None:
         done = generate(model, *arguments)
         assert done.exit_code == 2, done.output
         assert says in done.output.lower() or says in done.output
-        assert done.output.count("\n") == 1, "one line"
+        assert done.stderr.count("\n") == 1, "one line"
+        assert done.stdout == ""
 
 
-def test_debug_shows_where(model: str) -> None:
+def test_debug_prints_a_traceback(model: str) -> None:
     assert "Traceback" in generate(model, "--size", "60x64", "--debug").output
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that not even root may write to: /proc")
-def test_an_unwritable_folder_is_found_before_the_work() -> None:
+def test_unwritable_folder_is_refused_before_loading() -> None:
     done = generate("no-model-is-opened", "-o", "/proc/a.png")
     assert done.exit_code == 2
     assert "cannot be written" in done.output
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGINT is for POSIX")
-def test_ctrl_c_stops_with_130_and_leaves_no_file(model: str, tmp_path: Path) -> None:
+def test_ctrl_c_exits_130_and_writes_nothing(model: str, tmp_path: Path) -> None:
     # A job that a shell started in the background inherits an ignored SIGINT, and so would this child.
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from fastldm.cli import main; main()"
@@ -131,15 +184,15 @@ def test_ctrl_c_stops_with_130_and_leaves_no_file(model: str, tmp_path: Path) ->
             running.send_signal(signal.SIGINT)
             break
         time.sleep(0.05)
-    _, said = running.communicate(timeout=120)
-    assert running.returncode == 130, said
-    assert "stopped" in said
-    assert "Traceback" not in said
+    _, stderr = running.communicate(timeout=120)
+    assert running.returncode == 130, stderr
+    assert "stopped" in stderr
+    assert "Traceback" not in stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_help_teaches() -> None:
-    said = " ".join(run("generate", "--help").output.split())
+def test_help_gives_examples_and_defaults() -> None:
+    text = " ".join(run("generate", "--help").output.split())
     for word in ("a.png becomes a-0.png", "dpm++ 2m karras", "--init-image", "fastldm-SEED.png", "default: default"):
-        assert word in said
+        assert word in text
     assert "fastldm generate" in run("--help").output

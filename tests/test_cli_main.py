@@ -1,11 +1,22 @@
-"""The command as a whole: what its help says, and what wrong arguments get."""
+"""`fastldm` itself: its help, its version, and what wrong arguments get."""
 
 from __future__ import annotations
 
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 from command import run
+
+import fastldm
+from fastldm.cli import main
+
+ROOT = Path(fastldm.__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -14,7 +25,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "says"),
+    ("arguments", "status", "message"),
     [
         (["generate"], 2, "Missing argument 'PROMPT'"),
         (["generate", "a", "--size", "big"], 2, "'big' is not a size: write WIDTHxHEIGHT"),
@@ -33,9 +44,69 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_mistakes(arguments: list[str], status: int, says: str, tmp_path: Path) -> None:
+def test_mistakes_write_nothing_and_say_why(arguments: list[str], status: int, message: str, tmp_path: Path) -> None:
     done = run(*arguments)
     assert done.exit_code == status, done.output
-    assert says in done.output
-    assert "Traceback" not in done.output
+    assert message in done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def commands(group: click.Group = main, *words: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    """A group and all below it, each with its words: ("generate",), ("cache", "ls")."""
+    yield words, group
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, *words, name)
+        else:
+            yield (*words, name), command
+
+
+COMMANDS = dict(commands())
+
+
+def test_help_lists_every_command_with_its_summary() -> None:
+    done = run("--help")
+    assert (done.exit_code, done.stderr) == (0, "")
+    listed = done.stdout.partition("\nCommands:\n")[2].splitlines()
+    assert [line.split()[0] for line in listed] == sorted(main.commands)
+    assert all(len(line.split()) > 3 for line in listed)
+    assert run("-h").stdout == done.stdout
+    assert run().exit_code == 2
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_help_of_each_command_names_its_options(words: tuple[str, ...]) -> None:
+    done = run(*words, "--help")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert done.stdout.startswith(" ".join(["Usage: fastldm", *words, "[OPTIONS]"]))
+    assert COMMANDS[words].help
+    for parameter in COMMANDS[words].params:
+        if isinstance(parameter, click.Option):
+            assert all(name in done.stdout for name in parameter.opts)
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_examples_in_help_are_accepted(words: tuple[str, ...]) -> None:
+    """Each line that begins with `fastldm`, up to the remark beside it."""
+    for line in re.sub(r"\\\n\s+", "", COMMANDS[words].help or "").splitlines():
+        example = re.fullmatch(r"\s*(?:RUN )?fastldm (\S.*?)(?:  .*)?", line)
+        if example:
+            name, *arguments = shlex.split(example[1])
+            main.commands[name].make_context(name, arguments)  # UsageError where it is wrong
+
+
+def test_version() -> None:
+    done = run("--version")
+    assert (done.exit_code, done.stdout) == (0, f"fastldm, version {fastldm.__version__}\n")
+
+
+def test_module_runs_from_a_checkout(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fastldm", "generate", "an owl", "--steps", "1", "-o", str(tmp_path / "owl.png")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{tmp_path / 'owl.png'}  seed ")
+    wrong = subprocess.run([*command[:3], "paint"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "Error: No such command 'paint'." in wrong.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import tiny
@@ -19,18 +20,18 @@ def plan(model: str, *arguments: str) -> Result:
     return run("plan", "-m", model, "--device", "cpu", "--dtype", "float32", *arguments)
 
 
-def test_plan(model: str) -> None:
+def test_table_has_weights_buffers_and_phases(model: str) -> None:
     done = plan(model, "--size", "512x256", "--batch", "3")
     assert done.exit_code == 0, done.output
-    said = done.output.splitlines()
-    assert said[0] == "3 x 512x256, guided, 30 steps, torch float32 on a CPU, whole decode"
+    lines = done.output.splitlines()
+    assert lines[0] == "3 x 512x256, guided, 30 steps, torch float32 on a CPU, whole decode"
     for name in ("weights", "  U-Net", "buffers", "  noise", "all the time", "  and in decode", "needed", "peak"):
-        assert sum(line.startswith(f"{name} ") for line in said) == 1, name
-    assert said[-1].startswith("fits: ")
-    assert len({line.index("iB") for line in said if "iB  " in line}) == 1, "aligned"
+        assert sum(line.startswith(f"{name} ") for line in lines) == 1, name
+    assert lines[-1].startswith("fits: ")
+    assert len({line.index("iB") for line in lines if "iB  " in line}) == 1, "aligned"
 
 
-def test_plan_as_json(model: str) -> None:
+def test_json_has_the_same_figures(model: str) -> None:
     report = json.loads(plan(model, "--n", "4", "--json").output)
     assert report["model"] == model
     assert report["workload"]["batch"] == 4
@@ -42,13 +43,39 @@ def test_plan_as_json(model: str) -> None:
     assert elsewhere["workload"]["dtype"] == "float16"
 
 
-def test_plan_says_what_would_fit(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_gets_remedies(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastldm.planning import memory
 
     monkeypatch.setattr(memory, "free_bytes", lambda device: 100 * 2**20)
-    said = plan(model, "--size", "768x768", "--n", "2").output
-    assert "does not fit: 100.0 MiB are free; what would: " in said
-    assert "tiled decode" in said
+    text = plan(model, "--size", "768x768", "--n", "2").output
+    assert "does not fit: 100.0 MiB are free; what would: " in text
+    assert "tiled decode" in text
     report = json.loads(plan(model, "--size", "768x768", "--n", "2", "--json").output)
     assert report["here"] == {"fits": False, "free": 100 * 2**20}
-    assert "tiled" in {way["workload"]["decode"] for way in report["would_fit"]}
+    assert "tiled" in {remedy["workload"]["decode"] for remedy in report["would_fit"]}
+
+
+def test_options_are_in_the_heading_and_the_phases() -> None:
+    done = run("plan", "--n", "2", "--steps", "4", "--decode", "sliced", "--init-image", "--arch", "sm_90")
+    assert (done.exit_code, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0] == "2 x 64x64, guided, 4 steps, torch float16 on sm_90, sliced decode"
+    phases = [line.split()[2] for line in lines if line.startswith("  and in ")]
+    assert phases == ["text", "conditions", "encode", "step", "decode"]
+    assert lines[-1].startswith("peak "), "of a GPU that is not here nobody knows what is free"
+
+
+def test_default_plan_fits_this_machine() -> None:
+    done = run("plan", "--device", "cpu")
+    assert (done.exit_code, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert re.fullmatch(r"1 x 64x64, guided, 8 steps, torch \w+ on a CPU, whole decode", lines[0])
+    assert re.fullmatch(r"fits: \d+\.\d+ .iB are free", lines[-1])
+
+
+def test_unknown_model_is_one_line_on_stderr() -> None:
+    done = run("plan", "-m", "./nowhere")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr.startswith("fastldm: ")
+    assert "nowhere" in done.stderr
+    assert done.stderr.count("\n") == 1

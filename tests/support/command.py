@@ -8,4 +8,4 @@ from fastldm.cli import main
 
 
 def run(*arguments: str) -> Result:
-    return CliRunner().invoke(main, arguments)
+    return CliRunner().invoke(main, arguments, prog_name="fastldm")
