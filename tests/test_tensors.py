@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import shutil
+import struct
 import sys
 import types
 import warnings
@@ -15,10 +17,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
+from original_layout import (
+    random_state,
+    small,
+)
 from safetensors.torch import save_file
 
 from fastldm.errors import CheckpointError
+from fastldm.loading.diffusers_folder import open_diffusers
+from fastldm.loading.single_file import open_single_file
 from fastldm.loading.tensors import read_shapes, read_tensors
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2)}
@@ -152,3 +161,88 @@ def test_a_pipe_in_the_place_of_weights_is_refused(tmp_path: Path) -> None:
     for read in (lambda path: read_shapes(path, True), lambda path: read_tensors(path, None, True)):
         with pytest.raises(CheckpointError, match="it is a pipe, not a file"):
             read(tmp_path / "model.safetensors")
+
+
+def _good_bytes() -> bytes:
+    from safetensors.torch import save
+
+    return save({"weight": torch.arange(64.0), "bias": torch.zeros(3)})
+
+
+DAMAGED: dict[str, tuple[Callable[[], bytes], str]] = {
+    "empty": (lambda: b"", r"is empty \(0 bytes\): fetch it again"),
+    "lfs": (
+        lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        "git-lfs pointer.*git lfs pull",
+    ),
+    "html": (lambda: b"\n<!DOCTYPE html><html><body>Log in</body></html>", "is an HTML page"),
+    "cut off": (lambda: _good_bytes()[:-100], "is cut off, with 296 of 396 bytes there: fetch it again"),
+    "cut within the header": (lambda: _good_bytes()[:40], "is cut off within its header"),
+    "noise": (lambda: bytes(range(7, 256)) * 4, r"is no safetensors file, or damaged \("),
+    "header is no JSON": (lambda: struct.pack("<Q", 16) + b"{" + b"x" * 40, r"is no safetensors file, or damaged \("),
+    "offsets overlap": (
+        lambda: (lambda h: struct.pack("<Q", len(h)) + h + bytes(64))(
+            b'{"a":{"dtype":"F32","shape":[8],"data_offsets":[0,32]},"b":{"dtype":"F32","shape":[8],"data_offsets":[0,32]}}'
+        ),
+        r"is no safetensors file, or damaged \(",
+    ),
+    "gguf": (lambda: b"GGUF\x03\x00\x00\x00" + bytes(64), "is a GGUF file"),
+    "pickle": (lambda: pickle.dumps({"weight": 1}), "is a pickle, which can run any code"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_pipeline("sd1", tmp_path_factory.mktemp("weights"))
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_damaged_file_says_what_it_is(tmp_path: Path, kind: str, folder: Path) -> None:
+    make, message = DAMAGED[kind]
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(make())
+    with pytest.raises(CheckpointError, match=message):
+        open_single_file(path)
+    shutil.copytree(folder, tmp_path / "pipeline")
+    victim = tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
+    victim.write_bytes(make())
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_diffusers(tmp_path / "pipeline").components["unet"].state()
+    assert str(caught.value).startswith(str(victim))
+
+
+def test_missing_file_and_folder_in_its_place(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"gone\.safetensors cannot be read: No such file"):
+        open_single_file(tmp_path / "gone.safetensors")
+    with pytest.raises(CheckpointError, match="cannot be read: Is a directory"):
+        open_single_file(tmp_path)
+
+
+def test_pickles_are_refused_then_read_as_tensors_only(tmp_path: Path) -> None:
+    state = random_state(small("sd1"))
+    torch.save({"state_dict": state, "global_step": 7, "epoch": 1}, tmp_path / "model.ckpt")
+    with pytest.raises(CheckpointError, match=r"is a pickle, which can run any code.*allow_pickle=True"):
+        open_single_file(tmp_path / "model.ckpt")
+    got = open_single_file(tmp_path / "model.ckpt", allow_pickle=True).components["unet"].state()
+    save_file(state, tmp_path / "model.safetensors")
+    expected = open_single_file(tmp_path / "model.safetensors").components["unet"].state()
+    assert set(got) == set(expected)
+    assert all(torch.equal(got[key], expected[key]) for key in got)
+
+    for name, zipped in (("zip.ckpt", True), ("legacy.ckpt", False)):
+        torch.save(
+            {"state_dict": state, "x": _Exploit(os.mkdir, str(tmp_path / "ran"))},
+            tmp_path / name,
+            _use_new_zipfile_serialization=zipped,
+        )
+        with pytest.raises(CheckpointError, match=r"holds objects other than tensors.* and is refused"):
+            open_single_file(tmp_path / name, allow_pickle=True)
+    assert not (tmp_path / "ran").exists()
+
+    content = (tmp_path / "model.ckpt").read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match=r"cut\.ckpt is damaged \(.*\): fetch it again"):
+        open_single_file(tmp_path / "cut.ckpt", allow_pickle=True)
+    torch.save([1, 2], tmp_path / "list.ckpt")
+    with pytest.raises(CheckpointError, match="holds a list; tensors by name were expected"):
+        open_single_file(tmp_path / "list.ckpt", allow_pickle=True)

@@ -10,10 +10,18 @@ import diffusers
 import pytest
 import tiny
 import torch
+from original_layout import (
+    random_state,
+    small,
+)
+from safetensors.torch import save_file
+from states import same_as
+from torch import nn
 
 import fastldm
 from fastldm.errors import CheckpointError, InputError
 from fastldm.loading import spec as loading
+from fastldm.loading.state import load_module
 
 # --- Components that are not of one model, in a folder and in memory ---
 
@@ -181,3 +189,38 @@ def test_a_link_to_itself_is_named(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to(tmp_path / "a")
     with pytest.raises(CheckpointError, match="is a link that leads nowhere, or to itself"):
         fastldm.Pipeline.from_pretrained(tmp_path / "a")
+
+
+def fill(spec: loading.Spec) -> loading.LoadedModel:
+    def weighted(module: nn.Module, name: str) -> nn.Module:
+        part = spec.checkpoint.components[name]
+        return load_module(module, part.state(), dtype=torch.float32, source=part.source)
+
+    return loading.load(spec, weighted)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_networks_of_every_family_load_strictly(tmp_path: Path, family: str) -> None:
+    theirs: Any = tiny.pipeline(family)
+    theirs.save_pretrained(tmp_path)
+    networks = fill(loading.describe(tmp_path))
+    assert same_as(theirs.unet, networks.unet.state_dict())
+    assert same_as(theirs.vae, networks.vae.state_dict())
+    assert len(networks.text_stages) == (2 if hasattr(theirs, "text_encoder_2") else 1)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_single_file_loads_into_the_networks(tmp_path: Path, family: str) -> None:
+    save_file(random_state(small(family, vocabulary=49408)), tmp_path / "model.safetensors")
+    spec = loading.describe(tmp_path / "model.safetensors")
+    networks = fill(spec)
+    assert spec.family.name == {"sd2": "sd2-v"}.get(family, family)
+    assert [stage.tokenizer.pad for stage in networks.text_stages] == {"sd1": [49407], "sd2": [0], "sdxl": [49407, 0]}[
+        family
+    ]
+    names = [name for name in spec.checkpoint.components if name.startswith("text")]
+    loaded: dict[str, nn.Module] = {"unet": networks.unet, "vae": networks.vae}
+    loaded |= {name: stage.model for name, stage in zip(names, networks.text_stages, strict=True)}
+    for name, network in loaded.items():
+        state = spec.checkpoint.components[name].state()
+        assert same_as(network, state), name

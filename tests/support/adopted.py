@@ -1,0 +1,27 @@
+"""Adopted pipelines beside the diffusers pipelines that they share weights with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastldm import Pipeline
+
+
+def picture(pipe: Any, prompt: str = "a wall") -> Any:
+    options: dict[str, Any] = {"num_inference_steps": 2, "output_type": "np"}
+    return np.asarray(pipe(prompt, generator=torch.Generator().manual_seed(0), **options).images)
+
+
+def same_picture(pipe: Any, prompt: str = "a wall") -> bool:
+    adopted = Pipeline.from_diffusers(pipe)
+    return bool(np.abs(picture(adopted, prompt) - picture(pipe, prompt)).max() < 1e-4)
+
+
+def dropout_in_eval(pipe: Any) -> None:
+    for module in pipe.unet.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
