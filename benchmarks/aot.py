@@ -11,7 +11,6 @@ Exits with 1 if a kernel spills, or takes more shared memory than the chip has.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import re
 import subprocess
@@ -111,7 +110,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     args = parser.parse_args()
 
-    importlib.import_module("fastldm.models.layers")  # registers the ops
+    dispatch.load_ops()
     jobs = [
         (arch, workload, dtype, args.op)
         for arch in args.arch or ARCHS

@@ -7,7 +7,7 @@ shapes, with kernels interpreted: a rehearsal, whose figures mean nothing.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -34,19 +34,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGEST = 8  # calls of an op that are timed
-RIVALS = {  # op -> the benchmark that has its alternatives
-    "attention": "attention",
-    "group_norm": "group_norm",
-    "conv2d": "conv",
-    "upsample_conv2d": "conv",
-    "linear": "linear",
-    "linear_geglu": "linear",
-    "geglu": "geglu",
-    "layer_norm": "layer_norm",
-    "add_layer_norm": "layer_norm",
-}
 SLOW = ("torch.compile", "math", "efficient")  # alternatives that take a minute, or memory, and are not the best
-OPS = ("attention", "group_norm", "conv", "linear", "step", "geglu", "layer_norm")  # files of kernels, in this order
 MARKED = re.compile(r"^import ops$|\bmark\.gpu\b", re.MULTILINE)  # support/ops.py runs a kernel where there is a device
 # What such a machine was seen to lack, and what comes with it (onnxscript traces ONNX): a rehearsal lacks it too.
 MISSING = ("diffusers", "platformdirs", "openvino", "tensorrt", "tensorrt_rtx", "onnxscript", "onnx_ir", "optimum")
@@ -135,7 +123,7 @@ def compile_kernels(where: Where) -> None:
     """every kernel that comes later, compiled by all cores into Triton's cache"""
     calls = list(where.calls("sd15-512 step", "vae-512 decode", "sdxl-1024 step", "clip-l"))
     if where.dry:
-        calls = [call for call in calls if call.op in ("geglu", "layer_norm")][:2]
+        calls = [call for call in calls if not call.cost.flop][:2]  # kernels without products compile fast
     began = time.monotonic()
     kernels = precompile(where.arch, [(call, [None]) for call in calls])
     emit(kernels=kernels, compile_seconds=time.monotonic() - began, say=f"{kernels} kernels")
@@ -219,7 +207,6 @@ def step(where: Where, name: str = "sd15-512") -> None:
 def ops(where: Where, names: list[str]) -> None:
     """each op at its largest calls: its kernel, PyTorch's own, and the library's best"""
     from benchmarks import harness
-    from benchmarks import step as end_of_step
     from fastldm.kernels import dispatch
 
     calls = where.calls("sd15-512 step", "vae-512 decode", "sdxl-1024 step")
@@ -229,27 +216,32 @@ def ops(where: Where, names: list[str]) -> None:
         if name in where.red:
             emit(op=name, skipped="its check was red", say=f"{name}: not timed, its check was red")
             continue
-        if name == "end_step":
-            shapes = {"tiny": (1, 8, 8)} if where.dry else end_of_step.SHAPES
-            for title, shape in shapes.items():
-                row = end_of_step.bench(title, shape, where.dtype, limits.bytes, where.device.type, compiled=False)
+        benchmark = _benchmark(dispatch.OPS[name].module)
+        if name in getattr(benchmark, "ROWS_OF", {}):  # it has shapes and rivals of its own
+            for row in benchmark.ROWS_OF[name](where.dtype, limits.bytes, where.device.type, where.dry):
                 emit(op=name, **row, say=harness.line(row))
             continue
         own = {call: count for call, count in calls.items() if call.op == name}
         largest = sorted(own, key=lambda call: -limits.seconds(call.cost.flop, call.cost.bytes) * own[call])
         for call in _smallest(own) if where.dry else largest[:LARGEST]:
             copies = 1 if where.dry else None
-            row = harness.bench(call, _rivals(name), limits, copies=copies, **given)
+            row = harness.bench(call, _rivals(benchmark), limits, copies=copies, **given)
             row = {"workload": "step or decode", "count": own[call], **row}
             emit(op=name, shape_class=_class_of(dispatch.OPS[name], call), **row, say=harness.line(row))
 
 
-def _rivals(name: str) -> Callable[..., dict[str, Callable[[], object]]]:
+def _benchmark(module: str) -> Any:
+    """The benchmark of a file of kernels, which has its name; None where there is none."""
+    name = f"benchmarks.{module}"
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None
+
+
+def _rivals(benchmark: Any) -> Callable[..., dict[str, Callable[[], object]]]:
     """The alternatives to an op that its benchmark has, but for the slow ones."""
-    every = importlib.import_module(f"benchmarks.{RIVALS[name]}").rivals if name in RIVALS else lambda *_, **__: {}
 
     def fast(*args: Any, **kwargs: Any) -> dict[str, Callable[[], object]]:
-        return {title: run for title, run in every(*args, **kwargs).items() if not title.startswith(SLOW)}
+        rivals = benchmark.rivals(*args, **kwargs) if benchmark else {}
+        return {title: run for title, run in rivals.items() if not title.startswith(SLOW)}
 
     return fast
 
@@ -404,12 +396,12 @@ def compiled(where: Where, name: str = "sd15-512") -> None:
 
 
 def tune(where: Where) -> None:
-    """launch configurations of the ten largest matrix products and convolutions, into tuned.json"""
+    """launch configurations of the ten largest calls of ops that run torch by default, into tuned.json"""
     from fastldm.kernels import dispatch
     from fastldm.planning.tune import best_of, candidates, merge_into
 
     wanted: dict[Call, list[Config]] = {}
-    for name in ("linear", "linear_geglu", "conv2d", "upsample_conv2d"):
+    for name in [op.name for op in dispatch.OPS.values() if op.prefer == "torch"]:  # which no table has measured yet
         for call in [] if name in where.red else _of_each_class(where, name):
             op, (args, kwargs) = dispatch.OPS[name], call.arguments("meta")
             shape_class, limit = op.shape_class(*args, **kwargs), 2 if where.dry else 24
@@ -438,9 +430,23 @@ def without(*names: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "FASTLDM_WITHOUT": ",".join(names)}
 
 
+def op_names() -> list[str]:
+    """All ops; first those whose kernel is taken wherever no table says otherwise."""
+    from fastldm.kernels import dispatch
+
+    return sorted(dispatch.load_ops(), key=lambda name: (dispatch.OPS[name].prefer == "torch", name))
+
+
+def op_modules() -> list[str]:
+    """The files of kernels that declare ops, in the order of `op_names`."""
+    from fastldm.kernels import dispatch
+
+    return list(dict.fromkeys(dispatch.OPS[name].module for name in op_names()))
+
+
 def suite() -> list[str]:
     """The files of tests that a GPU has a say in: those of the ops first, then each with a test that is marked gpu."""
-    ops = [f"tests/test_{op}.py" for op in OPS]
+    ops = [f"tests/test_{module}.py" for module in op_modules()]
     found = sorted(path for path in (ROOT / "tests").glob("test_*.py") if MARKED.search(path.read_text("utf-8")))
     return [*ops, *(name for path in found if (name := f"tests/{path.name}") not in ops)]
 
@@ -453,7 +459,8 @@ def stages(where: Where, half: int | None = None) -> list[Stage]:
         module = [sys.executable, "-m", "benchmarks.gpu", "stage", function.__name__, *arguments]
         return [*module, "--out", str(where.out), *dry]
 
-    ops_alone = [list(names) for names in _groups(where.dry)]
+    # On a GPU each op has its own process: one that reads out of bounds ends it.
+    ops_alone = [op_names()] if where.dry else [[name] for name in op_names()]
     first = [
         Stage("ceilings", [command(ceilings)], 30),
         Stage("compile", [command(compile_kernels)], 60),
@@ -479,12 +486,6 @@ def stages(where: Where, half: int | None = None) -> list[Stage]:
     ]
     chosen = {None: [*first, *second], 1: first, 2: second}[half]
     return [_placed(stage, where) for stage in chosen]
-
-
-def _groups(dry: bool) -> list[tuple[str, ...]]:
-    """The ops that share a process. On a GPU each has its own: one that reads out of bounds ends the process."""
-    names = (*RIVALS, "bias_residual", "end_step", "guidance_rescale")
-    return [names] if dry else [(name,) for name in names]
 
 
 def sanitizer() -> str:
@@ -522,6 +523,5 @@ LISTS = (checks, ops)
 def run_stage(name: str, arguments: Sequence[str], where: Where) -> None:
     """One stage, in this process."""
     function = STAGES[name]
-    importlib.import_module("fastldm.models.layers")  # registers the ops
-    importlib.import_module("fastldm.kernels.step")
+    op_names()  # registers them all
     function(where, list(arguments)) if function in LISTS else function(where, *arguments)

@@ -6,8 +6,8 @@ triton and pytest.
     python -m benchmarks.gpu first --out DIR --half 1     the first half, worth having alone; then --half 2 --resume DIR
     python -m benchmarks.gpu first --out DIR --dry    the same on a CPU with tiny shapes, in two minutes: a rehearsal
     python -m benchmarks.gpu page DIR                 results that came back, into benchmarks/results/GPU
-    python -m benchmarks.gpu test                     the tests on the device, then the small ones under
-                                                      compute-sanitizer
+    python -m benchmarks.gpu test                     the tests on the device, then every op at its smallest shapes
+                                                      under compute-sanitizer
     python -m benchmarks.gpu bench                    the ladder from eager to captured steps, then every op's
                                                       benchmark, most important first
     python -m benchmarks.gpu peers --wheels DIR       the ladder with diffusers, eager and compiled, from wheels that
@@ -35,7 +35,6 @@ from benchmarks import first, gpu_report, stages
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-SANITIZED = ("geglu", "layer_norm", "step")  # the sanitizer is some hundred times slower: the cheapest tests
 SECONDS = 350  # of a half of `first`
 
 
@@ -59,17 +58,17 @@ def run_first(args: argparse.Namespace) -> int:
 
 
 def test() -> int:
-    failed = _pytest([sys.executable, "-m", "pytest", "-q", "-m", "not full", *first.suite()])
+    failed = _run([sys.executable, "-m", "pytest", "-q", "-m", "not full", *first.suite()])
     tool = first.sanitizer()
     if shutil.which(tool) is None:
         print("compute-sanitizer is not installed (it comes with the CUDA toolkit): kernels ran without it")
         return failed
-    files = [f"tests/test_{op}.py" for op in SANITIZED]
-    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-x"]
-    return failed or _pytest([*command, "-m", "not full", "-k", "kernel", *files])
+    with tempfile.TemporaryDirectory() as out:
+        stage = [sys.executable, "-m", "benchmarks.gpu", "stage", "smallest", "--out", out]
+        return failed or _run([tool, "--tool", "memcheck", "--error-exitcode", "9", *stage])
 
 
-def _pytest(command: list[str]) -> int:
+def _run(command: list[str]) -> int:
     print(" ".join(command), flush=True)
     return subprocess.run(command, cwd=ROOT).returncode
 
@@ -79,7 +78,7 @@ def bench(seconds: float, dtype: str, force: bool, results: Path | None) -> int:
 
     folder = results or RESULTS / machine()
     deadline, failed = time.monotonic() + seconds, 0
-    for name in ("ladder", *first.OPS):
+    for name in ("ladder", *first.op_modules()):
         if importlib.util.find_spec(f"benchmarks.{name}") is None:
             continue
         file = folder / f"{name}-{dtype}.json"

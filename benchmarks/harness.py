@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib
 import importlib.metadata
 import json
 import platform
@@ -50,7 +49,7 @@ def main(ops: Sequence[dispatch.Op[..., Any]], rivals: Rivals) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float16")
     parser.add_argument("--results", type=Path, help="folder for the JSON  [default: benchmarks/results/GPU]")
     args = parser.parse_args()
-    importlib.import_module("fastldm.models.layers")  # registers all ops
+    dispatch.load_ops()
 
     names = {op.name for op in ops}
     wanted = [
@@ -206,11 +205,19 @@ def line(row: dict[str, Any]) -> str:
 
 
 def source(name: str) -> str:
-    """What a benchmark's figures depend on, hashed: its op's kernel, or for the ladder all kernels and the runtime."""
-    files = [ROOT / "kernels" / file for file in (f"{name}.py", "dispatch.py", "tuned.json")]
-    if not files[0].exists():
-        files = sorted((*(ROOT / "kernels").glob("*"), *(ROOT / "fastldm").rglob("*.py")))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()[:16]
+    """What a benchmark's figures depend on, hashed: the file of its ops and the kernels that it imports, or for the
+    ladder all kernels and the runtime."""
+    kernels = ROOT / "kernels"
+    files, imported = {kernels / "tuned.json"}, [kernels / f"{name}.py"]
+    if not imported[0].exists():
+        files, imported = {*kernels.glob("*"), *(ROOT / "fastldm").rglob("*.py")}, []
+    while imported:
+        file = imported.pop()
+        if file not in files:
+            files.add(file)
+            text = file.read_text(encoding="utf-8")
+            imported += [kernels / f"{found}.py" for found in re.findall(r"^from fastldm\.kernels\.(\w+) ", text, re.M)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files) if file.is_file())).hexdigest()[:16]
 
 
 def machine() -> str:

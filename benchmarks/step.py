@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,16 @@ def bench(
 def bytes_moved(out: Tensor, state: StepState) -> int:
     """The op's own count, and a plane of history read and one written."""
     return END_STEP.cost(out, *state).bytes + 2 * 4 * state.x.numel()
+
+
+def rows(dtype: torch.dtype, ceiling: float, device: str, dry: bool) -> Iterator[dict[str, Any]]:
+    """A row for each of SHAPES, or for a tiny one, without torch.compile: for benchmarks/first.py."""
+    for name, shape in ({"tiny": (1, 8, 8)} if dry else SHAPES).items():
+        yield bench(name, shape, dtype, ceiling, device, compiled=False)
+
+
+ROWS_OF = {END_STEP.name: rows}
+"""What has states and shapes of its own, where other ops have the calls of a network."""
 
 
 def main() -> None:

@@ -18,6 +18,8 @@ import importlib.util
 import inspect
 import json
 import os
+import pkgutil
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -186,6 +188,11 @@ class Op(Generic[P, R]):
         self.prefer, self.mutates, self.given = prefer, mutates, given
         OPS[name] = self
 
+    @property
+    def module(self) -> str:
+        """The file of kernels/ that declares the op, without its ending: tests and benchmarks have names of it."""
+        return self.triton.__module__.rpartition(".")[2]
+
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         observer = _scope.observer
         done = None if observer is None else observer(self, args, kwargs)
@@ -272,6 +279,15 @@ class Op(Generic[P, R]):
 
 
 OPS: dict[str, Op[..., Any]] = {}
+"""The ops of the files that were imported so far, by name; `load_ops` imports them all."""
+
+
+def load_ops() -> Mapping[str, Op[..., Any]]:
+    """Every op there is, by name: OPS, after all files of this package were imported."""
+    package = __name__.rpartition(".")[0]
+    for file in pkgutil.iter_modules(sys.modules[package].__path__, f"{package}."):
+        importlib.import_module(file.name)
+    return OPS
 
 
 def traced() -> bool:
@@ -312,7 +328,9 @@ class Kernel:
 
 
 def jit(fn: Callable[..., Any]) -> Any:
-    """triton.jit, later. Device functions that another kernel calls are marked the same way."""
+    """triton.jit, later. Device functions that another kernel calls are marked the same way; the name of what is
+    launched ends in _kernel.
+    """
     return Kernel(fn)
 
 

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,92 @@ import pytest
 import torch
 from conftest import ROOT
 
+from benchmarks import first, networks
+from fastldm import kernels
 from fastldm.kernels import OPS, dispatch, observe, use
 from fastldm.kernels.geglu import GEGLU, geglu
 from fastldm.kernels.layer_norm import LAYER_NORM
+from fastldm.planning import tune
 
 X = torch.randn(3, 64, device=ops.DEVICE)
 
 
-def test_every_op_is_registered_under_its_own_name() -> None:
-    import fastldm.kernels.step
-    import fastldm.models.layers  # noqa: F401
-
-    assert {"attention", "group_norm", "layer_norm", "geglu", "conv2d", "linear"} <= OPS.keys()
+def test_every_file_with_an_op_registers_it() -> None:
+    files = {path.stem for path in (ROOT / "kernels").glob("*.py") if " = Op(\n" in path.read_text()}
+    assert ops.modules() == files
+    assert len(OPS) > len(files) > 7
     assert all(op.name == name for name, op in OPS.items())
+
+
+DUMMY = '''
+"""out = 2 x"""
+from __future__ import annotations
+from torch import Tensor
+from fastldm.kernels.dispatch import YES, Cost, Op, cdiv, jit, launch
+
+def dummy_reference(x: Tensor) -> Tensor: return 2 * x
+
+@jit
+def _dummy_kernel(x, out, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + at, 2 * tl.load(x + at, at < count), at < count)
+
+def dummy_triton(x: Tensor) -> Tensor:
+    config, out = DUMMY.config(x), x.new_empty(x.shape)
+    launch(_dummy_kernel, (cdiv(x.numel(), config["BLOCK"]),), x, out, x.numel(), **config)
+    return out
+
+DUMMY = Op(
+    "dummy", reference=dummy_reference, triton=dummy_triton, supports=lambda x: YES, shape_class=lambda x: "any",
+    cost=lambda x: Cost(0, 2 * x.nbytes), default=lambda shape, arch: {"BLOCK": 32, "num_warps": 1},
+    space=[{"BLOCK": 64, "num_warps": 2}],
+)
+'''
+
+
+@pytest.fixture
+def dummy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dispatch.Op[..., Any]]:
+    """An op of a file of its own beside those of kernels/, which is all that adds it."""
+    (tmp_path / "dummy.py").write_text(DUMMY)
+    monkeypatch.setattr(kernels, "__path__", [*kernels.__path__, str(tmp_path)])
+    before = dict(OPS)
+    yield dispatch.load_ops()["dummy"]
+    OPS.clear()
+    OPS.update(before)
+    del sys.modules["fastldm.kernels.dummy"]
+
+
+def test_an_op_is_added_by_a_file(
+    dummy: dispatch.Op[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It runs, and is checked, timed, tuned, compiled and collected with the others."""
+    x = torch.randn(5, 9, device=ops.DEVICE)
+    assert torch.equal(dummy(x), 2 * x)
+    ops.check(dummy, x)
+    ops.check_registered(dummy, x)
+    assert "dummy" in ops.modules()  # each of which must have tests and faults for them to find
+    assert "_dummy_kernel" in ops.kernels()  # each of which must be in benchmarks/aot.py's table
+
+    monkeypatch.setitem(networks.SMALL, "dummy", lambda dtype: dummy(torch.empty(5, 9, dtype=dtype, device="meta")))
+    (call,) = networks.calls("dummy", torch.float16)
+    where, rows = first.Where(tmp_path, dry=True), []
+    monkeypatch.setattr(first, "emit", lambda **row: rows.append(row))
+    for stage in ("checks", "ops"):
+        commands = [command for entry in first.stages(where) if entry.name == stage for command in entry.commands]
+        assert any("dummy" in command for command in commands)
+        first.STAGES[stage](where, ["dummy"])
+    *_, checked, timed = rows
+    assert (checked["op"], checked["tried"], checked["wrong_calls"]) == ("dummy", 1, 0)
+    assert timed["us"].keys() == {"triton", "torch"}
+    assert "tests/test_dummy.py" in first.suite()
+    assert tune.candidates(dummy, "any", 90, *call.arguments("meta"), limit=9) == [
+        dummy.default("any", 90),
+        *dummy.space,
+    ]
+
+
+def test_an_added_op_goes_with_its_file() -> None:
+    assert "dummy" not in ops.modules()
 
 
 @pytest.mark.skipif(ops.DEVICE == "cuda", reason="about machines without a GPU")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ops
 from conftest import ROOT
 
 from benchmarks import first
@@ -17,7 +18,8 @@ def test_the_suite_has_every_file_that_asks_for_a_gpu() -> None:
     names = [Path(name).stem for name in first.suite()]
     assert asking <= set(names)
     assert len(names) == len(set(names))
-    assert {f"test_{op}" for op in first.OPS} <= set(names)
+    assert {f"test_{module}" for module in ops.modules()} <= set(names)
+    assert all((ROOT / name).is_file() for name in first.suite())
 
 
 def test_it_collects_the_same_where_peers_are_missing() -> None:

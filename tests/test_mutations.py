@@ -9,12 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import ops
 import pytest
-from mutations import MUTATIONS, Mutation
+from mutations import FAULTS, Fault
 
 from fastldm.kernels import dispatch
 
-pytestmark = pytest.mark.full
+
+def test_every_op_has_faults_to_find() -> None:
+    assert ops.modules() == set(FAULTS)
 
 
 @pytest.fixture
@@ -38,12 +41,16 @@ def load(name: str, source: str, folder: Path) -> ModuleType:
     return module
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("_ops_restored")
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m.module}: {m.why}")
-def test_a_planted_fault_is_found(mutation: Mutation, tmp_path: Path) -> None:
-    original = importlib.import_module(f"fastldm.kernels.{mutation.module}")
-    source = inspect.getsource(original)
-    assert source.count(mutation.old) == 1, "the mutation no longer fits the source: rewrite it"
-    mutation.check(load(mutation.module, source, tmp_path))  # green as it stands
+@pytest.mark.parametrize(
+    ("module", "fault"),
+    [(module, fault) for module, faults in FAULTS.items() for fault in faults],
+    ids=lambda value: value.title if isinstance(value, Fault) else value,
+)
+def test_a_planted_fault_is_found(module: str, fault: Fault, tmp_path: Path) -> None:
+    source = inspect.getsource(importlib.import_module(f"fastldm.kernels.{module}"))
+    assert source.count(fault.old) == 1, "the fault no longer fits the source: rewrite it"
+    fault.check(load(module, source, tmp_path))  # green as it stands
     with pytest.raises(AssertionError):
-        mutation.check(load(mutation.module, source.replace(mutation.old, mutation.new), tmp_path))
+        fault.check(load(module, source.replace(fault.old, fault.new), tmp_path))

@@ -1,7 +1,7 @@
 """Faults to plant in the kernels' source, each with a check that it has to turn red: data for test_mutations.py.
 
-A mutation is (module, old, new, check, why). `old` stands in the module's source exactly once; `check` gets the
-mutated module and calls ops.py on its op.
+FAULTS has them by the file of kernels/ that they are planted in: `old`, which its source has exactly once, becomes
+`new`, and `check`, which gets the mutated module and calls ops.py on its op, must fail.
 """
 
 from __future__ import annotations
@@ -17,34 +17,22 @@ from step_states import full_state, in_blocks_of, output_for, rescale_arguments
 from fastldm.kernels import dispatch
 
 
-class Mutation(NamedTuple):
-    module: str
+class Fault(NamedTuple):
     old: str
     new: str
     check: Callable[[ModuleType], None]
-    why: str
+    title: str
 
 
 def _geglu(module: ModuleType) -> None:
     ops.check(module.GEGLU, torch.randn(3, 2 * 648, device=ops.DEVICE))
 
 
-GEGLU = [
-    Mutation(
-        "geglu",
-        "tl.maximum(b, 0.0) - z * series",
-        "tl.maximum(b, 0.0) + z * series",
-        _geglu,
-        "the far side of the normal distribution added instead of taken away",
-    ),
-    Mutation(
-        "geglu",
-        "mask = (row < rows) & (channel < channels)",
-        "mask = (row < rows) & (channel < channels - 1)",
-        _geglu,
-        "a tail mask one channel short",
-    ),
-]
+def _bias_residual(module: ModuleType) -> None:
+    """A block of pixels that is not full, behind one that is."""
+    out, residual = (torch.randn(1, 8, 5, 7, device=ops.DEVICE) for _ in range(2))
+    images = [t.contiguous(memory_format=torch.channels_last) for t in (out, residual)]
+    ops.check(module.BIAS_RESIDUAL, images[0], torch.randn(8, device=ops.DEVICE), images[1])
 
 
 def _group_norm(module: ModuleType) -> None:
@@ -54,45 +42,6 @@ def _group_norm(module: ModuleType) -> None:
     given = [t.to(ops.DEVICE) for t in (x, weight, bias, shift, skip)]
     with dispatch.forced("group_norm", {"GROUPS": 2, "PIXELS": 8, "TILES": 2, "num_warps": 4}):
         ops.check(module.GROUP_NORM, given[0], 3, *given[1:3], 1e-5, shift=given[3], skip=given[4])
-
-
-GROUP_NORM = [
-    Mutation(
-        "group_norm",
-        "count = tl.minimum(tl.maximum(pixels - part * (PIXELS * TILES), 0), PIXELS * TILES)",
-        "count = tl.where(part * (PIXELS * TILES) < pixels, PIXELS * TILES, 0)",
-        _group_norm,
-        "a short last piece weighed like the others",
-    ),
-    Mutation(
-        "group_norm",
-        "inside & (channel >= seam), other=0.0)",
-        "inside & (channel > seam), other=0.0)",
-        _group_norm,
-        "the first channel of the skip connection left out",
-    ),
-    Mutation(
-        "group_norm",
-        "m2 += apart * (y - mean)",
-        "m2 += apart * apart",
-        _group_norm,
-        "the running M2 without the step that the mean has made",
-    ),
-    Mutation(
-        "group_norm",
-        "mean = tl.gather(mean, slot, 0)[None, :] - offset",
-        "mean = tl.gather(mean, slot, 0)[None, :]",
-        _group_norm,
-        "a shift in the statistics only",
-    ),
-    Mutation(
-        "group_norm",
-        "before = (pixel >= first + PIXELS) & (pixel < last + PIXELS) & mask",
-        "before = (pixel >= first + PIXELS) & (pixel < last) & mask",
-        _group_norm,
-        "the tile before the last one loaded with the last one's mask",
-    ),
-]
 
 
 def _layer_norm(module: ModuleType) -> None:
@@ -109,24 +58,6 @@ def _add_layer_norm(module: ModuleType) -> None:
     assert torch.equal(out, module.LAYER_NORM.triton(total, weight, bias, 1e-5))
 
 
-LAYER_NORM = [
-    Mutation(
-        "layer_norm",
-        "apart = tl.where(inside, y - mean, 0.0)",
-        "apart = y - mean",
-        _layer_norm,
-        "lanes beyond the row counted in the variance",
-    ),
-    Mutation(
-        "layer_norm",
-        "tl.load(residual + place, inside, other=0.0).to(tl.float32)).to(y.dtype)",
-        "tl.load(residual + place, inside, other=0.0).to(tl.float32))",
-        _add_layer_norm,
-        "the sum normalised before it is rounded",
-    ),
-]
-
-
 def _end_step(module: ModuleType) -> None:
     """Every term, in several programs a slot; see step_states.py."""
     state = full_state()
@@ -138,38 +69,6 @@ def _guidance_rescale(module: ModuleType) -> None:
     """A last block that is not full."""
     state = full_state()
     ops.check(module.GUIDANCE_RESCALE, *rescale_arguments(state, output_for(state)).values())
-
-
-STEP = [
-    Mutation(
-        "step",
-        "== tl.num_programs(0) - 1:",
-        "== 0:",
-        _end_step,
-        "the first program moves the counter, before the others have read it",
-    ),
-    Mutation(
-        "step",
-        "ring + (i + 2) % 4 * size",
-        "ring + (i + 1) % 4 * size",
-        _end_step,
-        "the ring of histories read one plane too far back",
-    ),
-    Mutation(
-        "step",
-        "_term(tl.abs(a1) + moves * tl.abs(e1), y + at, inside)",
-        "_term(moves * tl.abs(e1) * 0.0, y + at, inside)",
-        _end_step,
-        "an anchor that the row asks for, not read",
-    ),
-    Mutation(
-        "guidance_rescale",
-        "tl.where(inside, guided - guided_mean, 0.0)",
-        "guided - guided_mean",
-        _guidance_rescale,
-        "lanes beyond the end counted in the deviation",
-    ),
-]
 
 
 def _random(*shape: int) -> torch.Tensor:
@@ -199,48 +98,6 @@ def _upsample(module: ModuleType) -> None:
         ops.check(module.UPSAMPLE_CONV2D, x, weight / 12, None, 6, 8)
 
 
-LINEAR = [
-    Mutation(
-        "linear",
-        "a = tl.load(x + at, (inner < k - at)[None, :], other=0.0)",
-        "a = tl.load(x + at, (inner < k - at - 1)[None, :], other=0.0)",
-        _linear,
-        "the last element of a row left out",
-    ),
-    Mutation(
-        "linear",
-        "range(split * steps // SPLIT, (split + 1) * steps // SPLIT)",
-        "range(split * (steps // SPLIT), (split + 1) * (steps // SPLIT))",
-        _linear,
-        "steps that the splits do not divide left out",
-    ),
-    Mutation(
-        "linear",
-        "height = tl.minimum(rows - first, 8)",
-        "height = 8",
-        _linear,
-        "a short last group of tiles walked like the others",
-    ),
-]
-
-CONV = [
-    Mutation(
-        "conv",
-        "(top + i < height) & (left + j >= 0) & (left + j < width)",
-        "(top + i < height) & (left + j < width)",
-        _conv,
-        "left of a row the end of the row before is seen",
-    ),
-    Mutation(
-        "conv",
-        "tap = (3 - 2 * i - down) * 4 + 3 - 2 * j - right",
-        "tap = (3 - 2 * i - right) * 4 + 3 - 2 * j - down",
-        _upsample,
-        "phases of rows and columns swapped",
-    ),
-]
-
-
 def _attention(config: dispatch.Config) -> Callable[[ModuleType], None]:
     """Tails everywhere; keys and values with strides of their own; a slot shared, one shorter, one never read."""
 
@@ -261,56 +118,186 @@ _attention_long = _attention(
 )
 _attention_short = _attention({"BLOCK_M": 32, "PROGRAMS": 1, "SPLIT": True, "num_warps": 4, "num_stages": 1})
 
-ATTENTION = [
-    Mutation(
-        "attention",
-        's = tl.where(tl.arange(0, BLOCK_N)[None, :] < keys, s, float("-inf"))',
-        's = tl.where(tl.arange(0, BLOCK_N)[None, :] <= keys, s, float("-inf"))',
-        _attention_long,
-        "a tail mask one key too long",
-    ),
-    Mutation(
-        "attention",
-        "_load(v, keys, v_row, acc, V_DIM, BLOCK_N, MASK)",
-        "_load(v, keys, k_row, acc, V_DIM, BLOCK_N, MASK)",
-        _attention_long,
-        "values read with the stride of the keys",
-    ),
-    Mutation(
-        "attention",
-        "_times(acc, rescale))",
-        "acc)",
-        _attention_long,
-        "what was summed before is not rescaled when the peak rises",
-    ),
-    Mutation(
-        "attention",
-        "slot = tl.load(slots + batch).to(tl.int64)",
-        "slot = tl.load(slots).to(tl.int64) + batch * 0",
-        _attention_long,
-        "all rows read the first row's slot",
-    ),
-    Mutation(
-        "attention",
-        "if START + WIDTH > DIM:",
-        "if START + WIDTH > DIM + 8:",
-        _attention_long,
-        "the last 8 of a head's 48 channels of scores not masked: the next head's are seen",
-    ),
-    Mutation(
-        "attention",
-        "tl.arange(0, MORE)[None, :] < keys - KEYS",
-        "tl.arange(0, MORE)[None, :] < keys",
-        _attention_short,
-        "the second block of a short text masked like the first",
-    ),
-    Mutation(
-        "attention",
-        "_load(v + KEYS * v_row, keys - KEYS, v_row,",
-        "_load(v + KEYS * k_row, keys - KEYS, v_row,",
-        _attention_short,
-        "the second block of values looked for where the keys are",
-    ),
-]
 
-MUTATIONS = [*GEGLU, *GROUP_NORM, *LAYER_NORM, *STEP, *LINEAR, *CONV, *ATTENTION]
+FAULTS: dict[str, list[Fault]] = {
+    "geglu": [
+        Fault(
+            "tl.maximum(b, 0.0) - z * series",
+            "tl.maximum(b, 0.0) + z * series",
+            _geglu,
+            "the far side of the normal distribution added instead of taken away",
+        ),
+        Fault(
+            "mask = (row < rows) & (channel < channels)",
+            "mask = (row < rows) & (channel < channels - 1)",
+            _geglu,
+            "a tail mask one channel short",
+        ),
+    ],
+    "bias_residual": [
+        Fault(
+            'cdiv(rows, config["ROWS"])',
+            'rows // config["ROWS"]',
+            _bias_residual,
+            "the last block of pixels left out",
+        ),
+        Fault(
+            "out, bias, residual, out, rows",
+            "out, bias, None, out, rows",
+            _bias_residual,
+            "the residual left out",
+        ),
+    ],
+    "group_norm": [
+        Fault(
+            "count = tl.minimum(tl.maximum(pixels - part * (PIXELS * TILES), 0), PIXELS * TILES)",
+            "count = tl.where(part * (PIXELS * TILES) < pixels, PIXELS * TILES, 0)",
+            _group_norm,
+            "a short last piece weighed like the others",
+        ),
+        Fault(
+            "inside & (channel >= seam), other=0.0)",
+            "inside & (channel > seam), other=0.0)",
+            _group_norm,
+            "the first channel of the skip connection left out",
+        ),
+        Fault(
+            "m2 += apart * (y - mean)",
+            "m2 += apart * apart",
+            _group_norm,
+            "the running M2 without the step that the mean has made",
+        ),
+        Fault(
+            "mean = tl.gather(mean, slot, 0)[None, :] - offset",
+            "mean = tl.gather(mean, slot, 0)[None, :]",
+            _group_norm,
+            "a shift in the statistics only",
+        ),
+        Fault(
+            "before = (pixel >= first + PIXELS) & (pixel < last + PIXELS) & mask",
+            "before = (pixel >= first + PIXELS) & (pixel < last) & mask",
+            _group_norm,
+            "the tile before the last one loaded with the last one's mask",
+        ),
+    ],
+    "layer_norm": [
+        Fault(
+            "apart = tl.where(inside, y - mean, 0.0)",
+            "apart = y - mean",
+            _layer_norm,
+            "lanes beyond the row counted in the variance",
+        ),
+        Fault(
+            "tl.load(residual + place, inside, other=0.0).to(tl.float32)).to(y.dtype)",
+            "tl.load(residual + place, inside, other=0.0).to(tl.float32))",
+            _add_layer_norm,
+            "the sum normalised before it is rounded",
+        ),
+    ],
+    "step": [
+        Fault(
+            "== tl.num_programs(0) - 1:",
+            "== 0:",
+            _end_step,
+            "the first program moves the counter, before the others have read it",
+        ),
+        Fault(
+            "ring + (i + 2) % 4 * size",
+            "ring + (i + 1) % 4 * size",
+            _end_step,
+            "the ring of histories read one plane too far back",
+        ),
+        Fault(
+            "_term(tl.abs(a1) + moves * tl.abs(e1), y + at, inside)",
+            "_term(moves * tl.abs(e1) * 0.0, y + at, inside)",
+            _end_step,
+            "an anchor that the row asks for, not read",
+        ),
+    ],
+    "guidance_rescale": [
+        Fault(
+            "tl.where(inside, guided - guided_mean, 0.0)",
+            "guided - guided_mean",
+            _guidance_rescale,
+            "lanes beyond the end counted in the deviation",
+        ),
+    ],
+    "linear": [
+        Fault(
+            "a = tl.load(x + at, (inner < k - at)[None, :], other=0.0)",
+            "a = tl.load(x + at, (inner < k - at - 1)[None, :], other=0.0)",
+            _linear,
+            "the last element of a row left out",
+        ),
+        Fault(
+            "range(split * steps // SPLIT, (split + 1) * steps // SPLIT)",
+            "range(split * (steps // SPLIT), (split + 1) * (steps // SPLIT))",
+            _linear,
+            "steps that the splits do not divide left out",
+        ),
+        Fault(
+            "height = tl.minimum(rows - first, 8)",
+            "height = 8",
+            _linear,
+            "a short last group of tiles walked like the others",
+        ),
+    ],
+    "conv": [
+        Fault(
+            "(top + i < height) & (left + j >= 0) & (left + j < width)",
+            "(top + i < height) & (left + j < width)",
+            _conv,
+            "left of a row the end of the row before is seen",
+        ),
+        Fault(
+            "tap = (3 - 2 * i - down) * 4 + 3 - 2 * j - right",
+            "tap = (3 - 2 * i - right) * 4 + 3 - 2 * j - down",
+            _upsample,
+            "phases of rows and columns swapped",
+        ),
+    ],
+    "attention": [
+        Fault(
+            's = tl.where(tl.arange(0, BLOCK_N)[None, :] < keys, s, float("-inf"))',
+            's = tl.where(tl.arange(0, BLOCK_N)[None, :] <= keys, s, float("-inf"))',
+            _attention_long,
+            "a tail mask one key too long",
+        ),
+        Fault(
+            "_load(v, keys, v_row, acc, V_DIM, BLOCK_N, MASK)",
+            "_load(v, keys, k_row, acc, V_DIM, BLOCK_N, MASK)",
+            _attention_long,
+            "values read with the stride of the keys",
+        ),
+        Fault(
+            "_times(acc, rescale))",
+            "acc)",
+            _attention_long,
+            "what was summed before is not rescaled when the peak rises",
+        ),
+        Fault(
+            "slot = tl.load(slots + batch).to(tl.int64)",
+            "slot = tl.load(slots).to(tl.int64) + batch * 0",
+            _attention_long,
+            "all rows read the first row's slot",
+        ),
+        Fault(
+            "if START + WIDTH > DIM:",
+            "if START + WIDTH > DIM + 8:",
+            _attention_long,
+            "the last 8 of a head's 48 channels of scores not masked: the next head's are seen",
+        ),
+        Fault(
+            "tl.arange(0, MORE)[None, :] < keys - KEYS",
+            "tl.arange(0, MORE)[None, :] < keys",
+            _attention_short,
+            "the second block of a short text masked like the first",
+        ),
+        Fault(
+            "_load(v + KEYS * v_row, keys - KEYS, v_row,",
+            "_load(v + KEYS * k_row, keys - KEYS, v_row,",
+            _attention_short,
+            "the second block of values looked for where the keys are",
+        ),
+    ],
+}

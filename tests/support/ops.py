@@ -8,6 +8,7 @@ with poisoned(): ...                 every buffer that torch hands out uninitial
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,19 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter's bfloat16 products are wrong: that dtype is tested where there is a device.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
 SMALL = {torch.float32: 1e-6, torch.float16: 2.5e-4, torch.bfloat16: 2e-3}  # a quarter of the last place, about
+
+
+def modules() -> set[str]:
+    """The files of kernels/ that declare ops: each has tests of its name, and faults in mutations.py."""
+    return {op.module for op in dispatch.load_ops().values()}
+
+
+def kernels() -> set[str]:
+    """The names of all that ops launch: an op whose kernels are not in the table of benchmarks/aot.py is not compiled
+    by it.
+    """
+    files = [sys.modules[f"fastldm.kernels.{name}"] for name in modules()]
+    return {name for file in files for name in vars(file) if name.endswith("_kernel")}
 
 
 def error(got: Tensor, expected: Tensor) -> float:
