@@ -129,7 +129,7 @@ def test_model_input(dtype: torch.dtype) -> None:
 
 
 def test_inpainting_keeps_the_picture() -> None:
-    """Where the mask is 0 the result is the picture itself (parity of the rest: test_schedule.py)."""
+    """Where the mask is 0 the result is the picture itself (parity of the rest: test_solvers.py)."""
     steps = table(5, "dpm++ 2m", strength=0.8)
     x, noises = started(steps)
     mask = torch.zeros(1, 1, *SHAPE[2:])

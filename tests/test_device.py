@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import fastldm
 from benchmarks import ladder
 from fastldm import Pipeline
 from fastldm.conditioning import encode as conditioning
 from fastldm.conditioning import text
 from fastldm.device import Mark, send, send_numbers, to_host
+from fastldm.errors import InputError
 from fastldm.kernels import dispatch
 from fastldm.request import Request
 from fastldm.runtime import denoise, slots, stages, start
@@ -180,3 +182,18 @@ def test_on_a_gpu_no_join_step_or_leave_waits(name: str) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
     pipe.session.call(watched)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.complex64, torch.float64, torch.float8_e4m3fn, "double", 16, ["float32"]]
+)
+def test_dtypes_that_nothing_runs_in_are_refused(dtype: Any) -> None:
+    with pytest.raises(InputError, match=r"dtype is .*: expected float32, float16 or bfloat16"):
+        fastldm.Pipeline.default(dtype=dtype)
+
+
+@pytest.mark.parametrize("device", ["meta", torch.device("meta"), "nowhere", 3.5, ["cpu"], "cpu:x", "\0"])
+def test_devices_where_nothing_runs_are_refused(device: Any) -> None:
+    with pytest.raises(InputError, match=r"^device .*cpu") as refused:
+        fastldm.Pipeline.default(device=device)
+    assert str(refused.value).isprintable()

@@ -131,24 +131,6 @@ def test_shift_factor_is_left_alone_as_in_diffusers() -> None:
     assert (ours.permute(0, 2, 3, 1) - theirs).abs().max() < 1e-4
 
 
-# --- Where and in what ---
-
-
-@pytest.mark.parametrize(
-    "dtype", [torch.int8, torch.complex64, torch.float64, torch.float8_e4m3fn, "double", 16, ["float32"]]
-)
-def test_dtypes_that_nothing_runs_in_are_refused(dtype: Any) -> None:
-    with pytest.raises(InputError, match=r"dtype is .*: expected float32, float16 or bfloat16"):
-        fastldm.Pipeline.default(dtype=dtype)
-
-
-@pytest.mark.parametrize("device", ["meta", torch.device("meta"), "nowhere", 3.5, ["cpu"], "cpu:x", "\0"])
-def test_devices_where_nothing_runs_are_refused(device: Any) -> None:
-    with pytest.raises(InputError, match=r"^device .*cpu") as refused:
-        fastldm.Pipeline.default(device=device)
-    assert str(refused.value).isprintable()
-
-
 def test_a_pipeline_in_float64_is_not_adopted() -> None:
     with pytest.raises(
         CheckpointError, match=r"weights in float64 on cpu .*; they must be float32, float16 or bfloat16"

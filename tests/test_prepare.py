@@ -27,8 +27,8 @@ from fastldm.models.clip import TextAttention
 from fastldm.models.layers import Attention
 
 ROOT = Path(__file__).resolve().parent.parent
-TOLERANCE = 1e-5  # max |a - b| / max |b|, as in test_models: float32 rounding through a network
-HALF_TOLERANCE = 1e-2  # float16's, as in test_models
+TOLERANCE = 1e-5  # max |a - b| / max |b|, as in peer_networks: float32 rounding through a network
+HALF_TOLERANCE = 1e-2  # float16's, as in peer_networks
 
 pytestmark = pytest.mark.usefixtures("_no_grad")
 

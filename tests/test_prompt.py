@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 
 from fastldm.conditioning import prompt as prompts
 from fastldm.conditioning.prompt import parse, parse_weights
+from fastldm.conditioning.text import prompt_list
+from fastldm.errors import InputError
 
 
 @pytest.mark.parametrize(
@@ -132,3 +135,25 @@ def test_plain_text_is_not_taken_for_syntax(
 def test_syntax_is_looked_for_in_linear_time() -> None:
     for piece in ("[", "[a:", "<a:", "BREAK ", " ", "[a|", "[:1"):
         parse(piece * (32_000 // len(piece)))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "expected a text or a list"),
+        (3, "expected a text or a list"),
+        (b"a", "expected a text or a list"),
+        ([], "empty list"),
+        ((), "empty list"),
+        (["a", None], "holds None"),
+        ("a \ud800", "not valid Unicode"),
+    ],
+)
+def test_prompts_that_are_none(value: Any, message: str) -> None:
+    with pytest.raises(InputError, match=rf"^negative_prompt .*{message}"):
+        prompt_list(value, "negative_prompt")
+
+
+def test_prompts_that_are() -> None:
+    assert prompt_list("") == [""]
+    assert prompt_list(("a", "b")) == ["a", "b"]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 from typing import Any
 
 import diffusers
 import pytest
 import tiny
+from diffusers import schedulers as diffusers_schedulers
 
-from fastldm.errors import CheckpointError
+from fastldm.errors import CheckpointError, InputError
 from fastldm.samplers.classes import CLASSES
-from fastldm.samplers.scheduler_config import SET_BY_PIPELINES, read_scheduler
+from fastldm.samplers.scheduler_config import SET_BY_PIPELINES, read_config, read_scheduler
 
 PIPELINES = (
     *(name for name in SET_BY_PIPELINES if hasattr(diffusers, name)),
@@ -110,3 +112,60 @@ def test_bad_values_are_named_by_file_and_key(change: dict[str, Any], message: s
     file = {"_class_name": "DDIMScheduler", "clip_sample": False}
     with pytest.raises(CheckpointError, match=f"^somewhere: .*{message}"):
         read_scheduler({**file, **change}, None, "somewhere")
+
+
+BAD_CONFIGS = [
+    ({"_class_name": "DPMSolverSDEScheduler"}, "_class_name 'DPMSolverSDEScheduler' is not supported; these are: DDPM"),
+    ({}, "_class_name None is not supported"),
+    ({"_class_name": "DDIMScheduler", "thresholding": True}, "thresholding=True is not supported: dynamic"),
+    ({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True, "use_beta_sigmas": True}, "only one kind"),
+    ({"_class_name": "PNDMScheduler", "prediction_type": "sample"}, "prediction_type='sample' is none of epsilon, v_"),
+    ({"_class_name": "KDPM2DiscreteScheduler", "prediction_type": "sample"}, "prediction_type='sample' is none of"),
+    ({"_class_name": "DDPMScheduler", "variance_type": "learned_range"}, "variance_type='learned_range' is none of"),
+    (
+        {"_class_name": "DPMSolverMultistepScheduler", "variance_type": "learned_range"},
+        "variance_type='learned_range' is not supported: the U-Net would have to predict it",
+    ),
+    ({"_class_name": "DDIMScheduler", "beta_schedule": "cosine"}, "beta_schedule='cosine' is none of linear, scaled_"),
+    ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "log"}, "timestep_spacing='log' is none of"),
+    (
+        {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"},
+        "needs final_sigmas_type 'sigma_min'",
+    ),
+    (
+        {
+            "_class_name": "DPMSolverMultistepScheduler",
+            "algorithm_type": "sde-dpmsolver",
+            "final_sigmas_type": "sigma_min",
+            "solver_order": 3,
+        },
+        "has no third order",
+    ),
+    (
+        {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True},
+        "use_flow_sigmas=True is not supported: flow",
+    ),
+    ({"_class_name": "UniPCMultistepScheduler", "solver_order": 4}, "solver_order=4 is none of 1, 2, 3"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), BAD_CONFIGS)
+def test_bad_configurations(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_config(given)
+
+
+def test_what_pipelines_change_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "fastldm"):
+        config = read_config({"_class_name": "DDIMScheduler"})
+        read_config({"_class_name": "DDIMScheduler", "clip_sample": False, "steps_offset": 1})
+    assert [r.message for r in caplog.records] == [
+        "scheduler: clip_sample is off, steps_offset is 1, as in diffusers' latent pipelines"
+    ]
+    assert config.steps_offset == 1
+
+
+def test_all_of_diffusers_classes_are_known() -> None:
+    """Those that diffusers says can be exchanged for one another, but for two."""
+    missing = {e.name for e in diffusers_schedulers.KarrasDiffusionSchedulers} - set(CLASSES)
+    assert missing == {"DPMSolverSDEScheduler", "EDMEulerScheduler"}  # Brownian tree noise; another family

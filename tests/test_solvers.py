@@ -1,20 +1,17 @@
-"""Samplers against diffusers' schedulers: whole trajectories with the same noise, and what bad configurations get."""
+"""Samplers against diffusers' schedulers, and where exact noise leads them: trajectories with the same noise."""
 
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from diffusers import schedulers as diffusers_schedulers
+from exact_noise import lead
+from samplers_from_source import Edit, samplers_with
 from scheduler_judge import (
     NUMBERS,
     PARITY,
@@ -31,7 +28,6 @@ from scheduler_judge import (
 )
 
 from fastldm.errors import InputError
-from fastldm.kernels import step as step_kernel
 from fastldm.samplers.classes import CLASSES
 from fastldm.samplers.names import SAMPLERS, resolve_sampler
 from fastldm.samplers.scheduler_config import read_config
@@ -237,74 +233,6 @@ def test_custom_timesteps_and_sigmas() -> None:
     check([*cases, Case("EulerDiscreteScheduler", SD, 5, custom={"sigmas": sigmas})])
 
 
-def test_steps_of_a_table() -> None:
-    """The user's steps, the start and the header, where samplers differ in them."""
-    config = read_config({"_class_name": "EulerDiscreteScheduler", **SD})
-    euler, heun, plms = (make_table(config, 4, sampler=name) for name in ("euler", "heun", "plms"))
-    assert (euler.steps, euler.index) == (4, (0, 1, 2, 3))
-    assert (heun.steps, heun.index) == (4, (0, 0, 1, 1, 2, 2, 3))
-    assert (plms.steps, plms.index, plms.depth, plms.anchored) == (4, (0, 0, 1, 2, 3), 3, True)
-    assert make_table(config, 8, sampler="plms").depth == 4
-    assert (euler.depth, euler.anchored, make_table(config, 9, sampler="unipc").depth) == (1, False, 3)
-    assert make_table(config, 4, sampler="ddim").init_noise_sigma == 1.0
-    assert make_table(config, 10, strength=0.35).steps == 3
-    assert euler.rows.dtype == euler.timesteps.dtype == np.float32
-    assert not any(make_table(config, 4, sampler="ddim").draws)
-    assert all(make_table(config, 4, sampler="ddim", eta=0.1).draws)
-    assert [make_table(config, 4, sampler=name).float32_noise for name in ("euler a", "dpm++ 2m sde")] == [False, True]
-
-
-def test_columns_are_the_kernels() -> None:
-    assert step_kernel.COLUMNS == COLUMNS
-
-
-def test_no_torch() -> None:
-    code = "import sys; import fastldm.samplers.table; assert not {'torch', 'scipy', 'diffusers'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-# ---- names ----
-
-
-@pytest.mark.parametrize(
-    ("name", "meant"),
-    [
-        ("DPM++ 2M Karras", "dpm++ 2m karras"),
-        ("dpmpp_2m_sde_gpu", "dpm++ 2m sde"),
-        ("sample_dpmpp_2m", "dpm++ 2m"),
-        ("dpm++ 3m sde exponential", "dpm++ 3m sde exponential"),
-        ("Euler a", "euler a"),
-        ("k_euler_ancestral", "euler a"),
-        ("DPM2 a Karras", "dpm2 a karras"),
-        ("dpm_2_ancestral", "dpm2 a"),
-        ("uni_pc_bh2", "unipc"),
-        ("UniPC", "unipc"),
-        ("PNDM", "plms"),
-        ("K_LMS", "lms"),
-        ("DDIM", "ddim"),
-        ("heun beta", "heun beta"),
-        ("EulerDiscreteScheduler", "EulerDiscreteScheduler"),
-        ("kdpm2discrete", "KDPM2DiscreteScheduler"),
-    ],
-)
-def test_names(name: str, meant: str) -> None:
-    assert resolve_sampler(name).name == meant
-
-
-def test_every_name_makes_a_table() -> None:
-    config = read_config({"_class_name": "DDIMScheduler", **SD})
-    for name in SAMPLERS:
-        assert make_table(config, 6, sampler=name).sampler == name
-        assert make_table(config, 6, sampler=SAMPLERS[name].class_name).steps == 6
-    assert make_table(config, 6, sampler="dpm++ 2m sde karras").sampler == "dpm++ 2m sde karras"
-    with pytest.raises(
-        InputError, match=r"unknown sampler 'oiler a'. Did you mean 'euler a'\? There are: ddpm, ddim, "
-    ):
-        resolve_sampler("oiler a")
-    with pytest.raises(InputError, match="EulerAncestralDiscreteScheduler takes no karras sigmas"):
-        resolve_sampler("euler a karras")
-
-
 @pytest.mark.parametrize("sampler", ["dpm++ 2m", "unipc", "lcm", "deis", "heun karras"])
 def test_another_sampler_on_a_checkpoints_schedule(sampler: str) -> None:
     """As diffusers' `from_config`: keys of the file stay, keys that it lacks get the new class's defaults."""
@@ -322,94 +250,100 @@ def test_another_sampler_on_a_checkpoints_schedule(sampler: str) -> None:
     check([case])
 
 
-# ---- what is refused ----
-
-BAD_CONFIGS = [
-    ({"_class_name": "DPMSolverSDEScheduler"}, "_class_name 'DPMSolverSDEScheduler' is not supported; these are: DDPM"),
-    ({}, "_class_name None is not supported"),
-    ({"_class_name": "DDIMScheduler", "thresholding": True}, "thresholding=True is not supported: dynamic"),
-    ({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True, "use_beta_sigmas": True}, "only one kind"),
-    ({"_class_name": "PNDMScheduler", "prediction_type": "sample"}, "prediction_type='sample' is none of epsilon, v_"),
-    ({"_class_name": "KDPM2DiscreteScheduler", "prediction_type": "sample"}, "prediction_type='sample' is none of"),
-    ({"_class_name": "DDPMScheduler", "variance_type": "learned_range"}, "variance_type='learned_range' is none of"),
-    (
-        {"_class_name": "DPMSolverMultistepScheduler", "variance_type": "learned_range"},
-        "variance_type='learned_range' is not supported: the U-Net would have to predict it",
-    ),
-    ({"_class_name": "DDIMScheduler", "beta_schedule": "cosine"}, "beta_schedule='cosine' is none of linear, scaled_"),
-    ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "log"}, "timestep_spacing='log' is none of"),
-    (
-        {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"},
-        "needs final_sigmas_type 'sigma_min'",
-    ),
-    (
-        {
-            "_class_name": "DPMSolverMultistepScheduler",
-            "algorithm_type": "sde-dpmsolver",
-            "final_sigmas_type": "sigma_min",
-            "solver_order": 3,
-        },
-        "has no third order",
-    ),
-    (
-        {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True},
-        "use_flow_sigmas=True is not supported: flow",
-    ),
-    ({"_class_name": "UniPCMultistepScheduler", "solver_order": 4}, "solver_order=4 is none of 1, 2, 3"),
-]
+ENDS_NOISY = ("deis", "tcd")  # at the noise of timestep 0
 
 
-@pytest.mark.parametrize(("given", "message"), BAD_CONFIGS)
-def test_bad_configurations(given: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        read_config(given)
+SPACINGS = ("linspace", "leading", "trailing")
 
 
-BAD_CALLS = [
-    ("ddim", {"num_inference_steps": 0}, "whole number from 1 to 1000, got 0"),
-    ("ddim", {"num_inference_steps": 2.5}, "whole number from 1 to 1000, got 2.5"),
-    ("ddim", {"num_inference_steps": 1001}, "whole number from 1 to 1000, got 1001"),
-    ("ddim", {"strength": 0.05}, "strength 0.05 leaves none of 10 steps: take 20 steps"),
-    ("ddim", {"strength": 1.5}, "strength must be above 0 and at most 1, got 1.5"),
-    ("ddim", {"eta": -1.0}, "eta must be from 0 to 1, got -1.0"),
-    ("ddim", {"timesteps": [999, 500]}, "DDIMScheduler takes no timesteps, here as in diffusers; these do: DDPM"),
-    ("heun", {"sigmas": [1.0, 0.0]}, "takes no sigmas, here as in diffusers; these do: EulerDiscreteScheduler"),
-    ("heun karras", {"timesteps": [999, 500]}, "timesteps cannot be given together with karras sigmas"),
-    ("euler", {"timesteps": [500, 999]}, "timesteps must be descending"),
-    ("euler", {"timesteps": []}, "timesteps must be descending and not empty"),
-    ("euler", {"timesteps": [999, 500], "sigmas": [1.0, 0.0]}, "not both"),
-    ("euler", {"timesteps": [1000, 500]}, "leave the trained timesteps, 0 to 999"),
-    ("lcm", {"num_inference_steps": 51}, "more than the 50 of distillation"),
-]
+ZERO_TERMINAL = read_config(
+    {
+        "_class_name": "DDIMScheduler",
+        **SD,
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+    }
+)
 
 
-@pytest.mark.parametrize(("sampler", "arguments", "message"), BAD_CALLS)
-def test_bad_calls(sampler: str, arguments: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize("spaced", SPACINGS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_exact_noise_leads_to_the_picture(sampler: str, spaced: str) -> None:
+    """From the start and from everywhere in the middle: with history or without, a step goes where the next begins."""
+    given = {"_class_name": "DDIMScheduler", **SD, "timestep_spacing": spaced, "set_alpha_to_one": True}
+    config = read_config(given)
+    near = 0.15 if sampler in ENDS_NOISY else 2e-3
+    for steps in (1, 2, 5, 8, 10, 25):  # divisors of 1000: else trailing rounds, as diffusers does
+        for strength in (0.2, 0.35, 0.5, 0.75, 1.0):
+            if int(steps * strength) == 0 or (sampler in ("lcm", "tcd") and steps > 50 * strength):
+                continue
+            for eta in (0.0, 0.7) if sampler in ("ddim", "tcd") else (0.0,):
+                off = lead(config, steps, sampler=sampler, strength=strength, eta=eta)
+                assert off < near, (steps, strength, eta, off)
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "plms"])
+def test_zero_terminal_snr_leads_to_the_picture(sampler: str) -> None:
+    """From noise alone. (PLMS's history holds velocities of other noise levels, which are not one another's.)"""
+    near = 0.15 if sampler in ENDS_NOISY else 4e-3
+    for steps in (1, 2, 5, 8, 25):
+        off = lead(ZERO_TERMINAL, steps, sampler=sampler)
+        assert off < near, (steps, off)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_keeps_zero_terminal_snr(sampler: str) -> None:
+    """It starts from noise alone, told of the last timestep."""
+    table = make_table(ZERO_TERMINAL, 5, sampler=sampler)
+    assert table.timesteps[0] == 999
+    assert table.start[0] <= 3e-4 * table.start[1]
+
+
+@pytest.mark.parametrize("sampler", ["plms", "lms"])
+def test_history_begins_where_the_sampler_does(sampler: str) -> None:
+    """A start in the middle is the start of a schedule that has no steps before."""
     config = read_config({"_class_name": "DDIMScheduler", **SD})
-    with pytest.raises(InputError, match=message):
-        make_table(config, **{"num_inference_steps": 10, "sampler": sampler, **arguments})
+    whole, late = (make_table(config, 20, sampler=sampler, strength=s) for s in (1.0, 0.3))
+    assert late.steps == 6
+    calls = len(late) - late.steps  # PLMS makes one more
+    assert len(whole) - whole.steps == calls
+    assert np.unique(late.timesteps).tolist() == np.unique(whole.timesteps)[:6].tolist()
+    whole, late = (t.rows[:, COLUMNS.index("b0") : COLUMNS.index("b3") + 1] != 0 for t in (whole, late))
+    assert late.tolist() == whole[: len(late)].tolist()
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "lcm", "tcd"])
-def test_epsilon_at_zero_snr(sampler: str) -> None:
-    """diffusers divides by zero here."""
-    given = {"_class_name": "DDIMScheduler", **SD, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    with pytest.raises(InputError, match="epsilon prediction cannot start at zero terminal SNR"):
-        make_table(read_config(given), 4, sampler=sampler)
-    make_table(replace(read_config(given), prediction_type="v_prediction"), 4)
+def test_a_sampler_is_added_by_a_function_and_an_entry() -> None:
+    """Found by its names and by its class, and listed."""
+    function = '''
+def dummy(grid: Grid) -> Iterator[SolverRow]:
+    """Euler's method."""
+    for i, t, sigma, after in grid.walk():
+        yield _row(grid, i, t, sigma, X + (after - sigma) * _slope(grid, sigma, X, M0))
 
 
-def test_what_pipelines_change_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "fastldm"):
-        config = read_config({"_class_name": "DDIMScheduler"})
-        read_config({"_class_name": "DDIMScheduler", "clip_sample": False, "steps_offset": 1})
-    assert [r.message for r in caplog.records] == [
-        "scheduler: clip_sample is off, steps_offset is 1, as in diffusers' latent pipelines"
-    ]
-    assert config.steps_offset == 1
-
-
-def test_all_of_diffusers_classes_are_known() -> None:
-    """Those that diffusers says can be exchanged for one another, but for two."""
-    missing = {e.name for e in diffusers_schedulers.KarrasDiffusionSchedulers} - set(CLASSES)
-    assert missing == {"DPMSolverSDEScheduler", "EDMEulerScheduler"}  # Brownian tree noise; another family
+def heun('''
+    entry = """
+        "Dummy": SchedulerClass(
+            solvers.dummy,
+            on_sigmas,
+            _EULER,
+            {"dummy": {}, "dummy low": {"timestep_spacing": "trailing"}},
+            {"stand-in": {}},
+        ),
+        "HeunDiscrete\""""
+    with samplers_with(
+        Edit("solvers", "\ndef heun(", function), Edit("classes", '\n        "HeunDiscrete"', entry)
+    ) as ours:
+        assert list(ours.SAMPLERS) == [*list(SAMPLERS)[:5], "dummy", "dummy low", *list(SAMPLERS)[5:]]
+        config = ours.read_config({"_class_name": "DDIMScheduler", **SD})
+        assert lead(config, 10, sampler="k_Dummy", make_table=ours.make_table) < 2e-3
+        euler = ours.make_table(config, 4, sampler="euler karras")
+        table = ours.make_table(config, 4, sampler="Stand-In Karras")
+        assert (table.rows == euler.rows).all()
+        assert table.sampler == "dummy karras"
+        assert ours.make_table(config, 4, sampler="dummy low").timesteps[0] == 999
+        file = ours.read_scheduler({"_class_name": "DummyScheduler", **SD}, None, "a file")
+        assert len(ours.make_table(file, 3)) == 3
+        with pytest.raises(InputError, match="euler a, dummy, dummy low, heun"):
+            ours.resolve_sampler("no such sampler")

@@ -1,0 +1,73 @@
+"""Networks of diffusers and transformers, and ours with the same weights."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import tiny
+import torch
+from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+
+from fastldm.models import AutoencoderKL, CLIPText, UNet
+from fastldm.models.config import TextConfig, UNetConfig, VAEConfig
+
+TOLERANCE = 1e-5  # of 1e-4 allowed; 2e-6 was the most seen. A wrong eps in a norm shows only below 2e-5
+
+
+def error(ours: Tensor, theirs: Tensor) -> float:
+    """max |a - b| / max |b|"""
+    assert ours.shape == theirs.shape
+    return ((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()).item()
+
+
+def give(network: nn.Module, weights: dict[str, Tensor]) -> Any:
+    return network.load_state_dict(weights, strict=True, assign=True) and network.eval()
+
+
+@cache
+def judge(name: str) -> UNet2DConditionModel:
+    """A U-Net that no test changes."""
+    return tiny.unet(name)
+
+
+def unet_of(theirs: UNet2DConditionModel) -> UNet:
+    """Our U-Net, built on meta, with the judge's own weights."""
+    with torch.device("meta"):
+        ours = UNet(UNetConfig.from_dict(theirs.config))
+    return give(ours, theirs.state_dict())
+
+
+def text_of(theirs: nn.Module) -> CLIPText:
+    config = {**theirs.config.to_dict(), "architectures": [type(theirs).__name__]}
+    with torch.device("meta"):
+        ours = CLIPText(TextConfig.from_dict(config))
+    prefix = "" if hasattr(theirs, "text_model") else "text_model."
+    return give(ours, {prefix + name: value for name, value in theirs.state_dict().items()})
+
+
+def vae_of(theirs: nn.Module) -> AutoencoderKL:
+    with torch.device("meta"):
+        ours = AutoencoderKL(VAEConfig.from_dict(theirs.config))
+    return give(ours, theirs.state_dict())
+
+
+def inputs(theirs: UNet2DConditionModel, height: int = 8, width: int = 8, seed: int = 0) -> dict[str, Any]:
+    """Two rows that differ in all they hold: latents, time step, text, pooled text, sizes, guidance."""
+    g = torch.Generator().manual_seed(seed)
+    config = theirs.config
+    context = config.cross_attention_dim
+    given = {
+        "sample": torch.randn(2, config.in_channels, height, width, generator=g),
+        "timestep": torch.tensor([999, 20 + seed]),
+        "encoder_hidden_states": torch.randn(2, 11, context, generator=g),
+    }
+    if config.addition_embed_type:
+        sizes = torch.randint(0, 2048, (2, 6), generator=g).float()
+        given["added_cond_kwargs"] = {"text_embeds": torch.randn(2, 24, generator=g), "time_ids": sizes}
+    if config.time_cond_proj_dim:
+        scale = torch.tensor([8.5, 2.0])  # a guidance scale of 8.5 enters the embedding as 7.5
+        embed = LatentConsistencyModelPipeline.get_guidance_scale_embedding
+        given["timestep_cond"] = embed(None, scale - 1, embedding_dim=config.time_cond_proj_dim)
+    return given

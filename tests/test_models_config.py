@@ -1,0 +1,95 @@
+"""Configs of networks: what is not implemented is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+
+from fastldm.errors import CheckpointError
+from fastldm.models.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
+
+UNET, VAE = dict(tiny.unet("sd1").config), dict(tiny.vae().config)
+
+
+TINY_VAE, TEXT = dict(tiny.tiny_vae().config), tiny.text_encoder("l").config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("read", "config", "key", "value"),
+    [
+        (UNetConfig, UNET, "_class_name", "UNet3DConditionModel"),
+        (UNetConfig, UNET, "act_fn", "gelu"),
+        (UNetConfig, UNET, "addition_embed_type", "image"),
+        (UNetConfig, UNET, "attention_type", "gated"),
+        (UNetConfig, UNET, "center_input_sample", True),
+        (UNetConfig, UNET, "class_embed_type", "projection"),
+        (UNetConfig, UNET, "num_class_embeds", 1000),
+        (UNetConfig, UNET, "conv_in_kernel", 1),
+        (UNetConfig, UNET, "cross_attention_norm", "layer_norm"),
+        (UNetConfig, UNET, "dual_cross_attention", True),
+        (UNetConfig, UNET, "down_block_types", ["SimpleCrossAttnDownBlock2D"] * 4),
+        (UNetConfig, UNET, "encoder_hid_dim_type", "text_proj"),
+        (UNetConfig, UNET, "mid_block_scale_factor", 1.4),
+        (UNetConfig, UNET, "mid_block_type", "UNetMidBlock2DSimpleCrossAttn"),
+        (UNetConfig, UNET, "num_attention_heads", 8),
+        (UNetConfig, UNET, "only_cross_attention", [True, True, True, False]),
+        (UNetConfig, UNET, "resnet_time_scale_shift", "scale_shift"),
+        (UNetConfig, UNET, "time_embedding_type", "fourier"),
+        (UNetConfig, UNET, "timestep_post_act", "silu"),
+        (VAEConfig, VAE, "_class_name", "AsymmetricAutoencoderKL"),
+        (VAEConfig, VAE, "act_fn", "mish"),
+        (VAEConfig, VAE, "down_block_types", ["AttnDownEncoderBlock2D"] * 4),
+        (VAEConfig, VAE, "latents_mean", [0.0, 0.0, 0.0, 0.0]),
+        (TinyVAEConfig, TINY_VAE, "act_fn", "gelu"),
+        (TinyVAEConfig, TINY_VAE, "upsampling_scaling_factor", 3),
+        (TinyVAEConfig, TINY_VAE, "encoder_block_out_channels", [16, 16, 32, 32]),
+        (TextConfig, TEXT, "hidden_act", "gelu_new"),
+        (TextConfig, TEXT, "model_type", "t5"),
+        (TextConfig, TEXT, "architectures", ["CLIPVisionModel"]),
+        (TextConfig, TEXT, "use_attention_mask", True),
+    ],
+)
+def test_what_would_change_the_network_is_refused_by_name(
+    read: Any, config: dict[str, Any], key: str, value: Any
+) -> None:
+    read.from_dict(config)
+    with pytest.raises(CheckpointError) as refused:
+        read.from_dict({**config, key: value}, source="somewhere/config.json")
+    told = value[0] if isinstance(value, list) else value
+    assert "somewhere/config.json" in str(refused.value)
+    assert key in str(refused.value)
+    assert str(told) in str(refused.value)
+
+
+def test_irrelevant_keys_are_ignored_and_missing_ones_named() -> None:
+    config = {**UNET, "dropout": 0.3, "upcast_attention": True, "_diffusers_version": "9", "something_new": 1}
+    assert UNetConfig.from_dict(config) == UNetConfig.from_dict(UNET)
+    for read, key in (
+        (UNetConfig, "block_out_channels"),
+        (VAEConfig, "block_out_channels"),
+        (TextConfig, "hidden_size"),
+    ):
+        with pytest.raises(CheckpointError, match=key):
+            read.from_dict({})
+    with pytest.raises(CheckpointError, match=r"'hidden_size' 32 .* 'num_attention_heads' 5"):
+        TextConfig.from_dict({**TEXT, "num_attention_heads": 5})
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"layers_per_block": [2, 2]}, "'layers_per_block' has 2 entries, expected 4"),
+        ({"attention_head_dim": 5}, "16 channels do not divide into 'attention_head_dim' 5"),
+        ({"norm_num_groups": 5}, "16 channels do not divide into 'norm_num_groups' 5"),
+        ({"transformer_layers_per_block": [[1, 1], 1, 1, 1]}, "reverse_transformer_layers_per_block"),
+        (
+            {"transformer_layers_per_block": [[1], 1, 1, 1], "reverse_transformer_layers_per_block": [1] * 4},
+            "2 resnets",
+        ),
+    ],
+)
+def test_contradictions_in_a_unet_config_are_named(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(CheckpointError, match=told):
+        UNetConfig.from_dict({**UNET, **changes})

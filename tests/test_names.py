@@ -1,0 +1,52 @@
+"""Names of samplers, as users and other programs spell them."""
+
+from __future__ import annotations
+
+import pytest
+from scheduler_judge import (
+    SD,
+)
+
+from fastldm.errors import InputError
+from fastldm.samplers.names import SAMPLERS, resolve_sampler
+from fastldm.samplers.scheduler_config import read_config
+from fastldm.samplers.table import make_table
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("DPM++ 2M Karras", "dpm++ 2m karras"),
+        ("dpmpp_2m_sde_gpu", "dpm++ 2m sde"),
+        ("sample_dpmpp_2m", "dpm++ 2m"),
+        ("dpm++ 3m sde exponential", "dpm++ 3m sde exponential"),
+        ("Euler a", "euler a"),
+        ("k_euler_ancestral", "euler a"),
+        ("DPM2 a Karras", "dpm2 a karras"),
+        ("dpm_2_ancestral", "dpm2 a"),
+        ("uni_pc_bh2", "unipc"),
+        ("UniPC", "unipc"),
+        ("PNDM", "plms"),
+        ("K_LMS", "lms"),
+        ("DDIM", "ddim"),
+        ("heun beta", "heun beta"),
+        ("EulerDiscreteScheduler", "EulerDiscreteScheduler"),
+        ("kdpm2discrete", "KDPM2DiscreteScheduler"),
+    ],
+)
+def test_names(name: str, meant: str) -> None:
+    assert resolve_sampler(name).name == meant
+
+
+def test_every_name_makes_a_table() -> None:
+    config = read_config({"_class_name": "DDIMScheduler", **SD})
+    for name in SAMPLERS:
+        assert make_table(config, 6, sampler=name).sampler == name
+        assert make_table(config, 6, sampler=SAMPLERS[name].class_name).steps == 6
+    assert make_table(config, 6, sampler="dpm++ 2m sde karras").sampler == "dpm++ 2m sde karras"
+    with pytest.raises(
+        InputError, match=r"unknown sampler 'oiler a'. Did you mean 'euler a'\? There are: ddpm, ddim, "
+    ):
+        resolve_sampler("oiler a")
+    with pytest.raises(InputError, match="EulerAncestralDiscreteScheduler takes no karras sigmas"):
+        resolve_sampler("euler a karras")

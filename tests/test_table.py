@@ -1,0 +1,79 @@
+"""A sampler's table: its steps and columns, and what cannot be asked of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from scheduler_judge import (
+    SD,
+)
+
+from fastldm.errors import InputError
+from fastldm.kernels import step as step_kernel
+from fastldm.samplers.scheduler_config import read_config
+from fastldm.samplers.table import COLUMNS, make_table
+
+
+def test_steps_of_a_table() -> None:
+    """The user's steps, the start and the header, where samplers differ in them."""
+    config = read_config({"_class_name": "EulerDiscreteScheduler", **SD})
+    euler, heun, plms = (make_table(config, 4, sampler=name) for name in ("euler", "heun", "plms"))
+    assert (euler.steps, euler.index) == (4, (0, 1, 2, 3))
+    assert (heun.steps, heun.index) == (4, (0, 0, 1, 1, 2, 2, 3))
+    assert (plms.steps, plms.index, plms.depth, plms.anchored) == (4, (0, 0, 1, 2, 3), 3, True)
+    assert make_table(config, 8, sampler="plms").depth == 4
+    assert (euler.depth, euler.anchored, make_table(config, 9, sampler="unipc").depth) == (1, False, 3)
+    assert make_table(config, 4, sampler="ddim").init_noise_sigma == 1.0
+    assert make_table(config, 10, strength=0.35).steps == 3
+    assert euler.rows.dtype == euler.timesteps.dtype == np.float32
+    assert not any(make_table(config, 4, sampler="ddim").draws)
+    assert all(make_table(config, 4, sampler="ddim", eta=0.1).draws)
+    assert [make_table(config, 4, sampler=name).float32_noise for name in ("euler a", "dpm++ 2m sde")] == [False, True]
+
+
+def test_columns_are_the_kernels() -> None:
+    assert step_kernel.COLUMNS == COLUMNS
+
+
+def test_no_torch() -> None:
+    code = "import sys; import fastldm.samplers.table; assert not {'torch', 'scipy', 'diffusers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+BAD_CALLS = [
+    ("ddim", {"num_inference_steps": 0}, "whole number from 1 to 1000, got 0"),
+    ("ddim", {"num_inference_steps": 2.5}, "whole number from 1 to 1000, got 2.5"),
+    ("ddim", {"num_inference_steps": 1001}, "whole number from 1 to 1000, got 1001"),
+    ("ddim", {"strength": 0.05}, "strength 0.05 leaves none of 10 steps: take 20 steps"),
+    ("ddim", {"strength": 1.5}, "strength must be above 0 and at most 1, got 1.5"),
+    ("ddim", {"eta": -1.0}, "eta must be from 0 to 1, got -1.0"),
+    ("ddim", {"timesteps": [999, 500]}, "DDIMScheduler takes no timesteps, here as in diffusers; these do: DDPM"),
+    ("heun", {"sigmas": [1.0, 0.0]}, "takes no sigmas, here as in diffusers; these do: EulerDiscreteScheduler"),
+    ("heun karras", {"timesteps": [999, 500]}, "timesteps cannot be given together with karras sigmas"),
+    ("euler", {"timesteps": [500, 999]}, "timesteps must be descending"),
+    ("euler", {"timesteps": []}, "timesteps must be descending and not empty"),
+    ("euler", {"timesteps": [999, 500], "sigmas": [1.0, 0.0]}, "not both"),
+    ("euler", {"timesteps": [1000, 500]}, "leave the trained timesteps, 0 to 999"),
+    ("lcm", {"num_inference_steps": 51}, "more than the 50 of distillation"),
+]
+
+
+@pytest.mark.parametrize(("sampler", "arguments", "message"), BAD_CALLS)
+def test_bad_calls(sampler: str, arguments: dict[str, Any], message: str) -> None:
+    config = read_config({"_class_name": "DDIMScheduler", **SD})
+    with pytest.raises(InputError, match=message):
+        make_table(config, **{"num_inference_steps": 10, "sampler": sampler, **arguments})
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "lcm", "tcd"])
+def test_epsilon_at_zero_snr(sampler: str) -> None:
+    """diffusers divides by zero here."""
+    given = {"_class_name": "DDIMScheduler", **SD, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    with pytest.raises(InputError, match="epsilon prediction cannot start at zero terminal SNR"):
+        make_table(read_config(given), 4, sampler=sampler)
+    make_table(replace(read_config(given), prediction_type="v_prediction"), 4)
