@@ -1,101 +1,287 @@
-"""The README's code runs, its commands parse, its files exist."""
+"""The README: its code and commands run and print what it shows, and what it names exists."""
 
 from __future__ import annotations
 
+import inspect
 import re
 import shlex
+import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import bundles
 import pytest
-from click.testing import CliRunner
+import tiny
+from command import run
 from PIL import Image
 
 import fastldm
-from fastldm.cli import main
+from fastldm.cli import main, things
+from fastldm.kernels import OPS
 from fastldm.loading import spec as loading
 from fastldm.samplers.names import resolve_sampler
 
 ROOT = Path(fastldm.__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TIME = r"\d+\.\d\d"
+IMAGE = r"\S+\.png  seed \d+\n"
+TIMES = rf"torch \w+ on \w+: {TIME} s \(text {TIME}, \d+ steps? {TIME}, decode {TIME}\)\n"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-DEPLOYMENT = README.partition("## Deployment\n")[2].partition("\n## ")[0]
+def section(title: str) -> str:
+    return README.partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
+DEPLOYMENT = section("Deployment")
+
+
+# ------------------------------------------------------------------------------------------------------------- commands
+
+
+class Shown(NamedTuple):
+    """How a command of the README is run, and what comes of it."""
+
+    output: str  # a regular expression of all of stdout
+    files: tuple[str, ...] = ()
+    smaller: str = ""  # options that are added to make it fast: the last of two counts
+
+
+RUN = {
+    'fastldm generate "a red apple" -o apple.png': Shown(IMAGE + TIMES, ("apple.png",)),
+    'fastldm generate "a flat guitar" --n 4 --seed 7': Shown(
+        f"(?:{IMAGE}){{4}}{TIMES}", tuple(f"fastldm-7-{k}.png" for k in range(4)), "--steps 2"
+    ),
+    'fastldm generate "a castle at dusk"': Shown(IMAGE + TIMES, ("fastldm-*.png",), "--steps 2 --size 64x96"),
+    'fastldm generate "a cat, oil painting"': Shown(IMAGE + TIMES, ("fastldm-*.png",), "--steps 2"),
+    "fastldm plan -m ./my-sdxl": Shown(
+        r"4 x 1024x1024, guided, 30 steps, torch \w+ on a CPU, .*\n\nweights .*\nbuffers .*\n"
+        r"all the time .*\n  and in text .*\nneeded .*\npeak .*\n(?:does not fit|fits): .*\n",
+        smaller="--device cpu",
+    ),
+    "fastldm plan --n 4 --arch sm_89": Shown(r"4 x 64x64, guided, 8 steps, torch float16 on sm_89, .*\npeak .*\n"),
+    "fastldm profile --html profile.html": Shown(
+        r"default: 1 picture of 32x32, .*\na picture .*\nstep .*\n  conv2d .*",
+        ("profile.html",),
+        "--steps 1 --rounds 1 --size 32 --device cpu",
+    ),
+    "fastldm doctor --arch sm_90": Shown(r"fastldm .*\n  geglu +triton +\d+ calls\n.*\n  conv2d +torch +\d+ calls: .*"),
+}
+NOT_RUN = {
+    "make demo": "installs; its command is the first of those that run",
+    "make test": "runs this test",
+    "pip install": "test_package.py builds the wheel and installs it",
+    "fastldm export": "below, with a small model",
+    "fastldm verify": "below, with a small model",
+    'fastldm generate "a red apple" -m ./bundle': "below, with a small model",
+    "fastldm profile  ": "as with --html, for ten seconds",
+    "fastldm bench  ": "half a minute of processes: test_compare.py has it smaller",
+    "fastldm bench --suite": "minutes, at SD1.5's size: test_cli_bench.py has its task",
+    "fastldm warm": "a minute: test_cli_warm.py has it smaller",
+    "fastldm tune": "needs a GPU: test_cli_tune.py has its file",
+    "make bench": "twenty minutes: test_benchmarks.py has its parts",
+    "make gpu-first": "needs a GPU: test_gpu_first.py has its rehearsal",
+    "python -m benchmarks.scaling": "minutes: test_benchmarks.py has its parts",
+    "python -m benchmarks.gpu page": "test_gpu_first.py has the page",
+    "python -m benchmarks.default_model": "an hour: test_default_model.py has what it wrote",
+}
+LINES = [line for block in blocks("sh") for line in block.splitlines()]
+
+
+def matching(line: str, prefixes: dict[str, str] | dict[str, Shown]) -> list[str]:
+    return [prefix for prefix in prefixes if f"{line}  ".startswith(prefix)]
+
+
+def test_every_command_line_is_run_or_has_its_reason() -> None:
+    for line in LINES:
+        assert len(matching(line, RUN) + matching(line, NOT_RUN)) == 1, line
+    for prefix in (*RUN, *NOT_RUN):
+        assert any(f"{line}  ".startswith(prefix) for line in LINES), f"{prefix!r} is no longer in the README"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the models and the image that the commands name: small ones."""
+    folder = tmp_path_factory.mktemp("readme")
+    tiny.save_pipeline("sd1", folder / "my-sd15")
+    tiny.save_pipeline("sdxl", folder / "my-sdxl")
+    Image.new("RGB", (64, 64), "red").save(folder / "cat.png")
+    return folder
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if matching(line, RUN)])
+def test_command_prints_and_writes_what_is_shown(
+    line: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in models.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    before = {path.name for path in models.iterdir()}
+    monkeypatch.chdir(tmp_path)
+    shown = RUN[matching(line, RUN)[0]]
+    done = run(*shlex.split(line, comments=True)[1:], *shlex.split(shown.smaller))
+    assert done.exit_code == 0, done.output
+    assert re.fullmatch(shown.output, done.stdout, re.DOTALL), done.stdout
+    written = {path.name for path in tmp_path.iterdir()} - before
+    assert len(written) == len(shown.files)
+    assert all(any(Path(name).match(pattern) for name in written) for pattern in shown.files)
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_command_line_is_accepted(line: str) -> None:
+    """As it stands, whether or not it is run here."""
+    words = shlex.split(line, comments=True)
+    if words[0] == "fastldm":
+        main.commands[words[1]].make_context(words[1], words[2:])  # raises where an option does not exist
+    elif words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif words[:2] == ["python", "-m"]:
+        assert (ROOT / (words[2].replace(".", "/") + ".py")).is_file()
+    else:
+        assert words[:4] == ["pip", "install", "-c", "constraints.txt"]
+        assert (ROOT / words[3]).is_file()
+
+
+def test_commands_in_sentences_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLDM_CACHE", str(tmp_path))
+    commands = set(re.findall(r"(?<!`)`((?:fastldm|make|python -m) [^`\n]+)`(?!`)", README))
+    assert {"fastldm doctor", "fastldm generate --list animals", "fastldm cache ls"} <= commands
+    for command in commands:
+        if command.startswith("fastldm "):
+            done = run(*shlex.split(command)[1:])
+            assert done.exit_code == 0, done.output
+            assert done.stdout
+        elif command != "python -m fastldm":
+            test_command_line_is_accepted(command)
+
+
+def test_demo_of_the_makefile_generates_with_the_command() -> None:
+    done = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (command,) = (line for line in done.stdout.splitlines() if "fastldm generate" in line)
+    words = shlex.split(command)
+    assert words[1:] == ["generate", "a red apple", "--seed", "0", "-o", "demo.png", "--force"]
+
+
+# --------------------------------------------------------------------------------------------------------------- Python
+
+PYTHON = {  # a line of each block -> all that it prints, and what it writes
+    "fastldm.Pipeline.default()  # or": (rf"\(0, 1\) \w+ {TIME} s\n", {"apple.png"}),
+    'raise fastldm.Cancelled("enough")': ("stopped; the pipeline stays usable\n", set()),
+    "with fastldm.Session(": (rf"(step \d+ of 8\n)+torch {TIME} s\n", {"apple.png", "so-far.png"}),
+    'kernels.use("torch")': ("", set()),
+}
 
 
 @pytest.mark.parametrize("code", [code for code in blocks("python") if code not in DEPLOYMENT])
-def test_the_python_blocks_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_block_prints_and_writes_what_is_shown(
+    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
+    ((output, files),) = (shown for line, shown in PYTHON.items() if line in code)
     exec(compile(code, "README.md", "exec"), {})
+    assert re.fullmatch(output, capsys.readouterr().out)
+    assert {path.name for path in tmp_path.iterdir()} == files
 
 
 @pytest.mark.parametrize("model", ["smallest", pytest.param("default", marks=pytest.mark.full)])
-def test_the_way_to_a_running_engine(
+def test_deployment_leads_to_a_running_engine(
     model: str,
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The four commands as they stand there, then the Python; with a small model in place of the one that ships."""
+    """The four commands as they stand, then the Python; with a small model in place of the one that ships."""
     for package in ("openvino", "tensorrt_rtx"):
         pytest.importorskip(package, reason=f"{package} is not installed")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FASTLDM_CACHE", str(tmp_path / "cache"))
     if model == "smallest":
         monkeypatch.setattr(loading, "DEFAULT_MODEL", bundles.smallest("sd1", tmp_path / "model"))
-    (commands,), (code,) = (re.findall(rf"```{kind}\n(.*?)```", DEPLOYMENT, re.DOTALL) for kind in ("sh", "python"))
-    lines = [shlex.split(line.partition("   #")[0]) for line in commands.splitlines()]
+    (commands,), (code,) = blocks("sh", DEPLOYMENT), blocks("python", DEPLOYMENT)
+    lines = [shlex.split(line, comments=True) for line in commands.splitlines()]
     assert [line[:2] for line in lines] == [["fastldm", name] for name in ("export", "verify", "generate", "export")]
+    outputs = []
     with bundles.traced_once(bundles.shared(tmp_path_factory)):
         for line in lines:
-            done = CliRunner().invoke(main, line[1:])
+            done = run(*line[1:])
             assert done.exit_code == 0, done.output
-    with Image.open("apple.png") as picture:
-        assert re.search("Backend: (torch|openvino) (float32|bfloat16)", picture.info["parameters"])
+            outputs.append(done.stdout)
+    exported, verified, generated, built = outputs
+    assert re.fullmatch(r"bundle: text_encoder, .*; \d+ MiB in float32, as PyTorch computes them\n", exported)
+    assert re.search(r"\nopenvino \w+: .* s to load, .* s a picture\n--backend auto takes \w+ here\n$", verified)
+    assert re.fullmatch(IMAGE + TIMES.replace("torch", "(?:torch|openvino)"), generated)
+    assert len(re.findall(r"^half/engines/\S+\.engine: .* s, .* MiB$", built, re.MULTILINE)) == 6
+    with Image.open("apple.png") as image:
+        assert re.search("Backend: (torch|openvino) (float32|bfloat16)", image.info["parameters"])
     assert len([*(tmp_path / "half" / "engines").rglob("*.engine")]) == 6
     exec(compile(code, "README.md", "exec"), {})
-    assert capsys.readouterr().out.startswith("openvino ")
+    assert re.fullmatch(r"openvino (float32|bfloat16)\n", capsys.readouterr().out)
 
 
-def test_the_commands_exist() -> None:
-    lines = [line.partition("   #")[0].strip() for block in blocks("sh") for line in block.splitlines()]
-    assert any(line.startswith("fastldm generate") for line in lines)
-    for line in lines:
-        words = shlex.split(line)
-        if words[0] == "fastldm":
-            main.commands[words[1]].make_context(words[1], words[2:])  # raises where an option does not exist
-        elif words[0] == "make":
-            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
-        elif words[:2] == ["python", "-m"]:
-            assert (ROOT / (words[2].replace(".", "/") + ".py")).is_file(), line
-        else:
-            assert words[0] == "pip", line
+# ------------------------------------------------------------------------------------------------------------ sentences
 
 
-def test_what_it_names_is_there() -> None:
-    named = re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(
-        r"`((?:fastldm|kernels|export|benchmarks|tests)/[\w./]*)`", README
-    )
-    assert named
-    for name in named:
+def test_files_and_links_exist() -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    names = re.findall(r"`((?:fastldm|kernels|export|benchmarks|tests)/[\w./]*)`", README)
+    assert links
+    assert names
+    for name in links + names:
         assert (ROOT / name).exists(), name
 
 
-def test_it_stays_short() -> None:
+def test_readme_stays_short() -> None:
     """Without what is measured, which benchmarks/readme.py writes."""
     written = re.sub(r"(<!-- table: .*? -->).*?<!-- end -->", r"\1", README, flags=re.DOTALL)
     assert len(written.splitlines()) <= 265
 
 
-def test_the_samplers_it_names_are_known() -> None:
-    section = README.partition("## Samplers")[2].partition("\n## ")[0]
+def test_samplers_are_known() -> None:
     kinds = {"karras", "exponential", "beta", "eta"}
-    names = {name.strip('"') for name in re.findall(r"`([^`]+)`", section) if "/" not in name} - kinds
+    names = {name.strip('"') for name in re.findall(r"`([^`]+)`", section("Samplers")) if "/" not in name} - kinds
     assert len(names) > 12
     for name in names:
         resolve_sampler(name)  # raises where there is none
+
+
+def test_kernels_of_the_table_are_ops() -> None:
+    table = re.search(r"(?:^\|.*\n)+", section("Kernels"), re.MULTILINE)
+    assert table is not None
+    files = {Path(inspect.getfile(op.reference)).stem for op in OPS.values()}
+    names = set(re.findall(r"^\| (.*?) \|", table[0], re.MULTILINE)) - {"|"}
+    assert {name for cell in names for name in re.findall(r"`(\w+)`", cell)} <= files
+
+
+def test_call_arguments_and_errors_exist() -> None:
+    text = section("Ten lines of Python")
+    names = re.search(r"The call takes diffusers' names: (.*?)\.\.\.", text, re.DOTALL)
+    assert names is not None
+    fields = {*inspect.signature(fastldm.Request).parameters, *inspect.signature(fastldm.Pipeline.__call__).parameters}
+    assert set(re.findall(r"`(\w+)`", names[1])) <= fields
+    for name in re.findall(r"`fastldm\.(\w+)", README):
+        assert hasattr(fastldm, name) or (ROOT / "fastldm" / f"{name}.py").exists(), name
+    for name in (
+        "InputError",
+        "CheckpointError",
+        "OutOfMemory",
+        "NonFinite",
+        "FastLDMError",
+        "QueueFull",
+        "WorkerLost",
+    ):
+        assert name in README
+        assert issubclass(getattr(fastldm, name), fastldm.FastLDMError)
+
+
+def test_counts_are_those_of_the_code() -> None:
+    known = re.search(r"of (\d+) things in styles", README)
+    assert known is not None
+    assert int(known[1]) == len(things.things())
+    configurations = re.search(r"([\d,]+) of its configurations by a command", README)
+    assert configurations is not None
+    page = (ROOT / "benchmarks" / "results" / "peer_schedulers.md").read_text("utf-8")
+    assert f"{configurations[1]} configurations and runs of diffusers" in page
