@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastldm import openmp
+from fastldm import openmp, spans
 from fastldm.conditioning.text import TextStage
 from fastldm.device import choose_dtype
 from fastldm.errors import BundleError, CheckpointError, InputError
@@ -198,7 +198,8 @@ class ExportedAutoencoder:
         return outputs.get("latent_parameters", outputs["latent_sample"])
 
     def decode(self, z: Tensor) -> Tensor:
-        return self._decoder.only(latent_sample=z)
+        with spans.span("VAE"):
+            return self._decoder.only(latent_sample=z)
 
     def decoding(self) -> list[Layer]:
         return [self.decode]

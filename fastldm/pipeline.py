@@ -173,7 +173,7 @@ class Pipeline(Steered):
         checks.flag("progress", progress), checks.flag("return_dict", return_dict)
         callback, xl = callback_on_step_end, self.unet.config.needs_added
         names = () if callback is None else tensor_names(callback, callback_on_step_end_tensor_inputs, xl)
-        generation = self.session.submit_request(request, answered=callback is not None)
+        generation = self.session.submit_request(request, waits_for_answer=callback is not None)
         try:
             with self.calls.open(generation):
                 if progress or callback is not None:

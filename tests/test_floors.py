@@ -30,7 +30,7 @@ FLOORS = [  # top first
     ["kernels"],
     [
         *["checks", "device", "errors", "files", "heap", "image", "metadata", "openmp", "reading", "request"],
-        *["sizes", "system", "version"],
+        *["sizes", "spans", "system", "version"],
     ],
 ]
 GOES_UP: set[tuple[str, str]] = set()

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from fastldm.planning.memory import size
-from fastldm.profiling.profile import OUTSIDE, Event, Profile, share
+from fastldm.profiling.profile import OUTSIDE, Event, Profile
 from fastldm.profiling.report import facts, milliseconds, op_cells, path, rate, stage_cells, title
 
 WIDTH = 960
@@ -57,7 +57,7 @@ def _tiles(profile: Profile) -> str:
     tiles = [
         (milliseconds(profile.wall.median), "a picture"),
         (milliseconds(profile.step.median), "a step"),
-        (share(floor, seconds), "of what this machine allows, in a step"),
+        (percent(floor, seconds), "of what this machine allows, in a step"),
         (rate(sum(row.flop for row in rows) / seconds, "FLOP"), "achieved in a step"),
     ]
     if profile.memory:
@@ -91,7 +91,7 @@ def stages(profile: Profile) -> str:
     for stage in profile.stages:
         width, colour = WIDTH * stage.seconds / total, _colour(ranked.index(stage))
         label = f"{stage.name} {milliseconds(stage.seconds)}"
-        shapes.append(_rect(x, 0, width, 44, colour, f"{label}, {share(stage.seconds, total)}"))
+        shapes.append(_rect(x, 0, width, 44, colour, f"{label}, {percent(stage.seconds, total)}"))
         if width > 8 * len(label):
             shapes.append(_text(x + width / 2, 27, label, "middle on"))
         else:
@@ -127,13 +127,13 @@ def one_step(profile: Profile) -> str:
     events = [event for event in profile.events if event.track == track]
     timed_steps = [event for event in events if event.name == "step"]
     step = timed_steps[len(timed_steps) // 2]
-    end = step.began + step.seconds
-    ops = [event for event in events if event.op and step.began <= event.began < end]
+    end = step.start + step.seconds
+    ops = [event for event in events if event.op and step.start <= event.start < end]
     colours = _op_colours(profile)
     scale = WIDTH / step.seconds
 
     def drawing(event: Event) -> str:
-        x = (event.began - step.began) * scale
+        x = (event.start - step.start) * scale
         label = f"{event.name}: {event.seconds * 1e6:.0f} us"
         return _rect(x, 0, max(event.seconds * scale, 0.4), 60, colours.get(event.name, "var(--other)"), label)
 
@@ -150,7 +150,7 @@ def bars(profile: Profile) -> str:
     rows, per, left, colours = profile.of("step"), len(profile.steps), 150, _op_colours(profile)
     labels = []
     for row in rows:
-        floor = f"{share(row.floor, row.seconds)} of floor" if row.floor else ""
+        floor = f"{percent(row.floor, row.seconds)} of floor" if row.floor else ""
         labels.append(", ".join(filter(None, (milliseconds(row.seconds / per), floor, path(row, per)))))
     # As long as leaves room for the words behind each bar, of about seven units a letter.
     ends = [WIDTH - left - 16 - 7 * len(label) for label in labels]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fastldm.planning.memory import size
-from fastldm.profiling.profile import OUTSIDE, Profile, Row, Spread, share
+from fastldm.profiling.results import OUTSIDE, Profile, Row, Spread, percent
 
 # ---------------------------------------------------------------------------------------------------------- in words
 
@@ -76,7 +76,7 @@ def stage_cells(profile: Profile) -> Iterable[list[str]]:
     gpu = profile.stages[0].device is not None
 
     def cells(name: str, each: Spread, host: Spread, part: str, note: str) -> list[str]:
-        spread = f"{share(each.most - each.least, each.median)}" if each.median else ""
+        spread = f"{percent(each.most - each.least, each.median)}" if each.median else ""
         times = [milliseconds(seconds) for seconds in (each.median, each.p90, each.p99)]
         return [name, *times, milliseconds(host.median) if gpu else spread, part, note]
 
@@ -84,7 +84,7 @@ def stage_cells(profile: Profile) -> Iterable[list[str]]:
     yield cells("a picture", profile.wall, profile.wall, "", f"{profile.wall.count} of them, from prompt to file")
     for stage in profile.stages:
         each = stage.device or stage.host
-        yield cells(f"  {stage.name}", each, stage.host, share(each.median, profile.wall.median), stage.note)
+        yield cells(f"  {stage.name}", each, stage.host, percent(each.median, profile.wall.median), stage.note)
         if stage.name == "step" and len(profile.steps) > 1:
             note = f"of {len(profile.steps)} steps, {profile.step.count} in all"
             yield cells("    each", profile.step, profile.step, "", note)
@@ -116,10 +116,10 @@ def _cells(row: Row, per: int) -> list[str]:
     figures = [""] * 5
     if row.floor:
         figures = [f"{row.flop / per / 1e9:.2f}", f"{row.bytes / per / 1e6:.1f}", f"{row.flop / row.seconds / 1e9:.1f}"]
-        figures += [f"{row.bytes / row.seconds / 1e9:.2f}", share(row.floor, row.seconds)]
+        figures += [f"{row.bytes / row.seconds / 1e9:.2f}", percent(row.floor, row.seconds)]
         if not row.flop:
             figures[0] = figures[2] = ""
-    return [f"  {row.name}", calls, milliseconds(row.seconds / per), share(row.share, 1), *figures, path(row, per)]
+    return [f"  {row.name}", calls, milliseconds(row.seconds / per), percent(row.share, 1), *figures, path(row, per)]
 
 
 def table(profile: Profile) -> str:
@@ -169,7 +169,7 @@ def trace(profile: Profile) -> dict[str, Any]:
             "ph": "X",
             "pid": 1,
             "tid": tracks[event.track],
-            "ts": 1e6 * event.began,
+            "ts": 1e6 * event.start,
             "dur": 1e6 * event.seconds,
             "args": {"stage": event.stage},
         }

@@ -1,4 +1,4 @@
-"""The denoising loop: for one run, `denoise`, which defines correct, and for many whose steps are taken together.
+"""The denoising loop: for one run `denoise`, which defines correct, and batches for many that take steps together.
 
 One call of the network and one end of a step for each row of a run's table. Nothing in the loop waits for the device or
 looks at a value: coefficients and flags were known before it began, as Python numbers or in device memory.
@@ -7,13 +7,14 @@ looks at a value: coefficients and flags were known before it began, as Python n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastldm import spans
 from fastldm.device import send, send_numbers
 from fastldm.errors import InputError, NonFinite
 from fastldm.kernels.step import blend, guide, model_input, step
@@ -31,106 +32,26 @@ class Guidance:
     """Classifier-free guidance. A scale of at most 1 is one pass of the network, not two."""
 
     scale: float = 1.0
-    rescale: float = 0.0  # 0 none, 1 the deviation of the guided half
+    rescale: float = 0.0  # 0 none, 1 the deviation of the conditional branch
     start: float = 0.0  # guided from this fraction of the steps on ...
     end: float = 1.0  # ... and before this one
 
+    def guides(self, table: StepTable, row: int) -> bool:
+        """Whether a row of the table is guided."""
+        return self.scale > 1 and self.start <= table.index[row] / table.steps < self.end
+
     def rows(self, table: StepTable) -> list[bool]:
-        """Whether each row of the table is guided."""
-        return [self.scale > 1 and self.start <= step / table.steps < self.end for step in table.index]
+        """Whether each row of the table is."""
+        return [self.guides(table, row) for row in range(len(table))]
 
 
 @dataclass(frozen=True)
 class Inpainting:
-    """Blending: what is repainted is a latent like any other, what is kept comes back at each step's noise."""
+    """Blending: what is repainted is a latent like any other, the rest comes back at each step's noise level."""
 
     mask: Tensor  # (B or 1, 1, h, w), 1 where to paint
-    init: Tensor  # (B, C, h, w) the latents of the picture
-    noise: Tensor  # (B, C, h, w) that the run began with
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a run of the loop is made from: all noise drawn, nothing left to chance or to the host."""
-
-    table: StepTable
-    x: Tensor  # (B, C, h, w) float32: the latents at the table's start
-    noises: Sequence[Tensor | None]  # of each row, float32 (B, C, h, w), as `draw_step_noise` gives them
-    guidance: Guidance = Guidance()
-    inpainting: Inpainting | None = None
-    extra: Tensor | None = None  # (B, K, h, w) in `dtype`: what an inpainting model sees behind the latents
-    dtype: torch.dtype = torch.float32  # the network's
-
-    def __post_init__(self) -> None:
-        if [noise is not None for noise in self.noises] != list(self.table.draws):
-            raise InputError("the noises are not those of this table; draw them with draw_step_noise.")
-
-
-@torch.no_grad()
-def denoise(
-    network: Network, work: Work, *, on_step: Callable[[int, float, Tensor], Tensor | None] | None = None
-) -> Tensor:
-    """Run the table: (B, C, h, w) float32 latents at its start to float32 latents at its end. What correct means.
-
-    network: (model input in `work.dtype`, row of the table, guided) -> its output. The input of a guided row is 2B
-        wide, the unconditional half first; of any other it is B wide, conditional.
-    on_step: called after each row with (row, timestep, latents); a tensor that it returns replaces the latents.
-
-    Raises NonFinite naming the first step whose latents held NaN or infinity; it is looked for once, at the end.
-    """
-    state = State(work)
-    for i in range(len(work.table)):
-        state.end(i, network(state.input(i), i, state.guided[i]))
-        if on_step is not None:
-            replaced = on_step(i, float(work.table.timesteps[i]), state.x)
-            if replaced is not None:
-                state.go_on_from(replaced)
-    check_finite(state.first_bad(), work.table)
-    return state.x
-
-
-class State:
-    """A run between two steps, and the end of a step function by function, on any device."""
-
-    def __init__(self, work: Work) -> None:
-        self.work, self.rows, self.depth = work, work.table.rows.tolist(), work.table.depth
-        self.guided = work.guidance.rows(work.table)
-        self.x = work.x  # (B, C, h, w); never written in place, so that whoever was given it may keep it
-        self.y = torch.zeros_like(work.x) if work.table.anchored else None
-        self.history: tuple[Tensor, ...] = ()
-        # Not finite when one value is not: one small reduction a step, read once after the loop.
-        self.sums = [work.x.sum() if work.extra is None else work.x.sum() + work.extra.sum(dtype=torch.float32)]
-
-    def input(self, i: int) -> Tensor:
-        """What the network sees at row i: (2B, C + K, h, w) where it is guided, unconditional half first, else B."""
-        return model_input(self.x, self.rows[i][0], self.work.dtype, 2 if self.guided[i] else 1, self.work.extra)
-
-    def end(self, i: int, out: Tensor) -> None:
-        """Row i, with what the network said."""
-        row, work = self.rows[i], self.work
-        out = guide(out, work.guidance.scale, work.guidance.rescale) if self.guided[i] else out.float()
-        x, self.y, self.history = step(row, self.x, self.y, self.history, out, work.noises[i], depth=self.depth)
-        if work.inpainting is not None:
-            x = blend(row, x, work.inpainting.mask, work.inpainting.init, work.inpainting.noise)
-        self.x = x
-        self.sums.append(x.sum())
-
-    def go_on_from(self, latents: Tensor) -> None:
-        """Go on from other latents."""
-        self.x = send(latents, self.x.device, self.x.dtype)
-
-    def guide(self, guidance: Guidance) -> None:
-        """Go on with other guidance."""
-        self.work = replace(self.work, guidance=guidance)
-        self.guided = guidance.rows(self.work.table)
-
-    def first_bad(self) -> int | None:
-        """The first row that left NaN or infinity, -1 for the start. Waits for the device."""
-        finite = torch.stack(self.sums).isfinite().tolist()
-        return None if all(finite) else finite.index(False) - 1
-
-
-# ----------------------------------------------------------------------------------------------- many runs at once
+    init: Tensor  # (B, C, h, w) the latents of the image
+    noise: Tensor  # (B, C, h, w) that the run starts with
 
 
 class Embeds(NamedTuple):
@@ -142,46 +63,114 @@ class Embeds(NamedTuple):
     add_time_ids: Tensor | None = None  # (R, 6), SDXL's sizes
 
 
-@dataclass(frozen=True)
-class Conditions:
-    """What the network reads of a run besides its latents, computed once. R rows: 2B of negatives, then prompts, where
-    any step is guided, else the B prompts."""
-
-    temb: Tensor  # (steps, 1 or R, channels): `UNet.time_rows` of each row of the table
-    text: tuple[Tensor, ...]  # of each cross-attention (R, T, 2C): `UNet.cross_kv`
-    embeds: Embeds | None = None  # what they were computed from
-
-
+@dataclass(eq=False)
 class Run:
-    """A request of B pictures on its way through the loop, all of them at the same row of the same table."""
+    """A request of B images on its way through the loop, all of them at the same row of the same table.
 
-    def __init__(self, work: Work, conditions: Conditions) -> None:
-        self.work, self.conditions = work, conditions
-        self.i = 0  # the row that comes next
-        self._guided = work.guidance.rows(work.table)
+    All noise has been drawn, and what the network reads besides the latents has been computed: nothing is left to
+    chance or to the host. R rows of conditioning: B negatives and then B prompts where any step is guided, else the
+    prompts. The latents under way belong to the batch.
+    """
+
+    table: StepTable
+    latents: Tensor  # (B, C, h, w) float32, at the table's start
+    noises: Sequence[Tensor | None]  # of each row, float32 (B, C, h, w), as `draw_step_noise` gives them
+    guidance: Guidance = Guidance()
+    inpainting: Inpainting | None = None
+    extra: Tensor | None = (
+        None  # (B, K, h, w) in `dtype`: the channels that an inpainting model sees behind the latents
+    )
+    dtype: torch.dtype = torch.float32  # the network's
+    temb: Tensor | None = None  # (steps, 1 or R, channels): `UNet.time_rows` of each row of the table
+    text_kv: tuple[Tensor, ...] = ()  # of each cross-attention (R, T, 2C): `UNet.cross_kv`
+    embeds: Embeds | None = None  # what temb and text_kv were computed from
+    row: int = 0  # the one that comes next
+
+    def __post_init__(self) -> None:
+        if [noise is not None for noise in self.noises] != list(self.table.draws):
+            raise InputError("the noises are not those of this table; draw them with draw_step_noise.")
 
     @property
     def batch(self) -> int:
-        return self.work.x.shape[0]
+        return self.latents.shape[0]
 
     @property
     def done(self) -> bool:
-        return self.i == len(self._guided)
+        return self.row == len(self.table)
 
     @property
     def guided(self) -> bool:
         """Whether the next row is."""
-        return self._guided[self.i]
+        return self.guidance.guides(self.table, self.row)
 
     @property
-    def most_rows(self) -> int:
+    def max_rows(self) -> int:
         """The most rows of the network that a step of this run takes."""
-        return self.batch * (2 if any(self._guided) else 1)
+        return self.batch * (2 if any(self.guidance.rows(self.table)) else 1)
 
-    def recondition(self, conditions: Conditions, guidance: Guidance) -> None:
-        """Other conditions and guidance from the next row on; for a batch that has the run, see `Batch.recondition`."""
-        self.conditions, self.work = conditions, replace(self.work, guidance=guidance)
-        self._guided = guidance.rows(self.work.table)
+
+@torch.no_grad()
+def denoise(
+    network: Network, run: Run, *, on_step: Callable[[int, float, Tensor], Tensor | None] | None = None
+) -> Tensor:
+    """Take all steps of a run: (B, C, h, w) float32 latents at the table's end. This defines what is correct.
+
+    network: (model input in `run.dtype`, row of the table, guided) -> its output. The input of a guided row has 2B
+        rows, the unconditional branch first; any other has B, conditional.
+    on_step: called after each row with (row, timestep, latents); a tensor that it returns replaces the latents.
+
+    Raises NonFinite naming the first step whose latents held NaN or infinity; it is looked for once, at the end.
+    """
+    state = State(run)
+    for i, guided in enumerate(run.guidance.rows(run.table)):
+        state.end(i, network(state.input(i), i, guided))
+        if on_step is not None:
+            replaced = on_step(i, float(run.table.timesteps[i]), state.x)
+            if replaced is not None:
+                state.go_on_from(replaced)
+    check_finite(state.first_bad(), run.table)
+    return state.x
+
+
+class State:
+    """The latents of a run between two steps, and the end of a step function by function, on any device."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.rows, self.depth = run, run.table.rows.tolist(), run.table.depth
+        self.x = run.latents  # (B, C, h, w); never written in place, so that whoever was given it may keep it
+        self.y = torch.zeros_like(self.x) if run.table.anchored else None
+        self.history: tuple[Tensor, ...] = ()
+        # Not finite when one value is not: one small reduction a step, read once after the loop.
+        self.sums = [self.x.sum() if run.extra is None else self.x.sum() + run.extra.sum(dtype=torch.float32)]
+
+    def input(self, i: int) -> Tensor:
+        """What the network sees at row i: (2B, C + K, h, w) where it is guided, unconditional branch first, else B."""
+        run = self.run
+        branches = 2 if run.guidance.guides(run.table, i) else 1
+        return model_input(self.x, self.rows[i][0], run.dtype, branches, run.extra)
+
+    def end(self, i: int, out: Tensor) -> None:
+        """Row i, with the network's output."""
+        row, run = self.rows[i], self.run
+        if run.guidance.guides(run.table, i):
+            out = guide(out, run.guidance.scale, run.guidance.rescale)
+        x, self.y, self.history = step(row, self.x, self.y, self.history, out.float(), run.noises[i], depth=self.depth)
+        if run.inpainting is not None:
+            x = blend(row, x, run.inpainting.mask, run.inpainting.init, run.inpainting.noise)
+        self.x = x
+        self.sums.append(x.sum())
+
+    def go_on_from(self, latents: Tensor) -> None:
+        """Go on from other latents."""
+        self.x = send(latents, self.x.device, self.x.dtype)
+
+    def first_bad(self) -> int | None:
+        """The first row that left NaN or infinity, -1 for the start. Waits for the device."""
+        finite = torch.stack(self.sums).isfinite().tolist()
+        return None if all(finite) else finite.index(False) - 1
+
+
+# ----------------------------------------------------------------------------------------------- many runs at once
 
 
 class Batch(Protocol):
@@ -206,19 +195,19 @@ class Batch(Protocol):
     def go_on_from(self, run: Run, latents: Tensor) -> None:
         """Replace a run's latents."""
 
-    def recondition(self, run: Run, conditions: Conditions, guidance: Guidance) -> None:
-        """Replace what a run is conditioned on, texts of no more tokens than before, and its guidance."""
+    def recondition(self, run: Run) -> None:
+        """Read a run's guidance and conditioning anew, for it has others now: of no more tokens than before."""
 
     def release(self, run: Run) -> Callable[[], int | None]:
-        """Let a run go, done or not. Returns what says its first bad row, once the device has come so far."""
+        """Let a run go, done or not. Returns a function that gives its first bad row, once the device is so far."""
 
     def close(self) -> None:
-        """Give up what the batch holds. It is empty, and not used again."""
+        """Free what the batch holds. It is empty, and not used again."""
 
 
 class EagerBatch:
-    """A batch that is put together anew at each step, on any device: what a CPU runs, and what `Slots` is held
-    against."""
+    """A batch that is put together anew at each step, on any device: what a CPU runs, and the reference of `Slots`. Each
+    run gets what `denoise` computes for it."""
 
     nbytes = 0  # what it holds is the runs'
 
@@ -232,27 +221,27 @@ class EagerBatch:
         return True
 
     def admit(self, run: Run) -> None:
-        self._states[run] = State(run.work)
+        self._states[run] = State(run)
 
     @torch.no_grad()
     def step(self, runs: Sequence[Run]) -> str:
-        inputs = [self._states[run].input(run.i) for run in runs]
-        temb = [_time_rows(run).expand(u.shape[0], -1) for run, u in zip(runs, inputs, strict=True)]
+        inputs = [self._states[run].input(run.row) for run in runs]
+        temb = [_time_rows(run).expand(len(x), -1) for run, x in zip(runs, inputs, strict=True)]
         text, kv_len = self._text_of(runs)
         lengths = {} if kv_len is None else {"kv_len": kv_len}
-        with torch.inference_mode():  # where the views that a step makes, hundreds of them, cost less
+        with torch.inference_mode(), spans.span("U-Net"):  # where a step's hundreds of views cost less
             out = self.unet.step(_cat(inputs), _cat(temb), text, **lengths)
-        for run, said in zip(runs, out.split([u.shape[0] for u in inputs]), strict=True):
-            self._states[run].end(run.i, said)
-            run.i += 1
+        for run, model_output in zip(runs, out.split([len(x) for x in inputs]), strict=True):
+            self._states[run].end(run.row, model_output)
+            run.row += 1
         return self.backend
 
     def _text_of(self, runs: Sequence[Run]) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """Keys and values of all rows, and their lengths where they differ; the same tensors while nobody comes or
-        goes."""
+        """Keys and values of all rows, and their lengths where they differ; the same tensors while the runs are the
+        same."""
         key = [(run, run.guided) for run in runs]
         if self._text[0] != key:
-            texts = [run.conditions.text if run.guided else _prompts(run) for run in runs]
+            texts = [run.text_kv if run.guided else tuple(kv[-run.batch :] for kv in run.text_kv) for run in runs]
             tokens = [layers[0].shape[1] if layers else 0 for layers in texts]
             kv_len = None
             if len(set(tokens)) > 1:
@@ -268,9 +257,7 @@ class EagerBatch:
     def go_on_from(self, run: Run, latents: Tensor) -> None:
         self._states[run].go_on_from(latents)
 
-    def recondition(self, run: Run, conditions: Conditions, guidance: Guidance) -> None:
-        run.recondition(conditions, guidance)
-        self._states[run].guide(guidance)
+    def recondition(self, run: Run) -> None:
         self.close()
 
     def release(self, run: Run) -> Callable[[], int | None]:
@@ -283,12 +270,9 @@ class EagerBatch:
 
 def _time_rows(run: Run) -> Tensor:
     """(1 or rows of the next step, channels)."""
-    rows = run.conditions.temb[run.i]
+    assert run.temb is not None
+    rows = run.temb[run.row]
     return rows if run.guided else rows[-run.batch :]
-
-
-def _prompts(run: Run) -> tuple[Tensor, ...]:
-    return tuple(kv[-run.batch :] for kv in run.conditions.text)
 
 
 def _padded(kv: Tensor, tokens: int) -> Tensor:
@@ -323,8 +307,8 @@ def randn(shape: Sequence[int], generators: Generators, dtype: torch.dtype, devi
     In `dtype`, on the generator's device, then moved; a list of generators draws one sample each.
     """
     if generators is None or isinstance(generators, torch.Generator):
-        place = device if generators is None else generators.device
-        return send(torch.randn(*shape, generator=generators, dtype=dtype, device=place), device)
+        drawn_on = device if generators is None else generators.device
+        return send(torch.randn(*shape, generator=generators, dtype=dtype, device=drawn_on), device)
     if len(generators) == 1:
         return randn(shape, generators[0], dtype, device)
     if len(generators) != shape[0]:
@@ -338,5 +322,5 @@ def draw_step_noise(
     """The noise of every row, float32 or None, in diffusers' order, drawn in `dtype` (the model's, as diffusers does)
     but where the sampler's is always float32.
     """
-    drawn = torch.float32 if table.float32_noise else dtype
-    return [randn(shape, generators, drawn, device).float() if draws else None for draws in table.draws]
+    noise_dtype = torch.float32 if table.float32_noise else dtype
+    return [randn(shape, generators, noise_dtype, device).float() if draws else None for draws in table.draws]

@@ -1,10 +1,10 @@
-"""A batch on a GPU: every slot its own request, the whole step a captured graph.
+"""A batch on a GPU: each slot holds an image of some request, and the full step is a captured graph.
 
-The buffers of a size bucket lie still (`StaticBuffers`), and small integer maps in device memory say which slot
+The buffers of a bucket keep their addresses (`StaticBuffers`), and small integer maps in device memory say which slot
 and which text each row of the U-Net is, and which rows a slot has. So one graph for each number of rows serves every
 mix of requests: with guidance and without, of any sampler, step count, prompt and seed, each at its own step. Maps are
-sent when somebody comes, goes or changes between guided and unguided, and at no other step; between two steps the host
-does nothing but replay.
+sent when a request comes, goes or changes between guided and unguided, and at no other step; between two steps the host
+only replays.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastldm import spans
 from fastldm.device import send, send_numbers, to_host
 from fastldm.kernels.dispatch import cdiv, next_power_of_2
 from fastldm.kernels.step import NEVER, StepState, end_step, table_rows
 from fastldm.models.config import UNetConfig
 from fastldm.models.unet import UNet
-from fastldm.runtime.denoise import Conditions, Guidance, Run
+from fastldm.runtime.denoise import Run
 from fastldm.runtime.graph import Graphs
 
-ROWS = (1, 2, 3, 4, 6, 8, 12, 16)  # how many U-Net rows a graph may have; more go up in eights
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16)  # the numbers of U-Net rows that graphs have; above, multiples of eight
 IN_FLIGHT = 2  # steps that the device may be behind the host: progress, cancelling and joining stay prompt
 
 
 def graph_rows(rows: int) -> int:
-    """The least number of rows that there are graphs for, and that holds so many."""
-    return next((some for some in ROWS if some >= rows), 8 * cdiv(rows, 8))
+    """The smallest number of rows that graphs have, of at least `rows`."""
+    return next((count for count in ROWS if count >= rows), 8 * cdiv(rows, 8))
 
 
 def step_capacity(steps: int) -> int:
-    """How many steps a slot has room for: a power of two, so that few buffers serve all requests."""
+    """How many steps a slot has room for: a power of two, so that few sizes of buffers serve all requests."""
     return max(64, next_power_of_2(steps))
 
 
@@ -98,17 +99,17 @@ class Slots:
         self._slots: dict[Run, list[int]] = {}
         self._index: dict[Run, Tensor] = {}  # the slots again, (B,) int64 on the device
         self._started_finite: dict[Run, Tensor] = {}
-        self._arranged: list[tuple[Run, bool]] = []  # whose rows the maps speak of, and whether with both halves
-        self._behind: list[torch.cuda.Event] = []
+        self._arranged: list[tuple[Run, bool]] = []  # the runs that the maps are for, and whether each is guided
+        self._in_flight: list[torch.cuda.Event] = []
 
     def holds(self, run: Run) -> bool:
         """Whether a run fits into these buffers, were they empty."""
-        state, text, work = self.buffers.step, self.buffers.text, run.work
+        state = self.buffers.step
         return (
             run.batch <= state.x.shape[0]
-            and graph_rows(run.most_rows) <= state.u.shape[0]
-            and len(work.table) <= state.table.shape[1]
-            and all(kv.shape[1] <= mine.shape[1] for kv, mine in zip(run.conditions.text, text, strict=True))
+            and graph_rows(run.max_rows) <= state.u.shape[0]
+            and len(run.table) <= state.table.shape[1]
+            and all(kv.shape[1] <= own.shape[1] for kv, own in zip(run.text_kv, self.buffers.text, strict=True))
         )
 
     @property
@@ -121,47 +122,46 @@ class Slots:
 
     @torch.no_grad()
     def admit(self, run: Run) -> None:
-        """Copy all that a run is into free slots, one a picture."""
-        work, step = run.work, self.buffers.step
+        """Copy a run into free slots, one for each of its images."""
+        step = self.buffers.step
         slots = self._slots[run] = [self._free.pop(0) for _ in range(run.batch)]
         index = self._index[run] = send_numbers(slots, torch.int64, step.x.device)
-        copies = [(step.x, work.x)]
-        noises = [noise for noise in work.noises if noise is not None]
+        copies = [(step.x, run.latents)]
+        noises = [noise for noise in run.noises if noise is not None]
         copies += [(step.noise[:, k], noise) for k, noise in enumerate(noises)]
-        if work.inpainting is not None:
-            mask = work.inpainting.mask.expand(run.batch, -1, -1, -1)
-            copies += [(step.mask, mask), (step.init, work.inpainting.init), (step.init_noise, work.inpainting.noise)]
-        for mine, given in copies:
-            mine.index_copy_(0, index, given.to(mine.dtype))
+        if run.inpainting is not None:
+            mask = run.inpainting.mask.expand(run.batch, -1, -1, -1)
+            copies += [(step.mask, mask), (step.init, run.inpainting.init), (step.init_noise, run.inpainting.noise)]
+        for buffer, values in copies:
+            buffer.index_copy_(0, index, values.to(buffer.dtype))
         # Idle until its first step: no steps yet.
-        for mine, number in ((step.y, 0), (step.counter, 0), (step.steps, 0), (step.first_bad, NEVER)):
-            mine.index_fill_(0, index, number)
+        for buffer, number in ((step.y, 0), (step.counter, 0), (step.steps, 0), (step.first_bad, NEVER)):
+            buffer.index_fill_(0, index, number)
         self._condition(run)
-        finite = work.x.isfinite().all()
-        self._started_finite[run] = finite if work.extra is None else finite & work.extra.isfinite().all()
+        finite = run.latents.isfinite().all()
+        self._started_finite[run] = finite if run.extra is None else finite & run.extra.isfinite().all()
 
     def _condition(self, run: Run) -> None:
-        """Write what a run is conditioned on, and its guidance, into its slots."""
-        work, (step, temb, text, kv_len, _) = run.work, self.buffers
-        slots, index = self._slots[run], self._index[run]
-        length, masked = len(work.table), work.inpainting is not None
-        rows = table_rows(work.table.rows.tolist(), work.table.draws, work.guidance.rows(work.table), masked)
-        step.table[:, :length].index_copy_(0, index, send(rows, index.device).expand(run.batch, -1, -1))
-        step.guidance.index_fill_(0, index, work.guidance.scale)
-        step.rescale.index_fill_(0, index, work.guidance.rescale)
+        """Write a run's conditioning and its guidance into its slots."""
+        step, temb, text, kv_len, _ = self.buffers
+        slots, index, table = self._slots[run], self._index[run], run.table
+        rows = table_rows(table.rows.tolist(), table.draws, run.guidance.rows(table), run.inpainting is not None)
+        step.table[:, : len(table)].index_copy_(0, index, send(rows, index.device).expand(run.batch, -1, -1))
+        step.guidance.index_fill_(0, index, run.guidance.scale)
+        step.rescale.index_fill_(0, index, run.guidance.rescale)
         # Negatives come first among the run's rows; where it has none, the slots' own are never read.
-        halves = run.conditions.text[0].shape[0] // run.batch
-        texts = [2 * slot + half for half in (0, 1)[2 - halves :] for slot in slots]
-        of_texts = send_numbers(texts, torch.int64, index.device)
-        wanted = run.conditions.temb.movedim(0, 1).expand(len(texts), -1, -1)  # (texts, steps, channels)
-        temb[:, :length].index_copy_(0, of_texts, wanted.to(temb.dtype))
-        for layer, kv in zip(text, run.conditions.text, strict=True):
-            layer[:, : kv.shape[1]].index_copy_(0, of_texts, kv.to(layer.dtype))
-        kv_len.index_fill_(0, of_texts, run.conditions.text[0].shape[1])
+        branches = run.text_kv[0].shape[0] // run.batch
+        texts = [2 * slot + branch for branch in (0, 1)[2 - branches :] for slot in slots]
+        text_index = send_numbers(texts, torch.int64, index.device)
+        assert run.temb is not None
+        time_rows = run.temb.movedim(0, 1).expand(len(texts), -1, -1)  # (texts, steps, channels)
+        temb[:, : len(table)].index_copy_(0, text_index, time_rows.to(temb.dtype))
+        for layer, kv in zip(text, run.text_kv, strict=True):
+            layer[:, : kv.shape[1]].index_copy_(0, text_index, kv.to(layer.dtype))
+        kv_len.index_fill_(0, text_index, run.text_kv[0].shape[1])
 
     @torch.no_grad()
-    def recondition(self, run: Run, conditions: Conditions, guidance: Guidance) -> None:
-        run.recondition(conditions, guidance)
+    def recondition(self, run: Run) -> None:
         self._condition(run)
         self._arranged = []  # it may have other rows
 
@@ -172,19 +172,19 @@ class Slots:
     def go_on_from(self, run: Run, latents: Tensor) -> None:
         x = self.buffers.step.x
         x.index_copy_(0, self._index[run], send(latents, x.device, x.dtype))
-        self._arranged = []  # the model input is made anew
+        self._arranged = []  # the model input has to be written anew
 
     def release(self, run: Run) -> Callable[[], int | None]:
         slots, index, finite = self._slots.pop(run), self._index.pop(run), self._started_finite.pop(run)
-        bad = to_host(torch.stack((finite.int(), self.buffers.step.first_bad.index_select(0, index).min())))
+        verdict = to_host(torch.stack((finite.int(), self.buffers.step.first_bad.index_select(0, index).min())))
         self._free += slots
         self._arranged = []
 
-        def first() -> int | None:
-            started, row = bad.tolist()
-            return -1 if not started else None if row == NEVER else row
+        def first_bad() -> int | None:
+            started_finite, row = verdict.tolist()
+            return -1 if not started_finite else None if row == NEVER else row
 
-        return first
+        return first_bad
 
     def close(self) -> None:
         if self.graphs is not None:
@@ -198,46 +198,47 @@ class Slots:
         if arranged != self._arranged:
             self._arrange(runs)
             self._arranged = arranged
-        rows = graph_rows(_rows(runs))
-        rescales = any(run.guided and run.work.guidance.rescale > 0 for run in runs)
+        rows = graph_rows(sum(run.batch * (2 if run.guided else 1) for run in runs))
+        rescales = any(run.guided and run.guidance.rescale > 0 for run in runs)
         body = partial(self.body, rows, rescales)
         # A graph reads tensors by address, so which buffers they are is part of the key.
         replayed = self.graphs is not None and self.graphs.run((id(self.buffers), rows, rescales), body)
         if self.graphs is None:
             body()
         for run in runs:
-            run.i += 1
+            run.row += 1
         self._pace()
         return "cuda graph" if replayed else "torch"
 
     def body(self, rows: int, rescales: bool) -> None:
-        """The whole step, of fixed shapes and addresses: no value of it is seen by the host."""
+        """The full step, of fixed shapes and addresses: the host sees none of its values."""
         state, temb = self.buffers.step, self.buffers.temb
         text, slot, first = self.buffers.maps[:, :rows]
         time_rows = temb.flatten(0, 1).index_select(0, first + state.counter.index_select(0, slot))
-        out = self.unet.step(state.u[:rows], time_rows, self.buffers.text, kv_len=self.buffers.kv_len, slots=text)
+        with spans.span("U-Net"):
+            out = self.unet.step(state.u[:rows], time_rows, self.buffers.text, kv_len=self.buffers.kv_len, slots=text)
         end_step(out, state, rescales=rescales)
 
     def _arrange(self, runs: Sequence[Run]) -> None:
-        """Deal out rows, send the maps, and write the model input where it now belongs."""
+        """Assign rows to runs, send the maps, and write the model input where it now belongs."""
         state, temb = self.buffers.step, self.buffers.temb
         capacity, device = temb.shape[1], temb.device
-        halves = [[-1, -1] for _ in range(state.x.shape[0])]  # of each slot: the rows of its unguided and guided half
-        ends = [0] * len(halves)  # idle, but for those of these runs
+        slot_rows = [[-1, -1] for _ in range(state.x.shape[0])]  # of each slot: its unguided and its guided row
+        ends = [0] * len(slot_rows)  # idle, but for those of these runs
         texts: list[int] = []
         c_in: list[float] = []
         for run in runs:
-            for half in (0, 1) if run.guided else (1,):
+            for branch in (0, 1) if run.guided else (1,):
                 for slot in self._slots[run]:
-                    halves[slot][half] = len(texts)
-                    ends[slot] = len(run.work.table)
-                    texts.append(2 * slot + half)
-                    c_in.append(float(run.work.table.rows[run.i][0]))
+                    slot_rows[slot][branch] = len(texts)
+                    ends[slot] = len(run.table)
+                    texts.append(2 * slot + branch)
+                    c_in.append(float(run.table.rows[run.row][0]))
         padding = [0] * (self.buffers.maps.shape[1] - len(texts))
         slots = [text // 2 for text in texts]
         maps = [texts + padding, slots + padding, [text * capacity for text in texts] + padding]
         self.buffers.maps.copy_(send_numbers(maps, torch.int32, device))
-        state.rows.copy_(send_numbers(halves, torch.int32, device))
+        state.rows.copy_(send_numbers(slot_rows, torch.int32, device))
         state.next_rows.copy_(state.rows)
         state.steps.copy_(send_numbers(ends, torch.int32, device))
 
@@ -246,20 +247,16 @@ class Slots:
         latents = state.x.index_select(0, self.buffers.maps[1, :used])
         state.u[:used, :channels] = latents * scales[:, None, None, None]
         for run in runs:
-            if run.work.extra is not None:
-                for half in (0, 1) if run.guided else (1,):
+            if run.extra is not None:
+                for branch in (0, 1) if run.guided else (1,):
                     for k, slot in enumerate(self._slots[run]):
-                        state.u[halves[slot][half], channels:] = run.work.extra[k]
+                        state.u[slot_rows[slot][branch], channels:] = run.extra[k]
 
     def _pace(self) -> None:
         """Wait until the device is no more than IN_FLIGHT steps behind."""
         if self.buffers.temb.is_cuda:
             event = torch.cuda.Event()
             event.record()
-            self._behind.append(event)
-            if len(self._behind) > IN_FLIGHT:
-                self._behind.pop(0).synchronize()
-
-
-def _rows(runs: Sequence[Run]) -> int:
-    return sum(run.batch * (2 if run.guided else 1) for run in runs)
+            self._in_flight.append(event)
+            if len(self._in_flight) > IN_FLIGHT:
+                self._in_flight.pop(0).synchronize()

@@ -1,8 +1,8 @@
-"""A loaded model and what is done with it: each stage of the way from a request to its images.
+"""A loaded model and the stages from a request to its images.
 
-request -> Conditioning -> (StepTable, noise) -> latents -> images
+Request -> Run (Conditioning, StepTable, noise) -> latents -> images
 
-A session's worker asks for them one by one: `prepare` is all before the first step, a `Batch` takes the steps, `decode`
+A session's worker calls them one by one: `prepare` is all before the first step, a `Batch` takes the steps, `decode`
 is all after the last. `make` is one request from end to end.
 """
 
@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-from collections.abc import Callable, Generator, Hashable
+from collections.abc import Callable, Generator, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastldm import image as images
+from fastldm import spans
 from fastldm.conditioning import encode as conditioning
 from fastldm.conditioning.text import Conditioning
 from fastldm.device import Mark, send, to_host
@@ -30,39 +32,31 @@ from fastldm.models.unet import AddedConditions, UNet
 from fastldm.models.vae import Decode, Pieces, decode_pieces, finish
 from fastldm.request import Request, Result, Timings, picture_seeds
 from fastldm.runtime.complete import complete
-from fastldm.runtime.denoise import (
-    Batch,
-    Conditions,
-    EagerBatch,
-    Embeds,
-    Guidance,
-    Run,
-    Work,
-    check_finite,
-)
+from fastldm.runtime.denoise import Batch, EagerBatch, Embeds, Guidance, Run, check_finite
 from fastldm.runtime.graph import CUDA, Graphs
 from fastldm.runtime.slots import Slots, StaticBuffers, graph_rows, step_capacity
-from fastldm.runtime.start import start_work
+from fastldm.runtime.start import start_run
 from fastldm.samplers import table as schedule
 
 logger = logging.getLogger("fastldm")
 
-_GRAPHS_SHARE = 0.25  # of a GPU's memory, that graphs may take
+_GRAPH_MEMORY = 0.25  # the fraction of a GPU's memory that graphs may take
 _PREVIEW_LATENTS = 16
-_WORK_PER_THREAD = 1e9  # multiply-adds of a step, about
+_OPERATIONS_PER_THREAD = 1e9  # multiply-adds of a step, about
 
 
 @dataclass(frozen=True)
 class Change:
-    """What a callback wants from the next step on."""
+    """What a callback changes from the next step on."""
 
-    guidance: tuple[float, float]  # scale and rescale
-    latents: Tensor | None = None  # (B, C, h, w); None where they are as they were
-    embeds: Embeds | None = None  # likewise
+    guidance_scale: float
+    guidance_rescale: float
+    latents: Tensor | None = None  # (B, C, h, w); None: unchanged
+    embeds: Embeds | None = None  # None: unchanged
 
 
 class Stages:
-    """What a session runs. A pipeline has one."""
+    """A loaded model that a session runs; a pipeline has one. The attributes are those of `Pipeline`."""
 
     def __init__(
         self, spec: loading.Spec, networks: loading.LoadedModel, name: str, mapped: Mapped | None = None
@@ -81,7 +75,7 @@ class Stages:
         self.graphs: Graphs | None = None
         if self.device.type == "cuda" and self.backend == "torch":
             total = torch.cuda.get_device_properties(self.device).total_memory
-            self.graphs = Graphs(CUDA(self.device), budget=int(_GRAPHS_SHARE * total))
+            self.graphs = Graphs(CUDA(self.device), budget=int(_GRAPH_MEMORY * total))
         self.vae_decode: Decode = "whole"
 
     def complete(self, request: Request) -> Request:
@@ -93,41 +87,60 @@ class Stages:
         """Whether there are two network rows a picture; a model that reads the scale itself needs one."""
         return request.guidance_scale > 1 and not self.unet.config.needs_guidance  # type: ignore[operator]
 
-    def unet_rows(self, pictures: int) -> int:
-        """The most U-Net rows that a graph of so many pictures has."""
-        return graph_rows(pictures if self.unet.config.needs_guidance else 2 * pictures)
+    def unet_rows(self, images: int) -> int:
+        """The most U-Net rows that a graph of so many images has."""
+        return graph_rows(images if self.unet.config.needs_guidance else 2 * images)
+
+    @contextmanager
+    def eager(self) -> Iterator[None]:
+        """Inside, no graph is captured or replayed, by batches made there: a GPU's ops are launched one by one."""
+        graphs, self.graphs = self.graphs, None
+        try:
+            yield
+        finally:
+            self.graphs = graphs
 
     def prepare(self, request: Request) -> Run:
-        """prompt -> Conditioning -> (StepTable, noise): all that comes before the first step."""
-        changed = self.prepared.refresh()
-        if changed:
-            logger.info("weights changed: %s", ", ".join(changed))
-        encoded = self._encode(request)
-        table = self._table(request)
-        return Run(self._work(request, table), self._conditions(request, encoded, table))
+        """All that comes before the first step: prompts encoded, the sampler's table made, all noise drawn."""
+        with spans.span("check weights"):
+            changed = self.prepared.refresh()
+            if changed:
+                logger.info("weights changed: %s", ", ".join(changed))
+            with spans.span("tokenise"):
+                encoded = self._encode(request)
+            with spans.span("noise"):
+                run = self._start(request)
+            with spans.span("conditions"):
+                hidden, pooled = encoded.network_rows()  # (R, T, D), (R, P): all negatives, then all prompts
+                embeds = Embeds(hidden)
+                if self.unet.config.needs_added and pooled is not None:
+                    embeds = Embeds(hidden, pooled, conditioning.size_ids(request, len(pooled), device=self.device))
+                self._condition(run, embeds, float(request.guidance_scale or 0))
+        return run
 
     def _encode(self, request: Request) -> Conditioning:
         config = self.unet.config
+        pooled_width = config.addition_input_dim - 6 * config.addition_time_embed_dim if config.needs_added else None
+
+        def run(key: Hashable, encoder: Callable[..., Any], *inputs: Tensor) -> Any:
+            with spans.span("text"):
+                return self.run(key, encoder, *inputs)
+
         encoded = conditioning.encode(
             request,
             self.text_stages,
             width=config.cross_attention_dim,
-            pooled_width=self._pooled_width,
+            pooled_width=pooled_width,
             guided=self.guided(request),
             zero_negative=self.zero_negative,
             dtype=self.dtype,
             device=self.device,
-            run=self.run,
+            run=run,
         )
         return encoded.repeat(request.num_images_per_prompt)
 
-    @property
-    def _pooled_width(self) -> int | None:
-        config = self.unet.config
-        return config.addition_input_dim - 6 * config.addition_time_embed_dim if config.needs_added else None
-
-    def _table(self, request: Request) -> schedule.StepTable:
-        return schedule.make_table(
+    def _start(self, request: Request) -> Run:
+        table = schedule.make_table(
             self.schedule,
             request.num_inference_steps,  # type: ignore[arg-type]
             sampler=request.sampler,
@@ -136,17 +149,14 @@ class Stages:
             sigmas=request.sigmas,
             eta=request.eta,
         )
+        scale = float(request.guidance_scale or 0) if self.guided(request) else 1.0
+        guidance = Guidance(scale, request.guidance_rescale, *request.guidance_interval)
+        in_channels = self.unet.config.in_channels
+        return start_run(request, table, guidance, self.vae, in_channels, dtype=self.dtype, device=self.device)
 
-    def _conditions(self, request: Request, encoded: Conditioning, table: schedule.StepTable) -> Conditions:
-        """What does not change at each step, computed once."""
-        hidden, pooled = encoded.network_rows()  # (R, T, D), (R, P): all negatives, then all prompts
-        embeds = Embeds(hidden)
-        if self.unet.config.needs_added and pooled is not None:
-            embeds = Embeds(hidden, pooled, conditioning.size_ids(request, pooled.shape[0], device=self.device))
-        return self._conditioned(embeds, table, float(request.guidance_scale or 0))
-
-    def _conditioned(self, embeds: Embeds, table: schedule.StepTable, guidance_scale: float) -> Conditions:
-        """What the steps of a table read, of U-Net rows that are conditioned so."""
+    def _condition(self, run: Run, embeds: Embeds, guidance_scale: float) -> None:
+        """Give a run what its steps read of its conditioning: computed once, for all rows of its table."""
+        table = run.table
         timesteps = send(torch.from_numpy(table.timesteps), self.device)  # (S,)
         rows = 1  # a step: the network's rows differ only where their conditioning enters the time embedding
         added = scale = None
@@ -157,65 +167,57 @@ class Stages:
             scale = torch.full((len(table) * rows,), guidance_scale, device=self.device)
         temb = self.unet.time_rows(timesteps.repeat_interleave(rows), added=added, guidance=scale)
         text_kv = self.run("text keys and values", self.unet.cross_kv, embeds.prompt_embeds)
-        return Conditions(temb.unflatten(0, (len(table), rows)), text_kv, embeds)
-
-    def _work(self, request: Request, table: schedule.StepTable) -> Work:
-        scale = float(request.guidance_scale or 0) if self.guided(request) else 1.0
-        guidance = Guidance(scale, request.guidance_rescale, *request.guidance_interval)
-        in_channels = self.unet.config.in_channels
-        return start_work(request, table, guidance, self.vae, in_channels, dtype=self.dtype, device=self.device)
+        run.temb, run.text_kv, run.embeds = temb.unflatten(0, (len(table), rows)), text_kv, embeds
 
     def change(self, batch: Batch, run: Run, change: Change) -> None:
         """Go on as a callback wants."""
         if change.latents is not None:
             batch.go_on_from(run, change.latents)
-        scale, rescale = change.guidance
-        guidance = dataclasses.replace(
-            run.work.guidance, scale=1.0 if self.unet.config.needs_guidance else scale, rescale=rescale
-        )
-        conditions = run.conditions
+        scale = 1.0 if self.unet.config.needs_guidance else change.guidance_scale
+        guidance = dataclasses.replace(run.guidance, scale=scale, rescale=change.guidance_rescale)
         if change.embeds is not None:
-            conditions = self._conditioned(change.embeds, run.work.table, scale)
-        if conditions is not run.conditions or guidance != run.work.guidance:
-            batch.recondition(run, conditions, guidance)
+            self._condition(run, change.embeds, change.guidance_scale)
+        if change.embeds is not None or guidance != run.guidance:
+            run.guidance = guidance
+            batch.recondition(run)
 
     def new_batch(self, run: Run, max_batch: int) -> Batch:
-        """For runs of the size of this one: what has room for it, and for `max_batch` pictures."""
-        if not isinstance(self.unet, UNet) or not fuses(run.work.x):
+        """For runs of the size of this one: a batch with room for it, and for `max_batch` images."""
+        if not isinstance(self.unet, UNet) or not fuses(run.latents):
             return EagerBatch(self.unet, self.backend)
-        pictures = max(run.batch, max_batch)
+        images = max(run.batch, max_batch)
         buffers = StaticBuffers.empty(
             self.unet.config,
-            slots=pictures,
-            rows=self.unet_rows(pictures),
-            height=run.work.x.shape[2],
-            width=run.work.x.shape[3],
-            tokens=max(self.text_stages[0].window, *(kv.shape[1] for kv in run.conditions.text)),
-            steps=step_capacity(len(run.work.table)),
+            slots=images,
+            rows=self.unet_rows(images),
+            height=run.latents.shape[2],
+            width=run.latents.shape[3],
+            tokens=max(self.text_stages[0].window, *(kv.shape[1] for kv in run.text_kv)),
+            steps=step_capacity(len(run.table)),
             dtype=self.dtype,
             device=self.device,
         )
         return Slots(self.unet, buffers, self.graphs)
 
-    def threads(self, request: Request, pictures: int, most: int) -> int:
-        """How many CPU threads a step of so many pictures has work for.
+    def threads(self, request: Request, images: int, limit: int) -> int:
+        """How many CPU threads a step of so many images has work for, at most `limit`.
 
-        Ops of a small step are over before threads have met: on two cores the default model's picture at 32x32 takes as
-        long with two as with one, at 64x64 three quarters, at 128x128 half. (How they wait where others want the cores
-        too is openmp.Contention's to see to.) An engine has threads of its own, and little is left to do.
+        Ops of a small step are over before threads have met: on two cores the default model's image at 32x32 takes as
+        long with two as with one, at 64x64 three quarters, at 128x128 half. (`openmp.Contention` sees to how they wait
+        where other processes want the cores.) An engine has threads of its own, and little remains for these.
         """
-        cells = int(request.height or 0) * int(request.width or 0) / self.vae.config.factor**2
-        work = self._unet_parameters * cells * pictures
-        return max(1, min(most, int(work / _WORK_PER_THREAD)))
+        latents = int(request.height or 0) * int(request.width or 0) / self.vae.config.factor**2
+        operations = self._unet_parameters * latents * images
+        return max(1, min(limit, int(operations / _OPERATIONS_PER_THREAD)))
 
-    def run(self, key: Hashable, work: Callable[..., Any], *inputs: Tensor) -> Any:
-        """work(*inputs), on a GPU by a graph when it has run often enough. key: says all but the tensors."""
-        return work(*inputs) if self.graphs is None else self.graphs.call(key, work, *inputs)
+    def run(self, key: Hashable, function: Callable[..., Any], *inputs: Tensor) -> Any:
+        """function(*inputs), on a GPU by a graph when it has run often enough. key: tells apart all but the tensors."""
+        return function(*inputs) if self.graphs is None else self.graphs.call(key, function, *inputs)
 
     def preview(self, latents: Tensor, c_in: float) -> Tensor:
-        """What latents (B, C, h, w) between two steps look like: small pictures (B, H, W, 3) uint8, on the host when
-        the device has come so far. They are decoded from at most 16 latents a side, a sixteenth of the work at 512x512
-        pixels and less beyond. c_in: what the next step scales them by."""
+        """Small images (B, H, W, 3) uint8 of latents (B, C, h, w) between two steps, on the host when the device has
+        come so far. They are decoded from at most 16 latents a side, a sixteenth of the work at 512x512 pixels and less
+        beyond. c_in: the factor that the next step scales the latents by."""
         longest = max(latents.shape[2:])
         if longest > _PREVIEW_LATENTS:
             size = [max(1, round(n * _PREVIEW_LATENTS / longest)) for n in latents.shape[2:]]
@@ -223,11 +225,12 @@ class Stages:
         return to_host(images.to_pixels(finish(self._decoding(latents * c_in)), "pil"))
 
     def decode(
-        self, request: Request, table: schedule.StepTable, latents: Tensor, first_bad: Callable[[], int | None]
+        self, request: Request, run: Run, latents: Tensor, first_bad: Callable[[], int | None]
     ) -> Generator[Any, None, Any]:
-        """latents -> image, in pieces, between which others' steps may run; returns the images.
+        """The images of a run's latents, decoded in pieces, between which steps of other runs may be taken.
 
         Yields None, or a mark that the device has to reach before the next piece: nothing here waits for another.
+        first_bad: as `Batch.release` gives it. Raises NonFinite.
         """
         kind, pixels, finite = request.output_type, latents, None
         if kind != "latent":
@@ -243,7 +246,7 @@ class Stages:
             raise NonFinite(
                 f"encoding the picture in {self.dtype} gave NaN or infinity: load the model in float32 or bfloat16"
             )
-        check_finite(first, table)
+        check_finite(first, run.table)
         if finite is None:
             return latents
         if not bool(finite):
@@ -251,7 +254,7 @@ class Stages:
         return images.to_images(pixels, kind)
 
     def _decoding(self, latents: Tensor) -> Pieces:
-        """Latents (B, C, h, w) as the U-Net has them to pictures (B, 3, H, W), about -1..1, in pieces."""
+        """Latents (B, C, h, w) as the U-Net has them to images (B, 3, H, W), about -1..1, in pieces."""
         z = self._unscaled(latents).to(self.dtype)
         if self.graphs is not None and self.vae_decode == "whole":
             yield
@@ -262,30 +265,29 @@ class Stages:
         return latents / self.vae.config.scaling_factor
 
     def _decoded_in_float32(self, latents: Tensor, kind: str) -> Tensor:
-        """The pixels of a picture whose decoding was not finite; NonFinite where float32 does not help. Waits."""
+        """The pixels of an image whose decoding was not finite; NonFinite where float32 does not help. Waits."""
         decoded = None
         if self.dtype != torch.float32 and isinstance(self.vae, torch.nn.Module):
             logger.warning("decoding in %s overflowed: decoding once more in float32", self.dtype)
             vae = copy.deepcopy(self.vae).float()
             decoded = finish(decode_pieces(vae, self._unscaled(latents).float(), self.vae_decode))
         if decoded is None or not bool(decoded.isfinite().all()):
-            how = f"on {self.backend}" if self.backend != "torch" else "in float32 too"
-            raise NonFinite(f"decoding the latents gave NaN or infinity, {how}: the VAE's weights may be damaged")
+            where = f"on {self.backend}" if self.backend != "torch" else "in float32 too"
+            raise NonFinite(f"decoding the latents gave NaN or infinity, {where}: the VAE's weights may be damaged")
         pixels = images.to_pixels(decoded, kind)
         return pixels if kind == "pt" else pixels.cpu()
 
-    def result(
-        self, request: Request, table: schedule.StepTable, images: Any, timings: Timings, backend: str
-    ) -> Result:
+    def result(self, request: Request, run: Run, images: Any, timings: Timings, backend: str) -> Result:
+        """backend: what ran the steps."""
         seeds = picture_seeds(request) if request.generator is None and request.latents is None else ()
         steps = request.num_inference_steps
         if request.timesteps is not None or request.sigmas is not None:
-            steps = table.steps  # of a caller's own list, what ran
-        ran = request.replace(sampler=table.sampler, num_inference_steps=steps)
-        return Result(images, seeds, timings, backend, self.precision, ran)
+            steps = run.table.steps  # as many of the caller's own list as were taken
+        request = request.replace(sampler=run.table.sampler, num_inference_steps=steps)
+        return Result(images, seeds, timings, backend, self.precision, request)
 
     def release_memory(self) -> None:
-        """Give back what a failed allocation may have left: the next, smaller request should find room."""
+        """Free what a failed allocation may have left: the next, smaller request should find room."""
         if self.graphs is not None:
             self.graphs.clear()
             torch.cuda.empty_cache()
@@ -297,7 +299,7 @@ class Stages:
 
     @torch.no_grad()
     def make(self, request: Request) -> Any:
-        """The images of one request, from end to end in this thread, with nothing beside it."""
+        """The images of one request, made from end to end in this thread."""
         request = self.complete(request)
         run = self.prepare(request)
         batch = self.new_batch(run, run.batch)
@@ -305,4 +307,4 @@ class Stages:
         while not run.done:
             batch.step([run])
         latents = batch.latents(run)
-        return finish(self.decode(request, run.work.table, latents, batch.release(run)))
+        return finish(self.decode(request, run, latents, batch.release(run)))

@@ -1,4 +1,4 @@
-"""Where the denoising loop starts: pictures and masks encoded, and all noise drawn."""
+"""Where the denoising loop starts: images and masks encoded, and all noise drawn."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fastldm.device import send
 from fastldm.models.config import VAEConfig
 from fastldm.request import Request, picture_seeds
 from fastldm.runtime.complete import start_latents
-from fastldm.runtime.denoise import Guidance, Inpainting, Work, draw_step_noise, randn
+from fastldm.runtime.denoise import Guidance, Inpainting, Run, draw_step_noise, randn
 from fastldm.samplers.table import StepTable
 
 if TYPE_CHECKING:
     from fastldm.models.interfaces import Autoencoder
 
 
-def start_work(
+def start_run(
     request: Request,
     table: StepTable,
     guidance: Guidance,
@@ -29,8 +29,8 @@ def start_work(
     *,
     dtype: torch.dtype,
     device: torch.device,
-) -> Work:
-    """What the loop of a completed request is made from, all noise drawn, in diffusers' order.
+) -> Run:
+    """The run of a completed request, all noise drawn, in diffusers' order; not conditioned yet.
 
     in_channels: the U-Net's, more than the latents' where it is a model for inpainting. dtype: the networks'.
     """
@@ -44,20 +44,20 @@ def start_work(
         generators, noise_dtype = [torch.Generator().manual_seed(s) for s in picture_seeds(request)], torch.float32
 
     def draw(count: int = request.batch) -> Tensor:
-        some = generators[:count] if isinstance(generators, Sequence) else generators
-        return randn((count, *shape[1:]), some, noise_dtype, device).float()  # (count, C, h, w)
+        first = generators[:count] if isinstance(generators, Sequence) else generators
+        return randn((count, *shape[1:]), first, noise_dtype, device).float()  # (count, C, h, w)
 
-    def each(pictures: Tensor, count: int = request.batch) -> Tensor:
-        """n pictures as so many, in turn: the first, ..., the last, the first, ..."""
-        return pictures.repeat(count // len(pictures), 1, 1, 1)
+    def each(inputs: Tensor, count: int = request.batch) -> Tensor:
+        """n images as so many, in turn: the first, ..., the last, the first, ..."""
+        return inputs.repeat(count // len(inputs), 1, 1, 1)
 
-    # Each picture's own generator draws of the posterior what it would draw for it alone. As in diffusers, one
-    # generator for all draws once for each picture of `image`, and a list of them, for inpainting, likewise.
+    # Each image's own generator draws of the posterior what it would draw for it alone. As in diffusers, one
+    # generator for all draws once for each image of `image`, and a list of them, for inpainting, likewise.
     alone = request.generator is None or (request.mask_image is None and isinstance(generators, Sequence))
-    prepared = each if alone else lambda pictures: pictures
+    prepared = each if alone else lambda inputs: inputs
 
     # Inpainting at full strength starts from noise alone, so that nothing of what is repainted shines through;
-    # so it does from noise that is given, as in diffusers.
+    # so it does from the caller's own noise, as in diffusers.
     from_noise = request.mask_image is not None and (request.strength == 1 or request.latents is not None)
     init = mask = extra = None
     for_inpainting = in_channels > channels
@@ -65,21 +65,21 @@ def start_work(
     if start is not None:
         init = each(send(start, device))
     elif request.image is not None and not noised:
-        picture = prepared(send(images.load_image(request.image, (height, width)), device))
+        source = prepared(send(images.load_image(request.image, (height, width)), device))
         if not (for_inpainting and from_noise):
-            init = each(_encode(vae, picture, draw, dtype))
+            init = each(_encode(vae, source, draw, dtype))
     noise = draw() if request.latents is None else send(request.latents, device, torch.float32)
     if request.mask_image is not None:
-        hole = prepared(send(images.load_mask(request.mask_image, (height, width)), device))
-        mask = each(torch.nn.functional.interpolate(hole, shape[2:]))  # (B, 1, h, w)
+        full_mask = prepared(send(images.load_mask(request.mask_image, (height, width)), device))
+        mask = each(torch.nn.functional.interpolate(full_mask, shape[2:]))  # (B, 1, h, w)
         if start is None:
-            counts = sorted((len(picture), len(hole)))
+            counts = sorted((len(source), len(full_mask)))
             count = request.batch if counts[1] % counts[0] else counts[1]
             if for_inpainting:
-                masked = each(picture, count) * (each(hole, count) < 0.5)
+                masked = each(source, count) * (each(full_mask, count) < 0.5)
                 extra = torch.cat([mask, each(_encode(vae, masked, draw, dtype))], dim=1).to(dtype)
             elif request.generator is not None:
-                draw(count)  # diffusers encodes masked pictures for 4-channel models too: its generator is in step
+                draw(count)  # diffusers encodes masked images for 4-channel models too: so its generator stays in step
     step_noise = draw_step_noise(table, shape, generators, noise_dtype, device)
     r, s = table.start
     x = table.init_noise_sigma * noise if init is None or from_noise else r * init + s * noise
@@ -87,13 +87,13 @@ def start_work(
         x = noise  # where image to image starts, noise and all
     blended = mask is not None and init is not None and not for_inpainting
     inpainting = Inpainting(mask, init, noise) if blended else None  # type: ignore[arg-type]
-    return Work(table, x, step_noise, guidance, inpainting, extra, dtype)
+    return Run(table, x, step_noise, guidance, inpainting, extra, dtype)
 
 
-def _encode(vae: Autoencoder, picture: Tensor, draw: Callable[[int], Tensor], dtype: torch.dtype) -> Tensor:
-    """Pictures (n, 3, H, W) in -1..1 to latents (n, C, h, w) in float32, drawn from the posterior of a KL
+def _encode(vae: Autoencoder, image: Tensor, draw: Callable[[int], Tensor], dtype: torch.dtype) -> Tensor:
+    """Images (n, 3, H, W) in -1..1 to latents (n, C, h, w) in float32, drawn from the posterior of a KL
     autoencoder."""
-    encoded = vae.encode(picture.to(dtype)).float()
+    encoded = vae.encode(image.to(dtype)).float()
     if isinstance(vae.config, VAEConfig):
         mean, log_variance = encoded.chunk(2, dim=1)
         encoded = mean + (log_variance.clamp(-30, 20) / 2).exp() * draw(len(mean))

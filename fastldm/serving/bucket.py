@@ -1,12 +1,15 @@
-"""The requests of one size, from the queue through the batch to the decoder: all of it happens on the worker's thread.
+"""Requests of one size, from the queue through the batch to the decoder, all on the worker's thread; and the buckets of
+a session.
 
-What a request's own work raises is that request's failure and nobody else's, be it an Exception or what ends threads.
+What a request's own work raises is that request's failure and no other's, be it an Exception or what ends threads.
 """
 
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 from itertools import pairwise
 from time import perf_counter
@@ -14,13 +17,17 @@ from typing import Any
 
 import torch
 
+from fastldm import spans
 from fastldm.device import Mark
 from fastldm.errors import OutOfMemory, WorkerLost, out_of_memory_named
 from fastldm.kernels import dispatch
-from fastldm.request import Result, Timings
+from fastldm.request import Request, Result, Timings
 from fastldm.runtime.denoise import Batch, Run
 from fastldm.runtime.stages import Stages
-from fastldm.serving.generation import Host, Job, lost_by, report
+from fastldm.serving.generation import Generation, Host, Progress, log_exception, lost_by
+
+SECONDS_A_PRIORITY = 10.0
+"""The waiting time that one level of priority is worth: no request waits forever behind more urgent ones."""
 
 
 class Bucket:
@@ -29,179 +36,189 @@ class Bucket:
     def __init__(
         self,
         stages: Stages,
-        worker: Host,
+        host: Host,
         max_batch: int,
         route: dispatch.Route | None,
-        release_memory: Callable[[], None],
+        release_idle: Callable[[], None],
     ) -> None:
-        """max_batch: pictures that share a step. release_memory: gives up what other sizes keep for later."""
-        self.stages, self.worker, self.max_batch, self.route = stages, worker, max_batch, route
-        self._release_others = release_memory
-        self.waiting: list[tuple[float, int, Job]] = []  # a heap: the first in line is first
-        self.next: Job | None = None  # begun, and waiting until the batch can take it
-        self.running: list[Job] = []
-        self.finishing: list[tuple[Job, Iterator[Any]]] = []  # decoded one after the other
+        """max_batch: images that share a step. release_idle: frees what idle buckets of the session hold."""
+        self.stages, self.host, self.max_batch, self.route = stages, host, max_batch, route
+        self._release_idle = release_idle
+        self.waiting: list[tuple[float, int, Generation]] = []  # a heap: the first in line is first
+        self.next: Generation | None = None  # prepared, and waiting until the batch has room
+        self.running: list[Generation] = []
+        self.finishing: list[tuple[Generation, Iterator[Any]]] = []  # decoded one after the other
         self.batch: Batch | None = None
-        self.damaged = False  # whether the batch may still hold what has left it: it takes nobody in
-        self.spent = 0.0  # seconds of the device that this size had
+        self.damaged = False  # whether the batch may still hold a run that has left it: it admits no other
+        self.spent = 0.0  # seconds of the device that this size has had
         self.step_time = 0.0
         self._mark: Mark | None = None  # what the first of `finishing` waits for
 
-    def jobs(self) -> list[Job]:
-        begun = [] if self.next is None else [self.next]
-        return [*(job for *_, job in self.waiting), *begun, *self.running, *(job for job, _ in self.finishing)]
-
-    @property
-    def pictures(self) -> int:
-        return sum(job.request.batch for job in self.running)
+    def generations(self) -> list[Generation]:
+        prepared = [] if self.next is None else [self.next]
+        finishing = [generation for generation, _ in self.finishing]
+        return [*(generation for *_, generation in self.waiting), *prepared, *self.running, *finishing]
 
     def _holds(self, run: Run) -> bool:
         if self.batch is None or self.damaged:
             return False
         try:
             return self.batch.holds(run)
-        except BaseException:  # it is asked while nobody's work is done: one that cannot say is made anew
+        except BaseException:  # no request's own failure: the batch is replaced
             self.damaged = True
             return False
 
-    def _first(self) -> Job | None:
-        """Who may join now. Nobody overtakes: what does not fit yet waits until it does, and the others behind it."""
-        job = self.next or (self.waiting[0][-1] if self.waiting else None)
-        if job is None or not self.running:
-            return job
-        if self.damaged or (job.run is not None and not self._holds(job.run)):
-            return None  # the buffers are made anew when the last has left them
-        return job if self.pictures + job.request.batch <= self.max_batch else None
+    def _first(self) -> Generation | None:
+        """The request that may join now. None overtakes: one that does not fit yet waits, and the rest behind it."""
+        first = self.next or (self.waiting[0][-1] if self.waiting else None)
+        if first is None or not self.running:
+            return first
+        if self.damaged or (first.run is not None and not self._holds(first.run)):
+            return None  # the batch is replaced when the last run has left it
+        images = sum(generation.request.batch for generation in self.running)
+        return first if images + first.request.batch <= self.max_batch else None
 
     def ready(self) -> bool:
         """Whether a turn would do anything."""
-        return bool(self.finishing or any(not job.paused for job in self.running)) or self._first() is not None
+        steps = any(not generation.paused for generation in self.running)
+        return bool(self.finishing) or steps or self._first() is not None
 
     # --- a turn
 
     def turn(self) -> None:
-        began = perf_counter()
+        start = perf_counter()
         with dispatch.use(self.route) if self.route else nullcontext():
-            self._apply_answers()
+            self._apply_changes()
             self._admit()
             self._finish_some()
             self._step()
-        self.spent += perf_counter() - began
+        self.spent += perf_counter() - start
 
     def expire(self) -> None:
-        """Let go of what was cancelled, is too late, or was answered by somebody else."""
+        """Let go of what was cancelled, has passed its deadline, or was answered by somebody else."""
         now = perf_counter()
-        with self.worker.changed:
-            over = [(job, error) for job in self.jobs() if (error := job.over(now)) is not None]
-        for job, error in over:
-            self._fail(job, error)
+        with self.host.changed:
+            expired = [(one, error) for one in self.generations() if (error := one.expired(now)) is not None]
+        for generation, error in expired:
+            self._fail(generation, error)
 
     def lose(self, error: BaseException, waiting_too: bool) -> None:
-        """Whoever has begun fails, for nobody knows how far they are; those who wait too where they are to."""
-        with self.worker.changed:
-            begun = [job for job in self.jobs() if waiting_too or all(job is not one[-1] for one in self.waiting)]
-            self.waiting = [] if waiting_too else self.waiting
-            self.next, self.running, self.finishing, self._mark = None, [], [], None
-        for job in begun:
-            job.future.fail(lost_by(error))
+        """Fail all that have started, for nobody knows how far they are; those that wait too if `waiting_too`."""
+        with self.host.changed:
+            waiting = [] if waiting_too else self.waiting
+            lost = [one for one in self.generations() if all(one is not entry[-1] for entry in waiting)]
+            finishing, self.finishing = self.finishing, []
+            self.waiting, self.next, self.running, self._mark = waiting, None, [], None
+        for generation in lost:
+            generation.fail(lost_by(error))
+        del finishing  # frees what was being decoded, now that the lock is not held
         self.drop_batch()
 
-    def _apply_answers(self) -> None:
-        for job in list(self.running):
-            if job.paused:
+    def _apply_changes(self) -> None:
+        for generation in list(self.running):
+            if generation.paused:
                 continue
-            with self._failing(job):
-                if job.answer is not None:
+            with self._failing(generation):
+                if generation.change is not None:
                     assert self.batch is not None
-                    assert job.run is not None
-                    (change, given), job.answer = job.answer, None
-                    self.stages.change(self.batch, job.run, given.follow(change))
-                self._retire(job)
+                    assert generation.run is not None
+                    (change, mark), generation.change = generation.change, None
+                    self.stages.change(self.batch, generation.run, mark.follow(change))
+                self._retire(generation)
 
     def _admit(self) -> None:
-        with self.worker.changed:
-            job = self._first()
-            if job is None:
+        with self.host.changed:
+            generation = self._first()
+            if generation is None:
                 return
-            if job is not self.next:
+            if generation is not self.next:
                 heapq.heappop(self.waiting)
-                self.next = job
-        with self._failing(job):
-            if job.run is None:
-                if not job.future.begin():
+                self.next = generation
+        with self._failing(generation):
+            if generation.run is None:
+                if not generation.start():
                     self.next = None
                     return
-                job.began = perf_counter()
-                job.given.follow(job.request)
-                self._set_threads([job])
-                job.run = self.stages.prepare(job.request)
-                job.begun = perf_counter()
-            if not self._holds(job.run):
+                generation.prepare_start = perf_counter()
+                generation.input_mark.follow(generation.request)
+                self._set_threads([generation])
+                generation.run = self.stages.prepare(generation.request)
+                generation.prepare_end = perf_counter()
+            if not self._holds(generation.run):
                 if self.running:
                     return
                 self.drop_batch()
-                self.batch = self.stages.new_batch(job.run, self.max_batch)
+                with spans.span("admit"):
+                    self.batch = self.stages.new_batch(generation.run, self.max_batch)
             assert self.batch is not None
-            self.damaged = True  # until it has been taken in whole
-            self.batch.admit(job.run)
+            self.damaged = True  # until the run has been admitted as a whole
+            with spans.span("admit"):
+                self.batch.admit(generation.run)
             self.damaged = False
-            job.admitted = perf_counter()
-            self.running.append(job)
+            generation.admitted = perf_counter()
+            self.running.append(generation)
             self.next = None
 
     def _step(self) -> None:
-        jobs = [job for job in self.running if not job.paused]
-        if not jobs:
+        stepping = [generation for generation in self.running if not generation.paused]
+        if not stepping:
             return
-        began = perf_counter()
-        self._step_together(jobs)
+        start = perf_counter()
+        self._step_together(stepping)
         now = perf_counter()
-        self.step_time = now - began
-        for job in jobs:
-            if job in self.running:
-                with self._failing(job):
-                    self._after_step(job, now)
+        self.step_time = now - start
+        for generation in stepping:
+            if generation in self.running:
+                with self._failing(generation):
+                    self._after_step(generation, now)
 
-    def _step_together(self, jobs: list[Job]) -> None:
+    def _step_together(self, generations: list[Generation]) -> None:
         assert self.batch is not None
-        runs = [job.run for job in jobs if job.run is not None]
+        runs = [generation.run for generation in generations if generation.run is not None]
         try:
-            self._set_threads(jobs)
-            ran = self.batch.step(runs)
+            self._set_threads(generations)
+            with spans.span("step"):
+                ran_on = self.batch.step(runs)
         except BaseException as error:
-            if len(jobs) == 1:
-                self._fail(jobs[0], error)
-            else:  # nobody has moved: whoever it was fails alone, the others go on
-                for job in jobs:
-                    self._step_together([job])
+            if len(generations) == 1:
+                self._fail(generations[0], error)
+            else:  # no run has moved: step each alone, so that only the one that raises fails
+                for generation in generations:
+                    self._step_together([generation])
             return
-        for job in jobs:
-            job.ran.add(ran)
+        for generation in generations:
+            generation.ran_on.add(ran_on)
 
-    def _after_step(self, job: Job, now: float) -> None:
+    def _after_step(self, generation: Generation, now: float) -> None:
+        run = generation.run
         assert self.batch is not None
-        assert job.run is not None
-        job.marks.append(now)
-        step, table = len(job.marks) - 1, job.run.work.table
-        c_in = 1.0 if job.run.done else float(table.rows[step + 1][0])
-        preview = self.stages.preview(self.batch.latents(job.run), c_in) if job.preview else None
-        latents, embeds = (self.batch.latents(job.run), job.run.conditions.embeds) if job.answered else (None, None)
-        job.paused = job.answered
-        told = {"step": step, "steps": len(table), "timestep": float(table.timesteps[step])}
-        job.future.publish(preview, latents=latents, embeds=embeds, **told)
-        if not job.answered:  # else when it has been, however soon that was: with what the answer changes
-            self._retire(job)
+        assert run is not None
+        generation.step_times.append(now)
+        step = len(generation.step_times) - 1
+        progress = Progress(step, len(run.table), float(run.table.timesteps[step]))
+        if generation.waits_for_answer:
+            latents = self.batch.latents(run)
+            progress = Progress(step, progress.steps, progress.timestep, latents=latents, embeds=run.embeds)
+        preview = None
+        if generation.preview:
+            c_in = 1.0 if run.done else float(run.table.rows[step + 1][0])
+            preview = self.stages.preview(self.batch.latents(run), c_in)
+        generation.paused = generation.waits_for_answer
+        generation.publish(preview, progress)
+        if not generation.waits_for_answer:  # else after the answer, with what that changes
+            self._retire(generation)
 
-    def _retire(self, job: Job) -> None:
-        """From the loop to the decoder, if all steps are done that will be."""
+    def _retire(self, generation: Generation) -> None:
+        """Move it from the loop to the decoder, if it takes no more steps."""
+        run = generation.run
         assert self.batch is not None
-        if job.run is not None and (job.run.done or (job.interrupted and job.marks)):
-            latents = self.batch.latents(job.run)
-            first_bad = self._release(job.run)
-            self.running.remove(job)
-            self.finishing.append((job, self.stages.decode(job.request, job.run.work.table, latents, first_bad)))
+        if run is not None and (run.done or (generation.interrupted and generation.step_times)):
+            latents = self.batch.latents(run)
+            first_bad = self._release(run)
+            self.running.remove(generation)
+            self.finishing.append((generation, self.stages.decode(generation.request, run, latents, first_bad)))
 
-    def _release(self, run: Run) -> Any:
+    def _release(self, run: Run) -> Callable[[], int | None]:
         assert self.batch is not None
         try:
             return self.batch.release(run)
@@ -213,88 +230,148 @@ class Bucket:
         """Decode for about as long as a step takes while others step, to the end of one request otherwise."""
         until = perf_counter() + self.step_time
         while self.finishing:
-            job, pieces = self.finishing[0]
-            others = any(not one.paused for one in self.running)
-            with self._failing(job):
-                if self._mark is not None and others and not self._mark.reached():
+            generation, pieces = self.finishing[0]
+            stepping = any(not other.paused for other in self.running)
+            with self._failing(generation):
+                if self._mark is not None and stepping and not self._mark.reached():
                     return
-                self._set_threads([job])
+                self._set_threads([generation])
                 try:
-                    self._mark = next(pieces)
-                except StopIteration as done:
-                    result = self._result(job, done.value)
+                    with spans.span("decode"):
+                        self._mark = next(pieces)
+                except StopIteration as decoded:
+                    result = self._result(generation, decoded.value)
                     del self.finishing[0]
                     self._mark = None
-                    job.future.finish(result)
-                    if not others:
+                    generation.finish(result)
+                    generation.run = None
+                    if not stepping:
                         return
-            if others and perf_counter() > until:
+            if stepping and perf_counter() > until:
                 return
 
-    def _result(self, job: Job, images: Any) -> Result:
-        now, last = perf_counter(), job.marks[-1]
-        assert job.run is not None
+    def _result(self, generation: Generation, images: Any) -> Result:
+        now, step_times = perf_counter(), generation.step_times
+        assert generation.run is not None
         timings = Timings(
-            text=job.begun - job.began,
-            steps=tuple(after - before for before, after in pairwise([job.admitted, *job.marks])),
-            decode=now - last,
-            total=now - job.submitted,
+            text=generation.prepare_end - generation.prepare_start,
+            steps=tuple(after - before for before, after in pairwise([generation.admitted, *step_times])),
+            decode=now - step_times[-1],
+            total=now - generation.submitted,
         )
-        backend = job.ran.pop() if len(job.ran) == 1 else self.stages.backend
-        return self.stages.result(job.request, job.run.work.table, images, timings, backend)
+        backend = generation.ran_on.pop() if len(generation.ran_on) == 1 else self.stages.backend
+        return self.stages.result(generation.request, generation.run, images, timings, backend)
 
     # --- failures
 
     @contextmanager
-    def _failing(self, job: Job) -> Iterator[None]:
-        """What is raised inside is this request's failure, and nobody else's."""
+    def _failing(self, generation: Generation) -> Iterator[None]:
+        """What is raised inside is this request's failure, and no other's."""
         try:
             yield
         except BaseException as error:
-            self._fail(job, error)
+            self._fail(generation, error)
 
-    def _fail(self, job: Job, error: BaseException) -> None:
-        """Let a request go that cannot go on, whatever that raises in turn, and tell whoever waits for it."""
-        told = out_of_memory_named(error) if isinstance(error, Exception) else _named(error)
-        if job in self.running:
-            self.running.remove(job)
+    def _fail(self, generation: Generation, error: BaseException) -> None:
+        """Remove a request that cannot go on, whatever that raises in turn, and set its error."""
+        if isinstance(error, Exception):
+            reported = out_of_memory_named(error)
+        else:  # what ends a thread or a process would end whoever asks for the result
+            reported = WorkerLost(f"the request's own work raised {type(error).__name__}: {error}")
+            reported.__cause__ = error
+        if generation in self.running:
+            self.running.remove(generation)
             with suppress(BaseException):
-                self._release(job.run)  # type: ignore[arg-type]
-        if self.next is job:
+                self._release(generation.run)  # type: ignore[arg-type]
+        if self.next is generation:
             self.next = None
-        if self.finishing and self.finishing[0][0] is job:
+        if self.finishing and self.finishing[0][0] is generation:
             self._mark = None
-        self.finishing = [one for one in self.finishing if one[0] is not job]
-        with self.worker.changed:
-            self.waiting = [one for one in self.waiting if one[-1] is not job]
+        self.finishing = [entry for entry in self.finishing if entry[0] is not generation]
+        with self.host.changed:
+            self.waiting = [entry for entry in self.waiting if entry[-1] is not generation]
             heapq.heapify(self.waiting)
-        if isinstance(told, OutOfMemory):
+        if isinstance(reported, OutOfMemory):
             with suppress(BaseException):
                 if not self.running:
                     self.drop_batch()
-                self._release_others()
+                self._release_idle()
                 self.stages.release_memory()
-        job.future.fail(told)
+        generation.fail(reported)
+        generation.run = None
 
     def drop_batch(self) -> None:
         batch, self.batch, self.damaged = self.batch, None, False
         if batch is not None:
             try:
                 batch.close()
-            except BaseException:  # of what nobody needs any more
-                report("buffers of %s pictures could not be given back", self.stages.name)
+            except BaseException:  # of buffers that nobody needs any more
+                log_exception("buffers of %s could not be freed", self.stages.name)
 
-    def _set_threads(self, jobs: list[Job]) -> None:
+    def _set_threads(self, generations: list[Generation]) -> None:
         """As many CPU threads as the work of these requests has use for, and their callers have."""
-        wanted = max(job.threads for job in jobs)
-        if self.worker.device.type == "cpu":
-            wanted = self.stages.threads(jobs[0].request, sum(job.request.batch for job in jobs), wanted)
-        if torch.get_num_threads() != wanted:
-            torch.set_num_threads(wanted)
+        threads = max(generation.threads for generation in generations)
+        if self.host.device.type == "cpu":
+            images = sum(generation.request.batch for generation in generations)
+            threads = self.stages.threads(generations[0].request, images, threads)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
 
 
-def _named(error: BaseException) -> WorkerLost:
-    """For what ends a thread or a process, and would do so to whoever asks for the result."""
-    lost = WorkerLost(f"the request's own work raised {type(error).__name__}: {error}")
-    lost.__cause__ = error
-    return lost
+class Buckets:
+    """The buckets of one session, which its worker drives. Queues are read and changed with `host.changed` held."""
+
+    def __init__(self, stages: Stages, host: Host, max_batch: int) -> None:
+        self._stages, self._host, self._max_batch = stages, host, max_batch
+        self._by_size: dict[tuple[int, int, dispatch.Route | None], Bucket] = {}  # the last used is the last
+        self._numbers = itertools.count()
+        self.open: set[Generation] = set()  # submitted and not done
+
+    def __iter__(self) -> Iterator[Bucket]:
+        return iter([*self._by_size.values()])
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait."""
+        return sum(len(bucket.waiting) for bucket in self)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is under way."""
+        return any(bucket.generations() for bucket in self)
+
+    def add(self, generation: Generation, priority: float, least_spent: float) -> None:
+        """Queue a request. least_spent: seconds of the device that the least served bucket of the worker has had."""
+        request = generation.request
+        key = (int(request.height or 0), int(request.width or 0), generation.route)
+        bucket = self._by_size.pop(key, None) or Bucket(
+            self._stages, self._host, self._max_batch, generation.route, self.release_memory
+        )
+        self._by_size[key] = bucket
+        if not bucket.generations():
+            bucket.spent = max(bucket.spent, least_spent)  # time that it did not ask for is not owed to it
+        place = generation.submitted - SECONDS_A_PRIORITY * priority
+        heapq.heappush(bucket.waiting, (place, next(self._numbers), generation))
+        self.open.add(generation)
+        Future.add_done_callback(generation, self.open.discard)
+
+    def held(self, request: Request) -> int:
+        """Bytes of buffers that are kept for requests of this one's size."""
+        size = (request.height, request.width)
+        with self._host.changed:
+            batches = [bucket.batch for key, bucket in self._by_size.items() if key[:2] == size]
+            return sum(batch.nbytes for batch in batches if batch is not None)
+
+    def release_memory(self, keep: int = 0) -> None:
+        """Free the buffers of idle buckets, but of the last `keep` used. On the worker's thread."""
+        with self._host.changed:
+            idle = [key for key, bucket in self._by_size.items() if not bucket.generations()]
+            dropped = [self._by_size.pop(key) for key in idle[: len(idle) - keep]]
+        for bucket in dropped:
+            bucket.drop_batch()
+
+    def lose_in_child(self) -> None:
+        """In a process that was forked from this one: what was open is lost there, and nothing of it is touched."""
+        lost, self.open, self._by_size = self.open, set(), {}
+        for generation in lost:
+            generation.lose_in_child()

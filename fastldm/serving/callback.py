@@ -94,7 +94,7 @@ class CallState:
             self.generation.interrupt()
         if before != after and embeds is None and self.embedded_guidance:
             embeds = step.embeds  # the scale enters there
-        return None if latents is None and embeds is None and before == after else Change(after, latents, embeds)
+        return None if latents is None and embeds is None and before == after else Change(*after, latents, embeds)
 
     def _tensors(self, step: Progress, names: Sequence[str]) -> dict[str, Tensor | None]:
         assert step.embeds is not None

@@ -1,10 +1,10 @@
-"""The one thread that issues all work of a device, for every session on it, and what keeps it going.
+"""The one thread that issues all work of a device, for every session on it, and owns the buckets of their requests.
 
-Nobody else's code runs on it. What callers want to have done when a request is over (`add_done_callback`) is done by a
-thread for that; what is raised in the course of a request, be it SystemExit, is that request's failure. Should anything
-be raised elsewhere, what the thread had in hand is lost and fails, and it goes on with what waits.
+No foreign code runs on it. Done-callbacks (`add_done_callback`) are called by another thread; what is raised in the
+course of a request, be it SystemExit, is that request's failure. Should anything be raised elsewhere, the request or
+call in hand is lost and fails, and the thread goes on with the rest.
 
-A process that is forked from this one has the sessions and not the thread. The fork waits until no turn is under way,
+A process that is forked from this one has the sessions but not the thread. The fork waits until no turn is under way,
 so that no tensor is half written and no lock held; in the child all requests that were open fail, and new ones are
 served by a thread of its own.
 """
@@ -21,14 +21,15 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
 from time import perf_counter
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
 from fastldm import openmp
 from fastldm.device import Mark
-from fastldm.serving.bucket import Bucket
-from fastldm.serving.generation import Callbacks, lost_by, report
+from fastldm.runtime.stages import Stages
+from fastldm.serving.bucket import Bucket, Buckets
+from fastldm.serving.generation import Callbacks, Generation, log_exception, lost_by
 
 T = TypeVar("T")
 Call = tuple[Future[Any], Callable[[], Any]]
@@ -36,20 +37,10 @@ Call = tuple[Future[Any], Callable[[], Any]]
 logger = logging.getLogger("fastldm")
 
 IDLE_SIZES = 4
-"""Sizes whose buffers are kept though nobody asks for them, the last used."""
-LONGEST_SLEEP = 3600.0  # seconds; more than a lock can be waited for is an error
-PATIENCE = 3  # failures in a row, with nothing in hand, after which all that waits is given up
-FORK_PATIENCE = 30.0  # seconds that a fork waits for a turn to end
-
-
-class Client(Protocol):
-    """A session, as its worker sees it."""
-
-    buckets: dict[Any, Bucket]
-
-    def release_memory(self, keep: int = 0) -> None: ...
-
-    def lose_in_child(self) -> None: ...
+"""Of a session, the idle buckets that keep their buffers: the last used."""
+MAX_SLEEP = 3600.0  # seconds; a lock cannot be waited for much longer
+MAX_FAILURES = 3  # in a row with nothing in hand, after which all that waits is given up
+FORK_TIMEOUT = 30.0  # seconds that a fork waits for a turn to end
 
 
 class Worker:
@@ -75,7 +66,7 @@ class Worker:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.sessions: weakref.WeakSet[Client] = weakref.WeakSet()
+        self._all: weakref.WeakSet[Buckets] = weakref.WeakSet()  # a session keeps its own
         self._reset()
 
     def _reset(self) -> None:
@@ -84,40 +75,48 @@ class Worker:
         self.no_fork = threading.Event()  # ... and the next turn for the fork
         self.no_fork.set()
         self.thread: threading.Thread | None = None
-        self._busy: set[Client] = set()  # sessions with a request that is not done
+        self._busy: set[Buckets] = set()  # those with a request that is not done
         self._calls: list[Call] = []
-        self._in_hand: Bucket | Call | None = None  # whose turn it is
+        self._in_hand: Bucket | Call | None = None  # what it works on
         self._contention = openmp.Contention()
         self._failures = 0  # how often in a row something was raised that is no request's own
         self._stopping = False
 
-    # --- what other threads ask
+    # --- for other threads
 
-    def add(self, session: Client) -> None:
-        """A session has something to do. Called with `changed` held."""
-        self._busy.add(session)
+    def buckets(self, stages: Stages, max_batch: int) -> Buckets:
+        """Those of a new session, which has to keep them."""
+        buckets = Buckets(stages, self, max_batch)
+        self._all.add(buckets)
+        return buckets
+
+    def submit(self, buckets: Buckets, generation: Generation, priority: float) -> None:
+        """Queue a request. Called with `changed` held."""
+        served = [bucket.spent for busy in self._busy for bucket in busy if bucket.generations()]
+        buckets.add(generation, priority, min(served, default=0.0))
+        self._busy.add(buckets)
         self._start()
 
     def _start(self) -> None:
-        """See to it that the thread runs, and looks. Called with `changed` held."""
+        """Start the thread if it does not run, and wake it. Called with `changed` held."""
         if self.thread is None or not self.thread.is_alive():
             self.thread = threading.Thread(target=self._run, name=f"fastldm {self.device}", daemon=True)
             self.thread.start()
         self.changed.notify()
 
-    def call(self, work: Callable[[], T]) -> T:
-        """work(), on this thread between two turns, while the caller waits. Each sees what the other's stream did."""
+    def call(self, function: Callable[[], T]) -> T:
+        """function(), on this thread between two turns, while the caller waits. Each sees what the other's stream did."""
         if threading.current_thread() is self.thread:
-            return work()
-        given, future = Mark(self.device), Future[T]()
-        done: list[Mark] = []
+            return function()
+        before, future = Mark(self.device), Future[T]()
+        after: list[Mark] = []
 
         def ordered() -> T:
-            given.follow(None)
+            before.follow(None)
             try:
-                return work()
+                return function()
             finally:
-                done.append(Mark(self.device))
+                after.append(Mark(self.device))
 
         with self.changed:
             self._calls.append((future, ordered))
@@ -127,7 +126,7 @@ class Worker:
             result = future.result()
             return result
         finally:
-            for mark in done:
+            for mark in after:
                 mark.follow(result)
 
     def stop(self) -> None:
@@ -154,40 +153,40 @@ class Worker:
                     except BaseException as error:
                         self._lose(error)
         except BaseException as error:  # the device cannot be worked on at all
-            self._lose(error, all_there_is=True)
+            self._lose(error, everything=True)
         with self.changed:
             if not self._stopping:
                 self.thread = None
-                if self._calls or any(bucket.jobs() for bucket in self._buckets()):
+                if self._calls or any(buckets.busy for buckets in self._busy):
                     self._start()
 
     def _round(self) -> None:
-        """What there is to do, or a wait for something."""
-        self.no_fork.wait(FORK_PATIENCE)
+        """A call or a turn, or a wait for something to do. (Functions of their own, so that an idle worker keeps no model
+        alive by a local variable.)"""
+        self.no_fork.wait(FORK_TIMEOUT)
         with self.turning:
             self._expire()
-            self._let_idle_go()
+            self._release_idle()
             if self._turn():
                 return
         with self.changed:
             if self._choose() is None and not self._calls and not self._stopping:
-                self.changed.wait(self._patience())
+                self.changed.wait(self._seconds_to_deadline())
 
     def _expire(self) -> None:
         for bucket in self._buckets():
             bucket.expire()
 
     def _turn(self) -> bool:
-        """What somebody waits for, else one turn of one size; False where nobody has anything to do. (Functions of
-        their own, so that an idle worker keeps no model alive.)"""
+        """A call that somebody waits for, else a turn of one bucket; False where there is nothing to do."""
         with self.changed:
             self._in_hand = self._calls.pop(0) if self._calls else self._choose()
         if self._in_hand is None:
             return False
         if isinstance(self._in_hand, tuple):
-            future, work = self._in_hand
+            future, function = self._in_hand
             try:
-                result = work()
+                result = function()
             except BaseException as error:
                 future.set_exception(error)
             else:
@@ -199,61 +198,58 @@ class Worker:
         self._in_hand = None
         return True
 
-    def _lose(self, error: BaseException, all_there_is: bool = False) -> None:
+    def _lose(self, error: BaseException, everything: bool = False) -> None:
         """Something was raised that is no request's own. What was in hand fails; all there is where nothing was, again
         and again."""
-        report("the worker of %s lost what it had in hand", self.device)
-        lost, self._in_hand = self._in_hand, None
+        log_exception("the worker of %s lost what it had in hand", self.device)
+        in_hand, self._in_hand = self._in_hand, None
         self._failures += 1
-        waiting_too = all_there_is or (lost is None and self._failures >= PATIENCE)
-        everything: list[Bucket | Call] = [] if lost is None else [lost]
-        if waiting_too:
+        everything = everything or (in_hand is None and self._failures >= MAX_FAILURES)
+        lost: list[Bucket | Call] = [] if in_hand is None else [in_hand]
+        if everything:
             with self.changed:
-                everything += [*self._calls, *(b for one in self._busy for b in one.buckets.values())]
+                lost += [*self._calls, *(bucket for buckets in self._busy for bucket in buckets)]
                 self._calls = []
-        for one in everything:
+        for item in lost:
             try:
-                if isinstance(one, tuple):
-                    one[0].set_exception(lost_by(error))
+                if isinstance(item, tuple):
+                    item[0].set_exception(lost_by(error))
                 else:
-                    one.lose(error, waiting_too)
+                    item.lose(error, everything)
             except BaseException:
-                report("a request that was lost could not be told so")
-        if lost is None:
+                log_exception("the error of a lost request could not be set")
+        if in_hand is None:
             time.sleep(0.01 * min(self._failures, 100))
 
-    def _let_idle_go(self) -> None:
-        """Memory of sessions that have nothing to do any more."""
+    def _release_idle(self) -> None:
+        """Free memory of sessions that have nothing to do any more."""
         with self.changed:
-            idle = [one for one in self._busy if not any(bucket.jobs() for bucket in one.buckets.values())]
+            idle = [buckets for buckets in self._busy if not buckets.busy]
             self._busy.difference_update(idle)
-        for session in idle:
-            session.release_memory(keep=IDLE_SIZES)
+        for buckets in idle:
+            buckets.release_memory(keep=IDLE_SIZES)
 
     def _buckets(self) -> list[Bucket]:
         with self.changed:
-            return [bucket for session in self._busy for bucket in session.buckets.values()]
-
-    def least_spent(self) -> float:
-        """Of the sizes that something is asked of."""
-        return min((bucket.spent for bucket in self._buckets() if bucket.jobs()), default=0.0)
+            return [bucket for buckets in self._busy for bucket in buckets]
 
     def _choose(self) -> Bucket | None:
-        """The size that has had least of the device, of those that have something to do."""
-        return min((one for one in self._buckets() if one.ready()), key=lambda one: one.spent, default=None)
+        """The bucket that has had least of the device, of those that have something to do."""
+        ready = (bucket for bucket in self._buckets() if bucket.ready())
+        return min(ready, key=lambda bucket: bucket.spent, default=None)
 
-    def _patience(self) -> float | None:
-        """Seconds until the next deadline of a request that waits for its caller."""
-        jobs = [job for bucket in self._buckets() for job in bucket.jobs()]
-        left = [job.submitted + job.seconds - perf_counter() for job in jobs if job.seconds is not None]
-        return min(max(0.0, min(left)) + 0.001, LONGEST_SLEEP) if left else None
+    def _seconds_to_deadline(self) -> float | None:
+        """Until the next deadline of a request that waits for its caller."""
+        generations = [generation for bucket in self._buckets() for generation in bucket.generations()]
+        deadlines = [one.submitted + one.deadline for one in generations if one.deadline is not None]
+        return min(max(0.0, min(deadlines) - perf_counter()) + 0.001, MAX_SLEEP) if deadlines else None
 
     # --- forks
 
     def _before_fork(self) -> None:
         if threading.current_thread() is not self.thread:
             self.no_fork.clear()
-            self.turning.acquire(timeout=FORK_PATIENCE)
+            self.turning.acquire(timeout=FORK_TIMEOUT)
 
     def _after_fork_in_parent(self) -> None:
         if threading.current_thread() is not self.thread:
@@ -265,18 +261,18 @@ class Worker:
 
     def _after_fork_in_child(self) -> None:
         self._reset()
-        for session in [*self.sessions]:
-            session.lose_in_child()
+        for buckets in [*self._all]:
+            buckets.lose_in_child()
 
 
-def _forking(name: str) -> Callable[[], None]:
-    def ask() -> None:
+def _on_all_workers(name: str) -> Callable[[], None]:
+    def call() -> None:
         if name == "_after_fork_in_child":
             Worker.renew()
         for worker in [*Worker._of.values()]:
             getattr(worker, name)()
 
-    return ask
+    return call
 
 
 def _stop() -> None:
@@ -288,7 +284,7 @@ def _stop() -> None:
 atexit.register(_stop)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
-        before=_forking("_before_fork"),
-        after_in_parent=_forking("_after_fork_in_parent"),
-        after_in_child=_forking("_after_fork_in_child"),
+        before=_on_all_workers("_before_fork"),
+        after_in_parent=_on_all_workers("_after_fork_in_parent"),
+        after_in_child=_on_all_workers("_after_fork_in_child"),
     )
