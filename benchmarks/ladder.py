@@ -121,7 +121,7 @@ class WholeUNet:
 
     def __init__(self, unet: UNet, run: Run, text: Tensor, added: AddedConditions | None) -> None:
         self.unet, self.text, self.added = unet, text, added
-        self.timesteps = torch.from_numpy(run.work.table.timesteps).to(text.device)
+        self.timesteps = torch.from_numpy(run.table.timesteps).to(text.device)
         self.plain = PlainUNet(unet)
 
     def __call__(self, u: Tensor, i: int) -> Tensor:
@@ -147,15 +147,15 @@ def rungs(pipe: Pipeline, model: Model, steps: int, compiled: bool) -> dict[str,
 
     def loop(route: Any, network: Callable[[Tensor, int], Tensor] = whole) -> None:
         with use(route) if route else nullcontext():
-            state = State(run.work)
-            for i in range(len(run.work.table)):
+            state = State(run)
+            for i in range(len(run.table)):
                 state.end(i, network(state.input(i), i))
 
     def batch(make: Callable[[], Batch]) -> Callable[[], None]:
         held = make()
 
         def steps() -> None:
-            run.i = 0
+            run.row = 0
             held.admit(run)
             while not run.done:
                 held.step([run])
@@ -194,11 +194,11 @@ def diffusers_loop(model: Model, run: Run, hidden: Tensor, mode: str | None) -> 
     with_random_weights(theirs, hidden.device, hidden.dtype)
     unet: Any = theirs if mode is None else torch.compile(theirs, mode=mode, fullgraph=True)
     scheduler = diffusers.DPMSolverMultistepScheduler.from_config(SCHEDULER)
-    scale, guided = run.work.guidance.scale, run.work.guidance.scale > 1
+    scale, guided = run.guidance.scale, run.guidance.scale > 1
 
     def loop() -> None:
-        scheduler.set_timesteps(run.work.table.steps, device=hidden.device)
-        x = run.work.x.to(hidden.dtype)
+        scheduler.set_timesteps(run.table.steps, device=hidden.device)
+        x = run.latents.to(hidden.dtype)
         for t in scheduler.timesteps:
             u = scheduler.scale_model_input(torch.cat([x] * 2) if guided else x, t)
             out = unet(u, t, encoder_hidden_states=hidden, return_dict=False)[0]

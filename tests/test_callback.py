@@ -17,6 +17,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback, SDX
 from fastldm import InputError, Pipeline, Request, Session
 from fastldm.runtime.denoise import EagerBatch, Run
 from fastldm.runtime.slots import Slots, StaticBuffers
+from fastldm.runtime.stages import Change
 
 diffusers.utils.logging.disable_progress_bar()
 diffusers.utils.logging.set_verbosity_error()
@@ -309,14 +310,14 @@ def test_slots_and_an_eager_batch_change_alike(pipes: Any) -> None:
             batch.admit(run)
         for k in range(STEPS):
             batch.step(pair)
-            embeds, guidance = pair[0].conditions.embeds, pair[0].work.guidance
+            embeds, scale = pair[0].embeds, pair[0].guidance.scale
             if k == 0:
                 embeds = embeds._replace(prompt_embeds=embeds.prompt_embeds * 0.5)
             if k == 1:
-                embeds, guidance = type(embeds)(*(x[-1:] for x in embeds)), type(guidance)(scale=0.0)
+                embeds, scale = type(embeds)(*(x[-1:] for x in embeds)), 0.0
             if k < 2:
                 with torch.no_grad():
-                    batch.recondition(pair[0], ours.stages._conditioned(embeds, pair[0].work.table, 0.0), guidance)
+                    ours.stages.change(batch, pair[0], Change(scale, 0.0, embeds=embeds))
         results.append([batch.latents(run) for run in pair])
     for eager, slot in zip(*results, strict=True):
         torch.testing.assert_close(slot, eager, atol=1e-4, rtol=1e-4)

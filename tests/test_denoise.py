@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastldm import kernels
 from fastldm.errors import Cancelled, InputError, NonFinite
-from fastldm.runtime.denoise import Guidance, Inpainting, Work, denoise, draw_step_noise, randn
+from fastldm.runtime.denoise import Guidance, Inpainting, Run, denoise, draw_step_noise, randn
 from fastldm.samplers.names import SAMPLERS
 from fastldm.samplers.scheduler_config import read_config
 from fastldm.samplers.table import StepTable, make_table
@@ -60,7 +60,7 @@ def test_guidance_is_diffusers(rescale: float) -> None:
     """The whole loop of a guided pipeline, with diffusers' scheduler and its rescale_noise_cfg."""
     steps, network = table(6, "euler"), Network()
     x, noises = started(steps)
-    got = denoise(network, Work(steps, x, noises, Guidance(7.5, rescale)))
+    got = denoise(network, Run(steps, x, noises, Guidance(7.5, rescale)))
 
     scheduler = diffusers.EulerDiscreteScheduler.from_config(SD)
     scheduler.set_timesteps(6)
@@ -87,7 +87,7 @@ def test_guidance_is_diffusers(rescale: float) -> None:
 def test_passes(guidance: Guidance, guided: list[bool]) -> None:
     """A guided row is one call twice as wide, an unguided one a call with the prompts alone."""
     steps, network = table(6), Network()
-    denoise(network, Work(steps, *started(steps), guidance))
+    denoise(network, Run(steps, *started(steps), guidance))
     assert [call[3] for call in network.calls] == guided
     assert [call[0][0] for call in network.calls] == [4 if wide else 2 for wide in guided]
     assert [call[2] for call in network.calls] == list(range(6))
@@ -103,7 +103,7 @@ def test_unguided_steps_are_the_guided_half() -> None:
     """Guidance at scale 1 + epsilon tends to the single pass."""
     steps = table(5)
     x, noises = started(steps)
-    one, two = (denoise(Network(), Work(steps, x, noises, Guidance(scale))) for scale in (1.0, 1.00001))
+    one, two = (denoise(Network(), Run(steps, x, noises, Guidance(scale))) for scale in (1.0, 1.00001))
     torch.testing.assert_close(one, two, rtol=0, atol=1e-3)
 
 
@@ -118,7 +118,7 @@ def test_model_input(dtype: torch.dtype) -> None:
         seen.append(u)
         return u[:, :4] * 0.1
 
-    got = denoise(network, Work(steps, x, noises, Guidance(2.0), extra=extra.to(dtype), dtype=dtype))
+    got = denoise(network, Run(steps, x, noises, Guidance(2.0), extra=extra.to(dtype), dtype=dtype))
     assert got.dtype == torch.float32
     assert {u.dtype for u in seen} == {dtype}
     first = seen[0]
@@ -135,7 +135,7 @@ def test_inpainting_keeps_the_picture() -> None:
     mask = torch.zeros(1, 1, *SHAPE[2:])
     mask[..., :3] = 1
     init, noise = torch.randn(SHAPE), torch.randn(SHAPE)
-    got = denoise(Network(), Work(steps, x, noises, inpainting=Inpainting(mask, init, noise)))
+    got = denoise(Network(), Run(steps, x, noises, inpainting=Inpainting(mask, init, noise)))
     torch.testing.assert_close(got[..., 3:], init[..., 3:], rtol=0, atol=0)
     assert (got[..., :3] - init[..., :3]).abs().min() > 1e-4
 
@@ -151,7 +151,7 @@ def test_callback() -> None:
         halfway.append(latents.clone())
         return torch.zeros(SHAPE, dtype=torch.float64) if i == 6 else None
 
-    got = denoise(Network(), Work(steps, x, noises), on_step=on_step)
+    got = denoise(Network(), Run(steps, x, noises), on_step=on_step)
     assert calls == [(i, float(t)) for i, t in enumerate(steps.timesteps)]
     assert torch.equal(got, torch.zeros(SHAPE))
     assert not torch.equal(halfway[0], halfway[1])
@@ -160,7 +160,7 @@ def test_callback() -> None:
         raise Cancelled
 
     with pytest.raises(Cancelled):
-        denoise(Network(), Work(steps, x, noises), on_step=cancel)
+        denoise(Network(), Run(steps, x, noises), on_step=cancel)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -176,19 +176,19 @@ def test_not_finite(bad: float) -> None:
         return out
 
     with pytest.raises(NonFinite, match=r"after step 2 of 6 \(row 3, timestep 599.4\)"):
-        denoise(network, Work(steps, x, noises))
+        denoise(network, Run(steps, x, noises))
     x[0, 0, 0, 0] = bad
     with pytest.raises(NonFinite, match="that denoising starts from"):
-        denoise(Network(), Work(steps, x, noises))
+        denoise(Network(), Run(steps, x, noises))
 
 
 def test_what_does_not_belong_together() -> None:
     steps, other = table(5, "euler a"), table(5)
     x, noises = started(steps)
     with pytest.raises(InputError, match="not those of this table"):
-        Work(other, x, noises)
+        Run(other, x, noises)
     with pytest.raises(InputError, match="not those of this table"):
-        Work(steps, x, noises[1:])
+        Run(steps, x, noises[1:])
 
 
 # ---- noise ----
@@ -249,7 +249,7 @@ def test_no_waiting(sampler: str) -> None:
         return u
 
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        denoise(network, Work(steps, latents, noises, Guidance(3.0, 0.5), Inpainting(given[:, :1], given, given)))
+        denoise(network, Run(steps, latents, noises, Guidance(3.0, 0.5), Inpainting(given[:, :1], given, given)))
     assert calls == list(range(len(steps)))
 
 
@@ -271,7 +271,7 @@ def test_few_operators(sampler: str, most: int) -> None:
     for steps in (table(20, sampler), table(30, sampler)):
         x, noises = started(steps)
         with Counted() as counted:
-            denoise(lambda u, i, guided: u, Work(steps, x, noises, Guidance(3.0)))
+            denoise(lambda u, i, guided: u, Run(steps, x, noises, Guidance(3.0)))
         counts.append(counted.count)
     assert (counts[1] - counts[0]) / 10 <= most
 
@@ -299,6 +299,6 @@ def test_the_step_writes_nothing_in_place() -> None:
     steps = table(6, "unipc")
     x, noises = started(steps)
     before = x.clone()
-    first = denoise(Network(), Work(steps, x, noises, Guidance(2.0)))
+    first = denoise(Network(), Run(steps, x, noises, Guidance(2.0)))
     assert torch.equal(x, before)
-    assert torch.equal(denoise(Network(), Work(steps, x, noises, Guidance(2.0))), first)
+    assert torch.equal(denoise(Network(), Run(steps, x, noises, Guidance(2.0))), first)

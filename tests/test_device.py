@@ -133,7 +133,7 @@ def through(pipe: Pipeline, request: Request) -> None:
         batch.step([run])
         pipe.stages.preview(batch.latents(run), 1.0)
         batch.go_on_from(run, batch.latents(run) * 0.9)
-    pieces = pipe.stages.decode(request, run.work.table, batch.latents(run), batch.release(run))
+    pieces = pipe.stages.decode(request, run, batch.latents(run), batch.release(run))
     next(piece for piece in pieces if piece is not None)
     batch.close()
 

@@ -32,7 +32,7 @@ from fastldm.kernels import dispatch
 from fastldm.models.config import UNetConfig
 from fastldm.planning import dry
 from fastldm.planning.allocator import record
-from fastldm.runtime.denoise import Conditions, EagerBatch, Guidance, Run, Work
+from fastldm.runtime.denoise import EagerBatch, Guidance, Run
 from fastldm.samplers.scheduler_config import read_config
 from fastldm.samplers.table import make_table
 from fastldm.serving.session import Session
@@ -163,8 +163,7 @@ def test_no_step_of_a_cpu_reads_a_value() -> None:
     for rows in (1, 2):
         text = tuple(torch.empty(rows, 77, 2 * width, device="meta") for width in unet.config.cross_widths)
         x, temb = torch.empty(1, 4, 8, 8, device="meta"), torch.empty(3, 1, unet.config.time_channels, device="meta")
-        work = Work(table, x, [None] * 3, Guidance(float(rows)))
-        runs.append(Run(work, Conditions(temb, text)))
+        runs.append(Run(table, x, [None] * 3, Guidance(float(rows)), temb=temb, text_kv=text))
         batch.admit(runs[-1])
     with dispatch.targeting(dispatch.Target(CPU)):
         for _ in range(3):

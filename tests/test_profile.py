@@ -11,7 +11,8 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,21 +28,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import ladder
 from benchmarks.networks import SD15, SDXL
-from fastldm import Pipeline
+from fastldm import Pipeline, Request, spans
 from fastldm.cli import main
 from fastldm.device import choose_dtype
-from fastldm.kernels import dispatch, onednn
+from fastldm.kernels import dispatch
 from fastldm.kernels.geglu import GEGLU, geglu
 from fastldm.kernels.group_norm import GROUP_NORM
 from fastldm.kernels.layer_norm import LAYER_NORM
 from fastldm.models.config import UNetConfig
 from fastldm.planning import dry
 from fastldm.planning.timing import Ceilings
+from fastldm.profiling import clock as clocks
 from fastldm.profiling import page as profile_page
 from fastldm.profiling import profile as profiles
 from fastldm.profiling import report as profile_report
-from fastldm.profiling import spans
-from fastldm.profiling.profile import OUTSIDE, Profile, Spread, profile
+from fastldm.profiling.profile import profile
+from fastldm.profiling.results import OUTSIDE, STAGES, Profile, Spread
 
 STEPS, ROUNDS = 3, 3
 
@@ -106,17 +108,17 @@ class Times:
 
 def test_what_watching_costs_counts_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stage from 0 to 10 with an op in it that is noticed at 2, runs from 5 to 7, and has an op within."""
-    clock, x = spans.Clock(torch.device("cpu")), torch.randn(3, 64)
+    clock, x = clocks.Clock(torch.device("cpu"), STAGES), torch.randn(3, 64)
     monkeypatch.setattr(GEGLU, "reference", lambda x: LAYER_NORM(x, x[0], x[0], 1e-5))
     # of each span: when it was made, when it began; of the op before that when it was noticed and after that once more
-    monkeypatch.setattr(spans, "perf_counter", Times(0, 0, 2, 3, 4, 5, 7, 10))
-    with dispatch.use("torch"), dispatch.observe(clock.observe), clock.span("text", "text"):
+    monkeypatch.setattr(clocks, "perf_counter", Times(0, 0, 2, 3, 4, 5, 7, 10))
+    with dispatch.use("torch"), dispatch.observe(clock.observe), clock.span("text"):
         geglu(x)
-    picture = profiles.Trial(12.0, clock.spans, None)  # type: ignore[arg-type]
+    trial = profiles.Trial(12.0, clock.spans, None)  # type: ignore[arg-type]
     assert [span.name for span in clock.spans] == ["text", "geglu"]
-    assert picture.alone(device=False) == [10 - (7 - 2), 2]
-    assert picture.stages(device=False)["text"] == 7
-    assert picture.stages(device=False)["session"] == 5
+    assert trial.exclusive(device=False) == [10 - (7 - 2), 2]
+    assert trial.stages(device=False)["text"] == 7
+    assert trial.stages(device=False)["session"] == 5
 
 
 def test_percentiles() -> None:
@@ -127,23 +129,48 @@ def test_percentiles() -> None:
     assert Spread.of([3.0]).p99 == 3.0
 
 
-def test_nothing_stays_behind(made: Profile, pipe: Pipeline) -> None:
-    """The pipeline's functions and the library's are their own again, also where a picture fails."""
-    before = set(vars(pipe.stages)), set(vars(pipe.unet)), onednn.product, onednn.convolve
-    with pytest.raises(ValueError, match="never mind"), monkeypatched(GROUP_NORM, _failing):
+def test_nobody_listens_after_a_profile_that_fails(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GROUP_NORM, "reference", _failing)
+    with pytest.raises(ValueError, match="never mind"):
         profile(pipe, num_inference_steps=1, rounds=1)
-    assert (set(vars(pipe.stages)), set(vars(pipe.unet)), onednn.product, onednn.convolve) == before
-    assert not before[0] & {*profiles._FUNCTIONS, "run", "decode"}
-    assert "step" not in before[1]
-    assert pipe.session.call(lambda: dispatch._scope.observer) is None
+    assert pipe.session.call(lambda: (spans._scope.listener, dispatch._scope.observer)) == (None, None)
 
 
 def _failing(*args: Any, **kwargs: Any) -> Any:
     raise ValueError("never mind")
 
 
-def monkeypatched(op: Any, reference: Callable[..., Any]) -> Any:
-    return spans.replaced(op, reference=reference)
+def test_spans_are_heard_in_the_listening_thread_alone(pipe: Pipeline) -> None:
+    """Every stage and network of an image, nested as they run; nothing of another thread's."""
+    heard: list[str] = []
+
+    class Listener:
+        @contextmanager
+        def span(self, name: str) -> Iterator[None]:
+            heard.append(name)
+            yield
+
+        def served(self, path: str) -> None:
+            heard.append(path.partition(":")[0])
+
+    with spans.listen(Listener()):
+        pipe("a cat", num_inference_steps=2, seed=0)
+        assert heard == []  # the worker's thread does the work
+        pipe.stages.make(Request("a cat", num_inference_steps=2, seed=0))
+    here = {"check weights", "tokenise", "text", "noise", "conditions", "U-Net"}
+    assert here <= set(heard) <= here | {"oneDNN"}
+    count = len(heard)
+    pipe.stages.make(Request("a cat", num_inference_steps=1, seed=0))
+    assert len(heard) == count
+
+
+def test_eager_runs_without_graphs(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: Any = object()
+    monkeypatch.setattr(pipe.stages, "graphs", graphs)
+    with suppress(ZeroDivisionError), pipe.stages.eager():
+        assert pipe.stages.graphs is None
+        raise ZeroDivisionError
+    assert pipe.stages.graphs is graphs
 
 
 # ----------------------------------------------------------------------------------------------- what is named first
@@ -157,10 +184,10 @@ def slowed(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
     return slow
 
 
-def test_a_slowed_op_is_named_first(pipe: Pipeline) -> None:
+def test_a_slowed_op_is_named_first(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """33 calls a step of 5 ms more: a dozen times what anything else takes."""
-    with monkeypatched(GROUP_NORM, slowed(GROUP_NORM.reference, 0.005)):
-        made = profile(pipe, num_inference_steps=1, rounds=1)
+    monkeypatch.setattr(GROUP_NORM, "reference", slowed(GROUP_NORM.reference, 0.005))
+    made = profile(pipe, num_inference_steps=1, rounds=1)
     assert made.of("step")[0].name == "group_norm"
     assert made.of("step")[0].seconds > 33 * 0.005
     assert made.advice.startswith("Most is lost in group_norm of step, ")
@@ -168,9 +195,9 @@ def test_a_slowed_op_is_named_first(pipe: Pipeline) -> None:
     assert lines[[line.split(" ")[0] for line in lines].index("step") + 1].startswith("  group_norm ")
 
 
-def test_a_slowed_stage_is_named_first(pipe: Pipeline) -> None:
-    with spans.replaced(profiles.images, save_result=slowed(profiles.images.save_result, 1.0)):
-        made = profile(pipe, num_inference_steps=1, rounds=1)
+def test_a_slowed_stage_is_named_first(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiles.images, "save_result", slowed(profiles.images.save_result, 1.0))
+    made = profile(pipe, num_inference_steps=1, rounds=1)
     assert made.advice.startswith("Most is lost in PNG, ")
 
 
@@ -250,7 +277,7 @@ def test_operations_of_published_networks(config: UNetConfig, size: int, gflop: 
 def test_all_is_told_as_plain_data(made: Profile) -> None:
     told = json.loads(json.dumps(made.to_dict()))
     assert {row["name"] for row in told["rows"]} == {row.name for row in made.rows}
-    assert [stage["name"] for stage in told["stages"]] == list(profiles.STAGES)
+    assert [stage["name"] for stage in told["stages"]] == list(STAGES)
     assert told["first"].keys() == {"import", "compile"}
     assert told["advice"] == made.advice
     assert told["about"]["steps"] == STEPS

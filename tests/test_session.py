@@ -198,7 +198,7 @@ def test_a_deadline_between_two_steps(pipe: Pipeline, monkeypatch: pytest.Monkey
     with Session(pipe) as session:
         other, late = session.submit(**options(steps=20)), session.submit(**options(1, steps=500), deadline=60)
         next(late.progress())
-        late._job.submitted -= 100  # time flies
+        late.submitted -= 100  # time flies
         with pytest.raises(DeadlineExceeded, match=r"deadline of 60 s passed after \d+ steps"):
             late.result(10)
         assert isinstance(late.exception(), TimeoutError)
@@ -208,7 +208,7 @@ def test_a_deadline_between_two_steps(pipe: Pipeline, monkeypatch: pytest.Monkey
 def test_a_deadline_of_a_request_that_waits(pipe: Pipeline, gate: threading.Event) -> None:
     with Session(pipe, max_batch=1) as session:
         other, late = session.submit(**options()), session.submit(**options(1), deadline=60)
-        late._job.submitted -= 100
+        late.submitted -= 100
         gate.set()
         with pytest.raises(DeadlineExceeded, match="deadline of 60 s passed while it waited"):
             late.result(10)
@@ -217,7 +217,7 @@ def test_a_deadline_of_a_request_that_waits(pipe: Pipeline, gate: threading.Even
 
 def test_a_deadline_passes_while_a_callback_thinks(pipe: Pipeline) -> None:
     """A request that waits for its caller is let go in time, though nothing else happens on the device."""
-    future = pipe.session.submit_request(fastldm.Request(**options(steps=4)), deadline=3, answered=True)
+    future = pipe.session.submit_request(fastldm.Request(**options(steps=4)), deadline=3, waits_for_answer=True)
     with pytest.raises(DeadlineExceeded, match="after 1 steps"):
         future.result(20)
 
@@ -404,7 +404,7 @@ def test_after_memory_ran_out_a_smaller_request_succeeds(pipe: Pipeline, monkeyp
     step = EagerBatch.step
 
     def fails(self: EagerBatch, runs: Any) -> str:
-        if runs[0].work.x.shape[-1] > 8:
+        if runs[0].latents.shape[-1] > 8:
             torch.empty(2**56)
         return step(self, runs)
 

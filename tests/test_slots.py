@@ -21,12 +21,10 @@ from fastldm.models.unet import UNet
 from fastldm.planning import dry
 from fastldm.runtime.denoise import (
     Batch,
-    Conditions,
     EagerBatch,
     Guidance,
     Inpainting,
     Run,
-    Work,
     denoise,
     draw_step_noise,
 )
@@ -86,22 +84,22 @@ def run_of(sampler: str, steps: int, batch: int = 1, guidance: Guidance = GUIDED
     if options.get("extra"):
         extra = pictures(options["extra"]).to(dtype)
     noises = draw_step_noise(table, shape, g, torch.float32, DEVICE)
-    work = Work(table, pictures() * table.init_noise_sigma, noises, guidance, inpainting, extra, dtype)
+    latents = pictures() * table.init_noise_sigma
     rows = batch * (2 if guidance.scale > 1 else 1)
     text = torch.randn(rows, options.get("tokens", 7), 2, generator=g).to(DEVICE)
     temb = torch.randn(len(table), rows, 1, generator=g).to(DEVICE, dtype)
-    return Run(work, Conditions(temb, (text,)))
+    return Run(table, latents, noises, guidance, inpainting, extra, dtype, temb, (text,))
 
 
 def alone(run: Run, network: Any = None) -> Tensor:
     """What correct means: the loop of one request."""
-    network, batch, conditions = network or Network(), run.batch, run.conditions
+    network, batch = network or Network(), run.batch
 
     def call(u: Tensor, i: int, guided: bool) -> Tensor:
         rows = slice(None) if guided else slice(-batch, None)
-        return network.step(u, conditions.temb[i][rows], [text[rows] for text in conditions.text])
+        return network.step(u, run.temb[i][rows], [text[rows] for text in run.text_kv])
 
-    return denoise(call, run.work)
+    return denoise(call, run)
 
 
 def buffers(
@@ -236,8 +234,8 @@ def test_latents_may_be_replaced_and_stay_as_they_were(kind: str) -> None:
 
 def denoise_with(on_step: Any) -> Tensor:
     run, network = run_of("heun", 4), Network()
-    call = lambda u, i, guided: network.step(u, run.conditions.temb[i], run.conditions.text)  # noqa: E731
-    return denoise(call, run.work, on_step=on_step)
+    call = lambda u, i, guided: network.step(u, run.temb[i], run.text_kv)  # noqa: E731
+    return denoise(call, run, on_step=on_step)
 
 
 @pytest.mark.parametrize("kind", ["eager", "slots"])
@@ -278,7 +276,7 @@ def test_a_bad_value_is_its_own_requests(kind: str) -> None:
     assert batch.release(second)() is None
 
     first = run_of("heun", 4)
-    first.work.x[0, 0, 0, 0] = float("inf")
+    first.latents[0, 0, 0, 0] = float("inf")
     batch.admit(first)
     assert batch.release(first)() == -1, "the start was bad already"
 
@@ -319,10 +317,8 @@ def test_the_unet_reads_each_rows_own_text() -> None:
         table = make_table(SD, 4, sampler="ddim")
         text = torch.randn(batch * (2 if guidance.scale > 1 else 1), tokens, 32, generator=g)
         temb = unet.time_rows(torch.from_numpy(table.timesteps))[:, None]
-        return Run(
-            Work(table, torch.randn(batch, 4, 8, 8, generator=g), [None] * 4, guidance),
-            Conditions(temb, unet.cross_kv(text)),
-        )
+        latents = torch.randn(batch, 4, 8, 8, generator=g)
+        return Run(table, latents, [None] * 4, guidance, temb=temb, text_kv=unet.cross_kv(text))
 
     def runs() -> list[Run]:
         return [run(1, 9, 1, Guidance(3.0)), run(2, 5, 2, Guidance())]

@@ -230,11 +230,11 @@ def test_an_event_loop_gets_its_results(pipe: Pipeline, alone: Any) -> None:
 def test_deadlines_without_bounds(deadline: Any, pipe: Pipeline) -> None:
     """Also of a request that waits while its callback thinks, so that the worker sleeps until then."""
     with Session(pipe) as session:
-        thinking = session.submit_request(fastldm.Request(**options(7, **SMALL)), answered=True)
+        thinking = session.submit_request(fastldm.Request(**options(7, **SMALL)), waits_for_answer=True)
         future = session.submit(**options(7, **SMALL), deadline=deadline)
         next(thinking.progress())
         future.result(60)
-        waiting = session.submit_request(fastldm.Request(**options(7, **SMALL)), deadline=1e10, answered=True)
+        waiting = session.submit_request(fastldm.Request(**options(7, **SMALL)), deadline=1e10, waits_for_answer=True)
         next(waiting.progress())
         session.submit(**options(7, **SMALL)).result(60)
         for one in (thinking, waiting):

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from fastldm.planning.memory import size
-from fastldm.profiling.profile import OUTSIDE, Event, Profile
 from fastldm.profiling.report import facts, milliseconds, op_cells, path, rate, stage_cells, title
+from fastldm.profiling.results import OUTSIDE, Event, Profile, percent
 
 WIDTH = 960
 _COLOURS = 8  # of _STYLE, for the slowest ops; the others are grey

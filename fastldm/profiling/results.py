@@ -74,8 +74,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Row:
-    """All calls of one op in one stage of an image; `OUTSIDE` is the stage's time outside ops, and an engine has one row
-    for each network."""
+    """All calls of one op in one stage of an image; `OUTSIDE` is the stage's time outside ops, and an engine has one
+    row for each network."""
 
     stage: str
     name: str

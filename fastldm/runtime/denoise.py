@@ -77,9 +77,7 @@ class Run:
     noises: Sequence[Tensor | None]  # of each row, float32 (B, C, h, w), as `draw_step_noise` gives them
     guidance: Guidance = Guidance()
     inpainting: Inpainting | None = None
-    extra: Tensor | None = (
-        None  # (B, K, h, w) in `dtype`: the channels that an inpainting model sees behind the latents
-    )
+    extra: Tensor | None = None  # (B, K, h, w) in `dtype`: what an inpainting model sees behind the latents
     dtype: torch.dtype = torch.float32  # the network's
     temb: Tensor | None = None  # (steps, 1 or R, channels): `UNet.time_rows` of each row of the table
     text_kv: tuple[Tensor, ...] = ()  # of each cross-attention (R, T, 2C): `UNet.cross_kv`
@@ -206,8 +204,8 @@ class Batch(Protocol):
 
 
 class EagerBatch:
-    """A batch that is put together anew at each step, on any device: what a CPU runs, and the reference of `Slots`. Each
-    run gets what `denoise` computes for it."""
+    """A batch that is put together anew at each step, on any device: what a CPU runs, and the reference of `Slots`.
+    Each run gets what `denoise` computes for it."""
 
     nbytes = 0  # what it holds is the runs'
 

@@ -113,8 +113,8 @@ class Graphs:
         return key in self._captured
 
     def run(self, key: Hashable, function: Callable[[], Any]) -> bool:
-        """Call `function`: by replay, captured when it has run eagerly often enough; until then eagerly. Returns whether
-        it was replayed.
+        """Call `function`: by replay, captured when it has run eagerly often enough; until then eagerly. Returns
+        whether it was replayed.
 
         key: distinguishes all that `function` depends on, but for the values in the tensors that it reads.
         """

@@ -105,7 +105,8 @@ class Worker:
         self.changed.notify()
 
     def call(self, function: Callable[[], T]) -> T:
-        """function(), on this thread between two turns, while the caller waits. Each sees what the other's stream did."""
+        """function(), on this thread between two turns, while the caller waits. Each sees what the other's stream
+        did."""
         if threading.current_thread() is self.thread:
             return function()
         before, future = Mark(self.device), Future[T]()
@@ -161,8 +162,8 @@ class Worker:
                     self._start()
 
     def _round(self) -> None:
-        """A call or a turn, or a wait for something to do. (Functions of their own, so that an idle worker keeps no model
-        alive by a local variable.)"""
+        """A call or a turn, or a wait for something to do. (Functions of their own, so that an idle worker keeps no
+        model alive by a local variable.)"""
         self.no_fork.wait(FORK_TIMEOUT)
         with self.turning:
             self._expire()

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fastldm.errors import InputError
 from fastldm.kernels import step as step_kernel
-from fastldm.runtime.denoise import Inpainting, Work, denoise, draw_step_noise, randn
+from fastldm.runtime.denoise import Inpainting, Run, denoise, draw_step_noise, randn
 from fastldm.samplers import spacing
 from fastldm.samplers import table as schedule
 from fastldm.samplers.classes import CLASSES
@@ -285,8 +285,8 @@ def our_run(case: Case) -> tuple[Tensor, Any]:
     if case.picture or (case.mask and case.strength < 1):
         x = table.start[0] * init + table.start[1] * noise
     inpainting = Inpainting(mask, init, noise) if case.mask else None
-    work = Work(table, x, noises, inpainting=inpainting)
-    return denoise(lambda u, i, _: network(u, table.timesteps[i]), work), g
+    run = Run(table, x, noises, inpainting=inpainting)
+    return denoise(lambda u, i, _: network(u, table.timesteps[i]), run), g
 
 
 def exact_table(case: Case) -> tuple[StepTable, list[SolverRow], np.ndarray]:
