@@ -41,7 +41,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _of_stages(name: str, doc: str) -> Any:
-    """An attribute of a pipeline that is its stages'."""
+    """An attribute that a pipeline has from its stages."""
     return property(
         lambda pipe: getattr(pipe.stages, name), lambda pipe, value: setattr(pipe.stages, name, value), doc=doc
     )
@@ -51,14 +51,14 @@ class Pipeline(Steered):
     """A loaded model, ready to be called, by several threads at once too."""
 
     name = _of_stages("name", "What the model is called: its folder's name, as a rule.")
-    unet = _of_stages("unet", "The U-Net, or what stands for it.")
+    unet = _of_stages("unet", "The U-Net, or the engine in its place.")
     vae = _of_stages("vae", "The autoencoder, likewise.")
     text_stages = _of_stages("text_stages", "Tokenizer and text encoder; two of each for SDXL.")
     schedule = _of_stages("schedule", "The training schedule, and the sampler that the model asks for.")
-    family = _of_stages("family", "What is right for models of this kind where a request does not say.")
+    family = _of_stages("family", "The defaults of models of this kind, for what a request leaves open.")
     zero_negative = _of_stages("zero_negative", "Whether zeros stand for a negative prompt that is not given.")
     device = _of_stages("device", "Where it runs.")
-    dtype = _of_stages("dtype", "Of what goes into the U-Net and the autoencoder, and comes out.")
+    dtype = _of_stages("dtype", "Of the inputs and outputs of the U-Net and the autoencoder.")
     backend = _of_stages("backend", 'What runs the networks: "torch", "onnxruntime", "openvino" or "tensorrt".')
     precision = _of_stages("precision", 'What they compute in: "float32", "float16" or "bfloat16".')
     latent_channels = _of_stages("latent_channels", "Channels of a latent: 4 for Stable Diffusion.")
@@ -128,8 +128,8 @@ class Pipeline(Steered):
         than its class, its weights and its configs: by FreeU, hooks, adapters, replaced methods, changed layers.
         """
         spec = loading.spec_of(adoption.describe_diffusers(pipe))
-        parts = {name: getattr(pipe, name) for name in spec.checkpoint.components}
-        networks = loading.load(spec, lambda module, name: adoption.adopt(module, parts[name]), parts)
+        components = {name: getattr(pipe, name) for name in spec.checkpoint.components}
+        networks = loading.load(spec, lambda module, name: adoption.adopt(module, components[name]), components)
         adopted = cls(spec, networks, type(pipe).__name__)
         if pipe.vae.use_tiling:
             adopted.enable_vae_tiling()
@@ -155,17 +155,17 @@ class Pipeline(Steered):
         return_dict: bool = True,
         **options: Any,
     ) -> Result | tuple[Any, ...]:
-        """Make pictures. Calls from several threads share the model: those of one size take their steps together.
+        """Generate images. Calls from several threads share the model: those of one size take their steps together.
 
-        prompt: a text, a list of texts, or a whole `Request`.
-        options: the other fields of `Request`, which says what each means; those of a whole one are replaced.
+        prompt: a text, a list of texts, or a `Request`.
+        options: the other fields of `Request`, which documents them; they replace those of a `Request` that is passed.
         callback_on_step_end: called as (pipeline, step, timestep, tensors) after every step, in this thread; may return
             a dict of changed ones, may set `_guidance_scale`, `_guidance_rescale` or `_interrupt` of the pipeline as
             with diffusers, see callback.py, and may raise `Cancelled` to stop the call.
-        callback_on_step_end_tensor_inputs: which tensors it is given: latents (B, C, h, w) float32, prompt_embeds
+        callback_on_step_end_tensor_inputs: the tensors that it gets: latents (B, C, h, w) float32, prompt_embeds
             (B or, guided, 2B, T, D), negative_prompt_embeds, and with SDXL add_text_embeds and add_time_ids.
         progress: draw a bar on stderr.
-        return_dict: False gives what diffusers' pipelines give then, a tuple whose first item is the images.
+        return_dict: False returns a tuple whose first item is the images, as diffusers' pipelines do.
 
         Raises InputError for an argument that cannot be used, OutOfMemory, NonFinite, and whatever the callback raises.
         """
@@ -194,7 +194,7 @@ class Pipeline(Steered):
 
     @property
     def session(self) -> Session:
-        """What calls of this pipeline are submitted to; `Session(pipe, ...)` makes one with other limits."""
+        """The session that calls of this pipeline are submitted to; `Session(pipe, ...)` makes one with other limits."""
         with _LOCK:
             if self._session is None:
                 self._session = Session(self)
@@ -273,9 +273,9 @@ def _call_signature() -> inspect.Signature:
     """What `help(pipe.__call__)` and editors show: the call's own arguments, and every field of Request."""
     own = inspect.signature(Pipeline.__call__, eval_str=False)
     fields = inspect.signature(Request).parameters.values()
-    kept = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
     added = [p.replace(kind=p.KEYWORD_ONLY) for p in fields if p.name not in own.parameters]
-    return own.replace(parameters=[*kept, *added])
+    return own.replace(parameters=[*named, *added])
 
 
 Pipeline.__call__.__signature__ = _call_signature()  # type: ignore[attr-defined]

@@ -120,11 +120,11 @@ def test_neighbours_of_failures_go_on(pipe: Pipeline, thirty_two: Any, monkeypat
         return run
 
     def broken_step(self: EagerBatch, runs: Any) -> str:
-        if any(run in raising and run.i == 1 for run in runs):
+        if any(run in raising and run.row == 1 for run in runs):
             raise ValueError("injected: cannot step")
         said = step(self, runs)
         for run in runs:
-            if run in nan and run.i == 1:
+            if run in nan and run.row == 1:
                 self.go_on_from(run, self.latents(run) * float("nan"))
         return said
 

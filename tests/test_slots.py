@@ -219,7 +219,7 @@ def test_latents_may_be_replaced_and_stay_as_they_were(kind: str) -> None:
     for one in (run, neighbour):
         batch.admit(one)
     while not run.done:
-        i = run.i
+        i = run.row
         batch.step([run, neighbour])
         seen.append(batch.latents(run))
         if i in (1, 6):
@@ -297,7 +297,7 @@ def test_a_failed_step_moves_nobody() -> None:
         batch.step([run])
         with pytest.raises(RuntimeError, match="injected"):
             batch.step([run])
-        assert run.i == 2
+        assert run.row == 2
         while not run.done:
             batch.step([run])
         assert ops.error(batch.latents(run), expected) < 2e-6

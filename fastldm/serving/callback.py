@@ -1,8 +1,8 @@
-"""Step callbacks, as diffusers' pipelines call them: what one is given, what it may change, and the pipeline it sees.
+"""Step callbacks as diffusers' pipelines call them: the tensors they get, what they may change, the pipeline they see.
 
     def callback(pipe, step, timestep, tensors):            # tensors: those of callback_on_step_end_tensor_inputs
         pipe._guidance_scale = 3.0                           # from the next step on
-        pipe._interrupt = step == 10                         # skip the other steps
+        pipe._interrupt = step == 10                         # skip the remaining steps
         return {"latents": tensors["latents"] * 0.99}
 
 A callback runs in its caller's thread, while its request waits. Several calls of one pipeline may be under way at once:
@@ -36,17 +36,17 @@ LATENTS, NEGATIVE = "latents", "negative_prompt_embeds"
 
 
 def tensor_names(callback: Any, names: Any, xl: bool) -> tuple[str, ...]:
-    """The tensors that a callback is given. Its own `tensor_inputs`, which diffusers' callbacks have, go before
-    `names`. Raises InputError for what is no callback, and for a tensor there is not."""
+    """The tensors that a callback gets. Its own `tensor_inputs`, which diffusers' callbacks have, take precedence over
+    `names`. Raises InputError for what is not a callback, and for a tensor that does not exist."""
     if not callable(callback):
         raise InputError(f"callback_on_step_end is {checks.show(callback)}: expected a function")
-    wanted = getattr(callback, "tensor_inputs", names)
-    listed = checks.listed("callback_on_step_end_tensor_inputs", wanted, 100, "names of tensors")
-    known = _names(xl)
+    names = getattr(callback, "tensor_inputs", names)
+    listed = checks.listed("callback_on_step_end_tensor_inputs", names, 100, "names of tensors")
+    expected = _names(xl)
     for name in listed:
-        if not isinstance(name, str) or name not in known:
+        if not isinstance(name, str) or name not in expected:
             raise InputError(
-                f"callback_on_step_end_tensor_inputs holds {checks.show(name)}: expected some of {', '.join(known)}"
+                f"callback_on_step_end_tensor_inputs holds {checks.show(name)}: expected some of {', '.join(expected)}"
             )
     return tuple(listed)
 
@@ -76,7 +76,7 @@ class CallState:
         assert step.latents is not None
         assert step.embeds is not None
         self.num_timesteps = step.steps
-        # Copies of the caller's own: what it writes into them is seen by their version, and does no harm.
+        # Copies: writing into them is detected by their version, and does no harm.
         with torch.inference_mode(False):
             tensors = {name: None if x is None else x.clone() for name, x in self._tensors(step, names).items()}
         versions = {name: x._version for name, x in tensors.items() if x is not None}
@@ -86,7 +86,7 @@ class CallState:
 
         latents = changed.pop(LATENTS, None)
         if latents is not None:
-            latents = _usable(LATENTS, latents, tuple(step.latents.shape))
+            latents = _checked(LATENTS, latents, tuple(step.latents.shape))
         embeds = self._embeds(step.embeds, changed) if changed else None
         after = (self.guidance_scale, self.guidance_rescale)
         self._check_rows(embeds or step.embeds, len(step.latents))
@@ -99,22 +99,22 @@ class CallState:
     def _tensors(self, step: Progress, names: Sequence[str]) -> dict[str, Tensor | None]:
         assert step.embeds is not None
         assert step.latents is not None
-        pictures, prompts = len(step.latents), step.embeds.prompt_embeds
-        negative = prompts[:-pictures] if len(prompts) > pictures else None
-        every = {LATENTS: step.latents, **step.embeds._asdict(), NEGATIVE: negative}
-        return {name: every[name] for name in names}
+        images, prompts = len(step.latents), step.embeds.prompt_embeds
+        negative = prompts[:-images] if len(prompts) > images else None
+        tensors = {LATENTS: step.latents, **step.embeds._asdict(), NEGATIVE: negative}
+        return {name: tensors[name] for name in names}
 
     def _changed(
-        self, tensors: Mapping[str, Tensor | None], versions: Mapping[str, int], returned: Any, known: Sequence[str]
+        self, tensors: Mapping[str, Tensor | None], versions: Mapping[str, int], returned: Any, expected: Sequence[str]
     ) -> dict[str, Any]:
-        """What was replaced in what a callback returned, or written into."""
+        """The tensors that a callback returned or has written into."""
         if returned is not None and not isinstance(returned, Mapping):
             raise InputError(f"the callback returned {checks.show(returned)}: expected a dict of tensors, or None")
         after = {**tensors, **(returned or {})}
         for name in after:
-            if name not in known:
-                near = difflib.get_close_matches(str(name)[:100], known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"expected some of {', '.join(known)}"
+            if name not in expected:
+                suggestions = difflib.get_close_matches(str(name)[:100], expected, n=1)
+                hint = f"did you mean {suggestions[0]!r}?" if suggestions else f"expected some of {', '.join(expected)}"
                 raise InputError(f"the callback returned {checks.show(name)}: {hint}")
         changed = {}
         for name, value in after.items():
@@ -130,23 +130,23 @@ class CallState:
     def _embeds(self, before: Embeds, changed: Mapping[str, Any]) -> Embeds:
         tensors = {}
         for name, value in changed.items():
-            was = getattr(before, name)
+            original = getattr(before, name)
             rows = len(value) if isinstance(value, Tensor) and value.ndim else 0
-            tensors[name] = _usable(name, value, (rows, *was.shape[1:])).to(was)
+            tensors[name] = _checked(name, value, (rows, *original.shape[1:])).to(original)
         return before._replace(**tensors)
 
-    def _check_rows(self, embeds: Embeds, pictures: int) -> None:
+    def _check_rows(self, embeds: Embeds, images: int) -> None:
         guided = self.do_classifier_free_guidance
         for name, value in embeds._asdict().items():
-            if value is not None and len(value) != 2 * pictures and (guided or len(value) != pictures):
-                rows = f"{2 * pictures}, negatives first" if guided else f"{pictures} or {2 * pictures}"
+            if value is not None and len(value) != 2 * images and (guided or len(value) != images):
+                rows = f"{2 * images}, negatives first" if guided else f"{images} or {2 * images}"
                 raise InputError(
                     f"after the callback, {name} has {len(value)} rows: expected {rows}, at guidance_scale "
-                    f"{self.guidance_scale:g} with {pictures} pictures"
+                    f"{self.guidance_scale:g} with {images} pictures"
                 )
 
 
-def _usable(name: str, value: Any, shape: tuple[int, ...]) -> Tensor:
+def _checked(name: str, value: Any, shape: tuple[int, ...]) -> Tensor:
     try:
         return checks.finite(name, checks.tensor(name, value, shape)).detach()
     except InputError as error:
@@ -181,7 +181,7 @@ class Calls:
     """The calls of a pipeline that are under way."""
 
     def __init__(self) -> None:
-        self._here = threading.local()
+        self._local = threading.local()
         self._open: set[Generation] = set()
         self._lock = threading.Lock()
 
@@ -197,7 +197,7 @@ class Calls:
                 self._open.discard(generation)
 
     def interrupt(self) -> None:
-        """Finish all of them early."""
+        """Finish all calls early."""
         with self._lock:
             calls = list(self._open)
         for generation in calls:
@@ -206,22 +206,22 @@ class Calls:
     @contextmanager
     def entered(self, call: CallState) -> Iterator[None]:
         """While a call's callback runs in this thread; it may make calls of its own."""
-        outer = getattr(self._here, "call", None)
-        self._here.call = call
+        outer = getattr(self._local, "call", None)
+        self._local.call = call
         try:
             yield
         finally:
-            self._here.call = outer
+            self._local.call = outer
 
     def current(self, name: str) -> CallState:
         """The call whose callback runs in this thread; AttributeError, for `name`, where none does."""
-        call: CallState | None = self.here()
+        call: CallState | None = self.in_this_thread()
         if call is None:
             raise AttributeError(f"{name} belongs to a call: it is there while its callback runs, in the same thread")
         return call
 
-    def here(self) -> CallState | None:
-        return getattr(self._here, "call", None)
+    def in_this_thread(self) -> CallState | None:
+        return getattr(self._local, "call", None)
 
 
 class Steered:
@@ -240,8 +240,8 @@ class Steered:
 
     @property
     def interrupt(self) -> bool:
-        """Whether the call whose callback asks is to skip the steps that are left."""
-        call = self.calls.here()
+        """Whether the call whose callback runs in this thread is to skip the remaining steps."""
+        call = self.calls.in_this_thread()
         return call is not None and call.interrupt
 
     @property
@@ -251,7 +251,7 @@ class Steered:
     @_interrupt.setter
     def _interrupt(self, value: bool) -> None:
         """In a callback its own call's; elsewhere, such as in the thread of a stop button, that of all under way."""
-        call, stop = self.calls.here(), checks.flag("_interrupt", value)
+        call, stop = self.calls.in_this_thread(), checks.flag("_interrupt", value)
         if call is not None:
             call.interrupt = stop
         elif stop:
