@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -194,7 +195,7 @@ class Pipeline(Steered):
 
     @property
     def session(self) -> Session:
-        """The session that calls of this pipeline are submitted to; `Session(pipe, ...)` makes one with other limits."""
+        """The session of this pipeline's calls; `Session(pipe, ...)` makes one with other limits."""
         with _LOCK:
             if self._session is None:
                 self._session = Session(self)
@@ -203,29 +204,29 @@ class Pipeline(Steered):
     def warmup(
         self, sizes: Sequence[tuple[int, int]] | None = None, batches: Sequence[int] = (1,), **options: Any
     ) -> None:
-        """Do before the first request what else it would wait for: kernels and plans, and on a GPU the graphs.
+        """Prepare what the first request would wait for: kernels, plans, and on a GPU the graphs.
 
-        sizes: (width, height) in pixels, the model's own when None. batches: pictures a request. options: other fields
-        of Request, such as guidance_scale=1. The largest goes first: what it takes of memory serves the others.
+        sizes: (width, height) in pixels, the model's own when None. batches: images per request. options: other fields
+        of Request, such as guidance_scale=1. The largest goes first: its memory then serves the rest.
         """
         height, width = (size * self.vae.config.factor for size in self.unet.config.sample_size)
-        places = [(width, height)] if sizes is None else checks.listed("sizes", sizes, 1000, "sizes (width, height)")
-        places = [checks.pair(f"sizes[{k}]", one, 1, MAX_SIDE, "(width, height)") for k, one in enumerate(places)]
+        sizes = [(width, height)] if sizes is None else checks.listed("sizes", sizes, 1000, "sizes (width, height)")
+        sizes = [checks.pair(f"sizes[{k}]", size, 1, MAX_SIDE, "(width, height)") for k, size in enumerate(sizes)]
         counts = checks.listed("batches", batches, 1000, "numbers of pictures")
-        counts = [checks.whole(f"batches[{k}]", one, 1, MAX_IMAGES, "pictures") for k, one in enumerate(counts)]
-        asked = [(width, height, batch) for width, height in places for batch in counts]
+        counts = [checks.whole(f"batches[{k}]", count, 1, MAX_IMAGES, "pictures") for k, count in enumerate(counts)]
+        workloads = [(width, height, count) for width, height in sizes for count in counts]
         # A step is captured after two; so are text and decoder, which run once a request.
-        times = WARM_UPS + 1 if self.stages.graphs is not None else 1
-        for width, height, batch in sorted(asked, key=lambda one: -one[0] * one[1] * one[2]):
-            given = {"prompt": "a prompt", "num_inference_steps": times, "output_type": "pt", "seed": 0, **options}
-            for _ in range(times):
-                self(**given, width=width, height=height, num_images_per_prompt=batch)
+        repeats = WARM_UPS + 1 if self.stages.graphs is not None else 1
+        options = {"prompt": "a prompt", "num_inference_steps": repeats, "output_type": "pt", "seed": 0, **options}
+        for width, height, count in sorted(workloads, key=math.prod, reverse=True):
+            for _ in range(repeats):
+                self(**options, width=width, height=height, num_images_per_prompt=count)
 
     def weights_changed(self) -> list[str]:
-        """Bring the model up to date with weights that were replaced, or changed where something is made of them.
-        Returns the names of what was not.
+        """Update what was derived from weights that have been replaced or changed since. Returns their names.
 
-        Each request does so before it begins; a call of this makes it so for those under way, from their next step on.
+        Each request does so before it starts; after a call of this, those under way use the new weights from their next
+        step on.
         Raises InputError for a parameter of another shape, dtype or device.
         """
         return self.session.call(self.stages.prepared.weights_changed)
