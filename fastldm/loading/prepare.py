@@ -1,21 +1,21 @@
-"""Weights laid out for the steps that read them often, and kept true when their owner changes them.
+"""Weights laid out for the ops that read them in every step, and kept up to date when their owner changes them.
 
-`prepare` moves parameters to where they are read fastest. They stay parameters, now views of that memory, and so do
-those of a diffusers pipeline that shares them: what is written into them in place is what the next step reads.
+`prepare` moves parameters to the layout that is fastest to read. They stay parameters, now views of that memory, and
+so do those of a diffusers pipeline that shares them: in-place writes are seen by the next step.
 
-    packed      the projections to queries, keys and values of one attention lie side by side: one matrix product
+    packed      the query, key and value projections of one attention are stacked in one tensor: one matrix product
                 (models.layers.project)
-    convolved   weights of convolutions are channels-last, and on a GPU a corner of memory that is padded with zeros to
-                multiples of 8 channels (kernels.conv.in_eights)
-    folded      what is made of a parameter and kept beside it: on a GPU the phases of an upsampling convolution
-                (kernels.conv.upsample_phases); the weights of an autoencoder that is rescaled for float16, made of
-                those of an adopted pipeline, which stay as they are; on a CPU the U-Net's weights in oneDNN's layout
-                (kernels.onednn), made when first needed
+    convolved   convolution weights are channels-last, and on a GPU a slice of memory that is zero-padded to multiples
+                of 8 channels (kernels.conv.in_eights)
+    derived     tensors computed from a parameter and cached beside it: on a GPU the phases of an upsampling convolution
+                (kernels.conv.upsample_phases); the weights of an autoencoder that is rescaled for float16, computed
+                from those of an adopted pipeline, which stay unchanged; on a CPU the U-Net's weights in oneDNN's layout
+                (kernels.onednn), computed on first use
 
-Two changes are not seen by themselves: a parameter that was replaced (`layer.weight = nn.Parameter(new)`,
-`layer.weight.data = new`), since captured steps go on reading where it was, and any change of what is folded.
-`Prepared.stale` finds both, `Prepared.weights_changed` brings all up to date in place, and `Prepared.refresh` does
-before each request.
+Two kinds of change need a check: a parameter that was replaced (`layer.weight = nn.Parameter(new)`,
+`layer.weight.data = new`), because captured graphs keep reading the old address, and any change of the source of a
+derived tensor. `Prepared.stale` detects both, `Prepared.weights_changed` updates everything in place, and
+`Prepared.refresh` does so before each request.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ from fastldm.models.unet import UNet
 from fastldm.models.vae import HALF_EXPONENT, AutoencoderKL, EnlargedConv, rescale_for_half
 
 
-class Kind(NamedTuple):
-    """What a parameter cannot change without the steps that read it being made anew."""
+class TensorSpec(NamedTuple):
+    """What must not change when a parameter is replaced: the ops that read it were set up for this."""
 
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
 
     @classmethod
-    def of(cls, x: Tensor) -> Kind:
+    def of(cls, x: Tensor) -> TensorSpec:
         return cls(x.shape, x.dtype, x.device)
 
     def __str__(self) -> str:
         return f"{tuple(self.shape)} in {self.dtype} on {self.device}".replace("torch.", "")
 
 
-class Place(NamedTuple):
-    """Where a module keeps a parameter, whichever parameter that is by now."""
+class ParameterSlot(NamedTuple):
+    """An entry in a module's `_parameters`, which may hold another parameter later."""
 
     parameters: dict[str, nn.Parameter | None]  # the module's own
     leaf: str
@@ -64,147 +64,151 @@ class Place(NamedTuple):
         parameter = self.read()
         return 0 if parameter is None else parameter.data_ptr()
 
-    def expect(self, kind: Kind, name: str) -> nn.Parameter:
-        """The parameter, or an InputError for one of another kind."""
+    def expect(self, spec: TensorSpec, name: str) -> nn.Parameter:
+        """The parameter. InputError if its shape, dtype or device is not as in `spec`."""
         parameter = self.read()
-        if parameter is None or Kind.of(parameter) != kind:
-            got = "nothing" if parameter is None else Kind.of(parameter)
-            raise InputError(f"{name} was replaced by {got}: expected {kind}, or the model to be loaded anew")
+        if parameter is None or TensorSpec.of(parameter) != spec:
+            got = "nothing" if parameter is None else TensorSpec.of(parameter)
+            raise InputError(f"{name} was replaced by {got}: expected {spec}, or the model to be loaded anew")
         return parameter
 
 
-class Home(NamedTuple):
-    """The memory that is read for a parameter."""
+class Storage(NamedTuple):
+    """The memory from which a parameter is read."""
 
     name: str
     data: Tensor
-    places: tuple[Place, ...]  # the network's own, then those of modules that share it
+    slots: tuple[ParameterSlot, ...]  # the network's own, then those of modules that share it
 
 
-class Folded(NamedTuple):
-    """A tensor made of a parameter and kept."""
+class Derived(NamedTuple):
+    """A cached tensor that was computed from a parameter."""
 
     name: str
     data: Tensor
-    source: Place
-    kind: Kind  # of the source
-    make: Callable[[Tensor], Tensor]
+    source: ParameterSlot
+    source_spec: TensorSpec
+    compute: Callable[[Tensor], Tensor]
 
-    def read(self) -> nn.Parameter:
-        return self.source.expect(self.kind, f"what {self.name} is made of")
+    def read_source(self) -> nn.Parameter:
+        return self.source.expect(self.source_spec, f"the source of {self.name}")
 
 
 class Prepared:
-    """Where the weights of some networks are, and what is made of them."""
+    """The prepared weights of some networks, and the tensors derived from them."""
 
-    def __init__(self, homes: list[Home], folded: list[Folded], layouts: Layouts) -> None:
-        self._homes, self._folded, self._layouts = homes, folded, layouts
-        self._addresses = [(place, home.data.data_ptr()) for home in homes for place in home.places]
-        self._seen = self._fingerprint()
+    def __init__(self, storages: list[Storage], derived: list[Derived], layouts: Layouts) -> None:
+        self._storages, self._derived, self._layouts = storages, derived, layouts
+        self._addresses = [(slot, storage.data.data_ptr()) for storage in storages for slot in storage.slots]
+        self._last_fingerprint = self._fingerprint()
 
     def stale(self) -> bool:
-        """Whether a parameter was replaced, or what is folded was changed in any way, since all was last up to date.
+        """Whether a parameter was replaced, or the source of a derived tensor changed, since the last update.
 
-        Compares addresses on the host and, only where something is folded, waits for the device. Raises InputError as
-        `weights_changed` does.
+        Compares addresses on the host and, only if there are derived tensors, waits for the device. Raises InputError
+        as `weights_changed` does.
         """
-        moved = any(place.address() != at for place, at in self._addresses)
-        return moved or not torch.equal(self._fingerprint(), self._seen) or self._layouts.stale()
+        moved = any(slot.address() != address for slot, address in self._addresses)
+        return moved or not torch.equal(self._fingerprint(), self._last_fingerprint) or self._layouts.stale()
 
     @torch.no_grad()
     def refresh(self) -> list[str]:
-        """What `weights_changed` does, before each request, without waiting for a GPU: what is folded there is made
-        anew unasked, for to see whether it has to be would wait. Returns the names of what is known to have changed."""
-        folds_on_gpu = any(folded.data.is_cuda or folded.data.is_meta for folded in self._folded)
-        if not folds_on_gpu:
+        """What `weights_changed` does, before each request, without waiting for a GPU: tensors derived there are always
+        computed again, since comparing them would wait. Returns the names of parameters that are known to have
+        changed."""
+        derived_on_gpu = any(derived.data.is_cuda or derived.data.is_meta for derived in self._derived)
+        if not derived_on_gpu:
             return self.weights_changed() if self.stale() else []
-        changed = self._rehome()
-        for folded in self._folded:
-            folded.data.copy_(folded.make(folded.read()))
+        changed = self._restore_storage()
+        for derived in self._derived:
+            derived.data.copy_(derived.compute(derived.read_source()))
         return changed
 
     @torch.no_grad()
     def weights_changed(self) -> list[str]:
-        """Bring what steps read up to date with the parameters, in place. Returns the names of what was not.
+        """Update all prepared tensors in place from the parameters. Returns the names of those that were out of date.
 
-        A replaced parameter's content is copied to where the old one's was, and lives there from then on. Raises
-        InputError for one of another shape or dtype, or on another device.
+        The values of a replaced parameter are copied into the old storage, which it then shares. Raises InputError for
+        one of another shape or dtype, or on another device.
         """
-        changed = self._rehome()
-        for folded in self._folded:
-            made = folded.make(folded.read())
-            if not torch.equal(folded.data, made):
-                folded.data.copy_(made)
-                changed.append(folded.name)
-        self._seen = self._fingerprint()
+        changed = self._restore_storage()
+        for derived in self._derived:
+            data = derived.compute(derived.read_source())
+            if not torch.equal(derived.data, data):
+                derived.data.copy_(data)
+                changed.append(derived.name)
+        self._last_fingerprint = self._fingerprint()
         for weight in self._layouts.drop_stale():
-            at = weight.data_ptr()
-            changed += [home.name for home in self._homes if 0 <= at - home.data.data_ptr() < home.data.nbytes]
+            address = weight.data_ptr()
+            changed += [s.name for s in self._storages if 0 <= address - s.data.data_ptr() < s.data.nbytes]
         return list(dict.fromkeys(changed))
 
-    def _rehome(self) -> list[str]:
-        """Copy what lies elsewhere to where it is read."""
+    def _restore_storage(self) -> list[str]:
+        """Copy parameters that were replaced into the storage that is read."""
         changed = []
-        for home in self._homes:
-            for place in home.places:
-                if place.address() != home.data.data_ptr():
-                    home.data.copy_(place.expect(Kind.of(home.data), home.name))
-                    _move(home.places, home.data)
-                    changed.append(home.name)
+        for storage in self._storages:
+            for slot in storage.slots:
+                if slot.address() != storage.data.data_ptr():
+                    storage.data.copy_(slot.expect(TensorSpec.of(storage.data), storage.name))
+                    _move(storage.slots, storage.data)
+                    changed.append(storage.name)
         return changed
 
     def _fingerprint(self) -> Tensor:
-        """Of all that is folded: for each row of its source, what the numbers' bits add up to as integers."""
-        sums = [row_sums(folded.read()) for folded in self._folded]
+        """Of all sources of derived tensors: for each row, the sum of the values' bits as integers."""
+        sums = [row_sums(derived.read_source()) for derived in self._derived]
         return torch.cat(sums) if sums else torch.empty(0)
 
 
 @torch.no_grad()
 def prepare(networks: Mapping[str, nn.Module], sharing: Iterable[nn.Module] = ()) -> Prepared:
-    """Lay out the weights of networks, by name; layer by layer, so that at most a layer's weights are there twice.
+    """Lay out the weights of networks, by name; layer by layer, so that at most one layer's weights exist twice.
 
-    sharing: modules whose parameters share memory with those of the networks, and go on doing so. An autoencoder in
-    float16 whose activations would leave its range (`force_upcast`) is rescaled; whoever shared its weights keeps them.
+    sharing: modules whose parameters share memory with those of the networks, and keep sharing it. An autoencoder in
+    float16 whose activations would overflow (`force_upcast`) is rescaled; modules that shared its weights keep theirs.
     """
-    sharers: dict[tuple[int, torch.Size], list[Place]] = {}
+    shared: dict[tuple[int, torch.Size], list[ParameterSlot]] = {}
     for module in sharing:
-        for _, place, parameter in _named_parameters(module):
-            sharers.setdefault((parameter.data_ptr(), parameter.shape), []).append(place)
+        for _, slot, parameter in _named_parameters(module):
+            shared.setdefault((parameter.data_ptr(), parameter.shape), []).append(slot)
 
-    homes: list[Home] = []
-    folded: list[Folded] = []
+    storages: list[Storage] = []
+    derived: list[Derived] = []
     blocked: list[Tensor] = []
     for title, network in networks.items():
-        places = {
-            name: (place, *sharers.get((parameter.data_ptr(), parameter.shape), ()))
-            for name, place, parameter in _named_parameters(network)
+        slots = {
+            name: (slot, *shared.get((parameter.data_ptr(), parameter.shape), ()))
+            for name, slot, parameter in _named_parameters(network)
         }
-        sources = {name: places[name][1:] for name in _rescale(network)}
-        places |= {name: places[name][:1] for name in sources}
+        sources = {name: slots[name][1:] for name in _rescale(network)}
+        slots |= {name: slots[name][:1] for name in sources}
         for path, module in network.named_modules():
             for name, data in _layout(module).items():
-                _move(places[_join(path, name)], data)
+                _move(slots[_join(path, name)], data)
 
         parameters = {name: parameter.data for name, _, parameter in _named_parameters(network)}
-        homes += [Home(_join(title, name), data, places[name]) for name, data in parameters.items()]
-        # The others run once a request, and would gain less than looking for changes costs.
+        storages += [Storage(_join(title, name), data, slots[name]) for name, data in parameters.items()]
+        # The other networks run once per request, and would gain less than checking for changes costs.
         if isinstance(network, UNet):
             blocked += [data for data in parameters.values() if data.device.type == "cpu" and not fast_library(data)]
-        for name, theirs in sources.items():
+        for name, adopted in sources.items():
             data = parameters[name]
-            folded += [Folded(_join(title, name), data, source, Kind.of(data), _rescaled) for source in theirs[:1]]
+            derived += [
+                Derived(_join(title, name), data, source, TensorSpec.of(data), _rescaled) for source in adopted[:1]
+            ]
         for path, module in network.named_modules():
             if isinstance(module, Upsample | EnlargedConv):
                 conv = module.conv if isinstance(module, Upsample) else module
                 if fast_library(conv.weight):
                     module.phases = upsample_phases(conv.weight)
-                    source, kind = Place(conv._parameters, "weight"), Kind.of(conv.weight)
-                    folded.append(Folded(_join(title, path, "phases"), module.phases, source, kind, upsample_phases))
-    return Prepared(homes, folded, Layouts(blocked))
+                    source, spec = ParameterSlot(conv._parameters, "weight"), TensorSpec.of(conv.weight)
+                    name = _join(title, path, "phases")
+                    derived.append(Derived(name, module.phases, source, spec, upsample_phases))
+    return Prepared(storages, derived, Layouts(blocked))
 
 
 def _layout(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters of a layer that have a layout of their own, in it."""
+    """The parameters of a layer that have a special layout, by name, copied into that layout."""
     if isinstance(module, Conv):
         weight = module.weight.data
         filters, channels, *kernel = weight.shape
@@ -212,25 +216,26 @@ def _layout(module: nn.Module) -> dict[str, Tensor]:
             return {"weight": in_eights(channels_last(weight))[:filters, :channels]}
         return {"weight": channels_last(weight)}
     if isinstance(module, Attention):
-        to_itself = module.to_q.weight.shape == module.to_k.weight.shape
-        return _side_by_side(module, ("to_q", "to_k", "to_v") if to_itself else ("to_k", "to_v"))
+        self_attention = module.to_q.weight.shape == module.to_k.weight.shape
+        return _stacked(module, ("to_q", "to_k", "to_v") if self_attention else ("to_k", "to_v"))
     if isinstance(module, TextAttention):
-        return _side_by_side(module, ("q_proj", "k_proj", "v_proj"))
+        return _stacked(module, ("q_proj", "k_proj", "v_proj"))
     return {}
 
 
-def _side_by_side(module: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:
-    placed: dict[str, Tensor] = {}
+def _stacked(module: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """The weights and biases of projections, as consecutive rows of one tensor each."""
+    views: dict[str, Tensor] = {}
     for leaf in ("weight", "bias"):
-        given = {f"{name}.{leaf}": getattr(module.get_submodule(name), leaf) for name in names}
-        if None not in given.values():
-            rows = [x.shape[0] for x in given.values()]
-            placed |= dict(zip(given, stacked([x.data for x in given.values()]).split(rows), strict=True))
-    return placed
+        parameters = {f"{name}.{leaf}": getattr(module.get_submodule(name), leaf) for name in names}
+        if None not in parameters.values():
+            rows = [x.shape[0] for x in parameters.values()]
+            views |= dict(zip(parameters, stacked([x.data for x in parameters.values()]).split(rows), strict=True))
+    return views
 
 
 def _rescale(network: nn.Module) -> list[str]:
-    """The names of the parameters of an autoencoder that had to be rescaled."""
+    """Rescale an autoencoder that needs it. Returns the names of the rescaled parameters."""
     if not isinstance(network, AutoencoderKL) or not network.config.force_upcast:
         return []
     return rescale_for_half(network) if next(network.parameters()).dtype == torch.float16 else []
@@ -240,16 +245,16 @@ def _rescaled(x: Tensor) -> Tensor:
     return x * 2.0**HALF_EXPONENT
 
 
-def _named_parameters(module: nn.Module) -> Iterator[tuple[str, Place, nn.Parameter]]:
+def _named_parameters(module: nn.Module) -> Iterator[tuple[str, ParameterSlot, nn.Parameter]]:
     for path, layer in module.named_modules():
         for leaf, parameter in layer._parameters.items():
             if parameter is not None:
-                yield _join(path, leaf), Place(layer._parameters, leaf), parameter
+                yield _join(path, leaf), ParameterSlot(layer._parameters, leaf), parameter
 
 
-def _move(places: Iterable[Place], data: Tensor) -> None:
-    for place in places:
-        parameter = place.read()
+def _move(slots: Iterable[ParameterSlot], data: Tensor) -> None:
+    for slot in slots:
+        parameter = slot.read()
         if parameter is not None:
             parameter.data = data
 
