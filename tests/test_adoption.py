@@ -149,7 +149,7 @@ def test_a_safety_checker_that_is_not_run_is_told(caplog: pytest.LogCaptureFixtu
     pipe.register_modules(safety_checker=nn.Identity())
     Pipeline.from_diffusers(pipe)
     assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
-        "StableDiffusionPipeline: its safety checker is not run: images come as they are"
+        "StableDiffusionPipeline: its safety checker is not run: images are not filtered"
     ]
 
 

@@ -67,10 +67,10 @@ def test_variant(pipe: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     parts = open_diffusers(tmp_path / "fp16", "fp16").components
     assert parts["unet"].files[0].name == "diffusion_pytorch_model.fp16.safetensors"
     assert all(same_as(getattr(pipe, name), part.state(), torch.float16) for name, part in parts.items())
-    with pytest.raises(CheckpointError, match=r'unet has no plain weights \(no variant\).*loads with variant="fp16"\.'):
+    with pytest.raises(CheckpointError, match=r'unet has no weights without a variant.*load with variant="fp16"\.'):
         open_diffusers(tmp_path / "fp16")
     pipe.unet.save_pretrained(tmp_path / "fp16" / "unet")
-    with pytest.raises(CheckpointError, match=r'no variant "bf16".*loads with no variant or variant="fp16"\.'):
+    with pytest.raises(CheckpointError, match=r'no variant "bf16".*load with no variant or variant="fp16"\.'):
         open_diffusers(tmp_path / "fp16", "bf16")
     assert open_diffusers(tmp_path / "fp16", "fp16").components["unet"].files == parts["unet"].files
 
@@ -80,7 +80,7 @@ def test_variant(pipe: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     mixed = open_diffusers(tmp_path / "fp16", "fp16").components
     assert mixed["vae"].files[0].name == "diffusion_pytorch_model.safetensors"
     assert [r.getMessage() for r in caplog.records] == [
-        f"{tmp_path / 'fp16'}/vae has no variant 'fp16': its plain weights are used"
+        f"{tmp_path / 'fp16'}/vae has no variant 'fp16': its weights without a variant are used"
     ]
 
 
@@ -125,7 +125,7 @@ def test_what_is_not_needed_is_named_once(copied: Path, caplog: pytest.LogCaptur
     with caplog.at_level(logging.INFO, "fastldm"):
         open_diffusers(copied)
     assert [r.getMessage() for r in caplog.records] == [
-        f"{copied}: not needed and left alone: safety_checker, feature_extractor"
+        f"{copied}: not needed and ignored: safety_checker, feature_extractor"
     ]
 
 
@@ -175,7 +175,7 @@ def test_folders_that_are_no_pipeline(folder: Path, tmp_path: Path) -> None:
             open_diffusers(path)
         assert str(path) in str(caught.value)
 
-    refused(tmp_path / "gone", "gone is not there")
+    refused(tmp_path / "gone", "gone does not exist")
     refused(folder / "model_index.json", "is a file, not a folder: open it as a single file")
     refused(folder / "unet", "has no model_index.json: it holds UNet2DConditionModel alone")
     refused(folder / "text_encoder", "it holds CLIPTextModel alone")

@@ -148,7 +148,7 @@ def _hub_error(name: str) -> Exception:
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        ("GatedRepoError", "acme/tiny asks for its conditions to be accepted"),
+        ("GatedRepoError", "acme/tiny is gated: accept its conditions"),
         ("RepositoryNotFoundError", "There is no folder acme/tiny here and no such model on the hub"),
         ("RevisionNotFoundError", "acme/tiny has no revision 'v2' on the hub"),
         ("EntryNotFoundError", r"acme/tiny at revision v2 has no model_index\.json: it is not a diffusers pipeline"),
@@ -163,7 +163,7 @@ def test_hub_errors_are_told_in_a_sentence(hub: Hub, error: str, message: str) -
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint("acme/tiny", revision="v2")
     hub.failing = TimeoutError("slow")
-    with pytest.raises(CheckpointError, match="acme/tiny cannot be fetched from the hub: slow"):
+    with pytest.raises(CheckpointError, match="acme/tiny cannot be downloaded from the hub: slow"):
         open_checkpoint("acme/tiny")
 
 
@@ -179,7 +179,7 @@ def test_hub_that_stops_answering_leaves_the_cache(
 
     monkeypatch.setattr(huggingface_hub, "model_info", unreachable)
     assert open_checkpoint("acme/tiny").source == str(hub.cache / "snapshots" / "c0ffee")
-    assert "the hub cannot be asked (no route); trying what is in the local cache" in caplog.text
+    assert "the hub cannot be reached (no route); trying the local cache" in caplog.text
 
 
 @pytest.fixture

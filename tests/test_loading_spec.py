@@ -49,7 +49,7 @@ MISFITS: dict[str, tuple[str, dict[str, Any], str]] = {
     "colours": (
         "sd1",
         {"vae": lambda: tiny.vae(out_channels=4)},
-        r"reads pictures of 3 channels \('in_channels'\) and makes 4",
+        r"reads images of 3 channels \('in_channels'\) and makes 4",
     ),
     "pooled": (
         "sdxl",

@@ -65,7 +65,7 @@ def test_a_file_that_is_written_into_is_refused_at_the_next_request(folder: Path
     file = weights_of(folder)
     CHANGES[change](file)
     for _ in range(2):
-        with pytest.raises(CheckpointError, match=rf"^{file} was written into after the model was loaded[^\n]*$"):
+        with pytest.raises(CheckpointError, match=rf"^{file} was overwritten after the model was loaded[^\n]*$"):
             pipe.session.submit(**SMALL)
 
 

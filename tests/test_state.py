@@ -68,7 +68,7 @@ MISFITS: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]]
     ),
     "another kind": (
         lambda _: named_tensors("lm_head.weight", "wte.weight"),
-        "They are of another kind of model altogether",
+        "They are from an entirely different kind of model",
     ),
     "LoRA": (lambda _: named_tensors("to_q.lora_A.weight", "to_q.lora_B.weight"), "It is a LoRA or contains one"),
     "loaded LoRA": (lambda s: s | named_tensors("to_q.lora_A.default.weight"), "It is a LoRA or contains one"),

@@ -1,9 +1,9 @@
-"""A loaded diffusers pipeline, taken over: what it is, and its weights without a copy.
+"""Adopting a loaded diffusers pipeline: its description, and its weights without a copy.
 
     pipe -> describe_diffusers -> Checkpoint -> networks on the meta device -> adopt
 
-What neither its weights nor its configs say is honoured (compiled and fused modules, removed layers of a text encoder)
-or refused by name (changes.py), never dropped.
+Changes that are neither in its weights nor in its configs are either supported (compiled and fused modules, removed
+layers of a text encoder) or refused by name (changes.py), never dropped.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def describe_diffusers(pipe: Any) -> Checkpoint:
-    """What a loaded diffusers pipeline is. Its components have configs but no files: `adopt` takes their weights.
+    """Describe a loaded diffusers pipeline. Its components have configs and no files: `adopt` takes their weights.
 
-    Raises InputError for what is no diffusers pipeline, CheckpointError for one that fastldm cannot run as it is: of
-    another class, changed by more than weights and configs, or not all in one dtype on one device. `pipe` is unchanged.
+    Raises InputError for anything but a diffusers pipeline, and CheckpointError for one that fastldm cannot run as it
+    is: of another class, changed beyond weights and configs, or in several dtypes or devices. `pipe` is unchanged.
     """
     library = sys.modules.get("diffusers")
     if library is None or not isinstance(pipe, library.DiffusionPipeline):
@@ -49,7 +49,7 @@ def describe_diffusers(pipe: Any) -> Checkpoint:
     _check_unchanged(pipe, networks, tokenizers, source)
     _check_kinds(networks, source)
     if loaded.get("safety_checker") is not None:
-        logger.warning("%s: its safety checker is not run: images come as they are", source)
+        logger.warning("%s: its safety checker is not run: images are not filtered", source)
     if getattr(pipe, "watermark", None) is not None:
         logger.warning("%s: its invisible watermark is not written", source)
 
@@ -57,7 +57,7 @@ def describe_diffusers(pipe: Any) -> Checkpoint:
     for name, module in networks.items():
         raw = _raw_config(module)
         components[name] = Component(name, classes[name], named_config(raw, classes[name]), (), f"{source}: {name}")
-    # What its author left to the class's defaults is left to the next class's too, as diffusers' `from_config` does.
+    # As in diffusers' `from_config`: values that were defaults of the old class become defaults of the new one.
     defaults = ("_use_default_values", *pipe.scheduler.config.get("_use_default_values", ()))
     scheduler = {key: value for key, value in pipe.scheduler.config.items() if key not in defaults}
     scheduler["_class_name"] = type(pipe.scheduler).__name__
@@ -66,11 +66,11 @@ def describe_diffusers(pipe: Any) -> Checkpoint:
 
 
 def adopt(module: Module, other: nn.Module) -> Module:
-    """Give `module`, built on the meta device, the weights of a loaded diffusers or transformers module, not copied.
+    """Assign the weights of `other`, a loaded diffusers or transformers module, to `module`, built on the meta device.
 
-    Both modules then share storage: what is written into one's weights in place is seen by the other. Dtype and device
-    stay; `other` is unchanged. Raises CheckpointError as `load_module` does, and for weights that are not all in one
-    dtype on one device (offloaded, quantised).
+    Both modules then share storage: in-place changes of one are seen by the other. Dtype and device stay, and `other`
+    is unchanged. Raises CheckpointError as `load_module` does, and for weights that are not all in one dtype on one
+    device (offloaded, quantised).
     """
     other = changes.unwrapped(other)
     source, state = f"the given {type(other).__name__}", dict(changes.tensors(other))
@@ -87,7 +87,7 @@ def _check_unchanged(pipe: Any, networks: dict[str, Any], tokenizers: dict[str, 
     for name, tokenizer in tokenizers.items():
         differences += changes.of_tokenizer(name, tokenizer)
     if differences:
-        raise CheckpointError(f"{source}: {changes.told(differences)}")
+        raise CheckpointError(f"{source}: {changes.describe(differences)}")
 
 
 def _check_kinds(networks: dict[str, nn.Module], source: str) -> None:
@@ -101,15 +101,15 @@ def _check_kinds(networks: dict[str, nn.Module], source: str) -> None:
             if name not in names:
                 names.append(name)
     if len(kinds) != 1 or not usable:
-        shown = ", ".join(f"{kind} ({', '.join(names)})".removesuffix(" ()") for kind, names in sorted(kinds.items()))
+        listed = ", ".join(f"{kind} ({', '.join(names)})".removesuffix(" ()") for kind, names in sorted(kinds.items()))
         raise CheckpointError(
-            f"{source[0].upper()}{source[1:]} has weights in {shown}; they must be float32, float16 or bfloat16, all "
+            f"{source[0].upper()}{source[1:]} has weights in {listed}; they must be float32, float16 or bfloat16, all "
             "in one dtype on one device. Undo offloading or quantisation first, or call pipe.to(device, dtype)."
         )
 
 
 def _raw_config(module: Any) -> Config:
-    """A network's config as its config.json would say it."""
+    """A network's config as in its config.json."""
     if not hasattr(module.config, "to_dict"):
         return dict(module.config)
     return {**module.config.to_dict(), "num_hidden_layers": changes.text_depth(module)}

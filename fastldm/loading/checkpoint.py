@@ -1,4 +1,4 @@
-"""What a model is before any of its weights are read (`Checkpoint`), and how they are (`Component.state`)."""
+"""A model's raw configs and files (`Checkpoint`), and reading its weights (`Component.state`)."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from fastldm.loading.tensors import read_tensors
 
 @dataclass(frozen=True)
 class Component:
-    """One network of a checkpoint: its raw config, and where its weights lie."""
+    """One network of a checkpoint: its raw config and the files with its weights."""
 
     name: str
     class_name: str
     config: Config
     files: tuple[Path, ...]
     source: str
-    """What errors call it: the path of its weights."""
+    """Its name in error messages: the path of its weights."""
     names: Mapping[str, Names] | None = field(default=None, repr=False)
-    """For a single file: the keys that are this component's, and the name or names each gets."""
+    """For a single file: the keys of this component, each with its new name or names."""
     allow_pickle: bool = False
 
     def state(self, *, to_prepare: bool = False) -> dict[str, Tensor]:
-        """The weights by diffusers' and transformers' names: views of the mapped files, read as they are used.
+        """The weights by diffusers' and transformers' names: views of the mapped files, read on first use.
 
-        to_prepare: those that `fastldm.loading.prepare` moves are copies, so that their pages of the file are not held:
-            convolutions' weights, in channels-last memory, and the projections to queries, keys and values.
+        to_prepare: copy the weights that `fastldm.loading.prepare` moves, so that their pages of the file are not held:
+            convolution weights, in channels-last memory, and query, key and value projections.
 
-        CheckpointError where there are none: a bundle holds engines' weights, not PyTorch's.
+        CheckpointError for a component of a bundle, which has no PyTorch weights.
         """
         if not self.files:
             raise CheckpointError(
-                f"{self.source} is an exported bundle, which PyTorch cannot read: give the model that it was made of"
+                f"{self.source} is an exported bundle, which PyTorch cannot read: give the model it was exported from"
             )
         tensors: dict[str, Tensor] = {}
         for file in self.files:
@@ -49,7 +49,7 @@ class Component:
         return self._own(tensors) if self.names is None else convert(tensors, self.names)
 
     def _own(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Without what else lies in a component's file: a prefix before all keys, and the rest of a whole CLIP."""
+        """Without a prefix that all keys have, and without the other weights of a full CLIP."""
         for prefix in (f"{self.name}.", f"{self.name.removesuffix('_2')}.", "transformer."):
             if all(key.startswith(prefix) for key in tensors):
                 tensors = {key[len(prefix) :]: tensor for key, tensor in tensors.items()}
@@ -63,16 +63,16 @@ class Component:
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """Where a tokenizer comes from: `folder`, or CLIP's own vocabulary, which ships with fastldm, if that is None."""
+    """Where a tokenizer comes from: `folder`, or if that is None CLIP's vocabulary, which ships with fastldm."""
 
     folder: Path | None
     pad_token: str | None = None
-    """In place of the one that the tokenizer's own settings name."""
+    """Overrides the pad token of the tokenizer's config."""
     loaded: Any = field(default=None, repr=False)
-    """Of a loaded pipeline: transformers' tokenizer, in place of both."""
+    """transformers' tokenizer of a loaded pipeline, used in place of both."""
 
     def open(self) -> Tokenizer:
-        """The tokenizer. CheckpointError where its files are missing or damaged."""
+        """The tokenizer. CheckpointError if its files are missing or damaged."""
         if self.loaded is None:
             return Tokenizer(self.folder, pad_token=self.pad_token)
         with TemporaryDirectory() as folder:
@@ -82,7 +82,7 @@ class TokenizerFiles:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a model is, before any of its weights are read."""
+    """A model's raw configs, tokenizers and weight files, before any weights are read."""
 
     source: str
     components: dict[str, Component]
@@ -91,16 +91,16 @@ class Checkpoint:
     tokenizers: dict[str, TokenizerFiles]
     """By name: "tokenizer" and, for SDXL, "tokenizer_2"."""
     index: Config
-    """model_index.json as it is: the pipeline's class, and settings such as `force_zeros_for_empty_prompt`."""
+    """The content of model_index.json: the pipeline's class, and settings such as `force_zeros_for_empty_prompt`."""
     loaded: bool = False
-    """Whether it was a pipeline in memory: diffusers has changed by then what it changes of the files' values."""
+    """Whether it was a pipeline in memory, where diffusers has already replaced values of the config files."""
 
     def config_source(self, name: str) -> str:
-        """What errors call the config of a component, or of "scheduler": its file, where it has one."""
+        """The name in error messages of the config of a component or of "scheduler": its file if it has one."""
         file = "scheduler_config.json" if name == "scheduler" else "config.json"
         path = Path(self.source) / name / file
         return str(path) if not self.loaded and path.is_file() else f"{self.source}: {name}"
 
     def tokenizer(self, name: str) -> Tokenizer:
-        """The tokenizer "tokenizer" or "tokenizer_2"; each call reads it anew."""
+        """Open "tokenizer" or "tokenizer_2"; each call reads its files again."""
         return self.tokenizers[name].open()

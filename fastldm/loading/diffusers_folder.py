@@ -1,4 +1,4 @@
-"""A diffusers folder, opened: `model_index.json`, each component's config, and the files of its weights."""
+"""Opening a diffusers folder: `model_index.json`, each component's config, and its weight files."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ logger = logging.getLogger("fastldm")
 
 
 def open_diffusers(folder: PathLike, variant: str | None = None, *, allow_pickle: bool = False) -> Checkpoint:
-    """A folder as diffusers' `save_pretrained` writes it. Reads no weights.
+    """Open a folder as diffusers' `save_pretrained` writes it. Reads no weights.
 
-    variant: the precision in the weights' file names, such as "fp16". A network that has no such file is taken plain
-        as long as another has one.
-    allow_pickle: also take pickled weights, and then only tensors from them.
-    Raises CheckpointError for a folder that is no such model or one that fastldm cannot run, naming what it is.
+    variant: the precision in the names of weight files, such as "fp16". A network without such a file is loaded without
+        a variant, as long as another network has one.
+    allow_pickle: also accept pickled weights, of which only tensors are read.
+    Raises CheckpointError for a folder that is no such model or one that fastldm cannot run, saying what it is.
     """
     folder = Path(folder).expanduser()
     _check_folder(folder)
@@ -41,54 +41,54 @@ def open_diffusers(folder: PathLike, variant: str | None = None, *, allow_pickle
     classes = component_classes(index, source)
     ignored = [name for name in NOT_NEEDED if name in listed_classes(index)]
     if ignored:
-        logger.info("%s: not needed and left alone: %s", source, ", ".join(ignored))
+        logger.info("%s: not needed and ignored: %s", source, ", ".join(ignored))
     networks = {name: _listing(folder / name) for name in classes if name in NETWORK_CLASSES}
     selected = choose_weights(networks, variant, allow_pickle, source)
     components = {}
     for name, weights in selected.items():
         files = _weight_files(folder / name, weights)
         config = named_config(read_json(folder / name / "config.json"), classes[name])
-        shown = str(folder / name / weights.entry)
-        components[name] = Component(name, classes[name], config, files, shown, allow_pickle=allow_pickle)
+        path = str(folder / name / weights.entry)
+        components[name] = Component(name, classes[name], config, files, path, allow_pickle=allow_pickle)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     tokenizers = {name: folder / name for name in TOKENIZERS if name in classes}
-    for path in tokenizers.values():
-        if not path.is_dir():
-            raise CheckpointError(f"{path} is missing, though {folder / INDEX} names it.")
+    for tokenizer in tokenizers.values():
+        if not tokenizer.is_dir():
+            raise CheckpointError(f"{tokenizer} is missing, though {folder / INDEX} names it.")
     return Checkpoint(
         source,
         components,
         {"_class_name": classes["scheduler"], **scheduler},
-        {name: TokenizerFiles(path) for name, path in tokenizers.items()},
+        {name: TokenizerFiles(tokenizer) for name, tokenizer in tokenizers.items()},
         index,
     )
 
 
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
-        reason = "a file, not a folder: open it as a single file" if folder.exists() else "not there"
-        raise CheckpointError(f"{folder} is {reason}.")
+        reason = "is a file, not a folder: open it as a single file" if folder.exists() else "does not exist"
+        raise CheckpointError(f"{folder} {reason}.")
     if (folder / INDEX).is_file():
         return
     names = sorted(path.name for path in folder.iterdir())
     if not names:
         raise CheckpointError(f"{folder} is empty; a model folder with a {INDEX} was expected.")
-    raise CheckpointError(f"{folder} has no {INDEX}: {_what_folder_is(folder, names)}")
+    raise CheckpointError(f"{folder} has no {INDEX}: {_describe_folder(folder, names)}")
 
 
-def _what_folder_is(folder: Path, names: list[str]) -> str:
-    """A sentence on a folder that is no diffusers pipeline."""
-    singles = [name for name in names if name.endswith(".safetensors")]
+def _describe_folder(folder: Path, names: list[str]) -> str:
+    """A sentence that says what a folder holds that is no diffusers pipeline."""
+    files = [name for name in names if name.endswith(".safetensors")]
     if "config.json" in names:
         config = read_json(folder / "config.json")
         architectures = config.get("architectures")
         first = architectures[0] if isinstance(architectures, list) and architectures else "a model of unknown class"
-        return f"it holds {config.get('_class_name') or first} alone. Give the folder of a whole pipeline."
-    for name in singles:
-        if what := recognise_adapter(read_shapes(folder / name, allow_pickle=False)[0]):
-            return f"{name} in it is {what}, which fastldm does not load yet."
-    if singles:
-        return f"to load one of its files, give that file ({', '.join(singles[:3])})."
+        return f"it holds {config.get('_class_name') or first} alone. Give the folder of a full pipeline."
+    for name in files:
+        if adapter := recognise_adapter(read_shapes(folder / name, allow_pickle=False)[0]):
+            return f"{name} in it is {adapter}, which fastldm does not load yet."
+    if files:
+        return f"to load one of its files, give that file ({', '.join(files[:3])})."
     return f"it holds {', '.join(names[:5])}. Give the folder of a diffusers pipeline."
 
 
@@ -100,7 +100,7 @@ _SHARDS = {"weight_map": Field(MapOf(Text(255), 1))}
 
 
 def _weight_files(folder: Path, weights: WeightSet) -> tuple[Path, ...]:
-    """The files that hold the tensors: those that the index names, where there is one."""
+    """The files that hold the tensors: those in the index if there is one."""
     if not weights.entry.endswith(".json"):
         return (folder / weights.entry,)
     index = folder / weights.entry

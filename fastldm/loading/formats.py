@@ -1,4 +1,4 @@
-"""What a diffusers folder is made of, by the names of its files and of its components' classes, here or on a hub."""
+"""The components and weight files of a diffusers folder, by class names and file names, here or on a hub."""
 
 from __future__ import annotations
 
@@ -38,19 +38,21 @@ _CLASS = {"_class_name": Field(Maybe(Text(100)), None)}
 
 
 def listed_classes(index: Config) -> dict[str, str]:
-    """Component name to class name, of all that a pipeline has; it lists [null, null] for what it was saved without."""
+    """Component name to class name, of all components; [null, null] is one that the pipeline was saved without."""
     components = {name: value for name, value in index.items() if not name.startswith("_")}
     pairs = {name: value for name, value in components.items() if isinstance(value, list | tuple) and len(value) == 2}
-    return {_word(name): _word(class_name) for name, (_, class_name) in pairs.items() if class_name is not None}
+    return {
+        _printable(name): _printable(class_name) for name, (_, class_name) in pairs.items() if class_name is not None
+    }
 
 
-def _word(value: Any) -> str:
-    """A name as it is, or what replaces it in an error."""
+def _printable(value: Any) -> str:
+    """A name unchanged, or as an error message shows it if it is not printable."""
     return value if isinstance(value, str) and value.isprintable() and len(value) < 100 else show(value)
 
 
 def component_classes(index: Config, source: str) -> dict[str, str]:
-    """Component name to class name, of those that fastldm reads. Raises CheckpointError for a model it cannot run."""
+    """Component name to class name, of components that fastldm reads. CheckpointError for a model it cannot run."""
     pipeline, listed = read_fields(index, _CLASS, f"{source}: {INDEX}")["_class_name"], listed_classes(index)
     relatives.check_class(pipeline, source)
     if "text_encoder" not in listed and ("text_encoder_2" in listed or index.get("requires_aesthetics_score")):
@@ -74,17 +76,17 @@ def component_classes(index: Config, source: str) -> dict[str, str]:
 
 
 def named_config(config: Config, class_name: str) -> Config:
-    """A component's config with the class that the pipeline's index gives it, which counts in diffusers too."""
+    """A component's config with the class from the pipeline's index, which diffusers uses too."""
     inner = config.get("text_config")
     if class_name.startswith("CLIPText") and config.get("model_type") == "clip" and isinstance(inner, dict):
-        config = inner  # of a whole CLIP, as transformers reads it
+        config = inner  # the text half of a full CLIP, as transformers reads it
     key, value = ("architectures", [class_name]) if class_name.startswith("CLIP") else ("_class_name", class_name)
     return {**config, key: value}
 
 
 @dataclass(frozen=True)
 class WeightSet:
-    """One complete set of weights in a component's folder: a single file, or an index and its shards."""
+    """One complete set of weights in a component's folder: a file, or an index and its shards."""
 
     variant: str | None
     pickled: bool
@@ -113,7 +115,7 @@ def _weight_sets(names: Collection[str]) -> list[WeightSet]:
             key = (match["type"] == "bin", _STEMS.index(match["stem"]), variant)
             if match["shard"]:
                 shards.setdefault(key, []).append(name)
-            elif key not in entries or match["index"] is None:  # a whole file goes before shards
+            elif key not in entries or match["index"] is None:  # a single file is preferred to shards
                 entries[key] = name
     sets = []
     for key, name in sorted(entries.items()):
@@ -127,17 +129,19 @@ def _weight_sets(names: Collection[str]) -> list[WeightSet]:
 def choose_weights(
     networks: Mapping[str, Collection[str]], variant: str | None, allow_pickle: bool, source: str
 ) -> dict[str, WeightSet]:
-    """For each network, given the names of the files in its folder, the weights to load."""
+    """The weights to load for each network, from the names of the files in its folder.
+
+    CheckpointError if a network has no usable weights."""
     sets = {name: _weight_sets(names) for name, names in networks.items()}
-    usable = {name: [w for w in all_sets if allow_pickle or not w.pickled] for name, all_sets in sets.items()}
-    anywhere = any(w.variant == variant for some in usable.values() for w in some)
+    usable = {name: [w for w in found if allow_pickle or not w.pickled] for name, found in sets.items()}
+    any_has_variant = any(w.variant == variant for candidates in usable.values() for w in candidates)
     selected = {}
     for name, candidates in usable.items():
         match = next((w for w in candidates if w.variant == variant), None)
-        if match is None and anywhere:
+        if match is None and any_has_variant:
             match = next((w for w in candidates if w.variant is None), None)
             if match is not None:
-                logger.warning("%s/%s has no variant %r: its plain weights are used", source, name, variant)
+                logger.warning("%s/%s has no variant %r: its weights without a variant are used", source, name, variant)
         if match is None:
             raise CheckpointError(_no_weights(f"{source}/{name}", networks[name], sets[name], candidates, variant))
         selected[name] = match
@@ -150,12 +154,12 @@ def _no_weights(
     if usable:
         variants = sorted({w.variant or "" for w in usable})
         calls = " or ".join(f'variant="{name}"' if name else "no variant" for name in variants)
-        expected = f'variant "{variant}"' if variant else "plain weights (no variant)"
-        return f"{location} has no {expected}. What is there loads with {calls}."
+        expected = f'variant "{variant}"' if variant else "weights without a variant"
+        return f"{location} has no {expected}. Its weights load with {calls}."
     if sets:
         return (
             f"{location} has only pickled weights ({sets[0].entry}), which can run any code when loaded. Look for "
-            "safetensors, or pass allow_pickle=True to take nothing but tensors from them."
+            "safetensors, or pass allow_pickle=True to load only tensors from them."
         )
     present = ", ".join(sorted(names)[:5]) or "nothing"
     return f"{location} has no weights: expected {_STEMS[0]}.safetensors or {_STEMS[1]}.safetensors, found {present}."

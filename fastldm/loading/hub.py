@@ -1,4 +1,4 @@
-"""A hub id, or a path, to a path: what fastldm needs of a repository is fetched into huggingface_hub's cache."""
+"""From a hub id or a path to a local path: the files that fastldm needs are downloaded to huggingface_hub's cache."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def resolve(
     variant: str | None = None,
     allow_pickle: bool = False,
 ) -> Path:
-    """The local path of a model. What exists locally is returned as it is, and no network is touched.
+    """The local path of a model. A path that exists is returned unchanged, without network access.
 
-    Otherwise "owner/name" is a hub id: what fastldm needs of that repository (configs, tokenizers, and each network's
-    weights in one variant and one format) is fetched into huggingface_hub's cache, or only looked up there when
-    `local_files_only` or HF_HUB_OFFLINE is set.
+    Otherwise "owner/name" is a hub id: the files that fastldm needs of that repository (configs, tokenizers, and each
+    network's weights in one variant and one format) are downloaded to huggingface_hub's cache, or only looked up there
+    if `local_files_only` or HF_HUB_OFFLINE is set.
 
-    Raises CheckpointError for a path that does not exist, and for all that can go wrong with a hub.
+    Raises CheckpointError for a path that does not exist, and for all errors of the hub.
     """
     path = check_path(path_or_id, "path_or_id")
     if path.exists():
@@ -73,13 +73,13 @@ def _from_hub(
             repo, INDEX, revision=revision, cache_dir=cache, local_files_only=offline
         )
     snapshot = Path(index_file).parent
-    index, commit = read_json(snapshot / INDEX), snapshot.name  # the commit pins what follows to the same state
+    index, commit = read_json(snapshot / INDEX), snapshot.name  # later downloads use the same commit
     if not offline:
         try:
             siblings = huggingface_hub.model_info(repo, revision=commit, timeout=10).siblings or []
             names = [file.rfilename for file in siblings]
         except Exception as error:  # as in _hub_errors
-            logger.warning("%s: the hub cannot be asked (%s); trying what is in the local cache", repo, error)
+            logger.warning("%s: the hub cannot be reached (%s); trying the local cache", repo, error)
             offline = True
     if offline:
         names = [path.relative_to(snapshot).as_posix() for path in snapshot.glob("*/*")]
@@ -93,7 +93,7 @@ def _from_hub(
 def _needed_files(
     index: Config, names: Collection[str], variant: str | None, allow_pickle: bool, source: str
 ) -> list[str]:
-    """The files of a repository that loading will read."""
+    """The files of a repository that loading reads."""
     classes = component_classes(index, source)
     files_of = {
         name: {path.removeprefix(f"{name}/") for path in names if path.startswith(f"{name}/") and path.count("/") == 1}
@@ -112,14 +112,14 @@ def _needed_files(
 
 @contextmanager
 def _hub_errors(repo: str, revision: str | None, offline: bool) -> Iterator[None]:
-    """The hub client's errors as a CheckpointError. Those of its HTTP library differ by version: hence `Exception`."""
+    """Turn the hub client's errors into CheckpointErrors; those of its HTTP library differ by version: `Exception`."""
     from huggingface_hub import errors
 
-    at = f"{repo} at revision {revision}" if revision else repo
+    location = f"{repo} at revision {revision}" if revision else repo
     try:
         yield
     except errors.GatedRepoError as error:
-        reason = f"{repo} asks for its conditions to be accepted: do so on its page, then log in with `hf auth login`."
+        reason = f"{repo} is gated: accept its conditions on its page, then log in with `hf auth login`."
         raise CheckpointError(reason) from error
     except errors.RepositoryNotFoundError as error:
         reason = (
@@ -130,14 +130,14 @@ def _hub_errors(repo: str, revision: str | None, offline: bool) -> Iterator[None
         raise CheckpointError(f"{repo} has no revision {revision!r} on the hub.") from error
     except errors.LocalEntryNotFoundError as error:
         if offline:
-            reason = "the hub was not asked, as local_files_only or HF_HUB_OFFLINE is set"
+            reason = "the hub was not used, as local_files_only or HF_HUB_OFFLINE is set"
         else:
             reason = "the hub cannot be reached"
-        raise CheckpointError(f"{at} is neither a folder here nor in the local hub cache, and {reason}.") from error
+        raise CheckpointError(
+            f"{location} is neither a folder here nor in the local hub cache, and {reason}."
+        ) from error
     except errors.EntryNotFoundError as error:
-        reason = (
-            f"{at} has no {INDEX}: it is not a diffusers pipeline. A file in it can be downloaded and given by path."
-        )
+        reason = f"{location} has no {INDEX}: it is not a diffusers pipeline. Files in it can be opened by their path."
         raise CheckpointError(reason) from error
     except Exception as error:
-        raise CheckpointError(f"{at} cannot be fetched from the hub: {error}") from error
+        raise CheckpointError(f"{location} cannot be downloaded from the hub: {error}") from error

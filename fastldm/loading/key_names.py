@@ -1,8 +1,8 @@
-"""The names of the original Stability layout as diffusers and transformers say them.
+"""Key names of the original Stability layout, converted to those of diffusers and transformers.
 
-Each is a pure function of a key without its prefix; () is a key to leave alone, None an unknown one. `convert` then
-renames (and splits, transposes or flattens) the tensors. The maps follow diffusers' `loaders/single_file_utils.py`,
-their judge in the tests too.
+Each function takes a key without its prefix and returns the new names, () for a key to ignore and None for an unknown
+one. `convert` then renames (and splits, transposes or flattens) the tensors. The maps follow diffusers'
+`loaders/single_file_utils.py`, with which the tests compare them.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ _OPEN_CLIP_BLOCK = {
 
 
 def unet_name(key: str, layers_per_block: int) -> Names | None:
-    """diffusers' name of a U-Net key without `model.diffusion_model.`: blocks count through there, by level here."""
+    """diffusers' name of a U-Net key without `model.diffusion_model.`: flat block numbers become level and layer."""
     stem, _, end = key.rpartition(".")  # end: weight or bias
     if stem in _UNET_ENDS:
         return (f"{_UNET_ENDS[stem]}.{end}",)
     if match := re.fullmatch(r"(input|output)_blocks\.(\d+)\.([012])\.(.+)", stem):
-        side, flat, slot, rest = match[1], int(match[2]), int(match[3]), match[4]
-        block, layer = divmod(flat - 1 if side == "input" else flat, layers_per_block + 1)
+        side, index, slot, rest = match[1], int(match[2]), int(match[3]), match[4]
+        block, layer = divmod(index - 1 if side == "input" else index, layers_per_block + 1)
         down_or_up = "down" if side == "input" else "up"
         if (side, rest) in (("input", "op"), ("output", "conv")):
             return (f"{down_or_up}_blocks.{block}.{down_or_up}samplers.0.conv.{end}",)
@@ -76,8 +76,8 @@ def unet_name(key: str, layers_per_block: int) -> Names | None:
 
 
 def vae_name(key: str, levels: int) -> Names | None:
-    """diffusers' name of a VAE key without `first_stage_model.`; the decoder's levels count the other way round."""
-    if key.startswith(("loss.", "model_ema.")):  # what training left behind
+    """diffusers' name of a VAE key without `first_stage_model.`; the decoder's levels are numbered in reverse."""
+    if key.startswith(("loss.", "model_ema.")):  # training state
         return ()
     stem, _, end = key.rpartition(".")
     if stem in ("quant_conv", "post_quant_conv"):
@@ -91,10 +91,10 @@ def vae_name(key: str, levels: int) -> Names | None:
         return (f"{side}.conv_norm_out.{end}",)
     if match := re.fullmatch(r"(down|up)\.(\d+)\.(?:block\.(\d+)\.(\w+)|(?:down|up)sample\.conv)", rest):
         level = int(match[2]) if match[1] == "down" else levels - 1 - int(match[2])
-        where = f"{side}.{match[1]}_blocks.{level}"
+        block = f"{side}.{match[1]}_blocks.{level}"
         if match[3] is None:
-            return (f"{where}.{match[1]}samplers.0.conv.{end}",)
-        return (f"{where}.resnets.{match[3]}.{_VAE_RESNET[match[4]]}.{end}",) if match[4] in _VAE_RESNET else None
+            return (f"{block}.{match[1]}samplers.0.conv.{end}",)
+        return (f"{block}.resnets.{match[3]}.{_VAE_RESNET[match[4]]}.{end}",) if match[4] in _VAE_RESNET else None
     if match := re.fullmatch(r"mid\.block_([12])\.(\w+)", rest):
         return (
             (f"{side}.mid_block.resnets.{int(match[1]) - 1}.{_VAE_RESNET[match[2]]}.{end}",)
@@ -109,24 +109,24 @@ def vae_name(key: str, levels: int) -> Names | None:
 
 
 def transformers_clip_name(key: str, *, with_projection: bool, drops_last: bool) -> Names | None:
-    """transformers' own name of a CLIP text key without its prefix: the same, less what is no weight of the model."""
+    """transformers' name of a CLIP text key without its prefix: the same key, or () if it is no weight of the model."""
     if key.endswith("position_ids") or key.startswith(("logit_scale", "vision_model.", "visual_projection.")):
         return ()
     if key == "text_projection.weight":
         return (key,) if with_projection else ()
-    name = f"text_model.{key.removeprefix('text_model.')}"  # files of 2022 lack it
+    name = f"text_model.{key.removeprefix('text_model.')}"  # missing in files from 2022
     if not name.startswith(("text_model.embeddings.", "text_model.encoder.", "text_model.final_layer_norm.")):
         return None
     return () if drops_last and is_dropped_layer(name) else (name,)
 
 
 def is_dropped_layer(key: str) -> bool:
-    """SD2 conditions on the output of OpenCLIP H's last layer but one: diffusers drops layer 23 of 24, and so do we."""
+    """SD2 conditions on the output of OpenCLIP H's penultimate layer: like diffusers, drop layer 23 of 24."""
     return re.match(r"(transformer\.resblocks|(text_model\.)?encoder\.layers)\.23\.", key) is not None
 
 
 def open_clip_name(key: str, *, with_projection: bool, drops_last: bool) -> Names | None:
-    """transformers' name, or three of them for a fused q, k, v, of an OpenCLIP text key without its prefix."""
+    """transformers' name of an OpenCLIP text key without its prefix, or three names for a fused q, k, v."""
     if key in ("logit_scale", "attn_mask") or key.startswith("visual."):
         return ()
     if key in _OPEN_CLIP_ENDS:
@@ -138,15 +138,15 @@ def open_clip_name(key: str, *, with_projection: bool, drops_last: bool) -> Name
         return None
     layer, end = f"text_model.encoder.layers.{match[1]}", match[3]
     if match[2] == "attn.in_proj":
-        return tuple(f"{layer}.self_attn.{part}_proj.{end}" for part in "qkv")
+        return tuple(f"{layer}.self_attn.{letter}_proj.{end}" for letter in "qkv")
     return (f"{layer}.{_OPEN_CLIP_BLOCK[match[2]]}.{end}",) if match[2] in _OPEN_CLIP_BLOCK else None
 
 
 def convert(tensors: Mapping[str, Tensor], names: Mapping[str, Names]) -> dict[str, Tensor]:
-    """Tensors under their new names: views of the old ones, save for the small transposed `text_projection`.
+    """Tensors by their new names: views of the old ones, except for the small transposed `text_projection`.
 
-    A fused (3C, ...) q, k, v is split in three; the VAE's attention weights, 1x1 convolutions (C, C, 1, 1) there,
-    become (C, C).
+    A fused (3C, ...) q, k, v is split in three; the VAE's attention weights, stored as 1x1 convolutions
+    (C, C, 1, 1), become (C, C).
     """
     state: dict[str, Tensor] = {}
     for key, targets in names.items():

@@ -1,8 +1,8 @@
-"""Files that a loaded model goes on reading: on a CPU, weights that are taken as they are stay in their file, mapped.
+"""Memory-mapped weight files, which a model on a CPU keeps reading if their tensors need no conversion.
 
-A file that is replaced, as hubs, package managers and `mv` do it, leaves the old one to whoever has it open. One that
-is written into or cut off changes under the model: its images change, or the process is killed as it reads what is
-no longer there. That is noticed at the next request, which is refused.
+Replacing a file, as hubs, package managers and `mv` do, is safe: processes that have the old file open keep it.
+Overwriting or truncating it in place changes the model's weights, or kills the process when it reads a missing page.
+The next request detects that and is refused.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import NamedTuple
 from fastldm.errors import CheckpointError
 
 
-class _Seen(NamedTuple):
+class _FileState(NamedTuple):
     device: int
     inode: int
     size: int
     modified: int  # ns
 
     @classmethod
-    def at(cls, path: Path) -> _Seen | None:
-        """The state of the file, or None where there is none."""
+    def of(cls, path: Path) -> _FileState | None:
+        """The state of the file, or None if it does not exist."""
         try:
             status = path.stat()
         except OSError:
@@ -31,22 +31,22 @@ class _Seen(NamedTuple):
 
 
 class Mapped:
-    """Files as they were before they were mapped."""
+    """Weight files and their state before they were mapped."""
 
     def __init__(self, files: Iterable[Path] = ()) -> None:
-        self._seen = {path: seen for path in files if (seen := _Seen.at(path)) is not None}
+        self._states = {path: state for path in files if (state := _FileState.of(path)) is not None}
 
     def __or__(self, other: Mapped) -> Mapped:
         both = Mapped()
-        both._seen = {**self._seen, **other._seen}
+        both._states = {**self._states, **other._states}
         return both
 
     def check(self) -> None:
-        """CheckpointError where one of them has been written into."""
-        for path, seen in self._seen.items():
-            now = _Seen.at(path)
-            if now is not None and now != seen and now[:2] == seen[:2]:
+        """CheckpointError if one of the files was overwritten in place."""
+        for path, state in self._states.items():
+            now = _FileState.of(path)
+            if now is not None and now != state and now[:2] == state[:2]:
                 raise CheckpointError(
-                    f"{path} was written into after the model was loaded, which still reads it: load the model anew, "
-                    "and put a new file in the old one's place instead"
+                    f"{path} was overwritten after the model was loaded, which still reads it: load the model again, "
+                    "and replace files instead of overwriting them"
                 )

@@ -1,10 +1,10 @@
-"""Models on disk or on a hub, and their weights into networks.
+"""Opening a model on disk or on a hub.
 
     path or id -> resolve -> open_diffusers or open_single_file -> Checkpoint -> Component.state -> load_module
 
-`Checkpoint` is what a model is before any weight is read; `Component.state` maps the weights into memory, and
-`load_module` gives them to a network that was built on the meta device. All that is wrong with what lies outside (a
-missing folder, a git-lfs pointer, another family's shapes) ends here as one CheckpointError that says so.
+A `Checkpoint` has the raw configs and no weights; `Component.state` maps the weights into memory, and `load_module`
+assigns them to a network that was built on the meta device. Any problem with the files (a missing folder, a git-lfs
+pointer, shapes of another family) becomes a CheckpointError that names it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def open_checkpoint(
     allow_pickle: bool = False,
     prediction_type: str | None = None,
 ) -> Checkpoint:
-    """A diffusers folder, a hub id, or a single file, whichever `path_or_id` is. Reads no weights.
+    """Open a diffusers folder, a hub id or a single file. Reads no weights.
 
-    Arguments and errors are those of `resolve`, `open_diffusers` and `open_single_file`; `prediction_type` is for
-    single files, which do not say it.
+    Arguments and errors are those of `resolve`, `open_diffusers` and `open_single_file`; `prediction_type` is only for
+    single files, which seldom state it.
     """
     path = resolve(
         path_or_id,
@@ -42,6 +42,6 @@ def open_checkpoint(
     )
     if path.is_dir():
         if prediction_type is not None:
-            raise InputError(f"prediction_type is for single files; {path} says it in its scheduler_config.json.")
+            raise InputError(f"prediction_type is for single files; {path} has it in its scheduler_config.json.")
         return open_diffusers(path, variant, allow_pickle=allow_pickle)
     return open_single_file(path, prediction_type=prediction_type, allow_pickle=allow_pickle)

@@ -1,8 +1,8 @@
-"""What is built like Stable Diffusion and is another model, as data: pipeline classes, channels, config keys, and the
-names in a file of weights.
+"""Relatives of Stable Diffusion that fastldm does not run, as data: their pipeline classes, channels, config keys, and
+keys in weight files.
 
-A relative's networks may load where Stable Diffusion's do, and then crash or make another image. So every way in (a
-folder, a single file, an adopted pipeline) asks here and refuses it by what it is.
+A relative's networks may load as Stable Diffusion's do, and then crash or give a wrong image. So all ways to open a
+model (a folder, a single file, an adopted pipeline) check here and refuse it by name.
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ RUNS = "fastldm runs Stable Diffusion 1, 2 and XL for text to image, image to im
 class Relative(NamedTuple):
     """A kind of pipeline that is refused."""
 
-    classes: str
-    """A pattern in the names of its classes."""
-    what: str
-    plain_networks: bool = False
-    """Whether its networks are Stable Diffusion's own, which a plain pipeline could run without what it adds."""
+    class_pattern: str
+    label: str
+    same_networks: bool = False
+    """Whether its networks are Stable Diffusion's, so that a standard pipeline can run them without its additions."""
 
 
-RELATIVES = (  # the first that matches names it
+RELATIVES = (  # the first match counts
     Relative(r"Onnx|^(ORT|OV|TRT|Neuron|Gaudi|Optimum)", "an export for another runtime"),
-    Relative(r"ControlNet", "Stable Diffusion with a ControlNet", plain_networks=True),
-    Relative(r"Adapter", "Stable Diffusion with a T2I-Adapter", plain_networks=True),
+    Relative(r"ControlNet", "Stable Diffusion with a ControlNet", same_networks=True),
+    Relative(r"Adapter", "Stable Diffusion with a T2I-Adapter", same_networks=True),
     Relative(r"AnimateDiff|PIA|Video|I2VGen", "a model for video"),
     Relative(r"InstructPix2Pix", "InstructPix2Pix, whose U-Net reads the image that it edits"),
     Relative(r"Depth2Img", "depth to image, whose U-Net reads a depth map"),
@@ -42,17 +41,17 @@ RELATIVES = (  # the first that matches names it
     Relative(r"Marigold", "Marigold, which estimates depth, normals or materials of an image"),
     Relative(r"LDM3D", "LDM3D, whose autoencoder holds depth beside colour"),
     Relative(r"GLIGEN", "GLIGEN, whose U-Net reads boxes"),
-    Relative(r"PAG", "Stable Diffusion with perturbed-attention guidance", plain_networks=True),
-    Relative(r"SAG", "Stable Diffusion with self-attention guidance", plain_networks=True),
-    Relative(r"Safe$", "Stable Diffusion with safe guidance", plain_networks=True),
-    Relative(r"Panorama", "MultiDiffusion panoramas with Stable Diffusion", plain_networks=True),
-    Relative(r"AttendAndExcite", "Attend-and-Excite, which optimises its latents", plain_networks=True),
+    Relative(r"PAG", "Stable Diffusion with perturbed-attention guidance", same_networks=True),
+    Relative(r"SAG", "Stable Diffusion with self-attention guidance", same_networks=True),
+    Relative(r"Safe$", "Stable Diffusion with safe guidance", same_networks=True),
+    Relative(r"Panorama", "MultiDiffusion panoramas with Stable Diffusion", same_networks=True),
+    Relative(r"AttendAndExcite", "Attend-and-Excite, which optimises its latents", same_networks=True),
     Relative(
         r"LEdits|DiffEdit|Pix2PixZero|CycleDiffusion|Semantic|ModelEditing",
         "a way of editing with Stable Diffusion",
-        plain_networks=True,
+        same_networks=True,
     ),
-    Relative(r"KDiffusion|Paradigms", "Stable Diffusion with samplers of its own", plain_networks=True),
+    Relative(r"KDiffusion|Paradigms", "Stable Diffusion with samplers of its own", same_networks=True),
 )
 
 INPUT_CHANNELS = {
@@ -60,7 +59,7 @@ INPUT_CHANNELS = {
     7: "an upscaler",
     8: "InstructPix2Pix, Marigold, or another that reads an image",
 }
-"""What a U-Net with so many input channels is; Stable Diffusion has 4, and 9 for inpainting."""
+"""Models by the number of their U-Net's input channels; Stable Diffusion has 4, and 9 for inpainting."""
 
 _UNET_KEYS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("addition_embed_type", ("image", "image_hint", "text_image"), "Kandinsky"),
@@ -75,44 +74,44 @@ _UNET_KEYS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 
 
 def check_class(name: Any, source: str) -> None:
-    """Raise CheckpointError if `name`, the `_class_name` of a pipeline, is that of a relative, naming it."""
+    """CheckpointError if `name`, the `_class_name` of a pipeline, is that of a relative."""
     for relative in RELATIVES:
-        if isinstance(name, str) and name not in pipeline_classes() and re.search(relative.classes, name):
-            advice = " To run its networks without that, load them as a StableDiffusionPipeline, or its XL form."
-            text = f"{source} is a {name}: {relative.what}. {RUNS}."
-            raise CheckpointError(text + advice if relative.plain_networks else text)
+        if isinstance(name, str) and name not in pipeline_classes() and re.search(relative.class_pattern, name):
+            advice = " To run its networks alone, load them as a StableDiffusionPipeline or StableDiffusionXLPipeline."
+            text = f"{source} is a {name}: {relative.label}. {RUNS}."
+            raise CheckpointError(text + advice if relative.same_networks else text)
 
 
 def check_known(name: Any, source: str) -> None:
-    """Raise CheckpointError if `name` is not one of a family: a class that is not known may do anything."""
+    """CheckpointError if `name` is not the pipeline class of a family: an unknown class may do anything."""
     if not isinstance(name, str) or name not in pipeline_classes():
-        what = "has no _class_name" if name is None else f"is a {name}, a pipeline that fastldm does not know"
-        raise CheckpointError(f"{source} {what}. {RUNS}: {', '.join(sorted(pipeline_classes()))}.")
+        problem = "has no _class_name" if name is None else f"is a {name}, a pipeline that fastldm does not know"
+        raise CheckpointError(f"{source} {problem}. {RUNS}: {', '.join(sorted(pipeline_classes()))}.")
 
 
 def check_unet_keys(config: Mapping[str, Any], source: str) -> None:
-    """Raise CheckpointError if the raw config of a U-Net has what only a relative's has, naming it."""
-    for key, values, what in _UNET_KEYS:
+    """CheckpointError if the raw config of a U-Net has a value that only a relative has."""
+    for key, values, label in _UNET_KEYS:
         if config.get(key) in values:
-            raise CheckpointError(f"{source} has {key!r} {config[key]!r}: it is {what}. {RUNS}.")
+            raise CheckpointError(f"{source} has {key!r} {config[key]!r}: it is {label}. {RUNS}.")
     if config.get("num_class_embeds") is not None:
         raise CheckpointError(f"{source} has 'num_class_embeds': it is an upscaler, or reads classes. {RUNS}.")
 
 
 def check_channels(channels: int, source: str, latents: int = 4) -> None:
-    """Raise CheckpointError if a U-Net that reads so many channels is a relative's, naming it.
+    """CheckpointError if a U-Net with this number of input channels belongs to a relative.
 
-    Of C channels of latents, Stable Diffusion's reads C, and for inpainting C, a mask, and C of the masked image.
+    Stable Diffusion reads the C channels of latents, and for inpainting also a mask and C channels of the masked image.
     """
     if channels not in (latents, 2 * latents + 1):
-        what = INPUT_CHANNELS.get(channels, "a model of an unknown kind")
+        label = INPUT_CHANNELS.get(channels, "a model of an unknown kind")
         raise CheckpointError(
-            f"{source} has {channels} input channels: it is {what}. {RUNS}, with {latents} channels, as the "
+            f"{source} has {channels} input channels: it is {label}. {RUNS}, with {latents} channels, as the "
             f"VAE's latents have ('latent_channels'), or {2 * latents + 1} for inpainting."
         )
 
 
-# --- What a file of weights is when it is not a model ---
+# --- Weight files that are not a full model ---
 
 _ADAPTERS = (
     (
@@ -152,7 +151,7 @@ LONE_COMPONENTS = (
 
 
 def first_match(table: tuple[tuple[str, str], ...], keys: Collection[str]) -> str | None:
-    """What the first pattern of a table that is found in a key stands for, or None."""
+    """The label of the first pattern of a table that matches a key, or None."""
     for pattern, label in table:
         search = re.compile(pattern).search
         if any(search(key) for key in keys):
@@ -161,10 +160,10 @@ def first_match(table: tuple[tuple[str, str], ...], keys: Collection[str]) -> st
 
 
 def recognise_adapter(shapes: Shapes) -> str | None:
-    """What a file is when it only adds to a model ("a LoRA", "a ControlNet" ...), or None."""
-    if what := first_match(_ADAPTERS, shapes):
-        return what
-    # Embeddings are saved under the token's own name or, for SDXL, as clip_l and clip_g: rows as wide as the text.
+    """The kind of adapter that a file holds ("a LoRA", "a ControlNet" ...), or None."""
+    if label := first_match(_ADAPTERS, shapes):
+        return label
+    # Embeddings are saved under the token's name or, for SDXL, as clip_l and clip_g, as wide as its embeddings.
     rows = 0 < len(shapes) <= 2 and all(1 <= len(shape) <= 2 and shape[-1] >= 64 for shape in shapes.values())
     named = any(key.endswith((".weight", ".bias")) for key in shapes)
     return "a textual inversion embedding" if rows and not named else None

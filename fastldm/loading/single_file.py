@@ -1,8 +1,8 @@
-"""A single file, opened: what it is, by its keys and shapes.
+"""Opening a single file: its family and configs, from its keys and shapes.
 
 The original Stability layout keeps U-Net, VAE and text encoders in one file (`model.diffusion_model.`,
 `first_stage_model.`, `cond_stage_model.` or `conditioner.embedders.N.`) and no configuration. `read_layout` recognises
-the family, derives each component's config and maps every key to diffusers' names (key_names.py).
+the family, derives each component's config and maps every key to diffusers' name for it (key_names.py).
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _FIRST_CONV = f"{_UNET}input_blocks.0.0.weight"
 
 @dataclass(frozen=True)
 class OriginalComponent:
-    """One component of a single file: class and config as diffusers or transformers write them, and each original key
-    with the name or names that its tensor gets."""
+    """One component of a single file: class and config as in diffusers or transformers, and each original key with the
+    new name or names of its tensor."""
 
     class_name: str
     config: Config
@@ -48,7 +48,7 @@ class OriginalComponent:
 
 @dataclass(frozen=True)
 class Layout:
-    """A single file: its components, scheduler config, each tokenizer's pad token, model_index, and keys left alone."""
+    """A single file: its components, scheduler config, each tokenizer's pad token, model_index, and ignored keys."""
 
     components: dict[str, OriginalComponent]
     scheduler: Config
@@ -65,16 +65,16 @@ def _stripped(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
 
 
 def _count(keys: Collection[str], pattern: str) -> int:
-    """One more than the highest number that the pattern's group takes."""
+    """One more than the highest number that the pattern's group matches, or 0."""
     return 1 + max((int(match[1]) for key in keys if (match := re.match(pattern, key))), default=-1)
 
 
 def _unet_config(shapes: Shapes, sample_size: int, *, linear: bool) -> Config:
     """UNet2DConditionModel's config from the shapes of a U-Net's keys without prefix.
 
-    linear: whether it is of SD2's kind or SDXL's, with heads of 64 and linear projections (which some files hold as
-        convolutions of one pixel), or of SD1's, with 8 heads a level.
-    KeyError or ValueError when it is not built as Stable Diffusion's are.
+    linear: True for SD2 and SDXL, with heads of 64 channels and linear projections (1x1 convolutions in some files),
+        False for SD1, with 8 heads per level.
+    KeyError or ValueError if it is not built like Stable Diffusion's.
     """
 
     def depth(block: str) -> int:
@@ -97,13 +97,13 @@ def _unet_config(shapes: Shapes, sample_size: int, *, linear: bool) -> Config:
         raise ValueError("its decoder does not mirror its encoder")
     if depth("middle_block") != (depths[-1] or 1):
         raise ValueError("its middle block is not as deep as the last level")
-    any_depth = next(i for i, d in enumerate(depths) if d)
-    attention = f"input_blocks.{1 + any_depth * (layers_per_block + 1)}.1"
+    first = next(level for level, d in enumerate(depths) if d)
+    attention = f"input_blocks.{1 + first * (layers_per_block + 1)}.1"
     down = ["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in depths]
     return {
         "_class_name": "UNet2DConditionModel",
         "act_fn": "silu",
-        "attention_head_dim": [c // 64 for c in channels] if linear else 8,  # the key says "dim", means heads
+        "attention_head_dim": [c // 64 for c in channels] if linear else 8,  # "dim" in name only: the number of heads
         "block_out_channels": channels,
         "center_input_sample": False,
         "cross_attention_dim": shapes[f"{attention}.transformer_blocks.0.attn2.to_k.weight"][1],
@@ -125,7 +125,7 @@ def _unet_config(shapes: Shapes, sample_size: int, *, linear: bool) -> Config:
 
 
 def _vae_config(shapes: Shapes, sample_size: int, scaling_factor: float) -> Config:
-    """AutoencoderKL's config from the shapes of a VAE's keys without prefix; `sample_size` is that of the latents."""
+    """AutoencoderKL's config from the shapes of a VAE's keys without prefix; `sample_size` is in latents."""
     levels = _count(shapes, r"encoder\.down\.(\d+)\.")
     return {
         "_class_name": "AutoencoderKL",
@@ -154,7 +154,7 @@ def _text_config(state: Shapes, text: _Text) -> Config:
         layer, fc1 = rf"{re.escape(inner)}encoder\.layers", f"{inner}encoder.layers.0.mlp.fc1.weight"
         projection = "text_projection.weight"
     vocabulary, hidden = state[embeddings]
-    kept = [key for key in state if not (text.drops_last and is_dropped_layer(key))]
+    remaining = [key for key in state if not (text.drops_last and is_dropped_layer(key))]
     projected = state[projection][1 if text.open_clip_names else 0] if text.with_projection else hidden
     return {
         "architectures": ["CLIPTextModelWithProjection" if text.with_projection else "CLIPTextModel"],
@@ -167,7 +167,7 @@ def _text_config(state: Shapes, text: _Text) -> Config:
         "max_position_embeddings": state[positions][0],
         "model_type": "clip_text_model",
         "num_attention_heads": max(1, hidden // 64),
-        "num_hidden_layers": _count(kept, rf"{layer}\.(\d+)\."),
+        "num_hidden_layers": _count(remaining, rf"{layer}\.(\d+)\."),
         "pad_token_id": 1,
         "projection_dim": projected,
         "vocab_size": vocabulary,
@@ -175,7 +175,7 @@ def _text_config(state: Shapes, text: _Text) -> Config:
 
 
 def _scheduler_config(class_name: str, prediction_type: str, *, zero_terminal_snr: bool) -> Config:
-    """The scheduler_config.json that the family's diffusers repository has."""
+    """The scheduler_config.json of the family's diffusers repository."""
     config: Config = {
         "_class_name": class_name,
         "beta_end": 0.012,
@@ -193,21 +193,21 @@ def _scheduler_config(class_name: str, prediction_type: str, *, zero_terminal_sn
     return config | {"rescale_betas_zero_snr": True} if zero_terminal_snr else config
 
 
-# --- A whole file ---
+# --- The full file ---
 
 
 @dataclass(frozen=True)
 class _Text:
-    """A text encoder in a single file: which it is, and how its keys are named."""
+    """A text encoder in a single file: its kind, and the naming of its keys."""
 
     prefix: str
-    open_clip_names: bool  # OpenCLIP's, else transformers'
-    open_clip: bool  # trained by OpenCLIP: pads with id 0, which is "!"; OpenAI's with its end token
+    open_clip_names: bool  # False: transformers' names
+    open_clip: bool  # trained by OpenCLIP, which pads with id 0 ("!"); OpenAI pads with the end token
     with_projection: bool = False
 
     @property
     def drops_last(self) -> bool:
-        """Whether the last layer is left away: see `is_dropped_layer`."""
+        """Whether the last layer is dropped: see `is_dropped_layer`."""
         return self.open_clip and not self.with_projection
 
     @property
@@ -221,7 +221,7 @@ class _Text:
 
 @dataclass(frozen=True)
 class _Family:
-    """What keys and shapes do not tell of a family, as its diffusers repository has it."""
+    """Values of a family's diffusers repository that cannot be derived from keys and shapes."""
 
     title: str
     sample_size: int
@@ -238,13 +238,14 @@ _SDXL = _Family("Stable Diffusion XL", 128, 0.13025, "EulerDiscreteScheduler", "
 def read_layout(
     shapes: Shapes, *, source: str, metadata: Mapping[str, str] | None = None, prediction_type: str | None = None
 ) -> Layout:
-    """What the single file `source` holds, from its keys' shapes and its safetensors metadata.
+    """The layout of the single file `source`, from its keys' shapes and its safetensors metadata.
 
     Families: SD1, SD2, SDXL, each with 4 latent channels or the 9 of inpainting, at any width and depth. Whether a
-    network predicts noise or v cannot be seen: `prediction_type` decides, else what the file states (ModelSpec
-    metadata, or the `v_pred` marker key), else v for SD2 text to image, as in diffusers, and epsilon for all others.
+    network predicts noise or v is not visible in its shapes: `prediction_type` decides if set, else what the file
+    states (ModelSpec metadata, or the marker key `v_pred`), else v for SD2 text to image, as in diffusers, and epsilon
+    for all others.
 
-    Raises CheckpointError when the file is something else, named where it can be; InputError for an unknown
+    Raises CheckpointError if the file is something else, saying what if known; InputError for an unknown
     `prediction_type`.
     """
     if prediction_type is not None and prediction_type not in PREDICTION_TYPES:
@@ -256,7 +257,11 @@ def read_layout(
     if prediction is None:
         prediction = "v_prediction" if is_sd2 and not inpainting else "epsilon"
         if is_sd2:
-            logger.info("%s does not say what it predicts: taken as %s (prediction_type= decides)", source, prediction)
+            logger.info(
+                "%s does not state its prediction type: using %s (set prediction_type= to change it)",
+                source,
+                prediction,
+            )
     sample_size = 96 if is_sd2 and prediction == "v_prediction" else family.sample_size
 
     unet, vae = _stripped(shapes, _UNET), _stripped(shapes, _VAE)
@@ -268,16 +273,16 @@ def read_layout(
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise CheckpointError(
             f"{source} looks like {family.title} but is built differently: {reason}. "
-            "If it is a distilled or cut-down model, load its diffusers folder instead."
+            "If it is a distilled or pruned model, load its diffusers folder instead."
         ) from error
     if is_sd2:
         unet_config["upcast_attention"] = prediction == "v_prediction"  # SD2.1's attention scores overflow float16
     if is_sdxl:
-        pooled, width = text_configs["text_encoder_2"]["projection_dim"], unet["label_emb.0.0.weight"][1]
+        pooled, channels = text_configs["text_encoder_2"]["projection_dim"], unet["label_emb.0.0.weight"][1]
         unet_config |= {
             "addition_embed_type": "text_time",
-            "addition_time_embed_dim": (width - pooled) // 6,  # six numbers: original size, crop, target size
-            "projection_class_embeddings_input_dim": width,
+            "addition_time_embed_dim": (channels - pooled) // 6,  # six numbers: original size, crop, target size
+            "projection_class_embeddings_input_dim": channels,
         }
         vae_config["force_upcast"] = True
 
@@ -306,10 +311,10 @@ def _family(shapes: Shapes, source: str) -> tuple[_Family, dict[str, _Text]]:
     """The family of a file, and its text encoders by component.
 
     CheckpointError if the file is no model of a family that fastldm runs, saying what it is instead."""
-    if what := relatives.recognise_adapter(shapes):
-        raise CheckpointError(f"{source} is {what}, not a model; fastldm does not load those yet.")
-    if what := relatives.first_match(relatives.OTHER_MODELS, shapes):
-        raise CheckpointError(f"{source} is {what}; fastldm runs Stable Diffusion 1, 2 and XL.")
+    if label := relatives.recognise_adapter(shapes):
+        raise CheckpointError(f"{source} is {label}, not a model; fastldm does not load those yet.")
+    if label := relatives.first_match(relatives.OTHER_MODELS, shapes):
+        raise CheckpointError(f"{source} is {label}; fastldm runs Stable Diffusion 1, 2 and XL.")
 
     def has(prefix: str) -> bool:
         return any(key.startswith(prefix) for key in shapes)
@@ -319,40 +324,40 @@ def _family(shapes: Shapes, source: str) -> tuple[_Family, dict[str, _Text]]:
         "VAE (first_stage_model.*)": has(_VAE),
         "text encoder (cond_stage_model.* or conditioner.*)": has("cond_stage_model.") or has("conditioner."),
     }
-    missing = [label for label, found in present.items() if not found]
+    missing = [component for component, is_present in present.items() if not is_present]
     if len(missing) == 1:
         raise CheckpointError(f"{source} has no {missing[0]}; a file with U-Net, VAE and text encoder was expected.")
-    if missing and (what := relatives.first_match(relatives.LONE_COMPONENTS, shapes)):
-        raise CheckpointError(f"{source} is {what}; a file with U-Net, VAE and text encoder was expected.")
+    if missing and (label := relatives.first_match(relatives.LONE_COMPONENTS, shapes)):
+        raise CheckpointError(f"{source} is {label}; a file with U-Net, VAE and text encoder was expected.")
     if missing:
         raise CheckpointError(
             f"{source} is no Stable Diffusion checkpoint: its keys are like {min(shapes, default='(none)')}, "
             f"where {_FIRST_CONV} was expected."
         )
-    channels, labelled = shapes[_FIRST_CONV][1], f"{_UNET}label_emb.0.0.weight" in shapes
+    channels, has_label_embedding = shapes[_FIRST_CONV][1], f"{_UNET}label_emb.0.0.weight" in shapes
     relatives.check_channels(channels, f"{source}: its U-Net")
     first, second = (_text_keys(shapes, f"conditioner.embedders.{i}.") for i in (0, 1))
-    if labelled and first and not second:
+    if has_label_embedding and first and not second:
         raise CheckpointError(
             f"{source} is the Stable Diffusion XL refiner, which fastldm does not run; give the base model."
         )
-    if labelled and first and second:
+    if has_label_embedding and first and second:
         encoder = _Text(*first, open_clip=first[1])
         return _SDXL, {"text_encoder": encoder, "text_encoder_2": _Text(*second, open_clip=True, with_projection=True)}
     only = _text_keys(shapes, "cond_stage_model.") or first
-    if labelled or second or only is None:
+    if has_label_embedding or second or only is None:
         raise CheckpointError(f"{source} pairs a Stable Diffusion U-Net with text encoders that fastldm does not know.")
-    # With transformers' names the U-Net tells: SD2's reads OpenCLIP H's 1024 channels, and has linear projections.
-    attentions = {key: shape for key, shape in shapes.items() if key.startswith(_UNET)}
-    linear = any(len(shape) == 2 for key, shape in attentions.items() if key.endswith(".1.proj_in.weight"))
-    wide = any(shape[1:] == (1024,) for key, shape in attentions.items() if key.endswith(".0.attn2.to_k.weight"))
-    is_sd2 = only[1] or linear or wide
+    # Transformers' names are ambiguous: SD2's U-Net reads the 1024 channels of OpenCLIP H and has linear projections.
+    unet = {key: shape for key, shape in shapes.items() if key.startswith(_UNET)}
+    linear = any(len(shape) == 2 for key, shape in unet.items() if key.endswith(".1.proj_in.weight"))
+    reads_open_clip = any(shape[1:] == (1024,) for key, shape in unet.items() if key.endswith(".0.attn2.to_k.weight"))
+    is_sd2 = only[1] or linear or reads_open_clip
     return _SD2 if is_sd2 else _SD1, {"text_encoder": _Text(*only, open_clip=is_sd2)}
 
 
 def _text_keys(shapes: Shapes, root: str) -> tuple[str, bool] | None:
-    """The prefix of a text encoder's keys under a root, and whether they have OpenCLIP's names, or else transformers'.
-    None where there is none."""
+    """The prefix of a text encoder's keys under a root, and whether they have OpenCLIP's names (else transformers').
+    None if there is no text encoder."""
     for prefix in (f"{root}transformer.", f"{root}model.", root):
         if f"{prefix}token_embedding.weight" in shapes:
             return prefix, True
@@ -362,7 +367,7 @@ def _text_keys(shapes: Shapes, root: str) -> tuple[str, bool] | None:
 
 
 def _stated_prediction_type(shapes: Shapes, metadata: Mapping[str, str]) -> str | None:
-    """What the file states: ModelSpec's metadata, or the marker key that trainers of v-predicting models leave."""
+    """The prediction type in ModelSpec's metadata, or by the marker key that trainers of v-predicting models write."""
     stated = metadata.get("modelspec.prediction_type")
     if stated in ("v", "v_prediction") or "v_pred" in shapes:
         return "v_prediction"
@@ -377,18 +382,18 @@ def _component(
     if unknown:
         raise CheckpointError(
             f"{source} holds {unknown[0]}, which no Stable Diffusion checkpoint has (and {len(unknown) - 1} more such "
-            "keys); it is of another family, or quantised."
+            "keys); it belongs to another family, or is quantised."
         )
     class_name = config["_class_name"] if "_class_name" in config else config["architectures"][0]
     return OriginalComponent(class_name, config, {key: names for key, names in targets.items() if names})
 
 
 def open_single_file(path: PathLike, *, prediction_type: str | None = None, allow_pickle: bool = False) -> Checkpoint:
-    """One file in the original Stability layout: SD 1, SD 2, SDXL, or an inpainting form of them. Reads no weights.
+    """Open a file in the original Stability layout: SD 1, SD 2, SDXL, or their inpainting models. Reads no weights.
 
-    prediction_type: "epsilon", "v_prediction" or "sample", which such a file seldom states. The default is diffusers':
+    prediction_type: "epsilon", "v_prediction" or "sample", which such files seldom state. The default is diffusers':
         v-prediction for SD 2 (so give "epsilon" for SD 2 base and SD-Turbo), epsilon for all others.
-    Raises CheckpointError for a file that is something else or damaged, naming what it is.
+    Raises CheckpointError for a file that is something else or damaged, saying what it is.
     """
     path = Path(path).expanduser()
     source = str(path)
@@ -397,14 +402,14 @@ def open_single_file(path: PathLike, *, prediction_type: str | None = None, allo
     if layout.ignored:
         averaged = sum(key.startswith("model_ema.") for key in layout.ignored)
         logger.info(
-            "%s: left alone %d keys that no network needs (%d of them moving averages)",
+            "%s: ignored %d keys that no network needs (%d of them moving averages)",
             source,
             len(layout.ignored),
             averaged,
         )
     components = {
-        name: Component(name, one.class_name, one.config, (path,), source, one.names, allow_pickle)
-        for name, one in layout.components.items()
+        name: Component(name, original.class_name, original.config, (path,), source, original.names, allow_pickle)
+        for name, original in layout.components.items()
     }
     tokenizers = {name: TokenizerFiles(None, pad) for name, pad in layout.pad_tokens.items()}
     return Checkpoint(source, components, layout.scheduler, tokenizers, layout.index)

@@ -1,4 +1,4 @@
-"""A checkpoint's description, and what it should run on here.
+"""From a path or id to the description of a model, and from that to a loaded model.
 
 path or hub id -> Checkpoint (files and raw configs) -> Spec (configs and family) -> LoadedModel (weights loaded)
 """
@@ -39,7 +39,7 @@ DEFAULT_MODEL = ASSETS / "default"
 
 @dataclass(frozen=True)
 class Spec:
-    """What a model is, known before any of its weights are read."""
+    """The configs of a model's networks and its sampling schedule, read before any weights."""
 
     checkpoint: Checkpoint
     unet: UNetConfig
@@ -50,13 +50,13 @@ class Spec:
 
     @property
     def default_size(self) -> tuple[int, int]:
-        """Width and height in pixels that the model was trained at."""
+        """Width and height in pixels that the model was trained with."""
         height, width = self.unet.sample_size
         return width * self.vae.factor, height * self.vae.factor
 
     @property
     def parameters(self) -> int:
-        """Numbers in all networks together."""
+        """Total number of parameters of all networks."""
         with torch.device("meta"):
             networks: list[torch.nn.Module] = [UNet(self.unet), autoencoder(self.vae), *map(CLIPText, self.text)]
         return sum(p.numel() for network in networks for p in network.parameters())
@@ -72,9 +72,9 @@ def describe(
     allow_pickle: bool = False,
     prediction_type: str | None = None,
 ) -> Spec:
-    """What a diffusers folder, a hub id, a single-file checkpoint or "default" holds. Loads no weights.
+    """Describe a diffusers folder, a hub id, a single-file checkpoint or "default". Loads no weights.
 
-    Raises CheckpointError for anything that is not a model that fastldm can run, naming what it is instead.
+    Raises CheckpointError for anything that is not a model fastldm can run, saying what it is instead.
     """
     options: dict[str, Any] = {
         "variant": variant,
@@ -113,9 +113,9 @@ _INDEX = {
 
 
 def spec_of(checkpoint: Checkpoint) -> Spec:
-    """What a checkpoint's raw config files say, each read and all held against each other.
+    """Read a checkpoint's raw configs and check that they fit each other.
 
-    CheckpointError for what is not implemented, is no value of its key, or does not fit the other components.
+    CheckpointError for what is not implemented, for invalid values, and for components that do not fit each other.
     """
     index = read_fields(checkpoint.index, _INDEX, f"{checkpoint.source}: {INDEX}")
     if index["requires_aesthetics_score"]:
@@ -140,7 +140,7 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
 
 
 def _with_size(config: Mapping[str, Any], pipeline: str | None) -> Mapping[str, Any]:
-    """A U-Net's config with sample_size as diffusers' pipelines of SD 1 and 2 set it: early files say 32 for 64."""
+    """A U-Net's config with sample_size as diffusers' pipelines of SD 1 and 2 set it: early files have 32 for 64."""
     size, version = config.get("sample_size"), str(config.get("_diffusers_version", ""))
     if pipeline in SET_BY_PIPELINES and re.match(r"0\.[0-8]\.", version) and isinstance(size, int) and 0 < size < 64:
         return {**config, "sample_size": 64}
@@ -148,33 +148,33 @@ def _with_size(config: Mapping[str, Any], pipeline: str | None) -> Mapping[str, 
 
 
 def _check_fit(unet: UNetConfig, vae: VAEConfig | TinyVAEConfig, text: Sequence[TextConfig], source: str) -> None:
-    """CheckpointError where components are not of one model: each may load, and the whole would fail or lie."""
+    """CheckpointError if components belong to different models: each would load, but not work with the others."""
 
-    def check(fits: bool, what: str) -> None:
+    def check(fits: bool, problem: str) -> None:
         if not fits:
-            raise CheckpointError(f"{source}: {what}: its components are not of one model")
+            raise CheckpointError(f"{source}: {problem}: its components are not of one model")
 
-    widths, latents = [encoder.hidden for encoder in text], vae.latent_channels
+    text_channels, latent_channels = [encoder.hidden for encoder in text], vae.latent_channels
     check(
-        sum(widths) == unet.cross_attention_dim,
+        sum(text_channels) == unet.cross_attention_dim,
         f"the U-Net reads text of {unet.cross_attention_dim} channels ('cross_attention_dim'), "
-        f"and {' + '.join(map(str, widths))} come from the text encoder{'s' * (len(text) > 1)} ('hidden_size')",
+        f"and {' + '.join(map(str, text_channels))} come from the text encoder{'s' * (len(text) > 1)} ('hidden_size')",
     )
     check(
-        unet.out_channels == latents,
-        f"the U-Net makes {unet.out_channels} channels ('out_channels'), and the VAE's latents have {latents} "
+        unet.out_channels == latent_channels,
+        f"the U-Net makes {unet.out_channels} channels ('out_channels'), and the VAE's latents have {latent_channels} "
         "('latent_channels')",
     )
     check(
         vae.in_channels == vae.out_channels == 3,
-        f"the VAE reads pictures of {vae.in_channels} channels ('in_channels') and makes {vae.out_channels} "
+        f"the VAE reads images of {vae.in_channels} channels ('in_channels') and makes {vae.out_channels} "
         "('out_channels'), expected 3",
     )
     pooled = text[-1].projection_dim
     if not unet.needs_added:
         check(
             len(text) == 1 and pooled is None,
-            "the U-Net reads no pooled text ('addition_embed_type'), and there is a text encoder that gives one",
+            "the U-Net reads no pooled text ('addition_embed_type'), and a text encoder returns one",
         )
         return
     check(len(text) == 2, "the U-Net reads pooled text ('addition_embed_type'), and there is no text_encoder_2")
@@ -193,13 +193,13 @@ def _check_fit(unet: UNetConfig, vae: VAEConfig | TinyVAEConfig, text: Sequence[
 
 
 def autoencoder(config: VAEConfig | TinyVAEConfig) -> AutoencoderKL | TinyAutoencoder:
-    """The network for a config, its weights not set."""
+    """The autoencoder of a config, its weights not set."""
     return TinyAutoencoder(config) if isinstance(config, TinyVAEConfig) else AutoencoderKL(config)
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model, loaded and prepared: what a pipeline runs."""
+    """A model's networks, loaded and prepared to run."""
 
     unet: Denoiser
     vae: Autoencoder
@@ -207,25 +207,25 @@ class LoadedModel:
     prepared: Prepared
     device: torch.device
     dtype: torch.dtype
-    """Of what goes into the U-Net and the autoencoder, and comes out."""
+    """The dtype of the inputs and outputs of the U-Net and the autoencoder."""
     backend: str = "torch"
-    """What runs them: "torch" or one of export.engine.BACKENDS."""
+    """What runs the networks: "torch" or a name in export.backends.BACKENDS."""
     precision: str | None = None
-    """What they compute in, where that is not `dtype`."""
+    """What they compute in, if that is not `dtype`."""
     latents: Sequence[tuple[Axis, Axis]] = ()
-    """The heights and widths of latents that they run with, each range of them, where those are limited."""
+    """The allowed ranges of latent height and width; empty if every size is allowed."""
 
 
 def load(
     spec: Spec, fill: Callable[[torch.nn.Module, str], Any], sharing: Mapping[str, torch.nn.Module] | None = None
 ) -> LoadedModel:
-    """The networks of a spec; `fill(module on meta, component name)` returns the module with its weights.
+    """Build the networks of a spec; `fill(module on meta, component name)` returns the module with its weights.
 
-    sharing: modules whose weights those are, if they go on being used.
+    sharing: by component name, the modules of an adopted pipeline, which keep sharing the weights.
     """
     names = [name for name in ("text_encoder", "text_encoder_2") if name in spec.checkpoint.components]
     with torch.device("meta"):
-        unet, vae, encoders = UNet(spec.unet), autoencoder(spec.vae), [CLIPText(one) for one in spec.text]
+        unet, vae, encoders = UNet(spec.unet), autoencoder(spec.vae), [CLIPText(config) for config in spec.text]
     tokenizers = [spec.checkpoint.tokenizer(name.replace("text_encoder", "tokenizer")) for name in names]
     for name, tokenizer, config in zip(names, tokenizers, spec.text, strict=True):
         if tokenizer.size > config.vocab:

@@ -1,4 +1,4 @@
-"""A component's weights into its network."""
+"""Loading a component's weights into its network."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def load_module(
     device: torch.device | str = "cpu",
     source: str,
 ) -> Module:
-    """Give `module`, built on the meta device, the weights `state`; it comes back in eval mode, without gradients.
+    """Assign the weights `state` to `module`, built on the meta device. Returns it in eval mode, without gradients.
 
-    A tensor of the right dtype and device is taken as it is, so a mapped file stays mapped: pages are read when first
-    used and are private to the process once written. Others are converted one at a time.
+    Tensors of the right dtype and device are not copied, so a mapped file stays mapped: pages are read on first use and
+    become private to the process when written. Other tensors are converted one at a time.
 
-    Strict: each parameter must be there in its shape and nothing may be left over, save what older files have:
-    `position_ids`, the names query, key, value and proj_attn in a VAE's attention, a `text_model.` prefix more or
-    less, and linear layers as convolutions of one pixel. Raises CheckpointError, naming `source`, the first few names
-    and the likely cause; `module` is then unchanged.
+    Strict: all parameters must be present in the right shape and no tensor may be unexpected, except for the forms of
+    older files: `position_ids`, the names query, key, value and proj_attn in a VAE's attention, a missing or additional
+    `text_model.` prefix, and linear layers stored as 1x1 convolutions. Raises CheckpointError with `source`, the first
+    few names and the likely cause; `module` is then unchanged.
     """
     fitted = fit_names(module, state, source)
     shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
@@ -46,7 +46,7 @@ _OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_att
 
 
 def fit_names(module: nn.Module, state: Mapping[str, Tensor], source: str) -> dict[str, str]:
-    """The module's names, each with the key of `state` that is its tensor."""
+    """The module's parameter names, each with its key in `state`."""
     expected = module.state_dict()
     fitted: dict[str, str] = {}
     unexpected = []
@@ -82,14 +82,14 @@ def fit_names(module: nn.Module, state: Mapping[str, Tensor], source: str) -> di
     elif integers or any(key.endswith((".absmax", ".scale_weight", ".weight_scale", ".qweight")) for key in unexpected):
         cause = "They look quantised: use weights in a floating-point format."
     elif not fitted:
-        cause = "They are of another kind of model altogether."
+        cause = "They are from an entirely different kind of model."
     else:
         cause = "They belong to another model or version than the config beside them."
     raise CheckpointError(f"The weights in {source} do not fit: {'; '.join(faults)}. {cause}")
 
 
 def _spellings(key: str) -> Iterator[str]:
-    """A key's names today: transformers 5.6 writes CLIP without `text_model.`, old diffusers a VAE's q as `query`."""
+    """Names that a key may stand for: transformers 5.6 omits `text_model.`, old diffusers has `query` for `to_q`."""
     yield key
     yield f"text_model.{key}"
     yield key.removeprefix("text_model.")

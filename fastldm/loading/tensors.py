@@ -1,4 +1,4 @@
-"""Files of tensors: safetensors, mapped into memory, and pickles, of which nothing but tensors is taken."""
+"""Reading weight files: safetensors, mapped into memory, and pickles, of which only tensors are loaded."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from fastldm.reading import check_file, read_file, what_bytes_are
 Shapes = Mapping[str, tuple[int, ...]]
 
 _PROJECTION = re.compile(r"\b(to_[qkv]|[qkv]_proj)\.")
-_WRAPPER = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module)\.")  # torch.compile's, and data parallel's
+_WRAPPER = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module)\.")  # added by torch.compile and data parallel
 
 
 def read_shapes(path: Path, allow_pickle: bool) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Shapes by key, and the metadata of a safetensors file.
 
-    Keys are without the names of the wrappers that a network was saved in (`_orig_mod.`, `module.`).
+    Keys come without the prefixes of wrappers that a network was saved in (`_orig_mod.`, `module.`).
     """
     if _is_pickle(path):
         return {key: tuple(tensor.shape) for key, tensor in _read_pickle(path, allow_pickle).items()}, {}
@@ -39,10 +39,10 @@ def read_shapes(path: Path, allow_pickle: bool) -> tuple[dict[str, tuple[int, ..
 def read_tensors(
     path: Path, keys: Collection[str] | None, allow_pickle: bool, to_prepare: bool = False
 ) -> dict[str, Tensor]:
-    """The tensors `keys`, or all, as views of the mapped file, by their keys as in `read_shapes`.
+    """The tensors `keys`, or all, as views of the mapped file, by keys as in `read_shapes`.
 
-    to_prepare: convolutions' weights, in channels-last memory, and the projections to queries, keys and values are
-        copies, so that their pages of the file are not held.
+    to_prepare: copy convolution weights, in channels-last memory, and query, key and value projections, so that their
+        pages of the file are not held.
     """
     if _is_pickle(path):
         tensors, raws = _read_pickle(path, allow_pickle), None
@@ -59,14 +59,14 @@ def read_tensors(
             if raws is None:
                 tensors[key] = tensor.clone(memory_format=layout)
                 continue
-            # Through a mapping of its own: pages read of it leave memory at once, not with the last of all.
+            # From a separate mapping, whose pages leave memory as soon as it is closed.
             with _safetensors(path) as file:
                 tensors[key] = file.get_tensor(raws[key]).clone(memory_format=layout)
     return tensors
 
 
 def _keys(file: Any, path: Path) -> dict[str, str]:
-    """The keys of a safetensors file without wrappers' names -> as they are in it."""
+    """The keys of a safetensors file: without prefixes of wrappers -> as in the file."""
     raws: dict[str, str] = {}
     for raw in file.keys():  # noqa: SIM118
         if raws.setdefault(_WRAPPER.sub("", raw), raw) != raw:
@@ -93,7 +93,7 @@ def _safetensors(path: Path) -> Iterator[Any]:
 
 
 def _cut_off(path: Path) -> str | None:
-    """How much of a safetensors file is there, if its header tells: 8 bytes of length, that much JSON, the tensors."""
+    """Says how much of a truncated safetensors file is there, from its header: 8 bytes of length, JSON, the tensors."""
     size, head = path.stat().st_size, _head(path)
     length = int.from_bytes(head[:8], "little")
     if length >= 10**8:
@@ -117,15 +117,15 @@ def _head(path: Path) -> bytes:
 
 
 def _is_pickle(path: Path) -> bool:
-    """By content, not by name: torch.save writes a zip archive, and before 2020 a bare pickle."""
+    """Whether a file is a pickle, by content: torch.save writes a zip archive, and before 2020 a bare pickle."""
     head = _head(path)
-    # A safetensors header starts with "{" after 8 bytes of length, whatever those bytes look like.
+    # A safetensors file has "{" after 8 bytes of length, which may look like a pickle's start.
     return head[8:9] != b"{" and (head.startswith(b"PK\x03\x04") or re.match(rb"\x80[\x02-\x05]", head) is not None)
 
 
 class _Stub:
-    """Stands for any class or function that a pickle names beside tensors: it can be made, called and filled, and does
-    nothing. Trainers leave their own in a checkpoint: callbacks, settings, numpy's scalars."""
+    """Replaces foreign classes and functions in a pickle: it can be created, called and filled, and does nothing.
+    Trainers store such objects in a checkpoint: callbacks, settings, numpy scalars."""
 
     def __new__(cls, *_: Any) -> Any:
         return object.__new__(cls)
@@ -138,32 +138,32 @@ class _Stub:
 
 
 class _DictStub:
-    """The same for a dict of a class of its own, which is filled key by key."""
+    """The same for subclasses of dict, which are filled key by key."""
 
     def __new__(cls, *_: Any) -> Any:
         return {}
 
 
-_allowing = threading.Lock()  # what PyTorch's unpickler may make is one list for the whole process
+_safe_globals_lock = threading.Lock()  # PyTorch has one list of safe globals per process
 
 
 def _read_pickle(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
     if not allow_pickle:
         raise CheckpointError(
             f"{path} is a pickle, which can run any code when loaded. Look for a .safetensors of the model, or pass "
-            "allow_pickle=True to take nothing but tensors from it."
+            "allow_pickle=True to load only tensors from it."
         )
     foreign: list[str] = []
     try:
         zipped = _head(path).startswith(b"PK")
         if zipped:
             foreign = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
-        # Each name gets a class of its own, and none of them is the one that it names: nothing is imported or run.
+        # Each name is replaced by a new stub class: nothing is imported or run.
         stubs: list[Any] = [
             (type(name.rpartition(".")[2], (_DictStub if re.search(r"[dD]ict$", name) else _Stub,), {}), name)
             for name in foreign
         ]
-        with _allowing, torch.serialization.safe_globals(stubs):
+        with _safe_globals_lock, torch.serialization.safe_globals(stubs):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         names = f" ({', '.join(foreign[:3])})" if foreign else ""
@@ -184,17 +184,16 @@ def _read_pickle(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
     return tensors
 
 
-def _flat(content: Mapping[Any, Any], prefix: str, above: set[int]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of nested dicts under dotted names; numbers such as a step count are no weights. A dict within itself is
-    left out."""
+def _flat(content: Mapping[Any, Any], prefix: str, parents: set[int]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of nested dicts by dotted names, without other values such as a step count. Cycles are skipped."""
     for key, value in content.items():
         if isinstance(value, Tensor):
             if value.layout == torch.strided and not value.is_meta:
                 yield f"{prefix}{key}", value.detach()
-        elif isinstance(value, Mapping) and id(value) not in above and len(above) < 16:
-            yield from _flat(value, f"{prefix}{key}.", above | {id(value)})
+        elif isinstance(value, Mapping) and id(value) not in parents and len(parents) < 16:
+            yield from _flat(value, f"{prefix}{key}.", parents | {id(value)})
 
 
 def _first_line(error: Exception) -> str:
-    """Without the codes that colour a terminal."""
+    """The first line of an error's message, without terminal colours."""
     return re.sub(r"\x1b\[[0-9;]*m", "", (str(error) or type(error).__name__).splitlines()[0])
