@@ -175,7 +175,7 @@ def checks(where: Where, ops: list[str]) -> None:
             args, kwargs = call.arguments(where.device.type)
             verdict = dispatch.OPS[name].supports(*args, **kwargs)
             if not verdict:
-                emit(op=name, call=str(call), unsupported=verdict.why)
+                emit(op=name, call=str(call), unsupported=verdict.reason)
                 continue
             tried += 1
             try:

@@ -135,7 +135,7 @@ def bench(
     contenders: dict[str, list[Callable[[], object]]] = {}
     verdict = op.supports(*sets[0][0], **sets[0][1])
     if not verdict:
-        row["unsupported"] = verdict.why
+        row["unsupported"] = verdict.reason
     elif wrong := disagreement(op, *sets[0]):
         row["wrong"] = wrong
         return row
@@ -167,7 +167,7 @@ def disagreement(op: dispatch.Op[..., Any], args: tuple[Any, ...], kwargs: dict[
     and what it writes; None if it is not. The arguments are left as they are."""
 
     def results(function: Callable[..., Any], exactly: bool = False) -> dict[str, Tensor]:
-        call = op.named(*args, **kwargs)
+        call = op.bind(*args, **kwargs)
         for name, value in call.items():
             if isinstance(value, Tensor):
                 value = value.float() if exactly and value.is_floating_point() else value

@@ -24,7 +24,7 @@ from fastldm.export import fused
 from fastldm.export.reference import RUN, ReferenceNetworks
 from fastldm.export.spec import DATA, MODEL, Axis, NetworkSpec, sample
 from fastldm.kernels import observe, use
-from fastldm.kernels.dispatch import instead
+from fastldm.kernels.dispatch import replace_references
 from fastldm.models.clip import CLIPText
 
 OPSETS = (21, 23)
@@ -54,7 +54,7 @@ def write(networks: ReferenceNetworks, name: str, folder: Path, *, opset: int = 
     if opset not in OPSETS:
         raise InputError(f"opset is {opset}: expected {' or '.join(map(str, OPSETS))}")
     spec = networks.specs[name]
-    with instead(fused.stand_ins() if fused_ops else {}):
+    with replace_references(fused.stand_ins() if fused_ops else {}):
         model = _trace(_Traced(networks, name), spec, opset)
     _clean(model, spec)
     fused.add_functions(model, opset)

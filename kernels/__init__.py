@@ -1,6 +1,7 @@
-"""The networks' ops, one file an op: the maths, a plain PyTorch reference that defines correct, and the public op.
+"""The ops of the networks, a file each: the maths, a plain PyTorch reference that defines correct, where the kernel
+applies, launch configurations, the kernel, and the op.
 
-Installed, and imported, as `fastldm.kernels`; nothing here imports anything else of fastldm.
+Installed, and imported, as `fastldm.kernels`; of the rest of fastldm only the basement is imported here.
 """
 
 from __future__ import annotations

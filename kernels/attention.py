@@ -1,4 +1,4 @@
-"""Attention over heads that lie side by side in the channels, as the projections leave them.
+"""Attention over heads that are side by side in the channels, as projections write them.
 
     out[b, n, h] = sum_m softmax_m(scale * q[b, n, h] . k[s, m, h]) v[s, m, h]        m < kv_len[s], s = slots[b]
 
@@ -6,21 +6,21 @@
 
 Flash attention (Dao 2023, arXiv:2307.08691), forward: a program holds BLOCK_M queries of one head and walks over the
 keys BLOCK_N at a time. The scores (N, M) never leave the chip. It keeps, for each query, the largest score so far and
-the sum of exponentials relative to it; when a block raises the peak, what was summed so far is rescaled:
+the sum of exponentials relative to it; when a block raises the peak, the sums so far are rescaled:
 
-    s     = scale * log2(e) * q k^T                 in base 2, since that is the exponential that the hardware has
+    s     = scale * log2(e) * q k^T                 in base 2, the exponential of the hardware
     peak' = max(peak, max_m s)      a = 2 ** (peak - peak')      p = 2 ** (s - peak')
     total = a total + sum_m p       acc = a acc + p v            at the end: out = acc / total
 
 **Layout.** Rows may have any stride of a multiple of 16 bytes, so q, k and v can be thirds or halves of one packed
 projection, and nothing is transposed or copied. Each program reads `slots` and `kv_len` from device memory: prompts of
-different length share a batch, and rows share a prompt, with no copy of its keys and nothing known to the host. Keys
-beyond kv_len are not even loaded, so what lies there may be NaN. A slot without keys gives 0.
+different length share a batch, and rows share a prompt, with no copy of its keys and no synchronisation with the host.
+Keys beyond kv_len are not even loaded, so they may be NaN. A slot without keys gives 0.
 
-**Head dims as they are.** Tiles are powers of two wide, and SD1.5's heads have 40, 80 and 160 channels. A head lies in
+**Head dims without padding.** Tile widths are powers of two, and SD1.5's heads have 40, 80 and 160 channels. A head has
 one tile or two, the second narrower: 80 = 64 + 16 and 160 = 128 + 32, where one tile would be 128 and 256 wide. Tensor
-cores sum over 16 channels at a time, so scores of D = 40 go over 32 + 16, of which the last 8 are zero; they give 8
-columns at least (32 + 8) where warps multiply, 16 where warpgroups do.
+cores sum over 16 channels at a time, so scores of D = 40 take 32 + 16, of which the last 8 are zero; their output has
+8 columns at least (32 + 8) where warps multiply, 16 where warpgroups do.
 
 **Floors**, for the largest call of SD1.5 at 512x512 (guided, so B*H = 16; N = M = 4096; D = 40) on an H100:
 
@@ -28,29 +28,29 @@ columns at least (32 + 8) where warps multiply, 16 where warpgroups do.
     exponentials      B H N M = 268 M                 132 SMs x 16 a cycle x 1.755 GHz     72 us
     memory            q, k, v and out once = 21 MB    at 3 TB/s                             7 us
 
-The special-function units are the floor. (From D = 56 on the matrix products are; on GeForce cards at any D.) Counted
-in what the compiler makes of the loop for sm_90, a warp's share of 128 x 64 scores, 64 a thread, takes 544 cycles of
-special-function unit, 384 of tensor core, and 505 instructions at one a cycle. All three must overlap. So registers are
-budgeted for two programs or more on a multiprocessor, one of which multiplies while the other exponentiates, and the
-count of instructions decides on everything else:
+The special-function units are the floor. (From D = 56 on the matrix products are; on GeForce cards at any D.) In the
+compiled loop for sm_90, a warp's 32 rows of 128 x 64 scores, 64 a thread, take 544 cycles of special-function unit, 384
+of tensor core, and 505 instructions at one a cycle. All three must overlap. So registers are budgeted for two programs
+or more on a multiprocessor, one of which multiplies while the other exponentiates, and the count of instructions
+decides the rest:
 
     sums of exponentials by column, 8 a query, added     no exchange between threads in the loop: 23 fewer; done
       up at the end (FlashAttention-2)
-    a share of the exponentials by a polynomial on the   7 more for each of 64: no gain; FMA_EIGHTHS, 0 by default
+    some of the exponentials by a polynomial on the      7 more for each of 64: no gain; FMA_EIGHTHS, 0 by default
       FMA units (FlashAttention-4)
     rescaling only when a peak grew by 2 ** 8 (the same) 52 fewer, but 38 and two barriers for all warps to agree; no
     the next block's scores before this block's softmax  15% more, for Triton copies the tile, which spills; no
       (FlashAttention-3)
-    tensor descriptors (TMA) instead of cp.async, made   43 registers fewer at D = 40, 47 at 64, and fewer
+    tensor descriptors (TMA) instead of cp.async, built  43 registers fewer at D = 40, 47 at 64, and fewer
       by the host at each launch                         instructions; TMA, a configuration to be measured
     warp_specialize                                      compiles for sm_100 with Triton 3.9, fails with 3.6; no
 
 **Short keys** (77 or 154 tokens of text): all in one block or two, 77 = 64 + 16. Nothing is rescaled, and K and V stay
-where they are while the program walks over its share of the queries. Bytes decide there: q and out, once.
+on the chip while the program walks over its queries. The floor there is memory: q and out, once.
 
 **One head of 512** (the VAE): a float32 accumulator of 128 x 512 is all the registers of a multiprocessor, so two
 programs share a head's queries, each with half of v's channels. The scores are computed twice, 1.5 times the
-operations. That takes 224 KiB of shared memory and 224 registers, which only sm_90 has; elsewhere PyTorch's own runs.
+operations. That takes 224 KiB of shared memory and 224 registers, which only sm_90 has; elsewhere PyTorch's runs.
 """
 
 from __future__ import annotations
@@ -92,12 +92,12 @@ def attention_reference(
     kv_len: Tensor | None = None,
     slots: Tensor | None = None,
 ) -> Tensor:
-    """PyTorch's scaled dot product, which keeps the softmax in float32 for half types."""
+    """PyTorch's scaled dot product, whose softmax is float32 for 16-bit dtypes."""
     mask = None
     if kv_len is not None:
-        seen = torch.arange(k.shape[1], device=k.device) < kv_len[:, None]  # (S, M)
-        k, v = (t.masked_fill(~seen[..., None], 0) for t in (k, v))  # what lies there may be NaN
-        mask = (seen if slots is None else seen[slots])[:, None, None]  # (B, 1, 1, M)
+        valid = torch.arange(k.shape[1], device=k.device) < kv_len[:, None]  # (S, M)
+        k, v = (t.masked_fill(~valid[..., None], 0) for t in (k, v))  # values there may be NaN
+        mask = (valid if slots is None else valid[slots])[:, None, None]  # (B, 1, 1, M)
         if causal:
             mask = mask & mask.new_ones(q.shape[1], k.shape[1]).tril()
     if slots is not None:
@@ -154,7 +154,7 @@ def cost(
     return Cost(flop=4 * scores * (q.shape[-1] // heads), bytes=moved, exp=scores)
 
 
-def given(
+def example_values(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -164,15 +164,16 @@ def given(
     kv_len: Tensor | None = None,
     slots: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Every slot with all its keys, as texts that are padded to the window have them; rows deal the slots out in turn.
-    Valid are 0 to M keys, and slots below S."""
+    """All keys in every slot, as in a prompt that is padded to the window; row i reads slot i % S. Valid values are 0
+    to M keys, and slots below S.
+    """
     count = k.shape[0]
     return {"kv_len": torch.full((count,), k.shape[1]), "slots": torch.arange(q.shape[0]) % count}
 
 
 # ---------------------------------------------------------------------------------------------- configurations
 # A configuration with BLOCK_N walks over the keys. One without holds them all, and PROGRAMS programs share the queries
-# of a head. SPLIT: a head lies in two tiles where those are narrower than one.
+# of a head. SPLIT: a head has two tiles where those are narrower than one.
 
 LONG = [
     {"BLOCK_M": m, "BLOCK_N": n, "SPLIT": split, "FMA_EIGHTHS": 0, "num_warps": warps, "num_stages": stages}
@@ -182,7 +183,7 @@ LONG = [
     for stages in (2, 3)
     for split in (True, False)
 ]
-LONG += [LONG[-1] | {"BLOCK_N": 64, "SPLIT": True, "FMA_EIGHTHS": share, "num_warps": 4} for share in (1, 2)]
+LONG += [LONG[-1] | {"BLOCK_N": 64, "SPLIT": True, "FMA_EIGHTHS": eighths, "num_warps": 4} for eighths in (1, 2)]
 # The bulk copy engine of Hopper and later, from descriptors: fewer registers, and one thread issues all loads.
 LONG += [
     {
@@ -209,24 +210,24 @@ SHORT = [
 SPACE = [*LONG, *SHORT]
 
 
-def tiles(size: int, least: int) -> tuple[int, int]:
+def tiles(size: int, minimum: int) -> tuple[int, int]:
     """Widths of one tile or two (0: one is enough), powers of two and none under `least`, that hold `size`.
 
     Two where they are narrower than one, or one would be wider than 128. 40 -> (32, 8), 64 -> (64, 0), 56 -> (64, 0).
     """
-    whole = max(next_power_of_2(size), least)
-    high = whole // 2
-    low = max(next_power_of_2(size - high), least)
-    return (high, low) if high + low < whole or whole > 128 else (whole, 0)
+    single = max(next_power_of_2(size), minimum)
+    high = single // 2
+    low = max(next_power_of_2(size - high), minimum)
+    return (high, low) if high + low < single or single > 128 else (single, 0)
 
 
 def is_short(dim: int, keys: int) -> bool:
-    """Whether all keys are held at once: up to 160, and as much of K and of V as registers have room for."""
+    """Whether all keys are held at once: up to 160, if K and V fit into registers."""
     keys = sum(tiles(keys, 16))
     return keys <= 160 and keys * sum(tiles(dim, 16)) <= 12800
 
 
-def keep(
+def is_candidate(
     config: Config,
     q: Tensor,
     k: Tensor,
@@ -237,7 +238,9 @@ def keep(
     kv_len: Tensor | None = None,
     slots: Tensor | None = None,
 ) -> bool:
-    """Of the right kind, accumulator and scores in at most 160 of a thread's registers, no option where it is idle."""
+    """For long or short keys as needed, accumulator and scores in at most 160 registers of a thread, no option without
+    effect.
+    """
     dim, queries, keys = q.shape[-1] // heads, q.shape[1], k.shape[1]
     rows, split, short = config["BLOCK_M"], config["SPLIT"], "BLOCK_N" not in config
     width = sum(tiles(dim, 16)) if split else next_power_of_2(dim)
@@ -248,7 +251,7 @@ def keep(
         rows > 64 and queries <= 64,
         not split and (dim > 128 or width == sum(tiles(dim, 16))),
         config.get("PROGRAMS", 32) != 32 and queries <= rows * config["PROGRAMS"],
-        config.get("FMA_EIGHTHS", 0) > 0 and dim > 64,  # the exponentials are not what takes longest
+        config.get("FMA_EIGHTHS", 0) > 0 and dim > 64,  # the exponentials do not take longest
         config.get("TMA", False) and capability(q) < 90,
         columns < 32 and dim <= 64,
     ]
@@ -271,8 +274,8 @@ def shape_class(
     return f"d{dim}-n{next_power_of_2(q.shape[1])}-m{keys}"
 
 
-# Where a head's tiles are no wider than the first number: queries and keys of a block, warps, stages. Chosen by what
-# the compiler makes of them. Nothing spills. Up to 80 channels there are registers for two programs or more on each
+# Where a head's tiles are no wider than the first number: queries and keys of a block, warps, stages. Chosen by the
+# compiled code. Nothing spills. Up to 80 channels there are registers for two programs or more on each
 # multiprocessor, so that one multiplies while the other exponentiates. Each warp of sm_80 reads all of K and V from
 # shared memory, so it takes 32 queries where registers allow; GeForce multiplies so slowly that 16 are enough.
 _GEFORCE = ((96, 64, 64, 4, 2), (128, 128, 16, 8, 2), (192, 64, 16, 4, 2), (256, 128, 16, 8, 1))
@@ -296,8 +299,8 @@ _FEW_QUERIES = {
 
 
 def family(arch: int) -> int:
-    """The GPU of the table that works like this one: sm_87 like sm_86, sm_103 like sm_100, sm_121 like sm_120."""
-    return max(known for known in _BLOCKS if known <= arch)
+    """The compute capability of the table that applies to this one: 86 to sm_87, 100 to sm_103, 120 to sm_121."""
+    return max(sm for sm in _BLOCKS if sm <= arch)
 
 
 def default(shape: str, arch: int) -> Config:
@@ -343,7 +346,7 @@ def _tile(
 
 @jit
 def _load(pointer, rows, stride, like, DIM: tl.constexpr, BLOCK: tl.constexpr, MASK: tl.constexpr):
-    """BLOCK rows of one head, in as many tiles as `like` has and as wide."""
+    """BLOCK rows of one head, in tiles of the widths of those of `like`."""
     WIDTH: tl.constexpr = like[0].shape[1]
     high = _tile(pointer, rows, stride, 0, WIDTH, DIM, MASK, BLOCK)
     return (high, _tile(pointer, rows, stride, WIDTH, like[1].shape[1], DIM, MASK, BLOCK)) if len(like) > 1 else (high,)
@@ -413,8 +416,8 @@ def _exp2_by_fma(x):
 def _exp2(x, FMA_EIGHTHS: tl.constexpr):
     """2 ** x, in FMA_EIGHTHS of each 8 blocks of 8 columns by _exp2_by_fma.
 
-    A thread has the same columns of every such block, so which is which is known when the kernel is compiled, and an
-    element takes one way only.
+    A thread has the same columns of every such block, so the choice is made when the kernel is compiled, and an element
+    is computed one way only.
     """
     y = tl.exp2(x)
     if FMA_EIGHTHS:
@@ -430,11 +433,12 @@ def _exp2(x, FMA_EIGHTHS: tl.constexpr):
 def _locate(
     q, k, v, out, kv_len, slots, queries, keys, q_batch, k_slot, v_slot, DIM: tl.constexpr, V_DIM: tl.constexpr
 ):
-    """Where this program's rows start in q, k, v and out, how many keys they see, the stride of out's rows, and which
-    slot, head and part it has."""
-    part = tl.program_id(1)  # a head, or one of the parts that its values are in
-    head = part // (DIM // V_DIM)
-    batch = tl.program_id(2).to(tl.int64)  # 64 bits: rows * N * H * D passes 2^31 elements
+    """The start of this program's rows in q, k, v and out, their count of keys, the stride of out's rows, and the slot,
+    the head and the slice of values that it computes.
+    """
+    value_slice = tl.program_id(1)  # a head, or a slice of its values
+    head = value_slice // (DIM // V_DIM)
+    batch = tl.program_id(2).to(tl.int64)  # 64 bits: rows * N * H * D may exceed 2^31
     slot = batch
     if slots is not None:
         slot = tl.load(slots + batch).to(tl.int64)
@@ -443,9 +447,9 @@ def _locate(
     stride = tl.num_programs(1) * V_DIM
     q += batch * q_batch + head * DIM
     k += slot * k_slot + head * DIM
-    v += slot * v_slot + part * V_DIM
-    out += batch * queries * stride + part * V_DIM
-    return q, k, v, out, keys, stride, slot.to(tl.int32), head, part
+    v += slot * v_slot + value_slice * V_DIM
+    out += batch * queries * stride + value_slice * V_DIM
+    return q, k, v, out, keys, stride, slot.to(tl.int32), head, value_slice
 
 
 @jit
@@ -467,14 +471,14 @@ def _block(
     slot,
     row,
     head,
-    part,
+    value_slice,
     DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     FMA_EIGHTHS: tl.constexpr,
     MASK: tl.constexpr,
 ):
-    """One block of keys, of which, with MASK, `keys` are there; by descriptors, the rows of a slot from `row` on."""
+    """One block of keys, with MASK only `keys` of them; with descriptors, the rows of a slot from `row` on."""
     if k_high is None:
         k_tiles = _load(k, keys, k_row, q, DIM, BLOCK_N, MASK)
     else:
@@ -482,16 +486,16 @@ def _block(
     s = _scores(q, k_tiles)
     if MASK:
         s = tl.where(tl.arange(0, BLOCK_N)[None, :] < keys, s, float("-inf"))
-    raised = tl.maximum(peak, tl.max(s, 1) * scale)
-    rescale = tl.exp2(peak - raised)
-    p = _exp2(s * scale - raised[:, None], FMA_EIGHTHS)
+    new_peak = tl.maximum(peak, tl.max(s, 1) * scale)
+    rescale = tl.exp2(peak - new_peak)
+    p = _exp2(s * scale - new_peak[:, None], FMA_EIGHTHS)
     total = total * rescale[:, None] + tl.sum(tl.reshape(p, (p.shape[0], BLOCK_N // 8, 8)), 1)
     if v_high is None:
         v_tiles = _load(v, keys, v_row, acc, V_DIM, BLOCK_N, MASK)
     else:
-        v_tiles = _bulk(v_high, v_low, slot, row, part, BLOCK_N)
+        v_tiles = _bulk(v_high, v_low, slot, row, value_slice, BLOCK_N)
     acc = _weigh(p, v_tiles, _times(acc, rescale))
-    return raised, total, acc
+    return new_peak, total, acc
 
 
 @jit
@@ -525,9 +529,11 @@ def _long_kernel(
     BLOCK_N: tl.constexpr,
     FMA_EIGHTHS: tl.constexpr,
 ):
-    UNIT: tl.constexpr = 128 // q.dtype.element_ty.primitive_bitwidth  # strides count 16 bytes, so the compiler knows
+    UNIT: tl.constexpr = (
+        128 // q.dtype.element_ty.primitive_bitwidth
+    )  # strides count 16 bytes, which tells the compiler
     q_row, k_row, v_row = q_row * UNIT, k_row * UNIT, v_row * UNIT
-    q, k, v, out, keys, stride, slot, head, part = _locate(
+    q, k, v, out, keys, stride, slot, head, value_slice = _locate(
         q, k, v, out, kv_len, slots, queries, keys, q_batch * UNIT, k_slot * UNIT, v_slot * UNIT, DIM, V_DIM
     )
     first = tl.program_id(0) * BLOCK_M
@@ -537,26 +543,26 @@ def _long_kernel(
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M, 8), tl.float32)  # the sums of columns 0, 8, ..., of 1, 9, ..., and so on
     acc = _zeros(BLOCK_M, V_HIGH, V_LOW)
-    whole = keys // BLOCK_N * BLOCK_N
-    for row in tl.range(0, whole, BLOCK_N):
+    full_length = keys // BLOCK_N * BLOCK_N
+    for row in tl.range(0, full_length, BLOCK_N):
         peak, total, acc = _block(
             *(q, k, v, peak, total, acc, BLOCK_N, k_row, v_row, scale),
-            *(k_high, k_low, v_high, v_low, slot, row, head, part),
+            *(k_high, k_low, v_high, v_low, slot, row, head, value_slice),
             *(DIM, V_DIM, BLOCK_N, FMA_EIGHTHS, False),
         )
         if k_high is None:
             k += BLOCK_N * k_row
             v += BLOCK_N * v_row
-    if whole < keys:  # by pointers: what lies behind the last key is not even loaded
+    if full_length < keys:  # by pointers: nothing behind the last key is loaded
         if k_high is not None:
-            k += whole.to(tl.int64) * k_row
-            v += whole.to(tl.int64) * v_row
+            k += full_length.to(tl.int64) * k_row
+            v += full_length.to(tl.int64) * v_row
         peak, total, acc = _block(
-            *(q, k, v, peak, total, acc, keys - whole, k_row, v_row, scale),
-            *(None, None, None, None, slot, whole, head, part),
+            *(q, k, v, peak, total, acc, keys - full_length, k_row, v_row, scale),
+            *(None, None, None, None, slot, full_length, head, value_slice),
             *(DIM, V_DIM, BLOCK_N, FMA_EIGHTHS, True),
         )
-    acc = _times(acc, 1 / tl.maximum(tl.sum(total, 1), 1e-30))  # 0 where no key was seen
+    acc = _times(acc, 1 / tl.maximum(tl.sum(total, 1), 1e-30))  # 0 where there is no key
     _store(out, queries - first, stride, acc, V_DIM)
 
 
@@ -601,14 +607,14 @@ def _short_kernel(
         v_1 = _load(v + KEYS * v_row, keys - KEYS, v_row, v_like, V_DIM, MORE, True)
     q_step, out_step = q_row.to(tl.int64) * BLOCK_M, stride.to(tl.int64) * BLOCK_M
     for block in tl.range(tl.program_id(0), tl.cdiv(queries, BLOCK_M), tl.num_programs(0)):
-        left = queries - block * BLOCK_M
-        q_block = _load(q + block * q_step, left, q_row, like, DIM, BLOCK_M, True)
+        remaining = queries - block * BLOCK_M
+        q_block = _load(q + block * q_step, remaining, q_row, like, DIM, BLOCK_M, True)
         s_0 = tl.where(tl.arange(0, KEYS)[None, :] < keys, _scores(q_block, k_0), float("-inf"))
         peak = tl.max(s_0, 1)
         if MORE:
             s_1 = tl.where(tl.arange(0, MORE)[None, :] < keys - KEYS, _scores(q_block, k_1), float("-inf"))
             peak = tl.maximum(peak, tl.max(s_1, 1))
-        peak = tl.maximum(peak * scale, -1e30)  # a number where no key is seen
+        peak = tl.maximum(peak * scale, -1e30)  # finite where there is no key
         p = tl.exp2(s_0 * scale - peak[:, None])
         total = tl.sum(p, 1)
         acc = _weigh(p, v_0, v_like)
@@ -617,7 +623,7 @@ def _short_kernel(
             total += tl.sum(p, 1)
             acc = _weigh(p, v_1, acc)
         acc = _times(acc, 1 / tl.maximum(total, 1e-30))
-        _store(out + block * out_step, left, stride, acc, V_DIM)
+        _store(out + block * out_step, remaining, stride, acc, V_DIM)
 
 
 # ---------------------------------------------------------------------------------------------------------- op
@@ -637,11 +643,11 @@ def attention_triton(
     rows, queries, channels = q.shape
     keys, dim = k.shape[1], channels // heads
     arch = family(capability(q))
-    parts = 1 if dim <= (256 if arch == 90 else 192) else 2  # of a head's values, a program each
+    value_slices = 1 if dim <= (256 if arch == 90 else 192) else 2  # of a head's values, a program each
     if config.pop("SPLIT"):
         high, low = tiles(dim, 16)
         # A warp multiplies by 8 columns or more; a warpgroup too, but not in every Triton from 3.6 on; tcgen05 by 16.
-        v_high, v_low = tiles(dim // parts, 16 if arch in (90, 100) else 8)
+        v_high, v_low = tiles(dim // value_slices, 16 if arch in (90, 100) else 8)
     else:
         high = v_high = max(16, next_power_of_2(dim))
         low = v_low = 0
@@ -654,24 +660,24 @@ def attention_triton(
     out = q.new_empty(q.shape)
     unit = 16 // q.element_size()
     strides = [t.stride(i) // unit for t in (q, k, v) for i in (0, 1)]
-    described: list[object] = []
+    descriptors: list[object] = []
     if kernel is _long_kernel:
-        described = [None] * 4
+        descriptors = [None] * 4
         if config.pop("TMA", False):
             block = config["BLOCK_N"]
-            described = [
+            descriptors = [
                 *_descriptors(k, heads, block, high, low),
-                *_descriptors(v, heads * parts, block, v_high, v_low),
+                *_descriptors(v, heads * value_slices, block, v_high, v_low),
             ]
     launch(
         kernel,
-        (blocks, heads * parts, rows),
+        (blocks, heads * value_slices, rows),
         *(q, k, v, out, kv_len, slots, (dim**-0.5 if scale is None else scale) * LOG2_E, queries, keys, *strides),
-        *described,
+        *descriptors,
         DIM=dim,
         HIGH=high,
         LOW=low,
-        V_DIM=dim // parts,
+        V_DIM=dim // value_slices,
         V_HIGH=v_high,
         V_LOW=v_low,
         **config,
@@ -680,9 +686,10 @@ def attention_triton(
 
 
 def _descriptors(x: Tensor, heads: int, rows: int, high: int, low: int) -> tuple[object, object]:
-    """What the bulk copy engine takes of x (S, M, heads * D): `rows` rows of a head at a time, in a tile of the first
-    `high` channels and, unless 0, one of the `low` next. Beyond D it reads zeros. Made by the host at each launch, so
-    that the kernel needs no memory for them."""
+    """Descriptors for the bulk copy engine of x (S, M, heads * D): `rows` rows of a head at a time, in a tile of the
+    first `high` channels and, unless 0, one of the `low` next. Beyond D it reads zeros. Built by the host at each
+    launch, so that the kernel needs no memory for them.
+    """
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     dim = x.shape[2] // heads
@@ -703,8 +710,8 @@ ATTENTION = Op(
     cost=cost,
     default=default,
     space=SPACE,
-    keep=keep,
-    given=given,
+    is_candidate=is_candidate,
+    example_values=example_values,
 )
 
 

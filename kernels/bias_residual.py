@@ -50,7 +50,7 @@ SPACE = [
 ]
 
 
-def keep(config: Config, out: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
+def is_candidate(config: Config, out: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
     """8 to 32 elements for each thread: one to four loads of 16 bytes of each tensor."""
     return 8 <= config["ROWS"] * config["COLUMNS"] // (32 * config["num_warps"]) <= 32
 
@@ -86,7 +86,7 @@ BIAS_RESIDUAL = Op(
     cost=cost,
     default=default,
     space=SPACE,
-    keep=keep,
+    is_candidate=is_candidate,
     mutates=("out",),
 )
 

@@ -1,14 +1,13 @@
-"""Compiling kernels for a GPU that is not there.
+"""Compiling kernels ahead of time, for a GPU that this machine need not have.
 
-Triton needs no driver to compile, only to be told the target. `Ahead` is told, stands in for the driver, and compiles
-each kernel that an op would launch, through the very launcher that a GPU would run, with the same specialisation of
-its arguments. So what it leaves in Triton's cache is what a machine with that GPU finds there, and its first request
-compiles nothing.
+Triton needs no driver to compile, only a target. `Ahead` sets one, with a stub in place of the driver, and compiles
+each kernel that an op would launch, through the launcher that a GPU would run, with the same specialisation of its
+arguments. So a machine with that GPU finds these entries in Triton's cache, and its first request compiles nothing.
 
     ahead = Ahead(90)
     with targeting(ahead), torch.device("meta"):
-        group_norm(...)                  # runs nothing, compiles what it would launch
-    ahead.compiled                       # one entry a kernel and configuration
+        group_norm(...)                  # compiles the kernels, and runs none
+    ahead.compiled                       # an entry for each kernel and configuration
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB tha
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel, compiled: what it was made from, and what it takes."""
+    """A compiled kernel: its name, target and constants, and the resources that it uses."""
 
     kernel: str
     arch: int
@@ -37,39 +36,39 @@ class Compiled:
 
 
 class Ahead(Target):
-    """Compiles for sm_`arch`. Fails with the compiler's error, and where a kernel takes more shared memory than there
-    is, which the compiler does not check. `done` hears of each kernel once.
+    """Compiles for sm_`arch`. Raises the compiler's errors, and RuntimeError where a kernel takes more shared memory
+    than the GPU has, which the compiler does not check. `on_compiled` is called once for each kernel.
     """
 
-    def __init__(self, arch: int, done: Callable[[Compiled], None] | None = None) -> None:
+    def __init__(self, arch: int, on_compiled: Callable[[Compiled], None] | None = None) -> None:
         if arch not in ARCHS:
             raise ValueError(f"arch: got {arch!r}, expected one of {', '.join(map(str, ARCHS))}")
         if interpreting():
             raise RuntimeError("TRITON_INTERPRET=1 is set: Triton interprets kernels and cannot compile them; unset it")
         super().__init__(arch)
-        self.done = done
+        self.on_compiled = on_compiled
         self.compiled: dict[str, Compiled] = {}  # by Triton's own hash
 
     def compile(self, kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
-        with _standing_in(self.arch):
-            made = kernel.warmup(*args, grid=(1,), **constants)
-        if made.hash in self.compiled:
+        with _stub_driver(self.arch):
+            binary = kernel.warmup(*args, grid=(1,), **constants)
+        if binary.hash in self.compiled:
             return
-        if made.metadata.shared > SHARED_MEMORY[self.arch] * 1024:
+        if binary.metadata.shared > SHARED_MEMORY[self.arch] * 1024:
             raise RuntimeError(
-                f"{made.name} {constants} takes {made.metadata.shared} bytes of shared memory; sm_{self.arch} has "
+                f"{binary.name} {constants} takes {binary.metadata.shared} bytes of shared memory; sm_{self.arch} has "
                 f"{SHARED_MEMORY[self.arch]} KiB"
             )
         compiled = Compiled(
-            made.name, self.arch, tuple(sorted(constants.items())), made.metadata.shared, made.asm["cubin"]
+            binary.name, self.arch, tuple(sorted(constants.items())), binary.metadata.shared, binary.asm["cubin"]
         )
-        self.compiled[made.hash] = compiled
-        if self.done is not None:
-            self.done(compiled)
+        self.compiled[binary.hash] = compiled
+        if self.on_compiled is not None:
+            self.on_compiled(compiled)
 
 
-class _StandIn:
-    """The part of Triton's driver that compilation asks."""
+class _StubDriver:
+    """The methods of Triton's driver that compilation calls."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -80,7 +79,9 @@ class _StandIn:
         return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
-        return self.arch  # Triton keeps what it compiled by device: no two targets, and no real device, share a number
+        return (
+            self.arch
+        )  # Triton caches kernels by device: no two targets share a number, and none that of a real device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -90,13 +91,13 @@ _lock = threading.RLock()
 
 
 @contextmanager
-def _standing_in(arch: int) -> Iterator[None]:
+def _stub_driver(arch: int) -> Iterator[None]:
     from triton.runtime import driver
 
     with _lock:
-        before = driver._active  # reset_active() would look for a real driver, and fail without one
-        driver.set_active(_StandIn(arch))
+        previous = driver._active  # reset_active() would look for a real driver, and fail without one
+        driver.set_active(_StubDriver(arch))
         try:
             yield
         finally:
-            driver._active = before
+            driver._active = previous

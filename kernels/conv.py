@@ -1,4 +1,4 @@
-"""2-D convolutions, and the nearest upsampling that stands before some of them.
+"""2-D convolutions, alone or after nearest upsampling.
 
     conv2d            out[o, h, w] = sum_cij weight[o, c, i, j] x[c, stride h + i - padding, stride w + j - padding]
                                      + bias[o] + residual[o, h, w]
@@ -9,38 +9,38 @@
 All memory is channels-last: a pixel's channels lie side by side, x is a matrix (B*H*W, C), weight is (O, K, K, C). Then
 a convolution is the product of a matrix (B*H'*W', K*K*C), each of whose rows is K*K pixels of x, with weight's
 transpose. It is 2 B H' W' O C K^2 float operations over B H W C + O C K^2 + B H' W' O elements: 3x3 on 320 channels at
-64x64 and batch 2 makes 15.1 GFLOP of 12 MB, 1,230 operations a byte, and is bound by the matrix units. At 8x8 with 1280
-channels 3.8 GFLOP need 29 MB of weights, 128 operations a byte, and memory bounds.
+64x64 and batch 2 does 15.1 GFLOP on 12 MB, 1,230 operations a byte, and is bound by the matrix units. At 8x8 with 1280
+channels 3.8 GFLOP read 29 MB of weights, 128 operations a byte, and are bound by memory.
 
-PyTorch at its best, which is what a GPU runs by default (`conv2d_torch`):
+PyTorch's fastest way, which a GPU takes by default (`conv2d_torch`):
 
-    plan        cuDNN times its plans for a shape at the first call and keeps the fastest. One asks for that by setting
+    plan        cuDNN times its plans for a shape at the first call and keeps the fastest. The usual switch for that is
                 torch.backends.cudnn.benchmark, which is global; here it is an argument of each call (`_convolve`).
-    1x1         is a plain matrix product, which cuBLAS does better.
-    channels    3, 4 and 9 are padded to a multiple of 8 with zeros: rows of 16 bytes, which the tensor cores want.
-                Pictures are padded at each call, weights where they are not a corner of padded memory (`in_eights`).
-    bias        ATen adds it in a pass of its own after cuDNN. If there is a residual to add as well, one kernel adds
-                both, in place. The U-Net's first convolution of a block has none: its bias is in the time row.
+    1x1         is a matrix product, which cuBLAS does faster.
+    channels    3, 4 and 9 are padded to a multiple of 8 with zeros: the tensor cores need rows of 16 bytes. Images are
+                padded at each call, weights unless they are a corner of padded memory (`pad_to_eights`).
+    bias        ATen adds it in a pass of its own after cuDNN. One kernel adds bias and residual in place of both passes
+                (bias_residual.py). The U-Net's first convolution of a block has none: its bias is in the time row.
 
-Upsampling. A row of the enlarged picture is a row of x, twice. Of the three rows that a 3x3 kernel covers two are
-therefore equal, and their weights can be added before: where the output's row is even, the first row stands alone,
+Upsampling. Each row of x becomes two rows of the enlarged image. Of the three rows that a 3x3 kernel covers two are
+therefore equal, and their weights can be added first: where the output's row is even, the first row is the single one,
 
     out[2h]     = w0 x[h-1] + (w1 + w2) x[h]            out[2h + 1] = (w0 + w1) x[h] + w2 x[h+1]
 
 and the same for columns. So each of the four phases (parity of row, of column) is a 2x2 convolution of the small
-picture: 16 products for four outputs instead of 36, and the enlarged picture is never written. Together they are
+image: 16 products for four outputs instead of 36, and the enlarged image is never written. Together they are
 one transposed convolution of stride 2 and padding 1, whose kernel along one axis is (w2, w1 + w2, w0 + w1, w0), the
 mirrored sums of neighbours of w: the full convolution of w with a 2x2 box, which is what enlarging is
-(`upsample_phases`). Exact but for the rounding of the sums, which are made in float32. It pays where the picture is
-large enough to outweigh making the phases, see _PHASES_FROM; other sizes than the double take the plain form.
+(`upsample_phases`). Exact but for the rounding of the sums, which are float32. It is faster where the image is large
+enough to outweigh the sums, see _PHASES_FROM; other sizes than the double are enlarged, then convolved.
 
-The kernel (`_conv_kernel`, not taken by default) is the product described above with the big matrix never made
-("implicit GEMM"): a program makes BLOCK_M pixels x BLOCK_N channels of the output as the kernel of linear.py does,
+The kernel (`_conv_kernel`, not taken by default) is the product described above without the large matrix in memory
+("implicit GEMM"): a program computes BLOCK_M pixels x BLOCK_N channels of the output as the kernel of linear.py does,
 with its order of tiles, split of K and epilogue, and walks along K tap by tap, BLOCK_K channels at a time. A tap moves
-all pixels by the same distance in memory, so an address is a number for each pixel, made once, plus a number for the
-step; what a tap finds beyond the edge is masked to zero. For upsampling it runs the four phases as four such products
-in one launch, each reading its 2x2 taps of the 4x4 kernel and writing every other pixel: the output is written once,
-interleaved, and needs no further pass.
+all pixels by the same distance in memory, so an address is a number for each pixel, computed once, plus a number for
+the step; loads beyond the edge are masked to zero. Upsampling is four such products, one a phase, in one launch, each
+reading its 2x2 taps of the 4x4 kernel and writing every other pixel: the output is written once, interleaved, and needs
+no further pass.
 """
 
 from __future__ import annotations
@@ -59,23 +59,23 @@ from fastldm.kernels.dispatch import YES, Config, Cost, Op, Verdict, capability,
 from fastldm.kernels.dispatch import next_power_of_2 as power_of_2
 from fastldm.kernels.linear import (
     SPACE,
-    add_up,
     estimate,
     fast_library,
     finish,
+    is_competitive,
     linear,
-    multipliable,
+    sum_splits,
+    supports_dtypes,
     tile_of,
-    worth_a_try,
 )
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-# Pixels (B*H*W of the small picture) from which the phases pay, though they are made anew at each call. They save
-# 5/9 of 18 C O float operations for each of 4 pixels, and cost some 64 C O bytes to make and to read: on an H100 at
+# Pixels (B*H*W of the small image) from which the phases are faster, though they are summed anew at each call. They
+# save 5/9 of 18 C O float operations for each of 4 pixels, and cost some 64 C O bytes to sum and to read: on an H100 at
 # 500 TFLOP/s and 3 TB/s that balances at 270 pixels, and with PyTorch's unfused kernels at three times as many. On a
-# CPU's core 64 to 512 channels at 64x64 take half of the plain form's time, 640 at 8x8 more than twice as much.
+# CPU's core 64 to 512 channels at 64x64 take half the time of enlarging first, 640 at 8x8 more than twice as much.
 _PHASES_FROM = 2048
 
 
@@ -87,7 +87,7 @@ def conv2d_reference(
     stride: int = 1,
     padding: int = 0,
 ) -> Tensor:
-    """PyTorch's convolution, then the sum: in place, for nobody else holds what was convolved."""
+    """PyTorch's convolution, then the sum: in place, for nothing else refers to the output."""
     out = float32.convolve(x, weight, bias, stride, padding)
     return out if residual is None else out.add_(residual)
 
@@ -100,7 +100,7 @@ def conv2d_torch(
     stride: int = 1,
     padding: int = 0,
 ) -> Tensor:
-    """PyTorch at its best: on a GPU what the top of this file describes, on a CPU what onednn.py does."""
+    """PyTorch's fastest way: on a GPU as described at the top of this file, on a CPU onednn.py where it applies."""
     if not fast_library(x):
         out = onednn.convolve(x, weight, bias, stride, padding)
         if out is None:
@@ -112,17 +112,17 @@ def conv2d_torch(
     filters, missing = weight.shape[0], -weight.shape[1] % 8
     if missing:
         x = F.pad(x, (0, 0, 0, 0, 0, missing))
-    out = _convolve(x, in_eights(weight), stride, padding)
+    out = _convolve(x, pad_to_eights(weight), stride, padding)
     if out.shape[1] > filters:
         out = _channels_last(out[:, :filters])
     return bias_residual(out, bias, residual)
 
 
-def in_eights(weight: Tensor) -> Tensor:
-    """weight (O, C, K, K) with zeros behind it, up to multiples of 8 filters and channels.
+def pad_to_eights(weight: Tensor) -> Tensor:
+    """weight (O, C, K, K), padded with zeros to multiples of 8 filters and channels.
 
-    Nothing is copied where weight is a corner of such a tensor in channels-last memory, as loading/prepare.py lays it:
-    its strides and the size of its storage say so.
+    Nothing is copied where weight is a corner of such a tensor in channels-last memory, as loading/prepare.py allocates
+    it: its strides and the size of its storage show that.
     """
     filters, channels, height, width = weight.shape
     o, c = filters + -filters % 8, channels + -channels % 8
@@ -142,10 +142,10 @@ def upsample_conv2d_reference(x: Tensor, weight: Tensor, bias: Tensor | None, he
 def upsample_conv2d_torch(
     x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int, phases: Tensor | None = None
 ) -> Tensor:
-    """PyTorch at its best: a transposed convolution by the phases where that pays, else enlarge and convolve."""
+    """PyTorch's fastest way: a transposed convolution by the phases where that is faster, else enlarge and convolve."""
     batch, _, h, w = x.shape
-    recorded = torch.compiler.is_compiling()  # the phases would be made at each run of what is exported
-    if (height, width) != (2 * h, 2 * w) or recorded or (phases is None and batch * h * w < _PHASES_FROM):
+    exporting = torch.compiler.is_compiling()  # what is exported would sum the phases at each call
+    if (height, width) != (2 * h, 2 * w) or exporting or (phases is None and batch * h * w < _PHASES_FROM):
         return conv2d_torch(F.interpolate(x, size=(height, width), mode="nearest"), weight, bias, padding=1)
     if phases is None:
         phases = upsample_phases(weight)
@@ -158,7 +158,7 @@ def upsample_phases(weight: Tensor) -> Tensor:
     """The 4x4 kernel (C, O, 4, 4) of the transposed convolution that is upsampling and then weight (O, C, 3, 3).
 
     Sums over 2x2 boxes, mirrored. Pooling sums in float32 and rounds once, whatever the dtype. Channels-last, as
-    `upsample_conv2d` takes them: who runs it often may keep them, and make them anew when the weight changes.
+    `upsample_conv2d` takes them. A caller may cache them, and must compute them again when the weight changes.
     """
     sums = F.avg_pool2d(weight, 2, stride=1, padding=1, divisor_override=1)  # (O, C, 4, 4)
     return _channels_last(sums.flip(2, 3).transpose(0, 1))
@@ -167,28 +167,28 @@ def upsample_phases(weight: Tensor) -> Tensor:
 def _convolve(x: Tensor, weight: Tensor, stride: int, padding: int, transposed: bool = False) -> Tensor:
     """PyTorch's convolution without a bias, by cuDNN's fastest plan for this shape; 16-bit dtypes.
 
-    What F.conv2d reads from torch.backends.cudnn is here an argument. cuDNN runs the plan it has for a shape, be it
-    from a search or not, so a search at the first call serves all later ones of this thread. A CUDA graph's capture
-    cannot hold a search: run each shape once before, or it gets the plan that cuDNN guesses.
+    The settings that F.conv2d reads from torch.backends.cudnn are arguments here. cuDNN reuses the plan that it has for
+    a shape, from a search or not, so a search at the first call serves all later ones of this thread. The capture of a
+    CUDA graph cannot contain a search: run each shape once before, or it gets the plan that cuDNN guesses.
     """
-    steps, edges, ones = (stride, stride), (padding, padding), (1, 1)
-    if x.is_meta:  # which `_convolution` does not know before torch 2.12
-        return _channels_last(torch.convolution(x, weight, None, steps, edges, ones, transposed, (0, 0), 1))
+    strides, paddings, dilation = (stride, stride), (padding, padding), (1, 1)
+    if x.is_meta:  # `_convolution` has no meta function before torch 2.12
+        return _channels_last(torch.convolution(x, weight, None, strides, paddings, dilation, transposed, (0, 0), 1))
     cudnn = torch.backends.cudnn
     capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
     deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
-    search = not (capturing or deterministic)  # another run may find another plan, which rounds otherwise
+    search = not (capturing or deterministic)  # another search may find another plan, which rounds differently
     out = torch._convolution(
-        x, weight, None, steps, edges, ones, transposed, (0, 0), 1, search, deterministic, cudnn.enabled, True
+        x, weight, None, strides, paddings, dilation, transposed, (0, 0), 1, search, deterministic, cudnn.enabled, True
     )
-    return _channels_last(out)  # as it is, from cuDNN
+    return _channels_last(out)  # no copy, if cuDNN ran
 
 
 def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-# ------------------------------------------------------------------------------- where the convolution applies
+# ----------------------------------------------------------------------- where the kernel applies, and its cost
 
 
 def supports(
@@ -199,7 +199,7 @@ def supports(
     stride: int = 1,
     padding: int = 0,
 ) -> Verdict:
-    if not (verdict := multipliable(x, weight, bias, residual)):
+    if not (verdict := supports_dtypes(x, weight, bias, residual)):
         return verdict
     if weight.shape[1] % 8:
         return no(f"{weight.shape[1]} input channels are no multiple of 8: pixels are not 16 bytes aligned")
@@ -236,7 +236,7 @@ def cost(
 def upsample_cost(
     x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int, phases: Tensor | None = None
 ) -> Cost:
-    """Of the phases where they apply: 4 taps for each pixel of the output and 16 for each pair of channels."""
+    """With phases where they apply: 4 taps for each pixel of the output and 16 for each pair of channels."""
     doubles = (height, width) == (2 * x.shape[2], 2 * x.shape[3])
     pairs, pixels = weight.shape[0] * weight.shape[1], x.shape[0] * height * width
     elements = x.numel() + pairs * (16 if phases is not None else 9) + pixels * weight.shape[0]
@@ -250,7 +250,7 @@ def _out_size(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int
     return batch, (height + reach) // stride + 1, (width + reach) // stride + 1
 
 
-# ---------------------------------------------------------------------------------------------- configurations
+# ----------------------------------------------------------------------------------------------- configurations
 
 
 def _sizes(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int, int, int]:
@@ -259,7 +259,7 @@ def _sizes(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int, i
     return batch * height * width, weight.shape[0], weight[0].numel()
 
 
-def keep(
+def is_candidate(
     config: Config,
     x: Tensor,
     weight: Tensor,
@@ -268,10 +268,10 @@ def keep(
     stride: int = 1,
     padding: int = 0,
 ) -> bool:
-    return worth_a_try(config, SPACE, *_sizes(x, weight, stride, padding), capability(x))
+    return is_competitive(config, SPACE, *_sizes(x, weight, stride, padding), capability(x))
 
 
-def upsample_keep(
+def upsample_is_candidate(
     config: Config,
     x: Tensor,
     weight: Tensor,
@@ -281,7 +281,7 @@ def upsample_keep(
     phases: Tensor | None = None,
 ) -> bool:
     pixels, filters, channels = x.shape[0] * height * width, weight.shape[0], weight.shape[1]
-    return worth_a_try(config, SPACE, pixels, filters, 4 * channels, capability(x))
+    return is_competitive(config, SPACE, pixels, filters, 4 * channels, capability(x))
 
 
 def shape_class(
@@ -304,12 +304,12 @@ def upsample_shape_class(
 
 @functools.cache
 def default(shape: str, arch: int) -> Config:
-    """That of the matrix product; the four phases are one with all pixels of the output."""
+    """The default of the matrix product; the four phases count as one product with all pixels of the output."""
     m, n, k = map(int, re.findall(r"\d+", shape))
     return min(SPACE, key=lambda config: estimate(config, m, n, k, arch))
 
 
-# ------------------------------------------------------------------------------------------------------ kernel
+# ------------------------------------------------------------------------------------------------------- kernel
 
 
 @jit
@@ -350,22 +350,22 @@ def _conv_kernel(
     column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
 
-    # A pixel's place in its picture, the pixel of x under the kernel's first tap, and the row of the output.
-    across = pixel % out_width
-    along = pixel // out_width % out_height
-    picture = pixel // (out_width * out_height)
+    # A pixel's position in its image, the pixel of x under the kernel's first tap, and the row of the output.
+    image_x = pixel % out_width
+    image_y = pixel // out_width % out_height
+    image = pixel // (out_width * out_height)
     if UPSAMPLE:  # out_height and out_width are those of x: a phase has as many pixels
-        top = along + down - 1
-        left = across + right - 1
-        row = (picture * 2 * height + 2 * along + down) * 2 * width + 2 * across + right
+        top = image_y + down - 1
+        left = image_x + right - 1
+        row = (image * 2 * height + 2 * image_y + down) * 2 * width + 2 * image_x + right
         rows = 4 * m
     else:
-        top = along * STRIDE - PADDING
-        left = across * STRIDE - PADDING
+        top = image_y * STRIDE - PADDING
+        left = image_x * STRIDE - PADDING
         row = pixel
         rows = m
-    under = (picture * height + top) * width + left
-    x += under.to(tl.int64)[:, None] * channels + inner[None, :]  # (BLOCK_M, BLOCK_K)
+    origin = (image * height + top) * width + left
+    x += origin.to(tl.int64)[:, None] * channels + inner[None, :]  # (BLOCK_M, BLOCK_K)
     weight += (column % filters)[None, :] * weight_filter + inner[:, None] * weight_channel  # (BLOCK_K, BLOCK_N)
 
     tile = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -377,24 +377,24 @@ def _conv_kernel(
         channel = (step - tap * blocks) * BLOCK_K
         i = tap // TAPS
         j = tap % TAPS
-        seen = pixel < m
+        valid = pixel < m
         if PADDING:
-            seen &= (top + i >= 0) & (top + i < height) & (left + j >= 0) & (left + j < width)
+            valid &= (top + i >= 0) & (top + i < height) & (left + j >= 0) & (left + j < width)
         if UPSAMPLE:  # every other tap of the 4x4 kernel, last to first
             tap = (3 - 2 * i - down) * 4 + 3 - 2 * j - right
         source = x + ((i * width + j) * channels + channel)
         factors = weight + (tap * weight_tap + channel * weight_channel)
         if EVEN_K:
-            a = tl.load(source, seen[:, None], other=0.0)
+            a = tl.load(source, valid[:, None], other=0.0)
             b = tl.load(factors)
         else:
-            a = tl.load(source, seen[:, None] & (inner < channels - channel)[None, :], other=0.0)
+            a = tl.load(source, valid[:, None] & (inner < channels - channel)[None, :], other=0.0)
             b = tl.load(factors, (inner < channels - channel)[:, None], other=0.0)
         tile = tl.dot(a, b, tile)
 
-    place = row.to(tl.int64) + split.to(tl.int64) * rows  # of a split, out is the workspace (SPLIT, rows, filters)
-    place, inside, first = place[:, None], (pixel < m)[:, None], column_tile * BLOCK_N
-    finish(tile, None, bias, residual, out, place, inside, first, filters, BLOCK_M, BLOCK_N)
+    out_row = row.to(tl.int64) + split.to(tl.int64) * rows  # with splits, out is the workspace (SPLIT, rows, filters)
+    out_row, row_mask, first = out_row[:, None], (pixel < m)[:, None], column_tile * BLOCK_N
+    finish(tile, None, bias, residual, out, out_row, row_mask, first, filters, BLOCK_M, BLOCK_N)
 
 
 def conv2d_triton(
@@ -453,10 +453,10 @@ def _launch(
     even = channels % config["BLOCK_K"] == 0
     launch(_conv_kernel, grid, x, weight, *epilogue, target, *sizes, **shape, EVEN_K=even, **config)
     if split > 1:
-        add_up(target, bias, residual, out)
+        sum_splits(target, bias, residual, out)
 
 
-# --------------------------------------------------------------------------------------------------------- ops
+# ---------------------------------------------------------------------------------------------------------- ops
 
 CONV2D = Op(
     "conv2d",
@@ -467,7 +467,7 @@ CONV2D = Op(
     cost=cost,
     default=default,
     space=SPACE,
-    keep=keep,
+    is_candidate=is_candidate,
     prefer="torch",  # until a measured table says where the kernel is faster than cuDNN
 )
 
@@ -480,7 +480,7 @@ UPSAMPLE_CONV2D = Op(
     cost=upsample_cost,
     default=default,
     space=SPACE,
-    keep=upsample_keep,
+    is_candidate=upsample_is_candidate,
     prefer="torch",
 )
 
@@ -503,6 +503,6 @@ def upsample_conv2d(
 ) -> Tensor:
     """Enlarge x (B, C, H, W) to `size` (height, width), convolve with weight (O, C, 3, 3): (B, O, *size).
 
-    phases: upsample_phases(weight) of the weight as it is now, if the caller keeps them.
+    phases: upsample_phases(weight) of the current weight, if the caller has cached them.
     """
     return UPSAMPLE_CONV2D(x, weight, bias, *size, phases)

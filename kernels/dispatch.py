@@ -1,10 +1,10 @@
-"""How an op finds its kernel: what every file of this package shares.
+"""Ops and their dispatch: the code that all files of this package share.
 
-An op is one signature written several times: a plain PyTorch reference that defines correct, a launcher of Triton
-kernels, a predicate that says where the kernel applies, the name of the shape's class in the table of launch
-configurations, and what the op costs. `Op` holds them together and, for each call, takes one path:
+An op is several functions of one signature: a plain PyTorch reference that defines correct, a launcher of Triton
+kernels, a predicate for the arguments that the kernel supports, the shape's class in the table of launch
+configurations, and the cost. `Op` combines them and takes one of two paths for each call:
 
-    triton   on an NVIDIA GPU of Ampere or later, where `supports` says so and the table does not prefer the library
+    triton   on an NVIDIA GPU of Ampere or later, where `supports` agrees and the table does not prefer the library
     torch    everywhere else: the reference
 
 Triton is imported when the first kernel is launched and not before, so a machine without it, or a command that does
@@ -37,10 +37,10 @@ Route = Literal["triton", "torch"]
 
 
 class Verdict(NamedTuple):
-    """Whether a kernel applies to some arguments, and if not, why: "head dim 12 is no multiple of 8"."""
+    """Whether a kernel applies to some arguments, and if not, the reason: "head dim 12 is no multiple of 8"."""
 
     ok: bool
-    why: str = ""
+    reason: str = ""
 
     def __bool__(self) -> bool:
         return self.ok
@@ -49,15 +49,15 @@ class Verdict(NamedTuple):
 YES = Verdict(True)
 
 
-def no(why: str) -> Verdict:
-    return Verdict(False, why)
+def no(reason: str) -> Verdict:
+    return Verdict(False, reason)
 
 
-_ON_CPU = no("tensors are on the CPU")  # made once: a network's ops ask two hundred times a step
+_ON_CPU = no("tensors are on the CPU")  # a constant: the ops of a network return it two hundred times a step
 
 
 class Cost(NamedTuple):
-    """What an op has to do at least, from which its floor follows."""
+    """The least work of an op, from which the lower bound of its time follows."""
 
     flop: int  # float operations, 2 for each multiply-add, of the matrix products (of everything where there are none)
     bytes: int  # read and written, each tensor once
@@ -70,13 +70,15 @@ Observer = Callable[["Op[..., Any]", tuple[Any, ...], dict[str, Any]], Callable[
 
 
 class _Scope(threading.local):
-    """What the contexts below set, for the thread that entered them. (torch.compile traces this, no ContextVar.)"""
+    """The state that the context managers below set, for the thread that entered them. (A thread-local, for
+    torch.compile cannot trace a ContextVar.)
+    """
 
     preference: Route | None = None
     observer: Observer | None = None
     forced: tuple[str, Config] | None = None
     target: Target | None = None
-    instead: Mapping[str, Callable[..., Any]] = {}  # replaced, never written to
+    replacements: Mapping[str, Callable[..., Any]] = {}  # set anew, never mutated
 
 
 _scope = _Scope()
@@ -95,7 +97,7 @@ def _set(name: str, value: object) -> Iterator[None]:
 def use(path: Route) -> AbstractContextManager[None]:
     """Inside, every op takes this path: "torch" always, "triton" wherever the kernel supports the arguments.
 
-    For tests, comparisons and export. Holds for the thread that entered it.
+    For tests, comparisons and export. It applies to the thread that entered it.
     """
     if path not in ("triton", "torch"):
         raise ValueError(f'kernels.use: got {path!r}, expected "triton" or "torch"')
@@ -105,14 +107,17 @@ def use(path: Route) -> AbstractContextManager[None]:
 
 
 def observe(observer: Observer) -> AbstractContextManager[None]:
-    """Inside, `observer(op, args, kwargs)` is called before each op runs, and what it returns, unless that is None,
-    when the op has run. Ops that an op is made of are seen too, between the two."""
+    """Inside, `observer(op, args, kwargs)` is called before each op runs. If it returns a function, that is called when
+    the op has run. Ops that an op calls are observed too, between the two calls.
+    """
     return _set("observer", observer)
 
 
-def instead(references: Mapping[str, Callable[..., Any]]) -> AbstractContextManager[None]:
-    """Inside, these run in place of the references of the ops so named: how an export has an op as one node."""
-    return _set("instead", references)
+def replace_references(functions: Mapping[str, Callable[..., Any]]) -> AbstractContextManager[None]:
+    """Inside, these functions, by the name of the op, run in place of the references. An export uses it to have an op
+    as one node.
+    """
+    return _set("replacements", functions)
 
 
 @functools.cache
@@ -121,19 +126,19 @@ def has_triton() -> bool:
 
 
 def interpreting() -> bool:
-    """Whether Triton runs kernels on the CPU, one program after the other (TRITON_INTERPRET=1)."""
+    """Whether Triton interprets kernels on the CPU, one program after the other (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def device_type(x: Tensor) -> str:
-    """The type of device that x is on; for a meta tensor of what it stands for: the target, a GPU if there is none."""
+    """The type of the device that x is on; for a meta tensor that of the target, or "cuda" if there is none."""
     if x.is_meta:
         return "cpu" if _scope.target is not None and not _scope.target.arch else "cuda"
     return x.device.type
 
 
 def capability(x: Tensor) -> int:
-    """Compute capability of the device that x is on, 90 for sm_90; of the compilation's target for meta tensors."""
+    """Compute capability of the device that x is on, 90 for sm_90; for meta tensors that of the target."""
     if x.is_cuda:
         return device_capability(x.device.index)
     return (_scope.target and _scope.target.arch) or 90
@@ -146,7 +151,7 @@ def device_capability(index: int) -> int:
 
 
 def dense(x: Tensor) -> Verdict:
-    """Whether the last dimension of x is dense and every row of it starts where 16 bytes can be loaded at once."""
+    """Whether the last dimension of x is dense and every row of it is aligned to 16 bytes."""
     if x.stride(-1) != 1:
         return no(f"the last dimension has stride {x.stride(-1)}")
     if any(stride * x.element_size() % 16 for stride in x.stride()[:-1]):
@@ -155,14 +160,20 @@ def dense(x: Tensor) -> Verdict:
 
 
 class Op(Generic[P, R]):
-    """One operation of the networks. All that is given has the op's own signature.
+    """One operation of the networks. The functions below take the arguments of the op itself.
 
-    name: as in torch.ops.fastldm.NAME. reference: defines correct. triton: launches kernels; called with tensors that
-    `supports` has agreed to. shape_class: a short string that the table of launch configurations is keyed by.
-    default: the configuration where the table has none, from (shape class, capability). space, keep: what a tuner
-    tries, and whether a configuration is worth a try for some arguments. prefer: the path where the table says nothing.
-    given: of a call's arguments those that random numbers cannot stand for (integers, and whatever else holds places),
-    by name: valid and typical ones for its shapes, on the CPU.
+    name: as in torch.ops.fastldm.NAME.
+    reference: defines correct.
+    triton: launches kernels; is called only with arguments that `supports` accepts.
+    shape_class: a short string, the key of a shape in the table of launch configurations.
+    default: (shape class, compute capability) -> the configuration where the table has none.
+    space, is_candidate: the configurations for a tuner to try, and whether one may be fast for some arguments.
+    prefer: the path where the table has no entry.
+    mutates: the names of the arguments that the op writes.
+    example_values: valid and typical values, on the CPU and by name, of those arguments for which random numbers are
+        not valid (integers, and whatever holds indices).
+
+    An op registers itself in OPS.
     """
 
     def __init__(
@@ -176,16 +187,16 @@ class Op(Generic[P, R]):
         cost: Callable[P, Cost],
         default: Callable[[str, int], Config],
         space: Sequence[Config] = (),
-        keep: Callable[..., bool] = lambda config, *args, **kwargs: True,
+        is_candidate: Callable[..., bool] = lambda config, *args, **kwargs: True,
         prefer: Route = "triton",
         mutates: tuple[str, ...] = (),
-        given: Callable[P, Mapping[str, Tensor]] | None = None,
+        example_values: Callable[P, Mapping[str, Tensor]] | None = None,
     ) -> None:
         self.name = name
         self.reference, self.triton, self.supports = reference, triton, supports
         self.shape_class, self.cost, self.default = shape_class, cost, default
-        self.space, self.keep = space, keep
-        self.prefer, self.mutates, self.given = prefer, mutates, given
+        self.space, self.is_candidate = space, is_candidate
+        self.prefer, self.mutates, self.example_values = prefer, mutates, example_values
         OPS[name] = self
 
     @property
@@ -197,7 +208,7 @@ class Op(Generic[P, R]):
         observer = _scope.observer
         done = None if observer is None else observer(self, args, kwargs)
         if not self.path(*args, **kwargs):
-            out = _scope.instead.get(self.name, self.reference)(*args, **kwargs)
+            out = _scope.replacements.get(self.name, self.reference)(*args, **kwargs)
         elif _scope.target is None and traced():
             out = self.registered(*args, **kwargs)
         else:
@@ -207,7 +218,7 @@ class Op(Generic[P, R]):
         return out
 
     def path(self, *args: P.args, **kwargs: P.kwargs) -> Verdict:
-        """Whether a call takes the Triton path, and if not, why."""
+        """Whether a call takes the Triton path, and if not, the reason."""
         x = args[0]
         assert isinstance(x, Tensor)
         preference = _scope.preference
@@ -222,7 +233,7 @@ class Op(Generic[P, R]):
             return _ON_CPU if x.device.type == "cpu" else no(f"tensors are on the {x.device.type}")
         verdict = self.supports(*args, **kwargs)
         if verdict and preference is None:
-            entry = entry_of(self.name, self.shape_class(*args, **kwargs), capability(x))
+            entry = table_entry(self.name, self.shape_class(*args, **kwargs), capability(x))
             if (entry or {}).get("path", self.prefer) == "torch":
                 return no("torch's own is faster here, says the table" if entry else "torch's own is taken by default")
         return verdict
@@ -235,43 +246,43 @@ class Op(Generic[P, R]):
         x = args[0]
         assert isinstance(x, Tensor)
         key, arch = self.shape_class(*args, **kwargs), capability(x)
-        entry = entry_of(self.name, key, arch)
+        entry = table_entry(self.name, key, arch)
         return dict((entry or {}).get("config") or self.default(key, arch))
 
-    def named(self, *args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
+    def bind(self, *args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
         """The arguments of a call by their names."""
         return dict(inspect.signature(self.reference).bind(*args, **kwargs).arguments)
 
     def example(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: torch.device | str
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a call with tensors on `device` in place of theirs, which may be meta tensors: of the same
-        shapes, dtypes and strides, of random normal numbers, and as `given` says where there is no such thing.
+        """The arguments of a call, which may have meta tensors, with new tensors on `device`: of the same shapes,
+        dtypes and strides, with random normal numbers or, for the names that it has, `example_values`.
 
-        How an op is timed and tuned. TypeError for an integer tensor that `given` says nothing of: rounded noise would
-        be lengths below zero and rows that are not there.
+        Ops are timed and tuned on them. TypeError for an integer tensor that `example_values` lacks: rounded noise
+        would be negative lengths and indices out of range.
         """
-        named = self.named(*args, **kwargs)
-        given = {} if self.given is None else self.given(*args, **kwargs)
+        named = self.bind(*args, **kwargs)
+        values = {} if self.example_values is None else self.example_values(*args, **kwargs)
 
         def make(name: str, x: Tensor) -> Tensor:
             size = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
             flat = torch.empty(size, dtype=x.dtype, device=device)
-            if name in given:
-                return flat.as_strided(x.shape, x.stride()).copy_(given[name])
+            if name in values:
+                return flat.as_strided(x.shape, x.stride()).copy_(values[name])
             if not x.is_floating_point():
-                raise TypeError(f"op {self.name} reads {name!r}, {x.dtype}, and does not say which values are valid")
+                raise TypeError(f"op {self.name} reads {name!r}, {x.dtype}: its example_values lack it")
             return flat.normal_().as_strided(x.shape, x.stride())
 
-        made = {name: make(name, value) if isinstance(value, Tensor) else value for name, value in named.items()}
-        return tuple(made.values())[: len(args)], {name: made[name] for name in kwargs}
+        example = {name: make(name, value) if isinstance(value, Tensor) else value for name, value in named.items()}
+        return tuple(example.values())[: len(args)], {name: example[name] for name in kwargs}
 
     @functools.cached_property
     def registered(self) -> Callable[P, R]:
         """The op as torch.compile, torch.export and FakeTensor see it: torch.ops.fastldm.NAME.
 
-        Eager calls do not pass through here. Registering costs 2.5 s of imports (torch 2.13 loads its compiler), and
-        each call some microseconds of dispatch.
+        Eager calls do not use it: registering takes 2.5 s of imports (torch 2.13 loads its compiler), and each call
+        some microseconds of dispatch.
         """
         op: Any = torch.library.triton_op(f"fastldm::{self.name}", self.triton, mutates_args=self.mutates)
         op.register_kernel("cpu")(lambda *a, **k: (self.triton if interpreting() else self.reference)(*a, **k))
@@ -291,7 +302,7 @@ def load_ops() -> Mapping[str, Op[..., Any]]:
 
 
 def traced() -> bool:
-    """Whether somebody records what runs (torch.compile, torch.export, FakeTensorMode) instead of running it."""
+    """Whether calls are traced (torch.compile, torch.export, FakeTensorMode) and not run."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
@@ -299,10 +310,10 @@ def traced() -> bool:
 
 
 class Kernel:
-    """A function in Triton's language, handed to triton.jit when it is first launched.
+    """A function in Triton's language, passed to triton.jit when it is first launched.
 
-    Triton looks names up in the function's module when it compiles, so `triton` and `tl` are put there then, and the
-    other kernels of that module become what triton.jit made of them.
+    Triton looks names up in the function's module when it compiles. So `triton` and `tl` are set there then, and the
+    kernels of that module are replaced by the functions that triton.jit returns.
     """
 
     _lock = threading.RLock()
@@ -328,8 +339,8 @@ class Kernel:
 
 
 def jit(fn: Callable[..., Any]) -> Any:
-    """triton.jit, later. Device functions that another kernel calls are marked the same way; the name of what is
-    launched ends in _kernel.
+    """triton.jit, deferred to the first launch. Device functions, which kernels call, are decorated too; the name of a
+    kernel ends in _kernel.
     """
     return Kernel(fn)
 
@@ -358,12 +369,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
 
 
 class CompiledLate(RuntimeError):
-    """A kernel would be compiled where nothing may be."""
+    """A kernel would be compiled where nothing may be compiled."""
 
 
 @contextmanager
 def nothing_compiles() -> Iterator[None]:
-    """Inside, this thread records what it launches: a kernel that was not compiled before raises CompiledLate."""
+    """Inside, a kernel that this thread launches and that is not compiled yet raises CompiledLate: for the capture of a
+    graph, which must not compile.
+    """
     if not has_triton() or interpreting():
         yield
         return
@@ -384,7 +397,7 @@ def nothing_compiles() -> Iterator[None]:
 
 
 def preference() -> Route | None:
-    """What `use` says here: for whoever hands this thread's work to another."""
+    """The path that `use` has set for this thread: to set it in another thread that does this one's work."""
     return _scope.preference
 
 
@@ -394,7 +407,7 @@ SHIPPED = Path(__file__).with_name("tuned.json")
 
 
 def forced(op: str, config: Config) -> AbstractContextManager[None]:
-    """Inside, this op is launched with this configuration: how a tuner tries them."""
+    """Inside, this op is launched with this configuration. A tuner tries configurations so."""
     return _set("forced", (op, config))
 
 
@@ -402,25 +415,25 @@ def forced(op: str, config: Config) -> AbstractContextManager[None]:
 def table() -> dict[str, dict[str, dict[str, Any]]]:
     """sm_NN -> op -> shape class -> {"config": ..., "path": ..., "ms": ...}.
 
-    What ships, and over it what the file named by FASTLDM_TUNED says (`fastldm tune` writes such files). Read once.
+    The file that ships, overridden by the one that FASTLDM_TUNED names (`fastldm tune` writes one). Read once.
     """
     merged: dict[str, dict[str, dict[str, Any]]] = {}
     for path in (SHIPPED, os.environ.get("FASTLDM_TUNED")):
         if path is None:
             continue
         try:
-            given = json.loads(Path(path).read_text())
+            tuned = json.loads(Path(path).read_text())
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{path}: not a table of launch configurations ({error}); write one: fastldm tune"
             ) from None
-        for arch, ops in given.items():
+        for arch, ops in tuned.items():
             for op, entries in ops.items():
                 merged.setdefault(arch, {}).setdefault(op, {}).update(entries)
     return merged
 
 
-def entry_of(op: str, shape_class: str, arch: int) -> dict[str, Any] | None:
+def table_entry(op: str, shape_class: str, arch: int) -> dict[str, Any] | None:
     return table().get(f"sm_{arch}", {}).get(op, {}).get(shape_class)
 
 
@@ -428,10 +441,9 @@ def entry_of(op: str, shape_class: str, arch: int) -> dict[str, Any] | None:
 
 
 class Target:
-    """A device that need not be there: ops on meta tensors take the paths that they would take on it.
+    """A device that need not be present: ops on meta tensors take the paths that they would take on it.
 
-    arch: 90 for sm_90, 0 for a CPU. kernels/compile.py has the target that compiles; this one does nothing
-    with a kernel.
+    arch: 90 for sm_90, 0 for a CPU. This target ignores kernels; the one of kernels/compile.py compiles them.
     """
 
     def __init__(self, arch: int) -> None:
@@ -442,5 +454,5 @@ class Target:
 
 
 def targeting(target: Target) -> AbstractContextManager[None]:
-    """Inside, meta tensors count as tensors on the target, which gets each kernel in place of its launch."""
+    """Inside, meta tensors count as tensors on the target, whose `compile` is called in place of each launch."""
     return _set("target", target)

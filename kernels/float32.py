@@ -1,14 +1,14 @@
-"""float32 is float32: PyTorch's libraries on a GPU multiply it as it is, whatever the process allows them.
+"""Full float32 precision for PyTorch's libraries on a GPU, whatever TF32 settings the process has.
 
 By default cuDNN rounds the operands of float32 convolutions to TF32's 10 bits, and so does cuBLAS for matrix products
-where somebody asked for it (`torch.set_float32_matmul_precision("high")`). Whoever loads a model in float32 wants
-neither, and what decodes once more in float32 because float16 overflowed does not either. Triton's matrix products
-would round too: the kernels that have some refuse float32 on a GPU.
+after `torch.set_float32_matmul_precision("high")`. A model that is loaded in float32 must not be rounded, nor a decode
+that is repeated in float32 because float16 overflowed. Triton's matrix products would round too: kernels with matrix
+products refuse float32 on a GPU.
 
-A convolution takes this as an argument. A matrix product reads a switch of the whole process as it is launched, so the
-switch is turned for that long, and only where it is on. There are two APIs for it. The older one
-(`allow_tf32`, `set_float32_matmul_precision`) raises where the newer one was used to say something else, and cannot say
-all that the newer one can, so the newer one (`fp32_precision`, since torch 2.9) is read, set and set back.
+For a convolution the precision is an argument. A matrix product reads a setting of the process when it is launched, so
+that setting is changed for the launch, and only where it allows TF32. There are two APIs for it. The older one
+(`allow_tf32`, `set_float32_matmul_precision`) raises where the newer one has set a different value, and cannot express
+all of its values, so the newer one (`fp32_precision`, since torch 2.9) is read, set and restored.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastldm.kernels.dispatch import traced
 
 
 def _may_round(x: Tensor) -> bool:
-    """Whether a library might multiply x in TF32. What is recorded for another time follows the switches of then."""
+    """Whether a library might multiply x in TF32. A traced call follows the settings of when it will run."""
     return x.is_cuda and x.dtype == torch.float32 and not traced()
 
 
@@ -44,35 +44,35 @@ def convolve(
 
 
 def products(x: Tensor) -> AbstractContextManager[None]:
-    """Inside, matrix products of x are launched."""
+    """A context for launching matrix products of x, in full precision."""
     return _switch if _may_round(x) else nullcontext()
 
 
 class _Switch(AbstractContextManager[None]):
-    """The process's, kept from TF32 while any thread is inside, and then as it was."""
+    """The setting of the process: no TF32 while any thread is inside the context, then restored."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._inside = 0
-        self._before: str | None = None  # None: it was not on
+        self._entered = 0
+        self._previous: str | None = None  # None: TF32 was off
 
     def __enter__(self) -> None:
         matmul = torch.backends.cuda.matmul
         with self._lock:
-            self._inside += 1
-            if self._inside == 1 and matmul.fp32_precision == "tf32":
-                matmul.fp32_precision = "none"  # as the switch for all of PyTorch says: is it that which is on?
-                self._before = "none" if matmul.fp32_precision == "tf32" else "tf32"
+            self._entered += 1
+            if self._entered == 1 and matmul.fp32_precision == "tf32":
+                matmul.fp32_precision = "none"  # inherit from the global setting: is it that one which allows TF32?
+                self._previous = "none" if matmul.fp32_precision == "tf32" else "tf32"
                 matmul.fp32_precision = "ieee"
 
     def __exit__(self, *_: object) -> None:
         matmul = torch.backends.cuda.matmul
         with self._lock:
-            self._inside -= 1
-            if self._inside == 0 and self._before is not None:
-                if matmul.fp32_precision == "ieee":  # else somebody has set it meanwhile
-                    matmul.fp32_precision = self._before
-                self._before = None
+            self._entered -= 1
+            if self._entered == 0 and self._previous is not None:
+                if matmul.fp32_precision == "ieee":  # else it was set elsewhere meanwhile
+                    matmul.fp32_precision = self._previous
+                self._previous = None
 
 
 _switch = _Switch()

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def geglu_reference(x: Tensor) -> Tensor:
-    """The formula written plainly."""
+    """The formula in PyTorch."""
     a, b = x.chunk(2, dim=-1)
     return a * F.gelu(b)
 
@@ -58,7 +58,7 @@ SPACE = [
 ]
 
 
-def keep(config: Config, x: Tensor) -> bool:
+def is_candidate(config: Config, x: Tensor) -> bool:
     """4 to 32 elements for each thread; a block of channels that is not mostly beyond the end."""
     per_thread = config["ROWS"] * config["CHANNELS"] // (32 * config["num_warps"])
     return 4 <= per_thread <= 32 and config["CHANNELS"] < x.shape[-1]
@@ -90,7 +90,7 @@ def _geglu_kernel(x, out, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.const
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     mask = (row < rows) & (channel < channels)
-    x += row.to(tl.int64) * (2 * channels) + channel  # 64 bits: rows * 2C passes 2^31 elements at large batches
+    x += row.to(tl.int64) * (2 * channels) + channel  # 64 bits: rows * 2C exceeds 2^31 at large batches
     a = tl.load(x, mask, other=0.0).to(tl.float32)
     b = tl.load(x + channels, mask, other=0.0).to(tl.float32)
     tl.store(out + row.to(tl.int64) * channels + channel, (a * gelu(b)).to(out.dtype.element_ty), mask)
@@ -117,7 +117,7 @@ GEGLU = Op(
     cost=cost,
     default=default,
     space=SPACE,
-    keep=keep,
+    is_candidate=is_candidate,
 )
 
 

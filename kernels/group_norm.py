@@ -1,4 +1,4 @@
-"""GroupNorm with what stands around it in a diffusion network.
+"""GroupNorm with the ops around it in a diffusion network: concatenation and shift before, SiLU after.
 
     y = concat(x, skip) + shift                                      skip and shift are optional
     out = (y - mean(y)) / sqrt(var(y) + eps) * weight + bias         mean and var over a group of channels, H and W
@@ -7,38 +7,39 @@
     x (B, C1, H, W), skip (B, C2, H, W), shift (B, C1 + C2), weight and bias (C1 + C2,) -> (B, C1 + C2, H, W)
 
 `shift` is the time embedding's row for this block, with the bias of the convolution before it folded in. Statistics are
-float32 whatever the dtype; a group may straddle the seam between x and skip. Formula: Wu and He 2018, arXiv:1803.08494.
+float32 whatever the dtype; a group may have channels of both x and skip. Formula: Wu and He 2018, arXiv:1803.08494.
 
-Statistics. A sum of squares loses everything where the mean is large, so none is taken. Of any part of the data its
-count n, its mean and M2 = sum (y - mean)^2 are kept, and parts are united by the formula of Chan, Golub and LeVeque
+Statistics. A sum of squares loses all precision where the mean is large, so none is computed. Each subset of the data
+has its count n, its mean and M2 = sum (y - mean)^2, and subsets are merged by the formula of Chan, Golub and LeVeque
 (1979), any number of them at once (`_pool`):
 
     n = sum n_i        mean = sum n_i mean_i / n        M2 = sum M2_i + n_i (mean_i - mean)^2
 
-Pixel by pixel that is Welford's running mean; then it makes channels of pixels, groups of channels, and a picture of
-its pieces. The order of the sums follows from the shape alone: results are the same in every run and in every batch.
+Pixel by pixel that is Welford's running mean; then pixels are merged into channels, channels into groups, and the
+pieces of an image into the image. The order of the sums depends on the shape alone: results are the same in every run
+and in every batch.
 
 Tiles. Memory is channels-last: a pixel's channels lie side by side. A program takes GROUPS whole groups, of SIZE = C /
 groups channels each, and walks over pixels with tiles of PIXELS of them. Triton's tiles are powers of two and SIZE is
 not (10, 20, 30, 40, 60, 80 in the U-Nets), so a tile's channels are the first GROUPS * SIZE of LANES lanes: 12 groups
 of 10 fill 120 lanes of 128, where one would fill 10 of 16. GROUPS * SIZE is a multiple of 8, so a thread loads 16
-bytes at once. UNIT = gcd(SIZE, 8) neighbouring lanes share a thread and a group: they are united first, with nothing
+bytes at once. UNIT = gcd(SIZE, 8) neighbouring lanes share a thread and a group: they are merged first, with nothing
 exchanged between threads. Which units make which group is a matrix of booleans, which serves any SIZE (`_moments`).
 
 Where a group is small (up to 16,384 numbers: the levels of 8x8 and 16x16) one kernel does it all: `_moments`, then each
 pixel once more, from the L1 cache. Such a level is latency and not bandwidth, so it takes one launch of 32 programs a
 row and leaves most of the chip idle.
 
-Elsewhere a picture is split into pieces of TILES tiles, so that one row fills the chip: 192 programs for 320 x 64 x 64.
+Elsewhere an image is split into pieces of TILES tiles, so that one row fills the chip: 192 programs for 320 x 64 x 64.
 `_statistics_kernel` writes the mean and M2 of each group of each piece. `_normalise_kernel` has the same grid; each of
-its programs unites the pieces of its own groups, at most 128 by GROUPS pairs of floats, while its first tile is under
-way, and normalises the piece that the program of the same place has read. It walks that piece backwards: what was read
-last is in the L2 cache still, even of a tensor that is larger than the cache.
+its programs merges the pieces of its own groups, at most 128 by GROUPS pairs of floats, while its first tile loads, and
+normalises the piece that the program of the same index has read. It walks that piece backwards: the pixels that were
+read last are still in the L2 cache, even of a tensor that is larger than the cache.
 
 Bytes. The floor is x and skip in and the result out: 10.5 MB for two rows of 320 x 64 x 64 in float16, 3.5 us at 3
 TB/s. The second reading of x comes from L2 up to some 30 MB. Beyond that it may come from memory: the autoencoder's
-last norm, 128 x 512 x 512, has 67 MB and moves between 134 MB (45 us) and 201 MB, with 256 programs of 16 tiles. What
-passes between the kernels is 8 bytes for each piece and group, at most 32 KB a row.
+last norm, 128 x 512 x 512, has 67 MB and moves between 134 MB (45 us) and 201 MB, with 256 programs of 16 tiles. From
+kernel to kernel go 8 bytes for each piece and group, at most 32 KB a row.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def group_norm_reference(
     shift: Tensor | None = None,
     skip: Tensor | None = None,
 ) -> Tensor:
-    """The formula plainly. PyTorch's group_norm keeps float32 statistics for half types, and channels-last memory."""
+    """PyTorch's group_norm, which has float32 statistics for 16-bit dtypes and keeps channels-last memory."""
     if skip is not None:
         x = torch.cat((x, skip), dim=1)
     if shift is not None:
@@ -147,7 +148,7 @@ SPACE = [
 ]
 
 
-def keep(
+def is_candidate(
     config: Config,
     x: Tensor,
     groups: int,
@@ -158,7 +159,7 @@ def keep(
     shift: Tensor | None = None,
     skip: Tensor | None = None,
 ) -> bool:
-    """32 elements for each thread. One program for a group, or few idle lanes and enough pieces to fill a chip."""
+    """32 elements for each thread. One program for a group, or few idle lanes and enough pieces to fill a GPU."""
     pixels, size = x.shape[2] * x.shape[3], weight.shape[0] // groups
     channels = config["GROUPS"] * size
     lanes = next_power_of_2(channels)
@@ -186,25 +187,25 @@ def shape_class(
 
 @functools.cache
 def default(shape: str, arch: int) -> Config:
-    """For each thread 32 elements, four times 16 bytes. One program takes small groups whole, 128 share large ones."""
+    """For each thread 32 elements, four times 16 bytes. A small group takes one program, a large one 128."""
     channels, groups, pixels = map(int, re.findall(r"\d+", shape))
     size = channels // groups
 
-    def pieces(of: int, count: int, warps: int) -> Config:
+    def config(pieces: int, count: int, warps: int) -> Config:
         tile = max(1024 * warps // next_power_of_2(count * size), 4)
-        return {"GROUPS": count, "PIXELS": tile, "TILES": cdiv(pixels, tile * of), "num_warps": warps}
+        return {"GROUPS": count, "PIXELS": tile, "TILES": cdiv(pixels, tile * pieces), "num_warps": warps}
 
     if pixels * size <= _ONE_PASS:
-        return pieces(1, 1, min(max(next_power_of_2(pixels * size) // 1024, 1), 16))
+        return config(1, 1, min(max(next_power_of_2(pixels * size) // 1024, 1), 16))
 
     def in_use(count: int) -> float:
         return channels / (cdiv(groups, count) * next_power_of_2(count * size))
 
     aligned = [n for n in range(1, groups + 1) if n * size % 8 == 0 and 64 <= next_power_of_2(n * size) <= 256]
     count = max(aligned, key=in_use, default=1)
-    large = pieces(_PIECES, count, 8)
+    large = config(_PIECES, count, 8)
     programs = cdiv(pixels, large["PIXELS"] * large["TILES"]) * cdiv(groups, count)
-    return large if programs >= _MULTIPROCESSORS else pieces(_PIECES, count, 4)
+    return large if programs >= _MULTIPROCESSORS else config(_PIECES, count, 4)
 
 
 # ----------------------------------------------------------------------------------------------------- kernels
@@ -212,65 +213,68 @@ def default(shape: str, arch: int) -> Config:
 
 @jit
 def _pool(mean, m2, count, total, AXIS: tl.constexpr):
-    """The mean and M2 of a union from those of its parts, which lie along AXIS."""
+    """The mean and M2 of a union from those of its subsets, which lie along AXIS."""
     pooled = tl.sum(mean * count, AXIS) / total
-    apart = mean - tl.expand_dims(pooled, AXIS)
-    return pooled, tl.sum(m2 + count * apart * apart, AXIS)
+    deviation = mean - tl.expand_dims(pooled, AXIS)
+    return pooled, tl.sum(m2 + count * deviation * deviation, AXIS)
 
 
 @jit
 def _channels(size, channels, LANES: tl.constexpr):
-    """The channels of this program's tiles (1, LANES), and which of the lanes have one. size: channels of a program."""
+    """The channels of this program's tiles (1, LANES), and the mask of the lanes that have one.
+
+    size: channels of a program.
+    """
     lane = tl.arange(0, LANES)[None, :]
     channel = tl.program_id(0) * size + lane
     return channel, (lane < size) & (channel < channels)
 
 
 @jit
-def _load(x, skip, start, place, channel, inside, seam, x_pixel, skip_pixel):
-    """A tile of concat(x, skip) from pixel `start` on, zero outside.
+def _load(x, skip, start, tile_pixel, channel, mask, split_channel, x_pixel, skip_pixel):
+    """A tile of concat(x, skip) from pixel `start` on, zero outside. `split_channel` is the first channel of skip.
 
-    Two loads with masks, of which each lane makes one: with a choice of pointers, 16 bytes at once would be lost.
+    Two masked loads, of which each lane makes one: selected pointers would not load 16 bytes at once.
     """
-    start = start.to(tl.int64)  # pixels * channels passes 2^31 in large pictures, a tile does not
+    start = start.to(tl.int64)  # pixels * channels exceeds 2^31 in large images, a tile does not
     x += start * x_pixel
     if skip is None:
-        tile = tl.load(x + (place * x_pixel + channel), inside, other=0.0)
+        tile = tl.load(x + (tile_pixel * x_pixel + channel), mask, other=0.0)
     else:
-        skip += start * skip_pixel - seam
-        tile = tl.load(x + (place * x_pixel + channel), inside & (channel < seam), other=0.0)
-        tile += tl.load(skip + (place * skip_pixel + channel), inside & (channel >= seam), other=0.0)
+        skip += start * skip_pixel - split_channel
+        tile = tl.load(x + (tile_pixel * x_pixel + channel), mask & (channel < split_channel), other=0.0)
+        tile += tl.load(skip + (tile_pixel * skip_pixel + channel), mask & (channel >= split_channel), other=0.0)
     return tile
 
 
 @jit
-def _vector(vector, channel, mask):
-    return tl.load(vector + channel, mask, other=0.0).to(tl.float32)
+def _vector(vector, channel, channel_mask):
+    return tl.load(vector + channel, channel_mask, other=0.0).to(tl.float32)
 
 
 @jit
 def _moments(
-    x, skip, offset, first, last, channel, mask, seam, x_pixel, skip_pixel,
+    x, skip, offset, first, last, channel, channel_mask, split_channel, x_pixel, skip_pixel,
     SIZE: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
     """The mean and M2 of each group over the pixels first..last: (SLOTS,)."""
-    place = tl.arange(0, ROWS)[:, None]
+    tile_pixel = tl.arange(0, ROWS)[:, None]
     mean = tl.zeros((ROWS, LANES), tl.float32)
     m2 = tl.zeros((ROWS, LANES), tl.float32)
     for tile in range(TILES):
-        for part in tl.static_range(4):  # unrolled: all four loads are issued before the first is waited for
-            seen = 4 * tile + part
-            start = first + seen * ROWS
-            inside = (start + place < last) & mask
-            y = _load(x, skip, start, place, channel, inside, seam, x_pixel, skip_pixel).to(tl.float32)
-            apart = tl.where(inside, y - mean, 0.0)
-            mean += apart * (1.0 / (seen + 1))
-            m2 += apart * (y - mean)
+        for step in tl.static_range(4):  # unrolled: all four loads are issued before the first is waited for
+            index = 4 * tile + step
+            start = first + index * ROWS
+            mask = (start + tile_pixel < last) & channel_mask
+            y = _load(x, skip, start, tile_pixel, channel, mask, split_channel, x_pixel, skip_pixel).to(tl.float32)
+            deviation = tl.where(mask, y - mean, 0.0)
+            mean += deviation * (1.0 / (index + 1))
+            m2 += deviation * (y - mean)
     mean += offset
 
-    # Each place of the tile has seen every ROWS-th pixel from its own on; some none, where pixels are few.
-    count = (last - first - place + (ROWS - 1)) // ROWS * 1.0  # (ROWS, 1)
+    # Each row of the tile has summed every ROWS-th pixel from its own on; some rows none, where pixels are few.
+    count = (last - first - tile_pixel + (ROWS - 1)) // ROWS * 1.0  # (ROWS, 1)
     mean = tl.reshape(mean, (ROWS, LANES // UNIT, UNIT))
     m2 = tl.reshape(m2, (ROWS, LANES // UNIT, UNIT))
     mean, m2 = _pool(mean, m2, count[:, :, None], tl.maximum(count, 1.0) * UNIT, 2)
@@ -285,13 +289,13 @@ def _moments(
 
 @jit
 def _statistics_kernel(
-    x, skip, shift, moments, pixels, channels, groups, seam, x_row, x_pixel, skip_row, skip_pixel, shift_row,
+    x, skip, shift, moments, pixels, channels, groups, split_channel, x_row, x_pixel, skip_row, skip_pixel, shift_row,
     SIZE: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr, TILES: tl.constexpr,
     LANES: tl.constexpr, SLOTS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """moments (2, B, pieces, groups): the mean and M2 of each group of each piece."""
     piece, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    channel, mask = _channels(GROUPS * SIZE, channels, LANES)
+    channel, channel_mask = _channels(GROUPS * SIZE, channels, LANES)
     first = piece * (PIXELS * TILES)
     last = tl.minimum(first + PIXELS * TILES, pixels)
     x += row * x_row
@@ -299,55 +303,56 @@ def _statistics_kernel(
         skip += row * skip_row
     offset = 0.0
     if shift is not None:
-        offset = _vector(shift + row * shift_row, channel, mask)
+        offset = _vector(shift + row * shift_row, channel, channel_mask)
 
     mean, m2 = _moments(
-        x, skip, offset, first, last, channel, mask, seam, x_pixel, skip_pixel,
+        x, skip, offset, first, last, channel, channel_mask, split_channel, x_pixel, skip_pixel,
         SIZE, PIXELS // 4, TILES, LANES, SLOTS, UNIT,
     )  # fmt: skip
     slot = tl.arange(0, SLOTS)
     group = tl.program_id(0) * GROUPS + slot
-    mask = (slot < GROUPS) & (group < groups)
+    group_mask = (slot < GROUPS) & (group < groups)
     moments += (row * tl.num_programs(1) + piece) * groups + group
-    tl.store(moments, mean, mask)
-    tl.store(moments + tl.num_programs(2) * tl.num_programs(1) * groups, m2, mask)
+    tl.store(moments, mean, group_mask)
+    tl.store(moments + tl.num_programs(2) * tl.num_programs(1) * groups, m2, group_mask)
 
 
 @jit
 def _normalise_kernel(
-    x, skip, shift, weight, bias, moments, out, pixels, channels, groups, seam,
+    x, skip, shift, weight, bias, moments, out, pixels, channels, groups, split_channel,
     x_row, x_pixel, skip_row, skip_pixel, shift_row,
     EPS: tl.constexpr, SILU: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
     TILES: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr, UNIT: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """From the moments of the pieces, of which there are PIECES or fewer; with PIECES = 1 from x alone."""
+    """Normalise one piece by the moments of at most PIECES pieces; with PIECES = 1 by those of x."""
     piece, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    channel, mask = _channels(GROUPS * SIZE, channels, LANES)
+    channel, channel_mask = _channels(GROUPS * SIZE, channels, LANES)
     first = piece * (PIXELS * TILES)
     last = tl.minimum(first + PIXELS * TILES, pixels)
     x += row * x_row
     if skip is not None:
         skip += row * skip_row
 
-    place = tl.arange(0, PIXELS)[:, None]
+    tile_pixel = tl.arange(0, PIXELS)[:, None]
     start = first + PIXELS * (TILES - 1)
-    tile = _load(x, skip, start, place, channel, (start + place < last) & mask, seam, x_pixel, skip_pixel)
-    scale, base = _vector(weight, channel, mask), _vector(bias, channel, mask)
+    mask = (start + tile_pixel < last) & channel_mask
+    tile = _load(x, skip, start, tile_pixel, channel, mask, split_channel, x_pixel, skip_pixel)
+    scale, bias_row = _vector(weight, channel, channel_mask), _vector(bias, channel, channel_mask)
     offset = 0.0
     if shift is not None:
-        offset = _vector(shift + row * shift_row, channel, mask)
+        offset = _vector(shift + row * shift_row, channel, channel_mask)
     if PIECES == 1:
         mean, m2 = _moments(
-            x, skip, offset, first, last, channel, mask, seam, x_pixel, skip_pixel,
+            x, skip, offset, first, last, channel, channel_mask, split_channel, x_pixel, skip_pixel,
             SIZE, PIXELS // 4, TILES, LANES, SLOTS, UNIT,
         )  # fmt: skip
     else:
-        part, group = tl.arange(0, PIECES)[:, None], tl.program_id(0) * GROUPS + tl.arange(0, SLOTS)[None, :]
-        known = (part < tl.num_programs(1)) & (group < groups)
-        moments += (row * tl.num_programs(1) + part) * groups + group
-        mean = tl.load(moments, known, other=0.0)
-        m2 = tl.load(moments + tl.num_programs(2) * tl.num_programs(1) * groups, known, other=0.0)
-        count = tl.minimum(tl.maximum(pixels - part * (PIXELS * TILES), 0), PIXELS * TILES)
+        source, group = tl.arange(0, PIECES)[:, None], tl.program_id(0) * GROUPS + tl.arange(0, SLOTS)[None, :]
+        valid = (source < tl.num_programs(1)) & (group < groups)
+        moments += (row * tl.num_programs(1) + source) * groups + group
+        mean = tl.load(moments, valid, other=0.0)
+        m2 = tl.load(moments + tl.num_programs(2) * tl.num_programs(1) * groups, valid, other=0.0)
+        count = tl.minimum(tl.maximum(pixels - source * (PIXELS * TILES), 0), PIXELS * TILES)
         mean, m2 = _pool(mean, m2, count * 1.0 * SIZE, pixels * 1.0 * SIZE, 0)
 
     slot = tl.minimum(tl.arange(0, LANES) // SIZE, SLOTS - 1)  # each lane's group; lanes past the last have none
@@ -356,15 +361,15 @@ def _normalise_kernel(
 
     out += row * pixels * channels
     for _ in range(TILES):
-        pixel = start + place
-        before = (pixel >= first + PIXELS) & (pixel < last + PIXELS) & mask
-        following = _load(x, skip, start - PIXELS, place, channel, before, seam, x_pixel, skip_pixel)
-        y = (tile.to(tl.float32) - mean) * scale + base
+        pixel = start + tile_pixel
+        next_mask = (pixel >= first + PIXELS) & (pixel < last + PIXELS) & channel_mask
+        next_tile = _load(x, skip, start - PIXELS, tile_pixel, channel, next_mask, split_channel, x_pixel, skip_pixel)
+        y = (tile.to(tl.float32) - mean) * scale + bias_row
         if SILU:
             y = y / (1.0 + tl.exp(-y))
-        target = out + start.to(tl.int64) * channels + (place * channels + channel)
-        tl.store(target, y.to(out.dtype.element_ty), (pixel < last) & mask)
-        tile = following
+        target = out + start.to(tl.int64) * channels + (tile_pixel * channels + channel)
+        tl.store(target, y.to(out.dtype.element_ty), (pixel < last) & channel_mask)
+        tile = next_tile
         start -= PIXELS
 
 
@@ -379,7 +384,7 @@ def group_norm_triton(
     skip: Tensor | None = None,
 ) -> Tensor:
     config = GROUP_NORM.config(x, groups, weight, bias, eps, silu=silu, shift=shift, skip=skip)
-    batch, seam, height, width = x.shape
+    batch, split_channel, height, width = x.shape
     pixels, channels = height * width, weight.shape[0]
     size = channels // groups
     pieces = cdiv(pixels, config["PIXELS"] * config["TILES"])
@@ -391,7 +396,7 @@ def group_norm_triton(
         "UNIT": math.gcd(size, 8),
     }
     shape = (
-        *(pixels, channels, groups, seam),
+        *(pixels, channels, groups, split_channel),
         *(x.stride(0), pixel_stride(x)),
         *((0, 0) if skip is None else (skip.stride(0), pixel_stride(skip))),
         0 if shift is None else shift.stride(0),
@@ -418,7 +423,7 @@ GROUP_NORM = Op(
     cost=cost,
     default=default,
     space=SPACE,
-    keep=keep,
+    is_candidate=is_candidate,
 )
 
 
@@ -433,5 +438,5 @@ def group_norm(
     shift: Tensor | None = None,
     skip: Tensor | None = None,
 ) -> Tensor:
-    """Group-normalise concat(x, skip) + shift, then SiLU if asked: (B, C, H, W), in x's dtype and memory format."""
+    """Group-normalise concat(x, skip) + shift, then SiLU if `silu`: (B, C, H, W), in x's dtype and memory format."""
     return GROUP_NORM(x, groups, weight, bias, eps, silu=silu, shift=shift, skip=skip)

@@ -82,7 +82,7 @@ def example_slots(slots: int, rows: int, steps: int) -> dict[str, Tensor]:
     return {"counter": torch.zeros(slots), "steps": torch.full((slots,), steps), "rows": pairs}
 
 
-def given(out: Tensor, counter: Tensor, *_: Tensor, **__: Tensor) -> dict[str, Tensor]:
+def example_values(out: Tensor, counter: Tensor, *_: Tensor, **__: Tensor) -> dict[str, Tensor]:
     slots = len(counter)
     return example_slots(slots, len(out), 1) | {"rescale": torch.full((slots,), 0.7)}
 
@@ -92,7 +92,7 @@ def given(out: Tensor, counter: Tensor, *_: Tensor, **__: Tensor) -> dict[str, T
 SPACE = [{"PIXELS": pixels, "num_warps": warps} for pixels in (128, 512, 1024, 2048) for warps in (4, 8, 16, 32)]
 
 
-def keep(config: Config, out: Tensor, *_: object, **__: object) -> bool:
+def is_candidate(config: Config, out: Tensor, *_: object, **__: object) -> bool:
     """4 to 16 elements for each thread, so that 1024 threads have registers for them."""
     return 4 <= config["PIXELS"] * next_power_of_2(out.shape[1]) // (32 * config["num_warps"]) <= 16
 
@@ -147,10 +147,10 @@ def _guidance_rescale_kernel(
     guided_sum = tl.zeros((PIXELS, LANES), tl.float32)
     mixed_sum = tl.zeros((PIXELS, LANES), tl.float32)
     for start in range(0, pixels, PIXELS):
-        inside = (start + block < pixels) & (channel < CHANNELS)
+        mask = (start + block < pixels) & (channel < CHANNELS)
         at = out + channel * out_channel + (start + block) * OUT_PIXEL
-        guided = tl.load(at + guided_row * out_row, inside, other=0.0).to(tl.float32)
-        unguided = tl.load(at + unguided_row * out_row, inside, other=0.0).to(tl.float32)
+        guided = tl.load(at + guided_row * out_row, mask, other=0.0).to(tl.float32)
+        unguided = tl.load(at + unguided_row * out_row, mask, other=0.0).to(tl.float32)
         guided_sum += guided
         mixed_sum += lerp(unguided, guided, scale)
     guided_mean = tl.sum(guided_sum) / count
@@ -159,14 +159,14 @@ def _guidance_rescale_kernel(
     guided_squares = tl.zeros((PIXELS, LANES), tl.float32)
     mixed_squares = tl.zeros((PIXELS, LANES), tl.float32)
     for start in range(0, pixels, PIXELS):
-        inside = (start + block < pixels) & (channel < CHANNELS)
+        mask = (start + block < pixels) & (channel < CHANNELS)
         at = out + channel * out_channel + (start + block) * OUT_PIXEL
-        guided = tl.load(at + guided_row * out_row, inside, other=0.0).to(tl.float32)
-        unguided = tl.load(at + unguided_row * out_row, inside, other=0.0).to(tl.float32)
-        guided_off = tl.where(inside, guided - guided_mean, 0.0)
-        mixed_off = tl.where(inside, lerp(unguided, guided, scale) - mixed_mean, 0.0)
-        guided_squares += guided_off * guided_off
-        mixed_squares += mixed_off * mixed_off
+        guided = tl.load(at + guided_row * out_row, mask, other=0.0).to(tl.float32)
+        unguided = tl.load(at + unguided_row * out_row, mask, other=0.0).to(tl.float32)
+        guided_deviation = tl.where(mask, guided - guided_mean, 0.0)
+        mixed_deviation = tl.where(mask, lerp(unguided, guided, scale) - mixed_mean, 0.0)
+        guided_squares += guided_deviation * guided_deviation
+        mixed_squares += mixed_deviation * mixed_deviation
     ratio = tl.sqrt(tl.sum(guided_squares) / tl.sum(mixed_squares))  # both over count - 1
     tl.store(factor + slot, 1.0 - phi + phi * ratio)
 
@@ -204,7 +204,7 @@ GUIDANCE_RESCALE = Op(
     cost=cost,
     default=default,
     space=SPACE,
-    keep=keep,
+    is_candidate=is_candidate,
     mutates=("factor",),
-    given=given,
+    example_values=example_values,
 )

@@ -1,4 +1,4 @@
-"""LayerNorm over the last dimension, alone or after the sum that stands before it in a transformer.
+"""LayerNorm over the last dimension, alone or with the sum before it in a transformer.
 
     layer_norm:        out = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias
     add_layer_norm:    total = x + residual, rounded to x's dtype         out = layer_norm(total)         returns both
@@ -7,9 +7,9 @@
 
 Statistics are float32 whatever the dtype. Formula: Ba et al. 2016, arXiv:1607.06450.
 
-A program holds ROWS whole rows in registers. It takes their means and then M2 = sum (x - mean)^2 of what it holds,
-which is sound where E[x^2] - mean^2 loses everything. A row's C channels are the first of next_power_of_2(C) lanes: of
-320, 640 and 1280 three lanes in eight carry nothing, which costs instructions and no bytes. Four 16-byte loads a thread
+A program holds ROWS full rows in registers. It computes their means, and from them M2 = sum (x - mean)^2, which is
+accurate where E[x^2] - mean^2 loses all precision. A row's C channels are the first of next_power_of_2(C) lanes: of
+320, 640 and 1280 three lanes in eight are idle, which costs instructions and no bytes. Four 16-byte loads a thread
 set the tile: two rows of 320 or one of 640 for one warp, which then exchanges nothing through shared memory, and one of
 1280 for two.
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """PyTorch's layer_norm, which keeps float32 statistics for half types."""
+    """PyTorch's layer_norm, which has float32 statistics for 16-bit dtypes."""
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
@@ -79,13 +79,13 @@ _LONGEST_ROW = 8192  # channels: 16 a thread of 16 warps
 SPACE = [{"ROWS": rows, "num_warps": warps} for rows in (1, 2, 4, 8, 16) for warps in (1, 2, 4, 8, 16)]
 
 
-def keep(config: Config, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> bool:
+def is_candidate(config: Config, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> bool:
     """8 to 64 elements for each thread."""
     return 8 <= config["ROWS"] * next_power_of_2(x.shape[-1]) // (32 * config["num_warps"]) <= 64
 
 
-def add_keep(config: Config, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> bool:
-    return keep(config, x, weight, bias, eps)
+def add_is_candidate(config: Config, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> bool:
+    return is_candidate(config, x, weight, bias, eps)
 
 
 def shape_class(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> str:
@@ -111,19 +111,19 @@ def _layer_norm_kernel(
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     channel = tl.arange(0, LANES)[None, :]
-    inside = (row < rows) & (channel < channels)
-    place = row.to(tl.int64) * channels + channel  # 64 bits: rows * channels passes 2^31 at large batches
-    y = tl.load(x + place, inside, other=0.0)
+    mask = (row < rows) & (channel < channels)
+    offset = row.to(tl.int64) * channels + channel  # 64 bits: rows * channels exceeds 2^31 at large batches
+    y = tl.load(x + offset, mask, other=0.0)
     scale = tl.load(weight + channel, channel < channels, other=0.0).to(tl.float32)
-    base = tl.load(bias + channel, channel < channels, other=0.0).to(tl.float32)
+    shift = tl.load(bias + channel, channel < channels, other=0.0).to(tl.float32)
     if residual is not None:
-        y = (y.to(tl.float32) + tl.load(residual + place, inside, other=0.0).to(tl.float32)).to(y.dtype)
-        tl.store(total + place, y, inside)
+        y = (y.to(tl.float32) + tl.load(residual + offset, mask, other=0.0).to(tl.float32)).to(y.dtype)
+        tl.store(total + offset, y, mask)
     y = y.to(tl.float32)
     mean = tl.sum(y, axis=1, keep_dims=True) / channels
-    apart = tl.where(inside, y - mean, 0.0)
-    rstd = tl.rsqrt(tl.sum(apart * apart, axis=1, keep_dims=True) / channels + EPS)
-    tl.store(out + place, (apart * rstd * scale + base).to(out.dtype.element_ty), inside)
+    deviation = tl.where(mask, y - mean, 0.0)
+    rstd = tl.rsqrt(tl.sum(deviation * deviation, axis=1, keep_dims=True) / channels + EPS)
+    tl.store(out + offset, (deviation * rstd * scale + shift).to(out.dtype.element_ty), mask)
 
 
 def _launch(
@@ -163,7 +163,7 @@ LAYER_NORM = Op(
     cost=cost,
     default=default,
     space=SPACE,
-    keep=keep,
+    is_candidate=is_candidate,
 )
 
 ADD_LAYER_NORM = Op(
@@ -175,7 +175,7 @@ ADD_LAYER_NORM = Op(
     cost=add_cost,
     default=default,
     space=SPACE,
-    keep=add_keep,
+    is_candidate=add_is_candidate,
 )
 
 

@@ -1,35 +1,35 @@
-"""Matrix products with what follows them.
+"""Matrix products, with bias, residual and gate.
 
     linear         out = x weight^T + bias + residual               weight (O, I), bias (O,), residual (..., O)
     linear_geglu   out = a * gelu(b)   (a | b) = x weight^T + bias  weight (2O, I), bias (2O,)
                                                                     x (..., I) -> out (..., O)
 
 With M rows of x, N = O and K = I a product is 2MNK float operations over MK + NK + MN elements. A multiprocessor of an
-H100 makes 2048 float16 multiply-adds a cycle and its share of memory bandwidth is 13 bytes in that time, so products
+H100 does 2048 float16 multiply-adds a cycle, and its fraction of the bandwidth is 13 bytes in that time, so products
 with less than about 300 operations a byte are bound by memory: those of the 8x8 level of a U-Net (M = 128 at batch 2)
-and the time embedding, which read their weights once and do little with them. All others are bound by the matrix units.
+and the time embedding, which read their weights once and do little with them. The rest is bound by the matrix units.
 
-The kernel. A program makes one tile of the output, BLOCK_M x BLOCK_N, in float32 registers, and walks along K in steps
+The kernel. A program computes a tile of the output, BLOCK_M x BLOCK_N, in float32 registers, and walks along K in steps
 of BLOCK_K. A step loads BLOCK_M + BLOCK_N rows of BLOCK_K to multiply BLOCK_M * BLOCK_N * BLOCK_K pairs: large tiles
 load least, 128 x 256 takes 85 operations from each byte. `num_stages` steps are in flight, copied asynchronously to
 shared memory while the matrix units work on an earlier one.
 
-    order      Programs start in the order of their index, so those that run together should share what they load. A
-               group of 8 tiles' rows is walked column by column: the 132 programs of an H100 read about 8 blocks of x
-               and 17 of weight, where row by row they would read 1 or 2 of x and 132 of weight.
+    order      Programs start in the order of their index, so those that run together should share their loads. A group
+               of 8 rows of tiles is walked column by column: the 132 programs of an H100 read about 8 blocks of x and
+               17 of weight, where row by row they would read 1 or 2 of x and 132 of weight.
     epilogue   Bias and residual are added to the accumulators in float32 and rounded once. For linear_geglu a program
                accumulates the tile of a and the tile of b from the same loads of x, and the packed product, 2MN
                elements written, read and gated in a kernel of its own, never exists.
     split K    A small output makes few tiles: M = 128, N = 1280 is 10 of 128 x 128 for 132 multiprocessors. Then each
-               tile is made by SPLIT programs, each with its share of K, which write float32 partial sums to a
-               workspace; a second kernel adds them in a fixed order and runs the epilogue. No atomics: the result is
-               the same in every run. It costs 8 * SPLIT * M * N bytes, mostly in L2, and a launch.
+               tile takes SPLIT programs, each with a fraction of K, which write float32 partial sums to a workspace;
+               a second kernel adds them in a fixed order and runs the epilogue. No atomics: the result is the same in
+               every run. It costs 8 * SPLIT * M * N bytes, mostly in L2, and a launch.
 
-Which tile and how many splits follow from an estimate of the time (`estimate`), until a measured table says better.
+Tile and splits are those of the least estimated time (`estimate`), unless a measured table has an entry.
 
 PyTorch's own product is cuBLAS. Without bias it is one call; with bias, cublasLt adds it in its epilogue (ATen takes
 that path for a one-dimensional bias on a two-dimensional view); a residual is a second pass, in place, 3MN elements.
-That is what runs by default: these kernels are taken where the table of measurements says so.
+That runs by default: these kernels are taken where the table of measurements says so.
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ if TYPE_CHECKING:
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    """PyTorch's linear, then the sum: in place, for nobody else holds the product."""
+    """PyTorch's linear, then the sum: in place, for nothing else refers to the product."""
     with float32.products(x):
         out = F.linear(x, weight, bias)
     return out if residual is None else out.add_(residual)
 
 
 def linear_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    """PyTorch at its best: on a GPU the reference, on a CPU what onednn.py does."""
+    """PyTorch's fastest way: on a GPU the reference, on a CPU onednn.py where it applies."""
     out = onednn.product(x, weight, bias) if x.device.type == "cpu" else None
     if out is None:
         return linear_reference(x, weight, bias, residual)
@@ -86,26 +86,26 @@ def linear_geglu_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None
 
 
 def linear_geglu_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """PyTorch at its best: on a GPU cuBLAS, then the gate's kernel; on a CPU one after the other."""
+    """PyTorch's fastest way: on a GPU cuBLAS, then the kernel of the gate; on a CPU linear_torch, then the gate."""
     if fast_library(x):
         return geglu(linear(x, weight, bias))
     return geglu_reference(linear_torch(x, weight, bias))
 
 
 def fast_library(x: Tensor) -> bool:
-    """Whether the torch path is the one that was thought out for GPUs.
+    """Whether the torch path is the one that is optimised for GPUs.
 
-    float32 is for comparisons and takes the references; so does whoever records the ops, for torch.compile and
-    torch.export fuse what they see better than what was fused before.
+    float32 is for comparisons and takes the references; so does a traced call, for torch.compile and torch.export fuse
+    simple ops better than ops that are fused already.
     """
     return device_type(x) != "cpu" and x.element_size() == 2 and not torch.compiler.is_compiling()
 
 
-# ------------------------------------------------------------------------------------------- where, and what for
+# ----------------------------------------------------------------------- where the kernel applies, and its cost
 
 
 def supports(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Verdict:
-    verdict = multipliable(x, weight, bias, residual)
+    verdict = supports_dtypes(x, weight, bias, residual)
     if not verdict:
         return verdict
     if weight.shape[1] % 8:
@@ -122,14 +122,14 @@ def linear_geglu_supports(x: Tensor, weight: Tensor, bias: Tensor | None = None)
     return no(f"{weight.shape[0]} outputs do not halve") if weight.shape[0] % 2 else supports(x, weight, bias)
 
 
-def multipliable(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Verdict:
-    """What the products of this file and the convolutions ask of dtypes."""
+def supports_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Verdict:
+    """Whether the kernels of matrix products and convolutions take these dtypes."""
     if x.dtype not in (torch.float16, torch.bfloat16) and not (x.dtype == torch.float32 and interpreting()):
         rounds = ": the matrix units would round its operands to 10 bits" if x.dtype == torch.float32 else ""
         return no(f"dtype {x.dtype}{rounds}")
-    for other in (weight, bias, residual):
-        if other is not None and other.dtype != x.dtype:
-            return no(f"x is {x.dtype}, another argument {other.dtype}")
+    for tensor in (weight, bias, residual):
+        if tensor is not None and tensor.dtype != x.dtype:
+            return no(f"x is {x.dtype}, another argument {tensor.dtype}")
     return YES if x.numel() else no(f"x {tuple(x.shape)} is empty")
 
 
@@ -146,12 +146,13 @@ def linear_geglu_cost(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     return Cost(flop=2 * rows * weight.numel(), bytes=(x.numel() + weight.numel() + out) * x.element_size(), exp=out)
 
 
-# ---------------------------------------------------------------------------------------------- configurations
+# ----------------------------------------------------------------------------------------------- configurations
 
 
 def _tile(m: int, n: int, warps: int, stages: int, registers: int) -> dict[str, Any]:
-    """registers: that a thread may take, 65536 over the threads that share a multiprocessor. Left to itself the
-    assembler now and then spills some to make room for one more program."""
+    """registers: the most that a thread may take, 65536 over the threads that share a multiprocessor. Without the limit
+    the assembler sometimes spills some to make room for one more program.
+    """
     blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": 64}
     return blocks | {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
 
@@ -185,23 +186,23 @@ def estimate(config: Config, m: int, n: int, k: int, arch: int, accumulators: in
     chip moves about one byte in the time that a multiprocessor takes for one multiply-add, from Ampere to Blackwell)
     and launches a second kernel. None of this is measured: it only has to order the configurations.
     """
-    chip = max(known for known in _MULTIPROCESSORS if known <= arch)
+    chip = max(sm for sm in _MULTIPROCESSORS if sm <= arch)
     block_m, block_n, split = config["BLOCK_M"], config["BLOCK_N"] * accumulators, config.get("SPLIT", 1)
     shared = (block_m + block_n) * config["BLOCK_K"] * 2 * config["num_stages"]
-    # Accumulators a thread. Hopper and Blackwell multiply from shared memory; the others hold operands there as well.
-    most = 128 if chip in (90, 100) else 64
-    if shared > SHARED_MEMORY[chip] * 1024 or block_m * block_n > most * 32 * config["num_warps"]:
+    # Accumulators a thread. Hopper and Blackwell multiply from shared memory; the rest hold operands in registers too.
+    max_accumulators = 128 if chip in (90, 100) else 64
+    if shared > SHARED_MEMORY[chip] * 1024 or block_m * block_n > max_accumulators * 32 * config["num_warps"]:
         return float("inf")
     rounds = cdiv(cdiv(m, block_m) * cdiv(accumulators * n, block_n) * split, _MULTIPROCESSORS[chip])
     product = rounds * (block_m * max(block_n, 64) + 64 * (block_m + block_n)) * (cdiv(k, split) + 128)
     return product if split == 1 else product + 8 * m * n * split + 5e6
 
 
-def worth_a_try(
+def is_competitive(
     config: Config, space: list[dict[str, Any]], m: int, n: int, k: int, arch: int, accumulators: int = 1
 ) -> bool:
-    """Estimated at most half as much again as the best."""
-    times = (estimate(one, m, n, k, arch, accumulators) for one in space)
+    """Whether the estimated time is at most 1.5 times that of the best configuration."""
+    times = (estimate(candidate, m, n, k, arch, accumulators) for candidate in space)
     return estimate(config, m, n, k, arch, accumulators) <= 1.5 * min(times)
 
 
@@ -209,13 +210,15 @@ def _sizes(x: Tensor, weight: Tensor) -> tuple[int, int, int]:
     return x.numel() // x.shape[-1], weight.shape[0], weight.shape[1]
 
 
-def keep(config: Config, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> bool:
-    return worth_a_try(config, SPACE, *_sizes(x, weight), capability(x))
+def is_candidate(
+    config: Config, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+) -> bool:
+    return is_competitive(config, SPACE, *_sizes(x, weight), capability(x))
 
 
-def linear_geglu_keep(config: Config, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+def linear_geglu_is_candidate(config: Config, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     m, n, k = _sizes(x, weight)
-    return worth_a_try(config, GEGLU_SPACE, m, n // 2, k, capability(x), accumulators=2)
+    return is_competitive(config, GEGLU_SPACE, m, n // 2, k, capability(x), accumulators=2)
 
 
 def shape_class(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> str:
@@ -239,36 +242,36 @@ def linear_geglu_default(shape: str, arch: int) -> Config:
     return min(GEGLU_SPACE, key=lambda config: estimate(config, m, n // 2, k, arch, accumulators=2))
 
 
-# ----------------------------------------------------------------------------------------------------- kernels
+# ------------------------------------------------------------------------------------------------------ kernels
 
 
 @jit
 def tile_of(program, rows, columns):
-    """The tile, of rows x columns tiles, that a program makes: column by column through 8 rows, then the next 8."""
+    """Row and column of a program's tile, of rows x columns tiles: column by column through 8 rows, then the next 8."""
     first = program // (8 * columns) * 8
     height = tl.minimum(rows - first, 8)
-    inside = program % (8 * columns)
-    return first + inside % height, inside // height
+    index = program % (8 * columns)  # within the group of 8 rows
+    return first + index % height, index // height
 
 
 @jit
-def finish(tile, gate, bias, residual, out, row, inside, first, columns, M: tl.constexpr, N: tl.constexpr):
-    """Add bias and residual to a float32 tile (M, N), or gate it by another, and write it. What is None is left out.
+def finish(tile, gate, bias, residual, out, row, row_mask, first, columns, M: tl.constexpr, N: tl.constexpr):
+    """Add bias and residual, where there are any, to a float32 tile (M, N), or gate it by another, and write it.
 
-    row: (M, 1), 64 bits, rows of residual and out. inside: those that exist. first: the tile's first column. Large
-    tiles go in two halves: to load and rearrange a whole one takes more registers than there are beside it.
+    row: (M, 1), 64 bits, rows of residual and out. row_mask: those that exist. first: the tile's first column. Large
+    tiles are finished in two halves: loading and rearranging a full one takes more registers than are free.
     """
     if gate is None and M * N > 16384:
         left, right = _halves(tile, M, N)
-        _finish(left, None, bias, residual, out, row, inside, first, columns, N // 2)
-        _finish(right, None, bias, residual, out, row, inside, first + N // 2, columns, N // 2)
+        _finish(left, None, bias, residual, out, row, row_mask, first, columns, N // 2)
+        _finish(right, None, bias, residual, out, row, row_mask, first + N // 2, columns, N // 2)
     elif gate is not None and 2 * M * N > 16384:
         left, right = _halves(tile, M, N)
         gate_left, gate_right = _halves(gate, M, N)
-        _finish(left, gate_left, bias, residual, out, row, inside, first, columns, N // 2)
-        _finish(right, gate_right, bias, residual, out, row, inside, first + N // 2, columns, N // 2)
+        _finish(left, gate_left, bias, residual, out, row, row_mask, first, columns, N // 2)
+        _finish(right, gate_right, bias, residual, out, row, row_mask, first + N // 2, columns, N // 2)
     else:
-        _finish(tile, gate, bias, residual, out, row, inside, first, columns, N)
+        _finish(tile, gate, bias, residual, out, row, row_mask, first, columns, N)
 
 
 @jit
@@ -277,9 +280,9 @@ def _halves(tile, M: tl.constexpr, N: tl.constexpr):
 
 
 @jit
-def _finish(tile, gate, bias, residual, out, row, inside, first, columns, N: tl.constexpr):
+def _finish(tile, gate, bias, residual, out, row, row_mask, first, columns, N: tl.constexpr):
     column = first + tl.arange(0, N)[None, :]
-    mask = inside & (column < columns)
+    mask = row_mask & (column < columns)
     if bias is not None:
         tile += tl.load(bias + column, column < columns, other=0.0).to(tl.float32)
     if gate is not None:
@@ -340,34 +343,36 @@ def _linear_kernel(
                 b = tl.load(gate_weight + at, (inner < k - at)[:, None], other=0.0)
             gate = tl.dot(a, b, gate)
 
-    place = row.to(tl.int64) + split.to(tl.int64) * m  # of a split, out is the workspace (SPLIT, m, n)
-    place, inside, first = place[:, None], (row < m)[:, None], column_tile * BLOCK_N
+    out_row = row.to(tl.int64) + split.to(tl.int64) * m  # with splits, out is the workspace (SPLIT, m, n)
+    out_row, row_mask, first = out_row[:, None], (row < m)[:, None], column_tile * BLOCK_N
     if GEGLU:
-        finish(tile, gate, bias, None, out, place, inside, first, n, BLOCK_M, BLOCK_N)
+        finish(tile, gate, bias, None, out, out_row, row_mask, first, n, BLOCK_M, BLOCK_N)
     else:
-        finish(tile, None, bias, residual, out, place, inside, first, n, BLOCK_M, BLOCK_N)
+        finish(tile, None, bias, residual, out, out_row, row_mask, first, n, BLOCK_M, BLOCK_N)
 
 
 @jit
 def sum_kernel(
-    parts, bias, residual, out, rows, columns, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    partials, bias, residual, out, rows, columns, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """out (rows, columns) = sum of parts (PARTS, rows, columns) + bias + residual. out may be the only part."""
+    """out (rows, columns) = sum of partials (PARTS, rows, columns) + bias + residual. partials may be out itself."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     first = tl.program_id(1) * COLUMNS
     column = first + tl.arange(0, COLUMNS)[None, :]
     mask = (row < rows) & (column < columns)
     tile = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for part in tl.static_range(PARTS):
-        tile += tl.load(parts + (part * rows + row) * columns + column, mask, other=0.0).to(tl.float32)
+    for index in tl.static_range(PARTS):
+        tile += tl.load(partials + (index * rows + row) * columns + column, mask, other=0.0).to(tl.float32)
     finish(tile, None, bias, residual, out, row, row < rows, first, columns, ROWS, COLUMNS)
 
 
-def add_up(parts: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
-    """out = sum of the workspace parts (SPLIT, rows, columns) + bias + residual, for the kernels that split K."""
-    split, rows, columns = parts.shape
+def sum_splits(partials: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
+    """out = sum of the partial sums (SPLIT, rows, columns) + bias + residual, for the kernels that split K."""
+    split, rows, columns = partials.shape
     grid = (cdiv(rows, 16), cdiv(columns, 64))  # 64 columns: rows of 256 bytes; 16 rows: enough programs for M = 128
-    launch(sum_kernel, grid, parts, bias, residual, out, rows, columns, PARTS=split, ROWS=16, COLUMNS=64, num_warps=4)
+    launch(
+        sum_kernel, grid, partials, bias, residual, out, rows, columns, PARTS=split, ROWS=16, COLUMNS=64, num_warps=4
+    )
 
 
 def linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -384,7 +389,7 @@ def linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None, residua
     even = k % config["BLOCK_K"] == 0
     launch(_linear_kernel, grid, rows, weight, *epilogue, target, *sizes, EVEN_K=even, GEGLU=False, **config)
     if split > 1:
-        add_up(target, bias, residual, out)
+        sum_splits(target, bias, residual, out)
     return out
 
 
@@ -400,7 +405,7 @@ def linear_geglu_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None) -
     return out
 
 
-# --------------------------------------------------------------------------------------------------------- ops
+# ---------------------------------------------------------------------------------------------------------- ops
 
 LINEAR = Op(
     "linear",
@@ -411,7 +416,7 @@ LINEAR = Op(
     cost=cost,
     default=default,
     space=SPACE,
-    keep=keep,
+    is_candidate=is_candidate,
     prefer="torch",  # until a measured table says where the kernel is faster than cuBLAS
 )
 
@@ -424,7 +429,7 @@ LINEAR_GEGLU = Op(
     cost=linear_geglu_cost,
     default=linear_geglu_default,
     space=GEGLU_SPACE,
-    keep=linear_geglu_keep,
+    is_candidate=linear_geglu_is_candidate,
     prefer="torch",
 )
 

@@ -1,15 +1,15 @@
-"""Weights in the layout that oneDNN's kernels want, kept between calls: for CPUs.
+"""Weights in oneDNN's blocked layout, cached between calls: for CPUs.
 
-On a CPU PyTorch hands convolutions and products to oneDNN, whose kernels read the weight in blocks. The plain ops bring
-it into that layout at each call and throw it away: 59 MB of bfloat16 take 20 ms, longer than the product itself where
+On a CPU PyTorch calls oneDNN for convolutions and products, whose kernels read the weight in blocks. PyTorch's usual
+ops convert it at each call and discard the copy: 59 MB of bfloat16 take 20 ms, longer than the product itself where
 pixels are few. The ops that PyTorch's compiler emits take a weight that is in blocks already, and compute the same.
 (Float32 products are MKL's otherwise, which rounds in another order and takes up to twice as long.)
 
-    Layouts(weights)      keeps layouts of what lies in the memory of these weights, each made when it is first needed
-    convolve, product     with a kept layout, or None where none is kept or keeping it would not pay
+    Layouts(weights)      caches layouts of tensors in the memory of these weights, converted when first needed
+    convolve, product     with a cached layout, or None where there is none or caching it is not worth it
 
-A layout is as large as its weight, and is a copy: `Layouts.stale` says whether a weight has changed since, and
-`Layouts.drop_stale` forgets what was made of it.
+A layout is a copy as large as its weight: `Layouts.stale` tells whether a weight has changed since, and
+`Layouts.drop_stale` drops the layouts of those that have.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from torch import Tensor
 
 from fastldm import spans
 
-# Rows of x up to which a layout is kept: beyond, the product is so much work that making the layout is 2% of it. And
-# bytes of a weight from which one is kept: below, it stays in the processor's cache and costs next to nothing. (Of the
-# default model's step in bfloat16, layouts of all weights take 7% off, of those from here on 6%, and from 1 MiB on 0.)
+# Rows of x up to which a layout is cached: beyond, converting takes 2% of the product's time. And the bytes of a weight
+# from which one is cached: below, it stays in the processor's cache and converting costs next to nothing. (Of the
+# default model's step in bfloat16, layouts of all weights save 7%, those from here on 6%, and from 1 MiB on 0.)
 _ROWS = 2048
 _BYTES = 1 << 18
 _SERVED = "oneDNN: its layout of the weight is kept"
 
 
-class _Kept:
-    """The layout of a weight that the first call with it wants. A call that wants another takes the plain path, for its
-    kernel would bring the one into the other each time, which may take a hundred times as long as its work.
+class _CachedLayout:
+    """The layout of a weight that its first call needs. A call that needs another takes PyTorch's usual op, for its
+    kernel would convert the layout each time, which may take a hundred times as long as the product.
     """
 
-    def __init__(self, weight: Tensor, make: Callable[..., Tensor], how: tuple[int, ...]) -> None:
+    def __init__(self, weight: Tensor, make: Callable[..., Tensor], options: tuple[int, ...]) -> None:
         self.weight = weight.detach()
         self.sums = row_sums(self.weight)
-        self.layout = make(self.weight, *how)
-        self.serves = {(make, how): True}
+        self.layout = make(self.weight, *options)
+        self.serves = {(make, options): True}
 
-    def get(self, make: Callable[..., Tensor], how: tuple[int, ...]) -> Tensor | None:
-        serves = self.serves.get((make, how))
+    def get(self, make: Callable[..., Tensor], options: tuple[int, ...]) -> Tensor | None:
+        serves = self.serves.get((make, options))
         if serves is None:
-            serves = torch.equal(_format(make(self.weight, *how)), _format(self.layout))
-            self.serves[make, how] = serves
+            serves = torch.equal(_format(make(self.weight, *options)), _format(self.layout))
+            self.serves[make, options] = serves
         return self.layout if serves else None
 
     def fresh(self) -> bool:
@@ -55,38 +55,38 @@ class _Kept:
 
 
 class Layouts:
-    """The layouts of some weights. It holds their memory, so an address of theirs is never another's."""
+    """The layouts of some weights. It holds references to the weights, so their addresses are not reused."""
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
         self._weights = list(weights)
-        self._kept: dict[tuple[object, ...], _Kept] = {}
+        self._cached: dict[tuple[object, ...], _CachedLayout] = {}
         for weight in self._weights:
             _owners[_storage(weight)] = self
 
-    def get(self, weight: Tensor, make: Callable[..., Tensor], *how: int) -> Tensor | None:
+    def get(self, weight: Tensor, make: Callable[..., Tensor], *options: int) -> Tensor | None:
         key = (weight.data_ptr(), weight.shape, weight.stride())
-        kept = self._kept.get(key)
-        if kept is None:
-            kept = self._kept[key] = _Kept(weight, make, how)
-        return kept.get(make, how)
+        cached = self._cached.get(key)
+        if cached is None:
+            cached = self._cached[key] = _CachedLayout(weight, make, options)
+        return cached.get(make, options)
 
     def stale(self) -> bool:
-        """Whether a weight is not what its layout was made of."""
-        return not all(kept.fresh() for kept in list(self._kept.values()))
+        """Whether a weight has changed since its layout was converted."""
+        return not all(cached.fresh() for cached in list(self._cached.values()))
 
     def drop_stale(self) -> list[Tensor]:
-        """Forget the layouts of weights that changed, which are made anew when needed, and say whose they were."""
-        stale = [key for key, kept in self._kept.items() if not kept.fresh()]
-        return [self._kept.pop(key).weight for key in stale]
+        """Drop the layouts of weights that changed, which are converted again when needed. Returns those weights."""
+        stale = [key for key, cached in self._cached.items() if not cached.fresh()]
+        return [self._cached.pop(key).weight for key in stale]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all layouts that were made so far."""
-        return sum(kept.weight.nbytes for kept in self._kept.values())
+        """Bytes of all cached layouts."""
+        return sum(cached.weight.nbytes for cached in self._cached.values())
 
 
-def worth_keeping(weight: Tensor) -> bool:
-    """Whether a weight is so large that its layout may be kept."""
+def worth_caching(weight: Tensor) -> bool:
+    """Whether a weight is so large that its layout may be cached."""
     return weight.numel() * weight.element_size() >= _BYTES
 
 
@@ -98,10 +98,10 @@ def _storage(weight: Tensor) -> int:
 
 
 def _layouts(x: Tensor, weight: Tensor, rows: int) -> Layouts | None:
-    if not _owners or rows > _ROWS or not worth_keeping(weight) or x.dtype != weight.dtype:
+    if not _owners or rows > _ROWS or not worth_caching(weight) or x.dtype != weight.dtype:
         return None
     if x.requires_grad or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return None  # these ops know no gradient, and whoever records wants the plain ones
+        return None  # these ops have no gradient, and a traced call must have the usual ones
     return _owners.get(_storage(weight)) if _available(x.dtype) else None
 
 
@@ -124,7 +124,7 @@ def _available(dtype: torch.dtype) -> bool:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """x weight^T + bias: x (..., I), weight (O, I), bias (O,) -> (..., O)."""
     layouts = _layouts(x, weight, x.numel() // x.shape[-1])
-    layout = layouts and layouts.get(weight, _of_matrix)
+    layout = layouts and layouts.get(weight, _matrix_layout)
     if layout is None:
         return None
     spans.served(_SERVED)
@@ -136,21 +136,21 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, paddin
     layouts = _layouts(x, weight, x.shape[0] * x.shape[2] * x.shape[3] // stride**2)
     if layouts is None or not x.is_contiguous(memory_format=torch.channels_last):
         return None
-    layout = layouts.get(weight, _of_filters, stride, padding, *x.shape)
+    layout = layouts.get(weight, _filter_layout, stride, padding, *x.shape)
     if layout is None:
         return None
     spans.served(_SERVED)
-    edges, steps, ones = [padding, padding], [stride, stride], [1, 1]
-    return torch.ops.mkldnn._convolution_pointwise(x, layout, bias, edges, steps, ones, 1, "none", [], "")
+    paddings, strides, dilation = [padding, padding], [stride, stride], [1, 1]
+    return torch.ops.mkldnn._convolution_pointwise(x, layout, bias, paddings, strides, dilation, 1, "none", [], "")
 
 
-def _of_matrix(weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())  # one serves products of any size
+def _matrix_layout(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())  # one layout for products of any size
 
 
-def _of_filters(weight: Tensor, stride: int, padding: int, *size: int) -> Tensor:
-    edges, steps = [padding, padding], [stride, stride]
-    return torch.ops.mkldnn._reorder_convolution_weight(weight, edges, steps, [1, 1], 1, list(size))
+def _filter_layout(weight: Tensor, stride: int, padding: int, *size: int) -> Tensor:
+    paddings, strides = [padding, padding], [stride, stride]
+    return torch.ops.mkldnn._reorder_convolution_weight(weight, paddings, strides, [1, 1], 1, list(size))
 
 
 def _format(layout: Tensor) -> Tensor:
@@ -158,15 +158,15 @@ def _format(layout: Tensor) -> Tensor:
 
 
 def row_sums(x: Tensor) -> Tensor:
-    """Of each row of x (O, ...) what its bits, read as integers, add up to: (O,) int64. A change is seen in it unless
-    it keeps the sum of every row.
+    """For each row of x (O, ...) the sum of its bits, read as integers: (O,) int64. It detects any change that does not
+    keep the sum of every row.
     """
     x = x.detach()
     if x.dim() == 4:
         x = x.permute(0, 2, 3, 1)  # the order in memory
     unit = 8 // x.element_size()
     if x.is_contiguous() and x.shape[-1] % unit == 0 and x.storage_offset() % unit == 0:
-        bits = x.view(torch.int64)  # several numbers at once: a CPU sums that 30 times as fast
+        bits = x.view(torch.int64)  # several numbers at once: 30 times as fast on a CPU
     else:
         bits = x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
     if x.dim() == 1:

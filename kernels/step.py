@@ -9,31 +9,31 @@
     u'   = c_in * x'                                                   next model input, once for each U-Net row
 
 The state is float32, (B, C, h, w), and a sampler is a table: `row` holds the numbers of one step in the order of
-COLUMNS. `guide`, `step`, `blend` and `model_input` are these formulas for one row, on Python numbers: what correct is,
-and what runs on a CPU. Zero coefficients cost nothing: a DDIM step is two multiply-adds.
+COLUMNS. `guide`, `step`, `blend` and `model_input` are these formulas for one row, on Python numbers: they define
+correct, and run on a CPU. Zero coefficients cost nothing: a DDIM step is two multiply-adds.
 
-On a GPU `end_step` does all of it for S slots at once, each at its own step of its own table, in one kernel:
+On a GPU `end_step` does all of this for S slots at once, each at its own step of its own table, in one kernel:
 
 - A program takes a block of pixels, all channels, of one slot. It reads the slot's counter, then the row of the table
   that the counter points at, one line of the cache; the row says what else there is to read. A term whose coefficient
-  is 0 is a masked load, which moves nothing, so what is behind it may be garbage. All loads that the row asks for are
-  in flight together: the kernel is three waits long (counter, row, pictures), and what it computes hides in them.
-- All pictures lie as the network's do, channels-last: a thread holds the same pixels in each of them, four channels at
-  once (16 bytes of a state, 8 of the network), no value changes hands, and no shared memory is used. Other layouts
-  work, by way of shared memory.
+  is 0 is a masked load, which moves nothing, so its memory may hold garbage. All loads that the row asks for are
+  in flight together: the kernel is three waits long (counter, row, latents), which hide its arithmetic.
+- All images are channels-last, as the network's are: a thread holds the same pixels of each of them, four channels at
+  once (16 bytes of a state, 8 of the network), exchanges no value, and uses no shared memory. Other layouts work too,
+  through shared memory.
 - The history is a ring of four planes: m of row i lies in plane i % 4, nothing is shifted. It is written only where a
   later row reads it (column `keep`), the anchor only where the row changes it.
-- The counter may move only when no program will read it any more. Each program of a slot, once all of its warps have
-  read the counter (the barrier), adds 1 to `arrived`; the one that finds all others there before it sets `arrived` back
-  to 0 and the counter forward. Each program's read comes before its own arrival, and all arrivals before the move. It
-  is the only program that waits, and the next launch begins after this one's end, so it finds both as they should be.
-  (A second launch that adds 1 would be as safe, and costs a node of the graph and the drain between two kernels:
-  about as much time as this whole kernel.)
-- No value is looked at by the host, no launch depends on one, and no sum crosses slots: a captured step serves all
-  samplers, step counts and scales, and a slot's result does not depend on its neighbours.
+- The counter may change only when no program will read it any more. Each program of a slot, once all of its warps have
+  read the counter (the barrier), adds 1 to `arrived`; the last one to arrive sets `arrived` back to 0 and the counter
+  forward. Each program's read comes before its own arrival, and all arrivals before the change. No
+  program waits for another, and the next launch starts after this one's end, so it reads both as they should be. (A
+  second launch that adds 1 would be as safe, and costs a node of the graph and the drain between two kernels: about as
+  much time as all of this kernel.)
+- The host reads no value, no launch depends on one, and no sum crosses slots: a captured step serves all
+  samplers, step counts and scales, and a slot's result does not depend on the rest.
 
-Bytes, for N = C*h*w a slot and a model in 16 bits: out 4N, x read and written 8N, u' 4N, and 4N for each term more
-that the row has (DPM-Solver++ 2M: a plane read, a plane written). SD1.5 at 512x512: 16 N = 262 kB, 0.09 us at 3 TB/s,
+Bytes, for N = C*h*w a slot and a model in 16 bits: out 4N, x read and written 8N, u' 4N, and 4N for each further term
+of the row (DPM-Solver++ 2M: a plane read, a plane written). SD1.5 at 512x512: 16 N = 262 kB, 0.09 us at 3 TB/s,
 so that the floor is the latency of a launch, three waits and an atomic, some 3 us. Where a slot rescales, the op of
 guidance_rescale.py is launched before.
 """
@@ -66,13 +66,13 @@ RING = 4  # planes of history
 NEVER = 2**31 - 1  # in `first_bad`
 
 
-# ------------------------------------------------------------------------------------------- what correct means
+# ------------------------------------------------------------ the definition of correct, and what runs on a CPU
 
 
 def guide(out: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
     """Classifier-free guidance: (2B, C, h, w), unguided rows first, to (B, C, h, w) float32.
 
-    `rescale` pulls each sample's deviation back to its guided half's: https://arxiv.org/abs/2305.08891, section 3.4.
+    `rescale` moves each sample's deviation back to its guided branch's: https://arxiv.org/abs/2305.08891, section 3.4.
     """
     unguided, guided = at_least_float32(out).chunk(2)
     mixed = torch.lerp(unguided, guided, scale)
@@ -114,7 +114,7 @@ def step(
 
 
 def blend(row: Sequence[float], x: Tensor, mask: Tensor, init: Tensor, init_noise: Tensor) -> Tensor:
-    """Where mask is 0, the given picture at the noise level of the next step; where it is 1, x."""
+    """Where mask is 0, the initial image at the noise level of the next step; where it is 1, x."""
     return torch.lerp(_sum((row[16], init), (row[17], init_noise)), x, mask)
 
 
@@ -130,7 +130,7 @@ def _sum(*terms: tuple[float, Tensor | None]) -> Tensor:
             total.add_(t, alpha=c)
         else:
             total, owned = torch.add(total, t, alpha=c), True
-    assert total is not None  # no row of a table forgets all that it had
+    assert total is not None  # no row of a table has zeros alone
     return total
 
 
@@ -138,30 +138,29 @@ def _sum(*terms: tuple[float, Tensor | None]) -> Tensor:
 
 
 class StepState(NamedTuple):
-    """What the end of a step reads and writes, for S slots and R rows of the network. Every slot is its own request.
+    """The tensors that the end of a step reads and writes, for S slots and R rows of the network. A slot is a request.
 
     All tensors are on the device, and written in place, never replaced: a captured step keeps reading them. A slot
-    whose counter has reached its steps is idle: nothing of it is read or written. A slot starts when its table, x,
-    noise, guidance and rescale are there, counter is 0, first_bad NEVER, c_in * x in its rows of u, and then steps is
-    set.
+    whose counter has reached its steps is idle: nothing of it is read or written. To start a slot, write its table, x,
+    noise, guidance and rescale, 0 to counter, NEVER to first_bad, c_in * x to its rows of u, and then steps.
     """
 
     u: Tensor  # (R, C + K, h, w), the network's dtype: the next model input, of which the first C channels are written
     x: Tensor  # (S, C, h, w) float32, as are all states: the latent
     y: Tensor  # (S, C, h, w) the anchor
     history: Tensor  # (S, RING, C, h, w)
-    noise: Tensor | None  # (S, D, C, h, w) what a slot's rows draw, all of it; None: no row draws
+    noise: Tensor | None  # (S, D, C, h, w) all noise that a slot's rows add; None: no row adds any
     mask: Tensor | None  # (S, 1, h, w), 1 where to paint; None, as init and init_noise: no slot is masked
-    init: Tensor | None  # (S, C, h, w) the latents of the picture
-    init_noise: Tensor | None  # (S, C, h, w) the noise that the run began with
+    init: Tensor | None  # (S, C, h, w) the latents of the initial image
+    init_noise: Tensor | None  # (S, C, h, w) the noise at the start of the run
     table: Tensor  # (S, T, ROW) float32: each slot's `table_rows`
     counter: Tensor  # (S,) int32: the row of the table that comes next
     steps: Tensor  # (S,) int32: how many rows the slot's table has
     arrived: Tensor  # (S,) int32: the kernel's own, 0 between launches
     guidance: Tensor  # (S,) float32: the scale
     rescale: Tensor  # (S,) float32: phi, 0 for none
-    factor: Tensor  # (S,) float32: what guidance is multiplied by, written before each step where rescale is not 0
-    rows: Tensor  # (S, 2) int32: the rows of `out` that hold the unguided (or -1) and the guided half of this step
+    factor: Tensor  # (S,) float32: multiplies guidance; written before each step where rescale is not 0
+    rows: Tensor  # (S, 2) int32: the rows of `out` that hold the unguided (or -1) and the guided branch of this step
     next_rows: Tensor  # (S, 2) int32: the rows of u that get the next model input, -1 for none
     first_bad: Tensor  # (S,) int32: the first row after which x held NaN or infinity, else NEVER
 
@@ -183,7 +182,8 @@ class StepState(NamedTuple):
     ) -> StepState:
         """The buffers of a bucket, all slots idle. steps, draws: the most that a slot's table has.
 
-        channels_last: how u and all pictures lie in memory: as the network's output does, or the kernel has to turn it.
+        channels_last: the memory format of u and of all states. With another one than that of the network's output, the
+            kernel has to transpose.
         """
 
         def floats(*shape: int, value: float = 0.0) -> Tensor:
@@ -192,20 +192,20 @@ class StepState(NamedTuple):
         def ints(*shape: int, value: int = 0) -> Tensor:
             return torch.full(shape, value, device=device, dtype=torch.int32)
 
-        def pictures(*count: int, channels: int = channels, dtype: torch.dtype = torch.float32) -> Tensor:
+        def images(*count: int, channels: int = channels, dtype: torch.dtype = torch.float32) -> Tensor:
             if channels_last:
                 return torch.zeros(*count, height, width, channels, device=device, dtype=dtype).movedim(-1, -3)
             return torch.zeros(*count, channels, height, width, device=device, dtype=dtype)
 
         return StepState(
-            u=pictures(rows, channels=channels + extra_channels, dtype=dtype),
-            x=pictures(slots),
-            y=pictures(slots),
-            history=pictures(slots, RING),
-            noise=pictures(slots, draws) if draws else None,
+            u=images(rows, channels=channels + extra_channels, dtype=dtype),
+            x=images(slots),
+            y=images(slots),
+            history=images(slots, RING),
+            noise=images(slots, draws) if draws else None,
             mask=floats(slots, 1, height, width) if masked else None,
-            init=pictures(slots) if masked else None,
-            init_noise=pictures(slots) if masked else None,
+            init=images(slots) if masked else None,
+            init_noise=images(slots) if masked else None,
             table=floats(slots, steps, ROW),
             counter=ints(slots),
             steps=ints(slots),
@@ -224,8 +224,8 @@ def table_rows(
 ) -> Tensor:
     """A step table as slots read it: (T, ROW) float32, on the CPU. Columns behind COLUMNS are EXTRA:
 
-    guided: 1 where two halves of `out` are mixed, 0 where the guided half is all. masked: 1 where the mask is blended
-    in. keep: 1 where a later row reads this row's m. draw: which of the slot's draws is this row's noise.
+    guided: 1 where two branches of `out` are mixed, 0 where the guided one is used alone. masked: 1 where the mask is
+    blended in. keep: 1 where a later row reads this row's m. draw: the index of this row's noise among the slot's.
     """
     table = torch.zeros(len(rows), ROW)
     numbers = torch.as_tensor(rows, dtype=torch.float32)
@@ -273,13 +273,13 @@ def end_step_reference(
         guided, masked, keep, draw = row[len(COLUMNS) : len(COLUMNS) + len(EXTRA)]
         unguided_row, guided_row = rows[slot].tolist()
         if guided and unguided_row >= 0:
-            said = guide(out[[unguided_row, guided_row]], float(guidance[slot]))
-            said = said * factor[slot] if rescale[slot] > 0 else said
+            model_output = guide(out[[unguided_row, guided_row]], float(guidance[slot]))
+            model_output = model_output * factor[slot] if rescale[slot] > 0 else model_output
         else:
-            said = at_least_float32(out[guided_row : guided_row + 1])
+            model_output = at_least_float32(out[guided_row : guided_row + 1])
         past = tuple(history[None, slot, (i - k) % RING] for k in range(1, RING))
         drawn = None if noise is None else noise[None, slot, int(draw)]
-        after, anchor, (m, *_) = step(row, x[None, slot], y[None, slot], past, said, drawn)
+        after, anchor, (m, *_) = step(row, x[None, slot], y[None, slot], past, model_output, drawn)
         if masked and mask is not None and init is not None and init_noise is not None:
             after = blend(row, after, mask[None, slot], init[None, slot], init_noise[None, slot])
         if not after.isfinite().all():
@@ -312,14 +312,14 @@ def supports(
     layout = x.stride()[1:]
     if layout not in ((height * width, width, 1), (1, width * channels, channels)):
         return no(f"latents are neither contiguous nor channels-last: strides {tuple(x.stride())}")
-    for picture in (x, y, history, noise, init, init_noise):
-        if picture is None:
+    for image in (x, y, history, noise, init, init_noise):
+        if image is None:
             continue
-        if picture.dtype != torch.float32:
-            return no(f"a state is {picture.dtype}, not float32")
-        dense = picture.stride(-4) == channels * height * width and picture.stride(0) == picture.numel() // len(picture)
-        if picture.stride()[-3:] != layout or not dense:
-            return no(f"states differ in layout, or have gaps: {tuple(x.stride())} and {tuple(picture.stride())}")
+        if image.dtype != torch.float32:
+            return no(f"a state is {image.dtype}, not float32")
+        dense = image.stride(-4) == channels * height * width and image.stride(0) == image.numel() // len(image)
+        if image.stride()[-3:] != layout or not dense:
+            return no(f"states differ in layout, or have gaps: {tuple(x.stride())} and {tuple(image.stride())}")
     for each in (mask, *slots, *named.values()):
         if each is not None and not each.is_contiguous():
             return no(f"{tuple(each.shape)} with strides {tuple(each.stride())} is not contiguous")
@@ -327,14 +327,16 @@ def supports(
 
 
 def cost(out: Tensor, u: Tensor, x: Tensor, *_: object, **__: object) -> Cost:
-    """What every row of a table moves; which terms more it has is known to the device alone."""
+    """The bytes that every row of a table moves; only the device knows which further terms a row has."""
     written = u.shape[0] * x[0].numel() * u.element_size()
     return Cost(flop=0, bytes=out.numel() * out.element_size() + 2 * x.numel() * x.element_size() + written)
 
 
-def given(out: Tensor, u: Tensor, x: Tensor, *state: Tensor | None, **named: Tensor | None) -> dict[str, Tensor]:
-    """A row of DPM-Solver++ 2M at every step, with noise and a mask where there are any."""
-    call = END_STEP.named(out, u, x, *state, **named)
+def example_values(
+    out: Tensor, u: Tensor, x: Tensor, *state: Tensor | None, **named: Tensor | None
+) -> dict[str, Tensor]:
+    """A row of DPM-Solver++ 2M at every step, with noise and mask where the state has them."""
+    call = END_STEP.bind(out, u, x, *state, **named)
     slots, (_, steps, _) = len(x), call["table"].shape
     row = dict.fromkeys((*COLUMNS, *EXTRA), 0.0)
     row |= {"c_in": 1.0, "p": 0.9, "q": -0.4, "a": 0.8, "b0": 0.3, "b1": -0.1, "e1": 1.0, "r": 0.7, "s": 0.7}
@@ -346,9 +348,9 @@ def given(out: Tensor, u: Tensor, x: Tensor, *state: Tensor | None, **named: Ten
     }
     table = torch.zeros(slots, steps, ROW)
     table[..., : len(row)] = torch.tensor(list(row.values()))
-    given = example_slots(slots, len(out), steps)
-    given |= {"table": table, "next_rows": given["rows"], "arrived": torch.zeros(slots)}
-    return given | {"first_bad": torch.full((slots,), NEVER), "guidance": torch.full((slots,), 7.5)}
+    values = example_slots(slots, len(out), steps)
+    values |= {"table": table, "next_rows": values["rows"], "arrived": torch.zeros(slots)}
+    return values | {"first_bad": torch.full((slots,), NEVER), "guidance": torch.full((slots,), 7.5)}
 
 
 # ----------------------------------------------------------------------------------------------- configurations
@@ -356,7 +358,7 @@ def given(out: Tensor, u: Tensor, x: Tensor, *state: Tensor | None, **named: Ten
 SPACE = [{"PIXELS": pixels, "num_warps": warps} for pixels in (16, 32, 64, 128, 256, 512) for warps in (1, 2, 4, 8)]
 
 
-def keep(config: Config, out: Tensor, u: Tensor, x: Tensor, *_: object, **__: object) -> bool:
+def is_candidate(config: Config, out: Tensor, u: Tensor, x: Tensor, *_: object, **__: object) -> bool:
     """2 to 16 elements for each thread."""
     return 2 <= config["PIXELS"] * next_power_of_2(x.shape[1]) // (32 * config["num_warps"]) <= 16
 
@@ -366,8 +368,8 @@ def shape_class(out: Tensor, u: Tensor, x: Tensor, *_: object, **__: object) -> 
 
 
 def default(shape: str, arch: int) -> Config:
-    """4 elements a thread, which is 16 bytes of the state at once. Programs of one warp, that no warp waits for another
-    (SD1.5 has 128 of them a slot, one for each multiprocessor), but of four where they would be thousands.
+    """4 elements a thread, which is 16 bytes of the state at once. Programs of one warp, so that no warp waits for
+    another (SD1.5 has 128 of them a slot, one for each multiprocessor), but of four where there would be thousands.
     """
     channels, pixels = (int(part[1:]) for part in shape.split())
     warps = 1 if pixels <= 4096 else 4
@@ -378,10 +380,10 @@ def default(shape: str, arch: int) -> Config:
 
 
 @jit
-def _term(c, at, inside):
-    """The tensor of a term with coefficient c: nothing is read where c is 0, and zeros stand for it."""
-    wanted = inside & (c + tl.zeros(inside.shape, tl.float32) != 0.0)
-    return tl.load(at, wanted, other=0.0)
+def _term(c, offset, valid):
+    """The tensor of a term with coefficient c: where c is 0, zeros, and nothing is read."""
+    needed = valid & (c + tl.zeros(valid.shape, tl.float32) != 0.0)
+    return tl.load(offset, needed, other=0.0)
 
 
 @jit
@@ -420,13 +422,13 @@ def _end_step_kernel(
     LANES: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
-    slot = tl.program_id(1).to(tl.int64)  # 64 bits: the draws of all slots may pass 2^31 elements
+    slot = tl.program_id(1).to(tl.int64)  # 64 bits: the noise of all slots may exceed 2^31 elements
     i = tl.load(counter + slot)
     end = tl.load(steps + slot)
     if i >= end:
         return
 
-    # All that says what is to be done, in flight together. The row is in the order of COLUMNS and EXTRA.
+    # The row and the slot's settings, all loads in flight together. The row is in the order of COLUMNS and EXTRA.
     row = table + (slot * capacity + i) * 32
     p = tl.load(row + 1)
     q = tl.load(row + 2)
@@ -458,62 +460,61 @@ def _end_step_kernel(
     moves = tl.abs(e) + tl.abs(e1 - 1.0) + tl.abs(f0) + tl.abs(f1) + tl.abs(f2) + tl.abs(f3)
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)[:, None]
     channel = tl.arange(0, LANES)[None, :]
-    inside = (pixel < pixels) & (channel < CHANNELS)
+    valid = (pixel < pixels) & (channel < CHANNELS)
     size = CHANNELS * pixels
-    at = slot * size + channel * x_channel + pixel * X_PIXEL
+    offset = slot * size + channel * x_channel + pixel * X_PIXEL
 
-    # All that the row asks for, in flight together.
-    ring = history + slot * (3 * size) + at  # 4 planes a slot
-    x_now = tl.load(x + at, inside, other=0.0)
-    y_now = _term(tl.abs(a1) + moves * tl.abs(e1), y + at, inside)
-    m1 = _term(tl.abs(b1) + tl.abs(f1), ring + (i + 3) % 4 * size, inside)
-    m2 = _term(tl.abs(b2) + tl.abs(f2), ring + (i + 2) % 4 * size, inside)
-    m3 = _term(tl.abs(b3) + tl.abs(f3), ring + (i + 1) % 4 * size, inside)
+    # The tensors of the row's terms, all loads in flight together.
+    ring = history + slot * (3 * size) + offset  # 4 planes a slot
+    x_now = tl.load(x + offset, valid, other=0.0)
+    y_now = _term(tl.abs(a1) + moves * tl.abs(e1), y + offset, valid)
+    m1 = _term(tl.abs(b1) + tl.abs(f1), ring + (i + 3) % 4 * size, valid)
+    m2 = _term(tl.abs(b2) + tl.abs(f2), ring + (i + 2) % 4 * size, valid)
+    m3 = _term(tl.abs(b3) + tl.abs(f3), ring + (i + 1) % 4 * size, valid)
     if noise is not None:
         draw = tl.load(row + 21).to(tl.int32)
-        drawn = _term(d, noise + (slot * (draws - 1) + draw) * size + at, inside)
+        drawn = _term(d, noise + (slot * (draws - 1) + draw) * size + offset, valid)
     if mask is not None:
         r = tl.load(row + 16) * masked
         s = tl.load(row + 17) * masked
-        picture = _term(r, init + at, inside)
-        first_noise = _term(s, init_noise + at, inside)
-        weight = _term(masked, mask + slot * pixels + pixel + tl.zeros_like(channel), inside)
+        image = _term(r, init + offset, valid)
+        start_noise = _term(s, init_noise + offset, valid)
+        weight = _term(masked, mask + slot * pixels + pixel + tl.zeros_like(channel), valid)
     out_at = out + channel * out_channel + pixel * OUT_PIXEL
-    said = tl.load(out_at + guided_row * out_row, inside, other=0.0).to(tl.float32)
-    unguided = _term(mixes, out_at + unguided_row * out_row, inside).to(tl.float32)
+    model_output = tl.load(out_at + guided_row * out_row, valid, other=0.0).to(tl.float32)
+    unguided = _term(mixes, out_at + unguided_row * out_row, valid).to(tl.float32)
 
-    said = tl.where(mixes != 0.0, lerp(unguided, said, scale) * level, said)
-    m0 = p * x_now + q * said
+    model_output = tl.where(mixes != 0.0, lerp(unguided, model_output, scale) * level, model_output)
+    m0 = p * x_now + q * model_output
     x_next = a * x_now + a1 * y_now + b0 * m0 + b1 * m1 + b2 * m2 + b3 * m3
     y_next = e * x_now + e1 * y_now + f0 * m0 + f1 * m1 + f2 * m2 + f3 * m3
     if noise is not None:
         x_next += d * drawn
     if mask is not None:
-        x_next = tl.where(masked != 0.0, lerp(r * picture + s * first_noise, x_next, weight), x_next)
+        x_next = tl.where(masked != 0.0, lerp(r * image + s * start_noise, x_next, weight), x_next)
     bad = tl.max((~(tl.abs(x_next) < float("inf"))).to(tl.int32))
     u_next = (next_c_in * x_next).to(u.dtype.element_ty)
 
-    # All warps of this program have read the counter. The last program to come here, which finds that all others have
-    # been here, moves it.
+    # All warps of this program have read the counter. The last program to arrive here changes it.
     tl.debug_barrier()
     if tl.atomic_add(arrived + slot, 1) == tl.num_programs(0) - 1:
         tl.store(arrived + slot, 0)
         tl.store(counter + slot, i + 1)
 
-    tl.store(x + at, x_next, inside)
+    tl.store(x + offset, x_next, valid)
     if moves != 0.0:
-        tl.store(y + at, y_next, inside)
+        tl.store(y + offset, y_next, valid)
     if keep != 0.0:
-        tl.store(ring + i % 4 * size, m0, inside)
+        tl.store(ring + i % 4 * size, m0, valid)
     tl.atomic_min(first_bad + slot, i, bad != 0, sem="relaxed")
 
     # The next model input, for each row of the network that needs it.
     u_at = u + channel * u_channel + pixel * U_PIXEL
-    goes_on = tl.where(i + 1 < end, pixels, 0)  # how many pixels to write
-    wanted = pixel < tl.where(next_unguided_row >= 0, goes_on, 0)
-    tl.store(u_at + next_unguided_row * u_row, u_next, inside & wanted)
-    wanted = pixel < tl.where(next_guided_row >= 0, goes_on, 0)
-    tl.store(u_at + next_guided_row * u_row, u_next, inside & wanted)
+    pixels_written = tl.where(i + 1 < end, pixels, 0)  # none after the last row
+    needed = pixel < tl.where(next_unguided_row >= 0, pixels_written, 0)
+    tl.store(u_at + next_unguided_row * u_row, u_next, valid & needed)
+    needed = pixel < tl.where(next_guided_row >= 0, pixels_written, 0)
+    tl.store(u_at + next_guided_row * u_row, u_next, valid & needed)
 
 
 def end_step_triton(
@@ -567,18 +568,18 @@ END_STEP = Op(
     cost=cost,
     default=default,
     space=SPACE,
-    keep=keep,
+    is_candidate=is_candidate,
     mutates=("u", "x", "y", "history", "counter", "arrived", "first_bad"),
-    given=given,
+    example_values=example_values,
 )
 
 
 def end_step(out: Tensor, state: StepState, *, rescales: bool = False) -> None:
-    """End one step of every slot that is not idle: x, y, history, counter and first_bad move on, and u holds the input
-    of the next step. In place, with no value seen by the host; on a GPU one kernel, or two where a slot rescales.
+    """End one step of every slot that is not idle: x, y, history, counter and first_bad are updated, and u holds the
+    input of the next step. In place, with no value read by the host; on a GPU one kernel, or two where a slot rescales.
 
-    out: (R, C, h, w), what the network said of u, in its dtype, contiguous or channels-last. After a slot's last row
-        its part of u is left as it is. rescales: whether `state.rescale` is above 0 for any slot.
+    out: (R, C, h, w), the network's output for u, in its dtype, contiguous or channels-last. After a slot's last row
+        its rows of u are unchanged. rescales: whether `state.rescale` is above 0 for any slot.
     """
     if rescales:
         GUIDANCE_RESCALE(out, state.counter, state.steps, state.guidance, state.rescale, state.factor, state.rows)
@@ -586,7 +587,7 @@ def end_step(out: Tensor, state: StepState, *, rescales: bool = False) -> None:
 
 
 def fuses(x: Tensor) -> bool:
-    """Whether `end_step` is the kernel for latents like x: if not, it waits for the device, and the functions above are
-    the way.
+    """Whether `end_step` runs the kernel for latents like x. If not, it waits for the device, and the functions above
+    are to be called.
     """
     return bool(END_STEP.path(x, x, x))

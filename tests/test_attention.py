@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastldm.kernels import attention as module
 from fastldm.kernels import dispatch
-from fastldm.kernels.attention import ATTENTION, attention, attention_reference, default, is_short, keep, tiles
+from fastldm.kernels.attention import ATTENTION, attention, attention_reference, default, is_candidate, is_short, tiles
 from fastldm.kernels.compile import ARCHS, SHARED_MEMORY
 
 # On a GPU there is no float32 kernel.
@@ -105,7 +105,7 @@ def test_head_dims(dim: int, dtype: torch.dtype) -> None:
     """In the shipped configuration: a whole block of queries and a tail; whole blocks of keys and a tail."""
     q, k, v = (normal(1, n, dim, dtype=dtype) for n in (130, 170, 170))
     if not (verdict := ATTENTION.supports(q, k, v, 1)):
-        pytest.skip(verdict.why)
+        pytest.skip(verdict.reason)
     ops.check(ATTENTION, q, k, v, 1)
 
 
@@ -337,7 +337,7 @@ def test_what_is_refused_says_why() -> None:
     def why(q: Tensor = q, k: Tensor = k, v: Tensor = v, heads: int = 2, **kwargs: Any) -> str:
         verdict = ATTENTION.supports(q, k, v, heads, **kwargs)
         assert not verdict
-        return verdict.why
+        return verdict.reason
 
     assert "float64" in why(*(t.double() for t in (q, k, v)))
     assert "float32" in why(*(t.to("meta") for t in (q, k, v)))  # stands for a GPU's
@@ -396,7 +396,7 @@ def test_there_is_a_default_for_every_shape(arch: int) -> None:
 )
 def test_the_tuner_has_some_but_not_too_many_to_try(dim: int, queries: int, keys: int) -> None:
     q, k = (torch.empty(2, n, 2 * dim, dtype=torch.float16, device="meta") for n in (queries, keys))
-    assert 2 <= sum(keep(config, q, k, k, 2) for config in ATTENTION.space) <= 64
+    assert 2 <= sum(is_candidate(config, q, k, k, 2) for config in ATTENTION.space) <= 64
 
 
 @pytest.mark.parametrize("keys", [20, 170])

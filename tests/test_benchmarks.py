@@ -156,19 +156,19 @@ def test_a_kernel_that_writes_wrongly_is_told(monkeypatch: pytest.MonkeyPatch) -
     for name in ("layer_norm", "guidance_rescale"):
         (call, *_) = (call for call in networks.calls("tiny step", torch.float32) if call.op == name)
         op, (args, kwargs) = dispatch.OPS[name], call.arguments("cpu")
-        before = copy.deepcopy(op.named(*args, **kwargs))
+        before = copy.deepcopy(op.bind(*args, **kwargs))
         monkeypatch.setattr(op, "triton", op.reference)
         assert harness.disagreement(op, args, kwargs) is None
 
         def off(*args: Any, op: Any = op, **kwargs: Any) -> Any:
             out = op.reference(*args, **kwargs)
-            changed = out if out is not None else op.named(*args, **kwargs)[op.mutates[0]]
+            changed = out if out is not None else op.bind(*args, **kwargs)[op.mutates[0]]
             changed.mul_(1.001)
             return out
 
         monkeypatch.setattr(op, "triton", off)
         assert "error" in str(harness.disagreement(op, args, kwargs))
-        named = op.named(*args, **kwargs)
+        named = op.bind(*args, **kwargs)
         assert all(value.equal(before[key]) for key, value in named.items() if isinstance(value, torch.Tensor))
 
 

@@ -28,9 +28,9 @@ def test_kernel_matches_reference(shape: tuple[int, ...], dtype: torch.dtype) ->
 
 def test_refusals_name_the_reason() -> None:
     x = randn(2, 16, 4, 4)
-    assert "not channels-last" in BIAS_RESIDUAL.supports(x, None, x.contiguous()).why
-    assert "dtype" in BIAS_RESIDUAL.supports(x.double(), None, None).why
-    assert "is empty" in BIAS_RESIDUAL.supports(x[:0], None, None).why
+    assert "not channels-last" in BIAS_RESIDUAL.supports(x, None, x.contiguous()).reason
+    assert "dtype" in BIAS_RESIDUAL.supports(x.double(), None, None).reason
+    assert "is empty" in BIAS_RESIDUAL.supports(x[:0], None, None).reason
 
 
 def test_cost_counts_each_tensor_once() -> None:
@@ -40,7 +40,7 @@ def test_cost_counts_each_tensor_once() -> None:
 
 def test_tuner_tries_at_most_thirty_configurations() -> None:
     x, bias = randn(2, 64, 8, 8), randn(64)
-    assert 1 <= sum(BIAS_RESIDUAL.keep(config, x, bias, None) for config in BIAS_RESIDUAL.space) <= 30
+    assert 1 <= sum(BIAS_RESIDUAL.is_candidate(config, x, bias, None) for config in BIAS_RESIDUAL.space) <= 30
 
 
 def test_registered_op_agrees_with_its_schema() -> None:

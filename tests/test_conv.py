@@ -310,14 +310,14 @@ def test_any_shape_upsampled(b: int, c: int, h: int, w: int, o: int) -> None:
 def test_what_is_refused_says_why() -> None:
     x, weight, bias, residual, _, _ = args = case(2, 16, 4, 4, 24, 3, 1, 1)
     assert CONV2D.supports(*args)
-    assert "no multiple of 8" in CONV2D.supports(randn(2, 12, 4, 4), randn(8, 12, 3, 3)).why
-    assert "x (2, 16, 4, 4)" in CONV2D.supports(x.contiguous(), weight).why
-    assert "weight (24, 16, 3, 3)" in CONV2D.supports(x, weight.contiguous()).why
-    assert "residual" in CONV2D.supports(x, weight, bias, residual.contiguous(), 1, 1).why
-    assert "dtype" in CONV2D.supports(x.double(), weight.double()).why
-    assert "does not double" in UPSAMPLE_CONV2D.supports(x, weight, bias, 8, 9).why
+    assert "no multiple of 8" in CONV2D.supports(randn(2, 12, 4, 4), randn(8, 12, 3, 3)).reason
+    assert "x (2, 16, 4, 4)" in CONV2D.supports(x.contiguous(), weight).reason
+    assert "weight (24, 16, 3, 3)" in CONV2D.supports(x, weight.contiguous()).reason
+    assert "residual" in CONV2D.supports(x, weight, bias, residual.contiguous(), 1, 1).reason
+    assert "dtype" in CONV2D.supports(x.double(), weight.double()).reason
+    assert "does not double" in UPSAMPLE_CONV2D.supports(x, weight, bias, 8, 9).reason
     phases = conv.upsample_phases(weight).contiguous()
-    assert "phases are not channels-last" in UPSAMPLE_CONV2D.supports(x, weight, bias, 8, 8, phases).why
+    assert "phases are not channels-last" in UPSAMPLE_CONV2D.supports(x, weight, bias, 8, 8, phases).reason
 
 
 def test_cost() -> None:
@@ -337,7 +337,7 @@ def test_a_shape_has_its_class_and_its_configurations() -> None:
     assert UPSAMPLE_CONV2D.shape_class(x, weight, bias, 16, 16) == "m512 n640 k256"
     assert conv.default("m128 n1280 k11520 strided", 90) == linear.default("m128 n1280 k11520", 90)
     for op, args in ((CONV2D, (x, weight, bias, None, 1, 1)), (UPSAMPLE_CONV2D, (x, weight, bias, 16, 16))):
-        assert 1 <= sum(op.keep(config, *args) for config in op.space) <= 30  # a tuner's patience
+        assert 1 <= sum(op.is_candidate(config, *args) for config in op.space) <= 30  # a tuner's patience
 
 
 def test_meta_stands_for_a_gpu() -> None:

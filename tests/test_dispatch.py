@@ -111,7 +111,7 @@ def test_on_a_cpu_the_reference_runs_and_doctor_can_say_why() -> None:
     with use("triton"):
         assert GEGLU.path(X)
     with use("torch"):
-        assert "use" in GEGLU.path(X).why
+        assert "use" in GEGLU.path(X).reason
 
 
 def test_use_holds_for_its_thread_and_ends() -> None:

@@ -160,7 +160,7 @@ def test_no_kernel_with_products_takes_float32_on_a_gpu() -> None:
     with mock.patch.object(dispatch, "interpreting", return_value=False), dispatch.targeting(Target(90)):
         for name, args in given.items():
             with mock.patch("fastldm.kernels.linear.interpreting", return_value=False):
-                assert "float32" in dispatch.OPS[name].path(*args).why, name
+                assert "float32" in dispatch.OPS[name].path(*args).reason, name
 
 
 @pytest.mark.gpu

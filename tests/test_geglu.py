@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastldm.kernels.geglu import GEGLU, default, geglu, geglu_reference, keep
+from fastldm.kernels.geglu import GEGLU, default, geglu, geglu_reference, is_candidate
 
 SHAPES = {
     "sd15-level-0": (2, 6, 2 * 1280),
@@ -55,7 +55,7 @@ def test_defaults_fit_the_networks(channels: int) -> None:
     """No block of channels is beyond the end, and a tuner would try them."""
     config = default(f"c{channels}", 90)
     assert channels % config["CHANNELS"] == 0
-    assert keep(config, torch.empty(1, 2 * channels))
+    assert is_candidate(config, torch.empty(1, 2 * channels))
 
 
 @settings(max_examples=10, deadline=None)
@@ -65,9 +65,9 @@ def test_any_shape(rows: int, channels: int) -> None:
 
 
 def test_what_is_refused_says_why() -> None:
-    assert "do not halve" in GEGLU.supports(torch.empty(2, 7)).why
-    assert "not contiguous" in GEGLU.supports(torch.empty(4, 64)[::2]).why
-    assert "stride" in GEGLU.supports(torch.empty(64, 4).t()).why
+    assert "do not halve" in GEGLU.supports(torch.empty(2, 7)).reason
+    assert "not contiguous" in GEGLU.supports(torch.empty(4, 64)[::2]).reason
+    assert "stride" in GEGLU.supports(torch.empty(64, 4).t()).reason
     assert torch.equal(geglu(torch.ones(2, 6)), geglu_reference(torch.ones(2, 6)))  # and runs all the same
 
 

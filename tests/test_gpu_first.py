@@ -194,7 +194,7 @@ def test_an_op_with_integers_that_it_says_nothing_of_is_no_example(monkeypatch: 
     (x, *_), kwargs = op.example((q, q, q, 1), {"kv_len": lengths}, "cpu")
     assert x.isfinite().all()
     assert kwargs["kv_len"].tolist() == [64, 64]
-    monkeypatch.setattr(op, "given", None)
+    monkeypatch.setattr(op, "example_values", None)
     with pytest.raises(TypeError, match="kv_len"):
         op.example((q, q, q, 1), {"kv_len": lengths}, "cpu")
 
@@ -204,7 +204,7 @@ def test_an_example_of_a_step_takes_one() -> None:
     (call,) = [c for c in networks.calls("tiny step", torch.float32) if c.op == "end_step"]
     args, kwargs = call.arguments("cpu")
     op = dispatch.OPS["end_step"]
-    call_by_name = op.named(*args, **kwargs)
+    call_by_name = op.bind(*args, **kwargs)
     before = call_by_name["x"].clone()
     op.reference(*args, **kwargs)
     assert call_by_name["counter"].eq(1).all()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastldm.kernels import dispatch
-from fastldm.kernels.group_norm import GROUP_NORM, default, group_norm, group_norm_reference, keep, supports
+from fastldm.kernels.group_norm import GROUP_NORM, default, group_norm, group_norm_reference, is_candidate, supports
 
 # The interpreter computes the lanes that are masked off, too.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -257,7 +257,7 @@ def test_defaults_fit_the_networks(level: tuple[int, int, int]) -> None:
     x = torch.empty(1, height, width, channels, device="meta").permute(0, 3, 1, 2)
     weight = torch.empty(channels, device="meta")
     config = default(GROUP_NORM.shape_class(x, 32, weight, weight, 1e-5), 90)
-    assert keep(config, x, 32, weight, weight, 1e-5)
+    assert is_candidate(config, x, 32, weight, weight, 1e-5)
     pieces = -(-height * width // (config["PIXELS"] * config["TILES"]))
     assert pieces == 1 or pieces * -(-32 // config["GROUPS"]) >= 132
 
@@ -266,7 +266,7 @@ def test_what_is_refused_says_why() -> None:
     weight = torch.ones(8)
 
     def why(x: Tensor, groups: int = 2, weight: Tensor = weight, **kwargs: Any) -> str:
-        return supports(x, groups, weight, weight, 1e-5, **kwargs).why
+        return supports(x, groups, weight, weight, 1e-5, **kwargs).reason
 
     x = image(2, 8, 3, 3)
     assert why(x) == ""

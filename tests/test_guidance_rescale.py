@@ -29,7 +29,7 @@ def test_a_huge_mean_costs_no_digits() -> None:
 
 def test_refusals_name_the_reason() -> None:
     out = output_for(full_state())
-    assert "dtype" in GUIDANCE_RESCALE.supports(out.long()).why
+    assert "dtype" in GUIDANCE_RESCALE.supports(out.long()).reason
 
 
 def test_registered_op_agrees_with_its_schema() -> None:

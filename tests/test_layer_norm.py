@@ -17,7 +17,7 @@ from fastldm.kernels.layer_norm import (
     add_layer_norm,
     add_layer_norm_reference,
     default,
-    keep,
+    is_candidate,
     layer_norm,
     layer_norm_reference,
 )
@@ -124,14 +124,14 @@ def test_any_shape(rows: int, channels: int, config: int | None) -> None:
 
 @pytest.mark.parametrize("channels", [320, 640, 768, 1024, 1280, 2048, 8192])
 def test_defaults_are_worth_a_try(channels: int) -> None:
-    assert keep(default(f"c{channels}", 90), torch.empty(2, channels), torch.empty(0), torch.empty(0), 1e-5)
+    assert is_candidate(default(f"c{channels}", 90), torch.empty(2, channels), torch.empty(0), torch.empty(0), 1e-5)
 
 
 def test_what_is_refused_says_why() -> None:
     weight = torch.ones(8)
 
     def why(x: Tensor, weight: Tensor = weight) -> str:
-        return LAYER_NORM.supports(x, weight, weight, 1e-5).why
+        return LAYER_NORM.supports(x, weight, weight, 1e-5).reason
 
     x = torch.randn(4, 8)
     assert why(x) == ""
@@ -140,9 +140,9 @@ def test_what_is_refused_says_why() -> None:
     assert "rows are not contiguous" in why(x[::2])
     assert "weight or bias" in why(x, torch.ones(16)[::2])
     assert "8200 channels" in why(torch.empty(1, 8200), torch.ones(8200))
-    assert "residual torch.float16" in ADD_LAYER_NORM.supports(x, x.half(), weight, weight, 1e-5).why
-    assert "residual torch.float32 (8,)" in ADD_LAYER_NORM.supports(x, x[0], weight, weight, 1e-5).why
-    assert "not contiguous" in ADD_LAYER_NORM.supports(x, torch.randn(8, 8)[::2], weight, weight, 1e-5).why
+    assert "residual torch.float16" in ADD_LAYER_NORM.supports(x, x.half(), weight, weight, 1e-5).reason
+    assert "residual torch.float32 (8,)" in ADD_LAYER_NORM.supports(x, x[0], weight, weight, 1e-5).reason
+    assert "not contiguous" in ADD_LAYER_NORM.supports(x, torch.randn(8, 8)[::2], weight, weight, 1e-5).reason
     assert torch.equal(layer_norm(x[::2], weight, weight, 1e-5), layer_norm_reference(x[::2], weight, weight, 1e-5))
 
 

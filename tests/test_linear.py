@@ -177,23 +177,23 @@ def test_a_split_product_is_the_same_in_every_run() -> None:
 def test_what_is_refused_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias, residual = matrices(4, 16, 24)
     assert LINEAR.supports(x, weight, bias, residual)
-    assert "no multiple of 8" in LINEAR.supports(x[:, :12], weight[:, :12]).why
-    assert "not contiguous" in LINEAR.supports(x, weight, bias, residual.t().contiguous().t()).why
-    assert "stride" in LINEAR.supports(x, weight.t().contiguous().t()).why
-    assert "not 16 bytes aligned" in LINEAR.supports(randn(4, 25)[:, :24], weight).why
-    assert "is empty" in LINEAR.supports(x[:0], weight).why
-    assert "another argument torch.float64" in LINEAR.supports(x, weight.double()).why
-    assert "dtype torch.float64" in LINEAR.supports(x.double(), weight.double()).why
-    assert "do not halve" in LINEAR_GEGLU.supports(x, weight[:15]).why
+    assert "no multiple of 8" in LINEAR.supports(x[:, :12], weight[:, :12]).reason
+    assert "not contiguous" in LINEAR.supports(x, weight, bias, residual.t().contiguous().t()).reason
+    assert "stride" in LINEAR.supports(x, weight.t().contiguous().t()).reason
+    assert "not 16 bytes aligned" in LINEAR.supports(randn(4, 25)[:, :24], weight).reason
+    assert "is empty" in LINEAR.supports(x[:0], weight).reason
+    assert "another argument torch.float64" in LINEAR.supports(x, weight.double()).reason
+    assert "dtype torch.float64" in LINEAR.supports(x.double(), weight.double()).reason
+    assert "do not halve" in LINEAR_GEGLU.supports(x, weight[:15]).reason
     monkeypatch.setattr(linear, "interpreting", lambda: False)
-    assert "10 bits" in LINEAR.supports(x.float(), weight.float()).why
+    assert "10 bits" in LINEAR.supports(x.float(), weight.float()).reason
     assert LINEAR.supports(x.half(), weight.half())
 
 
 def test_the_library_is_taken_unless_a_table_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.empty(128, 640, device="meta").half(), torch.empty(640, 640, device="meta").half()
     with dispatch.targeting(dispatch.Target(90)):
-        assert LINEAR.path(x, weight).why == "torch's own is taken by default"
+        assert LINEAR.path(x, weight).reason == "torch's own is taken by default"
         measured = {"sm_90": {"linear": {"m128 n640 k640": {"path": "triton", "config": SMALL}}}}
         monkeypatch.setattr(dispatch, "table", lambda: measured)
         assert LINEAR.path(x, weight)
@@ -217,7 +217,7 @@ def test_few_tiles_split_k() -> None:
     assert linear.default("m128 n1280 k11520", 90)["SPLIT"] > 1
     assert linear.default("m8192 n320 k320", 90)["SPLIT"] == 1
     x, weight = randn(128, 64), randn(1280, 64)
-    assert 1 <= sum(linear.keep(config, x, weight) for config in linear.SPACE) <= 30  # a tuner's patience
+    assert 1 <= sum(linear.is_candidate(config, x, weight) for config in linear.SPACE) <= 30  # a tuner's patience
 
 
 def test_cost() -> None:

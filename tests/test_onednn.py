@@ -43,7 +43,7 @@ def as_good(got: Tensor | None, plain: Tensor, exact: Tensor) -> None:
 @pytest.mark.parametrize("rows", [1, 77, 130])  # one row, a text, more than a block
 def test_products(dtype: torch.dtype, rows: int) -> None:
     x, weight, bias = torch.randn(2, rows, 96).to(dtype), torch.randn(200, 96).to(dtype), torch.randn(200).to(dtype)
-    held = Layouts([weight])
+    layouts = Layouts([weight])
     for part in (slice(None), slice(0, 64), slice(64, 200)):  # a view of a weight has a layout of its own
         for columns in (slice(0, 96), slice(32, 96)):
             given = x[..., columns], weight[part, columns], bias[part]
@@ -54,16 +54,16 @@ def test_products(dtype: torch.dtype, rows: int) -> None:
         F.linear(x, weight, bias) + residual,
         F.linear(x.double(), weight.double(), bias.double()) + residual.double(),
     )
-    kept = len(held._kept)
+    cached = len(layouts._cached)
     linear_geglu(x, weight, bias)
-    assert len(held._kept) == kept  # the whole weight's, again
+    assert len(layouts._cached) == cached  # the whole weight's, again
 
 
 @needs_layouts
 @pytest.mark.parametrize("stride", [1, 2])
 def test_convolutions_of_one_size_and_another(dtype: torch.dtype, stride: int) -> None:
     weight, bias = last(torch.randn(48, 32, 3, 3).to(dtype)), torch.randn(48).to(dtype)
-    held = Layouts([weight])
+    layouts = Layouts([weight])
     for size in ((2, 32, 8, 8), (2, 32, 4, 4), (1, 32, 9, 7), (2, 32, 8, 8)):
         x = last(torch.randn(size).to(dtype))
         plain = F.conv2d(x, weight, bias, stride, 1)
@@ -76,44 +76,44 @@ def test_convolutions_of_one_size_and_another(dtype: torch.dtype, stride: int) -
         out = conv2d(x, weight, bias, stride=stride, padding=1, residual=residual)
         as_good(out, plain + residual, exact + residual.double())
         assert out.is_contiguous(memory_format=torch.channels_last)
-    assert held.nbytes == weight.nbytes  # one layout for all sizes
+    assert layouts.nbytes == weight.nbytes  # one layout for all sizes
 
 
 @needs_layouts
 def test_a_change_is_seen_and_followed(dtype: torch.dtype) -> None:
     x, weight = torch.randn(5, 64).to(dtype), torch.randn(48, 64).to(dtype)
-    held = Layouts([weight])
+    layouts = Layouts([weight])
     before = product(x, weight, None)
-    assert not held.stale()
+    assert not layouts.stale()
     weight.data += 1
-    assert held.stale()
-    assert [w.data_ptr() for w in held.drop_stale()] == [weight.data_ptr()]
+    assert layouts.stale()
+    assert [w.data_ptr() for w in layouts.drop_stale()] == [weight.data_ptr()]
     after = product(x, weight, None)
     as_good(after, F.linear(x, weight), F.linear(x.double(), weight.double()))
     assert not torch.equal(before, after)
-    assert not held.stale()
+    assert not layouts.stale()
 
 
 def test_only_what_is_held_has_layouts() -> None:
     x, weight = torch.randn(5, 64), torch.randn(48, 64)
     assert product(x, weight, None) is None
-    held = Layouts([weight])
+    layouts = Layouts([weight])
     assert product(x, weight, None) is not None
     assert product(x, weight.clone(), None) is None
     assert product(x.double(), weight, None) is None
     assert product(x.requires_grad_(), weight, None) is None  # the ops have no gradient
     assert product(torch.randn(onednn._ROWS + 1, 64), weight, None) is None
-    del held
+    del layouts
     gc.collect()
     assert product(x.detach(), weight, None) is None
 
 
 def test_small_weights_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(48, 64)
-    held = Layouts([weight])
+    layouts = Layouts([weight])
     monkeypatch.setattr(onednn, "_BYTES", weight.nbytes + 1)
     assert product(torch.randn(5, 64), weight, None) is None
-    assert held.nbytes == 0
+    assert layouts.nbytes == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -144,7 +144,7 @@ def test_for_a_gpu_channels_are_padded_once_and_phases_kept(monkeypatch: pytest.
     ]
     assert [tuple(w.shape[:2]) for w in narrow] == [(16, 9), (4, 16), (16, 3), (4, 16), (16, 4), (3, 16)]
     for weight in narrow:
-        whole = conv.in_eights(weight)
+        whole = conv.pad_to_eights(weight)
         assert whole.data_ptr() == weight.data_ptr()
         assert whole.shape[0] % 8 == whole.shape[1] % 8 == 0
         assert whole.count_nonzero() == weight.count_nonzero()  # zeros around it

@@ -335,7 +335,7 @@ def test_what_is_refused_says_why() -> None:
     out = output_for(state)
 
     def why(out: Tensor = out, **changed: Tensor) -> str:
-        return END_STEP.supports(out, *state._replace(**changed)).why
+        return END_STEP.supports(out, *state._replace(**changed)).reason
 
     assert END_STEP.supports(out, *state)
     assert "not float32" in why(y=state.y.double())
@@ -375,7 +375,7 @@ def test_no_program_finds_the_counter_moved() -> None:
     for _ in range(6):
         END_STEP.reference(out, *expected)
     for config in END_STEP.space:
-        if not END_STEP.keep(config, out, *state):
+        if not END_STEP.is_candidate(config, out, *state):
             continue
         got = clone(state)
         with dispatch.forced("end_step", config):

@@ -6,7 +6,7 @@ so do those of a diffusers pipeline that shares them: in-place writes are seen b
     packed      the query, key and value projections of one attention are stacked in one tensor: one matrix product
                 (models.layers.project)
     convolved   convolution weights are channels-last, and on a GPU a slice of memory that is zero-padded to multiples
-                of 8 channels (kernels.conv.in_eights)
+                of 8 channels (kernels.conv.pad_to_eights)
     derived     tensors computed from a parameter and cached beside it: on a GPU the phases of an upsampling convolution
                 (kernels.conv.upsample_phases); the weights of an autoencoder that is rescaled for float16, computed
                 from those of an adopted pipeline, which stay unchanged; on a CPU the U-Net's weights in oneDNN's layout
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from fastldm.errors import InputError
-from fastldm.kernels.conv import in_eights, upsample_phases
+from fastldm.kernels.conv import pad_to_eights, upsample_phases
 from fastldm.kernels.linear import fast_library
 from fastldm.kernels.onednn import Layouts, row_sums
 from fastldm.models.clip import TextAttention
@@ -213,7 +213,7 @@ def _layout(module: nn.Module) -> dict[str, Tensor]:
         weight = module.weight.data
         filters, channels, *kernel = weight.shape
         if kernel != [1, 1] and fast_library(weight):
-            return {"weight": in_eights(channels_last(weight))[:filters, :channels]}
+            return {"weight": pad_to_eights(channels_last(weight))[:filters, :channels]}
         return {"weight": channels_last(weight)}
     if isinstance(module, Attention):
         self_attention = module.to_q.weight.shape == module.to_k.weight.shape

@@ -102,7 +102,7 @@ def op_paths(spec: Spec, dtype: torch.dtype, arch: str | None) -> dict[str, Any]
     def watch(op: dispatch.Op[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         verdict = op.path(*args, **kwargs)
         reasons = calls["triton" if verdict else "torch"].setdefault(op.name, Counter())
-        reasons[verdict.why] += 1
+        reasons[verdict.reason] += 1
 
     latents = {"height": spec.default_size[1] // spec.vae.factor, "width": spec.default_size[0] // spec.vae.factor}
     with dispatch.targeting(on_gpu), dispatch.observe(watch):

@@ -264,7 +264,7 @@ def plan(workload: Workload) -> MemoryPlan:
     elif workload.arch:
         cached = Line("cached", heap.held - heap.peak, "free blocks, and what is left over of segments")
     else:
-        cached_bytes = sum(p.nbytes for p in networks["U-Net"].parameters() if onednn.worth_keeping(p))
+        cached_bytes = sum(p.nbytes for p in networks["U-Net"].parameters() if onednn.worth_caching(p))
         cached = Line(
             "cached", cached_bytes, "weights of the U-Net in oneDNN's layout, at most: of layers with few pixels"
         )

@@ -77,7 +77,7 @@ def candidates(
     """The configurations of an op that are worth a try for these arguments: the default, then those that differ from it
     in one constant, in two, and so on; at most `limit`."""
     default = op.default(shape_class, arch)
-    rest = [config for config in op.space if config != default and op.keep(config, *args, **kwargs)]
+    rest = [config for config in op.space if config != default and op.is_candidate(config, *args, **kwargs)]
     rest.sort(key=lambda config: sum(config.get(name) != value for name, value in default.items()))
     return [default, *rest][:limit]
 
@@ -96,7 +96,7 @@ def best_of(
     meta tensors; None where none of them runs here."""
     args, kwargs = op.example(args, kwargs, device)
     # A call that moves a counter would come to its end, and then be timed doing nothing: all are set back each time.
-    named = op.named(*args, **kwargs)
+    named = op.bind(*args, **kwargs)
     counters = [named[name] for name in op.mutates if name in named and not named[name].is_floating_point()]
     saved = [x.clone() for x in counters]
 

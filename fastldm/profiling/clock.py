@@ -107,7 +107,7 @@ class Clock:
         name, cost = _name(op, args), op.cost(*args, **kwargs)
         span = self._start(name)
         span.noticed = noticed
-        span.call = Call(name, cost, "triton" if verdict else f"torch: {verdict.why}")
+        span.call = Call(name, cost, "triton" if verdict else f"torch: {verdict.reason}")
         span.start = perf_counter()
         return lambda: self._end(span)
 

@@ -139,7 +139,7 @@ FAULTS: dict[str, list[Fault]] = {
             'cdiv(rows, config["ROWS"])',
             'rows // config["ROWS"]',
             _bias_residual,
-            "the last block of pixels left out",
+            "the last block of pixels is skipped",
         ),
         Fault(
             "out, bias, residual, out, rows",
@@ -150,20 +150,20 @@ FAULTS: dict[str, list[Fault]] = {
     ],
     "group_norm": [
         Fault(
-            "count = tl.minimum(tl.maximum(pixels - part * (PIXELS * TILES), 0), PIXELS * TILES)",
-            "count = tl.where(part * (PIXELS * TILES) < pixels, PIXELS * TILES, 0)",
+            "count = tl.minimum(tl.maximum(pixels - source * (PIXELS * TILES), 0), PIXELS * TILES)",
+            "count = tl.where(source * (PIXELS * TILES) < pixels, PIXELS * TILES, 0)",
             _group_norm,
             "a short last piece weighed like the others",
         ),
         Fault(
-            "inside & (channel >= seam), other=0.0)",
-            "inside & (channel > seam), other=0.0)",
+            "mask & (channel >= split_channel), other=0.0)",
+            "mask & (channel > split_channel), other=0.0)",
             _group_norm,
             "the first channel of the skip connection left out",
         ),
         Fault(
-            "m2 += apart * (y - mean)",
-            "m2 += apart * apart",
+            "m2 += deviation * (y - mean)",
+            "m2 += deviation * deviation",
             _group_norm,
             "the running M2 without the step that the mean has made",
         ),
@@ -174,22 +174,22 @@ FAULTS: dict[str, list[Fault]] = {
             "a shift in the statistics only",
         ),
         Fault(
-            "before = (pixel >= first + PIXELS) & (pixel < last + PIXELS) & mask",
-            "before = (pixel >= first + PIXELS) & (pixel < last) & mask",
+            "next_mask = (pixel >= first + PIXELS) & (pixel < last + PIXELS) & channel_mask",
+            "next_mask = (pixel >= first + PIXELS) & (pixel < last) & channel_mask",
             _group_norm,
             "the tile before the last one loaded with the last one's mask",
         ),
     ],
     "layer_norm": [
         Fault(
-            "apart = tl.where(inside, y - mean, 0.0)",
-            "apart = y - mean",
+            "deviation = tl.where(mask, y - mean, 0.0)",
+            "deviation = y - mean",
             _layer_norm,
             "lanes beyond the row counted in the variance",
         ),
         Fault(
-            "tl.load(residual + place, inside, other=0.0).to(tl.float32)).to(y.dtype)",
-            "tl.load(residual + place, inside, other=0.0).to(tl.float32))",
+            "tl.load(residual + offset, mask, other=0.0).to(tl.float32)).to(y.dtype)",
+            "tl.load(residual + offset, mask, other=0.0).to(tl.float32))",
             _add_layer_norm,
             "the sum normalised before it is rounded",
         ),
@@ -208,15 +208,15 @@ FAULTS: dict[str, list[Fault]] = {
             "the ring of histories read one plane too far back",
         ),
         Fault(
-            "_term(tl.abs(a1) + moves * tl.abs(e1), y + at, inside)",
-            "_term(moves * tl.abs(e1) * 0.0, y + at, inside)",
+            "_term(tl.abs(a1) + moves * tl.abs(e1), y + offset, valid)",
+            "_term(moves * tl.abs(e1) * 0.0, y + offset, valid)",
             _end_step,
             "an anchor that the row asks for, not read",
         ),
     ],
     "guidance_rescale": [
         Fault(
-            "tl.where(inside, guided - guided_mean, 0.0)",
+            "tl.where(mask, guided - guided_mean, 0.0)",
             "guided - guided_mean",
             _guidance_rescale,
             "lanes beyond the end counted in the deviation",

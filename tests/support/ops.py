@@ -54,7 +54,7 @@ def check(op: dispatch.Op[..., Any], *args: Any, **kwargs: Any) -> None:
     """
     dtype = next(a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point())
     verdict = op.supports(*args, **kwargs)
-    assert verdict, verdict.why
+    assert verdict, verdict.reason
 
     exact = outputs(op.reference, *(_double((args, kwargs))))
     plain = outputs(op.reference, *copy.deepcopy((args, kwargs)))
