@@ -1,4 +1,8 @@
-"""The house: who may see whom. Each floor sees itself and those below it; on a floor no two modules see each other."""
+"""The house: who may see whom. Each floor sees itself and those below it; on a floor no two modules see each other.
+
+A name of another module is there for those who import it, so that no import up means that no function calls one of a
+floor above by its name. What a function was given, such as a callback, it may call.
+"""
 
 from __future__ import annotations
 
@@ -33,50 +37,50 @@ FLOORS = [  # top first
         *["sizes", "spans", "system", "version"],
     ],
 ]
-GOES_UP: set[tuple[str, str]] = set()
-CIRCLES: list[set[str]] = []  # known, and to become none
+GOES_UP: set[tuple[str, str]] = set()  # known offenders: none are left
+CIRCLES: list[set[str]] = []
 PRIVATE: set[str] = set()
 
 
 def modules() -> dict[str, ast.Module]:
     """All of them, by their names without fastldm's."""
-    found = {}
+    trees = {}
     for top in ("fastldm", "kernels", "export"):
         for path in sorted((ROOT / top).rglob("*.py")):
-            parts = [*([] if top == "fastldm" else [top]), *path.relative_to(ROOT / top).with_suffix("").parts]
-            name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-            found[name or "fastldm"] = ast.parse(path.read_text())
-    return found
+            names = [*([] if top == "fastldm" else [top]), *path.relative_to(ROOT / top).with_suffix("").parts]
+            name = ".".join(names[:-1] if names[-1] == "__init__" else names)
+            trees[name or "fastldm"] = ast.parse(path.read_text())
+    return trees
 
 
 MODULES = modules()
 
 
 def imports(name: str) -> set[str]:
-    """The modules that one imports, wherever in it, under TYPE_CHECKING too."""
-    found = set()
+    """The modules that a module imports, wherever in it, under TYPE_CHECKING and by import_module too."""
+    imported = set()
     for node in ast.walk(MODULES[name]):
         if isinstance(node, ast.ImportFrom):
             assert not node.level, f"{name} imports relatively"
-            base = (node.module or "").removeprefix("fastldm").removeprefix(".")
             if (node.module or "").split(".")[0] == "fastldm":
+                base = (node.module or "").removeprefix("fastldm").removeprefix(".")
                 for alias in node.names:
                     full = f"{base}.{alias.name}".removeprefix(".")
-                    found.add(full if full in MODULES else base or "fastldm")
+                    imported.add(full if full in MODULES else base or "fastldm")
         elif isinstance(node, ast.Import):
-            found |= {
-                alias.name.partition(".")[2] or "fastldm"
-                for alias in node.names
-                if alias.name.split(".")[0] == "fastldm"
-            }
-    return found - {name}
+            names = [alias.name for alias in node.names if alias.name.split(".")[0] == "fastldm"]
+            imported |= {full.partition(".")[2] or "fastldm" for full in names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            text = "".join(str(part.value) for part in ast.walk(node.args[0]) if isinstance(part, ast.Constant))
+            imported |= {text.removeprefix("fastldm.").rstrip(".")} & MODULES.keys()  # or the package that it names
+    return imported - {name}
 
 
 def floor(name: str) -> int:
     """The number of a module's floor, from the top. The package itself is above all: it gives users what is below."""
-    parts = name.split(".")
-    rooms = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
-    return next((k for room in rooms for k, floor in enumerate(FLOORS) if room in floor), -1)
+    words = name.split(".")
+    packages = [".".join(words[:n]) for n in range(len(words), 0, -1)]
+    return next((k for package in packages for k, floor in enumerate(FLOORS) if package in floor), -1)
 
 
 def test_every_module_has_a_floor() -> None:
@@ -84,8 +88,8 @@ def test_every_module_has_a_floor() -> None:
 
 
 def test_no_import_goes_up() -> None:
-    found = {(one, other) for one in MODULES for other in imports(one) if floor(other) < floor(one)}
-    assert found == GOES_UP
+    upward = {(name, seen) for name in MODULES for seen in imports(name) if floor(seen) < floor(name)}
+    assert upward == GOES_UP
 
 
 def test_no_circles() -> None:
@@ -97,31 +101,31 @@ def circles(edges: dict[str, set[str]]) -> list[set[str]]:
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
-    found: list[set[str]] = []
+    groups: list[set[str]] = []
 
     def visit(name: str) -> None:
         index[name] = low[name] = len(index)
         stack.append(name)
-        for other in sorted(edges[name] & edges.keys()):
-            if other not in index:
-                visit(other)
-            if other in stack:
-                low[name] = min(low[name], low[other])
+        for neighbour in sorted(edges[name] & edges.keys()):
+            if neighbour not in index:
+                visit(neighbour)
+            if neighbour in stack:
+                low[name] = min(low[name], low[neighbour])
         if low[name] == index[name]:
             at = stack.index(name)
             group = set(stack[at:])
             del stack[at:]
             if len(group) > 1:
-                found.append(group)
+                groups.append(group)
 
     sys.setrecursionlimit(10_000)
     for name in sorted(edges):
         if name not in index:
             visit(name)
-    return sorted(found, key=len)
+    return sorted(groups, key=len)
 
 
-def test_nobody_uses_what_is_private_elsewhere() -> None:
+def test_private_names_are_used_in_their_module_only() -> None:
     """Names of modules, and attributes that only another module's classes define. (A NamedTuple's own begin with an
     underscore and are public.)"""
     owners = defaultdict(set)
@@ -133,15 +137,15 @@ def test_nobody_uses_what_is_private_elsewhere() -> None:
                 owners[node.attr].add(name)
             elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 owners[node.target.id].add(name)
-    found = set()
+    uses = set()
     for name, tree in MODULES.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and is_private(node.attr) and not is_own(node):
                 if node.attr in owners and name not in owners[node.attr]:
-                    found.add(f"{name}: {node.attr}")
+                    uses.add(f"{name}: {node.attr}")
             elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastldm"):
-                found |= {f"{name}: {alias.name}" for alias in node.names if is_private(alias.name)}
-    assert found == PRIVATE
+                uses |= {f"{name}: {alias.name}" for alias in node.names if is_private(alias.name)}
+    assert uses == PRIVATE
 
 
 def is_private(name: str) -> bool:
@@ -155,18 +159,18 @@ def is_own(node: ast.Attribute) -> bool:
 def test_no_test_imports_a_test() -> None:
     """What two of them share is in support/."""
     pattern = re.compile(r"^\s*(?:from|import) test_\w+", re.MULTILINE)  # also in code that a test runs in a process
-    found = {path.name: pattern.findall(path.read_text("utf-8")) for path in (ROOT / "tests").rglob("*.py")}
-    assert len(found) > 80
-    assert not {name: imports for name, imports in found.items() if imports}
+    imported = {path.name: pattern.findall(path.read_text("utf-8")) for path in (ROOT / "tests").rglob("*.py")}
+    assert len(imported) > 80
+    assert not {name: tests for name, tests in imported.items() if tests}
 
 
-def test_the_drawing_is_of_these_floors() -> None:
+def test_drawing_shows_these_floors() -> None:
     svg = runpy.run_path(str(ROOT / "docs" / "architecture.py"))["svg"]
     assert (ROOT / "docs" / "architecture.svg").read_text("utf-8") == svg(), "run `python docs/architecture.py`"
 
 
 @pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
-def test_pages_name_files_that_there_are(page: str) -> None:
+def test_pages_name_existing_files(page: str) -> None:
     names = re.findall(r"`([\w./]+(?:/|\.py|\.toml))`", (ROOT / page).read_text("utf-8"))
     assert names
     assert not [name for name in names if not (ROOT / name).exists() and name not in ("adapters/", "server/")]
