@@ -148,7 +148,7 @@ def test_what_is_raised_beyond_requests_loses_what_was_in_hand(
             same(future.result(60).images, alone)
 
 
-@pytest.mark.parametrize("where", ["_buckets", "_choose", "_patience", "_expire"])
+@pytest.mark.parametrize("where", ["_buckets", "_choose", "_seconds_to_deadline", "_expire"])
 def test_a_worker_that_cannot_choose_fails_all_and_goes_on(
     where: str, pipe: Pipeline, alone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,7 +163,7 @@ def test_a_worker_that_cannot_choose_fails_all_and_goes_on(
     with Session(pipe) as session:
         broken.set()
         future = session.submit(**options(7, **SMALL))
-        if where == "_patience":  # it is asked when there is nothing to do
+        if where == "_seconds_to_deadline":  # it is asked when there is nothing to do
             same(future.result(60).images, alone)
         else:
             with pytest.raises(WorkerLost, match="OverflowError: thrown on purpose"):
