@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastldm.checks import show
 from fastldm.errors import BundleError, CheckpointError
 from fastldm.export import manifest as manifests
 from fastldm.export.cache import hash_files
@@ -59,7 +60,7 @@ class Bundle:
         for name, file in known.items():
             path = folder / name
             if folder.resolve() not in path.resolve().parents:
-                raise BundleError(f"{folder / MANIFEST} names {name!r}, which is not in the bundle")
+                raise BundleError(f"{folder / MANIFEST} names {show(name)}, which is not in the bundle")
             if not path.is_file():
                 raise BundleError(f"{path} is missing: export the model again, or copy the whole folder")
             if path.stat().st_size != file["bytes"]:

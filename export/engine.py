@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastldm import openmp
+from fastldm.checks import show
 from fastldm.errors import EngineError, InputError
 from fastldm.export.backends import BACKENDS
 from fastldm.export.spec import NetworkSpec
@@ -68,7 +69,7 @@ def open_engine(
     Raises EngineError where the backend is not installed, naming the extra that brings it, or cannot run this.
     """
     if backend not in BACKENDS:
-        raise InputError(f"backend is {backend!r}: expected one of {', '.join(BACKENDS)}")
+        raise InputError(f"backend is {show(backend)}: expected one of {', '.join(BACKENDS)}")
     try:
         module = importlib.import_module(f"fastldm.export.{backend}")
     except ImportError as error:

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fastldm.checks import show
 from fastldm.errors import EngineError, InputError
 from fastldm.export.cache import Key
 from fastldm.export.private import Folder
@@ -119,7 +120,7 @@ class Engines:
         """An engine's content, which is what was built. EngineError where it is not, or must not be run."""
         path, parts = self.folder / record.file, record.file.split("/")
         if len(parts) != 2 or {"", ".", ".."} & set(parts):
-            raise EngineError(f"{self.folder / INDEX} names {record.file!r}, which is not in the bundle")
+            raise EngineError(f"{self.folder / INDEX} names {show(record.file)}, which is not in the bundle")
         try:
             with Folder.open(self.folder, parents=False) as folder, folder.folder(parts[0]) as inside:
                 data = inside.read(parts[1])

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from fastldm.checks import show
 from fastldm.errors import BundleError
 from fastldm.export.engine import MANIFEST
 from fastldm.export.reference import RUN
@@ -112,10 +113,12 @@ def read(folder: Path) -> dict[str, Any]:
     values = read_fields(manifest, FIELDS, str(path), error=BundleError)
     for name in values["files"]:
         if not _inside(name):
-            raise BundleError(f"{path} names {name!r}, which is not in the bundle")
+            raise BundleError(f"{path} names {show(name)}, which is not in the bundle")
     for name, network in values["networks"].items():
         if network["name"] != name or name not in RUN:
-            raise BundleError(f"{path}: 'networks.{name}' is of {network['name']!r}, expected one of {', '.join(RUN)}")
+            raise BundleError(
+                f"{path}: 'networks.{name}' is of {show(network['name'])}, expected one of {', '.join(RUN)}"
+            )
     return manifest  # configs and the index have tables of their own, where they are read
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fastldm.checks import show
 from fastldm.errors import CheckpointError, InputError
 from fastldm.loading import relatives
 from fastldm.loading.checkpoint import Checkpoint, Component, TokenizerFiles
@@ -249,7 +250,7 @@ def read_layout(
     `prediction_type`.
     """
     if prediction_type is not None and prediction_type not in PREDICTION_TYPES:
-        raise InputError(f"prediction_type is {prediction_type!r}; expected one of {', '.join(PREDICTION_TYPES)}.")
+        raise InputError(f"prediction_type is {show(prediction_type)}; expected one of {', '.join(PREDICTION_TYPES)}.")
     family, texts = _family(shapes, source)
     is_sdxl, is_sd2 = family is _SDXL, family is _SD2
     inpainting = shapes[_FIRST_CONV][1] == 9

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fastldm.checks import show
 from fastldm.errors import InputError
 from fastldm.samplers.classes import CLASSES, SIGMA_KINDS
 from fastldm.samplers.config import ScheduleConfig
@@ -65,8 +66,8 @@ def resolve_sampler(name: str) -> Sampler:
         suggestions = difflib.get_close_matches(base, _LOOKUP, 1, 0.5)
         hint = f" Did you mean {_LOOKUP[suggestions[0]].name!r}?" if suggestions else ""
         raise InputError(
-            f"unknown sampler {name!r}.{hint} There are: {', '.join(SAMPLERS)}; diffusers' class names; and these with "
-            "'karras', 'exponential' or 'beta' at the end where they take other sigmas."
+            f"unknown sampler {show(name)}.{hint} There are: {', '.join(SAMPLERS)}; diffusers' class names; and these "
+            "with 'karras', 'exponential' or 'beta' at the end where they take other sigmas."
         )
     if not kind:
         return sampler

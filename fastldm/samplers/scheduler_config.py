@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from fastldm.checks import show
 from fastldm.errors import CheckpointError, InputError
 from fastldm.reading import Field, Flag, Integer, ListOf, Maybe, Number, Text, read_fields
 from fastldm.samplers.classes import CLASSES, SIGMA_KINDS
@@ -152,7 +153,7 @@ def read_config(given: Mapping[str, Any], *, steps_offset: int | None = 1) -> Sc
     """
     name = given.get("_class_name")
     if name not in CLASSES:
-        raise InputError(f"scheduler: _class_name {name!r} is not supported; these are: {', '.join(CLASSES)}.")
+        raise InputError(f"scheduler: _class_name {show(name)} is not supported; these are: {', '.join(CLASSES)}.")
     fixes = []
     if given.get("clip_sample", CLASSES[name].keys.get("clip_sample", False)):
         fixes.append("clip_sample is off")
@@ -177,10 +178,10 @@ def config_of(name: str, given: Mapping[str, Any]) -> ScheduleConfig:
         if key in values and values[key] in _FOREIGN.get(key, ()) and values[key] not in choices:
             values[key] = entry.keys[key]
         if key in values and values[key] not in choices:
-            raise InputError(f"{name}: {key}={values[key]!r} is none of {', '.join(map(str, choices))}.")
+            raise InputError(f"{name}: {key}={show(values[key])} is none of {', '.join(map(str, choices))}.")
     for key, (allowed, reason) in _REFUSED.items():
         if given.get(key) not in allowed:
-            raise InputError(f"{name}: {key}={given[key]!r} is not supported: {reason}.")
+            raise InputError(f"{name}: {key}={show(given[key])} is not supported: {reason}.")
     kinds = [kind for kind, key in SIGMA_KINDS.items() if values.get(key)]
     if len(kinds) > 1:
         raise InputError(f"{name}: only one kind of sigmas can be used, got {' and '.join(kinds)}.")
@@ -192,9 +193,9 @@ def config_of(name: str, given: Mapping[str, Any]) -> ScheduleConfig:
         raise InputError(f"{name}: {betas} trained_betas for num_train_timesteps {trained}; they must be as many.")
     algorithm = values.get("algorithm_type", "++")
     if not algorithm.endswith("++") and values["final_sigmas_type"] == "zero":
-        raise InputError(f"{name}: algorithm_type {algorithm!r} needs final_sigmas_type 'sigma_min', not 'zero'.")
+        raise InputError(f"{name}: algorithm_type {show(algorithm)} needs final_sigmas_type 'sigma_min', not 'zero'.")
     if algorithm == "sde-dpmsolver" and values["solver_order"] == 3:
-        raise InputError(f"{name}: algorithm_type {algorithm!r} has no third order; set solver_order 2.")
+        raise InputError(f"{name}: algorithm_type {show(algorithm)} has no third order; set solver_order 2.")
     names = {f.name for f in fields(ScheduleConfig)} & set(values)
     config = ScheduleConfig(class_name=name, given=dict(given), **{key: values[key] for key in names})
     alphas_cumprod(config)  # bad betas are refused here

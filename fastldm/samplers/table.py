@@ -28,6 +28,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fastldm.checks import show
 from fastldm.errors import InputError
 from fastldm.samplers.classes import CLASSES, SchedulerClass
 from fastldm.samplers.config import ScheduleConfig
@@ -101,7 +102,7 @@ def make_table(
         num_inference_steps = len(values) - (name == "sigmas")
     steps = num_inference_steps
     if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= trained:
-        raise InputError(f"num_inference_steps must be a whole number from 1 to {trained}, got {steps!r}.")
+        raise InputError(f"num_inference_steps must be a whole number from 1 to {trained}, got {show(steps)}.")
     if not 0 < strength <= 1:
         raise InputError(f"strength must be above 0 and at most 1, got {strength}.")
     if not 0 <= eta <= 1:
