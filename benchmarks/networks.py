@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastldm.kernels import dispatch
 from fastldm.kernels.attention import attention
 from fastldm.models.config import TextConfig, UNetConfig, VAEConfig
-from fastldm.planning import dry
+from fastldm.planning import dry_run
 from fastldm.profiling.contender import SD15 as _SD15
 
 _CROSS_DOWN, _DOWN, _CROSS_UP, _UP = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"
@@ -77,16 +77,16 @@ CLIP_G = TextConfig.from_dict(
 
 # name -> runs the workload on the meta device in a dtype. U-Nets take one guided step: two rows.
 WORKLOADS: dict[str, Callable[[torch.dtype], None]] = {
-    "sd15-512 step": lambda dtype: dry.run_unet(SD15, height=64, width=64, rows=2, tokens=77, dtype=dtype),
-    "sdxl-1024 step": lambda dtype: dry.run_unet(SDXL, height=128, width=128, rows=2, tokens=77, dtype=dtype),
-    "vae-512 decode": lambda dtype: dry.run_decoder(VAE, height=64, width=64, batch=1, dtype=dtype),
-    "vae-1024 decode": lambda dtype: dry.run_decoder(VAE, height=128, width=128, batch=1, dtype=dtype),
-    "clip-l": lambda dtype: dry.run_text([CLIP_L], batch=2, dtype=dtype),
+    "sd15-512 step": lambda dtype: dry_run.run_unet(SD15, height=64, width=64, rows=2, tokens=77, dtype=dtype),
+    "sdxl-1024 step": lambda dtype: dry_run.run_unet(SDXL, height=128, width=128, rows=2, tokens=77, dtype=dtype),
+    "vae-512 decode": lambda dtype: dry_run.run_decoder(VAE, height=64, width=64, batch=1, dtype=dtype),
+    "vae-1024 decode": lambda dtype: dry_run.run_decoder(VAE, height=128, width=128, batch=1, dtype=dtype),
+    "clip-l": lambda dtype: dry_run.run_text([CLIP_L], batch=2, dtype=dtype),
 }
 # The same for machines and minutes that are small: every op, and attention at each of its kinds of head dim.
 SMALL: dict[str, Callable[[torch.dtype], None]] = {
-    "tiny step": lambda dtype: dry.run_unet(TINY, height=8, width=8, rows=2, tokens=77, dtype=dtype),
-    "tiny decode": lambda dtype: dry.run_decoder(TINY_VAE, height=4, width=4, batch=1, dtype=dtype),
+    "tiny step": lambda dtype: dry_run.run_unet(TINY, height=8, width=8, rows=2, tokens=77, dtype=dtype),
+    "tiny decode": lambda dtype: dry_run.run_decoder(TINY_VAE, height=4, width=4, batch=1, dtype=dtype),
     "heads": lambda dtype: _heads(dtype),
 }
 

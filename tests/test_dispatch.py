@@ -210,7 +210,7 @@ TRACED = """
 import sys, torch
 from pathlib import Path
 from fastldm.models.config import UNetConfig
-from fastldm.planning import dry
+from fastldm.planning import dry_run
 from fastldm.kernels.compile import Ahead
 from fastldm.kernels.dispatch import targeting
 import triton
@@ -223,7 +223,7 @@ config = UNetConfig.from_dict({
 })
 ahead = Ahead(int(sys.argv[1]))
 with targeting(ahead):
-    dry.run_unet(config, height=16, width=16, rows=2, tokens=77, dtype=torch.float16)
+    dry_run.run_unet(config, height=16, width=16, rows=2, tokens=77, dtype=torch.float16)
 print(len(ahead.compiled), len(compiles), len(loads))
 """
 

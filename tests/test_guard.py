@@ -30,7 +30,7 @@ from benchmarks.networks import CLIP_L, SD15, SDXL, VAE
 from fastldm import Pipeline
 from fastldm.kernels import dispatch
 from fastldm.models.config import UNetConfig
-from fastldm.planning import dry
+from fastldm.planning import dry_run
 from fastldm.planning.allocator import record
 from fastldm.runtime.denoise import EagerBatch, Guidance, Run
 from fastldm.samplers.scheduler_config import read_config
@@ -56,10 +56,10 @@ def ops(run: Callable[[], object]) -> Counter[str]:
     return seen
 
 
-def step(config: UNetConfig, size: int, arch: int) -> dry.Work:
+def step(config: UNetConfig, size: int, arch: int) -> dry_run.Work:
     """A guided step of one picture."""
     dtype = torch.float16 if arch else torch.float32
-    return dry.step(config, height=size, width=size, rows=2, tokens=77, dtype=dtype)
+    return dry_run.step(config, height=size, width=size, rows=2, tokens=77, dtype=dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------ a step
@@ -82,7 +82,7 @@ def test_ops_of_a_step(config: UNetConfig, size: int, name: str) -> None:
         assert ops(step(config, size, GPU)) == {**STEP_OPS[name], "guidance_rescale": 1, "end_step": 1}
 
 
-def launched(make: Callable[[], dry.Work]) -> int:
+def launched(make: Callable[[], dry_run.Work]) -> int:
     """Kernels on a GPU, PyTorch's and ours."""
     launches = Launches()
     with dispatch.targeting(launches):
@@ -96,14 +96,14 @@ def launched(make: Callable[[], dry.Work]) -> int:
     ("make", "most"),
     [
         (lambda: step(SDXL, 128, GPU), 1133),
-        (lambda: dry.conditions(SD15, steps=30, rows=2, tokens=77, dtype=torch.float16), 75),
-        (lambda: dry.conditions(SDXL, steps=30, rows=2, tokens=77, dtype=torch.float16), 134),
-        (lambda: dry.decode(VAE, height=64, width=64, batch=1, dtype=torch.float16), 135),
-        (lambda: dry.text([CLIP_L], batch=2, dtype=torch.float16), 327),
+        (lambda: dry_run.conditions(SD15, steps=30, rows=2, tokens=77, dtype=torch.float16), 75),
+        (lambda: dry_run.conditions(SDXL, steps=30, rows=2, tokens=77, dtype=torch.float16), 134),
+        (lambda: dry_run.decode(VAE, height=64, width=64, batch=1, dtype=torch.float16), 135),
+        (lambda: dry_run.text([CLIP_L], batch=2, dtype=torch.float16), 327),
     ],
     ids=["sdxl step", "sd1.5 conditions", "sdxl conditions", "vae", "clip-l"],
 )
-def test_kernels(make: Callable[[], dry.Work], most: int) -> None:
+def test_kernels(make: Callable[[], dry_run.Work], most: int) -> None:
     assert 0.8 * most < launched(make) <= most
 
 
@@ -148,16 +148,16 @@ def test_texts_are_projected_once_a_prompt(steps: int) -> None:
 @pytest.mark.parametrize(("config", "layers"), [(SD15, 16), (SDXL, 70)], ids=["sd1.5", "sdxl"])
 def test_products_once_a_request(config: UNetConfig, layers: int) -> None:
     """Of texts one a layer; of time one a resnet, and two for each embedding: of time, and SDXL's of size and text."""
-    resnets, embeddings = len(dry.network(config, torch.float32).resnets()), 4 if config.needs_added else 2  # type: ignore
+    resnets, embeddings = len(dry_run.network(config, torch.float32).resnets()), 4 if config.needs_added else 2  # type: ignore
     with dispatch.targeting(dispatch.Target(CPU)):
-        work = dry.conditions(config, steps=30, rows=2, tokens=77, dtype=torch.float32)
+        work = dry_run.conditions(config, steps=30, rows=2, tokens=77, dtype=torch.float32)
         assert ops(work) == {"linear": layers + resnets + embeddings}
 
 
 def test_no_step_of_a_cpu_reads_a_value() -> None:
     """Steps of two requests at once, one unguided, on tensors that have none: to read one would be an error."""
     table = make_table(read_config({"_class_name": "DDIMScheduler"}), 3, sampler="dpm++ 2m")
-    unet: Any = dry.network(UNetConfig.from_dict(tiny.UNETS["sd1"], "tiny"), torch.float32)
+    unet: Any = dry_run.network(UNetConfig.from_dict(tiny.UNETS["sd1"], "tiny"), torch.float32)
     batch = EagerBatch(unet)
     runs = []
     for rows in (1, 2):

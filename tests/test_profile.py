@@ -36,7 +36,7 @@ from fastldm.kernels.geglu import GEGLU, geglu
 from fastldm.kernels.group_norm import GROUP_NORM
 from fastldm.kernels.layer_norm import LAYER_NORM
 from fastldm.models.config import UNetConfig
-from fastldm.planning import dry
+from fastldm.planning import dry_run
 from fastldm.planning.timing import Ceilings
 from fastldm.profiling import clock as clocks
 from fastldm.profiling import page as profile_page
@@ -91,7 +91,7 @@ def test_rows_add_up_to_their_stage(made: Profile) -> None:
 def test_the_ops_of_a_step_are_those_that_a_dry_run_counts(made: Profile, pipe: Pipeline) -> None:
     assert sum(row.flop for row in made.of("step")) == STEPS * made.operations["step"]
     place: dict[str, Any] = {"height": 16, "width": 16, "rows": 2, "tokens": pipe.text_stages[0].window}
-    counted = dry.count(lambda: dry.step(pipe.unet.config, **place, dtype=torch.float32))
+    counted = dry_run.count(lambda: dry_run.step(pipe.unet.config, **place, dtype=torch.float32))
     moved = sum(cost.bytes for name, cost in counted.items() if name != "enlarging")
     assert sum(row.bytes for row in made.of("step")) == STEPS * moved
 
@@ -231,7 +231,7 @@ def everybodys(config: dict[str, Any], size: int) -> int:
 @pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "lcm", "ssd-1b", "tiny-sd"])
 def test_operations_of_tiny_networks_are_everybodys(name: str) -> None:
     """In 16 latents, where SD's deepest level has 2, and each of its upsamplers doubles."""
-    found = dry.operations(UNetConfig.from_dict(tiny.UNETS[name], name), height=16, width=16, rows=1, tokens=77)
+    found = dry_run.operations(UNetConfig.from_dict(tiny.UNETS[name], name), height=16, width=16, rows=1, tokens=77)
     assert sum(found.values()) == everybodys(tiny.UNETS[name], 16)
     assert all(flop > 0 for flop in found.values())
 
@@ -261,11 +261,11 @@ def published(config: UNetConfig) -> dict[str, Any]:
 def test_operations_of_published_networks(config: UNetConfig, size: int, gflop: int, plain: float) -> None:
     """The step is the whole less three items. One of them, the phases, a CPU leaves out where pixels are few: in all
     three enlarging convolutions of SD1.5, and in one of SDXL's two, which save equally much. Torch counts that too."""
-    found = dry.operations(config, height=size, width=size, rows=1, tokens=77)
+    found = dry_run.operations(config, height=size, width=size, rows=1, tokens=77)
     assert round(sum(found.values()) / 1e9) == gflop
     assert sum(found.values()) == everybodys(published(config), size)
     with dispatch.targeting(dispatch.Target(0)):
-        step = dry.step(config, height=size, width=size, rows=1, tokens=77, dtype=torch.float32)
+        step = dry_run.step(config, height=size, width=size, rows=1, tokens=77, dtype=torch.float32)
         with FlopCounterMode(display=False) as counter:
             step()
     assert counter.get_total_flops() == found["step"] + plain * found["never: convolutions of enlarged pictures"]

@@ -18,7 +18,7 @@ from fastldm.kernels import dispatch, use
 from fastldm.kernels.step import StepState
 from fastldm.models.config import UNetConfig
 from fastldm.models.unet import UNet
-from fastldm.planning import dry
+from fastldm.planning import dry_run
 from fastldm.runtime.denoise import (
     Batch,
     EagerBatch,
@@ -434,7 +434,7 @@ def test_a_step_is_few_kernels() -> None:
     """
     launches = Launches()
     with dispatch.targeting(launches):
-        step = dry.step(SD15, height=64, width=64, rows=2, tokens=77, dtype=torch.float16)
+        step = dry_run.step(SD15, height=64, width=64, rows=2, tokens=77, dtype=torch.float16)
         with Nodes() as nodes:
             step()
     assert 300 < nodes.count + launches.count <= 476

@@ -90,7 +90,7 @@ def op_paths(spec: Spec, dtype: torch.dtype, arch: str | None) -> dict[str, Any]
     import torch
 
     from fastldm.kernels import dispatch
-    from fastldm.planning import dry
+    from fastldm.planning import dry_run
     from fastldm.planning.warm import parse_arch
 
     if arch is None and not torch.cuda.is_available():
@@ -106,9 +106,9 @@ def op_paths(spec: Spec, dtype: torch.dtype, arch: str | None) -> dict[str, Any]
 
     latents = {"height": spec.default_size[1] // spec.vae.factor, "width": spec.default_size[0] // spec.vae.factor}
     with dispatch.targeting(on_gpu), dispatch.observe(watch):
-        dry.run_text(spec.text, batch=1, dtype=dtype)
-        dry.run_unet(spec.unet, rows=2, tokens=spec.text[0].max_position, dtype=dtype, **latents)
-        dry.run_decoder(spec.vae, batch=1, dtype=dtype, **latents)
+        dry_run.run_text(spec.text, batch=1, dtype=dtype)
+        dry_run.run_unet(spec.unet, rows=2, tokens=spec.text[0].max_position, dtype=dtype, **latents)
+        dry_run.run_decoder(spec.vae, batch=1, dtype=dtype, **latents)
     return calls
 
 

@@ -20,7 +20,7 @@ from fastldm.kernels import onednn
 from fastldm.kernels.dispatch import Target, device_capability, targeting
 from fastldm.models.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
 from fastldm.models.vae import Decode
-from fastldm.planning import dry
+from fastldm.planning import dry_run
 from fastldm.planning.allocator import MIB, CUDAHeap, Heap, record
 from fastldm.request import MAX_IMAGES, MAX_SIDE, MAX_STEPS
 from fastldm.runtime.slots import StaticBuffers
@@ -290,23 +290,23 @@ _PHASES = {
 }
 
 
-def _phases(workload: Workload, rows: int) -> dict[str, Callable[[], dry.Work]]:
+def _phases(workload: Workload, rows: int) -> dict[str, Callable[[], dry_run.Work]]:
     shape: dict[str, Any] = {"height": workload.height, "width": workload.width, "dtype": workload.dtype}
     text: dict[str, Any] = {"rows": rows, "tokens": workload.tokens}
-    phases: dict[str, Callable[[], dry.Work]] = {
-        "text": lambda: dry.text(workload.text, batch=rows, dtype=workload.dtype),
-        "conditions": lambda: dry.conditions(workload.unet, steps=workload.steps, dtype=workload.dtype, **text),
-        "encode": lambda: dry.encode(workload.vae, batch=workload.batch, **shape),
-        "step": lambda: dry.step(workload.unet, **shape, **text),
-        "decode": lambda: dry.decode(workload.vae, batch=workload.batch, how=workload.decode, **shape),
+    phases: dict[str, Callable[[], dry_run.Work]] = {
+        "text": lambda: dry_run.text(workload.text, batch=rows, dtype=workload.dtype),
+        "conditions": lambda: dry_run.conditions(workload.unet, steps=workload.steps, dtype=workload.dtype, **text),
+        "encode": lambda: dry_run.encode(workload.vae, batch=workload.batch, **shape),
+        "step": lambda: dry_run.step(workload.unet, **shape, **text),
+        "decode": lambda: dry_run.decode(workload.vae, batch=workload.batch, how=workload.decode, **shape),
     }
     return {name: work for name, work in phases.items() if name != "encode" or workload.encode}
 
 
 def _networks(workload: Workload) -> dict[str, nn.Module]:
     names = ["U-Net", "VAE", *(f"text encoder {i}" for i in range(1, len(workload.text) + 1))]
-    configs: list[dry.Config] = [workload.unet, workload.vae, *workload.text]
-    return {name: dry.network(config, workload.dtype) for name, config in zip(names, configs, strict=True)}
+    configs: list[dry_run.Config] = [workload.unet, workload.vae, *workload.text]
+    return {name: dry_run.network(config, workload.dtype) for name, config in zip(names, configs, strict=True)}
 
 
 def _storages(tensors: Iterable[Tensor]) -> list[int]:

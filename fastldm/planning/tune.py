@@ -19,7 +19,7 @@ from fastldm.errors import InputError
 from fastldm.files import whole_file
 from fastldm.kernels import dispatch
 from fastldm.loading.spec import Spec
-from fastldm.planning import dry
+from fastldm.planning import dry_run
 from fastldm.planning.timing import take_turns
 from fastldm.reading import read_json
 
@@ -42,9 +42,9 @@ def shapes_of(spec: Spec, *, width: int, height: int, batch: int, dtype: torch.d
 
     h, w = height // spec.vae.factor, width // spec.vae.factor
     with dispatch.targeting(dispatch.Target(90)), dispatch.observe(watch):
-        dry.run_text(spec.text, batch=1, dtype=dtype)
-        dry.run_unet(spec.unet, height=h, width=w, rows=2 * batch, tokens=spec.text[0].max_position, dtype=dtype)
-        dry.run_decoder(spec.vae, height=h, width=w, batch=batch, dtype=dtype)
+        dry_run.run_text(spec.text, batch=1, dtype=dtype)
+        dry_run.run_unet(spec.unet, height=h, width=w, rows=2 * batch, tokens=spec.text[0].max_position, dtype=dtype)
+        dry_run.run_decoder(spec.vae, height=h, width=w, batch=batch, dtype=dtype)
     return shapes
 
 

@@ -14,7 +14,7 @@ import torch
 
 from fastldm.errors import InputError
 from fastldm.loading.spec import Spec
-from fastldm.planning import dry
+from fastldm.planning import dry_run
 
 ARCH_NAMES = "sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120"
 
@@ -56,7 +56,7 @@ def warm(
     factor = spec.vae.factor
     guided = spec.family.guidance_scale > 1 and not spec.unet.needs_guidance
     with targeting(ahead):
-        dry.run_text(spec.text, batch=1, dtype=dtype)
+        dry_run.run_text(spec.text, batch=1, dtype=dtype)
         for width, height in sizes:
             if width % factor or height % factor or width <= 0 or height <= 0:
                 raise InputError(f"size is {width}x{height}: expected positive multiples of {factor}")
@@ -64,9 +64,9 @@ def warm(
             for batch in batches:
                 for rows in sorted({batch, 2 * batch} if guided else {batch}):
                     tokens = spec.text[0].max_position
-                    dry.run_unet(spec.unet, height=h, width=w, rows=rows, tokens=tokens, dtype=dtype)
-                dry.run_decoder(spec.vae, height=h, width=w, batch=batch, dtype=dtype)
-                dry.run_encoder(spec.vae, height=h, width=w, batch=batch, dtype=dtype)
+                    dry_run.run_unet(spec.unet, height=h, width=w, rows=rows, tokens=tokens, dtype=dtype)
+                dry_run.run_decoder(spec.vae, height=h, width=w, batch=batch, dtype=dtype)
+                dry_run.run_encoder(spec.vae, height=h, width=w, batch=batch, dtype=dtype)
     return len(ahead.compiled)
 
 

@@ -30,7 +30,7 @@ from fastldm.kernels import dispatch
 from fastldm.kernels.dispatch import Cost
 from fastldm.models.vae import finish
 from fastldm.pipeline import Pipeline
-from fastldm.planning import dry, memory
+from fastldm.planning import dry_run, memory
 from fastldm.planning.timing import Ceilings, ceilings
 from fastldm.profiling.clock import Call, Clock, Span
 from fastldm.profiling.results import NETWORKS, OUTSIDE, STAGES, Event, Profile, Row, Spread, Stage
@@ -146,7 +146,7 @@ def profile(
         steps=tuple(Spread.of(times) for times in zip(*steps, strict=True)),
         rows=_rows(pipe, completed, rows, watched, limits),
         ceilings=limits,
-        operations=dry.operations(
+        operations=dry_run.operations(
             pipe.unet.config, rows=rows, tokens=pipe.text_stages[0].window, **_latent_size(pipe, completed)
         ),
         memory=_memory(pipe, completed),
@@ -247,9 +247,9 @@ def _network_cost(pipe: Pipeline, request: Request, rows: int, span: Span) -> Co
     shape: dict[str, Any] = {**_latent_size(pipe, request), "dtype": pipe.dtype}
     tokens = pipe.text_stages[0].window
     if span.name == "U-Net":
-        return dry.total(lambda: dry.step(pipe.unet.config, rows=rows, tokens=tokens, **shape))
+        return dry_run.total(lambda: dry_run.step(pipe.unet.config, rows=rows, tokens=tokens, **shape))
     if span.name == "VAE":
-        return dry.total(lambda: dry.decode(pipe.vae.config, batch=request.batch, **shape))
+        return dry_run.total(lambda: dry_run.decode(pipe.vae.config, batch=request.batch, **shape))
     return Cost(0, 0)
 
 
