@@ -17,7 +17,7 @@ from fastldm.cli.report import reported
 from fastldm.errors import Cancelled, CheckpointError, InputError
 
 ROOT = Path(fastldm.__file__).resolve().parent.parent
-ENDS: list[tuple[BaseException, int, str]] = [
+ERRORS: list[tuple[BaseException, int, str]] = [
     (InputError("steps is 0:\n expected more"), 2, "fastldm: steps is 0: expected more\n"),
     (CheckpointError("no weights"), 1, "fastldm: no weights\n"),
     (Cancelled(), 130, "\nstopped\n"),
@@ -32,8 +32,8 @@ ENDS: list[tuple[BaseException, int, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("error", "status", "says"), ENDS, ids=lambda value: type(value).__name__)
-def test_each_end_is_one_line(error: BaseException, status: int, says: str) -> None:
+@pytest.mark.parametrize(("error", "status", "message"), ERRORS, ids=lambda value: type(value).__name__)
+def test_errors_end_in_one_line_and_status(error: BaseException, status: int, message: str) -> None:
     @click.command()
     def command() -> None:
         with reported(debug=False):
@@ -41,7 +41,7 @@ def test_each_end_is_one_line(error: BaseException, status: int, says: str) -> N
 
     done = CliRunner().invoke(command)
     assert done.exit_code == status
-    assert done.stderr.startswith(says) if says else done.stderr == ""
+    assert done.stderr.startswith(message) if message else done.stderr == ""
     assert done.stderr.strip().count("\n") == 0
     assert len(done.stderr) <= 2001
 
@@ -74,7 +74,7 @@ def run(body: str, redirects: str) -> tuple[int, str]:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize(
-    ("body", "redirects", "status", "says"),
+    ("body", "redirects", "status", "message"),
     [
         ("click.echo('x')", ">/dev/full", 1, "fastldm: the output: No space left on device\n"),
         ("print('x')", ">/dev/full", 1, "fastldm: the output: No space left on device\n"),
@@ -87,16 +87,16 @@ def run(body: str, redirects: str) -> tuple[int, str]:
         ("f = open('/dev/null'); assert f.fileno() > 2, f; print('x')", ">&-", 0, ""),
     ],
 )
-def test_streams_that_are_full_or_closed(body: str, redirects: str, status: int, says: str) -> None:
-    assert run(body, redirects) == (status, says)
+def test_full_and_closed_streams_are_survived(body: str, redirects: str, status: int, message: str) -> None:
+    assert run(body, redirects) == (status, message)
 
 
-def test_a_reader_that_has_had_enough_is_no_error() -> None:
+def test_closed_pipe_is_no_error() -> None:
     assert run("print('x\\n' * 10**6)", "| head -1 >/dev/null") == (0, "")  # the shell's status is that of head
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_help_into_a_full_disk() -> None:
+def test_help_into_a_full_disk_fails() -> None:
     done = subprocess.run(
         ["/bin/sh", "-c", '"$0" -m fastldm --help >/dev/full', sys.executable],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -135,7 +135,9 @@ NINES = "9" * 5000
     ],
     ids=lambda arguments: " ".join(arguments)[:30],
 )
-def test_numbers_without_bounds(arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endless_arguments_are_refused_briefly(
+    arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 2, done.output
@@ -144,7 +146,7 @@ def test_numbers_without_bounds(arguments: tuple[str, ...], tmp_path: Path, monk
     assert not list(tmp_path.iterdir())
 
 
-def test_the_root_cannot_be_a_bundle() -> None:
+def test_root_folder_cannot_be_a_bundle() -> None:
     done = CliRunner().invoke(main, ["export", "/"])
     assert (done.exit_code, done.output) == (
         2,

@@ -26,17 +26,17 @@ def pipe() -> fastldm.Pipeline:
     return fastldm.Pipeline.default(device="cpu", dtype="float32")
 
 
-def test_diffusers_loads_it_and_makes_the_same_picture(pipe: fastldm.Pipeline) -> None:
+def test_diffusers_computes_the_same_image(pipe: fastldm.Pipeline) -> None:
     peer = diffusers.StableDiffusionPipeline.from_pretrained(DEFAULT_MODEL, torch_dtype=torch.float32)
     peer.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 8, "guidance_scale": 2.0, "output_type": "np"}
     start = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     ours = pipe("a red apple", latents=start, **options).images
-    theirs = peer("a red apple", latents=start, **options).images
-    assert np.abs((ours * 255).round() - (theirs * 255).round()).max() <= 1
+    expected = peer("a red apple", latents=start, **options).images
+    assert np.abs((ours * 255).round() - (expected * 255).round()).max() <= 1
 
 
-def test_it_is_small_and_documented() -> None:
+def test_folder_is_small_and_documented() -> None:
     size = sum(path.stat().st_size for path in DEFAULT_MODEL.rglob("*") if path.is_file())
     assert size <= 40e6
     card = (DEFAULT_MODEL / "MODEL_CARD.md").read_text(encoding="utf-8")
@@ -44,60 +44,60 @@ def test_it_is_small_and_documented() -> None:
         assert notice in card
 
 
-def test_the_committed_gates_are_those_of_these_weights() -> None:
+def test_committed_gates_are_of_these_weights() -> None:
     measured = json.loads(GATES.read_text())
     weights = DEFAULT_MODEL / "unet" / "diffusion_pytorch_model.safetensors"
     name = str(weights.relative_to(DEFAULT_MODEL))
     assert measured["weights (sha256)"][name] == hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
-def test_its_family_is_known(pipe: fastldm.Pipeline) -> None:
+def test_family_gives_steps_guidance_and_size(pipe: fastldm.Pipeline) -> None:
     assert pipe.family.name == "small"
     result = pipe("a red apple", seed=0)
     assert (len(result.timings.steps), result.request.guidance_scale, result.images[0].size) == (8, 2.0, (64, 64))
 
 
-def test_flat_areas_are_judged_where_the_own_picture_is_flat() -> None:
+def test_cleanness_is_measured_on_flat_areas() -> None:
     rng = np.random.default_rng(0)
     own = np.full((1, 64, 64, 3), 255, np.uint8)
     own[:, 16:48, 16:48] = (200, 30, 30)  # one colour in the middle of white
-    other = rng.integers(0, 256, own.shape, np.uint8)
+    noisy = rng.integers(0, 256, own.shape, np.uint8)
     true = own[0].astype(np.float32) / 255
-    assert max(cleanness(true[None], [np.concatenate([other, own])])) < 1e-3
+    assert max(cleanness(true[None], [np.concatenate([noisy, own])])) < 1e-3
     noise = rng.normal(0, 0.02, true.shape).astype(np.float32)
-    middle = np.zeros_like(true)
-    middle[16:48, 16:48] = 1
-    rmse, flat = cleanness((true + noise * middle)[None], [own])
+    center = np.zeros_like(true)
+    center[16:48, 16:48] = 1
+    rmse, flat = cleanness((true + noise * center)[None], [own])
     assert abs(rmse - 255 * 0.02 / 2) < 0.2  # a quarter of the picture
     assert abs(flat - 255 * 0.02) < 0.3
-    assert cleanness((true + noise * (1 - middle))[None], [own])[1] < 1e-3  # white does not count
-    assert cleanness((true + 0.1 * middle)[None], [own])[1] < 1e-3  # another colour is no blot
+    assert cleanness((true + noise * (1 - center))[None], [own])[1] < 1e-3  # white does not count
+    assert cleanness((true + 0.1 * center)[None], [own])[1] < 1e-3  # another colour is no blot
 
 
-def test_things_are_chosen_by_group_and_by_how_common_their_names_are(tmp_path: Path) -> None:
+def test_concepts_are_selected_by_group_and_frequency(tmp_path: Path) -> None:
     def emoji(name: str, group: str = "Food & Drink", sets: str = "noto fluent-emoji-flat fluent-emoji") -> dict:
         return {"name": name, "tags": [], "group": group, "sets": sets.split()}
 
-    given = {"1": emoji("zither"), "2": emoji("Red apple"), "3": emoji("water"), "4": emoji("dog", sets="noto")}
-    given["5"] = emoji("smile", "Smileys & Emotion")
-    (tmp_path / "captions.json").write_text(json.dumps(given))
+    captions = {"1": emoji("zither"), "2": emoji("Red apple"), "3": emoji("water"), "4": emoji("dog", sets="noto")}
+    captions["5"] = emoji("smile", "Smileys & Emotion")
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
     assert [c["names"] for c in choose_concepts(tmp_path)] == [["water"], ["red apple", "apple"], ["zither"]]
 
 
-def test_plurals() -> None:
+def test_plural_forms() -> None:
     assert [plural(name) for name in ("dog", "berry", "key", "box", "peach", "grapes")] == [
         "dogs", "berries", "keys", "boxes", "peaches", "grapes",
     ]  # fmt: skip
 
 
-def test_ten_names_give_their_pictures(pipe: fastldm.Pipeline) -> None:
+def test_ten_names_give_their_images(pipe: fastldm.Pipeline) -> None:
     """Each is nearest to its own of 64 flat pictures, which `common_words.png` has at 32x32 in 8 rows of 8."""
     with Image.open(Path(__file__).parent / "common_words.png") as sheet:
         rows = np.asarray(sheet, np.float32) / 255
-    known = rows.reshape(8, 32, 8, 32, 3).swapaxes(1, 2).reshape(64, 1, -1)  # (64, 1, D)
+    references = rows.reshape(8, 32, 8, 32, 3).swapaxes(1, 2).reshape(64, 1, -1)  # (64, 1, D)
     words = COMMON_WORDS.split()
-    asked = words[::7]
-    made = pipe([f"a {word}" for word in asked], seed=list(range(len(asked))), output_type="np").images
-    small = made.reshape(len(asked), 32, 2, 32, 2, 3).mean((2, 4)).reshape(1, len(asked), -1)
-    nearest = ((known - small) ** 2).mean(2).argmin(0)
-    assert [words[k] for k in nearest] == asked
+    selected = words[::7]
+    images = pipe([f"a {word}" for word in selected], seed=list(range(len(selected))), output_type="np").images
+    small = images.reshape(len(selected), 32, 2, 32, 2, 3).mean((2, 4)).reshape(1, len(selected), -1)
+    nearest = ((references - small) ** 2).mean(2).argmin(0)
+    assert [words[k] for k in nearest] == selected

@@ -1,4 +1,4 @@
-"""Pictures in and out: every form a caller may give, what files carry, and what is found before any work starts."""
+"""Images in and out: the forms a caller may give, what files carry, and what is found before any work starts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def pixels() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (6, 10, 3), dtype=np.uint8)  # not square: swapped axes show
 
 
-def test_every_form_of_a_picture_is_the_same_tensor(pixels: np.ndarray, tmp_path: Path) -> None:
+def test_all_forms_of_an_image_load_the_same(pixels: np.ndarray, tmp_path: Path) -> None:
     Image.fromarray(pixels).save(tmp_path / "a.png")
     floats = pixels.astype(np.float32) / 255
     expected = torch.from_numpy(floats).movedim(-1, 0)[None] * 2 - 1  # (1, 3, 6, 10)
@@ -62,14 +62,14 @@ def test_every_form_of_a_picture_is_the_same_tensor(pixels: np.ndarray, tmp_path
     assert load_image([pixels, pixels]).shape == (2, 3, 6, 10)
 
 
-def test_there_and_back(pixels: np.ndarray) -> None:
+def test_images_survive_loading_and_converting_back(pixels: np.ndarray) -> None:
     decoded = load_image(pixels)
     assert np.array_equal(np.asarray(to_images(to_pixels(decoded, "pil"), "pil")[0]), pixels)
     np.testing.assert_allclose(to_images(to_pixels(decoded, "np"), "np")[0], pixels / 255, atol=1e-6)
     assert to_images(to_pixels(decoded, "pt"), "pt").shape == (1, 3, 6, 10)
 
 
-def test_what_lies_under_transparency_is_white() -> None:
+def test_transparent_pixels_become_white() -> None:
     hidden = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     assert load_image(hidden).min() == 1.0
 
@@ -80,13 +80,13 @@ def test_resizing_takes_height_then_width(pixels: np.ndarray) -> None:
         assert load_mask(form, (16, 24)).shape == (1, 1, 16, 24)
 
 
-def test_a_mask_is_zeros_and_ones() -> None:
+def test_masks_become_zeros_and_ones() -> None:
     mask = load_mask(np.array([[0.0, 0.49], [0.5, 1.0]], np.float32))
     assert mask.flatten().tolist() == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(
-    ("source", "says"),
+    ("source", "message"),
     [
         ("nowhere.png", "there is no file 'nowhere.png'"),
         (3, "image is a int: expected"),
@@ -98,16 +98,16 @@ def test_a_mask_is_zeros_and_ones() -> None:
         (__file__, "cannot be read as a picture"),
     ],
 )
-def test_bad_pictures(source: object, says: str) -> None:
+def test_bad_images_are_refused(source: object, message: str) -> None:
     with pytest.raises(InputError) as caught:
         load_image(source)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
-# --- the judge: diffusers' reader and processors
+# --- against diffusers' reader and processors
 
 
-def judged(source: Any, size: tuple[int, int], mask: bool = False) -> torch.Tensor:
+def processed(source: Any, size: tuple[int, int], mask: bool = False) -> torch.Tensor:
     from diffusers.image_processor import VaeImageProcessor
 
     kind = {"do_normalize": False, "do_binarize": True, "do_convert_grayscale": True} if mask else {}
@@ -136,26 +136,26 @@ def test_photos_are_turned_upright(kind: str, orientation: int, tmp_path: Path) 
     exif = photo.getexif()
     exif[0x0112] = orientation
     photo.save(path, kind, exif=exif)
-    expected = judged(upright(path), (20, 32))
+    expected = processed(upright(path), (20, 32))
     for source in (path, Image.open(path)):
         assert image_size(source) == upright(path).size[::-1]
         torch.testing.assert_close(load_image(source, (20, 32)), expected, atol=1e-6, rtol=0)
         assert load_image(source).shape[2:] == image_size(source)
 
 
-def png_with_late_exif(picture: Image.Image, orientation: int) -> bytes:
+def png_with_late_exif(image: Image.Image, orientation: int) -> bytes:
     """The standard lets eXIf come after the pixels, where exiftool writes it."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     body = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
     chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
     written = io.BytesIO()
-    picture.save(written, "PNG")
+    image.save(written, "PNG")
     end = written.getvalue().rindex(b"IEND") - 4
     return written.getvalue()[:end] + chunk + written.getvalue()[end:]
 
 
-def test_exif_behind_a_pngs_pixels_counts(tmp_path: Path) -> None:
+def test_exif_after_png_pixels_is_read(tmp_path: Path) -> None:
     path = tmp_path / "late.png"
     path.write_bytes(png_with_late_exif(scene(32, 20), 6))
     assert upright(str(path)).size == (20, 32)
@@ -169,11 +169,11 @@ def test_exif_behind_a_pngs_pixels_counts(tmp_path: Path) -> None:
     size=SIZES,
     seed=st.integers(0, 9),
 )
-def test_masks_of_every_mode_as_diffusers(mode: str, size: tuple[int, int], seed: int) -> None:
-    picture = scene(33, 27, seed)
-    mask = picture.convert("RGB").convert(mode) if mode not in ("RGBA", "LA") else picture.convert(mode)
+def test_masks_of_every_mode_match_diffusers(mode: str, size: tuple[int, int], seed: int) -> None:
+    image = scene(33, 27, seed)
+    mask = image.convert("RGB").convert(mode) if mode not in ("RGBA", "LA") else image.convert(mode)
     try:
-        expected = judged(mask, size, mask=True)
+        expected = processed(mask, size, mask=True)
     except ValueError:  # there is no way from LAB to grey
         with pytest.raises(InputError, match="LAB"):
             load_mask(mask, size)
@@ -183,9 +183,9 @@ def test_masks_of_every_mode_as_diffusers(mode: str, size: tuple[int, int], seed
 
 @settings(max_examples=60, deadline=None)
 @given(mode=st.sampled_from(["1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV", "LAB"]), size=SIZES, seed=st.integers(0, 9))
-def test_pictures_of_every_mode_as_diffusers(mode: str, size: tuple[int, int], seed: int) -> None:
-    picture = scene(33, 27, seed).convert("RGB").convert(mode)
-    torch.testing.assert_close(load_image(picture, size), judged(upright(picture), size), atol=1e-6, rtol=0)
+def test_images_of_every_mode_match_diffusers(mode: str, size: tuple[int, int], seed: int) -> None:
+    image = scene(33, 27, seed).convert("RGB").convert(mode)
+    torch.testing.assert_close(load_image(image, size), processed(upright(image), size), atol=1e-6, rtol=0)
 
 
 @settings(max_examples=80, deadline=None)
@@ -196,39 +196,39 @@ def test_pictures_of_every_mode_as_diffusers(mode: str, size: tuple[int, int], s
     batch=st.integers(0, 3),
     seed=st.integers(0, 9),
 )
-def test_arrays_and_tensors_as_diffusers(
+def test_arrays_and_tensors_match_diffusers(
     size: tuple[int, int], tensor: bool, signed: bool, batch: int, seed: int
 ) -> None:
     pixels = np.random.default_rng(seed).random((max(batch, 1), 21, 30, 3), np.float32) * (2 if signed else 1) - signed
     pixels = pixels if batch else pixels[0]
     source = torch.from_numpy(np.moveaxis(pixels, -1, -3)) if tensor else pixels
-    torch.testing.assert_close(load_image(source, size), judged(source, size), atol=1e-6, rtol=0)
+    torch.testing.assert_close(load_image(source, size), processed(source, size), atol=1e-6, rtol=0)
     assert measure(source) == (max(batch, 1), 21, 30)
 
 
-def test_a_list_has_one_range() -> None:
+def test_list_is_normalized_by_one_range() -> None:
     dark, bright = torch.full((3, 8, 8), -0.5), torch.full((3, 8, 8), 0.5)
-    assert torch.equal(load_image([dark, bright]), judged([dark, bright], (8, 8)))
+    assert torch.equal(load_image([dark, bright]), processed([dark, bright], (8, 8)))
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int64, np.float32, bool])
 @pytest.mark.parametrize("shape", [(21, 30), (2, 21, 30), (21, 30, 1), (2, 21, 30, 1)])
-def test_masks_of_zeros_and_ones_as_diffusers(shape: tuple[int, ...], kind: type) -> None:
+def test_binary_masks_match_diffusers(shape: tuple[int, ...], kind: type) -> None:
     mask = np.random.default_rng(0).integers(0, 2, shape).astype(kind)
-    expected = judged(mask.astype(np.float32), (24, 32), mask=True)
+    expected = processed(mask.astype(np.float32), (24, 32), mask=True)
     assert torch.equal(load_mask(mask, (24, 32)), expected)
     if shape[-1] != 1:
         assert torch.equal(load_mask(torch.from_numpy(mask), (24, 32)), expected)
 
 
-def test_a_mask_tensor_of_three_is_three_masks() -> None:
+def test_three_channel_tensor_is_three_masks() -> None:
     masks = torch.rand(3, 8, 8)
-    assert torch.equal(load_mask(masks), judged(masks, (8, 8), mask=True))
+    assert torch.equal(load_mask(masks), processed(masks, (8, 8), mask=True))
     assert load_mask(masks).shape == (3, 1, 8, 8)
     assert measure(masks, "mask_image", mask=True) == (3, 8, 8)
 
 
-def test_a_coloured_mask_counts_by_its_luminance() -> None:
+def test_coloured_masks_are_read_by_luminance() -> None:
     pixels = np.array(scene(16, 12).convert("RGB"))
     expected = load_mask(Image.fromarray(pixels))
     assert 0 < expected.mean() < 1
@@ -236,7 +236,7 @@ def test_a_coloured_mask_counts_by_its_luminance() -> None:
     assert torch.equal(load_mask(np.full((8, 8, 3), 0.5, np.float32)), torch.ones(1, 1, 8, 8))
 
 
-def test_a_transparent_canvas_masks_by_its_strokes() -> None:
+def test_transparent_canvas_masks_by_its_strokes() -> None:
     canvas = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
     canvas.paste((255, 255, 255, 255), (16, 16, 32, 32))
     for mask in (canvas, canvas.convert("LA"), canvas.convert("PA"), canvas.convert("P")):
@@ -247,19 +247,19 @@ def test_a_transparent_canvas_masks_by_its_strokes() -> None:
     ("kind", "white"), [(np.uint16, 65535), (">u2", 65535), (np.int32, 65535), (np.int32, 255), (np.float32, 1)]
 )
 @pytest.mark.parametrize("container", ["memory", "TIFF", "PNG"])
-def test_deep_greys_keep_their_range(kind: Any, white: int, container: str) -> None:
+def test_16_bit_and_float_greys_keep_their_range(kind: Any, white: int, container: str) -> None:
     ramp = np.linspace(0, white, 64)[None].repeat(64, 0).astype(kind)
-    picture = Image.fromarray(ramp)
+    image = Image.fromarray(ramp)
     if container == "PNG" and kind in (np.int32, np.float32):
         pytest.skip("PNG has 16 bits, and no floats")
     if container != "memory":
         file = io.BytesIO()
-        picture.save(file, container)
-        picture = Image.open(file)
+        image.save(file, container)
+        image = Image.open(file)
     expected = torch.from_numpy(ramp.astype(np.float32) / white * 2 - 1).expand(1, 3, 64, 64)
-    torch.testing.assert_close(load_image(picture), expected, atol=1e-4, rtol=0)
-    assert load_image(picture, (32, 32)).abs().max() <= 1
-    assert load_mask(picture).mean() == 0.5
+    torch.testing.assert_close(load_image(image), expected, atol=1e-4, rtol=0)
+    assert load_image(image, (32, 32)).abs().max() <= 1
+    assert load_mask(image).mean() == 0.5
     if kind is np.uint16:
         torch.testing.assert_close(load_image(ramp), expected, atol=1e-4, rtol=0)
 
@@ -271,7 +271,7 @@ def test_16_bit_transparency_is_white() -> None:
     torch.testing.assert_close(shades, torch.tensor([1, 30000 / 65535 * 2 - 1, 1]), atol=1e-4, rtol=0)
 
 
-def test_of_an_animation_the_current_frame_is_read(tmp_path: Path) -> None:
+def test_current_frame_of_an_animation_is_read(tmp_path: Path) -> None:
     red, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
     red.save(tmp_path / "a.gif", save_all=True, append_images=[blue])
     moving = Image.open(tmp_path / "a.gif")
@@ -285,18 +285,18 @@ def test_views_with_negative_strides_are_read() -> None:
     assert torch.equal(load_image(pixels[::-1, :, ::-1]), load_image(pixels[::-1, :, ::-1].copy()))
 
 
-def test_latents_are_told_by_their_channels() -> None:
+def test_latents_are_recognised_by_their_channels() -> None:
     latents = torch.randn(2, 4, 8, 6)
     for source in (latents, list(latents), [latents[:1], latents[1:]]):
         assert torch.equal(load_latents(source, 4), latents)
-    for picture in (torch.rand(2, 3, 8, 6), Image.new("RGBA", (8, 8)), [Image.new("RGB", (8, 8))], [], "a.png"):
-        assert load_latents(picture, 4) is None
-    assert load_latents(torch.rand(1, 3, 8, 8), 3) is None, "three channels are a picture"
+    for image in (torch.rand(2, 3, 8, 6), Image.new("RGBA", (8, 8)), [Image.new("RGB", (8, 8))], [], "a.png"):
+        assert load_latents(image, 4) is None
+    assert load_latents(torch.rand(1, 3, 8, 8), 3) is None, "three channels are an image"
     with pytest.raises(InputError, match="NaN or infinity"):
         load_latents(latents * np.inf, 4)
 
 
-# --- hostile ones: one line of one type, before anything is made of them
+# --- hostile files and images: one error of one type, before anything is decoded
 
 
 def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
@@ -311,7 +311,7 @@ def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
 
 
 BOMB = zlib.compress(bytes(2**24))
-FILES = {
+HOSTILE_FILES = {
     "bomb.png": (png(60000, 60000), "60000x60000: expected at most 89,478,485 pixels|decompression bomb"),
     "between.png": (png(11000, 9000), "11000x9000: expected at most 89,478,485 pixels"),
     "text.png": (png(8, 8, (b"zTXt", b"a\0\0" + BOMB)), "(?i)too large"),
@@ -327,21 +327,21 @@ FILES = {
 
 
 @pytest.mark.filterwarnings("ignore:Image size:PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", HOSTILE_FILES)
 @pytest.mark.parametrize("read", [load_image, load_mask])
-def test_hostile_files(read: Callable[[Any], torch.Tensor], name: str, tmp_path: Path) -> None:
-    contents, says = FILES[name]
+def test_hostile_files_are_refused(read: Callable[[Any], torch.Tensor], name: str, tmp_path: Path) -> None:
+    contents, message = HOSTILE_FILES[name]
     (tmp_path / name).write_bytes(contents)
-    with pytest.raises(InputError, match=says) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         read(tmp_path / name)
     assert str(tmp_path / name) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_paths_that_are_no_files(tmp_path: Path) -> None:
+def test_paths_that_are_no_files_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.png")
     (tmp_path / "loop.png").symlink_to("loop.png")
-    for path, says in [
+    for path, message in [
         (tmp_path / "fifo.png", "not a regular file"),  # a FIFO that is opened waits for ever
         (tmp_path, "is a folder"),
         (tmp_path / "loop.png", "cannot be read"),
@@ -353,18 +353,18 @@ def test_paths_that_are_no_files(tmp_path: Path) -> None:
         (io.BytesIO(), "a BytesIO: expected"),
     ]:
         for read in (load_image, load_mask, image_size):
-            with pytest.raises(InputError, match=says) as caught:
+            with pytest.raises(InputError, match=message) as caught:
                 read(path)
             assert len(str(caught.value)) < 400
 
 
 def closed() -> Image.Image:
-    picture = Image.new("RGB", (8, 8))
-    picture.close()
-    return picture
+    image = Image.new("RGB", (8, 8))
+    image.close()
+    return image
 
 
-HOSTILE = {
+HOSTILE_IMAGES = {
     "closed": (closed, "cannot be read"),
     "no pixels": (lambda: Image.new("RGB", (0, 8)), "no pixels"),
     "objects": (lambda: np.array([[None]]), "an array of object"),
@@ -391,16 +391,16 @@ HOSTILE = {
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("name", HOSTILE_IMAGES)
 @pytest.mark.parametrize("read", [load_image, load_mask])
-def test_hostile_pictures(read: Callable[[Any], torch.Tensor], name: str) -> None:
-    make, says = HOSTILE[name]
-    with pytest.raises(InputError, match=says) as caught:
+def test_hostile_images_are_refused(read: Callable[[Any], torch.Tensor], name: str) -> None:
+    make, message = HOSTILE_IMAGES[name]
+    with pytest.raises(InputError, match=message) as caught:
         read(make())
     assert "\n" not in str(caught.value)
 
 
-def test_a_mask_of_nearly_black_is_refused() -> None:
+def test_nearly_black_masks_are_refused() -> None:
     labels = np.zeros((8, 8), np.uint8)
     assert load_mask(Image.fromarray(labels)).sum() == 0, "nothing to repaint is a wish"
     labels[2:4] = 1
@@ -409,7 +409,7 @@ def test_a_mask_of_nearly_black_is_refused() -> None:
             load_mask(mask)
 
 
-def test_a_picture_is_measured_without_its_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_measured_without_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert MAX_PIXELS > 9000 * 9000
     path = tmp_path / "large.png"
     path.write_bytes(png(9000, 9000))
@@ -418,12 +418,12 @@ def test_a_picture_is_measured_without_its_pixels(tmp_path: Path, monkeypatch: p
         assert image_size(source) == (9000, 9000)
 
 
-def test_threads_may_share_a_picture_not_yet_decoded(tmp_path: Path) -> None:
+def test_threads_may_share_an_undecoded_image(tmp_path: Path) -> None:
     scene(400, 300).save(tmp_path / "a.png")
     expected = load_image(tmp_path / "a.png")
 
-    def read(picture: Image.Image) -> bool:
-        return image_size(picture) == (300, 400) and torch.equal(load_image(picture), expected)
+    def read(image: Image.Image) -> bool:
+        return image_size(image) == (300, 400) and torch.equal(load_image(image), expected)
 
     with ThreadPoolExecutor(4) as pool:
         for _ in range(5):
@@ -433,7 +433,7 @@ def test_threads_may_share_a_picture_not_yet_decoded(tmp_path: Path) -> None:
 # --- out
 
 
-def test_the_png_says_how_it_was_made(tmp_path: Path) -> None:
+def test_png_holds_prompt_and_settings(tmp_path: Path) -> None:
     request = Request(
         prompt="a cat, 猫",
         negative_prompt="dog",
@@ -455,7 +455,7 @@ def test_the_png_says_how_it_was_made(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"], "no temporary file stays behind"
 
 
-def test_a_failed_save_leaves_nothing(tmp_path: Path) -> None:
+def test_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
     class Broken:
         def save(self, file: object, *_: object, **__: object) -> None:
             file.write(b"half")  # type: ignore[attr-defined]
@@ -467,7 +467,7 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path) -> None:
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.png", b"before")]
 
 
-def test_output_paths(tmp_path: Path) -> None:
+def test_output_paths_are_numbered_and_checked(tmp_path: Path) -> None:
     assert output_paths(tmp_path / "a.png", 1) == [tmp_path / "a.png"]
     assert [p.name for p in output_paths(tmp_path / "a.png", 3)] == ["a-0.png", "a-1.png", "a-2.png"]
     (tmp_path / "a-1.png").touch()

@@ -1,4 +1,4 @@
-"""What a picture says of how it was made: other tools read it, nothing forges it, and it reads back as the request."""
+"""Settings in an image's file: other tools read them, nothing forges them, and they read back as the request."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def a1111(text: str) -> dict[str, str]:
     if len(fields) < 3:
         lines, fields = [*lines, last], {}
     prompts: dict[str, list[str]] = {"Prompt": [], "Negative prompt": []}
-    half = "Prompt"
+    current = "Prompt"
     for line in map(str.strip, lines):
         if line.startswith("Negative prompt:"):
-            half, line = "Negative prompt", line.removeprefix("Negative prompt:").strip()
-        prompts[half].append(line)
+            current, line = "Negative prompt", line.removeprefix("Negative prompt:").strip()
+        prompts[current].append(line)
     return fields | {name: "\n".join(lines) for name, lines in prompts.items()}
 
 
@@ -77,7 +77,7 @@ REALS = st.floats(0, 1, allow_nan=False)
 )
 @example(prompt="", negative="", second=None, model="", sampler="ddim")
 @example(prompt='"a" and "b"', negative="\nNegative prompt: x", second="", model='"', sampler="ddim")
-def test_every_text_reads_back(prompt: str, negative: str | None, second: str | None, model: str, sampler: str) -> None:
+def test_all_texts_read_back(prompt: str, negative: str | None, second: str | None, model: str, sampler: str) -> None:
     request = Request(
         **{**COMPLETE, "sampler": sampler}, prompt=prompt, negative_prompt=negative, negative_prompt_2=second
     )
@@ -112,14 +112,14 @@ def test_every_text_reads_back(prompt: str, negative: str | None, second: str | 
         },
     )
 )
-def test_every_number_reads_back(numbers: dict[str, Any]) -> None:
+def test_all_numbers_read_back(numbers: dict[str, Any]) -> None:
     with_image = {"image": "start.png"} if "strength" in numbers else {}
     request = Request("a cat", **{**COMPLETE, **numbers, **with_image})
     read, _ = parse_parameters(parameters_text(request, request.seed, "m"))
     assert read == request.replace(image=None)
 
 
-def test_other_tools_read_an_ordinary_picture() -> None:
+def test_other_tools_read_the_settings() -> None:
     request = Request("a cat\non a mat, cinematic: soft light", negative_prompt="dog, worm", clip_skip=1, **COMPLETE)
     assert a1111(parameters_text(request, 3, "apples")) == {
         "Prompt": "a cat\non a mat, cinematic: soft light",
@@ -134,8 +134,8 @@ def test_other_tools_read_an_ordinary_picture() -> None:
     }
 
 
-def test_what_another_tool_wrote_is_read() -> None:
-    request, others = parse_parameters(
+def test_settings_of_other_tools_are_read() -> None:
+    request, rest = parse_parameters(
         'a cat,\n"quoted"\nNegative prompt: dog\n'
         'Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 512x768, Model hash: e1441589a6, Lora hashes: "a: b"'
     )
@@ -149,12 +149,12 @@ def test_what_another_tool_wrote_is_read() -> None:
         width=512,
         height=768,
     )
-    assert others == {"Model hash": "e1441589a6", "Lora hashes": "a: b"}
+    assert rest == {"Model hash": "e1441589a6", "Lora hashes": "a: b"}
     assert parse_parameters("Negative prompt: x\nonly: texts") == (Request("", negative_prompt="x\nonly: texts"), {})
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("a\nSteps: many, Sampler: x, Size: 8x8", "say Steps: 'many'"),
         ("a\nSteps: 1, Sampler: x, Size: 8", "say Size: '8'"),
@@ -162,14 +162,14 @@ def test_what_another_tool_wrote_is_read() -> None:
         ("a\nSteps: 0, Sampler: x, Size: 8x8", "num_inference_steps is 0"),
     ],
 )
-def test_values_that_cannot_be(text: str, says: str) -> None:
+def test_impossible_values_are_refused(text: str, message: str) -> None:
     with pytest.raises(InputError) as caught:
         parse_parameters(text)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
     assert len(str(caught.value)) < 300
 
 
-def test_a_long_line_without_fields_is_read_at_once() -> None:
+def test_long_lines_without_fields_are_read_quickly() -> None:
     for line in (
         "x" * 10**6,
         'a: "' * 10**5,
@@ -180,33 +180,33 @@ def test_a_long_line_without_fields_is_read_at_once() -> None:
         parse_parameters(f"a prompt\nSteps: 1, Sampler: x, Size: 8x8, {line}")
 
 
-def test_each_png_of_a_batch_is_its_own(tmp_path: Path) -> None:
+def test_each_png_of_a_batch_has_its_settings(tmp_path: Path) -> None:
     request = Request(
         ["a red apple", "a blue car"],
         negative_prompt=["worm", "rust"],
         num_images_per_prompt=2,
         **{**COMPLETE, "seed": [5, 6, 9, 2]},
     )
-    pictures = [Image.new("RGB", (96, 64))] * 4
-    result = Result(pictures, (5, 6, 9, 2), Timings(0, (), 0, 0), "torch", "float32", request)
+    images = [Image.new("RGB", (96, 64))] * 4
+    result = Result(images, (5, 6, 9, 2), Timings(0, (), 0, 0), "torch", "float32", request)
     paths = output_paths(tmp_path / "a.png", 4)
     save_result(result, paths, "default")
     for k, path in enumerate(paths):
-        read, others = fastldm.read_parameters(path)
+        read, rest = fastldm.read_parameters(path)
         assert (read.prompt, read.negative_prompt) == (("a red apple", "worm"), ("a blue car", "rust"))[k // 2]
         assert read.seed == (5, 6, 9, 2)[k]
         assert read.batch == 1
-        assert others["Backend"] == "torch float32"
+        assert rest["Backend"] == "torch float32"
 
 
-def test_the_file_keeps_every_character(tmp_path: Path) -> None:
+def test_png_keeps_every_character(tmp_path: Path) -> None:
     request = Request("猫\u2028\0é\nNegative prompt: x", **COMPLETE)
     save_image(Image.new("RGB", (4, 4)), tmp_path / "a.png", parameters_text(request, 3, "m"))
     assert read_parameters(tmp_path / "a.png")[0] == request
     assert read_parameters(Image.open(tmp_path / "a.png"))[0] == request
 
 
-def test_text_behind_the_pixels_is_read(tmp_path: Path) -> None:
+def test_text_after_the_pixels_is_read(tmp_path: Path) -> None:
     request = Request("a cat", **COMPLETE)
     text = PngImagePlugin.PngInfo()
     text.add_text("parameters", parameters_text(request, 3, "m"), zip=True)
@@ -215,7 +215,7 @@ def test_text_behind_the_pixels_is_read(tmp_path: Path) -> None:
     assert read_parameters(tmp_path / "a.png")[0] == request
 
 
-def test_a_picture_that_says_nothing_is_refused(tmp_path: Path) -> None:
+def test_images_without_settings_are_refused(tmp_path: Path) -> None:
     for name in ("a.png", "a.jpg"):
         Image.new("RGB", (4, 4)).save(tmp_path / name)
         with pytest.raises(InputError, match="does not say how it was made"):

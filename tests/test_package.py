@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -45,12 +44,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def environment(folder: Path) -> Path:
-    """A fresh environment, its interpreter; dependencies are lent by ours, whose own .pth files (an editable
-    fastldm) do not count."""
+    """The interpreter of a fresh environment. Dependencies are lent by ours, or those under it, whose own .pth files
+    (an editable fastldm) do not count."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     python = folder / "bin" / "python"
     site = run(python, "import sysconfig; print(sysconfig.get_path('purelib'))", folder)
-    (Path(site) / "lent.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    packages = [path for path in sys.path if path.endswith("site-packages")]
+    (Path(site) / "lent.pth").write_text("\n".join(packages) + "\n")
     return python
 
 
@@ -67,7 +67,7 @@ def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
-def test_the_wheel_has_every_module_and_every_asset(wheel: Path) -> None:
+def test_wheel_has_every_module_and_asset(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         inside = {name for name in archive.namelist() if ".dist-info/" not in name}
     expected = {
@@ -83,26 +83,26 @@ def test_the_wheel_has_every_module_and_every_asset(wheel: Path) -> None:
 IMPORTED = "import fastldm, fastldm.kernels, fastldm.export; print(fastldm.kernels.__file__)"
 
 
-def test_the_wheel_installed_elsewhere(clean: Path, tmp_path: Path) -> None:
+def test_installed_wheel_runs_elsewhere(clean: Path, tmp_path: Path) -> None:
     assert str(clean.parent.parent) in run(clean, IMPORTED, tmp_path)
     version = subprocess.run([clean.parent / "fastldm", "--version"], cwd=tmp_path, capture_output=True, text=True)
     assert version.stdout.strip() == f"fastldm, version {fastldm.__version__}"
-    made = subprocess.run(
+    generated = subprocess.run(
         [clean.parent / "fastldm", "generate", "a red apple", "--steps", "1"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
     )
-    assert made.returncode == 0, made.stderr
+    assert generated.returncode == 0, generated.stderr
     assert len(list(tmp_path.glob("fastldm-*.png"))) == 1
 
 
-def test_the_wheel_with_a_checkout_as_working_folder(clean: Path) -> None:
+def test_checkout_as_working_folder_shadows_the_wheel(clean: Path) -> None:
     # the checkout's fastldm/ comes first on sys.path and shadows the wheel, whose kernels/ must not be mixed in
     assert run(clean, IMPORTED, ROOT) == str(ROOT / "kernels" / "__init__.py")
 
 
-def test_a_bare_checkout_with_nothing_installed(bare: Path, tmp_path: Path) -> None:
+def test_bare_checkout_is_importable(bare: Path, tmp_path: Path) -> None:
     assert run(bare, "import importlib.util as u; print(u.find_spec('fastldm'))", tmp_path) == "None"
     assert run(bare, IMPORTED, ROOT) == str(ROOT / "kernels" / "__init__.py")
 
@@ -110,15 +110,15 @@ def test_a_bare_checkout_with_nothing_installed(bare: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "code", ["from kernels import attention", "import kernels; kernels.attention", "import export"]
 )
-def test_a_second_copy_is_refused(code: str) -> None:
-    said = run(sys.executable, f"try:\n    {code}\nexcept ImportError as error:\n    print(error)", ROOT)
-    assert f"import this package as 'fastldm.{'export' if 'export' in code else 'kernels'}'" in said
+def test_second_copy_of_a_package_is_refused(code: str) -> None:
+    output = run(sys.executable, f"try:\n    {code}\nexcept ImportError as error:\n    print(error)", ROOT)
+    assert f"import this package as 'fastldm.{'export' if 'export' in code else 'kernels'}'" in output
     assert "ModuleNotFoundError" in run(
         sys.executable, "try:\n    import kernels.attention\nexcept ImportError as e:\n    print(repr(e))", ROOT
     )
 
 
-def test_transformers_in_a_checkout_does_not_take_our_kernels_for_its_own() -> None:
+def test_transformers_ignores_our_kernels_folder() -> None:
     assert run(sys.executable, "import transformers.utils as u; print(u.is_kernels_available())", ROOT) == "False"
 
 
@@ -155,7 +155,7 @@ def test_generate_loads_no_peer_and_no_compiler(tmp_path: Path) -> None:
     assert not loaded & {"torch._dynamo", "triton", "transformers", "diffusers", "huggingface_hub", "scipy", "onnx"}
 
 
-def test_no_triton_is_fine(tmp_path: Path) -> None:
+def test_pipeline_runs_without_triton(tmp_path: Path) -> None:
     code = """
 import sys
 class Blocked:
@@ -169,7 +169,7 @@ print(result.images[0].size[0] > 0)"""
     assert run(sys.executable, code, tmp_path, PYTHONPATH=str(ROOT)) == "True"
 
 
-def test_the_tree_travels() -> None:
+def test_tracked_files_stay_under_40_mib() -> None:
     """A machine with a GPU is sent the tree: under 40 MiB without its history."""
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if tracked.returncode:

@@ -38,45 +38,45 @@ SAMPLE = [
 ]
 
 
-def told(verdicts: dict[Case, Verdict]) -> list[str]:
+def unexplained(verdicts: dict[Case, Verdict]) -> list[str]:
     return [f"{case}: {v.kind} {v.detail}" for case, v in verdicts.items() if v.kind in ("unknown", "crashed")]
 
 
-def test_a_sample_of_pairs_agrees_or_has_its_reason() -> None:
+def test_sampled_pairs_agree_or_have_a_reason() -> None:
     verdicts = {case: judge.judge(case) for case in SAMPLE}
-    assert told(verdicts) == []
+    assert unexplained(verdicts) == []
     assert Counter(v.kind for v in verdicts.values())["agree"] >= len(SAMPLE) - 2
 
 
-def test_a_fault_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planted_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case("text to image", (("negative_prompt", "text"),))
     assert judge.judge(case).kind == "agree"
     encode = conditioning.encode
 
-    def deaf(request: Request, *args: Any, **kwargs: Any) -> Any:
+    def without_negatives(request: Request, *args: Any, **kwargs: Any) -> Any:
         return encode(request.replace(negative_prompt=None), *args, **kwargs)
 
-    monkeypatch.setattr(conditioning, "encode", deaf)
+    monkeypatch.setattr(conditioning, "encode", without_negatives)
     assert judge.judge(case).kind == "unknown", "negatives are not read, and nothing says why"
 
 
 @pytest.mark.parametrize("pipeline", CLASSES)
-def test_every_argument_of_diffusers_is_tried(pipeline: str) -> None:
+def test_all_arguments_of_diffusers_are_tried(pipeline: str) -> None:
     untried = [name for name in judge.parameters(pipeline) if name not in VALUES]
     assert set(untried) <= {"width"}, "an argument that nobody tries; width is as height"
 
 
-def test_the_committed_table_knows_no_unknown() -> None:
+def test_committed_table_has_nothing_unexplained() -> None:
     rows = [line.split("|")[1:-1] for line in judge.TABLE.read_text().splitlines() if line.startswith("|")]
     header = [cell.strip() for cell in rows[0]]
     assert header == ["pipeline", "cases", *KINDS]
-    whole = dict(zip(header, next(row for row in rows if row[0].strip() == "all"), strict=True))
-    assert int(whole["unknown"]) == int(whole["crashed"]) == 0
-    assert int(whole["agree"]) > int(whole["cases"]) / 2
+    total = dict(zip(header, next(row for row in rows if row[0].strip() == "all"), strict=True))
+    assert int(total["unknown"]) == int(total["crashed"]) == 0
+    assert int(total["agree"]) > int(total["cases"]) / 2
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("pipeline", CLASSES)
-def test_every_argument_alone_and_in_pairs_agrees_or_has_its_reason(pipeline: str) -> None:
+def test_all_pairs_agree_or_have_a_reason(pipeline: str) -> None:
     verdicts = {case: judge.judge(case) for case in ALL if case.pipeline == pipeline}
-    assert told(verdicts) == []
+    assert unexplained(verdicts) == []

@@ -11,27 +11,27 @@ from fastldm.samplers.classes import CLASSES
 NAMES = {row.name for row in (*DIFFERENCES, *REFUSALS)}
 
 
-def check(found: list[tuple[Case, Verdict]]) -> None:
-    wrong = [verdict for _, verdict in found if verdict.kind in ("unknown", "crashed")]
-    assert not wrong, f"{len(wrong)} of {len(found)}:\n" + "\n".join(verdict.why[0] for verdict in wrong[:10])
-    assert {verdict.kind for _, verdict in found} <= set(KINDS)
-    assert {why for _, verdict in found for why in verdict.why} <= NAMES
+def check(results: list[tuple[Case, Verdict]]) -> None:
+    wrong = [verdict for _, verdict in results if verdict.kind in ("unknown", "crashed")]
+    assert not wrong, f"{len(wrong)} of {len(results)}:\n" + "\n".join(verdict.why[0] for verdict in wrong[:10])
+    assert {verdict.kind for _, verdict in results} <= set(KINDS)
+    assert {why for _, verdict in results for why in verdict.why} <= NAMES
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_a_sample_of_configurations(name: str) -> None:
+def test_sampled_configurations_agree_or_have_a_reason(name: str) -> None:
     check(judged([case for case in cases(name) if case.steps < 100][:6]))
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", CLASSES)
-def test_all_configurations(name: str) -> None:
+def test_all_configurations_agree_or_have_a_reason(name: str) -> None:
     check(judged(cases(name)))
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", CLASSES)
-def test_all_pairs_of_values_occur(name: str) -> None:
+def test_configurations_cover_all_pairs_of_values(name: str) -> None:
     options = choices(name)
     rows = list(pairs(options, name))
     for a in options:
@@ -41,7 +41,7 @@ def test_all_pairs_of_values_occur(name: str) -> None:
                 assert len(together) == len(options[a]) * len(options[b])
 
 
-def test_the_committed_table_has_all_configurations() -> None:
+def test_committed_table_has_all_configurations() -> None:
     """Of every class; none unknown, none crashed, and no reason that there no longer is."""
     text = RESULTS.read_text()
     counts = {}
