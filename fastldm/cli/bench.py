@@ -1,4 +1,4 @@
-"""`fastldm bench`: fastldm beside what one would otherwise pick."""
+"""`fastldm bench`: fastldm and its peers, timed in turns."""
 
 from __future__ import annotations
 

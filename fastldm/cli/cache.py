@@ -1,4 +1,4 @@
-"""`fastldm cache`: what is in the engine cache, whether it is whole, and less of it."""
+"""`fastldm cache`: lists, verifies and prunes the engine cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fastldm export` and `fastldm verify`: from a checkpoint to a bundle that is proved."""
+"""`fastldm export` and `fastldm verify`: from a checkpoint to a verified bundle."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def export(
             "allow_pickle": allow_pickle,
         }
         spec = describe(model, **options)
-        if to is not None:  # all that can be wrong is found before anything is traced
+        if to is not None:  # mistakes are found before anything is traced
             tensorrt = need_tensorrt()
             capabilities = [tensorrt.parse_capability(name) for name in arch]
             tensorrt.picture_profiles(specs(spec.unet, spec.vae, spec.text, dtype=dtype, split=split), sizes)

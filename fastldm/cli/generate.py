@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def _list_things(ctx: click.Context, param: click.Parameter, group: str | None) -> None:
-    """`--list`: as `--help`, it answers in place of the command."""
+    """`--list`: prints and exits before the command runs, as `--help` does."""
     if group is None:
         return
     with reported(debug=False):
@@ -102,7 +102,7 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
         "width": width,
         "num_images_per_prompt": count,
     }
-    # All that can be wrong is found before the model is loaded: the request itself, then the place to write to.
+    # Mistakes are found before the model is loaded: those in the request itself, then in the files to read and write.
     request = Request(prompt=prompt, **{name: value for name, value in arguments.items() if value is not None})
     request = request.replace(seed=picture_seeds(request))
     seeds = picture_seeds(request)
@@ -121,7 +121,7 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
     if options["decode"] != "whole":
         (pipe.enable_vae_tiling if options["decode"] == "tiled" else pipe.enable_vae_slicing)()
     if model == "default":
-        _name_nearest(pipe, prompt)
+        _warn_if_unknown(pipe, prompt)
     result = pipe(request, progress=not as_json and sys.stderr.isatty())
     save_result(result, paths, pipe.name, metadata=not options["no_metadata"])
 
@@ -147,8 +147,8 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
     )
 
 
-def _name_nearest(pipe: Pipeline, prompt: str) -> None:
-    """Say on stderr what the model inside takes a prompt for that names nothing it knows."""
+def _warn_if_unknown(pipe: Pipeline, prompt: str) -> None:
+    """For the default model: name on stderr the nearest things to a prompt that names nothing the model knows."""
     from fastldm.cli import things
 
     if prompt.strip() and not things.knows_a_word(prompt):

@@ -23,12 +23,12 @@ class Size(click.ParamType):
         return width, int(match[2] or width)
 
 
-def check_numbers(size: tuple[int, int] | None, pictures: int = 1, steps: int | None = None) -> None:
-    """InputError for numbers that no request may have, before anything is computed of them."""
+def check_numbers(size: tuple[int, int] | None, images: int = 1, steps: int | None = None) -> None:
+    """InputError for numbers that no request may have, before anything is computed from them."""
     from fastldm.request import Request
 
     width, height = size or (None, None)
-    Request("", width=width, height=height, num_inference_steps=steps, num_images_per_prompt=pictures)
+    Request("", width=width, height=height, num_inference_steps=steps, num_images_per_prompt=images)
 
 
 model_option = click.option(

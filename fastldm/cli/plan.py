@@ -102,7 +102,7 @@ def plan(
 
 
 def _plan_table(plan: MemoryPlan, free: int | None) -> str:
-    """A plan for a person; what takes less than 50 KiB in one line."""
+    """A plan as text. Entries of less than 50 KiB share a line."""
     from fastldm.planning.memory import size
 
     workload, factor = plan.workload, plan.workload.vae.factor

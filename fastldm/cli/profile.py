@@ -55,7 +55,7 @@ def profile(
     fastldm profile -m ./sd15-onnx --backend openvino --json -  an exported model, as data
     """
     with reported(debug):
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler tells its own beginning and end otherwise
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else PyTorch's profiler logs when it starts and ends
         start = perf_counter()
         from fastldm.files import check_output, whole_file
 

@@ -1,4 +1,4 @@
-"""How a command ends: one line that says why, the right exit status, and streams that may be closed, full or gone.
+"""How a command ends: one line that gives the reason, an exit status, and streams that may be closed, full or gone.
 
 Exit status: 0 done, 1 failed, 2 used wrongly, 130 stopped by Ctrl-C.
 """
@@ -23,11 +23,11 @@ _MAX_LINE = 2000
 
 @contextmanager
 def reported(debug: bool) -> Iterator[None]:
-    """Turns whatever ends a command early into one line on stderr and an exit status."""
+    """Turn the exception that ends a command into one line on stderr and an exit status."""
     try:
         yield
         if sys.stdout is not None:
-            sys.stdout.flush()  # what cannot be written is found here, not when the interpreter ends
+            sys.stdout.flush()  # a full disk is an error here, not when the interpreter ends
     except Exception as error:
         if debug:
             with suppress(OSError):
@@ -38,7 +38,7 @@ def reported(debug: bool) -> Iterator[None]:
 
 
 def run(command: click.Command) -> None:
-    """The command in a process of its own: what `reported` is for a command's body, for all before and after it."""
+    """The command as a process: handles errors outside of its body, where `reported` does not reach."""
     _open_streams()
     warnings.filterwarnings("ignore", message="Image size .* exceeds limit")  # PIL's, before our own error
     status: Any = 0
@@ -54,38 +54,40 @@ def run(command: click.Command) -> None:
         status = status or _fail(error)
     with suppress(OSError):
         sys.stderr.flush()
-    _drop_what_cannot_be_written()
+    _discard_unwritten_output()
     sys.exit(status)
 
 
 def _fail(error: Exception) -> int:
-    """Say why, and return the status."""
+    """Print the reason on stderr, and return the exit status."""
     error = out_of_memory_named(error)
     text = " ".join(str(error).split())
     if isinstance(error, Cancelled):
-        _say("\nstopped")
+        _print_error("\nstopped")
         return 130
     if isinstance(error, FastLDMError):
-        _say(f"fastldm: {text}")
+        _print_error(f"fastldm: {text}")
         return 2 if isinstance(error, InputError) else 1
-    if isinstance(error, BrokenPipeError):  # who reads our output has had enough, as `head` has
+    if isinstance(error, BrokenPipeError):  # the reader of our output has closed it, as `head` does
         return 1
-    if isinstance(error, OSError):  # the machine's, not ours: a full disk, a lost network
+    if isinstance(error, OSError):  # of the machine: a full disk, a lost network
         of = "the output" if error.filename is None else repr(error.filename)
-        _say(f"fastldm: {of}: {error.strerror}" if error.strerror else f"fastldm: {text or type(error).__name__}")
+        _print_error(
+            f"fastldm: {of}: {error.strerror}" if error.strerror else f"fastldm: {text or type(error).__name__}"
+        )
         return 1
-    _say(f"fastldm: {type(error).__name__}: {text or 'no message'} (--debug shows where; this may be a bug)")
+    _print_error(f"fastldm: {type(error).__name__}: {text or 'no message'} (--debug shows where; this may be a bug)")
     return 1
 
 
-def _say(line: str) -> None:
+def _print_error(line: str) -> None:
     with suppress(OSError):
         click.echo(line if len(line) <= _MAX_LINE else f"{line[: _MAX_LINE - 3]}...", err=True)
 
 
 def _open_streams() -> None:
-    """Closed streams become the null device: a file opened later would take a closed one's number, and whatever is
-    printed to it. Names that are not UTF-8 are printed escaped."""
+    """Open closed streams on the null device: a file that is opened later would get the number of a closed stream, and
+    what is printed to it. Names that are not UTF-8 are printed escaped."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -98,8 +100,8 @@ def _open_streams() -> None:
             output.reconfigure(errors="backslashreplace")
 
 
-def _drop_what_cannot_be_written() -> None:
-    """What stays in a buffer would be tried again, and complained of, when the interpreter ends."""
+def _discard_unwritten_output() -> None:
+    """The interpreter would try to write what is left in a buffer when it ends, and print an error."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -110,7 +112,7 @@ def _drop_what_cannot_be_written() -> None:
 
 
 class Commands(click.Group):
-    """A group whose messages name at most the beginning of an argument: a number of 5,000 digits fills a screen."""
+    """A group whose messages are cut where an argument is long: a number of 5,000 digits fills a screen."""
 
     def make_context(self, *args: Any, **options: Any) -> click.Context:
         with _short_messages():

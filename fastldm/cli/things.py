@@ -1,4 +1,4 @@
-"""What the model that ships inside knows, by its names, and what it takes a prompt without any of them for."""
+"""The things that the default model knows, by name, and the nearest of them to a prompt that names none."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from fastldm.loading.spec import DEFAULT_MODEL
 if TYPE_CHECKING:
     from fastldm.pipeline import Pipeline
 
-# Words of names and tags that say nothing of which thing is meant.
-_NO_THING = """
+# Words of names and tags that do not identify a thing.
+_STOP_WORDS = """
 a an the of and with in on at to for by from up down no one two big small little old new good bad beautiful cute
 red yellow green blue purple pink brown black white gray grey dark flat noto 3d
 """
 
 
 class Thing(NamedTuple):
-    names: tuple[str, ...]  # the first is the one it was chosen by
+    names: tuple[str, ...]  # the first is the name that it was selected by
     tags: tuple[str, ...]
     group: str
 
@@ -35,7 +35,7 @@ def things() -> tuple[Thing, ...]:
 
 
 def listing(group: str = "", width: int = 100) -> str:
-    """The names of a group, which a part of its name finds; of every group where none is given."""
+    """The names of the things in each group whose name contains `group`, in lines of at most `width` characters."""
     groups: dict[str, list[str]] = {}
     for thing in things():
         groups.setdefault(thing.group, []).append(thing.names[0])
@@ -50,30 +50,30 @@ def listing(group: str = "", width: int = 100) -> str:
 
 
 def knows_a_word(prompt: str) -> bool:
-    """Whether a prompt has a name in it, the last word of one, or a tag, in the singular or the plural."""
+    """Whether a prompt contains a thing's name, the last word of a name, or a tag, in the singular or the plural."""
     words = [_stem(word) for word in re.findall(r"\w+", prompt.lower())]
     text = f" {' '.join(words)} "
-    return any(f" {known_text} " in text for known_text in _known_texts())
+    return any(f" {phrase} " in text for phrase in _known_phrases())
 
 
 @lru_cache
-def _known_texts() -> frozenset[str]:
+def _known_phrases() -> frozenset[str]:
     texts = {text for thing in things() for text in (*thing.names, *thing.tags, *(n.split()[-1] for n in thing.names))}
     normalized = (" ".join(_stem(word) for word in re.findall(r"\w+", text.lower())) for text in texts)
-    ignored = {"", *_NO_THING.split(), *"0123456789"}
+    ignored = {"", *_STOP_WORDS.split(), *"0123456789"}
     return frozenset(text for text in normalized if not ignored.issuperset(text.split()))
 
 
 def _stem(word: str) -> str:
-    """What singular and plural have in common: of `bus` and `buses`, `berry` and `berries`, `glass` and `glasses`."""
+    """The stem of a word, the same for its singular and plural: `bus` and `buses`, `berry` and `berries`."""
     return re.sub("y$", "i", word[:3] + word[3:].rstrip("es"))
 
 
 def nearest(pipe: Pipeline, prompt: str, count: int = 3) -> list[str]:
     """The things whose text embeddings are nearest to a prompt's, by cosine once the mean of all is taken off.
 
-    An embedding is the text encoder's state (D,) at the last position of the window: from the end of a text on, a state
-    has seen all of it.
+    An embedding is the text encoder's hidden state (D,) at the last position of the window, which has attended to all
+    of the text.
     """
     import torch
 
@@ -84,5 +84,5 @@ def nearest(pipe: Pipeline, prompt: str, count: int = 3) -> list[str]:
     embeddings = encode_prompts(pipe.text_stages, texts, literal=True).hidden[:, -1].float()  # (N, D)
     embedding = encode_prompts(pipe.text_stages, prompt, literal=True).hidden[:, -1].float()  # (1, D)
     mean = embeddings.mean(0)
-    alike = torch.cosine_similarity(embeddings - mean, embedding - mean, dim=1)  # (N,)
-    return [names[k] for k in alike.topk(count).indices.tolist()]
+    similarity = torch.cosine_similarity(embeddings - mean, embedding - mean, dim=1)  # (N,)
+    return [names[k] for k in similarity.topk(count).indices.tolist()]

@@ -44,5 +44,5 @@ def tune(model: str, output: str, size: tuple[int, int] | None, batch: int, dtyp
         with tqdm(total=len(shapes), unit=" shapes", disable=not sys.stderr.isatty()) as bar:
             table = tune.tune(shapes, on_done=lambda op, shape, entry: bar.update())
         tune.merge_into(path, table)
-        entries = sum(len(found) for ops in table.values() for found in ops.values())
+        entries = sum(len(shapes_of_op) for ops in table.values() for shapes_of_op in ops.values())
         click.echo(f"{path}: {entries} entries; use them with FASTLDM_TUNED={path}")

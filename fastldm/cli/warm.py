@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 
@@ -47,20 +48,19 @@ def warm(
         from fastldm.model import describe
         from fastldm.planning import warm
 
-        for pictures in batch:
-            for one_size in size or (None,):
-                check_numbers(one_size, pictures)
+        for images, pixels in itertools.product(batch, size or (None,)):
+            check_numbers(pixels, images)
         if not arch:
             if not torch.cuda.is_available():
                 raise InputError(f"torch sees no GPU here: say which to compile for with --arch {warm.ARCH_NAMES}")
             arch = tuple(f"sm_{a}{b}" for a, b in {torch.cuda.get_device_capability()})
-        for one in arch:
-            warm.parse_arch(one)
+        for name in arch:
+            warm.parse_arch(name)
         spec = describe(model)
-        for one in arch:
-            with tqdm(desc=one, bar_format="{desc}: {elapsed} {postfix}", disable=not sys.stderr.isatty()) as bar:
+        for name in arch:
+            with tqdm(desc=name, bar_format="{desc}: {elapsed} {postfix}", disable=not sys.stderr.isatty()) as bar:
                 sizes = size or [spec.default_size]
                 count = warm.warm(
-                    spec, one, sizes=sizes, batches=batch, dtype=getattr(torch, dtype), on_kernel=bar.set_postfix_str
+                    spec, name, sizes=sizes, batches=batch, dtype=getattr(torch, dtype), on_kernel=bar.set_postfix_str
                 )
-            click.echo(f"{one}: {count} kernels in {warm.cache_folder()}")
+            click.echo(f"{name}: {count} kernels in {warm.cache_folder()}")
