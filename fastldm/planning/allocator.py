@@ -1,6 +1,6 @@
-"""What a run would have in memory, from a run on tensors without storage.
+"""The memory of a run, from a dry run on tensors without storage.
 
-`record` watches storages come and go; `Heap` and `CUDAHeap` say what an allocator would hold for that.
+`record` traces the allocations and releases of storages; `Heap` and `CUDAHeap` simulate an allocator on a trace.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-Trace = tuple[tuple[int, int], ...]  # in order: (storage, its bytes) where one came to be, (storage, -1) where it went
+Trace = tuple[tuple[int, int], ...]  # in order: (storage, its bytes) for an allocation, (storage, -1) for a release
 
 MIB = 2**20
 
 
 def record(function: Callable[[], object]) -> Trace:
-    """The storages that ops of `work` make, as they come and go. It runs on the meta device.
+    """The allocations and releases of the function's ops. It runs on the meta device.
 
-    What an op takes and gives back within itself is not seen: libraries' workspaces, and some scratch of ATen's.
+    Temporaries within an op are not recorded: workspaces of libraries, and some of ATen's.
     """
     watch = _Watch()
     with watch, _FusedAttention():
@@ -46,12 +46,14 @@ class _Watch(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         tensors = out if isinstance(out, (tuple, list)) else (out,)
         for tensor, returned in zip(tensors, func._schema.returns, strict=False):
-            if isinstance(tensor, Tensor) and returned.alias_info is None:  # no view, and not written in place
+            if isinstance(tensor, Tensor) and returned.alias_info is None:  # neither a view nor in place
                 self._came(tensor.untyped_storage())
         return out
 
     def _came(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata in self._alive or storage.nbytes() == 0:  # _unsafe_view is a view that does not say so
+        if (
+            storage._cdata in self._alive or storage.nbytes() == 0
+        ):  # _unsafe_view is a view whose schema does not declare it
             return
         name = len(self.trace)
         self.trace.append((name, storage.nbytes()))
@@ -63,7 +65,7 @@ class _Watch(TorchDispatchMode):
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Every device that runs this has an attention that writes no scores; the meta device has not."""
+    """Attention without a tensor of scores, as on every device but the meta device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention:
@@ -71,12 +73,12 @@ class _FusedAttention(TorchFunctionMode):
         q, _, v = args[:3]
         batch, heads, queries, _ = q.shape
         out = q.new_empty((batch, queries, heads, v.shape[-1]))
-        _ = q.new_empty((batch, heads, queries), dtype=torch.float32)  # logarithms of sums, made for a backward pass
+        _ = q.new_empty((batch, heads, queries), dtype=torch.float32)  # logarithms of sums, for a backward pass
         return out.transpose(1, 2)
 
 
 class Heap:
-    """An allocator that holds what is alive: that of a CPU."""
+    """An allocator that holds exactly the live bytes: that of a CPU."""
 
     def __init__(self) -> None:
         self.live = self.peak = 0
@@ -96,7 +98,7 @@ class Heap:
         self.live -= self._sizes.pop(name)
 
     def hold(self, sizes: Iterable[int]) -> int:
-        """Takes these for good. Their bytes, rounded as the allocator does."""
+        """Allocate these permanently. Returns their bytes, rounded as the allocator does."""
         before = self.live
         for size in sizes:
             if size:
@@ -104,7 +106,7 @@ class Heap:
         return self.live - before
 
     def run(self, trace: Trace) -> int:
-        """All of a trace; what is alive at its end goes too. The most bytes that were alive in it, of its own."""
+        """Run a trace, and release what is alive at its end. Returns the peak of the trace's own live bytes."""
         before, self.peak, peak_before = self.live, self.live, self.peak
         names: dict[int, object] = {}
         for name, size in trace:
@@ -120,7 +122,7 @@ class Heap:
 
 
 class _Block:
-    """Bytes of a segment, and the blocks before and behind it there."""
+    """A block of a segment, and the blocks before and behind it."""
 
     __slots__ = ("before", "behind", "free", "size")
 
@@ -133,8 +135,8 @@ class CUDAHeap(Heap):
 
     A size is rounded to 512 bytes. Up to 1 MiB come from segments of 2 MiB, less than 10 MiB from segments of 20 MiB,
     and more from a segment of its own, rounded to 2 MiB. The smallest free block that is large enough is taken, and
-    split if 512 bytes or more, in large segments more than 1 MiB, are left. Free neighbours become one. Segments are
-    kept.
+    split if 512 bytes or more, in large segments more than 1 MiB, remain. Free neighbours are merged. No segment is
+    released.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""`fastldm doctor`: what this machine has, what a model would run on, and what each extra would bring."""
+"""`fastldm doctor`: the machine, the device and the kernels that a model would run on, and the extras."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from fastldm.loading.spec import Spec
 
-# extra -> what it brings, and the distributions it consists of
+# extra -> its purpose, and its distributions
 EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "onnx": ("export to ONNX and run it with ONNX Runtime on a CPU", ("onnx", "onnxscript", "onnxruntime")),
     "onnx-gpu": ("the same with ONNX Runtime's CUDA provider", ("onnx", "onnxscript", "onnxruntime-gpu")),
@@ -35,9 +35,9 @@ def version_of(distribution: str) -> str | None:
 
 
 def examine(model: str = "default", arch: str | None = None) -> dict[str, Any]:
-    """Everything that `fastldm doctor` prints, as plain data. Loads no weights.
+    """The content of `fastldm doctor`'s report, as plain data. Loads no weights.
 
-    arch: a GPU such as "sm_90" to say the ops' paths for, in place of this machine.
+    arch: a GPU such as "sm_90" to report the paths of ops for, in place of this machine.
     """
     import torch
 
@@ -86,7 +86,7 @@ def examine(model: str = "default", arch: str | None = None) -> dict[str, Any]:
 
 
 def op_paths(spec: Spec, dtype: torch.dtype, arch: str | None) -> dict[str, Any]:
-    """Which path each op of a picture takes, from a dry run at the model's own size: path -> op -> why -> calls."""
+    """The path of each op of a request, from a dry run at the model's default size: path -> op -> reason -> calls."""
     import torch
 
     from fastldm.kernels import dispatch
@@ -125,7 +125,7 @@ def _op_lines(ops: dict[str, Any]) -> Iterator[str]:
 
 
 def render(report: dict[str, Any]) -> str:
-    """The report for a person."""
+    """The report as text."""
     model, cpu, ops = report["model"], report["cpu"], report["ops"]
     lines = [
         f"fastldm {report['fastldm']}, Python {report['python']}, torch {report['torch']}, "

@@ -1,10 +1,11 @@
-"""A model's run on tensors without storage: what it would launch, cost and hold, known before a weight is read.
+"""Dry runs of a model on tensors without storage: its launches, costs and memory, before a weight is read.
 
-The networks are built on the meta device and run there as a request would run them. Whoever watches learns the rest:
-`kernels.dispatch.observe` sees each op with its shapes, `kernels.dispatch.targeting` compiles each kernel or says which
-device it is about, `allocator.record` sees the memory.
+The networks are built on the meta device and run there as a request would run them. Context managers observe the run:
+`kernels.dispatch.observe` each op with its shapes, `kernels.dispatch.targeting` each kernel, for a given device, and
+`allocator.record` the memory.
 
-A function here makes what its work reads, and returns the work. height and width are those of the latents.
+The functions from `conditions` to `text` build the inputs and return the run, a function without arguments. height and
+width are those of the latents.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from fastldm.models.vae import TILE, AutoencoderKL, Decode, TinyAutoencoder, dec
 from fastldm.runtime.slots import Slots, StaticBuffers
 
 Config = UNetConfig | VAEConfig | TinyVAEConfig | TextConfig
-Work = Callable[[], object]
+DryRun = Callable[[], object]
 
 
 def network(config: Config, dtype: torch.dtype) -> nn.Module:
-    """The network for a config, prepared as for the device that the meta device stands for, without weights."""
+    """The network for a config, without weights, prepared as for the target device of the meta device."""
     return _network(config, dtype, device_type(_empty()))
 
 
@@ -39,27 +40,27 @@ def network(config: Config, dtype: torch.dtype) -> nn.Module:
 def _network(config: Config, dtype: torch.dtype, device: str) -> nn.Module:
     build = UNet if isinstance(config, UNetConfig) else CLIPText if isinstance(config, TextConfig) else autoencoder
     with torch.device("meta"):
-        built = build(config).to(dtype)  # type: ignore[arg-type]
-        prepare({"": built})
-    return built
+        module = build(config).to(dtype)  # type: ignore[arg-type]
+        prepare({"": module})
+    return module
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def conditions(config: UNetConfig, *, steps: int, rows: int, tokens: int, dtype: torch.dtype) -> Work:
-    """All that is computed once for `rows` U-Net rows: time rows of so many steps, and keys and values of the texts.
+def conditions(config: UNetConfig, *, steps: int, rows: int, tokens: int, dtype: torch.dtype) -> DryRun:
+    """The tensors that are computed once for `rows` U-Net rows: time rows of all steps, keys and values of the texts.
 
-    tokens: of a text, a multiple of the window where it has several.
+    tokens: of a text, a multiple of the window if it takes several.
     """
     times = time_rows(config, count=steps * rows if config.needs_added else steps, dtype=dtype)
     texts = cross_kv(config, rows=rows, tokens=tokens, dtype=dtype)
     return lambda: (times(), texts())
 
 
-def time_rows(config: UNetConfig, *, count: int, dtype: torch.dtype) -> Work:
-    """What the resnets read of so many times and conditions."""
+def time_rows(config: UNetConfig, *, count: int, dtype: torch.dtype) -> DryRun:
+    """The time rows, which resnets read, of `count` times and conditions."""
     unet: UNet = network(config, dtype)  # type: ignore[assignment]
     added = None
     if config.needs_added:
@@ -67,22 +68,22 @@ def time_rows(config: UNetConfig, *, count: int, dtype: torch.dtype) -> Work:
         added = AddedConditions(_empty(count, pooled, dtype=dtype), _empty(count, 6))
     guidance = _empty(count) if config.needs_guidance else None
 
-    def work() -> object:
-        with torch.device("meta"):  # the network makes sinusoids of LCM's guidance on the default device
+    def run() -> object:
+        with torch.device("meta"):  # the network computes LCM's guidance embedding on the default device
             return unet.time_rows(_empty(count), added=added, guidance=guidance)
 
-    return torch.no_grad()(work)
+    return torch.no_grad()(run)
 
 
-def cross_kv(config: UNetConfig, *, rows: int, tokens: int, dtype: torch.dtype) -> Work:
-    """Keys and values of so many texts."""
+def cross_kv(config: UNetConfig, *, rows: int, tokens: int, dtype: torch.dtype) -> DryRun:
+    """Keys and values of `rows` texts."""
     unet: UNet = network(config, dtype)  # type: ignore[assignment]
     text = _empty(rows, tokens, config.cross_attention_dim, dtype=dtype)
     return torch.no_grad()(lambda: unet.cross_kv(text))
 
 
-def step(config: UNetConfig, *, height: int, width: int, rows: int, tokens: int, dtype: torch.dtype) -> Work:
-    """One step of `rows` U-Net rows: on a GPU all that its graph has, on a CPU the network."""
+def step(config: UNetConfig, *, height: int, width: int, rows: int, tokens: int, dtype: torch.dtype) -> DryRun:
+    """One step of `rows` U-Net rows: on a GPU all calls of its graph, on a CPU the network."""
     unet: UNet = network(config, dtype)  # type: ignore[assignment]
     shape = {"height": height, "width": width, "tokens": tokens, "dtype": dtype, "device": "meta"}
     buffers = StaticBuffers.empty(config, slots=rows, rows=rows, steps=1, **shape)  # type: ignore[arg-type]
@@ -93,25 +94,32 @@ def step(config: UNetConfig, *, height: int, width: int, rows: int, tokens: int,
 
 
 def decode(
-    config: VAEConfig | TinyVAEConfig, *, height: int, width: int, batch: int, dtype: torch.dtype, how: Decode = "whole"
-) -> Work:
-    """Latents to the bytes of pictures."""
+    config: VAEConfig | TinyVAEConfig,
+    *,
+    height: int,
+    width: int,
+    batch: int,
+    dtype: torch.dtype,
+    mode: Decode = "whole",
+) -> DryRun:
+    """Latents to the bytes of images."""
     vae: AutoencoderKL | TinyAutoencoder = network(config, dtype)  # type: ignore[assignment]
     latents = _empty(batch, config.latent_channels, height, width)
 
-    def work() -> None:
+    def run() -> None:
         z = (latents / config.scaling_factor).to(dtype)
         tiles = -(-max(height, width) // TILE)
-        decoded = _first_tiles(vae, z) if how == "tiled" and tiles > 4 else finish(decode_pieces(vae, z, how))
+        decoded = _first_tiles(vae, z) if mode == "tiled" and tiles > 4 else finish(decode_pieces(vae, z, mode))
         decoded.isfinite().all()
         images.to_pixels(decoded, "pil")
 
-    return torch.no_grad()(work)
+    return torch.no_grad()(run)
 
 
 def _first_tiles(vae: AutoencoderKL | TinyAutoencoder, z: Tensor) -> Tensor:
-    """What a tiled decode has in memory at its most, without each of its thousand tiles, which are all alike: the last
-    picture's first, while the others are there, and its end."""
+    """The peak of a tiled decode, without a thousand tiles of equal size: the first tiles of the last image, beside the
+    decoded rest, and the end.
+    """
     config = vae.config
     shape = (config.out_channels, z.shape[2] * config.factor, z.shape[3] * config.factor)
     rest = z.new_empty((z.shape[0] - 1, *shape))
@@ -124,37 +132,37 @@ def _first_tiles(vae: AutoencoderKL | TinyAutoencoder, z: Tensor) -> Tensor:
     return torch.cat([rest, last])
 
 
-def encode(config: VAEConfig | TinyVAEConfig, *, height: int, width: int, batch: int, dtype: torch.dtype) -> Work:
-    """Pictures to latents."""
+def encode(config: VAEConfig | TinyVAEConfig, *, height: int, width: int, batch: int, dtype: torch.dtype) -> DryRun:
+    """Images to latents."""
     factor = config.factor
-    pictures = _empty(batch, config.in_channels, height * factor, width * factor)
+    pixels = _empty(batch, config.in_channels, height * factor, width * factor)
     vae: AutoencoderKL | TinyAutoencoder = network(config, dtype)  # type: ignore[assignment]
-    return torch.no_grad()(lambda: vae.encode(pictures.to(dtype)).float())
+    return torch.no_grad()(lambda: vae.encode(pixels.to(dtype)).float())
 
 
-def text(configs: Sequence[TextConfig], *, batch: int, dtype: torch.dtype) -> Work:
+def text(configs: Sequence[TextConfig], *, batch: int, dtype: torch.dtype) -> DryRun:
     """One window of text for each of `batch` prompts, through all encoders."""
     encoders = [network(config, dtype) for config in configs]
     ids = [torch.empty(batch, config.max_position, dtype=torch.long, device="meta") for config in configs]
     return torch.no_grad()(lambda: [encoder(tokens) for encoder, tokens in zip(encoders, ids, strict=True)])
 
 
-# ------------------------------------------------------------------------------------------------ run, to be watched
+# ---------------------------------------------------------------------------------------------- runs to observe
 
 
 def run_unet(config: UNetConfig, *, height: int, width: int, rows: int, tokens: int, dtype: torch.dtype) -> None:
-    """All of one step for `rows` U-Net rows (2 for one guided picture), and what comes before it."""
+    """All of one step for `rows` U-Net rows (2 for a guided image), and its conditions."""
     conditions(config, steps=1, rows=rows, tokens=tokens, dtype=dtype)()
     step(config, height=height, width=width, rows=rows, tokens=tokens, dtype=dtype)()
 
 
 def run_decoder(config: VAEConfig | TinyVAEConfig, *, height: int, width: int, batch: int, dtype: torch.dtype) -> None:
-    """Latents to pictures."""
+    """Latents to images."""
     decode(config, height=height, width=width, batch=batch, dtype=dtype)()
 
 
 def run_encoder(config: VAEConfig | TinyVAEConfig, *, height: int, width: int, batch: int, dtype: torch.dtype) -> None:
-    """Pictures to latents."""
+    """Images to latents."""
     encode(config, height=height, width=width, batch=batch, dtype=dtype)()
 
 
@@ -163,18 +171,19 @@ def run_text(configs: Sequence[TextConfig], *, batch: int, dtype: torch.dtype) -
     text(configs, batch=batch, dtype=dtype)()
 
 
-# ------------------------------------------------------------------------------------------------------------ counted
+# -------------------------------------------------------------------------------------------------------- costs
 
 
-def count(make: Callable[[], Work]) -> dict[str, Cost]:
-    """What the ops of a work have to do on a CPU, by name; those that an op is made of are its own. Under "enlarging":
-    what everybody counts more, who convolves the enlarged picture."""
+def count(make: Callable[[], DryRun]) -> dict[str, Cost]:
+    """The costs of a run's ops on a CPU, by name; the ops that an op calls count as its own. Under "enlarging": the
+    additional operations of a convolution of the enlarged image, by which the literature counts.
+    """
     costs: dict[str, Cost] = {}
     parents: list[str] = []
 
     def add(name: str, flop: int, moved: int) -> None:
-        before = costs.get(name, Cost(0, 0))
-        costs[name] = Cost(before.flop + flop, before.bytes + moved)
+        previous = costs.get(name, Cost(0, 0))
+        costs[name] = Cost(previous.flop + flop, previous.bytes + moved)
 
     def watch(op: Op[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
         if not parents:
@@ -191,15 +200,15 @@ def count(make: Callable[[], Work]) -> dict[str, Cost]:
     return costs
 
 
-def total(make: Callable[[], Work]) -> Cost:
-    """All that the ops of a work have to do on a CPU."""
+def total(make: Callable[[], DryRun]) -> Cost:
+    """The total cost of a run's ops on a CPU."""
     costs = [cost for name, cost in count(make).items() if name != "enlarging"]
     return Cost(sum(cost.flop for cost in costs), sum(cost.bytes for cost in costs))
 
 
 def operations(config: UNetConfig, *, height: int, width: int, rows: int, tokens: int) -> dict[str, int]:
-    """Float operations of the whole U-Net for `rows` rows, 2 for each multiply-add of a product, by what becomes of
-    them: "step" is what is computed at each step. All together they are what everybody counts.
+    """Float operations of the full U-Net for `rows` rows, 2 for each multiply-add of a product, by when they are
+    computed: "step" at each step. The total is that of the literature.
     """
     dtype = torch.float32
     step_counts = count(lambda: step(config, height=height, width=width, rows=rows, tokens=tokens, dtype=dtype))

@@ -1,4 +1,4 @@
-"""What a request needs of a device's memory, counted by name before anything is allocated."""
+"""The memory plan of a request: bytes by name, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a request asks of a model and a device. Plans are kept by it."""
+    """A request as seen by memory and device. Plans are cached by it."""
 
     unet: UNetConfig
     vae: VAEConfig | TinyVAEConfig
@@ -46,19 +46,19 @@ class Workload:
     steps: int = 30
     tokens: int = 77  # of a text
     decode: Decode = "whole"
-    encode: bool = False  # whether it starts from a picture
-    slots: int = 0  # of the bucket, as many as pictures where 0
-    rows: int = 0  # of the U-Net, as many as the request needs where 0
+    encode: bool = False  # whether it starts from an image
+    slots: int = 0  # of the bucket; 0: one for each image
+    rows: int = 0  # of the U-Net; 0: as many as the request needs
     backend: str = "torch"
-    precision: torch.dtype | None = None  # what an engine computes in, where that is not `dtype`, a bundle's
+    precision: torch.dtype | None = None  # of an engine, where that is not `dtype`, a bundle's
 
     @classmethod
     def of_spec(
-        cls, spec: Spec, *, width: int, height: int, batch: int, dtype: torch.dtype, arch: int, **others: Any
+        cls, spec: Spec, *, width: int, height: int, batch: int, dtype: torch.dtype, arch: int, **overrides: Any
     ) -> Workload:
-        """For a model that is not loaded. width, height: of the pictures, in pixels. others: the other fields."""
+        """For a model that is not loaded. width, height: of the images, in pixels. overrides: further fields."""
         checks.whole("batch", batch, 1, MAX_IMAGES, "pictures")
-        checks.whole("steps", others.get("steps", 1), 1, MAX_STEPS, "steps")
+        checks.whole("steps", overrides.get("steps", 1), 1, MAX_STEPS, "steps")
         for name, size in (("width", width), ("height", height)):
             if checks.whole(name, size, 0, MAX_SIDE, "pixels") == 0 or size % spec.vae.factor:
                 raise InputError(f"{name} is {size}: expected a positive multiple of {spec.vae.factor} for this model")
@@ -69,18 +69,18 @@ class Workload:
             "width": width // spec.vae.factor,
             "batch": batch,
         }
-        return cls(spec.unet, spec.vae, spec.text, **shape, dtype=dtype, arch=arch, **{**defaults, **others})
+        return cls(spec.unet, spec.vae, spec.text, **shape, dtype=dtype, arch=arch, **{**defaults, **overrides})
 
     @classmethod
-    def of_stages(cls, stages: Stages, *, width: int, height: int, batch: int, **others: Any) -> Workload:
-        """For a model that is loaded, where it is; `guided` must be among the others."""
+    def of_stages(cls, stages: Stages, *, width: int, height: int, batch: int, **overrides: Any) -> Workload:
+        """For a loaded model, on its device; `guided` must be among the overrides."""
         arch = device_capability(stages.device.index or 0) if stages.device.type == "cuda" else 0
         configs = tuple(stage.model.config for stage in stages.text_stages)
         factor = stages.vae.config.factor
-        given: dict[str, Any] = {"height": height // factor, "width": width // factor, "batch": batch}
-        given = {**given, "tokens": configs[0].max_position, **others}
-        given |= {"backend": stages.backend, "precision": getattr(torch, stages.precision)}
-        return cls(stages.unet.config, stages.vae.config, configs, dtype=stages.dtype, arch=arch, **given)
+        options: dict[str, Any] = {"height": height // factor, "width": width // factor, "batch": batch}
+        options = {**options, "tokens": configs[0].max_position, **overrides}
+        options |= {"backend": stages.backend, "precision": getattr(torch, stages.precision)}
+        return cls(stages.unet.config, stages.vae.config, configs, dtype=stages.dtype, arch=arch, **options)
 
 
 class Line(NamedTuple):
@@ -91,13 +91,13 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a request has on the device, in bytes, by name.
+    """The memory of a request on the device, in bytes, by name.
 
-    weights, buffers and libraries are there all the time, and one phase after the other: the most that is alive in it.
-    cached: what is held beyond that, free blocks of PyTorch's allocator, or on a CPU weights in a second layout. An
-    engine's activations are its own affair: these are PyTorch's, and engines were seen to take up to several times as
-    much. On a CPU, buffers stand for tensors of the same content that belong to the requests, and nothing is planned
-    for what ops take and give back within themselves (attention's scores of a block): some hundred KiB a thread.
+    weights, buffers and libraries are resident; phases follow each other, each with its peak. cached: memory held
+    beyond that, free blocks of PyTorch's allocator, or on a CPU weights in a second layout. Activations are PyTorch's:
+    engines do not report theirs, and were seen to take up to several times as much. On a CPU, buffers are tensors of
+    the same content that belong to the requests, and temporaries within an op (attention's scores of a block) are not
+    planned: some hundred KiB a thread.
     """
 
     workload: Workload
@@ -109,35 +109,35 @@ class MemoryPlan:
 
     @property
     def resident(self) -> int:
-        """What is there all the time."""
+        """Bytes of weights, buffers and libraries."""
         return sum(line.bytes for line in (*self.weights, *self.buffers, *self.libraries))
 
     @property
     def needed(self) -> int:
-        """Without so much the request cannot run: the allocator gives back what is only cached when it has to."""
+        """The least memory that the request can run in: under pressure the allocator releases what is only cached."""
         return self.resident + max(line.bytes for line in self.phases)
 
     @property
     def peak(self) -> int:
-        """What the process takes from the device."""
+        """The memory that the process takes from the device."""
         return self.needed + self.cached.bytes
 
     @property
     def loading(self) -> int:
-        """The part of `needed` that is there once the model is loaded."""
+        """The fraction of `needed` that is allocated once the model is loaded, in bytes."""
         return sum(line.bytes for line in self.weights)
 
     def fits(self, free: int) -> bool:
-        """Whether that many bytes are enough for model and request."""
+        """Whether `free` bytes are enough for model and request."""
         return self.needed <= free
 
     def remedies(self, free: int) -> Iterator[MemoryPlan]:
-        """Plans of what would fit instead, each with one thing changed; with several, if one is not enough."""
+        """Plans that would fit, each with one change to the workload, or with several if one is not enough."""
         workload = self.workload
         on_torch = workload.backend == "torch"
         possible: list[tuple[Decode, bool]] = [("sliced", workload.batch > 1), ("tiled", on_torch)]
         decodes = [mode for mode, helps in possible if helps]
-        # Pixels in float32: no way around these.
+        # Pixels in float32 are needed in any case.
         pixels = 12 * workload.batch * workload.height * workload.width * workload.vae.factor**2
         smaller = decodes if workload.decode == "whole" and pixels < free else []
         changes: list[dict[str, Any]] = [{"decode": mode} for mode in smaller]
@@ -152,12 +152,12 @@ class MemoryPlan:
         yield from plans
 
     def advice(self, free: int) -> str:
-        """What would make it fit, in words."""
-        ways = [_difference(self.workload, other.workload) for other in self.remedies(free)]
+        """The changes that would make it fit, as text."""
+        ways = [_difference(self.workload, candidate.workload) for candidate in self.remedies(free)]
         return ", or ".join(ways) or "a smaller size, or a device with more memory"
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain data."""
+        """The plan as plain data."""
         workload = self.workload
         fields = ("batch", "guided", "arch", "steps", "tokens", "decode", "encode", "backend")
         factor = workload.vae.factor
@@ -177,49 +177,54 @@ class MemoryPlan:
         }
 
 
-def check(asked: Workload, free: int, what: str) -> None:
-    """`refuse`, without a plan where a request plainly fits: the first in a process takes a second (for PyTorch's meta
-    device imports its compiler), others some tenths."""
-    if at_most(asked) > free:
-        refuse(plan(asked), free, what)
+def check(workload: Workload, free: int, label: str) -> None:
+    """`refuse`, without a plan where the upper bound fits: the first plan in a process takes a second (for PyTorch's
+    meta device imports its compiler), later ones some tenths.
+    """
+    if upper_bound(workload) > free:
+        refuse(plan(workload), free, label)
 
 
-def at_most(asked: Workload) -> int:
-    """More bytes than a request takes beside the weights: two to three times as many."""
-    unet, vae, rows = asked.unet, asked.vae, asked.batch * (2 if asked.guided else 1)
+def upper_bound(workload: Workload) -> int:
+    """More bytes than a request takes besides the weights: two to three times as many."""
+    unet, vae, rows = workload.unet, workload.vae, workload.batch * (2 if workload.guided else 1)
     width = vae.decoder_width if isinstance(vae, TinyVAEConfig) else max(vae.channels[:2])
-    latents = asked.height * asked.width
-    text = 2 * asked.tokens * sum(unet.cross_widths) + 2 * asked.steps * unet.time_channels
-    numbers = 8 * asked.batch * latents * vae.factor**2 * width + 64 * rows * latents * unet.down[0].channels
-    noise = 4 * asked.batch * asked.steps * latents * unet.out_channels
-    return 256 * MIB + asked.dtype.itemsize * (numbers + 4 * rows * text) + 2 * noise
+    latents = workload.height * workload.width
+    text = 2 * workload.tokens * sum(unet.cross_widths) + 2 * workload.steps * unet.time_channels
+    numbers = 8 * workload.batch * latents * vae.factor**2 * width + 64 * rows * latents * unet.down[0].channels
+    noise = 4 * workload.batch * workload.steps * latents * unet.out_channels
+    return 256 * MIB + workload.dtype.itemsize * (numbers + 4 * rows * text) + 2 * noise
 
 
-def refuse(plan: MemoryPlan, free: int, what: str) -> None:
-    """Raises OutOfMemory where a request cannot fit beside the weights, which are loaded. free: bytes, besides them.
+def refuse(plan: MemoryPlan, free: int, label: str) -> None:
+    """Raise OutOfMemory where a request does not fit besides the weights, which are loaded. free: bytes, besides them.
 
-    what: such as "4 pictures of 1024x1024".
+    label: such as "4 pictures of 1024x1024".
     """
     needed = plan.needed - plan.loading
     if needed > free:
         advice = plan.advice(free + plan.loading)
-        raise OutOfMemory(f"{what} need {size(needed)} beside the weights, and {size(free)} are free: ask for {advice}")
+        raise OutOfMemory(
+            f"{label} need {size(needed)} beside the weights, and {size(free)} are free: ask for {advice}"
+        )
 
 
 def size(count: int) -> str:
-    """Bytes for a person."""
+    """Bytes as text, in GiB or MiB."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / MIB:.1f} MiB"
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that is free for one more thing, what PyTorch caches included; None where the system does not tell."""
+    """Free memory, with what PyTorch caches; None where the system does not report it."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     if device.type != "cpu":
         return None
     try:
-        match = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())  # files in memory can go
+        match = re.search(
+            r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text()
+        )  # with cached files, which can be dropped
         return int(match[1]) * 1024 if match else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return None
@@ -227,7 +232,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 @functools.lru_cache(maxsize=64)
 def plan(workload: Workload) -> MemoryPlan:
-    """The plan, from a run of each phase without storage: some tenths of a second, and nothing for one asked before."""
+    """The plan, from a dry run of each phase: some tenths of a second, and none for a cached one."""
     rows = workload.batch * (2 if workload.guided else 1)
     with targeting(Target(workload.arch)):
         networks = _networks(workload)
@@ -262,7 +267,7 @@ def plan(workload: Workload) -> MemoryPlan:
             f"weights in {workload.backend}'s own layout; its activations may take more than these",
         )
     elif workload.arch:
-        cached = Line("cached", heap.held - heap.peak, "free blocks, and what is left over of segments")
+        cached = Line("cached", heap.held - heap.peak, "free blocks and the remainders of segments")
     else:
         cached_bytes = sum(p.nbytes for p in networks["U-Net"].parameters() if onednn.worth_caching(p))
         cached = Line(
@@ -275,9 +280,9 @@ _FIELDS = {
     "u": "the U-Net's input",
     "x": "latents",
     "y": "anchors",
-    "history": "what multistep samplers remember",
-    "noise": "all that the steps draw",
-    "table": "the samplers' numbers",
+    "history": "the history of multistep samplers",
+    "noise": "the noise of all steps",
+    "table": "the samplers' tables",
     "temb": "time rows of all steps",
     "text": "keys and values of every cross-attention",
 }
@@ -285,20 +290,20 @@ _PHASES = {
     "text": "prompts and negative prompts, through the encoders",
     "conditions": "keys and values of the texts, time rows of all steps",
     "step": "activations of the U-Net",
-    "encode": "the picture that it starts from",
+    "encode": "the image to start from",
     "decode": "latents to pictures",
 }
 
 
-def _phases(workload: Workload, rows: int) -> dict[str, Callable[[], dry_run.Work]]:
+def _phases(workload: Workload, rows: int) -> dict[str, Callable[[], dry_run.DryRun]]:
     shape: dict[str, Any] = {"height": workload.height, "width": workload.width, "dtype": workload.dtype}
     text: dict[str, Any] = {"rows": rows, "tokens": workload.tokens}
-    phases: dict[str, Callable[[], dry_run.Work]] = {
+    phases: dict[str, Callable[[], dry_run.DryRun]] = {
         "text": lambda: dry_run.text(workload.text, batch=rows, dtype=workload.dtype),
         "conditions": lambda: dry_run.conditions(workload.unet, steps=workload.steps, dtype=workload.dtype, **text),
         "encode": lambda: dry_run.encode(workload.vae, batch=workload.batch, **shape),
         "step": lambda: dry_run.step(workload.unet, **shape, **text),
-        "decode": lambda: dry_run.decode(workload.vae, batch=workload.batch, how=workload.decode, **shape),
+        "decode": lambda: dry_run.decode(workload.vae, batch=workload.batch, mode=workload.decode, **shape),
     }
     return {name: work for name, work in phases.items() if name != "encode" or workload.encode}
 
@@ -310,7 +315,7 @@ def _networks(workload: Workload) -> dict[str, nn.Module]:
 
 
 def _storages(tensors: Iterable[Tensor]) -> list[int]:
-    """The sizes of the memory behind some tensors, each piece once."""
+    """The sizes of the storages of some tensors, each storage once."""
     storages = [tensor.untyped_storage() for tensor in tensors]
     return list({storage._cdata: storage.nbytes() for storage in storages}.values())
 
@@ -324,7 +329,7 @@ def _fields(buffers: StaticBuffers) -> Iterator[tuple[str, list[Tensor]]]:
 
 
 def _libraries(arch: int) -> tuple[Line, ...]:
-    """Workspaces that libraries keep."""
+    """Workspaces of libraries."""
     if not arch:
         return ()
     setting = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
@@ -338,23 +343,23 @@ def _libraries(arch: int) -> tuple[Line, ...]:
     )
 
 
-def _largest_batch(asked: Workload, free: int) -> MemoryPlan | None:
-    """The plan for the most pictures, fewer than are asked for, that fit."""
+def _largest_batch(workload: Workload, free: int) -> MemoryPlan | None:
+    """The plan for the most images, fewer than requested, that fit."""
 
     def fewer(batch: int) -> MemoryPlan:
-        return plan(replace(asked, batch=batch, slots=0, rows=0))
+        return plan(replace(workload, batch=batch, slots=0, rows=0))
 
-    most = bisect.bisect_left(range(1, asked.batch), True, key=lambda batch: not fewer(batch).fits(free))
-    return fewer(most) if most else None
+    count = bisect.bisect_left(range(1, workload.batch), True, key=lambda batch: not fewer(batch).fits(free))
+    return fewer(count) if count else None
 
 
-def _difference(asked: Workload, other: Workload) -> str:
-    """What is to be changed to come from one to the other."""
-    words = []
-    if other.batch != asked.batch:
-        words.append(f"{other.batch} picture{'s' * (other.batch > 1)} at once")
-    if other.decode != asked.decode:
-        words.append(f"{other.decode} decode")
-    if other.dtype != asked.dtype:
-        words.append(str(other.dtype).removeprefix("torch."))
-    return " with ".join(words)
+def _difference(workload: Workload, candidate: Workload) -> str:
+    """The changes from a workload to a candidate, as text."""
+    changes = []
+    if candidate.batch != workload.batch:
+        changes.append(f"{candidate.batch} picture{'s' * (candidate.batch > 1)} at once")
+    if candidate.decode != workload.decode:
+        changes.append(f"{candidate.decode} decode")
+    if candidate.dtype != workload.dtype:
+        changes.append(str(candidate.dtype).removeprefix("torch."))
+    return " with ".join(changes)

@@ -1,4 +1,4 @@
-"""Timing: what benchmarks, the tuner and the profile share."""
+"""Timing for benchmarks, the tuner and the profile."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 
 class Ceilings(NamedTuple):
-    """What a device does at best, as measured on it."""
+    """The peak rates of a device, as measured on it."""
 
     flops: float
     """Float operations a second, of a large matrix product."""
@@ -20,16 +20,16 @@ class Ceilings(NamedTuple):
     """Bytes a second, read and written, of a large copy."""
 
     def seconds(self, flop: float, moved: float) -> float:
-        """The least that work of so many operations and bytes can take."""
+        """The least time for so many operations and bytes."""
         return max(flop / self.flops, moved / self.bytes)
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Measured on the device, a CPU with as many threads as torch has now: about a second."""
+    """Measure the device, a CPU with torch's current number of threads: about a second."""
     gpu = device.type == "cuda"
     side, size = (8192, 1 << 30) if gpu else (1536, 1 << 28)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    source = torch.arange(size // 4, device=device, dtype=torch.int32)  # not zeros, which some chips move faster
+    source = torch.arange(size // 4, device=device, dtype=torch.int32)  # not zeros, which some GPUs copy faster
     target = torch.empty_like(source)
     functions: list[Callable[[], object]] = [lambda: F.linear(a, b), lambda: target.copy_(source)]
     if gpu:
@@ -41,7 +41,7 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
 
 def _least(function: Callable[[], object]) -> float:
-    """Seconds of the fastest of some runs: whatever else a machine does only adds to them."""
+    """Seconds of the fastest of eight calls: other load on the machine only adds time."""
     times = []
     for _ in range(8):
         start = perf_counter()
@@ -51,7 +51,7 @@ def _least(function: Callable[[], object]) -> float:
 
 
 def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    """One CUDA graph of these calls, so that no launch overhead is timed. Each is run twice before."""
+    """A CUDA graph of these calls, so that no launch overhead is timed. Each is called twice before."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(2):
@@ -66,7 +66,7 @@ def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
 
 
 def replay(graph: torch.cuda.CUDAGraph, seconds: float = 0.02) -> float:
-    """Microseconds of one replay, the mean over as many as take `seconds`."""
+    """Microseconds of a replay, the mean over about `seconds`."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
     def run(times: int) -> float:
@@ -83,17 +83,17 @@ def replay(graph: torch.cuda.CUDAGraph, seconds: float = 0.02) -> float:
 def take_turns(
     contenders: Mapping[str, Sequence[Callable[[], object]]], rounds: int = 9, seconds: float = 0.02
 ) -> tuple[dict[str, float], dict[str, float], dict[str, str]]:
-    """(median microseconds a call, spread as (max - min) / median, why one could not be captured), each by name.
+    """(median microseconds a call, spread as (max - min) / median, the error of those that failed), each by name.
 
-    A contender is several calls that do the same to different tensors, on a GPU in a graph, which is replayed for about
-    `seconds` in each round. All are timed in every round, so that a clock that drifts hits them alike.
+    A contender is several calls of one function on different tensors, on a GPU in a graph, which is replayed for about
+    `seconds` in each round. All are timed in every round, so that a drifting clock affects them alike.
     """
     timed: dict[str, Callable[[], float]] = {}
     failed: dict[str, str] = {}
     for name, calls in contenders.items():
         try:
             timed[name] = _timed(calls, seconds)
-        except Exception as error:  # an alternative that does not take these arguments is no failure of the benchmark
+        except Exception as error:  # an alternative may not take these arguments
             failed[name] = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
@@ -106,7 +106,7 @@ def take_turns(
 
 
 def _timed(calls: Sequence[Callable[[], object]], seconds: float) -> Callable[[], float]:
-    """What takes the calls once more, after they have run, and says for how many microseconds."""
+    """A function that runs the calls again and returns the microseconds; they have run once before."""
     if torch.cuda.is_available():
         graph = capture(calls)
         return lambda: replay(graph, seconds)

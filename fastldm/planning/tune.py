@@ -1,7 +1,7 @@
-"""Finding launch configurations on the GPU at hand, and writing them where users can ship them.
+"""Tuning: finds the fastest launch configurations on this machine's GPU, and writes them to a file that can ship.
 
-Never part of a request: kernels take their configuration from a table (`kernels/tuned.json`, and over it the file named
-by FASTLDM_TUNED). This fills such a file.
+Never part of a request: kernels take their configuration from a table (`kernels/tuned.json`, overridden by the file
+that FASTLDM_TUNED names). This writes such a file.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ Shapes = dict[tuple[str, str], tuple[tuple[Any, ...], dict[str, Any]]]  # (op, s
 
 
 def check_gpu() -> None:
-    """InputError where there is nothing to tune on."""
+    """InputError where there is no GPU to tune on."""
     if not torch.cuda.is_available():
         raise InputError("tuning times kernels on a GPU, and torch sees none here")
 
 
 def shapes_of(spec: Spec, *, width: int, height: int, batch: int, dtype: torch.dtype) -> Shapes:
-    """One call, on meta tensors, of each op and shape class that a request runs through a tunable kernel."""
+    """A call, on meta tensors, for each op and shape class of a request that has a tunable kernel."""
     shapes: Shapes = {}
 
     def watch(op: dispatch.Op[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -51,10 +51,10 @@ def shapes_of(spec: Spec, *, width: int, height: int, batch: int, dtype: torch.d
 def tune(
     shapes: Shapes, *, rounds: int = 5, on_done: Callable[[str, str, dict[str, Any]], None] | None = None
 ) -> dict[str, Any]:
-    """Time every configuration of each op's space that is worth a try, and the reference. Needs a GPU.
+    """Time the candidate configurations of each op, and the reference. Needs a GPU.
 
     Returns a table as dispatch.table() reads it: sm_NN -> op -> shape class -> {config, path, us, torch_us}. `path` is
-    "torch" where that won. on_done hears of each entry.
+    "torch" where that is faster. on_done is called with each entry.
     """
     check_gpu()
     arch = f"sm_{dispatch.device_capability(torch.cuda.current_device())}"
@@ -74,8 +74,9 @@ def tune(
 def candidates(
     op: dispatch.Op[..., Any], shape_class: str, arch: int, args: Any, kwargs: Any, limit: int | None = None
 ) -> list[dispatch.Config]:
-    """The configurations of an op that are worth a try for these arguments: the default, then those that differ from it
-    in one constant, in two, and so on; at most `limit`."""
+    """The configurations of an op that may be fast for these arguments: the default, then those that differ from it in
+    one constant, in two, and so on; at most `limit`.
+    """
     default = op.default(shape_class, arch)
     rest = [config for config in op.space if config != default and op.is_candidate(config, *args, **kwargs)]
     rest.sort(key=lambda config: sum(config.get(name) != value for name, value in default.items()))
@@ -92,10 +93,11 @@ def best_of(
     rounds: int = 5,
     seconds: float = 0.02,
 ) -> dict[str, Any] | None:
-    """The entry of dispatch.table() for the fastest of these configurations, on tensors like those given, which may be
-    meta tensors; None where none of them runs here."""
+    """The entry of dispatch.table() for the fastest of these configurations, on tensors like the arguments, which may
+    be meta tensors; None where none of them runs here.
+    """
     args, kwargs = op.example(args, kwargs, device)
-    # A call that moves a counter would come to its end, and then be timed doing nothing: all are set back each time.
+    # A call that counts would reach its last step, and then be timed doing nothing: counters are reset after each call.
     named = op.bind(*args, **kwargs)
     counters = [named[name] for name in op.mutates if name in named and not named[name].is_floating_point()]
     saved = [x.clone() for x in counters]
@@ -110,16 +112,16 @@ def best_of(
     us, _, _ = take_turns({"torch": [partial(call, op.reference)], **contenders}, rounds, seconds)
     torch_us = us.pop("torch", None)
     if not us:
-        return None  # the reference goes on
+        return None  # the reference runs
     best = min(us, key=us.__getitem__)
     entry: dict[str, Any] = {"config": dict(configs[int(best)]), "path": "triton", "us": round(us[best], 2)}
-    if torch_us is not None:  # a reference that waits for the device cannot be captured, and is no alternative
+    if torch_us is not None:  # a reference that waits for the device cannot be captured
         entry |= {"path": "triton" if us[best] <= torch_us else "torch", "torch_us": round(torch_us, 2)}
     return entry
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """What a file of entries has, {} where there is none. InputError for what is not one."""
+    """The table of a file, {} where there is none. InputError for a file that has no table."""
     table: dict[str, Any] = read_json(path, error=InputError) if path.exists() else {}
     if not all(
         isinstance(ops, dict) and all(isinstance(entries, dict) for entries in ops.values()) for ops in table.values()
@@ -129,7 +131,7 @@ def read_table(path: Path) -> dict[str, Any]:
 
 
 def merge_into(path: Path, table: dict[str, Any]) -> None:
-    """Write the table over what the file has. Whole or not at all."""
+    """Merge the table into that of the file, atomically."""
     merged = read_table(path)
     for arch, ops in table.items():
         for op, entries in ops.items():

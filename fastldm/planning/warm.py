@@ -1,4 +1,4 @@
-"""Compiling a model's kernels before its first request, for GPUs that need not be here.
+"""Compiling a model's kernels before its first request, for GPUs that this machine need not have.
 
 A Docker build, which has no GPU, runs `fastldm warm --arch sm_90`; the container's first request then compiles nothing.
 """
@@ -40,19 +40,19 @@ def warm(
 ) -> int:
     """Compile every kernel that requests of these sizes, (width, height) in pixels, and batches launch on `arch`.
 
-    What is compiled lies in Triton's cache (TRITON_CACHE_DIR, else ~/.triton/cache) for the same versions of fastldm,
-    torch and Triton. on_kernel hears each kernel's name as it is done. Returns how many there are.
+    The result is in Triton's cache (TRITON_CACHE_DIR, else ~/.triton/cache), for the same versions of fastldm, torch
+    and Triton. on_kernel is called with each kernel's name when it is compiled. Returns the number of kernels.
     """
     if importlib.util.find_spec("triton") is None:
         raise InputError("there is nothing to warm: triton is not installed; pip install triton")
     from fastldm.kernels.compile import Ahead, Compiled
     from fastldm.kernels.dispatch import targeting
 
-    def done(compiled: Compiled) -> None:
+    def on_compiled(compiled: Compiled) -> None:
         if on_kernel is not None:
             on_kernel(compiled.kernel)
 
-    ahead = Ahead(parse_arch(arch), done)
+    ahead = Ahead(parse_arch(arch), on_compiled)
     factor = spec.vae.factor
     guided = spec.family.guidance_scale > 1 and not spec.unet.needs_guidance
     with targeting(ahead):
@@ -71,6 +71,6 @@ def warm(
 
 
 def cache_folder() -> Path:
-    """Where Triton keeps what it compiled."""
+    """Triton's cache of compiled kernels."""
     selected = os.environ.get("TRITON_CACHE_DIR")
     return Path(selected) if selected else Path(os.environ.get("TRITON_HOME", Path.home())) / ".triton" / "cache"
