@@ -103,7 +103,7 @@ def interrupt(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, A
     ],
 )
 @pytest.mark.parametrize("prompt", ["a cat", ["a cat", "two dogs"]], ids=["one", "two"])
-def test_changes_act_as_in_diffusers(pipes: Any, callback: Callback, names: list[str], prompt: Any) -> None:
+def test_callback_changes_match_diffusers(pipes: Any, callback: Callback, names: list[str], prompt: Any) -> None:
     pair = pipes("sd1")
     changed = agree(pair, callback, prompt=prompt, callback_on_step_end_tensor_inputs=names)
     assert np.abs(changed - latents(pair[1], prompt=prompt)).max() > 10 * TOLERANCE, "the callback changed nothing"
@@ -123,7 +123,7 @@ def test_callbacks_of_diffusers_run_unchanged(pipes: Any, family: str, callback:
     assert np.abs(changed - latents(pair[1])).max() > 10 * TOLERANCE, "the callback changed nothing"
 
 
-def test_sizes_and_pooled_text_change_as_in_diffusers(pipes: Any) -> None:
+def test_sdxl_callback_changes_match_diffusers(pipes: Any) -> None:
     def callback(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if i == 1:
             tensors["add_time_ids"] = tensors["add_time_ids"] * 2
@@ -135,7 +135,7 @@ def test_sizes_and_pooled_text_change_as_in_diffusers(pipes: Any) -> None:
     assert np.abs(changed - latents(pair[1])).max() > 10 * TOLERANCE
 
 
-def test_tensors_given_are_those_of_diffusers(pipes: Any) -> None:
+def test_callback_tensors_match_diffusers(pipes: Any) -> None:
     names = ["latents", "prompt_embeds", "negative_prompt_embeds"]
     seen: list[dict[str, Any]] = []
 
@@ -150,7 +150,7 @@ def test_tensors_given_are_those_of_diffusers(pipes: Any) -> None:
             torch.testing.assert_close(ours[name], theirs[name], atol=2e-4, rtol=2e-4)
 
 
-def test_any_real_dtype_of_latents_is_taken(pipes: Any) -> None:
+def test_callback_latents_may_have_any_real_dtype(pipes: Any) -> None:
     ours = pipes("sd1")[1]
     same = latents(ours, lambda pipe, i, t, tensors: {"latents": tensors["latents"].double()})
     np.testing.assert_allclose(same, latents(ours), atol=1e-5)
@@ -179,7 +179,7 @@ def test_any_real_dtype_of_latents_is_taken(pipes: Any) -> None:
     ],
     ids=str,
 )
-def test_nonsense_is_one_input_error(pipes: Any, returned: Any, says: str) -> None:
+def test_bad_callback_results_are_input_errors(pipes: Any, returned: Any, says: str) -> None:
     ours = pipes("sd1")[1]
     with pytest.raises(InputError) as caught:
         latents(ours, lambda *_: returned, num_inference_steps=1)
@@ -196,14 +196,14 @@ def test_nonsense_is_one_input_error(pipes: Any, returned: Any, says: str) -> No
         ({"callback": print, "callback_on_step_end_tensor_inputs": ["add_time_ids"]}, "holds 'add_time_ids'"),
     ],
 )
-def test_a_callback_that_cannot_be_called_is_refused(pipes: Any, options: dict[str, Any], says: str) -> None:
+def test_callbacks_must_be_callable(pipes: Any, options: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError) as caught:
         latents(pipes("sd1")[1], num_inference_steps=1, **options)
     assert says in str(caught.value)
 
 
 @pytest.mark.parametrize(("name", "value"), [("_guidance_scale", "high"), ("_guidance_scale", float("nan"))])
-def test_a_call_is_set_to_numbers_alone(pipes: Any, name: str, value: Any) -> None:
+def test_call_attributes_take_numbers_only(pipes: Any, name: str, value: Any) -> None:
     with pytest.raises(InputError, match=f"^{name} is"):
         latents(pipes("sd1")[1], lambda pipe, *_: setattr(pipe, name, value))
 
@@ -219,7 +219,7 @@ def test_guidance_without_negatives_is_refused(pipes: Any) -> None:
 # --- whose call it is
 
 
-def test_a_call_has_its_attributes_in_its_callback_alone(pipes: Any) -> None:
+def test_call_attributes_exist_only_in_callbacks(pipes: Any) -> None:
     ours = pipes("sd1")[1]
     seen = []
 
@@ -235,7 +235,7 @@ def test_a_call_has_its_attributes_in_its_callback_alone(pipes: Any) -> None:
         ours._guidance_scale = 3.0
 
 
-def test_calls_in_two_threads_do_not_see_each_other(pipes: Any) -> None:
+def test_threads_have_separate_call_attributes(pipes: Any) -> None:
     ours = pipes("sd1")[1]
     factors = (0.5, 0.7)
 
@@ -267,7 +267,7 @@ def test_another_thread_interrupts_all_calls(pipes: Any) -> None:
     np.testing.assert_array_equal(stopped, latents(ours, interrupt))
 
 
-def test_an_interrupted_generation_is_decoded_as_it_is(pipes: Any) -> None:
+def test_interrupted_generations_are_decoded(pipes: Any) -> None:
     with Session(pipes("sd1")[1]) as session:
         generation = session.submit("a cat", num_inference_steps=200, seed=0)
         next(generation.progress())
@@ -277,7 +277,7 @@ def test_an_interrupted_generation_is_decoded_as_it_is(pipes: Any) -> None:
     assert result.images[0].size == (64, 64)
 
 
-def test_without_a_dictionary_the_images_come_in_a_tuple(pipes: Any) -> None:
+def test_return_dict_false_returns_a_tuple(pipes: Any) -> None:
     for family, length in (("sd1", 2), ("sdxl", 1)):
         theirs, ours = (pipe("a cat", return_dict=False, output_type="np", **OPTIONS) for pipe in pipes(family))
         assert type(ours) is type(theirs) is tuple
@@ -288,7 +288,7 @@ def test_without_a_dictionary_the_images_come_in_a_tuple(pipes: Any) -> None:
 # --- in the batches
 
 
-def test_slots_and_an_eager_batch_change_alike(pipes: Any) -> None:
+def test_slots_and_eager_batches_change_alike(pipes: Any) -> None:
     """A run reconditioned between two steps, beside one that is not."""
     ours = pipes("sdxl")[1]
     requests = [ours.stages.complete(_request(seed, prompt)) for seed, prompt in ((1, "a cat"), (2, "a dog"))]

@@ -22,7 +22,7 @@ ABSENT = Contender("fastldm", "float32", backend="openvino")  # that runs bundle
 DTYPES = ("float32", "bfloat16")
 
 
-def test_the_default_model_against_diffusers(tmp_path: Path) -> None:
+def test_compare_default_model_with_diffusers(tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
     asked = ["bench", "--steps", "2", "--size", "32x32", "--rounds", "2", "--threads", "1", "--json", str(out)]
     done = CliRunner().invoke(main, asked)
@@ -42,7 +42,7 @@ def test_the_default_model_against_diffusers(tmp_path: Path) -> None:
     assert {"machine", "versions", "task", "command"} <= found.keys()
 
 
-def test_one_that_computes_something_else_is_red_and_one_that_cannot_run_is_named(
+def test_wrong_and_failing_contenders_are_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A bound that no other arithmetic keeps stands for a wrong result."""
@@ -57,7 +57,7 @@ def test_one_that_computes_something_else_is_red_and_one_that_cannot_run_is_name
 
 
 @pytest.mark.full
-def test_they_come_in_groups_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contenders_are_grouped_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "_has_room", lambda free, running: False)
     heard: list[str] = []
     rows = compare.compare(TASK, [PEER, OURS, Contender("fastldm", "bfloat16")], 1, heard.append)
@@ -66,7 +66,7 @@ def test_they_come_in_groups_where_memory_is_short(monkeypatch: pytest.MonkeyPat
     assert all(len(row.ratios) == 1 for row in rows)
 
 
-def test_random_weights_load_side_by_side_as_far_as_memory_goes() -> None:
+def test_random_weights_load_together_within_memory() -> None:
     random = replace(TASK, model=compare.RANDOM)
     all_four = [Contender(name, dtype) for name in ("diffusers", "fastldm") for dtype in DTYPES]
     found = [compare._side_by_side(random, all_four, free) for free in (10**9, 8 * 10**9, 64 * 10**9, None)]
@@ -86,13 +86,13 @@ def test_random_weights_load_side_by_side_as_far_as_memory_goes() -> None:
         (["--python", "optimum=/no/such/python"], "expected PEER=PATH, such as optimum="),
     ],
 )
-def test_what_cannot_be_compared(options: list[str], words: str) -> None:
+def test_incomparable_contenders_are_refused(options: list[str], words: str) -> None:
     done = CliRunner().invoke(main, ["bench", *options])
     assert done.exit_code in (1, 2)
     assert words in done.output
 
 
-def test_a_scheduler_is_what_diffusers_pipelines_make_of_it() -> None:
+def test_schedulers_are_set_like_diffusers_pipelines() -> None:
     """They switch clip_sample off in those that they are made with, and leave one be that is put in later."""
     made = contender._scheduler(replace(TASK, sampler="DDIMScheduler"), {"beta_schedule": "scaled_linear"})
     assert (made.config.clip_sample, made.config.beta_schedule) == (False, "scaled_linear")
@@ -100,13 +100,13 @@ def test_a_scheduler_is_what_diffusers_pipelines_make_of_it() -> None:
     assert "clip_sample" not in euler.config
 
 
-def test_the_command_knows_every_peer() -> None:
+def test_bench_knows_every_peer() -> None:
     assert cli_bench.PEERS == compare.PEERS
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("what", ["step", "picture"])
-def test_pipelines_of_others_that_read_a_bundle(what: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_peer_pipelines_read_bundles(what: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     pytest.importorskip("openvino_genai", reason="openvino-genai is not installed: pip install 'fastldm[bench]'")
     model, bundle = bundles.exported("sd1", False, bundles.shared(tmp_path_factory))
     task = Task(str(model), what, 32, 16, "DDIMScheduler", 2, 2.0, threads=1)  # type: ignore[arg-type]
@@ -117,7 +117,7 @@ def test_pipelines_of_others_that_read_a_bundle(what: str, tmp_path_factory: pyt
 
 
 @pytest.mark.full
-def test_the_suite_of_one_minute() -> None:
+def test_the_one_minute_suite_runs() -> None:
     """SD1.5's full size: what diffusers computes with the same random weights, fastldm does. One that cannot run beside
     others is named as one that runs alone."""
     task = Task(compare.RANDOM, "step", 128, 128, "DDIMScheduler", 1, 7.5, threads=2)

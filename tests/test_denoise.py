@@ -56,7 +56,7 @@ def started(table: StepTable, seed: int = 0) -> tuple[Tensor, list[Tensor | None
 
 
 @pytest.mark.parametrize("rescale", [0.0, 0.7])
-def test_guidance_is_diffusers(rescale: float) -> None:
+def test_guidance_matches_diffusers(rescale: float) -> None:
     """The whole loop of a guided pipeline, with diffusers' scheduler and its rescale_noise_cfg."""
     steps, network = table(6, "euler"), Network()
     x, noises = started(steps)
@@ -84,7 +84,7 @@ def test_guidance_is_diffusers(rescale: float) -> None:
         (Guidance(3.0, 0.0, 0.2, 0.7), [False, False, True, True, True, False]),
     ],
 )
-def test_passes(guidance: Guidance, guided: list[bool]) -> None:
+def test_guided_rows_double_the_input(guidance: Guidance, guided: list[bool]) -> None:
     """A guided row is one call twice as wide, an unguided one a call with the prompts alone."""
     steps, network = table(6), Network()
     denoise(network, Run(steps, *started(steps), guidance))
@@ -93,13 +93,13 @@ def test_passes(guidance: Guidance, guided: list[bool]) -> None:
     assert [call[2] for call in network.calls] == list(range(6))
 
 
-def test_an_interval_counts_the_users_steps() -> None:
+def test_guidance_interval_counts_user_steps() -> None:
     """Heun's and PLMS's extra rows are guided as the step they belong to."""
     assert Guidance(2.0, 0.0, 0.5).rows(table(4, "heun")) == [False] * 4 + [True] * 3
     assert Guidance(2.0, 0.0, 0.0, 0.5).rows(table(4, "plms")) == [True] * 3 + [False] * 2
 
 
-def test_unguided_steps_are_the_guided_half() -> None:
+def test_unguided_steps_use_the_conditional_branch() -> None:
     """Guidance at scale 1 + epsilon tends to the single pass."""
     steps = table(5)
     x, noises = started(steps)
@@ -108,7 +108,7 @@ def test_unguided_steps_are_the_guided_half() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_model_input(dtype: torch.dtype) -> None:
+def test_model_input_has_extra_channels(dtype: torch.dtype) -> None:
     """The input is scaled, in the model's dtype, with the extra channels unscaled behind; latents stay float32."""
     steps, seen = table(3, "euler a"), []
     x, noises = started(steps)
@@ -128,7 +128,7 @@ def test_model_input(dtype: torch.dtype) -> None:
     torch.testing.assert_close(first[:2, 4:], extra.to(dtype), rtol=0, atol=0)
 
 
-def test_inpainting_keeps_the_picture() -> None:
+def test_inpainting_keeps_the_unmasked_image() -> None:
     """Where the mask is 0 the result is the picture itself (parity of the rest: test_solvers.py)."""
     steps = table(5, "dpm++ 2m", strength=0.8)
     x, noises = started(steps)
@@ -140,7 +140,7 @@ def test_inpainting_keeps_the_picture() -> None:
     assert (got[..., :3] - init[..., :3]).abs().min() > 1e-4
 
 
-def test_callback() -> None:
+def test_on_step_may_replace_latents() -> None:
     """Called after every row with row, timestep and latents; what it returns replaces them."""
     steps, calls = table(4, "heun"), []
     x, noises = started(steps)
@@ -164,7 +164,7 @@ def test_callback() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_not_finite(bad: float) -> None:
+def test_non_finite_latents_name_the_step(bad: float) -> None:
     """One bad value is found, and the step that it came from is named, though later steps spread it."""
     steps = table(6, "heun")
     x, noises = started(steps)
@@ -182,7 +182,7 @@ def test_not_finite(bad: float) -> None:
         denoise(Network(), Run(steps, x, noises))
 
 
-def test_what_does_not_belong_together() -> None:
+def test_noises_must_match_the_table() -> None:
     steps, other = table(5, "euler a"), table(5)
     x, noises = started(steps)
     with pytest.raises(InputError, match="not those of this table"):
@@ -196,7 +196,7 @@ def test_what_does_not_belong_together() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("count", [0, 1, 2])
-def test_noise_is_diffusers(count: int, dtype: torch.dtype) -> None:
+def test_noise_matches_diffusers(count: int, dtype: torch.dtype) -> None:
     def generators() -> Any:
         made = [torch.Generator().manual_seed(5 + k) for k in range(max(count, 1))]
         return made if count else made[0]
@@ -212,7 +212,7 @@ def test_noise_is_diffusers(count: int, dtype: torch.dtype) -> None:
         torch.testing.assert_close(drawn, randn_tensor(SHAPE, their, dtype=dtype).float(), rtol=0, atol=0)
 
 
-def test_a_list_draws_what_each_draws_alone() -> None:
+def test_generator_lists_draw_per_image() -> None:
     steps = table(4, "dpm++ 2m sde")
     both = draw_noise(steps, SHAPE, [torch.Generator().manual_seed(s) for s in (1, 2)], torch.float32)
     alone = draw_noise(steps, (1, *SHAPE[1:]), torch.Generator().manual_seed(2), torch.float32)
@@ -221,7 +221,7 @@ def test_a_list_draws_what_each_draws_alone() -> None:
         torch.testing.assert_close(batched[1:], single, rtol=0, atol=0)
 
 
-def test_dtype_of_step_noise() -> None:
+def test_step_noise_has_the_samplers_dtype() -> None:
     """DPM-Solver's SDE noise is float32 in diffusers whatever the model's dtype, other samplers' is the model's."""
     for sampler, drawn in (("dpm++ 2m sde", torch.float32), ("euler a", torch.float16)):
         noises = draw_step_noise(table(2, sampler), SHAPE, torch.Generator().manual_seed(0), torch.float16, "cpu")
@@ -229,7 +229,7 @@ def test_dtype_of_step_noise() -> None:
         torch.testing.assert_close(noises[0], wanted, rtol=0, atol=0)
 
 
-def test_wrong_number_of_generators() -> None:
+def test_wrong_number_of_generators_is_refused() -> None:
     with pytest.raises(InputError, match="3 generators for a batch of 2"):
         randn(SHAPE, [torch.Generator() for _ in range(3)], torch.float32, "cpu")
 
@@ -238,7 +238,7 @@ def test_wrong_number_of_generators() -> None:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_no_waiting(sampler: str) -> None:
+def test_the_loop_never_waits(sampler: str) -> None:
     """To read a value on torch's meta device is an error: the loop runs through, and only the check after it fails."""
     steps, calls = table(7, sampler), []
     latents, given = (torch.empty(SHAPE, device="meta") for _ in range(2))
@@ -265,7 +265,7 @@ class Counted(TorchDispatchMode):
 
 # Of these 4 are every step's: the two halves put together, split and mixed, and the check.
 @pytest.mark.parametrize(("sampler", "most"), [("ddim", 6), ("euler", 6), ("dpm++ 2m", 9), ("unipc", 14)])
-def test_few_operators(sampler: str, most: int) -> None:
+def test_a_step_is_few_operators(sampler: str, most: int) -> None:
     """What a step costs besides the network is bounded: small models feel it."""
     counts = []
     for steps in (table(20, sampler), table(30, sampler)):
@@ -276,7 +276,7 @@ def test_few_operators(sampler: str, most: int) -> None:
     assert (counts[1] - counts[0]) / 10 <= most
 
 
-def test_the_step_by_its_definition() -> None:
+def test_step_matches_its_definition() -> None:
     """kernels.step on a row without zeros, against the sums of its docstring in float64."""
     g = torch.Generator().manual_seed(0)
     row = torch.randn(18, generator=g).tolist()
@@ -295,7 +295,7 @@ def test_the_step_by_its_definition() -> None:
     torch.testing.assert_close(kernels.step.blend(row, x, mask, init, start).double(), wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_the_step_writes_nothing_in_place() -> None:
+def test_step_writes_nothing_in_place() -> None:
     steps = table(6, "unipc")
     x, noises = started(steps)
     before = x.clone()

@@ -139,13 +139,13 @@ def through(pipe: Pipeline, request: Request) -> None:
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_no_join_step_or_leave_waits(name: str, on_a_gpu: Pipeline, watch: NoWaits) -> None:
+def test_admitting_stepping_and_releasing_never_wait(name: str, on_a_gpu: Pipeline, watch: NoWaits) -> None:
     request = asked(on_a_gpu, name)
     with torch.no_grad(), watch:
         through(on_a_gpu, request)
 
 
-def test_the_watch_sees_what_waits(watch: NoWaits) -> None:
+def test_waiting_is_detected(watch: NoWaits) -> None:
     x = torch.zeros(4, 3, device="meta")
 
     def index_assigned() -> None:
@@ -167,7 +167,7 @@ def test_the_watch_sees_what_waits(watch: NoWaits) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", REQUESTS)
-def test_on_a_gpu_no_join_step_or_leave_waits(name: str) -> None:
+def test_on_a_gpu_batches_never_wait(name: str) -> None:
     pipe = ladder.pipeline(ladder.MODELS["tiny"], torch.device("cuda"), torch.float16)
     request = asked(pipe, name)
 
@@ -187,13 +187,13 @@ def test_on_a_gpu_no_join_step_or_leave_waits(name: str) -> None:
 @pytest.mark.parametrize(
     "dtype", [torch.int8, torch.complex64, torch.float64, torch.float8_e4m3fn, "double", 16, ["float32"]]
 )
-def test_dtypes_that_nothing_runs_in_are_refused(dtype: Any) -> None:
+def test_unusable_dtypes_are_refused(dtype: Any) -> None:
     with pytest.raises(InputError, match=r"dtype is .*: expected float32, float16 or bfloat16"):
         fastldm.Pipeline.default(dtype=dtype)
 
 
 @pytest.mark.parametrize("device", ["meta", torch.device("meta"), "nowhere", 3.5, ["cpu"], "cpu:x", "\0"])
-def test_devices_where_nothing_runs_are_refused(device: Any) -> None:
+def test_unusable_devices_are_refused(device: Any) -> None:
     with pytest.raises(InputError, match=r"^device .*cpu") as refused:
         fastldm.Pipeline.default(device=device)
     assert str(refused.value).isprintable()

@@ -31,7 +31,7 @@ def warm(graphs: Graphs, key: Any, work: Any = lambda: None) -> None:
         graphs.run(key, work)
 
 
-def test_two_eager_runs_then_a_capture_then_replays() -> None:
+def test_graphs_warm_up_capture_and_replay() -> None:
     driver, work = Recorder(), Work()
     graphs = Graphs(driver)
     assert [graphs.run("a", work) for _ in range(5)] == [False, False, True, True, True]
@@ -41,7 +41,7 @@ def test_two_eager_runs_then_a_capture_then_replays() -> None:
     assert "b" not in graphs
 
 
-def test_keys_are_warmed_one_by_one() -> None:
+def test_each_key_warms_up_separately() -> None:
     driver = Recorder()
     graphs = Graphs(driver)
     assert [graphs.run(key, lambda: None) for key in ("a", "b", "a", "b", "a", "b")] == [False] * 4 + [True] * 2
@@ -75,7 +75,7 @@ class Pool(Recorder):
             self.reserved = 0
 
 
-def test_the_pool_stays_within_its_budget() -> None:
+def test_pool_stays_within_its_budget() -> None:
     """A graph in memory that another has left makes the pool grow by nothing, and is not free for that."""
     driver = Pool(200, 100, 240, 300, 300, 100, 100)
     graphs = Graphs(driver, budget=250)
@@ -97,7 +97,7 @@ def test_one_graph_may_be_larger_than_the_budget() -> None:
     assert graphs.bytes == 1000
 
 
-def test_what_is_let_go_takes_the_pool_along_only_with_the_last() -> None:
+def test_the_last_graph_frees_the_pool() -> None:
     graphs = Graphs(Pool(200, 100))
     for key in ((1, "x"), (2, "x")):
         warm(graphs, key)
@@ -149,7 +149,7 @@ class FakeCUDA:
         return lambda *_, **__: self  # synchronize, current_stream, empty_cache
 
 
-def test_a_pool_whose_last_graph_has_gone_is_not_captured_into(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_emptied_pool_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether they were let go for memory, with their buffers, or the only one could not be captured."""
     monkeypatch.setattr("fastldm.runtime.graph.torch.cuda", FakeCUDA())
 
@@ -174,7 +174,7 @@ def test_a_pool_whose_last_graph_has_gone_is_not_captured_into(monkeypatch: pyte
     assert sorted(FakeCUDA.users.values())[-1] == 2, "graphs that live together share a pool"
 
 
-def test_clear_destroys_the_last_first() -> None:
+def test_clear_destroys_graphs_in_reverse() -> None:
     class Numbered(Recorder):
         captured = 0
 
@@ -197,7 +197,7 @@ def test_clear_destroys_the_last_first() -> None:
     assert not graphs.run("a", lambda: None)
 
 
-def test_forget_takes_what_is_of_one_owner() -> None:
+def test_forget_destroys_one_owners_graphs() -> None:
     graphs = Graphs(Recorder())
     for key in ((1, "x"), (1, "y"), (2, "x")):
         warm(graphs, key)
@@ -207,7 +207,7 @@ def test_forget_takes_what_is_of_one_owner() -> None:
     assert [graphs.run((1, "z"), lambda: None) for _ in range(3)] == [False, False, True]
 
 
-def test_calls_copy_in_and_out() -> None:
+def test_calls_copy_inputs_and_outputs() -> None:
     """A replay works on tensors of its own: the caller's may change and go, and so may what was returned."""
     driver = Recorder()
     graphs = Graphs(driver)
@@ -228,7 +228,7 @@ def test_calls_copy_in_and_out() -> None:
     assert [out[0].item() for out in outs[2:]] == [5.0, 7.0, 9.0]
 
 
-def test_calls_of_other_shapes_are_other_graphs() -> None:
+def test_other_shapes_are_other_graphs() -> None:
     driver = Recorder()
     graphs = Graphs(driver)
     for _ in range(3):
@@ -237,7 +237,7 @@ def test_calls_of_other_shapes_are_other_graphs() -> None:
     assert driver.said.count("capture") == 3
 
 
-def test_what_cannot_be_captured_runs_eagerly_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_captures_run_eagerly_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     class Refusing(Recorder):
         def capture(self, work: Any) -> Any:
             self.said.append("capture")
@@ -253,7 +253,7 @@ def test_what_cannot_be_captured_runs_eagerly_and_says_so(caplog: pytest.LogCapt
     assert "a cannot be captured and runs eagerly: operation not permitted" in caplog.text
 
 
-def test_a_compilation_inside_a_capture_is_an_error() -> None:
+def test_compiling_inside_a_capture_is_an_error() -> None:
     class Compiling(Recorder):
         def capture(self, work: Any) -> Any:
             raise CompiledLate("kernel k was not compiled before")
@@ -263,7 +263,7 @@ def test_a_compilation_inside_a_capture_is_an_error() -> None:
         warm(graphs, "a")
 
 
-def test_memory_that_runs_out_in_a_capture_is_raised() -> None:
+def test_out_of_memory_in_a_capture_is_raised() -> None:
     class Full(Recorder):
         def capture(self, work: Any) -> Any:
             raise torch.OutOfMemoryError("full")
@@ -282,7 +282,7 @@ def graphs() -> Any:
 
 
 @pytest.mark.gpu
-def test_a_replay_is_the_work_bitwise(graphs: Graphs) -> None:
+def test_replays_are_bitwise_eager(graphs: Graphs) -> None:
     layer = torch.nn.Linear(64, 64).cuda().half()
     xs = torch.randn(6, 32, 64, device="cuda", dtype=torch.float16)
     with torch.no_grad():
@@ -310,7 +310,7 @@ def test_replays_allocate_nothing(graphs: Graphs) -> None:
 
 
 @pytest.mark.gpu
-def test_letting_go_frees_what_the_pool_held(graphs: Graphs) -> None:
+def test_destroyed_graphs_free_the_pool(graphs: Graphs) -> None:
     def work() -> Tensor:
         return torch.ones(64 * 2**20, device="cuda") * 2  # 256 MiB each, two at a time
 
@@ -322,7 +322,7 @@ def test_letting_go_frees_what_the_pool_held(graphs: Graphs) -> None:
 
 
 @pytest.mark.gpu
-def test_a_kernel_that_was_not_compiled_is_an_error_in_a_capture(graphs: Graphs) -> None:
+def test_uncompiled_kernels_are_an_error_in_a_capture(graphs: Graphs) -> None:
     from fastldm.kernels.geglu import GEGLU
 
     calls = [0]

@@ -74,7 +74,7 @@ NETWORKS = [pytest.param(SD15, 64, "sd1.5", id="sd1.5"), pytest.param(SDXL, 128,
 
 
 @pytest.mark.parametrize(("config", "size", "name"), NETWORKS)
-def test_ops_of_a_step(config: UNetConfig, size: int, name: str) -> None:
+def test_a_step_has_few_ops(config: UNetConfig, size: int, name: str) -> None:
     """On a GPU the end of the step is an op too, behind the one that a batch with rescaled guidance has."""
     with dispatch.targeting(dispatch.Target(CPU)):
         assert ops(step(config, size, CPU)) == STEP_OPS[name]
@@ -103,7 +103,7 @@ def launched(make: Callable[[], dry_run.Work]) -> int:
     ],
     ids=["sdxl step", "sd1.5 conditions", "sdxl conditions", "vae", "clip-l"],
 )
-def test_kernels(make: Callable[[], dry_run.Work], most: int) -> None:
+def test_a_step_launches_few_kernels_on_gpus(make: Callable[[], dry_run.Work], most: int) -> None:
     assert 0.8 * most < launched(make) <= most
 
 
@@ -112,7 +112,7 @@ def test_kernels(make: Callable[[], dry_run.Work], most: int) -> None:
     [(SD15, 64, CPU, 4.19e9), (SD15, 64, GPU, 1.78e9), (SDXL, 128, CPU, 29.95e9), (SDXL, 128, GPU, 12.9e9)],
     ids=["sd1.5 cpu", "sd1.5 gpu", "sdxl cpu", "sdxl gpu"],
 )
-def test_bytes_allocated_in_a_step(config: UNetConfig, size: int, arch: int, most: float) -> None:
+def test_a_step_allocates_few_bytes(config: UNetConfig, size: int, arch: int, most: float) -> None:
     """All tensors that are made, one after the other: what is written to memory and read again."""
     with dispatch.targeting(dispatch.Target(arch)):
         made = sum(size for _, size in record(step(config, size, arch)) if size > 0)
@@ -123,7 +123,7 @@ def test_bytes_allocated_in_a_step(config: UNetConfig, size: int, arch: int, mos
 
 
 @pytest.mark.parametrize("steps", [2, 5])
-def test_texts_are_projected_once_a_prompt(steps: int) -> None:
+def test_texts_are_projected_once_per_prompt(steps: int) -> None:
     """One product for keys and values of each cross-attention, for prompts and negatives at once, whatever the steps.
     The model's own encoder makes products of the same text before: it stands still here."""
     pipe = Pipeline.from_diffusers(tiny.pipeline("sd1"))
@@ -146,7 +146,7 @@ def test_texts_are_projected_once_a_prompt(steps: int) -> None:
 
 
 @pytest.mark.parametrize(("config", "layers"), [(SD15, 16), (SDXL, 70)], ids=["sd1.5", "sdxl"])
-def test_products_once_a_request(config: UNetConfig, layers: int) -> None:
+def test_conditions_are_computed_once_per_request(config: UNetConfig, layers: int) -> None:
     """Of texts one a layer; of time one a resnet, and two for each embedding: of time, and SDXL's of size and text."""
     resnets, embeddings = len(dry_run.network(config, torch.float32).resnets()), 4 if config.needs_added else 2  # type: ignore
     with dispatch.targeting(dispatch.Target(CPU)):
@@ -154,7 +154,7 @@ def test_products_once_a_request(config: UNetConfig, layers: int) -> None:
         assert ops(work) == {"linear": layers + resnets + embeddings}
 
 
-def test_no_step_of_a_cpu_reads_a_value() -> None:
+def test_cpu_steps_read_no_values() -> None:
     """Steps of two requests at once, one unguided, on tensors that have none: to read one would be an error."""
     table = make_table(read_config({"_class_name": "DDIMScheduler"}), 3, sampler="dpm++ 2m")
     unet: Any = dry_run.network(UNetConfig.from_dict(tiny.UNETS["sd1"], "tiny"), torch.float32)
@@ -236,7 +236,7 @@ NODES = {
 }
 
 
-def test_onnx_nodes(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_exported_graphs_have_few_nodes(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Of the smallest SD1 model's networks, which other tests export anyway."""
     onnx = pytest.importorskip("onnx", reason="needs onnx")
     folder = bundles.exported("sd1", True, bundles.shared(tmp_path_factory))[1]

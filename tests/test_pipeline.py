@@ -66,7 +66,7 @@ GUIDANCE = {"sd-turbo": 0.0, "sdxl-turbo": 0.0, "sdxl-lightning": 0.0, "lcm": 6.
 
 
 @pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family != "sd1-inpaint"])
-def test_text_to_image_as_diffusers(pipes: Any, family: str) -> None:
+def test_text_to_image_matches_diffusers(pipes: Any, family: str) -> None:
     theirs, ours = pipes(family)
     size = 16 * ours.vae.config.factor
     options = {
@@ -98,7 +98,7 @@ def test_text_to_image_as_diffusers(pipes: Any, family: str) -> None:
     ],
     ids=str,
 )
-def test_options_as_diffusers(pipes: Any, options: dict[str, Any]) -> None:
+def test_options_match_diffusers(pipes: Any, options: dict[str, Any]) -> None:
     theirs, ours = pipes("sd1")
     options = {"num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "np", **options}
     many = options.pop("generator", None) == "list"
@@ -140,7 +140,7 @@ def with_ddim(pipe: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("strength", [0.5, 1.0])
-def test_image_to_image_as_diffusers(pipes: Any, picture: Image.Image, strength: float) -> None:
+def test_image_to_image_matches_diffusers(pipes: Any, picture: Image.Image, strength: float) -> None:
     theirs, ours = pipes("sd1")
     other = diffusers.StableDiffusionImg2ImgPipeline(**with_ddim(theirs), requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
@@ -158,7 +158,7 @@ def test_image_to_image_as_diffusers(pipes: Any, picture: Image.Image, strength:
 
 
 @pytest.mark.parametrize(("steps", "strength"), [(4, 0.5), (8, 0.3), (3, 1.0)])
-def test_image_to_image_of_a_consistency_model_as_diffusers(
+def test_consistency_image_to_image_matches_diffusers(
     pipes: Any, picture: Image.Image, steps: int, strength: float
 ) -> None:
     """All steps run, inside the strength."""
@@ -179,7 +179,7 @@ def test_image_to_image_of_a_consistency_model_as_diffusers(
 
 @pytest.mark.parametrize("family", ["sd1", "sd1-inpaint"])
 @pytest.mark.parametrize("strength", [0.6, 1.0])
-def test_inpainting_as_diffusers(
+def test_inpainting_matches_diffusers(
     pipes: Any, picture: Image.Image, mask: Image.Image, family: str, strength: float
 ) -> None:
     theirs, ours = pipes(family)
@@ -202,7 +202,7 @@ def test_inpainting_as_diffusers(
 
 
 @pytest.mark.parametrize("as_list", [False, True])
-def test_latents_in_place_of_a_picture_as_diffusers(pipes: Any, as_list: bool) -> None:
+def test_latents_as_image_match_diffusers(pipes: Any, as_list: bool) -> None:
     theirs, ours = pipes("sd1")
     other = diffusers.StableDiffusionImg2ImgPipeline(**with_ddim(theirs), requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
@@ -220,7 +220,7 @@ def test_latents_in_place_of_a_picture_as_diffusers(pipes: Any, as_list: bool) -
 
 
 @pytest.mark.parametrize("strength", [0.6, 1.0])
-def test_latents_are_inpainted_as_diffusers(pipes: Any, mask: Image.Image, strength: float) -> None:
+def test_inpainted_latents_match_diffusers(pipes: Any, mask: Image.Image, strength: float) -> None:
     theirs, ours = pipes("sdxl")
     other = diffusers.StableDiffusionXLInpaintPipeline(**theirs.components)
     other.set_progress_bar_config(disable=True)
@@ -244,9 +244,7 @@ def test_latents_of_another_size_are_refused(pipes: Any, mask: Image.Image) -> N
         pipes("sd1-inpaint")[1]("a cat", image=latents, mask_image=mask)
 
 
-def test_a_picture_that_cannot_fit_is_never_decoded(
-    pipes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_that_cannot_fit_are_never_decoded(pipes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("RGB", (9000, 9000)).save(tmp_path / "large.png")
     assert (tmp_path / "large.png").stat().st_size < 2**20
     monkeypatch.setattr(PngImageFile, "load", lambda self: pytest.fail("decoded"))
@@ -255,7 +253,7 @@ def test_a_picture_that_cannot_fit_is_never_decoded(
         pipes("sd1")[1]("a cat", image=tmp_path / "large.png")
 
 
-def test_a_result_says_what_ran(pipes: Any) -> None:
+def test_results_name_what_ran(pipes: Any) -> None:
     ours = pipes("sd1")[1]
     listed = ours("a cat", timesteps=[900, 500, 200], sampler="dpm++ 2m", seed=1)
     assert listed.request.num_inference_steps == 3
@@ -275,7 +273,7 @@ def test_prompt_embeds_in_place_of_a_prompt(pipes: Any) -> None:
     )
 
 
-def test_a_saved_folder_makes_the_same_picture(tmp_path: Path, pipes: Any) -> None:
+def test_a_saved_folder_makes_the_same_image(tmp_path: Path, pipes: Any) -> None:
     tiny.save_pipeline("sd1", tmp_path)
     loaded = Pipeline.from_pretrained(tmp_path, dtype="float32", device="cpu")
     options = {"num_inference_steps": 2, "seed": 0, "output_type": "np"}
@@ -290,7 +288,7 @@ def test_adopted_weights_are_shared(pipes: Any) -> None:
 # --- one picture of many
 
 
-def test_each_picture_of_a_batch_is_the_one_made_alone(pipes: Any) -> None:
+def test_batched_images_match_single_images(pipes: Any) -> None:
     ours = pipes("sd1")[1]
     options = {"num_inference_steps": 3, "sampler": "euler a", "output_type": "np"}
     batch = ours(["a cat", "a dog"], num_images_per_prompt=2, seed=7, **options)
@@ -301,7 +299,7 @@ def test_each_picture_of_a_batch_is_the_one_made_alone(pipes: Any) -> None:
     close(listed.images[:1], ours("a cat", seed=9, **options).images)
 
 
-def test_the_same_call_gives_the_same_bytes(pipes: Any) -> None:
+def test_equal_calls_give_equal_bytes(pipes: Any) -> None:
     ours = pipes("sd1")[1]
     one, two = (ours("a cat", seed=1, num_inference_steps=2, output_type="np").images for _ in range(2))
     assert np.array_equal(one, two)
@@ -349,14 +347,16 @@ class Counted:
     ],
     ids=str,
 )
-def test_rows_a_step(pipes: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], rows: list[int]) -> None:
+def test_guidance_doubles_the_rows(
+    pipes: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], rows: list[int]
+) -> None:
     ours = pipes("sd1")[1]
     counted = Counted(ours, monkeypatch)
     ours("a cat", sampler="ddim", num_inference_steps=4, seed=0, **options)
     assert counted.rows == rows
 
 
-def test_an_embedded_guidance_scale_costs_no_second_row(pipes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embedded_guidance_needs_no_second_row(pipes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = pipes("lcm")[1]
     counted = Counted(ours, monkeypatch)
     ours("a cat", seed=0, guidance_scale=8.0)
@@ -372,7 +372,7 @@ def test_the_signature_names_every_field_of_a_request() -> None:
     assert {"callback_on_step_end", "progress"} <= set(shown)
 
 
-def test_the_callback_sees_each_step_and_may_change_latents(pipes: Any) -> None:
+def test_callbacks_see_each_step(pipes: Any) -> None:
     ours = pipes("sd1")[1]
     seen: list[tuple[int, float]] = []
 
@@ -387,7 +387,7 @@ def test_the_callback_sees_each_step_and_may_change_latents(pipes: Any) -> None:
     assert result.images.abs().max() == 0
 
 
-def test_cancelled_propagates_and_the_pipeline_stays_usable(pipes: Any) -> None:
+def test_cancelled_leaves_the_pipeline_usable(pipes: Any) -> None:
     ours = pipes("sd1")[1]
 
     def stop(*_: Any) -> None:
@@ -398,7 +398,7 @@ def test_cancelled_propagates_and_the_pipeline_stays_usable(pipes: Any) -> None:
     assert ours("a cat", num_inference_steps=1).images[0].size == (64, 64)
 
 
-def test_the_result_says_what_happened(pipes: Any) -> None:
+def test_results_have_request_seeds_and_timings(pipes: Any) -> None:
     ours = pipes("sd1")[1]
     result = ours(Request(prompt="a cat", num_inference_steps=3, sampler="ddim"))
     assert (result.backend, result.dtype) == ("torch", "float32")
@@ -442,13 +442,13 @@ def test_output_types_agree(pipes: Any) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_bad_input(pipes: Any, options: dict[str, Any], says: str) -> None:
+def test_bad_input_is_refused(pipes: Any, options: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError) as caught:
         pipes("sd1")[1](**{"prompt": "a cat", **options})
     assert says in str(caught.value)
 
 
-def test_an_inpainting_model_says_what_it_needs(pipes: Any) -> None:
+def test_inpainting_models_need_image_and_mask(pipes: Any) -> None:
     with pytest.raises(InputError, match="this model is for inpainting: give it image and mask_image"):
         pipes("sd1-inpaint")[1]("a cat")
 
@@ -459,7 +459,7 @@ def test_a_size_beyond_memory_is_refused_before_any_work(pipes: Any) -> None:
         pipes("sd1")[1]("a cat", height=800000, width=800000)
 
 
-def test_an_allocator_that_fails_is_out_of_memory(pipes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_allocator_failures_are_out_of_memory(pipes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = pipes("sd1")[1]
 
     def fails(*_: Any) -> None:
@@ -474,7 +474,7 @@ def test_sizes_off_the_unets_stride_run(pipes: Any) -> None:
     assert pipes("sd1")[1]("a cat", height=72, width=88, num_inference_steps=1).images[0].size == (88, 72)
 
 
-def test_nan_from_the_network_names_the_step(pipes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_names_its_step(pipes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = pipes("sd1")[1]
     calls: list[int] = []
 
@@ -487,7 +487,7 @@ def test_nan_from_the_network_names_the_step(pipes: Any, monkeypatch: pytest.Mon
         ours("a cat", sampler="ddim", num_inference_steps=4)
 
 
-def test_a_decode_that_overflows_is_retried_in_float32(
+def test_overflowing_decodes_are_retried_in_float32(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tiny.save_pipeline("sd1", tmp_path)
@@ -525,14 +525,14 @@ def test_float16_on_a_cpu_warns_and_runs(tmp_path: Path, caplog: pytest.LogCaptu
 @pytest.mark.parametrize(
     ("option", "says"), [({"device": "warp:9"}, "cannot be used here"), ({"dtype": "int8"}, "int8")]
 )
-def test_a_device_or_dtype_there_is_not(tmp_path: Path, option: dict[str, str], says: str) -> None:
+def test_unknown_devices_and_dtypes_are_refused(tmp_path: Path, option: dict[str, str], says: str) -> None:
     tiny.save_pipeline("sd1", tmp_path)
     with pytest.raises(InputError, match=says):
         Pipeline.from_pretrained(tmp_path, **option)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about CPU threads")
-def test_a_small_step_runs_on_one_thread_and_leaves_the_number_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_steps_run_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a busy machine a second thread makes the default model's picture ten times slower, not faster."""
 
     pipe, before, seen = fastldm.Pipeline.default(), torch.get_num_threads(), []

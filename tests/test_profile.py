@@ -71,7 +71,7 @@ def test_stages_add_up_to_the_wall_clock(made: Profile) -> None:
 
 
 @pytest.mark.full
-def test_what_no_stage_has_is_little(made: Profile) -> None:
+def test_little_time_is_outside_stages(made: Profile) -> None:
     """At most 5%. A machine that is busy with something else gives more: not for every run of the tests."""
     mean = {stage.name: stage.host.mean for stage in made.stages}
     assert mean["session"] < 0.05 * made.wall.mean
@@ -88,7 +88,7 @@ def test_rows_add_up_to_their_stage(made: Profile) -> None:
     assert min(seconds.values()) > 0
 
 
-def test_the_ops_of_a_step_are_those_that_a_dry_run_counts(made: Profile, pipe: Pipeline) -> None:
+def test_step_ops_match_the_dry_run(made: Profile, pipe: Pipeline) -> None:
     assert sum(row.flop for row in made.of("step")) == STEPS * made.operations["step"]
     place: dict[str, Any] = {"height": 16, "width": 16, "rows": 2, "tokens": pipe.text_stages[0].window}
     counted = dry_run.count(lambda: dry_run.step(pipe.unet.config, **place, dtype=torch.float32))
@@ -106,7 +106,7 @@ class Times:
         return next(self.times)
 
 
-def test_what_watching_costs_counts_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watching_overhead_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stage from 0 to 10 with an op in it that is noticed at 2, runs from 5 to 7, and has an op within."""
     clock, x = clocks.Clock(torch.device("cpu"), STAGES), torch.randn(3, 64)
     monkeypatch.setattr(GEGLU, "reference", lambda x: LAYER_NORM(x, x[0], x[0], 1e-5))
@@ -121,7 +121,7 @@ def test_what_watching_costs_counts_nowhere(monkeypatch: pytest.MonkeyPatch) -> 
     assert trial.stages(device=False)["session"] == 5
 
 
-def test_percentiles() -> None:
+def test_percentiles_interpolate_like_numpy() -> None:
     """Between two times in proportion, as numpy does; of one they are it."""
     found = Spread.of([float(n) for n in range(101)][::-1])
     assert found == Spread(median=50, p90=90, p99=99, least=0, most=100, mean=50, count=101)
@@ -229,7 +229,7 @@ def everybodys(config: dict[str, Any], size: int) -> int:
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "lcm", "ssd-1b", "tiny-sd"])
-def test_operations_of_tiny_networks_are_everybodys(name: str) -> None:
+def test_operations_of_tiny_networks_match_torch(name: str) -> None:
     """In 16 latents, where SD's deepest level has 2, and each of its upsamplers doubles."""
     found = dry_run.operations(UNetConfig.from_dict(tiny.UNETS[name], name), height=16, width=16, rows=1, tokens=77)
     assert sum(found.values()) == everybodys(tiny.UNETS[name], 16)
@@ -258,7 +258,7 @@ def published(config: UNetConfig) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("config", "size", "gflop", "plain"), [(SD15, 64, 803, 1.0), (SDXL, 128, 6761, 0.5)], ids=["sd1.5", "sdxl"]
 )
-def test_operations_of_published_networks(config: UNetConfig, size: int, gflop: int, plain: float) -> None:
+def test_operations_of_published_networks_match_torch(config: UNetConfig, size: int, gflop: int, plain: float) -> None:
     """The step is the whole less three items. One of them, the phases, a CPU leaves out where pixels are few: in all
     three enlarging convolutions of SD1.5, and in one of SDXL's two, which save equally much. Torch counts that too."""
     found = dry_run.operations(config, height=size, width=size, rows=1, tokens=77)
@@ -274,7 +274,7 @@ def test_operations_of_published_networks(config: UNetConfig, size: int, gflop: 
 # ------------------------------------------------------------------------------------------------------ what is shown
 
 
-def test_all_is_told_as_plain_data(made: Profile) -> None:
+def test_to_dict_is_plain_json(made: Profile) -> None:
     told = json.loads(json.dumps(made.to_dict()))
     assert {row["name"] for row in told["rows"]} == {row.name for row in made.rows}
     assert [stage["name"] for stage in told["stages"]] == list(STAGES)
@@ -283,7 +283,7 @@ def test_all_is_told_as_plain_data(made: Profile) -> None:
     assert told["about"]["steps"] == STEPS
 
 
-def test_the_data_has_what_the_terminal_has(made: Profile) -> None:
+def test_the_data_has_every_number_of_the_table(made: Profile) -> None:
     """Every number of the table is one of the data, formatted."""
     told, shown = json.loads(json.dumps(made.to_dict())), profile_report.table(made)
     for stage in told["stages"]:
@@ -301,7 +301,7 @@ def test_the_data_has_what_the_terminal_has(made: Profile) -> None:
     assert "import 1.50 s" in shown
 
 
-def test_the_table_fits_a_screen_and_ends_with_one_sentence(made: Profile) -> None:
+def test_the_table_fits_a_screen(made: Profile) -> None:
     lines = profile_report.table(made).splitlines()
     assert len(lines) <= 45
     assert max(map(len, lines)) <= 120
@@ -310,17 +310,17 @@ def test_the_table_fits_a_screen_and_ends_with_one_sentence(made: Profile) -> No
     assert last.count(". ") == 0
 
 
-def test_advice_says_where_the_machine_was_busy(made: Profile) -> None:
+def test_advice_mentions_a_busy_machine(made: Profile) -> None:
     quiet, busy = (replace(made, wall=Spread.of(times)).advice for times in ([1.0, 1.1, 1.2], [1.0, 1.1, 2.0]))
     assert busy == quiet[:-1] + " (but pictures took 1000 to 1820 ms: profile again when nothing else runs here)."
     assert "but pictures" not in quiet
 
 
-def test_memory_is_held_against_the_plan(made: Profile) -> None:
+def test_measured_memory_matches_the_plan(made: Profile) -> None:
     assert 0.9 < made.memory["measured"] / made.memory["planned"] <= 1.01
 
 
-def test_the_trace_has_named_ranges_inside_of_one_another(made: Profile) -> None:
+def test_trace_ranges_are_nested(made: Profile) -> None:
     told = json.loads(json.dumps(profile_report.trace(made)))
     ranges = [event for event in told["traceEvents"] if event["ph"] == "X"]
     assert {"tokenise", "text", "step", "U-Net", "decode", "PNG", "linear"} <= {event["name"] for event in ranges}
@@ -336,7 +336,7 @@ def plots(page: str) -> list[ElementTree.Element]:
     return tree.findall(".//{http://www.w3.org/2000/svg}svg")
 
 
-def test_the_page_is_whole_and_has_its_plots(made: Profile) -> None:
+def test_the_page_is_self_contained_with_its_plots(made: Profile) -> None:
     page = profile_page.page(made)
     assert not re.findall(r"(?:src|href)=|@import|url\(|<script|https?://(?!www\.w3\.org/2000/svg)", page)
     stages, steps, one, bars, roofline = plots(page)
@@ -374,7 +374,7 @@ def test_a_browser_shows_the_page(made: Profile, tmp_path: Path, scheme: int, gr
     assert counts[bar] > 10_000
 
 
-def test_a_page_of_one_step_and_one_that_takes_long(made: Profile) -> None:
+def test_the_page_scales_to_any_time(made: Profile) -> None:
     """Axes have their round numbers whatever they measure."""
     slow = Spread.of([4000.0])
     assert len(plots(profile_page.page(replace(made, steps=(slow,), step=slow)))) == 5
@@ -384,7 +384,7 @@ def test_a_page_of_one_step_and_one_that_takes_long(made: Profile) -> None:
 # ---------------------------------------------------------------------------------------------------------- the command
 
 
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_profile_command_writes_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     asked = ["profile", "--device", "cpu", "--dtype", "float32", "--steps", "2", "--rounds", "1", "-n", "2"]
     asked += ["--sampler", "euler", "--guidance", "1", "--size", "32x64", "--prompt", "a green pear"]
@@ -405,7 +405,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads((tmp_path / "p.trace").read_text())["traceEvents"]
 
 
-def test_json_alone_is_one_object_and_mistakes_are_found_first(tmp_path: Path) -> None:
+def test_json_output_is_one_object(tmp_path: Path) -> None:
     asked = ["profile", "--device", "cpu", "--dtype", "float32", "--steps", "1", "--rounds", "1"]
     done = CliRunner().invoke(main, [*asked, "--json", "-"])
     assert json.loads(done.stdout)["wall"]["count"] == 1
@@ -438,7 +438,7 @@ def test_an_engine_has_a_row_for_each_network(
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_device_and_host_are_told_apart() -> None:
+def test_gpu_times_are_separate_from_host_times() -> None:
     made = profile(Pipeline.default(device="cuda"), rounds=3)
     assert all(stage.device is not None for stage in made.stages)
     assert made.first.keys() == {"compile", "capture"}
@@ -448,7 +448,7 @@ def test_on_a_gpu_device_and_host_are_told_apart() -> None:
 
 
 @pytest.mark.full
-def test_at_full_size_little_is_outside_of_ops() -> None:
+def test_at_full_size_little_is_outside_ops() -> None:
     """SD1.5's size with random weights, at 256x256: at most 5% of a step."""
     cpu = torch.device("cpu")
     pipe = ladder.pipeline(ladder.MODELS["sd15-512"], cpu, choose_dtype(None, cpu))

@@ -80,7 +80,7 @@ def from_threads(session: Session, asked: list[dict[str, Any]], **how: Any) -> l
     return futures
 
 
-def test_requests_from_eight_threads_are_what_they_are_alone(pipe: Pipeline, thirty_two: Any) -> None:
+def test_concurrent_requests_match_single_requests(pipe: Pipeline, thirty_two: Any) -> None:
     asked, alone = thirty_two
     with Session(pipe, max_batch=6) as session:
         futures = from_threads(session, asked)
@@ -90,7 +90,7 @@ def test_requests_from_eight_threads_are_what_they_are_alone(pipe: Pipeline, thi
             assert result.seeds[0] == one["seed"]
 
 
-def test_they_did_share_steps(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_requests_share_steps(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     together: list[int] = []
     step = EagerBatch.step
     monkeypatch.setattr(EagerBatch, "step", lambda self, runs: together.append(len(runs)) or step(self, runs))
@@ -102,7 +102,9 @@ def test_they_did_share_steps(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -
     assert sum(together) == 6 * 8
 
 
-def test_neighbours_of_failures_go_on(pipe: Pipeline, thirty_two: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_requests_leave_their_neighbours_alone(
+    pipe: Pipeline, thirty_two: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every fourth request fails in its own way: it cannot begin, its network raises, gives NaN, or it is cancelled."""
     asked, alone = thirty_two
     begin, step = Stages.prepare, EagerBatch.step
@@ -167,7 +169,7 @@ def slow(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.02) -> None:
     monkeypatch.setattr(EagerBatch, "step", slowly)
 
 
-def test_cancelling_between_two_steps(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cancel_between_two_steps(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     slow(monkeypatch)
     with Session(pipe) as session:
         future, neighbour = session.submit(**options(steps=500)), session.submit(**options(1, steps=4))
@@ -182,7 +184,7 @@ def test_cancelling_between_two_steps(pipe: Pipeline, monkeypatch: pytest.Monkey
         assert list(neighbour.progress()) == []
 
 
-def test_cancelling_before_the_first_step(pipe: Pipeline, gate: threading.Event) -> None:
+def test_cancel_before_the_first_step(pipe: Pipeline, gate: threading.Event) -> None:
     with Session(pipe, max_batch=1) as session:
         first, second = session.submit(**options()), session.submit(**options())
         assert second.cancel()
@@ -193,7 +195,7 @@ def test_cancelling_before_the_first_step(pipe: Pipeline, gate: threading.Event)
         first.result(10)
 
 
-def test_a_deadline_between_two_steps(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deadline_passes_between_two_steps(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     slow(monkeypatch)
     with Session(pipe) as session:
         other, late = session.submit(**options(steps=20)), session.submit(**options(1, steps=500), deadline=60)
@@ -205,7 +207,7 @@ def test_a_deadline_between_two_steps(pipe: Pipeline, monkeypatch: pytest.Monkey
         other.result(60)
 
 
-def test_a_deadline_of_a_request_that_waits(pipe: Pipeline, gate: threading.Event) -> None:
+def test_deadline_passes_in_the_queue(pipe: Pipeline, gate: threading.Event) -> None:
     with Session(pipe, max_batch=1) as session:
         other, late = session.submit(**options()), session.submit(**options(1), deadline=60)
         late.submitted -= 100
@@ -215,14 +217,14 @@ def test_a_deadline_of_a_request_that_waits(pipe: Pipeline, gate: threading.Even
         other.result(10)
 
 
-def test_a_deadline_passes_while_a_callback_thinks(pipe: Pipeline) -> None:
+def test_deadline_passes_during_a_callback(pipe: Pipeline) -> None:
     """A request that waits for its caller is let go in time, though nothing else happens on the device."""
     future = pipe.session.submit_request(fastldm.Request(**options(steps=4)), deadline=3, waits_for_answer=True)
     with pytest.raises(DeadlineExceeded, match="after 1 steps"):
         future.result(20)
 
 
-def test_closing_cancels_or_waits(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_close_cancels_or_waits(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     slow(monkeypatch)
     session = Session(pipe, max_batch=1)
     futures = [session.submit(**options(k, steps=3)) for k in range(3)]
@@ -242,7 +244,7 @@ def test_closing_cancels_or_waits(pipe: Pipeline, monkeypatch: pytest.MonkeyPatc
     pipe("a cat", num_inference_steps=1)  # other sessions of the model go on
 
 
-def test_a_full_queue(pipe: Pipeline, gate: threading.Event) -> None:
+def test_full_queue_refuses_requests(pipe: Pipeline, gate: threading.Event) -> None:
     with Session(pipe, max_batch=1, max_queue=2) as session:
         first = session.submit(**options())
         while not first.running():
@@ -269,7 +271,7 @@ def finished_in_order(futures: dict[str, fastldm.Generation], gate: threading.Ev
     return [order.get(timeout=60) for _ in futures]
 
 
-def test_priority_then_age(pipe: Pipeline, gate: threading.Event) -> None:
+def test_queue_is_ordered_by_priority_then_age(pipe: Pipeline, gate: threading.Event) -> None:
     with Session(pipe, max_batch=1) as session:
         futures = {"first": session.submit(**options())}
         while not futures["first"].running():
@@ -293,7 +295,7 @@ def test_waiting_raises_priority(pipe: Pipeline, gate: threading.Event, monkeypa
         assert finished_in_order(futures, gate) == ["first", "old", "urgent"]
 
 
-def test_a_small_picture_is_not_starved_by_large_ones(pipe: Pipeline, gate: threading.Event) -> None:
+def test_large_images_do_not_starve_a_small_one(pipe: Pipeline, gate: threading.Event) -> None:
     """Twelve large requests are there first; the small one is done before most of them, for it gets half the time."""
     with Session(pipe, max_batch=1) as session:
         futures = {f"large {k}": session.submit(**options(k, steps=4, height=160, width=160)) for k in range(12)}
@@ -302,7 +304,7 @@ def test_a_small_picture_is_not_starved_by_large_ones(pipe: Pipeline, gate: thre
     assert order.index("small") <= 2
 
 
-def test_a_batch_larger_than_the_session_runs_alone(pipe: Pipeline) -> None:
+def test_a_request_larger_than_max_batch_runs_alone(pipe: Pipeline) -> None:
     with Session(pipe, max_batch=2) as session:
         small, large = session.submit(**options()), session.submit(**options(num_images_per_prompt=5))
         last = session.submit(**options(4))
@@ -314,7 +316,7 @@ def test_a_batch_larger_than_the_session_runs_alone(pipe: Pipeline) -> None:
 # ---- what a caller sees
 
 
-def test_progress_and_previews(pipe: Pipeline) -> None:
+def test_progress_has_steps_and_previews(pipe: Pipeline) -> None:
     future = pipe.session.submit(**options(steps=3, num_images_per_prompt=2), preview=True)
     steps = list(future.progress())
     assert [(one.step, one.steps) for one in steps] == [(0, 3), (1, 3), (2, 3)]
@@ -327,13 +329,13 @@ def test_progress_and_previews(pipe: Pipeline) -> None:
     assert np.abs(last - future.result().images[0]).max() <= 0.5 / 255 + 1e-6
 
 
-def test_previews_of_large_pictures_are_small(pipe: Pipeline) -> None:
+def test_previews_of_large_images_are_small(pipe: Pipeline) -> None:
     (step,) = pipe.session.submit(**options(steps=1, height=256, width=384), preview=True).progress()
     assert step.preview is not None
     assert step.preview[0].size == (128, 88)  # 16 x 11 latents
 
 
-def test_a_callback_holds_up_nobody_else(pipe: Pipeline) -> None:
+def test_a_callback_delays_no_other_request(pipe: Pipeline) -> None:
     """While one caller thinks, another's request runs from beginning to end, made from inside that callback even."""
     inner: list[Any] = []
 
@@ -347,12 +349,12 @@ def test_a_callback_holds_up_nobody_else(pipe: Pipeline) -> None:
     same(inner[0], pipe(**options(3)).images)
 
 
-def test_a_request_from_the_workers_own_thread_is_refused(pipe: Pipeline) -> None:
+def test_requests_from_the_worker_thread_are_refused(pipe: Pipeline) -> None:
     with pytest.raises(InputError, match="inside the worker's own thread"):
         pipe.session.call(lambda: pipe("a cat"))
 
 
-def test_a_done_callback_may_make_a_request(pipe: Pipeline) -> None:
+def test_done_callbacks_may_submit_requests(pipe: Pipeline) -> None:
     """It is called by no thread that anybody else's request needs."""
     made: SimpleQueue[Any] = SimpleQueue()
     future = pipe.session.submit(**options(steps=3))
@@ -378,12 +380,12 @@ def test_bad_requests_are_refused_at_once(pipe: Pipeline, given: dict[str, Any],
         pipe.session.submit("a cat", **given)
 
 
-def test_bad_limits(pipe: Pipeline) -> None:
+def test_session_limits_are_checked(pipe: Pipeline) -> None:
     with pytest.raises(InputError, match="max_batch is 0: expected a whole number, 1 to 4096"):
         Session(pipe, max_batch=0)
 
 
-def test_kernels_use_goes_along(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_use_holds_for_submitted_requests(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """A caller's choice of path holds for its own requests, which run on another thread."""
     from fastldm import kernels
     from fastldm.kernels import dispatch
@@ -400,7 +402,7 @@ def test_kernels_use_goes_along(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch)
 # ---- memory
 
 
-def test_after_memory_ran_out_a_smaller_request_succeeds(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_smaller_requests_succeed_after_out_of_memory(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     step = EagerBatch.step
 
     def fails(self: EagerBatch, runs: Any) -> str:
@@ -453,7 +455,7 @@ def in_use() -> int:
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="asks glibc's malloc, from 2.33 on")
 @pytest.mark.parametrize("count", [200, pytest.param(1000, marks=pytest.mark.full)])
-def test_memory_stays_flat(pipe: Pipeline, count: int) -> None:
+def test_memory_stays_flat_over_many_requests(pipe: Pipeline, count: int) -> None:
     """After 50 requests, and after many more: as many live tensors and objects, and malloc's memory
     within a kilobyte a request."""
     with Session(pipe, max_batch=3) as session:
@@ -476,7 +478,7 @@ def test_memory_stays_flat(pipe: Pipeline, count: int) -> None:
     assert more_bytes - bytes <= 1024 * (count - 50)
 
 
-def test_a_model_that_nobody_holds_goes() -> None:
+def test_an_unreferenced_model_is_freed() -> None:
     """The worker's thread stays, and keeps nothing of what it ran."""
     pipe = tiny_pipeline()
     pipe(**options(steps=1))
@@ -493,7 +495,7 @@ def test_a_model_that_nobody_holds_goes() -> None:
 # ---- nothing of a sampler runs in the loop
 
 
-def test_no_line_of_a_sampler_runs_in_the_loop(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_sampler_code_runs_in_the_loop(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the sampler, it was a table before the first step."""
     files: set[str] = set()
     step = EagerBatch.step
@@ -525,7 +527,7 @@ def in_slots(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return driver
 
 
-def test_in_slots_requests_are_what_they_are_alone(pipe: Pipeline, thirty_two: Any, in_slots: Recorder) -> None:
+def test_requests_in_slots_match_single_requests(pipe: Pipeline, thirty_two: Any, in_slots: Recorder) -> None:
     asked, alone = thirty_two
     with Session(pipe, max_batch=4) as session:
         futures = from_threads(session, asked)
@@ -534,7 +536,7 @@ def test_in_slots_requests_are_what_they_are_alone(pipe: Pipeline, thirty_two: A
     assert in_slots.said.count("replay") > in_slots.said.count("capture") > 0
 
 
-def test_a_graph_serves_whatever_does_not_change_its_shape(pipe: Pipeline, in_slots: Recorder) -> None:
+def test_a_graph_serves_all_requests_of_its_shape(pipe: Pipeline, in_slots: Recorder) -> None:
     """Another sampler, step count, scale, prompt and seed capture nothing; another size does."""
     with Session(pipe, max_batch=1) as session:
 
@@ -557,7 +559,7 @@ def test_a_graph_serves_whatever_does_not_change_its_shape(pipe: Pipeline, in_sl
         assert in_slots.said.count("capture") > captured
 
 
-def test_warming_up_captures_the_largest_first(pipe: Pipeline, in_slots: Recorder) -> None:
+def test_warmup_captures_the_largest_first(pipe: Pipeline, in_slots: Recorder) -> None:
     pipe.warmup(sizes=[(32, 32), (64, 64)], batches=[1, 2], guidance_scale=3.0)
     captured = in_slots.said.count("capture")
     for size in (32, 64):
@@ -585,7 +587,7 @@ def test_replays_are_the_eager_steps_bitwise(gpu: Pipeline) -> None:
 
 
 @pytest.mark.gpu
-def test_a_run_allocates_nothing_in_its_steps(gpu: Pipeline) -> None:
+def test_steps_allocate_nothing(gpu: Pipeline) -> None:
     gpu.warmup(guidance_scale=3.0)
     seen: list[int] = []
 
@@ -599,7 +601,7 @@ def test_a_run_allocates_nothing_in_its_steps(gpu: Pipeline) -> None:
 
 
 @pytest.mark.gpu
-def test_replays_see_weights_that_change(gpu: Pipeline) -> None:
+def test_replays_use_changed_weights(gpu: Pipeline) -> None:
     gpu.warmup()
     before = gpu(**options()).images
     gpu.unet.conv_out.weight.data += 0.1
@@ -611,7 +613,7 @@ def test_replays_see_weights_that_change(gpu: Pipeline) -> None:
 
 
 @pytest.mark.gpu
-def test_threads_and_samplers_share_what_is_captured(gpu: Pipeline) -> None:
+def test_threads_and_samplers_share_captured_graphs(gpu: Pipeline) -> None:
     gpu.warmup(batches=[1, 2], guidance_scale=3.0)
     asked = [options(k, steps=3 + k, sampler=SAMPLERS[k % 3], guidance_scale=3.0) for k in range(6)]
     alone = [gpu(**one).images for one in asked]
@@ -622,7 +624,7 @@ def test_threads_and_samplers_share_what_is_captured(gpu: Pipeline) -> None:
 
 
 @pytest.mark.gpu
-def test_reserved_memory_is_what_the_plan_says() -> None:
+def test_reserved_memory_matches_the_plan() -> None:
     """SD1.5's full size, captured and run, in a process of its own."""
     code = """
 import torch

@@ -159,7 +159,7 @@ MIXED: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("kind", ["eager", "slots", "graphs"])
 @pytest.mark.parametrize("starts", [[0, 0, 0, 0, 0], [3, 0, 1, 2, 5]], ids=["together", "one-after-the-other"])
-def test_requests_of_every_kind_share_a_batch(kind: str, starts: list[int]) -> None:
+def test_all_kinds_of_requests_share_a_batch(kind: str, starts: list[int]) -> None:
     expected = [alone(run_of(**one)) for one in MIXED]
     runs = [run_of(**one) for one in MIXED]
     batch: Batch = EagerBatch(Network())  # type: ignore[arg-type]
@@ -170,7 +170,7 @@ def test_requests_of_every_kind_share_a_batch(kind: str, starts: list[int]) -> N
         assert ops.error(got, wanted) < 2e-6
 
 
-def test_slots_are_used_again() -> None:
+def test_slots_are_reused() -> None:
     """Two slots, eight requests: nothing of the last tenant is left."""
     requests = [{**one, "batch": 1, "seed": k} for k, one in enumerate([*MIXED, *reversed(MIXED)])]
     batch = Slots(Network(), buffers(slots=2, rows=4))  # type: ignore[arg-type]
@@ -181,7 +181,7 @@ def test_slots_are_used_again() -> None:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_the_kernel_ends_the_steps(sampler: str) -> None:
+def test_kernel_ends_steps_like_the_reference(sampler: str) -> None:
     """On a GPU the end of a step is one kernel: here it runs in Triton's interpreter."""
     asked = {"sampler": sampler, "steps": 5, "batch": 2, "guidance": Guidance(5.0, 0.3, 0.0, 0.7)}
     expected = alone(run_of(**asked))
@@ -197,7 +197,7 @@ def test_the_kernel_ends_the_steps(sampler: str) -> None:
     ids=["inpainting", "nine-channels"],
 )
 @pytest.mark.parametrize("guidance", [Guidance(), Guidance(3.0), Guidance(3.0, 0.0, 0.4, 0.8)], ids=str)
-def test_the_kernel_ends_the_steps_with_options(options: dict[str, Any], guidance: Guidance) -> None:
+def test_kernel_ends_steps_with_options(options: dict[str, Any], guidance: Guidance) -> None:
     asked = {"sampler": "heun", "steps": 4, "batch": 2, "guidance": guidance, **options}  # 7 rows
     dtype = options.get("dtype", torch.float32)
     expected = alone(run_of(**asked))
@@ -208,7 +208,7 @@ def test_the_kernel_ends_the_steps_with_options(options: dict[str, Any], guidanc
 
 
 @pytest.mark.parametrize("kind", ["eager", "slots"])
-def test_latents_may_be_replaced_and_stay_as_they_were(kind: str) -> None:
+def test_replaced_latents_are_copies(kind: str) -> None:
     def half(i: int, t: float, x: Tensor) -> Tensor | None:
         return x * 0.5 if i in (1, 6) else None  # the last row's are the result
 
@@ -239,7 +239,7 @@ def denoise_with(on_step: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["eager", "slots"])
-def test_a_run_that_waits_stands_still(kind: str) -> None:
+def test_waiting_runs_do_not_move(kind: str) -> None:
     """A request whose caller has not answered sits out steps that others take."""
     requests = [{"sampler": "dpm++ 2m", "steps": 6, "seed": k} for k in range(2)]
     expected = [alone(run_of(**one)) for one in requests]
@@ -254,7 +254,7 @@ def test_a_run_that_waits_stands_still(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["eager", "slots"])
-def test_a_bad_value_is_its_own_requests(kind: str) -> None:
+def test_nan_stays_in_its_own_request(kind: str) -> None:
     """One network call in six gives NaN for the first run alone; the first bad row is recorded, and nobody else's."""
 
     class Broken(Network):
@@ -281,7 +281,7 @@ def test_a_bad_value_is_its_own_requests(kind: str) -> None:
     assert batch.release(first)() == -1, "the start was bad already"
 
 
-def test_a_failed_step_moves_nobody() -> None:
+def test_a_failed_step_moves_no_run() -> None:
     class Failing(Network):
         def step(self, *args: Any, **lengths: Any) -> Tensor:
             out = super().step(*args, **lengths)
@@ -303,7 +303,7 @@ def test_a_failed_step_moves_nobody() -> None:
         assert ops.error(batch.latents(run), expected) < 2e-6
 
 
-def test_the_unet_reads_each_rows_own_text() -> None:
+def test_each_row_reads_its_own_text() -> None:
     """A real network: texts of 5 and 9 tokens, guided and not, by slot and length in device memory."""
     with torch.device("meta"):
         unet = UNet(TINY)
@@ -333,7 +333,7 @@ def test_the_unet_reads_each_rows_own_text() -> None:
 # ---- how much is sent, run and captured
 
 
-def test_rows_of_graphs() -> None:
+def test_graph_rows_rounds_up() -> None:
     assert [graph_rows(rows) for rows in range(1, 18)] == [
         *(1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12, 16, 16, 16, 16, 24),
     ]
@@ -348,7 +348,7 @@ def test_unguided_slots_cost_one_row() -> None:
     assert network.widths == [3, 3, 2, 2], "two rows while it is guided, then one, and one of the other"
 
 
-def test_a_graph_serves_every_sampler_scale_prompt_and_seed() -> None:
+def test_one_graph_serves_samplers_scales_and_prompts() -> None:
     """Two rows are captured once, whoever they are of; a slot in other buffers is captured anew."""
     driver = Recorder()
     graphs = Graphs(driver)
@@ -367,7 +367,7 @@ def test_a_graph_serves_every_sampler_scale_prompt_and_seed() -> None:
     assert driver.said[-2:] == ["destroy", "trim"]
 
 
-def test_maps_are_sent_when_somebody_comes_or_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_maps_are_sent_only_on_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastldm.runtime import slots
 
     sent: list[int] = []
@@ -384,7 +384,7 @@ def test_maps_are_sent_when_somebody_comes_or_goes(monkeypatch: pytest.MonkeyPat
     assert counts == [True, False, False, False, True, False, False, False]
 
 
-def test_what_the_buffers_hold() -> None:
+def test_holds_checks_every_buffer() -> None:
     batch = Slots(Network(), buffers(slots=2, rows=4, steps=8, tokens=10))  # type: ignore[arg-type]
     assert batch.holds(run_of("ddim", 8, batch=2, tokens=10))
     assert not batch.holds(run_of("ddim", 9))
@@ -412,7 +412,7 @@ class Watched(TorchDispatchMode):
     [SD15, SDXL, replace(TINY, in_channels=9)],
     ids=["sd1.5", "sdxl", "inpainting"],
 )
-def test_a_step_is_fit_to_be_captured(config: UNetConfig) -> None:
+def test_a_step_can_be_captured(config: UNetConfig) -> None:
     """Traced with no storage and a GPU's choices: no value is read, nothing comes from the host or goes to it, and no
     memory is asked for but by the operators themselves.
     """
@@ -428,7 +428,7 @@ def test_a_step_is_fit_to_be_captured(config: UNetConfig) -> None:
     assert not watched.ops & {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "_unique2", "masked_select"}
 
 
-def test_a_step_is_few_kernels() -> None:
+def test_a_step_launches_few_kernels() -> None:
     """A node of a graph costs half a microsecond. The aim is 400: 44 residuals that cuBLAS leaves to a kernel of their
     own, and 30 that cuDNN does, are those too many until the tuned table takes kernels with an epilogue.
     """
@@ -440,7 +440,7 @@ def test_a_step_is_few_kernels() -> None:
     assert 300 < nodes.count + launches.count <= 476
 
 
-def test_bytes_of_the_buffers() -> None:
+def test_nbytes_counts_every_buffer() -> None:
     held = buffers(2, 4)
     fields = [t for t in (*held.step, *held) if isinstance(t, Tensor)] + list(held.text)
     assert Slots(Network(), held).nbytes == sum(t.numel() * t.element_size() for t in fields)  # type: ignore[arg-type]

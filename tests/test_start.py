@@ -19,7 +19,7 @@ def pipe() -> Pipeline:
 
 
 @pytest.mark.parametrize("mask", [False, True])
-def test_a_picture_of_a_batch_is_the_one_made_alone(pipe: Pipeline, mask: bool) -> None:
+def test_batched_starts_match_single_starts(pipe: Pipeline, mask: bool) -> None:
     """With seeds: picture k starts from image k modulo n, and draws what it would alone."""
     pictures, holes = [judge.picture(1), judge.picture(2)], [judge.mask(8), judge.mask(24)]
 
@@ -36,14 +36,14 @@ def test_a_picture_of_a_batch_is_the_one_made_alone(pipe: Pipeline, mask: bool) 
 
 
 @pytest.mark.parametrize("name", ["image", "mask_image"])
-def test_pictures_that_do_not_go_into_the_batch_are_refused(pipe: Pipeline, name: str) -> None:
+def test_image_counts_must_divide_the_batch(pipe: Pipeline, name: str) -> None:
     pictures = {"image": judge.picture(), "mask_image": judge.mask()}
     pictures[name] = [pictures[name]] * 3
     with pytest.raises(InputError, match=f"^{name} holds 3 pictures for a batch of 4"):
         pipe(["a", "b"], num_images_per_prompt=2, **pictures, **OPTIONS)
 
 
-def test_latents_beside_an_image_are_where_it_starts(pipe: Pipeline) -> None:
+def test_latents_beside_an_image_are_the_start(pipe: Pipeline) -> None:
     start = judge.noise(1, 4, 8, 8)
     one, other = (
         pipe("a cat", latents=start, image=judge.picture(k), strength=0.5, **OPTIONS, seed=0).images for k in (1, 2)

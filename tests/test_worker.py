@@ -57,7 +57,7 @@ OWNERS: dict[str, tuple[Any, str]] = {
     "error", [SystemExit, MemoryError, *[pytest.param(one, marks=pytest.mark.full) for one in RAISED[1:3] + RAISED[4:]]]
 )
 @pytest.mark.parametrize("place", OWNERS)
-def test_whatever_is_raised_others_are_served(
+def test_exceptions_anywhere_leave_other_requests_alone(
     place: str, error: type[BaseException], pipe: Pipeline, alone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In every call that the worker makes for a request; it fails, or not where the call is not needed for it."""
@@ -128,7 +128,7 @@ def test_whatever_is_raised_others_are_served(
 
 
 @pytest.mark.parametrize("error", RAISED)
-def test_what_is_raised_beyond_requests_loses_what_was_in_hand(
+def test_exceptions_outside_requests_fail_those_in_hand(
     error: type[BaseException], pipe: Pipeline, alone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, thrown = Bucket.turn, []
@@ -149,7 +149,7 @@ def test_what_is_raised_beyond_requests_loses_what_was_in_hand(
 
 
 @pytest.mark.parametrize("where", ["_buckets", "_choose", "_seconds_to_deadline", "_expire"])
-def test_a_worker_that_cannot_choose_fails_all_and_goes_on(
+def test_worker_recovers_from_its_own_failures(
     where: str, pipe: Pipeline, alone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, broken = getattr(Worker, where), threading.Event()
@@ -172,7 +172,7 @@ def test_a_worker_that_cannot_choose_fails_all_and_goes_on(
         same(session.submit(**options(7, **SMALL)).result(60).images, alone)
 
 
-def test_done_callbacks_may_do_as_they_please(pipe: Pipeline, alone: Any) -> None:
+def test_done_callbacks_may_raise_or_exit(pipe: Pipeline, alone: Any) -> None:
     called: SimpleQueue[Any] = SimpleQueue()
 
     def raising(error: type[BaseException]) -> Callable[[Any], None]:
@@ -192,7 +192,7 @@ def test_done_callbacks_may_do_as_they_please(pipe: Pipeline, alone: Any) -> Non
         assert session._worker.thread not in threads
 
 
-def test_futures_may_be_misused(pipe: Pipeline, alone: Any, gate: threading.Event) -> None:
+def test_misused_futures_leave_the_worker_alive(pipe: Pipeline, alone: Any, gate: threading.Event) -> None:
     """Whoever answers a request himself has his answer, and nobody else is bothered."""
     with Session(pipe, max_batch=1) as session:
         first = session.submit(**options(7, **SMALL))
@@ -218,7 +218,7 @@ def test_futures_may_be_misused(pipe: Pipeline, alone: Any, gate: threading.Even
         assert not wait([*queued.values()], 60).not_done
 
 
-def test_an_event_loop_gets_its_results(pipe: Pipeline, alone: Any) -> None:
+def test_asyncio_awaits_generations(pipe: Pipeline, alone: Any) -> None:
     async def both() -> list[Any]:
         return await asyncio.gather(*[asyncio.wrap_future(pipe.session.submit(**options(7, **SMALL))) for _ in "ab"])
 
@@ -227,7 +227,7 @@ def test_an_event_loop_gets_its_results(pipe: Pipeline, alone: Any) -> None:
 
 
 @pytest.mark.parametrize("deadline", [math.inf, 1e10, 1e300, 3600, np.float32(1e4), np.int64(5000), torch.tensor(9e9)])
-def test_deadlines_without_bounds(deadline: Any, pipe: Pipeline) -> None:
+def test_huge_deadlines_never_pass(deadline: Any, pipe: Pipeline) -> None:
     """Also of a request that waits while its callback thinks, so that the worker sleeps until then."""
     with Session(pipe) as session:
         thinking = session.submit_request(fastldm.Request(**options(7, **SMALL)), waits_for_answer=True)
@@ -245,32 +245,32 @@ NONSENSE = [math.nan, "3", b"3", [], {}, True, 1j, np.array([1, 2]), torch.zeros
 
 
 @pytest.mark.parametrize("value", [*NONSENSE, 0, -1, -math.inf, 10**400], ids=repr)
-def test_deadlines_that_are_none(value: Any, pipe: Pipeline) -> None:
+def test_bad_deadlines_are_refused(value: Any, pipe: Pipeline) -> None:
     with pytest.raises(InputError, match=r"^deadline is [^\n]*: expected seconds from now, more than 0$"):
         pipe.session.submit("a cat", deadline=value)
 
 
 @pytest.mark.parametrize("value", [*NONSENSE, None, math.inf, -math.inf, 10**400], ids=repr)
-def test_priorities_that_are_none(value: Any, pipe: Pipeline) -> None:
+def test_bad_priorities_are_refused(value: Any, pipe: Pipeline) -> None:
     with pytest.raises(InputError, match=r"^priority is [^\n]*: expected [^\n]+$"):
         pipe.session.submit("a cat", priority=value)
 
 
 @pytest.mark.parametrize("name", ["max_batch", "max_queue"])
 @pytest.mark.parametrize("value", [*NONSENSE, None, 0, -1, 1.5, math.inf, 2**70], ids=repr)
-def test_limits_that_are_none(name: str, value: Any, pipe: Pipeline) -> None:
+def test_bad_session_limits_are_refused(name: str, value: Any, pipe: Pipeline) -> None:
     with pytest.raises(InputError, match=rf"^{name} is [^\n]*: expected a whole number, 1 to \d+$"):
         Session(pipe, **{name: value})
 
 
 @pytest.mark.parametrize("value", [None, "default", 3, torch.nn.Linear(1, 1), Pipeline], ids=repr)
-def test_sessions_of_no_pipeline(value: Any) -> None:
+def test_sessions_need_a_pipeline(value: Any) -> None:
     with pytest.raises(InputError, match=r"^pipe is [^\n]*: expected a fastldm.Pipeline$"):
         Session(value)
 
 
 @pytest.mark.parametrize("value", [None, 1, "yes", []], ids=repr)
-def test_previews_are_asked_for_by_a_flag(value: Any, pipe: Pipeline) -> None:
+def test_preview_has_to_be_a_flag(value: Any, pipe: Pipeline) -> None:
     with pytest.raises(InputError, match=r"^preview is [^\n]*: expected True or False$"):
         pipe.session.submit("a cat", preview=value)
 
@@ -334,7 +334,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> Streams:
     return streams
 
 
-def test_a_request_is_read_behind_what_made_it(
+def test_requests_wait_for_the_stream_of_their_tensors(
     streams: Streams, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begin = Stages.prepare
@@ -344,7 +344,7 @@ def test_a_request_is_read_behind_what_made_it(
     assert streams.ordered("made", "read")
 
 
-def test_a_result_is_behind_what_made_it(streams: Streams, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_wait_for_the_workers_stream(streams: Streams, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     result = Stages.result
     monkeypatch.setattr(Stages, "result", lambda self, *args: streams.note("made") or result(self, *args))
     for kind in ("pt", "latent"):
@@ -354,7 +354,7 @@ def test_a_result_is_behind_what_made_it(streams: Streams, pipe: Pipeline, monke
         assert streams.ordered("made", "read")
 
 
-def test_a_callback_and_the_steps_are_ordered_both_ways(
+def test_callbacks_and_steps_are_ordered_both_ways(
     streams: Streams, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step, go_on = EagerBatch.step, EagerBatch.go_on_from
@@ -372,7 +372,7 @@ def test_a_callback_and_the_steps_are_ordered_both_ways(
     assert streams.ordered("changed", "goes on")
 
 
-def test_previews_are_waited_for_by_who_reads_them(streams: Streams, pipe: Pipeline) -> None:
+def test_readers_wait_for_their_previews(streams: Streams, pipe: Pipeline) -> None:
     waited: list[str] = []
     wait_ = Mark.wait
     Mark.wait = lambda self: waited.append(threading.current_thread().name) or wait_(self)  # type: ignore[method-assign]
@@ -386,7 +386,7 @@ def test_previews_are_waited_for_by_who_reads_them(streams: Streams, pipe: Pipel
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_what_runs_in_a_worker_is_ordered_both_ways(fails: bool, streams: Streams, pipe: Pipeline) -> None:
+def test_worker_calls_are_ordered_both_ways(fails: bool, streams: Streams, pipe: Pipeline) -> None:
     def work() -> None:
         streams.note("works")
         if fails:
@@ -411,7 +411,7 @@ def test_what_runs_in_a_worker_is_ordered_both_ways(fails: bool, streams: Stream
         assert streams.ordered("changed", "seen")
 
 
-def test_a_marks_tensors_are_kept_for_the_stream_that_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_marked_tensors_live_for_the_reading_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     x, kept = torch.zeros(2), []
     monkeypatch.setattr(device, "_tensors", lambda value: [x] if value is not None else [])
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: kept.append((self, stream)))
@@ -425,7 +425,7 @@ def test_a_marks_tensors_are_kept_for_the_stream_that_reads_them(monkeypatch: py
     assert len(kept) == 1
 
 
-def test_tensors_are_found_however_deep(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_marks_find_nested_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     a, b, c = torch.zeros(1), torch.zeros(2), torch.zeros(1, 4, 2, 2)
     request = fastldm.Request(prompt="a", latents=c, image=[a, (b,)])
@@ -458,7 +458,7 @@ def in_a_fork(work: Callable[[], bool], seconds: float = 60) -> str:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_child_that_is_forked_while_busy_is_its_own(pipe: Pipeline, alone: Any) -> None:
+def test_a_child_forked_while_busy_works_alone(pipe: Pipeline, alone: Any) -> None:
     with Session(pipe, max_batch=2) as session:
         futures = [session.submit(**options(7, steps=500, **SMALL)) for _ in range(3)]
         progress = futures[0].progress()
@@ -482,7 +482,7 @@ def test_a_child_that_is_forked_while_busy_is_its_own(pipe: Pipeline, alone: Any
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_fork_waits_for_the_turn_under_way(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fork_waits_for_the_current_turn(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     step, inside = EagerBatch.step, threading.Event()
 
     def slowly(self: EagerBatch, runs: Any) -> str:

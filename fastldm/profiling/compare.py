@@ -204,7 +204,7 @@ class _Process:
     def wait(self, *, alone: bool = True) -> None:
         """Until it has loaded, alone or beside others."""
         with self._failing():
-            loaded = self._heard()["loaded"]
+            loaded = self._reply()["loaded"]
             self.load = loaded if alone else None
 
     def warm_up(self) -> None:
@@ -259,9 +259,9 @@ class _Process:
         with contextlib.suppress(BrokenPipeError):  # it has ended: what follows says why
             self._process.stdin.write(f"{command}\n")
             self._process.stdin.flush()
-        return self._heard()
+        return self._reply()
 
-    def _heard(self) -> dict[str, Any]:
+    def _reply(self) -> dict[str, Any]:
         """The next line of JSON; a library's own remarks on stdout are passed over."""
         assert self._process.stdout is not None
         for line in self._process.stdout:

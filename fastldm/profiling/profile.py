@@ -30,8 +30,8 @@ from fastldm.kernels import dispatch
 from fastldm.kernels.dispatch import Cost
 from fastldm.models.vae import finish
 from fastldm.pipeline import Pipeline
-from fastldm.planning import dry_run, memory
-from fastldm.planning.timing import Ceilings, ceilings
+from fastldm.planning import dry_run, memory, timing
+from fastldm.planning.timing import Ceilings
 from fastldm.profiling.clock import Call, Clock, Span
 from fastldm.profiling.results import NETWORKS, OUTSIDE, STAGES, Event, Profile, Row, Spread, Stage
 from fastldm.request import Request, Result
@@ -131,7 +131,7 @@ def profile(
         ):
             watched = [_trial(session, request, clock) for _ in range(1 + min(count, 9))][1:]  # the first makes a batch
         dtype = getattr(torch, trials[-1].result.dtype)
-        limits = pipe.session.call(lambda: ceilings(pipe.device, dtype))  # with the threads that the steps had
+        measured = pipe.session.call(lambda: timing.ceilings(pipe.device, dtype))  # with the threads that the steps had
 
     wall = Spread.of([trial.wall for trial in trials])
     slower = {"compile": warm_up[0]} | ({"capture": warm_up[WARM_UPS]} if captures else {})
@@ -144,8 +144,8 @@ def profile(
         stages=_stages(trials, clock.gpu),
         step=Spread.of([seconds for times in steps for seconds in times]),
         steps=tuple(Spread.of(times) for times in zip(*steps, strict=True)),
-        rows=_rows(pipe, completed, rows, watched, limits),
-        ceilings=limits,
+        rows=_rows(pipe, completed, rows, watched, measured),
+        ceilings=measured,
         operations=dry_run.operations(
             pipe.unet.config, rows=rows, tokens=pipe.text_stages[0].window, **_latent_size(pipe, completed)
         ),
@@ -188,7 +188,7 @@ def _stages(trials: Sequence[Trial], gpu: bool) -> tuple[Stage, ...]:
     )
 
 
-def _rows(pipe: Pipeline, request: Request, rows: int, trials: Sequence[Trial], limits: Ceilings) -> tuple[Row, ...]:
+def _rows(pipe: Pipeline, request: Request, rows: int, trials: Sequence[Trial], ceilings: Ceilings) -> tuple[Row, ...]:
     """Each span takes the median of its times in all trials, which have the same spans."""
     gpu = pipe.device.type == "cuda"
     times = [median(each) for each in zip(*(trial.exclusive(gpu) for trial in trials), strict=True)]
@@ -214,7 +214,7 @@ def _rows(pipe: Pipeline, request: Request, rows: int, trials: Sequence[Trial], 
             share=seconds / totals[stage],
             flop=sum(call.cost.flop for _, call in own),
             bytes=sum(call.cost.bytes for _, call in own),
-            floor=sum(limits.seconds(call.cost.flop, call.cost.bytes) for _, call in own),
+            floor=sum(ceilings.seconds(call.cost.flop, call.cost.bytes) for _, call in own),
             paths=dict(Counter(call.path for _, call in own if call.path)),
         )
         for (stage, name), own in calls.items()

@@ -80,9 +80,9 @@ def _size(request: Request, unet: UNetConfig, vae: VAEConfig | TinyVAEConfig) ->
     height, width = request.height or height, request.width or width
     for name, value in (("height", height), ("width", width)):
         if value % factor:
-            near = max(factor, round(value / factor) * factor)
+            nearest = max(factor, round(value / factor) * factor)
             raise InputError(
-                f"{name} is {value}: expected a multiple of {factor} pixels for this model, such as {near}"
+                f"{name} is {value}: expected a multiple of {factor} pixels for this model, such as {nearest}"
             )
     if latents is not None and (height, width) != tuple(int(n) * factor for n in latents.shape[2:]):
         raise InputError(

@@ -10,13 +10,13 @@ from fastldm.runtime.stages import Stages
 
 
 def check(stages: Stages, request: Request, max_batch: int, held: int) -> None:
-    """OutOfMemory for what cannot fit, before any work. max_batch: pictures that the session's buffers are made for.
-    held: bytes that lie ready for requests of this size."""
+    """OutOfMemory for what cannot fit, before any work. max_batch: images that the session's buffers are made for.
+    held: bytes of buffers that are kept for requests of this size."""
     free = memory.free_bytes(stages.device)
     if free is None:
         return
     width, height, batch = int(request.width or 0), int(request.height or 0), request.batch
-    pictures = max(batch, max_batch) if stages.device.type == "cuda" else batch
+    images = max(batch, max_batch) if stages.device.type == "cuda" else batch
     workload = memory.Workload.of_stages(
         stages,
         width=width,
@@ -27,7 +27,7 @@ def check(stages: Stages, request: Request, max_batch: int, held: int) -> None:
         tokens=stages.text_stages[0].window,
         decode=stages.vae_decode,
         encode=request.image is not None and start_latents(request, stages.latent_channels) is None,
-        slots=pictures,
-        rows=stages.unet_rows(pictures),
+        slots=images,
+        rows=stages.unet_rows(images),
     )
     memory.check(workload, free + held, f"{batch} picture{'s' * (batch > 1)} of {width}x{height}")
