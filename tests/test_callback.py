@@ -31,14 +31,14 @@ OPTIONS = {"num_inference_steps": STEPS, "guidance_scale": 30.0, "height": 32, "
 @pytest.fixture(scope="module")
 def pipes() -> Any:
     """(diffusers' pipeline, ours with its weights) by family, made once."""
-    made: dict[str, tuple[Any, Pipeline]] = {}
+    loaded: dict[str, tuple[Any, Pipeline]] = {}
 
     def get(family: str) -> tuple[Any, Pipeline]:
-        if family not in made:
+        if family not in loaded:
             theirs = tiny.pipeline(family, scheduler=tiny.scheduler("sdxl"))  # Euler, for all
             theirs.set_progress_bar_config(disable=True)
-            made[family] = theirs, Pipeline.from_diffusers(theirs)
-        return made[family]
+            loaded[family] = theirs, Pipeline.from_diffusers(theirs)
+        return loaded[family]
 
     return get
 

@@ -24,11 +24,11 @@ DTYPES = ("float32", "bfloat16")
 
 def test_compare_default_model_with_diffusers(tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
-    asked = ["bench", "--steps", "2", "--size", "32x32", "--rounds", "2", "--threads", "1", "--json", str(out)]
-    done = CliRunner().invoke(main, asked)
+    arguments = ["bench", "--steps", "2", "--size", "32x32", "--rounds", "2", "--threads", "1", "--json", str(out)]
+    done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 0, done.output
-    found = json.loads(out.read_text())
-    rows = {row["contender"]["title"]: row for row in found["rows"]}
+    results = json.loads(out.read_text())
+    rows = {row["contender"]["title"]: row for row in results["rows"]}
     assert list(rows) == [f"{name} {dtype}" for name in ("diffusers", "fastldm on torch") for dtype in DTYPES]
     for title, row in rows.items():
         assert title in done.output
@@ -39,7 +39,7 @@ def test_compare_default_model_with_diffusers(tmp_path: Path) -> None:
     assert rows["diffusers float32"]["ratios"] == [1, 1]
     first, ours = rows["diffusers float32"], rows["fastldm on torch float32"]
     assert ours["ratios"] == [a / b for a, b in zip(first["seconds"], ours["seconds"], strict=True)]
-    assert {"machine", "versions", "task", "command"} <= found.keys()
+    assert {"machine", "versions", "task", "command"} <= results.keys()
 
 
 def test_wrong_and_failing_contenders_are_named(
@@ -69,13 +69,13 @@ def test_contenders_are_grouped_by_memory(monkeypatch: pytest.MonkeyPatch) -> No
 def test_random_weights_load_together_within_memory() -> None:
     random = replace(TASK, model=compare.RANDOM)
     all_four = [Contender(name, dtype) for name in ("diffusers", "fastldm") for dtype in DTYPES]
-    found = [compare._side_by_side(random, all_four, free) for free in (10**9, 8 * 10**9, 64 * 10**9, None)]
-    assert found == [1, 2, 4, 4]
+    results = [compare._side_by_side(random, all_four, free) for free in (10**9, 8 * 10**9, 64 * 10**9, None)]
+    assert results == [1, 2, 4, 4]
     assert compare._side_by_side(TASK, all_four, None) == 1  # whose loading counts
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         (["--compare", "pytorch"], "expected some of diffusers, diffusers-compile, onnxruntime, openvino"),
         (
@@ -86,16 +86,16 @@ def test_random_weights_load_together_within_memory() -> None:
         (["--python", "optimum=/no/such/python"], "expected PEER=PATH, such as optimum="),
     ],
 )
-def test_incomparable_contenders_are_refused(options: list[str], words: str) -> None:
+def test_incomparable_contenders_are_refused(options: list[str], message: str) -> None:
     done = CliRunner().invoke(main, ["bench", *options])
     assert done.exit_code in (1, 2)
-    assert words in done.output
+    assert message in done.output
 
 
 def test_schedulers_are_set_like_diffusers_pipelines() -> None:
     """They switch clip_sample off in those that they are made with, and leave one be that is put in later."""
-    made = contender._scheduler(replace(TASK, sampler="DDIMScheduler"), {"beta_schedule": "scaled_linear"})
-    assert (made.config.clip_sample, made.config.beta_schedule) == (False, "scaled_linear")
+    scheduler = contender._scheduler(replace(TASK, sampler="DDIMScheduler"), {"beta_schedule": "scaled_linear"})
+    assert (scheduler.config.clip_sample, scheduler.config.beta_schedule) == (False, "scaled_linear")
     euler = contender._scheduler(replace(TASK, sampler="EulerDiscreteScheduler"), {"steps_offset": 1})
     assert "clip_sample" not in euler.config
 
@@ -105,11 +105,11 @@ def test_bench_knows_every_peer() -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("what", ["step", "picture"])
-def test_peer_pipelines_read_bundles(what: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.mark.parametrize("kind", ["step", "picture"])
+def test_peer_pipelines_read_bundles(kind: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     pytest.importorskip("openvino_genai", reason="openvino-genai is not installed: pip install 'fastldm[bench]'")
     model, bundle = bundles.exported("sd1", False, bundles.shared(tmp_path_factory))
-    task = Task(str(model), what, 32, 16, "DDIMScheduler", 2, 2.0, threads=1)  # type: ignore[arg-type]
+    task = Task(str(model), kind, 32, 16, "DDIMScheduler", 2, 2.0, threads=1)  # type: ignore[arg-type]
     peers = compare.contenders(["diffusers", "openvino-genai"], [str(bundle)], ["float32"], backend="torch")
     rows = compare.compare(task, peers, rounds=1)
     assert [(row.failure, row.wrong) for row in rows] == [("", False)] * 3

@@ -89,7 +89,7 @@ def test_guided_rows_double_the_input(guidance: Guidance, guided: list[bool]) ->
     steps, network = table(6), Network()
     denoise(network, Run(steps, *started(steps), guidance))
     assert [call[3] for call in network.calls] == guided
-    assert [call[0][0] for call in network.calls] == [4 if wide else 2 for wide in guided]
+    assert [call[0][0] for call in network.calls] == [4 if guided_row else 2 for guided_row in guided]
     assert [call[2] for call in network.calls] == list(range(6))
 
 
@@ -198,8 +198,8 @@ def test_noises_must_match_the_table() -> None:
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_noise_matches_diffusers(count: int, dtype: torch.dtype) -> None:
     def generators() -> Any:
-        made = [torch.Generator().manual_seed(5 + k) for k in range(max(count, 1))]
-        return made if count else made[0]
+        drawn = [torch.Generator().manual_seed(5 + k) for k in range(max(count, 1))]
+        return drawn if count else drawn[0]
 
     torch.testing.assert_close(
         randn(SHAPE, generators(), dtype, "cpu"), randn_tensor(SHAPE, generators(), dtype=dtype), rtol=0, atol=0
@@ -225,8 +225,8 @@ def test_step_noise_has_the_samplers_dtype() -> None:
     """DPM-Solver's SDE noise is float32 in diffusers whatever the model's dtype, other samplers' is the model's."""
     for sampler, drawn in (("dpm++ 2m sde", torch.float32), ("euler a", torch.float16)):
         noises = draw_step_noise(table(2, sampler), SHAPE, torch.Generator().manual_seed(0), torch.float16, "cpu")
-        wanted = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0), dtype=drawn).float()
-        torch.testing.assert_close(noises[0], wanted, rtol=0, atol=0)
+        expected = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0), dtype=drawn).float()
+        torch.testing.assert_close(noises[0], expected, rtol=0, atol=0)
 
 
 def test_wrong_number_of_generators_is_refused() -> None:
@@ -241,15 +241,15 @@ def test_wrong_number_of_generators_is_refused() -> None:
 def test_the_loop_never_waits(sampler: str) -> None:
     """To read a value on torch's meta device is an error: the loop runs through, and only the check after it fails."""
     steps, calls = table(7, sampler), []
-    latents, given = (torch.empty(SHAPE, device="meta") for _ in range(2))
-    noises = [given if draws else None for draws in steps.draws]
+    latents, x = (torch.empty(SHAPE, device="meta") for _ in range(2))
+    noises = [x if draws else None for draws in steps.draws]
 
     def network(u: Tensor, i: int, guided: bool) -> Tensor:
         calls.append(i)
         return u
 
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        denoise(network, Run(steps, latents, noises, Guidance(3.0, 0.5), Inpainting(given[:, :1], given, given)))
+        denoise(network, Run(steps, latents, noises, Guidance(3.0, 0.5), Inpainting(x[:, :1], x, x)))
     assert calls == list(range(len(steps)))
 
 
@@ -284,15 +284,15 @@ def test_step_matches_its_definition() -> None:
     _c_in, p, q, a, a1, b0, b1, b2, b3, d, e, e1, f0, f1, f2, f3, _r, _s = np.array(row)
     m = p * x.double() + q * out
     after, anchor, history = kernels.step.step(row, x, y, (h1, h2, h3), out, noise)
-    wanted = a * x.double() + a1 * y + b0 * m + b1 * h1 + b2 * h2 + b3 * h3 + d * noise
-    torch.testing.assert_close(after.double(), wanted, rtol=1e-5, atol=1e-5)
-    wanted = e * x.double() + e1 * y + f0 * m + f1 * h1 + f2 * h2 + f3 * h3
-    torch.testing.assert_close(anchor.double(), wanted, rtol=1e-5, atol=1e-5)
+    expected = a * x.double() + a1 * y + b0 * m + b1 * h1 + b2 * h2 + b3 * h3 + d * noise
+    torch.testing.assert_close(after.double(), expected, rtol=1e-5, atol=1e-5)
+    expected = e * x.double() + e1 * y + f0 * m + f1 * h1 + f2 * h2 + f3 * h3
+    torch.testing.assert_close(anchor.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(history[0].double(), m, rtol=1e-5, atol=1e-5)
     assert [h is k for h, k in zip(history[1:], (h1, h2, h3), strict=True)] == [True] * 3
     mask, init, start = torch.rand(SHAPE[0], 1, *SHAPE[2:], generator=g), h1, h2
-    wanted = mask * x.double() + (1 - mask) * (_r * init + _s * start)
-    torch.testing.assert_close(kernels.step.blend(row, x, mask, init, start).double(), wanted, rtol=1e-5, atol=1e-5)
+    expected = mask * x.double() + (1 - mask) * (_r * init + _s * start)
+    torch.testing.assert_close(kernels.step.blend(row, x, mask, init, start).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_step_writes_nothing_in_place() -> None:

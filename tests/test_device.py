@@ -117,10 +117,10 @@ REQUESTS: dict[str, dict[str, Any]] = {
 
 
 def asked(pipe: Pipeline, name: str) -> Request:
-    given = {"prompt": "a cat", "num_inference_steps": 2, "height": 64, "width": 64, **REQUESTS[name]}
-    if "latents" in given:
-        given["latents"] = torch.zeros(1, 4, 64 // pipe.vae.config.factor, 64 // pipe.vae.config.factor)
-    return pipe.stages.complete(Request(**given))
+    options = {"prompt": "a cat", "num_inference_steps": 2, "height": 64, "width": 64, **REQUESTS[name]}
+    if "latents" in options:
+        options["latents"] = torch.zeros(1, 4, 64 // pipe.vae.config.factor, 64 // pipe.vae.config.factor)
+    return pipe.stages.complete(Request(**options))
 
 
 def through(pipe: Pipeline, request: Request) -> None:

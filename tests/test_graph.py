@@ -26,17 +26,17 @@ class Work:
         self.runs += 1
 
 
-def warm(graphs: Graphs, key: Any, work: Any = lambda: None) -> None:
+def warm(graphs: Graphs, key: Any, function: Any = lambda: None) -> None:
     for _ in range(WARM_UPS + 1):
-        graphs.run(key, work)
+        graphs.run(key, function)
 
 
 def test_graphs_warm_up_capture_and_replay() -> None:
-    driver, work = Recorder(), Work()
+    driver, function = Recorder(), Work()
     graphs = Graphs(driver)
-    assert [graphs.run("a", work) for _ in range(5)] == [False, False, True, True, True]
+    assert [graphs.run("a", function) for _ in range(5)] == [False, False, True, True, True]
     assert driver.said == ["capture", "replay", "replay", "replay"]
-    assert work.runs == 5, "each run is one run: a capture does not count"
+    assert function.runs == 5, "each run is one run: a capture does not count"
     assert "a" in graphs
     assert "b" not in graphs
 
@@ -56,11 +56,11 @@ class Pool(Recorder):
         self.sizes = iter(sizes)
         self.alive = self.reserved = 0
 
-    def capture(self, work: Any) -> Any:
+    def capture(self, function: Any) -> Any:
         self.said.append("capture")
         self.alive += 1
         self.reserved = max(self.reserved, next(self.sizes))
-        return work
+        return function
 
     def held(self) -> int:
         return self.reserved
@@ -142,8 +142,8 @@ class FakeCUDA:
             raise
 
     def memory_snapshot(self) -> list[dict[str, Any]]:
-        mine = [{"segment_pool_id": pool, "total_size": 20} for pool, users in self.users.items() if users]
-        return [{"segment_pool_id": (0, 0), "total_size": 7}, *mine, *mine]
+        segments = [{"segment_pool_id": pool, "total_size": 20} for pool, users in self.users.items() if users]
+        return [{"segment_pool_id": (0, 0), "total_size": 7}, *segments, *segments]
 
     def __getattr__(self, name: str) -> Any:
         return lambda *_, **__: self  # synchronize, current_stream, empty_cache
@@ -178,7 +178,7 @@ def test_clear_destroys_graphs_in_reverse() -> None:
     class Numbered(Recorder):
         captured = 0
 
-        def capture(self, work: Any) -> Any:
+        def capture(self, function: Any) -> Any:
             self.captured += 1
             return self.captured
 
@@ -211,17 +211,17 @@ def test_calls_copy_inputs_and_outputs() -> None:
     """A replay works on tensors of its own: the caller's may change and go, and so may what was returned."""
     driver = Recorder()
     graphs = Graphs(driver)
-    kept: list[Tensor] = []
+    buffers: list[Tensor] = []
 
-    def work(x: Tensor, y: Tensor) -> tuple[Tensor, None]:
-        if not kept:
-            kept.append(torch.empty_like(x))
-        kept[0].copy_(x * 2 + y)  # as a graph's output does, this lies where it lay before
-        return kept[0], None
+    def function(x: Tensor, y: Tensor) -> tuple[Tensor, None]:
+        if not buffers:
+            buffers.append(torch.empty_like(x))
+        buffers[0].copy_(x * 2 + y)  # as a graph's output does, this lies where it lay before
+        return buffers[0], None
 
     outs = []
     for k in range(5):
-        out, nothing = graphs.call("a", work, torch.full((3,), float(k)), torch.ones(3))
+        out, nothing = graphs.call("a", function, torch.full((3,), float(k)), torch.ones(3))
         assert nothing is None
         outs.append(out)
     assert driver.said == ["capture", "replay", "replay", "replay"]
@@ -239,23 +239,23 @@ def test_other_shapes_are_other_graphs() -> None:
 
 def test_failed_captures_run_eagerly_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     class Refusing(Recorder):
-        def capture(self, work: Any) -> Any:
+        def capture(self, function: Any) -> Any:
             self.said.append("capture")
             raise RuntimeError("operation not permitted when stream is capturing")
 
-    driver, work = Refusing(), Work()
+    driver, function = Refusing(), Work()
     graphs = Graphs(driver)
     with caplog.at_level(logging.WARNING, "fastldm"):
-        assert [graphs.run("a", work) for _ in range(6)] == [False] * 6
+        assert [graphs.run("a", function) for _ in range(6)] == [False] * 6
     assert driver.said == ["capture"], "it is tried once"
-    assert work.runs == 6
+    assert function.runs == 6
     assert len(caplog.records) == 1
     assert "a cannot be captured and runs eagerly: operation not permitted" in caplog.text
 
 
 def test_compiling_inside_a_capture_is_an_error() -> None:
     class Compiling(Recorder):
-        def capture(self, work: Any) -> Any:
+        def capture(self, function: Any) -> Any:
             raise CompiledLate("kernel k was not compiled before")
 
     graphs = Graphs(Compiling())
@@ -265,7 +265,7 @@ def test_compiling_inside_a_capture_is_an_error() -> None:
 
 def test_out_of_memory_in_a_capture_is_raised() -> None:
     class Full(Recorder):
-        def capture(self, work: Any) -> Any:
+        def capture(self, function: Any) -> Any:
             raise torch.OutOfMemoryError("full")
 
     with pytest.raises(torch.OutOfMemoryError):
@@ -297,28 +297,28 @@ def test_replays_allocate_nothing(graphs: Graphs) -> None:
     x = torch.randn(256, 256, device="cuda")
     out = torch.empty_like(x)
 
-    def work() -> None:
+    def function() -> None:
         out.copy_((x @ x).relu() @ x)
 
-    warm(graphs, "a", work)
+    warm(graphs, "a", function)
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
     for _ in range(20):
-        assert graphs.run("a", work)
+        assert graphs.run("a", function)
     torch.cuda.synchronize()
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
 
 
 @pytest.mark.gpu
 def test_destroyed_graphs_free_the_pool(graphs: Graphs) -> None:
-    def work() -> Tensor:
+    def function() -> Tensor:
         return torch.ones(64 * 2**20, device="cuda") * 2  # 256 MiB each, two at a time
 
-    warm(graphs, "a", work)
-    said, before = graphs.bytes, torch.cuda.memory_reserved()
+    warm(graphs, "a", function)
+    reserved, before = graphs.bytes, torch.cuda.memory_reserved()
     graphs.clear()
-    assert said >= 512 * 2**20
-    assert before - torch.cuda.memory_reserved() >= said
+    assert reserved >= 512 * 2**20
+    assert before - torch.cuda.memory_reserved() >= reserved
 
 
 @pytest.mark.gpu
@@ -328,10 +328,10 @@ def test_uncompiled_kernels_are_an_error_in_a_capture(graphs: Graphs) -> None:
     calls = [0]
     x = torch.randn(8, 640, device="cuda", dtype=torch.float16)
 
-    def work() -> None:
+    def function() -> None:
         calls[0] += 1
         if calls[0] > WARM_UPS:  # its first run is inside the capture
             GEGLU.triton(x.bfloat16())
 
     with pytest.raises(EngineError, match="was not compiled before"):
-        warm(graphs, "a", work)
+        warm(graphs, "a", function)

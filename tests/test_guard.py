@@ -43,13 +43,13 @@ GPU, CPU = 90, 0
 def ops(run: Callable[[], object]) -> Counter[str]:
     """The ops that are called, without those that they are made of."""
     seen: Counter[str] = Counter()
-    inside: list[str] = []
+    running: list[str] = []
 
     def watch(op: dispatch.Op[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], object]:
-        if not inside:
+        if not running:
             seen[op.name] += 1
-        inside.append(op.name)
-        return inside.pop
+        running.append(op.name)
+        return running.pop
 
     with dispatch.observe(watch):  # type: ignore[arg-type]
         run()
@@ -115,8 +115,8 @@ def test_a_step_launches_few_kernels_on_gpus(make: Callable[[], dry_run.Work], m
 def test_a_step_allocates_few_bytes(config: UNetConfig, size: int, arch: int, most: float) -> None:
     """All tensors that are made, one after the other: what is written to memory and read again."""
     with dispatch.targeting(dispatch.Target(arch)):
-        made = sum(size for _, size in record(step(config, size, arch)) if size > 0)
-    assert 0.9 * most < made <= most
+        allocated = sum(size for _, size in record(step(config, size, arch)) if size > 0)
+    assert 0.9 * most < allocated <= most
 
 
 # ------------------------------------------------------------------------------------------------- once, and not again
@@ -138,8 +138,8 @@ def test_texts_are_projected_once_per_prompt(steps: int) -> None:
     with Session(pipe) as session:
         session.call(observing.__enter__)
         try:
-            given: dict[str, Any] = {"prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1], "seed": 0}
-            session.submit(**given, num_inference_steps=steps, sampler="ddim").result()
+            arguments: dict[str, Any] = {"prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1], "seed": 0}
+            session.submit(**arguments, num_inference_steps=steps, sampler="ddim").result()
         finally:
             session.call(lambda: observing.__exit__(None, None, None))
     assert seen == [torch.Size([2, *embeds.shape[2:]])] * len(pipe.unet.config.cross_widths)
@@ -176,10 +176,12 @@ def test_cpu_steps_read_no_values() -> None:
 
 def imported(code: str, folder: Path) -> list[str]:
     """What a fresh interpreter imports for some code."""
-    whole = f"import sys, json\nbefore = set(sys.modules)\n{code}\nprint(json.dumps(sorted(set(sys.modules) - before)))"
+    program = (
+        f"import sys, json\nbefore = set(sys.modules)\n{code}\nprint(json.dumps(sorted(set(sys.modules) - before)))"
+    )
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(
-        [sys.executable, "-c", whole],
+        [sys.executable, "-c", program],
         cwd=folder,
         env={**clean, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -215,11 +217,11 @@ with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
 def test_few_modules_are_imported(code: str, ours: set[str], others: set[str], most: int, tmp_path: Path) -> None:
     """Ours and the packages of others exactly; how many the standard library has of its own differs by version (20 and
     71 on Python 3.11)."""
-    found = imported(code, tmp_path)
-    assert {name.partition(".")[2] for name in found if name.startswith("fastldm.")} == ours
-    packages = {name.partition(".")[0] for name in found} - set(sys.stdlib_module_names) - {"fastldm"}
+    modules = imported(code, tmp_path)
+    assert {name.partition(".")[2] for name in modules if name.startswith("fastldm.")} == ours
+    packages = {name.partition(".")[0] for name in modules} - set(sys.stdlib_module_names) - {"fastldm"}
     assert {name for name in packages if not name.startswith("_")} == others
-    assert len(found) <= most
+    assert len(modules) <= most
 
 
 # ----------------------------------------------------------------------------------------------------------------- ONNX

@@ -33,13 +33,13 @@ def peer(family: str) -> Any:
 @pytest.fixture(scope="module")
 def pipes() -> Any:
     """(diffusers' pipeline, ours with its weights) by family, made once."""
-    made: dict[str, tuple[Any, Pipeline]] = {}
+    images: dict[str, tuple[Any, Pipeline]] = {}
 
     def get(family: str) -> tuple[Any, Pipeline]:
-        if family not in made:
+        if family not in images:
             theirs = peer(family)
-            made[family] = theirs, Pipeline.from_diffusers(theirs)
-        return made[family]
+            images[family] = theirs, Pipeline.from_diffusers(theirs)
+        return images[family]
 
     return get
 
@@ -107,8 +107,8 @@ def test_options_match_diffusers(pipes: Any, options: dict[str, Any]) -> None:
     if sampler:
         # a new pipeline, since it is the constructor that switches clip_sample off
         scheduler = getattr(diffusers, sampler).from_config(theirs.scheduler.config)
-        parts = {**theirs.components, "scheduler": scheduler}
-        theirs = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
+        components = {**theirs.components, "scheduler": scheduler}
+        theirs = diffusers.StableDiffusionPipeline(**components, requires_safety_checker=False)
         theirs.set_progress_bar_config(disable=True)
 
     def draws() -> Any:
@@ -128,9 +128,9 @@ def picture() -> Image.Image:
 
 @pytest.fixture(scope="module")
 def mask() -> Image.Image:
-    hole = np.zeros((64, 64), np.uint8)
-    hole[16:48, 8:40] = 255
-    return Image.fromarray(hole)
+    mask_array = np.zeros((64, 64), np.uint8)
+    mask_array[16:48, 8:40] = 255
+    return Image.fromarray(mask_array)
 
 
 def with_ddim(pipe: Any) -> dict[str, Any]:
@@ -214,9 +214,9 @@ def test_latents_as_image_match_diffusers(pipes: Any, as_list: bool) -> None:
         "image": list(latents) if as_list else latents,
         "output_type": "np",
     }
-    made = ours(sampler="ddim", **options, generator=generator()).images
-    assert made.shape == (2, 64, 96, 3)
-    close(made, other(**options, generator=generator()).images)
+    images = ours(sampler="ddim", **options, generator=generator()).images
+    assert images.shape == (2, 64, 96, 3)
+    close(images, other(**options, generator=generator()).images)
 
 
 @pytest.mark.parametrize("strength", [0.6, 1.0])
@@ -266,9 +266,9 @@ def test_prompt_embeds_in_place_of_a_prompt(pipes: Any) -> None:
     embeds = theirs.encode_prompt("a cat", negative_prompt="x", device="cpu")
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     options = {"num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "np", "height": 64, "width": 64}
-    given = dict(zip(names, embeds, strict=True))
+    arguments = dict(zip(names, embeds, strict=True))
     close(
-        ours(**given, **options, generator=generator()).images,
+        ours(**arguments, **options, generator=generator()).images,
         ours("a cat", negative_prompt="x", **options, generator=generator()).images,
     )
 
@@ -367,9 +367,9 @@ def test_embedded_guidance_needs_no_second_row(pipes: Any, monkeypatch: pytest.M
 
 
 def test_the_signature_names_every_field_of_a_request() -> None:
-    shown = inspect.signature(Pipeline.__call__).parameters
-    assert {field.name for field in dataclasses.fields(Request)} <= set(shown)
-    assert {"callback_on_step_end", "progress"} <= set(shown)
+    parameters = inspect.signature(Pipeline.__call__).parameters
+    assert {field.name for field in dataclasses.fields(Request)} <= set(parameters)
+    assert {"callback_on_step_end", "progress"} <= set(parameters)
 
 
 def test_callbacks_see_each_step(pipes: Any) -> None:
@@ -403,8 +403,8 @@ def test_results_have_request_seeds_and_timings(pipes: Any) -> None:
     result = ours(Request(prompt="a cat", num_inference_steps=3, sampler="ddim"))
     assert (result.backend, result.dtype) == ("torch", "float32")
     assert len(result.timings.steps) == 3
-    parts = result.timings.text + sum(result.timings.steps) + result.timings.decode
-    assert 0 < parts <= result.timings.total
+    components = result.timings.text + sum(result.timings.steps) + result.timings.decode
+    assert 0 < components <= result.timings.total
     assert (result.request.height, result.request.guidance_scale) == (64, 7.5)
     assert ours("a cat", num_inference_steps=1).request.sampler == "plms", "the checkpoint's own, by name"
     again = ours("a cat", num_inference_steps=3, sampler="ddim", seed=result.seeds[0])

@@ -54,46 +54,46 @@ def pipe() -> Pipeline:
 
 
 @pytest.fixture(scope="module")
-def made(pipe: Pipeline) -> Profile:
+def result(pipe: Pipeline) -> Profile:
     return profile(pipe, num_inference_steps=STEPS, rounds=ROUNDS, first={"import": 1.5})
 
 
 # ------------------------------------------------------------------------------------------------------ it adds up
 
 
-def test_stages_add_up_to_the_wall_clock(made: Profile) -> None:
+def test_stages_add_up_to_the_wall_clock(result: Profile) -> None:
     """With what no stage has ("session"); and steps to theirs."""
-    mean = {stage.name: stage.host.mean for stage in made.stages}
-    assert sum(mean.values()) == pytest.approx(made.wall.mean)
-    assert 0 < mean["session"] < 0.5 * made.wall.mean
-    assert sum(step.mean for step in made.steps) == pytest.approx(mean["step"])
-    assert (len(made.steps), made.step.count, made.wall.count) == (STEPS, STEPS * ROUNDS, ROUNDS)
+    mean = {stage.name: stage.host.mean for stage in result.stages}
+    assert sum(mean.values()) == pytest.approx(result.wall.mean)
+    assert 0 < mean["session"] < 0.5 * result.wall.mean
+    assert sum(step.mean for step in result.steps) == pytest.approx(mean["step"])
+    assert (len(result.steps), result.step.count, result.wall.count) == (STEPS, STEPS * ROUNDS, ROUNDS)
 
 
 @pytest.mark.full
-def test_little_time_is_outside_stages(made: Profile) -> None:
+def test_little_time_is_outside_stages(result: Profile) -> None:
     """At most 5%. A machine that is busy with something else gives more: not for every run of the tests."""
-    mean = {stage.name: stage.host.mean for stage in made.stages}
-    assert mean["session"] < 0.05 * made.wall.mean
+    mean = {stage.name: stage.host.mean for stage in result.stages}
+    assert mean["session"] < 0.05 * result.wall.mean
 
 
-def test_rows_add_up_to_their_stage(made: Profile) -> None:
+def test_rows_add_up_to_their_stage(result: Profile) -> None:
     for stage in ("text", "conditions", "step", "decode"):
-        rows = made.of(stage)
+        rows = result.of(stage)
         assert sum(row.share for row in rows) == pytest.approx(1)
         assert [row.name for row in rows].count(OUTSIDE) == 1
         assert all(sum(row.paths.values()) == row.calls for row in rows if row.name != OUTSIDE)
-    seconds = {row.name: row.seconds for row in made.of("step")}
+    seconds = {row.name: row.seconds for row in result.of("step")}
     assert {"linear", "conv2d", "group_norm", "self-attention", "cross-attention", "end_step"} <= seconds.keys()
     assert min(seconds.values()) > 0
 
 
-def test_step_ops_match_the_dry_run(made: Profile, pipe: Pipeline) -> None:
-    assert sum(row.flop for row in made.of("step")) == STEPS * made.operations["step"]
-    place: dict[str, Any] = {"height": 16, "width": 16, "rows": 2, "tokens": pipe.text_stages[0].window}
-    counted = dry_run.count(lambda: dry_run.step(pipe.unet.config, **place, dtype=torch.float32))
+def test_step_ops_match_the_dry_run(result: Profile, pipe: Pipeline) -> None:
+    assert sum(row.flop for row in result.of("step")) == STEPS * result.operations["step"]
+    shape: dict[str, Any] = {"height": 16, "width": 16, "rows": 2, "tokens": pipe.text_stages[0].window}
+    counted = dry_run.count(lambda: dry_run.step(pipe.unet.config, **shape, dtype=torch.float32))
     moved = sum(cost.bytes for name, cost in counted.items() if name != "enlarging")
-    assert sum(row.bytes for row in made.of("step")) == STEPS * moved
+    assert sum(row.bytes for row in result.of("step")) == STEPS * moved
 
 
 class Times:
@@ -123,8 +123,8 @@ def test_watching_overhead_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_percentiles_interpolate_like_numpy() -> None:
     """Between two times in proportion, as numpy does; of one they are it."""
-    found = Spread.of([float(n) for n in range(101)][::-1])
-    assert found == Spread(median=50, p90=90, p99=99, least=0, most=100, mean=50, count=101)
+    counts = Spread.of([float(n) for n in range(101)][::-1])
+    assert counts == Spread(median=50, p90=90, p99=99, least=0, most=100, mean=50, count=101)
     assert Spread.of([1.0, 2.0]).p90 == pytest.approx(1.9)
     assert Spread.of([3.0]).p99 == 3.0
 
@@ -187,25 +187,25 @@ def slowed(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
 def test_a_slowed_op_is_named_first(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """33 calls a step of 5 ms more: a dozen times what anything else takes."""
     monkeypatch.setattr(GROUP_NORM, "reference", slowed(GROUP_NORM.reference, 0.005))
-    made = profile(pipe, num_inference_steps=1, rounds=1)
-    assert made.of("step")[0].name == "group_norm"
-    assert made.of("step")[0].seconds > 33 * 0.005
-    assert made.advice.startswith("Most is lost in group_norm of step, ")
-    lines = profile_report.table(made).splitlines()
+    result = profile(pipe, num_inference_steps=1, rounds=1)
+    assert result.of("step")[0].name == "group_norm"
+    assert result.of("step")[0].seconds > 33 * 0.005
+    assert result.advice.startswith("Most is lost in group_norm of step, ")
+    lines = profile_report.table(result).splitlines()
     assert lines[[line.split(" ")[0] for line in lines].index("step") + 1].startswith("  group_norm ")
 
 
 def test_a_slowed_stage_is_named_first(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiles.images, "save_result", slowed(profiles.images.save_result, 1.0))
-    made = profile(pipe, num_inference_steps=1, rounds=1)
-    assert made.advice.startswith("Most is lost in PNG, ")
+    result = profile(pipe, num_inference_steps=1, rounds=1)
+    assert result.advice.startswith("Most is lost in PNG, ")
 
 
 def test_time_between_ops_is_named_first(pipe: Pipeline) -> None:
     hook = pipe.unet.conv_in.register_forward_pre_hook(lambda *_: time.sleep(1))  # type: ignore[union-attr]
-    made = profile(pipe, num_inference_steps=1, rounds=1)
+    result = profile(pipe, num_inference_steps=1, rounds=1)
     hook.remove()
-    assert made.advice.startswith(f"Most is lost in {OUTSIDE} of step, ")
+    assert result.advice.startswith(f"Most is lost in {OUTSIDE} of step, ")
 
 
 # --------------------------------------------------------------------------------------------------------- operations
@@ -231,9 +231,9 @@ def everybodys(config: dict[str, Any], size: int) -> int:
 @pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "lcm", "ssd-1b", "tiny-sd"])
 def test_operations_of_tiny_networks_match_torch(name: str) -> None:
     """In 16 latents, where SD's deepest level has 2, and each of its upsamplers doubles."""
-    found = dry_run.operations(UNetConfig.from_dict(tiny.UNETS[name], name), height=16, width=16, rows=1, tokens=77)
-    assert sum(found.values()) == everybodys(tiny.UNETS[name], 16)
-    assert all(flop > 0 for flop in found.values())
+    counts = dry_run.operations(UNetConfig.from_dict(tiny.UNETS[name], name), height=16, width=16, rows=1, tokens=77)
+    assert sum(counts.values()) == everybodys(tiny.UNETS[name], 16)
+    assert all(flop > 0 for flop in counts.values())
 
 
 def published(config: UNetConfig) -> dict[str, Any]:
@@ -256,73 +256,73 @@ def published(config: UNetConfig) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("config", "size", "gflop", "plain"), [(SD15, 64, 803, 1.0), (SDXL, 128, 6761, 0.5)], ids=["sd1.5", "sdxl"]
+    ("config", "size", "gflop", "phases"), [(SD15, 64, 803, 1.0), (SDXL, 128, 6761, 0.5)], ids=["sd1.5", "sdxl"]
 )
-def test_operations_of_published_networks_match_torch(config: UNetConfig, size: int, gflop: int, plain: float) -> None:
+def test_operations_of_published_networks_match_torch(config: UNetConfig, size: int, gflop: int, phases: float) -> None:
     """The step is the whole less three items. One of them, the phases, a CPU leaves out where pixels are few: in all
     three enlarging convolutions of SD1.5, and in one of SDXL's two, which save equally much. Torch counts that too."""
-    found = dry_run.operations(config, height=size, width=size, rows=1, tokens=77)
-    assert round(sum(found.values()) / 1e9) == gflop
-    assert sum(found.values()) == everybodys(published(config), size)
+    counts = dry_run.operations(config, height=size, width=size, rows=1, tokens=77)
+    assert round(sum(counts.values()) / 1e9) == gflop
+    assert sum(counts.values()) == everybodys(published(config), size)
     with dispatch.targeting(dispatch.Target(0)):
         step = dry_run.step(config, height=size, width=size, rows=1, tokens=77, dtype=torch.float32)
         with FlopCounterMode(display=False) as counter:
             step()
-    assert counter.get_total_flops() == found["step"] + plain * found["never: convolutions of enlarged pictures"]
+    assert counter.get_total_flops() == counts["step"] + phases * counts["never: convolutions of enlarged pictures"]
 
 
 # ------------------------------------------------------------------------------------------------------ what is shown
 
 
-def test_to_dict_is_plain_json(made: Profile) -> None:
-    told = json.loads(json.dumps(made.to_dict()))
-    assert {row["name"] for row in told["rows"]} == {row.name for row in made.rows}
-    assert [stage["name"] for stage in told["stages"]] == list(STAGES)
-    assert told["first"].keys() == {"import", "compile"}
-    assert told["advice"] == made.advice
-    assert told["about"]["steps"] == STEPS
+def test_to_dict_is_plain_json(result: Profile) -> None:
+    data = json.loads(json.dumps(result.to_dict()))
+    assert {row["name"] for row in data["rows"]} == {row.name for row in result.rows}
+    assert [stage["name"] for stage in data["stages"]] == list(STAGES)
+    assert data["first"].keys() == {"import", "compile"}
+    assert data["advice"] == result.advice
+    assert data["about"]["steps"] == STEPS
 
 
-def test_the_data_has_every_number_of_the_table(made: Profile) -> None:
+def test_the_data_has_every_number_of_the_table(result: Profile) -> None:
     """Every number of the table is one of the data, formatted."""
-    told, shown = json.loads(json.dumps(made.to_dict())), profile_report.table(made)
-    for stage in told["stages"]:
-        line = next(line for line in shown.splitlines() if line.startswith(f"  {stage['name']} "))
+    data, table = json.loads(json.dumps(result.to_dict())), profile_report.table(result)
+    for stage in data["stages"]:
+        line = next(line for line in table.splitlines() if line.startswith(f"  {stage['name']} "))
         for key in ("median", "p90", "p99"):
             assert profile_report.milliseconds(stage["host"][key]) in line
-    block = shown[shown.index("each step") : shown.index("others")].splitlines()
-    for row in told["rows"]:
+    block = table[table.index("each step") : table.index("others")].splitlines()
+    for row in data["rows"]:
         lines = [line for line in block if line.startswith(f"  {row['name']} ")]
         if row["stage"] == "step" and lines:
             assert profile_report.milliseconds(row["seconds"] / STEPS) in lines[0]
             assert f"{row['calls'] / STEPS:g}" in lines[0] or row["name"] == OUTSIDE
     assert any(line.startswith(f"  {OUTSIDE} ") for line in block)
-    assert profile_report.size(told["memory"]["measured"]) in shown
-    assert "import 1.50 s" in shown
+    assert profile_report.size(data["memory"]["measured"]) in table
+    assert "import 1.50 s" in table
 
 
-def test_the_table_fits_a_screen(made: Profile) -> None:
-    lines = profile_report.table(made).splitlines()
+def test_the_table_fits_a_screen(result: Profile) -> None:
+    lines = profile_report.table(result).splitlines()
     assert len(lines) <= 45
     assert max(map(len, lines)) <= 120
-    last = " ".join(profile_report.table(made).split("\n\n")[-1].split())
-    assert last == made.advice
+    last = " ".join(profile_report.table(result).split("\n\n")[-1].split())
+    assert last == result.advice
     assert last.count(". ") == 0
 
 
-def test_advice_mentions_a_busy_machine(made: Profile) -> None:
-    quiet, busy = (replace(made, wall=Spread.of(times)).advice for times in ([1.0, 1.1, 1.2], [1.0, 1.1, 2.0]))
+def test_advice_mentions_a_busy_machine(result: Profile) -> None:
+    quiet, busy = (replace(result, wall=Spread.of(times)).advice for times in ([1.0, 1.1, 1.2], [1.0, 1.1, 2.0]))
     assert busy == quiet[:-1] + " (but pictures took 1000 to 1820 ms: profile again when nothing else runs here)."
     assert "but pictures" not in quiet
 
 
-def test_measured_memory_matches_the_plan(made: Profile) -> None:
-    assert 0.9 < made.memory["measured"] / made.memory["planned"] <= 1.01
+def test_measured_memory_matches_the_plan(result: Profile) -> None:
+    assert 0.9 < result.memory["measured"] / result.memory["planned"] <= 1.01
 
 
-def test_trace_ranges_are_nested(made: Profile) -> None:
-    told = json.loads(json.dumps(profile_report.trace(made)))
-    ranges = [event for event in told["traceEvents"] if event["ph"] == "X"]
+def test_trace_ranges_are_nested(result: Profile) -> None:
+    data = json.loads(json.dumps(profile_report.trace(result)))
+    ranges = [event for event in data["traceEvents"] if event["ph"] == "X"]
     assert {"tokenise", "text", "step", "U-Net", "decode", "PNG", "linear"} <= {event["name"] for event in ranges}
     steps = [event for event in ranges if event["name"] == "step"]
     assert len(steps) == STEPS
@@ -336,24 +336,25 @@ def plots(page: str) -> list[ElementTree.Element]:
     return tree.findall(".//{http://www.w3.org/2000/svg}svg")
 
 
-def test_the_page_is_self_contained_with_its_plots(made: Profile) -> None:
-    page = profile_page.page(made)
+def test_the_page_is_self_contained_with_its_plots(result: Profile) -> None:
+    page = profile_page.page(result)
     assert not re.findall(r"(?:src|href)=|@import|url\(|<script|https?://(?!www\.w3\.org/2000/svg)", page)
     stages, steps, one, bars, roofline = plots(page)
-    inside = "{http://www.w3.org/2000/svg}"
-    assert len(steps.findall(f"{inside}rect")) == STEPS
-    assert len(stages.findall(f"{inside}rect[@height='44.00']")) == len(made.stages)
-    rows = made.of("step")
-    assert len(bars.findall(f"{inside}rect")) == 2 * len(rows)
-    for words in bars.findall(f"{inside}text[@class='start']"):
-        assert float(words.get("x", 0)) + 7 * len(words.text or "") <= profile_page.WIDTH
+    namespace = "{http://www.w3.org/2000/svg}"
+    assert len(steps.findall(f"{namespace}rect")) == STEPS
+    assert len(stages.findall(f"{namespace}rect[@height='44.00']")) == len(result.stages)
+    rows = result.of("step")
+    assert len(bars.findall(f"{namespace}rect")) == 2 * len(rows)
+    for label in bars.findall(f"{namespace}text[@class='start']"):
+        assert float(label.get("x", 0)) + 7 * len(label.text or "") <= profile_page.WIDTH
     assert (
-        len(one.findall(f"{inside}rect[@height='60.00']")) == 1 + sum(row.calls for row in rows if row.bytes) // STEPS
+        len(one.findall(f"{namespace}rect[@height='60.00']"))
+        == 1 + sum(row.calls for row in rows if row.bytes) // STEPS
     )
-    multiply = [row for stage in ("step", "decode") for row in made.of(stage) if row.flop]
-    multiply = [row for row in multiply if row.seconds >= 0.01 * made.wall.median]  # the others would hide them
-    assert len(roofline.findall(f"{inside}circle")) == len(multiply)
-    assert made.advice in page
+    multiply = [row for stage in ("step", "decode") for row in result.of(stage) if row.flop]
+    multiply = [row for row in multiply if row.seconds >= 0.01 * result.wall.median]  # the others would hide them
+    assert len(roofline.findall(f"{namespace}circle")) == len(multiply)
+    assert result.advice in page
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
@@ -361,9 +362,9 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chrom
 
 @pytest.mark.skipif(BROWSER is None, reason="needs a headless Chromium, such as Debian's chromium-headless-shell")
 @pytest.mark.parametrize(("scheme", "ground", "bar"), [(1, "#fbfbfa", "#2f6fd0"), (0, "#14171b", "#6ea4f4")])
-def test_a_browser_shows_the_page(made: Profile, tmp_path: Path, scheme: int, ground: str, bar: str) -> None:
+def test_a_browser_shows_the_page(result: Profile, tmp_path: Path, scheme: int, ground: str, bar: str) -> None:
     """In light and in dark: its ground, and the bars of the steps, which are as wide as 5% of the page each."""
-    (tmp_path / "page.html").write_text(profile_page.page(made), encoding="utf-8")
+    (tmp_path / "page.html").write_text(profile_page.page(result), encoding="utf-8")
     options = ["--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--blink-settings=preferredColorScheme={scheme}"]
     options += ["--window-size=1000,1600", f"--screenshot={tmp_path / 'page.png'}", (tmp_path / "page.html").as_uri()]
     subprocess.run([str(BROWSER), *options], check=True, capture_output=True, timeout=120, cwd=tmp_path)
@@ -374,11 +375,11 @@ def test_a_browser_shows_the_page(made: Profile, tmp_path: Path, scheme: int, gr
     assert counts[bar] > 10_000
 
 
-def test_the_page_scales_to_any_time(made: Profile) -> None:
+def test_the_page_scales_to_any_time(result: Profile) -> None:
     """Axes have their round numbers whatever they measure."""
     slow = Spread.of([4000.0])
-    assert len(plots(profile_page.page(replace(made, steps=(slow,), step=slow)))) == 5
-    assert len(plots(profile_page.page(replace(made, ceilings=Ceilings(1e15, 8e12))))) == 5
+    assert len(plots(profile_page.page(replace(result, steps=(slow,), step=slow)))) == 5
+    assert len(plots(profile_page.page(replace(result, ceilings=Ceilings(1e15, 8e12))))) == 5
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
@@ -386,15 +387,15 @@ def test_the_page_scales_to_any_time(made: Profile) -> None:
 
 def test_profile_command_writes_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    asked = ["profile", "--device", "cpu", "--dtype", "float32", "--steps", "2", "--rounds", "1", "-n", "2"]
-    asked += ["--sampler", "euler", "--guidance", "1", "--size", "32x64", "--prompt", "a green pear"]
-    done = CliRunner().invoke(main, [*asked, "--json", "p.json", "--html", "p.html", "--trace", "p.trace"])
+    arguments = ["profile", "--device", "cpu", "--dtype", "float32", "--steps", "2", "--rounds", "1", "-n", "2"]
+    arguments += ["--sampler", "euler", "--guidance", "1", "--size", "32x64", "--prompt", "a green pear"]
+    done = CliRunner().invoke(main, [*arguments, "--json", "p.json", "--html", "p.html", "--trace", "p.trace"])
     assert done.exit_code == 0, done.output
     assert done.stdout.splitlines()[0].startswith(
         "default: 2 pictures of 32x64, 2 steps of euler, guidance 1; torch float32"
     )
-    about = json.loads((tmp_path / "p.json").read_text())["about"]
-    assert (about["width"], about["height"], about["pictures"], about["rows"], about["sampler"]) == (
+    info = json.loads((tmp_path / "p.json").read_text())["about"]
+    assert (info["width"], info["height"], info["pictures"], info["rows"], info["sampler"]) == (
         32,
         64,
         2,
@@ -406,13 +407,13 @@ def test_profile_command_writes_its_files(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_json_output_is_one_object(tmp_path: Path) -> None:
-    asked = ["profile", "--device", "cpu", "--dtype", "float32", "--steps", "1", "--rounds", "1"]
-    done = CliRunner().invoke(main, [*asked, "--json", "-"])
+    arguments = ["profile", "--device", "cpu", "--dtype", "float32", "--steps", "1", "--rounds", "1"]
+    done = CliRunner().invoke(main, [*arguments, "--json", "-"])
     assert json.loads(done.stdout)["wall"]["count"] == 1
-    done = CliRunner().invoke(main, [*asked, "--html", str(tmp_path / "none" / "p.html")])
+    done = CliRunner().invoke(main, [*arguments, "--html", str(tmp_path / "none" / "p.html")])
     assert done.exit_code == 2
     assert "none" in done.stderr
-    assert CliRunner().invoke(main, [*asked, "--sampler", "nonsense"]).exit_code == 2
+    assert CliRunner().invoke(main, [*arguments, "--sampler", "nonsense"]).exit_code == 2
 
 
 # ------------------------------------------------------------------------------------------------------------ engines
@@ -425,26 +426,26 @@ def test_an_engine_has_a_row_for_each_network(
     folder = bundles.shared(tmp_path_factory)
     monkeypatch.setenv("FASTLDM_CACHE", str(folder / "cache"))
     pipe = Pipeline.from_pretrained(bundles.exported("sd1", True, folder)[1], backend="onnxruntime", device="cpu")
-    made = profile(pipe, num_inference_steps=2, rounds=1, sampler="ddim")
-    assert made.about["backend"] == "onnxruntime"
-    assert {(row.name, row.calls) for row in made.of("decode") if row.flop} == {("VAE", 1)}
-    network = {row.name: row for row in made.of("step")}
+    result = profile(pipe, num_inference_steps=2, rounds=1, sampler="ddim")
+    assert result.about["backend"] == "onnxruntime"
+    assert {(row.name, row.calls) for row in result.of("decode") if row.flop} == {("VAE", 1)}
+    network = {row.name: row for row in result.of("step")}
     assert network.keys() == {"U-Net", "end_step"}
-    assert (network["U-Net"].calls, network["U-Net"].flop) == (2, 2 * made.operations["step"])
+    assert (network["U-Net"].calls, network["U-Net"].flop) == (2, 2 * result.operations["step"])
     assert network["U-Net"].paths == {"onnxruntime": 2}
-    assert not made.memory
-    assert len(plots(profile_page.page(made))) == 5
-    assert "U-Net" in profile_report.table(made)
+    assert not result.memory
+    assert len(plots(profile_page.page(result))) == 5
+    assert "U-Net" in profile_report.table(result)
 
 
 @pytest.mark.gpu
 def test_gpu_times_are_separate_from_host_times() -> None:
-    made = profile(Pipeline.default(device="cuda"), rounds=3)
-    assert all(stage.device is not None for stage in made.stages)
-    assert made.first.keys() == {"compile", "capture"}
-    assert {event.track for event in made.events} == {"host", "device"}
-    assert all(row.seconds > 0 for row in made.of("step"))
-    assert "host" in profile_report.table(made).splitlines()[2]
+    result = profile(Pipeline.default(device="cuda"), rounds=3)
+    assert all(stage.device is not None for stage in result.stages)
+    assert result.first.keys() == {"compile", "capture"}
+    assert {event.track for event in result.events} == {"host", "device"}
+    assert all(row.seconds > 0 for row in result.of("step"))
+    assert "host" in profile_report.table(result).splitlines()[2]
 
 
 @pytest.mark.full
@@ -452,6 +453,6 @@ def test_at_full_size_little_is_outside_ops() -> None:
     """SD1.5's size with random weights, at 256x256: at most 5% of a step."""
     cpu = torch.device("cpu")
     pipe = ladder.pipeline(ladder.MODELS["sd15-512"], cpu, choose_dtype(None, cpu))
-    made = profile(pipe, height=256, width=256, num_inference_steps=2, rounds=2)
-    assert next(row.share for row in made.of("step") if row.name == OUTSIDE) <= 0.05
-    assert sum(row.share for row in made.of("step")) == pytest.approx(1)
+    result = profile(pipe, height=256, width=256, num_inference_steps=2, rounds=2)
+    assert next(row.share for row in result.of("step") if row.name == OUTSIDE) <= 0.05
+    assert sum(row.share for row in result.of("step")) == pytest.approx(1)

@@ -61,19 +61,19 @@ def requests(count: int, seed: int) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def thirty_two(pipe: Pipeline) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
     """The requests, and what each gives alone."""
-    asked = requests(32, seed=1)
-    return asked, [pipe(**one).images for one in asked]  # type: ignore[misc]
+    queries = requests(32, seed=1)
+    return queries, [pipe(**one).images for one in queries]  # type: ignore[misc]
 
 
-def from_threads(session: Session, asked: list[dict[str, Any]], **how: Any) -> list[fastldm.Generation]:
+def from_threads(session: Session, queries: list[dict[str, Any]], **arguments: Any) -> list[fastldm.Generation]:
     """Submitted by 8 threads at random moments; the futures in the requests' order."""
-    futures: list[Any] = [None] * len(asked)
+    futures: list[Any] = [None] * len(queries)
 
     def submit(first: int) -> None:
         r = random.Random(first)
-        for k in range(first, len(asked), 8):
+        for k in range(first, len(queries), 8):
             time.sleep(r.random() * 0.03)
-            futures[k] = session.submit(**asked[k], **how)
+            futures[k] = session.submit(**queries[k], **arguments)
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(submit, range(8)))
@@ -81,10 +81,10 @@ def from_threads(session: Session, asked: list[dict[str, Any]], **how: Any) -> l
 
 
 def test_concurrent_requests_match_single_requests(pipe: Pipeline, thirty_two: Any) -> None:
-    asked, alone = thirty_two
+    queries, alone = thirty_two
     with Session(pipe, max_batch=6) as session:
-        futures = from_threads(session, asked)
-        for one, future, expected in zip(asked, futures, alone, strict=True):
+        futures = from_threads(session, queries)
+        for one, future, expected in zip(queries, futures, alone, strict=True):
             result = future.result(60)
             same(result.images, expected)
             assert result.seeds[0] == one["seed"]
@@ -106,7 +106,7 @@ def test_failed_requests_leave_their_neighbours_alone(
     pipe: Pipeline, thirty_two: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every fourth request fails in its own way: it cannot begin, its network raises, gives NaN, or it is cancelled."""
-    asked, alone = thirty_two
+    queries, alone = thirty_two
     begin, step = Stages.prepare, EagerBatch.step
     raising, nan = set(), set()
 
@@ -124,16 +124,16 @@ def test_failed_requests_leave_their_neighbours_alone(
     def broken_step(self: EagerBatch, runs: Any) -> str:
         if any(run in raising and run.row == 1 for run in runs):
             raise ValueError("injected: cannot step")
-        said = step(self, runs)
+        ran_on = step(self, runs)
         for run in runs:
             if run in nan and run.row == 1:
                 self.go_on_from(run, self.latents(run) * float("nan"))
-        return said
+        return ran_on
 
     monkeypatch.setattr(Stages, "prepare", broken_begin)
     monkeypatch.setattr(EagerBatch, "step", broken_step)
     with Session(pipe, max_batch=6) as session:
-        futures = from_threads(session, asked)
+        futures = from_threads(session, queries)
         for k in range(12, 32, 16):
             futures[k].cancel()
         for k, (future, expected) in enumerate(zip(futures, alone, strict=True)):
@@ -152,7 +152,7 @@ def test_failed_requests_leave_their_neighbours_alone(
             else:
                 same(future.result(60).images, expected)
     monkeypatch.undo()
-    same(pipe(**asked[0]).images, alone[0])
+    same(pipe(**queries[0]).images, alone[0])
 
 
 # ---- leaving early
@@ -249,12 +249,12 @@ def test_full_queue_refuses_requests(pipe: Pipeline, gate: threading.Event) -> N
         first = session.submit(**options())
         while not first.running():
             time.sleep(0.001)
-        others = [session.submit(**options(k)) for k in range(2)]
+        rest = [session.submit(**options(k)) for k in range(2)]
         with pytest.raises(QueueFull, match="2 requests wait already, and max_queue is 2"):
             session.submit(**options())
-        others[0].cancel()
+        rest[0].cancel()
         gate.set()
-        others[1].result(10)
+        rest[1].result(10)
         last = session.submit(**options())
         for future in (first, last):
             future.result(10)
@@ -356,28 +356,28 @@ def test_requests_from_the_worker_thread_are_refused(pipe: Pipeline) -> None:
 
 def test_done_callbacks_may_submit_requests(pipe: Pipeline) -> None:
     """It is called by no thread that anybody else's request needs."""
-    made: SimpleQueue[Any] = SimpleQueue()
+    results: SimpleQueue[Any] = SimpleQueue()
     future = pipe.session.submit(**options(steps=3))
-    future.add_done_callback(lambda done: made.put((done, pipe(**options(3)).images)))
+    future.add_done_callback(lambda done: results.put((done, pipe(**options(3)).images)))
     future.result(10)
-    done, images = made.get(timeout=30)
+    done, images = results.get(timeout=30)
     assert done is future
     same(images, pipe(**options(3)).images)
-    future.add_done_callback(lambda _: made.put(threading.current_thread()))
-    assert made.get(timeout=0) is threading.main_thread(), "of what is done already, at once"
+    future.add_done_callback(lambda _: results.put(threading.current_thread()))
+    assert results.get(timeout=0) is threading.main_thread(), "of what is done already, at once"
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("arguments", "says"),
     [
         ({"deadline": 0}, "deadline is 0: expected seconds from now, more than 0"),
         ({"height": 60}, "height is 60"),
         ({"stps": 3}, "unknown argument 'stps'"),
     ],
 )
-def test_bad_requests_are_refused_at_once(pipe: Pipeline, given: dict[str, Any], says: str) -> None:
+def test_bad_requests_are_refused_at_once(pipe: Pipeline, arguments: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):
-        pipe.session.submit("a cat", **given)
+        pipe.session.submit("a cat", **arguments)
 
 
 def test_session_limits_are_checked(pipe: Pipeline) -> None:
@@ -449,8 +449,8 @@ def in_use() -> int:
     those come and go by tens of megabytes."""
     ask = ctypes.CDLL(None).mallinfo2
     ask.restype = Malloc
-    found = ask()
-    return found.uordblks + found.hblkhd
+    info = ask()
+    return info.uordblks + info.hblkhd
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="asks glibc's malloc, from 2.33 on")
@@ -528,9 +528,9 @@ def in_slots(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 
 def test_requests_in_slots_match_single_requests(pipe: Pipeline, thirty_two: Any, in_slots: Recorder) -> None:
-    asked, alone = thirty_two
+    queries, alone = thirty_two
     with Session(pipe, max_batch=4) as session:
-        futures = from_threads(session, asked)
+        futures = from_threads(session, queries)
         for future, expected in zip(futures, alone, strict=True):
             same(future.result(60).images, expected)
     assert in_slots.said.count("replay") > in_slots.said.count("capture") > 0
@@ -615,10 +615,10 @@ def test_replays_use_changed_weights(gpu: Pipeline) -> None:
 @pytest.mark.gpu
 def test_threads_and_samplers_share_captured_graphs(gpu: Pipeline) -> None:
     gpu.warmup(batches=[1, 2], guidance_scale=3.0)
-    asked = [options(k, steps=3 + k, sampler=SAMPLERS[k % 3], guidance_scale=3.0) for k in range(6)]
-    alone = [gpu(**one).images for one in asked]
+    queries = [options(k, steps=3 + k, sampler=SAMPLERS[k % 3], guidance_scale=3.0) for k in range(6)]
+    alone = [gpu(**one).images for one in queries]
     with ThreadPoolExecutor(6) as pool:
-        together = list(pool.map(lambda one: gpu(**one).images, asked))
+        together = list(pool.map(lambda one: gpu(**one).images, queries))
     for one, other in zip(alone, together, strict=True):
         assert np.abs(one - other).max() < 0.02, "float16, at other numbers of rows"
 

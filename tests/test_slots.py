@@ -65,8 +65,10 @@ class Network:
         if slots is not None:
             means = means[slots]
         self.widths.append(u.shape[0])
-        told = (means + temb[:, 0].float())[:, None, None, None]
-        return torch.tanh(u[:, :CHANNELS].float() + u[:, CHANNELS:].float().sum(1, keepdim=True) + told).to(u.dtype)
+        text_mean = (means + temb[:, 0].float())[:, None, None, None]
+        return torch.tanh(u[:, :CHANNELS].float() + u[:, CHANNELS:].float().sum(1, keepdim=True) + text_mean).to(
+            u.dtype
+        )
 
 
 def run_of(sampler: str, steps: int, batch: int = 1, guidance: Guidance = GUIDED, seed: int = 0, **options: Any) -> Run:
@@ -166,8 +168,8 @@ def test_all_kinds_of_requests_share_a_batch(kind: str, starts: list[int]) -> No
     if kind != "eager":
         graphs = Graphs(Recorder()) if kind == "graphs" else None
         batch = Slots(Network(), buffers(slots=6, rows=12), graphs)  # type: ignore[arg-type]
-    for got, wanted in zip(finish(batch, runs, starts), expected, strict=True):
-        assert ops.error(got, wanted) < 2e-6
+    for got, reference in zip(finish(batch, runs, starts), expected, strict=True):
+        assert ops.error(got, reference) < 2e-6
 
 
 def test_slots_are_reused() -> None:
@@ -176,17 +178,17 @@ def test_slots_are_reused() -> None:
     batch = Slots(Network(), buffers(slots=2, rows=4))  # type: ignore[arg-type]
     for first, second in zip(requests[::2], requests[1::2], strict=True):
         expected = [alone(run_of(**one)) for one in (first, second)]
-        for got, wanted in zip(finish(batch, [run_of(**one) for one in (first, second)]), expected, strict=True):
-            assert ops.error(got, wanted) < 2e-6
+        for got, reference in zip(finish(batch, [run_of(**one) for one in (first, second)]), expected, strict=True):
+            assert ops.error(got, reference) < 2e-6
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_kernel_ends_steps_like_the_reference(sampler: str) -> None:
     """On a GPU the end of a step is one kernel: here it runs in Triton's interpreter."""
-    asked = {"sampler": sampler, "steps": 5, "batch": 2, "guidance": Guidance(5.0, 0.3, 0.0, 0.7)}
-    expected = alone(run_of(**asked))
+    workload = {"sampler": sampler, "steps": 5, "batch": 2, "guidance": Guidance(5.0, 0.3, 0.0, 0.7)}
+    expected = alone(run_of(**workload))
     with use("triton"):
-        (got,) = finish(Slots(Network(), buffers(slots=2, rows=4)), [run_of(**asked)])  # type: ignore[arg-type]
+        (got,) = finish(Slots(Network(), buffers(slots=2, rows=4)), [run_of(**workload)])  # type: ignore[arg-type]
     assert ops.error(got, expected) < 2e-5
     assert got.is_contiguous()
 
@@ -198,12 +200,12 @@ def test_kernel_ends_steps_like_the_reference(sampler: str) -> None:
 )
 @pytest.mark.parametrize("guidance", [Guidance(), Guidance(3.0), Guidance(3.0, 0.0, 0.4, 0.8)], ids=str)
 def test_kernel_ends_steps_with_options(options: dict[str, Any], guidance: Guidance) -> None:
-    asked = {"sampler": "heun", "steps": 4, "batch": 2, "guidance": guidance, **options}  # 7 rows
+    workload = {"sampler": "heun", "steps": 4, "batch": 2, "guidance": guidance, **options}  # 7 rows
     dtype = options.get("dtype", torch.float32)
-    expected = alone(run_of(**asked))
+    expected = alone(run_of(**workload))
     with use("triton"):
         batch = Slots(Network(), buffers(2, 4, extra=options.get("extra", 0), dtype=dtype))  # type: ignore[arg-type]
-        (got,) = finish(batch, [run_of(**asked)])
+        (got,) = finish(batch, [run_of(**workload)])
     assert ops.error(got, expected) < (2e-3 if dtype == torch.float16 else 2e-5)
 
 
@@ -249,8 +251,8 @@ def test_waiting_runs_do_not_move(kind: str) -> None:
     batch.admit(second)
     for turn in range(12):
         batch.step([first, second][turn % 2 :][:1])
-    for run, wanted in zip((first, second), expected, strict=True):
-        assert ops.error(batch.latents(run), wanted) < 2e-6
+    for run, reference in zip((first, second), expected, strict=True):
+        assert ops.error(batch.latents(run), reference) < 2e-6
 
 
 @pytest.mark.parametrize("kind", ["eager", "slots"])
@@ -326,8 +328,8 @@ def test_each_row_reads_its_own_text() -> None:
     with torch.no_grad():
         alone = [finish(EagerBatch(unet), [one])[0] for one in runs()]
         for batch in (EagerBatch(unet), Slots(unet, held)):
-            for got, wanted in zip(finish(batch, runs(), [1, 0]), alone, strict=True):
-                assert ops.error(got, wanted) < 5e-6
+            for got, reference in zip(finish(batch, runs(), [1, 0]), alone, strict=True):
+                assert ops.error(got, reference) < 5e-6
 
 
 # ---- how much is sent, run and captured
@@ -354,9 +356,9 @@ def test_one_graph_serves_samplers_scales_and_prompts() -> None:
     graphs = Graphs(driver)
     batch = Slots(Network(), buffers(2, 4), graphs)  # type: ignore[arg-type]
     for k, sampler in enumerate(["ddim", "euler a", "unipc", "dpm++ 2m karras"]):
-        asked = {"sampler": sampler, "steps": 3 + k, "guidance": Guidance(2.0 + k), "tokens": 7 + k, "seed": k}
-        expected = alone(run_of(**asked))
-        (got,) = finish(batch, [run_of(**asked)])
+        workload = {"sampler": sampler, "steps": 3 + k, "guidance": Guidance(2.0 + k), "tokens": 7 + k, "seed": k}
+        expected = alone(run_of(**workload))
+        (got,) = finish(batch, [run_of(**workload)])
         assert ops.error(got, expected) < 2e-6
     assert driver.said.count("capture") == 1
     assert driver.said.count("replay") == 3 + 4 + 5 + 6 - 2, "all steps but the two that warm up"

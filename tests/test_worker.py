@@ -56,13 +56,13 @@ OWNERS: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize(
     "error", [SystemExit, MemoryError, *[pytest.param(one, marks=pytest.mark.full) for one in RAISED[1:3] + RAISED[4:]]]
 )
-@pytest.mark.parametrize("place", OWNERS)
+@pytest.mark.parametrize("point", OWNERS)
 def test_exceptions_anywhere_leave_other_requests_alone(
-    place: str, error: type[BaseException], pipe: Pipeline, alone: Any, monkeypatch: pytest.MonkeyPatch
+    point: str, error: type[BaseException], pipe: Pipeline, alone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In every call that the worker makes for a request; it fails, or not where the call is not needed for it."""
-    owner, name = OWNERS[place]
-    whole = getattr(owner, name)
+    owner, name = OWNERS[point]
+    original = getattr(owner, name)
     victims: list[Any] = []
 
     def is_about(args: tuple[Any, ...]) -> bool:
@@ -72,17 +72,17 @@ def test_exceptions_anywhere_leave_other_requests_alone(
         listed = [one for arg in args for one in (arg if isinstance(arg, (list, tuple)) else [arg])]
         if name in ("release_memory", "preview") or is_about(tuple(listed)):
             raise error("thrown on purpose")
-        return whole(*args, **kwargs)
+        return original(*args, **kwargs)
 
     def pieces(*args: Any) -> Iterator[Any]:
         if is_about(args):
             yield None
             raise error("thrown on purpose")
-        return (yield from whole(*args))
+        return (yield from original(*args))
 
     begin, step = Stages.prepare, EagerBatch.step
 
-    def begun(self: Pipeline, request: Any) -> Any:
+    def prepared(self: Pipeline, request: Any) -> Any:
         run = begin(self, request)
         if request.seed == (666,):
             victims.append(run)
@@ -93,11 +93,11 @@ def test_exceptions_anywhere_leave_other_requests_alone(
             raise MemoryError("first this")
         return step(self, runs)
 
-    if place != "prepare":
-        monkeypatch.setattr(Stages, "prepare", begun)
-    if place in ("release after a failure", "memory given back"):
+    if point != "prepare":
+        monkeypatch.setattr(Stages, "prepare", prepared)
+    if point in ("release after a failure", "memory given back"):
         monkeypatch.setattr(EagerBatch, "step", failing)
-    monkeypatch.setattr(owner, name, pieces if place == "finish" else raises)
+    monkeypatch.setattr(owner, name, pieces if point == "finish" else raises)
     changes = lambda *_: {"latents": torch.zeros(1, 4, *[16 // pipe.vae.config.factor] * 2)}  # noqa: E731
     with Session(pipe, max_batch=3) as session:
         before = session.submit(**options(7, **SMALL))
@@ -114,16 +114,16 @@ def test_exceptions_anywhere_leave_other_requests_alone(
             victim: Any = threading.Thread(target=call)
             victim.start()
         else:
-            size = {"height": 32, "width": 32} if place == "new_batch" else SMALL  # of another size: in another batch
+            size = {"height": 32, "width": 32} if point == "new_batch" else SMALL  # of another size: in another batch
             victim = session.submit(**options(666, **size), preview=True)
         after = session.submit(**options(7, **SMALL))
         for future in (before, after):
             same(future.result(60).images, alone)
         if isinstance(victim, threading.Thread):
             assert isinstance(caught.get(timeout=60), Exception)
-        elif place != "holds":  # that batch is made anew
+        elif point != "holds":  # that batch is made anew
             assert isinstance(victim.exception(60), Exception), "an error that the caller's thread survives"
-        monkeypatch.setattr(owner, name, whole)
+        monkeypatch.setattr(owner, name, original)
         same(session.submit(**options(7, **SMALL)).result(60).images, alone)
 
 
@@ -131,13 +131,13 @@ def test_exceptions_anywhere_leave_other_requests_alone(
 def test_exceptions_outside_requests_fail_those_in_hand(
     error: type[BaseException], pipe: Pipeline, alone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, thrown = Bucket.turn, []
+    original, thrown = Bucket.turn, []
 
     def turn(self: Bucket) -> None:
         if not thrown and self.running:
             thrown.append(1)
             raise error("thrown on purpose")
-        whole(self)
+        original(self)
 
     with Session(pipe, max_batch=1) as session:
         monkeypatch.setattr(Bucket, "turn", turn)
@@ -148,16 +148,43 @@ def test_exceptions_outside_requests_fail_those_in_hand(
             same(future.result(60).images, alone)
 
 
+def test_nothing_is_freed_while_queues_are_locked(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder's tensors and the buffers of the batch, of a request that is lost."""
+    changed, freed, turn = Worker.of(torch.device("cpu")).changed, [], Bucket.turn
+
+    class Batch(EagerBatch):
+        def close(self) -> None:
+            freed.append(("batch", changed._is_owned()))  # type: ignore[attr-defined]
+
+    class Pieces:
+        def __del__(self) -> None:
+            freed.append(("decoder", changed._is_owned()))  # type: ignore[attr-defined]
+
+    def lost(self: Bucket) -> None:
+        if self.finishing and not self.running:
+            raise Odd
+        turn(self)
+
+    monkeypatch.setattr(Stages, "decode", lambda *_: Pieces())
+    monkeypatch.setattr(Stages, "new_batch", lambda self, run, max_batch: Batch(self.unet))
+    with Session(pipe) as session:
+        monkeypatch.setattr(Bucket, "turn", lost)
+        with pytest.raises(WorkerLost):
+            session.submit(**options(7, **SMALL)).result(60)
+    assert {name for name, _ in freed} == {"decoder", "batch"}
+    assert not any(locked for _, locked in freed)
+
+
 @pytest.mark.parametrize("where", ["_buckets", "_choose", "_seconds_to_deadline", "_expire"])
 def test_worker_recovers_from_its_own_failures(
     where: str, pipe: Pipeline, alone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, broken = getattr(Worker, where), threading.Event()
+    original, broken = getattr(Worker, where), threading.Event()
 
     def raises(self: Worker, *args: Any) -> Any:
         if broken.is_set() and threading.current_thread() is self.thread:
             raise OverflowError("thrown on purpose")
-        return whole(self, *args)
+        return original(self, *args)
 
     monkeypatch.setattr(Worker, where, raises)
     with Session(pipe) as session:
@@ -213,8 +240,8 @@ def test_misused_futures_leave_the_worker_alive(pipe: Pipeline, alone: Any, gate
         gate.set()
         same(last.result(60).images, alone)
         same(queued["running"].result(60).images, alone)
-        for mine in (first, queued["result"], queued["twice"]):
-            assert mine.result(0) == "mine"
+        for finished in (first, queued["result"], queued["twice"]):
+            assert finished.result(0) == "mine"
         assert not wait([*queued.values()], 60).not_done
 
 
@@ -296,29 +323,31 @@ class Streams:
     def current_stream(self, device: Any = None) -> Any:
         thread = threading.current_thread().name
 
-        def stream(what: str, event: Any) -> None:
-            self.log.append((what, thread, event))
+        def stream(label: str, event: Any) -> None:
+            self.log.append((label, thread, event))
 
         stream.wait_event = lambda event: stream("waits", event)  # type: ignore[attr-defined]
         return stream
 
-    def note(self, what: str) -> None:
-        self.log.append((what, threading.current_thread().name, None))
+    def note(self, label: str) -> None:
+        self.log.append((label, threading.current_thread().name, None))
 
     def ordered(self, first: str, then: str) -> bool:
         """Whether all that was noted as `then` waits, in its thread, for an event that was recorded behind the last
         `first` before it, in that one's."""
-        found = False
-        for at, (what, thread, _) in enumerate(self.log):
-            if what != then:
+        matched = False
+        for at, (label, thread, _) in enumerate(self.log):
+            if label != then:
                 continue
             behind = max(k for k, (other, *_) in enumerate(self.log[:at]) if other == first)
             maker = self.log[behind][1]
             events = [event for kind, by, event in self.log[behind:at] if kind == "records" and by == maker]
-            found = any(kind == "waits" and by == thread and event in events for kind, by, event in self.log[behind:at])
-            if not found:
+            matched = any(
+                kind == "waits" and by == thread and event in events for kind, by, event in self.log[behind:at]
+            )
+            if not matched:
                 return False
-        return found
+        return matched
 
 
 @pytest.fixture
@@ -387,14 +416,14 @@ def test_readers_wait_for_their_previews(streams: Streams, pipe: Pipeline) -> No
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_worker_calls_are_ordered_both_ways(fails: bool, streams: Streams, pipe: Pipeline) -> None:
-    def work() -> None:
+    def function() -> None:
         streams.note("works")
         if fails:
             raise ValueError("on purpose")
 
     streams.note("before")
     try:
-        pipe.session.call(work)
+        pipe.session.call(function)
     except ValueError:
         assert fails
     streams.note("after")
@@ -412,37 +441,37 @@ def test_worker_calls_are_ordered_both_ways(fails: bool, streams: Streams, pipe:
 
 
 def test_marked_tensors_live_for_the_reading_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, kept = torch.zeros(2), []
+    x, alive = torch.zeros(2), []
     monkeypatch.setattr(device, "_tensors", lambda value: [x] if value is not None else [])
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: kept.append((self, stream)))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: alive.append((self, stream)))
     streams = Streams()
     monkeypatch.setattr(device.torch.cuda, "current_stream", streams.current_stream)
     mark = Mark(torch.device("cpu"))
     mark._event = Streams.Event()  # type: ignore[assignment]
     mark.follow({"deep": [x]})
-    assert kept[0][0] is x
+    assert alive[0][0] is x
     mark.follow(None)
-    assert len(kept) == 1
+    assert len(alive) == 1
 
 
 def test_marks_find_nested_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     a, b, c = torch.zeros(1), torch.zeros(2), torch.zeros(1, 4, 2, 2)
     request = fastldm.Request(prompt="a", latents=c, image=[a, (b,)])
-    found = [*device._tensors({"x": request, "y": "text"})]
-    assert {id(t) for t in found} == {id(a), id(b), id(c)}
+    matched = [*device._tensors({"x": request, "y": "text"})]
+    assert {id(t) for t in matched} == {id(a), id(b), id(c)}
 
 
 # ---- forks
 
 
-def in_a_fork(work: Callable[[], bool], seconds: float = 60) -> str:
+def in_a_fork(function: Callable[[], bool], seconds: float = 60) -> str:
     """What becomes of a child that does some work."""
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            code = 0 if work() else 2
+            code = 0 if function() else 2
         finally:
             os._exit(code)
     until = time.monotonic() + seconds
@@ -473,8 +502,8 @@ def test_a_child_forked_while_busy_works_alone(pipe: Pipeline, alone: Any) -> No
             pipe.session.close(cancel=True)
             return all(lost) and bool(np.abs(picture - alone).max() < 1e-4 and np.abs(other - alone).max() < 1e-4)
 
-        for work in (child, child, lambda: session.close() is None):
-            assert in_a_fork(work) == "right"
+        for function in (child, child, lambda: session.close() is None):
+            assert in_a_fork(function) == "right"
         assert not any(future.done() for future in futures)
         for future in futures:
             future.cancel()
@@ -483,18 +512,18 @@ def test_a_child_forked_while_busy_works_alone(pipe: Pipeline, alone: Any) -> No
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_fork_waits_for_the_current_turn(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    step, inside = EagerBatch.step, threading.Event()
+    step, stepping = EagerBatch.step, threading.Event()
 
     def slowly(self: EagerBatch, runs: Any) -> str:
-        inside.set()
+        stepping.set()
         time.sleep(0.05)
         ran = step(self, runs)
-        inside.clear()
+        stepping.clear()
         return ran
 
     monkeypatch.setattr(EagerBatch, "step", slowly)
     with Session(pipe) as session:
         future = session.submit(**options(7, steps=6, **SMALL))
-        assert inside.wait(60)
-        assert in_a_fork(lambda: not inside.is_set()) == "right"
+        assert stepping.wait(60)
+        assert in_a_fork(lambda: not stepping.is_set()) == "right"
         future.result(60)
