@@ -547,7 +547,7 @@ def test_small_steps_run_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         torch.set_num_threads(3)
         for work_per_thread in (8e9, 1e9, 1e3):
-            monkeypatch.setattr("fastldm.runtime.stages._WORK_PER_THREAD", work_per_thread)
+            monkeypatch.setattr("fastldm.runtime.stages._OPERATIONS_PER_THREAD", work_per_thread)
             pipe("a cat", num_inference_steps=2)
             assert torch.get_num_threads() == 3
     finally:
