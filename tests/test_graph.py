@@ -35,7 +35,7 @@ def test_graphs_warm_up_capture_and_replay() -> None:
     driver, function = Recorder(), Work()
     graphs = Graphs(driver)
     assert [graphs.run("a", function) for _ in range(5)] == [False, False, True, True, True]
-    assert driver.said == ["capture", "replay", "replay", "replay"]
+    assert driver.calls == ["capture", "replay", "replay", "replay"]
     assert function.runs == 5, "each run is one run: a capture does not count"
     assert "a" in graphs
     assert "b" not in graphs
@@ -57,7 +57,7 @@ class Pool(Recorder):
         self.alive = self.reserved = 0
 
     def capture(self, function: Any) -> Any:
-        self.said.append("capture")
+        self.calls.append("capture")
         self.alive += 1
         self.reserved = max(self.reserved, next(self.sizes))
         return function
@@ -84,7 +84,7 @@ def test_pool_stays_within_its_budget() -> None:
     assert (graphs.bytes, [key in graphs for key in "abc"]) == (240, [True] * 3), "they lie on the same memory"
     warm(graphs, "d")  # 300 alone
     assert [key in graphs for key in "abcd"] == [False, False, False, True]
-    assert driver.said[-7:] == [*["destroy"] * 4, "trim", "capture", "replay"]
+    assert driver.calls[-7:] == [*["destroy"] * 4, "trim", "capture", "replay"]
     assert graphs.run("b", lambda: None), "it has run before: it is captured again at once"
     assert "d" not in graphs
     assert graphs.bytes == driver.reserved <= 250
@@ -185,14 +185,14 @@ def test_clear_destroys_graphs_in_reverse() -> None:
         def replay(self, handle: Any) -> None: ...
 
         def destroy(self, handle: Any) -> None:
-            self.said.append(handle)
+            self.calls.append(handle)
 
     driver = Numbered()
     graphs = Graphs(driver)
     for key in "abc":
         warm(graphs, key)
     graphs.clear()
-    assert driver.said == [3, 2, 1, "trim"]
+    assert driver.calls == [3, 2, 1, "trim"]
     assert graphs.bytes == 0
     assert not graphs.run("a", lambda: None)
 
@@ -224,7 +224,7 @@ def test_calls_copy_inputs_and_outputs() -> None:
         out, nothing = graphs.call("a", function, torch.full((3,), float(k)), torch.ones(3))
         assert nothing is None
         outs.append(out)
-    assert driver.said == ["capture", "replay", "replay", "replay"]
+    assert driver.calls == ["capture", "replay", "replay", "replay"]
     assert [out[0].item() for out in outs[2:]] == [5.0, 7.0, 9.0]
 
 
@@ -234,20 +234,20 @@ def test_other_shapes_are_other_graphs() -> None:
     for _ in range(3):
         for x in (torch.zeros(2), torch.zeros(3), torch.zeros(2, dtype=torch.float16)):
             assert graphs.call("a", lambda x: x + 1, x).shape == x.shape
-    assert driver.said.count("capture") == 3
+    assert driver.calls.count("capture") == 3
 
 
 def test_failed_captures_run_eagerly_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     class Refusing(Recorder):
         def capture(self, function: Any) -> Any:
-            self.said.append("capture")
+            self.calls.append("capture")
             raise RuntimeError("operation not permitted when stream is capturing")
 
     driver, function = Refusing(), Work()
     graphs = Graphs(driver)
     with caplog.at_level(logging.WARNING, "fastldm"):
         assert [graphs.run("a", function) for _ in range(6)] == [False] * 6
-    assert driver.said == ["capture"], "it is tried once"
+    assert driver.calls == ["capture"], "it is tried once"
     assert function.runs == 6
     assert len(caplog.records) == 1
     assert "a cannot be captured and runs eagerly: operation not permitted" in caplog.text

@@ -533,7 +533,7 @@ def test_requests_in_slots_match_single_requests(pipe: Pipeline, thirty_two: Any
         futures = from_threads(session, queries)
         for future, expected in zip(futures, alone, strict=True):
             same(future.result(60).images, expected)
-    assert in_slots.said.count("replay") > in_slots.said.count("capture") > 0
+    assert in_slots.calls.count("replay") > in_slots.calls.count("capture") > 0
 
 
 def test_a_graph_serves_all_requests_of_its_shape(pipe: Pipeline, in_slots: Recorder) -> None:
@@ -544,7 +544,7 @@ def test_a_graph_serves_all_requests_of_its_shape(pipe: Pipeline, in_slots: Reco
             return session.submit(**options(**{"steps": 4, "guidance_scale": 3.0, **more})).result(60).backend
 
         assert [run(), run(), run(), run()] == ["torch", "cuda graph", "cuda graph", "cuda graph"]
-        captured = in_slots.said.count("capture")
+        captured = in_slots.calls.count("capture")
         for more in (
             {"sampler": "euler a"},
             {"sampler": "unipc", "steps": 9},
@@ -553,20 +553,20 @@ def test_a_graph_serves_all_requests_of_its_shape(pipe: Pipeline, in_slots: Reco
             {"seed": 5},
         ):
             assert run(**more) == "cuda graph"
-        assert in_slots.said.count("capture") == captured
+        assert in_slots.calls.count("capture") == captured
         run(width=96)
         assert run(width=96) == "cuda graph"
-        assert in_slots.said.count("capture") > captured
+        assert in_slots.calls.count("capture") > captured
 
 
 def test_warmup_captures_the_largest_first(pipe: Pipeline, in_slots: Recorder) -> None:
     pipe.warmup(sizes=[(32, 32), (64, 64)], batches=[1, 2], guidance_scale=3.0)
-    captured = in_slots.said.count("capture")
+    captured = in_slots.calls.count("capture")
     for size in (32, 64):
         for pictures in (1, 2):
             result = pipe(**options(width=size, height=size, num_images_per_prompt=pictures, guidance_scale=3.0))
             assert result.backend == "cuda graph"
-    assert in_slots.said.count("capture") == captured
+    assert in_slots.calls.count("capture") == captured
 
 
 # ---- on a GPU

@@ -360,13 +360,13 @@ def test_one_graph_serves_samplers_scales_and_prompts() -> None:
         expected = alone(run_of(**workload))
         (got,) = finish(batch, [run_of(**workload)])
         assert ops.error(got, expected) < 2e-6
-    assert driver.said.count("capture") == 1
-    assert driver.said.count("replay") == 3 + 4 + 5 + 6 - 2, "all steps but the two that warm up"
+    assert driver.calls.count("capture") == 1
+    assert driver.calls.count("replay") == 3 + 4 + 5 + 6 - 2, "all steps but the two that warm up"
     finish(batch, [run_of("ddim", 3, guidance=Guidance()) for _ in range(2)])
-    assert driver.said.count("capture") == 1, "two unguided requests are two rows too"
+    assert driver.calls.count("capture") == 1, "two unguided requests are two rows too"
     batch.close()
     assert graphs.bytes == 0
-    assert driver.said[-2:] == ["destroy", "trim"]
+    assert driver.calls[-2:] == ["destroy", "trim"]
 
 
 def test_maps_are_sent_only_on_changes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,9 @@ from scheduler_judge import (
     NUMBERS,
     PARITY,
     SD,
-    Asked,
     Case,
     Difference,
+    DiffusersOptions,
     diffusers_run,
     error,
     exact_table,
@@ -74,7 +74,7 @@ def test_each_difference_in_numbers_is_needed(difference: Difference, case: Case
         pytest.skip("torch's roots are the nearest here")
     assert difference.where(case, case.table())
     assert not as_it_is < PARITY
-    assert error(ours, diffusers_run(case, Asked() | difference.options)[0]) < PARITY
+    assert error(ours, diffusers_run(case, DiffusersOptions() | difference.options)[0]) < PARITY
 
 
 # ---- the grid: prediction types x spacings x sigmas ----

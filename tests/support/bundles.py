@@ -43,17 +43,17 @@ def smallest(family: str, folder: Path) -> Path:
         "up_block_types": ("UpDecoderBlock2D",) * 2,
         "mid_block_add_attention": False,
     }
-    parts = {
+    components = {
         "unet": tiny.unet(family, **levels),
         "vae": tiny.vae(family, 1, **vae),
         "text_encoder": tiny.text_encoder("l", 2, num_hidden_layers=2),
     }
-    tiny.pipeline(family, **parts).save_pretrained(folder)
+    tiny.pipeline(family, **components).save_pretrained(folder)
     return folder
 
 
 def shared(factory: pytest.TempPathFactory) -> Path:
-    """A folder of this run of the tests, whichever of its processes asks."""
+    """A folder that all processes of this test run share."""
     own = factory.getbasetemp()
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "bundles"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -75,23 +75,23 @@ def exported(family: str, split: bool, folder: Path, **options: Any) -> tuple[Pa
 
 @contextlib.contextmanager
 def traced_once(folder: Path) -> Iterator[None]:
-    """What is exported in here is traced for the first who asks, of networks of the same weights and shapes: families
-    share text encoders and autoencoders."""
+    """Within this context networks of the same weights and shapes are traced once: families share text encoders and
+    autoencoders."""
     onnx = pytest.importorskip("fastldm.export.onnx", reason="exporting needs fastldm[onnx]", exc_type=ImportError)
     trace = onnx.write
 
     def write(networks: ReferenceNetworks, name: str, out: Path, **options: Any) -> None:
         module = networks.module(name)
         state = module.state_dict()
-        about = [name, networks.specs[name].to_dict(), repr(module.config), options, *state]
-        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+        identity = [name, networks.specs[name].to_dict(), repr(module.config), options, *state]
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
         for tensor in state.values():
             digest.update(tensor.numpy().tobytes())
-        kept = folder / "traced" / digest.hexdigest()
+        cached = folder / "traced" / digest.hexdigest()
         with FileLock(f"{folder / digest.hexdigest()}.lock"):
-            if not kept.exists():
-                trace(networks, name, kept, **options)
-        shutil.copytree(kept, out, dirs_exist_ok=True)
+            if not cached.exists():
+                trace(networks, name, cached, **options)
+        shutil.copytree(cached, out, dirs_exist_ok=True)
 
     with mock.patch.object(onnx, "write", write):
         yield

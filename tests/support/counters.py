@@ -1,4 +1,4 @@
-"""Who counts instead of launching: a driver of graphs, a GPU, and a mode of dispatch."""
+"""Stand-ins that count instead of launching: a driver of graphs, a GPU, and a mode of dispatch."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from fastldm.kernels import dispatch
 
 
 class Recorder:
-    """graph.Driver that keeps what it was asked to capture, and does it on replay."""
+    """graph.Driver that keeps the function to capture, and calls it on replay."""
 
     def __init__(self) -> None:
-        self.said: list[Any] = []
+        self.calls: list[Any] = []
 
     def capture(self, work: Any) -> Any:
-        self.said.append("capture")
+        self.calls.append("capture")
         return work
 
     def held(self) -> int:
         return 100
 
     def replay(self, handle: Any) -> None:
-        self.said.append("replay")
+        self.calls.append("replay")
         handle()
 
     def destroy(self, handle: Any) -> None:
-        self.said.append("destroy")
+        self.calls.append("destroy")
 
     def trim(self) -> None:
-        self.said.append("trim")
+        self.calls.append("trim")
 
 
 class Launches(dispatch.Target):

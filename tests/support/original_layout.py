@@ -32,8 +32,8 @@ def _norm(key: str, channels: int) -> Shapes:
     return {f"{key}.weight": (channels,), f"{key}.bias": (channels,)}
 
 
-def _prefixed(prefix: str, *parts: Shapes) -> Shapes:
-    return {f"{prefix}{key}": shape for part in parts for key, shape in part.items()}
+def _prefixed(prefix: str, *groups: Shapes) -> Shapes:
+    return {f"{prefix}{key}": shape for shapes in groups for key, shape in shapes.items()}
 
 
 def _res_block(into: int, out: int, embedding: int) -> Shapes:
@@ -100,13 +100,13 @@ def ldm_unet(
     block = 0
     for level, times in reversed(list(enumerate(mult))):
         for i in range(layers + 1):
-            part = f"output_blocks.{block}"
-            shapes |= _prefixed(f"{part}.0.", _res_block(here + skips.pop(), channels * times, embedding))
+            prefix = f"output_blocks.{block}"
+            shapes |= _prefixed(f"{prefix}.0.", _res_block(here + skips.pop(), channels * times, embedding))
             here = channels * times
             if depth[level]:
-                shapes |= _prefixed(f"{part}.1.", _spatial_transformer(here, depth[level], context, linear))
+                shapes |= _prefixed(f"{prefix}.1.", _spatial_transformer(here, depth[level], context, linear))
             if level and i == layers:
-                shapes |= _conv(f"{part}.{2 if depth[level] else 1}.conv", here, here)
+                shapes |= _conv(f"{prefix}.{2 if depth[level] else 1}.conv", here, here)
             block += 1
     shapes |= _norm("out.0", channels) | _conv("out.2", 4, channels)
     return _prefixed("model.diffusion_model.", shapes)
@@ -224,22 +224,26 @@ def random_state(shapes: Shapes, seed: int = 0) -> dict[str, Tensor]:
 
 
 def converted_by_diffusers(state: dict[str, Tensor], checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
-    from diffusers.loaders import single_file_utils as judge
+    from diffusers.loaders import single_file_utils as conversion
 
-    parts = checkpoint.components
-    gold = {
-        "unet": judge.convert_ldm_unet_checkpoint(dict(state), {"num_class_embeds": None, **parts["unet"].config}),
-        "vae": judge.convert_ldm_vae_checkpoint(dict(state), parts["vae"].config),
+    components = checkpoint.components
+    converted_states = {
+        "unet": conversion.convert_ldm_unet_checkpoint(
+            dict(state), {"num_class_embeds": None, **components["unet"].config}
+        ),
+        "vae": conversion.convert_ldm_vae_checkpoint(dict(state), components["vae"].config),
     }
-    for name, part in ((name, parts[name]) for name in parts if name.startswith("text")):
-        if part.config["hidden_act"] == "quick_gelu":
-            converted = judge.convert_ldm_clip_checkpoint(dict(state))
+    for name, component in components.items():
+        if not name.startswith("text"):
+            continue
+        if component.config["hidden_act"] == "quick_gelu":
+            converted = conversion.convert_ldm_clip_checkpoint(dict(state))
         else:
             prefix = "cond_stage_model.model." if name == "text_encoder" else "conditioner.embedders.1.model."
-            model = SimpleNamespace(config=SimpleNamespace(hidden_size=part.config["hidden_size"]))
-            converted = judge.convert_open_clip_checkpoint(model, dict(state), prefix=prefix)
-        gold[name] = {key: value for key, value in converted.items() if not key.endswith("position_ids")}
-    return gold
+            model = SimpleNamespace(config=SimpleNamespace(hidden_size=component.config["hidden_size"]))
+            converted = conversion.convert_open_clip_checkpoint(model, dict(state), prefix=prefix)
+        converted_states[name] = {key: value for key, value in converted.items() if not key.endswith("position_ids")}
+    return converted_states
 
 
 SD_INDEX = {

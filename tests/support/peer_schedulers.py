@@ -35,7 +35,7 @@ KINDS = ("agree", "differ", "refused", "unknown", "crashed")
 STEPS = (1, 2, 3, 5, 10, 25, 50)
 MANY_STEPS = (999, 1000)
 
-ARGUMENTS: dict[str, tuple[Any, ...]] = {  # those that a class's signature does not have are left out
+ARGUMENTS: dict[str, tuple[Any, ...]] = {  # of these a class takes those that its signature has
     "beta_schedule": ("scaled_linear", "linear", "squaredcos_cap_v2"),
     "trained_betas": (None, np.linspace(0.0009, 0.013, 1000, dtype=np.float32)),
     "prediction_type": ("epsilon", "v_prediction", "sample"),
@@ -90,36 +90,36 @@ CUSTOM = {
 def choices(name: str) -> dict[str, tuple[Any, ...]]:
     """The arguments of a class and of its runs, with the values that ours supports."""
     has = arguments_of(getattr(diffusers, name).__init__)
-    found = {}
+    arguments = {}
     for key, values in ARGUMENTS.items():
         if key in has or key in EVERYWHERE:
             allowed = CLASSES[name].choices.get(key)
-            found[key] = values if allowed is None else tuple(v for v in values if v in allowed) or values[:1]
+            arguments[key] = values if allowed is None else tuple(v for v in values if v in allowed) or values[:1]
     sigmas = tuple(key for key in SIGMAS if key in has)
-    return {**found, **({"sigmas": (None, *sigmas)} if sigmas else {}), **RUNS, **OWN_RUNS.get(name, {})}
+    return {**arguments, **({"sigmas": (None, *sigmas)} if sigmas else {}), **RUNS, **OWN_RUNS.get(name, {})}
 
 
 def pairs(options: Mapping[str, tuple[Any, ...]], seed: str) -> Iterator[dict[str, Any]]:
     """Choices of a value each, until each pair of values of two arguments has occurred: the best of some at random."""
     rng, names = random.Random(seed), list(options)
     indices = {name: range(len(values)) for name, values in options.items()}
-    left = {
+    uncovered = {
         (a, i, b, j) for a, b in itertools.combinations(names, 2) for i, j in itertools.product(indices[a], indices[b])
     }
 
     def covered(row: Mapping[str, int]) -> set[tuple[str, int, str, int]]:
-        return {(a, row[a], b, row[b]) for a, b in itertools.combinations(names, 2)} & left
+        return {(a, row[a], b, row[b]) for a, b in itertools.combinations(names, 2)} & uncovered
 
-    while left:
-        a, i, b, j = rng.choice(sorted(left))
+    while uncovered:
+        a, i, b, j = rng.choice(sorted(uncovered))
         tries = [{name: rng.choice(indices[name]) for name in names} | {a: i, b: j} for _ in range(12)]
         best = max(tries, key=lambda row: len(covered(row)))
-        left -= covered(best)
+        uncovered -= covered(best)
         yield {name: options[name][best[name]] for name in names}
 
 
-def case_of(name: str, chosen: Mapping[str, Any]) -> Case:
-    config = {**SD, **{key: value for key, value in chosen.items() if key in ARGUMENTS or key in UNSUPPORTED}}
+def case_of(name: str, values: Mapping[str, Any]) -> Case:
+    config = {**SD, **{key: value for key, value in values.items() if key in ARGUMENTS or key in UNSUPPORTED}}
     sigmas = config.pop("sigmas", None)
     config |= dict.fromkeys((sigmas,) if isinstance(sigmas, str) else sigmas or (), True)
     if config.get("trained_betas") is None:
@@ -128,49 +128,49 @@ def case_of(name: str, chosen: Mapping[str, Any]) -> Case:
         config["solver_order"] = min(config["solver_order"], 2)  # diffusers raises on reaching the third
     if config.get("algorithm_type") in ("dpmsolver", "sde-dpmsolver", "deis"):
         config["final_sigmas_type"] = "sigma_min"  # diffusers refuses "zero" with it
-    steps = chosen.get("steps", 10)
-    for key, values in chosen.get("custom", {}).items():
-        steps = len(values) - (key == "sigmas")
-    start, strength = ([*str(chosen.get("start", "noise")).split(), "1.0"])[:2]
+    steps = values.get("steps", 10)
+    for key, custom in values.get("custom", {}).items():
+        steps = len(custom) - (key == "sigmas")
+    start, strength = ([*str(values.get("start", "noise")).split(), "1.0"])[:2]
     return Case(
         name,
         config,
         steps,
-        eta=chosen.get("eta", 0.0),
+        eta=values.get("eta", 0.0),
         strength=float(strength),
         picture=start == "picture",
         mask=start == "mask",
-        custom=chosen.get("custom", {}),
+        custom=values.get("custom", {}),
     )
 
 
 @functools.cache
 def cases(name: str) -> tuple[Case, ...]:
     """All of a class, in an order drawn once."""
-    made = [case_of(name, chosen) for chosen in pairs(choices(name), name)]
+    cases = [case_of(name, row) for row in pairs(choices(name), name)]
     for steps, spaced in itertools.product(MANY_STEPS, choices(name).get("timestep_spacing", ("linspace",))):
-        made.append(case_of(name, {"steps": steps, "timestep_spacing": spaced, "prediction_type": "v_prediction"}))
+        cases.append(case_of(name, {"steps": steps, "timestep_spacing": spaced, "prediction_type": "v_prediction"}))
     has = arguments_of(getattr(diffusers, name).__init__)
     for key, values in UNSUPPORTED.items():
         if key in has or (key == "sigmas" and SIGMAS[0] in has):
-            made += [case_of(name, {key: value}) for value in values]
+            cases += [case_of(name, {key: value}) for value in values]
     for key, lists in CUSTOM.items():
         for values, start in itertools.product(lists, ("noise", "picture 0.6")):
-            made.append(case_of(name, {"custom": {key: values}, "start": start}))
-    return tuple(random.Random(name).sample(made, len(made)))
+            cases.append(case_of(name, {"custom": {key: values}, "start": start}))
+    return tuple(random.Random(name).sample(cases, len(cases)))
 
 
-def judged(chosen: Iterable[Case]) -> list[tuple[Case, Verdict]]:
+def judged(cases: Iterable[Case]) -> list[tuple[Case, Verdict]]:
     with warnings.catch_warnings(), fast_diffusers():
         warnings.simplefilter("ignore")
         diffusers.logging.set_verbosity_error()
-        return [(case, judge(case)) for case in chosen]
+        return [(case, judge(case)) for case in cases]
 
 
 def table(results: Mapping[str, list[tuple[Case, Verdict]]]) -> str:
     """The counts, by class and by reason, as Markdown."""
-    counts = {name: collections.Counter(v.kind for _, v in found) for name, found in results.items()}
-    reasons = collections.Counter(why for found in results.values() for _, v in found for why in v.why)
+    counts = {name: collections.Counter(v.kind for _, v in judgements) for name, judgements in results.items()}
+    reasons = collections.Counter(why for judgements in results.values() for _, v in judgements for why in v.why)
     total = collections.Counter[str]()
     for count in counts.values():
         total.update(count)
@@ -196,10 +196,10 @@ def main() -> None:
     np.set_printoptions(threshold=6)
     results = {}
     for name in CLASSES:
-        began = time.perf_counter()
+        start = time.perf_counter()
         results[name] = judged(cases(name))
         count = collections.Counter(v.kind for _, v in results[name])
-        print(f"{name}: {dict(count)}, {time.perf_counter() - began:.0f} s", flush=True)
+        print(f"{name}: {dict(count)}, {time.perf_counter() - start:.0f} s", flush=True)
         for _, verdict in results[name]:
             if verdict.kind in ("unknown", "crashed"):
                 print("  ", verdict.kind, verdict.why[0][:1500])

@@ -1,10 +1,10 @@
-"""diffusers' pipelines as the judge of ours: their own arguments, alone and in pairs, and why the two may part.
+"""Our pipelines against diffusers': their own arguments, alone and in pairs, and where the two may differ.
 
     .venv/bin/python tests/support/pipeline_judge.py        all cases, as benchmarks/results/pipelines.md
     .venv/bin/python tests/support/pipeline_judge.py 500    those of one argument, and 500 of the pairs
 
-A `Case` is a pipeline class and some values of its arguments. `judge` makes the pictures of both, on the same tiny
-weights, and says where they stand:
+A `Case` is a pipeline class and some values of its arguments. `judge` generates with both, on the same tiny weights,
+and compares the images:
 
     agree     both ran, and their images are equal within 1/255, or 0.25/255 where they are not rounded; or both refuse
     differ    both ran, with other images: a row of DIFFERENCES says why
@@ -65,7 +65,7 @@ class Case(NamedTuple):
         return f"{self.pipeline}: {', '.join(f'{name} {value}' for name, value in self.values) or 'nothing else'}"
 
     def has(self, name: str, value: str = "") -> bool:
-        return any(mine == name and value in got for mine, got in self.values)
+        return any(argument == name and value in label for argument, label in self.values)
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -73,7 +73,7 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @functools.cache
-def picture(seed: int = 1) -> Image.Image:
+def image(seed: int = 1) -> Image.Image:
     small = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
@@ -104,7 +104,7 @@ def interrupt(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, A
     return tensors
 
 
-# What is tried of each argument, made anew for each call. B is the number of pictures, W the width of text states.
+# Values to try of each argument, created for each call. B is the number of images, W the width of text states.
 Value = Callable[[int, int], dict[str, Any]]
 VALUES: dict[str, dict[str, Value]] = {
     "prompt": {
@@ -123,9 +123,9 @@ VALUES: dict[str, dict[str, Value]] = {
     "num_images_per_prompt": {"2": lambda B, W: {"num_images_per_prompt": 2}},
     "generator": {"list": lambda B, W: {"generator": [torch.Generator().manual_seed(k) for k in range(B)]}},
     "image": {
-        "list": lambda B, W: {"image": [picture(1), picture(2)]},
-        "array": lambda B, W: {"image": pixels(picture())[None]},
-        "tensor": lambda B, W: {"image": torch.from_numpy(pixels(picture())).movedim(-1, 0)[None]},
+        "list": lambda B, W: {"image": [image(1), image(2)]},
+        "array": lambda B, W: {"image": pixels(image())[None]},
+        "tensor": lambda B, W: {"image": torch.from_numpy(pixels(image())).movedim(-1, 0)[None]},
         "latents": lambda B, W: {"image": noise(1, 4, 8, 8, seed=6) * 0.5},
     },
     "mask_image": {
@@ -167,7 +167,7 @@ VALUES: dict[str, dict[str, Value]] = {
     "negative_aesthetic_score": {"3": lambda B, W: {"negative_aesthetic_score": 3.0}},
     "original_inference_steps": {"20": lambda B, W: {"original_inference_steps": 20}},
     # ip_adapter_image and ip_adapter_image_embeds need an adapter, without which diffusers fails too
-    "ip_adapter_image": {"picture": lambda B, W: {"ip_adapter_image": picture()}},
+    "ip_adapter_image": {"picture": lambda B, W: {"ip_adapter_image": image()}},
     "ip_adapter_image_embeds": {"list": lambda B, W: {"ip_adapter_image_embeds": [noise(2, 1, 8)]}},
 }
 
@@ -232,23 +232,23 @@ DIFFERENCES = [
 @functools.cache
 def pair(pipeline: str) -> tuple[Any, Pipeline]:
     cls, family, name = CLASSES[pipeline]
-    parts = tiny.pipeline(family).components
+    components = tiny.pipeline(family).components
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-    parts["scheduler"] = {
+    components["scheduler"] = {
         "ddim": lambda: diffusers.DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False),
         "euler": lambda: diffusers.EulerDiscreteScheduler(**betas),
         "lcm": diffusers.LCMScheduler,
     }[name]()
     extra = {} if family == "sdxl" else {"requires_safety_checker": False}
     accepted = inspect.signature(cls.__init__).parameters
-    theirs = cls(**{k: v for k, v in parts.items() if k in accepted}, **extra)
+    theirs = cls(**{k: v for k, v in components.items() if k in accepted}, **extra)
     theirs.set_progress_bar_config(disable=True)
     return theirs, Pipeline.from_diffusers(theirs)
 
 
 def parameters(pipeline: str) -> list[str]:
-    found = inspect.signature(CLASSES[pipeline][0].__call__).parameters.values()
-    return [p.name for p in found if p.name != "self" and p.kind is not p.VAR_KEYWORD]
+    parameters = inspect.signature(CLASSES[pipeline][0].__call__).parameters.values()
+    return [p.name for p in parameters if p.name != "self" and p.kind is not p.VAR_KEYWORD]
 
 
 def singles(pipeline: str) -> list[tuple[str, str]]:
@@ -261,17 +261,17 @@ def cases() -> Iterator[Case]:
     for pipeline in CLASSES:
         alone = singles(pipeline)
         yield Case(pipeline)
-        yield from (Case(pipeline, (one,)) for one in alone)
+        yield from (Case(pipeline, (single,)) for single in alone)
         pairable = [(name, value) for name, value in alone if name not in UNSUPPORTED and value not in ("pil", "pt")]
         yield from (Case(pipeline, two) for two in itertools.combinations(pairable, 2) if two[0][0] != two[1][0])
 
 
 def arguments(case: Case) -> dict[str, Any]:
-    """What is passed to both, made anew."""
+    """What is passed to both, created for each call."""
     names = parameters(case.pipeline)
     base = {
         "prompt": "a cat",
-        "image": picture(),
+        "image": image(),
         "mask_image": mask(),
         "num_inference_steps": 3,
         "strength": 0.7,
@@ -281,18 +281,18 @@ def arguments(case: Case) -> dict[str, Any]:
         "height": SIDE,
         "width": SIDE,
     }
-    given = {name: value for name, value in base.items() if name in names}
+    arguments = {name: value for name, value in base.items() if name in names}
     prompts = 2 if case.has("prompt", "list") else 1
-    pictures = prompts * (2 if case.has("num_images_per_prompt") else 1)
+    images = prompts * (2 if case.has("num_images_per_prompt") else 1)
     width = WIDTHS[CLASSES[case.pipeline][1]]
     for name, value in case.values:
-        count = pictures if name in ("generator", "latents") else prompts
-        given |= VALUES[name][value](count, width)
+        count = images if name in ("generator", "latents") else prompts
+        arguments |= VALUES[name][value](count, width)
     if case.has("prompt_embeds") and case.has("prompt"):
-        given["prompt"] = None  # the embeds are as many
+        arguments["prompt"] = None  # the embeds are as many
     if case.has("timesteps") or case.has("sigmas"):
-        given["num_inference_steps"] = 3
-    return given
+        arguments["num_inference_steps"] = 3
+    return arguments
 
 
 @dataclass(frozen=True)
@@ -302,11 +302,11 @@ class Verdict:
 
 
 def images(result: Any) -> np.ndarray:
-    made = result[0] if isinstance(result, tuple) else result.images
-    if isinstance(made, list):
-        made = np.stack([pixels(one) for one in made])
-    made = made.numpy() if isinstance(made, torch.Tensor) else made
-    return np.asarray(made, np.float32)
+    images = result[0] if isinstance(result, tuple) else result.images
+    if isinstance(images, list):
+        images = np.stack([pixels(image) for image in images])
+    images = images.numpy() if isinstance(images, torch.Tensor) else images
+    return np.asarray(images, np.float32)
 
 
 def distance(ours: np.ndarray, theirs: np.ndarray, case: Case) -> float:
@@ -327,7 +327,7 @@ def judge(case: Case) -> Verdict:
     except Exception as error:
         failed = error
     try:
-        got = images(ours(**arguments(case), literal_prompt=True))
+        actual = images(ours(**arguments(case), literal_prompt=True))
     except FastLDMError as error:
         message = str(error)
         if "\n" in message:
@@ -339,11 +339,11 @@ def judge(case: Case) -> Verdict:
         return Verdict("crashed", repr(error))
     if expected is None:
         return Verdict("more", f"{type(failed).__name__} in diffusers")
-    away = distance(got, expected, case)
+    error = distance(actual, expected, case)
     return (
         Verdict("agree")
-        if away <= (1 if case.has("output_type", "pil") else 0.25)
-        else _reason("differ", DIFFERENCES, case, f"{away:.2g}/255")
+        if error <= (1 if case.has("output_type", "pil") else 0.25)
+        else _reason("differ", DIFFERENCES, case, f"{error:.2g}/255")
     )
 
 
@@ -357,22 +357,22 @@ def _reason(kind: str, reasons: list[Reason], case: Case, detail: str) -> Verdic
 KINDS = ("agree", "differ", "refused", "more", "unknown", "crashed")
 
 
-def table(verdicts: dict[Case, Verdict], whole: int) -> str:
-    """Verdicts counted, as Markdown. whole: how many cases there are."""
+def table(verdicts: dict[Case, Verdict], total: int) -> str:
+    """Verdicts counted, as Markdown. total: how many cases there are."""
     lines = [
         "# fastldm beside diffusers' pipelines",
         "",
         f"Every argument of diffusers {diffusers.__version__}'s pipelines alone, and pairs of them, on the tests' tiny "
-        f"models: {len(verdicts)} of {whole} cases. `python tests/support/pipeline_judge.py [NUMBER OF PAIRS]` writes "
+        f"models: {len(verdicts)} of {total} cases. `python tests/support/pipeline_judge.py [NUMBER OF PAIRS]` writes "
         "this, and says what is counted.",
         "",
         f"| pipeline | cases | {' | '.join(KINDS)} |",
         f"|---|{'---|' * (1 + len(KINDS))}",
     ]
     for pipeline in [*CLASSES, "all"]:
-        mine = [v for case, v in verdicts.items() if pipeline in (case.pipeline, "all")]
-        counts = Counter(v.kind for v in mine)
-        lines.append(f"| {pipeline} | {len(mine)} | {' | '.join(str(counts[kind]) for kind in KINDS)} |")
+        rows = [v for case, v in verdicts.items() if pipeline in (case.pipeline, "all")]
+        counts = Counter(v.kind for v in rows)
+        lines.append(f"| {pipeline} | {len(rows)} | {' | '.join(str(counts[kind]) for kind in KINDS)} |")
     for kind in ("differ", "refused", "unknown", "crashed"):
         details = Counter(v.detail for v in verdicts.values() if v.kind == kind)
         if details:
@@ -388,8 +388,8 @@ def main(argv: list[str]) -> None:
     every = list(cases())
     if argv:
         pairs = [case for case in every if len(case.values) == 2]
-        chosen = {*random.Random(0).sample(pairs, min(int(argv[0]), len(pairs)))}
-        every = [case for case in every if len(case.values) < 2 or case in chosen]
+        selected = {*random.Random(0).sample(pairs, min(int(argv[0]), len(pairs)))}
+        every = [case for case in every if len(case.values) < 2 or case in selected]
     verdicts: dict[Case, Verdict] = {}
     for k, case in enumerate(every):
         verdicts[case] = judge(case)

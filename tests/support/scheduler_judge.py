@@ -1,8 +1,8 @@
-"""diffusers' schedulers as the judge of ours: whole trajectories with the same noise, and why the two may part.
+"""Samplers against diffusers' schedulers: full trajectories with the same noise, and where the two may differ.
 
-A `Case` is a scheduler class, its configuration, and how it is run. `judge` says where the two stand. What diffusers
-does as it is comes first; where ours is another result, a row of DIFFERENCES must say why, and how diffusers is asked
-so that it agrees: that is tried. Where ours refuses, a row of REFUSALS must say why.
+A `Case` is a scheduler class, its configuration, and how it is run. `judge` compares the two. diffusers is run as its
+pipelines run it; where ours gives another result, a row of DIFFERENCES must give the reason, and the options with which
+diffusers agrees: it is run again with those. Where ours refuses, a row of REFUSALS must give the reason.
 """
 
 from __future__ import annotations
@@ -43,23 +43,24 @@ MIX = 0.5 * torch.eye(4) + 0.3 * torch.randn(4, 4, generator=torch.Generator().m
 MIXES = {dtype: MIX.to(dtype) for dtype in (torch.float32, torch.float64)}
 
 
-def network(u: Tensor, t: float) -> Tensor:
+def network(model_input: Tensor, t: float) -> Tensor:
     """Stands in for a U-Net: smooth, nonlinear, mixes channels, and depends on the timestep."""
-    return torch.tanh(torch.matmul(MIXES[u.dtype], u.flatten(2)) + math.sin(float(t) / 300)).view_as(u)
+    mixed = torch.matmul(MIXES[model_input.dtype], model_input.flatten(2))
+    return torch.tanh(mixed + math.sin(float(t) / 300)).view_as(model_input)
 
 
 @contextlib.contextmanager
 def fast_diffusers() -> Iterator[None]:
-    """What diffusers does anew in each of ten thousand runs, and always with the same result, is kept or shortened."""
+    """Cache or shorten what diffusers repeats in each of ten thousand runs, always with the same result."""
     keys = staticmethod(lambda cls: {*arguments_of(cls.__init__)})
     with mock.patch.object(ConfigMixin, "_get_init_keys", keys), mock.patch("scipy.integrate.quad", quad):
         yield
 
 
 def quad(f: Callable[[float], Any], low: Any, high: Any, **_: Any) -> tuple[Any]:
-    """The integral of a cubic or less, exactly, by Gauss and Legendre: what LMS asks of scipy, in 2 calls, not 21."""
-    middle, half = (low + high) / 2, (high - low) / 2
-    return ((f(middle - half / 3**0.5) + f(middle + half / 3**0.5)) * half,)
+    """The integral of a cubic or less, exactly, by Gauss and Legendre: what LMS needs of scipy, in 2 calls, not 21."""
+    center, radius = (low + high) / 2, (high - low) / 2
+    return ((f(center - radius / 3**0.5) + f(center + radius / 3**0.5)) * radius,)
 
 
 @functools.cache
@@ -111,21 +112,21 @@ class Case:
         return (self.picture or self.mask) and self.strength < 1
 
     def randomness(self) -> Any:
-        made = [torch.Generator().manual_seed(7 + k) for k in range(max(self.generators, 1))]
-        return made if self.generators else made[0]
+        generators = [torch.Generator().manual_seed(7 + k) for k in range(max(self.generators, 1))]
+        return generators if self.generators else generators[0]
 
-    def given(self) -> tuple[Tensor, Tensor]:
-        """A picture's latents and a mask."""
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """An image's latents and a mask."""
         g = torch.Generator().manual_seed(3)
         return torch.randn(self.batch, *SHAPE, generator=g), torch.rand(self.batch, 1, *SHAPE[1:], generator=g).round()
 
 
 def _lay_out_nothing(scheduler: Any, *_: Any) -> None:
-    """For two-stage schedulers' constructors, which lay out a thousand steps for half a second, to no end."""
+    """For constructors of two-stage schedulers, which take half a second for a thousand steps that nobody uses."""
     scheduler.sigmas = torch.zeros(1)
 
 
-# ---- diffusers, asked in other ways ----
+# ---- diffusers, with other options ----
 
 
 @functools.cache
@@ -173,46 +174,46 @@ class Stride:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """How diffusers is asked; the defaults are what its pipelines do."""
+class DiffusersOptions:
+    """How diffusers' scheduler is run; the defaults are what its pipelines do."""
 
     exact: bool = False  # in float64
     nearest: bool = False  # with the nearest float32 roots
-    begin: int | None = None  # told where to begin
-    last: float | None = None  # the last sigma, as a share of the one before
+    begin: int | None = None  # given where to start
+    last: float | None = None  # the last sigma, as a fraction of the previous
     eta: float | None = None
     zero_snr: bool = False  # on betas rescaled as other classes of diffusers rescale them
     next_level: bool = False  # DDIM and PNDM: each step ends where the next begins
     history: bool = False  # PNDM and LMS: their history begins where they do
-    inside: bool = False  # TCD: set_timesteps is given the strength
-    own_steps: bool = False  # the strength is a share of the caller's timesteps, not of the scheduler's calls
+    inside_strength: bool = False  # TCD: set_timesteps is given the strength
+    own_steps: bool = False  # the strength is a fraction of the caller's timesteps, not of the scheduler's calls
 
-    def __or__(self, options: Mapping[str, Any]) -> Asked:
-        return Asked(**{**vars(self), **options})
-
-
-def lies_inside(case: Case, how: Asked) -> bool:
-    """Whether the scheduler is told the strength, as LCM's pipelines tell it, and not cut."""
-    return (case.name == "LCMScheduler" or how.inside) and not case.custom
+    def __or__(self, options: Mapping[str, Any]) -> DiffusersOptions:
+        return DiffusersOptions(**{**vars(self), **options})
 
 
-def training_bar(case: Case, how: Asked) -> Tensor | None:
+def lies_inside(case: Case, options: DiffusersOptions) -> bool:
+    """Whether the scheduler gets the strength, as LCM's pipelines pass it, and its steps are not cut."""
+    return (case.name == "LCMScheduler" or options.inside_strength) and not case.custom
+
+
+def training_bar(case: Case, options: DiffusersOptions) -> Tensor | None:
     """alphas_cumprod where it is not as the scheduler's constructor makes it."""
-    if how.zero_snr:
+    if options.zero_snr:
         bar = diffusers.DDIMScheduler.from_config({**case.config, "clip_sample": False}).alphas_cumprod
         bar[-1] = 2**-24 if case.on_sigmas else 1e-14
-    elif how.exact:  # from the same float32 alphas_cumprod; sigmas are made of them in float32, and kept so
+    elif options.exact:  # from the same float32 alphas_cumprod; sigmas are made of them in float32, and kept so
         bar = case.scheduler().alphas_cumprod
     else:
         return None
-    return bar.double() if how.exact and not case.on_sigmas else bar
+    return bar.double() if options.exact and not case.on_sigmas else bar
 
 
-def laid_out(case: Case, how: Asked) -> Any:
+def laid_out(case: Case, options: DiffusersOptions) -> Any:
     """diffusers' scheduler with its steps laid out."""
-    with nearest_roots() if how.exact or how.nearest else contextlib.nullcontext():
-        scheduler = case.scheduler(how.exact)
-        bar = training_bar(case, how)
+    with nearest_roots() if options.exact or options.nearest else contextlib.nullcontext():
+        scheduler = case.scheduler(options.exact)
+        bar = training_bar(case, options)
         if bar is not None:
             scheduler.alphas_cumprod = bar
             if not getattr(scheduler.config, "set_alpha_to_one", True):
@@ -220,25 +221,25 @@ def laid_out(case: Case, how: Asked) -> Any:
             if hasattr(scheduler, "lambda_t"):
                 scheduler.alpha_t, scheduler.sigma_t = bar.sqrt(), (1 - bar).sqrt()
                 scheduler.lambda_t = scheduler.alpha_t.log() - scheduler.sigma_t.log()
-        strength = {"strength": case.strength} if lies_inside(case, how) else {}
+        strength = {"strength": case.strength} if lies_inside(case, options) else {}
         scheduler.set_timesteps(**(case.custom or {"num_inference_steps": case.steps}), **strength)
-    if how.last is not None:
-        scheduler.sigmas[-1] = how.last * scheduler.sigmas[-2]
+    if options.last is not None:
+        scheduler.sigmas[-1] = options.last * scheduler.sigmas[-2]
     return scheduler
 
 
-def diffusers_run(case: Case, how: Asked = Asked()) -> tuple[Tensor, Any]:
+def diffusers_run(case: Case, options: DiffusersOptions = DiffusersOptions()) -> tuple[Tensor, Any]:
     """What diffusers' pipelines do with a scheduler: latents and generators."""
-    dtype, scheduler = torch.float64 if how.exact else torch.float32, laid_out(case, how)
-    g, (init, mask), begin, skipped = case.randomness(), case.given(), how.begin, 0
-    if (case.picture or case.mask) and not lies_inside(case, how):
-        steps = len(scheduler.timesteps) if case.custom and not how.own_steps else case.steps
+    dtype, scheduler = torch.float64 if options.exact else torch.float32, laid_out(case, options)
+    g, (init, mask), begin, skipped = case.randomness(), case.inputs(), options.begin, 0
+    if (case.picture or case.mask) and not lies_inside(case, options):
+        steps = len(scheduler.timesteps) if case.custom and not options.own_steps else case.steps
         skipped = max(steps - min(int(steps * case.strength), steps), 0)
         begin = skipped * scheduler.order
     timesteps = scheduler.timesteps[begin or 0 :] if skipped else scheduler.timesteps
     if begin is not None and hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin)
-    if how.history and case.name == "PNDMScheduler" and skipped:
+    if options.history and case.name == "PNDMScheduler" and skipped:
         own = [scheduler.timesteps[0], *scheduler.timesteps[2:]][skipped:]
         timesteps = torch.stack([*own[:2], *own[1:]])
     noise = diffusers.utils.torch_utils.randn_tensor((case.batch, *SHAPE), generator=g).to(dtype)
@@ -247,23 +248,23 @@ def diffusers_run(case: Case, how: Asked = Asked()) -> tuple[Tensor, Any]:
     else:
         x = noise * scheduler.init_noise_sigma
     takes = arguments_of(type(scheduler).step)
-    extra = {"generator": g, "eta": case.eta if how.eta is None else how.eta}
+    extra = {"generator": g, "eta": case.eta if options.eta is None else options.eta}
     extra = {key: value for key, value in extra.items() if key in takes}
-    strides = [int(a - b) for a, b in zip(timesteps, [*timesteps[1:], -1], strict=True)] if how.next_level else []
-    if how.next_level and case.name == "PNDMScheduler" and len(strides) > 2:
+    strides = [int(a - b) for a, b in zip(timesteps, [*timesteps[1:], -1], strict=True)] if options.next_level else []
+    if options.next_level and case.name == "PNDMScheduler" and len(strides) > 2:
         strides[1] = strides[0]  # the second call comes from where the first came from
     for i, t in enumerate(timesteps):
-        if how.next_level:
+        if options.next_level:
             scheduler.num_inference_steps = Stride(strides[i])
-        if how.history and case.name == "LMSDiscreteScheduler":
+        if options.history and case.name == "LMSDiscreteScheduler":
             extra["order"] = min(i + 1, 4)
         out = network(scheduler.scale_model_input(x, t), t)
         x = scheduler.step(out, t, x, **extra, return_dict=False)[0]
         if case.mask:
-            proper = init.to(dtype)
+            original = init.to(dtype)
             if i < len(timesteps) - 1:
-                proper = scheduler.add_noise(proper, noise, torch.tensor([timesteps[i + 1]]))
-            x = (1 - mask) * proper + mask * x
+                original = scheduler.add_noise(original, noise, torch.tensor([timesteps[i + 1]]))
+            x = (1 - mask) * original + mask * x
     return x, g
 
 
@@ -279,7 +280,7 @@ def draw_noise(table: StepTable, case: Case, generators: Any) -> tuple[Tensor, l
 
 
 def our_run(case: Case) -> tuple[Tensor, Any]:
-    table, g, (init, mask) = case.table(), case.randomness(), case.given()
+    table, g, (init, mask) = case.table(), case.randomness(), case.inputs()
     noise, noises = draw_noise(table, case, g)
     x = noise * table.init_noise_sigma
     if case.picture or (case.mask and case.strength < 1):
@@ -291,18 +292,18 @@ def our_run(case: Case) -> tuple[Tensor, Any]:
 
 def exact_table(case: Case) -> tuple[StepTable, list[SolverRow], np.ndarray]:
     """The table, the rows it is made of, and its numbers in float64, not yet rounded."""
-    kept: list[Any] = []
+    packed: list[Any] = []
     pack = schedule._pack
-    with mock.patch.object(schedule, "_pack", lambda rows: kept.append((rows, pack(rows))) or kept[0][1]):
+    with mock.patch.object(schedule, "_pack", lambda rows: packed.append((rows, pack(rows))) or packed[0][1]):
         table = case.table()
-    return table, *kept[0]
+    return table, *packed[0]
 
 
 def our_exact_run(case: Case) -> Tensor:
     """A run in float64, with a table that is not rounded to float32."""
     table, rows, numbers = exact_table(case)
     noise, noises = draw_noise(table, case, case.randomness())
-    noise, (init, mask) = noise.double(), case.given()
+    noise, (init, mask) = noise.double(), case.inputs()
     x, history = noise * table.init_noise_sigma, ()
     if case.picture or (case.mask and case.strength < 1):
         x = rows[0].level[0] * init + rows[0].level[1] * noise
@@ -315,16 +316,16 @@ def our_exact_run(case: Case) -> Tensor:
     return x
 
 
-def error(got: Tensor, wanted: Tensor) -> float:
-    return float((got.double() - wanted.double()).abs().max() / wanted.double().abs().max())
+def error(got: Tensor, expected: Tensor) -> float:
+    return float((got.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
-# ---- why they part ----
+# ---- where they differ, and why ----
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Where ours is another result than diffusers': why, where, and how diffusers is asked for the same."""
+    """Where our result differs from diffusers': the reason, the cases, and the options with which diffusers agrees."""
 
     name: str
     reason: str
@@ -334,7 +335,7 @@ class Difference:
 
 def hangs_on_a_root(case: Case) -> bool:
     """Whether torch's square roots, one unit in the last place off, change diffusers' timesteps by a whole one."""
-    as_it_is, nearest = (laid_out(case, Asked(nearest=n)).timesteps.double() for n in (False, True))
+    as_it_is, nearest = (laid_out(case, DiffusersOptions(nearest=n)).timesteps.double() for n in (False, True))
     return len(as_it_is) != len(nearest) or bool((as_it_is - nearest).abs().max() >= 1)
 
 
@@ -371,7 +372,7 @@ RIGHT = (  # where diffusers' result is wrong: all that hold are asked for toget
         "TCDScheduler lays its steps inside the strength, if told, as LCM's does; diffusers' pipelines tell LCM alone, "
         "and cut TCD's. Ours lays both inside.",
         lambda case, table: case.name == "TCDScheduler" and case.started and not case.custom,
-        {"inside": True},
+        {"inside_strength": True},
     ),
     Difference(
         "strength of the caller's timesteps",
@@ -566,16 +567,16 @@ def judge(case: Case) -> Verdict:
         return Verdict("crashed", (f"{case}: {crash!r}",))
     table, complaint = case.table(), f"{case}:"
     right = [d for d in RIGHT if d.where(case, table)]
-    how, names = Asked(), []
+    options, names = DiffusersOptions(), []
     for attempt in (None, right, *([d] for d in NUMBERS)):
         if attempt is not None:
             if not attempt or not all(d.where(case, table) for d in attempt):
                 continue
             for difference in attempt:
-                how |= difference.options
+                options |= difference.options
             names += [d.name for d in attempt]
         try:
-            theirs, their_generators = diffusers_run(case, how)
+            theirs, their_generators = diffusers_run(case, options)
             off = error(ours, theirs)
         except Exception as raised:
             complaint += f" {names}: {raised!r};"
@@ -588,7 +589,7 @@ def judge(case: Case) -> Verdict:
             return Verdict("unknown", (f"{case}: as much noise was not drawn",))
         agrees = same and off < PARITY
         complaint += f" {names}: {off:.1e};"
-        if not agrees and how.exact:  # float32 latents may hold neither result: then both in float64
+        if not agrees and options.exact:  # float32 latents may hold neither result: then both in float64
             off = error(our_exact_run(case), theirs)
             agrees = same and off < PARITY / 10
             complaint += f" both in float64: {off:.1e};"
@@ -599,16 +600,16 @@ def judge(case: Case) -> Verdict:
 
 
 def _judge_refusal(case: Case, message: str) -> Verdict:
-    found = next((r for r in REFUSALS if re.search(r.message, message)), None)
-    if found is None:
+    refusal = next((r for r in REFUSALS if re.search(r.message, message)), None)
+    if refusal is None:
         return Verdict("unknown", (f"{case}: refused: {message}",))
-    if not found.diffusers_runs:
+    if not refusal.diffusers_runs:
         try:
             if diffusers_run(case)[0].isfinite().all():
                 return Verdict("unknown", (f"{case}: diffusers runs what is refused: {message}",))
         except Exception:
             pass
-    return Verdict("refused", (found.name,))
+    return Verdict("refused", (refusal.name,))
 
 
 def _listed(generators: Any) -> list[torch.Generator]:

@@ -12,19 +12,19 @@ from fastldm import Pipeline
 
 
 def tiny_pipeline(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Pipeline:
-    """Seeded random weights, 64x64 pixels of 8x8 latents; made without diffusers, which a GPU's machine may lack."""
+    """Seeded random weights, 64x64 pixels of 8x8 latents; built without diffusers, which a GPU's machine may lack."""
     pipe = ladder.pipeline(ladder.MODELS["tiny"], torch.device(device), dtype)
-    picture = pipe("a cat", num_inference_steps=1, seed=0, output_type="np").images
-    assert picture.std() > 0.05, "a flat picture would agree with anything"  # type: ignore[union-attr]
+    image = pipe("a cat", num_inference_steps=1, seed=0, output_type="np").images
+    assert image.std() > 0.05, "a flat image would agree with anything"  # type: ignore[union-attr]
     return pipe
 
 
 def options(seed: int = 0, steps: int = 2, **more: Any) -> dict[str, Any]:
-    given = {"prompt": "a cat", "seed": seed, "num_inference_steps": steps, "sampler": "ddim", "output_type": "np"}
-    return given | more
+    defaults = {"prompt": "a cat", "seed": seed, "num_inference_steps": steps, "sampler": "ddim", "output_type": "np"}
+    return defaults | more
 
 
-def same(one: Any, other: Any) -> None:
+def same(actual: Any, expected: Any) -> None:
     """But for the order of sums: float32 rounding through some steps of a random network."""
-    assert one.shape == other.shape
-    assert np.abs(one - other).max() < 2e-5
+    assert actual.shape == expected.shape
+    assert np.abs(actual - expected).max() < 2e-5

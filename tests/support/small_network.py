@@ -17,13 +17,13 @@ HEIGHT, WIDTH = Axis("height", 4, 8, 16, 2), Axis("width", 4, 8, 16, 2)
 
 
 def spec(dtype: Any = "float32") -> NetworkSpec:
-    tall, wide = (Axis(a.name, 2 * a.least, 2 * a.best, 2 * a.most, 2 * a.multiple_of) for a in (HEIGHT, WIDTH))
+    height, width = (Axis(a.name, 2 * a.least, 2 * a.best, 2 * a.most, 2 * a.multiple_of) for a in (HEIGHT, WIDTH))
     inputs = (
         Port("sample", dtype, (BATCH, 4, HEIGHT, WIDTH)),
         Port("timestep", "float32", (BATCH,), 1000),
         Port("encoder_hidden_states", dtype, (BATCH, TOKENS, 12)),
     )
-    return NetworkSpec("unet", inputs, (Port("out_sample", dtype, (BATCH, 3, tall, wide)),))
+    return NetworkSpec("unet", inputs, (Port("out_sample", dtype, (BATCH, 3, height, width)),))
 
 
 class Tiny(nn.Module):
@@ -37,11 +37,11 @@ class Tiny(nn.Module):
         x = F.silu(self.norm(self.conv(sample) + time))  # (B, 16, h, w)
         rows, channels, height, width = x.shape
         q, k, v = (
-            one.unflatten(2, (2, 8)).transpose(1, 2)
-            for one in (self.q(x.flatten(2).transpose(1, 2)), *self.kv(encoder_hidden_states).chunk(2, dim=2))
+            tokens.unflatten(2, (2, 8)).transpose(1, 2)
+            for tokens in (self.q(x.flatten(2).transpose(1, 2)), *self.kv(encoder_hidden_states).chunk(2, dim=2))
         )
-        seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, hw, 16)
-        x = x + seen.transpose(1, 2).reshape(rows, channels, height, width)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, hw, 16)
+        x = x + attended.transpose(1, 2).reshape(rows, channels, height, width)
         return self.out(F.gelu(F.interpolate(x, scale_factor=2.0)))
 
 
@@ -49,7 +49,7 @@ def exported(network: nn.Module, folder: Path, dtype: str = "float32", opset: in
     pytest.importorskip("onnx", reason="exporting needs onnx: pip install 'fastldm[onnx]'")
     pytest.importorskip("onnxscript", reason="exporting needs onnxscript: pip install 'fastldm[onnx]'")
     batch, tokens = torch.export.Dim("batch", min=1, max=4), torch.export.Dim("tokens", min=1, max=20)
-    tall, wide = (2 * torch.export.Dim(name, min=2, max=8) for name in ("tall", "wide"))
+    height, width = (2 * torch.export.Dim(name, min=2, max=8) for name in ("height", "width"))
     inputs = sample(spec(dtype))
     program = torch.onnx.export(
         network,
@@ -58,7 +58,7 @@ def exported(network: nn.Module, folder: Path, dtype: str = "float32", opset: in
         opset_version=opset,
         input_names=list(inputs),
         output_names=["out_sample"],
-        dynamic_shapes=({0: batch, 2: tall, 3: wide}, {0: batch}, {0: batch, 1: tokens}),
+        dynamic_shapes=({0: batch, 2: height, 3: width}, {0: batch}, {0: batch, 1: tokens}),
         verbose=False,
     )
     assert program is not None

@@ -1,9 +1,9 @@
-"""Tiny seeded models of every family, as diffusers and transformers build them: the judges of ours. No network needed.
+"""Tiny seeded models of every family, as diffusers and transformers build them. No network connection is needed.
 
 tiny.unet("sdxl")                    a diffusers U-Net, of any name in UNETS
 tiny.vae(), tiny.tiny_vae()          its autoencoders
 tiny.text_encoder("bigg")            a transformers text encoder
-tiny.pipeline("sd2-v")               a whole diffusers pipeline, of any name in FAMILIES
+tiny.pipeline("sd2-v")               a diffusers pipeline, of any name in FAMILIES
 tiny.save_pipeline("sd1", folder)    the same as a folder on disk
 """
 
@@ -28,8 +28,8 @@ VOCABULARY = 1000  # tokens: all bytes, 486 merges, and the two special ones
 
 
 def peer(package: str) -> Any:
-    """A package that judges, imported when a test first needs it, which skips where the package is missing."""
-    reason = f"{package}, which judges here, is not installed"
+    """A package to compare with, imported when a test first needs it; the test is skipped where it is missing."""
+    reason = f"{package}, which this is compared with, is not installed"
     return pytest.importorskip(package, reason=reason, exc_type=ImportError)
 
 
@@ -233,7 +233,7 @@ def pipeline(family: str, seed: int = 0, **replaced: Any) -> DiffusionPipeline:
     """
     sd2 = UNETS[family].get("use_linear_projection", False)
     xl = "addition_embed_type" in UNETS[family]
-    parts: dict[str, Any] = {
+    components: dict[str, Any] = {
         "unet": unet(family, seed),
         "vae": vae(family, seed + 1),
         "text_encoder": text_encoder("h" if sd2 and not xl else "l", seed + 2),
@@ -241,11 +241,11 @@ def pipeline(family: str, seed: int = 0, **replaced: Any) -> DiffusionPipeline:
         "scheduler": scheduler(family),
     }
     if xl:
-        parts |= {"text_encoder_2": text_encoder("bigg", seed + 3), "tokenizer_2": tokenizer("!")}
-        return peer("diffusers").StableDiffusionXLPipeline(**{**parts, **replaced})
-    parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        components |= {"text_encoder_2": text_encoder("bigg", seed + 3), "tokenizer_2": tokenizer("!")}
+        return peer("diffusers").StableDiffusionXLPipeline(**{**components, **replaced})
+    components |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     names = {"sd1-inpaint": "StableDiffusionInpaintPipeline", "lcm": "LatentConsistencyModelPipeline"}
-    return getattr(peer("diffusers"), names.get(family, "StableDiffusionPipeline"))(**{**parts, **replaced})
+    return getattr(peer("diffusers"), names.get(family, "StableDiffusionPipeline"))(**{**components, **replaced})
 
 
 def save_pipeline(family: str, folder: Path, seed: int = 0, **options: Any) -> Path:
