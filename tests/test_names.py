@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from scheduler_judge import (
-    SD,
-)
+from scheduler_runs import SD
 
 from fastldm.errors import InputError
 from fastldm.samplers.names import SAMPLERS, resolve_sampler

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 from peer_schedulers import CUSTOM, KINDS, RESULTS, cases, choices, judged, pairs
-from scheduler_judge import DIFFERENCES, REFUSALS, Case, Verdict
+from scheduler_judge import DIFFERENCES, REFUSALS, Verdict
+from scheduler_runs import Case
 
 from fastldm.samplers.classes import CLASSES
 

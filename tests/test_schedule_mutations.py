@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 from exact_noise import lead
 from samplers_from_source import Edit, samplers_with
-from scheduler_judge import SD
+from scheduler_runs import SD
 
 from fastldm.errors import InputError
 

@@ -12,18 +12,16 @@ import numpy as np
 import pytest
 from exact_noise import lead
 from samplers_from_source import Edit, samplers_with
-from scheduler_judge import (
-    NUMBERS,
+from scheduler_judge import NUMBERS, Difference, judge
+from scheduler_runs import (
     PARITY,
     SD,
     Case,
-    Difference,
     DiffusersOptions,
     diffusers_run,
     error,
     exact_table,
     fast_diffusers,
-    judge,
     our_run,
 )
 

@@ -11,7 +11,8 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from scheduler_judge import SD, Case, judge, nearest_roots
+from scheduler_judge import judge
+from scheduler_runs import SD, Case, nearest_roots
 
 from fastldm.errors import InputError
 from fastldm.samplers import spacing

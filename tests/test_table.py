@@ -9,9 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scheduler_judge import (
-    SD,
-)
+from scheduler_runs import SD
 
 from fastldm.errors import InputError
 from fastldm.kernels import step as step_kernel

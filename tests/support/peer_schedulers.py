@@ -26,7 +26,8 @@ import numpy as np
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from scheduler_judge import DIFFERENCES, REFUSALS, SD, Case, Verdict, arguments_of, fast_diffusers, judge
+from scheduler_judge import DIFFERENCES, REFUSALS, Verdict, judge
+from scheduler_runs import SD, Case, arguments_of, fast_diffusers
 
 from fastldm.samplers.classes import CLASSES
 
