@@ -23,24 +23,24 @@ MARGIN, TEXT, LINE, GAP, PITCH = 12, 780, 17, 12, 24  # in pixels
 
 
 def seen() -> set[tuple[int, int]]:
-    """(A floor, another one that a module on it imports from), by their numbers from the top."""
-    pairs = {(floor(name), floor(other)) for name in MODULES for other in imports(name)}
-    return {(one, other) for one, other in pairs if one != other and one >= 0}
+    """(A floor, another floor that a module on it imports from), by their numbers from the top."""
+    pairs = {(floor(name), floor(imported)) for name in MODULES for imported in imports(name)}
+    return {(upper, lower) for upper, lower in pairs if upper != lower and upper >= 0}
 
 
 def lines_of(number: int) -> list[str]:
     """The text of a box: what the floor is, then its modules."""
-    rooms = FLOORS[number]
-    inside = [name for name in MODULES if floor(name) == number]
-    packages = [room for room in rooms if any(name.startswith(f"{room}.") for name in inside)]
+    top = FLOORS[number]
+    names = [name for name in MODULES if floor(name) == number]
+    packages = [package for package in top if any(name.startswith(f"{package}.") for name in names)]
     if number == len(FLOORS) - 1:
-        title, about = "basement", "What all of them share"
+        title, text = "basement", "What all of them share"
     else:
-        title = ", ".join(f"{room}/" if room in packages else room for room in rooms)
-        about = (ast.get_docstring(MODULES[rooms[-1]]) or "").split("\n\n")[0].replace("\n", " ").partition(". ")[0]
-        inside = [name for name in inside if name not in rooms]
-    modules = ", ".join(sorted(name.partition(".")[2] or name for name in inside))
-    return [title, about.rstrip(".:"), *textwrap.wrap(modules, width=118)]
+        title = ", ".join(f"{name}/" if name in packages else name for name in top)
+        text = (ast.get_docstring(MODULES[top[-1]]) or "").split("\n\n")[0].replace("\n", " ").partition(". ")[0]
+        names = [name for name in names if name not in top]
+    modules = ", ".join(sorted(name.partition(".")[2] or name for name in names))
+    return [title, text.rstrip(".:"), *textwrap.wrap(modules, width=118)]
 
 
 def svg() -> str:
@@ -65,13 +65,13 @@ def svg() -> str:
 
 
 def box(lines: list[str], top: int, bottom: int, width: int) -> str:
-    title, about, *modules = map(escape, lines)
+    title, text, *modules = map(escape, lines)
     return "\n".join(
         [
             f'<rect x="{MARGIN}" y="{top}" width="{width - 2 * MARGIN}" height="{bottom - top}" rx="5" '
             'fill="#eef3f8" stroke="#7a8fa6"/>',
             f'<text x="{MARGIN + 10}" y="{top + 18}"><tspan font-weight="bold" font-size="14">{title}</tspan>'
-            f'<tspan dx="12" fill="#345">{about}</tspan></text>',
+            f'<tspan dx="12" fill="#345">{text}</tspan></text>',
             *(
                 f'<text x="{MARGIN + 10}" y="{top + 18 + LINE * k}" fill="#667">{line}</text>'
                 for k, line in enumerate(modules, 1)
@@ -83,15 +83,15 @@ def box(lines: list[str], top: int, bottom: int, width: int) -> str:
 def arrows(number: int, spans: list[tuple[int, int]]) -> str:
     """From a floor down to each that it sees, in a column of its own; what goes up is red."""
     x, y = MARGIN + TEXT + PITCH * number + PITCH // 2, spans[number][0] + 14
-    others = sorted(other for one, other in seen() if one == number)
-    out = [f'<circle cx="{x}" cy="{y}" r="4" fill="#245"/>'] if others else []
+    targets = sorted(target for source, target in seen() if source == number)
+    out = [f'<circle cx="{x}" cy="{y}" r="4" fill="#245"/>'] if targets else []
     for group, edge, tip, colour in (
-        ([other for other in others if other > number], 0, -8, "#245"),
-        ([other for other in reversed(others) if other < number], 1, 8, "#c22"),
+        ([target for target in targets if target > number], 0, -8, "#245"),
+        ([target for target in reversed(targets) if target < number], 1, 8, "#c22"),
     ):
         if group:
             out.append(f'<path d="M{x} {y}V{spans[group[-1]][edge] + tip}" stroke="{colour}" fill="none"/>')
-        out += [f'<path d="M{x - 5} {spans[other][edge] + tip}h10l-5 {-tip}z" fill="{colour}"/>' for other in group]
+        out += [f'<path d="M{x - 5} {spans[target][edge] + tip}h10l-5 {-tip}z" fill="{colour}"/>' for target in group]
     return "\n".join(out)
 
 

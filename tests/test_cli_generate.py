@@ -143,7 +143,7 @@ def test_image_to_image_and_inpainting_write_images(model: str) -> None:
 
 
 def test_mistakes_found_by_the_loaded_model(model: str) -> None:
-    for arguments, says in [
+    for arguments, message in [
         (("--size", "60x64"), "width is 60: expected a multiple of 8"),
         (("--sampler", "eulr"), "did you mean"),
         (("--init-image", "missing.png"), "there is no file 'missing.png'"),
@@ -151,7 +151,7 @@ def test_mistakes_found_by_the_loaded_model(model: str) -> None:
     ]:
         done = generate(model, *arguments)
         assert done.exit_code == 2, done.output
-        assert says in done.output.lower() or says in done.output
+        assert message in done.stderr.lower() or message in done.stderr
         assert done.stderr.count("\n") == 1, "one line"
         assert done.stdout == ""
 

@@ -20,9 +20,9 @@ def shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
     """Those that would have been timed."""
     shapes: dict[Any, Any] = {}
 
-    def timed(found: tune.Shapes, *, on_done: Any) -> dict[str, Any]:
-        shapes.update(found)
-        for op, shape in found:
+    def timed(selected: tune.Shapes, *, on_done: Any) -> dict[str, Any]:
+        shapes.update(selected)
+        for op, shape in selected:
             on_done(op, shape, ENTRY)
         return {"sm_90": {"geglu": {"c640": ENTRY}}}
 
@@ -34,13 +34,13 @@ def shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
 
 def test_entries_are_merged_into_the_file(tmp_path: Path, shapes: dict[Any, Any]) -> None:
     existing = {"sm_90": {"geglu": {"c320": {**ENTRY, "us": 2.5}}}, "sm_80": {}}
-    Path("mine.json").write_text(json.dumps(existing))
-    done = run("tune", "-o", "mine.json", "--size", "32x64", "--n", "2", "--dtype", "bfloat16")
+    Path("own.json").write_text(json.dumps(existing))
+    done = run("tune", "-o", "own.json", "--size", "32x64", "--n", "2", "--dtype", "bfloat16")
     assert done.exit_code == 0, done.output
-    assert done.stdout == "mine.json: 1 entries; use them with FASTLDM_TUNED=mine.json\n"
-    table = json.loads(Path("mine.json").read_text())
+    assert done.stdout == "own.json: 1 entries; use them with FASTLDM_TUNED=own.json\n"
+    table = json.loads(Path("own.json").read_text())
     assert table["sm_90"]["geglu"] == {"c320": {**ENTRY, "us": 2.5}, "c640": ENTRY}
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["own.json"]
     tensors = [x for args, kwargs in shapes.values() for x in (*args, *kwargs.values()) if torch.is_tensor(x)]
     assert {x.dtype for x in tensors if x.is_floating_point()} >= {torch.bfloat16}
 

@@ -1,4 +1,4 @@
-"""Adopted pipelines beside the diffusers pipelines that they share weights with."""
+"""Adopted pipelines against the diffusers pipelines that they share weights with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a sampler leads a network that knows the picture."""
+"""Where a sampler ends with a network that predicts the exact noise."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from fastldm.samplers.table import COLUMNS, make_table
 
 
 def lead(config: ScheduleConfig, steps: int, make_table: Any = make_table, **options: Any) -> float:
-    """How far from its picture a sampler ends if the network says the noise exactly.
+    """How far from the image a sampler ends if the network predicts the noise exactly.
 
     Every consistent method is exact then, from wherever it starts, in however few steps. Where nothing is drawn, the
-    noise is that of the start; else what is in the latent beside the picture, at the timestep that the network is told.
+    noise is that of the start; else what is in the latent beside the image, at the timestep that the network gets.
     """
     table = make_table(config, steps, **options)
     bar = spacing.alphas_cumprod(config).astype(np.float64)
     bar[-1] = max(bar[-1], 2**-24)
     levels = np.log((1 - bar) / bar)
     rng = np.random.default_rng(0)
-    picture, noise = rng.standard_normal((2, 50))
-    x = table.start[0] * picture + table.start[1] * noise
+    image, noise = rng.standard_normal((2, 50))
+    x = table.start[0] * image + table.start[1] * noise
     y, history = np.zeros_like(x), [np.zeros_like(x)] * 4
     for t, numbers in zip(table.timesteps, table.rows.astype(np.float64), strict=True):
         row = dict(zip(COLUMNS, numbers, strict=True))
         alpha = 1 / np.sqrt(1 + np.exp(np.interp(t, np.arange(len(bar)), levels)))
-        sigma, u = np.sqrt(1 - alpha**2), row["c_in"] * x
-        output = (u - alpha * picture) / sigma if any(table.draws) else noise
+        sigma, model_input = np.sqrt(1 - alpha**2), row["c_in"] * x
+        output = (model_input - alpha * image) / sigma if any(table.draws) else noise
         if config.prediction_type == "v_prediction":
-            output = alpha * output - sigma * picture
+            output = alpha * output - sigma * image
         history = [row["p"] * x + row["q"] * output, *history[:3]]
         x, y = (
             row[a] * x + row[b] * y + sum(row[f"{h}{k}"] * m for k, m in enumerate(history)) + noisy
@@ -40,4 +40,4 @@ def lead(config: ScheduleConfig, steps: int, make_table: Any = make_table, **opt
                 ("e", "e1", "f", 0.0),
             )
         )
-    return float(np.abs(x - picture).max())
+    return float(np.abs(x - image).max())

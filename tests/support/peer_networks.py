@@ -33,7 +33,7 @@ def judge(name: str) -> UNet2DConditionModel:
 
 
 def unet_of(theirs: UNet2DConditionModel) -> UNet:
-    """Our U-Net, built on meta, with the judge's own weights."""
+    """Our U-Net, built on meta, with the same weights."""
     with torch.device("meta"):
         ours = UNet(UNetConfig.from_dict(theirs.config))
     return give(ours, theirs.state_dict())
@@ -58,16 +58,16 @@ def inputs(theirs: UNet2DConditionModel, height: int = 8, width: int = 8, seed: 
     g = torch.Generator().manual_seed(seed)
     config = theirs.config
     context = config.cross_attention_dim
-    given = {
+    arguments = {
         "sample": torch.randn(2, config.in_channels, height, width, generator=g),
         "timestep": torch.tensor([999, 20 + seed]),
         "encoder_hidden_states": torch.randn(2, 11, context, generator=g),
     }
     if config.addition_embed_type:
         sizes = torch.randint(0, 2048, (2, 6), generator=g).float()
-        given["added_cond_kwargs"] = {"text_embeds": torch.randn(2, 24, generator=g), "time_ids": sizes}
+        arguments["added_cond_kwargs"] = {"text_embeds": torch.randn(2, 24, generator=g), "time_ids": sizes}
     if config.time_cond_proj_dim:
         scale = torch.tensor([8.5, 2.0])  # a guidance scale of 8.5 enters the embedding as 7.5
         embed = LatentConsistencyModelPipeline.get_guidance_scale_embedding
-        given["timestep_cond"] = embed(None, scale - 1, embedding_dim=config.time_cond_proj_dim)
-    return given
+        arguments["timestep_cond"] = embed(None, scale - 1, embedding_dim=config.time_cond_proj_dim)
+    return arguments

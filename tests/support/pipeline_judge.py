@@ -7,11 +7,11 @@ A `Case` is a pipeline class and some values of its arguments. `judge` generates
 and compares the images:
 
     agree     both ran, and their images are equal within 1/255, or 0.25/255 where they are not rounded; or both refuse
-    differ    both ran, with other images: a row of DIFFERENCES says why
-    refused   ours says in one line that it does not, theirs ran: a row of REFUSALS says why
+    differ    both ran, with other images: a row of DIFFERENCES gives the reason
+    refused   ours refuses in one line, theirs ran: a row of REFUSALS gives the reason
     more      ours ran where theirs fails
-    unknown   it differs or is refused, and no row says why
-    crashed   ours raised what is no error of fastldm's, or an error of several lines
+    unknown   it differs or is refused, and no row gives a reason
+    crashed   ours raised an error that is not fastldm's, or one of several lines
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ class Reason(NamedTuple):
 
     why: str
     holds: Callable[[Case], bool]
-    message: str = ""  # of a refusal: what it says
+    message: str = ""  # a regular expression of a refusal
 
 
 REFUSALS = [
