@@ -1,11 +1,11 @@
-"""Compiles every kernel for every GPU that is supported, at the shapes of SD1.5, SDXL, their VAE and CLIP, and tables
-what each takes. Needs no GPU.
+"""Compiles every kernel for every supported GPU, at the shapes of SD1.5, SDXL, their VAE and CLIP, and writes a table
+of their resources. Needs no GPU.
 
     python -m benchmarks.aot                     writes benchmarks/results/aot.md and aot.json
     python -m benchmarks.aot --arch 90 --op attention
 
-A row is one kernel in one configuration: registers a thread, bytes of stack (what spills goes there), shared memory.
-Exits with 1 if a kernel spills, or takes more shared memory than the chip has.
+A row is a kernel in a configuration: registers a thread, bytes of stack (for spilled registers), shared memory. Exits
+with 1 if a kernel spills, or takes more shared memory than the GPU has.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def compile_all(arch: int, workload: str, dtype: str, op: str | None) -> list[dict[str, Any]]:
-    """What a workload launches on sm_`arch`, by default and where every op takes its kernel, compiled."""
-    # Watched first, on the torch path: what is compiled is then what one op launches, and no op inside another.
-    wanted = [] if op is None else [call for call in calls(workload, DTYPES[dtype]) if call.op == op]
+    """Compile the kernels of a workload on sm_`arch`, by default and where every op takes its kernel."""
+    # Calls are observed on the torch path first, so that only the kernels of `op` are compiled, and not those of ops
+    # that it calls.
+    selected = [] if op is None else [call for call in calls(workload, DTYPES[dtype]) if call.op == op]
     ahead = Ahead(arch)
     with dispatch.targeting(ahead):
         if op is None:
@@ -43,7 +44,7 @@ def compile_all(arch: int, workload: str, dtype: str, op: str | None) -> list[di
         with dispatch.use("triton"):
             if op is None:
                 WORKLOADS[workload](DTYPES[dtype])
-            for call in wanted:
+            for call in selected:
                 args, kwargs = call.arguments("meta")
                 dispatch.OPS[call.op](*args, **kwargs)
     return [row(compiled, dtype) for compiled in ahead.compiled.values()]
@@ -71,19 +72,19 @@ def resources(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        said = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    used = re.search(r"REG:(\d+) STACK:(\d+)", said.stdout)
-    assert used is not None, said.stdout
+        output = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    used = re.search(r"REG:(\d+) STACK:(\d+)", output.stdout)
+    assert used is not None, output.stdout
     return int(used[1]), int(used[2])
 
 
 def render(rows: Iterable[dict[str, Any]]) -> str:
-    """One line a kernel, configuration and dtype; registers / shared KiB of each architecture side by side."""
+    """A line for each kernel, configuration and dtype, with registers / shared KiB on each architecture."""
     lines: dict[tuple[str, str, str], dict[int, str]] = {}
-    for one in rows:
-        constants = " ".join(f"{name}={value}" for name, value in one["constants"].items())
-        cell = f"{one['registers']} / {one['shared'] / 1024:.0f}" + (f" **spills {one['stack']}**" * (one["stack"] > 0))
-        lines.setdefault((one["kernel"], one["dtype"], constants), {})[one["arch"]] = cell
+    for row in rows:
+        constants = " ".join(f"{name}={value}" for name, value in row["constants"].items())
+        cell = f"{row['registers']} / {row['shared'] / 1024:.0f}" + (f" **spills {row['stack']}**" * (row["stack"] > 0))
+        lines.setdefault((row["kernel"], row["dtype"], constants), {})[row["arch"]] = cell
     table = [
         "# Every shipped kernel, compiled ahead of time",
         "",
@@ -103,7 +104,7 @@ def render(rows: Iterable[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, choices=ARCHS, action="append", help="only this one; may be repeated")
-    parser.add_argument("--op", help="only this op, such as attention; prints and writes no file")
+    parser.add_argument("--op", help="only this op, such as attention; prints the table and writes no file")
     parser.add_argument("--workload", choices=WORKLOADS, action="append", help="only this one; may be repeated")
     parser.add_argument("--dtype", choices=DTYPES, action="append")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the table")
@@ -118,20 +119,20 @@ def main() -> None:
         for dtype in args.dtype or DTYPES
     ]
     with ProcessPoolExecutor(args.jobs) as pool:
-        found = [one for rows in pool.map(compile_all, *zip(*jobs, strict=True)) for one in rows]
-    rows = list({json.dumps(one, sort_keys=True): one for one in found}.values())
-    rows.sort(key=lambda one: (one["kernel"], one["arch"], one["dtype"], str(one["constants"])))
+        compiled = [row for rows in pool.map(compile_all, *zip(*jobs, strict=True)) for row in rows]
+    rows = list({json.dumps(row, sort_keys=True): row for row in compiled}.values())
+    rows.sort(key=lambda row: (row["kernel"], row["arch"], row["dtype"], str(row["constants"])))
     if args.op or args.arch or args.workload or args.dtype:
         print(render(rows))
     else:
         args.results.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(json.dumps(one, sort_keys=True) for one in rows)
+        lines = ",\n".join(json.dumps(row, sort_keys=True) for row in rows)
         (args.results / "aot.json").write_text(f"[\n{lines}\n]\n")
         (args.results / "aot.md").write_text(render(rows))
         print(f"{len(rows)} kernels; see {args.results / 'aot.md'}")
-    spilled = [one for one in rows if one["stack"]]
-    for one in spilled:
-        print(f"spills {one['stack']} bytes: {one}", file=sys.stderr)
+    spilled = [row for row in rows if row["stack"]]
+    for row in spilled:
+        print(f"spills {row['stack']} bytes: {row}", file=sys.stderr)
     sys.exit(bool(spilled))
 
 

@@ -3,8 +3,7 @@
 python -m benchmarks.attention [--list] [--workload NAME] [--dtype bfloat16]
 
 Rivals get (B, H, N, D) views of the same tensors, so nothing is copied. For a call with lengths they get a mask, for
-one with slots the keys and values gathered by slot, both made before the clock starts; backends that take no mask drop
-out.
+one with slots the keys and values gathered by slot, both computed before timing; backends that take no mask fail.
 """
 
 from __future__ import annotations
@@ -47,11 +46,11 @@ def rivals(
         mask = mask & mask.new_ones(q.shape[1], k.shape[1]).tril()
     views = [t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v)]  # (B, H, N or M, D)
 
-    def run(backend: SDPBackend) -> Tensor:
+    def attend(backend: SDPBackend) -> Tensor:
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(*views, mask, scale=scale, is_causal=causal and mask is None)
 
-    return {name: lambda backend=backend: run(backend) for name, backend in BACKENDS.items()}
+    return {name: lambda backend=backend: attend(backend) for name, backend in BACKENDS.items()}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 python -m benchmarks.conv [--list] [--workload NAME] [--dtype bfloat16]
 
-"torch" is what fastldm runs where the kernel is not taken. cuDNN looks for its best plan for the rivals too.
+"torch" is the path where the kernel is not taken. cuDNN searches its best plan for the rivals too.
 """
 
 from __future__ import annotations
@@ -25,36 +25,36 @@ from fastldm.kernels.conv import (
     upsample_phases,
 )
 
-Runs = dict[str, Callable[[], object]]
+Rivals = dict[str, Callable[[], object]]
 
 
-def rivals(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Runs:
+def rivals(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Rivals:
     """Of conv2d, whose next argument is the residual, and of upsample_conv2d, where it is the height."""
     torch._dynamo.config.recompile_limit = 1000  # one for each shape
     torch.backends.cudnn.benchmark = True
     upsampling = bool(rest) and isinstance(rest[0], int)
     plain: Callable[..., Tensor] = upsample_conv2d_reference if upsampling else conv2d_reference
-    given = rest[:2] if upsampling else rest
+    options = rest[:2] if upsampling else rest
     compiled = torch.compile(plain, dynamic=False, mode="max-autotune-no-cudagraphs")
     flat, flat_weight = x.contiguous(), weight.contiguous()
-    flat_rest = [t.contiguous() if isinstance(t, Tensor) else t for t in given]
-    runs: Runs = {
-        "F.conv2d": lambda: plain(x, weight, bias, *given),
+    flat_rest = [t.contiguous() if isinstance(t, Tensor) else t for t in options]
+    contenders: Rivals = {
+        "F.conv2d": lambda: plain(x, weight, bias, *options),
         "F.conv2d, contiguous": lambda: plain(flat, flat_weight, bias, *flat_rest),
-        "torch.compile": lambda: compiled(x, weight, bias, *given),
+        "torch.compile": lambda: compiled(x, weight, bias, *options),
     }
-    return runs | (_upsampling(x, weight, bias) if upsampling else _bare(x, weight, *given))
+    return contenders | (_upsampling(x, weight, bias) if upsampling else _bare(x, weight, *options))
 
 
-def _bare(x: Tensor, weight: Tensor, residual: Tensor | None = None, stride: int = 1, padding: int = 0) -> Runs:
-    """cuDNN alone: less than what was asked for if that has a bias or a residual."""
+def _bare(x: Tensor, weight: Tensor, residual: Tensor | None = None, stride: int = 1, padding: int = 0) -> Rivals:
+    """cuDNN alone: less work than the op if that has a bias or a residual."""
     return {"no bias, no residual": lambda: F.conv2d(x, weight, None, stride, padding)}
 
 
-def _upsampling(x: Tensor, weight: Tensor, bias: Tensor | None) -> Runs:
-    """By phases made before: as a transposed convolution, and as one 2x2 convolution to four times the channels.
+def _upsampling(x: Tensor, weight: Tensor, bias: Tensor | None) -> Rivals:
+    """With cached phases: as a transposed convolution, and as one 2x2 convolution to four times the channels.
 
-    The latter makes each phase a row and a column too large, of which the interleaving leaves out one side.
+    In the latter each phase is a row and a column too large, which the interleaving cuts off.
     """
     batch, _, height, width = x.shape
     filters = weight.shape[0]
@@ -70,8 +70,8 @@ def _upsampling(x: Tensor, weight: Tensor, bias: Tensor | None) -> Runs:
         for down in (0, 1):
             for right in (0, 1):
                 phase = each[:, down, right, :, down : down + height, right : right + width]
-                place = out[:, :, down::2, right::2]
-                place.copy_(phase) if bias is None else torch.add(phase, bias[:, None, None], out=place)
+                target = out[:, :, down::2, right::2]
+                target.copy_(phase) if bias is None else torch.add(phase, bias[:, None, None], out=target)
         return out
 
     return {

@@ -1,8 +1,10 @@
-"""The first quarter of an hour on a GPU: what has to be learnt first, in this order, as `benchmarks.gpu first` runs it.
+"""The first quarter of an hour on a GPU: the most important measurements first, as `benchmarks.gpu first` runs them.
 
-Each stage is a function here that runs in a process of its own and emits what it finds (benchmarks/stages.py). Later
-stages read what earlier ones found: an op whose check was red is not timed. `dry` runs the same code on a CPU, on tiny
-shapes, with kernels interpreted: a rehearsal, whose figures mean nothing.
+Each stage is a function here that runs in a process of its own and emits rows (benchmarks/stages.py). Later stages read
+the rows of earlier ones: an op whose check failed is not timed. `dry` runs the same code on a CPU, on tiny shapes, with
+interpreted kernels: a rehearsal, whose figures mean nothing.
+
+Over 500 lines, for the stages are one plan: each is a few lines, and shares the shapes and the order with the rest.
 """
 
 from __future__ import annotations
@@ -33,16 +35,16 @@ if TYPE_CHECKING:
     from fastldm.planning.timing import Ceilings
 
 ROOT = Path(__file__).resolve().parent.parent
-LARGEST = 8  # calls of an op that are timed
-SLOW = ("torch.compile", "math", "efficient")  # alternatives that take a minute, or memory, and are not the best
-MARKED = re.compile(r"^import ops$|\bmark\.gpu\b", re.MULTILINE)  # support/ops.py runs a kernel where there is a device
-# What such a machine was seen to lack, and what comes with it (onnxscript traces ONNX): a rehearsal lacks it too.
+LARGEST = 8  # the most calls of an op that are timed
+SLOW = ("torch.compile", "math", "efficient")  # rivals that take a minute, or much memory, and are never the fastest
+MARKED = re.compile(r"^import ops$|\bmark\.gpu\b", re.MULTILINE)  # support/ops.py runs kernels on a GPU if there is one
+# Packages that such a machine lacked, with those that come with them (onnxscript traces ONNX): a rehearsal hides them.
 MISSING = ("diffusers", "platformdirs", "openvino", "tensorrt", "tensorrt_rtx", "onnxscript", "onnx_ir", "optimum")
 
 
 @dataclass(frozen=True)
-class Where:
-    """What a stage runs on, and where it finds what others have found."""
+class Context:
+    """The folder of results and the mode of a stage."""
 
     out: Path
     dry: bool
@@ -59,41 +61,41 @@ class Where:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the kernels are run in."""
+        """The dtype of kernels."""
         import torch
 
         return torch.float16
 
     @property
     def network_dtype(self) -> torch.dtype:
-        """What whole networks are run in."""
+        """The dtype of networks."""
         import torch
 
         return torch.float32 if self.dry else torch.float16
 
     @property
     def arch(self) -> int:
-        """Compute capability, as the first stage found it."""
-        found = [row["machine"].get("sm") for row in self.rows if "machine" in row]
-        return int(found[0]) if found and found[0] else 90
+        """Compute capability, as reported by the first stage."""
+        archs = [row["machine"].get("sm") for row in self.rows if "machine" in row]
+        return int(archs[0]) if archs and archs[0] else 90
 
     @property
-    def limits(self) -> Ceilings:
-        """The ceilings that the first stage measured, or those of the vendor's sheet, which the table then says."""
+    def ceilings(self) -> Ceilings:
+        """The ceilings that the first stage measured, else those of the data sheet."""
         from fastldm.planning.timing import Ceilings
 
-        found = [row for row in of(self.rows, "ceilings") if "flops" in row]
-        return Ceilings(found[0]["flops"], found[0]["bytes"]) if found else Ceilings(800e12, 4.3e12)
+        measured = [row for row in of(self.rows, "ceilings") if "flops" in row]
+        return Ceilings(measured[0]["flops"], measured[0]["bytes"]) if measured else Ceilings(800e12, 4.3e12)
 
     @property
-    def red(self) -> set[str]:
-        """Ops whose check was red, or did not come to its end."""
+    def failed_checks(self) -> set[str]:
+        """Ops whose check failed or did not end."""
         checks = list(of(self.rows, "checks"))
-        begun, ended = ({row["op"] for row in checks if row.get(key)} for key in ("begun", "ended"))
-        return {row["op"] for row in checks if row.get("wrong")} | (begun - ended)
+        started, ended = ({row["op"] for row in checks if row.get(key)} for key in ("begun", "ended"))
+        return {row["op"] for row in checks if row.get("wrong")} | (started - ended)
 
     def calls(self, *workloads: str) -> dict[Call, int]:
-        """The distinct calls of these workloads, or of the tiny ones, with how often each is made."""
+        """The distinct calls of these workloads, or of the tiny ones, with their counts."""
         from benchmarks.networks import SMALL, calls
 
         total: dict[Call, int] = {}
@@ -106,39 +108,40 @@ class Where:
 # --------------------------------------------------------------------------------------------------------- the stages
 
 
-def ceilings(where: Where) -> None:
-    """what this machine moves and multiplies at best"""
+def ceilings(context: Context) -> None:
+    """peak rates of this machine: bytes moved and operations of a matrix product"""
     import torch
 
     from benchmarks.harness import describe
     from fastldm.planning.timing import ceilings
 
     emit(machine=describe(), say=f"{describe().get('gpu', 'a CPU')}, torch {torch.__version__}")
-    measured = ceilings(where.device, where.network_dtype)
-    said = f"{measured.flops / 1e12:.2f} TFLOP/s, {measured.bytes / 1e12:.3f} TB/s"
-    emit(**measured._asdict(), dtype=str(where.dtype), say=said)
+    measured = ceilings(context.device, context.network_dtype)
+    text = f"{measured.flops / 1e12:.2f} TFLOP/s, {measured.bytes / 1e12:.3f} TB/s"
+    emit(**measured._asdict(), dtype=str(context.dtype), say=text)
 
 
-def compile_kernels(where: Where) -> None:
-    """every kernel that comes later, compiled by all cores into Triton's cache"""
-    calls = list(where.calls("sd15-512 step", "vae-512 decode", "sdxl-1024 step", "clip-l"))
-    if where.dry:
+def compile_kernels(context: Context) -> None:
+    """every kernel of later stages, compiled by all cores into Triton's cache"""
+    calls = list(context.calls("sd15-512 step", "vae-512 decode", "sdxl-1024 step", "clip-l"))
+    if context.dry:
         calls = [call for call in calls if not call.cost.flop][:2]  # kernels without products compile fast
-    began = time.monotonic()
-    kernels = precompile(where.arch, [(call, [None]) for call in calls])
-    emit(kernels=kernels, compile_seconds=time.monotonic() - began, say=f"{kernels} kernels")
+    start = time.monotonic()
+    kernels = precompile(context.arch, [(call, [None]) for call in calls])
+    emit(kernels=kernels, compile_seconds=time.monotonic() - start, say=f"{kernels} kernels")
 
 
-def precompile(arch: int, wanted: Sequence[tuple[Call, Sequence[Config | None]]]) -> int:
-    """Compile calls in these launch configurations (None: the op's own) by all cores, into Triton's cache. Returns how
-    many kernels there are. Before anything of CUDA begins in this process, which then could not be forked."""
-    jobs = [(call, config) for call, configs in wanted for config in configs]
+def precompile(arch: int, calls: Sequence[tuple[Call, Sequence[Config | None]]]) -> int:
+    """Compile calls in these launch configurations (None: the op's own) by all cores, into Triton's cache. Returns the
+    number of kernels. To be called before CUDA is initialised in this process, which then could not fork.
+    """
+    jobs = [(call, config) for call, configs in calls for config in configs]
     workers = max(1, min(os.cpu_count() or 1, len(jobs)))
     kernels = 0
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
-        for made in pool.map(_compile, [(arch, jobs[i::workers]) for i in range(workers)]):
-            kernels += made["kernels"]
-            for call, config, error in made["failed"]:
+        for result in pool.map(_compile, [(arch, jobs[i::workers]) for i in range(workers)]):
+            kernels += result["kernels"]
+            for call, config, error in result["failed"]:
                 emit(call=call, config=config, failed=error)
     return kernels
 
@@ -151,81 +154,81 @@ def _compile(job: tuple[int, list[tuple[Call, Config | None]]]) -> dict[str, Any
     ahead, failed = Ahead(arch), []
     for call, config in jobs:
         op, (args, kwargs) = dispatch.OPS[call.op], call.arguments("meta")
-        chosen = nullcontext() if config is None else dispatch.forced(op.name, config)
-        with dispatch.targeting(ahead), dispatch.use("triton"), chosen:
+        forced = nullcontext() if config is None else dispatch.forced(op.name, config)
+        with dispatch.targeting(ahead), dispatch.use("triton"), forced:
             try:
                 if op.supports(*args, **kwargs):
                     op.triton(*args, **kwargs)
-            except Exception as error:  # one that does not compile is a result, and the others are wanted
+            except Exception as error:  # a kernel that does not compile is a result, and the rest goes on
                 failed.append((str(call), config, f"{type(error).__name__}: {error}".split("\n")[0][:300]))
     return {"kernels": len(ahead.compiled), "failed": failed}
 
 
-def checks(where: Where, ops: list[str]) -> None:
+def checks(context: Context, ops: list[str]) -> None:
     """every op at every shape of a step, a decode and a text, against float32"""
     from benchmarks.harness import disagreement
     from fastldm.kernels import dispatch
 
-    calls = where.calls("sd15-512 step", "vae-512 decode", "clip-l")
+    calls = context.calls("sd15-512 step", "vae-512 decode", "clip-l")
     for name in ops:
         own = [call for call in calls if call.op == name]
         emit(op=name, begun=True)
         wrong = tried = 0
-        for call in _smallest(own) if where.dry else own:
-            args, kwargs = call.arguments(where.device.type)
+        for call in _smallest(own) if context.dry else own:
+            args, kwargs = call.arguments(context.device.type)
             verdict = dispatch.OPS[name].supports(*args, **kwargs)
             if not verdict:
                 emit(op=name, call=str(call), unsupported=verdict.reason)
                 continue
             tried += 1
             try:
-                why = disagreement(dispatch.OPS[name], args, kwargs)
-            except Exception as error:  # a result too, and the next call may be right
-                why = f"raised {type(error).__name__}: {error}".split("\n")[0][:300]
-            if why is not None:
+                reason = disagreement(dispatch.OPS[name], args, kwargs)
+            except Exception as error:  # a result too, and the next call may be correct
+                reason = f"raised {type(error).__name__}: {error}".split("\n")[0][:300]
+            if reason is not None:
                 wrong += 1
-                emit(op=name, call=str(call), wrong=why, say=f"{call}: WRONG, {why}")
+                emit(op=name, call=str(call), wrong=reason, say=f"{call}: WRONG, {reason}")
         emit(op=name, ended=True, tried=tried, wrong_calls=wrong)
 
 
-def step(where: Where, name: str = "sd15-512") -> None:
+def step(context: Context, name: str = "sd15-512") -> None:
     """one guided step: eager, channels-last, own kernels, partly evaluated, captured"""
     from benchmarks import ladder
 
-    name = "tiny" if where.dry else name
+    name = "tiny" if context.dry else name
     model = ladder.MODELS[name]
-    pipe = ladder.pipeline(model, where.device, where.network_dtype)
-    steps = 2 if where.dry else max(model.steps, 4)
+    pipe = ladder.pipeline(model, context.device, context.network_dtype)
+    steps = 2 if context.dry else max(model.steps, 4)
 
     def on_rung(rung: str, row: dict[str, Any]) -> None:
-        said = f"{row['ms']:.3f} ms a step, host {row['host_ms']:.3f}" if "ms" in row else row["failed"]
-        emit(model=name, rung=rung, **row, floor_ms=model.floor_ms, say=f"{name} {rung:14} {said}")
+        text = f"{row['ms']:.3f} ms a step, host {row['host_ms']:.3f}" if "ms" in row else row["failed"]
+        emit(model=name, rung=rung, **row, floor_ms=model.floor_ms, say=f"{name} {rung:14} {text}")
 
-    ladder.climb(pipe, model, steps, 2 if where.dry else 5, on_rung=on_rung)
+    ladder.climb(pipe, model, steps, 2 if context.dry else 5, on_rung=on_rung)
 
 
-def ops(where: Where, names: list[str]) -> None:
-    """each op at its largest calls: its kernel, PyTorch's own, and the library's best"""
+def ops(context: Context, names: list[str]) -> None:
+    """each op at its largest calls: its kernel, PyTorch, and the fastest library"""
     from benchmarks import harness
     from fastldm.kernels import dispatch
 
-    calls = where.calls("sd15-512 step", "vae-512 decode", "sdxl-1024 step")
-    limits = where.limits
-    given: dict[str, Any] = {"device": where.device.type, "rounds": 1 if where.dry else 5, "seconds": 0.01}
+    calls = context.calls("sd15-512 step", "vae-512 decode", "sdxl-1024 step")
+    ceilings = context.ceilings
+    options: dict[str, Any] = {"device": context.device.type, "rounds": 1 if context.dry else 5, "seconds": 0.01}
     for name in names:
-        if name in where.red:
-            emit(op=name, skipped="its check was red", say=f"{name}: not timed, its check was red")
+        if name in context.failed_checks:
+            emit(op=name, skipped="its check failed", say=f"{name}: not timed, its check failed")
             continue
         benchmark = _benchmark(dispatch.OPS[name].module)
         if name in getattr(benchmark, "ROWS_OF", {}):  # it has shapes and rivals of its own
-            for row in benchmark.ROWS_OF[name](where.dtype, limits.bytes, where.device.type, where.dry):
+            for row in benchmark.ROWS_OF[name](context.dtype, ceilings.bytes, context.device.type, context.dry):
                 emit(op=name, **row, say=harness.line(row))
             continue
         own = {call: count for call, count in calls.items() if call.op == name}
-        largest = sorted(own, key=lambda call: -limits.seconds(call.cost.flop, call.cost.bytes) * own[call])
-        for call in _smallest(own) if where.dry else largest[:LARGEST]:
-            copies = 1 if where.dry else None
-            row = harness.bench(call, _rivals(benchmark), limits, copies=copies, **given)
+        largest = sorted(own, key=lambda call: -ceilings.seconds(call.cost.flop, call.cost.bytes) * own[call])
+        for call in _smallest(own) if context.dry else largest[:LARGEST]:
+            copies = 1 if context.dry else None
+            row = harness.bench(call, _rivals(benchmark), ceilings, copies=copies, **options)
             row = {"workload": "step or decode", "count": own[call], **row}
             emit(op=name, shape_class=_class_of(dispatch.OPS[name], call), **row, say=harness.line(row))
 
@@ -237,11 +240,11 @@ def _benchmark(module: str) -> Any:
 
 
 def _rivals(benchmark: Any) -> Callable[..., dict[str, Callable[[], object]]]:
-    """The alternatives to an op that its benchmark has, but for the slow ones."""
+    """The rivals of an op in its benchmark, without the slow ones."""
 
     def fast(*args: Any, **kwargs: Any) -> dict[str, Callable[[], object]]:
         rivals = benchmark.rivals(*args, **kwargs) if benchmark else {}
-        return {title: run for title, run in rivals.items() if not title.startswith(SLOW)}
+        return {title: call for title, call in rivals.items() if not title.startswith(SLOW)}
 
     return fast
 
@@ -252,7 +255,7 @@ def _class_of(op: Op[..., Any], call: Call) -> str:
 
 
 def _smallest(calls: Iterable[Call]) -> list[Call]:
-    """What a rehearsal takes of some calls of one op: the one with the fewest bytes that its kernel takes."""
+    """The call of an op for a rehearsal: of those that its kernel supports the one with the fewest bytes."""
     from fastldm.kernels import dispatch
 
     for call in sorted(calls, key=lambda call: call.cost.bytes):
@@ -263,169 +266,170 @@ def _smallest(calls: Iterable[Call]) -> list[Call]:
     return []
 
 
-def variants(where: Where, name: str) -> None:
-    """launch configurations against each other, A against B, at an op's largest calls"""
+def variants(context: Context, name: str) -> None:
+    """launch configurations against each other, at an op's largest calls"""
     from fastldm.kernels import dispatch
     from fastldm.planning.timing import take_turns
     from fastldm.planning.tune import candidates
 
-    if name in where.red:
-        emit(op=name, skipped="its check was red", say=f"{name}: not timed, its check was red")
+    if name in context.failed_checks:
+        emit(op=name, skipped="its check failed", say=f"{name}: not timed, its check failed")
         return
-    wanted: dict[Call, list[Config]] = {}
-    for call in _of_each_class(where, name):
+    tried: dict[Call, list[Config]] = {}
+    for call in _of_each_class(context, name):
         op, (args, kwargs) = dispatch.OPS[name], call.arguments("meta")
-        shape_class, limit = op.shape_class(*args, **kwargs), 2 if where.dry else 16
+        shape_class, limit = op.shape_class(*args, **kwargs), 2 if context.dry else 16
         if op.supports(*args, **kwargs):
-            wanted[call] = candidates(op, shape_class, where.arch, args, kwargs, limit)
-    if not where.dry:
-        precompile(where.arch, list(wanted.items()))
-    for call, configs in wanted.items():
-        args, kwargs = call.arguments(where.device.type)
+            tried[call] = candidates(op, shape_class, context.arch, args, kwargs, limit)
+    if not context.dry:
+        precompile(context.arch, list(tried.items()))
+    for call, configs in tried.items():
+        args, kwargs = call.arguments(context.device.type)
         us, spread, failed = take_turns(
             {json.dumps(dict(config)): [_forced(op, config, args, kwargs)] for config in configs},
-            rounds=1 if where.dry else 5,
+            rounds=1 if context.dry else 5,
             seconds=0.01,
         )
         best = min(us, key=us.__getitem__, default="")
         default = us.get(json.dumps(dict(configs[0])))
-        said = f"{call}: default {default or 0:.1f} us, best {us[best]:.1f} {best}" if best else f"{call}: none ran"
+        text = f"{call}: default {default or 0:.1f} us, best {us[best]:.1f} {best}" if best else f"{call}: none ran"
         row = {"call": str(call), "shape_class": _class_of(op, call), "default_us": default, "best": best}
-        emit(op=name, **row, us=us, spread=spread, failed=failed, say=said)
+        emit(op=name, **row, us=us, spread=spread, failed=failed, say=text)
 
 
 def _forced(op: Op[..., Any], config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], object]:
     from fastldm.kernels import dispatch
 
-    def run() -> object:
+    def call() -> object:
         with dispatch.forced(op.name, config):
             return op.triton(*args, **kwargs)
 
-    return run
+    return call
 
 
-def _of_each_class(where: Where, name: str) -> list[Call]:
-    """The largest call of each shape class of an op, by the least that all of the class's calls can take."""
+def _of_each_class(context: Context, name: str) -> list[Call]:
+    """The largest call of each shape class of an op, by the floor of all of the class's calls."""
     from fastldm.kernels import dispatch
 
-    own = {call: count for call, count in where.calls("sd15-512 step", "sdxl-1024 step").items() if call.op == name}
-    floor = {call: where.limits.seconds(call.cost.flop, call.cost.bytes) * count for call, count in own.items()}
+    own = {call: count for call, count in context.calls("sd15-512 step", "sdxl-1024 step").items() if call.op == name}
+    floor = {call: context.ceilings.seconds(call.cost.flop, call.cost.bytes) * count for call, count in own.items()}
     largest: dict[str, Call] = {}
     for call in sorted(own, key=lambda call: -floor[call]):
         largest.setdefault(_class_of(dispatch.OPS[name], call), call)
-    return _smallest(own) if where.dry else list(largest.values())[:6]
+    return _smallest(own) if context.dry else list(largest.values())[:6]
 
 
-def smallest(where: Where) -> None:
-    """each op once, at the smallest shape of each of its kinds: what the sanitizer watches"""
+def smallest(context: Context) -> None:
+    """each op once, at the smallest shape of each of its kinds: for the sanitizer"""
     from benchmarks.networks import SMALL, calls
     from fastldm.kernels import dispatch
 
-    found: dict[tuple[str, str], Call] = {}
+    by_class: dict[tuple[str, str], Call] = {}
     for workload in SMALL:
-        for call in calls(workload, where.dtype):
-            found.setdefault((call.op, _class_of(dispatch.OPS[call.op], call)), call)
+        for call in calls(workload, context.dtype):
+            by_class.setdefault((call.op, _class_of(dispatch.OPS[call.op], call)), call)
     kinds: dict[str, int] = {}
-    for (name, _), call in sorted(found.items(), key=lambda item: item[1].cost.bytes):
-        if kinds.get(name, 0) >= (1 if where.dry else 8 if name == "attention" else 2):
+    for (name, _), call in sorted(by_class.items(), key=lambda item: item[1].cost.bytes):
+        if kinds.get(name, 0) >= (1 if context.dry else 8 if name == "attention" else 2):
             continue
-        args, kwargs = call.arguments(where.device.type)
+        args, kwargs = call.arguments(context.device.type)
         if dispatch.OPS[name].supports(*args, **kwargs):
             kinds[name] = kinds.get(name, 0) + 1
             dispatch.OPS[name].triton(*args, **kwargs)
-    if not where.dry:
+    if not context.dry:
         import torch
 
         torch.cuda.synchronize()
     emit(ran=kinds)
 
 
-def pictures(where: Where, name: str) -> None:
-    """whole pictures through the public pipeline, by stage; then the decoder alone"""
+def pictures(context: Context, name: str) -> None:
+    """images through the public pipeline, by stage; then the decoder alone"""
     from benchmarks import ladder
 
-    name = "tiny" if where.dry else name
+    name = "tiny" if context.dry else name
     model = ladder.MODELS[name]
-    pipe = ladder.pipeline(model, where.device, where.network_dtype)
-    steps = 2 if where.dry else model.steps
-    row = ladder.stages_of(pipe, model, steps, 1 if where.dry else 5)
+    pipe = ladder.pipeline(model, context.device, context.network_dtype)
+    steps = 2 if context.dry else model.steps
+    row = ladder.stages_of(pipe, model, steps, 1 if context.dry else 5)
     emit(model=name, steps=steps, **row, say=f"{name} {', '.join(f'{key} {value:.2f}' for key, value in row.items())}")
 
 
-def slots(where: Where, name: str = "sd15-512") -> None:
-    """requests a second: one at a time, and eight waiting for a session"""
+def slots(context: Context, name: str = "sd15-512") -> None:
+    """requests a second: one at a time, and eight in the queue of a session"""
     from benchmarks import ladder
 
-    name = "tiny" if where.dry else name
+    name = "tiny" if context.dry else name
     model = ladder.MODELS[name]
-    pipe = ladder.pipeline(model, where.device, where.network_dtype)
-    row = ladder.throughput(pipe, model, 2 if where.dry else 10, count=2 if where.dry else 16)
+    pipe = ladder.pipeline(model, context.device, context.network_dtype)
+    row = ladder.throughput(pipe, model, 2 if context.dry else 10, count=2 if context.dry else 16)
     emit(model=name, **row, say=f"{name} {', '.join(f'{key} {value:.2f}' for key, value in row.items())}")
 
 
-def compiled(where: Where, name: str = "sd15-512") -> None:
-    """the U-Net by torch.compile, of fastldm's layers on PyTorch's ops"""
+def compiled(context: Context, name: str = "sd15-512") -> None:
+    """the U-Net by torch.compile, with fastldm's layers on PyTorch's ops"""
     import torch
 
     from benchmarks import ladder
     from fastldm.kernels import use
     from fastldm.planning.timing import take_turns
 
-    name = "tiny" if where.dry else name
+    name = "tiny" if context.dry else name
     model = ladder.MODELS[name]
-    unet = ladder.pipeline(model, where.device, where.network_dtype).unet
+    unet = ladder.pipeline(model, context.device, context.network_dtype).unet
     config, size = model.unet, model.size // model.vae.factor
-    u = torch.randn(2, config.in_channels, size, size, device=where.device, dtype=where.network_dtype)
-    text = torch.randn(2, 77, config.cross_attention_dim, device=where.device, dtype=where.network_dtype)
+    u = torch.randn(2, config.in_channels, size, size, device=context.device, dtype=context.network_dtype)
+    text = torch.randn(2, 77, config.cross_attention_dim, device=context.device, dtype=context.network_dtype)
     with torch.no_grad(), use("torch"):
         network, inputs = (
             unet.step,
-            (u, unet.time_rows(torch.full((2,), 500.0, device=where.device)), unet.cross_kv(text)),
+            (u, unet.time_rows(torch.full((2,), 500.0, device=context.device)), unet.cross_kv(text)),
         )
         options: dict[str, Any] = {"mode": "max-autotune-no-cudagraphs"}
-        if where.dry:  # a rehearsal traces one layer, and leaves out the minutes of a compiler
+        if context.dry:  # a rehearsal traces one layer, and skips the minutes of a compiler
             network, inputs, options = unet.conv_in, (u,), {"backend": "eager"}
-        run = torch.compile(network, **options)
-        began = time.monotonic()
-        run(*inputs)
-        took = time.monotonic() - began
-        contenders = {"torch.compile": [lambda: run(*inputs)], "eager": [lambda: network(*inputs)]}
-        us, spread, failed = take_turns(contenders, rounds=1 if where.dry else 5)
-    said = ", ".join(f"{key} {value / 1e3:.3f} ms" for key, value in us.items())
-    emit(model=name, us=us, spread=spread, failed=failed, compile_seconds=took, say=f"{name} U-Net in a graph: {said}")
+        compiled_network = torch.compile(network, **options)
+        start = time.monotonic()
+        compiled_network(*inputs)
+        seconds = time.monotonic() - start
+        contenders = {"torch.compile": [lambda: compiled_network(*inputs)], "eager": [lambda: network(*inputs)]}
+        us, spread, failed = take_turns(contenders, rounds=1 if context.dry else 5)
+    text = ", ".join(f"{key} {value / 1e3:.3f} ms" for key, value in us.items())
+    report = f"{name} U-Net in a graph: {text}"
+    emit(model=name, us=us, spread=spread, failed=failed, compile_seconds=seconds, say=report)
 
 
-def tune(where: Where) -> None:
+def tune(context: Context) -> None:
     """launch configurations of the ten largest calls of ops that run torch by default, into tuned.json"""
     from fastldm.kernels import dispatch
     from fastldm.planning.tune import best_of, candidates, merge_into
 
-    wanted: dict[Call, list[Config]] = {}
-    for name in [op.name for op in dispatch.OPS.values() if op.prefer == "torch"]:  # which no table has measured yet
-        for call in [] if name in where.red else _of_each_class(where, name):
+    tried: dict[Call, list[Config]] = {}
+    for name in [op.name for op in dispatch.OPS.values() if op.prefer == "torch"]:  # none of which is measured yet
+        for call in [] if name in context.failed_checks else _of_each_class(context, name):
             op, (args, kwargs) = dispatch.OPS[name], call.arguments("meta")
-            shape_class, limit = op.shape_class(*args, **kwargs), 2 if where.dry else 24
+            shape_class, limit = op.shape_class(*args, **kwargs), 2 if context.dry else 24
             if op.supports(*args, **kwargs):
-                wanted[call] = candidates(op, shape_class, where.arch, args, kwargs, limit)
-    seconds = {call: where.limits.seconds(call.cost.flop, call.cost.bytes) for call in wanted}
-    largest = sorted(wanted, key=lambda call: -seconds[call])[: 1 if where.dry else 10]
-    if not where.dry:
-        precompile(where.arch, [(call, wanted[call]) for call in largest])
+                tried[call] = candidates(op, shape_class, context.arch, args, kwargs, limit)
+    seconds = {call: context.ceilings.seconds(call.cost.flop, call.cost.bytes) for call in tried}
+    largest = sorted(tried, key=lambda call: -seconds[call])[: 1 if context.dry else 10]
+    if not context.dry:
+        precompile(context.arch, [(call, tried[call]) for call in largest])
     for call in largest:
         op, (args, kwargs) = dispatch.OPS[call.op], call.arguments("meta")
-        rounds = 1 if where.dry else 3
-        entry = best_of(op, wanted[call], args, kwargs, where.device.type, rounds=rounds, seconds=0.01)
+        rounds = 1 if context.dry else 3
+        entry = best_of(op, tried[call], args, kwargs, context.device.type, rounds=rounds, seconds=0.01)
         if entry is not None:
             shape_class = op.shape_class(*args, **kwargs)
-            merge_into(where.out / "tuned.json", {f"sm_{where.arch}": {op.name: {shape_class: entry}}})
+            merge_into(context.out / "tuned.json", {f"sm_{context.arch}": {op.name: {shape_class: entry}}})
             emit(op=op.name, call=str(call), shape_class=shape_class, **entry, say=f"{call}: {entry}")
 
 
-# ------------------------------------------------------------------------------------------------------ in which order
+# ----------------------------------------------------------------------------------------------- the order of stages
 
 
 def without(*names: str) -> dict[str, str]:
-    """The environment of a Python that lacks packages which are installed here, in what it starts too."""
+    """The environment of a Python without some installed packages, for its child processes too."""
     path = [str(Path(__file__).parent / "without"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "FASTLDM_WITHOUT": ",".join(names)}
 
@@ -445,22 +449,22 @@ def op_modules() -> list[str]:
 
 
 def suite() -> list[str]:
-    """The files of tests that a GPU has a say in: those of the ops first, then each with a test that is marked gpu."""
+    """The test files that depend on a GPU: those of the ops first, then each with a test that is marked gpu."""
     ops = [f"tests/test_{module}.py" for module in op_modules()]
-    found = sorted(path for path in (ROOT / "tests").glob("test_*.py") if MARKED.search(path.read_text("utf-8")))
-    return [*ops, *(name for path in found if (name := f"tests/{path.name}") not in ops)]
+    marked = sorted(path for path in (ROOT / "tests").glob("test_*.py") if MARKED.search(path.read_text("utf-8")))
+    return [*ops, *(name for path in marked if (name := f"tests/{path.name}") not in ops)]
 
 
-def stages(where: Where, half: int | None = None) -> list[Stage]:
-    """What runs, most important first. The first half is worth having alone; each takes six minutes at most."""
+def stages(context: Context, half: int | None = None) -> list[Stage]:
+    """The stages, most important first. The first half is useful alone; each takes six minutes at most."""
 
     def command(function: Callable[..., None], *arguments: str) -> list[str]:
-        dry = ["--dry"] if where.dry else []
+        dry = ["--dry"] if context.dry else []
         module = [sys.executable, "-m", "benchmarks.gpu", "stage", function.__name__, *arguments]
-        return [*module, "--out", str(where.out), *dry]
+        return [*module, "--out", str(context.out), *dry]
 
     # On a GPU each op has its own process: one that reads out of bounds ends it.
-    ops_alone = [op_names()] if where.dry else [[name] for name in op_names()]
+    ops_alone = [op_names()] if context.dry else [[name] for name in op_names()]
     first = [
         Stage("ceilings", [command(ceilings)], 30),
         Stage("compile", [command(compile_kernels)], 60),
@@ -471,41 +475,41 @@ def stages(where: Where, half: int | None = None) -> list[Stage]:
         Stage("group norm", [command(variants, "group_norm")], 45),
     ]
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.pytest_rows", "-m", "not full", "--timeout", "60"]
-    if where.dry:
+    if context.dry:
         tests = [*tests[:-2], "tests/test_geglu.py", "-n", "1", "-k", "reference or kernel"]
     else:
         tests += ["-n", "12", *suite()]
-    models = ["sd15-512"] if where.dry else ["sd15-512", "sdxl-1024", "sd-turbo-512"]
+    models = ["sd15-512"] if context.dry else ["sd15-512", "sdxl-1024", "sd-turbo-512"]
     second = [
         Stage("tests", [tests], 110),
-        Stage("sanitizer", [[*tool, *command(smallest)] for tool in _sanitizers(where)], 70, together=True),
+        Stage("sanitizer", [[*tool, *command(smallest)] for tool in _sanitizers(context)], 70, together=True),
         Stage("pictures", [command(pictures, name) for name in models], 90),
         Stage("torch.compile", [command(compiled, "sd15-512")], 90),
         Stage("slots", [command(slots, "sd15-512")], 40),
         Stage("tune", [command(tune)], 90),
     ]
-    chosen = {None: [*first, *second], 1: first, 2: second}[half]
-    return [_placed(stage, where) for stage in chosen]
+    selected = {None: [*first, *second], 1: first, 2: second}[half]
+    return [_in_checkout(stage, context) for stage in selected]
 
 
 def sanitizer() -> str:
-    """Where compute-sanitizer is, or would be: it comes with the CUDA toolkit."""
+    """The path of compute-sanitizer, which comes with the CUDA toolkit, whether it is installed or not."""
     return shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
 
 
-def _sanitizers(where: Where) -> list[list[str]]:
-    """compute-sanitizer, memory and races; nothing before the command in a dry run."""
-    if where.dry:
+def _sanitizers(context: Context) -> list[list[str]]:
+    """The commands of compute-sanitizer, for memory and for races; none in a dry run."""
+    if context.dry:
         return [[]]
     return [[sanitizer(), "--tool", check, "--error-exitcode", "9"] for check in ("memcheck", "racecheck")]
 
 
-def _placed(stage: Stage, where: Where) -> Stage:
-    """The stage in the checkout; in a dry run on one thread, interpreting, and without what the machine lacks."""
+def _in_checkout(stage: Stage, context: Context) -> Stage:
+    """The stage in the checkout; in a dry run on one thread, with interpreted kernels, and without MISSING."""
     environment = dict(os.environ)
     seconds = stage.seconds
-    if where.dry:
-        seconds = 300.0  # a rehearsal is right or wrong, however busy the machine
+    if context.dry:
+        seconds = 300.0  # a rehearsal must pass on a busy machine too
         environment = without(*MISSING) | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         environment["TRITON_INTERPRET"] = "0" if stage.name == "compile" else "1"
     return replace(stage, seconds=seconds, environment=environment, folder=ROOT)
@@ -515,13 +519,13 @@ STAGES: dict[str, Callable[..., None]] = {
     function.__name__: function
     for function in (ceilings, compile_kernels, checks, step, ops, variants, smallest, pictures, compiled, slots, tune)
 }
-"""What `python -m benchmarks.gpu stage NAME` runs."""
+"""The stages of `python -m benchmarks.gpu stage NAME`."""
 LISTS = (checks, ops)
-"""Those that take any number of names."""
+"""The stages that take any number of names."""
 
 
-def run_stage(name: str, arguments: Sequence[str], where: Where) -> None:
-    """One stage, in this process."""
+def run_stage(name: str, arguments: Sequence[str], context: Context) -> None:
+    """Run one stage in this process."""
     function = STAGES[name]
     op_names()  # registers them all
-    function(where, list(arguments)) if function in LISTS else function(where, *arguments)
+    function(context, list(arguments)) if function in LISTS else function(context, *arguments)

@@ -25,7 +25,7 @@ def rivals(
     shift: Tensor | None = None,
     skip: Tensor | None = None,
 ) -> dict[str, Callable[[], object]]:
-    """The channels-first ones get their tensors so: a network that is channels-first throughout would have them."""
+    """The channels-first rivals get channels-first tensors, as in a network that is channels-first throughout."""
     torch._dynamo.config.recompile_limit = 1000  # one for each shape
     compiled = torch.compile(group_norm_reference, dynamic=False, fullgraph=True)
     x_first, skip_first = x.contiguous(), None if skip is None else skip.contiguous()

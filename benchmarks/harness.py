@@ -1,13 +1,13 @@
-"""Times ops on a GPU at the shapes of real networks, against their floors and the best alternatives.
+"""Times ops on a GPU at the shapes of real networks, against their floors and the fastest alternatives.
 
-A benchmark of an op is its rivals and one line:
+A benchmark of an op is a function of its rivals and one line:
 
     def rivals(x):  return {"eager": lambda: reference(x), "torch.compile": lambda: compiled(x)}
     if __name__ == "__main__":
         harness.main([GEGLU], rivals)
 
 Each distinct call of the workloads (benchmarks/networks.py) is first checked against the reference in float32, and not
-timed if it is wrong. Then everything is timed inside CUDA graphs, so that no launch overhead is counted; a graph holds
+timed if it is wrong. All contenders are timed inside CUDA graphs, so that no launch overhead is counted; a graph holds
 several calls on different copies of the arguments, together larger than the L2 cache where the op is bound by memory.
 Times are medians of rounds in which all contenders take turns.
 """
@@ -36,7 +36,7 @@ from fastldm.planning.timing import Ceilings, ceilings, take_turns
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-L2_BYTES = 128 << 20  # copies of the arguments together pass this: more than any chip's L2
+L2_BYTES = 128 << 20  # copies of the arguments together exceed this: more than the L2 cache of any GPU
 
 Rivals = Callable[..., dict[str, Callable[[], object]]]
 
@@ -44,22 +44,22 @@ Rivals = Callable[..., dict[str, Callable[[], object]]]
 def main(ops: Sequence[dispatch.Op[..., Any]], rivals: Rivals) -> None:
     """The command line of an op's benchmark."""
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
-    parser.add_argument("--list", action="store_true", help="only the calls with what they cost; needs no GPU")
-    parser.add_argument("--workload", choices=WORKLOADS, action="append", help="only this one; may be repeated")
+    parser.add_argument("--list", action="store_true", help="only the calls with their costs; needs no GPU")
+    parser.add_argument("--workload", choices=WORKLOADS, action="append", help="only this workload; may be repeated")
     parser.add_argument("--dtype", choices=DTYPES, default="float16")
     parser.add_argument("--results", type=Path, help="folder for the JSON  [default: benchmarks/results/GPU]")
     args = parser.parse_args()
     dispatch.load_ops()
 
     names = {op.name for op in ops}
-    wanted = [
+    selected = [
         (workload, call, count)
         for workload in args.workload or WORKLOADS
         for call, count in calls(workload, DTYPES[args.dtype]).items()
         if call.op in names
     ]
     if args.list:
-        for workload, call, count in wanted:
+        for workload, call, count in selected:
             flop, moved, exp = call.cost
             print(
                 f"{workload:16} {count:3} x {call!s:56} "
@@ -69,27 +69,27 @@ def main(ops: Sequence[dispatch.Op[..., Any]], rivals: Rivals) -> None:
     if not torch.cuda.is_available():
         sys.exit("torch sees no GPU: this times kernels on one. --list prints shapes and costs without.")
 
-    limits = ceilings(torch.device("cuda"), DTYPES[args.dtype])
+    measured = ceilings(torch.device("cuda"), DTYPES[args.dtype])
     name = Path(sys.modules["__main__"].__file__ or "op").stem
     record = Record(
-        args.results, f"{name}-{args.dtype}", source=source(name), ceilings=limits._asdict(), dtype=args.dtype
+        args.results, f"{name}-{args.dtype}", source=source(name), ceilings=measured._asdict(), dtype=args.dtype
     )
-    for workload, call, count in wanted:
-        row = {"workload": workload, "count": count, **bench(call, rivals, limits)}
+    for workload, call, count in selected:
+        row = {"workload": workload, "count": count, **bench(call, rivals, measured)}
         record.add(row)
         print(line(row), flush=True)
     record.end()
 
 
 class Record:
-    """The results of a benchmark on a GPU as a file, written anew with every row: what is stopped keeps what it has."""
+    """The results of a benchmark on a GPU as a file, written after every row: an aborted run keeps its rows."""
 
-    def __init__(self, folder: Path | None, name: str, **about: Any) -> None:
+    def __init__(self, folder: Path | None, name: str, **header: Any) -> None:
         """folder: benchmarks/results/GPU when None."""
         folder = folder or RESULTS / machine()
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{name}.json"
-        self.content: dict[str, Any] = {"machine": describe(), **about, "whole": False, "rows": []}
+        self.content: dict[str, Any] = {"machine": describe(), **header, "whole": False, "rows": []}
 
     def add(self, row: dict[str, Any]) -> None:
         self.content["rows"].append(row)
@@ -101,7 +101,7 @@ class Record:
         unfinished.replace(self.path)
 
     def end(self) -> None:
-        """All rows are there. Exits with 1 where a kernel was wrong."""
+        """Mark the file as complete. Exits with 1 if a kernel was wrong."""
         self.content["whole"] = True
         self.write()
         if any("wrong" in row for row in self.content["rows"]):
@@ -111,15 +111,17 @@ class Record:
 def bench(
     call: Call,
     rivals: Rivals,
-    limits: Ceilings,
+    ceilings: Ceilings,
     *,
     device: str = "cuda",
     copies: int | None = None,
     rounds: int = 9,
     seconds: float = 0.02,
 ) -> dict[str, Any]:
-    """One call: correct or not, microseconds of each contender, and the floor. copies: sets of arguments, as many as
-    pass the L2 cache when None."""
+    """The row of a call: correct or not, microseconds of each contender, and the floor.
+
+    copies: sets of arguments; None: as many as exceed the L2 cache.
+    """
     op = dispatch.OPS[call.op]
     flop, moved, exp = call.cost
     row: dict[str, Any] = {
@@ -127,7 +129,7 @@ def bench(
         "flop": flop,
         "bytes": moved,
         "exp": exp,
-        "floor_us": limits.seconds(flop, moved) * 1e6,
+        "floor_us": ceilings.seconds(flop, moved) * 1e6,
     }
 
     copies = copies or min(16, max(2, L2_BYTES // max(moved, 1) + 1))
@@ -143,28 +145,29 @@ def bench(
         contenders["triton"] = [(lambda a=a, k=k: op.triton(*a, **k)) for a, k in sets]
     contenders["torch"] = [(lambda a=a, k=k: op.reference(*a, **k)) for a, k in sets]
     for args, kwargs in sets:
-        for name, run in rivals(*args, **kwargs).items():
-            contenders.setdefault(name, []).append(run)
+        for name, call_rival in rivals(*args, **kwargs).items():
+            contenders.setdefault(name, []).append(call_rival)
 
     row["us"], row["spread"], row["failed"] = take_turns(contenders, rounds, seconds)
     return row | against_rivals(row["us"])
 
 
 def against_rivals(us: dict[str, float], ours: str = "triton") -> dict[str, Any]:
-    """The fastest rival and how many times longer it takes than ours; nothing where either is missing."""
-    others = {name: took for name, took in us.items() if not name.startswith(ours)}
-    if ours not in us or not others:
+    """The fastest rival and the ratio of its time to ours; nothing where either is missing."""
+    rivals = {name: time for name, time in us.items() if not name.startswith(ours)}
+    if ours not in us or not rivals:
         return {}
-    best = min(others, key=others.__getitem__)
-    return {"best_rival": best, "ratio": others[best] / us[ours]}
+    best = min(rivals, key=rivals.__getitem__)
+    return {"best_rival": best, "ratio": rivals[best] / us[ours]}
 
 
 SMALL = {torch.float32: 1e-6, torch.float16: 2.5e-4, torch.bfloat16: 2e-3}  # a quarter of the last place, about
 
 
 def disagreement(op: dispatch.Op[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """How the Triton path is further from float32 than twice the reference in the same precision, in what it returns
-    and what it writes; None if it is not. The arguments are left as they are."""
+    """The first output or mutated argument for which the Triton path's error, against float32, is more than twice that
+    of the reference in the same precision; None if there is none. The arguments are unchanged.
+    """
 
     def results(function: Callable[..., Any], exactly: bool = False) -> dict[str, Tensor]:
         call = op.bind(*args, **kwargs)
@@ -174,9 +177,9 @@ def disagreement(op: dispatch.Op[..., Any], args: tuple[Any, ...], kwargs: dict[
                 call[name] = value.clone() if name in op.mutates else value
         out = function(**call)
         returned = () if out is None else (out,) if isinstance(out, Tensor) else tuple(out)
-        found = {f"output {i}": x for i, x in enumerate(returned)}
+        outputs = {f"output {i}": x for i, x in enumerate(returned)}
         written = {name: call.get(name) for name in op.mutates}
-        return found | {name: x for name, x in written.items() if isinstance(x, Tensor)}
+        return outputs | {name: x for name, x in written.items() if isinstance(x, Tensor)}
 
     exact, plain, got = results(op.reference, exactly=True), results(op.reference), results(op.triton)
     for name, result in got.items():
@@ -190,23 +193,26 @@ def disagreement(op: dispatch.Op[..., Any], args: tuple[Any, ...], kwargs: dict[
 
 
 def line(row: dict[str, Any]) -> str:
-    """One row for a person."""
+    """A row as text."""
     head = f"{row['workload']:16} {row['count']:3} x {row['call']:56}"
     if "wrong" in row:
         return f"{head} WRONG, not timed: {row['wrong']}"
-    mine = row["us"].get("triton")
-    others = " ".join(f"{name} {us:.1f}" for name, us in row["us"].items() if name != "triton")
-    if mine is None:
-        why = row.get("unsupported") or row["failed"]["triton"]
-        return f"{head} not run by a kernel ({why}); us: {others}"
-    rate = f"{row['flop'] / mine / 1e6:.0f} TFLOP/s" if row["flop"] else f"{row['bytes'] / mine / 1e3:.0f} GB/s"
+    kernel_us = row["us"].get("triton")
+    rivals = " ".join(f"{name} {us:.1f}" for name, us in row["us"].items() if name != "triton")
+    if kernel_us is None:
+        reason = row.get("unsupported") or row["failed"]["triton"]
+        return f"{head} not run by a kernel ({reason}); us: {rivals}"
+    tflops, gbps = row["flop"] / kernel_us / 1e6, row["bytes"] / kernel_us / 1e3
+    rate = f"{tflops:.0f} TFLOP/s" if row["flop"] else f"{gbps:.0f} GB/s"
     ratio = f"{row['ratio']:.2f}x {row['best_rival']}" if "ratio" in row else "no rival ran"
-    return f"{head} {mine:9.1f} us {rate:>12}, {100 * row['floor_us'] / mine:3.0f}% of floor, {ratio}; us: {others}"
+    percent = 100 * row["floor_us"] / kernel_us
+    return f"{head} {kernel_us:9.1f} us {rate:>12}, {percent:3.0f}% of floor, {ratio}; us: {rivals}"
 
 
 def source(name: str) -> str:
-    """What a benchmark's figures depend on, hashed: the file of its ops and the kernels that it imports, or for the
-    ladder all kernels and the runtime."""
+    """A hash of the sources that a benchmark's figures depend on: the file of its ops and the kernels that it imports,
+    or for the ladder all kernels and the runtime.
+    """
     kernels = ROOT / "kernels"
     files, imported = {kernels / "tuned.json"}, [kernels / f"{name}.py"]
     if not imported[0].exists():
@@ -221,7 +227,7 @@ def source(name: str) -> str:
 
 
 def machine() -> str:
-    """The GPU's name as a folder's."""
+    """The name of the GPU's folder."""
     return folder_name(torch.cuda.get_device_name())
 
 
@@ -230,8 +236,8 @@ def folder_name(gpu: str) -> str:
 
 
 def describe() -> dict[str, Any]:
-    """The machine that a figure comes from."""
-    found: dict[str, Any] = {
+    """The machine and the versions of libraries, as plain data."""
+    description: dict[str, Any] = {
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": importlib.metadata.version("triton") if dispatch.has_triton() else None,
@@ -239,9 +245,9 @@ def describe() -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
     }
     if not torch.cuda.is_available():
-        return found
+        return description
     properties = torch.cuda.get_device_properties(0)
-    return found | {
+    return description | {
         "gpu": properties.name,
         "folder": machine(),
         "sm": f"{properties.major}{properties.minor}",

@@ -2,7 +2,7 @@
 
 python -m benchmarks.linear [--list] [--workload NAME] [--dtype bfloat16]
 
-"torch" is what fastldm runs where the kernel is not taken.
+"torch" is the path where the kernel is not taken.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ def rivals(
     torch._dynamo.config.recompile_limit = 1000  # one for each shape
     plain = linear_reference if rest else linear_geglu_reference
     compiled = torch.compile(plain, dynamic=False, mode="max-autotune-no-cudagraphs")
-    runs: dict[str, Callable[[], object]] = {"torch.compile": lambda: compiled(x, weight, bias, *rest)}
+    contenders: dict[str, Callable[[], object]] = {"torch.compile": lambda: compiled(x, weight, bias, *rest)}
 
     rows, factors = x.reshape(-1, x.shape[-1]), weight.t()
     residual = rest[0] if rest else None
     if not rest:
-        runs["gate by torch"] = lambda: linear_geglu_reference(x, weight, bias)
+        contenders["gate by torch"] = lambda: linear_geglu_reference(x, weight, bias)
     elif residual is not None:  # which cuBLAS adds, from a copy; then the bias takes a pass
         flat = residual.view(len(rows), -1)
-        runs["addmm"] = lambda: _plus(torch.addmm(flat, rows, factors), bias)
+        contenders["addmm"] = lambda: _plus(torch.addmm(flat, rows, factors), bias)
     elif bias is not None:
-        runs["addmm"] = lambda: torch.addmm(bias, rows, factors)
+        contenders["addmm"] = lambda: torch.addmm(bias, rows, factors)
     else:
-        runs["mm"] = lambda: rows @ factors
-    return runs
+        contenders["mm"] = lambda: rows @ factors
+    return contenders
 
 
 def _plus(out: Tensor, bias: Tensor | None) -> Tensor:

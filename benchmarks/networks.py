@@ -1,7 +1,7 @@
-"""The networks and sizes that kernels are compiled and timed at, as data: published architectures, no weights.
+"""The networks and sizes that kernels are compiled and timed at: published architectures, no weights.
 
 for workload in WORKLOADS.values():
-    for call in calls(workload, torch.float16): ...      # each op that it runs, with shapes, strides and how often
+    for call in calls(workload, torch.float16): ...      # each op call, with shapes, strides and its count
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastldm.profiling.contender import SD15 as _SD15
 _CROSS_DOWN, _DOWN, _CROSS_UP, _UP = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"
 
 SD15 = UNetConfig.from_dict(_SD15, "SD1.5")
-TINY = UNetConfig.from_dict(  # runs anywhere in no time
+TINY = UNetConfig.from_dict(  # runs on any machine in milliseconds
     _SD15
     | {"block_out_channels": [16, 32, 48, 48], "sample_size": 8, "norm_num_groups": 8, "cross_attention_dim": 32}
     | {"attention_head_dim": 2},
@@ -75,7 +75,7 @@ CLIP_G = TextConfig.from_dict(
     "OpenCLIP-bigG",
 )
 
-# name -> runs the workload on the meta device in a dtype. U-Nets take one guided step: two rows.
+# name -> a function that runs the workload on the meta device in a dtype. U-Nets take one guided step: two rows.
 WORKLOADS: dict[str, Callable[[torch.dtype], None]] = {
     "sd15-512 step": lambda dtype: dry_run.run_unet(SD15, height=64, width=64, rows=2, tokens=77, dtype=dtype),
     "sdxl-1024 step": lambda dtype: dry_run.run_unet(SDXL, height=128, width=128, rows=2, tokens=77, dtype=dtype),
@@ -83,7 +83,7 @@ WORKLOADS: dict[str, Callable[[torch.dtype], None]] = {
     "vae-1024 decode": lambda dtype: dry_run.run_decoder(VAE, height=128, width=128, batch=1, dtype=dtype),
     "clip-l": lambda dtype: dry_run.run_text([CLIP_L], batch=2, dtype=dtype),
 }
-# The same for machines and minutes that are small: every op, and attention at each of its kinds of head dim.
+# The same for small machines and little time: every op, and attention at each kind of head dim.
 SMALL: dict[str, Callable[[torch.dtype], None]] = {
     "tiny step": lambda dtype: dry_run.run_unet(TINY, height=8, width=8, rows=2, tokens=77, dtype=dtype),
     "tiny decode": lambda dtype: dry_run.run_decoder(TINY_VAE, height=4, width=4, batch=1, dtype=dtype),
@@ -92,7 +92,7 @@ SMALL: dict[str, Callable[[torch.dtype], None]] = {
 
 
 def _heads(dtype: torch.dtype) -> None:
-    """Attention of 64 queries over keys of their own and over a text, by head dims that lie in one tile and in two."""
+    """Self- and cross-attention of 64 queries, at head dims that take one tile and two."""
     for dim in (40, 64, 80, 160):
         q = torch.empty(2, 64, dim, dtype=dtype, device="meta")
         for keys in (192, 77):
@@ -120,14 +120,14 @@ class Meta:
 
 @dataclass(frozen=True)
 class Call:
-    """One op with its arguments, tensors described."""
+    """A call of an op, with descriptions of its tensors."""
 
     op: str
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...]
 
     def arguments(self, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with tensors made anew on `device`, as the op's `example` makes them."""
+        """The arguments with new tensors on `device`, from the op's `example`."""
 
         def make(value: Any) -> Any:
             return value.make() if isinstance(value, Meta) else value
@@ -146,21 +146,21 @@ class Call:
 
 
 def calls(workload: str, dtype: torch.dtype) -> Counter[Call]:
-    """Each distinct op call of a workload on a GPU, with how often it is made."""
-    seen: Counter[Call] = Counter()
+    """Each distinct op call of a workload on a GPU, with its count."""
+    counts: Counter[Call] = Counter()
 
     def watch(op: dispatch.Op[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = tuple((name, Meta.of(value)) for name, value in sorted(kwargs.items()))
-        seen[Call(op.name, tuple(map(Meta.of, args)), given)] += 1
+        named = tuple((name, Meta.of(value)) for name, value in sorted(kwargs.items()))
+        counts[Call(op.name, tuple(map(Meta.of, args)), named)] += 1
 
     with dispatch.targeting(dispatch.Target(90)), dispatch.observe(watch):
         (WORKLOADS | SMALL)[workload](dtype)
-    return seen
+    return counts
 
 
 @torch.no_grad()
 def with_random_weights(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A network of the meta device, on `device` with seeded weights of a size that keeps activations near one."""
+    """Move a network from the meta device to `device`, with seeded weights whose scale keeps activations near one."""
     network.to(dtype).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
     for name, p in network.named_parameters():

@@ -1,5 +1,5 @@
-"""A U-Net as one would write it in PyTorch with nothing in mind but its formula: channels first, every op of its own,
-text and time computed anew at each step. What "eager" means where diffusers is not installed; held against fastldm's.
+"""A U-Net in plain PyTorch: channels first, no fused op, text and time computed again at each step. It stands for
+"eager" where diffusers is not installed, and is checked against fastldm's.
 """
 
 from __future__ import annotations

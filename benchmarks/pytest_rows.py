@@ -1,4 +1,4 @@
-"""A pytest plugin for a stage (benchmarks/stages.py): each test that fails is a row at once, the counts are the last.
+"""A pytest plugin for a stage (benchmarks/stages.py): a row for each failed test at once, and one for the counts.
 
 pytest -p benchmarks.pytest_rows ...
 """

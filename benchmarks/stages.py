@@ -1,17 +1,17 @@
-"""Stages that run one after the other, each in processes of its own, so that none can take another down.
+"""Stages that run one after the other, each in processes of its own, so that none can crash another.
 
     stages = [Stage("ceilings", [[python, "-m", ...]], seconds=30), ...]
-    run(stages, folder, seconds=350)             # never raises for what a stage does; says how each ended
-    for row in read(folder): ...                 # all that was found, whole lines only
+    run(stages, folder, seconds=350)             # never raises for a stage's failure; returns the status of each
+    for row in read(folder): ...                 # all rows, complete lines only
 
-A stage's process tells what it finds by `emit(key=value, ...)`: a line of standard output that begins with ASCII's
-record separator (RFC 7464). This process alone writes the folder, each row the moment that it comes:
+A stage's process reports a row by `emit(key=value, ...)`: a line of standard output that starts with ASCII's record
+separator (RFC 7464). Only this process writes the folder, each row as soon as it arrives:
 
     results.jsonl    a row a line: {"stage": ..., ...}; of each stage one with "status", its last
-    log.txt          all else that the stages printed
+    log.txt          all further output of the stages
 
-A stage that raises, hangs, is killed or stops in the middle of a line costs itself and nothing else. This module loads
-no torch: a broken driver must not break what reports it.
+A stage that raises, hangs, is killed or stops in the middle of a line does not affect the rest. This module does not
+import torch: a broken driver must not break its own report.
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ from typing import IO, Any
 
 RESULTS, LOG = "results.jsonl", "log.txt"
 LOG_BYTES = 12 << 20
-"""Of the log at most so much is kept: what comes back from a machine is limited."""
+"""The most bytes of the log: the results that a machine returns are limited."""
 _MARK = "\x1e"
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Commands that find something out together."""
+    """Commands whose rows belong together."""
 
     name: str
     commands: Sequence[Sequence[str]]
-    """One after the other, or side by side."""
+    """In sequence, or in parallel."""
     seconds: float
-    """What all of them together may take; then they are killed."""
+    """The limit for all of them together; then they are killed."""
     together: bool = False
-    """Whether the commands run side by side: where nothing is timed."""
+    """Whether the commands run in parallel: where nothing is timed."""
     environment: Mapping[str, str] = field(default_factory=dict)
     folder: Path | None = None
-    """Where the commands run."""
+    """The working folder of the commands."""
 
 
 def emit(**row: Any) -> None:
-    """Tell the process that runs this stage what was found. Numbers that JSON has none for become texts."""
+    """Report a row to the process that runs this stage. Numbers that JSON lacks become text."""
     line = f"{_MARK}{json.dumps(_finite(row), default=str)}\n"
-    os.write(1, line.encode())  # one write: a row is not mixed with others', and is not held back
+    os.write(1, line.encode())  # one write: a row is neither mixed with those of other processes nor buffered
 
 
 def _finite(value: Any) -> Any:
@@ -67,7 +67,7 @@ def _finite(value: Any) -> Any:
 
 
 def read(folder: Path) -> list[Row]:
-    """All rows of a folder. A line that is not whole (the machine went away) is passed over."""
+    """All rows of a folder. An incomplete line (the machine went away) is skipped."""
     path = folder / RESULTS
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
@@ -79,7 +79,7 @@ def read(folder: Path) -> list[Row]:
 
 
 def ended(rows: Sequence[Row]) -> dict[str, str]:
-    """How each stage ended the last time that it ran: "done", "failed", "timed out", "killed" or "no time"."""
+    """The last status of each stage: "done", "failed", "timed out", "killed" or "no time"."""
     return {row["stage"]: row["status"] for row in rows if "status" in row}
 
 
@@ -91,14 +91,14 @@ def run(
     resume: bool = False,
     say: Callable[[str], object] = print,
 ) -> dict[str, str]:
-    """Run the stages, in order, for at most `seconds` in all. Returns how each ended, by name.
+    """Run the stages, in order, for at most `seconds` in all. Returns the status of each, by name.
 
-    resume: pass over what ended as "done" in this folder before; otherwise the folder must have no results yet.
+    resume: skip the stages that are "done" in this folder; otherwise the folder must have no results yet.
     """
     folder.mkdir(parents=True, exist_ok=True)
     before = ended(read(folder))
     if before and not resume:
-        raise FileExistsError(f"{folder} has results already: --resume goes on from them, another folder begins anew")
+        raise FileExistsError(f"{folder} has results already: --resume goes on from them, another folder starts anew")
     deadline = time.monotonic() + seconds
     status: dict[str, str] = {}
     with (folder / RESULTS).open("ab") as results, (folder / LOG).open("ab") as log:
@@ -113,23 +113,24 @@ def run(
                 status[stage.name] = "done"
                 say(f"{stage.name:16} done before")
                 continue
-            left = deadline - time.monotonic()
-            if left < min(5.0, stage.seconds):
+            remaining = deadline - time.monotonic()
+            if remaining < min(5.0, stage.seconds):
                 status[stage.name] = "no time"
                 write({"stage": stage.name, "status": "no time", "seconds": 0.0})
                 say(f"{stage.name:16} no time left")
                 continue
-            began = time.monotonic()
-            how, why = _run_stage(stage, min(stage.seconds, left), write, log, say)
-            took = time.monotonic() - began
-            status[stage.name] = how
-            write({"stage": stage.name, "status": how, "seconds": round(took, 1), **({"why": why} if why else {})})
-            say(f"{stage.name:16} {how} in {took:.0f} s{': ' + why if why else ''}")
+            start = time.monotonic()
+            ending, reason = _run_stage(stage, min(stage.seconds, remaining), write, log, say)
+            elapsed = time.monotonic() - start
+            status[stage.name] = ending
+            why = {"why": reason} if reason else {}
+            write({"stage": stage.name, "status": ending, "seconds": round(elapsed, 1), **why})
+            say(f"{stage.name:16} {ending} in {elapsed:.0f} s{': ' + reason if reason else ''}")
     return status
 
 
 def _end_line(path: Path, file: IO[bytes]) -> None:
-    """What comes next begins a line of its own, whatever the one before was cut off at."""
+    """End the last line of the file, which may have been cut off."""
     if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
         file.write(b"\n")
 
@@ -137,34 +138,34 @@ def _end_line(path: Path, file: IO[bytes]) -> None:
 def _run_stage(
     stage: Stage, seconds: float, write: Callable[[Row], None], log: IO[bytes], say: Callable[[str], object]
 ) -> tuple[str, str]:
-    """How the stage ended, and why if it is not "done"."""
+    """The status of the stage, and the reason if it is not "done"."""
     deadline = time.monotonic() + seconds
     groups = [stage.commands] if stage.together else [[command] for command in stage.commands]
-    bad: list[tuple[str, str]] = []
+    failures: list[tuple[str, str]] = []
     for commands in groups:
-        bad += _side_by_side(stage, commands, deadline, write, log, say)
-    if not bad:
+        failures += _in_parallel(stage, commands, deadline, write, log, say)
+    if not failures:
         return "done", ""
-    worst = max((how for how, _ in bad), key=("failed", "killed", "timed out").index)
-    return worst, "; ".join(why for _, why in bad)[:1000]
+    worst = max((ending for ending, _ in failures), key=("failed", "killed", "timed out").index)
+    return worst, "; ".join(reason for _, reason in failures)[:1000]
 
 
 class _Output:
-    """What a process prints, by whole lines: rows to the results, the rest to the log."""
+    """The output of a process, line by line: rows to the results, the rest to the log."""
 
     def __init__(self, stage: Stage, write: Callable[[Row], None], log: IO[bytes], say: Callable[[str], object]):
         self.stage, self.write, self.log, self.say = stage, write, log, say
-        self.held, self.last = b"", ""
+        self.pending, self.last = b"", ""
 
     def take(self, data: bytes) -> None:
-        *lines, self.held = (self.held + data).split(b"\n")
+        *lines, self.pending = (self.pending + data).split(b"\n")
         for line in lines:
             self._line(line.decode(errors="replace"))
 
     def end(self) -> None:
-        """The process is gone: a line that it did not end is no row."""
-        if self.held:
-            self._log(self.held.decode(errors="replace"))
+        """After the process has ended: an incomplete line is no row."""
+        if self.pending:
+            self._log(self.pending.decode(errors="replace"))
 
     def _line(self, line: str) -> None:
         _, mark, text = line.rpartition(_MARK)
@@ -186,7 +187,7 @@ class _Output:
             self.log.flush()
 
 
-def _side_by_side(
+def _in_parallel(
     stage: Stage,
     commands: Sequence[Sequence[str]],
     deadline: float,
@@ -194,9 +195,9 @@ def _side_by_side(
     log: IO[bytes],
     say: Callable[[str], object],
 ) -> list[tuple[str, str]]:
-    """(how, why) of each command that did not end well. None is left running."""
+    """(status, reason) of each command that failed. No process is left running."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **stage.environment}
-    bad: list[tuple[str, str]] = []
+    failures: list[tuple[str, str]] = []
     processes: list[tuple[Sequence[str], subprocess.Popen[bytes], _Output]] = []
     with selectors.DefaultSelector() as selector:
         try:
@@ -209,10 +210,10 @@ def _side_by_side(
                         stderr=subprocess.STDOUT,
                         env=environment,
                         cwd=stage.folder,
-                        start_new_session=True,  # so that what it starts can be killed with it
+                        start_new_session=True,  # so that its children can be killed with it
                     )
                 except OSError as error:
-                    bad.append(("failed", f"{command[0]}: {error.strerror}"))
+                    failures.append(("failed", f"{command[0]}: {error.strerror}"))
                     continue
                 assert process.stdout is not None
                 os.set_blocking(process.stdout.fileno(), False)
@@ -222,9 +223,9 @@ def _side_by_side(
             _listen(selector, [process for _, process, _ in processes], deadline)
         finally:
             for command, process, output in processes:
-                late = process.poll() is None
+                timed_out = process.poll() is None
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # its children too, if it left any
+                    os.killpg(process.pid, signal.SIGKILL)  # and its children
                 code = process.wait()
                 assert process.stdout is not None
                 with contextlib.suppress(BlockingIOError, OSError):
@@ -233,17 +234,17 @@ def _side_by_side(
                 output.end()
                 process.stdout.close()
                 name = " ".join(command[1:] if len(command) > 1 else command)
-                if late:
-                    bad.append(("timed out", f"{name}: stopped at its limit; last said: {output.last[-200:]}"))
+                if timed_out:
+                    failures.append(("timed out", f"{name}: stopped at its limit; last said: {output.last[-200:]}"))
                 elif code < 0:
-                    bad.append(("killed", f"{name}: by signal {-code}; last said: {output.last[-200:]}"))
+                    failures.append(("killed", f"{name}: by signal {-code}; last said: {output.last[-200:]}"))
                 elif code:
-                    bad.append(("failed", f"{name}: exit status {code}; last said: {output.last[-200:]}"))
-    return bad
+                    failures.append(("failed", f"{name}: exit status {code}; last said: {output.last[-200:]}"))
+    return failures
 
 
 def _listen(selector: selectors.BaseSelector, processes: Sequence[subprocess.Popen[bytes]], deadline: float) -> None:
-    """Take what the processes print until all have ended or the time is over."""
+    """Read the output of the processes until all have ended or the time is over."""
     while selector.get_map() and time.monotonic() < deadline:
         for key, _ in selector.select(timeout=0.1):
             data = os.read(key.fd, 1 << 16)
@@ -252,11 +253,11 @@ def _listen(selector: selectors.BaseSelector, processes: Sequence[subprocess.Pop
             else:
                 selector.unregister(key.fileobj)
         if all(process.poll() is not None for process in processes):
-            return  # a grandchild may hold a pipe open: what is in it is read at the end
+            return  # a grandchild may hold a pipe open: its content is read at the end
     while time.monotonic() < deadline and any(process.poll() is None for process in processes):
         time.sleep(0.05)
 
 
 def of(rows: Sequence[Row], stage: str) -> Iterator[Row]:
-    """What one stage found."""
+    """The rows of one stage, without its status."""
     return (row for row in rows if row["stage"] == stage and "status" not in row)

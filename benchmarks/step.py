@@ -1,10 +1,10 @@
-"""The end of a step on a GPU: one kernel against diffusers' scheduler, the functions it replaces, and torch.compile.
+"""The end of a step on a GPU: one kernel against diffusers' scheduler, PyTorch functions, and torch.compile.
 
     python -m benchmarks.step            a row of DPM-Solver++ 2M, guided, in float16
     python -m benchmarks.step --list     the shapes and the bytes they move; needs no GPU
 
-Everything is timed inside CUDA graphs. The table has more rows than there are replays, so that no slot ends; the state
-is checked against the functions first.
+All contenders are timed inside CUDA graphs. The table has more rows than there are replays, so that no slot ends; the
+state is checked against the functions first.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fastldm.samplers.table import make_table
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 SCALE, STEPS, ROW = 7.5, 20, 10  # every replay is step 11 of 20
-ROWS = 1 << 15  # of a table: more than there are replays
+ROWS = 1 << 15  # of a table: more than replays
 COPIES = 4  # of the state, each with a call in the graph
 SHAPES = {  # slots, height and width of the latents
     "sd15-512 1 slot": (1, 64, 64),
@@ -58,7 +58,7 @@ def arguments(slots: int, height: int, width: int, dtype: torch.dtype, device: s
 
 
 def functions(row: list[float], out: Tensor, x: Tensor, last: Tensor, dtype: torch.dtype) -> Any:
-    """What the kernel replaces: (model input, x, m)."""
+    """The functions that the kernel replaces: (model input, x, m)."""
     after, _, (m, _) = step(row, x, None, (last,), guide(out, SCALE), None, depth=2)
     return model_input(after, row[0], dtype, 2), after, m
 
@@ -66,31 +66,31 @@ def functions(row: list[float], out: Tensor, x: Tensor, last: Tensor, dtype: tor
 def rivals(out: Tensor, state: StepState, compiled: bool = True) -> dict[str, Callable[[], object]]:
     row = state.table[0, 0, : len(COLUMNS)].tolist()
     x, last, dtype = state.x.clone(), state.history[:, 0].clone(), out.dtype
-    runs: dict[str, Callable[[], object]] = {"eager": lambda: functions(row, out, x, last, dtype)}
+    contenders: dict[str, Callable[[], object]] = {"eager": lambda: functions(row, out, x, last, dtype)}
     if compiled:
         fused = torch.compile(functions)
-        runs["torch.compile"] = lambda: fused(row, out, x, last, dtype)
+        contenders["torch.compile"] = lambda: fused(row, out, x, last, dtype)
     if importlib.util.find_spec("diffusers") is None:
-        return runs  # a machine without it still learns the rest
+        return contenders
     from diffusers import DPMSolverMultistepScheduler
 
     scheduler = DPMSolverMultistepScheduler.from_config(SD)
     scheduler.set_timesteps(STEPS)
     scheduler.model_outputs, scheduler.lower_order_nums = [None, last.to(dtype)], 2
-    half = x.to(dtype)  # diffusers keeps latents in the model's dtype
+    latents = x.to(dtype)  # diffusers has latents in the model's dtype
 
     def diffusers_step() -> Tensor:
         scheduler._step_index = ROW
         unguided, guided = out.chunk(2)
-        said = unguided + SCALE * (guided - unguided)
-        after = scheduler.step(said, scheduler.timesteps[ROW], half, return_dict=False)[0]
+        model_output = unguided + SCALE * (guided - unguided)
+        after = scheduler.step(model_output, scheduler.timesteps[ROW], latents, return_dict=False)[0]
         return scheduler.scale_model_input(torch.cat([after] * 2), scheduler.timesteps[ROW + 1])
 
-    return {"diffusers": diffusers_step, **runs}
+    return {"diffusers": diffusers_step, **contenders}
 
 
 def wrong(slots: int, height: int, width: int, dtype: torch.dtype, device: str) -> str | None:
-    """How the kernel disagrees with the functions after two steps; None if it does not."""
+    """The first difference between kernel and functions after two steps; None if there is none."""
     out, state = arguments(slots, height, width, dtype, device, rows=4)
     row = state.table[0, 0, : len(COLUMNS)].tolist()
     x, last = state.x.clone(), state.history[:, -1].clone()
@@ -118,8 +118,8 @@ def bench(
     moved = bytes_moved(*arguments(*shape, dtype, "meta"))
     row: dict[str, Any] = {"workload": name, "count": 1, "call": f"end_step {slots}x4x{height}x{width}", "flop": 0}
     row |= {"bytes": moved, "floor_us": moved / ceiling * 1e6}
-    if (why := wrong(*shape, dtype, device)) is not None:
-        return row | {"wrong": why}
+    if (reason := wrong(*shape, dtype, device)) is not None:
+        return row | {"wrong": reason}
     contenders: dict[str, list[Callable[[], object]]] = {}
     sets = [arguments(*shape, dtype, device) for _ in range(COPIES)]
     rescaled = [arguments(*shape, dtype, device) for _ in range(COPIES)]
@@ -130,8 +130,8 @@ def bench(
         (lambda o=out, s=state: end_step(o, s, rescales=True)) for out, state in rescaled
     ]
     for out, state in sets:
-        for rival, run in rivals(out, state, compiled).items():
-            contenders.setdefault(rival, []).append(run)
+        for rival, call in rivals(out, state, compiled).items():
+            contenders.setdefault(rival, []).append(call)
     with use("triton"):
         row["us"], row["spread"], row["failed"] = take_turns(contenders)
     if not all(bool((state.counter < state.steps).all()) for _, state in (*sets, *rescaled)):
@@ -140,7 +140,7 @@ def bench(
 
 
 def bytes_moved(out: Tensor, state: StepState) -> int:
-    """The op's own count, and a plane of history read and one written."""
+    """The op's own cost, and a plane of history read and one written."""
     return END_STEP.cost(out, *state).bytes + 2 * 4 * state.x.numel()
 
 
@@ -151,12 +151,12 @@ def rows(dtype: torch.dtype, ceiling: float, device: str, dry: bool) -> Iterator
 
 
 ROWS_OF = {END_STEP.name: rows}
-"""What has states and shapes of its own, where other ops have the calls of a network."""
+"""The ops that are timed at shapes of this file, and not at the calls of a network."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", action="store_true", help="only the shapes with what they move; needs no GPU")
+    parser.add_argument("--list", action="store_true", help="only the shapes with their bytes; needs no GPU")
     parser.add_argument("--dtype", choices=harness.DTYPES, default="float16")
     parser.add_argument("--results", type=Path, help="folder for the JSON  [default: benchmarks/results/GPU]")
     args = parser.parse_args()
@@ -167,11 +167,11 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         sys.exit("torch sees no GPU: this times kernels on one. --list prints shapes and bytes without.")
-    limits = ceilings(torch.device("cuda"), dtype)
-    about = {"source": harness.source("step"), "ceilings": limits._asdict(), "dtype": args.dtype}
-    record = harness.Record(args.results, f"step-{args.dtype}", **about)
+    measured = ceilings(torch.device("cuda"), dtype)
+    header = {"source": harness.source("step"), "ceilings": measured._asdict(), "dtype": args.dtype}
+    record = harness.Record(args.results, f"step-{args.dtype}", **header)
     for name in SHAPES:
-        row = bench(name, SHAPES[name], dtype, limits.bytes)
+        row = bench(name, SHAPES[name], dtype, measured.bytes)
         record.add(row)
         print(harness.line(row), flush=True)
     record.end()

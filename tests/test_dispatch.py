@@ -85,12 +85,12 @@ def test_an_op_is_added_by_a_file(
 
     monkeypatch.setitem(networks.SMALL, "dummy", lambda dtype: dummy(torch.empty(5, 9, dtype=dtype, device="meta")))
     (call,) = networks.calls("dummy", torch.float16)
-    where, rows = first.Where(tmp_path, dry=True), []
+    context, rows = first.Context(tmp_path, dry=True), []
     monkeypatch.setattr(first, "emit", lambda **row: rows.append(row))
     for stage in ("checks", "ops"):
-        commands = [command for entry in first.stages(where) if entry.name == stage for command in entry.commands]
+        commands = [command for entry in first.stages(context) if entry.name == stage for command in entry.commands]
         assert any("dummy" in command for command in commands)
-        first.STAGES[stage](where, ["dummy"])
+        first.STAGES[stage](context, ["dummy"])
     *_, checked, timed = rows
     assert (checked["op"], checked["tried"], checked["wrong_calls"]) == ("dummy", 1, 0)
     assert timed["us"].keys() == {"triton", "torch"}

@@ -115,7 +115,7 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_stage_runs_where_peers_are_missing(rehearsal: Path) -> None:
     rows = stages.read(rehearsal)
-    plan = first.stages(first.Where(rehearsal, dry=True))
+    plan = first.stages(first.Context(rehearsal, dry=True))
     assert stages.ended(rows) == dict.fromkeys([stage.name for stage in plan], "done")
     assert all(any(stages.of(rows, stage.name)) for stage in plan), "a stage that found nothing"
     assert not [row for row in rows if row.get("wrong") or isinstance(row.get("failed"), str)]
@@ -155,13 +155,13 @@ def test_an_op_whose_check_was_red_is_not_timed(tmp_path: Path) -> None:
         {"stage": "checks", "op": "attention", "ended": True, "tried": 3},
     ]
     (tmp_path / stages.RESULTS).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert first.Where(tmp_path, dry=True).red == {"geglu", "linear"}
+    assert first.Context(tmp_path, dry=True).failed_checks == {"geglu", "linear"}
 
 
 def test_both_halves_fit_their_minutes_and_name_every_stage() -> None:
-    where = first.Where(Path("out"), dry=False)
-    halves = [first.stages(where, half) for half in (1, 2)]
-    assert [stage.name for half in halves for stage in half] == [stage.name for stage in first.stages(where)]
+    context = first.Context(Path("out"), dry=False)
+    halves = [first.stages(context, half) for half in (1, 2)]
+    assert [stage.name for half in halves for stage in half] == [stage.name for stage in first.stages(context)]
     headline = [stage.name for stage in halves[0]].index("step")
     assert sum(stage.seconds for stage in halves[0][: headline + 1]) <= 240, "four minutes hold the headline"
     asked = {
