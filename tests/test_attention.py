@@ -44,7 +44,7 @@ def check(config: dispatch.Config, q: Tensor, k: Tensor, v: Tensor, heads: int, 
 def plainly(
     q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float, kv_len: list[int], slots: list[int], causal: bool = False
 ) -> Tensor:
-    """Row by row and head by head, as one would write it down."""
+    """Row by row and head by head."""
     out = torch.empty_like(q)
     dim = q.shape[-1] // heads
     for b, slot in enumerate(slots):
@@ -61,7 +61,7 @@ def plainly(
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_the_reference_is_the_formula(causal: bool) -> None:
+def test_reference_matches_formula(causal: bool) -> None:
     q, k, v = (torch.randn(n, t, 3 * 8, dtype=torch.float64) for n, t in ((4, 5), (3, 7), (3, 7)))
     kv_len, slots = [7, 1, 4], [2, 0, 0, 1]
     got = attention_reference(
@@ -73,7 +73,7 @@ def test_the_reference_is_the_formula(causal: bool) -> None:
     )
 
 
-def test_the_reference_does_not_look_beyond_kv_len() -> None:
+def test_reference_ignores_keys_beyond_kv_len() -> None:
     q, k, v = (torch.randn(2, 5, 16) for _ in range(3))
     kv_len = torch.tensor([3, 5], dtype=torch.int32)
     expected = attention_reference(q, k, v, 2, kv_len=kv_len)
@@ -86,7 +86,7 @@ def test_the_reference_does_not_look_beyond_kv_len() -> None:
 
 DIMS = {
     8: "less than the 16 that a product of tensor cores takes",
-    24: "one tile on sm_90, where the least is 16",
+    24: "one tile on sm_90, where the minimum is 16",
     40: "SD1.5: 32 + 16, the last 8 masked",
     56: "one tile with a masked end",
     64: "SDXL",
@@ -101,7 +101,7 @@ DIMS = {
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", DIMS)
-def test_head_dims(dim: int, dtype: torch.dtype) -> None:
+def test_head_dims_match_reference(dim: int, dtype: torch.dtype) -> None:
     """In the shipped configuration: a whole block of queries and a tail; whole blocks of keys and a tail."""
     q, k, v = (normal(1, n, dim, dtype=dtype) for n in (130, 170, 170))
     if not (verdict := ATTENTION.supports(q, k, v, 1)):
@@ -112,7 +112,7 @@ def test_head_dims(dim: int, dtype: torch.dtype) -> None:
 @BOTH
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [40, 64, 80, 160])
-def test_heads_of_the_networks(dim: int, dtype: torch.dtype, config: dispatch.Config) -> None:
+def test_heads_of_the_networks_match_reference(dim: int, dtype: torch.dtype, config: dispatch.Config) -> None:
     check(config, *(normal(2, n, 2 * dim, dtype=dtype) for n in (33, 77, 77)), 2)
 
 
@@ -120,7 +120,7 @@ def test_heads_of_the_networks(dim: int, dtype: torch.dtype, config: dispatch.Co
 @BOTH
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [*range(8, 257, 8)])
-def test_every_head_dim(dim: int, dtype: torch.dtype, config: dispatch.Config) -> None:
+def test_every_head_dim_matches_reference(dim: int, dtype: torch.dtype, config: dispatch.Config) -> None:
     check(config, *(normal(1, n, 2 * dim, dtype=dtype) for n in (33, 70, 70)), 2)
 
 
@@ -132,7 +132,7 @@ LENGTHS = {
     "one-block": (32, 32),
     "one-more": (33, 33),
     "one-less": (31, 31),
-    "seven-keys": (9, 7),  # fewer than the 8 columns that sums are kept by
+    "seven-keys": (9, 7),  # fewer than the 8 columns of sums
     "text": (50, 77),
     "two-texts": (50, 154),
     "three-texts": (50, 231),
@@ -142,19 +142,19 @@ LENGTHS = {
 
 @BOTH
 @pytest.mark.parametrize(("queries", "keys"), LENGTHS.values(), ids=LENGTHS)
-def test_lengths(queries: int, keys: int, config: dispatch.Config) -> None:
+def test_lengths_match_reference(queries: int, keys: int, config: dispatch.Config) -> None:
     check(config, *(normal(1, n, 40) for n in (queries, keys, keys)), 1)
 
 
 @pytest.mark.parametrize("keys", [77, 154, 231])
-def test_text_in_the_shipped_configuration(keys: int) -> None:
+def test_text_matches_reference_in_the_default_configuration(keys: int) -> None:
     q, kv = normal(2, 150, 2 * 40), normal(2, keys, 4 * 40)
     ops.check(ATTENTION, q, *kv.chunk(2, -1), 2)
 
 
 @BOTH
-def test_lengths_and_slots(config: dispatch.Config) -> None:
-    """Rows of one prompt share its slot; a slot nobody reads; lengths 1, odd, whole, and beyond what there is."""
+def test_lengths_and_slots_match_reference(config: dispatch.Config) -> None:
+    """Rows that share a slot; a slot that no row reads; lengths 1, odd, full, and beyond the keys."""
     q, k, v = normal(5, 40, 2 * 24), normal(6, 77, 2 * 24), normal(6, 77, 2 * 24)
     kv_len, slots = int32(1, 77, 33, 64, 5, 1000), int32(2, 2, 0, 1, 5)
     check(config, q, k, v, 2, kv_len=kv_len, slots=slots)
@@ -163,7 +163,7 @@ def test_lengths_and_slots(config: dispatch.Config) -> None:
 
 
 @BOTH
-def test_what_is_not_seen_is_not_loaded(config: dispatch.Config) -> None:
+def test_keys_beyond_kv_len_are_not_loaded(config: dispatch.Config) -> None:
     q, k, v = normal(2, 40, 40), normal(2, 77, 40), normal(2, 77, 40)
     k[0, 37:], v[0, 37:] = math.nan, math.inf
     check(config, q, k, v, 1, kv_len=int32(37, 77))
@@ -200,20 +200,20 @@ def tokens_first() -> tuple[Tensor, ...]:
 
 @BOTH
 @pytest.mark.parametrize("views", [packed_qkv, packed_kv, spaced_rows, one_slot_for_all, tokens_first])
-def test_views(views: Callable[[], tuple[Tensor, ...]], config: dispatch.Config) -> None:
+def test_views_match_reference(views: Callable[[], tuple[Tensor, ...]], config: dispatch.Config) -> None:
     q, k, v = views()
     check(config, q, k, v, 2)
 
 
 @BOTH
 @pytest.mark.parametrize("scale", [1e-4, 0.25, 3.0])
-def test_scale(scale: float, config: dispatch.Config) -> None:
+def test_scale_matches_reference(scale: float, config: dispatch.Config) -> None:
     check(config, *(normal(1, n, 64) for n in (40, 77, 77)), 2, scale=scale)
 
 
 @BOTH
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_scores_too_large_for_exp(dtype: torch.dtype, config: dispatch.Config) -> None:
+def test_large_scores_do_not_overflow(dtype: torch.dtype, config: dispatch.Config) -> None:
     """In the thousands: 2 ** s overflows unless the peak is taken off first."""
     q, k, v = (normal(1, n, 64, dtype=dtype) for n in (40, 77, 77))
     check(config, 30 * q, 30 * k, v, 1)
@@ -221,7 +221,7 @@ def test_scores_too_large_for_exp(dtype: torch.dtype, config: dispatch.Config) -
 
 @BOTH
 @pytest.mark.parametrize("falling", [False, True])
-def test_the_peak_moves_with_each_block(falling: bool, config: dispatch.Config) -> None:
+def test_rising_peaks_match_reference(falling: bool, config: dispatch.Config) -> None:
     """Every block outgrows what was summed before it, or none does after the first."""
     q, v = normal(1, 40, 40).abs(), normal(1, 150, 40)
     k = normal(1, 150, 40) + torch.linspace(-9, 9, 150, device=ops.DEVICE).to(DTYPE)[None, :, None]
@@ -229,7 +229,7 @@ def test_the_peak_moves_with_each_block(falling: bool, config: dispatch.Config) 
 
 
 @BOTH
-def test_one_key_takes_all(config: dispatch.Config) -> None:
+def test_a_dominant_key_gives_its_value(config: dispatch.Config) -> None:
     """The last, in the tail: all that was summed before must be forgotten."""
     q, k, v = torch.ones_like(normal(1, 33, 40)), normal(1, 70, 40), normal(1, 70, 40)
     k[:, -1] = 60
@@ -237,12 +237,12 @@ def test_one_key_takes_all(config: dispatch.Config) -> None:
 
 
 @BOTH
-def test_equal_scores_are_a_mean(config: dispatch.Config) -> None:
+def test_equal_scores_give_the_mean(config: dispatch.Config) -> None:
     q, k, v = torch.zeros_like(normal(1, 5, 40)), normal(1, 70, 40), normal(1, 70, 40)
     check(config, q, k, v, 1)
 
 
-def test_exponentials_by_fma() -> None:
+def test_polynomial_exponentials_match_reference() -> None:
     """Within the budget of half types; scores of all sizes, -inf in the tail among them."""
     for dtype in DTYPES:
         if dtype != torch.float32:
@@ -253,7 +253,7 @@ def test_exponentials_by_fma() -> None:
 
 @BOTH
 @pytest.mark.parametrize("dim", [40, 80])
-def test_one_tile_instead_of_two(dim: int, config: dispatch.Config) -> None:
+def test_heads_in_one_tile_match_reference(dim: int, config: dispatch.Config) -> None:
     check(config | {"SPLIT": False}, *(normal(1, n, 2 * dim) for n in (33, 70, 70)), 2)
 
 
@@ -261,7 +261,7 @@ def test_one_tile_instead_of_two(dim: int, config: dispatch.Config) -> None:
     ops.DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0), reason="Hopper and later copy so"
 )
 @pytest.mark.parametrize(("dim", "split"), [(40, True), (40, False), (64, False), (80, True)])
-def test_loads_by_descriptors(dim: int, split: bool) -> None:
+def test_descriptors_match_reference(dim: int, split: bool) -> None:
     """Heads whose tiles end inside their neighbours, parts of a packed projection, slots, and keys that are not there
     in whole blocks and in the last."""
     dtype = torch.float16  # as it is used: descriptors of float32 would be twice as wide
@@ -275,8 +275,8 @@ def test_loads_by_descriptors(dim: int, split: bool) -> None:
 
 
 @pytest.mark.parametrize(("arch", "dim"), [(80, 40), (86, 136), (80, 256), (121, 200), (100, 40)])
-def test_other_gpus_lay_heads_out_otherwise(arch: int, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Warps multiply by 8 columns, warpgroups by 16; only sm_90 holds 256 channels of values in one program."""
+def test_layouts_of_every_gpu_match_reference(arch: int, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warps multiply by 8 columns, warpgroups by 16; only sm_90 has 256 channels of values in one program."""
     if ops.DEVICE == "cuda":
         pytest.skip("this GPU is what it is")
     monkeypatch.setattr(module, "capability", lambda x: arch)
@@ -292,7 +292,9 @@ def test_other_gpus_lay_heads_out_otherwise(arch: int, dim: int, monkeypatch: py
     eighths=st.integers(1, 12),
     data=st.data(),
 )
-def test_any_shape(rows: int, queries: int, keys: int, heads: int, eighths: int, data: st.DataObject) -> None:
+def test_any_shape_matches_reference(
+    rows: int, queries: int, keys: int, heads: int, eighths: int, data: st.DataObject
+) -> None:
     any_shape(rows, queries, keys, heads, 8 * eighths, data)
 
 
@@ -306,7 +308,9 @@ def test_any_shape(rows: int, queries: int, keys: int, heads: int, eighths: int,
     eighths=st.integers(1, 32),
     data=st.data(),
 )
-def test_any_shape_at_length(rows: int, queries: int, keys: int, heads: int, eighths: int, data: st.DataObject) -> None:
+def test_any_long_shape_matches_reference(
+    rows: int, queries: int, keys: int, heads: int, eighths: int, data: st.DataObject
+) -> None:
     any_shape(rows, queries, keys, heads, 8 * eighths, data)
 
 
@@ -322,7 +326,7 @@ def any_shape(rows: int, queries: int, keys: int, heads: int, dim: int, data: st
 # ---------------------------------------------------------------------------------------------------- around them
 
 
-def test_the_public_op_takes_the_path_that_is_asked_for() -> None:
+def test_public_op_takes_the_requested_path() -> None:
     q, k, v = (normal(2, 20, 48, dtype=DTYPES[-1]) for _ in range(3))
     with dispatch.use("triton"):
         assert ATTENTION.path(q, k, v, 2)
@@ -331,7 +335,7 @@ def test_the_public_op_takes_the_path_that_is_asked_for() -> None:
         torch.testing.assert_close(attention(q, k, v, 2), triton, rtol=0, atol=2e-3)
 
 
-def test_what_is_refused_says_why() -> None:
+def test_refusals_name_the_reason() -> None:
     q, k, v = (torch.empty(2, 6, 48) for _ in range(3))
 
     def why(q: Tensor = q, k: Tensor = k, v: Tensor = v, heads: int = 2, **kwargs: Any) -> str:
@@ -357,7 +361,7 @@ def test_what_is_refused_says_why() -> None:
         )
 
 
-def test_cost_of_the_largest_call_of_sd15() -> None:
+def test_cost_of_the_largest_sd15_call() -> None:
     q, k, v = (torch.empty(2, 4096, 320, dtype=torch.float16, device="meta") for _ in range(3))
     assert ATTENTION.cost(q, k, v, 8) == (42_949_672_960, 4 * 2 * 4096 * 320 * 2, 268_435_456)
     assert ATTENTION.cost(q, k, v, 8, causal=True).exp == 134_217_728
@@ -365,7 +369,7 @@ def test_cost_of_the_largest_call_of_sd15() -> None:
     assert ATTENTION.cost(q, text, text, 8).bytes == 2 * (2 * 2 * 4096 * 320 + 2 * 2 * 77 * 320)
 
 
-def test_tiles() -> None:
+def test_tiles_hold_every_size() -> None:
     assert [tiles(dim, 8) for dim in (8, 40, 56, 64, 80, 160, 256)] == [
         (8, 0), (32, 8), (64, 0), (64, 0), (64, 16), (128, 32), (128, 128)
     ]  # fmt: skip
@@ -377,7 +381,7 @@ def test_tiles() -> None:
 
 
 @pytest.mark.parametrize("arch", [*ARCHS, 87, 103, 121])
-def test_there_is_a_default_for_every_shape(arch: int) -> None:
+def test_every_shape_has_a_default(arch: int) -> None:
     """Known to the tuner's space or a narrower variant of it, and within the GPU's shared memory by a plain count."""
     for dim in range(8, 257, 8):
         for queries in (1, 64, 256, 1024, 4096, 16384):
@@ -394,19 +398,19 @@ def test_there_is_a_default_for_every_shape(arch: int) -> None:
 @pytest.mark.parametrize(
     ("dim", "queries", "keys"), [(40, 4096, 4096), (40, 4096, 77), (160, 64, 64), (64, 1024, 1024)]
 )
-def test_the_tuner_has_some_but_not_too_many_to_try(dim: int, queries: int, keys: int) -> None:
+def test_every_shape_has_2_to_64_candidates(dim: int, queries: int, keys: int) -> None:
     q, k = (torch.empty(2, n, 2 * dim, dtype=torch.float16, device="meta") for n in (queries, keys))
     assert 2 <= sum(is_candidate(config, q, k, k, 2) for config in ATTENTION.space) <= 64
 
 
 @pytest.mark.parametrize("keys", [20, 170])
-def test_registered(keys: int) -> None:
+def test_registered_op_agrees_with_its_schema(keys: int) -> None:
     q, k, v = (normal(2, n, 48) for n in (20, keys, keys))
     ops.check_registered(ATTENTION, q, k, v, 2, scale=0.5, kv_len=int32(3, keys), slots=int32(1, 1))
 
 
-def test_torch_agrees_in_float64() -> None:
-    """PyTorch's attention, given plain tensors of one row each, against the kernel: no code of ours between."""
+def test_kernel_matches_pytorch_in_float64() -> None:
+    """Against PyTorch's attention on single rows, without the reference."""
     q, k, v = normal(3, 40, 80), normal(2, 77, 80), normal(2, 77, 80)
     kv_len, slots = [77, 50], [1, 0, 1]
     with dispatch.forced("attention", LONG):

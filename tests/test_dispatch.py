@@ -106,7 +106,7 @@ def test_an_added_op_goes_with_its_file() -> None:
 
 
 @pytest.mark.skipif(ops.DEVICE == "cuda", reason="about machines without a GPU")
-def test_on_a_cpu_the_reference_runs_and_doctor_can_say_why() -> None:
+def test_path_names_the_reason_on_a_cpu() -> None:
     assert GEGLU.path(X) == (False, "tensors are on the CPU")
     with use("triton"):
         assert GEGLU.path(X)
@@ -114,35 +114,35 @@ def test_on_a_cpu_the_reference_runs_and_doctor_can_say_why() -> None:
         assert "use" in GEGLU.path(X).reason
 
 
-def test_use_holds_for_its_thread_and_ends() -> None:
-    found = []
+def test_use_applies_to_its_thread_and_ends() -> None:
+    preferences = []
     with use("torch"):
-        other = threading.Thread(target=lambda: found.append(dispatch._scope.preference))
-        other.start()
-        other.join()
+        thread = threading.Thread(target=lambda: preferences.append(dispatch._scope.preference))
+        thread.start()
+        thread.join()
         assert dispatch._scope.preference == "torch"
-    assert found == [None]
+    assert preferences == [None]
     assert dispatch._scope.preference is None
     with pytest.raises(ValueError, match='expected "triton" or "torch"'):
         use("cuda")  # type: ignore[arg-type]
 
 
-def test_use_triton_without_triton_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_use_triton_without_triton_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "has_triton", lambda: False)
     with pytest.raises(RuntimeError, match="pip install triton"):
         use("triton")
 
 
 def test_observers_see_each_call() -> None:
-    seen = []
-    with observe(lambda op, args, kwargs: seen.append((op.name, args[0].shape))):
+    calls = []
+    with observe(lambda op, args, kwargs: calls.append((op.name, args[0].shape))):
         geglu(X)
     geglu(X)
-    assert seen == [("geglu", X.shape)]
+    assert calls == [("geglu", X.shape)]
 
 
-def test_observers_may_ask_to_be_called_when_the_op_has_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is between the two is all of the op, and the ops that it is made of."""
+def test_observers_are_called_after_the_op_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the two calls come the op, and the ops that it calls."""
     order: list[str] = []
 
     def watch(op: dispatch.Op[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
@@ -159,7 +159,7 @@ def test_observers_may_ask_to_be_called_when_the_op_has_run(monkeypatch: pytest.
     assert order == ["geglu begins", "inside", "layer_norm begins", "layer_norm has run", "geglu has run"]
 
 
-def test_the_table_and_who_overrules_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_configurations_follow_the_order_of_precedence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Forced, then FASTLDM_TUNED, then what ships, then the op's default; a path of "torch" is heeded."""
     shape = torch.empty(4, 64, device="meta")
     config = {"ROWS": 1, "CHANNELS": 256, "num_warps": 2}
@@ -184,18 +184,18 @@ def test_the_table_and_who_overrules_it(monkeypatch: pytest.MonkeyPatch, tmp_pat
         dispatch.table.cache_clear()
 
 
-def test_torch_compile_takes_the_public_op_whole() -> None:
+def test_torch_compile_traces_the_public_op() -> None:
     compiled = torch.compile(geglu, fullgraph=True, backend="eager")
     assert torch.equal(compiled(X), geglu(X))
 
 
 @pytest.mark.gpu
-def test_torch_compile_sees_the_kernel() -> None:
+def test_torch_compile_runs_the_kernel() -> None:
     x = torch.randn(64, 2 * 320, device="cuda", dtype=torch.float16)
     assert torch.equal(torch.compile(geglu, fullgraph=True)(x), geglu(x))
 
 
-def test_export_gives_plain_torch_ops_on_a_cpu() -> None:
+def test_export_gives_torch_ops_on_a_cpu() -> None:
     class Net(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return geglu(x)

@@ -82,14 +82,16 @@ CALLS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.usefixtures("_on_a_gpu")
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("given", SET)
-def test_no_product_is_launched_in_tf32(name: str, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the process allows, and what it says of itself is the same afterwards."""
-    SET[given]()
-    before, seen = settings(), []
+@pytest.mark.parametrize("setting", SET)
+def test_no_product_is_launched_in_tf32(name: str, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With any setting of the process, which is the same afterwards."""
+    SET[setting]()
+    before, precisions = settings(), []
 
     def watched(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda *args, **kwargs: seen.append(backends.cuda.matmul.fp32_precision) or function(*args, **kwargs)
+        return lambda *args, **kwargs: (
+            precisions.append(backends.cuda.matmul.fp32_precision) or function(*args, **kwargs)
+        )
 
     for product in ("linear", "scaled_dot_product_attention"):
         monkeypatch.setattr(F, product, watched(getattr(F, product)))
@@ -101,12 +103,12 @@ def test_no_product_is_launched_in_tf32(name: str, given: str, monkeypatch: pyte
     monkeypatch.undo()
     assert ops.error(got, CALLS[name](x.double())) < 1e-6
     assert all(call.args[12] is False for call in library.call_args_list)  # allow_tf32
-    assert bool(library.call_args_list) != bool(seen), "it is one or the other"
-    assert "tf32" not in seen
+    assert bool(library.call_args_list) != bool(precisions), "it is one or the other"
+    assert "tf32" not in precisions
     assert settings() == before
 
 
-def test_what_is_of_another_dtype_or_device_is_left_alone() -> None:
+def test_other_dtypes_and_devices_are_unchanged() -> None:
     torch.set_float32_matmul_precision("high")
     for x in (torch.zeros(1), torch.zeros(1, dtype=torch.float16), torch.zeros(1, device="meta")):
         with float32.products(x):
@@ -114,21 +116,21 @@ def test_what_is_of_another_dtype_or_device_is_left_alone() -> None:
 
 
 @pytest.mark.usefixtures("_on_a_gpu")
-def test_the_last_thread_to_leave_sets_it_back() -> None:
+def test_the_last_thread_restores_the_setting() -> None:
     torch.set_float32_matmul_precision("high")
     x, inside, leave = torch.zeros(1), threading.Event(), threading.Event()
 
-    def other() -> None:
+    def leave_last() -> None:
         with float32.products(x):
             inside.set()
             assert leave.wait(10)
 
-    thread = threading.Thread(target=other)
+    thread = threading.Thread(target=leave_last)
     thread.start()
     assert inside.wait(10)
     with float32.products(x):
         assert backends.cuda.matmul.fp32_precision == "ieee"
-    assert backends.cuda.matmul.fp32_precision == "ieee", "the other is still inside"
+    assert backends.cuda.matmul.fp32_precision == "ieee", "the other thread is still inside"
     leave.set()
     thread.join()
     assert torch.get_float32_matmul_precision() == "high"
@@ -136,7 +138,7 @@ def test_the_last_thread_to_leave_sets_it_back() -> None:
 
 
 @pytest.mark.usefixtures("_on_a_gpu")
-def test_what_is_set_meanwhile_stays() -> None:
+def test_a_concurrent_setting_is_kept() -> None:
     torch.set_float32_matmul_precision("high")
     with float32.products(torch.zeros(1)):
         torch.set_float32_matmul_precision("highest")
@@ -144,13 +146,13 @@ def test_what_is_set_meanwhile_stays() -> None:
     assert settings()["matmul"] == "none"
 
 
-def test_no_kernel_with_products_takes_float32_on_a_gpu() -> None:
+def test_kernels_with_products_refuse_float32_on_a_gpu() -> None:
     x, image = (
         torch.empty(64, 64, device="meta"),
         torch.empty(1, 64, 8, 8, device="meta").to(memory_format=torch.channels_last),
     )
     kernel = torch.empty(64, 64, 3, 3, device="meta").to(memory_format=torch.channels_last)
-    given: dict[str, tuple[Any, ...]] = {
+    arguments: dict[str, tuple[Any, ...]] = {
         "linear": (x, x),
         "linear_geglu": (x, x),
         "attention": (x[None], x[None], x[None], 2),
@@ -158,14 +160,14 @@ def test_no_kernel_with_products_takes_float32_on_a_gpu() -> None:
         "upsample_conv2d": (image, kernel, None, 16, 16),
     }
     with mock.patch.object(dispatch, "interpreting", return_value=False), dispatch.targeting(Target(90)):
-        for name, args in given.items():
+        for name, args in arguments.items():
             with mock.patch("fastldm.kernels.linear.interpreting", return_value=False):
                 assert "float32" in dispatch.OPS[name].path(*args).reason, name
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CALLS)
-def test_on_a_gpu_float32_is_float32(name: str) -> None:
+def test_a_gpu_computes_in_full_float32(name: str) -> None:
     """TF32 keeps 10 bits: it would be a thousandth off."""
     torch.set_float32_matmul_precision("high")
     backends.cudnn.allow_tf32 = True

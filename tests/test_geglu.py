@@ -19,7 +19,7 @@ SHAPES = {
 }
 
 
-def test_the_reference_is_the_formula() -> None:
+def test_reference_matches_formula() -> None:
     x = torch.randn(3, 5, 12, dtype=torch.float64)
     a, b = x[..., :6], x[..., 6:]
     assert torch.allclose(geglu_reference(x), a * F.gelu(b, approximate="none"), rtol=0, atol=0)
@@ -28,20 +28,20 @@ def test_the_reference_is_the_formula() -> None:
 
 @pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_the_kernel(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_kernel_matches_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     ops.check(GEGLU, torch.randn(shape, dtype=dtype, device=ops.DEVICE))
 
 
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # where the square of b overflows, as it may
 @pytest.mark.parametrize("scale", [1e-4, 30.0, 1e20])
-def test_extreme_values(scale: float) -> None:
+def test_extreme_values_match_reference(scale: float) -> None:
     """Far out, gelu is 0 or the identity, also where the square of b overflows."""
     x = torch.randn(4, 2 * 64, device=ops.DEVICE)
     x[:, 64:] *= scale
     ops.check(GEGLU, x)
 
 
-def test_gelu_is_exact_to_float32() -> None:
+def test_gelu_has_float32_precision() -> None:
     """Everywhere, and for large negative b, where 1 + erf(b / sqrt 2) would have no digit left, relatively too."""
     b = torch.linspace(-5.5, 5.5, 2000, device=ops.DEVICE)
     got = GEGLU.triton(torch.stack((torch.ones_like(b), b), 1).contiguous())[:, 0].double()
@@ -60,16 +60,16 @@ def test_defaults_fit_the_networks(channels: int) -> None:
 
 @settings(max_examples=10, deadline=None)
 @given(rows=st.integers(1, 20), channels=st.integers(1, 80))
-def test_any_shape(rows: int, channels: int) -> None:
+def test_any_shape_matches_reference(rows: int, channels: int) -> None:
     ops.check(GEGLU, torch.randn(rows, 16 * channels, device=ops.DEVICE))
 
 
-def test_what_is_refused_says_why() -> None:
+def test_refusals_name_the_reason() -> None:
     assert "do not halve" in GEGLU.supports(torch.empty(2, 7)).reason
     assert "not contiguous" in GEGLU.supports(torch.empty(4, 64)[::2]).reason
     assert "stride" in GEGLU.supports(torch.empty(64, 4).t()).reason
     assert torch.equal(geglu(torch.ones(2, 6)), geglu_reference(torch.ones(2, 6)))  # and runs all the same
 
 
-def test_registered() -> None:
+def test_registered_op_agrees_with_its_schema() -> None:
     ops.check_registered(GEGLU, torch.randn(3, 32, device=ops.DEVICE))

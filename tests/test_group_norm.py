@@ -18,7 +18,7 @@ from fastldm.kernels.group_norm import GROUP_NORM, default, group_norm, group_no
 # The interpreter computes the lanes that are masked off, too.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
-# How the two designs are forced onto small shapes: one program for a group; pieces of two tiles of 8 pixels.
+# Configurations that force both designs onto small shapes: one program for a group; pieces of two tiles of 8 pixels.
 ONE_PASS = {"GROUPS": 1, "PIXELS": 32, "TILES": 2, "num_warps": 4}
 PIECES = {"GROUPS": 2, "PIXELS": 8, "TILES": 2, "num_warps": 4}
 DESIGNS = pytest.mark.parametrize("config", [ONE_PASS, PIECES], ids=["one pass", "pieces"])
@@ -59,11 +59,11 @@ def error(x: Tensor, groups: int, eps: float = 1e-5) -> float:
     return (got.double() - exact).abs().max().item()
 
 
-def test_the_reference_is_the_formula() -> None:
+def test_reference_matches_formula() -> None:
     x, skip, shift = torch.randn(2, 10, 5, 3).double(), torch.randn(2, 14, 5, 3).double(), torch.randn(2, 24).double()
     weight, bias = torch.randn(2, 24, dtype=torch.float64)
     y = torch.cat((x, skip), 1) + shift[:, :, None, None]
-    group = y.reshape(2, 4, -1)  # groups of 6: one straddles the seam
+    group = y.reshape(2, 4, -1)  # groups of 6: one has channels of x and of skip
     group = (group - group.mean(2, keepdim=True)) / (group.var(2, keepdim=True, correction=0) + 1e-3).sqrt()
     expected = group.reshape(2, 24, 5, 3) * weight[:, None, None] + bias[:, None, None]
     got = group_norm_reference(x, 4, weight, bias, 1e-3, shift=shift, skip=skip)
@@ -74,7 +74,7 @@ def test_the_reference_is_the_formula() -> None:
 
 @DESIGNS
 @pytest.mark.parametrize("size", SIZES)
-def test_every_group_size(size: int, config: dict[str, Any]) -> None:
+def test_every_group_size_matches_reference(size: int, config: dict[str, Any]) -> None:
     """Three groups: the last block of the pieces has one of its two. 35 pixels: a tail of tile and piece."""
     check(config, image(1, 3 * size, 5, 7), 3, silu=True)
 
@@ -83,17 +83,19 @@ def test_every_group_size(size: int, config: dict[str, Any]) -> None:
 @DESIGNS
 @pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES)
-def test_every_group_size_with_all_there_is(size: int, dtype: torch.dtype, config: dict[str, Any]) -> None:
-    """Four groups in two blocks of pieces, a seam within the second group, a shift, SiLU, batch 3."""
-    seam = 2 * size - size // 2
-    x, skip = image(3, seam, 5, 7, dtype=dtype), image(3, 4 * size - seam, 5, 7, dtype=dtype)
+def test_every_group_size_with_all_options_matches_reference(
+    size: int, dtype: torch.dtype, config: dict[str, Any]
+) -> None:
+    """Four groups in two blocks of pieces, channels of x and skip in the second group, a shift, SiLU, batch 3."""
+    split_channel = 2 * size - size // 2
+    x, skip = image(3, split_channel, 5, 7, dtype=dtype), image(3, 4 * size - split_channel, 5, 7, dtype=dtype)
     shift = torch.randn(3, 4 * size, device=ops.DEVICE, dtype=dtype)
     check(config, x, 4, silu=True, shift=shift, skip=skip)
 
 
 @DESIGNS
 @pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
-def test_all_at_once(dtype: torch.dtype, config: dict[str, Any]) -> None:
+def test_all_options_match_reference(dtype: torch.dtype, config: dict[str, Any]) -> None:
     """Groups of 10, the third across the seam at 24; a shift that is a slice of a wider row; batch 3; no SiLU."""
     x, skip = image(3, 24, 3, 9, dtype=dtype), image(3, 16, 3, 9, dtype=dtype)
     shift = torch.randn(3, 100, device=ops.DEVICE, dtype=dtype)[:, 20:60]
@@ -101,7 +103,7 @@ def test_all_at_once(dtype: torch.dtype, config: dict[str, Any]) -> None:
 
 
 @DESIGNS
-def test_a_shift_shared_by_the_batch(config: dict[str, Any]) -> None:
+def test_a_shared_shift_matches_reference(config: dict[str, Any]) -> None:
     """Rows of stride 0; much larger than what it is added to, as a bias may be."""
     check(config, image(2, 20, 4, 5), 2, shift=torch.randn(1, 20, device=ops.DEVICE).mul_(50).expand(2, 20), silu=True)
 
@@ -117,19 +119,19 @@ def test_a_shift_shared_by_the_batch(config: dict[str, Any]) -> None:
     }.items(),
     ids=lambda item: item[0],
 )
-def test_default_configurations(shape: tuple[str, tuple[int, ...]]) -> None:
+def test_default_configurations_match_reference(shape: tuple[str, tuple[int, ...]]) -> None:
     check(None, image(*shape[1]), 2, silu=True)
 
 
 @pytest.mark.full
-def test_a_whole_level() -> None:
+def test_a_full_level_matches_reference() -> None:
     """SD1.5's 64x64 level as it is launched, split among 192 programs."""
     check(None, image(1, 320, 64, 64, dtype=torch.float16), 32, silu=True)
 
 
 @DESIGNS
-def test_views(config: dict[str, Any]) -> None:
-    """Tokens seen as an image, and a skip whose pixels lie further apart than they have channels."""
+def test_views_match_reference(config: dict[str, Any]) -> None:
+    """Tokens viewed as an image, and a skip whose pixels are further apart than their channels."""
     tokens = torch.randn(2, 4 * 5, 16, device=ops.DEVICE)
     wide = torch.randn(2, 4, 5, 24, device=ops.DEVICE).permute(0, 3, 1, 2)
     check(config, tokens.unflatten(1, (4, 5)).permute(0, 3, 1, 2), 4, skip=wide[:, 8:16])
@@ -137,7 +139,7 @@ def test_views(config: dict[str, Any]) -> None:
 
 @DESIGNS
 @pytest.mark.parametrize(("mean", "dtype"), [(1e3, torch.float32), (1e4, torch.float32), (1e3, torch.float16)])
-def test_huge_means(mean: float, dtype: torch.dtype, config: dict[str, Any]) -> None:
+def test_huge_means_lose_no_precision(mean: float, dtype: torch.dtype, config: dict[str, Any]) -> None:
     """Deviation 1 about a large mean: right to the last places of the mean itself, which float32 resolves to 6e-8.
 
     PyTorch on a CPU is no measure: channels-last it takes E[x^2] - mean^2, which at 1e3 is wrong by percents.
@@ -148,8 +150,8 @@ def test_huge_means(mean: float, dtype: torch.dtype, config: dict[str, Any]) -> 
 
 
 @DESIGNS
-def test_groups_with_means_far_apart(config: dict[str, Any]) -> None:
-    """Channels of one group at -3e3, 0 and 3e3 and pixels that drift: parts whose means differ are united rightly."""
+def test_distant_group_means_match_reference(config: dict[str, Any]) -> None:
+    """Channels of one group at -3e3, 0 and 3e3 and pixels that drift: subsets of different means are merged."""
     x = image(1, 12, 7, 9) + torch.linspace(-3e3, 3e3, 12, device=ops.DEVICE)[:, None, None]
     x = x + torch.linspace(0, 1e3, 63, device=ops.DEVICE).view(7, 9)
     with dispatch.forced("group_norm", config):
@@ -157,7 +159,7 @@ def test_groups_with_means_far_apart(config: dict[str, Any]) -> None:
 
 
 @DESIGNS
-def test_a_constant_input(config: dict[str, Any]) -> None:
+def test_a_constant_input_gives_the_bias(config: dict[str, Any]) -> None:
     """Variance 0: what is left is the mean's rounding, times 1 / sqrt(eps)."""
     x = torch.full((1, 20, 5, 7), 0.7, device=ops.DEVICE).contiguous(memory_format=torch.channels_last)
     with dispatch.forced("group_norm", config):
@@ -166,8 +168,8 @@ def test_a_constant_input(config: dict[str, Any]) -> None:
 
 @DESIGNS
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
-def test_extreme_values(scale: float, config: dict[str, Any]) -> None:
-    """float16 whose squares overflow float16; and one whose variance drowns in eps."""
+def test_extreme_values_match_reference(scale: float, config: dict[str, Any]) -> None:
+    """float16 whose squares overflow float16; and values whose variance is far below eps."""
     check(config, image(1, 20, 5, 7).mul_(scale).half(), 2, silu=True)
 
 
@@ -183,7 +185,7 @@ def test_an_infinity_stays_in_its_group() -> None:
     assert torch.equal(bad[:, 20:], good[:, 20:])
 
 
-def test_a_row_does_not_depend_on_its_batch() -> None:
+def test_a_row_is_independent_of_its_batch() -> None:
     x, shift = image(3, 20, 5, 7), torch.randn(3, 20, device=ops.DEVICE)
     weight, bias = vectors(20)
     with dispatch.forced("group_norm", PIECES):
@@ -192,7 +194,7 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
     assert torch.equal(together, torch.cat(alone))
 
 
-def test_float32_weights_beside_float16() -> None:
+def test_float32_weights_with_float16_match_reference() -> None:
     x, (weight, bias) = image(2, 20, 4, 4, dtype=torch.float16), vectors(20)
     exact = F.group_norm(x.double(), 2, weight.double(), bias.double())
     got = GROUP_NORM.triton(x, 2, weight, bias, 1e-5)
@@ -200,7 +202,7 @@ def test_float32_weights_beside_float16() -> None:
     assert ops.error(got, exact) < 2**-11
 
 
-def test_memory_stays_channels_last() -> None:
+def test_output_is_channels_last() -> None:
     weight, bias = vectors(12)
     out = GROUP_NORM.triton(image(2, 8, 4, 6), 3, weight, bias, 1e-5, skip=image(2, 4, 4, 6))
     assert out.is_contiguous(memory_format=torch.channels_last)
@@ -218,7 +220,7 @@ def test_memory_stays_channels_last() -> None:
     shifted=st.booleans(),
     config=st.sampled_from([None, PIECES, {**PIECES, "GROUPS": 1, "TILES": 1}]),
 )
-def test_any_shape(
+def test_any_shape_matches_reference(
     batch: int,
     size: int,
     groups: int,
@@ -232,9 +234,9 @@ def test_any_shape(
     channels = size * groups
     if size * height * width == 1:
         height += 1  # a group of one number is 0 / sqrt(eps), or noise
-    seam = max(1, round(cut * channels))
-    x = image(batch, seam, height, width)
-    skip = image(batch, channels - seam, height, width) if seam < channels else None
+    split_channel = max(1, round(cut * channels))
+    x = image(batch, split_channel, height, width)
+    skip = image(batch, channels - split_channel, height, width) if split_channel < channels else None
     shift = torch.randn(batch, channels, device=ops.DEVICE) if shifted else None
     check(config, x, groups, silu=silu, skip=skip, shift=shift)
 
@@ -252,7 +254,7 @@ LEVELS = [
 
 @pytest.mark.parametrize("level", LEVELS, ids=str)
 def test_defaults_fit_the_networks(level: tuple[int, int, int]) -> None:
-    """They are among those that a tuner would try, and either one program takes a group or one row fills a chip."""
+    """They are candidates, and either one program takes a group or one row fills a GPU."""
     channels, height, width = level
     x = torch.empty(1, height, width, channels, device="meta").permute(0, 3, 1, 2)
     weight = torch.empty(channels, device="meta")
@@ -262,7 +264,7 @@ def test_defaults_fit_the_networks(level: tuple[int, int, int]) -> None:
     assert pieces == 1 or pieces * -(-32 // config["GROUPS"]) >= 132
 
 
-def test_what_is_refused_says_why() -> None:
+def test_refusals_name_the_reason() -> None:
     weight = torch.ones(8)
 
     def why(x: Tensor, groups: int = 2, weight: Tensor = weight, **kwargs: Any) -> str:
@@ -283,7 +285,7 @@ def test_what_is_refused_says_why() -> None:
     assert torch.equal(group_norm(nchw, 2, weight, weight, 1e-5), group_norm_reference(nchw, 2, weight, weight, 1e-5))
 
 
-def test_registered() -> None:
+def test_registered_op_agrees_with_its_schema() -> None:
     weight, bias = vectors(12)
     ops.check_registered(GROUP_NORM, image(2, 8, 3, 3), 3, weight, bias, 1e-5)
     shift, skip = torch.randn(2, 12, device=ops.DEVICE), image(2, 4, 3, 3)

@@ -23,7 +23,7 @@ from fastldm.kernels.layer_norm import (
 )
 
 SHAPES = {
-    "sd15-level-0": (2, 5, 320),  # two rows a program, over the border between pictures
+    "sd15-level-0": (2, 5, 320),  # two rows a program, across images
     "odd-rows": (3, 1, 320),  # a program with one row of two
     "sd15-level-1": (1, 3, 640),
     "clip-l": (1, 3, 768),
@@ -48,7 +48,7 @@ def check(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, scale: flo
     ops.check(ADD_LAYER_NORM, x.to(dtype), residual.to(dtype), weight, bias, 1e-5)
 
 
-def test_the_references_are_the_formula() -> None:
+def test_references_match_formula() -> None:
     x, residual, (weight, bias) = (
         torch.randn(2, 3, 24).double(),
         torch.randn(2, 3, 24).double(),
@@ -67,13 +67,13 @@ def test_the_references_are_the_formula() -> None:
 
 @pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_the_kernels(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_kernels_match_references(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     check(shape, dtype)
 
 
 @pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
-def test_the_sum_is_rounded_before_it_is_normalised(dtype: torch.dtype) -> None:
-    """What is added in one kernel is bitwise what is added first and normalised then."""
+def test_the_sum_is_rounded_before_normalising(dtype: torch.dtype) -> None:
+    """Bitwise equal to a sum and then a norm."""
     x, residual, (weight, bias) = (
         random(5, 320, dtype=dtype),
         9 * random(5, 320, dtype=dtype),
@@ -88,7 +88,7 @@ def test_the_sum_is_rounded_before_it_is_normalised(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("mean", "dtype"), [(1e3, torch.float32), (1e4, torch.float32), (1e3, torch.float16)])
-def test_huge_means(mean: float, dtype: torch.dtype) -> None:
+def test_huge_means_lose_no_precision(mean: float, dtype: torch.dtype) -> None:
     """Deviation 1 about a large mean: right to the last places of the mean itself."""
     x, weight, bias = (random(3, 320) + mean).to(dtype), torch.ones(320), torch.zeros(320)
     exact = F.layer_norm(x.double(), (320,))
@@ -98,12 +98,12 @@ def test_huge_means(mean: float, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
-def test_extreme_values(scale: float) -> None:
+def test_extreme_values_match_reference(scale: float) -> None:
     """Squares that overflow float16; a variance that drowns in eps."""
     check((2, 64), torch.float16, scale)
 
 
-def test_constant_rows() -> None:
+def test_constant_rows_give_the_bias() -> None:
     """Variance 0 gives the bias, but for the mean's rounding times 1 / sqrt(eps)."""
     x, weight, bias = torch.full((3, 320), 0.7, device=ops.DEVICE), random(320), random(320)
     got = LAYER_NORM.triton(x, weight, bias, 1e-5)
@@ -112,7 +112,7 @@ def test_constant_rows() -> None:
 
 @settings(max_examples=10, deadline=None)
 @given(rows=st.integers(1, 9), channels=st.integers(1, 200), config=st.sampled_from([None, 1, 4]))
-def test_any_shape(rows: int, channels: int, config: int | None) -> None:
+def test_any_shape_matches_reference(rows: int, channels: int, config: int | None) -> None:
     forced = {} if config is None else {"ROWS": config, "num_warps": 2}
     name = "" if config is None else "layer_norm"
     weight, bias = random(2, channels)
@@ -123,11 +123,11 @@ def test_any_shape(rows: int, channels: int, config: int | None) -> None:
 
 
 @pytest.mark.parametrize("channels", [320, 640, 768, 1024, 1280, 2048, 8192])
-def test_defaults_are_worth_a_try(channels: int) -> None:
+def test_defaults_are_candidates(channels: int) -> None:
     assert is_candidate(default(f"c{channels}", 90), torch.empty(2, channels), torch.empty(0), torch.empty(0), 1e-5)
 
 
-def test_what_is_refused_says_why() -> None:
+def test_refusals_name_the_reason() -> None:
     weight = torch.ones(8)
 
     def why(x: Tensor, weight: Tensor = weight) -> str:
@@ -146,7 +146,7 @@ def test_what_is_refused_says_why() -> None:
     assert torch.equal(layer_norm(x[::2], weight, weight, 1e-5), layer_norm_reference(x[::2], weight, weight, 1e-5))
 
 
-def test_registered() -> None:
+def test_registered_op_agrees_with_its_schema() -> None:
     x, residual, (weight, bias) = random(3, 32), random(3, 32), random(2, 32)
     ops.check_registered(LAYER_NORM, x, weight, bias, 1e-5)
     ops.check_registered(ADD_LAYER_NORM, x, residual, weight, bias, 1e-5)

@@ -19,7 +19,7 @@ SMALL = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "SPLIT": 1, "num_warps": 4
 GEGLU_SMALL = {name: value for name, value in SMALL.items() if name != "SPLIT"}
 
 SHAPES = {  # M, N, K
-    "whole tiles": (64, 64, 64),
+    "full tiles": (64, 64, 64),
     "tails everywhere": (37, 43, 40),
     "one row": (1, 48, 64),
     "one column": (33, 1, 32),
@@ -37,39 +37,39 @@ def randn(*shape: int, dtype: torch.dtype = DTYPES[0]) -> Tensor:
 
 
 def matrices(m: int, n: int, k: int, dtype: torch.dtype = DTYPES[0]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, weight, bias, residual; products of the size of one."""
+    """x, weight, bias, residual; products near 1."""
     return randn(m, k, dtype=dtype), randn(n, k, dtype=dtype) / k**0.5, randn(n, dtype=dtype), randn(m, n, dtype=dtype)
 
 
 # -------------------------------------------------------------------------------------------------- references
 
 
-def test_the_references_are_the_formulas() -> None:
+def test_references_match_formulas() -> None:
     x, weight, bias, residual = (t.double() for t in matrices(7, 12, 16))
     product = torch.einsum("mk,nk->mn", x, weight)
-    kept = residual.clone()
+    before = residual.clone()
     got = linear.linear_reference(x, weight, bias, residual)
     assert torch.allclose(got, product + bias + residual, rtol=0, atol=1e-12)
-    assert torch.equal(residual, kept)
+    assert torch.equal(residual, before)
     a, b = (product + bias).chunk(2, dim=-1)
     gated = a * b * torch.special.ndtr(b)
     assert torch.allclose(linear.linear_geglu_reference(x, weight, bias), gated, rtol=0, atol=1e-12)
     assert torch.allclose(linear.linear_geglu(x, weight, bias), gated, rtol=0, atol=1e-12)
 
 
-def test_the_public_op_takes_any_leading_dimensions() -> None:
+def test_public_op_takes_any_leading_dimensions() -> None:
     x, weight, bias, residual = (t.double() for t in matrices(12, 16, 24))
     got = linear.linear(x.view(3, 2, 2, 24), weight, bias, residual=residual.view(3, 2, 2, 16))
     assert torch.allclose(got.view(12, 16), F.linear(x, weight, bias) + residual, rtol=0, atol=1e-12)
 
 
-def test_on_a_gpu_the_gate_is_an_op_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_path_gates_by_geglu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "fast_library", lambda x: True)
     x, weight, bias, _ = (t.double().cpu() for t in matrices(5, 16, 8))
-    seen: list[str] = []
-    with dispatch.observe(lambda op, args, kwargs: seen.append(op.name)):
+    calls: list[str] = []
+    with dispatch.observe(lambda op, args, kwargs: calls.append(op.name)):
         got = linear.linear_geglu(x, weight, bias)
-    assert seen == ["linear_geglu", "linear", "geglu"]
+    assert calls == ["linear_geglu", "linear", "geglu"]
     assert torch.allclose(got, linear.linear_geglu_reference(x, weight, bias), atol=1e-12)
 
 
@@ -79,15 +79,15 @@ def test_on_a_gpu_the_gate_is_an_op_of_its_own(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("split", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_the_kernel(shape: tuple[int, int, int], dtype: torch.dtype, split: int) -> None:
-    """In three splits "whole tiles" has two steps of K: a split may have none."""
+def test_kernel_matches_reference(shape: tuple[int, int, int], dtype: torch.dtype, split: int) -> None:
+    """In three splits "full tiles" has two steps of K: a split may have none."""
     x, weight, bias, residual = matrices(*shape, dtype=dtype)
     with dispatch.forced("linear", SMALL | {"SPLIT": split}):
         ops.check(LINEAR, x, weight, bias, residual)
 
 
 @pytest.mark.parametrize("split", [1, 2])
-def test_without_bias_or_residual(split: int) -> None:
+def test_kernel_without_bias_or_residual_matches_reference(split: int) -> None:
     x, weight, bias, residual = matrices(20, 40, 72)
     with dispatch.forced("linear", SMALL | {"SPLIT": split}):
         ops.check(LINEAR, x, weight)
@@ -97,7 +97,7 @@ def test_without_bias_or_residual(split: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(64, 64, 64), (37, 22, 40), (1, 32, 8)], ids=str)
-def test_the_gated_kernel(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_gated_kernel_matches_reference(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     m, n, k = shape
     x, weight, bias, _ = matrices(m, 2 * n, k, dtype=dtype)
     with dispatch.forced("linear_geglu", GEGLU_SMALL):
@@ -105,7 +105,7 @@ def test_the_gated_kernel(shape: tuple[int, int, int], dtype: torch.dtype) -> No
         ops.check(LINEAR_GEGLU, x, weight)
 
 
-def test_the_default_configurations() -> None:
+def test_default_configurations_match_reference() -> None:
     """As they are, tiles of more than 16,384 elements included, which are finished in halves."""
     x, weight, bias, residual = matrices(40, 48, 64)
     ops.check(LINEAR, x, weight, bias, residual)
@@ -115,8 +115,8 @@ def test_the_default_configurations() -> None:
             ops.check(LINEAR, randn(150, 64), randn(200, 64) / 8, randn(200), randn(150, 200))
 
 
-def test_strided_rows() -> None:
-    """What the networks hand over: channels of a packed projection, a shortcut's weight for one of two sources."""
+def test_strided_rows_match_reference() -> None:
+    """As in the networks: channels of a packed projection, a shortcut's weight for one of two sources."""
     _, weight, bias, _ = matrices(1, 24, 48)
     packed = randn(2, 9, 3 * 48)
     wide = randn(24, 96)
@@ -127,7 +127,7 @@ def test_strided_rows() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
-def test_extreme_values(scale: float) -> None:
+def test_extreme_values_match_reference(scale: float) -> None:
     """Within float16's range; the gate saturates."""
     x, weight, bias, residual = matrices(16, 16, 64)
     with dispatch.forced("linear", SMALL):
@@ -138,7 +138,7 @@ def test_extreme_values(scale: float) -> None:
 
 @settings(max_examples=10, deadline=None)
 @given(m=st.integers(1, 50), n=st.integers(1, 50), k=st.integers(1, 12), split=st.integers(1, 4))
-def test_any_shape(m: int, n: int, k: int, split: int) -> None:
+def test_any_shape_matches_reference(m: int, n: int, k: int, split: int) -> None:
     with dispatch.forced("linear", SMALL | {"SPLIT": split}):
         ops.check(LINEAR, *matrices(m, n, 8 * k))
 
@@ -146,7 +146,7 @@ def test_any_shape(m: int, n: int, k: int, split: int) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("config", [c for c in linear.SPACE if c["SPLIT"] in (1, 3, 16)], ids=str)
-def test_every_configuration(config: dispatch.Config, dtype: torch.dtype) -> None:
+def test_every_configuration_matches_reference(config: dispatch.Config, dtype: torch.dtype) -> None:
     with dispatch.forced("linear", config):
         ops.check(LINEAR, *matrices(150, 136, 264, dtype=dtype))
 
@@ -154,7 +154,7 @@ def test_every_configuration(config: dispatch.Config, dtype: torch.dtype) -> Non
 @pytest.mark.full
 @settings(max_examples=100, deadline=None)
 @given(m=st.integers(1, 100), n=st.integers(1, 100), k=st.integers(1, 40), gate=st.booleans())
-def test_any_shape_in_half_precision(m: int, n: int, k: int, gate: bool) -> None:
+def test_any_16_bit_shape_matches_reference(m: int, n: int, k: int, gate: bool) -> None:
     x, weight, bias, residual = matrices(m, 2 * n, 8 * k, dtype=torch.float16)
     with dispatch.forced("linear", SMALL | {"SPLIT": 1 + n % 3}), dispatch.forced("linear_geglu", GEGLU_SMALL):
         if gate:
@@ -164,7 +164,7 @@ def test_any_shape_in_half_precision(m: int, n: int, k: int, gate: bool) -> None
 
 
 @pytest.mark.gpu
-def test_a_split_product_is_the_same_in_every_run() -> None:
+def test_split_products_are_deterministic() -> None:
     x, weight, bias, residual = matrices(128, 1280, 5120, dtype=torch.float16)
     with dispatch.use("triton"), dispatch.forced("linear", linear.default("m128 n1280 k5120", 90) | {"SPLIT": 6}):
         first = linear.linear(x, weight, bias, residual=residual)
@@ -174,7 +174,7 @@ def test_a_split_product_is_the_same_in_every_run() -> None:
 # ------------------------------------------------------------------------------- where, what for, at what cost
 
 
-def test_what_is_refused_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals_name_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias, residual = matrices(4, 16, 24)
     assert LINEAR.supports(x, weight, bias, residual)
     assert "no multiple of 8" in LINEAR.supports(x[:, :12], weight[:, :12]).reason
@@ -190,7 +190,7 @@ def test_what_is_refused_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert LINEAR.supports(x.half(), weight.half())
 
 
-def test_the_library_is_taken_unless_a_table_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_library_runs_unless_a_table_prefers_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.empty(128, 640, device="meta").half(), torch.empty(640, 640, device="meta").half()
     with dispatch.targeting(dispatch.Target(90)):
         assert LINEAR.path(x, weight).reason == "torch's own is taken by default"
@@ -201,7 +201,7 @@ def test_the_library_is_taken_unless_a_table_says_otherwise(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("arch", [*ARCHS, 87, 103, 121])
-def test_configurations_fit_the_chip(arch: int) -> None:
+def test_configurations_fit_the_gpu(arch: int) -> None:
     chip = max(known for known in ARCHS if known <= arch)
     for m, n, k in ((128, 1280, 11520), (2048, 1280, 1280), (8192, 320, 320), (262144, 3, 1152), (2, 1280, 320)):
         for config, accumulators in (
@@ -213,21 +213,21 @@ def test_configurations_fit_the_chip(arch: int) -> None:
             assert block_m * block_n <= 128 * 32 * config["num_warps"]
 
 
-def test_few_tiles_split_k() -> None:
+def test_products_with_few_tiles_split_k() -> None:
     assert linear.default("m128 n1280 k11520", 90)["SPLIT"] > 1
     assert linear.default("m8192 n320 k320", 90)["SPLIT"] == 1
     x, weight = randn(128, 64), randn(1280, 64)
     assert 1 <= sum(linear.is_candidate(config, x, weight) for config in linear.SPACE) <= 30  # a tuner's patience
 
 
-def test_cost() -> None:
+def test_cost_counts_operations_and_bytes() -> None:
     x, weight, bias, residual = matrices(10, 16, 8, dtype=torch.float16)
     assert LINEAR.cost(x, weight) == (2 * 10 * 16 * 8, 2 * (80 + 128 + 160), 0)
     assert LINEAR.cost(x, weight, bias, residual) == (2 * 10 * 16 * 8, 2 * (80 + 128 + 320), 0)
     assert LINEAR_GEGLU.cost(x, weight, bias) == (2 * 10 * 16 * 8, 2 * (80 + 128 + 80), 80)
 
 
-def test_registered() -> None:
+def test_registered_op_agrees_with_its_schema() -> None:
     x, weight, bias, residual = matrices(6, 16, 24)
     ops.check_registered(LINEAR, x, weight, bias, residual)
     ops.check_registered(LINEAR_GEGLU, x, weight, bias)

@@ -1,4 +1,4 @@
-"""Weights kept in oneDNN's layout: the same products, only for who is held, never of a weight as it was before."""
+"""kernels/onednn.py: cached layouts give the same products, for registered weights only, and never of stale weights."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def as_good(got: Tensor | None, plain: Tensor, exact: Tensor) -> None:
 
 @needs_layouts
 @pytest.mark.parametrize("rows", [1, 77, 130])  # one row, a text, more than a block
-def test_products(dtype: torch.dtype, rows: int) -> None:
+def test_products_match_pytorch(dtype: torch.dtype, rows: int) -> None:
     x, weight, bias = torch.randn(2, rows, 96).to(dtype), torch.randn(200, 96).to(dtype), torch.randn(200).to(dtype)
     layouts = Layouts([weight])
     for part in (slice(None), slice(0, 64), slice(64, 200)):  # a view of a weight has a layout of its own
         for columns in (slice(0, 96), slice(32, 96)):
-            given = x[..., columns], weight[part, columns], bias[part]
-            as_good(product(*given), F.linear(*given), F.linear(*(t.double() for t in given)))
+            arguments = x[..., columns], weight[part, columns], bias[part]
+            as_good(product(*arguments), F.linear(*arguments), F.linear(*(t.double() for t in arguments)))
     residual = torch.randn(2, rows, 200).to(dtype)
     as_good(
         linear(x, weight, bias, residual=residual),
@@ -61,7 +61,7 @@ def test_products(dtype: torch.dtype, rows: int) -> None:
 
 @needs_layouts
 @pytest.mark.parametrize("stride", [1, 2])
-def test_convolutions_of_one_size_and_another(dtype: torch.dtype, stride: int) -> None:
+def test_convolutions_of_two_sizes_match_pytorch(dtype: torch.dtype, stride: int) -> None:
     weight, bias = last(torch.randn(48, 32, 3, 3).to(dtype)), torch.randn(48).to(dtype)
     layouts = Layouts([weight])
     for size in ((2, 32, 8, 8), (2, 32, 4, 4), (1, 32, 9, 7), (2, 32, 8, 8)):
@@ -80,7 +80,7 @@ def test_convolutions_of_one_size_and_another(dtype: torch.dtype, stride: int) -
 
 
 @needs_layouts
-def test_a_change_is_seen_and_followed(dtype: torch.dtype) -> None:
+def test_a_changed_weight_gets_a_new_layout(dtype: torch.dtype) -> None:
     x, weight = torch.randn(5, 64).to(dtype), torch.randn(48, 64).to(dtype)
     layouts = Layouts([weight])
     before = product(x, weight, None)
@@ -94,7 +94,7 @@ def test_a_change_is_seen_and_followed(dtype: torch.dtype) -> None:
     assert not layouts.stale()
 
 
-def test_only_what_is_held_has_layouts() -> None:
+def test_only_registered_weights_have_layouts() -> None:
     x, weight = torch.randn(5, 64), torch.randn(48, 64)
     assert product(x, weight, None) is None
     layouts = Layouts([weight])
@@ -108,7 +108,7 @@ def test_only_what_is_held_has_layouts() -> None:
     assert product(x.detach(), weight, None) is None
 
 
-def test_small_weights_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_weights_have_no_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(48, 64)
     layouts = Layouts([weight])
     monkeypatch.setattr(onednn, "_BYTES", weight.nbytes + 1)
@@ -129,13 +129,13 @@ def test_small_weights_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=["matrix", "odd", "strided", "channels-last", "filters", "vector"],
 )
-def test_row_sums_see_every_bit(make: object, dtype: torch.dtype) -> None:
+def test_row_sums_detect_every_bit(make: object, dtype: torch.dtype) -> None:
     x = make().to(dtype)  # type: ignore[operator]
     before = row_sums(x)
     assert before.shape == x.shape[:1]
     bits = x.view({2: torch.int16, 4: torch.int32}[x.element_size()])
-    for place in (0, x.numel() // 2, x.numel() - 1):
-        at = torch.unravel_index(torch.tensor(place), x.shape)
+    for index in (0, x.numel() // 2, x.numel() - 1):
+        at = torch.unravel_index(torch.tensor(index), x.shape)
         for bit in (0, 8 * x.element_size() - 2):  # the last of the fraction, the first of the exponent
             bits[at] ^= 1 << bit
             assert not torch.equal(row_sums(x), before)

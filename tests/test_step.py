@@ -1,4 +1,4 @@
-"""kernels/step.py: the kernel that ends a step, against the functions that say what correct means."""
+"""kernels/step.py: the kernel that ends a step, against the functions that define correct."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ def clone(state: StepState) -> StepState:
 
 
 def assert_same(got: StepState, expected: StepState, float32: float = 3e-6) -> None:
-    """All that two states hold: integers equal, floats but for rounding, u but for its last place."""
-    for name, value, wanted in zip(StepState._fields, got, expected, strict=True):
-        if wanted is None or not wanted.is_floating_point():
-            assert wanted is value or torch.equal(value, wanted), name
+    """All fields of two states: integers equal, floats within rounding, u within its last place."""
+    for name, value, reference in zip(StepState._fields, got, expected, strict=True):
+        if reference is None or not reference.is_floating_point():
+            assert reference is value or torch.equal(value, reference), name
             continue
-        assert torch.equal(value.isfinite(), wanted.isfinite()), name
-        allowed = float32 if wanted.dtype == torch.float32 else torch.finfo(wanted.dtype).eps
-        off = ops.error(value.nan_to_num(0, 0, 0), wanted.nan_to_num(0, 0, 0))
+        assert torch.equal(value.isfinite(), reference.isfinite()), name
+        allowed = float32 if reference.dtype == torch.float32 else torch.finfo(reference.dtype).eps
+        off = ops.error(value.nan_to_num(0, 0, 0), reference.nan_to_num(0, 0, 0))
         assert off <= allowed, f"{name}: {off:.1e}, allowed {allowed:.1e}"
 
 
 def run_both(out: Tensor, state: StepState) -> StepState:
-    """The kernel's state after a step, found to be the reference's."""
+    """The kernel's state after a step, which is checked against the reference's."""
     expected, got = clone(state), clone(state)
     END_STEP.reference(out, *expected)
     END_STEP.triton(out, *got)
@@ -69,8 +69,8 @@ def run_both(out: Tensor, state: StepState) -> StepState:
 
 @pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_the_kernel(shape: dict[str, int], dtype: torch.dtype) -> None:
-    """All terms at once, in the error budget, and equal to the reference in what is no float."""
+def test_kernel_matches_reference(shape: dict[str, int], dtype: torch.dtype) -> None:
+    """All terms at once, floats within the error budget, integers equal."""
     state = full_state(**shape, dtype=dtype)
     out = output_for(state)
     ops.check(END_STEP, out, *state)
@@ -79,7 +79,9 @@ def test_the_kernel(shape: dict[str, int], dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
-def test_the_kernel_in_blocks_and_layouts(memory_format: torch.memory_format, channels_last: bool) -> None:
+def test_kernel_matches_reference_in_blocks_and_layouts(
+    memory_format: torch.memory_format, channels_last: bool
+) -> None:
     """Several programs a slot, the last not full, whatever the layouts of state and output."""
     state = full_state(channels_last=channels_last, extra_channels=1)
     with in_blocks_of(4):
@@ -97,14 +99,14 @@ def test_the_kernel_in_blocks_and_layouts(memory_format: torch.memory_format, ch
     width=st.integers(1, 7),
     block=st.sampled_from([8, 32]),
 )
-def test_the_kernel_at_any_size(slots: int, channels: int, height: int, width: int, block: int) -> None:
+def test_kernel_matches_reference_at_any_size(slots: int, channels: int, height: int, width: int, block: int) -> None:
     state = full_state(slots, channels, height, width)
     with in_blocks_of(block):
         run_both(output_for(state), state)
 
 
-def test_the_kernel_leaves_idle_slots_alone() -> None:
-    """Never begun, and at the end: neither is read (all NaN) or written, and a neighbour goes on."""
+def test_kernel_leaves_idle_slots_unchanged() -> None:
+    """Slots that have not started or have ended are neither read (all NaN) nor written; their neighbour is."""
     state = full_state(slots=3)
     state.steps.copy_(torch.tensor([0, 6, 6]))
     state.counter.copy_(torch.tensor([0, 2, 6]))
@@ -117,12 +119,12 @@ def test_the_kernel_leaves_idle_slots_alone() -> None:
     for name in ("x", "y", "history"):
         assert getattr(after, name)[[0, 2]].isnan().all()
         assert getattr(after, name)[1].isfinite().all()
-    mine = torch.zeros(6, dtype=torch.bool).index_fill(0, state.next_rows[1].long().cpu(), True)
-    assert torch.equal((after.u != state.u).flatten(1).any(1).cpu(), mine)
+    written = torch.zeros(6, dtype=torch.bool).index_fill(0, state.next_rows[1].long().cpu(), True)
+    assert torch.equal((after.u != state.u).flatten(1).any(1).cpu(), written)
 
 
-def test_the_kernel_reads_nothing_behind_a_zero() -> None:
-    """A DDIM row, unguided, in a state that is NaN but for x and the guided half of the output."""
+def test_kernel_reads_no_term_with_coefficient_zero() -> None:
+    """A DDIM row, unguided, in a state that is NaN but for x and the guided branch of the output."""
     state = full_state()
     state.table.zero_()
     numbers = dict.fromkeys(COLUMNS, 0.0) | {"c_in": 0.5, "q": 1.0, "a": 0.9, "b0": -0.2, "e1": 1.0}
@@ -132,22 +134,22 @@ def test_the_kernel_reads_nothing_behind_a_zero() -> None:
     out = output_for(state)
     out[state.rows[:, 0].long()] = NAN
     after = run_both(out, state)
-    wanted = 0.9 * state.x - 0.2 * out[state.rows[:, 1].long()]
-    torch.testing.assert_close(after.x, wanted)
-    torch.testing.assert_close(after.u[after.next_rows[:, 0].long()], 0.5 * wanted)
-    assert after.y.isnan().all()  # neither is kept what no row will read
+    expected = 0.9 * state.x - 0.2 * out[state.rows[:, 1].long()]
+    torch.testing.assert_close(after.x, expected)
+    torch.testing.assert_close(after.u[after.next_rows[:, 0].long()], 0.5 * expected)
+    assert after.y.isnan().all()  # nothing is written that no row will read
     assert after.history.isnan().all()
 
 
-@pytest.mark.parametrize("how", ["no row", "the same row", "an unguided row of the table"])
-def test_the_kernel_without_guidance_takes_the_guided_half(how: str) -> None:
+@pytest.mark.parametrize("case", ["no row", "the same row", "an unguided row of the table"])
+def test_kernel_without_guidance_takes_the_guided_branch(case: str) -> None:
     state = full_state()
     plain = clone(state)
     plain.guidance.fill_(1.0)
     plain.rescale.zero_()
-    if how == "no row":
+    if case == "no row":
         state.rows[:, 0] = -1
-    elif how == "the same row":
+    elif case == "the same row":
         state.rows[:, 0] = state.rows[:, 1]
         state.rescale.zero_()
     else:
@@ -156,14 +158,14 @@ def test_the_kernel_without_guidance_takes_the_guided_half(how: str) -> None:
     assert torch.equal(run_both(out, state).x, run_both(out, plain).x)
 
 
-def test_the_kernel_ignores_the_factor_of_who_does_not_rescale() -> None:
+def test_kernel_ignores_the_factor_without_rescale() -> None:
     state = full_state()
     state.rescale.zero_()
     state.factor.fill_(NAN)
     assert run_both(output_for(state), state).x.isfinite().all()
 
 
-def test_the_kernel_after_the_last_row_leaves_u_alone() -> None:
+def test_kernel_keeps_u_after_the_last_row() -> None:
     state = full_state()
     state.counter.fill_(5)
     after = run_both(output_for(state), state)
@@ -171,15 +173,15 @@ def test_the_kernel_after_the_last_row_leaves_u_alone() -> None:
     assert torch.equal(after.counter, after.steps)
 
 
-def test_the_kernel_writes_the_rows_that_there_are() -> None:
+def test_kernel_writes_only_existing_rows() -> None:
     state = full_state()
     state.next_rows.copy_(torch.tensor([[-1, 3], [-1, -1]]))
     after = run_both(output_for(state), state)
     assert (after.u != state.u).flatten(1).any(1).tolist() == [False, False, False, True]
 
 
-def test_a_slot_is_what_it_is_alone() -> None:
-    """To the bit, whoever its neighbours are."""
+def test_a_slot_is_independent_of_its_neighbours() -> None:
+    """Bitwise, with any neighbours."""
     state = full_state(slots=3)
     out = output_for(state)
     together = run_both(out, state)
@@ -190,8 +192,8 @@ def test_a_slot_is_what_it_is_alone() -> None:
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_the_kernel_records_the_first_bad_step(bad: float) -> None:
-    """Of each slot for itself, though later steps are bad too."""
+def test_kernel_records_the_first_bad_step(bad: float) -> None:
+    """Of each slot separately, though later steps are bad too."""
     state = full_state(slots=3)
     state.table[..., 1 : len(COLUMNS)].clamp_(0.1, 0.5)
     out = output_for(state)
@@ -199,20 +201,20 @@ def test_the_kernel_records_the_first_bad_step(bad: float) -> None:
     bad_out[int(state.rows[1, 1]), 2, 3, 1] = bad
     for given_out in (out, bad_out, out):
         END_STEP.triton(given_out, *state)
-    assert state.first_bad.tolist() == [NEVER, 2, NEVER]  # slot 1 began at step 1
+    assert state.first_bad.tolist() == [NEVER, 2, NEVER]  # slot 1 started at step 1
 
 
 # ---- whole trajectories ----
 
 
 def network(u: Tensor, channels: int) -> Tensor:
-    """Stands in for a U-Net: each row says something else."""
+    """A stub for a U-Net, with a different output for each row."""
     shift = torch.linspace(-0.5, 0.5, len(u), device=u.device).view(-1, 1, 1, 1)
     return torch.tanh(u[:, :channels].float() + shift).to(u.dtype)
 
 
 def admit(state: StepState, slot: int, table: StepTable, guidance: Guidance, masked: bool, rows: list[int]) -> None:
-    """Make a request of a slot, as a runtime would."""
+    """Start a request in a slot, as the runtime does."""
     guided = guidance.rows(table)
     numbers = table_rows(table.rows.tolist(), table.draws, guided, masked)
     state.table[slot].fill_(NAN)
@@ -234,9 +236,9 @@ def admit(state: StepState, slot: int, table: StepTable, guidance: Guidance, mas
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(ops.DTYPES[0], marks=pytest.mark.full), *ops.DTYPES[1:]], ids=str)
-def test_all_samplers_in_one_batch(dtype: torch.dtype) -> None:
-    """A slot for each sampler, with its own steps, scale, interval, rescale and mask, begun one after the other, run to
-    the end: every state after every step is the reference's.
+def test_all_samplers_in_one_batch_match_reference(dtype: torch.dtype) -> None:
+    """A slot for each sampler, with its own steps, scale, interval, rescale and mask, started in turns, to the end:
+    every state after every step is the reference's.
     """
     slots = len(SAMPLERS) + 1  # one stays idle
     buffers = StepState.empty(
@@ -282,10 +284,8 @@ def test_all_samplers_in_one_batch(dtype: torch.dtype) -> None:
 # ---- guidance rescale ----
 
 
-def test_rescaled_steps_are_guided_as_by_guide() -> None:
-    """Both kernels together, on a row that is nothing but guidance; a slot that does not rescale, or is idle, keeps its
-    factor.
-    """
+def test_rescaled_steps_match_guide() -> None:
+    """Both kernels together, on a row of guidance alone; a slot that does not rescale, or is idle, keeps its factor."""
     state = full_state(slots=4)
     numbers = dict.fromkeys(COLUMNS, 0.0) | {"q": 1.0, "b0": 1.0, "e1": 1.0}
     state.table[..., : len(COLUMNS)] = torch.tensor(list(numbers.values()), device=DEVICE)
@@ -297,8 +297,8 @@ def test_rescaled_steps_are_guided_as_by_guide() -> None:
     with use("triton"):
         end_step(out, state, rescales=True)
     for slot, rescale in enumerate((0.7, 0.0, 1.0)):
-        wanted = guide(out[state.rows[slot].long()], float(state.guidance[slot]), rescale)
-        torch.testing.assert_close(state.x[slot], wanted[0])
+        expected = guide(out[state.rows[slot].long()], float(state.guidance[slot]), rescale)
+        torch.testing.assert_close(state.x[slot], expected[0])
     assert (state.x[3] == 1.0).all()
     assert torch.equal(state.factor[[1, 3]], before[[1, 3]])
 
@@ -306,8 +306,8 @@ def test_rescaled_steps_are_guided_as_by_guide() -> None:
 # ---- tables, refusals, registration ----
 
 
-def test_table_rows() -> None:
-    """Columns behind the sampler's own: what is guided, masked, kept, and which draw is whose."""
+def test_table_rows_have_the_extra_columns() -> None:
+    """The columns behind the sampler's own: guided, masked, keep, and the index of the draw."""
     table = table_of("dpm++ 3m sde", 5)
     guided = [True, True, False, True, True]
     rows = table_rows(table.rows.tolist(), table.draws, guided, masked=True)
@@ -324,13 +324,13 @@ def test_table_rows() -> None:
     assert alternating.draws == (False, True, False, True, False)
     draw = table_rows(alternating.rows.tolist(), alternating.draws, [False] * 5)[:, len(COLUMNS) + 3]
     assert [draw[1], draw[3]] == [0.0, 1.0]
-    for sampler, kept in (("ddim", 0), ("euler a", 0), ("heun", 3), ("dpm++ 2m", 3), ("lms", 5)):
+    for sampler, count in (("ddim", 0), ("euler a", 0), ("heun", 3), ("dpm++ 2m", 3), ("lms", 5)):
         table = table_of(sampler, 4 if sampler == "heun" else 5 if sampler != "lms" else 6)
         keep = table_rows(table.rows.tolist(), table.draws, [False] * len(table))[:, len(COLUMNS) + 2]
-        assert keep.sum() == kept, sampler
+        assert keep.sum() == count, sampler
 
 
-def test_what_is_refused_says_why() -> None:
+def test_refusals_name_the_reason() -> None:
     state = full_state()
     out = output_for(state)
 
@@ -348,16 +348,16 @@ def test_what_is_refused_says_why() -> None:
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="about machines without a GPU")
-def test_on_a_cpu_the_functions_run() -> None:
+def test_a_cpu_runs_the_reference() -> None:
     assert not fuses(torch.zeros(2, 4, 5, 3))
     state = full_state()
-    other, out = clone(state), output_for(state)
+    expected, out = clone(state), output_for(state)
     end_step(out, state)
-    END_STEP.reference(out, *other)
-    assert_same(state, other, float32=0.0)
+    END_STEP.reference(out, *expected)
+    assert_same(state, expected, float32=0.0)
 
 
-def test_registered() -> None:
+def test_registered_op_agrees_with_its_schema() -> None:
     state = full_state()
     out = output_for(state)
     ops.check_registered(END_STEP, out, *state)
@@ -367,7 +367,7 @@ def test_registered() -> None:
 
 
 @pytest.mark.gpu
-def test_no_program_finds_the_counter_moved() -> None:
+def test_no_program_reads_a_changed_counter() -> None:
     """Thousands of programs a step, in every launch configuration: each must see the counter before it moves."""
     state = full_state(slots=8, height=96, width=96)
     state.counter.zero_()
@@ -386,17 +386,17 @@ def test_no_program_finds_the_counter_moved() -> None:
 
 @pytest.mark.gpu
 def test_a_captured_step_serves_every_table() -> None:
-    """One graph; the slot is given another sampler, and another scale, between replays."""
+    """One graph; table and scale of a slot change between replays."""
     state = full_state()
     out = output_for(state)
     for _ in range(2):
         END_STEP.triton(out, *clone(state))
     graph = torch.cuda.CUDAGraph()
-    kept = clone(state)
+    before = clone(state)
     with torch.cuda.graph(graph):
         end_step(out, state)
     for _ in range(2):
-        for t, value in zip(state, kept, strict=True):
+        for t, value in zip(state, before, strict=True):
             t.copy_(value)
         state.table[..., : len(COLUMNS)].normal_()
         state.guidance.uniform_(1, 9)

@@ -1,4 +1,4 @@
-"""Faults to plant in the kernels' source, each with a check that it has to turn red: data for test_mutations.py.
+"""Faults to plant in the kernels' source, each with a check that must fail: data for test_mutations.py.
 
 FAULTS has them by the file of kernels/ that they are planted in: `old`, which its source has exactly once, becomes
 `new`, and `check`, which gets the mutated module and calls ops.py on its op, must fail.
@@ -36,12 +36,12 @@ def _bias_residual(module: ModuleType) -> None:
 
 
 def _group_norm(module: ModuleType) -> None:
-    """Pieces, the last of them short; a seam within a group; a shift; groups that leave the last block half empty."""
+    """Pieces, the last one short; a group with channels of x and skip; a shift; a last block that is half empty."""
     x, skip = (torch.randn(2, c, 5, 7).contiguous(memory_format=torch.channels_last) for c in (17, 13))
     weight, bias, shift = torch.randn(30), torch.randn(30), torch.randn(2, 30)
-    given = [t.to(ops.DEVICE) for t in (x, weight, bias, shift, skip)]
+    args = [t.to(ops.DEVICE) for t in (x, weight, bias, shift, skip)]
     with dispatch.forced("group_norm", {"GROUPS": 2, "PIXELS": 8, "TILES": 2, "num_warps": 4}):
-        ops.check(module.GROUP_NORM, given[0], 3, *given[1:3], 1e-5, shift=given[3], skip=given[4])
+        ops.check(module.GROUP_NORM, args[0], 3, *args[1:3], 1e-5, shift=args[3], skip=args[4])
 
 
 def _layer_norm(module: ModuleType) -> None:
@@ -153,7 +153,7 @@ FAULTS: dict[str, list[Fault]] = {
             "count = tl.minimum(tl.maximum(pixels - source * (PIXELS * TILES), 0), PIXELS * TILES)",
             "count = tl.where(source * (PIXELS * TILES) < pixels, PIXELS * TILES, 0)",
             _group_norm,
-            "a short last piece weighed like the others",
+            "a short last piece weighed like the rest",
         ),
         Fault(
             "mask & (channel >= split_channel), other=0.0)",
@@ -239,7 +239,7 @@ FAULTS: dict[str, list[Fault]] = {
             "height = tl.minimum(rows - first, 8)",
             "height = 8",
             _linear,
-            "a short last group of tiles walked like the others",
+            "a short last group of tiles walked like the rest",
         ),
     ],
     "conv": [

@@ -1,8 +1,8 @@
-"""How a kernel is held against its reference: the same on a GPU and, interpreted, on a CPU.
+"""Checks of a kernel against its reference: the same on a GPU and, interpreted, on a CPU.
 
 check(GEGLU, x)                      the kernel, in x's dtype, within the error budget
 check_registered(GEGLU, x)           the op as torch.compile and FakeTensor see it
-with poisoned(): ...                 every buffer that torch hands out uninitialised is NaN
+with poisoned(): ...                 every uninitialised buffer of torch is NaN
 """
 
 from __future__ import annotations
@@ -61,23 +61,23 @@ def check(op: dispatch.Op[..., Any], *args: Any, **kwargs: Any) -> None:
     with poisoned():
         got = outputs(op.triton, *copy.deepcopy((args, kwargs)))
     assert len(got) == len(plain) == len(exact)
-    for one, same_precision, truth in zip(got, plain, exact, strict=True):
-        assert one.dtype == same_precision.dtype
+    for result, same_precision, truth in zip(got, plain, exact, strict=True):
+        assert result.dtype == same_precision.dtype
         allowed = 2 * error(same_precision, truth) + SMALL[dtype]
-        assert error(one, truth) <= allowed, f"error {error(one, truth):.2e}, allowed {allowed:.2e}"
+        assert error(result, truth) <= allowed, f"error {error(result, truth):.2e}, allowed {allowed:.2e}"
 
 
 def check_registered(op: dispatch.Op[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Schema and fake implementation of torch.ops.fastldm.NAME agree with what runs."""
+    """Schema and fake implementation of torch.ops.fastldm.NAME agree with the implementation."""
     torch.library.opcheck(op.registered, args, kwargs, test_utils=("test_schema", "test_faketensor"))
 
 
 def outputs(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """What the function returns, and all floating tensors that it was given, which it may have written."""
+    """The results of the function, and all of its floating arguments, which it may have mutated."""
     result = function(*args, **kwargs)
     returned = [] if result is None else [result] if isinstance(result, Tensor) else list(result)
-    given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point()]
-    return [t for t in (*returned, *given) if t is not None]
+    floating = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point()]
+    return [t for t in (*returned, *floating) if t is not None]
 
 
 def _double(value: Any) -> Any:
@@ -85,7 +85,7 @@ def _double(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value.clone()
     if isinstance(value, dict):
-        return {key: _double(one) for key, one in value.items()}
+        return {key: _double(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return type(value)(map(_double, value))
     return value

@@ -24,7 +24,7 @@ SHAPES = {
 
 
 def in_blocks_of(pixels: int) -> AbstractContextManager[None]:
-    """Programs of so many pixels, so that small pictures have several."""
+    """Programs of so many pixels, so that small images have several."""
     return dispatch.forced("end_step", {"PIXELS": pixels, "num_warps": 1})
 
 
