@@ -96,7 +96,7 @@ def test_every_group_size_with_all_options_matches_reference(
 @DESIGNS
 @pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
 def test_all_options_match_reference(dtype: torch.dtype, config: dict[str, Any]) -> None:
-    """Groups of 10, the third across the seam at 24; a shift that is a slice of a wider row; batch 3; no SiLU."""
+    """Groups of 10, the third with channels of x and skip; a shift that is a slice of a wider row; batch 3; no SiLU."""
     x, skip = image(3, 24, 3, 9, dtype=dtype), image(3, 16, 3, 9, dtype=dtype)
     shift = torch.randn(3, 100, device=ops.DEVICE, dtype=dtype)[:, 20:60]
     check(config, x, 4, shift=shift, skip=skip)
