@@ -7,20 +7,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
-import tiny
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback, SDXLCFGCutoffCallback
+from pairs import Pairs
 
 from fastldm import InputError, Pipeline, Request, Session
 from fastldm.runtime.denoise import EagerBatch, Run
 from fastldm.runtime.slots import Slots, StaticBuffers
 from fastldm.runtime.stages import Change
-
-diffusers.utils.logging.disable_progress_bar()
-diffusers.utils.logging.set_verbosity_error()
 
 Callback = Callable[..., Any]
 STEPS = 3
@@ -29,18 +25,8 @@ OPTIONS = {"num_inference_steps": STEPS, "guidance_scale": 30.0, "height": 32, "
 
 
 @pytest.fixture(scope="module")
-def pipes() -> Any:
-    """(diffusers' pipeline, ours with its weights) by family, made once."""
-    loaded: dict[str, tuple[Any, Pipeline]] = {}
-
-    def get(family: str) -> tuple[Any, Pipeline]:
-        if family not in loaded:
-            theirs = tiny.pipeline(family, scheduler=tiny.scheduler("sdxl"))  # Euler, for all
-            theirs.set_progress_bar_config(disable=True)
-            loaded[family] = theirs, Pipeline.from_diffusers(theirs)
-        return loaded[family]
-
-    return get
+def pipes() -> Pairs:
+    return Pairs("sdxl")
 
 
 def latents(pipe: Any, callback: Any = None, **options: Any) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,20 +11,22 @@ from unittest import mock
 import pytest
 import torch
 from PIL import Image
+from sessions import options, tiny_pipeline
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastldm
 from benchmarks import ladder
-from fastldm import Pipeline
+from fastldm import InputError, Pipeline, device
 from fastldm.conditioning import encode as conditioning
 from fastldm.conditioning import text
 from fastldm.device import Mark, send, send_numbers, to_host
-from fastldm.errors import InputError
 from fastldm.kernels import dispatch
 from fastldm.request import Request
 from fastldm.runtime import denoise, slots, stages, start
+from fastldm.runtime.denoise import EagerBatch
+from fastldm.runtime.stages import Stages
 
 
 def test_numbers_keep_their_values_shape_and_dtype() -> None:
@@ -197,3 +200,176 @@ def test_unusable_devices_are_refused(device: Any) -> None:
     with pytest.raises(InputError, match=r"^device .*cpu") as refused:
         fastldm.Pipeline.default(device=device)
     assert str(refused.value).isprintable()
+
+
+# ---- streams
+
+
+SMALL = {"height": 16, "width": 16}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return tiny_pipeline()
+
+
+@pytest.fixture(scope="module")
+def alone(pipe: Pipeline) -> Any:
+    return pipe(**options(7, **SMALL)).images
+
+
+class Streams:
+    """A GPU's streams, one a thread, as a log of what was recorded in which and waited for by which."""
+
+    def __init__(self) -> None:
+        self.log: list[tuple[str, str, Any]] = []  # ("records" or "waits", thread, event)
+
+    class Event:
+        def record(self, stream: Any) -> None:
+            stream("records", self)
+
+        def query(self) -> bool:
+            return True
+
+        def synchronize(self) -> None: ...
+
+    def current_stream(self, device: Any = None) -> Any:
+        thread = threading.current_thread().name
+
+        def stream(label: str, event: Any) -> None:
+            self.log.append((label, thread, event))
+
+        stream.wait_event = lambda event: stream("waits", event)  # type: ignore[attr-defined]
+        return stream
+
+    def note(self, label: str) -> None:
+        self.log.append((label, threading.current_thread().name, None))
+
+    def ordered(self, first: str, then: str) -> bool:
+        """Whether all that was noted as `then` waits, in its thread, for an event that was recorded behind the last
+        `first` before it, in that one's."""
+        matched = False
+        for at, (label, thread, _) in enumerate(self.log):
+            if label != then:
+                continue
+            behind = max(k for k, (other, *_) in enumerate(self.log[:at]) if other == first)
+            maker = self.log[behind][1]
+            events = [event for kind, by, event in self.log[behind:at] if kind == "records" and by == maker]
+            matched = any(
+                kind == "waits" and by == thread and event in events for kind, by, event in self.log[behind:at]
+            )
+            if not matched:
+                return False
+        return matched
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> Streams:
+    streams = Streams()
+
+    def init(self: Mark, device: torch.device) -> None:
+        self._device, self._event = device, Streams.Event()
+        self._event.record(streams.current_stream())
+
+    monkeypatch.setattr(Mark, "__init__", init)
+    monkeypatch.setattr(device.torch.cuda, "current_stream", streams.current_stream)
+    return streams
+
+
+def test_requests_wait_for_the_stream_of_their_tensors(
+    streams: Streams, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = Stages.prepare
+    monkeypatch.setattr(Stages, "prepare", lambda self, request: streams.note("read") or begin(self, request))
+    streams.note("made")
+    pipe.session.submit(**options(**SMALL)).result(60)
+    assert streams.ordered("made", "read")
+
+
+def test_results_wait_for_the_workers_stream(streams: Streams, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = Stages.result
+    monkeypatch.setattr(Stages, "result", lambda self, *args: streams.note("made") or result(self, *args))
+    for kind in ("pt", "latent"):
+        future = pipe.session.submit(**options(**SMALL, output_type=kind))
+        future.result(60)
+        streams.note("read")
+        assert streams.ordered("made", "read")
+
+
+def test_callbacks_and_steps_are_ordered_both_ways(
+    streams: Streams, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, go_on = EagerBatch.step, EagerBatch.go_on_from
+    monkeypatch.setattr(EagerBatch, "step", lambda self, runs: (step(self, runs), streams.note("stepped"))[0])
+    monkeypatch.setattr(EagerBatch, "go_on_from", lambda self, *args: streams.note("goes on") or go_on(self, *args))
+
+    def callback(pipe: Any, i: int, t: float, tensors: dict[str, Any]) -> dict[str, Any]:
+        streams.note("called")
+        changed = tensors["latents"] * 0.9
+        streams.note("changed")
+        return {"latents": changed}
+
+    pipe(**options(steps=3, **SMALL), callback_on_step_end=callback)
+    assert streams.ordered("stepped", "called")
+    assert streams.ordered("changed", "goes on")
+
+
+def test_readers_wait_for_their_previews(streams: Streams, pipe: Pipeline) -> None:
+    waited: list[str] = []
+    wait_ = Mark.wait
+    Mark.wait = lambda self: waited.append(threading.current_thread().name) or wait_(self)  # type: ignore[method-assign]
+    try:
+        future = pipe.session.submit(**options(steps=2, **SMALL, output_type="latent"), preview=True)
+        steps = list(future.progress())
+    finally:
+        Mark.wait = wait_  # type: ignore[method-assign]
+    assert [step.preview[0].size for step in steps] == [(16, 16)] * 2  # type: ignore[index]
+    assert waited.count(threading.current_thread().name) == 2
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_worker_calls_are_ordered_both_ways(fails: bool, streams: Streams, pipe: Pipeline) -> None:
+    def function() -> None:
+        streams.note("works")
+        if fails:
+            raise ValueError("on purpose")
+
+    streams.note("before")
+    try:
+        pipe.session.call(function)
+    except ValueError:
+        assert fails
+    streams.note("after")
+    assert streams.ordered("before", "works")
+    assert streams.ordered("works", "after")
+    if not fails:
+        streams.note("changed")
+        changed = pipe.stages.prepared.weights_changed
+        pipe.stages.prepared.weights_changed = lambda: streams.note("seen") or changed()  # type: ignore[method-assign,func-returns-value]
+        try:
+            pipe.weights_changed()
+        finally:
+            del pipe.stages.prepared.weights_changed
+        assert streams.ordered("changed", "seen")
+
+
+def test_marked_tensors_live_for_the_reading_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, alive = torch.zeros(2), []
+    monkeypatch.setattr(device, "_tensors", lambda value: [x] if value is not None else [])
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: alive.append((self, stream)))
+    streams = Streams()
+    monkeypatch.setattr(device.torch.cuda, "current_stream", streams.current_stream)
+    mark = Mark(torch.device("cpu"))
+    mark._event = Streams.Event()  # type: ignore[assignment]
+    mark.follow({"deep": [x]})
+    assert alive[0][0] is x
+    mark.follow(None)
+    assert len(alive) == 1
+
+
+def test_marks_find_nested_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    a, b, c = torch.zeros(1), torch.zeros(2), torch.zeros(1, 4, 2, 2)
+    request = fastldm.Request(prompt="a", latents=c, image=[a, (b,)])
+    matched = [*device._tensors({"x": request, "y": "text"})]
+    assert {id(t) for t in matched} == {id(a), id(b), id(c)}

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
+import fastldm
 from benchmarks import ladder
-from fastldm import Pipeline
+from fastldm import Pipeline, Session
+from fastldm.runtime.denoise import EagerBatch
 
 
 def tiny_pipeline(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Pipeline:
@@ -28,3 +34,59 @@ def same(actual: Any, expected: Any) -> None:
     """But for the order of sums: float32 rounding through some steps of a random network."""
     assert actual.shape == expected.shape
     assert np.abs(actual - expected).max() < 2e-5
+
+
+SAMPLERS = ["ddim", "euler a", "dpm++ 2m karras", "unipc", "heun", "dpm++ 2m sde", "plms", "lcm"]
+
+
+def requests(count: int, seed: int) -> list[dict[str, Any]]:
+    """Of every kind: sampler, steps, size, guidance (none, whole, part, rescaled), prompt length, pictures."""
+    r = random.Random(seed)
+    return [
+        options(
+            seed=k,
+            steps=r.randint(2, 6),
+            prompt=" ".join(["a cat"] * r.choice([1, 1, 40])),  # 40: two windows of tokens
+            sampler=r.choice(SAMPLERS),
+            guidance_scale=r.choice([1.0, 3.0, 7.5]),
+            guidance_rescale=r.choice([0.0, 0.0, 0.7]),
+            guidance_interval=r.choice([(0.0, 1.0), (0.0, 1.0), (0.3, 0.8)]),
+            num_images_per_prompt=r.choice([1, 1, 2]),
+            height=r.choice([32, 48]),
+            width=48,
+        )
+        for k in range(count)
+    ]
+
+
+def from_threads(session: Session, queries: list[dict[str, Any]], **arguments: Any) -> list[fastldm.Generation]:
+    """Submitted by 8 threads at random moments; the futures in the requests' order."""
+    futures: list[Any] = [None] * len(queries)
+
+    def submit(first: int) -> None:
+        r = random.Random(first)
+        for k in range(first, len(queries), 8):
+            time.sleep(r.random() * 0.03)
+            futures[k] = session.submit(**queries[k], **arguments)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(submit, range(8)))
+    return futures
+
+
+def slow(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.02) -> None:
+    """Steps that take their time, so that something can happen between them."""
+    step = EagerBatch.step
+
+    def slowly(self: EagerBatch, runs: Any) -> str:
+        time.sleep(seconds)
+        return step(self, runs)
+
+    monkeypatch.setattr(EagerBatch, "step", slowly)
+
+
+class Odd(BaseException):
+    """Nobody's idea of an error."""
+
+
+RAISED = [SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError, Odd, ValueError]
