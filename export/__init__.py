@@ -7,6 +7,6 @@ import os
 if __name__ != "fastldm.export":
     raise ImportError(f"import this package as 'fastldm.export', not as {__name__!r}")
 
-# From 1.31 on, ONNX Runtime keeps a device id and a data base of events in its user's cache unless it is told not to
-# before it is loaded: its own call for that comes too late. Who wants them sets it to 0.
+# Since 1.31, ONNX Runtime keeps a device id and an event database in the user's cache unless this is set before it is
+# loaded: its own function comes too late. To allow it, set the variable to 0.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

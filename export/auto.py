@@ -1,8 +1,7 @@
-"""Which backend makes a picture soonest on this machine: measured by `fastldm verify`, remembered, and never guessed
-where it was measured.
+"""The fastest backend for a bundle on this machine, as measured by `fastldm verify`.
 
-One small file for each bundle and machine, in fastldm's cache: of each backend, and of PyTorch where the model that the
-bundle was made of is at hand, the seconds until a pipeline is loaded and those of a picture.
+Measurements are in fastldm's cache, a small file per bundle and machine: for each backend, and for PyTorch if the model
+that the bundle was exported from is available, the seconds to load a pipeline and to generate an image.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ logger = logging.getLogger("fastldm")
 
 @dataclass(frozen=True)
 class Measured:
-    """What a picture of the model's own size and number of steps costs, in seconds."""
+    """Seconds to load a pipeline and to generate an image with the model's default size and number of steps."""
 
-    start_up: float  # until a pipeline is loaded, its engines from the cache where there is one
+    start_up: float  # to load a pipeline, with engines from the cache
     picture: float
     precision: str
 
@@ -48,11 +47,11 @@ def choose(bundle: Bundle, device: torch.device, dtype: str | torch.dtype | None
     """The backend for a bundle, see `fastldm.model.choose_backend`."""
 
     def computes(backend: str) -> bool:
-        """Whether it can compute in the dtype that was asked for."""
+        """Whether it can compute in the requested dtype."""
         any_dtype = backend not in BACKENDS or BACKENDS[backend].any_dtype  # not in: torch
-        return dtype is None or any_dtype or _named(dtype) == bundle.manifest["dtype"]
+        return dtype is None or any_dtype or _dtype_name(dtype) == bundle.manifest["dtype"]
 
-    measured = {backend: took for backend, took in read(bundle, device).items() if computes(backend)}
+    measured = {backend: seconds for backend, seconds in read(bundle, device).items() if computes(backend)}
     while measured:
         fastest = min(measured, key=lambda backend: measured[backend].total)
         if fastest != "torch" or _has_source(bundle):
@@ -62,22 +61,22 @@ def choose(bundle: Bundle, device: torch.device, dtype: str | torch.dtype | None
         if device.type in BACKENDS[backend].devices and computes(backend) and _ready(bundle, backend, device):
             return backend
     raise EngineError(
-        f"no backend is ready to run {bundle.folder} on {device}{f' in {_named(dtype)}' if dtype else ''}: "
+        f"no backend is ready to run {bundle.folder} on {device}{f' in {_dtype_name(dtype)}' if dtype else ''}: "
         f"expected one of {', '.join(f'{name} (fastldm[{entry.extra}])' for name, entry in BACKENDS.items())}; "
         "--backend NAME says what is missing"
     )
 
 
-def _named(dtype: str | torch.dtype) -> str:
+def _dtype_name(dtype: str | torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 def _ready(bundle: Bundle, backend: str, device: torch.device) -> bool:
-    """Whether a backend is installed and has nothing to build first."""
+    """Whether a backend is installed and needs no build."""
     if not any(importlib.util.find_spec(package) is not None for package in BACKENDS[backend].packages):
         return False
     if backend == "openvino":
-        return not bundle.manifest["fused_ops"]  # it cannot read functions in ONNX files
+        return not bundle.manifest["fused_ops"]  # OpenVINO cannot read functions in ONNX files
     if backend == "tensorrt":
         return {record.key.network for record in Engines(bundle.folder).records()} >= bundle.specs.keys()
     if device.type == "cuda":
@@ -88,56 +87,56 @@ def _ready(bundle: Bundle, backend: str, device: torch.device) -> bool:
 
 
 def _has_source(bundle: Bundle) -> bool:
-    """Whether the model that it was made of is here as it was, for PyTorch. Where not, one line a process says so."""
+    """Whether the model that the bundle was exported from is available, unchanged. If not, warns once per process."""
     try:
         source(bundle)
     except BundleError as error:
-        if str(error) not in _said:
-            _said.add(str(error))
-            logger.warning("PyTorch was fastest here, and is not taken: %s", error)
+        if str(error) not in _warned:
+            _warned.add(str(error))
+            logger.warning("PyTorch was fastest here, and is not used: %s", error)
         return False
     return True
 
 
-_said: set[str] = set()
+_warned: set[str] = set()
 
 
 def read(bundle: Bundle, device: torch.device) -> dict[str, Measured]:
-    """What was measured of a bundle here, with the versions that are installed now."""
+    """Measurements of a bundle on this machine, made with the installed versions; empty if there are none."""
     try:
         data = json.loads(_path(bundle, device).read_bytes())
         return {
-            backend: Measured(**one["measured"])
-            for backend, one in data.items()
-            if one["versions"] == _versions(backend)
+            backend: Measured(**entry["measured"])
+            for backend, entry in data.items()
+            if entry["versions"] == _versions(backend)
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
 def remember(bundle: Bundle, device: torch.device, measured: dict[str, Measured]) -> None:
-    """For `choose`."""
+    """Store measurements for `choose`."""
     path = _path(bundle, device)
-    data = {backend: {"measured": asdict(one), "versions": _versions(backend)} for backend, one in measured.items()}
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    data = {backend: {"measured": asdict(entry), "versions": _versions(backend)} for backend, entry in measured.items()}
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(data, indent=1))
-        beside.replace(path)
+        temporary.write_text(json.dumps(data, indent=1))
+        temporary.replace(path)
     except OSError as error:
-        logger.warning("what was measured cannot be kept in %s (%s)", path.parent, error)
+        logger.warning("measurements cannot be stored in %s (%s)", path.parent, error)
 
 
 def _path(bundle: Bundle, device: torch.device) -> Path:
-    here = device.type == "cpu" or torch.cuda.is_available()
-    runs = [machine(device) if here else str(device), openmp.threads(), instructions()]
-    about = [bundle.manifest["sha256"], *runs]
-    return cache_root() / "measured" / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:40]}.json"
+    available = device.type == "cpu" or torch.cuda.is_available()
+    hardware = machine(device) if available else str(device)
+    key = json.dumps([bundle.manifest["sha256"], hardware, openmp.threads(), instructions()])
+    return cache_root() / "measured" / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.json"
 
 
 @functools.cache
 def _versions(backend: str) -> list[str]:
-    """Of the packages that a backend is, as installed here."""
+    """Names and installed versions of a backend's packages."""
     names = metadata.packages_distributions()
     packages = ("torch", *(BACKENDS[backend].packages if backend in BACKENDS else ()))
     return sorted(f"{name} {metadata.version(name)}" for package in packages for name in names.get(package, ()))

@@ -1,4 +1,4 @@
-"""Which backends there are, as data: what the command and the loader know of each without importing it.
+"""The backends as data, which the command and the loader read without importing any of them.
 
 To add a backend, write its file beside this one, with `open_engine`, and its entry here.
 """
@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 
 class Backend(NamedTuple):
-    extra: str  # of fastldm, which installs it
-    packages: tuple[str, ...]  # that it consists of, of which one is enough
-    devices: tuple[str, ...]  # where it runs
-    any_dtype: bool = False  # whether it computes in others than the one that a bundle was exported in
+    extra: str  # the extra of fastldm that installs it
+    packages: tuple[str, ...]  # alternatives, one of which is enough
+    devices: tuple[str, ...]  # types of devices that it runs on
+    any_dtype: bool = False  # whether it can compute in another dtype than a bundle was exported in
 
 
 BACKENDS = {
@@ -20,4 +20,4 @@ BACKENDS = {
     "openvino": Backend("openvino", ("openvino",), ("cpu",), any_dtype=True),
     "tensorrt": Backend("tensorrt", ("tensorrt_rtx", "tensorrt"), ("cuda",)),
 }
-"""By name. Where nothing was measured, `--backend auto` prefers the later ones."""
+"""By name. Without measurements, `--backend auto` prefers later entries."""

@@ -1,13 +1,13 @@
-"""A model as a folder that other tools read and that proves itself.
+"""A bundle: an exported model as a folder that other tools can read, with reference outputs to verify it.
 
-    manifest.json                what it is: model, configs, dtype, opset, each network's inputs and outputs, versions,
-                                 the sha256 of the weights it was made of and of every other file, and the manifest's
+    manifest.json                model, configs, dtype, opset, each network's inputs and outputs, versions, the sha256
+                                 of the original weights and of every other file, and its own sha256
     unet/model.onnx, ...         the networks, each with model.onnx_data and config.json beside it
-    goldens/unet.safetensors     inputs of three sizes, what PyTorch made of them in float32, and how far it is off
-                                 that in each precision; picture.safetensors: the same of a whole picture
+    goldens/unet.safetensors     inputs of three sizes, PyTorch's outputs in float32, and its error in each precision;
+                                 picture.safetensors has the same for a full image
     tokenizer/, scheduler/, model_index.json
 
-The layout is that of optimum's exports. `export.writing` makes one, `export.verify` proves it.
+The layout is that of optimum's exports. `export.writing` writes bundles, `export.verify` verifies them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ GOLDENS, PICTURE = "goldens", "picture"
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle; one that was opened has the files that were written."""
+    """A bundle. After `open`, its files are known to be unchanged."""
 
     folder: Path
     manifest: Mapping[str, Any]
@@ -50,19 +50,19 @@ class Bundle:
 
     @classmethod
     def open(cls, folder: Path) -> Bundle:
-        """Read the manifest and compare every file with its hash. BundleError for what is missing, differs, or would
-        be read without a hash; nothing of the bundle has been executed by then."""
+        """Read the manifest and compare every file with its hash, without executing anything. BundleError for files
+        that are missing, differ, or would be read but have no hash."""
         bundle = cls.read(folder)
-        known = bundle.manifest["files"]
+        files = bundle.manifest["files"]
         for name in bundle._needed():
-            if name not in known:
+            if name not in files:
                 raise BundleError(f"{folder / MANIFEST} has no hash of {name}, which is run: export the model again")
-        for name, file in known.items():
+        for name, file in files.items():
             path = folder / name
             if folder.resolve() not in path.resolve().parents:
                 raise BundleError(f"{folder / MANIFEST} names {show(name)}, which is not in the bundle")
             if not path.is_file():
-                raise BundleError(f"{path} is missing: export the model again, or copy the whole folder")
+                raise BundleError(f"{path} is missing: export the model again, or copy the full folder")
             if path.stat().st_size != file["bytes"]:
                 raise BundleError(f"{path} has {path.stat().st_size} bytes, expected {file['bytes']}: it is damaged")
             if hash_files(path) != file["sha256"]:
@@ -71,9 +71,9 @@ class Bundle:
 
     @classmethod
     def read(cls, folder: Path) -> Bundle:
-        """Read the manifest alone: what is to be run has to be opened."""
+        """Read only the manifest. A bundle that is to be run must be opened."""
         manifest = manifests.read(folder)
-        bundle = cls(folder, manifest, {n: NetworkSpec.from_dict(one) for n, one in manifest["networks"].items()})
+        bundle = cls(folder, manifest, {n: NetworkSpec.from_dict(spec) for n, spec in manifest["networks"].items()})
         try:
             model = bundle.model
         except CheckpointError as error:
@@ -83,18 +83,18 @@ class Bundle:
         return bundle
 
     def _needed(self) -> set[str]:
-        """The files that are read where the bundle is run or proved: networks with all that lies beside them, and may
-        be weights that the graph names, and tokenizers."""
+        """The files that are read to run or verify the bundle: networks, all files beside them, which may be weights of
+        the graph, and tokenizers."""
         needed = {f"{name}/{MODEL}" for name in self.specs}
         needed |= {f"{GOLDENS}/{name}.safetensors" for name in (*self.specs, PICTURE)}
         for name in (*self.specs, *TOKENIZERS):
-            inside = (path for path in (self.folder / name).rglob("*") if not path.is_dir())
-            needed |= {path.relative_to(self.folder).as_posix() for path in inside}
+            paths = (path for path in (self.folder / name).rglob("*") if not path.is_dir())
+            needed |= {path.relative_to(self.folder).as_posix() for path in paths}
         return needed
 
     @cached_property
     def model(self) -> loading.Spec:
-        """What it is a bundle of, as `loading.describe` says it of the model itself."""
+        """The exported model, as `loading.describe` describes the original."""
         manifest, source = self.manifest, str(self.folder)
         configs = {name: config for name, config in manifest["config"].items() if name != "scheduler"}
         components = {
@@ -113,11 +113,11 @@ class Bundle:
         return self.folder / network / MODEL
 
     def goldens(self, network: str) -> Path:
-        """What PyTorch made of some inputs of a network, or of a whole picture."""
+        """The file with PyTorch's outputs of a network, or of a full image."""
         return self.folder / GOLDENS / f"{network}.safetensors"
 
     def hashes(self, network: str) -> dict[str, str]:
-        """sha256 of the files of a network, by name."""
+        """The sha256 of a network's files, by name."""
         folder = f"{network}/"
         files = self.manifest["files"]
         return {name.removeprefix(folder): files[name]["sha256"] for name in files if name.startswith(folder)}
@@ -125,7 +125,7 @@ class Bundle:
 
 @dataclass(frozen=True)
 class Loaded(Component):
-    """A network of a model in memory, whose weights lie in no file."""
+    """A network of a model in memory, whose weights are in no file."""
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
@@ -134,26 +134,28 @@ class Loaded(Component):
 
 
 def in_memory(model: loading.Spec, modules: Mapping[str, nn.Module]) -> loading.Spec:
-    """A model with the weights that its modules, by their components' names, have now."""
+    """A model with the current weights of its modules, which are given by component name."""
     components: dict[str, Component] = {}
-    for name, part in model.checkpoint.components.items():
+    for name, component in model.checkpoint.components.items():
         module = modules[name]
         if isinstance(module, AutoencoderKL) and module.config.force_upcast and _is_half(module):
-            module = copy.deepcopy(module).float()  # it was rescaled for the precision that it runs in
+            module = copy.deepcopy(module).float()  # undo the rescaling for float16
             rescale_for_half(module, -HALF_EXPONENT)
         tensors = module.state_dict()
-        components[name] = Loaded(name, part.class_name, part.config, (), f"the {name} in memory", tensors=tensors)
+        components[name] = Loaded(
+            name, component.class_name, component.config, (), f"the {name} in memory", tensors=tensors
+        )
     return replace(model, checkpoint=replace(model.checkpoint, components=components))
 
 
 def identity(model: loading.Spec) -> dict[str, Any]:
-    """All of a model that a picture depends on, so that two models with one identity are the same: weights and
-    tokenizers by their sha256, and the configs. InputError where it has no weights."""
+    """Everything of a model that its images depend on: the sha256 of weights and tokenizers, and the configs. Models
+    with equal identities are the same. InputError if it has no weights."""
     checkpoint = model.checkpoint
-    parts = checkpoint.components
-    configs = {part: component.config for part, component in parts.items()} | {"scheduler": checkpoint.scheduler}
+    components = checkpoint.components
+    configs = {name: component.config for name, component in components.items()} | {"scheduler": checkpoint.scheduler}
     return {
-        "weights": {part: _hash_weights(one) for part, one in parts.items()},
+        "weights": {name: _hash_weights(component) for name, component in components.items()},
         "tokenizers": {name: _hash_tokenizer(files) for name, files in checkpoint.tokenizers.items()},
         "config": as_json(configs),
         "index": as_json(checkpoint.index),
@@ -164,45 +166,46 @@ def _is_half(module: nn.Module) -> bool:
     return next(module.parameters()).dtype == torch.float16
 
 
-def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """What of two identities differs, such as "the weights of unet" or "the config of scheduler"."""
-    found = []
+def differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """The differences of two identities, such as "the weights of unet" or "the config of scheduler"."""
+    differences = []
     for title in ("weights", "tokenizers", "config"):
-        mine, theirs = ({name: _told(value) for name, value in given[title].items()} for given in (one, other))
-        what = "files" if title == "tokenizers" else title
-        found += [f"the {what} of {name}" for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
+        a, b = ({name: _without_origin(x) for name, x in model[title].items()} for model in (first, second))
+        label = "files" if title == "tokenizers" else title
+        differences += [f"the {label} of {name}" for name in {**a, **b} if a.get(name) != b.get(name)]
     settings = [
-        {key: value for key, value in _told(given["index"]).items() if _is_setting(value)} for given in (one, other)
+        {key: value for key, value in _without_origin(model["index"]).items() if _is_setting(value)}
+        for model in (first, second)
     ]
-    return [*found, *["the index"] * (settings[0] != settings[1])]
+    return [*differences, *["the index"] * (settings[0] != settings[1])]
 
 
 def _is_setting(value: Any) -> bool:
-    """Whether an entry of a pipeline's index is one: components are lists of library and class."""
+    """Whether an entry of a pipeline's index is a setting: components are lists of library and class."""
     return not isinstance(value, list | tuple)
 
 
-_NOT_TOLD = ("_diffusers_version", "_name_or_path", "transformers_version", "_commit_hash", "_use_default_values")
+_ORIGIN_KEYS = ("_diffusers_version", "_name_or_path", "transformers_version", "_commit_hash", "_use_default_values")
 
 
-def _told(config: Any) -> Any:
-    """Without what a config says of who wrote it and where."""
-    return {k: v for k, v in config.items() if k not in _NOT_TOLD} if isinstance(config, Mapping) else config
+def _without_origin(config: Any) -> Any:
+    """A config without the keys that say which library wrote it, and where."""
+    return {k: v for k, v in config.items() if k not in _ORIGIN_KEYS} if isinstance(config, Mapping) else config
 
 
 def as_json(config: Any) -> Any:
-    """As a file would have it: with lists in place of tuples."""
-    return json.loads(json.dumps(config, default=_plain))
+    """A value as it is read back from a JSON file: with lists in place of tuples."""
+    return json.loads(json.dumps(config, default=_to_json))
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def _hash_weights(component: Component) -> str:
     if not isinstance(component, Loaded):
-        found = [(path, path.stat()) for path in component.files]
-        return _hash_unchanged(tuple((path, one.st_size, one.st_mtime_ns, one.st_ino) for path, one in found))
+        files = [(path, path.stat()) for path in component.files]
+        return _hash_unchanged(tuple((path, stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in files))
     digest = hashlib.sha256()
     for name, tensor in sorted(component.tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -212,12 +215,12 @@ def _hash_weights(component: Component) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _hash_unchanged(files: tuple[tuple[Path, int, int, int], ...]) -> str:
-    """Of files that are what they were by size, time and number: gigabytes, read once a process."""
+    """The hash of files, which may have gigabytes, read once per process while size, time and inode stay the same."""
     return hash_files(*(path for path, *_ in files))
 
 
 def _hash_tokenizer(files: TokenizerFiles) -> str:
-    """Of the files that it is read from, or of what it is otherwise."""
+    """The hash of a tokenizer's files, or of its pad token if it is CLIP's own."""
     if files.loaded is not None:
         with TemporaryDirectory() as folder:
             files.loaded.save_pretrained(folder)

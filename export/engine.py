@@ -1,4 +1,4 @@
-"""What runs a network: tensors by name in, tensors by name out; and a network of a bundle on a backend."""
+"""Engines: a network of a bundle on a backend, with tensors by name as inputs and outputs."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ class Engine(Protocol):
 
     @property
     def specs(self) -> Sequence[NetworkSpec]:
-        """What it takes: of what it was opened for, each range of sizes that it was built for."""
+        """The network's spec, for each range of sizes that the engine was built for."""
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One pass: all inputs of the network's spec to all its outputs, new tensors that belong to the caller.
+        """Run the network: all inputs of its spec to all its outputs, which are new tensors.
 
-        Inputs are on the engine's device, in the spec's dtypes; contiguous ones are read where they lie. InputError
-        where they are not as the spec says, EngineError where the backend fails.
+        Inputs are on the engine's device, in the spec's dtypes; contiguous ones are not copied. InputError if they do
+        not match the spec, EngineError if the backend fails.
         """
 
     def close(self) -> None:
-        """Give up what the engine holds. It is not used again."""
+        """Free the engine's resources. It must not be used again."""
 
 
 MANIFEST = "manifest.json"
-"""What a folder that is a bundle has, and no other model."""
+"""The file that makes a folder a bundle."""
 
 
 def is_bundle(path: str | os.PathLike[str]) -> bool:
-    """Whether this is a folder that `fastldm export` wrote. InputError for what can be no path."""
+    """Whether this is a folder that `fastldm export` wrote. InputError for values that are no path."""
     return (check_path(path, "path_or_id") / MANIFEST).is_file()
 
 
@@ -57,16 +57,16 @@ def open_engine(
     hashes: Mapping[str, str] | None = None,
     threads: int | None = None,
 ) -> Engine:
-    """A network of a bundle, on a backend.
+    """Open a network of a bundle on a backend.
 
     path: the network's model.onnx; for "tensorrt" also an engine that was built before (NAME.engine).
-    device: where inputs and outputs are, and where it runs.
-    precision: what it computes in, "float32", "float16" or "bfloat16"; what the file holds where it is None, but for
-        OpenVINO, which computes in "float32" or "bfloat16" whatever the file holds.
-    hashes: sha256 of the network's files by name, where they are known: engine caches need them.
-    threads: of a CPU that it may use; those that PyTorch has in this thread where it is None.
+    device: where it runs, and where inputs and outputs are.
+    precision: "float32", "float16" or "bfloat16"; by default the dtype of the file, except that OpenVINO computes in
+        "float32" or "bfloat16" whatever the file holds.
+    hashes: sha256 of the network's files by name, which engine caches need.
+    threads: number of CPU threads; by default PyTorch's number of threads in this thread.
 
-    Raises EngineError where the backend is not installed, naming the extra that brings it, or cannot run this.
+    Raises EngineError if the backend is not installed, naming the extra that installs it, or cannot run the network.
     """
     if backend not in BACKENDS:
         raise InputError(f"backend is {show(backend)}: expected one of {', '.join(BACKENDS)}")
@@ -84,39 +84,41 @@ def open_engine(
 def bound(
     spec: NetworkSpec, inputs: Mapping[str, Tensor], device: torch.device
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A pass's inputs and outputs as backends that are handed addresses need them: inputs checked and contiguous,
-    outputs allocated. InputError where an input is not what the spec says."""
+    """Inputs and outputs for backends that take addresses: inputs checked and contiguous, outputs allocated. InputError
+    if an input does not match the spec."""
     if set(inputs) != {port.name for port in spec.inputs}:
-        wanted = ", ".join(port.name for port in spec.inputs)
-        raise InputError(f"{spec.name} got {', '.join(inputs) or 'nothing'}: expected {wanted}")
+        expected = ", ".join(port.name for port in spec.inputs)
+        raise InputError(f"{spec.name} got {', '.join(inputs) or 'nothing'}: expected {expected}")
     sizes: dict[str, int] = {}
     for port in spec.inputs:
-        given = inputs[port.name]
-        if given.dtype != port.torch_dtype or given.device != device or given.ndim != len(port.shape):
+        x = inputs[port.name]
+        if x.dtype != port.torch_dtype or x.device != device or x.ndim != len(port.shape):
             raise InputError(
-                f"{spec.name}: {port.name} is {_words(given.dtype, given.ndim, given.device)}: "
-                f"expected {_words(port.torch_dtype, len(port.shape), device)}"
+                f"{spec.name}: {port.name} is {_describe(x.dtype, x.ndim, x.device)}: "
+                f"expected {_describe(port.torch_dtype, len(port.shape), device)}"
             )
-        for size, axis in zip(given.shape, port.shape, strict=True):
+        for size, axis in zip(x.shape, port.shape, strict=True):
             if isinstance(axis, int):
                 fits = size == axis
             else:
                 fits = nearest(axis, size) == size == sizes.setdefault(axis.name, size)
             if not fits:
-                raise InputError(f"{spec.name}: {port.name} is {tuple(given.shape)}: expected {_shape(port.shape)}")
+                raise InputError(
+                    f"{spec.name}: {port.name} is {tuple(x.shape)}: expected {_describe_shape(port.shape)}"
+                )
     outputs = {
         port.name: torch.empty(spec.shape(port, sizes), dtype=port.torch_dtype, device=device) for port in spec.outputs
     }
     return {name: tensor.contiguous() for name, tensor in inputs.items()}, outputs
 
 
-def _words(dtype: torch.dtype, dimensions: int, device: torch.device) -> str:
+def _describe(dtype: torch.dtype, dimensions: int, device: torch.device) -> str:
     return f"{str(dtype).removeprefix('torch.')} of {dimensions} dimensions on {device}"
 
 
-def _shape(shape: tuple[int | Axis, ...]) -> str:
-    def words(axis: Axis) -> str:
+def _describe_shape(shape: tuple[int | Axis, ...]) -> str:
+    def describe(axis: Axis) -> str:
         multiple = f" in steps of {axis.multiple_of}" if axis.multiple_of > 1 else ""
         return f"{axis.name} {axis.least} to {axis.most}{multiple}"
 
-    return "(" + ", ".join(str(axis) if isinstance(axis, int) else words(axis) for axis in shape) + ")"
+    return "(" + ", ".join(str(axis) if isinstance(axis, int) else describe(axis) for axis in shape) + ")"

@@ -1,12 +1,12 @@
-"""Engines that were built ahead and travel with a bundle, for GPUs that need not be here.
+"""Engines that are built ahead of time and stored in a bundle, for GPUs that need not be in this machine.
 
     engines/engines.json                                       what each engine is, and its hash
     engines/tensorrt_rtx-1.7.1.116-portable/unet.engine
     engines/tensorrt_rtx-1.7.1.116-sm_89-512x512/unet.engine
 
-They are no part of the bundle's manifest, which is older than they are. Each takes its name by one rename when it is on
-the disk, and then its place in engines.json, so a build that was stopped goes on with those that are missing. Engines
-are run as they are: as in the engine cache, the folder has to be its user's own, and nobody else may write to it.
+They are not in the bundle's manifest, which is written before them. Each engine gets its name by a rename once it is on
+disk, and then its entry in engines.json, so an interrupted build continues with the missing engines. Engines are
+executed: as in the engine cache, the folder must belong to its user, and nobody else may write to it.
 """
 
 from __future__ import annotations
@@ -36,29 +36,29 @@ class Record:
     """An engine of a bundle."""
 
     file: str  # its path under the bundle's engines
-    key: Key  # what it is: network, hashes of graph and weights, backend with full version, precision, ranges, GPUs
+    key: Key  # network, hashes of graph and weights, backend with full version, precision, ranges, GPUs
     sha256: str
     bytes: int
-    capabilities: tuple[int, ...]  # of the GPUs that it is for, such as 89; none for any from Ampere on
+    capabilities: tuple[int, ...]  # of GPUs that it runs on, such as 89; empty for all since Ampere
     opset: int
 
     def runs_on(self, capability: int) -> bool:
-        """Whether it is for GPUs of this compute capability."""
+        """Whether it runs on GPUs of this compute capability."""
         return capability in self.capabilities if self.capabilities else capability >= 80
 
     def to_dict(self) -> dict[str, Any]:
-        """As engines.json has it."""
+        """Its entry in engines.json."""
         return {"network": self.key.network, **asdict(self), "digest": self.key.digest}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Record:
-        """Of what engines.json says; ValueError, KeyError or TypeError where that is something else."""
+        """Read an entry of engines.json; ValueError, KeyError or TypeError if it is invalid."""
         key = Key(**data["key"])
         record = cls(data["file"], key, data["sha256"], data["bytes"], tuple(data["capabilities"]), data["opset"])
-        words, numbers = (record.file, record.sha256, *vars(key).values()), (record.bytes, record.opset)
-        if not all(isinstance(one, str) for one in words):
+        texts, numbers = (record.file, record.sha256, *vars(key).values()), (record.bytes, record.opset)
+        if not all(isinstance(value, str) for value in texts):
             raise TypeError("a text was expected")
-        if not all(type(one) is int for one in (*numbers, *record.capabilities)):
+        if not all(type(value) is int for value in (*numbers, *record.capabilities)):
             raise TypeError("a whole number was expected")
         return record
 
@@ -70,7 +70,7 @@ class Engines:
         self.folder = bundle / FOLDER
 
     def records(self) -> list[Record]:
-        """Those that are there, last built last. EngineError where others may write there, or the index is damaged."""
+        """All engines, last built last. EngineError if other users may write to the folder, or the index is damaged."""
         try:
             with Folder.open(self.folder, parents=False) as folder:
                 return self._records(folder)
@@ -83,57 +83,56 @@ class Engines:
         if folder.stat(INDEX) is None:
             return []
         try:
-            return [Record.from_dict(one) for one in folder.read_json(INDEX)["engines"]]
+            return [Record.from_dict(entry) for entry in folder.read_json(INDEX)["engines"]]
         except (ValueError, KeyError, TypeError) as error:
             raise EngineError(
                 f"{self.folder / INDEX} is damaged ({error!r}): delete {self.folder} and build the engines again"
             ) from error
 
-    def find(self, wanted: Key, capability: int) -> bytes | None:
-        """A serialised engine that does the work of `wanted` on a GPU of this capability; of several the one built
-        last. None where there is none, and where one had to be set aside a warning says why.
+    def find(self, target: Key, capability: int) -> bytes | None:
+        """The last serialised engine that does the work of `target` on a GPU of this capability, or None. If an engine
+        of the network cannot be used, a warning says why.
 
-        wanted: the network by its hashes, the precision, and the backend by its full version; engines have the ranges
-            that they were built for.
+        target: its network with hashes, precision and backend with full version must match; ranges may differ.
         """
-        why = []
+        reasons = []
         for record in reversed(self.records()):
             key = record.key
-            if key.network != wanted.network:
+            if key.network != target.network:
                 continue
-            if (key.graph, key.weights, key.precision) != (wanted.graph, wanted.weights, wanted.precision):
-                why.append("it was built from another network")
-            elif (key.backend, key.version) != (wanted.backend, wanted.version):
-                why.append(f"it is for {key.backend} {key.version}, and here is {wanted.backend} {wanted.version}")
+            if (key.graph, key.weights, key.precision) != (target.graph, target.weights, target.precision):
+                reasons.append("it was built from another network")
+            elif (key.backend, key.version) != (target.backend, target.version):
+                reasons.append(f"it is for {key.backend} {key.version}, and here is {target.backend} {target.version}")
             elif not record.runs_on(capability):
-                why.append(f"it is for {key.device}, and here is sm_{capability}")
+                reasons.append(f"it is for {key.device}, and here is sm_{capability}")
             else:
                 try:
                     return self._read(record)
                 except EngineError as error:
-                    why.append(str(error))
-        if why:
-            logger.warning("the bundle's engine of %s is set aside: %s", wanted.network, why[0])
+                    reasons.append(str(error))
+        if reasons:
+            logger.warning("the bundle's engine of %s is set aside: %s", target.network, reasons[0])
         return None
 
     def _read(self, record: Record) -> bytes:
-        """An engine's content, which is what was built. EngineError where it is not, or must not be run."""
-        path, parts = self.folder / record.file, record.file.split("/")
-        if len(parts) != 2 or {"", ".", ".."} & set(parts):
+        """The serialised engine. EngineError if it is not the one that was built, or must not be run."""
+        path, names = self.folder / record.file, record.file.split("/")
+        if len(names) != 2 or {"", ".", ".."} & set(names):
             raise EngineError(f"{self.folder / INDEX} names {show(record.file)}, which is not in the bundle")
         try:
-            with Folder.open(self.folder, parents=False) as folder, folder.folder(parts[0]) as inside:
-                data = inside.read(parts[1])
+            with Folder.open(self.folder, parents=False) as folder, folder.folder(names[0]) as subfolder:
+                data = subfolder.read(names[1])
         except FileNotFoundError:
             raise EngineError(f"{path} is missing") from None
-        except OSError as error:  # a link, for one
+        except OSError as error:  # such as a link
             raise EngineError(f"{path} cannot be read: {error}") from error
         if hashlib.sha256(data).hexdigest() != record.sha256:
             raise EngineError(f"{path} is not what was built (its sha256 differs)")
         return data
 
     def has(self, key: Key) -> Record | None:
-        """The engine of just this key, if it is here whole."""
+        """The engine with exactly this key, if it is undamaged."""
         for record in self.records():
             with contextlib.suppress(EngineError):
                 if record.key == key and self._read(record):
@@ -141,16 +140,17 @@ class Engines:
         return None
 
     def keep(self, data: bytes, file: str, key: Key, capabilities: tuple[int, ...], opset: int) -> Record:
-        """Write an engine and enter it in the index. Inside `writing`. EngineError where the disk does not take it.
-        file: its folder and its name."""
+        """Write an engine and add it to the index, inside `writing`. EngineError if it cannot be written.
+
+        file: its folder and name."""
         record = Record(file, key, hashlib.sha256(data).hexdigest(), len(data), capabilities, opset)
         name, _, engine = file.partition("/")
         try:
             with Folder.open(self.folder, parents=False) as folder:
-                with folder.folder(name) if folder.stat(name) is not None else folder.make(name) as inside:
-                    inside.replace(engine, data)
-                others = [one for one in self._records(folder) if one.file != file]
-                index = {"engines": [one.to_dict() for one in (*others, record)]}
+                with folder.folder(name) if folder.stat(name) is not None else folder.make(name) as subfolder:
+                    subfolder.replace(engine, data)
+                rest = [other for other in self._records(folder) if other.file != file]
+                index = {"engines": [entry.to_dict() for entry in (*rest, record)]}
                 folder.replace(INDEX, json.dumps(index, indent=1).encode())
         except OSError as error:
             raise EngineError(
@@ -160,8 +160,8 @@ class Engines:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Held by the one process that builds. InputError where another one does, EngineError where others than the
-        user may write there, or nobody can."""
+        """Hold the lock that building needs. InputError if another process holds it, EngineError if the folder cannot
+        be written to, or other users may write to it."""
         with contextlib.ExitStack() as held:
             try:
                 folder = held.enter_context(Folder.open(self.folder, parents=False, create=True))

@@ -1,12 +1,12 @@
-"""The networks' own ops as single nodes of a graph, each with a function of standard ops that says what it does.
+"""fastldm's ops as single nodes of an ONNX graph, each with a function of standard ops that defines it.
 
     fastldm::GroupNorm[Skip][Shift][SiLU]    kernels/group_norm.py
     fastldm::[Causal]HeadAttention           kernels/attention.py
     fastldm::GEGLU                           the gate of kernels/linear.py's linear_geglu
 
-A backend that knows such a node takes it whole. One that does not, as ONNX Runtime and TensorRT, puts the function in
-its place and runs the same graph. OpenVINO (2026.4) does neither: it cannot read such a file. Layer norms are single
-nodes of ONNX itself. No name is one that TensorRT knows from another domain, for it does not look at domains.
+A backend that knows such a node can run it as one kernel. Others, such as ONNX Runtime and TensorRT, inline the
+function. OpenVINO (2026.4) does neither: it cannot read such a file. Layer norms are single nodes of standard ONNX. No
+name is used by TensorRT in another domain, since it ignores domains.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch import Tensor
 DOMAIN = "fastldm"
 
 
-def stand_ins() -> dict[str, Callable[..., Tensor]]:
-    """What a trace is to record in place of the ops of kernels, by their names."""
+def replacements() -> dict[str, Callable[..., Tensor]]:
+    """Functions that a trace records in place of the ops of kernels/, by op name."""
     return {"group_norm": _group_norm, "attention": _attention, "linear_geglu": _linear_geglu}
 
 
 def add_functions(model: ir.Model, opset: int) -> None:
-    """Give a model the functions of the nodes that it has."""
+    """Add the functions of all fused nodes to a model."""
     names = {node.op_type for node in model.graph.all_nodes() if node.domain == DOMAIN}
     for name in sorted(names):
         text = f'<domain: "{DOMAIN}", opset_import: ["": {opset}]>\n{_function(name, opset)}'
@@ -39,8 +39,8 @@ def add_functions(model: ir.Model, opset: int) -> None:
         model.opset_imports[DOMAIN] = 1
 
 
-def heart(node: ir.Node) -> str:
-    """The type of a node, or of the standard op that its function is made around."""
+def core_op(node: ir.Node) -> str:
+    """The type of a node, or of the main standard op of its function."""
     if node.domain != DOMAIN:
         return node.op_type
     if node.op_type == "GEGLU":
@@ -79,7 +79,7 @@ def _attention(
     heads: int,
     scale: float | None = None,
     causal: bool = False,
-    kv_len: None = None,  # exported networks have one text a row
+    kv_len: None = None,  # exported networks have no padding
     slots: None = None,
 ) -> Tensor:
     scale = (q.shape[-1] // heads) ** -0.5 if scale is None else scale
@@ -91,7 +91,7 @@ def _linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     return _node("GEGLU", [both], (*x.shape[:-1], weight.shape[0] // 2))
 
 
-# ------------------------------------------------------------------------------------------- what the nodes stand for
+# ------------------------------------------------------------------------------------------- functions of the nodes
 
 
 def _function(name: str, opset: int) -> str:

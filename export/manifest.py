@@ -1,5 +1,4 @@
-"""manifest.json: what a bundle says of itself. Read by a table of types, and believed only as far as its own hash and
-the model's configs agree with it."""
+"""A bundle's manifest.json: read by a table of types, and checked against its own hash and the model's configs."""
 
 from __future__ import annotations
 
@@ -34,7 +33,7 @@ from fastldm.reading import (
 )
 
 FORMAT = 2
-"""1 had one tolerance for all networks, did not know tokenizers and options, and took token ids in int64."""
+"""Format 1 had one tolerance for all networks, no tokenizers and options, and token ids in int64."""
 
 
 @dataclass(frozen=True)
@@ -99,47 +98,49 @@ FIELDS = {
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """A bundle's manifest. BundleError, naming the field, where it is not one, or not as it was written."""
+    """A bundle's manifest. BundleError, naming the field, if it is invalid or was edited."""
     path = folder / MANIFEST
     if not path.is_file():
         raise BundleError(f"{folder} is no bundle: it has no {MANIFEST}; `fastldm export -m MODEL {folder}` makes one")
     manifest = read_json(path, error=BundleError)
     head = {"format": Field(Integer(0)), "sha256": Field(Digest())}
-    known = read_fields(manifest, head, str(path), error=BundleError)
-    if known["format"] != FORMAT:
-        raise BundleError(f"{path} is of format {known['format']}, this fastldm reads {FORMAT}: export the model again")
-    if known["sha256"] != digest(manifest):
+    head_values = read_fields(manifest, head, str(path), error=BundleError)
+    if head_values["format"] != FORMAT:
+        raise BundleError(
+            f"{path} is of format {head_values['format']}, this fastldm reads {FORMAT}: export the model again"
+        )
+    if head_values["sha256"] != digest(manifest):
         raise BundleError(f"{path} was edited or is damaged (its sha256 differs): export the model again")
     values = read_fields(manifest, FIELDS, str(path), error=BundleError)
     for name in values["files"]:
-        if not _inside(name):
+        if not _is_in_bundle(name):
             raise BundleError(f"{path} names {show(name)}, which is not in the bundle")
     for name, network in values["networks"].items():
         if network["name"] != name or name not in RUN:
             raise BundleError(
                 f"{path}: 'networks.{name}' is of {show(network['name'])}, expected one of {', '.join(RUN)}"
             )
-    return manifest  # configs and the index have tables of their own, where they are read
+    return manifest  # configs and the index are checked by their readers
 
 
-def check_networks(folder: Path, found: Mapping[str, NetworkSpec], expected: Mapping[str, NetworkSpec]) -> None:
-    """BundleError where a bundle's networks have not the inputs and outputs that follow from its configs. Ranges of
-    sizes may be others."""
+def check_networks(folder: Path, actual: Mapping[str, NetworkSpec], expected: Mapping[str, NetworkSpec]) -> None:
+    """BundleError if a bundle's networks do not have the inputs and outputs that follow from its configs. Ranges of
+    sizes may differ."""
     path = folder / MANIFEST
-    if found.keys() != expected.keys():
-        raise BundleError(f"{path} has the networks {', '.join(found)}, expected {', '.join(expected)}")
-    for name, spec in found.items():
-        for port, wanted in zip((*spec.inputs, *spec.outputs), (*expected[name].inputs, *expected[name].outputs)):  # noqa: B905
-            if (port.name, port.dtype, _kinds(port.shape)) != (wanted.name, wanted.dtype, _kinds(wanted.shape)):
-                raise BundleError(f"{path}: {name} has {_said(port)} where its configs have {_said(wanted)}")
+    if actual.keys() != expected.keys():
+        raise BundleError(f"{path} has the networks {', '.join(actual)}, expected {', '.join(expected)}")
+    for name, spec in actual.items():
+        for port, right in zip((*spec.inputs, *spec.outputs), (*expected[name].inputs, *expected[name].outputs)):  # noqa: B905
+            if (port.name, port.dtype, _kinds(port.shape)) != (right.name, right.dtype, _kinds(right.shape)):
+                raise BundleError(f"{path}: {name} has {_describe(port)} where its configs have {_describe(right)}")
             if any(not axis.least <= axis.best <= axis.most for axis in port.axes.values()):
                 raise BundleError(f"{path}: {name}.{port.name} has an axis whose sizes do not ascend")
-        counts = [(len(one.inputs), len(one.outputs)) for one in (spec, expected[name])]
+        counts = [(len(x.inputs), len(x.outputs)) for x in (spec, expected[name])]
         if counts[0] != counts[1]:
             raise BundleError(f"{path}: {name} has {counts[0]} inputs and outputs, expected {counts[1]}")
 
 
-def _said(port: Port) -> str:
+def _describe(port: Port) -> str:
     return f"{port.name} ({', '.join(map(str, _kinds(port.shape)))}) in {port.dtype}"
 
 
@@ -147,8 +148,8 @@ def _kinds(shape: tuple[Any, ...]) -> list[Any]:
     return [size if isinstance(size, int) else size.name for size in shape]
 
 
-def _inside(name: str) -> bool:
-    """Whether a file's name is one of a file in the bundle, written in the one way that there is."""
+def _is_in_bundle(name: str) -> bool:
+    """Whether a file name is a normalised relative path inside the bundle."""
     path = PurePosixPath(name)
     return (
         "\\" not in name
@@ -160,24 +161,24 @@ def _inside(name: str) -> bool:
 
 
 def write(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Give a manifest its format and its hash, and write it. Returns it."""
-    whole = {"format": FORMAT, **manifest}
-    whole["sha256"] = digest(whole)
-    write_json(folder / MANIFEST, whole)
-    return whole
+    """Add format and hash to a manifest, and write it. Returns it."""
+    full = {"format": FORMAT, **manifest}
+    full["sha256"] = digest(full)
+    write_json(folder / MANIFEST, full)
+    return full
 
 
 def digest(manifest: Mapping[str, Any]) -> str:
-    """What a manifest says in "sha256": of all else in it."""
+    """The value of a manifest's "sha256": the hash of all its other fields."""
     rest = {name: value for name, value in manifest.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def write_json(path: Path, data: Any) -> None:
-    """In one go: a reader finds all of it or none."""
-    beside = path.with_name(f"{path.name}.tmp")
-    with beside.open("w") as file:
+    """Write JSON atomically: a reader finds the full file or none."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w") as file:
         json.dump(data, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    beside.replace(path)
+    temporary.replace(path)

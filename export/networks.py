@@ -1,8 +1,8 @@
-"""The networks of a bundle in the places of PyTorch's, so that a pipeline on engines is the same pipeline.
+"""The networks of a bundle as drop-in replacements for PyTorch's, so that a pipeline works the same on engines.
 
-Each class has the methods of the module that it stands for. A split U-Net caches what PyTorch's does: text to keys and
-values once a prompt, time steps to rows once a schedule. For a whole one, which computes both at each step, "keys and
-values" are the text itself, and a "row" is all else that it reads, side by side.
+Each class has the methods of the module that it replaces. A split U-Net caches the same as PyTorch's: keys and values
+per prompt, time rows per schedule. A full U-Net computes both in each step: its "keys and values" are the text
+embeddings, and its "rows" are all its other inputs, concatenated.
 """
 
 from __future__ import annotations
@@ -33,37 +33,37 @@ from fastldm.models.vae import Layer
 
 @dataclass(frozen=True)
 class Source:
-    """The model that a bundle was made of: what `loading.describe` takes to find it."""
+    """The model that a bundle was exported from: arguments of `loading.describe`."""
 
     model: str
     options: dict[str, Any]
 
 
 def source(bundle: Bundle, *, check: bool = True) -> Source:
-    """Where the model lies that a bundle was made of. BundleError where it is not there any more; with `check`, which
-    reads all of it, also where anything of it is different by now."""
-    given, folder = bundle.manifest["source"], bundle.folder
-    if given is None:
+    """The model that a bundle was exported from. BundleError if it is not available; with `check`, which reads all of
+    it, also if it has changed since."""
+    model, folder = bundle.manifest["source"], bundle.folder
+    if model is None:
         raise BundleError(f"{folder} was made of a model in memory, and PyTorch cannot read the bundle itself")
-    if is_bundle(given):
-        raise BundleError(f"{folder} was made of {given}, which is a bundle by now, and PyTorch reads none")
-    found = Source(given, {key: value for key, value in bundle.manifest["options"].items() if value})
+    if is_bundle(model):
+        raise BundleError(f"{folder} was made of {model}, which is a bundle now, and PyTorch reads none")
+    origin = Source(model, {key: value for key, value in bundle.manifest["options"].items() if value})
     try:
-        model = loading.describe(given, local_files_only=True, **found.options)
+        spec = loading.describe(model, local_files_only=True, **origin.options)
     except (CheckpointError, InputError) as error:
         raise BundleError(
-            f"{folder} was made of {given}, which is not here: PyTorch cannot read the bundle itself ({error})"
+            f"{folder} was made of {model}, which is not here: PyTorch cannot read the bundle itself ({error})"
         ) from error
-    differs = differing(bundle.manifest, identity(model)) if check else []
+    differs = differing(bundle.manifest, identity(spec)) if check else []
     if differs:
         raise BundleError(
-            f"{given} has changed since {folder} was made of it ({', '.join(differs)}): export it once more"
+            f"{model} has changed since {folder} was made of it ({', '.join(differs)}): export it once more"
         )
-    return found
+    return origin
 
 
 def latents(bundle: Bundle) -> list[tuple[Axis, Axis]]:
-    """Heights and widths that the U-Net runs with."""
+    """The allowed ranges of latent height and width."""
     return _latents([bundle.specs["unet_step" if bundle.manifest["split"] else "unet"]])
 
 
@@ -72,8 +72,8 @@ def _latents(specs: Sequence[NetworkSpec]) -> list[tuple[Axis, Axis]]:
 
 
 def precision(bundle: Bundle, backend: str, device: torch.device, dtype: str | torch.dtype | None) -> str:
-    """What a backend computes a bundle in: what it was exported in, if nothing else is asked for; OpenVINO in what is
-    fastest on the device."""
+    """The precision that a backend computes a bundle in: the requested one, by default the exported one, for OpenVINO
+    the fastest on the device."""
     if backend == "openvino":
         fastest = dtype is None
         dtype = choose_dtype(dtype, device)
@@ -85,8 +85,8 @@ def precision(bundle: Bundle, backend: str, device: torch.device, dtype: str | t
 
 
 def precision_of(network: str, computed: str) -> str:
-    """What one network is computed in where others are in `computed`. OpenVINO takes the sinusoids of a network in
-    bfloat16 too, where an angle of 1,000 has no digits left: time_rows, once a schedule, is float32 instead."""
+    """The precision of one network, if the bundle is computed in `computed`. OpenVINO computes sinusoids in bfloat16
+    too, where an angle of 1,000 has no fractional digits: time_rows, which runs once per schedule, stays float32."""
     return "float32" if network == "time_rows" and computed == "bfloat16" else computed
 
 
@@ -97,12 +97,12 @@ def load(
     dtype: str | torch.dtype | None = None,
     opened: Callable[[str], Engine] | None = None,
 ) -> loading.LoadedModel:
-    """The networks of a bundle on a backend.
+    """Load the networks of a bundle on a backend.
 
-    dtype: to compute in; the best where it is None. Only OpenVINO has a choice, float32 or bfloat16.
-    opened: gives the engine of a network, in place of the backend.
+    dtype: to compute in, by default the fastest; only OpenVINO has a choice, float32 or bfloat16.
+    opened: returns the engine of a network, in place of the backend.
 
-    The encoder of pictures is opened when it is first asked for: most never do.
+    The image encoder is opened on first use: most pipelines never need it.
     """
     spec, computed = bundle.model, precision(bundle, backend, device, dtype)
     options: dict[str, Any] = {"device": device, "threads": openmp.threads()}
@@ -124,10 +124,10 @@ def load(
         for name, config in zip(names, spec.text, strict=True)
     )
     if bundle.manifest["split"]:
-        parts = [network(name) for name in ("text_kv", "time_rows", "unet_step")]
-        unet: ExportedUNet = SplitUNet(spec.unet, *parts)
+        split = [network(name) for name in ("text_kv", "time_rows", "unet_step")]
+        unet: ExportedUNet = SplitUNet(spec.unet, *split)
     else:
-        unet = WholeUNet(spec.unet, network("unet"))
+        unet = FullUNet(spec.unet, network("unet"))
     vae = ExportedAutoencoder(spec.vae, network("vae_decoder"), lambda: network("vae_encoder"))
     return loading.LoadedModel(
         unet,
@@ -143,31 +143,33 @@ def load(
 
 
 class Network:
-    """An engine for any number of rows."""
+    """An engine that takes any number of rows, in several calls if needed."""
 
     def __init__(self, engine: Engine) -> None:
         self.specs, self._engine = engine.specs, engine
         self.inputs = self.specs[0].inputs
-        self._most = min(spec.inputs[0].axes[0].most for spec in self.specs)
+        self._max_rows = min(spec.inputs[0].axes[0].most for spec in self.specs)
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """All inputs of the spec, each of R rows, in any floating point dtype -> all outputs, of R rows."""
-        given = {port.name: inputs[port.name].to(port.torch_dtype) for port in self.inputs}
-        rows = next(iter(given.values())).shape[0]
-        parts = [
-            self._engine({name: x[start : start + self._most] for name, x in given.items()})
-            for start in range(0, rows, self._most)
+        converted = {port.name: inputs[port.name].to(port.torch_dtype) for port in self.inputs}
+        rows = next(iter(converted.values())).shape[0]
+        chunks = [
+            self._engine({name: x[start : start + self._max_rows] for name, x in converted.items()})
+            for start in range(0, rows, self._max_rows)
         ]
-        return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        if len(chunks) == 1:
+            return chunks[0]
+        return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
     def only(self, **inputs: Tensor) -> Tensor:
-        """The output of a network that has one."""
+        """The output of a network with a single output."""
         (output,) = self(**inputs).values()
         return output
 
 
 class ExportedText:
-    """models.clip.CLIPText."""
+    """Replaces models.clip.CLIPText."""
 
     def __init__(self, config: TextConfig, device: torch.device, network: Network) -> None:
         self.config, self.device, self._network = config, device, network
@@ -182,7 +184,7 @@ class ExportedText:
 
 
 class ExportedAutoencoder:
-    """models.vae.AutoencoderKL or TinyAutoencoder, but for what their tiles need."""
+    """Replaces models.vae.AutoencoderKL or TinyAutoencoder, without tiled decoding."""
 
     def __init__(
         self, config: VAEConfig | TinyVAEConfig, decoder: Network, open_encoder: Callable[[], Network]
@@ -206,10 +208,10 @@ class ExportedAutoencoder:
 
 
 class ExportedUNet(ABC):
-    """models.unet.UNet."""
+    """Replaces models.unet.UNet."""
 
     def __init__(self, config: UNetConfig, step: Network, text: str) -> None:
-        """step: runs at each step. text: its input that has the axis of tokens."""
+        """step: the network that runs in each step. text: its input with the axis of tokens."""
         self.config, self._step = config, step
         self._tokens = next(port.axes[1] for port in step.inputs if port.name == text)
         self.latents = _latents(step.specs)
@@ -220,10 +222,10 @@ class ExportedUNet(ABC):
     ) -> Tensor: ...
 
     def cross_kv(self, encoder_hidden_states: Tensor) -> tuple[Tensor, ...]:
-        tokens, most = encoder_hidden_states.shape[1], self._tokens.most
-        if tokens > most:
+        tokens, limit = encoder_hidden_states.shape[1], self._tokens.most
+        if tokens > limit:
             raise InputError(
-                f"the text has {tokens} tokens and this bundle takes {most}: shorten the prompt, or run on PyTorch"
+                f"the text has {tokens} tokens and this bundle takes {limit}: shorten the prompt, or run on PyTorch"
             )
         return self._cross_kv(encoder_hidden_states)
 
@@ -231,21 +233,23 @@ class ExportedUNet(ABC):
     def _cross_kv(self, hidden: Tensor) -> tuple[Tensor, ...]: ...
 
     @abstractmethod
-    def _evaluate(self, u: Tensor, row: Tensor, kv: Sequence[Tensor]) -> Tensor: ...
+    def _evaluate(self, model_input: Tensor, row: Tensor, kv: Sequence[Tensor]) -> Tensor: ...
 
-    def step(self, u: Tensor, temb_row: Tensor, cross_kv: Sequence[Tensor], *, kv_len: Tensor | None = None) -> Tensor:
+    def step(
+        self, model_input: Tensor, temb_row: Tensor, cross_kv: Sequence[Tensor], *, kv_len: Tensor | None = None
+    ) -> Tensor:
         if kv_len is None:
-            return self._evaluate(u, temb_row, cross_kv)
-        # An exported attention reads every key that it is given: rows with texts of one length are run together.
-        out = u.new_empty((u.shape[0], self.config.out_channels, *u.shape[2:]))
+            return self._evaluate(model_input, temb_row, cross_kv)
+        # Exported attention has no masks: rows with texts of equal length are run together.
+        out = model_input.new_empty((model_input.shape[0], self.config.out_channels, *model_input.shape[2:]))
         for tokens in kv_len.unique().tolist():
             rows = (kv_len == tokens).nonzero().flatten()
-            out[rows] = self._evaluate(u[rows], temb_row[rows], [kv[rows, :tokens] for kv in cross_kv])
+            out[rows] = self._evaluate(model_input[rows], temb_row[rows], [kv[rows, :tokens] for kv in cross_kv])
         return out
 
 
 class SplitUNet(ExportedUNet):
-    """Of a bundle exported with --split."""
+    """The U-Net of a bundle that was exported with --split."""
 
     def __init__(self, config: UNetConfig, text_kv: Network, time_rows: Network, unet_step: Network) -> None:
         super().__init__(config, unet_step, "kv.0")
@@ -254,40 +258,41 @@ class SplitUNet(ExportedUNet):
     def time_rows(
         self, timesteps: Tensor, *, added: AddedConditions | None = None, guidance: Tensor | None = None
     ) -> Tensor:
-        given = {"timesteps": timesteps, **({} if added is None else vars(added))}
-        return self._time_rows.only(**given, **({} if guidance is None else {"guidance": guidance}))
+        inputs = {"timesteps": timesteps, **({} if added is None else vars(added))}
+        return self._time_rows.only(**inputs, **({} if guidance is None else {"guidance": guidance}))
 
     def _cross_kv(self, hidden: Tensor) -> tuple[Tensor, ...]:
-        made = self._text_kv(encoder_hidden_states=hidden)
-        return tuple(made[f"kv.{i}"] for i in range(len(made)))
+        outputs = self._text_kv(encoder_hidden_states=hidden)
+        return tuple(outputs[f"kv.{i}"] for i in range(len(outputs)))
 
-    def _evaluate(self, u: Tensor, row: Tensor, kv: Sequence[Tensor]) -> Tensor:
-        return self._step.only(sample=u, temb_row=row, **{f"kv.{i}": one for i, one in enumerate(kv)})
+    def _evaluate(self, model_input: Tensor, row: Tensor, kv: Sequence[Tensor]) -> Tensor:
+        return self._step.only(sample=model_input, temb_row=row, **{f"kv.{i}": x for i, x in enumerate(kv)})
 
 
-class WholeUNet(ExportedUNet):
-    """As other exporters have it too."""
+class FullUNet(ExportedUNet):
+    """The U-Net as one network, as in other exporters' bundles."""
 
     def __init__(self, config: UNetConfig, unet: Network) -> None:
         super().__init__(config, unet, "encoder_hidden_states")
         names = ("timestep", "timestep_cond", "time_ids", "text_embeds")
         ports = {port.name: port for port in unet.inputs}
-        self._row = {name: 1 if name == "timestep" else ports[name].shape[1] for name in names if name in ports}
+        self._row_columns = {name: 1 if name == "timestep" else ports[name].shape[1] for name in names if name in ports}
 
     def time_rows(
         self, timesteps: Tensor, *, added: AddedConditions | None = None, guidance: Tensor | None = None
     ) -> Tensor:
-        parts = {"timestep": timesteps[:, None]}
+        columns = {"timestep": timesteps[:, None]}
         if guidance is not None and self.config.time_cond_proj_dim is not None:
-            parts["timestep_cond"] = guidance_embedding(guidance, self.config.time_cond_proj_dim)
+            columns["timestep_cond"] = guidance_embedding(guidance, self.config.time_cond_proj_dim)
         if added is not None:
-            parts |= vars(added)
-        return torch.cat([parts[name].float() for name in self._row], dim=1)
+            columns |= vars(added)
+        return torch.cat([columns[name].float() for name in self._row_columns], dim=1)
 
     def _cross_kv(self, hidden: Tensor) -> tuple[Tensor, ...]:
         return (hidden,)
 
-    def _evaluate(self, u: Tensor, row: Tensor, kv: Sequence[Tensor]) -> Tensor:
-        parts = dict(zip(self._row, row.split(list(self._row.values()), dim=1), strict=True))
-        parts["timestep"] = parts["timestep"].flatten()
-        return self._step.only(sample=u, encoder_hidden_states=kv[0], **parts)
+    def _evaluate(self, model_input: Tensor, row: Tensor, kv: Sequence[Tensor]) -> Tensor:
+        columns = row.split(list(self._row_columns.values()), dim=1)
+        inputs = dict(zip(self._row_columns, columns, strict=True))
+        inputs["timestep"] = inputs["timestep"].flatten()
+        return self._step.only(sample=model_input, encoder_hidden_states=kv[0], **inputs)

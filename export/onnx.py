@@ -1,7 +1,7 @@
-"""Networks to ONNX files: traced, cleaned, checked.
+"""Export of networks to ONNX files: trace, clean, check.
 
-Exported is what the U-Net, autoencoder and text encoders compute with PyTorch's own ops. All that depends on weights
-alone (projections side by side, transposes) is computed here and not each time a session starts. The same weights and
+Graphs contain what the U-Net, autoencoder and text encoders compute with PyTorch's ops. All that depends only on
+weights (stacked projections, transposes) is computed at export and not whenever a session starts. The same weights and
 versions give the same bytes.
 """
 
@@ -28,11 +28,11 @@ from fastldm.kernels.dispatch import replace_references
 from fastldm.models.clip import CLIPText
 
 OPSETS = (21, 23)
-"""21: GroupNormalization and Gelu are single nodes. 23: Attention too, which not all backends know."""
+"""21: GroupNormalization and Gelu are single nodes. 23: Attention too, which not all backends support."""
 
 
 class _Traced(nn.Module):
-    """A network with the inputs and outputs of its spec in order: what a trace wants."""
+    """A network with the inputs and outputs of its spec in order, as tracing needs it."""
 
     def __init__(self, networks: ReferenceNetworks, name: str) -> None:
         super().__init__()
@@ -41,20 +41,20 @@ class _Traced(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         names = (port.name for port in self._spec.inputs)
-        made = self._run(self.network, dict(zip(names, inputs, strict=True)))
-        return tuple(made[port.name] for port in self._spec.outputs)
+        outputs = self._run(self.network, dict(zip(names, inputs, strict=True)))
+        return tuple(outputs[port.name] for port in self._spec.outputs)
 
 
 def write(networks: ReferenceNetworks, name: str, folder: Path, *, opset: int = 21, fused_ops: bool = False) -> None:
-    """Trace a network and write it into `folder`, which is made. Raises BundleError for a graph that is not as it
-    should be, InputError for an opset that is not in OPSETS.
+    """Trace a network and write it into a new `folder`. BundleError for a graph with unexpected nodes, InputError for
+    an opset that is not in OPSETS.
 
     fused_ops: GroupNorm with SiLU, attention and GEGLU are one node each, see `export.fused`.
     """
     if opset not in OPSETS:
         raise InputError(f"opset is {opset}: expected {' or '.join(map(str, OPSETS))}")
     spec = networks.specs[name]
-    with replace_references(fused.stand_ins() if fused_ops else {}):
+    with replace_references(fused.replacements() if fused_ops else {}):
         model = _trace(_Traced(networks, name), spec, opset)
     _clean(model, spec)
     fused.add_functions(model, opset)
@@ -64,7 +64,7 @@ def write(networks: ReferenceNetworks, name: str, folder: Path, *, opset: int = 
 
 
 def trace_sizes(spec: NetworkSpec) -> dict[str, int]:
-    """Small, for they are run; no two alike and none of them one, for a trace takes that for a rule."""
+    """Sizes for tracing: small, all different and none of them 1, since traces specialise on equal sizes and on 1."""
     units = {"batch": 2, "height": 2, "width": 3, "steps": 3, "rows": 5}
     return {name: count * spec.axes[name].multiple_of for name, count in units.items() if name in spec.axes}
 
@@ -74,7 +74,7 @@ def _trace(module: nn.Module, spec: NetworkSpec, opset: int) -> ir.Model:
 
     def dim(axis: Axis) -> object:
         if axis.name not in dims:
-            # A bound is a rule for the trace too. Only the positions of a text have one.
+            # Bounds become constraints of the trace. Only the positions of a text have one.
             most = axis.most if axis.name == "tokens" else None
             dims[axis.name] = axis.multiple_of * torch.export.Dim(axis.name, min=1, max=most)
         return dims[axis.name]
@@ -98,7 +98,7 @@ def _trace(module: nn.Module, spec: NetworkSpec, opset: int) -> ir.Model:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter's notes on itself (no torchvision, renamed axes) are no news to who exports."""
+    """Silence the exporter's notes about itself (no torchvision, renamed axes)."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -111,7 +111,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _clean(model: ir.Model, spec: NetworkSpec) -> None:
-    """Fold what depends on weights alone, name the axes as the spec does, and drop what is about this machine."""
+    """Fold what depends only on weights, name the axes as in the spec, and remove traces of this machine."""
     unlimited = 1 << 62
     onnxscript.optimizer.fold_constants(model, input_size_limit=unlimited, output_size_limit=unlimited)
     onnxscript.optimizer.optimize(model, input_size_limit=unlimited, output_size_limit=unlimited)
@@ -132,28 +132,28 @@ def _dimension(axis: Axis) -> str:
     return axis.name if axis.multiple_of == 1 else f"{axis.multiple_of}*{axis.name}"
 
 
-_TAKEN_APART = ("InstanceNormalization", "Erf", "ReduceMean")  # what a norm or a GELU becomes where it is not one node
+_DECOMPOSED = ("InstanceNormalization", "Erf", "ReduceMean")  # ops of norms and GELUs that are not one node
 
 
 def check_graph(model: ir.Model, networks: ReferenceNetworks, name: str, opset: int) -> None:
     """BundleError unless each GroupNorm and GELU of the network is one node, and at opset 23 or with fused ops each
-    attention: backends have kernels for these, and none for what they are made of."""
-    called: Counter[str] = Counter()
+    attention: backends have kernels for these nodes, but not for their decompositions."""
+    calls: Counter[str] = Counter()
     inputs = sample(networks.specs[name], trace_sizes(networks.specs[name]) | {"steps": 1})
-    with use("torch"), observe(lambda op, args, kwargs: called.update([op.name])):
+    with use("torch"), observe(lambda op, args, kwargs: calls.update([op.name])):
         networks.run(name, inputs)
     module = networks.module(name)
     gelus = module.config.layers if isinstance(module, CLIPText) and module.config.act == "gelu" else 0
-    wanted = dict.fromkeys(_TAKEN_APART, 0) | {
-        "GroupNormalization": called["group_norm"],
-        "Gelu": called["linear_geglu"] + gelus,
+    expected = dict.fromkeys(_DECOMPOSED, 0) | {
+        "GroupNormalization": calls["group_norm"],
+        "Gelu": calls["linear_geglu"] + gelus,
     }
     if opset >= 23 or model.functions:
-        wanted["Attention"] = called["attention"]
-    counts = Counter(fused.heart(node) for node in model.graph.all_nodes())
-    for op, count in wanted.items():
+        expected["Attention"] = calls["attention"]
+    counts = Counter(fused.core_op(node) for node in model.graph.all_nodes())
+    for op, count in expected.items():
         if counts[op] != count:
             raise BundleError(
                 f"{name}: the traced graph has {counts[op]} {op} nodes, expected {count}: "
-                f"torch {torch.__version__} traces it otherwise than the versions that fastldm was tested with"
+                f"torch {torch.__version__} traces it differently from the versions that fastldm was tested with"
             )

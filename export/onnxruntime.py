@@ -1,4 +1,4 @@
-"""Networks on ONNX Runtime: on a CPU, or with its CUDA provider on a GPU."""
+"""The ONNX Runtime backend: on a CPU, or with its CUDA provider on a GPU."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _ELEMENTS = {torch.float32: 1, torch.float16: 10, torch.int32: 6}  # onnx.Tensor
 
 
 class ONNXRuntimeEngine:
-    """A network, its inputs and outputs bound by address: nothing is copied on the way in or out."""
+    """A network whose inputs and outputs are bound by address, without copies."""
 
     def __init__(self, path: Path, spec: NetworkSpec, device: torch.device, threads: int = 0) -> None:
-        """threads: of a CPU; 0 is one for each core."""
+        """threads: number of CPU threads; 0 for one per core."""
         provider = _PROVIDERS.get(device.type)
         if provider not in ort.get_available_providers():
             raise EngineError(
@@ -31,18 +31,18 @@ class ONNXRuntimeEngine:
         self.specs, self.device, self._index = (spec,), device, device.index or 0
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
-        # Threads that wait for work by spinning take the processor from the other networks' and from PyTorch.
+        # Threads that spin while they wait would slow down the other networks and PyTorch.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3  # errors, which are raised too
-        # TF32 is on by default: float32 is float32, as in kernels/float32.py.
-        given = {"device_id": self._index, "use_tf32": 0} if device.type == "cuda" else {}
+        # TF32 is on by default; float32 means float32 here, as in kernels/float32.py.
+        provider_options = {"device_id": self._index, "use_tf32": 0} if device.type == "cuda" else {}
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=[(provider, given)])
-        except Exception as error:  # ONNX Runtime's own, which share no other base
+            self._session = ort.InferenceSession(str(path), options, providers=[(provider, provider_options)])
+        except Exception as error:  # ONNX Runtime's exceptions have no other common base
             raise EngineError(f"ONNX Runtime cannot load {path}: {_first_line(error)}") from error
-        if self._session.get_providers()[0] != provider:  # it only logs that it has gone to the CPU
+        if self._session.get_providers()[0] != provider:  # it only logs that it fell back to the CPU
             raise EngineError(
-                f"ONNX Runtime could not start its {provider} for {path}: are CUDA and cuDNN of its version here?"
+                f"ONNX Runtime could not start its {provider} for {path}: are its versions of CUDA and cuDNN installed?"
             )
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -54,7 +54,7 @@ class ONNXRuntimeEngine:
             shape = tuple(tensor.shape)
             binding.bind_output(name, kind, self._index, _ELEMENTS[tensor.dtype], shape, tensor.data_ptr())
         if kind == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime has a stream of its own
+            torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime has its own stream
         try:
             self._session.run_with_iobinding(binding)  # waits for its stream
         except Exception as error:
@@ -68,12 +68,12 @@ class ONNXRuntimeEngine:
 def open_engine(
     path: Path, spec: NetworkSpec, device: torch.device, precision: str | None, hashes: Mapping[str, str], threads: int
 ) -> ONNXRuntimeEngine:
-    """The network of an ONNX file. precision: that of the file, which is what ONNX Runtime computes in. Nothing that
-    it makes of the file is kept, so `hashes` are not needed."""
-    has = next(port.dtype for port in spec.outputs)
-    if precision not in (None, has):
+    """Open the network of an ONNX file. precision: must be the file's, which ONNX Runtime computes in. `hashes` are not
+    needed, since nothing is cached."""
+    stored = next(port.dtype for port in spec.outputs)
+    if precision not in (None, stored):
         raise EngineError(
-            f"ONNX Runtime computes in what the file holds, {has}, not in {precision}: export it in {precision}"
+            f"ONNX Runtime computes in what the file holds, {stored}, not in {precision}: export it in {precision}"
         )
     return ONNXRuntimeEngine(path, spec, device, threads)
 

@@ -1,6 +1,6 @@
-"""Networks on OpenVINO, which reads the same ONNX files: the fastest on a CPU, in bfloat16 or float32.
+"""The OpenVINO backend, which reads the same ONNX files: the fastest on a CPU, in bfloat16 or float32.
 
-What it compiles goes through the engine cache, without the weights where these have a file of their own.
+Compiled networks go through the engine cache, without the weights if those are in a separate file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PRECISIONS = {"float32": ov.Type.f32, "bfloat16": ov.Type.bf16}
 
 
 class OpenVINOEngine:
-    """A network compiled for the CPU. Inputs and outputs are the caller's memory."""
+    """A network compiled for the CPU. Inputs and outputs are not copied."""
 
     def __init__(self, compiled: ov.CompiledModel, spec: NetworkSpec) -> None:
         self.specs, self._request = (spec,), compiled.create_infer_request()
@@ -45,7 +45,7 @@ class OpenVINOEngine:
 def open_engine(
     path: Path, spec: NetworkSpec, device: torch.device, precision: str | None, hashes: Mapping[str, str], threads: int
 ) -> OpenVINOEngine:
-    """The network of an ONNX file. precision: "float32", also where it is None, or "bfloat16"."""
+    """Open the network of an ONNX file. precision: "float32" (the default) or "bfloat16"."""
     if device.type != "cpu":
         raise EngineError(f"the OpenVINO backend runs on the CPU, not on {device}")
     precision = precision or "float32"
@@ -59,16 +59,16 @@ def open_engine(
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
     }
-    found = {}
-    if weights.exists():  # what is serialised then names them by their place in that file
+    import_options = {}
+    if weights.exists():  # serialised networks then refer to their offsets in that file
         settings["CACHE_MODE"] = "OPTIMIZE_SIZE"
-        found["WEIGHTS_PATH"] = str(weights)
+        import_options["WEIGHTS_PATH"] = str(weights)
 
     def compile_here() -> bytes:
         try:
             return core.compile_model(core.read_model(path), "CPU", settings).export_model().getvalue()
         except RuntimeError as error:
-            if "operations: fastldm." in str(error):  # it does not read functions in ONNX files
+            if "operations: fastldm." in str(error):  # OpenVINO does not read functions in ONNX files
                 raise EngineError(
                     f"OpenVINO cannot read {path}, which has fused ops: export the model without --fused-ops"
                 ) from error
@@ -76,9 +76,9 @@ def open_engine(
 
     def load(data: bytes) -> OpenVINOEngine:
         try:
-            return OpenVINOEngine(core.import_model(io.BytesIO(data), "CPU", {**settings, **found}), spec)
+            return OpenVINOEngine(core.import_model(io.BytesIO(data), "CPU", {**settings, **import_options}), spec)
         except RuntimeError as error:
-            raise EngineError(f"OpenVINO refuses what it compiled of {spec.name}: {_last_line(error)}") from error
+            raise EngineError(f"OpenVINO cannot load the compiled {spec.name}: {_last_line(error)}") from error
 
     key = Key(
         network=spec.name,
@@ -95,7 +95,7 @@ def open_engine(
 
 
 def has_bfloat16() -> bool:
-    """Whether it computes in bfloat16 here."""
+    """Whether OpenVINO computes in bfloat16 on this CPU."""
     return "BF16" in _capabilities()
 
 
@@ -104,5 +104,5 @@ def _capabilities() -> list[str]:
 
 
 def _last_line(error: Exception) -> str:
-    """What was the matter; before it, OpenVINO names its own source files."""
+    """The last line of an error's message: the lines before it name OpenVINO's source files."""
     return str(error).strip().split("\n")[-1]

@@ -1,7 +1,7 @@
-"""What PyTorch says: a model's networks by the names of their spec, which is what is traced and what judges.
+"""A model's networks in PyTorch, by the names of their spec: they are traced, and exports are compared with them.
 
-ReferenceNetworks       in one dtype, on the CPU, each loaded when it is asked for
-ReferenceNetworks.run    one of them, tensors by name in and out
+ReferenceNetworks       in one dtype, on the CPU, each loaded on first use
+ReferenceNetworks.run   run one of them, with tensors by name as inputs and outputs
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ Named = Mapping[str, Tensor]
 
 
 class ReferenceNetworks:
-    """The networks of a model for export, on the CPU. dtype: of the weights; a float16 autoencoder is rescaled where
-    its activations would leave the range. exact: computed in float32 all the same."""
+    """The networks of a model for export, on the CPU.
+
+    dtype: of the weights; a float16 autoencoder is rescaled if its activations would overflow. exact: compute in
+        float32 with the weights of that dtype.
+    """
 
     def __init__(self, model: loading.Spec, dtype: DType, *, split: bool = False, exact: bool = False) -> None:
         self.specs = specs(model.unet, model.vae, model.text, dtype=dtype, split=split)
@@ -37,34 +40,34 @@ class ReferenceNetworks:
         self._loaded: dict[str, nn.Module] = {}
 
     @staticmethod
-    def part(name: str) -> str:
-        """The component of the checkpoint that a network is made of."""
+    def component(name: str) -> str:
+        """The checkpoint component of a network."""
         if name.startswith("text_encoder"):
             return name
         return "vae" if name.startswith("vae") else "unet"
 
     def module(self, name: str) -> nn.Module:
-        """The module that a network is, or is part of."""
-        part = self.part(name)
-        if part not in self._loaded:  # those of one part come one after the other, so one is held at a time
-            self._loaded = {part: self._load(part)}
-        return self._loaded[part]
+        """The module that a network is, or is a part of."""
+        component = self.component(name)
+        if component not in self._loaded:  # only one is held: networks of one component are exported in sequence
+            self._loaded = {component: self._load(component)}
+        return self._loaded[component]
 
-    def _load(self, part: str) -> nn.Module:
+    def _load(self, name: str) -> nn.Module:
         model = self._model
         with torch.device("meta"):
-            if part == "unet":
+            if name == "unet":
                 built: nn.Module = UNet(model.unet)
-            elif part == "vae":
+            elif name == "vae":
                 built = loading.autoencoder(model.vae)
             else:
-                built = CLIPText(model.text[1 if part.endswith("_2") else 0])
-        component = model.checkpoint.components[part]
+                built = CLIPText(model.text[1 if name.endswith("_2") else 0])
+        component = model.checkpoint.components[name]
         dtype = getattr(torch, self.dtype)
         rescaled = dtype == torch.float16 and isinstance(built, AutoencoderKL)
         first = torch.float32 if rescaled or self._exact else dtype
         module = load_module(built, component.state(), dtype=first, source=component.source)
-        if rescaled:  # before its weights are rounded, which may leave the range too
+        if rescaled:  # before rounding its weights, which may overflow too
             assert isinstance(module, AutoencoderKL)
             rescale_for_half(module, self._exponent(module))
         module = module.to(dtype)
@@ -72,42 +75,44 @@ class ReferenceNetworks:
 
     @torch.no_grad()
     def _exponent(self, vae: AutoencoderKL) -> int:
-        """The power of two that keeps what an autoencoder in float32 computes a sixteenth below float16's range."""
-        with _Largest() as seen, use("torch"):
+        """The power of two that keeps the activations of a float32 autoencoder below a sixteenth of float16's range."""
+        with _LargestActivation() as recorder, use("torch"):
             for name in ("vae_decoder", "vae_encoder"):
                 inputs = sample(self.specs[name], {"height": 128, "width": 128})
                 RUN[name](vae, {key: x.float() for key, x in inputs.items()})
         least = HALF_EXPONENT if vae.config.force_upcast else 0
-        if not math.isfinite(seen.largest):  # its weights leave the range already: no power of two helps
+        if not math.isfinite(recorder.largest):  # its weights overflow already: no power of two helps
             return least
-        return min(-math.ceil(math.log2(max(1.0, seen.largest * _MARGIN / torch.finfo(torch.float16).max))), least)
+        return min(-math.ceil(math.log2(max(1.0, recorder.largest * _MARGIN / torch.finfo(torch.float16).max))), least)
 
     def run(self, name: str, inputs: Named, precision: str | None = None) -> dict[str, Tensor]:
-        """What PyTorch says: all inputs of the network's spec to all its outputs. precision: rounded to, see
-        `rounding`; outputs to the dtype that the spec has them in too."""
-        module = self.module(name)  # loaded outside of that
+        """Run a network: all inputs of its spec to all its outputs.
+
+        precision: round all results to it, see `rounding`, and outputs also to their dtype in the spec.
+        """
+        module = self.module(name)  # loaded outside of the modes below
         mode = contextlib.nullcontext() if precision is None else _rounded(module, precision)
-        # Not in a caller's inference mode, where a dispatch mode cannot take views of ordinary weights.
+        # Outside a caller's inference mode, in which dispatch modes cannot create views of normal weights.
         with use("torch"), torch.inference_mode(False), torch.no_grad(), mode:
-            made = RUN[name](module, inputs)
+            results = RUN[name](module, inputs)
         outputs = self.specs[name].outputs
         if precision is None:
-            return {port.name: made[port.name] for port in outputs}
-        return {port.name: made[port.name].to(port.torch_dtype).float() for port in outputs}
+            return {port.name: results[port.name] for port in outputs}
+        return {port.name: results[port.name].to(port.torch_dtype).float() for port in outputs}
 
 
-# ---------------------------------------------------------------------------------------------- what precisions cost
+# ---------------------------------------------------------------------------------------------- errors of precisions
 
 _MARGIN = 16
 _SPARE, _LAST = 5, 2
-"""Bits of float32's 24 that sums in other orders and transforms of convolutions may cost, and what libraries differ in
-where a number is computed of one of each input: at an angle of 1,000, five bits of it are worth a thousandth."""
+"""Of float32's 24 bits, those that other orders of summation and convolution algorithms may change, and those in which
+libraries differ for pointwise ops: at an angle of 1,000, five bits are a thousandth."""
 
 
 def rounding(precision: str) -> _Rounding:
-    """Within this, what an op of PyTorch makes in float32 is rounded to a precision, and so are the weights that it
-    reads: what a computer of that precision with sums in float32 does. Of "float32" itself, the last bits are dropped,
-    more where an op sums than where it does not."""
+    """A mode in which float32 results and weights of all PyTorch ops are rounded to a precision, as in hardware of that
+    precision with float32 accumulation. For "float32", the last bits are dropped, more for ops that sum than for
+    pointwise ops."""
     if precision == "float32":
         return _Rounding(_without(_SPARE), _without(_LAST))
     through = _through(getattr(torch, precision))
@@ -115,7 +120,7 @@ def rounding(precision: str) -> _Rounding:
 
 
 def _without(bits: int) -> Callable[[Tensor], Tensor]:
-    """To float32 with so many bits less (Veltkamp's splitting)."""
+    """Rounds float32 to fewer bits (Veltkamp's splitting)."""
 
     def drop(x: Tensor) -> Tensor:
         high = x * (2.0**bits + 1)
@@ -130,20 +135,20 @@ def _through(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
 
 @contextlib.contextmanager
 def _rounded(module: nn.Module, precision: str) -> Iterator[None]:
-    """`rounding`, but for sinusoids: they are float32 in a network of any dtype, for an angle of 1,000 has no digits in
-    16 bits. (In bfloat16 alone they are rounded: OpenVINO takes all of a whole U-Net in it.)"""
+    """`rounding`, except for sinusoids, which are float32 in networks of any dtype: an angle of 1,000 has no fractional
+    digits in 16 bits. (Only in bfloat16 they are rounded, since OpenVINO computes all of a U-Net in it.)"""
     mode, hooks = rounding(precision), []
 
     def begin(*_: Any) -> None:
         mode.paused = True
 
-    def end(_: nn.Module, __: Any, made: Tensor) -> Tensor:
+    def end(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         mode.paused = False
-        return mode.pointwise(made)
+        return mode.pointwise(output)
 
-    for part in module.modules():
-        if isinstance(part, Sinusoids | GuidanceSinusoids) and precision != "bfloat16":
-            hooks += [part.register_forward_pre_hook(begin), part.register_forward_hook(end)]
+    for layer in module.modules():
+        if isinstance(layer, Sinusoids | GuidanceSinusoids) and precision != "bfloat16":
+            hooks += [layer.register_forward_pre_hook(begin), layer.register_forward_hook(end)]
     try:
         with mode:
             yield
@@ -153,7 +158,7 @@ def _rounded(module: nn.Module, precision: str) -> Iterator[None]:
 
 
 class _Rounding(TorchDispatchMode):
-    """rounded: of what ops make that may sum, and of weights. pointwise: of what others make."""
+    """Rounds results of pointwise ops by `pointwise`, those of other ops, and weights, by `rounded`."""
 
     def __init__(self, rounded: Callable[[Tensor], Tensor], pointwise: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -163,15 +168,15 @@ class _Rounding(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.paused:
             return func(*args, **kwargs)
-        if func.is_view:  # of what is rounded already, or of weights where they lie: one may reach over several
-            made = func(*args, **kwargs)
-            return tree_map(self._round, made) if any(map(_is_weight, tree_leaves((args, kwargs)))) else made
-        made = func(*tree_map(self._weight, args), **tree_map(self._weight, kwargs))
+        if func.is_view:  # of rounded tensors, or of weights: a view may span several weights in one storage
+            view = func(*args, **kwargs)
+            return tree_map(self._round, view) if any(map(_is_weight, tree_leaves((args, kwargs)))) else view
+        out = func(*tree_map(self._weight, args), **tree_map(self._weight, kwargs))
         rounded = self.pointwise if torch.Tag.pointwise in func.tags else self._rounded
-        for x in tree_leaves(made):
+        for x in tree_leaves(out):
             if isinstance(x, Tensor) and x.dtype == torch.float32:
                 x.copy_(rounded(x))
-        return made
+        return out
 
     def _weight(self, x: Any) -> Any:
         return self._round(x.detach()) if _is_weight(x) else x
@@ -184,17 +189,17 @@ def _is_weight(x: Any) -> bool:
     return isinstance(x, nn.Parameter) and x.dtype == torch.float32
 
 
-class _Largest(TorchDispatchMode):
-    """The largest number that any op makes."""
+class _LargestActivation(TorchDispatchMode):
+    """Records the largest magnitude of any result of an op."""
 
     largest = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for x in tree_leaves(made):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
             if isinstance(x, Tensor) and x.is_floating_point() and x.numel() and not func.is_view:
                 self.largest = max(self.largest, float(x.abs().max()))
-        return made
+        return out
 
 
 # ------------------------------------------------------------------------------- networks by the names of their spec
@@ -207,11 +212,11 @@ def _text_encoder(model: CLIPText, inputs: Named) -> dict[str, Tensor]:
         states.append(layer(states[-1]))
     last = text.final_layer_norm(states[-1])
     pooled = last[torch.arange(ids.shape[0]), model.ends(ids)]
-    made = {"last_hidden_state": last, "pooler_output": pooled}
+    outputs = {"last_hidden_state": last, "pooler_output": pooled}
     if model.text_projection is not None:
-        made["text_embeds"] = model.text_projection(pooled)
-    made |= {f"hidden_states.{i}": state for i, state in enumerate(states[:-1])}
-    return made | {f"clip_skip.{n}": text.final_layer_norm(states[-1 - n]) for n in range(1, len(states) - 1)}
+        outputs["text_embeds"] = model.text_projection(pooled)
+    outputs |= {f"hidden_states.{i}": state for i, state in enumerate(states[:-1])}
+    return outputs | {f"clip_skip.{n}": text.final_layer_norm(states[-1 - n]) for n in range(1, len(states) - 1)}
 
 
 def _added(inputs: Named) -> AddedConditions | None:
@@ -222,7 +227,7 @@ def _unet(unet: UNet, inputs: Named) -> dict[str, Tensor]:
     added = _added(inputs)
     out = unet(
         inputs["sample"],
-        _one_each(inputs["timestep"], inputs["sample"]),
+        _per_row(inputs["timestep"], inputs["sample"]),
         inputs["encoder_hidden_states"],
         inputs.get("timestep_cond"),
         None if added is None else vars(added),
@@ -230,8 +235,8 @@ def _unet(unet: UNet, inputs: Named) -> dict[str, Tensor]:
     return {"out_sample": out}
 
 
-def _one_each(timestep: Tensor, sample: Tensor) -> Tensor:
-    """timestep (1 or B,) -> (B,). A trace takes two symbolic sizes for unequal, so there it is ONNX's own Expand."""
+def _per_row(timestep: Tensor, sample: Tensor) -> Tensor:
+    """timestep (1 or B,) -> (B,). While tracing, ONNX's Expand, since a trace treats two symbolic sizes as unequal."""
     if not torch.compiler.is_exporting():
         return timestep.expand(sample.shape[0])
     batch = torch.onnx.ops.symbolic("Shape", [sample], {"start": 0, "end": 1}, dtype=torch.int64, shape=(1,))

@@ -1,7 +1,7 @@
-"""What goes into each network of an exported model and what comes out: names, dtypes, axes and their ranges.
+"""Inputs and outputs of the networks of an exported model: names, dtypes, axes and their ranges.
 
-Derived from a model's configs alone, and read by everything that follows: the tracer, the backends, the parity checks.
-Names are those of optimum's and diffusers' exports, so that their pipelines load the folders as they are:
+Derived only from a model's configs, and read by the tracer, the backends and the parity checks. Names are those of
+optimum's and diffusers' exports, so that their pipelines can load bundles:
 
     text_encoder, text_encoder_2    input_ids -> last_hidden_state, pooler_output or text_embeds, hidden_states.N
     unet                            sample, timestep, encoder_hidden_states (SDXL: text_embeds, time_ids; LCM:
@@ -9,14 +9,14 @@ Names are those of optimum's and diffusers' exports, so that their pipelines loa
     vae_decoder                     latent_sample -> sample
     vae_encoder                     sample -> latent_sample, latent_parameters (a tiny autoencoder: the first alone)
 
-Where theirs differ, both are served: diffusers gives token ids in int32, and optimum in whatever the network takes;
-diffusers reads an encoder's first output as the latent, and optimum the mean and log variance by their name.
+Both are supported where they differ: diffusers passes token ids in int32, and optimum in the dtype of the input;
+diffusers reads the latent from an encoder's first output, and optimum the mean and log variance by name.
 
-The split form has the U-Net in three, as `models.unet` runs it:
+In the split form, the U-Net is three networks, as `models.unet` runs it:
 
-    text_kv      encoder_hidden_states -> kv.0, kv.1, ...: keys | values of each cross-attention, once a prompt
-    time_rows    timesteps (SDXL: text_embeds, time_ids; LCM: guidance) -> temb_rows, once a schedule
-    unet_step    sample, temb_row, kv.0, kv.1, ... -> out_sample, each step
+    text_kv      encoder_hidden_states -> kv.0, kv.1, ...: keys | values of each cross-attention, per prompt
+    time_rows    timesteps (SDXL: text_embeds, time_ids; LCM: guidance) -> temb_rows, per schedule
+    unet_step    sample, temb_row, kv.0, kv.1, ... -> out_sample, per step
 """
 
 from __future__ import annotations
@@ -34,21 +34,20 @@ from fastldm.sizes import Axis
 DType = Literal["float32", "float16", "int32"]
 Like = Literal["normal", "latents", "picture"]
 MODEL, DATA = "model.onnx", "model.onnx_data"
-"""The files of an exported network: the graph, and beside it the weights."""
+"""The files of an exported network: graph and weights."""
 
 
 @dataclass(frozen=True)
 class Port:
-    """An input or output."""
+    """An input or output of a network."""
 
     name: str
     dtype: DType
     shape: tuple[int | Axis, ...]
-    below: int | None = None  # what is fed in lies in 0..below; where it is None, it is
-    like: Like = (
-        "normal"  # numbers of mean 0 and deviation 1, latents as an autoencoder has them, or a picture in -1..1
-    )
-    scale: float = 1.0  # deviation of latents
+    below: int | None = None  # sample inputs are in 0..below; if None, see `like`
+    like: Like = "normal"
+    """Sample inputs: normally distributed, latents of an autoencoder, or an image in -1..1."""
+    scale: float = 1.0  # standard deviation of latents
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -56,13 +55,13 @@ class Port:
 
     @property
     def axes(self) -> dict[int, Axis]:
-        """Its axes by dimension."""
+        """The axes by dimension."""
         return {i: axis for i, axis in enumerate(self.shape) if isinstance(axis, Axis)}
 
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """A network as backends see it: tensors by name in, tensors by name out."""
+    """A network as seen by backends: inputs and outputs by name."""
 
     name: str
     inputs: tuple[Port, ...]
@@ -74,8 +73,7 @@ class NetworkSpec:
         return {axis.name: axis for port in reversed(self.inputs) for axis in port.axes.values()}
 
     def shape(self, port: Port, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape of one of its ports where its axes have these sizes, in the inputs' unit; their best where none is
-        given."""
+        """The shape of one of its ports for these sizes of axes, in the inputs' unit; by default the best sizes."""
         axes = self.axes
 
         def size(axis: Axis) -> int:
@@ -85,7 +83,7 @@ class NetworkSpec:
         return tuple(size(axis) if isinstance(axis, Axis) else axis for axis in port.shape)
 
     def narrowed(self, ranges: Mapping[str, tuple[int, int]]) -> NetworkSpec:
-        """The same network for fewer sizes. ranges: least and most of axes of the inputs, by name."""
+        """The same network for narrower ranges. ranges: least and most of the inputs' axes, by name."""
         axes = self.axes
 
         def narrow(size: int | Axis) -> int | Axis:
@@ -95,18 +93,18 @@ class NetworkSpec:
             low, best, high = (end * size.best // own.best for end in (least, min(max(own.best, least), most), most))
             return replace(size, least=low, best=best, most=high)
 
-        def ports(given: tuple[Port, ...]) -> tuple[Port, ...]:
-            return tuple(replace(port, shape=tuple(map(narrow, port.shape))) for port in given)
+        def narrow_ports(ports: tuple[Port, ...]) -> tuple[Port, ...]:
+            return tuple(replace(port, shape=tuple(map(narrow, port.shape))) for port in ports)
 
-        return NetworkSpec(self.name, ports(self.inputs), ports(self.outputs))
+        return NetworkSpec(self.name, narrow_ports(self.inputs), narrow_ports(self.outputs))
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it; `from_dict` reads it."""
+        """For JSON; `from_dict` is the inverse."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> NetworkSpec:
-        def ports(given: Sequence[Mapping[str, Any]]) -> tuple[Port, ...]:
+        def read_ports(ports: Sequence[Mapping[str, Any]]) -> tuple[Port, ...]:
             return tuple(
                 Port(
                     port["name"],
@@ -116,10 +114,10 @@ class NetworkSpec:
                     port["like"],
                     float(port["scale"]),
                 )
-                for port in given
+                for port in ports
             )
 
-        return cls(data["name"], ports(data["inputs"]), ports(data["outputs"]))
+        return cls(data["name"], read_ports(data["inputs"]), read_ports(data["outputs"]))
 
 
 def specs(
@@ -130,9 +128,9 @@ def specs(
     dtype: DType,
     split: bool = False,
 ) -> dict[str, NetworkSpec]:
-    """All networks of a model by name. dtype: "float32" or "float16", that of weights and activations."""
+    """All networks of a model by name. dtype: "float32" or "float16", of weights and activations."""
     names = ("text_encoder", "text_encoder_2")
-    normalised = texts[-1].projection_dim is None  # as `fastldm.conditioning.text` reads them: SDXL's are not
+    normalised = texts[-1].projection_dim is None  # as in `fastldm.conditioning.text`: SDXL's are not
     networks = [_text_encoder(name, text, dtype, normalised) for name, text in zip(names, texts, strict=False)]
     window = min(text.max_position for text in texts)
     networks += _split_unet(unet, window, dtype) if split else [_unet(unet, window, dtype)]
@@ -141,13 +139,13 @@ def specs(
 
 
 def sample(spec: NetworkSpec, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
-    """Inputs of a network from a seed, on the CPU. sizes: of its axes by name, their best where none is given.
+    """Sample inputs of a network from a seed, on the CPU. sizes: of its axes by name, by default the best.
 
-    Token ids hold the highest one, CLIP's end of text, twice in each row: the first is to count. Latents and pictures
-    are patches with noise on them, in the range that they have in use: what is smooth drives activations further.
+    Token ids have the highest id, CLIP's end of text, twice per row, of which the first counts. Latents and images are
+    patches with noise, in their usual range: smooth inputs give larger activations.
     """
     generator = torch.Generator().manual_seed(seed)
-    made = {}
+    inputs = {}
     for port in spec.inputs:
         shape = spec.shape(port, sizes or {})
         if port.dtype == "int32":
@@ -162,12 +160,12 @@ def sample(spec: NetworkSpec, sizes: Mapping[str, int] | None = None, seed: int 
         else:
             values = _patches(shape, generator)
             values = port.scale * values if port.like == "latents" else (0.7 * values).clamp(-1, 1)
-        made[port.name] = values.to(port.torch_dtype)
-    return made
+        inputs[port.name] = values.to(port.torch_dtype)
+    return inputs
 
 
 def _patches(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Of mean 0 and deviation 1, half of it in patches of eight a side: (B, C, H, W)."""
+    """(B, C, H, W) of mean 0 and standard deviation 1, half of the variance in patches of 8x8."""
     batch, channels, height, width = shape
     coarse = torch.randn((batch, channels, -(-height // 8), -(-width // 8)), generator=generator)
     coarse = coarse.repeat_interleave(8, 2)[:, :, :height].repeat_interleave(8, 3)[..., :width]
@@ -176,13 +174,13 @@ def _patches(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 # --------------------------------------------------------------------------------------------------------- networks
 
-# Two rows are a guided picture. Sixteen are eight of them.
+# Two rows are a guided image, sixteen are eight of them.
 _BATCH = Axis("batch", 1, 2, 16)
-_PICTURES = Axis("batch", 1, 1, 16)
+_IMAGES = Axis("batch", 1, 1, 16)
 
 
 def _text_encoder(name: str, config: TextConfig, dtype: DType, normalised: bool) -> NetworkSpec:
-    tokens = Axis("tokens", 3, config.max_position, config.max_position)  # a window is bos, a token and eos at least
+    tokens = Axis("tokens", 3, config.max_position, config.max_position)  # at least bos, a token and eos
     hidden = (_BATCH, tokens, config.hidden)
     last = Port("last_hidden_state", dtype, hidden)
     if config.projection_dim is not None:
@@ -191,18 +189,18 @@ def _text_encoder(name: str, config: TextConfig, dtype: DType, normalised: bool)
         outputs = [last, Port("pooler_output", dtype, (_BATCH, config.hidden))]
     outputs += [Port(f"hidden_states.{i}", dtype, hidden) for i in range(config.layers)]
     if normalised:
-        # What clip_skip N reads; where it is not normalised, that is one of the hidden states.
+        # Read by clip_skip N; without the final norm, that is one of the hidden states.
         outputs += [Port(f"clip_skip.{n}", dtype, hidden) for n in range(1, config.layers)]
     return NetworkSpec(name, (Port("input_ids", "int32", (_BATCH, tokens), config.vocab),), tuple(outputs))
 
 
 def _tokens(window: int) -> Axis:
-    """Of what the U-Net reads: four windows, or whatever embeddings a caller made."""
+    """Tokens that the U-Net reads: up to four windows, or a caller's embeddings."""
     return Axis("tokens", 1, window, 4 * window)
 
 
 def _latents(config: UNetConfig, name: str) -> Axis:
-    """A latent's height or width: from a quarter of what the model was trained at to twice as much."""
+    """A latent's height or width: from a quarter of the trained size to twice the trained size."""
     stride, trained = config.stride, config.sample_size[name == "width"]
 
     def steps(size: int) -> int:
@@ -223,7 +221,7 @@ def _pooled(config: UNetConfig, rows: Axis, dtype: DType) -> list[Port]:
 def _unet(config: UNetConfig, window: int, dtype: DType) -> NetworkSpec:
     inputs = [
         Port("sample", dtype, _image(config, config.in_channels)),
-        # float32, since samplers have fractional ones, and an axis of its own: one for all rows, or one each.
+        # float32, since samplers have fractional timesteps, with its own axis: one for all rows, or one per row.
         Port("timestep", "float32", (Axis("steps", 1, 1, _BATCH.most),), 1000),
         Port("encoder_hidden_states", dtype, (_BATCH, _tokens(window), config.cross_attention_dim)),
     ]
@@ -235,8 +233,8 @@ def _unet(config: UNetConfig, window: int, dtype: DType) -> NetworkSpec:
 
 
 def _split_unet(config: UNetConfig, window: int, dtype: DType) -> list[NetworkSpec]:
-    tokens, rows = _tokens(window), Axis("rows", 1, 32, 1024)  # of all steps and all rows of each
-    kv = [Port(f"kv.{i}", dtype, (_BATCH, tokens, 2 * width)) for i, width in enumerate(config.cross_widths)]
+    tokens, rows = _tokens(window), Axis("rows", 1, 32, 1024)  # of all rows of all steps
+    kv = [Port(f"kv.{i}", dtype, (_BATCH, tokens, 2 * channels)) for i, channels in enumerate(config.cross_widths)]
     conditions = [Port("timesteps", "float32", (rows,), 1000)]
     if config.needs_added:
         conditions += _pooled(config, rows, dtype)
@@ -255,21 +253,21 @@ def _split_unet(config: UNetConfig, window: int, dtype: DType) -> list[NetworkSp
     ]
 
 
-def _picture(unet: UNetConfig, channels: int, unit: int) -> tuple[int | Axis, ...]:
-    """Latents for a unit of 1, pictures for one of the autoencoder's factor. Any size: previews are small."""
+def _image_shape(unet: UNetConfig, channels: int, unit: int) -> tuple[int | Axis, ...]:
+    """The shape of latents, for unit 1, or of images, for unit `vae.factor`. Any size, since previews are small."""
     sides = [_latents(unet, name) for name in ("height", "width")]
-    return (_PICTURES, channels, *(Axis(side.name, unit, side.best * unit, side.most * unit, unit) for side in sides))
+    return (_IMAGES, channels, *(Axis(side.name, unit, side.best * unit, side.most * unit, unit) for side in sides))
 
 
 def _vae_decoder(unet: UNetConfig, vae: VAEConfig | TinyVAEConfig, dtype: DType) -> NetworkSpec:
-    size, picture = _picture(unet, vae.latent_channels, 1), _picture(unet, vae.out_channels, vae.factor)
+    size, image = _image_shape(unet, vae.latent_channels, 1), _image_shape(unet, vae.out_channels, vae.factor)
     latents = Port("latent_sample", dtype, size, like="latents", scale=1 / vae.scaling_factor)
-    return NetworkSpec("vae_decoder", (latents,), (Port("sample", dtype, picture),))
+    return NetworkSpec("vae_decoder", (latents,), (Port("sample", dtype, image),))
 
 
 def _vae_encoder(unet: UNetConfig, vae: VAEConfig | TinyVAEConfig, dtype: DType) -> NetworkSpec:
-    picture = Port("sample", dtype, _picture(unet, vae.in_channels, vae.factor), like="picture")
-    outputs = [Port("latent_sample", dtype, _picture(unet, vae.latent_channels, 1))]
+    image = Port("sample", dtype, _image_shape(unet, vae.in_channels, vae.factor), like="picture")
+    outputs = [Port("latent_sample", dtype, _image_shape(unet, vae.latent_channels, 1))]
     if not isinstance(vae, TinyVAEConfig):  # mean and log variance
-        outputs.append(Port("latent_parameters", dtype, _picture(unet, 2 * vae.latent_channels, 1)))
-    return NetworkSpec("vae_encoder", (picture,), tuple(outputs))
+        outputs.append(Port("latent_parameters", dtype, _image_shape(unet, 2 * vae.latent_channels, 1)))
+    return NetworkSpec("vae_encoder", (image,), tuple(outputs))

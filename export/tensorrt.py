@@ -1,8 +1,8 @@
-"""Networks as TensorRT engines, by TensorRT-RTX, which builds with no GPU and no driver, or by TensorRT if installed.
+"""The TensorRT backend: TensorRT-RTX, which builds engines without GPU and driver, or TensorRT if installed.
 
-Both have one API. The ONNX file says what is computed in which precision (strongly typed); the builder is told ranges
-of the dynamic axes and, for GPUs that are not here, their compute capabilities. What is built on the machine that runs
-it goes through the engine cache; what is built ahead, for GPUs that need not be here, travels with the bundle.
+Both have the same API. The ONNX file determines the precision of each op (strongly typed); the builder gets ranges of
+the dynamic axes and, for GPUs of other machines, compute capabilities. Engines that are built on the machine that runs
+them go through the engine cache; engines that are built ahead of time, for other GPUs, are stored in the bundle.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from fastldm.sizes import nearest
 
 logger = logging.getLogger("fastldm")
 
-Ranges = Mapping[str, tuple[int, int, int]]  # of axes of a spec's inputs by name: least, best, most
+Ranges = Mapping[str, tuple[int, int, int]]  # least, best and most size of a spec's input axes by name
 
 
 def _import_library() -> ModuleType:
-    # The extra brings TensorRT-RTX. Whoever installed the other one did so on purpose, but it builds on a GPU only.
+    # The extra installs TensorRT-RTX. If TensorRT is installed too, it is preferred, but it needs a GPU to build.
     full = torch.cuda.is_available() and importlib.util.find_spec("tensorrt") is not None
     return importlib.import_module("tensorrt" if full else "tensorrt_rtx")
 
@@ -42,22 +42,22 @@ trt: Any = _import_library()
 
 
 def static(spec: NetworkSpec, sizes: Mapping[str, int]) -> Ranges:
-    """Ranges of an engine for one shape alone: the builder knows all sizes. Axes not named have their best."""
-    chosen = {name: sizes.get(name, axis.best) for name, axis in spec.axes.items()}
-    return {name: (size, size, size) for name, size in chosen.items()}
+    """Ranges of an engine for a single shape, all sizes fixed. Axes that are not in `sizes` have their best size."""
+    selected = {name: sizes.get(name, axis.best) for name, axis in spec.axes.items()}
+    return {name: (size, size, size) for name, size in selected.items()}
 
 
 def build(
     path: Path, spec: NetworkSpec, *, profiles: Sequence[Ranges] = ({},), capabilities: Sequence[int] = ()
 ) -> bytes:
-    """A serialised engine from a network's model.onnx, whose inputs and outputs must be the spec's.
+    """Build a serialised engine from a network's model.onnx, whose inputs and outputs must be the spec's.
 
-    profiles: ranges that the engine is optimised for, each on its own; an axis that one does not name has the spec's
-        range. A single profile of one size per axis (`static`) makes an engine without dynamic shapes.
-    capabilities: of the GPUs that it is for, such as 89; TensorRT-RTX only. Without any, TensorRT-RTX builds one that
-        runs on Ampere and later, and TensorRT one for this machine's GPU.
+    profiles: ranges that the engine is optimised for, separately; axes that are missing have the spec's range. A single
+        profile of one size per axis (`static`) gives an engine without dynamic shapes.
+    capabilities: of target GPUs, such as 89; TensorRT-RTX only. By default, TensorRT-RTX builds an engine that runs on
+        Ampere and later, and TensorRT one for this machine's GPU.
 
-    Raises InputError for ranges outside the spec's, EngineError where the network cannot be built.
+    Raises InputError for ranges outside the spec's, EngineError if the network cannot be built.
     """
     log = _Log()
     builder = trt.Builder(log)
@@ -70,7 +70,7 @@ def build(
     _check_ports(network, spec)
     _allow_any_attention(network)
     config = builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)  # on by default: float32 is float32, as in kernels/float32.py
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default; float32 means float32 here, as in kernels/float32.py
     _set_capabilities(config, capabilities)
     inputs = {network.get_input(i).name: network.get_input(i) for i in range(network.num_inputs)}
     for ranges in profiles:
@@ -81,7 +81,9 @@ def build(
             else:
                 profile.set_shape(name, least, best, most)
         if any(-1 in tensor.shape for tensor in inputs.values()) and config.add_optimization_profile(profile) < 0:
-            raise EngineError(f"TensorRT refuses the ranges {range_words([ranges], spec)} of {spec.name}: {log.last}")
+            raise EngineError(
+                f"TensorRT refuses the ranges {describe_ranges([ranges], spec)} of {spec.name}: {log.last}"
+            )
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise EngineError(f"TensorRT cannot build {spec.name}: {log.last}")
@@ -89,7 +91,7 @@ def build(
 
 
 class TensorRTEngine:
-    """An engine on a GPU, on PyTorch's current stream: a call waits for nothing and can be captured in a CUDA graph."""
+    """An engine on a GPU, on PyTorch's current stream: calls are asynchronous and can be captured in a CUDA graph."""
 
     def __init__(self, data: bytes, spec: NetworkSpec, device: torch.device) -> None:
         self.device, self._log = device, _Log()
@@ -103,7 +105,7 @@ class TensorRTEngine:
             self._contexts = [self._context(k) for k in profiles]
 
     def _ranges(self, spec: NetworkSpec, profile: int) -> dict[str, tuple[int, int]]:
-        """Least and most of each axis."""
+        """The least and the most size of each axis."""
         ranges: dict[str, tuple[int, int]] = {}
         for port in spec.inputs:
             least, most = self._shapes(port.name, profile)
@@ -133,7 +135,7 @@ class TensorRTEngine:
         return outs
 
     def _shapes(self, name: str, profile: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The least and the most shape of an input."""
+        """The smallest and the largest shape of an input."""
         fixed = tuple(self._engine.get_tensor_shape(name))
         if -1 not in fixed:
             return fixed, fixed
@@ -141,33 +143,35 @@ class TensorRTEngine:
         return tuple(least), tuple(most)
 
     def close(self) -> None:
-        # A context must go before its engine, and that before its runtime.
+        # Contexts must be deleted before their engine, and that before its runtime.
         del self._contexts
         del self._engine
         del self._runtime
 
 
 def fitting(specs: Sequence[NetworkSpec], inputs: Mapping[str, Tensor]) -> int:
-    """The first of an engine's profiles that these inputs fit into; the first of all where there is none."""
+    """The first of an engine's profiles that fits these inputs; 0 if there is none."""
 
-    def takes(spec: NetworkSpec) -> bool:
+    def fits(spec: NetworkSpec) -> bool:
         shapes = [(port.shape, inputs[port.name].shape) for port in spec.inputs if port.name in inputs]
-        pairs = [pair for wanted, given in shapes for pair in zip(wanted, given, strict=False)]  # `bound` counts them
+        pairs = [
+            pair for axes, sizes in shapes for pair in zip(axes, sizes, strict=False)
+        ]  # `bound` checks their number
         return all(isinstance(axis, int) or nearest(axis, size) == size for axis, size in pairs)
 
-    return next((k for k, spec in enumerate(specs) if takes(spec)), 0)
+    return next((k for k, spec in enumerate(specs) if fits(spec)), 0)
 
 
 def open_engine(
     path: Path, spec: NetworkSpec, device: torch.device, precision: str | None, hashes: Mapping[str, str], threads: int
 ) -> TensorRTEngine:
-    """An engine file, or an ONNX file that is built here unless the engine cache has it."""
+    """Open an engine file, or an ONNX file, which is built unless the bundle or the engine cache has its engine."""
     if device.type != "cuda":
         raise EngineError(f"TensorRT runs on NVIDIA GPUs, not on {device}: try backend openvino or onnxruntime")
-    has = next(port.dtype for port in spec.outputs)
-    if precision not in (None, has):
+    stored = next(port.dtype for port in spec.outputs)
+    if precision not in (None, stored):
         raise EngineError(
-            f"TensorRT computes in what the file holds, {has}, not in {precision}: export it in {precision}"
+            f"TensorRT computes in what the file holds, {stored}, not in {precision}: export it in {precision}"
         )
     if path.suffix != ".onnx":
         return TensorRTEngine(path.read_bytes(), spec, device)
@@ -178,10 +182,10 @@ def open_engine(
             return build(path, spec)
 
     key = key_of(path, spec, gpu=f"{name} sm_{capability}", hashes=hashes)
-    ahead = Engines(path.parent.parent).find(key, capability)
-    if ahead is not None:
+    bundled = Engines(path.parent.parent).find(key, capability)
+    if bundled is not None:
         try:
-            return TensorRTEngine(ahead, spec, device)
+            return TensorRTEngine(bundled, spec, device)
         except EngineError as error:
             logger.warning("the bundle's engine of %s is set aside: %s", spec.name, error)
     return EngineCache().fetch(key, build_here, lambda data: TensorRTEngine(data, spec, device))
@@ -190,22 +194,23 @@ def open_engine(
 def build_ahead(
     bundle: Bundle, *, capabilities: Sequence[int] = (), sizes: Sequence[tuple[int, int]] = ()
 ) -> Iterator[tuple[Record, float]]:
-    """Build the engines of a bundle's networks into the bundle, one after the other; those that are there already are
-    taken. Gives each with the seconds that it took, 0 where it was there.
+    """Build the missing engines of a bundle's networks and store them in the bundle. Yields each engine with the
+    seconds that it took, 0 if it was there already.
 
-    capabilities: as `build` takes them. size: width and height of pictures in pixels, for engines of that size alone,
-        see `picture_ranges`; the spec's ranges where it is None.
+    capabilities: as for `build`. sizes: width and height of images in pixels, for engines of only those sizes, see
+        `image_ranges`; by default the spec's ranges.
 
-    Raises InputError for a size that the networks do not take or where another process builds, EngineError where a
-    network cannot be built or its engine not be written.
+    Raises InputError for a size that the networks do not take or if another process is building, EngineError if a
+    network cannot be built or its engine cannot be written.
     """
-    profiles = picture_profiles(bundle.specs, sizes)
-    engines, targets = Engines(bundle.folder), " ".join(f"sm_{one}" for one in capabilities)
-    kept_for = tuple(capabilities)
-    if trt.__name__ == "tensorrt":  # builds for the GPU that is here
-        kept_for, targets = (_capability_of(torch.device("cuda")),), torch.cuda.get_device_name()
-    words = [f"{trt.__name__}-{trt.__version__}", *(f"sm_{one}" for one in kept_for)] + ["portable"] * (not kept_for)
-    folder = "-".join([*words, *(f"{width}x{height}" for width, height in sizes)])
+    profiles = image_profiles(bundle.specs, sizes)
+    engines, targets = Engines(bundle.folder), " ".join(f"sm_{capability}" for capability in capabilities)
+    stored_capabilities = tuple(capabilities)
+    if trt.__name__ == "tensorrt":  # builds for this machine's GPU
+        stored_capabilities, targets = (_capability_of(torch.device("cuda")),), torch.cuda.get_device_name()
+    architectures = [f"sm_{capability}" for capability in stored_capabilities] or ["portable"]
+    library = f"{trt.__name__}-{trt.__version__}"
+    folder = "-".join([library, *architectures, *(f"{width}x{height}" for width, height in sizes)])
     with engines.writing():
         for network, spec in bundle.specs.items():
             key = key_of(
@@ -215,49 +220,55 @@ def build_ahead(
                 gpu=targets or PORTABLE,
                 hashes=bundle.hashes(network),
             )
-            there = engines.has(key)
-            if there is not None:
-                yield there, 0.0
+            existing = engines.has(key)
+            if existing is not None:
+                yield existing, 0.0
                 continue
             start = time.monotonic()
             data = build(bundle.path(network), spec, profiles=profiles[network], capabilities=capabilities)
-            record = engines.keep(data, f"{folder}/{network}.engine", key, kept_for, bundle.manifest["opset"])
+            record = engines.keep(
+                data, f"{folder}/{network}.engine", key, stored_capabilities, bundle.manifest["opset"]
+            )
             yield record, time.monotonic() - start
 
 
-def picture_profiles(specs: Mapping[str, NetworkSpec], sizes: Sequence[tuple[int, int]]) -> dict[str, Sequence[Ranges]]:
-    """Of each network, a profile for each of these sizes of pictures; one for all that it takes where there are none,
-    or where it does not see the size. InputError for a size that the networks do not take."""
-    each = [picture_ranges(specs, size) for size in dict.fromkeys(sizes)]
-    return {name: [one[name] for one in each if one[name]] or ({},) for name in specs}
+def image_profiles(specs: Mapping[str, NetworkSpec], sizes: Sequence[tuple[int, int]]) -> dict[str, Sequence[Ranges]]:
+    """For each network, a profile per image size; or a single one with all its ranges, if there are no sizes or it
+    does not depend on them. InputError for a size that the networks do not take."""
+    by_size = [image_ranges(specs, size) for size in dict.fromkeys(sizes)]
+    return {name: [ranges[name] for ranges in by_size if ranges[name]] or ({},) for name in specs}
 
 
-def picture_ranges(specs: Mapping[str, NetworkSpec], size: tuple[int, int]) -> dict[str, Ranges]:
-    """Of each network for pictures of a size, width and height in pixels: networks of pictures have that one and the
-    best of all else, but for what a single picture varies: its rows, one or guided two; time steps, one for all rows or
-    one each; and smaller pictures to decode, which are previews. The others keep their ranges."""
+def image_ranges(specs: Mapping[str, NetworkSpec], size: tuple[int, int]) -> dict[str, Ranges]:
+    """Ranges of each network for images of one size, width and height in pixels.
+
+    Networks of images have this size and the best of all other axes, except for what varies for a single image: rows,
+    one or two with guidance; timesteps, one for all rows or one per row; and smaller images to decode, for previews.
+    Other networks keep their ranges.
+    """
     encoder = specs["vae_encoder"]
     factor = encoder.inputs[0].axes[2].best // encoder.outputs[0].axes[2].best
-    made: dict[str, Ranges] = {}
+    result: dict[str, Ranges] = {}
     for name, spec in specs.items():
         if "height" not in spec.axes:
-            made[name] = {}
+            result[name] = {}
             continue
         unit = 1 if name == "vae_encoder" else factor
         axes = [spec.axes["width"], spec.axes["height"]]
-        takes = [nearest(axis, pixels // unit) * unit for axis, pixels in zip(axes, size, strict=True)]
-        if takes != list(size):
+        allowed = [nearest(axis, pixels // unit) * unit for axis, pixels in zip(axes, size, strict=True)]
+        if allowed != list(size):
             raise InputError(
                 f"the size is {size[0]}x{size[1]}: {name} takes widths and heights from {axes[0].least * unit} to "
-                f"{axes[0].most * unit} in steps of {axes[0].multiple_of * unit}, the nearest is {takes[0]}x{takes[1]}"
+                f"{axes[0].most * unit} in steps of {axes[0].multiple_of * unit}, the nearest is "
+                f"{allowed[0]}x{allowed[1]}"
             )
         fixed = dict(static(spec, {"width": size[0] // unit, "height": size[1] // unit}))
         for axis in {"batch", "steps"} & fixed.keys():
             fixed[axis] = (1, fixed[axis][1], spec.axes["batch"].best)
         if name == "vae_decoder":
             fixed |= {side: (spec.axes[side].least, fixed[side][1], fixed[side][2]) for side in ("height", "width")}
-        made[name] = fixed
-    return made
+        result[name] = fixed
+    return result
 
 
 def _capability_of(device: torch.device) -> int:
@@ -273,8 +284,8 @@ def key_of(
     gpu: str,
     hashes: Mapping[str, str] | None = None,
 ) -> Key:
-    """What an engine that `build` makes of a network's model.onnx is kept under. Reads all of its weights, but for
-    those whose hashes are known, by the files' names."""
+    """The cache key of the engine that `build` returns for a network's model.onnx. Reads all files without a hash in
+    `hashes`."""
     return Key(
         network=spec.name,
         graph=hash_files(path, known=hashes),
@@ -282,20 +293,20 @@ def key_of(
         backend=trt.__name__,
         version=trt.__version__,
         precision=next(port.dtype for port in spec.outputs),
-        ranges=range_words(profiles, spec),
+        ranges=describe_ranges(profiles, spec),
         flags="ieee",  # no TF32
         device=gpu,
     )
 
 
-def range_words(profiles: Sequence[Ranges], spec: NetworkSpec) -> str:
-    """Such as "batch=1:2:16 height=16:64:128", with a bar between profiles."""
-    whole = [
+def describe_ranges(profiles: Sequence[Ranges], spec: NetworkSpec) -> str:
+    """Text such as "batch=1:2:16 height=16:64:128", with a bar between profiles."""
+    full = [
         {name: ranges.get(name, (axis.least, axis.best, axis.most)) for name, axis in spec.axes.items()}
         for ranges in profiles
     ]
     return " | ".join(
-        " ".join(f"{name}={low}:{best}:{high}" for name, (low, best, high) in one.items()) for one in whole
+        " ".join(f"{name}={low}:{best}:{high}" for name, (low, best, high) in profile.items()) for profile in full
     )
 
 
@@ -303,7 +314,7 @@ def range_words(profiles: Sequence[Ranges], spec: NetworkSpec) -> str:
 
 
 def shapes(spec: NetworkSpec, ranges: Ranges) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """Least, best and most shape of each input that has axes. InputError for ranges outside the spec's."""
+    """The least, best and most shape of each input with axes. InputError for ranges outside the spec's."""
     axes = spec.axes
     for name, sizes in ranges.items():
         if name not in axes:
@@ -314,27 +325,27 @@ def shapes(spec: NetworkSpec, ranges: Ranges) -> dict[str, tuple[tuple[int, ...]
                 f"{spec.name}: {name} is to be from {sizes[0]} over {sizes[1]} to {sizes[2]}: expected ascending "
                 f"multiples of {axis.multiple_of} from {axis.least} to {axis.most}"
             )
-    chosen = {name: ranges.get(name, (axis.least, axis.best, axis.most)) for name, axis in axes.items()}
-    ends = [{name: sizes[k] for name, sizes in chosen.items()} for k in range(3)]
+    selected = {name: ranges.get(name, (axis.least, axis.best, axis.most)) for name, axis in axes.items()}
+    ends = [{name: sizes[k] for name, sizes in selected.items()} for k in range(3)]
     return {port.name: tuple(spec.shape(port, sizes) for sizes in ends) for port in spec.inputs if port.axes}
 
 
 def _check_ports(network: Any, spec: NetworkSpec) -> None:
-    """EngineError where the parsed network's inputs or outputs are not the spec's."""
+    """EngineError if the parsed network's inputs or outputs are not the spec's."""
     sides = (
         ("inputs", [network.get_input(i) for i in range(network.num_inputs)], spec.inputs),
         ("outputs", [network.get_output(i) for i in range(network.num_outputs)], spec.outputs),
     )
     for side, tensors, ports in sides:
-        found = {(tensor.name, trt.nptype(tensor.dtype).__name__, tuple(tensor.shape)) for tensor in tensors}
+        actual = {(tensor.name, trt.nptype(tensor.dtype).__name__, tuple(tensor.shape)) for tensor in tensors}
         expected = {
             (port.name, port.dtype, tuple(size if isinstance(size, int) else -1 for size in port.shape))
             for port in ports
         }
-        if found != expected:
+        if actual != expected:
             raise EngineError(
                 f"the {side} of {spec.name} are not what its bundle says: "
-                f"found {_ports(found - expected)}, expected {_ports(expected - found)}"
+                f"found {_ports(actual - expected)}, expected {_ports(expected - actual)}"
             )
 
 
@@ -343,18 +354,18 @@ def _ports(ports: Iterable[tuple[str, str, tuple[int, ...]]]) -> str:
 
 
 def _allow_any_attention(network: Any) -> None:
-    """Attention as one node (opset 23) has kernels for some head sizes in float16 only; others may be taken apart."""
+    """Allow decomposing attention nodes (opset 23): TensorRT has fused kernels only for some head sizes in float16."""
     for i in range(network.num_layers):
         layer = network.get_layer(i)
         if layer.type == trt.LayerType.ATTENTION_INPUT:
-            layer.__class__ = trt.IAttentionInputLayer  # the bindings' way to say which layer it is
+            layer.__class__ = trt.IAttentionInputLayer  # the bindings' downcast
             layer.attention.decomposable = True
 
 
 def parse_capability(arch: str) -> int:
     """ "sm_89" -> 89. InputError for GPUs that this library does not build for."""
     if trt.__name__ == "tensorrt":
-        raise InputError("TensorRT builds for the GPU that is here: builds for others need TensorRT-RTX")
+        raise InputError("TensorRT builds for this machine's GPU: builds for others need TensorRT-RTX")
     offered = [name.lower().replace("sm", "sm_") for name in trt.ComputeCapability.__members__ if name[:2] == "SM"]
     if arch not in offered:
         raise InputError(
@@ -373,11 +384,11 @@ def _set_capabilities(config: Any, capabilities: Sequence[int]) -> None:
 
 
 class _Log(trt.ILogger):
-    """TensorRT's messages in ours, and the last error, since its calls return only that they failed."""
+    """Forwards TensorRT's messages to the logger, and holds the last error, since failed calls return no reason."""
 
     def __init__(self) -> None:
         trt.ILogger.__init__(self)
-        self.last = "it does not say why"
+        self.last = "no reason was logged"
 
     def log(self, severity: Any, message: str) -> None:
         if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):

@@ -1,9 +1,9 @@
-"""Proof that networks compute what PyTorch does, each within a bound that is its own.
+"""Verification that networks compute what PyTorch does, each within its own bound.
 
-How far a sound computation is from PyTorch's in float32 depends on network, precision and output. So it is tried: each
-network runs in PyTorch with all that an op makes rounded to the precision, at export, and what that costs is kept with
-the goldens. A backend may be off by FACTOR times that, in its largest error, in its mean square, and in what all errors
-have in common, a shift or a factor, which a sound computation has nearly none of.
+The error of a sound computation, compared with PyTorch's in float32, depends on network, precision and output. It is
+measured at export: each network runs in PyTorch with all results rounded to the precision, and the errors are stored
+with the goldens. A backend may have FACTOR times those errors: in maximum, in mean square, and in what all errors have
+in common, a shift or a factor, of which a sound computation has nearly none.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from fastldm.runtime.stages import Stages
 Named = dict[str, Tensor]
 
 PRECISIONS = {"float32": ("float32", "bfloat16"), "float16": ("float16", "float32", "bfloat16")}
-"""What a bundle in a dtype may be computed in: OpenVINO computes in float32 or bfloat16 whatever the file holds."""
+"""Precisions in which a bundle of a dtype may be computed: OpenVINO has float32 and bfloat16 for all files."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One network, run at one size; or a whole picture."""
+    """The result of running one network at one size, or of generating an image."""
 
     network: str
-    origin: Literal["golden", "fresh"]  # of what it was compared with: stored in the bundle, or computed just now
+    origin: Literal["golden", "fresh"]  # of the expected outputs: stored in the bundle, or computed now
     sizes: str
     difference: Difference | None
-    problem: str = ""  # what is wrong, where something is
+    problem: str = ""  # empty if the network is correct
 
 
 def verify(
@@ -52,27 +52,27 @@ def verify(
     model: Spec | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> Iterator[Check]:
-    """Run every network on a backend at three sizes and compare with what PyTorch made of the same inputs in float32;
-    then a whole picture.
+    """Run every network on a backend at three sizes, and compare it with PyTorch's stored outputs in float32; then
+    generate an image.
 
-    model: what the bundle was exported from. With it, PyTorch computes the networks at three other sizes too, of which
-        the bundle knows nothing.
-    dtype: to compute in; what a pipeline computes in where it is None.
+    model: the model that the bundle was exported from. If given, PyTorch also computes expected outputs for three other
+        sizes, which are not in the bundle.
+    dtype: to compute in, by default as a pipeline does.
 
-    Raises EngineError where the backend is not installed or cannot load a network, BundleError where the model is not
-    of the bundle's kind.
+    Raises EngineError if the backend is not installed or cannot load a network, BundleError if the model's networks are
+    not the bundle's.
     """
-    place = torch.device(device)
+    device = torch.device(device)
     reference = None if model is None else ReferenceNetworks(model, "float32", split=bundle.manifest["split"])
     if reference is not None and reference.specs.keys() != bundle.specs.keys():
         raise BundleError(
             f"the bundle has {', '.join(bundle.specs)}, the model it is to be compared with "
             f"{', '.join(reference.specs)}: give -m the model that it was exported from"
         )
-    precision = networks.precision(bundle, backend, place, dtype)
+    precision = networks.precision(bundle, backend, device, dtype)
     for network in bundle.specs:
-        yield from check_network(bundle, network, backend, place, precision, reference)
-    yield _check_picture(bundle, backend, place, dtype, precision)
+        yield from check_network(bundle, network, backend, device, precision, reference)
+    yield _check_image(bundle, backend, device, dtype, precision)
 
 
 def check_network(
@@ -83,18 +83,18 @@ def check_network(
     precision: str | None = None,
     reference: ReferenceNetworks | None = None,
 ) -> Iterator[Check]:
-    """One network of it. precision: the bundle's dtype where it is None."""
+    """Check one network. precision: by default the bundle's dtype."""
     spec = bundle.specs[network]
     precision = networks.precision_of(network, precision or bundle.manifest["dtype"])
     goldens = Goldens.read(bundle, network)
     engine = open_engine(backend, bundle.path(network), spec, device=device, precision=precision)
     cases: list[tuple[Literal["golden", "fresh"], Named, Named]] = [("golden", *case) for case in goldens.cases]
     try:
-        for origin, inputs, wanted in _with_fresh(cases, spec, reference):
+        for origin, inputs, expected in _with_fresh(cases, spec, reference):
             sizes = "  ".join(f"{port.name} {tuple(inputs[port.name].shape)}" for port in spec.inputs[:1])
             try:
-                got = engine({name: tensor.to(device) for name, tensor in inputs.items()})
-                yield Check(network, origin, sizes, gate(network, got, wanted, goldens.sound[precision]))
+                actual = engine({name: tensor.to(device) for name, tensor in inputs.items()})
+                yield Check(network, origin, sizes, gate(network, actual, expected, goldens.sound[precision]))
             except (BundleError, EngineError) as error:
                 yield Check(network, origin, sizes, None, str(error))
     finally:
@@ -111,16 +111,16 @@ def _with_fresh(
             yield "fresh", inputs, reference.run(spec.name, exact(inputs))
 
 
-def _check_picture(
+def _check_image(
     bundle: Bundle, backend: str, device: torch.device, dtype: str | torch.dtype | None, precision: str
 ) -> Check:
     goldens = Goldens.read(bundle, PICTURE)
-    ((inputs, wanted),) = goldens.cases
-    sizes = f"{wanted[PICTURE].shape[3]}x{wanted[PICTURE].shape[2]} pixels"
+    ((inputs, expected),) = goldens.cases
+    sizes = f"{expected[PICTURE].shape[3]}x{expected[PICTURE].shape[2]} pixels"
     loaded = networks.load(bundle, backend, device, dtype)
     try:
-        got = {PICTURE: _picture(Stages(bundle.model, loaded, bundle.manifest["model"]), inputs)}
-        return Check(PICTURE, "golden", sizes, gate(PICTURE, got, wanted, goldens.sound[precision]))
+        actual = {PICTURE: _image(Stages(bundle.model, loaded, bundle.manifest["model"]), inputs)}
+        return Check(PICTURE, "golden", sizes, gate(PICTURE, actual, expected, goldens.sound[precision]))
     except (BundleError, EngineError, NonFinite) as error:
         return Check(PICTURE, "golden", sizes, None, str(error))
 
@@ -130,17 +130,17 @@ def _check_picture(
 
 @dataclass(frozen=True)
 class Goldens:
-    """What PyTorch makes of some inputs in float32, and how far it is off that in each precision."""
+    """PyTorch's outputs for sample inputs in float32, and the errors of a sound computation in each precision."""
 
     cases: list[tuple[Named, Named]]
     sound: dict[str, dict[str, Difference]]  # by precision and output
 
     @classmethod
     def read(cls, bundle: Bundle, network: str) -> Goldens:
-        """Those of a bundle. BundleError where they are not whole."""
+        """Read the goldens of a bundle. BundleError if they are invalid."""
         path = bundle.goldens(network)
         cases: dict[str, tuple[Named, Named]] = {}
-        sound: dict[str, dict[str, Difference]] = {one: {} for one in PRECISIONS[bundle.manifest["dtype"]]}
+        sound: dict[str, dict[str, Difference]] = {precision: {} for precision in PRECISIONS[bundle.manifest["dtype"]]}
         try:
             for key, tensor in load_file(path).items():
                 case, side, name = key.split(":")
@@ -153,71 +153,69 @@ class Goldens:
         return cls([cases[case] for case in sorted(cases)], sound)
 
     def to_bytes(self) -> bytes:
-        """As a safetensors file."""
+        """The content of a safetensors file."""
         tensors: Named = {}
         for case, (inputs, outputs) in enumerate(self.cases):
             tensors |= {f"{case}:in:{name}": x for name, x in inputs.items()}
             tensors |= {f"{case}:out:{name}": x.contiguous() for name, x in outputs.items()}
         for precision, differences in self.sound.items():
-            for name, found in differences.items():
-                tensors[f"sound:{precision}:{name}"] = torch.tensor(found.figures(), dtype=torch.float64)
+            for name, measured in differences.items():
+                tensors[f"sound:{precision}:{name}"] = torch.tensor(measured.values(), dtype=torch.float64)
         return save(tensors)
 
 
 def goldens_of(spec: NetworkSpec, reference: ReferenceNetworks, stored: ReferenceNetworks) -> Goldens:
-    """reference: the model in float32. stored: with the weights that the network is written with, computing in float32.
-    BundleError where the dtype of these cannot hold what the network computes."""
-    cases, sound = (
-        [],
-        {one: {port.name: Difference.none() for port in spec.outputs} for one in PRECISIONS[stored.dtype]},
-    )
+    """The goldens of a network. reference: the model in float32. stored: the exported weights, computing in float32.
+    BundleError if the network's activations overflow in the dtype of those."""
+    cases = []
+    sound = {p: {port.name: Difference.none() for port in spec.outputs} for p in PRECISIONS[stored.dtype]}
     for case, sizes in enumerate(golden_sizes(spec)):
         inputs = sample(spec, sizes, seed=case)
-        wanted = reference.run(spec.name, exact(inputs))
-        cases.append((inputs, wanted))
-        for precision, figures in sound.items():
-            got = stored.run(spec.name, exact(inputs), precision)
-            figures |= {name: worst(figures[name], difference(got[name], wanted[name])) for name in figures}
-    for name, found in sound[stored.dtype].items():
-        if not found.maximum < float("inf"):
+        expected = reference.run(spec.name, exact(inputs))
+        cases.append((inputs, expected))
+        for precision, largest in sound.items():
+            actual = stored.run(spec.name, exact(inputs), precision)
+            largest |= {name: worst(largest[name], difference(actual[name], expected[name])) for name in largest}
+    for name, measured in sound[stored.dtype].items():
+        if not measured.maximum < float("inf"):
             raise BundleError(f"{spec.name}: {name} leaves the range of {stored.dtype}: export the model in float32")
     return Goldens(cases, sound)
 
 
-def goldens_of_picture(bundle: Bundle, reference: ReferenceNetworks, stored: ReferenceNetworks) -> Goldens:
-    """The same of a picture of a quarter of the model's size in few steps, from its text on."""
+def goldens_of_image(bundle: Bundle, reference: ReferenceNetworks, stored: ReferenceNetworks) -> Goldens:
+    """The goldens of an image of half the model's width and height in a few steps, from its prompt."""
     model = bundle.model
     unet = networks.latents(bundle)[0]
-    height, width = (_share(axis, 1, 2) for axis in unet)
+    height, width = (_fraction(axis, 1, 2) for axis in unet)
     shape = (1, model.vae.latent_channels, height, width)
     inputs = {"latents": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
 
-    def made(source: ReferenceNetworks, precision: str | None) -> Named:
+    def generate(source: ReferenceNetworks, precision: str | None) -> Named:
         def opened(name: str) -> Engine:
-            return _Reference(source, bundle.specs[name], precision)
+            return _ReferenceEngine(source, bundle.specs[name], precision)
 
         loaded = networks.load(bundle, "torch", torch.device("cpu"), opened=opened)
-        return {PICTURE: _picture(Stages(model, loaded, bundle.manifest["model"]), inputs)}
+        return {PICTURE: _image(Stages(model, loaded, bundle.manifest["model"]), inputs)}
 
-    wanted = made(reference, None)
+    expected = generate(reference, None)
     sound = {
-        one: {PICTURE: difference(made(stored, one)[PICTURE], wanted[PICTURE])} for one in PRECISIONS[stored.dtype]
+        p: {PICTURE: difference(generate(stored, p)[PICTURE], expected[PICTURE])} for p in PRECISIONS[stored.dtype]
     }
-    return Goldens([(inputs, wanted)], sound)
+    return Goldens([(inputs, expected)], sound)
 
 
-def _picture(stages: Stages, inputs: Mapping[str, Tensor]) -> Tensor:
-    """(1, 3, H, W) in 0..1 of a fixed prompt, from these latents."""
-    asked: dict[str, Any] = {"prompt": "a photograph of a red apple", "num_inference_steps": 3, "output_type": "pt"}
-    if stages.unet.config.in_channels > stages.latent_channels:  # made for inpainting
+def _image(stages: Stages, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The image (1, 3, H, W) in 0..1 of a fixed prompt, from these latents."""
+    options: dict[str, Any] = {"prompt": "a photograph of a red apple", "num_inference_steps": 3, "output_type": "pt"}
+    if stages.unet.config.in_channels > stages.latent_channels:  # an inpainting model
         height, width = (int(n) * stages.vae.config.factor for n in inputs["latents"].shape[2:])
         grey = np.full((height, width, 3), 0.5, dtype=np.float32)
-        asked |= {"image": grey, "mask_image": grey[..., 0] * 2, "strength": 1.0}
-    return stages.make(Request(**asked, seed=0, latents=inputs["latents"])).float().cpu()
+        options |= {"image": grey, "mask_image": grey[..., 0] * 2, "strength": 1.0}
+    return stages.make(Request(**options, seed=0, latents=inputs["latents"])).float().cpu()
 
 
-class _Reference:
-    """PyTorch in an engine's place, rounding to a precision where one is given."""
+class _ReferenceEngine:
+    """An engine that runs in PyTorch, rounding to `precision` if it is not None."""
 
     def __init__(self, source: ReferenceNetworks, spec: NetworkSpec, precision: str | None) -> None:
         self.specs, self._source, self._precision = (spec,), source, precision
@@ -230,17 +228,17 @@ class _Reference:
 
 
 def exact(inputs: Mapping[str, Tensor]) -> Named:
-    """What a network is given, rounded to its dtype, in float32."""
+    """Inputs of a network in float32, with values rounded to their own dtype."""
     return {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()}
 
 
 def golden_sizes(spec: NetworkSpec) -> list[dict[str, int]]:
-    """Three sizes that a network is judged at: one picture of the best size, and two upright and three broad ones of an
-    eighth of its pixels (at full size it is PyTorch's time that counts), with a timestep for all and one for each."""
+    """Three sizes at which a network is verified: one image of the best size, and two portrait and three landscape ones
+    of an eighth of its pixels (larger ones would take long in PyTorch), with one timestep for all or one for each."""
     axes = spec.axes
 
-    def sides(**parts: int) -> dict[str, int]:
-        return {name: _share(axes[name], 1, whole) for name, whole in parts.items() if name in axes}
+    def sides(**divisors: int) -> dict[str, int]:
+        return {name: _fraction(axes[name], 1, divisor) for name, divisor in divisors.items() if name in axes}
 
     long = {"tokens": min(2 * axes["tokens"].best, axes["tokens"].most)} if "tokens" in axes else {}
     return [
@@ -251,19 +249,19 @@ def golden_sizes(spec: NetworkSpec) -> list[dict[str, int]]:
 
 
 def fresh_sizes(spec: NetworkSpec) -> list[dict[str, int]]:
-    """Three sizes that a network is judged at where the model is at hand, none of them a golden's: the smallest
-    picture with the shortest text, a picture that is neither square nor a half of the best, and four of a quarter."""
+    """Three other sizes at which a network is verified if the model is available: the smallest image with the shortest
+    text, an image that is neither square nor half the best size, and four of a quarter."""
     axes = spec.axes
     return [
         {**{name: axis.least for name, axis in axes.items()}, "rows": 2},
-        {"batch": 1, "rows": 3, **{name: _share(axes[name], 3, 4) for name in ("height", "tokens") if name in axes}},
+        {"batch": 1, "rows": 3, **{name: _fraction(axes[name], 3, 4) for name in ("height", "tokens") if name in axes}},
         {
             **{"batch": 4, "steps": 4, "rows": 50},
-            **{name: _share(axes[name], 1, 4) for name in ("height", "width", "tokens") if name in axes},
+            **{name: _fraction(axes[name], 1, 4) for name in ("height", "width", "tokens") if name in axes},
         },
     ]
 
 
-def _share(axis: Axis, part: int, whole: int) -> int:
-    """A part of the best size, as the axis allows it."""
-    return max(axis.least, axis.best * part // whole // axis.multiple_of * axis.multiple_of)
+def _fraction(axis: Axis, numerator: int, denominator: int) -> int:
+    """A fraction of the best size, rounded to an allowed one."""
+    return max(axis.least, axis.best * numerator // denominator // axis.multiple_of * axis.multiple_of)

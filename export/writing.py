@@ -1,8 +1,8 @@
-"""A model to a bundle, each network compared with PyTorch before it counts.
+"""Writing a model as a bundle, each network compared with PyTorch.
 
-A bundle takes its name when all of it is on the disk and has been compared. Until then it grows in .NAME.partial beside
-it, from where an export that was stopped goes on. Where NAME is an empty folder already, such as a mounted volume, it
-grows in .partial in there, and then its parts take their places, the manifest, without which it is no bundle, last.
+A bundle gets its name when all of it is on disk and was compared. Until then it is written to .NAME.partial beside it,
+where an interrupted export continues. If NAME is already an empty folder, such as a mounted volume, the bundle is
+written to .partial in it, and its files are moved up at the end, the manifest, which makes it a bundle, last.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fastldm.export.manifest import write_json
 from fastldm.export.private import locked
 from fastldm.export.reference import ReferenceNetworks
 from fastldm.export.spec import DType, specs
-from fastldm.export.verify import check_network, goldens_of, goldens_of_picture
+from fastldm.export.verify import check_network, goldens_of, goldens_of_image
 from fastldm.loading.checkpoint import TokenizerFiles
 from fastldm.loading.formats import TOKENIZER_FILES
 from fastldm.loading.spec import Spec
@@ -38,11 +38,11 @@ from fastldm.version import __version__
 
 _VERSIONS = ("torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime")
 _PARTIAL, _DONE = ".partial", "done.json"
-_NOTHING = (_PARTIAL, f"{_PARTIAL}.lock", "lost+found")  # what a folder may have and be empty
+_IGNORED = (_PARTIAL, f"{_PARTIAL}.lock", "lost+found")  # in a folder that counts as empty
 
 
 def source_of(model: str) -> str:
-    """How a manifest names a model so that it is found again: "default", a hub id, or an absolute path."""
+    """The name in a manifest by which a model is found again: "default", a hub id, or an absolute path."""
     return str(Path(model).absolute()) if model != "default" and Path(model).exists() else model
 
 
@@ -59,28 +59,28 @@ def export(
     fused_ops: bool = False,
     on_network: Callable[[str], object] = lambda network: None,
 ) -> Bundle:
-    """Write a model as a bundle, each network compared with PyTorch before it counts.
+    """Write a model as a bundle, each network compared with PyTorch.
 
     source: where the model is from, see `source_of`; None for one in memory, which PyTorch cannot load again. options:
-        of `loading.describe`, with which it was found there. name: what the model is called, else by its source.
-    split: the U-Net in three, see `export.spec`. fused_ops: our own ops as single nodes, see `export.fused`.
-    on_network: told which is next.
+        of `loading.describe`, with which the model was opened. name: of the model, by default from its source.
+    split: the U-Net as three networks, see `export.spec`. fused_ops: fastldm's ops as single nodes, see `export.fused`.
+    on_network: called with the name of the network that is next.
 
-    An export of the same model with the same options that was stopped goes on where it was, and one that is there is
-    opened. Raises InputError where `out` is anything else than an empty folder, cannot be a name, or is written by
-    another process; BundleError where a network is not what PyTorch computes or the disk is full, EngineError where
-    ONNX Runtime cannot run it.
+    An interrupted export of the same model with the same options continues, and a finished one is opened. Raises
+    InputError if `out` is neither new nor an empty folder, is no valid name, or is being written by another process;
+    BundleError if a network does not compute what PyTorch does or the disk is full; EngineError if ONNX Runtime cannot
+    run it.
     """
-    out, work = _places(out)
+    out, work = _paths(out)
     head = _head(model, source=source, options=options, name=name, dtype=dtype, opset=opset, split=split)
     head["fused_ops"] = fused_ops
     if (out / MANIFEST).is_file():
-        return _there(out, head)
+        return _open_existing(out, head)
     _check_free(out, work)
     try:
         with locked(work.with_name(f"{work.name}.lock"), timeout=0, remove=True):
             if (out / MANIFEST).is_file():
-                return _there(out, head)
+                return _open_existing(out, head)
             _check_free(out, work)
             _export(model, work, on_network, head)
             _publish(work, out)
@@ -90,39 +90,39 @@ def export(
         if isinstance(error, CheckpointError):
             raise
         raise BundleError(
-            f"{out} could not be written ({error}): what is done is in {work}, and the same command goes on from there"
+            f"{out} could not be written ({error}): finished files are in {work}, and the same command continues there"
         ) from error
     return Bundle.open(out)
 
 
-# ------------------------------------------------------------------------------------------------------ where it goes
+# ------------------------------------------------------------------------------------------------------ paths
 
 
-def _places(given: Path) -> tuple[Path, Path]:
-    """Where a bundle is to stand, and where it grows. InputError where none can stand there."""
+def _paths(path: Path) -> tuple[Path, Path]:
+    """The path of a bundle, and of the folder in which it is written. InputError if it cannot be written there."""
     try:
-        out = check_path(given, "out").absolute()
+        out = check_path(path, "out").absolute()
         if out.is_symlink():
             out = Path(os.path.realpath(out))
             if not out.exists():
                 raise InputError(
-                    f"{given} is a link to {out}, which is not there: make that folder, or remove the link"
+                    f"{path} is a link to {out}, which does not exist: create that folder, or remove the link"
                 )
         if not out.name:
-            raise InputError(f"{given} cannot be a bundle: give the name of a folder that is not there yet")
-        exists, inside = out.exists(), out.is_dir()
+            raise InputError(f"{path} cannot be a bundle: give the name of a new folder")
+        exists, is_folder = out.exists(), out.is_dir()
         if not exists and not out.parent.is_dir():
             raise InputError(f"there is no folder {out.parent} to write {out.name} into")
-        work = out / _PARTIAL if inside else out.with_name(f".{out.name}{_PARTIAL}")
-        most = os.pathconf(out.parent, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+        work = out / _PARTIAL if is_folder else out.with_name(f".{out.name}{_PARTIAL}")
+        limit = os.pathconf(out.parent, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
     except InputError:
         raise
-    except (OSError, ValueError) as error:  # a loop of links, a path that is too long as a whole
+    except (OSError, ValueError) as error:  # a loop of links, or a path that is too long
         raise InputError(
-            f"{str(given)[:100]!r} cannot be a bundle's name: {getattr(error, 'strerror', error)}"
+            f"{str(path)[:100]!r} cannot be a bundle's name: {getattr(error, 'strerror', error)}"
         ) from error
-    room = most - len(os.fsencode(f".{_PARTIAL}.lock"))
-    if not inside and len(os.fsencode(out.name)) > room:
+    room = limit - len(os.fsencode(f".{_PARTIAL}.lock"))
+    if not is_folder and len(os.fsencode(out.name)) > room:
         raise InputError(
             f"the name {out.name[:40]}... has {len(os.fsencode(out.name))} bytes, at most {room} are possible"
         )
@@ -130,20 +130,20 @@ def _places(given: Path) -> tuple[Path, Path]:
 
 
 def _check_free(out: Path, work: Path) -> None:
-    """InputError where something else than what `work` will become stands in its place."""
+    """InputError if `out` exists and has other content than the finished files of `work`."""
     if not os.path.lexists(out):
         return
     if out.is_dir():
-        begun = {path.name for path in work.iterdir()} if (work / MANIFEST).is_file() else set()
-        known = json.loads((work / MANIFEST).read_bytes())["files"] if begun else ()
-        begun |= {name.split("/")[0] for name in known}
-        if {path.name for path in out.iterdir()} <= {*_NOTHING, *begun}:
+        finished = {path.name for path in work.iterdir()} if (work / MANIFEST).is_file() else set()
+        files = json.loads((work / MANIFEST).read_bytes())["files"] if finished else ()
+        finished |= {name.split("/")[0] for name in files}
+        if {path.name for path in out.iterdir()} <= {*_IGNORED, *finished}:
             return
-    raise InputError(f"{out} exists and is no bundle: give the bundle another name, or remove what is there")
+    raise InputError(f"{out} exists and is no bundle: give the bundle another name, or remove it")
 
 
 def _publish(work: Path, out: Path) -> None:
-    """Give a whole bundle its name."""
+    """Move a finished bundle to its path."""
     if work.parent != out:
         work.rename(out)
         return
@@ -152,22 +152,22 @@ def _publish(work: Path, out: Path) -> None:
     work.rmdir()
 
 
-def _there(out: Path, head: Mapping[str, Any]) -> Bundle:
-    """The bundle that stands where one is to be written, if it is the same. InputError if it is not."""
-    found = Bundle.open(out)
-    wanted = json.loads(json.dumps(head))  # with lists in place of tuples
-    # By what it is, not by where it lies, it is the same model.
-    ours = ("family", "dtype", "opset", "split", "fused_ops")
-    differs = [name for name in ours if found.manifest.get(name) != wanted[name]] or differing(found.manifest, wanted)
-    if differs:
+def _open_existing(out: Path, head: Mapping[str, Any]) -> Bundle:
+    """Open a bundle that exists already. InputError if it is not the one that would be written."""
+    existing = Bundle.open(out)
+    expected = json.loads(json.dumps(head))  # with lists in place of tuples
+    # The same model may have another source.
+    names = ("family", "dtype", "opset", "split", "fused_ops")
+    differs = [name for name in names if existing.manifest.get(name) != expected[name]]
+    if differs := differs or differing(existing.manifest, expected):
         raise InputError(
             f"{out} exists and is a bundle of another model or of other options ({', '.join(differs)} differ): "
-            "give the bundle another name, or remove what is there"
+            "give the bundle another name, or remove it"
         )
-    return found
+    return existing
 
 
-# --------------------------------------------------------------------------------------------------------- its content
+# --------------------------------------------------------------------------------------------------------- content
 
 
 def _head(
@@ -180,10 +180,10 @@ def _head(
     opset: int,
     split: bool,
 ) -> dict[str, Any]:
-    """What a manifest says of model and options: two bundles with one head are the same."""
-    parts = model.checkpoint.components
-    if not all(component.files or isinstance(component, Loaded) for component in parts.values()):
-        raise InputError(f"{source} has no weights for PyTorch, as a bundle: give the model that it was made of")
+    """The manifest's fields for model and options: bundles with equal heads are the same."""
+    components = model.checkpoint.components.values()
+    if not all(component.files or isinstance(component, Loaded) for component in components):
+        raise InputError(f"{source} has no weights for PyTorch, as a bundle: give the model that it was exported from")
     networks = specs(model.unet, model.vae, model.text, dtype=dtype, split=split)
     return {
         "model": name or Path(source or "model").name,
@@ -199,11 +199,11 @@ def _head(
 
 
 def _export(model: Spec, work: Path, on_network: Callable[[str], object], head: Mapping[str, Any]) -> None:
-    from fastldm.export import onnx  # what traces, and takes packages that running a bundle does not need
+    from fastldm.export import onnx  # needs packages that running a bundle does not need
 
-    # Asked of the modules: onnxruntime is one distribution for CPUs and another for GPUs.
+    # From the modules: onnxruntime has different distributions for CPUs and GPUs.
     versions = {name: str(importlib.import_module(name).__version__) for name in _VERSIONS}
-    about: dict[str, Any] = {
+    content: dict[str, Any] = {
         **head,
         "versions": {"fastldm": __version__, "python": platform.python_version(), **versions},
     }
@@ -211,84 +211,84 @@ def _export(model: Spec, work: Path, on_network: Callable[[str], object], head: 
     networks, reference = ReferenceNetworks(model, dtype, split=split), ReferenceNetworks(model, "float32", split=split)
     stored = reference if dtype == "float32" else ReferenceNetworks(model, dtype, split=split, exact=True)
 
-    # What is there counts if it is of the same weights, options and versions.
-    key = json.dumps(about, sort_keys=True)
+    # Finished files count if weights, options and versions are the same.
+    key = json.dumps(content, sort_keys=True)
     finished = _finished(work, key)
     if (work / MANIFEST).is_file() and finished:
-        return  # it was stopped while it took its name
+        return  # it was interrupted while it was moved to its path
     if not finished:
         _clear(work)
         (work / GOLDENS).mkdir(parents=True)
 
-    def made(part: str, make: Callable[[], None]) -> None:
-        """A part, unless it is there already."""
-        if not finished.get(part) or finished[part] != _hashes(work, part):
-            on_network(part)
-            _clear(work / part)
-            make()
-            finished[part] = _hashes(work, part)
+    def write_once(name: str, write: Callable[[], None]) -> None:
+        """Write the files of a network or of the image, unless they are finished."""
+        if not finished.get(name) or finished[name] != _hashes(work, name):
+            on_network(name)
+            _clear(work / name)
+            write()
+            finished[name] = _hashes(work, name)
             write_json(work / _DONE, {"key": key, "networks": finished})
 
-    grown = Bundle(work, about, networks.specs)
+    bundle = Bundle(work, content, networks.specs)
     for network, spec in networks.specs.items():
 
         def write(network: str = network, spec: Any = spec) -> None:
             onnx.write(networks, network, work / network, opset=head["opset"], fused_ops=head["fused_ops"])
-            write_json(work / network / "config.json", head["config"][ReferenceNetworks.part(network)])
-            grown.goldens(network).write_bytes(goldens_of(spec, reference, stored).to_bytes())
-            for check in check_network(grown, network):
+            write_json(work / network / "config.json", head["config"][ReferenceNetworks.component(network)])
+            bundle.goldens(network).write_bytes(goldens_of(spec, reference, stored).to_bytes())
+            for check in check_network(bundle, network):
                 if check.problem:
                     raise BundleError(f"exported, but not as PyTorch computes it: {check.problem}")
 
-        made(network, write)
+        write_once(network, write)
     for title, tokenizer in model.checkpoint.tokenizers.items():
         _write_tokenizer(tokenizer, work / title)
     (work / "scheduler").mkdir(exist_ok=True)
     write_json(work / "scheduler" / "scheduler_config.json", head["config"]["scheduler"])
     write_json(work / "model_index.json", _index(model, networks.specs))
 
-    def write_picture() -> None:
-        grown.goldens(PICTURE).write_bytes(goldens_of_picture(grown, reference, stored).to_bytes())
+    def write_image() -> None:
+        bundle.goldens(PICTURE).write_bytes(goldens_of_image(bundle, reference, stored).to_bytes())
 
-    made(PICTURE, write_picture)
+    write_once(PICTURE, write_image)
     for path in work.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    files = {name: known for name, known in _hashes(work, "").items() if name != _DONE}
-    manifests.write(work, {**about, "files": files})
+    files = {name: file for name, file in _hashes(work, "").items() if name != _DONE}
+    manifests.write(work, {**content, "files": files})
     (work / _DONE).unlink()
 
 
 def _finished(work: Path, key: str) -> dict[str, dict[str, Any]]:
-    """What an export of the same has finished in there: of each part, its files."""
+    """The files that an interrupted export with the same key has finished, by network."""
     if (work / MANIFEST).is_file():
         with contextlib.suppress(BundleError):
             manifest = manifests.read(work)
-            about = {name: value for name, value in manifest.items() if name not in ("files", "sha256", "format")}
-            return manifest["files"] if json.dumps(about, sort_keys=True) == key else {}
+            content = {name: value for name, value in manifest.items() if name not in ("files", "sha256", "format")}
+            return manifest["files"] if json.dumps(content, sort_keys=True) == key else {}
         return {}
     try:
-        before = json.loads((work / _DONE).read_bytes())
-        found = before["networks"] if before["key"] == key else {}
-        return found if isinstance(found, dict) else {}
+        done = json.loads((work / _DONE).read_bytes())
+        networks = done["networks"] if done["key"] == key else {}
+        return networks if isinstance(networks, dict) else {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 
 def _clear(path: Path) -> None:
-    """Remove whatever is there."""
+    """Remove a file or folder if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
-def _hashes(folder: Path, part: str) -> dict[str, dict[str, Any]]:
-    """Of a network's files, or of all; by their path in the bundle."""
-    paths = [path for path in (folder / part).rglob("*") if path.is_file()]
-    if part:
-        paths += [path for path in [folder / GOLDENS / f"{part}.safetensors"] if path.is_file()]
+def _hashes(folder: Path, network: str) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of a network's files, or of all files for "", by their path in the bundle."""
+    paths = [path for path in (folder / network).rglob("*") if path.is_file()]
+    if network:
+        paths += [path for path in [folder / GOLDENS / f"{network}.safetensors"] if path.is_file()]
     return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": hash_files(path)}
         for path in sorted(paths)
@@ -296,21 +296,25 @@ def _hashes(folder: Path, part: str) -> dict[str, dict[str, Any]]:
 
 
 def _index(model: Spec, networks: Iterable[str]) -> dict[str, Any]:
-    """model_index.json of what is in the folder, as optimum and diffusers' pipelines for ONNX read it: the settings of
-    the model's own, each network as one of ONNX, and nothing that is not there."""
-    given, scheduler = as_json(model.checkpoint.index), model.checkpoint.scheduler
-    settings = {key: value for key, value in given.items() if not isinstance(value, list | tuple)}
-    parts: dict[str, tuple[str | None, str | None]] = {
+    """The bundle's model_index.json, for optimum and diffusers' ONNX pipelines: the settings of the model's index, and
+    each network as an ONNX model."""
+    index, scheduler = as_json(model.checkpoint.index), model.checkpoint.scheduler
+    settings = {key: value for key, value in index.items() if not isinstance(value, list | tuple)}
+    components: dict[str, tuple[str | None, str | None]] = {
         "scheduler": ("diffusers", scheduler.get("_class_name", "PNDMScheduler")),
         **dict.fromkeys(model.checkpoint.tokenizers, ("transformers", "CLIPTokenizer")),
         **dict.fromkeys(networks, ("diffusers", "OnnxRuntimeModel")),
         **dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), (None, None)),
     }
-    return {**settings, "requires_safety_checker": False, **{name: list(part) for name, part in parts.items()}}
+    return {
+        **settings,
+        "requires_safety_checker": False,
+        **{name: list(classes) for name, classes in components.items()},
+    }
 
 
 def _write_tokenizer(files: TokenizerFiles, folder: Path) -> None:
-    """A tokenizer as a folder, from wherever it comes."""
+    """Write any tokenizer as a folder."""
     _clear(folder)
     folder.mkdir()
     if files.loaded is not None:
@@ -321,8 +325,8 @@ def _write_tokenizer(files: TokenizerFiles, folder: Path) -> None:
                 shutil.copyfile(files.folder / name, folder / name)
     else:
         _write_vocabulary(folder, *clip_vocabulary())
-        named = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": files.pad_token or EOS}
-        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": CLIP_WINDOW, **named}
+        special_tokens = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": files.pad_token or EOS}
+        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": CLIP_WINDOW, **special_tokens}
         write_json(folder / "tokenizer_config.json", config)
     if not (folder / "vocab.json").exists():  # transformers 5 writes one file, 4 reads these two
         model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]

@@ -345,7 +345,7 @@ def test_an_export_that_was_stopped_goes_on(
     assert writer.written == NETWORKS[:3]
 
     writer.fails = {"vae_encoder": OSError(errno.ENOSPC, "No space left on device")}
-    with pytest.raises(BundleError, match=r"No space left on device.*the same command goes on from there"):
+    with pytest.raises(BundleError, match=r"No space left on device.*the same command continues there"):
         export()
     assert not out.exists()
     assert writer.written == NETWORKS[:5]  # none of them twice
@@ -394,7 +394,7 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on(
     whole = sum(path.stat().st_size for path in exported.rglob("*"))
     for kibibytes in (256, whole // 2048):  # too small, half of what it takes
         subprocess.run(["mount", "-o", f"remount,size={kibibytes}k", small_disk], check=True)
-        with pytest.raises(BundleError, match=r"No space left on device.*the same command goes on from there"):
+        with pytest.raises(BundleError, match=r"No space left on device.*the same command continues there"):
             export()
         assert not out.exists()
     before = list(writer.written)
@@ -439,7 +439,9 @@ def test_where_a_bundle_cannot_go(model: Path, exported: Path, tmp_path: Path) -
     (tmp_path / "there" / "notes.txt").touch()
     with pytest.raises(InputError, match="there exists and is no bundle: give the bundle another name"):
         writing.export(spec, tmp_path / "there", source=str(model))
-    with pytest.raises(InputError, match="has no weights for PyTorch, as a bundle: give the model that it was made of"):
+    with pytest.raises(
+        InputError, match="has no weights for PyTorch, as a bundle: give the model that it was exported from"
+    ):
         writing.export(describe(exported), tmp_path / "out", source=str(exported))
     with pytest.raises(InputError, match="there is no folder"):
         writing.export(spec, tmp_path / "no" / "out", source=str(model))

@@ -213,7 +213,7 @@ assert cache.fetch(KEY, lambda: ENGINE, bytes) == ENGINE
     child = start(code, cache)
     _, complaint = child.communicate(timeout=60)
     assert child.returncode == 0, complaint
-    assert "the engine of unet runs, but cannot be kept in" in complaint
+    assert "the engine of unet runs, but cannot be stored in" in complaint
     assert leftovers(cache) == []
     assert cache.entries() == []
 
@@ -221,7 +221,7 @@ assert cache.fetch(KEY, lambda: ENGINE, bytes) == ENGINE
 def test_with_no_folder_to_write_to_an_engine_runs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").touch()
     assert EngineCache(tmp_path / "file" / "engines").fetch(KEY, lambda: ENGINE, bytes) == ENGINE
-    assert "engines cannot be kept in" in caplog.text
+    assert "engines cannot be stored in" in caplog.text
 
 
 def test_what_was_used_longest_ago_goes_first(cache: EngineCache) -> None:
@@ -243,7 +243,7 @@ def test_an_engine_larger_than_the_cache_displaces_nothing(
     cache.limit = 2 * len(ENGINE)
     put(cache, dataclasses.replace(KEY, graph="large"), 3 * ENGINE)
     assert [entry.key for entry in cache.entries()] == [KEY]
-    assert "larger than the whole cache" in caplog.text
+    assert "larger than the limit of the cache" in caplog.text
 
 
 # ---- what must not be run

@@ -150,5 +150,5 @@ def test_root_folder_cannot_be_a_bundle() -> None:
     done = CliRunner().invoke(main, ["export", "/"])
     assert (done.exit_code, done.output) == (
         2,
-        "fastldm: / cannot be a bundle: give the name of a folder that is not there yet\n",
+        "fastldm: / cannot be a bundle: give the name of a new folder\n",
     )

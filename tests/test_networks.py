@@ -207,7 +207,7 @@ def test_engines_that_were_built_for_several_sizes(
 def _for_sizes(bundle: Path, sizes: Sequence[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> Pipeline:
     """A bundle on ONNX Runtime with the profiles that TensorRT engines would have, which need a GPU."""
     tensorrt = pytest.importorskip("fastldm.export.tensorrt", reason="TensorRT-RTX is not installed")
-    profiles = tensorrt.picture_profiles(Bundle.read(bundle).specs, sizes)
+    profiles = tensorrt.image_profiles(Bundle.read(bundle).specs, sizes)
     opened = networks.open_engine
 
     class Profiled:

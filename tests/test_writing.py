@@ -130,7 +130,7 @@ def full(path: Path) -> Path:
     [
         (file, "exists and is no bundle"),
         (full, "exists and is no bundle"),
-        (dangling, r"is a link to .*nowhere, which is not there"),
+        (dangling, r"is a link to .*nowhere, which does not exist"),
         (loop, "is a link to|cannot be a bundle's name"),
         (lambda path: path.with_name("n" * 250), r"the name n{40}\.\.\. has 250 bytes, at most 2\d\d are possible"),
         (lambda path: path.with_name("n" * 300), "out is .*: too long"),

@@ -107,7 +107,7 @@ def export(
         if to is not None:  # mistakes are found before anything is traced
             tensorrt = need_tensorrt()
             capabilities = [tensorrt.parse_capability(name) for name in arch]
-            tensorrt.picture_profiles(specs(spec.unet, spec.vae, spec.text, dtype=dtype, split=split), sizes)
+            tensorrt.image_profiles(specs(spec.unet, spec.vae, spec.text, dtype=dtype, split=split), sizes)
         bundle = writing.export(
             spec,
             out,
