@@ -32,13 +32,13 @@ def embeds(**changes: Any) -> dict[str, Any]:
 
 def test_given_tensors_make_a_conditioning() -> None:
     options = embeds()
-    got = conditioning.given(**options)
+    got = conditioning.from_tensors(**options)
     assert got.hidden.equal(options["prompt_embeds"].bfloat16())
     assert got.pooled.equal(options["pooled_prompt_embeds"].bfloat16())
     assert got.negative_hidden.equal(options["negative_prompt_embeds"].bfloat16())
     assert got.negative_pooled.equal(options["negative_pooled_prompt_embeds"].bfloat16())
     # what is not needed is not looked at
-    got = conditioning.given(**{**options, "negative_prompt_embeds": 1, "guided": False, "pooled_width": None})
+    got = conditioning.from_tensors(**{**options, "negative_prompt_embeds": 1, "guided": False, "pooled_width": None})
     assert got.pooled is got.negative_hidden is got.negative_pooled is None
 
 
@@ -61,7 +61,7 @@ def test_given_tensors_make_a_conditioning() -> None:
 )
 def test_given_tensors_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        conditioning.given(**embeds(**changes))
+        conditioning.from_tensors(**embeds(**changes))
 
 
 @pytest.mark.parametrize(

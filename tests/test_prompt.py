@@ -115,7 +115,7 @@ def test_a_literal_prompt_is_text_and_nothing_else(caplog: pytest.LogCaptureFixt
 def test_syntax_that_is_not_read_is_named_once(
     prompt: str, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(prompts, "_named", set())
+    monkeypatch.setattr(prompts, "_warned", set())
     with caplog.at_level(logging.WARNING, "fastldm"):
         assert "".join(text for text, _ in parse(prompt)[0]) == prompt.translate({ord(c): None for c in "[]"})
         parse(prompt)
@@ -127,7 +127,7 @@ def test_syntax_that_is_not_read_is_named_once(
 def test_plain_text_is_not_taken_for_syntax(
     prompt: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(prompts, "_named", set())
+    monkeypatch.setattr(prompts, "_warned", set())
     parse(prompt)
     assert not caplog.records
 

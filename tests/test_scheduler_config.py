@@ -72,7 +72,7 @@ def test_a_pipeline_sets_what_diffusers_class_sets(
                     read_scheduler(file, pipeline, "somewhere")
                 continue
             got = read_scheduler(file, pipeline, "somewhere")
-            assert got.given["steps_offset"] == built["steps_offset"] if "steps_offset" in takes else True, (
+            assert got.raw["steps_offset"] == built["steps_offset"] if "steps_offset" in takes else True, (
                 name,
                 values,
             )
@@ -89,8 +89,8 @@ def test_a_loaded_pipelines_scheduler_runs_as_it_is() -> None:
 def test_another_sampler_starts_from_the_files_own_keys() -> None:
     """diffusers' from_config hands on what the file says, as the pipeline has changed it, and no defaults."""
     file = {"_class_name": "EulerDiscreteScheduler", "beta_end": 0.012, "beta_start": 0.00085}
-    assert "steps_offset" not in read_scheduler(file, "StableDiffusionPipeline", "").given
-    given = read_scheduler({**file, "steps_offset": 0}, "StableDiffusionPipeline", "").given
+    assert "steps_offset" not in read_scheduler(file, "StableDiffusionPipeline", "").raw
+    given = read_scheduler({**file, "steps_offset": 0}, "StableDiffusionPipeline", "").raw
     assert given == {**file, "steps_offset": 1}
 
 

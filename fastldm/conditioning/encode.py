@@ -1,4 +1,4 @@
-"""The prompts of a request to Conditioning: texts, tensors in place of texts, or one branch of each.
+"""From the prompts of a request to its Conditioning: texts, tensors instead of texts, or one branch of each.
 
 Source of the rules: `encode_prompt` and `_get_add_time_ids` of diffusers' Stable Diffusion and SDXL pipelines.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fastldm.request import Request
 
 
-XL_ALONE = (
+XL_ONLY = (
     "prompt_2",
     "negative_prompt_2",
     "pooled_prompt_embeds",
@@ -38,11 +38,11 @@ XL_ALONE = (
 
 
 def check(request: Request, needs_added: bool) -> None:
-    """InputError for what a model does not read. needs_added: whether it is SDXL."""
-    for name in () if needs_added else XL_ALONE:
+    """InputError for fields that the model does not read. needs_added: whether it is SDXL."""
+    for name in () if needs_added else XL_ONLY:
         value = getattr(request, name)
         if value is not None and not (name == "crops_coords_top_left" and value == (0, 0)):
-            raise InputError(f"{name} is {checks.show(value)}: only SDXL reads it, and this model is none")
+            raise InputError(f"{name} is {checks.show(value)}: only SDXL reads it, and this is another model")
 
 
 def encode(
@@ -57,28 +57,29 @@ def encode(
     device: torch.device,
     run: Call,
 ) -> Conditioning:
-    """The Conditioning of a request's prompts, one row each: not repeated yet for several images of a prompt.
+    """The Conditioning of a request's prompts, one row per prompt: not yet repeated for several images per prompt.
 
-    width: the U-Net's cross_attention_dim. pooled_width: SDXL's, else None. guided: whether negatives are read at all.
-    zero_negative: zeros stand for negatives where none are given (SDXL's `force_zeros_for_empty_prompt`).
+    width: the U-Net's cross_attention_dim. pooled_width: of SDXL's pooled text, else None. guided: whether negatives
+    are needed. zero_negative: use zeros if there are no negatives (SDXL's `force_zeros_for_empty_prompt`).
 
-    A branch (positive, negative) is texts or tensors. Beside prompt_embeds of T tokens, negative texts are read in
-    windows of T, where that is less than the encoder's, as in diffusers; two branches of unequal length are repeated to
-    a common one, which attention does not notice. A pooled vector that is given replaces that of its branch's texts.
+    Each branch (positive, negative) is either texts or tensors. With prompt_embeds of T tokens, negative texts are read
+    in windows of T, if that is less than the encoder's, as in diffusers; branches of unequal length are repeated to a
+    common length, which does not change attention. A request's pooled vector replaces that of its branch's texts.
 
-    Raises InputError as `encode_prompts` and `given` do, and for branches whose lengths have no small common multiple.
+    Raises InputError as `encode_prompts` and `from_tensors` do, and for branches without a small common multiple of
+    their lengths.
     """
-    texts, negative_texts = request.prompt_embeds is None, request.negative_prompt_embeds is None
-    read = guided and negative_texts
-    zeros = read and zero_negative and request.negative_prompt is None and request.negative_prompt_2 is None
-    negatives = request.negative_prompt or "" if read and not zeros else None
+    negative_texts = request.negative_prompt_embeds is None
+    reads_negatives = guided and negative_texts
+    zeros = reads_negatives and zero_negative and request.negative_prompt is None and request.negative_prompt_2 is None
+    negatives = request.negative_prompt or "" if reads_negatives and not zeros else None
     options: dict[str, Any] = {"literal": request.literal_prompt, "run": run}
 
     hidden = request.prompt_embeds
     pooled, negative_pooled = request.pooled_prompt_embeds, request.negative_pooled_prompt_embeds
     negative = request.negative_prompt_embeds if guided else None
-    if texts:
-        both = encode_prompts(
+    if request.prompt_embeds is None:
+        encoded = encode_prompts(
             stages,
             request.prompt or "",
             negatives,
@@ -88,24 +89,23 @@ def encode(
             zero_negative=zeros,
             **options,
         )
-        hidden, pooled = both.hidden, both.pooled if pooled is None else pooled
+        hidden, pooled = encoded.hidden, encoded.pooled if pooled is None else pooled
         if negative is None:
-            negative = both.negative_hidden
-            negative_pooled = both.negative_pooled if negative_pooled is None else negative_pooled
+            negative = encoded.negative_hidden
+            negative_pooled = encoded.negative_pooled if negative_pooled is None else negative_pooled
     elif negatives is not None:
         tokens = int(hidden.shape[1])  # type: ignore[union-attr]
         negatives_2 = request.negative_prompt_2
-        alone = encode_prompts(
-            stages, _one_each(negatives, request.count), prompts_2=negatives_2, length=tokens, **options
-        )
-        negative = alone.hidden
-        negative_pooled = alone.pooled if negative_pooled is None else negative_pooled
+        texts = [negatives] * request.count if isinstance(negatives, str) else list(negatives)
+        encoded = encode_prompts(stages, texts, prompts_2=negatives_2, length=tokens, **options)
+        negative = encoded.hidden
+        negative_pooled = encoded.pooled if negative_pooled is None else negative_pooled
     elif zeros:
         negative = torch.zeros_like(hidden)  # type: ignore[arg-type]
         if negative_pooled is None and pooled is not None:
             negative_pooled = torch.zeros_like(pooled)
 
-    both = given(
+    conditioning = from_tensors(
         hidden,
         negative,
         pooled,
@@ -116,15 +116,11 @@ def encode(
         dtype=dtype,
         device=device,
     )
-    return _leveled(both, stages[0].window)
+    return _with_equal_lengths(conditioning, stages[0].window)
 
 
-def _one_each(texts: str | Sequence[str], count: int) -> list[str]:
-    return [texts] * count if isinstance(texts, str) else list(texts)
-
-
-def _leveled(conditioning: Conditioning, window: int) -> Conditioning:
-    """Both branches repeated along T to one length."""
+def _with_equal_lengths(conditioning: Conditioning, window: int) -> Conditioning:
+    """Both branches, repeated along T to a common length."""
     hidden, negative = conditioning.hidden, conditioning.negative_hidden
     if negative is None or negative.shape[1] == hidden.shape[1]:
         return conditioning
@@ -132,7 +128,7 @@ def _leveled(conditioning: Conditioning, window: int) -> Conditioning:
     if length > MAX_PROMPT_WINDOWS * window:
         raise InputError(
             f"prompts have {hidden.shape[1]} tokens and negatives {negative.shape[1]}, which cannot be brought to one "
-            "length: give prompt_embeds and negative_prompt_embeds of one"
+            "length: give prompt_embeds and negative_prompt_embeds of the same length"
         )
     return dataclasses.replace(
         conditioning,
@@ -141,7 +137,7 @@ def _leveled(conditioning: Conditioning, window: int) -> Conditioning:
     )
 
 
-def given(
+def from_tensors(
     prompt_embeds: Tensor | None,
     negative_prompt_embeds: Tensor | None = None,
     pooled_prompt_embeds: Tensor | None = None,
@@ -153,12 +149,13 @@ def given(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> Conditioning:
-    """A Conditioning of tensors, checked, in `dtype` on `device`.
+    """A Conditioning from a caller's tensors, checked, in `dtype` on `device`.
 
     prompt_embeds, negative_prompt_embeds: (B, T, width), any T; width is the U-Net's cross_attention_dim.
-    pooled_prompt_embeds, negative_pooled_prompt_embeds: (B, pooled_width), for SDXL; left alone when that is None.
-    guided: whether the negative branch is needed; without it the negative tensors are left alone.
-    Raises InputError that names the argument: missing, no floating point tensor, another shape, not finite.
+    pooled_prompt_embeds, negative_pooled_prompt_embeds: (B, pooled_width), for SDXL; ignored if that is None.
+    guided: whether the negative branch is needed; otherwise the negative tensors are ignored.
+    Raises InputError with the name of an argument that is missing, no floating point tensor, of another shape, or not
+    finite.
     """
     hidden = _embeds("prompt_embeds", prompt_embeds, (None, None, width))
     pooled = negative = negative_pooled = None
@@ -176,17 +173,17 @@ def given(
 def _embeds(name: str, value: Tensor | None, shape: tuple[int | None, ...]) -> Tensor:
     if value is None:
         sizes = ", ".join("any" if n is None else str(n) for n in shape)
-        raise InputError(f"{name} is missing: expected a tensor ({sizes}) beside the embeds that were given")
+        raise InputError(f"{name} is missing: expected a tensor ({sizes}) with the other embeds")
     value = checks.tensor(name, value, shape)
-    # The caller's thread has checked tensors on a GPU: here the check would wait between other requests' steps.
+    # The caller's thread has checked tensors on a GPU: a check here would wait between other requests' steps.
     return checks.finite(name, value) if value.device.type == "cpu" else value
 
 
 def size_ids(request: Request, rows: int, *, device: torch.device | str = "cpu") -> Tensor:
-    """SDXL's time ids (rows, 6) of a request, float32, negatives first: of each U-Net row the original (height, width),
-    the crop's (top, left) and the target's (height, width), in pixels.
+    """SDXL's time ids (rows, 6) of a request, float32, negatives first: the original (height, width), the crop's (top,
+    left) and the target (height, width) of each U-Net row, in pixels.
 
-    rows: as many as images, or twice as many. Source: arXiv:2307.01952, section 2.2.
+    rows: the number of images, or twice as many with guidance. Source: arXiv:2307.01952, section 2.2.
     """
     own = (int(request.height or 0), int(request.width or 0))
     original, target = request.original_size or own, request.target_size or own

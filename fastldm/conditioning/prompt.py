@@ -1,8 +1,8 @@
-"""The syntax of prompts: weights of words, and where a window of the text encoder ends.
+"""The syntax of prompts: weights of words, and ends of text encoder windows.
 
     "a (red:1.3) car BREAK a blue house" -> [[("a ", 1.0), ("red", 1.3), (" car", 1.0)], [("a blue house", 1.0)]]
 
-The syntax is AUTOMATIC1111's. What is not supported of it is read as text, and named once a process.
+The syntax is AUTOMATIC1111's. Unsupported parts of it are read as text, with a warning once per process.
 """
 
 from __future__ import annotations
@@ -18,63 +18,62 @@ logger = logging.getLogger("fastldm")
 Fragments = list[tuple[str, float]]
 
 EMPHASIS = 1.1
-"""What one pair of round brackets multiplies by, and one pair of square brackets divides by."""
+"""Factor of a pair of round brackets; a pair of square brackets divides by it."""
 MAX_WEIGHT = 1000.0
-"""Weights are held within +-1000: a hidden state (some tens) times more than that would leave float16's range."""
+"""Weights are clamped to +-1000: a hidden state (some tens) times more than that would overflow in float16."""
 
 _WEIGHTS = re.compile(r"\\[()\[\]\\]|[()\[\]]|:\s*([+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+))\s*\)")
 _BREAK = re.compile(r"\bBREAK\b")
-# Nothing here may take more than linear time, whatever the text.
+# All patterns must take linear time for any text.
 _UNSUPPORTED = {
-    "<name:...>, a network or style by its name": re.compile(r"<[A-Za-z]{1,20}:[^<>\s][^<>]{0,200}>"),
-    "AND, prompts that are weighed against each other": re.compile(r"\bAND\b"),
-    "[from:to:when], a prompt that changes with the steps": re.compile(
+    "<name:...>, a network or style by name": re.compile(r"<[A-Za-z]{1,20}:[^<>\s][^<>]{0,200}>"),
+    "AND, several weighted prompts": re.compile(r"\bAND\b"),
+    "[from:to:when], a prompt that changes between steps": re.compile(
         r"\[[^\[\]:]{0,400}:(?:[^\[\]:]{0,400}:)?\s{0,9}[0-9.]{1,20}\s{0,9}\]"
     ),
-    "[a|b], words that take turns": re.compile(r"\[[^\[\]|]{0,400}\|[^\[\]]{0,400}\]"),
+    "[a|b], alternating words": re.compile(r"\[[^\[\]|]{0,400}\|[^\[\]]{0,400}\]"),
 }
-_named: set[str] = set()
-_naming = threading.Lock()
+_warned: set[str] = set()
+_warning_lock = threading.Lock()
 
 
 def parse(prompt: str, *, literal: bool = False) -> list[Fragments]:
-    """The parts of a prompt that begin a window each, as (text, weight) pairs; a part may be empty.
+    """The sections of a prompt, each of which starts a window, as (text, weight) pairs; a section may be empty.
 
-    BREAK, as a word in capitals, ends a part. literal: brackets and BREAK are text.
+    BREAK, as a word in capitals, ends a section. literal: brackets and BREAK are text.
     """
     if literal:
         return [[(prompt, 1.0)]]
     _warn_unsupported(prompt)
-    parts: list[Fragments] = [[]]
+    sections: list[Fragments] = [[]]
     for text, weight in parse_weights(prompt):
         first, *rest = _BREAK.split(text)
-        parts[-1].append((first, weight))
-        parts += [[(part, weight)] for part in rest]
-    return parts
+        sections[-1].append((first, weight))
+        sections += [[(section, weight)] for section in rest]
+    return sections
 
 
 def _warn_unsupported(prompt: str) -> None:
-    """Warn once a process of each syntax of other tools that it is read as text."""
+    """Warn once per process and syntax that unsupported syntax is read as text."""
     for syntax, pattern in _UNSUPPORTED.items():
-        if syntax in _named or not pattern.search(prompt):
+        if syntax in _warned or not pattern.search(prompt):
             continue
-        with _naming:
-            if syntax not in _named:
-                _named.add(syntax)
+        with _warning_lock:
+            if syntax not in _warned:
+                _warned.add(syntax)
                 logger.warning("in a prompt, %s, is not supported: it is read as text", syntax)
 
 
 def parse_weights(prompt: str) -> list[tuple[str, float]]:
     """Split a prompt into (text, weight), neighbours of equal weight joined; at least one pair.
 
-    `(word:1.3)` weighs 1.3, `(word)` 1.1, `[word]` 1 / 1.1; nested weights multiply; a backslash before a bracket
-    or a backslash takes it as text. (AUTOMATIC1111's syntax.) Whatever is no such weight is text, never an error: a
-    bracket without its partner, a weight that is no number. Of two pairs that cross, as in `(a [b) c]`, the one
-    that closes first counts.
+    `(word:1.3)` has weight 1.3, `(word)` 1.1, `[word]` 1 / 1.1; nested weights multiply; a backslash escapes a bracket
+    or a backslash. (AUTOMATIC1111's syntax.) Anything else is text, never an error: unmatched brackets, weights that
+    are no numbers. Of two crossing pairs, as in `(a [b) c]`, the one that closes first counts.
     """
     texts: list[str] = []
-    opened: list[int] = []  # where in `texts` the brackets lie that are still open
-    waiting = {"(": 0, "[": 0}  # how many of each kind are in `opened`
+    opened: list[int] = []  # indices in `texts` of brackets that are still open
+    open_counts = {"(": 0, "[": 0}  # number of each kind in `opened`
     factors: dict[int, float] = {}
     closed: set[int] = set()
     end = 0
@@ -83,15 +82,15 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
         end = match.end()
         token = match.group()
         kind = "[" if token == "]" else "("
-        if token in waiting:
+        if token in open_counts:
             opened.append(len(texts))
-            waiting[token] += 1
+            open_counts[token] += 1
         elif token[0] == "\\":
             token = token[1]
-        elif waiting[kind]:
+        elif open_counts[kind]:
             while True:
                 start = opened.pop()
-                waiting[texts[start]] -= 1
+                open_counts[texts[start]] -= 1
                 if texts[start] == kind:
                     break
             number = match.group(1)

@@ -1,10 +1,9 @@
-"""Prompts to Conditioning: windows of token ids, and the text encoders' states.
+"""From prompts to Conditioning: windows of token ids, and the text encoders' hidden states.
 
     text -> [(fragment, weight)] (prompt.py) -> windows of token ids -> hidden states (B, T, D), pooled vector (B, P)
 
-A window is what a text encoder reads at once: bos, up to W - 2 tokens, eos, padding. W is 77 for Stable
-Diffusion and comes from the tokenizer's files. A longer prompt is read in several windows, whose states are laid
-side by side along T.
+A window is the input of a text encoder: bos, up to W - 2 tokens, eos, padding. W is 77 for Stable Diffusion and comes
+from the tokenizer's files. A longer prompt is read in several windows, whose states are concatenated along T.
 """
 
 from __future__ import annotations
@@ -31,17 +30,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fastldm")
 
 Call = Callable[..., Any]
-"""How an encoder is called: (key of all but the tensors, function, tensors) -> function(*tensors)."""
+"""Calls an encoder: (key of everything except the tensors, function, tensors) -> function(*tensors)."""
 
 MAX_WINDOWS = 64
-"""Beyond this, prompts of unequal length in one call are brought to one length approximately: `encode_prompts`."""
+"""Beyond this, prompts of unequal lengths are brought to one length only approximately: see `encode_prompts`."""
 MAX_PROMPT_WINDOWS = 128
-"""What a prompt may have: cross-attention reads all of it at each step."""
+"""Limit per prompt: cross-attention reads all windows in each step."""
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the U-Net reads of the prompts, in the text encoder's dtype, on its device; no negatives when unguided."""
+    """The U-Net's inputs from prompts, in the text encoder's dtype, on its device; no negatives without guidance."""
 
     hidden: Tensor  # (B, T, D)
     pooled: Tensor | None = None  # (B, P), SDXL
@@ -49,21 +48,21 @@ class Conditioning:
     negative_pooled: Tensor | None = None  # (B, P), SDXL
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
-        """`function` of every tensor there is, such as `lambda x: x.to(device)`."""
+        """Apply `function` to every tensor that is not None."""
         optional = (self.pooled, self.negative_hidden, self.negative_pooled)
         return Conditioning(function(self.hidden), *(None if x is None else function(x) for x in optional))
 
     def repeat(self, count: int) -> Conditioning:
-        """Every prompt `count` times in a row, as diffusers does for num_images_per_prompt: (B * count, ...)."""
+        """Repeat every prompt `count` times, as diffusers does for num_images_per_prompt: (B * count, ...)."""
         return self.map(lambda x: x.repeat_interleave(count, dim=0))
 
     def select(self, rows: Sequence[int]) -> Conditioning:
-        """These prompts only, in this order: (len(rows), ...)."""
+        """Only these prompts, in this order: (len(rows), ...)."""
         return self.map(lambda x: x[list(rows)])
 
     def network_rows(self) -> tuple[Tensor, Tensor | None]:
-        """Hidden states (R, T, D) and pooled vectors (R, P) of the network's rows: all negatives, where there are any,
-        then all prompts.
+        """Hidden states (R, T, D) and pooled vectors (R, P) of the U-Net's rows: all negatives if there are any, then
+        all prompts.
         """
         if self.negative_hidden is None:
             return self.hidden, self.pooled
@@ -82,15 +81,14 @@ class TextStage:
 
     @property
     def window(self) -> int:
-        """Tokens read at once: the tokenizer's, or the encoder's positions where those are fewer."""
+        """Length of a window: the tokenizer's, or the encoder's number of positions if that is smaller."""
         return min(self.tokenizer.max_length, self.model.config.max_position)
 
 
 def prompt_list(prompt: Any, name: str = "prompt") -> list[str]:
     """A prompt, or a list of them, as a list of texts.
 
-    Raises InputError for anything else, for an empty list, for too many and too long ones, and for text that has no
-    UTF-8 form.
+    Raises InputError for anything else, an empty list, too many or too long texts, and text that has no UTF-8 form.
     """
     return checks.texts(name, prompt, checks.MAX_IMAGES, checks.MAX_PROMPT_LENGTH)
 
@@ -111,39 +109,39 @@ def encode_prompts(
 ) -> Conditioning:
     """Encode prompts and, for guidance, negative prompts.
 
-    encoders: one, or SDXL's two. SDXL is known by its last encoder's projection: `hidden` is then the penultimate
-        layer's of every encoder side by side, without the final norm, and `pooled` the last encoder's.
+    encoders: one, or SDXL's two. SDXL is recognised by its last encoder's projection: `hidden` then has the penultimate
+        layers of all encoders, concatenated, without the final norm, and `pooled` is the last encoder's.
     prompts: B texts. negatives: one, or B; None without guidance.
-    prompts_2, negatives_2: one, or B, for the second encoder, in place of those.
-    clip_skip: encoder layers left out at the end, counted as diffusers counts them: None and 0 are the same, SDXL's
-        last layer is left out besides, and the negatives are read in full.
+    prompts_2, negatives_2: one, or B, for the second encoder; by default the same texts.
+    clip_skip: number of encoder layers to skip at the end, counted as in diffusers: None and 0 are the same, SDXL's
+        last layer is skipped in addition, and negatives are encoded without clip_skip.
     literal: brackets and BREAK are text.
-    length: tokens of a window; the encoders' own when None, or where it is more.
-    run: how an encoder is called, see `Call`.
-    zero_negative: where `negatives` is None, zeros stand for them (SDXL's `force_zeros_for_empty_prompt`).
+    length: tokens per window, if less than the encoders' own.
+    run: calls an encoder, see `Call`.
+    zero_negative: if `negatives` is None, use zeros (SDXL's `force_zeros_for_empty_prompt`).
 
-    A prompt that fits one window and has no weights gives what diffusers' `encode_prompt` gives. A longer one is
-    read in windows of W - 2 tokens, each between bos and eos, laid side by side along T; BREAK fills up a window and
-    begins the next. `pooled` comes from the first. All rows of a call need one T. Attention does not change when its
-    whole set of keys is repeated, so a shorter prompt's windows are repeated, up to the least common multiple of the
-    lengths: every image is the one that its prompts give alone. Only where that is more than MAX_WINDOWS does the
-    repetition stop at the longest prompt, with a warning.
+    A prompt that fits one window and has no weights gives the same as diffusers' `encode_prompt`. A longer one is read
+    in windows of W - 2 tokens, each between bos and eos, concatenated along T; BREAK pads a window and starts the next.
+    `pooled` comes from the first. All rows of a call need the same T. Attention does not change if all its keys are
+    repeated, so a shorter prompt's windows are repeated, up to the least common multiple of the lengths: every image is
+    the same as with its prompt alone. Only if that is more than MAX_WINDOWS, windows are repeated to the length of the
+    longest prompt, with a warning.
 
-    A token's weight w moves its state h away from the state e that the empty prompt has in that place,
-    e + w (h - e), as ComfyUI and compel do. AUTOMATIC1111's way, w h and then the mean over all states restored,
-    divides by a mean that may be near zero, and moves tokens that have no weight.
+    A token's weight w changes its state h to e + w (h - e), e being the state of the empty prompt at that position, as
+    in ComfyUI and compel. AUTOMATIC1111's w h, followed by restoring the mean over all states, divides by a mean that
+    may be close to zero, and changes tokens that have no weight.
 
     Raises InputError: prompts as in `prompt_list`, unequal numbers, a prompt of more than MAX_PROMPT_WINDOWS windows,
     clip_skip beyond the encoder's layers;
-    CheckpointError: a token that the encoder has no embedding for.
+    CheckpointError: a token without embedding in the encoder.
     """
     texts = prompt_list(prompts)
     batch = len(texts)
-    texts_2 = texts if prompts_2 is None else _one_each(prompts_2, batch, "prompt_2")
+    texts_2 = texts if prompts_2 is None else _broadcast(prompts_2, batch, "prompt_2")
     if negatives is not None:
-        negative_texts = _one_each(negatives, batch, "negative_prompt")
+        negative_texts = _broadcast(negatives, batch, "negative_prompt")
         texts_2 = texts_2 + (
-            negative_texts if negatives_2 is None else _one_each(negatives_2, batch, "negative_prompt_2")
+            negative_texts if negatives_2 is None else _broadcast(negatives_2, batch, "negative_prompt_2")
         )
         texts = texts + negative_texts
     pooling = encoders[-1].model.config.with_projection
@@ -178,17 +176,17 @@ class _Window(NamedTuple):
     weights: tuple[float, ...]  # (W,)
 
 
-def _one_each(texts: str | Sequence[str], batch: int, name: str) -> list[str]:
-    """A text for each prompt, from one for all or as many."""
+def _broadcast(texts: str | Sequence[str], batch: int, name: str) -> list[str]:
+    """A text per prompt, from one for all or one per prompt."""
     items = prompt_list(texts, name)
     if len(items) not in (1, batch):
-        raise InputError(f"{name} has {len(items)} texts for {batch} prompts: give one, or one a prompt")
+        raise InputError(f"{name} has {len(items)} texts for {batch} prompts: give one, or one per prompt")
     return items * (batch // len(items))
 
 
-def _check_clip_skip(clip_skip: int | None, most: int) -> int:
+def _check_clip_skip(clip_skip: int | None, limit: int) -> int:
     try:
-        return checks.whole("clip_skip", 0 if clip_skip is None else clip_skip, 0, most)
+        return checks.whole("clip_skip", 0 if clip_skip is None else clip_skip, 0, limit)
     except InputError as error:
         raise InputError(f"{error} for this model") from None
 
@@ -196,22 +194,22 @@ def _check_clip_skip(clip_skip: int | None, most: int) -> int:
 def _split(
     encoders: Sequence[TextStage], texts: Sequence[tuple[str, str]], literal: bool, length: int | None
 ) -> list[list[list[_Window]]]:
-    """Windows by encoder and by text. texts: what the first encoder reads, and what the second does.
+    """Windows by encoder and by text. texts: pairs of the texts of the first and the second encoder.
 
-    All encoders get equally many windows of each section of a text: where one needs fewer (`!!!` is one token in CLIP-L
-    and three in SDXL's second encoder), empty ones follow.
+    All encoders get the same number of windows per section of a text: if one needs fewer (`!!!` is one token in CLIP-L
+    and three in SDXL's second encoder), empty windows are appended.
     """
     window = min(stage.window for stage in encoders)
     length = window if length is None else min(length, window)
     split = {}
     for pair in dict.fromkeys(texts):
         parsed = [parse(text, literal=literal) for text in pair[: len(encoders)]]
-        most = max(len(sections) for sections in parsed)
-        parsed = [sections + [[]] * (most - len(sections)) for sections in parsed]
+        section_count = max(len(sections) for sections in parsed)
+        parsed = [sections + [[]] * (section_count - len(sections)) for sections in parsed]
         by_stage: list[list[_Window]] = [[] for _ in encoders]
-        for k in range(most):
+        for k in range(section_count):
             tokens = [_tokens(stage, sections[k]) for stage, sections in zip(encoders, parsed, strict=True)]
-            last_is_empty = 0 < k == most - 1 and not any(tokens)  # a BREAK at the end begins nothing
+            last_is_empty = 0 < k == section_count - 1 and not any(tokens)  # after a BREAK at the end
             count = 0 if last_is_empty else max(1, *(-(-len(ids) // (length - 2)) for ids in tokens))
             if len(by_stage[0]) + count > MAX_PROMPT_WINDOWS:
                 limit = MAX_PROMPT_WINDOWS * (length - 2)
@@ -227,30 +225,30 @@ def _tokens(stage: TextStage, fragments: Fragments) -> list[tuple[int, float]]:
 
 
 def _windows(tokenizer: Tokenizer, tokens: Sequence[tuple[int, float]], length: int, count: int) -> list[_Window]:
-    """Tokens and their weights cut into `count` windows of `length`; empty ones follow."""
+    """Tokens and their weights, split into `count` windows of `length`; the last ones may be empty."""
     content = length - 2
     windows = []
     for k in range(count):
-        part = tokens[k * content : (k + 1) * content]
-        padding = content - len(part)
-        ids = (tokenizer.bos, *(token for token, _ in part), tokenizer.eos, *(tokenizer.pad,) * padding)
-        weights = (1.0, *(weight for _, weight in part), 1.0, *(1.0,) * padding)
+        chunk = tokens[k * content : (k + 1) * content]
+        padding = content - len(chunk)
+        ids = (tokenizer.bos, *(token for token, _ in chunk), tokenizer.eos, *(tokenizer.pad,) * padding)
+        weights = (1.0, *(weight for _, weight in chunk), 1.0, *(1.0,) * padding)
         windows.append(_Window(ids, weights))
     return windows
 
 
 def _common_length(counts: Sequence[int]) -> int:
-    """How many windows every row of a call gets; see `encode_prompts`."""
+    """The number of windows of every row of a call; see `encode_prompts`."""
     common = math.lcm(*counts)
     if common <= max(MAX_WINDOWS, *counts):
         return common
     lengths = ", ".join(map(str, sorted(set(counts))))
-    logger.warning("prompts of %s windows in one call: pictures may differ a little from those made alone", lengths)
+    logger.warning("prompts of %s windows in one call: images may differ slightly from those of single calls", lengths)
     return max(counts)
 
 
 def _read(encode: Callable[[Tensor], tuple[Tensor, Tensor | None]], ids: Tensor) -> tuple[Tensor, Tensor | None]:
-    """An encoder's states and vectors of windows (N, W), a number of windows at once that memory was planned for."""
+    """An encoder's states and vectors of windows (N, W), in groups of MAX_WINDOWS, for which memory is planned."""
     if len(ids) <= MAX_WINDOWS:
         return encode(ids)
     groups = [encode(group) for group in ids.split(MAX_WINDOWS)]
@@ -265,7 +263,7 @@ def _encode(
     model = stage.model
     empty = _windows(stage.tokenizer, [], len(rows[0][0].ids), 1)[0].ids
     weighted = any(weight != 1.0 for row in rows for window in row for weight in window.weights)
-    # Each distinct window is read once: negatives are mostly alike, and so are several images of one prompt.
+    # Each distinct window is encoded once: negatives are mostly equal, as are several images of a prompt.
     distinct = dict.fromkeys(window.ids for row in rows for window in row)
     if weighted:
         distinct[empty] = None
@@ -286,6 +284,6 @@ def _encode(
         numbers = [[window.weights for window in row] for row in repeated]
         weights = send_numbers(numbers, torch.float32, model.device).unsqueeze(-1)
         base = states[index_of[empty]].float()  # (W, D)
-        moved = (base + weights * (hidden.float() - base)).to(hidden.dtype)
-        hidden = torch.where(weights == 1.0, hidden, moved)  # a token without a weight keeps its bits
+        scaled = (base + weights * (hidden.float() - base)).to(hidden.dtype)
+        hidden = torch.where(weights == 1.0, hidden, scaled)  # tokens without a weight stay bitwise the same
     return hidden.flatten(1, 2), None if vectors is None else vectors[index[:, 0]]

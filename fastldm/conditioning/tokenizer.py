@@ -1,4 +1,4 @@
-"""CLIP's byte-pair tokenizer, from its files or the merges that ship with fastldm."""
+"""CLIP's byte-pair tokenizer, from files or from the merges that ship with fastldm."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CLIP_WINDOW = 77
 _MERGES = ASSETS / "clip_bpe" / "merges.txt.gz"
 _DEFAULTS = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# CLIP's words (simple_tokenizer.py of openai/CLIP), as transformers' CLIPTokenizer splits them
+# CLIP's words (simple_tokenizer.py of openai/CLIP), split as in transformers' CLIPTokenizer
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
@@ -32,21 +32,20 @@ class Tokenizer:
     """CLIP's byte-pair tokenizer: ids equal those of transformers' CLIPTokenizer on the same folder. Thread-safe."""
 
     max_length: int
-    """Tokens in a window, bos and eos included."""
+    """Tokens per window, including bos and eos."""
     bos: int
     eos: int
     pad: int
-    """What fills a window after eos: eos itself in CLIP-L, `!` (id 0) in OpenCLIP's encoders."""
+    """Fills a window after eos: eos itself in CLIP-L, `!` (id 0) in OpenCLIP's encoders."""
     size: int
-    """One more than the highest id: the rows that a text encoder's embedding has to have."""
+    """One more than the highest id: the least number of embeddings of a text encoder."""
 
     def __init__(self, folder: Path | str | None = None, *, pad_token: str | None = None) -> None:
-        """Read `tokenizer.json`, or `vocab.json` and `merges.txt`, with the settings that lie beside them.
+        """Read `tokenizer.json`, or `vocab.json` and `merges.txt`, with the config files beside them.
 
-        folder: None is CLIP's own tokenizer, which is built in.
-        pad_token: in place of the one in the settings; "!" makes the built-in one that of SD 2 and of SDXL's
-            second encoder.
-        Raises CheckpointError where the files are missing, damaged, or not a byte-pair tokenizer's.
+        folder: None for CLIP's tokenizer, which is built in.
+        pad_token: overrides the one in the config; "!" gives the tokenizer of SD 2 and of SDXL's second encoder.
+        Raises CheckpointError if the files are missing, damaged, or not a byte-pair tokenizer's.
         """
         source = _MERGES if folder is None else Path(folder)
         try:
@@ -55,21 +54,21 @@ class Tokenizer:
                 files = files._replace(names={**files.names, "pad_token": {"content": pad_token}})
             self._backend = _build(files)
             ids = {token.content: k for k, token in self._backend.get_added_tokens_decoder().items()}
-            named = ("bos_token", "eos_token", "pad_token")
-            self.bos, self.eos, self.pad = (ids[files.names[name]["content"]] for name in named)
+            names = ("bos_token", "eos_token", "pad_token")
+            self.bos, self.eos, self.pad = (ids[files.names[name]["content"]] for name in names)
             self.size = 1 + max(*files.vocab.values(), *ids.values())
             self._vectors = _vectors(ids)
         except CheckpointError:
             raise
-        except Exception as error:  # files of any content end here, and tokenizers raises bare Exception
+        except Exception as error:  # files may have any content, and tokenizers raises bare Exception
             raise CheckpointError(f"the tokenizer in {source} is not one of CLIP's kind: {error!r}") from error
         self.max_length = files.max_length
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text of any length, without bos, eos and padding.
 
-        A token of several vectors, which textual inversion adds as `<x>`, `<x>_1`, `<x>_2` and so on, is read as all of
-        them where `<x>` stands (diffusers' `maybe_convert_prompt`), or as they stand where all are spelled out.
+        A token of several vectors, which textual inversion adds as `<x>`, `<x>_1`, `<x>_2` and so on, is expanded to
+        all of them (diffusers' `maybe_convert_prompt`), unless the text already contains all of them.
         """
         ids = list(self._backend.encode(text, add_special_tokens=False).ids)
         if self._vectors.keys().isdisjoint(ids):
@@ -82,7 +81,7 @@ class Tokenizer:
 
 
 def _vectors(added: Mapping[str, int]) -> dict[int, list[int]]:
-    """The ids of `<x>_1`, `<x>_2` and so on, as far as there are such, by that of `<x>`; of all added tokens."""
+    """For added tokens `<x>`: the ids of `<x>_1`, `<x>_2` and so on, by the id of `<x>`."""
     vectors = {}
     for content, token in added.items():
         rest = itertools.takewhile(added.__contains__, (f"{content}_{k}" for k in itertools.count(1)))
@@ -92,7 +91,7 @@ def _vectors(added: Mapping[str, int]) -> dict[int, list[int]]:
 
 
 def clip_vocabulary(size: int = CLIP_VOCABULARY) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """CLIP's vocabulary (token to id) and merges, built from the merges that ship here.
+    """CLIP's vocabulary (token to id) and merges, built from the merges that ship with fastldm.
 
     size: 514 to 49,408 tokens. A smaller vocabulary has the 512 bytes, the `size - 514` most common merges, and
     the two special tokens at its end.
@@ -100,7 +99,7 @@ def clip_vocabulary(size: int = CLIP_VOCABULARY) -> tuple[dict[str, int], list[t
     with gzip.open(_MERGES, "rt", encoding="utf-8") as file:
         lines = file.read().splitlines()[1:]  # the first is "#version: 0.2"
     merges = [(left, right) for left, right in (line.split(" ") for line in lines[: size - 514])]
-    # GPT-2's order of the bytes: the printable ones first, the rest as characters from 256 on
+    # GPT-2's order of bytes: printable ones first, the rest as characters from 256
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(byte) for byte in printable] + [chr(256 + k) for k in range(256 - len(printable))]
     tokens = [*letters, *(letter + "</w>" for letter in letters), *(left + right for left, right in merges), BOS, EOS]
@@ -108,12 +107,12 @@ def clip_vocabulary(size: int = CLIP_VOCABULARY) -> tuple[dict[str, int], list[t
 
 
 class _Files(NamedTuple):
-    """A tokenizer's files, read, whichever they were. Tokens are AddedToken's arguments."""
+    """The content of a tokenizer's files in any format. Tokens are AddedToken's arguments."""
 
     vocab: dict[str, int]
     merges: list[tuple[str, str]]
-    added: list[dict[str, Any]]  # taken out of a text before all else
-    names: dict[str, dict[str, Any]]  # likewise; by "bos_token" and so on
+    added: list[dict[str, Any]]  # matched in a text before splitting
+    names: dict[str, dict[str, Any]]  # likewise; special tokens by "bos_token" and so on
     max_length: int
 
 
@@ -123,8 +122,8 @@ def _bundled_files() -> _Files:
 
 
 def _read_files(folder: Path) -> _Files:
-    """As transformers reads them: `tokenizer.json` gives vocabulary and merges where it is there, but not how to
-    normalise and split; `added_tokens_decoder` replaces the older files of special tokens."""
+    """Read files as transformers does: vocabulary and merges come from `tokenizer.json` if there is one, but not its
+    normaliser and splitter; `added_tokens_decoder` replaces the older files of special tokens."""
     serialized = _read_json(folder / "tokenizer.json")
     config = _read_json(folder / "tokenizer_config.json") or {}
     vocab, merges = _read_bpe(folder) if serialized is None else _serialized_bpe(folder, serialized)
@@ -169,12 +168,12 @@ def _read_bpe(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def _read_json(path: Path) -> Any:
-    """The file's content, or None where there is no such file."""
+    """The file's content, or None if it does not exist."""
     return read_json(path) if os.path.lexists(path) else None
 
 
 def _token(value: Any) -> dict[str, Any]:
-    """A token as the files write it, a string or a dict, as AddedToken's arguments."""
+    """AddedToken's arguments, from a string or a dict in the files."""
     if isinstance(value, str):
         return {"content": value}
     return {k: value[k] for k in ("content", "single_word", "lstrip", "rstrip", "normalized", "special") if k in value}
@@ -182,12 +181,12 @@ def _token(value: Any) -> dict[str, Any]:
 
 def _window_length(config: Mapping[str, Any]) -> int:
     length = config.get("model_max_length", config.get("max_len"))
-    # transformers writes 1e30 where it knows none
+    # transformers writes 1e30 for no limit
     return int(length) if isinstance(length, (int, float)) and 3 <= length <= 1e6 else CLIP_WINDOW
 
 
 def _build(files: _Files) -> tokenizers.Tokenizer:
-    # Imported where it is used: `import fastldm` and the command's help do without.
+    # Imported here so that `import fastldm` and the command's help do not need it.
     from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Backend
     from tokenizers.models import BPE
@@ -209,7 +208,7 @@ def _build(files: _Files) -> tokenizers.Tokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
-    # The named tokens are special, whatever the files say of them, and so are found in a text as written.
+    # Named tokens are always special, so that they match a text without normalisation.
     named = {token["content"]: token for token in files.names.values()}
     added = {token["content"]: token for token in files.added}
     tokens = [{**token, "special": token.get("special", False) or content in named} for content, token in added.items()]

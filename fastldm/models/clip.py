@@ -1,7 +1,7 @@
 """CLIP's text encoder: OpenAI's ViT-L/14, OpenCLIP's H/14 and bigG/14.
 
 Parameter names are those of the checkpoints on the hub and of transformers' CLIPTextModelWithProjection. (Its
-CLIPTextModel leaves out the prefix `text_model.` since version 5.)
+CLIPTextModel has omitted the prefix `text_model.` since version 5.)
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastldm.models.layers import LayerNorm, Layers, Linear, attention, paramete
 
 
 class CLIPText(nn.Module):
-    """Token ids to hidden states, and with a projection to the pooled vector of the whole text."""
+    """Token ids to hidden states, and with a projection to a pooled vector of the text."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -29,33 +29,33 @@ class CLIPText(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """The device of its weights."""
         return self.text_model.final_layer_norm.weight.device
 
     def forward(self, input_ids: Tensor, skip: int = 0, final_norm: bool = True) -> tuple[Tensor, Tensor | None]:
         """input_ids (B, T) integers -> hidden (B, T, D), pooled (B, P).
 
-        hidden is taken after all layers but the last `skip` and, with final_norm, normalised. pooled is the projected
-        state of the first end-of-text token after all layers, whatever `skip` is; None in a model without projection,
-        where no U-Net reads it.
+        hidden is the output of all layers except the last `skip`, with final_norm normalised. pooled is the projected
+        state of the first end-of-text token after all layers, independent of `skip`; None without a projection, where
+        no U-Net reads it.
         """
         text = self.text_model
         x = text.embeddings(input_ids)
-        kept = self.config.layers - skip
-        for layer in text.encoder.layers[:kept]:
+        depth = self.config.layers - skip
+        for layer in text.encoder.layers[:depth]:
             x = layer(x)
         hidden = text.final_layer_norm(x) if final_norm else x
         if self.text_projection is None:
             return hidden, None
 
-        for layer in text.encoder.layers[kept:]:
+        for layer in text.encoder.layers[depth:]:
             x = layer(x)
         last = x[torch.arange(len(x), device=x.device), self.ends(input_ids)]
         return hidden, self.text_projection(text.final_layer_norm(last))
 
     def ends(self, input_ids: Tensor) -> Tensor:
-        """Where each text of input_ids (B, T) ends: (B,), its first end-of-text token."""
-        # Configs from before transformers 4.31 say eos_token_id = 2 and mean the highest id: CLIP's end of text.
+        """The index of the first end-of-text token of each text in input_ids (B, T): (B,)."""
+        # In configs from before transformers 4.31, eos_token_id = 2 means the highest id: CLIP's end of text.
         eos = self.config.eos_token_id
         return (input_ids if eos == 2 else (input_ids == eos).int()).argmax(dim=1)  # the first of equals
 

@@ -1,8 +1,8 @@
-"""What a checkpoint's config.json says about its network, as plain data.
+"""Configs of networks, read from a checkpoint's config.json files.
 
-The quirks of the files end here: the networks in fastldm/models read one regular description. Each file has a table of
-the keys that are read (see reading.py). A key that would change the network in a way that is not implemented is an
-error that names it; a key that does not change it (dropout, options for training and loading) is ignored.
+The quirks of the files are resolved here, so that the networks in fastldm/models read a regular description. Each file
+has a table of the keys that are read (see reading.py). A key that changes the network in a way that is not implemented
+is an error that names it; a key that does not change it (dropout, options for training and loading) is ignored.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ _WIDTH = Integer(1, MAX_CHANNELS)  # channels, heads, groups
 _LAYERS = Integer(1, 64)
 _EPSILON = Number(0, 1)
 _MAX_LEVELS = 12
-_MAX_BLOCKS = 1500  # resnets and transformer blocks of a U-Net; the largest there are, SDXL's, have 87
+_MAX_BLOCKS = 1500  # resnets and transformer blocks of a U-Net; SDXL's has 87
 
 
 def _only(values: Mapping[str, tuple[Any, ...]]) -> dict[str, Field]:
-    """Keys with the values that are implemented. A missing key stands for the first."""
+    """Keys with their implemented values. A missing key has the first."""
     return {key: Field(OneOf(*allowed), allowed[0]) for key, allowed in values.items()}
 
 
 def _per_level(kind: Kind, levels: int, scalar: bool = True) -> ListOf:
-    """A value for each level; a scalar stands for every one."""
+    """A value per level; a scalar is the value of all levels."""
     return ListOf(kind, levels, levels, scalar, each="level")
 
 
 def _channels(cfg: Mapping[str, Any], source: str) -> tuple[int, ...]:
-    """The key that says how many levels there are, and with that how long other keys' lists are."""
+    """Channels per level; their number is the length of other keys' lists."""
     fields = {"block_out_channels": Field(ListOf(_WIDTH, 1, _MAX_LEVELS))}
     return read_fields(cfg, fields, source)["block_out_channels"]
 
@@ -60,7 +60,7 @@ def _check_divides(channels: int, into: int, key: str, source: str) -> None:
 _CROSS = {"down": "CrossAttnDownBlock2D", "up": "CrossAttnUpBlock2D"}
 _PLAIN = {"down": "DownBlock2D", "up": "UpBlock2D"}
 
-# Not here on purpose: `upcast_attention` asks for a float32 softmax, which every attention here has.
+# `upcast_attention` is left out: it means a float32 softmax, which all attention here has.
 _UNET_ONLY: dict[str, tuple[Any, ...]] = {
     "_class_name": ("UNet2DConditionModel",),
     "act_fn": ("silu", "swish"),
@@ -94,7 +94,7 @@ _DEPTH = Integer(0, 64)  # transformer blocks after a resnet
 
 
 def _unet_fields(levels: int) -> dict[str, Field]:
-    usual = levels == 4  # the block types that diffusers' class has by default
+    usual = levels == 4  # defaults of diffusers' class
     down = (*[_CROSS["down"]] * 3, _PLAIN["down"]) if usual else ...
     up = (_PLAIN["up"], *[_CROSS["up"]] * 3) if usual else ...
     depths = _per_level(Either(_DEPTH, ListOf(_DEPTH, 1, _LAYERS.max + 1)), levels)
@@ -105,7 +105,7 @@ def _unet_fields(levels: int) -> dict[str, Field]:
         "down_block_types": Field(_per_level(OneOf(_CROSS["down"], _PLAIN["down"]), levels, scalar=False), down),
         "up_block_types": Field(_per_level(OneOf(_CROSS["up"], _PLAIN["up"]), levels, scalar=False), up),
         "only_cross_attention": Field(_per_level(OneOf(False), levels), None),
-        # The number of heads: a misnomer that diffusers keeps since so many files have it.
+        # The number of heads: a misnomer that diffusers keeps for compatibility.
         "attention_head_dim": Field(_per_level(_WIDTH, levels), (8,) * levels),
         "cross_attention_dim": Field(_per_level(_WIDTH, levels), (1280,) * levels),
         "layers_per_block": Field(_per_level(_LAYERS, levels), (2,) * levels),
@@ -129,7 +129,7 @@ _TEXT_TIME = {
 
 @dataclass(frozen=True)
 class Level:
-    """One block of a U-Net: a resnet for each of `depths`, followed by a transformer so deep, or by none (None)."""
+    """One block of a U-Net: a resnet for each of `depths`, followed by a transformer of that depth, or none (None)."""
 
     channels: int
     heads: int
@@ -143,9 +143,9 @@ class UNetConfig:
 
     in_channels: int
     out_channels: int
-    sample_size: tuple[int, int]  # latent height and width that the model was trained at
+    sample_size: tuple[int, int]  # latent height and width that the model was trained with
     down: tuple[Level, ...]
-    mid: Level  # without resnets in distilled networks that have no middle
+    mid: Level  # without resnets in distilled networks without middle block
     up: tuple[Level, ...]
     norm_groups: int
     norm_eps: float
@@ -157,7 +157,7 @@ class UNetConfig:
     time_cond_proj_dim: int | None  # channels of the guidance embedding (LCM)
     addition_embed_type: str | None  # "text_time": pooled text and sizes enter the time embedding (SDXL)
     addition_time_embed_dim: int
-    addition_input_dim: int  # channels of the pooled text and all embedded sizes together
+    addition_input_dim: int  # total channels of pooled text and embedded sizes
 
     @property
     def levels(self) -> int:
@@ -165,7 +165,7 @@ class UNetConfig:
 
     @property
     def stride(self) -> int:
-        """Latent sizes that are multiples of this halve evenly; others run too."""
+        """Latent sizes that are multiples of this are halved evenly; other sizes are allowed too."""
         return 2 ** (self.levels - 1)
 
     @property
@@ -175,7 +175,7 @@ class UNetConfig:
 
     @property
     def time_channels(self) -> int:
-        """Channels of a time row: those of every resnet."""
+        """Channels of a time row: the sum over all resnets."""
         return sum(level.channels * len(level.depths) for level in (*self.down, self.mid, *self.up))
 
     @property
@@ -196,7 +196,7 @@ class UNetConfig:
 
     @classmethod
     def from_dict(cls, cfg: Mapping[str, Any], source: str = "config.json") -> UNetConfig:
-        """Read diffusers' unet/config.json; CheckpointError where it asks for what is not implemented."""
+        """Read diffusers' unet/config.json; CheckpointError if it needs what is not implemented."""
         channels = _channels(cfg, source)
         levels, last = len(channels), len(channels) - 1
         values = read_fields(cfg, _unet_fields(levels), source)
@@ -213,8 +213,10 @@ class UNetConfig:
                     "and such nested lists need 'reverse_transformer_layers_per_block' too"
                 )
         down_types, up_types = values["down_block_types"], values["up_block_types"]
-        widths = zip(down_types, values["cross_attention_dim"], strict=True)
-        contexts = {width for kind, width in widths if kind == _CROSS["down"]} or {values["cross_attention_dim"][last]}
+        by_level = zip(down_types, values["cross_attention_dim"], strict=True)
+        contexts = {channels for kind, channels in by_level if kind == _CROSS["down"]} or {
+            values["cross_attention_dim"][last]
+        }
         if len(contexts) > 1:
             raise CheckpointError(
                 f"{source}: 'cross_attention_dim' is {list(values['cross_attention_dim'])}, "
@@ -227,16 +229,18 @@ class UNetConfig:
             if not crosses:
                 return Level(channels[i], heads[i], context, (None,) * resnets)
             _check_divides(channels[i], heads[i], "attention_head_dim", source)
-            each = (depth,) * resnets if isinstance(depth, int) else depth
-            if len(each) != resnets:
-                raise CheckpointError(f"{source}: transformer depths {each} for a block of {resnets} resnets")
-            return Level(channels[i], heads[i], context, each)
+            depths = (depth,) * resnets if isinstance(depth, int) else depth
+            if len(depths) != resnets:
+                raise CheckpointError(f"{source}: transformer depths {depths} for a block of {resnets} resnets")
+            return Level(channels[i], heads[i], context, depths)
 
         down = tuple(level(i, down_types[i] == _CROSS["down"], layers[i], depths[i]) for i in range(levels))
         up = tuple(
             level(last - i, up_types[i] == _CROSS["up"], layers[last - i] + 1, up_depths[i]) for i in range(levels)
         )
-        mid_depth = depths[last] if isinstance(depths[last], int) else depths[last][0]  # one transformer, so the first
+        mid_depth = (
+            depths[last] if isinstance(depths[last], int) else depths[last][0]
+        )  # the middle block has one transformer
         mid_depths: dict[str | None, tuple[int | None, ...]] = {
             "UNetMidBlock2DCrossAttn": (mid_depth, None),
             "UNetMidBlock2D": (None,),
@@ -245,19 +249,19 @@ class UNetConfig:
         if values["mid_block_type"] == "UNetMidBlock2DCrossAttn":
             _check_divides(channels[last], heads[last], "attention_head_dim", source)
         mid = Level(channels[last], heads[last], context, mid_depths[values["mid_block_type"]])
-        blocks = sum(1 + (depth or 0) for part in (*down, mid, *up) for depth in part.depths)
+        blocks = sum(1 + (depth or 0) for block in (*down, mid, *up) for depth in block.depths)
         if blocks > _MAX_BLOCKS:
             raise CheckpointError(
                 f"{source}: its 'layers_per_block' and 'transformer_layers_per_block' make {blocks:,} blocks, "
                 f"expected at most {_MAX_BLOCKS:,}"
             )
 
-        shift = values["freq_shift"]  # frequencies are spread over half the channels, less this
+        shift = values["freq_shift"]  # subtracted from the number of frequencies, half the channels
         if min(channels[0] // 2, added["addition_time_embed_dim"] // 2 if text_time else channels[0]) <= shift:
             raise CheckpointError(
                 f"{source}: 'freq_shift' is {shift:g}, expected less than half of the embedding's channels"
             )
-        size = values["sample_size"] or (128 if text_time else 64)  # diffusers' pipelines fall back to these
+        size = values["sample_size"] or (128 if text_time else 64)  # defaults of diffusers' pipelines
         return cls(
             in_channels=values["in_channels"],
             out_channels=values["out_channels"],
@@ -281,7 +285,7 @@ class UNetConfig:
 
 # --------------------------------------------------------------------------------------------------- autoencoders
 
-# Not here on purpose: `shift_factor`, which diffusers' pipelines of Stable Diffusion 1, 2 and XL do not look at.
+# `shift_factor` is left out: diffusers' pipelines of Stable Diffusion 1, 2 and XL ignore it.
 _VAE_ONLY: dict[str, tuple[Any, ...]] = {
     "_class_name": ("AutoencoderKL",),
     "act_fn": ("silu", "swish"),
@@ -331,7 +335,7 @@ class VAEConfig:
     quant_conv: bool
     post_quant_conv: bool
     scaling_factor: float
-    force_upcast: bool  # trained with activations beyond float16's range: see models.vae.rescale_for_half
+    force_upcast: bool  # activations overflow in float16: see models.vae.rescale_for_half
 
     @property
     def factor(self) -> int:
@@ -340,7 +344,7 @@ class VAEConfig:
 
     @classmethod
     def from_dict(cls, cfg: Mapping[str, Any], source: str = "config.json") -> VAEConfig:
-        """Read diffusers' vae/config.json; CheckpointError where it asks for what is not implemented."""
+        """Read diffusers' vae/config.json; CheckpointError if it needs what is not implemented."""
         channels = _channels(cfg, source)
         types = {
             key: Field(_per_level(OneOf(kind), len(channels), scalar=False), None)
@@ -366,7 +370,7 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class TinyVAEConfig:
-    """A distilled autoencoder in TAESD's layout (diffusers' AutoencoderTiny), made for a U-Net's scaled latents."""
+    """A distilled autoencoder in TAESD's layout (diffusers' AutoencoderTiny), for a U-Net's scaled latents."""
 
     in_channels: int
     out_channels: int
@@ -384,26 +388,26 @@ class TinyVAEConfig:
 
     @property
     def force_upcast(self) -> bool:
-        """Never: it was distilled to stay in range (diffusers overrules the file here as well)."""
+        """Always False: it was distilled to stay in range (diffusers ignores the file's value too)."""
         return False
 
     @classmethod
     def from_dict(cls, cfg: Mapping[str, Any], source: str = "config.json") -> TinyVAEConfig:
-        """Read an AutoencoderTiny's config.json; CheckpointError where it asks for what is not implemented."""
+        """Read an AutoencoderTiny's config.json; CheckpointError if it needs what is not implemented."""
         values = read_fields(cfg, _only(_TINY_VAE_ONLY) | _LATENTS | _TINY_VAE, source)
         blocks = {side: values[f"num_{side}_blocks"] for side in ("encoder", "decoder")}
         if len(blocks["encoder"]) != len(blocks["decoder"]):
             raise CheckpointError(
                 f"{source}: 'num_encoder_blocks' is {list(blocks['encoder'])} and 'num_decoder_blocks' "
-                f"{list(blocks['decoder'])}, expected as many levels in both"
+                f"{list(blocks['decoder'])}, expected the same number of levels"
             )
         widths = {}
         for side, levels in blocks.items():
             key = f"{side}_block_out_channels"
-            each = read_fields(cfg, {key: Field(_per_level(_WIDTH, len(levels)), (64,) * len(levels))}, source)[key]
-            if len(set(each)) != 1:  # the layout has no convolution that could change it
-                raise CheckpointError(f"{source}: {key!r} is {list(each)}, expected one width for all blocks")
-            widths[side] = each[0]
+            channels = read_fields(cfg, {key: Field(_per_level(_WIDTH, len(levels)), (64,) * len(levels))}, source)[key]
+            if len(set(channels)) != 1:  # the layout has no convolution that could change it
+                raise CheckpointError(f"{source}: {key!r} is {list(channels)}, expected one width for all blocks")
+            widths[side] = channels[0]
         return cls(
             in_channels=values["in_channels"],
             out_channels=values["out_channels"],
@@ -451,7 +455,7 @@ class TextConfig:
 
     @classmethod
     def from_dict(cls, cfg: Mapping[str, Any], source: str = "config.json") -> TextConfig:
-        """Read transformers' text_encoder/config.json; CheckpointError where it asks for what is not implemented."""
+        """Read transformers' text_encoder/config.json; CheckpointError if it needs what is not implemented."""
         values = read_fields(cfg, _TEXT, source)
         architectures = values["architectures"] or ("CLIPTextModel",)
         if architectures[0] not in ("CLIPTextModel", _PROJECTED):

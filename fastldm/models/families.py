@@ -1,4 +1,4 @@
-"""The families of models, as data. One that has no network of its own is added by its entry in FAMILIES."""
+"""The families of models, as data. To add one without new networks, add an entry to FAMILIES."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ NETWORK_CLASSES = {
     "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
     "text_encoder_2": ("CLIPTextModel", "CLIPTextModelWithProjection"),
 }
-"""Of each component of a pipeline, diffusers' and transformers' classes that there are networks for."""
+"""The supported classes of diffusers and transformers, by pipeline component."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of checkpoint: how it is recognised, and what it wants by default.
+    """A kind of checkpoint: how it is recognised, and its defaults.
 
-    Its size is `unet.sample_size` times `vae.factor`.
+    Its default size is `unet.sample_size` times `vae.factor`.
     """
 
     name: str
     num_inference_steps: int
-    guidance_scale: float  # classifier-free guidance at most 1 means none: one pass a step, not two
+    guidance_scale: float  # at most 1: no classifier-free guidance, one pass per step instead of two
     matches: Callable[[UNetConfig, Mapping[str, Any]], bool]  # of the U-Net and the raw scheduler_config.json
     sampler: str | None = None  # None: the one that scheduler_config.json names
-    pipelines: tuple[str, ...] = ()  # diffusers' classes that came with it, and whose arguments a pipeline here takes
+    pipelines: tuple[str, ...] = ()  # diffusers' classes for it, whose arguments fastldm's pipelines take
 
 
 def _is_v(scheduler: Mapping[str, Any]) -> bool:
@@ -37,7 +37,7 @@ def _is_v(scheduler: Mapping[str, Any]) -> bool:
 
 
 def _is_few_step(scheduler: Mapping[str, Any], *classes: str) -> bool:
-    """Adversarially distilled models ship Euler with trailing spacing; so do zero-SNR fine-tunes, which need steps."""
+    """Adversarially distilled models have Euler with trailing spacing; so do zero-SNR fine-tunes, with many steps."""
     return (
         scheduler.get("_class_name") in classes
         and scheduler.get("timestep_spacing") == "trailing"
@@ -50,7 +50,7 @@ _LCM_PIPELINES = ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2I
 _SD_PIPELINES = (
     "StableDiffusionPipeline",
     "StableDiffusionImg2ImgPipeline",
-    "StableDiffusionInpaintPipelineLegacy",  # with a network that knows of no mask, as the one of sd1-inpaint may
+    "StableDiffusionInpaintPipelineLegacy",  # with a network without mask input
 )
 _SDXL_PIPELINES = (
     "StableDiffusionXLPipeline",
@@ -59,7 +59,7 @@ _SDXL_PIPELINES = (
 )
 _EULER, _EULER_A = "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"
 
-# The first that matches wins; the last matches everything.
+# The first match counts; the last entry matches everything.
 FAMILIES: tuple[Family, ...] = (
     Family("sdxl-lcm", 4, 8.0, lambda unet, _: unet.needs_guidance and unet.needs_added),
     Family("lcm", 4, 8.5, lambda unet, _: unet.needs_guidance, pipelines=_LCM_PIPELINES),
@@ -93,5 +93,5 @@ def recognise(unet: UNetConfig, scheduler: Mapping[str, Any]) -> Family:
 
 
 def pipeline_classes() -> frozenset[str]:
-    """diffusers' classes whose pictures a pipeline here makes: they differ in their arguments alone."""
+    """diffusers' classes that fastldm's pipelines replace: they differ only in their arguments."""
     return frozenset(name for family in FAMILIES for name in family.pipelines)

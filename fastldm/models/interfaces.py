@@ -1,4 +1,4 @@
-"""What a pipeline asks of its networks: of PyTorch's modules, or of those in their place."""
+"""Protocols of a pipeline's networks: PyTorch's modules, or engines that replace them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Layer = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class AddedConditions:
-    """What SDXL adds to the time embedding, one row per U-Net row."""
+    """SDXL's conditions in the time embedding, one row per U-Net row."""
 
     text_embeds: Tensor  # (R, P) pooled text
     time_ids: Tensor  # (R, 6) original height and width, crop top and left, target height and width, in pixels
@@ -47,7 +47,7 @@ class Denoiser(Protocol):
     def cross_kv(self, encoder_hidden_states: Tensor) -> tuple[Tensor, ...]: ...
 
     def step(
-        self, u: Tensor, temb_row: Tensor, cross_kv: Sequence[Tensor], *, kv_len: Tensor | None = None
+        self, model_input: Tensor, temb_row: Tensor, cross_kv: Sequence[Tensor], *, kv_len: Tensor | None = None
     ) -> Tensor: ...
 
 

@@ -25,7 +25,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """x (B, C, H, W) in channels-last memory; every layer hands that on."""
+    """x (B, C, H, W) in channels-last memory, which all layers preserve."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -40,7 +40,7 @@ def to_image(tokens: Tensor, height: int) -> Tensor:
 
 
 class Layers(nn.ModuleList, Generic[M]):
-    """An nn.ModuleList that says what it holds."""
+    """An nn.ModuleList with a type for its items."""
 
     if TYPE_CHECKING:
 
@@ -62,19 +62,19 @@ class Linear(nn.Module):
 
 
 def project(x: Tensor, layers: Sequence[Linear]) -> Tensor:
-    """x (B, N, I) through all layers, their outputs side by side: (B, N, O1 + O2 + ...). One matrix product."""
+    """x (B, N, I) through all layers, their outputs concatenated: (B, N, O1 + O2 + ...). One matrix product."""
     biases = [layer.bias for layer in layers if layer.bias is not None]
     return linear(x, stacked([layer.weight for layer in layers]), stacked(biases) if biases else None)
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """The tensors as one, along their first dimension: a view where they lie so in memory (loading/prepare.py lays them
-    so), else a copy. The layout is all there is to know, so a tensor that was replaced is never read from before."""
-    first, *others = tensors
+    """Tensors concatenated along their first dimension: a view if they are adjacent in memory (as loading/prepare.py
+    arranges them), else a copy. Only the memory layout is checked, so replaced tensors are always read."""
+    first, *rest = tensors
     end = first.storage_offset() + first.numel()
-    for other in others:
+    for other in rest:
         if (
-            torch.compiler.is_compiling()  # which cannot look at memory, and folds constants
+            torch.compiler.is_compiling()  # which cannot see addresses, and folds constants
             or other.untyped_storage()._cdata != first.untyped_storage()._cdata
             or other.storage_offset() != end
             or not (first.is_contiguous() and other.is_contiguous())
@@ -86,7 +86,7 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor:
 
 
 class Pointwise(nn.Module):
-    """A 1x1 convolution in the checkpoint, applied to tokens (B, N, C) as the linear layer that it is."""
+    """A 1x1 convolution in the checkpoint, applied to tokens (B, N, C) as a linear layer."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -98,12 +98,12 @@ class Pointwise(nn.Module):
 
 
 class Conv(nn.Module):
-    """A convolution with an odd kernel that keeps height and width."""
+    """A convolution with an odd kernel that preserves height and width."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, bias: bool = True) -> None:
         super().__init__()
         self.weight = parameter(out_channels, in_channels, kernel, kernel)
-        self.weight.data = channels_last(self.weight.data)  # as weights are prepared
+        self.weight.data = channels_last(self.weight.data)  # as loading.prepare lays weights out
         self.bias = parameter(out_channels) if bias else None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -132,16 +132,16 @@ class LayerNorm(nn.Module):
         return layer_norm(x, self.weight, self.bias, self.eps)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """x + residual, and that normalised."""
+        """x + residual, and the same normalised."""
         return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
 
 class Resnet(nn.Module):
     """Two normalised convolutions around a residual; diffusers' ResnetBlock2D.
 
-    In a U-Net a row of channels that depends on the time step is added between them: `shift` (B, out_channels). It has
-    conv1's bias in it (see UNet.time_rows), so conv1 runs without. A U-Net's decoder gives part of the input as `skip`.
-    norm: what applies a GroupNorm: as the layer does, or with statistics from elsewhere.
+    In a U-Net, channels that depend on the timestep are added between them: `shift` (B, out_channels). It includes
+    conv1's bias (see UNet.time_rows), so conv1 runs without. A U-Net's decoder passes a part of the input as `skip`.
+    norm: applies a GroupNorm, by default as usual; tiled decoding uses shared statistics.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class Resnet(nn.Module):
         h = norm(self.norm1, x, silu=True, skip=skip)
         bias = self.conv1.bias if shift is None else None
         if bias is not None and device_type(h) != "cpu":
-            # A GPU's convolution adds a bias in a pass of its own, the norm in passing. A CPU's adds it for nothing.
+            # On a GPU, a convolution adds the bias in a separate pass, while the norm fuses it.
             shift, bias = bias.expand(h.shape[0], -1), None
         h = conv2d(h, self.conv1.weight, bias, padding=1)
         h = norm(self.norm2, h, silu=True, shift=shift)
@@ -184,7 +184,7 @@ class Resnet(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve height and width by a 3x3 convolution of stride 2; padding 0 means one row below and one column right."""
+    """Halve height and width by a 3x3 convolution of stride 2; padding 0 pads one row below and one column right."""
 
     def __init__(self, channels: int, padding: int) -> None:
         super().__init__()
@@ -198,9 +198,9 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Enlarge to `size` (height, width), twice the size when None, by nearest neighbour, and convolve.
+    """Enlarge to `size` (height, width), by default twice the size, by nearest neighbour, and convolve.
 
-    phases: those of the convolution's weight, where `fastldm.loading.prepare` keeps them.
+    phases: of the convolution's weight, if `fastldm.loading.prepare` has cached them.
     """
 
     phases: Tensor | None
@@ -216,10 +216,10 @@ class Upsample(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of q (B, N, channels) over k and v (S, M, channels), and its output's projection.
+    """Multi-head attention of q (B, N, channels) over k and v (S, M, channels), and its output projection.
 
-    The caller projects: `qkv` for attention to itself, `to_q` and, once a text, `kv` for attention to that.
-    kv_len and slots as in `kernels.attention`: how many keys each of S texts has, and whose each of B rows reads.
+    The caller projects: `qkv` for self-attention; `to_q` and, once per text, `kv` for cross-attention.
+    kv_len and slots as in `kernels.attention`: the number of keys of each of S texts, and the text of each of B rows.
     """
 
     def __init__(self, channels: int, heads: int, context: int, bias: bool = False) -> None:
@@ -231,7 +231,7 @@ class Attention(nn.Module):
         self.heads = heads
 
     def qkv(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values of x (B, N, channels), thirds of one product."""
+        """Queries, keys and values of x (B, N, channels), by one matrix product."""
         return project(x, (self.to_q, self.to_k, self.to_v)).chunk(3, dim=-1)
 
     def kv(self, context: Tensor) -> Tensor:

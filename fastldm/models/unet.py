@@ -1,7 +1,7 @@
 """The U-Net of Stable Diffusion 1, 2, XL and their distilled relatives, partially evaluated.
 
-What depends on the schedule and the conditioning alone is computed once, by `time_rows` and `cross_kv`; what is left
-for each step of the denoising loop is `step`. Parameter names are those of diffusers' UNet2DConditionModel.
+Everything that depends only on the schedule and the conditioning is computed once, by `time_rows` and `cross_kv`; the
+denoising loop only calls `step`. Parameter names are those of diffusers' UNet2DConditionModel.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from fastldm.models.layers import (
 
 
 class Text(NamedTuple):
-    """What one cross-attention reads: keys and values, and whose."""
+    """The text inputs of one cross-attention."""
 
     kv: Tensor  # (texts, T, 2C), keys | values
     kv_len: Tensor | None  # (texts,) int32
@@ -45,71 +45,72 @@ class Text(NamedTuple):
 
 
 class UNet(nn.Module):
-    """From noisy latents, a time step and a text to noise, v or sample, whichever the checkpoint was trained for.
+    """From noisy latents, a timestep and a text to noise, v or sample, as the checkpoint was trained.
 
     Used in parts:
         rows = unet.time_rows(timesteps)            # once per schedule and conditioning, (steps, S)
         kv = unet.cross_kv(encoder_hidden_states)   # once per prompt
-        out = unet.step(u, rows[i : i + 1], kv)     # each step
+        out = unet.step(x, rows[i : i + 1], kv)     # each step
     """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
-        width = config.down[0].channels
-        self.conv_in = Conv(config.in_channels, width)
-        self.time_proj = Sinusoids(width, config.flip_sin_to_cos, config.freq_shift)
-        self.time_embedding = TimeEmbedding(width, config.time_embedding_dim, config.time_cond_proj_dim)
+        channels = config.down[0].channels
+        self.conv_in = Conv(config.in_channels, channels)
+        self.time_proj = Sinusoids(channels, config.flip_sin_to_cos, config.freq_shift)
+        self.time_embedding = TimeEmbedding(channels, config.time_embedding_dim, config.time_cond_proj_dim)
         if config.time_cond_proj_dim is not None:
             self.guidance_proj = GuidanceSinusoids(config.time_cond_proj_dim)
         if config.needs_added:
             self.add_time_proj = Sinusoids(config.addition_time_embed_dim, config.flip_sin_to_cos, config.freq_shift)
             self.add_embedding = TimeEmbedding(config.addition_input_dim, config.time_embedding_dim)
 
-        # Whatever the encoder makes is kept as a skip connection; each resnet of the decoder takes the last one left.
-        skips = [width]
+        # Each output of the encoder is a skip connection; each resnet of the decoder takes the last remaining one.
+        skips = [channels]
         self.down_blocks: Layers[Block] = Layers()
         for i, level in enumerate(config.down):
-            block = Block(config, level, width)
-            width = level.channels
-            skips += [width] * len(level.depths)
+            block = Block(config, level, channels)
+            channels = level.channels
+            skips += [channels] * len(level.depths)
             if i < config.levels - 1:
-                block.downsamplers.append(Downsample(width, config.downsample_padding))
-                skips.append(width)
+                block.downsamplers.append(Downsample(channels, config.downsample_padding))
+                skips.append(channels)
             self.down_blocks.append(block)
-        self.mid_block = Block(config, config.mid, width)
+        self.mid_block = Block(config, config.mid, channels)
         self.up_blocks: Layers[Block] = Layers()
         for i, level in enumerate(config.up):
-            block = Block(config, level, width, [skips.pop() for _ in level.depths])
-            width = level.channels
+            block = Block(config, level, channels, [skips.pop() for _ in level.depths])
+            channels = level.channels
             if i < config.levels - 1:
-                block.upsamplers.append(Upsample(width))
+                block.upsamplers.append(Upsample(channels))
             self.up_blocks.append(block)
 
-        self.conv_norm_out = GroupNorm(config.norm_groups, width, config.norm_eps)
-        self.conv_out = Conv(width, config.out_channels)
+        self.conv_norm_out = GroupNorm(config.norm_groups, channels, config.norm_eps)
+        self.conv_out = Conv(channels, config.out_channels)
 
     def step(
         self,
-        u: Tensor,
+        model_input: Tensor,
         temb_row: Tensor,
         cross_kv: Sequence[Tensor],
         *,
         kv_len: Tensor | None = None,
         slots: Tensor | None = None,
     ) -> Tensor:
-        """One evaluation: u (B, Cin, H, W), temb_row (B, S) of time_rows, cross_kv of B texts -> (B, Cout, H, W).
+        """Evaluate the network: model_input (B, Cin, H, W), temb_row (B, S) of time_rows, cross_kv of B texts ->
+        (B, Cout, H, W).
 
-        kv_len (texts,) int32: how many tokens of each text are seen, all when None. slots (B,) int32: which of the
-        texts in cross_kv each row reads, its own when None. Both stay on the device.
+        kv_len (texts,) int32: the number of visible tokens of each text, by default all. slots (B,) int32: the text in
+        cross_kv that each row reads, by default its own. Both stay on the device.
 
-        Nothing is computed here that does not change at each step. Any H and W run, as in diffusers: upsampling goes to
-        the size of the skip connection that it meets.
+        Computes only what changes in each step. All H and W are allowed, as in diffusers: upsampling goes to the size
+        of the skip connection.
         """
         rows = iter(temb_row.split([resnet.conv2.weight.shape[0] for resnet in self.resnets()], dim=1))
         texts = iter([Text(kv, kv_len, slots) for kv in cross_kv])
 
-        x = self.conv_in(channels_last(u))
+        x = self.conv_in(channels_last(model_input))
         skips = [x]
         for block in self.down_blocks:
             for resnet, transformer in block.layers():
@@ -139,10 +140,10 @@ class UNet(nn.Module):
     def time_rows(
         self, timesteps: Tensor, *, added: AddedConditions | None = None, guidance: Tensor | None = None
     ) -> Tensor:
-        """All that the resnets read of time and conditioning: timesteps (R,) -> (R, S), one row per step and U-Net row.
+        """The resnets' inputs from time and conditioning: timesteps (R,) -> (R, S), one row per step and U-Net row.
 
-        A row is time_emb_proj(silu(embedding)) of all resnets side by side, in network order, plus the biases of the
-        convolutions whose output it is added to. timesteps may be fractional. SDXL needs `added`, with R rows, and LCM
+        A row is time_emb_proj(silu(embedding)) of all resnets, concatenated in network order, plus the biases of the
+        convolutions to whose outputs it is added. timesteps may be fractional. SDXL needs `added`, with R rows, and LCM
         `guidance` (R,), the guidance scale: InputError if they are missing.
         """
         condition = None
@@ -166,7 +167,7 @@ class UNet(nn.Module):
         return torch.cat([resnet.time_emb_proj(h) + resnet.conv1.bias for resnet in self.resnets()], dim=1)
 
     def cross_kv(self, encoder_hidden_states: Tensor) -> tuple[Tensor, ...]:
-        """Keys and values of texts (B, T, D): for each cross-attention in network order one (B, T, 2C) = (k | v)."""
+        """Keys and values of texts (B, T, D): a tensor (B, T, 2C) = (k | v) per cross-attention, in network order."""
         return tuple(
             layer.attn2.kv(encoder_hidden_states)
             for block in self.blocks()
@@ -182,9 +183,9 @@ class UNet(nn.Module):
         timestep_cond: Tensor | None = None,
         added_cond_kwargs: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """The whole network with diffusers' arguments: sample (B, Cin, H, W), timestep () or (B,) -> (B, Cout, H, W).
+        """The full network with diffusers' arguments: sample (B, Cin, H, W), timestep () or (B,) -> (B, Cout, H, W).
 
-        timestep_cond (B, time_cond_proj_dim) is LCM's guidance, embedded; added_cond_kwargs has SDXL's text_embeds and
+        timestep_cond (B, time_cond_proj_dim) is LCM's embedded guidance; added_cond_kwargs has SDXL's text_embeds and
         time_ids.
         """
         timesteps = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
@@ -203,7 +204,7 @@ class UNet(nn.Module):
 
 
 class Block(nn.Module):
-    """The layers of one level. The U-Net runs them, since it deals out time rows, text and skip connections."""
+    """The layers of one level. The U-Net runs them, since it distributes time rows, text and skip connections."""
 
     def __init__(self, config: UNetConfig, level: Level, in_channels: int, skips: Sequence[int] = ()) -> None:
         super().__init__()
@@ -212,21 +213,21 @@ class Block(nn.Module):
         self.downsamplers: Layers[Downsample] = Layers()
         self.upsamplers: Layers[Upsample] = Layers()
         for depth, skip in zip(level.depths, skips or [0] * len(level.depths), strict=True):
-            width = in_channels + skip
+            resnet_channels = in_channels + skip
             self.resnets.append(
-                Resnet(width, level.channels, config.norm_groups, config.norm_eps, config.time_embedding_dim)
+                Resnet(resnet_channels, level.channels, config.norm_groups, config.norm_eps, config.time_embedding_dim)
             )
             if depth is not None:
                 self.attentions.append(Transformer(config, level, depth))
             in_channels = level.channels
 
     def layers(self) -> Iterator[tuple[Resnet, Transformer | None]]:
-        """Each resnet with the transformer after it; the middle's last resnet and those of plain blocks have none."""
+        """Each resnet with the transformer after it, if there is one."""
         return zip_longest(self.resnets, self.attentions)
 
 
 class Transformer(nn.Module):
-    """Transformer layers over the pixels of (B, C, H, W) and a residual; diffusers' Transformer2DModel."""
+    """Transformer layers over the pixels of (B, C, H, W), with a residual; diffusers' Transformer2DModel."""
 
     def __init__(self, config: UNetConfig, level: Level, depth: int) -> None:
         super().__init__()
@@ -291,7 +292,7 @@ class TimeEmbedding(nn.Module):
 
 
 class Sinusoids(nn.Module):
-    """`timestep_embedding` of numbers, which is float32 whatever the network's dtype."""
+    """`timestep_embedding` as a module; float32 in networks of any dtype."""
 
     def __init__(self, channels: int, flip_sin_to_cos: bool, freq_shift: float) -> None:
         super().__init__()
@@ -302,7 +303,7 @@ class Sinusoids(nn.Module):
 
 
 class GuidanceSinusoids(nn.Module):
-    """`guidance_embedding` of guidance scales, float32 too."""
+    """`guidance_embedding` as a module; float32 too."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -312,7 +313,7 @@ class GuidanceSinusoids(nn.Module):
         return guidance_embedding(guidance, self.channels)
 
 
-# Both embeddings keep diffusers' order of operations: at an angle of 1,000 the last bit of a frequency is worth 1e-4.
+# Both embeddings have diffusers' order of operations: at an angle of 1,000, the last bit of a frequency makes 1e-4.
 
 
 def timestep_embedding(timesteps: Tensor, channels: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:

@@ -1,7 +1,7 @@
-"""Autoencoders between pictures and latents: Stable Diffusion's KL autoencoder and the tiny one in TAESD's layout.
+"""Autoencoders between images and latents: Stable Diffusion's KL autoencoder and the tiny one in TAESD's layout.
 
-Pictures are (B, 3, H, W) in -1..1. Latents z are the autoencoder's own; a U-Net works on
-z * scaling_factor. Parameter names are those of diffusers' AutoencoderKL and AutoencoderTiny.
+Images are (B, 3, H, W) in -1..1. Latents z are unscaled; a U-Net works on z * scaling_factor. Parameter names are those
+of diffusers' AutoencoderKL and AutoencoderTiny.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from fastldm.models.layers import (
 )
 
 Norm = Callable[..., Tensor]  # (a GroupNorm, x, silu=...) -> x, normalised
-Pieces = Generator[None, None, Tensor]  # work in pieces, one for each next(); returns its result
+Pieces = Generator[None, None, Tensor]  # a computation that pauses after each piece and returns its result
 
 _EPS = 1e-6
-HALF_EXPONENT = -4  # of two: activations a sixteenth as large, with which SDXL's stay in float16's range
+HALF_EXPONENT = -4  # of two: scales activations by 1/16, which keeps SDXL's in float16's range
 
 
 class AutoencoderKL(nn.Module):
@@ -64,12 +64,12 @@ class AutoencoderKL(nn.Module):
         return [*self.low(), *self.high()]
 
     def low(self) -> list[Layer]:
-        """The first of them, which work at the latents' resolution, the attention among them."""
+        """The first layers, at the latents' resolution, including attention."""
         first = [] if self.post_quant_conv is None else [self.post_quant_conv]
         return [channels_last, *first, *self.decoder.low()]
 
     def high(self, norm: Norm = GroupNorm.__call__) -> list[Layer]:
-        """The others, which enlarge. norm: what applies their GroupNorms, as in `Resnet`."""
+        """The remaining layers, which enlarge. norm: applies their GroupNorms, as in `Resnet`."""
         return self.decoder.high(norm)
 
 
@@ -119,20 +119,20 @@ class Decoder(nn.Module):
         return [self.conv_in, *self.mid_block.layers(), *first.resnets]
 
     def high(self, norm: Norm) -> list[Layer]:
-        first, *others = self.up_blocks
+        first, *rest = self.up_blocks
         layers: list[Layer] = [*first.upsamplers]
-        for block in others:
+        for block in rest:
             layers += [partial(resnet, norm=norm) for resnet in block.resnets]
             layers += block.upsamplers
 
-        def to_picture(x: Tensor) -> Tensor:
+        def to_pixels(x: Tensor) -> Tensor:
             return self.conv_out(norm(self.conv_norm_out, x, silu=True))
 
-        return [*layers, to_picture]
+        return [*layers, to_pixels]
 
 
 class Block(nn.Module):
-    """The resnets of one resolution, then a change of it."""
+    """The resnets of one resolution, then down- or upsampling."""
 
     def __init__(self, config: VAEConfig, in_channels: int, channels: int, layers: int) -> None:
         super().__init__()
@@ -170,13 +170,13 @@ class PixelAttention(Attention):
 
 
 def rescale_for_half(vae: AutoencoderKL, exponent: int = HALF_EXPONENT) -> list[str]:
-    """Keep the activations of a `force_upcast` autoencoder in float16's range, without changing what it computes.
+    """Keep the activations of a `force_upcast` autoencoder in float16's range, without changing its outputs.
 
-    All between conv_in and conv_norm_out becomes 2 ** exponent times as large. Where a layer writes into the residual
-    stream or between a resnet's convolutions, weight and bias are scaled; where it maps the stream to itself (shortcut,
-    up- and downsampling), the bias alone; each GroupNorm divides the factor out again, its eps scaled by the square. A
-    power of two is exact: float32 results are bitwise the same. Parameters are replaced, not written to, for others may
-    share them. Returns the names of those that were: each is 2 ** exponent times what it was.
+    All activations between conv_in and conv_norm_out are multiplied by 2 ** exponent: weights and biases of layers that
+    write to the residual stream or between a resnet's convolutions are scaled; of layers that map the stream to itself
+    (shortcut, up- and downsampling), only the bias; each GroupNorm divides the factor out, with eps scaled by the
+    square. A power of two is exact: float32 results are bitwise the same. Parameters are replaced, not overwritten,
+    since other modules may share them. Returns the names of the scaled parameters.
     """
     scale = 2.0**exponent
     names = {module: name for name, module in vae.named_modules()}
@@ -187,9 +187,9 @@ def rescale_for_half(vae: AutoencoderKL, exponent: int = HALF_EXPONENT) -> list[
             setattr(layer, leaf, nn.Parameter(getattr(layer, leaf) * scale, requires_grad=False))
             rescaled.append(f"{names[layer]}.{leaf}")
 
-    for half in (vae.encoder, vae.decoder):
-        rescale(half.conv_in, "weight", "bias")
-        for layer in half.modules():
+    for branch in (vae.encoder, vae.decoder):
+        rescale(branch.conv_in, "weight", "bias")
+        for layer in branch.modules():
             if isinstance(layer, GroupNorm):
                 layer.eps *= scale**2
             elif isinstance(layer, Resnet):
@@ -205,7 +205,7 @@ def rescale_for_half(vae: AutoencoderKL, exponent: int = HALF_EXPONENT) -> list[
 
 
 class TinyAutoencoder(nn.Module):
-    """A distilled autoencoder in TAESD's layout. Its latents are the U-Net's: nothing is sampled and nothing scaled."""
+    """A distilled autoencoder in TAESD's layout. Its latents are the U-Net's, without sampling and scaling."""
 
     def __init__(self, config: TinyVAEConfig) -> None:
         super().__init__()
@@ -226,12 +226,12 @@ class TinyAutoencoder(nn.Module):
         return [*self.low(), *self.high()]
 
     def low(self) -> list[Layer]:
-        """The first of them, which work at the latents' resolution."""
+        """The first layers, at the latents' resolution."""
         layers = self.decoder.layers[: self.decoder.first_enlarged]
         return [channels_last, lambda z: torch.tanh(z / 3) * 3, *layers]
 
     def high(self, norm: Norm = GroupNorm.__call__) -> list[Layer]:
-        """The others, which enlarge. None of them normalises."""
+        """The remaining layers, which enlarge. None of them normalises."""
         return [*self.decoder.layers[self.decoder.first_enlarged :], lambda x: x * 2 - 1]
 
 
@@ -246,7 +246,7 @@ class TinyEncoder(nn.Module):
         self.layers.append(Conv(width, config.latent_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = (x + 1) / 2  # TAESD sees pictures in 0..1
+        x = (x + 1) / 2  # TAESD expects images in 0..1
         for layer in self.layers:
             x = layer(x)
         return x
@@ -258,7 +258,7 @@ class TinyDecoder(nn.Module):
         width = config.decoder_width
         self.layers = nn.ModuleList([Conv(config.latent_channels, width), nn.ReLU()])
         for i, blocks in enumerate(config.decoder_blocks):
-            if i > 0:  # nn.Identity: diffusers counts the enlargement as a layer of its own
+            if i > 0:  # nn.Identity: in diffusers, the enlargement is a separate layer
                 self.layers.extend([nn.Identity(), EnlargedConv(width, width, bias=False)])
             self.layers.extend(TinyBlock(width) for _ in range(blocks))
         self.layers.append(Conv(width, config.out_channels))
@@ -273,7 +273,7 @@ class StridedConv(Conv):
 
 
 class EnlargedConv(Conv):
-    """Doubles height and width first. phases: as in Upsample."""
+    """Doubles height and width before the convolution. phases: as in Upsample."""
 
     phases: Tensor | None
 
@@ -303,38 +303,38 @@ TILE = 64  # latents a side
 Decode = Literal["whole", "sliced", "tiled"]
 
 
-def decode_pieces(vae: Autoencoder, z: Tensor, how: Decode = "whole", tile: int = TILE) -> Pieces:
-    """`vae.decode(z)` in pieces of one layer (of one picture, of one tile): other work may run between them.
+def decode_pieces(vae: Autoencoder, z: Tensor, mode: Decode = "whole", tile: int = TILE) -> Pieces:
+    """`vae.decode(z)` in pieces of one layer (of one image, of one tile), so that other work can run between them.
 
-    z (B, C, h, w), unscaled latents -> (B, 3, h * factor, w * factor). To go on, call next(); it raises StopIteration
-    with the pictures as its value. Or `finish` it, or `yield from` it.
+    z (B, C, h, w), unscaled latents -> (B, 3, h * factor, w * factor). Call next() to continue; it raises StopIteration
+    with the images as its value. Or use `finish` or `yield from`.
 
-    how: "whole" is `decode`, piece by piece. "sliced" is the same for one picture after the other: the memory of one.
-    "tiled" decodes squares of `tile` latents a side, too: the memory of one tile, and a share that grows with the
-    picture, a sixteenth of that of "whole" or less: the layers at the latents' resolution, attention among them, which
-    run whole.
+    mode: "whole" is `decode`, layer by layer. "sliced" decodes one image after the other, with the memory of one.
+    "tiled" also decodes squares of `tile` x `tile` latents, with the memory of one tile and a part that grows with the
+    image, at most a sixteenth of that of "whole": the layers at the latents' resolution, including attention, run on
+    the full image.
 
-    Tiles overlap by a quarter, and where they do, one fades into the other. All tiles normalise by the same statistics,
-    so that all are the same function of the latents, and no tile shows by its tone. (With statistics of its own, a tile
-    of sky and a tile of faces would each be stretched to the same mean and deviation.) The shared ones are those of the
-    latents' features scaled down to one tile, every n-th of them, for averages would be too smooth. That costs as much
-    as one more tile, and gives the whole picture another tone, a little. Measured with the default model's VAE, in
-    levels of 255, against the whole decode of two photographs and an emoji of 512x512:
+    Tiles overlap by a quarter, with a linear transition. All tiles are normalised with the same statistics, so that all
+    are the same function of the latents, and no tile differs in tone. (With its own statistics, a tile of sky and a
+    tile of faces would each be stretched to the same mean and deviation.) The shared statistics are those of the
+    latents' features scaled down to one tile by taking every n-th, since averages would be too smooth. That costs as
+    much as one more tile, and slightly changes the tone of the image. Measured with the default model's VAE, in levels
+    of 255, against the "whole" decoding of two photographs and an emoji of 512x512:
 
         statistics        mean difference     max
         each tile's own   2.7  12.2  2.9      22  115  100
         shared            0.7   2.0  0.5       6   11    6
 
-    A tiled picture and one that is decoded whole with the shared statistics differ by less than 0.01: across a tile's
-    border there is no step that is not in the picture.
+    A tiled image and one that is decoded as a whole with the shared statistics differ by less than 0.01: tiles have no
+    visible borders.
     """
-    if how == "whole":
+    if mode == "whole":
         return _in_turn(vae.decoding(), z)
-    return _one_by_one(vae, z, tile if how == "tiled" else max(z.shape[2:]))
+    return _one_by_one(vae, z, tile if mode == "tiled" else max(z.shape[2:]))
 
 
 def finish(pieces: Pieces) -> Tensor:
-    """Runs what is left of some work and returns its result."""
+    """Run the remaining pieces and return their result."""
     while True:
         try:
             next(pieces)
@@ -350,17 +350,17 @@ def _in_turn(layers: list[Layer], x: Tensor) -> Pieces:
 
 
 def _one_by_one(vae: Autoencoder, z: Tensor, tile: int) -> Pieces:
-    pictures = []
-    for one in z.split(1):
-        pictures.append((yield from _tiled(vae, one, tile)))
-    return torch.cat(pictures)
+    images = []
+    for latents in z.split(1):
+        images.append((yield from _tiled(vae, latents, tile)))
+    return torch.cat(images)
 
 
 def _tiled(vae: Autoencoder, z: Tensor, tile: int) -> Pieces:
     height, width = z.shape[2:]
     if max(height, width) <= tile:
         return (yield from _in_turn(vae.decoding(), z))
-    assert isinstance(vae, AutoencoderKL | TinyAutoencoder)  # no other has layers to run apart
+    assert isinstance(vae, AutoencoderKL | TinyAutoencoder)  # engines have no separate layers
     x = yield from _in_turn(vae.low(), z)  # (1, C, h, w)
 
     statistics: list[tuple[Tensor, Tensor]] = []
@@ -369,40 +369,40 @@ def _tiled(vae: Autoencoder, z: Tensor, tile: int) -> Pieces:
         yield from _in_turn(vae.high(_recording(statistics)), small)
 
     factor = vae.config.factor
-    picture = x.new_zeros((1, vae.config.out_channels, height * factor, width * factor), dtype=torch.float32)
+    image = x.new_zeros((1, vae.config.out_channels, height * factor, width * factor), dtype=torch.float32)
     rows, columns = (list(_spans(size, tile, factor, x.device)) for size in (height, width))
     for down, fade_down in rows:
         for across, fade_across in columns:
-            part = yield from _in_turn(vae.high(_sharing(iter(statistics))), channels_last(x[:, :, down, across]))
-            place = (..., _scaled(down, factor), _scaled(across, factor))
-            picture[place] += part * fade_down[:, None] * fade_across
-    return picture.to(z.dtype)
+            pixels = yield from _in_turn(vae.high(_sharing(iter(statistics))), channels_last(x[:, :, down, across]))
+            location = (..., _scaled(down, factor), _scaled(across, factor))
+            image[location] += pixels * fade_down[:, None] * fade_across
+    return image.to(z.dtype)
 
 
 def _spans(size: int, tile: int, factor: int, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
-    """Where tiles lie along a side of `size` latents, and the share (tile * factor,) that each has in its pixels.
+    """The tiles along a side of `size` latents, with the weights (tile * factor,) of their pixels.
 
-    All are of one size and evenly spread. Shares of a pixel sum to 1. In an overlap they rise and fall linearly, in the
-    middle half of it: what lies next to a tile's edge saw zeros behind it.
+    All tiles have the same size and are evenly spaced. The weights of a pixel sum to 1. In an overlap they change
+    linearly in the middle half: pixels next to a tile's edge depend on zero padding.
     """
     tile = min(tile, size)
     last = -(-(size - tile) // (tile - tile // 4))  # the index of the last tile
     starts = [i * (size - tile) // last if last else 0 for i in range(last + 1)]
     for i, start in enumerate(starts):
-        share = torch.ones(tile * factor, device=device)
+        weights = torch.ones(tile * factor, device=device)
         if i > 0:
             fade = _fade((starts[i - 1] + tile - start) * factor, device)
-            share[: len(fade)] *= fade
+            weights[: len(fade)] *= fade
         if i < last:
             fade = _fade((start + tile - starts[i + 1]) * factor, device)
-            share[-len(fade) :] *= 1 - fade
-        yield slice(start, start + tile), share
+            weights[-len(fade) :] *= 1 - fade
+        yield slice(start, start + tile), weights
 
 
 def _fade(pixels: int, device: torch.device) -> Tensor:
-    """From 0 to 1."""
-    at = (torch.arange(pixels, device=device) + 0.5) / pixels
-    return (2 * at - 0.5).clamp(0, 1)
+    """Weights from 0 to 1."""
+    x = (torch.arange(pixels, device=device) + 0.5) / pixels
+    return (2 * x - 0.5).clamp(0, 1)
 
 
 def _scaled(span: slice, factor: int) -> slice:
@@ -410,12 +410,12 @@ def _scaled(span: slice, factor: int) -> slice:
 
 
 def _recording(statistics: list[tuple[Tensor, Tensor]]) -> Norm:
-    """Normalises, and keeps of each layer the mean and variance (C,) of each channel's group, in float32."""
+    """Normalises, and records each layer's mean and variance (C,) of each channel's group, in float32."""
 
     def norm(layer: GroupNorm, x: Tensor, silu: bool, shift: Tensor | None = None, skip: None = None) -> Tensor:
-        moved = x if shift is None else x + shift[:, :, None, None]
-        groups, size, dims = moved.unflatten(1, (layer.groups, -1)), x.shape[1] // layer.groups, (0, 2, 3, 4)
-        mean = groups.mean(dims, dtype=torch.float32)  # reductions that take 16 bits without a copy in 32
+        shifted = x if shift is None else x + shift[:, :, None, None]
+        groups, size, dims = shifted.unflatten(1, (layer.groups, -1)), x.shape[1] // layer.groups, (0, 2, 3, 4)
+        mean = groups.mean(dims, dtype=torch.float32)  # reductions of 16-bit tensors without a float32 copy
         power = torch.linalg.vector_norm(groups, dim=dims, dtype=torch.float32).square() * (layer.groups / x.numel())
         statistics.append((mean.repeat_interleave(size), (power - mean.square()).repeat_interleave(size)))
         return layer(x, silu=silu, shift=shift)
@@ -424,7 +424,7 @@ def _recording(statistics: list[tuple[Tensor, Tensor]]) -> Norm:
 
 
 def _sharing(statistics: Iterator[tuple[Tensor, Tensor]]) -> Norm:
-    """Normalises one picture by given statistics. That is what a batch norm does after its training."""
+    """Normalises one image with recorded statistics, as a trained batch norm does."""
 
     def norm(layer: GroupNorm, x: Tensor, silu: bool, shift: Tensor | None = None, skip: None = None) -> Tensor:
         mean, variance = next(statistics)

@@ -36,7 +36,7 @@ def complete(
     conditioning.check(request, unet.needs_added)
     for name in ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"):
         embeds = getattr(request, name)
-        if embeds is not None and embeds.device.type != "cpu":  # of others `conditioning.given` sees it
+        if embeds is not None and embeds.device.type != "cpu":  # of others `conditioning.from_tensors` sees it
             checks.finite(name, embeds)
     if unet.in_channels > vae.latent_channels and request.mask_image is None:
         raise InputError("this model is for inpainting: give it image and mask_image")

@@ -1,4 +1,4 @@
-"""diffusers' scheduler classes: of each how it steps, where, its configuration, and the names people use for it.
+"""diffusers' scheduler classes: the solver, the spacing, the configuration and the names of each.
 
 To add a sampler, write its function in `solvers.py` and its entry here.
 """
@@ -13,25 +13,30 @@ from typing import Any
 from fastldm.samplers import solvers
 from fastldm.samplers.config import ScheduleConfig
 from fastldm.samplers.grid import Grid, SolverRow
-from fastldm.samplers.spacing import Placed, StepRequest, on_distilled_timesteps, on_lambdas, on_sigmas, on_timesteps
+from fastldm.samplers.spacing import (
+    GridArrays,
+    StepRequest,
+    on_distilled_timesteps,
+    on_lambdas,
+    on_sigmas,
+    on_timesteps,
+)
 
 Options = Mapping[str, Any]  # of a configuration
 
 
 @dataclass(frozen=True)
 class SchedulerClass:
-    """A diffusers scheduler class: how it steps, where, and the keys of its configuration with their defaults."""
+    """A diffusers scheduler class: its solver and spacing, and the keys of its configuration with their defaults."""
 
-    run: Callable[[Grid], Iterator[SolverRow]]
-    place: Callable[[ScheduleConfig, StepRequest], Placed]
+    solver: Callable[[Grid], Iterator[SolverRow]]
+    spacing: Callable[[ScheduleConfig, StepRequest], GridArrays]
     keys: Options
-    names: Mapping[str, Options]  # of its samplers, each with the options that the name settles
-    aliases: Mapping[str, Options] = field(
-        default_factory=dict
-    )  # the same for names that the first of `names` stands for
-    choices: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # where they differ from scheduler_config's
-    custom: tuple[str, ...] = ()  # which of `timesteps` and `sigmas` a caller may give
-    float32_noise: bool = False  # diffusers draws its noise in float32 whatever the model's dtype
+    names: Mapping[str, Options]  # of its samplers, with the options that each name sets
+    aliases: Mapping[str, Options] = field(default_factory=dict)  # other names of the first of `names`
+    choices: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # if they differ from scheduler_config's
+    custom: tuple[str, ...] = ()  # which of `timesteps` and `sigmas` a caller may pass
+    float32_noise: bool = False  # whether diffusers draws noise in float32 for models of any dtype
 
 
 _BETAS = {

@@ -1,4 +1,4 @@
-"""The configuration of a scheduler: what a sampler reads of a model's training schedule and of its own options.
+"""The configuration of a scheduler: a model's training schedule and the options of a sampler.
 
 `scheduler_config.py` reads it from a file, `classes.py` has the defaults of each class.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """A `scheduler_config.json` read for one scheduler class, with its defaults, without keys it does not know."""
+    """A `scheduler_config.json` for one scheduler class, with its defaults, without keys it does not have."""
 
     class_name: str
     num_train_timesteps: int = 1000
@@ -41,4 +41,4 @@ class ScheduleConfig:
     disable_corrector: tuple[int, ...] = ()
     original_inference_steps: int = 50
     timestep_scaling: float = 10.0
-    given: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)

@@ -1,8 +1,8 @@
-"""Where a sampler steps (`Grid`), and one call of the network in symbols (`SolverRow`).
+"""The timesteps and sigmas of a sampler (`Grid`), and one call of the network in symbols (`SolverRow`).
 
-Every sampler here is linear in what it has seen, so a step is a form over seven symbols: the latent X, an anchor Y
-(a second state tensor), the history M0, M1, M2, M3 (newest first) and noise N. They are unit vectors, in float64, and
-`X + (after - sigma) * slope` is at once a line of Euler's method and a row of the table that `make_table` packs.
+Every sampler here is linear in its state, so a step is a linear form over seven symbols: the latent X, an anchor Y
+(a second state tensor), the history M0, M1, M2, M3 (newest first) and noise N. They are unit vectors, in float64, so
+that `X + (after - sigma) * slope` is both Euler's method and a row of the table that `make_table` packs.
 """
 
 from __future__ import annotations
@@ -26,19 +26,22 @@ X, Y, M0, M1, M2, M3, N = np.eye(7)
 class SolverRow(NamedTuple):
     """One call of the network, in symbols."""
 
-    step: int  # the user's step it belongs to, from 0
-    t: float  # the timestep the network reads
+    step: int  # index of the user's step, from 0
+    t: float  # the network's timestep
     level: tuple[float, float]  # an image at this row's noise: r * init + s * noise
     x: Array  # the next latent
     y: Array = Y  # the next anchor
-    m: tuple[float, float] = (0.0, 1.0)  # (p, q): p * latent + q * output enters the history, here the output itself
-    c_in: float = 1.0  # the network sees c_in * latent
+    m: tuple[float, float] = (
+        0.0,
+        1.0,
+    )  # (p, q): p * latent + q * output is stored in the history; by default the output
+    c_in: float = 1.0  # the network's input is c_in * latent
     draws: bool = False  # whether diffusers draws noise here
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Where a sampler steps: all of the schedule's steps, of which those from `begin` on run."""
+    """The steps of a schedule, of which those from `begin` on are run."""
 
     config: ScheduleConfig
     steps: int
@@ -54,10 +57,10 @@ class Grid:
         return float(self.alpha_bar[int(t)]) if t >= 0 else before_first
 
     def stride(self, i: int) -> int:
-        """How many timesteps DDIM and PLMS step down from step i of the whole schedule.
+        """How many timesteps DDIM and PLMS step down from step i of the full schedule.
 
-        One stride for all, as in diffusers, comes within a timestep of the next step. With linspace spacing it does
-        not (diffusers ends 51 of 250 timesteps too high at 5 steps), so there the stride is what leads there.
+        A constant stride, as in diffusers, ends within a timestep of the next step. With linspace spacing it does not
+        (diffusers ends 51 of 250 timesteps too high at 5 steps), so there the stride is the actual distance.
         """
         if self.config.timestep_spacing != "linspace":
             return self.config.num_train_timesteps // self.steps
@@ -68,12 +71,12 @@ class Grid:
         return 1.0 if self.config.set_alpha_to_one else float(self.alpha_bar[0])
 
     def walk(self) -> Iterator[tuple[int, float, float, float]]:
-        """(step, timestep, sigma, next sigma) of each step that runs; steps count from 0."""
+        """(step, timestep, sigma, next sigma) of each step that is run; steps count from 0."""
         for i in range(self.begin, self.steps):
             yield i - self.begin, self.timesteps[i], self.sigmas[i], self.sigmas[i + 1]
 
     def remaining(self, step: int) -> int:
-        """How many steps there are from this one on."""
+        """The number of steps from this one to the end."""
         return self.steps - self.begin - step
 
     def past(self, step: int, order: int) -> list[float]:
@@ -81,39 +84,39 @@ class Grid:
         return [float(s) for s in self.sigmas[self.begin + step :: -1][:order]]
 
     def denoised(self, alpha: float, sigma: float) -> tuple[float, float]:
-        """(p, q) that make p * latent + q * output the denoised latent, for a latent alpha * x0 + sigma * noise."""
+        """(p, q) such that p * latent + q * output is the denoised latent, for a latent alpha * x0 + sigma * noise."""
         if self.config.prediction_type == "v_prediction":
             return alpha, -sigma
         if self.config.prediction_type == "sample":
             return 0.0, 1.0
         if alpha == 0:
             raise InputError(
-                "epsilon prediction cannot start at zero terminal SNR, where the latent holds no picture: use a "
+                "epsilon prediction cannot start at zero terminal SNR, where the latent holds no image: use a "
                 "v-prediction model, timestep_spacing 'leading', or a schedule without rescale_betas_zero_snr."
             )
         return 1 / alpha, -sigma / alpha
 
     def x0(self, alpha: float, sigma: float, latent: Array, output: Array) -> Array:
-        """The denoised latent where the history holds the network's output as it is."""
+        """The denoised latent, if the history holds the network's unchanged output."""
         p, q = self.denoised(alpha, sigma)
         return p * latent + q * output
 
     def epsilon(self, alpha: float, sigma: float, latent: Array, output: Array) -> Array:
-        """The noise in it, likewise."""
+        """The noise in a latent, likewise."""
         p, q = self.noise(alpha, sigma)
         return p * latent + q * output
 
     def noise(self, alpha: float, sigma: float) -> tuple[float, float]:
-        """(p, q) that make p * latent + q * output the noise in it."""
+        """(p, q) such that p * latent + q * output is the noise in the latent."""
         if self.config.prediction_type == "v_prediction":
             return sigma, alpha
         return (1 / sigma, -alpha / sigma) if self.config.prediction_type == "sample" else (0.0, 1.0)
 
 
 def sigma_to_t(sigmas: Array, log_sigmas: Array32) -> Array:
-    """Timesteps, fractional, at which the training schedule has these sigmas, linear in the logarithm."""
+    """Fractional timesteps at which the training schedule has these sigmas, by interpolation of their logarithm."""
     logs = np.log(np.maximum(sigmas, 1e-10))
-    reached = np.cumsum(logs >= log_sigmas[:, None], axis=0)  # at zero terminal SNR the last of them may not ascend
+    reached = np.cumsum(logs >= log_sigmas[:, None], axis=0)  # at zero terminal SNR the last ones may not be ascending
     low = np.minimum(reached.argmax(axis=0), len(log_sigmas) - 2)
     weight = np.clip((log_sigmas[low] - logs) / (log_sigmas[low] - log_sigmas[low + 1]), 0, 1)
     return (1 - weight) * low + weight * (low + 1)

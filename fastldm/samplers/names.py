@@ -1,4 +1,4 @@
-"""The names people use for samplers."""
+"""The names of samplers, and their spellings in other programs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastldm.samplers.config import ScheduleConfig
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler by name: its scheduler class, and the options that the name settles. All others stay the
+    """A sampler by name: its scheduler class, and the options that the name sets. Other options stay the
     checkpoint's.
     """
 
@@ -33,7 +33,7 @@ SAMPLERS: dict[str, Sampler] = {
 
 
 def _normalized(name: str) -> str:
-    """A name without case, punctuation, and the beginnings and endings that other programs give it."""
+    """A name in lower case, without punctuation and the prefixes and suffixes of other programs."""
     letters = re.sub(r"[^a-z0-9]", "", name.lower().replace("+", "p"))
     return re.sub(r"^sample|scheduler$|gpu$", "", letters).replace("ancestral", "a")
 
@@ -53,10 +53,10 @@ def resolve_sampler(name: str) -> Sampler:
     """The sampler that a user means.
 
     fastldm's names, other programs' ("DPM++ 2M Karras", "k_euler_a", "dpmpp_2m_sde_gpu") and diffusers' class
-    names, whatever the case, spaces and punctuation. "karras", "exponential" or "beta" at the end sets the sigmas;
-    without, they stay the checkpoint's.
+    names, in any case, with any spaces and punctuation. "karras", "exponential" or "beta" at the end sets the sigmas;
+    otherwise they stay the checkpoint's.
 
-    Raises InputError for a name that there is not, and for sigmas that the sampler does not take.
+    Raises InputError for an unknown name, and for sigmas that the sampler does not support.
     """
     normalized = _normalized(name)
     kind = next((kind for kind in ("karras", "exponential", "beta") if normalized.endswith(kind)), "")
@@ -78,9 +78,9 @@ def resolve_sampler(name: str) -> Sampler:
 
 
 def sampler_name(config: ScheduleConfig) -> str:
-    """What a configuration is called: the last of SAMPLERS that it fits, or else its class."""
-    fits = [config.class_name]
+    """The name of a configuration: the last matching one of SAMPLERS, or its class."""
+    matches = [config.class_name]
     for name, sampler in SAMPLERS.items():
         if sampler.class_name == config.class_name and all(getattr(config, k) == v for k, v in sampler.options.items()):
-            fits.append(name)
-    return f"{fits[-1]} {config.sigma_kind}".rstrip()
+            matches.append(name)
+    return f"{matches[-1]} {config.sigma_kind}".rstrip()

@@ -1,6 +1,6 @@
-"""scheduler_config.json: its values, checked, and what diffusers' pipelines change of them when they are built.
+"""Reading scheduler_config.json: its values, checked, and the changes that diffusers' pipelines make to them.
 
-How a sampler steps is in solvers.py and spacing.py.
+The steps of samplers are in solvers.py and spacing.py.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from fastldm.samplers.spacing import alphas_cumprod
 
 logger = logging.getLogger("fastldm")
 
-_MAX_STEPS = 10**5  # that a model was trained with; all there are had 1000
-_BETA, _STEP, _WORD = Number(0, 1), Integer(0, _MAX_STEPS), Maybe(Text(100))
+_MAX_STEPS = 10**5  # of training; usually 1000
+_BETA, _STEP, _NAME = Number(0, 1), Integer(0, _MAX_STEPS), Maybe(Text(100))
 _SIGMA = Maybe(Number(1e-9, 1e9))
 _FIELDS: dict[str, Field] = {
     "num_train_timesteps": Field(Integer(1, _MAX_STEPS)),
@@ -33,7 +33,7 @@ _FIELDS: dict[str, Field] = {
     "steps_offset": Field(_STEP),
     "sigma_min": Field(_SIGMA),
     "sigma_max": Field(_SIGMA),
-    "lambda_min_clipped": Field(Number(-math.inf, 1e3)),  # diffusers' own files say -Infinity
+    "lambda_min_clipped": Field(Number(-math.inf, 1e3)),  # -Infinity in diffusers' files
     "solver_order": Field(Integer(1, 3)),
     "disable_corrector": Field(Maybe(ListOf(_STEP, 0, _MAX_STEPS))),
     "original_inference_steps": Field(Integer(1, _MAX_STEPS)),
@@ -51,7 +51,7 @@ _FIELDS: dict[str, Field] = {
             "timestep_type",
             "variance_type",
         ),
-        Field(_WORD),
+        Field(_NAME),
     ),
     **dict.fromkeys(
         (
@@ -74,7 +74,7 @@ _FIELDS: dict[str, Field] = {
     ),
 }
 
-# What the classes' __init__ sets where a scheduler has it and another value; those of XL and LCM set nothing.
+# Values that the classes' __init__ sets if a scheduler has the key; those of XL and LCM set none.
 _TEXT_TO_IMAGE = {"steps_offset": 1, "clip_sample": False}
 SET_BY_PIPELINES: dict[str, dict[str, Any]] = {
     "StableDiffusionPipeline": _TEXT_TO_IMAGE,
@@ -91,12 +91,12 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "variance_type": ("fixed_small", "fixed_small_log", "fixed_large"),
     "solver_order": (1, 2, 3),
 }
-_FOREIGN: dict[str, tuple[Any, ...]] = {  # other classes' values, for which a class takes its own default
+_FOREIGN: dict[str, tuple[Any, ...]] = {  # other classes' values, which a class replaces by its default
     "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),
     "algorithm_type": ("deis", "dpmsolver", "dpmsolver++"),
     "final_sigmas_type": ("zero",),
 }
-_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {  # what changes a class's steps, whether it is a key of it or not
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {  # allowed values of keys of any class, and why others are not
     "variance_type": ((None, *_CHOICES["variance_type"], "fixed_large_log"), "the U-Net would have to predict it"),
     "thresholding": ((None, False), "dynamic thresholding is not linear, and meant for pixels, not latents"),
     "use_flow_sigmas": ((None, False), "flow matching models are another family"),
@@ -108,10 +108,10 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {  # what changes a class's s
 
 
 def read_scheduler(config: Mapping[str, Any], pipeline: str | None, source: str) -> ScheduleConfig:
-    """A `scheduler_config.json` as a pipeline of the class `pipeline` runs with it; None takes it as it is, as that of
-    a loaded pipeline is. source: the file, for errors.
+    """Read a `scheduler_config.json` as a pipeline of the class `pipeline` uses it; None for unchanged values, as in a
+    loaded pipeline. source: the file, for errors.
 
-    CheckpointError for a class without a sampler, a value of the wrong kind, and what a table cannot hold.
+    CheckpointError for a class without a sampler, invalid values, and options that a table cannot represent.
     """
     config = {**config, **read_fields(config, {k: field for k, field in _FIELDS.items() if k in config}, source)}
     name = config.get("_class_name")
@@ -124,79 +124,84 @@ def read_scheduler(config: Mapping[str, Any], pipeline: str | None, source: str)
     }
     if changed:
         report = ", ".join(f"{key} is {value}" for key, value in changed.items())
-        logger.info("%s: %s, as a %s of diffusers sets it", source, report, pipeline)
+        logger.info("%s: %s, as in diffusers' %s", source, report, pipeline)
     effective = {**config, **changed}
-    for key, bad, reason in (
+    for key, unsupported, reason in (
         ("clip_sample", True, "clips latents"),
         ("skip_prk_steps", False, "starts with Runge-Kutta"),
     ):
-        if key in defaults and effective.get(key, defaults[key]) == bad:
+        if key in defaults and effective.get(key, defaults[key]) == unsupported:
             raise CheckpointError(
-                f"{source}: {key!r} is {bad}, here by {'its value' if key in effective else 'default'}, so that "
-                f"diffusers {reason}, which fastldm does not: set it to {not bad}"
+                f"{source}: {key!r} is {unsupported}, by {'its value' if key in effective else 'default'}, so that "
+                f"diffusers {reason}, which fastldm does not: set it to {not unsupported}"
             )
     try:
-        read = read_config(effective, steps_offset=None)
+        result = read_config(effective, steps_offset=None)
     except InputError as error:
         raise CheckpointError(f"{source}: {error}") from error
-    # Another sampler starts from the file's own keys: diffusers' `from_config` leaves away what was a default.
-    return replace(read, given={key: value for key, value in effective.items() if key in config})
+    # Another sampler starts from the file's keys: diffusers' `from_config` drops values that were defaults.
+    return replace(result, raw={key: value for key, value in effective.items() if key in config})
 
 
-def read_config(given: Mapping[str, Any], *, steps_offset: int | None = 1) -> ScheduleConfig:
+def read_config(config: Mapping[str, Any], *, steps_offset: int | None = 1) -> ScheduleConfig:
     """Read a `scheduler_config.json`.
 
-    `steps_offset` replaces the file's, since diffusers' Stable Diffusion pipelines run with 1 whatever it says;
-    None keeps the file's.
+    `steps_offset` replaces the file's, since diffusers' Stable Diffusion pipelines always use 1; None keeps the file's.
 
-    Raises InputError for a class without a sampler, and for what diffusers refuses or a table cannot hold.
+    Raises InputError for a class without a sampler, and for values that diffusers refuses or a table cannot represent.
     """
-    name = given.get("_class_name")
+    name = config.get("_class_name")
     if name not in CLASSES:
         raise InputError(f"scheduler: _class_name {show(name)} is not supported; these are: {', '.join(CLASSES)}.")
     fixes = []
-    if given.get("clip_sample", CLASSES[name].keys.get("clip_sample", False)):
+    if config.get("clip_sample", CLASSES[name].keys.get("clip_sample", False)):
         fixes.append("clip_sample is off")
-    if steps_offset is not None and given.get("steps_offset", 0) != steps_offset:
-        given = {**given, "steps_offset": steps_offset}
+    if steps_offset is not None and config.get("steps_offset", 0) != steps_offset:
+        config = {**config, "steps_offset": steps_offset}
         fixes.append(f"steps_offset is {steps_offset}")
-    if name == "PNDMScheduler" and not given.get("skip_prk_steps", False):
+    if name == "PNDMScheduler" and not config.get("skip_prk_steps", False):
         fixes.append("skip_prk_steps is on (PLMS)")
     if fixes:
         logger.info("scheduler: %s, as in diffusers' latent pipelines", ", ".join(fixes))
-    return config_of(name, given)
+    return config_of(name, config)
 
 
-def config_of(name: str, given: Mapping[str, Any]) -> ScheduleConfig:
-    """The configuration of a scheduler class: its defaults, and what `given` has of its keys.
+def config_of(name: str, options: Mapping[str, Any]) -> ScheduleConfig:
+    """The configuration of a scheduler class: its defaults, and the values of its keys in `options`.
 
     Raises as `read_config` does.
     """
     entry = CLASSES[name]
-    values: dict[str, Any] = {**entry.keys, **{key: value for key, value in given.items() if key in entry.keys}}
+    values: dict[str, Any] = {**entry.keys, **{key: value for key, value in options.items() if key in entry.keys}}
     for key, choices in {**_CHOICES, **entry.choices}.items():
         if key in values and values[key] in _FOREIGN.get(key, ()) and values[key] not in choices:
             values[key] = entry.keys[key]
         if key in values and values[key] not in choices:
             raise InputError(f"{name}: {key}={show(values[key])} is none of {', '.join(map(str, choices))}.")
     for key, (allowed, reason) in _REFUSED.items():
-        if given.get(key) not in allowed:
-            raise InputError(f"{name}: {key}={show(given[key])} is not supported: {reason}.")
+        if options.get(key) not in allowed:
+            raise InputError(f"{name}: {key}={show(options[key])} is not supported: {reason}.")
     kinds = [kind for kind, key in SIGMA_KINDS.items() if values.get(key)]
     if len(kinds) > 1:
         raise InputError(f"{name}: only one kind of sigmas can be used, got {' and '.join(kinds)}.")
-    values |= {"sigma_kind": "".join(kinds), "sigma_min": given.get("sigma_min"), "sigma_max": given.get("sigma_max")}
+    values |= {
+        "sigma_kind": "".join(kinds),
+        "sigma_min": options.get("sigma_min"),
+        "sigma_max": options.get("sigma_max"),
+    }
     for key in ("trained_betas", "disable_corrector"):  # lists, arrays of numpy or torch
         values[key] = () if values.get(key) is None else tuple(np.asarray(values[key]).tolist())
     betas, trained = len(values["trained_betas"]), values["num_train_timesteps"]
-    if betas != trained and given.get("trained_betas") is not None:
-        raise InputError(f"{name}: {betas} trained_betas for num_train_timesteps {trained}; they must be as many.")
+    if betas != trained and options.get("trained_betas") is not None:
+        raise InputError(
+            f"{name}: {betas} trained_betas for num_train_timesteps {trained}; their number must be the same."
+        )
     algorithm = values.get("algorithm_type", "++")
     if not algorithm.endswith("++") and values["final_sigmas_type"] == "zero":
         raise InputError(f"{name}: algorithm_type {show(algorithm)} needs final_sigmas_type 'sigma_min', not 'zero'.")
     if algorithm == "sde-dpmsolver" and values["solver_order"] == 3:
         raise InputError(f"{name}: algorithm_type {show(algorithm)} has no third order; set solver_order 2.")
     names = {f.name for f in fields(ScheduleConfig)} & set(values)
-    config = ScheduleConfig(class_name=name, given=dict(given), **{key: values[key] for key in names})
-    alphas_cumprod(config)  # bad betas are refused here
+    config = ScheduleConfig(class_name=name, raw=dict(options), **{key: values[key] for key in names})
+    alphas_cumprod(config)  # raises for invalid betas
     return config

@@ -1,6 +1,6 @@
-"""How samplers step: each is a pure function from where it steps (a `Grid`) to its rows, written as its paper has it.
+"""Solvers: each is a pure function from a `Grid` to its rows, written as in its paper.
 
-Formulas and peculiarities are those of diffusers' scheduler of the same name, which is the judge in the tests.
+Formulas and details are those of diffusers' scheduler of the same name, with which the tests compare them.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def ddim(grid: Grid) -> Iterator[SolverRow]:
 
 
 def plms(grid: Grid) -> Iterator[SolverRow]:
-    """https://arxiv.org/abs/2202.09778, the linear multistep method, on the network's output as it is.
+    """https://arxiv.org/abs/2202.09778, the linear multistep method, on the network's unchanged output.
 
-    The second call repeats the first step with the network's output at its end, and is then forgotten: the history
-    skips it, and the anchor keeps the first output, which the fourth order still asks for three calls later. It is the
-    first step that runs: diffusers repeats the first of all, and where an image leaves that out, steps twice to the
-    same level and lags behind by a step from there on.
+    The second call repeats the first step with the network's output at its end, and is not used afterwards: the history
+    skips it, and the anchor stores the first output, which the fourth order needs three calls later. The repeated step
+    is the first that is run: diffusers repeats the first of the full schedule, and if a start from an image skips that,
+    it steps to the same level twice and lags by one step from then on.
     """
-    third, fourth = 23 * M0 - 16 * M1 + 5 * Y, 55 * M0 - 59 * M1 + 37 * M2  # Adams and Bashforth's, but for the last
+    third, fourth = 23 * M0 - 16 * M1 + 5 * Y, 55 * M0 - 59 * M1 + 37 * M2  # Adams-Bashforth, without the last term
     forms = M0, (M0 + M1) / 2, (3 * M0 - Y) / 2, third / 12, (fourth - 9 * Y) / 24, (fourth - 9 * M3) / 24
     steps = grid.timesteps[grid.begin :]
     for i, t in enumerate([*steps[:2], *steps[1:]]):
@@ -107,7 +107,7 @@ def _row(grid: Grid, step: int, t: float, sigma: float, x: Array, y: Array = Y, 
 
 
 def _slope(grid: Grid, sigma: float, latent: Array, output: Array) -> Array:
-    """d latent / d sigma, where the network saw c_in * latent, c_in = 1 / sqrt(1 + sigma^2)."""
+    """d latent / d sigma, for the network's input c_in * latent, c_in = 1 / sqrt(1 + sigma^2)."""
     c_in = 1 / math.hypot(sigma, 1)
     return (latent - grid.x0(c_in, sigma * c_in, c_in * latent, output)) / sigma
 
@@ -119,9 +119,9 @@ def euler(grid: Grid) -> Iterator[SolverRow]:
 
 
 def _ancestral(sigma: float, after: float) -> tuple[float, float]:
-    """How far down to step, and the noise that leads back up.
+    """The sigma to step down to, and the noise to add after it.
 
-    Down is sqrt(after^2 - up^2), which cancels where sigma is thousands of times `after`.
+    Down is sqrt(after^2 - up^2), which cancels if sigma is thousands of times `after`.
     """
     return after**2 / sigma, after * math.sqrt(1 - (after / sigma) ** 2)
 
@@ -134,7 +134,7 @@ def euler_ancestral(grid: Grid) -> Iterator[SolverRow]:
 
 
 def heun(grid: Grid) -> Iterator[SolverRow]:
-    """https://arxiv.org/abs/2206.00364, algorithm 1: the trapezoidal rule, and a plain Euler step at the end."""
+    """https://arxiv.org/abs/2206.00364, algorithm 1: the trapezoidal rule, with an Euler step at the end."""
     for i, t, sigma, after in grid.walk():
         yield _row(grid, i, t, sigma, X + (after - sigma) * _slope(grid, sigma, X, M0), X)
         if grid.remaining(i) > 1:
@@ -143,7 +143,7 @@ def heun(grid: Grid) -> Iterator[SolverRow]:
 
 
 def dpm2(grid: Grid) -> Iterator[SolverRow]:
-    """k-diffusion's sample_dpm_2: the midpoint rule, at the geometric mean, and a plain Euler step at the end."""
+    """k-diffusion's sample_dpm_2: the midpoint rule, at the geometric mean, with an Euler step at the end."""
     for i, t, sigma, after in grid.walk():
         yield from _midpoint(grid, i, t, sigma, after, 0.0, after)
 
@@ -162,13 +162,15 @@ def _midpoint(grid: Grid, i: int, t: float, sigma: float, down: float, up: float
         t = float(sigma_to_t(np.array([midpoint]), grid.log_sigmas)[0])
         x = Y + (down - sigma) * _slope(grid, midpoint, X, M0) + up * N
         row = _row(grid, i, t, midpoint, x, draws=up > 0)
-        yield row._replace(level=(1.0, after))  # as diffusers' add_noise, which does not know of the midpoint
+        yield row._replace(level=(1.0, after))  # as in diffusers' add_noise, which ignores the midpoint
 
 
 def lms(grid: Grid) -> Iterator[SolverRow]:
     """k-diffusion's sample_lms, order 4: the last slopes, as a polynomial in sigma, integrated over the step."""
     for i, t, sigma, after in grid.walk():
-        nodes = np.array(grid.past(i, min(i + 1, 4))) - sigma  # of steps that ran; diffusers takes those before too
+        nodes = (
+            np.array(grid.past(i, min(i + 1, 4))) - sigma
+        )  # of steps that were run; diffusers also takes earlier ones
         x: Array = X
         for k in range(len(nodes)):
             lagrange, integral = _lagrange(nodes, k), np.polynomial.polynomial.polyint
@@ -179,7 +181,7 @@ def lms(grid: Grid) -> Iterator[SolverRow]:
 
 
 def _lagrange(nodes: Array, k: int) -> Array:
-    """The polynomial, lowest coefficient first, that is 1 at nodes[k] and 0 at the others."""
+    """The polynomial, lowest coefficient first, that is 1 at nodes[k] and 0 at the other nodes."""
     rest = np.delete(nodes, k)
     return np.polynomial.polynomial.polyfromroots(rest) / np.prod(nodes[k] - rest)
 
@@ -203,8 +205,8 @@ def _vp_row(
 def _dpm_step(config: ScheduleConfig, x: Array, now: float, after: float, d: Sequence[Array], solver: str) -> Array:
     """One DPM-Solver update from x, given D0, D1, ... (https://arxiv.org/abs/2211.01095).
 
-    Its four kinds are one formula in z: with h the step in lambda = log(alpha / sigma), z is h where noise is
-    predicted, -h where data is, and -2h for the SDE of the latter.
+    Its four variants are one formula in z: with h the step in lambda = log(alpha / sigma), z is h for noise prediction,
+    -h for data prediction, and -2h for the SDE with data prediction.
     """
     (alpha_s, sigma_s), (alpha, sigma) = _split(now), _split(after)
     data, sde = config.algorithm_type.endswith("++"), config.algorithm_type.startswith("sde")
@@ -221,8 +223,8 @@ def _dpm_step(config: ScheduleConfig, x: Array, now: float, after: float, d: Seq
     if len(d) == 2:
         x = x - scale * (math.expm1(z) / 2 if solver == "midpoint" else math.expm1(z) / z - 1) * d[1]
     if len(d) == 3:
-        half = -0.5 if data and sde else 0.5  # diffusers' sign for the SDE, with which the term does not vanish with h
-        x = x - scale * (math.expm1(z) / z - 1) * d[1] - scale * ((math.expm1(z) - z) / z**2 - half) * d[2]
+        c = -0.5 if data and sde else 0.5  # diffusers' sign for the SDE, with which the term does not vanish with h
+        x = x - scale * (math.expm1(z) / z - 1) * d[1] - scale * ((math.expm1(z) - z) / z**2 - c) * d[2]
     return x
 
 
@@ -248,7 +250,7 @@ def dpm_multistep(grid: Grid) -> Iterator[SolverRow]:
 
 
 def dpm_singlestep(grid: Grid) -> Iterator[SolverRow]:
-    """The same, singlestep: groups of 1, 2 or 3 calls, each from the latent its group began with, the anchor."""
+    """The same, singlestep: groups of 1, 2 or 3 calls, each from the latent at the start of its group, the anchor."""
     config = grid.config
     data, sde = config.algorithm_type.endswith("++"), config.algorithm_type.startswith("sde")
     orders = _group_orders(config, grid.steps)
@@ -256,16 +258,16 @@ def dpm_singlestep(grid: Grid) -> Iterator[SolverRow]:
         order = min(orders[grid.begin + i], i + 1)
         past = grid.past(i, order)
         h = math.log(past[-1] / after) if after > 0 else math.inf
-        r = [math.log(past[-1] / sigma) / h for sigma in past[:-1]]  # how far along its group each call is
+        r = [math.log(past[-1] / sigma) / h for sigma in past[:-1]]  # position of each call in its group
         d, solver = [(M0, M1, M2)[order - 1]], config.solver_type
         if order == 2:
             d.append((M0 - M1) / r[0])
         if order == 3:
-            far, near = (M0 - M2) / r[0], (M1 - M2) / r[1]
+            first, second = (M0 - M2) / r[0], (M1 - M2) / r[1]
             if solver == "heun":
-                d += [(r[0] * near - r[1] * far) / (r[0] - r[1]), 2 * (far - near) / (r[0] - r[1])]
+                d += [(r[0] * second - r[1] * first) / (r[0] - r[1]), 2 * (first - second) / (r[0] - r[1])]
             else:
-                d, solver = [M2, far], "heun"
+                d, solver = [M2, first], "heun"
         x = _dpm_step(config, X if order == 1 else Y, past[-1], after, d, solver)
         yield _vp_row(grid, i, t, now, data, x, X if order == 1 else Y, draws=sde)
 
@@ -297,7 +299,7 @@ def deis(grid: Grid) -> Iterator[SolverRow]:
 
 
 def unipc(grid: Grid) -> Iterator[SolverRow]:
-    """https://arxiv.org/abs/2302.04867: correct the latent the last prediction gave, then predict the next from it.
+    """https://arxiv.org/abs/2302.04867: correct the latent of the last prediction, then predict the next from it.
 
     The anchor is the corrected latent.
     """
@@ -311,7 +313,7 @@ def unipc(grid: Grid) -> Iterator[SolverRow]:
 
 
 def _uni_step(grid: Grid, i: int, order: int, x: Array, m: Sequence[Array], corrected: Array | None = None) -> Array:
-    """From step i to the next: UniP, or UniC where `corrected`, the network's output there, is known."""
+    """From step i to the next: UniP, or UniC if `corrected`, the network's output at the end, is known."""
     config, past = grid.config, grid.past(i, order)
     now, after = past[0], float(grid.sigmas[grid.begin + i + 1])
     (alpha_s, sigma_s), (alpha, sigma) = _split(now), _split(after)

@@ -1,6 +1,6 @@
-"""Where samplers step: the training schedule, and the timesteps and noise levels that a number of steps has on it.
+"""Spacing: the training schedule, and the timesteps and noise levels of a number of steps on it.
 
-The training schedule `alphas_cumprod` is float32, as checkpoints and diffusers hold it; what follows is float64.
+The training schedule `alphas_cumprod` is float32, as in checkpoints and diffusers; all else is float64.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from fastldm.samplers.grid import Array, Array32, sigma_to_t
 def alphas_cumprod(config: ScheduleConfig) -> Array32:
     """The training schedule, (num_train_timesteps,) float32.
 
-    Equal to diffusers' buffer to the bit, but for the last digits at zero terminal SNR, where torch's vectorised
+    Bitwise equal to diffusers' buffer, except for the last digits at zero terminal SNR, where torch's vectorised
     square root is not always the nearest float32.
 
-    Raises InputError for betas that leave no image, or more than all of it. Nothing at the last timestep is zero
-    terminal SNR.
+    Raises InputError for betas with which it leaves 0..1, or is 0 before the last timestep (0 there is zero terminal
+    SNR).
     """
     steps, one = config.num_train_timesteps, np.float32(1)
     if config.trained_betas:
@@ -48,8 +48,8 @@ def alphas_cumprod(config: ScheduleConfig) -> Array32:
     if not good[:-1].all() or not 0 <= bar[-1] <= 1:
         worst = int(good.argmin())
         raise InputError(
-            f"betas leave {bar[worst]:g} of the picture at timestep {worst} of {steps} (alphas_cumprod): "
-            "expected above 0, but for the last, and at most 1."
+            f"betas leave {bar[worst]:g} of the image at timestep {worst} of {steps} (alphas_cumprod): "
+            "expected above 0, except at the last, and at most 1."
         )
     return bar
 
@@ -66,14 +66,14 @@ def _cumprod32(x: Array32) -> Array32:
     return np.cumprod(x, dtype=np.float64).astype(np.float32)
 
 
-# ---- where samplers step ----
+# ---- the steps of samplers ----
 
-Placed = dict[str, Any]  # the arrays of a Grid, and the step it begins at
+GridArrays = dict[str, Any]  # arguments of a Grid: its arrays, and `begin`
 
 
 @dataclass(frozen=True)
 class StepRequest:
-    """The steps that a caller requests: so many, from `strength` of the schedule on, or the caller's own."""
+    """Requested steps: a number of steps and the strength, or the caller's own timesteps or sigmas."""
 
     steps: int
     strength: float = 1.0
@@ -82,12 +82,12 @@ class StepRequest:
 
     @property
     def begin(self) -> int:
-        """How many of the first steps a start from an image leaves out, as diffusers' `get_timesteps` counts them."""
+        """The number of steps that a start from an image skips, as in diffusers' `get_timesteps`."""
         return self.steps - min(int(self.steps * self.strength), self.steps)
 
 
 def _spaced(config: ScheduleConfig, n: int, last: int, extra: int = 0) -> Array:
-    """n timesteps, descending from below `last`; `extra` more are laid out and left away at the low end."""
+    """n timesteps, descending from below `last`: the first of n + `extra` spaced ones."""
     if config.timestep_spacing == "linspace":
         return np.linspace(0, last - 1, n + extra)[::-1][:n]
     if config.timestep_spacing == "leading":
@@ -95,18 +95,18 @@ def _spaced(config: ScheduleConfig, n: int, last: int, extra: int = 0) -> Array:
     return np.arange(last, 0, -config.num_train_timesteps / n).round()[:n] - 1.0
 
 
-def on_timesteps(config: ScheduleConfig, request: StepRequest) -> Placed:
+def on_timesteps(config: ScheduleConfig, request: StepRequest) -> GridArrays:
     """Whole timesteps of the training schedule."""
     bar, custom = alphas_cumprod(config).astype(np.float64), request.timesteps
     timesteps = _spaced(config, request.steps, len(bar)).round() if custom is None else np.trunc(custom)
     return {"begin": request.begin, "alpha_bar": bar, "timesteps": timesteps}
 
 
-def on_distilled_timesteps(config: ScheduleConfig, request: StepRequest) -> Placed:
-    """Timesteps that a distilled model was trained at.
+def on_distilled_timesteps(config: ScheduleConfig, request: StepRequest) -> GridArrays:
+    """Timesteps that a distilled model was trained with.
 
-    A start from an image takes all of its steps: they are laid within `strength` of the distilled ones, where other
-    schedules leave out their first steps. A caller's own timesteps are cut like others.
+    A start from an image takes all steps: they are spaced within `strength` of the distilled ones, while other
+    schedules skip their first steps. A caller's own timesteps are skipped as in other schedules.
     """
     if request.timesteps is not None:
         return on_timesteps(config, request)
@@ -122,8 +122,8 @@ def on_distilled_timesteps(config: ScheduleConfig, request: StepRequest) -> Plac
     return {"begin": 0, "alpha_bar": bar, "timesteps": timesteps}
 
 
-def on_sigmas(config: ScheduleConfig, request: StepRequest) -> Placed:
-    """Fractional timesteps; the ratio of noise to signal is linear between those of training."""
+def on_sigmas(config: ScheduleConfig, request: StepRequest) -> GridArrays:
+    """Fractional timesteps; sigmas are interpolated linearly between those of training."""
     bar, trained, logs = _trained_sigmas(config)
     if request.sigmas is not None:
         t, sigmas = sigma_to_t(request.sigmas[:-1], logs), request.sigmas
@@ -139,14 +139,14 @@ def on_sigmas(config: ScheduleConfig, request: StepRequest) -> Placed:
     return {"begin": request.begin, "alpha_bar": bar, "timesteps": t, "sigmas": sigmas, "log_sigmas": logs}
 
 
-def on_lambdas(config: ScheduleConfig, request: StepRequest) -> Placed:
-    """Whole timesteps, one of which is left out at the low end."""
+def on_lambdas(config: ScheduleConfig, request: StepRequest) -> GridArrays:
+    """Whole timesteps, without the lowest one."""
     bar, trained, logs = _trained_sigmas(config)
     last, n = trained[0], request.steps
     if config.sigma_kind:
         sigmas = _respaced(config, n, trained[-1], trained[0])
         if config.sigma_kind == "lu":  # https://arxiv.org/abs/2206.00927, uniform in lambda
-            # Python's floats: between float32 ends numpy steps in float32.
+            # Python floats: numpy would compute in float32 between float32 ends.
             sigmas = np.exp(np.linspace(float(logs[-1]), float(logs[0]), n))
         t = sigma_to_t(sigmas, logs)
         cosine = config.beta_schedule == "squaredcos_cap_v2" and config.class_name == "DPMSolverMultistepScheduler"
@@ -161,12 +161,12 @@ def on_lambdas(config: ScheduleConfig, request: StepRequest) -> Placed:
 
 
 def _trained_sigmas(config: ScheduleConfig) -> tuple[Array, Array, Array32]:
-    """alphas_cumprod, the ratio of noise to signal, and its float32 logarithm, on which rounded timesteps hang."""
+    """alphas_cumprod, sigmas, and their float32 logarithm, on which rounded timesteps depend."""
     bar = alphas_cumprod(config)
     if bar[-1] == 0:
-        bar[-1] = 2**-24  # zero terminal SNR: diffusers' stand-in
+        bar[-1] = 2**-24  # zero terminal SNR: diffusers' replacement value
     sigmas = np.sqrt((1 - bar) / bar)
-    with np.errstate(divide="ignore"):  # betas that begin with 0
+    with np.errstate(divide="ignore"):  # betas that start with 0
         return bar.astype(np.float64), sigmas.astype(np.float64), np.log(sigmas)
 
 
@@ -185,9 +185,9 @@ def _respaced(config: ScheduleConfig, n: int, high: float, low: float) -> Array:
 
 
 def beta_quantile(probability: Array, shape: float = 0.6) -> Array:
-    """Quantiles of the Beta(shape, shape) distribution, as scipy.stats.beta.ppf has them.
+    """Quantiles of the Beta(shape, shape) distribution, as scipy.stats.beta.ppf.
 
-    Newton's method on the regularized incomplete beta function, by its power series, on the lower half, where that
+    Newton's method on the power series of the regularized incomplete beta function, on the lower half, where it
     converges fast.
     """
     lower = np.minimum(probability, 1 - probability)

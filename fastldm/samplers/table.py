@@ -1,22 +1,22 @@
-"""A sampler and a number of steps become a table: float32 numbers, one row for each call of the network.
+"""From a sampler and a number of steps to a table: float32 numbers, one row per call of the network.
 
     model input   u  = c_in * x
-    history       m  = p * x + q * out                  the denoised latent or the noise, as the sampler likes
+    history       m  = p * x + q * out                  the denoised latent or the noise, depending on the sampler
     next latent   x' = a * x + a1 * y + sum_k b_k * m_(i-k) + d * noise          k = 0..3, newest first
     next anchor   y' = e * x + e1 * y + sum_k f_k * m_(i-k)                      y: a second state tensor
     inpainting    x' = mask * x' + (1 - mask) * (r * init + s * noise0)          only where a mask is set
 
 Prediction type, spacing, Karras / exponential / beta sigmas, zero terminal SNR and image-to-image strength only
-change the numbers. How a sampler steps is in solvers.py, where it steps in spacing.py, what it is called in names.py.
-All is computed in float64 and rounded once. None of these files needs anything but numpy.
+change the numbers. The solvers are in solvers.py, the timesteps and sigmas in spacing.py, the names in names.py. All is
+computed in float64 and rounded once. These files need only numpy.
 
-Tables are those of diffusers' schedulers, but where diffusers leaves the schedule that it was asked for:
+Tables are those of diffusers' schedulers, except where diffusers deviates from the requested schedule:
 
-- Zero terminal SNR is kept by all classes; diffusers drops it in seven.
-- DDIM and PLMS on linspace spacing end each step where the next begins; diffusers ends elsewhere.
-- PLMS and LMS begin their history where an image lets them begin; diffusers' goes on from steps that never ran.
-- TCD lays the steps from an image within the strength, like LCM and as its scheduler can; diffusers' pipelines cut them
-  from the full schedule. A caller's own `timesteps` are cut here too, so those of the full schedule lead there.
+- All classes support zero terminal SNR; diffusers drops it in seven.
+- DDIM and PLMS with linspace spacing end each step where the next one starts; diffusers ends elsewhere.
+- PLMS and LMS start their history at the first step after an image; diffusers' includes steps that were never run.
+- TCD spaces the steps after an image within the strength, like LCM and as its scheduler can; diffusers' pipelines skip
+  steps of the full schedule. A caller's own `timesteps` are skipped here too, so the full schedule's do the same.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ COLUMNS = ("c_in", "p", "q", "a", "a1", "b0", "b1", "b2", "b3", "d", "e", "e1", 
 
 @dataclass(frozen=True, eq=False)
 class StepTable:
-    """A sampler, ready to run: `rows[i]` holds the numbers of call i in the order of COLUMNS."""
+    """A sampler's steps: `rows[i]` holds the numbers of call i in the order of COLUMNS."""
 
     sampler: str
-    timesteps: Array32  # (S,) the timesteps the network reads; some samplers have fractional ones
+    timesteps: Array32  # (S,) the network's timesteps, which may be fractional
     rows: Array32  # (S, len(COLUMNS))
     draws: tuple[bool, ...]  # (S,) whether diffusers draws noise at this row, even where d is 0
-    float32_noise: bool  # diffusers draws that noise in float32 whatever the model's dtype
+    float32_noise: bool  # whether diffusers draws that noise in float32 for models of any dtype
     init_noise_sigma: float  # a start from noise alone: x = init_noise_sigma * noise
     start: tuple[float, float]  # a start from an image: x = r * init + s * noise
-    steps: int  # the user's steps that run; some samplers have more rows
-    index: tuple[int, ...]  # (S,) the user's step, from 0, that each row belongs to
+    steps: int  # number of the user's steps; some samplers have more rows
+    index: tuple[int, ...]  # (S,) the user's step, from 0, of each row
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
     @property
     def depth(self) -> int:
-        """How much of the history the table reads, 1 to 4."""
+        """The length of the history that the table reads, 1 to 4."""
         b, f = COLUMNS.index("b0"), COLUMNS.index("f0")
         read = (self.rows[:, b : b + 4] != 0).any(0) | (self.rows[:, f : f + 4] != 0).any(0)
         return 1 + max((k for k in range(4) if read[k]), default=0)
@@ -80,22 +80,21 @@ def make_table(
     sigmas: Sequence[float] | None = None,
     eta: float = 0.0,
 ) -> StepTable:
-    """The table of the configuration's sampler, or of another one on its schedule, as diffusers' `from_config`
-    exchanges them.
+    """The table of the configuration's sampler, or of another sampler on its schedule, as with diffusers'
+    `from_config`.
 
-    num_inference_steps: the user's steps. `timesteps`, or `sigmas` (one more than there are steps, the last of them the
-        noise that stays), replace them where the scheduler class takes them, descending.
+    num_inference_steps: the user's steps. Descending `timesteps`, or `sigmas` (one more than steps, the last being the
+        remaining noise), replace them if the scheduler class supports that.
     sampler: a name for `resolve_sampler`.
-    strength: in (0, 1], the fraction of the schedule that a start from an image goes through. The first steps are left
-        out, as in diffusers' image-to-image `get_timesteps`; LCM and TCD lay all steps within that fraction of the
-        distilled ones.
+    strength: in (0, 1], the fraction of the schedule that a start from an image runs. The first steps are skipped, as
+        in diffusers' image-to-image `get_timesteps`; LCM and TCD space all steps within that fraction of the distilled.
     eta: from 0 to 1, the noise of DDIM and TCD; other samplers ignore it.
 
     Raises InputError.
     """
     if sampler is not None:
         selected = resolve_sampler(sampler)
-        config = config_of(selected.class_name, {**config.given, **selected.options})
+        config = config_of(selected.class_name, {**config.raw, **selected.options})
     entry, trained = CLASSES[config.class_name], config.num_train_timesteps
     custom = _custom(config, timesteps, sigmas)
     for name, values in custom.items():
@@ -108,7 +107,7 @@ def make_table(
     if not 0 <= eta <= 1:
         raise InputError(f"eta must be from 0 to 1, got {eta}.")
 
-    arrays = entry.place(config, StepRequest(int(steps), float(strength), **custom))
+    arrays = entry.spacing(config, StepRequest(int(steps), float(strength), **custom))
     times = arrays["timesteps"]
     if times.size == 0 or times.min() < 0 or times.max() >= trained:
         raise InputError(f"{steps} steps, {config.timestep_spacing}, leave the trained timesteps, 0 to {trained - 1}.")
@@ -117,8 +116,8 @@ def make_table(
         take = f"take {enough} steps, or more strength" if enough and len(times) == steps else "take more strength"
         raise InputError(f"strength {strength} leaves none of {steps} steps: {take}.")
     rows, numbers = _rows(entry, Grid(config, steps=len(times), eta=eta, **arrays))
-    highest = float(arrays["sigmas"].max()) if entry.place is on_sigmas else 1.0
-    if entry.place is on_sigmas and config.timestep_spacing == "leading":
+    highest = float(arrays["sigmas"].max()) if entry.spacing is on_sigmas else 1.0
+    if entry.spacing is on_sigmas and config.timestep_spacing == "leading":
         highest = math.hypot(highest, 1)
     return StepTable(
         sampler=sampler_name(config),
@@ -134,16 +133,16 @@ def make_table(
 
 
 def _rows(entry: SchedulerClass, grid: Grid) -> tuple[list[SolverRow], Array]:
-    """All rows, in symbols and packed. InputError for a schedule on which a step is not finite."""
+    """All rows, in symbols and packed. InputError if a step is not finite."""
     numbers, times = np.full(1, np.nan), grid.timesteps
     try:
         with np.errstate(all="ignore"):
-            rows = list(entry.run(grid))
+            rows = list(entry.solver(grid))
             numbers = _pack(rows)
             finite = bool(np.isfinite(numbers.astype(np.float32)).all())
     except InputError:
         raise
-    except (ArithmeticError, ValueError):  # Python's numbers raise where numpy's become infinite
+    except (ArithmeticError, ValueError):  # Python floats raise where numpy returns infinity
         finite = False
     if finite:
         return rows, numbers
@@ -159,7 +158,7 @@ def _rows(entry: SchedulerClass, grid: Grid) -> tuple[list[SolverRow], Array]:
 def _pack(rows: Sequence[SolverRow]) -> Array:
     """The numbers of all rows, (S, len(COLUMNS)), in float64.
 
-    Where a mask is set, the image comes back at the noise of the row that follows, and clean at the end.
+    With a mask, the image is blended in at the noise level of the next row, and without noise at the end.
     """
     blends = [*(row.level for row in rows[1:]), (1.0, 0.0)]
     return np.array([(row.c_in, *row.m, *row.x, *row.y[:6], *rs) for row, rs in zip(rows, blends, strict=True)])
@@ -174,23 +173,23 @@ def _custom(
         raise InputError("give timesteps or sigmas, not both.")
     custom: dict[str, Array] = {}
     for name, values in provided.items():
-        takers = [key for key, entry in CLASSES.items() if name in entry.custom]
-        if config.class_name not in takers:
-            these = ", ".join(takers)
-            raise InputError(f"{config.class_name} takes no {name}, here as in diffusers; these do: {these}.")
+        supporting = [key for key, entry in CLASSES.items() if name in entry.custom]
+        if config.class_name not in supporting:
+            listed = ", ".join(supporting)
+            raise InputError(f"{config.class_name} takes no {name}, here as in diffusers; these do: {listed}.")
         if config.sigma_kind and name == "timesteps":
             raise InputError(f"timesteps cannot be given together with {config.sigma_kind} sigmas.")
         try:
             numbers = np.asarray(values, np.float64)
         except (TypeError, ValueError):
             raise InputError(f"{name} must be numbers, got {reprlib.repr(values)}.") from None
-        good = numbers.ndim == 1 and len(numbers) > (name == "sigmas") and bool(np.isfinite(numbers).all())
-        if good:
-            # Noise levels may repeat, as the last does in diffusers' own `sigmas` where they end at sigma_min.
-            repeats = CLASSES[config.class_name].place in (on_sigmas, on_lambdas)
-            falls = bool((np.diff(numbers) <= 0).all() if repeats else (np.diff(numbers) < 0).all())
-            good = falls and (name == "timesteps" or numbers[0] > 0 <= numbers[-1])
-        if not good:
+        valid = numbers.ndim == 1 and len(numbers) > (name == "sigmas") and bool(np.isfinite(numbers).all())
+        if valid:
+            # Noise levels may repeat, as the last one does in diffusers' `sigmas` that end at sigma_min.
+            repeats = CLASSES[config.class_name].spacing in (on_sigmas, on_lambdas)
+            descends = bool((np.diff(numbers) <= 0).all() if repeats else (np.diff(numbers) < 0).all())
+            valid = descends and (name == "timesteps" or numbers[0] > 0 <= numbers[-1])
+        if not valid:
             expected = "two or more noise levels, from above 0" if name == "sigmas" else "finite numbers"
             raise InputError(
                 f"{name} must be descending and not empty: {expected}, got {reprlib.repr(numbers.tolist())}."

@@ -97,7 +97,7 @@ class Case:
 
     @property
     def place(self) -> Any:
-        return CLASSES[self.name].place
+        return CLASSES[self.name].spacing
 
     @property
     def on_sigmas(self) -> bool:
