@@ -1,10 +1,9 @@
-"""Values from outside to values of the types that code trusts, or one InputError that names the argument.
+"""Checks of arguments: a value of the right type, or an InputError that names the argument.
 
-A number is an int, a float, or a scalar of numpy or torch, 0-d arrays and tensors among them. A text is none, "7" as
-little as "seven", and neither is True. A list is a list, a tuple, or an array or tensor of one dimension.
+A number is an int, a float, or a scalar of numpy or torch, including 0-d arrays and tensors; texts such as "7" and True
+are no numbers. A list is a list, a tuple, or an array or tensor of one dimension.
 
-Nothing is made of a value before it is known to be small enough, and no code of a foreign object is run but its repr,
-whatever that does.
+Values are converted only after their size was checked, and of foreign objects only repr is called.
 """
 
 from __future__ import annotations
@@ -21,25 +20,25 @@ from fastldm.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Beyond what anybody asks for in earnest, and small enough to be turned into lists and tensors.
-MAX_IMAGES = 4096  # of a request
+# Larger than any realistic request, and small enough for lists and tensors.
+MAX_IMAGES = 4096  # per request
 MAX_SIDE = 2**20  # pixels
 MAX_STEPS = 10_000
 MAX_GUIDANCE = 10_000.0
 MAX_PROMPT_LENGTH = 32_768  # characters of a prompt
 MAX_TEXT = 2**20  # characters of all prompts together
 FINITE = sys.float_info.max
-_SHOWN = 60  # characters of a value that a message holds
+_MAX_SHOWN = 60  # characters of a value in a message
 
 
 def show(value: Any) -> str:
-    """A value as a message names it: one line, short, and without a look at what a tensor or a long list holds."""
+    """A value as shown in messages: one short line, without the content of tensors and long lists."""
     kind = type(value).__name__
     if _is(value, "torch", "Tensor") or (_is(value, "numpy", "ndarray") and value.ndim):
         kind = "an array" if kind == "ndarray" else f"a {kind}"
         return f"{kind} of shape {tuple(value.shape)} and dtype {value.dtype}"
     if isinstance(value, (str, bytes)):
-        text = repr(value[: _SHOWN + 1])
+        text = repr(value[: _MAX_SHOWN + 1])
     elif isinstance(value, int) and value.bit_length() > 128:
         return f"a whole number of {value.bit_length()} bits"
     elif isinstance(value, (list, tuple, set, frozenset, dict)) and len(value) > 8:
@@ -47,10 +46,10 @@ def show(value: Any) -> str:
     else:
         try:
             text = repr(value)
-        except Exception:  # a foreign object's own code
+        except Exception:  # raised by a foreign object
             text = f"{_article(kind)} {kind}"
     text = " ".join(text.split())
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}..."
 
 
 def whole(name: str, value: Any, low: int, high: int, unit: str = "") -> int:
@@ -79,32 +78,32 @@ def flag(name: str, value: Any) -> bool:
 
 
 def choice(name: str, value: Any, choices: Sequence[str]) -> str:
-    """One of a few words."""
+    """One of the choices."""
     if not isinstance(value, str) or value not in choices:
         raise InputError(f"{name} is {show(value)}: expected one of {', '.join(choices)}")
     return value
 
 
-def instance(name: str, value: Any, kinds: type | tuple[type, ...], what: str) -> Any:
-    """A value of one of these types. what: as the message names it."""
+def instance(name: str, value: Any, kinds: type | tuple[type, ...], expected: str) -> Any:
+    """A value of one of these types. expected: as described in the message."""
     if not isinstance(value, kinds):
-        raise InputError(f"{name} is {show(value)}: expected {what}")
+        raise InputError(f"{name} is {show(value)}: expected {expected}")
     return value
 
 
 def known(names: Iterable[str], among: Sequence[str]) -> None:
-    """Names of arguments that there are; an unknown one is an InputError that suggests the nearest."""
+    """Check names of arguments; an unknown one is an InputError that suggests the most similar."""
     for name in names:
         if name not in among:
-            near = difflib.get_close_matches(name[:100], among, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(among)}"
+            suggestions = difflib.get_close_matches(name[:100], among, n=1)
+            hint = f"did you mean {suggestions[0]!r}?" if suggestions else f"known are: {', '.join(among)}"
             raise InputError(f"unknown argument {show(name)}: {hint}")
 
 
-def short_text(name: str, value: Any, what: str) -> str:
-    """A name, such as a sampler's: a text of at most 200 characters. what: as the message names it."""
+def short_text(name: str, value: Any, expected: str) -> str:
+    """A name, such as a sampler's: a text of at most 200 characters. expected: as described in the message."""
     if not isinstance(value, str) or len(value) > 200:
-        raise InputError(f"{name} is {show(value)}: expected {what}")
+        raise InputError(f"{name} is {show(value)}: expected {expected}")
     return value
 
 
@@ -116,22 +115,22 @@ def numbers(name: str, value: Any, longest: int) -> tuple[float, ...]:
     return tuple(real(f"{name}[{k}]", item, -FINITE, FINITE) for k, item in enumerate(items))
 
 
-def pair(name: str, value: Any, low: int, high: int, what: str) -> tuple[int, int]:
-    """Two whole numbers from low to high. what: as the message names them, such as "(height, width) in pixels"."""
+def pair(name: str, value: Any, low: int, high: int, label: str) -> tuple[int, int]:
+    """Two whole numbers from low to high. label: such as "(height, width) in pixels"."""
     items = None
     if _is_list(value) and len(value) == 2:
         items = [_number(item) for item in value]
     if items is None or not all(isinstance(item, int) and low <= item <= high for item in items):
-        raise InputError(f"{name} is {show(value)}: expected {what}, whole numbers from {low} to {high}")
+        raise InputError(f"{name} is {show(value)}: expected {label}, whole numbers from {low} to {high}")
     return items[0], items[1]  # type: ignore[return-value]
 
 
-def listed(name: str, value: Any, longest: int, what: str) -> list[Any]:
-    """The items of a list of at most `longest`; an array's as Python's numbers."""
+def listed(name: str, value: Any, longest: int, label: str) -> list[Any]:
+    """The items of a list of at most `longest` items; those of arrays as Python numbers."""
     if not _is_list(value):
-        raise InputError(f"{name} is {show(value)}: expected a list of {what}")
+        raise InputError(f"{name} is {show(value)}: expected a list of {label}")
     if len(value) > longest:
-        raise InputError(f"{name} is a list of {len(value)}: expected at most {longest} {what}")
+        raise InputError(f"{name} is a list of {len(value)}: expected at most {longest} {label}")
     return list(value) if isinstance(value, (list, tuple)) else value.tolist()
 
 
@@ -155,8 +154,8 @@ def texts(name: str, value: Any, longest: int, length: int) -> list[str]:
 
 
 def tensor(name: str, value: Any, shape: Sequence[int | None]) -> Tensor:
-    """A dense floating point tensor of this shape with storage, not empty; None stands for any size. What it holds is
-    not looked at."""
+    """A dense, non-empty floating point tensor with storage and of this shape; None is any size. Its values are not
+    checked."""
     sizes = ", ".join("any" if n is None else str(n) for n in shape)
     if not _is(value, "torch", "Tensor"):
         raise InputError(f"{name} is {show(value)}: expected a floating point tensor ({sizes})")
@@ -179,7 +178,7 @@ def finite(name: str, value: Tensor) -> Tensor:
 
 
 def _number(value: Any) -> int | float | None:
-    """A real number as Python's; None where it is none."""
+    """A real number as an int or float; None for anything else."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int):
@@ -195,7 +194,7 @@ def _number(value: Any) -> int | float | None:
         return value
     try:
         number = float(value)
-    except Exception:  # a fraction beyond all floats, a foreign object's own code
+    except Exception:  # a fraction beyond all floats, or raised by a foreign object
         return None
     return None if math.isnan(number) else number
 
@@ -208,7 +207,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _is(value: Any, module: str, kind: str) -> bool:
-    """Whether a value is of a type of a module that need not have been imported."""
+    """Whether a value is of a type of a module, without importing it."""
     loaded = sys.modules.get(module)
     return loaded is not None and isinstance(value, getattr(loaded, kind))
 

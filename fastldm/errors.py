@@ -1,14 +1,14 @@
-"""Every error that fastldm raises on purpose.
+"""All errors that fastldm raises deliberately.
 
-Each says what was given, what was expected and what to do, and is raised where the outside comes in. Each also is the
-built-in that a caller who knows nothing of fastldm would catch.
+Messages say what the value was, what was expected and what to do; errors are raised where external input is first
+checked. Each error is also the built-in exception that a caller without knowledge of fastldm would catch.
 """
 
 from __future__ import annotations
 
 
 class FastLDMError(Exception):
-    """Base of all errors that fastldm raises on purpose."""
+    """Base of all errors that fastldm raises deliberately."""
 
 
 class InputError(FastLDMError, ValueError):
@@ -16,15 +16,15 @@ class InputError(FastLDMError, ValueError):
 
 
 class CheckpointError(FastLDMError, OSError):
-    """A model on disk or on a hub cannot be used: missing, damaged, refused, or of another kind."""
+    """A model on disk or on a hub cannot be used: missing, damaged, refused, or unsupported."""
 
 
 class OutOfMemory(FastLDMError, MemoryError):
-    """A request does not fit into memory; the message names what is needed and what is free."""
+    """A request does not fit into memory; the message has the needed and the free bytes."""
 
 
 class NonFinite(FastLDMError, ArithmeticError):
-    """NaN or infinity appeared; the message names the stage and the step."""
+    """NaN or infinity appeared; the message has the stage and the step."""
 
 
 class Cancelled(FastLDMError):
@@ -40,7 +40,7 @@ class DeadlineExceeded(FastLDMError, TimeoutError):
 
 
 class WorkerLost(FastLDMError, RuntimeError):
-    """A request was lost through no fault of its own, with what ran it or in a forked process: ask again."""
+    """A request was lost because its worker died or the process was forked: submit it again."""
 
 
 class BundleError(FastLDMError):
@@ -52,11 +52,11 @@ class EngineError(FastLDMError):
 
 
 def out_of_memory_named(error: Exception) -> Exception:
-    """OutOfMemory for what an allocator of any device raises where it fails; any other error as it is."""
-    # What the CPU's allocator says has no type of its own, and a GPU's is a RuntimeError too.
-    named = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
-    if isinstance(error, FastLDMError) or not (named or isinstance(error, MemoryError)):
+    """OutOfMemory if an error is from an allocator of any device; any other error unchanged."""
+    # The CPU allocator's error has no type of its own, and a GPU's is a RuntimeError too.
+    from_allocator = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    if isinstance(error, FastLDMError) or not (from_allocator or isinstance(error, MemoryError)):
         return error
     reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
-    text = f"memory ran out{reason}: ask for a smaller size or fewer pictures"
+    text = f"memory ran out{reason}: use a smaller size or fewer images"
     return OutOfMemory(text).with_traceback(error.__traceback__)

@@ -1,12 +1,12 @@
-"""How a picture was made, as text that other tools read too: the form of AUTOMATIC1111's `parameters`.
+"""An image's generation parameters as text that other tools read too, in the form of AUTOMATIC1111's `parameters`.
 
     a red apple
     Negative prompt: worm
     Steps: 8, Sampler: ddim, CFG scale: 2.5, Seed: 3, Size: 64x64, Model: "apples, v2", Version: fastldm 0.1.0
 
-A value that holds a comma, a colon, a quote or a line break is a JSON string, as there. So is a prompt that would
-otherwise be read as one of the other lines: nothing in a prompt or in a model's name can forge a field, and what was
-written reads back as the same request. Readers that do not know of quoted prompts show those as they stand.
+A value with a comma, a colon, a quote or a line break is a JSON string, as in AUTOMATIC1111. So is a prompt that would
+otherwise be read as one of the other lines: nothing in a prompt or in a model's name can forge a field, and the text
+reads back as the same request. Readers without support for quoted prompts show the JSON string.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
 
 _NEGATIVE = "Negative prompt:"
 _FIELD = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
-_MIN_FIELDS = 3  # on the last line; with fewer it is the end of a prompt
-# All that ends a line for somebody, or shows as nothing: line feed apart, which prompts may hold.
+_MIN_FIELDS = 3  # of the last line; a line with fewer is the end of a prompt
+# Line breaks of any convention and invisible characters, except line feed, which prompts may contain.
 _UNSAFE = re.compile("[\0-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def parameters_text(
     request: Request, seed: int | None, model: str, extra: dict[str, str] | None = None, *, picture: int = 0
 ) -> str:
-    """How picture number `picture` of a completed request was made, from `seed` (None where a caller's generator or
-    latents were used), by `model`; extra: further fields."""
+    """The parameters of image number `picture` of a completed request. seed: None if a caller's generator or latents
+    were used. model: its name. extra: further fields."""
     lines = [_prompt(_nth(request.prompt, picture, request.num_images_per_prompt) or "")]
     negative = _nth(request.negative_prompt, picture, request.num_images_per_prompt)
     if negative is not None:
         lines.append(f"{_NEGATIVE} {_prompt(negative)}")
     size = f"{request.width}x{request.height}" if request.width and request.height else None
-    facts: dict[str, Any] = {
+    values: dict[str, Any] = {
         "Steps": request.num_inference_steps,
         "Sampler": request.sampler,
         "CFG scale": request.guidance_scale,
@@ -47,23 +47,23 @@ def parameters_text(
         "Size": size,
         "Model": model,
         "Denoising strength": request.strength if request.image is not None else None,
-        # There the last layer is number 1, in diffusers none is left out.
+        # AUTOMATIC1111 counts from 1, diffusers from 0.
         "Clip skip": request.clip_skip + 1 if request.clip_skip else None,
     }
     for name, (label, _) in _FIELDS.items():
-        value = _plain(getattr(request, name))
+        value = _as_tuple(getattr(request, name))
         if name.endswith("prompt_2"):
             value = _nth(value, picture, request.num_images_per_prompt)
-        facts[label] = None if value == _plain(type(request).__dataclass_fields__[name].default) else value
-    facts |= extra or {}
-    lines.append(", ".join(f"{key}: {_value(value)}" for key, value in facts.items() if value is not None))
+        values[label] = None if value == _as_tuple(type(request).__dataclass_fields__[name].default) else value
+    values |= extra or {}
+    lines.append(", ".join(f"{key}: {_value(value)}" for key, value in values.items() if value is not None))
     return "\n".join(lines)
 
 
 def parse_parameters(text: str) -> tuple[Request, dict[str, str]]:
-    """The request of one picture that `parameters_text`, or AUTOMATIC1111, wrote, and the other fields by their names.
+    """The request of an image from text of `parameters_text` or AUTOMATIC1111, and the remaining fields by name.
 
-    The request lacks what is no text: pictures, latents, embeddings. InputError where a field's value cannot be one.
+    The request has no images, latents and embeddings. InputError for an invalid value of a field.
     """
     from fastldm.request import Request
 
@@ -83,14 +83,14 @@ def parse_parameters(text: str) -> tuple[Request, dict[str, str]]:
         try:
             arguments[name] = read(value)
         except ValueError:
-            raise InputError(f"the picture's parameters say {label}: {checks.show(value)}, which cannot be") from None
+            raise InputError(f"the image's parameters have {label}: {checks.show(value)}, which is invalid") from None
     if "size" in arguments:
         arguments["width"], arguments["height"] = arguments.pop("size")
     return Request(**arguments), fields
 
 
 def _nth(texts: str | Sequence[str] | None, picture: int, each: int) -> str | None:
-    """The text of one picture of a batch: one text is for all, of a list each is for `each` pictures."""
+    """The text of one image of a batch: a single text is for all images, each text of a list for `each` images."""
     return texts if texts is None or isinstance(texts, str) else texts[picture // each]
 
 
@@ -99,8 +99,8 @@ def _prompt(text: str) -> str:
     return _quoted(text) if forges or _UNSAFE.search(text) or text[:1] == '"' == text[-1:] else text
 
 
-def _plain(value: Any) -> Any:
-    """Lists, arrays and tensors of numbers as tuples."""
+def _as_tuple(value: Any) -> Any:
+    """Lists, arrays and tensors of numbers as tuples; other values unchanged."""
     value = value.tolist() if hasattr(value, "tolist") else value
     return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
@@ -108,12 +108,12 @@ def _plain(value: Any) -> Any:
 def _value(value: Any) -> str:
     if isinstance(value, tuple):
         return " ".join(_value(item) for item in value)
-    if isinstance(value, float):  # with all its digits, but 7 for 7.0
+    if isinstance(value, float):  # with all digits; 7 for 7.0
         text = repr(float(value)).removesuffix(".0")
     else:
         text = str(value)
-    plain = text and text == text.strip() and not re.search(r'[,:"\\\n]', text) and not _UNSAFE.search(text)
-    return text if plain else _quoted(text)
+    needs_no_quotes = text and text == text.strip() and not re.search(r'[,:"\\\n]', text) and not _UNSAFE.search(text)
+    return text if needs_no_quotes else _quoted(text)
 
 
 def _quoted(text: str) -> str:
@@ -126,7 +126,7 @@ def _unquoted(text: str) -> str:
     try:
         return str(json.loads(text))
     except ValueError:
-        return text  # somebody's prompt in quotes
+        return text  # a prompt that starts with a quote
 
 
 def _fields(line: str) -> dict[str, str]:
@@ -168,7 +168,7 @@ _READERS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "Denoising strength": ("strength", float),
     "Clip skip": ("clip_skip", lambda text: max(int(text) - 1, 0)),
 }
-# Fields of Request that are written where they differ from their default: how they are called, and read.
+# Fields of Request that are written if they differ from their default: label and reader.
 _FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "prompt_2": ("Prompt 2", str),
     "negative_prompt_2": ("Negative prompt 2", str),

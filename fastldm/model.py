@@ -1,6 +1,6 @@
-"""From a path or an id to a model that is loaded: a checkpoint on PyTorch, or a bundle on what runs it soonest.
+"""From a path or an id to a loaded model: a checkpoint on PyTorch, or a bundle on the fastest backend.
 
-What `fastldm.export` needs is imported when a bundle is met.
+`fastldm.export` is imported only for bundles.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from fastldm.loading.state import load_module
 from fastldm.sizes import Axis
 
 Opened = tuple[loading.Spec, loading.LoadedModel, str, Mapped]
-"""What a model is, its networks, its name, and the files that their weights lie in."""
+"""A model's spec, its networks, its name, and its mapped weight files."""
 
 
 def describe(path_or_id: str | os.PathLike[str] = "default", **options: Any) -> loading.Spec:
-    """What a checkpoint or a bundle holds; loads no weights. options and errors: see `loading.spec.describe`, and
-    BundleError for a bundle that says nothing that can be read."""
+    """Describe a checkpoint or a bundle; loads no weights. Options and errors as for `loading.spec.describe`, and
+    BundleError for an invalid bundle."""
     loading.check_options(options)
     if is_bundle(path_or_id):
         return _read_bundle(path_or_id).model
@@ -44,7 +44,7 @@ def open_model(
     backend: str = "auto",
     **options: Any,
 ) -> Opened:
-    """A model, loaded: see `Pipeline.from_pretrained` for the arguments and errors."""
+    """Load a model: see `Pipeline.from_pretrained` for arguments and errors."""
     checks.instance("path_or_id", path_or_id, (str, os.PathLike), 'a path, a hub id or "default"')
     checks.known(options, ("device", "dtype", "torch_dtype", "backend", *loading.OPTIONS))
     checks.instance("backend", backend, str, "auto or a backend's name")
@@ -53,30 +53,30 @@ def open_model(
     if dtype is not None:
         checks.instance("dtype", dtype, (str, torch.dtype), "float32, float16 or bfloat16")
     loading.check_options(options)
-    place = choose_device(backend_device(backend, device))
-    runs = choose_backend(backend, path_or_id, place, dtype)
+    device = choose_device(backend_device(backend, device))
+    backend = choose_backend(backend, path_or_id, device, dtype)
     if is_bundle(path_or_id):
         unused = [name for name, value in options.items() if value]
         if unused:
             raise InputError(f"{', '.join(unused)}: not for a bundle, which was exported from one checkpoint")
-        if runs != "torch":
-            return _open_bundle(path_or_id, runs, place, dtype)
+        if backend != "torch":
+            return _open_bundle(path_or_id, backend, device, dtype)
         from fastldm.export import networks
 
         source = networks.source(_read_bundle(path_or_id))
         path_or_id, options = source.model, source.options
-    return _open_checkpoint(path_or_id, place, choose_dtype(dtype, place), options)
+    return _open_checkpoint(path_or_id, device, choose_dtype(dtype, device), options)
 
 
 def _open_bundle(
     path: str | os.PathLike[str], backend: str, device: torch.device, dtype: str | torch.dtype | None
 ) -> Opened:
-    """BundleError for a file that is not what was written, before anything is run."""
+    """BundleError for a file that was changed since the export, before anything is run."""
     from fastldm.export import networks
     from fastldm.export.bundle import Bundle
 
     folder = Path(path).expanduser()
-    mapped = Mapped(folder.rglob("*.onnx*") if device.type == "cpu" else ())  # engines map them too
+    mapped = Mapped(folder.rglob("*.onnx*") if device.type == "cpu" else ())  # which engines map too
     bundle = Bundle.open(folder)
     return bundle.model, networks.load(bundle, backend, device, dtype), bundle.manifest["model"], mapped
 
@@ -92,7 +92,7 @@ def _open_checkpoint(
         files = Mapped(component.files)
         state = component.state(to_prepare=True)
         if device.type == "cpu" and any(tensor.dtype == dtype for tensor in state.values()):
-            mapped |= files  # of another dtype, or on another device, they are copied
+            mapped |= files  # else all tensors are copied
         return load_module(module, state, dtype=dtype, device=device, source=component.source)
 
     name = "default" if str(path_or_id) == "default" else Path(str(path_or_id)).name
@@ -101,7 +101,7 @@ def _open_checkpoint(
 
 
 def backend_device(backend: str, device: str | torch.device | None) -> str | torch.device | None:
-    """Where a backend runs if nothing else is asked for: OpenVINO on the CPU, also where there is a GPU."""
+    """The default device of a backend, if `device` is None: OpenVINO runs on the CPU, even if there is a GPU."""
     only_cpu = backend in BACKENDS and BACKENDS[backend].devices == ("cpu",)
     return "cpu" if device is None and only_cpu else device
 
@@ -109,15 +109,15 @@ def backend_device(backend: str, device: str | torch.device | None) -> str | tor
 def choose_backend(
     backend: str, path: str | os.PathLike[str], device: torch.device, dtype: str | torch.dtype | None = None
 ) -> str:
-    """What runs the model at a path: the backend that was asked for, or for "auto" PyTorch, if it is no bundle.
+    """The backend for the model at a path: the requested one, or for "auto" PyTorch, if it is no bundle.
 
-    Of a bundle, "auto" takes what makes a picture soonest, loading included, as `fastldm verify` measured on this
-    machine; where it did not, the first that is installed of OpenVINO and ONNX Runtime, on a GPU of TensorRT, if
-    engines were built ahead, and ONNX Runtime. Of those, only what computes in `dtype`. Nothing is exported, built or
-    measured here.
+    For a bundle, "auto" is the fastest backend for loading and generating an image, as `fastldm verify` measured on
+    this machine; without measurements, the first installed one of OpenVINO and ONNX Runtime, on a GPU of TensorRT, if
+    engines were built ahead of time, and ONNX Runtime. Only backends that compute in `dtype` are considered. Nothing is
+    exported, built or measured here.
 
-    Raises InputError for a backend there is not and for one that runs bundles where this is none, EngineError where
-    none is installed.
+    Raises InputError for an unknown backend, and for one that runs only bundles if this is none; EngineError if none is
+    installed.
     """
     if backend not in ("auto", "torch", *BACKENDS):
         raise InputError(f"backend is {backend!r}: expected auto, torch, {', '.join(BACKENDS)}")
@@ -133,7 +133,7 @@ def choose_backend(
 
 
 def latents(path: str | os.PathLike[str]) -> list[tuple[Axis, Axis]]:
-    """The heights and widths of latents that a bundle runs with, each range of them."""
+    """The allowed ranges of latent height and width of a bundle."""
     from fastldm.export import networks
 
     return networks.latents(_read_bundle(path))
@@ -142,7 +142,7 @@ def latents(path: str | os.PathLike[str]) -> list[tuple[Axis, Axis]]:
 def precisions(
     path: str | os.PathLike[str], backend: str, device: torch.device, dtype: str | torch.dtype | None
 ) -> tuple[torch.dtype, torch.dtype]:
-    """What a bundle was exported in, and what a backend would compute it in."""
+    """The dtype that a bundle was exported in, and the one that a backend would compute in."""
     from fastldm.export import networks
 
     bundle = _read_bundle(path)
@@ -151,15 +151,14 @@ def precisions(
 
 
 def need_exporter() -> None:
-    """EngineError where the packages that exporting needs are not installed."""
+    """EngineError if the packages for exporting are not installed."""
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
         raise EngineError(f"{', '.join(missing)} is not installed: pip install 'fastldm[onnx]'")
 
 
 def _read_bundle(path: str | os.PathLike[str]) -> Any:
-    """What a bundle says of itself; its files have not been compared with their hashes. BundleError where it says
-    nothing that can be read."""
+    """A bundle, without comparing its files with their hashes. BundleError if its manifest is invalid."""
     from fastldm.export.bundle import Bundle
 
     return Bundle.read(Path(path).expanduser())

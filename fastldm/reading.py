@@ -1,11 +1,10 @@
-"""What comes from outside, checked where it comes in: names of files, JSON files, and the values in them.
+"""Reading files: checked paths, JSON files, and tables of the values in them.
 
     check_path(value)                     an argument           -> Path
     read_file(path), read_json(path)      a file                -> bytes, an object
     read_fields(config, FIELDS, source)   an object and a table -> its values, each as the table says
 
-A table names the keys that are read, the kind of each, and what a missing one stands for. Keys that no table names are
-left alone:
+A table has the keys that are read, the kind of each, and the default of a missing one. Other keys are ignored:
 
     FIELDS = {
         "hidden_size": Field(Integer(1, MAX_CHANNELS)),                          # required
@@ -16,10 +15,10 @@ left alone:
     }
     values = read_fields(config, FIELDS, "unet/config.json")
 
-Whatever is wrong with a file or a value is one error of one line that names the file, the key ("files.a.json.bytes"),
-what was got and what was expected: CheckpointError, or the type given as `error`. So a bundle's manifest is
-`read_fields(read_json(path, error=BundleError), FIELDS, str(path), error=BundleError)`. Every kind is bounded, so what
-is built of the values is bounded too. A new kind is a class with `expected` and `read`.
+Any problem with a file or a value is an error of one line that has the file, the key ("files.a.json.bytes"), the
+value and what was expected: CheckpointError, or the type in `error`. So a bundle's manifest is
+`read_fields(read_json(path, error=BundleError), FIELDS, str(path), error=BundleError)`. All kinds are bounded, and so
+is everything that is built from the values. A new kind is a class with `expected` and `read`.
 """
 
 from __future__ import annotations
@@ -39,9 +38,9 @@ from fastldm.checks import show
 from fastldm.errors import CheckpointError, FastLDMError, InputError
 
 MAX_CHANNELS = 2**16
-"""Of any layer, and numbers alike (heads, positions): far above all models there are, and built in no time."""
+"""Limit for channels of a layer, and for heads, positions and the like: far above those of all known models."""
 MAX_JSON = 2**26
-"""Bytes of a JSON file. CLIP's tokenizer.json, the largest that models have, has 4 MB."""
+"""Limit for bytes of a JSON file. The largest in models, CLIP's tokenizer.json, has 4 MB."""
 _MAX_DIGITS = 400  # of a whole number in JSON: a float64 has 309
 
 
@@ -49,7 +48,7 @@ _MAX_DIGITS = 400  # of a whole number in JSON: a float64 has 309
 
 
 def check_path(value: Any, name: str) -> Path:
-    """The path that an argument is, with ~ expanded. InputError, naming the argument, for what no path can be."""
+    """An argument as a path, with ~ expanded. InputError, naming the argument, for values that are no path."""
     try:
         text = os.fspath(value)
     except TypeError:
@@ -63,7 +62,7 @@ def check_path(value: Any, name: str) -> Path:
         os.lstat(path)
     except FileNotFoundError:
         pass
-    except (ValueError, RuntimeError) as error:  # NUL, lone surrogates; ~ of a user there is not
+    except (ValueError, RuntimeError) as error:  # NUL, lone surrogates; ~ of an unknown user
         raise InputError(f"{name} is {show(text)}, which is no path ({error})") from error
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
@@ -75,37 +74,37 @@ def check_path(value: Any, name: str) -> Path:
 
 
 def check_file(path: Path, error: type[FastLDMError] = CheckpointError) -> os.stat_result:
-    """What the system says of a regular file, symbolic links followed. `error` for all else: opening a pipe waits."""
+    """The status of a regular file, following links. `error` for anything else: opening a pipe would wait."""
     try:
-        found = path.stat()
+        status = path.stat()
     except (OSError, ValueError) as reason:
         raise error(f"{path} cannot be read: {getattr(reason, 'strerror', None) or reason}.") from reason
-    if not stat.S_ISREG(found.st_mode):
-        raise error(f"{path} cannot be read: {_what_is(found.st_mode)}.")
-    return found
+    if not stat.S_ISREG(status.st_mode):
+        raise error(f"{path} cannot be read: {_describe_mode(status.st_mode)}.")
+    return status
 
 
 def read_file(
     path: Path, *, first: int | None = None, max_bytes: int = MAX_JSON, error: type[FastLDMError] = CheckpointError
 ) -> bytes:
-    """All bytes of a regular file, or the `first` so many. `error` for what is no file or has more than `max_bytes`."""
+    """All bytes of a regular file, or the first `first` ones. `error` for no file, or more than `max_bytes`."""
     try:
-        # Without waiting for somebody who writes into a pipe; what was opened is asked, not the path.
+        # Does not wait for the writer of a pipe, and checks the open file, not the path.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         with open(descriptor, "rb") as file:  # noqa: PTH123
-            found = os.fstat(descriptor)
-            if stat.S_ISREG(found.st_mode):
-                if first is None and found.st_size > max_bytes:
-                    raise error(f"{path} has {found.st_size:,} bytes, expected at most {max_bytes:,}.")
+            status = os.fstat(descriptor)
+            if stat.S_ISREG(status.st_mode):
+                if first is None and status.st_size > max_bytes:
+                    raise error(f"{path} has {status.st_size:,} bytes, expected at most {max_bytes:,}.")
                 return file.read(max_bytes if first is None else first)
     except (OSError, ValueError) as reason:
         if isinstance(reason, FastLDMError):
             raise
         raise error(f"{path} cannot be read: {getattr(reason, 'strerror', None) or reason}.") from reason
-    raise error(f"{path} cannot be read: {_what_is(found.st_mode)}.")
+    raise error(f"{path} cannot be read: {_describe_mode(status.st_mode)}.")
 
 
-def _what_is(mode: int) -> str:
+def _describe_mode(mode: int) -> str:
     if stat.S_ISDIR(mode):
         return "Is a directory"
     kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
@@ -113,7 +112,7 @@ def _what_is(mode: int) -> str:
 
 
 def what_bytes_are(head: bytes) -> str | None:
-    """What lies in a file's place, if its first bytes tell."""
+    """The kind of a wrong file, if it can be recognised from its first bytes."""
     if not head:
         return "empty (0 bytes): fetch it again"
     if head.startswith(b"version https://git-lfs"):
@@ -126,8 +125,8 @@ def what_bytes_are(head: bytes) -> str | None:
 
 
 def read_json(path: Path, error: type[FastLDMError] = CheckpointError) -> dict[str, Any]:
-    """The object that a JSON file holds, in UTF-8 (RFC 8259). NaN and infinities are read, as diffusers writes some:
-    the tables say where they may stand. A key that stands twice is an error, since either value could be meant.
+    """The object in a JSON file, in UTF-8 (RFC 8259). NaN and infinities are read, since diffusers writes some; tables
+    define where they are allowed. A duplicate key is an error.
     """
     data = read_file(path, error=error)
     try:
@@ -147,8 +146,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {show(twice)} stands there twice")
+        duplicate = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {show(duplicate)} is there twice")
     return content
 
 
@@ -162,7 +161,7 @@ def _whole(digits: str) -> int:
 
 
 class _Unfit(Exception):
-    """A value that is not of its kind: where it stands, and what is wrong with it."""
+    """A value that is not of its kind: its key, and the problem."""
 
     def __init__(self, at: str, problem: str) -> None:
         super().__init__(at, problem)
@@ -170,23 +169,23 @@ class _Unfit(Exception):
 
 
 class Kind(Protocol):
-    """What values a key may have."""
+    """The allowed values of a key."""
 
     @property
     def expected(self) -> str:
-        """In words, for errors."""
+        """A description for errors."""
 
     def read(self, value: Any, at: str) -> Any:
-        """The value as the caller gets it. Raises `unfit(value, at, self)` for one that is not of this kind."""
+        """Check and convert a value. Raises `unfit(value, at, self)` for one that is not of this kind."""
 
 
 @dataclass(frozen=True)
 class Field:
-    """A key of a table: its kind, and what it stands for where it is missing."""
+    """A key of a table: its kind and its default."""
 
     kind: Kind
     default: Any = ...
-    """`...`: it is required. Not checked itself."""
+    """`...` for a required key. Defaults are not checked."""
 
 
 def read_fields(
@@ -206,11 +205,11 @@ def read_fields(
 def _read(config: Mapping[str, Any], fields: Mapping[str, Field], at: str) -> dict[str, Any]:
     values = {}
     for key, field in fields.items():
-        here = f"{at}.{key}" if at else key
+        full_key = f"{at}.{key}" if at else key
         if key in config:
-            values[key] = field.kind.read(config[key], here)
+            values[key] = field.kind.read(config[key], full_key)
         elif field.default is ...:
-            raise _Unfit(here, f"is missing, expected {field.kind.expected}")
+            raise _Unfit(full_key, f"is missing, expected {field.kind.expected}")
         else:
             values[key] = field.default
     return values
@@ -241,7 +240,7 @@ class Integer:
 
 @dataclass(frozen=True)
 class Number:
-    """A number; a finite one, unless a bound is an infinity."""
+    """A number, finite unless a bound is infinite."""
 
     min: float = -1e30
     max: float = 1e30
@@ -252,14 +251,14 @@ class Number:
 
     def read(self, value: Any, at: str) -> float:
         real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if not (real and self.min <= value <= self.max):  # not NaN either
+        if not (real and self.min <= value <= self.max):  # False for NaN
             raise unfit(value, at, self)
         return float(value)
 
 
 @dataclass(frozen=True)
 class Flag:
-    """True or False; null is False, as in diffusers, which asks for the truth of what it got."""
+    """True or False; null is False, as in diffusers, which tests the truth of values."""
 
     expected: str = "true or false"
 
@@ -300,9 +299,9 @@ class OneOf:
 
     def read(self, value: Any, at: str) -> Any:
         if value is None or isinstance(value, str | bool | numbers.Real):
-            for known in self.values:
-                if value == known and isinstance(value, bool) == isinstance(known, bool):
-                    return known
+            for allowed in self.values:
+                if value == allowed and isinstance(value, bool) == isinstance(allowed, bool):
+                    return allowed
         raise _Unfit(at, f"is {show(value)}; fastldm implements {self.expected}")
 
 
@@ -322,9 +321,9 @@ class Maybe:
 
 @dataclass(frozen=True)
 class ListOf:
-    """A list of `min` to `max` values of a kind, as a tuple; a list alone, or with `scalar` one value as well.
+    """A list of `min` to `max` values of a kind, as a tuple.
 
-    scalar: a value that is no list stands for `max` times the same. each: what it is one of, for errors.
+    scalar: also allow a single value, which is repeated `max` times. each: what has one entry, for errors.
     """
 
     kind: Kind
@@ -340,14 +339,16 @@ class ListOf:
 
     def read(self, value: Any, at: str) -> tuple[Any, ...]:
         if hasattr(value, "tolist") and getattr(value, "ndim", 0) == 1 and len(value) <= self.max:
-            value = value.tolist()  # numpy's, from a configuration in memory
+            value = value.tolist()  # a numpy array, from a config in memory
         if not isinstance(value, list | tuple):
             if self.scalar:
                 return (self.kind.read(value, at),) * self.max
             raise unfit(value, at, self)
         if not self.min <= len(value) <= self.max:
             count = f"{self.max:,}" if self.min == self.max else f"{self.min:,} to {self.max:,}"
-            raise _Unfit(at, f"has {len(value):,} entries, expected {count}{f' (one a {self.each})' * bool(self.each)}")
+            raise _Unfit(
+                at, f"has {len(value):,} entries, expected {count}{f' (one per {self.each})' * bool(self.each)}"
+            )
         return tuple(self.kind.read(entry, f"{at}[{i}]") for i, entry in enumerate(value))
 
 
@@ -384,7 +385,7 @@ class Object:
 
 @dataclass(frozen=True, init=False)
 class Either:
-    """A value of any of several kinds, the first that it fits."""
+    """A value of one of several kinds; the first match counts."""
 
     kinds: tuple[Kind, ...]
 

@@ -1,7 +1,7 @@
-"""What a caller asks for, and what comes back.
+"""Requests and results.
 
-`Request` is the one place where the arguments of a generation have their names, defaults and checks:
-`Pipeline.__call__`, the command and everything later are built from it. Names are diffusers'.
+`Request` defines the names, defaults and checks of all arguments of a generation: `Pipeline.__call__` and the command
+are built from it. Names are diffusers'.
 """
 
 from __future__ import annotations
@@ -38,92 +38,91 @@ UNSUPPORTED = {
     "negative_aesthetic_score": "",
     "original_inference_steps": "",
 }
-"""Arguments of diffusers' pipelines that fastldm does not have, and what to do instead. None is taken: it asks for
-nothing."""
+"""Arguments of diffusers' pipelines that fastldm does not support, and alternatives. None is accepted."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One call: B = len(prompt) * num_images_per_prompt pictures. `None` means the model family's own default.
+    """A request for B = len(prompt) * num_images_per_prompt images. `None` means the model family's default.
 
-    Checked here: all that needs no model. `Pipeline` fills in the family's defaults and checks the rest.
+    All checks that need no model are made here. `Pipeline` fills in the family's defaults and makes the other checks.
     """
 
     prompt: str | Sequence[str] | None = None
-    """What to draw: one text, or a list with one text a picture. `(word:1.3)` and `[word]` weigh words, BREAK begins a
-    new window of the text encoder."""
+    """What to draw: a text, or a list of texts. `(word:1.3)` and `[word]` weight words, BREAK starts a new window of
+    the text encoder."""
     negative_prompt: str | Sequence[str] | None = None
-    """What to avoid; one text for all or one a prompt. Used where guidance_scale > 1."""
+    """What to avoid; one text for all or one per prompt. Used if guidance_scale > 1."""
     height: int | None = None
-    """Picture height in pixels, a multiple of the VAE's factor (8 for Stable Diffusion)."""
+    """Image height in pixels, a multiple of the VAE's factor (8 for Stable Diffusion)."""
     width: int | None = None
-    """Picture width in pixels, likewise."""
+    """Image width in pixels, likewise."""
     num_inference_steps: int | None = None
     """Sampler steps."""
     guidance_scale: float | None = None
-    """Classifier-free guidance: 1 or less is off and costs one network row a picture, not two."""
+    """Classifier-free guidance: 1 or less is off, with one U-Net row per image instead of two."""
     guidance_rescale: float = 0.0
-    """Pulls the guided prediction's deviation back to the conditional one's, 0 (off) to 1 (arXiv:2305.08891, section
-    3.4)."""
+    """Rescales the guided prediction's standard deviation to the conditional one's, 0 (off) to 1 (arXiv:2305.08891,
+    section 3.4)."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Guide only between these fractions of the steps (arXiv:2404.07724)."""
     sampler: str | None = None
     """A sampler's name, such as "dpm++ 2m karras", "euler a" or a diffusers class name."""
     timesteps: Sequence[float] | None = None
-    """Custom training timesteps, descending, in place of num_inference_steps."""
+    """Custom training timesteps, descending, instead of num_inference_steps."""
     sigmas: Sequence[float] | None = None
-    """Custom noise levels, descending, in place of num_inference_steps."""
+    """Custom noise levels, descending, instead of num_inference_steps."""
     eta: float = 0.0
-    """DDIM's and TCD's share of fresh noise, 0 to 1."""
+    """Fraction of fresh noise of DDIM and TCD, 0 to 1."""
     num_images_per_prompt: int = 1
-    """Pictures a prompt."""
+    """Images per prompt."""
     seed: int | Sequence[int] | None = None
-    """Picture k is made from a CPU generator seeded seed + k, on every device; a list gives one seed a picture. None
-    draws one."""
+    """Image k has a CPU generator with seed + k, on every device; a list has one seed per image. None selects a random
+    seed."""
     generator: torch.Generator | Sequence[torch.Generator] | None = None
-    """In place of seed: one generator draws the whole batch, a list draws a picture each, both as diffusers does."""
+    """Instead of seed: one generator for the full batch, or a list with one per image, both as in diffusers."""
     latents: torch.Tensor | None = None
-    """Start noise (B, C, H / factor, W / factor), unit variance, in place of drawn noise. With `image` and no
-    `mask_image` it is where the steps start, noise and all, and of `image` the size is all that is used, as in
+    """Initial noise (B, C, H / factor, W / factor) of unit variance, instead of random noise. With `image` and no
+    `mask_image` these are the noisy latents at which the steps start, and only the size of `image` is used, as in
     diffusers."""
     image: Any = None
-    """Start picture: image to image. A path, a PIL image, an array (H, W, 3) or (B, H, W, 3), a tensor (B, 3, H, W), or
-    a list: RGB, uint8 or floats in 0..1, see `image.load_image`. Or latents (B, C, h, w), told by their channels and
-    scaled as the U-Net has them. Of n pictures, where n divides the batch, picture k starts from k modulo n, as in
-    diffusers; so it is with `mask_image`."""
+    """Initial image, for image to image. A path, a PIL image, an array (H, W, 3) or (B, H, W, 3), a tensor (B, 3, H,
+    W), or a list: RGB, uint8 or floats in 0..1, see `image.load_image`. Or latents (B, C, h, w), recognised by their
+    channels and scaled as for the U-Net. Of n images, n dividing the batch, image k starts from number k modulo n, as
+    in diffusers; likewise for `mask_image`."""
     strength: float | None = None
-    """How much of `image` is redone, 0 (nothing) to 1 (everything); None is 0.8, and 1 with `mask_image`."""
+    """How much `image` is changed, 0 (not at all) to 1 (completely); None is 0.8, and 1 with `mask_image`."""
     mask_image: Any = None
-    """White is repainted, black is kept; needs `image`. Forms as of `image`, or (H, W), see `image.load_mask`."""
+    """White is repainted, black stays; needs `image`. Types as for `image`, or (H, W), see `image.load_mask`."""
     clip_skip: int | None = None
-    """Text encoder layers left out at the end, as diffusers counts them."""
+    """Number of text encoder layers to skip at the end, counted as in diffusers."""
     literal_prompt: bool = False
-    """Take brackets and BREAK in prompts as text."""
+    """Treat brackets and BREAK in prompts as text."""
     prompt_embeds: torch.Tensor | None = None
-    """Text states (prompts, T, D) in place of `prompt`."""
+    """Text states (prompts, T, D) instead of `prompt`."""
     negative_prompt_embeds: torch.Tensor | None = None
-    """Text states (prompts, T, D) in place of `negative_prompt`."""
+    """Text states (prompts, T, D) instead of `negative_prompt`."""
     pooled_prompt_embeds: torch.Tensor | None = None
-    """SDXL's pooled vectors (prompts, P), in place of those of `prompt`; needed with prompt_embeds."""
+    """SDXL's pooled vectors (prompts, P), instead of those of `prompt`; needed with prompt_embeds."""
     negative_pooled_prompt_embeds: torch.Tensor | None = None
     """Likewise for the negative prompts."""
     prompt_2: str | Sequence[str] | None = None
-    """What SDXL's second text encoder reads in place of `prompt`."""
+    """What SDXL's second text encoder reads instead of `prompt`."""
     negative_prompt_2: str | Sequence[str] | None = None
-    """What SDXL's second text encoder reads in place of `negative_prompt`."""
+    """What SDXL's second text encoder reads instead of `negative_prompt`."""
     original_size: tuple[int, int] | None = None
-    """SDXL's size conditions, (height, width) in pixels; the picture's own size when None."""
+    """SDXL's size condition, (height, width) in pixels; the image's size if None."""
     crops_coords_top_left: tuple[int, int] = (0, 0)
     """SDXL's crop condition, (top, left) in pixels."""
     target_size: tuple[int, int] | None = None
     """As original_size."""
     negative_original_size: tuple[int, int] | None = None
-    """The size conditions of the negative half; original_size when None."""
+    """The size condition of the negative branch; original_size if None."""
     negative_crops_coords_top_left: tuple[int, int] | None = None
-    """The crop condition of the negative half. None is crops_coords_top_left; with a negative size and no `image` it
+    """The crop condition of the negative branch. None is crops_coords_top_left; with a negative size and no `image` it
     is (0, 0), as in diffusers."""
     negative_target_size: tuple[int, int] | None = None
-    """The target size of the negative half; target_size when None."""
+    """The target size of the negative branch; target_size if None."""
     output_type: str = "pil"
     """"pil": PIL images; "np": float32 (B, H, W, 3) in 0..1; "pt": tensor (B, 3, H, W) in 0..1; "latent": latents,
     undecoded."""
@@ -157,7 +156,7 @@ class Request:
     @classmethod
     def of(cls, prompt: str | Sequence[str] | Request | None, options: dict[str, Any]) -> Request:
         """A request from a prompt, or from another request, and keyword arguments; an unknown name is an InputError
-        that suggests the nearest one."""
+        that suggests the most similar one."""
         for name in [name for name in options if name in UNSUPPORTED]:
             if options[name] is not None:
                 raise InputError(f"{name} is not supported{UNSUPPORTED[name]}")
@@ -167,12 +166,12 @@ class Request:
 
     @property
     def prompts(self) -> list[str]:
-        """The prompts, one a picture."""
+        """The prompts, one per image."""
         return [text for text in as_list(self.prompt) for _ in range(self.num_images_per_prompt)]
 
     @property
     def negative_prompts(self) -> list[str] | None:
-        """The negative prompts, one a picture; None where none was given."""
+        """The negative prompts, one per image; None if there are none."""
         if self.negative_prompt is None:
             return None
         if isinstance(self.negative_prompt, str):
@@ -181,7 +180,7 @@ class Request:
 
     @property
     def batch(self) -> int:
-        """B, the number of pictures."""
+        """B, the number of images."""
         return self.count * self.num_images_per_prompt
 
     @property
@@ -196,28 +195,29 @@ class Request:
 
 @dataclass(frozen=True)
 class Timings:
-    """Where the time of a call went, in seconds. On a GPU, which works behind the host, these are the host's: what a
-    step leaves running is waited for in `decode`.
+    """Times of a call in seconds. On a GPU, which runs asynchronously, these are the host's: `decode` includes waiting
+    for the steps.
     """
 
     text: float
-    """Tokenising and encoding prompts, and all that is computed once a prompt or schedule."""
+    """Tokenising and encoding prompts, and everything else that is computed once per prompt or schedule."""
     steps: tuple[float, ...]
-    """Each pass of the sampler loop."""
+    """Each iteration of the sampler loop."""
     decode: float
-    """Latents to pictures."""
+    """From latents to images."""
     total: float
-    """The whole call."""
+    """The full call."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a call made."""
+    """The result of a request."""
 
     images: list[Image] | numpy.ndarray | torch.Tensor
-    """As `output_type` says."""
+    """Of the type in `output_type`."""
     seeds: tuple[int, ...]
-    """One a picture: each makes that picture again, alone. Empty where the caller's generator or latents were used."""
+    """One per image, with which it can be generated again on its own. Empty if the caller's generator or latents were
+    used."""
     timings: Timings
     backend: str
     """What ran the networks, such as "torch"."""
@@ -228,12 +228,12 @@ class Result:
 
 
 def as_list(texts: str | Sequence[str] | None) -> list[str]:
-    """A text or several as a list of them."""
+    """One or several texts as a list."""
     return [texts] if isinstance(texts, str) else list(texts or [])
 
 
 def _check_texts(request: Request) -> None:
-    """Texts of types and lengths that can be used, one for all or one a prompt."""
+    """Check types, lengths and numbers of texts."""
     for name in ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2"):
         value = getattr(request, name)
         if value is None:
@@ -246,18 +246,18 @@ def _check_texts(request: Request) -> None:
         if name == "prompt" or (request.prompt is None and request.prompt_embeds is None):
             continue  # `Request()` is a set of defaults; the pipeline refuses to run one without a prompt
         if not isinstance(value, str) and len(texts) != request.count:
-            raise InputError(f"{name} has {len(texts)} texts for {request.count} prompts: give one, or one a prompt")
+            raise InputError(f"{name} has {len(texts)} texts for {request.count} prompts: give one, or one per prompt")
     if request.prompt_2 is not None and request.prompt is None and request.prompt_embeds is None:
-        raise InputError("prompt_2 was given without prompt: it is what the second text encoder reads in its place")
+        raise InputError("prompt_2 was given without prompt: it is what the second text encoder reads instead")
 
 
 def _check_embeds(request: Request) -> None:
-    """Tensors in place of texts: not beside them."""
-    for half in ("", "negative_"):
-        for name in (f"{half}prompt", f"{half}prompt_2"):
-            if getattr(request, name) is not None and getattr(request, f"{half}prompt_embeds") is not None:
-                raise InputError(f"{name} and {half}prompt_embeds were both given: give one of them")
-        for name, dimensions in ((f"{half}prompt_embeds", 3), (f"{half}pooled_prompt_embeds", 2)):
+    """Check tensors, which replace texts."""
+    for prefix in ("", "negative_"):
+        for name in (f"{prefix}prompt", f"{prefix}prompt_2"):
+            if getattr(request, name) is not None and getattr(request, f"{prefix}prompt_embeds") is not None:
+                raise InputError(f"{name} and {prefix}prompt_embeds were both given: give one of them")
+        for name, dimensions in ((f"{prefix}prompt_embeds", 3), (f"{prefix}pooled_prompt_embeds", 2)):
             if getattr(request, name) is not None:
                 checks.tensor(name, getattr(request, name), (None,) * dimensions)
 
@@ -269,22 +269,20 @@ def _check_seed(request: Request) -> int | tuple[int, ...] | None:
     try:
         return checks.whole("seed", seed, 0, MAX_SEED)
     except InputError:
-        wrong = f"seed is {checks.show(seed)}: expected a whole number from 0 to 2**63 - 1, or a list of them"
+        message = f"seed is {checks.show(seed)}: expected a whole number from 0 to 2**63 - 1, or a list of them"
     try:
         seeds = tuple(
             checks.whole("seed", item, 0, MAX_SEED) for item in checks.listed("seed", seed, MAX_IMAGES, "seeds")
         )
     except InputError:
-        raise InputError(wrong) from None
+        raise InputError(message) from None
     if (request.prompt is not None or request.prompt_embeds is not None) and len(seeds) != request.batch:
-        raise InputError(
-            f"seed is a list of {len(seeds)} for {request.batch} pictures: give one seed, or one a picture"
-        )
+        raise InputError(f"seed is a list of {len(seeds)} for {request.batch} images: give one seed, or one per image")
     return seeds
 
 
 def _check_generators(request: Request) -> None:
-    """One generator, or one for each picture."""
+    """Check that there is one generator, or one per image."""
     import torch
 
     value = request.generator
@@ -350,7 +348,7 @@ _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Request)}
 
 
 def picture_seeds(request: Request) -> tuple[int, ...]:
-    """One seed a picture, (B,): the given list, or seed, seed + 1, ...; a fresh random seed where none was given."""
+    """One seed per image, (B,): the list in `seed`, or seed, seed + 1, ...; a random seed if `seed` is None."""
     if isinstance(request.seed, Sequence):
         return tuple(request.seed)
     first = secrets.randbelow(2**32) if request.seed is None else request.seed

@@ -1,4 +1,4 @@
-"""Ranges of sizes that a network runs with, and whether a picture's is among them."""
+"""Ranges of sizes that a network supports, and checks of image sizes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from fastldm.errors import InputError
 
 @dataclass(frozen=True)
 class Axis:
-    """A dimension whose size is chosen at run time, from `least` to `most`; `best` is what an engine is tuned for.
+    """A dimension whose size is selected at run time, from `least` to `most`; engines are tuned for `best`.
 
-    Axes of one name are one quantity. Where a network's outputs have it in another unit (pixels for latents), sizes are
-    to each other as `best` is to `best`.
+    Axes of the same name are the same quantity. If a network's outputs have it in another unit (pixels and latents),
+    the ratio of sizes is that of their `best`.
     """
 
     name: str
@@ -24,24 +24,24 @@ class Axis:
 
 
 def check_size(latents: Sequence[tuple[Axis, Axis]], factor: int, width: int, height: int) -> None:
-    """InputError for pictures of a size that none of these ranges has. latents: heights and widths. factor: pixels a
-    latent."""
+    """InputError for an image size that is in none of these ranges. latents: ranges of heights and widths. factor:
+    pixels per latent."""
 
-    def words(tall: Axis, wide: Axis) -> str:
-        least, most = (f"{w * factor}x{h * factor}" for w, h in ((wide.least, tall.least), (wide.most, tall.most)))
-        return least if least == most else f"{least} to {most} in steps of {tall.multiple_of * factor}"
+    def describe(h: Axis, w: Axis) -> str:
+        least, most = (f"{x * factor}x{y * factor}" for x, y in ((w.least, h.least), (w.most, h.most)))
+        return least if least == most else f"{least} to {most} in steps of {h.multiple_of * factor}"
 
-    near = [
-        [nearest(axis, n // factor) * factor for axis, n in zip(one, (height, width), strict=True)] for one in latents
-    ]
-    if [height, width] not in near:
-        h, w = min(near, key=lambda one: abs(one[0] - height) + abs(one[1] - width))
-        runs = " or ".join(words(*one) for one in latents)
-        raise InputError(f"the size is {width}x{height}: this bundle runs {runs}, of which {w}x{h} is nearest")
+    suggestions = [(nearest(h, height // factor) * factor, nearest(w, width // factor) * factor) for h, w in latents]
+    if (height, width) not in suggestions:
+        best_h, best_w = min(suggestions, key=lambda size: abs(size[0] - height) + abs(size[1] - width))
+        ranges = " or ".join(describe(h, w) for h, w in latents)
+        raise InputError(
+            f"the size is {width}x{height}: this bundle runs {ranges}, of which {best_w}x{best_h} is nearest"
+        )
 
 
 def nearest(axis: Axis, size: int) -> int:
-    """The size closest to this one that an axis can have; the smaller of two."""
+    """The closest allowed size of an axis; of two equally close, the smaller."""
     unit = axis.multiple_of
     below, above = size // unit * unit, -(-size // unit) * unit
     return min(max(below if size - below <= above - size else above, axis.least), axis.most)

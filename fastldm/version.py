@@ -1,3 +1,3 @@
-"""The version, where packaging and every module find it."""
+"""The version of fastldm, for packaging and all modules."""
 
 __version__ = "0.1.0"
