@@ -156,9 +156,9 @@ def test_settings_of_other_tools_are_read() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a\nSteps: many, Sampler: x, Size: 8x8", "say Steps: 'many'"),
-        ("a\nSteps: 1, Sampler: x, Size: 8", "say Size: '8'"),
-        (f"a\nSteps: {'9' * 5000}, Sampler: x, Size: 8x8", "say Steps: '999"),
+        ("a\nSteps: many, Sampler: x, Size: 8x8", "have Steps: 'many'"),
+        ("a\nSteps: 1, Sampler: x, Size: 8", "have Size: '8'"),
+        (f"a\nSteps: {'9' * 5000}, Sampler: x, Size: 8x8", "have Steps: '999"),
         ("a\nSteps: 0, Sampler: x, Size: 8x8", "num_inference_steps is 0"),
     ],
 )

@@ -129,6 +129,6 @@ def test_a_kernel_that_does_not_count_waiting_is_left_alone(monkeypatch: pytest.
         if text is not None:
             (tmp_path / "schedstat").write_text(text)
         monkeypatch.setattr(openmp, "_SCHEDSTAT", tmp_path / "schedstat")
-        monkeypatch.setattr(watch, "_looked", 0.0)
+        monkeypatch.setattr(watch, "_measured_at", 0.0)
         watch.look()
-    assert watch._crowd is None
+    assert watch._helper is None

@@ -35,7 +35,7 @@ from fastldm.request import picture_seeds
         ({"prompt": "a", "mask_image": "m.png"}, "mask_image was given without image"),
         ({"prompt": "a", "seed": -1}, "seed is -1"),
         ({"prompt": "a", "seed": 2**63}, "expected a whole number from 0 to 2"),
-        ({"prompt": "a", "seed": [1, 2]}, "list of 2 for 1 pictures"),
+        ({"prompt": "a", "seed": [1, 2]}, "list of 2 for 1 images"),
         ({"prompt": "a", "seed": 1, "generator": object()}, "seed and generator were both given"),
         ({"prompt": "a", "timesteps": [1], "sigmas": [1.0]}, "timesteps and sigmas were both given"),
         ({"prompt": "a", "num_images_per_prompt": 0}, "num_images_per_prompt is 0"),

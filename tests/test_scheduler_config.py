@@ -68,7 +68,7 @@ def test_a_pipeline_sets_what_diffusers_class_sets(
             }
             if any(steps.values()):  # what the table of no sampler holds
                 key = next(key for key, holds in steps.items() if holds)
-                with pytest.raises(CheckpointError, match=f"somewhere: '{key}' is {key == 'clip_sample'}, here by its"):
+                with pytest.raises(CheckpointError, match=f"somewhere: '{key}' is {key == 'clip_sample'}, by its"):
                     read_scheduler(file, pipeline, "somewhere")
                 continue
             got = read_scheduler(file, pipeline, "somewhere")

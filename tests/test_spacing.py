@@ -80,7 +80,7 @@ BETAS = [
     ({"trained_betas": [-0.1, 0.1, 0.1]}, "betas leave 1.1 of the image at timestep 0 of 3"),
     ({"trained_betas": [0.1, math.nan, 0.1]}, "betas leave nan of the image at timestep 1 of 3"),
     ({"trained_betas": [0.1, 0.1, 0.1], "rescale_betas_zero_snr": True, "beta_start": 0}, None),
-    ({"trained_betas": [0.0, 0.0, 0.0], "rescale_betas_zero_snr": True}, "betas leave nan of the picture"),
+    ({"trained_betas": [0.0, 0.0, 0.0], "rescale_betas_zero_snr": True}, "betas leave nan of the image"),
     ({"trained_betas": []}, "0 trained_betas for num_train_timesteps 3"),
 ]
 

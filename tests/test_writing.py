@@ -138,7 +138,7 @@ def full(path: Path) -> Path:
         (lambda path: path.with_name("a\0b"), "out is .*, which is no path"),
         (lambda path: path / "sub", "there is no folder"),
         (lambda path: file(path) / "sub", "there is no folder"),
-        (lambda path: Path("/"), "/ cannot be a bundle: give the name of a folder"),
+        (lambda path: Path("/"), "/ cannot be a bundle: give the name of a new folder"),
     ],
 )
 def test_where_no_bundle_can_stand(place: Any, words: str, made: tuple[Path, Path], tmp_path: Path) -> None:
