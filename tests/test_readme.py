@@ -78,10 +78,10 @@ NOT_RUN = {
     "fastldm bench --suite": "minutes, at SD1.5's size: test_cli_bench.py has its task",
     "fastldm warm": "a minute: test_cli_warm.py has it smaller",
     "fastldm tune": "needs a GPU: test_cli_tune.py has its file",
-    "make bench": "twenty minutes: test_benchmarks.py has its parts",
-    "make gpu-first": "needs a GPU: test_gpu_first.py has its rehearsal",
-    "python -m benchmarks.scaling": "minutes: test_benchmarks.py has its parts",
-    "python -m benchmarks.gpu page": "test_gpu_first.py has the page",
+    "make bench": "twenty minutes: test_suite.py has its parts",
+    "make gpu-first": "needs a GPU: test_first.py has its rehearsal",
+    "python -m benchmarks.scaling": "minutes: test_scaling.py has its parts",
+    "python -m benchmarks.gpu page": "test_first.py has the page",
 }
 LINES = [line for block in blocks("sh") for line in block.splitlines()]
 
@@ -110,6 +110,8 @@ def test_every_command_line_is_run_or_has_its_reason() -> None:
         assert len(matching(line, RUN) + matching(line, NOT_RUN)) == 1, line
     for prefix in (*RUN, *NOT_RUN):
         assert any(f"{line}  ".startswith(prefix) for line in LINES), f"{prefix!r} is no longer in the README"
+    for name in re.findall(r"test_\w+\.py", " ".join(NOT_RUN.values())):
+        assert (ROOT / "tests" / name).is_file(), name
 
 
 @pytest.fixture(scope="module")
