@@ -114,12 +114,12 @@ HONOURED: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("change", HONOURED)
-def test_the_changed_picture_is_made(pipe: Any, change: str) -> None:
+def test_adopted_changes_give_the_same_image(pipe: Any, change: str) -> None:
     HONOURED[change](pipe)
     assert same_picture(pipe)
 
 
-def test_what_is_no_pipeline_is_refused() -> None:
+def test_non_pipelines_are_refused() -> None:
     for given in (None, "sd1", 3, SimpleNamespace(unet=None), nn.Linear(1, 1), tiny.unet("sd1")):
         with pytest.raises(InputError, match=f"pipe is a {type(given).__name__}: expected a loaded diffusers pipeline"):
             Pipeline.from_diffusers(given)
@@ -129,7 +129,7 @@ def test_what_is_no_pipeline_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(name for name in pipeline_classes() if hasattr(diffusers, name)))
-def test_every_plain_class_is_adopted(name: str) -> None:
+def test_every_supported_class_is_adopted(name: str) -> None:
     parts = tiny.pipeline("sdxl" if "XL" in name else "lcm" if "Latent" in name else "sd1").components
     parts.pop("image_encoder", None)  # which no older class has
     flags = {} if "XL" in name else {"requires_safety_checker": False}
@@ -137,7 +137,7 @@ def test_every_plain_class_is_adopted(name: str) -> None:
     assert Pipeline.from_diffusers(theirs).name == name
 
 
-def test_decoding_in_tiles_and_slices_goes_on(pipe: Any) -> None:
+def test_tiled_and_sliced_decoding_is_adopted(pipe: Any) -> None:
     assert Pipeline.from_diffusers(pipe).stages.vae_decode == "whole"
     pipe.vae.enable_slicing()
     assert Pipeline.from_diffusers(pipe).stages.vae_decode == "sliced"
@@ -145,7 +145,7 @@ def test_decoding_in_tiles_and_slices_goes_on(pipe: Any) -> None:
     assert Pipeline.from_diffusers(pipe).stages.vae_decode == "tiled"
 
 
-def test_a_safety_checker_that_is_not_run_is_told(caplog: pytest.LogCaptureFixture, pipe: Any) -> None:
+def test_ignored_safety_checker_is_logged(caplog: pytest.LogCaptureFixture, pipe: Any) -> None:
     pipe.register_modules(safety_checker=nn.Identity())
     Pipeline.from_diffusers(pipe)
     assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
@@ -154,7 +154,7 @@ def test_a_safety_checker_that_is_not_run_is_told(caplog: pytest.LogCaptureFixtu
 
 
 @pytest.mark.parametrize("compile_", [_compile_all, _compile_in_place])
-def test_compiled_networks_are_taken_as_what_they_are(original: Any, pipe: Any, compile_: Change) -> None:
+def test_compiled_networks_are_unwrapped(original: Any, pipe: Any, compile_: Change) -> None:
     compile_(pipe)
     adopted = Pipeline.from_diffusers(pipe)
     assert np.abs(picture(adopted) - picture(original)).max() < 1e-4  # the compiled one would take a minute
@@ -177,7 +177,7 @@ def inverted(original: Any) -> Any:
 PROMPTS = ("a <thing> here", "<thing>", "two <thing><thing>s, <one>", "a<thing>b <one> <thing>_9", "<one>_1", "nothing")
 
 
-def test_tokens_of_several_vectors_are_read_whole(inverted: Any, tmp_path: Path) -> None:
+def test_multi_vector_tokens_are_expanded(inverted: Any, tmp_path: Path) -> None:
     inverted.tokenizer.save_pretrained(tmp_path)
     tokenizer = Tokenizer(tmp_path)
     for prompt in PROMPTS:
@@ -187,7 +187,7 @@ def test_tokens_of_several_vectors_are_read_whole(inverted: Any, tmp_path: Path)
     assert tokenizer.ids("a <thing> <thing>_1 <thing>_2 b") == tokenizer.ids("a <thing> b")  # spelled out
 
 
-def test_several_vectors_make_diffusers_picture(inverted: Any, tmp_path: Path) -> None:
+def test_multi_vector_tokens_give_diffusers_image(inverted: Any, tmp_path: Path) -> None:
     prompt = "a <thing> here"
     assert same_picture(inverted, prompt)
     inverted.save_pretrained(tmp_path)
@@ -215,7 +215,7 @@ def test_adopted_weights_are_shared(pipe: Any) -> None:
         adoption.adopt(on_meta(Attention), mixed)
 
 
-def test_description_of_a_loaded_pipeline_is_that_of_its_folder(pipe: Any, tmp_path: Path) -> None:
+def test_loaded_pipeline_has_description_of_its_folder(pipe: Any, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path)
     loaded, saved = adoption.describe_diffusers(pipe), open_diffusers(tmp_path)
     assert set(loaded.components) == set(saved.components)

@@ -86,7 +86,7 @@ def rehash(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_what_is_in_a_bundle(exported: Path, model: Path) -> None:
+def test_bundle_has_expected_files(exported: Path, model: Path) -> None:
     opened = Bundle.open(exported)
     assert list(opened.specs) == NETWORKS
     manifest = opened.manifest
@@ -112,7 +112,7 @@ def test_what_is_in_a_bundle(exported: Path, model: Path) -> None:
     assert not [path for path in exported.parent.iterdir() if path.name.startswith(".")]
 
 
-def test_it_proves_itself(exported: Path) -> None:
+def test_bundle_verifies(exported: Path) -> None:
     status, said = verify(exported)
     assert status == 0, said
     assert rows(said) == PICTURE | {(name, origin): 3 for name in NETWORKS for origin in ("golden", "fresh")}
@@ -124,7 +124,7 @@ def test_it_proves_itself(exported: Path) -> None:
     assert "all are as close to PyTorch in float32 as float32 is, on onnxruntime, which will run in it\n" in said
 
 
-def test_no_fresh_size_is_a_golden_s() -> None:
+def test_fresh_sizes_are_not_goldens() -> None:
     """Of the default model, whose axes have steps enough to tell."""
     model = loading.describe("default")
     for split in (False, True):
@@ -135,7 +135,7 @@ def test_no_fresh_size_is_a_golden_s() -> None:
             assert all(nearest(axis, size) == size for axis, size in given)
 
 
-def test_without_the_model_it_is_held_against_the_goldens(exported: Path, model: Path, tmp_path: Path) -> None:
+def test_verify_without_model_uses_goldens(exported: Path, model: Path, tmp_path: Path) -> None:
     moved = model.rename(model.with_name("moved"))
     try:
         status, said = verify(exported)
@@ -149,7 +149,7 @@ def test_without_the_model_it_is_held_against_the_goldens(exported: Path, model:
         moved.rename(model)
 
 
-def test_another_model_s_weights_are_found(exported: Path, model: Path, tmp_path: Path) -> None:
+def test_weights_of_other_model_are_found(exported: Path, model: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(model, tmp_path / "other"))
     path = other / "unet" / "diffusion_pytorch_model.safetensors"
     weights = load_file(path)
@@ -216,7 +216,7 @@ def test_damage_is_found_before_anything_runs(
 
 
 @pytest.mark.parametrize("files", ["none", "without a network", "without a golden"])
-def test_what_is_run_has_a_hash(files: str, copy: Path) -> None:
+def test_executed_files_have_hashes(files: str, copy: Path) -> None:
     manifest = json.loads((copy / "manifest.json").read_text())
     dropped = {"none": "", "without a network": "unet_step/model.onnx", "without a golden": "goldens/time_rows"}[files]
     manifest["files"] = {name: one for name, one in manifest["files"].items() if not name.startswith(dropped)}
@@ -226,7 +226,7 @@ def test_what_is_run_has_a_hash(files: str, copy: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["unet_step/other_data", "tokenizer/added_tokens.json", "text_encoder/deep/er"])
-def test_what_is_laid_beside_is_not_run(name: str, copy: Path) -> None:
+def test_added_files_are_not_run(name: str, copy: Path) -> None:
     """A graph may name any file of its folder as its weights, and a tokenizer reads more files than it was given."""
     (copy / name).parent.mkdir(exist_ok=True)
     (copy / name).write_text("{}")
@@ -294,7 +294,7 @@ def test_every_field_of_a_manifest_is_of_its_type(change: Callable[[dict[str, An
         Bundle.open(copy)
 
 
-def test_a_manifest_is_a_file_of_some_depth(copy: Path) -> None:
+def test_invalid_manifest_json_is_refused(copy: Path) -> None:
     path = copy / "manifest.json"
     for text in ("[" * 100_000, '{"a":' * 100_000, "[]", "{}", "\xff"):
         path.write_text(text)
@@ -330,7 +330,7 @@ class Writer:
         shutil.copytree(self.source / name, folder)
 
 
-def test_an_export_that_was_stopped_goes_on(
+def test_interrupted_export_continues(
     exported: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer, out = Writer(exported, monkeypatch), tmp_path / "out"
@@ -356,9 +356,7 @@ def test_an_export_that_was_stopped_goes_on(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_an_export_that_was_killed_goes_on(
-    exported: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_export_continues(exported: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = f"""
 import os, shutil, signal, sys
 from pathlib import Path
@@ -383,7 +381,7 @@ writing.export(loading.describe(source), Path({str(tmp_path / "out")!r}), source
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_full_disk_is_named_and_the_same_command_goes_on(
+def test_export_continues_after_full_disk(
     exported: Path, model: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer, out = Writer(exported, monkeypatch), small_disk / "out"
@@ -406,7 +404,7 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on(
     assert sorted({*before, *again}) == sorted(NETWORKS)
 
 
-def test_what_was_left_by_other_options_or_damaged_since_is_made_anew(
+def test_other_or_damaged_partial_files_are_rewritten(
     exported: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer, out = Writer(exported, monkeypatch), tmp_path / "out"
@@ -422,7 +420,7 @@ def test_what_was_left_by_other_options_or_damaged_since_is_made_anew(
     assert writer.written == NETWORKS[1:]
 
 
-def test_a_network_that_is_not_pytorchs_is_no_bundle(
+def test_network_unlike_pytorch_is_not_exported(
     exported: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer = Writer(Path(shutil.copytree(exported, tmp_path / "source")), monkeypatch)
@@ -433,7 +431,7 @@ def test_a_network_that_is_not_pytorchs_is_no_bundle(
     assert not (tmp_path / "out").exists()
 
 
-def test_where_a_bundle_cannot_go(model: Path, exported: Path, tmp_path: Path) -> None:
+def test_invalid_bundle_paths_are_refused(model: Path, exported: Path, tmp_path: Path) -> None:
     spec = loading.describe(model)
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "notes.txt").touch()
@@ -452,7 +450,7 @@ def test_where_a_bundle_cannot_go(model: Path, exported: Path, tmp_path: Path) -
         writing.export(spec, tmp_path / "out", source=str(model))
 
 
-def test_what_is_there_already_is_opened(
+def test_existing_bundle_is_opened(
     exported: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(onnx, "write", lambda *args, **kwargs: pytest.fail("a network was traced"))
@@ -476,7 +474,7 @@ def engines(out: Path, model: Path, *options: str) -> tuple[int, str]:
     return done.exit_code, done.output
 
 
-def test_engines_of_a_bundle_are_built_with_no_gpu(
+def test_bundle_engines_build_without_gpu(
     copy: Path, model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tensorrt = pytest.importorskip("fastldm.export.tensorrt", reason="tensorrt_rtx is not installed")
@@ -511,7 +509,7 @@ def test_engines_of_a_bundle_are_built_with_no_gpu(
     ]
 
 
-def test_a_gpu_takes_the_bundle_s_engine_where_it_fits(
+def test_gpu_uses_fitting_bundle_engine(
     copy: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     """Without a GPU: what would be deserialised is looked at instead."""
@@ -559,7 +557,7 @@ def test_a_gpu_takes_the_bundle_s_engine_where_it_fits(
         (["--size", "16x16"], "give --to tensorrt too"),
     ],
 )
-def test_what_is_wrong_with_engines_is_found_before_anything_is_traced(
+def test_engine_errors_are_found_before_tracing(
     options: list[str], words: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "--to" in options:

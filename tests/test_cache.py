@@ -86,7 +86,7 @@ def test_what_was_built_is_loaded(cache: EngineCache) -> None:
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Key)], ids="of {}".format)
-def test_a_key_that_differs_in_anything_is_another_engine(cache: EngineCache, field: str) -> None:
+def test_every_key_field_makes_another_engine(cache: EngineCache, field: str) -> None:
     put(cache)
     other = dataclasses.replace(KEY, **{field: "another"})
     assert put(cache, other, b"other") != cache.folder / KEY.digest
@@ -94,7 +94,7 @@ def test_a_key_that_differs_in_anything_is_another_engine(cache: EngineCache, fi
 
 
 @pytest.mark.parametrize("field", ["version", "device", "driver"], ids="of {}".format)
-def test_one_for_another_machine_is_left_aside_and_one_line_says_so(
+def test_engine_for_other_machine_is_ignored_with_warning(
     cache: EngineCache, field: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     put(cache)
@@ -107,7 +107,7 @@ def test_one_for_another_machine_is_left_aside_and_one_line_says_so(
     assert cache.fetch(KEY, never, bytes) == ENGINE, "the machine that it was built for still has it"
 
 
-def test_the_hash_of_files_is_that_of_their_contents(tmp_path: Path) -> None:
+def test_hash_depends_only_on_contents(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"ab")
     (tmp_path / "b").write_bytes(b"c")
     assert hash_files(tmp_path / "a", tmp_path / "b").startswith("ba7816bf8f01cfea414140de5dae2223")  # FIPS 180: "abc"
@@ -116,7 +116,7 @@ def test_the_hash_of_files_is_that_of_their_contents(tmp_path: Path) -> None:
 # ---- several processes
 
 
-def test_of_two_processes_one_builds_and_the_other_waits_and_loads(cache: EngineCache, tmp_path: Path) -> None:
+def test_one_process_builds_and_the_other_loads(cache: EngineCache, tmp_path: Path) -> None:
     code = f"""
 def build():
     Path({str(tmp_path)!r}, f"built-{{os.getpid()}}").touch()
@@ -137,7 +137,7 @@ sys.stdout.write(str(len(cache.fetch(KEY, build, bytes))))
     assert len(list(tmp_path.glob("built-*"))) == 1
 
 
-def test_processes_that_evict_each_other_s_engines_get_their_own(cache: EngineCache) -> None:
+def test_concurrent_eviction_returns_right_engines(cache: EngineCache) -> None:
     # Room for 3 of 6 engines: nearly every fetch removes what another process may be reading just then.
     cache.limit = 3 * (len(ENGINE) + 2000)
     code = """
@@ -156,7 +156,7 @@ for _ in range(40):
     assert leftovers(cache) == []
 
 
-def test_a_process_killed_while_it_builds_leaves_a_cache_that_works(cache: EngineCache, tmp_path: Path) -> None:
+def test_killed_builder_leaves_working_cache(cache: EngineCache, tmp_path: Path) -> None:
     put(cache, dataclasses.replace(KEY, graph="before"))
     marker = tmp_path / "building"
     child = start(f"cache.fetch(KEY, lambda: (Path({str(marker)!r}).touch(), time.sleep(60)), bytes)", cache)
@@ -168,7 +168,7 @@ def test_a_process_killed_while_it_builds_leaves_a_cache_that_works(cache: Engin
 
 
 @pytest.mark.parametrize("call", range(4))  # after the engine, the entry, the unfinished folder, the cache's folder
-def test_a_process_killed_while_it_writes_leaves_a_cache_that_works(cache: EngineCache, call: int) -> None:
+def test_killed_writer_leaves_working_cache(cache: EngineCache, call: int) -> None:
     code = f"""
 calls, fsync = [], os.fsync
 def dying(file):
@@ -193,7 +193,7 @@ cache.fetch(KEY, lambda: ENGINE, bytes)
 # ---- disks
 
 
-def test_on_a_full_disk_an_engine_runs_and_is_not_kept(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_full_disk_engine_runs_without_being_stored(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = EngineCache(small_disk / "engines")
     put(cache)
     large = os.urandom(400_000)
@@ -218,13 +218,13 @@ assert cache.fetch(KEY, lambda: ENGINE, bytes) == ENGINE
     assert cache.entries() == []
 
 
-def test_with_no_folder_to_write_to_an_engine_runs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_engine_runs_without_writable_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").touch()
     assert EngineCache(tmp_path / "file" / "engines").fetch(KEY, lambda: ENGINE, bytes) == ENGINE
     assert "engines cannot be stored in" in caplog.text
 
 
-def test_what_was_used_longest_ago_goes_first(cache: EngineCache) -> None:
+def test_least_recently_used_goes_first(cache: EngineCache) -> None:
     keys = [dataclasses.replace(KEY, graph=str(n)) for n in range(5)]
     one = sum(file.stat().st_size for file in put(cache, keys[0]).iterdir())
     cache.limit = 3 * one + one // 2
@@ -236,9 +236,7 @@ def test_what_was_used_longest_ago_goes_first(cache: EngineCache) -> None:
     assert sum(entry.bytes for entry in cache.entries()) <= cache.limit
 
 
-def test_an_engine_larger_than_the_cache_displaces_nothing(
-    cache: EngineCache, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_oversized_engine_displaces_nothing(cache: EngineCache, caplog: pytest.LogCaptureFixture) -> None:
     put(cache)
     cache.limit = 2 * len(ENGINE)
     put(cache, dataclasses.replace(KEY, graph="large"), 3 * ENGINE)
@@ -288,7 +286,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_what_is_damaged_is_never_loaded_but_built_again(
+def test_damaged_entries_are_built_again(
     cache: EngineCache, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     damage(put(cache))
@@ -302,7 +300,7 @@ def test_what_is_damaged_is_never_loaded_but_built_again(
     assert cache.fetch(KEY, never, bytes) == rebuilt
 
 
-def test_what_its_backend_refuses_is_built_again_once(cache: EngineCache, caplog: pytest.LogCaptureFixture) -> None:
+def test_refused_engine_is_built_again_once(cache: EngineCache, caplog: pytest.LogCaptureFixture) -> None:
     put(cache)
 
     def load(data: bytes) -> bytes:
@@ -316,7 +314,7 @@ def test_what_its_backend_refuses_is_built_again_once(cache: EngineCache, caplog
     assert [entry.aside for entry in cache.entries()].count(True) == 1
 
 
-def test_an_engine_that_does_not_load_is_not_kept(cache: EngineCache) -> None:
+def test_unloadable_engine_is_not_stored(cache: EngineCache) -> None:
     def load(data: bytes) -> None:
         raise EngineError("refused")
 
@@ -326,7 +324,7 @@ def test_an_engine_that_does_not_load_is_not_kept(cache: EngineCache) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o722])
-def test_a_folder_that_others_can_write_to_is_refused(cache: EngineCache, mode: int) -> None:
+def test_folder_writable_by_others_is_refused(cache: EngineCache, mode: int) -> None:
     put(cache)
     cache.folder.chmod(mode)
     for call in (lambda: cache.fetch(KEY, never, bytes), cache.entries, cache.prune, lambda: list(cache.verify())):
@@ -335,14 +333,14 @@ def test_a_folder_that_others_can_write_to_is_refused(cache: EngineCache, mode: 
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give a folder away")
-def test_a_folder_of_another_user_is_refused(cache: EngineCache) -> None:
+def test_folder_of_other_user_is_refused(cache: EngineCache) -> None:
     put(cache)
     os.chown(cache.folder, 12345, 12345)
     with pytest.raises(EngineError, match="belongs to another user"):
         cache.fetch(KEY, never, bytes)
 
 
-def test_a_new_folder_is_closed_to_others_whatever_the_umask(cache: EngineCache) -> None:
+def test_new_folder_is_private_for_any_umask(cache: EngineCache) -> None:
     before = os.umask(0)
     try:
         entry = put(cache)
@@ -352,7 +350,7 @@ def test_a_new_folder_is_closed_to_others_whatever_the_umask(cache: EngineCache)
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o770])
-def test_a_parent_that_others_can_write_to_is_refused(cache: EngineCache, mode: int) -> None:
+def test_parent_writable_by_others_is_refused(cache: EngineCache, mode: int) -> None:
     put(cache)
     cache.folder.parent.chmod(mode)
     if mode == 0o770:
@@ -367,7 +365,7 @@ def test_a_parent_that_others_can_write_to_is_refused(cache: EngineCache, mode: 
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give things away")
-def test_a_parent_or_link_of_another_user_is_refused(tmp_path: Path) -> None:
+def test_parent_or_link_of_other_user_is_refused(tmp_path: Path) -> None:
     own = EngineCache(tmp_path / "own" / "engines")
     put(own)
     (tmp_path / "link").symlink_to("own")
@@ -381,14 +379,14 @@ def test_a_parent_or_link_of_another_user_is_refused(tmp_path: Path) -> None:
         own.fetch(KEY, never, bytes)
 
 
-def test_links_that_lead_nowhere_are_no_folder(tmp_path: Path) -> None:
+def test_dangling_links_are_no_folder(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     assert EngineCache(tmp_path / "loop" / "engines").fetch(KEY, lambda: ENGINE, bytes) == ENGINE
     assert EngineCache(tmp_path / "loop" / "engines").entries() == []
 
 
 @pytest.mark.parametrize("nth", range(1, 16))
-def test_what_was_judged_is_what_is_read(nth: int, cache: EngineCache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checked_file_is_the_one_read(nth: int, cache: EngineCache, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another user's entry takes the place of one's own after the nth look at it: its engine is never run."""
     entry = put(cache)
     evil = Path(shutil.copytree(entry, cache.folder / "evil"))
@@ -444,7 +442,7 @@ def as_a_pipe(path: Path) -> None:
 
 @pytest.mark.parametrize("thing", [as_a_file, as_a_folder, as_a_dangling_link, as_a_loop, as_a_link, as_a_pipe])
 @pytest.mark.parametrize("place", ["lock", "aside-KEY", "KEY", "KEY/engine", "KEY/entry.json", "tmp-KEY"])
-def test_whatever_lies_in_a_place_is_healed(cache: EngineCache, place: str, thing: Callable[[Path], None]) -> None:
+def test_unexpected_entries_are_replaced(cache: EngineCache, place: str, thing: Callable[[Path], None]) -> None:
     entry = put(cache)
     path = cache.folder / place.replace("KEY", KEY.digest)
     if thing is not as_a_link or not place.startswith("KEY"):
@@ -462,7 +460,7 @@ def test_whatever_lies_in_a_place_is_healed(cache: EngineCache, place: str, thin
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"key":' * 50_000, "[]", '{"key": [], "sha256": 1}', "\xff", '"key"'])
-def test_whatever_an_entry_says_is_healed(cache: EngineCache, text: str) -> None:
+def test_invalid_entry_json_is_replaced(cache: EngineCache, text: str) -> None:
     (put(cache) / "entry.json").write_text(text)
     assert [entry.key for entry in cache.entries()] == [None]
     assert cache.fetch(KEY, lambda: b"built again", bytes) == b"built again"
@@ -477,7 +475,7 @@ def command(cache: EngineCache, *arguments: str) -> tuple[int, str]:
     return done.exit_code, done.output
 
 
-def test_the_command_lists_verifies_and_prunes(cache: EngineCache) -> None:
+def test_command_lists_verifies_and_prunes(cache: EngineCache) -> None:
     assert command(cache, "ls") == (0, f"no engines in {cache.folder}\n")
     put(cache)
     vae = put(cache, dataclasses.replace(KEY, network="vae_decoder", graph="v"))
@@ -504,20 +502,20 @@ def test_the_command_lists_verifies_and_prunes(cache: EngineCache) -> None:
 
 
 @pytest.mark.parametrize(("given", "kept"), [("1MiB", 3), ("150 KB", 2), ("0.1M", 1), ("70000", 0)])
-def test_prune_keeps_as_much_as_it_is_told(cache: EngineCache, given: str, kept: int) -> None:
+def test_prune_keeps_given_size(cache: EngineCache, given: str, kept: int) -> None:
     for n in range(3):
         put(cache, dataclasses.replace(KEY, graph=str(n)))  # 70,000 bytes each, and a description
     assert command(cache, "prune", "--keep", given)[0] == 0
     assert len(cache.entries()) == kept
 
 
-def test_prune_refuses_what_is_no_size(cache: EngineCache) -> None:
+def test_prune_refuses_invalid_size(cache: EngineCache) -> None:
     code, said = command(cache, "prune", "--keep", "a lot")
     assert code == 2
     assert "'a lot' is not a size: write such as 10GiB" in said
 
 
-def test_ls_as_data(cache: EngineCache) -> None:
+def test_ls_prints_json(cache: EngineCache) -> None:
     put(cache)
     code, said = command(cache, "ls", "--json")
     (entry,) = json.loads(said)

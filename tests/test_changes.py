@@ -186,7 +186,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("change", REFUSED)
-def test_a_change_is_refused_by_name(pipe: Any, change: str) -> None:
+def test_change_is_refused_by_name(pipe: Any, change: str) -> None:
     make, message = REFUSED[change]
     make(pipe)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -197,7 +197,7 @@ def test_a_change_is_refused_by_name(pipe: Any, change: str) -> None:
     assert len(text) < 500
 
 
-def test_a_refused_pipeline_is_left_as_it_was(pipe: Any) -> None:
+def test_refused_pipeline_is_unchanged(pipe: Any) -> None:
     before = {name: tensor.data_ptr() for name, tensor in pipe.unet.state_dict().items()}
     pipe.enable_freeu(0.9, 0.2, 1.5, 1.6)
     changed = picture(pipe)
@@ -212,7 +212,7 @@ def test_a_refused_pipeline_is_left_as_it_was(pipe: Any) -> None:
 @pytest.mark.parametrize(
     ("owner", "name"), [(CrossAttnUpBlock2D, "forward"), (nn.Conv2d, "_conv_forward"), (nn.Conv2d, "__init__")]
 )
-def test_a_patched_class_is_refused(pipe: Any, monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> None:
+def test_patched_class_is_refused(pipe: Any, monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> None:
     method = getattr(owner, name)
 
     @functools.wraps(method)
@@ -234,7 +234,7 @@ def test_a_patched_class_is_refused(pipe: Any, monkeypatch: pytest.MonkeyPatch, 
         ("somebody.else.Linear", "a change outside its weights and configs"),
     ],
 )
-def test_layers_of_other_packages_are_named(pipe: Any, cls: str, what: str) -> None:
+def test_layers_of_other_packages_are_refused_by_name(pipe: Any, cls: str, what: str) -> None:
     module, _, name = cls.rpartition(".")
     foreign = type(name, (nn.Linear,), {"__module__": module})
     pipe.unet.time_embedding.linear_1.__class__ = foreign
@@ -250,7 +250,7 @@ def test_offloading_is_refused(pipe: Any) -> None:
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_schedulers_that_have_run_are_no_change(name: str) -> None:
+def test_used_schedulers_are_no_change(name: str) -> None:
     config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     scheduler = getattr(diffusers, name)(**config)
     assert list(changes.of_scheduler(scheduler)) == []

@@ -44,7 +44,7 @@ print([name for name in unwanted if name in sys.modules])
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_load_peak_and_imports_in_a_fresh_process(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_load_needs_memory_of_weights_only(tmp_path: Path, dtype: torch.dtype) -> None:
     width, count = 2048, 24 if dtype == torch.bfloat16 else 12  # 200 MB
     path = tmp_path / "diffusion_pytorch_model.safetensors"
     shapes = [(width // 2, width // 2, 2, 2) if i % 2 else (width, width) for i in range(count)]

@@ -61,7 +61,7 @@ def refused(call: Any, name: str) -> bool:
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Request)])
-def test_every_field_of_a_request_takes_or_refuses_every_value(name: str) -> None:
+def test_every_request_field_accepts_or_refuses_values(name: str) -> None:
     taken = []
     for value in HOSTILE:
         options = {"prompt": "a", name: value} if "prompt" not in name or "negative" in name else {name: value}
@@ -118,7 +118,7 @@ def test_arrays_are_lists(name: str) -> None:
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
-def test_what_is_too_much_is_refused_before_it_is_made(options: dict[str, Any], says: str) -> None:
+def test_oversized_values_are_refused_early(options: dict[str, Any], says: str) -> None:
     began = time.process_time()
     with pytest.raises(InputError) as caught:
         Request.of(options.get("prompt", "a"), {name: value for name, value in options.items() if name != "prompt"})
@@ -134,7 +134,7 @@ def test_what_is_too_much_is_refused_before_it_is_made(options: dict[str, Any], 
         ("padding_mask_crop", "padding_mask_crop is not supported: crop image and mask_image"),
     ],
 )
-def test_what_diffusers_has_and_we_have_not_is_refused_by_name(name: str, says: str) -> None:
+def test_unsupported_diffusers_arguments_are_refused(name: str, says: str) -> None:
     assert Request.of("a", {name: None}) == Request("a"), "nothing is asked"
     with pytest.raises(InputError) as caught:
         Request.of("a", {name: 0.5})
@@ -161,7 +161,7 @@ def test_any_value_is_shown_in_one_short_line(value: Any) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_shown(value: Any, shown: str) -> None:
+def test_show_is_short(value: Any, shown: str) -> None:
     assert checks.show(value) == shown
 
 
@@ -172,7 +172,7 @@ NOT_TEXT = [value for value in HOSTILE if not isinstance(value, (str, type(None)
 
 
 @pytest.mark.parametrize("name", LOADING)
-def test_every_argument_of_loading_refuses_other_types(name: str) -> None:
+def test_loading_arguments_refuse_other_types(name: str) -> None:
     for value in NOT_TEXT:
         assert refused(lambda value=value: Pipeline.default(**{name: value}), name), checks.show(value)
 
@@ -184,7 +184,7 @@ def test_flags_of_loading_are_flags(name: str) -> None:
 
 
 @pytest.mark.parametrize("value", [3, None, b"x", "", [], Hostile(), np.zeros(2), Pipeline])
-def test_a_path_is_a_path(value: Any) -> None:
+def test_loading_refuses_invalid_paths(value: Any) -> None:
     with pytest.raises(FastLDMError) as caught:
         Pipeline.from_pretrained(value)
     assert "\n" not in str(caught.value)
@@ -201,7 +201,7 @@ def test_a_path_is_a_path(value: Any) -> None:
         ({"dtype": "int7"}, "dtype is 'int7'"),
     ],
 )
-def test_loading_says_what_it_cannot_take(options: dict[str, Any], says: str) -> None:
+def test_loading_errors_are_specific(options: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError) as caught:
         Pipeline.default(**options)
     assert says in str(caught.value)
@@ -215,7 +215,7 @@ def pipe() -> Pipeline:
 @pytest.mark.parametrize(
     "name", ["progress", "return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs"]
 )
-def test_every_argument_of_a_call_refuses_other_types(pipe: Pipeline, name: str) -> None:
+def test_call_arguments_refuse_other_types(pipe: Pipeline, name: str) -> None:
     wrong = [3, "no", b"", [], [3], {}, 1.5, np.zeros(2), torch.zeros(2), Hostile(), Talkative()]
     for value in wrong:
         options = {name: value}
@@ -242,19 +242,19 @@ def test_every_argument_of_a_call_refuses_other_types(pipe: Pipeline, name: str)
     ],
     ids=str,
 )
-def test_a_warm_up_says_what_it_cannot_take(pipe: Pipeline, options: dict[str, Any], says: str) -> None:
+def test_warm_up_errors_are_specific(pipe: Pipeline, options: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError) as caught:
         pipe.warmup(**options)
     assert says in str(caught.value)
 
 
-def test_a_prompt_of_too_many_windows_is_refused(pipe: Pipeline) -> None:
+def test_prompt_of_too_many_windows_is_refused(pipe: Pipeline) -> None:
     with pytest.raises(InputError, match="more than the 3840 tokens that it may have"):
         pipe("a " * 10_000, num_inference_steps=1)
 
 
 @pytest.mark.parametrize("options", [["--n", "1000000000000"], ["--steps", "1000000000000"], ["--size", "9999999x64"]])
-def test_a_plan_of_too_much_is_refused_at_once(options: list[str]) -> None:
+def test_oversized_plan_is_refused_at_once(options: list[str]) -> None:
     began = time.process_time()
     result = CliRunner().invoke(main, ["plan", *options])
     assert result.exit_code == 2

@@ -50,7 +50,7 @@ def test_text_encoder_equals_transformers(kind: str) -> None:
 
 
 @pytest.mark.parametrize("eos", [2, 500])
-def test_pooled_text_is_the_first_end_of_text(eos: int) -> None:
+def test_pooled_text_is_of_first_end_token(eos: int) -> None:
     theirs = tiny.text_encoder("bigg", eos_token_id=eos)
     ids = token_ids(eos=tiny.VOCABULARY - 1 if eos == 2 else eos)  # 2 stands for the highest id in old configs
     assert error(text_of(theirs)(ids)[1], theirs(ids).text_embeds) < TOLERANCE
@@ -68,7 +68,7 @@ def test_pooled_text_is_the_first_end_of_text(eos: int) -> None:
     ],
     ids=["L", "H", "bigG"],
 )
-def test_the_published_text_encoders_have_their_size(config: dict[str, Any], parameters: int) -> None:
+def test_published_text_encoders_have_their_parameters(config: dict[str, Any], parameters: int) -> None:
     config = {**config, "num_attention_heads": config["heads"]}
     if "p" in config:
         config |= {"projection_dim": config["p"], "architectures": ["CLIPTextModelWithProjection"]}

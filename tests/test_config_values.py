@@ -183,7 +183,7 @@ def test_values_of_tokenizers(tmp_path: Path, folders: dict[str, Path], name: st
             check(lambda: Tokenizer(folder).ids("a cat <cat>"), str(folder), place, value)
 
 
-def test_what_is_refused_says_what_it_expects(folders: dict[str, Path]) -> None:
+def test_error_says_what_is_expected(folders: dict[str, Path]) -> None:
     """A few of the messages, whole."""
     checkpoint = open_diffusers(folders["sd1"])
 

@@ -116,7 +116,7 @@ def test_folder_of_pickles(pipe: Any, tmp_path: Path) -> None:
     assert all(same_as(getattr(pipe, name), part.state()) for name, part in parts.items())
 
 
-def test_what_is_not_needed_is_named_once(copied: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unneeded_components_are_logged_once(copied: Path, caplog: pytest.LogCaptureFixture) -> None:
     index = json.loads((copied / "model_index.json").read_text())
     index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
@@ -162,14 +162,14 @@ OTHER_PIPELINES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", OTHER_PIPELINES)
-def test_other_pipelines_are_named(tmp_path: Path, kind: str) -> None:
+def test_other_pipelines_are_refused_by_name(tmp_path: Path, kind: str) -> None:
     index, message = OTHER_PIPELINES[kind]
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=message):
         open_diffusers(tmp_path)
 
 
-def test_folders_that_are_no_pipeline(folder: Path, tmp_path: Path) -> None:
+def test_other_folders_are_refused_by_content(folder: Path, tmp_path: Path) -> None:
     def refused(path: Path, message: str) -> None:
         with pytest.raises(CheckpointError, match=message) as caught:
             open_diffusers(path)
@@ -194,7 +194,7 @@ def test_folders_that_are_no_pipeline(folder: Path, tmp_path: Path) -> None:
     refused(broken, "holds a list; an object was expected")
 
 
-def test_missing_parts_of_a_pipeline(copied: Path) -> None:
+def test_missing_components_are_named(copied: Path) -> None:
     (copied / "unet" / "diffusion_pytorch_model.safetensors").rename(copied / "unet" / "model_weights.safetensors")
     with pytest.raises(CheckpointError, match=r"unet has no weights: expected .*found config\.json, model_weights"):
         open_diffusers(copied)

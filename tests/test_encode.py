@@ -30,7 +30,7 @@ def embeds(**changes: Any) -> dict[str, Any]:
     }
 
 
-def test_given_tensors_make_a_conditioning() -> None:
+def test_tensors_become_conditioning() -> None:
     options = embeds()
     got = conditioning.from_tensors(**options)
     assert got.hidden.equal(options["prompt_embeds"].bfloat16())
@@ -59,7 +59,7 @@ def test_given_tensors_make_a_conditioning() -> None:
         ({"negative_pooled_prompt_embeds": torch.full((2, 5), math.inf)}, "^negative_pooled_prompt_embeds holds NaN"),
     ],
 )
-def test_given_tensors_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
+def test_unfit_tensors_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         conditioning.from_tensors(**embeds(**changes))
 
@@ -80,7 +80,7 @@ def test_given_tensors_that_do_not_fit(changes: dict[str, Any], message: str) ->
     ids=str,
 )
 @pytest.mark.parametrize("guided", [False, True])
-def test_size_ids_equal_diffusers(sizes: dict[str, Any], guided: bool) -> None:
+def test_size_ids_equal_diffusers_ids(sizes: dict[str, Any], guided: bool) -> None:
     request = Request(["a", "b"], height=64, width=96, **sizes)
     unet = SimpleNamespace(
         config=SimpleNamespace(addition_time_embed_dim=1),
@@ -131,7 +131,7 @@ HALVES = {
 
 
 @pytest.mark.parametrize("options", HALVES.values(), ids=HALVES)
-def test_halves_of_texts_and_tensors_are_diffusers(pipes: Any, options: dict[str, Any]) -> None:
+def test_mixed_texts_and_tensors_match_diffusers(pipes: Any, options: dict[str, Any]) -> None:
     theirs, ours = pipes("sd1")
     prompt = options.get("prompt")
     rest = {name: value for name, value in options.items() if name != "prompt"}
@@ -172,7 +172,7 @@ XL_HALVES = {
 
 
 @pytest.mark.parametrize("options", XL_HALVES.values(), ids=XL_HALVES)
-def test_halves_of_sdxl_are_diffusers(pipes: Any, options: dict[str, Any]) -> None:
+def test_mixed_sdxl_branches_match_diffusers(pipes: Any, options: dict[str, Any]) -> None:
     theirs, ours = pipes("sdxl")
     expected = theirs.encode_prompt(device="cpu", **{"prompt": None, **options})
     got = ours.stages._encode(ours.stages.complete(Request(**options, seed=0)))
@@ -180,7 +180,7 @@ def test_halves_of_sdxl_are_diffusers(pipes: Any, options: dict[str, Any]) -> No
         torch.testing.assert_close(mine, right, atol=1e-5, rtol=1e-5)
 
 
-def test_a_long_text_beside_a_tensor_is_brought_to_its_length(pipes: Any) -> None:
+def test_long_text_and_tensor_get_equal_lengths(pipes: Any) -> None:
     ours = pipes("sd1")[1]
     negative = states(1, 1, 77, 32)
     got = ours.stages._encode(ours.stages.complete(Request("a " * 100, negative_prompt_embeds=negative, seed=0)))
@@ -216,7 +216,7 @@ def test_a_long_text_beside_a_tensor_is_brought_to_its_length(pipes: Any) -> Non
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_halves_that_do_not_fit_say_so(pipes: Any, family: str, options: dict[str, Any], says: str) -> None:
+def test_unfit_branches_are_refused(pipes: Any, family: str, options: dict[str, Any], says: str) -> None:
     ours = pipes(family)[1]
     with pytest.raises(InputError) as caught:
         ours.stages._encode(ours.stages.complete(Request(**options, seed=0)))

@@ -71,7 +71,7 @@ RUNS = [("onnxruntime", None, 1e-5), ("openvino", "float32", 1e-5), ("openvino",
 
 
 @pytest.mark.parametrize(("name", "precision", "tolerance"), RUNS)
-def test_a_backend_gives_what_pytorch_gives(
+def test_backend_matches_pytorch(
     name: str, precision: str | None, tolerance: float, network: Tiny, model: Path
 ) -> None:
     engine = open_engine(backend(name), model, spec(), precision=precision)
@@ -130,7 +130,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_inputs_that_are_not_the_spec_s_are_refused(wrong: str) -> None:
+def test_inputs_outside_spec_are_refused(wrong: str) -> None:
     change, message = WRONG[wrong]
     with pytest.raises(InputError, match=message):
         bound(spec(), change(sample(spec())), CPU)
@@ -144,7 +144,7 @@ def test_contiguous_inputs_are_not_copied() -> None:
 
 
 @pytest.mark.parametrize("axis", [HEIGHT, BATCH, Axis("width", 3, 3, 3, 3), Axis("width", 16, 64, 128, 8)])
-def test_the_nearest_size_is_the_nearest(axis: Axis) -> None:
+def test_nearest_returns_closest_size(axis: Axis) -> None:
     valid = range(axis.least, axis.most + 1, axis.multiple_of)
     for size in range(-3, 2 * axis.most):
         assert nearest(axis, size) == min(valid, key=lambda one: abs(one - size))
@@ -185,7 +185,7 @@ def test_openvino_compiles_once(
         assert not torch.equal(open_engine("openvino", path, spec())(inputs)["out_sample"], compiled)
 
 
-def test_machines_with_other_instructions_have_their_own_engines(
+def test_engine_key_depends_on_cpu_instructions(
     model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Virtual machines call different processors by one name: two on one cache leave each other's engines alone."""
@@ -199,7 +199,7 @@ def test_machines_with_other_instructions_have_their_own_engines(
     assert len(caplog.records) == 1  # the second of them says that the first's is not for it
 
 
-def test_instructions_are_what_the_kernel_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_instructions_are_read_from_cpuinfo(monkeypatch: pytest.MonkeyPatch) -> None:
     said = ["model name\t: Xeon", "flags\t\t: fpu vme sse2 fma avx2 ibrs avx512_bf16 amx_tile md_clear", "bugs\t:"]
     monkeypatch.setattr(cache_module, "_lines", lambda path: said)
     assert cache_module.instructions() == "amx_tile avx2 avx512_bf16 fma sse2"
@@ -209,7 +209,7 @@ def test_instructions_are_what_the_kernel_says(monkeypatch: pytest.MonkeyPatch) 
     assert cache_module.instructions() == torch.backends.cpu.get_cpu_capability()
 
 
-def test_onnx_runtime_leaves_nothing_in_its_user_s_home(model: Path, tmp_path: Path) -> None:
+def test_onnx_runtime_writes_nothing_to_home(model: Path, tmp_path: Path) -> None:
     code = f"""
 import sys
 sys.path[:0] = [{str(ROOT / "tests" / "support")!r}, {str(ROOT)!r}]
@@ -233,7 +233,7 @@ open_engine("onnxruntime", Path({str(model)!r}), given)(sample(given))
 # ---- what cannot run
 
 
-def test_bfloat16_is_refused_where_the_cpu_has_none(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_is_refused_without_cpu_support(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module(f"fastldm.export.{backend('openvino')}")
     monkeypatch.setattr(module, "_capabilities", lambda: ["FP32", "INT8"])
     with pytest.raises(EngineError, match="OpenVINO has no bfloat16 on this CPU, only float32"):
@@ -248,7 +248,7 @@ def test_an_unknown_backend_is_refused(tmp_path: Path) -> None:
         open_engine("tvm", tmp_path, spec())
 
 
-def test_a_backend_is_added_by_a_file_and_an_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backend_needs_file_and_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = ModuleType("fastldm.export.dummy")
     module.open_engine = lambda path, spec, device, precision, hashes, threads: (path, device.type)
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -274,9 +274,7 @@ for command in ("generate", "plan", "profile", "verify", "bench"):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_a_backend_that_is_not_installed_names_its_extra(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_backend_names_its_extra(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, package, None)  # type: ignore[arg-type]
     monkeypatch.delitem(sys.modules, f"fastldm.export.{name}", raising=False)
@@ -285,7 +283,7 @@ def test_a_backend_that_is_not_installed_names_its_extra(
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
-def test_files_that_are_missing_or_damaged_are_named(name: str, model: Path, tmp_path: Path) -> None:
+def test_missing_and_damaged_files_are_named(name: str, model: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "model.onnx"
     with pytest.raises(EngineError, match="does not exist: expected the unet of a bundle"):
         open_engine(backend(name), damaged, spec())
@@ -304,7 +302,7 @@ def test_files_that_are_missing_or_damaged_are_named(name: str, model: Path, tmp
         ("tensorrt", "cuda", "bfloat16", "computes in what the file holds, float32, not in bfloat16"),
     ],
 )
-def test_what_a_backend_does_not_do_it_says(
+def test_unsupported_precision_or_device_is_named(
     name: str, device: str, precision: str | None, message: str, model: Path
 ) -> None:
     with pytest.raises(EngineError, match=message):
@@ -314,9 +312,7 @@ def test_what_a_backend_does_not_do_it_says(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 @pytest.mark.filterwarnings("ignore:Specified provider")
 @pytest.mark.parametrize("claimed", [False, True])
-def test_onnx_runtime_never_goes_to_the_cpu_in_silence(
-    claimed: bool, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_onnx_runtime_never_falls_back_silently(claimed: bool, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module(f"fastldm.export.{backend('onnxruntime')}")
     if claimed:  # as onnxruntime-gpu does on a machine without CUDA: it has the provider, and cannot start it
         monkeypatch.setattr(module.ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
@@ -333,7 +329,7 @@ def tensorrt() -> Any:
     return importlib.import_module(f"fastldm.export.{backend('tensorrt')}")
 
 
-def test_an_engine_is_built_with_no_gpu(tensorrt: Any, model: Path) -> None:
+def test_engine_builds_without_gpu(tensorrt: Any, model: Path) -> None:
     # An engine cannot be opened without a GPU; that it names all ports says that it is one. What it knows of one GPU
     # more, and of one profile more, takes room.
     def size(**how: Any) -> int:
@@ -347,7 +343,7 @@ def test_an_engine_is_built_with_no_gpu(tensorrt: Any, model: Path) -> None:
     assert size(profiles=[shape]) < size(profiles=ranges[:1]) < size(profiles=ranges)
 
 
-def test_a_profile_is_the_least_best_and_most_of_each_input(tensorrt: Any) -> None:
+def test_profile_has_least_best_and_most_shapes(tensorrt: Any) -> None:
     found = tensorrt.shapes(spec(), {"height": (4, 8, 8), "batch": (2, 2, 2)})
     assert found == {
         "sample": ((2, 4, 4, 4), (2, 4, 8, 8), (2, 4, 8, 16)),
@@ -379,9 +375,7 @@ def changed(**ports: Port) -> NetworkSpec:
         (changed(out_sample=Port("out_sample", "float32", (BATCH, 4, HEIGHT, WIDTH))), "the outputs .* are not what"),
     ],
 )
-def test_a_network_whose_ports_are_not_the_spec_s_is_not_built(
-    other: NetworkSpec, message: str, tensorrt: Any, model: Path
-) -> None:
+def test_network_with_other_ports_is_not_built(other: NetworkSpec, message: str, tensorrt: Any, model: Path) -> None:
     with pytest.raises(EngineError, match=message):
         tensorrt.build(model, other)
 
@@ -395,14 +389,12 @@ def test_a_network_whose_ports_are_not_the_spec_s_is_not_built(
         ({"batch": (2, 1, 4)}, "from 2 over 1 to 4"),
     ],
 )
-def test_ranges_outside_the_spec_s_are_refused(
-    ranges: dict[str, Any], message: str, tensorrt: Any, model: Path
-) -> None:
+def test_ranges_outside_spec_are_refused(ranges: dict[str, Any], message: str, tensorrt: Any, model: Path) -> None:
     with pytest.raises(InputError, match=message):
         tensorrt.build(model, spec(), profiles=[ranges])
 
 
-def test_gpus_that_it_does_not_build_for_are_named(tensorrt: Any, model: Path) -> None:
+def test_unsupported_gpus_are_refused_by_name(tensorrt: Any, model: Path) -> None:
     with pytest.raises(InputError, match=r"does not build for sm_90: expected .*sm_89, sm_120"):
         tensorrt.build(model, spec(), capabilities=[90])
 
@@ -413,7 +405,7 @@ def test_a_damaged_network_is_named(tensorrt: Any, model: Path, tmp_path: Path) 
         tensorrt.build(tmp_path / "model.onnx", spec())
 
 
-def test_a_key_changes_with_whatever_the_engine_depends_on(tensorrt: Any, model: Path, tmp_path: Path) -> None:
+def test_key_depends_on_all_engine_inputs(tensorrt: Any, model: Path, tmp_path: Path) -> None:
     def key(**given: Any) -> str:
         return tensorrt.key_of(path, spec(), **{"gpu": "A sm_89", **given}).digest
 
@@ -431,7 +423,7 @@ def test_a_key_changes_with_whatever_the_engine_depends_on(tensorrt: Any, model:
 
 
 @pytest.mark.gpu
-def test_an_engine_on_a_gpu_gives_what_pytorch_gives(network: Tiny, model: Path) -> None:
+def test_gpu_engine_matches_pytorch(network: Tiny, model: Path) -> None:
     engine = open_engine(backend("tensorrt"), model, spec(), device="cuda:0")
     for sizes in SIZES:
         inputs = sample(spec(), sizes, seed=1)
@@ -441,7 +433,7 @@ def test_an_engine_on_a_gpu_gives_what_pytorch_gives(network: Tiny, model: Path)
 
 
 @pytest.mark.gpu
-def test_an_engine_can_be_captured(model: Path) -> None:
+def test_engine_can_be_captured(model: Path) -> None:
     engine = open_engine(backend("tensorrt"), model, spec(), device="cuda:0")
     inputs = {name: tensor.to("cuda:0") for name, tensor in sample(spec()).items()}
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()

@@ -50,7 +50,7 @@ def keep(
     return engines.folder / file
 
 
-def test_an_engine_is_for_the_gpus_that_it_names_or_for_ampere_and_later(engines: Engines) -> None:
+def test_engine_runs_on_named_gpus_or_since_ampere(engines: Engines) -> None:
     assert engines.find(KEY, 89) is None
     keep(engines)
     assert {gpu for gpu in (75, 80, 86, 89, 90, 120) if engines.find(KEY, gpu)} == {89}
@@ -62,7 +62,7 @@ def test_an_engine_is_for_the_gpus_that_it_names_or_for_ampere_and_later(engines
     assert len(engines.records()) == 2
 
 
-def test_the_index_says_what_each_is(engines: Engines) -> None:
+def test_index_describes_each_engine(engines: Engines) -> None:
     keep(engines)
     (said,) = json.loads((engines.folder / "engines.json").read_text())["engines"]
     assert (said["network"], said["file"], said["bytes"], said["opset"]) == ("unet", FILE, len(ENGINE), 21)
@@ -83,7 +83,7 @@ def test_the_index_says_what_each_is(engines: Engines) -> None:
         ("precision", "it was built from another network"),
     ],
 )
-def test_one_that_does_not_fit_is_set_aside_and_one_line_says_why(
+def test_unfit_engine_is_set_aside_with_reason(
     field: str, why: str, engines: Engines, caplog: pytest.LogCaptureFixture
 ) -> None:
     keep(engines)
@@ -92,7 +92,7 @@ def test_one_that_does_not_fit_is_set_aside_and_one_line_says_why(
     assert [record.getMessage() for record in caplog.records] == [f"the bundle's engine of unet is set aside: {why}"]
 
 
-def test_one_for_another_gpu_is_set_aside(engines: Engines, caplog: pytest.LogCaptureFixture) -> None:
+def test_engine_for_other_gpu_is_set_aside(engines: Engines, caplog: pytest.LogCaptureFixture) -> None:
     keep(engines)
     assert engines.find(KEY, 120) is None
     assert "is set aside: it is for sm_89, and here is sm_120" in caplog.text
@@ -135,7 +135,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_one_is_never_handed_out(
+def test_damaged_engine_is_never_returned(
     damage: Callable[[Path], None], engines: Engines, caplog: pytest.LogCaptureFixture
 ) -> None:
     damage(keep(engines))
@@ -144,7 +144,7 @@ def test_a_damaged_one_is_never_handed_out(
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o707])
-def test_a_folder_that_others_can_write_to_is_refused(mode: int, engines: Engines) -> None:
+def test_folder_writable_by_others_is_refused(mode: int, engines: Engines) -> None:
     keep(engines)
     engines.folder.chmod(mode)
     with pytest.raises(EngineError, match=r"can be written to by others.*chmod -R go-w"):
@@ -178,7 +178,7 @@ def test_an_index_of_wrong_types_is_named(field: str, value: object, engines: En
         engines.find(KEY, 89)
 
 
-def test_new_files_are_closed_to_others_whatever_the_umask(engines: Engines) -> None:
+def test_new_files_are_private_for_any_umask(engines: Engines) -> None:
     before = os.umask(0)
     try:
         path = keep(engines)
@@ -195,7 +195,7 @@ def test_one_process_builds_at_a_time(engines: Engines) -> None:
 
 
 @pytest.mark.parametrize("call", range(4))  # while the engine, its folder, the index and the engines' folder are synced
-def test_a_process_killed_while_it_writes_leaves_what_was_there(call: int, engines: Engines) -> None:
+def test_killed_writer_leaves_existing_engines(call: int, engines: Engines) -> None:
     other = dataclasses.replace(KEY, network="vae_decoder")
     keep(engines)
     code = f"""
@@ -224,7 +224,7 @@ with engines.writing():
     assert not list(engines.folder.rglob("*.tmp"))
 
 
-def test_a_full_disk_is_named_and_leaves_what_was_there(small_disk: Path) -> None:
+def test_full_disk_is_named_and_leaves_existing_engines(small_disk: Path) -> None:
     engines = Engines(small_disk)
     keep(engines)
     other = dataclasses.replace(KEY, network="vae_decoder")
@@ -235,7 +235,7 @@ def test_a_full_disk_is_named_and_leaves_what_was_there(small_disk: Path) -> Non
     keep(engines, "some/vae_decoder.engine", b"small", other)
 
 
-def test_a_copy_of_a_bundle_brings_its_engines(engines: Engines, tmp_path: Path) -> None:
+def test_copied_bundle_has_its_engines(engines: Engines, tmp_path: Path) -> None:
     keep(engines)
     copied = shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name}-copy")
     assert Engines(copied).find(KEY, 89) == ENGINE

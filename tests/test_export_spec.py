@@ -28,7 +28,7 @@ def names(network: NetworkSpec) -> tuple[list[str], list[str]]:
     return [port.name for port in network.inputs], [port.name for port in network.outputs]
 
 
-def test_the_names_are_those_of_optimum(models: dict[str, loading.Spec]) -> None:
+def test_names_equal_optimum(models: dict[str, loading.Spec]) -> None:
     sd1, xl = (
         specs(model.unet, model.vae, model.text, dtype="float32") for model in (models["sd1"], models["sdxl-lcm"])
     )
@@ -48,7 +48,7 @@ def test_the_names_are_those_of_optimum(models: dict[str, loading.Spec]) -> None
 
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("family", ["sd1", "sd1-inpaint", "sdxl-lcm"])
-def test_networks_take_and_give_what_their_specs_say(models: dict[str, loading.Spec], family: str, split: bool) -> None:
+def test_networks_match_their_specs(models: dict[str, loading.Spec], family: str, split: bool) -> None:
     networks = ReferenceNetworks(models[family], "float32", split=split)
     # Neither square nor best, a batch of three, two windows of text, one timestep for all rows.
     sizes = {"batch": 3, "height": 8, "width": 16, "tokens": 77, "rows": 5}
@@ -61,7 +61,7 @@ def test_networks_take_and_give_what_their_specs_say(models: dict[str, loading.S
             assert made[port.name].dtype == port.torch_dtype
 
 
-def test_the_split_networks_are_the_whole_one(models: dict[str, loading.Spec]) -> None:
+def test_split_networks_equal_full_network(models: dict[str, loading.Spec]) -> None:
     """With SDXL's conditions and a timestep for each row; LCM's guidance is embedded by the split one only."""
     from fastldm.models.unet import guidance_embedding
 
@@ -108,7 +108,7 @@ def test_samples_repeat_and_token_ids_end(models: dict[str, loading.Spec]) -> No
     assert ((once["input_ids"] == model.text[0].vocab - 1).sum(dim=1) >= 2).all()
 
 
-def test_a_narrowed_network_has_its_outputs_narrowed_in_their_own_unit(models: dict[str, loading.Spec]) -> None:
+def test_narrowed_outputs_use_their_own_unit(models: dict[str, loading.Spec]) -> None:
     model = models["sd1"]
     decoder = specs(model.unet, model.vae, model.text, dtype="float32")["vae_decoder"]
     fewer = decoder.narrowed({"height": (2, 5), "width": (6, 6)})

@@ -30,7 +30,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp"])
-def test_a_full_disk_leaves_what_was_there(name: str, tmp_path: Path) -> None:
+def test_full_disk_leaves_existing_file(name: str, tmp_path: Path) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8))
     (tmp_path / name).write_bytes(b"before")
     with files_of_at_most(1000), pytest.raises(OSError, match="File too large") as caught:
@@ -39,7 +39,7 @@ def test_a_full_disk_leaves_what_was_there(name: str, tmp_path: Path) -> None:
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [(name, b"before")]
 
 
-def test_a_full_disk_is_found_before_the_work(tmp_path: Path) -> None:
+def test_full_disk_is_found_before_work(tmp_path: Path) -> None:
     with files_of_at_most(1000), pytest.raises(InputError, match="cannot be written to"):
         output_paths(tmp_path / "a.png", 1)
     assert not list(tmp_path.iterdir())
@@ -59,7 +59,7 @@ def test_a_full_disk_is_found_before_the_work(tmp_path: Path) -> None:
         ("loop/a.png", "does not exist|cannot be written"),
     ],
 )
-def test_names_that_cannot_be_written(name: str, says: str, tmp_path: Path) -> None:
+def test_invalid_file_names_are_refused(name: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder.png").mkdir()
     os.mkfifo(tmp_path / "fifo.png")
@@ -76,7 +76,7 @@ def test_names_that_cannot_be_written(name: str, says: str, tmp_path: Path) -> N
             check_output(tmp_path / name, force=True)
 
 
-def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
+def test_file_is_written_atomically(tmp_path: Path) -> None:
     def stopped() -> None:
         with whole_file(tmp_path / "a") as file:
             file.write(b"half")

@@ -158,7 +158,7 @@ def _hub_error(name: str) -> Exception:
         ),
     ],
 )
-def test_hub_errors_are_told_in_a_sentence(hub: Hub, error: str, message: str) -> None:
+def test_hub_errors_become_one_sentence(hub: Hub, error: str, message: str) -> None:
     hub.failing = _hub_error(error)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint("acme/tiny", revision="v2")
@@ -167,7 +167,7 @@ def test_hub_errors_are_told_in_a_sentence(hub: Hub, error: str, message: str) -
         open_checkpoint("acme/tiny")
 
 
-def test_hub_that_stops_answering_leaves_the_cache(
+def test_unreachable_hub_falls_back_to_cache(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     import huggingface_hub
@@ -193,7 +193,7 @@ def cache(copied: Path, tmp_path: Path) -> Path:
     return root
 
 
-def test_offline_takes_the_local_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_uses_local_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "model_info", None)  # a call would raise
@@ -220,7 +220,7 @@ def test_offline_takes_the_local_cache(cache: Path, monkeypatch: pytest.MonkeyPa
         resolve("acme/other", cache_dir=cache)
 
 
-def test_local_paths_never_reach_a_hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_paths_never_reach_hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def called(*_: Any) -> Path:
         raise AssertionError("the hub was asked")
 

@@ -10,7 +10,7 @@ from peer_networks import error
 from fastldm.kernels import attention, conv, geglu, group_norm, layer_norm, linear
 
 
-def test_ops_are_their_formulas() -> None:
+def test_ops_match_their_formulas() -> None:
     x, skip = torch.randn(2, 10, 5, 3), torch.randn(2, 14, 5, 3)  # groups of 6: one straddles the seam
     shift, weight, bias = torch.randn(2, 24), torch.randn(24), torch.randn(24)
     y = (torch.cat((x, skip), 1) + shift[:, :, None, None]).double().reshape(2, 4, -1)
@@ -38,7 +38,7 @@ def test_ops_are_their_formulas() -> None:
 
 
 @pytest.mark.parametrize("size", [(10, 6), (9, 6)], ids=["twice", "a skip connection's odd size"])
-def test_convolutions_are_their_formulas(size: tuple[int, int]) -> None:
+def test_convolutions_match_their_formulas(size: tuple[int, int]) -> None:
     x, weight, bias = torch.randn(2, 4, 5, 3), torch.randn(6, 4, 3, 3), torch.randn(6)
     rows, columns = (torch.arange(n) * m // n for n, m in zip(size, (5, 3), strict=True))
     large = F.pad(x[:, :, rows][..., columns], (1, 1, 1, 1))

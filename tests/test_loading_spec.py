@@ -75,7 +75,7 @@ MISFITS: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", MISFITS)
-def test_components_of_two_models_are_refused_at_load(tmp_path: Path, kind: str) -> None:
+def test_components_of_different_models_are_refused(tmp_path: Path, kind: str) -> None:
     family, replaced, message = MISFITS[kind]
     pipe = tiny.pipeline(family, **{name: make() for name, make in replaced.items()})
     pipe.save_pretrained(tmp_path)
@@ -87,7 +87,7 @@ def test_components_of_two_models_are_refused_at_load(tmp_path: Path, kind: str)
         fastldm.Pipeline.from_diffusers(pipe)
 
 
-def test_a_second_reader_of_size_ids_is_refused(tmp_path: Path) -> None:
+def test_aesthetics_score_pipeline_is_refused(tmp_path: Path) -> None:
     """diffusers' image-to-image class of XL gives five numbers in place of six to a U-Net that asks for them."""
     parts = tiny.pipeline("sdxl").components
     names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
@@ -105,14 +105,14 @@ def edit(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def test_pictures_have_the_trained_height_and_width() -> None:
+def test_default_image_size_is_trained_size() -> None:
     pipe = tiny.pipeline("sd1", unet=tiny.unet("sd1", sample_size=(8, 12)))
     theirs = pipe("a cat", num_inference_steps=1, output_type="np").images
     ours = fastldm.Pipeline.from_diffusers(pipe)
     assert ours("a cat", num_inference_steps=1, seed=0).images[0].size == (theirs.shape[2], theirs.shape[1]) == (96, 64)
 
 
-def test_sample_size_of_early_files_is_64_as_in_diffusers(tmp_path: Path) -> None:
+def test_sample_size_of_early_files_is_64(tmp_path: Path) -> None:
     tiny.save_pipeline("sd1", tmp_path)
     for version, size in (("0.6.0.dev0", 64), ("0.9.0", 8)):
         edit(tmp_path / "unet" / "config.json", _diffusers_version=version)
@@ -122,7 +122,7 @@ def test_sample_size_of_early_files_is_64_as_in_diffusers(tmp_path: Path) -> Non
         assert spec.default_size == (8 * size, 8 * size)
 
 
-def test_shift_factor_is_left_alone_as_in_diffusers() -> None:
+def test_shift_factor_is_ignored_as_in_diffusers() -> None:
     pipe: Any = tiny.pipeline("sd1", vae=tiny.vae(shift_factor=0.3))
     arguments = {"num_inference_steps": 1, "guidance_scale": 1.0}
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -131,7 +131,7 @@ def test_shift_factor_is_left_alone_as_in_diffusers() -> None:
     assert (ours.permute(0, 2, 3, 1) - theirs).abs().max() < 1e-4
 
 
-def test_a_pipeline_in_float64_is_not_adopted() -> None:
+def test_float64_pipeline_is_not_adopted() -> None:
     with pytest.raises(
         CheckpointError, match=r"weights in float64 on cpu .*; they must be float32, float16 or bfloat16"
     ):
@@ -142,7 +142,7 @@ def test_a_pipeline_in_float64_is_not_adopted() -> None:
 @pytest.mark.parametrize(
     "load", [fastldm.Pipeline.from_pretrained, fastldm.Pipeline.from_single_file, loading.describe]
 )
-def test_names_that_are_no_path_are_refused(load: Any, name: Any) -> None:
+def test_invalid_paths_are_refused(load: Any, name: Any) -> None:
     with pytest.raises(InputError, match=r"^path(_or_id)? is ") as refused:
         load(name)
     assert str(refused.value).isprintable()
@@ -167,7 +167,7 @@ def test_options_of_another_type_are_refused(tmp_path: Path, option: str, value:
         loading.describe("default", **{option: value})
 
 
-def test_a_link_to_itself_is_named(tmp_path: Path) -> None:
+def test_link_to_itself_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to(tmp_path / "a")
     with pytest.raises(CheckpointError, match="is a link that leads nowhere, or to itself"):
         fastldm.Pipeline.from_pretrained(tmp_path / "a")

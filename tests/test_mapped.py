@@ -60,7 +60,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_file_that_is_written_into_is_refused_at_the_next_request(folder: Path, change: str) -> None:
+def test_next_request_refuses_overwritten_file(folder: Path, change: str) -> None:
     pipe = Pipeline.from_pretrained(folder, dtype="float32", device="cpu")
     file = weights_of(folder)
     CHANGES[change](file)
@@ -69,7 +69,7 @@ def test_a_file_that_is_written_into_is_refused_at_the_next_request(folder: Path
             pipe.session.submit(**SMALL)
 
 
-def test_files_that_are_replaced_or_removed_are_the_models_still(folder: Path, tmp_path: Path) -> None:
+def test_replaced_and_removed_files_do_not_matter(folder: Path, tmp_path: Path) -> None:
     pipe = Pipeline.from_pretrained(folder, dtype="float32", device="cpu")
     before = pipe(**SMALL).images
     file = weights_of(folder)
@@ -81,14 +81,14 @@ def test_files_that_are_replaced_or_removed_are_the_models_still(folder: Path, t
     assert (pipe(**SMALL).images == before).all()
 
 
-def test_a_model_that_was_copied_does_not_care(folder: Path) -> None:
+def test_converted_weights_do_not_depend_on_files(folder: Path) -> None:
     pipe = Pipeline.from_pretrained(folder, dtype="bfloat16", device="cpu")
     before = pipe(**SMALL).images
     os.truncate(weights_of(folder), 100)
     assert (pipe(**SMALL).images == before).all()
 
 
-def test_a_server_whose_file_is_cut_off_lives(folder: Path) -> None:
+def test_server_survives_truncated_file(folder: Path) -> None:
     """It would be killed by SIGBUS if it read on."""
     code = f"""
 import os

@@ -21,7 +21,7 @@ def test_building_draws_no_random_numbers() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_the_networks_import_nothing_heavy() -> None:
+def test_networks_import_nothing_heavy() -> None:
     code = f"""
 import sys, torch
 from fastldm.models.config import UNetConfig

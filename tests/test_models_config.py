@@ -51,9 +51,7 @@ TINY_VAE, TEXT = dict(tiny.tiny_vae().config), tiny.text_encoder("l").config.to_
         (TextConfig, TEXT, "use_attention_mask", True),
     ],
 )
-def test_what_would_change_the_network_is_refused_by_name(
-    read: Any, config: dict[str, Any], key: str, value: Any
-) -> None:
+def test_unsupported_values_are_refused_by_name(read: Any, config: dict[str, Any], key: str, value: Any) -> None:
     read.from_dict(config)
     with pytest.raises(CheckpointError) as refused:
         read.from_dict({**config, key: value}, source="somewhere/config.json")
@@ -63,7 +61,7 @@ def test_what_would_change_the_network_is_refused_by_name(
     assert str(told) in str(refused.value)
 
 
-def test_irrelevant_keys_are_ignored_and_missing_ones_named() -> None:
+def test_irrelevant_keys_are_ignored_missing_ones_named() -> None:
     config = {**UNET, "dropout": 0.3, "upcast_attention": True, "_diffusers_version": "9", "something_new": 1}
     assert UNetConfig.from_dict(config) == UNetConfig.from_dict(UNET)
     for read, key in (
@@ -90,6 +88,6 @@ def test_irrelevant_keys_are_ignored_and_missing_ones_named() -> None:
         ),
     ],
 )
-def test_contradictions_in_a_unet_config_are_named(changes: dict[str, Any], told: str) -> None:
+def test_contradictory_unet_configs_are_refused(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(CheckpointError, match=told):
         UNetConfig.from_dict({**UNET, **changes})

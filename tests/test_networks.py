@@ -99,7 +99,7 @@ def pictures(pipe: Pipeline, kind: str) -> list[Any]:
     return [pipe(**several).images, pipe(**one).images, pipe(**again).images, pipe(**again, mask_image=hole).images]
 
 
-def test_every_kind_of_network_gives_pytorchs_pictures(kind: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_every_network_kind_gives_pytorch_images(kind: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     source, bundle = model(kind, tmp_path_factory)
     wanted = pictures(load(source, "torch"), kind)
     for backend in ENGINES:
@@ -114,7 +114,7 @@ def _masked(kind: str) -> dict[str, Any]:
     return {"image": grey, "mask_image": grey[..., 0]} if "inpaint" in kind else {}
 
 
-def test_requests_of_all_sorts_share_a_batch(pipe: Pipeline, torch_pipe: Pipeline) -> None:
+def test_different_requests_share_batch(pipe: Pipeline, torch_pipe: Pipeline) -> None:
     """Prompts of one and two windows, guided and not, in samplers of one and of four memories."""
     asked = [
         {"prompt": "a cat", "sampler": "dpm++ 2m", "num_inference_steps": 4},
@@ -131,13 +131,13 @@ def test_requests_of_all_sorts_share_a_batch(pipe: Pipeline, torch_pipe: Pipelin
             assert one.result().backend == pipe.backend
 
 
-def test_more_rows_than_an_engine_takes(pipe: Pipeline, torch_pipe: Pipeline) -> None:
+def test_more_rows_than_engine_limit_run(pipe: Pipeline, torch_pipe: Pipeline) -> None:
     """Bundles are for up to 16: 17 guided pictures are 34."""
     asked = {"prompt": "a cat", "num_images_per_prompt": 17, "height": 16, "width": 16, **SMALL}
     assert apart(pipe(**asked).images, torch_pipe(**asked).images) <= TOLERANCE
 
 
-def test_a_split_bundle_keeps_what_does_not_change(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_split_bundle_caches_text_and_time(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: Counter[str] = Counter()
     run = Network.__call__
 
@@ -162,7 +162,7 @@ def test_previews_slices_and_latents(pipe: Pipeline, torch_pipe: Pipeline) -> No
     assert shown == [(16, 16)] * 2  # the model's own size
 
 
-def test_sizes_and_texts_that_were_not_exported(pipe: Pipeline) -> None:
+def test_unsupported_sizes_and_texts_are_refused(pipe: Pipeline) -> None:
     with pytest.raises(InputError, match=r"size is 18x16: this bundle runs 4x4 to 32x32 in steps of 4, of which 16x16"):
         pipe("a cat", width=18)
     with pytest.raises(InputError, match=r"size is 16x64: this bundle runs .* of which 16x32 is nearest"):
@@ -174,7 +174,7 @@ def test_sizes_and_texts_that_were_not_exported(pipe: Pipeline) -> None:
     assert pipe("a cat", **SMALL).images.isfinite().all()  # none of that has harmed it
 
 
-def test_engines_that_were_built_for_one_size(
+def test_engines_for_one_size_run(
     sd1: tuple[Path, Path], torch_pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As TensorRT's may be: other sizes are refused before anything runs, more pictures go through one by one, and
@@ -192,7 +192,7 @@ def test_engines_that_were_built_for_one_size(
         pipe("two dogs, " * 20, width=32, height=16)
 
 
-def test_engines_that_were_built_for_several_sizes(
+def test_engines_for_several_sizes_run(
     sd1: tuple[Path, Path], torch_pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each runs, and what lies between them does not."""
@@ -226,7 +226,7 @@ def _for_sizes(bundle: Path, sizes: Sequence[tuple[int, int]], monkeypatch: pyte
     return load(bundle, "onnxruntime")
 
 
-def test_a_backend_is_asked_for_by_name(sd1: tuple[Path, Path]) -> None:
+def test_backend_is_selected_by_name(sd1: tuple[Path, Path]) -> None:
     source, bundle = sd1
     with pytest.raises(InputError, match="backend is 'tensorflow': expected auto, torch, onnxruntime"):
         Pipeline.from_pretrained(bundle, backend="tensorflow")
@@ -247,7 +247,7 @@ def _has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def test_what_a_bundle_is_of_is_known_without_its_model(sd1: tuple[Path, Path], tmp_path: Path) -> None:
+def test_bundle_is_described_without_its_model(sd1: tuple[Path, Path], tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere"
     shutil.copytree(sd1[1], moved)
     manifest = json.loads((moved / "manifest.json").read_text())
@@ -269,7 +269,7 @@ def test_a_damaged_bundle_is_refused(sd1: tuple[Path, Path], tmp_path: Path) -> 
             Pipeline.from_pretrained(damaged, backend=backend)
 
 
-def test_auto_takes_what_was_fastest_here(
+def test_auto_uses_fastest_measured_backend(
     sd1: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, bundle = sd1
@@ -292,7 +292,7 @@ def test_auto_takes_what_was_fastest_here(
     assert measured.precision == "float32"
 
 
-def test_the_command_says_what_ran(sd1: tuple[Path, Path], tmp_path: Path) -> None:
+def test_command_prints_backend(sd1: tuple[Path, Path], tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     out = tmp_path / "cat.png"
     asked = ["generate", "a cat", "-m", str(sd1[1]), "--steps", "1", "--seed", "3", "-o", str(out)]

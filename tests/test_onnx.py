@@ -103,7 +103,7 @@ def test_the_same_model_gives_the_same_bytes(model: loading.Spec, tmp_path: Path
     assert b"site-packages" not in graph
 
 
-def test_a_graph_that_is_not_as_it_should_be_is_refused(model: loading.Spec, tmp_path: Path) -> None:
+def test_graph_with_unexpected_nodes_is_refused(model: loading.Spec, tmp_path: Path) -> None:
     networks = ReferenceNetworks(model, "float32", split=True)
     traced = _trace(_Traced(networks, "text_kv"), networks.specs["text_kv"], 21)
     check_graph(traced, networks, "text_kv", 21)
@@ -129,7 +129,7 @@ def test_differences() -> None:
     assert difference(many + 0.008 * torch.randn(10_000), many).bias < 0.0005  # as rounding is
 
 
-def test_the_gate_is_what_a_sound_computation_allows() -> None:
+def test_bounds_follow_sound_computation() -> None:
     """A bias is refused at half of a sound error, and noise at more than four times as much."""
     wanted = torch.randn(100_000)
     sound = {"out": difference(wanted + 1e-3 * torch.randn(100_000), wanted)}

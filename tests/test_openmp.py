@@ -29,7 +29,7 @@ for ended in (openmp.rest, lambda: Pipeline.default(device="cpu", dtype="float32
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have other runtimes, which are left alone")
-def test_a_thread_that_waits_has_no_others() -> None:
+def test_waiting_thread_has_no_helpers() -> None:
     """Two help the main thread. After a request there are the session's worker and the one that helps it."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "3"}
     environment["GOMP_SPINCOUNT"] = "9999"  # whoever says so has no thread more while others want the cores
@@ -70,7 +70,7 @@ SHOW = "print(os.environ.get('GOMP_SPINCOUNT'), os.environ.get('OMP_NUM_THREADS'
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have other runtimes, which are left alone")
-def test_threads_spin_shortly_unless_somebody_has_said_otherwise() -> None:
+def test_threads_spin_shortly_unless_configured() -> None:
     assert printed(f"import os, fastldm; {SHOW}") == f"{openmp.SPIN_COUNT} None"
     assert printed(f"import os, fastldm; {SHOW}", OMP_WAIT_POLICY="ACTIVE") == "None None"
     assert printed(f"import os, fastldm; {SHOW}", GOMP_SPINCOUNT="7") == "7 None"
@@ -116,14 +116,14 @@ print(after(0.02, 0.1), after(0.5, 0.2), after(0.5, 0.4), after(0.1, 0.3), after
 @pytest.mark.parametrize(
     ("environment", "crowded"), [({}, True), ({"GOMP_SPINCOUNT": "7"}, False), ({"OMP_WAIT_POLICY": "active"}, False)]
 )
-def test_threads_sleep_while_others_want_the_cores(environment: dict[str, str], crowded: bool, tmp_path: Path) -> None:
+def test_threads_sleep_during_contention(environment: dict[str, str], crowded: bool, tmp_path: Path) -> None:
     """A thread more than there are cores, and who keeps them: there while a thread waits for its core, gone after."""
     crowd = (len(os.sched_getaffinity(0)) + 1) * crowded
     code = f"import sys; sys.argv = ['', {str(tmp_path / 'schedstat')!r}]\n{CONTENTION}"
     assert printed(code, **environment) == f"0 {crowd} {crowd} 0 {crowd}"
 
 
-def test_a_kernel_that_does_not_count_waiting_is_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_kernel_without_counters_is_supported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     watch = openmp.Contention()
     for text in (None, "", "nonsense 1 2"):
         if text is not None:

@@ -98,7 +98,7 @@ def products(run: Callable[[], Any]) -> list[tuple[int, tuple[int, ...]]]:
     return seen
 
 
-def test_queries_keys_and_values_are_one_product() -> None:
+def test_query_key_and_value_are_one_product() -> None:
     ours = adopt(tiny.pipeline("sd1"))
     for name, run in RUNS.items():
         net = network(ours, name)
@@ -113,7 +113,7 @@ def test_queries_keys_and_values_are_one_product() -> None:
                 assert (queries.data_ptr(), (3 * queries.shape[0], queries.shape[1])) in seen
 
 
-def test_a_network_that_is_not_prepared_computes_the_same() -> None:
+def test_unprepared_network_computes_the_same() -> None:
     for name, (run, _) in RUNS.items():
         ours = network(adopt(tiny.pipeline("sd1")), name)
         # a deep copy keeps the layout, another dtype loses it
@@ -123,7 +123,7 @@ def test_a_network_that_is_not_prepared_computes_the_same() -> None:
         assert len(products(lambda: run(apart))) == len(products(lambda: run(ours)))  # noqa: B023
 
 
-def test_preparing_for_a_cpu_pads_and_keeps_nothing() -> None:
+def test_preparing_for_cpu_pads_and_caches_nothing() -> None:
     ours = adopt(tiny.pipeline("sd1"))
     for name in RUNS:
         net = network(ours, name)
@@ -133,7 +133,7 @@ def test_preparing_for_a_cpu_pads_and_keeps_nothing() -> None:
 
 
 @pytest.mark.usefixtures("_as_on_a_gpu")
-def test_for_a_gpu_channels_are_padded_once_and_phases_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_channels_are_padded_and_phases_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = adopt(tiny.pipeline("sd1-inpaint", vae=tiny.tiny_vae()))  # 9 channels; 3 and 4
     narrow = [
         module.weight
@@ -156,7 +156,7 @@ def test_for_a_gpu_channels_are_padded_once_and_phases_kept(monkeypatch: pytest.
 
 
 @pytest.mark.usefixtures("_as_on_a_gpu")
-def test_on_meta_a_network_is_prepared_as_on_a_gpu() -> None:
+def test_meta_networks_are_prepared_as_on_gpu() -> None:
     """A dry run sees the products that a GPU makes."""
     real = adopt(tiny.pipeline("sd1")).unet
     with torch.device("meta"):
@@ -199,7 +199,7 @@ print((resident("VmHWM") - before) / sum(p.nbytes for p in network.parameters())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
-def test_preparing_takes_the_memory_of_one_layer_more(tmp_path: Path) -> None:
+def test_preparing_needs_memory_of_one_layer(tmp_path: Path) -> None:
     """24 layers of 8 MB: one of them twice is 4% of all."""
     path = str(tmp_path / "diffusion_pytorch_model.safetensors")
     for what in ("write", "measure"):
@@ -300,7 +300,7 @@ def test_every_change_reaches_the_next_step(owner: str, how: str, folder: Path) 
 
 
 @pytest.mark.usefixtures("_as_on_a_gpu")
-def test_one_bit_of_what_is_folded_is_a_change(folder: Path) -> None:
+def test_one_bit_of_derived_source_is_detected(folder: Path) -> None:
     ours = load(folder)
     weight = ours.unet.get_parameter(FOLDED["unet"][0])
     weight.data[3, 1, 0, 2] = torch.nextafter(weight[3, 1, 0, 2], torch.tensor(9.0))
@@ -329,7 +329,7 @@ def test_on_a_cpu_layouts_follow_their_weights(how: str, monkeypatch: pytest.Mon
         assert not ours.prepared.stale()
 
 
-def test_a_rescaled_autoencoder_follows_the_one_it_was_made_of() -> None:
+def test_rescaled_autoencoder_follows_adopted_weights() -> None:
     pipe = tiny.pipeline("sdxl").to(torch.float16)
     ours, latents = adopt(pipe), NOISE.half()
     theirs = pipe.vae.decoder.conv_in
@@ -349,7 +349,7 @@ def test_a_rescaled_autoencoder_follows_the_one_it_was_made_of() -> None:
     assert error(decoded, deepcopy(pipe.vae).float().decode(NOISE).sample) < HALF_TOLERANCE
 
 
-def test_a_parameter_of_another_kind_is_refused() -> None:
+def test_parameter_of_other_shape_or_dtype_is_refused() -> None:
     pipe = tiny.pipeline("sd1")
     ours = adopt(pipe)
     ours.unet.conv_in.weight = nn.Parameter(torch.zeros(16, 5, 3, 3))

@@ -87,14 +87,14 @@ def test_parsing_time_is_linear_in_length() -> None:
         ("BREAKING break BREAKs", [[("BREAKING break BREAKs", 1.0)]]),
     ],
 )
-def test_break_ends_a_part(prompt: str, expected: list[prompts.Fragments]) -> None:
+def test_break_ends_section(prompt: str, expected: list[prompts.Fragments]) -> None:
     got = parse(prompt)
     assert [[text for text, _ in part] for part in got] == [[text for text, _ in part] for part in expected]
     for mine, right in zip(got, expected, strict=True):
         assert [weight for _, weight in mine] == pytest.approx([weight for _, weight in right])
 
 
-def test_a_literal_prompt_is_text_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+def test_literal_prompt_has_no_syntax(caplog: pytest.LogCaptureFixture) -> None:
     text = "a (b:2) BREAK [c:d:0.5] <lora:x:1> AND [e|f]"
     assert parse(text, literal=True) == [[(text, 1.0)]]
     assert not caplog.records
@@ -112,7 +112,7 @@ def test_a_literal_prompt_is_text_and_nothing_else(caplog: pytest.LogCaptureFixt
         ("a [cat|dog] b", "[a|b]"),
     ],
 )
-def test_syntax_that_is_not_read_is_named_once(
+def test_unsupported_syntax_warns_once(
     prompt: str, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(prompts, "_warned", set())
@@ -124,7 +124,7 @@ def test_syntax_that_is_not_read_is_named_once(
 
 
 @pytest.mark.parametrize("prompt", ["a (b) [c] {d}", "ANDY and SAND", "<3 :) a<b>c", "8:30 [sic]", "a|b", "<a b:c>"])
-def test_plain_text_is_not_taken_for_syntax(
+def test_plain_text_warns_about_no_syntax(
     prompt: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(prompts, "_warned", set())
@@ -132,7 +132,7 @@ def test_plain_text_is_not_taken_for_syntax(
     assert not caplog.records
 
 
-def test_syntax_is_looked_for_in_linear_time() -> None:
+def test_syntax_search_takes_linear_time() -> None:
     for piece in ("[", "[a:", "<a:", "BREAK ", " ", "[a|", "[:1"):
         parse(piece * (32_000 // len(piece)))
 
@@ -149,11 +149,11 @@ def test_syntax_is_looked_for_in_linear_time() -> None:
         ("a \ud800", "not valid Unicode"),
     ],
 )
-def test_prompts_that_are_none(value: Any, message: str) -> None:
+def test_invalid_prompts_are_refused(value: Any, message: str) -> None:
     with pytest.raises(InputError, match=rf"^negative_prompt .*{message}"):
         prompt_list(value, "negative_prompt")
 
 
-def test_prompts_that_are() -> None:
+def test_prompts_become_lists() -> None:
     assert prompt_list("") == [""]
     assert prompt_list(("a", "b")) == ["a", "b"]

@@ -78,7 +78,7 @@ NO_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @needs_posix
 @pytest.mark.parametrize("kind", NO_FILES)
-def test_what_is_no_file_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_non_files_are_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.chdir(tmp_path)
     make, message = NO_FILES[kind]
     path = tmp_path / "config.json"
@@ -111,7 +111,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.
         (b'{"a\x00": 1}', "Invalid control character"),
     ],
 )
-def test_json_that_is_none_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+def test_invalid_json_is_refused_with_reason(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=message) as refused:
@@ -119,7 +119,7 @@ def test_json_that_is_none_is_named(tmp_path: Path, content: bytes, message: str
     assert one_line(refused.value).startswith(f"{path} ")
 
 
-def test_large_json_is_refused_unread(tmp_path: Path) -> None:
+def test_large_json_is_refused_without_reading(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     with path.open("wb") as file:
         file.truncate(MAX_JSON + 1)  # a sparse file
@@ -155,7 +155,7 @@ def test_json_is_read_as_python_writes_it(tmp_path_factory: pytest.TempPathFacto
         ("\ud800", r"'\\ud800', which is no path"),
     ],
 )
-def test_what_can_be_no_path_is_refused(value: Any, message: str) -> None:
+def test_values_that_are_no_path_are_refused(value: Any, message: str) -> None:
     with pytest.raises(InputError, match=message) as refused:
         check_path(value, "model")
     one_line(refused.value)
@@ -184,7 +184,7 @@ FIELDS = {
 }
 
 
-def test_values_are_read_as_the_table_says() -> None:
+def test_values_are_read_by_table() -> None:
     defaults = read_fields({"width": 3, "unknown": math.nan}, FIELDS, "config.json")
     assert defaults == {key: field.default for key, field in FIELDS.items()} | {"width": 3}
     config = {
@@ -262,7 +262,7 @@ ANYTHING = st.recursive(
 
 @settings(max_examples=100, deadline=None)
 @given(config=st.dictionaries(st.sampled_from(sorted(FIELDS)), ANYTHING))
-def test_any_value_is_read_or_is_one_line(config: dict[str, Any]) -> None:
+def test_any_value_is_read_or_refused_in_one_line(config: dict[str, Any]) -> None:
     try:
         values = read_fields(config, FIELDS, "config.json")
     except FastLDMError as refused:

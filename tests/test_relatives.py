@@ -31,7 +31,7 @@ OTHER_CLASSES = sorted(
 )
 
 
-def test_plain_classes_are_accepted() -> None:
+def test_supported_classes_are_accepted() -> None:
     assert len(pipeline_classes()) == 9
     for name in pipeline_classes():
         index = XL_INDEX if "XL" in name else SD_INDEX
@@ -73,12 +73,12 @@ def test_other_classes_are_refused_by_name() -> None:
         (None, "has no _class_name"),
     ],
 )
-def test_a_class_is_told_by_what_it_is(name: Any, what: str) -> None:
+def test_invalid_class_names_are_refused(name: Any, what: str) -> None:
     with pytest.raises(CheckpointError, match=what):
         component_classes({**SD_INDEX, "_class_name": name}, "here")
 
 
-def test_a_refiner_is_named_whatever_its_class() -> None:
+def test_refiner_is_refused_for_any_class() -> None:
     for changes in ({"text_encoder": [None, None]}, {"text_encoder": [None, None], "requires_aesthetics_score": True}):
         with pytest.raises(CheckpointError, match="is the Stable Diffusion XL refiner"):
             component_classes({**XL_INDEX, **changes, "_class_name": "StableDiffusionXLImg2ImgPipeline"}, "here")
@@ -88,7 +88,7 @@ CHANNELS = [(5, "depth to image"), (7, "an upscaler"), (8, "InstructPix2Pix"), (
 
 
 @pytest.mark.parametrize(("channels", "what"), CHANNELS)
-def test_channels_tell_a_relative_under_a_plain_name(tmp_path: Path, channels: int, what: str) -> None:
+def test_relative_is_recognised_by_channels(tmp_path: Path, channels: int, what: str) -> None:
     theirs: Any = tiny.pipeline("sd1", unet=tiny.unet("sd1", in_channels=channels))
     theirs.save_pretrained(tmp_path / "folder")
     clip = openai_clip("cond_stage_model.transformer.", 64, 1, vocabulary=99)
@@ -114,7 +114,7 @@ def test_channels_tell_a_relative_under_a_plain_name(tmp_path: Path, channels: i
         ("encoder_hid_dim_type", "ip_image_proj", "Stable Diffusion with an IP-Adapter"),
     ],
 )
-def test_config_keys_tell_a_relative_under_a_plain_name(tmp_path: Path, key: str, value: Any, what: str) -> None:
+def test_relative_is_recognised_by_config_keys(tmp_path: Path, key: str, value: Any, what: str) -> None:
     folder = tiny.save_pipeline("sd1", tmp_path)
     path = folder / "unet" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
@@ -122,7 +122,7 @@ def test_config_keys_tell_a_relative_under_a_plain_name(tmp_path: Path, key: str
         loading.describe(folder)
 
 
-def test_an_adopted_relative_is_refused_by_its_own_class() -> None:
+def test_adopted_relative_is_refused_by_class() -> None:
     parts = tiny.pipeline("sd1").components
     editing = diffusers.StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
     with pytest.raises(CheckpointError, match="is a StableDiffusionInstructPix2PixPipeline: InstructPix2Pix"):

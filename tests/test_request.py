@@ -44,7 +44,7 @@ from fastldm.request import picture_seeds
         ({"prompt": "a", "zzz": 4}, "unknown argument 'zzz': known are: prompt, "),
     ],
 )
-def test_bad_input_says_what_was_given_and_expected(options: dict, says: str) -> None:
+def test_bad_input_shows_value_and_expectation(options: dict, says: str) -> None:
     options = dict(options)
     with pytest.raises(InputError) as caught:
         Request.of(options.pop("prompt", None), options)
@@ -63,7 +63,7 @@ def test_prompts_repeat_in_diffusers_order() -> None:
     assert Request(prompt=["a", "b"], negative_prompt="x").negative_prompts == ["x", "x"]
 
 
-def test_seeds_count_up_from_one_or_are_as_given() -> None:
+def test_seeds_count_up_or_are_listed() -> None:
     assert picture_seeds(Request(prompt=["a", "b", "c"], seed=7)) == (7, 8, 9)
     assert picture_seeds(Request(prompt=["a", "b"], seed=np.array([5, 3]).tolist())) == (5, 3)
     assert picture_seeds(Request(prompt="a", seed=np.int64(4))) == (4,)
@@ -71,7 +71,7 @@ def test_seeds_count_up_from_one_or_are_as_given() -> None:
     assert len(drawn) > 1, "without a seed every call draws a fresh one"
 
 
-def test_a_request_is_frozen_and_a_changed_copy_is_checked_again() -> None:
+def test_changed_request_is_checked_again() -> None:
     request = Request(prompt="a")
     with pytest.raises(dataclasses.FrozenInstanceError):
         request.height = 3  # type: ignore[misc]

@@ -155,7 +155,7 @@ def test_bad_configurations(given: dict[str, Any], message: str) -> None:
         read_config(given)
 
 
-def test_what_pipelines_change_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_pipeline_changes_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "fastldm"):
         config = read_config({"_class_name": "DDIMScheduler"})
         read_config({"_class_name": "DDIMScheduler", "clip_sample": False, "steps_offset": 1})
@@ -165,7 +165,7 @@ def test_what_pipelines_change_is_logged(caplog: pytest.LogCaptureFixture) -> No
     assert config.steps_offset == 1
 
 
-def test_all_of_diffusers_classes_are_known() -> None:
+def test_all_diffusers_classes_are_supported() -> None:
     """Those that diffusers says can be exchanged for one another, but for two."""
     missing = {e.name for e in diffusers_schedulers.KarrasDiffusionSchedulers} - set(CLASSES)
     assert missing == {"DPMSolverSDEScheduler", "EDMEulerScheduler"}  # Brownian tree noise; another family

@@ -67,7 +67,7 @@ def test_sd2_with_transformers_text_names_is_sd2(tmp_path: Path, prefix: str, la
     assert ours == theirs
 
 
-def test_sd2_with_transformers_text_names_is_diffusers_conversion(tmp_path: Path) -> None:
+def test_sd2_with_transformers_names_equals_diffusers_conversion(tmp_path: Path) -> None:
     state = random_state(with_transformers_names(small("sd2"), "cond_stage_model.transformer.", 24))
     save_file(state, tmp_path / "model.safetensors")
     checkpoint = open_single_file(tmp_path / "model.safetensors")
@@ -89,7 +89,7 @@ def test_sd1_with_transformers_text_names_stays_sd1(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["sd2", "sdxl"])
-def test_projections_as_convolutions_are_the_linear_ones(tmp_path: Path, family: str) -> None:
+def test_projections_stored_as_convolutions_load(tmp_path: Path, family: str) -> None:
     state = random_state(small(family))
     networks: list[nn.Module] = []
     for name, tensors in (("linear", state), ("convolutions", as_convolutions(state))):
@@ -105,7 +105,7 @@ def test_projections_as_convolutions_are_the_linear_ones(tmp_path: Path, family:
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_sdxl_with_transformers_names_for_its_second_encoder(tmp_path: Path) -> None:
+def test_sdxl_second_encoder_may_have_transformers_names(tmp_path: Path) -> None:
     old, new = "conditioner.embedders.1.model.", "conditioner.embedders.1.transformer."
     shapes = small("sdxl")
     state = random_state(shapes)
@@ -121,7 +121,7 @@ def test_sdxl_with_transformers_names_for_its_second_encoder(tmp_path: Path) -> 
     assert all(torch.equal(got[key], gold[key]) for key in got)
 
 
-def test_what_a_text_encoder_does_not_need_is_left_alone(tmp_path: Path) -> None:
+def test_unneeded_text_encoder_keys_are_ignored(tmp_path: Path) -> None:
     prefix = "cond_stage_model.transformer."
     rest = {f"{prefix}{key}": torch.ones(4, 4) for key in ("text_projection.weight", "visual_projection.weight")}
     rest |= {f"{prefix}logit_scale": torch.ones(())}
@@ -135,7 +135,7 @@ def test_what_a_text_encoder_does_not_need_is_left_alone(tmp_path: Path) -> None
     assert whole.state().keys() == text.state().keys()
 
 
-def test_names_of_torch_compile_in_a_single_file(tmp_path: Path) -> None:
+def test_single_file_of_compiled_model_loads(tmp_path: Path) -> None:
     state = random_state(small("sd1"))
     unet = "model.diffusion_model."
     save_file({k.replace(unet, f"{unet}_orig_mod."): t for k, t in state.items()}, tmp_path / "compiled.safetensors")
@@ -159,7 +159,7 @@ def test_absurd_shapes_are_refused_at_once(tmp_path: Path) -> None:
 FAMILIES = ("sd1", "sd1-inpaint", "sd2", "sd2-inpaint", "sdxl", "sdxl-inpaint")
 
 
-def test_official_layout_has_the_published_numbers_of_keys() -> None:
+def test_layout_has_published_numbers_of_keys() -> None:
     counts = {family: len(full_size(family)) for family in ("sd1", "sd2", "sdxl")}
     unets = {family: sum(key.startswith("model.") for key in full_size(family)) for family in ("sd1", "sd2", "sdxl")}
     assert unets == {"sd1": 686, "sd2": 686, "sdxl": 1680}
@@ -169,7 +169,7 @@ def test_official_layout_has_the_published_numbers_of_keys() -> None:
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
-def test_full_size_single_file_is_the_network_that_diffusers_builds(tmp_path: Path, family: str) -> None:
+def test_full_size_single_file_matches_diffusers_network(tmp_path: Path, family: str) -> None:
     import diffusers
     import transformers
 
@@ -248,7 +248,7 @@ SCHEDULERS = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_single_file_configs_are_the_published_ones(tmp_path: Path, family: str) -> None:
+def test_single_file_configs_equal_published_configs(tmp_path: Path, family: str) -> None:
     write_sparse(tmp_path / "model.safetensors", full_size(family))
     checkpoint = open_single_file(tmp_path / "model.safetensors")
     name = family.removesuffix("-inpaint")
@@ -278,7 +278,7 @@ def test_single_file_configs_are_the_published_ones(tmp_path: Path, family: str)
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
-def test_single_file_values_are_those_of_diffusers_conversion(tmp_path: Path, family: str) -> None:
+def test_single_file_values_equal_diffusers_conversion(tmp_path: Path, family: str) -> None:
     state = random_state(small(family))
     save_file(state, tmp_path / "model.safetensors")
     checkpoint = open_single_file(tmp_path / "model.safetensors")
@@ -291,7 +291,7 @@ def test_single_file_values_are_those_of_diffusers_conversion(tmp_path: Path, fa
             assert torch.equal(tensor, gold[name][key]), key
 
 
-def test_other_spellings_of_the_original_layout(tmp_path: Path) -> None:
+def test_variants_of_original_layout_load(tmp_path: Path) -> None:
     """generative-models' prefix for SD2's text encoder, and the SD1 files of 2022 whose CLIP has no inner prefix."""
     for family, old, new in (
         ("sd2", "cond_stage_model.model.", "conditioner.embedders.0.model."),
@@ -319,7 +319,7 @@ def test_other_spellings_of_the_original_layout(tmp_path: Path) -> None:
         ("sdxl", ["v_pred", "ztsnr"], {}, None, ("EulerDiscreteScheduler", "v_prediction", 128)),
     ],
 )
-def test_prediction_type(
+def test_prediction_type_is_argument_or_metadata_or_default(
     tmp_path: Path,
     family: str,
     keys: list[str],
@@ -337,7 +337,7 @@ def test_prediction_type(
         open_single_file(path, prediction_type="v")
 
 
-def test_leftovers_of_training_are_left_alone_in_one_log_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_training_state_is_ignored_with_one_log_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     state = random_state(small("sd1"))
     extra = {f"model_ema.{key.replace('.', '')}": t.clone() for key, t in list(state.items())[:7]}
     extra |= {
@@ -421,7 +421,7 @@ OTHER_FILES: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
 
 
 @pytest.mark.parametrize("kind", OTHER_FILES)
-def test_single_file_of_another_kind_is_named(tmp_path: Path, kind: str) -> None:
+def test_other_single_files_are_refused_by_name(tmp_path: Path, kind: str) -> None:
     make, message = OTHER_FILES[kind]
     save_file(make(), tmp_path / "file.safetensors")
     with pytest.raises(CheckpointError, match=message) as caught:

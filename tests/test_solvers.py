@@ -90,7 +90,7 @@ def grid(name: str) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_trajectories_are_diffusers(name: str) -> None:
+def test_trajectories_equal_diffusers(name: str) -> None:
     """Every cell of the grid at two step counts, all step counts in every class."""
     cells = list(grid(name))
     check(Case(name, config, STEPS[(i + k) % 7]) for i, config in enumerate(cells) for k in (0, 3))
@@ -98,7 +98,7 @@ def test_trajectories_are_diffusers(name: str) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", CLASSES)
-def test_trajectories_are_diffusers_at_all_steps(name: str) -> None:
+def test_trajectories_equal_diffusers_at_all_steps(name: str) -> None:
     """Every cell at every number of steps up to 16, where the orders of solvers change; above, one prediction type at
     a time, to which `test_prediction_types_are_one_sampler` holds the others, but for PLMS, of which it knows nothing.
     """
@@ -235,7 +235,7 @@ def test_custom_timesteps_and_sigmas() -> None:
 
 
 @pytest.mark.parametrize("sampler", ["dpm++ 2m", "unipc", "lcm", "deis", "heun karras"])
-def test_another_sampler_on_a_checkpoints_schedule(sampler: str) -> None:
+def test_other_sampler_runs_on_checkpoint_schedule(sampler: str) -> None:
     """As diffusers' `from_config`: keys of the file stay, keys that it lacks get the new class's defaults."""
     file = {
         "_class_name": "PNDMScheduler",
@@ -270,7 +270,7 @@ ZERO_TERMINAL = read_config(
 
 @pytest.mark.parametrize("spaced", SPACINGS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_exact_noise_leads_to_the_picture(sampler: str, spaced: str) -> None:
+def test_exact_noise_leads_to_image(sampler: str, spaced: str) -> None:
     """From the start and from everywhere in the middle: with history or without, a step goes where the next begins."""
     given = {"_class_name": "DDIMScheduler", **SD, "timestep_spacing": spaced, "set_alpha_to_one": True}
     config = read_config(given)
@@ -285,7 +285,7 @@ def test_exact_noise_leads_to_the_picture(sampler: str, spaced: str) -> None:
 
 
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "plms"])
-def test_zero_terminal_snr_leads_to_the_picture(sampler: str) -> None:
+def test_zero_terminal_snr_leads_to_image(sampler: str) -> None:
     """From noise alone. (PLMS's history holds velocities of other noise levels, which are not one another's.)"""
     near = 0.15 if sampler in ENDS_NOISY else 4e-3
     for steps in (1, 2, 5, 8, 25):
@@ -294,7 +294,7 @@ def test_zero_terminal_snr_leads_to_the_picture(sampler: str) -> None:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_sampler_keeps_zero_terminal_snr(sampler: str) -> None:
+def test_every_sampler_supports_zero_terminal_snr(sampler: str) -> None:
     """It starts from noise alone, told of the last timestep."""
     table = make_table(ZERO_TERMINAL, 5, sampler=sampler)
     assert table.timesteps[0] == 999
@@ -302,7 +302,7 @@ def test_every_sampler_keeps_zero_terminal_snr(sampler: str) -> None:
 
 
 @pytest.mark.parametrize("sampler", ["plms", "lms"])
-def test_history_begins_where_the_sampler_does(sampler: str) -> None:
+def test_history_starts_with_first_step(sampler: str) -> None:
     """A start in the middle is the start of a schedule that has no steps before."""
     config = read_config({"_class_name": "DDIMScheduler", **SD})
     whole, late = (make_table(config, 20, sampler=sampler, strength=s) for s in (1.0, 0.3))
@@ -314,7 +314,7 @@ def test_history_begins_where_the_sampler_does(sampler: str) -> None:
     assert late.tolist() == whole[: len(late)].tolist()
 
 
-def test_a_sampler_is_added_by_a_function_and_an_entry() -> None:
+def test_sampler_needs_function_and_entry() -> None:
     """Found by its names and by its class, and listed."""
     function = '''
 def dummy(grid: Grid) -> Iterator[SolverRow]:

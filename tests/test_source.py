@@ -78,7 +78,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_whatever_changes_a_picture_is_a_change(change: Callable[[Path], None], made: tuple[Path, Path]) -> None:
+def test_every_change_of_source_is_found(change: Callable[[Path], None], made: tuple[Path, Path]) -> None:
     model, bundle = made
     assert Pipeline.from_pretrained(bundle, backend="torch", device="cpu").backend == "torch"
     change(model)
@@ -87,7 +87,7 @@ def test_whatever_changes_a_picture_is_a_change(change: Callable[[Path], None], 
     assert Pipeline.from_pretrained(bundle, backend="onnxruntime", device="cpu").backend == "onnxruntime"
 
 
-def test_who_wrote_a_config_is_no_change(made: tuple[Path, Path]) -> None:
+def test_config_origin_is_no_change(made: tuple[Path, Path]) -> None:
     model, bundle = made
     before = identity(loading.describe(model))
     for path, word in (
@@ -99,9 +99,7 @@ def test_who_wrote_a_config_is_no_change(made: tuple[Path, Path]) -> None:
     assert networks.source(Bundle.open(bundle)).model == str(model)
 
 
-def test_auto_goes_on_without_a_source_that_has_changed(
-    made: tuple[Path, Path], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_auto_ignores_changed_source(made: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
     """The bundle itself is whole."""
     model, bundle = made
     opened = Bundle.open(bundle)
@@ -118,7 +116,7 @@ def test_auto_goes_on_without_a_source_that_has_changed(
     assert Pipeline.from_pretrained(bundle, device="cpu").backend == "onnxruntime"
 
 
-def test_options_of_the_export_are_kept(
+def test_export_options_are_stored(
     made: tuple[Path, Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """The plain weights are others: run from those, the picture would be another."""
@@ -138,9 +136,7 @@ def test_options_of_the_export_are_kept(
         Pipeline.from_pretrained(out, backend="torch", variant="half")
 
 
-def test_a_model_in_a_single_file_keeps_what_it_predicts(
-    monkeypatch: pytest.MonkeyPatch, made: tuple[Path, Path]
-) -> None:
+def test_single_file_bundle_keeps_prediction_type(monkeypatch: pytest.MonkeyPatch, made: tuple[Path, Path]) -> None:
     """What the file does not say is part of where the model is from."""
     bundle = Bundle.open(made[1])
     asked: list[dict[str, Any]] = []

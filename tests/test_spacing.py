@@ -87,7 +87,7 @@ BETAS = [
 
 @pytest.mark.parametrize(("given", "message"), BETAS)
 @pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"])
-def test_betas_that_leave_no_picture(name: str, given: dict[str, Any], message: str | None) -> None:
+def test_invalid_betas_are_refused(name: str, given: dict[str, Any], message: str | None) -> None:
     config = {"_class_name": name, "num_train_timesteps": 3, **given}
     if message is None:
         read_config(config)

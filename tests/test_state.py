@@ -19,7 +19,7 @@ from fastldm.models.clip import CLIPText
 from fastldm.models.config import TextConfig
 
 
-def test_tensors_of_the_right_dtype_are_taken_as_they_are(tmp_path: Path) -> None:
+def test_tensors_of_right_dtype_are_not_copied(tmp_path: Path) -> None:
     from diffusers import UNet2DConditionModel
 
     part = open_diffusers(tiny.save_pipeline("sd1", tmp_path)).components["unet"]
@@ -34,7 +34,7 @@ def test_tensors_of_the_right_dtype_are_taken_as_they_are(tmp_path: Path) -> Non
     assert half.weight.dtype == torch.float16
 
 
-def test_old_spellings() -> None:
+def test_old_names_are_converted() -> None:
     gold = Attention()
     old = {"query": gold.to_q, "key": gold.to_k, "value": gold.to_v, "proj_attn": gold.to_out[0]}
     state = {f"0.{name}.{end}": t for name, module in old.items() for end, t in module.state_dict().items()}
@@ -85,7 +85,7 @@ MISFITS: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]]
 
 
 @pytest.mark.parametrize("kind", MISFITS)
-def test_weights_that_do_not_fit_change_nothing(kind: str) -> None:
+def test_misfitting_weights_change_nothing(kind: str) -> None:
     change, message = MISFITS[kind]
     module = on_meta(Attention)
     with pytest.raises(CheckpointError, match=message) as caught:

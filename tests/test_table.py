@@ -34,7 +34,7 @@ def test_steps_of_a_table() -> None:
     assert [make_table(config, 4, sampler=name).float32_noise for name in ("euler a", "dpm++ 2m sde")] == [False, True]
 
 
-def test_columns_are_the_kernels() -> None:
+def test_columns_equal_kernel_columns() -> None:
     assert step_kernel.COLUMNS == COLUMNS
 
 

@@ -61,7 +61,7 @@ def same(got: dict[str, torch.Tensor]) -> bool:
     return got.keys() == STATE.keys() and all(torch.equal(got[key], STATE[key]) for key in STATE)
 
 
-def test_a_trainers_own_classes_are_passed_over(tmp_path: Path, lightning: Any) -> None:
+def test_foreign_classes_in_pickles_are_skipped(tmp_path: Path, lightning: Any) -> None:
     attributes = lightning.AttributeDict(lr=1e-4, inner=lightning.AttributeDict(a=[1, 2]))
     extra = {
         "callbacks": {lightning.Callback: {"best_model_score": np.float64(0.5)}, "state": lightning.State()},
@@ -117,14 +117,14 @@ def test_no_code_of_a_pickle_runs(tmp_path: Path, call: Callable[..., Any], zipp
     assert "this" not in sys.modules
 
 
-def test_a_dict_within_itself_ends(tmp_path: Path) -> None:
+def test_self_containing_dict_is_read(tmp_path: Path) -> None:
     content: dict[str, Any] = {**STATE}
     content["state_dict"] = content
     torch.save(content, tmp_path / "a.ckpt")
     assert same(read_tensors(tmp_path / "a.ckpt", None, allow_pickle=True))
 
 
-def test_torchscript_and_other_zips_are_named(tmp_path: Path) -> None:
+def test_torchscript_and_other_zips_are_refused_by_name(tmp_path: Path) -> None:
     import zipfile
 
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "script.pt"))
@@ -139,7 +139,7 @@ def test_torchscript_and_other_zips_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
-def test_names_of_wrappers_are_taken_off(tmp_path: Path, suffix: str) -> None:
+def test_wrapper_prefixes_are_removed(tmp_path: Path, suffix: str) -> None:
     wrapped = {"module._orig_mod.a.weight": STATE["a.weight"], "module._orig_mod.b": STATE["b"]}
     path = tmp_path / f"model.{suffix}"
 
@@ -156,7 +156,7 @@ def test_names_of_wrappers_are_taken_off(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes have names on POSIX systems")
-def test_a_pipe_in_the_place_of_weights_is_refused(tmp_path: Path) -> None:
+def test_named_pipe_as_weight_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model.safetensors")
     for read in (lambda path: read_shapes(path, True), lambda path: read_tensors(path, None, True)):
         with pytest.raises(CheckpointError, match="it is a pipe, not a file"):
@@ -197,7 +197,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_damaged_file_says_what_it_is(tmp_path: Path, kind: str, folder: Path) -> None:
+def test_damaged_file_is_refused_by_kind(tmp_path: Path, kind: str, folder: Path) -> None:
     make, message = DAMAGED[kind]
     path = tmp_path / "model.safetensors"
     path.write_bytes(make())
@@ -211,14 +211,14 @@ def test_damaged_file_says_what_it_is(tmp_path: Path, kind: str, folder: Path) -
     assert str(caught.value).startswith(str(victim))
 
 
-def test_missing_file_and_folder_in_its_place(tmp_path: Path) -> None:
+def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"gone\.safetensors cannot be read: No such file"):
         open_single_file(tmp_path / "gone.safetensors")
     with pytest.raises(CheckpointError, match="cannot be read: Is a directory"):
         open_single_file(tmp_path)
 
 
-def test_pickles_are_refused_then_read_as_tensors_only(tmp_path: Path) -> None:
+def test_pickles_need_permission_and_give_only_tensors(tmp_path: Path) -> None:
     state = random_state(small("sd1"))
     torch.save({"state_dict": state, "global_step": 7, "epoch": 1}, tmp_path / "model.ckpt")
     with pytest.raises(CheckpointError, match=r"is a pickle, which can run any code.*allow_pickle=True"):

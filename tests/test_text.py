@@ -126,7 +126,7 @@ def test_sdxl_equals_diffusers(judge: Judge, clip_skip: int | None, negatives: l
     assert bool(got.negative_hidden.any()) == (negatives is not None)
 
 
-def test_one_second_encoder_alone_is_read_as_sdxl_reads_it(judge: Judge) -> None:
+def test_second_encoder_alone_is_read_as_in_sdxl(judge: Judge) -> None:
     got = encode_prompts(judge.stages[1:], PROMPTS)
     both = encode_prompts(judge.stages, PROMPTS)
     assert_close(got.hidden, both.hidden[..., 32:])
@@ -135,14 +135,14 @@ def test_one_second_encoder_alone_is_read_as_sdxl_reads_it(judge: Judge) -> None
     assert got.negative_pooled is None
 
 
-def test_one_negative_serves_all_and_none_is_no_guidance(judge: Judge) -> None:
+def test_one_negative_is_for_all_prompts(judge: Judge) -> None:
     got = encode_prompts(judge.stages[:1], PROMPTS, "ugly")
     _, negative = judge.sd.encode_prompt(PROMPTS, "cpu", 1, True, ["ugly"] * 3)
     assert_close(got.negative_hidden, negative)
     assert encode_prompts(judge.stages[:1], PROMPTS).negative_hidden is None
 
 
-def test_a_full_window_is_one_window_and_equals_diffusers(judge: Judge) -> None:
+def test_full_window_equals_diffusers(judge: Judge) -> None:
     text = "a " * CONTENT
     assert len(judge.stages[0].tokenizer.ids(text)) == CONTENT
     got = encode_prompts(judge.stages[:1], text)
@@ -163,7 +163,7 @@ def read(model: Any, ids: list[int], pad: int) -> Tensor:
     return model(torch.tensor([window + [pad] * (WINDOW - len(window))])).last_hidden_state[0]
 
 
-def test_long_prompts_are_windows_side_by_side(judge: Judge) -> None:
+def test_long_prompts_are_concatenated_windows(judge: Judge) -> None:
     text = "the man in the sea with a cat and the end of an hour in there, a man at sea in an hour"
     ids = judge.sd.tokenizer(text).input_ids[1:-1]
     assert 2 * CONTENT < len(ids) <= 3 * CONTENT
@@ -174,14 +174,14 @@ def test_long_prompts_are_windows_side_by_side(judge: Judge) -> None:
     assert_close(got.negative_hidden[0], torch.cat([empty] * 3))
 
 
-def test_pooled_is_the_first_windows(judge: Judge) -> None:
+def test_pooled_is_of_first_window(judge: Judge) -> None:
     long = encode_prompts(judge.stages, "a " * CONTENT + "cat", "a " * CONTENT + "man", clip_skip=1)
     short = encode_prompts(judge.stages, "a " * CONTENT, "a " * CONTENT)
     assert_close(long.pooled, short.pooled)
     assert_close(long.negative_pooled, short.negative_pooled)
 
 
-def test_rows_of_unequal_length_attend_as_if_alone(judge: Judge) -> None:
+def test_repeated_windows_do_not_change_attention(judge: Judge) -> None:
     first, second, third = (word * CONTENT for word in ("a ", "the ", "of "))
     prompts = ["a cat", first + second, first + second + third]
     together = encode_prompts(judge.stages[:1], prompts, second + first)
@@ -195,9 +195,7 @@ def test_rows_of_unequal_length_attend_as_if_alone(judge: Judge) -> None:
         assert_close(F.scaled_dot_product_attention(query, row, row), expected)
 
 
-def test_lengths_without_a_small_common_multiple_stop_at_the_longest(
-    judge: Judge, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_lengths_without_small_multiple_use_longest(judge: Judge, caplog: pytest.LogCaptureFixture) -> None:
     prompts = ["a " * (count * CONTENT) for count in (7, 8, 9)]
     with caplog.at_level(logging.WARNING, "fastldm"):
         got = encode_prompts(judge.stages[:1], prompts)
@@ -209,7 +207,7 @@ def test_lengths_without_a_small_common_multiple_stop_at_the_longest(
     assert not caplog.records
 
 
-def test_break_fills_a_window_and_begins_the_next(judge: Judge) -> None:
+def test_break_starts_next_window(judge: Judge) -> None:
     """AUTOMATIC1111's rule: each part is read in windows of its own, and a BREAK at the end begins nothing."""
     stages = judge.stages
 
@@ -227,7 +225,7 @@ def test_break_fills_a_window_and_begins_the_next(judge: Judge) -> None:
     assert hidden("a BREAK b", literal=True).shape[1] == WINDOW
 
 
-def test_the_second_encoder_reads_the_second_prompt(judge: Judge) -> None:
+def test_second_encoder_reads_second_prompt(judge: Judge) -> None:
     got = encode_prompts(judge.stages, ["a cat", "a dog"], "ugly", prompts_2=["sea", "end"], negatives_2="there")
     first = encode_prompts(judge.stages, ["a cat", "a dog"], "ugly")
     second = encode_prompts(judge.stages, ["sea", "end"], "there")
@@ -241,7 +239,7 @@ def test_the_second_encoder_reads_the_second_prompt(judge: Judge) -> None:
     assert_close(got.negative_pooled, second.negative_pooled)
 
 
-def test_many_windows_are_read_in_groups(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_windows_are_encoded_in_groups(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastldm.conditioning.text.MAX_WINDOWS", 2)
     counts: list[int] = []
 
@@ -258,7 +256,7 @@ def test_many_windows_are_read_in_groups(judge: Judge, monkeypatch: pytest.Monke
     assert_close(got.pooled, expected.pooled)
 
 
-def test_encoders_that_need_unequally_many_windows(judge: Judge) -> None:
+def test_encoders_with_unequal_windows_are_padded(judge: Judge) -> None:
     text = "!! " * 10  # ten tokens to the first tokenizer, twenty to the second, where `!` is a token by itself
     assert [len(stage.tokenizer.ids(text)) > CONTENT for stage in judge.stages] == [False, True]
     got = encode_prompts(judge.stages, text)
@@ -270,7 +268,7 @@ def test_encoders_that_need_unequally_many_windows(judge: Judge) -> None:
     assert_close(got.pooled, expected.pooled)
 
 
-def test_weights_move_their_tokens_away_from_the_empty_prompt(judge: Judge) -> None:
+def test_weights_scale_distance_from_empty_prompt(judge: Judge) -> None:
     weighted = "a (cat:1.5) in the (sea:-2) [there] (end:1)"
     tokenizer = judge.stages[0].tokenizer
     weights = torch.ones(WINDOW)
@@ -309,7 +307,7 @@ def in_dtype(stage: TextStage, dtype: torch.dtype) -> TextStage:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_stays_half_and_finite(judge: Judge, dtype: torch.dtype) -> None:
+def test_half_precision_stays_finite(judge: Judge, dtype: torch.dtype) -> None:
     first, second = (in_dtype(stage, dtype) for stage in judge.stages)
     got = encode_prompts([first], "a (((cat:9))) (sea:1000)", "")
     assert got.hidden.dtype == got.negative_hidden.dtype == dtype
@@ -320,7 +318,7 @@ def test_half_precision_stays_half_and_finite(judge: Judge, dtype: torch.dtype) 
         assert got.hidden.dtype == got.pooled.dtype == next(stages[1].model.parameters()).dtype
 
 
-def test_each_distinct_window_is_read_once(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distinct_windows_are_encoded_once(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
     forward = CLIPText.forward
 
@@ -335,7 +333,7 @@ def test_each_distinct_window_is_read_once(judge: Judge, monkeypatch: pytest.Mon
     assert rows == [2, 3]
 
 
-def test_the_window_is_no_longer_than_the_encoders_positions(judge: Judge) -> None:
+def test_window_is_limited_by_encoder_positions(judge: Judge) -> None:
     stage = TextStage(Tokenizer(), judge.stages[0].model)
     assert stage.window == WINDOW
     with pytest.raises(CheckpointError, match=r"id 49407 but the text encoder has 1000 embeddings"):

@@ -121,7 +121,7 @@ def test_ids_equal_transformers_on_nasty_texts(folders: dict[str, Path], name: s
 
 
 @pytest.mark.parametrize(("pad_token", "folder"), [(None, "bare"), ("!", "sdxl2")])
-def test_the_tokenizer_that_ships_is_clips(folders: dict[str, Path], pad_token: str | None, folder: str) -> None:
+def test_built_in_tokenizer_is_clips(folders: dict[str, Path], pad_token: str | None, folder: str) -> None:
     ours, judge = Tokenizer(pad_token=pad_token), CLIPTokenizer.from_pretrained(folders[folder])
     assert ours.ids("a photo of an astronaut riding a horse") == ASTRONAUT  # as openai/CLIP gives them
     assert (ours.bos, ours.eos, ours.pad, ours.max_length) == (49406, 49407, judge.pad_token_id, 77)
@@ -130,7 +130,7 @@ def test_the_tokenizer_that_ships_is_clips(folders: dict[str, Path], pad_token: 
 
 
 @pytest.mark.parametrize("size", [514, 515, 8192, 49408])
-def test_a_truncated_vocabulary_is_the_start_of_the_whole(size: int) -> None:
+def test_truncated_vocabulary_is_start_of_full_one(size: int) -> None:
     vocab, merges = clip_vocabulary(size)
     whole, all_merges = clip_vocabulary()
     assert len(vocab) == size
@@ -158,7 +158,7 @@ def put(name: str, content: str) -> Any:
         (put("tokenizer.json", '{"truncated": '), "is not JSON"),
     ],
 )
-def test_bad_files_are_checkpoint_errors_that_name_the_folder(tmp_path: Path, damage: Any, message: str) -> None:
+def test_bad_files_raise_errors_with_folder(tmp_path: Path, damage: Any, message: str) -> None:
     folder = write_folder(tmp_path / "tokenizer", *clip_vocabulary(600), {})
     Tokenizer(folder)
     damage(folder)

@@ -41,7 +41,7 @@ def test_unet_equals_diffusers(name: str) -> None:
         assert error(ours(**given), theirs(**given).sample) < TOLERANCE
 
 
-def test_a_scalar_or_fractional_timestep() -> None:
+def test_scalar_and_fractional_timesteps_match_diffusers() -> None:
     theirs = judge("tiny-sd")
     ours, given = unet_of(theirs), inputs(theirs)
     for timestep in (7, 7.25, torch.tensor(31), torch.tensor([3.5, 998.75])):  # Karras and KDPM2 have fractions
@@ -49,7 +49,7 @@ def test_a_scalar_or_fractional_timestep() -> None:
         assert error(ours(**given), theirs(**given).sample) < TOLERANCE
 
 
-def test_two_sdxl_prompts_in_succession() -> None:
+def test_successive_sdxl_prompts_match_diffusers() -> None:
     theirs = judge("sdxl")
     ours = unet_of(theirs)
     rows = []
@@ -63,7 +63,7 @@ def test_two_sdxl_prompts_in_succession() -> None:
     assert error(rows[0], rows[1]) > 0.05
 
 
-def test_lcm_reads_the_guidance_scale() -> None:
+def test_lcm_uses_guidance_scale() -> None:
     theirs = judge("lcm")
     ours, given = unet_of(theirs), inputs(theirs)
     rows = ours.time_rows(given["timestep"], guidance=torch.tensor([8.5, 2.0]))
@@ -73,7 +73,7 @@ def test_lcm_reads_the_guidance_scale() -> None:
     assert error(rows, other) > 0.01
 
 
-def test_embeddings_are_bitwise_those_of_diffusers() -> None:
+def test_embeddings_are_bitwise_diffusers() -> None:
     steps = torch.tensor([0.0, 1.0, 37.5, 999.0])
     for channels, flip, shift in ((320, True, 0), (33, False, 1)):  # 33: an odd width is padded
         expected = get_timestep_embedding(steps, channels, flip_sin_to_cos=flip, downscale_freq_shift=shift)
@@ -91,7 +91,7 @@ def test_missing_conditions_are_named() -> None:
 
 
 @pytest.mark.parametrize("name", ["sd1", "ssd-1b"])
-def test_rows_of_a_schedule_give_what_forward_gives(name: str) -> None:
+def test_time_rows_and_step_equal_forward(name: str) -> None:
     theirs = judge(name)
     ours, given = unet_of(theirs), inputs(theirs)
     steps = torch.tensor([999, 666, 333, 0])
@@ -107,7 +107,7 @@ def test_rows_of_a_schedule_give_what_forward_gives(name: str) -> None:
         assert error(ours.step(given["sample"], rows[i : i + 1], kv), ours(**given)) < 1e-5
 
 
-def test_step_computes_only_what_changes_each_step() -> None:
+def test_step_uses_no_cached_weights() -> None:
     theirs = judge("sdxl")
     ours, given = unet_of(theirs), inputs(theirs)
     rows = ours.time_rows(given["timestep"], added=AddedConditions(**given["added_cond_kwargs"]))
@@ -150,7 +150,7 @@ class Dtypes(TorchDispatchMode):
         return out
 
 
-def test_bfloat16_is_as_good_as_diffusers_and_never_float64() -> None:
+def test_bfloat16_error_is_like_diffusers_without_float64() -> None:
     theirs = tiny.unet("sdxl")
     ours, given = unet_of(theirs), inputs(theirs)
     exact = theirs(**given).sample
@@ -212,7 +212,7 @@ FULL_UNETS: dict[str, tuple[dict[str, Any], int, int]] = {
 
 
 @pytest.mark.parametrize("name", FULL_UNETS)
-def test_the_published_networks_have_their_size(name: str) -> None:
+def test_published_networks_have_their_parameters(name: str) -> None:
     config, parameters, channels = FULL_UNETS[name]
     with torch.device("meta"):
         unet = UNet(UNetConfig.from_dict({"block_out_channels": [320, 640, 1280, 1280], **config}))

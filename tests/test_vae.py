@@ -40,7 +40,7 @@ both = pytest.mark.parametrize("make", [kl, taesd])
 
 
 @both
-def test_a_piece_is_a_layer_and_the_picture_is_the_same_bits(make: Callable[[], Any]) -> None:
+def test_decoding_in_pieces_is_bitwise_decode(make: Callable[[], Any]) -> None:
     vae, z = make(), torch.randn(2, 4, 5, 6)
     # other work between the pieces: another decode, in step with the first
     pieces, others = decode_pieces(vae, z), decode_pieces(vae, -z)
@@ -68,19 +68,19 @@ def test_a_piece_is_a_layer_and_the_picture_is_the_same_bits(make: Callable[[], 
 
 
 @both
-def test_sliced_is_each_picture_alone(make: Callable[[], Any]) -> None:
+def test_sliced_decodes_each_image_alone(make: Callable[[], Any]) -> None:
     vae, z = make(), torch.randn(3, 4, 5, 6)
     assert torch.equal(finish(decode_pieces(vae, z, "sliced")), torch.cat([vae.decode(one) for one in z.split(1)]))
 
 
 @both
-def test_one_tile_is_the_whole(make: Callable[[], Any]) -> None:
+def test_single_tile_equals_decode(make: Callable[[], Any]) -> None:
     vae, z = make(), torch.randn(1, 4, 8, 6)
     assert torch.equal(finish(decode_pieces(vae, z, "tiled", tile=8)), vae.decode(z))
 
 
 @given(st.integers(1, 300), st.integers(4, 96), st.sampled_from([4, 8]))
-def test_shares_of_a_pixel_sum_to_one(size: int, tile: int, factor: int) -> None:
+def test_tile_weights_sum_to_one(size: int, tile: int, factor: int) -> None:
     total = torch.zeros(size * factor)
     for place, share in ours._spans(size, tile, factor, torch.device("cpu")):
         assert place.stop - place.start == min(size, tile)  # all of one size: one shape for a GPU's plans
@@ -130,7 +130,7 @@ def trained() -> tuple[AutoencoderKL, Tensor, Tensor]:
 TILE = 32  # of latents of 48 x 80: two tiles by three
 
 
-def test_no_tile_shows(trained: tuple[AutoencoderKL, Tensor, Tensor]) -> None:
+def test_tiles_have_no_visible_borders(trained: tuple[AutoencoderKL, Tensor, Tensor]) -> None:
     vae, z, whole = trained
     tiled = finish(decode_pieces(vae, z, "tiled", tile=TILE))
     # The same statistics, and no tiles: what is left is what the tiles do. Half a level is not seen by rounding.
@@ -144,7 +144,7 @@ def test_no_tile_shows(trained: tuple[AutoencoderKL, Tensor, Tensor]) -> None:
     assert 127.5 * (tiled - whole).abs().mean() < 5  # measured: see `decode_pieces`
 
 
-def test_tiles_with_statistics_of_their_own_would_show(
+def test_tiles_need_shared_statistics(
     trained: tuple[AutoencoderKL, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vae, z, whole = trained
@@ -155,7 +155,7 @@ def test_tiles_with_statistics_of_their_own_would_show(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_statistics_of_sixteen_bits(trained: tuple[AutoencoderKL, Tensor, Tensor], dtype: torch.dtype) -> None:
+def test_16_bit_statistics_match_group_norm(trained: tuple[AutoencoderKL, Tensor, Tensor], dtype: torch.dtype) -> None:
     """Recorded ones are those that GroupNorm itself finds, in float32: normalising by them changes roundings alone."""
     torch.manual_seed(0)
     layer = GroupNorm(4, 16, 1e-6).to(dtype)
@@ -219,7 +219,7 @@ def largest_activation(network: nn.Module, run: Callable[[], Tensor]) -> float:
 
 @torch.no_grad()
 @pytest.mark.parametrize("exponent", [-3, -7])
-def test_rescaling_for_half_is_exact(exponent: int) -> None:
+def test_rescaling_for_float16_is_exact(exponent: int) -> None:
     theirs = tiny.vae("sdxl")
     ours = vae_of(theirs)
     shared = ours.decoder.conv_in.weight.data_ptr(), theirs.decoder.conv_in.weight.clone()
@@ -233,7 +233,7 @@ def test_rescaling_for_half_is_exact(exponent: int) -> None:
 
 
 @torch.no_grad()
-def test_a_rescaled_vae_stays_in_float16_range() -> None:
+def test_rescaled_vae_stays_in_float16_range() -> None:
     ours = vae_of(tiny.vae("sdxl"))
     ours.decoder.conv_in.weight = nn.Parameter(ours.decoder.conv_in.weight * 1e5)  # as SDXL's, beyond 65504
     latents = torch.randn(1, 4, 4, 4)

@@ -60,9 +60,7 @@ class Wrong:
     [lambda x: 1.00005 * x, lambda x: x + 0.00005, lambda x: x + 3e-5 * torch.randn_like(x), lambda x: x.flip(0)],
     ids=["a factor", "a shift", "noise", "rows swapped"],
 )
-def test_a_small_error_of_a_network_is_found(
-    change: Any, made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_small_network_error_is_found(change: Any, made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the last would pass a tolerance of 1e-4."""
     opened, bundle = proof.open_engine, Bundle.open(made[1])
     monkeypatch.setattr(proof, "open_engine", lambda *args, **options: Wrong(opened(*args, **options), change))
@@ -70,7 +68,7 @@ def test_a_small_error_of_a_network_is_found(
     assert any("is not PyTorch's" in check.problem for check in checks)
 
 
-def test_a_bias_of_float16_is_found(tmp_path: Path) -> None:
+def test_float16_bias_is_found(tmp_path: Path) -> None:
     """Of 0.8%, which one tolerance for all networks lets pass: a sound computation's error is a twentieth."""
     model = loading.describe(bundles.smallest("sd1", tmp_path / "model"))
     stored, reference = ReferenceNetworks(model, "float16", exact=True), ReferenceNetworks(model, "float32")
@@ -110,7 +108,7 @@ def test_sinusoids_stay_float32_in_a_sound_run(tmp_path: Path) -> None:
     assert not difference(rounded, rows).within(allowed)
 
 
-def test_few_numbers_may_share_their_error() -> None:
+def test_few_values_may_share_errors() -> None:
     """Four of them have half of it in common by chance; a thousand have not."""
     sound = Difference(1e-3, 1e-3, 60.0, 1e-3, 1e-5)
     found = Difference(1e-3, 1e-3, 60.0, 1e-3, 1.5e-3)
@@ -120,9 +118,7 @@ def test_few_numbers_may_share_their_error() -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("split", [True, False])
-def test_openvino_runs_what_float16_holds(
-    split: bool, precision: str, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_openvino_runs_float16_bundles(split: bool, precision: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Outputs are rounded to float16, whatever it computes in."""
     if not importlib.import_module(f"fastldm.export.{_openvino()}").has_bfloat16() and precision == "bfloat16":
         pytest.skip("this CPU has no bfloat16")
@@ -138,7 +134,7 @@ def test_openvino_runs_what_float16_holds(
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_rounding_is_what_a_precision_costs(precision: str, made: tuple[Path, Path]) -> None:
+def test_rounding_mode_matches_precision_error(precision: str, made: tuple[Path, Path]) -> None:
     """Held against PyTorch, computing in it."""
     model = loading.describe(made[0])
     networks = ReferenceNetworks(model, "float32")
@@ -153,7 +149,7 @@ def test_rounding_is_what_a_precision_costs(precision: str, made: tuple[Path, Pa
     assert 0.5 < ours.spread / real.spread < 2
 
 
-def test_what_will_run_is_verified_and_named(made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_uses_precision_of_pipeline(made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """OpenVINO computes in bfloat16 where the processor has it, whatever the file holds."""
     module = importlib.import_module(f"fastldm.export.{_openvino()}")
     if not module.has_bfloat16():
@@ -183,7 +179,7 @@ def _openvino() -> str:
     return "openvino"
 
 
-def test_a_picture_that_is_another_is_found(made: tuple[Path, Path], tmp_path: Path) -> None:
+def test_wrong_image_is_found(made: tuple[Path, Path], tmp_path: Path) -> None:
     """Where each network is right and what is made of them is not."""
     copy = Path(shutil.copytree(made[1], tmp_path / "copy"))
     manifest = json.loads((copy / "manifest.json").read_text())
@@ -208,7 +204,7 @@ def loud(folder: Path, factor: float, **changes: Any) -> Path:
     return folder
 
 
-def test_latents_come_as_they_do(made: tuple[Path, Path]) -> None:
+def test_sample_latents_are_in_usual_range(made: tuple[Path, Path]) -> None:
     model = loading.describe(made[0])
     specs = ReferenceNetworks(model, "float32").specs
     (latents,) = sample(specs["vae_decoder"], {"height": 64, "width": 64, "batch": 4}).values()
@@ -220,7 +216,7 @@ def test_latents_come_as_they_do(made: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize("factor", [1.0, 3e4])
-def test_an_autoencoder_is_rescaled_by_what_overflows(factor: float, tmp_path: Path) -> None:
+def test_autoencoder_is_rescaled_by_its_activations(factor: float, tmp_path: Path) -> None:
     """`force_upcast` does not say so here."""
     model = loading.describe(loud(tmp_path / "model", factor))
     stored, reference = ReferenceNetworks(model, "float16", exact=True), ReferenceNetworks(model, "float32")
@@ -234,7 +230,7 @@ def test_an_autoencoder_is_rescaled_by_what_overflows(factor: float, tmp_path: P
     assert (scale < -1) == (factor > 1)
 
 
-def test_what_cannot_be_rescaled_is_not_exported(tmp_path: Path) -> None:
+def test_unrescalable_autoencoder_is_not_exported(tmp_path: Path) -> None:
     """Past the last norm: the decoder's own output leaves float16's range, or its weights do."""
     model = loading.describe(loud(tmp_path / "model", 1.0))
     path = tmp_path / "model" / "vae" / "diffusion_pytorch_model.safetensors"

@@ -72,7 +72,7 @@ def test_an_empty_folder_is_taken(made: tuple[Path, Path], copying: list[str], t
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_one_that_was_stopped_while_it_took_its_name_is_finished(
+def test_interrupted_publish_is_finished(
     inside: bool, made: tuple[Path, Path], copying: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, rename, left = tmp_path / "out", Path.rename, [3 if inside else 0]
@@ -141,7 +141,7 @@ def full(path: Path) -> Path:
         (lambda path: Path("/"), "/ cannot be a bundle: give the name of a new folder"),
     ],
 )
-def test_where_no_bundle_can_stand(place: Any, words: str, made: tuple[Path, Path], tmp_path: Path) -> None:
+def test_unusable_bundle_paths_are_refused(place: Any, words: str, made: tuple[Path, Path], tmp_path: Path) -> None:
     out = place(tmp_path / "out")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(InputError, match=words):
@@ -150,9 +150,7 @@ def test_where_no_bundle_can_stand(place: Any, words: str, made: tuple[Path, Pat
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, '{"key": 1, "networks": 2}'])
-def test_whatever_was_left_is_no_obstacle(
-    text: str, made: tuple[Path, Path], copying: list[str], tmp_path: Path
-) -> None:
+def test_leftover_files_are_no_obstacle(text: str, made: tuple[Path, Path], copying: list[str], tmp_path: Path) -> None:
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / "done.json").write_text(text)
     assert export(made, tmp_path / "out").manifest == Bundle.open(made[1]).manifest
@@ -161,7 +159,7 @@ def test_whatever_was_left_is_no_obstacle(
 # ---- one at a time
 
 
-def test_who_is_refused_leaves_the_lock_to_its_holder(made: tuple[Path, Path], tmp_path: Path) -> None:
+def test_refused_process_leaves_lock_alone(made: tuple[Path, Path], tmp_path: Path) -> None:
     lock = tmp_path / ".out.partial.lock"
     with locked(lock, timeout=0):
         for _ in range(2):  # the second, too, finds it held
@@ -170,7 +168,7 @@ def test_who_is_refused_leaves_the_lock_to_its_holder(made: tuple[Path, Path], t
         assert lock.exists()
 
 
-def test_a_lock_that_is_removed_is_held_by_one_at_a_time(tmp_path: Path) -> None:
+def test_removed_lock_has_one_holder(tmp_path: Path) -> None:
     """Each removes it while holding it: who waited on the removed file takes the next."""
     path, inside, seen = tmp_path / "lock", [0], [0]
 
@@ -191,7 +189,7 @@ def test_a_lock_that_is_removed_is_held_by_one_at_a_time(tmp_path: Path) -> None
     assert not path.exists()
 
 
-def test_the_lock_of_a_process_that_died_is_free(tmp_path: Path) -> None:
+def test_lock_of_dead_process_is_free(tmp_path: Path) -> None:
     code = f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -208,7 +206,7 @@ with locked(Path({str(tmp_path / "lock")!r})):
 # ---- what others read
 
 
-def test_the_index_names_what_is_there(made: tuple[Path, Path], tmp_path: Path, copying: list[str]) -> None:
+def test_index_lists_existing_components(made: tuple[Path, Path], tmp_path: Path, copying: list[str]) -> None:
     """Also where the model has a safety checker, which no bundle has."""
     model = Path(shutil.copytree(made[0], tmp_path / "model"))
     index = json.loads((model / "model_index.json").read_text())
@@ -233,7 +231,7 @@ def latents(seed: int = 0) -> np.ndarray[Any, Any]:
     return np.random.default_rng(seed).standard_normal((1, 4, 8, 12)).astype(np.float32)
 
 
-def test_diffusers_makes_the_same_picture(made: tuple[Path, Path]) -> None:
+def test_diffusers_gives_the_same_image(made: tuple[Path, Path]) -> None:
     theirs = diffusers.OnnxStableDiffusionPipeline.from_pretrained(made[1], provider="CPUExecutionProvider")
     taken = {"height": 64, "width": 96}  # of latents of 8x12: it takes every autoencoder for one of eight pixels each
     got = theirs("a red apple", latents=latents(), output_type="np", **taken, **REQUEST).images[0]
@@ -245,7 +243,7 @@ def test_diffusers_makes_the_same_picture(made: tuple[Path, Path]) -> None:
     assert np.abs(got - wanted).max() <= 1e-4
 
 
-def test_diffusers_starts_from_a_picture(made: tuple[Path, Path]) -> None:
+def test_diffusers_image_to_image_runs_bundle(made: tuple[Path, Path]) -> None:
     """It takes an encoder's first output for the latent."""
     theirs = diffusers.OnnxStableDiffusionImg2ImgPipeline.from_pretrained(made[1], provider="CPUExecutionProvider")
     start = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
@@ -254,7 +252,7 @@ def test_diffusers_starts_from_a_picture(made: tuple[Path, Path]) -> None:
     assert np.isfinite(got).all()
 
 
-def test_a_single_file_s_bundle_is_read_by_diffusers(tmp_path: Path, made: tuple[Path, Path]) -> None:
+def test_diffusers_reads_bundle_of_single_file(tmp_path: Path, made: tuple[Path, Path]) -> None:
     """Its index is made, for the file has none."""
     model = loading.describe("default")
     bare = replace(model, checkpoint=replace(model.checkpoint, index={"_class_name": "StableDiffusionPipeline"}))
@@ -265,7 +263,7 @@ def test_a_single_file_s_bundle_is_read_by_diffusers(tmp_path: Path, made: tuple
     assert diffusers.OnnxStableDiffusionPipeline.from_pretrained(copy, provider="CPUExecutionProvider").unet is not None
 
 
-def test_all_files_of_a_tokenizer_travel(made: tuple[Path, Path], copying: list[str], tmp_path: Path) -> None:
+def test_all_tokenizer_files_are_copied(made: tuple[Path, Path], copying: list[str], tmp_path: Path) -> None:
     """added_tokens.json too, without which a token of its own is read as letters."""
     model = Path(shutil.copytree(made[0], tmp_path / "model"))
     shutil.rmtree(model / "tokenizer")
@@ -290,7 +288,7 @@ def test_all_files_of_a_tokenizer_travel(made: tuple[Path, Path], copying: list[
 
 
 @pytest.mark.parametrize("adopted", [False, True])
-def test_what_was_edited_is_exported(adopted: bool, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_edited_pipeline_is_exported(adopted: bool, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """As a merged adapter is: the weights as they are now, not as they lie on the disk."""
     source = bundles.smallest("sd1", tmp_path / "model")
     if adopted:
