@@ -1,10 +1,10 @@
-"""How long a person waits: `fastldm generate` with the default model, process start to PNG, and where the time goes.
+"""The cold start: `fastldm generate` with the default model, process start to PNG, and where the time goes.
 
     python -m benchmarks.cold_start
 
-The whole command is timed from outside, several times after one warm-up (so that files are in the cache); its parts
-are timed in processes of their own that do the same and stop the clock between stages. Medians are reported, and kept
-in the history of benchmarks/suite.py.
+The full command is timed from outside, several times after a warm-up (so that files are in the cache); its stages are
+timed in processes of their own that do the same with a timestamp after each stage. Medians are printed, and added to
+the history of benchmarks/suite.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.suite import keep
+from benchmarks.suite import add_run
 from fastldm.system import machine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,26 +57,29 @@ def main() -> None:
     args = parser.parse_args()
 
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    whole: list[float] = []
-    parts: list[dict[str, float]] = []
+    command_times: list[float] = []
+    stage_times: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "fastldm", "generate", args.prompt, "--seed", "0", "-o", "a.png", "--force"]
         for run in range(args.runs + 1):
-            started = time.time()
+            start = time.time()
             subprocess.run(command, cwd=folder, env=env, check=True, capture_output=True)
-            took = time.time() - started
+            elapsed = time.time() - start
             child = [sys.executable, "-c", PARTS, str(time.time()), args.prompt]
-            printed = subprocess.run(child, cwd=folder, env=env, check=True, capture_output=True, text=True).stdout
+            output = subprocess.run(child, cwd=folder, env=env, check=True, capture_output=True, text=True).stdout
             if run:  # the first only warms the file cache
-                whole.append(took)
-                parts.append(json.loads(printed))
+                command_times.append(elapsed)
+                stage_times.append(json.loads(output))
 
-    series = {"whole command": whole, **{name.strip(): [part[name] for part in parts] for name in parts[0]}}
+    series = {
+        "whole command": command_times,
+        **{name.strip(): [times[name] for times in stage_times] for name in stage_times[0]},
+    }
     seconds = {name: [min(times), median(times), max(times)] for name, times in series.items()}
-    for name, (least, middle, most) in seconds.items():
-        print(f"{name:<16} median {middle:6.2f} s, {least:.2f} to {most:.2f} s in {args.runs} runs")
+    for name, (low, mid, high) in seconds.items():
+        print(f"{name:<16} median {mid:6.2f} s, {low:.2f} to {high:.2f} s in {args.runs} runs")
     command = f"fastldm generate {args.prompt!r}"
-    keep("cold-start", {"command": command, "machine": machine(torch.device("cpu")), "seconds": seconds})
+    add_run("cold-start", {"command": command, "machine": machine(torch.device("cpu")), "seconds": seconds})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a picture takes where others want the cores too, or a container has few of them: against the share that is fair.
+"""The time of an image on busy cores, or in a container with few of them, against a fair fraction of the cores.
 
     python -m benchmarks.contention                        the default model on PyTorch
     python -m benchmarks.contention --bundle DIR           and on the engines that run this bundle of it
@@ -6,12 +6,12 @@
 
 Eight steps of the default model, in a process for each policy of threads that wait, in turns, where the machine is
 
-    quiet      nothing else runs (that is for you to see to)
+    quiet      nothing else runs (the user has to ensure that)
     busy       two processes a core do nothing but count
     quota 1    a control group (root, cgroup v1 or v2) allows one CPU of all
 
 Of C cores with L counting, T threads get T / (L + T) of the time when all are always ready: a picture takes (L + T) / C
-times as long as on T of C quiet cores. That is the fair share, and what is told is how much longer it takes than that.
+times as long as on T of C quiet cores. That is the fair time, and the report is the ratio of the measured time to it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 POLICIES: dict[str, dict[str, str]] = {
-    "fastldm": {},  # what `import fastldm` sees to
+    "fastldm": {},  # set by `import fastldm`
     "GNU's default": {"GOMP_SPINCOUNT": "300000"},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
 }
@@ -48,9 +48,9 @@ print(json.dumps([pipe("a red apple", num_inference_steps=8, seed=0).timings.tot
 
 
 def picture(model: str, backend: str, policy: str, pictures: int) -> float:
-    """Seconds of a picture, the median of some in one process after one that warms up."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
-    environment = kept | {"PYTHONPATH": str(ROOT)} | POLICIES[policy]
+    """Seconds of an image, the median of `pictures` in one process after a warm-up."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    environment = inherited | {"PYTHONPATH": str(ROOT)} | POLICIES[policy]
     command = [sys.executable, "-c", CHILD, model, backend, str(pictures)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return median(json.loads(done.stdout))
@@ -77,13 +77,13 @@ def busy(processes: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quota(cpus: float) -> Iterator[None]:
-    """This process and its children in a control group of so many CPUs. OSError where that is not allowed."""
-    two = Path("/sys/fs/cgroup/cgroup.controllers").is_file()
-    parent = Path("/sys/fs/cgroup") if two else Path("/sys/fs/cgroup/cpu")
+    """Inside, this process and its children have a quota of so many CPUs. OSError where that is not allowed."""
+    v2 = Path("/sys/fs/cgroup/cgroup.controllers").is_file()
+    parent = Path("/sys/fs/cgroup") if v2 else Path("/sys/fs/cgroup/cpu")
     group = parent / f"fastldm-{os.getpid()}"
     group.mkdir()
     try:
-        if two:
+        if v2:
             (group / "cpu.max").write_text(f"{int(cpus * 100_000)} 100000")
         else:
             (group / "cpu.cfs_period_us").write_text("100000")
@@ -99,31 +99,31 @@ def quota(cpus: float) -> Iterator[None]:
 def measure(
     contenders: Sequence[tuple[str, str, str]], rounds: int, pictures: int, cores: int
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each round, by situation and contender; all contenders have their turn in every round."""
+    """Seconds of each round, by situation and contender; all contenders are timed in every round."""
     load = 2 * cores
     situations = {"quiet": contextlib.nullcontext, f"busy with {load}": lambda: busy(load), "quota 1": lambda: quota(1)}
-    found: dict[str, dict[str, list[float]]] = {}
-    for situation, entered in situations.items():
+    results: dict[str, dict[str, list[float]]] = {}
+    for situation, enter in situations.items():
         for _ in range(rounds):
             try:
-                with entered():
+                with enter():
                     for model, backend, policy in contenders:
-                        took = picture(model, backend, policy, pictures)
-                        found.setdefault(situation, {}).setdefault(f"{backend}, {policy}", []).append(took)
-                        print(f"{situation:16} {backend}, {policy}: {took:.3f} s", file=sys.stderr, flush=True)
+                        seconds = picture(model, backend, policy, pictures)
+                        results.setdefault(situation, {}).setdefault(f"{backend}, {policy}", []).append(seconds)
+                        print(f"{situation:16} {backend}, {policy}: {seconds:.3f} s", file=sys.stderr, flush=True)
             except OSError as error:
                 print(f"{situation}: not measured, {error}", file=sys.stderr)
                 break
-    return found
+    return results
 
 
-def table(found: dict[str, dict[str, list[float]]], cores: int) -> list[dict[str, Any]]:
-    """A row a contender and situation: seconds, times of quiet, and times of what a fair share would give."""
+def table(results: dict[str, dict[str, list[float]]], cores: int) -> list[dict[str, Any]]:
+    """A row for each contender and situation: seconds, and their ratios to the quiet and to the fair time."""
     rows = []
-    for situation, times in found.items():
+    for situation, times in results.items():
         load = int(situation.split()[-1]) if situation.startswith("busy") else 0
         for name, samples in times.items():
-            quiet = median(found["quiet"][name])
+            quiet = median(results["quiet"][name])
             fair = {"quiet": 1.0, "quota 1": float(cores)}.get(situation, (load + cores) / cores)
             slower = median(samples) / quiet
             rows.append(
@@ -152,12 +152,12 @@ def main() -> None:
     if args.keep:
         import torch
 
-        from benchmarks.suite import keep
+        from benchmarks.suite import add_run
         from fastldm.system import machine
 
         seconds = {f"{row['situation']}: {row['contender']}": row["seconds"] for row in rows}
-        about = {"command": "python -m benchmarks.contention", "machine": machine(torch.device("cpu"))}
-        keep("contention", {**about, "cores": cores, "seconds": seconds, "table": rows})
+        header = {"command": "python -m benchmarks.contention", "machine": machine(torch.device("cpu"))}
+        add_run("contention", {**header, "cores": cores, "seconds": seconds, "table": rows})
 
 
 if __name__ == "__main__":

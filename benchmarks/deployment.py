@@ -1,11 +1,11 @@
-"""From a checkpoint to running engines at full size, once, and what each command takes.
+"""From a checkpoint to running engines at full size, once: time, memory and disk of each command.
 
     python -m benchmarks.deployment /tmp/deployment
 
 SD1.5 with seeded random weights is exported (whole, split, and split in float16), the split bundle is verified, two
 steps of a picture at 512x512 are sampled on every backend of a CPU, and TensorRT-RTX engines are built, by the commands
-that users type, each in a process of its own. Needs 20 GiB of memory and of disk. What is done is not done again; when
-all is, it goes into the history of benchmarks/suite.py.
+that users type, each in a process of its own. Needs 20 GiB of memory and of disk. Commands that are done are skipped;
+when all are, the record goes into the history of benchmarks/suite.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.networks import with_random_weights
-from benchmarks.suite import keep
+from benchmarks.suite import add_run
 from fastldm.system import machine
 
 PICTURE = ["generate", "a castle", "--steps", "2", "--seed", "0", "--json", "--device", "cpu"]
@@ -30,7 +30,7 @@ PICTURE = ["generate", "a castle", "--steps", "2", "--seed", "0", "--json", "--d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where model, bundles and pictures go")
+    parser.add_argument("folder", type=Path, help="for model, bundles and images")
     args = parser.parse_args()
     folder = args.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -38,20 +38,20 @@ def main() -> None:
     if not model.exists():
         make_model(model)
 
-    noted = folder / "done.json"
-    done: dict[str, dict[str, Any]] = json.loads(noted.read_text()) if noted.exists() else {}
+    record_file = folder / "done.json"
+    done: dict[str, dict[str, Any]] = json.loads(record_file.read_text()) if record_file.exists() else {}
     before = len(done)
-    for name, command, written in commands(model, folder):
+    for name, command, output_folder in commands(model, folder):
         if name not in done:
             done[name] = {"command": "fastldm " + " ".join(command).replace(f"{folder}/", ""), **run(command)}
-            if written is not None:
-                done[name]["MiB"] = sum(p.stat().st_size for p in written.rglob("*") if p.is_file()) / 2**20
-            noted.write_text(json.dumps(done, indent=1))
-        one = done[name]
-        size = f"{one['MiB']:8.0f} MiB written" if "MiB" in one else ""
-        print(f"{name:32}{one['seconds']:8.1f} s {one['peak_MiB']:8.0f} MiB of memory{size}", flush=True)
+            if output_folder is not None:
+                done[name]["MiB"] = sum(p.stat().st_size for p in output_folder.rglob("*") if p.is_file()) / 2**20
+            record_file.write_text(json.dumps(done, indent=1))
+        entry = done[name]
+        size = f"{entry['MiB']:8.0f} MiB written" if "MiB" in entry else ""
+        print(f"{name:32}{entry['seconds']:8.1f} s {entry['peak_MiB']:8.0f} MiB of memory{size}", flush=True)
     if len(done) > before:
-        names = [name for name, _, _ in commands(model, folder)]  # in this order, whatever was done first
+        names = [name for name, _, _ in commands(model, folder)]  # in this order, whichever ran first
         record = {
             "what": "SD1.5, seeded random weights, 512x512",
             "command": "python -m benchmarks.deployment FOLDER",
@@ -60,15 +60,15 @@ def main() -> None:
             "seconds": {name: done[name]["seconds"] for name in names},
             "commands": {name: done[name] for name in names},
         }
-        keep("deployment", record)
+        add_run("deployment", record)
 
 
 def commands(model: Path, folder: Path) -> list[tuple[str, list[str], Path | None]]:
-    """Name, command, and what it writes."""
-    whole, split, half = folder / "whole", folder / "split", folder / "half"
+    """Name, command, and the folder that it writes."""
+    whole, split, float16 = folder / "whole", folder / "split", folder / "half"
     export = ["export", "-m", str(model)]
 
-    def picture(name: str, source: Path, *options: str) -> tuple[str, list[str], None]:
+    def generate(name: str, source: Path, *options: str) -> tuple[str, list[str], None]:
         out = folder / f"{name.replace(' ', '-')}.png"
         return name, [*PICTURE, "-m", str(source), "-o", str(out), "--force", *options], None
 
@@ -76,35 +76,35 @@ def commands(model: Path, folder: Path) -> list[tuple[str, list[str], Path | Non
         ("export split", [*export, str(split), "--split"], split),
         ("verify split onnxruntime", ["verify", str(split), "--backend", "onnxruntime"], None),
         ("verify split openvino", ["verify", str(split), "--backend", "openvino"], None),
-        picture("torch float32", model, "--dtype", "float32"),
-        picture("torch bfloat16", model, "--dtype", "bfloat16"),
-        picture("onnxruntime float32", split, "--backend", "onnxruntime"),
-        picture("openvino float32", split, "--backend", "openvino", "--dtype", "float32"),
-        picture("openvino bfloat16", split, "--backend", "openvino", "--dtype", "bfloat16"),
+        generate("torch float32", model, "--dtype", "float32"),
+        generate("torch bfloat16", model, "--dtype", "bfloat16"),
+        generate("onnxruntime float32", split, "--backend", "onnxruntime"),
+        generate("openvino float32", split, "--backend", "openvino", "--dtype", "float32"),
+        generate("openvino bfloat16", split, "--backend", "openvino", "--dtype", "bfloat16"),
         (
             "export split float16, TensorRT",
-            [*export, str(half), "--split", "--dtype", "float16", "--to", "tensorrt"],
-            half,
+            [*export, str(float16), "--split", "--dtype", "float16", "--to", "tensorrt"],
+            float16,
         ),
         ("export whole", [*export, str(whole)], whole),
-        picture("whole onnxruntime float32", whole, "--backend", "onnxruntime"),
-        picture("whole openvino float32", whole, "--backend", "openvino", "--dtype", "float32"),
+        generate("whole onnxruntime float32", whole, "--backend", "onnxruntime"),
+        generate("whole openvino float32", whole, "--backend", "openvino", "--dtype", "float32"),
     ]
 
 
 def run(command: list[str]) -> dict[str, Any]:
-    """A command's seconds and the most memory that it had, which on Linux the kernel counts."""
-    began = time.perf_counter()
+    """A command's seconds and its peak memory, as Linux counts it."""
+    start = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", "fastldm", *command], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    said = process.stdout.read()
+    output = process.stdout.read()
     _, status, used = os.wait4(process.pid, 0)
     if status:
-        sys.exit(f"fastldm {' '.join(command)} failed:\n{said}")
-    found: dict[str, Any] = {"seconds": time.perf_counter() - began, "peak_MiB": used.ru_maxrss / 1024}
+        sys.exit(f"fastldm {' '.join(command)} failed:\n{output}")
+    result: dict[str, Any] = {"seconds": time.perf_counter() - start, "peak_MiB": used.ru_maxrss / 1024}
     if command[0] == "generate":
-        found["timings"] = json.loads(said)["timings"]
-    return found
+        result["timings"] = json.loads(output)["timings"]
+    return result
 
 
 def make_model(folder: Path) -> None:

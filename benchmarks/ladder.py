@@ -1,23 +1,23 @@
-"""From eager diffusers to captured steps, one rung at a time: what each idea of this project is worth end to end.
+"""From eager diffusers to captured steps, one rung at a time: the end-to-end gain of each optimisation.
 
     python -m benchmarks.ladder                        SD1.5 512, SDXL 1024, SD-Turbo 512 on this GPU
     python -m benchmarks.ladder --model sd15-512 --compile
     python -m benchmarks.ladder --model tiny --device cpu --steps 3 --rounds 1      the same code, anywhere
 
-Full-size networks with seeded random weights. The rungs do the same steps of the same sampler (DPM-Solver++ 2M), each
-with all that the one before it has:
+Full-size networks with seeded random weights. The rungs run the same steps of the same sampler (DPM-Solver++ 2M), each
+with all optimisations of the one before:
 
     diffusers          its U-Net and its scheduler, eager                    (where diffusers is installed)
     diffusers compiled the same, its U-Net by torch.compile max-autotune     (--compile: takes minutes)
     eager              plain PyTorch, channels first: benchmarks/plain.py, and the sampler's functions
-    channels-last      fastldm's layers on PyTorch's ops: the whole U-Net at each step
-    + kernels          its ops by the kernels that the table says
+    channels-last      fastldm's layers on PyTorch's ops: the full U-Net at each step
+    + kernels          its ops by the kernels that the table selects
     + partial          text keys and values once a prompt, time rows once a schedule
     + graphs           slots in static buffers, the step and its end in one captured graph
 
-A step is timed twice: host, the time in which it is issued, and whole, until the device is done. Rungs take turns;
-medians of rounds. Then pictures through the public Pipeline, by stage, and requests a second: one at a time, and
-submitted at once to a session.
+A step has two times: host, until it is issued, and full, until the device is done. Rungs take turns; medians of rounds.
+Then images through the public Pipeline, by stage, and requests a second: one at a time, and submitted at once to a
+session.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Model:
     size: int
     steps: int
     floor_ms: float  # of a step, on an H100 at 800 TFLOP/s and 3 TB/s
-    best_ms: float | None  # the best that was published for an H100
+    best_ms: float | None  # the best published time for an H100
     vae: VAEConfig = VAE
 
 
@@ -95,11 +95,12 @@ MODELS = {
 def pipeline(model: Model, device: torch.device, dtype: torch.dtype) -> Pipeline:
     """The model with random weights, as the library would load it."""
     with torch.device("meta"):
-        unet, vae, encoders = UNet(model.unet), loading.autoencoder(model.vae), [CLIPText(one) for one in model.text]
-    stages = tuple(TextStage(Tokenizer(), with_random_weights(one, device, dtype)) for one in encoders)  # type: ignore[arg-type]
+        unet, vae = UNet(model.unet), loading.autoencoder(model.vae)
+        encoders = [CLIPText(config) for config in model.text]
+    stages = tuple(TextStage(Tokenizer(), with_random_weights(encoder, device, dtype)) for encoder in encoders)  # type: ignore[arg-type]
     networks = {"unet": with_random_weights(unet, device, dtype), "vae": with_random_weights(vae, device, dtype)}
     prepared = prepare(networks | {f"text encoder {i}": stage.model for i, stage in enumerate(stages)})
-    family: Family = next(one for one in FAMILIES if one.name == model.family)
+    family: Family = next(family for family in FAMILIES if family.name == model.family)
     checkpoint: Any = SimpleNamespace(scheduler=SCHEDULER, index={})
     schedule = read_scheduler(SCHEDULER, None, "SCHEDULER")
     spec = loading.Spec(checkpoint, model.unet, model.vae, model.text, family, schedule)
@@ -117,7 +118,7 @@ def request(pipe: Pipeline, model: Model, steps: int) -> Request:
 
 
 class WholeUNet:
-    """A U-Net of which nothing is computed before: what `+ partial` is compared with."""
+    """A U-Net with no cached tensors: `+ partial` is compared with it."""
 
     def __init__(self, unet: UNet, run: Run, text: Tensor, added: AddedConditions | None) -> None:
         self.unet, self.text, self.added = unet, text, added
@@ -133,43 +134,43 @@ class WholeUNet:
 
 
 def rungs(pipe: Pipeline, model: Model, steps: int, compiled: bool) -> dict[str, Callable[[], object]]:
-    """What takes all steps of a run, by name."""
-    asked = request(pipe, model, steps)
-    run = pipe.stages.prepare(asked)
-    conditioning = pipe.stages._encode(asked)
+    """Functions that take all steps of a run, by name."""
+    completed = request(pipe, model, steps)
+    run = pipe.stages.prepare(completed)
+    conditioning = pipe.stages._encode(completed)
     hidden, pooled = conditioning.network_rows()
     added = None
     if pooled is not None and model.unet.needs_added:
         ids = torch.tensor([[model.size, model.size, 0, 0, model.size, model.size]], device=pipe.device)
         added = AddedConditions(pooled, ids.float().expand(len(pooled), -1))
 
-    whole = WholeUNet(pipe.unet, run, hidden, added)
+    full = WholeUNet(pipe.unet, run, hidden, added)
 
-    def loop(route: Any, network: Callable[[Tensor, int], Tensor] = whole) -> None:
+    def loop(route: Any, network: Callable[[Tensor, int], Tensor] = full) -> None:
         with use(route) if route else nullcontext():
             state = State(run)
             for i in range(len(run.table)):
                 state.end(i, network(state.input(i), i))
 
     def batch(make: Callable[[], Batch]) -> Callable[[], None]:
-        held = make()
+        active = make()
 
         def steps() -> None:
             run.row = 0
-            held.admit(run)
+            active.admit(run)
             while not run.done:
-                held.step([run])
-            held.release(run)
+                active.step([run])
+            active.release(run)
 
         return steps
 
-    found: dict[str, Callable[[], object]] = {}
+    contenders: dict[str, Callable[[], object]] = {}
     if importlib.util.find_spec("diffusers") and model.family in ("sd1", "sd-turbo"):
-        found["diffusers"] = diffusers_loop(model, run, hidden, None)
+        contenders["diffusers"] = diffusers_loop(model, run, hidden, None)
         if compiled:
-            found["diffusers compiled"] = diffusers_loop(model, run, hidden, "max-autotune")
-    return found | {
-        "eager": lambda: loop("torch", whole.channels_first),
+            contenders["diffusers compiled"] = diffusers_loop(model, run, hidden, "max-autotune")
+    return contenders | {
+        "eager": lambda: loop("torch", full.channels_first),
         "channels-last": lambda: loop("torch"),
         "+ kernels": lambda: loop(None),
         "+ partial": batch(lambda: EagerBatch(pipe.unet)),
@@ -183,7 +184,7 @@ def diffusers_loop(model: Model, run: Run, hidden: Tensor, mode: str | None) -> 
 
     config = model.unet
     with torch.device("meta"):
-        theirs = diffusers.UNet2DConditionModel(
+        module = diffusers.UNet2DConditionModel(
             sample_size=config.sample_size,
             block_out_channels=[level.channels for level in config.down],
             cross_attention_dim=config.cross_attention_dim,
@@ -191,8 +192,8 @@ def diffusers_loop(model: Model, run: Run, hidden: Tensor, mode: str | None) -> 
             norm_num_groups=config.norm_groups,
             use_linear_projection=config.linear_projection,
         )
-    with_random_weights(theirs, hidden.device, hidden.dtype)
-    unet: Any = theirs if mode is None else torch.compile(theirs, mode=mode, fullgraph=True)
+    with_random_weights(module, hidden.device, hidden.dtype)
+    unet: Any = module if mode is None else torch.compile(module, mode=mode, fullgraph=True)
     scheduler = diffusers.DPMSolverMultistepScheduler.from_config(SCHEDULER)
     scale, guided = run.guidance.scale, run.guidance.scale > 1
 
@@ -227,58 +228,58 @@ def climb(
     compiled: bool = False,
     on_rung: Callable[[str, dict[str, Any]], object] = lambda name, row: None,
 ) -> dict[str, dict[str, Any]]:
-    """Milliseconds a step of each rung: whole, and the host's part; of a rung that fails why.
+    """Milliseconds a step of each rung: full, and on the host; the error of a rung that fails.
 
-    on_rung: hears of each rung as soon as it has run once, and again when all have taken their turns.
+    on_rung: called with each rung after its first run, and again when all rounds are done.
     """
     times: dict[str, list[tuple[float, float]]] = {}
     failed: dict[str, str] = {}
 
-    def once(name: str, run: Callable[[], object]) -> None:
+    def time_once(name: str, run: Callable[[], object]) -> None:
         synchronize(pipe.device)
-        began = time.perf_counter()
+        start = time.perf_counter()
         run()
         issued = time.perf_counter()
         synchronize(pipe.device)
-        times.setdefault(name, []).append((time.perf_counter() - began, issued - began))
+        times.setdefault(name, []).append((time.perf_counter() - start, issued - start))
 
     def row(name: str) -> dict[str, Any]:
         if name in failed:
             return {"failed": failed[name]}
-        whole, host = zip(*times[name], strict=True)
+        full, host = zip(*times[name], strict=True)
         return {
-            "ms": 1e3 * median(whole) / steps,
+            "ms": 1e3 * median(full) / steps,
             "host_ms": 1e3 * median(host) / steps,
-            "spread": (max(whole) - min(whole)) / median(whole),
-            "rounds": len(whole),
+            "spread": (max(full) - min(full)) / median(full),
+            "rounds": len(full),
         }
 
     def on_the_worker() -> None:
-        found = rungs(pipe, model, steps, compiled)
-        for name, run in found.items():
+        contenders = rungs(pipe, model, steps, compiled)
+        for name, run in contenders.items():
             try:
                 for _ in range(WARM_UPS + 1):
                     run()
-                once(name, run)
-            except Exception as error:  # the rungs above it may stand all the same
+                time_once(name, run)
+            except Exception as error:  # the next rungs may run all the same
                 failed[name] = f"{type(error).__name__}: {error}".split("\n")[0][:300]
             on_rung(name, row(name))
         for _ in range(rounds - 1):
-            for name, run in found.items():
+            for name, run in contenders.items():
                 if name not in failed:
-                    once(name, run)
+                    time_once(name, run)
 
-    pipe.session.call(on_the_worker)  # as the library runs it: on the stream that captures
+    pipe.session.call(on_the_worker)  # as the library runs it: on the stream of the captures
     for name in times:
         on_rung(name, row(name))
     return {name: row(name) for name in [*times, *failed]}
 
 
 def stages_of(pipe: Pipeline, model: Model, steps: int, rounds: int) -> dict[str, float]:
-    """Milliseconds of a picture's stages, one request after the other."""
-    given = _given(model, steps)
+    """Milliseconds of the stages of an image, one request after the other."""
+    options = _options(model, steps)
     pipe.warmup([(model.size, model.size)], num_inference_steps=steps)
-    results = [pipe("a castle at dusk", seed=k, **given) for k in range(max(3, rounds))]
+    results = [pipe("a castle at dusk", seed=k, **options) for k in range(max(3, rounds))]
     return {
         "text_ms": 1e3 * median(result.timings.text for result in results),
         "steps_ms": 1e3 * median(sum(result.timings.steps) for result in results),
@@ -288,20 +289,20 @@ def stages_of(pipe: Pipeline, model: Model, steps: int, rounds: int) -> dict[str
 
 
 def throughput(pipe: Pipeline, model: Model, steps: int, count: int = 16) -> dict[str, float]:
-    """Pictures a second: one request after the other, and so many submitted at once to a session that takes eight."""
-    given = _given(model, steps)
+    """Images a second: one request after the other, and `count` submitted at once to a session that takes eight."""
+    options = _options(model, steps)
     pipe.warmup([(model.size, model.size)], num_inference_steps=steps)
-    began = time.perf_counter()
+    start = time.perf_counter()
     for k in range(count):
-        pipe("a castle at dusk", seed=k, **given)
-    one_by_one = (time.perf_counter() - began) / count
+        pipe("a castle at dusk", seed=k, **options)
+    one_by_one = (time.perf_counter() - start) / count
     with Session(pipe, max_batch=8) as session:
 
         def together() -> float:
-            began = time.perf_counter()
-            for future in [session.submit("a castle at dusk", seed=k, **given) for k in range(count)]:
+            start = time.perf_counter()
+            for future in [session.submit("a castle at dusk", seed=k, **options) for k in range(count)]:
                 future.result()
-            return time.perf_counter() - began
+            return time.perf_counter() - start
 
         together()
         together()
@@ -309,7 +310,7 @@ def throughput(pipe: Pipeline, model: Model, steps: int, count: int = 16) -> dic
     return {"one_at_a_time_per_s": 1 / one_by_one, "together_per_s": count / at_once}
 
 
-def _given(model: Model, steps: int) -> dict[str, Any]:
+def _options(model: Model, steps: int) -> dict[str, Any]:
     return {"height": model.size, "width": model.size, "num_inference_steps": steps}
 
 
@@ -335,19 +336,19 @@ def main() -> None:
         model = MODELS[name]
         steps = args.steps or model.steps
         pipe = pipeline(model, device, dtype)
-        found = climb(pipe, model, max(steps, 4), args.rounds, args.compile)
-        first = next((row["ms"] for row in found.values() if "ms" in row), 0.0)
+        contenders = climb(pipe, model, max(steps, 4), args.rounds, args.compile)
+        first = next((row["ms"] for row in contenders.values() if "ms" in row), 0.0)
         print(f"{name}, {steps} steps, {dtype}; floor {model.floor_ms} ms a step, best published {model.best_ms}")
-        for rung, row in found.items():
+        for rung, row in contenders.items():
             if "failed" in row:
                 print(f"  {rung:20} {row['failed']}")
                 continue
             print(f"  {rung:20} {row['ms']:9.3f} ms a step  {first / row['ms']:6.2f} x  host {row['host_ms']:8.3f} ms")
-        made = stages_of(pipe, model, steps, args.rounds) | throughput(pipe, model, steps)
-        print("  " + ", ".join(f"{key} {value:.2f}" for key, value in made.items()), flush=True)
+        images = stages_of(pipe, model, steps, args.rounds) | throughput(pipe, model, steps)
+        print("  " + ", ".join(f"{key} {value:.2f}" for key, value in images.items()), flush=True)
         if record is not None:
-            about = {"steps": steps, "floor_ms": model.floor_ms, "best_published_ms": model.best_ms}
-            record.add({"model": name, **about, "rungs": found, "pictures": made})
+            header = {"steps": steps, "floor_ms": model.floor_ms, "best_published_ms": model.best_ms}
+            record.add({"model": name, **header, "rungs": contenders, "pictures": images})
         del pipe
     if record is not None:
         record.end()

@@ -1,7 +1,7 @@
-"""The README's tables, written between their markers from benchmarks/results/: no number in them is typed by hand.
+"""The README's tables, written between their markers from benchmarks/results/.
 
 python -m benchmarks.readme             writes them
-python -m benchmarks.readme --check     exit status 1 where they are not what the results say
+python -m benchmarks.readme --check     exit status 1 where they differ from the results
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _MARKED = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTAL
 
 
 def rendered(text: str) -> str:
-    """A README with every table made anew. KeyError for a marker that names no table."""
-    return _MARKED.sub(lambda found: found[1] + "\n".join([*TABLES[found[2]](), "", ""]) + found[3], text)
+    """A README with current tables. KeyError for a marker that names no table."""
+    return _MARKED.sub(lambda match: match[1] + "\n".join([*TABLES[match[2]](), "", ""]) + match[3], text)
 
 
 def compared(*cases: str) -> list[str]:
-    """The newest runs of benchmarks/suite.py: each task with a table of its own, the fastest row last."""
+    """The newest runs of benchmarks/suite.py: a table for each task, the fastest row last."""
     lines = []
     for case in cases:
         record = newest(case)
@@ -37,7 +37,10 @@ def compared(*cases: str) -> list[str]:
         size = f"{task['width']}x{task['height']}"
         work = f"one guided step at {size}" if task["what"] == "step" else f"a {size} picture, {task['steps']} steps"
         title = "default model" if task["model"] == "default" else "SD1.5 size"
-        lines += [f"| {title}, {work} | seconds | times faster than {rows[0]['contender']['title']} |", "|---|---|---|"]
+        lines += [
+            f"| {title}, {work} | seconds | times faster than {rows[0]['contender']['title']} |",
+            "|---|---|---|",
+        ]
         for row in sorted(rows, key=lambda row: row["ratio"]):
             low, high = row["spread"]
             title, seconds = row["contender"]["title"], _number(row["median"])
@@ -51,8 +54,8 @@ def on_gpu() -> list[str]:
     """The step of each GPU, rung by rung, from benchmarks/gpu.py's first quarter of an hour or else the ladder."""
     lines = ["| GPU, model | rung | ms a step | floor |", "|---|---|---|---|"]
     for folder in sorted({path.parent for name in ("first", "ladder-*") for path in RESULTS.glob(f"*/{name}.json")}):
-        for model, rung, took, floor in _rungs(folder):
-            lines.append(f"| {folder.name}, {model} | {rung} | {took:.2f} | {floor} |")
+        for model, rung, ms, floor in _rungs(folder):
+            lines.append(f"| {folder.name}, {model} | {rung} | {ms:.2f} | {floor} |")
     if len(lines) > 2:
         return lines
     return ["GPUs: not yet measured, for none was at hand; `make gpu-first` does, in twice six minutes."]
@@ -66,16 +69,16 @@ def _rungs(folder: Path) -> list[tuple[str, str, float, float]]:
         last = {(row["model"], row["rung"]): row for row in rows}
         return [(model, rung, row["ms"], row["floor_ms"]) for (model, rung), row in last.items()]
     return [
-        (row["model"], rung, took["ms"], row["floor_ms"])
+        (row["model"], rung, result["ms"], row["floor_ms"])
         for path in sorted(folder.glob("ladder-*.json"))
         for row in json.loads(path.read_text())["rows"]
-        for rung, took in row["rungs"].items()
-        if "ms" in took
+        for rung, result in row["rungs"].items()
+        if "ms" in result
     ]
 
 
 def deployed() -> list[str]:
-    """What benchmarks/deployment.py wrote."""
+    """The newest run of benchmarks/deployment.py."""
     record = newest("deployment")
     if record is None:
         return ["Not yet measured."]
@@ -102,12 +105,12 @@ TABLES: dict[str, Callable[[], list[str]]] = {
 
 def main() -> None:
     text = README.read_text(encoding="utf-8")
-    made = rendered(text)
+    updated = rendered(text)
     if "--check" in sys.argv[1:]:
-        if made != text:
+        if updated != text:
             sys.exit("README.md has tables that are not what benchmarks/results says: run python -m benchmarks.readme")
         return
-    README.write_text(made, encoding="utf-8")
+    README.write_text(updated, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""All that is measured on a CPU, in under 20 minutes, and its history.
+"""The benchmarks of a CPU, in under 20 minutes, and their history.
 
     python -m benchmarks.suite                                  make bench
-    python -m benchmarks.suite --deployment /tmp/deployment     with SD1.5's bundles, which benchmarks.deployment made
-    python -m benchmarks.suite --case cpu-picture               one of them
+    python -m benchmarks.suite --deployment /tmp/deployment     with SD1.5's bundles of benchmarks.deployment
+    python -m benchmarks.suite --case cpu-picture               a single case
 
 Each run is added to benchmarks/results/MACHINE/CASE.json with its date and commit, and benchmarks/results/index.html is
-made anew: the history of every case as a plot. `python -m benchmarks.readme` then takes the newest into the README.
-Benchmarks that take no turns with others, such as deployment.py, keep their history here too.
+written again: the history of every case as a plot. `python -m benchmarks.readme` then writes the newest into README.md.
+Benchmarks without contenders, such as deployment.py, have their history here too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fastldm.system import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results"
-CASES = {  # -> what `fastldm bench` is told
+CASES = {  # -> the options of `fastldm bench`
     "cpu-step": ["--suite", "cpu-step"],
     "cpu-picture": [
         "--compare",
@@ -50,14 +50,14 @@ FULL = {  # of SD1.5's bundles
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = [*CASES, *FULL, "cold-start"]
-    parser.add_argument("--case", choices=known, action="append", help="may be repeated  [default: all]")
+    names = [*CASES, *FULL, "cold-start"]
+    parser.add_argument("--case", choices=names, action="append", help="may be repeated  [default: all]")
     parser.add_argument("--deployment", type=Path, help="the folder of benchmarks.deployment, for the full sizes")
     parser.add_argument(
         "--optimum", type=Path, metavar="PYTHON", help="an interpreter with optimum-onnx, to compare too"
     )
     args = parser.parse_args()
-    cases = args.case or [case for case in known if case not in FULL or args.deployment]
+    cases = args.case or [case for case in names if case not in FULL or args.deployment]
     if args.deployment is None and FULL.keys() & set(cases):
         parser.error(f"{', '.join(FULL)} need --deployment FOLDER")
     with tempfile.TemporaryDirectory() as folder:
@@ -65,15 +65,15 @@ def main() -> None:
             if case == "cold-start":
                 subprocess.run([sys.executable, "-m", "benchmarks.cold_start"], cwd=ROOT, check=True)
             elif case in FULL:
-                keep(case, bench(with_optimum(FULL[case], args.optimum), args.deployment))
+                add_run(case, bench(with_optimum(FULL[case], args.optimum), args.deployment))
             else:
                 if "--bundle" in CASES[case]:
                     make_bundles(Path(folder))
-                keep(case, bench(with_optimum(CASES[case], args.optimum), Path(folder)))
+                add_run(case, bench(with_optimum(CASES[case], args.optimum), Path(folder)))
 
 
 def with_optimum(options: list[str], python: Path | None) -> list[str]:
-    """The options of a case, with one peer more where it has peers that run bundles."""
+    """The options of a case, with optimum as a further peer where the case has bundles."""
     if python is None or "--bundle" not in options:
         return options
     peers = options.index("--compare") + 1
@@ -81,27 +81,27 @@ def with_optimum(options: list[str], python: Path | None) -> list[str]:
 
 
 def make_bundles(folder: Path) -> None:
-    """Of the default model."""
+    """Export the bundles of the default model."""
     for name, options in (("split", ["--split"]), ("whole", [])):
         subprocess.run([sys.executable, "-m", "fastldm", "export", str(folder / name), *options], cwd=ROOT, check=True)
 
 
 def bench(options: list[str], folder: Path) -> dict[str, Any]:
-    """What `fastldm bench` writes. Names of bundles and models in the options are those in the folder."""
+    """The JSON of `fastldm bench`. Names of bundles and models in the options are relative to the folder."""
     with tempfile.TemporaryDirectory() as out:
-        given = [str(folder / one) if (folder / one).exists() else one for one in options]
-        command = [sys.executable, "-m", "fastldm", "bench", *given, "--json", f"{out}/figures.json"]
+        arguments = [str(folder / option) if (folder / option).exists() else option for option in options]
+        command = [sys.executable, "-m", "fastldm", "bench", *arguments, "--json", f"{out}/figures.json"]
         subprocess.run(command, cwd=ROOT, check=True)
         record: dict[str, Any] = json.loads(Path(out, "figures.json").read_text())
-    shown = [re.sub("^optimum=.*", "optimum=PYTHON", one) for one in options]  # wherever this machine has it
-    return {**record, "command": " ".join(["fastldm bench", *shown])}
+    display = [re.sub("^optimum=.*", "optimum=PYTHON", option) for option in options]  # without this machine's path
+    return {**record, "command": " ".join(["fastldm bench", *display])}
 
 
-def keep(case: str, record: dict[str, Any]) -> None:
+def add_run(case: str, record: dict[str, Any]) -> None:
     """Add a run to its case's history, and to the page of all histories.
 
-    record: of contenders what `fastldm bench` writes; of anything else "seconds" by name, each a number or the least,
-        median and most of several; "machine", "command", and whatever else is worth knowing.
+    record: with contenders the JSON of `fastldm bench`; without them "seconds" by name, each a number or the minimum,
+        median and maximum of several; "machine", "command", and any further fields.
     """
     path = RESULTS / slug() / f"{case}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,13 +113,13 @@ def keep(case: str, record: dict[str, Any]) -> None:
 
 
 def slug() -> str:
-    """This machine as the name of a folder."""
-    about = machine(torch.device("cpu"))
-    return re.sub(r"\W+", "-", f"{about['name']} {about['cores']} cores".lower()).strip("-")
+    """The name of this machine's folder."""
+    description = machine(torch.device("cpu"))
+    return re.sub(r"\W+", "-", f"{description['name']} {description['cores']} cores".lower()).strip("-")
 
 
 def newest(case: str) -> dict[str, Any] | None:
-    """The last run of a case on whichever machine it was last run; None where there is none."""
+    """The last run of a case on any machine; None where there is none."""
     runs = [run for path in RESULTS.glob(f"*/{case}.json") for run in json.loads(path.read_text())["runs"]]
     return max(runs, key=lambda run: run["date"], default=None)
 
@@ -148,15 +148,15 @@ h2 { margin: 32px 0 0; } svg { width: 100%; height: auto; } text { fill: current
 
 def page() -> str:
     """The history of every case on every machine."""
-    found = sorted(path.relative_to(RESULTS).as_posix() for path in RESULTS.glob("*/scaling.html"))
-    links = "".join(f" <a href='{path}'>How cost grows on {path.partition('/')[0]}</a>." for path in found)
-    parts = [part for path in sorted(RESULTS.glob("*/*.json")) for part in _case(path)]
+    plots = sorted(path.relative_to(RESULTS).as_posix() for path in RESULTS.glob("*/scaling.html"))
+    links = "".join(f" <a href='{path}'>How cost grows on {path.partition('/')[0]}</a>." for path in plots)
+    sections = [section for path in sorted(RESULTS.glob("*/*.json")) for section in _case(path)]
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>fastldm: measured</title><style>{STYLE}</style><h1>fastldm, measured</h1>"
         f"<p>Run by run: how many times faster than the first contender each one was, with the quarter and three "
         f"quarters of the rounds; or the seconds that each thing took, with the least and the most."
-        f"{links}</p>{''.join(parts)}</html>\n"
+        f"{links}</p>{''.join(sections)}</html>\n"
     )
 
 
@@ -170,16 +170,16 @@ def _case(path: Path) -> Iterator[str]:
 
 
 class Point(NamedTuple):
-    """Of one run."""
+    """A value of a run, with its spread and its label."""
 
     low: float
     value: float
     high: float
-    said: str
+    label: str
 
 
 def _points(run: dict[str, Any]) -> dict[str, Point]:
-    """By what they are of."""
+    """The points of a run, by title."""
     if "rows" not in run:
         ends = {
             name: seconds if isinstance(seconds, list) else [seconds] * 3 for name, seconds in run["seconds"].items()
@@ -199,9 +199,9 @@ def _points(run: dict[str, Any]) -> dict[str, Point]:
 
 def _plot(runs: list[dict[str, Any]], width: int = 900, height: int = 320) -> str:
     unit = "×" if "rows" in runs[-1] else " s"
-    told = [_points(run) for run in runs]
-    titles = list(dict.fromkeys(title for run in told for title in run))
-    top = 1.1 * max(point.high for run in told for point in run.values())
+    histories = [_points(run) for run in runs]
+    titles = list(dict.fromkeys(title for run in histories for title in run))
+    top = 1.1 * max(point.high for run in histories for point in run.values())
     left, right, bottom = 50, 280, 30
 
     def x(i: int) -> float:
@@ -211,7 +211,7 @@ def _plot(runs: list[dict[str, Any]], width: int = 900, height: int = 320) -> st
         return height - bottom - (height - bottom - 10) * value / top
 
     step = next(size for k in range(-3, 6) for size in (10**k, 2 * 10**k, 5 * 10**k) if size >= top / 7)
-    drawn = [
+    shapes = [
         f"<path class=grid d='M{left} {y(k * step):.1f}H{width - right}'/><text x={left - 8} y={y(k * step) + 4:.1f} "
         f"text-anchor=end>{k * step:g}{unit}</text>"
         for k in range(int(top / step) + 1)
@@ -219,24 +219,24 @@ def _plot(runs: list[dict[str, Any]], width: int = 900, height: int = 320) -> st
     for k, title in enumerate(titles):
         colour = _COLOURS[k % len(_COLOURS)]
         dot = f"stroke='{colour}' stroke-width=2 fill='{'none' if k // len(_COLOURS) % 2 else colour}'"  # or a ring
-        points = [(x(i), run[title]) for i, run in enumerate(told) if title in run]
-        line = "L".join(f"{at:.1f} {y(point.value):.1f}" for at, point in points)
-        drawn.append(f"<path stroke='{colour}' d='M{line}'/>")
-        for at, point in points:
-            drawn.append(
-                f"<path stroke='{colour}' d='M{at:.1f} {y(point.low):.1f}V{y(point.high):.1f}'/><circle cx={at:.1f} "
-                f"cy={y(point.value):.1f} r=4 {dot}><title>{escape(point.said)}</title></circle>"
+        points = [(x(i), run[title]) for i, run in enumerate(histories) if title in run]
+        line = "L".join(f"{px:.1f} {y(point.value):.1f}" for px, point in points)
+        shapes.append(f"<path stroke='{colour}' d='M{line}'/>")
+        for px, point in points:
+            shapes.append(
+                f"<path stroke='{colour}' d='M{px:.1f} {y(point.low):.1f}V{y(point.high):.1f}'/><circle cx={px:.1f} "
+                f"cy={y(point.value):.1f} r=4 {dot}><title>{escape(point.label)}</title></circle>"
             )
-        place = 20 + 18 * k
-        drawn.append(f"<circle cx={width - right + 20} cy={place - 4} r=4 {dot}/>")
-        drawn.append(f"<text x={width - right + 32} y={place}>{escape(title)}</text>")
+        text_y = 20 + 18 * k
+        shapes.append(f"<circle cx={width - right + 20} cy={text_y - 4} r=4 {dot}/>")
+        shapes.append(f"<text x={width - right + 32} y={text_y}>{escape(title)}</text>")
     for i, run in enumerate(runs):
         if i in (0, len(runs) - 1):
-            drawn.append(
+            shapes.append(
                 f"<text x={x(i):.1f} y={height - 8} text-anchor=middle>{run['date'][:10]} {run['commit']}</text>"
             )
-    tall = max(height, 20 + 18 * len(titles))
-    return f"<svg viewBox='0 0 {width} {tall}' role=img>{''.join(drawn)}</svg>"
+    total_height = max(height, 20 + 18 * len(titles))
+    return f"<svg viewBox='0 0 {width} {total_height}' role=img>{''.join(shapes)}</svg>"
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def test_readme_has_every_command_of_the_newest_deployment(results: Path) -> Non
         "torch float32": {"seconds": 60.0, "peak_MiB": 1024, "timings": {"steps": [12.5, 12.0]}},
     }
     header = {"command": "", "machine": {"name": "A CPU"}, "threads": 2, "seconds": {"export split": 100.4}}
-    suite.keep("deployment", {**header, "commands": commands})
+    suite.add_run("deployment", {**header, "commands": commands})
     assert readme.deployed()[2:4] == [
         "| export split | 100 | 2.0 GiB | 0.50 GiB |",
         "| torch float32 | 60 (a step 12.5) | 1.0 GiB |  |",

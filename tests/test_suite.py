@@ -20,7 +20,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_history_grows_and_its_newest_run_counts(results: Path) -> None:
     for ratio in (2.0, 3.0):
-        suite.keep("sd15-step", {k: v for k, v in run(ratio).items() if k != "date"})
+        suite.add_run("sd15-step", {k: v for k, v in run(ratio).items() if k != "date"})
     (path,) = results.glob("*/sd15-step.json")
     assert [entry["rows"][1]["ratio"] for entry in json.loads(path.read_text())["runs"]] == [2.0, 3.0]
     path.write_text(json.dumps({"case": "sd15-step", "runs": [run(2.0), run(3.0, "2026-11-22 11:00")]}))
@@ -44,7 +44,7 @@ def test_page_has_every_contender_of_every_run(results: Path) -> None:
 def test_histories_of_seconds_are_plotted(results: Path) -> None:
     for seconds in (1.0, 3.0):
         header = {"command": "python -m benchmarks.cold_start", "machine": {"name": "A <CPU>"}}
-        suite.keep("cold-start", {**header, "seconds": {"whole command": [0.5, seconds, 4.0], "load": 0.25}})
+        suite.add_run("cold-start", {**header, "seconds": {"whole command": [0.5, seconds, 4.0], "load": 0.25}})
     page = (results / "index.html").read_text()
     assert [f"<title>whole command: {seconds} s</title>" in page for seconds in (1, 2, 3)] == [True, False, True]
     assert page.count("<title>load: 0.25 s</title>") == 2
