@@ -1,0 +1,143 @@
+"""What callers rely on stays: names, arguments and fields of the package, and the keys of what the command prints.
+
+Whoever changes a list here changes what users see, and says so in CHANGELOG.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import json
+from typing import Any
+
+import pytest
+from command import run
+
+import fastldm
+from fastldm.profiling.compare import Contender, Row
+from fastldm.request import Timings
+
+NAMES = """
+BundleError Cancelled CheckpointError DeadlineExceeded EngineError FastLDMError Generation InputError NonFinite
+OutOfMemory Pipeline Progress QueueFull Request Result Session WorkerLost __version__ read_parameters
+"""
+ATTRIBUTES = {  # beside those of base classes
+    "Generation": "add_done_callback cancel cancelled done exception interrupt progress result running",
+    "Pipeline": """
+        clip_skip default device disable_vae_slicing disable_vae_tiling do_classifier_free_guidance dtype
+        enable_vae_slicing enable_vae_tiling export from_diffusers from_pretrained from_single_file guidance_rescale
+        guidance_scale interrupt name num_timesteps session warmup weights_changed""",
+    "Request": "batch count negative_prompts prompts replace",
+    "Session": "call close submit",
+}
+FIELDS = {
+    "Progress": "step steps timestep preview latents embeds",
+    "Request": """
+        prompt negative_prompt height width num_inference_steps guidance_scale guidance_rescale guidance_interval
+        sampler timesteps sigmas eta num_images_per_prompt seed generator latents image strength mask_image clip_skip
+        literal_prompt prompt_embeds negative_prompt_embeds pooled_prompt_embeds negative_pooled_prompt_embeds prompt_2
+        negative_prompt_2 original_size crops_coords_top_left target_size negative_original_size
+        negative_crops_coords_top_left negative_target_size output_type""",
+    "Result": "images seeds timings backend dtype request",
+}
+ARGUMENTS = {
+    "Generation.result": "self timeout",
+    "Pipeline.export": "self out options",
+    "Pipeline.from_pretrained": "cls path_or_id device dtype torch_dtype backend where",
+    "Pipeline.from_single_file": "cls path options",
+    "Pipeline.warmup": "self sizes batches options",
+    "Session.__init__": "self pipe max_batch max_queue",
+    "Session.close": "self cancel",
+    "Session.submit": "self prompt priority deadline preview options",
+}
+MODULES = {"heap": "keep", "kernels": "OPS observe use", "kernels.geglu": "geglu", "errors": "FastLDMError InputError"}
+SPREAD = "median p90 p99 least most mean count"
+KEYS = {  # of the JSON that each command prints, without what varies with model, machine and time
+    "generate owl --steps 1 --device cpu --json": """
+        files seeds model backend device dtype timings timings.text timings.steps timings.decode timings.total""",
+    "plan --device cpu --json": """
+        model workload workload.arch workload.backend workload.batch workload.decode workload.dtype workload.encode
+        workload.guided workload.height workload.steps workload.tokens workload.width weights weights.name weights.bytes
+        weights.note buffers buffers.name buffers.bytes buffers.note libraries phases phases.name phases.bytes
+        phases.note resident needed cached cached.name cached.bytes cached.note peak here here.fits here.free would_fit
+        """,
+    "doctor --json": """
+        fastldm python platform torch triton cpu cpu.threads cpu.capability gpus model model.name model.family
+        model.parameters model.dtype ops ops.on ops.dtype ops.triton ops.torch extras cache problems""",
+    "profile --steps 1 --rounds 1 --size 32 --device cpu --json -": f"""
+        about about.model about.backend about.device about.dtype about.fastest_dtype about.width about.height
+        about.pictures about.rows about.steps about.sampler about.guidance about.threads about.machine
+        about.machine.name about.machine.cores about.machine.capability about.machine.python about.machine.torch
+        first first.import first.load first.compile ceilings ceilings.flops ceilings.bytes stages stages.name
+        stages.note stages.host stages.device rows rows.stage rows.name rows.calls rows.seconds rows.share rows.flop
+        rows.bytes rows.floor rows.paths memory memory.measured memory.planned operations operations.step advice
+        step steps wall {" ".join(f"{name}.{key}" for name in ("step", "steps", "wall") for key in SPREAD.split())}
+        {" ".join(f"stages.host.{key}" for key in SPREAD.split())}""",
+}
+VARYING = ("extras.", "ops.torch.", "rows.paths.", "operations.", "model.runs on")
+
+
+def keys(value: Any, prefix: str = "") -> set[str]:
+    """All keys of nested objects, those of a list's items without their place."""
+    if isinstance(value, list):
+        return set().union(*(keys(item, prefix) for item in value))
+    if not isinstance(value, dict):
+        return set()
+    own = {f"{prefix}{key}" for key in value}
+    return own.union(*(keys(item, f"{prefix}{key}.") for key, item in value.items()))
+
+
+def test_package_exports_these_names() -> None:
+    assert sorted(fastldm.__all__) == sorted(NAMES.split())
+    assert all(getattr(fastldm, name) is not None for name in NAMES.split())
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_documented_modules_keep_their_names(module: str) -> None:
+    assert all(hasattr(importlib.import_module(f"fastldm.{module}"), name) for name in MODULES[module].split())
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_classes_keep_their_attributes(name: str) -> None:
+    assert set(ATTRIBUTES[name].split()) <= set(dir(getattr(fastldm, name)))
+
+
+def test_generation_has_its_request() -> None:
+    pipe = fastldm.Pipeline.default(device="cpu")
+    with fastldm.Session(pipe) as session:
+        generation = session.submit("an owl", num_inference_steps=1)
+        assert generation.request.prompt == "an owl"
+        assert isinstance(generation.result(timeout=60), fastldm.Result)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_records_keep_their_fields(name: str) -> None:
+    record = getattr(fastldm, name)
+    assert [field.name for field in dataclasses.fields(record)] == FIELDS[name].split()
+    assert [field.name for field in dataclasses.fields(Timings)] == ["text", "steps", "decode", "total"]
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_calls_keep_their_arguments(name: str) -> None:
+    owner, _, method = name.partition(".")
+    call = inspect.getattr_static(getattr(fastldm, owner), method)
+    assert [*inspect.signature(getattr(call, "__func__", call)).parameters] == ARGUMENTS[name].split()
+
+
+@pytest.mark.parametrize("command", KEYS)
+def test_json_of_a_command_keeps_its_keys(command: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run(*command.split())
+    assert done.exit_code == 0, done.output
+    stable = {key for key in keys(json.loads(done.stdout)) if not key.startswith(VARYING) or key == "operations.step"}
+    assert stable == set(KEYS[command].split())
+
+
+def test_json_of_bench_keeps_its_keys() -> None:
+    row = Row(Contender("fastldm", "float32"), (0.1,), (4.0,), None, 0.2, 1 << 20, 0.0, False)
+    assert keys(row.to_dict()) == {
+        *("contender.backend", "contender.bundle", "contender.dtype", "contender.name", "contender.note"),
+        *("contender", "contender.title", "difference", "failure", "first", "load", "median", "peak", "ratio"),
+        *("ratios", "seconds", "spread", "wrong"),
+    }
