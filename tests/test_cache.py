@@ -205,7 +205,7 @@ def test_full_disk_engine_runs_without_being_stored(small_disk: Path, caplog: py
     put(cache, dataclasses.replace(KEY, graph="small"))
 
 
-def test_a_file_that_may_not_grow_is_a_full_disk(cache: EngineCache) -> None:
+def test_file_size_limits_count_as_full_disks(cache: EngineCache) -> None:
     code = """
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 assert cache.fetch(KEY, lambda: ENGINE, bytes) == ENGINE

@@ -28,7 +28,7 @@ def test_families_are_recognised(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sd-turbo", "sdxl-turbo", "sdxl-lightning"])
-def test_a_zero_snr_fine_tune_is_not_taken_for_a_turbo(name: str) -> None:
+def test_zero_snr_fine_tunes_are_not_turbo_models(name: str) -> None:
     scheduler = {**scheduler_config(name), "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
     unet = UNetConfig.from_dict({**tiny.UNETS[name], "cross_attention_dim": 1024})
     assert recognise(unet, scheduler).num_inference_steps >= 20

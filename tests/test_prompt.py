@@ -63,7 +63,7 @@ SYNTAX = st.text(st.sampled_from("()[]\\:.1a -"), max_size=40)
 
 @settings(max_examples=300, deadline=None)
 @given(SYNTAX)
-def test_any_text_parses_and_its_escaped_form_is_the_text(prompt: str) -> None:
+def test_any_text_parses_and_escapes_back_to_itself(prompt: str) -> None:
     for _, weight in parse_weights(prompt):
         assert math.isfinite(weight)
     escaped = "".join("\\" + c if c in "()[]\\" else c for c in prompt)
