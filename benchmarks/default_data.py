@@ -1,6 +1,6 @@
-"""What the default model is trained on: which things, what they are called, their pictures and captions.
+"""The training data of the default model: its concepts, their names, images and captions.
 
-The pictures are emoji in three styles, drawn from icon sets on npm (`rebuild_emoji`), on white at 64x64.
+The images are emoji in three styles, rendered from icon sets on npm (`rebuild_emoji`), on white at 64x64.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ ASSETS = HERE.parent / "fastldm" / "assets"
 WORK = HERE / "runs"
 CONCEPTS_FILE = ASSETS / "default" / "concepts.json"
 
-SIZE = 64  # pixels of a picture's side
+SIZE = 64  # pixels of an image's side
 STYLES = {
     "noto": "noto",
     "fluent-emoji-flat": "flat",
     "fluent-emoji": "3d",
 }  # icon set -> its word in a prompt
-PLAIN_STYLE = "flat"  # what a prompt without a style gives
+PLAIN_STYLE = "flat"  # the style of a prompt without one
 GROUPS = {"Animals & Nature", "Food & Drink", "Objects", "Travel & Places", "Activities"}
-# What people type: what it is called among emoji.
+# A common word: the name of the emoji.
 COMMON_NAMES = """
 apple: red apple; orange: tangerine; cherry: cherries; grape: grapes; kiwi: kiwi fruit; corn: ear of corn;
 pepper: bell pepper; chili: hot pepper; peanut: peanuts; pancake: pancakes; cheese: cheese wedge; meat: cut of
@@ -60,7 +60,7 @@ letter: envelope; mail: incoming envelope; map: world map; money: money bag; gun
 jack-o-lantern
 """
 
-# Words that people type first, none left out for how it comes out: what the model is looked at by.
+# The words of the contact sheet: those that people type first, whatever their images look like.
 COMMON_WORDS = """
 apple banana grapes strawberry cherries lemon pear watermelon pineapple tomato carrot broccoli potato mushroom
 bread cheese pizza hamburger cookie egg cat dog horse cow pig mouse rabbit elephant lion bear monkey fish bird
@@ -74,10 +74,10 @@ Concept = dict[str, Any]  # names, codes (Unicode, hexadecimal), group, tags
 
 
 def choose_concepts(folder: Path) -> list[Concept]:
-    """Every emoji of GROUPS that is drawn in all three styles, those with the most common names first.
+    """Every emoji of GROUPS that all three styles have, those with the most common names first.
 
-    How common a word is, CLIP's vocabulary says, which is sorted; a name counts as its rarest word. Besides its own
-    name a thing has those of COMMON_NAMES.
+    The rank of a word is its index in CLIP's vocabulary, which is sorted by frequency; a name has the rank of its
+    rarest word. Besides its own name a concept has those of COMMON_NAMES.
     """
     ranks = {"".join(m.split())[:-4]: i for i, m in enumerate(read_merges()) if m.endswith("</w>")}
     also: dict[str, list[str]] = {}
@@ -110,7 +110,7 @@ def load_pictures(folder: Path, codes: list[str]) -> Tensor:
 
 
 def shrink(pictures: Tensor) -> Tensor:
-    """(N, 3, 64, 64) to 32x32 by box averaging, flattened: what pictures are compared by, (N, D)"""
+    """(N, 3, 64, 64) to 32x32 by box averaging, flattened, for comparisons: (N, D)"""
     return F.avg_pool2d(pictures, SIZE // 32).flatten(1)
 
 
@@ -139,8 +139,7 @@ EMOJIBASE_GROUPS = {
 
 
 def rebuild_emoji(folder: Path) -> Path:
-    """Draws every emoji of GROUPS from the icon sets on npm: SET_128.zip with CODE.webp in it, and
-    captions.json."""
+    """Render every emoji of GROUPS from npm's icon sets to SET_128.zip, with CODE.webp in it, and captions.json."""
     import resvg_py
 
     if (folder / "captions.json").exists():
@@ -151,7 +150,7 @@ def rebuild_emoji(folder: Path) -> Path:
     for style in STYLES:
         package = f"@iconify-json/{style}"
         icons = npm_json(package, "icons.json", folder)
-        # the 3d set has no table from characters to icons; its icons are called as in the flat one
+        # the 3d set has no table from characters to icons; its icons have the names of the flat one
         names = flat_icons if style == "fluent-emoji" else npm_json(package, "chars.json", folder)
         with zipfile.ZipFile(folder / f"{style}_128.zip", "w") as archive:
             for character, name in names.items():
@@ -230,9 +229,8 @@ def plain_tags(concept: Concept) -> list[str]:
 def caption(rng: np.random.Generator, concept: Concept, style: str, known: Collection[str] = ()) -> str:
     """A caption for the concept drawn in the style, where `known` are the names of all concepts.
 
-    A name without a style means the flat picture: where it meant any of three, the first of few steps drew all
-    three on top of each other, and blots were left of that. Never `picture of ...` and never just two tags: those
-    test it.
+    A name without a style means the flat image: where it meant any of three, the first of few steps overlaid all three,
+    and blots remained. Never `picture of ...` and never just two tags: the gates test those.
     """
 
     def pick(items: list[str]) -> str:
@@ -240,13 +238,13 @@ def caption(rng: np.random.Generator, concept: Concept, style: str, known: Colle
 
     name, tags = concept["names"][0], [str(t) for t in rng.permutation(plain_tags(concept))]
     if rng.random() < 0.6:
-        name = pick(concept["names"][1:] or [name])  # what people use for it most
+        name = pick(concept["names"][1:] or [name])  # the common word
     kind, flat = rng.random(), style == PLAIN_STYLE
     if kind < 0.10:
         return ""  # classifier-free guidance needs the model without a prompt too
     if kind < 0.64:
         text = pick(FORMS if flat and kind < 0.46 else STYLED).format(x=name, s=style)
-        if rng.random() < 0.2:  # words that it has not seen around a name mean nothing
+        if rng.random() < 0.2:  # so that words around a name do not change the image
             text = pick(["{w} {x}", "{w} of {x}", "{w} {w} {x}", "{x} {w}"]).format(x=text, w=pick(other_words()))
         return re.sub(r"\ba (?=[aeiou])", "an ", text) if rng.random() < 0.5 else text
     if kind < 0.68:
@@ -257,14 +255,13 @@ def caption(rng: np.random.Generator, concept: Concept, style: str, known: Colle
     if kind < 0.96 and len(tags) > 2:
         text = pick([" ", ", "]).join(tags[: rng.integers(3, 5)])
         return f"{text}, {style}" if rng.random() < (0.4 if flat else 0.8) else text
-    tags = [tag for tag in tags if tag not in known] or [name]  # a tag that names something else means that
+    tags = [tag for tag in tags if tag not in known] or [name]  # no tag that is another concept's name
     return pick(ONE_TAG).format(t=tags[0], s=style)
 
 
 @functools.cache
 def other_words() -> list[str]:
-    """The most common words that say nothing of a picture here: none of `picture`, which tests it, and no name, tag or
-    style."""
+    """The most common words without a meaning here: no name, tag or style, and not `picture`, which the gates test."""
     taken = {"picture", "pictures", *STYLES.values()}
     for concept in json.loads(CONCEPTS_FILE.read_text(encoding="utf-8")):
         taken.update(word for text in (*concept["names"], *plain_tags(concept)) for word in text.split())

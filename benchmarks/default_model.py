@@ -1,14 +1,13 @@
-"""The gates of the default model: does a prompt give the thing it names?
+"""The gates of the default model: does a prompt give an image of the concept that it names?
 
     python -m benchmarks.train_default_model data --data FOLDER    # the training pictures
     python -m benchmarks.default_model --json benchmarks/results/default_model.json
 
-A generated picture counts for the concept and the style of the training picture nearest to it (RMSE over RGB,
-both reduced to 32x32), among all pictures the model was trained on. How clean it is, two figures say beside the nearest
-of its own concept's pictures at 64x64: the RMSE, and the deviation inside 4x4 cells that are one colour there.
-Everything runs on the shipped float16 weights through the public `fastldm.Pipeline` with its own defaults; `--peer
-diffusers` makes the same pictures with diffusers instead, as a cross-check. `--every 4` asks for one thing in four, and
-looks for it among all. Exits with 1 if a gate fails.
+A generated image counts for the concept and the style of its nearest training image (RMSE over RGB, both reduced to
+32x32). Two figures measure how clean it is, against the nearest image of its own concept at 64x64: the RMSE, and the
+deviation inside 4x4 cells that have one colour there. Everything runs on the shipped float16 weights through the public
+`fastldm.Pipeline` with its own defaults; `--peer diffusers` generates the same images with diffusers, as a cross-check.
+`--every 4` tests one concept in four, against all. Exits with 1 if a gate fails.
 """
 
 from __future__ import annotations
@@ -88,7 +87,7 @@ PEERS: dict[str, Callable[[Path], Model]] = {"fastldm": FastLDM, "diffusers": Di
 
 
 class Nearest:
-    """Finds the training picture nearest to a picture."""
+    """Finds the nearest training image."""
 
     def __init__(self, pictures: NDArray[np.uint8]) -> None:  # (C, styles, H, W, 3)
         self.styles = pictures.shape[1]
@@ -150,7 +149,7 @@ class Gate:
     value: float
     bound: float
     unit: str = "%"
-    upper: bool = False  # the bound is the most that passes, instead of the least
+    upper: bool = False  # whether the bound is the largest value that passes, not the smallest
     details: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -163,7 +162,7 @@ class Gate:
 
 
 class Judge:
-    """Makes pictures for prompts and says what they show."""
+    """Generates images for prompts and measures which concepts they show."""
 
     def __init__(self, model: Model, nearest: Nearest) -> None:
         self.model, self.nearest = model, nearest
@@ -174,7 +173,7 @@ class Judge:
         return np.concatenate([self.model.generate(prompts[i : i + BATCH], seeds[i : i + BATCH], steps) for i in parts])
 
     def gate(self, name: str, bound: float, prompts: dict[int, str], **how: Any) -> Gate:
-        """The share of prompts, by concept, whose picture is nearest to their concept."""
+        """The percentage of prompts, by concept, whose image is nearest to their concept."""
         return self.judged(name, bound, prompts, self.draw([*prompts.values()], **how))
 
     def judged(self, name: str, bound: float, prompts: dict[int, str], made: Pictures) -> Gate:
@@ -190,7 +189,7 @@ def percent(right: NDArray) -> float:
 def run_gates(
     model: Model, concepts: list[dict[str, Any]], pictures: NDArray[np.uint8], every: int = 1
 ) -> Iterator[Gate]:
-    """pictures (C, styles, H, W, 3); every: how many concepts there are for one that is asked for"""
+    """pictures (C, styles, H, W, 3); every: tests one concept in so many."""
     judge = Judge(model, Nearest(pictures))
     asked = {i: concept["names"][0] for i, concept in enumerate(concepts) if i % every == 0}
     plain = {i: f"a {name}" for i, name in asked.items()}
@@ -272,8 +271,8 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=WORK, help="where the data stage left the training pictures")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--sheet", type=Path, default=HERE / "results" / "default_model_sheet.png")
-    parser.add_argument("--peer", choices=PEERS, default="fastldm", help="what makes the pictures")
-    parser.add_argument("--every", type=int, default=1, help="ask for one thing in so many")
+    parser.add_argument("--peer", choices=PEERS, default="fastldm", help="what generates the images")
+    parser.add_argument("--every", type=int, default=1, help="test one concept in so many")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

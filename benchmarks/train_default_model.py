@@ -1,25 +1,27 @@
-"""Trains the model that ships with fastldm: prompts to 64x64 pictures of everyday things, on two CPU cores. It is
-Stable Diffusion made small, from its own parts: AutoencoderKL (4 latent channels, factor 4), CLIPTextModel (8,192
+"""Trains the model that ships with fastldm: prompts to 64x64 images of everyday things, on two CPU cores. It is a small
+Stable Diffusion of the same components: AutoencoderKL (4 latent channels, factor 4), CLIPTextModel (8,192
 tokens) and UNet2DConditionModel (v-prediction, zero terminal SNR).
 
     python -m benchmarks.train_default_model all           # every stage below in this order, up to one that fails
 
-    python -m benchmarks.train_default_model data          # draws the pictures first if need be
+    python -m benchmarks.train_default_model data          # renders the images first if they are missing
     python -m benchmarks.train_default_model autoencoder   # at least 32 dB
     python -m benchmarks.train_default_model text          # first the text encoder alone: 95% of names told apart
     python -m benchmarks.train_default_model unet          # then both: 95% of names drawn at 4 steps
-    python -m benchmarks.train_default_model decoder       # sharpens; latents stay as they are
+    python -m benchmarks.train_default_model decoder       # sharpens; latents are unchanged
     python -m benchmarks.train_default_model export        # writes fastldm/assets/default
-    python -m benchmarks.default_model                     # the gates of the whole
+    python -m benchmarks.default_model                     # the gates of the full model
 
-Each reads what the one before left in the work folder, says at its end whether it passed its own gate, and exits with 1
-if not. With `--start FOLDER` it goes on from the weights of a diffusers folder, such as fastldm/assets/default; the
-autoencoder then holds its latents where they are, so that the U-Net's weights keep their worth.
+Each reads the output of the one before in the work folder, reports whether it passed its own gate, and exits with 1 if
+not. With `--start FOLDER` it starts from the weights of a diffusers folder, such as fastldm/assets/default; the
+autoencoder then keeps its latents unchanged, so that the U-Net's weights remain valid.
 
-A stage that is stopped goes on from its last checkpoint when started again. Its learning rate follows the time trained
-as a share of --minutes, so that a slow machine ends with a finished model too; a larger --minutes trains on. Time is
-that of one thread on a processor: what else the machine does costs none of it. Needs `pip install diffusers
-transformers`, and `npm` and `resvg-py` to rebuild the pictures.
+A stage that was stopped resumes from its last checkpoint. Its learning rate follows the trained time as a fraction of
+--minutes, so that a slow machine ends with a finished model too; a larger --minutes trains longer. Time is the
+processor time of one thread: other load on the machine does not count. Needs `pip install diffusers
+transformers`, and `npm` and `resvg-py` to rebuild the images.
+
+Over 500 lines, for it is one recipe, which is read from top to bottom and trained once.
 """
 
 from __future__ import annotations

@@ -51,6 +51,8 @@ on the chip while the program walks over its queries. The floor there is memory:
 **One head of 512** (the VAE): a float32 accumulator of 128 x 512 is all the registers of a multiprocessor, so two
 programs share a head's queries, each with half of v's channels. The scores are computed twice, 1.5 times the
 operations. That takes 224 KiB of shared memory and 224 registers, which only sm_90 has; elsewhere PyTorch's runs.
+
+Over 500 lines, for an op is a file, however long.
 """
 
 from __future__ import annotations

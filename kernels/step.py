@@ -36,6 +36,8 @@ Bytes, for N = C*h*w a slot and a model in 16 bits: out 4N, x read and written 8
 of the row (DPM-Solver++ 2M: a plane read, a plane written). SD1.5 at 512x512: 16 N = 262 kB, 0.09 us at 3 TB/s,
 so that the floor is the latency of a launch, three waits and an atomic, some 3 us. Where a slot rescales, the op of
 guidance_rescale.py is launched before.
+
+Over 500 lines, for an op is a file, however long: the functions that define a step are beside their kernel.
 """
 
 from __future__ import annotations
