@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import importlib.util
 import json
 import re
 import shutil
-import signal
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import bundles
 import pytest
@@ -234,74 +230,6 @@ def test_added_files_are_not_run(name: str, copy: Path) -> None:
         Bundle.open(copy)
 
 
-def _set(*path: str | int, to: object) -> Callable[[dict[str, Any]], None]:
-    def change(manifest: dict[str, Any]) -> None:
-        place: Any = manifest
-        for key in path[:-1]:
-            place = place[key]
-        place[path[-1]] = to
-
-    return change
-
-
-def _rename_network(manifest: dict[str, Any]) -> None:
-    network = manifest["networks"].pop("unet_step")
-    manifest["networks"]["../../unet_step"] = network
-
-
-_STEP = ("networks", "unet_step")
-TYPES = {
-    "format": _set("format", to="2"),
-    "sha256": _set("files", "scheduler/scheduler_config.json", "sha256", to="z" * 64),
-    "bytes": _set("files", "scheduler/scheduler_config.json", "bytes", to=-1),
-    "files": _set("files", to=[]),
-    "source": _set("source", to=3),
-    "options": _set("options", to={"variant": 3}),
-    "dtype": _set("dtype", to="int8"),
-    "opset": _set("opset", to=True),
-    "split": _set("split", to="yes"),
-    "weights": _set("weights", to={"unet": None}),
-    "tokenizers": _set("tokenizers", to="x"),
-    "config": _set("config", to=[1]),
-    "config.unet": _set("config", "unet", to="x"),
-    "no config.vae": lambda manifest: manifest["config"].pop("vae"),
-    "channels": _set("config", "unet", "block_out_channels", to="many"),
-    "index": _set("index", to=None),
-    "versions": _set("versions", to={"torch": 2}),
-    "networks": _set("networks", to={}),
-    "a network": _set(*_STEP, to=None),
-    "a network's name": _set(*_STEP, "name", to="unet"),
-    "a key with ..": _rename_network,
-    "inputs": _set(*_STEP, "inputs", to=[]),
-    "an input": _set(*_STEP, "inputs", 0, to=1),
-    "an input's name": _set(*_STEP, "inputs", 0, "name", to="smaple"),
-    "an input's dtype": _set(*_STEP, "inputs", 0, "dtype", to="int32"),
-    "a shape": _set(*_STEP, "inputs", 0, "shape", to=[2]),
-    "a size": _set(*_STEP, "inputs", 0, "shape", 1, to=5),
-    "an axis": _set(*_STEP, "inputs", 0, "shape", 0, to={"name": "batch"}),
-    "an axis's least": _set(*_STEP, "inputs", 0, "shape", 0, "least", to=0),
-    "an axis's order": _set(*_STEP, "inputs", 0, "shape", 0, "most", to=1),
-    "an unknown network": lambda manifest: manifest["networks"].update(unet=manifest["networks"]["unet_step"]),
-}
-
-
-@pytest.mark.parametrize("change", TYPES.values(), ids=TYPES.keys())
-def test_every_field_of_a_manifest_is_of_its_type(change: Callable[[dict[str, Any]], None], copy: Path) -> None:
-    manifest = json.loads((copy / "manifest.json").read_text())
-    change(manifest)
-    bundles.sign(copy, manifest)
-    with pytest.raises(BundleError, match=r"manifest\.json"):
-        Bundle.open(copy)
-
-
-def test_invalid_manifest_json_is_refused(copy: Path) -> None:
-    path = copy / "manifest.json"
-    for text in ("[" * 100_000, '{"a":' * 100_000, "[]", "{}", "\xff"):
-        path.write_text(text)
-        with pytest.raises(BundleError, match=r"manifest\.json"):
-            Bundle.open(copy)
-
-
 def test_verify_names_the_network_and_the_figure(copy: Path) -> None:
     path = copy / "goldens" / "time_rows.safetensors"
     goldens = load_file(path)
@@ -312,123 +240,6 @@ def test_verify_names_the_network_and_the_figure(copy: Path) -> None:
     assert said.count("FAILED") == 1  # the other sizes and networks were still run
     assert "fastldm: 1 of the above failed on onnxruntime in float32: time_rows: temb_rows" in said
     assert re.search(r"relative error \d.\de-01, mean .*; allowed are \d.\de-0[56],", said)
-
-
-class Writer:
-    """In place of tracing: the networks of a bundle that is there. Fails at one of them, when told to."""
-
-    def __init__(self, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.source, self.written, self.fails = source, [], {}  # type: ignore[var-annotated]
-        monkeypatch.setattr(onnx, "write", self)
-
-    def __call__(self, networks: object, name: str, folder: Path, *, opset: int, fused_ops: bool) -> None:
-        if name in self.fails:
-            folder.mkdir()
-            (folder / "model.onnx").write_bytes(b"half")
-            raise self.fails.pop(name)
-        self.written.append(name)
-        shutil.copytree(self.source / name, folder)
-
-
-def test_interrupted_export_continues(
-    exported: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    writer, out = Writer(exported, monkeypatch), tmp_path / "out"
-
-    def export(**options: object) -> Bundle:
-        return writing.export(loading.describe(model), out, source=str(model), split=True, **options)  # type: ignore[arg-type]
-
-    writer.fails = {"unet_step": KeyboardInterrupt()}
-    with pytest.raises(KeyboardInterrupt):
-        export()
-    assert not out.exists()
-    assert writer.written == NETWORKS[:3]
-
-    writer.fails = {"vae_encoder": OSError(errno.ENOSPC, "No space left on device")}
-    with pytest.raises(BundleError, match=r"No space left on device.*the same command continues there"):
-        export()
-    assert not out.exists()
-    assert writer.written == NETWORKS[:5]  # none of them twice
-
-    made = export()
-    assert writer.written == NETWORKS
-    assert made.manifest == Bundle.open(exported).manifest
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_killed_export_continues(exported: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = f"""
-import os, shutil, signal, sys
-from pathlib import Path
-sys.path.insert(0, {str(ROOT)!r})
-from fastldm.loading import spec as loading
-from fastldm.export import onnx, writing
-def dying(networks, name, folder, **options):
-    folder.mkdir()
-    if name == "time_rows":
-        os.kill(os.getpid(), signal.SIGKILL)
-    shutil.copytree(Path({str(exported)!r}, name), folder, dirs_exist_ok=True)
-onnx.write = dying
-source = {str(model)!r}
-writing.export(loading.describe(source), Path({str(tmp_path / "out")!r}), source=source, split=True)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {".out.partial", ".out.partial.lock"}
-    writer = Writer(exported, monkeypatch)
-    writing.export(loading.describe(model), tmp_path / "out", source=str(model), split=True)
-    assert writer.written == NETWORKS[2:]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_export_continues_after_full_disk(
-    exported: Path, model: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    writer, out = Writer(exported, monkeypatch), small_disk / "out"
-
-    def export() -> Bundle:
-        return writing.export(loading.describe(model), out, source=str(model), split=True)
-
-    whole = sum(path.stat().st_size for path in exported.rglob("*"))
-    for kibibytes in (256, whole // 2048):  # too small, half of what it takes
-        subprocess.run(["mount", "-o", f"remount,size={kibibytes}k", small_disk], check=True)
-        with pytest.raises(BundleError, match=r"No space left on device.*the same command continues there"):
-            export()
-        assert not out.exists()
-    before = list(writer.written)
-    subprocess.run(["mount", "-o", f"remount,size={2 * whole // 1024}k", small_disk], check=True)
-    assert export().manifest == Bundle.open(exported).manifest
-    again = writer.written[len(before) :]
-    assert before
-    assert len(again) < len(NETWORKS)  # what the half disk held was not made twice
-    assert sorted({*before, *again}) == sorted(NETWORKS)
-
-
-def test_other_or_damaged_partial_files_are_rewritten(
-    exported: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    writer, out = Writer(exported, monkeypatch), tmp_path / "out"
-    for name in ("first", "second"):
-        writer.fails = {"time_rows": KeyboardInterrupt()}
-        with pytest.raises(KeyboardInterrupt):
-            writing.export(loading.describe(model), out, source=name, split=True)
-    assert writer.written == [*NETWORKS[:2], *NETWORKS[:2]]
-    truncated = tmp_path / ".out.partial" / "text_kv" / "model.onnx_data"
-    truncated.write_bytes(truncated.read_bytes()[:-1])
-    writer.written = []
-    writing.export(loading.describe(model), out, source="second", split=True)
-    assert writer.written == NETWORKS[1:]
-
-
-def test_network_unlike_pytorch_is_not_exported(
-    exported: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    writer = Writer(Path(shutil.copytree(exported, tmp_path / "source")), monkeypatch)
-    path = writer.source / "text_kv" / "model.onnx_data"
-    path.write_bytes(bytes(path.stat().st_size))
-    with pytest.raises(BundleError, match=r"text_kv: kv.0 .*: relative error 1.0e\+00"):
-        writing.export(loading.describe(model), tmp_path / "out", source=str(model), split=True)
-    assert not (tmp_path / "out").exists()
 
 
 def test_invalid_bundle_paths_are_refused(model: Path, exported: Path, tmp_path: Path) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +22,13 @@ import pytest
 import tiny
 import torch
 import transformers
+from click.testing import CliRunner
 from PIL import Image
 
 from fastldm import Pipeline
+from fastldm.cli import main
 from fastldm.errors import BundleError, InputError
+from fastldm.export import manifest as manifests
 from fastldm.export import onnx, writing
 from fastldm.export.bundle import Bundle
 from fastldm.export.private import locked
@@ -309,3 +316,167 @@ def test_edited_pipeline_is_exported(adopted: bool, tmp_path: Path, tmp_path_fac
         Pipeline.from_pretrained(out, backend="torch")
     with pytest.raises(InputError, match="this pipeline runs a bundle on onnxruntime, which has no weights to export"):
         deployed.export(tmp_path / "again")
+
+
+# ---- interrupted
+
+
+NETWORKS = ["text_encoder", "text_kv", "time_rows", "unet_step", "vae_decoder", "vae_encoder"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return bundles.smallest("sd1", tmp_path_factory.mktemp("model") / "smallest")
+
+
+@pytest.fixture(scope="module")
+def exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Split: its networks are the smaller ones, and more."""
+    with bundles.traced_once(bundles.shared(tmp_path_factory)):
+        done = CliRunner().invoke(main, ["export", "-m", str(model), str(model.parent / "bundle"), "--split"])
+    assert done.exit_code == 0, done.output
+    assert "as PyTorch computes them" in done.output
+    return model.parent / "bundle"
+
+
+@pytest.fixture
+def copy(exported: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported, tmp_path / "copy"))
+
+
+def verify(folder: Path, *options: str) -> tuple[int, str]:
+    done = CliRunner().invoke(main, ["verify", str(folder), *options])
+    return done.exit_code, done.output
+
+
+def rows(said: str) -> Counter[tuple[str, str]]:
+    """Networks and origins of the lines of the table."""
+    found = (line.split()[:2] for line in said.splitlines() if line.startswith((*NETWORKS, "picture")))
+    return Counter((network, origin) for network, origin in found)
+
+
+def rehash(folder: Path) -> None:
+    """As somebody would who edits a bundle on purpose."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name, known in manifest["files"].items():
+        data = (folder / name).read_bytes()
+        known |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest["sha256"] = manifests.digest(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+class Writer:
+    """In place of tracing: the networks of a bundle that is there. Fails at one of them, when told to."""
+
+    def __init__(self, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.source, self.written, self.fails = source, [], {}  # type: ignore[var-annotated]
+        monkeypatch.setattr(onnx, "write", self)
+
+    def __call__(self, networks: object, name: str, folder: Path, *, opset: int, fused_ops: bool) -> None:
+        if name in self.fails:
+            folder.mkdir()
+            (folder / "model.onnx").write_bytes(b"half")
+            raise self.fails.pop(name)
+        self.written.append(name)
+        shutil.copytree(self.source / name, folder)
+
+
+def test_interrupted_export_continues(
+    exported: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, out = Writer(exported, monkeypatch), tmp_path / "out"
+
+    def export(**options: object) -> Bundle:
+        return writing.export(loading.describe(model), out, source=str(model), split=True, **options)  # type: ignore[arg-type]
+
+    writer.fails = {"unet_step": KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        export()
+    assert not out.exists()
+    assert writer.written == NETWORKS[:3]
+
+    writer.fails = {"vae_encoder": OSError(errno.ENOSPC, "No space left on device")}
+    with pytest.raises(BundleError, match=r"No space left on device.*the same command continues there"):
+        export()
+    assert not out.exists()
+    assert writer.written == NETWORKS[:5]  # none of them twice
+
+    made = export()
+    assert writer.written == NETWORKS
+    assert made.manifest == Bundle.open(exported).manifest
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_killed_export_continues(exported: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = f"""
+import os, shutil, signal, sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from fastldm.loading import spec as loading
+from fastldm.export import onnx, writing
+def dying(networks, name, folder, **options):
+    folder.mkdir()
+    if name == "time_rows":
+        os.kill(os.getpid(), signal.SIGKILL)
+    shutil.copytree(Path({str(exported)!r}, name), folder, dirs_exist_ok=True)
+onnx.write = dying
+source = {str(model)!r}
+writing.export(loading.describe(source), Path({str(tmp_path / "out")!r}), source=source, split=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {".out.partial", ".out.partial.lock"}
+    writer = Writer(exported, monkeypatch)
+    writing.export(loading.describe(model), tmp_path / "out", source=str(model), split=True)
+    assert writer.written == NETWORKS[2:]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_export_continues_after_full_disk(
+    exported: Path, model: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, out = Writer(exported, monkeypatch), small_disk / "out"
+
+    def export() -> Bundle:
+        return writing.export(loading.describe(model), out, source=str(model), split=True)
+
+    whole = sum(path.stat().st_size for path in exported.rglob("*"))
+    for kibibytes in (256, whole // 2048):  # too small, half of what it takes
+        subprocess.run(["mount", "-o", f"remount,size={kibibytes}k", small_disk], check=True)
+        with pytest.raises(BundleError, match=r"No space left on device.*the same command continues there"):
+            export()
+        assert not out.exists()
+    before = list(writer.written)
+    subprocess.run(["mount", "-o", f"remount,size={2 * whole // 1024}k", small_disk], check=True)
+    assert export().manifest == Bundle.open(exported).manifest
+    again = writer.written[len(before) :]
+    assert before
+    assert len(again) < len(NETWORKS)  # what the half disk held was not made twice
+    assert sorted({*before, *again}) == sorted(NETWORKS)
+
+
+def test_other_or_damaged_partial_files_are_rewritten(
+    exported: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, out = Writer(exported, monkeypatch), tmp_path / "out"
+    for name in ("first", "second"):
+        writer.fails = {"time_rows": KeyboardInterrupt()}
+        with pytest.raises(KeyboardInterrupt):
+            writing.export(loading.describe(model), out, source=name, split=True)
+    assert writer.written == [*NETWORKS[:2], *NETWORKS[:2]]
+    truncated = tmp_path / ".out.partial" / "text_kv" / "model.onnx_data"
+    truncated.write_bytes(truncated.read_bytes()[:-1])
+    writer.written = []
+    writing.export(loading.describe(model), out, source="second", split=True)
+    assert writer.written == NETWORKS[1:]
+
+
+def test_network_unlike_pytorch_is_not_exported(
+    exported: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = Writer(Path(shutil.copytree(exported, tmp_path / "source")), monkeypatch)
+    path = writer.source / "text_kv" / "model.onnx_data"
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(BundleError, match=r"text_kv: kv.0 .*: relative error 1.0e\+00"):
+        writing.export(loading.describe(model), tmp_path / "out", source=str(model), split=True)
+    assert not (tmp_path / "out").exists()

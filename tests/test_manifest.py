@@ -1,0 +1,119 @@
+"""export/manifest.py: each field of a bundle's manifest is of its type, or the bundle is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bundles
+import pytest
+from click.testing import CliRunner
+
+from fastldm.cli import main
+from fastldm.errors import BundleError
+from fastldm.export import manifest as manifests
+from fastldm.export.bundle import Bundle
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return bundles.smallest("sd1", tmp_path_factory.mktemp("model") / "smallest")
+
+
+@pytest.fixture(scope="module")
+def exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Split: its networks are the smaller ones, and more."""
+    with bundles.traced_once(bundles.shared(tmp_path_factory)):
+        done = CliRunner().invoke(main, ["export", "-m", str(model), str(model.parent / "bundle"), "--split"])
+    assert done.exit_code == 0, done.output
+    assert "as PyTorch computes them" in done.output
+    return model.parent / "bundle"
+
+
+@pytest.fixture
+def copy(exported: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported, tmp_path / "copy"))
+
+
+def rehash(folder: Path) -> None:
+    """As somebody would who edits a bundle on purpose."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name, known in manifest["files"].items():
+        data = (folder / name).read_bytes()
+        known |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest["sha256"] = manifests.digest(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def _set(*path: str | int, to: object) -> Callable[[dict[str, Any]], None]:
+    def change(manifest: dict[str, Any]) -> None:
+        place: Any = manifest
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = to
+
+    return change
+
+
+def _rename_network(manifest: dict[str, Any]) -> None:
+    network = manifest["networks"].pop("unet_step")
+    manifest["networks"]["../../unet_step"] = network
+
+
+_STEP = ("networks", "unet_step")
+
+
+TYPES = {
+    "format": _set("format", to="2"),
+    "sha256": _set("files", "scheduler/scheduler_config.json", "sha256", to="z" * 64),
+    "bytes": _set("files", "scheduler/scheduler_config.json", "bytes", to=-1),
+    "files": _set("files", to=[]),
+    "source": _set("source", to=3),
+    "options": _set("options", to={"variant": 3}),
+    "dtype": _set("dtype", to="int8"),
+    "opset": _set("opset", to=True),
+    "split": _set("split", to="yes"),
+    "weights": _set("weights", to={"unet": None}),
+    "tokenizers": _set("tokenizers", to="x"),
+    "config": _set("config", to=[1]),
+    "config.unet": _set("config", "unet", to="x"),
+    "no config.vae": lambda manifest: manifest["config"].pop("vae"),
+    "channels": _set("config", "unet", "block_out_channels", to="many"),
+    "index": _set("index", to=None),
+    "versions": _set("versions", to={"torch": 2}),
+    "networks": _set("networks", to={}),
+    "a network": _set(*_STEP, to=None),
+    "a network's name": _set(*_STEP, "name", to="unet"),
+    "a key with ..": _rename_network,
+    "inputs": _set(*_STEP, "inputs", to=[]),
+    "an input": _set(*_STEP, "inputs", 0, to=1),
+    "an input's name": _set(*_STEP, "inputs", 0, "name", to="smaple"),
+    "an input's dtype": _set(*_STEP, "inputs", 0, "dtype", to="int32"),
+    "a shape": _set(*_STEP, "inputs", 0, "shape", to=[2]),
+    "a size": _set(*_STEP, "inputs", 0, "shape", 1, to=5),
+    "an axis": _set(*_STEP, "inputs", 0, "shape", 0, to={"name": "batch"}),
+    "an axis's least": _set(*_STEP, "inputs", 0, "shape", 0, "least", to=0),
+    "an axis's order": _set(*_STEP, "inputs", 0, "shape", 0, "most", to=1),
+    "an unknown network": lambda manifest: manifest["networks"].update(unet=manifest["networks"]["unet_step"]),
+}
+
+
+@pytest.mark.parametrize("change", TYPES.values(), ids=TYPES.keys())
+def test_every_field_of_a_manifest_is_of_its_type(change: Callable[[dict[str, Any]], None], copy: Path) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    change(manifest)
+    bundles.sign(copy, manifest)
+    with pytest.raises(BundleError, match=r"manifest\.json"):
+        Bundle.open(copy)
+
+
+def test_invalid_manifest_json_is_refused(copy: Path) -> None:
+    path = copy / "manifest.json"
+    for text in ("[" * 100_000, '{"a":' * 100_000, "[]", "{}", "\xff"):
+        path.write_text(text)
+        with pytest.raises(BundleError, match=r"manifest\.json"):
+            Bundle.open(copy)
