@@ -1,4 +1,7 @@
-"""Bundles: written by the command, whole or not there, refused where a file is not what was written."""
+"""Bundles: written by the command, whole or not there, refused where a file is not what was written.
+
+Over 500 lines, for the tests of a module are in one file.
+"""
 
 from __future__ import annotations
 

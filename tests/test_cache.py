@@ -1,4 +1,7 @@
-"""The engine cache, with real processes: what they share, and what is left when one of them dies."""
+"""The engine cache, with real processes: what they share, and what is left when one of them dies.
+
+Over 500 lines, for the tests of a module are in one file.
+"""
 
 from __future__ import annotations
 
