@@ -65,7 +65,7 @@ def main() -> None:
 
 def commands(model: Path, folder: Path) -> list[tuple[str, list[str], Path | None]]:
     """Name, command, and the folder that it writes."""
-    whole, split, float16 = folder / "whole", folder / "split", folder / "half"
+    full, split, float16 = folder / "whole", folder / "split", folder / "half"
     export = ["export", "-m", str(model)]
 
     def generate(name: str, source: Path, *options: str) -> tuple[str, list[str], None]:
@@ -86,9 +86,9 @@ def commands(model: Path, folder: Path) -> list[tuple[str, list[str], Path | Non
             [*export, str(float16), "--split", "--dtype", "float16", "--to", "tensorrt"],
             float16,
         ),
-        ("export whole", [*export, str(whole)], whole),
-        generate("whole onnxruntime float32", whole, "--backend", "onnxruntime"),
-        generate("whole openvino float32", whole, "--backend", "openvino", "--dtype", "float32"),
+        ("export whole", [*export, str(full)], full),
+        generate("whole onnxruntime float32", full, "--backend", "onnxruntime"),
+        generate("whole openvino float32", full, "--backend", "openvino", "--dtype", "float32"),
     ]
 
 

@@ -71,16 +71,16 @@ def verify(folder: Path, *options: str) -> tuple[int, str]:
 
 def rows(said: str) -> Counter[tuple[str, str]]:
     """Networks and origins of the lines of the table."""
-    found = (line.split()[:2] for line in said.splitlines() if line.startswith((*NETWORKS, "picture")))
-    return Counter((network, origin) for network, origin in found)
+    matches = (line.split()[:2] for line in said.splitlines() if line.startswith((*NETWORKS, "picture")))
+    return Counter((network, origin) for network, origin in matches)
 
 
 def rehash(folder: Path) -> None:
     """As somebody would who edits a bundle on purpose."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    for name, known in manifest["files"].items():
+    for name, entry in manifest["files"].items():
         data = (folder / name).read_bytes()
-        known |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        entry |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     manifest["sha256"] = manifests.digest(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
@@ -94,9 +94,9 @@ def test_bundle_has_expected_files(exported: Path, model: Path) -> None:
         21,
     )
     assert {"torch", "onnx", "fastldm", "python"} <= manifest["versions"].keys()
-    found = {path.relative_to(exported).as_posix() for path in exported.rglob("*") if path.is_file()}
-    assert found == {"manifest.json", *manifest["files"]}
-    assert {f"{name}/model.onnx" for name in NETWORKS} | {f"{name}/config.json" for name in NETWORKS} <= found
+    matches = {path.relative_to(exported).as_posix() for path in exported.rglob("*") if path.is_file()}
+    assert matches == {"manifest.json", *manifest["files"]}
+    assert {f"{name}/model.onnx" for name in NETWORKS} | {f"{name}/config.json" for name in NETWORKS} <= matches
     # the configs that other tools read are those of the model
     for name, part in (("unet_step", "unet"), ("vae_decoder", "vae"), ("scheduler", "scheduler")):
         config = "scheduler_config.json" if part == "scheduler" else "config.json"
@@ -112,15 +112,15 @@ def test_bundle_has_expected_files(exported: Path, model: Path) -> None:
 
 
 def test_bundle_verifies(exported: Path) -> None:
-    status, said = verify(exported)
-    assert status == 0, said
-    assert rows(said) == PICTURE | {(name, origin): 3 for name in NETWORKS for origin in ("golden", "fresh")}
+    status, output = verify(exported)
+    assert status == 0, output
+    assert rows(output) == PICTURE | {(name, origin): 3 for name in NETWORKS for origin in ("golden", "fresh")}
     for golden in ("(1, 4, 8, 8)", "(2, 4, 4, 2)", "(3, 4, 2, 4)"):
-        assert re.search(rf"unet_step +golden +sample {re.escape(golden)}", said)
+        assert re.search(rf"unet_step +golden +sample {re.escape(golden)}", output)
     for fresh in ("(1, 4, 2, 2)", "(1, 4, 6, 8)", "(4, 4, 2, 2)"):
-        assert re.search(rf"unet_step +fresh +sample {re.escape(fresh)}", said)
-    assert ("picture", "golden") in rows(said)
-    assert "all are as close to PyTorch in float32 as float32 is, on onnxruntime, which will run in it\n" in said
+        assert re.search(rf"unet_step +fresh +sample {re.escape(fresh)}", output)
+    assert ("picture", "golden") in rows(output)
+    assert "all are as close to PyTorch in float32 as float32 is, on onnxruntime, which will run in it\n" in output
 
 
 def test_fresh_sizes_are_not_goldens() -> None:
@@ -137,13 +137,13 @@ def test_fresh_sizes_are_not_goldens() -> None:
 def test_verify_without_model_uses_goldens(exported: Path, model: Path, tmp_path: Path) -> None:
     moved = model.rename(model.with_name("moved"))
     try:
-        status, said = verify(exported)
-        assert status == 0, said
-        assert re.search(rf"{model} .*: compared with the goldens alone", said)
-        assert rows(said) == PICTURE | {(name, "golden"): 3 for name in NETWORKS}
+        status, output = verify(exported)
+        assert status == 0, output
+        assert re.search(rf"{model} .*: compared with the goldens alone", output)
+        assert rows(output) == PICTURE | {(name, "golden"): 3 for name in NETWORKS}
         assert rows(verify(exported, "-m", str(moved))[1])["unet_step", "fresh"] == 3
-        status, said = verify(exported, "-m", str(model))
-        assert (status, "does not exist here" in said) == (1, True)
+        status, output = verify(exported, "-m", str(model))
+        assert (status, "does not exist here" in output) == (1, True)
     finally:
         moved.rename(model)
 
@@ -154,16 +154,16 @@ def test_weights_of_other_model_are_found(exported: Path, model: Path, tmp_path:
     weights = load_file(path)
     weights["time_embedding.linear_2.bias"] += 1
     save_file(weights, path, metadata={"format": "pt"})
-    status, said = verify(exported, "-m", str(other))
+    status, output = verify(exported, "-m", str(other))
     assert status == 1
-    failed = {tuple(line.split()[:2]) for line in said.splitlines() if line.endswith("FAILED")}
+    failed = {tuple(line.split()[:2]) for line in output.splitlines() if line.endswith("FAILED")}
     assert failed == {("time_rows", "fresh")}  # alone: the rows are what that bias goes into
-    assert "fastldm: 3 of the above failed on onnxruntime in float32: time_rows: temb_rows" in said
+    assert "fastldm: 3 of the above failed on onnxruntime in float32: time_rows: temb_rows" in output
 
     xl = tiny.save_pipeline("sdxl", tmp_path / "xl")
-    status, said = verify(exported, "-m", str(xl))
+    status, output = verify(exported, "-m", str(xl))
     assert status == 1
-    assert "give -m the model that it was exported from" in said
+    assert "give -m the model that it was exported from" in output
 
 
 def truncate(folder: Path) -> None:
@@ -209,9 +209,9 @@ def test_damage_is_found_before_anything_runs(
     monkeypatch.setattr(proof, "open_engine", lambda *args, **kwargs: pytest.fail("a network was opened"))
     with pytest.raises(BundleError, match=words):
         Bundle.open(copy)
-    status, said = verify(copy)
+    status, output = verify(copy)
     assert status == 1
-    assert said.startswith("fastldm: ")
+    assert output.startswith("fastldm: ")
 
 
 @pytest.mark.parametrize("files", ["none", "without a network", "without a golden"])
@@ -238,11 +238,11 @@ def test_verify_names_the_network_and_the_figure(copy: Path) -> None:
     goldens = load_file(path)
     save_file({key: x + 0.5 if key == "1:out:temb_rows" else x for key, x in goldens.items()}, path)
     rehash(copy)
-    status, said = verify(copy)
+    status, output = verify(copy)
     assert status == 1
-    assert said.count("FAILED") == 1  # the other sizes and networks were still run
-    assert "fastldm: 1 of the above failed on onnxruntime in float32: time_rows: temb_rows" in said
-    assert re.search(r"relative error \d.\de-01, mean .*; allowed are \d.\de-0[56],", said)
+    assert output.count("FAILED") == 1  # the other sizes and networks were still run
+    assert "fastldm: 1 of the above failed on onnxruntime in float32: time_rows: temb_rows" in output
+    assert re.search(r"relative error \d.\de-01, mean .*; allowed are \d.\de-0[56],", output)
 
 
 def test_invalid_bundle_paths_are_refused(model: Path, exported: Path, tmp_path: Path) -> None:
@@ -295,19 +295,19 @@ def test_bundle_engines_build_without_gpu(
     monkeypatch.setattr(onnx, "write", lambda *args, **kwargs: pytest.fail("a network was traced"))
     # latents of 6x8 and 8x6, which the model allows and was not made for
     asked = ("--arch", "sm_89", "--size", "16x12", "--size", "12x16")
-    status, said = engines(copy, model, *asked)
-    assert status == 0, said
+    status, output = engines(copy, model, *asked)
+    assert status == 0, output
     folder = f"{tensorrt.trt.__name__}-{tensorrt.trt.__version__}-sm_89-16x12-12x16"
     for name in NETWORKS:
-        assert re.search(rf"engines/{re.escape(folder)}/{name}\.engine: \d+\.\d s, \d+\.\d MiB\n", said)
-    found = {record.key.network: record for record in Engines(copy).records()}
-    assert list(found) == NETWORKS
-    assert found["unet_step"].key.ranges.split(" | ") == [
+        assert re.search(rf"engines/{re.escape(folder)}/{name}\.engine: \d+\.\d s, \d+\.\d MiB\n", output)
+    matches = {record.key.network: record for record in Engines(copy).records()}
+    assert list(matches) == NETWORKS
+    assert matches["unet_step"].key.ranges.split(" | ") == [
         "batch=1:2:2 tokens=77:77:77 height=6:6:6 width=8:8:8",
         "batch=1:2:2 tokens=77:77:77 height=8:8:8 width=6:6:6",
     ]
-    assert found["vae_encoder"].key.ranges.startswith("batch=1:1:1 height=12:12:12 width=16:16:16 | ")
-    assert found["time_rows"].key.ranges == "rows=1:32:1024"
+    assert matches["vae_encoder"].key.ranges.startswith("batch=1:1:1 height=12:12:12 width=16:16:16 | ")
+    assert matches["time_rows"].key.ranges == "rows=1:32:1024"
     opened = Bundle.open(copy)  # its manifest holds still
     key = tensorrt.key_of(opened.path("unet_step"), opened.specs["unet_step"], gpu="one of sm_89")
     data = Engines(copy).find(key, 89)
@@ -317,8 +317,8 @@ def test_bundle_engines_build_without_gpu(
     assert "the bundle's engine of unet_step is set aside: it is for sm_89, and here is sm_86" in caplog.text
 
     (copy / "engines" / folder / "text_kv.engine").unlink()
-    status, said = engines(copy, model, *asked)
-    assert [line.split()[1:3] == ["is", "there,"] for line in said.splitlines() if ".engine: " in line] == [
+    status, output = engines(copy, model, *asked)
+    assert [line.split()[1:3] == ["is", "there,"] for line in output.splitlines() if ".engine: " in line] == [
         name != "text_kv" for name in NETWORKS
     ]
 
@@ -387,9 +387,9 @@ def test_without_tensorrt_nothing_is_traced(model: Path, tmp_path: Path, monkeyp
     for package in ("tensorrt", "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, "fastldm.export.tensorrt", raising=False)
-    status, said = engines(tmp_path / "out", model)
+    status, output = engines(tmp_path / "out", model)
     assert status == 1
-    assert re.search(r"TensorRT cannot be imported here .*: pip install 'fastldm\[tensorrt\]'", said)
+    assert re.search(r"TensorRT cannot be imported here .*: pip install 'fastldm\[tensorrt\]'", output)
 
 
 @pytest.mark.full
@@ -397,8 +397,8 @@ def test_without_tensorrt_nothing_is_traced(model: Path, tmp_path: Path, monkeyp
 def test_the_default_model(options: list[str], tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["export", str(tmp_path / "out"), *options])
     assert done.exit_code == 0, done.output
-    status, said = verify(tmp_path / "out")
-    assert status == 0, said
+    status, output = verify(tmp_path / "out")
+    assert status == 0, output
     if "--fused-ops" not in options and importlib.util.find_spec("openvino"):
-        status, said = verify(tmp_path / "out", "--backend", "openvino")
-        assert status == 0, said
+        status, output = verify(tmp_path / "out", "--backend", "openvino")
+        assert status == 0, output

@@ -131,8 +131,8 @@ sys.stdout.write(str(len(cache.fetch(KEY, build, bytes))))
     assert "another process builds engines in" in second.stderr.readline()
     (tmp_path / "go").touch()
     for process in (first, second):
-        said, complaint = process.communicate(timeout=60)
-        assert (said, process.returncode) == (str(len(ENGINE)), 0), complaint
+        output, complaint = process.communicate(timeout=60)
+        assert (output, process.returncode) == (str(len(ENGINE)), 0), complaint
     assert len(list(tmp_path.glob("built-*"))) == 1
 
 
@@ -341,9 +341,9 @@ def as_a_loop(path: Path) -> None:
 def as_a_link(path: Path) -> None:
     outside = next(one for one in path.parents if one.name == "engines").with_name("outside")
     outside.mkdir()
-    kept = outside / path.name
-    path.rename(kept) if path.exists() else kept.mkdir()
-    path.symlink_to(kept)
+    cached = outside / path.name
+    path.rename(cached) if path.exists() else cached.mkdir()
+    path.symlink_to(cached)
 
 
 def as_a_pipe(path: Path) -> None:
@@ -389,26 +389,26 @@ def test_command_lists_verifies_and_prunes(cache: EngineCache) -> None:
     assert command(cache, "ls") == (0, f"no engines in {cache.folder}\n")
     put(cache)
     vae = put(cache, dataclasses.replace(KEY, network="vae_decoder", graph="v"))
-    code, said = command(cache, "ls")
+    code, output = command(cache, "ls")
     assert code == 0
     for part in (KEY.digest[:12], "unet", "vae_decoder", "tensorrt_rtx 1.7.1.116 on NVIDIA H100 sm_90", "float16"):
-        assert part in said
+        assert part in output
     assert command(cache, "verify")[0] == 0
 
     edited(vae)
-    code, said = command(cache, "verify")
+    code, output = command(cache, "verify")
     assert code == 1
-    assert "its hash differs" in said
-    assert "unet" in said
+    assert "its hash differs" in output
+    assert "unet" in output
 
     put(cache, dataclasses.replace(KEY, network="vae_decoder", graph="v"), b"again")  # the damaged one is set aside
     assert "set aside" in command(cache, "ls")[1]
     assert command(cache, "prune")[0] == 0
     assert len(cache.entries()) == 2
     assert "set aside" not in command(cache, "ls")[1]
-    code, said = command(cache, "prune", "--keep", "0")
+    code, output = command(cache, "prune", "--keep", "0")
     assert (code, cache.entries()) == (0, [])
-    assert "unet" in said
+    assert "unet" in output
 
 
 @pytest.mark.parametrize(("given", "kept"), [("1MiB", 3), ("150 KB", 2), ("0.1M", 1), ("70000", 0)])
@@ -420,14 +420,14 @@ def test_prune_keeps_given_size(cache: EngineCache, given: str, kept: int) -> No
 
 
 def test_prune_refuses_invalid_size(cache: EngineCache) -> None:
-    code, said = command(cache, "prune", "--keep", "a lot")
+    code, output = command(cache, "prune", "--keep", "a lot")
     assert code == 2
-    assert "'a lot' is not a size: write such as 10GiB" in said
+    assert "'a lot' is not a size: write such as 10GiB" in output
 
 
 def test_ls_prints_json(cache: EngineCache) -> None:
     put(cache)
-    code, said = command(cache, "ls", "--json")
-    (entry,) = json.loads(said)
+    code, output = command(cache, "ls", "--json")
+    (entry,) = json.loads(output)
     assert (code, entry["key"]["device"], entry["set_aside"]) == (0, KEY.device, False)
     assert entry["bytes"] > len(ENGINE)

@@ -89,12 +89,12 @@ def test_scalars_of_numpy_and_torch_are_numbers(name: str, value: Any) -> None:
 
 @pytest.mark.parametrize("name", ["timesteps", "sigmas", "seed", "guidance_interval", "original_size"])
 def test_arrays_are_lists(name: str) -> None:
-    whole = name in ("seed", "original_size")
-    items = [9, 1] if whole else [0.25, 0.5]
+    full = name in ("seed", "original_size")
+    items = [9, 1] if full else [0.25, 0.5]
     for form in (items, tuple(items), np.array(items), torch.tensor(items)):
         got = getattr(Request(["a", "b"], **{name: form}), name)
         assert list(got) == items
-        assert {type(item) for item in got} == {int if whole else float}
+        assert {type(item) for item in got} == {int if full else float}
 
 
 @pytest.mark.parametrize(
@@ -119,11 +119,11 @@ def test_arrays_are_lists(name: str) -> None:
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
 def test_oversized_values_are_refused_early(options: dict[str, Any], says: str) -> None:
-    began = time.process_time()
+    start = time.process_time()
     with pytest.raises(InputError) as caught:
         Request.of(options.get("prompt", "a"), {name: value for name, value in options.items() if name != "prompt"})
     assert says in str(caught.value)
-    assert time.process_time() - began < 1
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize(
@@ -255,8 +255,8 @@ def test_prompt_of_too_many_windows_is_refused(pipe: Pipeline) -> None:
 
 @pytest.mark.parametrize("options", [["--n", "1000000000000"], ["--steps", "1000000000000"], ["--size", "9999999x64"]])
 def test_oversized_plan_is_refused_at_once(options: list[str]) -> None:
-    began = time.process_time()
+    start = time.process_time()
     result = CliRunner().invoke(main, ["plan", *options])
     assert result.exit_code == 2
     assert "expected a whole number" in result.output
-    assert time.process_time() - began < 10
+    assert time.process_time() - start < 10

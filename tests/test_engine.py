@@ -75,7 +75,7 @@ def test_backend_matches_pytorch(
     name: str, precision: str | None, tolerance: float, network: Tiny, model: Path
 ) -> None:
     engine = open_engine(backend(name), model, spec(), precision=precision)
-    kept = []
+    cached = []
     for sizes in SIZES:
         inputs = sample(spec(), sizes, seed=1)
         before = {name: tensor.clone() for name, tensor in inputs.items()}
@@ -85,9 +85,9 @@ def test_backend_matches_pytorch(
         assert set(outputs) == {"out_sample"}
         assert outputs["out_sample"].shape == expected.shape
         assert all(torch.equal(inputs[name], before[name]) for name in before), "inputs are only read"
-        kept.append((outputs["out_sample"], expected))
+        cached.append((outputs["out_sample"], expected))
     # Compared at the end: an output is the caller's, and no later call writes to it.
-    assert max(error(*pair) for pair in kept) <= tolerance
+    assert max(error(*pair) for pair in cached) <= tolerance
     engine.close()
 
 
@@ -193,15 +193,15 @@ def test_engine_key_depends_on_cpu_instructions(
     for flags in ("fma avx2", "fma avx2 avx512f", "fma avx2", "fma avx2 avx512f"):
         monkeypatch.setattr(module, "instructions", lambda flags=flags: flags)
         open_engine("openvino", model, spec())
-    kept = EngineCache(cache).entries()
-    assert [one.aside for one in kept] == [False, False]
-    assert {one.key.device.rpartition("fma")[2] for one in kept if one.key} == {" avx2", " avx2 avx512f"}
+    cached = EngineCache(cache).entries()
+    assert [one.aside for one in cached] == [False, False]
+    assert {one.key.device.rpartition("fma")[2] for one in cached if one.key} == {" avx2", " avx2 avx512f"}
     assert len(caplog.records) == 1  # the second of them says that the first's is not for it
 
 
 def test_instructions_are_read_from_cpuinfo(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = ["model name\t: Xeon", "flags\t\t: fpu vme sse2 fma avx2 ibrs avx512_bf16 amx_tile md_clear", "bugs\t:"]
-    monkeypatch.setattr(cache_module, "_lines", lambda path: said)
+    output = ["model name\t: Xeon", "flags\t\t: fpu vme sse2 fma avx2 ibrs avx512_bf16 amx_tile md_clear", "bugs\t:"]
+    monkeypatch.setattr(cache_module, "_lines", lambda path: output)
     assert cache_module.instructions() == "amx_tile avx2 avx512_bf16 fma sse2"
     monkeypatch.setattr(cache_module, "_lines", lambda path: ["Features : fp asimd sve bf16 crc32"])
     assert cache_module.instructions() == "asimd bf16 sve"
@@ -344,8 +344,8 @@ def test_engine_builds_without_gpu(tensorrt: Any, model: Path) -> None:
 
 
 def test_profile_has_least_best_and_most_shapes(tensorrt: Any) -> None:
-    found = tensorrt.shapes(spec(), {"height": (4, 8, 8), "batch": (2, 2, 2)})
-    assert found == {
+    matches = tensorrt.shapes(spec(), {"height": (4, 8, 8), "batch": (2, 2, 2)})
+    assert matches == {
         "sample": ((2, 4, 4, 4), (2, 4, 8, 8), (2, 4, 8, 16)),
         "timestep": ((2,), (2,), (2,)),
         "encoder_hidden_states": ((2, 1, 12), (2, 7, 12), (2, 20, 12)),

@@ -64,11 +64,11 @@ def test_engine_runs_on_named_gpus_or_since_ampere(engines: Engines) -> None:
 
 def test_index_describes_each_engine(engines: Engines) -> None:
     keep(engines)
-    (said,) = json.loads((engines.folder / "engines.json").read_text())["engines"]
-    assert (said["network"], said["file"], said["bytes"], said["opset"]) == ("unet", FILE, len(ENGINE), 21)
-    assert (said["capabilities"], said["digest"]) == ([89], KEY.digest)
-    assert (said["key"]["version"], said["key"]["ranges"]) == ("1.7.1.116", "batch=1:2:16")
-    assert Record.from_dict(said) == engines.records()[0]
+    (output,) = json.loads((engines.folder / "engines.json").read_text())["engines"]
+    assert (output["network"], output["file"], output["bytes"], output["opset"]) == ("unet", FILE, len(ENGINE), 21)
+    assert (output["capabilities"], output["digest"]) == ([89], KEY.digest)
+    assert (output["key"]["version"], output["key"]["ranges"]) == ("1.7.1.116", "batch=1:2:16")
+    assert Record.from_dict(output) == engines.records()[0]
     assert engines.has(KEY) == engines.records()[0]
     assert engines.has(dataclasses.replace(KEY, ranges="batch=2:2:2")) is None
 
@@ -171,9 +171,9 @@ def test_a_damaged_index_is_named(text: str, engines: Engines) -> None:
 def test_an_index_of_wrong_types_is_named(field: str, value: object, engines: Engines) -> None:
     keep(engines)
     index = engines.folder / "engines.json"
-    said = json.loads(index.read_text())
-    said["engines"][0][field] = value
-    index.write_text(json.dumps(said))
+    output = json.loads(index.read_text())
+    output["engines"][0][field] = value
+    index.write_text(json.dumps(output))
     with pytest.raises(EngineError, match=r"engines\.json is damaged"):
         engines.find(KEY, 89)
 

@@ -66,15 +66,15 @@ def test_split_networks_equal_full_network(models: dict[str, loading.Spec]) -> N
     from fastldm.models.unet import guidance_embedding
 
     model = models["sdxl-lcm"]
-    whole, split = (ReferenceNetworks(model, "float32", split=split) for split in (False, True))
-    inputs = sample(whole.specs["unet"], {"steps": 2})
+    full, split = (ReferenceNetworks(model, "float32", split=split) for split in (False, True))
+    inputs = sample(full.specs["unet"], {"steps": 2})
     guidance = torch.tensor([1.5, 7.0])
     inputs["timestep_cond"] = guidance_embedding(guidance, model.unet.time_cond_proj_dim or 0)
     kv = split.run("text_kv", {"encoder_hidden_states": inputs["encoder_hidden_states"]})
     conditions = {name: inputs[name] for name in ("text_embeds", "time_ids")}
     rows = split.run("time_rows", {"timesteps": inputs["timestep"], **conditions, "guidance": guidance})
     out = split.run("unet_step", {"sample": inputs["sample"], "temb_row": rows["temb_rows"], **kv})
-    torch.testing.assert_close(out["out_sample"], whole.run("unet", inputs)["out_sample"], rtol=0, atol=0)
+    torch.testing.assert_close(out["out_sample"], full.run("unet", inputs)["out_sample"], rtol=0, atol=0)
 
 
 def test_a_spec_survives_json(models: dict[str, loading.Spec]) -> None:
@@ -85,8 +85,8 @@ def test_a_spec_survives_json(models: dict[str, loading.Spec]) -> None:
 
 
 def test_sizes_are_in_the_unit_of_the_inputs() -> None:
-    latent, picture = Axis("height", 1, 64, 128), Axis("height", 8, 512, 1024, 8)
-    decoder = NetworkSpec("d", (Port("z", "float32", (4, latent)),), (Port("x", "float32", (3, picture)),))
+    latent, image = Axis("height", 1, 64, 128), Axis("height", 8, 512, 1024, 8)
+    decoder = NetworkSpec("d", (Port("z", "float32", (4, latent)),), (Port("x", "float32", (3, image)),))
     encoder = NetworkSpec("e", decoder.outputs, decoder.inputs)
     assert decoder.shape(decoder.outputs[0], {"height": 33}) == (3, 264)
     assert encoder.shape(encoder.outputs[0], {"height": 264}) == (4, 33)

@@ -94,7 +94,7 @@ def test_progress_has_steps_and_previews(pipe: Pipeline) -> None:
     assert [one.timestep for one in steps] == sorted((one.timestep for one in steps), reverse=True)
     for one in steps:
         assert one.preview is not None
-        assert [picture.size for picture in one.preview] == [(64, 64)] * 2
+        assert [image.size for image in one.preview] == [(64, 64)] * 2
     # The last is the picture: latents of 8x8 are decoded whole.
     last = np.asarray(steps[-1].preview[0]) / 255.0  # type: ignore[index]
     assert np.abs(last - future.result().images[0]).max() <= 0.5 / 255 + 1e-6

@@ -133,8 +133,8 @@ def test_a_full_level_matches_reference() -> None:
 def test_views_match_reference(config: dict[str, Any]) -> None:
     """Tokens viewed as an image, and a skip whose pixels are further apart than their channels."""
     tokens = torch.randn(2, 4 * 5, 16, device=ops.DEVICE)
-    wide = torch.randn(2, 4, 5, 24, device=ops.DEVICE).permute(0, 3, 1, 2)
-    check(config, tokens.unflatten(1, (4, 5)).permute(0, 3, 1, 2), 4, skip=wide[:, 8:16])
+    width = torch.randn(2, 4, 5, 24, device=ops.DEVICE).permute(0, 3, 1, 2)
+    check(config, tokens.unflatten(1, (4, 5)).permute(0, 3, 1, 2), 4, skip=width[:, 8:16])
 
 
 @DESIGNS

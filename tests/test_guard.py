@@ -242,8 +242,8 @@ def test_exported_graphs_have_few_nodes(tmp_path_factory: pytest.TempPathFactory
     """Of the smallest SD1 model's networks, which other tests export anyway."""
     onnx = pytest.importorskip("onnx", reason="needs onnx")
     folder = bundles.exported("sd1", True, bundles.shared(tmp_path_factory))[1]
-    for name, (most, wanted) in NODES.items():
+    for name, (most, expected) in NODES.items():
         graph = onnx.load(str(folder / name / "model.onnx"), load_external_data=False).graph
         counts = Counter(node.op_type for node in graph.node)
-        assert {op: counts[op] for op in wanted} == wanted, name
+        assert {op: counts[op] for op in expected} == expected, name
         assert sum(counts.values()) <= most, name

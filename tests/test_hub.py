@@ -205,12 +205,12 @@ def test_offline_uses_local_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    found = resolve("acme/tiny", cache_dir=cache, local_files_only=True)
-    assert found == cache / "models--acme--tiny" / "snapshots" / ("a" * 40)
+    matches = resolve("acme/tiny", cache_dir=cache, local_files_only=True)
+    assert matches == cache / "models--acme--tiny" / "snapshots" / ("a" * 40)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert resolve("acme/tiny", cache_dir=cache) == found
-    assert resolve("acme/tiny", cache_dir=cache, revision="a" * 40) == found
-    for path in (found / "unet").glob("*.safetensors"):
+    assert resolve("acme/tiny", cache_dir=cache) == matches
+    assert resolve("acme/tiny", cache_dir=cache, revision="a" * 40) == matches
+    for path in (matches / "unet").glob("*.safetensors"):
         path.unlink()
     with pytest.raises(CheckpointError, match="acme/tiny in the local hub cache/unet has no weights"):
         resolve("acme/tiny", cache_dir=cache)

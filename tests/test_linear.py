@@ -119,11 +119,11 @@ def test_strided_rows_match_reference() -> None:
     """As in the networks: channels of a packed projection, a shortcut's weight for one of two sources."""
     _, weight, bias, _ = matrices(1, 24, 48)
     packed = randn(2, 9, 3 * 48)
-    wide = randn(24, 96)
+    width = randn(24, 96)
     with dispatch.forced("linear", SMALL):
         ops.check(LINEAR, packed[..., 48:96], weight, bias)
         ops.check(LINEAR, packed[:, ::3, :48], weight, bias)  # rows that no single stride reaches: copied
-        ops.check(LINEAR, randn(2, 5, 48), wide[:, 48:], bias, randn(2, 5, 24))
+        ops.check(LINEAR, randn(2, 5, 48), width[:, 48:], bias, randn(2, 5, 24))
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
@@ -202,7 +202,7 @@ def test_library_runs_unless_a_table_prefers_the_kernel(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("arch", [*ARCHS, 87, 103, 121])
 def test_configurations_fit_the_gpu(arch: int) -> None:
-    chip = max(known for known in ARCHS if known <= arch)
+    chip = max(entry for entry in ARCHS if entry <= arch)
     for m, n, k in ((128, 1280, 11520), (2048, 1280, 1280), (8192, 320, 320), (262144, 3, 1152), (2, 1280, 320)):
         for config, accumulators in (
             (linear.default(f"m{m} n{n} k{k}", arch), 1),

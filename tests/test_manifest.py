@@ -42,9 +42,9 @@ def copy(exported: Path, tmp_path: Path) -> Path:
 def rehash(folder: Path) -> None:
     """As somebody would who edits a bundle on purpose."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    for name, known in manifest["files"].items():
+    for name, entry in manifest["files"].items():
         data = (folder / name).read_bytes()
-        known |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        entry |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     manifest["sha256"] = manifests.digest(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 

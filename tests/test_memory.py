@@ -169,11 +169,11 @@ def test_plan_grows_with_the_request(spec: loading.Spec) -> None:
 
 def test_slices_and_tiles_need_less_memory(spec: loading.Spec) -> None:
     """An image of 1024 pixels is four tiles of the default size, and a quarter of it is one tile."""
-    whole, sliced, tiled = (
+    full, sliced, tiled = (
         phases(plan(workload_of(spec, width=1024, height=1024, decode=mode)))["decode"]
         for mode in ("whole", "sliced", "tiled")
     )
-    assert sliced < 0.6 * whole
+    assert sliced < 0.6 * full
     assert tiled < 0.5 * sliced
 
 

@@ -55,10 +55,10 @@ def test_unsupported_values_are_refused_by_name(read: Any, config: dict[str, Any
     read.from_dict(config)
     with pytest.raises(CheckpointError) as refused:
         read.from_dict({**config, key: value}, source="somewhere/config.json")
-    told = value[0] if isinstance(value, list) else value
+    report = value[0] if isinstance(value, list) else value
     assert "somewhere/config.json" in str(refused.value)
     assert key in str(refused.value)
-    assert str(told) in str(refused.value)
+    assert str(report) in str(refused.value)
 
 
 def test_irrelevant_keys_are_ignored_missing_ones_named() -> None:

@@ -92,20 +92,20 @@ def pictures(pipe: Pipeline, kind: str) -> list[Any]:
     one = {"prompt": "a (red:1.3) cat", "guidance_scale": 1.0, "height": 16, "width": 32, "clip_skip": 1, **SMALL}
     start = np.random.default_rng(0).random((32, 32, 3), dtype=np.float32)
     again = {"prompt": "a cat", "image": start, "strength": 0.9, "height": 32, "width": 32, **SMALL}
-    hole = np.zeros((32, 32), dtype=np.float32)
-    hole[8:24, 8:24] = 1
+    mask = np.zeros((32, 32), dtype=np.float32)
+    mask[8:24, 8:24] = 1
     if "inpaint" in kind:
-        return [pipe(**again, mask_image=hole).images, pipe(**{**again, **several}, mask_image=hole).images]
-    return [pipe(**several).images, pipe(**one).images, pipe(**again).images, pipe(**again, mask_image=hole).images]
+        return [pipe(**again, mask_image=mask).images, pipe(**{**again, **several}, mask_image=mask).images]
+    return [pipe(**several).images, pipe(**one).images, pipe(**again).images, pipe(**again, mask_image=mask).images]
 
 
 def test_every_network_kind_gives_pytorch_images(kind: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     source, bundle = model(kind, tmp_path_factory)
-    wanted = pictures(load(source, "torch"), kind)
+    expected = pictures(load(source, "torch"), kind)
     for backend in ENGINES:
         pipe = load(bundle, backend)
         got = pictures(pipe, kind)
-        assert max(map(apart, got, wanted)) <= TOLERANCE, backend
+        assert max(map(apart, got, expected)) <= TOLERANCE, backend
         assert pipe("a cat", **{**SMALL, **_masked(kind)}).backend == pipe.backend == backend
 
 
@@ -154,9 +154,9 @@ def test_previews_slices_and_latents(pipe: Pipeline, torch_pipe: Pipeline) -> No
     asked = {"prompt": "a cat", "num_inference_steps": 2, "sampler": "euler", "seed": 1}
     latents = pipe(**asked, output_type="latent").images
     assert apart(latents, torch_pipe(**asked, output_type="latent").images) <= TOLERANCE * latents.abs().max()
-    whole = pipe(**asked, num_images_per_prompt=2, output_type="pt").images
+    full = pipe(**asked, num_images_per_prompt=2, output_type="pt").images
     pipe.enable_vae_slicing()
-    assert apart(pipe(**asked, num_images_per_prompt=2, output_type="pt").images, whole) <= TOLERANCE
+    assert apart(pipe(**asked, num_images_per_prompt=2, output_type="pt").images, full) <= TOLERANCE
     with Session(pipe) as session:
         shown = [step.preview[0].size for step in session.submit(**asked, preview=True).progress()]
     assert shown == [(16, 16)] * 2  # the model's own size
@@ -341,6 +341,6 @@ def test_float16(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Held against the float32 reference; OpenVINO computes it in float32 and has only the weights' error."""
     shared = bundles.shared(tmp_path_factory)
     source, bundle = bundles.exported("sdxl", True, shared, dtype="float16")
-    wanted = load(source, "torch")("a cat", **SMALL).images
-    assert apart(load(bundle, "onnxruntime", dtype=None)("a cat", **SMALL).images, wanted) <= 1e-2
-    assert apart(load(bundle, "openvino")("a cat", **SMALL).images, wanted) <= 1e-2
+    expected = load(source, "torch")("a cat", **SMALL).images
+    assert apart(load(bundle, "onnxruntime", dtype=None)("a cat", **SMALL).images, expected) <= 1e-2
+    assert apart(load(bundle, "openvino")("a cat", **SMALL).images, expected) <= 1e-2

@@ -44,10 +44,10 @@ def sizes_of(spec: NetworkSpec) -> list[dict[str, int]]:
     """None of them traced: one row, upright and broad pictures, one timestep and one each, two windows of text, and the
     largest of all."""
     axes = spec.axes
-    tall = {name: nearest(axes[name], axes[name].best // 2) for name in ("width",) if name in axes}
-    wide = {name: axes[name].most for name in ("width",) if name in axes}
+    height = {name: nearest(axes[name], axes[name].best // 2) for name in ("width",) if name in axes}
+    width = {name: axes[name].most for name in ("width",) if name in axes}
     several = {name: min(2 * axes[name].best, axes[name].most) for name in ("tokens",) if name in axes}
-    return [{"batch": 1, "steps": 1, "rows": 1, **tall}, {"batch": 4, "steps": 4, "rows": 9, **wide, **several}]
+    return [{"batch": 1, "steps": 1, "rows": 1, **height}, {"batch": 4, "steps": 4, "rows": 9, **width, **several}]
 
 
 def judge(networks: ReferenceNetworks, reference: ReferenceNetworks, name: str, folder: Path, **options: Any) -> float:
@@ -59,9 +59,9 @@ def judge(networks: ReferenceNetworks, reference: ReferenceNetworks, name: str, 
     for seed, sizes in enumerate(sizes_of(spec)):
         inputs = sample(spec, sizes, seed)
         exact = {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()}
-        wanted = reference.run(name, exact)
+        expected = reference.run(name, exact)
         got = engine(inputs)
-        worst = max(worst, *(difference(got[output], wanted[output]).relative for output in wanted))
+        worst = max(worst, *(difference(got[output], expected[output]).relative for output in expected))
     assert worst <= {"float32": 1e-4, "float16": 1e-2}[dtype]
     return worst
 
@@ -115,14 +115,14 @@ def test_graph_with_unexpected_nodes_is_refused(model: loading.Spec, tmp_path: P
 
 
 def test_differences() -> None:
-    wanted = torch.tensor([1.0, 2.0, -4.0])
-    found = difference(wanted + torch.tensor([0.0, 0.0, 0.02]), wanted)
-    assert (found.maximum, found.relative) == (pytest.approx(0.02), pytest.approx(0.005))
-    assert found.psnr == pytest.approx(10 * math.log10(4 / (0.02**2 / 3)))
-    assert found.spread == pytest.approx(0.02 / 21**0.5)
-    assert difference(wanted, wanted) == difference(torch.zeros(1), torch.zeros(1)) == Difference.none()
-    for wrong in (wanted * torch.nan, wanted[:1], wanted / 0):
-        assert difference(wrong, wanted).relative == difference(wrong, wanted).bias == float("inf")
+    expected = torch.tensor([1.0, 2.0, -4.0])
+    matches = difference(expected + torch.tensor([0.0, 0.0, 0.02]), expected)
+    assert (matches.maximum, matches.relative) == (pytest.approx(0.02), pytest.approx(0.005))
+    assert matches.psnr == pytest.approx(10 * math.log10(4 / (0.02**2 / 3)))
+    assert matches.spread == pytest.approx(0.02 / 21**0.5)
+    assert difference(expected, expected) == difference(torch.zeros(1), torch.zeros(1)) == Difference.none()
+    for wrong in (expected * torch.nan, expected[:1], expected / 0):
+        assert difference(wrong, expected).relative == difference(wrong, expected).bias == float("inf")
     many = torch.randn(10_000)
     assert difference(1.008 * many, many).bias == pytest.approx(0.008, rel=1e-3)  # a factor
     assert difference(many + 0.008, many).bias == pytest.approx(0.008, rel=0.1)  # a shift
@@ -131,16 +131,16 @@ def test_differences() -> None:
 
 def test_bounds_follow_sound_computation() -> None:
     """A bias is refused at half of a sound error, and noise at more than four times as much."""
-    wanted = torch.randn(100_000)
-    sound = {"out": difference(wanted + 1e-3 * torch.randn(100_000), wanted)}
-    gate("unet", {"out": wanted + 3e-3 * torch.randn(100_000)}, {"out": wanted}, sound)
-    for wrong in (1.0008 * wanted, wanted + 0.0008, wanted + 5e-3 * torch.randn(100_000), wanted * torch.nan):
+    expected = torch.randn(100_000)
+    sound = {"out": difference(expected + 1e-3 * torch.randn(100_000), expected)}
+    gate("unet", {"out": expected + 3e-3 * torch.randn(100_000)}, {"out": expected}, sound)
+    for wrong in (1.0008 * expected, expected + 0.0008, expected + 5e-3 * torch.randn(100_000), expected * torch.nan):
         with pytest.raises(
             BundleError, match=r"unet: out \(100000,\) is not PyTorch's .*: relative error .* allowed are"
         ):
-            gate("unet", {"out": wrong}, {"out": wanted}, sound)
+            gate("unet", {"out": wrong}, {"out": expected}, sound)
     with pytest.raises(BundleError, match="unet has no output 'out', only other"):
-        gate("unet", {"other": wanted}, {"out": wanted}, sound)
+        gate("unet", {"other": expected}, {"out": expected}, sound)
 
 
 # Of those whose networks are alike, one: they differ in their schedulers, which are not exported.
@@ -151,10 +151,10 @@ ALIKE = {"sd2-v", "sd-turbo", "sdxl-turbo", "sdxl-lightning"}
 @pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family not in ALIKE])
 def test_every_family(family: str, tmp_path: Path) -> None:
     spec = loading.describe(tiny.save_pipeline(family, tmp_path / "model"))
-    whole, split = (ReferenceNetworks(spec, "float32", split=split) for split in (False, True))
-    for networks in (whole, split):
+    full, split = (ReferenceNetworks(spec, "float32", split=split) for split in (False, True))
+    for networks in (full, split):
         for name in networks.specs:
-            if networks is whole or name not in whole.specs:
+            if networks is full or name not in full.specs:
                 judge(networks, networks, name, tmp_path / name)
 
 
@@ -197,11 +197,11 @@ def test_fused_ops_are_one_node_each(
     with observe(lambda op, args, kwargs: calls.update([op.name])):
         networks.run(name, sample(spec, {"batch": 1}))
     graph = onnx.load(path, load_external_data=False)
-    found = Counter(node.op_type for node in graph.graph.node if node.domain == "fastldm")
-    assert found.keys() == kinds == {function.name for function in graph.functions}
-    assert sum(found.values()) == sum(calls[op] for op in FUSED) > 0
+    matches = Counter(node.op_type for node in graph.graph.node if node.domain == "fastldm")
+    assert matches.keys() == kinds == {function.name for function in graph.functions}
+    assert sum(matches.values()) == sum(calls[op] for op in FUSED) > 0
     for op, part in FUSED.items():
-        assert sum(count for kind, count in found.items() if part in kind) == calls[op]
+        assert sum(count for kind, count in matches.items() if part in kind) == calls[op]
     # none of what the functions are made of is outside of them
     outside = {node.op_type for node in graph.graph.node if not node.domain}
     assert not outside & {"GroupNormalization", "Gelu", "Softmax", "Attention"}

@@ -60,9 +60,9 @@ def test_quotas_of_control_groups(groups: str, files: dict[str, str], quotas: li
 
 
 def printed(code: str, **environment: str) -> str:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
-    kept |= {"PYTHONPATH": str(Path(__file__).parents[1]), **environment}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=kept, check=True)
+    cached = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    cached |= {"PYTHONPATH": str(Path(__file__).parents[1]), **environment}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=cached, check=True)
     return done.stdout.strip()
 
 

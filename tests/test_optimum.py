@@ -40,15 +40,15 @@ def python() -> Path:
     """Of an environment that is made once a machine."""
     folder = Path(platformdirs.user_cache_dir("fastldm"), "tests", "optimum-onnx-0.1.0")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    found = folder / "bin" / "python"
+    matches = folder / "bin" / "python"
     with FileLock(f"{folder}.lock"):
         if not (folder / "ready").exists():
             venv.create(folder, clear=True, with_pip=True)
-            pip = [found, "-m", "pip", "install", "--quiet"]
+            pip = [matches, "-m", "pip", "install", "--quiet"]
             subprocess.run([*pip, TORCH], check=True)
             subprocess.run([*pip, TORCH, *PINS], check=True)
             (folder / "ready").touch()
-    return found
+    return matches
 
 
 @pytest.mark.parametrize(

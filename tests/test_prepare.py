@@ -144,10 +144,10 @@ def test_gpu_channels_are_padded_and_phases_cached(monkeypatch: pytest.MonkeyPat
     ]
     assert [tuple(w.shape[:2]) for w in narrow] == [(16, 9), (4, 16), (16, 3), (4, 16), (16, 4), (3, 16)]
     for weight in narrow:
-        whole = conv.pad_to_eights(weight)
-        assert whole.data_ptr() == weight.data_ptr()
-        assert whole.shape[0] % 8 == whole.shape[1] % 8 == 0
-        assert whole.count_nonzero() == weight.count_nonzero()  # zeros around it
+        full = conv.pad_to_eights(weight)
+        assert full.data_ptr() == weight.data_ptr()
+        assert full.shape[0] % 8 == full.shape[1] % 8 == 0
+        assert full.count_nonzero() == weight.count_nonzero()  # zeros around it
     phases = [buffer for net in (ours.unet, ours.vae) for buffer in net.buffers()]
     assert len(phases) == 6  # three enlargements each
     monkeypatch.setattr(conv, "upsample_phases", None)  # none is made again

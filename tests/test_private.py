@@ -114,21 +114,21 @@ def test_checked_file_is_the_one_read(nth: int, cache: EngineCache, monkeypatch:
     """Another user's entry takes the place of one's own after the nth look at it: its engine is never run."""
     entry = put(cache)
     evil = Path(shutil.copytree(entry, cache.folder / "evil"))
-    about = json.loads((entry / "entry.json").read_text())
+    info = json.loads((entry / "entry.json").read_text())
     (evil / "engine").write_bytes(b"evil")
-    (evil / "entry.json").write_text(json.dumps({**about, "sha256": hashlib.sha256(b"evil").hexdigest()}))
+    (evil / "entry.json").write_text(json.dumps({**info, "sha256": hashlib.sha256(b"evil").hexdigest()}))
     for path in (*evil.iterdir(), evil):
         path.chmod(0o777)
     looks = 0
 
     def look(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
         nonlocal looks
-        found = call(*args, **options)
+        matches = call(*args, **options)
         looks += 1
         if looks == nth:
             entry.rename(cache.folder / "good")
             evil.rename(entry)
-        return found
+        return matches
 
     with monkeypatch.context() as patched:
         for name in ("stat", "fstat", "open"):

@@ -368,8 +368,8 @@ def test_a_browser_shows_the_page(result: Profile, tmp_path: Path, scheme: int, 
     options = ["--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--blink-settings=preferredColorScheme={scheme}"]
     options += ["--window-size=1000,1600", f"--screenshot={tmp_path / 'page.png'}", (tmp_path / "page.html").as_uri()]
     subprocess.run([str(BROWSER), *options], check=True, capture_output=True, timeout=120, cwd=tmp_path)
-    with Image.open(tmp_path / "page.png") as picture:
-        counts = {f"#{r:02x}{g:02x}{b:02x}": n for n, (r, g, b) in picture.convert("RGB").getcolors(1 << 24) or ()}
+    with Image.open(tmp_path / "page.png") as image:
+        counts = {f"#{r:02x}{g:02x}{b:02x}": n for n, (r, g, b) in image.convert("RGB").getcolors(1 << 24) or ()}
     assert max(counts, key=counts.__getitem__) in (ground, {"#fbfbfa": "#ffffff", "#14171b": "#1b1f25"}[ground])
     assert counts[ground] > 10_000
     assert counts[bar] > 10_000

@@ -269,8 +269,8 @@ def test_warmup_captures_the_largest_first(pipe: Pipeline, in_slots: Recorder) -
     pipe.warmup(sizes=[(32, 32), (64, 64)], batches=[1, 2], guidance_scale=3.0)
     captured = in_slots.calls.count("capture")
     for size in (32, 64):
-        for pictures in (1, 2):
-            result = pipe(**options(width=size, height=size, num_images_per_prompt=pictures, guidance_scale=3.0))
+        for images in (1, 2):
+            result = pipe(**options(width=size, height=size, num_images_per_prompt=images, guidance_scale=3.0))
             assert result.backend == "cuda graph"
     assert in_slots.calls.count("capture") == captured
 

@@ -128,11 +128,9 @@ def test_unneeded_text_encoder_keys_are_ignored(tmp_path: Path) -> None:
     state = random_state(small("sd1"))
     save_file(state | rest, tmp_path / "whole.safetensors")
     save_file(state, tmp_path / "text.safetensors")
-    whole, text = (
-        open_single_file(tmp_path / f"{n}.safetensors").components["text_encoder"] for n in ("whole", "text")
-    )
-    assert whole.config == text.config
-    assert whole.state().keys() == text.state().keys()
+    full, text = (open_single_file(tmp_path / f"{n}.safetensors").components["text_encoder"] for n in ("whole", "text"))
+    assert full.config == text.config
+    assert full.state().keys() == text.state().keys()
 
 
 def test_single_file_of_compiled_model_loads(tmp_path: Path) -> None:
@@ -260,8 +258,8 @@ def test_single_file_configs_equal_published_configs(tmp_path: Path, family: str
     assert vae["scaling_factor"] == (0.13025 if name == "sdxl" else 0.18215)
     assert vae.get("force_upcast", False) == (name == "sdxl")
     scheduler = checkpoint.scheduler
-    wanted = SCHEDULERS.get(family, SCHEDULERS[name])
-    assert (scheduler["_class_name"], scheduler["prediction_type"]) == wanted
+    expected = SCHEDULERS.get(family, SCHEDULERS[name])
+    assert (scheduler["_class_name"], scheduler["prediction_type"]) == expected
     assert (scheduler["beta_start"], scheduler["beta_end"], scheduler["steps_offset"]) == (0.00085, 0.012, 1)
     pads = {key: files.pad_token for key, files in checkpoint.tokenizers.items()}
     end = "<|endoftext|>"

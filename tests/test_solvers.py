@@ -104,10 +104,10 @@ def test_trajectories_equal_diffusers_at_all_steps(name: str) -> None:
     """
     cells, several = list(grid(name)), len({config["prediction_type"] for config in grid(name)})
     share = 1 if name == "PNDMScheduler" else several
-    chosen = itertools.product(enumerate(cells), range(1, 51))
+    selected = itertools.product(enumerate(cells), range(1, 51))
     check(
         Case(name, config, steps)
-        for (i, config), steps in chosen
+        for (i, config), steps in selected
         if steps <= 16 or steps % share == i // (len(cells) // several) % share
     )
 
@@ -142,13 +142,13 @@ def said_as(case: Case) -> np.ndarray | None:
     for row, n, noise in zip(rows, numbers, drawn, strict=False):
         u, alpha = row.c_in * state[0], row.c_in * row.level[0]  # u = alpha * picture + sigma * noise
         sigma = math.sqrt(1 - alpha**2)
-        said = picture = np.tanh(u + math.sin(row.t / 300))
+        output = image = np.tanh(u + math.sin(row.t / 300))
         if case.config["prediction_type"] == "epsilon":
-            said = (u - alpha * picture) / sigma
+            output = (u - alpha * image) / sigma
         elif case.config["prediction_type"] == "v_prediction":
-            said = (alpha * u - picture) / sigma
+            output = (alpha * u - image) / sigma
         state[3:6] = state[2:5]
-        state[2], state[6] = n[1] * state[0] + n[2] * said, noise
+        state[2], state[6] = n[1] * state[0] + n[2] * output, noise
         state[:2] = np.stack([n[3:10], [*n[10:16], 0.0]]) @ state
     return state[0]
 
@@ -198,12 +198,12 @@ OPTIONS: dict[str, list[Any]] = {
 
 def any_case(name: str, rng: random.Random) -> Case:
     """A configuration that the class takes, drawn from all options, at any number of steps."""
-    known, config = CLASSES[name], {}
+    entry, config = CLASSES[name], {}
     for key, values in OPTIONS.items():
-        if key in known.keys:
-            allowed = known.choices.get(key, values)
-            config[key] = rng.choice([value for value in values if value in allowed] or [known.keys[key]])
-    kinds = [key for key in known.keys if key.startswith("use_")]
+        if key in entry.keys:
+            allowed = entry.choices.get(key, values)
+            config[key] = rng.choice([value for value in values if value in allowed] or [entry.keys[key]])
+    kinds = [key for key in entry.keys if key.startswith("use_")]
     if kinds and (kind := rng.choice(["", *kinds])):
         config[kind] = True
     if name in ("EulerDiscreteScheduler", "UniPCMultistepScheduler"):
@@ -243,9 +243,9 @@ def test_other_sampler_runs_on_checkpoint_schedule(sampler: str) -> None:
         "skip_prk_steps": True,
         "prediction_type": "v_prediction",
     }
-    chosen = resolve_sampler(sampler)
+    selected = resolve_sampler(sampler)
     plain = {key: value for key, value in file.items() if key not in ("_class_name", "skip_prk_steps")}
-    case = Case(chosen.class_name, {**plain, **chosen.options}, 6)
+    case = Case(selected.class_name, {**plain, **selected.options}, 6)
     table = make_table(read_config(file), 6, sampler=sampler)
     np.testing.assert_array_equal(table.rows, case.table().rows)
     check([case])
@@ -305,13 +305,13 @@ def test_every_sampler_supports_zero_terminal_snr(sampler: str) -> None:
 def test_history_starts_with_first_step(sampler: str) -> None:
     """A start in the middle is the start of a schedule that has no steps before."""
     config = read_config({"_class_name": "DDIMScheduler", **SD})
-    whole, late = (make_table(config, 20, sampler=sampler, strength=s) for s in (1.0, 0.3))
+    full, late = (make_table(config, 20, sampler=sampler, strength=s) for s in (1.0, 0.3))
     assert late.steps == 6
     calls = len(late) - late.steps  # PLMS makes one more
-    assert len(whole) - whole.steps == calls
-    assert np.unique(late.timesteps).tolist() == np.unique(whole.timesteps)[:6].tolist()
-    whole, late = (t.rows[:, COLUMNS.index("b0") : COLUMNS.index("b3") + 1] != 0 for t in (whole, late))
-    assert late.tolist() == whole[: len(late)].tolist()
+    assert len(full) - full.steps == calls
+    assert np.unique(late.timesteps).tolist() == np.unique(full.timesteps)[:6].tolist()
+    full, late = (t.rows[:, COLUMNS.index("b0") : COLUMNS.index("b3") + 1] != 0 for t in (full, late))
+    assert late.tolist() == full[: len(late)].tolist()
 
 
 def test_sampler_needs_function_and_entry() -> None:

@@ -109,9 +109,9 @@ def test_auto_ignores_changed_source(made: tuple[Path, Path], caplog: pytest.Log
     scheduler(model)
     for _ in range(2):
         assert Pipeline.from_pretrained(bundle, device="cpu").backend == "onnxruntime"
-    said = [record.getMessage() for record in caplog.records if "PyTorch was fastest here" in record.getMessage()]
-    assert len(said) == 1
-    assert "(the config of scheduler)" in said[0]
+    output = [record.getMessage() for record in caplog.records if "PyTorch was fastest here" in record.getMessage()]
+    assert len(output) == 1
+    assert "(the config of scheduler)" in output[0]
     shutil.rmtree(model)
     assert Pipeline.from_pretrained(bundle, device="cpu").backend == "onnxruntime"
 
@@ -148,7 +148,7 @@ def test_single_file_bundle_keeps_prediction_type(monkeypatch: pytest.MonkeyPatc
         return describe(path, local_files_only=True)
 
     monkeypatch.setattr(loading, "describe", described)
-    found = networks.source(Bundle(bundle.folder, manifest, bundle.specs))
+    matches = networks.source(Bundle(bundle.folder, manifest, bundle.specs))
     assert asked == [{"local_files_only": True, "prediction_type": "epsilon"}]
-    assert found.options == {"prediction_type": "epsilon"}
+    assert matches.options == {"prediction_type": "epsilon"}
     assert writing.source_of("default") == "default"

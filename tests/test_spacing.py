@@ -33,9 +33,9 @@ DDIM = read_config({"_class_name": "DDIMScheduler", **SD})
 def test_training_schedule(beta_schedule: str, zero_snr: bool) -> None:
     given = {**SD, "beta_schedule": beta_schedule, "num_train_timesteps": 700, "rescale_betas_zero_snr": zero_snr}
     with nearest_roots():
-        wanted = diffusers.DDIMScheduler.from_config(given).alphas_cumprod.numpy()
+        expected = diffusers.DDIMScheduler.from_config(given).alphas_cumprod.numpy()
     got = spacing.alphas_cumprod(read_config({"_class_name": "DDIMScheduler", **given}))
-    np.testing.assert_array_equal(got, wanted)
+    np.testing.assert_array_equal(got, expected)
 
 
 def test_trained_betas() -> None:
@@ -105,8 +105,10 @@ def test_betas_that_begin_with_zero(sampler: str) -> None:
         try:
             table = make_table(config, steps, sampler=sampler)
         except InputError as refused:
-            why = str(refused)
-            assert re.search("has no finite steps|to itself|of distillation|leave the trained|UniPC ends", why), why
+            reason = str(refused)
+            assert re.search("has no finite steps|to itself|of distillation|leave the trained|UniPC ends", reason), (
+                reason
+            )
         else:
             assert np.isfinite(table.rows).all()
 
@@ -232,14 +234,14 @@ def test_a_strength_that_leaves_nothing_of_clipped_steps() -> None:
 def test_as_many_steps_as_there_are(sampler: str, spaced: str, steps: int) -> None:
     """A table, or one line that says why there is none."""
     given = {"_class_name": "DDIMScheduler", **SD, "timestep_spacing": spaced}
-    config, why = read_config(given, steps_offset=0), None
+    config, reason = read_config(given, steps_offset=0), None
     solver = sampler.startswith(("dpm++ 2m", "dpm++ 3m", "deis", "unipc"))
     if sampler in ("lcm", "tcd"):
-        why = "more than the 50 of distillation"
+        reason = "more than the 50 of distillation"
     elif steps == 1000 and solver and spaced != "trailing":
-        why = "cannot step from timestep [0-9]+ to itself: take fewer than 1000 steps"
-    if why:
-        with pytest.raises(InputError, match=why):
+        reason = "cannot step from timestep [0-9]+ to itself: take fewer than 1000 steps"
+    if reason:
+        with pytest.raises(InputError, match=reason):
             make_table(config, steps, sampler=sampler)
         return
     table = make_table(config, steps, sampler=sampler)

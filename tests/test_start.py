@@ -21,10 +21,10 @@ def pipe() -> Pipeline:
 @pytest.mark.parametrize("mask", [False, True])
 def test_batched_starts_match_single_starts(pipe: Pipeline, mask: bool) -> None:
     """With seeds: picture k starts from image k modulo n, and draws what it would alone."""
-    pictures, holes = [judge.picture(1), judge.picture(2)], [judge.mask(8), judge.mask(24)]
+    images, holes = [judge.picture(1), judge.picture(2)], [judge.mask(8), judge.mask(24)]
 
     def inputs(k: int | None) -> dict[str, Any]:
-        image = pictures if k is None else pictures[k % 2]
+        image = images if k is None else images[k % 2]
         hole = {"mask_image": holes if k is None else holes[k % 2]} if mask else {}
         return {"image": image, **hole, **OPTIONS}
 
@@ -37,10 +37,10 @@ def test_batched_starts_match_single_starts(pipe: Pipeline, mask: bool) -> None:
 
 @pytest.mark.parametrize("name", ["image", "mask_image"])
 def test_image_counts_must_divide_the_batch(pipe: Pipeline, name: str) -> None:
-    pictures = {"image": judge.picture(), "mask_image": judge.mask()}
-    pictures[name] = [pictures[name]] * 3
+    images = {"image": judge.picture(), "mask_image": judge.mask()}
+    images[name] = [images[name]] * 3
     with pytest.raises(InputError, match=f"^{name} holds 3 pictures for a batch of 4"):
-        pipe(["a", "b"], num_images_per_prompt=2, **pictures, **OPTIONS)
+        pipe(["a", "b"], num_images_per_prompt=2, **images, **OPTIONS)
 
 
 def test_latents_beside_an_image_are_the_start(pipe: Pipeline) -> None:

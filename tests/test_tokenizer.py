@@ -132,10 +132,10 @@ def test_built_in_tokenizer_is_clips(folders: dict[str, Path], pad_token: str | 
 @pytest.mark.parametrize("size", [514, 515, 8192, 49408])
 def test_truncated_vocabulary_is_start_of_full_one(size: int) -> None:
     vocab, merges = clip_vocabulary(size)
-    whole, all_merges = clip_vocabulary()
+    full, all_merges = clip_vocabulary()
     assert len(vocab) == size
     assert merges == all_merges[: size - 514]
-    assert list(vocab)[:-2] == list(whole)[: size - 2]
+    assert list(vocab)[:-2] == list(full)[: size - 2]
     assert (vocab[BOS], vocab[EOS]) == (size - 2, size - 1)
 
 

@@ -43,7 +43,7 @@ both = pytest.mark.parametrize("make", [kl, taesd])
 def test_decoding_in_pieces_is_bitwise_decode(make: Callable[[], Any]) -> None:
     vae, z = make(), torch.randn(2, 4, 5, 6)
     # other work between the pieces: another decode, in step with the first
-    pieces, others = decode_pieces(vae, z), decode_pieces(vae, -z)
+    pieces, rest = decode_pieces(vae, z), decode_pieces(vae, -z)
     count, most = 0, 0
     while True:
         calls: list[object] = []
@@ -55,14 +55,14 @@ def test_decoding_in_pieces_is_bitwise_decode(make: Callable[[], Any]) -> None:
         try:
             next(pieces)
         except StopIteration as done:
-            picture = done.value
+            image = done.value
             break
         finally:
             for hook in hooks:
                 hook.remove()
-        next(others, None)
+        next(rest, None)
         count, most = count + 1, max(most, len(calls))
-    assert torch.equal(picture, vae.decode(z))
+    assert torch.equal(image, vae.decode(z))
     assert count >= 13  # four levels of two resnets or more and three upsamplers, or TAESD's 19 layers
     assert most <= 8  # no piece is more than attention's norm and four products, or a resnet
 
@@ -93,8 +93,8 @@ def test_tiles_without_statistics_are_exact() -> None:
     """TAESD normalises nothing, so all that is left is the edge of a tile, where convolutions saw zeros. They see 8
     latents around them at most, and next to nothing of those further than the 3 that do not count at a tile's edge."""
     vae, z = taesd(), torch.randn(2, 4, 60, 100)
-    tiled, whole = finish(decode_pieces(vae, z, "tiled", tile=48)), vae.decode(z)
-    assert (tiled - whole).abs().max() < 1e-2 * whole.abs().max()
+    tiled, full = finish(decode_pieces(vae, z, "tiled", tile=48)), vae.decode(z)
+    assert (tiled - full).abs().max() < 1e-2 * full.abs().max()
 
 
 def photograph(height: int, width: int) -> Tensor:
@@ -131,7 +131,7 @@ TILE = 32  # of latents of 48 x 80: two tiles by three
 
 
 def test_tiles_have_no_visible_borders(trained: tuple[AutoencoderKL, Tensor, Tensor]) -> None:
-    vae, z, whole = trained
+    vae, z, full = trained
     tiled = finish(decode_pieces(vae, z, "tiled", tile=TILE))
     # The same statistics, and no tiles: what is left is what the tiles do. Half a level is not seen by rounding.
     x, statistics = finish(ours._in_turn(vae.low(), z)), []
@@ -140,18 +140,18 @@ def test_tiles_have_no_visible_borders(trained: tuple[AutoencoderKL, Tensor, Ten
     untiled = finish(ours._in_turn(vae.high(ours._sharing(iter(statistics))), x))
     assert 127.5 * (tiled - untiled).abs().max() < 0.5
     # Against the whole picture, which has other statistics: no step at a border is a level higher than around it.
-    assert extra_steps(tiled, whole, TILE, vae.config.factor).max() < 1
-    assert 127.5 * (tiled - whole).abs().mean() < 5  # measured: see `decode_pieces`
+    assert extra_steps(tiled, full, TILE, vae.config.factor).max() < 1
+    assert 127.5 * (tiled - full).abs().mean() < 5  # measured: see `decode_pieces`
 
 
 def test_tiles_need_shared_statistics(
     trained: tuple[AutoencoderKL, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vae, z, whole = trained
+    vae, z, full = trained
     shared = finish(decode_pieces(vae, z, "tiled", tile=TILE))
     monkeypatch.setattr(ours, "_sharing", lambda statistics: GroupNorm.__call__)
     own = finish(decode_pieces(vae, z, "tiled", tile=TILE))
-    assert (own - whole).abs().mean() > 2 * (shared - whole).abs().mean()
+    assert (own - full).abs().mean() > 2 * (shared - full).abs().mean()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -185,8 +185,8 @@ def test_16_bit_statistics_match_group_norm(trained: tuple[AutoencoderKL, Tensor
 def test_vae_equals_diffusers(changes: dict[str, Any]) -> None:
     theirs = tiny.vae(**changes)
     ours = vae_of(theirs)
-    picture = torch.rand(2, 3, 40, 24) * 2 - 1
-    assert error(ours.encode(picture), theirs.encode(picture).latent_dist.parameters) < TOLERANCE
+    image = torch.rand(2, 3, 40, 24) * 2 - 1
+    assert error(ours.encode(image), theirs.encode(image).latent_dist.parameters) < TOLERANCE
     latents = torch.randn(2, ours.config.latent_channels, 5, 7)
     assert error(ours.decode(latents), theirs.decode(latents).sample) < TOLERANCE
     assert ours.config.factor == 8
@@ -198,8 +198,8 @@ def test_tiny_vae_equals_diffusers() -> None:
     with torch.device("meta"):
         ours = TinyAutoencoder(TinyVAEConfig.from_dict(theirs.config))
     give(ours, theirs.state_dict())
-    picture, latents = torch.rand(2, 3, 40, 24) * 2 - 1, 3 * torch.randn(2, 4, 5, 7)
-    assert error(ours.encode(picture), theirs.encode(picture).latents) < TOLERANCE
+    image, latents = torch.rand(2, 3, 40, 24) * 2 - 1, 3 * torch.randn(2, 4, 5, 7)
+    assert error(ours.encode(image), theirs.encode(image).latents) < TOLERANCE
     assert error(ours.decode(latents), theirs.decode(latents).sample) < TOLERANCE
     assert ours.config.factor == 8
 
@@ -223,10 +223,10 @@ def test_rescaling_for_float16_is_exact(exponent: int) -> None:
     theirs = tiny.vae("sdxl")
     ours = vae_of(theirs)
     shared = ours.decoder.conv_in.weight.data_ptr(), theirs.decoder.conv_in.weight.clone()
-    picture, latents = torch.rand(2, 3, 40, 24) * 2 - 1, torch.randn(2, 4, 5, 7)
-    moments, decoded = ours.encode(picture), ours.decode(latents)
+    image, latents = torch.rand(2, 3, 40, 24) * 2 - 1, torch.randn(2, 4, 5, 7)
+    moments, decoded = ours.encode(image), ours.decode(latents)
     rescale_for_half(ours, exponent)
-    assert torch.equal(ours.encode(picture), moments)
+    assert torch.equal(ours.encode(image), moments)
     assert torch.equal(ours.decode(latents), decoded)
     assert theirs.decoder.conv_in.weight.data_ptr() == shared[0]
     assert torch.equal(theirs.decoder.conv_in.weight, shared[1])  # the judge shares its weights with ours

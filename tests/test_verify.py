@@ -74,16 +74,16 @@ def test_float16_bias_is_found(tmp_path: Path) -> None:
     stored, reference = ReferenceNetworks(model, "float16", exact=True), ReferenceNetworks(model, "float32")
     spec = stored.specs["unet"]
     goldens = proof.goldens_of(spec, reference, stored)
-    (inputs, wanted), *_ = goldens.cases
+    (inputs, expected), *_ = goldens.cases
     with rounding("float16"):
         sound = stored.run("unet", proof.exact(inputs))["out_sample"]
-    allowed = goldens.sound["float16"]["out_sample"].allowed(wanted["out_sample"].numel())
-    assert difference(sound, wanted["out_sample"]).within(allowed)
-    biased = difference(1.008 * sound, wanted["out_sample"])
+    allowed = goldens.sound["float16"]["out_sample"].allowed(expected["out_sample"].numel())
+    assert difference(sound, expected["out_sample"]).within(allowed)
+    biased = difference(1.008 * sound, expected["out_sample"])
     assert biased.relative < 1e-2
     assert not biased.within(allowed)
     half = ReferenceNetworks(model, "float16").run("unet", inputs)["out_sample"].float()  # PyTorch's own float16
-    assert difference(half, wanted["out_sample"]).within(allowed)
+    assert difference(half, expected["out_sample"]).within(allowed)
 
 
 def test_sinusoids_stay_float32_in_a_sound_run(tmp_path: Path) -> None:
@@ -96,8 +96,8 @@ def test_sinusoids_stay_float32_in_a_sound_run(tmp_path: Path) -> None:
     )
     spec = stored.specs["time_rows"]
     goldens = proof.goldens_of(spec, reference, stored)
-    inputs, wanted = goldens.cases[0]
-    rows = wanted["temb_rows"]
+    inputs, expected = goldens.cases[0]
+    rows = expected["temb_rows"]
     allowed = goldens.sound["float16"]["temb_rows"].allowed(rows.numel())
     half = ReferenceNetworks(model, "float16", split=True).run("time_rows", inputs)["temb_rows"].float()
     real = difference(half, rows)
@@ -111,9 +111,9 @@ def test_sinusoids_stay_float32_in_a_sound_run(tmp_path: Path) -> None:
 def test_few_values_may_share_errors() -> None:
     """Four of them have half of it in common by chance; a thousand have not."""
     sound = Difference(1e-3, 1e-3, 60.0, 1e-3, 1e-5)
-    found = Difference(1e-3, 1e-3, 60.0, 1e-3, 1.5e-3)
-    assert found.within(sound.allowed(4))
-    assert not found.within(sound.allowed(1000))
+    matches = Difference(1e-3, 1e-3, 60.0, 1e-3, 1.5e-3)
+    assert matches.within(sound.allowed(4))
+    assert not matches.within(sound.allowed(1000))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -139,13 +139,13 @@ def test_rounding_mode_matches_precision_error(precision: str, made: tuple[Path,
     model = loading.describe(made[0])
     networks = ReferenceNetworks(model, "float32")
     inputs = sample(networks.specs["unet"])
-    wanted = networks.run("unet", inputs)["out_sample"]
+    expected = networks.run("unet", inputs)["out_sample"]
     with rounding(precision):
         rounded = networks.run("unet", inputs)["out_sample"]
-    assert torch.equal(networks.run("unet", inputs)["out_sample"], wanted)  # nothing of it stays
+    assert torch.equal(networks.run("unet", inputs)["out_sample"], expected)  # nothing of it stays
     module = networks.module("unet").to(getattr(torch, precision))
     theirs = module(*(inputs[name].to(getattr(torch, precision)) for name in inputs))  # type: ignore[operator]
-    ours, real = (difference(x.float(), wanted) for x in (rounded, theirs))
+    ours, real = (difference(x.float(), expected) for x in (rounded, theirs))
     assert 0.5 < ours.spread / real.spread < 2
 
 
@@ -185,8 +185,8 @@ def test_wrong_image_is_found(made: tuple[Path, Path], tmp_path: Path) -> None:
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["config"]["scheduler"]["beta_end"] = 0.02
     bundles.sign(copy, manifest)
-    found = {check.network: bool(check.problem) for check in proof.verify(Bundle.open(copy))}
-    assert found == {**dict.fromkeys(Bundle.read(copy).specs, False), "picture": True}
+    matches = {check.network: bool(check.problem) for check in proof.verify(Bundle.open(copy))}
+    assert matches == {**dict.fromkeys(Bundle.read(copy).specs, False), "picture": True}
 
 
 # ---- autoencoders in float16
@@ -211,8 +211,8 @@ def test_sample_latents_are_in_usual_range(made: tuple[Path, Path]) -> None:
     assert float(latents.std()) == pytest.approx(1 / model.vae.scaling_factor, rel=0.1)  # 5.5 for SD 1
     blocks = torch.nn.functional.avg_pool2d(latents, 8)
     assert float(blocks.std()) > 0.5 * float(latents.std())  # noise alone would have an eighth
-    (picture,) = sample(specs["vae_encoder"], {"height": 64, "width": 64}).values()
-    assert float(picture.abs().max()) <= 1
+    (image,) = sample(specs["vae_encoder"], {"height": 64, "width": 64}).values()
+    assert float(image.abs().max()) <= 1
 
 
 @pytest.mark.parametrize("factor", [1.0, 3e4])

@@ -226,11 +226,11 @@ def test_a_child_forked_while_busy_works_alone(pipe: Pipeline, alone: Any) -> No
         def child() -> bool:
             lost = [isinstance(future.exception(5), WorkerLost) for future in futures]
             list(progress)
-            picture = session.submit(**options(7, **SMALL)).result(30).images
+            image = session.submit(**options(7, **SMALL)).result(30).images
             session.close()
             other = pipe(**options(7, **SMALL)).images
             pipe.session.close(cancel=True)
-            return all(lost) and bool(np.abs(picture - alone).max() < 1e-4 and np.abs(other - alone).max() < 1e-4)
+            return all(lost) and bool(np.abs(image - alone).max() < 1e-4 and np.abs(other - alone).max() < 1e-4)
 
         for function in (child, child, lambda: session.close() is None):
             assert in_a_fork(function) == "right"

@@ -224,11 +224,11 @@ def test_index_lists_existing_components(made: tuple[Path, Path], tmp_path: Path
     }
     (model / "model_index.json").write_text(json.dumps(index))
     out = writing.export(loading.describe(model), tmp_path / "out", source=str(model)).folder
-    said = json.loads((out / "model_index.json").read_text())
-    parts = {name for name, value in said.items() if isinstance(value, list) and value[0] is not None}
+    output = json.loads((out / "model_index.json").read_text())
+    parts = {name for name, value in output.items() if isinstance(value, list) and value[0] is not None}
     assert parts == {path.name for path in out.iterdir() if path.is_dir()} - {"goldens"}
-    assert said["safety_checker"] == said["feature_extractor"] == [None, None]
-    assert (said["_class_name"], said["requires_safety_checker"]) == ("StableDiffusionPipeline", False)
+    assert output["safety_checker"] == output["feature_extractor"] == [None, None]
+    assert (output["_class_name"], output["requires_safety_checker"]) == ("StableDiffusionPipeline", False)
 
 
 REQUEST = {"negative_prompt": "blue", "num_inference_steps": 3, "guidance_scale": 5.0}
@@ -244,10 +244,10 @@ def test_diffusers_gives_the_same_image(made: tuple[Path, Path]) -> None:
     got = theirs("a red apple", latents=latents(), output_type="np", **taken, **REQUEST).images[0]
     ours = Pipeline.from_pretrained(made[0], device="cpu", dtype="float32")
     asked: dict[str, Any] = {"height": 16, "width": 24, "latents": torch.from_numpy(latents()), "output_type": "np"}
-    wanted = ours("a red apple", **asked, **REQUEST).images[0]
-    assert got.shape == wanted.shape == (16, 24, 3)
-    assert wanted.std() > 0.05  # a picture, not a surface
-    assert np.abs(got - wanted).max() <= 1e-4
+    expected = ours("a red apple", **asked, **REQUEST).images[0]
+    assert got.shape == expected.shape == (16, 24, 3)
+    assert expected.std() > 0.05  # a picture, not a surface
+    assert np.abs(got - expected).max() <= 1e-4
 
 
 def test_diffusers_image_to_image_runs_bundle(made: tuple[Path, Path]) -> None:
@@ -285,10 +285,10 @@ def test_all_tokenizer_files_are_copied(made: tuple[Path, Path], copying: list[s
     spec = loading.describe(model)
     out = writing.export(spec, tmp_path / "out", source=str(model)).folder
     prompt = "a photo of <mine>"
-    wanted = spec.checkpoint.tokenizer("tokenizer").ids(prompt)
-    assert mine in wanted
-    assert transformers.CLIPTokenizer.from_pretrained(out / "tokenizer")(prompt).input_ids[1:-1] == wanted
-    assert describe(out).checkpoint.tokenizer("tokenizer").ids(prompt) == wanted
+    expected = spec.checkpoint.tokenizer("tokenizer").ids(prompt)
+    assert mine in expected
+    assert transformers.CLIPTokenizer.from_pretrained(out / "tokenizer")(prompt).input_ids[1:-1] == expected
+    assert describe(out).checkpoint.tokenizer("tokenizer").ids(prompt) == expected
 
 
 # ---- what is in memory
@@ -307,11 +307,11 @@ def test_edited_pipeline_is_exported(adopted: bool, tmp_path: Path, tmp_path_fac
     with bundles.traced_once(bundles.shared(tmp_path_factory)):
         out = pipe.export(tmp_path / "out", split=True)
     asked = {"prompt": "a cat", "num_inference_steps": 2, "seed": 1, "output_type": "pt"}
-    wanted = pipe(**asked).images
+    expected = pipe(**asked).images
     deployed = Pipeline.from_pretrained(out, backend="onnxruntime")
-    assert float((deployed(**asked).images - wanted).abs().max()) <= 1e-4
+    assert float((deployed(**asked).images - expected).abs().max()) <= 1e-4
     before = Pipeline.from_pretrained(source, device="cpu", dtype="float32")
-    assert float((before(**asked).images - wanted).abs().max()) > 1e-3
+    assert float((before(**asked).images - expected).abs().max()) > 1e-3
     with pytest.raises(BundleError, match="was made of a model in memory, and PyTorch cannot read the bundle itself"):
         Pipeline.from_pretrained(out, backend="torch")
     with pytest.raises(InputError, match="this pipeline runs a bundle on onnxruntime, which has no weights to export"):
@@ -351,16 +351,16 @@ def verify(folder: Path, *options: str) -> tuple[int, str]:
 
 def rows(said: str) -> Counter[tuple[str, str]]:
     """Networks and origins of the lines of the table."""
-    found = (line.split()[:2] for line in said.splitlines() if line.startswith((*NETWORKS, "picture")))
-    return Counter((network, origin) for network, origin in found)
+    matches = (line.split()[:2] for line in said.splitlines() if line.startswith((*NETWORKS, "picture")))
+    return Counter((network, origin) for network, origin in matches)
 
 
 def rehash(folder: Path) -> None:
     """As somebody would who edits a bundle on purpose."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    for name, known in manifest["files"].items():
+    for name, entry in manifest["files"].items():
         data = (folder / name).read_bytes()
-        known |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        entry |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     manifest["sha256"] = manifests.digest(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 

@@ -171,7 +171,7 @@ def judged(cases: Iterable[Case]) -> list[tuple[Case, Verdict]]:
 def table(results: Mapping[str, list[tuple[Case, Verdict]]]) -> str:
     """The counts, by class and by reason, as Markdown."""
     counts = {name: collections.Counter(v.kind for _, v in judgements) for name, judgements in results.items()}
-    reasons = collections.Counter(why for judgements in results.values() for _, v in judgements for why in v.why)
+    reasons = collections.Counter(reason for judgements in results.values() for _, v in judgements for reason in v.why)
     total = collections.Counter[str]()
     for count in counts.values():
         total.update(count)
