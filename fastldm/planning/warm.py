@@ -52,14 +52,15 @@ def warm(
         if on_kernel is not None:
             on_kernel(compiled.kernel)
 
-    ahead = Ahead(parse_arch(arch), on_compiled)
     factor = spec.vae.factor
+    for width, height in sizes:
+        if width % factor or height % factor or width <= 0 or height <= 0:
+            raise InputError(f"size is {width}x{height}: expected positive multiples of {factor}")
+    ahead = Ahead(parse_arch(arch), on_compiled)
     guided = spec.family.guidance_scale > 1 and not spec.unet.needs_guidance
     with targeting(ahead):
         dry_run.run_text(spec.text, batch=1, dtype=dtype)
         for width, height in sizes:
-            if width % factor or height % factor or width <= 0 or height <= 0:
-                raise InputError(f"size is {width}x{height}: expected positive multiples of {factor}")
             h, w = height // factor, width // factor
             for batch in batches:
                 for rows in sorted({batch, 2 * batch} if guided else {batch}):
