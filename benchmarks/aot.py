@@ -32,7 +32,7 @@ RESULTS = Path(__file__).parent / "results"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def compile_all(arch: int, workload: str, dtype: str, op: str | None) -> list[dict[str, Any]]:
+def compile_all(arch: int, workload: str, dtype: str, op: str | None) -> list[Compiled]:
     """Compile the kernels of a workload on sm_`arch`, by default and where every op takes its kernel."""
     # Calls are observed on the torch path first, so that only the kernels of `op` are compiled, and not those of ops
     # that it calls.
@@ -47,7 +47,11 @@ def compile_all(arch: int, workload: str, dtype: str, op: str | None) -> list[di
             for call in selected:
                 args, kwargs = call.arguments("meta")
                 dispatch.OPS[call.op](*args, **kwargs)
-    return [row(compiled, dtype) for compiled in ahead.compiled.values()]
+    return list(ahead.compiled.values())
+
+
+def rows_of(arch: int, workload: str, dtype: str, op: str | None) -> list[dict[str, Any]]:
+    return [row(compiled, dtype) for compiled in compile_all(arch, workload, dtype, op)]
 
 
 def row(compiled: Compiled, dtype: str) -> dict[str, Any]:
@@ -119,7 +123,7 @@ def main() -> None:
         for dtype in args.dtype or DTYPES
     ]
     with ProcessPoolExecutor(args.jobs) as pool:
-        compiled = [row for rows in pool.map(compile_all, *zip(*jobs, strict=True)) for row in rows]
+        compiled = [row for rows in pool.map(rows_of, *zip(*jobs, strict=True)) for row in rows]
     rows = list({json.dumps(row, sort_keys=True): row for row in compiled}.values())
     rows.sort(key=lambda row: (row["kernel"], row["arch"], row["dtype"], str(row["constants"])))
     if args.op or args.arch or args.workload or args.dtype:
