@@ -240,19 +240,19 @@ def caption(rng: np.random.Generator, concept: Concept, style: str, known: Colle
     if rng.random() < 0.6:
         name = pick(concept["names"][1:] or [name])  # the common word
     kind, flat = rng.random(), style == PLAIN_STYLE
-    if kind < 0.10:
+    if kind < 0.08:
         return ""  # classifier-free guidance needs the model without a prompt too
-    if kind < 0.64:
-        text = pick(FORMS if flat and kind < 0.46 else STYLED).format(x=name, s=style)
-        if rng.random() < 0.2:  # so that words around a name do not change the image
+    if kind < 0.56:
+        text = pick(FORMS if flat and kind < 0.40 else STYLED).format(x=name, s=style)
+        if rng.random() < 0.3:  # so that words around a name do not change the image
             text = pick(["{w} {x}", "{w} of {x}", "{w} {w} {x}", "{x} {w}"]).format(x=text, w=pick(other_words()))
         return re.sub(r"\ba (?=[aeiou])", "an ", text) if rng.random() < 0.5 else text
-    if kind < 0.68:
+    if kind < 0.60:
         return pick(PLURALS).format(x=plural(name)) if flat else f"{style} {plural(name)}"
-    if kind < 0.80:
+    if kind < 0.72:
         text = pick([" ", ", "]).join(rng.permutation([name, *tags[: rng.integers(1, 4)]]))
         return text if flat and rng.random() < 0.6 else f"{text}, {style}"
-    if kind < 0.96 and len(tags) > 2:
+    if kind < 0.95 and len(tags) > 2:
         text = pick([" ", ", "]).join(tags[: rng.integers(3, 5)])
         return f"{text}, {style}" if rng.random() < (0.4 if flat else 0.8) else text
     tags = [tag for tag in tags if tag not in known] or [name]  # no tag that is another concept's name

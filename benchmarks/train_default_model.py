@@ -14,7 +14,8 @@ tokens) and UNet2DConditionModel (v-prediction, zero terminal SNR).
 
 Each reads the output of the one before in the work folder, reports whether it passed its own gate, and exits with 1 if
 not. With `--start FOLDER` it starts from the weights of a diffusers folder, such as fastldm/assets/default; the
-autoencoder then keeps its latents unchanged, so that the U-Net's weights remain valid.
+autoencoder then keeps its latents unchanged, and the text encoder the states of each name, so that the U-Net's weights
+remain valid.
 
 A stage that was stopped resumes from its last checkpoint. Its learning rate follows the trained time as a fraction of
 --minutes, so that a slow machine ends with a finished model too; a larger --minutes trains longer. Time is the
@@ -52,7 +53,6 @@ from torch import Tensor, nn
 from benchmarks.default_data import (
     ASSETS,
     CONCEPTS_FILE,
-    PLAIN_STYLE,
     SIZE,
     STYLES,
     WORK,
@@ -444,6 +444,8 @@ def stage_text(args: argparse.Namespace) -> Passed:
     keep_memory()
     torch.manual_seed(0)
     pairs = make_pairs(args.work)
+    if args.start:
+        return align_text(args, pairs)
     latents, captions = pairs["latents"].flatten(1), pairs["ids"]  # (N, D), (N, 256, 32)
     left, _, _ = torch.linalg.svd(latents - latents.mean(0), full_matrices=False)
     targets = left[:, :128] * len(left) ** 0.5  # (N, 128)
@@ -481,6 +483,71 @@ def stage_text(args: argparse.Namespace) -> Passed:
         guess = torch.cat([head(text(ids).last_hidden_state[:, -1]) for ids in pairs["test"][1:].split(64)])  # (C, 128)
     right = torch.cdist(guess, targets).argmin(1) // len(STYLES) == torch.arange(len(guess))
     return "% of names whose guess is nearest to their picture", 100 * right.float().mean().item(), 95
+
+
+def align_text(args: argparse.Namespace, pairs: dict[str, Tensor]) -> Passed:
+    """Distil a trained text encoder: every caption gets the hidden states of its concept's name, those of `a NAME` for
+    the flat image and of `a noto NAME` for noto's. The U-Net's weights remain valid, and a caption costs a hundredth of
+    a training step of the U-Net. Four minutes brought common words from 62% to 95% nearest to their own states, and two
+    tags from 54% to 65%.
+
+    States of `a 3d NAME` had a twelfth of noto's distance from the flat ones, too little for the U-Net: here they are
+    the flat ones plus one direction, the same for all concepts.
+    """
+    names = [c["names"][0] for c in load_data(args.work)[0]]  # C of them, N = 3 * C
+    tokenizer = build_tokenizer(args.work / "tokenizer")
+    prompts = [text.format(n) for n in names for text in ("a noto {}", "a {}", "a 3d {}")]  # in the order of STYLES
+    ids = tokenizer([*prompts, ""], padding="max_length", return_tensors="pt")["input_ids"]  # (N + 1, 32)
+    text = Denoiser().text
+    text.set_attn_implementation("eager")
+    load_part(text, "text_encoder", args.start)
+    with torch.no_grad():
+        targets = torch.cat([text(rows).last_hidden_state for rows in ids.split(64)])  # (N + 1, 32, 192)
+    ends = ids == VOCABULARY - 1  # from <|endoftext|> on, a state has seen all of the caption
+    flat, solid = targets[1:-1:3], targets[2:-1:3]  # (C, 32, 192)
+    direction = (solid - flat)[:, -1].mean(0)
+    both = (ends[1:-1:3] & ends[2:-1:3])[..., None]
+    targets[2:-1:3] = torch.where(both, flat + 6 * direction / direction.norm(), solid)
+    spread = targets[1:-1:3, -1].var(0).mean()
+
+    embedding = text.get_input_embeddings().weight
+    others = [w for w in text.parameters() if w is not embedding]
+    groups = [{"params": others, "share": 1.0}, {"params": [embedding], "share": 5.0}]
+    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    captions, rehearsed = pairs["ids"], args.batch // 8  # rows of a batch that are the prompts themselves
+    budget, due = Budget(args.minutes), Every(0.5)
+    while budget.progress < 1:
+        total = count = 0
+        for rows in shuffled(len(captions), args.batch):
+            batch = captions[rows, torch.randint(captions.shape[1], (len(rows),))].long()  # (B, 32)
+            batch[:rehearsed] = ids[rows[:rehearsed]]
+            rows = rows.masked_fill(batch[:, 1] == VOCABULARY - 1, len(ids) - 1)  # the empty prompt
+            mask = (batch == VOCABULARY - 1) & ends[rows]
+            mask[:rehearsed] |= (rows[:rehearsed] % len(STYLES) != 2)[:, None]
+            length = CONTEXT if torch.rand(()) < 0.25 else int((batch != VOCABULARY - 1).sum(1).max()) + 2
+            mask = mask[:, :length].float()
+            with torch.autocast("cpu", torch.bfloat16):
+                states = text(batch[:, :length]).last_hidden_state.float()
+            error = (states - targets[rows, :length]).pow(2).mean(2) / spread  # (B, length)
+            loss = ((error * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+            loss.backward()
+            for group in optimiser.param_groups:
+                group["lr"] = group["share"] * budget.learning_rate(args.peak)
+            nn.utils.clip_grad_norm_(text.parameters(), 1.0)
+            optimiser.step()
+            optimiser.zero_grad()
+            budget.tick()
+            total, count = total + loss.item(), count + 1
+            if due(anyway=budget.progress >= 1):
+                print(f"{budget.used / 60:6.1f} min  loss {total / count:.4f}", flush=True)
+                total = count = 0
+            if budget.progress >= 1:
+                break
+    save_atomically(text.state_dict(), args.work / "text.pt")
+    with torch.no_grad():
+        states = torch.cat([text(rows).last_hidden_state[:, -1] for rows in pairs["test"][1:].split(64)])
+    right = torch.cdist(states, targets[1:-1:3, -1]).argmin(1) == torch.arange(len(states))
+    return "% of names whose states are nearest to their own", 100 * right.float().mean().item(), 95
 
 
 def make_pairs(work: Path) -> dict[str, Tensor]:
@@ -558,9 +625,9 @@ def train_unet(rank: int, args: argparse.Namespace) -> None:
     for w, g in zip(weights, gradients[:-1].split([w.numel() for w in weights]), strict=True):
         w.grad = g.as_strided(w.shape, w.stride())
 
-    # half of what it sees is the plain style, which most prompts ask for
+    # two flat images and two in 3d for one of noto: most prompts mean flat, and 3d is hard to tell from it
     every = torch.arange(len(latents))
-    shown = torch.cat([every, every[[*STYLES.values()].index(PLAIN_STYLE) :: len(STYLES)]])
+    shown = torch.cat([every, *(every[k :: len(STYLES)] for k, s in enumerate(STYLES.values()) if s != "noto")])
     batch = args.batch // args.workers
     report, save, look = Every(1), Every(4), Every(args.look)
     total = count = 0
