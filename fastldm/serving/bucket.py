@@ -110,6 +110,7 @@ class Bucket:
             finishing, self.finishing = self.finishing, []
             self.waiting, self.next, self.running, self._mark = waiting, None, [], None
         for generation in lost:
+            generation.run = None
             generation.fail(lost_by(error))
         del finishing  # frees what was being decoded, now that the lock is not held
         self.drop_batch()
@@ -242,9 +243,8 @@ class Bucket:
                 except StopIteration as decoded:
                     result = self._result(generation, decoded.value)
                     del self.finishing[0]
-                    self._mark = None
+                    self._mark = generation.run = None  # before its caller is told, who may look at memory
                     generation.finish(result)
-                    generation.run = None
                     if not stepping:
                         return
             if stepping and perf_counter() > until:
@@ -297,8 +297,8 @@ class Bucket:
                     self.drop_batch()
                 self._release_idle()
                 self.stages.release_memory()
-        generation.fail(reported)
         generation.run = None
+        generation.fail(reported)
 
     def drop_batch(self) -> None:
         batch, self.batch, self.damaged = self.batch, None, False
