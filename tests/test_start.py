@@ -21,7 +21,7 @@ def pipe() -> Pipeline:
 @pytest.mark.parametrize("mask", [False, True])
 def test_batched_starts_match_single_starts(pipe: Pipeline, mask: bool) -> None:
     """With seeds: picture k starts from image k modulo n, and draws what it would alone."""
-    images, holes = [judge.picture(1), judge.picture(2)], [judge.mask(8), judge.mask(24)]
+    images, holes = [judge.image(1), judge.image(2)], [judge.mask(8), judge.mask(24)]
 
     def inputs(k: int | None) -> dict[str, Any]:
         image = images if k is None else images[k % 2]
@@ -37,7 +37,7 @@ def test_batched_starts_match_single_starts(pipe: Pipeline, mask: bool) -> None:
 
 @pytest.mark.parametrize("name", ["image", "mask_image"])
 def test_image_counts_must_divide_the_batch(pipe: Pipeline, name: str) -> None:
-    images = {"image": judge.picture(), "mask_image": judge.mask()}
+    images = {"image": judge.image(), "mask_image": judge.mask()}
     images[name] = [images[name]] * 3
     with pytest.raises(InputError, match=f"^{name} holds 3 pictures for a batch of 4"):
         pipe(["a", "b"], num_images_per_prompt=2, **images, **OPTIONS)
@@ -46,6 +46,6 @@ def test_image_counts_must_divide_the_batch(pipe: Pipeline, name: str) -> None:
 def test_latents_beside_an_image_are_the_start(pipe: Pipeline) -> None:
     start = judge.noise(1, 4, 8, 8)
     one, other = (
-        pipe("a cat", latents=start, image=judge.picture(k), strength=0.5, **OPTIONS, seed=0).images for k in (1, 2)
+        pipe("a cat", latents=start, image=judge.image(k), strength=0.5, **OPTIONS, seed=0).images for k in (1, 2)
     )
     assert np.array_equal(one, other), "of the image the size is all that counts"
