@@ -137,7 +137,7 @@ def rungs(pipe: Pipeline, model: Model, steps: int, compiled: bool) -> dict[str,
     """Functions that take all steps of a run, by name."""
     completed = request(pipe, model, steps)
     run = pipe.stages.prepare(completed)
-    conditioning = pipe.stages._encode(completed)
+    conditioning = pipe.stages.encode(completed)
     hidden, pooled = conditioning.network_rows()
     added = None
     if pooled is not None and model.unet.needs_added:

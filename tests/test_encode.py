@@ -137,7 +137,7 @@ def test_mixed_texts_and_tensors_match_diffusers(pipes: Any, options: dict[str, 
     rest = {name: value for name, value in options.items() if name != "prompt"}
     expected = theirs.encode_prompt(prompt, "cpu", 2, True, **rest)
     request = ours.stages.complete(Request(**options, num_images_per_prompt=2, seed=0))
-    got = ours.stages._encode(request)
+    got = ours.stages.encode(request)
     torch.testing.assert_close(got.hidden, expected[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(got.negative_hidden, expected[1], atol=1e-5, rtol=1e-5)
 
@@ -175,7 +175,7 @@ XL_HALVES = {
 def test_mixed_sdxl_branches_match_diffusers(pipes: Any, options: dict[str, Any]) -> None:
     theirs, ours = pipes("sdxl")
     expected = theirs.encode_prompt(device="cpu", **{"prompt": None, **options})
-    got = ours.stages._encode(ours.stages.complete(Request(**options, seed=0)))
+    got = ours.stages.encode(ours.stages.complete(Request(**options, seed=0)))
     for mine, right in zip((got.hidden, got.negative_hidden, got.pooled, got.negative_pooled), expected, strict=True):
         torch.testing.assert_close(mine, right, atol=1e-5, rtol=1e-5)
 
@@ -183,7 +183,7 @@ def test_mixed_sdxl_branches_match_diffusers(pipes: Any, options: dict[str, Any]
 def test_long_text_and_tensor_get_equal_lengths(pipes: Any) -> None:
     ours = pipes("sd1")[1]
     negative = states(1, 1, 77, 32)
-    got = ours.stages._encode(ours.stages.complete(Request("a " * 100, negative_prompt_embeds=negative, seed=0)))
+    got = ours.stages.encode(ours.stages.complete(Request("a " * 100, negative_prompt_embeds=negative, seed=0)))
     assert got.hidden.shape[1] == 2 * 77
     assert torch.equal(got.negative_hidden, negative.repeat(1, 2, 1)), "attention does not notice"
 
@@ -219,5 +219,5 @@ def test_long_text_and_tensor_get_equal_lengths(pipes: Any) -> None:
 def test_unfit_branches_are_refused(pipes: Any, family: str, options: dict[str, Any], says: str) -> None:
     ours = pipes(family)[1]
     with pytest.raises(InputError) as caught:
-        ours.stages._encode(ours.stages.complete(Request(**options, seed=0)))
+        ours.stages.encode(ours.stages.complete(Request(**options, seed=0)))
     assert says in str(caught.value)

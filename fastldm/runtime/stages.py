@@ -107,7 +107,7 @@ class Stages:
             if changed:
                 logger.info("weights changed: %s", ", ".join(changed))
             with spans.span("tokenise"):
-                encoded = self._encode(request)
+                encoded = self.encode(request)
             with spans.span("noise"):
                 run = self._start(request)
             with spans.span("conditions"):
@@ -118,7 +118,8 @@ class Stages:
                 self._condition(run, embeds, float(request.guidance_scale or 0))
         return run
 
-    def _encode(self, request: Request) -> Conditioning:
+    def encode(self, request: Request) -> Conditioning:
+        """Prompts and negatives as what the U-Net reads, a row for each image."""
         config = self.unet.config
         pooled_width = config.addition_input_dim - 6 * config.addition_time_embed_dim if config.needs_added else None
 
