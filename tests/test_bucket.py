@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sessions import alone as run_alone
 from sessions import from_threads, options, requests, same, tiny_pipeline
 
 import fastldm
@@ -27,9 +28,8 @@ def pipe() -> Pipeline:
 
 @pytest.fixture(scope="module")
 def thirty_two(pipe: Pipeline) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
-    """The requests, and what each gives alone."""
     queries = requests(32, seed=1)
-    return queries, [pipe(**one).images for one in queries]  # type: ignore[misc]
+    return queries, run_alone(pipe, queries)
 
 
 def test_concurrent_requests_share_steps(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

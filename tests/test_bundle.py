@@ -5,7 +5,6 @@ Over 500 lines, for the tests of a module are in one file.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import re
@@ -41,7 +40,6 @@ from fastldm.sizes import nearest
 
 ROOT = Path(fastldm.__file__).resolve().parent.parent
 PICTURE = {("picture", "golden"): 1}
-NETWORKS = ["text_encoder", "text_kv", "time_rows", "unet_step", "vae_decoder", "vae_encoder"]
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +49,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Split: its networks are the smaller ones, and more."""
-    with bundles.traced_once(bundles.shared(tmp_path_factory)):
-        done = CliRunner().invoke(main, ["export", "-m", str(model), str(model.parent / "bundle"), "--split"])
-    assert done.exit_code == 0, done.output
-    assert "as PyTorch computes them" in done.output
-    return model.parent / "bundle"
+    return bundles.split(model, tmp_path_factory)
 
 
 @pytest.fixture
@@ -71,23 +64,13 @@ def verify(folder: Path, *options: str) -> tuple[int, str]:
 
 def rows(said: str) -> Counter[tuple[str, str]]:
     """Networks and origins of the lines of the table."""
-    matches = (line.split()[:2] for line in said.splitlines() if line.startswith((*NETWORKS, "picture")))
+    matches = (line.split()[:2] for line in said.splitlines() if line.startswith((*bundles.NETWORKS, "picture")))
     return Counter((network, origin) for network, origin in matches)
-
-
-def rehash(folder: Path) -> None:
-    """As somebody would who edits a bundle on purpose."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    for name, entry in manifest["files"].items():
-        data = (folder / name).read_bytes()
-        entry |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    manifest["sha256"] = manifests.digest(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_bundle_has_expected_files(exported: Path, model: Path) -> None:
     opened = Bundle.open(exported)
-    assert list(opened.specs) == NETWORKS
+    assert list(opened.specs) == bundles.NETWORKS
     manifest = opened.manifest
     assert (manifest["model"], manifest["family"], manifest["dtype"], manifest["opset"]) == (
         *("smallest", "sd1", "float32"),
@@ -96,7 +79,9 @@ def test_bundle_has_expected_files(exported: Path, model: Path) -> None:
     assert {"torch", "onnx", "fastldm", "python"} <= manifest["versions"].keys()
     matches = {path.relative_to(exported).as_posix() for path in exported.rglob("*") if path.is_file()}
     assert matches == {"manifest.json", *manifest["files"]}
-    assert {f"{name}/model.onnx" for name in NETWORKS} | {f"{name}/config.json" for name in NETWORKS} <= matches
+    assert {f"{name}/model.onnx" for name in bundles.NETWORKS} | {
+        f"{name}/config.json" for name in bundles.NETWORKS
+    } <= matches
     # the configs that other tools read are those of the model
     for name, part in (("unet_step", "unet"), ("vae_decoder", "vae"), ("scheduler", "scheduler")):
         config = "scheduler_config.json" if part == "scheduler" else "config.json"
@@ -114,7 +99,7 @@ def test_bundle_has_expected_files(exported: Path, model: Path) -> None:
 def test_bundle_verifies(exported: Path) -> None:
     status, output = verify(exported)
     assert status == 0, output
-    assert rows(output) == PICTURE | {(name, origin): 3 for name in NETWORKS for origin in ("golden", "fresh")}
+    assert rows(output) == PICTURE | {(name, origin): 3 for name in bundles.NETWORKS for origin in ("golden", "fresh")}
     for golden in ("(1, 4, 8, 8)", "(2, 4, 4, 2)", "(3, 4, 2, 4)"):
         assert re.search(rf"unet_step +golden +sample {re.escape(golden)}", output)
     for fresh in ("(1, 4, 2, 2)", "(1, 4, 6, 8)", "(4, 4, 2, 2)"):
@@ -140,7 +125,7 @@ def test_verify_without_model_uses_goldens(exported: Path, model: Path, tmp_path
         status, output = verify(exported)
         assert status == 0, output
         assert re.search(rf"{model} .*: compared with the goldens alone", output)
-        assert rows(output) == PICTURE | {(name, "golden"): 3 for name in NETWORKS}
+        assert rows(output) == PICTURE | {(name, "golden"): 3 for name in bundles.NETWORKS}
         assert rows(verify(exported, "-m", str(moved))[1])["unet_step", "fresh"] == 3
         status, output = verify(exported, "-m", str(model))
         assert (status, "does not exist here" in output) == (1, True)
@@ -237,7 +222,7 @@ def test_verify_names_the_network_and_the_figure(copy: Path) -> None:
     path = copy / "goldens" / "time_rows.safetensors"
     goldens = load_file(path)
     save_file({key: x + 0.5 if key == "1:out:temb_rows" else x for key, x in goldens.items()}, path)
-    rehash(copy)
+    bundles.rehash(copy)
     status, output = verify(copy)
     assert status == 1
     assert output.count("FAILED") == 1  # the other sizes and networks were still run
@@ -298,10 +283,10 @@ def test_bundle_engines_build_without_gpu(
     status, output = engines(copy, model, *asked)
     assert status == 0, output
     folder = f"{tensorrt.trt.__name__}-{tensorrt.trt.__version__}-sm_89-16x12-12x16"
-    for name in NETWORKS:
+    for name in bundles.NETWORKS:
         assert re.search(rf"engines/{re.escape(folder)}/{name}\.engine: \d+\.\d s, \d+\.\d MiB\n", output)
     matches = {record.key.network: record for record in Engines(copy).records()}
-    assert list(matches) == NETWORKS
+    assert list(matches) == bundles.NETWORKS
     assert matches["unet_step"].key.ranges.split(" | ") == [
         "batch=1:2:2 tokens=77:77:77 height=6:6:6 width=8:8:8",
         "batch=1:2:2 tokens=77:77:77 height=8:8:8 width=6:6:6",
@@ -319,7 +304,7 @@ def test_bundle_engines_build_without_gpu(
     (copy / "engines" / folder / "text_kv.engine").unlink()
     status, output = engines(copy, model, *asked)
     assert [line.split()[1:3] == ["is", "there,"] for line in output.splitlines() if ".engine: " in line] == [
-        name != "text_kv" for name in NETWORKS
+        name != "text_kv" for name in bundles.NETWORKS
     ]
 
 

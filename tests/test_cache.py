@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cached import ENGINE, KEY, never, put
 from click.testing import CliRunner
 
 from fastldm.cli import main
@@ -24,32 +25,11 @@ from fastldm.errors import EngineError
 from fastldm.export.cache import EngineCache, Key, hash_files
 
 ROOT = Path(__file__).resolve().parent.parent
-KEY = Key(
-    network="unet",
-    graph="a" * 64,
-    weights="b" * 64,
-    backend="tensorrt_rtx",
-    version="1.7.1.116",
-    precision="float16",
-    ranges="batch=1:2:8 height=32:64:128",
-    flags="",
-    device="NVIDIA H100 sm_90",
-)
-ENGINE = b"engine " * 10_000
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> EngineCache:
     return EngineCache(tmp_path / "engines")
-
-
-def never() -> bytes:
-    raise AssertionError("built although it was here")
-
-
-def put(cache: EngineCache, key: Key = KEY, data: bytes = ENGINE) -> Path:
-    assert cache.fetch(key, lambda: data, bytes) == data
-    return cache.folder / key.digest
 
 
 def start(code: str, cache: EngineCache) -> subprocess.Popen[str]:

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from PIL import Image
-from sessions import options, tiny_pipeline
+from sessions import SMALL, options, tiny_pipeline
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -205,17 +205,9 @@ def test_unusable_devices_are_refused(device: Any) -> None:
 # ---- streams
 
 
-SMALL = {"height": 16, "width": 16}
-
-
 @pytest.fixture(scope="module")
 def pipe() -> Pipeline:
     return tiny_pipeline()
-
-
-@pytest.fixture(scope="module")
-def alone(pipe: Pipeline) -> Any:
-    return pipe(**options(7, **SMALL)).images
 
 
 class Streams:

@@ -14,12 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sessions import RAISED, options, same, slow, tiny_pipeline
+from sessions import RAISED, SMALL, options, same, slow, tiny_pipeline
 
 import fastldm
 from fastldm import Cancelled, DeadlineExceeded, Pipeline, Session
-
-SMALL = {"height": 16, "width": 16}
 
 
 @pytest.fixture(scope="module")

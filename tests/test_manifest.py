@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -11,11 +10,8 @@ from typing import Any
 
 import bundles
 import pytest
-from click.testing import CliRunner
 
-from fastldm.cli import main
 from fastldm.errors import BundleError
-from fastldm.export import manifest as manifests
 from fastldm.export.bundle import Bundle
 
 
@@ -26,27 +22,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Split: its networks are the smaller ones, and more."""
-    with bundles.traced_once(bundles.shared(tmp_path_factory)):
-        done = CliRunner().invoke(main, ["export", "-m", str(model), str(model.parent / "bundle"), "--split"])
-    assert done.exit_code == 0, done.output
-    assert "as PyTorch computes them" in done.output
-    return model.parent / "bundle"
+    return bundles.split(model, tmp_path_factory)
 
 
 @pytest.fixture
 def copy(exported: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(exported, tmp_path / "copy"))
-
-
-def rehash(folder: Path) -> None:
-    """As somebody would who edits a bundle on purpose."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    for name, entry in manifest["files"].items():
-        data = (folder / name).read_bytes()
-        entry |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    manifest["sha256"] = manifests.digest(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def _set(*path: str | int, to: object) -> Callable[[dict[str, Any]], None]:

@@ -20,6 +20,7 @@ import torch
 from conftest import ROOT
 from counters import Recorder
 from sessions import SAMPLERS, from_threads, options, requests, same, slow, tiny_pipeline
+from sessions import alone as run_alone
 
 from fastldm import (
     Cancelled,
@@ -39,9 +40,8 @@ def pipe() -> Pipeline:
 
 @pytest.fixture(scope="module")
 def thirty_two(pipe: Pipeline) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
-    """The requests, and what each gives alone."""
     queries = requests(32, seed=1)
-    return queries, [pipe(**one).images for one in queries]  # type: ignore[misc]
+    return queries, run_alone(pipe, queries)
 
 
 def test_concurrent_requests_match_single_requests(pipe: Pipeline, thirty_two: Any) -> None:

@@ -13,15 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sessions import RAISED, Odd, options, same, tiny_pipeline
+from sessions import RAISED, SMALL, Odd, options, same, tiny_pipeline
 
 from fastldm import Pipeline, Session, WorkerLost
 from fastldm.runtime.denoise import EagerBatch
 from fastldm.runtime.stages import Stages
 from fastldm.serving.bucket import Bucket
 from fastldm.serving.worker import Worker
-
-SMALL = {"height": 16, "width": 16}
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import shutil
 import signal
 import subprocess
 import sys
 import threading
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +20,10 @@ import pytest
 import tiny
 import torch
 import transformers
-from click.testing import CliRunner
 from PIL import Image
 
 from fastldm import Pipeline
-from fastldm.cli import main
 from fastldm.errors import BundleError, InputError
-from fastldm.export import manifest as manifests
 from fastldm.export import onnx, writing
 from fastldm.export.bundle import Bundle
 from fastldm.export.private import locked
@@ -321,9 +316,6 @@ def test_edited_pipeline_is_exported(adopted: bool, tmp_path: Path, tmp_path_fac
 # ---- interrupted
 
 
-NETWORKS = ["text_encoder", "text_kv", "time_rows", "unet_step", "vae_decoder", "vae_encoder"]
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return bundles.smallest("sd1", tmp_path_factory.mktemp("model") / "smallest")
@@ -331,38 +323,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Split: its networks are the smaller ones, and more."""
-    with bundles.traced_once(bundles.shared(tmp_path_factory)):
-        done = CliRunner().invoke(main, ["export", "-m", str(model), str(model.parent / "bundle"), "--split"])
-    assert done.exit_code == 0, done.output
-    assert "as PyTorch computes them" in done.output
-    return model.parent / "bundle"
+    return bundles.split(model, tmp_path_factory)
 
 
 @pytest.fixture
 def copy(exported: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(exported, tmp_path / "copy"))
-
-
-def verify(folder: Path, *options: str) -> tuple[int, str]:
-    done = CliRunner().invoke(main, ["verify", str(folder), *options])
-    return done.exit_code, done.output
-
-
-def rows(said: str) -> Counter[tuple[str, str]]:
-    """Networks and origins of the lines of the table."""
-    matches = (line.split()[:2] for line in said.splitlines() if line.startswith((*NETWORKS, "picture")))
-    return Counter((network, origin) for network, origin in matches)
-
-
-def rehash(folder: Path) -> None:
-    """As somebody would who edits a bundle on purpose."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    for name, entry in manifest["files"].items():
-        data = (folder / name).read_bytes()
-        entry |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    manifest["sha256"] = manifests.digest(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 class Writer:
@@ -393,16 +359,16 @@ def test_interrupted_export_continues(
     with pytest.raises(KeyboardInterrupt):
         export()
     assert not out.exists()
-    assert writer.written == NETWORKS[:3]
+    assert writer.written == bundles.NETWORKS[:3]
 
     writer.fails = {"vae_encoder": OSError(errno.ENOSPC, "No space left on device")}
     with pytest.raises(BundleError, match=r"No space left on device.*the same command continues there"):
         export()
     assert not out.exists()
-    assert writer.written == NETWORKS[:5]  # none of them twice
+    assert writer.written == bundles.NETWORKS[:5]  # none of them twice
 
     made = export()
-    assert writer.written == NETWORKS
+    assert writer.written == bundles.NETWORKS
     assert made.manifest == Bundle.open(exported).manifest
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -428,7 +394,7 @@ writing.export(loading.describe(source), Path({str(tmp_path / "out")!r}), source
     assert {path.name for path in tmp_path.iterdir()} == {".out.partial", ".out.partial.lock"}
     writer = Writer(exported, monkeypatch)
     writing.export(loading.describe(model), tmp_path / "out", source=str(model), split=True)
-    assert writer.written == NETWORKS[2:]
+    assert writer.written == bundles.NETWORKS[2:]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -451,8 +417,8 @@ def test_export_continues_after_full_disk(
     assert export().manifest == Bundle.open(exported).manifest
     again = writer.written[len(before) :]
     assert before
-    assert len(again) < len(NETWORKS)  # what the half disk held was not made twice
-    assert sorted({*before, *again}) == sorted(NETWORKS)
+    assert len(again) < len(bundles.NETWORKS)  # what the half disk held was not made twice
+    assert sorted({*before, *again}) == sorted(bundles.NETWORKS)
 
 
 def test_other_or_damaged_partial_files_are_rewritten(
@@ -463,12 +429,12 @@ def test_other_or_damaged_partial_files_are_rewritten(
         writer.fails = {"time_rows": KeyboardInterrupt()}
         with pytest.raises(KeyboardInterrupt):
             writing.export(loading.describe(model), out, source=name, split=True)
-    assert writer.written == [*NETWORKS[:2], *NETWORKS[:2]]
+    assert writer.written == [*bundles.NETWORKS[:2], *bundles.NETWORKS[:2]]
     truncated = tmp_path / ".out.partial" / "text_kv" / "model.onnx_data"
     truncated.write_bytes(truncated.read_bytes()[:-1])
     writer.written = []
     writing.export(loading.describe(model), out, source="second", split=True)
-    assert writer.written == NETWORKS[1:]
+    assert writer.written == bundles.NETWORKS[1:]
 
 
 def test_network_unlike_pytorch_is_not_exported(

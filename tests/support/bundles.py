@@ -15,8 +15,10 @@ from unittest import mock
 
 import pytest
 import tiny
+from click.testing import CliRunner
 from filelock import FileLock
 
+from fastldm.cli import main
 from fastldm.export import manifest as manifests
 from fastldm.export import writing
 from fastldm.loading import spec as loading
@@ -100,3 +102,26 @@ def traced_once(folder: Path) -> Iterator[None]:
 def sign(folder: Path, manifest: dict[str, Any]) -> None:
     """Write a changed manifest as somebody would who changes it on purpose."""
     (folder / "manifest.json").write_text(json.dumps({**manifest, "sha256": manifests.digest(manifest)}))
+
+
+NETWORKS = ["text_encoder", "text_kv", "time_rows", "unet_step", "vae_decoder", "vae_encoder"]
+"""Those of a bundle that was exported split."""
+
+
+def split(model: Path, factory: pytest.TempPathFactory) -> Path:
+    """The bundle of a model as the command exports it, split: its networks are the smaller ones, and more."""
+    with traced_once(shared(factory)):
+        done = CliRunner().invoke(main, ["export", "-m", str(model), str(model.parent / "bundle"), "--split"])
+    assert done.exit_code == 0, done.output
+    assert "as PyTorch computes them" in done.output
+    return model.parent / "bundle"
+
+
+def rehash(folder: Path) -> None:
+    """As somebody would who edits a bundle on purpose."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name, entry in manifest["files"].items():
+        data = (folder / name).read_bytes()
+        entry |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest["sha256"] = manifests.digest(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))

@@ -36,6 +36,7 @@ def same(actual: Any, expected: Any) -> None:
     assert np.abs(actual - expected).max() < 2e-5
 
 
+SMALL = {"height": 16, "width": 16}
 SAMPLERS = ["ddim", "euler a", "dpm++ 2m karras", "unipc", "heun", "dpm++ 2m sde", "plms", "lcm"]
 
 
@@ -90,3 +91,8 @@ class Odd(BaseException):
 
 
 RAISED = [SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError, Odd, ValueError]
+
+
+def alone(pipe: Pipeline, queries: list[dict[str, Any]]) -> list[np.ndarray]:
+    """What each of these requests gives by itself."""
+    return [pipe(**query).images for query in queries]  # type: ignore[misc]
