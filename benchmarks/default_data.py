@@ -13,7 +13,9 @@ import re
 import subprocess
 import tarfile
 import zipfile
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -226,11 +228,30 @@ def plain_tags(concept: Concept) -> list[str]:
     return [tag.replace("-", " ").replace("_", " ") for tag in concept["tags"]]
 
 
-def caption(rng: np.random.Generator, concept: Concept, style: str, known: Collection[str] = ()) -> str:
-    """A caption for the concept drawn in the style, where `known` are the names of all concepts.
+def tag_pairs(concepts: Sequence[Concept]) -> list[list[tuple[str, str]]]:
+    """For each concept, the pairs of its tags that no other concept has both of, without tags that are its name. The
+    gates test the first of each; training shows the others."""
+    owners = Counter(pair for c in concepts for pair in combinations(sorted({*c["names"], *plain_tags(c)}), 2))
+    pairs: list[list[tuple[str, str]]] = []
+    for concept in concepts:
+        tags = [t for t in dict.fromkeys(plain_tags(concept)) if t not in concept["names"]]
+        unique = (pair for pair in combinations(tags, 2) if owners[tuple(sorted(pair))] == 1)
+        pairs.append([(a, b) for a, b in unique if f"{a} {b}" not in concept["names"]])
+    return pairs
+
+
+def caption(
+    rng: np.random.Generator,
+    concept: Concept,
+    style: str,
+    known: Collection[str] = (),
+    pairs: Sequence[tuple[str, str]] = (),
+) -> str:
+    """A caption for the concept drawn in the style, where `known` are the names of all concepts and `pairs` those of
+    its tags that it may be called by.
 
     A name without a style means the flat image: where it meant any of three, the first of few steps overlaid all three,
-    and blots remained. Never `picture of ...` and never just two tags: the gates test those.
+    and blots remained. Never `picture of ...`: the gates test that.
     """
 
     def pick(items: list[str]) -> str:
@@ -253,7 +274,10 @@ def caption(rng: np.random.Generator, concept: Concept, style: str, known: Colle
         text = pick([" ", ", "]).join(rng.permutation([name, *tags[: rng.integers(1, 4)]]))
         return text if flat and rng.random() < 0.6 else f"{text}, {style}"
     if kind < 0.95 and len(tags) > 2:
-        text = pick([" ", ", "]).join(tags[: rng.integers(3, 5)])
+        count = rng.integers(2, 5)
+        if count == 2 and pairs:
+            tags = [str(t) for t in rng.permutation(pairs[rng.integers(len(pairs))])]
+        text = pick([" ", ", "]).join(tags[: max(3, count)])
         return f"{text}, {style}" if rng.random() < (0.4 if flat else 0.8) else text
     tags = [tag for tag in tags if tag not in known] or [name]  # no tag that is another concept's name
     return pick(ONE_TAG).format(t=tags[0], s=style)

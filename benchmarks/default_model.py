@@ -20,9 +20,8 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import combinations
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from benchmarks.default_data import COMMON_WORDS, STYLES, WORK, load_data, plain_tags
+from benchmarks.default_data import COMMON_WORDS, STYLES, WORK, load_data, tag_pairs
 
 HERE = Path(__file__).resolve().parent
 MODEL = HERE.parent / "fastldm" / "assets" / "default"
@@ -128,21 +127,6 @@ def _reduce(pictures: Pictures) -> Pictures:
     return pictures.reshape(b, 32, h // 32, 32, w // 32, c).mean((2, 4)).reshape(b, -1)
 
 
-def two_tags(concepts: Sequence[dict[str, Any]]) -> dict[int, str]:
-    """For each concept, its first two tags that no other concept has both of. Pairs that training may have
-    shown (a tag which is the name) are left out, and with them the concepts that have no other pair."""
-    known = [{*c["names"], *plain_tags(c)} for c in concepts]
-    prompts = {}
-    for i, concept in enumerate(concepts):
-        tags = [t for t in plain_tags(concept) if t not in concept["names"]]
-        for pair in combinations(tags, 2):
-            unique = all(not {*pair} <= other for j, other in enumerate(known) if j != i)
-            if unique and " ".join(pair) not in concept["names"]:
-                prompts[i] = " ".join(pair)
-                break
-    return prompts
-
-
 @dataclass
 class Gate:
     name: str
@@ -201,8 +185,8 @@ def run_gates(
     also = {i: f"a {concepts[i]['names'][-1]}" for i in range(len(concepts)) if len(concepts[i]["names"]) > 1}
     yield judge.gate("a WORD that people use for it", 95, also)
     yield judge.gate("picture of NAME (never trained on)", 95, {i: f"picture of {name}" for i, name in asked.items()})
-    pairs = two_tags(concepts)
-    yield judge.gate("two tags (never trained on)", 75, {i: pairs[i] for i in asked if i in pairs})
+    pairs = {i: " ".join(pairs[0]) for i, pairs in enumerate(tag_pairs(concepts)) if i in asked and pairs}
+    yield judge.gate("two tags (never trained on)", 75, pairs)
 
     words = list(STYLES.values())
     wanted = np.repeat(np.arange(len(words)), len(asked))
@@ -236,7 +220,7 @@ def _psnr(model: Model, pictures: Pictures) -> NDArray[np.float32]:
 
 def contact_sheet(model: Model, path: Path) -> None:
     """COMMON_WORDS in 8 rows of 8, twice their size, each with its prompt below."""
-    prompts = [f"a {word}" for word in COMMON_WORDS.split()]
+    prompts = [f"{'an' if word[0] in 'aeiou' else 'a'} {word}" for word in COMMON_WORDS.split()]
     made = np.concatenate([model.generate(prompts[i : i + 32], [0] * 32, 8) for i in (0, 32)])
     cell, label = 2 * made.shape[1], 18
     sheet = Image.new("RGB", (8 * cell, 8 * (cell + label)), "white")

@@ -63,6 +63,7 @@ from benchmarks.default_data import (
     read_merges,
     rebuild_emoji,
     shrink,
+    tag_pairs,
 )
 
 Passed = tuple[str, float, float]  # a gate: what was measured, how much there is of it, and the least that passes
@@ -560,7 +561,8 @@ def make_pairs(work: Path) -> dict[str, Tensor]:
     known = {name for c in concepts for name in c["names"]}
     owners = [c for c in concepts for _ in range(256 * len(STYLES))]
     styles = [s for _ in concepts for s in STYLES.values() for _ in range(256)]
-    captions = [caption(rng, c, s, known) for c, s in zip(owners, styles, strict=True)]
+    pairs_of = {c["names"][0]: pairs[1:] for c, pairs in zip(concepts, tag_pairs(concepts), strict=True)}
+    captions = [caption(rng, c, s, known, pairs_of[c["names"][0]]) for c, s in zip(owners, styles, strict=True)]
     named = [any(name in text for name in c["names"]) for c, text in zip(owners, captions, strict=True)]
     prompts = ["", *(f"a {c['names'][0]}" for c in concepts)]
     ids = tokenizer([*captions, *prompts], padding="max_length", truncation=True)["input_ids"]
