@@ -47,11 +47,11 @@ print(json.dumps([pipe("a red apple", num_inference_steps=8, seed=0).timings.tot
 """
 
 
-def picture(model: str, backend: str, policy: str, pictures: int) -> float:
-    """Seconds of an image, the median of `pictures` in one process after a warm-up."""
+def image_seconds(model: str, backend: str, policy: str, images: int) -> float:
+    """Seconds of an image, the median of `images` in one process after a warm-up."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     environment = inherited | {"PYTHONPATH": str(ROOT)} | POLICIES[policy]
-    command = [sys.executable, "-c", CHILD, model, backend, str(pictures)]
+    command = [sys.executable, "-c", CHILD, model, backend, str(images)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return median(json.loads(done.stdout))
 
@@ -97,7 +97,7 @@ def quota(cpus: float) -> Iterator[None]:
 
 
 def measure(
-    contenders: Sequence[tuple[str, str, str]], rounds: int, pictures: int, cores: int
+    contenders: Sequence[tuple[str, str, str]], rounds: int, images: int, cores: int
 ) -> dict[str, dict[str, list[float]]]:
     """Seconds of each round, by situation and contender; all contenders are timed in every round."""
     load = 2 * cores
@@ -108,7 +108,7 @@ def measure(
             try:
                 with enter():
                     for model, backend, policy in contenders:
-                        seconds = picture(model, backend, policy, pictures)
+                        seconds = image_seconds(model, backend, policy, images)
                         results.setdefault(situation, {}).setdefault(f"{backend}, {policy}", []).append(seconds)
                         print(f"{situation:16} {backend}, {policy}: {seconds:.3f} s", file=sys.stderr, flush=True)
             except OSError as error:

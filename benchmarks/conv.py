@@ -33,14 +33,14 @@ def rivals(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Rivals
     torch._dynamo.config.recompile_limit = 1000  # one for each shape
     torch.backends.cudnn.benchmark = True
     upsampling = bool(rest) and isinstance(rest[0], int)
-    plain: Callable[..., Tensor] = upsample_conv2d_reference if upsampling else conv2d_reference
+    reference: Callable[..., Tensor] = upsample_conv2d_reference if upsampling else conv2d_reference
     options = rest[:2] if upsampling else rest
-    compiled = torch.compile(plain, dynamic=False, mode="max-autotune-no-cudagraphs")
+    compiled = torch.compile(reference, dynamic=False, mode="max-autotune-no-cudagraphs")
     flat, flat_weight = x.contiguous(), weight.contiguous()
     flat_rest = [t.contiguous() if isinstance(t, Tensor) else t for t in options]
     contenders: Rivals = {
-        "F.conv2d": lambda: plain(x, weight, bias, *options),
-        "F.conv2d, contiguous": lambda: plain(flat, flat_weight, bias, *flat_rest),
+        "F.conv2d": lambda: reference(x, weight, bias, *options),
+        "F.conv2d, contiguous": lambda: reference(flat, flat_weight, bias, *flat_rest),
         "torch.compile": lambda: compiled(x, weight, bias, *options),
     }
     return contenders | (_upsampling(x, weight, bias) if upsampling else _bare(x, weight, *options))

@@ -378,16 +378,16 @@ def compiled(context: Context, name: str = "sd15-512") -> None:
     model = ladder.MODELS[name]
     unet = ladder.pipeline(model, context.device, context.network_dtype).unet
     config, size = model.unet, model.size // model.vae.factor
-    u = torch.randn(2, config.in_channels, size, size, device=context.device, dtype=context.network_dtype)
+    model_input = torch.randn(2, config.in_channels, size, size, device=context.device, dtype=context.network_dtype)
     text = torch.randn(2, 77, config.cross_attention_dim, device=context.device, dtype=context.network_dtype)
     with torch.no_grad(), use("torch"):
         network, inputs = (
             unet.step,
-            (u, unet.time_rows(torch.full((2,), 500.0, device=context.device)), unet.cross_kv(text)),
+            (model_input, unet.time_rows(torch.full((2,), 500.0, device=context.device)), unet.cross_kv(text)),
         )
         options: dict[str, Any] = {"mode": "max-autotune-no-cudagraphs"}
         if context.dry:  # a rehearsal traces one layer, and skips the minutes of a compiler
-            network, inputs, options = unet.conv_in, (u,), {"backend": "eager"}
+            network, inputs, options = unet.conv_in, (model_input,), {"backend": "eager"}
         compiled_network = torch.compile(network, **options)
         start = time.monotonic()
         compiled_network(*inputs)

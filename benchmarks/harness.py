@@ -181,9 +181,9 @@ def disagreement(op: dispatch.Op[..., Any], args: tuple[Any, ...], kwargs: dict[
         written = {name: call.get(name) for name in op.mutates}
         return outputs | {name: x for name, x in written.items() if isinstance(x, Tensor)}
 
-    exact, plain, got = results(op.reference, exactly=True), results(op.reference), results(op.triton)
+    exact, expected, got = results(op.reference, exactly=True), results(op.reference), results(op.triton)
     for name, result in got.items():
-        g, p, e = (t.double() for t in (result, plain[name], exact[name]))
+        g, p, e = (t.double() for t in (result, expected[name], exact[name]))
         scale = e.abs().max().clamp_min(1e-30)
         allowed = 2 * (p - e).abs().max() / scale + SMALL.get(result.dtype, 0.0)
         off = (g - e).abs().max() / scale
@@ -222,7 +222,9 @@ def source(name: str) -> str:
         if file not in files:
             files.add(file)
             text = file.read_text(encoding="utf-8")
-            imported += [kernels / f"{found}.py" for found in re.findall(r"^from fastldm\.kernels\.(\w+) ", text, re.M)]
+            imported += [
+                kernels / f"{module}.py" for module in re.findall(r"^from fastldm\.kernels\.(\w+) ", text, re.M)
+            ]
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files) if file.is_file())).hexdigest()[:16]
 
 

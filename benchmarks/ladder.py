@@ -125,12 +125,14 @@ class WholeUNet:
         self.timesteps = torch.from_numpy(run.table.timesteps).to(text.device)
         self.plain = PlainUNet(unet)
 
-    def __call__(self, u: Tensor, i: int) -> Tensor:
-        rows = self.unet.time_rows(self.timesteps[i].expand(u.shape[0]), added=self.added)
-        return self.unet.step(u, rows, self.unet.cross_kv(self.text[-u.shape[0] :]))
+    def __call__(self, model_input: Tensor, i: int) -> Tensor:
+        rows = self.unet.time_rows(self.timesteps[i].expand(model_input.shape[0]), added=self.added)
+        return self.unet.step(model_input, rows, self.unet.cross_kv(self.text[-model_input.shape[0] :]))
 
-    def channels_first(self, u: Tensor, i: int) -> Tensor:
-        return self.plain(u, self.timesteps[i].expand(u.shape[0]), self.text[-u.shape[0] :], self.added)
+    def channels_first(self, model_input: Tensor, i: int) -> Tensor:
+        return self.plain(
+            model_input, self.timesteps[i].expand(model_input.shape[0]), self.text[-model_input.shape[0] :], self.added
+        )
 
 
 def rungs(pipe: Pipeline, model: Model, steps: int, compiled: bool) -> dict[str, Callable[[], object]]:
@@ -201,8 +203,8 @@ def diffusers_loop(model: Model, run: Run, hidden: Tensor, mode: str | None) -> 
         scheduler.set_timesteps(run.table.steps, device=hidden.device)
         x = run.latents.to(hidden.dtype)
         for t in scheduler.timesteps:
-            u = scheduler.scale_model_input(torch.cat([x] * 2) if guided else x, t)
-            out = unet(u, t, encoder_hidden_states=hidden, return_dict=False)[0]
+            model_input = scheduler.scale_model_input(torch.cat([x] * 2) if guided else x, t)
+            out = unet(model_input, t, encoder_hidden_states=hidden, return_dict=False)[0]
             if guided:
                 unguided, text = out.chunk(2)
                 out = unguided + scale * (text - unguided)

@@ -22,8 +22,8 @@ def rivals(
 ) -> dict[str, Callable[[], object]]:
     """Of linear, which is called with a residual or None, and of linear_geglu, which is not."""
     torch._dynamo.config.recompile_limit = 1000  # one for each shape
-    plain = linear_reference if rest else linear_geglu_reference
-    compiled = torch.compile(plain, dynamic=False, mode="max-autotune-no-cudagraphs")
+    reference = linear_reference if rest else linear_geglu_reference
+    compiled = torch.compile(reference, dynamic=False, mode="max-autotune-no-cudagraphs")
     contenders: dict[str, Callable[[], object]] = {"torch.compile": lambda: compiled(x, weight, bias, *rest)}
 
     rows, factors = x.reshape(-1, x.shape[-1]), weight.t()

@@ -22,12 +22,14 @@ class PlainUNet:
         self.weights = {name: p.detach().contiguous() for name, p in unet.named_parameters() if p.ndim == 4}
         self.names = {id(module): name for name, module in unet.named_modules()}
 
-    def __call__(self, u: Tensor, timesteps: Tensor, text: Tensor, added: AddedConditions | None = None) -> Tensor:
-        """u (B, Cin, H, W), timesteps (B,), text (B, T, D) -> (B, Cout, H, W)"""
+    def __call__(
+        self, model_input: Tensor, timesteps: Tensor, text: Tensor, added: AddedConditions | None = None
+    ) -> Tensor:
+        """model_input (B, Cin, H, W), timesteps (B,), text (B, T, D) -> (B, Cout, H, W)"""
         unet = self.unet
         widths = [resnet.conv2.weight.shape[0] for resnet in unet.resnets()]
         rows = iter(unet.time_rows(timesteps, added=added).split(widths, dim=1))
-        x = self.conv(unet.conv_in, u.contiguous())
+        x = self.conv(unet.conv_in, model_input.contiguous())
         skips = [x]
         for block in unet.down_blocks:
             for resnet, transformer in block.layers():

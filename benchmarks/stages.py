@@ -123,8 +123,8 @@ def run(
             ending, reason = _run_stage(stage, min(stage.seconds, remaining), write, log, say)
             elapsed = time.monotonic() - start
             status[stage.name] = ending
-            why = {"why": reason} if reason else {}
-            write({"stage": stage.name, "status": ending, "seconds": round(elapsed, 1), **why})
+            row = {"stage": stage.name, "status": ending, "seconds": round(elapsed, 1)}
+            write(row | ({"why": reason} if reason else {}))
             say(f"{stage.name:16} {ending} in {elapsed:.0f} s{': ' + reason if reason else ''}")
     return status
 

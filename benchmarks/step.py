@@ -97,8 +97,8 @@ def wrong(slots: int, height: int, width: int, dtype: torch.dtype, device: str) 
     for _ in range(2):
         with use("triton"):
             end_step(out, state)
-        u, x, last = functions(row, out, x, last, dtype)
-    for name, got, expected, allowed in (("x", state.x, x, 1e-5), ("u", state.u, u, torch.finfo(dtype).eps)):
+        inputs, x, last = functions(row, out, x, last, dtype)
+    for name, got, expected, allowed in (("x", state.x, x, 1e-5), ("u", state.u, inputs, torch.finfo(dtype).eps)):
         off = float((got.float() - expected.float()).abs().max() / expected.abs().max())
         if not off <= allowed:
             return f"{name}: error {off:.1e}, allowed {allowed:.1e}"

@@ -230,7 +230,7 @@ class EngineCache:
                 _move(folder, key.digest, _ASIDE + key.digest)
             return
         similar = [entry.key for entry in _entries(folder) if entry.key is not None and entry.key.same_work(key)]
-        similar = [other for other in similar if folder.stat(other.digest) is not None]
+        similar = [candidate for candidate in similar if folder.stat(candidate.digest) is not None]
         if similar:
             logger.warning(
                 "the cached engine of %s is for %s, which is left aside: building one for %s",
@@ -294,10 +294,10 @@ def _move(folder: Folder, name: str, new: str) -> None:
     folder.rename(name, new)
 
 
-def hash_files(*paths: Path, known: Mapping[str, str] | None = None) -> str:
-    """sha256 over the concatenated contents of files. known: hashes of single files, by name."""
-    if known and len(paths) == 1 and paths[0].name in known:
-        return known[paths[0].name]
+def hash_files(*paths: Path, hashes: Mapping[str, str] | None = None) -> str:
+    """sha256 over the concatenated contents of files. hashes: of single files, by name."""
+    if hashes and len(paths) == 1 and paths[0].name in hashes:
+        return hashes[paths[0].name]
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:

@@ -149,7 +149,7 @@ class Engines:
             with Folder.open(self.folder, parents=False) as folder:
                 with folder.folder(name) if folder.stat(name) is not None else folder.make(name) as subfolder:
                     subfolder.replace(engine, data)
-                rest = [other for other in self._records(folder) if other.file != file]
+                rest = [existing for existing in self._records(folder) if existing.file != file]
                 index = {"engines": [entry.to_dict() for entry in (*rest, record)]}
                 folder.replace(INDEX, json.dumps(index, indent=1).encode())
         except OSError as error:

@@ -82,8 +82,8 @@ def open_engine(
 
     key = Key(
         network=spec.name,
-        graph=hash_files(path, known=hashes),
-        weights=hash_files(*[weights] * weights.exists(), known=hashes),
+        graph=hash_files(path, hashes=hashes),
+        weights=hash_files(*[weights] * weights.exists(), hashes=hashes),
         backend="openvino",
         version=ov.__version__,
         precision=precision,

@@ -288,8 +288,8 @@ def key_of(
     `hashes`."""
     return Key(
         network=spec.name,
-        graph=hash_files(path, known=hashes),
-        weights=hash_files(*sorted(path.parent.glob(f"{path.name}_data*")), known=hashes),
+        graph=hash_files(path, hashes=hashes),
+        weights=hash_files(*sorted(path.parent.glob(f"{path.name}_data*")), hashes=hashes),
         backend=trt.__name__,
         version=trt.__version__,
         precision=next(port.dtype for port in spec.outputs),

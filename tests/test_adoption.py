@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from adopted import dropout_in_eval, picture, same_picture
+from adopted import dropout_in_eval, image, same_image
 from diffusers.models import attention_processor
 from states import Attention, on_meta
 from torch import nn
@@ -95,7 +95,7 @@ def _train_without_dropout(pipe: Any) -> None:
 
 HONOURED: dict[str, Change] = {
     "nothing": lambda _: None,
-    "one run before": picture,
+    "one run before": image,
     "FreeU, on and off": _two_passes_of_freeu,
     "plain attention": lambda pipe: pipe.unet.set_attn_processor(attention_processor.AttnProcessor()),
     "sliced attention": lambda pipe: pipe.enable_attention_slicing(1),
@@ -116,13 +116,13 @@ HONOURED: dict[str, Change] = {
 @pytest.mark.parametrize("change", HONOURED)
 def test_adopted_changes_give_the_same_image(pipe: Any, change: str) -> None:
     HONOURED[change](pipe)
-    assert same_picture(pipe)
+    assert same_image(pipe)
 
 
 def test_non_pipelines_are_refused() -> None:
-    for given in (None, "sd1", 3, SimpleNamespace(unet=None), nn.Linear(1, 1), tiny.unet("sd1")):
-        with pytest.raises(InputError, match=f"pipe is a {type(given).__name__}: expected a loaded diffusers pipeline"):
-            Pipeline.from_diffusers(given)
+    for value in (None, "sd1", 3, SimpleNamespace(unet=None), nn.Linear(1, 1), tiny.unet("sd1")):
+        with pytest.raises(InputError, match=f"pipe is a {type(value).__name__}: expected a loaded diffusers pipeline"):
+            Pipeline.from_diffusers(value)
 
 
 # --- Every class and every scheduler as it comes ---
@@ -130,10 +130,10 @@ def test_non_pipelines_are_refused() -> None:
 
 @pytest.mark.parametrize("name", sorted(name for name in pipeline_classes() if hasattr(diffusers, name)))
 def test_every_supported_class_is_adopted(name: str) -> None:
-    parts = tiny.pipeline("sdxl" if "XL" in name else "lcm" if "Latent" in name else "sd1").components
-    parts.pop("image_encoder", None)  # which no older class has
+    components = tiny.pipeline("sdxl" if "XL" in name else "lcm" if "Latent" in name else "sd1").components
+    components.pop("image_encoder", None)  # which no older class has
     flags = {} if "XL" in name else {"requires_safety_checker": False}
-    theirs = getattr(diffusers, name)(**parts, **flags)
+    theirs = getattr(diffusers, name)(**components, **flags)
     assert Pipeline.from_diffusers(theirs).name == name
 
 
@@ -157,9 +157,9 @@ def test_ignored_safety_checker_is_logged(caplog: pytest.LogCaptureFixture, pipe
 def test_compiled_networks_are_unwrapped(original: Any, pipe: Any, compile_: Change) -> None:
     compile_(pipe)
     adopted = Pipeline.from_diffusers(pipe)
-    assert np.abs(picture(adopted) - picture(original)).max() < 1e-4  # the compiled one would take a minute
+    assert np.abs(image(adopted) - image(original)).max() < 1e-4  # the compiled one would take a minute
     pipe.unet.conv_out.weight.mul_(0.5)  # shared
-    assert np.abs(picture(adopted) - picture(original)).max() > 1e-3
+    assert np.abs(image(adopted) - image(original)).max() > 1e-3
 
 
 # --- Textual inversion of several vectors ---
@@ -189,10 +189,10 @@ def test_multi_vector_tokens_are_expanded(inverted: Any, tmp_path: Path) -> None
 
 def test_multi_vector_tokens_give_diffusers_image(inverted: Any, tmp_path: Path) -> None:
     prompt = "a <thing> here"
-    assert same_picture(inverted, prompt)
+    assert same_image(inverted, prompt)
     inverted.save_pretrained(tmp_path)
     loaded = Pipeline.from_pretrained(tmp_path, dtype="float32")
-    assert np.abs(picture(loaded, prompt) - picture(inverted, prompt)).max() < 1e-4
+    assert np.abs(image(loaded, prompt) - image(inverted, prompt)).max() < 1e-4
 
 
 def test_adopted_weights_are_shared(pipe: Any) -> None:
@@ -219,12 +219,12 @@ def test_loaded_pipeline_has_description_of_its_folder(pipe: Any, tmp_path: Path
     pipe.save_pretrained(tmp_path)
     loaded, saved = adoption.describe_diffusers(pipe), open_diffusers(tmp_path)
     assert set(loaded.components) == set(saved.components)
-    for name, part in saved.components.items():
+    for name, component in saved.components.items():
         got = loaded.components[name]
-        assert got.class_name == part.class_name
+        assert got.class_name == component.class_name
         assert got.files == ()
         volatile = {"_diffusers_version", "transformers_version", "_name_or_path", "dtype", "torch_dtype"}
-        same = {k: v for k, v in part.config.items() if k not in volatile}
+        same = {k: v for k, v in component.config.items() if k not in volatile}
         assert json.loads(json.dumps({k: got.config[k] for k in same})) == same
     assert {"_class_name", "beta_start", "steps_offset"} <= set(loaded.scheduler)
     assert loaded.scheduler == {key: saved.scheduler[key] for key in loaded.scheduler}

@@ -338,25 +338,25 @@ def test_public_op_takes_the_requested_path() -> None:
 def test_refusals_name_the_reason() -> None:
     q, k, v = (torch.empty(2, 6, 48) for _ in range(3))
 
-    def why(q: Tensor = q, k: Tensor = k, v: Tensor = v, heads: int = 2, **kwargs: Any) -> str:
+    def refusal(q: Tensor = q, k: Tensor = k, v: Tensor = v, heads: int = 2, **kwargs: Any) -> str:
         verdict = ATTENTION.supports(q, k, v, heads, **kwargs)
         assert not verdict
         return verdict.reason
 
-    assert "float64" in why(*(t.double() for t in (q, k, v)))
-    assert "float32" in why(*(t.to("meta") for t in (q, k, v)))  # stands for a GPU's
-    assert "causal" in why(causal=True)
-    assert "scale -1.0" in why(scale=-1.0)
-    assert "head dim 12" in why(heads=4)
-    assert "head dim 264" in why(*(torch.empty(1, 1, 264) for _ in range(3)), heads=1)
-    assert "2 rows, 1 slots" in why(k=k[:1], v=v[:1])
-    assert "kv_len is torch.int64" in why(kv_len=torch.ones(2, dtype=torch.int64))
-    assert "slots is torch.int32 with strides (2,)" in why(slots=torch.zeros(4, dtype=torch.int32)[::2])
-    assert "empty" in why(q=q[:, :0])
-    assert "stride" in why(q=torch.empty(2, 48, 6).transpose(1, 2))
-    assert "16 bytes" in why(k=torch.empty(2, 6, 49)[..., :48])
+    assert "float64" in refusal(*(t.double() for t in (q, k, v)))
+    assert "float32" in refusal(*(t.to("meta") for t in (q, k, v)))  # stands for a GPU's
+    assert "causal" in refusal(causal=True)
+    assert "scale -1.0" in refusal(scale=-1.0)
+    assert "head dim 12" in refusal(heads=4)
+    assert "head dim 264" in refusal(*(torch.empty(1, 1, 264) for _ in range(3)), heads=1)
+    assert "2 rows, 1 slots" in refusal(k=k[:1], v=v[:1])
+    assert "kv_len is torch.int64" in refusal(kv_len=torch.ones(2, dtype=torch.int64))
+    assert "slots is torch.int32 with strides (2,)" in refusal(slots=torch.zeros(4, dtype=torch.int32)[::2])
+    assert "empty" in refusal(q=q[:, :0])
+    assert "stride" in refusal(q=torch.empty(2, 48, 6).transpose(1, 2))
+    assert "16 bytes" in refusal(k=torch.empty(2, 6, 49)[..., :48])
     with dispatch.targeting(dispatch.Target(80)):
-        assert "sm_80 spills" in why(
+        assert "sm_80 spills" in refusal(
             *(torch.empty(1, 4, 512, dtype=torch.half, device="meta") for _ in range(3)), heads=1
         )
 
@@ -392,7 +392,7 @@ def test_every_shape_has_a_default(arch: int) -> None:
                 if "BLOCK_N" in config:
                     width = sum(tiles(dim, 16))
                     held = 2 * width * (config["BLOCK_M"] + 2 * config["BLOCK_N"] * max(1, config["num_stages"] - 1))
-                    assert held <= SHARED_MEMORY[min(ARCHS, key=lambda known: (known > arch, arch - known))] * 1024
+                    assert held <= SHARED_MEMORY[min(ARCHS, key=lambda sm: (sm > arch, arch - sm))] * 1024
 
 
 @pytest.mark.parametrize(

@@ -62,9 +62,9 @@ def verify(folder: Path, *options: str) -> tuple[int, str]:
     return done.exit_code, done.output
 
 
-def rows(said: str) -> Counter[tuple[str, str]]:
+def rows(output: str) -> Counter[tuple[str, str]]:
     """Networks and origins of the lines of the table."""
-    matches = (line.split()[:2] for line in said.splitlines() if line.startswith((*bundles.NETWORKS, "picture")))
+    matches = (line.split()[:2] for line in output.splitlines() if line.startswith((*bundles.NETWORKS, "picture")))
     return Counter((network, origin) for network, origin in matches)
 
 
@@ -83,9 +83,9 @@ def test_bundle_has_expected_files(exported: Path, model: Path) -> None:
         f"{name}/config.json" for name in bundles.NETWORKS
     } <= matches
     # the configs that other tools read are those of the model
-    for name, part in (("unet_step", "unet"), ("vae_decoder", "vae"), ("scheduler", "scheduler")):
-        config = "scheduler_config.json" if part == "scheduler" else "config.json"
-        assert json.loads((exported / name / config).read_text()) == json.loads((model / part / config).read_text())
+    for name, source in (("unet_step", "unet"), ("vae_decoder", "vae"), ("scheduler", "scheduler")):
+        config = "scheduler_config.json" if source == "scheduler" else "config.json"
+        assert json.loads((exported / name / config).read_text()) == json.loads((model / source / config).read_text())
     prompt = "a photo of an astronaut"
     assert Tokenizer(exported / "tokenizer").ids(prompt) == Tokenizer(model / "tokenizer").ids(prompt)
     # transformers 5 wrote one file; older ones, which optimum needs, read these
@@ -114,9 +114,9 @@ def test_fresh_sizes_are_not_goldens() -> None:
     for split in (False, True):
         for spec in specs(model.unet, model.vae, model.text, dtype="float32", split=split).values():
             sizes = proof.golden_sizes(spec) + proof.fresh_sizes(spec)
-            assert len({tuple(spec.shape(port, one) for port in spec.inputs) for one in sizes}) == 6, spec.name
-            given = [(spec.axes[name], size) for one in sizes for name, size in one.items() if name in spec.axes]
-            assert all(nearest(axis, size) == size for axis, size in given)
+            assert len({tuple(spec.shape(port, case) for port in spec.inputs) for case in sizes}) == 6, spec.name
+            values = [(spec.axes[name], size) for case in sizes for name, size in case.items() if name in spec.axes]
+            assert all(nearest(axis, size) == size for axis, size in values)
 
 
 def test_verify_without_model_uses_goldens(exported: Path, model: Path, tmp_path: Path) -> None:
@@ -134,12 +134,12 @@ def test_verify_without_model_uses_goldens(exported: Path, model: Path, tmp_path
 
 
 def test_weights_of_other_model_are_found(exported: Path, model: Path, tmp_path: Path) -> None:
-    other = Path(shutil.copytree(model, tmp_path / "other"))
-    path = other / "unet" / "diffusion_pytorch_model.safetensors"
+    changed = Path(shutil.copytree(model, tmp_path / "other"))
+    path = changed / "unet" / "diffusion_pytorch_model.safetensors"
     weights = load_file(path)
     weights["time_embedding.linear_2.bias"] += 1
     save_file(weights, path, metadata={"format": "pt"})
-    status, output = verify(exported, "-m", str(other))
+    status, output = verify(exported, "-m", str(changed))
     assert status == 1
     failed = {tuple(line.split()[:2]) for line in output.splitlines() if line.endswith("FAILED")}
     assert failed == {("time_rows", "fresh")}  # alone: the rows are what that bias goes into
@@ -176,7 +176,7 @@ def point_outside(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "message"),
     [
         (truncate, r"unet_step/model.onnx_data has \d+ bytes, expected \d+: it is damaged"),
         (flip, r"unet_step/model.onnx_data is not what was exported \(its sha256 differs\)"),
@@ -188,11 +188,11 @@ def point_outside(folder: Path) -> None:
     ],
 )
 def test_damage_is_found_before_anything_runs(
-    copy: Path, damage: Callable[[Path], None], words: str, monkeypatch: pytest.MonkeyPatch
+    copy: Path, damage: Callable[[Path], None], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     damage(copy)
     monkeypatch.setattr(proof, "open_engine", lambda *args, **kwargs: pytest.fail("a network was opened"))
-    with pytest.raises(BundleError, match=words):
+    with pytest.raises(BundleError, match=message):
         Bundle.open(copy)
     status, output = verify(copy)
     assert status == 1
@@ -203,7 +203,7 @@ def test_damage_is_found_before_anything_runs(
 def test_executed_files_have_hashes(files: str, copy: Path) -> None:
     manifest = json.loads((copy / "manifest.json").read_text())
     dropped = {"none": "", "without a network": "unet_step/model.onnx", "without a golden": "goldens/time_rows"}[files]
-    manifest["files"] = {name: one for name, one in manifest["files"].items() if not name.startswith(dropped)}
+    manifest["files"] = {name: file for name, file in manifest["files"].items() if not name.startswith(dropped)}
     bundles.sign(copy, manifest)
     with pytest.raises(BundleError, match=r"manifest\.json has no hash of .*, which is run: export the model again"):
         Bundle.open(copy)
@@ -279,8 +279,8 @@ def test_bundle_engines_build_without_gpu(
     tensorrt = pytest.importorskip("fastldm.export.tensorrt", reason="tensorrt_rtx is not installed")
     monkeypatch.setattr(onnx, "write", lambda *args, **kwargs: pytest.fail("a network was traced"))
     # latents of 6x8 and 8x6, which the model allows and was not made for
-    asked = ("--arch", "sm_89", "--size", "16x12", "--size", "12x16")
-    status, output = engines(copy, model, *asked)
+    options = ("--arch", "sm_89", "--size", "16x12", "--size", "12x16")
+    status, output = engines(copy, model, *options)
     assert status == 0, output
     folder = f"{tensorrt.trt.__name__}-{tensorrt.trt.__version__}-sm_89-16x12-12x16"
     for name in bundles.NETWORKS:
@@ -302,7 +302,7 @@ def test_bundle_engines_build_without_gpu(
     assert "the bundle's engine of unet_step is set aside: it is for sm_89, and here is sm_86" in caplog.text
 
     (copy / "engines" / folder / "text_kv.engine").unlink()
-    status, output = engines(copy, model, *asked)
+    status, output = engines(copy, model, *options)
     assert [line.split()[1:3] == ["is", "there,"] for line in output.splitlines() if ".engine: " in line] == [
         name != "text_kv" for name in bundles.NETWORKS
     ]
@@ -326,8 +326,8 @@ def test_gpu_uses_fitting_bundle_engine(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setenv("FASTLDM_CACHE", str(tmp_path / "cache"))
-    made = Bundle.open(copy)
-    path, spec = made.path("text_kv"), made.specs["text_kv"]
+    bundle = Bundle.open(copy)
+    path, spec = bundle.path("text_kv"), bundle.specs["text_kv"]
 
     def run() -> bytes:
         return open_engine("tensorrt", path, spec, device="cuda:0")  # type: ignore[return-value]
@@ -335,7 +335,7 @@ def test_gpu_uses_fitting_bundle_engine(
     assert run() == b"built here"
     assert not caplog.records
     monkeypatch.setattr(tensorrt, "build", lambda *args, **kwargs: b"built ahead")
-    list(tensorrt.build_ahead(made))
+    list(tensorrt.build_ahead(bundle))
     assert run() == b"built ahead"
     refused.append(b"built ahead")
     assert run() == b"built here"
@@ -348,7 +348,7 @@ def test_gpu_uses_fitting_bundle_engine(
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         (["--to", "tensorrt", "--arch", "sm_90"], r"does not build for sm_90: expected .*sm_89.* or none for Ampere"),
         (["--to", "tensorrt", "--size", "16x13"], r"the size is 16x13: .*in steps of 4, the nearest is 16x12"),
@@ -357,14 +357,14 @@ def test_gpu_uses_fitting_bundle_engine(
     ],
 )
 def test_engine_errors_are_found_before_tracing(
-    options: list[str], words: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: list[str], message: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "--to" in options:
         pytest.importorskip("fastldm.export.tensorrt", reason="tensorrt_rtx is not installed")
     monkeypatch.setattr(writing, "export", lambda *args, **kwargs: pytest.fail("exported"))
     done = CliRunner().invoke(main, ["export", "-m", str(model), str(tmp_path / "out"), *options])
     assert done.exit_code == 2
-    assert re.search(words, done.output), done.output
+    assert re.search(message, done.output), done.output
 
 
 def test_without_tensorrt_nothing_is_traced(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

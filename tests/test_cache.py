@@ -34,7 +34,7 @@ def cache(tmp_path: Path) -> EngineCache:
 
 def start(code: str, cache: EngineCache) -> subprocess.Popen[str]:
     """A process that knows `cache`, KEY and ENGINE."""
-    given = f"""
+    prelude = f"""
 import os, resource, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
@@ -42,7 +42,7 @@ from fastldm.export.cache import EngineCache, Key
 cache, KEY, ENGINE = EngineCache(Path({str(cache.folder)!r}), {cache.limit}), {KEY!r}, {ENGINE!r}
 """
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", given + code], cwd="/", **pipes)  # type: ignore[call-overload]
+    return subprocess.Popen([sys.executable, "-c", prelude + code], cwd="/", **pipes)  # type: ignore[call-overload]
 
 
 def wait_for(path: Path) -> None:
@@ -67,8 +67,8 @@ def test_what_was_built_is_loaded(cache: EngineCache) -> None:
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Key)], ids="of {}".format)
 def test_every_key_field_makes_another_engine(cache: EngineCache, field: str) -> None:
     put(cache)
-    other = dataclasses.replace(KEY, **{field: "another"})
-    assert put(cache, other, b"other") != cache.folder / KEY.digest
+    changed = dataclasses.replace(KEY, **{field: "another"})
+    assert put(cache, changed, b"other") != cache.folder / KEY.digest
     assert cache.fetch(KEY, never, bytes) == ENGINE
 
 
@@ -205,8 +205,8 @@ def test_engine_runs_without_writable_folder(tmp_path: Path, caplog: pytest.LogC
 
 def test_least_recently_used_goes_first(cache: EngineCache) -> None:
     keys = [dataclasses.replace(KEY, graph=str(n)) for n in range(5)]
-    one = sum(file.stat().st_size for file in put(cache, keys[0]).iterdir())
-    cache.limit = 3 * one + one // 2
+    entry_bytes = sum(file.stat().st_size for file in put(cache, keys[0]).iterdir())
+    cache.limit = 3 * entry_bytes + entry_bytes // 2
     for age, key in enumerate(keys[:3]):
         os.utime(put(cache, key) / "entry.json", (1000 + age, 1000 + age))
     cache.fetch(keys[0], never, bytes)  # the oldest, used again
@@ -319,7 +319,7 @@ def as_a_loop(path: Path) -> None:
 
 
 def as_a_link(path: Path) -> None:
-    outside = next(one for one in path.parents if one.name == "engines").with_name("outside")
+    outside = next(parent for parent in path.parents if parent.name == "engines").with_name("outside")
     outside.mkdir()
     cached = outside / path.name
     path.rename(cached) if path.exists() else cached.mkdir()
@@ -331,21 +331,21 @@ def as_a_pipe(path: Path) -> None:
 
 
 @pytest.mark.parametrize("thing", [as_a_file, as_a_folder, as_a_dangling_link, as_a_loop, as_a_link, as_a_pipe])
-@pytest.mark.parametrize("place", ["lock", "aside-KEY", "KEY", "KEY/engine", "KEY/entry.json", "tmp-KEY"])
-def test_unexpected_entries_are_replaced(cache: EngineCache, place: str, thing: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize("name", ["lock", "aside-KEY", "KEY", "KEY/engine", "KEY/entry.json", "tmp-KEY"])
+def test_unexpected_entries_are_replaced(cache: EngineCache, name: str, thing: Callable[[Path], None]) -> None:
     entry = put(cache)
-    path = cache.folder / place.replace("KEY", KEY.digest)
-    if thing is not as_a_link or not place.startswith("KEY"):
+    path = cache.folder / name.replace("KEY", KEY.digest)
+    if thing is not as_a_link or not name.startswith("KEY"):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     thing(path)
-    if not place.startswith("KEY"):
+    if not name.startswith("KEY"):
         edited(entry)  # so that the lock is taken, and what was there set aside
     cache.entries()
     list(cache.verify())
     assert cache.fetch(KEY, lambda: b"built again", bytes) == b"built again"
     assert cache.fetch(KEY, never, bytes) == b"built again"
     cache.prune()
-    assert sorted(one.name for one in cache.folder.iterdir()) == sorted([KEY.digest, "lock"])
+    assert sorted(child.name for child in cache.folder.iterdir()) == sorted([KEY.digest, "lock"])
     assert not (cache.folder / "nowhere").exists(), "nothing is written through a link"
 
 
@@ -371,8 +371,8 @@ def test_command_lists_verifies_and_prunes(cache: EngineCache) -> None:
     vae = put(cache, dataclasses.replace(KEY, network="vae_decoder", graph="v"))
     code, output = command(cache, "ls")
     assert code == 0
-    for part in (KEY.digest[:12], "unet", "vae_decoder", "tensorrt_rtx 1.7.1.116 on NVIDIA H100 sm_90", "float16"):
-        assert part in output
+    for value in (KEY.digest[:12], "unet", "vae_decoder", "tensorrt_rtx 1.7.1.116 on NVIDIA H100 sm_90", "float16"):
+        assert value in output
     assert command(cache, "verify")[0] == 0
 
     edited(vae)
@@ -391,12 +391,12 @@ def test_command_lists_verifies_and_prunes(cache: EngineCache) -> None:
     assert "unet" in output
 
 
-@pytest.mark.parametrize(("given", "kept"), [("1MiB", 3), ("150 KB", 2), ("0.1M", 1), ("70000", 0)])
-def test_prune_keeps_given_size(cache: EngineCache, given: str, kept: int) -> None:
+@pytest.mark.parametrize(("size", "remaining"), [("1MiB", 3), ("150 KB", 2), ("0.1M", 1), ("70000", 0)])
+def test_prune_keeps_given_size(cache: EngineCache, size: str, remaining: int) -> None:
     for n in range(3):
         put(cache, dataclasses.replace(KEY, graph=str(n)))  # 70,000 bytes each, and a description
-    assert command(cache, "prune", "--keep", given)[0] == 0
-    assert len(cache.entries()) == kept
+    assert command(cache, "prune", "--keep", size)[0] == 0
+    assert len(cache.entries()) == remaining
 
 
 def test_prune_refuses_invalid_size(cache: EngineCache) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from adopted import dropout_in_eval, picture, same_picture
+from adopted import dropout_in_eval, image, same_image
 from diffusers.models import attention_processor
 from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D
 from torch import Tensor, nn
@@ -200,13 +200,13 @@ def test_change_is_refused_by_name(pipe: Any, change: str) -> None:
 def test_refused_pipeline_is_unchanged(pipe: Any) -> None:
     before = {name: tensor.data_ptr() for name, tensor in pipe.unet.state_dict().items()}
     pipe.enable_freeu(0.9, 0.2, 1.5, 1.6)
-    changed = picture(pipe)
+    changed = image(pipe)
     with pytest.raises(CheckpointError):
         Pipeline.from_diffusers(pipe)
     assert {name: tensor.data_ptr() for name, tensor in pipe.unet.state_dict().items()} == before
-    assert np.array_equal(picture(pipe), changed)
+    assert np.array_equal(image(pipe), changed)
     pipe.disable_freeu()
-    assert same_picture(pipe)
+    assert same_image(pipe)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_patched_class_is_refused(pipe: Any, monkeypatch: pytest.MonkeyPatch, ow
 
 
 @pytest.mark.parametrize(
-    ("cls", "what"),
+    ("cls", "reason"),
     [
         ("peft.tuners.lora.layer.Linear", "a LoRA or another adapter.*pipe.unload_lora_weights"),
         ("bitsandbytes.nn.modules.Linear8bitLt", "quantised weights"),
@@ -234,11 +234,11 @@ def test_patched_class_is_refused(pipe: Any, monkeypatch: pytest.MonkeyPatch, ow
         ("somebody.else.Linear", "a change outside its weights and configs"),
     ],
 )
-def test_layers_of_other_packages_are_refused_by_name(pipe: Any, cls: str, what: str) -> None:
+def test_layers_of_other_packages_are_refused_by_name(pipe: Any, cls: str, reason: str) -> None:
     module, _, name = cls.rpartition(".")
     foreign = type(name, (nn.Linear,), {"__module__": module})
     pipe.unet.time_embedding.linear_1.__class__ = foreign
-    with pytest.raises(CheckpointError, match=rf"time_embedding\.linear_1 is a {cls}, not a Linear: {what}"):
+    with pytest.raises(CheckpointError, match=rf"time_embedding\.linear_1 is a {cls}, not a Linear: {reason}"):
         Pipeline.from_diffusers(pipe)
 
 

@@ -150,7 +150,7 @@ def test_any_value_is_shown_in_one_short_line(value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "shown"),
+    ("value", "expected"),
     [
         (torch.zeros(2, 3), "a Tensor of shape (2, 3) and dtype torch.float32"),
         (np.zeros((2, 3)), "an array of shape (2, 3) and dtype float64"),
@@ -161,8 +161,8 @@ def test_any_value_is_shown_in_one_short_line(value: Any) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_show_is_short(value: Any, shown: str) -> None:
-    assert checks.show(value) == shown
+def test_show_is_short(value: Any, expected: str) -> None:
+    assert checks.show(value) == expected
 
 
 # --- the other public arguments

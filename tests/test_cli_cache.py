@@ -70,8 +70,8 @@ def test_verify_names_the_damaged_engine() -> None:
 
 def test_prune_names_what_it_removes() -> None:
     entry = put("unet")
-    kept = run("cache", "prune")
-    assert (kept.exit_code, kept.stdout) == (0, "0.0 KiB freed\n")
+    nothing = run("cache", "prune")
+    assert (nothing.exit_code, nothing.stdout) == (0, "0.0 KiB freed\n")
     done = run("cache", "prune", "--keep", "1MiB")
     assert (done.exit_code, done.stderr) == (0, "")
     assert re.fullmatch(rf"removed {line_of('unet', entry)}\n1\.5 MiB freed\n", done.stdout)

@@ -53,14 +53,14 @@ def test_mistakes_write_nothing_and_say_why(arguments: list[str], status: int, m
     assert not list(tmp_path.iterdir())
 
 
-def commands(group: click.Group = main, *words: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+def commands(group: click.Group = main, *path: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:
     """A group and all below it, each with its words: ("generate",), ("cache", "ls")."""
-    yield words, group
+    yield path, group
     for name, command in group.commands.items():
         if isinstance(command, click.Group):
-            yield from commands(command, *words, name)
+            yield from commands(command, *path, name)
         else:
-            yield (*words, name), command
+            yield (*path, name), command
 
 
 COMMANDS = dict(commands())
@@ -76,21 +76,21 @@ def test_help_lists_every_command_with_its_summary() -> None:
     assert run().exit_code == 2
 
 
-@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_help_of_each_command_names_its_options(words: tuple[str, ...]) -> None:
-    done = run(*words, "--help")
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_help_of_each_command_names_its_options(path: tuple[str, ...]) -> None:
+    done = run(*path, "--help")
     assert (done.exit_code, done.stderr) == (0, "")
-    assert done.stdout.startswith(" ".join(["Usage: fastldm", *words, "[OPTIONS]"]))
-    assert COMMANDS[words].help
-    for parameter in COMMANDS[words].params:
+    assert done.stdout.startswith(" ".join(["Usage: fastldm", *path, "[OPTIONS]"]))
+    assert COMMANDS[path].help
+    for parameter in COMMANDS[path].params:
         if isinstance(parameter, click.Option):
             assert all(name in done.stdout for name in parameter.opts)
 
 
-@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_examples_in_help_are_accepted(words: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_examples_in_help_are_accepted(path: tuple[str, ...]) -> None:
     """Each line that begins with `fastldm`, up to the remark beside it."""
-    for line in re.sub(r"\\\n\s+", "", COMMANDS[words].help or "").splitlines():
+    for line in re.sub(r"\\\n\s+", "", COMMANDS[path].help or "").splitlines():
         example = re.fullmatch(r"\s*(?:RUN )?fastldm (\S.*?)(?:  .*)?", line)
         if example:
             name, *arguments = shlex.split(example[1])

@@ -61,33 +61,33 @@ SAMPLE = 30
 Case = tuple[tuple[str, ...], Any]
 
 
-def places(config: dict[str, Any], depth: int) -> Iterator[tuple[str, ...]]:
+def key_paths(config: dict[str, Any], depth: int) -> Iterator[tuple[str, ...]]:
     for key, value in config.items():
         yield (key,)
         if depth > 1 and isinstance(value, dict):
-            yield from ((key, *inner) for inner in places(dict(list(value.items())[:5]), depth - 1))
+            yield from ((key, *inner) for inner in key_paths(dict(list(value.items())[:5]), depth - 1))
 
 
 def cases(config: dict[str, Any], all_of_them: bool, depth: int = 1) -> list[Case]:
-    every = [(place, value) for place in places(config, depth) for value in HOSTILE]
+    every = [(keys, value) for keys in key_paths(config, depth) for value in HOSTILE]
     return every if all_of_them else random.Random(0).sample(every, min(SAMPLE, len(every)))
 
 
-def changed(config: dict[str, Any], place: tuple[str, ...], value: Any) -> dict[str, Any]:
-    inner = changed(config[place[0]], place[1:], value) if len(place) > 1 else value
-    return {**config, place[0]: inner}
+def changed(config: dict[str, Any], keys: tuple[str, ...], value: Any) -> dict[str, Any]:
+    inner = changed(config[keys[0]], keys[1:], value) if len(keys) > 1 else value
+    return {**config, keys[0]: inner}
 
 
-def check(load: Callable[[], object], file: str, place: tuple[str, ...], value: Any) -> None:
+def check(load: Callable[[], object], file: str, keys: tuple[str, ...], value: Any) -> None:
     try:
         load()
     except CheckpointError as refused:
         text = str(refused)
-        assert text.isprintable(), (place, value, text)
-        assert len(text) < 1000, (place, value, text)
-        assert file in text or place[0] in text, (place, value, text)
+        assert text.isprintable(), (keys, value, text)
+        assert len(text) < 1000, (keys, value, text)
+        assert file in text or keys[0] in text, (keys, value, text)
     except BaseException as raw:  # a panic of a library in Rust is no Exception
-        pytest.fail(f"{file}, {place}, {value!r:.60}: {type(raw).__name__}: {raw}")
+        pytest.fail(f"{file}, {keys}, {value!r:.60}: {type(raw).__name__}: {raw}")
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ FULL = pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.m
 
 @FULL
 @pytest.mark.parametrize(
-    ("family", "part"),
+    ("family", "name"),
     [
         ("sd1", "unet"),
         ("sdxl", "unet"),
@@ -123,12 +123,12 @@ FULL = pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.m
         ("sdxl", "text_encoder_2"),
     ],
 )
-def test_values_of_components(folders: dict[str, Path], family: str, part: str, full: bool) -> None:
+def test_values_of_components(folders: dict[str, Path], family: str, name: str, full: bool) -> None:
     checkpoint = open_diffusers(folders[family])
-    component = checkpoint.components[part]
-    for place, value in cases(component.config, full):
-        parts = {**checkpoint.components, part: replace(component, config=changed(component.config, place, value))}
-        check(lambda parts=parts: build(replace(checkpoint, components=parts)), part, place, value)  # type: ignore[misc]
+    component = checkpoint.components[name]
+    for keys, value in cases(component.config, full):
+        components = {**checkpoint.components, name: replace(component, config=changed(component.config, keys, value))}
+        check(lambda components=components: build(replace(checkpoint, components=components)), name, keys, value)  # type: ignore[misc]
 
 
 @FULL
@@ -139,15 +139,15 @@ def test_values_of_schedulers(folders: dict[str, Path], name: str, full: bool) -
     checkpoint = open_diffusers(folders["sd1"])
     options = {"clip_sample": False} if name == "DDIM" else {"skip_prk_steps": True} if name == "PNDM" else {}
     config = json.loads(getattr(diffusers, f"{name}Scheduler")(**options).to_json_string())
-    for place, value in cases(config, full):
-        other = replace(checkpoint, scheduler=changed(config, place, value))
-        check(lambda other=other: build(other), "scheduler_config.json", place, value)  # type: ignore[misc]
+    for keys, value in cases(config, full):
+        edited = replace(checkpoint, scheduler=changed(config, keys, value))
+        check(lambda edited=edited: build(edited), "scheduler_config.json", keys, value)  # type: ignore[misc]
 
 
 @contextlib.contextmanager
-def rewritten(path: Path, place: tuple[str, ...], value: Any) -> Iterator[None]:
+def rewritten(path: Path, keys: tuple[str, ...], value: Any) -> Iterator[None]:
     content = path.read_text(encoding="utf-8")
-    path.write_text(json.dumps(changed(json.loads(content), place, value)), encoding="utf-8")
+    path.write_text(json.dumps(changed(json.loads(content), keys, value)), encoding="utf-8")
     yield
     path.write_text(content, encoding="utf-8")
 
@@ -160,9 +160,9 @@ def rewritten(path: Path, place: tuple[str, ...], value: Any) -> Iterator[None]:
 def test_values_of_indices(tmp_path: Path, folders: dict[str, Path], family: str, name: str, full: bool) -> None:
     folder = Path(shutil.copytree(folders[family], tmp_path / "model"))
     path = next(folder.glob(name))
-    for place, value in cases(json.loads(path.read_text()), full, depth=2):
-        with rewritten(path, place, value):
-            check(lambda: loading.describe(folder), str(folder), place, value)
+    for keys, value in cases(json.loads(path.read_text()), full, depth=2):
+        with rewritten(path, keys, value):
+            check(lambda: loading.describe(folder), str(folder), keys, value)
 
 
 @FULL
@@ -178,20 +178,20 @@ def test_values_of_tokenizers(tmp_path: Path, folders: dict[str, Path], name: st
         (folder / name).write_text(json.dumps({"pad_token": "!", "bos_token": {"content": "<|startoftext|>"}}))
     if name == "added_tokens.json":
         (folder / name).write_text(json.dumps({"<cat>": 1000, "<dog>": 1001}))
-    for place, value in cases(json.loads((folder / name).read_text(encoding="utf-8")), full, depth=3):
-        with rewritten(folder / name, place, value):
-            check(lambda: Tokenizer(folder).ids("a cat <cat>"), str(folder), place, value)
+    for keys, value in cases(json.loads((folder / name).read_text(encoding="utf-8")), full, depth=3):
+        with rewritten(folder / name, keys, value):
+            check(lambda: Tokenizer(folder).ids("a cat <cat>"), str(folder), keys, value)
 
 
 def test_error_says_what_is_expected(folders: dict[str, Path]) -> None:
     """A few of the messages, whole."""
     checkpoint = open_diffusers(folders["sd1"])
 
-    def refused(part: str, **values: Any) -> str:
-        component = checkpoint.components[part]
-        parts = {**checkpoint.components, part: replace(component, config={**component.config, **values})}
+    def refused(name: str, **values: Any) -> str:
+        component = checkpoint.components[name]
+        components = {**checkpoint.components, name: replace(component, config={**component.config, **values})}
         with pytest.raises(FastLDMError) as error:
-            loading.spec_of(replace(checkpoint, components=parts))
+            loading.spec_of(replace(checkpoint, components=components))
         return str(error.value).removeprefix(f"{folders['sd1']}/")
 
     assert refused("text_encoder", num_hidden_layers=1e12) == (

@@ -181,14 +181,14 @@ def test_upsampling_equals_a_transposed_convolution() -> None:
         weight[..., at] = 1
         weight = weight.view(1, 1, 3, 3)
         x = torch.randn(1, 1, 3, 4, dtype=torch.float64)
-        plain = conv.upsample_conv2d_reference(x, weight, None, 6, 8)
+        expected = conv.upsample_conv2d_reference(x, weight, None, 6, 8)
         got = F.conv_transpose2d(x, conv.upsample_phases(weight), stride=2, padding=1)
-        assert torch.allclose(got, plain, rtol=0, atol=1e-15)
+        assert torch.allclose(got, expected, rtol=0, atol=1e-15)
     x, weight = torch.randn(2, 6, 5, 7, dtype=torch.float64), torch.randn(4, 6, 3, 3, dtype=torch.float64)
     phases = conv.upsample_phases(weight)
     assert phases.shape == (6, 4, 4, 4)
-    plain = conv.upsample_conv2d_reference(x, weight, None, 10, 14)
-    assert torch.allclose(F.conv_transpose2d(x, phases, stride=2, padding=1), plain, rtol=0, atol=1e-12)
+    expected = conv.upsample_conv2d_reference(x, weight, None, 10, 14)
+    assert torch.allclose(F.conv_transpose2d(x, phases, stride=2, padding=1), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -327,8 +327,8 @@ def test_cost_counts_operations_and_bytes() -> None:
     elements = 2 * 16 * 64 + 24 * 16 * 9 + 2 * 24 * 16
     assert CONV2D.cost(x, weight, bias, None, 2, 1) == (2 * 2 * 24 * 16 * 16 * 9, 2 * elements, 0)
     assert CONV2D.cost(x, weight, bias, residual, 2, 1).bytes == 2 * (elements + 2 * 24 * 16)
-    plain = CONV2D.cost(randn(2, 16, 16, 16), weight, None, None, 1, 1).flop
-    assert UPSAMPLE_CONV2D.cost(x, weight, bias, 16, 16).flop * 9 == plain * 4
+    full = CONV2D.cost(randn(2, 16, 16, 16), weight, None, None, 1, 1).flop
+    assert UPSAMPLE_CONV2D.cost(x, weight, bias, 16, 16).flop * 9 == full * 4
     assert UPSAMPLE_CONV2D.cost(x, weight, bias, 16, 17).flop == 9 * 2 * 2 * 16 * 17 * 24 * 16
 
 

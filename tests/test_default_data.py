@@ -16,17 +16,17 @@ def concepts() -> list[Concept]:
 
 
 def test_a_pair_of_tags_means_one_concept(concepts: list[Concept]) -> None:
-    known = [{*c["names"], *plain_tags(c)} for c in concepts]
+    vocabularies = [{*c["names"], *plain_tags(c)} for c in concepts]
     for i, pairs in enumerate(tag_pairs(concepts)):
         for pair in pairs[:5]:
-            assert [j for j, words in enumerate(known) if words.issuperset(pair)] == [i]
+            assert [j for j, vocabulary in enumerate(vocabularies) if vocabulary.issuperset(pair)] == [i]
 
 
 def test_training_never_shows_the_pair_that_is_tested(concepts: list[Concept]) -> None:
-    rng, shown = np.random.default_rng(0), 0
+    rng, seen = np.random.default_rng(0), 0
     for concept, pairs in zip(concepts[:120], tag_pairs(concepts), strict=False):
         captions = {caption(rng, concept, "flat", (), pairs[1:]).removesuffix(", flat") for _ in range(200)}
         spoken = {tuple(sorted(text.split(", "))) for text in captions if text.count(", ") == 1}
-        shown += sum(tuple(sorted(pair)) in spoken for pair in pairs[1:])
+        seen += sum(tuple(sorted(pair)) in spoken for pair in pairs[1:])
         assert not any(tuple(sorted(pair)) in spoken for pair in pairs[:1]), concept["names"]
-    assert shown > 200
+    assert seen > 200

@@ -95,9 +95,9 @@ def test_ten_names_give_their_images(pipe: fastldm.Pipeline) -> None:
     with Image.open(Path(__file__).parent / "common_words.png") as sheet:
         rows = np.asarray(sheet, np.float32) / 255
     references = rows.reshape(8, 32, 8, 32, 3).swapaxes(1, 2).reshape(64, 1, -1)  # (64, 1, D)
-    words = COMMON_WORDS.split()
-    selected = words[::7]
+    names = COMMON_WORDS.split()
+    selected = names[::7]
     images = pipe([f"a {word}" for word in selected], seed=list(range(len(selected))), output_type="np").images
     small = images.reshape(len(selected), 32, 2, 32, 2, 3).mean((2, 4)).reshape(1, len(selected), -1)
     nearest = ((references - small) ** 2).mean(2).argmin(0)
-    assert [words[k] for k in nearest] == selected
+    assert [names[k] for k in nearest] == selected

@@ -35,12 +35,12 @@ class Network:
     def __init__(self, batch: int = SHAPE[0]) -> None:
         self.batch, self.calls = batch, []
 
-    def __call__(self, u: Tensor, i: int, guided: bool) -> Tensor:
-        self.calls.append((tuple(u.shape), u.dtype, i, guided))
-        prompts = torch.ones(len(u), 1, 1, 1)
+    def __call__(self, model_input: Tensor, i: int, guided: bool) -> Tensor:
+        self.calls.append((tuple(model_input.shape), model_input.dtype, i, guided))
+        prompts = torch.ones(len(model_input), 1, 1, 1)
         if guided:
             prompts[: self.batch] = -0.5  # the unconditional half comes first
-        return torch.tanh(u[:, :4].float() + prompts * (0.3 + 0.1 * i)).to(u.dtype)
+        return torch.tanh(model_input[:, :4].float() + prompts * (0.3 + 0.1 * i)).to(model_input.dtype)
 
 
 def draw_noise(
@@ -65,8 +65,8 @@ def test_guidance_matches_diffusers(rescale: float) -> None:
     scheduler = diffusers.EulerDiscreteScheduler.from_config(SD)
     scheduler.set_timesteps(6)
     for i, t in enumerate(scheduler.timesteps):
-        u = scheduler.scale_model_input(torch.cat([x] * 2), t)
-        unguided, guided = Network()(u, i, True).chunk(2)
+        model_input = scheduler.scale_model_input(torch.cat([x] * 2), t)
+        unguided, guided = Network()(model_input, i, True).chunk(2)
         out = unguided + 7.5 * (guided - unguided)
         if rescale:
             out = rescale_noise_cfg(out, guided, rescale)
@@ -103,8 +103,8 @@ def test_unguided_steps_use_the_conditional_branch() -> None:
     """Guidance at scale 1 + epsilon tends to the single pass."""
     steps = table(5)
     x, noises = started(steps)
-    one, two = (denoise(Network(), Run(steps, x, noises, Guidance(scale))) for scale in (1.0, 1.00001))
-    torch.testing.assert_close(one, two, rtol=0, atol=1e-3)
+    unguided, guided = (denoise(Network(), Run(steps, x, noises, Guidance(scale))) for scale in (1.0, 1.00001))
+    torch.testing.assert_close(unguided, guided, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -114,13 +114,13 @@ def test_model_input_has_extra_channels(dtype: torch.dtype) -> None:
     x, noises = started(steps)
     extra = torch.randn(SHAPE[0], 5, *SHAPE[2:])
 
-    def network(u: Tensor, i: int, guided: bool) -> Tensor:
-        seen.append(u)
-        return u[:, :4] * 0.1
+    def network(model_input: Tensor, i: int, guided: bool) -> Tensor:
+        seen.append(model_input)
+        return model_input[:, :4] * 0.1
 
     got = denoise(network, Run(steps, x, noises, Guidance(2.0), extra=extra.to(dtype), dtype=dtype))
     assert got.dtype == torch.float32
-    assert {u.dtype for u in seen} == {dtype}
+    assert {model_input.dtype for model_input in seen} == {dtype}
     first = seen[0]
     assert first.shape == (4, 9, *SHAPE[2:])
     torch.testing.assert_close(first[:2], first[2:], rtol=0, atol=0)
@@ -169,8 +169,8 @@ def test_non_finite_latents_name_the_step(bad: float) -> None:
     steps = table(6, "heun")
     x, noises = started(steps)
 
-    def network(u: Tensor, i: int, guided: bool) -> Tensor:
-        out = u * 0.1
+    def network(model_input: Tensor, i: int, guided: bool) -> Tensor:
+        out = model_input * 0.1
         if i == 3:
             out[1, 2, 3, 4] = bad
         return out
@@ -183,10 +183,10 @@ def test_non_finite_latents_name_the_step(bad: float) -> None:
 
 
 def test_noises_must_match_the_table() -> None:
-    steps, other = table(5, "euler a"), table(5)
+    steps, noiseless = table(5, "euler a"), table(5)
     x, noises = started(steps)
     with pytest.raises(InputError, match="not those of this table"):
-        Run(other, x, noises)
+        Run(noiseless, x, noises)
     with pytest.raises(InputError, match="not those of this table"):
         Run(steps, x, noises[1:])
 
@@ -244,9 +244,9 @@ def test_the_loop_never_waits(sampler: str) -> None:
     latents, x = (torch.empty(SHAPE, device="meta") for _ in range(2))
     noises = [x if draws else None for draws in steps.draws]
 
-    def network(u: Tensor, i: int, guided: bool) -> Tensor:
+    def network(model_input: Tensor, i: int, guided: bool) -> Tensor:
         calls.append(i)
-        return u
+        return model_input
 
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         denoise(network, Run(steps, latents, noises, Guidance(3.0, 0.5), Inpainting(x[:, :1], x, x)))
@@ -271,7 +271,7 @@ def test_a_step_is_few_operators(sampler: str, most: int) -> None:
     for steps in (table(20, sampler), table(30, sampler)):
         x, noises = started(steps)
         with Counted() as counted:
-            denoise(lambda u, i, guided: u, Run(steps, x, noises, Guidance(3.0)))
+            denoise(lambda model_input, i, guided: model_input, Run(steps, x, noises, Guidance(3.0)))
         counts.append(counted.count)
     assert (counts[1] - counts[0]) / 10 <= most
 

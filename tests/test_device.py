@@ -119,7 +119,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
 }
 
 
-def asked(pipe: Pipeline, name: str) -> Request:
+def request_of(pipe: Pipeline, name: str) -> Request:
     options = {"prompt": "a cat", "num_inference_steps": 2, "height": 64, "width": 64, **REQUESTS[name]}
     if "latents" in options:
         options["latents"] = torch.zeros(1, 4, 64 // pipe.vae.config.factor, 64 // pipe.vae.config.factor)
@@ -143,7 +143,7 @@ def through(pipe: Pipeline, request: Request) -> None:
 
 @pytest.mark.parametrize("name", REQUESTS)
 def test_admitting_stepping_and_releasing_never_wait(name: str, on_a_gpu: Pipeline, watch: NoWaits) -> None:
-    request = asked(on_a_gpu, name)
+    request = request_of(on_a_gpu, name)
     with torch.no_grad(), watch:
         through(on_a_gpu, request)
 
@@ -172,7 +172,7 @@ def test_waiting_is_detected(watch: NoWaits) -> None:
 @pytest.mark.parametrize("name", REQUESTS)
 def test_on_a_gpu_batches_never_wait(name: str) -> None:
     pipe = ladder.pipeline(ladder.MODELS["tiny"], torch.device("cuda"), torch.float16)
-    request = asked(pipe, name)
+    request = request_of(pipe, name)
 
     def watched() -> None:
         for _ in range(4):  # whatever is done once, and captured
@@ -244,7 +244,7 @@ class Streams:
         for at, (label, thread, _) in enumerate(self.log):
             if label != then:
                 continue
-            behind = max(k for k, (other, *_) in enumerate(self.log[:at]) if other == first)
+            behind = max(k for k, (noted, *_) in enumerate(self.log[:at]) if noted == first)
             maker = self.log[behind][1]
             events = [event for kind, by, event in self.log[behind:at] if kind == "records" and by == maker]
             matched = any(

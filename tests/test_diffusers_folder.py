@@ -43,16 +43,16 @@ def copied(folder: Path, tmp_path: Path) -> Path:
 
 def test_diffusers_folder(pipe: Any, folder: Path) -> None:
     checkpoint = open_checkpoint(folder)
-    parts = checkpoint.components
-    assert {name: part.class_name for name, part in parts.items()} == {
+    components = checkpoint.components
+    assert {name: component.class_name for name, component in components.items()} == {
         "unet": "UNet2DConditionModel",
         "vae": "AutoencoderKL",
         "text_encoder": "CLIPTextModel",
     }
-    assert parts["unet"].config["block_out_channels"] == [16, 32, 48, 48]
-    assert [file.name for file in parts["unet"].files] == ["diffusion_pytorch_model.safetensors"]
-    assert [file.name for file in parts["text_encoder"].files] == ["model.safetensors"]
-    assert all(same_as(getattr(pipe, name), part.state()) for name, part in parts.items())
+    assert components["unet"].config["block_out_channels"] == [16, 32, 48, 48]
+    assert [file.name for file in components["unet"].files] == ["diffusion_pytorch_model.safetensors"]
+    assert [file.name for file in components["text_encoder"].files] == ["model.safetensors"]
+    assert all(same_as(getattr(pipe, name), component.state()) for name, component in components.items())
     assert checkpoint.scheduler["_class_name"] == "PNDMScheduler"
     assert checkpoint.tokenizers["tokenizer"].folder == folder / "tokenizer"
     assert checkpoint.tokenizer("tokenizer").max_length == 77
@@ -62,17 +62,17 @@ def test_diffusers_folder(pipe: Any, folder: Path) -> None:
 
 
 def test_variant(pipe: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    half = deepcopy(pipe).to(torch.float16)
-    half.save_pretrained(tmp_path / "fp16", variant="fp16")
-    parts = open_diffusers(tmp_path / "fp16", "fp16").components
-    assert parts["unet"].files[0].name == "diffusion_pytorch_model.fp16.safetensors"
-    assert all(same_as(getattr(pipe, name), part.state(), torch.float16) for name, part in parts.items())
+    float16 = deepcopy(pipe).to(torch.float16)
+    float16.save_pretrained(tmp_path / "fp16", variant="fp16")
+    components = open_diffusers(tmp_path / "fp16", "fp16").components
+    assert components["unet"].files[0].name == "diffusion_pytorch_model.fp16.safetensors"
+    assert all(same_as(getattr(pipe, name), component.state(), torch.float16) for name, component in components.items())
     with pytest.raises(CheckpointError, match=r'unet has no weights without a variant.*load with variant="fp16"\.'):
         open_diffusers(tmp_path / "fp16")
     pipe.unet.save_pretrained(tmp_path / "fp16" / "unet")
     with pytest.raises(CheckpointError, match=r'no variant "bf16".*load with no variant or variant="fp16"\.'):
         open_diffusers(tmp_path / "fp16", "bf16")
-    assert open_diffusers(tmp_path / "fp16", "fp16").components["unet"].files == parts["unet"].files
+    assert open_diffusers(tmp_path / "fp16", "fp16").components["unet"].files == components["unet"].files
 
     (tmp_path / "fp16" / "vae" / "diffusion_pytorch_model.fp16.safetensors").unlink()
     pipe.vae.save_pretrained(tmp_path / "fp16" / "vae")
@@ -112,8 +112,8 @@ def test_folder_of_pickles(pipe: Any, tmp_path: Path) -> None:
         torch.save(getattr(pipe, component).state_dict(), tmp_path / "bin" / component / f"{stem}.bin")
     with pytest.raises(CheckpointError, match=r"unet has only pickled weights \(diffusion_pytorch_model\.bin\)"):
         open_diffusers(tmp_path / "bin")
-    parts = open_diffusers(tmp_path / "bin", allow_pickle=True).components
-    assert all(same_as(getattr(pipe, name), part.state()) for name, part in parts.items())
+    components = open_diffusers(tmp_path / "bin", allow_pickle=True).components
+    assert all(same_as(getattr(pipe, name), loaded.state()) for name, loaded in components.items())
 
 
 def test_unneeded_components_are_logged_once(copied: Path, caplog: pytest.LogCaptureFixture) -> None:

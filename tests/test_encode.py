@@ -87,9 +87,9 @@ def test_size_ids_equal_diffusers_ids(sizes: dict[str, Any], guided: bool) -> No
         add_embedding=SimpleNamespace(linear_1=SimpleNamespace(in_features=6)),
     )
 
-    def theirs(half: str, default: dict[str, Any]) -> torch.Tensor:
+    def theirs(prefix: str, default: dict[str, Any]) -> torch.Tensor:
         names = ("original_size", "crops_coords_top_left", "target_size")
-        values = [{**default, **sizes}.get(f"{half}{name}", default[name]) for name in names]
+        values = [{**default, **sizes}.get(f"{prefix}{name}", default[name]) for name in names]
         return StableDiffusionXLPipeline._get_add_time_ids(SimpleNamespace(unet=unet), *values, torch.float32, 0)
 
     own = {"original_size": (64, 96), "crops_coords_top_left": (0, 0), "target_size": (64, 96)}
@@ -105,13 +105,13 @@ def test_size_ids_equal_diffusers_ids(sizes: dict[str, Any], guided: bool) -> No
 
 @pytest.fixture(scope="module")
 def pipes() -> Any:
-    made: dict[str, tuple[Any, Pipeline]] = {}
+    pairs: dict[str, tuple[Any, Pipeline]] = {}
 
     def get(family: str) -> tuple[Any, Pipeline]:
-        if family not in made:
+        if family not in pairs:
             theirs = tiny.pipeline(family)
-            made[family] = theirs, Pipeline.from_diffusers(theirs)
-        return made[family]
+            pairs[family] = theirs, Pipeline.from_diffusers(theirs)
+        return pairs[family]
 
     return get
 
@@ -176,8 +176,10 @@ def test_mixed_sdxl_branches_match_diffusers(pipes: Any, options: dict[str, Any]
     theirs, ours = pipes("sdxl")
     expected = theirs.encode_prompt(device="cpu", **{"prompt": None, **options})
     got = ours.stages.encode(ours.stages.complete(Request(**options, seed=0)))
-    for mine, right in zip((got.hidden, got.negative_hidden, got.pooled, got.negative_pooled), expected, strict=True):
-        torch.testing.assert_close(mine, right, atol=1e-5, rtol=1e-5)
+    for tensor, reference in zip(
+        (got.hidden, got.negative_hidden, got.pooled, got.negative_pooled), expected, strict=True
+    ):
+        torch.testing.assert_close(tensor, reference, atol=1e-5, rtol=1e-5)
 
 
 def test_long_text_and_tensor_get_equal_lengths(pipes: Any) -> None:

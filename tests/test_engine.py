@@ -92,9 +92,11 @@ def test_backend_matches_pytorch(
 
 
 def test_float16_on_onnx_runtime(network: Tiny, tmp_path: Path) -> None:
-    half = Tiny().eval().requires_grad_(False)
-    half.load_state_dict(network.state_dict())
-    engine = open_engine(backend("onnxruntime"), exported(half.half(), tmp_path / "unet", "float16"), spec("float16"))
+    float16 = Tiny().eval().requires_grad_(False)
+    float16.load_state_dict(network.state_dict())
+    engine = open_engine(
+        backend("onnxruntime"), exported(float16.half(), tmp_path / "unet", "float16"), spec("float16")
+    )
     inputs = sample(spec("float16"), seed=1)
     outputs = engine(inputs)
     assert outputs["out_sample"].dtype == torch.float16
@@ -147,7 +149,7 @@ def test_contiguous_inputs_are_not_copied() -> None:
 def test_nearest_returns_closest_size(axis: Axis) -> None:
     valid = range(axis.least, axis.most + 1, axis.multiple_of)
     for size in range(-3, 2 * axis.most):
-        assert nearest(axis, size) == min(valid, key=lambda one: abs(one - size))
+        assert nearest(axis, size) == min(valid, key=lambda valid_size: abs(valid_size - size))
 
 
 # ---- what is kept
@@ -159,8 +161,8 @@ def test_openvino_compiles_once(
 ) -> None:
     module = importlib.import_module(f"fastldm.export.{backend('openvino')}")
     onnx, path = pytest.importorskip("onnx"), tmp_path / "model.onnx"
-    how = {"save_as_external_data": True, "location": "model.onnx_data", "size_threshold": 0} if external else {}
-    onnx.save_model(onnx.load(model), path, **how)
+    options = {"save_as_external_data": True, "location": "model.onnx_data", "size_threshold": 0} if external else {}
+    onnx.save_model(onnx.load(model), path, **options)
     inputs = sample(spec(), seed=1)
     compiled = open_engine("openvino", path, spec())(inputs)["out_sample"]
     assert error(compiled, network(*inputs.values())) <= 1e-5
@@ -176,7 +178,7 @@ def test_openvino_compiles_once(
     assert torch.equal(open_engine("openvino", path, spec())(inputs)["out_sample"], compiled)
     if module.has_bfloat16():
         open_engine("openvino", path, spec(), precision="bfloat16")
-    assert len([one for one in EngineCache(cache).entries() if not one.aside]) == 1 + module.has_bfloat16()
+    assert len([stored for stored in EngineCache(cache).entries() if not stored.aside]) == 1 + module.has_bfloat16()
     # Other weights under the same graph are another engine: none is run with weights that it was not compiled for.
     if external:
         data = bytearray((tmp_path / "model.onnx_data").read_bytes())
@@ -194,8 +196,8 @@ def test_engine_key_depends_on_cpu_instructions(
         monkeypatch.setattr(module, "instructions", lambda flags=flags: flags)
         open_engine("openvino", model, spec())
     cached = EngineCache(cache).entries()
-    assert [one.aside for one in cached] == [False, False]
-    assert {one.key.device.rpartition("fma")[2] for one in cached if one.key} == {" avx2", " avx2 avx512f"}
+    assert [entry.aside for entry in cached] == [False, False]
+    assert {entry.key.device.rpartition("fma")[2] for entry in cached if entry.key} == {" avx2", " avx2 avx512f"}
     assert len(caplog.records) == 1  # the second of them says that the first's is not for it
 
 
@@ -332,8 +334,8 @@ def tensorrt() -> Any:
 def test_engine_builds_without_gpu(tensorrt: Any, model: Path) -> None:
     # An engine cannot be opened without a GPU; that it names all ports says that it is one. What it knows of one GPU
     # more, and of one profile more, takes room.
-    def size(**how: Any) -> int:
-        engine = tensorrt.build(model, spec(), **how)
+    def size(**options: Any) -> int:
+        engine = tensorrt.build(model, spec(), **options)
         assert all(port.name.encode() in engine for port in (*spec().inputs, *spec().outputs))
         return len(engine)
 
@@ -361,13 +363,13 @@ def test_attention_as_one_node_is_built_in_float32_too(tensorrt: Any, network: T
 
 
 def changed(**ports: Port) -> NetworkSpec:
-    plain = spec()
-    inputs = tuple(ports.get(port.name, port) for port in plain.inputs)
-    return NetworkSpec("unet", inputs, tuple(ports.get(port.name, port) for port in plain.outputs))
+    original = spec()
+    inputs = tuple(ports.get(port.name, port) for port in original.inputs)
+    return NetworkSpec("unet", inputs, tuple(ports.get(port.name, port) for port in original.outputs))
 
 
 @pytest.mark.parametrize(
-    ("other", "message"),
+    ("changed_spec", "message"),
     [
         (changed(sample=Port("sample", "float16", (BATCH, 4, HEIGHT, WIDTH))), "the inputs .* found sample float32"),
         (changed(sample=Port("latent", "float32", (BATCH, 4, HEIGHT, WIDTH))), "expected latent float32"),
@@ -375,9 +377,11 @@ def changed(**ports: Port) -> NetworkSpec:
         (changed(out_sample=Port("out_sample", "float32", (BATCH, 4, HEIGHT, WIDTH))), "the outputs .* are not what"),
     ],
 )
-def test_network_with_other_ports_is_not_built(other: NetworkSpec, message: str, tensorrt: Any, model: Path) -> None:
+def test_network_with_other_ports_is_not_built(
+    changed_spec: NetworkSpec, message: str, tensorrt: Any, model: Path
+) -> None:
     with pytest.raises(EngineError, match=message):
-        tensorrt.build(model, other)
+        tensorrt.build(model, changed_spec)
 
 
 @pytest.mark.parametrize(
@@ -406,8 +410,8 @@ def test_a_damaged_network_is_named(tensorrt: Any, model: Path, tmp_path: Path) 
 
 
 def test_key_depends_on_all_engine_inputs(tensorrt: Any, model: Path, tmp_path: Path) -> None:
-    def key(**given: Any) -> str:
-        return tensorrt.key_of(path, spec(), **{"gpu": "A sm_89", **given}).digest
+    def key(**changes: Any) -> str:
+        return tensorrt.key_of(path, spec(), **{"gpu": "A sm_89", **changes}).digest
 
     path = tmp_path / "model.onnx"
     path.write_bytes(model.read_bytes())

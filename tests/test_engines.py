@@ -65,7 +65,7 @@ def test_index_describes_each_engine(engines: Engines) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "why"),
+    ("field", "reason"),
     [
         ("version", "it is for tensorrt_rtx 1.7.1.116, and here is tensorrt_rtx other"),
         ("backend", "it is for tensorrt_rtx 1.7.1.116, and here is other 1.7.1.116"),
@@ -75,12 +75,12 @@ def test_index_describes_each_engine(engines: Engines) -> None:
     ],
 )
 def test_unfit_engine_is_set_aside_with_reason(
-    field: str, why: str, engines: Engines, caplog: pytest.LogCaptureFixture
+    field: str, reason: str, engines: Engines, caplog: pytest.LogCaptureFixture
 ) -> None:
     keep(engines)
     keep(engines, "some/vae_decoder.engine", b"vae", dataclasses.replace(KEY, network="vae_decoder"))
     assert engines.find(dataclasses.replace(KEY, **{field: "other"}), 89) is None
-    assert [record.getMessage() for record in caplog.records] == [f"the bundle's engine of unet is set aside: {why}"]
+    assert [record.getMessage() for record in caplog.records] == [f"the bundle's engine of unet is set aside: {reason}"]
 
 
 def test_engine_for_other_gpu_is_set_aside(engines: Engines, caplog: pytest.LogCaptureFixture) -> None:
@@ -175,8 +175,8 @@ def test_new_files_are_private_for_any_umask(engines: Engines) -> None:
         path = keep(engines)
     finally:
         os.umask(before)
-    for one in (engines.folder, path.parent, path, engines.folder / "engines.json"):
-        assert one.stat().st_mode & 0o077 == 0
+    for written in (engines.folder, path.parent, path, engines.folder / "engines.json"):
+        assert written.stat().st_mode & 0o077 == 0
 
 
 def test_one_process_builds_at_a_time(engines: Engines) -> None:
@@ -187,7 +187,7 @@ def test_one_process_builds_at_a_time(engines: Engines) -> None:
 
 @pytest.mark.parametrize("call", range(4))  # while the engine, its folder, the index and the engines' folder are synced
 def test_killed_writer_leaves_existing_engines(call: int, engines: Engines) -> None:
-    other = dataclasses.replace(KEY, network="vae_decoder")
+    second = dataclasses.replace(KEY, network="vae_decoder")
     keep(engines)
     code = f"""
 import os, signal, sys
@@ -204,26 +204,26 @@ def dying(file):
 os.fsync = dying
 engines = Engines(Path({str(engines.folder.parent)!r}))
 with engines.writing():
-    engines.keep(b"new", "some/vae_decoder.engine", {other!r}, (89,), 21)
+    engines.keep(b"new", "some/vae_decoder.engine", {second!r}, (89,), 21)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, timeout=60)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert engines.find(KEY, 89) == ENGINE
-    assert (engines.find(other, 89) == b"new") == (call == 3)  # its place in the index is the last of all
-    keep(engines, "some/vae_decoder.engine", b"new", other)
-    assert engines.find(other, 89) == b"new"
+    assert (engines.find(second, 89) == b"new") == (call == 3)  # its place in the index is the last of all
+    keep(engines, "some/vae_decoder.engine", b"new", second)
+    assert engines.find(second, 89) == b"new"
     assert not list(engines.folder.rglob("*.tmp"))
 
 
 def test_full_disk_is_named_and_leaves_existing_engines(small_disk: Path) -> None:
     engines = Engines(small_disk)
     keep(engines)
-    other = dataclasses.replace(KEY, network="vae_decoder")
+    second = dataclasses.replace(KEY, network="vae_decoder")
     with pytest.raises(EngineError, match=r"vae_decoder\.engine could not be written .*No space left.* goes on with"):
-        keep(engines, "some/vae_decoder.engine", os.urandom(400_000), other)
+        keep(engines, "some/vae_decoder.engine", os.urandom(400_000), second)
     assert engines.find(KEY, 89) == ENGINE
     assert not list(engines.folder.rglob("*.tmp"))
-    keep(engines, "some/vae_decoder.engine", b"small", other)
+    keep(engines, "some/vae_decoder.engine", b"small", second)
 
 
 def test_copied_bundle_has_its_engines(engines: Engines, tmp_path: Path) -> None:

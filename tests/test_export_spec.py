@@ -54,11 +54,11 @@ def test_networks_match_their_specs(models: dict[str, loading.Spec], family: str
     sizes = {"batch": 3, "height": 8, "width": 16, "tokens": 77, "rows": 5}
     for name, network in networks.specs.items():
         inputs = sample(network, {} if name.startswith("vae") else sizes)
-        made = networks.run(name, inputs)
+        outputs = networks.run(name, inputs)
         for port in network.outputs:
             shape = network.shape(port, {} if name.startswith("vae") else sizes)
-            assert made[port.name].shape == shape, (name, port.name)
-            assert made[port.name].dtype == port.torch_dtype
+            assert outputs[port.name].shape == shape, (name, port.name)
+            assert outputs[port.name].dtype == port.torch_dtype
 
 
 def test_split_networks_equal_full_network(models: dict[str, loading.Spec]) -> None:
@@ -102,9 +102,9 @@ def test_latents_come_in_multiples_of_the_stride() -> None:
 def test_samples_repeat_and_token_ids_end(models: dict[str, loading.Spec]) -> None:
     model = models["sd1"]
     text = specs(model.unet, model.vae, model.text, dtype="float32")["text_encoder"]
-    once, again, other = sample(text, seed=1), sample(text, seed=1), sample(text, seed=2)
+    once, again, reseeded = sample(text, seed=1), sample(text, seed=1), sample(text, seed=2)
     assert torch.equal(once["input_ids"], again["input_ids"])
-    assert not torch.equal(once["input_ids"], other["input_ids"])
+    assert not torch.equal(once["input_ids"], reseeded["input_ids"])
     assert ((once["input_ids"] == model.text[0].vocab - 1).sum(dim=1) >= 2).all()
 
 

@@ -118,16 +118,16 @@ def test_other_dtypes_and_devices_are_unchanged() -> None:
 @pytest.mark.usefixtures("_on_a_gpu")
 def test_the_last_thread_restores_the_setting() -> None:
     torch.set_float32_matmul_precision("high")
-    x, inside, leave = torch.zeros(1), threading.Event(), threading.Event()
+    x, entered, leave = torch.zeros(1), threading.Event(), threading.Event()
 
     def leave_last() -> None:
         with float32.products(x):
-            inside.set()
+            entered.set()
             assert leave.wait(10)
 
     thread = threading.Thread(target=leave_last)
     thread.start()
-    assert inside.wait(10)
+    assert entered.wait(10)
     with float32.products(x):
         assert backends.cuda.matmul.fp32_precision == "ieee"
     assert backends.cuda.matmul.fp32_precision == "ieee", "the other thread is still inside"

@@ -71,15 +71,15 @@ def imports(name: str) -> set[str]:
             names = [alias.name for alias in node.names if alias.name.split(".")[0] == "fastldm"]
             imported |= {full.partition(".")[2] or "fastldm" for full in names}
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-            text = "".join(str(part.value) for part in ast.walk(node.args[0]) if isinstance(part, ast.Constant))
+            text = "".join(str(leaf.value) for leaf in ast.walk(node.args[0]) if isinstance(leaf, ast.Constant))
             imported |= {text.removeprefix("fastldm.").rstrip(".")} & MODULES.keys()  # or the package that it names
     return imported - {name}
 
 
 def floor(name: str) -> int:
     """The number of a module's floor, from the top. The package itself is above all: it gives users what is below."""
-    words = name.split(".")
-    packages = [".".join(words[:n]) for n in range(len(words), 0, -1)]
+    names = name.split(".")
+    packages = [".".join(names[:n]) for n in range(len(names), 0, -1)]
     return next((k for package in packages for k, floor in enumerate(FLOORS) if package in floor), -1)
 
 

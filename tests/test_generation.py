@@ -59,23 +59,23 @@ def test_cancel_before_the_first_step(pipe: Pipeline, gate: threading.Event) -> 
 def test_deadline_passes_between_two_steps(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     slow(monkeypatch)
     with Session(pipe) as session:
-        other, late = session.submit(**options(steps=20)), session.submit(**options(1, steps=500), deadline=60)
+        first, late = session.submit(**options(steps=20)), session.submit(**options(1, steps=500), deadline=60)
         next(late.progress())
         late.submitted -= 100  # time flies
         with pytest.raises(DeadlineExceeded, match=r"deadline of 60 s passed after \d+ steps"):
             late.result(10)
         assert isinstance(late.exception(), TimeoutError)
-        other.result(60)
+        first.result(60)
 
 
 def test_deadline_passes_in_the_queue(pipe: Pipeline, gate: threading.Event) -> None:
     with Session(pipe, max_batch=1) as session:
-        other, late = session.submit(**options()), session.submit(**options(1), deadline=60)
+        first, late = session.submit(**options()), session.submit(**options(1), deadline=60)
         late.submitted -= 100
         gate.set()
         with pytest.raises(DeadlineExceeded, match="deadline of 60 s passed while it waited"):
             late.result(10)
-        other.result(10)
+        first.result(10)
 
 
 def test_deadline_passes_during_a_callback(pipe: Pipeline) -> None:
@@ -88,11 +88,11 @@ def test_deadline_passes_during_a_callback(pipe: Pipeline) -> None:
 def test_progress_has_steps_and_previews(pipe: Pipeline) -> None:
     future = pipe.session.submit(**options(steps=3, num_images_per_prompt=2), preview=True)
     steps = list(future.progress())
-    assert [(one.step, one.steps) for one in steps] == [(0, 3), (1, 3), (2, 3)]
-    assert [one.timestep for one in steps] == sorted((one.timestep for one in steps), reverse=True)
-    for one in steps:
-        assert one.preview is not None
-        assert [image.size for image in one.preview] == [(64, 64)] * 2
+    assert [(step.step, step.steps) for step in steps] == [(0, 3), (1, 3), (2, 3)]
+    assert [step.timestep for step in steps] == sorted((step.timestep for step in steps), reverse=True)
+    for step in steps:
+        assert step.preview is not None
+        assert [image.size for image in step.preview] == [(64, 64)] * 2
     # The last is the picture: latents of 8x8 are decoded whole.
     last = np.asarray(steps[-1].preview[0]) / 255.0  # type: ignore[index]
     assert np.abs(last - future.result().images[0]).max() <= 0.5 / 255 + 1e-6
@@ -196,5 +196,5 @@ def test_huge_deadlines_never_pass(deadline: Any, pipe: Pipeline) -> None:
         waiting = session.submit_request(fastldm.Request(**options(7, **SMALL)), deadline=1e10, waits_for_answer=True)
         next(waiting.progress())
         session.submit(**options(7, **SMALL)).result(60)
-        for one in (thinking, waiting):
-            one.cancel()
+        for generation in (thinking, waiting):
+            generation.cancel()

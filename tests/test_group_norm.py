@@ -267,20 +267,20 @@ def test_defaults_fit_the_networks(level: tuple[int, int, int]) -> None:
 def test_refusals_name_the_reason() -> None:
     weight = torch.ones(8)
 
-    def why(x: Tensor, groups: int = 2, weight: Tensor = weight, **kwargs: Any) -> str:
+    def refusal(x: Tensor, groups: int = 2, weight: Tensor = weight, **kwargs: Any) -> str:
         return supports(x, groups, weight, weight, 1e-5, **kwargs).reason
 
     x = image(2, 8, 3, 3)
-    assert why(x) == ""
-    assert "float64" in why(x.double())
-    assert "empty" in why(x[:0])
-    assert "not channels-last" in why(torch.randn(2, 8, 3, 3))
-    assert "not channels-last" in why(x[..., :2])  # rows of pixels with a gap between them
-    assert "not channels-last" in why(x, weight=torch.ones(16), skip=torch.randn(2, 8, 3, 3))
-    assert "float16" in why(x, weight=torch.ones(16), skip=x.half())
-    assert "shift is (1, 8)" in why(x, shift=torch.ones(1, 8))
-    assert "stride 2" in why(x, shift=torch.ones(2, 16)[:, ::2])
-    assert "1025 channels a group" in why(image(1, 1025, 1, 1), 1, torch.ones(1025))
+    assert refusal(x) == ""
+    assert "float64" in refusal(x.double())
+    assert "empty" in refusal(x[:0])
+    assert "not channels-last" in refusal(torch.randn(2, 8, 3, 3))
+    assert "not channels-last" in refusal(x[..., :2])  # rows of pixels with a gap between them
+    assert "not channels-last" in refusal(x, weight=torch.ones(16), skip=torch.randn(2, 8, 3, 3))
+    assert "float16" in refusal(x, weight=torch.ones(16), skip=x.half())
+    assert "shift is (1, 8)" in refusal(x, shift=torch.ones(1, 8))
+    assert "stride 2" in refusal(x, shift=torch.ones(2, 16)[:, ::2])
+    assert "1025 channels a group" in refusal(image(1, 1025, 1, 1), 1, torch.ones(1025))
     nchw = torch.randn(2, 8, 3, 3)  # and runs all the same
     assert torch.equal(group_norm(nchw, 2, weight, weight, 1e-5), group_norm_reference(nchw, 2, weight, weight, 1e-5))
 

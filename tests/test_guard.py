@@ -201,7 +201,7 @@ with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
 
 
 @pytest.mark.parametrize(
-    ("code", "ours", "others", "most"),
+    ("code", "ours", "rest", "most"),
     [
         ("import fastldm", {"errors", "openmp", "version"}, set(), 40),
         (
@@ -214,13 +214,13 @@ with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
     ],
     ids=["import fastldm", "fastldm --help"],
 )
-def test_few_modules_are_imported(code: str, ours: set[str], others: set[str], most: int, tmp_path: Path) -> None:
+def test_few_modules_are_imported(code: str, ours: set[str], rest: set[str], most: int, tmp_path: Path) -> None:
     """Ours and the packages of others exactly; how many the standard library has of its own differs by version (20 and
     71 on Python 3.11)."""
     modules = imported(code, tmp_path)
     assert {name.partition(".")[2] for name in modules if name.startswith("fastldm.")} == ours
     packages = {name.partition(".")[0] for name in modules} - set(sys.stdlib_module_names) - {"fastldm"}
-    assert {name for name in packages if not name.startswith("_")} == others
+    assert {name for name in packages if not name.startswith("_")} == rest
     assert len(modules) <= most
 
 

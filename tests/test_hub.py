@@ -226,8 +226,8 @@ def test_local_paths_never_reach_hub(folder: Path, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(hub_module, "_from_hub", called)
     monkeypatch.chdir(folder.parent.parent)
-    inside = f"{folder.parent.name}/{folder.name}"  # a path that would pass for a hub id
-    assert open_checkpoint(inside).components["unet"].files[0].is_file()
+    relative = f"{folder.parent.name}/{folder.name}"  # a path that would pass for a hub id
+    assert open_checkpoint(relative).components["unet"].files[0].is_file()
     for name in (str(tmp_path / "gone"), "./gone/model", "gone", "a/b/c", "models/gone.safetensors", "https://host/x"):
         with pytest.raises(
             CheckpointError, match=r"does not exist here\. Give a model folder, a \.safetensors file, or a hub id"

@@ -130,16 +130,16 @@ def test_defaults_are_candidates(channels: int) -> None:
 def test_refusals_name_the_reason() -> None:
     weight = torch.ones(8)
 
-    def why(x: Tensor, weight: Tensor = weight) -> str:
+    def refusal(x: Tensor, weight: Tensor = weight) -> str:
         return LAYER_NORM.supports(x, weight, weight, 1e-5).reason
 
     x = torch.randn(4, 8)
-    assert why(x) == ""
-    assert "float64" in why(x.double())
-    assert "empty" in why(x[:0])
-    assert "rows are not contiguous" in why(x[::2])
-    assert "weight or bias" in why(x, torch.ones(16)[::2])
-    assert "8200 channels" in why(torch.empty(1, 8200), torch.ones(8200))
+    assert refusal(x) == ""
+    assert "float64" in refusal(x.double())
+    assert "empty" in refusal(x[:0])
+    assert "rows are not contiguous" in refusal(x[::2])
+    assert "weight or bias" in refusal(x, torch.ones(16)[::2])
+    assert "8200 channels" in refusal(torch.empty(1, 8200), torch.ones(8200))
     assert "residual torch.float16" in ADD_LAYER_NORM.supports(x, x.half(), weight, weight, 1e-5).reason
     assert "residual torch.float32 (8,)" in ADD_LAYER_NORM.supports(x, x[0], weight, weight, 1e-5).reason
     assert "not contiguous" in ADD_LAYER_NORM.supports(x, torch.randn(8, 8)[::2], weight, weight, 1e-5).reason

@@ -89,9 +89,11 @@ def test_components_of_different_models_are_refused(tmp_path: Path, kind: str) -
 
 def test_aesthetics_score_pipeline_is_refused(tmp_path: Path) -> None:
     """diffusers' image-to-image class of XL gives five numbers in place of six to a U-Net that asks for them."""
-    parts = tiny.pipeline("sdxl").components
+    components = tiny.pipeline("sdxl").components
     names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
-    pipe = diffusers.StableDiffusionXLImg2ImgPipeline(**{k: parts[k] for k in names}, requires_aesthetics_score=True)
+    pipe = diffusers.StableDiffusionXLImg2ImgPipeline(
+        **{k: components[k] for k in names}, requires_aesthetics_score=True
+    )
     pipe.save_pretrained(tmp_path)
     for load in (lambda: loading.describe(tmp_path), lambda: fastldm.Pipeline.from_diffusers(pipe)):
         with pytest.raises(CheckpointError, match="'requires_aesthetics_score' is True"):
@@ -175,8 +177,8 @@ def test_link_to_itself_is_refused_by_name(tmp_path: Path) -> None:
 
 def fill(spec: loading.Spec) -> loading.LoadedModel:
     def weighted(module: nn.Module, name: str) -> nn.Module:
-        part = spec.checkpoint.components[name]
-        return load_module(module, part.state(), dtype=torch.float32, source=part.source)
+        component = spec.checkpoint.components[name]
+        return load_module(module, component.state(), dtype=torch.float32, source=component.source)
 
     return loading.load(spec, weighted)
 

@@ -32,10 +32,10 @@ def copy(exported: Path, tmp_path: Path) -> Path:
 
 def _set(*path: str | int, to: object) -> Callable[[dict[str, Any]], None]:
     def change(manifest: dict[str, Any]) -> None:
-        place: Any = manifest
+        parent: Any = manifest
         for key in path[:-1]:
-            place = place[key]
-        place[path[-1]] = to
+            parent = parent[key]
+        parent[path[-1]] = to
 
     return change
 

@@ -66,8 +66,8 @@ def measure_phases(pipe: Pipeline, workload: Workload) -> dict[str, int]:
     def conditions() -> tuple[Tensor, tuple[Tensor, ...]]:
         return unet.time_rows(torch.zeros(times), added=added), unet.cross_kv(text)
 
-    u = torch.randn(rows, config.in_channels, workload.height, workload.width, dtype=workload.dtype)
-    u = u.contiguous(memory_format=torch.channels_last)
+    model_input = torch.randn(rows, config.in_channels, workload.height, workload.width, dtype=workload.dtype)
+    model_input = model_input.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         temb, kv = conditions()
     temb = temb[:1].repeat(rows, 1)
@@ -84,7 +84,7 @@ def measure_phases(pipe: Pipeline, workload: Workload) -> dict[str, int]:
         "text": peak_bytes(lambda: [stage.model(ids) for stage in pipe.text_stages]),
         "conditions": peak_bytes(conditions),
         "encode": peak_bytes(lambda: vae.encode(image.to(workload.dtype)).float()),
-        "step": peak_bytes(lambda: unet.step(u, temb, kv)),
+        "step": peak_bytes(lambda: unet.step(model_input, temb, kv)),
         "decode": peak_bytes(decode),
     }
 

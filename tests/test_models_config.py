@@ -76,7 +76,7 @@ def test_irrelevant_keys_are_ignored_missing_ones_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"layers_per_block": [2, 2]}, "'layers_per_block' has 2 entries, expected 4"),
         ({"attention_head_dim": 5}, "16 channels do not divide into 'attention_head_dim' 5"),
@@ -88,6 +88,6 @@ def test_irrelevant_keys_are_ignored_missing_ones_named() -> None:
         ),
     ],
 )
-def test_contradictory_unet_configs_are_refused(changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(CheckpointError, match=told):
+def test_contradictory_unet_configs_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
         UNetConfig.from_dict({**UNET, **changes})

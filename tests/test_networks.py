@@ -76,8 +76,8 @@ def pipe(sd1: tuple[Path, Path], request: pytest.FixtureRequest) -> Pipeline:
     return load(sd1[1], request.param)
 
 
-def apart(one: Any, other: Any) -> float:
-    return float((one - other).abs().max())
+def apart(images: Any, expected: Any) -> float:
+    return float((images - expected).abs().max())
 
 
 # Pictures are in 0..1. Engines sum in another order, and twenty evaluations pass it on: 1e-6 was seen.
@@ -85,26 +85,31 @@ TOLERANCE = 1e-4
 SMALL = {"num_inference_steps": 2, "seed": 1, "output_type": "pt"}
 
 
-def pictures(pipe: Pipeline, kind: str) -> list[Any]:
+def images_of(pipe: Pipeline, kind: str) -> list[Any]:
     """Of requests that between them use every network and every input: several prompts of which one has two windows,
     guided and not, upright and broad, from a picture."""
     several = {"prompt": ["a cat", "two dogs, " * 20], "negative_prompt": "blurry", "height": 24, "width": 16, **SMALL}
-    one = {"prompt": "a (red:1.3) cat", "guidance_scale": 1.0, "height": 16, "width": 32, "clip_skip": 1, **SMALL}
+    unguided = {"prompt": "a (red:1.3) cat", "guidance_scale": 1.0, "height": 16, "width": 32, "clip_skip": 1, **SMALL}
     start = np.random.default_rng(0).random((32, 32, 3), dtype=np.float32)
     again = {"prompt": "a cat", "image": start, "strength": 0.9, "height": 32, "width": 32, **SMALL}
     mask = np.zeros((32, 32), dtype=np.float32)
     mask[8:24, 8:24] = 1
     if "inpaint" in kind:
         return [pipe(**again, mask_image=mask).images, pipe(**{**again, **several}, mask_image=mask).images]
-    return [pipe(**several).images, pipe(**one).images, pipe(**again).images, pipe(**again, mask_image=mask).images]
+    return [
+        pipe(**several).images,
+        pipe(**unguided).images,
+        pipe(**again).images,
+        pipe(**again, mask_image=mask).images,
+    ]
 
 
 def test_every_network_kind_gives_pytorch_images(kind: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     source, bundle = model(kind, tmp_path_factory)
-    expected = pictures(load(source, "torch"), kind)
+    expected = images_of(load(source, "torch"), kind)
     for backend in ENGINES:
         pipe = load(bundle, backend)
-        got = pictures(pipe, kind)
+        got = images_of(pipe, kind)
         assert max(map(apart, got, expected)) <= TOLERANCE, backend
         assert pipe("a cat", **{**SMALL, **_masked(kind)}).backend == pipe.backend == backend
 
@@ -116,25 +121,25 @@ def _masked(kind: str) -> dict[str, Any]:
 
 def test_different_requests_share_batch(pipe: Pipeline, torch_pipe: Pipeline) -> None:
     """Prompts of one and two windows, guided and not, in samplers of one and of four memories."""
-    asked = [
+    requests = [
         {"prompt": "a cat", "sampler": "dpm++ 2m", "num_inference_steps": 4},
         {"prompt": "two dogs, " * 20, "sampler": "euler a", "num_inference_steps": 3},
         {"prompt": "a fish", "guidance_scale": 1.0, "sampler": "plms", "num_inference_steps": 5},
         {"prompt": "a bird", "guidance_scale": 3.0, "guidance_rescale": 0.7, "num_images_per_prompt": 2},
     ]
     common = {"num_inference_steps": 3, "seed": 4, "output_type": "pt", "height": 16, "width": 16}
-    wanted = [torch_pipe(**{**common, **one}).images for one in asked]
+    alone = [torch_pipe(**{**common, **request}).images for request in requests]
     with Session(pipe, max_batch=8) as session:
-        waiting = [session.submit(**{**common, **one}) for one in asked]
-        for one, expected in zip(waiting, wanted, strict=True):
-            assert apart(one.result(timeout=120).images, expected) <= TOLERANCE
-            assert one.result().backend == pipe.backend
+        waiting = [session.submit(**{**common, **request}) for request in requests]
+        for generation, expected in zip(waiting, alone, strict=True):
+            assert apart(generation.result(timeout=120).images, expected) <= TOLERANCE
+            assert generation.result().backend == pipe.backend
 
 
 def test_more_rows_than_engine_limit_run(pipe: Pipeline, torch_pipe: Pipeline) -> None:
     """Bundles are for up to 16: 17 guided pictures are 34."""
-    asked = {"prompt": "a cat", "num_images_per_prompt": 17, "height": 16, "width": 16, **SMALL}
-    assert apart(pipe(**asked).images, torch_pipe(**asked).images) <= TOLERANCE
+    request = {"prompt": "a cat", "num_images_per_prompt": 17, "height": 16, "width": 16, **SMALL}
+    assert apart(pipe(**request).images, torch_pipe(**request).images) <= TOLERANCE
 
 
 def test_split_bundle_caches_text_and_time(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,15 +156,15 @@ def test_split_bundle_caches_text_and_time(pipe: Pipeline, monkeypatch: pytest.M
 
 
 def test_previews_slices_and_latents(pipe: Pipeline, torch_pipe: Pipeline) -> None:
-    asked = {"prompt": "a cat", "num_inference_steps": 2, "sampler": "euler", "seed": 1}
-    latents = pipe(**asked, output_type="latent").images
-    assert apart(latents, torch_pipe(**asked, output_type="latent").images) <= TOLERANCE * latents.abs().max()
-    full = pipe(**asked, num_images_per_prompt=2, output_type="pt").images
+    request = {"prompt": "a cat", "num_inference_steps": 2, "sampler": "euler", "seed": 1}
+    latents = pipe(**request, output_type="latent").images
+    assert apart(latents, torch_pipe(**request, output_type="latent").images) <= TOLERANCE * latents.abs().max()
+    full = pipe(**request, num_images_per_prompt=2, output_type="pt").images
     pipe.enable_vae_slicing()
-    assert apart(pipe(**asked, num_images_per_prompt=2, output_type="pt").images, full) <= TOLERANCE
+    assert apart(pipe(**request, num_images_per_prompt=2, output_type="pt").images, full) <= TOLERANCE
     with Session(pipe) as session:
-        shown = [step.preview[0].size for step in session.submit(**asked, preview=True).progress()]
-    assert shown == [(16, 16)] * 2  # the model's own size
+        preview_sizes = [step.preview[0].size for step in session.submit(**request, preview=True).progress()]
+    assert preview_sizes == [(16, 16)] * 2  # the model's own size
 
 
 def test_unsupported_sizes_and_texts_are_refused(pipe: Pipeline) -> None:
@@ -184,8 +189,8 @@ def test_engines_for_one_size_run(
     assert apart(pipe(**several).images, torch_pipe(**several).images) <= TOLERANCE
     alone = {"prompt": "a cat", "guidance_scale": 1.0, "width": 32, "height": 16, **SMALL}
     assert apart(pipe(**alone).images, torch_pipe(**alone).images) <= TOLERANCE
-    shown = list(pipe.session.submit(**alone, preview=True).progress())
-    assert shown[-1].preview[0].size == (32, 16)
+    steps = list(pipe.session.submit(**alone, preview=True).progress())
+    assert steps[-1].preview[0].size == (32, 16)
     with pytest.raises(InputError, match="the size is 32x32: this bundle runs 32x16, of which 32x16 is nearest"):
         pipe("a cat", width=32, height=32)
     with pytest.raises(InputError, match="the text has 154 tokens and this bundle takes 77"):
@@ -198,8 +203,8 @@ def test_engines_for_several_sizes_run(
     """Each runs, and what lies between them does not."""
     pipe = _for_sizes(sd1[1], [(32, 16), (16, 24)], monkeypatch)
     for width, height in ((16, 24), (32, 16)):
-        asked = {"prompt": "a cat", "width": width, "height": height, **SMALL}
-        assert apart(pipe(**asked).images, torch_pipe(**asked).images) <= TOLERANCE
+        request = {"prompt": "a cat", "width": width, "height": height, **SMALL}
+        assert apart(pipe(**request).images, torch_pipe(**request).images) <= TOLERANCE
     with pytest.raises(InputError, match=r"size is 32x20: this bundle runs 32x16 or 16x24, of which 32x16 is nearest"):
         pipe("a cat", width=32, height=20)
 
@@ -295,8 +300,8 @@ def test_auto_uses_fastest_measured_backend(
 def test_command_prints_backend(sd1: tuple[Path, Path], tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     out = tmp_path / "cat.png"
-    asked = ["generate", "a cat", "-m", str(sd1[1]), "--steps", "1", "--seed", "3", "-o", str(out)]
-    done = CliRunner().invoke(main, [*asked, "--backend", "openvino", "--dtype", "bfloat16"])
+    command = ["generate", "a cat", "-m", str(sd1[1]), "--steps", "1", "--seed", "3", "-o", str(out)]
+    done = CliRunner().invoke(main, [*command, "--backend", "openvino", "--dtype", "bfloat16"])
     assert done.exit_code == 0, done.output
     assert "openvino bfloat16 on cpu: " in done.output
     with Image.open(out) as image:
@@ -313,17 +318,17 @@ def test_the_plan_of_a_bundle(sd1: tuple[Path, Path]) -> None:
         return {**json.loads(done.output), "here": None}  # what is free changes
 
     source, bundle = (str(path) for path in sd1)
-    plain = planned("-m", source, "--dtype", "float32")
+    torch_plan = planned("-m", source, "--dtype", "float32")
     for backend, dtype, copies in (("onnxruntime", "float32", 1.0), ("openvino", "bfloat16", 0.5)):
-        made = planned("-m", bundle, "--backend", backend, "--dtype", dtype)
-        assert made["workload"]["backend"] == backend
-        assert made["weights"] == plain["weights"]
-        assert made["phases"] == plain["phases"]
-        assert made["cached"]["bytes"] == copies * sum(line["bytes"] for line in made["weights"])
+        plan = planned("-m", bundle, "--backend", backend, "--dtype", dtype)
+        assert plan["workload"]["backend"] == backend
+        assert plan["weights"] == torch_plan["weights"]
+        assert plan["phases"] == torch_plan["phases"]
+        assert plan["cached"]["bytes"] == copies * sum(line["bytes"] for line in plan["weights"])
     refused = CliRunner().invoke(main, ["plan", "-m", bundle, "--size", "18x16", "--device", "cpu"])
     assert refused.exit_code == 2
     assert "of which 16x16 is nearest" in refused.output
-    assert planned("-m", bundle, "--backend", "torch", "--dtype", "float32") == {**plain, "model": bundle}
+    assert planned("-m", bundle, "--backend", "torch", "--dtype", "float32") == {**torch_plan, "model": bundle}
 
 
 @pytest.mark.gpu
@@ -332,8 +337,8 @@ def test_a_pipeline_on_a_gpu(backend: str, sd1: tuple[Path, Path], torch_pipe: P
     if not _has({"tensorrt": "tensorrt_rtx"}.get(backend, backend)):
         pytest.skip(f"{backend} is not installed")
     pipe = Pipeline.from_pretrained(sd1[1], backend=backend, device="cuda")
-    asked = {"prompt": ["a cat", "two dogs, " * 20], **SMALL}
-    assert apart(pipe(**asked).images.cpu(), torch_pipe(**asked).images) <= 1e-3
+    request = {"prompt": ["a cat", "two dogs, " * 20], **SMALL}
+    assert apart(pipe(**request).images.cpu(), torch_pipe(**request).images) <= 1e-3
 
 
 @pytest.mark.full

@@ -28,14 +28,14 @@ def last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def as_good(got: Tensor | None, plain: Tensor, exact: Tensor) -> None:
+def as_good(got: Tensor | None, reference: Tensor, exact: Tensor) -> None:
     """The kernels' budget: at most twice the error of torch's own in the same precision, plus a small constant, which
     covers float32 sums of some hundred products in another order."""
     assert got is not None
-    assert got.shape == plain.shape
-    assert got.dtype == plain.dtype
+    assert got.shape == reference.shape
+    assert got.dtype == reference.dtype
     scale = exact.abs().max()
-    off, allowed = ((t.double() - exact).abs().max() / scale for t in (got, plain))
+    off, allowed = ((t.double() - exact).abs().max() / scale for t in (got, reference))
     assert off <= 2 * allowed + max(torch.finfo(got.dtype).eps / 4, 4 * torch.finfo(torch.float32).eps)
 
 
@@ -44,9 +44,9 @@ def as_good(got: Tensor | None, plain: Tensor, exact: Tensor) -> None:
 def test_products_match_pytorch(dtype: torch.dtype, rows: int) -> None:
     x, weight, bias = torch.randn(2, rows, 96).to(dtype), torch.randn(200, 96).to(dtype), torch.randn(200).to(dtype)
     layouts = Layouts([weight])
-    for part in (slice(None), slice(0, 64), slice(64, 200)):  # a view of a weight has a layout of its own
+    for rows_view in (slice(None), slice(0, 64), slice(64, 200)):  # a view of a weight has a layout of its own
         for columns in (slice(0, 96), slice(32, 96)):
-            arguments = x[..., columns], weight[part, columns], bias[part]
+            arguments = x[..., columns], weight[rows_view, columns], bias[rows_view]
             as_good(product(*arguments), F.linear(*arguments), F.linear(*(t.double() for t in arguments)))
     residual = torch.randn(2, rows, 200).to(dtype)
     as_good(
@@ -66,15 +66,15 @@ def test_convolutions_of_two_sizes_match_pytorch(dtype: torch.dtype, stride: int
     layouts = Layouts([weight])
     for size in ((2, 32, 8, 8), (2, 32, 4, 4), (1, 32, 9, 7), (2, 32, 8, 8)):
         x = last(torch.randn(size).to(dtype))
-        plain = F.conv2d(x, weight, bias, stride, 1)
+        reference = F.conv2d(x, weight, bias, stride, 1)
         exact = F.conv2d(x.double(), weight.double(), bias.double(), stride, 1)
         got = convolve(x, weight, bias, stride, 1)  # None where this size wants another layout
-        as_good(conv2d(x, weight, bias, stride=stride, padding=1), plain, exact)
+        as_good(conv2d(x, weight, bias, stride=stride, padding=1), reference, exact)
         if size == (2, 32, 8, 8):
-            as_good(got, plain, exact)
-        residual = last(torch.randn(plain.shape).to(dtype))
+            as_good(got, reference, exact)
+        residual = last(torch.randn(reference.shape).to(dtype))
         out = conv2d(x, weight, bias, stride=stride, padding=1, residual=residual)
-        as_good(out, plain + residual, exact + residual.double())
+        as_good(out, reference + residual, exact + residual.double())
         assert out.is_contiguous(memory_format=torch.channels_last)
     assert layouts.nbytes == weight.nbytes  # one layout for all sizes
 

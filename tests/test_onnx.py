@@ -89,8 +89,8 @@ def test_a_unet(model: loading.Spec, tmp_path: Path) -> None:
     }
     # Nothing that depends on weights alone is left to be computed: no transpose or concatenation of initializers.
     weights = {tensor.name for tensor in graph.graph.initializer}
-    left = [node.op_type for node in graph.graph.node if node.input and set(node.input) <= weights]
-    assert left == []
+    constant_nodes = [node.op_type for node in graph.graph.node if node.input and set(node.input) <= weights]
+    assert constant_nodes == []
 
 
 def test_the_same_model_gives_the_same_bytes(model: loading.Spec, tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_fused_ops_are_one_node_each(
 ) -> None:
     """ONNX Runtime, which knows none of them, runs what they stand for, and TensorRT builds it; OpenVINO says no."""
     monkeypatch.setenv("FASTLDM_CACHE", str(tmp_path / "cache"))
-    networks, reference = (ReferenceNetworks(model, one, split=True) for one in (dtype, "float32"))
+    networks, reference = (ReferenceNetworks(model, precision, split=True) for precision in (dtype, "float32"))
     judge(networks, reference, name, tmp_path / name, opset=opset, fused_ops=True)
     path, spec = tmp_path / name / "model.onnx", networks.specs[name]
     onnx.checker.check_model(path)
@@ -200,8 +200,8 @@ def test_fused_ops_are_one_node_each(
     matches = Counter(node.op_type for node in graph.graph.node if node.domain == "fastldm")
     assert matches.keys() == kinds == {function.name for function in graph.functions}
     assert sum(matches.values()) == sum(calls[op] for op in FUSED) > 0
-    for op, part in FUSED.items():
-        assert sum(count for kind, count in matches.items() if part in kind) == calls[op]
+    for op, op_type in FUSED.items():
+        assert sum(count for kind, count in matches.items() if op_type in kind) == calls[op]
     # none of what the functions are made of is outside of them
     outside = {node.op_type for node in graph.graph.node if not node.domain}
     assert not outside & {"GroupNormalization", "Gelu", "Softmax", "Attention"}

@@ -69,15 +69,15 @@ def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wheel_has_every_module_and_asset(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        inside = {name for name in archive.namelist() if ".dist-info/" not in name}
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
     expected = {
         f"{prefix}/{path.relative_to(folder)}"
         for prefix, folder in SOURCES.items()
         for path in folder.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert inside == expected
-    assert "fastldm/assets/default/model_index.json" in inside
+    assert names == expected
+    assert "fastldm/assets/default/model_index.json" in names
 
 
 IMPORTED = "import fastldm, fastldm.kernels, fastldm.export; print(fastldm.kernels.__file__)"

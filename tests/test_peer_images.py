@@ -87,7 +87,7 @@ def test_options_match_diffusers(pipes: Any, options: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def picture() -> Image.Image:
+def image() -> Image.Image:
     noise = np.random.default_rng(1).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((64, 64), Image.Resampling.BICUBIC)
 
@@ -99,56 +99,56 @@ def with_ddim(pipe: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("strength", [0.5, 1.0])
-def test_image_to_image_matches_diffusers(pipes: Any, picture: Image.Image, strength: float) -> None:
+def test_image_to_image_matches_diffusers(pipes: Any, image: Image.Image, strength: float) -> None:
     theirs, ours = pipes("sd1")
-    other = diffusers.StableDiffusionImg2ImgPipeline(**with_ddim(theirs), requires_safety_checker=False)
-    other.set_progress_bar_config(disable=True)
+    peer = diffusers.StableDiffusionImg2ImgPipeline(**with_ddim(theirs), requires_safety_checker=False)
+    peer.set_progress_bar_config(disable=True)
     options = {
         "num_inference_steps": 4,
         "strength": strength,
         "guidance_scale": 4.0,
-        "image": picture,
+        "image": image,
         "output_type": "np",
     }
     close(
         ours("a cat", sampler="ddim", **options, generator=generator()).images,
-        other("a cat", **options, generator=generator()).images,
+        peer("a cat", **options, generator=generator()).images,
     )
 
 
 @pytest.mark.parametrize(("steps", "strength"), [(4, 0.5), (8, 0.3), (3, 1.0)])
 def test_consistency_image_to_image_matches_diffusers(
-    pipes: Any, picture: Image.Image, steps: int, strength: float
+    pipes: Any, image: Image.Image, steps: int, strength: float
 ) -> None:
     """All steps run, inside the strength."""
     theirs, ours = pipes("lcm")
-    other = diffusers.LatentConsistencyModelImg2ImgPipeline(**theirs.components, requires_safety_checker=False)
-    other.set_progress_bar_config(disable=True)
+    peer = diffusers.LatentConsistencyModelImg2ImgPipeline(**theirs.components, requires_safety_checker=False)
+    peer.set_progress_bar_config(disable=True)
     options = {
         "num_inference_steps": steps,
         "strength": strength,
         "guidance_scale": 6.0,
-        "image": picture,
+        "image": image,
         "output_type": "np",
     }
     close(
-        ours("a cat", **options, generator=generator()).images, other("a cat", **options, generator=generator()).images
+        ours("a cat", **options, generator=generator()).images, peer("a cat", **options, generator=generator()).images
     )
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd1-inpaint"])
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 def test_inpainting_matches_diffusers(
-    pipes: Any, picture: Image.Image, mask: Image.Image, family: str, strength: float
+    pipes: Any, image: Image.Image, mask: Image.Image, family: str, strength: float
 ) -> None:
     theirs, ours = pipes(family)
-    other = diffusers.StableDiffusionInpaintPipeline(**with_ddim(theirs), requires_safety_checker=False)
-    other.set_progress_bar_config(disable=True)
+    peer = diffusers.StableDiffusionInpaintPipeline(**with_ddim(theirs), requires_safety_checker=False)
+    peer.set_progress_bar_config(disable=True)
     options = {
         "num_inference_steps": 4,
         "strength": strength,
         "guidance_scale": 4.0,
-        "image": picture,
+        "image": image,
         "mask_image": mask,
         "height": 64,
         "width": 64,
@@ -156,15 +156,15 @@ def test_inpainting_matches_diffusers(
     }
     close(
         ours("a cat", sampler="ddim", **options, generator=generator()).images,
-        other("a cat", **options, generator=generator()).images,
+        peer("a cat", **options, generator=generator()).images,
     )
 
 
 @pytest.mark.parametrize("as_list", [False, True])
 def test_latents_as_image_match_diffusers(pipes: Any, as_list: bool) -> None:
     theirs, ours = pipes("sd1")
-    other = diffusers.StableDiffusionImg2ImgPipeline(**with_ddim(theirs), requires_safety_checker=False)
-    other.set_progress_bar_config(disable=True)
+    peer = diffusers.StableDiffusionImg2ImgPipeline(**with_ddim(theirs), requires_safety_checker=False)
+    peer.set_progress_bar_config(disable=True)
     latents = torch.randn(2, 4, 8, 12, generator=generator(5))
     options = {
         "prompt": ["a cat", "a dog"],
@@ -175,14 +175,14 @@ def test_latents_as_image_match_diffusers(pipes: Any, as_list: bool) -> None:
     }
     images = ours(sampler="ddim", **options, generator=generator()).images
     assert images.shape == (2, 64, 96, 3)
-    close(images, other(**options, generator=generator()).images)
+    close(images, peer(**options, generator=generator()).images)
 
 
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 def test_inpainted_latents_match_diffusers(pipes: Any, mask: Image.Image, strength: float) -> None:
     theirs, ours = pipes("sdxl")
-    other = diffusers.StableDiffusionXLInpaintPipeline(**theirs.components)
-    other.set_progress_bar_config(disable=True)
+    peer = diffusers.StableDiffusionXLInpaintPipeline(**theirs.components)
+    peer.set_progress_bar_config(disable=True)
     options = {
         "num_inference_steps": 4,
         "strength": strength,
@@ -191,5 +191,5 @@ def test_inpainted_latents_match_diffusers(pipes: Any, mask: Image.Image, streng
         "mask_image": mask,
         "output_type": "np",
     }
-    theirs_made = other("a cat", **options, height=64, width=64, generator=generator()).images
-    close(ours("a cat", **options, generator=generator()).images, theirs_made)
+    theirs_images = peer("a cat", **options, height=64, width=64, generator=generator()).images
+    close(ours("a cat", **options, generator=generator()).images, theirs_images)

@@ -14,9 +14,9 @@ NAMES = {row.name for row in (*DIFFERENCES, *REFUSALS)}
 
 def check(results: list[tuple[Case, Verdict]]) -> None:
     wrong = [verdict for _, verdict in results if verdict.kind in ("unknown", "crashed")]
-    assert not wrong, f"{len(wrong)} of {len(results)}:\n" + "\n".join(verdict.why[0] for verdict in wrong[:10])
+    assert not wrong, f"{len(wrong)} of {len(results)}:\n" + "\n".join(verdict.reasons[0] for verdict in wrong[:10])
     assert {verdict.kind for _, verdict in results} <= set(KINDS)
-    assert {reason for _, verdict in results for reason in verdict.why} <= NAMES
+    assert {reason for _, verdict in results for reason in verdict.reasons} <= NAMES
 
 
 @pytest.mark.parametrize("name", CLASSES)

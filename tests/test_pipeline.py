@@ -101,10 +101,10 @@ def test_batched_images_match_single_images(pipes: Any) -> None:
 
 def test_equal_calls_give_equal_bytes(pipes: Any) -> None:
     ours = pipes("sd1")[1]
-    one, two = (ours("a cat", seed=1, num_inference_steps=2, output_type="np").images for _ in range(2))
-    assert np.array_equal(one, two)
-    other = ours("a cat", seed=2, num_inference_steps=2, output_type="np").images
-    assert np.abs(one - other).max() > 0.01
+    first, second = (ours("a cat", seed=1, num_inference_steps=2, output_type="np").images for _ in range(2))
+    assert np.array_equal(first, second)
+    reseeded = ours("a cat", seed=2, num_inference_steps=2, output_type="np").images
+    assert np.abs(first - reseeded).max() > 0.01
 
 
 def test_two_threads_may_share_a_pipeline(pipes: Any) -> None:
@@ -116,8 +116,8 @@ def test_two_threads_may_share_a_pipeline(pipes: Any) -> None:
     alone = [ours(**job).images for job in jobs]
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda job: ours(**job).images, jobs))
-    for one, other in zip(alone, together, strict=True):
-        assert np.abs(one - other).max() < 1e-5, "steps are taken together, and sums rounded otherwise"
+    for expected, got in zip(alone, together, strict=True):
+        assert np.abs(expected - got).max() < 1e-5, "steps are taken together, and sums rounded otherwise"
 
 
 # --- how much work a call is
@@ -130,9 +130,9 @@ class Counted:
         self.rows: list[int] = []
         step = pipe.unet.step
 
-        def counting(u: torch.Tensor, *rest: Any) -> torch.Tensor:
-            self.rows.append(u.shape[0])
-            return step(u, *rest)
+        def counting(model_input: torch.Tensor, *rest: Any) -> torch.Tensor:
+            self.rows.append(model_input.shape[0])
+            return step(model_input, *rest)
 
         monkeypatch.setattr(pipe.unet, "step", counting)
 
@@ -278,9 +278,9 @@ def test_nan_names_its_step(pipes: Any, monkeypatch: pytest.MonkeyPatch) -> None
     ours = pipes("sd1")[1]
     calls: list[int] = []
 
-    def broken(u: torch.Tensor, *_: Any) -> torch.Tensor:
+    def broken(model_input: torch.Tensor, *_: Any) -> torch.Tensor:
         calls.append(1)
-        return torch.full_like(u, float("nan")) if len(calls) == 3 else u
+        return torch.full_like(model_input, float("nan")) if len(calls) == 3 else model_input
 
     monkeypatch.setattr(ours.unet, "step", broken)
     with pytest.raises(NonFinite, match="after step 3 of 4"):
@@ -308,10 +308,12 @@ def test_overflowing_decodes_are_retried_in_float32(
 
 def test_half_precision_is_close_to_float32(tmp_path: Path) -> None:
     tiny.save_pipeline("sd1", tmp_path)
-    exact, half = (Pipeline.from_pretrained(tmp_path, dtype=dtype, device="cpu") for dtype in ("float32", "bfloat16"))
+    exact, bfloat16 = (
+        Pipeline.from_pretrained(tmp_path, dtype=dtype, device="cpu") for dtype in ("float32", "bfloat16")
+    )
     options = {"seed": 0, "num_inference_steps": 3, "output_type": "np"}
-    error = exact("a cat", **options).images - half("a cat", **options).images
-    assert half.dtype == torch.bfloat16
+    error = exact("a cat", **options).images - bfloat16("a cat", **options).images
+    assert bfloat16.dtype == torch.bfloat16
     assert np.sqrt((error**2).mean()) < 0.02
 
 

@@ -54,8 +54,8 @@ def error(ours: Tensor, theirs: Tensor) -> float:
 def adopt(pipe: Any) -> loading.LoadedModel:
     """As Pipeline.from_diffusers does."""
     spec = loading.spec_of(adoption.describe_diffusers(pipe))
-    parts = {name: getattr(pipe, name) for name in spec.checkpoint.components}
-    return loading.load(spec, lambda module, name: adoption.adopt(module, parts[name]), parts)
+    components = {name: getattr(pipe, name) for name in spec.checkpoint.components}
+    return loading.load(spec, lambda module, name: adoption.adopt(module, components[name]), components)
 
 
 def load(folder: Path) -> loading.LoadedModel:
@@ -63,8 +63,8 @@ def load(folder: Path) -> loading.LoadedModel:
     spec = loading.describe(folder)
 
     def fill(module: nn.Module, name: str) -> nn.Module:
-        part = spec.checkpoint.components[name]
-        return load_module(module, part.state(to_prepare=True), dtype=torch.float32, source=part.source)
+        component = spec.checkpoint.components[name]
+        return load_module(module, component.state(to_prepare=True), dtype=torch.float32, source=component.source)
 
     return loading.load(spec, fill)
 
@@ -202,8 +202,8 @@ print((resident("VmHWM") - before) / sum(p.nbytes for p in network.parameters())
 def test_preparing_needs_memory_of_one_layer(tmp_path: Path) -> None:
     """24 layers of 8 MB: one of them twice is 4% of all."""
     path = str(tmp_path / "diffusion_pytorch_model.safetensors")
-    for what in ("write", "measure"):
-        command = [sys.executable, "-c", MEASURE, path, what]
+    for phase in ("write", "measure"):
+        command = [sys.executable, "-c", MEASURE, path, phase]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     assert 0.95 <= float(done.stdout) <= 1.15  # below: the measurement missed the weights
@@ -267,9 +267,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.usefixtures("_as_on_a_gpu")
-@pytest.mark.parametrize("how", CHANGES)
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("owner", ["loaded", "adopted", "adopted, theirs changed"])
-def test_every_change_reaches_the_next_step(owner: str, how: str, folder: Path) -> None:
+def test_every_change_reaches_the_next_step(owner: str, change: str, folder: Path) -> None:
     pipe, judges = tiny.pipeline("sd1"), tiny.pipeline("sd1")
     ours = load(folder) if owner == "loaded" else adopt(pipe)
     for component, (run, judge) in RUNS.items():
@@ -280,10 +280,10 @@ def test_every_change_reaches_the_next_step(owner: str, how: str, folder: Path) 
             before = run(net)
             old = theirs.get_parameter(theirs_name(theirs, name))
             new = old + 10 * old.std() * torch.randn(old.shape)
-            CHANGES[how](where, theirs_name(where, name), new.clone())
+            CHANGES[change](where, theirs_name(where, name), new.clone())
             set_data(theirs, theirs_name(theirs, name), new)
 
-            unseen = [f"{component}.{name}"] if how in REPLACED else []
+            unseen = [f"{component}.{name}"] if change in REPLACED else []
             if name in FOLDED.get(component, ()):
                 unseen.append(f"{component}.{name.removesuffix('conv.weight')}phases")
             assert ours.prepared.stale() == bool(unseen), name
@@ -311,8 +311,8 @@ def test_one_bit_of_derived_source_is_detected(folder: Path) -> None:
 
 
 @pytest.mark.skipif(not onednn._available(torch.float32), reason="oneDNN's ops are not there")
-@pytest.mark.parametrize("how", CHANGES)
-def test_on_a_cpu_layouts_follow_their_weights(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("change", CHANGES)
+def test_on_a_cpu_layouts_follow_their_weights(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn, "_BYTES", 0)  # tiny weights too
     pipe, judge = tiny.pipeline("sd1"), tiny.unet("sd1")
     ours, (run, judged) = adopt(pipe), RUNS["unet"]
@@ -320,11 +320,11 @@ def test_on_a_cpu_layouts_follow_their_weights(how: str, monkeypatch: pytest.Mon
     assert not ours.prepared.stale()
     for name in (*PLAIN["unet"][:3], *FOLDED["unet"], "up_blocks.1.resnets.0.conv_shortcut.weight"):
         new = judge.get_parameter(name) * 3
-        CHANGES[how](ours.unet, name, new.clone())
+        CHANGES[change](ours.unet, name, new.clone())
         set_data(judge, name, new)
         assert ours.prepared.stale(), name
-        kept = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight" if "attn1" in name else name
-        assert f"unet.{kept.replace('to_v', 'to_k')}" in ours.prepared.weights_changed()
+        listed = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight" if "attn1" in name else name
+        assert f"unet.{listed.replace('to_v', 'to_k')}" in ours.prepared.weights_changed()
         assert error(run(ours.unet), judged(judge)) < TOLERANCE, name
         assert not ours.prepared.stale()
 
@@ -338,10 +338,10 @@ def test_rescaled_autoencoder_follows_adopted_weights() -> None:
         p.data_ptr() for p in pipe.vae.parameters()
     }
 
-    for how, change in CHANGES.items():
+    for change, apply in CHANGES.items():
         before = ours.vae.decode(latents)
-        change(theirs, "weight", theirs.weight * 1.5)
-        assert ours.prepared.stale(), how
+        apply(theirs, "weight", theirs.weight * 1.5)
+        assert ours.prepared.stale(), change
         assert ours.prepared.weights_changed() == ["vae.decoder.conv_in.weight"]
         decoded = ours.vae.decode(latents)
         assert torch.equal(decoded, adopt(pipe).vae.decode(latents))

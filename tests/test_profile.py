@@ -339,7 +339,7 @@ def plots(page: str) -> list[ElementTree.Element]:
 def test_the_page_is_self_contained_with_its_plots(result: Profile) -> None:
     page = profile_page.page(result)
     assert not re.findall(r"(?:src|href)=|@import|url\(|<script|https?://(?!www\.w3\.org/2000/svg)", page)
-    stages, steps, one, bars, roofline = plots(page)
+    stages, steps, timeline, bars, roofline = plots(page)
     namespace = "{http://www.w3.org/2000/svg}"
     assert len(steps.findall(f"{namespace}rect")) == STEPS
     assert len(stages.findall(f"{namespace}rect[@height='44.00']")) == len(result.stages)
@@ -348,7 +348,7 @@ def test_the_page_is_self_contained_with_its_plots(result: Profile) -> None:
     for label in bars.findall(f"{namespace}text[@class='start']"):
         assert float(label.get("x", 0)) + 7 * len(label.text or "") <= profile_page.WIDTH
     assert (
-        len(one.findall(f"{namespace}rect[@height='60.00']"))
+        len(timeline.findall(f"{namespace}rect[@height='60.00']"))
         == 1 + sum(row.calls for row in rows if row.bytes) // STEPS
     )
     multiply = [row for stage in ("step", "decode") for row in result.of(stage) if row.flop]

@@ -74,7 +74,7 @@ def test_parsing_time_is_linear_in_length() -> None:
     # each of these takes minutes where a bracket or a number is searched for again and again
     for piece in ("(", "[", "[)", ":1", "1", "\\", "\\(", ": "):
         text = ":" + piece * 200_000
-        assert sum(len(part) for part, _ in parse_weights(text)) <= len(text)
+        assert sum(len(fragment) for fragment, _ in parse_weights(text)) <= len(text)
 
 
 @pytest.mark.parametrize(
@@ -89,9 +89,11 @@ def test_parsing_time_is_linear_in_length() -> None:
 )
 def test_break_ends_section(prompt: str, expected: list[prompts.Fragments]) -> None:
     got = parse(prompt)
-    assert [[text for text, _ in part] for part in got] == [[text for text, _ in part] for part in expected]
-    for mine, right in zip(got, expected, strict=True):
-        assert [weight for _, weight in mine] == pytest.approx([weight for _, weight in right])
+    assert [[text for text, _ in fragments] for fragments in got] == [
+        [text for text, _ in fragments] for fragments in expected
+    ]
+    for section, reference in zip(got, expected, strict=True):
+        assert [weight for _, weight in section] == pytest.approx([weight for _, weight in reference])
 
 
 def test_literal_prompt_has_no_syntax(caplog: pytest.LogCaptureFixture) -> None:

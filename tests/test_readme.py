@@ -132,28 +132,28 @@ def test_command_prints_and_writes_what_is_shown(
         (tmp_path / path.name).symlink_to(path)
     before = {path.name for path in models.iterdir()}
     monkeypatch.chdir(tmp_path)
-    shown = RUN[matching(line, RUN)[0]]
-    done = run(*shlex.split(line, comments=True)[1:], *shlex.split(shown.smaller))
+    expected = RUN[matching(line, RUN)[0]]
+    done = run(*shlex.split(line, comments=True)[1:], *shlex.split(expected.smaller))
     assert done.exit_code == 0, done.output
-    assert re.fullmatch(shown.output, done.stdout, re.DOTALL), done.stdout
+    assert re.fullmatch(expected.output, done.stdout, re.DOTALL), done.stdout
     written = {path.name for path in tmp_path.iterdir()} - before
-    assert len(written) == len(shown.files)
-    assert all(any(Path(name).match(pattern) for name in written) for pattern in shown.files)
+    assert len(written) == len(expected.files)
+    assert all(any(Path(name).match(pattern) for name in written) for pattern in expected.files)
 
 
 @pytest.mark.parametrize("line", LINES)
 def test_command_line_is_accepted(line: str) -> None:
     """As it stands, whether or not it is run here."""
-    words = shlex.split(line, comments=True)
-    if words[0] == "fastldm":
-        main.commands[words[1]].make_context(words[1], words[2:])  # raises where an option does not exist
-    elif words[0] == "make":
-        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    elif words[:2] == ["python", "-m"]:
-        assert (ROOT / (words[2].replace(".", "/") + ".py")).is_file()
+    tokens = shlex.split(line, comments=True)
+    if tokens[0] == "fastldm":
+        main.commands[tokens[1]].make_context(tokens[1], tokens[2:])  # raises where an option does not exist
+    elif tokens[0] == "make":
+        assert re.search(rf"^{tokens[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif tokens[:2] == ["python", "-m"]:
+        assert (ROOT / (tokens[2].replace(".", "/") + ".py")).is_file()
     else:
-        assert words[:4] == ["pip", "install", "-c", "constraints.txt"]
-        assert (ROOT / words[3]).is_file()
+        assert tokens[:4] == ["pip", "install", "-c", "constraints.txt"]
+        assert (ROOT / tokens[3]).is_file()
 
 
 def test_commands_in_sentences_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,8 +173,8 @@ def test_demo_of_the_makefile_generates_with_the_command() -> None:
     done = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (command,) = (line for line in done.stdout.splitlines() if "fastldm generate" in line)
-    words = shlex.split(command)
-    assert words[1:] == ["generate", "a red apple", "--seed", "0", "-o", "demo.png", "--force"]
+    tokens = shlex.split(command)
+    assert tokens[1:] == ["generate", "a red apple", "--seed", "0", "-o", "demo.png", "--force"]
 
 
 # --------------------------------------------------------------------------------------------------------------- Python
@@ -192,7 +192,7 @@ def test_python_block_prints_and_writes_what_is_shown(
     code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    ((output, files),) = (shown for line, shown in PYTHON.items() if line in code)
+    ((output, files),) = (expected for line, expected in PYTHON.items() if line in code)
     exec(compile(code, "README.md", "exec"), {})
     assert re.fullmatch(output, capsys.readouterr().out)
     assert {path.name for path in tmp_path.iterdir()} == files
@@ -290,9 +290,9 @@ def test_call_arguments_and_errors_exist() -> None:
 
 
 def test_counts_are_those_of_the_code() -> None:
-    known = re.search(r"of (\d+) things in styles", README)
-    assert known is not None
-    assert int(known[1]) == len(things.things())
+    count = re.search(r"of (\d+) things in styles", README)
+    assert count is not None
+    assert int(count[1]) == len(things.things())
     configurations = re.search(r"([\d,]+) of its configurations by a command", README)
     assert configurations is not None
     page = (ROOT / "benchmarks" / "results" / "peer_schedulers.md").read_text("utf-8")

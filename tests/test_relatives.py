@@ -48,7 +48,7 @@ def test_other_classes_are_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "what"),
+    ("name", "message"),
     [
         ("StableDiffusionInstructPix2PixPipeline", "InstructPix2Pix, whose U-Net reads the image that it edits"),
         ("StableDiffusionXLInstructPix2PixPipeline", "InstructPix2Pix, whose U-Net reads the image that it edits"),
@@ -73,8 +73,8 @@ def test_other_classes_are_refused_by_name() -> None:
         (None, "has no _class_name"),
     ],
 )
-def test_invalid_class_names_are_refused(name: Any, what: str) -> None:
-    with pytest.raises(CheckpointError, match=what):
+def test_invalid_class_names_are_refused(name: Any, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
         component_classes({**SD_INDEX, "_class_name": name}, "here")
 
 
@@ -87,14 +87,14 @@ def test_refiner_is_refused_for_any_class() -> None:
 CHANNELS = [(5, "depth to image"), (7, "an upscaler"), (8, "InstructPix2Pix"), (3, "a model of an unknown kind")]
 
 
-@pytest.mark.parametrize(("channels", "what"), CHANNELS)
-def test_relative_is_recognised_by_channels(tmp_path: Path, channels: int, what: str) -> None:
+@pytest.mark.parametrize(("channels", "label"), CHANNELS)
+def test_relative_is_recognised_by_channels(tmp_path: Path, channels: int, label: str) -> None:
     theirs: Any = tiny.pipeline("sd1", unet=tiny.unet("sd1", in_channels=channels))
     theirs.save_pretrained(tmp_path / "folder")
     clip = openai_clip("cond_stage_model.transformer.", 64, 1, vocabulary=99)
     shapes = ldm_unet(64, (1,), (1,), 64, into=channels, layers=1) | ldm_vae(32, (1,), layers=1) | clip
     save_file(random_state(shapes), tmp_path / "single.safetensors")
-    message = f"has {channels} input channels: it is {what}"
+    message = f"has {channels} input channels: it is {label}"
     with pytest.raises(CheckpointError, match=message):
         Pipeline.from_diffusers(theirs)
     for path in (tmp_path / "folder", tmp_path / "single.safetensors"):
@@ -104,7 +104,7 @@ def test_relative_is_recognised_by_channels(tmp_path: Path, channels: int, what:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "what"),
+    ("key", "value", "label"),
     [
         ("num_class_embeds", 1000, "an upscaler"),
         ("class_embed_type", "projection", "unCLIP"),
@@ -114,16 +114,16 @@ def test_relative_is_recognised_by_channels(tmp_path: Path, channels: int, what:
         ("encoder_hid_dim_type", "ip_image_proj", "Stable Diffusion with an IP-Adapter"),
     ],
 )
-def test_relative_is_recognised_by_config_keys(tmp_path: Path, key: str, value: Any, what: str) -> None:
+def test_relative_is_recognised_by_config_keys(tmp_path: Path, key: str, value: Any, label: str) -> None:
     folder = tiny.save_pipeline("sd1", tmp_path)
     path = folder / "unet" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
-    with pytest.raises(CheckpointError, match=f"config.json has '{key}'.*it is {what}"):
+    with pytest.raises(CheckpointError, match=f"config.json has '{key}'.*it is {label}"):
         loading.describe(folder)
 
 
 def test_adopted_relative_is_refused_by_class() -> None:
-    parts = tiny.pipeline("sd1").components
-    editing = diffusers.StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
+    components = tiny.pipeline("sd1").components
+    editing = diffusers.StableDiffusionInstructPix2PixPipeline(**components, requires_safety_checker=False)
     with pytest.raises(CheckpointError, match="is a StableDiffusionInstructPix2PixPipeline: InstructPix2Pix"):
         Pipeline.from_diffusers(editing)

@@ -20,21 +20,21 @@ class Mutation(NamedTuple):
     old: str
     new: str
     check: Callable[[Any], None]
-    why: str
+    label: str
 
 
 def leads(sampler: str, spaced: str, strength: float = 1.0, **config: Any) -> Callable[[Any], None]:
     def check(schedule: Any) -> None:
-        given = {"_class_name": "DDIMScheduler", **SD, "timestep_spacing": spaced, "set_alpha_to_one": True, **config}
-        read = schedule.read_config(given)
+        file = {"_class_name": "DDIMScheduler", **SD, "timestep_spacing": spaced, "set_alpha_to_one": True, **config}
+        read = schedule.read_config(file)
         assert lead(read, 10, sampler=sampler, strength=strength, make_table=schedule.make_table) < 4e-3
 
     return check
 
 
 def starts_from_noise(schedule: Any) -> None:
-    given = {"_class_name": "DDIMScheduler", **SD, **ZERO_SNR, "timestep_spacing": "trailing"}
-    table = schedule.make_table(schedule.read_config(given), 5, sampler="heun")
+    file = {"_class_name": "DDIMScheduler", **SD, **ZERO_SNR, "timestep_spacing": "trailing"}
+    table = schedule.make_table(schedule.read_config(file), 5, sampler="heun")
     assert table.start[1] > 4000
 
 
@@ -90,7 +90,7 @@ MUTATIONS = [
 ]
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m.module}: {m.why}")
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m.module}: {m.label}")
 def test_a_planted_fault_is_found(mutation: Mutation) -> None:
     with samplers_with(Edit(mutation.module, mutation.old, mutation.old)) as sound:
         mutation.check(sound)

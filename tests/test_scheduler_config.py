@@ -26,13 +26,13 @@ PIPELINES = (
 )
 
 
-def parts(xl: bool) -> dict[str, Any]:
+def components_of(xl: bool) -> dict[str, Any]:
     return {k: v for k, v in tiny.pipeline("sdxl" if xl else "sd1").components.items() if k != "image_encoder"}
 
 
 @pytest.fixture(scope="module")
 def components() -> dict[bool, dict[str, Any]]:
-    return {xl: parts(xl) for xl in (False, True)}
+    return {xl: components_of(xl) for xl in (False, True)}
 
 
 def as_file(scheduler: Any) -> dict[str, Any]:
@@ -54,14 +54,14 @@ def test_a_pipeline_sets_what_diffusers_class_sets(
     """For every scheduler class, with keys missing and with their values: what diffusers' __init__ leaves of them."""
     cls = getattr(diffusers, pipeline)
     options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    parts = components["XL" in pipeline] | ({} if "XL" in pipeline else options)
+    arguments = components["XL" in pipeline] | ({} if "XL" in pipeline else options)
     for name in schedulers:
         ours = CLASSES[name]
         takes = inspect.signature(getattr(diffusers, name).__init__).parameters
         for values in VALUES:
             file = as_file(getattr(diffusers, name)(**{key: v for key, v in values.items() if key in takes}))
             scheduler = getattr(diffusers, name).from_config(file)
-            built = cls(**{**parts, "scheduler": scheduler}).scheduler.config
+            built = cls(**{**arguments, "scheduler": scheduler}).scheduler.config
             steps = {
                 "clip_sample": built.get("clip_sample") is True,
                 "skip_prk_steps": built.get("skip_prk_steps") is False,
@@ -90,8 +90,8 @@ def test_another_sampler_starts_from_the_files_own_keys() -> None:
     """diffusers' from_config hands on what the file says, as the pipeline has changed it, and no defaults."""
     file = {"_class_name": "EulerDiscreteScheduler", "beta_end": 0.012, "beta_start": 0.00085}
     assert "steps_offset" not in read_scheduler(file, "StableDiffusionPipeline", "").raw
-    given = read_scheduler({**file, "steps_offset": 0}, "StableDiffusionPipeline", "").raw
-    assert given == {**file, "steps_offset": 1}
+    raw = read_scheduler({**file, "steps_offset": 0}, "StableDiffusionPipeline", "").raw
+    assert raw == {**file, "steps_offset": 1}
 
 
 @pytest.mark.parametrize(
@@ -149,10 +149,10 @@ BAD_CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize(("given", "message"), BAD_CONFIGS)
-def test_bad_configurations(given: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(("config", "message"), BAD_CONFIGS)
+def test_bad_configurations(config: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        read_config(given)
+        read_config(config)
 
 
 def test_pipeline_changes_are_logged(caplog: pytest.LogCaptureFixture) -> None:

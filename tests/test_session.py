@@ -48,10 +48,10 @@ def test_concurrent_requests_match_single_requests(pipe: Pipeline, thirty_two: A
     queries, alone = thirty_two
     with Session(pipe, max_batch=6) as session:
         futures = from_threads(session, queries)
-        for one, future, expected in zip(queries, futures, alone, strict=True):
+        for query, future, expected in zip(queries, futures, alone, strict=True):
             result = future.result(60)
             same(result.images, expected)
-            assert result.seeds[0] == one["seed"]
+            assert result.seeds[0] == query["seed"]
 
 
 # ---- leaving early
@@ -288,8 +288,8 @@ def test_replays_are_the_eager_steps_bitwise(gpu: Pipeline) -> None:
     eager = [gpu(**options(seed=k, steps=2)).images for k in range(4)]  # two steps: never captured
     results = [gpu(**options(seed=k, steps=2)) for k in range(4)]
     assert results[-1].backend == "cuda graph"
-    for one, result in zip(eager, results, strict=True):
-        assert np.array_equal(one, result.images)
+    for expected, result in zip(eager, results, strict=True):
+        assert np.array_equal(expected, result.images)
 
 
 @pytest.mark.gpu
@@ -322,11 +322,11 @@ def test_replays_use_changed_weights(gpu: Pipeline) -> None:
 def test_threads_and_samplers_share_captured_graphs(gpu: Pipeline) -> None:
     gpu.warmup(batches=[1, 2], guidance_scale=3.0)
     queries = [options(k, steps=3 + k, sampler=SAMPLERS[k % 3], guidance_scale=3.0) for k in range(6)]
-    alone = [gpu(**one).images for one in queries]
+    alone = [gpu(**query).images for query in queries]
     with ThreadPoolExecutor(6) as pool:
-        together = list(pool.map(lambda one: gpu(**one).images, queries))
-    for one, other in zip(alone, together, strict=True):
-        assert np.abs(one - other).max() < 0.02, "float16, at other numbers of rows"
+        together = list(pool.map(lambda query: gpu(**query).images, queries))
+    for expected, got in zip(alone, together, strict=True):
+        assert np.abs(expected - got).max() < 0.02, "float16, at other numbers of rows"
 
 
 @pytest.mark.gpu

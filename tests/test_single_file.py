@@ -58,8 +58,8 @@ def test_sd2_with_transformers_text_names_is_sd2(tmp_path: Path, prefix: str, la
     usual = open_single_file(path)
     write_sparse(path, with_transformers_names(shapes, prefix, layers))
     got = open_single_file(path)
-    assert {name: part.config for name, part in got.components.items()} == {
-        name: part.config for name, part in usual.components.items()
+    assert {name: component.config for name, component in got.components.items()} == {
+        name: component.config for name, component in usual.components.items()
     }
     assert got.scheduler == usual.scheduler
     assert got.tokenizers == usual.tokenizers
@@ -95,10 +95,10 @@ def test_projections_stored_as_convolutions_load(tmp_path: Path, family: str) ->
     for name, tensors in (("linear", state), ("convolutions", as_convolutions(state))):
         save_file(tensors, tmp_path / f"{name}.safetensors")
         spec = loading.describe(tmp_path / f"{name}.safetensors")
-        part = spec.checkpoint.components["unet"]
+        component = spec.checkpoint.components["unet"]
         with torch.device("meta"):
             unet = loading.UNet(spec.unet)
-        networks.append(load_module(unet, part.state(to_prepare=True), dtype=torch.float32, source="file"))
+        networks.append(load_module(unet, component.state(to_prepare=True), dtype=torch.float32, source="file"))
         assert [level.heads for level in spec.unet.down] == [1, 2]
     first, second = (network.state_dict() for network in networks)
     assert first.keys() == second.keys()
@@ -114,9 +114,9 @@ def test_sdxl_second_encoder_may_have_transformers_names(tmp_path: Path) -> None
     gold = converted_by_diffusers(state, usual)["text_encoder_2"]
     renamed = {key: tensor for key, tensor in state.items() if not key.startswith(old)}
     save_file(renamed | {f"{new}{key}": t.contiguous() for key, t in gold.items()}, tmp_path / "other.safetensors")
-    other = open_single_file(tmp_path / "other.safetensors").components["text_encoder_2"]
-    assert other.config == usual.components["text_encoder_2"].config
-    got = other.state()
+    encoder = open_single_file(tmp_path / "other.safetensors").components["text_encoder_2"]
+    assert encoder.config == usual.components["text_encoder_2"].config
+    got = encoder.state()
     assert got.keys() == gold.keys()
     assert all(torch.equal(got[key], gold[key]) for key in got)
 
@@ -138,9 +138,9 @@ def test_single_file_of_compiled_model_loads(tmp_path: Path) -> None:
     unet = "model.diffusion_model."
     save_file({k.replace(unet, f"{unet}_orig_mod."): t for k, t in state.items()}, tmp_path / "compiled.safetensors")
     save_file(state, tmp_path / "plain.safetensors")
-    compiled, plain = (open_single_file(tmp_path / f"{n}.safetensors").components for n in ("compiled", "plain"))
-    for name, part in plain.items():
-        got, expected = compiled[name].state(), part.state()
+    compiled, original = (open_single_file(tmp_path / f"{n}.safetensors").components for n in ("compiled", "plain"))
+    for name, component in original.items():
+        got, expected = compiled[name].state(), component.state()
         assert got.keys() == expected.keys()
         assert all(torch.equal(got[key], expected[key]) for key in got)
 
@@ -177,16 +177,16 @@ def test_full_size_single_file_matches_diffusers_network(tmp_path: Path, family:
     original = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     gold = converted_by_diffusers(original, checkpoint)
     assert set(checkpoint.components) == set(gold)
-    for name, part in checkpoint.components.items():
-        assert part.names is not None
-        got = {key: tuple(tensor.shape) for key, tensor in convert(original, part.names).items()}
+    for name, component in checkpoint.components.items():
+        assert component.names is not None
+        got = {key: tuple(tensor.shape) for key, tensor in convert(original, component.names).items()}
         assert got == {key: tuple(tensor.shape) for key, tensor in gold[name].items()}
         with torch.device("meta"):
             if name.startswith("text"):
-                config = transformers.CLIPTextConfig(**part.config)
-                network: nn.Module = getattr(transformers, part.class_name)(config)
+                config = transformers.CLIPTextConfig(**component.config)
+                network: nn.Module = getattr(transformers, component.class_name)(config)
             else:
-                network = getattr(diffusers, part.class_name).from_config(part.config)
+                network = getattr(diffusers, component.class_name).from_config(component.config)
         # from 5.6 on, transformers names CLIPTextModel's weights without `text_model.`
         bare = {key.removeprefix("text_model."): shape for key, shape in got.items()}
         assert bare == {key.removeprefix("text_model."): tuple(t.shape) for key, t in network.state_dict().items()}
@@ -282,8 +282,8 @@ def test_single_file_values_equal_diffusers_conversion(tmp_path: Path, family: s
     checkpoint = open_single_file(tmp_path / "model.safetensors")
     gold = converted_by_diffusers(state, checkpoint)
     assert set(checkpoint.components) == set(gold)
-    for name, part in checkpoint.components.items():
-        got = part.state()
+    for name, component in checkpoint.components.items():
+        got = component.state()
         assert set(got) == set(gold[name])
         for key, tensor in got.items():
             assert torch.equal(tensor, gold[name][key]), key
@@ -299,9 +299,9 @@ def test_variants_of_original_layout_load(tmp_path: Path) -> None:
         save_file(state, tmp_path / "usual.safetensors")
         save_file({key.replace(old, new): t for key, t in state.items()}, tmp_path / "other.safetensors")
         usual = open_single_file(tmp_path / "usual.safetensors").components["text_encoder"]
-        other = open_single_file(tmp_path / "other.safetensors").components["text_encoder"]
-        assert usual.config == other.config
-        expected, got = usual.state(), other.state()
+        variant = open_single_file(tmp_path / "other.safetensors").components["text_encoder"]
+        assert usual.config == variant.config
+        expected, got = usual.state(), variant.state()
         assert set(got) == set(expected)
         assert all(torch.equal(got[key], expected[key]) for key in got)
 
@@ -352,9 +352,9 @@ def test_training_state_is_ignored_with_one_log_line(tmp_path: Path, caplog: pyt
     assert "ignored 13 keys" in ours[0]  # the 12 above and position_ids
     assert "8 of them moving averages" in ours[0]
     save_file(state, tmp_path / "plain.safetensors")
-    plain = open_single_file(tmp_path / "plain.safetensors")
-    for name, part in checkpoint.components.items():
-        assert set(part.state()) == set(plain.components[name].state())
+    without_state = open_single_file(tmp_path / "plain.safetensors")
+    for name, component in checkpoint.components.items():
+        assert set(component.state()) == set(without_state.components[name].state())
 
 
 def _refiner() -> Shapes:

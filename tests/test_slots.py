@@ -50,7 +50,7 @@ class Network:
 
     def step(
         self,
-        u: Tensor,
+        model_input: Tensor,
         temb: Tensor,
         text: Sequence[Tensor],
         *,
@@ -59,16 +59,16 @@ class Network:
     ) -> Tensor:
         (states,) = text
         if kv_len is not None:
-            seen = torch.arange(states.shape[1], device=u.device) < kv_len[:, None]
+            seen = torch.arange(states.shape[1], device=model_input.device) < kv_len[:, None]
             states = states.masked_fill(~seen[..., None], 0.0)
         means = states.sum(1)[:, 0] / (states.shape[1] if kv_len is None else kv_len.clamp_min(1))
         if slots is not None:
             means = means[slots]
-        self.widths.append(u.shape[0])
+        self.widths.append(model_input.shape[0])
         text_mean = (means + temb[:, 0].float())[:, None, None, None]
-        return torch.tanh(u[:, :CHANNELS].float() + u[:, CHANNELS:].float().sum(1, keepdim=True) + text_mean).to(
-            u.dtype
-        )
+        return torch.tanh(
+            model_input[:, :CHANNELS].float() + model_input[:, CHANNELS:].float().sum(1, keepdim=True) + text_mean
+        ).to(model_input.dtype)
 
 
 def run_of(sampler: str, steps: int, batch: int = 1, guidance: Guidance = GUIDED, seed: int = 0, **options: Any) -> Run:
@@ -77,16 +77,16 @@ def run_of(sampler: str, steps: int, batch: int = 1, guidance: Guidance = GUIDED
     table = make_table(SD, steps, sampler=sampler, eta=0.5, strength=options.get("strength", 1.0))
     shape, dtype = (batch, CHANNELS, HEIGHT, WIDTH), options.get("dtype", torch.float32)
 
-    def pictures(channels: int = CHANNELS) -> Tensor:
+    def normal(channels: int = CHANNELS) -> Tensor:
         return torch.randn(batch, channels, HEIGHT, WIDTH, generator=g).to(DEVICE)
 
     inpainting = extra = None
     if options.get("masked"):
-        inpainting = Inpainting((pictures(1)[:1] > 0).float(), pictures(), pictures())
+        inpainting = Inpainting((normal(1)[:1] > 0).float(), normal(), normal())
     if options.get("extra"):
-        extra = pictures(options["extra"]).to(dtype)
+        extra = normal(options["extra"]).to(dtype)
     noises = draw_step_noise(table, shape, g, torch.float32, DEVICE)
-    latents = pictures() * table.init_noise_sigma
+    latents = normal() * table.init_noise_sigma
     rows = batch * (2 if guidance.scale > 1 else 1)
     text = torch.randn(rows, options.get("tokens", 7), 2, generator=g).to(DEVICE)
     temb = torch.randn(len(table), rows, 1, generator=g).to(DEVICE, dtype)
@@ -97,9 +97,9 @@ def alone(run: Run, network: Any = None) -> Tensor:
     """What correct means: the loop of one request."""
     network, batch = network or Network(), run.batch
 
-    def call(u: Tensor, i: int, guided: bool) -> Tensor:
+    def call(model_input: Tensor, i: int, guided: bool) -> Tensor:
         rows = slice(None) if guided else slice(-batch, None)
-        return network.step(u, run.temb[i][rows], [text[rows] for text in run.text_kv])
+        return network.step(model_input, run.temb[i][rows], [text[rows] for text in run.text_kv])
 
     return denoise(call, run)
 
@@ -162,8 +162,8 @@ MIXED: list[dict[str, Any]] = [
 @pytest.mark.parametrize("kind", ["eager", "slots", "graphs"])
 @pytest.mark.parametrize("starts", [[0, 0, 0, 0, 0], [3, 0, 1, 2, 5]], ids=["together", "one-after-the-other"])
 def test_all_kinds_of_requests_share_a_batch(kind: str, starts: list[int]) -> None:
-    expected = [alone(run_of(**one)) for one in MIXED]
-    runs = [run_of(**one) for one in MIXED]
+    expected = [alone(run_of(**workload)) for workload in MIXED]
+    runs = [run_of(**workload) for workload in MIXED]
     batch: Batch = EagerBatch(Network())  # type: ignore[arg-type]
     if kind != "eager":
         graphs = Graphs(Recorder()) if kind == "graphs" else None
@@ -174,11 +174,13 @@ def test_all_kinds_of_requests_share_a_batch(kind: str, starts: list[int]) -> No
 
 def test_slots_are_reused() -> None:
     """Two slots, eight requests: nothing of the last tenant is left."""
-    requests = [{**one, "batch": 1, "seed": k} for k, one in enumerate([*MIXED, *reversed(MIXED)])]
+    requests = [{**workload, "batch": 1, "seed": k} for k, workload in enumerate([*MIXED, *reversed(MIXED)])]
     batch = Slots(Network(), buffers(slots=2, rows=4))  # type: ignore[arg-type]
     for first, second in zip(requests[::2], requests[1::2], strict=True):
-        expected = [alone(run_of(**one)) for one in (first, second)]
-        for got, reference in zip(finish(batch, [run_of(**one) for one in (first, second)]), expected, strict=True):
+        expected = [alone(run_of(**workload)) for workload in (first, second)]
+        for got, reference in zip(
+            finish(batch, [run_of(**workload) for workload in (first, second)]), expected, strict=True
+        ):
             assert ops.error(got, reference) < 2e-6
 
 
@@ -211,15 +213,15 @@ def test_kernel_ends_steps_with_options(options: dict[str, Any], guidance: Guida
 
 @pytest.mark.parametrize("kind", ["eager", "slots"])
 def test_replaced_latents_are_copies(kind: str) -> None:
-    def half(i: int, t: float, x: Tensor) -> Tensor | None:
+    def halve(i: int, t: float, x: Tensor) -> Tensor | None:
         return x * 0.5 if i in (1, 6) else None  # the last row's are the result
 
     neighbour = run_of("euler a", 9, seed=1)
-    expected, beside = denoise_with(half), alone(run_of("euler a", 9, seed=1))
+    expected, beside = denoise_with(halve), alone(run_of("euler a", 9, seed=1))
     batch: Batch = EagerBatch(Network()) if kind == "eager" else Slots(Network(), buffers(2, 4))  # type: ignore[arg-type]
     run, seen = run_of("heun", 4), []
-    for one in (run, neighbour):
-        batch.admit(one)
+    for admitted in (run, neighbour):
+        batch.admit(admitted)
     while not run.done:
         i = run.row
         batch.step([run, neighbour])
@@ -236,7 +238,7 @@ def test_replaced_latents_are_copies(kind: str) -> None:
 
 def denoise_with(on_step: Any) -> Tensor:
     run, network = run_of("heun", 4), Network()
-    call = lambda u, i, guided: network.step(u, run.temb[i], run.text_kv)  # noqa: E731
+    call = lambda model_input, i, guided: network.step(model_input, run.temb[i], run.text_kv)  # noqa: E731
     return denoise(call, run, on_step=on_step)
 
 
@@ -244,8 +246,8 @@ def denoise_with(on_step: Any) -> Tensor:
 def test_waiting_runs_do_not_move(kind: str) -> None:
     """A request whose caller has not answered sits out steps that others take."""
     requests = [{"sampler": "dpm++ 2m", "steps": 6, "seed": k} for k in range(2)]
-    expected = [alone(run_of(**one)) for one in requests]
-    first, second = (run_of(**one) for one in requests)
+    expected = [alone(run_of(**workload)) for workload in requests]
+    first, second = (run_of(**workload) for workload in requests)
     batch: Batch = EagerBatch(Network()) if kind == "eager" else Slots(Network(), buffers(2, 4))  # type: ignore[arg-type]
     batch.admit(first)
     batch.admit(second)
@@ -260,8 +262,8 @@ def test_nan_stays_in_its_own_request(kind: str) -> None:
     """One network call in six gives NaN for the first run alone; the first bad row is recorded, and nobody else's."""
 
     class Broken(Network):
-        def step(self, u: Tensor, temb: Tensor, *rest: Any, **lengths: Any) -> Tensor:
-            out = super().step(u, temb, *rest, **lengths)
+        def step(self, model_input: Tensor, temb: Tensor, *rest: Any, **lengths: Any) -> Tensor:
+            out = super().step(model_input, temb, *rest, **lengths)
             if len(self.widths) == 4:
                 out[:2] = float("nan")  # the rows of the first run
             return out
@@ -326,7 +328,7 @@ def test_each_row_reads_its_own_text() -> None:
         return [run(1, 9, 1, Guidance(3.0)), run(2, 5, 2, Guidance())]
 
     with torch.no_grad():
-        alone = [finish(EagerBatch(unet), [one])[0] for one in runs()]
+        alone = [finish(EagerBatch(unet), [single])[0] for single in runs()]
         for batch in (EagerBatch(unet), Slots(unet, held)):
             for got, reference in zip(finish(batch, runs(), [1, 0]), alone, strict=True):
                 assert ops.error(got, reference) < 5e-6

@@ -44,7 +44,7 @@ def _fast_diffusers() -> Iterator[None]:
 def check(cases: Iterator[Case] | list[Case]) -> None:
     verdicts = [judge(case) for case in cases]
     wrong = [verdict for verdict in verdicts if verdict.kind in ("unknown", "crashed")]
-    assert not wrong, f"{len(wrong)} of {len(verdicts)} cases:\n" + "\n".join(v.why[0] for v in wrong[:10])
+    assert not wrong, f"{len(wrong)} of {len(verdicts)} cases:\n" + "\n".join(v.reasons[0] for v in wrong[:10])
 
 
 ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -103,12 +103,12 @@ def test_trajectories_equal_diffusers_at_all_steps(name: str) -> None:
     a time, to which `test_prediction_types_are_one_sampler` holds the others, but for PLMS, of which it knows nothing.
     """
     cells, several = list(grid(name)), len({config["prediction_type"] for config in grid(name)})
-    share = 1 if name == "PNDMScheduler" else several
+    stride = 1 if name == "PNDMScheduler" else several
     selected = itertools.product(enumerate(cells), range(1, 51))
     check(
         Case(name, config, steps)
         for (i, config), steps in selected
-        if steps <= 16 or steps % share == i // (len(cells) // several) % share
+        if steps <= 16 or steps % stride == i // (len(cells) // several) % stride
     )
 
 
@@ -125,12 +125,12 @@ def test_prediction_types_are_one_sampler(name: str) -> None:
     for config, steps in itertools.product(grid(name), range(1, 51)):
         cells.setdefault(str({**config, "prediction_type": steps}), []).append(Case(name, config, steps))
     for cases in cells.values():
-        ends = [end for case in cases if (end := said_as(case)) is not None]
+        ends = [end for case in cases if (end := final_latents(case)) is not None]
         for end in ends[1:]:
             assert np.abs(end - ends[0]).max() < 1e-8 * np.abs(ends[0]).max(), cases[0]
 
 
-def said_as(case: Case) -> np.ndarray | None:
+def final_latents(case: Case) -> np.ndarray | None:
     """Where the table leads, in float64, a network that predicts one and the same picture, said as the case has it."""
     try:
         _, rows, numbers = exact_table(case)
@@ -140,13 +140,13 @@ def said_as(case: Case) -> np.ndarray | None:
     state = np.zeros((7, 3))  # x, y, m0, m1, m2, m3, noise
     state[0] = drawn[-1] * rows[0].level[1]
     for row, n, noise in zip(rows, numbers, drawn, strict=False):
-        u, alpha = row.c_in * state[0], row.c_in * row.level[0]  # u = alpha * picture + sigma * noise
+        model_input, alpha = row.c_in * state[0], row.c_in * row.level[0]  # model_input = alpha * image + sigma * noise
         sigma = math.sqrt(1 - alpha**2)
-        output = image = np.tanh(u + math.sin(row.t / 300))
+        output = image = np.tanh(model_input + math.sin(row.t / 300))
         if case.config["prediction_type"] == "epsilon":
-            output = (u - alpha * image) / sigma
+            output = (model_input - alpha * image) / sigma
         elif case.config["prediction_type"] == "v_prediction":
-            output = (alpha * u - image) / sigma
+            output = (alpha * model_input - image) / sigma
         state[3:6] = state[2:5]
         state[2], state[6] = n[1] * state[0] + n[2] * output, noise
         state[:2] = np.stack([n[3:10], [*n[10:16], 0.0]]) @ state
@@ -165,7 +165,7 @@ def test_image_to_image_and_inpainting(name: str) -> None:
     cases = []
     for strength, spaced in itertools.product((0.25, 0.6, 1.0), ("leading", "trailing", "linspace")):
         config = {**SD, "timestep_spacing": spaced}
-        cases += [Case(name, config, 8, eta=0.3, strength=strength, picture=True, batch=2)]
+        cases += [Case(name, config, 8, eta=0.3, strength=strength, image_to_image=True, batch=2)]
         cases += [Case(name, config, 8, eta=0.3, strength=strength, mask=True, batch=2)]
     check(cases)
 
@@ -227,8 +227,10 @@ def test_any_options_many(name: str) -> None:
 
 
 def test_custom_timesteps_and_sigmas() -> None:
-    given = [999, 839, 639, 299, 39]
-    cases = [Case(name, SD, 5, custom={"timesteps": given}) for name in CLASSES if "timesteps" in CLASSES[name].custom]
+    timesteps = [999, 839, 639, 299, 39]
+    cases = [
+        Case(name, SD, 5, custom={"timesteps": timesteps}) for name in CLASSES if "timesteps" in CLASSES[name].custom
+    ]
     assert len(cases) == 7
     sigmas = [14.6, 6.3, 2.5, 0.9, 0.1, 0.0]
     check([*cases, Case("EulerDiscreteScheduler", SD, 5, custom={"sigmas": sigmas})])
@@ -244,8 +246,8 @@ def test_other_sampler_runs_on_checkpoint_schedule(sampler: str) -> None:
         "prediction_type": "v_prediction",
     }
     selected = resolve_sampler(sampler)
-    plain = {key: value for key, value in file.items() if key not in ("_class_name", "skip_prk_steps")}
-    case = Case(selected.class_name, {**plain, **selected.options}, 6)
+    schedule = {key: value for key, value in file.items() if key not in ("_class_name", "skip_prk_steps")}
+    case = Case(selected.class_name, {**schedule, **selected.options}, 6)
     table = make_table(read_config(file), 6, sampler=sampler)
     np.testing.assert_array_equal(table.rows, case.table().rows)
     check([case])
@@ -272,25 +274,25 @@ ZERO_TERMINAL = read_config(
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_exact_noise_leads_to_image(sampler: str, spaced: str) -> None:
     """From the start and from everywhere in the middle: with history or without, a step goes where the next begins."""
-    given = {"_class_name": "DDIMScheduler", **SD, "timestep_spacing": spaced, "set_alpha_to_one": True}
-    config = read_config(given)
-    near = 0.15 if sampler in ENDS_NOISY else 2e-3
+    file = {"_class_name": "DDIMScheduler", **SD, "timestep_spacing": spaced, "set_alpha_to_one": True}
+    config = read_config(file)
+    tolerance = 0.15 if sampler in ENDS_NOISY else 2e-3
     for steps in (1, 2, 5, 8, 10, 25):  # divisors of 1000: else trailing rounds, as diffusers does
         for strength in (0.2, 0.35, 0.5, 0.75, 1.0):
             if int(steps * strength) == 0 or (sampler in ("lcm", "tcd") and steps > 50 * strength):
                 continue
             for eta in (0.0, 0.7) if sampler in ("ddim", "tcd") else (0.0,):
                 off = lead(config, steps, sampler=sampler, strength=strength, eta=eta)
-                assert off < near, (steps, strength, eta, off)
+                assert off < tolerance, (steps, strength, eta, off)
 
 
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "plms"])
 def test_zero_terminal_snr_leads_to_image(sampler: str) -> None:
     """From noise alone. (PLMS's history holds velocities of other noise levels, which are not one another's.)"""
-    near = 0.15 if sampler in ENDS_NOISY else 4e-3
+    tolerance = 0.15 if sampler in ENDS_NOISY else 4e-3
     for steps in (1, 2, 5, 8, 25):
         off = lead(ZERO_TERMINAL, steps, sampler=sampler)
-        assert off < near, (steps, off)
+        assert off < tolerance, (steps, off)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def made(
+def exported(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Path, Path]:
     """A model that may be changed, and the bundle of it."""
@@ -78,8 +78,8 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_every_change_of_source_is_found(change: Callable[[Path], None], made: tuple[Path, Path]) -> None:
-    model, bundle = made
+def test_every_change_of_source_is_found(change: Callable[[Path], None], exported: tuple[Path, Path]) -> None:
+    model, bundle = exported
     assert Pipeline.from_pretrained(bundle, backend="torch", device="cpu").backend == "torch"
     change(model)
     with pytest.raises(BundleError, match=rf"has changed since .* was made of it \({CHANGES[change]}\): export it"):
@@ -87,8 +87,8 @@ def test_every_change_of_source_is_found(change: Callable[[Path], None], made: t
     assert Pipeline.from_pretrained(bundle, backend="onnxruntime", device="cpu").backend == "onnxruntime"
 
 
-def test_config_origin_is_no_change(made: tuple[Path, Path]) -> None:
-    model, bundle = made
+def test_config_origin_is_no_change(exported: tuple[Path, Path]) -> None:
+    model, bundle = exported
     before = identity(loading.describe(model))
     for path, word in (
         ("unet/config.json", "_diffusers_version"),
@@ -99,9 +99,9 @@ def test_config_origin_is_no_change(made: tuple[Path, Path]) -> None:
     assert networks.source(Bundle.open(bundle)).model == str(model)
 
 
-def test_auto_ignores_changed_source(made: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_ignores_changed_source(exported: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
     """The bundle itself is whole."""
-    model, bundle = made
+    model, bundle = exported
     opened = Bundle.open(bundle)
     fast, slow = auto.Measured(1.0, 0.1, "float32"), auto.Measured(9.0, 9.0, "float32")
     auto.remember(opened, CPU, {"torch": fast, "onnxruntime": slow})
@@ -117,10 +117,10 @@ def test_auto_ignores_changed_source(made: tuple[Path, Path], caplog: pytest.Log
 
 
 def test_export_options_are_stored(
-    made: tuple[Path, Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    exported: tuple[Path, Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """The plain weights are others: run from those, the picture would be another."""
-    model, _ = made
+    model, _ = exported
     for path in [*model.glob("*/*.safetensors")]:
         path.rename(path.with_name(f"{path.stem}.half.safetensors"))
     out = tmp_path / "variant"
@@ -136,19 +136,19 @@ def test_export_options_are_stored(
         Pipeline.from_pretrained(out, backend="torch", variant="half")
 
 
-def test_single_file_bundle_keeps_prediction_type(monkeypatch: pytest.MonkeyPatch, made: tuple[Path, Path]) -> None:
+def test_single_file_bundle_keeps_prediction_type(monkeypatch: pytest.MonkeyPatch, exported: tuple[Path, Path]) -> None:
     """What the file does not say is part of where the model is from."""
-    bundle = Bundle.open(made[1])
-    asked: list[dict[str, Any]] = []
+    bundle = Bundle.open(exported[1])
+    described_with: list[dict[str, Any]] = []
     manifest = {**bundle.manifest, "options": {"prediction_type": "epsilon", "variant": None}}
     describe = loading.describe
 
     def described(path: str, **options: Any) -> loading.Spec:
-        asked.append(options)
+        described_with.append(options)
         return describe(path, local_files_only=True)
 
     monkeypatch.setattr(loading, "describe", described)
     matches = networks.source(Bundle(bundle.folder, manifest, bundle.specs))
-    assert asked == [{"local_files_only": True, "prediction_type": "epsilon"}]
+    assert described_with == [{"local_files_only": True, "prediction_type": "epsilon"}]
     assert matches.options == {"prediction_type": "epsilon"}
     assert writing.source_of("default") == "default"

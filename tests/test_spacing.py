@@ -31,10 +31,10 @@ DDIM = read_config({"_class_name": "DDIMScheduler", **SD})
 @pytest.mark.parametrize("zero_snr", [False, True])
 @pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
 def test_training_schedule(beta_schedule: str, zero_snr: bool) -> None:
-    given = {**SD, "beta_schedule": beta_schedule, "num_train_timesteps": 700, "rescale_betas_zero_snr": zero_snr}
+    file = {**SD, "beta_schedule": beta_schedule, "num_train_timesteps": 700, "rescale_betas_zero_snr": zero_snr}
     with nearest_roots():
-        expected = diffusers.DDIMScheduler.from_config(given).alphas_cumprod.numpy()
-    got = spacing.alphas_cumprod(read_config({"_class_name": "DDIMScheduler", **given}))
+        expected = diffusers.DDIMScheduler.from_config(file).alphas_cumprod.numpy()
+    got = spacing.alphas_cumprod(read_config({"_class_name": "DDIMScheduler", **file}))
     np.testing.assert_array_equal(got, expected)
 
 
@@ -54,11 +54,11 @@ def test_beta_quantiles_are_scipys() -> None:
 @pytest.mark.parametrize("kind", [np.asarray, torch.tensor, tuple])
 def test_trained_betas_of_any_kind(kind: Any) -> None:
     betas = np.linspace(0.001, 0.015, 100).tolist()
-    plain, given = (
+    scaled_linear, trained = (
         read_config({"_class_name": "DDIMScheduler", "num_train_timesteps": 100, "trained_betas": values})
         for values in (betas, kind(betas))
     )
-    np.testing.assert_allclose(spacing.alphas_cumprod(given), spacing.alphas_cumprod(plain), rtol=1e-6)
+    np.testing.assert_allclose(spacing.alphas_cumprod(trained), spacing.alphas_cumprod(scaled_linear), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -67,8 +67,8 @@ def test_betas_that_end_in_noise_are_zero_snr(name: str) -> None:
     rescaled = diffusers.DDIMScheduler.from_config({**SD, "rescale_betas_zero_snr": True}).betas.numpy()
     common = {"_class_name": name, **SD, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
     tables = [
-        make_table(read_config({**common, **how}), 5)
-        for how in ({"rescale_betas_zero_snr": True}, {"trained_betas": rescaled})
+        make_table(read_config({**common, **options}), 5)
+        for options in ({"rescale_betas_zero_snr": True}, {"trained_betas": rescaled})
     ]
     np.testing.assert_allclose(tables[1].rows, tables[0].rows, rtol=1e-3, atol=1e-3)
     assert np.isfinite(tables[1].rows).all()
@@ -85,10 +85,10 @@ BETAS = [
 ]
 
 
-@pytest.mark.parametrize(("given", "message"), BETAS)
+@pytest.mark.parametrize(("options", "message"), BETAS)
 @pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"])
-def test_invalid_betas_are_refused(name: str, given: dict[str, Any], message: str | None) -> None:
-    config = {"_class_name": name, "num_train_timesteps": 3, **given}
+def test_invalid_betas_are_refused(name: str, options: dict[str, Any], message: str | None) -> None:
+    config = {"_class_name": name, "num_train_timesteps": 3, **options}
     if message is None:
         read_config(config)
         return
@@ -100,8 +100,8 @@ def test_invalid_betas_are_refused(name: str, given: dict[str, Any], message: st
 def test_betas_that_begin_with_zero(sampler: str) -> None:
     """A picture without noise at timestep 0: a step that has to divide by that noise says so."""
     for spaced, steps in itertools.product(("leading", "linspace", "trailing"), (1, 2, 5)):
-        given = {"_class_name": "DDIMScheduler", **SD, "beta_start": 0.0, "timestep_spacing": spaced}
-        config = read_config(given)
+        file = {"_class_name": "DDIMScheduler", **SD, "beta_start": 0.0, "timestep_spacing": spaced}
+        config = read_config(file)
         try:
             table = make_table(config, steps, sampler=sampler)
         except InputError as refused:
@@ -130,30 +130,30 @@ def test_custom_noise_levels_as_diffusers_has_them() -> None:
 @pytest.mark.parametrize("kind", [list, tuple, np.asarray, torch.tensor])
 def test_custom_timesteps_of_any_kind(name: str, kind: Any) -> None:
     config = read_config({"_class_name": name, **SD})
-    plain = make_table(config, 1, timesteps=[999, 600, 250, 30], strength=0.5)
-    given = make_table(config, 1, timesteps=kind([999, 600, 250, 30]), strength=0.5)
-    np.testing.assert_array_equal(given.rows, plain.rows)
-    assert given.steps == 2
-    assert given.timesteps[0] == 250
+    expected = make_table(config, 1, timesteps=[999, 600, 250, 30], strength=0.5)
+    got = make_table(config, 1, timesteps=kind([999, 600, 250, 30]), strength=0.5)
+    np.testing.assert_array_equal(got.rows, expected.rows)
+    assert got.steps == 2
+    assert got.timesteps[0] == 250
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.5, 0.8])
 def test_custom_timesteps_and_noise_levels_are_cut(strength: float) -> None:
     """By the strength, as diffusers' pipelines cut them: all samplers that take them."""
     cases = [
-        Case(name, SD, 5, custom={"timesteps": [999, 839, 639, 299, 39]}, strength=strength, picture=True)
+        Case(name, SD, 5, custom={"timesteps": [999, 839, 639, 299, 39]}, strength=strength, image_to_image=True)
         for name in CLASSES
         if "timesteps" in CLASSES[name].custom
     ]
     sigmas = {"sigmas": [14.6, 6.3, 2.5, 0.9, 0.1, 0.0]}
-    cases.append(Case("EulerDiscreteScheduler", SD, 5, custom=sigmas, strength=strength, picture=True))
+    cases.append(Case("EulerDiscreteScheduler", SD, 5, custom=sigmas, strength=strength, image_to_image=True))
     for case in cases:
         verdict = judge(case)
-        assert verdict.kind == "agree" or verdict.why == ("strength of the caller's timesteps",), verdict
+        assert verdict.kind == "agree" or verdict.reasons == ("strength of the caller's timesteps",), verdict
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("options", "message"),
     [
         ({"timesteps": [999, math.nan]}, "timesteps must be descending and not empty: finite numbers, got"),
         ({"timesteps": [[999, 1]]}, "timesteps must be descending"),
@@ -168,10 +168,10 @@ def test_custom_timesteps_and_noise_levels_are_cut(strength: float) -> None:
         ({"sigmas": [0.0, 0.0]}, "sigmas must be descending"),
     ],
 )
-def test_bad_custom_steps(given: dict[str, Any], message: str) -> None:
-    sampler = "euler" if "sigmas" in given else "ddpm"
+def test_bad_custom_steps(options: dict[str, Any], message: str) -> None:
+    sampler = "euler" if "sigmas" in options else "ddpm"
     with pytest.raises(InputError, match=message):
-        make_table(DDIM, 4, sampler=sampler, **given)
+        make_table(DDIM, 4, sampler=sampler, **options)
 
 
 # ---- the strength ----
@@ -211,18 +211,18 @@ def test_a_strength_that_leaves_nothing(sampler: str, steps: int, strength: floa
 
 def test_a_strength_that_leaves_nothing_of_clipped_steps() -> None:
     """lambda_min_clipped takes the first steps away, and the strength may take the others."""
-    given = {
+    file = {
         "_class_name": "DPMSolverMultistepScheduler",
         "beta_schedule": "squaredcos_cap_v2",
         "lambda_min_clipped": 2.0,
         "timestep_spacing": "trailing",
     }
-    config = read_config(given)
+    config = read_config(file)
     assert make_table(config, 20).steps < 10
     with pytest.raises(InputError, match=r"strength 0\.2 leaves none of 20 steps: take more strength"):
         make_table(config, 20, strength=0.2)
     with pytest.raises(InputError, match="20 steps, trailing, leave the trained timesteps"):
-        make_table(read_config({**given, "lambda_min_clipped": 99.0}), 20)
+        make_table(read_config({**file, "lambda_min_clipped": 99.0}), 20)
 
 
 # ---- many steps ----
@@ -233,8 +233,8 @@ def test_a_strength_that_leaves_nothing_of_clipped_steps() -> None:
 @pytest.mark.parametrize("steps", [999, 1000])
 def test_as_many_steps_as_there_are(sampler: str, spaced: str, steps: int) -> None:
     """A table, or one line that says why there is none."""
-    given = {"_class_name": "DDIMScheduler", **SD, "timestep_spacing": spaced}
-    config, reason = read_config(given, steps_offset=0), None
+    file = {"_class_name": "DDIMScheduler", **SD, "timestep_spacing": spaced}
+    config, reason = read_config(file, steps_offset=0), None
     solver = sampler.startswith(("dpm++ 2m", "dpm++ 3m", "deis", "unipc"))
     if sampler in ("lcm", "tcd"):
         reason = "more than the 50 of distillation"

@@ -21,12 +21,12 @@ def pipe() -> Pipeline:
 @pytest.mark.parametrize("mask", [False, True])
 def test_batched_starts_match_single_starts(pipe: Pipeline, mask: bool) -> None:
     """With seeds: picture k starts from image k modulo n, and draws what it would alone."""
-    images, holes = [judge.image(1), judge.image(2)], [judge.mask(8), judge.mask(24)]
+    images, masks = [judge.image(1), judge.image(2)], [judge.mask(8), judge.mask(24)]
 
     def inputs(k: int | None) -> dict[str, Any]:
         image = images if k is None else images[k % 2]
-        hole = {"mask_image": holes if k is None else holes[k % 2]} if mask else {}
-        return {"image": image, **hole, **OPTIONS}
+        mask_image = {"mask_image": masks if k is None else masks[k % 2]} if mask else {}
+        return {"image": image, **mask_image, **OPTIONS}
 
     batch = pipe(["a cat", "a dog"], num_images_per_prompt=2, seed=5, strength=0.6, **inputs(None)).images
     for k, prompt in ((1, "a cat"), (2, "a dog")):
@@ -45,7 +45,7 @@ def test_image_counts_must_divide_the_batch(pipe: Pipeline, name: str) -> None:
 
 def test_latents_beside_an_image_are_the_start(pipe: Pipeline) -> None:
     start = judge.noise(1, 4, 8, 8)
-    one, other = (
+    first, second = (
         pipe("a cat", latents=start, image=judge.image(k), strength=0.5, **OPTIONS, seed=0).images for k in (1, 2)
     )
-    assert np.array_equal(one, other), "of the image the size is all that counts"
+    assert np.array_equal(first, second), "of the image the size is all that counts"

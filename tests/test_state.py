@@ -22,16 +22,18 @@ from fastldm.models.config import TextConfig
 def test_tensors_of_right_dtype_are_not_copied(tmp_path: Path) -> None:
     from diffusers import UNet2DConditionModel
 
-    part = open_diffusers(tiny.save_pipeline("sd1", tmp_path)).components["unet"]
-    state = part.state()
-    module = on_meta(lambda: UNet2DConditionModel.from_config(part.config)).train()
-    loaded = load_module(module, state, dtype=torch.float32, source=part.source)
+    component = open_diffusers(tiny.save_pipeline("sd1", tmp_path)).components["unet"]
+    state = component.state()
+    module = on_meta(lambda: UNet2DConditionModel.from_config(component.config)).train()
+    loaded = load_module(module, state, dtype=torch.float32, source=component.source)
     assert loaded is module
     assert not module.training
     assert not any(p.requires_grad for p in module.parameters())
     assert {name: p.data_ptr() for name, p in module.named_parameters()} == {k: t.data_ptr() for k, t in state.items()}
-    half = load_module(on_meta(lambda: nn.Linear(2, 2)), nn.Linear(2, 2).state_dict(), dtype=torch.float16, source="x")
-    assert half.weight.dtype == torch.float16
+    float16 = load_module(
+        on_meta(lambda: nn.Linear(2, 2)), nn.Linear(2, 2).state_dict(), dtype=torch.float16, source="x"
+    )
+    assert float16.weight.dtype == torch.float16
 
 
 def test_old_names_are_converted() -> None:

@@ -144,9 +144,9 @@ def test_kernel_reads_no_term_with_coefficient_zero() -> None:
 @pytest.mark.parametrize("case", ["no row", "the same row", "an unguided row of the table"])
 def test_kernel_without_guidance_takes_the_guided_branch(case: str) -> None:
     state = full_state()
-    plain = clone(state)
-    plain.guidance.fill_(1.0)
-    plain.rescale.zero_()
+    unguided = clone(state)
+    unguided.guidance.fill_(1.0)
+    unguided.rescale.zero_()
     if case == "no row":
         state.rows[:, 0] = -1
     elif case == "the same row":
@@ -155,7 +155,7 @@ def test_kernel_without_guidance_takes_the_guided_branch(case: str) -> None:
     else:
         state.table[..., len(COLUMNS)] = 0.0
     out = output_for(state)
-    assert torch.equal(run_both(out, state).x, run_both(out, plain).x)
+    assert torch.equal(run_both(out, state).x, run_both(out, unguided).x)
 
 
 def test_kernel_ignores_the_factor_without_rescale() -> None:
@@ -207,10 +207,10 @@ def test_kernel_records_the_first_bad_step(bad: float) -> None:
 # ---- whole trajectories ----
 
 
-def network(u: Tensor, channels: int) -> Tensor:
+def network(model_input: Tensor, channels: int) -> Tensor:
     """A stub for a U-Net, with a different output for each row."""
-    shift = torch.linspace(-0.5, 0.5, len(u), device=u.device).view(-1, 1, 1, 1)
-    return torch.tanh(u[:, :channels].float() + shift).to(u.dtype)
+    shift = torch.linspace(-0.5, 0.5, len(model_input), device=model_input.device).view(-1, 1, 1, 1)
+    return torch.tanh(model_input[:, :channels].float() + shift).to(model_input.dtype)
 
 
 def admit(state: StepState, slot: int, table: StepTable, guidance: Guidance, masked: bool, rows: list[int]) -> None:
@@ -334,17 +334,17 @@ def test_refusals_name_the_reason() -> None:
     state = full_state()
     out = output_for(state)
 
-    def why(out: Tensor = out, **changed: Tensor) -> str:
+    def refusal(out: Tensor = out, **changed: Tensor) -> str:
         return END_STEP.supports(out, *state._replace(**changed)).reason
 
     assert END_STEP.supports(out, *state)
-    assert "not float32" in why(y=state.y.double())
-    assert "neither contiguous nor channels-last" in why(x=torch.randn(2, 4, 5, 6)[..., ::2])
-    assert "layout, or have gaps" in why(y=state.y.contiguous())
-    assert "layout, or have gaps" in why(history=state.history[:, ::2])
-    assert "not contiguous" in why(table=state.table[:, ::2])
-    assert "not adjacent" in why(torch.randn(4, 4, 5, 6)[..., :3])
-    assert "more than 64" in why(torch.randn(4, 65, 5, 3))
+    assert "not float32" in refusal(y=state.y.double())
+    assert "neither contiguous nor channels-last" in refusal(x=torch.randn(2, 4, 5, 6)[..., ::2])
+    assert "layout, or have gaps" in refusal(y=state.y.contiguous())
+    assert "layout, or have gaps" in refusal(history=state.history[:, ::2])
+    assert "not contiguous" in refusal(table=state.table[:, ::2])
+    assert "not adjacent" in refusal(torch.randn(4, 4, 5, 6)[..., :3])
+    assert "more than 64" in refusal(torch.randn(4, 65, 5, 3))
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="about machines without a GPU")

@@ -71,7 +71,7 @@ def test_bad_calls(sampler: str, arguments: dict[str, Any], message: str) -> Non
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "lcm", "tcd"])
 def test_epsilon_at_zero_snr(sampler: str) -> None:
     """diffusers divides by zero here."""
-    given = {"_class_name": "DDIMScheduler", **SD, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    file = {"_class_name": "DDIMScheduler", **SD, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     with pytest.raises(InputError, match="epsilon prediction cannot start at zero terminal SNR"):
-        make_table(read_config(given), 4, sampler=sampler)
-    make_table(replace(read_config(given), prediction_type="v_prediction"), 4)
+        make_table(read_config(file), 4, sampler=sampler)
+    make_table(replace(read_config(file), prediction_type="v_prediction"), 4)

@@ -38,12 +38,12 @@ class Judge:
         second = write_folder(root / "tokenizer_2", *clip_vocabulary(VOCABULARY), settings)
         torch.manual_seed(0)
         # widths differ so that mixed-up encoders fail; the two kinds of activation and of eos_token_id are both there
-        one = tiny_encoder(CLIPTextModel, 32, hidden_act="quick_gelu", eos_token_id=2)
-        two = tiny_encoder(CLIPTextModelWithProjection, 48, hidden_act="gelu", eos_token_id=VOCABULARY - 1)
+        first_encoder = tiny_encoder(CLIPTextModel, 32, hidden_act="quick_gelu", eos_token_id=2)
+        second_encoder = tiny_encoder(CLIPTextModelWithProjection, 48, hidden_act="gelu", eos_token_id=VOCABULARY - 1)
         tokenizers = [CLIPTokenizer.from_pretrained(folder) for folder in (first, second)]
         nothing = {"vae": None, "unet": None, "scheduler": None}
         self.sd = StableDiffusionPipeline(
-            text_encoder=one,
+            text_encoder=first_encoder,
             tokenizer=tokenizers[0],
             safety_checker=None,
             feature_extractor=None,
@@ -51,9 +51,16 @@ class Judge:
             **nothing,
         )
         self.sdxl = StableDiffusionXLPipeline(
-            text_encoder=one, tokenizer=tokenizers[0], text_encoder_2=two, tokenizer_2=tokenizers[1], **nothing
+            text_encoder=first_encoder,
+            tokenizer=tokenizers[0],
+            text_encoder_2=second_encoder,
+            tokenizer_2=tokenizers[1],
+            **nothing,
         )
-        self.stages = [TextStage(Tokenizer(first), ours(one)), TextStage(Tokenizer(second), ours(two))]
+        self.stages = [
+            TextStage(Tokenizer(first), ours(first_encoder)),
+            TextStage(Tokenizer(second), ours(second_encoder)),
+        ]
 
 
 def tiny_encoder(kind: Any, width: int, **options: Any) -> Any:
@@ -168,8 +175,8 @@ def test_long_prompts_are_concatenated_windows(judge: Judge) -> None:
     ids = judge.sd.tokenizer(text).input_ids[1:-1]
     assert 2 * CONTENT < len(ids) <= 3 * CONTENT
     got = encode_prompts(judge.stages[:1], text, "")
-    parts = [ids[k : k + CONTENT] for k in range(0, len(ids), CONTENT)]
-    assert_close(got.hidden[0], torch.cat([read(judge.sd.text_encoder, part, VOCABULARY - 1) for part in parts]))
+    windows = [ids[k : k + CONTENT] for k in range(0, len(ids), CONTENT)]
+    assert_close(got.hidden[0], torch.cat([read(judge.sd.text_encoder, window, VOCABULARY - 1) for window in windows]))
     empty = read(judge.sd.text_encoder, [], VOCABULARY - 1)
     assert_close(got.negative_hidden[0], torch.cat([empty] * 3))
 
@@ -229,12 +236,12 @@ def test_second_encoder_reads_second_prompt(judge: Judge) -> None:
     got = encode_prompts(judge.stages, ["a cat", "a dog"], "ugly", prompts_2=["sea", "end"], negatives_2="there")
     first = encode_prompts(judge.stages, ["a cat", "a dog"], "ugly")
     second = encode_prompts(judge.stages, ["sea", "end"], "there")
-    for one, a, b in (
+    for both, a, b in (
         (got.hidden, first.hidden, second.hidden),
         (got.negative_hidden, first.negative_hidden, second.negative_hidden),
     ):
-        assert_close(one[..., :32], a[..., :32])
-        assert_close(one[..., 32:], b[..., 32:])
+        assert_close(both[..., :32], a[..., :32])
+        assert_close(both[..., 32:], b[..., 32:])
     assert_close(got.pooled, second.pooled)
     assert_close(got.negative_pooled, second.negative_pooled)
 
@@ -272,32 +279,32 @@ def test_weights_scale_distance_from_empty_prompt(judge: Judge) -> None:
     weighted = "a (cat:1.5) in the (sea:-2) [there] (end:1)"
     tokenizer = judge.stages[0].tokenizer
     weights = torch.ones(WINDOW)
-    place = 1
+    position = 1
     for text, weight in parse_weights(weighted):
         count = len(tokenizer.ids(text))
-        weights[place : place + count] = weight
-        place += count
+        weights[position : position + count] = weight
+        position += count
     assert len(weights.unique()) == 4
-    plain, empty = encode_prompts(judge.stages[:1], ["a cat in the sea there end", ""]).hidden
-    got, other = encode_prompts(judge.stages[:1], [weighted, "a man"]).hidden
-    assert_close(got, empty + weights[:, None] * (plain - empty))
-    assert got[weights == 1].equal(plain[weights == 1])
-    assert_close(other, encode_prompts(judge.stages[:1], "a man").hidden[0])
+    unweighted, empty = encode_prompts(judge.stages[:1], ["a cat in the sea there end", ""]).hidden
+    got, neighbour = encode_prompts(judge.stages[:1], [weighted, "a man"]).hidden
+    assert_close(got, empty + weights[:, None] * (unweighted - empty))
+    assert got[weights == 1].equal(unweighted[weights == 1])
+    assert_close(neighbour, encode_prompts(judge.stages[:1], "a man").hidden[0])
 
 
 def test_weights_reach_all_encoders_negatives_and_later_windows(judge: Judge) -> None:
     long = "a " * CONTENT
     got = encode_prompts(judge.stages, f"{long}(cat:2)", f"{long}(man:3)", clip_skip=1)
-    plain = encode_prompts(judge.stages, f"{long}cat", f"{long}man", clip_skip=1)
+    unweighted = encode_prompts(judge.stages, f"{long}cat", f"{long}man", clip_skip=1)
     empty = encode_prompts(judge.stages, "", "", clip_skip=1)
     cat, man = WINDOW + 1, WINDOW + 1
-    for weight, place, x, y, e in (
-        (2, cat, got.hidden, plain.hidden, empty.hidden),
-        (3, man, got.negative_hidden, plain.negative_hidden, empty.negative_hidden),
+    for weight, position, x, y, e in (
+        (2, cat, got.hidden, unweighted.hidden, empty.hidden),
+        (3, man, got.negative_hidden, unweighted.negative_hidden, empty.negative_hidden),
     ):
-        assert_close(x[0, place], e[0, 1] + weight * (y[0, place] - e[0, 1]))
-        assert_close(x[:, :place], y[:, :place])
-    assert_close(got.pooled, plain.pooled)
+        assert_close(x[0, position], e[0, 1] + weight * (y[0, position] - e[0, 1]))
+        assert_close(x[:, :position], y[:, :position])
+    assert_close(got.pooled, unweighted.pooled)
 
 
 def in_dtype(stage: TextStage, dtype: torch.dtype) -> TextStage:

@@ -56,22 +56,22 @@ OLDER = "older tokenizer.json"
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("tokenizers")
-    made = {}
+    written = {}
     for name, (size, files) in FOLDERS.items():
         vocab, merges = clip_vocabulary(size)
-        made[name] = write_folder(root / name, vocab, merges, files)
+        written[name] = write_folder(root / name, vocab, merges, files)
     letters = {c: k for k, c in enumerate(["a", "b", "c</w>", "ab", "abc</w>", BOS, EOS])}
-    made[HOLES] = write_folder(root / HOLES, letters, [("a", "b"), ("ab", "c</w>")], {})
+    written[HOLES] = write_folder(root / HOLES, letters, [("a", "b"), ("ab", "c</w>")], {})
     for name, origin in SERIALIZED.items():
-        made[name] = root / name
-        CLIPTokenizer.from_pretrained(made[origin]).save_pretrained(made[name])
-        assert not (made[name] / "vocab.json").exists()
-    serialized = json.loads((made["tokenizer.json"] / "tokenizer.json").read_text(encoding="utf-8"))
+        written[name] = root / name
+        CLIPTokenizer.from_pretrained(written[origin]).save_pretrained(written[name])
+        assert not (written[name] / "vocab.json").exists()
+    serialized = json.loads((written["tokenizer.json"] / "tokenizer.json").read_text(encoding="utf-8"))
     serialized["model"]["merges"] = [" ".join(pair) for pair in serialized["model"]["merges"]]
     serialized["normalizer"] = serialized["pre_tokenizer"] = None
     files = {"tokenizer.json": serialized, "special_tokens_map.json": SD1_MAP}
-    made[OLDER] = write_folder(root / OLDER, *clip_vocabulary(600), files)
-    return made
+    written[OLDER] = write_folder(root / OLDER, *clip_vocabulary(600), files)
+    return written
 
 
 WORDS = "the quick brown fox of a photo astronaut riding horse unbelievableness internationalization 8k hdr"

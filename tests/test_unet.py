@@ -37,16 +37,16 @@ def test_unet_equals_diffusers(name: str) -> None:
     ours = unet_of(theirs)
     # 8 x 8 is the families' own size; 9 x 7 is no multiple of any stride
     for height, width in ((8, 8), (9, 7)):
-        given = inputs(theirs, height, width)
-        assert error(ours(**given), theirs(**given).sample) < TOLERANCE
+        arguments = inputs(theirs, height, width)
+        assert error(ours(**arguments), theirs(**arguments).sample) < TOLERANCE
 
 
 def test_scalar_and_fractional_timesteps_match_diffusers() -> None:
     theirs = judge("tiny-sd")
-    ours, given = unet_of(theirs), inputs(theirs)
+    ours, arguments = unet_of(theirs), inputs(theirs)
     for timestep in (7, 7.25, torch.tensor(31), torch.tensor([3.5, 998.75])):  # Karras and KDPM2 have fractions
-        given["timestep"] = timestep
-        assert error(ours(**given), theirs(**given).sample) < TOLERANCE
+        arguments["timestep"] = timestep
+        assert error(ours(**arguments), theirs(**arguments).sample) < TOLERANCE
 
 
 def test_successive_sdxl_prompts_match_diffusers() -> None:
@@ -54,23 +54,23 @@ def test_successive_sdxl_prompts_match_diffusers() -> None:
     ours = unet_of(theirs)
     rows = []
     for seed in (1, 2):  # other pooled text and sizes at the same time step: other rows, never those of before
-        given = inputs(theirs, seed=seed)
-        given["timestep"] = torch.tensor([500, 500])
-        added = AddedConditions(**given["added_cond_kwargs"])
-        rows.append(ours.time_rows(given["timestep"], added=added))
-        out = ours.step(given["sample"], rows[-1], ours.cross_kv(given["encoder_hidden_states"]))
-        assert error(out, theirs(**given).sample) < TOLERANCE
+        arguments = inputs(theirs, seed=seed)
+        arguments["timestep"] = torch.tensor([500, 500])
+        added = AddedConditions(**arguments["added_cond_kwargs"])
+        rows.append(ours.time_rows(arguments["timestep"], added=added))
+        out = ours.step(arguments["sample"], rows[-1], ours.cross_kv(arguments["encoder_hidden_states"]))
+        assert error(out, theirs(**arguments).sample) < TOLERANCE
     assert error(rows[0], rows[1]) > 0.05
 
 
 def test_lcm_uses_guidance_scale() -> None:
     theirs = judge("lcm")
-    ours, given = unet_of(theirs), inputs(theirs)
-    rows = ours.time_rows(given["timestep"], guidance=torch.tensor([8.5, 2.0]))
-    out = ours.step(given["sample"], rows, ours.cross_kv(given["encoder_hidden_states"]))
-    assert error(out, theirs(**given).sample) < TOLERANCE
-    other = ours.time_rows(given["timestep"], guidance=torch.tensor([1.0, 1.0]))
-    assert error(rows, other) > 0.01
+    ours, arguments = unet_of(theirs), inputs(theirs)
+    rows = ours.time_rows(arguments["timestep"], guidance=torch.tensor([8.5, 2.0]))
+    out = ours.step(arguments["sample"], rows, ours.cross_kv(arguments["encoder_hidden_states"]))
+    assert error(out, theirs(**arguments).sample) < TOLERANCE
+    changed = ours.time_rows(arguments["timestep"], guidance=torch.tensor([1.0, 1.0]))
+    assert error(rows, changed) > 0.01
 
 
 def test_embeddings_are_bitwise_diffusers() -> None:
@@ -93,32 +93,32 @@ def test_missing_conditions_are_named() -> None:
 @pytest.mark.parametrize("name", ["sd1", "ssd-1b"])
 def test_time_rows_and_step_equal_forward(name: str) -> None:
     theirs = judge(name)
-    ours, given = unet_of(theirs), inputs(theirs)
+    ours, arguments = unet_of(theirs), inputs(theirs)
     steps = torch.tensor([999, 666, 333, 0])
     added = None
-    if "added_cond_kwargs" in given:
-        added = AddedConditions(*(t[:1].expand(4, -1) for t in given["added_cond_kwargs"].values()))
-        given["added_cond_kwargs"] = {name: t[:1] for name, t in given["added_cond_kwargs"].items()}
+    if "added_cond_kwargs" in arguments:
+        added = AddedConditions(*(t[:1].expand(4, -1) for t in arguments["added_cond_kwargs"].values()))
+        arguments["added_cond_kwargs"] = {name: t[:1] for name, t in arguments["added_cond_kwargs"].items()}
     rows = ours.time_rows(steps, added=added)
-    given["sample"], given["encoder_hidden_states"] = given["sample"][:1], given["encoder_hidden_states"][:1]
-    kv = ours.cross_kv(given["encoder_hidden_states"])
+    arguments |= {name: arguments[name][:1] for name in ("sample", "encoder_hidden_states")}
+    kv = ours.cross_kv(arguments["encoder_hidden_states"])
     for i, step in enumerate(steps):
-        given["timestep"] = step
-        assert error(ours.step(given["sample"], rows[i : i + 1], kv), ours(**given)) < 1e-5
+        arguments["timestep"] = step
+        assert error(ours.step(arguments["sample"], rows[i : i + 1], kv), ours(**arguments)) < 1e-5
 
 
 def test_step_uses_no_cached_weights() -> None:
     theirs = judge("sdxl")
-    ours, given = unet_of(theirs), inputs(theirs)
-    rows = ours.time_rows(given["timestep"], added=AddedConditions(**given["added_cond_kwargs"]))
-    kv = ours.cross_kv(given["encoder_hidden_states"])
-    expected = ours.step(given["sample"], rows, kv)
+    ours, arguments = unet_of(theirs), inputs(theirs)
+    rows = ours.time_rows(arguments["timestep"], added=AddedConditions(**arguments["added_cond_kwargs"]))
+    kv = ours.cross_kv(arguments["encoder_hidden_states"])
+    expected = ours.step(arguments["sample"], rows, kv)
     fixed = ("time_embedding", "add_embedding", "time_emb_proj", "conv1.bias", "attn2.to_k", "attn2.to_v")
     for name, parameter in list(ours.named_parameters()):
-        if any(part in name for part in fixed):
+        if any(key in name for key in fixed):
             owner, _, leaf = name.rpartition(".")
             setattr(ours.get_submodule(owner), leaf, nn.Parameter(torch.full_like(parameter, torch.nan)))
-    assert torch.equal(ours.step(given["sample"], rows, kv), expected)
+    assert torch.equal(ours.step(arguments["sample"], rows, kv), expected)
 
 
 def test_activations_stay_channels_last() -> None:
@@ -152,20 +152,20 @@ class Dtypes(TorchDispatchMode):
 
 def test_bfloat16_error_is_like_diffusers_without_float64() -> None:
     theirs = tiny.unet("sdxl")
-    ours, given = unet_of(theirs), inputs(theirs)
-    exact = theirs(**given).sample
+    ours, arguments = unet_of(theirs), inputs(theirs)
+    exact = theirs(**arguments).sample
 
-    def half(value: Any) -> Any:
+    def to_bfloat16(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: value if key == "time_ids" else half(value) for key, value in value.items()}
+            return {key: value if key == "time_ids" else to_bfloat16(value) for key, value in value.items()}
         return value.bfloat16() if value.is_floating_point() else value
 
-    given = {key: half(value) for key, value in given.items()}
+    arguments = {key: to_bfloat16(value) for key, value in arguments.items()}
     with Dtypes() as dtypes:
-        out = ours.bfloat16()(**given)
+        out = ours.bfloat16()(**arguments)
     assert out.dtype == torch.bfloat16
     assert torch.float64 not in dtypes.seen
-    assert error(out, exact) < 1.5 * error(theirs.bfloat16()(**given).sample, exact) + 2**-8
+    assert error(out, exact) < 1.5 * error(theirs.bfloat16()(**arguments).sample, exact) + 2**-8
 
 
 @pytest.mark.full
@@ -180,8 +180,8 @@ def test_sd1_at_full_size_equals_diffusers() -> None:
     }
     weights |= {name: value + 1 for name, value in weights.items() if "norm" in name and name.endswith("weight")}
     give(theirs, weights)
-    given = inputs(theirs, 32, 32)
-    assert error(unet_of(theirs)(**given), theirs(**given).sample) < TOLERANCE
+    arguments = inputs(theirs, 32, 32)
+    assert error(unet_of(theirs)(**arguments), theirs(**arguments).sample) < TOLERANCE
 
 
 # Parameters and time-row channels of the published networks, from their configs on the hub.

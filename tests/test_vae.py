@@ -70,7 +70,7 @@ def test_decoding_in_pieces_is_bitwise_decode(make: Callable[[], Any]) -> None:
 @both
 def test_sliced_decodes_each_image_alone(make: Callable[[], Any]) -> None:
     vae, z = make(), torch.randn(3, 4, 5, 6)
-    assert torch.equal(finish(decode_pieces(vae, z, "sliced")), torch.cat([vae.decode(one) for one in z.split(1)]))
+    assert torch.equal(finish(decode_pieces(vae, z, "sliced")), torch.cat([vae.decode(x) for x in z.split(1)]))
 
 
 @both
@@ -82,10 +82,10 @@ def test_single_tile_equals_decode(make: Callable[[], Any]) -> None:
 @given(st.integers(1, 300), st.integers(4, 96), st.sampled_from([4, 8]))
 def test_tile_weights_sum_to_one(size: int, tile: int, factor: int) -> None:
     total = torch.zeros(size * factor)
-    for place, share in ours._spans(size, tile, factor, torch.device("cpu")):
-        assert place.stop - place.start == min(size, tile)  # all of one size: one shape for a GPU's plans
-        assert share.min() >= 0
-        total[place.start * factor : place.stop * factor] += share
+    for span, weights in ours._spans(size, tile, factor, torch.device("cpu")):
+        assert span.stop - span.start == min(size, tile)  # all of one size: one shape for a GPU's plans
+        assert weights.min() >= 0
+        total[span.start * factor : span.stop * factor] += weights
     torch.testing.assert_close(total, torch.ones_like(total))
 
 

@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A model, and the bundle of it."""
     return bundles.exported("sd1", True, bundles.shared(tmp_path_factory))
 
@@ -60,9 +60,11 @@ class Wrong:
     [lambda x: 1.00005 * x, lambda x: x + 0.00005, lambda x: x + 3e-5 * torch.randn_like(x), lambda x: x.flip(0)],
     ids=["a factor", "a shift", "noise", "rows swapped"],
 )
-def test_small_network_error_is_found(change: Any, made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_network_error_is_found(
+    change: Any, exported: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All but the last would pass a tolerance of 1e-4."""
-    opened, bundle = proof.open_engine, Bundle.open(made[1])
+    opened, bundle = proof.open_engine, Bundle.open(exported[1])
     monkeypatch.setattr(proof, "open_engine", lambda *args, **options: Wrong(opened(*args, **options), change))
     checks = list(proof.check_network(bundle, "unet_step"))
     assert any("is not PyTorch's" in check.problem for check in checks)
@@ -82,8 +84,8 @@ def test_float16_bias_is_found(tmp_path: Path) -> None:
     biased = difference(1.008 * sound, expected["out_sample"])
     assert biased.relative < 1e-2
     assert not biased.within(allowed)
-    half = ReferenceNetworks(model, "float16").run("unet", inputs)["out_sample"].float()  # PyTorch's own float16
-    assert difference(half, expected["out_sample"]).within(allowed)
+    float16 = ReferenceNetworks(model, "float16").run("unet", inputs)["out_sample"].float()  # PyTorch's own float16
+    assert difference(float16, expected["out_sample"]).within(allowed)
 
 
 def test_sinusoids_stay_float32_in_a_sound_run(tmp_path: Path) -> None:
@@ -99,8 +101,8 @@ def test_sinusoids_stay_float32_in_a_sound_run(tmp_path: Path) -> None:
     inputs, expected = goldens.cases[0]
     rows = expected["temb_rows"]
     allowed = goldens.sound["float16"]["temb_rows"].allowed(rows.numel())
-    half = ReferenceNetworks(model, "float16", split=True).run("time_rows", inputs)["temb_rows"].float()
-    real = difference(half, rows)
+    float16 = ReferenceNetworks(model, "float16", split=True).run("time_rows", inputs)["temb_rows"].float()
+    real = difference(float16, rows)
     assert real.within(allowed)
     assert allowed.spread < 20 * real.spread
     with rounding("float16"):
@@ -134,9 +136,9 @@ def test_openvino_runs_float16_bundles(split: bool, precision: str, tmp_path_fac
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_rounding_mode_matches_precision_error(precision: str, made: tuple[Path, Path]) -> None:
+def test_rounding_mode_matches_precision_error(precision: str, exported: tuple[Path, Path]) -> None:
     """Held against PyTorch, computing in it."""
-    model = loading.describe(made[0])
+    model = loading.describe(exported[0])
     networks = ReferenceNetworks(model, "float32")
     inputs = sample(networks.specs["unet"])
     expected = networks.run("unet", inputs)["out_sample"]
@@ -149,27 +151,27 @@ def test_rounding_mode_matches_precision_error(precision: str, made: tuple[Path,
     assert 0.5 < ours.spread / real.spread < 2
 
 
-def test_verify_uses_precision_of_pipeline(made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_uses_precision_of_pipeline(exported: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """OpenVINO computes in bfloat16 where the processor has it, whatever the file holds."""
-    module = importlib.import_module(f"fastldm.export.{_openvino()}")
-    if not module.has_bfloat16():
+    openvino = importlib.import_module(f"fastldm.export.{_openvino()}")
+    if not openvino.has_bfloat16():
         pytest.skip("this CPU has no bfloat16")
     monkeypatch.setattr(devices, "_native_bfloat16", lambda: True)
     monkeypatch.setattr(backends, "measure", lambda *args: auto.Measured(1, 1, "bfloat16"))
     opened: list[str] = []
-    for place in (proof, networks):
+    for module in (proof, networks):
 
-        def watched(*args: Any, call: Any = place.open_engine, **options: Any) -> Any:
+        def watched(*args: Any, call: Any = module.open_engine, **options: Any) -> Any:
             opened.append(options["precision"])
             return call(*args, **options)
 
-        monkeypatch.setattr(place, "open_engine", watched)
-    done = CliRunner().invoke(main, ["verify", str(made[1]), "--backend", "openvino"])
+        monkeypatch.setattr(module, "open_engine", watched)
+    done = CliRunner().invoke(main, ["verify", str(exported[1]), "--backend", "openvino"])
     assert done.exit_code == 0, done.output
     assert set(opened) == {"bfloat16", "float32"}  # that of the time rows
     assert "as close to PyTorch in float32 as bfloat16 is, on openvino, which will run in it" in done.output
     opened.clear()
-    done = CliRunner().invoke(main, ["verify", str(made[1]), "--backend", "openvino", "--dtype", "float32"])
+    done = CliRunner().invoke(main, ["verify", str(exported[1]), "--backend", "openvino", "--dtype", "float32"])
     assert done.exit_code == 0, done.output
     assert set(opened) == {"float32"}
 
@@ -179,9 +181,9 @@ def _openvino() -> str:
     return "openvino"
 
 
-def test_wrong_image_is_found(made: tuple[Path, Path], tmp_path: Path) -> None:
+def test_wrong_image_is_found(exported: tuple[Path, Path], tmp_path: Path) -> None:
     """Where each network is right and what is made of them is not."""
-    copy = Path(shutil.copytree(made[1], tmp_path / "copy"))
+    copy = Path(shutil.copytree(exported[1], tmp_path / "copy"))
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["config"]["scheduler"]["beta_end"] = 0.02
     bundles.sign(copy, manifest)
@@ -196,16 +198,16 @@ def loud(folder: Path, factor: float, **changes: Any) -> Path:
     """A model whose autoencoder's activations are large, and cancelled by its norms."""
     vae = tiny.vae("sd1", 1, force_upcast=False, **changes)
     with torch.no_grad():
-        for half in (vae.encoder, vae.decoder):
-            for layer in half.modules():
-                if isinstance(layer, torch.nn.Conv2d) and layer is not half.conv_out:
-                    layer.weight.mul_(factor ** (layer is half.conv_in))
+        for network in (vae.encoder, vae.decoder):
+            for layer in network.modules():
+                if isinstance(layer, torch.nn.Conv2d) and layer is not network.conv_out:
+                    layer.weight.mul_(factor ** (layer is network.conv_in))
     tiny.pipeline("sd1", vae=vae).save_pretrained(folder)
     return folder
 
 
-def test_sample_latents_are_in_usual_range(made: tuple[Path, Path]) -> None:
-    model = loading.describe(made[0])
+def test_sample_latents_are_in_usual_range(exported: tuple[Path, Path]) -> None:
+    model = loading.describe(exported[0])
     specs = ReferenceNetworks(model, "float32").specs
     (latents,) = sample(specs["vae_decoder"], {"height": 64, "width": 64, "batch": 4}).values()
     assert float(latents.std()) == pytest.approx(1 / model.vae.scaling_factor, rel=0.1)  # 5.5 for SD 1
@@ -222,7 +224,7 @@ def test_autoencoder_is_rescaled_by_its_activations(factor: float, tmp_path: Pat
     stored, reference = ReferenceNetworks(model, "float16", exact=True), ReferenceNetworks(model, "float32")
     for name in ("vae_decoder", "vae_encoder"):
         goldens = proof.goldens_of(stored.specs[name], reference, stored)
-        assert all(one.relative < 2e-2 for one in goldens.sound["float16"].values()), name
+        assert all(error.relative < 2e-2 for error in goldens.sound["float16"].values()), name
     theirs = reference.module("vae_decoder").state_dict()["decoder.conv_in.weight"].half().float()
     ours = stored.module("vae_decoder").state_dict()["decoder.conv_in.weight"]
     scale = float((ours.abs().sum() / theirs.abs().sum()).log2())

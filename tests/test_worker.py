@@ -42,7 +42,7 @@ OWNERS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize(
-    "error", [SystemExit, MemoryError, *[pytest.param(one, marks=pytest.mark.full) for one in RAISED[1:3] + RAISED[4:]]]
+    "error", [SystemExit, MemoryError, *[pytest.param(cls, marks=pytest.mark.full) for cls in RAISED[1:3] + RAISED[4:]]]
 )
 @pytest.mark.parametrize("point", OWNERS)
 def test_exceptions_anywhere_leave_other_requests_alone(
@@ -54,10 +54,10 @@ def test_exceptions_anywhere_leave_other_requests_alone(
     victims: list[Any] = []
 
     def is_about(args: tuple[Any, ...]) -> bool:
-        return any(getattr(one, "seed", None) == (666,) or any(one is v for v in victims) for one in args)
+        return any(getattr(item, "seed", None) == (666,) or any(item is v for v in victims) for item in args)
 
     def raises(*args: Any, **kwargs: Any) -> Any:
-        listed = [one for arg in args for one in (arg if isinstance(arg, (list, tuple)) else [arg])]
+        listed = [item for arg in args for item in (arg if isinstance(arg, (list, tuple)) else [arg])]
         if name in ("release_memory", "preview") or is_about(tuple(listed)):
             raise error("thrown on purpose")
         return original(*args, **kwargs)
@@ -226,9 +226,9 @@ def test_a_child_forked_while_busy_works_alone(pipe: Pipeline, alone: Any) -> No
             list(progress)
             image = session.submit(**options(7, **SMALL)).result(30).images
             session.close()
-            other = pipe(**options(7, **SMALL)).images
+            second = pipe(**options(7, **SMALL)).images
             pipe.session.close(cancel=True)
-            return all(lost) and bool(np.abs(image - alone).max() < 1e-4 and np.abs(other - alone).max() < 1e-4)
+            return all(lost) and bool(np.abs(image - alone).max() < 1e-4 and np.abs(second - alone).max() < 1e-4)
 
         for function in (child, child, lambda: session.close() is None):
             assert in_a_fork(function) == "right"

@@ -35,13 +35,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def traced(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A model, and the bundle of it."""
     return bundles.exported("sd1", False, bundles.shared(tmp_path_factory))
 
 
 @pytest.fixture
-def copying(made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def copying(traced: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """In place of tracing: the networks of that bundle. Lists those that were asked for."""
     written: list[str] = []
 
@@ -49,61 +49,61 @@ def copying(made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> list[st
         written.append(name)
         folder.mkdir()
         for file in ("model.onnx", "model.onnx_data"):
-            shutil.copyfile(made[1] / name / file, folder / file)
+            shutil.copyfile(traced[1] / name / file, folder / file)
 
     monkeypatch.setattr(onnx, "write", write)
     return written
 
 
-def export(made: tuple[Path, Path], out: Path, **options: Any) -> Bundle:
-    return writing.export(loading.describe(made[0]), out, source=str(made[0]), **options)
+def export(traced: tuple[Path, Path], out: Path, **options: Any) -> Bundle:
+    return writing.export(loading.describe(traced[0]), out, source=str(traced[0]), **options)
 
 
 # ---- where
 
 
-def test_an_empty_folder_is_taken(made: tuple[Path, Path], copying: list[str], tmp_path: Path) -> None:
+def test_an_empty_folder_is_taken(traced: tuple[Path, Path], copying: list[str], tmp_path: Path) -> None:
     """A volume cannot be renamed to or from, and may have the folder that its file system makes."""
     volume = tmp_path / "volume"
     (volume / "lost+found").mkdir(parents=True)
-    assert export(made, volume).manifest == Bundle.open(made[1]).manifest
-    assert {path.name for path in volume.iterdir()} == {"lost+found", *(path.name for path in made[1].iterdir())}
+    assert export(traced, volume).manifest == Bundle.open(traced[1]).manifest
+    assert {path.name for path in volume.iterdir()} == {"lost+found", *(path.name for path in traced[1].iterdir())}
     assert [path.name for path in tmp_path.iterdir()] == ["volume"]
-    assert export(made, volume).folder == volume  # opened, not made again
-    assert len(copying) == len(Bundle.read(made[1]).specs)
+    assert export(traced, volume).folder == volume  # opened, not made again
+    assert len(copying) == len(Bundle.read(traced[1]).specs)
 
 
-@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("existing", [False, True])
 def test_interrupted_publish_is_finished(
-    inside: bool, made: tuple[Path, Path], copying: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    existing: bool, traced: tuple[Path, Path], copying: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, rename, left = tmp_path / "out", Path.rename, [3 if inside else 0]
-    if inside:
+    out, rename, remaining = tmp_path / "out", Path.rename, [3 if existing else 0]
+    if existing:
         out.mkdir()
 
     def stopping(path: Path, target: Path) -> Path:
-        if left[0] == 0:
+        if remaining[0] == 0:
             raise KeyboardInterrupt
-        left[0] -= 1
+        remaining[0] -= 1
         return rename(path, target)
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "rename", stopping)
         with pytest.raises(KeyboardInterrupt):
-            export(made, out)
+            export(traced, out)
     with pytest.raises(BundleError, match="is no bundle"):
         Bundle.open(out)
     copying.clear()
-    assert export(made, out).manifest == Bundle.open(made[1]).manifest
+    assert export(traced, out).manifest == Bundle.open(traced[1]).manifest
     assert copying == []
-    assert {path.name for path in out.iterdir()} == {path.name for path in made[1].iterdir()}
+    assert {path.name for path in out.iterdir()} == {path.name for path in traced[1].iterdir()}
 
 
-def test_a_link_to_a_folder_is_the_folder(made: tuple[Path, Path], copying: list[str], tmp_path: Path) -> None:
+def test_a_link_to_a_folder_is_the_folder(traced: tuple[Path, Path], copying: list[str], tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to("disk")
-    export(made, tmp_path / "link")
-    assert Bundle.open(tmp_path / "disk").manifest == Bundle.open(made[1]).manifest
+    export(traced, tmp_path / "link")
+    assert Bundle.open(tmp_path / "disk").manifest == Bundle.open(traced[1]).manifest
 
 
 def file(path: Path) -> Path:
@@ -128,7 +128,7 @@ def full(path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("place", "words"),
+    ("path_of", "message"),
     [
         (file, "exists and is no bundle"),
         (full, "exists and is no bundle"),
@@ -143,44 +143,48 @@ def full(path: Path) -> Path:
         (lambda path: Path("/"), "/ cannot be a bundle: give the name of a new folder"),
     ],
 )
-def test_unusable_bundle_paths_are_refused(place: Any, words: str, made: tuple[Path, Path], tmp_path: Path) -> None:
-    out = place(tmp_path / "out")
+def test_unusable_bundle_paths_are_refused(
+    path_of: Any, message: str, traced: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = path_of(tmp_path / "out")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(InputError, match=words):
-        export(made, out)
+    with pytest.raises(InputError, match=message):
+        export(traced, out)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, '{"key": 1, "networks": 2}'])
-def test_leftover_files_are_no_obstacle(text: str, made: tuple[Path, Path], copying: list[str], tmp_path: Path) -> None:
+def test_leftover_files_are_no_obstacle(
+    text: str, traced: tuple[Path, Path], copying: list[str], tmp_path: Path
+) -> None:
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / "done.json").write_text(text)
-    assert export(made, tmp_path / "out").manifest == Bundle.open(made[1]).manifest
+    assert export(traced, tmp_path / "out").manifest == Bundle.open(traced[1]).manifest
 
 
 # ---- one at a time
 
 
-def test_refused_process_leaves_lock_alone(made: tuple[Path, Path], tmp_path: Path) -> None:
+def test_refused_process_leaves_lock_alone(traced: tuple[Path, Path], tmp_path: Path) -> None:
     lock = tmp_path / ".out.partial.lock"
     with locked(lock, timeout=0):
         for _ in range(2):  # the second, too, finds it held
             with pytest.raises(InputError, match=r"another process is writing .*out: wait for it"):
-                export(made, tmp_path / "out")
+                export(traced, tmp_path / "out")
         assert lock.exists()
 
 
 def test_removed_lock_has_one_holder(tmp_path: Path) -> None:
     """Each removes it while holding it: who waited on the removed file takes the next."""
-    path, inside, seen = tmp_path / "lock", [0], [0]
+    path, holders, seen = tmp_path / "lock", [0], [0]
 
     def work() -> None:
         for _ in range(30):
             with locked(path, remove=True):
-                inside[0] += 1
-                assert inside[0] == 1
+                holders[0] += 1
+                assert holders[0] == 1
                 seen[0] += 1
-                inside[0] -= 1
+                holders[0] -= 1
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -208,9 +212,9 @@ with locked(Path({str(tmp_path / "lock")!r})):
 # ---- what others read
 
 
-def test_index_lists_existing_components(made: tuple[Path, Path], tmp_path: Path, copying: list[str]) -> None:
+def test_index_lists_existing_components(traced: tuple[Path, Path], tmp_path: Path, copying: list[str]) -> None:
     """Also where the model has a safety checker, which no bundle has."""
-    model = Path(shutil.copytree(made[0], tmp_path / "model"))
+    model = Path(shutil.copytree(traced[0], tmp_path / "model"))
     index = json.loads((model / "model_index.json").read_text())
     index |= {
         "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
@@ -220,8 +224,8 @@ def test_index_lists_existing_components(made: tuple[Path, Path], tmp_path: Path
     (model / "model_index.json").write_text(json.dumps(index))
     out = writing.export(loading.describe(model), tmp_path / "out", source=str(model)).folder
     output = json.loads((out / "model_index.json").read_text())
-    parts = {name for name, value in output.items() if isinstance(value, list) and value[0] is not None}
-    assert parts == {path.name for path in out.iterdir() if path.is_dir()} - {"goldens"}
+    components = {name for name, value in output.items() if isinstance(value, list) and value[0] is not None}
+    assert components == {path.name for path in out.iterdir() if path.is_dir()} - {"goldens"}
     assert output["safety_checker"] == output["feature_extractor"] == [None, None]
     assert (output["_class_name"], output["requires_safety_checker"]) == ("StableDiffusionPipeline", False)
 
@@ -233,55 +237,55 @@ def latents(seed: int = 0) -> np.ndarray[Any, Any]:
     return np.random.default_rng(seed).standard_normal((1, 4, 8, 12)).astype(np.float32)
 
 
-def test_diffusers_gives_the_same_image(made: tuple[Path, Path]) -> None:
-    theirs = diffusers.OnnxStableDiffusionPipeline.from_pretrained(made[1], provider="CPUExecutionProvider")
+def test_diffusers_gives_the_same_image(traced: tuple[Path, Path]) -> None:
+    theirs = diffusers.OnnxStableDiffusionPipeline.from_pretrained(traced[1], provider="CPUExecutionProvider")
     taken = {"height": 64, "width": 96}  # of latents of 8x12: it takes every autoencoder for one of eight pixels each
     got = theirs("a red apple", latents=latents(), output_type="np", **taken, **REQUEST).images[0]
-    ours = Pipeline.from_pretrained(made[0], device="cpu", dtype="float32")
-    asked: dict[str, Any] = {"height": 16, "width": 24, "latents": torch.from_numpy(latents()), "output_type": "np"}
-    expected = ours("a red apple", **asked, **REQUEST).images[0]
+    ours = Pipeline.from_pretrained(traced[0], device="cpu", dtype="float32")
+    request: dict[str, Any] = {"height": 16, "width": 24, "latents": torch.from_numpy(latents()), "output_type": "np"}
+    expected = ours("a red apple", **request, **REQUEST).images[0]
     assert got.shape == expected.shape == (16, 24, 3)
     assert expected.std() > 0.05  # a picture, not a surface
     assert np.abs(got - expected).max() <= 1e-4
 
 
-def test_diffusers_image_to_image_runs_bundle(made: tuple[Path, Path]) -> None:
+def test_diffusers_image_to_image_runs_bundle(traced: tuple[Path, Path]) -> None:
     """It takes an encoder's first output for the latent."""
-    theirs = diffusers.OnnxStableDiffusionImg2ImgPipeline.from_pretrained(made[1], provider="CPUExecutionProvider")
+    theirs = diffusers.OnnxStableDiffusionImg2ImgPipeline.from_pretrained(traced[1], provider="CPUExecutionProvider")
     start = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     got = theirs("a red apple", image=start, strength=0.5, num_inference_steps=4, output_type="np").images
     assert got.shape == (1, 64, 64, 3)
     assert np.isfinite(got).all()
 
 
-def test_diffusers_reads_bundle_of_single_file(tmp_path: Path, made: tuple[Path, Path]) -> None:
+def test_diffusers_reads_bundle_of_single_file(tmp_path: Path, traced: tuple[Path, Path]) -> None:
     """Its index is made, for the file has none."""
     model = loading.describe("default")
     bare = replace(model, checkpoint=replace(model.checkpoint, index={"_class_name": "StableDiffusionPipeline"}))
     index = writing._index(bare, ("text_encoder", "unet", "vae_decoder", "vae_encoder"))
-    copy = Path(shutil.copytree(made[1], tmp_path / "copy"))
+    copy = Path(shutil.copytree(traced[1], tmp_path / "copy"))
     index["scheduler"] = json.loads((copy / "model_index.json").read_text())["scheduler"]
     (copy / "model_index.json").write_text(json.dumps(index))
     assert diffusers.OnnxStableDiffusionPipeline.from_pretrained(copy, provider="CPUExecutionProvider").unet is not None
 
 
-def test_all_tokenizer_files_are_copied(made: tuple[Path, Path], copying: list[str], tmp_path: Path) -> None:
+def test_all_tokenizer_files_are_copied(traced: tuple[Path, Path], copying: list[str], tmp_path: Path) -> None:
     """added_tokens.json too, without which a token of its own is read as letters."""
-    model = Path(shutil.copytree(made[0], tmp_path / "model"))
+    model = Path(shutil.copytree(traced[0], tmp_path / "model"))
     shutil.rmtree(model / "tokenizer")
-    mine = tiny.VOCABULARY - 1  # the first id that is free: transformers gives a token that one, whatever the file says
-    vocab, merges = tiny.clip_vocabulary(mine)
+    token_id = tiny.VOCABULARY - 1  # the first free id: transformers gives a token that one, whatever the file says
+    vocab, merges = tiny.clip_vocabulary(token_id)
     (model / "tokenizer").mkdir()
     writing._write_vocabulary(model / "tokenizer", vocab, merges)
     (model / "tokenizer" / "special_tokens_map.json").write_text(
         json.dumps({"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"})
     )
-    (model / "tokenizer" / "added_tokens.json").write_text(json.dumps({"<mine>": mine}))
+    (model / "tokenizer" / "added_tokens.json").write_text(json.dumps({"<mine>": token_id}))
     spec = loading.describe(model)
     out = writing.export(spec, tmp_path / "out", source=str(model)).folder
     prompt = "a photo of <mine>"
     expected = spec.checkpoint.tokenizer("tokenizer").ids(prompt)
-    assert mine in expected
+    assert token_id in expected
     assert transformers.CLIPTokenizer.from_pretrained(out / "tokenizer")(prompt).input_ids[1:-1] == expected
     assert describe(out).checkpoint.tokenizer("tokenizer").ids(prompt) == expected
 
@@ -301,12 +305,12 @@ def test_edited_pipeline_is_exported(adopted: bool, tmp_path: Path, tmp_path_fac
     unet.conv_in.weight.mul_(1.5)
     with bundles.traced_once(bundles.shared(tmp_path_factory)):
         out = pipe.export(tmp_path / "out", split=True)
-    asked = {"prompt": "a cat", "num_inference_steps": 2, "seed": 1, "output_type": "pt"}
-    expected = pipe(**asked).images
+    request = {"prompt": "a cat", "num_inference_steps": 2, "seed": 1, "output_type": "pt"}
+    expected = pipe(**request).images
     deployed = Pipeline.from_pretrained(out, backend="onnxruntime")
-    assert float((deployed(**asked).images - expected).abs().max()) <= 1e-4
+    assert float((deployed(**request).images - expected).abs().max()) <= 1e-4
     before = Pipeline.from_pretrained(source, device="cpu", dtype="float32")
-    assert float((before(**asked).images - expected).abs().max()) > 1e-3
+    assert float((before(**request).images - expected).abs().max()) > 1e-3
     with pytest.raises(BundleError, match="was made of a model in memory, and PyTorch cannot read the bundle itself"):
         Pipeline.from_pretrained(out, backend="torch")
     with pytest.raises(InputError, match="this pipeline runs a bundle on onnxruntime, which has no weights to export"):
@@ -367,9 +371,9 @@ def test_interrupted_export_continues(
     assert not out.exists()
     assert writer.written == bundles.NETWORKS[:5]  # none of them twice
 
-    made = export()
+    bundle = export()
     assert writer.written == bundles.NETWORKS
-    assert made.manifest == Bundle.open(exported).manifest
+    assert bundle.manifest == Bundle.open(exported).manifest
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -406,14 +410,14 @@ def test_export_continues_after_full_disk(
     def export() -> Bundle:
         return writing.export(loading.describe(model), out, source=str(model), split=True)
 
-    whole = sum(path.stat().st_size for path in exported.rglob("*"))
-    for kibibytes in (256, whole // 2048):  # too small, half of what it takes
+    full_size = sum(path.stat().st_size for path in exported.rglob("*"))
+    for kibibytes in (256, full_size // 2048):  # too small, half of what it takes
         subprocess.run(["mount", "-o", f"remount,size={kibibytes}k", small_disk], check=True)
         with pytest.raises(BundleError, match=r"No space left on device.*the same command continues there"):
             export()
         assert not out.exists()
     before = list(writer.written)
-    subprocess.run(["mount", "-o", f"remount,size={2 * whole // 1024}k", small_disk], check=True)
+    subprocess.run(["mount", "-o", f"remount,size={2 * full_size // 1024}k", small_disk], check=True)
     assert export().manifest == Bundle.open(exported).manifest
     again = writer.written[len(before) :]
     assert before

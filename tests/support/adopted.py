@@ -11,14 +11,14 @@ from torch import nn
 from fastldm import Pipeline
 
 
-def picture(pipe: Any, prompt: str = "a wall") -> Any:
+def image(pipe: Any, prompt: str = "a wall") -> Any:
     options: dict[str, Any] = {"num_inference_steps": 2, "output_type": "np"}
     return np.asarray(pipe(prompt, generator=torch.Generator().manual_seed(0), **options).images)
 
 
-def same_picture(pipe: Any, prompt: str = "a wall") -> bool:
+def same_image(pipe: Any, prompt: str = "a wall") -> bool:
     adopted = Pipeline.from_diffusers(pipe)
-    return bool(np.abs(picture(adopted, prompt) - picture(pipe, prompt)).max() < 1e-4)
+    return bool(np.abs(image(adopted, prompt) - image(pipe, prompt)).max() < 1e-4)
 
 
 def dropout_in_eval(pipe: Any) -> None:

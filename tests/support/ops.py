@@ -57,11 +57,11 @@ def check(op: dispatch.Op[..., Any], *args: Any, **kwargs: Any) -> None:
     assert verdict, verdict.reason
 
     exact = outputs(op.reference, *(_double((args, kwargs))))
-    plain = outputs(op.reference, *copy.deepcopy((args, kwargs)))
+    expected = outputs(op.reference, *copy.deepcopy((args, kwargs)))
     with poisoned():
         got = outputs(op.triton, *copy.deepcopy((args, kwargs)))
-    assert len(got) == len(plain) == len(exact)
-    for result, same_precision, truth in zip(got, plain, exact, strict=True):
+    assert len(got) == len(expected) == len(exact)
+    for result, same_precision, truth in zip(got, expected, exact, strict=True):
         assert result.dtype == same_precision.dtype
         allowed = 2 * error(same_precision, truth) + SMALL[dtype]
         assert error(result, truth) <= allowed, f"error {error(result, truth):.2e}, allowed {allowed:.2e}"

@@ -119,7 +119,7 @@ def ldm_vae(channels: int, mult: tuple[int, ...] = (1, 2, 4, 4), latent: int = 4
         shapes = _norm("norm1", into) | _conv("conv1", out, into) | _norm("norm2", out) | _conv("conv2", out, out)
         return shapes | (_conv("nin_shortcut", out, into, 1) if into != out else {})
 
-    def middle(width: int) -> Shapes:
+    def mid_block(width: int) -> Shapes:
         attention = _norm("norm", width)
         for name in ("q", "k", "v", "proj_out"):
             attention |= _conv(name, width, width, 1)
@@ -134,8 +134,8 @@ def ldm_vae(channels: int, mult: tuple[int, ...] = (1, 2, 4, 4), latent: int = 4
             here = channels * times
         if level != len(mult) - 1:
             encoder |= _conv(f"down.{level}.downsample.conv", here, here)
-    encoder |= middle(top) | _norm("norm_out", top) | _conv("conv_out", 2 * latent, top)
-    decoder, here = _conv("conv_in", top, latent) | middle(top), top
+    encoder |= mid_block(top) | _norm("norm_out", top) | _conv("conv_out", 2 * latent, top)
+    decoder, here = _conv("conv_in", top, latent) | mid_block(top), top
     for level, times in reversed(list(enumerate(mult))):
         for i in range(layers + 1):
             decoder |= _prefixed(f"up.{level}.block.{i}.", block(here, channels * times))

@@ -139,7 +139,7 @@ def case_of(name: str, values: Mapping[str, Any]) -> Case:
         steps,
         eta=values.get("eta", 0.0),
         strength=float(strength),
-        picture=start == "picture",
+        image_to_image=start == "picture",
         mask=start == "mask",
         custom=values.get("custom", {}),
     )
@@ -171,7 +171,9 @@ def judged(cases: Iterable[Case]) -> list[tuple[Case, Verdict]]:
 def table(results: Mapping[str, list[tuple[Case, Verdict]]]) -> str:
     """The counts, by class and by reason, as Markdown."""
     counts = {name: collections.Counter(v.kind for _, v in judgements) for name, judgements in results.items()}
-    reasons = collections.Counter(reason for judgements in results.values() for _, v in judgements for reason in v.why)
+    reasons = collections.Counter(
+        reason for judgements in results.values() for _, v in judgements for reason in v.reasons
+    )
     total = collections.Counter[str]()
     for count in counts.values():
         total.update(count)
@@ -203,7 +205,7 @@ def main() -> None:
         print(f"{name}: {dict(count)}, {time.perf_counter() - start:.0f} s", flush=True)
         for _, verdict in results[name]:
             if verdict.kind in ("unknown", "crashed"):
-                print("  ", verdict.kind, verdict.why[0][:1500])
+                print("  ", verdict.kind, verdict.reasons[0][:1500])
     RESULTS.write_text(table(results))
 
 

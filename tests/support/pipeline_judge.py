@@ -175,7 +175,7 @@ VALUES: dict[str, dict[str, Value]] = {
 class Reason(NamedTuple):
     """Why cases differ or are refused."""
 
-    why: str
+    text: str
     holds: Callable[[Case], bool]
     message: str = ""  # a regular expression of a refusal
 
@@ -350,7 +350,7 @@ def judge(case: Case) -> Verdict:
 def _reason(kind: str, reasons: list[Reason], case: Case, detail: str) -> Verdict:
     for reason in reasons:
         if reason.holds(case) and re.search(reason.message, detail):
-            return Verdict(kind, reason.why)
+            return Verdict(kind, reason.text)
     return Verdict("unknown", f"{kind}: {detail}")
 
 
@@ -377,7 +377,7 @@ def table(verdicts: dict[Case, Verdict], total: int) -> str:
         details = Counter(v.detail for v in verdicts.values() if v.kind == kind)
         if details:
             lines += ["", f"## {kind}", "", "| cases | why |", "|---|---|"]
-            lines += [f"| {count} | {why} |" for why, count in details.most_common(60)]
+            lines += [f"| {count} | {detail} |" for detail, count in details.most_common(60)]
     return "\n".join(lines) + "\n"
 
 

@@ -135,7 +135,7 @@ NUMBERS = (  # where diffusers raises, gives NaN or loses precision: each is add
         "limit is judged.",
         lambda case, table: (
             case.config.get("final_sigmas_type") == "sigma_min"
-            and case.place is spacing.on_lambdas
+            and case.spacing_function is spacing.on_lambdas
             and any(key.startswith("use_") for key in case.config)
             and (
                 case.config.get("lower_order_final") is False
@@ -261,7 +261,7 @@ class Verdict:
     """agree, differ (for reasons named), refused (for one), unknown (what is wrong) or crashed (with what)."""
 
     kind: str
-    why: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()
 
 
 def judge(case: Case) -> Verdict:

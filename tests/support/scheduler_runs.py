@@ -74,7 +74,7 @@ class Case:
     batch: int = 1
     generators: int = 0  # 0: one for the whole batch
     strength: float = 1.0
-    picture: bool = False  # image to image
+    image_to_image: bool = False
     mask: bool = False  # inpainting by blending
     custom: dict[str, list[float]] = field(default_factory=dict)
 
@@ -96,17 +96,17 @@ class Case:
         return argument in arguments_of(getattr(diffusers, self.name).__init__)
 
     @property
-    def place(self) -> Any:
+    def spacing_function(self) -> Any:
         return CLASSES[self.name].spacing
 
     @property
     def on_sigmas(self) -> bool:
-        return self.place in (spacing.on_sigmas, spacing.on_lambdas)
+        return self.spacing_function in (spacing.on_sigmas, spacing.on_lambdas)
 
     @property
     def started(self) -> bool:
         """Whether it starts in the middle of the schedule."""
-        return (self.picture or self.mask) and self.strength < 1
+        return (self.image_to_image or self.mask) and self.strength < 1
 
     def randomness(self) -> Any:
         generators = [torch.Generator().manual_seed(7 + k) for k in range(max(self.generators, 1))]
@@ -229,7 +229,7 @@ def diffusers_run(case: Case, options: DiffusersOptions = DiffusersOptions()) ->
     """What diffusers' pipelines do with a scheduler: latents and generators."""
     dtype, scheduler = torch.float64 if options.exact else torch.float32, laid_out(case, options)
     g, (init, mask), begin, skipped = case.randomness(), case.inputs(), options.begin, 0
-    if (case.picture or case.mask) and not lies_inside(case, options):
+    if (case.image_to_image or case.mask) and not lies_inside(case, options):
         steps = len(scheduler.timesteps) if case.custom and not options.own_steps else case.steps
         skipped = max(steps - min(int(steps * case.strength), steps), 0)
         begin = skipped * scheduler.order
@@ -240,7 +240,7 @@ def diffusers_run(case: Case, options: DiffusersOptions = DiffusersOptions()) ->
         own = [scheduler.timesteps[0], *scheduler.timesteps[2:]][skipped:]
         timesteps = torch.stack([*own[:2], *own[1:]])
     noise = diffusers.utils.torch_utils.randn_tensor((case.batch, *SHAPE), generator=g).to(dtype)
-    if case.picture or (case.mask and case.strength < 1):
+    if case.image_to_image or (case.mask and case.strength < 1):
         x = scheduler.add_noise(init.to(dtype), noise, timesteps[:1].repeat(case.batch))
     else:
         x = noise * scheduler.init_noise_sigma
@@ -280,11 +280,11 @@ def our_run(case: Case) -> tuple[Tensor, Any]:
     table, g, (init, mask) = case.table(), case.randomness(), case.inputs()
     noise, noises = draw_noise(table, case, g)
     x = noise * table.init_noise_sigma
-    if case.picture or (case.mask and case.strength < 1):
+    if case.image_to_image or (case.mask and case.strength < 1):
         x = table.start[0] * init + table.start[1] * noise
     inpainting = Inpainting(mask, init, noise) if case.mask else None
     run = Run(table, x, noises, inpainting=inpainting)
-    return denoise(lambda u, i, _: network(u, table.timesteps[i]), run), g
+    return denoise(lambda model_input, i, _: network(model_input, table.timesteps[i]), run), g
 
 
 def exact_table(case: Case) -> tuple[StepTable, list[SolverRow], np.ndarray]:
@@ -302,7 +302,7 @@ def our_exact_run(case: Case) -> Tensor:
     noise, noises = draw_noise(table, case, case.randomness())
     noise, (init, mask) = noise.double(), case.inputs()
     x, history = noise * table.init_noise_sigma, ()
-    if case.picture or (case.mask and case.strength < 1):
+    if case.image_to_image or (case.mask and case.strength < 1):
         x = rows[0].level[0] * init + rows[0].level[1] * noise
     y = torch.zeros_like(x)
     for i, row in enumerate(numbers.tolist()):
