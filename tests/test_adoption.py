@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from adopted import dropout_in_eval, image, same_image
+from adopted import dropout_in_eval, image, same_image, small_pipeline
 from diffusers.models import attention_processor
 from states import Attention, on_meta
 from torch import nn
@@ -37,10 +37,7 @@ Change = Callable[[Any], object]
 
 @pytest.fixture(scope="module")
 def original() -> Any:
-    smaller = {"unet": tiny.unet("small", sample_size=8), "vae": tiny.vae("small", sample_size=32)}
-    pipe: Any = tiny.pipeline("sd1", **smaller)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return small_pipeline()
 
 
 @pytest.fixture

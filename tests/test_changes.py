@@ -14,9 +14,8 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
-import tiny
 import torch
-from adopted import dropout_in_eval, image, same_image
+from adopted import dropout_in_eval, image, same_image, small_pipeline
 from diffusers.models import attention_processor
 from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D
 from torch import Tensor, nn
@@ -31,10 +30,7 @@ Change = Callable[[Any], object]
 
 @pytest.fixture(scope="module")
 def original() -> Any:
-    smaller = {"unet": tiny.unet("small", sample_size=8), "vae": tiny.vae("small", sample_size=32)}
-    pipe: Any = tiny.pipeline("sd1", **smaller)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return small_pipeline()
 
 
 @pytest.fixture

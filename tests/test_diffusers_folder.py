@@ -29,11 +29,9 @@ def pipe() -> Any:
 
 
 @pytest.fixture(scope="module")
-def folder(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`pipe` as diffusers saves it; tests that change it copy it first."""
-    path = tmp_path_factory.mktemp("weights") / "tiny"
-    pipe.save_pretrained(path)
-    return path
+    return tiny.save_pipeline("sd1", tmp_path_factory.mktemp("weights") / "tiny")
 
 
 @pytest.fixture

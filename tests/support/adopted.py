@@ -5,10 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import tiny
 import torch
 from torch import nn
 
 from fastldm import Pipeline
+
+
+def small_pipeline() -> Any:
+    """A diffusers pipeline of the smallest networks, for which no progress bar is drawn."""
+    smaller = {"unet": tiny.unet("small", sample_size=8), "vae": tiny.vae("small", sample_size=32)}
+    pipe: Any = tiny.pipeline("sd1", **smaller)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def image(pipe: Any, prompt: str = "a wall") -> Any:
