@@ -7,12 +7,9 @@ model (runtime/stages.py).
 from __future__ import annotations
 
 import inspect
-import logging
 import math
 import os
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -32,13 +29,7 @@ from fastldm.serving.callback import Calls, CallState, Steered, StepCallback, te
 from fastldm.serving.generation import Progress
 from fastldm.serving.session import Session
 
-logger = logging.getLogger("fastldm")
-
 Prompt = str | Sequence[str] | Request | None
-
-_LOCK = threading.Lock()  # of every pipeline's first session; a process forks while nobody holds it
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
 
 
 def _of_stages(name: str, doc: str) -> Any:
@@ -70,7 +61,7 @@ class Pipeline(Steered):
         """Most callers want `from_pretrained`, `from_single_file`, `from_diffusers` or `default`. mapped: files that
         the networks' weights lie in."""
         self.stages = Stages(spec, networks, name, mapped)
-        self._session: Session | None = None
+        self._session = Session(self)
         self.calls = Calls()
 
     # --- loading
@@ -179,12 +170,11 @@ class Pipeline(Steered):
             with self.calls.open(generation):
                 if progress or callback is not None:
                     call = CallState(generation, self.unet.config.needs_guidance)
-                    with _progress(progress) as advance:
-                        for step in generation.progress():
-                            if callback is not None:
-                                with self.calls.entered(call):
-                                    generation.answer(call.call(self, callback, names, step))
-                            advance(step)
+                    steps = generation.progress()
+                    for step in _with_bar(steps) if progress else steps:
+                        if callback is not None:
+                            with self.calls.entered(call):
+                                generation.answer(call.call(self, callback, names, step))
                 result = generation.result()
         except BaseException:  # Ctrl-C too
             generation.cancel()
@@ -196,10 +186,7 @@ class Pipeline(Steered):
     @property
     def session(self) -> Session:
         """The session of this pipeline's calls; `Session(pipe, ...)` makes one with other limits."""
-        with _LOCK:
-            if self._session is None:
-                self._session = Session(self)
-            return self._session
+        return self._session
 
     def warmup(
         self, sizes: Sequence[tuple[int, int]] | None = None, batches: Sequence[int] = (1,), **options: Any
@@ -282,18 +269,12 @@ def _call_signature() -> inspect.Signature:
 Pipeline.__call__.__signature__ = _call_signature()  # type: ignore[attr-defined]
 
 
-@contextmanager
-def _progress(shown: bool) -> Iterator[Callable[[Progress], object]]:
-    """What to call after each step: draws a bar on stderr if `shown`."""
-    if not shown:
-        yield lambda step: None
-        return
+def _with_bar(steps: Iterator[Progress]) -> Iterator[Progress]:
+    """The steps, and a bar on stderr of those that are done."""
     from tqdm import tqdm
 
     with tqdm(unit="step", leave=False) as bar:
-
-        def advance(step: Progress) -> None:
+        for step in steps:
+            yield step
             bar.total = step.steps
             bar.update()
-
-        yield advance

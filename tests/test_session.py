@@ -228,7 +228,7 @@ def in_slots(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     """The pipeline takes the way that it takes on a GPU; what graphs would do is recorded, and done."""
     driver = Recorder()
     monkeypatch.setattr(pipe.stages, "graphs", Graphs(driver))
-    monkeypatch.setattr(pipe, "_session", None)
+    monkeypatch.setattr(pipe, "_session", Session(pipe))
     monkeypatch.setattr("fastldm.runtime.stages.fuses", lambda x: True)
     return driver
 
