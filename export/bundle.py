@@ -138,7 +138,8 @@ def in_memory(model: loading.Spec, modules: Mapping[str, nn.Module]) -> loading.
     components: dict[str, Component] = {}
     for name, component in model.checkpoint.components.items():
         module = modules[name]
-        if isinstance(module, AutoencoderKL) and module.config.force_upcast and _is_half(module):
+        in_float16 = next(module.parameters()).dtype == torch.float16
+        if isinstance(module, AutoencoderKL) and module.config.force_upcast and in_float16:
             module = copy.deepcopy(module).float()  # undo the rescaling for float16
             rescale_for_half(module, -HALF_EXPONENT)
         tensors = module.state_dict()
@@ -162,10 +163,6 @@ def identity(model: loading.Spec) -> dict[str, Any]:
     }
 
 
-def _is_half(module: nn.Module) -> bool:
-    return next(module.parameters()).dtype == torch.float16
-
-
 def differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     """The differences of two identities, such as "the weights of unet" or "the config of scheduler"."""
     differences = []
@@ -173,16 +170,11 @@ def differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
         a, b = ({name: _without_origin(x) for name, x in model[title].items()} for model in (first, second))
         label = "files" if title == "tokenizers" else title
         differences += [f"the {label} of {name}" for name in {**a, **b} if a.get(name) != b.get(name)]
-    settings = [
-        {key: value for key, value in _without_origin(model["index"]).items() if _is_setting(value)}
+    settings = [  # components are lists of library and class
+        {key: value for key, value in _without_origin(model["index"]).items() if not isinstance(value, list | tuple)}
         for model in (first, second)
     ]
     return [*differences, *["the index"] * (settings[0] != settings[1])]
-
-
-def _is_setting(value: Any) -> bool:
-    """Whether an entry of a pipeline's index is a setting: components are lists of library and class."""
-    return not isinstance(value, list | tuple)
 
 
 _ORIGIN_KEYS = ("_diffusers_version", "_name_or_path", "transformers_version", "_commit_hash", "_use_default_values")
@@ -195,11 +187,7 @@ def _without_origin(config: Any) -> Any:
 
 def as_json(config: Any) -> Any:
     """A value as it is read back from a JSON file: with lists in place of tuples."""
-    return json.loads(json.dumps(config, default=_to_json))
-
-
-def _to_json(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else str(value)
+    return json.loads(json.dumps(config, default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x)))
 
 
 def _hash_weights(component: Component) -> str:

@@ -200,8 +200,10 @@ def _diffusers_step(task: Task, unet: Any, dtype: torch.dtype, factor: int) -> I
 def _diffusers_pipeline(task: Task, contender: Contender) -> Any:
     import diffusers
 
+    from fastldm.loading.spec import DEFAULT_MODEL
+
     is_bfloat16 = contender.dtype == "bfloat16"
-    source = _folder(task.model)
+    source = str(DEFAULT_MODEL) if task.model == "default" else task.model
     pipe = diffusers.DiffusionPipeline.from_pretrained(
         source, torch_dtype=torch.bfloat16 if is_bfloat16 else torch.float32
     )
@@ -239,12 +241,6 @@ def _diffusers_picture(task: Task, pipe: Any) -> Inference:
         return torch.from_numpy(images)
 
     return picture
-
-
-def _folder(model: str) -> str:
-    from fastldm.loading.spec import DEFAULT_MODEL
-
-    return str(DEFAULT_MODEL) if model == "default" else model
 
 
 Session = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
