@@ -6,6 +6,7 @@ python -m benchmarks.readme --check     exit status 1 where they differ from the
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -104,9 +105,12 @@ TABLES: dict[str, Callable[[], list[str]]] = {
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing, and fail where README.md is not current")
+    args = parser.parse_args()
     text = README.read_text(encoding="utf-8")
     updated = rendered(text)
-    if "--check" in sys.argv[1:]:
+    if args.check:
         if updated != text:
             sys.exit("README.md has tables that are not what benchmarks/results says: run python -m benchmarks.readme")
         return

@@ -36,7 +36,7 @@ Timed = Callable[[int], float]  # size -> seconds
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(text=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-m", "--model", default="default")
     parser.add_argument("--device")
     parser.add_argument("--rounds", type=int, default=5)

@@ -53,6 +53,7 @@ class Pipeline(Steered):
     dtype = _of_stages("dtype", "Of the inputs and outputs of the U-Net and the autoencoder.")
     backend = _of_stages("backend", 'What runs the networks: "torch", "onnxruntime", "openvino" or "tensorrt".')
     precision = _of_stages("precision", 'What they compute in: "float32", "float16" or "bfloat16".')
+    batch_invariant = _of_stages("batch_invariant", "Whether an image is bitwise the one made alone.")
     latent_channels = _of_stages("latent_channels", "Channels of a latent: 4 for Stable Diffusion.")
 
     def __init__(
@@ -75,6 +76,7 @@ class Pipeline(Steered):
         dtype: str | torch.dtype | None = None,
         torch_dtype: str | torch.dtype | None = None,
         backend: str = "auto",
+        batch_invariant: bool = False,
         **where: Any,
     ) -> Pipeline:
         """A pipeline from a diffusers folder, a hub id, a .safetensors file, a bundle that `fastldm export` wrote, or
@@ -84,6 +86,9 @@ class Pipeline(Steered):
         `device.choose_dtype`; of a bundle, ONNX Runtime and TensorRT compute in what it was exported in.
         backend: what runs the networks: "torch", or for a bundle "onnxruntime", "openvino" or "tensorrt". "auto" is
         PyTorch, and for a bundle what `fastldm verify` found to be fastest on this machine, see `model.choose_backend`.
+        batch_invariant: whether an image is bitwise the one that its seed and prompt make alone, whatever else is in
+        its request, or in requests that join and leave its batch. On a CPU each image then has its own calls of the
+        networks; on a GPU steps share theirs, by kernels that do not depend on the number of rows.
         where: variant, revision, cache_dir, local_files_only, allow_pickle and prediction_type, see `loading.describe`.
 
         Raises CheckpointError for what is not a model that fastldm can run, InputError for a device or dtype there
@@ -95,7 +100,10 @@ class Pipeline(Steered):
         if dtype is not None and torch_dtype is not None:
             raise InputError("dtype and torch_dtype were both given: give one of them")
         dtype = torch_dtype if dtype is None else dtype
-        return cls(*open_model(path_or_id, device=device, dtype=dtype, backend=backend, **where))
+        checks.flag("batch_invariant", batch_invariant)
+        pipe = cls(*open_model(path_or_id, device=device, dtype=dtype, backend=backend, **where))
+        pipe.batch_invariant = batch_invariant
+        return pipe
 
     @classmethod
     def from_single_file(cls, path: str | os.PathLike[str], **options: Any) -> Pipeline:
@@ -110,19 +118,22 @@ class Pipeline(Steered):
         return cls.from_pretrained("default", **options)
 
     @classmethod
-    def from_diffusers(cls, pipe: Any) -> Pipeline:
+    def from_diffusers(cls, pipe: Any, *, batch_invariant: bool = False) -> Pipeline:
         """Adopts a loaded diffusers pipeline: Stable Diffusion 1, 2 or XL, for text, image to image or inpainting.
 
         The weights are shared, not copied: what changes in one changes in the other. Device and dtype stay as they are.
         Compiled and fused networks are taken as what they are made of, and tiled or sliced decoding goes on.
+        batch_invariant: as in `from_pretrained`.
 
         Raises InputError for what is no diffusers pipeline, and CheckpointError for one whose pictures are made by more
         than its class, its weights and its configs: by FreeU, hooks, adapters, replaced methods, changed layers.
         """
+        checks.flag("batch_invariant", batch_invariant)
         spec = loading.spec_of(adoption.describe_diffusers(pipe))
         components = {name: getattr(pipe, name) for name in spec.checkpoint.components}
         networks = loading.load(spec, lambda module, name: adoption.adopt(module, components[name]), components)
         adopted = cls(spec, networks, type(pipe).__name__)
+        adopted.batch_invariant = batch_invariant
         if pipe.vae.use_tiling:
             adopted.enable_vae_tiling()
         elif pipe.vae.use_slicing:

@@ -40,6 +40,13 @@ UNSUPPORTED = {
 }
 """Arguments of diffusers' pipelines that fastldm does not support, and alternatives. None is accepted."""
 
+PER_PROMPT = tuple(
+    f"{sign}{name}"
+    for sign in ("", "negative_")
+    for name in ("prompt", "prompt_2", "prompt_embeds", "pooled_prompt_embeds")
+)
+"""Fields that may hold one value for each prompt."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -187,6 +194,15 @@ class Request:
     def count(self) -> int:
         """The number of prompts."""
         return len(as_list(self.prompt)) if self.prompt_embeds is None else int(self.prompt_embeds.shape[0])
+
+    def alone(self, k: int) -> Request:
+        """One image of prompt k: what its text is read from. It has neither seed, generator nor latents."""
+        changes: dict[str, Any] = dict.fromkeys(("seed", "generator", "latents"))
+        for name in PER_PROMPT:
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                changes[name] = value[k : k + 1]
+        return self.replace(num_images_per_prompt=1, **changes)
 
     def replace(self, **changes: Any) -> Request:
         """A copy with some fields changed (and checked again)."""

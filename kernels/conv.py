@@ -57,7 +57,19 @@ from torch import Tensor
 
 from fastldm.kernels import float32, onednn
 from fastldm.kernels.bias_residual import bias_residual
-from fastldm.kernels.dispatch import YES, Config, Cost, Op, Verdict, capability, cdiv, jit, launch, no
+from fastldm.kernels.dispatch import (
+    YES,
+    Config,
+    Cost,
+    Op,
+    Verdict,
+    capability,
+    cdiv,
+    is_batch_invariant,
+    jit,
+    launch,
+    no,
+)
 from fastldm.kernels.dispatch import next_power_of_2 as power_of_2
 from fastldm.kernels.linear import (
     SPACE,
@@ -497,6 +509,9 @@ def conv2d(
     residual: Tensor | None = None,
 ) -> Tensor:
     """Convolve x (B, C, H, W) with weight (O, C, K, K), add bias (O,) and residual (B, O, H', W'), in x's dtype."""
+    missing = -x.shape[1] % 8
+    if missing and is_batch_invariant():  # a latent's 4 channels: the kernel takes 8
+        x, weight = F.pad(x, (0, 0, 0, 0, 0, missing)), pad_to_eights(weight)[: weight.shape[0]]
     return CONV2D(x, weight, bias, residual, stride, padding)
 
 
@@ -507,4 +522,6 @@ def upsample_conv2d(
 
     phases: upsample_phases(weight) of the current weight, if the caller has cached them.
     """
+    if is_batch_invariant() and size != (2 * x.shape[2], 2 * x.shape[3]):  # the kernel doubles
+        return conv2d(F.interpolate(x, size=size, mode="nearest"), weight, bias, padding=1)
     return UPSAMPLE_CONV2D(x, weight, bias, *size, phases)

@@ -75,6 +75,7 @@ class _Scope(threading.local):
     """
 
     preference: Route | None = None
+    batch_invariant: bool = False
     observer: Observer | None = None
     forced: tuple[str, Config] | None = None
     target: Target | None = None
@@ -104,6 +105,25 @@ def use(path: Route) -> AbstractContextManager[None]:
     if path == "triton" and not has_triton():
         raise RuntimeError('kernels.use("triton"): triton is not installed; pip install triton')
     return _set("preference", path)
+
+
+def batch_invariant() -> AbstractContextManager[None]:
+    """Inside, on a GPU, a row of an op's output (an entry along the first dimension) is bitwise the same however many
+    rows there are and whatever they hold.
+
+    Every op takes its kernel, for cuBLAS and cuDNN choose by the number of rows; the kernel's configuration is that of
+    one row, for its splits decide in which order numbers are added. An op whose kernel does not take the arguments
+    raises NotBatchInvariant.
+    """
+    return _set("batch_invariant", True)
+
+
+def is_batch_invariant() -> bool:
+    return _scope.batch_invariant
+
+
+class NotBatchInvariant(RuntimeError):
+    """An op would be computed by a library that chooses by the number of rows."""
 
 
 def observe(observer: Observer) -> AbstractContextManager[None]:
@@ -232,7 +252,10 @@ class Op(Generic[P, R]):
         elif (_scope.target is None or not _scope.target.arch) and not (preference == "triton" and interpreting()):
             return _ON_CPU if x.device.type == "cpu" else no(f"tensors are on the {x.device.type}")
         verdict = self.supports(*args, **kwargs)
-        if verdict and preference is None:
+        if _scope.batch_invariant:
+            if not verdict:
+                raise NotBatchInvariant(f"{self.name} is not batch-invariant here: {verdict.reason}")
+        elif verdict and preference is None:
             entry = table_entry(self.name, self.shape_class(*args, **kwargs), capability(x))
             if (entry or {}).get("path", self.prefer) == "torch":
                 return no("torch's own is faster here, says the table" if entry else "torch's own is taken by default")
@@ -243,9 +266,10 @@ class Op(Generic[P, R]):
         forced = _scope.forced
         if forced is not None and forced[0] == self.name:
             return dict(forced[1])
-        x = args[0]
+        x, *rest = args
         assert isinstance(x, Tensor)
-        key, arch = self.shape_class(*args, **kwargs), capability(x)
+        first = x[:1] if _scope.batch_invariant else x
+        key, arch = self.shape_class(first, *rest, **kwargs), capability(x)  # type: ignore[arg-type]
         entry = table_entry(self.name, key, arch)
         return dict((entry or {}).get("config") or self.default(key, arch))
 

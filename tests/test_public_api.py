@@ -44,10 +44,10 @@ FIELDS = {
 ARGUMENTS = {
     "Generation.result": "self timeout",
     "Pipeline.export": "self out options",
-    "Pipeline.from_pretrained": "cls path_or_id device dtype torch_dtype backend where",
+    "Pipeline.from_pretrained": "cls path_or_id device dtype torch_dtype backend batch_invariant where",
     "Pipeline.from_single_file": "cls path options",
     "Pipeline.warmup": "self sizes batches options",
-    "Session.__init__": "self pipe max_batch max_queue",
+    "Session.__init__": "self pipe max_batch max_queue batch_invariant",
     "Session.close": "self cancel",
     "Session.submit": "self prompt priority deadline preview options",
 }

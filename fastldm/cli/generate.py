@@ -54,6 +54,11 @@ def _list_things(ctx: click.Context, param: click.Parameter, group: str | None) 
 @backend_option
 @click.option("--variant", metavar="V", help="Weights variant of a folder or hub id, such as fp16.")
 @decode_option
+@click.option(
+    "--batch-invariant",
+    is_flag=True,
+    help="Make each picture of --n bitwise the one that its seed makes alone, at some cost.",
+)
 @click.option("--force", is_flag=True, help="Overwrite files that exist.")
 @click.option("--no-metadata", is_flag=True, help="Do not write prompt and settings into the PNG.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
@@ -116,7 +121,7 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
 
     from fastldm.pipeline import Pipeline
 
-    placement = {name: options[name] for name in ("device", "dtype", "backend", "variant")}
+    placement = {name: options[name] for name in ("device", "dtype", "backend", "variant", "batch_invariant")}
     pipe = Pipeline.from_pretrained(model, **placement)
     if options["decode"] != "whole":
         (pipe.enable_vae_tiling if options["decode"] == "tiled" else pipe.enable_vae_slicing)()

@@ -6,6 +6,7 @@ looks at a value: coefficients and flags were known before it began, as Python n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -45,8 +46,7 @@ class Guidance:
         return [self.guides(table, row) for row in range(len(table))]
 
 
-@dataclass(frozen=True)
-class Inpainting:
+class Inpainting(NamedTuple):
     """Blending: what is repainted is a latent like any other, the rest comes back at each step's noise level."""
 
     mask: Tensor  # (B or 1, 1, h, w), 1 where to paint
@@ -62,6 +62,22 @@ class Embeds(NamedTuple):
     add_text_embeds: Tensor | None = None  # (R, P), SDXL's pooled vectors
     add_time_ids: Tensor | None = None  # (R, 6), SDXL's sizes
 
+    def split(self, images: int) -> list[Embeds]:
+        """Those of each of so many images: one row, or with guidance two."""
+        return [Embeds(*(None if x is None else x[k::images] for x in self)) for k in range(images)]  # type: ignore
+
+    @staticmethod
+    def join(images: Sequence[Embeds]) -> Embeds:
+        """Those of all images. Texts of unequal length are repeated, which does not change attention."""
+        tokens = math.lcm(*(embeds.prompt_embeds.shape[1] for embeds in images))
+        hidden = [x.repeat(1, tokens // x.shape[1], 1) for x in (embeds.prompt_embeds for embeds in images)]
+
+        def joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+            rows = [x for x in parts if x is not None]
+            return torch.stack(rows, dim=1).flatten(0, 1) if rows else None  # negatives first
+
+        return Embeds(*(joined(x) for x in (hidden, *list(zip(*images, strict=True))[1:])))  # type: ignore[arg-type]
+
 
 @dataclass(eq=False)
 class Run:
@@ -70,6 +86,9 @@ class Run:
     All noise has been drawn, and what the network reads besides the latents has been computed: nothing is left to
     chance or to the host. R rows of conditioning: B negatives and then B prompts where any step is guided, else the
     prompts. The latents under way belong to the batch.
+
+    A batch-invariant run is taken apart: `images` are its images as runs of their own, each conditioned as if it were
+    alone, and it has no conditioning itself.
     """
 
     table: StepTable
@@ -82,6 +101,7 @@ class Run:
     temb: Tensor | None = None  # (steps, 1 or R, channels): `UNet.time_rows` of each row of the table
     text_kv: tuple[Tensor, ...] = ()  # of each cross-attention (R, T, 2C): `UNet.cross_kv`
     embeds: Embeds | None = None  # what temb and text_kv were computed from
+    images: tuple[Run, ...] = ()
     row: int = 0  # the one that comes next
 
     def __post_init__(self) -> None:
@@ -102,9 +122,33 @@ class Run:
         return self.guidance.guides(self.table, self.row)
 
     @property
+    def tokens(self) -> int:
+        """Of the longest text."""
+        return max((run.text_kv[0].shape[1] for run in self.images or (self,) if run.text_kv), default=0)
+
+    @property
     def max_rows(self) -> int:
         """The most rows of the network that a step of this run takes."""
         return self.batch * (2 if any(self.guidance.rows(self.table)) else 1)
+
+    def take_apart(self) -> None:
+        """Set `images`, not conditioned yet."""
+
+        def of(k: int, x: Tensor) -> Tensor:
+            return x if len(x) == 1 else x[k : k + 1]
+
+        self.images = tuple(
+            Run(
+                self.table,
+                of(k, self.latents),
+                [None if noise is None else of(k, noise) for noise in self.noises],
+                self.guidance,
+                None if self.inpainting is None else Inpainting(*(of(k, x) for x in self.inpainting)),
+                None if self.extra is None else of(k, self.extra),
+                self.dtype,
+            )
+            for k in range(self.batch)
+        )
 
 
 @torch.no_grad()
@@ -209,9 +253,9 @@ class EagerBatch:
 
     nbytes = 0  # what it holds is the runs'
 
-    def __init__(self, unet: Denoiser, backend: str = "torch") -> None:
-        """backend: what runs it."""
-        self.unet, self.backend = unet, backend
+    def __init__(self, unet: Denoiser, backend: str = "torch", *, together: bool = True) -> None:
+        """backend: what runs it. together: whether all runs share a call of the network; else each has its own."""
+        self.unet, self.backend, self.together = unet, backend, together
         self._states: dict[Run, State] = {}
         self._text: tuple[object, tuple[Tensor, ...], Tensor | None] = (None, (), None)
 
@@ -223,16 +267,22 @@ class EagerBatch:
 
     @torch.no_grad()
     def step(self, runs: Sequence[Run]) -> str:
+        calls = [runs] if self.together else [[run] for run in runs]
+        outputs = [output for call in calls for output in self._outputs(call)]
+        for run, model_output in zip(runs, outputs, strict=True):
+            self._states[run].end(run.row, model_output)
+            run.row += 1
+        return self.backend
+
+    def _outputs(self, runs: Sequence[Run]) -> Sequence[Tensor]:
+        """The network's output for each of these runs, of one call."""
         inputs = [self._states[run].input(run.row) for run in runs]
         temb = [_time_rows(run).expand(len(x), -1) for run, x in zip(runs, inputs, strict=True)]
         text, kv_len = self._text_of(runs)
         lengths = {} if kv_len is None else {"kv_len": kv_len}
         with torch.inference_mode(), spans.span("U-Net"):  # where a step's hundreds of views cost less
             out = self.unet.step(_cat(inputs), _cat(temb), text, **lengths)
-        for run, model_output in zip(runs, out.split([len(x) for x in inputs]), strict=True):
-            self._states[run].end(run.row, model_output)
-            run.row += 1
-        return self.backend
+        return out.split([len(x) for x in inputs])
 
     def _text_of(self, runs: Sequence[Run]) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """Keys and values of all rows, and their lengths where they differ; the same tensors while the runs are the
@@ -264,6 +314,53 @@ class EagerBatch:
 
     def close(self) -> None:
         self._text = (None, (), None)
+
+
+class BatchInvariant:
+    """A batch of runs that were taken apart: it holds their images, and to another each is as good as alone."""
+
+    def __init__(self, images: Batch) -> None:
+        """images: computes each run the same whatever others it holds."""
+        self._images = images
+
+    @property
+    def nbytes(self) -> int:
+        return self._images.nbytes
+
+    def holds(self, run: Run) -> bool:
+        return self._images.holds(run)
+
+    def admit(self, run: Run) -> None:
+        for image in run.images:
+            self._images.admit(image)
+
+    def step(self, runs: Sequence[Run]) -> str:
+        ran_on = self._images.step([image for run in runs for image in run.images])
+        for run in runs:
+            run.row = run.images[0].row
+        return ran_on
+
+    def latents(self, run: Run) -> Tensor:
+        return torch.cat([self._images.latents(image) for image in run.images])
+
+    def go_on_from(self, run: Run, latents: Tensor) -> None:
+        for image, own in zip(run.images, latents.split(1), strict=True):
+            self._images.go_on_from(image, own)
+
+    def recondition(self, run: Run) -> None:
+        for image in run.images:
+            self._images.recondition(image)
+
+    def release(self, run: Run) -> Callable[[], int | None]:
+        verdicts = [self._images.release(image) for image in run.images]
+
+        def first_bad() -> int | None:
+            return min((row for verdict in verdicts if (row := verdict()) is not None), default=None)
+
+        return first_bad
+
+    def close(self) -> None:
+        self._images.close()
 
 
 def _time_rows(run: Run) -> Tensor:

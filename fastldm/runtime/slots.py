@@ -10,6 +10,7 @@ only replays.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from fastldm import spans
 from fastldm.device import send, send_numbers, to_host
+from fastldm.kernels import dispatch
 from fastldm.kernels.dispatch import cdiv, next_power_of_2
 from fastldm.kernels.step import NEVER, StepState, end_step, table_rows
 from fastldm.models.config import UNetConfig
@@ -91,10 +93,15 @@ class StaticBuffers(NamedTuple):
 
 
 class Slots:
-    """A `denoise.Batch` in static buffers. graphs: None runs every step eagerly."""
+    """A `denoise.Batch` in static buffers."""
 
-    def __init__(self, unet: UNet, buffers: StaticBuffers, graphs: Graphs | None = None) -> None:
+    def __init__(
+        self, unet: UNet, buffers: StaticBuffers, graphs: Graphs | None = None, *, batch_invariant: bool = False
+    ) -> None:
+        """graphs: None runs every step eagerly. batch_invariant: whether a row of the U-Net is computed the same
+        whatever the others are and however many, by kernels that do not depend on it."""
         self.unet, self.buffers, self.graphs = unet, buffers, graphs
+        self.batch_invariant = batch_invariant
         self._free = list(range(buffers.step.x.shape[0]))
         self._slots: dict[Run, list[int]] = {}
         self._index: dict[Run, Tensor] = {}  # the slots again, (B,) int64 on the device
@@ -109,7 +116,7 @@ class Slots:
             run.batch <= state.x.shape[0]
             and graph_rows(run.max_rows) <= state.u.shape[0]
             and len(run.table) <= state.table.shape[1]
-            and all(kv.shape[1] <= own.shape[1] for kv, own in zip(run.text_kv, self.buffers.text, strict=True))
+            and all(run.tokens <= text.shape[1] for text in self.buffers.text)
         )
 
     @property
@@ -215,7 +222,8 @@ class Slots:
         state, temb = self.buffers.step, self.buffers.temb
         text, slot, first = self.buffers.maps[:, :rows]
         time_rows = temb.flatten(0, 1).index_select(0, first + state.counter.index_select(0, slot))
-        with spans.span("U-Net"):
+        invariant = dispatch.batch_invariant() if self.batch_invariant else nullcontext()
+        with spans.span("U-Net"), invariant:
             out = self.unet.step(state.u[:rows], time_rows, self.buffers.text, kv_len=self.buffers.kv_len, slots=text)
         end_step(out, state, rescales=rescales)
 

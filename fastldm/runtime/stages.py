@@ -32,7 +32,7 @@ from fastldm.models.unet import AddedConditions, UNet
 from fastldm.models.vae import Decode, Pieces, decode_pieces, finish
 from fastldm.request import Request, Result, Timings, picture_seeds
 from fastldm.runtime.complete import complete
-from fastldm.runtime.denoise import Batch, EagerBatch, Embeds, Guidance, Run, check_finite
+from fastldm.runtime.denoise import Batch, BatchInvariant, EagerBatch, Embeds, Guidance, Run, check_finite
 from fastldm.runtime.graph import CUDA, Graphs
 from fastldm.runtime.slots import Slots, StaticBuffers, graph_rows, step_capacity
 from fastldm.runtime.start import start_run
@@ -77,6 +77,8 @@ class Stages:
             total = torch.cuda.get_device_properties(self.device).total_memory
             self.graphs = Graphs(CUDA(self.device), budget=int(_GRAPH_MEMORY * total))
         self.vae_decode: Decode = "whole"
+        self.batch_invariant = False
+        """Whether an image is bitwise the one made alone, whatever shares its batch: of sessions that do not say."""
 
     def complete(self, request: Request) -> Request:
         """The request with the family's defaults filled in, and checked against this model."""
@@ -100,23 +102,39 @@ class Stages:
         finally:
             self.graphs = graphs
 
-    def prepare(self, request: Request) -> Run:
-        """All that comes before the first step: prompts encoded, the sampler's table made, all noise drawn."""
+    def prepare(self, request: Request, *, batch_invariant: bool = False) -> Run:
+        """All that comes before the first step: prompts encoded, the sampler's table made, all noise drawn.
+
+        batch_invariant: whether to take the run apart, so that each image is computed as if it were alone.
+        """
         with spans.span("check weights"):
             changed = self.prepared.refresh()
             if changed:
                 logger.info("weights changed: %s", ", ".join(changed))
+            # Prompts share the encoder's calls, unless each has to be as if it were alone.
+            requests = [request.alone(k) for k in range(request.count)] if batch_invariant else [request]
             with spans.span("tokenise"):
-                encoded = self.encode(request)
+                encoded = [self.encode(each) for each in requests]
             with spans.span("noise"):
-                run = self._start(request)
+                run = self._start(request, batch_invariant)
             with spans.span("conditions"):
-                hidden, pooled = encoded.network_rows()  # (R, T, D), (R, P): all negatives, then all prompts
-                embeds = Embeds(hidden)
-                if self.unet.config.needs_added and pooled is not None:
-                    embeds = Embeds(hidden, pooled, conditioning.size_ids(request, len(pooled), device=self.device))
-                self._condition(run, embeds, float(request.guidance_scale or 0))
+                scale = float(request.guidance_scale or 0)
+                embeds = [self._embeds(each, text) for each, text in zip(requests, encoded, strict=True)]
+                if batch_invariant:
+                    run.take_apart()
+                    embeds = [own for own in embeds for _ in range(request.num_images_per_prompt)]
+                    for image, own in zip(run.images, embeds, strict=True):
+                        self._condition(image, own, scale)
+                    run.embeds = Embeds.join(embeds)
+                else:
+                    self._condition(run, embeds[0], scale)
         return run
+
+    def _embeds(self, request: Request, encoded: Conditioning) -> Embeds:
+        hidden, pooled = encoded.network_rows()  # (R, T, D), (R, P): all negatives, then all prompts
+        if not self.unet.config.needs_added or pooled is None:
+            return Embeds(hidden)
+        return Embeds(hidden, pooled, conditioning.size_ids(request, len(pooled), device=self.device))
 
     def encode(self, request: Request) -> Conditioning:
         """Prompts and negatives as what the U-Net reads, a row for each image."""
@@ -140,7 +158,7 @@ class Stages:
         )
         return encoded.repeat(request.num_images_per_prompt)
 
-    def _start(self, request: Request) -> Run:
+    def _start(self, request: Request, apart: bool) -> Run:
         table = schedule.make_table(
             self.schedule,
             request.num_inference_steps,  # type: ignore[arg-type]
@@ -153,7 +171,8 @@ class Stages:
         scale = float(request.guidance_scale or 0) if self.guided(request) else 1.0
         guidance = Guidance(scale, request.guidance_rescale, *request.guidance_interval)
         in_channels = self.unet.config.in_channels
-        return start_run(request, table, guidance, self.vae, in_channels, dtype=self.dtype, device=self.device)
+        to = {"dtype": self.dtype, "device": self.device}
+        return start_run(request, table, guidance, self.vae, in_channels, **to, one_by_one=apart)  # type: ignore
 
     def _condition(self, run: Run, embeds: Embeds, guidance_scale: float) -> None:
         """Give a run what its steps read of its conditioning: computed once, for all rows of its table."""
@@ -176,16 +195,24 @@ class Stages:
             batch.go_on_from(run, change.latents)
         scale = 1.0 if self.unet.config.needs_guidance else change.guidance_scale
         guidance = dataclasses.replace(run.guidance, scale=scale, rescale=change.guidance_rescale)
+        images = run.images or (run,)
         if change.embeds is not None:
-            self._condition(run, change.embeds, change.guidance_scale)
+            each = change.embeds.split(len(images)) if run.images else [change.embeds]
+            for image, embeds in zip(images, each, strict=True):
+                self._condition(image, embeds, change.guidance_scale)
+            run.embeds = change.embeds
         if change.embeds is not None or guidance != run.guidance:
-            run.guidance = guidance
+            for changed in (run, *run.images):
+                changed.guidance = guidance
             batch.recondition(run)
 
     def new_batch(self, run: Run, max_batch: int) -> Batch:
         """For runs of the size of this one: a batch with room for it, and for `max_batch` images."""
-        if not isinstance(self.unet, UNet) or not fuses(run.latents):
-            return EagerBatch(self.unet, self.backend)
+        apart = bool(run.images)
+        invariant_kernels = self.dtype.itemsize == 2  # float32 on a GPU is PyTorch's own
+        if not isinstance(self.unet, UNet) or not fuses(run.latents) or (apart and not invariant_kernels):
+            batch = EagerBatch(self.unet, self.backend, together=not apart)
+            return BatchInvariant(batch) if apart else batch
         images = max(run.batch, max_batch)
         buffers = StaticBuffers.empty(
             self.unet.config,
@@ -193,12 +220,13 @@ class Stages:
             rows=self.unet_rows(images),
             height=run.latents.shape[2],
             width=run.latents.shape[3],
-            tokens=max(self.text_stages[0].window, *(kv.shape[1] for kv in run.text_kv)),
+            tokens=max(self.text_stages[0].window, run.tokens),
             steps=step_capacity(len(run.table)),
             dtype=self.dtype,
             device=self.device,
         )
-        return Slots(self.unet, buffers, self.graphs)
+        slots = Slots(self.unet, buffers, self.graphs, batch_invariant=apart)
+        return BatchInvariant(slots) if apart else slots
 
     def threads(self, request: Request, images: int, limit: int) -> int:
         """How many CPU threads a step of so many images has work for, at most `limit`.
@@ -235,7 +263,7 @@ class Stages:
         """
         kind, pixels, finite = request.output_type, latents, None
         if kind != "latent":
-            decoded = yield from self._decoding(latents)
+            decoded = yield from self._decoding(latents, bool(run.images))
             pixels, finite = images.to_pixels(decoded, kind), to_host(decoded.isfinite().all())
             if kind != "pt":
                 pixels = to_host(pixels)
@@ -251,27 +279,34 @@ class Stages:
         if finite is None:
             return latents
         if not bool(finite):
-            pixels = self._decoded_in_float32(latents, kind)
+            pixels = self._decoded_in_float32(latents, kind, bool(run.images))
         return images.to_images(pixels, kind)
 
-    def _decoding(self, latents: Tensor) -> Pieces:
-        """Latents (B, C, h, w) as the U-Net has them to images (B, 3, H, W), about -1..1, in pieces."""
+    def _decoding(self, latents: Tensor, apart: bool = False) -> Pieces:
+        """Latents (B, C, h, w) as the U-Net has them to images (B, 3, H, W), about -1..1, in pieces. apart: each image
+        as if it were alone."""
         z = self._unscaled(latents).to(self.dtype)
-        if self.graphs is not None and self.vae_decode == "whole":
+        if self.graphs is None or self.vae_decode != "whole":
+            return (yield from decode_pieces(self.vae, z, self._decode_mode(apart)))
+        decoded = []
+        for part in z.split(1) if apart else (z,):
             yield
-            return self.run("decode", self.vae.decode, z)  # one piece: about as long as a step
-        return (yield from decode_pieces(self.vae, z, self.vae_decode))
+            decoded.append(self.run("decode", self.vae.decode, part))  # one piece: about as long as a step
+        return decoded[0] if len(decoded) == 1 else torch.cat(decoded)
+
+    def _decode_mode(self, apart: bool) -> Decode:
+        return "sliced" if apart and self.vae_decode == "whole" else self.vae_decode
 
     def _unscaled(self, latents: Tensor) -> Tensor:
         return latents / self.vae.config.scaling_factor
 
-    def _decoded_in_float32(self, latents: Tensor, kind: str) -> Tensor:
+    def _decoded_in_float32(self, latents: Tensor, kind: str, apart: bool) -> Tensor:
         """The pixels of an image whose decoding was not finite; NonFinite where float32 does not help. Waits."""
         decoded = None
         if self.dtype != torch.float32 and isinstance(self.vae, torch.nn.Module):
             logger.warning("decoding in %s overflowed: decoding once more in float32", self.dtype)
             vae = copy.deepcopy(self.vae).float()
-            decoded = finish(decode_pieces(vae, self._unscaled(latents).float(), self.vae_decode))
+            decoded = finish(decode_pieces(vae, self._unscaled(latents).float(), self._decode_mode(apart)))
         if decoded is None or not bool(decoded.isfinite().all()):
             where = f"on {self.backend}" if self.backend != "torch" else "in float32 too"
             raise NonFinite(f"decoding the latents gave NaN or infinity, {where}: the VAE's weights may be damaged")
@@ -302,7 +337,7 @@ class Stages:
     def make(self, request: Request) -> Any:
         """The images of one request, made from end to end in this thread."""
         request = self.complete(request)
-        run = self.prepare(request)
+        run = self.prepare(request, batch_invariant=self.batch_invariant)
         batch = self.new_batch(run, run.batch)
         batch.admit(run)
         while not run.done:

@@ -29,11 +29,17 @@ def start_run(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    one_by_one: bool = False,
 ) -> Run:
     """The run of a completed request, all noise drawn, in diffusers' order; not conditioned yet.
 
     in_channels: the U-Net's, more than the latents' where it is a model for inpainting. dtype: the networks'.
+    one_by_one: encode each image of the request by itself.
     """
+
+    def encode(inputs: Tensor) -> Tensor:
+        return _encode(vae, inputs.split(1) if one_by_one else [inputs], draw, dtype)
+
     height, width = int(request.height or 0), int(request.width or 0)
     factor, channels = vae.config.factor, vae.config.latent_channels
     shape = (request.batch, channels, height // factor, width // factor)
@@ -67,7 +73,7 @@ def start_run(
     elif request.image is not None and not noised:
         source = prepared(send(images.load_image(request.image, (height, width)), device))
         if not (for_inpainting and from_noise):
-            init = each(_encode(vae, source, draw, dtype))
+            init = each(encode(source))
     noise = draw() if request.latents is None else send(request.latents, device, torch.float32)
     if request.mask_image is not None:
         full_mask = prepared(send(images.load_mask(request.mask_image, (height, width)), device))
@@ -77,7 +83,7 @@ def start_run(
             count = request.batch if counts[1] % counts[0] else counts[1]
             if for_inpainting:
                 masked = each(source, count) * (each(full_mask, count) < 0.5)
-                extra = torch.cat([mask, each(_encode(vae, masked, draw, dtype))], dim=1).to(dtype)
+                extra = torch.cat([mask, each(encode(masked))], dim=1).to(dtype)
             elif request.generator is not None:
                 draw(count)  # diffusers encodes masked images for 4-channel models too: so its generator stays in step
     step_noise = draw_step_noise(table, shape, generators, noise_dtype, device)
@@ -90,10 +96,10 @@ def start_run(
     return Run(table, x, step_noise, guidance, inpainting, extra, dtype)
 
 
-def _encode(vae: Autoencoder, image: Tensor, draw: Callable[[int], Tensor], dtype: torch.dtype) -> Tensor:
-    """Images (n, 3, H, W) in -1..1 to latents (n, C, h, w) in float32, drawn from the posterior of a KL
-    autoencoder."""
-    encoded = vae.encode(image.to(dtype)).float()
+def _encode(vae: Autoencoder, batches: Sequence[Tensor], draw: Callable[[int], Tensor], dtype: torch.dtype) -> Tensor:
+    """Images (n, 3, H, W) in -1..1, in one call for each batch of them, to latents (n, C, h, w) in float32, drawn from
+    the posterior of a KL autoencoder."""
+    encoded = torch.cat([vae.encode(images.to(dtype)) for images in batches]).float()
     if isinstance(vae.config, VAEConfig):
         mean, log_variance = encoded.chunk(2, dim=1)
         encoded = mean + (log_variance.clamp(-30, 20) / 2).exp() * draw(len(mean))

@@ -40,9 +40,12 @@ class Bucket:
         max_batch: int,
         route: dispatch.Route | None,
         release_idle: Callable[[], None],
+        batch_invariant: bool,
     ) -> None:
-        """max_batch: images that share a step. release_idle: frees what idle buckets of the session hold."""
+        """max_batch: images that share a step. release_idle: frees what idle buckets of the session hold.
+        batch_invariant: whether an image is computed as if it were alone."""
         self.stages, self.host, self.max_batch, self.route = stages, host, max_batch, route
+        self.batch_invariant = batch_invariant
         self._release_idle = release_idle
         self.waiting: list[tuple[float, int, Generation]] = []  # a heap: the first in line is first
         self.next: Generation | None = None  # prepared, and waiting until the batch has room
@@ -143,7 +146,7 @@ class Bucket:
                 generation.prepare_start = perf_counter()
                 generation.input_mark.follow(generation.request)
                 self._set_threads([generation])
-                generation.run = self.stages.prepare(generation.request)
+                generation.run = self.stages.prepare(generation.request, batch_invariant=self.batch_invariant)
                 generation.prepare_end = perf_counter()
             if not self._holds(generation.run):
                 if self.running:
@@ -312,7 +315,7 @@ class Bucket:
         """As many CPU threads as the work of these requests has use for, and their callers have."""
         threads = max(generation.threads for generation in generations)
         if self.host.device.type == "cpu":
-            images = sum(generation.request.batch for generation in generations)
+            images = 1 if self.batch_invariant else sum(generation.request.batch for generation in generations)
             threads = self.stages.threads(generations[0].request, images, threads)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
@@ -321,8 +324,9 @@ class Bucket:
 class Buckets:
     """The buckets of one session, which its worker drives. Queues are read and changed with `host.changed` held."""
 
-    def __init__(self, stages: Stages, host: Host, max_batch: int) -> None:
+    def __init__(self, stages: Stages, host: Host, max_batch: int, batch_invariant: bool) -> None:
         self._stages, self._host, self._max_batch = stages, host, max_batch
+        self._batch_invariant = batch_invariant
         self._by_size: dict[tuple[int, int, dispatch.Route | None], Bucket] = {}  # the last used is the last
         self._numbers = itertools.count()
         self.open: set[Generation] = set()  # submitted and not done
@@ -345,7 +349,7 @@ class Buckets:
         request = generation.request
         key = (int(request.height or 0), int(request.width or 0), generation.route)
         bucket = self._by_size.pop(key, None) or Bucket(
-            self._stages, self._host, self._max_batch, generation.route, self.release_memory
+            self._stages, self._host, self._max_batch, generation.route, self.release_memory, self._batch_invariant
         )
         self._by_size[key] = bucket
         if not bucket.generations():

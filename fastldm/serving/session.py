@@ -47,17 +47,29 @@ class Staged(Protocol):
 class Session:
     """Takes requests for a pipeline from any thread."""
 
-    def __init__(self, pipe: Staged | Stages, *, max_batch: int = 4, max_queue: int = 256) -> None:
+    def __init__(
+        self,
+        pipe: Staged | Stages,
+        *,
+        max_batch: int = 4,
+        max_queue: int = 256,
+        batch_invariant: bool | None = None,
+    ) -> None:
         """max_batch: images of one size that share a step; a larger request runs alone. max_queue: requests that may
-        wait, beyond which `submit` raises QueueFull."""
+        wait, beyond which `submit` raises QueueFull. batch_invariant: whether an image is bitwise the one that its seed
+        and prompt make alone, whatever else is in its request or its batch; None is what the pipeline says.
+        """
         stages = getattr(pipe, "stages", pipe)
         if not isinstance(stages, Stages):
             raise InputError(f"pipe is {checks.show(pipe)}: expected a fastldm.Pipeline")
         self.stages = stages
         self.max_batch = checks.whole("max_batch", max_batch, 1, MAX_BATCH)
         self.max_queue = checks.whole("max_queue", max_queue, 1, MAX_QUEUE)
+        if batch_invariant is None:
+            batch_invariant = stages.batch_invariant
+        self.batch_invariant = checks.flag("batch_invariant", batch_invariant)
         self._worker = Worker.of(stages.device)
-        self._buckets = self._worker.buckets(stages, self.max_batch)
+        self._buckets = self._worker.buckets(stages, self.max_batch, self.batch_invariant)
         self._closed = False
 
     def submit(

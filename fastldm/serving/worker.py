@@ -84,9 +84,9 @@ class Worker:
 
     # --- for other threads
 
-    def buckets(self, stages: Stages, max_batch: int) -> Buckets:
+    def buckets(self, stages: Stages, max_batch: int, batch_invariant: bool) -> Buckets:
         """Those of a new session, which has to keep them."""
-        buckets = Buckets(stages, self, max_batch)
+        buckets = Buckets(stages, self, max_batch, batch_invariant)
         self._all.add(buckets)
         return buckets
 
