@@ -14,6 +14,7 @@ import argparse
 import json
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,12 +46,13 @@ def main() -> None:
     (folder / "batch_invariance.json").write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n")
 
 
-def measure(pipe: Pipeline, images: int, rounds: int) -> dict[str, float | str]:
+def measure(pipe: Pipeline, images: int, rounds: int, **options: Any) -> dict[str, float | str]:
+    """options: fields of the requests."""
     sessions = {"plain": Session(pipe, batch_invariant=False), "invariant": Session(pipe, batch_invariant=True)}
 
     def request(session: Session, seed: int, count: int) -> tuple[NDArray[np.uint8], float]:
         start = perf_counter()
-        result = session.submit("a red apple", seed=seed, num_images_per_prompt=count).result()
+        result = session.submit("a red apple", seed=seed, num_images_per_prompt=count, **options).result()
         return np.stack([np.asarray(image) for image in result.images]), perf_counter() - start
 
     row: dict[str, float | str] = {}

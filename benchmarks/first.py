@@ -366,6 +366,17 @@ def slots(context: Context, name: str = "sd15-512") -> None:
     emit(model=name, **row, say=f"{name} {', '.join(f'{key} {value:.2f}' for key, value in row.items())}")
 
 
+def invariance(context: Context, name: str = "sd15-512") -> None:
+    """four images of a request against the same alone, bitwise, and what that costs"""
+    from benchmarks import batch_invariance, ladder
+
+    model = ladder.MODELS["tiny" if context.dry else name]
+    pipe = ladder.pipeline(model, context.device, context.network_dtype)
+    steps, rounds = (1, 1) if context.dry else (20, 3)
+    row = batch_invariance.measure(pipe, 2 if context.dry else 4, rounds, num_inference_steps=steps)
+    emit(model=name, **row, say=", ".join(f"{key} {value}" for key, value in row.items()))
+
+
 def compiled(context: Context, name: str = "sd15-512") -> None:
     """the U-Net by torch.compile, with fastldm's layers on PyTorch's ops"""
     import torch
@@ -486,6 +497,7 @@ def stages(context: Context, half: int | None = None) -> list[Stage]:
         Stage("pictures", [command(pictures, name) for name in models], 90),
         Stage("torch.compile", [command(compiled, "sd15-512")], 90),
         Stage("slots", [command(slots, "sd15-512")], 40),
+        Stage("invariance", [command(invariance, "sd15-512")], 60),
         Stage("tune", [command(tune)], 90),
     ]
     selected = {None: [*first, *second], 1: first, 2: second}[half]
@@ -517,7 +529,10 @@ def _in_checkout(stage: Stage, context: Context) -> Stage:
 
 STAGES: dict[str, Callable[..., None]] = {
     function.__name__: function
-    for function in (ceilings, compile_kernels, checks, step, ops, variants, smallest, pictures, compiled, slots, tune)
+    for function in (
+        *(ceilings, compile_kernels, checks, step, ops, variants),
+        *(smallest, pictures, compiled, slots, invariance, tune),
+    )
 }
 """The stages of `python -m benchmarks.gpu stage NAME`."""
 LISTS = (checks, ops)
