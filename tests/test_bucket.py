@@ -52,11 +52,11 @@ def test_failed_requests_leave_their_neighbours_alone(
     begin, step = Stages.prepare, EagerBatch.step
     raising, nan = set(), set()
 
-    def broken_begin(self: Pipeline, request: fastldm.Request) -> Any:
+    def broken_begin(self: Pipeline, request: fastldm.Request, **options: Any) -> Any:
         kind = request.seed[0] % 16 if request.seed[0] % 4 == 0 else None  # type: ignore[index]
         if kind == 0:
             raise ValueError("injected: cannot begin")
-        run = begin(self, request)
+        run = begin(self, request, **options)
         if kind == 4:
             raising.add(run)
         if kind == 8:

@@ -272,7 +272,9 @@ def test_requests_wait_for_the_stream_of_their_tensors(
     streams: Streams, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begin = Stages.prepare
-    monkeypatch.setattr(Stages, "prepare", lambda self, request: streams.note("read") or begin(self, request))
+    monkeypatch.setattr(
+        Stages, "prepare", lambda self, *args, **kwargs: streams.note("read") or begin(self, *args, **kwargs)
+    )
     streams.note("made")
     pipe.session.submit(**options(**SMALL)).result(60)
     assert streams.ordered("made", "read")

@@ -70,8 +70,8 @@ def test_exceptions_anywhere_leave_other_requests_alone(
 
     begin, step = Stages.prepare, EagerBatch.step
 
-    def prepared(self: Pipeline, request: Any) -> Any:
-        run = begin(self, request)
+    def prepared(self: Pipeline, request: Any, **options: Any) -> Any:
+        run = begin(self, request, **options)
         if request.seed == (666,):
             victims.append(run)
         return run
