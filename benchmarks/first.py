@@ -204,7 +204,7 @@ def step(context: Context, name: str = "sd15-512") -> None:
         text = f"{row['ms']:.3f} ms a step, host {row['host_ms']:.3f}" if "ms" in row else row["failed"]
         emit(model=name, rung=rung, **row, floor_ms=model.floor_ms, say=f"{name} {rung:14} {text}")
 
-    ladder.climb(pipe, model, steps, 2 if context.dry else 5, on_rung=on_rung)
+    ladder.time_rungs(pipe, model, steps, 2 if context.dry else 5, on_rung=on_rung)
 
 
 def ops(context: Context, names: list[str]) -> None:

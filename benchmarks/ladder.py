@@ -222,7 +222,7 @@ def synchronize(device: torch.device) -> None:
 
 
 @torch.no_grad()
-def climb(
+def time_rungs(
     pipe: Pipeline,
     model: Model,
     steps: int,
@@ -338,7 +338,7 @@ def main() -> None:
         model = MODELS[name]
         steps = args.steps or model.steps
         pipe = pipeline(model, device, dtype)
-        contenders = climb(pipe, model, max(steps, 4), args.rounds, args.compile)
+        contenders = time_rungs(pipe, model, max(steps, 4), args.rounds, args.compile)
         first = next((row["ms"] for row in contenders.values() if "ms" in row), 0.0)
         print(f"{name}, {steps} steps, {dtype}; floor {model.floor_ms} ms a step, best published {model.best_ms}")
         for rung, row in contenders.items():

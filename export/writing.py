@@ -71,26 +71,27 @@ def export(
     BundleError if a network does not compute what PyTorch does or the disk is full; EngineError if ONNX Runtime cannot
     run it.
     """
-    out, work = _paths(out)
+    out, partial = _paths(out)
     head = _head(model, source=source, options=options, name=name, dtype=dtype, opset=opset, split=split)
     head["fused_ops"] = fused_ops
     if (out / MANIFEST).is_file():
         return _open_existing(out, head)
-    _check_free(out, work)
+    _check_free(out, partial)
     try:
-        with locked(work.with_name(f"{work.name}.lock"), timeout=0, remove=True):
+        with locked(partial.with_name(f"{partial.name}.lock"), timeout=0, remove=True):
             if (out / MANIFEST).is_file():
                 return _open_existing(out, head)
-            _check_free(out, work)
-            _export(model, work, on_network, head)
-            _publish(work, out)
+            _check_free(out, partial)
+            _export(model, partial, on_network, head)
+            _publish(partial, out)
     except TimeoutError:
         raise InputError(f"another process is writing {out}: wait for it, or give the bundle another name") from None
     except (OSError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise BundleError(
-            f"{out} could not be written ({error}): finished files are in {work}, and the same command continues there"
+            f"{out} could not be written ({error}): finished files are in {partial}, "
+            "and the same command continues there"
         ) from error
     return Bundle.open(out)
 
@@ -113,7 +114,7 @@ def _paths(path: Path) -> tuple[Path, Path]:
         exists, is_folder = out.exists(), out.is_dir()
         if not exists and not out.parent.is_dir():
             raise InputError(f"there is no folder {out.parent} to write {out.name} into")
-        work = out / _PARTIAL if is_folder else out.with_name(f".{out.name}{_PARTIAL}")
+        partial = out / _PARTIAL if is_folder else out.with_name(f".{out.name}{_PARTIAL}")
         limit = os.pathconf(out.parent, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
     except InputError:
         raise
@@ -126,30 +127,30 @@ def _paths(path: Path) -> tuple[Path, Path]:
         raise InputError(
             f"the name {out.name[:40]}... has {len(os.fsencode(out.name))} bytes, at most {room} are possible"
         )
-    return out, work
+    return out, partial
 
 
-def _check_free(out: Path, work: Path) -> None:
-    """InputError if `out` exists and has other content than the finished files of `work`."""
+def _check_free(out: Path, partial: Path) -> None:
+    """InputError if `out` exists and has other content than the finished files of `partial`."""
     if not os.path.lexists(out):
         return
     if out.is_dir():
-        finished = {path.name for path in work.iterdir()} if (work / MANIFEST).is_file() else set()
-        files = json.loads((work / MANIFEST).read_bytes())["files"] if finished else ()
+        finished = {path.name for path in partial.iterdir()} if (partial / MANIFEST).is_file() else set()
+        files = json.loads((partial / MANIFEST).read_bytes())["files"] if finished else ()
         finished |= {name.split("/")[0] for name in files}
         if {path.name for path in out.iterdir()} <= {*_IGNORED, *finished}:
             return
     raise InputError(f"{out} exists and is no bundle: give the bundle another name, or remove it")
 
 
-def _publish(work: Path, out: Path) -> None:
+def _publish(partial: Path, out: Path) -> None:
     """Move a finished bundle to its path."""
-    if work.parent != out:
-        work.rename(out)
+    if partial.parent != out:
+        partial.rename(out)
         return
-    for path in sorted(work.iterdir(), key=lambda path: path.name == MANIFEST):
+    for path in sorted(partial.iterdir(), key=lambda path: path.name == MANIFEST):
         path.rename(out / path.name)
-    work.rmdir()
+    partial.rmdir()
 
 
 def _open_existing(out: Path, head: Mapping[str, Any]) -> Bundle:
@@ -198,7 +199,7 @@ def _head(
     }
 
 
-def _export(model: Spec, work: Path, on_network: Callable[[str], object], head: Mapping[str, Any]) -> None:
+def _export(model: Spec, partial: Path, on_network: Callable[[str], object], head: Mapping[str, Any]) -> None:
     from fastldm.export import onnx  # needs packages that running a bundle does not need
 
     # From the modules: onnxruntime has different distributions for CPUs and GPUs.
@@ -213,28 +214,28 @@ def _export(model: Spec, work: Path, on_network: Callable[[str], object], head: 
 
     # Finished files count if weights, options and versions are the same.
     key = json.dumps(content, sort_keys=True)
-    finished = _finished(work, key)
-    if (work / MANIFEST).is_file() and finished:
+    finished = _finished(partial, key)
+    if (partial / MANIFEST).is_file() and finished:
         return  # it was interrupted while it was moved to its path
     if not finished:
-        _clear(work)
-        (work / GOLDENS).mkdir(parents=True)
+        _clear(partial)
+        (partial / GOLDENS).mkdir(parents=True)
 
     def write_once(name: str, write: Callable[[], None]) -> None:
         """Write the files of a network or of the image, unless they are finished."""
-        if not finished.get(name) or finished[name] != _hashes(work, name):
+        if not finished.get(name) or finished[name] != _hashes(partial, name):
             on_network(name)
-            _clear(work / name)
+            _clear(partial / name)
             write()
-            finished[name] = _hashes(work, name)
-            write_json(work / _DONE, {"key": key, "networks": finished})
+            finished[name] = _hashes(partial, name)
+            write_json(partial / _DONE, {"key": key, "networks": finished})
 
-    bundle = Bundle(work, content, networks.specs)
+    bundle = Bundle(partial, content, networks.specs)
     for network, spec in networks.specs.items():
 
         def write(network: str = network, spec: Any = spec) -> None:
-            onnx.write(networks, network, work / network, opset=head["opset"], fused_ops=head["fused_ops"])
-            write_json(work / network / "config.json", head["config"][ReferenceNetworks.component(network)])
+            onnx.write(networks, network, partial / network, opset=head["opset"], fused_ops=head["fused_ops"])
+            write_json(partial / network / "config.json", head["config"][ReferenceNetworks.component(network)])
             bundle.goldens(network).write_bytes(goldens_of(spec, reference, stored).to_bytes())
             for check in check_network(bundle, network):
                 if check.problem:
@@ -242,34 +243,34 @@ def _export(model: Spec, work: Path, on_network: Callable[[str], object], head: 
 
         write_once(network, write)
     for title, tokenizer in model.checkpoint.tokenizers.items():
-        _write_tokenizer(tokenizer, work / title)
-    (work / "scheduler").mkdir(exist_ok=True)
-    write_json(work / "scheduler" / "scheduler_config.json", head["config"]["scheduler"])
-    write_json(work / "model_index.json", _index(model, networks.specs))
+        _write_tokenizer(tokenizer, partial / title)
+    (partial / "scheduler").mkdir(exist_ok=True)
+    write_json(partial / "scheduler" / "scheduler_config.json", head["config"]["scheduler"])
+    write_json(partial / "model_index.json", _index(model, networks.specs))
 
     def write_image() -> None:
         bundle.goldens(PICTURE).write_bytes(goldens_of_image(bundle, reference, stored).to_bytes())
 
     write_once(PICTURE, write_image)
-    for path in work.rglob("*"):
+    for path in partial.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    files = {name: file for name, file in _hashes(work, "").items() if name != _DONE}
-    manifests.write(work, {**content, "files": files})
-    (work / _DONE).unlink()
+    files = {name: file for name, file in _hashes(partial, "").items() if name != _DONE}
+    manifests.write(partial, {**content, "files": files})
+    (partial / _DONE).unlink()
 
 
-def _finished(work: Path, key: str) -> dict[str, dict[str, Any]]:
+def _finished(partial: Path, key: str) -> dict[str, dict[str, Any]]:
     """The files that an interrupted export with the same key has finished, by network."""
-    if (work / MANIFEST).is_file():
+    if (partial / MANIFEST).is_file():
         with contextlib.suppress(BundleError):
-            manifest = manifests.read(work)
+            manifest = manifests.read(partial)
             content = {name: value for name, value in manifest.items() if name not in ("files", "sha256", "format")}
             return manifest["files"] if json.dumps(content, sort_keys=True) == key else {}
         return {}
     try:
-        done = json.loads((work / _DONE).read_bytes())
+        done = json.loads((partial / _DONE).read_bytes())
         networks = done["networks"] if done["key"] == key else {}
         return networks if isinstance(networks, dict) else {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -330,14 +330,14 @@ def as_a_pipe(path: Path) -> None:
     os.mkfifo(path)
 
 
-@pytest.mark.parametrize("thing", [as_a_file, as_a_folder, as_a_dangling_link, as_a_loop, as_a_link, as_a_pipe])
+@pytest.mark.parametrize("make", [as_a_file, as_a_folder, as_a_dangling_link, as_a_loop, as_a_link, as_a_pipe])
 @pytest.mark.parametrize("name", ["lock", "aside-KEY", "KEY", "KEY/engine", "KEY/entry.json", "tmp-KEY"])
-def test_unexpected_entries_are_replaced(cache: EngineCache, name: str, thing: Callable[[Path], None]) -> None:
+def test_unexpected_entries_are_replaced(cache: EngineCache, name: str, make: Callable[[Path], None]) -> None:
     entry = put(cache)
     path = cache.folder / name.replace("KEY", KEY.digest)
-    if thing is not as_a_link or not name.startswith("KEY"):
+    if make is not as_a_link or not name.startswith("KEY"):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    thing(path)
+    make(path)
     if not name.startswith("KEY"):
         edited(entry)  # so that the lock is taken, and what was there set aside
     cache.entries()

@@ -143,7 +143,7 @@ def test_callback_latents_may_have_any_real_dtype(pipes: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("returned", "says"),
+    ("returned", "message"),
     [
         (3, "the callback returned 3: expected a dict"),
         ("no", "the callback returned 'no'"),
@@ -165,16 +165,16 @@ def test_callback_latents_may_have_any_real_dtype(pipes: Any) -> None:
     ],
     ids=str,
 )
-def test_bad_callback_results_are_input_errors(pipes: Any, returned: Any, says: str) -> None:
+def test_bad_callback_results_are_input_errors(pipes: Any, returned: Any, message: str) -> None:
     ours = pipes("sd1")[1]
     with pytest.raises(InputError) as caught:
         latents(ours, lambda *_: returned, num_inference_steps=1)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"callback": 3}, "callback_on_step_end is 3: expected a function"),
         ({"callback": print, "callback_on_step_end_tensor_inputs": 3}, "is 3: expected a list"),
@@ -182,10 +182,10 @@ def test_bad_callback_results_are_input_errors(pipes: Any, returned: Any, says: 
         ({"callback": print, "callback_on_step_end_tensor_inputs": ["add_time_ids"]}, "holds 'add_time_ids'"),
     ],
 )
-def test_callbacks_must_be_callable(pipes: Any, options: dict[str, Any], says: str) -> None:
+def test_callbacks_must_be_callable(pipes: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as caught:
         latents(pipes("sd1")[1], num_inference_steps=1, **options)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(("name", "value"), [("_guidance_scale", "high"), ("_guidance_scale", float("nan"))])

@@ -98,7 +98,7 @@ def test_arrays_are_lists(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"prompt": "x" * 1_000_000}, f"prompt has 1000000 characters: expected at most {MAX_PROMPT_LENGTH}"),
         ({"prompt": ["x" * 20_000] * 100}, "prompt has 2000000 characters in 100 texts"),
@@ -118,27 +118,27 @@ def test_arrays_are_lists(name: str) -> None:
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
-def test_oversized_values_are_refused_early(options: dict[str, Any], says: str) -> None:
+def test_oversized_values_are_refused_early(options: dict[str, Any], message: str) -> None:
     start = time.process_time()
     with pytest.raises(InputError) as caught:
         Request.of(options.get("prompt", "a"), {name: value for name, value in options.items() if name != "prompt"})
-    assert says in str(caught.value)
+    assert message in str(caught.value)
     assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "message"),
     [
         ("denoising_end", "denoising_end is not supported"),
         ("callback", "callback is not supported: use callback_on_step_end"),
         ("padding_mask_crop", "padding_mask_crop is not supported: crop image and mask_image"),
     ],
 )
-def test_unsupported_diffusers_arguments_are_refused(name: str, says: str) -> None:
+def test_unsupported_diffusers_arguments_are_refused(name: str, message: str) -> None:
     assert Request.of("a", {name: None}) == Request("a"), "nothing is asked"
     with pytest.raises(InputError) as caught:
         Request.of("a", {name: 0.5})
-    assert str(caught.value) == says
+    assert str(caught.value) == message
 
 
 @settings(max_examples=200, deadline=None)
@@ -193,7 +193,7 @@ def test_loading_refuses_invalid_paths(value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"device": "cpu", "devices": 2}, "unknown argument 'devices': did you mean 'device'"),
         ({"dtype": "float32", "torch_dtype": torch.float16}, "dtype and torch_dtype were both given"),
@@ -201,10 +201,10 @@ def test_loading_refuses_invalid_paths(value: Any) -> None:
         ({"dtype": "int7"}, "dtype is 'int7'"),
     ],
 )
-def test_loading_errors_are_specific(options: dict[str, Any], says: str) -> None:
+def test_loading_errors_are_specific(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as caught:
         Pipeline.default(**options)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,7 @@ def test_call_arguments_refuse_other_types(pipe: Pipeline, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"sizes": 3}, "sizes is 3"),
         ({"sizes": [(64,)]}, "sizes[0] is (64,)"),
@@ -242,10 +242,10 @@ def test_call_arguments_refuse_other_types(pipe: Pipeline, name: str) -> None:
     ],
     ids=str,
 )
-def test_warm_up_errors_are_specific(pipe: Pipeline, options: dict[str, Any], says: str) -> None:
+def test_warm_up_errors_are_specific(pipe: Pipeline, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as caught:
         pipe.warmup(**options)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_prompt_of_too_many_windows_is_refused(pipe: Pipeline) -> None:

@@ -43,10 +43,10 @@ def test_text_encoder_equals_transformers(kind: str) -> None:
         assert pooled is None
     norm = getattr(theirs, "text_model", theirs).final_layer_norm
     for skip in (1, 2):  # as diffusers: clip_skip = 1 is hidden_states[-2], normalised for SD1 and SD2, raw for SDXL
-        raw, still = ours(ids, skip=skip, final_norm=False)
+        raw, still_pooled = ours(ids, skip=skip, final_norm=False)
         assert error(raw, expected.hidden_states[-1 - skip]) < TOLERANCE
         assert error(ours(ids, skip=skip)[0], norm(expected.hidden_states[-1 - skip])) < TOLERANCE
-        assert pooled is None or torch.equal(still, pooled)
+        assert pooled is None or torch.equal(still_pooled, pooled)
 
 
 @pytest.mark.parametrize("eos", [2, 500])

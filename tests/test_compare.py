@@ -60,10 +60,10 @@ def test_wrong_and_failing_contenders_are_named(
 @pytest.mark.full
 def test_contenders_are_grouped_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "_has_room", lambda free, running: False)
-    heard: list[str] = []
-    rows = compare.compare(TASK, [PEER, OURS, Contender("fastldm", "bfloat16")], 1, heard.append)
+    events: list[str] = []
+    rows = compare.compare(TASK, [PEER, OURS, Contender("fastldm", "bfloat16")], 1, events.append)
     assert [str(row.contender) for row in rows] == [f"fastldm on torch {d}" if d else str(PEER) for d in ("", *DTYPES)]
-    assert heard.count("loading diffusers float32") == 2  # once a group
+    assert events.count("loading diffusers float32") == 2  # once a group
     assert all(len(row.ratios) == 1 for row in rows)
 
 

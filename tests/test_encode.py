@@ -191,7 +191,7 @@ def test_long_text_and_tensor_get_equal_lengths(pipes: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "options", "says"),
+    ("family", "options", "message"),
     [
         ("sd1", {"prompt": "a", "prompt_embeds": states(1, 1, 77, 32)}, "prompt and prompt_embeds were both given"),
         (
@@ -218,8 +218,8 @@ def test_long_text_and_tensor_get_equal_lengths(pipes: Any) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_unfit_branches_are_refused(pipes: Any, family: str, options: dict[str, Any], says: str) -> None:
+def test_unfit_branches_are_refused(pipes: Any, family: str, options: dict[str, Any], message: str) -> None:
     ours = pipes(family)[1]
     with pytest.raises(InputError) as caught:
         ours.stages.encode(ours.stages.complete(Request(**options, seed=0)))
-    assert says in str(caught.value)
+    assert message in str(caught.value)

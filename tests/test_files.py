@@ -46,7 +46,7 @@ def test_full_disk_is_found_before_work(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "message"),
     [
         ("\udcff.png", "not a name in UTF-8"),
         ("a\0.png", "zero byte"),
@@ -59,7 +59,7 @@ def test_full_disk_is_found_before_work(tmp_path: Path) -> None:
         ("loop/a.png", "does not exist|cannot be written"),
     ],
 )
-def test_invalid_file_names_are_refused(name: str, says: str, tmp_path: Path) -> None:
+def test_invalid_file_names_are_refused(name: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder.png").mkdir()
     os.mkfifo(tmp_path / "fifo.png")
@@ -68,7 +68,7 @@ def test_invalid_file_names_are_refused(name: str, says: str, tmp_path: Path) ->
     for check in (lambda path: output_paths(path, 1), lambda path: output_paths(path, 3), check_output):
         if name in ("folder.png", "fifo.png", "link.png") and check is not check_output:
             continue
-        with pytest.raises(InputError, match=says) as caught:
+        with pytest.raises(InputError, match=message) as caught:
             check(tmp_path / name)
         assert len(str(caught.value)) < 400
     if name in ("folder.png", "fifo.png"):

@@ -12,7 +12,7 @@ from fastldm.samplers.table import make_table
 
 
 @pytest.mark.parametrize(
-    ("name", "meant"),
+    ("name", "expected"),
     [
         ("DPM++ 2M Karras", "dpm++ 2m karras"),
         ("dpmpp_2m_sde_gpu", "dpm++ 2m sde"),
@@ -32,8 +32,8 @@ from fastldm.samplers.table import make_table
         ("kdpm2discrete", "KDPM2DiscreteScheduler"),
     ],
 )
-def test_names(name: str, meant: str) -> None:
-    assert resolve_sampler(name).name == meant
+def test_names(name: str, expected: str) -> None:
+    assert resolve_sampler(name).name == expected
 
 
 def test_every_name_makes_a_table() -> None:

@@ -225,7 +225,7 @@ def test_output_types_agree(pipes: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"prompt": None}, "prompt is None"),
         ({"height": 60}, "height is 60: expected a multiple of 8 pixels for this model, such as 64"),
@@ -242,10 +242,10 @@ def test_output_types_agree(pipes: Any) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_bad_input_is_refused(pipes: Any, options: dict[str, Any], says: str) -> None:
+def test_bad_input_is_refused(pipes: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as caught:
         pipes("sd1")[1](**{"prompt": "a cat", **options})
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_inpainting_models_need_image_and_mask(pipes: Any) -> None:
@@ -325,11 +325,11 @@ def test_float16_on_a_cpu_warns_and_runs(tmp_path: Path, caplog: pytest.LogCaptu
 
 
 @pytest.mark.parametrize(
-    ("option", "says"), [({"device": "warp:9"}, "cannot be used here"), ({"dtype": "int8"}, "int8")]
+    ("option", "message"), [({"device": "warp:9"}, "cannot be used here"), ({"dtype": "int8"}, "int8")]
 )
-def test_unknown_devices_and_dtypes_are_refused(tmp_path: Path, option: dict[str, str], says: str) -> None:
+def test_unknown_devices_and_dtypes_are_refused(tmp_path: Path, option: dict[str, str], message: str) -> None:
     tiny.save_pipeline("sd1", tmp_path)
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=message):
         Pipeline.from_pretrained(tmp_path, **option)
 
 

@@ -274,13 +274,13 @@ def test_every_change_reaches_the_next_step(owner: str, change: str, folder: Pat
     ours = load(folder) if owner == "loaded" else adopt(pipe)
     for component, (run, judge) in RUNS.items():
         net, theirs = network(ours, component), getattr(judges, component)
-        where = getattr(pipe, component) if owner == "adopted, theirs changed" else net
+        target = getattr(pipe, component) if owner == "adopted, theirs changed" else net
         addresses = {name: p.data_ptr() for name, p in (*net.named_parameters(), *net.named_buffers())}
         for name in PLAIN[component] + FOLDED.get(component, ()):
             before = run(net)
             old = theirs.get_parameter(theirs_name(theirs, name))
             new = old + 10 * old.std() * torch.randn(old.shape)
-            CHANGES[change](where, theirs_name(where, name), new.clone())
+            CHANGES[change](target, theirs_name(target, name), new.clone())
             set_data(theirs, theirs_name(theirs, name), new)
 
             unseen = [f"{component}.{name}"] if change in REPLACED else []

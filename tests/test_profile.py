@@ -142,26 +142,26 @@ def _failing(*args: Any, **kwargs: Any) -> Any:
 
 def test_spans_are_heard_in_the_listening_thread_alone(pipe: Pipeline) -> None:
     """Every stage and network of an image, nested as they run; nothing of another thread's."""
-    heard: list[str] = []
+    names: list[str] = []
 
     class Listener:
         @contextmanager
         def span(self, name: str) -> Iterator[None]:
-            heard.append(name)
+            names.append(name)
             yield
 
         def served(self, path: str) -> None:
-            heard.append(path.partition(":")[0])
+            names.append(path.partition(":")[0])
 
     with spans.listen(Listener()):
         pipe("a cat", num_inference_steps=2, seed=0)
-        assert heard == []  # the worker's thread does the work
+        assert names == []  # the worker's thread does the work
         pipe.stages.make(Request("a cat", num_inference_steps=2, seed=0))
-    here = {"check weights", "tokenise", "text", "noise", "conditions", "U-Net"}
-    assert here <= set(heard) <= here | {"oneDNN"}
-    count = len(heard)
+    expected = {"check weights", "tokenise", "text", "noise", "conditions", "U-Net"}
+    assert expected <= set(names) <= expected | {"oneDNN"}
+    count = len(names)
     pipe.stages.make(Request("a cat", num_inference_steps=1, seed=0))
-    assert len(heard) == count
+    assert len(names) == count
 
 
 def test_eager_runs_without_graphs(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +211,7 @@ def test_time_between_ops_is_named_first(pipe: Pipeline) -> None:
 # --------------------------------------------------------------------------------------------------------- operations
 
 
-def everybodys(config: dict[str, Any], size: int) -> int:
+def diffusers_flop(config: dict[str, Any], size: int) -> int:
     """Of one row through diffusers' U-Net, as torch counts."""
     with torch.device("meta"):
         theirs = tiny.peer("diffusers").UNet2DConditionModel(**config)
@@ -232,7 +232,7 @@ def everybodys(config: dict[str, Any], size: int) -> int:
 def test_operations_of_tiny_networks_match_torch(name: str) -> None:
     """In 16 latents, where SD's deepest level has 2, and each of its upsamplers doubles."""
     counts = dry_run.operations(UNetConfig.from_dict(tiny.UNETS[name], name), height=16, width=16, rows=1, tokens=77)
-    assert sum(counts.values()) == everybodys(tiny.UNETS[name], 16)
+    assert sum(counts.values()) == diffusers_flop(tiny.UNETS[name], 16)
     assert all(flop > 0 for flop in counts.values())
 
 
@@ -263,7 +263,7 @@ def test_operations_of_published_networks_match_torch(config: UNetConfig, size: 
     three enlarging convolutions of SD1.5, and in one of SDXL's two, which save equally much. Torch counts that too."""
     counts = dry_run.operations(config, height=size, width=size, rows=1, tokens=77)
     assert round(sum(counts.values()) / 1e9) == gflop
-    assert sum(counts.values()) == everybodys(published(config), size)
+    assert sum(counts.values()) == diffusers_flop(published(config), size)
     with dispatch.targeting(dispatch.Target(0)):
         step = dry_run.step(config, height=size, width=size, rows=1, tokens=77, dtype=torch.float32)
         with FlopCounterMode(display=False) as counter:

@@ -92,7 +92,7 @@ def test_relative_is_recognised_by_channels(tmp_path: Path, channels: int, label
     theirs: Any = tiny.pipeline("sd1", unet=tiny.unet("sd1", in_channels=channels))
     theirs.save_pretrained(tmp_path / "folder")
     clip = openai_clip("cond_stage_model.transformer.", 64, 1, vocabulary=99)
-    shapes = ldm_unet(64, (1,), (1,), 64, into=channels, layers=1) | ldm_vae(32, (1,), layers=1) | clip
+    shapes = ldm_unet(64, (1,), (1,), 64, in_channels=channels, layers=1) | ldm_vae(32, (1,), layers=1) | clip
     save_file(random_state(shapes), tmp_path / "single.safetensors")
     message = f"has {channels} input channels: it is {label}"
     with pytest.raises(CheckpointError, match=message):

@@ -12,7 +12,7 @@ from fastldm.request import picture_seeds
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"prompt": []}, "prompt is an empty list"),
         ({"prompt": 3}, "prompt is 3: expected a text"),
@@ -44,11 +44,11 @@ from fastldm.request import picture_seeds
         ({"prompt": "a", "zzz": 4}, "unknown argument 'zzz': known are: prompt, "),
     ],
 )
-def test_bad_input_shows_value_and_expectation(options: dict, says: str) -> None:
+def test_bad_input_shows_value_and_expectation(options: dict, message: str) -> None:
     options = dict(options)
     with pytest.raises(InputError) as caught:
         Request.of(options.pop("prompt", None), options)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
     assert isinstance(caught.value, ValueError)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
-from exact_noise import lead
+from exact_noise import final_error
 from samplers_from_source import Edit, samplers_with
 from scheduler_runs import SD
 
@@ -23,11 +23,11 @@ class Mutation(NamedTuple):
     label: str
 
 
-def leads(sampler: str, spaced: str, strength: float = 1.0, **config: Any) -> Callable[[Any], None]:
+def ends_at_image(sampler: str, spaced: str, strength: float = 1.0, **config: Any) -> Callable[[Any], None]:
     def check(schedule: Any) -> None:
         file = {"_class_name": "DDIMScheduler", **SD, "timestep_spacing": spaced, "set_alpha_to_one": True, **config}
         read = schedule.read_config(file)
-        assert lead(read, 10, sampler=sampler, strength=strength, make_table=schedule.make_table) < 4e-3
+        assert final_error(read, 10, sampler=sampler, strength=strength, make_table=schedule.make_table) < 4e-3
 
     return check
 
@@ -54,21 +54,21 @@ MUTATIONS = [
         "solvers",
         "grid.past(i, min(i + 1, 4))",
         "grid.past(i, 4)",
-        leads("lms", "leading", 0.5),
+        ends_at_image("lms", "leading", 0.5),
         "a polynomial through steps that never ran",
     ),
     Mutation(
         "solvers",
         "(Y, t + stride) if i == 1",
         "(Y, t + stride) if i == 1 - min(grid.begin, 1)",
-        leads("plms", "leading", 0.5),
+        ends_at_image("plms", "leading", 0.5),
         "the first step repeated only from the beginning",
     ),
     Mutation(
         "grid",
         'timestep_spacing != "linspace"',
         'timestep_spacing != ""',
-        leads("ddim", "linspace"),
+        ends_at_image("ddim", "linspace"),
         "one stride for all on linspace",
     ),
     Mutation(

@@ -105,15 +105,15 @@ def test_requests_from_the_worker_thread_are_refused(pipe: Pipeline) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         ({"deadline": 0}, "deadline is 0: expected seconds from now, more than 0"),
         ({"height": 60}, "height is 60"),
         ({"stps": 3}, "unknown argument 'stps'"),
     ],
 )
-def test_bad_requests_are_refused_at_once(pipe: Pipeline, arguments: dict[str, Any], says: str) -> None:
-    with pytest.raises(InputError, match=says):
+def test_bad_requests_are_refused_at_once(pipe: Pipeline, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         pipe.session.submit("a cat", **arguments)
 
 

@@ -362,9 +362,14 @@ def _refiner() -> Shapes:
     return unet | ldm_vae(32, (1, 2)) | open_clip("conditioner.embedders.0.model.", 128, 2, vocabulary=9)
 
 
-def _sd1_with(more: Shapes | None = None, into: int = 4) -> Shapes:
+def _sd1_with(more: Shapes | None = None, in_channels: int = 4) -> Shapes:
     clip = openai_clip("cond_stage_model.transformer.", 64, 1, vocabulary=9)
-    return ldm_unet(64, (1,), (1,), 64, into=into, layers=1) | ldm_vae(32, (1,), layers=1) | clip | (more or {})
+    return (
+        ldm_unet(64, (1,), (1,), 64, in_channels=in_channels, layers=1)
+        | ldm_vae(32, (1,), layers=1)
+        | clip
+        | (more or {})
+    )
 
 
 def _without_middle_block() -> Shapes:
@@ -399,11 +404,20 @@ OTHER_FILES: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
     ),
     "text encoder": (lambda: named_tensors("text_model.embeddings.token_embedding.weight"), "a text encoder alone"),
     "refiner": (lambda: random_state(_refiner()), "XL refiner, which fastldm does not run"),
-    "InstructPix2Pix": (lambda: random_state(_sd1_with(into=8)), "U-Net has 8 input channels: it is InstructPix2Pix"),
-    "three channels": (lambda: random_state(_sd1_with(into=3)), r"3 input channels: it is a model of an unknown kind"),
-    "upscaler": (lambda: random_state(_sd1_with({"low_res_model.betas": (9,)}, into=7)), "is an upscaler"),
+    "InstructPix2Pix": (
+        lambda: random_state(_sd1_with(in_channels=8)),
+        "U-Net has 8 input channels: it is InstructPix2Pix",
+    ),
+    "three channels": (
+        lambda: random_state(_sd1_with(in_channels=3)),
+        r"3 input channels: it is a model of an unknown kind",
+    ),
+    "upscaler": (lambda: random_state(_sd1_with({"low_res_model.betas": (9,)}, in_channels=7)), "is an upscaler"),
     "GLIGEN": (lambda: random_state(_sd1_with({"model.diffusion_model.position_net.null": (9,)})), "is GLIGEN"),
-    "Paint by Example": (lambda: random_state(_sd1_with({"learnable_vector": (1, 1, 9)}, into=9)), "Paint by Example"),
+    "Paint by Example": (
+        lambda: random_state(_sd1_with({"learnable_vector": (1, 1, 9)}, in_channels=9)),
+        "Paint by Example",
+    ),
     "unCLIP": (lambda: random_state(_sd1_with({"embedder.model.visual.proj": (2, 2)})), "Stable unCLIP"),
     "cut down": (lambda: random_state(_without_middle_block()), "built differently: its middle block is not as deep"),
     "quantised": (

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from exact_noise import lead
+from exact_noise import final_error
 from samplers_from_source import Edit, samplers_with
 from scheduler_judge import NUMBERS, Difference, judge
 from scheduler_runs import (
@@ -65,13 +65,13 @@ def test_each_difference_in_numbers_is_needed(difference: Difference, case: Case
     """diffusers as it is raises, gives NaN or is off; asked as its reason says, it agrees with us."""
     ours = our_run(case)[0]
     try:
-        as_it_is = error(ours, diffusers_run(case)[0])
+        unchanged = error(ours, diffusers_run(case)[0])
     except IndexError:
-        as_it_is = math.nan
-    if difference.name in ("float32 roots", "eta 1 at zero SNR") and as_it_is < PARITY:
+        unchanged = math.nan
+    if difference.name in ("float32 roots", "eta 1 at zero SNR") and unchanged < PARITY:
         pytest.skip("torch's roots are the nearest here")
-    assert difference.where(case, case.table())
-    assert not as_it_is < PARITY
+    assert difference.applies(case, case.table())
+    assert not unchanged < PARITY
     assert error(ours, diffusers_run(case, DiffusersOptions() | difference.options)[0]) < PARITY
 
 
@@ -282,7 +282,7 @@ def test_exact_noise_leads_to_image(sampler: str, spaced: str) -> None:
             if int(steps * strength) == 0 or (sampler in ("lcm", "tcd") and steps > 50 * strength):
                 continue
             for eta in (0.0, 0.7) if sampler in ("ddim", "tcd") else (0.0,):
-                off = lead(config, steps, sampler=sampler, strength=strength, eta=eta)
+                off = final_error(config, steps, sampler=sampler, strength=strength, eta=eta)
                 assert off < tolerance, (steps, strength, eta, off)
 
 
@@ -291,7 +291,7 @@ def test_zero_terminal_snr_leads_to_image(sampler: str) -> None:
     """From noise alone. (PLMS's history holds velocities of other noise levels, which are not one another's.)"""
     tolerance = 0.15 if sampler in ENDS_NOISY else 4e-3
     for steps in (1, 2, 5, 8, 25):
-        off = lead(ZERO_TERMINAL, steps, sampler=sampler)
+        off = final_error(ZERO_TERMINAL, steps, sampler=sampler)
         assert off < tolerance, (steps, off)
 
 
@@ -340,7 +340,7 @@ def heun('''
     ) as ours:
         assert list(ours.SAMPLERS) == [*list(SAMPLERS)[:5], "dummy", "dummy low", *list(SAMPLERS)[5:]]
         config = ours.read_config({"_class_name": "DDIMScheduler", **SD})
-        assert lead(config, 10, sampler="k_Dummy", make_table=ours.make_table) < 2e-3
+        assert final_error(config, 10, sampler="k_Dummy", make_table=ours.make_table) < 2e-3
         euler = ours.make_table(config, 4, sampler="euler karras")
         table = ours.make_table(config, 4, sampler="Stand-In Karras")
         assert (table.rows == euler.rows).all()

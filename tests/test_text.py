@@ -250,9 +250,9 @@ def test_many_windows_are_encoded_in_groups(judge: Judge, monkeypatch: pytest.Mo
     monkeypatch.setattr("fastldm.conditioning.text.MAX_WINDOWS", 2)
     counts: list[int] = []
 
-    def run(key: Any, work: Any, ids: Tensor) -> Any:
+    def run(key: Any, function: Any, ids: Tensor) -> Any:
         counts.append(len(ids))
-        return work(ids)
+        return function(ids)
 
     prompts = ["a cat", "a dog", "sea", "end", "there"]
     got = encode_prompts(judge.stages, prompts, run=run)

@@ -95,7 +95,7 @@ POOLS: tuple[list[str], ...] = (
 )
 
 
-def nasty_texts(count: int, seed: int) -> list[str]:
+def hostile_texts(count: int, seed: int) -> list[str]:
     """Seeded texts of mixed kinds, from empty to thousands of characters."""
     draw = random.Random(seed)
     texts = ["", " ", "a" * 5000, "ab" * 3000 + "'s", "1" * 999, "!" * 999, "字" * 999, "é" * 999, "\0" * 99, EOS * 99]
@@ -111,11 +111,11 @@ def nasty_texts(count: int, seed: int) -> list[str]:
 
 
 @pytest.mark.parametrize("name", [*FOLDERS, HOLES, *SERIALIZED, OLDER])
-def test_ids_equal_transformers_on_nasty_texts(folders: dict[str, Path], name: str) -> None:
+def test_ids_equal_transformers_on_hostile_texts(folders: dict[str, Path], name: str) -> None:
     judge, ours = CLIPTokenizer.from_pretrained(folders[name]), Tokenizer(folders[name])
     assert (ours.bos, ours.eos, ours.pad) == (judge.bos_token_id, judge.eos_token_id, judge.pad_token_id)
     assert ours.max_length == (judge.model_max_length if judge.model_max_length < 1e6 else 77)
-    texts = nasty_texts(1000, seed=0)
+    texts = hostile_texts(1000, seed=0)
     wrong = [text for text in texts if [ours.bos, *ours.ids(text), ours.eos] != judge(text).input_ids]
     assert not wrong, f"{len(wrong)} of {len(texts)}: {wrong[:3]!a}"
 
@@ -125,7 +125,7 @@ def test_built_in_tokenizer_is_clips(folders: dict[str, Path], pad_token: str | 
     ours, judge = Tokenizer(pad_token=pad_token), CLIPTokenizer.from_pretrained(folders[folder])
     assert ours.ids("a photo of an astronaut riding a horse") == ASTRONAUT  # as openai/CLIP gives them
     assert (ours.bos, ours.eos, ours.pad, ours.max_length) == (49406, 49407, judge.pad_token_id, 77)
-    texts = [text.replace(BOS.upper(), "").replace(EOS.title(), "") for text in nasty_texts(200, seed=1)]
+    texts = [text.replace(BOS.upper(), "").replace(EOS.title(), "") for text in hostile_texts(200, seed=1)]
     assert [ours.ids(text) for text in texts] == [judge(text).input_ids[1:-1] for text in texts]
 
 

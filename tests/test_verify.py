@@ -194,7 +194,7 @@ def test_wrong_image_is_found(exported: tuple[Path, Path], tmp_path: Path) -> No
 # ---- autoencoders in float16
 
 
-def loud(folder: Path, factor: float, **changes: Any) -> Path:
+def with_large_activations(folder: Path, factor: float, **changes: Any) -> Path:
     """A model whose autoencoder's activations are large, and cancelled by its norms."""
     vae = tiny.vae("sd1", 1, force_upcast=False, **changes)
     with torch.no_grad():
@@ -220,7 +220,7 @@ def test_sample_latents_are_in_usual_range(exported: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize("factor", [1.0, 3e4])
 def test_autoencoder_is_rescaled_by_its_activations(factor: float, tmp_path: Path) -> None:
     """`force_upcast` does not say so here."""
-    model = loading.describe(loud(tmp_path / "model", factor))
+    model = loading.describe(with_large_activations(tmp_path / "model", factor))
     stored, reference = ReferenceNetworks(model, "float16", exact=True), ReferenceNetworks(model, "float32")
     for name in ("vae_decoder", "vae_encoder"):
         goldens = proof.goldens_of(stored.specs[name], reference, stored)
@@ -234,7 +234,7 @@ def test_autoencoder_is_rescaled_by_its_activations(factor: float, tmp_path: Pat
 
 def test_unrescalable_autoencoder_is_not_exported(tmp_path: Path) -> None:
     """Past the last norm: the decoder's own output leaves float16's range, or its weights do."""
-    model = loading.describe(loud(tmp_path / "model", 1.0))
+    model = loading.describe(with_large_activations(tmp_path / "model", 1.0))
     path = tmp_path / "model" / "vae" / "diffusion_pytorch_model.safetensors"
     weights = load_file(path)
     weights["decoder.conv_out.weight"] *= 1e5

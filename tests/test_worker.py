@@ -163,22 +163,22 @@ def test_nothing_is_freed_while_queues_are_locked(pipe: Pipeline, monkeypatch: p
     assert not any(locked for _, locked in freed)
 
 
-@pytest.mark.parametrize("where", ["_buckets", "_choose", "_seconds_to_deadline", "_expire"])
+@pytest.mark.parametrize("method", ["_buckets", "_choose", "_seconds_to_deadline", "_expire"])
 def test_worker_recovers_from_its_own_failures(
-    where: str, pipe: Pipeline, alone: Any, monkeypatch: pytest.MonkeyPatch
+    method: str, pipe: Pipeline, alone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, broken = getattr(Worker, where), threading.Event()
+    original, broken = getattr(Worker, method), threading.Event()
 
     def raises(self: Worker, *args: Any) -> Any:
         if broken.is_set() and threading.current_thread() is self.thread:
             raise OverflowError("thrown on purpose")
         return original(self, *args)
 
-    monkeypatch.setattr(Worker, where, raises)
+    monkeypatch.setattr(Worker, method, raises)
     with Session(pipe) as session:
         broken.set()
         future = session.submit(**options(7, **SMALL))
-        if where == "_seconds_to_deadline":  # it is asked when there is nothing to do
+        if method == "_seconds_to_deadline":  # it is asked when there is nothing to do
             same(future.result(60).images, alone)
         else:
             with pytest.raises(WorkerLost, match="OverflowError: thrown on purpose"):

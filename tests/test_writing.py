@@ -178,7 +178,7 @@ def test_removed_lock_has_one_holder(tmp_path: Path) -> None:
     """Each removes it while holding it: who waited on the removed file takes the next."""
     path, holders, seen = tmp_path / "lock", [0], [0]
 
-    def work() -> None:
+    def hold() -> None:
         for _ in range(30):
             with locked(path, remove=True):
                 holders[0] += 1
@@ -186,7 +186,7 @@ def test_removed_lock_has_one_holder(tmp_path: Path) -> None:
                 seen[0] += 1
                 holders[0] -= 1
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
+    threads = [threading.Thread(target=hold) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -239,8 +239,8 @@ def latents(seed: int = 0) -> np.ndarray[Any, Any]:
 
 def test_diffusers_gives_the_same_image(traced: tuple[Path, Path]) -> None:
     theirs = diffusers.OnnxStableDiffusionPipeline.from_pretrained(traced[1], provider="CPUExecutionProvider")
-    taken = {"height": 64, "width": 96}  # of latents of 8x12: it takes every autoencoder for one of eight pixels each
-    got = theirs("a red apple", latents=latents(), output_type="np", **taken, **REQUEST).images[0]
+    size = {"height": 64, "width": 96}  # of latents of 8x12: it takes every autoencoder for one of eight pixels each
+    got = theirs("a red apple", latents=latents(), output_type="np", **size, **REQUEST).images[0]
     ours = Pipeline.from_pretrained(traced[0], device="cpu", dtype="float32")
     request: dict[str, Any] = {"height": 16, "width": 24, "latents": torch.from_numpy(latents()), "output_type": "np"}
     expected = ours("a red apple", **request, **REQUEST).images[0]

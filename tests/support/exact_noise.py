@@ -11,7 +11,7 @@ from fastldm.samplers.config import ScheduleConfig
 from fastldm.samplers.table import COLUMNS, make_table
 
 
-def lead(config: ScheduleConfig, steps: int, make_table: Any = make_table, **options: Any) -> float:
+def final_error(config: ScheduleConfig, steps: int, make_table: Any = make_table, **options: Any) -> float:
     """How far from the image a sampler ends if the network predicts the noise exactly.
 
     Every consistent method is exact then, from wherever it starts, in however few steps. Where nothing is drawn, the

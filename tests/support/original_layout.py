@@ -20,12 +20,12 @@ from fastldm.loading.checkpoint import Checkpoint
 Shapes = dict[str, tuple[int, ...]]
 
 
-def _linear(key: str, out: int, into: int, bias: bool = True) -> Shapes:
-    return {f"{key}.weight": (out, into)} | ({f"{key}.bias": (out,)} if bias else {})
+def _linear(key: str, out: int, in_channels: int, bias: bool = True) -> Shapes:
+    return {f"{key}.weight": (out, in_channels)} | ({f"{key}.bias": (out,)} if bias else {})
 
 
-def _conv(key: str, out: int, into: int, size: int = 3) -> Shapes:
-    return {f"{key}.weight": (out, into, size, size), f"{key}.bias": (out,)}
+def _conv(key: str, out: int, in_channels: int, size: int = 3) -> Shapes:
+    return {f"{key}.weight": (out, in_channels, size, size), f"{key}.bias": (out,)}
 
 
 def _norm(key: str, channels: int) -> Shapes:
@@ -36,10 +36,14 @@ def _prefixed(prefix: str, *groups: Shapes) -> Shapes:
     return {f"{prefix}{key}": shape for shapes in groups for key, shape in shapes.items()}
 
 
-def _res_block(into: int, out: int, embedding: int) -> Shapes:
-    shapes = _norm("in_layers.0", into) | _conv("in_layers.2", out, into) | _linear("emb_layers.1", out, embedding)
+def _res_block(in_channels: int, out: int, embedding: int) -> Shapes:
+    shapes = (
+        _norm("in_layers.0", in_channels)
+        | _conv("in_layers.2", out, in_channels)
+        | _linear("emb_layers.1", out, embedding)
+    )
     shapes |= _norm("out_layers.0", out) | _conv("out_layers.3", out, out)
-    return shapes | (_conv("skip_connection", out, into, 1) if into != out else {})
+    return shapes | (_conv("skip_connection", out, in_channels, 1) if in_channels != out else {})
 
 
 def _spatial_transformer(channels: int, depth: int, context: int, linear: bool) -> Shapes:
@@ -69,44 +73,44 @@ def ldm_unet(
     context: int,
     *,
     linear: bool = False,
-    into: int = 4,
+    in_channels: int = 4,
     label: int | None = None,
     layers: int = 2,
 ) -> Shapes:
     """UNetModel of ldm and sgm. `depth`: transformer blocks at each level, 0 for none."""
-    embedding, skips, here = 4 * channels, [channels], channels
+    embedding, skips, current = 4 * channels, [channels], channels
     shapes = _linear("time_embed.0", embedding, channels) | _linear("time_embed.2", embedding, embedding)
     if label is not None:
         shapes |= _linear("label_emb.0.0", embedding, label) | _linear("label_emb.0.2", embedding, embedding)
-    shapes |= _conv("input_blocks.0.0", channels, into)
+    shapes |= _conv("input_blocks.0.0", channels, in_channels)
     block = 0
     for level, times in enumerate(mult):
         for _ in range(layers):
             block += 1
-            shapes |= _prefixed(f"input_blocks.{block}.0.", _res_block(here, channels * times, embedding))
-            here = channels * times
+            shapes |= _prefixed(f"input_blocks.{block}.0.", _res_block(current, channels * times, embedding))
+            current = channels * times
             if depth[level]:
                 shapes |= _prefixed(
-                    f"input_blocks.{block}.1.", _spatial_transformer(here, depth[level], context, linear)
+                    f"input_blocks.{block}.1.", _spatial_transformer(current, depth[level], context, linear)
                 )
-            skips.append(here)
+            skips.append(current)
         if level != len(mult) - 1:
             block += 1
-            shapes |= _conv(f"input_blocks.{block}.0.op", here, here)
-            skips.append(here)
-    shapes |= _prefixed("middle_block.0.", _res_block(here, here, embedding))
-    shapes |= _prefixed("middle_block.1.", _spatial_transformer(here, depth[-1] or 1, context, linear))
-    shapes |= _prefixed("middle_block.2.", _res_block(here, here, embedding))
+            shapes |= _conv(f"input_blocks.{block}.0.op", current, current)
+            skips.append(current)
+    shapes |= _prefixed("middle_block.0.", _res_block(current, current, embedding))
+    shapes |= _prefixed("middle_block.1.", _spatial_transformer(current, depth[-1] or 1, context, linear))
+    shapes |= _prefixed("middle_block.2.", _res_block(current, current, embedding))
     block = 0
     for level, times in reversed(list(enumerate(mult))):
         for i in range(layers + 1):
             prefix = f"output_blocks.{block}"
-            shapes |= _prefixed(f"{prefix}.0.", _res_block(here + skips.pop(), channels * times, embedding))
-            here = channels * times
+            shapes |= _prefixed(f"{prefix}.0.", _res_block(current + skips.pop(), channels * times, embedding))
+            current = channels * times
             if depth[level]:
-                shapes |= _prefixed(f"{prefix}.1.", _spatial_transformer(here, depth[level], context, linear))
+                shapes |= _prefixed(f"{prefix}.1.", _spatial_transformer(current, depth[level], context, linear))
             if level and i == layers:
-                shapes |= _conv(f"{prefix}.{2 if depth[level] else 1}.conv", here, here)
+                shapes |= _conv(f"{prefix}.{2 if depth[level] else 1}.conv", current, current)
             block += 1
     shapes |= _norm("out.0", channels) | _conv("out.2", 4, channels)
     return _prefixed("model.diffusion_model.", shapes)
@@ -115,9 +119,14 @@ def ldm_unet(
 def ldm_vae(channels: int, mult: tuple[int, ...] = (1, 2, 4, 4), latent: int = 4, layers: int = 2) -> Shapes:
     """AutoencoderKL of ldm."""
 
-    def block(into: int, out: int) -> Shapes:
-        shapes = _norm("norm1", into) | _conv("conv1", out, into) | _norm("norm2", out) | _conv("conv2", out, out)
-        return shapes | (_conv("nin_shortcut", out, into, 1) if into != out else {})
+    def block(in_channels: int, out: int) -> Shapes:
+        shapes = (
+            _norm("norm1", in_channels)
+            | _conv("conv1", out, in_channels)
+            | _norm("norm2", out)
+            | _conv("conv2", out, out)
+        )
+        return shapes | (_conv("nin_shortcut", out, in_channels, 1) if in_channels != out else {})
 
     def mid_block(width: int) -> Shapes:
         attention = _norm("norm", width)
@@ -126,22 +135,22 @@ def ldm_vae(channels: int, mult: tuple[int, ...] = (1, 2, 4, 4), latent: int = 4
         shapes = _prefixed("mid.block_1.", block(width, width)) | _prefixed("mid.attn_1.", attention)
         return shapes | _prefixed("mid.block_2.", block(width, width))
 
-    top, here = channels * mult[-1], channels
+    top, current = channels * mult[-1], channels
     encoder = _conv("conv_in", channels, 3)
     for level, times in enumerate(mult):
         for i in range(layers):
-            encoder |= _prefixed(f"down.{level}.block.{i}.", block(here, channels * times))
-            here = channels * times
+            encoder |= _prefixed(f"down.{level}.block.{i}.", block(current, channels * times))
+            current = channels * times
         if level != len(mult) - 1:
-            encoder |= _conv(f"down.{level}.downsample.conv", here, here)
+            encoder |= _conv(f"down.{level}.downsample.conv", current, current)
     encoder |= mid_block(top) | _norm("norm_out", top) | _conv("conv_out", 2 * latent, top)
-    decoder, here = _conv("conv_in", top, latent) | mid_block(top), top
+    decoder, current = _conv("conv_in", top, latent) | mid_block(top), top
     for level, times in reversed(list(enumerate(mult))):
         for i in range(layers + 1):
-            decoder |= _prefixed(f"up.{level}.block.{i}.", block(here, channels * times))
-            here = channels * times
+            decoder |= _prefixed(f"up.{level}.block.{i}.", block(current, channels * times))
+            current = channels * times
         if level:
-            decoder |= _conv(f"up.{level}.upsample.conv", here, here)
+            decoder |= _conv(f"up.{level}.upsample.conv", current, current)
     decoder |= _norm("norm_out", channels) | _conv("conv_out", 3, channels)
     outer = _conv("quant_conv", 2 * latent, 2 * latent, 1) | _conv("post_quant_conv", latent, latent, 1)
     return _prefixed("first_stage_model.", _prefixed("encoder.", encoder), _prefixed("decoder.", decoder), outer)
@@ -177,15 +186,15 @@ SCHEDULE_BUFFERS: Shapes = dict.fromkeys(("betas", "alphas_cumprod", "posterior_
 
 def full_size(family: str) -> Shapes:
     """The keys and shapes of the published files."""
-    into = 9 if family.endswith("-inpaint") else 4
+    in_channels = 9 if family.endswith("-inpaint") else 4
     name = family.removesuffix("-inpaint")
     if name == "sd1":
-        unet = ldm_unet(320, (1, 2, 4, 4), (1, 1, 1, 0), 768, into=into)
+        unet = ldm_unet(320, (1, 2, 4, 4), (1, 1, 1, 0), 768, in_channels=in_channels)
         return unet | ldm_vae(128) | openai_clip("cond_stage_model.transformer.", 768, 12) | SCHEDULE_BUFFERS
     if name == "sd2":
-        unet = ldm_unet(320, (1, 2, 4, 4), (1, 1, 1, 0), 1024, linear=True, into=into)
+        unet = ldm_unet(320, (1, 2, 4, 4), (1, 1, 1, 0), 1024, linear=True, in_channels=in_channels)
         return unet | ldm_vae(128) | open_clip("cond_stage_model.model.", 1024, 24) | SCHEDULE_BUFFERS
-    unet = ldm_unet(320, (1, 2, 4), (0, 2, 10), 2048, linear=True, label=2816, into=into)
+    unet = ldm_unet(320, (1, 2, 4), (0, 2, 10), 2048, linear=True, label=2816, in_channels=in_channels)
     texts = openai_clip("conditioner.embedders.0.transformer.", 768, 12)
     return unet | ldm_vae(128) | texts | open_clip("conditioner.embedders.1.model.", 1280, 32)
 

@@ -176,7 +176,7 @@ class Reason(NamedTuple):
     """Why cases differ or are refused."""
 
     text: str
-    holds: Callable[[Case], bool]
+    applies: Callable[[Case], bool]
     message: str = ""  # a regular expression of a refusal
 
 
@@ -349,7 +349,7 @@ def judge(case: Case) -> Verdict:
 
 def _reason(kind: str, reasons: list[Reason], case: Case, detail: str) -> Verdict:
     for reason in reasons:
-        if reason.holds(case) and re.search(reason.message, detail):
+        if reason.applies(case) and re.search(reason.message, detail):
             return Verdict(kind, reason.text)
     return Verdict("unknown", f"{kind}: {detail}")
 

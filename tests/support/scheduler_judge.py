@@ -35,14 +35,14 @@ class Difference:
 
     name: str
     reason: str
-    where: Callable[[Case, StepTable], bool]
+    applies: Callable[[Case, StepTable], bool]
     options: Mapping[str, Any]
 
 
-def hangs_on_a_root(case: Case) -> bool:
+def depends_on_rounding(case: Case) -> bool:
     """Whether torch's square roots, one unit in the last place off, change diffusers' timesteps by a whole one."""
-    as_it_is, nearest = (laid_out(case, DiffusersOptions(nearest=n)).timesteps.double() for n in (False, True))
-    return len(as_it_is) != len(nearest) or bool((as_it_is - nearest).abs().max() >= 1)
+    unchanged, nearest = (laid_out(case, DiffusersOptions(nearest=n)).timesteps.double() for n in (False, True))
+    return len(unchanged) != len(nearest) or bool((unchanged - nearest).abs().max() >= 1)
 
 
 def _zero_snr(case: Case) -> bool:
@@ -95,7 +95,7 @@ NUMBERS = (  # where diffusers raises, gives NaN or loses precision: each is add
         "torch's float32 roots are not always the nearest float32. At zero terminal SNR, 1 - alphas_cumprod[0] "
         "magnifies it. Respaced sigmas begin at sigma_max, whose timestep is 999 but for rounding and then truncated: "
         "the last bit decides between 999 and 998. Judged with the nearest roots.",
-        lambda case, table: _zero_snr(case) or hangs_on_a_root(case),
+        lambda case, table: _zero_snr(case) or depends_on_rounding(case),
         {"nearest": True},
     ),
     Difference(
@@ -272,11 +272,11 @@ def judge(case: Case) -> Verdict:
     except Exception as crash:
         return Verdict("crashed", (f"{case}: {crash!r}",))
     table, complaint = case.table(), f"{case}:"
-    right = [d for d in RIGHT if d.where(case, table)]
+    right = [d for d in RIGHT if d.applies(case, table)]
     options, names = DiffusersOptions(), []
     for attempt in (None, right, *([d] for d in NUMBERS)):
         if attempt is not None:
-            if not attempt or not all(d.where(case, table) for d in attempt):
+            if not attempt or not all(d.applies(case, table) for d in attempt):
                 continue
             for difference in attempt:
                 options |= difference.options
