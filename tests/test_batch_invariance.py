@@ -141,7 +141,7 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        self.seen |= {name for part in self.NAMES if part in name}
+        self.seen |= {name for product in self.NAMES if product in name}
         return func(*args, **(kwargs or {}))
 
 
@@ -201,11 +201,11 @@ def test_a_row_does_not_depend_on_the_others(name: str) -> None:
 def test_splits_are_those_of_one_row() -> None:
     x, weight = (torch.empty(*shape, device="meta", dtype=torch.float16) for shape in ((16, 64, 1280), (1280, 1280)))
     with dispatch.targeting(dispatch.Target(90)):
-        plain = [LINEAR.config(x[:rows], weight) for rows in (1, 16)]
+        default = [LINEAR.config(x[:rows], weight) for rows in (1, 16)]
         with dispatch.batch_invariant():
             invariant = [LINEAR.config(x[:rows], weight) for rows in (1, 16)]
-    assert plain[0] != plain[1], "the case that the option is for"
-    assert invariant == [plain[0], plain[0]]
+    assert default[0] != default[1], "the case that the option is for"
+    assert invariant == [default[0], default[0]]
 
 
 def test_what_a_library_would_compute_is_refused() -> None:
