@@ -57,11 +57,18 @@ class Pipeline(Steered):
     latent_channels = _of_stages("latent_channels", "Channels of a latent: 4 for Stable Diffusion.")
 
     def __init__(
-        self, spec: loading.Spec, networks: loading.LoadedModel, name: str, mapped: Mapped | None = None
+        self,
+        spec: loading.Spec,
+        networks: loading.LoadedModel,
+        name: str,
+        mapped: Mapped | None = None,
+        *,
+        batch_invariant: bool = False,
     ) -> None:
         """Most callers want `from_pretrained`, `from_single_file`, `from_diffusers` or `default`. mapped: files that
-        the networks' weights lie in."""
+        the networks' weights lie in. batch_invariant: as in `from_pretrained`."""
         self.stages = Stages(spec, networks, name, mapped)
+        self.stages.batch_invariant = batch_invariant
         self._session = Session(self)
         self.calls = Calls()
 
@@ -101,9 +108,8 @@ class Pipeline(Steered):
             raise InputError("dtype and torch_dtype were both given: give one of them")
         dtype = torch_dtype if dtype is None else dtype
         checks.flag("batch_invariant", batch_invariant)
-        pipe = cls(*open_model(path_or_id, device=device, dtype=dtype, backend=backend, **where))
-        pipe.batch_invariant = batch_invariant
-        return pipe
+        model = open_model(path_or_id, device=device, dtype=dtype, backend=backend, **where)
+        return cls(*model, batch_invariant=batch_invariant)
 
     @classmethod
     def from_single_file(cls, path: str | os.PathLike[str], **options: Any) -> Pipeline:
@@ -132,8 +138,7 @@ class Pipeline(Steered):
         spec = loading.spec_of(adoption.describe_diffusers(pipe))
         components = {name: getattr(pipe, name) for name in spec.checkpoint.components}
         networks = loading.load(spec, lambda module, name: adoption.adopt(module, components[name]), components)
-        adopted = cls(spec, networks, type(pipe).__name__)
-        adopted.batch_invariant = batch_invariant
+        adopted = cls(spec, networks, type(pipe).__name__, batch_invariant=batch_invariant)
         if pipe.vae.use_tiling:
             adopted.enable_vae_tiling()
         elif pipe.vae.use_slicing:

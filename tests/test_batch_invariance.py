@@ -75,11 +75,11 @@ def test_prompts_of_unequal_length(pipe: Pipeline, session: Session) -> None:
 
 def test_image_to_image_and_inpainting(pipe: Pipeline, session: Session) -> None:
     g = torch.Generator().manual_seed(0)
-    pictures, mask = torch.rand(3, 3, 64, 64, generator=g), (torch.rand(3, 1, 64, 64, generator=g) > 0.5).float()
+    starts, mask = torch.rand(3, 3, 64, 64, generator=g), (torch.rand(3, 1, 64, 64, generator=g) > 0.5).float()
     for masks in (None, mask):
-        inputs = [{"image": pictures}, {"image": pictures[1:2]}]
+        inputs = [{"image": starts}, {"image": starts[1:2]}]
         if masks is not None:
-            inputs = [{"image": pictures, "mask_image": masks}, {"image": pictures[1:2], "mask_image": masks[1:2]}]
+            inputs = [{"image": starts, "mask_image": masks}, {"image": starts[1:2], "mask_image": masks[1:2]}]
         query = options(seed=3, steps=4, strength=0.6)
         images = session.submit(**query, **inputs[0], num_images_per_prompt=3).result(60).images
         alone = session.submit(**query | {"seed": 4}, **inputs[1]).result(60).images
