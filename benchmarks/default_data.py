@@ -274,10 +274,9 @@ def caption(
         text = pick([" ", ", "]).join(rng.permutation([name, *tags[: rng.integers(1, 4)]]))
         return text if flat and rng.random() < 0.6 else f"{text}, {style}"
     if kind < 0.95 and len(tags) > 2:
-        count = rng.integers(2, 5)
-        if count == 2 and pairs:
+        if pairs and rng.random() < 0.6:
             tags = [str(t) for t in rng.permutation(pairs[rng.integers(len(pairs))])]
-        text = pick([" ", ", "]).join(tags[: max(3, count)])
+        text = pick([" ", ", "]).join(tags[: rng.integers(3, 5)])
         return f"{text}, {style}" if rng.random() < (0.4 if flat else 0.8) else text
     tags = [tag for tag in tags if tag not in known] or [name]  # no tag that is another concept's name
     return pick(ONE_TAG).format(t=tags[0], s=style)
