@@ -647,9 +647,10 @@ def train_unet(rank: int, args: argparse.Namespace) -> None:
     for w, g in zip(weights, gradients[:-1].split([w.numel() for w in weights]), strict=True):
         w.grad = g.as_strided(w.shape, w.stride())
 
-    # two flat images and two in 3d for one of noto: most prompts mean flat, and 3d is hard to tell from it
-    every = torch.arange(len(latents))
-    shown = torch.cat([every, *(every[k :: len(STYLES)] for k, s in enumerate(STYLES.values()) if s != "noto")])
+    # two flat images and three in 3d for one of noto: most prompts mean flat, and 3d is hard to tell from it
+    times = {"noto": 1, "flat": 2, "3d": 3}
+    rows_of = enumerate(STYLES.values())
+    shown = torch.cat([torch.arange(k, len(latents), len(STYLES)).repeat(times[s]) for k, s in rows_of])
     batch = args.batch // args.workers
     report, save, look = Every(1), Every(4), Every(args.look)
     total = count = 0
