@@ -38,8 +38,9 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -453,38 +454,58 @@ def stage_text(args: argparse.Namespace) -> Passed:
     targets = left[:, :128] * len(left) ** 0.5  # (N, 128)
     text = Denoiser().text
     text.set_attn_implementation("eager")
-    embedding = text.get_input_embeddings().weight
-    nn.init.normal_(embedding, std=0.2)  # CLIP's 0.02 makes words too much alike to begin with
+    nn.init.normal_(text.get_input_embeddings().weight, std=0.2)  # CLIP's 0.02 makes words too much alike to begin with
     load_part(text, "text_encoder", args.start)
     head = nn.Linear(TEXT_WIDTH, targets.shape[1])
-    others = [w for w in [*text.parameters(), *head.parameters()] if w is not embedding]
-    groups = [{"params": others, "share": 1.0}, {"params": [embedding], "share": 5.0}]
-    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    budget, due = Budget(args.minutes), Every(0.5)
-    while budget.progress < 1:
-        total = count = 0
-        for rows in shuffled(len(latents), args.batch):
-            ids = captions[rows, torch.randint(captions.shape[1], (len(rows),))].long()  # (B, 32)
-            whole = (ids == VOCABULARY - 1).float()  # from <|endoftext|> on, a state has seen all of the caption
-            with torch.autocast("cpu", torch.bfloat16):
-                guess = head(text(ids).last_hidden_state).float()  # (B, 32, 128)
-            error = (guess - targets[rows, None]).pow(2).mean(2)  # (B, 32)
-            loss = ((error * whole).sum(1) / whole.sum(1)).mean()
-            loss.backward()
-            for group in optimiser.param_groups:
-                group["lr"] = group["share"] * budget.learning_rate(args.peak)
-            nn.utils.clip_grad_norm_(text.parameters(), 1.0)
-            optimiser.step()
-            optimiser.zero_grad()
-            budget.tick()
-            total, count = total + loss.item(), count + 1
-        if due(anyway=budget.progress >= 1):
-            print(f"{budget.used / 60:6.1f} min  loss {total / count:.4f}", flush=True)
+
+    def loss(rows: Tensor) -> Tensor:
+        ids = captions[rows, torch.randint(captions.shape[1], (len(rows),))].long()  # (B, 32)
+        full = (ids == VOCABULARY - 1).float()  # from <|endoftext|> on, a state has seen all of the caption
+        with torch.autocast("cpu", torch.bfloat16):
+            guess = head(text(ids).last_hidden_state).float()  # (B, 32, 128)
+        error = (guess - targets[rows, None]).pow(2).mean(2)  # (B, 32)
+        return ((error * full).sum(1) / full.sum(1)).mean()
+
+    train_text(args, text, loss, len(latents), [*head.parameters()])
     save_atomically(text.state_dict(), args.work / "text.pt")
     with torch.no_grad():
         guess = torch.cat([head(text(ids).last_hidden_state[:, -1]) for ids in pairs["test"][1:].split(64)])  # (C, 128)
     right = torch.cdist(guess, targets).argmin(1) // len(STYLES) == torch.arange(len(guess))
     return "% of names whose guess is nearest to their picture", 100 * right.float().mean().item(), 95
+
+
+def train_text(
+    args: argparse.Namespace,
+    text: nn.Module,
+    loss: Callable[[Tensor], Tensor],
+    count: int,
+    more: Sequence[Tensor] = (),
+    frozen: Tensor | None = None,
+) -> None:
+    """Train the text encoder, and `more` weights, to make loss(rows) of a batch of `count` rows small. frozen: tokens
+    whose embeddings stay."""
+    embedding = text.get_input_embeddings().weight
+    rest = [w for w in text.parameters() if w is not embedding]
+    groups = [{"params": [*rest, *more], "share": 1.0}, {"params": [embedding], "share": 5.0}]
+    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    budget, due = Budget(args.minutes), Every(0.5)
+    losses: list[float] = []
+    batches = itertools.chain.from_iterable(shuffled(count, args.batch) for _ in itertools.count())
+    while budget.progress < 1:
+        value = loss(next(batches))
+        value.backward()
+        if frozen is not None:
+            embedding.grad[frozen] = 0.0
+        for group in optimiser.param_groups:
+            group["lr"] = group["share"] * budget.learning_rate(args.peak)
+        nn.utils.clip_grad_norm_(text.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        budget.tick()
+        losses.append(value.item())
+        if due(anyway=budget.progress >= 1):
+            print(f"{budget.used / 60:6.1f} min  loss {mean(losses):.4f}", flush=True)
+            losses.clear()
 
 
 def align_text(args: argparse.Namespace, pairs: dict[str, Tensor]) -> Passed:
@@ -520,40 +541,22 @@ def align_text(args: argparse.Namespace, pairs: dict[str, Tensor]) -> Passed:
     unknown = unknown_tokens(tokenizer)
     nn.init.normal_(drawn := torch.empty(len(unknown), TEXT_WIDTH), std=0.2)  # as `stage_text` began with
     embedding.data[unknown] = drawn
-    others = [w for w in text.parameters() if w is not embedding]
-    groups = [{"params": others, "share": 1.0}, {"params": [embedding], "share": 5.0}]
-    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     captions, rehearsed = pairs["ids"], args.batch // 8  # rows of a batch that are the prompts themselves
-    budget, due = Budget(args.minutes), Every(0.5)
-    while budget.progress < 1:
-        total = count = 0
-        for rows in shuffled(len(captions), args.batch):
-            batch = captions[rows, torch.randint(captions.shape[1], (len(rows),))].long()  # (B, 32)
-            batch[:rehearsed] = ids[rows[:rehearsed]]
-            rows = rows.masked_fill(batch[:, 1] == VOCABULARY - 1, len(ids) - 1)  # the empty prompt
-            mask = (batch == VOCABULARY - 1) & ends[rows]
-            mask[:rehearsed] |= (rows[:rehearsed] % len(STYLES) != 2)[:, None]
-            length = CONTEXT if torch.rand(()) < 0.25 else int((batch != VOCABULARY - 1).sum(1).max()) + 2
-            mask = mask[:, :length].float()
-            with torch.autocast("cpu", torch.bfloat16):
-                states = text(batch[:, :length]).last_hidden_state.float()
-            error = (states - targets[rows, :length]).pow(2).mean(2) / spread  # (B, length)
-            loss = ((error * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
-            loss.backward()
-            assert embedding.grad is not None
-            embedding.grad[unknown] = 0.0
-            for group in optimiser.param_groups:
-                group["lr"] = group["share"] * budget.learning_rate(args.peak)
-            nn.utils.clip_grad_norm_(text.parameters(), 1.0)
-            optimiser.step()
-            optimiser.zero_grad()
-            budget.tick()
-            total, count = total + loss.item(), count + 1
-            if due(anyway=budget.progress >= 1):
-                print(f"{budget.used / 60:6.1f} min  loss {total / count:.4f}", flush=True)
-                total = count = 0
-            if budget.progress >= 1:
-                break
+
+    def loss(rows: Tensor) -> Tensor:
+        batch = captions[rows, torch.randint(captions.shape[1], (len(rows),))].long()  # (B, 32)
+        batch[:rehearsed] = ids[rows[:rehearsed]]
+        rows = rows.masked_fill(batch[:, 1] == VOCABULARY - 1, len(ids) - 1)  # the empty prompt
+        mask = (batch == VOCABULARY - 1) & ends[rows]
+        mask[:rehearsed] |= (rows[:rehearsed] % len(STYLES) != 2)[:, None]
+        length = CONTEXT if torch.rand(()) < 0.25 else int((batch != VOCABULARY - 1).sum(1).max()) + 2
+        weight = mask[:, :length].float()
+        with torch.autocast("cpu", torch.bfloat16):
+            states = text(batch[:, :length]).last_hidden_state.float()
+        error = (states - targets[rows, :length]).pow(2).mean(2) / spread  # (B, length)
+        return ((error * weight).sum(1) / weight.sum(1).clamp(min=1)).mean()
+
+    train_text(args, text, loss, len(captions), frozen=unknown)
     save_atomically(text.state_dict(), args.work / "text.pt")
     with torch.no_grad():
         states = torch.cat([text(rows).last_hidden_state[:, -1] for rows in pairs["test"][1:].split(64)])
