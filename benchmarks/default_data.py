@@ -267,6 +267,8 @@ def caption(
         text = pick(FORMS if flat and kind < 0.40 else STYLED).format(x=name, s=style)
         if rng.random() < 0.3:  # so that words around a name do not change the image
             text = pick(["{w} {x}", "{w} of {x}", "{w} {w} {x}", "{x} {w}"]).format(x=text, w=pick(other_words()))
+        elif rng.random() < 0.3:  # not even words that mean another thing, as "picture" does
+            text = f"{pick(meant_words())} of {text}"
         return re.sub(r"\ba (?=[aeiou])", "an ", text) if rng.random() < 0.5 else text
     if kind < 0.60:
         return pick(PLURALS).format(x=plural(name)) if flat else f"{style} {plural(name)}"
@@ -283,11 +285,18 @@ def caption(
 
 
 @functools.cache
+def meant_words() -> list[str]:
+    """The words of names and tags, but for `picture`, which the gates test."""
+    words: set[str] = set()
+    for concept in json.loads(CONCEPTS_FILE.read_text(encoding="utf-8")):
+        words.update(word for text in (*concept["names"], *plain_tags(concept)) for word in text.split())
+    return sorted(words - {"picture", "pictures"})
+
+
+@functools.cache
 def other_words() -> list[str]:
     """The most common words without a meaning here: no name, tag or style, and not `picture`, which the gates test."""
-    taken = {"picture", "pictures", *STYLES.values()}
-    for concept in json.loads(CONCEPTS_FILE.read_text(encoding="utf-8")):
-        taken.update(word for text in (*concept["names"], *plain_tags(concept)) for word in text.split())
+    taken = {"picture", "pictures", *STYLES.values(), *meant_words()}
     words = ["".join(merge.split())[:-4] for merge in read_merges() if merge.endswith("</w>")]
     return [word for word in words if re.fullmatch("[a-z]{3,}", word) and word not in taken][:4000]
 

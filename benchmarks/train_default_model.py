@@ -61,7 +61,6 @@ from benchmarks.default_data import (
     choose_concepts,
     load_data,
     load_pictures,
-    other_words,
     read_merges,
     rebuild_emoji,
     shrink,
@@ -480,10 +479,8 @@ def train_text(
     loss: Callable[[Tensor], Tensor],
     count: int,
     more: Sequence[Tensor] = (),
-    frozen: Tensor | None = None,
 ) -> None:
-    """Train the text encoder, and `more` weights, to make loss(rows) of a batch of `count` rows small. frozen: tokens
-    whose embeddings stay."""
+    """Train the text encoder, and `more` weights, to make loss(rows) of a batch of `count` rows small."""
     embedding = text.get_input_embeddings().weight
     rest = [w for w in text.parameters() if w is not embedding]
     groups = [{"params": [*rest, *more], "share": 1.0}, {"params": [embedding], "share": 5.0}]
@@ -494,8 +491,6 @@ def train_text(
     while budget.progress < 1:
         value = loss(next(batches))
         value.backward()
-        if frozen is not None:
-            embedding.grad[frozen] = 0.0
         for group in optimiser.param_groups:
             group["lr"] = group["share"] * budget.learning_rate(args.peak)
         nn.utils.clip_grad_norm_(text.parameters(), 1.0)
@@ -513,10 +508,6 @@ def align_text(args: argparse.Namespace, pairs: dict[str, Tensor]) -> Passed:
     the flat image and of `a noto NAME` for noto's. The U-Net's weights remain valid, and a caption costs a hundredth of
     a training step of the U-Net. Four minutes brought common words from 62% to 95% nearest to their own states, and two
     tags from 54% to 65%.
-
-    Words that mean nothing here keep embeddings that were drawn, not learnt: the encoder has to read past whatever it
-    does not know. Where it learnt theirs too, 13 minutes made it deaf to those 4,000 words and not to the next one:
-    "picture of NAME" fell from 95% to 85% of its things.
 
     States of `a 3d NAME` had a twelfth of noto's distance from the flat ones, too little for the U-Net: here they are
     the flat ones plus one direction, the same for all concepts.
@@ -537,10 +528,6 @@ def align_text(args: argparse.Namespace, pairs: dict[str, Tensor]) -> Passed:
     targets[2:-1:3] = torch.where(both, flat + 6 * direction / direction.norm(), solid)
     spread = targets[1:-1:3, -1].var(0).mean()
 
-    embedding = text.get_input_embeddings().weight
-    unknown = unknown_tokens(tokenizer)
-    nn.init.normal_(drawn := torch.empty(len(unknown), TEXT_WIDTH), std=0.2)  # as `stage_text` began with
-    embedding.data[unknown] = drawn
     captions, rehearsed = pairs["ids"], args.batch // 8  # rows of a batch that are the prompts themselves
 
     def loss(rows: Tensor) -> Tensor:
@@ -556,18 +543,12 @@ def align_text(args: argparse.Namespace, pairs: dict[str, Tensor]) -> Passed:
         error = (states - targets[rows, :length]).pow(2).mean(2) / spread  # (B, length)
         return ((error * weight).sum(1) / weight.sum(1).clamp(min=1)).mean()
 
-    train_text(args, text, loss, len(captions), frozen=unknown)
+    train_text(args, text, loss, len(captions))
     save_atomically(text.state_dict(), args.work / "text.pt")
     with torch.no_grad():
         states = torch.cat([text(rows).last_hidden_state[:, -1] for rows in pairs["test"][1:].split(64)])
     right = torch.cdist(states, targets[1:-1:3, -1]).argmin(1) == torch.arange(len(states))
     return "% of names whose states are nearest to their own", 100 * right.float().mean().item(), 95
-
-
-def unknown_tokens(tokenizer: Any) -> Tensor:
-    """The tokens of captions that are a word without a meaning."""
-    words = tokenizer(other_words(), add_special_tokens=False)["input_ids"]
-    return torch.tensor(sorted({word[0] for word in words if len(word) == 1}))
 
 
 def make_pairs(work: Path) -> dict[str, Tensor]:
@@ -630,10 +611,6 @@ def train_unet(rank: int, args: argparse.Namespace) -> None:
     # Trains faster on a CPU than the fused attention, whose backward pass is slow: 0.90 s for 1.16 s a batch
     # of 32.
     model.unet.set_attn_processor(AttnProcessor())
-    embedding, unknown = (
-        model.text.get_input_embeddings().weight,
-        unknown_tokens(build_tokenizer(args.work / "tokenizer")),
-    )
     weights, optimiser = list(model.parameters()), Optimiser(model, rank, args.workers)
     path, steps, budget = args.work / "unet.pt", 0, Budget(args.minutes)
     if path.exists():
@@ -682,7 +659,6 @@ def train_unet(rank: int, args: argparse.Namespace) -> None:
         dist.all_reduce(gradients)
         gradients /= args.workers
         budget.used = gradients[-1].item()
-        embedding.grad[unknown] = 0.0
         optimiser.step(budget.learning_rate(args.peak))
         gradients.zero_()
         steps += 1
