@@ -132,6 +132,11 @@ def disassemble(cubin: bytes) -> str:
 
 def main_loop(text: str) -> tuple[Loop, bool]:
     """The main loop of a disassembled kernel, and whether it is one; the straight line of a kernel without."""
+    return main_loop_and_all(text)[:2]
+
+
+def main_loop_and_all(text: str) -> tuple[Loop, bool, Loop]:
+    """As `main_loop`, and the kernel from its first to its last instruction."""
     code: list[Instruction] = []
     labels: dict[str, int] = {}
     loops: list[tuple[int, int]] = []
@@ -149,11 +154,12 @@ def main_loop(text: str) -> tuple[Loop, bool]:
         for loop in loops
         if not any(loop != other and loop[0] <= other[0] <= other[1] <= loop[1] for other in loops)
     ]
+    end = max((k for k, i in enumerate(code) if i.name == "EXIT"), default=len(code))
+    everything = Loop.of(code[: end + 1])
     if not innermost:
-        end = max((k for k, i in enumerate(code) if i.name == "EXIT"), default=len(code))
-        return Loop.of(code[: end + 1]), False
+        return everything, False, everything
     read = [Loop.of(code[start:end]) for start, end in innermost]
-    return max(read, key=lambda loop: (sum(loop.matrix.values()), loop.instructions)), True
+    return max(read, key=lambda loop: (sum(loop.matrix.values()), loop.instructions)), True, everything
 
 
 def programs(registers: int, shared: int, warps: int) -> int:

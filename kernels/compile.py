@@ -49,11 +49,15 @@ class Ahead(Target):
         self.on_compiled = on_compiled
         self.compiled: dict[str, Compiled] = {}  # by Triton's own hash
 
-    def compile(self, kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        self.compile(kernel, args, constants)
+
+    def compile(self, kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> Compiled:
+        """The kernel for these arguments, compiled once."""
         with _stub_driver(self.arch):
             binary = kernel.warmup(*args, grid=(1,), **constants)
         if binary.hash in self.compiled:
-            return
+            return self.compiled[binary.hash]
         if binary.metadata.shared > SHARED_MEMORY[self.arch] * 1024:
             raise RuntimeError(
                 f"{binary.name} {constants} takes {binary.metadata.shared} bytes of shared memory; sm_{self.arch} has "
@@ -65,6 +69,7 @@ class Ahead(Target):
         self.compiled[binary.hash] = compiled
         if self.on_compiled is not None:
             self.on_compiled(compiled)
+        return compiled
 
 
 class _StubDriver:

@@ -384,7 +384,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     constants = {"enable_fp_fusion": True, **constants}  # the default of Triton up to 3.9, not of 3.10
     target = _scope.target
     if target is not None:
-        target.compile(kernel, args, constants)
+        target.launch(kernel, grid, args, constants)
     elif interpreting() or not traced():
         if not any(isinstance(a, Tensor) and (a.is_meta or isinstance(a, FakeTensor)) for a in args):
             kernel[grid](*args, **constants)
@@ -467,16 +467,16 @@ def table_entry(op: str, shape_class: str, arch: int) -> dict[str, Any] | None:
 class Target:
     """A device that need not be present: ops on meta tensors take the paths that they would take on it.
 
-    arch: 90 for sm_90, 0 for a CPU. This target ignores kernels; the one of kernels/compile.py compiles them.
+    arch: 90 for sm_90, 0 for a CPU. This target ignores launches; the one of kernels/compile.py compiles kernels.
     """
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
 
-    def compile(self, kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
-        """Called in place of a launch."""
+    def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        """Called in place of a launch of a grid of programs."""
 
 
 def targeting(target: Target) -> AbstractContextManager[None]:
-    """Inside, meta tensors count as tensors on the target, whose `compile` is called in place of each launch."""
+    """Inside, meta tensors count as tensors on the target, whose `launch` is called in place of each."""
     return _set("target", target)

@@ -126,7 +126,7 @@ class Launched(dispatch.Target):
         super().__init__(90)
         self.kernels: list[tuple[str, str]] = []
 
-    def compile(self, kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> None:
         self.kernels.append((kernel.fn.__name__, str(sorted(constants.items()))))
 
 
