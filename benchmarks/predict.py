@@ -160,7 +160,7 @@ class Watch(TorchDispatchMode, Ahead):
             return out
         tensors = [t for t in (*tree_leaves((args, kwargs)), *tree_leaves(out)) if isinstance(t, Tensor)]
         shapes = [tuple(t.shape) for t in tensors]
-        if name in ("mm", "addmm"):
+        if name in ("mm", "addmm", "addmm_"):
             (m, k), n = shapes[-3] if name == "mm" else shapes[1], shapes[-1][1]
             seconds, bound = matrix_product(m, n, k)
         elif name == "convolution":
@@ -215,8 +215,9 @@ def render(summaries: dict[str, dict[str, Any]]) -> str:
     lines = [
         "# The predicted time of a step on an H200",
         "",
-        f"`python -m benchmarks.predict`, triton {metadata.version('triton')}, float16, one guided image. Not measured: "
-        "the docstring of benchmarks/predict.py has the model. Bounds: how many launches take longest for what.",
+        f"`python -m benchmarks.predict`, triton {metadata.version('triton')}, float16, one guided image. Not "
+        "measured: the docstring of benchmarks/predict.py has the model. Bounds: how many launches take longest for "
+        "what.",
     ]
     for name, total in summaries.items():
         lines += [

@@ -53,7 +53,7 @@ class Pipeline(Steered):
     dtype = _of_stages("dtype", "Of the inputs and outputs of the U-Net and the autoencoder.")
     backend = _of_stages("backend", 'What runs the networks: "torch", "onnxruntime", "openvino" or "tensorrt".')
     precision = _of_stages("precision", 'What they compute in: "float32", "float16" or "bfloat16".')
-    batch_invariant = _of_stages("batch_invariant", "Whether an image is bitwise the one made alone.")
+    batch_invariant = property(lambda pipe: pipe.stages.batch_invariant, doc="Whether an image is bitwise as alone.")
     latent_channels = _of_stages("latent_channels", "Channels of a latent: 4 for Stable Diffusion.")
 
     def __init__(

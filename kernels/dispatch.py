@@ -336,8 +336,8 @@ def traced() -> bool:
 class Kernel:
     """A function in Triton's language, passed to triton.jit when it is first launched.
 
-    Triton looks names up in the function's module when it compiles. So `triton` and `tl` are set there then, and the
-    kernels of that module are replaced by the functions that triton.jit returns.
+    Triton looks names up in the function's module when it compiles. So `triton`, `tl` and INTERPRETED are set there
+    then, and the kernels of that module are replaced by the functions that triton.jit returns.
     """
 
     _lock = threading.RLock()
@@ -356,6 +356,7 @@ class Kernel:
                 self._jitted = triton.jit(self.fn)
                 names = self.fn.__globals__
                 names["triton"], names["tl"] = triton, tl
+                names["INTERPRETED"] = tl.constexpr(interpreting())
                 for name, value in list(names.items()):
                     if isinstance(value, Kernel):
                         names[name] = value.jitted()

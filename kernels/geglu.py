@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastldm.kernels.approximate import exp2, reciprocal
 from fastldm.kernels.dispatch import YES, Config, Cost, Op, Verdict, cdiv, dense, jit, launch, no
 
 if TYPE_CHECKING:
@@ -80,9 +81,9 @@ def default(shape: str, arch: int) -> Config:
 @jit
 def gelu(b):
     z = tl.abs(b)
-    t = 1.0 / (1.0 + 0.23164189 * z)  # p / sqrt 2
+    t = reciprocal(1.0 + 0.23164189 * z)  # p / sqrt 2
     series = t * (0.12741480 + t * (-0.14224837 + t * (0.71070687 + t * (-0.72657601 + t * 0.53070271))))  # a1..a5 / 2
-    return tl.maximum(b, 0.0) - z * series * tl.exp2(-0.72134752 * b * b)  # log2(e) / 2
+    return tl.maximum(b, 0.0) - z * series * exp2(-0.72134752 * b * b)  # log2(e) / 2
 
 
 @jit

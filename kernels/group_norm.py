@@ -53,6 +53,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastldm.kernels.approximate import silu
 from fastldm.kernels.dispatch import YES, Config, Cost, Op, Verdict, cdiv, jit, launch, next_power_of_2, no
 
 if TYPE_CHECKING:
@@ -366,7 +367,7 @@ def _normalise_kernel(
         next_tile = _load(x, skip, start - PIXELS, tile_pixel, channel, next_mask, split_channel, x_pixel, skip_pixel)
         y = (tile.to(tl.float32) - mean) * scale + bias_row
         if SILU:
-            y = y / (1.0 + tl.exp(-y))
+            y = silu(y)
         target = out + start.to(tl.int64) * channels + (tile_pixel * channels + channel)
         tl.store(target, y.to(out.dtype.element_ty), (pixel < last) & channel_mask)
         tile = next_tile

@@ -37,11 +37,12 @@ def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) ->
 
 
 def add_layer_norm_reference(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, ahead: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The sum, then PyTorch's layer_norm of it."""
     total = x + residual
-    return total, F.layer_norm(total, weight.shape, weight, bias, eps)
+    out = F.layer_norm(total, weight.shape, weight, bias, eps)
+    return total if ahead is None else total.add_(ahead), out
 
 
 def supports(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Verdict:
@@ -58,7 +59,9 @@ def supports(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Verdict:
     return YES
 
 
-def add_supports(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Verdict:
+def add_supports(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, ahead: Tensor | None = None
+) -> Verdict:
     if residual.shape != x.shape or residual.dtype != x.dtype:
         return no(f"x is {x.dtype} {tuple(x.shape)}, residual {residual.dtype} {tuple(residual.shape)}")
     return supports(x, weight, bias, eps) and supports(residual, weight, bias, eps)
@@ -68,7 +71,9 @@ def cost(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Cost:
     return Cost(flop=0, bytes=2 * x.numel() * x.element_size())
 
 
-def add_cost(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Cost:
+def add_cost(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, ahead: Tensor | None = None
+) -> Cost:
     return Cost(flop=0, bytes=4 * x.numel() * x.element_size())
 
 
@@ -84,7 +89,9 @@ def is_candidate(config: Config, x: Tensor, weight: Tensor, bias: Tensor, eps: f
     return 8 <= config["ROWS"] * next_power_of_2(x.shape[-1]) // (32 * config["num_warps"]) <= 64
 
 
-def add_is_candidate(config: Config, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> bool:
+def add_is_candidate(
+    config: Config, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, ahead: Tensor | None = None
+) -> bool:
     return is_candidate(config, x, weight, bias, eps)
 
 
@@ -92,7 +99,9 @@ def shape_class(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> str:
     return f"c{x.shape[-1]}"
 
 
-def add_shape_class(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> str:
+def add_shape_class(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, ahead: Tensor | None = None
+) -> str:
     return f"c{x.shape[-1]}"
 
 
@@ -107,7 +116,8 @@ def default(shape: str, arch: int) -> Config:
 
 @jit
 def _layer_norm_kernel(
-    x, residual, weight, bias, total, out, rows, channels, EPS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
+    x, residual, weight, bias, ahead, total, out, rows, channels,
+    EPS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     channel = tl.arange(0, LANES)[None, :]
@@ -118,7 +128,12 @@ def _layer_norm_kernel(
     shift = tl.load(bias + channel, channel < channels, other=0.0).to(tl.float32)
     if residual is not None:
         y = (y.to(tl.float32) + tl.load(residual + offset, mask, other=0.0).to(tl.float32)).to(y.dtype)
-        tl.store(total + offset, y, mask)
+        later = y
+        if ahead is not None:
+            later = (y.to(tl.float32) + tl.load(ahead + channel, channel < channels, other=0.0).to(tl.float32)).to(
+                y.dtype
+            )
+        tl.store(total + offset, later, mask)
     y = y.to(tl.float32)
     mean = tl.sum(y, axis=1, keep_dims=True) / channels
     deviation = tl.where(mask, y - mean, 0.0)
@@ -127,7 +142,13 @@ def _layer_norm_kernel(
 
 
 def _launch(
-    config: Config, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+    config: Config,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    ahead: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     channels = x.shape[-1]
     rows = x.numel() // channels
@@ -135,7 +156,7 @@ def _launch(
     out = x.new_empty(x.shape)
     grid = (cdiv(rows, config["ROWS"]),)
     tile = {**config, "LANES": next_power_of_2(channels), "EPS": eps}
-    launch(_layer_norm_kernel, grid, x, residual, weight, bias, total, out, rows, channels, **tile)
+    launch(_layer_norm_kernel, grid, x, residual, weight, bias, ahead, total, out, rows, channels, **tile)
     return total, out
 
 
@@ -144,10 +165,10 @@ def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Te
 
 
 def add_layer_norm_triton(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, ahead: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    config = ADD_LAYER_NORM.config(x, residual, weight, bias, eps)
-    total, out = _launch(config, x, residual, weight, bias, eps)
+    config = ADD_LAYER_NORM.config(x, residual, weight, bias, eps, ahead)
+    total, out = _launch(config, x, residual, weight, bias, eps, ahead)
     assert total is not None
     return total, out
 
@@ -184,6 +205,12 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return LAYER_NORM(x, weight, bias, eps)
 
 
-def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + residual, both (..., C), and each of its rows normalised, in x's dtype."""
-    return ADD_LAYER_NORM(x, residual, weight, bias, eps)
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, *, ahead: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x + residual, both (..., C), and each of its rows normalised, in x's dtype.
+
+    ahead (C,): added to the sum that is returned and not to what is normalised: the bias of the product that the sum
+    will be the residual of, which then needs no pass of its own.
+    """
+    return ADD_LAYER_NORM(x, residual, weight, bias, eps, ahead)

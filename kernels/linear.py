@@ -28,7 +28,8 @@ shared memory while the matrix units work on an earlier one.
 Tile and splits are those of the least estimated time (`estimate`), unless a measured table has an entry.
 
 PyTorch's own product is cuBLAS. Without bias it is one call; with bias, cublasLt adds it in its epilogue (ATen takes
-that path for a one-dimensional bias on a two-dimensional view); a residual is a second pass, in place, 3MN elements.
+that path for a one-dimensional bias on a two-dimensional view). A residual is a second pass, in place, 3MN elements;
+but without bias, where the residual may be overwritten, cuBLAS adds to it as it writes.
 That runs by default: these kernels are taken where the table of measurements says so.
 """
 
@@ -73,8 +74,14 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, resi
     return out if residual is None else out.add_(residual)
 
 
-def linear_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    """PyTorch's fastest way: on a GPU the reference, on a CPU onednn.py where it applies."""
+def linear_torch(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, overwrite: bool = False
+) -> Tensor:
+    """PyTorch's fastest way: on a GPU the reference, or cuBLAS's sum into a residual that may be overwritten; on a CPU
+    onednn.py where it applies."""
+    if overwrite and bias is None and residual is not None and residual.is_contiguous() and fast_library(x):
+        residual.view(-1, weight.shape[0]).addmm_(x.reshape(-1, x.shape[-1]), weight.t())
+        return residual
     out = onednn.product(x, weight, bias) if x.device.type == "cpu" else None
     if out is None:
         return linear_reference(x, weight, bias, residual)
@@ -104,7 +111,9 @@ def fast_library(x: Tensor) -> bool:
 # ----------------------------------------------------------------------- where the kernel applies, and its cost
 
 
-def supports(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Verdict:
+def supports(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, overwrite: bool = False
+) -> Verdict:
     verdict = supports_dtypes(x, weight, bias, residual)
     if not verdict:
         return verdict
@@ -133,7 +142,9 @@ def supports_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
     return YES if x.numel() else no(f"x {tuple(x.shape)} is empty")
 
 
-def cost(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Cost:
+def cost(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, overwrite: bool = False
+) -> Cost:
     rows = x.numel() // x.shape[-1]
     out = rows * weight.shape[0]
     elements = x.numel() + weight.numel() + out * (1 if residual is None else 2)
@@ -211,7 +222,12 @@ def _sizes(x: Tensor, weight: Tensor) -> tuple[int, int, int]:
 
 
 def is_candidate(
-    config: Config, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+    config: Config,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    overwrite: bool = False,
 ) -> bool:
     return is_competitive(config, SPACE, *_sizes(x, weight), capability(x))
 
@@ -221,7 +237,9 @@ def linear_geglu_is_candidate(config: Config, x: Tensor, weight: Tensor, bias: T
     return is_competitive(config, GEGLU_SPACE, m, n // 2, k, capability(x), accumulators=2)
 
 
-def shape_class(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> str:
+def shape_class(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, overwrite: bool = False
+) -> str:
     m, n, k = _sizes(x, weight)
     return f"m{power_of_2(m)} n{n} k{k}"
 
@@ -375,8 +393,10 @@ def sum_splits(partials: Tensor, bias: Tensor | None, residual: Tensor | None, o
     )
 
 
-def linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    config = LINEAR.config(x, weight, bias, residual)
+def linear_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, overwrite: bool = False
+) -> Tensor:
+    config = LINEAR.config(x, weight, bias, residual, overwrite)
     rows = x.reshape(-1, x.shape[-1])  # (M, K), a view unless the rows are not evenly spaced
     (m, k), n, split = rows.shape, weight.shape[0], config["SPLIT"]
     out = x.new_empty((*x.shape[:-1], n))
@@ -434,9 +454,19 @@ LINEAR_GEGLU = Op(
 )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None) -> Tensor:
-    """Multiply x (..., I) by weight (O, I), then add bias (O,) and residual (..., O), in x's dtype."""
-    return LINEAR(x, weight, bias, residual)
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    overwrite: bool = False,
+) -> Tensor:
+    """Multiply x (..., I) by weight (O, I), then add bias (O,) and residual (..., O), in x's dtype.
+
+    overwrite: whether the result may take the residual's place, which saves cuBLAS a pass if there is no bias.
+    """
+    return LINEAR(x, weight, bias, residual, overwrite)
 
 
 def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -112,6 +112,8 @@ def test_the_option_has_one_meaning_everywhere(pipe: Pipeline) -> None:
     assert default.batch_invariant
     assert default.session.batch_invariant
     assert not Session(default, batch_invariant=False).batch_invariant
+    with pytest.raises(AttributeError):
+        default.batch_invariant = False  # type: ignore[misc]  # its session is made
     with pytest.raises(InputError, match="batch_invariant is 1"):
         Pipeline.default(batch_invariant=1)
 

@@ -95,7 +95,7 @@ def launched(make: Callable[[], dry_run.Work]) -> int:
 @pytest.mark.parametrize(
     ("make", "most"),
     [
-        (lambda: step(SDXL, 128, GPU), 1133),
+        (lambda: step(SDXL, 128, GPU), 1054),
         (lambda: dry_run.conditions(SD15, steps=30, rows=2, tokens=77, dtype=torch.float16), 75),
         (lambda: dry_run.conditions(SDXL, steps=30, rows=2, tokens=77, dtype=torch.float16), 134),
         (lambda: dry_run.decode(VAE, height=64, width=64, batch=1, dtype=torch.float16), 135),

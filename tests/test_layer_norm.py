@@ -46,6 +46,7 @@ def check(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, scale: flo
     weight, bias = random(2, shape[-1], dtype=dtype)
     ops.check(LAYER_NORM, x.to(dtype), weight, bias, 1e-5)
     ops.check(ADD_LAYER_NORM, x.to(dtype), residual.to(dtype), weight, bias, 1e-5)
+    ops.check(ADD_LAYER_NORM, x.to(dtype), residual.to(dtype), weight, bias, 1e-5, scale * weight)
 
 
 def test_references_match_formula() -> None:
@@ -63,6 +64,9 @@ def test_references_match_formula() -> None:
     total, out = add_layer_norm(x, residual, weight, bias, 1e-3)
     assert torch.equal(total, x + residual)
     assert torch.allclose(out, formula(x + residual), rtol=1e-12, atol=1e-12)
+    later, same = add_layer_norm(x, residual, weight, bias, 1e-3, ahead=weight)
+    assert torch.equal(later, x + residual + weight)
+    assert torch.equal(same, out)
 
 
 @pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
@@ -150,3 +154,4 @@ def test_registered_op_agrees_with_its_schema() -> None:
     x, residual, (weight, bias) = random(3, 32), random(3, 32), random(2, 32)
     ops.check_registered(LAYER_NORM, x, weight, bias, 1e-5)
     ops.check_registered(ADD_LAYER_NORM, x, residual, weight, bias, 1e-5)
+    ops.check_registered(ADD_LAYER_NORM, x, residual, weight, bias, 1e-5, weight)

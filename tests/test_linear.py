@@ -86,6 +86,22 @@ def test_kernel_matches_reference(shape: tuple[int, int, int], dtype: torch.dtyp
         ops.check(LINEAR, x, weight, bias, residual)
 
 
+def test_a_sum_may_take_the_place_of_the_residual(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where cuBLAS adds as it writes: only without a bias, and only if the caller allows it."""
+    monkeypatch.setattr(linear, "fast_library", lambda x: True)
+    x, weight, bias, residual = matrices(12, 16, 24, torch.float32)
+    x, before = x.view(3, 4, 24), residual.view(3, 4, 16).clone()
+    for other in (bias, None):
+        kept = before.clone()
+        got = linear.linear(x, weight, other, residual=kept, overwrite=other is not None)
+        assert torch.equal(kept, before)
+        assert torch.allclose(got, F.linear(x, weight, other) + before, atol=1e-5)
+    kept = before.clone()
+    got = linear.linear(x, weight, residual=kept, overwrite=True)
+    assert got.data_ptr() == kept.data_ptr()
+    assert torch.allclose(got, F.linear(x, weight) + before, atol=1e-5)
+
+
 @pytest.mark.parametrize("split", [1, 2])
 def test_kernel_without_bias_or_residual_matches_reference(split: int) -> None:
     x, weight, bias, residual = matrices(20, 40, 72)

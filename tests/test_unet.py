@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastldm.errors import InputError
-from fastldm.models import AddedConditions, UNet
+from fastldm.kernels import linear
+from fastldm.models import AddedConditions, UNet, unet
 from fastldm.models.config import UNetConfig
 from fastldm.models.unet import guidance_embedding, timestep_embedding
 
@@ -39,6 +40,16 @@ def test_unet_equals_diffusers(name: str) -> None:
     for height, width in ((8, 8), (9, 7)):
         arguments = inputs(theirs, height, width)
         assert error(ours(**arguments), theirs(**arguments).sample) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_gpus_way_through_a_transformer_equals_diffusers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last bias added ahead, and products added to in place."""
+    for module in (linear, unet):
+        monkeypatch.setattr(module, "fast_library", lambda x: True)
+    theirs = judge(name)
+    arguments = inputs(theirs)
+    assert error(unet_of(theirs)(**arguments), theirs(**arguments).sample) < TOLERANCE
 
 
 def test_scalar_and_fractional_timesteps_match_diffusers() -> None:

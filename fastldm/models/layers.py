@@ -60,6 +60,10 @@ class Linear(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return linear(x, self.weight, self.bias, residual=residual)
 
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """residual + x weight^T, without the bias, possibly in the residual's memory."""
+        return linear(x, self.weight, residual=residual, overwrite=True)
+
 
 def project(x: Tensor, layers: Sequence[Linear]) -> Tensor:
     """x (B, N, I) through all layers, their outputs concatenated: (B, N, O1 + O2 + ...). One matrix product."""
@@ -131,9 +135,9 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, self.eps)
 
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """x + residual, and the same normalised."""
-        return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+    def add(self, x: Tensor, residual: Tensor, ahead: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x + residual (+ ahead), and x + residual normalised."""
+        return add_layer_norm(x, residual, self.weight, self.bias, self.eps, ahead=ahead)
 
 
 class Resnet(nn.Module):
@@ -179,7 +183,7 @@ class Resnet(nn.Module):
         weight = self.conv_shortcut.weight.flatten(1)  # (out, in)
         out = linear(to_tokens(x), weight[:, : x.shape[1]], self.conv_shortcut.bias)
         if skip is not None:
-            out = linear(to_tokens(skip), weight[:, x.shape[1] :], residual=out)
+            out = linear(to_tokens(skip), weight[:, x.shape[1] :], residual=out, overwrite=True)
         return to_image(out, x.shape[2])
 
 

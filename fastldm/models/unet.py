@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastldm.errors import InputError
+from fastldm.kernels.linear import fast_library
 from fastldm.models.config import Level, UNetConfig
 from fastldm.models.interfaces import AddedConditions
 from fastldm.models.layers import (
@@ -263,7 +264,11 @@ class TransformerLayer(nn.Module):
         h = self.norm1(x)
         x, h = self.norm2.add(self.attn1(*self.attn1.qkv(h)), x)
         q, (k, v) = self.attn2.to_q(h), text.kv.chunk(2, dim=-1)
-        x, h = self.norm3.add(self.attn2(q, k, v, kv_len=text.kv_len, slots=text.slots), x)
+        attended = self.attn2(q, k, v, kv_len=text.kv_len, slots=text.slots)
+        if fast_library(x):  # cuBLAS adds a residual in its own pass where there is no bias left to add
+            x, h = self.norm3.add(attended, x, self.ff.last.bias)
+            return self.ff.add_to(x, h)
+        x, h = self.norm3.add(attended, x)
         return self.ff(h, residual=x)
 
 
@@ -273,7 +278,15 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleDict({"0": GEGLU(channels, 4 * channels), "2": Linear(4 * channels, channels)})
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.net["2"](self.net["0"](x), residual=residual)
+        return self.last(self.net["0"](x), residual)
+
+    @property
+    def last(self) -> Linear:
+        return self.net["2"]  # type: ignore[return-value]
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """As `forward`, but for the last layer's bias, possibly in the residual's memory."""
+        return self.last.add_to(residual, self.net["0"](x))
 
 
 class TimeEmbedding(nn.Module):

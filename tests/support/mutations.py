@@ -56,6 +56,9 @@ def _add_layer_norm(module: ModuleType) -> None:
     weight, bias = torch.randn(2, 320, device=ops.DEVICE).half()
     total, out = module.ADD_LAYER_NORM.triton(x, residual * 99, weight, bias, 1e-5)
     assert torch.equal(out, module.LAYER_NORM.triton(total, weight, bias, 1e-5))
+    later, same = module.ADD_LAYER_NORM.triton(x, residual * 99, weight, bias, 1e-5, bias)
+    assert torch.equal(later, total + bias)
+    assert torch.equal(same, out)
 
 
 def _end_step(module: ModuleType) -> None:
@@ -192,6 +195,12 @@ FAULTS: dict[str, list[Fault]] = {
             "tl.load(residual + offset, mask, other=0.0).to(tl.float32))",
             _add_layer_norm,
             "the sum normalised before it is rounded",
+        ),
+        Fault(
+            "tl.store(total + offset, later, mask)",
+            "tl.store(total + offset, y, mask)",
+            _add_layer_norm,
+            "the bias of what comes later left out",
         ),
     ],
     "step": [
