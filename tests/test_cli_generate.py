@@ -131,7 +131,7 @@ def test_default_model_needs_only_a_prompt(tmp_path: Path) -> None:
     first, second = done.stdout.splitlines()
     assert first == "fastldm-0.png  seed 0"
     time = r"\d+\.\d\d"
-    assert re.fullmatch(rf"torch \w+ on \w+: {time} s \(text {time}, 8 steps {time}, decode {time}\)", second)
+    assert re.fullmatch(rf"torch \w+ on \w+: {time} s \(text {time}, 4 steps {time}, decode {time}\)", second)
     assert [path.name for path in tmp_path.iterdir()] == ["fastldm-0.png"]
 
 

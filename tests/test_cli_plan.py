@@ -69,7 +69,7 @@ def test_default_plan_fits_this_machine() -> None:
     done = run("plan", "--device", "cpu")
     assert (done.exit_code, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert re.fullmatch(r"1 x 64x64, guided, 8 steps, torch \w+ on a CPU, whole decode", lines[0])
+    assert re.fullmatch(r"1 x 64x64, guided, 4 steps, torch \w+ on a CPU, whole decode", lines[0])
     assert re.fullmatch(r"fits: \d+\.\d+ .iB are free", lines[-1])
 
 

@@ -54,7 +54,7 @@ def test_committed_gates_are_of_these_weights() -> None:
 def test_family_gives_steps_guidance_and_size(pipe: fastldm.Pipeline) -> None:
     assert pipe.family.name == "small"
     result = pipe("a red apple", seed=0)
-    assert (len(result.timings.steps), result.request.guidance_scale, result.images[0].size) == (8, 2.0, (64, 64))
+    assert (len(result.timings.steps), result.request.guidance_scale, result.images[0].size) == (4, 2.0, (64, 64))
 
 
 def test_cleanness_is_measured_on_flat_areas() -> None:

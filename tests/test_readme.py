@@ -58,7 +58,7 @@ RUN = {
         r"all the time .*\n  and in text .*\nneeded .*\npeak .*\n(?:does not fit|fits): .*\n",
         smaller="--device cpu",
     ),
-    "fastldm plan --n 4 --arch sm_89": Shown(r"4 x 64x64, guided, 8 steps, torch float16 on sm_89, .*\npeak .*\n"),
+    "fastldm plan --n 4 --arch sm_89": Shown(r"4 x 64x64, guided, 4 steps, torch float16 on sm_89, .*\npeak .*\n"),
     "fastldm profile --html profile.html": Shown(
         r"default: 1 picture of 32x32, .*\na picture .*\nstep .*\n  conv2d .*",
         ("profile.html",),

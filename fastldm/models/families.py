@@ -72,7 +72,7 @@ FAMILIES: tuple[Family, ...] = (
     # The model that ships with fastldm.
     Family(
         "small",
-        8,
+        4,
         2.0,
         lambda unet, scheduler: (
             _is_v(scheduler) and bool(scheduler.get("rescale_betas_zero_snr")) and unet.cross_attention_dim < 768
