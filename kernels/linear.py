@@ -30,9 +30,8 @@ Tile and splits are those of the least estimated time (`estimate`), unless a mea
 PyTorch's own product is cuBLAS. Without bias it is one call; with bias, cublasLt adds it in its epilogue (ATen takes
 that path for a one-dimensional bias on a two-dimensional view). A residual is a second pass, in place, 3MN elements;
 but without bias, where the residual may be overwritten, cuBLAS adds to it as it writes.
-That runs by default: the kernel of `linear` is taken where the table of measurements says so. That of `linear_geglu` is
-taken unless it says otherwise: by the prediction of benchmarks/predict.py a step of SD1.5 spends 0.35 ms in it, where
-cuBLAS and a kernel for the gate take 0.52, of which the packed product's way to memory and back is half a gigabyte.
+That runs by default: these kernels are taken where the table of measurements says so. Of `linear_geglu` it should, by
+benchmarks/predict.py: 0.35 ms of a step of SD1.5, where cuBLAS and a kernel for the gate take 0.52.
 """
 
 from __future__ import annotations
@@ -452,6 +451,7 @@ LINEAR_GEGLU = Op(
     default=linear_geglu_default,
     space=GEGLU_SPACE,
     is_candidate=linear_geglu_is_candidate,
+    prefer="torch",
 )
 
 

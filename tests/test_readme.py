@@ -182,7 +182,7 @@ def test_demo_of_the_makefile_generates_with_the_command() -> None:
 PYTHON = {  # a line of each block -> all that it prints, and what it writes
     "fastldm.Pipeline.default()  # or": (rf"\(0, 1\) \w+ {TIME} s\n", {"apple.png"}),
     'raise fastldm.Cancelled("enough")': ("stopped; the pipeline stays usable\n", set()),
-    "with fastldm.Session(": (rf"(step \d+ of 8\n)+torch {TIME} s\n", {"apple.png", "so-far.png"}),
+    "with fastldm.Session(": (rf"(step \d+ of 4\n)+torch {TIME} s\n", {"apple.png", "so-far.png"}),
     'kernels.use("torch")': ("", set()),
 }
 
