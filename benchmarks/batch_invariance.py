@@ -17,10 +17,9 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from benchmarks.suite import RESULTS, slug
+from benchmarks.suite import machine_folder
 from fastldm.pipeline import Pipeline
 from fastldm.serving.session import Session
 from fastldm.system import machine
@@ -39,9 +38,7 @@ def main() -> None:
         pipe = Pipeline.from_pretrained(args.model, device=args.device, dtype=dtype)
         rows.append({"dtype": pipe.precision, **measure(pipe, args.images, args.rounds)})
         print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
-    name = torch.cuda.get_device_name(pipe.device).lower() if pipe.device.type == "cuda" else slug()
-    folder = RESULTS / name.replace(" ", "-")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = machine_folder(pipe.device)
     record = {"machine": machine(pipe.device), "model": pipe.name, "images": args.images, "rounds": args.rounds}
     (folder / "batch_invariance.json").write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n")
 

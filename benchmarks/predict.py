@@ -44,7 +44,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import sass
-from benchmarks.aot import RESULTS
+from benchmarks.aot import RESULTS, resources
 from benchmarks.networks import SD15, SDXL, VAE
 from fastldm.kernels import dispatch
 from fastldm.kernels.compile import Ahead, Compiled
@@ -121,7 +121,7 @@ class Watch(TorchDispatchMode, Ahead):
         Ahead.__init__(self, sass.ARCH)
         self.nodes: list[Node] = []
         self._ops: list[tuple[str, int]] = []  # the ops under way: name, bytes
-        self._read: dict[int, tuple[dict[str, Any], sass.Loop, bool, sass.Loop]] = {}
+        self._read: dict[int, tuple[int, sass.Loop, bool, sass.Loop]] = {}
 
     def observe(self, op: dispatch.Op[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
         self._ops.append((op.name, op.cost(*args, **kwargs).bytes))
@@ -129,7 +129,7 @@ class Watch(TorchDispatchMode, Ahead):
 
     def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> None:
         compiled = self.compile(kernel, args, constants)
-        row, loop, loops, everything = self._code(compiled)
+        resident, loop, loops, everything = self._code(compiled)
         named = dict(zip(kernel.arg_names, args, strict=False))
         name = kernel.fn.__name__
         count = ITERATIONS[name](named, constants, grid) if loops and name in ITERATIONS else 1
@@ -137,7 +137,7 @@ class Watch(TorchDispatchMode, Ahead):
         once, each = everything.cycles(warps), loop.cycles(warps)
         cycles = {unit: once[unit] + (count - 1) * each[unit] for unit in ("issue", "matrix", "special", "shared")}
         programs = cdiv(prod(grid), MULTIPROCESSORS)
-        together = max(1, min(row["programs"], programs))
+        together = max(1, min(resident, programs))
         busiest = max(cycles, key=lambda unit: cycles[unit])
         alone = cycles["matrix"] + max(cycles[unit] for unit in cycles if unit != "matrix")
         rounds = max(programs * cycles[busiest], cdiv(programs, together) * alone) / CLOCK
@@ -147,10 +147,12 @@ class Watch(TorchDispatchMode, Ahead):
         shape = "x".join(map(str, tensors[0].shape))
         self._add(name, shape, *max((rounds, busiest), (moved / BYTES, "bytes")))
 
-    def _code(self, compiled: Compiled) -> tuple[dict[str, Any], sass.Loop, bool, sass.Loop]:
+    def _code(self, compiled: Compiled) -> tuple[int, sass.Loop, bool, sass.Loop]:
+        """Programs that a multiprocessor holds, and the code; read once for each kernel."""
         if id(compiled) not in self._read:
-            code = sass.main_loop_and_all(sass.disassemble(compiled.cubin))
-            self._read[id(compiled)] = (sass.read(compiled, "float16"), *code)
+            registers, _ = resources(compiled.cubin)
+            held = sass.programs(registers, compiled.shared, int(dict(compiled.constants)["num_warps"]))
+            self._read[id(compiled)] = (held, *sass.main_loop_and_all(sass.disassemble(compiled.cubin)))
         return self._read[id(compiled)]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

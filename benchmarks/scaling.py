@@ -24,9 +24,7 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-import torch
-
-from benchmarks.suite import RESULTS, STYLE, slug
+from benchmarks.suite import STYLE, machine_folder
 from fastldm.pipeline import Pipeline
 from fastldm.serving.session import Session
 from fastldm.system import machine
@@ -47,9 +45,7 @@ def main() -> None:
     for name, points in measured.items():
         print(f"{name:9} exponent {slope(points):5.2f}, expected {EXPECTED[name]:.0f}: ", end="")
         print("  ".join(f"{size}: {seconds:.3f} s" for size, seconds in points))
-    name = torch.cuda.get_device_name(pipe.device).lower() if pipe.device.type == "cuda" else slug()
-    folder = RESULTS / name.replace(" ", "-")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = machine_folder(pipe.device)
     record = {
         "machine": machine(pipe.device),
         "model": pipe.name,

@@ -118,6 +118,14 @@ def slug() -> str:
     return re.sub(r"\W+", "-", f"{description['name']} {description['cores']} cores".lower()).strip("-")
 
 
+def machine_folder(device: torch.device) -> Path:
+    """The folder for results of a device of this machine, made if there is none."""
+    name = torch.cuda.get_device_name(device).lower() if device.type == "cuda" else slug()
+    folder = RESULTS / name.replace(" ", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def newest(case: str) -> dict[str, Any] | None:
     """The last run of a case on any machine; None where there is none."""
     runs = [run for path in RESULTS.glob(f"*/{case}.json") for run in json.loads(path.read_text())["runs"]]
