@@ -95,11 +95,11 @@ def from_original(name: str, layers_per_block: int) -> str | None:
 def modules_of(spec: Spec) -> Modules:
     """The modules of a model, from its configs: no weights are read."""
     names = [name for name in TEXT_ENCODERS if name in spec.checkpoint.components]
-    return _modules(spec.unet, tuple(zip(names, spec.text, strict=True)))
+    return _of_configs(spec.unet, tuple(zip(names, spec.text, strict=True)))
 
 
 @lru_cache(maxsize=4)
-def _modules(unet: UNetConfig, texts: tuple[tuple[str, TextConfig], ...]) -> Modules:
+def _of_configs(unet: UNetConfig, texts: tuple[tuple[str, TextConfig], ...]) -> Modules:
     with torch.device("meta"):
         networks: dict[str, nn.Module] = {"unet": UNet(unet)} | {name: CLIPText(config) for name, config in texts}
     modules = {
