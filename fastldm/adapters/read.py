@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from fastldm import checks
@@ -34,6 +35,8 @@ logger = logging.getLogger("fastldm")
 MAX_KEYS = 30_000
 """Limit for tensors in a file: SDXL's 794 layers and 300 norms, with eight tensors each, have 9,000."""
 _MAX_KEY = 400  # characters of a name
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)  # alpha, on_input
 
 
 @dataclass(frozen=True)
@@ -129,14 +132,16 @@ def _check_supported(groups: Sequence[KeyGroup], source: str) -> None:
 
 
 def _read_finite(file: Path, shapes: Shapes, allow_pickle: bool, source: str) -> dict[str, Tensor]:
-    """All tensors, copied from the mapped file, whose content may change later. CheckpointError for NaN, infinity, and
-    numbers that are no floating point (but flags)."""
-    tensors = {key: tensor.clone() for key, tensor in read_tensors(file, list(shapes), allow_pickle).items()}
+    """All tensors, copied from the mapped file, whose content may change later. CheckpointError for other dtypes than
+    those of weights, and for NaN and infinity."""
+    tensors = {key: tensor.clone() for key, tensor in read_tensors(file, None, allow_pickle).items()}
+    if tensors.keys() != shapes.keys():
+        raise CheckpointError(f"{source} changed while it was read.")
     for key, tensor in tensors.items():
-        if not tensor.is_floating_point() and tensor.numel() > 1:
+        if tensor.dtype not in _FLOATS and not (tensor.numel() == 1 and tensor.dtype in _INTEGERS):
             raise CheckpointError(f"{source}: {show(key)} has dtype {tensor.dtype}, expected floating point.")
-        if tensor.is_complex() or not bool(tensor.float().isfinite().all()):
-            raise CheckpointError(f"{source}: {show(key)} holds NaN or infinity, or complex numbers.")
+        if not bool(tensor.float().isfinite().all()):  # in float32, in which it will be used
+            raise CheckpointError(f"{source}: {show(key)} holds NaN or infinity.")
     return tensors
 
 

@@ -95,11 +95,12 @@ def from_original(name: str, layers_per_block: int) -> str | None:
 def modules_of(spec: Spec) -> Modules:
     """The modules of a model, from its configs: no weights are read."""
     names = [name for name in TEXT_ENCODERS if name in spec.checkpoint.components]
-    return _of_configs(spec.unet, tuple(zip(names, spec.text, strict=True)))
+    return of_configs(spec.unet, tuple(zip(names, spec.text, strict=True)))
 
 
 @lru_cache(maxsize=4)
-def _of_configs(unet: UNetConfig, texts: tuple[tuple[str, TextConfig], ...]) -> Modules:
+def of_configs(unet: UNetConfig, texts: tuple[tuple[str, TextConfig], ...]) -> Modules:
+    """The same from the configs of the U-Net and the named text encoders."""
     with torch.device("meta"):
         networks: dict[str, nn.Module] = {"unet": UNet(unet)} | {name: CLIPText(config) for name, config in texts}
     modules = {

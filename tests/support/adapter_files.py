@@ -47,8 +47,7 @@ class Live:
     outputs: dict[float, Tensor]
 
 
-def sample_input(module: nn.Module) -> Tensor:
-    weight: Any = module.weight
+def sample_input(module: nn.Module, weight: Tensor) -> Tensor:
     if isinstance(module, nn.Conv2d):
         return torch.randn(2, weight.shape[1], 5, 6)
     if isinstance(module, nn.GroupNorm):
@@ -104,12 +103,9 @@ def worst(adapter: Adapter, lives: Mapping[Target, Live]) -> float:
 
 
 @contextmanager
-def lycoris(network: nn.Module, prefix: str, **options: Any) -> Iterator[Any]:
-    """lycoris' live network on a module, with random weights; the module is restored afterwards."""
-    wrapper = tiny.peer("lycoris.wrapper")
-    wrapper.LycorisNetwork.LORA_PREFIX = prefix
-    live = wrapper.create_lycoris(network, warn_on_unmatched=False, **options)
-    live.apply_to()
+def running(live: Any, *networks: Any, algo: str = "locon") -> Iterator[Any]:
+    """A network of lycoris at work with random weights. networks: what its `apply_to` takes."""
+    live.apply_to(*networks)
     try:
         with torch.no_grad():
             for name, parameter in live.named_parameters():
@@ -118,50 +114,77 @@ def lycoris(network: nn.Module, prefix: str, **options: Any) -> Iterator[Any]:
                     parameter *= 1 + 0.2 * noise
                 elif name.endswith("rescale"):
                     parameter += 0.2 * noise
-                elif options.get("algo") == "full" or parameter.ndim < 2:
+                elif algo == "full" or parameter.ndim < 2:
                     parameter += 0.1 * noise
                 else:
-                    parameter.copy_(noise * (0.1 if "oft" in name else 0.4))
+                    parameter.copy_(noise * (0.1 if "oft" in algo else 0.4))
         yield live.eval()
     finally:
-        live.restore()
-
-
-def lycoris_file(
-    path: Path, network: nn.Module, component: str, *, prefix: str = "lycoris", **options: Any
-) -> dict[Target, Live]:
-    """Write the file of a live network at `path`; its modules with their outputs at two scales."""
-    paths = {module: name for name, module in network.named_modules()}
-    before = {
-        module: (module.weight.clone(), None if getattr(module, "bias", None) is None else module.bias.clone())
-        for module in paths
-        if isinstance(getattr(module, "weight", None), Tensor)
-    }
-    lives = {}
-    with lycoris(network, prefix, **options) as live, torch.no_grad():
         for lora in live.loras:
-            module = lora.org_module[0]
-            weight, bias = before[module]
-            x = sample_input(lora_like(module, weight))
-            name = paths[module]
-            if component != "unet" and not name.startswith("text_"):
-                name = f"text_model.{name}"  # which transformers has left out since version 5
-            outputs = {}
-            for scale in (1.0, 0.6):
-                lora.multiplier = scale
-                outputs[scale] = module(x)
-            lives[Target(component, name)] = Live(module, weight, bias, x, outputs)
+            lora.restore()
+
+
+def lycoris_file(path: Path, network: nn.Module, component: str, **options: Any) -> dict[Target, Live]:
+    """Write the file of a live network on a module, with `lycoris_`; its modules with their outputs at two scales.
+    Options are those of create_lycoris."""
+    live = tiny.peer("lycoris.wrapper").create_lycoris(network, warn_on_unmatched=False, **options)
+    before = weights({component: network})
+    with running(live, algo=options.get("algo", "locon")) as live:
+        lives = lycoris_outputs(live, before)
         live.save_weights(str(path), None, None)
     return lives
 
 
-def lora_like(module: nn.Module, weight: Tensor) -> Any:
-    """A stand-in with the weight that `full` takes off a module."""
-    if isinstance(getattr(module, "weight", None), Tensor):
-        return module
-    stand_in = nn.Conv2d(1, 1, 1) if isinstance(module, nn.Conv2d) else nn.Linear(1, 1)
-    stand_in.weight = nn.Parameter(weight)
-    return stand_in
+def kohya_file(
+    path: Path, pipe: Any, *, dtype: torch.dtype | None = None, rank: int = 4, alpha: float = 2, **options: Any
+) -> dict[Target, Live]:
+    """The same of a pipeline's U-Net and text encoders, with the prefixes of kohya's trainers. Options are those of
+    create_network."""
+    texts = [getattr(pipe, name) for name in ("text_encoder", "text_encoder_2") if hasattr(pipe, name)]
+    text = texts if len(texts) > 1 else texts[0]
+    create = tiny.peer("lycoris.kohya").create_network
+    live = create(1.0, rank, alpha, None, text, pipe.unet, warn_on_unmatched=False, **options)
+    before = weights({"unet": pipe.unet} | dict(zip(("text_encoder", "text_encoder_2"), texts, strict=False)))
+    with running(live, text, pipe.unet, True, True, algo=options.get("algo", "locon")) as live:
+        if dtype is not None:
+            live.to(dtype).float()  # what the file will hold
+        lives = lycoris_outputs(live, before)
+        live.save_weights(str(path), dtype, {})
+    return lives
+
+
+Before = dict[nn.Module, tuple[Target, Tensor, Tensor | None]]
+
+
+def weights(networks: Mapping[str, nn.Module]) -> Before:
+    """The modules of networks with their weights and biases, before anything adapts them."""
+    before: Before = {}
+    for component, network in networks.items():
+        for name, module in network.named_modules():
+            weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+            if isinstance(weight, Tensor):
+                target = Target(component, text_path(name) if component != "unet" else name)
+                before[module] = (target, weight.clone(), None if bias is None else bias.clone())
+    return before
+
+
+def text_path(name: str) -> str:
+    """A module's path in our text encoders; transformers has left `text_model.` out of some since version 5."""
+    return name if name.startswith("text_") else f"text_model.{name}"
+
+
+def lycoris_outputs(live: Any, before: Before) -> dict[Target, Live]:
+    lives = {}
+    with torch.no_grad():
+        for lora in live.loras:
+            module = lora.org_module[0]
+            target, weight, bias = before[module]
+            x, outputs = sample_input(module, weight), {}
+            for scale in (1.0, 0.6):
+                lora.multiplier = scale
+                outputs[scale] = module(x)
+            lives[target] = Live(module, weight, bias, x, outputs)
+    return lives
 
 
 # --- peft ---
@@ -175,11 +198,11 @@ def adapt(network: nn.Module, component: str, **options: Any) -> dict[Target, Li
     return peft_outputs(network, component)
 
 
-def peft_outputs(network: nn.Module, component: str) -> dict[Target, Live]:
+def peft_outputs(network: nn.Module, component: str, *, randomise: bool = True) -> dict[Target, Live]:
     """Randomise what peft added to a network, and run each module that it changed."""
     lives = {}
     with torch.no_grad():
-        for name, parameter in network.named_parameters():
+        for name, parameter in network.named_parameters() if randomise else ():
             if ".lora_magnitude_vector." in name:
                 parameter *= 1 + 0.2 * torch.randn_like(parameter)
             elif ".lora_" in name:
@@ -189,9 +212,8 @@ def peft_outputs(network: nn.Module, component: str) -> dict[Target, Live]:
             if module is None or not hasattr(layer, "set_scale"):
                 continue
             path = name.removeprefix("base_model.model.")
-            if component != "unet" and not path.startswith("text_"):
-                path = f"text_model.{path}"
-            x, outputs = sample_input(module), {}
+            path = text_path(path) if component != "unet" else path
+            x, outputs = sample_input(module, module.weight), {}
             for scale in (0.6, 1.0):
                 layer.set_scale("default", scale)
                 outputs[scale] = layer(x)
