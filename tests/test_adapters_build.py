@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastldm.adapters.build import Alpha, Misfit, Tensors, build_change
+from fastldm.adapters.build import build_change
 from fastldm.adapters.forms import LoRA
+from fastldm.adapters.module_tensors import Alpha, Misfit, Tensors
 from fastldm.adapters.targets import Module
 from fastldm.errors import CheckpointError
 

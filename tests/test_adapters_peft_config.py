@@ -12,7 +12,7 @@ import tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fastldm.adapters.build import Alpha
+from fastldm.adapters.module_tensors import Alpha
 from fastldm.adapters.peft_config import METADATA, configs_of_header, read_config
 from fastldm.adapters.read import read_adapter
 from fastldm.errors import CheckpointError

@@ -58,6 +58,8 @@ def test_adapter_says_what_it_is(tmp_path: Path) -> None:
     assert (adapter.name, adapter.source, adapter.key_format) == ("sketch", str(path), "kohya")
     assert (adapter.rank, adapter.components, adapter.left) == (3, ("unet",), ())
     assert len(adapter.changes) == 3
+    assert {adapter: 1}[adapter] == 1
+    assert len({*adapter.changes.values()}) == 3
     down = adapter.changes[Target("unet", "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2")].lora
     assert down is not None
     assert (down.scale, down.down.shape, down.up.shape) == (1.0, (2, 64), (16, 2))

@@ -6,7 +6,7 @@ W is (out, in) of a linear layer, (out, in, kh, kw) of a convolution, or (channe
 weight itself, the rest only its shape. Tensors keep the dtype of their file; arithmetic is in float32. `scale` is the
 user's; what a file states (alpha / rank) is in the form. LoRA, LoHa, LoKr, Difference, GLoRA and IA3 are linear in it,
 DoRA and the orthogonal forms (orthogonal.py) are not, and for them scale 0 is not always dW = 0: an adapter at scale 0
-is one that is not there.
+is one that is not there. Forms are compared and hashed by identity.
 
 Sources: LoRA arXiv:2106.09685, rank-stabilised 2312.03732, its convolutions, LoHa and LoKr 2309.14859, DoRA 2402.09353,
 GLoRA 2306.07967, (IA)3 2205.05638.
@@ -50,7 +50,7 @@ def product(factors: Factors) -> Tensor:
     return torch.einsum("ij...,im,jn->mn...", factors[2].float(), a, b)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoRA:
     """dW = scale * up @ down, as a product of its flattened factors. A Tucker core is folded into `down` when read."""
 
@@ -74,7 +74,7 @@ class LoRA:
         return (scale * own * (b.float() @ a.float())).view(weight.shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoHa:
     """dW = scale * (first ⊙ second): an elementwise product of two matrices of low rank."""
 
@@ -88,7 +88,7 @@ class LoHa:
         return scale * self.scale * full
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoKr:
     """dW = scale * (first ⊗ second): a Kronecker product, whose second factor has the kernel of a convolution."""
 
@@ -109,7 +109,7 @@ class LoKr:
         return scale * self.scale * kron.reshape(weight.shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Difference:
     """dW as it is: full fine-tuning, and the weights of norms."""
 
@@ -120,7 +120,7 @@ class Difference:
         return scale * self.difference.float().reshape(weight.shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GLoRA:
     """dW = scale * (W a1 a2 + b1 b2): a part that acts on the input of the layer, and a LoRA."""
 
@@ -144,7 +144,7 @@ class GLoRA:
         return scale * self.scale * (through + added)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class IA3:
     """dW = W scaled by a vector, along the inputs or the outputs. (A bias is not scaled with the outputs.)"""
 
@@ -159,7 +159,7 @@ class IA3:
         return scale * weight.float() * self.vector.float().view(shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DoRA:
     """A change of direction by another form, and the length m of each row (or column) of the result.
 
@@ -195,7 +195,7 @@ class DoRA:
         return direction * ratio - base
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Change:
     """What an adapter changes of one module."""
 

@@ -22,7 +22,7 @@ def rotations(blocks: Tensor, limit: float) -> Tensor:
     return (identity + q) @ torch.linalg.inv(identity - q)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OFT:
     """W + dW = rescale * ((1 - s) I + s R)^T W in blocks of rows, at scale s. `rescale` acts fully at every scale."""
 
@@ -45,7 +45,7 @@ class OFT:
         return turned - base
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BOFT:
     """W + dW = rescale * B_m ... B_1 W: stage i rotates blocks of rows that lie 2^i b / 2 apart, b in a block.
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastldm.adapters.build import Alpha
+from fastldm.adapters.module_tensors import Alpha
 from fastldm.checks import show
 from fastldm.errors import CheckpointError
 from fastldm.reading import Either, Field, Flag, MapOf, Maybe, Number, Text, read_fields

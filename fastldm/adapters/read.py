@@ -11,15 +11,17 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from fastldm import checks
-from fastldm.adapters.build import Alpha, Misfit, Tensors, build_change
+from fastldm.adapters.build import build_change
 from fastldm.adapters.family import family_of_keys, family_of_spec
 from fastldm.adapters.forms import Change
 from fastldm.adapters.key_formats import COMPONENTS, UNSUPPORTED, KeyGroup, group_keys, recognise_adapter
+from fastldm.adapters.module_tensors import Alpha, Misfit, Tensors
 from fastldm.adapters.peft_config import CONFIG_FILE, PeftConfig, configs_of_header, read_config
 from fastldm.adapters.targets import Modules, Target, modules_of
 from fastldm.checks import show
@@ -39,9 +41,9 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.fl
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)  # alpha, on_input
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Adapter:
-    """An adapter's file, read for a model."""
+    """An adapter's file, read for a model. Compared and hashed by identity: a dictionary's key."""
 
     name: str
     """The file's, without its ending."""
@@ -87,7 +89,7 @@ def read_adapter(path: PathLike, spec: Spec, *, strict: bool = True, allow_pickl
     _check_keys(shapes, source)
     key_format = recognise_adapter(shapes)
     if key_format is None:
-        label = relatives.recognise_adapter(shapes)
+        label = relatives.adapter_label(shapes)
         first = show(min(shapes, default="(none)"))
         reason = f"it is {label}" if label not in (None, "a LoRA") else f"its keys are like {first}"
         raise CheckpointError(f"{source} is no LoRA or relative of a LoRA that fastldm reads: {reason}.")
@@ -107,7 +109,7 @@ def read_adapter(path: PathLike, spec: Spec, *, strict: bool = True, allow_pickl
         source=source,
         key_format=key_format.name,
         short_hash=short_hash(file),
-        changes=changes,
+        changes=MappingProxyType(changes),
         left=(*(f"{name}: {reason}" for name, reason in misfits.items()), *unread),
     )
 

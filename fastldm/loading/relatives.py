@@ -159,7 +159,7 @@ def first_match(table: tuple[tuple[str, str], ...], keys: Collection[str]) -> st
     return None
 
 
-def recognise_adapter(shapes: Shapes) -> str | None:
+def adapter_label(shapes: Shapes) -> str | None:
     """The kind of adapter that a file holds ("a LoRA", "a ControlNet" ...), or None."""
     if label := first_match(_ADAPTERS, shapes):
         return label

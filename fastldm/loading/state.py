@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastldm.errors import CheckpointError
-from fastldm.loading.relatives import recognise_adapter
+from fastldm.loading.relatives import adapter_label
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -76,7 +76,7 @@ def fit_names(module: nn.Module, state: Mapping[str, Tensor], source: str) -> di
         )
         if names
     ]
-    adapter = recognise_adapter({key: tuple(tensor.shape) for key, tensor in state.items()})
+    adapter = adapter_label({key: tuple(tensor.shape) for key, tensor in state.items()})
     if adapter:
         cause = f"It is {adapter} or contains one, which fastldm does not load yet."
     elif integers or any(key.endswith((".absmax", ".scale_weight", ".weight_scale", ".qweight")) for key in unexpected):
