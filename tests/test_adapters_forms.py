@@ -56,15 +56,12 @@ def test_ia3_on_inputs_matches_its_live_module(tmp_path: Path) -> None:
     wrapper.LycorisNetwork.MODULE_ALGO_MAP = names
     try:
         unet = adapter_files.pipeline("tiny-sd").unet
-        lives = adapter_files.lycoris_file(tmp_path / "a.safetensors", unet, "unet", algo="ia3", preset=PRESET)
+        lives = adapter_files.lycoris_file(tmp_path / "a.safetensors", unet, "unet", algo="ia3", preset="attn-only")
     finally:
         wrapper.LycorisNetwork.MODULE_ALGO_MAP = {}
     adapter = read_adapter(tmp_path / "a.safetensors", adapter_files.spec("tiny-sd"))
     assert all(change.weight.on_input for change in adapter.changes.values())  # type: ignore[union-attr]
     assert adapter_files.worst(adapter, lives) < BOUND
-
-
-PRESET = "attn-only"
 
 
 def test_factors_give_the_delta() -> None:

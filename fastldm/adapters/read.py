@@ -209,7 +209,7 @@ def _describe(
         name, reason = next(iter(misfits.items()))
         text += f". The first that does not is {show(name)}: {reason}"
     if unread:
-        text += f". {len(unread):,} tensors belong to no module, such as {show(unread[0])}"
+        text += f". Tensors that belong to no module: {len(unread):,}, such as {show(unread[0])}"
     return f"{text}. strict=False reads the rest." if changes else f"{text}."
 
 
