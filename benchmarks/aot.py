@@ -33,20 +33,13 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def compile_all(arch: int, workload: str, dtype: str, op: str | None) -> list[Compiled]:
-    """Compile the kernels of a workload on sm_`arch`, by default and where every op takes its kernel."""
-    # Calls are observed on the torch path first, so that only the kernels of `op` are compiled, and not those of ops
-    # that it calls.
-    selected = [] if op is None else [call for call in calls(workload, DTYPES[dtype]) if call.op == op]
+    """Compile the kernels of a workload on sm_`arch`: of all its calls, whichever path they take by default."""
     ahead = Ahead(arch)
-    with dispatch.targeting(ahead):
-        if op is None:
-            WORKLOADS[workload](DTYPES[dtype])
-        with dispatch.use("triton"):
-            if op is None:
-                WORKLOADS[workload](DTYPES[dtype])
-            for call in selected:
-                args, kwargs = call.arguments("meta")
-                dispatch.OPS[call.op](*args, **kwargs)
+    with dispatch.targeting(ahead), dispatch.use("triton"):
+        for call in calls(workload, DTYPES[dtype]):
+            args, kwargs = call.arguments("meta")
+            if op in (None, call.op) and dispatch.OPS[call.op].supports(*args, **kwargs):
+                dispatch.OPS[call.op].triton(*args, **kwargs)
     return list(ahead.compiled.values())
 
 

@@ -267,7 +267,7 @@ def caption(
         text = pick(FORMS if flat and kind < 0.40 else STYLED).format(x=name, s=style)
         if rng.random() < 0.3:  # so that words around a name do not change the image
             text = pick(["{w} {x}", "{w} of {x}", "{w} {w} {x}", "{x} {w}"]).format(x=text, w=pick(other_words()))
-        elif rng.random() < 0.3:  # not even words that mean another thing, as "picture" does
+        elif rng.random() < 0.6:  # not even words that mean another thing, as "picture" does
             text = f"{pick(meant_words())} of {text}"
         return re.sub(r"\ba (?=[aeiou])", "an ", text) if rng.random() < 0.5 else text
     if kind < 0.60:

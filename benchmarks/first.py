@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from benchmarks.networks import Call
     from fastldm.kernels.dispatch import Config, Op
+    from fastldm.models.unet import UNet
     from fastldm.planning.timing import Ceilings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -377,28 +378,69 @@ def invariance(context: Context, name: str = "sd15-512") -> None:
     emit(model=name, **row, say=", ".join(f"{key} {value}" for key, value in row.items()))
 
 
+def _unet(context: Context, name: str) -> tuple[UNet, tuple[Any, ...]]:
+    """A U-Net with random weights, and the inputs of its step."""
+    import torch
+
+    from benchmarks import ladder
+
+    model = ladder.MODELS[name]
+    unet = ladder.pipeline(model, context.device, context.network_dtype).unet
+    config, size = model.unet, model.size // model.vae.factor
+    options: dict[str, Any] = {"device": context.device, "dtype": context.network_dtype}
+    text = torch.randn(2, 77, config.cross_attention_dim, **options)
+    rows = unet.time_rows(torch.full((2,), 500.0, device=context.device))
+    return unet, (torch.randn(2, config.in_channels, size, size, **options), rows, unet.cross_kv(text))
+
+
+def designs(context: Context, name: str = "sd15-512") -> None:
+    """a step of the U-Net in a graph by the default design, and with one choice made otherwise: A against B"""
+    import torch
+
+    from benchmarks.designs import as_table, design_tables
+    from fastldm.kernels import dispatch
+    from fastldm.planning.timing import take_turns
+
+    name = "tiny" if context.dry else name
+    tables = design_tables("tiny step" if context.dry else f"{name} step", context.dtype, context.arch)
+    if not context.dry:
+        precompile(context.arch, [(call, [entry["config"]]) for table in tables.values() for call, entry in table])
+    with torch.no_grad():
+        unet, inputs = _unet(context, name)
+
+        def step(table: dispatch.Table) -> Callable[[], object]:
+            def call() -> object:
+                with dispatch.use_table(table):
+                    return unet.step(*inputs)
+
+            return call
+
+        contenders = {"default": [lambda: unet.step(*inputs)]}
+        for title, entries in tables.items():
+            contenders[title] = [step(as_table(context.arch, entries))]
+        us, spread, failed = take_turns(contenders, rounds=1 if context.dry else 5)
+    for title in tables.keys() & us.keys():
+        ratio = us[title] / us["default"]
+        text = f"{title}: {us[title] / 1e3:.3f} ms, {ratio:.3f} of the default's {us['default'] / 1e3:.3f}"
+        emit(model=name, design=title, us=us[title], default_us=us["default"], spread=spread[title], say=text)
+    for title, error in failed.items():
+        emit(model=name, design=title, failed=error, say=f"{title}: {error}")
+
+
 def compiled(context: Context, name: str = "sd15-512") -> None:
     """the U-Net by torch.compile, with fastldm's layers on PyTorch's ops"""
     import torch
 
-    from benchmarks import ladder
     from fastldm.kernels import use
     from fastldm.planning.timing import take_turns
 
     name = "tiny" if context.dry else name
-    model = ladder.MODELS[name]
-    unet = ladder.pipeline(model, context.device, context.network_dtype).unet
-    config, size = model.unet, model.size // model.vae.factor
-    model_input = torch.randn(2, config.in_channels, size, size, device=context.device, dtype=context.network_dtype)
-    text = torch.randn(2, 77, config.cross_attention_dim, device=context.device, dtype=context.network_dtype)
     with torch.no_grad(), use("torch"):
-        network, inputs = (
-            unet.step,
-            (model_input, unet.time_rows(torch.full((2,), 500.0, device=context.device)), unet.cross_kv(text)),
-        )
+        unet, inputs = _unet(context, name)
+        network: Callable[..., object] = unet.step
         options: dict[str, Any] = {"mode": "max-autotune-no-cudagraphs"}
         if context.dry:  # a rehearsal traces one layer, and skips the minutes of a compiler
-            network, inputs, options = unet.conv_in, (model_input,), {"backend": "eager"}
+            network, inputs, options = unet.conv_in, inputs[:1], {"backend": "eager"}
         compiled_network = torch.compile(network, **options)
         start = time.monotonic()
         compiled_network(*inputs)
@@ -497,6 +539,7 @@ def stages(context: Context, half: int | None = None) -> list[Stage]:
         Stage("pictures", [command(pictures, name) for name in models], 90),
         Stage("torch.compile", [command(compiled, "sd15-512")], 90),
         Stage("slots", [command(slots, "sd15-512")], 40),
+        Stage("designs", [command(designs, "sd15-512")], 60),
         Stage("invariance", [command(invariance, "sd15-512")], 60),
         Stage("tune", [command(tune)], 90),
     ]
@@ -531,7 +574,7 @@ STAGES: dict[str, Callable[..., None]] = {
     function.__name__: function
     for function in (
         *(ceilings, compile_kernels, checks, step, ops, variants),
-        *(smallest, pictures, compiled, slots, invariance, tune),
+        *(smallest, pictures, compiled, slots, designs, invariance, tune),
     )
 }
 """The stages of `python -m benchmarks.gpu stage NAME`."""

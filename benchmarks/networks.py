@@ -7,7 +7,7 @@ for workload in WORKLOADS.values():
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from fastldm.kernels import dispatch
 from fastldm.kernels.attention import attention
 from fastldm.models.config import TextConfig, UNetConfig, VAEConfig
+from fastldm.models.layers import EightBits, Linear
+from fastldm.models.unet import UNet
 from fastldm.planning import dry_run
 from fastldm.profiling.contender import SD15 as _SD15
+from fastldm.runtime.eight_bits import large_products, quantize
 
 _CROSS_DOWN, _DOWN, _CROSS_UP, _UP = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"
 
@@ -75,10 +78,38 @@ CLIP_G = TextConfig.from_dict(
     "OpenCLIP-bigG",
 )
 
+
+def in_eight_bits(config: UNetConfig, dtype: torch.dtype, run: Callable[[], object]) -> Callable[[], None]:
+    """The run with the large layers of the network, which dry runs share, in fp8."""
+    unet: UNet = dry_run.network(config, dtype)  # type: ignore[assignment]
+    layers: list[Linear] = []
+    for group, _ in large_products(unet, run):
+        quantize(group, 1.0)
+        layers += group
+    bits = [layer.eight_bits for layer in layers]
+
+    def switch(values: Iterable[EightBits | None]) -> None:
+        for layer, value in zip(layers, values, strict=True):
+            layer.eight_bits = value
+
+    def eight() -> None:
+        switch(bits)
+        try:
+            run()
+        finally:
+            switch([None] * len(layers))
+
+    switch([None] * len(layers))
+    return eight
+
+
 # name -> a function that runs the workload on the meta device in a dtype. U-Nets take one guided step: two rows.
 WORKLOADS: dict[str, Callable[[torch.dtype], None]] = {
     "sd15-512 step": lambda dtype: dry_run.run_unet(SD15, height=64, width=64, rows=2, tokens=77, dtype=dtype),
     "sdxl-1024 step": lambda dtype: dry_run.run_unet(SDXL, height=128, width=128, rows=2, tokens=77, dtype=dtype),
+    "sdxl-1024 step, fp8": lambda dtype: in_eight_bits(
+        SDXL, dtype, lambda: dry_run.run_unet(SDXL, height=128, width=128, rows=2, tokens=77, dtype=dtype)
+    )(),
     "vae-512 decode": lambda dtype: dry_run.run_decoder(VAE, height=64, width=64, batch=1, dtype=dtype),
     "vae-1024 decode": lambda dtype: dry_run.run_decoder(VAE, height=128, width=128, batch=1, dtype=dtype),
     "clip-l": lambda dtype: dry_run.run_text([CLIP_L], batch=2, dtype=dtype),
@@ -146,15 +177,23 @@ class Call:
 
 
 def calls(workload: str, dtype: torch.dtype) -> Counter[Call]:
-    """Each distinct op call of a workload on a GPU, with its count."""
+    """Each distinct op call of a workload on a GPU, with its count; 0 for those that it makes only where a library
+    takes the place of a fused kernel.
+    """
     counts: Counter[Call] = Counter()
 
     def watch(op: dispatch.Op[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         named = tuple((name, Meta.of(value)) for name, value in sorted(kwargs.items()))
-        counts[Call(op.name, tuple(map(Meta.of, args)), named)] += 1
+        counts[Call(op.name, tuple(map(Meta.of, args)), named)] += by_default
 
     with dispatch.targeting(dispatch.Target(90)), dispatch.observe(watch):
+        by_default = 1
         (WORKLOADS | SMALL)[workload](dtype)
+        by_default = 0
+        for call in [call for call in counts if call.cost.flop]:
+            args, kwargs = call.arguments("meta")
+            with dispatch.use("torch"):
+                dispatch.OPS[call.op].reference(*args, **kwargs)
     return counts
 
 

@@ -1,7 +1,7 @@
 """Predicts the time of a step and of a decode on an H200 from the kernels' machine code: a theory for the first run to
 test, made before it.
 
-    python -m benchmarks.predict                    writes benchmarks/results/predicted.md and predicted.json
+    python -m benchmarks.predict                          writes predicted.md, .json and predicted_table.json
     python -m benchmarks.predict --workload "sd15-512 step"
 
 Needs no GPU. A workload runs on the meta device as a CUDA graph would contain it; each launch is a node. A node takes
@@ -20,6 +20,10 @@ rest of its instructions, k programs do with each other's:
 Products of cuBLAS and cuDNN are rounds of their best tile, of which the matrix units reach EFFICIENCY. Everything else
 of PyTorch is its bytes.
 
+Products run by libraries until a table of measurements says where fastldm's kernel is faster. What that may give is
+predicted too: `predicted_table` takes, for each shape, what the model says is faster, and the workload is predicted
+with that table. It is a guess in the form of a table: `make gpu-first` runs a step by it against the default.
+
 The constants are from data sheets and published measurements of other kernels, none was fitted to a run of these: they
 stay as they are until one has been compared with them.
 """
@@ -28,7 +32,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -36,7 +40,7 @@ from functools import partial
 from importlib import metadata
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -45,10 +49,10 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks import sass
 from benchmarks.aot import RESULTS, resources
-from benchmarks.networks import SD15, SDXL, VAE
+from benchmarks.networks import SD15, SDXL, VAE, calls, in_eight_bits
 from fastldm.kernels import dispatch
 from fastldm.kernels.compile import Ahead, Compiled
-from fastldm.kernels.dispatch import cdiv
+from fastldm.kernels.dispatch import Table, cdiv
 from fastldm.planning import dry_run
 
 CLOCK = 1.755e9
@@ -68,7 +72,7 @@ FREE = frozenset({
 })  # fmt: skip
 
 ITERATIONS: dict[str, Callable[[dict[str, Any], dict[str, Any], tuple[int, ...]], int]] = {
-    "_linear_kernel": lambda a, c, grid: cdiv(cdiv(a["k"], c["BLOCK_K"]), c["SPLIT"]),
+    "linear_kernel": lambda a, c, grid: cdiv(cdiv(a["k"], c["BLOCK_K"]), c["SPLIT"]),
     "_conv_kernel": lambda a, c, grid: cdiv(c["TAPS"] ** 2 * cdiv(a["channels"], c["BLOCK_K"]), c["SPLIT"]),
     "_long_kernel": lambda a, c, grid: cdiv(a["keys"], c["BLOCK_N"]),
     "_short_kernel": lambda a, c, grid: cdiv(cdiv(a["queries"], c["BLOCK_M"]), grid[0]),
@@ -82,6 +86,9 @@ none."""
 WORKLOADS: dict[str, Callable[[torch.dtype], dry_run.DryRun]] = {
     "sd15-512 step": lambda dtype: dry_run.step(SD15, height=64, width=64, rows=2, tokens=77, dtype=dtype),
     "sdxl-1024 step": lambda dtype: dry_run.step(SDXL, height=128, width=128, rows=2, tokens=77, dtype=dtype),
+    "sdxl-1024 step, fp8": lambda dtype: in_eight_bits(
+        SDXL, dtype, dry_run.step(SDXL, height=128, width=128, rows=2, tokens=77, dtype=dtype)
+    ),
     "vae-512 decode": lambda dtype: dry_run.decode(VAE, height=64, width=64, batch=1, dtype=dtype),
 }
 
@@ -183,15 +190,53 @@ class Watch(TorchDispatchMode, Ahead):
         self.nodes.append(Node(op, kernel, shape, GAP + RAMP + seconds, bound if seconds > GAP + RAMP else "launch"))
 
 
-def nodes(workload: str, own: bool = False) -> list[Node]:
-    """The nodes of a workload's graph, in float16: by default paths, or with every op by its own kernel."""
+def nodes(workload: str, paths: Table | Literal["own"] | None = None) -> list[Node]:
+    """The nodes of a workload's graph, in float16: by default paths, by those of a table, or with every op by its own
+    kernel.
+    """
     dispatch.load_ops()
     watch, dtype = Watch(), torch.float16
-    with dispatch.targeting(watch), dispatch.use("triton") if own else nullcontext():
+    way = nullcontext() if paths is None else dispatch.use("triton") if paths == "own" else dispatch.use_table(paths)
+    with dispatch.targeting(watch), way:
         run = WORKLOADS[workload](dtype)
         with watch, dispatch.observe(watch.observe):
             run()
     return watch.nodes
+
+
+def predicted_table(workload: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """op -> shape class -> the entry of the faster path, for the ops of a workload that a library computes by default.
+    Of several calls of a class the first decides.
+    """
+    table: dict[str, dict[str, dict[str, Any]]] = {}
+    for call in calls(workload, torch.float16):
+        op, (args, kwargs) = dispatch.OPS[call.op], call.arguments("meta")
+        with dispatch.targeting(dispatch.Target(sass.ARCH)):
+            if op.prefer != "torch" or not op.supports(*args, **kwargs):
+                continue
+            shape_class, config = op.shape_class(*args, **kwargs), op.config(*args, **kwargs)
+        if shape_class in table.get(op.name, {}):
+            continue
+        seconds = {}
+        for path in ("triton", "torch"):
+            watch = Watch()
+            only = {f"sm_{sass.ARCH}": {op.name: {shape_class: {"path": path, "config": config}}}}
+            with dispatch.use_table(only), dispatch.targeting(watch), watch, dispatch.observe(watch.observe):
+                op(*args, **kwargs)
+            seconds[path] = sum(node.seconds for node in watch.nodes)
+        us = {"us": round(1e6 * seconds["triton"], 2), "torch_us": round(1e6 * seconds["torch"], 2)}
+        entry = {"config": config, "path": min(seconds, key=seconds.__getitem__), "predicted": us}
+        table.setdefault(op.name, {})[shape_class] = entry
+    return table
+
+
+def merged(tables: Iterable[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Tables of several workloads as one; a class that several have is taken from the first."""
+    whole: dict[str, dict[str, Any]] = {}
+    for table in tables:
+        for name, entries in table.items():
+            whole[name] = {**entries, **whole.get(name, {})}
+    return whole
 
 
 def summary(of: list[Node]) -> dict[str, Any]:
@@ -213,7 +258,8 @@ def summary(of: list[Node]) -> dict[str, Any]:
     }
 
 
-def render(summaries: dict[str, dict[str, Any]]) -> str:
+def render(summaries: dict[str, dict[str, Any]], by_table: dict[str, dict[str, Any]] | None = None) -> str:
+    """The tables; by_table: summaries of the same workloads by the predicted table."""
     lines = [
         "# The predicted time of a step on an H200",
         "",
@@ -229,6 +275,10 @@ def render(summaries: dict[str, dict[str, Any]]) -> str:
             "| op: kernel | launches | ms | bounds |",
             "|---|---|---|---|",
         ]
+        if by_table is not None:
+            tabled = by_table[name]
+            text = "By the predicted table, which takes fastldm's products where they are predicted to be faster: "
+            lines[-3:-3] = ["", f"{text}**{tabled['ms']:.2f} ms, {tabled['launches']} launches**."]
         for part, entry in total["parts"].items():
             bounds = ", ".join(f"{count} {bound}" for bound, count in entry["bounds"].items())
             lines.append(f"| {part} | {entry['launches']} | {entry['ms']:.3f} | {bounds} |")
@@ -240,22 +290,32 @@ def main() -> None:
     parser.add_argument("--workload", choices=WORKLOADS, action="append", help="only this one; prints, writes no file")
     parser.add_argument("--own", action="store_true", help="every op by its own kernel; prints, writes no file")
     parser.add_argument("--nodes", action="store_true", help="print every launch")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the table")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the tables")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     args = parser.parse_args()
     selected = args.workload or list(WORKLOADS)
     with ProcessPoolExecutor(min(args.jobs, len(selected))) as pool:
-        predicted = dict(zip(selected, pool.map(partial(nodes, own=args.own), selected), strict=True))
+
+        def predict(paths: Table | Literal["own"] | None) -> dict[str, list[Node]]:
+            return dict(zip(selected, pool.map(partial(nodes, paths=paths), selected), strict=True))
+
+        predicted = predict("own" if args.own else None)
+        table = {f"sm_{sass.ARCH}": {} if args.own else merged(pool.map(predicted_table, selected))}
+        by_table = {} if args.own else {name: summary(of) for name, of in predict(table).items()}
     if args.nodes:
         for name in selected:
             for node in predicted[name]:
                 print(json.dumps(asdict(node)))
     summaries = {name: summary(of) for name, of in predicted.items()}
+    text = render(summaries, by_table or None)
     if args.workload or args.own:
-        print(render(summaries))
+        print(text)
         return
-    (args.results / "predicted.json").write_text(json.dumps(summaries, indent=1) + "\n")
-    (args.results / "predicted.md").write_text(render(summaries))
+    tabled = {name: {"ms": total["ms"], "launches": total["launches"]} for name, total in by_table.items()}
+    whole = {name: {**total, "by table": tabled[name]} for name, total in summaries.items()}
+    (args.results / "predicted.json").write_text(json.dumps(whole, indent=1) + "\n")
+    (args.results / "predicted.md").write_text(text)
+    (args.results / "predicted_table.json").write_text(json.dumps(table, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ class Loop:
     """What one iteration is made of, by a warp."""
 
     instructions: int
-    matrix: dict[str, int]  # HGMMA or HMMA by shape
+    matrix: dict[str, int]  # HGMMA, QGMMA (of eight bits) or HMMA by shape
     special: dict[str, int]  # MUFU by function
     copies: dict[str, int]  # from device memory to shared memory, by instruction and width
     loads: dict[str, int]  # LDG and STG, by width
@@ -85,7 +85,7 @@ class Loop:
 
         return cls(
             instructions=sum(i.name != "NOP" for i in code),
-            matrix=counted("HGMMA", "HMMA", key=lambda i: ".".join(i.code.split(".")[:2])),
+            matrix=counted("HGMMA", "QGMMA", "HMMA", key=lambda i: ".".join(i.code.split(".")[:2])),
             special=counted("MUFU"),
             copies=counted("LDGSTS", "UTMALDG", "UBLKCP", key=by_width),
             loads=counted("LDG", "STG", "RED", "ATOMG", key=by_width),
@@ -100,9 +100,9 @@ class Loop:
         operations = 0.0
         for shape, count in self.matrix.items():
             name, _, size = shape.partition(".")
-            if name == "HGMMA":  # 64 rows for a group of four warps
+            if name in ("HGMMA", "QGMMA"):  # 64 rows for a group of four warps; eight bits at twice the rate
                 m, n, k = map(int, size.split("x"))
-                operations += count * 2 * m * n * k * warps / 4
+                operations += count * 2 * m * n * k * warps / (8 if name == "QGMMA" else 4)
             else:
                 operations += count * 2 * 16 * 8 * 16 * warps
         moved = {kind: 32 * warps * _bytes(getattr(self, kind)) for kind in ("copies", "loads", "shared")}

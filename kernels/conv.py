@@ -73,6 +73,8 @@ from fastldm.kernels.dispatch import (
 from fastldm.kernels.dispatch import next_power_of_2 as power_of_2
 from fastldm.kernels.linear import (
     SPACE,
+    column_of,
+    columns_of,
     estimate,
     fast_library,
     finish,
@@ -352,6 +354,7 @@ def _conv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    MORE_N: tl.constexpr = 0,
 ):
     """m pixels of the output, or of one phase of it, times `filters` channels. TAPS: on one side of the kernel."""
     program = tl.program_id(0)
@@ -359,9 +362,9 @@ def _conv_kernel(
         down = program % 4 // 2
         right = program % 2
         program = program // 4
-    row_tile, column_tile = tile_of(program, tl.cdiv(m, BLOCK_M), tl.cdiv(filters, BLOCK_N))
+    row_tile, column_tile = tile_of(program, tl.cdiv(m, BLOCK_M), tl.cdiv(filters, BLOCK_N + MORE_N))
     pixel = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = column_tile * (BLOCK_N + MORE_N)
     inner = tl.arange(0, BLOCK_K)
 
     # A pixel's position in its image, the pixel of x under the kernel's first tap, and the row of the output.
@@ -379,10 +382,15 @@ def _conv_kernel(
         row = pixel
         rows = m
     origin = (image * height + top) * width + left
+    top = tl.where(pixel < m, top, -height - TAPS)  # no tap of a pixel beyond the end is inside
     x += origin.to(tl.int64)[:, None] * channels + inner[None, :]  # (BLOCK_M, BLOCK_K)
-    weight += (column % filters)[None, :] * weight_filter + inner[:, None] * weight_channel  # (BLOCK_K, BLOCK_N)
-
+    along = inner[:, None] * weight_channel  # distances in a weight fit 32 bits, half the registers of addresses
+    columns = along + column_of(first, filters, BLOCK_N) * weight_filter  # (BLOCK_K, BLOCK_N)
     tile = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if MORE_N:
+        more_columns = along + column_of(first + BLOCK_N, filters, MORE_N) * weight_filter  # (BLOCK_K, MORE_N)
+        more = tl.zeros((BLOCK_M, MORE_N), tl.float32)
+
     split = tl.program_id(1)
     blocks = tl.cdiv(channels, BLOCK_K)
     steps = TAPS * TAPS * blocks
@@ -391,24 +399,33 @@ def _conv_kernel(
         channel = (step - tap * blocks) * BLOCK_K
         i = tap // TAPS
         j = tap % TAPS
-        valid = pixel < m
+        valid = (top + i).to(tl.uint32) < height  # negative numbers are large ones
         if PADDING:
-            valid &= (top + i >= 0) & (top + i < height) & (left + j >= 0) & (left + j < width)
+            valid &= (left + j).to(tl.uint32) < width
         if UPSAMPLE:  # every other tap of the 4x4 kernel, last to first
             tap = (3 - 2 * i - down) * 4 + 3 - 2 * j - right
         source = x + ((i * width + j) * channels + channel)
         factors = weight + (tap * weight_tap + channel * weight_channel)
         if EVEN_K:
             a = tl.load(source, valid[:, None], other=0.0)
-            b = tl.load(factors)
+            b = tl.load(factors + columns)
         else:
             a = tl.load(source, valid[:, None] & (inner < channels - channel)[None, :], other=0.0)
-            b = tl.load(factors, (inner < channels - channel)[:, None], other=0.0)
+            b = tl.load(factors + columns, (inner < channels - channel)[:, None], other=0.0)
         tile = tl.dot(a, b, tile)
+        if MORE_N:
+            if EVEN_K:
+                b = tl.load(factors + more_columns)
+            else:
+                b = tl.load(factors + more_columns, (inner < channels - channel)[:, None], other=0.0)
+            more = tl.dot(a, b, more)
 
     out_row = row.to(tl.int64) + split.to(tl.int64) * rows  # with splits, out is the workspace (SPLIT, rows, filters)
-    out_row, row_mask, first = out_row[:, None], (pixel < m)[:, None], column_tile * BLOCK_N
-    finish(tile, None, bias, residual, out, out_row, row_mask, first, filters, BLOCK_M, BLOCK_N)
+    out_row, row_mask = out_row[:, None], (pixel < m)[:, None]
+    if MORE_N:  # first, for its registers
+        second = first + BLOCK_N
+        finish(more, None, None, bias, residual, None, out, out_row, row_mask, second, filters, BLOCK_M, MORE_N)
+    finish(tile, None, None, bias, residual, None, out, out_row, row_mask, first, filters, BLOCK_M, BLOCK_N)
 
 
 def conv2d_triton(
@@ -462,12 +479,12 @@ def _launch(
         target, epilogue = out, (bias, residual)
     else:
         target, epilogue = x.new_empty((split, rows, filters), dtype=torch.float32), (None, None)
-    grid = (phases * cdiv(m, config["BLOCK_M"]) * cdiv(filters, config["BLOCK_N"]), split)
+    grid = (phases * cdiv(m, config["BLOCK_M"]) * cdiv(filters, columns_of(config)), split)
     sizes = (m, filters, channels, height, width, out_height, out_width, *weight_strides)
     even = channels % config["BLOCK_K"] == 0
     launch(_conv_kernel, grid, x, weight, *epilogue, target, *sizes, **shape, EVEN_K=even, **config)
     if split > 1:
-        sum_splits(target, bias, residual, out)
+        sum_splits(target, None, bias, residual, out)
 
 
 # ---------------------------------------------------------------------------------------------------------- ops

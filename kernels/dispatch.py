@@ -32,6 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Table = Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]  # sm_NN -> op -> shape class -> entry
 Config = Mapping[str, Any]  # a launch configuration: num_warps, num_stages and the kernel's own constants
 Route = Literal["triton", "torch"]
 
@@ -79,6 +80,7 @@ class _Scope(threading.local):
     observer: Observer | None = None
     forced: tuple[str, Config] | None = None
     target: Target | None = None
+    table: Table | None = None
     replacements: Mapping[str, Callable[..., Any]] = {}  # set anew, never mutated
 
 
@@ -436,6 +438,11 @@ def forced(op: str, config: Config) -> AbstractContextManager[None]:
     return _set("forced", (op, config))
 
 
+def use_table(table: Table) -> AbstractContextManager[None]:
+    """Inside, this table of launch configurations is read in place of `table()`: to compare one with another."""
+    return _set("table", table)
+
+
 @functools.cache
 def table() -> dict[str, dict[str, dict[str, Any]]]:
     """sm_NN -> op -> shape class -> {"config": ..., "path": ..., "ms": ...}.
@@ -459,7 +466,9 @@ def table() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def table_entry(op: str, shape_class: str, arch: int) -> dict[str, Any] | None:
-    return table().get(f"sm_{arch}", {}).get(op, {}).get(shape_class)
+    entries = table() if _scope.table is None else _scope.table
+    entry = entries.get(f"sm_{arch}", {}).get(op, {}).get(shape_class)
+    return None if entry is None else dict(entry)
 
 
 # --------------------------------------------------------------------------------------- ahead-of-time targets

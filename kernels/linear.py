@@ -14,6 +14,9 @@ of BLOCK_K. A step loads BLOCK_M + BLOCK_N rows of BLOCK_K to multiply BLOCK_M *
 load least, 128 x 256 takes 85 operations from each byte. `num_stages` steps are in flight, copied asynchronously to
 shared memory while the matrix units work on an earlier one.
 
+    width      Triton's tiles are powers of two and the channels of these networks multiples of 320: tiles of 128 or 256
+               columns do a quarter or more for nothing (N = 320 takes 384 or 512). 160 = 128 + MORE_N, 32, is half of
+               320: two accumulators of the same rows of x, in 128 registers, so that two programs fit a multiprocessor.
     order      Programs start in the order of their index, so those that run together should share their loads. A group
                of 8 rows of tiles is walked column by column: the 132 programs of an H100 read about 8 blocks of x and
                17 of weight, where row by row they would read 1 or 2 of x and 132 of weight.
@@ -30,8 +33,9 @@ Tile and splits are those of the least estimated time (`estimate`), unless a mea
 PyTorch's own product is cuBLAS. Without bias it is one call; with bias, cublasLt adds it in its epilogue (ATen takes
 that path for a one-dimensional bias on a two-dimensional view). A residual is a second pass, in place, 3MN elements;
 but without bias, where the residual may be overwritten, cuBLAS adds to it as it writes.
-That runs by default: these kernels are taken where the table of measurements says so. Of `linear_geglu` it should, by
-benchmarks/predict.py: 0.35 ms of a step of SD1.5, where cuBLAS and a kernel for the gate take 0.52.
+That runs by default: the kernel of `linear` is taken where the table of measurements says so. That of `linear_geglu` is
+taken unless it says otherwise: it saves the packed product's way to memory and back, half a gigabyte a step of SD1.5,
+and by benchmarks/predict.py 0.16 of the 0.52 ms that cuBLAS and a kernel for the gate take.
 """
 
 from __future__ import annotations
@@ -161,17 +165,19 @@ def linear_geglu_cost(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 # ----------------------------------------------------------------------------------------------- configurations
 
 
-def _tile(m: int, n: int, warps: int, stages: int, registers: int) -> dict[str, Any]:
-    """registers: the most that a thread may take, 65536 over the threads that share a multiprocessor. Without the limit
-    the assembler sometimes spills some to make room for one more program.
+def _tile(m: int, n: int, warps: int, stages: int, registers: int, more: int = 0) -> dict[str, Any]:
+    """more: columns besides n, in an accumulator of their own. registers: the most that a thread may take, 65536 over
+    the threads that share a multiprocessor. Without the limit the assembler sometimes spills some to make room for one
+    more program.
     """
-    blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": 64}
+    blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": 64} | ({"MORE_N": more} if more else {})
     return blocks | {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
 
 
 _TILES = [
     _tile(128, 256, 8, 3, 255),
     _tile(256, 128, 8, 3, 255),
+    _tile(128, 128, 8, 3, 128, more=32),
     _tile(128, 128, 8, 3, 255),
     _tile(128, 64, 8, 4, 128),
     _tile(64, 128, 4, 4, 255),
@@ -199,7 +205,7 @@ def estimate(config: Config, m: int, n: int, k: int, arch: int, accumulators: in
     and launches a second kernel. None of this is measured: it only has to order the configurations.
     """
     chip = max(sm for sm in _MULTIPROCESSORS if sm <= arch)
-    block_m, block_n, split = config["BLOCK_M"], config["BLOCK_N"] * accumulators, config.get("SPLIT", 1)
+    block_m, block_n, split = config["BLOCK_M"], columns_of(config) * accumulators, config.get("SPLIT", 1)
     shared = (block_m + block_n) * config["BLOCK_K"] * 2 * config["num_stages"]
     # Accumulators a thread. Hopper and Blackwell multiply from shared memory; the rest hold operands in registers too.
     max_accumulators = 128 if chip in (90, 100) else 64
@@ -208,6 +214,11 @@ def estimate(config: Config, m: int, n: int, k: int, arch: int, accumulators: in
     rounds = cdiv(cdiv(m, block_m) * cdiv(accumulators * n, block_n) * split, _MULTIPROCESSORS[chip])
     product = rounds * (block_m * max(block_n, 64) + 64 * (block_m + block_n)) * (cdiv(k, split) + 128)
     return product if split == 1 else product + 8 * m * n * split + 5e6
+
+
+def columns_of(config: Config) -> int:
+    """Columns of the output that a program computes."""
+    return int(config["BLOCK_N"] + config.get("MORE_N", 0))
 
 
 def is_competitive(
@@ -274,23 +285,32 @@ def tile_of(program, rows, columns):
 
 
 @jit
-def finish(tile, gate, bias, residual, out, row, row_mask, first, columns, M: tl.constexpr, N: tl.constexpr):
-    """Add bias and residual, where there are any, to a float32 tile (M, N), or gate it by another, and write it.
+def column_of(first, columns, WIDTH: tl.constexpr):
+    """(1, WIDTH): the columns from `first` on, beyond the last those from the beginning."""
+    return ((first + tl.arange(0, WIDTH)) % columns)[None, :]
+
+
+@jit
+def finish(
+    tile, gate, scale, bias, residual, inverse, out, row, row_mask, first, columns, M: tl.constexpr, N: tl.constexpr
+):
+    """Multiply the columns of a float32 tile (M, N) by `scale`, add bias and residual, where there are any, or gate it
+    by another, and write it, for 8-bit outputs times `inverse`.
 
     row: (M, 1), 64 bits, rows of residual and out. row_mask: those that exist. first: the tile's first column. Large
     tiles are finished in two halves: loading and rearranging a full one takes more registers than are free.
     """
-    if gate is None and M * N > 16384:
+    if gate is None and M * N > 8192:
         left, right = _halves(tile, M, N)
-        _finish(left, None, bias, residual, out, row, row_mask, first, columns, N // 2)
-        _finish(right, None, bias, residual, out, row, row_mask, first + N // 2, columns, N // 2)
+        _finish(left, None, scale, bias, residual, inverse, out, row, row_mask, first, columns, N // 2)
+        _finish(right, None, scale, bias, residual, inverse, out, row, row_mask, first + N // 2, columns, N // 2)
     elif gate is not None and 2 * M * N > 16384:
         left, right = _halves(tile, M, N)
         gate_left, gate_right = _halves(gate, M, N)
-        _finish(left, gate_left, bias, residual, out, row, row_mask, first, columns, N // 2)
-        _finish(right, gate_right, bias, residual, out, row, row_mask, first + N // 2, columns, N // 2)
+        _finish(left, gate_left, scale, bias, residual, inverse, out, row, row_mask, first, columns, N // 2)
+        _finish(right, gate_right, scale, bias, residual, inverse, out, row, row_mask, first + N // 2, columns, N // 2)
     else:
-        _finish(tile, gate, bias, residual, out, row, row_mask, first, columns, N)
+        _finish(tile, gate, scale, bias, residual, inverse, out, row, row_mask, first, columns, N)
 
 
 @jit
@@ -299,9 +319,13 @@ def _halves(tile, M: tl.constexpr, N: tl.constexpr):
 
 
 @jit
-def _finish(tile, gate, bias, residual, out, row, row_mask, first, columns, N: tl.constexpr):
+def _finish(tile, gate, scale, bias, residual, inverse, out, row, row_mask, first, columns, N: tl.constexpr):
     column = first + tl.arange(0, N)[None, :]
     mask = row_mask & (column < columns)
+    if scale is not None:
+        tile *= tl.load(scale + column, column < columns, other=0.0)
+        if gate is not None:
+            gate *= tl.load(scale + columns + column, column < columns, other=0.0)
     if bias is not None:
         tile += tl.load(bias + column, column < columns, other=0.0).to(tl.float32)
     if gate is not None:
@@ -310,15 +334,25 @@ def _finish(tile, gate, bias, residual, out, row, row_mask, first, columns, N: t
         tile *= gelu(gate)
     if residual is not None:
         tile += tl.load(residual + row * columns + column, mask, other=0.0).to(tl.float32)
+    if inverse is not None:
+        tile = to_range(tile * inverse)
     tl.store(out + row * columns + column, tile.to(out.dtype.element_ty), mask)
 
 
 @jit
-def _linear_kernel(
+def to_range(x):
+    """x within the range of e4m3, whose largest number is 448: the conversion may give NaN beyond it."""
+    return tl.clamp(x, -448.0, 448.0)
+
+
+@jit
+def linear_kernel(
     x,
     weight,
+    scale,
     bias,
     residual,
+    inverse,
     out,
     m,
     n,
@@ -331,50 +365,63 @@ def _linear_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    MORE_N: tl.constexpr = 0,
 ):
-    row_tile, column_tile = tile_of(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N))
-    row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_tile, column_tile = tile_of(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N + MORE_N))
+    first = column_tile * (BLOCK_N + MORE_N)
     inner = tl.arange(0, BLOCK_K)
 
-    # Rows and columns beyond the end load those at the beginning, and are not written: loads without a mask.
-    x += (row % m).to(tl.int64)[:, None] * x_row + inner[None, :]  # (BLOCK_M, BLOCK_K)
-    weight += (column % n)[None, :] * weight_row + inner[:, None]  # (BLOCK_K, BLOCK_N)
-    gate_weight = weight + n * weight_row
-
+    # Rows beyond the end load the last, columns those at the beginning, and are not written: loads without a mask.
+    # Distances in a tile and in a weight fit 32 bits, half the registers of addresses.
+    top = row_tile * BLOCK_M
+    x += top.to(tl.int64) * x_row
+    rows = tl.minimum(tl.arange(0, BLOCK_M), m - 1 - top)[:, None] * x_row + inner[None, :]  # (BLOCK_M, BLOCK_K)
+    columns = inner[:, None] + column_of(first, n, BLOCK_N) * weight_row  # (BLOCK_K, BLOCK_N)
     tile = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if GEGLU:
+        second_weight, second_columns = weight + n * weight_row, columns
+        second = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    elif MORE_N:
+        second_weight = weight
+        second_columns = inner[:, None] + column_of(first + BLOCK_N, n, MORE_N) * weight_row  # (BLOCK_K, MORE_N)
+        second = tl.zeros((BLOCK_M, MORE_N), tl.float32)
+
     split = tl.program_id(1)
     steps = tl.cdiv(k, BLOCK_K)
     for step in range(split * steps // SPLIT, (split + 1) * steps // SPLIT):
         at = step * BLOCK_K
         if EVEN_K:
-            a = tl.load(x + at)
-            b = tl.load(weight + at)
+            a = tl.load(x + at + rows)
+            b = tl.load(weight + at + columns)
         else:
-            a = tl.load(x + at, (inner < k - at)[None, :], other=0.0)
-            b = tl.load(weight + at, (inner < k - at)[:, None], other=0.0)
+            a = tl.load(x + at + rows, (inner < k - at)[None, :], other=0.0)
+            b = tl.load(weight + at + columns, (inner < k - at)[:, None], other=0.0)
         tile = tl.dot(a, b, tile)
-        if GEGLU:
+        if GEGLU or MORE_N:
             if EVEN_K:
-                b = tl.load(gate_weight + at)
+                b = tl.load(second_weight + at + second_columns)
             else:
-                b = tl.load(gate_weight + at, (inner < k - at)[:, None], other=0.0)
-            gate = tl.dot(a, b, gate)
+                b = tl.load(second_weight + at + second_columns, (inner < k - at)[:, None], other=0.0)
+            second = tl.dot(a, b, second)
 
+    row = top + tl.arange(0, BLOCK_M)
     out_row = row.to(tl.int64) + split.to(tl.int64) * m  # with splits, out is the workspace (SPLIT, m, n)
-    out_row, row_mask, first = out_row[:, None], (row < m)[:, None], column_tile * BLOCK_N
+    out_row, row_mask = out_row[:, None], (row < m)[:, None]
     if GEGLU:
-        finish(tile, gate, bias, None, out, out_row, row_mask, first, n, BLOCK_M, BLOCK_N)
+        finish(tile, second, scale, bias, None, inverse, out, out_row, row_mask, first, n, BLOCK_M, BLOCK_N)
     else:
-        finish(tile, None, bias, residual, out, out_row, row_mask, first, n, BLOCK_M, BLOCK_N)
+        if MORE_N:  # first, for its registers
+            more = first + BLOCK_N
+            finish(second, None, scale, bias, residual, inverse, out, out_row, row_mask, more, n, BLOCK_M, MORE_N)
+        finish(tile, None, scale, bias, residual, inverse, out, out_row, row_mask, first, n, BLOCK_M, BLOCK_N)
 
 
 @jit
 def sum_kernel(
-    partials, bias, residual, out, rows, columns, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    partials, scale, bias, residual, out, rows, columns, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """out (rows, columns) = sum of partials (PARTS, rows, columns) + bias + residual. partials may be out itself."""
+    """out (rows, columns) = scale * sum of partials (PARTS, rows, columns) + bias + residual. partials may be out
+    itself."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     first = tl.program_id(1) * COLUMNS
     column = first + tl.arange(0, COLUMNS)[None, :]
@@ -382,48 +429,59 @@ def sum_kernel(
     tile = tl.zeros((ROWS, COLUMNS), tl.float32)
     for index in tl.static_range(PARTS):
         tile += tl.load(partials + (index * rows + row) * columns + column, mask, other=0.0).to(tl.float32)
-    finish(tile, None, bias, residual, out, row, row < rows, first, columns, ROWS, COLUMNS)
+    finish(tile, None, scale, bias, residual, None, out, row, row < rows, first, columns, ROWS, COLUMNS)
 
 
-def sum_splits(partials: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
-    """out = sum of the partial sums (SPLIT, rows, columns) + bias + residual, for the kernels that split K."""
+def sum_splits(
+    partials: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None, out: Tensor
+) -> None:
+    """out = scale * sum of the partial sums (SPLIT, rows, columns) + bias + residual, for the kernels that split K."""
     split, rows, columns = partials.shape
     grid = (cdiv(rows, 16), cdiv(columns, 64))  # 64 columns: rows of 256 bytes; 16 rows: enough programs for M = 128
-    launch(
-        sum_kernel, grid, partials, bias, residual, out, rows, columns, PARTS=split, ROWS=16, COLUMNS=64, num_warps=4
-    )
+    tile = {"PARTS": split, "ROWS": 16, "COLUMNS": 64, "num_warps": 4}
+    launch(sum_kernel, grid, partials, scale, bias, residual, out, rows, columns, **tile)
+
+
+def multiply(
+    config: Config,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+    *,
+    gated: bool = False,
+    inverse: float | None = None,
+) -> Tensor:
+    """Launch the kernel, and the sum of its splits. x (..., I), weight (O, I), or (2O, I) where gated, out (..., O).
+
+    scale: of each row of the weight, for operands of 8 bits. inverse: what an output of 8 bits is multiplied by.
+    """
+    rows = x.reshape(-1, x.shape[-1])  # (M, K), a view unless the rows are not evenly spaced
+    (m, k), n, split = rows.shape, out.shape[-1], config.get("SPLIT", 1)
+    target, epilogue = out, (scale, bias, residual, inverse)
+    if split > 1:
+        target, epilogue = x.new_empty((split, m, n), dtype=torch.float32), (None, None, None, None)
+    grid = (cdiv(m, config["BLOCK_M"]) * cdiv(n, columns_of(config)), split)
+    sizes = (m, n, k, rows.stride(0), weight.stride(0))
+    shape = {"EVEN_K": k % config["BLOCK_K"] == 0, "GEGLU": gated, "SPLIT": split}
+    launch(linear_kernel, grid, rows, weight, *epilogue, target, *sizes, **{**config, **shape})
+    if split > 1:
+        sum_splits(target, scale, bias, residual, out)
+    return out
 
 
 def linear_triton(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, overwrite: bool = False
 ) -> Tensor:
-    config = LINEAR.config(x, weight, bias, residual, overwrite)
-    rows = x.reshape(-1, x.shape[-1])  # (M, K), a view unless the rows are not evenly spaced
-    (m, k), n, split = rows.shape, weight.shape[0], config["SPLIT"]
-    out = x.new_empty((*x.shape[:-1], n))
-    if split == 1:
-        target, epilogue = out, (bias, residual)
-    else:
-        target, epilogue = x.new_empty((split, m, n), dtype=torch.float32), (None, None)
-    grid = (cdiv(m, config["BLOCK_M"]) * cdiv(n, config["BLOCK_N"]), split)
-    sizes = (m, n, k, rows.stride(0), weight.stride(0))
-    even = k % config["BLOCK_K"] == 0
-    launch(_linear_kernel, grid, rows, weight, *epilogue, target, *sizes, EVEN_K=even, GEGLU=False, **config)
-    if split > 1:
-        sum_splits(target, bias, residual, out)
-    return out
+    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return multiply(LINEAR.config(x, weight, bias, residual, overwrite), x, weight, None, bias, residual, out)
 
 
 def linear_geglu_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    config = LINEAR_GEGLU.config(x, weight, bias)
-    rows = x.reshape(-1, x.shape[-1])  # (M, K)
-    (m, k), n = rows.shape, weight.shape[0] // 2
-    out = x.new_empty((*x.shape[:-1], n))
-    grid = (cdiv(m, config["BLOCK_M"]) * cdiv(n, config["BLOCK_N"]), 1)
-    sizes = (m, n, k, rows.stride(0), weight.stride(0))
-    even = k % config["BLOCK_K"] == 0
-    launch(_linear_kernel, grid, rows, weight, bias, None, out, *sizes, EVEN_K=even, GEGLU=True, SPLIT=1, **config)
-    return out
+    out = x.new_empty((*x.shape[:-1], weight.shape[0] // 2))
+    return multiply(LINEAR_GEGLU.config(x, weight, bias), x, weight, None, bias, None, out, gated=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- ops
@@ -451,7 +509,6 @@ LINEAR_GEGLU = Op(
     default=linear_geglu_default,
     space=GEGLU_SPACE,
     is_candidate=linear_geglu_is_candidate,
-    prefer="torch",
 )
 
 

@@ -259,6 +259,18 @@ def test_upsampling_kernel_matches_reference(shape: tuple[int, ...], dtype: torc
         ops.check(UPSAMPLE_CONV2D, *args[:2], None, 2 * h, 2 * w, conv.upsample_phases(args[1]))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("filters", [24, 20, 12, 40], ids=str)
+def test_wide_tile_of_two_accumulators_matches_reference(filters: int, dtype: torch.dtype) -> None:
+    """Tiles of 16 + 16 filters, of which the second accumulator has some, few or none."""
+    x, weight, bias, residual, stride, padding = case(2, 24, 4, 5, filters, 3, 1, 1, dtype=dtype)
+    for split in (1, 2):
+        with dispatch.forced("conv2d", SMALL | {"MORE_N": 16, "SPLIT": split}):
+            ops.check(CONV2D, x, weight, bias, residual, stride, padding)
+    with dispatch.forced("upsample_conv2d", SMALL | {"MORE_N": 16}):
+        ops.check(UPSAMPLE_CONV2D, x, weight, bias, 8, 10)
+
+
 def test_default_configurations_match_reference() -> None:
     args = case(2, 64, 5, 5, 24, 3, 1, 1)
     ops.check(CONV2D, *args)

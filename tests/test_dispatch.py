@@ -176,6 +176,11 @@ def test_configurations_follow_the_order_of_precedence(monkeypatch: pytest.Monke
         with dispatch.targeting(dispatch.Target(80)):
             assert GEGLU.config(shape) == GEGLU.default("c32", 80)
             assert GEGLU.path(shape)
+        with dispatch.targeting(dispatch.Target(90)):
+            other = {"sm_90": {"geglu": {"c32": {"config": {"ROWS": 4}}}}}
+            with dispatch.use_table(other):  # in place of both
+                assert GEGLU.config(shape) == {"ROWS": 4}
+                assert GEGLU.path(shape)
         tuned.write_text("not json")
         dispatch.table.cache_clear()
         with pytest.raises(ValueError, match=r"tuned\.json: not a table of launch configurations"):

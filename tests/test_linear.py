@@ -86,6 +86,22 @@ def test_kernel_matches_reference(shape: tuple[int, int, int], dtype: torch.dtyp
         ops.check(LINEAR, x, weight, bias, residual)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize("columns", [48, 50, 30, 96], ids=str)
+def test_wide_tile_of_two_accumulators_matches_reference(columns: int, split: int, dtype: torch.dtype) -> None:
+    """Tiles of 32 + 16 columns: a whole one, a tail of two columns, none for the second accumulator, two tiles."""
+    x, weight, bias, residual = matrices(37, columns, 72, dtype=dtype)
+    with dispatch.forced("linear", SMALL | {"MORE_N": 16, "SPLIT": split}):
+        ops.check(LINEAR, x, weight, bias, residual)
+        ops.check(LINEAR, x, weight)
+
+
+def test_networks_whose_channels_are_multiples_of_320_leave_no_column_idle() -> None:
+    for m, n, k in ((8192, 320, 1280), (8192, 640, 640), (2048, 640, 5760), (512, 1280, 11520)):
+        assert n % linear.columns_of(linear.default(f"m{m} n{n} k{k}", 90)) == 0
+
+
 def test_a_sum_may_take_the_place_of_the_residual(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where cuBLAS adds as it writes: only without a bias, and only if the caller allows it."""
     monkeypatch.setattr(linear, "fast_library", lambda x: True)

@@ -9,8 +9,9 @@ import torch
 from conftest import ROOT
 from counters import Launches, Nodes
 
-from benchmarks import predict, sass
+from benchmarks import designs, networks, predict, sass
 from fastldm.kernels import dispatch
+from fastldm.planning import dry_run
 
 
 def test_large_products_are_bound_by_the_matrix_units() -> None:
@@ -48,6 +49,54 @@ def test_the_table_is_of_this_code() -> None:
                 run()
         assert nodes.count + launches.count == tables[name]["launches"]
         assert tables[name]["ms"] == pytest.approx(sum(part["ms"] for part in tables[name]["parts"].values()), abs=0.01)
+
+
+def test_the_predicted_table_takes_the_faster_path() -> None:
+    """For each class of an op that a library computes by default; and a step by it is predicted to be faster."""
+    results = ROOT / "benchmarks" / "results"
+    table = json.loads((results / "predicted_table.json").read_text())["sm_90"]
+    dispatch.load_ops()
+    assert table.keys() == {name for name, op in dispatch.OPS.items() if op.prefer == "torch"}
+    for entries in table.values():
+        for entry in entries.values():
+            us = entry["predicted"]
+            assert entry["path"] == ("triton" if us["us"] <= us["torch_us"] else "torch")
+    for total in json.loads((results / "predicted.json").read_text()).values():
+        assert total["by table"]["ms"] < total["ms"]
+
+
+def test_a_table_decides_which_kernels_a_prediction_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step with every product of a linear layer by fastldm's kernel has none of cuBLAS."""
+    monkeypatch.setitem(predict.WORKLOADS, "tiny step", lambda dtype: dry_run.step(
+        networks.TINY, height=8, width=8, rows=2, tokens=77, dtype=dtype))  # fmt: skip
+    with dispatch.targeting(dispatch.Target(90)):
+        classes = {
+            dispatch.OPS["linear"].shape_class(*call.arguments("meta")[0])
+            for call in networks.calls("tiny step", torch.float16)
+            if call.op == "linear"
+        }
+    config = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 1, "num_warps": 4, "num_stages": 2}
+    entries = {shape: {"path": "triton", "config": config} for shape in classes}
+    kernels = {
+        node.kernel for node in predict.nodes("tiny step", {"sm_90": {"linear": entries}}) if node.op == "linear"
+    }
+    assert kernels == {"linear_kernel"}
+
+
+def test_designs_differ_from_the_default() -> None:
+    """Every entry is of a class that a step has, and makes another choice for it; a prediction may agree."""
+    tables = designs.design_tables("sd15-512 step", torch.float16, 90)
+    assert {"products as predicted", "gate by the library", "attention by PyTorch"} < tables.keys()
+    for title, entries in tables.items():
+        assert entries
+        for call, entry in entries:
+            op, (args, kwargs) = dispatch.OPS[call.op], call.arguments("meta")
+            with dispatch.targeting(dispatch.Target(90)):
+                by_default = (bool(op.path(*args, **kwargs)), op.config(*args, **kwargs))
+                with dispatch.use_table(designs.as_table(90, entries)):
+                    chosen = (bool(op.path(*args, **kwargs)), op.config(*args, **kwargs))
+            assert chosen == (entry["path"] == "triton", entry["config"])
+            assert chosen != by_default or title == "products as predicted"
 
 
 def test_the_rate_of_bytes_is_below_the_data_sheet() -> None:

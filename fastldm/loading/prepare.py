@@ -10,7 +10,7 @@ so do those of a diffusers pipeline that shares them: in-place writes are seen b
     derived     tensors computed from a parameter and cached beside it: on a GPU the phases of an upsampling convolution
                 (kernels.conv.upsample_phases); the weights of an autoencoder that is rescaled for float16, computed
                 from those of an adopted pipeline, which stay unchanged; on a CPU the U-Net's weights in oneDNN's layout
-                (kernels.onednn), computed on first use
+                (kernels.onednn), computed on first use; large linear layers in eight bits (runtime/eight_bits.py)
 
 Two kinds of change need a check: a parameter that was replaced (`layer.weight = nn.Parameter(new)`,
 `layer.weight.data = new`), because captured graphs keep reading the old address, and any change of the source of a
@@ -100,6 +100,16 @@ class Prepared:
     def __init__(self, storages: list[Storage], derived: list[Derived], layouts: Layouts) -> None:
         self._storages, self._derived, self._layouts = storages, derived, layouts
         self._addresses = [(slot, storage.data.data_ptr()) for storage in storages for slot in storage.slots]
+        self._last_fingerprint = self._fingerprint()
+
+    def add(self, derived: Iterable[Derived]) -> None:
+        """Keep more tensors up to date; they are now."""
+        self._derived += derived
+        self._last_fingerprint = self._fingerprint()
+
+    def remove(self, unwanted: Callable[[Derived], bool]) -> None:
+        """Forget derived tensors."""
+        self._derived = [derived for derived in self._derived if not unwanted(derived)]
         self._last_fingerprint = self._fingerprint()
 
     def stale(self) -> bool:

@@ -8,7 +8,7 @@ tokens, (B, H*W, C), are a view.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastldm.kernels.attention import attention
 from fastldm.kernels.conv import conv2d, upsample_conv2d
 from fastldm.kernels.dispatch import device_type
+from fastldm.kernels.fp8 import E4M3, linear_fp8, quantize
 from fastldm.kernels.group_norm import group_norm
 from fastldm.kernels.layer_norm import add_layer_norm, layer_norm
 from fastldm.kernels.linear import linear, linear_geglu
@@ -51,24 +52,52 @@ def parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape), requires_grad=False)
 
 
+class EightBits(NamedTuple):
+    """What a linear layer multiplies by in place of its weight, see kernels/fp8.py."""
+
+    weight: Tensor  # (O, I) e4m3
+    scale: Tensor  # (O,) float32, of the input and the weight's row
+    x_scale: float  # of the input alone
+
+    def quantized(self, x: Tensor) -> Tensor:
+        """The input in e4m3, unless the layer before has written it so."""
+        return x if x.dtype == E4M3 else quantize(x.contiguous(), self.x_scale)
+
+
 class Linear(nn.Module):
+    """eight_bits: set by runtime/eight_bits.py, on demand."""
+
+    eight_bits: EightBits | None = None
+
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
         super().__init__()
         self.weight = parameter(out_channels, in_channels)
         self.bias = parameter(out_channels) if bias else None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self.eight_bits is not None:
+            return self._multiply(self.eight_bits, x, self.bias, residual)
         return linear(x, self.weight, self.bias, residual=residual)
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual + x weight^T, without the bias, possibly in the residual's memory."""
+        if self.eight_bits is not None:
+            return self._multiply(self.eight_bits, x, None, residual)
         return linear(x, self.weight, residual=residual, overwrite=True)
+
+    def _multiply(self, by: EightBits, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        return linear_fp8(by.quantized(x), by.weight, by.scale, bias, dtype=self.weight.dtype, residual=residual)
 
 
 def project(x: Tensor, layers: Sequence[Linear]) -> Tensor:
     """x (B, N, I) through all layers, their outputs concatenated: (B, N, O1 + O2 + ...). One matrix product."""
     biases = [layer.bias for layer in layers if layer.bias is not None]
-    return linear(x, stacked([layer.weight for layer in layers]), stacked(biases) if biases else None)
+    bias = stacked(biases) if biases else None
+    parts = [layer.eight_bits for layer in layers if layer.eight_bits is not None]
+    if len(parts) == len(layers):  # they read the same x, and so have the same scale of it
+        weight, scale = stacked([part.weight for part in parts]), stacked([part.scale for part in parts])
+        return linear_fp8(parts[0].quantized(x), weight, scale, bias, dtype=x.dtype)
+    return linear(x, stacked([layer.weight for layer in layers]), bias)
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
@@ -260,5 +289,13 @@ class GEGLU(nn.Module):
         super().__init__()
         self.proj = Linear(in_channels, 2 * out_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear_geglu(x, self.proj.weight, self.proj.bias)
+    def forward(self, x: Tensor, then: Linear | None = None) -> Tensor:
+        """then: the layer that reads the output, which is written in its eight bits if it multiplies by such."""
+        by = self.proj.eight_bits
+        if by is None:
+            return linear_geglu(x, self.proj.weight, self.proj.bias)
+        out_scale = None if then is None or then.eight_bits is None else then.eight_bits.x_scale
+        dtype = self.proj.weight.dtype
+        return linear_fp8(
+            by.quantized(x), by.weight, by.scale, self.proj.bias, dtype=dtype, gated=True, out_scale=out_scale
+        )

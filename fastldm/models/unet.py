@@ -278,7 +278,7 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleDict({"0": GEGLU(channels, 4 * channels), "2": Linear(4 * channels, channels)})
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.last(self.net["0"](x), residual)
+        return self.last(self.net["0"](x, self.last), residual)
 
     @property
     def last(self) -> Linear:
@@ -286,7 +286,7 @@ class FeedForward(nn.Module):
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """As `forward`, but for the last layer's bias, possibly in the residual's memory."""
-        return self.last.add_to(residual, self.net["0"](x))
+        return self.last.add_to(residual, self.net["0"](x, self.last))
 
 
 class TimeEmbedding(nn.Module):

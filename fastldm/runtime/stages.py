@@ -77,6 +77,8 @@ class Stages:
             total = torch.cuda.get_device_properties(self.device).total_memory
             self.graphs = Graphs(CUDA(self.device), budget=int(_GRAPH_MEMORY * total))
         self.vae_decode: Decode = "whole"
+        self.revision = 0
+        """Counts changes of the networks that a captured step does not follow: a batch made before takes no new run."""
         self.batch_invariant = False
         """Whether an image is bitwise the one made alone, whatever shares its batch: of sessions that do not say."""
 

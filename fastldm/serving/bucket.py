@@ -52,6 +52,7 @@ class Bucket:
         self.running: list[Generation] = []
         self.finishing: list[tuple[Generation, Iterator[Any]]] = []  # decoded one after the other
         self.batch: Batch | None = None
+        self.revision = stages.revision  # of the networks, for which the batch was made
         self.damaged = False  # whether the batch may still hold a run that has left it: it admits no other
         self.spent = 0.0  # seconds of the device that this size has had
         self.step_time = 0.0
@@ -63,7 +64,7 @@ class Bucket:
         return [*(generation for *_, generation in self.waiting), *prepared, *self.running, *finishing]
 
     def _holds(self, run: Run) -> bool:
-        if self.batch is None or self.damaged:
+        if self.batch is None or self.damaged or self.revision != self.stages.revision:
             return False
         try:
             return self.batch.holds(run)
@@ -153,6 +154,7 @@ class Bucket:
                     return
                 self.drop_batch()
                 with spans.span("admit"):
+                    self.revision = self.stages.revision
                     self.batch = self.stages.new_batch(generation.run, self.max_batch)
             assert self.batch is not None
             self.damaged = True  # until the run has been admitted as a whole
