@@ -124,7 +124,7 @@ def ceilings(context: Context) -> None:
 
 def compile_kernels(context: Context) -> None:
     """every kernel of later stages, compiled by all cores into Triton's cache"""
-    calls = list(context.calls("sd15-512 step", "vae-512 decode", "sdxl-1024 step", "clip-l"))
+    calls = list(context.calls("sd15-512 step", "vae-512 decode", "sdxl-1024 step", "sdxl-1024 step, fp8", "clip-l"))
     if context.dry:
         calls = [call for call in calls if not call.cost.flop][:2]  # kernels without products compile fast
     start = time.monotonic()
@@ -170,7 +170,7 @@ def checks(context: Context, ops: list[str]) -> None:
     from benchmarks.harness import disagreement
     from fastldm.kernels import dispatch
 
-    calls = context.calls("sd15-512 step", "vae-512 decode", "clip-l")
+    calls = context.calls("sd15-512 step", "vae-512 decode", "sdxl-1024 step, fp8", "clip-l")
     for name in ops:
         own = [call for call in calls if call.op == name]
         emit(op=name, begun=True)
@@ -213,7 +213,7 @@ def ops(context: Context, names: list[str]) -> None:
     from benchmarks import harness
     from fastldm.kernels import dispatch
 
-    calls = context.calls("sd15-512 step", "vae-512 decode", "sdxl-1024 step")
+    calls = context.calls("sd15-512 step", "vae-512 decode", "sdxl-1024 step", "sdxl-1024 step, fp8")
     ceilings = context.ceilings
     options: dict[str, Any] = {"device": context.device.type, "rounds": 1 if context.dry else 5, "seconds": 0.01}
     for name in names:
@@ -427,6 +427,24 @@ def designs(context: Context, name: str = "sd15-512") -> None:
         emit(model=name, design=title, failed=error, say=f"{title}: {error}")
 
 
+def eight_bits(context: Context, name: str = "sdxl-1024") -> None:
+    """a step of the U-Net in a graph, its large linear layers in fp8 against float16"""
+    import torch
+
+    from benchmarks.networks import in_eight_bits
+    from fastldm.planning.timing import take_turns
+
+    name = "tiny" if context.dry else name
+    with torch.no_grad():
+        unet, inputs = _unet(context, name)
+        least = {"least_weight": 1, "least_rows": 1} if context.dry else {}
+        eight = in_eight_bits(unet, lambda: unet.step(*inputs), **least)
+        contenders = {"float16": [lambda: unet.step(*inputs)], "fp8": [eight]}
+        us, spread, failed = take_turns(contenders, rounds=1 if context.dry else 5)
+    text = ", ".join(f"{key} {value / 1e3:.3f} ms" for key, value in us.items())
+    emit(model=name, us=us, spread=spread, failed=failed, say=f"{name} step: {text or failed}")
+
+
 def compiled(context: Context, name: str = "sd15-512") -> None:
     """the U-Net by torch.compile, with fastldm's layers on PyTorch's ops"""
     import torch
@@ -540,6 +558,7 @@ def stages(context: Context, half: int | None = None) -> list[Stage]:
         Stage("torch.compile", [command(compiled, "sd15-512")], 90),
         Stage("slots", [command(slots, "sd15-512")], 40),
         Stage("designs", [command(designs, "sd15-512")], 60),
+        Stage("eight bits", [command(eight_bits, "sdxl-1024")], 60),
         Stage("invariance", [command(invariance, "sd15-512")], 60),
         Stage("tune", [command(tune)], 90),
     ]
@@ -574,7 +593,7 @@ STAGES: dict[str, Callable[..., None]] = {
     function.__name__: function
     for function in (
         *(ceilings, compile_kernels, checks, step, ops, variants),
-        *(smallest, pictures, compiled, slots, designs, invariance, tune),
+        *(smallest, pictures, compiled, slots, designs, eight_bits, invariance, tune),
     )
 }
 """The stages of `python -m benchmarks.gpu stage NAME`."""

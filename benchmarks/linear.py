@@ -8,6 +8,7 @@ python -m benchmarks.linear [--list] [--workload NAME] [--dtype bfloat16]
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -17,10 +18,10 @@ from benchmarks import harness
 from fastldm.kernels.linear import LINEAR, LINEAR_GEGLU, linear_geglu_reference, linear_reference
 
 
-def rivals(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Tensor | None
-) -> dict[str, Callable[[], object]]:
-    """Of linear, which is called with a residual or None, and of linear_geglu, which is not."""
+def rivals(x: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any) -> dict[str, Callable[[], object]]:
+    """Of linear, which is called with a residual or None and whether it may be overwritten, and of linear_geglu, which
+    is not."""
+    rest = rest[:1]
     torch._dynamo.config.recompile_limit = 1000  # one for each shape
     reference = linear_reference if rest else linear_geglu_reference
     compiled = torch.compile(reference, dynamic=False, mode="max-autotune-no-cudagraphs")

@@ -18,7 +18,6 @@ from fastldm.kernels import dispatch
 from fastldm.kernels.attention import attention
 from fastldm.models.config import TextConfig, UNetConfig, VAEConfig
 from fastldm.models.layers import EightBits, Linear
-from fastldm.models.unet import UNet
 from fastldm.planning import dry_run
 from fastldm.profiling.contender import SD15 as _SD15
 from fastldm.runtime.eight_bits import large_products, quantize
@@ -79,11 +78,10 @@ CLIP_G = TextConfig.from_dict(
 )
 
 
-def in_eight_bits(config: UNetConfig, dtype: torch.dtype, run: Callable[[], object]) -> Callable[[], None]:
-    """The run with the large layers of the network, which dry runs share, in fp8."""
-    unet: UNet = dry_run.network(config, dtype)  # type: ignore[assignment]
+def in_eight_bits(unet: nn.Module, run: Callable[[], object], **least: int) -> Callable[[], None]:
+    """The run with the network's large layers in fp8, which it has for as long. `least` as of `large_products`."""
     layers: list[Linear] = []
-    for group, _ in large_products(unet, run):
+    for group, _ in large_products(unet, run, **least):
         quantize(group, 1.0)
         layers += group
     bits = [layer.eight_bits for layer in layers]
@@ -108,7 +106,8 @@ WORKLOADS: dict[str, Callable[[torch.dtype], None]] = {
     "sd15-512 step": lambda dtype: dry_run.run_unet(SD15, height=64, width=64, rows=2, tokens=77, dtype=dtype),
     "sdxl-1024 step": lambda dtype: dry_run.run_unet(SDXL, height=128, width=128, rows=2, tokens=77, dtype=dtype),
     "sdxl-1024 step, fp8": lambda dtype: in_eight_bits(
-        SDXL, dtype, lambda: dry_run.run_unet(SDXL, height=128, width=128, rows=2, tokens=77, dtype=dtype)
+        dry_run.network(SDXL, dtype),
+        lambda: dry_run.run_unet(SDXL, height=128, width=128, rows=2, tokens=77, dtype=dtype),
     )(),
     "vae-512 decode": lambda dtype: dry_run.run_decoder(VAE, height=64, width=64, batch=1, dtype=dtype),
     "vae-1024 decode": lambda dtype: dry_run.run_decoder(VAE, height=128, width=128, batch=1, dtype=dtype),

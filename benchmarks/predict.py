@@ -87,7 +87,7 @@ WORKLOADS: dict[str, Callable[[torch.dtype], dry_run.DryRun]] = {
     "sd15-512 step": lambda dtype: dry_run.step(SD15, height=64, width=64, rows=2, tokens=77, dtype=dtype),
     "sdxl-1024 step": lambda dtype: dry_run.step(SDXL, height=128, width=128, rows=2, tokens=77, dtype=dtype),
     "sdxl-1024 step, fp8": lambda dtype: in_eight_bits(
-        SDXL, dtype, dry_run.step(SDXL, height=128, width=128, rows=2, tokens=77, dtype=dtype)
+        dry_run.network(SDXL, dtype), dry_run.step(SDXL, height=128, width=128, rows=2, tokens=77, dtype=dtype)
     ),
     "vae-512 decode": lambda dtype: dry_run.decode(VAE, height=64, width=64, batch=1, dtype=dtype),
 }

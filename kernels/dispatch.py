@@ -298,7 +298,8 @@ class Op(Generic[P, R]):
                 return flat.as_strided(x.shape, x.stride()).copy_(values[name])
             if not x.is_floating_point():
                 raise TypeError(f"op {self.name} reads {name!r}, {x.dtype}: its example_values lack it")
-            return flat.normal_().as_strided(x.shape, x.stride())
+            flat.copy_(torch.randn(size, device=device))  # PyTorch draws none in 8 bits
+            return flat.as_strided(x.shape, x.stride())
 
         example = {name: make(name, value) if isinstance(value, Tensor) else value for name, value in named.items()}
         return tuple(example.values())[: len(args)], {name: example[name] for name in kwargs}

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastldm.errors import InputError
 from fastldm.kernels import dispatch, fp8
@@ -72,7 +72,7 @@ def _linear_layers(stages: Stages) -> list[Linear]:
 
 
 def large_products(
-    unet: UNet, run: Callable[[], object], least_weight: int = LEAST_WEIGHT, least_rows: int = LEAST_ROWS
+    unet: nn.Module, run: Callable[[], object], least_weight: int = LEAST_WEIGHT, least_rows: int = LEAST_ROWS
 ) -> list[tuple[list[Linear], Tensor]]:
     """Layers that `run` multiplies by at once and that are large, each with the largest number of their input."""
     layers = [layer for layer in unet.modules() if isinstance(layer, Linear)]
