@@ -25,9 +25,9 @@ OutOfMemory Pipeline Progress QueueFull Request Result Session WorkerLost __vers
 ATTRIBUTES = {  # beside those of base classes
     "Generation": "add_done_callback cancel cancelled done exception interrupt progress result running",
     "Pipeline": """
-        clip_skip default device disable_vae_slicing disable_vae_tiling do_classifier_free_guidance dtype
-        enable_vae_slicing enable_vae_tiling export from_diffusers from_pretrained from_single_file guidance_rescale
-        guidance_scale interrupt name num_timesteps session warmup weights_changed""",
+        clip_skip default device disable_fp8 disable_vae_slicing disable_vae_tiling do_classifier_free_guidance dtype
+        enable_fp8 enable_vae_slicing enable_vae_tiling export from_diffusers from_pretrained from_single_file
+        guidance_rescale guidance_scale interrupt name num_timesteps session warmup weights_changed""",
     "Request": "batch count negative_prompts prompts replace",
     "Session": "call close submit",
 }

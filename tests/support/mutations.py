@@ -87,6 +87,26 @@ def _linear(module: ModuleType) -> None:
         ops.check(module.LINEAR, _random(300, 72), _random(40, 72) / 8, _random(40), _random(300, 40))
 
 
+def _linear_wide(module: ModuleType) -> None:
+    with dispatch.forced("linear", _TILE | {"SPLIT": 1, "MORE_N": 16}):
+        ops.check(module.LINEAR, _random(40, 32), _random(96, 32) / 6)
+
+
+def _quantize(module: ModuleType) -> None:
+    """A last block that is not full, and numbers beyond the range."""
+    x = torch.full((2049,), 1000.0, device=ops.DEVICE)
+    x[-1] = 3.5
+    assert torch.equal(module.QUANTIZE.triton(x, 0.5).float(), module.quantize_reference(x, 0.5).float())
+
+
+def _eight_bit_output(module: ModuleType) -> None:
+    x, weight = (torch.eye(32, device=ops.DEVICE).to(torch.float8_e4m3fn) for _ in range(2))
+    scale = torch.full((32,), 3.0, device=ops.DEVICE)
+    with dispatch.forced("linear_fp8", _TILE | {"BLOCK_K": 32, "SPLIT": 1}):
+        got = module.LINEAR_FP8.triton(x, weight, scale, None, None, torch.float16, False, 0.5)
+    assert torch.equal(got.float(), 6 * torch.eye(32, device=ops.DEVICE))
+
+
 def _conv(module: ModuleType) -> None:
     channels_last = torch.channels_last
     x, weight = (_random(*s).contiguous(memory_format=channels_last) for s in ((2, 16, 5, 4), (24, 16, 3, 3)))
@@ -233,8 +253,8 @@ FAULTS: dict[str, list[Fault]] = {
     ],
     "linear": [
         Fault(
-            "a = tl.load(x + at, (inner < k - at)[None, :], other=0.0)",
-            "a = tl.load(x + at, (inner < k - at - 1)[None, :], other=0.0)",
+            "a = tl.load(x + at + rows, (inner < k - at)[None, :], other=0.0)",
+            "a = tl.load(x + at + rows, (inner < k - at - 1)[None, :], other=0.0)",
             _linear,
             "the last element of a row left out",
         ),
@@ -250,11 +270,33 @@ FAULTS: dict[str, list[Fault]] = {
             _linear,
             "a short last group of tiles walked like the rest",
         ),
+        Fault(
+            "column_of(first + BLOCK_N, n, MORE_N)",
+            "column_of(first, n, MORE_N)",
+            _linear_wide,
+            "the second accumulator of a tile computes the first's columns",
+        ),
+        Fault(
+            "tl.minimum(tl.arange(0, BLOCK_M), m - 1 - top)",
+            "tl.minimum(tl.arange(0, BLOCK_M), m - 2 - top)",
+            _linear,
+            "the last row is the one before",
+        ),
+    ],
+    "fp8": [
+        Fault("to_range(y * inverse)", "(y * inverse)", _quantize, "numbers beyond the range are not clipped"),
+        Fault(
+            "tl.store(out + at, to_range(y * inverse).to(out.dtype.element_ty), at < count)",
+            "tl.store(out + at, to_range(y * inverse).to(out.dtype.element_ty), at < count - 1)",
+            _quantize,
+            "the last number is not written",
+        ),
+        Fault("else 1 / out_scale", "else out_scale", _eight_bit_output, "an output multiplied by its scale"),
     ],
     "conv": [
         Fault(
-            "(top + i < height) & (left + j >= 0) & (left + j < width)",
-            "(top + i < height) & (left + j < width)",
+            "valid &= (left + j).to(tl.uint32) < width",
+            "valid &= left + j < width",
             _conv,
             "left of a row the end of the row before is seen",
         ),
