@@ -34,7 +34,11 @@ def design_tables(workload: str, dtype: torch.dtype, arch: int) -> dict[str, Ent
                 designs.setdefault("gate by the library", []).append((call, by_library))
             if op.name == "attention" and "BLOCK_N" in config:  # all keys of an image, in blocks
                 designs.setdefault("attention by PyTorch", []).append((call, by_library))
-                for title, change in (("by tensor descriptors", {"TMA": True}), ("in one tile", {"SPLIT": False})):
+                tiles = {True: "in one tile", False: "in two tiles"}[config["SPLIT"]]
+                for title, change in (
+                    ("by tensor descriptors", {"TMA": True}),
+                    (tiles, {"SPLIT": not config["SPLIT"]}),
+                ):
                     if op.is_candidate(config | change, *args, **kwargs):
                         entry = {"path": "triton", "config": config | change}
                         designs.setdefault(f"attention {title}", []).append((call, entry))

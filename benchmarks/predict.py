@@ -54,6 +54,7 @@ from fastldm.kernels import dispatch
 from fastldm.kernels.compile import Ahead, Compiled
 from fastldm.kernels.dispatch import Table, cdiv
 from fastldm.planning import dry_run
+from fastldm.planning.tune import candidates
 
 CLOCK = 1.755e9
 MULTIPROCESSORS = 132
@@ -199,33 +200,40 @@ def nodes(workload: str, paths: Table | Literal["own"] | None = None) -> list[No
     way = nullcontext() if paths is None else dispatch.use("triton") if paths == "own" else dispatch.use_table(paths)
     with dispatch.targeting(watch), way:
         run = WORKLOADS[workload](dtype)
+        watch.nodes.clear()  # of what making it launched
         with watch, dispatch.observe(watch.observe):
             run()
     return watch.nodes
 
 
 def predicted_table(workload: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """op -> shape class -> the entry of the faster path, for the ops of a workload that a library computes by default.
-    Of several calls of a class the first decides.
+    """op -> shape class -> the entry of the fastest candidate, or of the library, for the ops of a workload that a
+    library computes by default. Of several calls of a class the first decides.
     """
     table: dict[str, dict[str, dict[str, Any]]] = {}
+    watch = Watch()  # one, for it reads each kernel's code once
+
+    def seconds(op: dispatch.Op[..., Any], shape_class: str, entry: Mapping[str, Any]) -> float:
+        watch.nodes.clear()
+        only = {f"sm_{sass.ARCH}": {op.name: {shape_class: entry}}}
+        with dispatch.use_table(only), dispatch.targeting(watch), watch, dispatch.observe(watch.observe):
+            op(*args, **kwargs)
+        return sum(node.seconds for node in watch.nodes)
+
     for call in calls(workload, torch.float16):
         op, (args, kwargs) = dispatch.OPS[call.op], call.arguments("meta")
         with dispatch.targeting(dispatch.Target(sass.ARCH)):
             if op.prefer != "torch" or not op.supports(*args, **kwargs):
                 continue
-            shape_class, config = op.shape_class(*args, **kwargs), op.config(*args, **kwargs)
+            shape_class = op.shape_class(*args, **kwargs)
+            configs = candidates(op, shape_class, sass.ARCH, args, kwargs)
         if shape_class in table.get(op.name, {}):
             continue
-        seconds = {}
-        for path in ("triton", "torch"):
-            watch = Watch()
-            only = {f"sm_{sass.ARCH}": {op.name: {shape_class: {"path": path, "config": config}}}}
-            with dispatch.use_table(only), dispatch.targeting(watch), watch, dispatch.observe(watch.observe):
-                op(*args, **kwargs)
-            seconds[path] = sum(node.seconds for node in watch.nodes)
-        us = {"us": round(1e6 * seconds["triton"], 2), "torch_us": round(1e6 * seconds["torch"], 2)}
-        entry = {"config": config, "path": min(seconds, key=seconds.__getitem__), "predicted": us}
+        own = [(seconds(op, shape_class, {"path": "triton", "config": config}), config) for config in configs]
+        best, config = min(own, key=lambda pair: pair[0])
+        library = seconds(op, shape_class, {"path": "torch", "config": config})
+        us = {"us": round(1e6 * best, 2), "torch_us": round(1e6 * library, 2)}
+        entry = {"config": config, "path": "triton" if best <= library else "torch", "predicted": us}
         table.setdefault(op.name, {})[shape_class] = entry
     return table
 

@@ -20,7 +20,9 @@ Keys beyond kv_len are not even loaded, so they may be NaN. A slot without keys 
 **Head dims without padding.** Tile widths are powers of two, and SD1.5's heads have 40, 80 and 160 channels. A head has
 one tile or two, the second narrower: 80 = 64 + 16 and 160 = 128 + 32, where one tile would be 128 and 256 wide. Tensor
 cores sum over 16 channels at a time, so scores of D = 40 take 32 + 16, of which the last 8 are zero; their output has
-8 columns at least (32 + 8) where warps multiply, 16 where warpgroups do.
+8 columns at least (32 + 8) where warps multiply, 16 where warpgroups do. Those of Hopper and Blackwell take D = 40 in
+one tile of 64: it multiplies a third more, in the shadow of the exponentials, and where two products follow each other
+the compiler has the second wait until the first is done, one more wait for all of a warpgroup's work in each block.
 
 **Floors**, for the largest call of SD1.5 at 512x512 (guided, so B*H = 16; N = M = 4096; D = 40) on an H100:
 
@@ -29,10 +31,10 @@ cores sum over 16 channels at a time, so scores of D = 40 take 32 + 16, of which
     memory            q, k, v and out once = 21 MB    at 3 TB/s                             7 us
 
 The special-function units are the floor. (From D = 56 on the matrix products are; on GeForce cards at any D.) In the
-compiled loop for sm_90, a warp's 32 rows of 128 x 64 scores, 64 a thread, take 544 cycles of special-function unit, 384
-of tensor core, and 505 instructions at one a cycle. All three must overlap. So registers are budgeted for two programs
-or more on a multiprocessor, one of which multiplies while the other exponentiates, and the count of instructions
-decides the rest:
+compiled loop for sm_90, a warp's 32 rows of 128 x 64 scores, 64 a thread, take 544 cycles of special-function unit, 512
+of tensor core (384 in two tiles), and 504 instructions at one a cycle. All three must overlap. So registers are
+budgeted for two programs or more on a multiprocessor, one of which multiplies while the other exponentiates, and the
+count of instructions decides the rest:
 
     sums of exponentials by column, 8 a query, added     no exchange between threads in the loop: 23 fewer; done
       up at the end (FlashAttention-2)
@@ -309,7 +311,7 @@ def default(shape: str, arch: int) -> Config:
     dim, queries, keys = (int(part[1:]) for part in shape.split("-"))
     arch = family(arch)
     width = sum(tiles(dim, 16))
-    split = arch != 100 or dim > 64  # its tensor cores are so fast that fewer and larger products are better
+    split = arch not in (90, 100) or dim > 64  # where warpgroups multiply, one product of 64 is as fast as of 32 and 16
     if is_short(dim, keys):
         m, warps = (64, 4) if width <= 80 or arch in (90, 100) else (128, 8)
         return {"BLOCK_M": m, "PROGRAMS": 32, "SPLIT": split, "num_warps": warps, "num_stages": 1}

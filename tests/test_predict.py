@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from conftest import ROOT
 from counters import Launches, Nodes
 
-from benchmarks import designs, networks, predict, sass
+from benchmarks import designs, predict, sass
 from fastldm.kernels import dispatch
-from fastldm.planning import dry_run
 
 
 def test_large_products_are_bound_by_the_matrix_units() -> None:
@@ -65,22 +67,34 @@ def test_the_predicted_table_takes_the_faster_path() -> None:
         assert total["by table"]["ms"] < total["ms"]
 
 
-def test_a_table_decides_which_kernels_a_prediction_has(monkeypatch: pytest.MonkeyPatch) -> None:
+TABLED = """
+import torch
+from benchmarks import networks, predict
+from fastldm.kernels import dispatch
+from fastldm.planning import dry_run
+
+shape = {"height": 8, "width": 8, "rows": 2, "tokens": 77}
+predict.WORKLOADS["tiny"] = lambda dtype: dry_run.step(networks.TINY, **shape, dtype=dtype)
+dispatch.load_ops()
+linear = dispatch.OPS["linear"]
+with dispatch.targeting(dispatch.Target(90)):
+    calls = [call for call in networks.calls("tiny step", torch.float16) if call.op == "linear"]
+    classes = {linear.shape_class(*call.arguments("meta")[0]) for call in calls}
+config = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 1, "num_warps": 4, "num_stages": 2}
+table = {"sm_90": {"linear": {shape: {"path": "triton", "config": config} for shape in classes}}}
+print(*sorted({node.kernel for node in predict.nodes("tiny", table) if node.op == "linear"}))
+"""
+
+
+@pytest.mark.full
+def test_a_table_decides_which_kernels_a_prediction_has() -> None:
     """A step with every product of a linear layer by fastldm's kernel has none of cuBLAS."""
-    monkeypatch.setitem(predict.WORKLOADS, "tiny step", lambda dtype: dry_run.step(
-        networks.TINY, height=8, width=8, rows=2, tokens=77, dtype=dtype))  # fmt: skip
-    with dispatch.targeting(dispatch.Target(90)):
-        classes = {
-            dispatch.OPS["linear"].shape_class(*call.arguments("meta")[0])
-            for call in networks.calls("tiny step", torch.float16)
-            if call.op == "linear"
-        }
-    config = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 1, "num_warps": 4, "num_stages": 2}
-    entries = {shape: {"path": "triton", "config": config} for shape in classes}
-    kernels = {
-        node.kernel for node in predict.nodes("tiny step", {"sm_90": {"linear": entries}}) if node.op == "linear"
-    }
-    assert kernels == {"linear_kernel"}
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", TABLED], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert ran.stdout.split() == ["linear_kernel"]
 
 
 def test_designs_differ_from_the_default() -> None:
