@@ -11,9 +11,8 @@ by its largest element, an input by the largest that it had in the model's own s
 larger in a later one is clipped to 448. Source: Micikevicius et al. 2022, arXiv:2209.05433.
 
 `scale` is that of the input times that of the weight's row; it multiplies the float32 sums, which are exact in it. The
-kernel is linear.py's, with steps of 128 along K: as many bytes as 64 of float16. An input is quantised once for all
-products that read it, in a pass of its own, and an output of the gate as it is written (`inverse`), for the product
-that follows.
+kernel is linear.py's, with steps of 128 along K: as many bytes as 64 of float16. Norms and gates write their output in
+e4m3 for the product that follows; what comes from elsewhere is quantised in a pass of its own (`quantize`).
 
 Hopper's units add the products of a step with 14 bits, which is left so: 2^-14 of the sum is far below the operands'
 errors.

@@ -5,6 +5,8 @@
 
     x, residual (..., C), weight and bias (C,) -> (..., C)
 
+With `out_scale` the output is e4m3, as fp8.quantize of it would be: for a product of eight bits.
+
 Statistics are float32 whatever the dtype. Formula: Ba et al. 2016, arXiv:1607.06450.
 
 A program holds ROWS full rows in registers. It computes their means, and from them M2 = sum (x - mean)^2, which is
@@ -26,26 +28,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastldm.kernels.dispatch import YES, Config, Cost, Op, Verdict, cdiv, jit, launch, next_power_of_2, no
+from fastldm.kernels.fp8 import E4M3, has_units, quantize_reference
+from fastldm.kernels.linear import to_range
 
 if TYPE_CHECKING:
     import triton.language as tl
 
 
-def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_scale: float | None = None) -> Tensor:
     """PyTorch's layer_norm, which has float32 statistics for 16-bit dtypes."""
+    if out_scale is not None:
+        return quantize_reference(F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps), out_scale)
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
 def add_layer_norm_reference(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, ahead: Tensor | None = None
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    ahead: Tensor | None = None,
+    out_scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The sum, then PyTorch's layer_norm of it."""
     total = x + residual
-    out = F.layer_norm(total, weight.shape, weight, bias, eps)
+    out = layer_norm_reference(total, weight, bias, eps, out_scale)
     return total if ahead is None else total.add_(ahead), out
 
 
-def supports(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Verdict:
+def supports(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_scale: float | None = None) -> Verdict:
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return no(f"dtype {x.dtype}")
     if x.numel() == 0:
@@ -56,25 +68,37 @@ def supports(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Verdict:
         return no("weight or bias is not contiguous")
     if x.shape[-1] > _LONGEST_ROW:
         return no(f"{x.shape[-1]} channels are more than {_LONGEST_ROW}")
-    return YES
+    return YES if out_scale is None else has_units(x)
 
 
 def add_supports(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, ahead: Tensor | None = None
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    ahead: Tensor | None = None,
+    out_scale: float | None = None,
 ) -> Verdict:
     if residual.shape != x.shape or residual.dtype != x.dtype:
         return no(f"x is {x.dtype} {tuple(x.shape)}, residual {residual.dtype} {tuple(residual.shape)}")
-    return supports(x, weight, bias, eps) and supports(residual, weight, bias, eps)
+    return supports(x, weight, bias, eps, out_scale) and supports(residual, weight, bias, eps)
 
 
-def cost(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Cost:
-    return Cost(flop=0, bytes=2 * x.numel() * x.element_size())
+def cost(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_scale: float | None = None) -> Cost:
+    return Cost(flop=0, bytes=x.numel() * (x.element_size() + (x.element_size() if out_scale is None else 1)))
 
 
 def add_cost(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, ahead: Tensor | None = None
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    ahead: Tensor | None = None,
+    out_scale: float | None = None,
 ) -> Cost:
-    return Cost(flop=0, bytes=4 * x.numel() * x.element_size())
+    return Cost(flop=0, bytes=x.numel() * (3 * x.element_size() + (x.element_size() if out_scale is None else 1)))
 
 
 # ---------------------------------------------------------------------------------------------- configurations
@@ -84,23 +108,38 @@ _LONGEST_ROW = 8192  # channels: 16 a thread of 16 warps
 SPACE = [{"ROWS": rows, "num_warps": warps} for rows in (1, 2, 4, 8, 16) for warps in (1, 2, 4, 8, 16)]
 
 
-def is_candidate(config: Config, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> bool:
+def is_candidate(
+    config: Config, x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_scale: float | None = None
+) -> bool:
     """8 to 64 elements for each thread."""
     return 8 <= config["ROWS"] * next_power_of_2(x.shape[-1]) // (32 * config["num_warps"]) <= 64
 
 
 def add_is_candidate(
-    config: Config, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, ahead: Tensor | None = None
+    config: Config,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    ahead: Tensor | None = None,
+    out_scale: float | None = None,
 ) -> bool:
     return is_candidate(config, x, weight, bias, eps)
 
 
-def shape_class(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> str:
+def shape_class(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_scale: float | None = None) -> str:
     return f"c{x.shape[-1]}"
 
 
 def add_shape_class(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, ahead: Tensor | None = None
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    ahead: Tensor | None = None,
+    out_scale: float | None = None,
 ) -> str:
     return f"c{x.shape[-1]}"
 
@@ -116,7 +155,7 @@ def default(shape: str, arch: int) -> Config:
 
 @jit
 def _layer_norm_kernel(
-    x, residual, weight, bias, ahead, total, out, rows, channels,
+    x, residual, weight, bias, ahead, inverse, total, out, rows, channels,
     EPS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -138,7 +177,10 @@ def _layer_norm_kernel(
     mean = tl.sum(y, axis=1, keep_dims=True) / channels
     deviation = tl.where(mask, y - mean, 0.0)
     rstd = tl.rsqrt(tl.sum(deviation * deviation, axis=1, keep_dims=True) / channels + EPS)
-    tl.store(out + offset, (deviation * rstd * scale + shift).to(out.dtype.element_ty), mask)
+    y = deviation * rstd * scale + shift
+    if inverse is not None:
+        y = to_range(y * inverse)
+    tl.store(out + offset, y.to(out.dtype.element_ty), mask)
 
 
 def _launch(
@@ -148,27 +190,36 @@ def _launch(
     weight: Tensor,
     bias: Tensor,
     eps: float,
-    ahead: Tensor | None = None,
+    ahead: Tensor | None,
+    out_scale: float | None,
 ) -> tuple[Tensor | None, Tensor]:
     channels = x.shape[-1]
     rows = x.numel() // channels
     total = None if residual is None else x.new_empty(x.shape)
-    out = x.new_empty(x.shape)
+    out = x.new_empty(x.shape, dtype=x.dtype if out_scale is None else E4M3)
+    inverse = None if out_scale is None else 1 / out_scale
     grid = (cdiv(rows, config["ROWS"]),)
     tile = {**config, "LANES": next_power_of_2(channels), "EPS": eps}
-    launch(_layer_norm_kernel, grid, x, residual, weight, bias, ahead, total, out, rows, channels, **tile)
+    launch(_layer_norm_kernel, grid, x, residual, weight, bias, ahead, inverse, total, out, rows, channels, **tile)
     return total, out
 
 
-def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return _launch(LAYER_NORM.config(x, weight, bias, eps), x, None, weight, bias, eps)[1]
+def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_scale: float | None = None) -> Tensor:
+    config = LAYER_NORM.config(x, weight, bias, eps, out_scale)
+    return _launch(config, x, None, weight, bias, eps, None, out_scale)[1]
 
 
 def add_layer_norm_triton(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, ahead: Tensor | None = None
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    ahead: Tensor | None = None,
+    out_scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    config = ADD_LAYER_NORM.config(x, residual, weight, bias, eps, ahead)
-    total, out = _launch(config, x, residual, weight, bias, eps, ahead)
+    config = ADD_LAYER_NORM.config(x, residual, weight, bias, eps, ahead, out_scale)
+    total, out = _launch(config, x, residual, weight, bias, eps, ahead, out_scale)
     assert total is not None
     return total, out
 
@@ -200,17 +251,24 @@ ADD_LAYER_NORM = Op(
 )
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Normalise each row of x (..., C), in x's dtype."""
-    return LAYER_NORM(x, weight, bias, eps)
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, out_scale: float | None = None) -> Tensor:
+    """Normalise each row of x (..., C), in x's dtype, or in e4m3 to be multiplied by `out_scale`."""
+    return LAYER_NORM(x, weight, bias, eps, out_scale)
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, *, ahead: Tensor | None = None
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    ahead: Tensor | None = None,
+    out_scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x + residual, both (..., C), and each of its rows normalised, in x's dtype.
+    """x + residual, both (..., C), in x's dtype, and each of its rows normalised, as `layer_norm` does.
 
     ahead (C,): added to the sum that is returned and not to what is normalised: the bias of the product that the sum
     will be the residual of, which then needs no pass of its own.
     """
-    return ADD_LAYER_NORM(x, residual, weight, bias, eps, ahead)
+    return ADD_LAYER_NORM(x, residual, weight, bias, eps, ahead, out_scale)

@@ -8,7 +8,7 @@ tokens, (B, H*W, C), are a view.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +89,11 @@ class Linear(nn.Module):
         return linear_fp8(by.quantized(x), by.weight, by.scale, bias, dtype=self.weight.dtype, residual=residual)
 
 
+def scale_for(reader: Linear | None) -> float | None:
+    """The scale that a layer's input is written with in eight bits, if it multiplies by such."""
+    return None if reader is None or reader.eight_bits is None else reader.eight_bits.x_scale
+
+
 def project(x: Tensor, layers: Sequence[Linear]) -> Tensor:
     """x (B, N, I) through all layers, their outputs concatenated: (B, N, O1 + O2 + ...). One matrix product."""
     biases = [layer.bias for layer in layers if layer.bias is not None]
@@ -96,7 +101,7 @@ def project(x: Tensor, layers: Sequence[Linear]) -> Tensor:
     parts = [layer.eight_bits for layer in layers if layer.eight_bits is not None]
     if len(parts) == len(layers):  # they read the same x, and so have the same scale of it
         weight, scale = stacked([part.weight for part in parts]), stacked([part.scale for part in parts])
-        return linear_fp8(parts[0].quantized(x), weight, scale, bias, dtype=x.dtype)
+        return linear_fp8(parts[0].quantized(x), weight, scale, bias, dtype=layers[0].weight.dtype)
     return linear(x, stacked([layer.weight for layer in layers]), bias)
 
 
@@ -161,12 +166,16 @@ class LayerNorm(nn.Module):
         self.weight, self.bias = parameter(channels), parameter(channels)
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps)
+    def forward(self, x: Tensor, then: Linear | None = None) -> Tensor:
+        """then: the layer that alone reads the output, which is in its eight bits if it multiplies by such."""
+        return layer_norm(x, self.weight, self.bias, self.eps, out_scale=scale_for(then))
 
-    def add(self, x: Tensor, residual: Tensor, ahead: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x + residual (+ ahead), and x + residual normalised."""
-        return add_layer_norm(x, residual, self.weight, self.bias, self.eps, ahead=ahead)
+    def add(
+        self, x: Tensor, residual: Tensor, ahead: Tensor | None = None, then: Linear | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x + residual (+ ahead), and x + residual normalised, as `forward` does."""
+        out_scale = scale_for(then)
+        return add_layer_norm(x, residual, self.weight, self.bias, self.eps, ahead=ahead, out_scale=out_scale)
 
 
 class Resnet(nn.Module):
@@ -294,8 +303,5 @@ class GEGLU(nn.Module):
         by = self.proj.eight_bits
         if by is None:
             return linear_geglu(x, self.proj.weight, self.proj.bias)
-        out_scale = None if then is None or then.eight_bits is None else then.eight_bits.x_scale
-        dtype = self.proj.weight.dtype
-        return linear_fp8(
-            by.quantized(x), by.weight, by.scale, self.proj.bias, dtype=dtype, gated=True, out_scale=out_scale
-        )
+        options: dict[str, Any] = {"dtype": self.proj.weight.dtype, "gated": True, "out_scale": scale_for(then)}
+        return linear_fp8(by.quantized(x), by.weight, by.scale, self.proj.bias, **options)

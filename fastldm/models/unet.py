@@ -261,14 +261,14 @@ class TransformerLayer(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(self, x: Tensor, text: Text) -> Tensor:
-        h = self.norm1(x)
-        x, h = self.norm2.add(self.attn1(*self.attn1.qkv(h)), x)
+        h = self.norm1(x, self.attn1.to_q)
+        x, h = self.norm2.add(self.attn1(*self.attn1.qkv(h)), x, then=self.attn2.to_q)
         q, (k, v) = self.attn2.to_q(h), text.kv.chunk(2, dim=-1)
         attended = self.attn2(q, k, v, kv_len=text.kv_len, slots=text.slots)
         if fast_library(x):  # cuBLAS adds a residual in its own pass where there is no bias left to add
-            x, h = self.norm3.add(attended, x, self.ff.last.bias)
+            x, h = self.norm3.add(attended, x, self.ff.last.bias, self.ff.first)
             return self.ff.add_to(x, h)
-        x, h = self.norm3.add(attended, x)
+        x, h = self.norm3.add(attended, x, then=self.ff.first)
         return self.ff(h, residual=x)
 
 
@@ -279,6 +279,10 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         return self.last(self.net["0"](x, self.last), residual)
+
+    @property
+    def first(self) -> Linear:
+        return self.net["0"].proj  # type: ignore[return-value]
 
     @property
     def last(self) -> Linear:
