@@ -7,6 +7,8 @@ import torch
 
 from benchmarks import networks
 from fastldm.kernels import dispatch
+from fastldm.models.layers import Linear
+from fastldm.planning import dry_run
 
 
 def test_examples_have_valid_integers() -> None:
@@ -42,3 +44,28 @@ def test_an_example_of_end_step_takes_a_step() -> None:
     assert named["counter"].eq(1).all()
     assert named["x"].isfinite().all()
     assert not named["x"].equal(before)
+
+
+def test_calls_include_those_of_the_library_way() -> None:
+    """A gate is part of its product by default, and must still be checked by itself."""
+    counts = networks.calls("tiny step", torch.float16)
+    of = {name: [count for call, count in counts.items() if call.op == name] for name in ("linear_geglu", "geglu")}
+    assert min(of["linear_geglu"]) > 0
+    assert of["geglu"]
+    assert set(of["geglu"]) == {0}
+
+
+def test_a_network_has_eight_bits_for_one_run() -> None:
+    unet = dry_run.network(networks.TINY, torch.float16)
+    layers = [layer for layer in unet.modules() if isinstance(layer, Linear)]
+    with dispatch.targeting(dispatch.Target(90)):
+        step = dry_run.step(networks.TINY, height=8, width=8, rows=2, tokens=77, dtype=torch.float16)
+        eight = networks.in_eight_bits(unet, step, least_weight=1, least_rows=64)
+        ops: list[str] = []
+        with dispatch.observe(lambda op, args, kwargs: ops.append(op.name)):
+            eight()
+            both = len(ops)
+            step()
+    assert "linear_fp8" in ops[:both]
+    assert "linear_fp8" not in ops[both:]
+    assert all(layer.eight_bits is None for layer in layers)

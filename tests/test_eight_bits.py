@@ -39,7 +39,7 @@ def difference(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
     return float(255 * np.sqrt(((a - b) ** 2).mean()))
 
 
-def test_pictures_are_near_those_of_the_weights_and_come_back(pipe: fastldm.Pipeline) -> None:
+def test_pictures_stay_near_and_come_back(pipe: fastldm.Pipeline) -> None:
     before = picture(pipe)
     assert enable(pipe) > 50
     eight = picture(pipe)
@@ -49,7 +49,7 @@ def test_pictures_are_near_those_of_the_weights_and_come_back(pipe: fastldm.Pipe
     assert np.array_equal(picture(pipe), before)
 
 
-def test_large_layers_alone_are_taken_with_the_scale_of_their_input(pipe: fastldm.Pipeline) -> None:
+def test_large_layers_get_the_scale_of_their_input(pipe: fastldm.Pipeline) -> None:
     largest: dict[int, float] = {}
 
     def watch(op: dispatch.Op[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -97,7 +97,7 @@ def test_wide_tile_of_two_accumulators_matches_reference(columns: int, split: in
         ops.check(LINEAR, x, weight)
 
 
-def test_networks_whose_channels_are_multiples_of_320_leave_no_column_idle() -> None:
+def test_channels_in_multiples_of_320_leave_no_column_idle() -> None:
     for m, n, k in ((8192, 320, 1280), (8192, 640, 640), (2048, 640, 5760), (512, 1280, 11520)):
         assert n % linear.columns_of(linear.default(f"m{m} n{n} k{k}", 90)) == 0
 
