@@ -21,8 +21,9 @@ Products of cuBLAS and cuDNN are rounds of their best tile, of which the matrix 
 of PyTorch is its bytes.
 
 Products run by libraries until a table of measurements says where fastldm's kernel is faster. What that may give is
-predicted too: `predicted_table` takes, for each shape, what the model says is faster, and the workload is predicted
-with that table. It is a guess in the form of a table: `make gpu-first` runs a step by it against the default.
+predicted too: `predicted_table` takes, for each shape, what the model says is fastest, and the workload is predicted
+with that table. That is the most it can give: the model takes EFFICIENCY off the libraries' products, which have been
+measured, and nothing off ours, which have not. `make gpu-first` runs a step by it against the default.
 
 The constants are from data sheets and published measurements of other kernels, none was fitted to a run of these: they
 stay as they are until one has been compared with them.
@@ -285,7 +286,7 @@ def render(summaries: dict[str, dict[str, Any]], by_table: dict[str, dict[str, A
         ]
         if by_table is not None:
             tabled = by_table[name]
-            text = "By the predicted table, which takes fastldm's products where they are predicted to be faster: "
+            text = "At most by the predicted table, fastldm's products where the model says that they are faster: "
             lines[-3:-3] = ["", f"{text}**{tabled['ms']:.2f} ms, {tabled['launches']} launches**."]
         for part, entry in total["parts"].items():
             bounds = ", ".join(f"{count} {bound}" for bound, count in entry["bounds"].items())
