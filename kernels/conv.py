@@ -374,13 +374,9 @@ def _conv_kernel(
     if UPSAMPLE:  # out_height and out_width are those of x: a phase has as many pixels
         top = image_y + down - 1
         left = image_x + right - 1
-        row = (image * 2 * height + 2 * image_y + down) * 2 * width + 2 * image_x + right
-        rows = 4 * m
     else:
         top = image_y * STRIDE - PADDING
         left = image_x * STRIDE - PADDING
-        row = pixel
-        rows = m
     origin = (image * height + top) * width + left
     top = tl.where(pixel < m, top, -height - TAPS)  # no tap of a pixel beyond the end is inside
     x += origin.to(tl.int64)[:, None] * channels + inner[None, :]  # (BLOCK_M, BLOCK_K)
@@ -420,6 +416,10 @@ def _conv_kernel(
                 b = tl.load(factors + more_columns, (inner < channels - channel)[:, None], other=0.0)
             more = tl.dot(a, b, more)
 
+    row, rows = pixel, m
+    if UPSAMPLE:  # every other pixel; from those under the first tap, which are at hand
+        row = (image * 2 * height + 2 * (top + 1) - down) * 2 * width + 2 * (left + 1) - right
+        rows = 4 * m
     out_row = row.to(tl.int64) + split.to(tl.int64) * rows  # with splits, out is the workspace (SPLIT, rows, filters)
     out_row, row_mask = out_row[:, None], (pixel < m)[:, None]
     if MORE_N:  # first, for its registers
