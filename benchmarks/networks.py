@@ -117,6 +117,12 @@ WORKLOADS: dict[str, Callable[[torch.dtype], None]] = {
 SMALL: dict[str, Callable[[torch.dtype], None]] = {
     "tiny step": lambda dtype: dry_run.run_unet(TINY, height=8, width=8, rows=2, tokens=77, dtype=dtype),
     "tiny decode": lambda dtype: dry_run.run_decoder(TINY_VAE, height=4, width=4, batch=1, dtype=dtype),
+    "tiny step, fp8": lambda dtype: in_eight_bits(
+        dry_run.network(TINY, dtype),
+        lambda: dry_run.run_unet(TINY, height=8, width=8, rows=2, tokens=77, dtype=dtype),
+        least_weight=1,
+        least_rows=64,
+    )(),
     "heads": lambda dtype: _heads(dtype),
 }
 

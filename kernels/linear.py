@@ -73,6 +73,8 @@ from fastldm.kernels.geglu import geglu, geglu_reference, gelu
 if TYPE_CHECKING:
     import triton.language as tl
 
+INTERPRETED = False  # set when a kernel is first launched: dispatch.Kernel
+
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """PyTorch's linear, then the sum: in place, for nothing else refers to the product."""
@@ -344,7 +346,12 @@ def _finish(tile, gate, scale, bias, residual, inverse, out, row, row_mask, firs
 @jit
 def to_range(x):
     """x within the range of e4m3, whose largest number is 448: the conversion may give NaN beyond it."""
-    return tl.clamp(x, -448.0, 448.0)
+    x = tl.clamp(x, -448.0, 448.0)
+    if INTERPRETED:  # that conversion rounds ties away and loses carries: it gets numbers that need no rounding
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+        x = tl.where(tl.abs(x) < 2**-6, (x + 24576.0) - 24576.0, rounded)  # below, multiples of 2 ** -9
+    return x
 
 
 @jit

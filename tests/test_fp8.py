@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import ops
 import pytest
 import torch
@@ -44,13 +42,6 @@ def check(*args: object) -> None:
     assert ops.error(got, exact) < 6e-4
 
 
-def converted(expected: Tensor) -> Tensor:
-    """Where a conversion can be relied on: the interpreter's loses the carry of what is rounded up to a power of 2."""
-    if ops.DEVICE == "cuda":
-        return torch.ones_like(expected, dtype=torch.bool)
-    return torch.frexp(expected).mantissa.abs() != 0.5
-
-
 # -------------------------------------------------------------------------------------------------- references
 
 
@@ -89,13 +80,14 @@ def test_large_inputs_are_clipped_and_not_lost() -> None:
 @pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
 @pytest.mark.parametrize("count", [1, 2048, 5001])
 def test_quantizing_is_the_reference(count: int, dtype: torch.dtype) -> None:
-    """Beyond the range too. By a scale that makes no ties, which the interpreter rounds away."""
-    x, scale = 200 * randn(count, dtype=dtype), math.pi / 4
+    """Bitwise: beyond the range, in the lowest binade, ties."""
+    x, scale = 200 * randn(count, dtype=dtype), 0.7
+    x[::2] *= 1e-4
     assert QUANTIZE.supports(x, scale)
     with ops.poisoned():
         got = fp8.quantize_triton(x, scale).float()
     expected = fp8.quantize_reference(x, scale).float()
-    assert torch.equal(got[converted(expected)], expected[converted(expected)])
+    assert torch.equal(got, expected)
 
 
 @needs_units
@@ -131,7 +123,7 @@ def test_output_of_eight_bits_is_the_quantized_output() -> None:
         got = fp8.linear_fp8_triton(x, weight, scale, bias, None, torch.float16, True, 0.01)
     expected = fp8.linear_fp8_reference(x, weight, scale, bias, None, torch.float16, True, 0.01)
     assert got.dtype == expected.dtype == E4M3
-    near, exact = (t.float()[converted(expected.float())] for t in (got, expected))
+    near, exact = got.float(), expected.float()
     assert (near == exact).float().mean() > 0.99
     assert (near - exact).abs().max() <= 2**-3 * exact.abs().max()
 
