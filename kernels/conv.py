@@ -297,7 +297,7 @@ def upsample_is_candidate(
     phases: Tensor | None = None,
 ) -> bool:
     pixels, filters, channels = x.shape[0] * height * width, weight.shape[0], weight.shape[1]
-    return is_competitive(config, SPACE, pixels, filters, 4 * channels, capability(x))
+    return is_competitive(config, UPSAMPLE_SPACE, pixels, filters, 4 * channels, capability(x))
 
 
 def shape_class(
@@ -320,9 +320,20 @@ def upsample_shape_class(
 
 @functools.cache
 def default(shape: str, arch: int) -> Config:
-    """The default of the matrix product; the four phases count as one product with all pixels of the output."""
+    """The default of the matrix product."""
     m, n, k = map(int, re.findall(r"\d+", shape))
     return min(SPACE, key=lambda config: estimate(config, m, n, k, arch))
+
+
+# A phase's pixels take more registers: with two accumulators and the bounds of a split some would spill.
+UPSAMPLE_SPACE = [config for config in SPACE if not ("MORE_N" in config and config["SPLIT"] > 1)]
+
+
+@functools.cache
+def upsample_default(shape: str, arch: int) -> Config:
+    """The default of the matrix product; the four phases count as one product with all pixels of the output."""
+    m, n, k = map(int, re.findall(r"\d+", shape))
+    return min(UPSAMPLE_SPACE, key=lambda config: estimate(config, m, n, k, arch))
 
 
 # ------------------------------------------------------------------------------------------------------- kernel
@@ -509,8 +520,8 @@ UPSAMPLE_CONV2D = Op(
     supports=upsample_supports,
     shape_class=upsample_shape_class,
     cost=upsample_cost,
-    default=default,
-    space=SPACE,
+    default=upsample_default,
+    space=UPSAMPLE_SPACE,
     is_candidate=upsample_is_candidate,
     prefer="torch",
 )

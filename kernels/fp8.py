@@ -177,8 +177,9 @@ def shape_class(
 
 def default(shape: str, arch: int) -> Config:
     config = _eight_bits((linear.linear_geglu_default if shape.endswith("gated") else linear.default)(shape, arch))
-    # Warps that multiply from registers take more of them for operands of 128 along K: two programs would spill.
-    return config if arch in (90, 100) else {**config, "maxnreg": 255}
+    # Two programs on a multiprocessor would spill: warps that multiply from registers take more of them for operands of
+    # 128 along K, and Blackwell's take sums out of its tensor memory.
+    return config if arch == 90 else {**config, "maxnreg": 255}
 
 
 def quantize_default(shape: str, arch: int) -> Config:

@@ -64,7 +64,9 @@ RUN = {
         ("profile.html",),
         "--steps 1 --rounds 1 --size 32 --device cpu",
     ),
-    "fastldm doctor --arch sm_90": Shown(r"fastldm .*\n  linear_geglu +triton +\d+ calls\n.*\n  conv2d +torch +\d+ calls: .*"),
+    "fastldm doctor --arch sm_90": Shown(
+        r"fastldm .*\n  linear_geglu +triton +\d+ calls\n.*\n  conv2d +torch +\d+ calls: .*"
+    ),
 }
 NOT_RUN = {
     "make demo": "installs; its command is compared below",
