@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT
 from ops import kernels
 
+from fastldm.kernels import fp8
 from fastldm.kernels.compile import ARCHS, SHARED_MEMORY
 
 COMMITTED = ROOT / "benchmarks" / "results" / "aot.json"
@@ -36,7 +37,8 @@ def test_committed_table_has_every_kernel_and_no_spill() -> None:
     rows: list[dict[str, Any]] = json.loads(COMMITTED.read_text())
     assert len(kernels()) >= 10
     for arch in ARCHS:
-        assert {row["kernel"] for row in rows if row["arch"] == arch} == kernels()
+        absent = {"_quantize_kernel"} if arch < fp8.OLDEST else set()  # no matrix units for what it writes
+        assert {row["kernel"] for row in rows if row["arch"] == arch} == kernels() - absent
     for row in rows:
         assert row["stack"] == 0, row
         assert row["registers"] <= 255, row
