@@ -165,8 +165,8 @@ FAULTS: dict[str, list[Fault]] = {
             "the last block of pixels is skipped",
         ),
         Fault(
-            "out, bias, residual, out, rows",
-            "out, bias, None, out, rows",
+            "None, bias, residual, out, rows",
+            "None, bias, None, out, rows",
             _bias_residual,
             "the residual left out",
         ),
