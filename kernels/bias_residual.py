@@ -72,7 +72,7 @@ def bias_residual_triton(out: Tensor, bias: Tensor | None, residual: Tensor | No
     columns = out.shape[1]
     rows = out.numel() // columns
     grid = (cdiv(rows, config["ROWS"]), cdiv(columns, config["COLUMNS"]))
-    launch(sum_kernel, grid, out, None, bias, residual, out, rows, columns, PARTS=1, **config)
+    launch(sum_kernel, grid, out, None, bias, residual, None, out, rows, columns, PARTS=1, **config)
 
 
 # ----------------------------------------------------------------------------------------------------------- op

@@ -495,7 +495,7 @@ def _launch(
     even = channels % config["BLOCK_K"] == 0
     launch(_conv_kernel, grid, x, weight, *epilogue, target, *sizes, **shape, EVEN_K=even, **config)
     if split > 1:
-        sum_splits(target, None, bias, residual, out)
+        sum_splits(target, None, bias, residual, None, out)
 
 
 # ---------------------------------------------------------------------------------------------------------- ops

@@ -427,10 +427,11 @@ def linear_kernel(
 
 @jit
 def sum_kernel(
-    partials, scale, bias, residual, out, rows, columns, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """out (rows, columns) = scale * sum of partials (PARTS, rows, columns) + bias + residual. partials may be out
-    itself."""
+    partials, scale, bias, residual, inverse, out, rows, columns,
+    PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """out (rows, columns) = scale * sum of partials (PARTS, rows, columns) + bias + residual, for 8-bit outputs times
+    `inverse`. partials may be out itself."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     first = tl.program_id(1) * COLUMNS
     column = first + tl.arange(0, COLUMNS)[None, :]
@@ -438,17 +439,22 @@ def sum_kernel(
     tile = tl.zeros((ROWS, COLUMNS), tl.float32)
     for index in tl.static_range(PARTS):
         tile += tl.load(partials + (index * rows + row) * columns + column, mask, other=0.0).to(tl.float32)
-    finish(tile, None, scale, bias, residual, None, out, row, row < rows, first, columns, ROWS, COLUMNS)
+    finish(tile, None, scale, bias, residual, inverse, out, row, row < rows, first, columns, ROWS, COLUMNS)
 
 
 def sum_splits(
-    partials: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None, out: Tensor
+    partials: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    inverse: float | None,
+    out: Tensor,
 ) -> None:
-    """out = scale * sum of the partial sums (SPLIT, rows, columns) + bias + residual, for the kernels that split K."""
+    """The kernel's sum of the partial sums (SPLIT, rows, columns), for the kernels that split K."""
     split, rows, columns = partials.shape
     grid = (cdiv(rows, 16), cdiv(columns, 64))  # 64 columns: rows of 256 bytes; 16 rows: enough programs for M = 128
     tile = {"PARTS": split, "ROWS": 16, "COLUMNS": 64, "num_warps": 4}
-    launch(sum_kernel, grid, partials, scale, bias, residual, out, rows, columns, **tile)
+    launch(sum_kernel, grid, partials, scale, bias, residual, inverse, out, rows, columns, **tile)
 
 
 def multiply(
@@ -477,7 +483,7 @@ def multiply(
     shape = {"EVEN_K": k % config["BLOCK_K"] == 0, "GEGLU": gated, "SPLIT": split}
     launch(linear_kernel, grid, rows, weight, *epilogue, target, *sizes, **{**config, **shape})
     if split > 1:
-        sum_splits(target, scale, bias, residual, out)
+        sum_splits(target, scale, bias, residual, inverse, out)
     return out
 
 

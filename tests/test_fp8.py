@@ -126,6 +126,10 @@ def test_output_of_eight_bits_is_the_quantized_output() -> None:
     near, exact = got.float(), expected.float()
     assert (near == exact).float().mean() > 0.99
     assert (near - exact).abs().max() <= 2**-3 * exact.abs().max()
+    with dispatch.forced("linear_fp8", SMALL | {"SPLIT": 2}):  # written by the sum of the splits
+        split = fp8.linear_fp8_triton(x, weight, scale, bias, None, torch.float16, False, 0.01)
+    expected = fp8.linear_fp8_reference(x, weight, scale, bias, None, torch.float16, False, 0.01)
+    assert (split.float() == expected.float()).float().mean() > 0.99
 
 
 @needs_units

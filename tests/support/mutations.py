@@ -165,8 +165,8 @@ FAULTS: dict[str, list[Fault]] = {
             "the last block of pixels is skipped",
         ),
         Fault(
-            "None, bias, residual, out, rows",
-            "None, bias, None, out, rows",
+            "None, bias, residual, None, out, rows",
+            "None, bias, None, None, out, rows",
             _bias_residual,
             "the residual left out",
         ),
