@@ -22,6 +22,11 @@ def rotations(blocks: Tensor, limit: float) -> Tensor:
     return (identity + q) @ torch.linalg.inv(identity - q)
 
 
+def _rescaled(weight: Tensor, rescale: Tensor | None) -> Tensor:
+    """Each output of a weight (out, ...) times its own factor (out,)."""
+    return weight if rescale is None else weight * rescale.float().view(-1, *[1] * (weight.ndim - 1))
+
+
 @dataclass(frozen=True, eq=False)
 class OFT:
     """W + dW = rescale * ((1 - s) I + s R)^T W in blocks of rows, at scale s. `rescale` acts fully at every scale."""
@@ -39,10 +44,7 @@ class OFT:
         r = rotations(self.blocks, self.limit)
         rows = base.reshape(*r.shape[:2], -1)  # (blocks, b, in * kh * kw)
         turned = torch.baddbmm(rows, r.mT - torch.eye(r.shape[1], device=r.device), rows, alpha=scale)
-        turned = turned.reshape(weight.shape)
-        if self.rescale is not None:
-            turned = turned * self.rescale.float().view(-1, *[1] * (weight.ndim - 1))
-        return turned - base
+        return _rescaled(turned.reshape(weight.shape), self.rescale) - base
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +72,4 @@ class BOFT:
             rows = paired.reshape(count, size, -1)
             rows = torch.bmm(scale * r + (1 - scale) * identity, rows)
             turned = rows.reshape(paired.shape).transpose(1, 2).flatten(0, 2)
-        turned = turned.reshape(weight.shape)
-        if self.rescale is not None:
-            turned = turned * self.rescale.float().view(-1, *[1] * (weight.ndim - 1))
-        return turned - base
+        return _rescaled(turned.reshape(weight.shape), self.rescale) - base
