@@ -43,14 +43,14 @@ def levels(made: NDArray[np.float32], exact: NDArray[np.float32]) -> list[float]
     return [255 * float(np.sqrt(np.square(a - b).mean())) for a, b in zip(made, exact, strict=True)]
 
 
-def measure(model: str, device: str | None) -> dict[str, Any]:
-    pipe = Pipeline.from_pretrained(model, device=device, dtype="float32")
+def measure(pipe: Pipeline, model: str) -> dict[str, Any]:
+    """pipe: the model in float32, which has fp8 on afterwards."""
     exact = pictures(pipe)
     least = {"least_weight": 1, "least_rows": 1} if model == "default" else {}
     request = pipe.stages.complete(Request(prompt=PROMPTS[0], seed=100))
     layers = pipe.session.call(lambda: eight_bits.enable(pipe.stages, request, **least))
     eight = levels(pictures(pipe), exact)
-    half = levels(pictures(Pipeline.from_pretrained(model, device=device, dtype="bfloat16")), exact)
+    half = levels(pictures(Pipeline.from_pretrained(model, device=pipe.device, dtype="bfloat16")), exact)
     row: dict[str, Any] = {"layers": layers, "prompts": len(PROMPTS)}
     for name, values in (("fp8", eight), ("bfloat16", half)):
         row[name] = {f.__name__: round(f(values), 2) for f in (mean, median, max)}
@@ -62,9 +62,9 @@ def main() -> None:
     parser.add_argument("-m", "--model", default="default")
     parser.add_argument("--device")
     args = parser.parse_args()
-    row = measure(args.model, args.device)
+    pipe = Pipeline.from_pretrained(args.model, device=args.device, dtype="float32")
+    row = measure(pipe, args.model)
     print(json.dumps(row, indent=1))
-    pipe = Pipeline.from_pretrained(args.model, device=args.device)
     record = {"machine": machine(pipe.device), "model": pipe.name, **row}
     (machine_folder(pipe.device) / "eight_bits.json").write_text(json.dumps(record, indent=1) + "\n")
     sys.exit(row["fp8"]["mean"] > GATE)

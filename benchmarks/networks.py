@@ -7,7 +7,7 @@ for workload in WORKLOADS.values():
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from fastldm.kernels import dispatch
 from fastldm.kernels.attention import attention
 from fastldm.models.config import TextConfig, UNetConfig, VAEConfig
-from fastldm.models.layers import EightBits, Linear
+from fastldm.models.layers import Linear
 from fastldm.planning import dry_run
 from fastldm.profiling.contender import SD15 as _SD15
-from fastldm.runtime.eight_bits import large_products, quantize
+from fastldm.runtime.eight_bits import large_products, quantize, switched
 
 _CROSS_DOWN, _DOWN, _CROSS_UP, _UP = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"
 
@@ -85,19 +85,13 @@ def in_eight_bits(unet: nn.Module, run: Callable[[], object], **least: int) -> C
         quantize(group, 1.0)
         layers += group
     bits = [layer.eight_bits for layer in layers]
-
-    def switch(values: Iterable[EightBits | None]) -> None:
-        for layer, value in zip(layers, values, strict=True):
-            layer.eight_bits = value
+    for layer in layers:
+        layer.eight_bits = None
 
     def eight() -> None:
-        switch(bits)
-        try:
+        with switched(layers, bits):
             run()
-        finally:
-            switch([None] * len(layers))
 
-    switch([None] * len(layers))
     return eight
 
 

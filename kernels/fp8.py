@@ -62,10 +62,15 @@ def linear_fp8_reference(
     return out.to(dtype) if out_scale is None else quantize_reference(out, out_scale)
 
 
-def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight (O, I) as e4m3, and the scale of each row: (O, I), (O,) float32. A row of zeros has scale 1."""
+def weight_scale(weight: Tensor) -> Tensor:
+    """The scale of each row of a weight (O, I): (O,) float32. A row of zeros has scale 1."""
     scale = weight.float().abs().amax(1) / LARGEST
-    scale = torch.where(scale > 0, scale, 1.0)
+    return torch.where(scale > 0, scale, 1.0)
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight (O, I) as e4m3, and the scale of each row: (O, I), (O,) float32."""
+    scale = weight_scale(weight)
     return (weight.float() / scale[:, None]).clamp(-LARGEST, LARGEST).to(E4M3), scale
 
 

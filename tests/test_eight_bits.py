@@ -125,6 +125,15 @@ def test_models_without_large_layers_are_refused_by_name(pipe: fastldm.Pipeline)
     assert np.array_equal(picture(pipe), before)
 
 
+def test_a_refused_request_leaves_the_eight_bits(pipe: fastldm.Pipeline) -> None:
+    enable(pipe)
+    before = picture(pipe)
+    with pytest.raises(fastldm.InputError, match="no linear layer"):
+        pipe.enable_fp8(num_inference_steps=1)
+    assert eight_bits.is_on(pipe.stages)
+    assert np.array_equal(picture(pipe), before)
+
+
 def test_gpus_without_units_are_refused(pipe: fastldm.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipe.stages, "device", torch.device("cuda"))
     monkeypatch.setattr(dispatch, "device_capability", lambda index: 80)

@@ -10,7 +10,8 @@ launch or its weight and not for the matrix units, and the pass that quantises i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,9 +29,10 @@ LEAST_WEIGHT, LEAST_ROWS = 2**20, 256
 
 
 def enable(stages: Stages, request: Request, least_weight: int = LEAST_WEIGHT, least_rows: int = LEAST_ROWS) -> int:
-    """Calibrate by a request and switch over. Returns the number of layers; those that are on already stay.
+    """Calibrate by a request and switch over. Returns the number of layers.
 
-    InputError for a GPU without matrix units for e4m3, for a bundle, and for a model without large layers.
+    InputError for a GPU without matrix units for e4m3, for a bundle, and for a model without large layers. Whatever is
+    raised, the layers are what they were: in eight bits of before, if they were.
     """
     unet = stages.unet
     if not isinstance(unet, UNet):
@@ -38,14 +40,15 @@ def enable(stages: Stages, request: Request, least_weight: int = LEAST_WEIGHT, l
     if stages.device.type == "cuda" and dispatch.device_capability(stages.device.index or 0) < fp8.OLDEST:
         name = torch.cuda.get_device_name(stages.device)
         raise InputError(f"{name} has no matrix units for fp8: an NVIDIA GPU of Ada or later has (sm_{fp8.OLDEST})")
-    disable(stages)
-    with stages.eager():
+    layers = _linear_layers(stages)
+    with stages.eager(), switched(layers, [None] * len(layers)):
         groups = large_products(unet, lambda: stages.make(request), least_weight, least_rows)
     if not groups:
         raise InputError(
             f"no linear layer of {stages.name} has {least_weight:,} weights and {least_rows} rows of input at "
             f"{request.width}x{request.height}: smaller ones gain nothing by fp8"
         )
+    disable(stages)
     names = {layer: name for name, layer in unet.named_modules() if isinstance(layer, Linear)}
     derived = [entry for layers, largest in groups for entry in quantize(layers, largest.item(), names)]
     stages.prepared.add(derived)
@@ -69,6 +72,19 @@ def is_on(stages: Stages) -> bool:
 def _linear_layers(stages: Stages) -> list[Linear]:
     unet = stages.unet
     return [layer for layer in unet.modules() if isinstance(layer, Linear)] if isinstance(unet, UNet) else []
+
+
+@contextmanager
+def switched(layers: Sequence[Linear], bits: Sequence[EightBits | None]) -> Iterator[None]:
+    """Inside, the layers multiply by these eight bits, or by their weights where None."""
+    before = [layer.eight_bits for layer in layers]
+    try:
+        for layer, value in zip(layers, bits, strict=True):
+            layer.eight_bits = value
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer.eight_bits = value
 
 
 def large_products(
@@ -118,7 +134,7 @@ def quantize(layers: list[Linear], largest: float, names: Mapping[Linear, str] =
         return fp8.quantize_weight(weight)[0].view(torch.uint8)
 
     def scale_of(weight: Tensor) -> Tensor:
-        return fp8.quantize_weight(weight)[1] * x_scale
+        return fp8.weight_scale(weight) * x_scale
 
     derived: list[Derived] = []
     for layer, weight, scale in zip(layers, weights, scales, strict=True):
