@@ -49,6 +49,5 @@ def as_table(arch: int, entries: Entries) -> dispatch.Table:
     """The entries as `dispatch.use_table` takes them."""
     table: dict[str, dict[str, Any]] = {}
     for call, entry in entries:
-        op, (args, kwargs) = dispatch.OPS[call.op], call.arguments("meta")
-        table.setdefault(call.op, {})[op.shape_class(*args, **kwargs)] = entry
+        table.setdefault(call.op, {})[call.shape_class] = entry
     return {f"sm_{arch}": table}

@@ -105,6 +105,11 @@ class Context:
                 total[call] = total.get(call, 0) + count
         return total
 
+    def fp8_calls(self) -> dict[Call, int]:
+        """Calls of a step of SDXL in fp8 that it does not make in float16; of the tiny ones, `calls` has all."""
+        plain = self.calls("sdxl-1024 step")
+        return {call: count for call, count in self.calls("sdxl-1024 step, fp8").items() if call not in plain}
+
 
 # --------------------------------------------------------------------------------------------------------- the stages
 
@@ -124,7 +129,7 @@ def ceilings(context: Context) -> None:
 
 def compile_kernels(context: Context) -> None:
     """every kernel of later stages, compiled by all cores into Triton's cache"""
-    calls = list(context.calls("sd15-512 step", "vae-512 decode", "sdxl-1024 step", "sdxl-1024 step, fp8", "clip-l"))
+    calls = [*context.calls("sd15-512 step", "vae-512 decode", "sdxl-1024 step", "clip-l"), *context.fp8_calls()]
     if context.dry:
         calls = [call for call in calls if not call.cost.flop][:2]  # kernels without products compile fast
     start = time.monotonic()
@@ -170,7 +175,7 @@ def checks(context: Context, ops: list[str]) -> None:
     from benchmarks.harness import disagreement
     from fastldm.kernels import dispatch
 
-    calls = context.calls("sd15-512 step", "vae-512 decode", "sdxl-1024 step, fp8", "clip-l")
+    calls = context.calls("sd15-512 step", "vae-512 decode", "clip-l") | context.fp8_calls()
     for name in ops:
         own = [call for call in calls if call.op == name]
         emit(op=name, begun=True)
@@ -213,7 +218,7 @@ def ops(context: Context, names: list[str]) -> None:
     from benchmarks import harness
     from fastldm.kernels import dispatch
 
-    calls = context.calls("sd15-512 step", "vae-512 decode", "sdxl-1024 step", "sdxl-1024 step, fp8")
+    calls = context.calls("sd15-512 step", "vae-512 decode", "sdxl-1024 step") | context.fp8_calls()
     ceilings = context.ceilings
     options: dict[str, Any] = {"device": context.device.type, "rounds": 1 if context.dry else 5, "seconds": 0.01}
     for name in names:
@@ -231,7 +236,7 @@ def ops(context: Context, names: list[str]) -> None:
             copies = 1 if context.dry else None
             row = harness.bench(call, _rivals(benchmark), ceilings, copies=copies, **options)
             row = {"workload": "step or decode", "count": own[call], **row}
-            emit(op=name, shape_class=_class_of(dispatch.OPS[name], call), **row, say=harness.line(row))
+            emit(op=name, shape_class=call.shape_class, **row, say=harness.line(row))
 
 
 def _benchmark(module: str) -> Any:
@@ -248,11 +253,6 @@ def _rivals(benchmark: Any) -> Callable[..., dict[str, Callable[[], object]]]:
         return {title: call for title, call in rivals.items() if not title.startswith(SLOW)}
 
     return fast
-
-
-def _class_of(op: Op[..., Any], call: Call) -> str:
-    args, kwargs = call.arguments("meta")
-    return op.shape_class(*args, **kwargs)
 
 
 def _smallest(calls: Iterable[Call]) -> list[Call]:
@@ -294,7 +294,7 @@ def variants(context: Context, name: str) -> None:
         best = min(us, key=us.__getitem__, default="")
         default = us.get(json.dumps(dict(configs[0])))
         text = f"{call}: default {default or 0:.1f} us, best {us[best]:.1f} {best}" if best else f"{call}: none ran"
-        row = {"call": str(call), "shape_class": _class_of(op, call), "default_us": default, "best": best}
+        row = {"call": str(call), "shape_class": call.shape_class, "default_us": default, "best": best}
         emit(op=name, **row, us=us, spread=spread, failed=failed, say=text)
 
 
@@ -310,13 +310,12 @@ def _forced(op: Op[..., Any], config: Any, args: tuple[Any, ...], kwargs: dict[s
 
 def _of_each_class(context: Context, name: str) -> list[Call]:
     """The largest call of each shape class of an op, by the floor of all of the class's calls."""
-    from fastldm.kernels import dispatch
 
     own = {call: count for call, count in context.calls("sd15-512 step", "sdxl-1024 step").items() if call.op == name}
     floor = {call: context.ceilings.seconds(call.cost.flop, call.cost.bytes) * count for call, count in own.items()}
     largest: dict[str, Call] = {}
     for call in sorted(own, key=lambda call: -floor[call]):
-        largest.setdefault(_class_of(dispatch.OPS[name], call), call)
+        largest.setdefault(call.shape_class, call)
     return _smallest(own) if context.dry else list(largest.values())[:6]
 
 
@@ -328,7 +327,7 @@ def smallest(context: Context) -> None:
     by_class: dict[tuple[str, str], Call] = {}
     for workload in SMALL:
         for call in calls(workload, context.dtype):
-            by_class.setdefault((call.op, _class_of(dispatch.OPS[call.op], call)), call)
+            by_class.setdefault((call.op, call.shape_class), call)
     kinds: dict[str, int] = {}
     for (name, _), call in sorted(by_class.items(), key=lambda item: item[1].cost.bytes):
         if kinds.get(name, 0) >= (1 if context.dry else 8 if name == "attention" else 2):

@@ -170,6 +170,11 @@ class Call:
         args, kwargs = self.arguments("meta")
         return dispatch.OPS[self.op].cost(*args, **kwargs)
 
+    @property
+    def shape_class(self) -> str:
+        args, kwargs = self.arguments("meta")
+        return dispatch.OPS[self.op].shape_class(*args, **kwargs)
+
     def __str__(self) -> str:
         tensors = [value for value in (*self.args, *(value for _, value in self.kwargs)) if isinstance(value, Meta)]
         return f"{self.op} " + " ".join("x".join(map(str, t.shape)) for t in tensors[:2])

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -207,9 +207,9 @@ def nodes(workload: str, paths: Table | Literal["own"] | None = None) -> list[No
     return watch.nodes
 
 
-def predicted_table(workload: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """op -> shape class -> the entry of the fastest candidate, or of the library, for the ops of a workload that a
-    library computes by default. Of several calls of a class the first decides.
+def predicted_table(workload: str) -> Table:
+    """A table of launch configurations: the fastest candidate, or the library, for the ops of a workload that a library
+    computes by default. Of several calls of a class the first decides.
     """
     table: dict[str, dict[str, dict[str, Any]]] = {}
     watch = Watch()  # one, for it reads each kernel's code once
@@ -236,16 +236,7 @@ def predicted_table(workload: str) -> dict[str, dict[str, dict[str, Any]]]:
         us = {"us": round(1e6 * best, 2), "torch_us": round(1e6 * library, 2)}
         entry = {"config": config, "path": "triton" if best <= library else "torch", "predicted": us}
         table.setdefault(op.name, {})[shape_class] = entry
-    return table
-
-
-def merged(tables: Iterable[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Tables of several workloads as one; a class that several have is taken from the first."""
-    whole: dict[str, dict[str, Any]] = {}
-    for table in tables:
-        for name, entries in table.items():
-            whole[name] = {**entries, **whole.get(name, {})}
-    return whole
+    return {f"sm_{sass.ARCH}": table}
 
 
 def summary(of: list[Node]) -> dict[str, Any]:
@@ -309,7 +300,8 @@ def main() -> None:
             return dict(zip(selected, pool.map(partial(nodes, paths=paths), selected), strict=True))
 
         predicted = predict("own" if args.own else None)
-        table = {f"sm_{sass.ARCH}": {} if args.own else merged(pool.map(predicted_table, selected))}
+        # Of a class that several workloads have, the entry of the first.
+        table = {} if args.own else dispatch.merge_tables(*reversed(list(pool.map(predicted_table, selected))))
         by_table = {} if args.own else {name: summary(of) for name, of in predict(table).items()}
     if args.nodes:
         for name in selected:

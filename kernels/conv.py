@@ -75,6 +75,7 @@ from fastldm.kernels.linear import (
     SPACE,
     column_of,
     columns_of,
+    default,
     estimate,
     fast_library,
     finish,
@@ -316,13 +317,6 @@ def upsample_shape_class(
     x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int, phases: Tensor | None = None
 ) -> str:
     return f"m{power_of_2(x.shape[0] * height * width)} n{weight.shape[0]} k{4 * weight.shape[1]}"
-
-
-@functools.cache
-def default(shape: str, arch: int) -> Config:
-    """The default of the matrix product."""
-    m, n, k = map(int, re.findall(r"\d+", shape))
-    return min(SPACE, key=lambda config: estimate(config, m, n, k, arch))
 
 
 # A phase's pixels take more registers: with two accumulators and the bounds of a split some would spill.

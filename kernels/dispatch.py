@@ -450,17 +450,24 @@ def table() -> dict[str, dict[str, dict[str, Any]]]:
 
     The file that ships, overridden by the one that FASTLDM_TUNED names (`fastldm tune` writes one). Read once.
     """
-    merged: dict[str, dict[str, dict[str, Any]]] = {}
+    tables = []
     for path in (SHIPPED, os.environ.get("FASTLDM_TUNED")):
         if path is None:
             continue
         try:
-            tuned = json.loads(Path(path).read_text())
+            tables.append(json.loads(Path(path).read_text()))
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{path}: not a table of launch configurations ({error}); write one: fastldm tune"
             ) from None
-        for arch, ops in tuned.items():
+    return merge_tables(*tables)
+
+
+def merge_tables(*tables: Table) -> dict[str, dict[str, dict[str, Any]]]:
+    """One table of the entries of all; of those for one shape class the last."""
+    merged: dict[str, dict[str, dict[str, Any]]] = {}
+    for table in tables:
+        for arch, ops in table.items():
             for op, entries in ops.items():
                 merged.setdefault(arch, {}).setdefault(op, {}).update(entries)
     return merged

@@ -132,9 +132,6 @@ def read_table(path: Path) -> dict[str, Any]:
 
 def merge_into(path: Path, table: dict[str, Any]) -> None:
     """Merge the table into that of the file, atomically."""
-    merged = read_table(path)
-    for arch, ops in table.items():
-        for op, entries in ops.items():
-            merged.setdefault(arch, {}).setdefault(op, {}).update(entries)
+    merged = dispatch.merge_tables(read_table(path), table)
     with whole_file(path) as file:
         file.write(f"{json.dumps(merged, indent=1, sort_keys=True)}\n".encode())
