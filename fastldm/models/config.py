@@ -174,6 +174,14 @@ class UNetConfig:
         return self.down[0].context
 
     @property
+    def skip_channels(self) -> tuple[int, ...]:
+        """Channels of each skip connection: the outputs of the first convolution, and of each resnet and downsampling
+        convolution of the encoder."""
+        last = self.levels - 1
+        widths = [[level.channels] * (len(level.depths) + (i < last)) for i, level in enumerate(self.down)]
+        return (self.down[0].channels, *(width for level in widths for width in level))
+
+    @property
     def time_channels(self) -> int:
         """Channels of a time row: the sum over all resnets."""
         return sum(level.channels * len(level.depths) for level in (*self.down, self.mid, *self.up))

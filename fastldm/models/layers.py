@@ -136,16 +136,20 @@ class Pointwise(nn.Module):
 
 
 class Conv(nn.Module):
-    """A convolution with an odd kernel that preserves height and width."""
+    """A convolution with an odd kernel that preserves height and width, or divides them by its stride, rounded up."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, bias: bool = True) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int = 3, bias: bool = True, stride: int = 1
+    ) -> None:
         super().__init__()
+        self.stride = stride
         self.weight = parameter(out_channels, in_channels, kernel, kernel)
         self.weight.data = channels_last(self.weight.data)  # as loading.prepare lays weights out
         self.bias = parameter(out_channels) if bias else None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return conv2d(x, self.weight, self.bias, padding=self.weight.shape[-1] // 2, residual=residual)
+        padding = self.weight.shape[-1] // 2
+        return conv2d(x, self.weight, self.bias, stride=self.stride, padding=padding, residual=residual)
 
 
 class GroupNorm(nn.Module):

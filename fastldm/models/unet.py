@@ -2,6 +2,9 @@
 
 Everything that depends only on the schedule and the conditioning is computed once, by `time_rows` and `cross_kv`; the
 denoising loop only calls `step`. Parameter names are those of diffusers' UNet2DConditionModel.
+
+Its first half, `UNetEncoder`, is that of a ControlNet too (controlnet.py), whose outputs the U-Net adds to its skip
+connections: `Residuals`. `Features` are what a T2I-Adapter adds inside that half.
 """
 
 from __future__ import annotations
@@ -45,7 +48,126 @@ class Text(NamedTuple):
     slots: Tensor | None  # (B,) int32
 
 
-class UNet(nn.Module):
+class Residuals(NamedTuple):
+    """What a ControlNet adds to R consecutive rows of a U-Net: to its skip connections and to the output of its middle
+    block."""
+
+    skips: tuple[Tensor, ...]  # of each skip connection (R, C, h, w), or (R, C, 1, 1) for all pixels alike
+    mid: Tensor  # the same of the middle block's output
+    weights: Tensor | None = None  # (skips + 1, R) in the network's dtype; None: 1
+    first: int = 0  # of the rows
+
+
+class Features(NamedTuple):
+    """What a T2I-Adapter adds to R consecutive rows of a U-Net: at the end of each level, then to the middle block's
+    output."""
+
+    levels: tuple[Tensor, ...]  # (R, C, h, w); there may be fewer than levels
+    first: int = 0  # of the rows
+
+
+class UNetEncoder(nn.Module):
+    """The half of a U-Net up to its middle block, with the embeddings of time and conditioning."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        channels = config.down[0].channels
+        self.conv_in = Conv(config.in_channels, channels)
+        self.time_proj = Sinusoids(channels, config.flip_sin_to_cos, config.freq_shift)
+        self.time_embedding = TimeEmbedding(channels, config.time_embedding_dim, config.time_cond_proj_dim)
+        self.needs_added = config.needs_added
+        if config.needs_added:
+            self.add_time_proj = Sinusoids(config.addition_time_embed_dim, config.flip_sin_to_cos, config.freq_shift)
+            self.add_embedding = TimeEmbedding(config.addition_input_dim, config.time_embedding_dim)
+        self.down_blocks: Layers[Block] = Layers()
+        for i, level in enumerate(config.down):
+            block = Block(config, level, channels)
+            channels = level.channels
+            if i < config.levels - 1:
+                block.downsamplers.append(Downsample(channels, config.downsample_padding))
+            self.down_blocks.append(block)
+        self.mid_block = Block(config, config.mid, channels)
+
+    def encode(
+        self, x: Tensor, rows: Iterator[Tensor], texts: Iterator[Text], features: Features | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The output of conv_in (B, C, H, W) -> that of the middle block, and all skip connections."""
+        added = iter(() if features is None else features.levels)
+
+        def add_feature() -> None:
+            if features is not None and (value := next(added, None)) is not None:
+                add_rows(x, value, features.first)
+
+        skips = [x]
+        for block in self.down_blocks:
+            for resnet, transformer in block.layers():
+                x = resnet(x, next(rows))
+                if transformer is not None:
+                    x = transformer(x, texts)
+                skips.append(x)
+            # As diffusers: before a level with transformers is halved, and after a level without is. Either way, the
+            # last skip connection is the same tensor.
+            if block.attentions:
+                add_feature()
+            for downsample in block.downsamplers:
+                x = downsample(x)
+                skips.append(x)
+            if not block.attentions:
+                add_feature()
+
+        for resnet, transformer in self.mid_block.layers():
+            x = resnet(x, next(rows))
+            if transformer is not None:
+                x = transformer(x, texts)
+        add_feature()
+        return x, skips
+
+    def split_rows(self, temb_row: Tensor) -> Iterator[Tensor]:
+        """A row (B, S) of `time_rows` as the shifts of each resnet, in network order."""
+        return iter(temb_row.split([resnet.conv2.weight.shape[0] for resnet in self.resnets()], dim=1))
+
+    def _time_rows(self, timesteps: Tensor, added: AddedConditions | None, condition: Tensor | None = None) -> Tensor:
+        dtype = self.conv_in.weight.dtype
+        embedding = self.time_embedding(self.time_proj(timesteps).to(dtype), condition)
+        if self.needs_added:
+            if added is None:
+                raise InputError("this network (SDXL) reads pooled text and sizes: got None, expected R rows of each")
+            sizes = self.add_time_proj(added.time_ids.flatten())
+            sizes = sizes.unflatten(0, added.time_ids.shape).flatten(1)  # (R, 6 * addition_time_embed_dim)
+            embedding = embedding + self.add_embedding(torch.cat((added.text_embeds, sizes), dim=1).to(dtype))
+        h = F.silu(embedding)
+        return torch.cat([resnet.time_emb_proj(h) + resnet.conv1.bias for resnet in self.resnets()], dim=1)
+
+    def cross_kv(self, encoder_hidden_states: Tensor) -> tuple[Tensor, ...]:
+        """Keys and values of texts (B, T, D): a tensor (B, T, 2C) = (k | v) per cross-attention, in network order."""
+        return tuple(
+            layer.attn2.kv(encoder_hidden_states)
+            for block in self.blocks()
+            for transformer in block.attentions
+            for layer in transformer.transformer_blocks
+        )
+
+    def blocks(self) -> list[Block]:
+        return [*self.down_blocks, self.mid_block]
+
+    def resnets(self) -> list[Resnet]:
+        """All resnets in network order."""
+        return [resnet for block in self.blocks() for resnet in block.resnets]
+
+
+def add_rows(x: Tensor, value: Tensor, first: int, weight: Tensor | None = None) -> None:
+    """x[first : first + R] += weight * value in place: x (B, C, h, w), value (R, C, h, w) or (R, C, 1, 1), weight (R,).
+
+    The other rows are not touched, for what is NaN elsewhere is so times zero too.
+    """
+    rows = x[first : first + value.shape[0]]
+    if weight is None:
+        rows += value
+    else:
+        rows.addcmul_(value, weight[:, None, None, None])
+
+
+class UNet(UNetEncoder):
     """From noisy latents, a timestep and a text to noise, v or sample, as the checkpoint was trained.
 
     Used in parts:
@@ -55,30 +177,12 @@ class UNet(nn.Module):
     """
 
     def __init__(self, config: UNetConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         self.config = config
-        channels = config.down[0].channels
-        self.conv_in = Conv(config.in_channels, channels)
-        self.time_proj = Sinusoids(channels, config.flip_sin_to_cos, config.freq_shift)
-        self.time_embedding = TimeEmbedding(channels, config.time_embedding_dim, config.time_cond_proj_dim)
+        channels = config.down[-1].channels
         if config.time_cond_proj_dim is not None:
             self.guidance_proj = GuidanceSinusoids(config.time_cond_proj_dim)
-        if config.needs_added:
-            self.add_time_proj = Sinusoids(config.addition_time_embed_dim, config.flip_sin_to_cos, config.freq_shift)
-            self.add_embedding = TimeEmbedding(config.addition_input_dim, config.time_embedding_dim)
-
-        # Each output of the encoder is a skip connection; each resnet of the decoder takes the last remaining one.
-        skips = [channels]
-        self.down_blocks: Layers[Block] = Layers()
-        for i, level in enumerate(config.down):
-            block = Block(config, level, channels)
-            channels = level.channels
-            skips += [channels] * len(level.depths)
-            if i < config.levels - 1:
-                block.downsamplers.append(Downsample(channels, config.downsample_padding))
-                skips.append(channels)
-            self.down_blocks.append(block)
-        self.mid_block = Block(config, config.mid, channels)
+        skips = list(config.skip_channels)  # each resnet of the decoder takes the last remaining one
         self.up_blocks: Layers[Block] = Layers()
         for i, level in enumerate(config.up):
             block = Block(config, level, channels, [skips.pop() for _ in level.depths])
@@ -98,35 +202,28 @@ class UNet(nn.Module):
         *,
         kv_len: Tensor | None = None,
         slots: Tensor | None = None,
+        residuals: Sequence[Residuals] = (),
+        features: Features | None = None,
     ) -> Tensor:
         """Evaluate the network: model_input (B, Cin, H, W), temb_row (B, S) of time_rows, cross_kv of B texts ->
         (B, Cout, H, W).
 
         kv_len (texts,) int32: the number of visible tokens of each text, by default all. slots (B,) int32: the text in
         cross_kv that each row reads, by default its own. Both stay on the device.
+        residuals: of ControlNets. features: of a T2I-Adapter.
 
         Computes only what changes in each step. All H and W are allowed, as in diffusers: upsampling goes to the size
         of the skip connection.
         """
-        rows = iter(temb_row.split([resnet.conv2.weight.shape[0] for resnet in self.resnets()], dim=1))
+        rows = self.split_rows(temb_row)
         texts = iter([Text(kv, kv_len, slots) for kv in cross_kv])
-
-        x = self.conv_in(channels_last(model_input))
-        skips = [x]
-        for block in self.down_blocks:
-            for resnet, transformer in block.layers():
-                x = resnet(x, next(rows))
-                if transformer is not None:
-                    x = transformer(x, texts)
-                skips.append(x)
-            for downsample in block.downsamplers:
-                x = downsample(x)
-                skips.append(x)
-
-        for resnet, transformer in self.mid_block.layers():
-            x = resnet(x, next(rows))
-            if transformer is not None:
-                x = transformer(x, texts)
+        x, skips = self.encode(self.conv_in(channels_last(model_input)), rows, texts, features)
+        if residuals and not self.mid_block.resnets:
+            x = x.clone()  # also the last skip connection
+        for control in residuals:
+            weights = control.weights if control.weights is None else control.weights.unbind()
+            for k, (skip, value) in enumerate(zip((*skips, x), (*control.skips, control.mid), strict=True)):
+                add_rows(skip, value, control.first, None if weights is None else weights[k])
 
         for block in self.up_blocks:
             for resnet, transformer in block.layers():
@@ -154,28 +251,6 @@ class UNet(nn.Module):
             condition = self.guidance_proj(guidance)
         return self._time_rows(timesteps, added, condition)
 
-    def _time_rows(self, timesteps: Tensor, added: AddedConditions | None, condition: Tensor | None) -> Tensor:
-        config = self.config
-        dtype = self.conv_in.weight.dtype
-        embedding = self.time_embedding(self.time_proj(timesteps).to(dtype), condition)
-        if config.needs_added:
-            if added is None:
-                raise InputError("this U-Net (SDXL) reads pooled text and sizes: got None, expected R rows of each")
-            sizes = self.add_time_proj(added.time_ids.flatten())
-            sizes = sizes.unflatten(0, added.time_ids.shape).flatten(1)  # (R, 6 * addition_time_embed_dim)
-            embedding = embedding + self.add_embedding(torch.cat((added.text_embeds, sizes), dim=1).to(dtype))
-        h = F.silu(embedding)
-        return torch.cat([resnet.time_emb_proj(h) + resnet.conv1.bias for resnet in self.resnets()], dim=1)
-
-    def cross_kv(self, encoder_hidden_states: Tensor) -> tuple[Tensor, ...]:
-        """Keys and values of texts (B, T, D): a tensor (B, T, 2C) = (k | v) per cross-attention, in network order."""
-        return tuple(
-            layer.attn2.kv(encoder_hidden_states)
-            for block in self.blocks()
-            for transformer in block.attentions
-            for layer in transformer.transformer_blocks
-        )
-
     def forward(
         self,
         sample: Tensor,
@@ -198,10 +273,6 @@ class UNet(nn.Module):
 
     def blocks(self) -> list[Block]:
         return [*self.down_blocks, self.mid_block, *self.up_blocks]
-
-    def resnets(self) -> list[Resnet]:
-        """All resnets in network order."""
-        return [resnet for block in self.blocks() for resnet in block.resnets]
 
 
 class Block(nn.Module):

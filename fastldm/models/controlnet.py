@@ -1,0 +1,137 @@
+"""ControlNet: a copy of a U-Net's encoder that also reads an image, partially evaluated as the U-Net is.
+
+    hint = network.hint(image)                                            # once per image
+    rows = network.time_rows(timesteps, added=added)                      # once per schedule and conditioning
+    kv = network.cross_kv(encoder_hidden_states)                          # once per prompt
+    residuals = network.step(model_input, rows[i : i + 1], kv, hint)      # each step
+    out = unet.step(model_input, ..., residuals=[residuals])
+
+Parameter names are those of diffusers' ControlNetModel. Source: arXiv:2302.05543.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastldm.models.config import UNetConfig
+from fastldm.models.interfaces import AddedConditions
+from fastldm.models.layers import Conv, Layers, Pointwise, channels_last, to_image, to_tokens
+from fastldm.models.unet import Residuals, Text, UNetEncoder
+from fastldm.reading import MAX_CHANNELS, Field, Flag, Integer, ListOf, OneOf, read_fields
+
+_WIDTH = Integer(1, MAX_CHANNELS)
+_FIELDS = {
+    "_class_name": Field(OneOf("ControlNetModel"), "ControlNetModel"),
+    "mid_block_type": Field(OneOf("UNetMidBlock2DCrossAttn", "UNetMidBlock2D"), "UNetMidBlock2DCrossAttn"),
+    "conditioning_channels": Field(_WIDTH, 3),
+    "conditioning_embedding_out_channels": Field(ListOf(_WIDTH, 1, 12), (16, 32, 96, 256)),
+    "controlnet_conditioning_channel_order": Field(OneOf("rgb", "bgr"), "rgb"),
+    "global_pool_conditions": Field(Flag(), False),
+}
+
+
+@dataclass(frozen=True)
+class ControlNetConfig:
+    """A ControlNet (diffusers' ControlNetModel)."""
+
+    unet: UNetConfig
+    """A U-Net that has its encoder. What is beyond that is not the file's."""
+    image_channels: int
+    hint_channels: tuple[int, ...]
+    """Of the convolutions that embed the image; each but the last halves its size."""
+    bgr: bool
+    """Whether the image is read in the order blue, green, red."""
+    global_pool: bool
+    """Whether residuals are means over all pixels. Such a network acts on conditional rows only."""
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent, in each direction."""
+        return 2 ** (len(self.hint_channels) - 1)
+
+    @classmethod
+    def from_dict(cls, cfg: Mapping[str, Any], source: str = "config.json") -> ControlNetConfig:
+        """Read diffusers' config.json of a ControlNet; CheckpointError if it needs what is not implemented."""
+        values = read_fields(cfg, _FIELDS, source)
+        decoder = ("up_block_types", "reverse_transformer_layers_per_block", "time_cond_proj_dim", "time_embedding_dim")
+        encoder = {key: value for key, value in cfg.items() if key not in decoder}
+        encoder |= {"_class_name": "UNet2DConditionModel", "mid_block_type": values["mid_block_type"]}
+        if isinstance(types := cfg.get("down_block_types"), list | tuple):
+            encoder["up_block_types"] = [str(kind).replace("Down", "Up") for kind in reversed(types)]
+        return cls(
+            unet=UNetConfig.from_dict(encoder, source),
+            image_channels=values["conditioning_channels"],
+            hint_channels=values["conditioning_embedding_out_channels"],
+            bgr=values["controlnet_conditioning_channel_order"] == "bgr",
+            global_pool=values["global_pool_conditions"],
+        )
+
+
+class ControlNet(UNetEncoder):
+    """From a U-Net's inputs and the embedding of an image to `Residuals`: one for each skip connection (12 in SD 1 and
+    2, 9 in XL) and one for the middle block."""
+
+    def __init__(self, config: ControlNetConfig) -> None:
+        super().__init__(config.unet)
+        self.config = config
+        skips = config.unet.skip_channels
+        self.controlnet_cond_embedding = ImageEmbedding(config.image_channels, config.hint_channels, skips[0])
+        self.controlnet_down_blocks: Layers[Pointwise] = Layers(Pointwise(width, width) for width in skips)
+        self.controlnet_mid_block = Pointwise(skips[-1], skips[-1])
+
+    def hint(self, image: Tensor) -> Tensor:
+        """The embedding of images (B, 3, H, W) in 0..1, red first: (B, C, H / factor, W / factor)."""
+        return self.controlnet_cond_embedding(channels_last(image.flip(1) if self.config.bgr else image))
+
+    def time_rows(self, timesteps: Tensor, *, added: AddedConditions | None = None) -> Tensor:
+        """As `UNet.time_rows`."""
+        return self._time_rows(timesteps, added)
+
+    def step(
+        self,
+        model_input: Tensor,
+        temb_row: Tensor,
+        cross_kv: Sequence[Tensor],
+        hint: Tensor,
+        *,
+        kv_len: Tensor | None = None,
+        slots: Tensor | None = None,
+    ) -> Residuals:
+        """Evaluate the network: model_input (B, Cin, H, W), temb_row (B, S), cross_kv, kv_len and slots as of
+        `UNet.step`, hint (B, C, H, W) -> residuals of B rows, without weights."""
+        texts = iter([Text(kv, kv_len, slots) for kv in cross_kv])
+        x = self.conv_in(channels_last(model_input), residual=hint)
+        x, skips = self.encode(x, self.split_rows(temb_row), texts)
+        layers = (*self.controlnet_down_blocks, self.controlnet_mid_block)
+        *added, mid = (self._residual(layer, skip) for layer, skip in zip(layers, (*skips, x), strict=True))
+        return Residuals(tuple(added), mid)
+
+    def _residual(self, layer: Pointwise, x: Tensor) -> Tensor:
+        if self.config.global_pool:  # the mean of a 1x1 convolution is the convolution of the mean
+            return to_image(layer(to_tokens(x.mean(dim=(2, 3), keepdim=True))), 1)
+        return to_image(layer(to_tokens(x)), x.shape[2])
+
+
+class ImageEmbedding(nn.Module):
+    """Convolutions with SiLU from an image to the size of latents; diffusers' ControlNetConditioningEmbedding."""
+
+    def __init__(self, in_channels: int, channels: Sequence[int], out_channels: int) -> None:
+        super().__init__()
+        self.conv_in = Conv(in_channels, channels[0])
+        self.blocks: Layers[Conv] = Layers()
+        for width, wider in pairwise(channels):
+            self.blocks.append(Conv(width, width))
+            self.blocks.append(Conv(width, wider, stride=2))
+        self.conv_out = Conv(channels[-1], out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.conv_in(x))
+        for conv in self.blocks:
+            x = F.silu(conv(x))
+        return self.conv_out(x)
