@@ -6,6 +6,7 @@ import re
 
 from fastldm.loading.spec import Spec
 from fastldm.loading.tensors import Shapes
+from fastldm.models.config import UNetConfig
 
 _CONTEXTS = {768: "SD 1.5", 1024: "SD 2", 1280: "the SDXL refiner", 2048: "SDXL"}
 """By the channels of the text that cross-attention reads."""
@@ -31,8 +32,11 @@ def family_of_keys(shapes: Shapes) -> str | None:
     return _CONTEXTS.get(widths.pop()) if len(widths) == 1 else None
 
 
+def family_of_unet(unet: UNetConfig) -> str | None:
+    """The same of a U-Net, or of what has its encoder."""
+    return "SDXL" if unet.needs_added else _CONTEXTS.get(unet.cross_attention_dim)
+
+
 def family_of_spec(spec: Spec) -> str:
     """The same of a model."""
-    if spec.unet.needs_added:
-        return "SDXL"
-    return _CONTEXTS.get(spec.unet.cross_attention_dim, f"of the family {spec.family.name}")
+    return family_of_unet(spec.unet) or f"of the family {spec.family.name}"

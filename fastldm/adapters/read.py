@@ -86,7 +86,7 @@ def read_adapter(path: PathLike, spec: Spec, *, strict: bool = True, allow_pickl
     checks.flag("allow_pickle", allow_pickle)
     source = str(file)
     shapes, metadata = read_shapes(file, allow_pickle)
-    _check_keys(shapes, source)
+    check_keys(shapes, source)
     key_format = recognise_adapter(shapes)
     if key_format is None:
         label = relatives.adapter_label(shapes)
@@ -114,7 +114,8 @@ def read_adapter(path: PathLike, spec: Spec, *, strict: bool = True, allow_pickl
     )
 
 
-def _check_keys(shapes: Shapes, source: str) -> None:
+def check_keys(shapes: Shapes, source: str) -> None:
+    """CheckpointError for names and shapes that no file of weights has, and for too many of them."""
     if len(shapes) > MAX_KEYS:
         raise CheckpointError(f"{source} has {len(shapes):,} tensors, expected at most {MAX_KEYS:,} in an adapter.")
     for key, shape in shapes.items():

@@ -46,7 +46,7 @@ def open_diffusers(folder: PathLike, variant: str | None = None, *, allow_pickle
     selected = choose_weights(networks, variant, allow_pickle, source)
     components = {}
     for name, weights in selected.items():
-        files = _weight_files(folder / name, weights)
+        files = weight_files(folder / name, weights)
         config = named_config(read_json(folder / name / "config.json"), classes[name])
         path = str(folder / name / weights.entry)
         components[name] = Component(name, classes[name], config, files, path, allow_pickle=allow_pickle)
@@ -99,7 +99,7 @@ def _listing(folder: Path) -> set[str]:
 _SHARDS = {"weight_map": Field(MapOf(Text(255), 1))}
 
 
-def _weight_files(folder: Path, weights: WeightSet) -> tuple[Path, ...]:
+def weight_files(folder: Path, weights: WeightSet) -> tuple[Path, ...]:
     """The files that hold the tensors: those in the index if there is one."""
     if not weights.entry.endswith(".json"):
         return (folder / weights.entry,)

@@ -75,6 +75,37 @@ def unet_name(key: str, layers_per_block: int) -> Names | None:
     return None
 
 
+def controlnet_name(key: str, layers_per_block: int, last_hint: int) -> Names | None:
+    """diffusers' name of a ControlNet key without `control_model.`: those of a U-Net's first half, zero convolutions,
+    and the image's convolutions, at the even places up to `last_hint` (14) of a sequence with activations."""
+    stem, _, end = key.rpartition(".")
+    if match := re.fullmatch(r"zero_convs\.(\d+)\.0", stem):
+        return (f"controlnet_down_blocks.{match[1]}.{end}",)
+    if stem == "middle_block_out.0":
+        return (f"controlnet_mid_block.{end}",)
+    if match := re.fullmatch(r"input_hint_block\.(\d+)", stem):
+        place = int(match[1])
+        conv = {0: "conv_in", last_hint: "conv_out"}.get(place, f"blocks.{place // 2 - 1}")
+        return (f"controlnet_cond_embedding.{conv}.{end}",) if place % 2 == 0 else None
+    return unet_name(key, layers_per_block) if stem.startswith(("time_embed.", "label_emb.", "input_", "mid")) else None
+
+
+def t2i_adapter_name(key: str, layers: int) -> Names | None:
+    """diffusers' name of a T2I-Adapter key of the original layout. layers: of each block of a full adapter, which are
+    numbered through there."""
+    if re.fullmatch(r"conv_in\.(weight|bias)", key):
+        return (f"adapter.{key}",)
+    if match := re.fullmatch(r"body\.(\d+)\.(in_conv|out_conv)\.(weight|bias)", key):  # of a block, or its first layer
+        block = int(match[1]) // layers
+        return (f"adapter.body.{block}.{match[2]}.{match[3]}",) if int(match[1]) % layers == 0 else None
+    if match := re.fullmatch(r"body\.(\d+)\.body\.(\d+)\.(block[12]\.(?:weight|bias))", key):  # light
+        return (f"adapter.body.{match[1]}.resnets.{match[2]}.{match[3]}",)
+    if match := re.fullmatch(r"body\.(\d+)\.(block[12]\.(?:weight|bias))", key):
+        block, layer = divmod(int(match[1]), layers)
+        return (f"adapter.body.{block}.resnets.{layer}.{match[2]}",)
+    return None
+
+
 def vae_name(key: str, levels: int) -> Names | None:
     """diffusers' name of a VAE key without `first_stage_model.`; the decoder's levels are numbered in reverse."""
     if key.startswith(("loss.", "model_ema.")):  # training state

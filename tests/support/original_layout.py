@@ -116,6 +116,44 @@ def ldm_unet(
     return _prefixed("model.diffusion_model.", shapes)
 
 
+def cldm_controlnet(
+    channels: int,
+    mult: tuple[int, ...],
+    depth: tuple[int, ...],
+    context: int,
+    *,
+    linear: bool = False,
+    label: int | None = None,
+    hint: tuple[int, ...] = (16, 32, 96, 256),
+) -> Shapes:
+    """ControlNet of ControlNet's own cldm.py, without prefix."""
+    unet = ldm_unet(channels, mult, depth, context, linear=linear, label=label)
+    shapes = {key.removeprefix("model.diffusion_model."): shape for key, shape in unet.items()}
+    shapes = {key: shape for key, shape in shapes.items() if not key.startswith("out")}
+    place, current = 0, 3
+    for i, width in enumerate((*hint, channels)):
+        if 0 < i < len(hint):  # the size is halved on the way to all but the first and the last width
+            shapes |= _conv(f"input_hint_block.{place}", current, current)
+            place += 2
+        shapes |= _conv(f"input_hint_block.{place}", width, current)
+        place, current = place + 2, width
+    block = 0
+    for level, times in enumerate(mult):
+        widths = [channels * times] * (2 + (level != len(mult) - 1))
+        for width in [channels, *widths] if level == 0 else widths:
+            shapes |= _conv(f"zero_convs.{block}.0", width, width, 1)
+            block += 1
+    return shapes | _conv("middle_block_out.0", channels * mult[-1], channels * mult[-1], 1)
+
+
+def full_controlnet(family: str) -> Shapes:
+    """The keys and shapes of published files; "sdxl" in the same layout."""
+    if family == "sdxl":
+        return cldm_controlnet(320, (1, 2, 4), (0, 2, 10), 2048, linear=True, label=2816)
+    context = {"sd1": 768, "sd2": 1024}[family]
+    return cldm_controlnet(320, (1, 2, 4, 4), (1, 1, 1, 0), context, linear=family == "sd2")
+
+
 def ldm_vae(channels: int, mult: tuple[int, ...] = (1, 2, 4, 4), latent: int = 4, layers: int = 2) -> Shapes:
     """AutoencoderKL of ldm."""
 
