@@ -16,6 +16,7 @@ from typing import Any, Literal, overload
 import torch
 
 from fastldm import checks
+from fastldm.adapting import Adapting
 from fastldm.errors import CheckpointError, InputError
 from fastldm.loading import adoption
 from fastldm.loading import spec as loading
@@ -40,7 +41,7 @@ def _of_stages(name: str, doc: str) -> Any:
     )
 
 
-class Pipeline(Steered):
+class Pipeline(Steered, Adapting):
     """A loaded model, ready to be called, by several threads at once too."""
 
     name = _of_stages("name", "What the model is called: its folder's name, as a rule.")

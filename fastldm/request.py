@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MAX_SEED = 2**63 - 1
+MAX_ADAPTERS = 100  # of a request
+MAX_WEIGHT = 1000.0  # of an adapter
 
 UNSUPPORTED = {
     "callback": ": use callback_on_step_end",
     "callback_steps": ": use callback_on_step_end",
-    "cross_attention_kwargs": "",
     "ip_adapter_image": "",
     "ip_adapter_image_embeds": "",
     "masked_image_latents": ": give image and mask_image",
@@ -133,6 +134,11 @@ class Request:
     output_type: str = "pil"
     """"pil": PIL images; "np": float32 (B, H, W, 3) in 0..1; "pt": tensor (B, 3, H, W) in 0..1; "latent": latents,
     undecoded."""
+    adapters: Mapping[str, Any] | None = None
+    """Weights of loaded adapters by name, such as {"sketch": 0.8}: these and no others; None is what is active on the
+    pipeline. 0 is as if absent. In place of a number, a dictionary by component and block as for `set_adapters`."""
+    cross_attention_kwargs: Mapping[str, float] | None = None
+    """{"scale": s} multiplies the weights of all adapters."""
 
     def __post_init__(self) -> None:
         _check_embeds(self)
@@ -312,6 +318,38 @@ def _check_generators(request: Request) -> None:
         )
 
 
+def _adapters(name: str, value: Any) -> Mapping[str, Any]:
+    """Weights by name; a mapping that is none of dict's own is a selection that was made from one."""
+    if not isinstance(value, Mapping):
+        raise InputError(f"{name} is {checks.show(value)}: expected a dictionary of weights by name")
+    if type(value) is not dict:
+        return value
+    if len(value) > MAX_ADAPTERS:
+        raise InputError(f"{name} is a dict of {len(value)}: expected at most {MAX_ADAPTERS} adapters")
+    return {
+        checks.short_text(f"a name in {name}", key, "a text"): adapter_weight(f"{name}[{checks.show(key)}]", weight)
+        for key, weight in value.items()
+    }
+
+
+def adapter_weight(name: str, value: Any, depth: int = 3) -> Any:
+    """A number, or a dictionary by component, by block, of numbers and lists of them. Returns a copy."""
+    if isinstance(value, Mapping) and depth:
+        keys = [checks.short_text(f"a name in {name}", key, "a text") for key in value]
+        return {key: adapter_weight(f"{name}[{key!r}]", value[key], depth - 1) for key in keys}
+    if isinstance(value, (list, tuple)):
+        items = checks.listed(name, value, 100, "numbers")
+        return [checks.real(f"{name}[{k}]", item, -MAX_WEIGHT, MAX_WEIGHT) for k, item in enumerate(items)]
+    return checks.real(name, value, -MAX_WEIGHT, MAX_WEIGHT)
+
+
+def _attention_kwargs(name: str, value: Any) -> Mapping[str, float] | None:
+    if not isinstance(value, Mapping) or not set(value) <= {"scale"}:
+        raise InputError(f"{name} is {checks.show(value)}: expected {{'scale': a number}}, for adapters")
+    scales = {key: checks.real(f"{name}[{key!r}]", scale, -MAX_WEIGHT, MAX_WEIGHT) for key, scale in value.items()}
+    return scales or None
+
+
 def _fractions(name: str, value: Any) -> tuple[float, float]:
     items = checks.listed(name, value, 2, "fractions")
     if len(items) != 2:
@@ -351,6 +389,8 @@ _CHECKS: dict[str, Check] = {
     "timesteps": lambda name, value: checks.numbers(name, value, MAX_STEPS),
     "sigmas": lambda name, value: checks.numbers(name, value, MAX_STEPS),
     "literal_prompt": checks.flag,
+    "adapters": _adapters,
+    "cross_attention_kwargs": _attention_kwargs,
     "output_type": lambda name, value: checks.choice(name, value, OUTPUT_TYPES),
     "latents": lambda name, value: checks.tensor(name, value, (None,) * 4),
     "original_size": _size,

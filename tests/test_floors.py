@@ -21,6 +21,7 @@ FLOORS = [  # top first
     ["__main__", "cli"],
     ["profiling"],
     ["pipeline"],
+    ["adapting"],
     ["serving"],
     ["planning"],
     ["export.writing", "export.verify"],  # which make a picture

@@ -38,7 +38,8 @@ FIELDS = {
         sampler timesteps sigmas eta num_images_per_prompt seed generator latents image strength mask_image clip_skip
         literal_prompt prompt_embeds negative_prompt_embeds pooled_prompt_embeds negative_pooled_prompt_embeds prompt_2
         negative_prompt_2 original_size crops_coords_top_left target_size negative_original_size
-        negative_crops_coords_top_left negative_target_size output_type""",
+        negative_crops_coords_top_left negative_target_size output_type
+        adapters cross_attention_kwargs""",
     "Result": "images seeds timings backend dtype request",
 }
 ARGUMENTS = {

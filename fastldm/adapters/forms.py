@@ -15,6 +15,7 @@ GLoRA 2306.07967, (IA)3 2205.05638.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Protocol
 
 import torch
@@ -215,6 +216,11 @@ class Change:
     def weight_delta(self, weight: Tensor, scale: float = 1.0) -> Tensor | None:
         """dW in float32 and the shape of `weight`, or None if only the bias changes."""
         return None if self.weight is None else self.weight.delta(weight, scale)
+
+    @cached_property
+    def bias_form(self) -> Difference | None:
+        """The change of the bias as a form."""
+        return None if self.bias is None else Difference(self.bias)
 
     def bias_delta(self, scale: float = 1.0) -> Tensor | None:
         """The change of the bias (out,) in float32, or None."""

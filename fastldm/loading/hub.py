@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -48,11 +48,52 @@ def resolve(
     if path.is_symlink():
         raise CheckpointError(f"{path} is a link that leads nowhere, or to itself.")
     text = str(path_or_id)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) or text.endswith((".safetensors", ".ckpt", ".bin", ".pt")):
+    if not is_id(text):
         raise CheckpointError(
             f"{text} does not exist here. Give a model folder, a .safetensors file, or a hub id (owner/name)."
         )
     return _from_hub(text, revision, cache_dir, local_files_only, variant, allow_pickle)
+
+
+def is_id(text: str) -> bool:
+    """Whether a text has the form of a hub id, "owner/name"."""
+    is_file = text.endswith((".safetensors", ".ckpt", ".bin", ".pt"))
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text)) and not is_file
+
+
+def find_file(
+    repo: str,
+    choose: Callable[[list[str]], str],
+    *,
+    revision: str | None = None,
+    cache_dir: PathLike | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """One file of a hub repository, downloaded to huggingface_hub's cache, or only looked up there if
+    `local_files_only` or HF_HUB_OFFLINE is set. choose: its name among those that there are.
+
+    CheckpointError for what is no hub id, and for all errors of the hub.
+    """
+    if not is_id(repo):
+        raise CheckpointError(f"{repo} does not exist here. Give a file, a folder, or a hub id (owner/name).")
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    cache = None if cache_dir is None else os.fspath(cache_dir)
+    with _hub_errors(repo, revision, offline := local_files_only or constants.HF_HUB_OFFLINE):
+        if offline:
+            snapshot = Path(
+                huggingface_hub.snapshot_download(repo, revision=revision, cache_dir=cache, local_files_only=True)
+            )
+            names = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
+        else:
+            siblings = huggingface_hub.model_info(repo, revision=revision, timeout=10).siblings or []
+            names = [file.rfilename for file in siblings]
+    name = choose(names)
+    with _hub_errors(repo, revision, offline):
+        return Path(
+            huggingface_hub.hf_hub_download(repo, name, revision=revision, cache_dir=cache, local_files_only=offline)
+        )
 
 
 def _from_hub(

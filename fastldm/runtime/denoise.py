@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastldm import spans
+from fastldm.adapters.selection import NONE, Selection
 from fastldm.device import send, send_numbers
 from fastldm.errors import InputError, NonFinite
 from fastldm.kernels.step import blend, guide, model_input, step
@@ -101,6 +102,7 @@ class Run:
     temb: Tensor | None = None  # (steps, 1 or R, channels): `UNet.time_rows` of each row of the table
     text_kv: tuple[Tensor, ...] = ()  # of each cross-attention (R, T, 2C): `UNet.cross_kv`
     embeds: Embeds | None = None  # what temb and text_kv were computed from
+    adapters: Selection = NONE
     images: tuple[Run, ...] = ()
     row: int = 0  # the one that comes next
 

@@ -21,16 +21,19 @@ from torch import Tensor
 
 from fastldm import image as images
 from fastldm import spans
+from fastldm.adapters.selection import Selection
+from fastldm.adapters.targets import TEXT_ENCODERS
 from fastldm.conditioning import encode as conditioning
 from fastldm.conditioning.text import Conditioning
 from fastldm.device import Mark, send, to_host
-from fastldm.errors import NonFinite
+from fastldm.errors import InputError, NonFinite
 from fastldm.kernels.step import fuses
 from fastldm.loading import spec as loading
 from fastldm.loading.mapped import Mapped
 from fastldm.models.unet import AddedConditions, UNet
 from fastldm.models.vae import Decode, Pieces, decode_pieces, finish
 from fastldm.request import Request, Result, Timings, picture_seeds
+from fastldm.runtime.adapted import Adapted
 from fastldm.runtime.complete import complete
 from fastldm.runtime.denoise import Batch, BatchInvariant, EagerBatch, Embeds, Guidance, Run, check_finite
 from fastldm.runtime.graph import CUDA, Graphs
@@ -77,6 +80,10 @@ class Stages:
             total = torch.cuda.get_device_properties(self.device).total_memory
             self.graphs = Graphs(CUDA(self.device), budget=int(_GRAPH_MEMORY * total))
         self.vae_decode: Decode = "whole"
+        encoders = dict(zip(TEXT_ENCODERS, (stage.model for stage in self.text_stages), strict=False))
+        adapted: dict[str, Any] = {"unet": self.unet, **encoders}
+        self.adapters = Adapted(adapted, spec.unet, self.prepared.refresh, shared=spec.checkpoint.loaded)
+        """LoRA and its relatives: those that are loaded, and what is merged into the weights."""
         self.revision = 0
         """Counts changes of the networks that a captured step does not follow: a batch made before takes no new run."""
         self.batch_invariant = False
@@ -85,6 +92,9 @@ class Stages:
     def complete(self, request: Request) -> Request:
         """The request with the family's defaults filled in, and checked against this model."""
         self._mapped.check()
+        factor = 1.0 if request.cross_attention_kwargs is None else request.cross_attention_kwargs["scale"]
+        adapters = self.adapters.select(request.adapters, factor)
+        request = request.replace(adapters=adapters, cross_attention_kwargs=None)
         return complete(request, self.unet.config, self.vae.config, self.family, self._latents)
 
     def guided(self, request: Request) -> bool:
@@ -113,12 +123,15 @@ class Stages:
             changed = self.prepared.refresh()
             if changed:
                 logger.info("weights changed: %s", ", ".join(changed))
+                self.adapters.renewed(changed)
+        with self.adapters.conditioned(selection := _selection(request)):
             # Prompts share the encoder's calls, unless each has to be as if it were alone.
             requests = [request.alone(k) for k in range(request.count)] if batch_invariant else [request]
             with spans.span("tokenise"):
                 encoded = [self.encode(each) for each in requests]
             with spans.span("noise"):
                 run = self._start(request, batch_invariant)
+                run.adapters = selection
             with spans.span("conditions"):
                 scale = float(request.guidance_scale or 0)
                 embeds = [self._embeds(each, text) for each, text in zip(requests, encoded, strict=True)]
@@ -200,8 +213,9 @@ class Stages:
         images = run.images or (run,)
         if change.embeds is not None:
             each = change.embeds.split(len(images)) if run.images else [change.embeds]
-            for image, embeds in zip(images, each, strict=True):
-                self._condition(image, embeds, change.guidance_scale)
+            with self.adapters.conditioned(run.adapters):
+                for image, embeds in zip(images, each, strict=True):
+                    self._condition(image, embeds, change.guidance_scale)
             run.embeds = change.embeds
         if change.embeds is not None or guidance != run.guidance:
             for changed in (run, *run.images):
@@ -341,8 +355,19 @@ class Stages:
         request = self.complete(request)
         run = self.prepare(request, batch_invariant=self.batch_invariant)
         batch = self.new_batch(run, run.batch)
-        batch.admit(run)
-        while not run.done:
-            batch.step([run])
-        latents = batch.latents(run)
+        if not self.adapters.enter(run):
+            raise InputError("requests with other adapters are under way")
+        try:
+            batch.admit(run)
+            while not run.done:
+                batch.step([run])
+            latents = batch.latents(run)
+        finally:
+            self.adapters.leave(run)
         return finish(self.decode(request, run, latents, batch.release(run)))
+
+
+def _selection(request: Request) -> Selection:
+    """Of a completed request."""
+    assert isinstance(request.adapters, Selection)
+    return request.adapters

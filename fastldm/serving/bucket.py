@@ -75,6 +75,8 @@ class Bucket:
     def _first(self) -> Generation | None:
         """The request that may join now. None overtakes: one that does not fit yet waits, and the rest behind it."""
         first = self.next or (self.waiting[0][-1] if self.waiting else None)
+        if first is not None and first.run is not None and not self.stages.adapters.admits(first.run):
+            return None  # its weights are not those of the runs under way
         if first is None or not self.running:
             return first
         if self.damaged or (first.run is not None and not self._holds(first.run)):
@@ -114,6 +116,7 @@ class Bucket:
             finishing, self.finishing = self.finishing, []
             self.waiting, self.next, self.running, self._mark = waiting, None, [], None
         for generation in lost:
+            self._leave(generation)
             generation.run = None
             generation.fail(lost_by(error))
         del finishing  # frees what was being decoded, now that the lock is not held
@@ -149,6 +152,8 @@ class Bucket:
                 self._set_threads([generation])
                 generation.run = self.stages.prepare(generation.request, batch_invariant=self.batch_invariant)
                 generation.prepare_end = perf_counter()
+            if not self.stages.adapters.enter(generation.run):
+                return
             if not self._holds(generation.run):
                 if self.running:
                     return
@@ -231,6 +236,14 @@ class Bucket:
         except BaseException:
             self.damaged = True
             raise
+        finally:
+            self.stages.adapters.leave(run)
+
+    def _leave(self, generation: Generation) -> None:
+        """Let a request go that has started, wherever it is."""
+        with suppress(BaseException):
+            if generation.run is not None:
+                self.stages.adapters.leave(generation.run)
 
     def _finish_some(self) -> None:
         """Decode for about as long as a step takes while others step, to the end of one request otherwise."""
@@ -302,6 +315,7 @@ class Bucket:
                     self.drop_batch()
                 self._release_idle()
                 self.stages.release_memory()
+        self._leave(generation)
         generation.run = None
         generation.fail(reported)
 
