@@ -1,10 +1,17 @@
-"""GroupNorm with the ops around it in a diffusion network: concatenation and shift before, SiLU after.
+"""GroupNorm with the ops around it in a diffusion network: concatenation and shift before, SiLU after; alone or with
+the sum before it.
 
+    group_norm:
     y = concat(x, skip) + shift                                      skip and shift are optional
     out = (y - mean(y)) / sqrt(var(y) + eps) * weight + bias         mean and var over a group of channels, H and W
     out = out * sigmoid(out)                                         when silu
 
-    x (B, C1, H, W), skip (B, C2, H, W), shift (B, C1 + C2), weight and bias (C1 + C2,) -> (B, C1 + C2, H, W)
+    add_group_norm:
+    total = x + x_bias + residual, rounded to x's dtype              each is optional
+    out = group_norm(total, skip)                                    returns total + ahead and out
+
+    x, residual (B, C1, H, W), x_bias, ahead (C1,), skip (B, C2, H, W), shift (B, C1 + C2), weight and bias (C1 + C2,)
+    -> (B, C1 + C2, H, W)
 
 `shift` is the time embedding's row for this block, with the bias of the convolution before it folded in. Statistics are
 float32 whatever the dtype; a group may have channels of both x and skip. Formula: Wu and He 2018, arXiv:1803.08494.
@@ -40,6 +47,13 @@ Bytes. The floor is x and skip in and the result out: 10.5 MB for two rows of 32
 TB/s. The second reading of x comes from L2 up to some 30 MB. Beyond that it may come from memory: the autoencoder's
 last norm, 128 x 512 x 512, has 67 MB and moves between 134 MB (45 us) and 201 MB, with 256 programs of 16 tiles. From
 kernel to kernel go 8 bytes for each piece and group, at most 32 KB a row.
+
+The sum. A convolution of cuDNN leaves its bias and the residual to add, a pass of its own over three images. The norm
+that reads the sum next computes it as it loads, twice, and its second kernel writes it: two readings instead of a
+launch, a writing and two readings. `ahead` is the bias of the product that the sum will be the residual of, which then
+needs no pass of its own either: cuBLAS adds to it in place. It is not part of what is normalised.
+
+Over 500 lines, for both ops are one pair of kernels.
 """
 
 from __future__ import annotations
@@ -79,6 +93,25 @@ def group_norm_reference(
     return F.silu(out, inplace=True) if silu else out
 
 
+def add_group_norm_reference(
+    x: Tensor,
+    residual: Tensor | None,
+    x_bias: Tensor | None,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    silu: bool = False,
+    skip: Tensor | None = None,
+    ahead: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The sum, then PyTorch's group_norm of it."""
+    total = x if x_bias is None else x + x_bias[:, None, None]
+    total = total if residual is None else total + residual
+    out = group_norm_reference(total, groups, weight, bias, eps, silu, skip=skip)
+    return total if ahead is None else total + ahead[:, None, None], out
+
+
 def supports(
     x: Tensor,
     groups: int,
@@ -108,6 +141,29 @@ def supports(
     return YES
 
 
+def add_supports(
+    x: Tensor,
+    residual: Tensor | None,
+    x_bias: Tensor | None,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    silu: bool = False,
+    skip: Tensor | None = None,
+    ahead: Tensor | None = None,
+) -> Verdict:
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        return no(f"x is {x.dtype} {tuple(x.shape)}, residual {residual.dtype} {tuple(residual.shape)}")
+    for name, image in (("x", x), ("residual", residual)):
+        if image is not None and not image.is_contiguous(memory_format=torch.channels_last):
+            return no(f"{name} {tuple(image.shape)} with strides {tuple(image.stride())} is not channels-last")
+    for name, vector in (("x_bias", x_bias), ("ahead", ahead)):
+        if vector is not None and not (vector.shape == x.shape[1:2] and vector.is_contiguous()):
+            return no(f"{name} is {tuple(vector.shape)} with strides {vector.stride()}, not {x.shape[1]} numbers")
+    return supports(x, groups, weight, bias, eps, silu, None, skip)
+
+
 def pixel_stride(image: Tensor) -> int | None:
     """The distance between pixels of (B, C, H, W), where channels are dense and all pixels equally far apart."""
     _, channels, height, width = image.shape
@@ -131,6 +187,23 @@ def cost(
 ) -> Cost:
     count = x.numel() + (0 if skip is None else skip.numel())
     return Cost(flop=0, bytes=2 * count * x.element_size(), exp=count if silu else 0)
+
+
+def add_cost(
+    x: Tensor,
+    residual: Tensor | None,
+    x_bias: Tensor | None,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    silu: bool = False,
+    skip: Tensor | None = None,
+    ahead: Tensor | None = None,
+) -> Cost:
+    """That of the norm, the residual read and the sum written."""
+    norm = cost(x, groups, weight, bias, eps, silu, None, skip)
+    return norm._replace(bytes=norm.bytes + x.numel() * x.element_size() * (1 if residual is None else 2))
 
 
 # ---------------------------------------------------------------------------------------------- configurations
@@ -184,6 +257,37 @@ def shape_class(
     skip: Tensor | None = None,
 ) -> str:
     return f"c{weight.shape[0]} g{groups} p{next_power_of_2(x.shape[2] * x.shape[3])}"
+
+
+def add_is_candidate(
+    config: Config,
+    x: Tensor,
+    residual: Tensor | None,
+    x_bias: Tensor | None,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    silu: bool = False,
+    skip: Tensor | None = None,
+    ahead: Tensor | None = None,
+) -> bool:
+    return is_candidate(config, x, groups, weight, bias, eps)
+
+
+def add_shape_class(
+    x: Tensor,
+    residual: Tensor | None,
+    x_bias: Tensor | None,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    silu: bool = False,
+    skip: Tensor | None = None,
+    ahead: Tensor | None = None,
+) -> str:
+    return shape_class(x, groups, weight, bias, eps)
 
 
 @functools.cache
@@ -254,8 +358,42 @@ def _vector(vector, channel, channel_mask):
 
 
 @jit
+def _load_residual(residual, start, tile_pixel, channel, mask, split_channel):
+    """As `_load`, of the image that is added to x, whose pixels lie side by side; None if there is none."""
+    if residual is None:
+        tile = None
+    else:
+        residual += start.to(tl.int64) * split_channel
+        tile = tl.load(residual + (tile_pixel * split_channel + channel), mask & (channel < split_channel), other=0.0)
+    return tile
+
+
+@jit
+def _total(tile, residual_tile, x_bias_row):
+    """A tile of the sum, rounded as it is written."""
+    if (residual_tile is not None) or (x_bias_row is not None):
+        total = tile.to(tl.float32)
+        if x_bias_row is not None:
+            total += x_bias_row
+        if residual_tile is not None:
+            total += residual_tile.to(tl.float32)
+        tile = total.to(tile.dtype)
+    return tile
+
+
+@jit
+def _x_vector(vector, channel, channel_mask, split_channel):
+    """A number for each channel of x, 0 for those of skip; None if there are none."""
+    if vector is None:
+        row = None
+    else:
+        row = _vector(vector, channel, channel_mask & (channel < split_channel))
+    return row
+
+
+@jit
 def _moments(
-    x, skip, offset, first, last, channel, channel_mask, split_channel, x_pixel, skip_pixel,
+    x, skip, residual, x_bias_row, offset, first, last, channel, channel_mask, split_channel, x_pixel, skip_pixel,
     SIZE: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -268,7 +406,9 @@ def _moments(
             index = 4 * tile + step
             start = first + index * ROWS
             mask = (start + tile_pixel < last) & channel_mask
-            y = _load(x, skip, start, tile_pixel, channel, mask, split_channel, x_pixel, skip_pixel).to(tl.float32)
+            tile_x = _load(x, skip, start, tile_pixel, channel, mask, split_channel, x_pixel, skip_pixel)
+            tile_residual = _load_residual(residual, start, tile_pixel, channel, mask, split_channel)
+            y = _total(tile_x, tile_residual, x_bias_row).to(tl.float32)
             deviation = tl.where(mask, y - mean, 0.0)
             mean += deviation * (1.0 / (index + 1))
             m2 += deviation * (y - mean)
@@ -290,7 +430,8 @@ def _moments(
 
 @jit
 def _statistics_kernel(
-    x, skip, shift, moments, pixels, channels, groups, split_channel, x_row, x_pixel, skip_row, skip_pixel, shift_row,
+    x, skip, residual, x_bias, shift, moments, pixels, channels, groups, split_channel,
+    x_row, x_pixel, skip_row, skip_pixel, shift_row,
     SIZE: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr, TILES: tl.constexpr,
     LANES: tl.constexpr, SLOTS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -302,12 +443,15 @@ def _statistics_kernel(
     x += row * x_row
     if skip is not None:
         skip += row * skip_row
+    if residual is not None:
+        residual += row * pixels * split_channel
+    x_bias_row = _x_vector(x_bias, channel, channel_mask, split_channel)
     offset = 0.0
     if shift is not None:
         offset = _vector(shift + row * shift_row, channel, channel_mask)
 
     mean, m2 = _moments(
-        x, skip, offset, first, last, channel, channel_mask, split_channel, x_pixel, skip_pixel,
+        x, skip, residual, x_bias_row, offset, first, last, channel, channel_mask, split_channel, x_pixel, skip_pixel,
         SIZE, PIXELS // 4, TILES, LANES, SLOTS, UNIT,
     )  # fmt: skip
     slot = tl.arange(0, SLOTS)
@@ -320,12 +464,13 @@ def _statistics_kernel(
 
 @jit
 def _normalise_kernel(
-    x, skip, shift, weight, bias, moments, out, pixels, channels, groups, split_channel,
+    x, skip, residual, x_bias, ahead, shift, weight, bias, moments, total, out, pixels, channels, groups, split_channel,
     x_row, x_pixel, skip_row, skip_pixel, shift_row,
     EPS: tl.constexpr, SILU: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
     TILES: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr, UNIT: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Normalise one piece by the moments of at most PIECES pieces; with PIECES = 1 by those of x."""
+    """Normalise one piece by the moments of at most PIECES pieces; with PIECES = 1 by those of x. total: where the sum
+    with `ahead` is written."""
     piece, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     channel, channel_mask = _channels(GROUPS * SIZE, channels, LANES)
     first = piece * (PIXELS * TILES)
@@ -333,19 +478,23 @@ def _normalise_kernel(
     x += row * x_row
     if skip is not None:
         skip += row * skip_row
+    if residual is not None:
+        residual += row * pixels * split_channel
+    x_bias_row = _x_vector(x_bias, channel, channel_mask, split_channel)
 
     tile_pixel = tl.arange(0, PIXELS)[:, None]
     start = first + PIXELS * (TILES - 1)
     mask = (start + tile_pixel < last) & channel_mask
     tile = _load(x, skip, start, tile_pixel, channel, mask, split_channel, x_pixel, skip_pixel)
+    residual_tile = _load_residual(residual, start, tile_pixel, channel, mask, split_channel)
     scale, bias_row = _vector(weight, channel, channel_mask), _vector(bias, channel, channel_mask)
     offset = 0.0
     if shift is not None:
         offset = _vector(shift + row * shift_row, channel, channel_mask)
     if PIECES == 1:
         mean, m2 = _moments(
-            x, skip, offset, first, last, channel, channel_mask, split_channel, x_pixel, skip_pixel,
-            SIZE, PIXELS // 4, TILES, LANES, SLOTS, UNIT,
+            x, skip, residual, x_bias_row, offset, first, last, channel, channel_mask, split_channel,
+            x_pixel, skip_pixel, SIZE, PIXELS // 4, TILES, LANES, SLOTS, UNIT,
         )  # fmt: skip
     else:
         source, group = tl.arange(0, PIECES)[:, None], tl.program_id(0) * GROUPS + tl.arange(0, SLOTS)[None, :]
@@ -361,16 +510,27 @@ def _normalise_kernel(
     scale *= tl.gather(tl.rsqrt(m2 / (pixels * 1.0 * SIZE) + EPS), slot, 0)[None, :]
 
     out += row * pixels * channels
+    if total is not None:
+        total += row * pixels * split_channel
     for _ in range(TILES):
         pixel = start + tile_pixel
         next_mask = (pixel >= first + PIXELS) & (pixel < last + PIXELS) & channel_mask
         next_tile = _load(x, skip, start - PIXELS, tile_pixel, channel, next_mask, split_channel, x_pixel, skip_pixel)
+        next_residual = _load_residual(residual, start - PIXELS, tile_pixel, channel, next_mask, split_channel)
+        tile = _total(tile, residual_tile, x_bias_row)
+        mask = (pixel < last) & channel_mask
+        if total is not None:
+            later = _total(tile, None, _x_vector(ahead, channel, channel_mask, split_channel))
+            target = total + start.to(tl.int64) * split_channel + (tile_pixel * split_channel + channel)
+            tl.store(target, later, mask & (channel < split_channel))
         y = (tile.to(tl.float32) - mean) * scale + bias_row
         if SILU:
             y = silu(y)
         target = out + start.to(tl.int64) * channels + (tile_pixel * channels + channel)
-        tl.store(target, y.to(out.dtype.element_ty), (pixel < last) & channel_mask)
+        tl.store(target, y.to(out.dtype.element_ty), mask)
         tile = next_tile
+        if residual is not None:
+            residual_tile = next_residual
         start -= PIXELS
 
 
@@ -385,6 +545,44 @@ def group_norm_triton(
     skip: Tensor | None = None,
 ) -> Tensor:
     config = GROUP_NORM.config(x, groups, weight, bias, eps, silu=silu, shift=shift, skip=skip)
+    return _launch(config, x, groups, weight, bias, eps, silu, shift=shift, skip=skip)
+
+
+def add_group_norm_triton(
+    x: Tensor,
+    residual: Tensor | None,
+    x_bias: Tensor | None,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    silu: bool = False,
+    skip: Tensor | None = None,
+    ahead: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    config = ADD_GROUP_NORM.config(x, residual, x_bias, groups, weight, bias, eps, silu, skip, ahead)
+    batch, channels, height, width = x.shape
+    total = x.new_empty((batch, height, width, channels)).permute(0, 3, 1, 2)
+    terms = {"residual": residual, "x_bias": x_bias, "ahead": ahead, "total": total}
+    return total, _launch(config, x, groups, weight, bias, eps, silu, skip=skip, **terms)
+
+
+def _launch(
+    config: Config,
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    silu: bool,
+    *,
+    shift: Tensor | None = None,
+    skip: Tensor | None = None,
+    residual: Tensor | None = None,
+    x_bias: Tensor | None = None,
+    ahead: Tensor | None = None,
+    total: Tensor | None = None,
+) -> Tensor:
     batch, split_channel, height, width = x.shape
     pixels, channels = height * width, weight.shape[0]
     size = channels // groups
@@ -407,13 +605,14 @@ def group_norm_triton(
     moments = None
     if pieces > 1:
         moments = x.new_empty((2, batch, pieces, groups), dtype=torch.float32)
-        launch(_statistics_kernel, grid, x, skip, shift, moments, *shape, **tile)
+        launch(_statistics_kernel, grid, x, skip, residual, x_bias, shift, moments, *shape, **tile)
     tile |= {"EPS": eps, "SILU": silu, "PIECES": next_power_of_2(pieces)}
-    launch(_normalise_kernel, grid, x, skip, shift, weight, bias, moments, out, *shape, **tile)
+    terms = (x, skip, residual, x_bias, ahead, shift)
+    launch(_normalise_kernel, grid, *terms, weight, bias, moments, total, out, *shape, **tile)
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------- op
+# --------------------------------------------------------------------------------------------------------- ops
 
 GROUP_NORM = Op(
     "group_norm",
@@ -425,6 +624,19 @@ GROUP_NORM = Op(
     default=default,
     space=SPACE,
     is_candidate=is_candidate,
+)
+
+
+ADD_GROUP_NORM = Op(
+    "add_group_norm",
+    reference=add_group_norm_reference,
+    triton=add_group_norm_triton,
+    supports=add_supports,
+    shape_class=add_shape_class,
+    cost=add_cost,
+    default=default,
+    space=SPACE,
+    is_candidate=add_is_candidate,
 )
 
 
@@ -441,3 +653,25 @@ def group_norm(
 ) -> Tensor:
     """Group-normalise concat(x, skip) + shift, then SiLU if `silu`: (B, C, H, W), in x's dtype and memory format."""
     return GROUP_NORM(x, groups, weight, bias, eps, silu=silu, shift=shift, skip=skip)
+
+
+def add_group_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    x_bias: Tensor | None,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    silu: bool = False,
+    skip: Tensor | None = None,
+    ahead: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x + x_bias + residual, both images (B, C1, H, W), in x's dtype, and that, with skip, group-normalised, as
+    `group_norm` does.
+
+    ahead (C1,): added to the sum that is returned and not to what is normalised: the bias of the product that the sum
+    will be the residual of.
+    """
+    return ADD_GROUP_NORM(x, residual, x_bias, groups, weight, bias, eps, silu, skip, ahead)

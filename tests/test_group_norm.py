@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastldm.kernels import dispatch
-from fastldm.kernels.group_norm import GROUP_NORM, default, group_norm, group_norm_reference, is_candidate, supports
+from fastldm.kernels.group_norm import (
+    ADD_GROUP_NORM,
+    GROUP_NORM,
+    add_group_norm,
+    add_supports,
+    default,
+    group_norm,
+    group_norm_reference,
+    is_candidate,
+    supports,
+)
 
 # The interpreter computes the lanes that are masked off, too.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -50,6 +60,25 @@ def check(
         ops.check(GROUP_NORM, x, groups, weight, bias, eps, skip=skip, **kwargs)
 
 
+def check_sum(
+    config: dict[str, Any] | None,
+    x: Tensor,
+    groups: int,
+    residual: bool = True,
+    x_bias: bool = True,
+    ahead: bool = True,
+    skip: Tensor | None = None,
+    silu: bool = False,
+) -> None:
+    weight, bias = vectors(x.shape[1] + (0 if skip is None else skip.shape[1]), x.dtype)
+    later, own = (
+        torch.randn(x.shape[1], device=ops.DEVICE, dtype=x.dtype) if given else None for given in (ahead, x_bias)
+    )
+    other = image(*x.shape, dtype=x.dtype) if residual else None
+    with dispatch.forced("add_group_norm" if config else "", config or {}):
+        ops.check(ADD_GROUP_NORM, x, other, own, groups, weight, bias, 1e-5, silu, skip, later)
+
+
 def error(x: Tensor, groups: int, eps: float = 1e-5) -> float:
     """The kernel's greatest error, with weight 1 and bias 0, where PyTorch's own result is no measure."""
     weight, bias = torch.ones(x.shape[1], device=x.device), torch.zeros(x.shape[1], device=x.device)
@@ -70,6 +99,88 @@ def test_reference_matches_formula() -> None:
     assert torch.allclose(got, expected, rtol=1e-12, atol=1e-12)
     got = group_norm(x, 4, weight, bias, 1e-3, silu=True, shift=shift, skip=skip)
     assert torch.allclose(got, expected * expected.sigmoid(), rtol=1e-12, atol=1e-12)
+
+
+def test_the_sum_matches_its_formula() -> None:
+    x, residual, skip = (
+        torch.randn(2, 10, 5, 3).double(),
+        torch.randn(2, 10, 5, 3).double(),
+        torch.randn(2, 2, 5, 3).double(),
+    )
+    x_bias, ahead, (weight, bias) = torch.randn(10).double(), torch.randn(10).double(), torch.randn(2, 12).double()
+    total, out = add_group_norm(x, residual, x_bias, 3, weight, bias, 1e-3, silu=True, skip=skip, ahead=ahead)
+    expected = x + residual + x_bias[:, None, None]
+    assert torch.allclose(total, expected + ahead[:, None, None], rtol=1e-12, atol=1e-12)
+    expected = group_norm(expected, 3, weight, bias, 1e-3, silu=True, skip=skip)
+    assert torch.allclose(out, expected, rtol=1e-12, atol=1e-12)
+
+
+@DESIGNS
+@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "given",
+    [(True, True, False), (True, True, True), (False, True, False), (False, False, True)],
+    ids=["residual, bias", "residual, bias, ahead", "bias", "ahead"],
+)
+def test_every_sum_matches_reference(
+    given: tuple[bool, bool, bool], dtype: torch.dtype, config: dict[str, Any]
+) -> None:
+    """Groups of 10, two rows, tails of tile, piece and block."""
+    check_sum(config, image(2, 30, 5, 7, dtype=dtype), 3, *given, silu=True)
+
+
+@DESIGNS
+@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
+def test_a_sum_with_skip_matches_reference(dtype: torch.dtype, config: dict[str, Any]) -> None:
+    """A group with channels of the sum and of the skip, which is added nothing to."""
+    check_sum(config, image(2, 17, 5, 7, dtype=dtype), 3, skip=image(2, 13, 5, 7, dtype=dtype), silu=True)
+
+
+@pytest.mark.full
+@DESIGNS
+@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_sums_of_every_group_size_match_reference(size: int, dtype: torch.dtype, config: dict[str, Any]) -> None:
+    split_channel = 2 * size - size // 2
+    skip = image(3, 4 * size - split_channel, 5, 7, dtype=dtype)
+    check_sum(config, image(3, split_channel, 5, 7, dtype=dtype), 4, skip=skip)
+
+
+@DESIGNS
+def test_the_sum_is_rounded_before_normalising(config: dict[str, Any]) -> None:
+    """Bitwise equal to a sum and then a norm, and `ahead` only in the sum that is returned."""
+    x, residual = image(2, 30, 5, 7, dtype=torch.float16), image(2, 30, 5, 7, dtype=torch.float16).mul_(9)
+    weight, bias = vectors(30, torch.float16)
+    with dispatch.forced("add_group_norm", config), ops.poisoned():
+        total, out = ADD_GROUP_NORM.triton(x, residual, None, 3, weight, bias, 1e-5)
+        later, same = ADD_GROUP_NORM.triton(x, residual, None, 3, weight, bias, 1e-5, ahead=bias)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(later, total + bias[:, None, None])
+    with dispatch.forced("group_norm", config):
+        expected = GROUP_NORM.triton(total, 3, weight, bias, 1e-5)
+    assert torch.equal(out, expected)
+    assert torch.equal(same, expected)
+
+
+def test_unsupported_sums_are_refused_with_the_reason() -> None:
+    x, (weight, bias) = image(1, 8, 4, 4), vectors(8)
+    rest = (2, weight, bias, 1e-5)
+    assert "residual torch.float16" in add_supports(x, x.half(), None, *rest).reason
+    assert "residual torch.float32 (1, 8, 4, 2)" in add_supports(x, x[..., :2], None, *rest).reason
+    assert "is not channels-last" in add_supports(x, x.contiguous(), None, *rest).reason
+    assert "x_bias is (4,)" in add_supports(x, None, bias[:4], *rest).reason
+    assert "ahead is (8,) with strides (2,)" in add_supports(x, None, None, *rest, ahead=torch.zeros(16)[::2]).reason
+
+
+def test_a_row_of_a_sum_is_independent_of_its_batch() -> None:
+    x, residual, (weight, bias) = image(3, 20, 5, 7), image(3, 20, 5, 7), vectors(20)
+    with dispatch.forced("add_group_norm", PIECES):
+        together = ADD_GROUP_NORM.triton(x, residual, bias, 2, weight, bias, 1e-5)
+        alone = [
+            ADD_GROUP_NORM.triton(x[i : i + 1], residual[i : i + 1], bias, 2, weight, bias, 1e-5) for i in range(3)
+        ]
+    for whole, parts in zip(together, zip(*alone, strict=True), strict=True):
+        assert torch.equal(whole, torch.cat(parts))
 
 
 @DESIGNS

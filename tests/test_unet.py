@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastldm.errors import InputError
-from fastldm.kernels import linear
-from fastldm.models import AddedConditions, UNet, unet
+from fastldm.kernels import dispatch, linear
+from fastldm.models import AddedConditions, UNet, layers, unet
 from fastldm.models.config import UNetConfig
 from fastldm.models.unet import guidance_embedding, timestep_embedding
 
@@ -43,13 +44,16 @@ def test_unet_equals_diffusers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
-def test_gpus_way_through_a_transformer_equals_diffusers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last bias added ahead, and products added to in place."""
-    for module in (linear, unet):
+def test_gpus_way_through_the_network_equals_diffusers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Biases added ahead, products added to in place, and sums after convolutions left to the norms that read them."""
+    for module in (layers, linear, unet):
         monkeypatch.setattr(module, "fast_library", lambda x: True)
     theirs = judge(name)
     arguments = inputs(theirs)
-    assert error(unet_of(theirs)(**arguments), theirs(**arguments).sample) < TOLERANCE
+    seen: Counter[str] = Counter()
+    with dispatch.observe(lambda op, args, kwargs: seen.update([op.name])):
+        assert error(unet_of(theirs)(**arguments), theirs(**arguments).sample) < TOLERANCE
+    assert seen["bias_residual"] == 1  # of a block without transformers, what its sampler reads
 
 
 def test_scalar_and_fractional_timesteps_match_diffusers() -> None:

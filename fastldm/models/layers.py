@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastldm.kernels.attention import attention
-from fastldm.kernels.conv import conv2d, upsample_conv2d
+from fastldm.kernels.bias_residual import bias_residual
+from fastldm.kernels.conv import CONV2D, UPSAMPLE_CONV2D, conv2d, upsample_conv2d
 from fastldm.kernels.dispatch import device_type
 from fastldm.kernels.fp8 import E4M3, linear_fp8, quantize
-from fastldm.kernels.group_norm import group_norm
+from fastldm.kernels.group_norm import add_group_norm, group_norm
 from fastldm.kernels.layer_norm import add_layer_norm, layer_norm
-from fastldm.kernels.linear import linear, linear_geglu
+from fastldm.kernels.linear import fast_library, linear, linear_geglu
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -134,6 +135,28 @@ class Pointwise(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return linear(x, self.weight.flatten(1), self.bias, residual=residual)
 
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """As `Linear.add_to`."""
+        return linear(x, self.weight.flatten(1), residual=residual, overwrite=True)
+
+
+class Sum:
+    """A convolution's output, which its bias and a residual are still to be added to. The GroupNorm that reads it first
+    adds them on its way; where none does, `as_tensor` does in a pass of its own.
+    """
+
+    def __init__(self, x: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> None:
+        self.x, self.bias, self.residual = x, bias, residual
+
+    def settle(self, total: Tensor) -> Tensor:
+        """From now on this is the total."""
+        self.x, self.bias, self.residual = total, None, None
+        return total
+
+
+def as_tensor(x: Tensor | Sum) -> Tensor:
+    return x.settle(bias_residual(x.x, x.bias, x.residual)) if isinstance(x, Sum) else x
+
 
 class Conv(nn.Module):
     """A convolution with an odd kernel that preserves height and width, or divides them by its stride, rounded up."""
@@ -151,6 +174,13 @@ class Conv(nn.Module):
         padding = self.weight.shape[-1] // 2
         return conv2d(x, self.weight, self.bias, stride=self.stride, padding=padding, residual=residual)
 
+    def unsummed(self, x: Tensor, residual: Tensor | None = None, padding: int | None = None) -> Tensor | Sum:
+        """As `forward`, but for the sum where that would be a pass of its own: on a GPU, by cuDNN."""
+        padding = self.weight.shape[-1] // 2 if padding is None else padding
+        if fast_library(x) and not CONV2D.path(x, self.weight, None, None, self.stride, padding):
+            return Sum(conv2d(x, self.weight, stride=self.stride, padding=padding), self.bias, residual)
+        return conv2d(x, self.weight, self.bias, stride=self.stride, padding=padding, residual=residual)
+
 
 class GroupNorm(nn.Module):
     def __init__(self, groups: int, channels: int, eps: float) -> None:
@@ -159,9 +189,21 @@ class GroupNorm(nn.Module):
         self.groups, self.eps = groups, eps
 
     def forward(
-        self, x: Tensor, *, silu: bool = False, shift: Tensor | None = None, skip: Tensor | None = None
+        self, x: Tensor | Sum, *, silu: bool = False, shift: Tensor | None = None, skip: Tensor | None = None
     ) -> Tensor:
+        if isinstance(x, Sum) and shift is None:
+            total, out = self.add(x, silu=silu, skip=skip)
+            x.settle(total)
+            return out
+        x = as_tensor(x)
         return group_norm(x, self.groups, self.weight, self.bias, self.eps, silu=silu, shift=shift, skip=skip)
+
+    def add(
+        self, x: Tensor | Sum, *, silu: bool = False, skip: Tensor | None = None, ahead: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x (+ ahead), and x normalised, as `forward` does."""
+        terms = (x.x, x.residual, x.bias) if isinstance(x, Sum) else (x, None, None)
+        return add_group_norm(*terms, self.groups, self.weight, self.bias, self.eps, silu=silu, skip=skip, ahead=ahead)
 
 
 class LayerNorm(nn.Module):
@@ -209,6 +251,16 @@ class Resnet(nn.Module):
         skip: Tensor | None = None,
         norm: Callable[..., Tensor] = GroupNorm.__call__,
     ) -> Tensor:
+        return as_tensor(self.unsummed(x, shift, skip, norm))
+
+    def unsummed(
+        self,
+        x: Tensor | Sum,
+        shift: Tensor | None = None,
+        skip: Tensor | None = None,
+        norm: Callable[..., Tensor] = GroupNorm.__call__,
+    ) -> Tensor | Sum:
+        """As `forward`, but for the last sum where that would be a pass of its own."""
         h = norm(self.norm1, x, silu=True, skip=skip)
         bias = self.conv1.bias if shift is None else None
         if bias is not None and device_type(h) != "cpu":
@@ -216,7 +268,7 @@ class Resnet(nn.Module):
             shift, bias = bias.expand(h.shape[0], -1), None
         h = conv2d(h, self.conv1.weight, bias, padding=1)
         h = norm(self.norm2, h, silu=True, shift=shift)
-        return self.conv2(h, residual=self.shortcut(x, skip))
+        return self.conv2.unsummed(h, residual=self.shortcut(as_tensor(x), skip))
 
     def shortcut(self, x: Tensor, skip: Tensor | None) -> Tensor:
         """x, or a 1x1 convolution of x and skip: one matrix product for each, so that they are not concatenated."""
@@ -234,13 +286,17 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, padding: int) -> None:
         super().__init__()
-        self.conv = Conv(channels, channels)
+        self.conv = Conv(channels, channels, stride=2)
         self.padding = padding
 
     def forward(self, x: Tensor) -> Tensor:
+        return as_tensor(self.unsummed(x))
+
+    def unsummed(self, x: Tensor) -> Tensor | Sum:
+        """As `forward`, but for the bias where that would be a pass of its own."""
         if self.padding == 0:
             x = F.pad(x, (0, 1, 0, 1))
-        return conv2d(x, self.conv.weight, self.conv.bias, stride=2, padding=self.padding)
+        return self.conv.unsummed(x, padding=self.padding)
 
 
 class Upsample(nn.Module):
@@ -257,8 +313,15 @@ class Upsample(nn.Module):
         self.register_buffer("phases", None, persistent=False)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        return as_tensor(self.unsummed(x, size))
+
+    def unsummed(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor | Sum:
+        """As `forward`, but for the bias where that would be a pass of its own."""
         size = size or (2 * x.shape[2], 2 * x.shape[3])
-        return upsample_conv2d(x, self.conv.weight, self.conv.bias, size, phases=self.phases)
+        weight, bias = self.conv.weight, self.conv.bias
+        if fast_library(x) and not UPSAMPLE_CONV2D.path(x, weight, None, *size, self.phases):
+            return Sum(upsample_conv2d(x, weight, None, size, phases=self.phases), bias)
+        return upsample_conv2d(x, weight, bias, size, phases=self.phases)
 
 
 class Attention(nn.Module):

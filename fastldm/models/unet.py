@@ -33,7 +33,9 @@ from fastldm.models.layers import (
     Linear,
     Pointwise,
     Resnet,
+    Sum,
     Upsample,
+    as_tensor,
     channels_last,
     to_image,
     to_tokens,
@@ -89,19 +91,19 @@ class UNetEncoder(nn.Module):
         self.mid_block = Block(config, config.mid, channels)
 
     def encode(
-        self, x: Tensor, rows: Iterator[Tensor], texts: Iterator[Text], features: Features | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
+        self, x: Tensor | Sum, rows: Iterator[Tensor], texts: Iterator[Text], features: Features | None = None
+    ) -> tuple[Tensor | Sum, list[Tensor | Sum]]:
         """The output of conv_in (B, C, H, W) -> that of the middle block, and all skip connections."""
         added = iter(() if features is None else features.levels)
 
         def add_feature() -> None:
             if features is not None and (value := next(added, None)) is not None:
-                add_rows(x, value, features.first)
+                add_rows(as_tensor(x), value, features.first)
 
         skips = [x]
         for block in self.down_blocks:
             for resnet, transformer in block.layers():
-                x = resnet(x, next(rows))
+                x = resnet.unsummed(x, next(rows))
                 if transformer is not None:
                     x = transformer(x, texts)
                 skips.append(x)
@@ -110,13 +112,13 @@ class UNetEncoder(nn.Module):
             if block.attentions:
                 add_feature()
             for downsample in block.downsamplers:
-                x = downsample(x)
+                x = downsample.unsummed(as_tensor(x))
                 skips.append(x)
             if not block.attentions:
                 add_feature()
 
         for resnet, transformer in self.mid_block.layers():
-            x = resnet(x, next(rows))
+            x = resnet.unsummed(x, next(rows))
             if transformer is not None:
                 x = transformer(x, texts)
         add_feature()
@@ -217,21 +219,24 @@ class UNet(UNetEncoder):
         """
         rows = self.split_rows(temb_row)
         texts = iter([Text(kv, kv_len, slots) for kv in cross_kv])
-        x, skips = self.encode(self.conv_in(channels_last(model_input)), rows, texts, features)
-        if residuals and not self.mid_block.resnets:
-            x = x.clone()  # also the last skip connection
+        x, skips = self.encode(self.conv_in.unsummed(channels_last(model_input)), rows, texts, features)
+        if residuals:  # which are added in place, to what must not be still to be added to
+            x, skips = as_tensor(x), [as_tensor(skip) for skip in skips]
+            if not self.mid_block.resnets:
+                x = x.clone()  # also the last skip connection
         for control in residuals:
             weights = control.weights if control.weights is None else control.weights.unbind()
             for k, (skip, value) in enumerate(zip((*skips, x), (*control.skips, control.mid), strict=True)):
-                add_rows(skip, value, control.first, None if weights is None else weights[k])
+                add_rows(as_tensor(skip), value, control.first, None if weights is None else weights[k])
 
         for block in self.up_blocks:
             for resnet, transformer in block.layers():
-                x = resnet(x, next(rows), skip=skips.pop())
+                x = resnet.unsummed(x, next(rows), skip=as_tensor(skips.pop()))
                 if transformer is not None:
                     x = transformer(x, texts)
             for upsample in block.upsamplers:
-                x = upsample(x, skips[-1].shape[2:])
+                height, width = as_tensor(skips[-1]).shape[2:]
+                x = upsample.unsummed(as_tensor(x), (height, width))
 
         return self.conv_out(self.conv_norm_out(x, silu=True))
 
@@ -310,12 +315,14 @@ class Transformer(nn.Module):
         self.transformer_blocks: Layers[TransformerLayer] = Layers(TransformerLayer(level) for _ in range(depth))
         self.proj_out = projection(channels, channels)
 
-    def forward(self, x: Tensor, texts: Iterator[Text]) -> Tensor:
-        residual, height = to_tokens(x), x.shape[2]
-        tokens = self.proj_in(to_tokens(self.norm(x)))
+    def forward(self, x: Tensor | Sum, texts: Iterator[Text]) -> Tensor:
+        ahead = fast_library(x.x if isinstance(x, Sum) else x)  # as in TransformerLayer
+        x, h = self.norm.add(x, ahead=self.proj_out.bias) if ahead else (as_tensor(x), self.norm(x))
+        tokens = self.proj_in(to_tokens(h))
         for layer in self.transformer_blocks:
             tokens = layer(tokens, next(texts))
-        return to_image(self.proj_out(tokens, residual=residual), height)
+        out = self.proj_out.add_to(to_tokens(x), tokens) if ahead else self.proj_out(tokens, residual=to_tokens(x))
+        return to_image(out, x.shape[2])
 
 
 class TransformerLayer(nn.Module):

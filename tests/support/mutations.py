@@ -44,6 +44,20 @@ def _group_norm(module: ModuleType) -> None:
         ops.check(module.GROUP_NORM, args[0], 3, *args[1:3], 1e-5, shift=args[3], skip=args[4])
 
 
+def _add_group_norm(module: ModuleType) -> None:
+    """Both designs; a group with channels of the sum and of skip; values that float16 rounds much."""
+    images = [torch.randn(2, c, 5, 7).contiguous(memory_format=torch.channels_last) for c in (17, 17, 13)]
+    x, residual, skip = (t.half().to(ops.DEVICE) for t in images)
+    x_bias, ahead, weight, bias = (torch.randn(c).half().to(ops.DEVICE) for c in (17, 17, 30, 30))
+    for config in ({"GROUPS": 2, "PIXELS": 8, "TILES": 2}, {"GROUPS": 1, "PIXELS": 32, "TILES": 2}):
+        with dispatch.forced("add_group_norm", {**config, "num_warps": 4}):
+            args = (x, residual * 99, x_bias, 3, weight, bias, 1e-5)
+            ops.check(module.ADD_GROUP_NORM, *args, False, skip, ahead)
+            total, out = module.ADD_GROUP_NORM.triton(*args, False, skip)
+        with dispatch.forced("group_norm", {**config, "num_warps": 4}):
+            assert torch.equal(out, module.GROUP_NORM.triton(total, 3, weight, bias, 1e-5, skip=skip))
+
+
 def _layer_norm(module: ModuleType) -> None:
     """A row that is no power of two, and a program with one row of two."""
     x, weight, bias = torch.randn(3, 320) + 1, torch.randn(320), torch.randn(320)
@@ -201,6 +215,36 @@ FAULTS: dict[str, list[Fault]] = {
             "next_mask = (pixel >= first + PIXELS) & (pixel < last) & channel_mask",
             _group_norm,
             "the tile before the last one loaded with the last one's mask",
+        ),
+        Fault(
+            "tile = total.to(tile.dtype)",
+            "tile = total",
+            _add_group_norm,
+            "a sum that is not rounded before it is normalised",
+        ),
+        Fault(
+            "mask & (channel < split_channel), other=0.0)\n    return tile",
+            "mask, other=0.0)\n    return tile",
+            _add_group_norm,
+            "the residual added to the skip connection too",
+        ),
+        Fault(
+            "channel_mask & (channel < split_channel))\n    return row",
+            "channel_mask)\n    return row",
+            _add_group_norm,
+            "the bias of x read on for the skip connection",
+        ),
+        Fault(
+            "residual_tile = next_residual",
+            "residual_tile = residual_tile",
+            _add_group_norm,
+            "the residual of the first tile added to all",
+        ),
+        Fault(
+            "later = _total(tile, None, _x_vector(ahead,",
+            "later = _total(tile, None, _x_vector(x_bias,",
+            _add_group_norm,
+            "x's bias twice in the sum instead of what comes ahead",
         ),
     ],
     "layer_norm": [
