@@ -8,7 +8,7 @@ import controls
 import pytest
 import tiny
 import torch
-from peer_networks import TOLERANCE, error, inputs, judge, unet_of
+from peer_networks import TOLERANCE, error, go_as_gpus_do, inputs, judge, unet_of
 
 from fastldm.errors import CheckpointError
 from fastldm.models import AddedConditions
@@ -58,6 +58,13 @@ def test_residuals_and_controlled_unet_equal_diffusers(name: str) -> None:
         kv = unet.cross_kv(arguments["encoder_hidden_states"])
         assert error(unet.step(arguments["sample"], rows, kv, residuals=[residuals]), controlled) < TOLERANCE
         assert error(network(**arguments).sample, controlled) > 0.01
+
+
+@pytest.mark.parametrize("name", list(controls.CONTROLNETS)[:2])
+def test_gpus_way_equals_diffusers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Residuals come to sums that no norm has added up yet."""
+    go_as_gpus_do(monkeypatch)
+    test_residuals_and_controlled_unet_equal_diffusers(name)
 
 
 def test_weights_scale_each_residual_of_each_row() -> None:

@@ -79,7 +79,7 @@ NETWORKS = [pytest.param(SD15, 64, "sd1.5", id="sd1.5"), pytest.param(SDXL, 128,
 
 @pytest.mark.parametrize(("config", "size", "name"), NETWORKS)
 def test_a_step_has_few_ops(config: UNetConfig, size: int, name: str) -> None:
-    """On a GPU the end of the step is an op too, behind the one that a batch with rescaled guidance has; and norms add up
+    """On a GPU the end of the step is an op too, behind the one that a batch with rescaled guidance has. Norms add up
     what convolutions leave, but for one sum that no norm reads."""
     with dispatch.targeting(dispatch.Target(CPU)):
         assert ops(step(config, size, CPU)) == STEP_OPS[name]

@@ -7,7 +7,7 @@ from typing import Any
 import controls
 import pytest
 import torch
-from peer_networks import TOLERANCE, error, inputs, judge, unet_of
+from peer_networks import TOLERANCE, error, go_as_gpus_do, inputs, judge, unet_of
 
 from fastldm.errors import CheckpointError
 from fastldm.models import AddedConditions
@@ -49,6 +49,13 @@ def test_features_and_adapted_unet_equal_diffusers(name: str) -> None:
         out = unet.step(arguments["sample"], rows, kv, features=only_second)
         assert torch.equal(out[0], plain[0])
         assert error(out[1], adapted[1]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", list(controls.T2I_ADAPTERS)[:2])
+def test_gpus_way_equals_diffusers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features come to sums that no norm has added up yet."""
+    go_as_gpus_do(monkeypatch)
+    test_features_and_adapted_unet_equal_diffusers(name)
 
 
 @pytest.mark.parametrize("name", controls.T2I_ADAPTERS)

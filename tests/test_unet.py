@@ -10,13 +10,13 @@ import tiny
 import torch
 from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel
 from diffusers.models.embeddings import get_timestep_embedding
-from peer_networks import TOLERANCE, error, give, inputs, judge, unet_of
+from peer_networks import TOLERANCE, error, give, go_as_gpus_do, inputs, judge, unet_of
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastldm.errors import InputError
-from fastldm.kernels import dispatch, linear
-from fastldm.models import AddedConditions, UNet, layers, unet
+from fastldm.kernels import dispatch
+from fastldm.models import AddedConditions, UNet
 from fastldm.models.config import UNetConfig
 from fastldm.models.unet import guidance_embedding, timestep_embedding
 
@@ -46,8 +46,7 @@ def test_unet_equals_diffusers(name: str) -> None:
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_gpus_way_through_the_network_equals_diffusers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Biases added ahead, products added to in place, and sums after convolutions left to the norms that read them."""
-    for module in (layers, linear, unet):
-        monkeypatch.setattr(module, "fast_library", lambda x: True)
+    go_as_gpus_do(monkeypatch)
     theirs = judge(name)
     arguments = inputs(theirs)
     seen: Counter[str] = Counter()

@@ -5,12 +5,14 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import pytest
 import tiny
 import torch
 from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
-from fastldm.models import AutoencoderKL, CLIPText, UNet
+from fastldm.kernels import linear
+from fastldm.models import AutoencoderKL, CLIPText, UNet, layers, unet
 from fastldm.models.config import TextConfig, UNetConfig, VAEConfig
 
 TOLERANCE = 1e-5  # of 1e-4 allowed; 2e-6 was the most seen. A wrong eps in a norm shows only below 2e-5
@@ -71,3 +73,9 @@ def inputs(theirs: UNet2DConditionModel, height: int = 8, width: int = 8, seed: 
         embed = LatentConsistencyModelPipeline.get_guidance_scale_embedding
         arguments["timestep_cond"] = embed(None, scale - 1, embedding_dim=config.time_cond_proj_dim)
     return arguments
+
+
+def go_as_gpus_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks take the way that is made for GPUs, with the references of its ops."""
+    for module in (layers, linear, unet):
+        monkeypatch.setattr(module, "fast_library", lambda x: True)
