@@ -172,7 +172,7 @@ def test_unsupported_sums_are_refused_with_the_reason() -> None:
     assert "ahead is (8,) with strides (2,)" in add_supports(x, None, None, *rest, ahead=torch.zeros(16)[::2]).reason
 
 
-def test_a_row_of_a_sum_is_independent_of_its_batch() -> None:
+def test_sums_of_rows_are_independent_of_their_batch() -> None:
     x, residual, (weight, bias) = image(3, 20, 5, 7), image(3, 20, 5, 7), vectors(20)
     with dispatch.forced("add_group_norm", PIECES):
         together = ADD_GROUP_NORM.triton(x, residual, bias, 2, weight, bias, 1e-5)
