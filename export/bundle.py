@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from fastldm.checks import show
+from fastldm.conditioning.text import TextStage
 from fastldm.errors import BundleError, CheckpointError
 from fastldm.export import manifest as manifests
 from fastldm.export.cache import hash_files
@@ -35,6 +36,7 @@ from fastldm.export.spec import MODEL, NetworkSpec, specs
 from fastldm.loading import spec as loading
 from fastldm.loading.checkpoint import Checkpoint, Component, TokenizerFiles
 from fastldm.loading.formats import TOKENIZER_FILES, TOKENIZERS
+from fastldm.models.clip import CLIPText
 from fastldm.models.vae import HALF_EXPONENT, AutoencoderKL, rescale_for_half
 
 GOLDENS, PICTURE = "goldens", "picture"
@@ -147,6 +149,36 @@ def in_memory(model: loading.Spec, modules: Mapping[str, nn.Module]) -> loading.
             name, component.class_name, component.config, (), f"the {name} in memory", tensors=tensors
         )
     return replace(model, checkpoint=replace(model.checkpoint, components=components))
+
+
+def with_tokens(model: loading.Spec, name: str, stage: TextStage) -> tuple[loading.Spec, CLIPText]:
+    """A model whose text encoder `name` and tokenizer know the tokens of textual inversion that its stage knows: the
+    table has their vectors as rows. And that text encoder, which shares the rest of its weights."""
+    module = stage.model
+    assert isinstance(module, CLIPText)  # others take no tokens
+    key = "text_model.embeddings.token_embedding.weight"
+    state = module.state_dict()
+    table = state[key][: stage.first_added]
+    vectors = [own.to(table.device, table.dtype) for own in stage.added.values()]
+    state[key] = torch.cat([table, *vectors])
+    config = replace(module.config, vocab=len(state[key]))
+    with torch.device("meta"):
+        extended = CLIPText(config)
+    extended.load_state_dict(state, assign=True)
+    checkpoint = model.checkpoint
+    component = checkpoint.components[name]
+    components = {
+        **checkpoint.components,
+        name: replace(component, config={**component.config, "vocab_size": config.vocab}),
+    }
+    tokenizers = {
+        **checkpoint.tokenizers,
+        name.replace("text_encoder", "tokenizer"): TokenizerFiles(None, loaded=stage.tokenizer),
+    }
+    names = [other for other in ("text_encoder", "text_encoder_2") if other in components]
+    text = tuple(config if other == name else own for other, own in zip(names, model.text, strict=True))
+    checkpoint = replace(checkpoint, components=components, tokenizers=tokenizers)
+    return replace(model, text=text, checkpoint=checkpoint), extended.requires_grad_(False).eval()
 
 
 def identity(model: loading.Spec) -> dict[str, Any]:

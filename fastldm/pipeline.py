@@ -30,6 +30,7 @@ from fastldm.runtime.stages import Stages
 from fastldm.serving.callback import Calls, CallState, Steered, StepCallback, tensor_names
 from fastldm.serving.generation import Progress
 from fastldm.serving.session import Session
+from fastldm.textual_inversion import TextualInversionLoader
 
 Prompt = str | Sequence[str] | Request | None
 
@@ -41,7 +42,7 @@ def _of_stages(name: str, doc: str) -> Any:
     )
 
 
-class Pipeline(Steered, Adapting):
+class Pipeline(Steered, Adapting, TextualInversionLoader):
     """A loaded model, ready to be called, by several threads at once too."""
 
     name = _of_stages("name", "What the model is called: its folder's name, as a rule.")
@@ -237,8 +238,8 @@ class Pipeline(Steered, Adapting):
         return self.session.call(self.stages.prepared.weights_changed)
 
     def export(self, out: str | os.PathLike[str], **options: Any) -> Path:
-        """Write the model as a bundle, with the weights that it has now: adopted, merged or edited ones too. Returns
-        the bundle's folder.
+        """Write the model as a bundle, with the weights that it has now, adopted, merged or edited ones too, and the
+        tokens of textual inversion. Returns the bundle's folder.
 
         options: dtype ("float32" or "float16"), opset, split and fused_ops, see `fastldm.export.writing.export`, whose
         errors these are. InputError for a pipeline that itself runs a bundle.
@@ -254,7 +255,11 @@ class Pipeline(Steered, Adapting):
         need_exporter()
         from fastldm.export import bundle, writing
 
-        model = bundle.in_memory(self.stages.spec, modules)
+        spec = self.stages.spec
+        for name, stage in zip(names, self.text_stages, strict=True):
+            if stage.added:
+                spec, modules[name] = bundle.with_tokens(spec, name, stage)
+        model = bundle.in_memory(spec, modules)
         return writing.export(model, Path(out).expanduser(), source=None, name=self.name, **options).folder
 
     def enable_fp8(self, prompt: Prompt = "a photograph", **options: Any) -> int:

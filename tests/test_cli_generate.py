@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import torch
 from click.testing import Result
 from command import run
 from PIL import Image
+from safetensors.torch import save_file
 
 import fastldm
 
@@ -113,6 +115,25 @@ def test_decode_options_give_the_same_image(model: str) -> None:
         images[decode] = np.stack([np.asarray(Image.open(f"{decode}-{k}.png"), np.int16) for k in range(2)])
     assert np.abs(images["sliced"] - images["whole"]).max() <= 1
     assert np.abs(images["tiled"] - images["whole"]).max() <= 1  # one tile, at this size
+
+
+def test_embeddings_are_words_of_the_prompt(model: str) -> None:
+    """By the name that the file states, or its own; a bad file is found before the model is loaded."""
+    for name, key, seed in (("toy", "emb_params", 1), ("other", "<thing>", 2)):
+        save_file({key: torch.randn(2, 32, generator=torch.Generator().manual_seed(seed))}, f"{name}.safetensors")
+    images = []
+    for prompt, files in (("a cat", 0), ("a qtoy <thing>", 0), ("a qtoy <thing>", 1), ("a qtoy <thing>", 2)):
+        Path("qtoy.safetensors").write_bytes(Path("toy.safetensors").read_bytes())
+        options = [x for name in ("qtoy", "other")[:files] for x in ("--embedding", f"{name}.safetensors")]
+        done = run("generate", prompt, "-m", model, "--steps", "1", "--seed", "1", "-o", "a.png", "--force", *options)
+        assert done.exit_code == 0, done.output
+        with Image.open("a.png") as image:
+            images.append(np.asarray(image).tobytes())
+    assert len({*images}) == 4
+    for path, message in (("none.safetensors", "does not exist here"), ("a.png", "is no safetensors file")):
+        refused = run("generate", "a", "-m", "no/model", "--embedding", path)
+        assert refused.exit_code != 0
+        assert message in refused.output
 
 
 def test_variant_selects_the_weights_files(tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ ATTRIBUTES = {  # beside those of base classes
     "Pipeline": """
         clip_skip default device disable_fp8 disable_vae_slicing disable_vae_tiling do_classifier_free_guidance dtype
         enable_fp8 enable_vae_slicing enable_vae_tiling export from_diffusers from_pretrained from_single_file
-        guidance_rescale guidance_scale interrupt name num_timesteps session warmup weights_changed""",
+        guidance_rescale guidance_scale interrupt load_textual_inversion name num_timesteps session
+        text_encoder text_encoder_2 tokenizer tokenizer_2 unload_textual_inversion warmup weights_changed""",
     "Request": "batch count negative_prompts prompts replace",
     "Session": "call close submit",
 }
@@ -47,6 +48,9 @@ ARGUMENTS = {
     "Pipeline.export": "self out options",
     "Pipeline.from_pretrained": "cls path_or_id device dtype torch_dtype backend batch_invariant where",
     "Pipeline.from_single_file": "cls path options",
+    "Pipeline.load_textual_inversion": """
+        self pretrained_model_name_or_path token tokenizer text_encoder weight_name subfolder allow_pickle where""",
+    "Pipeline.unload_textual_inversion": "self tokens tokenizer text_encoder",
     "Pipeline.warmup": "self sizes batches options",
     "Session.__init__": "self pipe max_batch max_queue batch_invariant",
     "Session.close": "self cancel",

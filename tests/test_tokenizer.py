@@ -165,3 +165,35 @@ def test_bad_files_raise_errors_with_folder(tmp_path: Path, damage: Any, message
     with pytest.raises(CheckpointError, match=message) as caught:
         Tokenizer(folder)
     assert str(folder) in str(caught.value)
+
+
+# --- textual inversion
+
+
+@pytest.mark.parametrize("folder", ["sd1", "sd2", "extra", "added"])
+def test_added_tokens_equal_transformers_and_are_saved(folders: dict[str, Path], folder: str, tmp_path: Path) -> None:
+    judge, base = CLIPTokenizer.from_pretrained(folders[folder]), Tokenizer(folders[folder])
+    names = ["<Thing>", "<Thing>_1", "<Thing>_2", "é-style", "xq"]
+    judge.add_tokens(names)
+    ours = base.with_tokens({"<Thing>": 3, "é-style": 1, "xq": 1})
+    assert ours.size == base.size + 5
+    assert base.ids("xq") == CLIPTokenizer.from_pretrained(folders[folder])("xq").input_ids[1:-1]  # as it was
+    texts = [
+        f"{a}{b}{c}" for a in ("", "a ", "((") for b in [*names, "<thing>", "E\u0301-STYLE"] for c in ("", "xq_1", " b")
+    ]
+    texts += hostile_texts(100, seed=3)
+
+    def expanded(text: str) -> list[int]:
+        """The judge's, each first vector followed by the rest, if they do not follow already."""
+        ids, (first, *rest) = judge(text).input_ids[1:-1], judge.convert_tokens_to_ids(names[:3])
+        follow = [ids[k + 1 : k + 3] == rest for k in range(len(ids))]
+        return [x for k, id in enumerate(ids) for x in ([id] if id != first or follow[k] else [id, *rest])]
+
+    assert [ours.ids(text) for text in texts] == [expanded(text) for text in texts]
+    ours.save_pretrained(tmp_path)
+    again, saved = Tokenizer(tmp_path), CLIPTokenizer.from_pretrained(tmp_path)
+    kept = ("bos", "eos", "pad", "size", "max_length")
+    assert [getattr(again, name) for name in kept] == [getattr(ours, name) for name in kept]
+    assert [again.ids(text) for text in texts] == [ours.ids(text) for text in texts]
+    assert [saved(text).input_ids for text in texts] == [judge(text).input_ids for text in texts]
+    assert (saved.pad_token, saved.model_max_length) == (judge.pad_token, ours.max_length)

@@ -450,3 +450,18 @@ def test_network_unlike_pytorch_is_not_exported(
     with pytest.raises(BundleError, match=r"text_kv: kv.0 .*: relative error 1.0e\+00"):
         writing.export(loading.describe(model), tmp_path / "out", source=str(model), split=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_tokens_of_textual_inversion_are_exported(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    source = bundles.smallest("sd1", tmp_path / "model")
+    pipe = Pipeline.from_pretrained(source, device="cpu", dtype="float32")
+    vectors = torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
+    pipe.load_textual_inversion(vectors, token="<thing>")
+    with bundles.traced_once(bundles.shared(tmp_path_factory)):
+        out = pipe.export(tmp_path / "out", split=True)
+    request = {"prompt": "a <thing>", "num_inference_steps": 2, "seed": 1, "output_type": "pt"}
+    deployed = Pipeline.from_pretrained(out, backend="onnxruntime")
+    assert (deployed(**request).images - pipe(**request).images).abs().max() < 1e-3
+    with pytest.raises(InputError, match="a bundle on onnxruntime, whose text encoder takes no new tokens"):
+        deployed.load_textual_inversion(vectors, token="<other>")
+    assert pipe.text_encoder.config.vocab == tiny.VOCABULARY  # as it was

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastldm import checks
@@ -19,56 +20,64 @@ def find_weights(
     path_or_id: str | os.PathLike[str],
     *,
     weight_name: str | None = None,
+    subfolder: str | None = None,
+    preferred: Sequence[str] = PREFERRED,
     allow_pickle: bool = False,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The file of an adapter. weight_name: its name in a folder or repository; else there has to be only one, or one
-    that diffusers would have written.
+    """The file of an adapter. weight_name: its name in a folder or repository, or in a subfolder there; else there has
+    to be only one, or one of the preferred, which diffusers would have written.
 
     CheckpointError for what does not exist, or holds several files. InputError for a name that leaves the folder.
     """
     checks.flag("allow_pickle", allow_pickle)
     checks.flag("local_files_only", local_files_only)
     path = check_path(path_or_id, "path_or_id")
-    if weight_name is not None:
-        checks.short_text("weight_name", weight_name, "a file's name")
-        parts = Path(weight_name).parts
-        if not parts or Path(weight_name).is_absolute() or ".." in parts:
-            raise InputError(f"weight_name is {show(weight_name)}: expected the name of a file in {path_or_id}")
+    for name, value in (("weight_name", weight_name), ("subfolder", subfolder)):
+        if value is not None:
+            checks.short_text(name, value, "a name in the folder")
+            parts = Path(value).parts
+            if not parts or Path(value).is_absolute() or ".." in parts or not value.isprintable():
+                raise InputError(f"{name} is {show(value)}: expected a name in {path_or_id}")
     if path.is_file():
         if weight_name is not None:
             raise InputError(f"{path} is a file: weight_name is for a folder or a hub id")
         return path
     if path.is_dir():
-        return _in_folder(path, weight_name, allow_pickle)
+        return _in_folder(path / (subfolder or ""), weight_name, preferred, allow_pickle)
+    prefix = "" if subfolder is None else f"{Path(subfolder).as_posix()}/"
+
+    def choose(files: list[str]) -> str:
+        inside = [file.removeprefix(prefix) for file in files if file.startswith(prefix)]
+        return prefix + _choose(inside, weight_name, preferred, allow_pickle, f"{path_or_id}/{prefix}".rstrip("/"))
+
     return hub.find_file(
-        str(path_or_id),
-        lambda files: _choose(files, weight_name, allow_pickle, str(path_or_id)),
-        revision=revision,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
+        str(path_or_id), choose, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
     )
 
 
-def _in_folder(folder: Path, weight_name: str | None, allow_pickle: bool) -> Path:
+def _in_folder(folder: Path, weight_name: str | None, preferred: Sequence[str], allow_pickle: bool) -> Path:
     if weight_name is not None:
         file = folder / weight_name
         if not file.is_file():
             raise CheckpointError(f"there is no file {show(weight_name)} in {folder}.")
         return file
-    return folder / _choose([entry.name for entry in folder.iterdir()], None, allow_pickle, str(folder))
+    files = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    return folder / _choose(files, None, preferred, allow_pickle, str(folder))
 
 
-def _choose(files: list[str], weight_name: str | None, allow_pickle: bool, source: str) -> str:
+def _choose(
+    files: list[str], weight_name: str | None, preferred: Sequence[str], allow_pickle: bool, source: str
+) -> str:
     if weight_name is not None:
         if weight_name not in files:
             raise CheckpointError(f"there is no file {show(weight_name)} in {source}.")
         return weight_name
     endings = (".safetensors", *((".bin", ".pt") if allow_pickle else ()))
-    found = sorted(name for name in files if name.endswith(endings))
-    for name in PREFERRED:
+    found = sorted(name for name in files if name.endswith(endings) and "/" not in name)
+    for name in preferred:
         if name in found:
             return name
     if len(found) != 1:

@@ -47,6 +47,14 @@ def _list_things(ctx: click.Context, param: click.Parameter, group: str | None) 
 @click.option("--init-image", metavar="FILE", help="Start from this picture instead of noise.")
 @click.option("--strength", type=float, help="How much of --init-image is redone, 0 to 1.  [default: 0.8]")
 @click.option("--mask", metavar="FILE", help="Repaint only where this picture is white; needs --init-image.")
+@click.option(
+    "--embedding",
+    "embeddings",
+    multiple=True,
+    metavar="FILE",
+    help="A textual inversion; its token is what the file says, or its name without ending. Repeatable.",
+)
+@click.option("--allow-pickle", is_flag=True, help="Take tensors from pickled files too.")
 @click.option("--literal", is_flag=True, help="Take brackets in PROMPT as text, not as weights.")
 @click.option("--clip-skip", type=int, metavar="N", help="Leave out the text encoder's last N layers.")
 @click.option("--device", metavar="D", help="Such as cpu, cuda or cuda:1.  [default: a GPU where there is one]")
@@ -119,10 +127,15 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
         if path is not None:
             measure(path, name)
 
+    from fastldm.adapters.textual_inversion import read_textual_inversion
     from fastldm.pipeline import Pipeline
 
-    placement = {name: options[name] for name in ("device", "dtype", "backend", "variant", "batch_invariant")}
-    pipe = Pipeline.from_pretrained(model, **placement)
+    for path in options["embeddings"]:
+        read_textual_inversion(path, allow_pickle=options["allow_pickle"])
+    placement = ("device", "dtype", "backend", "variant", "batch_invariant", "allow_pickle")
+    pipe = Pipeline.from_pretrained(model, **{name: options[name] for name in placement})
+    if options["embeddings"]:
+        pipe.load_textual_inversion(options["embeddings"], allow_pickle=options["allow_pickle"])
     if options["decode"] != "whole":
         (pipe.enable_vae_tiling if options["decode"] == "tiled" else pipe.enable_vae_slicing)()
     if model == "default":
@@ -156,6 +169,9 @@ def _warn_if_unknown(pipe: Pipeline, prompt: str) -> None:
     """For the default model: name on stderr the nearest things to a prompt that names nothing the model knows."""
     from fastldm.cli import things
 
+    added = [token for stage in pipe.text_stages for token in stage.added]
+    if any(token.casefold() in prompt.casefold() for token in added):
+        return
     if prompt.strip() and not things.knows_a_word(prompt):
         suggestions = ", ".join(repr(name) for name in things.nearest(pipe, prompt))
         click.echo(

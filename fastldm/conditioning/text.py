@@ -11,8 +11,8 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from fastldm import checks
 from fastldm.conditioning.prompt import Fragments, parse
 from fastldm.conditioning.tokenizer import Tokenizer
-from fastldm.device import send_numbers
+from fastldm.device import send, send_numbers
 from fastldm.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
@@ -72,12 +72,38 @@ class Conditioning:
         return hidden, torch.cat((self.negative_pooled, self.pooled))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TextStage:
-    """One text encoder with its tokenizer."""
+    """One text encoder with its tokenizer. It never changes: textual inversion makes another, see `with_tokens`."""
 
     tokenizer: Tokenizer
     model: TextEncoder
+    added: Mapping[str, Tensor] = field(default_factory=dict)
+    """Tokens of textual inversion, each with its vectors (V, D) on the host, in the order of their ids."""
+    model_tokenizer: Tokenizer | None = None
+    """The tokenizer without them; None if there are none."""
+
+    def with_tokens(self, added: Mapping[str, Tensor]) -> TextStage:
+        """The same encoder with these added tokens in place of others. InputError as `Tokenizer.with_tokens` raises."""
+        base = self.model_tokenizer or self.tokenizer
+        if not added:
+            return TextStage(base, self.model)
+        tokenizer = base.with_tokens({token: len(vectors) for token, vectors in added.items()})
+        return TextStage(tokenizer, self.model, dict(added), base)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """The embeddings (N, W, D) of ids (N, W), some of which are added tokens'."""
+        model: Any = self.model  # PyTorch's: a bundle's table is inside its network
+        return model.embed(ids, self._vectors, self.first_added)
+
+    @functools.cached_property
+    def _vectors(self) -> Tensor:
+        return send(torch.cat([*self.added.values()]), self.model.device)  # (V, D) of all added tokens
+
+    @property
+    def first_added(self) -> int:
+        """The id of the first added token, which is no row of the encoder's table."""
+        return (self.model_tokenizer or self.tokenizer).size
 
     @property
     def window(self) -> int:
@@ -208,29 +234,41 @@ def _split(
         parsed = [sections + [[]] * (section_count - len(sections)) for sections in parsed]
         by_stage: list[list[_Window]] = [[] for _ in encoders]
         for k in range(section_count):
-            tokens = [_tokens(stage, sections[k]) for stage, sections in zip(encoders, parsed, strict=True)]
-            last_is_empty = 0 < k == section_count - 1 and not any(tokens)  # after a BREAK at the end
-            count = 0 if last_is_empty else max(1, *(-(-len(ids) // (length - 2)) for ids in tokens))
+            chunks = [_chunks(stage, sections[k], length - 2) for stage, sections in zip(encoders, parsed, strict=True)]
+            last_is_empty = 0 < k == section_count - 1 and not any(chunks)  # after a BREAK at the end
+            count = 0 if last_is_empty else max(1, *map(len, chunks))
             if len(by_stage[0]) + count > MAX_PROMPT_WINDOWS:
                 limit = MAX_PROMPT_WINDOWS * (length - 2)
                 raise InputError(f"a prompt, {checks.show(pair[0])}, has more than the {limit} tokens that it may have")
-            for stage, windows, ids in zip(encoders, by_stage, tokens, strict=True):
-                windows.extend(_windows(stage.tokenizer, ids, length, count))
+            for stage, windows, own in zip(encoders, by_stage, chunks, strict=True):
+                windows.extend(_windows(stage.tokenizer, own, length, count))
         split[pair] = by_stage
     return [[split[pair][k] for pair in texts] for k in range(len(encoders))]
 
 
-def _tokens(stage: TextStage, fragments: Fragments) -> list[tuple[int, float]]:
-    return [(token, weight) for text, weight in fragments for token in stage.tokenizer.ids(text)]
+def _chunks(stage: TextStage, fragments: Fragments, content: int) -> list[list[tuple[int, float]]]:
+    """Tokens and their weights by window, each at most `content`. A token of several vectors stays whole, if a window
+    has room for it (as in AUTOMATIC1111): they were learned as neighbours."""
+    chunks: list[list[tuple[int, float]]] = []
+    for text, weight in fragments:
+        for token in stage.tokenizer.tokens(text):
+            if not chunks or len(chunks[-1]) + min(len(token), content) > content:
+                chunks.append([])
+            for id in token:
+                if len(chunks[-1]) == content:
+                    chunks.append([])
+                chunks[-1].append((id, weight))
+    return chunks
 
 
-def _windows(tokenizer: Tokenizer, tokens: Sequence[tuple[int, float]], length: int, count: int) -> list[_Window]:
-    """Tokens and their weights, split into `count` windows of `length`; the last ones may be empty."""
-    content = length - 2
+def _windows(
+    tokenizer: Tokenizer, chunks: Sequence[Sequence[tuple[int, float]]], length: int, count: int
+) -> list[_Window]:
+    """Chunks of tokens and their weights as `count` windows of `length`; the last ones may be empty."""
     windows = []
     for k in range(count):
-        chunk = tokens[k * content : (k + 1) * content]
-        padding = content - len(chunk)
+        chunk = chunks[k] if k < len(chunks) else ()
+        padding = length - 2 - len(chunk)
         ids = (tokenizer.bos, *(token for token, _ in chunk), tokenizer.eos, *(tokenizer.pad,) * padding)
         weights = (1.0, *(weight for _, weight in chunk), 1.0, *(1.0,) * padding)
         windows.append(_Window(ids, weights))
@@ -247,11 +285,11 @@ def _common_length(counts: Sequence[int]) -> int:
     return max(counts)
 
 
-def _read(encode: Callable[[Tensor], tuple[Tensor, Tensor | None]], ids: Tensor) -> tuple[Tensor, Tensor | None]:
+def _read(encode: Callable[..., tuple[Tensor, Tensor | None]], *inputs: Tensor) -> tuple[Tensor, Tensor | None]:
     """An encoder's states and vectors of windows (N, W), in groups of MAX_WINDOWS, for which memory is planned."""
-    if len(ids) <= MAX_WINDOWS:
-        return encode(ids)
-    groups = [encode(group) for group in ids.split(MAX_WINDOWS)]
+    if len(inputs[0]) <= MAX_WINDOWS:
+        return encode(*inputs)
+    groups = [encode(*group) for group in zip(*(x.split(MAX_WINDOWS) for x in inputs), strict=True)]
     vectors = [vector for _, vector in groups if vector is not None]
     return torch.cat([states for states, _ in groups]), torch.cat(vectors) if vectors else None
 
@@ -269,14 +307,16 @@ def _encode(
         distinct[empty] = None
     index_of = {ids: k for k, ids in enumerate(distinct)}
     largest = max(map(max, index_of))
-    if largest >= model.config.vocab:
+    if not stage.added and largest >= model.config.vocab:
         raise CheckpointError(
             f"the tokenizer gave id {largest} but the text encoder has {model.config.vocab} embeddings: "
             "tokenizer and text encoder are not of one model"
         )
     read = functools.partial(model, skip=drop, final_norm=final_norm)
     ids = send_numbers(list(index_of), torch.int64, model.device)
-    states, vectors = _read(lambda group: run((id(model), drop, final_norm), read, group), ids)
+    # Added tokens are looked up here: inside, a graph would read vectors that may be unloaded.
+    inputs = (ids, stage.embed(ids)) if stage.added and largest >= stage.first_added else (ids,)
+    states, vectors = _read(functools.partial(run, (id(model), drop, final_norm), read), *inputs)
     repeated = [[row[k % len(row)] for k in range(total)] for row in rows]
     index = send_numbers([[index_of[window.ids] for window in row] for row in repeated], torch.int64, model.device)
     hidden = states[index]  # (B, total, W, D)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import itertools
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastldm import checks
-from fastldm.errors import CheckpointError
+from fastldm.errors import CheckpointError, InputError
 from fastldm.reading import read_json
 from fastldm.system import ASSETS
 
@@ -52,7 +54,7 @@ class Tokenizer:
             files = _bundled_files() if folder is None else _read_files(source)
             if pad_token is not None:
                 files = files._replace(names={**files.names, "pad_token": {"content": pad_token}})
-            self._backend = _build(files)
+            self._backend, self._names = _build(files), files.names
             ids = {token.content: k for k, token in self._backend.get_added_tokens_decoder().items()}
             names = ("bos_token", "eos_token", "pad_token")
             self.bos, self.eos, self.pad = (ids[files.names[name]["content"]] for name in names)
@@ -65,27 +67,77 @@ class Tokenizer:
         self.max_length = files.max_length
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of a text of any length, without bos, eos and padding.
+        """Token ids of a text of any length, without bos, eos and padding."""
+        return [id for token in self.tokens(text) for id in token]
+
+    def tokens(self, text: str) -> list[tuple[int, ...]]:
+        """The same by token: most have one id.
 
         A token of several vectors, which textual inversion adds as `<x>`, `<x>_1`, `<x>_2` and so on, is expanded to
         all of them (diffusers' `maybe_convert_prompt`), unless the text already contains all of them.
         """
-        ids = list(self._backend.encode(text, add_special_tokens=False).ids)
-        if self._vectors.keys().isdisjoint(ids):
-            return ids
-        expanded = []
-        for k, token in enumerate(ids):
-            rest = self._vectors.get(token, [])
-            expanded += [token] if ids[k + 1 : k + 1 + len(rest)] == rest else [token, *rest]
-        return expanded
+        ids = self._backend.encode(text, add_special_tokens=False).ids
+        tokens, k = [], 0
+        while k < len(ids):
+            token = (ids[k], *self._vectors.get(ids[k], ()))
+            tokens.append(token)
+            k += len(token) if tuple(ids[k : k + len(token)]) == token else 1
+        return tokens
+
+    def with_tokens(self, tokens: Mapping[str, int]) -> Tokenizer:
+        """One that knows more tokens, each of so many vectors: their ids begin at `size`, in this order.
+
+        InputError for a token that already is one, or would change what others mean.
+        """
+        names = {token: _vector_names(token, vectors) for token, vectors in tokens.items()}
+        known = {self._normalized(token.content) for token in self._backend.get_added_tokens_decoder().values()}
+        for token, own in names.items():
+            for name in own:
+                normalized = self._normalized(name)  # as which a text has it
+                if normalized in known or None is not self._backend.token_to_id(normalized):
+                    raise InputError(f"the token {checks.show(name)} is in the tokenizer already: give another name")
+                known.add(normalized)
+            longer = f"{token}_{len(own)}"
+            if self._normalized(longer) in known:
+                raise InputError(f"{checks.show(longer)} is a token: it would become a vector of {checks.show(token)}")
+        extended = copy.copy(self)
+        extended._backend = copy.deepcopy(self._backend)
+        flat = [name for own in names.values() for name in own]
+        extended._backend.add_tokens(flat)
+        if [extended._backend.token_to_id(name) for name in flat] != [*range(self.size, self.size + len(flat))]:
+            raise InputError("the tokenizer of this model has gaps in its ids: no token can be added")
+        ids = {token.content: k for k, token in extended._backend.get_added_tokens_decoder().items()}
+        extended.size, extended._vectors = self.size + len(flat), _vectors(ids)
+        before = {**self._vectors, **{ids[token]: tuple(ids[name] for name in own[1:]) for token, own in names.items()}}
+        for token, id in ids.items():
+            if extended._vectors.get(id, ()) != before.get(id, ()):
+                raise InputError(f"a new token would become a vector of {checks.show(token)}: give it another name")
+        return extended
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`, which this class and transformers read, to a folder that
+        exists."""
+        named = {name: token["content"] for name, token in self._names.items()}
+        extra = [named.pop(name) for name in [*named] if name.startswith("extra_")]
+        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.max_length, **named}
+        config |= {"additional_special_tokens": extra} if extra else {}
+        (Path(folder) / "tokenizer.json").write_text(self._backend.to_str(), encoding="utf-8")
+        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+    def _normalized(self, token: str) -> str:
+        return self._backend.normalizer.normalize_str(token)
 
 
-def _vectors(added: Mapping[str, int]) -> dict[int, list[int]]:
+def _vector_names(token: str, vectors: int) -> list[str]:
+    return [token, *(f"{token}_{k}" for k in range(1, vectors))]
+
+
+def _vectors(added: Mapping[str, int]) -> dict[int, tuple[int, ...]]:
     """For added tokens `<x>`: the ids of `<x>_1`, `<x>_2` and so on, by the id of `<x>`."""
     vectors = {}
     for content, token in added.items():
         rest = itertools.takewhile(added.__contains__, (f"{content}_{k}" for k in itertools.count(1)))
-        if ids := [added[name] for name in rest]:
+        if ids := tuple(added[name] for name in rest):
             vectors[token] = ids
     return vectors
 

@@ -29,7 +29,7 @@ def read_shapes(path: Path, allow_pickle: bool) -> tuple[dict[str, tuple[int, ..
 
     Keys come without the prefixes of wrappers that a network was saved in (`_orig_mod.`, `module.`).
     """
-    if _is_pickle(path):
+    if is_pickle(path):
         return {key: tuple(tensor.shape) for key, tensor in _read_pickle(path, allow_pickle).items()}, {}
     with _safetensors(path) as file:
         shapes = {key: tuple(file.get_slice(raw).get_shape()) for key, raw in _keys(file, path).items()}
@@ -44,7 +44,7 @@ def read_tensors(
     to_prepare: copy convolution weights, in channels-last memory, and query, key and value projections, so that their
         pages of the file are not held.
     """
-    if _is_pickle(path):
+    if is_pickle(path):
         tensors, raws = _read_pickle(path, allow_pickle), None
     else:
         with _safetensors(path) as file:
@@ -116,7 +116,7 @@ def _head(path: Path) -> bytes:
 # --- pickles ---
 
 
-def _is_pickle(path: Path) -> bool:
+def is_pickle(path: Path) -> bool:
     """Whether a file is a pickle, by content: torch.save writes a zip archive, and before 2020 a bare pickle."""
     head = _head(path)
     # A safetensors file has "{" after 8 bytes of length, which may look like a pickle's start.
@@ -147,7 +147,9 @@ class _DictStub:
 _safe_globals_lock = threading.Lock()  # PyTorch has one list of safe globals per process
 
 
-def _read_pickle(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
+def read_pickle(path: Path, allow_pickle: bool) -> Any:
+    """The content of a pickle: tensors, numbers, texts, and dicts and lists of them. No code of it is run, and objects
+    of its own classes are empty. CheckpointError without allow_pickle, and for a damaged file."""
     if not allow_pickle:
         raise CheckpointError(
             f"{path} is a pickle, which can run any code when loaded. Look for a .safetensors of the model, or pass "
@@ -164,7 +166,7 @@ def _read_pickle(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
             for name in foreign
         ]
         with _safe_globals_lock, torch.serialization.safe_globals(stubs):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         names = f" ({', '.join(foreign[:3])})" if foreign else ""
         raise CheckpointError(f"{path} holds objects other than tensors{names} and is refused.") from error
@@ -172,6 +174,10 @@ def _read_pickle(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
         if "torchscript" in str(error).lower():
             raise CheckpointError(f"{path} is a TorchScript program, not a file of tensors.") from error
         raise CheckpointError(f"{path} is damaged ({_first_line(error)}): fetch it again.") from error
+
+
+def _read_pickle(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
+    content = read_pickle(path, allow_pickle)
     for _ in range(3):
         inner = content.get("state_dict") if isinstance(content, dict) else None
         content = inner if isinstance(inner, dict) else content

@@ -32,15 +32,19 @@ class CLIPText(nn.Module):
         """The device of its weights."""
         return self.text_model.final_layer_norm.weight.device
 
-    def forward(self, input_ids: Tensor, skip: int = 0, final_norm: bool = True) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, input_ids: Tensor, embeds: Tensor | None = None, skip: int = 0, final_norm: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         """input_ids (B, T) integers -> hidden (B, T, D), pooled (B, P).
+
+        embeds: (B, T, D) in place of the table's rows, for ids beyond it: see `embed`.
 
         hidden is the output of all layers except the last `skip`, with final_norm normalised. pooled is the projected
         state of the first end-of-text token after all layers, independent of `skip`; None without a projection, where
         no U-Net reads it.
         """
         text = self.text_model
-        x = text.embeddings(input_ids)
+        x = text.embeddings(input_ids, embeds)
         depth = self.config.layers - skip
         for layer in text.encoder.layers[:depth]:
             x = layer(x)
@@ -52,6 +56,14 @@ class CLIPText(nn.Module):
             x = layer(x)
         last = x[torch.arange(len(x), device=x.device), self.ends(input_ids)]
         return hidden, self.text_projection(text.final_layer_norm(last))
+
+    def embed(self, input_ids: Tensor, vectors: Tensor, first: int) -> Tensor:
+        """The embeddings (B, T, D) of input_ids (B, T), before positions: rows of the table, and of vectors (V, D) for
+        ids from `first` on."""
+        table = self.text_model.embeddings.token_embedding.weight
+        embeds = F.embedding(input_ids.clamp(max=first - 1), table)
+        added = F.embedding((input_ids - first).clamp(min=0), vectors.to(table.dtype))
+        return torch.where((input_ids < first)[..., None], embeds, added)
 
     def ends(self, input_ids: Tensor) -> Tensor:
         """The index of the first end-of-text token of each text in input_ids (B, T): (B,)."""
@@ -74,9 +86,9 @@ class TextEmbeddings(nn.Module):
         self.token_embedding = Embedding(config.vocab, config.hidden)
         self.position_embedding = Embedding(config.max_position, config.hidden)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, embeds: Tensor | None = None) -> Tensor:
         positions = self.position_embedding.weight[: input_ids.shape[1]]
-        return F.embedding(input_ids, self.token_embedding.weight) + positions
+        return (F.embedding(input_ids, self.token_embedding.weight) if embeds is None else embeds) + positions
 
 
 class Embedding(nn.Module):
