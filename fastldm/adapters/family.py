@@ -32,6 +32,11 @@ def family_of_keys(shapes: Shapes) -> str | None:
     return _CONTEXTS.get(widths.pop()) if len(widths) == 1 else None
 
 
+def family_of_context(channels: int) -> str | None:
+    """The same of what reads text of so many channels."""
+    return _CONTEXTS.get(channels)
+
+
 def family_of_unet(unet: UNetConfig) -> str | None:
     """The same of a U-Net, or of what has its encoder."""
     return "SDXL" if unet.needs_added else _CONTEXTS.get(unet.cross_attention_dim)

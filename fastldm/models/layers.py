@@ -324,6 +324,15 @@ class Upsample(nn.Module):
         return upsample_conv2d(x, weight, bias, size, phases=self.phases)
 
 
+class PictureKV(NamedTuple):
+    """What the first rows of a cross-attention read beside the text, with a softmax of its own: an IP-Adapter's."""
+
+    kv: Tensor  # (P, T, 2C), keys | values, of P rows or slots
+    kv_len: Tensor | None  # (P,) int32
+    slots: Tensor | None  # (rows,) int32
+    rows: int
+
+
 class Attention(nn.Module):
     """Multi-head attention of q (B, N, channels) over k and v (S, M, channels), and its output projection.
 
@@ -355,8 +364,13 @@ class Attention(nn.Module):
         residual: Tensor | None = None,
         kv_len: Tensor | None = None,
         slots: Tensor | None = None,
+        pictures: Sequence[PictureKV] = (),
     ) -> Tensor:
         out = attention(q, k, v, self.heads, kv_len=kv_len, slots=slots)
+        for own in pictures:
+            keys, values = own.kv.chunk(2, dim=-1)
+            first = q[: own.rows]
+            out[: own.rows] += attention(first, keys, values, self.heads, kv_len=own.kv_len, slots=own.slots)
         return self.to_out[0](out, residual=residual)
 
 

@@ -31,6 +31,7 @@ from fastldm.models.layers import (
     LayerNorm,
     Layers,
     Linear,
+    PictureKV,
     Pointwise,
     Resnet,
     Sum,
@@ -48,6 +49,16 @@ class Text(NamedTuple):
     kv: Tensor  # (texts, T, 2C), keys | values
     kv_len: Tensor | None  # (texts,) int32
     slots: Tensor | None  # (B,) int32
+    pictures: tuple[PictureKV, ...] = ()
+
+
+class Pictures(NamedTuple):
+    """What an IP-Adapter adds to the first rows of a U-Net, in each cross-attention."""
+
+    kv: tuple[Tensor | None, ...]  # (P, T, 2C), of P rows or slots: `IPAdapter.kv`; None adds nothing
+    rows: int
+    kv_len: Tensor | None = None  # (P,) int32: the tokens of each; 0 adds nothing
+    slots: Tensor | None = None  # (rows,) int32: which of P each row reads, by default its own
 
 
 class Residuals(NamedTuple):
@@ -206,19 +217,32 @@ class UNet(UNetEncoder):
         slots: Tensor | None = None,
         residuals: Sequence[Residuals] = (),
         features: Features | None = None,
+        pictures: Sequence[Pictures] = (),
     ) -> Tensor:
         """Evaluate the network: model_input (B, Cin, H, W), temb_row (B, S) of time_rows, cross_kv of B texts ->
         (B, Cout, H, W).
 
         kv_len (texts,) int32: the number of visible tokens of each text, by default all. slots (B,) int32: the text in
         cross_kv that each row reads, by default its own. Both stay on the device.
-        residuals: of ControlNets. features: of a T2I-Adapter.
+        residuals: of ControlNets. features: of a T2I-Adapter. pictures: of IP-Adapters.
 
         Computes only what changes in each step. All H and W are allowed, as in diffusers: upsampling goes to the size
         of the skip connection.
         """
         rows = self.split_rows(temb_row)
-        texts = iter([Text(kv, kv_len, slots) for kv in cross_kv])
+        texts = iter(
+            Text(
+                kv,
+                kv_len,
+                slots,
+                tuple(
+                    PictureKV(own, each.kv_len, each.slots, each.rows)
+                    for each in pictures
+                    if (own := each.kv[i]) is not None
+                ),
+            )
+            for i, kv in enumerate(cross_kv)
+        )
         x, skips = self.encode(self.conv_in.unsummed(channels_last(model_input)), rows, texts, features)
         if residuals:  # which are added in place, to what must not be still to be added to
             x, skips = as_tensor(x), [as_tensor(skip) for skip in skips]
@@ -342,7 +366,7 @@ class TransformerLayer(nn.Module):
         h = self.norm1(x, self.attn1.to_q)
         x, h = self.norm2.add(self.attn1(*self.attn1.qkv(h)), x, then=self.attn2.to_q)
         q, (k, v) = self.attn2.to_q(h), text.kv.chunk(2, dim=-1)
-        attended = self.attn2(q, k, v, kv_len=text.kv_len, slots=text.slots)
+        attended = self.attn2(q, k, v, kv_len=text.kv_len, slots=text.slots, pictures=text.pictures)
         if fast_library(x):  # cuBLAS adds a residual in its own pass where there is no bias left to add
             x, h = self.norm3.add(attended, x, self.ff.last.bias, self.ff.first)
             return self.ff.add_to(x, h)
