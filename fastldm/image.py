@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "check_folder",
     "image_size",
+    "load_control",
     "load_image",
     "load_latents",
     "load_mask",
@@ -72,6 +73,20 @@ def load_image(source: Any, size: tuple[int, int] | None = None, *, name: str = 
     return torch.cat(
         [(pixels if is_float and signed else pixels * 2 - 1).expand(-1, 3, -1, -1) for pixels, is_float in loaded]
     )
+
+
+def load_control(
+    source: Any, size: tuple[int, int] | None = None, *, grey: bool = False, name: str = "control_image"
+) -> torch.Tensor:
+    """Images as a ControlNet or T2I-Adapter reads them: float32 (B, 3, H, W) in 0..1, or (B, 1, H, W) if `grey`.
+
+    Sources as in `load_image`, but floats are taken as they are, as in diffusers: a ControlNet for inpainting reads -1
+    where there is nothing.
+    """
+    loaded = [_pixels(image, size, name)[0] for image in _each(source, name)]
+    _check_one_size(loaded, name)
+    colours = torch.cat([pixels.expand(-1, 3, -1, -1) for pixels in loaded])
+    return (colours * torch.tensor(_LUMINANCE).view(3, 1, 1)).sum(1, keepdim=True) if grey else colours
 
 
 def load_mask(source: Any, size: tuple[int, int] | None = None, *, name: str = "mask_image") -> torch.Tensor:

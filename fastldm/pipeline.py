@@ -17,6 +17,7 @@ import torch
 
 from fastldm import checks
 from fastldm.adapting import Adapting
+from fastldm.controlling import ControlLoader, as_list
 from fastldm.errors import CheckpointError, InputError
 from fastldm.loading import adoption
 from fastldm.loading import spec as loading
@@ -42,7 +43,7 @@ def _of_stages(name: str, doc: str) -> Any:
     )
 
 
-class Pipeline(Steered, Adapting, TextualInversionLoader):
+class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader):
     """A loaded model, ready to be called, by several threads at once too."""
 
     name = _of_stages("name", "What the model is called: its folder's name, as a rule.")
@@ -87,6 +88,8 @@ class Pipeline(Steered, Adapting, TextualInversionLoader):
         torch_dtype: str | torch.dtype | None = None,
         backend: str = "auto",
         batch_invariant: bool = False,
+        controlnet: Any = None,
+        adapter: Any = None,
         **where: Any,
     ) -> Pipeline:
         """A pipeline from a diffusers folder, a hub id, a .safetensors file, a bundle that `fastldm export` wrote, or
@@ -99,6 +102,7 @@ class Pipeline(Steered, Adapting, TextualInversionLoader):
         batch_invariant: whether an image is bitwise the one that its seed and prompt make alone, whatever else is in
         its request, or in requests that join and leave its batch. On a CPU each image then has its own calls of the
         networks; on a GPU steps share theirs, by kernels that do not depend on the number of rows.
+        controlnet, adapter: a ControlNet and a T2I-Adapter to attach, or lists of them: what `attach_control` takes.
         where: variant, revision, cache_dir, local_files_only, allow_pickle and prediction_type, see `loading.describe`.
 
         Raises CheckpointError for what is not a model that fastldm can run, InputError for a device or dtype there
@@ -112,7 +116,11 @@ class Pipeline(Steered, Adapting, TextualInversionLoader):
         dtype = torch_dtype if dtype is None else dtype
         checks.flag("batch_invariant", batch_invariant)
         model = open_model(path_or_id, device=device, dtype=dtype, backend=backend, **where)
-        return cls(*model, batch_invariant=batch_invariant)
+        pipe = cls(*model, batch_invariant=batch_invariant)
+        options = {name: where[name] for name in ("variant", "allow_pickle") if name in where}
+        for control in (*as_list(controlnet), *as_list(adapter)):
+            pipe.attach_control(control, **options)
+        return pipe
 
     @classmethod
     def from_single_file(cls, path: str | os.PathLike[str], **options: Any) -> Pipeline:

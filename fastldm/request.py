@@ -25,6 +25,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MAX_SEED = 2**63 - 1
 MAX_ADAPTERS = 100  # of a request
 MAX_WEIGHT = 1000.0  # of an adapter
+MAX_CONTROLS = 100  # of a request
 
 UNSUPPORTED = {
     "callback": ": use callback_on_step_end",
@@ -102,6 +103,23 @@ class Request:
     """How much `image` is changed, 0 (not at all) to 1 (completely); None is 0.8, and 1 with `mask_image`."""
     mask_image: Any = None
     """White is repainted, black stays; needs `image`. Types as for `image`, or (H, W), see `image.load_mask`."""
+    control_image: Any = None
+    """What attached ControlNets and T2I-Adapters read: a picture if there is one of them, else a list of one for each
+    in the order in which they were attached, or a dictionary by name, of these and no others. Types as for `image`.
+    In place of a picture there may be a list, one for each prompt."""
+    controlnet_conditioning_scale: float | Sequence[float] | Mapping[str, float] | None = None
+    """Factor of what ControlNets add: a number for all, a list of one for each, or a dictionary by name. None is
+    diffusers' default: 1, with `image` 0.8, and with `mask_image` 0.5, or 1 for SDXL."""
+    control_guidance_start: float | Sequence[float] | Mapping[str, float] = 0.0
+    """Fraction of the steps at which ControlNets begin; likewise for each."""
+    control_guidance_end: float | Sequence[float] | Mapping[str, float] = 1.0
+    """Fraction of the steps at which they end."""
+    guess_mode: bool = False
+    """Whether ControlNets act on the prompt's branch alone, and on the first layers a tenth as much."""
+    adapter_conditioning_scale: float | Sequence[float] | Mapping[str, float] = 1.0
+    """Factor of T2I-Adapters' features: for all, or for each."""
+    adapter_conditioning_factor: float = 1.0
+    """Fraction of the steps, from the first, in which T2I-Adapters act."""
     clip_skip: int | None = None
     """Number of text encoder layers to skip at the end, counted as in diffusers."""
     literal_prompt: bool = False
@@ -254,6 +272,9 @@ def as_list(texts: str | Sequence[str] | None) -> list[str]:
     return [texts] if isinstance(texts, str) else list(texts or [])
 
 
+Check = Callable[[str, Any], Any]
+
+
 def _check_texts(request: Request) -> None:
     """Check types, lengths and numbers of texts."""
     for name in ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2"):
@@ -350,6 +371,34 @@ def _attention_kwargs(name: str, value: Any) -> Mapping[str, float] | None:
     return scales or None
 
 
+def _each(low: float, high: float) -> Check:
+    """A number for all controls, a list of one for each, or a dictionary by name."""
+
+    def check(name: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            if len(value) > MAX_CONTROLS:
+                raise InputError(f"{name} has {len(value)} items: expected at most {MAX_CONTROLS}")
+            names = [checks.short_text(f"a name in {name}", key, "a control's name") for key in value]
+            return {key: checks.real(f"{name}[{key!r}]", value[key], low, high) for key in names}
+        if isinstance(value, (list, tuple)):
+            items = checks.listed(name, value, MAX_CONTROLS, "numbers")
+            return tuple(checks.real(f"{name}[{k}]", item, low, high) for k, item in enumerate(items))
+        return checks.real(name, value, low, high)
+
+    return check
+
+
+def _control_images(name: str, value: Any) -> Any:
+    """Pictures are read later; of a dictionary, its names are checked."""
+    if not isinstance(value, Mapping):
+        return value
+    if len(value) > MAX_CONTROLS:
+        raise InputError(f"{name} has {len(value)} items: expected at most {MAX_CONTROLS}")
+    for key in value:
+        checks.short_text(f"a name in {name}", key, "a control's name")
+    return value if type(value) is not dict else dict(value)  # else a selection that was made from one
+
+
 def _fractions(name: str, value: Any) -> tuple[float, float]:
     items = checks.listed(name, value, 2, "fractions")
     if len(items) != 2:
@@ -373,7 +422,6 @@ def _real(low: float, high: float) -> Check:
     return lambda name, value: checks.real(name, value, low, high)
 
 
-Check = Callable[[str, Any], Any]
 _CHECKS: dict[str, Check] = {
     "height": _whole(1, MAX_SIDE, "pixels"),
     "width": _whole(1, MAX_SIDE, "pixels"),
@@ -391,6 +439,13 @@ _CHECKS: dict[str, Check] = {
     "literal_prompt": checks.flag,
     "adapters": _adapters,
     "cross_attention_kwargs": _attention_kwargs,
+    "control_image": _control_images,
+    "controlnet_conditioning_scale": _each(-MAX_GUIDANCE, MAX_GUIDANCE),
+    "control_guidance_start": _each(0.0, 1.0),
+    "control_guidance_end": _each(0.0, 1.0),
+    "guess_mode": checks.flag,
+    "adapter_conditioning_scale": _each(-MAX_GUIDANCE, MAX_GUIDANCE),
+    "adapter_conditioning_factor": _real(0.0, 1.0),
     "output_type": lambda name, value: checks.choice(name, value, OUTPUT_TYPES),
     "latents": lambda name, value: checks.tensor(name, value, (None,) * 4),
     "original_size": _size,

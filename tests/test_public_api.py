@@ -36,7 +36,9 @@ FIELDS = {
     "Progress": "step steps timestep preview latents embeds",
     "Request": """
         prompt negative_prompt height width num_inference_steps guidance_scale guidance_rescale guidance_interval
-        sampler timesteps sigmas eta num_images_per_prompt seed generator latents image strength mask_image clip_skip
+        sampler timesteps sigmas eta num_images_per_prompt seed generator latents image strength mask_image
+        control_image controlnet_conditioning_scale control_guidance_start control_guidance_end guess_mode
+        adapter_conditioning_scale adapter_conditioning_factor clip_skip
         literal_prompt prompt_embeds negative_prompt_embeds pooled_prompt_embeds negative_pooled_prompt_embeds prompt_2
         negative_prompt_2 original_size crops_coords_top_left target_size negative_original_size
         negative_crops_coords_top_left negative_target_size output_type
@@ -46,7 +48,8 @@ FIELDS = {
 ARGUMENTS = {
     "Generation.result": "self timeout",
     "Pipeline.export": "self out options",
-    "Pipeline.from_pretrained": "cls path_or_id device dtype torch_dtype backend batch_invariant where",
+    "Pipeline.from_pretrained": """
+        cls path_or_id device dtype torch_dtype backend batch_invariant controlnet adapter where""",
     "Pipeline.from_single_file": "cls path options",
     "Pipeline.load_textual_inversion": """
         self pretrained_model_name_or_path token tokenizer text_encoder weight_name subfolder allow_pickle where""",

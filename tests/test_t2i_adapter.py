@@ -40,13 +40,13 @@ def test_features_and_adapted_unet_equal_diffusers(name: str) -> None:
         added = arguments.get("added_cond_kwargs")
         rows = unet.time_rows(arguments["timestep"], added=AddedConditions(**added) if added else None)
         kv = unet.cross_kv(arguments["encoder_hidden_states"])
-        out = unet.step(arguments["sample"], rows, kv, features=Features(features))
+        out = unet.step(arguments["sample"], rows, kv, features=[Features(features)])
         assert error(out, adapted) < TOLERANCE
         plain = unet.step(arguments["sample"], rows, kv)
         assert error(plain, adapted) > 0.01
 
         only_second = Features(tuple(feature[1:] for feature in features), first=1)
-        out = unet.step(arguments["sample"], rows, kv, features=only_second)
+        out = unet.step(arguments["sample"], rows, kv, features=[only_second])
         assert torch.equal(out[0], plain[0])
         assert error(out[1], adapted[1]) < TOLERANCE
 
@@ -82,7 +82,7 @@ def test_residuals_and_features_add_up() -> None:
     residuals = ours.step(arguments["sample"], rows, kv, ours.hint(image))
     features = Features(controls.our_adapter_of(theirs)(image))
     rows, kv = unet.time_rows(arguments["timestep"]), unet.cross_kv(arguments["encoder_hidden_states"])
-    out = unet.step(arguments["sample"], rows, kv, residuals=[residuals], features=features)
+    out = unet.step(arguments["sample"], rows, kv, residuals=[residuals], features=[features])
     assert error(out, adapted) < TOLERANCE
 
 

@@ -28,12 +28,13 @@ from fastldm.loading.checkpoint import Component
 from fastldm.loading.diffusers_folder import weight_files
 from fastldm.loading.formats import PathLike, choose_weights
 from fastldm.loading.key_names import Names, controlnet_name, t2i_adapter_name
+from fastldm.loading.prepare import Prepared, prepare
 from fastldm.loading.spec import Spec
 from fastldm.loading.state import load_module
 from fastldm.loading.tensors import Shapes, read_shapes
 from fastldm.models.config import Level, UNetConfig
 from fastldm.models.controlnet import ControlNet, ControlNetConfig
-from fastldm.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
+from fastldm.models.t2i_adapter import T2IAdapter, T2IAdapterConfig, feature_places
 from fastldm.reading import check_path, read_json
 
 Config = ControlNetConfig | T2IAdapterConfig
@@ -79,6 +80,13 @@ class Control:
     short_hash: str | None
     """12 hexadecimal digits of SHA-256 over its tensors, as of adapters; None if it was in memory."""
     network: ControlNet | T2IAdapter
+    prepared: Prepared | None = None
+    """What lays out its weights, once it is attached."""
+
+    def prepare(self, device: torch.device) -> Control:
+        """The same on a device, its weights laid out."""
+        network = self.network.to(device)
+        return dataclasses.replace(self, prepared=prepare({self.name: network}))
 
 
 @dataclass(frozen=True)
@@ -313,12 +321,11 @@ def check_fits(config: Config, spec: Spec, source: str) -> None:
 def _controlnet_misfit(config: ControlNetConfig, spec: Spec) -> str | None:
     theirs, ours = config.unet, spec.unet
     widths = [[(level.channels, len(level.depths)) for level in unet.down] for unet in (theirs, ours)]
-    reads_text = bool(theirs.cross_widths[: _cross_attentions(theirs)])
     added = (theirs.addition_input_dim, theirs.addition_time_embed_dim)
     for fits, problem in (
         (widths[0] == widths[1], f"its levels have {_levels(theirs)}, and the U-Net's {_levels(ours)}"),
         (
-            theirs.cross_attention_dim == ours.cross_attention_dim or not reads_text,
+            theirs.cross_attention_dim == ours.cross_attention_dim or not config.cross_widths,
             f"it reads text of {theirs.cross_attention_dim} channels, and the model's has {ours.cross_attention_dim}",
         ),
         (
@@ -340,11 +347,6 @@ def _controlnet_misfit(config: ControlNetConfig, spec: Spec) -> str | None:
     return None
 
 
-def _cross_attentions(unet: UNetConfig) -> int:
-    """How many cross-attentions are in the encoder."""
-    return sum(depth or 0 for level in (*unet.down, unet.mid) for depth in level.depths)
-
-
 def _levels(unet: UNetConfig) -> str:
     return ", ".join(f"{level.channels} channels x {len(level.depths)}" for level in unet.down)
 
@@ -352,19 +354,8 @@ def _levels(unet: UNetConfig) -> str:
 def _t2i_misfit(config: T2IAdapterConfig, spec: Spec) -> str | None:
     if config.image_channels not in (1, 3):
         return f"it reads pictures of {config.image_channels} channels, expected 1 or 3"
-    places = feature_places(spec.unet, spec.vae.factor)
+    places = [(channels, spec.vae.factor * stride) for channels, stride in feature_places(spec.unet)]
     features = list(zip(config.channels, config.strides, strict=True))
     if len(features) <= len(places) and features == places[: len(features)]:
         return None
     return f"its features have (channels, pixels a value) {features}, and the U-Net takes {places}"
-
-
-def feature_places(unet: UNetConfig, factor: int) -> list[tuple[int, int]]:
-    """Where a U-Net adds features: the channels of each place, and its pixels per value. factor: pixels per latent."""
-    places = []
-    for i, level in enumerate(unet.down):
-        halved = level.depths[0] is None and i < unet.levels - 1  # see `UNetEncoder.encode`
-        places.append((level.channels, factor * 2 ** (i + halved)))
-    if unet.mid.depths:
-        places.append((unet.mid.channels, factor * unet.stride))
-    return places

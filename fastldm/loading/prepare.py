@@ -32,7 +32,7 @@ from fastldm.kernels.linear import fast_library
 from fastldm.kernels.onednn import Layouts, row_sums
 from fastldm.models.clip import TextAttention
 from fastldm.models.layers import Attention, Conv, Upsample, channels_last, stacked
-from fastldm.models.unet import UNet
+from fastldm.models.unet import UNetEncoder
 from fastldm.models.vae import HALF_EXPONENT, AutoencoderKL, EnlargedConv, rescale_for_half
 
 
@@ -199,7 +199,7 @@ def prepare(networks: Mapping[str, nn.Module], sharing: Iterable[nn.Module] = ()
         parameters = {name: parameter.data for name, _, parameter in _named_parameters(network)}
         storages += [Storage(_join(title, name), data, slots[name]) for name, data in parameters.items()]
         # The other networks run once per request, and would gain less than checking for changes costs.
-        if isinstance(network, UNet):
+        if isinstance(network, UNetEncoder):
             blocked += [data for data in parameters.values() if data.device.type == "cpu" and not fast_library(data)]
         for name, adopted in sources.items():
             data = parameters[name]

@@ -55,6 +55,17 @@ class ControlNetConfig:
         """Pixels per latent, in each direction."""
         return 2 ** (len(self.hint_channels) - 1)
 
+    @property
+    def time_channels(self) -> int:
+        """Channels of a time row."""
+        return sum(level.channels * len(level.depths) for level in (*self.unet.down, self.unet.mid))
+
+    @property
+    def cross_widths(self) -> tuple[int, ...]:
+        """Channels of each cross-attention, in network order; none in the small ControlNets of SDXL."""
+        levels = (*self.unet.down, self.unet.mid)
+        return tuple(level.channels for level in levels for depth in level.depths for _ in range(depth or 0))
+
     @classmethod
     def from_dict(cls, cfg: Mapping[str, Any], source: str = "config.json") -> ControlNetConfig:
         """Read diffusers' config.json of a ControlNet; CheckpointError if it needs what is not implemented."""
@@ -106,7 +117,7 @@ class ControlNet(UNetEncoder):
         """Evaluate the network: model_input (B, Cin, H, W), temb_row (B, S), cross_kv, kv_len and slots as of
         `UNet.step`, hint (B, C, H, W) -> residuals of B rows, without weights."""
         texts = iter([Text(kv, kv_len, slots) for kv in cross_kv])
-        x = self.conv_in.unsummed(channels_last(model_input), residual=hint)
+        x = self.conv_in.unsummed(channels_last(model_input), residual=channels_last(hint))
         x, skips = self.encode(x, self.split_rows(temb_row), texts)
         layers = (*self.controlnet_down_blocks, self.controlnet_mid_block)
         *added, mid = (self._residual(layer, skip) for layer, skip in zip(layers, (*skips, x), strict=True))

@@ -1,7 +1,7 @@
 """T2I-Adapter: an image's features at each level of a U-Net. They depend on no step: computed once per request.
 
     features = network(image)
-    out = unet.step(..., features=Features(features))
+    out = unet.step(..., features=[Features(features)])
 
 Parameter names are those of diffusers' T2IAdapter. Source: arXiv:2302.08453.
 """
@@ -15,6 +15,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastldm.models.config import UNetConfig
 from fastldm.models.layers import Conv, Layers, channels_last
 from fastldm.reading import MAX_CHANNELS, Field, Integer, ListOf, OneOf, read_fields
 
@@ -134,3 +135,13 @@ class AdapterResnet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block2(F.relu(self.block1(x)), residual=x)
+
+
+def feature_places(unet: UNetConfig) -> tuple[tuple[int, int], ...]:
+    """Where a U-Net adds features, see `UNetEncoder.encode`: the channels of each place, and its latents per value, in
+    each direction."""
+    places = []
+    for i, level in enumerate(unet.down):
+        halved = level.depths[0] is None and i < unet.levels - 1
+        places.append((level.channels, 2 ** (i + halved)))
+    return (*places, *([(unet.mid.channels, unet.stride)] if unet.mid.depths else []))

@@ -102,14 +102,15 @@ class UNetEncoder(nn.Module):
         self.mid_block = Block(config, config.mid, channels)
 
     def encode(
-        self, x: Tensor | Sum, rows: Iterator[Tensor], texts: Iterator[Text], features: Features | None = None
+        self, x: Tensor | Sum, rows: Iterator[Tensor], texts: Iterator[Text], features: Sequence[Features] = ()
     ) -> tuple[Tensor | Sum, list[Tensor | Sum]]:
         """The output of conv_in (B, C, H, W) -> that of the middle block, and all skip connections."""
-        added = iter(() if features is None else features.levels)
+        added = [(iter(feature.levels), feature.first) for feature in features]
 
         def add_feature() -> None:
-            if features is not None and (value := next(added, None)) is not None:
-                add_rows(as_tensor(x), value, features.first)
+            for levels, first in added:
+                if (value := next(levels, None)) is not None:
+                    add_rows(as_tensor(x), value, first)
 
         skips = [x]
         for block in self.down_blocks:
@@ -216,7 +217,7 @@ class UNet(UNetEncoder):
         kv_len: Tensor | None = None,
         slots: Tensor | None = None,
         residuals: Sequence[Residuals] = (),
-        features: Features | None = None,
+        features: Sequence[Features] = (),
         pictures: Sequence[Pictures] = (),
     ) -> Tensor:
         """Evaluate the network: model_input (B, Cin, H, W), temb_row (B, S) of time_rows, cross_kv of B texts ->
@@ -224,7 +225,7 @@ class UNet(UNetEncoder):
 
         kv_len (texts,) int32: the number of visible tokens of each text, by default all. slots (B,) int32: the text in
         cross_kv that each row reads, by default its own. Both stay on the device.
-        residuals: of ControlNets. features: of a T2I-Adapter. pictures: of IP-Adapters.
+        residuals: of ControlNets. features: of T2I-Adapters. pictures: of IP-Adapters.
 
         Computes only what changes in each step. All H and W are allowed, as in diffusers: upsampling goes to the size
         of the skip connection.

@@ -15,6 +15,7 @@ from fastldm.errors import InputError
 from fastldm.models.config import TinyVAEConfig, UNetConfig, VAEConfig
 from fastldm.models.families import Family
 from fastldm.request import Request, picture_seeds
+from fastldm.runtime.controls import Selection
 
 if TYPE_CHECKING:
     from fastldm.sizes import Axis
@@ -64,6 +65,7 @@ def _size(request: Request, unet: UNetConfig, vae: VAEConfig | TinyVAEConfig) ->
     factor, latents = vae.factor, request.latents
     height, width = (size * factor for size in unet.sample_size)
     measured = None if request.image is None else _measured(request, unet, vae)
+    controls = request.control_image if isinstance(request.control_image, Selection) else None
     if latents is not None:
         if tuple(latents.shape[:2]) != (request.batch, vae.latent_channels):
             raise InputError(
@@ -77,7 +79,14 @@ def _size(request: Request, unet: UNetConfig, vae: VAEConfig | TinyVAEConfig) ->
         request.mask_image is None or start_latents(request, vae.latent_channels) is not None
     ):
         height, width = measured
+    elif controls is not None and measured is None:
+        height, width = controls.size(factor)
     height, width = request.height or height, request.width or width
+    if controls is not None and (height % controls.multiple or width % controls.multiple):
+        raise InputError(
+            f"width and height are {width}x{height}: expected multiples of {controls.multiple} pixels for this "
+            "request's T2I-Adapters"
+        )
     for name, value in (("height", height), ("width", width)):
         if value % factor:
             nearest = max(factor, round(value / factor) * factor)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,9 @@ from fastldm.adapters.selection import NONE, Selection
 from fastldm.device import send, send_numbers
 from fastldm.errors import InputError, NonFinite
 from fastldm.kernels.step import blend, guide, model_input, step
+from fastldm.models.controlnet import ControlNet
+from fastldm.models.unet import Features, Residuals
+from fastldm.runtime.controls import RunControl, RunFeatures, evaluate
 from fastldm.samplers.table import StepTable
 
 if TYPE_CHECKING:
@@ -103,6 +106,8 @@ class Run:
     text_kv: tuple[Tensor, ...] = ()  # of each cross-attention (R, T, 2C): `UNet.cross_kv`
     embeds: Embeds | None = None  # what temb and text_kv were computed from
     adapters: Selection = NONE
+    controls: tuple[RunControl, ...] = ()
+    features: RunFeatures | None = None
     images: tuple[Run, ...] = ()
     row: int = 0  # the one that comes next
 
@@ -148,6 +153,8 @@ class Run:
                 None if self.inpainting is None else Inpainting(*(of(k, x) for x in self.inpainting)),
                 None if self.extra is None else of(k, self.extra),
                 self.dtype,
+                controls=tuple(control.image(k) for control in self.controls),
+                features=None if self.features is None else self.features.image(k),
             )
             for k in range(self.batch)
         )
@@ -259,7 +266,7 @@ class EagerBatch:
         """backend: what runs it. together: whether all runs share a call of the network; else each has its own."""
         self.unet, self.backend, self.together = unet, backend, together
         self._states: dict[Run, State] = {}
-        self._text: tuple[object, tuple[Tensor, ...], Tensor | None] = (None, (), None)
+        self._texts: dict[object, tuple[object, Texts]] = {}  # by network
 
     def holds(self, run: Run) -> bool:
         return True
@@ -279,27 +286,53 @@ class EagerBatch:
     def _outputs(self, runs: Sequence[Run]) -> Sequence[Tensor]:
         """The network's output for each of these runs, of one call."""
         inputs = [self._states[run].input(run.row) for run in runs]
-        temb = [_time_rows(run).expand(len(x), -1) for run, x in zip(runs, inputs, strict=True)]
-        text, kv_len = self._text_of(runs)
-        lengths = {} if kv_len is None else {"kv_len": kv_len}
+        temb = [_rows(run.temb, run, run.guided).expand(len(x), -1) for run, x in zip(runs, inputs, strict=True)]
+        text, options = self._text_of(None, [(run, run.text_kv, run.guided) for run in runs])
         with torch.inference_mode(), spans.span("U-Net"):  # where a step's hundreds of views cost less
-            out = self.unet.step(_cat(inputs), _cat(temb), text, **lengths)
+            if residuals := self._residuals(runs, inputs):
+                options["residuals"] = residuals
+            if features := _features(runs):
+                options["features"] = features
+            out = self.unet.step(_cat(inputs), _cat(temb), text, **options)
         return out.split([len(x) for x in inputs])
 
-    def _text_of(self, runs: Sequence[Run]) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """Keys and values of all rows, and their lengths where they differ; the same tensors while the runs are the
-        same."""
-        key = [(run, run.guided) for run in runs]
-        if self._text[0] != key:
-            texts = [run.text_kv if run.guided else tuple(kv[-run.batch :] for kv in run.text_kv) for run in runs]
-            tokens = [layers[0].shape[1] if layers else 0 for layers in texts]
-            kv_len = None
-            if len(set(tokens)) > 1:
-                counts = [count for count, layers in zip(tokens, texts, strict=True) for _ in range(layers[0].shape[0])]
-                kv_len = send_numbers(counts, torch.int32, texts[0][0].device)
-            text = tuple(_cat([_padded(kv, max(tokens)) for kv in layer]) for layer in zip(*texts, strict=True))
-            self._text = (key, text, kv_len)
-        return self._text[1:]
+    def _residuals(self, runs: Sequence[Run], inputs: Sequence[Tensor]) -> list[Residuals]:
+        """Of all ControlNets that act on rows of these runs; one call of each."""
+        parts: dict[ControlNet, list[tuple[Run, RunControl, bool, int, Tensor]]] = {}
+        first = 0
+        for run, x in zip(runs, inputs, strict=True):
+            for control in run.controls:
+                if control.acts[run.row]:
+                    guided = run.guided and not control.conditional
+                    count = run.batch * (1 + guided)
+                    begin = first + len(x) - count
+                    parts.setdefault(control.network, []).append((run, control, guided, begin, x[-count:]))
+            first += len(x)
+        residuals: list[Residuals] = []
+        for network, acting in parts.items():
+            text, options = self._text_of(
+                network, [(run, control.text_kv, guided) for run, control, guided, *_ in acting]
+            )
+            model_input = _cat([x for *_, x in acting])
+            hint = _cat([control.hint.repeat(1 + guided, 1, 1, 1) for _, control, guided, *_ in acting])
+            weights = _cat([control.weights.expand(len(x), -1) for _, control, _, _, x in acting])
+            temb = _cat([_rows(control.temb, run, guided).expand(len(x), -1) for run, control, guided, _, x in acting])
+            ranges = [(begin, begin + len(x)) for *_, begin, x in acting]
+            residuals += evaluate(network, model_input, ranges, weights, temb, text, hint, **options)
+        return residuals
+
+    def _text_of(
+        self, network: object, parts: Sequence[tuple[Run, tuple[Tensor, ...], bool]]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        """Keys and values of all rows of runs, guided or not, and as options of a step their lengths where they differ;
+        the same tensors while the runs are the same."""
+        key = [(run, guided) for run, _, guided in parts]
+        known = self._texts.get(network)
+        if known is None or known[0] != key:
+            texts = [text if guided else tuple(kv[-run.batch :] for kv in text) for run, text, guided in parts]
+            known = self._texts[network] = (key, _join_texts(texts))
+        text, kv_len = known[1]
+        return text, {} if kv_len is None else {"kv_len": kv_len}
 
     def latents(self, run: Run) -> Tensor:
         return self._states[run].x
@@ -315,7 +348,7 @@ class EagerBatch:
         return self._states.pop(run).first_bad
 
     def close(self) -> None:
-        self._text = (None, (), None)
+        self._texts.clear()
 
 
 class BatchInvariant:
@@ -365,11 +398,34 @@ class BatchInvariant:
         self._images.close()
 
 
-def _time_rows(run: Run) -> Tensor:
+def _rows(temb: Tensor | None, run: Run, guided: bool) -> Tensor:
     """(1 or rows of the next step, channels)."""
-    assert run.temb is not None
-    rows = run.temb[run.row]
-    return rows if run.guided else rows[-run.batch :]
+    assert temb is not None
+    return temb[run.row] if guided else temb[run.row][-run.batch :]
+
+
+Texts = tuple[tuple[Tensor, ...], Tensor | None]
+
+
+def _join_texts(texts: Sequence[tuple[Tensor, ...]]) -> Texts:
+    """Keys and values of all rows, and their lengths where they differ."""
+    tokens = [layers[0].shape[1] if layers else 0 for layers in texts]
+    kv_len = None
+    if len(set(tokens)) > 1:
+        counts = [count for count, layers in zip(tokens, texts, strict=True) for _ in range(layers[0].shape[0])]
+        kv_len = send_numbers(counts, torch.int32, texts[0][0].device)
+    return tuple(_cat([_padded(kv, max(tokens)) for kv in layer]) for layer in zip(*texts, strict=True)), kv_len
+
+
+def _features(runs: Sequence[Run]) -> list[Features]:
+    """Of all T2I-Adapters that act on rows of these runs."""
+    features, first = [], 0
+    for run in runs:
+        for _ in (0, 1) if run.guided else (1,):
+            if run.features is not None and run.features.acts[run.row]:
+                features.append(Features(run.features.levels, first))
+            first += run.batch
+    return features
 
 
 def _padded(kv: Tensor, tokens: int) -> Tensor:

@@ -9,10 +9,10 @@ only replays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,11 +23,17 @@ from fastldm.kernels import dispatch
 from fastldm.kernels.dispatch import cdiv, next_power_of_2
 from fastldm.kernels.step import NEVER, StepState, end_step, table_rows
 from fastldm.models.config import UNetConfig
-from fastldm.models.unet import UNet
+from fastldm.models.controlnet import ControlNet
+from fastldm.models.layers import channels_last
+from fastldm.models.t2i_adapter import feature_places
+from fastldm.models.unet import Features, Residuals, UNet
+from fastldm.runtime.controls import Ranges, evaluate, joined
 from fastldm.runtime.denoise import Run
 from fastldm.runtime.graph import Graphs
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16)  # the numbers of U-Net rows that graphs have; above, multiples of eight
+FEATURES = -1  # among indices of ControlNets: T2I-Adapters
+Acting = tuple[int, ...]
 IN_FLIGHT = 2  # steps that the device may be behind the host: progress, cancelling and joining stay prompt
 
 
@@ -39,6 +45,16 @@ def graph_rows(rows: int) -> int:
 def step_capacity(steps: int) -> int:
     """How many steps a slot has room for: a power of two, so that few sizes of buffers serve all requests."""
     return max(64, next_power_of_2(steps))
+
+
+class ControlBuffers(NamedTuple):
+    """What the steps of a bucket read for one ControlNet; its texts' lengths are the U-Net's."""
+
+    network: ControlNet
+    hint: Tensor  # (S, C, h, w): `ControlNet.hint`
+    weights: Tensor  # (S, K): of each residual
+    temb: Tensor  # (2S, steps, channels)
+    text: tuple[Tensor, ...]  # of each cross-attention (2S, T, 2C)
 
 
 class StaticBuffers(NamedTuple):
@@ -53,6 +69,8 @@ class StaticBuffers(NamedTuple):
     text: tuple[Tensor, ...]  # of each cross-attention (2S, T, 2C): `UNet.cross_kv`
     kv_len: Tensor  # (2S,) int32: the tokens of each text
     maps: Tensor  # (3, R) int32: of each U-Net row its text, its slot, and the first of its text's rows in temb
+    controls: tuple[ControlBuffers, ...] = ()
+    features: tuple[Tensor, ...] = ()  # of T2I-Adapters, (S, C, h, w) for each place where the U-Net adds some
 
     @staticmethod
     def empty(
@@ -66,9 +84,20 @@ class StaticBuffers(NamedTuple):
         steps: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        controls: Sequence[ControlNet] = (),
+        features: bool = False,
     ) -> StaticBuffers:
-        """height, width: of the latents. steps: the most that a slot's table has, and the most that it draws."""
-        channels = config.out_channels
+        """height, width: of the latents. steps: the most that a slot's table has, and the most that it draws. controls:
+        ControlNets that slots may have. features: whether there may be T2I-Adapters."""
+        channels, latent_width = config.out_channels, width
+        to: dict[str, Any] = {"dtype": dtype, "device": device}
+
+        def texts(widths: Sequence[int]) -> tuple[Tensor, ...]:
+            return tuple(torch.zeros(2 * slots, tokens, 2 * width, **to) for width in widths)
+
+        def images(width: int, stride: int = 1) -> Tensor:
+            return channels_last(torch.zeros(slots, width, cdiv(height, stride), cdiv(latent_width, stride), **to))
+
         return StaticBuffers(
             step=StepState.empty(
                 slots=slots,
@@ -83,12 +112,21 @@ class StaticBuffers(NamedTuple):
                 dtype=dtype,
                 device=device,
             ),
-            temb=torch.zeros(2 * slots, steps, config.time_channels, dtype=dtype, device=device),
-            text=tuple(
-                torch.zeros(2 * slots, tokens, 2 * width, dtype=dtype, device=device) for width in config.cross_widths
-            ),
+            temb=torch.zeros(2 * slots, steps, config.time_channels, **to),
+            text=texts(config.cross_widths),
             kv_len=torch.zeros(2 * slots, dtype=torch.int32, device=device),
             maps=torch.zeros(3, rows, dtype=torch.int32, device=device),
+            controls=tuple(
+                ControlBuffers(
+                    network,
+                    hint=images(config.down[0].channels),
+                    weights=torch.zeros(slots, len(config.skip_channels) + 1, **to),
+                    temb=torch.zeros(2 * slots, steps, network.config.time_channels, **to),
+                    text=texts(network.config.cross_widths),
+                )
+                for network in controls
+            ),
+            features=tuple(images(*place) for place in feature_places(config)) if features else (),
         )
 
 
@@ -106,8 +144,11 @@ class Slots:
         self._slots: dict[Run, list[int]] = {}
         self._index: dict[Run, Tensor] = {}  # the slots again, (B,) int64 on the device
         self._started_finite: dict[Run, Tensor] = {}
-        self._arranged: list[tuple[Run, bool]] = []  # the runs that the maps are for, and whether each is guided
+        # The runs that the maps are for, and of each which rows are guided and controlled.
+        self._arranged: list[tuple[Run, bool, list[Acting]]] = []
+        self._controlled: dict[int, Ranges] = {}  # rows by index of a ControlNet in the buffers; FEATURES: of features
         self._in_flight: list[torch.cuda.Event] = []
+        self._networks = {control.network: (k, control) for k, control in enumerate(buffers.controls)}
 
     def holds(self, run: Run) -> bool:
         """Whether a run fits into these buffers, were they empty."""
@@ -117,13 +158,16 @@ class Slots:
             and graph_rows(run.max_rows) <= state.u.shape[0]
             and len(run.table) <= state.table.shape[1]
             and all(run.tokens <= text.shape[1] for text in self.buffers.text)
+            and all(control.network in self._networks for image in (run.images or (run,)) for control in image.controls)
+            and (run.features is None or len(self.buffers.features) > 0)
         )
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers."""
-        step, temb, text, kv_len, maps = self.buffers
-        return sum(t.nbytes for t in (*step, temb, *text, kv_len, maps) if t is not None)
+        step, temb, text, kv_len, maps, controls, features = self.buffers
+        own = [t for control in controls for t in (control.hint, control.weights, control.temb, *control.text)]
+        return sum(t.nbytes for t in (*step, temb, *text, kv_len, maps, *own, *features) if t is not None)
 
     # --- coming and going
 
@@ -139,6 +183,15 @@ class Slots:
         if run.inpainting is not None:
             mask = run.inpainting.mask.expand(run.batch, -1, -1, -1)
             copies += [(step.mask, mask), (step.init, run.inpainting.init), (step.init_noise, run.inpainting.noise)]
+        for control in run.controls:
+            buffers = self._networks[control.network][1]
+            weights = control.weights.expand(run.batch, -1)
+            copies += [(buffers.hint, control.hint), (buffers.weights, weights)]
+        if run.features is not None:
+            levels = run.features.levels
+            copies += zip(self.buffers.features, levels, strict=False)
+            for level in self.buffers.features[len(levels) :]:
+                level.index_fill_(0, index, 0)
         for buffer, values in copies:
             buffer.index_copy_(0, index, values.to(buffer.dtype))
         # Idle until its first step: no steps yet.
@@ -150,7 +203,7 @@ class Slots:
 
     def _condition(self, run: Run) -> None:
         """Write a run's conditioning and its guidance into its slots."""
-        step, temb, text, kv_len, _ = self.buffers
+        step, temb, text, kv_len, *_ = self.buffers
         slots, index, table = self._slots[run], self._index[run], run.table
         rows = table_rows(table.rows.tolist(), table.draws, run.guidance.rows(table), run.inpainting is not None)
         step.table[:, : len(table)].index_copy_(0, index, send(rows, index.device).expand(run.batch, -1, -1))
@@ -160,11 +213,16 @@ class Slots:
         branches = run.text_kv[0].shape[0] // run.batch
         texts = [2 * slot + branch for branch in (0, 1)[2 - branches :] for slot in slots]
         text_index = send_numbers(texts, torch.int64, index.device)
-        assert run.temb is not None
-        time_rows = run.temb.movedim(0, 1).expand(len(texts), -1, -1)  # (texts, steps, channels)
-        temb[:, : len(table)].index_copy_(0, text_index, time_rows.to(temb.dtype))
-        for layer, kv in zip(text, run.text_kv, strict=True):
-            layer[:, : kv.shape[1]].index_copy_(0, text_index, kv.to(layer.dtype))
+        states = [(temb, run.temb, text, run.text_kv)]
+        for control in run.controls:
+            buffers = self._networks[control.network][1]
+            states.append((buffers.temb, control.temb, buffers.text, control.text_kv))
+        for buffer, rows_of_time, layers, text_kv in states:
+            assert rows_of_time is not None
+            time_rows = rows_of_time.movedim(0, 1).expand(len(texts), -1, -1)  # (texts, steps, channels)
+            buffer[:, : len(table)].index_copy_(0, text_index, time_rows.to(buffer.dtype))
+            for layer, kv in zip(layers, text_kv, strict=True):
+                layer[:, : kv.shape[1]].index_copy_(0, text_index, kv.to(layer.dtype))
         kv_len.index_fill_(0, text_index, run.text_kv[0].shape[1])
 
     @torch.no_grad()
@@ -201,15 +259,17 @@ class Slots:
 
     @torch.no_grad()
     def step(self, runs: Sequence[Run]) -> str:
-        arranged = [(run, run.guided) for run in runs]
+        arranged = [(run, run.guided, [self._acting(run, branch) for branch in (0, 1)]) for run in runs]
         if arranged != self._arranged:
-            self._arrange(runs)
+            self._arrange(arranged)
             self._arranged = arranged
         rows = graph_rows(sum(run.batch * (2 if run.guided else 1) for run in runs))
         rescales = any(run.guided and run.guidance.rescale > 0 for run in runs)
-        body = partial(self.body, rows, rescales)
+        controlled = tuple(self._controlled.items())
+        body = partial(self.body, rows, rescales, controlled)
         # A graph reads tensors by address, so which buffers they are is part of the key.
-        replayed = self.graphs is not None and self.graphs.run((id(self.buffers), rows, rescales), body)
+        key = (id(self.buffers), rows, rescales, controlled)
+        replayed = self.graphs is not None and self.graphs.run(key, body)
         if self.graphs is None:
             body()
         for run in runs:
@@ -217,17 +277,55 @@ class Slots:
         self._pace()
         return "cuda graph" if replayed else "torch"
 
-    def body(self, rows: int, rescales: bool) -> None:
-        """The full step, of fixed shapes and addresses: the host sees none of its values."""
-        state, temb = self.buffers.step, self.buffers.temb
-        text, slot, first = self.buffers.maps[:, :rows]
-        time_rows = temb.flatten(0, 1).index_select(0, first + state.counter.index_select(0, slot))
+    def body(self, rows: int, rescales: bool, controlled: Sequence[tuple[int, Ranges]] = ()) -> None:
+        """The full step, of fixed shapes and addresses: the host sees none of its values. controlled: which rows of the
+        U-Net have what control."""
+        state = self.buffers.step
         invariant = dispatch.batch_invariant() if self.batch_invariant else nullcontext()
         with spans.span("U-Net"), invariant:
-            out = self.unet.step(state.u[:rows], time_rows, self.buffers.text, kv_len=self.buffers.kv_len, slots=text)
+            options: dict[str, Any] = {}
+            for index, ranges in controlled:
+                if index == FEATURES:
+                    options["features"] = self._features(ranges)
+                else:
+                    options.setdefault("residuals", []).extend(self._residuals(self.buffers.controls[index], ranges))
+            text, time_rows = self._states(self.buffers.maps[:, :rows], self.buffers.temb)
+            options |= {"kv_len": self.buffers.kv_len, "slots": text}
+            out = self.unet.step(state.u[:rows], time_rows, self.buffers.text, **options)
         end_step(out, state, rescales=rescales)
 
-    def _arrange(self, runs: Sequence[Run]) -> None:
+    def _states(self, maps: Tensor, temb: Tensor) -> tuple[Tensor, Tensor]:
+        """The text of each row, and its time row."""
+        text, slot, first = maps
+        return text, temb.flatten(0, 1).index_select(0, first + self.buffers.step.counter.index_select(0, slot))
+
+    def _residuals(self, control: ControlBuffers, ranges: Ranges) -> Iterator[Residuals]:
+        maps = torch.cat([self.buffers.maps[:, first:last] for first, last in ranges], dim=1)
+        model_input = torch.cat([self.buffers.step.u[first:last] for first, last in ranges])
+        text, time_rows = self._states(maps, control.temb)
+        weights, hint = control.weights.index_select(0, maps[1]), _images(control.hint, maps[1])
+        texts = {"kv_len": self.buffers.kv_len, "slots": text}
+        return evaluate(control.network, model_input, ranges, weights, time_rows, control.text, hint, **texts)
+
+    def _features(self, ranges: Ranges) -> list[Features]:
+        slots = [self.buffers.maps[1, first:last] for first, last in ranges]
+        return [
+            Features(tuple(_images(level, index) for level in self.buffers.features), first)
+            for index, (first, _) in zip(slots, ranges, strict=True)
+        ]
+
+    def _acting(self, run: Run, branch: int) -> Acting:
+        """What acts on rows of a branch at a run's next step: indices of ControlNets in the buffers, and FEATURES."""
+        acting = [
+            self._networks[control.network][0]
+            for control in run.controls
+            if control.acts[run.row] and control.reads(branch)
+        ]
+        if run.features is not None and run.features.acts[run.row]:
+            acting.append(FEATURES)
+        return tuple(sorted(acting))
+
+    def _arrange(self, arranged: Sequence[tuple[Run, bool, list[Acting]]]) -> None:
         """Assign rows to runs, send the maps, and write the model input where it now belongs."""
         state, temb = self.buffers.step, self.buffers.temb
         capacity, device = temb.shape[1], temb.device
@@ -235,13 +333,20 @@ class Slots:
         ends = [0] * len(slot_rows)  # idle, but for those of these runs
         texts: list[int] = []
         c_in: list[float] = []
-        for run in runs:
-            for branch in (0, 1) if run.guided else (1,):
-                for slot in self._slots[run]:
-                    slot_rows[slot][branch] = len(texts)
-                    ends[slot] = len(run.table)
-                    texts.append(2 * slot + branch)
-                    c_in.append(float(run.table.rows[run.row][0]))
+        # Rows with the same controls lie side by side: few ranges, and graphs that know them by their numbers of rows.
+        entries = [
+            (acting[branch], run, branch) for run, _, acting in arranged for branch in ((0, 1) if run.guided else (1,))
+        ]
+        ranges: dict[int, list[tuple[int, int]]] = {}
+        for acting, run, branch in sorted(entries, key=lambda entry: (not entry[0], entry[0])):
+            for index in acting:
+                ranges.setdefault(index, []).append((len(texts), len(texts) + run.batch))
+            for slot in self._slots[run]:
+                slot_rows[slot][branch] = len(texts)
+                ends[slot] = len(run.table)
+                texts.append(2 * slot + branch)
+                c_in.append(float(run.table.rows[run.row][0]))
+        self._controlled = {index: joined(ranges[index]) for index in sorted(ranges)}
         padding = [0] * (self.buffers.maps.shape[1] - len(texts))
         slots = [text // 2 for text in texts]
         maps = [texts + padding, slots + padding, [text * capacity for text in texts] + padding]
@@ -254,7 +359,7 @@ class Slots:
         scales = send_numbers(c_in, torch.float32, device)
         latents = state.x.index_select(0, self.buffers.maps[1, :used])
         state.u[:used, :channels] = latents * scales[:, None, None, None]
-        for run in runs:
+        for run, *_ in arranged:
             if run.extra is not None:
                 for branch in (0, 1) if run.guided else (1,):
                     for k, slot in enumerate(self._slots[run]):
@@ -268,3 +373,8 @@ class Slots:
             self._in_flight.append(event)
             if len(self._in_flight) > IN_FLIGHT:
                 self._in_flight.pop(0).synchronize()
+
+
+def _images(x: Tensor, index: Tensor) -> Tensor:
+    """x (S, C, h, w)[index], in channels-last memory as x."""
+    return x.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)

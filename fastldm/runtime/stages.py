@@ -30,11 +30,14 @@ from fastldm.errors import InputError, NonFinite
 from fastldm.kernels.step import fuses
 from fastldm.loading import spec as loading
 from fastldm.loading.mapped import Mapped
+from fastldm.models.controlnet import ControlNet
+from fastldm.models.t2i_adapter import T2IAdapter
 from fastldm.models.unet import AddedConditions, UNet
 from fastldm.models.vae import Decode, Pieces, decode_pieces, finish
 from fastldm.request import Request, Result, Timings, picture_seeds
 from fastldm.runtime.adapted import Adapted
 from fastldm.runtime.complete import complete
+from fastldm.runtime.controls import Controls, start_controls
 from fastldm.runtime.denoise import Batch, BatchInvariant, EagerBatch, Embeds, Guidance, Run, check_finite
 from fastldm.runtime.graph import CUDA, Graphs
 from fastldm.runtime.slots import Slots, StaticBuffers, graph_rows, step_capacity
@@ -84,6 +87,8 @@ class Stages:
         adapted: dict[str, Any] = {"unet": self.unet, **encoders}
         self.adapters = Adapted(adapted, spec.unet, self.prepared.refresh, shared=spec.checkpoint.loaded)
         """LoRA and its relatives: those that are loaded, and what is merged into the weights."""
+        self.controls = Controls()
+        """ControlNets and T2I-Adapters that are attached."""
         self.revision = 0
         """Counts changes of the networks that a captured step does not follow: a batch made before takes no new run."""
         self.batch_invariant = False
@@ -95,6 +100,7 @@ class Stages:
         factor = 1.0 if request.cross_attention_kwargs is None else request.cross_attention_kwargs["scale"]
         adapters = self.adapters.select(request.adapters, factor)
         request = request.replace(adapters=adapters, cross_attention_kwargs=None)
+        request = self.controls.complete(request, self.unet.config.needs_added)
         return complete(request, self.unet.config, self.vae.config, self.family, self._latents)
 
     def guided(self, request: Request) -> bool:
@@ -133,6 +139,8 @@ class Stages:
                 run = self._start(request, batch_invariant)
                 run.adapters = selection
             with spans.span("conditions"):
+                rows, to = len(run.table), {"dtype": self.dtype, "device": self.device}
+                run.controls, run.features = start_controls(request, rows, **to, one_by_one=batch_invariant)  # type: ignore
                 scale = float(request.guidance_scale or 0)
                 embeds = [self._embeds(each, text) for each, text in zip(requests, encoded, strict=True)]
                 if batch_invariant:
@@ -200,9 +208,16 @@ class Stages:
             added = AddedConditions(embeds.add_text_embeds.repeat(steps, 1), embeds.add_time_ids.repeat(steps, 1))
         if self.unet.config.needs_guidance:
             scale = torch.full((len(table) * rows,), guidance_scale, device=self.device)
-        temb = self.unet.time_rows(timesteps.repeat_interleave(rows), added=added, guidance=scale)
+        timesteps = timesteps.repeat_interleave(rows)
+        temb = self.unet.time_rows(timesteps, added=added, guidance=scale)
         text_kv = self.run("text keys and values", self.unet.cross_kv, embeds.prompt_embeds)
         run.temb, run.text_kv, run.embeds = temb.unflatten(0, (len(table), rows)), text_kv, embeds
+        for control in run.controls:
+            network = control.network
+            temb = network.time_rows(timesteps, added=added if network.needs_added else None)
+            control.temb = temb.unflatten(0, (len(table), rows))
+            if network.config.cross_widths:
+                control.text_kv = network.cross_kv(embeds.prompt_embeds)
 
     def change(self, batch: Batch, run: Run, change: Change) -> None:
         """Go on as a callback wants."""
@@ -230,6 +245,9 @@ class Stages:
             batch = EagerBatch(self.unet, self.backend, together=not apart)
             return BatchInvariant(batch) if apart else batch
         images = max(run.batch, max_batch)
+        # Room for all that are attached: their requests can then join.
+        networks = [control.network for control in self.controls.attached.values()]
+        networks += [control.network for control in (run.images or (run,))[0].controls]
         buffers = StaticBuffers.empty(
             self.unet.config,
             slots=images,
@@ -240,6 +258,8 @@ class Stages:
             steps=step_capacity(len(run.table)),
             dtype=self.dtype,
             device=self.device,
+            controls=list(dict.fromkeys([network for network in networks if isinstance(network, ControlNet)])),
+            features=run.features is not None or any(isinstance(network, T2IAdapter) for network in networks),
         )
         slots = Slots(self.unet, buffers, self.graphs, batch_invariant=apart)
         return BatchInvariant(slots) if apart else slots

@@ -1,0 +1,450 @@
+"""Controls of a pipeline: which a request has, and many requests with different ones in one batch."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import controls
+import numpy as np
+import ops
+import pytest
+import tiny
+import torch
+from counters import Recorder
+from PIL import Image
+from torch import Tensor
+
+from fastldm import Pipeline, Request, Session
+from fastldm.errors import CheckpointError, InputError
+from fastldm.image import load_control
+from fastldm.models.controlnet import ControlNet
+from fastldm.runtime.controls import Selection, joined
+from fastldm.runtime.denoise import Batch, EagerBatch, Run
+from fastldm.runtime.graph import Graphs
+from fastldm.runtime.slots import Slots, StaticBuffers
+
+BASE: dict[str, Any] = {"prompt": "a cat", "num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "np"}
+
+
+@functools.cache
+def picture(seed: int = 1, side: int = 64) -> Image.Image:
+    small = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC)
+
+
+@functools.cache
+def controlled() -> Pipeline:
+    """With two ControlNets and two T2I-Adapters."""
+    pipe = Pipeline.from_diffusers(tiny.pipeline("sd1", scheduler=tiny.scheduler("small")))
+    pipe.attach_control(controls.controlnet("sd1", 10), "outlines")
+    pipe.attach_control(controls.controlnet("sd1-bgr", 11), "depth")
+    pipe.attach_control(controls.t2i_adapter("full"), "sketch")
+    pipe.attach_control(controls.t2i_adapter("full-grey"), "ink")
+    return pipe
+
+
+def make(pipe: Pipeline, **options: Any) -> Any:
+    return pipe(**{**BASE, "seed": 0, **options}).images
+
+
+# --- which controls a request has ---
+
+
+def test_dictionary_chooses_controls_pictures_and_weights() -> None:
+    pipe = controlled()
+    plain = make(pipe)
+    outlines = make(pipe, control_image={"outlines": picture()}, controlnet_conditioning_scale={"outlines": 0.5})
+    assert np.abs(outlines - plain).max() > 1e-2
+    assert np.array_equal(make(pipe, control_image={}), plain)
+    both = {"outlines": picture(), "depth": picture(2)}
+    scales = {"outlines": 0.5, "depth": 0.0}
+    assert np.abs(make(pipe, control_image=both, controlnet_conditioning_scale=scales) - outlines).max() < 1e-6
+    alone = Pipeline.from_diffusers(tiny.pipeline("sd1", scheduler=tiny.scheduler("small")))
+    alone.attach_control(controls.controlnet("sd1", 10))
+    single = make(alone, control_image=picture(), controlnet_conditioning_scale=0.5)
+    assert np.abs(single - outlines).max() < 1e-6
+
+
+def test_list_is_in_the_order_of_attaching() -> None:
+    pipe = controlled()
+    given = [picture(1), picture(2), picture(3), picture(4)]
+    options = {"controlnet_conditioning_scale": [0.5, 0.7], "adapter_conditioning_scale": [0.3, 0.9]}
+    by_name = {
+        "controlnet_conditioning_scale": {"outlines": 0.5, "depth": 0.7},
+        "adapter_conditioning_scale": {"sketch": 0.3, "ink": 0.9},
+    }
+    named = dict(zip(("ink", "sketch", "depth", "outlines"), reversed(given), strict=True))
+    assert np.abs(make(pipe, control_image=given, **options) - make(pipe, control_image=named, **by_name)).max() < 1e-5
+
+
+def test_image_alone_is_the_control_as_in_diffusers() -> None:
+    """Text to image with a ControlNet has its picture in `image`; strength or mask_image say that it is not."""
+    pipe = Pipeline.from_diffusers(tiny.pipeline("sd1", scheduler=tiny.scheduler("small")))
+    edited = make(pipe, image=picture())
+    pipe.attach_control(controls.controlnet("sd1"))
+    expected = make(pipe, control_image=picture())
+    assert np.array_equal(make(pipe, image=picture()), expected)
+    assert np.array_equal(make(pipe, image=picture(), strength=0.8), edited)
+    assert np.array_equal(make(pipe, image=picture(), control_image={}), edited)
+    result = pipe(**BASE, seed=0, image=picture())
+    assert np.array_equal(pipe(result.request).images, expected), "a request that was made is made again"
+
+
+def test_size_is_that_of_the_picture() -> None:
+    pipe = controlled()
+    images = make(pipe, control_image={"outlines": picture().resize((100, 76))})
+    assert images.shape == (1, 72, 96, 3)
+    images = make(pipe, control_image={"outlines": picture().resize((100, 76))}, height=64, width=64)
+    assert images.shape == (1, 64, 64, 3)
+
+
+def test_sizes_are_multiples_of_what_adapters_read() -> None:
+    pipe = Pipeline.from_diffusers(tiny.pipeline("sdxl"))
+    pipe.attach_control(controls.t2i_adapter("xl"), "sketch")
+    assert make(pipe, control_image=picture().resize((90, 70))).shape == (1, 64, 80, 3)
+    with pytest.raises(InputError, match="64x72: expected multiples of 16 pixels"):
+        make(pipe, control_image=picture(), height=72, width=64)
+
+
+def test_pictures_are_read_as_diffusers_reads_them() -> None:
+    """-1 is what a ControlNet for inpainting reads where there is nothing."""
+    processor = tiny.peer("diffusers").image_processor.VaeImageProcessor(do_convert_rgb=True, do_normalize=False)
+    array = np.asarray(picture(), np.float32)[None] / 255
+    holes = torch.from_numpy(array).movedim(-1, 1).clone()
+    holes[:, :, :32] = -1
+    for source in (picture(), picture().convert("L"), array, holes):
+        for height, width in ((64, 64), (48, 72)):
+            theirs = processor.preprocess(source, height=height, width=width)
+            if source is not holes or (height, width) == (64, 64):
+                assert (load_control(source, (height, width)) - theirs.expand(-1, 3, -1, -1)).abs().max() < 1e-6
+    assert torch.equal(load_control(holes), holes)
+
+
+TWO = {"outlines": picture(), "depth": picture(2)}
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "no such name": ({"control_image": {"lines": picture()}}, "no control named 'lines': attached are 'outlines', "),
+    "too few": ({"control_image": [picture()] * 3}, "for 4 attached controls: expected a list of a picture for each"),
+    "one for four": ({"control_image": picture()}, "for 4 attached controls"),
+    "no picture": ({"control_image": {"outlines": 7}}, "control_image is a int: expected a PIL image"),
+    "None": ({"control_image": {"outlines": None}}, "control_image is a NoneType"),
+    "empty": ({"control_image": {"outlines": []}}, "control_image is an empty list"),
+    "latents": ({"control_image": {"outlines": torch.zeros(1, 4, 8, 8)}}, "control_image"),
+    "NaN": ({"control_image": {"outlines": np.full((64, 64, 3), np.nan)}}, "control_image has values from nan"),
+    "counts": ({"control_image": {"outlines": [picture()] * 3}}, "holds 3 pictures for 'outlines': expected one, or"),
+    "scales": (
+        {"control_image": TWO, "controlnet_conditioning_scale": [1.0]},
+        "controlnet_conditioning_scale has 1 numbers for 2 controls",
+    ),
+    "scale of none": (
+        {"control_image": TWO, "controlnet_conditioning_scale": {"outlines": 1.0}},
+        "controlnet_conditioning_scale has no number for 'depth'",
+    ),
+    "scale of another": (
+        {"control_image": TWO, "control_guidance_end": {"lines": 1.0}},
+        "no control named 'lines'",
+    ),
+    "start after end": (
+        {"control_image": TWO, "control_guidance_start": 0.5, "control_guidance_end": [0.7, 0.5]},
+        "control_guidance_start is 0.5 and control_guidance_end 0.5 for 'depth': expected start < end",
+    ),
+    "fraction": ({"control_image": TWO, "control_guidance_end": 1.5}, "control_guidance_end is 1.5"),
+    "NaN scale": (
+        {"control_image": TWO, "controlnet_conditioning_scale": float("nan")},
+        "controlnet_conditioning_scale",
+    ),
+    "flag": ({"control_image": TWO, "guess_mode": 1}, "guess_mode is 1"),
+    "factor": ({"control_image": TWO, "adapter_conditioning_factor": -0.1}, "adapter_conditioning_factor is -0.1"),
+    "names": ({"control_image": {7: picture()}}, "a name in control_image is 7"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_bad_argument_is_one_error(fault: str) -> None:
+    options, message = BAD[fault]
+    with pytest.raises(InputError) as caught:
+        make(controlled(), **options)
+    assert message in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def test_picture_without_a_control_is_refused() -> None:
+    pipe = Pipeline.from_diffusers(tiny.pipeline("tiny-sd"))
+    with pytest.raises(InputError, match="no control is attached"):
+        make(pipe, control_image=picture())
+
+
+# --- attaching and detaching ---
+
+
+def test_attach_names_and_detach(tmp_path: Path) -> None:
+    pipe = Pipeline.from_diffusers(tiny.pipeline("sd1"))
+    theirs = controls.controlnet("sd1")
+    theirs.save_pretrained(tmp_path / "outlines")
+    assert [pipe.attach_control(tmp_path / "outlines") for _ in range(2)] == ["outlines", "outlines-2"]
+    assert pipe.attach_control(theirs, "mine") == "mine"
+    assert list(pipe.controls) == ["outlines", "outlines-2", "mine"]
+    assert pipe.controls["mine"].source == "the given ControlNetModel"
+    with pytest.raises(InputError, match="a control named 'mine' is attached"):
+        pipe.attach_control(theirs, "mine")
+    with pytest.raises(InputError, match="no control named 'none'"):
+        pipe.detach_control("none")
+    pipe.detach_control("outlines")
+    assert list(pipe.controls) == ["outlines-2", "mine"]
+    with pytest.raises(CheckpointError):
+        pipe.attach_control(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="this T2I-Adapter does not fit the model"):
+        pipe.attach_control(controls.t2i_adapter("xl"))
+    assert list(pipe.controls) == ["outlines-2", "mine"]
+    pipe.detach_control()
+    assert pipe.controls == {}
+
+
+def test_pipeline_loads_with_its_controls(tmp_path: Path) -> None:
+    tiny.save_pipeline("sd1", tmp_path / "sd1")
+    nets = [controls.controlnet("sd1", 10), controls.controlnet("sd1", 11)]
+    nets[0].save_pretrained(tmp_path / "outlines")
+    options: dict[str, Any] = {"dtype": "float32", "device": "cpu"}
+    pipe = Pipeline.from_pretrained(tmp_path / "sd1", controlnet=tmp_path / "outlines", **options)
+    assert list(pipe.controls) == ["outlines"]
+    made = make(pipe, control_image=picture())
+    multi = tiny.peer("diffusers").MultiControlNetModel(nets)
+    adapter = controls.t2i_adapter("light")
+    pipe = Pipeline.from_pretrained(tmp_path / "sd1", controlnet=multi, adapter=[adapter], **options)
+    assert len(pipe.controls) == 3
+    first = next(iter(pipe.controls))
+    assert np.abs(make(pipe, control_image={first: picture()}) - made).max() < 1e-6
+
+
+def test_request_keeps_a_control_that_is_detached() -> None:
+    pipe = Pipeline.from_diffusers(tiny.pipeline("sd1"))
+    pipe.attach_control(controls.controlnet("sd1"), "outlines")
+    options = {**BASE, "seed": 0, "control_image": {"outlines": picture()}, "num_inference_steps": 6}
+    expected = pipe(**options).images
+    begun = threading.Event()
+
+    def detach(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            pipe.detach_control("outlines")
+            begun.set()
+        return tensors
+
+    assert np.array_equal(pipe(**options, callback_on_step_end=detach).images, expected)
+    assert begun.is_set()
+    with pytest.raises(InputError, match="no control is attached"):
+        pipe(**options)
+
+
+def test_attaching_while_others_run_touches_no_picture() -> None:
+    pipe = Pipeline.from_diffusers(tiny.pipeline("sd1"))
+    expected = make(pipe, num_inference_steps=8)
+    with Session(pipe, max_batch=2) as session:
+        running = session.submit(**{**BASE, "seed": 0, "num_inference_steps": 8})
+        pipe.attach_control(controls.controlnet("sd1"), "outlines")
+        also = session.submit(**{**BASE, "seed": 0}, control_image={"outlines": picture()})
+        assert np.abs(running.result().images - expected).max() < 2e-5  # type: ignore[operator]
+        alone = make(pipe, control_image={"outlines": picture()})
+        assert np.abs(also.result().images - alone).max() < 2e-5
+
+
+def test_bundle_takes_no_controls() -> None:
+    pipe = Pipeline.from_diffusers(tiny.pipeline("tiny-sd"))
+    pipe.unet = object()  # an engine, in place of the network
+    with pytest.raises(InputError, match="which takes no controls: load the model itself"):
+        pipe.attach_control("anywhere")
+
+
+def test_batch_invariant_images_are_bitwise_as_alone() -> None:
+    pipe = Pipeline.from_diffusers(tiny.pipeline("sd1"), batch_invariant=True)
+    pipe.attach_control(controls.controlnet("sd1"), "outlines")
+    pipe.attach_control(controls.t2i_adapter("full"), "sketch")
+    given = {"outlines": [picture(1), picture(2)], "sketch": picture(3)}
+    both = make(pipe, prompt=["a cat", "a dog"], control_image=given, seed=[5, 6])
+    second = make(pipe, prompt="a dog", control_image={"outlines": picture(2), "sketch": picture(3)}, seed=6)
+    assert np.array_equal(both[1], second[0])
+
+
+# --- many in one batch ---
+
+MIXED: list[dict[str, Any]] = [
+    {"control_image": {"outlines": picture(1)}},
+    {"guidance_scale": 1.0},
+    {"control_image": {"outlines": picture(2), "depth": picture(3)}, "num_images_per_prompt": 2},
+    {"control_image": {"depth": picture(4)}, "guess_mode": True, "num_inference_steps": 5},
+    {"control_image": {"sketch": picture(5)}, "adapter_conditioning_factor": 0.5},
+    {"prompt": "a cat " * 50, "control_image": {"outlines": picture(6)}, "control_guidance_start": 0.3},
+    {
+        "control_image": {"outlines": picture(7), "sketch": picture(8), "ink": picture(9)},
+        "guidance_interval": (0.3, 0.8),
+    },
+    {"num_inference_steps": 3},
+]
+
+
+def runs_of(pipe: Pipeline, workloads: Sequence[dict[str, Any]] = MIXED) -> list[Run]:
+    requests = [Request(**{**BASE, "seed": k, **workload}) for k, workload in enumerate(workloads)]
+    return [pipe.stages.prepare(pipe.stages.complete(request)) for request in requests]
+
+
+def buffers(pipe: Pipeline, slots: int = 10, **options: Any) -> StaticBuffers:
+    networks = [control.network for control in pipe.controls.values()]
+    defaults: dict[str, Any] = {
+        "controls": [network for network in networks if isinstance(network, ControlNet)],
+        "features": True,
+    }
+    return StaticBuffers.empty(
+        pipe.unet.config,
+        slots=slots,
+        rows=24,
+        height=8,
+        width=8,
+        tokens=154,
+        steps=16,
+        dtype=torch.float32,
+        device="cpu",
+        **{**defaults, **options},
+    )
+
+
+def finish(batch: Batch, runs: Sequence[Run], starts: Sequence[int]) -> list[Tensor]:
+    done: dict[Run, Tensor] = {}
+    for turn in range(100):
+        for run, start in zip(runs, starts, strict=True):
+            if start == turn:
+                assert batch.holds(run)
+                batch.admit(run)
+        under_way = [run for run, start in zip(runs, starts, strict=True) if start <= turn and run not in done]
+        if under_way:
+            batch.step(under_way)
+        for run in under_way:
+            if run.done:
+                done[run] = batch.latents(run)
+                assert batch.release(run)() is None
+    return [done[run] for run in runs]
+
+
+@functools.cache
+def expected() -> list[Tensor]:
+    """Each alone, as test_peer_controls.py compares with diffusers."""
+    pipe = controlled()
+    return [finish(EagerBatch(pipe.unet), [run], [0])[0] for run in runs_of(pipe)]
+
+
+@pytest.mark.parametrize("kind", ["eager", "slots", "graphs"])
+@pytest.mark.parametrize("starts", [[0] * 8, [3, 0, 1, 2, 5, 0, 4, 1]], ids=["together", "one-after-the-other"])
+def test_requests_with_different_controls_share_a_batch(kind: str, starts: list[int]) -> None:
+    pipe = controlled()
+    batch: Batch = EagerBatch(pipe.unet)
+    if kind != "eager":
+        batch = Slots(pipe.unet, buffers(pipe), Graphs(Recorder()) if kind == "graphs" else None)  # type: ignore[arg-type]
+    for made, alone in zip(finish(batch, runs_of(pipe), starts), expected(), strict=True):
+        assert ops.error(made, alone) < 1e-5
+
+
+@pytest.fixture
+def widths(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ControlNet, int]]:
+    """The calls of ControlNets, and with how many rows."""
+    calls: list[tuple[ControlNet, int]] = []
+    step = ControlNet.step
+
+    def counted(self: ControlNet, model_input: Tensor, *args: Any, **options: Any) -> Any:
+        calls.append((self, len(model_input)))
+        return step(self, model_input, *args, **options)
+
+    monkeypatch.setattr(ControlNet, "step", counted)
+    return calls
+
+
+@pytest.mark.parametrize("kind", ["eager", "slots"])
+def test_only_controlled_rows_are_computed(kind: str, widths: list[tuple[ControlNet, int]]) -> None:
+    """One call a step of each network, with the rows that it acts on at that step, and none where it does not."""
+    pipe = controlled()
+    outlines, depth = (pipe.controls[name].network for name in ("outlines", "depth"))
+    workloads: list[dict[str, Any]] = [
+        {"num_inference_steps": 4},
+        {"control_image": {"outlines": picture()}, "control_guidance_end": 0.5},
+        {"control_image": {"depth": picture()}, "guess_mode": True, "control_guidance_start": 0.25},
+        {"control_image": {"outlines": picture()}, "guidance_scale": 1.0},
+        {"control_image": {"outlines": picture(), "depth": picture()}, "controlnet_conditioning_scale": [1.0, 0.0]},
+    ]
+    runs = runs_of(pipe, workloads)
+    batch: Batch = EagerBatch(pipe.unet) if kind == "eager" else Slots(pipe.unet, buffers(pipe))
+    finish(batch, runs, [0] * len(runs))
+    assert [rows for network, rows in widths if network is outlines] == [5, 5, 3, 3]
+    assert [rows for network, rows in widths if network is depth] == [1, 1, 1]
+
+
+def test_graphs_are_keyed_by_controlled_rows() -> None:
+    """Other pictures, weights, prompts and samplers capture nothing; another number of controlled rows does."""
+    pipe, driver = controlled(), Recorder()
+    batch = Slots(pipe.unet, buffers(pipe), Graphs(driver))  # type: ignore[arg-type]
+
+    def captures(**options: Any) -> int:
+        before = driver.calls.count("capture")
+        workloads = [{"num_inference_steps": 4, **options}, {}]
+        runs = runs_of(pipe, workloads)
+        alone = [finish(EagerBatch(pipe.unet), [run], [0])[0] for run in runs_of(pipe, workloads)]
+        for made, reference in zip(finish(batch, runs, [0, 0]), alone, strict=True):
+            assert ops.error(made, reference) < 1e-5
+        return driver.calls.count("capture") - before
+
+    assert captures(control_image={"outlines": picture()}) == 1
+    options: dict[str, Any] = {"prompt": "a dog", "sampler": "euler a"}
+    assert captures(control_image={"outlines": picture(2)}, controlnet_conditioning_scale=0.3, **options) == 0
+    assert captures() == 1, "none is controlled"
+    assert captures(control_image={"depth": picture()}) == 1
+    assert captures(control_image={"outlines": picture(3)}) == 0
+
+
+def test_slot_keeps_nothing_of_the_last_control() -> None:
+    pipe = controlled()
+    batch = Slots(pipe.unet, buffers(pipe, slots=1))
+    workloads = [MIXED[0], MIXED[6], MIXED[4], MIXED[7], MIXED[3]]
+    for workload in workloads:
+        (run,) = runs_of(pipe, [workload])
+        (made,) = finish(batch, [run], [0])
+        (alone,) = finish(EagerBatch(pipe.unet), runs_of(pipe, [workload]), [0])
+        assert ops.error(made, alone) < 1e-5
+
+
+def test_buffers_without_a_control_do_not_hold_its_runs() -> None:
+    pipe = controlled()
+    controlled_run, adapted, plain = runs_of(pipe, [MIXED[0], MIXED[4], {}])
+    batch = Slots(pipe.unet, buffers(pipe, controls=[], features=False))
+    assert [batch.holds(run) for run in (controlled_run, adapted, plain)] == [False, False, True]
+    held = buffers(pipe)
+    assert Slots(pipe.unet, held).nbytes > batch.nbytes
+    assert all(Slots(pipe.unet, held).holds(run) for run in (controlled_run, adapted, plain))
+
+
+def test_neighbours_of_a_broken_control_are_untouched() -> None:
+    """One whose residuals are NaN is its own request's failure."""
+    pipe = controlled()
+    for kind in ("eager", "slots"):
+        broken, fine = runs_of(pipe, [MIXED[0], {"num_inference_steps": 4}])
+        broken.controls[0].hint.fill_(torch.nan)
+        batch: Batch = EagerBatch(pipe.unet) if kind == "eager" else Slots(pipe.unet, buffers(pipe))
+        for run in (broken, fine):
+            batch.admit(run)
+        while not fine.done:
+            batch.step([broken, fine])
+        (alone,) = finish(EagerBatch(pipe.unet), runs_of(pipe, [{}, {"num_inference_steps": 4}])[1:], [0])
+        assert ops.error(batch.latents(fine), alone) < 1e-5
+        assert batch.release(broken)() == 0
+        assert batch.release(fine)() is None
+
+
+def test_adjacent_ranges_are_one() -> None:
+    assert joined([(0, 2), (2, 3), (5, 6), (6, 8)]) == ((0, 3), (5, 8))
+    assert joined([]) == ()
+
+
+def test_selection_is_a_mapping_of_pictures() -> None:
+    request = controlled().stages.complete(Request(**BASE, control_image={"outlines": picture()}))
+    selection = request.control_image
+    assert isinstance(selection, Selection)
+    assert dict(selection) == {"outlines": picture()}
+    assert selection in {selection}
