@@ -14,6 +14,11 @@ from fastldm.models.unet import UNet
 from fastldm.runtime.stages import Stages
 from fastldm.serving.session import Session
 
+_OPTIONS = (
+    *("variant", "allow_pickle", "revision", "cache_dir", "local_files_only"),
+    *("subfolder", "weight_name", "global_pool_conditions"),
+)
+
 
 class ControlLoader:
     """What `Pipeline` has of controls."""
@@ -31,20 +36,15 @@ class ControlLoader:
         return self.stages.controls.attached
 
     def attach_control(
-        self,
-        path: str | os.PathLike[str] | nn.Module,
-        name: str | None = None,
-        *,
-        variant: str | None = None,
-        allow_pickle: bool = False,
-        global_pool_conditions: bool = False,
+        self, path_or_id: str | os.PathLike[str] | nn.Module, name: str | None = None, **options: Any
     ) -> str:
-        """Attach a ControlNet or a T2I-Adapter (docs/controls.md says which): a diffusers folder, a single file, or a
-        loaded `ControlNetModel` or `T2IAdapter` of diffusers, which is copied. Returns its name, by default the file's
-        or folder's. Requests from now on have it where they give a `control_image`.
+        """Attach a ControlNet or a T2I-Adapter (docs/controls.md says which): a diffusers folder, a hub id, a single
+        file, or a loaded `ControlNetModel` or `T2IAdapter` of diffusers, which is copied. Returns its name, by default
+        that of the file or folder. Requests from now on have it where they give a `control_image`.
 
-        variant, allow_pickle: as in `from_pretrained`. global_pool_conditions: as in diffusers' config, for a single
-        file, which does not have it: true of the ControlNet "shuffle" alone.
+        options: variant, allow_pickle, revision, cache_dir and local_files_only, as in `from_pretrained`; subfolder of
+        a folder or repository, and weight_name, a single file in it; global_pool_conditions, as in diffusers' config,
+        of a single file, which does not have it: true of the ControlNet "shuffle" alone.
 
         CheckpointError for a file that is damaged, of another kind, or for another model, saying for which; InputError
         for a name that is taken, and for a bundle.
@@ -54,16 +54,10 @@ class ControlLoader:
             raise InputError(
                 f"this pipeline runs a bundle on {stages.backend}, which takes no controls: load the model itself"
             )
+        checks.known(options, _OPTIONS)
         if name is not None:
             controls.check_free(checks.short_text("name", name, "a control's name"))
-        control = read_control(
-            path,
-            stages.spec,
-            dtype=stages.dtype,
-            variant=variant,
-            allow_pickle=allow_pickle,
-            global_pool_conditions=global_pool_conditions,
-        )
+        control = read_control(path_or_id, stages.spec, dtype=stages.dtype, **options)
         chosen = controls.free_name(control.name) if name is None else name
         # One thread drives the device.
         controls.attach(chosen, self.session.call(lambda: control.prepare(stages.device)))

@@ -117,7 +117,9 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader):
         checks.flag("batch_invariant", batch_invariant)
         model = open_model(path_or_id, device=device, dtype=dtype, backend=backend, **where)
         pipe = cls(*model, batch_invariant=batch_invariant)
-        options = {name: where[name] for name in ("variant", "allow_pickle") if name in where}
+        options = {
+            name: value for name, value in where.items() if name in ("allow_pickle", "cache_dir", "local_files_only")
+        }
         for control in (*as_list(controlnet), *as_list(adapter)):
             pipe.attach_control(control, **options)
         return pipe

@@ -7,6 +7,7 @@ import hashlib
 import json
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import adapter_files
@@ -115,6 +116,59 @@ def test_shards_variants_and_pickles_are_as_of_models(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="pickle"):
             read_control(path, spec("sd1"))
         assert same_weights(read_control(path, spec("sd1"), allow_pickle=True), theirs)
+
+
+@pytest.fixture
+def fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is fetched of the repository "acme/controlnet-1.0", which is the folder `tmp_path / "repository"`."""
+    import huggingface_hub
+
+    root, names = tmp_path / "repository", list[str]()
+
+    def download(repo: str, name: str, **options: Any) -> str:
+        names.append(name)
+        return str(root / name)
+
+    def info(repo: str, **options: Any) -> SimpleNamespace:
+        assert repo == "acme/controlnet-1.0"
+        files = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in files])
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "model_info", info)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    return names
+
+
+def test_hub_id_fetches_what_is_needed(fetched: list[str], tmp_path: Path) -> None:
+    theirs = controls.controlnet("sd1")
+    theirs.save_pretrained(tmp_path / "repository")
+    theirs.save_pretrained(tmp_path / "repository", variant="fp16")
+    theirs.save_pretrained(tmp_path / "repository" / "inside", max_shard_size="200KB")
+    control = read_control("acme/controlnet-1.0", spec("sd1"))
+    assert same_weights(control, theirs)
+    assert control.name == "controlnet-1.0"
+    assert fetched == ["diffusion_pytorch_model.safetensors", "config.json"]
+    fetched.clear()
+    control = read_control("acme/controlnet-1.0", spec("sd1"), subfolder="inside")
+    assert same_weights(control, theirs)
+    assert {*fetched} == {f"inside/{path.name}" for path in (tmp_path / "repository" / "inside").iterdir()}
+    with pytest.raises(CheckpointError, match=r"acme/controlnet-1\.0/none has no weights"):
+        read_control("acme/controlnet-1.0", spec("sd1"), subfolder="none")
+    with pytest.raises(InputError, match=r"subfolder is '\.\./x'"):
+        read_control("acme/controlnet-1.0", spec("sd1"), subfolder="../x")
+
+
+def test_weight_name_is_a_file_inside(fetched: list[str], tmp_path: Path) -> None:
+    (tmp_path / "repository").mkdir()
+    theirs = controls.t2i_adapter("light")
+    for name in ("canny", "depth"):
+        save_file(theirs.state_dict(), tmp_path / "repository" / f"{name}.safetensors")
+    for source in ("acme/controlnet-1.0", tmp_path / "repository"):
+        control = read_control(source, spec("sd1"), weight_name="depth.safetensors")
+        assert control.name == "depth"
+        assert same_weights(control, theirs)
+    assert fetched == ["depth.safetensors"]
 
 
 def test_changed_module_is_refused() -> None:
@@ -358,7 +412,7 @@ def test_truncated_file_is_an_error_at_any_length(tmp_path: Path) -> None:
 
 
 def test_missing_path_and_empty_folder_are_errors(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "none.safetensors", "owner/name"):
+    for path in (tmp_path, tmp_path / "none.safetensors", "no such path"):
         with pytest.raises(CheckpointError, match="cannot be read"):
             read_control(path, spec("sd1"))
     with pytest.raises(InputError, match="path is 7"):

@@ -183,7 +183,7 @@ def test_other_folders_are_refused_by_content(folder: Path, tmp_path: Path) -> N
         path.mkdir()
     refused(empty, "empty is empty; a model folder with a model_index.json was expected")
     save_file(named_tensors("unet.mid_block.to_q.lora_A.weight"), lora / "pytorch_lora_weights.safetensors")
-    refused(lora, r"pytorch_lora_weights\.safetensors in it is a LoRA, which fastldm does not load yet")
+    refused(lora, r"pytorch_lora_weights\.safetensors in it is a LoRA\. .*pipe\.load_lora_weights\(path\)")
     save_file(named_tensors("model.diffusion_model.out.2.weight"), single / "v1-5.safetensors")
     refused(single, r"to load one of its files, give that file \(v1-5\.safetensors\)")
     (broken / "model_index.json").write_text("<html>no such page</html>")

@@ -381,6 +381,10 @@ OTHER_FILES: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
     "peft LoRA": (lambda: named_tensors("unet.down_blocks.0.attentions.0.to_q.lora_A.weight"), "is a LoRA"),
     "LoKr": (lambda: named_tensors("lycoris_unet_mid_block.lokr_w1"), "is a LoRA"),
     "ControlNet": (lambda: named_tensors("control_model.input_hint_block.0.weight"), "is a ControlNet"),
+    "T2I-Adapter": (
+        lambda: named_tensors("adapter.body.0.resnets.0.block1.weight"),
+        r"T2I-Adapter.*pipe\.attach_control",
+    ),
     "diffusers ControlNet": (lambda: named_tensors("controlnet_cond_embedding.conv_in.weight"), "is a ControlNet"),
     "IP-Adapter": (lambda: named_tensors("image_proj.norm.weight", "ip_adapter.1.to_k_ip.weight"), "is an IP-Adapter"),
     "embedding": (lambda: named_tensors("emb_params", shape=(3, 768)), "is a textual inversion"),

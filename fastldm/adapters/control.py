@@ -20,16 +20,17 @@ from torch import Tensor, nn
 
 from fastldm import checks
 from fastldm.adapters.family import family_of_unet
+from fastldm.adapters.locate import find_weights, name_inside
 from fastldm.adapters.read import check_keys, short_hash
 from fastldm.checks import show
 from fastldm.errors import CheckpointError, InputError
-from fastldm.loading import changes, relatives
+from fastldm.loading import changes, hub, relatives
 from fastldm.loading.checkpoint import Component
 from fastldm.loading.diffusers_folder import weight_files
 from fastldm.loading.formats import PathLike, choose_weights
 from fastldm.loading.key_names import Names, controlnet_name, t2i_adapter_name
 from fastldm.loading.prepare import Prepared, prepare
-from fastldm.loading.spec import Spec
+from fastldm.loading.spec import Spec, check_options
 from fastldm.loading.state import load_module
 from fastldm.loading.tensors import Shapes, read_shapes
 from fastldm.models.config import Level, UNetConfig
@@ -108,12 +109,18 @@ def read_control(
     variant: str | None = None,
     allow_pickle: bool = False,
     global_pool_conditions: bool = False,
+    weight_name: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    cache_dir: PathLike | None = None,
+    local_files_only: bool = False,
 ) -> Control:
     """Read a ControlNet or a T2I-Adapter for a model, its weights in the model's dtype on its device.
 
-    path: a folder as diffusers' `save_pretrained` writes it, a single file in diffusers' or the original layout, or a
-        loaded `ControlNetModel` or `T2IAdapter` of diffusers, of which a copy is made.
-    variant, allow_pickle: as of `fastldm.load`.
+    path: a folder as diffusers' `save_pretrained` writes it, a hub id, a single file in diffusers' or the original
+        layout, or a loaded `ControlNetModel` or `T2IAdapter` of diffusers, of which a copy is made.
+    variant, allow_pickle: as in `Pipeline.from_pretrained`. subfolder: of the folder or repository. weight_name: a
+        single file in it. revision, cache_dir, local_files_only: of a hub id.
     global_pool_conditions: whether a ControlNet's residuals are means over all pixels, which a single file does not
         state: of those published, true of "shuffle" alone.
 
@@ -122,10 +129,12 @@ def read_control(
     """
     checks.flag("allow_pickle", allow_pickle)
     checks.flag("global_pool_conditions", global_pool_conditions)
+    where = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    check_options({"variant": variant, **where})
     if isinstance(path, nn.Module):
         found = _of_module(path)
     else:
-        folder_or_file = check_path(path, "path")
+        folder_or_file = _locate(path, weight_name, subfolder, variant, allow_pickle, **where)
         if folder_or_file.is_dir():
             found = _of_folder(folder_or_file, variant, allow_pickle)
         else:
@@ -136,8 +145,14 @@ def read_control(
         network = ControlNet(config) if isinstance(config, ControlNetConfig) else T2IAdapter(config)
     state = {name: _copied(name, tensor, dtype, device, source) for name, tensor in found.state().items()}
     load_module(network, state, dtype=dtype, device=device, source=source)
-    hashed = None if found.file is None else short_hash(found.file)
-    return Control(source if found.file is None else Path(str(path)).stem, source, hashed, network)
+    if found.file is None:
+        return Control(source, source, None, network)
+    return Control(_name(path, folder_or_file), source, short_hash(found.file), network)
+
+
+def _name(path: Any, folder_or_file: Path) -> str:
+    """A file's without its ending; a folder's, or a repository's without its owner's."""
+    return folder_or_file.stem if folder_or_file.is_file() else Path(str(path)).name
 
 
 def _copied(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device | str, source: str) -> Tensor:
@@ -148,6 +163,36 @@ def _copied(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device 
 
 
 # --- Where it comes from ---
+
+
+def _locate(
+    path_or_id: PathLike,
+    weight_name: str | None,
+    subfolder: str | None,
+    variant: str | None,
+    allow_pickle: bool,
+    **where: Any,
+) -> Path:
+    """A folder or a file here; what is needed of a hub repository is downloaded."""
+    path = check_path(path_or_id, "path")
+    if weight_name is not None:
+        return find_weights(path, weight_name=weight_name, subfolder=subfolder, **where)
+    inside = "" if subfolder is None else f"{name_inside('subfolder', subfolder, path)}/"
+    if path.exists() or not hub.is_id(str(path_or_id)):
+        return path / inside
+    needed: list[str] = ["config.json"]
+
+    def choose(files: list[str]) -> str:
+        names = [file.removeprefix(inside) for file in files if file.startswith(inside)]
+        repository = Path(f"{path_or_id}/{inside}")
+        weights = choose_weights({repository.name: names}, variant, allow_pickle, str(repository.parent))
+        needed.extend(weights[repository.name].names[1:])
+        return inside + weights[repository.name].entry
+
+    file = hub.find_file(str(path_or_id), choose, **where)
+    for name in needed:
+        hub.find_file(str(path_or_id), lambda _, name=name: inside + name, **where)  # type: ignore[misc]
+    return file.parent
 
 
 def _of_module(module: Any) -> _Found:

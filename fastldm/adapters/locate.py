@@ -37,10 +37,7 @@ def find_weights(
     path = check_path(path_or_id, "path_or_id")
     for name, value in (("weight_name", weight_name), ("subfolder", subfolder)):
         if value is not None:
-            checks.short_text(name, value, "a name in the folder")
-            parts = Path(value).parts
-            if not parts or Path(value).is_absolute() or ".." in parts or not value.isprintable():
-                raise InputError(f"{name} is {show(value)}: expected a name in {path_or_id}")
+            name_inside(name, value, path_or_id)
     if path.is_file():
         if weight_name is not None:
             raise InputError(f"{path} is a file: weight_name is for a folder or a hub id")
@@ -56,6 +53,16 @@ def find_weights(
     return hub.find_file(
         str(path_or_id), choose, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
     )
+
+
+def name_inside(name: str, value: str, path_or_id: str | os.PathLike[str]) -> str:
+    """The name of a file or folder in a folder or repository, with "/" between its parts. InputError for one that
+    leaves it."""
+    checks.short_text(name, value, "a name in the folder")
+    parts = Path(value).parts
+    if not parts or Path(value).is_absolute() or ".." in parts or not value.isprintable():
+        raise InputError(f"{name} is {show(value)}: expected a name in {path_or_id}")
+    return Path(value).as_posix()
 
 
 def _in_folder(folder: Path, weight_name: str | None, preferred: Sequence[str], allow_pickle: bool) -> Path:

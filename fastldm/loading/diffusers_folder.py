@@ -18,7 +18,7 @@ from fastldm.loading.formats import (
     listed_classes,
     named_config,
 )
-from fastldm.loading.relatives import adapter_label
+from fastldm.loading.relatives import adapter_advice, adapter_label
 from fastldm.loading.tensors import read_shapes
 from fastldm.models.families import NETWORK_CLASSES
 from fastldm.reading import Field, MapOf, Text, read_fields, read_json
@@ -86,7 +86,7 @@ def _describe_folder(folder: Path, names: list[str]) -> str:
         return f"it holds {config.get('_class_name') or first} alone. Give the folder of a full pipeline."
     for name in files:
         if adapter := adapter_label(read_shapes(folder / name, allow_pickle=False)[0]):
-            return f"{name} in it is {adapter}, which fastldm does not load yet."
+            return f"{name} in it is {adapter}. {adapter_advice(adapter)}"
     if files:
         return f"to load one of its files, give that file ({', '.join(files[:3])})."
     return f"it holds {', '.join(names[:5])}. Give the folder of a diffusers pipeline."

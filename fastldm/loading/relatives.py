@@ -29,8 +29,8 @@ class Relative(NamedTuple):
 
 RELATIVES = (  # the first match counts
     Relative(r"Onnx|^(ORT|OV|TRT|Neuron|Gaudi|Optimum)", "an export for another runtime"),
-    Relative(r"ControlNet", "Stable Diffusion with a ControlNet", same_networks=True),
-    Relative(r"Adapter", "Stable Diffusion with a T2I-Adapter", same_networks=True),
+    Relative(r"ControlNet", "Stable Diffusion with a ControlNet, which attach_control takes", same_networks=True),
+    Relative(r"Adapter", "Stable Diffusion with a T2I-Adapter, which attach_control takes", same_networks=True),
     Relative(r"AnimateDiff|PIA|Video|I2VGen", "a model for video"),
     Relative(r"InstructPix2Pix", "InstructPix2Pix, whose U-Net reads the image that it edits"),
     Relative(r"Depth2Img", "depth to image, whose U-Net reads a depth map"),
@@ -124,8 +124,15 @@ _ADAPTERS = (
         "a ControlNet",
     ),
     (r"^emb_params$|^string_to_param\b|^string_to_token\b", "a textual inversion embedding"),
+    (r"^adapter\.body\.\d|^body\.\d+\.(body\.\d+\.)?block1\.", "a T2I-Adapter"),
     (r"motion_modules\.", "an AnimateDiff motion module"),
 )
+_METHODS = {
+    "a LoRA": "load_lora_weights",
+    "a ControlNet": "attach_control",
+    "a T2I-Adapter": "attach_control",
+    "a textual inversion embedding": "load_textual_inversion",
+}
 OTHER_MODELS = (
     (r"(^|\.)double_blocks\.\d+\.img_", "a FLUX transformer or one of its relatives"),
     (r"(^|\.)joint_blocks\.\d+\.", "a Stable Diffusion 3 transformer"),
@@ -157,6 +164,12 @@ def first_match(table: tuple[tuple[str, str], ...], keys: Collection[str]) -> st
         if any(search(key) for key in keys):
             return label
     return None
+
+
+def adapter_advice(label: str) -> str:
+    """How a kind of adapter is loaded, in a sentence."""
+    method = _METHODS.get(label)
+    return f"A loaded pipeline takes it: pipe.{method}(path)." if method else "fastldm does not load those."
 
 
 def adapter_label(shapes: Shapes) -> str | None:

@@ -313,7 +313,7 @@ def _family(shapes: Shapes, source: str) -> tuple[_Family, dict[str, _Text]]:
 
     CheckpointError if the file is no model of a family that fastldm runs, saying what it is instead."""
     if label := relatives.adapter_label(shapes):
-        raise CheckpointError(f"{source} is {label}, not a model; fastldm does not load those yet.")
+        raise CheckpointError(f"{source} is {label}, not a model. {relatives.adapter_advice(label)}")
     if label := relatives.first_match(relatives.OTHER_MODELS, shapes):
         raise CheckpointError(f"{source} is {label}; fastldm runs Stable Diffusion 1, 2 and XL.")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastldm.errors import CheckpointError
-from fastldm.loading.relatives import adapter_label
+from fastldm.loading.relatives import adapter_advice, adapter_label
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -78,7 +78,7 @@ def fit_names(module: nn.Module, state: Mapping[str, Tensor], source: str) -> di
     ]
     adapter = adapter_label({key: tuple(tensor.shape) for key, tensor in state.items()})
     if adapter:
-        cause = f"It is {adapter} or contains one, which fastldm does not load yet."
+        cause = f"It is {adapter} or contains one. {adapter_advice(adapter)}"
     elif integers or any(key.endswith((".absmax", ".scale_weight", ".weight_scale", ".qweight")) for key in unexpected):
         cause = "They look quantised: use weights in a floating-point format."
     elif not fitted:
