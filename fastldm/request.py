@@ -265,6 +265,9 @@ class Result:
     """The networks' dtype, such as "bfloat16"."""
     request: Request = field(repr=False)
     """The request with every default filled in."""
+    adapters: str = ""
+    """How the steps had the request's adapters: "merged" into the weights, or "beside" them, where requests with others
+    shared them; "" for none."""
 
 
 def as_list(texts: str | Sequence[str] | None) -> list[str]:

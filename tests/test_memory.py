@@ -149,7 +149,11 @@ def test_weights_and_buffers_are_counted_to_the_byte(spec: loading.Spec) -> None
     buffers = StaticBuffers.empty(
         spec.unet, slots=2, rows=4, height=32, width=32, tokens=77, steps=30, dtype=torch.float32, device="cpu"
     )
-    tensors = [t for t in (*buffers.step, buffers.temb, *buffers.text, buffers.kv_len, buffers.maps) if t is not None]
+    tensors = [
+        t
+        for t in (*buffers.step, buffers.temb, *buffers.text, buffers.kv_len, buffers.maps, *buffers.adapters[:2])
+        if t is not None
+    ]
     assert sum(line.bytes for line in planned.buffers) == sum(t.numel() * t.element_size() for t in tensors)
     assert planned.needed == planned.resident + max(phases(planned).values())
 

@@ -43,7 +43,7 @@ FIELDS = {
         negative_prompt_2 original_size crops_coords_top_left target_size negative_original_size
         negative_crops_coords_top_left negative_target_size output_type
         adapters cross_attention_kwargs""",
-    "Result": "images seeds timings backend dtype request",
+    "Result": "images seeds timings backend dtype request adapters",
 }
 ARGUMENTS = {
     "Generation.result": "self timeout",

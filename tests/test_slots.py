@@ -29,7 +29,7 @@ from fastldm.runtime.denoise import (
     draw_step_noise,
 )
 from fastldm.runtime.graph import Graphs
-from fastldm.runtime.slots import ROWS, Slots, StaticBuffers, graph_rows
+from fastldm.runtime.slots import ROWS, Slots, StaticBuffers, graph_rows, no_adapters
 from fastldm.samplers.names import SAMPLERS
 from fastldm.samplers.scheduler_config import read_config
 from fastldm.samplers.table import make_table
@@ -128,6 +128,7 @@ def buffers(
         text=(torch.full((2 * slots, tokens, 2), float("nan"), device=DEVICE),),
         kv_len=torch.zeros(2 * slots, dtype=torch.int32, device=DEVICE),
         maps=torch.zeros(3, rows, dtype=torch.int32, device=DEVICE),
+        adapters=no_adapters(rows, DEVICE),
     )
 
 
@@ -446,5 +447,5 @@ def test_a_step_launches_few_kernels() -> None:
 
 def test_nbytes_counts_every_buffer() -> None:
     held = buffers(2, 4)
-    fields = [t for t in (*held.step, *held) if isinstance(t, Tensor)] + list(held.text)
+    fields = [t for t in (*held.step, *held) if isinstance(t, Tensor)] + [*held.text, *held.adapters[:2]]
     assert Slots(Network(), held).nbytes == sum(t.numel() * t.element_size() for t in fields)  # type: ignore[arg-type]

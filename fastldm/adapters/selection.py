@@ -140,9 +140,14 @@ class Selection(Mapping[str, Weight]):
         )
 
     @cached_property
+    def own_step(self) -> tuple[Selected, ...]:
+        """Those that are not fused."""
+        return tuple(one for one in self.selected if one in self.step)
+
+    @cached_property
     def of_low_rank(self) -> bool:
-        """Whether the steps can apply all of it beside the weights."""
-        own = [delta for one in self.selected for parameter, delta in one.deltas.items() if parameter.part == "step"]
+        """Whether the steps can apply these beside the weights."""
+        own = [delta for one in self.own_step for parameter, delta in one.deltas.items() if parameter.part == "step"]
         return all(isinstance(form, LoRA) for form, _ in own)
 
 

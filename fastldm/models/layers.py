@@ -8,6 +8,7 @@ tokens, (B, H*W, C), are a view.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -19,11 +20,14 @@ from fastldm.kernels.bias_residual import bias_residual
 from fastldm.kernels.conv import CONV2D, UPSAMPLE_CONV2D, conv2d, upsample_conv2d
 from fastldm.kernels.dispatch import device_type
 from fastldm.kernels.fp8 import E4M3, linear_fp8, quantize
+from fastldm.kernels.geglu import geglu
 from fastldm.kernels.group_norm import add_group_norm, group_norm
 from fastldm.kernels.layer_norm import add_layer_norm, layer_norm
 from fastldm.kernels.linear import fast_library, linear, linear_geglu
+from fastldm.kernels.lora import Rows, add_conv, add_lora, lora_geglu, lora_linear
 
 M = TypeVar("M", bound=nn.Module)
+S = TypeVar("S", "Tensor", "Sum", "Tensor | Sum")
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -53,6 +57,44 @@ def parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape), requires_grad=False)
 
 
+class Beside:
+    """Of a network: the adapters that the rows of the call under way have beside the weights."""
+
+    rows: Rows | None = None
+    """None for none: the layers are as without."""
+
+    @contextmanager
+    def having(self, rows: Rows | None) -> Iterator[None]:
+        """Inside, calls of the network have these."""
+        self.rows = rows
+        try:
+            yield
+        finally:
+            self.rows = None
+
+
+class LowRank(NamedTuple):
+    """The pages of adapters of a layer, see kernels/lora.py; those of layers that are one product are one."""
+
+    down: Tensor
+    """(P, J, 16, I), or (P, 16, C, kh, kw) of a convolution."""
+    up: Tensor
+    """(P, J * O, 16)."""
+    beside: Beside
+
+
+class Adaptable(nn.Module):
+    """A layer that may have adapters beside its weight. low_rank: set by runtime/pages.py."""
+
+    low_rank: LowRank | None = None
+
+    @property
+    def adapters(self) -> tuple[Tensor, Tensor, Rows] | None:
+        """Pages down and up, and the rows' adapters; None where there are none now."""
+        own = self.low_rank
+        return None if own is None or own.beside.rows is None else (own.down, own.up, own.beside.rows)
+
+
 class EightBits(NamedTuple):
     """What a linear layer multiplies by in place of its weight, see kernels/fp8.py."""
 
@@ -65,7 +107,7 @@ class EightBits(NamedTuple):
         return x if x.dtype == E4M3 else quantize(x.contiguous(), self.x_scale)
 
 
-class Linear(nn.Module):
+class Linear(Adaptable):
     """eight_bits: set by runtime/eight_bits.py, on demand."""
 
     eight_bits: EightBits | None = None
@@ -76,34 +118,51 @@ class Linear(nn.Module):
         self.bias = parameter(out_channels) if bias else None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self.adapters is not None:
+            return self._adapted(self.adapters, x, self.bias, residual)
         if self.eight_bits is not None:
             return self._multiply(self.eight_bits, x, self.bias, residual)
         return linear(x, self.weight, self.bias, residual=residual)
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual + x weight^T, without the bias, possibly in the residual's memory."""
+        if self.adapters is not None:
+            return self._adapted(self.adapters, x, None, residual)
         if self.eight_bits is not None:
             return self._multiply(self.eight_bits, x, None, residual)
         return linear(x, self.weight, residual=residual, overwrite=True)
+
+    def _adapted(
+        self, adapters: tuple[Tensor, Tensor, Rows], x: Tensor, bias: Tensor | None, residual: Tensor | None
+    ) -> Tensor:
+        if self.eight_bits is not None:
+            return add_lora(self._multiply(self.eight_bits, x, bias, residual), x, *adapters)
+        return lora_linear(x, self.weight, bias, *adapters, residual=residual)
 
     def _multiply(self, by: EightBits, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         return linear_fp8(by.quantized(x), by.weight, by.scale, bias, dtype=self.weight.dtype, residual=residual)
 
 
 def scale_for(reader: Linear | None) -> float | None:
-    """The scale that a layer's input is written with in eight bits, if it multiplies by such."""
-    return None if reader is None or reader.eight_bits is None else reader.eight_bits.x_scale
+    """The scale that a layer's input is written with in eight bits, if it multiplies by such and reads it for nothing
+    else."""
+    if reader is None or reader.eight_bits is None or reader.adapters is not None:
+        return None
+    return reader.eight_bits.x_scale
 
 
 def project(x: Tensor, layers: Sequence[Linear]) -> Tensor:
     """x (B, N, I) through all layers, their outputs concatenated: (B, N, O1 + O2 + ...). One matrix product."""
     biases = [layer.bias for layer in layers if layer.bias is not None]
     bias = stacked(biases) if biases else None
+    adapters = layers[0].adapters
     parts = [layer.eight_bits for layer in layers if layer.eight_bits is not None]
     if len(parts) == len(layers):  # they read the same x, and so have the same scale of it
         weight, scale = stacked([part.weight for part in parts]), stacked([part.scale for part in parts])
-        return linear_fp8(parts[0].quantized(x), weight, scale, bias, dtype=layers[0].weight.dtype)
-    return linear(x, stacked([layer.weight for layer in layers]), bias)
+        out = linear_fp8(parts[0].quantized(x), weight, scale, bias, dtype=layers[0].weight.dtype)
+        return out if adapters is None else add_lora(out, x, *adapters)
+    weight = stacked([layer.weight for layer in layers])
+    return linear(x, weight, bias) if adapters is None else lora_linear(x, weight, bias, *adapters)
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
@@ -124,7 +183,7 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor:
     return first.as_strided((rows, *first.shape[1:]), first.stride())
 
 
-class Pointwise(nn.Module):
+class Pointwise(Adaptable):
     """A 1x1 convolution in the checkpoint, applied to tokens (B, N, C) as a linear layer."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -133,6 +192,8 @@ class Pointwise(nn.Module):
         self.bias = parameter(out_channels)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self.adapters is not None:
+            return lora_linear(x, self.weight.flatten(1), self.bias, *self.adapters, residual=residual)
         return linear(x, self.weight.flatten(1), self.bias, residual=residual)
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
@@ -158,7 +219,7 @@ def as_tensor(x: Tensor | Sum) -> Tensor:
     return x.settle(bias_residual(x.x, x.bias, x.residual)) if isinstance(x, Sum) else x
 
 
-class Conv(nn.Module):
+class Conv(Adaptable):
     """A convolution with an odd kernel that preserves height and width, or divides them by its stride, rounded up."""
 
     def __init__(
@@ -172,14 +233,24 @@ class Conv(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         padding = self.weight.shape[-1] // 2
-        return conv2d(x, self.weight, self.bias, stride=self.stride, padding=padding, residual=residual)
+        return self.adapt(conv2d(x, self.weight, self.bias, stride=self.stride, padding=padding, residual=residual), x)
 
     def unsummed(self, x: Tensor, residual: Tensor | None = None, padding: int | None = None) -> Tensor | Sum:
         """As `forward`, but for the sum where that would be a pass of its own: on a GPU, by cuDNN."""
-        padding = self.weight.shape[-1] // 2 if padding is None else padding
-        if fast_library(x) and not CONV2D.path(x, self.weight, None, None, self.stride, padding):
-            return Sum(conv2d(x, self.weight, stride=self.stride, padding=padding), self.bias, residual)
-        return conv2d(x, self.weight, self.bias, stride=self.stride, padding=padding, residual=residual)
+        options = {"stride": self.stride, "padding": self.weight.shape[-1] // 2 if padding is None else padding}
+        out: Tensor | Sum
+        if fast_library(x) and not CONV2D.path(x, self.weight, None, None, *options.values()):
+            out = Sum(conv2d(x, self.weight, **options), self.bias, residual)
+        else:
+            out = conv2d(x, self.weight, self.bias, **options, residual=residual)
+        return self.adapt(out, x, padding)
+
+    def adapt(self, out: S, x: Tensor, padding: int | None = None) -> S:
+        """The convolution's output (B, O, H', W') of x, plus what adapters add, in place."""
+        if self.adapters is not None:
+            padding = self.weight.shape[-1] // 2 if padding is None else padding
+            add_conv(out.x if isinstance(out, Sum) else out, x, *self.adapters, self.stride, padding)
+        return out
 
 
 class GroupNorm(nn.Module):
@@ -266,7 +337,7 @@ class Resnet(nn.Module):
         if bias is not None and device_type(h) != "cpu":
             # On a GPU, a convolution adds the bias in a separate pass, while the norm fuses it.
             shift, bias = bias.expand(h.shape[0], -1), None
-        h = conv2d(h, self.conv1.weight, bias, padding=1)
+        h = self.conv1.adapt(conv2d(h, self.conv1.weight, bias, padding=1), h)
         h = norm(self.norm2, h, silu=True, shift=shift)
         return self.conv2.unsummed(h, residual=self.shortcut(as_tensor(x), skip))
 
@@ -278,6 +349,9 @@ class Resnet(nn.Module):
         out = linear(to_tokens(x), weight[:, : x.shape[1]], self.conv_shortcut.bias)
         if skip is not None:
             out = linear(to_tokens(skip), weight[:, x.shape[1] :], residual=out, overwrite=True)
+        if self.conv_shortcut.adapters is not None:
+            inputs = [to_tokens(x)] if skip is None else [to_tokens(x), to_tokens(skip)]
+            out = add_lora(out, torch.cat(inputs, dim=-1), *self.conv_shortcut.adapters)
         return to_image(out, x.shape[2])
 
 
@@ -319,9 +393,12 @@ class Upsample(nn.Module):
         """As `forward`, but for the bias where that would be a pass of its own."""
         size = size or (2 * x.shape[2], 2 * x.shape[3])
         weight, bias = self.conv.weight, self.conv.bias
+        out: Tensor | Sum
         if fast_library(x) and not UPSAMPLE_CONV2D.path(x, weight, None, *size, self.phases):
-            return Sum(upsample_conv2d(x, weight, None, size, phases=self.phases), bias)
-        return upsample_conv2d(x, weight, bias, size, phases=self.phases)
+            out = Sum(upsample_conv2d(x, weight, None, size, phases=self.phases), bias)
+        else:
+            out = upsample_conv2d(x, weight, bias, size, phases=self.phases)
+        return out if self.conv.adapters is None else self.conv.adapt(out, F.interpolate(x, size, mode="nearest"))
 
 
 class PictureKV(NamedTuple):
@@ -381,7 +458,11 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor, then: Linear | None = None) -> Tensor:
         """then: the layer that reads the output, which is written in its eight bits if it multiplies by such."""
-        by = self.proj.eight_bits
+        by, adapters = self.proj.eight_bits, self.proj.adapters
+        if adapters is not None:
+            if by is not None:
+                return geglu(self.proj(x))
+            return lora_geglu(x, self.proj.weight, self.proj.bias, *adapters)
         if by is None:
             return linear_geglu(x, self.proj.weight, self.proj.bias)
         options: dict[str, Any] = {"dtype": self.proj.weight.dtype, "gated": True, "out_scale": scale_for(then)}

@@ -25,6 +25,7 @@ from fastldm.models.interfaces import AddedConditions
 from fastldm.models.layers import (
     GEGLU,
     Attention,
+    Beside,
     Conv,
     Downsample,
     GroupNorm,
@@ -193,6 +194,7 @@ class UNet(UNetEncoder):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)
         self.config = config
+        self.beside = Beside()
         channels = config.down[-1].channels
         if config.time_cond_proj_dim is not None:
             self.guidance_proj = GuidanceSinusoids(config.time_cond_proj_dim)

@@ -285,6 +285,7 @@ _FIELDS = {
     "table": "the samplers' tables",
     "temb": "time rows of all steps",
     "text": "keys and values of every cross-attention",
+    "adapters": "pages and scales of each row",
 }
 _PHASES = {
     "text": "prompts and negative prompts, through the encoders",
@@ -324,8 +325,8 @@ def _fields(buffers: StaticBuffers) -> Iterator[tuple[str, list[Tensor]]]:
     for name, field in (*buffers.step._asdict().items(), *buffers._asdict().items()):
         if isinstance(field, Tensor):
             yield name, [field]
-        elif name == "text":
-            yield name, list(field)
+        elif name in ("text", "adapters"):
+            yield name, [tensor for tensor in field if tensor is not None]
 
 
 def _libraries(arch: int) -> tuple[Line, ...]:

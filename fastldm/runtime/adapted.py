@@ -2,8 +2,14 @@
 
 A request carries a `Selection`. What of it the text encoders and the U-Net's conditioning read is merged into those
 weights when the request is prepared: no step reads them, so each request may have its own, whatever else runs. What
-every step reads is merged too while all runs under way want the same (`enter`). A run that wants something else waits
-until they are done, and no later one passes it.
+every step reads runs one of two ways:
+
+    merged    into the weights too, while all runs under way want the same
+    beside    the weights, each row of a batch its own (pages.py), from when one comes that wants something else, until
+              none is left and the same set comes twice running. All has to be of low rank, and fit the pages of a GPU.
+
+A run for which neither is possible, and one that has to be bitwise as alone, waits until those under way are done; no
+later one passes it.
 
 The list of adapters may be changed by any thread; the weights are the worker's.
 """
@@ -23,8 +29,10 @@ from fastldm.adapters.selection import Parameter, Part, Selected, Selection, Wei
 from fastldm.checks import show
 from fastldm.errors import InputError
 from fastldm.models.config import UNetConfig
+from fastldm.models.unet import UNet
 from fastldm.runtime.denoise import Run
 from fastldm.runtime.merge import Merged
+from fastldm.runtime.pages import Pages
 
 MAX_ADAPTERS = 1000
 _SELECTIONS = 64  # that are remembered: finding what one changes takes longer than a small step
@@ -48,7 +56,9 @@ class Adapted:
         self._selections: dict[Any, Selection] = {}
         parts: tuple[Part, ...] = (*_ONCE, "step")
         self.merged: dict[Part, Merged] = {part: Merged(self._read) for part in parts}
-        self._step: frozenset[Selected] = frozenset()  # what the runs under way have
+        self._step: frozenset[Selected] = frozenset()  # what the last run wanted; merged, all under way
+        self.pages = Pages(networks["unet"]) if isinstance(networks["unet"], UNet) else None
+        self._beside = False  # whether adapters are beside the weights
         self._under_way: weakref.WeakSet[Run] = weakref.WeakSet()
         self._next: weakref.ref[Run] | None = None  # a run that waits for the weights
 
@@ -186,12 +196,25 @@ class Adapted:
                 self._switch(part, None)
 
     def admits(self, run: Run) -> bool:
-        """Whether a run may take its steps now: all that are under way have its weights, and none waits that was there
+        """Whether a run may take its steps now: with those that are under way, and with none waiting that was there
         before it."""
         waiting = None if self._next is None else self._next()
         if waiting is not None and waiting is not run:
             return False
-        return not self._under_way or self._step == run.adapters.step
+        return not self._under_way or self._shares(run) or self._can_mix(run)
+
+    def _shares(self, run: Run) -> bool:
+        """Whether the weights are merged to what a run wants."""
+        return not self._beside and self._step == run.adapters.step
+
+    def _can_mix(self, run: Run) -> bool:
+        runs = [*self._under_way, run]
+        if self.pages is None or any(each.images for each in runs):  # taken apart, to be as if alone
+            return False
+        adapters = [each.adapters for each in runs]
+        if any(each.fused != run.adapters.fused or not each.of_low_rank for each in adapters):
+            return False
+        return self.pages.fits(adapters)
 
     def enter(self, run: Run) -> bool:
         """Begin a run's steps, with its weights in place; False where it has to wait, and is the next."""
@@ -199,28 +222,46 @@ class Adapted:
             if self._next is None or self._next() is None:
                 self._next = weakref.ref(run)
             return False
-        if not self._under_way:
+        # After a mix the next is likely to be one too: only a set that comes twice running is merged again.
+        if not self._under_way and not (self._beside and self._step != run.adapters.step and self._can_mix(run)):
             self._switch("step", run.adapters)
+            self._beside = False
+        elif not self._shares(run):
+            self._mix(run)
         self._step = run.adapters.step
         self._under_way.add(run)
         self._next = None
         return True
+
+    def _mix(self, run: Run) -> None:
+        """Put the adapters of a run, and of those under way, beside the weights."""
+        assert self.pages is not None
+        runs = [*self._under_way, run]
+        adapters = [each.adapters for each in runs]
+        applied = [self.pages.apply(each, adapters) for each in adapters]  # may fail: nothing has changed so far
+        if not self._beside:
+            self._switch("step", Selection((), run.adapters.fused))
+        self._beside = True
+        for each, pages in zip(runs, applied, strict=True):
+            each.beside = pages
 
     def leave(self, run: Run) -> None:
         """A run takes no more steps."""
         self._under_way.discard(run)
         if self._shared and not self._under_way:
             self._switch("step", None)
+            self._beside = False
 
     @contextmanager
     def applied(self, selection: Selection) -> Iterator[None]:
         """Inside, all weights are those of a selection: for what reads them all, such as an export. InputError while
         requests with others are under way."""
-        if self._under_way and self._step != selection.step:
+        if self._under_way and (self._beside or self._step != selection.step):
             raise InputError("requests with other adapters are under way: wait for them, or cancel them")
         try:
             with self.conditioned(selection):
                 self._switch("step", selection)
+                self._beside, self._step = False, selection.step
                 yield
         finally:
             if self._shared and not self._under_way:
@@ -234,6 +275,11 @@ class Adapted:
                     merged.forget(parameter)
 
     @property
+    def layers_added(self) -> int:
+        """How often a layer was given pages on a GPU, where captured steps do not read them."""
+        return 0 if self.pages is None else self.pages.layers_added
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of the copies of weights that adapters were merged into."""
-        return sum(merged.nbytes for merged in self.merged.values())
+        """Bytes of the copies of weights that adapters were merged into, and of pages."""
+        return sum(merged.nbytes for merged in self.merged.values()) + (self.pages.nbytes if self.pages else 0)

@@ -6,8 +6,10 @@ looks at a value: coefficients and flags were known before it began, as Python n
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -19,9 +21,10 @@ from fastldm import spans
 from fastldm.adapters.selection import NONE, Selection
 from fastldm.device import send, send_numbers
 from fastldm.errors import InputError, NonFinite
+from fastldm.kernels.lora import Group, Rows
 from fastldm.kernels.step import blend, guide, model_input, step
 from fastldm.models.controlnet import ControlNet
-from fastldm.models.unet import Features, Residuals
+from fastldm.models.unet import Features, Residuals, UNet
 from fastldm.runtime.controls import RunControl, RunFeatures, evaluate
 from fastldm.samplers.table import StepTable
 
@@ -108,6 +111,7 @@ class Run:
     adapters: Selection = NONE
     controls: tuple[RunControl, ...] = ()
     features: RunFeatures | None = None
+    beside: tuple[tuple[int, float], ...] = ()  # pages, with scales, of those that are beside the weights (pages.py)
     images: tuple[Run, ...] = ()
     row: int = 0  # the one that comes next
 
@@ -288,7 +292,8 @@ class EagerBatch:
         inputs = [self._states[run].input(run.row) for run in runs]
         temb = [_rows(run.temb, run, run.guided).expand(len(x), -1) for run, x in zip(runs, inputs, strict=True)]
         text, options = self._text_of(None, [(run, run.text_kv, run.guided) for run in runs])
-        with torch.inference_mode(), spans.span("U-Net"):  # where a step's hundreds of views cost less
+        # inference_mode: a step's hundreds of views cost less there
+        with torch.inference_mode(), spans.span("U-Net"), _beside(self.unet, runs, inputs):
             if residuals := self._residuals(runs, inputs):
                 options["residuals"] = residuals
             if features := _features(runs):
@@ -396,6 +401,17 @@ class BatchInvariant:
 
     def close(self) -> None:
         self._images.close()
+
+
+def _beside(network: Denoiser, runs: Sequence[Run], inputs: Sequence[Tensor]) -> AbstractContextManager[None]:
+    """Inside, the network's rows have the adapters that the runs have beside its weights."""
+    if not any(run.beside for run in runs):
+        return nullcontext()
+    assert isinstance(network, UNet)
+    ends = list(itertools.accumulate(len(x) for x in inputs))
+    groups = [Group(end - len(x), end, run.beside) for run, x, end in zip(runs, inputs, ends, strict=True)]
+    nothing = torch.empty(0)
+    return network.beside.having(Rows(nothing, nothing, tuple(groups)))
 
 
 def _rows(temb: Tensor | None, run: Run, guided: bool) -> Tensor:

@@ -52,7 +52,7 @@ def enable(stages: Stages, request: Request, least_weight: int = LEAST_WEIGHT, l
     names = {layer: name for name, layer in unet.named_modules() if isinstance(layer, Linear)}
     derived = [entry for layers, largest in groups for entry in quantize(layers, largest.item(), names)]
     stages.prepared.add(derived)
-    stages.revision += 1
+    stages.layers_changed()
     return sum(len(layers) for layers, _ in groups)
 
 
@@ -62,7 +62,7 @@ def disable(stages: Stages) -> None:
         for layer in _linear_layers(stages):
             layer.eight_bits = None
         stages.prepared.remove(lambda derived: derived.name.endswith(_SUFFIXES))
-        stages.revision += 1
+        stages.layers_changed()
 
 
 def is_on(stages: Stages) -> bool:

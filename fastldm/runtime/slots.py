@@ -21,6 +21,7 @@ from fastldm import spans
 from fastldm.device import send, send_numbers, to_host
 from fastldm.kernels import dispatch
 from fastldm.kernels.dispatch import cdiv, next_power_of_2
+from fastldm.kernels.lora import Rows
 from fastldm.kernels.step import NEVER, StepState, end_step, table_rows
 from fastldm.models.config import UNetConfig
 from fastldm.models.controlnet import ControlNet
@@ -30,6 +31,7 @@ from fastldm.models.unet import Features, Residuals, UNet
 from fastldm.runtime.controls import Ranges, evaluate, joined
 from fastldm.runtime.denoise import Run
 from fastldm.runtime.graph import Graphs
+from fastldm.runtime.pages import OF_A_ROW, Applied
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16)  # the numbers of U-Net rows that graphs have; above, multiples of eight
 FEATURES = -1  # among indices of ControlNets: T2I-Adapters
@@ -69,6 +71,7 @@ class StaticBuffers(NamedTuple):
     text: tuple[Tensor, ...]  # of each cross-attention (2S, T, 2C): `UNet.cross_kv`
     kv_len: Tensor  # (2S,) int32: the tokens of each text
     maps: Tensor  # (3, R) int32: of each U-Net row its text, its slot, and the first of its text's rows in temb
+    adapters: Rows  # of each U-Net row, (R, OF_A_ROW)
     controls: tuple[ControlBuffers, ...] = ()
     features: tuple[Tensor, ...] = ()  # of T2I-Adapters, (S, C, h, w) for each place where the U-Net adds some
 
@@ -116,6 +119,7 @@ class StaticBuffers(NamedTuple):
             text=texts(config.cross_widths),
             kv_len=torch.zeros(2 * slots, dtype=torch.int32, device=device),
             maps=torch.zeros(3, rows, dtype=torch.int32, device=device),
+            adapters=no_adapters(rows, device),
             controls=tuple(
                 ControlBuffers(
                     network,
@@ -128,6 +132,12 @@ class StaticBuffers(NamedTuple):
             ),
             features=tuple(images(*place) for place in feature_places(config)) if features else (),
         )
+
+
+def no_adapters(rows: int, device: torch.device | str) -> Rows:
+    """Of so many rows of the U-Net."""
+    pages = torch.zeros(rows, OF_A_ROW, dtype=torch.int32, device=device)
+    return Rows(pages, torch.zeros(rows, OF_A_ROW, dtype=torch.float32, device=device))
 
 
 class Slots:
@@ -144,8 +154,8 @@ class Slots:
         self._slots: dict[Run, list[int]] = {}
         self._index: dict[Run, Tensor] = {}  # the slots again, (B,) int64 on the device
         self._started_finite: dict[Run, Tensor] = {}
-        # The runs that the maps are for, and of each which rows are guided and controlled.
-        self._arranged: list[tuple[Run, bool, list[Acting]]] = []
+        # The runs that the maps are for, and of each which rows are guided and controlled, and its adapters.
+        self._arranged: list[tuple[Run, bool, list[Acting], Applied]] = []
         self._controlled: dict[int, Ranges] = {}  # rows by index of a ControlNet in the buffers; FEATURES: of features
         self._in_flight: list[torch.cuda.Event] = []
         self._networks = {control.network: (k, control) for k, control in enumerate(buffers.controls)}
@@ -165,9 +175,10 @@ class Slots:
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers."""
-        step, temb, text, kv_len, maps, controls, features = self.buffers
+        step, temb, text, kv_len, maps, adapters, controls, features = self.buffers
         own = [t for control in controls for t in (control.hint, control.weights, control.temb, *control.text)]
-        return sum(t.nbytes for t in (*step, temb, *text, kv_len, maps, *own, *features) if t is not None)
+        tensors = (*step, temb, *text, kv_len, maps, *adapters[:2], *own, *features)
+        return sum(t.nbytes for t in tensors if t is not None)
 
     # --- coming and going
 
@@ -259,16 +270,16 @@ class Slots:
 
     @torch.no_grad()
     def step(self, runs: Sequence[Run]) -> str:
-        arranged = [(run, run.guided, [self._acting(run, branch) for branch in (0, 1)]) for run in runs]
+        arranged = [(run, run.guided, [self._acting(run, branch) for branch in (0, 1)], run.beside) for run in runs]
         if arranged != self._arranged:
             self._arrange(arranged)
             self._arranged = arranged
         rows = graph_rows(sum(run.batch * (2 if run.guided else 1) for run in runs))
         rescales = any(run.guided and run.guidance.rescale > 0 for run in runs)
-        controlled = tuple(self._controlled.items())
-        body = partial(self.body, rows, rescales, controlled)
+        controlled, beside = tuple(self._controlled.items()), any(run.beside for run in runs)
+        body = partial(self.body, rows, rescales, controlled, beside)
         # A graph reads tensors by address, so which buffers they are is part of the key.
-        key = (id(self.buffers), rows, rescales, controlled)
+        key = (id(self.buffers), rows, rescales, controlled, beside)
         replayed = self.graphs is not None and self.graphs.run(key, body)
         if self.graphs is None:
             body()
@@ -277,12 +288,16 @@ class Slots:
         self._pace()
         return "cuda graph" if replayed else "torch"
 
-    def body(self, rows: int, rescales: bool, controlled: Sequence[tuple[int, Ranges]] = ()) -> None:
+    def body(
+        self, rows: int, rescales: bool, controlled: Sequence[tuple[int, Ranges]] = (), beside: bool = False
+    ) -> None:
         """The full step, of fixed shapes and addresses: the host sees none of its values. controlled: which rows of the
-        U-Net have what control."""
+        U-Net have what control. beside: whether any row has adapters beside the weights."""
         state = self.buffers.step
         invariant = dispatch.batch_invariant() if self.batch_invariant else nullcontext()
-        with spans.span("U-Net"), invariant:
+        pages, scales, _ = self.buffers.adapters
+        adapters = self.unet.beside.having(Rows(pages[:rows], scales[:rows])) if beside else nullcontext()
+        with spans.span("U-Net"), invariant, adapters:
             options: dict[str, Any] = {}
             for index, ranges in controlled:
                 if index == FEATURES:
@@ -325,7 +340,7 @@ class Slots:
             acting.append(FEATURES)
         return tuple(sorted(acting))
 
-    def _arrange(self, arranged: Sequence[tuple[Run, bool, list[Acting]]]) -> None:
+    def _arrange(self, arranged: Sequence[tuple[Run, bool, list[Acting], Applied]]) -> None:
         """Assign rows to runs, send the maps, and write the model input where it now belongs."""
         state, temb = self.buffers.step, self.buffers.temb
         capacity, device = temb.shape[1], temb.device
@@ -333,9 +348,12 @@ class Slots:
         ends = [0] * len(slot_rows)  # idle, but for those of these runs
         texts: list[int] = []
         c_in: list[float] = []
+        adapters: list[Applied] = []
         # Rows with the same controls lie side by side: few ranges, and graphs that know them by their numbers of rows.
         entries = [
-            (acting[branch], run, branch) for run, _, acting in arranged for branch in ((0, 1) if run.guided else (1,))
+            (acting[branch], run, branch)
+            for run, _, acting, _ in arranged
+            for branch in ((0, 1) if run.guided else (1,))
         ]
         ranges: dict[int, list[tuple[int, int]]] = {}
         for acting, run, branch in sorted(entries, key=lambda entry: (not entry[0], entry[0])):
@@ -345,12 +363,17 @@ class Slots:
                 slot_rows[slot][branch] = len(texts)
                 ends[slot] = len(run.table)
                 texts.append(2 * slot + branch)
+                adapters.append(run.beside)
                 c_in.append(float(run.table.rows[run.row][0]))
         self._controlled = {index: joined(ranges[index]) for index in sorted(ranges)}
         padding = [0] * (self.buffers.maps.shape[1] - len(texts))
         slots = [text // 2 for text in texts]
         maps = [texts + padding, slots + padding, [text * capacity for text in texts] + padding]
         self.buffers.maps.copy_(send_numbers(maps, torch.int32, device))
+        if any(adapters):
+            for k, buffer in enumerate(self.buffers.adapters[:2]):
+                numbers = [[page[k] for page in row] + [0] * (OF_A_ROW - len(row)) for row in adapters]
+                buffer[: len(numbers)] = send_numbers(numbers, buffer.dtype, device)
         state.rows.copy_(send_numbers(slot_rows, torch.int32, device))
         state.next_rows.copy_(state.rows)
         state.steps.copy_(send_numbers(ends, torch.int32, device))

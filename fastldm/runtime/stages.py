@@ -89,10 +89,18 @@ class Stages:
         """LoRA and its relatives: those that are loaded, and what is merged into the weights."""
         self.controls = Controls()
         """ControlNets and T2I-Adapters that are attached."""
-        self.revision = 0
-        """Counts changes of the networks that a captured step does not follow: a batch made before takes no new run."""
+        self._switches = 0
         self.batch_invariant = False
         """Whether an image is bitwise the one made alone, whatever shares its batch: of sessions that do not say."""
+
+    @property
+    def revision(self) -> int:
+        """Counts changes of the networks that a captured step does not follow: a batch made before takes no new run."""
+        return self._switches + self.adapters.layers_added
+
+    def layers_changed(self) -> None:
+        """Layers compute another way from now on."""
+        self._switches += 1
 
     def complete(self, request: Request) -> Request:
         """The request with the family's defaults filled in, and checked against this model."""
@@ -356,7 +364,8 @@ class Stages:
         if request.timesteps is not None or request.sigmas is not None:
             steps = run.table.steps  # as many of the caller's own list as were taken
         request = request.replace(sampler=run.table.sampler, num_inference_steps=steps)
-        return Result(images, seeds, timings, backend, self.precision, request)
+        adapters = "beside" if run.beside else "merged" if run.adapters.own_step else ""
+        return Result(images, seeds, timings, backend, self.precision, request, adapters)
 
     def release_memory(self) -> None:
         """Free what a failed allocation may have left: the next, smaller request should find room."""
