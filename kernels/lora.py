@@ -89,7 +89,7 @@ def lora_linear_reference(
 ) -> Tensor:
     """PyTorch's linear, and the same for the adapters' pages."""
     out = linear(x, weight, bias, residual=residual)
-    return expand_reference(out, shrink_reference(x, down, pages, scales), up, pages)
+    return expand_reference(out, SHRINK(x, down, pages, scales), up, pages)
 
 
 def lora_geglu_reference(

@@ -173,9 +173,7 @@ def test_set_that_comes_twice_is_merged_again(pipe: Pipeline, session: Session) 
 
 def test_pages_make_room_on_a_gpu(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a fixed number of pages, those that no run has are given away; what does not fit waits its turn."""
-    monkeypatch.setattr(paging, "ON_GPU", 3)
-    pages = paging.Pages(pipe.unet)  # type: ignore[arg-type]
-    pages._fixed, pages._count = True, 4
+    pages = paging.Pages(pipe.unet, fixed=3)  # type: ignore[arg-type]
     select = pipe.stages.adapters.select
     a, b, c = (select({name: 1.0}) for name in "abc")  # of 1, 2 and 1 pages
     assert pages.fits([a, b])
@@ -187,6 +185,4 @@ def test_pages_make_room_on_a_gpu(pipe: Pipeline, monkeypatch: pytest.MonkeyPatc
     assert {page for page, _ in moved} == {page for page, _ in held[0]}, "a's, which nobody has"
     monkeypatch.setattr(paging, "OF_A_ROW", 1)
     assert not pages.fits([b])
-    for module in pipe.unet.modules():
-        if getattr(module, "low_rank", None) is not None:
-            del module.low_rank
+    pages.close()

@@ -40,11 +40,13 @@ class Variant(NamedTuple):
 class Pages:
     """Of one U-Net. The worker's thread alone uses it."""
 
-    def __init__(self, unet: UNet) -> None:
+    def __init__(self, unet: UNet, fixed: int | None = None) -> None:
+        """fixed: the number of pages; None is as many as are wanted, on a GPU ON_GPU."""
         self._unet = unet
         self._device = unet.conv_in.weight.device
-        self._fixed = self._device.type == "cuda"
-        self._count = ON_GPU + 1 if self._fixed else 1  # page 0 is none
+        fixed = ON_GPU if fixed is None and self._device.type == "cuda" else fixed
+        self._fixed = fixed is not None
+        self._count = 1 + (fixed or 0)  # page 0 is none
         self._layers: dict[str, tuple[LowRank, int]] = {}  # by path: its pages, and which of the joint layers it is
         self._held: dict[Variant, tuple[int, ...]] = {}  # the last used is the last
         self.layers_added = 0
@@ -64,7 +66,7 @@ class Pages:
             return True
         sizes = {variant: _size(one) for s in selections for one in s.own_step for variant, _ in [_variant(one)]}
         rows = max((sum(_size(one) for one in s.own_step) for s in selections), default=0)
-        return rows <= OF_A_ROW and sum(sizes.values()) <= ON_GPU
+        return rows <= OF_A_ROW and sum(sizes.values()) < self._count
 
     @torch.no_grad()
     def apply(self, selection: Selection, others: Collection[Selection]) -> Applied:
@@ -89,7 +91,7 @@ class Pages:
         }
         for module in forms:
             if module not in self._layers:
-                self._add(module)
+                self.add(module)
         for low_rank, _ in self._layers.values():
             for page in pages:
                 low_rank.down[page].zero_(), low_rank.up[page].zero_()
@@ -129,7 +131,7 @@ class Pages:
                 moved[id(low_rank)] = LowRank(down, up, self.beside)
             self._set(path, moved[id(low_rank)], j)
 
-    def _add(self, path: str) -> None:
+    def add(self, path: str) -> None:
         """Give a layer pages; queries, keys and values of one attention together."""
         name = path.rpartition(".")[2]
         parent = self._unet.get_submodule(path.rpartition(".")[0])
@@ -144,6 +146,12 @@ class Pages:
         for j, each in enumerate(names):
             self._set(each, low_rank, j)
         self.layers_added += self._fixed
+
+    def close(self) -> None:
+        """Take the pages from the layers."""
+        for path in self._layers:
+            self._unet.get_submodule(path).low_rank = None  # type: ignore[assignment]
+        self._layers, self._held = {}, {}
 
     def _set(self, path: str, low_rank: LowRank, j: int) -> None:
         layer: nn.Module = self._unet.get_submodule(path)

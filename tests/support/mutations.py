@@ -156,7 +156,74 @@ _attention_long = _attention(
 _attention_short = _attention({"BLOCK_M": 32, "PROGRAMS": 1, "SPLIT": True, "num_warps": 4, "num_stages": 1})
 
 
+def _lora(module: ModuleType) -> None:
+    """Three layers, two pages, rows with other pages and with none; tiles that are not full."""
+    g = torch.Generator().manual_seed(0)
+    x, weight, bias, residual, down, up = (
+        torch.randn(*shape, generator=g).to(ops.DEVICE)
+        for shape in ((2, 70, 40), (72, 40), (72,), (2, 70, 72), (4, 3, 16, 40), (4, 72, 16))
+    )
+    down[0] = 0
+    pages = torch.tensor([[1, 3], [0, 2]], dtype=torch.int32, device=ops.DEVICE)
+    scales = torch.tensor([[0.5, 2.0], [1.0, 3.0]], device=ops.DEVICE)
+    ops.check(module.LORA_LINEAR, x, weight, bias, residual, down, up, pages, scales)
+
+
+def _lora_geglu(module: ModuleType) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, weight, bias, down, up = (
+        torch.randn(*shape, generator=g).to(ops.DEVICE)
+        for shape in ((2, 20, 40), (48, 40), (48,), (3, 1, 16, 40), (3, 48, 16))
+    )
+    pages = torch.tensor([[1], [2]], dtype=torch.int32, device=ops.DEVICE)
+    ops.check(module.LORA_GEGLU, x, weight, bias, down, up, pages, torch.ones(2, 1, device=ops.DEVICE))
+
+
 FAULTS: dict[str, list[Fault]] = {
+    "lora": [
+        Fault(
+            "down += (page.to(tl.int64) * layers + layer) * RANK * k",
+            "down += page.to(tl.int64) * layers * RANK * k",
+            _lora,
+            "every layer shrunk by the first one's page",
+        ),
+        Fault(
+            "tile *= tl.load(scales + batch * PAGES + slot)",
+            "tile *= tl.load(scales + batch * PAGES)",
+            _lora,
+            "the scale of the row's first page for all",
+        ),
+        Fault(
+            "        if page > 0:\n            a = tl.load(z",
+            "        if page >= 0:\n            a = tl.load(z",
+            _lora,
+            "what nobody shrunk is expanded for no page",
+        ),
+        Fault(
+            "from_page = up + (page.to(tl.int64) * layers + layer) * (n * RANK)",
+            "from_page = up + page.to(tl.int64) * layers * (n * RANK)",
+            _lora,
+            "every layer expanded by the first one's page",
+        ),
+        Fault(
+            "z += ((layer * tl.num_programs(1) + batch).to(tl.int64) * tokens + top)",
+            "z += ((layer * tl.num_programs(1)).to(tl.int64) * tokens + top)",
+            _lora,
+            "the first row's shrunk tokens for all rows",
+        ),
+        Fault(
+            "            bias += start\n",
+            "            bias += 0\n",
+            _lora,
+            "the first layer's bias for all",
+        ),
+        Fault(
+            "tl.load(from_page + n * RANK + rank[:, None] + column * RANK), second)",
+            "tl.load(from_page + rank[:, None] + column * RANK), second)",
+            _lora_geglu,
+            "the gate expanded by the other half",
+        ),
+    ],
     "geglu": [
         Fault(
             "tl.maximum(b, 0.0) - z * series",
