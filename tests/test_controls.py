@@ -448,3 +448,27 @@ def test_selection_is_a_mapping_of_pictures() -> None:
     assert isinstance(selection, Selection)
     assert dict(selection) == {"outlines": picture()}
     assert selection in {selection}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.full)])
+def test_half_precision_is_near_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    tiny.save_pipeline("sd1", tmp_path / "sd1")
+    options = {"control_image": {"outlines": picture(), "sketch": picture(2)}, "num_inference_steps": 2}
+    made = {}
+    for kind in (torch.float32, dtype):
+        pipe = Pipeline.from_pretrained(tmp_path / "sd1", dtype=kind, device="cpu")
+        pipe.attach_control(controls.controlnet("sd1"), "outlines")
+        pipe.attach_control(controls.t2i_adapter("full"), "sketch")
+        made[kind] = make(pipe, **options)
+        plain = make(pipe, num_inference_steps=2)
+    assert np.abs(made[dtype] - made[torch.float32]).max() < np.abs(plain - made[torch.float32]).max() / 3
+
+
+def test_session_makes_each_of_many_as_alone() -> None:
+    pipe = controlled()
+    workloads = [{**BASE, "seed": k, **workload} for k, workload in enumerate(MIXED)]
+    alone = [pipe(**workload).images for workload in workloads]
+    with Session(pipe, max_batch=4) as session:
+        made = [generation.result().images for generation in [session.submit(**workload) for workload in workloads]]
+    for ours, reference in zip(made, alone, strict=True):
+        assert np.abs(ours - reference).max() < 2e-5  # type: ignore[operator]

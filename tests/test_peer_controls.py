@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+from pathlib import Path
 from typing import Any
 
 import controls
 import diffusers
+import lora
 import numpy as np
 import pytest
 import tiny
@@ -195,7 +197,14 @@ CASES: dict[str, tuple[str, str, tuple[str, ...], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# What differs from another in its numbers alone.
+FULL = {"SD 2", "bgr", "scale", "without guidance", "two, guess", "two, image to image", "pooled first of two"}
+FULL |= {"SDXL mid", "SDXL guess", "SDXL image to image"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full) if name in FULL else name for name in CASES]
+)
 def test_controlled_pictures_equal_diffusers(name: str) -> None:
     cls, family, names, arguments = CASES[name]
     cls = cls if cls.startswith(SD) else SD + cls
@@ -248,3 +257,32 @@ def test_every_kind_of_sampler_is_controlled(sampler: str) -> None:
     mine.attach_control(network("controlnet", "sd1", 10))
     actual = mine(**arguments, control_image=picture(), generator=torch.Generator().manual_seed(0)).images
     assert np.abs(actual - expected).max() < ALLOWED
+
+
+def test_control_and_lora_go_together(tmp_path: Path) -> None:
+    """A LoRA changes the U-Net and the text that both networks read, not the ControlNet."""
+    tiny.peer("peft")
+    file = lora.write(tmp_path / "a.safetensors", "sd1", unet=lora.ALL)
+    parts = {**tiny.pipeline("sd1").components, "scheduler": base("sd1").components["scheduler"]}
+    theirs = diffusers.StableDiffusionControlNetPipeline(
+        **parts, controlnet=network("controlnet", "sd1", 10), requires_safety_checker=False
+    )
+    mine = Pipeline.from_diffusers(tiny.pipeline("sd1", scheduler=parts["scheduler"]))
+    mine.attach_control(network("controlnet", "sd1", 10))
+    controlled = mine(**BASE, control_image=picture(), generator=torch.Generator().manual_seed(0)).images
+    for pipe in (theirs, mine):
+        pipe.load_lora_weights(str(tmp_path), weight_name=file.name, adapter_name="a")
+    expected = theirs(**BASE, image=picture(), generator=torch.Generator().manual_seed(0)).images
+    actual = mine(**BASE, control_image=picture(), generator=torch.Generator().manual_seed(0)).images
+    assert np.abs(actual - expected).max() < ALLOWED
+    assert np.abs(controlled - expected).max() > 10 * ALLOWED
+
+
+def test_prompt_of_a_callback_reaches_the_controlnet() -> None:
+    def other(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].flip(1) * 1.5
+        return tensors
+
+    wants = {"callback_on_step_end": other, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    compare(f"{SD}ControlNetPipeline", "sd1", "controlnet", ONE, control_image=picture(), **wants)
