@@ -19,6 +19,7 @@ from fastldm import checks
 from fastldm.adapting import Adapting
 from fastldm.controlling import ControlLoader, as_list
 from fastldm.errors import CheckpointError, InputError
+from fastldm.image_prompting import IPAdapterLoader
 from fastldm.loading import adoption
 from fastldm.loading import spec as loading
 from fastldm.loading.mapped import Mapped
@@ -43,7 +44,7 @@ def _of_stages(name: str, doc: str) -> Any:
     )
 
 
-class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader):
+class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapterLoader):
     """A loaded model, ready to be called, by several threads at once too."""
 
     name = _of_stages("name", "What the model is called: its folder's name, as a rule.")

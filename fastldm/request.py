@@ -30,8 +30,6 @@ MAX_CONTROLS = 100  # of a request
 UNSUPPORTED = {
     "callback": ": use callback_on_step_end",
     "callback_steps": ": use callback_on_step_end",
-    "ip_adapter_image": "",
-    "ip_adapter_image_embeds": "",
     "masked_image_latents": ": give image and mask_image",
     "padding_mask_crop": ": crop image and mask_image",
     "denoising_start": "",
@@ -157,6 +155,16 @@ class Request:
     pipeline. 0 is as if absent. In place of a number, a dictionary by component and block as for `set_adapters`."""
     cross_attention_kwargs: Mapping[str, float] | None = None
     """{"scale": s} multiplies the weights of all adapters."""
+    ip_adapter_image: Any = None
+    """What loaded IP-Adapters read: for each a picture, or a list of its pictures; a single picture where one adapter
+    is loaded. Types as for `image`, but that a tensor is the image encoder's own input (P, 3, S, S), as in
+    diffusers."""
+    ip_adapter_image_embeds: Sequence[torch.Tensor] | None = None
+    """In place of ip_adapter_image, the image encoder's output: for each adapter (2, P, D), or (2, P, L, D) for those
+    that read hidden states, negatives first; (1, ...) where there is no guidance."""
+    ip_adapter_scale: Any = None
+    """How strongly: a number, or a dictionary by block as for `set_ip_adapter_scale`, or a list of one for each
+    adapter. None is what was set on the pipeline."""
 
     def __post_init__(self) -> None:
         _check_embeds(self)
@@ -174,6 +182,8 @@ class Request:
             raise InputError("mask_image was given without image: inpainting needs both")
         if self.timesteps is not None and self.sigmas is not None:
             raise InputError("timesteps and sigmas were both given: give one of them")
+        if self.ip_adapter_image is not None and self.ip_adapter_image_embeds is not None:
+            raise InputError("ip_adapter_image and ip_adapter_image_embeds were both given: give one of them")
         if self.seed is not None and self.generator is not None:
             raise InputError("seed and generator were both given: give one of them")
         if self.batch > MAX_IMAGES:
@@ -367,6 +377,14 @@ def adapter_weight(name: str, value: Any, depth: int = 3) -> Any:
     return checks.real(name, value, -MAX_WEIGHT, MAX_WEIGHT)
 
 
+def picture_scale(name: str, value: Any) -> Any:
+    """A number or a dictionary by block, or a list of one for each IP-Adapter."""
+    if isinstance(value, (list, tuple)):
+        items = checks.listed(name, value, MAX_ADAPTERS, "scales")
+        return tuple(adapter_weight(f"{name}[{k}]", item, 2) for k, item in enumerate(items))
+    return adapter_weight(name, value, 2)
+
+
 def _attention_kwargs(name: str, value: Any) -> Mapping[str, float] | None:
     if not isinstance(value, Mapping) or not set(value) <= {"scale"}:
         raise InputError(f"{name} is {checks.show(value)}: expected {{'scale': a number}}, for adapters")
@@ -449,6 +467,10 @@ _CHECKS: dict[str, Check] = {
     "guess_mode": checks.flag,
     "adapter_conditioning_scale": _each(-MAX_GUIDANCE, MAX_GUIDANCE),
     "adapter_conditioning_factor": _real(0.0, 1.0),
+    "ip_adapter_image_embeds": lambda name, value: tuple(
+        checks.instance(name, value, (list, tuple), "a list of tensors")
+    ),
+    "ip_adapter_scale": picture_scale,
     "output_type": lambda name, value: checks.choice(name, value, OUTPUT_TYPES),
     "latents": lambda name, value: checks.tensor(name, value, (None,) * 4),
     "original_size": _size,

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastldm import kernels
 from fastldm.errors import Cancelled, InputError, NonFinite
-from fastldm.runtime.denoise import Guidance, Inpainting, Run, denoise, draw_step_noise, randn
+from fastldm.runtime.denoise import Guidance, Inpainting, Run, denoise
+from fastldm.runtime.noise import draw_step_noise, randn
 from fastldm.samplers.names import SAMPLERS
 from fastldm.samplers.scheduler_config import read_config
 from fastldm.samplers.table import StepTable, make_table

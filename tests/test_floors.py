@@ -21,7 +21,7 @@ FLOORS = [  # top first
     ["__main__", "cli"],
     ["profiling"],
     ["pipeline"],
-    ["adapting", "controlling", "textual_inversion"],
+    ["adapting", "controlling", "image_prompting", "textual_inversion"],
     ["serving"],
     ["planning"],
     ["export.writing", "export.verify"],  # which make a picture

@@ -115,10 +115,13 @@ def test_rows_without_pictures_are_as_they_were() -> None:
     got = step(mine, values, [own])
     assert torch.equal(got[1:], plain[1:])
     assert error(got[:1], plain[:1]) > 0.01
+    last = step(mine, values, [own._replace(first=2)])
+    assert torch.equal(last[:2], plain[:2])
+    assert error(last[2:], plain[2:]) > 0.01
     # By slots, as batches have them: one picture for two rows, and a slot whose length says that it has none.
     kv = tuple(torch.cat((torch.full_like(x, float("nan")), x)) for x in own.kv if x is not None)
     lengths, slots = torch.tensor([0, 4], dtype=torch.int32), torch.tensor([1, 0, 1], dtype=torch.int32)
-    got_by_slots = step(mine, values, [Pictures(kv, 3, lengths, slots)])
+    got_by_slots = step(mine, values, [Pictures(kv, 3, 0, lengths, slots)])
     assert torch.allclose(got_by_slots[:1], got[:1], atol=1e-5)
     assert torch.allclose(got_by_slots[1:2], plain[1:2], atol=1e-5)
     assert error(got_by_slots[2:], plain[2:]) > 0.01

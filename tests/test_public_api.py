@@ -27,8 +27,9 @@ ATTRIBUTES = {  # beside those of base classes
     "Pipeline": """
         clip_skip default device disable_fp8 disable_vae_slicing disable_vae_tiling do_classifier_free_guidance dtype
         enable_fp8 enable_vae_slicing enable_vae_tiling export from_diffusers from_pretrained from_single_file
-        guidance_rescale guidance_scale interrupt load_textual_inversion name num_timesteps session
-        text_encoder text_encoder_2 tokenizer tokenizer_2 unload_textual_inversion warmup weights_changed""",
+        guidance_rescale guidance_scale image_encoder interrupt load_ip_adapter load_textual_inversion name
+        num_timesteps prepare_ip_adapter_image_embeds session set_ip_adapter_scale text_encoder text_encoder_2 tokenizer
+        tokenizer_2 unload_ip_adapter unload_textual_inversion warmup weights_changed""",
     "Request": "batch count negative_prompts prompts replace",
     "Session": "call close submit",
 }
@@ -42,7 +43,7 @@ FIELDS = {
         literal_prompt prompt_embeds negative_prompt_embeds pooled_prompt_embeds negative_pooled_prompt_embeds prompt_2
         negative_prompt_2 original_size crops_coords_top_left target_size negative_original_size
         negative_crops_coords_top_left negative_target_size output_type
-        adapters cross_attention_kwargs""",
+        adapters cross_attention_kwargs ip_adapter_image ip_adapter_image_embeds ip_adapter_scale""",
     "Result": "images seeds timings backend dtype request adapters",
 }
 ARGUMENTS = {
@@ -51,6 +52,8 @@ ARGUMENTS = {
     "Pipeline.from_pretrained": """
         cls path_or_id device dtype torch_dtype backend batch_invariant controlnet adapter where""",
     "Pipeline.from_single_file": "cls path options",
+    "Pipeline.load_ip_adapter": """
+        self pretrained_model_name_or_path_or_dict subfolder weight_name image_encoder_folder allow_pickle where""",
     "Pipeline.load_textual_inversion": """
         self pretrained_model_name_or_path token tokenizer text_encoder weight_name subfolder allow_pickle where""",
     "Pipeline.unload_textual_inversion": "self tokens tokenizer text_encoder",

@@ -26,9 +26,9 @@ from fastldm.runtime.denoise import (
     Inpainting,
     Run,
     denoise,
-    draw_step_noise,
 )
 from fastldm.runtime.graph import Graphs
+from fastldm.runtime.noise import draw_step_noise
 from fastldm.runtime.slots import ROWS, Slots, StaticBuffers, graph_rows, no_adapters
 from fastldm.samplers.names import SAMPLERS
 from fastldm.samplers.scheduler_config import read_config

@@ -71,7 +71,7 @@ _STEPS = 4  # of the schedulers that are compared
 _CAUSES = (  # pattern in a change, cause, advice; the first match counts
     (r"\.[bs][12] is ", "FreeU", "call pipe.disable_freeu()"),
     (r"\.padding_mode is ", "a convolution that does not pad with zeros, as for seamless tiling", "set it to zeros"),
-    (r"IPAdapter", "an IP-Adapter", "call pipe.unload_ip_adapter()"),
+    (r"IPAdapter", "an IP-Adapter", "call pipe.unload_ip_adapter(), and load_ip_adapter of what is adopted"),
     (r"\bPAG", "perturbed-attention guidance", "call pipe.unet.set_default_attn_processor()"),
     (r"\bpeft\.|LoRA|lora", "a LoRA or another adapter", "call pipe.fuse_lora(), then pipe.unload_lora_weights()"),
     (r"\baccelerate\.", "accelerate's offloading", "call pipe.remove_all_hooks(), then pipe.to(device)"),

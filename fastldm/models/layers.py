@@ -402,12 +402,12 @@ class Upsample(nn.Module):
 
 
 class PictureKV(NamedTuple):
-    """What the first rows of a cross-attention read beside the text, with a softmax of its own: an IP-Adapter's."""
+    """What R consecutive rows of a cross-attention read beside the text, with a softmax of its own: an IP-Adapter's."""
 
     kv: Tensor  # (P, T, 2C), keys | values, of P rows or slots
     kv_len: Tensor | None  # (P,) int32
-    slots: Tensor | None  # (rows,) int32
-    rows: int
+    slots: Tensor | None  # (R,) int32
+    rows: slice
 
 
 class Attention(nn.Module):
@@ -446,8 +446,7 @@ class Attention(nn.Module):
         out = attention(q, k, v, self.heads, kv_len=kv_len, slots=slots)
         for own in pictures:
             keys, values = own.kv.chunk(2, dim=-1)
-            first = q[: own.rows]
-            out[: own.rows] += attention(first, keys, values, self.heads, kv_len=own.kv_len, slots=own.slots)
+            out[own.rows] += attention(q[own.rows], keys, values, self.heads, kv_len=own.kv_len, slots=own.slots)
         return self.to_out[0](out, residual=residual)
 
 

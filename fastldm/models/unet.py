@@ -54,12 +54,13 @@ class Text(NamedTuple):
 
 
 class Pictures(NamedTuple):
-    """What an IP-Adapter adds to the first rows of a U-Net, in each cross-attention."""
+    """What an IP-Adapter adds to R consecutive rows of a U-Net, in each cross-attention."""
 
     kv: tuple[Tensor | None, ...]  # (P, T, 2C), of P rows or slots: `IPAdapter.kv`; None adds nothing
-    rows: int
+    rows: int  # R
+    first: int = 0  # of the rows
     kv_len: Tensor | None = None  # (P,) int32: the tokens of each; 0 adds nothing
-    slots: Tensor | None = None  # (rows,) int32: which of P each row reads, by default its own
+    slots: Tensor | None = None  # (R,) int32: which of P each row reads, by default its own
 
 
 class Residuals(NamedTuple):
@@ -239,7 +240,7 @@ class UNet(UNetEncoder):
                 kv_len,
                 slots,
                 tuple(
-                    PictureKV(own, each.kv_len, each.slots, each.rows)
+                    PictureKV(own, each.kv_len, each.slots, slice(each.first, each.first + each.rows))
                     for each in pictures
                     if (own := each.kv[i]) is not None
                 ),

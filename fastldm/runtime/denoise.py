@@ -24,7 +24,7 @@ from fastldm.errors import InputError, NonFinite
 from fastldm.kernels.lora import Group, Rows
 from fastldm.kernels.step import blend, guide, model_input, step
 from fastldm.models.controlnet import ControlNet
-from fastldm.models.unet import Features, Residuals, UNet
+from fastldm.models.unet import Features, Pictures, Residuals, UNet
 from fastldm.runtime.controls import RunControl, RunFeatures, evaluate
 from fastldm.samplers.table import StepTable
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fastldm.models.interfaces import Denoiser
 
 Network = Callable[[Tensor, int, bool], Tensor]
-Generators = torch.Generator | Sequence[torch.Generator] | None
+PicturesKV = tuple[tuple[Tensor | None, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,7 @@ class Run:
     controls: tuple[RunControl, ...] = ()
     features: RunFeatures | None = None
     beside: tuple[tuple[int, float], ...] = ()  # pages, with scales, of those that are beside the weights (pages.py)
+    pictures: PicturesKV = ()  # by IP-Adapter and cross-attention (R, T, 2C): `IPAdapter.kv`
     images: tuple[Run, ...] = ()
     row: int = 0  # the one that comes next
 
@@ -136,6 +137,12 @@ class Run:
     def tokens(self) -> int:
         """Of the longest text."""
         return max((run.text_kv[0].shape[1] for run in self.images or (self,) if run.text_kv), default=0)
+
+    @property
+    def picture_tokens(self) -> list[int]:
+        """Of each IP-Adapter."""
+        pictures = (self.images[0] if self.images else self).pictures
+        return [next(kv.shape[1] for kv in layers if kv is not None) for layers in pictures]
 
     @property
     def max_rows(self) -> int:
@@ -298,6 +305,8 @@ class EagerBatch:
                 options["residuals"] = residuals
             if features := _features(runs):
                 options["features"] = features
+            if pictures := _pictures(runs):
+                options["pictures"] = pictures
             out = self.unet.step(_cat(inputs), _cat(temb), text, **options)
         return out.split([len(x) for x in inputs])
 
@@ -444,6 +453,17 @@ def _features(runs: Sequence[Run]) -> list[Features]:
     return features
 
 
+def _pictures(runs: Sequence[Run]) -> list[Pictures]:
+    """Of all IP-Adapters that rows of these runs have."""
+    pictures, first = [], 0
+    for run in runs:
+        count = run.batch * (2 if run.guided else 1)
+        for layers in run.pictures:
+            pictures.append(Pictures(tuple(None if kv is None else kv[-count:] for kv in layers), count, first))
+        first += count
+    return pictures
+
+
 def _padded(kv: Tensor, tokens: int) -> Tensor:
     return kv if kv.shape[1] == tokens else F.pad(kv, (0, 0, 0, tokens - kv.shape[1]))
 
@@ -465,31 +485,3 @@ def check_finite(first: int | None, table: StepTable) -> None:
         f"denoising: NaN or infinity in the latents after step {table.index[first] + 1} of {table.steps} "
         f"(row {first}, timestep {table.timesteps[first]:g}); try dtype float32 or bfloat16, or less guidance."
     )
-
-
-# -------------------------------------------------------------------------------------------------------------- noise
-
-
-def randn(shape: Sequence[int], generators: Generators, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Normal noise, (B, ...), as diffusers' `randn_tensor` draws it.
-
-    In `dtype`, on the generator's device, then moved; a list of generators draws one sample each.
-    """
-    if generators is None or isinstance(generators, torch.Generator):
-        drawn_on = device if generators is None else generators.device
-        return send(torch.randn(*shape, generator=generators, dtype=dtype, device=drawn_on), device)
-    if len(generators) == 1:
-        return randn(shape, generators[0], dtype, device)
-    if len(generators) != shape[0]:
-        raise InputError(f"{len(generators)} generators for a batch of {shape[0]}: give one, or one for each image.")
-    return torch.cat([randn((1, *shape[1:]), generator, dtype, device) for generator in generators])
-
-
-def draw_step_noise(
-    table: StepTable, shape: Sequence[int], generators: Generators, dtype: torch.dtype, device: torch.device | str
-) -> list[Tensor | None]:
-    """The noise of every row, float32 or None, in diffusers' order, drawn in `dtype` (the model's, as diffusers does)
-    but where the sampler's is always float32.
-    """
-    noise_dtype = torch.float32 if table.float32_noise else dtype
-    return [randn(shape, generators, noise_dtype, device).float() if draws else None for draws in table.draws]

@@ -27,14 +27,15 @@ from fastldm.models.config import UNetConfig
 from fastldm.models.controlnet import ControlNet
 from fastldm.models.layers import channels_last
 from fastldm.models.t2i_adapter import feature_places
-from fastldm.models.unet import Features, Residuals, UNet
+from fastldm.models.unet import Features, Pictures, Residuals, UNet
 from fastldm.runtime.controls import Ranges, evaluate, joined
 from fastldm.runtime.denoise import Run
 from fastldm.runtime.graph import Graphs
 from fastldm.runtime.pages import OF_A_ROW, Applied
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16)  # the numbers of U-Net rows that graphs have; above, multiples of eight
-FEATURES = -1  # among indices of ControlNets: T2I-Adapters
+FEATURES = -1  # among indices of ControlNets: T2I-Adapters ...
+PICTURES = -2  # ... and IP-Adapters, the first of a run; -3 is the second, and so on
 Acting = tuple[int, ...]
 IN_FLIGHT = 2  # steps that the device may be behind the host: progress, cancelling and joining stay prompt
 
@@ -59,6 +60,13 @@ class ControlBuffers(NamedTuple):
     text: tuple[Tensor, ...]  # of each cross-attention (2S, T, 2C)
 
 
+class PictureBuffers(NamedTuple):
+    """What they read for one IP-Adapter of each slot."""
+
+    kv: tuple[Tensor, ...]  # of each cross-attention (2S, T, 2C): `IPAdapter.kv`
+    kv_len: Tensor  # (2S,) int32: the tokens of each
+
+
 class StaticBuffers(NamedTuple):
     """All that the steps of a bucket read and write: S slots, R rows of the U-Net, texts of up to T tokens.
 
@@ -74,6 +82,7 @@ class StaticBuffers(NamedTuple):
     adapters: Rows  # of each U-Net row, (R, OF_A_ROW)
     controls: tuple[ControlBuffers, ...] = ()
     features: tuple[Tensor, ...] = ()  # of T2I-Adapters, (S, C, h, w) for each place where the U-Net adds some
+    pictures: tuple[PictureBuffers, ...] = ()
 
     @staticmethod
     def empty(
@@ -89,14 +98,19 @@ class StaticBuffers(NamedTuple):
         device: torch.device | str,
         controls: Sequence[ControlNet] = (),
         features: bool = False,
+        pictures: Sequence[int] = (),
     ) -> StaticBuffers:
         """height, width: of the latents. steps: the most that a slot's table has, and the most that it draws. controls:
-        ControlNets that slots may have. features: whether there may be T2I-Adapters."""
+        ControlNets that slots may have. features: whether there may be T2I-Adapters. pictures: of each IP-Adapter that
+        a slot may have, the most tokens."""
         channels, latent_width = config.out_channels, width
         to: dict[str, Any] = {"dtype": dtype, "device": device}
 
-        def texts(widths: Sequence[int]) -> tuple[Tensor, ...]:
+        def texts(widths: Sequence[int], tokens: int = tokens) -> tuple[Tensor, ...]:
             return tuple(torch.zeros(2 * slots, tokens, 2 * width, **to) for width in widths)
+
+        def lengths() -> Tensor:
+            return torch.zeros(2 * slots, dtype=torch.int32, device=device)
 
         def images(width: int, stride: int = 1) -> Tensor:
             return channels_last(torch.zeros(slots, width, cdiv(height, stride), cdiv(latent_width, stride), **to))
@@ -117,7 +131,7 @@ class StaticBuffers(NamedTuple):
             ),
             temb=torch.zeros(2 * slots, steps, config.time_channels, **to),
             text=texts(config.cross_widths),
-            kv_len=torch.zeros(2 * slots, dtype=torch.int32, device=device),
+            kv_len=lengths(),
             maps=torch.zeros(3, rows, dtype=torch.int32, device=device),
             adapters=no_adapters(rows, device),
             controls=tuple(
@@ -131,6 +145,7 @@ class StaticBuffers(NamedTuple):
                 for network in controls
             ),
             features=tuple(images(*place) for place in feature_places(config)) if features else (),
+            pictures=tuple(PictureBuffers(texts(config.cross_widths, count), lengths()) for count in pictures),
         )
 
 
@@ -170,13 +185,19 @@ class Slots:
             and all(run.tokens <= text.shape[1] for text in self.buffers.text)
             and all(control.network in self._networks for image in (run.images or (run,)) for control in image.controls)
             and (run.features is None or len(self.buffers.features) > 0)
+            and len(run.picture_tokens) <= len(self.buffers.pictures)
+            and all(
+                tokens <= own.kv[0].shape[1]
+                for tokens, own in zip(run.picture_tokens, self.buffers.pictures, strict=False)
+            )
         )
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers."""
-        step, temb, text, kv_len, maps, adapters, controls, features = self.buffers
+        step, temb, text, kv_len, maps, adapters, controls, features, pictures = self.buffers
         own = [t for control in controls for t in (control.hint, control.weights, control.temb, *control.text)]
+        own += [t for each in pictures for t in (*each.kv, each.kv_len)]
         tensors = (*step, temb, *text, kv_len, maps, *adapters[:2], *own, *features)
         return sum(t.nbytes for t in tensors if t is not None)
 
@@ -235,6 +256,13 @@ class Slots:
             for layer, kv in zip(layers, text_kv, strict=True):
                 layer[:, : kv.shape[1]].index_copy_(0, text_index, kv.to(layer.dtype))
         kv_len.index_fill_(0, text_index, run.text_kv[0].shape[1])
+        for tokens, picture, own in zip(run.picture_tokens, run.pictures, self.buffers.pictures, strict=False):
+            own.kv_len.index_fill_(0, text_index, tokens)
+            for buffer, picture_kv in zip(own.kv, picture, strict=True):
+                if picture_kv is None:  # adds nothing: attention to zeros
+                    buffer[:, :tokens].index_fill_(0, text_index, 0)
+                else:
+                    buffer[:, :tokens].index_copy_(0, text_index, picture_kv.to(buffer.dtype))
 
     @torch.no_grad()
     def recondition(self, run: Run) -> None:
@@ -302,6 +330,8 @@ class Slots:
             for index, ranges in controlled:
                 if index == FEATURES:
                     options["features"] = self._features(ranges)
+                elif index <= PICTURES:
+                    options.setdefault("pictures", []).extend(self._pictures(PICTURES - index, ranges))
                 else:
                     options.setdefault("residuals", []).extend(self._residuals(self.buffers.controls[index], ranges))
             text, time_rows = self._states(self.buffers.maps[:, :rows], self.buffers.temb)
@@ -329,8 +359,15 @@ class Slots:
             for index, (first, _) in zip(slots, ranges, strict=True)
         ]
 
+    def _pictures(self, k: int, ranges: Ranges) -> Iterator[Pictures]:
+        """Of the k-th IP-Adapter of those rows."""
+        kv, kv_len = self.buffers.pictures[k]
+        for first, last in ranges:
+            yield Pictures(kv, last - first, first, kv_len, self.buffers.maps[0, first:last])
+
     def _acting(self, run: Run, branch: int) -> Acting:
-        """What acts on rows of a branch at a run's next step: indices of ControlNets in the buffers, and FEATURES."""
+        """What acts on rows of a branch at a run's next step: indices of ControlNets in the buffers, FEATURES, and
+        PICTURES or less."""
         acting = [
             self._networks[control.network][0]
             for control in run.controls
@@ -338,6 +375,7 @@ class Slots:
         ]
         if run.features is not None and run.features.acts[run.row]:
             acting.append(FEATURES)
+        acting += [PICTURES - k for k in range(len(run.pictures))]
         return tuple(sorted(acting))
 
     def _arrange(self, arranged: Sequence[tuple[Run, bool, list[Acting], Applied]]) -> None:

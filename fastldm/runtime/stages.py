@@ -40,6 +40,7 @@ from fastldm.runtime.complete import complete
 from fastldm.runtime.controls import Controls, start_controls
 from fastldm.runtime.denoise import Batch, BatchInvariant, EagerBatch, Embeds, Guidance, Run, check_finite
 from fastldm.runtime.graph import CUDA, Graphs
+from fastldm.runtime.image_prompts import ImagePrompts, per_image, start_pictures
 from fastldm.runtime.slots import Slots, StaticBuffers, graph_rows, step_capacity
 from fastldm.runtime.start import start_run
 from fastldm.samplers import table as schedule
@@ -89,6 +90,8 @@ class Stages:
         """LoRA and its relatives: those that are loaded, and what is merged into the weights."""
         self.controls = Controls()
         """ControlNets and T2I-Adapters that are attached."""
+        self.image_prompts = ImagePrompts(spec.unet)
+        """IP-Adapters: those that are loaded."""
         self._switches = 0
         self.batch_invariant = False
         """Whether an image is bitwise the one made alone, whatever shares its batch: of sessions that do not say."""
@@ -109,7 +112,8 @@ class Stages:
         adapters = self.adapters.select(request.adapters, factor)
         request = request.replace(adapters=adapters, cross_attention_kwargs=None)
         request = self.controls.complete(request, self.unet.config.needs_added)
-        return complete(request, self.unet.config, self.vae.config, self.family, self._latents)
+        request = complete(request, self.unet.config, self.vae.config, self.family, self._latents)
+        return self.image_prompts.complete(request, self.guided(request))
 
     def guided(self, request: Request) -> bool:
         """Whether there are two network rows a picture; a model that reads the scale itself needs one."""
@@ -159,6 +163,10 @@ class Stages:
                     run.embeds = Embeds.join(embeds)
                 else:
                     self._condition(run, embeds[0], scale)
+            with spans.span("image prompts"):
+                pictures = start_pictures(request, self.guided(request), self.device, self.dtype)
+                for image in run.images or (run,):
+                    image.pictures = per_image(pictures, image.batch)
         return run
 
     def _embeds(self, request: Request, encoded: Conditioning) -> Embeds:
@@ -268,6 +276,7 @@ class Stages:
             device=self.device,
             controls=list(dict.fromkeys([network for network in networks if isinstance(network, ControlNet)])),
             features=run.features is not None or any(isinstance(network, T2IAdapter) for network in networks),
+            pictures=self.image_prompts.capacity(run.picture_tokens),
         )
         slots = Slots(self.unet, buffers, self.graphs, batch_invariant=apart)
         return BatchInvariant(slots) if apart else slots

@@ -13,7 +13,8 @@ from fastldm.device import send
 from fastldm.models.config import VAEConfig
 from fastldm.request import Request, picture_seeds
 from fastldm.runtime.complete import start_latents
-from fastldm.runtime.denoise import Guidance, Inpainting, Run, draw_step_noise, randn
+from fastldm.runtime.denoise import Guidance, Inpainting, Run
+from fastldm.runtime.noise import draw_step_noise, randn
 from fastldm.samplers.table import StepTable
 
 if TYPE_CHECKING:

@@ -185,7 +185,12 @@ REFUSALS = [
         "not supported: refused by name",
         lambda case: True,
         r"^(masked_image_latents|padding_mask_crop|denoising_start|denoising_end|aesthetic_score|"
-        r"negative_aesthetic_score|original_inference_steps|cross_attention_kwargs|ip_adapter_\w+) is not supported",
+        r"negative_aesthetic_score|original_inference_steps|cross_attention_kwargs) is not supported",
+    ),
+    Reason(
+        "pictures for an IP-Adapter where none is loaded: diffusers fails too, in its own way",
+        lambda case: case.has("ip_adapter_image") or case.has("ip_adapter_image_embeds"),
+        r"^ip_adapter_\w+ was given, and no IP-Adapter is loaded",
     ),
     Reason(
         "latents of another size than height and width: diffusers ignores height and width",

@@ -24,7 +24,8 @@ from diffusers.configuration_utils import ConfigMixin
 from torch import Tensor
 
 from fastldm.kernels import step as step_kernel
-from fastldm.runtime.denoise import Inpainting, Run, denoise, draw_step_noise, randn
+from fastldm.runtime.denoise import Inpainting, Run, denoise
+from fastldm.runtime.noise import draw_step_noise, randn
 from fastldm.samplers import spacing
 from fastldm.samplers import table as schedule
 from fastldm.samplers.classes import CLASSES
