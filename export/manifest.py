@@ -87,6 +87,7 @@ FIELDS = {
     "opset": Field(Integer(1, 1000)),
     "split": Field(Flag()),
     "fused_ops": Field(Flag()),
+    "adapters": Field(ListOf(Text(2000), 0, 200), []),  # that are merged into the weights
     "weights": Field(MapOf(Digest(), 3, 10)),
     "tokenizers": Field(MapOf(Digest(), 1, 10)),
     "config": Field(MapOf(Object({}), 4, 10)),

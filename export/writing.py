@@ -57,6 +57,7 @@ def export(
     opset: int = 21,
     split: bool = False,
     fused_ops: bool = False,
+    adapters: Sequence[str] = (),
     on_network: Callable[[str], object] = lambda network: None,
 ) -> Bundle:
     """Write a model as a bundle, each network compared with PyTorch.
@@ -64,6 +65,7 @@ def export(
     source: where the model is from, see `source_of`; None for one in memory, which PyTorch cannot load again. options:
         of `loading.describe`, with which the model was opened. name: of the model, by default from its source.
     split: the U-Net as three networks, see `export.spec`. fused_ops: fastldm's ops as single nodes, see `export.fused`.
+    adapters: what is merged into the weights, a line for each, for the manifest.
     on_network: called with the name of the network that is next.
 
     An interrupted export of the same model with the same options continues, and a finished one is opened. Raises
@@ -73,7 +75,7 @@ def export(
     """
     out, partial = _paths(out)
     head = _head(model, source=source, options=options, name=name, dtype=dtype, opset=opset, split=split)
-    head["fused_ops"] = fused_ops
+    head |= {"fused_ops": fused_ops, "adapters": list(adapters)}
     if (out / MANIFEST).is_file():
         return _open_existing(out, head)
     _check_free(out, partial)

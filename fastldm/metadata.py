@@ -50,6 +50,11 @@ def parameters_text(
         # AUTOMATIC1111 counts from 1, diffusers from 0.
         "Clip skip": request.clip_skip + 1 if request.clip_skip else None,
     }
+    hashes: dict[str, str] = getattr(request.adapters, "hashes", {})  # of a completed request
+    if hashes:
+        values["Lora hashes"] = ", ".join(f"{name}: {digest}" for name, digest in hashes.items())
+    if request.adapters:
+        values["Lora weights"] = json.dumps(dict(request.adapters), ensure_ascii=False)
     for name, (label, _) in _FIELDS.items():
         value = _as_tuple(getattr(request, name))
         if name.endswith("prompt_2"):
@@ -82,7 +87,7 @@ def parse_parameters(text: str) -> tuple[Request, dict[str, str]]:
         value = fields.pop(label)
         try:
             arguments[name] = read(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise InputError(f"the image's parameters have {label}: {checks.show(value)}, which is invalid") from None
     if "size" in arguments:
         arguments["width"], arguments["height"] = arguments.pop("size")
@@ -159,6 +164,13 @@ def _number(text: str) -> float | int:
     return float(text) if re.search(r"[.einEIN]", text) else int(text)
 
 
+def _weights(text: str) -> dict[str, Any]:
+    weights = json.loads(text)
+    if not isinstance(weights, dict):
+        raise ValueError
+    return weights
+
+
 _READERS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "Steps": ("num_inference_steps", int),
     "Sampler": ("sampler", str),
@@ -166,6 +178,7 @@ _READERS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "Seed": ("seed", int),
     "Size": ("size", _size),
     "Denoising strength": ("strength", float),
+    "Lora weights": ("adapters", _weights),
     "Clip skip": ("clip_skip", lambda text: max(int(text) - 1, 0)),
 }
 # Fields of Request that are written if they differ from their default: label and reader.

@@ -16,6 +16,8 @@ from typing import Any, Literal, overload
 import torch
 
 from fastldm import checks
+from fastldm.adapters.selection import Selection
+from fastldm.adapters.targets import TEXT_ENCODERS
 from fastldm.adapting import Adapting
 from fastldm.controlling import ControlLoader, as_list
 from fastldm.errors import CheckpointError, InputError
@@ -249,29 +251,37 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         return self.session.call(self.stages.prepared.weights_changed)
 
     def export(self, out: str | os.PathLike[str], **options: Any) -> Path:
-        """Write the model as a bundle, with the weights that it has now, adopted, merged or edited ones too, and the
-        tokens of textual inversion. Returns the bundle's folder.
+        """Write the model as a bundle, with the weights that it has now, adopted, merged or edited ones too, with its
+        active adapters merged, and with the tokens of textual inversion. Returns the bundle's folder. Requests wait
+        until it is written.
 
         options: dtype ("float32" or "float16"), opset, split and fused_ops, see `fastldm.export.writing.export`, whose
-        errors these are. InputError for a pipeline that itself runs a bundle.
+        errors these are. InputError for a pipeline that itself runs a bundle, and while requests with other adapters
+        are under way.
         """
         if self.backend != "torch":
             raise InputError(f"this pipeline runs a bundle on {self.backend}, which has no weights to export: copy it")
         if eight_bits.is_on(self.stages):
             raise InputError("fp8 is on, and is not exported: call disable_fp8 first")
         self.weights_changed()
-        modules: dict[str, Any] = {"unet": self.unet, "vae": self.vae}
-        names = [name for name in ("text_encoder", "text_encoder_2") if name in self.stages.spec.checkpoint.components]
-        modules |= {name: stage.model for name, stage in zip(names, self.text_stages, strict=True)}
         need_exporter()
+        selection = self.stages.adapters.select(None)
+        return self.session.call(lambda: self._export(Path(out).expanduser(), selection, options))
+
+    def _export(self, out: Path, selection: Selection, options: dict[str, Any]) -> Path:
+        """On the worker's thread, which would merge other requests' adapters meanwhile."""
         from fastldm.export import bundle, writing
 
+        modules: dict[str, Any] = {"unet": self.unet, "vae": self.vae}
         spec = self.stages.spec
-        for name, stage in zip(names, self.text_stages, strict=True):
+        for name, stage in zip(TEXT_ENCODERS, self.text_stages, strict=False):
+            modules[name] = stage.model
             if stage.added:
                 spec, modules[name] = bundle.with_tokens(spec, name, stage)
-        model = bundle.in_memory(spec, modules)
-        return writing.export(model, Path(out).expanduser(), source=None, name=self.name, **options).folder
+        with self.stages.adapters.applied(selection):
+            model = bundle.in_memory(spec, modules)
+            options = {"source": None, "name": self.name, "adapters": selection.record(), **options}
+            return writing.export(model, out, **options).folder
 
     def enable_fp8(self, prompt: Prompt = "a photograph", **options: Any) -> int:
         """Multiply by the U-Net's large linear layers in eight bits (e4m3), which GPUs of Ada and later do at twice the

@@ -15,7 +15,7 @@ from lora import picture
 from fastldm import Pipeline
 from fastldm.errors import CheckpointError, InputError
 
-FAMILIES = ("sd1", "sd2", "sdxl")
+FAMILIES = ("sd1", pytest.param("sd2", marks=pytest.mark.full), "sdxl")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
         family: [
             lora.write(folder / f"{family}-{k}.safetensors", family, seed=k, **kind) for k, kind in enumerate(kinds)
         ]
-        for family in FAMILIES
+        for family in ("sd1", "sd2", "sdxl")
     }
 
 
@@ -263,3 +263,47 @@ def test_mixed_requests_get_what_they_get_alone(files: dict[str, list[Path]]) ->
         if size == 64:
             assert np.abs(image - expected).max() < 1e-4
     ours.unload_lora_weights()
+
+
+def test_metadata_names_adapters_and_hashes(files: dict[str, list[Path]], tmp_path: Path) -> None:
+    import fastldm
+    from fastldm.image import save_result
+
+    ours = lora.ours("sd1")
+    load(ours, files["sd1"][:2])
+    try:
+        weights = {"a": 0.8, "b": {"unet": {"mid": 0.5}}}
+        result = ours("a cat", adapters=weights, num_inference_steps=1, seed=3)
+        save_result(result, [tmp_path / "x.png"], "sd1")
+        request, fields = fastldm.read_parameters(tmp_path / "x.png")
+        assert request.adapters == weights
+        digests = {name: ours.adapters[name].short_hash for name in weights}
+        assert fields["Lora hashes"] == ", ".join(f"{name}: {digest}" for name, digest in digests.items())
+        again = ours(request, output_type="np").images
+        assert np.array_equal(
+            again, ours("a cat", adapters=weights, num_inference_steps=1, seed=3, output_type="np").images
+        )
+    finally:
+        ours.unload_lora_weights()
+
+
+@pytest.mark.full
+def test_export_has_active_adapters_merged(files: dict[str, list[Path]], tmp_path: Path) -> None:
+    from fastldm.export.bundle import Bundle
+
+    ours = Pipeline.from_diffusers(lora.tiny.pipeline("sd1"))
+    load(ours, files["sd1"][1:2])
+    ours.set_adapters("a", 0.7)
+    expected = picture(ours)
+    plain = picture(ours, adapters={})
+    ours.export(tmp_path / "bundle")
+    ours.unload_lora_weights()
+    assert np.array_equal(picture(ours), plain)
+    exported = Pipeline.from_pretrained(tmp_path / "bundle", backend="onnxruntime", dtype="float32")
+    assert np.abs(picture(exported) - expected).max() < 1e-3 < np.abs(plain - expected).max()
+    (line,) = Bundle.open(tmp_path / "bundle").manifest["adapters"]
+    assert line.startswith("a:0.7 (")
+    with pytest.raises(InputError, match="fastldm export --lora"):
+        exported.load_lora_weights(files["sd1"][1])
+    with pytest.raises(InputError, match="there is no adapter 'a'"):
+        exported("a cat", adapters={"a": 1.0})

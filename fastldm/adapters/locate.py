@@ -1,4 +1,4 @@
-"""Where an adapter's file is: a path, a file in a folder, or a file of a hub repository."""
+"""Where an adapter's file is: a path, a file in a folder, one that ships, or a file of a hub repository."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from fastldm.errors import CheckpointError, InputError
 from fastldm.loading import hub
 from fastldm.reading import check_path
 
+SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "adapters"
+"""Adapters of the default model: NAME.safetensors."""
 PREFERRED = ("pytorch_lora_weights.safetensors",)
 """What diffusers calls the file, where a folder has several."""
 
@@ -42,6 +44,8 @@ def find_weights(
         if weight_name is not None:
             raise InputError(f"{path} is a file: weight_name is for a folder or a hub id")
         return path
+    if (ships := SHIPPED / f"{path_or_id}.safetensors").parent == SHIPPED and ships.is_file() and not path.exists():
+        return ships
     if path.is_dir():
         return _in_folder(path / (subfolder or ""), weight_name, preferred, allow_pickle)
     prefix = "" if subfolder is None else f"{Path(subfolder).as_posix()}/"

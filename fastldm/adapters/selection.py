@@ -9,6 +9,7 @@ What it does not name has 1, and of a block it means the attention, as in diffus
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -117,6 +118,17 @@ class Selection(Mapping[str, Weight]):
 
     def __repr__(self) -> str:
         return repr(dict(self))
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """The short hashes of all files, by name."""
+        return {one.name: one.adapter.short_hash for one in (*self.fused, *self.selected)}
+
+    def record(self) -> list[str]:
+        """A line for each: its name, weight and short hash."""
+        return [
+            f"{one.name}:{json.dumps(one.weight)} ({one.adapter.short_hash})" for one in (*self.fused, *self.selected)
+        ]
 
     @cached_property
     def deltas(self) -> Mapping[Parameter, Deltas]:

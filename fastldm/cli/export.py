@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastldm.cli.options import Size, debug_option, model_option
+from fastldm.cli import loras as adapters
+from fastldm.cli.options import Size, debug_option, lora_option, model_option
 from fastldm.cli.report import reported
 from fastldm.errors import InputError
 from fastldm.export.backends import BACKENDS
+
+if TYPE_CHECKING:
+    from fastldm.export.bundle import Bundle
 
 
 @click.command()
@@ -34,6 +39,7 @@ from fastldm.export.backends import BACKENDS
 @click.option(
     "--fused-ops", is_flag=True, help="GroupNorm with SiLU, attention and GEGLU as one node each. Not for OpenVINO."
 )
+@lora_option
 @click.option("--to", type=click.Choice(["tensorrt"]), help="Build engines of the networks too. Needs no GPU.")
 @click.option(
     "--arch",
@@ -60,6 +66,7 @@ def export(
     opset: str,
     split: bool,
     fused_ops: bool,
+    loras: tuple[tuple[str, float], ...],
     to: str | None,
     arch: tuple[str, ...],
     sizes: tuple[tuple[int, int], ...],
@@ -69,6 +76,7 @@ def export(
 
     \b
     fastldm export -m ./sd15 ./sd15-onnx --split                a checkpoint becomes a bundle
+    fastldm export -m ./sd15 ./sd15-style --lora style.safetensors:0.8       an adapter merged into it
     fastldm verify ./sd15-onnx --backend openvino               proved once more, on the machine that runs it
     fastldm generate "a castle" -m ./sd15-onnx --backend openvino
 
@@ -108,23 +116,36 @@ def export(
             tensorrt = need_tensorrt()
             capabilities = [tensorrt.parse_capability(name) for name in arch]
             tensorrt.image_profiles(specs(spec.unet, spec.vae, spec.text, dtype=dtype, split=split), sizes)
-        bundle = writing.export(
-            spec,
-            out,
-            source=writing.source_of(model),
-            options=options,
-            dtype=dtype,
-            opset=int(opset),
-            split=split,
-            fused_ops=fused_ops,
-            on_network=lambda network: click.echo(f"{network} ...", err=True),
-        )
+        shared: dict[str, Any] = {
+            "dtype": dtype,
+            "opset": int(opset),
+            "split": split,
+            "fused_ops": fused_ops,
+            "on_network": lambda network: click.echo(f"{network} ...", err=True),
+        }
+        if loras:
+            bundle = _export_with(adapters.find(loras), model, out, options, shared)
+        else:
+            source = writing.source_of(model)
+            bundle = writing.export(spec, out, source=source, options=options, **shared)
         total = sum(entry["bytes"] for entry in bundle.manifest["files"].values())
         click.echo(f"{out}: {', '.join(bundle.specs)}; {total / 2**20:.0f} MiB in {dtype}, as PyTorch computes them")
         if to is not None:
             for record, seconds in tensorrt.build_ahead(bundle, capabilities=capabilities, sizes=sizes):
                 text = f"{seconds:.1f} s" if seconds else "is there"
                 click.echo(f"{out / 'engines' / record.file}: {text}, {record.bytes / 2**20:.1f} MiB")
+
+
+def _export_with(
+    found: Sequence[tuple[str, Path, float]], model: str, out: Path, options: dict[str, Any], shared: dict[str, Any]
+) -> Bundle:
+    """The model with adapters merged into its weights, in float32."""
+    from fastldm.export.bundle import Bundle
+    from fastldm.pipeline import Pipeline
+
+    pipe = Pipeline.from_pretrained(model, device="cpu", dtype="float32", **options)
+    adapters.load(pipe, found)
+    return Bundle.open(pipe.export(out, **shared))
 
 
 @click.command()

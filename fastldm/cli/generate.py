@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastldm.cli.options import Size, backend_option, debug_option, decode_option, model_option
+from fastldm.cli.options import Size, backend_option, debug_option, decode_option, lora_option, model_option
 from fastldm.cli.report import reported
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ def _list_things(ctx: click.Context, param: click.Parameter, group: str | None) 
 @click.option("--init-image", metavar="FILE", help="Start from this picture instead of noise.")
 @click.option("--strength", type=float, help="How much of --init-image is redone, 0 to 1.  [default: 0.8]")
 @click.option("--mask", metavar="FILE", help="Repaint only where this picture is white; needs --init-image.")
+@lora_option
+@click.option("--prompt-lora", is_flag=True, help="Read <lora:NAME:SCALE> in PROMPT as --lora NAME.safetensors:SCALE.")
 @click.option(
     "--embedding",
     "embeddings",
@@ -90,6 +92,7 @@ def generate(
     fastldm generate "a red apple"
     fastldm generate "a (shiny:1.3) car" --n 4 --seed 7 -o car.png
     fastldm generate "a cat, oil painting" -m ./sd15 --init-image cat.png --strength 0.6
+    fastldm generate "a cat" -m ./sd15 --lora style.safetensors:0.8
     fastldm generate "a cat" -m ./sd15-onnx --backend openvino
     """
     with reported(debug):
@@ -97,8 +100,13 @@ def generate(
 
 
 def _generate(prompt: str, output: str | None, model: str, count: int, as_json: bool, options: dict[str, Any]) -> None:
+    from fastldm.cli import loras
     from fastldm.request import Request, picture_seeds
 
+    wanted = list(options["loras"])
+    if options["prompt_lora"]:
+        prompt, tagged = loras.split_tags(prompt)
+        wanted += tagged
     width, height = options["size"] or (None, None)
     arguments = {
         "negative_prompt": options["negative"],
@@ -127,6 +135,7 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
         if path is not None:
             measure(path, name)
 
+    adapters = loras.find(wanted)
     from fastldm.adapters.textual_inversion import read_textual_inversion
     from fastldm.pipeline import Pipeline
 
@@ -136,6 +145,7 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
     pipe = Pipeline.from_pretrained(model, **{name: options[name] for name in placement})
     if options["embeddings"]:
         pipe.load_textual_inversion(options["embeddings"], allow_pickle=options["allow_pickle"])
+    loras.load(pipe, adapters)
     if options["decode"] != "whole":
         (pipe.enable_vae_tiling if options["decode"] == "tiled" else pipe.enable_vae_slicing)()
     if model == "default":

@@ -23,6 +23,18 @@ class Size(click.ParamType):
         return width, int(match[2] or width)
 
 
+class Lora(click.ParamType):
+    """FILE[:SCALE] as (file, scale)."""
+
+    name = "FILE[:SCALE]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        file, colon, scale = str(value).rpartition(":")
+        if not colon or not re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)", scale):  # as of C:\sketch.safetensors
+            return str(value), 1.0
+        return file, float(scale)
+
+
 def check_numbers(size: tuple[int, int] | None, images: int = 1, steps: int | None = None) -> None:
     """InputError for numbers that no request may have, before anything is computed from them."""
     from fastldm.request import Request
@@ -54,5 +66,13 @@ backend_option = click.option(
     show_default=True,
     help="What runs the networks. All but torch need MODEL to be a bundle, which `fastldm export` writes; auto takes, "
     "of a bundle, what `fastldm verify` found fastest here.",
+)
+lora_option = click.option(
+    "--lora",
+    "loras",
+    type=Lora(),
+    multiple=True,
+    help="An adapter (LoRA and its relatives): a file, a folder or hub id with one, or the name of one that ships for "
+    "the default model, sketch or pixel. Repeatable.",
 )
 debug_option = click.option("--debug", is_flag=True, help="Show a traceback when something fails.")

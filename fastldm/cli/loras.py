@@ -1,0 +1,55 @@
+"""Adapters on the command line: `--lora FILE:SCALE`, and `<lora:NAME:SCALE>` in a prompt."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastldm.checks import show
+from fastldm.errors import InputError
+from fastldm.request import MAX_WEIGHT
+
+if TYPE_CHECKING:
+    from fastldm.pipeline import Pipeline
+
+_TAG = re.compile(r"\s*<lora:([^<>:]{1,200})(?::([^<>:]{0,30}))?>")
+
+
+def split_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
+    """A prompt without its tags, and what they name with their scales. A name is that of a file without its ending, in
+    the working folder, or of an adapter that ships. InputError for a scale that is no number."""
+    loras = []
+    for name, scale in _TAG.findall(prompt):
+        try:
+            number = float(scale or 1)
+        except ValueError:
+            raise InputError(f"<lora:{name}:{scale}> has {show(scale)} for a scale: expected a number") from None
+        file = Path(f"{name}.safetensors")
+        loras.append((str(file) if file.is_file() else name, number))
+    return _TAG.sub("", prompt).strip(), loras
+
+
+def find(loras: Sequence[tuple[str, float]]) -> list[tuple[str, Path, float]]:
+    """Of each its name, its file and its scale, before a model is loaded. CheckpointError for a file that there is
+    not."""
+    from fastldm.adapters.locate import find_weights
+
+    found: list[tuple[str, Path, float]] = []
+    for source, scale in loras:
+        if not abs(scale) <= MAX_WEIGHT:
+            raise InputError(f"the scale of --lora {source} is {scale}: expected a number from -1000 to 1000")
+        file = find_weights(source)
+        names = {name for name, *_ in found}
+        name = next(n for n in (file.stem, *(f"{file.stem} {k}" for k in range(2, 1000))) if n not in names)
+        found.append((name, file, scale))
+    return found
+
+
+def load(pipe: Pipeline, found: Sequence[tuple[str, Path, float]]) -> None:
+    """Load adapters, and make them active."""
+    for name, file, _ in found:
+        pipe.load_lora_weights(file, adapter_name=name)
+    if found:
+        pipe.set_adapters([name for name, *_ in found], [scale for *_, scale in found])
