@@ -7,7 +7,9 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import controls
 import ip_adapters
+import lora
 import numpy as np
 import pytest
 import tiny
@@ -241,6 +243,49 @@ def test_swaps_from_threads_leave_one_whole(originals: dict[str, Any], folders: 
     with ThreadPoolExecutor(3) as threads:
         for future in [threads.submit(swap, kind) for kind in ("base", "plus", "full")]:
             future.result(60)
+
+
+def test_all_kinds_of_adapters_at_once_equal_diffusers(tmp_path: Path) -> None:
+    """A LoRA, a ControlNet, a textual inversion and an IP-Adapter in one request; then each in its own of one batch."""
+    peers, pipe = tiny.pipeline("sd1"), Pipeline.from_diffusers(tiny.pipeline("sd1"))
+    own = deepcopy(peers.components) | {"controlnet": controls.controlnet("sd1")}
+    peer = tiny.peer("diffusers").StableDiffusionControlNetPipeline(**own, requires_safety_checker=False)
+    peer.set_progress_bar_config(disable=True)
+    file, folder = (
+        lora.write(tmp_path / "lora.safetensors", "sd1"),
+        ip_adapters.folder(tmp_path / "ip", peer.unet, "plus"),
+    )
+    token = {"<thing>": torch.randn(2, 32, generator=torch.Generator().manual_seed(1))}
+    for each in (peer, pipe):
+        each.load_textual_inversion(token)
+        each.load_ip_adapter(str(folder), subfolder="models", weight_name="plus.safetensors")
+    peer.load_lora_weights(str(file))
+    pipe.load_lora_weights(file, adapter_name="style")
+    pipe.attach_control(controls.controlnet("sd1"), "outlines")
+    options: dict[str, Any] = {"prompt": "a <thing>", "height": 64, "width": 64, "ip_adapter_image": photo(1)}
+    theirs = picture(peer, image=photo(2, (64, 64)), **options)
+    ours = picture(pipe, control_image=photo(2, (64, 64)), **options)
+    assert np.abs(ours - theirs).max() < 1e-3
+
+    kinds: list[dict[str, Any]] = [
+        {"prompt": "a <thing>"},
+        {"adapters": {"style": 1.0}},
+        {"control_image": photo(2, (64, 64))},
+        {"ip_adapter_image": photo(1)},
+        {
+            "prompt": "a <thing>",
+            "adapters": {"style": -0.5},
+            "control_image": photo(3, (64, 64)),
+            "ip_adapter_image": photo(4),
+        },
+    ]
+    requests = [request(k, **{"height": 64, "width": 64, "adapters": {}, **kind}) for k, kind in enumerate(kinds)]
+    alone = [pipe(**each).images for each in requests]
+    with Session(pipe, max_batch=8) as session:
+        for future, expected in zip([session.submit(**each) for each in requests], alone, strict=True):
+            assert np.abs(future.result(60).images - expected).max() < 2e-5
+    plain = pipe(**request(0, height=64, width=64, adapters={})).images
+    assert all(np.abs(each - plain).max() > 1e-3 for each in alone)
 
 
 # --- what does not fit

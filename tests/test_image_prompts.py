@@ -21,9 +21,10 @@ from fastldm import Pipeline, Request
 from fastldm.adapters.image_encoder import ImageEncoder
 from fastldm.adapters.ip_adapter import read_ip_adapter
 from fastldm.models import layers
-from fastldm.runtime.denoise import Batch, EagerBatch, Run
+from fastldm.runtime.denoise import Batch, EagerBatch, Embeds, Run
 from fastldm.runtime.graph import Graphs
 from fastldm.runtime.slots import Slots, StaticBuffers
+from fastldm.runtime.stages import Change
 
 
 @functools.cache
@@ -187,6 +188,22 @@ def test_neighbours_of_broken_pictures_are_untouched() -> None:
         assert ops.error(batch.latents(plain), alone({}, 2)) < 1e-5
         assert batch.release(broken)() == 0
         assert batch.release(fine)() is None
+
+
+def test_a_callback_may_take_the_negatives_away() -> None:
+    """As diffusers' SDCFGCutoffCallback does."""
+    stages, made = pipeline().stages, []
+    for batch in (EagerBatch(pipeline().unet), slots()):
+        (run,) = runs_of([MIXED[0]])
+        batch.admit(run)
+        batch.step([run])
+        assert run.embeds is not None
+        stages.change(batch, run, Change(0.0, 0.0, embeds=Embeds(run.embeds.prompt_embeds[1:])))
+        while not run.done:
+            batch.step([run])
+        made.append(batch.latents(run))
+    assert ops.error(*made) < 1e-5
+    assert ops.error(made[0], expected()[0]) > 1e-3
 
 
 def test_batches_have_room_for_what_is_loaded() -> None:

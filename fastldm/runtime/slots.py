@@ -262,7 +262,8 @@ class Slots:
                 if picture_kv is None:  # adds nothing: attention to zeros
                     buffer[:, :tokens].index_fill_(0, text_index, 0)
                 else:
-                    buffer[:, :tokens].index_copy_(0, text_index, picture_kv.to(buffer.dtype))
+                    own_rows = picture_kv[-len(texts) :]  # a callback may have taken the negatives away
+                    buffer[:, :tokens].index_copy_(0, text_index, own_rows.to(buffer.dtype))
 
     @torch.no_grad()
     def recondition(self, run: Run) -> None:
