@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import controls
+import lora
 import numpy as np
 import ops
 import pytest
@@ -470,5 +471,26 @@ def test_session_makes_each_of_many_as_alone() -> None:
     alone = [pipe(**workload).images for workload in workloads]
     with Session(pipe, max_batch=4) as session:
         made = [generation.result().images for generation in [session.submit(**workload) for workload in workloads]]
+    for ours, reference in zip(made, alone, strict=True):
+        assert np.abs(ours - reference).max() < 2e-5  # type: ignore[operator]
+
+
+def test_other_adapters_beside_each_other_have_their_controls(tmp_path: Path) -> None:
+    """Adapters beside the weights are the U-Net's alone: no ControlNet's."""
+    pipe = Pipeline.from_diffusers(tiny.pipeline("sd1"))
+    pipe.attach_control(controls.controlnet("sd1"), "outlines")
+    for k, name in enumerate("ab"):
+        file = lora.write(tmp_path / f"{name}.safetensors", "sd1", seed=k)
+        pipe.load_lora_weights(file, adapter_name=name)
+    workloads: list[dict[str, Any]] = [
+        {"adapters": {"a": 1.0}, "control_image": {"outlines": picture(1)}},
+        {"adapters": {"b": 0.8}},
+        {"adapters": {}, "control_image": {"outlines": picture(2)}, "guess_mode": True},
+        {"adapters": {"a": 0.5, "b": 0.5}, "control_image": {"outlines": picture(3)}},
+    ]
+    alone = [make(pipe, **workload) for workload in workloads]
+    with Session(pipe, max_batch=4) as session:
+        generations = [session.submit(**{**BASE, "seed": 0, **workload}) for workload in workloads]
+        made = [generation.result().images for generation in generations]
     for ours, reference in zip(made, alone, strict=True):
         assert np.abs(ours - reference).max() < 2e-5  # type: ignore[operator]

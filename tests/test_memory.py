@@ -16,9 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import controls
 import pytest
 import tiny
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -28,7 +30,8 @@ from fastldm import OutOfMemory, Pipeline
 from fastldm import image as images
 from fastldm.kernels.step import StepState
 from fastldm.loading import spec as loading
-from fastldm.models.unet import AddedConditions
+from fastldm.loading.prepare import prepare
+from fastldm.models.unet import AddedConditions, Features
 from fastldm.models.vae import decode_pieces, finish
 from fastldm.planning import memory
 from fastldm.planning.allocator import MIB
@@ -156,6 +159,84 @@ def test_weights_and_buffers_are_counted_to_the_byte(spec: loading.Spec) -> None
     ]
     assert sum(line.bytes for line in planned.buffers) == sum(t.numel() * t.element_size() for t in tensors)
     assert planned.needed == planned.resident + max(phases(planned).values())
+
+
+def test_plan_of_controls_matches_live_bytes() -> None:
+    """The step with a ControlNet's residuals and a T2I-Adapter's features, pictures, weights, and a GPU's buffers."""
+    pipe = Pipeline.from_diffusers(tiny.pipeline("sd1"))
+    networks: list[Any] = [
+        controls.ours_of(controls.controlnet("sd1")),
+        controls.our_adapter_of(controls.t2i_adapter("full")),
+    ]
+    prepare({str(k): network for k, network in enumerate(networks)})
+    controlnet, adapter = networks
+    configs = tuple(network.config for network in networks)
+    options: dict[str, Any] = {"width": 256, "height": 384, "batch": 2, "guided": True}
+    without = plan(Workload.of_stages(pipe.stages, **options))
+    planned = plan(Workload.of_stages(pipe.stages, **options, attached=configs, controls=configs))
+    weights = [4 * sum(p.numel() for p in network.parameters()) for network in networks]
+    assert [line.bytes for line in planned.weights if line.name.startswith("control")] == weights
+
+    unet, rows = pipe.unet, 4
+    picture = torch.rand(2, 3, 384, 256)
+    text = torch.randn(rows, 77, unet.config.cross_attention_dim)
+    model_input = torch.randn(rows, 4, 48, 32).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        times, kv = unet.time_rows(torch.zeros(rows)), unet.cross_kv(text)
+        own_times, own_kv = controlnet.time_rows(torch.zeros(rows)), controlnet.cross_kv(text)
+        hint = controlnet.hint(picture).repeat(2, 1, 1, 1)
+        hint = hint.contiguous(memory_format=torch.channels_last)
+        features = [level.repeat(2, 1, 1, 1) for level in adapter(picture)]
+    features.append(torch.zeros(rows, unet.config.mid.channels, 6, 4))
+    weight = torch.ones(len(unet.config.skip_channels) + 1, rows)
+
+    def step() -> object:
+        residuals = controlnet.step(model_input, own_times, own_kv, hint)._replace(weights=weight)
+        return unet.step(model_input, times, kv, residuals=[residuals], features=[Features(tuple(features))])
+
+    for name, run in (("step", step), ("control", lambda: [controlnet.hint(picture), adapter(picture)])):
+        real = peak_bytes(run)
+        assert phases(planned)[name] <= 1.001 * real, name
+        assert phases(planned)[name] >= real - SCRATCH * torch.get_num_threads(), name
+    assert phases(planned)["step"] > 1.1 * phases(without)["step"]
+
+    held = StaticBuffers.empty(
+        unet.config,
+        slots=2,
+        rows=4,
+        height=48,
+        width=32,
+        tokens=77,
+        steps=30,
+        dtype=torch.float32,
+        device="cpu",
+        controls=[controlnet],
+        features=True,
+    )
+    lines = {line.name: line.bytes for line in planned.buffers}
+    (own,) = held.controls
+    assert lines["controls"] == sum(t.nbytes for t in (own.hint, own.weights, own.temb, *own.text))
+    assert lines["features"] == sum(t.nbytes for t in held.features)
+    assert not {"controls", "features"} & {line.name for line in without.buffers}
+
+
+def test_controls_count_when_a_request_is_admitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = Pipeline.from_diffusers(tiny.pipeline("sd1", vae=tiny.tiny_vae()))
+    wide = {"conditioning_embedding_out_channels": (64, 64, 64, 64)}  # takes more than the decoder
+    pipe.attach_control(controls.controlnet("sd1", **wide), "outlines")
+    options: dict[str, Any] = {"width": 256, "height": 256, "batch": 1, "guided": True, "steps": 64}
+    attached = tuple(control.network.config for control in pipe.controls.values())
+    need = {
+        used: (planned := plan(Workload.of_stages(pipe.stages, **options, attached=attached, controls=used))).needed
+        - planned.loading
+        for used in ((), attached)
+    }
+    assert need[attached] > 1.1 * need[()]
+    monkeypatch.setattr(memory, "free_bytes", lambda device: sum(need.values()) // 2)
+    request: dict[str, Any] = {"width": 256, "height": 256, "num_inference_steps": 1, "output_type": "np"}
+    pipe("a cat", **request)
+    with pytest.raises(OutOfMemory, match="1 picture of 256x256 need"):
+        pipe("a cat", **request, control_image=Image.new("RGB", (64, 64)))
 
 
 def test_plan_grows_with_the_request(spec: loading.Spec) -> None:

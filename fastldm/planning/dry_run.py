@@ -23,11 +23,14 @@ from fastldm.loading.prepare import prepare
 from fastldm.loading.spec import autoencoder
 from fastldm.models.clip import CLIPText
 from fastldm.models.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
-from fastldm.models.unet import AddedConditions, UNet
+from fastldm.models.controlnet import ControlNet, ControlNetConfig
+from fastldm.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
+from fastldm.models.unet import AddedConditions, Features, UNet
 from fastldm.models.vae import TILE, AutoencoderKL, Decode, TinyAutoencoder, decode_pieces, finish
-from fastldm.runtime.slots import Slots, StaticBuffers
+from fastldm.runtime.slots import FEATURES, Slots, StaticBuffers
 
-Config = UNetConfig | VAEConfig | TinyVAEConfig | TextConfig
+ControlConfig = ControlNetConfig | T2IAdapterConfig
+Config = UNetConfig | VAEConfig | TinyVAEConfig | TextConfig | ControlNetConfig | T2IAdapterConfig
 DryRun = Callable[[], object]
 
 
@@ -38,9 +41,10 @@ def network(config: Config, dtype: torch.dtype) -> nn.Module:
 
 @functools.lru_cache(maxsize=16)
 def _network(config: Config, dtype: torch.dtype, device: str) -> nn.Module:
-    build = UNet if isinstance(config, UNetConfig) else CLIPText if isinstance(config, TextConfig) else autoencoder
+    classes = {UNetConfig: UNet, TextConfig: CLIPText, ControlNetConfig: ControlNet, T2IAdapterConfig: T2IAdapter}
+    build: Callable[[Any], nn.Module] = classes.get(type(config), autoencoder)
     with torch.device("meta"):
-        module = build(config).to(dtype)  # type: ignore[arg-type]
+        module = build(config).to(dtype)
         prepare({"": module})
     return module
 
@@ -82,15 +86,49 @@ def cross_kv(config: UNetConfig, *, rows: int, tokens: int, dtype: torch.dtype) 
     return torch.no_grad()(lambda: unet.cross_kv(text))
 
 
-def step(config: UNetConfig, *, height: int, width: int, rows: int, tokens: int, dtype: torch.dtype) -> DryRun:
-    """One step of `rows` U-Net rows: on a GPU all calls of its graph, on a CPU the network."""
+def control(config: ControlConfig, *, height: int, width: int, batch: int, dtype: torch.dtype) -> DryRun:
+    """The embedding of pictures for a ControlNet, or a T2I-Adapter's features. height and width are the pictures'."""
+    module: Any = network(config, dtype)
+    pictures = _empty(batch, config.image_channels, height, width, dtype=dtype)
+    return torch.no_grad()(functools.partial(module.hint if isinstance(module, ControlNet) else module, pictures))
+
+
+def step(
+    config: UNetConfig,
+    *,
+    height: int,
+    width: int,
+    rows: int,
+    tokens: int,
+    dtype: torch.dtype,
+    controls: Sequence[ControlConfig] = (),
+) -> DryRun:
+    """One step of `rows` U-Net rows: on a GPU all calls of its graph, on a CPU the networks. controls: what acts on all
+    rows."""
     unet: UNet = network(config, dtype)  # type: ignore[assignment]
-    shape = {"height": height, "width": width, "tokens": tokens, "dtype": dtype, "device": "meta"}
-    buffers = StaticBuffers.empty(config, slots=rows, rows=rows, steps=1, **shape)  # type: ignore[arg-type]
+    nets: list[Any] = [network(each, dtype) for each in controls if isinstance(each, ControlNetConfig)]
+    adapted = len(nets) < len(controls)
+    shape: dict[str, Any] = {"height": height, "width": width, "tokens": tokens, "dtype": dtype, "device": "meta"}
+    buffers = StaticBuffers.empty(config, slots=rows, rows=rows, steps=1, **shape, controls=nets, features=adapted)
     if device_type(buffers.temb) != "cpu":
-        return torch.no_grad()(functools.partial(Slots(unet, buffers).body, rows, rescales=True))
-    inputs = buffers.step.u, buffers.temb[:rows, 0], tuple(text[:rows] for text in buffers.text)
-    return torch.no_grad()(functools.partial(unet.step, *inputs))
+        indices = [*([FEATURES] if adapted else []), *range(len(nets))]
+        controlled = tuple((index, ((0, rows),)) for index in indices)
+        return torch.no_grad()(functools.partial(Slots(unet, buffers).body, rows, True, controlled))
+    model_input = buffers.step.u
+
+    def states(temb: Tensor, text: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return temb[:rows, 0], tuple(kv[:rows] for kv in text)
+
+    def run() -> object:
+        residuals = []
+        for own in buffers.controls:
+            latents = model_input[:, : own.network.config.unet.in_channels]
+            output = own.network.step(latents, *states(own.temb, own.text), own.hint)
+            residuals.append(output._replace(weights=own.weights.T))
+        features = [Features(buffers.features)] if adapted else []
+        return unet.step(model_input, *states(buffers.temb, buffers.text), residuals=residuals, features=features)
+
+    return torch.no_grad()(run)
 
 
 def decode(

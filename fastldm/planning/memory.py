@@ -19,6 +19,8 @@ from fastldm.errors import InputError, OutOfMemory
 from fastldm.kernels import onednn
 from fastldm.kernels.dispatch import Target, device_capability, targeting
 from fastldm.models.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
+from fastldm.models.controlnet import ControlNet, ControlNetConfig
+from fastldm.models.t2i_adapter import T2IAdapter
 from fastldm.models.vae import Decode
 from fastldm.planning import dry_run
 from fastldm.planning.allocator import MIB, CUDAHeap, Heap, record
@@ -51,6 +53,8 @@ class Workload:
     rows: int = 0  # of the U-Net; 0: as many as the request needs
     backend: str = "torch"
     precision: torch.dtype | None = None  # of an engine, where that is not `dtype`, a bundle's
+    attached: tuple[dry_run.ControlConfig, ...] = ()  # what buffers have room for
+    controls: tuple[dry_run.ControlConfig, ...] = ()  # those of the request
 
     @classmethod
     def of_spec(
@@ -192,6 +196,14 @@ def upper_bound(workload: Workload) -> int:
     latents = workload.height * workload.width
     text = 2 * workload.tokens * sum(unet.cross_widths) + 2 * workload.steps * unet.time_channels
     numbers = 8 * workload.batch * latents * vae.factor**2 * width + 64 * rows * latents * unet.down[0].channels
+    slots = workload.slots or workload.batch
+    for control in (*workload.attached, *workload.controls):
+        if isinstance(control, ControlNetConfig):
+            numbers += (
+                2 * slots * (2 * workload.tokens * sum(control.cross_widths) + workload.steps * control.time_channels)
+            )
+        numbers += 64 * (rows + slots) * latents * unet.down[0].channels
+        numbers += 128 * workload.batch * latents * vae.factor**2
     noise = 4 * workload.batch * workload.steps * latents * unet.out_channels
     return 256 * MIB + workload.dtype.itemsize * (numbers + 4 * rows * text) + 2 * noise
 
@@ -246,6 +258,8 @@ def plan(workload: Workload) -> MemoryPlan:
             steps=workload.steps,
             dtype=workload.dtype,
             device="meta",
+            controls=[network for network in networks.values() if isinstance(network, ControlNet)],
+            features=any(isinstance(network, T2IAdapter) for network in networks.values()),
         )
         traces = {name: record(work()) for name, work in _phases(workload, rows).items()}
 
@@ -285,12 +299,15 @@ _FIELDS = {
     "table": "the samplers' tables",
     "temb": "time rows of all steps",
     "text": "keys and values of every cross-attention",
+    "controls": "pictures, keys and values, and time rows of ControlNets",
+    "features": "of T2I-Adapters",
     "adapters": "pages and scales of each row",
 }
 _PHASES = {
     "text": "prompts and negative prompts, through the encoders",
     "conditions": "keys and values of the texts, time rows of all steps",
-    "step": "activations of the U-Net",
+    "control": "pictures of ControlNets and T2I-Adapters, through their own first layers",
+    "step": "activations of the U-Net, and of the request's ControlNets",
     "encode": "the image to start from",
     "decode": "latents to pictures",
 }
@@ -303,15 +320,28 @@ def _phases(workload: Workload, rows: int) -> dict[str, Callable[[], dry_run.Dry
         "text": lambda: dry_run.text(workload.text, batch=rows, dtype=workload.dtype),
         "conditions": lambda: dry_run.conditions(workload.unet, steps=workload.steps, dtype=workload.dtype, **text),
         "encode": lambda: dry_run.encode(workload.vae, batch=workload.batch, **shape),
-        "step": lambda: dry_run.step(workload.unet, **shape, **text),
+        "control": lambda: _controls(workload),
+        "step": lambda: dry_run.step(workload.unet, **shape, **text, controls=workload.controls),
         "decode": lambda: dry_run.decode(workload.vae, batch=workload.batch, mode=workload.decode, **shape),
     }
-    return {name: work for name, work in phases.items() if name != "encode" or workload.encode}
+    left_out = [*([] if workload.encode else ["encode"]), *([] if workload.controls else ["control"])]
+    return {name: work for name, work in phases.items() if name not in left_out}
+
+
+def _controls(workload: Workload) -> dry_run.DryRun:
+    """All of them, one after the other."""
+    factor = workload.vae.factor
+    shape: dict[str, Any] = {"height": workload.height * factor, "width": workload.width * factor}
+    runs = [
+        dry_run.control(config, batch=workload.batch, dtype=workload.dtype, **shape) for config in workload.controls
+    ]
+    return lambda: [run() for run in runs]
 
 
 def _networks(workload: Workload) -> dict[str, nn.Module]:
     names = ["U-Net", "VAE", *(f"text encoder {i}" for i in range(1, len(workload.text) + 1))]
-    configs: list[dry_run.Config] = [workload.unet, workload.vae, *workload.text]
+    names += [f"control {i}" for i in range(1, len(workload.attached) + 1)]
+    configs: list[dry_run.Config] = [workload.unet, workload.vae, *workload.text, *workload.attached]
     return {name: dry_run.network(config, workload.dtype) for name, config in zip(names, configs, strict=True)}
 
 
@@ -327,6 +357,11 @@ def _fields(buffers: StaticBuffers) -> Iterator[tuple[str, list[Tensor]]]:
             yield name, [field]
         elif name in ("text", "adapters"):
             yield name, [tensor for tensor in field if tensor is not None]
+        elif name == "features" and field:
+            yield name, list(field)
+        elif name == "controls" and field:
+            own = [(control.hint, control.weights, control.temb, *control.text) for control in field]
+            yield name, [tensor for tensors in own for tensor in tensors]
 
 
 def _libraries(arch: int) -> tuple[Line, ...]:

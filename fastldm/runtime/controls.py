@@ -25,8 +25,8 @@ from fastldm.adapters.control import Control
 from fastldm.checks import show
 from fastldm.device import send
 from fastldm.errors import InputError
-from fastldm.models.controlnet import ControlNet
-from fastldm.models.t2i_adapter import T2IAdapter
+from fastldm.models.controlnet import ControlNet, ControlNetConfig
+from fastldm.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from fastldm.models.unet import Residuals
 from fastldm.request import MAX_CONTROLS, Request
 
@@ -69,10 +69,14 @@ class Selection(Mapping[str, Any]):
         return len(self.uses)
 
     @property
+    def configs(self) -> tuple[ControlNetConfig | T2IAdapterConfig, ...]:
+        """Of their networks."""
+        return tuple(use.control.network.config for use in self.uses)
+
+    @property
     def multiple(self) -> int:
         """What width and height must be multiples of, in pixels."""
-        networks = [use.control.network for use in self.uses]
-        return math.lcm(1, *(network.config.factor for network in networks if isinstance(network, T2IAdapter)))
+        return math.lcm(1, *(config.factor for config in self.configs if isinstance(config, T2IAdapterConfig)))
 
     def size(self, factor: int) -> tuple[int, int]:
         """(height, width) in pixels of the first picture, rounded down to what is possible with `factor` pixels per

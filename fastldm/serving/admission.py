@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastldm.planning import memory
 from fastldm.request import Request
 from fastldm.runtime.complete import start_latents
+from fastldm.runtime.controls import Selection
 from fastldm.runtime.slots import step_capacity
 from fastldm.runtime.stages import Stages
 
@@ -29,5 +30,7 @@ def check(stages: Stages, request: Request, max_batch: int, held: int) -> None:
         encode=request.image is not None and start_latents(request, stages.latent_channels) is None,
         slots=images,
         rows=stages.unet_rows(images),
+        attached=tuple(control.network.config for control in stages.controls.attached.values()),
+        controls=request.control_image.configs if isinstance(request.control_image, Selection) else (),
     )
     memory.check(workload, free + held, f"{batch} picture{'s' * (batch > 1)} of {width}x{height}")
