@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -69,3 +71,13 @@ def test_a_network_has_eight_bits_for_one_run() -> None:
     assert "linear_fp8" in ops[:both]
     assert "linear_fp8" not in ops[both:]
     assert all(layer.eight_bits is None for layer in layers)
+
+
+@pytest.mark.parametrize("workload", ["tiny step, adapters", "sd15-512 step, adapters"])
+def test_every_linear_layer_applies_its_adapters(workload: str) -> None:
+    """Of 16 transformers with a layer each: projections in and out, and six products, queries, keys and values one."""
+    counts = Counter[str]()
+    for call, count in networks.calls(workload, torch.float16).items():
+        counts[call.op] += count
+    assert counts["lora_linear"] + counts["lora_geglu"] == 16 * (2 + 6)
+    assert counts["lora_geglu"] == 16

@@ -94,8 +94,7 @@ def from_original(name: str, layers_per_block: int) -> str | None:
 
 def modules_of(spec: Spec) -> Modules:
     """The modules of a model, from its configs: no weights are read."""
-    names = [name for name in TEXT_ENCODERS if name in spec.checkpoint.components]
-    return of_configs(spec.unet, tuple(zip(names, spec.text, strict=True)))
+    return of_configs(spec.unet, tuple(zip(TEXT_ENCODERS, spec.text, strict=False)))
 
 
 @lru_cache(maxsize=4)

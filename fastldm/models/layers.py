@@ -198,6 +198,8 @@ class Pointwise(Adaptable):
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """As `Linear.add_to`."""
+        if self.adapters is not None:
+            return lora_linear(x, self.weight.flatten(1), None, *self.adapters, residual=residual)
         return linear(x, self.weight.flatten(1), residual=residual, overwrite=True)
 
 
