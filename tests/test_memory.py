@@ -239,6 +239,16 @@ def test_controls_count_when_a_request_is_admitted(monkeypatch: pytest.MonkeyPat
         pipe("a cat", **request, control_image=Image.new("RGB", (64, 64)))
 
 
+def test_room_for_pictures_is_counted_to_the_byte(spec: loading.Spec) -> None:
+    options: dict[str, Any] = {"width": 64, "height": 64, "batch": 2, "dtype": torch.float32, "arch": 0}
+    with_pictures = plan(Workload.of_spec(spec, **options, pictures=(16, 32)))
+    lines = {line.name: line.bytes for line in with_pictures.buffers}
+    expected = 4 * (2 * 2) * (16 + 32) * 2 * sum(spec.unet.cross_widths) + 2 * 4 * (2 * 2)  # and int32 lengths
+    assert lines["pictures"] == expected
+    assert "pictures" not in {line.name for line in plan(Workload.of_spec(spec, **options)).buffers}
+    assert memory.upper_bound(with_pictures.workload) >= with_pictures.needed - with_pictures.loading
+
+
 def test_plan_grows_with_the_request(spec: loading.Spec) -> None:
     base, twice = (phases(plan(workload_of(spec, width=width, encode=True))) for width in (256, 512))
     for name in ("encode", "step", "decode"):  # activations: in proportion to the pixels
@@ -352,7 +362,7 @@ def test_plan_serialises_to_json(spec: loading.Spec) -> None:
     assert report["resident"] + max(line["bytes"] for line in report["phases"]) == report["needed"]
     assert report["needed"] + report["cached"]["bytes"] == report["peak"] == planned.peak
     assert report["workload"]["width"] == 256
-    fields = {*StaticBuffers._fields, *StepState._fields} - {"step", "controls", "features"}
+    fields = {*StaticBuffers._fields, *StepState._fields} - {"step", "controls", "features", "pictures"}
     assert {line["name"] for line in report["buffers"]} == fields
 
 

@@ -55,6 +55,7 @@ class Workload:
     precision: torch.dtype | None = None  # of an engine, where that is not `dtype`, a bundle's
     attached: tuple[dry_run.ControlConfig, ...] = ()  # what buffers have room for
     controls: tuple[dry_run.ControlConfig, ...] = ()  # those of the request
+    pictures: tuple[int, ...] = ()  # tokens of each IP-Adapter that a slot may have
 
     @classmethod
     def of_spec(
@@ -84,6 +85,7 @@ class Workload:
         options: dict[str, Any] = {"height": height // factor, "width": width // factor, "batch": batch}
         options = {**options, "tokens": configs[0].max_position, **overrides}
         options |= {"backend": stages.backend, "precision": getattr(torch, stages.precision)}
+        options["pictures"] = tuple(stages.image_prompts.capacity([]))
         return cls(stages.unet.config, stages.vae.config, configs, dtype=stages.dtype, arch=arch, **options)
 
 
@@ -194,7 +196,8 @@ def upper_bound(workload: Workload) -> int:
     unet, vae, rows = workload.unet, workload.vae, workload.batch * (2 if workload.guided else 1)
     width = vae.decoder_width if isinstance(vae, TinyVAEConfig) else max(vae.channels[:2])
     latents = workload.height * workload.width
-    text = 2 * workload.tokens * sum(unet.cross_widths) + 2 * workload.steps * unet.time_channels
+    tokens = workload.tokens + sum(workload.pictures)
+    text = 2 * tokens * sum(unet.cross_widths) + 2 * workload.steps * unet.time_channels
     numbers = 8 * workload.batch * latents * vae.factor**2 * width + 64 * rows * latents * unet.down[0].channels
     slots = workload.slots or workload.batch
     for control in (*workload.attached, *workload.controls):
@@ -260,6 +263,7 @@ def plan(workload: Workload) -> MemoryPlan:
             device="meta",
             controls=[network for network in networks.values() if isinstance(network, ControlNet)],
             features=any(isinstance(network, T2IAdapter) for network in networks.values()),
+            pictures=workload.pictures,
         )
         traces = {name: record(work()) for name, work in _phases(workload, rows).items()}
 
@@ -302,6 +306,7 @@ _FIELDS = {
     "controls": "pictures, keys and values, and time rows of ControlNets",
     "features": "of T2I-Adapters",
     "adapters": "pages and scales of each row",
+    "pictures": "keys and values of the pictures of IP-Adapters",
 }
 _PHASES = {
     "text": "prompts and negative prompts, through the encoders",
@@ -362,6 +367,8 @@ def _fields(buffers: StaticBuffers) -> Iterator[tuple[str, list[Tensor]]]:
         elif name == "controls" and field:
             own = [(control.hint, control.weights, control.temb, *control.text) for control in field]
             yield name, [tensor for tensors in own for tensor in tensors]
+        elif name == "pictures" and field:
+            yield name, [tensor for own in field for tensor in (*own.kv, own.kv_len)]
 
 
 def _libraries(arch: int) -> tuple[Line, ...]:
