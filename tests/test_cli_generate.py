@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import ip_adapters
 import numpy as np
 import pytest
 import tiny
@@ -134,6 +135,24 @@ def test_embeddings_are_words_of_the_prompt(model: str) -> None:
         refused = run("generate", "a", "-m", "no/model", "--embedding", path)
         assert refused.exit_code != 0
         assert message in refused.output
+
+
+def test_ip_adapter_reads_pictures_as_prompts(model: str, tmp_path: Path) -> None:
+    folder = ip_adapters.folder(tmp_path / "ip", tiny.unet("sd1"), "base") / "models"
+    for k in (1, 2):
+        Image.fromarray(np.random.default_rng(k).integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(f"{k}.png")
+    images = []
+    for options in ((), ("--ip-image", "1.png"), ("--ip-image", "1.png", "--ip-image", "2.png", "--ip-scale", "0.5")):
+        adapter = ("--ip-adapter", str(folder / "base.safetensors")) if options else ()
+        done = generate(model, "--seed", "1", "-o", "a.png", "--force", *adapter, *options)
+        assert done.exit_code == 0, done.output
+        with Image.open("a.png") as image:
+            images.append(np.asarray(image).tobytes())
+    assert len({*images}) == 3
+    for refused in (generate(model, "--ip-image", "1.png"), generate(model, "--ip-adapter", "x.safetensors")):
+        assert refused.exit_code != 0
+        assert "--ip-adapter and --ip-image go together" in refused.output
+    assert "there is no file 'none.png'" in generate(model, "--ip-image", "none.png", "--ip-adapter", "x").output
 
 
 def test_variant_selects_the_weights_files(tmp_path: Path) -> None:

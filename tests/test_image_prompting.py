@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
@@ -313,6 +314,21 @@ def test_the_image_encoder_is_found_or_left_out(pipe: Pipeline, folders: dict[st
         pipe.load_ip_adapter(folder, "models", "plus.safetensors", image_encoder_folder="none")
 
 
+def test_a_hub_id_is_read_from_the_local_cache(pipe: Pipeline, folders: dict[str, Path], tmp_path: Path) -> None:
+    repository = tmp_path / "models--acme--adapter"
+    shutil.copytree(folders["sd1"], repository / "snapshots" / ("a" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    options: dict[str, Any] = {"cache_dir": tmp_path, "local_files_only": True}
+    pipe.load_ip_adapter("acme/adapter", "models", "plus.safetensors", **options)
+    assert pipe.image_encoder is not None
+    pipe.unload_ip_adapter()
+    pipe.load_ip_adapter("acme/adapter", "models", "base.safetensors", "models/image_encoder", **options)
+    pipe.unload_ip_adapter()
+    with pytest.raises(CheckpointError, match=r"there is no file 'config\.json' in acme/adapter/models/none"):
+        pipe.load_ip_adapter("acme/adapter", "models", "base.safetensors", "none", **options)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -326,8 +342,6 @@ def test_the_image_encoder_is_found_or_left_out(pipe: Pipeline, folders: dict[st
 def test_damaged_image_encoders_change_nothing(
     damage: Any, message: str, pipe: Pipeline, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(folders["sd1"], copy)
     damage(copy / "models" / "image_encoder")

@@ -10,6 +10,7 @@ import click
 
 from fastldm.cli.options import Size, backend_option, debug_option, decode_option, lora_option, model_option
 from fastldm.cli.report import reported
+from fastldm.errors import InputError
 
 if TYPE_CHECKING:
     from fastldm.pipeline import Pipeline
@@ -56,6 +57,13 @@ def _list_things(ctx: click.Context, param: click.Parameter, group: str | None) 
     metavar="FILE",
     help="A textual inversion; its token is what the file says, or its name without ending. Repeatable.",
 )
+@click.option(
+    "--ip-adapter",
+    metavar="FILE",
+    help="An IP-Adapter, with image_encoder/ beside it; needs --ip-image.",
+)
+@click.option("--ip-image", "ip_images", multiple=True, metavar="FILE", help="A picture as prompt. Repeatable.")
+@click.option("--ip-scale", type=float, metavar="S", help="How much --ip-image counts.  [default: 1]")
 @click.option("--allow-pickle", is_flag=True, help="Take tensors from pickled files too.")
 @click.option("--literal", is_flag=True, help="Take brackets in PROMPT as text, not as weights.")
 @click.option("--clip-skip", type=int, metavar="N", help="Leave out the text encoder's last N layers.")
@@ -122,7 +130,11 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
         "height": height,
         "width": width,
         "num_images_per_prompt": count,
+        "ip_adapter_image": [list(options["ip_images"])] if options["ip_images"] else None,
+        "ip_adapter_scale": options["ip_scale"],
     }
+    if bool(options["ip_adapter"]) != bool(options["ip_images"]):
+        raise InputError("--ip-adapter and --ip-image go together: the one reads the other")
     # Mistakes are found before the model is loaded: those in the request itself, then in the files to read and write.
     request = Request(prompt=prompt, **{name: value for name, value in arguments.items() if value is not None})
     request = request.replace(seed=picture_seeds(request))
@@ -131,7 +143,8 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
     from fastldm.image import measure, output_paths, save_result
 
     paths = output_paths(output or f"fastldm-{seeds[0]}.png", count, force=options["force"])
-    for name, path in (("--init-image", options["init_image"]), ("--mask", options["mask"])):
+    pictures = [("--init-image", options["init_image"]), ("--mask", options["mask"])]
+    for name, path in (*pictures, *(("--ip-image", path) for path in options["ip_images"])):
         if path is not None:
             measure(path, name)
 
@@ -145,6 +158,8 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
     pipe = Pipeline.from_pretrained(model, **{name: options[name] for name in placement})
     if options["embeddings"]:
         pipe.load_textual_inversion(options["embeddings"], allow_pickle=options["allow_pickle"])
+    if options["ip_adapter"]:
+        pipe.load_ip_adapter(options["ip_adapter"], allow_pickle=options["allow_pickle"])
     loras.load(pipe, adapters)
     if options["decode"] != "whole":
         (pipe.enable_vae_tiling if options["decode"] == "tiled" else pipe.enable_vae_slicing)()
