@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
+import sys
 from typing import Any
 
 from torch import nn
 
 from fastldm import checks
 from fastldm.adapters.control import Control, read_control
-from fastldm.errors import InputError
+from fastldm.errors import CheckpointError, InputError
+from fastldm.loading import changes
 from fastldm.models.unet import UNet
 from fastldm.runtime.stages import Stages
 from fastldm.serving.session import Session
@@ -58,14 +62,32 @@ class ControlLoader:
         if name is not None:
             controls.check_free(checks.short_text("name", name, "a control's name"))
         control = read_control(path_or_id, stages.spec, dtype=stages.dtype, **options)
-        chosen = controls.free_name(control.name) if name is None else name
         # One thread drives the device.
-        controls.attach(chosen, self.session.call(lambda: control.prepare(stages.device)))
-        return chosen
+        return controls.attach(name, self.session.call(lambda: control.prepare(stages.device)))
 
     def detach_control(self, name: str | None = None) -> None:
         """Forget a control, or all; requests that were submitted with it keep it. InputError for an unknown name."""
         self.stages.controls.detach(None if name is None else [checks.short_text("name", name, "a control's name")])
+
+
+def without_controls(pipe: Any) -> tuple[Any, list[Any]]:
+    """A diffusers pipeline without its ControlNets or T2I-Adapters, which are given beside it; any other as it is.
+
+    CheckpointError for one whose pictures are made by more than its class, its weights and its configs.
+    """
+    library, name = sys.modules.get("diffusers"), type(pipe).__name__
+    controlled = re.fullmatch(r"(StableDiffusion(?:XL)?)(?:ControlNet|Adapter)((?:Img2Img|Inpaint)?Pipeline)", name)
+    if library is None or controlled is None or not isinstance(pipe, library.DiffusionPipeline):
+        return pipe, []
+    # These convert pictures to RGB, as is always done here.
+    differences = [one for one in changes.of_pipeline(pipe) if "image_processor.do_convert_rgb" not in one]
+    if differences:
+        raise CheckpointError(f"{name}: {changes.describe(differences)}")
+    base = getattr(library, "".join(controlled.groups()))
+    accepted = inspect.signature(base.__init__).parameters
+    parts = {key: value for key, value in {**pipe.config, **pipe.components}.items() if key in accepted}
+    own = (pipe.components.get(key) for key in ("controlnet", "adapter"))
+    return base(**parts), [control for controls in own for control in as_list(controls)]
 
 
 def as_list(controls: Any) -> list[Any]:

@@ -19,7 +19,7 @@ from fastldm import checks
 from fastldm.adapters.selection import Selection
 from fastldm.adapters.targets import TEXT_ENCODERS
 from fastldm.adapting import Adapting
-from fastldm.controlling import ControlLoader, as_list
+from fastldm.controlling import ControlLoader, as_list, without_controls
 from fastldm.errors import CheckpointError, InputError
 from fastldm.image_prompting import IPAdapterLoader
 from fastldm.loading import adoption
@@ -141,7 +141,8 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
 
     @classmethod
     def from_diffusers(cls, pipe: Any, *, batch_invariant: bool = False) -> Pipeline:
-        """Adopts a loaded diffusers pipeline: Stable Diffusion 1, 2 or XL, for text, image to image or inpainting.
+        """Adopts a loaded diffusers pipeline: Stable Diffusion 1, 2 or XL, for text, image to image or inpainting,
+        with ControlNets or T2I-Adapters too, which are copied.
 
         The weights are shared, not copied: what changes in one changes in the other. Device and dtype stay as they are.
         Compiled and fused networks are taken as what they are made of, and tiled or sliced decoding goes on.
@@ -151,6 +152,7 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         than its class, its weights and its configs: by FreeU, hooks, adapters, replaced methods, changed layers.
         """
         checks.flag("batch_invariant", batch_invariant)
+        pipe, controls = without_controls(pipe)
         spec = loading.spec_of(adoption.describe_diffusers(pipe))
         components = {name: getattr(pipe, name) for name in spec.checkpoint.components}
         networks = loading.load(spec, lambda module, name: adoption.adopt(module, components[name]), components)
@@ -159,6 +161,8 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
             adopted.enable_vae_tiling()
         elif pipe.vae.use_slicing:
             adopted.enable_vae_slicing()
+        for control in controls:
+            adopted.attach_control(control)
         return adopted
 
     # --- a call

@@ -61,7 +61,7 @@ def test_controlnet_folder_file_and_module_are_one(name: str, tmp_path: Path) ->
     assert dataclasses.replace(single.network.config, bgr=config.bgr, unet=without_text(unet)) == dataclasses.replace(
         config, unet=without_text(config.unet)
     )
-    assert (folder.name, single.name, module.name) == ("outlines", file.stem, "the given ControlNetModel")
+    assert (folder.name, single.name, module.name) == ("outlines", file.stem, "controlnet")
     data = file.read_bytes()
     tensors = data[8 + int.from_bytes(data[:8], "little") :]
     assert folder.short_hash == single.short_hash == hashlib.sha256(tensors).hexdigest()[:12]

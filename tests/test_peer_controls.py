@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from fastldm import Pipeline
+from fastldm.errors import CheckpointError
 
 diffusers.utils.logging.disable_progress_bar()
 diffusers.utils.logging.set_verbosity_error()
@@ -286,3 +287,38 @@ def test_prompt_of_a_callback_reaches_the_controlnet() -> None:
 
     wants = {"callback_on_step_end": other, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
     compare(f"{SD}ControlNetPipeline", "sd1", "controlnet", ONE, control_image=picture(), **wants)
+
+
+@pytest.mark.parametrize(
+    ("cls", "family", "kind", "names"),
+    [
+        (f"{SD}ControlNetPipeline", "sd1", "controlnet", TWO),
+        (f"{SD}ControlNetInpaintPipeline", "sd1-inpaint", "controlnet", ONE),
+        (f"{SDXL}ControlNetImg2ImgPipeline", "sdxl", "controlnet", ("sdxl",)),
+        (f"{SD}AdapterPipeline", "sd1", "adapter", ("full", "light")),
+        (f"{SDXL}AdapterPipeline", "sdxl", "adapter", ("xl",)),
+    ],
+)
+def test_adopted_pipeline_brings_its_controls(cls: str, family: str, kind: str, names: tuple[str, ...]) -> None:
+    """And its own call works as it is, but for `control_image` where there are several."""
+    pipe = theirs(cls, family, kind, names)
+    adopted = Pipeline.from_diffusers(pipe)
+    assert list(adopted.controls) == [kind, f"{kind}-2"][: len(names)]
+    assert adopted.unet.conv_in.weight.data_ptr() == pipe.unet.conv_in.weight.data_ptr()
+    wants = inspect.signature(type(pipe).__call__).parameters
+    given: Any = picture() if len(names) == 1 else [picture(1), picture(2)]
+    arguments = BASE | {"control_image" if "control_image" in wants else "image": given}
+    arguments |= {"image": picture(3), "strength": 0.7} if "strength" in wants else {}
+    arguments |= {"mask_image": mask()} if "mask_image" in wants else {}
+    if kind == "adapter" and len(names) > 1:  # where diffusers takes no number
+        arguments["adapter_conditioning_scale"] = [0.7, 0.4]
+    expected = pipe(**arguments, generator=torch.Generator().manual_seed(0)).images
+    actual = adopted(**arguments, generator=torch.Generator().manual_seed(0)).images
+    assert np.abs(actual - expected).max() < ALLOWED
+
+
+def test_changed_controlled_pipeline_is_refused() -> None:
+    pipe = theirs(f"{SD}ControlNetPipeline", "sd1", "controlnet", ONE)
+    pipe.prepare_latents = lambda *args, **kwargs: None
+    with pytest.raises(CheckpointError, match="prepare_latents"):
+        Pipeline.from_diffusers(pipe)

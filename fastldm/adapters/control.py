@@ -75,7 +75,7 @@ class Control:
     """A ControlNet or a T2I-Adapter, read for a model. Compared and hashed by identity: a dictionary's key."""
 
     name: str
-    """That of its file or folder, without its ending."""
+    """That of its file or folder, without its ending; of a module "controlnet" or "adapter"."""
     source: str
     """Its path."""
     short_hash: str | None
@@ -146,7 +146,7 @@ def read_control(
     state = {name: _copied(name, tensor, dtype, device, source) for name, tensor in found.state().items()}
     load_module(network, state, dtype=dtype, device=device, source=source)
     if found.file is None:
-        return Control(source, source, None, network)
+        return Control("controlnet" if isinstance(network, ControlNet) else "adapter", source, None, network)
     return Control(_name(path, folder_or_file), source, short_hash(found.file), network)
 
 

@@ -100,22 +100,20 @@ class Controls:
 
     def check_free(self, name: str) -> None:
         """InputError for a name that is taken."""
-        if name in self.attached:
-            raise InputError(f"a control named {show(name)} is attached: give another name, or detach_control it first")
+        _check_free(self.attached, name)
 
-    def free_name(self, name: str) -> str:
-        """A name that is not taken: `name`, or with a number behind it."""
-        attached = self.attached
-        names = (name if k == 1 else f"{name}-{k}" for k in range(1, MAX_CONTROLS + 2))
-        return next(free for free in names if free not in attached)
-
-    def attach(self, name: str, control: Control) -> None:
-        """InputError for a name that is taken."""
-        self.check_free(name)
+    def attach(self, name: str | None, control: Control) -> str:
+        """Returns the name, by default the control's own, with a number behind it where that is taken. InputError for a
+        name that is taken."""
         with self._lock:
             if len(self._attached) >= MAX_CONTROLS:
                 raise InputError(f"{MAX_CONTROLS} controls are attached, the most there may be: detach some")
+            if name is None:
+                own = (control.name if k == 1 else f"{control.name}-{k}" for k in range(1, MAX_CONTROLS + 2))
+                name = next(free for free in own if free not in self._attached)
+            _check_free(self._attached, name)
             self._attached[name] = control
+            return name
 
     def detach(self, names: Sequence[str] | None = None) -> None:
         """Some, or all. InputError for an unknown name, and none is detached."""
@@ -179,6 +177,11 @@ def _default_scale(request: Request, xl: bool) -> float:
     if request.image is None:
         return 1.0
     return 0.8 if request.mask_image is None else 1.0 if xl else 0.5
+
+
+def _check_free(attached: Mapping[str, Control], name: str) -> None:
+    if name in attached:
+        raise InputError(f"a control named {show(name)} is attached: give another name, or detach_control it first")
 
 
 def _find(attached: Mapping[str, Control], name: str) -> Control:
