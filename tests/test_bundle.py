@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import bundles
 import pytest
@@ -24,17 +25,20 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 import fastldm
+from fastldm import Pipeline
 from fastldm.cli import main
+from fastldm.conditioning.text import encode_prompts
 from fastldm.conditioning.tokenizer import Tokenizer
 from fastldm.errors import BundleError, EngineError, InputError
 from fastldm.export import manifest as manifests
 from fastldm.export import onnx, writing
 from fastldm.export import verify as proof
-from fastldm.export.bundle import Bundle
+from fastldm.export.bundle import Bundle, in_memory, with_tokens
 from fastldm.export.engine import open_engine
 from fastldm.export.engines import Engines
 from fastldm.export.spec import specs
 from fastldm.loading import spec as loading
+from fastldm.loading.state import load_module
 from fastldm.model import describe
 from fastldm.sizes import nearest
 
@@ -387,3 +391,30 @@ def test_the_default_model(options: list[str], tmp_path: Path) -> None:
     if "--fused-ops" not in options and importlib.util.find_spec("openvino"):
         status, output = verify(tmp_path / "out", "--backend", "openvino")
         assert status == 0, output
+
+
+def test_added_tokens_become_rows_of_both_tables() -> None:
+    """What is exported of a pipeline with tokens of textual inversion: its encoders and tokenizers, loaded anew."""
+    pipe = Pipeline.from_diffusers(tiny.pipeline("sdxl"))
+    generator = torch.Generator().manual_seed(1)
+    vectors = {"clip_l": torch.randn(3, 32, generator=generator), "clip_g": torch.randn(2, 40, generator=generator)}
+    pipe.load_textual_inversion(vectors, token="<thing>")
+    spec = pipe.stages.spec
+    modules: dict[str, Any] = {"unet": pipe.unet, "vae": pipe.vae}
+    for name, stage in zip(("text_encoder", "text_encoder_2"), pipe.text_stages, strict=True):
+        spec, modules[name] = with_tokens(spec, name, stage)
+    model = in_memory(spec, modules)
+    assert [config.vocab for config in model.text] == [tiny.VOCABULARY + 3, tiny.VOCABULARY + 2]
+    assert loading.spec_of(model.checkpoint).text == model.text
+
+    def fill(module: Any, name: str) -> Any:
+        component = model.checkpoint.components[name]
+        return load_module(module, component.state(), dtype=torch.float32, device="cpu", source=name)
+
+    anew = loading.load(model, fill)
+    for prompt in ("a <thing>, two <thing><thing>", "nothing"):
+        got, expected = (encode_prompts(stages, prompt) for stages in (anew.text_stages, pipe.text_stages))
+        assert torch.equal(got.hidden, expected.hidden)
+        assert got.pooled is not None
+        assert expected.pooled is not None
+        assert torch.equal(got.pooled, expected.pooled)
