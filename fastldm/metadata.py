@@ -55,6 +55,7 @@ def parameters_text(
         values["Lora hashes"] = ", ".join(f"{name}: {digest}" for name, digest in hashes.items())
     if request.adapters:
         values["Lora weights"] = json.dumps(dict(request.adapters), ensure_ascii=False)
+    values |= getattr(request.control_image, "fields", {})
     for name, (label, _) in _FIELDS.items():
         value = _as_tuple(getattr(request, name))
         if name.endswith("prompt_2"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,26 +14,18 @@ import ops
 import pytest
 import tiny
 import torch
+from controls import BASE, make, picture
 from counters import Recorder
-from PIL import Image
 from torch import Tensor
 
 from fastldm import Pipeline, Request, Session
-from fastldm.errors import CheckpointError, InputError
-from fastldm.image import load_control
+from fastldm.errors import InputError
+from fastldm.image import load_control, read_parameters, save_result
 from fastldm.models.controlnet import ControlNet
 from fastldm.runtime.controls import Selection, joined
 from fastldm.runtime.denoise import Batch, EagerBatch, Run
 from fastldm.runtime.graph import Graphs
 from fastldm.runtime.slots import Slots, StaticBuffers
-
-BASE: dict[str, Any] = {"prompt": "a cat", "num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "np"}
-
-
-@functools.cache
-def picture(seed: int = 1, side: int = 64) -> Image.Image:
-    small = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    return Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC)
 
 
 @functools.cache
@@ -46,10 +37,6 @@ def controlled() -> Pipeline:
     pipe.attach_control(controls.t2i_adapter("full"), "sketch")
     pipe.attach_control(controls.t2i_adapter("full-grey"), "ink")
     return pipe
-
-
-def make(pipe: Pipeline, **options: Any) -> Any:
-    return pipe(**{**BASE, "seed": 0, **options}).images
 
 
 # --- which controls a request has ---
@@ -178,86 +165,6 @@ def test_picture_without_a_control_is_refused() -> None:
         make(pipe, control_image=picture())
 
 
-# --- attaching and detaching ---
-
-
-def test_attach_names_and_detach(tmp_path: Path) -> None:
-    pipe = Pipeline.from_diffusers(tiny.pipeline("sd1"))
-    theirs = controls.controlnet("sd1")
-    theirs.save_pretrained(tmp_path / "outlines")
-    assert [pipe.attach_control(tmp_path / "outlines") for _ in range(2)] == ["outlines", "outlines-2"]
-    assert pipe.attach_control(theirs, "mine") == "mine"
-    assert list(pipe.controls) == ["outlines", "outlines-2", "mine"]
-    assert pipe.controls["mine"].source == "the given ControlNetModel"
-    with pytest.raises(InputError, match="a control named 'mine' is attached"):
-        pipe.attach_control(theirs, "mine")
-    with pytest.raises(InputError, match="no control named 'none'"):
-        pipe.detach_control("none")
-    pipe.detach_control("outlines")
-    assert list(pipe.controls) == ["outlines-2", "mine"]
-    with pytest.raises(CheckpointError):
-        pipe.attach_control(tmp_path / "nothing")
-    with pytest.raises(CheckpointError, match="this T2I-Adapter does not fit the model"):
-        pipe.attach_control(controls.t2i_adapter("xl"))
-    assert list(pipe.controls) == ["outlines-2", "mine"]
-    pipe.detach_control()
-    assert pipe.controls == {}
-
-
-def test_pipeline_loads_with_its_controls(tmp_path: Path) -> None:
-    tiny.save_pipeline("sd1", tmp_path / "sd1")
-    nets = [controls.controlnet("sd1", 10), controls.controlnet("sd1", 11)]
-    nets[0].save_pretrained(tmp_path / "outlines")
-    options: dict[str, Any] = {"dtype": "float32", "device": "cpu"}
-    pipe = Pipeline.from_pretrained(tmp_path / "sd1", controlnet=tmp_path / "outlines", **options)
-    assert list(pipe.controls) == ["outlines"]
-    made = make(pipe, control_image=picture())
-    multi = tiny.peer("diffusers").MultiControlNetModel(nets)
-    adapter = controls.t2i_adapter("light")
-    pipe = Pipeline.from_pretrained(tmp_path / "sd1", controlnet=multi, adapter=[adapter], **options)
-    assert len(pipe.controls) == 3
-    first = next(iter(pipe.controls))
-    assert np.abs(make(pipe, control_image={first: picture()}) - made).max() < 1e-6
-
-
-def test_request_keeps_a_control_that_is_detached() -> None:
-    pipe = Pipeline.from_diffusers(tiny.pipeline("sd1"))
-    pipe.attach_control(controls.controlnet("sd1"), "outlines")
-    options = {**BASE, "seed": 0, "control_image": {"outlines": picture()}, "num_inference_steps": 6}
-    expected = pipe(**options).images
-    begun = threading.Event()
-
-    def detach(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        if step == 1:
-            pipe.detach_control("outlines")
-            begun.set()
-        return tensors
-
-    assert np.array_equal(pipe(**options, callback_on_step_end=detach).images, expected)
-    assert begun.is_set()
-    with pytest.raises(InputError, match="no control is attached"):
-        pipe(**options)
-
-
-def test_attaching_while_others_run_touches_no_picture() -> None:
-    pipe = Pipeline.from_diffusers(tiny.pipeline("sd1"))
-    expected = make(pipe, num_inference_steps=8)
-    with Session(pipe, max_batch=2) as session:
-        running = session.submit(**{**BASE, "seed": 0, "num_inference_steps": 8})
-        pipe.attach_control(controls.controlnet("sd1"), "outlines")
-        also = session.submit(**{**BASE, "seed": 0}, control_image={"outlines": picture()})
-        assert np.abs(running.result().images - expected).max() < 2e-5  # type: ignore[operator]
-        alone = make(pipe, control_image={"outlines": picture()})
-        assert np.abs(also.result().images - alone).max() < 2e-5
-
-
-def test_bundle_takes_no_controls() -> None:
-    pipe = Pipeline.from_diffusers(tiny.pipeline("tiny-sd"))
-    pipe.unet = object()  # an engine, in place of the network
-    with pytest.raises(InputError, match="which takes no controls: load the model itself"):
-        pipe.attach_control("anywhere")
-
-
 def test_batch_invariant_images_are_bitwise_as_alone() -> None:
     pipe = Pipeline.from_diffusers(tiny.pipeline("sd1"), batch_invariant=True)
     pipe.attach_control(controls.controlnet("sd1"), "outlines")
@@ -266,6 +173,25 @@ def test_batch_invariant_images_are_bitwise_as_alone() -> None:
     both = make(pipe, prompt=["a cat", "a dog"], control_image=given, seed=[5, 6])
     second = make(pipe, prompt="a dog", control_image={"outlines": picture(2), "sketch": picture(3)}, seed=6)
     assert np.array_equal(both[1], second[0])
+
+
+def test_png_says_which_controls_made_it(tmp_path: Path) -> None:
+    pipe = Pipeline.from_diffusers(tiny.pipeline("sd1"))
+    controls.t2i_adapter("light").save_pretrained(tmp_path / "sketch")
+    pipe.attach_control(controls.controlnet("sd1"), 'my "lines", 1: a')
+    pipe.attach_control(tmp_path / "sketch")
+    options = {"controlnet_conditioning_scale": 0.75, "control_guidance_end": 0.5, "guess_mode": True}
+    result = pipe("a cat", seed=0, num_inference_steps=1, control_image=[picture(), picture(2)], **options)
+    save_result(result, [tmp_path / "a.png"], "tiny")
+    request, fields = read_parameters(tmp_path / "a.png")
+    assert (request.prompt, request.control_image) == ("a cat", None)
+    mode = "Control Mode: ControlNet is more important"
+    first = f'Model: my "lines", 1: a, Weight: 0.75, Guidance Start: 0, Guidance End: 0.5, {mode}'
+    digest = pipe.controls["sketch"].short_hash
+    second = f"Model: sketch [{digest}], Weight: 1, Guidance Start: 0, Guidance End: 1, {mode}"
+    assert (fields["ControlNet 0"], fields["ControlNet 1"]) == (first, second)
+    save_result(pipe("a cat", num_inference_steps=1), [tmp_path / "b.png"], "tiny")
+    assert not [name for name in read_parameters(tmp_path / "b.png")[1] if name.startswith("ControlNet")]
 
 
 # --- many in one batch ---

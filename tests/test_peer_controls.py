@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from controls import BASE, picture
 from PIL import Image
 
 from fastldm import Pipeline
@@ -24,13 +25,6 @@ diffusers.utils.logging.set_verbosity_error()
 
 ALLOWED = 1e-3  # 2e-6 was the most seen
 BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-BASE = {"prompt": "a cat", "num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "np"}
-
-
-@functools.cache
-def picture(seed: int = 1, side: int = 64) -> Image.Image:
-    small = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    return Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC)
 
 
 @functools.cache

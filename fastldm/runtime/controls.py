@@ -74,6 +74,17 @@ class Selection(Mapping[str, Any]):
         return tuple(use.control.network.config for use in self.uses)
 
     @property
+    def fields(self) -> dict[str, str]:
+        """For the parameters of an image, by AUTOMATIC1111's names."""
+        mode = "ControlNet is more important" if self.conditional else "Balanced"
+        fields = {}
+        for k, use in enumerate(self.uses):
+            digest = f" [{use.control.short_hash}]" if use.control.short_hash else ""
+            guidance = f"Guidance Start: {use.start:g}, Guidance End: {use.end:g}, Control Mode: {mode}"
+            fields[f"ControlNet {k}"] = f"Model: {use.name}{digest}, Weight: {use.scale:g}, {guidance}"
+        return fields
+
+    @property
     def multiple(self) -> int:
         """What width and height must be multiples of, in pixels."""
         return math.lcm(1, *(config.factor for config in self.configs if isinstance(config, T2IAdapterConfig)))

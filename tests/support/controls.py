@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import numpy as np
 import tiny
 import torch
 from peer_networks import give
+from PIL import Image
 from torch import Tensor
 
 from fastldm.models.controlnet import ControlNet, ControlNetConfig
@@ -81,3 +84,16 @@ def our_adapter_of(theirs: Any) -> T2IAdapter:
 
 def image(height: int = 64, width: int = 64, channels: int = 3, batch: int = 2, seed: int = 5) -> Tensor:
     return torch.rand(batch, channels, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+BASE: dict[str, Any] = {"prompt": "a cat", "num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "np"}
+
+
+@functools.cache
+def picture(seed: int = 1, side: int = 64) -> Image.Image:
+    small = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def make(pipe: Any, **options: Any) -> Any:
+    return pipe(**{**BASE, "seed": 0, **options}).images
