@@ -15,13 +15,16 @@ import pytest
 import tiny
 import torch
 from controls import BASE, make, picture
-from counters import Recorder
+from counters import Launches, Nodes, Recorder
 from torch import Tensor
 
+from benchmarks.networks import SD15
 from fastldm import Pipeline, Request, Session
 from fastldm.errors import InputError
 from fastldm.image import load_control, read_parameters, save_result
-from fastldm.models.controlnet import ControlNet
+from fastldm.kernels import dispatch
+from fastldm.models.controlnet import ControlNet, ControlNetConfig
+from fastldm.planning import dry_run
 from fastldm.runtime.controls import Selection, joined
 from fastldm.runtime.denoise import Batch, EagerBatch, Run
 from fastldm.runtime.graph import Graphs
@@ -420,3 +423,14 @@ def test_other_adapters_beside_each_other_have_their_controls(tmp_path: Path) ->
         made = [generation.result().images for generation in generations]
     for ours, reference in zip(made, alone, strict=True):
         assert np.abs(ours - reference).max() < 2e-5  # type: ignore[operator]
+
+
+def test_controlnet_adds_half_of_a_steps_launches() -> None:
+    """Of SD 1.5's 387: its encoder again, a product and a sum for each of 13 residuals."""
+    launches, own = Launches(), ControlNetConfig(SD15, 3, (16, 32, 96, 256), False, False)
+    with dispatch.targeting(launches):
+        shape: dict[str, Any] = {"height": 64, "width": 64, "rows": 2, "tokens": 77, "dtype": torch.float16}
+        step = dry_run.step(SD15, **shape, controls=[own])
+        with Nodes() as nodes:
+            step()
+    assert 450 < nodes.count + launches.count <= 578
