@@ -152,7 +152,8 @@ class Request:
     undecoded."""
     adapters: Mapping[str, Any] | None = None
     """Weights of loaded adapters by name, such as {"sketch": 0.8}: these and no others; None is what is active on the
-    pipeline. 0 is as if absent. In place of a number, a dictionary by component and block as for `set_adapters`."""
+    pipeline. 0 is as if absent. In place of a number, a dictionary by component and block as for `set_adapters`, or
+    {"scale": 0.8, "start": 0.0, "end": 0.5}: in these fractions of the steps only, but for what is computed once."""
     cross_attention_kwargs: Mapping[str, float] | None = None
     """{"scale": s} multiplies the weights of all adapters."""
     ip_adapter_image: Any = None
@@ -366,7 +367,7 @@ def _adapters(name: str, value: Any) -> Mapping[str, Any]:
     }
 
 
-def adapter_weight(name: str, value: Any, depth: int = 3) -> Any:
+def adapter_weight(name: str, value: Any, depth: int = 4) -> Any:
     """A number, or a dictionary by component, by block, of numbers and lists of them. Returns a copy."""
     if isinstance(value, Mapping) and depth:
         keys = [checks.short_text(f"a name in {name}", key, "a text") for key in value]

@@ -108,7 +108,7 @@ def test_waiting_run_is_not_passed(pipe: Pipeline) -> None:
     pipe.session.call(lambda: adapters.leave(runs["full"]))
     assert enter("late")
     assert enter("other"), "beside"
-    assert runs["other"].beside
+    assert runs["other"].applied
     del runs["late"], runs["other"]  # a run that is gone is no longer under way
     assert enter("full")
     pipe.session.call(lambda: adapters.leave(runs["full"]))
@@ -179,10 +179,10 @@ def test_pages_make_room_on_a_gpu(pipe: Pipeline, monkeypatch: pytest.MonkeyPatc
     assert pages.fits([a, b])
     assert not pages.fits([a, b, c])
     held = [pages.apply(s, [a, b]) for s in (a, b)]
-    assert len({page for applied in held for page, _ in applied}) == 3
+    assert len({page for applied in held for page, *_ in applied}) == 3
     assert pages.apply(a, [b]) == held[0], "what is there is not copied again"
     moved = pages.apply(c, [b])
-    assert {page for page, _ in moved} == {page for page, _ in held[0]}, "a's, which nobody has"
+    assert {page for page, *_ in moved} == {page for page, *_ in held[0]}, "a's, which nobody has"
     monkeypatch.setattr(paging, "OF_A_ROW", 1)
     assert not pages.fits([b])
     pages.close()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from lora import picture
 
-from fastldm import Pipeline
+from fastldm import Pipeline, Session
 from fastldm.errors import CheckpointError, InputError
 
 FAMILIES = ("sd1", pytest.param("sd2", marks=pytest.mark.full), "sdxl")
@@ -83,6 +83,31 @@ def test_weights_by_block_equal_diffusers(pipes: tuple[Any, Pipeline, list[Path]
     weights = {"text_encoder": 0.5, "unet": {"down": 0.9, "mid": 0.3, "up": up}}
     theirs.set_adapters(["a", "b"], [weights, 0.5]), ours.set_adapters(["a", "b"], [weights, 0.5])
     same(ours, theirs)
+
+
+def test_interval_of_steps_equals_diffusers_callback(tmp_path: Path) -> None:
+    """Layers that are read in every step: diffusers reads keys and values of the text anew at each, too."""
+    theirs, ours = lora.theirs("sd2-v"), lora.ours("sd2-v")  # whose scheduler is DDIM: PNDM takes its first step twice
+    file = lora.write(tmp_path / "x.safetensors", "sd2-v", unet=("ff.net.2", "proj_in", "conv2"), text=())
+    load(theirs, [file]), load(ours, [file])
+
+    def callback(pipe: Any, step: int, timestep: Any, tensors: Any) -> Any:
+        pipe.set_adapters("a", 0.8 if step + 1 in (2, 3) else 0.0)
+        return tensors
+
+    options: dict[str, Any] = {"num_inference_steps": 5}
+    theirs.set_adapters("a", 0.0)
+    expected = picture(theirs, callback_on_step_end=callback, **options)
+    interval = {"a": {"scale": 0.8, "start": 0.4, "end": 0.8}}
+    got = picture(ours, adapters=interval, **options)
+    assert np.abs(got - expected).max() < 1e-3
+    assert np.abs(got - picture(ours, adapters={"a": 0.8}, **options)).max() > 0.01
+    assert ours("a cat", adapters=interval, **{**lora.OPTIONS, **options}).adapters == "beside"
+    with pytest.raises(InputError, match="0 <= start <= end <= 1"):
+        ours("a cat", adapters={"a": {"scale": 1, "start": 0.9, "end": 0.1}})
+    with Session(ours, batch_invariant=True) as session, pytest.raises(InputError, match="bitwise as alone"):
+        session.submit("a cat", adapters=interval).result()
+    ours.unload_lora_weights()
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ class Shown(NamedTuple):
 RUN = {
     'fastldm generate "a castle at dusk"': Shown(IMAGE + TIMES, ("fastldm-*.png",), "--steps 2 --size 64x96"),
     'fastldm generate "a cat, oil painting"': Shown(IMAGE + TIMES, ("fastldm-*.png",), "--steps 2"),
+    'fastldm generate "a red apple" --lora': Shown(IMAGE + TIMES, ("fastldm-*.png",)),
     "fastldm plan -m ./my-sdxl": Shown(
         r"4 x 1024x1024, guided, 30 steps, torch \w+ on a CPU, .*\n\nweights .*\nbuffers .*\n"
         r"all the time .*\n  and in text .*\nneeded .*\npeak .*\n(?:does not fit|fits): .*\n",

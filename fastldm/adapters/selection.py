@@ -4,7 +4,8 @@ A weight is a number for all that an adapter changes, or diffusers' dictionary b
 
     {"text_encoder": 0.5, "unet": {"down": 0.9, "mid": 1.0, "up": {"block_0": 0.6, "block_1": [0.4, 0.8, 1.0]}}}
 
-What it does not name has 1, and of a block it means the attention, as in diffusers: resnets have 1.
+What it does not name has 1, and of a block it means the attention, as in diffusers: resnets have 1. Either may have an
+interval, {"scale": 0.8, "start": 0.0, "end": 0.5}: the steps between those fractions, as of `guidance_interval`.
 """
 
 from __future__ import annotations
@@ -61,13 +62,16 @@ class Selected:
 
     adapter: Adapter
     scales: tuple[tuple[str, float], ...]
+    interval: tuple[float, float] = (0.0, 1.0)
+    """What a step reads counts from this fraction of the steps on and before that; the rest counts at every scale."""
     name: str = field(compare=False, default="")
     weight: Weight = field(compare=False, default=1.0)
 
     @staticmethod
     def of(name: str, adapter: Adapter, weight: Weight, config: UNetConfig) -> Selected:
         """InputError for a weight that names what the model does not have."""
-        return Selected(adapter, _longest_first(expand(weight, config, name)), name, weight)
+        scale, interval = _interval(weight, name)
+        return Selected(adapter, _longest_first(expand(scale, config, name)), interval, name, weight)
 
     def within(self, components: Collection[str]) -> Selected:
         """The same for some components only."""
@@ -156,6 +160,11 @@ class Selection(Mapping[str, Weight]):
         """Those that are not fused."""
         return tuple(one for one in self.selected if one in self.step)
 
+    @property
+    def in_intervals(self) -> bool:
+        """Whether any counts in some steps only, which the weights of all cannot follow."""
+        return any(one.interval != (0.0, 1.0) for one in self.own_step)
+
     @cached_property
     def of_low_rank(self) -> bool:
         """Whether the steps can apply these beside the weights."""
@@ -173,10 +182,23 @@ def _longest_first(scales: Mapping[str, float]) -> tuple[tuple[str, float], ...]
 def scaled(weight: Any, factor: float) -> Any:
     """A weight of any kind, times a number; what a dictionary does not name had 1, and keeps it in its block."""
     if isinstance(weight, Mapping):
-        return {name: scaled(value, factor) for name, value in weight.items()}
+        return {name: value if name in ("start", "end") else scaled(value, factor) for name, value in weight.items()}
     if isinstance(weight, (list, tuple)):
         return [scaled(value, factor) for value in weight]
     return float(weight) * factor
+
+
+def _interval(weight: Weight, name: str) -> tuple[Weight, tuple[float, float]]:
+    """A weight without its interval, and that."""
+    if not isinstance(weight, Mapping) or not {"scale", "start", "end"} & weight.keys():
+        return weight, (0.0, 1.0)
+    _known(weight, ("scale", "start", "end"), f"weight of adapter {show(name)}")
+    start, end = weight.get("start", 0.0), weight.get("end", 1.0)
+    if not (isinstance(start, float) and isinstance(end, float) and 0 <= start <= end <= 1):
+        raise InputError(
+            f"the weight of adapter {show(name)} has the interval {show((start, end))}: expected 0 <= start <= end <= 1"
+        )
+    return weight.get("scale", 1.0), (start, end)
 
 
 def expand(weight: Weight, config: UNetConfig, name: str) -> dict[str, float]:

@@ -203,9 +203,22 @@ class Adapted:
             return False
         return not self._under_way or self._shares(run) or self._can_mix(run)
 
+    def check(self, selection: Selection, *, batch_invariant: bool = False) -> None:
+        """InputError for what can never run: intervals of adapters that cannot be beside the weights."""
+        if not selection.in_intervals:
+            return
+        if batch_invariant or self.pages is None:
+            reason = "images have to be bitwise as alone" if batch_invariant else "this is a bundle"
+            raise InputError(f"an adapter has an interval of the steps, and {reason}: give it one weight for all steps")
+        if not selection.of_low_rank or not self.pages.fits([selection]):
+            raise InputError(
+                "an adapter has an interval of the steps, and not all adapters of this request can be beside the "
+                "weights (LoRA without a bias, on a GPU of a rank of at most 128): give it one weight for all steps"
+            )
+
     def _shares(self, run: Run) -> bool:
         """Whether the weights are merged to what a run wants."""
-        return not self._beside and self._step == run.adapters.step
+        return not self._beside and self._step == run.adapters.step and not run.adapters.in_intervals
 
     def _can_mix(self, run: Run) -> bool:
         runs = [*self._under_way, run]
@@ -223,7 +236,8 @@ class Adapted:
                 self._next = weakref.ref(run)
             return False
         # After a mix the next is likely to be one too: only a set that comes twice running is merged again.
-        if not self._under_way and not (self._beside and self._step != run.adapters.step and self._can_mix(run)):
+        likely = self._beside and self._step != run.adapters.step and self._can_mix(run)
+        if not self._under_way and not likely and not run.adapters.in_intervals:
             self._switch("step", run.adapters)
             self._beside = False
         elif not self._shares(run):
@@ -243,7 +257,7 @@ class Adapted:
             self._switch("step", Selection((), run.adapters.fused))
         self._beside = True
         for each, pages in zip(runs, applied, strict=True):
-            each.beside = pages
+            each.applied = pages
 
     def leave(self, run: Run) -> None:
         """A run takes no more steps."""

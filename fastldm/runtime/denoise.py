@@ -111,7 +111,8 @@ class Run:
     adapters: Selection = NONE
     controls: tuple[RunControl, ...] = ()
     features: RunFeatures | None = None
-    beside: tuple[tuple[int, float], ...] = ()  # pages, with scales, of those that are beside the weights (pages.py)
+    applied: tuple[tuple[int, float, tuple[float, float]], ...] = ()
+    """Pages of the adapters that are beside the weights, with scales and intervals of the steps (pages.py)."""
     pictures: PicturesKV = ()  # by IP-Adapter and cross-attention (R, T, 2C): `IPAdapter.kv`
     images: tuple[Run, ...] = ()
     row: int = 0  # the one that comes next
@@ -132,6 +133,14 @@ class Run:
     def guided(self) -> bool:
         """Whether the next row is."""
         return self.guidance.guides(self.table, self.row)
+
+    @property
+    def beside(self) -> tuple[tuple[int, float], ...]:
+        """The pages of the next row, with scales."""
+        if not self.applied or self.done:
+            return ()
+        at = self.table.index[self.row] / self.table.steps
+        return tuple((page, scale) for page, scale, (start, end) in self.applied if start <= at < end)
 
     @property
     def tokens(self) -> int:

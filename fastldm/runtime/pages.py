@@ -26,8 +26,8 @@ ON_GPU = 16
 OF_A_ROW = 8
 """Pages that a row of the U-Net has at most, on a GPU: a rank of 128."""
 
-Applied = tuple[tuple[int, float], ...]
-"""Pages with their scales, of a run."""
+Applied = tuple[tuple[int, float, tuple[float, float]], ...]
+"""Pages with their scales and intervals of the steps, of a run."""
 
 
 class Variant(NamedTuple):
@@ -72,14 +72,14 @@ class Pages:
     def apply(self, selection: Selection, others: Collection[Selection]) -> Applied:
         """The pages of a selection, filled. others: those whose pages have to stay. It fits beside them."""
         keep = {_variant(one)[0] for each in (selection, *others) for one in each.own_step}
-        applied: list[tuple[int, float]] = []
+        applied: list[tuple[int, float, tuple[float, float]]] = []
         for one in selection.own_step:
             variant, scale = _variant(one)
             pages = self._held.pop(variant, None)
             if pages is None:
                 pages = self._fill(one, variant, keep)
             self._held[variant] = pages
-            applied += [(page, scale) for page in pages]
+            applied += [(page, scale, one.interval) for page in pages]
         return tuple(applied)
 
     def _fill(self, one: Selected, variant: Variant, keep: Collection[Variant]) -> tuple[int, ...]:

@@ -110,6 +110,7 @@ class Stages:
         self._mapped.check()
         factor = 1.0 if request.cross_attention_kwargs is None else request.cross_attention_kwargs["scale"]
         adapters = self.adapters.select(request.adapters, factor)
+        self.adapters.check(adapters)
         request = request.replace(adapters=adapters, cross_attention_kwargs=None)
         request = self.controls.complete(request, self.unet.config.needs_added)
         request = complete(request, self.unet.config, self.vae.config, self.family, self._latents)
@@ -137,6 +138,7 @@ class Stages:
 
         batch_invariant: whether to take the run apart, so that each image is computed as if it were alone.
         """
+        self.adapters.check(_selection(request), batch_invariant=batch_invariant)
         with spans.span("check weights"):
             changed = self.prepared.refresh()
             if changed:
@@ -373,7 +375,7 @@ class Stages:
         if request.timesteps is not None or request.sigmas is not None:
             steps = run.table.steps  # as many of the caller's own list as were taken
         request = request.replace(sampler=run.table.sampler, num_inference_steps=steps)
-        adapters = "beside" if run.beside else "merged" if run.adapters.own_step else ""
+        adapters = "beside" if run.applied else "merged" if run.adapters.own_step else ""
         return Result(images, seeds, timings, backend, self.precision, request, adapters)
 
     def release_memory(self) -> None:

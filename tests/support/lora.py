@@ -53,5 +53,5 @@ def ours(family: str) -> Pipeline:
 def picture(pipe: Any, prompt: str = "a cat", seed: int = 0, **options: Any) -> Any:
     """Of a pipeline of either kind: (H, W, 3) in 0..1."""
     generator = torch.Generator().manual_seed(seed)
-    images = pipe(prompt, generator=generator, **OPTIONS, **options).images
+    images = pipe(prompt, generator=generator, **{**OPTIONS, **options}).images
     return np.asarray(images[0])
