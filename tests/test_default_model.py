@@ -101,3 +101,18 @@ def test_ten_names_give_their_images(pipe: fastldm.Pipeline) -> None:
     small = images.reshape(len(selected), 32, 2, 32, 2, 3).mean((2, 4)).reshape(1, len(selected), -1)
     nearest = ((references - small) ** 2).mean(2).argmin(0)
     assert [names[k] for k in nearest] == selected
+
+
+def test_sketch_draws_without_colour(pipe: fastldm.Pipeline) -> None:
+    """The adapter that ships: the same thing by name, in grey on white; at half the weight halfway."""
+    pipe.load_lora_weights("sketch")
+    try:
+        saturation = []
+        for weight in (0.0, 0.5, 1.0):
+            result = pipe(["a red apple", "a fish"], seed=0, adapters={"default_0": weight})
+            images = np.stack(result.images).astype(int)
+            saturation.append(float((images.max(-1) - images.min(-1)).mean()))
+        assert saturation[2] < 0.25 * saturation[0]
+        assert saturation[2] < 0.7 * saturation[1] < saturation[0]
+    finally:
+        pipe.unload_lora_weights()

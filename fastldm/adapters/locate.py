@@ -46,6 +46,12 @@ def find_weights(
         return path
     if (ships := SHIPPED / f"{path_or_id}.safetensors").parent == SHIPPED and ships.is_file() and not path.exists():
         return ships
+    if not path.exists() and not hub.is_id(str(path_or_id)):
+        names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.safetensors")))
+        raise CheckpointError(
+            f"{path_or_id} does not exist here. Give a file, a folder, a hub id (owner/name), or the name of an adapter "
+            f"that ships for the default model: {names}."
+        )
     if path.is_dir():
         return _in_folder(path / (subfolder or ""), weight_name, preferred, allow_pickle)
     prefix = "" if subfolder is None else f"{Path(subfolder).as_posix()}/"
