@@ -261,6 +261,16 @@ def test_family_of_another_model_is_named(full_specs: dict[str, Spec], tmp_path:
                     read_control(tmp_path / "control.safetensors", full_specs[other])
 
 
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("family", "parameters"), [("sd1", 361_279_120), ("sd2", 364_228_240), ("sdxl", 1_251_014_160)]
+)
+def test_published_sizes_are_read(family: str, parameters: int, full_specs: dict[str, Spec], tmp_path: Path) -> None:
+    write_sparse(tmp_path / "control.safetensors", full_controlnet(family))
+    network = read_control(tmp_path / "control.safetensors", full_specs[family], dtype=torch.float16).network
+    assert sum(p.numel() for p in network.parameters()) == parameters
+
+
 def test_t2i_family_of_another_model_is_named(full_specs: dict[str, Spec]) -> None:
     with torch.device("meta"):
         full = tiny.peer("diffusers").T2IAdapter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from fastldm.errors import InputError
 from fastldm.image import load_control, read_parameters, save_result
 from fastldm.kernels import dispatch
 from fastldm.models.controlnet import ControlNet, ControlNetConfig
+from fastldm.models.t2i_adapter import T2IAdapter
+from fastldm.models.unet import UNetEncoder
 from fastldm.planning import dry_run
 from fastldm.runtime.controls import Selection, joined
 from fastldm.runtime.denoise import Batch, EagerBatch, Run
@@ -305,6 +308,27 @@ def test_only_controlled_rows_are_computed(kind: str, widths: list[tuple[Control
     finish(batch, runs, [0] * len(runs))
     assert [rows for network, rows in widths if network is outlines] == [5, 5, 3, 3]
     assert [rows for network, rows in widths if network is depth] == [1, 1, 1]
+
+
+def test_what_no_step_changes_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: Counter[str] = Counter()
+
+    def count(cls: type, name: str) -> None:
+        method = getattr(cls, name)
+
+        def counted(*args: Any, **options: Any) -> Any:
+            calls[f"{cls.__name__}.{name}"] += isinstance(args[0], (ControlNet, T2IAdapter))
+            return method(*args, **options)
+
+        monkeypatch.setattr(cls, name, counted)
+
+    for name in ("hint", "time_rows", "step"):
+        count(ControlNet, name)
+    count(UNetEncoder, "cross_kv")
+    count(T2IAdapter, "forward")
+    make(controlled(), control_image={"outlines": picture(), "sketch": picture(2)}, num_images_per_prompt=2)
+    once = dict.fromkeys(("ControlNet.hint", "ControlNet.time_rows", "UNetEncoder.cross_kv", "T2IAdapter.forward"), 1)
+    assert calls == once | {"ControlNet.step": 4}
 
 
 def test_graphs_are_keyed_by_controlled_rows() -> None:
