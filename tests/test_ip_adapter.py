@@ -10,13 +10,17 @@ import ip_adapters
 import pytest
 import tiny
 import torch
+from counters import Launches
 from torch import Tensor
 
+from benchmarks.networks import SD15
 from fastldm.adapters.ip_adapter import read_ip_adapter
+from fastldm.kernels import dispatch
 from fastldm.loading.adoption import adopt
 from fastldm.models.interfaces import AddedConditions
 from fastldm.models.ip_adapter import IPAdapter
 from fastldm.models.unet import Pictures, UNet
+from fastldm.planning import dry_run
 
 FAMILIES = ("sd1", "sdxl", "bk-sdm", "ssd-1b")
 
@@ -140,3 +144,23 @@ def test_a_scale_of_zero_computes_nothing() -> None:
         torch.zeros(1, 4, 2 * width) if x is None else x for x, width in zip(kv, network.config.widths, strict=True)
     )
     assert error(step(mine, values, [Pictures(kv, 1)]), step(mine, values, [Pictures(zeros, 1)])) < 1e-6
+
+
+def test_a_gpu_takes_one_attention_more_per_layer() -> None:
+    """Of its own kernel, by slots and lengths as in a batch; counted without a GPU."""
+
+    def launches(rows: int) -> int:
+        target, to = Launches(), {"device": "meta", "dtype": torch.float16}
+        unet, widths = dry_run.network(SD15, torch.float16), SD15.cross_widths
+        maps = torch.empty(2, 4, dtype=torch.int32, device="meta")
+        lengths = torch.empty(8, dtype=torch.int32, device="meta")
+        kv = tuple(torch.empty(8, 16, 2 * width, **to) for width in widths)  # type: ignore[call-overload]
+        texts = [torch.empty(8, 77, 2 * width, **to) for width in widths]  # type: ignore[call-overload]
+        model_input = torch.empty(4, 4, 64, 64, **to)  # type: ignore[call-overload]
+        times = torch.empty(4, SD15.time_channels, **to)  # type: ignore[call-overload]
+        pictures = [Pictures(kv, rows, 0, lengths, maps[0, :rows])] if rows else []
+        with dispatch.targeting(target), torch.no_grad():
+            unet.step(model_input, times, texts, kv_len=lengths, slots=maps[0], pictures=pictures)  # type: ignore
+        return target.count
+
+    assert launches(2) - launches(0) == len(SD15.cross_widths)

@@ -66,6 +66,18 @@ def test_prompts_equal_diffusers(family: str, tmp_path: Path) -> None:
     assert (encoded(pipe, PROMPTS[0]).hidden - before).abs().max() > 0.1
 
 
+def test_files_of_automatic1111_equal_diffusers(tmp_path: Path) -> None:
+    peer, pipe = deepcopy(judge("sd1")), Pipeline.from_diffusers(judge("sd1"))
+    save_file({"emb_params": vectors(3)}, tmp_path / "a.safetensors")
+    old = {"string_to_token": {"*": 265}, "string_to_param": {"*": vectors(1, seed=2)}, "name": "<one>", "step": 9}
+    torch.save(old, tmp_path / "b.pt")
+    peer.load_textual_inversion(str(tmp_path / "a.safetensors"), token="<thing>")  # which it reads with a token only
+    peer.load_textual_inversion(str(tmp_path / "b.pt"))
+    pipe.load_textual_inversion(tmp_path / "a.safetensors", token="<thing>")
+    pipe.load_textual_inversion(tmp_path / "b.pt", allow_pickle=True)
+    check_equal(pipe, peer, PROMPTS[2], "an ugly <one>, <thing>")
+
+
 @pytest.mark.parametrize("eos", [tiny.VOCABULARY - 1, 2])
 def test_sdxl_equals_diffusers(eos: int, tmp_path: Path) -> None:
     """diffusers needs two calls for a file of two encoders. eos 2: the pooled vector is that of the highest id."""
