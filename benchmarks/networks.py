@@ -14,17 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastldm.adapters.selection import Parameter
 from fastldm.kernels import dispatch
 from fastldm.kernels.attention import attention
-from fastldm.kernels.lora import Rows
 from fastldm.models.config import TextConfig, UNetConfig, VAEConfig
-from fastldm.models.layers import Linear, Pointwise
-from fastldm.models.unet import UNet
+from fastldm.models.layers import Linear
 from fastldm.planning import dry_run
 from fastldm.profiling.contender import SD15 as _SD15
 from fastldm.runtime.eight_bits import large_products, quantize, switched
-from fastldm.runtime.pages import Pages
 
 _CROSS_DOWN, _DOWN, _CROSS_UP, _UP = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"
 
@@ -99,24 +95,6 @@ def in_eight_bits(unet: nn.Module, run: Callable[[], object], **least: int) -> C
     return eight
 
 
-def with_adapters(unet: UNet, run: Callable[[], object], count: int = 1) -> Callable[[], None]:
-    """The run with adapters of a rank of 16 * count beside all linear layers of a step, another of each of two rows."""
-
-    def adapted() -> None:
-        pages = Pages(unet, fixed=2 * count)
-        for path, layer in unet.named_modules():
-            if isinstance(layer, Linear | Pointwise) and Parameter("unet", path, "weight").part == "step":
-                pages.add(path)
-        rows = torch.empty(2, count, dtype=torch.int32, device="meta"), torch.empty(2, count, device="meta")
-        try:
-            with unet.beside.having(Rows(*rows)):
-                run()
-        finally:
-            pages.close()
-
-    return adapted
-
-
 # name -> a function that runs the workload on the meta device in a dtype. U-Nets take one guided step: two rows.
 WORKLOADS: dict[str, Callable[[torch.dtype], None]] = {
     "sd15-512 step": lambda dtype: dry_run.run_unet(SD15, height=64, width=64, rows=2, tokens=77, dtype=dtype),
@@ -125,14 +103,12 @@ WORKLOADS: dict[str, Callable[[torch.dtype], None]] = {
         dry_run.network(SDXL, dtype),
         lambda: dry_run.run_unet(SDXL, height=128, width=128, rows=2, tokens=77, dtype=dtype),
     )(),
-    "sd15-512 step, adapters": lambda dtype: with_adapters(
-        dry_run.network(SD15, dtype),
-        lambda: dry_run.run_unet(SD15, height=64, width=64, rows=2, tokens=77, dtype=dtype),
-    )(),
-    "sdxl-1024 step, adapters": lambda dtype: with_adapters(
-        dry_run.network(SDXL, dtype),
-        lambda: dry_run.run_unet(SDXL, height=128, width=128, rows=2, tokens=77, dtype=dtype),
-    )(),
+    "sd15-512 step, adapters": lambda dtype: dry_run.run_unet(
+        SD15, height=64, width=64, rows=2, tokens=77, dtype=dtype, lora=True
+    ),
+    "sdxl-1024 step, adapters": lambda dtype: dry_run.run_unet(
+        SDXL, height=128, width=128, rows=2, tokens=77, dtype=dtype, lora=True
+    ),
     "vae-512 decode": lambda dtype: dry_run.run_decoder(VAE, height=64, width=64, batch=1, dtype=dtype),
     "vae-1024 decode": lambda dtype: dry_run.run_decoder(VAE, height=128, width=128, batch=1, dtype=dtype),
     "clip-l": lambda dtype: dry_run.run_text([CLIP_L], batch=2, dtype=dtype),
@@ -147,11 +123,9 @@ SMALL: dict[str, Callable[[torch.dtype], None]] = {
         least_weight=1,
         least_rows=64,
     )(),
-    "tiny step, adapters": lambda dtype: with_adapters(
-        dry_run.network(TINY, dtype),
-        lambda: dry_run.run_unet(TINY, height=8, width=8, rows=2, tokens=77, dtype=dtype),
-        count=2,
-    )(),
+    "tiny step, adapters": lambda dtype: dry_run.run_unet(
+        TINY, height=8, width=8, rows=2, tokens=77, dtype=dtype, lora=True
+    ),
     "heads": lambda dtype: _heads(dtype),
 }
 

@@ -186,3 +186,17 @@ def test_pages_make_room_on_a_gpu(pipe: Pipeline, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(paging, "OF_A_ROW", 1)
     assert not pages.fits([b])
     pages.close()
+
+
+def test_unloading_frees_copies_and_pages(pipe: Pipeline, session: Session) -> None:
+    adapters = pipe.stages.adapters
+    loaded = dict(adapters.loaded)
+    together(session, [*MIXED, {"full": 1.0}])
+    assert adapters.nbytes > 0
+    pipe.unload_lora_weights()
+    together(session, [None])
+    assert adapters.nbytes == 0
+    for name, adapter in loaded.items():
+        adapters.add(name, adapter)
+    results = together(session, MIXED)
+    assert "beside" in {result.adapters for result in results}

@@ -23,7 +23,7 @@ ROOT = Path(fastldm.__file__).resolve().parent.parent
 def test_each_arch_is_warmed_for_all_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def warmed(spec: Any, arch: str, *, sizes: Any, batches: Any, dtype: Any, on_kernel: Any) -> int:
+    def warmed(spec: Any, arch: str, *, sizes: Any, batches: Any, dtype: Any, lora: Any, on_kernel: Any) -> int:
         calls.append((spec.family.name, arch, list(sizes), batches, dtype))
         return 7
 

@@ -49,8 +49,8 @@ def find_weights(
     if not path.exists() and not hub.is_id(str(path_or_id)):
         names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.safetensors")))
         raise CheckpointError(
-            f"{path_or_id} does not exist here. Give a file, a folder, a hub id (owner/name), or the name of an adapter "
-            f"that ships for the default model: {names}."
+            f"{path_or_id} does not exist here. Give a file, a folder, a hub id (owner/name), or the name of an "
+            f"adapter that ships for the default model: {names}."
         )
     if path.is_dir():
         return _in_folder(path / (subfolder or ""), weight_name, preferred, allow_pickle)

@@ -21,6 +21,7 @@ from fastldm.errors import InputError
     "--n", "batch", type=click.IntRange(min=1), multiple=True, default=(1,), help="Pictures; may be repeated."
 )
 @click.option("--dtype", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True)
+@click.option("--lora", is_flag=True, help="Those that requests with different adapters in one batch launch, too.")
 @click.option("--cache", metavar="DIR", help="Where the kernels go.  [default: Triton's cache]")
 @debug_option
 def warm(
@@ -29,6 +30,7 @@ def warm(
     size: tuple[tuple[int, int], ...],
     batch: tuple[int, ...],
     dtype: str,
+    lora: bool,
     cache: str | None,
     debug: bool,
 ) -> None:
@@ -60,7 +62,6 @@ def warm(
         for name in arch:
             with tqdm(desc=name, bar_format="{desc}: {elapsed} {postfix}", disable=not sys.stderr.isatty()) as bar:
                 sizes = size or [spec.default_size]
-                count = warm.warm(
-                    spec, name, sizes=sizes, batches=batch, dtype=getattr(torch, dtype), on_kernel=bar.set_postfix_str
-                )
+                options = {"dtype": getattr(torch, dtype), "lora": lora, "on_kernel": bar.set_postfix_str}
+                count = warm.warm(spec, name, sizes=sizes, batches=batch, **options)
             click.echo(f"{name}: {count} kernels in {warm.cache_folder()}")

@@ -104,7 +104,10 @@ def op_paths(spec: Spec, dtype: torch.dtype, arch: str | None) -> dict[str, Any]
         reasons = calls["triton" if verdict else "torch"].setdefault(op.name, Counter())
         reasons[verdict.reason] += 1
 
-    latents = {"height": spec.default_size[1] // spec.vae.factor, "width": spec.default_size[0] // spec.vae.factor}
+    latents: dict[str, Any] = {
+        "height": spec.default_size[1] // spec.vae.factor,
+        "width": spec.default_size[0] // spec.vae.factor,
+    }
     with dispatch.targeting(on_gpu), dispatch.observe(watch):
         dry_run.run_text(spec.text, batch=1, dtype=dtype)
         dry_run.run_unet(spec.unet, rows=2, tokens=spec.text[0].max_position, dtype=dtype, **latents)

@@ -18,15 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from fastldm import image as images
+from fastldm.adapters.selection import Parameter
 from fastldm.kernels.dispatch import Cost, Op, Target, device_type, observe, targeting
 from fastldm.loading.prepare import prepare
 from fastldm.loading.spec import autoencoder
 from fastldm.models.clip import CLIPText
 from fastldm.models.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
 from fastldm.models.controlnet import ControlNet, ControlNetConfig
+from fastldm.models.layers import Linear, Pointwise
 from fastldm.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from fastldm.models.unet import AddedConditions, Features, UNet
 from fastldm.models.vae import TILE, AutoencoderKL, Decode, TinyAutoencoder, decode_pieces, finish
+from fastldm.runtime.pages import Pages
 from fastldm.runtime.slots import FEATURES, Slots, StaticBuffers
 
 ControlConfig = ControlNetConfig | T2IAdapterConfig
@@ -102,9 +105,10 @@ def step(
     tokens: int,
     dtype: torch.dtype,
     controls: Sequence[ControlConfig] = (),
+    lora: bool = False,
 ) -> DryRun:
     """One step of `rows` U-Net rows: on a GPU all calls of its graph, on a CPU the networks. controls: what acts on all
-    rows."""
+    rows. lora: with adapters beside all linear layers, on a GPU."""
     unet: UNet = network(config, dtype)  # type: ignore[assignment]
     nets: list[Any] = [network(each, dtype) for each in controls if isinstance(each, ControlNetConfig)]
     adapted = len(nets) < len(controls)
@@ -113,7 +117,8 @@ def step(
     if device_type(buffers.temb) != "cpu":
         indices = [*([FEATURES] if adapted else []), *range(len(nets))]
         controlled = tuple((index, ((0, rows),)) for index in indices)
-        return torch.no_grad()(functools.partial(Slots(unet, buffers).body, rows, True, controlled))
+        body = functools.partial(Slots(unet, buffers).body, rows, True, controlled, lora)
+        return torch.no_grad()(functools.partial(_with_pages, unet, body) if lora else body)
     model_input = buffers.step.u
 
     def states(temb: Tensor, text: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -129,6 +134,17 @@ def step(
         return unet.step(model_input, *states(buffers.temb, buffers.text), residuals=residuals, features=features)
 
     return torch.no_grad()(run)
+
+
+def _with_pages(unet: UNet, run: DryRun) -> None:
+    pages = Pages(unet, fixed=2)
+    for path, layer in unet.named_modules():
+        if isinstance(layer, Linear | Pointwise) and Parameter("unet", path, "weight").part == "step":
+            pages.add(path)
+    try:
+        run()
+    finally:
+        pages.close()
 
 
 def decode(
@@ -188,10 +204,12 @@ def text(configs: Sequence[TextConfig], *, batch: int, dtype: torch.dtype) -> Dr
 # ---------------------------------------------------------------------------------------------- runs to observe
 
 
-def run_unet(config: UNetConfig, *, height: int, width: int, rows: int, tokens: int, dtype: torch.dtype) -> None:
-    """All of one step for `rows` U-Net rows (2 for a guided image), and its conditions."""
+def run_unet(
+    config: UNetConfig, *, height: int, width: int, rows: int, tokens: int, dtype: torch.dtype, lora: bool = False
+) -> None:
+    """All of one step for `rows` U-Net rows (2 for a guided image), and its conditions. lora: as of `step`."""
     conditions(config, steps=1, rows=rows, tokens=tokens, dtype=dtype)()
-    step(config, height=height, width=width, rows=rows, tokens=tokens, dtype=dtype)()
+    step(config, height=height, width=width, rows=rows, tokens=tokens, dtype=dtype, lora=lora)()
 
 
 def run_decoder(config: VAEConfig | TinyVAEConfig, *, height: int, width: int, batch: int, dtype: torch.dtype) -> None:

@@ -36,12 +36,14 @@ def warm(
     sizes: Sequence[tuple[int, int]],
     batches: Sequence[int] = (1,),
     dtype: torch.dtype = torch.float16,
+    lora: bool = False,
     on_kernel: Callable[[str], None] | None = None,
 ) -> int:
     """Compile every kernel that requests of these sizes, (width, height) in pixels, and batches launch on `arch`.
 
     The result is in Triton's cache (TRITON_CACHE_DIR, else ~/.triton/cache), for the same versions of fastldm, torch
-    and Triton. on_kernel is called with each kernel's name when it is compiled. Returns the number of kernels.
+    and Triton. lora: with those of adapters beside the weights. on_kernel is called with each kernel's name when it is
+    compiled. Returns the number of kernels.
     """
     if importlib.util.find_spec("triton") is None:
         raise InputError("there is nothing to warm: triton is not installed; pip install triton")
@@ -65,7 +67,9 @@ def warm(
             for batch in batches:
                 for rows in sorted({batch, 2 * batch} if guided else {batch}):
                     tokens = spec.text[0].max_position
-                    dry_run.run_unet(spec.unet, height=h, width=w, rows=rows, tokens=tokens, dtype=dtype)
+                    for beside in (False, True) if lora else (False,):
+                        shape = {"height": h, "width": w, "rows": rows, "tokens": tokens}
+                        dry_run.run_unet(spec.unet, **shape, dtype=dtype, lora=beside)
                 dry_run.run_decoder(spec.vae, height=h, width=w, batch=batch, dtype=dtype)
                 dry_run.run_encoder(spec.vae, height=h, width=w, batch=batch, dtype=dtype)
     return len(ahead.compiled)

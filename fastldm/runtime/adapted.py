@@ -83,14 +83,18 @@ class Adapted:
 
     def check_free(self, name: str | None) -> None:
         """InputError for a name that is taken."""
-        if name in self.loaded:
+        with self._lock:
+            self._check_free(name)
+
+    def _check_free(self, name: str | None) -> None:
+        if name in self._loaded:
             raise InputError(f"adapter {show(name)} is loaded: give another adapter_name, or delete_adapters it first")
 
     def add(self, name: str | None, adapter: Adapter) -> str:
         """Add an adapter, active with weight 1 if no other is. name: None is "default_0" and so on. Returns the name.
         InputError for a name that is taken."""
-        self.check_free(name)
         with self._lock:
+            self._check_free(name)
             if len(self._loaded) >= MAX_ADAPTERS:
                 raise InputError(f"{len(self._loaded)} adapters are loaded, the most there may be: delete some")
             if name is None:
@@ -183,6 +187,10 @@ class Adapted:
     def _switch(self, part: Part, selection: Selection | None) -> None:
         if self.merged[part].switch({} if selection is None else selection.of(part)):
             self._update()
+        if not self._loaded and not self._fused:
+            self.merged[part].trim()
+            if self.pages is not None and not self._under_way:
+                self.pages.trim()
 
     @contextmanager
     def conditioned(self, selection: Selection) -> Iterator[None]:

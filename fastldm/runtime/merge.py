@@ -71,6 +71,11 @@ class Merged:
         self._originals.pop(parameter, None)
         self._current.pop(parameter, None)
 
+    def trim(self) -> None:
+        """Free the copies of originals that are back in place."""
+        for parameter in self._originals.keys() - self._current.keys():
+            del self._originals[parameter]
+
 
 def _write(weight: Tensor, original: Tensor, deltas: Deltas) -> None:
     """weight = original + what the deltas add."""

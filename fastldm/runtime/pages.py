@@ -147,6 +147,12 @@ class Pages:
             self._set(each, low_rank, j)
         self.layers_added += self._fixed
 
+    def trim(self) -> None:
+        """Free all pages, of which none is wanted; not on a GPU, where captured graphs read them."""
+        if not self._fixed:
+            self.close()
+            self._count = 1
+
     def close(self) -> None:
         """Take the pages from the layers."""
         for path in self._layers:
