@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import controls
 import ip_adapters
 import numpy as np
 import pytest
@@ -153,6 +154,31 @@ def test_ip_adapter_reads_pictures_as_prompts(model: str, tmp_path: Path) -> Non
         assert refused.exit_code != 0
         assert "--ip-adapter and --ip-image go together" in refused.output
     assert "there is no file 'none.png'" in generate(model, "--ip-image", "none.png", "--ip-adapter", "x").output
+
+
+def test_controls_read_a_picture_each(model: str, tmp_path: Path) -> None:
+    controls.controlnet("sd1").save_pretrained(tmp_path / "outlines")
+    controls.t2i_adapter("full").save_pretrained(tmp_path / "sketch")
+    for k in (1, 2):
+        controls.picture(k).save(f"{k}.png")
+    one = ("--control", "outlines", "--control-image", "1.png")
+    two = (*one, "--control", "sketch:0.5", "--control-image", "2.png")
+    images = []
+    for options in ((), one, ("--control", "outlines:0.5", *one[2:]), two):
+        done = generate(model, "--seed", "1", "-o", "a.png", "--force", *options)
+        assert done.exit_code == 0, done.output
+        with Image.open("a.png") as image:
+            images.append(np.asarray(image).tobytes())
+    assert len({*images}) == 4
+    fields = fastldm.read_parameters("a.png")[1]
+    assert fields["ControlNet 0"].startswith("Model: outlines [")
+    assert "Weight: 0.5" in fields["ControlNet 1"]
+    for refused in (one[:2], one[2:], two[:6]):
+        done = generate("no/model", *refused)
+        assert done.exit_code != 0
+        assert "--control and --control-image go together" in done.output
+    assert "there is no file 'none.png'" in generate("no/model", *one[:3], "none.png").output
+    assert "1.png is no safetensors file" in generate(model, "--control", "1.png", *one[2:]).output
 
 
 def test_variant_selects_the_weights_files(tmp_path: Path) -> None:
