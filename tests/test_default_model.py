@@ -116,3 +116,17 @@ def test_sketch_draws_without_colour(pipe: fastldm.Pipeline) -> None:
         assert saturation[2] < 0.7 * saturation[1] < saturation[0]
     finally:
         pipe.unload_lora_weights()
+
+
+def test_pixel_draws_in_blocks(pipe: fastldm.Pipeline) -> None:
+    """Neighbours differ at the borders of blocks of 4 x 4, more than twice as much as without."""
+    pipe.load_lora_weights("pixel")
+    try:
+        contrast = []
+        for weight in (0.0, 1.0):
+            result = pipe(["a red apple", "a fish", "a castle"], seed=0, adapters={"default_0": weight})
+            steps = np.abs(np.diff(np.stack(result.images).astype(float), axis=2)).mean((0, 1, 3))
+            contrast.append(steps[3::4].mean() / np.delete(steps, np.arange(3, 63, 4)).mean())
+        assert contrast[1] > 2 * contrast[0]
+    finally:
+        pipe.unload_lora_weights()
