@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
@@ -440,9 +442,18 @@ def test_completed_requests_can_be_run_again(pipe: Pipeline, folders: dict[str, 
     assert isinstance(result.request, Request)
     again: Any = pipe(result.request)
     assert np.array_equal(again.images, result.images)
+    adapter = weakref.ref(pipe.stages.image_prompts.loaded.adapters[0])
     pipe.unload_ip_adapter()
     with pytest.raises(InputError, match="the IP-Adapter of this request is not loaded any more"):
         pipe(result.request)
+    gc.collect()
+    assert adapter() is None  # a result that is kept does not keep its networks
+
+    pipe.load_ip_adapter(folders["sd1"], "models", "base.safetensors")
+    positive = pipe.prepare_ip_adapter_image_embeds(photo(1), do_classifier_free_guidance=False)
+    unguided = pipe(**request(1, ip_adapter_image_embeds=positive, guidance_scale=1.0)).request
+    with pytest.raises(InputError, match="expected 2 rows, of which the first is negative"):
+        pipe(unguided, guidance_scale=5.0)
 
 
 def test_arrays_and_pictures_are_one(pipe: Pipeline, folders: dict[str, Path], tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import itertools
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +66,19 @@ class PictureSelection:
 
     uses: tuple[PictureUse, ...]
 
+    def released(self) -> ReleasedSelection:
+        """The same for a result, which may be kept for long."""
+        return ReleasedSelection(
+            tuple((weakref.ref(use.adapter), replace(use, adapter=None, encoder=None)) for use in self.uses)  # type: ignore
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ReleasedSelection:
+    """A selection that does not hold its networks: a request that is done."""
+
+    uses: tuple[tuple[weakref.ref[ImageAdapter], PictureUse], ...]
+
 
 class ImagePrompts:
     """The IP-Adapters of a model."""
@@ -100,11 +114,19 @@ class ImagePrompts:
         InputError for pictures where no adapter is loaded, and for pictures, embeddings and scales that do not fit."""
         loaded = self.loaded
         given, embeds = request.ip_adapter_image, request.ip_adapter_image_embeds
-        if isinstance(given, PictureSelection):
-            for use in given.uses:
-                if use.adapter not in loaded.adapters:
+        if isinstance(given, ReleasedSelection):
+            again = []
+            for reference, use in given.uses:
+                adapter = reference()
+                if adapter is None or adapter not in loaded.adapters or (use.embeds is None and not loaded.encoder):
                     raise InputError("the IP-Adapter of this request is not loaded any more")
-            return request
+                again.append(replace(use, adapter=adapter, encoder=loaded.encoder))
+            given = PictureSelection(tuple(again))
+        if isinstance(given, PictureSelection):  # of a request that was completed before
+            for use in given.uses:
+                if use.embeds is not None:
+                    _check_embeds(use.embeds, use.adapter, guided)
+            return request.replace(ip_adapter_image=given)
         if given is None and embeds is None:
             return request.replace(ip_adapter_scale=None)
         name = "ip_adapter_image" if embeds is None else "ip_adapter_image_embeds"

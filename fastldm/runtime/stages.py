@@ -40,7 +40,7 @@ from fastldm.runtime.complete import complete
 from fastldm.runtime.controls import Controls, start_controls
 from fastldm.runtime.denoise import Batch, BatchInvariant, EagerBatch, Embeds, Guidance, Run, check_finite
 from fastldm.runtime.graph import CUDA, Graphs
-from fastldm.runtime.image_prompts import ImagePrompts, per_image, start_pictures
+from fastldm.runtime.image_prompts import ImagePrompts, PictureSelection, per_image, start_pictures
 from fastldm.runtime.slots import Slots, StaticBuffers, graph_rows, step_capacity
 from fastldm.runtime.start import start_run
 from fastldm.samplers import table as schedule
@@ -375,6 +375,8 @@ class Stages:
         if request.timesteps is not None or request.sigmas is not None:
             steps = run.table.steps  # as many of the caller's own list as were taken
         request = request.replace(sampler=run.table.sampler, num_inference_steps=steps)
+        if isinstance(request.ip_adapter_image, PictureSelection):
+            request = request.replace(ip_adapter_image=request.ip_adapter_image.released())
         adapters = "beside" if run.applied else "merged" if run.adapters.own_step else ""
         return Result(images, seeds, timings, backend, self.precision, request, adapters)
 
