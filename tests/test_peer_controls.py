@@ -95,6 +95,7 @@ ONE, TWO = ("sd1",), ("sd1", "sd1-bgr")
 CASES: dict[str, tuple[str, str, tuple[str, ...], dict[str, Any]]] = {
     "SD 1": ("ControlNetPipeline", "sd1", ONE, {}),
     "SD 2": ("ControlNetPipeline", "sd2", ("sd2",), {}),
+    "LCM": ("ControlNetPipeline", "lcm", ONE, {"guidance_scale": 8.0, "control_guidance_end": 0.6}),
     "bgr": ("ControlNetPipeline", "sd1", ("sd1-bgr",), {}),
     "small": ("ControlNetPipeline", "small", ("small",), {}),
     "without guidance": ("ControlNetPipeline", "sd1", ONE, {"guidance_scale": 1.0}),
