@@ -89,6 +89,8 @@ from fastldm.kernels.linear import (
 if TYPE_CHECKING:
     import triton.language as tl
 
+# Steps of K that a program takes at least where the kernel is faster than cuDNN, see `faster`.
+_STEPS_FROM = 40
 # Pixels (B*H*W of the small image) from which the phases are faster, though they are summed anew at each call. They
 # save 5/9 of 18 C O float operations for each of 4 pixels, and cost some 64 C O bytes to sum and to read: on an H100 at
 # 500 TFLOP/s and 3 TB/s that balances at 270 pixels, and with PyTorch's unfused kernels at three times as many. On a
@@ -330,6 +332,22 @@ def upsample_default(shape: str, arch: int) -> Config:
     return min(UPSAMPLE_SPACE, key=lambda config: estimate(config, m, n, k, arch))
 
 
+def faster(shape: str, arch: int) -> bool:
+    """Whether the kernel is predicted to be faster than cuDNN and a pass for bias and residual; see the top."""
+    return _is_faster(default(shape, arch), shape, arch)
+
+
+def upsample_faster(shape: str, arch: int) -> bool:
+    return _is_faster(upsample_default(shape, arch), shape, arch)
+
+
+def _is_faster(config: Config, shape: str, arch: int) -> bool:
+    """On Hopper, with a tile that libraries lack: of 160 columns, walking far enough along K; or of 16."""
+    k = int(re.findall(r"\d+", shape)[2])
+    wide = "MORE_N" in config and cdiv(k, config["SPLIT"]) >= _STEPS_FROM * config["BLOCK_K"]
+    return arch == 90 and (wide or config["BLOCK_N"] == 16)
+
+
 # ------------------------------------------------------------------------------------------------------- kernel
 
 
@@ -504,7 +522,8 @@ CONV2D = Op(
     default=default,
     space=SPACE,
     is_candidate=is_candidate,
-    prefer="torch",  # until a measured table says where the kernel is faster than cuDNN
+    prefer="torch",  # elsewhere, until a measured table says where the kernel is faster than cuDNN
+    faster=faster,
 )
 
 UPSAMPLE_CONV2D = Op(
@@ -518,6 +537,7 @@ UPSAMPLE_CONV2D = Op(
     space=UPSAMPLE_SPACE,
     is_candidate=upsample_is_candidate,
     prefer="torch",
+    faster=upsample_faster,
 )
 
 

@@ -191,6 +191,7 @@ class Op(Generic[P, R]):
     default: (shape class, compute capability) -> the configuration where the table has none.
     space, is_candidate: the configurations for a tuner to try, and whether one may be fast for some arguments.
     prefer: the path where the table has no entry.
+    faster: (shape class, compute capability) -> whether the kernel is taken all the same where `prefer` is the library.
     mutates: the names of the arguments that the op writes.
     example_values: valid and typical values, on the CPU and by name, of those arguments for which random numbers are
         not valid (integers, and whatever holds indices).
@@ -211,6 +212,7 @@ class Op(Generic[P, R]):
         space: Sequence[Config] = (),
         is_candidate: Callable[..., bool] = lambda config, *args, **kwargs: True,
         prefer: Route = "triton",
+        faster: Callable[[str, int], bool] = lambda shape, arch: False,
         mutates: tuple[str, ...] = (),
         example_values: Callable[P, Mapping[str, Tensor]] | None = None,
     ) -> None:
@@ -218,7 +220,8 @@ class Op(Generic[P, R]):
         self.reference, self.triton, self.supports = reference, triton, supports
         self.shape_class, self.cost, self.default = shape_class, cost, default
         self.space, self.is_candidate = space, is_candidate
-        self.prefer, self.mutates, self.example_values = prefer, mutates, example_values
+        self.prefer, self.faster = prefer, faster
+        self.mutates, self.example_values = mutates, example_values
         OPS[name] = self
 
     @property
@@ -258,8 +261,10 @@ class Op(Generic[P, R]):
             if not verdict:
                 raise NotBatchInvariant(f"{self.name} is not batch-invariant here: {verdict.reason}")
         elif verdict and preference is None:
-            entry = table_entry(self.name, self.shape_class(*args, **kwargs), capability(x))
-            if (entry or {}).get("path", self.prefer) == "torch":
+            key, arch = self.shape_class(*args, **kwargs), capability(x)
+            entry = table_entry(self.name, key, arch)
+            by_default = "triton" if self.prefer == "triton" or self.faster(key, arch) else "torch"
+            if (entry or {}).get("path", by_default) == "torch":
                 return no("torch's own is faster here, says the table" if entry else "torch's own is taken by default")
         return verdict
 
