@@ -272,7 +272,7 @@ def default(shape: str, arch: int) -> Config:
 
 @functools.cache
 def linear_geglu_default(shape: str, arch: int) -> Config:
-    """On Hopper no tile that takes all registers: while the one program of a multiprocessor gates, the matrix units wait."""
+    """On Hopper no tile that takes all registers: while its program gates, the matrix units would wait."""
     m, n, k = map(int, re.findall(r"\d+", shape))
     space = [tile for tile in GEGLU_SPACE if arch != 90 or tile["BLOCK_M"] * tile["BLOCK_N"] <= 8192]
     return min(space, key=lambda config: estimate(config, m, n // 2, k, arch, accumulators=2))
