@@ -79,6 +79,7 @@ from fastldm.kernels.linear import (
     estimate,
     fast_library,
     finish,
+    halves,
     is_competitive,
     linear,
     sum_splits,
@@ -90,7 +91,7 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 # Steps of K that a program takes at least where the kernel is faster than cuDNN, see `faster`.
-_STEPS_FROM = 40
+_STEPS_FROM = 22
 # Pixels (B*H*W of the small image) from which the phases are faster, though they are summed anew at each call. They
 # save 5/9 of 18 C O float operations for each of 4 pixels, and cost some 64 C O bytes to sum and to read: on an H100 at
 # 500 TFLOP/s and 3 TB/s that balances at 270 pixels, and with PyTorch's unfused kernels at three times as many. On a
@@ -246,7 +247,7 @@ def cost(
     stride: int = 1,
     padding: int = 0,
 ) -> Cost:
-    batch, height, width = _out_size(x, weight, stride, padding)
+    batch, height, width = out_size(x, weight, stride, padding)
     pixels = batch * height * width
     elements = x.numel() + weight.numel() + pixels * weight.shape[0] * (1 if residual is None else 2)
     return Cost(flop=2 * pixels * weight.numel(), bytes=elements * x.element_size())
@@ -262,7 +263,7 @@ def upsample_cost(
     return Cost(flop=2 * pixels * pairs * (4 if doubles else 9), bytes=elements * x.element_size())
 
 
-def _out_size(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int, int, int]:
+def out_size(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int, int, int]:
     """Batch, height and width of the output."""
     batch, _, height, width = x.shape
     reach = 2 * padding - weight.shape[2]
@@ -274,7 +275,7 @@ def _out_size(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int
 
 def _sizes(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int, int, int]:
     """M, N and K of the matrix product."""
-    batch, height, width = _out_size(x, weight, stride, padding)
+    batch, height, width = out_size(x, weight, stride, padding)
     return batch * height * width, weight.shape[0], weight[0].numel()
 
 
@@ -358,6 +359,7 @@ def _conv_kernel(
     bias,
     residual,
     out,
+    moments,
     m,
     filters,
     channels,
@@ -379,7 +381,10 @@ def _conv_kernel(
     BLOCK_K: tl.constexpr,
     MORE_N: tl.constexpr = 0,
 ):
-    """m pixels of the output, or of one phase of it, times `filters` channels. TAPS: on one side of the kernel."""
+    """m pixels of the output, or of one phase of it, times `filters` channels. TAPS: on one side of the kernel.
+
+    moments: where mean and M2 of each channel of a tile are written, for tiles that are full: (2, tiles, filters).
+    """
     program = tl.program_id(0)
     if UPSAMPLE:  # the phases of a tile run side by side, for they read the same pixels
         down = program % 4 // 2
@@ -445,10 +450,44 @@ def _conv_kernel(
         rows = 4 * m
     out_row = row.to(tl.int64) + split.to(tl.int64) * rows  # with splits, out is the workspace (SPLIT, rows, filters)
     out_row, row_mask = out_row[:, None], (pixel < m)[:, None]
-    if MORE_N:  # first, for its registers
-        second = first + BLOCK_N
-        finish(more, None, None, bias, residual, None, out, out_row, row_mask, second, filters, BLOCK_M, MORE_N)
-    finish(tile, None, None, bias, residual, None, out, out_row, row_mask, first, filters, BLOCK_M, BLOCK_N)
+    second = first + BLOCK_N
+    if moments is not None:
+        square = tl.cdiv(m, BLOCK_M) * filters  # from the means to the M2
+        moments += row_tile * filters
+        if MORE_N:  # first, for its registers
+            _finish_half(more, bias, residual, out, moments, square, out_row, second, filters, BLOCK_M, MORE_N)
+        if BLOCK_M * BLOCK_N > 8192:  # as `finish` does
+            left, right = halves(tile, BLOCK_M, BLOCK_N)
+            middle = first + BLOCK_N // 2
+            _finish_half(left, bias, residual, out, moments, square, out_row, first, filters, BLOCK_M, BLOCK_N // 2)
+            _finish_half(right, bias, residual, out, moments, square, out_row, middle, filters, BLOCK_M, BLOCK_N // 2)
+        else:
+            _finish_half(tile, bias, residual, out, moments, square, out_row, first, filters, BLOCK_M, BLOCK_N)
+    else:
+        if MORE_N:
+            finish(more, None, None, bias, residual, None, out, out_row, row_mask, second, filters, BLOCK_M, MORE_N)
+        finish(tile, None, None, bias, residual, None, out, out_row, row_mask, first, filters, BLOCK_M, BLOCK_N)
+
+
+@jit
+def _finish_half(
+    tile, bias, residual, out, moments, square, row, first, filters, M: tl.constexpr, N: tl.constexpr
+):  # fmt: skip
+    """Add bias and residual to a float32 tile (M, N), write it, and the moments of each of its columns as written."""
+    column = first + tl.arange(0, N)
+    mask = column < filters
+    if bias is not None:
+        tile += tl.load(bias + column, mask, other=0.0).to(tl.float32)[None, :]
+    place = row * filters + column[None, :]
+    if residual is not None:
+        tile += tl.load(residual + place, mask[None, :], other=0.0).to(tl.float32)
+    written = tile.to(out.dtype.element_ty)
+    tl.store(out + place, written, mask[None, :])
+    tile = written.to(tl.float32)
+    mean = tl.sum(tile, 0) / M
+    deviation = tile - mean[None, :]
+    tl.store(moments + column, mean, mask)
+    tl.store(moments + square + column, tl.sum(deviation * deviation, 0), mask)
 
 
 def conv2d_triton(
@@ -460,12 +499,33 @@ def conv2d_triton(
     padding: int = 0,
 ) -> Tensor:
     config = CONV2D.config(x, weight, bias, residual, stride, padding)
-    batch, height, width = _out_size(x, weight, stride, padding)
-    out = x.new_empty((batch, height, width, weight.shape[0]))
+    out = x.new_empty((*out_size(x, weight, stride, padding), weight.shape[0]))
+    convolve(x, weight, bias, residual, stride, padding, out, config)
+    return out.permute(0, 3, 1, 2)
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: int,
+    padding: int,
+    out: Tensor,
+    config: Config,
+    moments: Tensor | None = None,
+    summed: bool = True,
+) -> Tensor | None:
+    """Launch the kernels of `conv2d` for out (B, H', W', O). moments (2, B * H' * W' / BLOCK_M, O), float32, of each
+    channel of that many pixels: written where a tile is one image's and the product is not split.
+
+    Where the product is split and not to be `summed`, nothing but the partial sums (SPLIT, B, H', W', O) is written:
+    they are returned, in float32, without bias and residual.
+    """
     taps, channels = weight.shape[2], weight.shape[1]
     shape = {"TAPS": taps, "STRIDE": stride, "PADDING": padding, "UPSAMPLE": False}
-    _launch(x, weight, bias, residual, out, (taps * taps * channels, 1, channels), shape, config)
-    return out.permute(0, 3, 1, 2)
+    strides = (taps * taps * channels, 1, channels)
+    return _launch(x, weight, bias, residual, out, strides, shape, config, moments, summed)
 
 
 def upsample_conv2d_triton(
@@ -490,7 +550,9 @@ def _launch(
     weight_strides: tuple[int, int, int],  # between filters, channels, taps
     shape: dict[str, int],
     config: Config,
-) -> None:
+    moments: Tensor | None = None,
+    summed: bool = True,
+) -> Tensor | None:
     _, channels, height, width = x.shape
     _, out_height, out_width, filters = out.shape
     phases = 4 if shape["UPSAMPLE"] else 1
@@ -505,9 +567,10 @@ def _launch(
     grid = (phases * cdiv(m, config["BLOCK_M"]) * cdiv(filters, columns_of(config)), split)
     sizes = (m, filters, channels, height, width, out_height, out_width, *weight_strides)
     even = channels % config["BLOCK_K"] == 0
-    launch(_conv_kernel, grid, x, weight, *epilogue, target, *sizes, **shape, EVEN_K=even, **config)
-    if split > 1:
+    launch(_conv_kernel, grid, x, weight, *epilogue, target, moments, *sizes, **shape, EVEN_K=even, **config)
+    if split > 1 and summed:
         sum_splits(target, None, bias, residual, None, out)
+    return None if split == 1 or summed else target.view(split, *out.shape)
 
 
 # ---------------------------------------------------------------------------------------------------------- ops
@@ -551,10 +614,15 @@ def conv2d(
     residual: Tensor | None = None,
 ) -> Tensor:
     """Convolve x (B, C, H, W) with weight (O, C, K, K), add bias (O,) and residual (B, O, H', W'), in x's dtype."""
+    return CONV2D(*in_eights(x, weight), bias, residual, stride, padding)
+
+
+def in_eights(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """x and weight with channels that the kernel takes, where nothing else may be taken: 8 for a latent's 4."""
     missing = -x.shape[1] % 8
-    if missing and is_batch_invariant():  # a latent's 4 channels: the kernel takes 8
+    if missing and is_batch_invariant():
         x, weight = F.pad(x, (0, 0, 0, 0, 0, missing)), pad_to_eights(weight)[: weight.shape[0]]
-    return CONV2D(x, weight, bias, residual, stride, padding)
+    return x, weight
 
 
 def upsample_conv2d(

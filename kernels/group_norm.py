@@ -336,18 +336,23 @@ def _channels(size, channels, LANES: tl.constexpr):
 
 
 @jit
-def _load(x, skip, start, tile_pixel, channel, mask, split_channel, x_pixel, skip_pixel):
+def _load(x, skip, start, tile_pixel, channel, mask, split_channel, part, x_pixel, skip_pixel, PARTS: tl.constexpr):
     """A tile of concat(x, skip) from pixel `start` on, zero outside. `split_channel` is the first channel of skip.
 
-    Two masked loads, of which each lane makes one: selected pointers would not load 16 bytes at once.
+    x may be partial sums, PARTS of them, each `part` numbers after the other. Two masked loads, of which each lane
+    makes one: selected pointers would not load 16 bytes at once.
     """
     start = start.to(tl.int64)  # pixels * channels exceeds 2^31 in large images, a tile does not
     x += start * x_pixel
-    if skip is None:
-        tile = tl.load(x + (tile_pixel * x_pixel + channel), mask, other=0.0)
-    else:
+    x_mask = mask
+    if skip is not None:
+        x_mask = mask & (channel < split_channel)
+    tile = tl.load(x + (tile_pixel * x_pixel + channel), x_mask, other=0.0)
+    for _ in tl.static_range(PARTS - 1):
+        x += part
+        tile += tl.load(x + (tile_pixel * x_pixel + channel), x_mask, other=0.0)
+    if skip is not None:
         skip += start * skip_pixel - split_channel
-        tile = tl.load(x + (tile_pixel * x_pixel + channel), mask & (channel < split_channel), other=0.0)
         tile += tl.load(skip + (tile_pixel * skip_pixel + channel), mask & (channel >= split_channel), other=0.0)
     return tile
 
@@ -369,15 +374,15 @@ def _load_residual(residual, start, tile_pixel, channel, mask, split_channel):
 
 
 @jit
-def _total(tile, residual_tile, x_bias_row):
-    """A tile of the sum, rounded as it is written."""
-    if (residual_tile is not None) or (x_bias_row is not None):
+def _total(tile, residual_tile, x_bias_row, like):
+    """A tile of the sum, rounded to the dtype of what `like` points to; the tile itself where that is None."""
+    if like is not None:
         total = tile.to(tl.float32)
         if x_bias_row is not None:
             total += x_bias_row
         if residual_tile is not None:
             total += residual_tile.to(tl.float32)
-        tile = total.to(tile.dtype)
+        tile = total.to(like.dtype.element_ty)
     return tile
 
 
@@ -392,12 +397,19 @@ def _x_vector(vector, channel, channel_mask, split_channel):
 
 
 @jit
+def _store(image, start, tile_pixel, channel, tile, mask, channels):
+    """Write a tile of an image whose pixels lie side by side."""
+    image += start.to(tl.int64) * channels
+    tl.store(image + (tile_pixel * channels + channel), tile.to(image.dtype.element_ty), mask)
+
+
+@jit
 def _moments(
-    x, skip, residual, x_bias_row, offset, first, last, channel, channel_mask, split_channel, x_pixel, skip_pixel,
-    SIZE: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr,
-    UNIT: tl.constexpr,
+    x, skip, residual, x_bias_row, like, total, offset, first, last, channel, channel_mask, split_channel,
+    part, x_pixel, skip_pixel, SIZE: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr,
+    SLOTS: tl.constexpr, UNIT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The mean and M2 of each group over the pixels first..last: (SLOTS,)."""
+    """The mean and M2 of each group over the pixels first..last: (SLOTS,). total: where the sum is written."""
     tile_pixel = tl.arange(0, ROWS)[:, None]
     mean = tl.zeros((ROWS, LANES), tl.float32)
     m2 = tl.zeros((ROWS, LANES), tl.float32)
@@ -406,9 +418,12 @@ def _moments(
             index = 4 * tile + step
             start = first + index * ROWS
             mask = (start + tile_pixel < last) & channel_mask
-            tile_x = _load(x, skip, start, tile_pixel, channel, mask, split_channel, x_pixel, skip_pixel)
+            tile_x = _load(x, skip, start, tile_pixel, channel, mask, split_channel, part, x_pixel, skip_pixel, PARTS)
             tile_residual = _load_residual(residual, start, tile_pixel, channel, mask, split_channel)
-            y = _total(tile_x, tile_residual, x_bias_row).to(tl.float32)
+            y = _total(tile_x, tile_residual, x_bias_row, like)
+            if total is not None:
+                _store(total, start, tile_pixel, channel, y, mask & (channel < split_channel), split_channel)
+            y = y.to(tl.float32)
             deviation = tl.where(mask, y - mean, 0.0)
             mean += deviation * (1.0 / (index + 1))
             m2 += deviation * (y - mean)
@@ -420,22 +435,29 @@ def _moments(
     m2 = tl.reshape(m2, (ROWS, LANES // UNIT, UNIT))
     mean, m2 = _pool(mean, m2, count[:, :, None], tl.maximum(count, 1.0) * UNIT, 2)
     mean, m2 = _pool(mean, m2, count * UNIT, (last - first) * 1.0 * UNIT, 0)  # (LANES // UNIT,)
+    return _pool_units(mean, m2, (last - first) * 1.0, SIZE, LANES, SLOTS, UNIT)
 
+
+@jit
+def _pool_units(
+    mean, m2, pixels, SIZE: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr, UNIT: tl.constexpr
+):  # fmt: skip
+    """From units of channels (LANES // UNIT,) to groups (SLOTS,)."""
     member = tl.arange(0, LANES // UNIT)[:, None] // (SIZE // UNIT) == tl.arange(0, SLOTS)[None, :]
     mean = tl.where(member, mean[:, None], 0.0)  # selected, not multiplied: an infinity stays in its group
     m2 = tl.where(member, m2[:, None], 0.0)
-    count = tl.where(member, (last - first) * 1.0 * UNIT, 0.0)
-    return _pool(mean, m2, count, (last - first) * 1.0 * SIZE, 0)
+    return _pool(mean, m2, tl.where(member, pixels * UNIT, 0.0), pixels * SIZE, 0)
 
 
 @jit
 def _statistics_kernel(
-    x, skip, residual, x_bias, shift, moments, pixels, channels, groups, split_channel,
-    x_row, x_pixel, skip_row, skip_pixel, shift_row,
+    x, skip, residual, x_bias, shift, total, moments, pixels, channels, groups, split_channel,
+    part, x_row, x_pixel, skip_row, skip_pixel, shift_row,
     SIZE: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr, TILES: tl.constexpr,
-    LANES: tl.constexpr, SLOTS: tl.constexpr, UNIT: tl.constexpr,
+    LANES: tl.constexpr, SLOTS: tl.constexpr, UNIT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """moments (2, B, pieces, groups): the mean and M2 of each group of each piece."""
+    """moments (2, B, pieces, groups): the mean and M2 of each group of each piece. total: where the sum is written, if
+    there is one."""
     piece, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     channel, channel_mask = _channels(GROUPS * SIZE, channels, LANES)
     first = piece * (PIXELS * TILES)
@@ -450,9 +472,11 @@ def _statistics_kernel(
     if shift is not None:
         offset = _vector(shift + row * shift_row, channel, channel_mask)
 
+    if total is not None:
+        total += row * pixels * split_channel
     mean, m2 = _moments(
-        x, skip, residual, x_bias_row, offset, first, last, channel, channel_mask, split_channel, x_pixel, skip_pixel,
-        SIZE, PIXELS // 4, TILES, LANES, SLOTS, UNIT,
+        x, skip, residual, x_bias_row, total, total, offset, first, last, channel, channel_mask, split_channel,
+        part, x_pixel, skip_pixel, SIZE, PIXELS // 4, TILES, LANES, SLOTS, UNIT, PARTS,
     )  # fmt: skip
     slot = tl.arange(0, SLOTS)
     group = tl.program_id(0) * GROUPS + slot
@@ -465,12 +489,13 @@ def _statistics_kernel(
 @jit
 def _normalise_kernel(
     x, skip, residual, x_bias, ahead, shift, weight, bias, moments, total, out, pixels, channels, groups, split_channel,
-    x_row, x_pixel, skip_row, skip_pixel, shift_row,
+    part, x_row, x_pixel, skip_row, skip_pixel, shift_row,
     EPS: tl.constexpr, SILU: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
-    TILES: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr, UNIT: tl.constexpr, PIECES: tl.constexpr,
+    TILES: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr, UNIT: tl.constexpr, PARTS: tl.constexpr,
+    PIECES: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Normalise one piece by the moments of at most PIECES pieces; with PIECES = 1 by those of x. total: where the sum
-    with `ahead` is written."""
+    """Normalise one piece by the moments of at most PIECES pieces; with PIECES = 1 by those of x; with BLOCKS by those
+    of each channel of so many equal blocks of pixels. total: where the sum, if x is not it, is written with `ahead`."""
     piece, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     channel, channel_mask = _channels(GROUPS * SIZE, channels, LANES)
     first = piece * (PIXELS * TILES)
@@ -481,20 +506,41 @@ def _normalise_kernel(
     if residual is not None:
         residual += row * pixels * split_channel
     x_bias_row = _x_vector(x_bias, channel, channel_mask, split_channel)
+    like = None
+    if (PARTS > 1) or (residual is not None) or (x_bias is not None):
+        like = out
 
     tile_pixel = tl.arange(0, PIXELS)[:, None]
     start = first + PIXELS * (TILES - 1)
     mask = (start + tile_pixel < last) & channel_mask
-    tile = _load(x, skip, start, tile_pixel, channel, mask, split_channel, x_pixel, skip_pixel)
+    tile = _load(x, skip, start, tile_pixel, channel, mask, split_channel, part, x_pixel, skip_pixel, PARTS)
     residual_tile = _load_residual(residual, start, tile_pixel, channel, mask, split_channel)
     scale, bias_row = _vector(weight, channel, channel_mask), _vector(bias, channel, channel_mask)
     offset = 0.0
     if shift is not None:
         offset = _vector(shift + row * shift_row, channel, channel_mask)
-    if PIECES == 1:
+    if BLOCKS:
+        source = tl.arange(0, PIECES)[:, None]
+        valid = channel_mask
+        if PIECES != BLOCKS:
+            valid = (source < BLOCKS) & channel_mask
+        moments += row * BLOCKS * channels
+        place = source * channels + channel  # 32 bits: half the instructions of 64
+        block_mean = tl.load(moments + place, valid, other=0.0)
+        block_m2 = tl.load(moments + tl.num_programs(2) * BLOCKS * channels + place, valid, other=0.0)
+        mean = tl.sum(block_mean, 0) / BLOCKS  # `_pool` of equal blocks
+        deviation = block_mean - mean[None, :]
+        if PIECES != BLOCKS:
+            deviation = tl.where(source < BLOCKS, deviation, 0.0)
+        m2 = tl.sum(block_m2 + (pixels // BLOCKS * 1.0) * deviation * deviation, 0)
+        mean += tl.reshape(offset + tl.zeros((1, LANES), tl.float32), (LANES,))
+        mean, m2 = tl.reshape(mean, (LANES // UNIT, UNIT)), tl.reshape(m2, (LANES // UNIT, UNIT))
+        mean, m2 = _pool(mean, m2, pixels * 1.0, pixels * 1.0 * UNIT, 1)
+        mean, m2 = _pool_units(mean, m2, pixels * 1.0, SIZE, LANES, SLOTS, UNIT)
+    elif PIECES == 1:
         mean, m2 = _moments(
-            x, skip, residual, x_bias_row, offset, first, last, channel, channel_mask, split_channel,
-            x_pixel, skip_pixel, SIZE, PIXELS // 4, TILES, LANES, SLOTS, UNIT,
+            x, skip, residual, x_bias_row, like, None, offset, first, last, channel, channel_mask, split_channel,
+            part, x_pixel, skip_pixel, SIZE, PIXELS // 4, TILES, LANES, SLOTS, UNIT, PARTS,
         )  # fmt: skip
     else:
         source, group = tl.arange(0, PIECES)[:, None], tl.program_id(0) * GROUPS + tl.arange(0, SLOTS)[None, :]
@@ -515,19 +561,19 @@ def _normalise_kernel(
     for _ in range(TILES):
         pixel = start + tile_pixel
         next_mask = (pixel >= first + PIXELS) & (pixel < last + PIXELS) & channel_mask
-        next_tile = _load(x, skip, start - PIXELS, tile_pixel, channel, next_mask, split_channel, x_pixel, skip_pixel)
+        next_tile = _load(
+            x, skip, start - PIXELS, tile_pixel, channel, next_mask, split_channel, part, x_pixel, skip_pixel, PARTS
+        )
         next_residual = _load_residual(residual, start - PIXELS, tile_pixel, channel, next_mask, split_channel)
-        tile = _total(tile, residual_tile, x_bias_row)
+        y = _total(tile, residual_tile, x_bias_row, like)
         mask = (pixel < last) & channel_mask
         if total is not None:
-            later = _total(tile, None, _x_vector(ahead, channel, channel_mask, split_channel))
-            target = total + start.to(tl.int64) * split_channel + (tile_pixel * split_channel + channel)
-            tl.store(target, later, mask & (channel < split_channel))
-        y = (tile.to(tl.float32) - mean) * scale + bias_row
+            later = _total(y, None, _x_vector(ahead, channel, channel_mask, split_channel), total)
+            _store(total, start, tile_pixel, channel, later, mask & (channel < split_channel), split_channel)
+        y = (y.to(tl.float32) - mean) * scale + bias_row
         if SILU:
             y = silu(y)
-        target = out + start.to(tl.int64) * channels + (tile_pixel * channels + channel)
-        tl.store(target, y.to(out.dtype.element_ty), mask)
+        _store(out, start, tile_pixel, channel, y, mask, channels)
         tile = next_tile
         if residual is not None:
             residual_tile = next_residual
@@ -545,7 +591,7 @@ def group_norm_triton(
     skip: Tensor | None = None,
 ) -> Tensor:
     config = GROUP_NORM.config(x, groups, weight, bias, eps, silu=silu, shift=shift, skip=skip)
-    return _launch(config, x, groups, weight, bias, eps, silu, shift=shift, skip=skip)
+    return normalise(config, x, groups, weight, bias, eps, silu, shift=shift, skip=skip)
 
 
 def add_group_norm_triton(
@@ -561,13 +607,18 @@ def add_group_norm_triton(
     ahead: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     config = ADD_GROUP_NORM.config(x, residual, x_bias, groups, weight, bias, eps, silu, skip, ahead)
-    batch, channels, height, width = x.shape
-    total = x.new_empty((batch, height, width, channels)).permute(0, 3, 1, 2)
+    total = like_pixels(x)
     terms = {"residual": residual, "x_bias": x_bias, "ahead": ahead, "total": total}
-    return total, _launch(config, x, groups, weight, bias, eps, silu, skip=skip, **terms)
+    return total, normalise(config, x, groups, weight, bias, eps, silu, skip=skip, **terms)
 
 
-def _launch(
+def like_pixels(x: Tensor) -> Tensor:
+    """Memory for an image (B, C, H, W) whose pixels lie side by side."""
+    batch, channels, height, width = x.shape
+    return x.new_empty((batch, height, width, channels)).permute(0, 3, 1, 2)
+
+
+def normalise(
     config: Config,
     x: Tensor,
     groups: int,
@@ -582,11 +633,26 @@ def _launch(
     x_bias: Tensor | None = None,
     ahead: Tensor | None = None,
     total: Tensor | None = None,
+    moments: Tensor | None = None,
 ) -> Tensor:
+    """Launch the kernels, of both ops and of conv_group_norm.py.
+
+    x: the image, or partial sums of it (parts, B, C1, H, W) in float32. total: where the sum is written. moments
+    (2, B, blocks, C1): mean and M2 of each channel of equal blocks of pixels, if whoever wrote x knows them.
+    """
+    parts, part = 1, 0
+    if x.dim() == 5:
+        (parts, part), x = (x.shape[0], x.stride(0)), x[0]
     batch, split_channel, height, width = x.shape
     pixels, channels = height * width, weight.shape[0]
     size = channels // groups
+    if moments is not None:  # which every program merges: no more of them than fill a GPU
+        pieces = max(_MULTIPROCESSORS // (cdiv(groups, config["GROUPS"]) * batch), 1)
+        config = {**config, "TILES": cdiv(pixels, config["PIXELS"] * pieces)}
     pieces = cdiv(pixels, config["PIXELS"] * config["TILES"])
+    if parts > 1 and pieces == 1:  # tiles of float32, from several loads, take more registers
+        rows = max(config["PIXELS"] // 4, 4)
+        config = {"GROUPS": 1, "PIXELS": rows, "TILES": cdiv(pixels, rows), "num_warps": min(config["num_warps"], 8)}
     tile = {
         **config,
         "SIZE": size,
@@ -596,17 +662,26 @@ def _launch(
     }
     shape = (
         *(pixels, channels, groups, split_channel),
-        *(x.stride(0), pixel_stride(x)),
+        *(part, x.stride(0), pixel_stride(x)),
         *((0, 0) if skip is None else (skip.stride(0), pixel_stride(skip))),
         0 if shift is None else shift.stride(0),
     )
     grid = (cdiv(groups, config["GROUPS"]), pieces, batch)
-    out = x.new_empty((batch, height, width, channels)).permute(0, 3, 1, 2)
-    moments = None
-    if pieces > 1:
+    like = x if total is None else total
+    out = like.new_empty((batch, height, width, channels)).permute(0, 3, 1, 2)
+    blocks = 0
+    if moments is not None:
+        blocks = pieces = moments.shape[2]
+    elif pieces > 1:
+        written = None  # the sum, by the first kernel, if x is not it
+        if parts > 1 or residual is not None or x_bias is not None:
+            written, total = (total, None) if ahead is None else (like_pixels(like), total)
         moments = x.new_empty((2, batch, pieces, groups), dtype=torch.float32)
-        launch(_statistics_kernel, grid, x, skip, residual, x_bias, shift, moments, *shape, **tile)
-    tile |= {"EPS": eps, "SILU": silu, "PIECES": next_power_of_2(pieces)}
+        terms = (x, skip, residual, x_bias, shift, written)
+        launch(_statistics_kernel, grid, *terms, moments, *shape, **tile, PARTS=parts)
+        if written is not None:
+            x, parts, residual, x_bias = written, 1, None, None
+    tile |= {"EPS": eps, "SILU": silu, "PARTS": parts, "PIECES": next_power_of_2(pieces), "BLOCKS": blocks}
     terms = (x, skip, residual, x_bias, ahead, shift)
     launch(_normalise_kernel, grid, *terms, weight, bias, moments, total, out, *shape, **tile)
     return out

@@ -272,9 +272,11 @@ def default(shape: str, arch: int) -> Config:
 
 @functools.cache
 def linear_geglu_default(shape: str, arch: int) -> Config:
-    """On Hopper no tile that takes all registers: while its program gates, the matrix units would wait."""
+    """On Hopper no tile that takes all registers, for while its program gates, the matrix units wait; for few rows the
+    smallest."""
     m, n, k = map(int, re.findall(r"\d+", shape))
-    space = [tile for tile in GEGLU_SPACE if arch != 90 or tile["BLOCK_M"] * tile["BLOCK_N"] <= 8192]
+    most = 128 * 128 if arch != 90 else 128 * 64 if m > 512 else 64 * 64
+    space = [tile for tile in GEGLU_SPACE if tile["BLOCK_M"] * tile["BLOCK_N"] <= most]
     return min(space, key=lambda config: estimate(config, m, n // 2, k, arch, accumulators=2))
 
 
@@ -307,12 +309,12 @@ def finish(
     tiles are finished in two halves: loading and rearranging a full one takes more registers than are free.
     """
     if gate is None and M * N > 8192:
-        left, right = _halves(tile, M, N)
+        left, right = halves(tile, M, N)
         _finish(left, None, scale, bias, residual, inverse, out, row, row_mask, first, columns, N // 2)
         _finish(right, None, scale, bias, residual, inverse, out, row, row_mask, first + N // 2, columns, N // 2)
     elif gate is not None and 2 * M * N > 16384:
-        left, right = _halves(tile, M, N)
-        gate_left, gate_right = _halves(gate, M, N)
+        left, right = halves(tile, M, N)
+        gate_left, gate_right = halves(gate, M, N)
         _finish(left, gate_left, scale, bias, residual, inverse, out, row, row_mask, first, columns, N // 2)
         _finish(right, gate_right, scale, bias, residual, inverse, out, row, row_mask, first + N // 2, columns, N // 2)
     else:
@@ -320,7 +322,7 @@ def finish(
 
 
 @jit
-def _halves(tile, M: tl.constexpr, N: tl.constexpr):
+def halves(tile, M: tl.constexpr, N: tl.constexpr):
     return tl.split(tl.permute(tl.reshape(tile, (M, 2, N // 2)), (0, 2, 1)))
 
 

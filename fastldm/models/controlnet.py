@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastldm.models.config import UNetConfig
 from fastldm.models.interfaces import AddedConditions
-from fastldm.models.layers import Conv, Layers, Pointwise, Sum, as_tensor, channels_last, to_image, to_tokens
+from fastldm.models.layers import Conv, Layers, Pending, Pointwise, as_tensor, channels_last, to_image, to_tokens
 from fastldm.models.unet import Residuals, Text, UNetEncoder
 from fastldm.reading import MAX_CHANNELS, Field, Flag, Integer, ListOf, OneOf, read_fields
 
@@ -117,13 +117,13 @@ class ControlNet(UNetEncoder):
         """Evaluate the network: model_input (B, Cin, H, W), temb_row (B, S), cross_kv, kv_len and slots as of
         `UNet.step`, hint (B, C, H, W) -> residuals of B rows, without weights."""
         texts = iter([Text(kv, kv_len, slots) for kv in cross_kv])
-        x = self.conv_in.unsummed(channels_last(model_input), residual=channels_last(hint))
+        x = self.conv_in.pending(channels_last(model_input), residual=channels_last(hint))
         x, skips = self.encode(x, self.split_rows(temb_row), texts)
         layers = (*self.controlnet_down_blocks, self.controlnet_mid_block)
         *added, mid = (self._residual(layer, skip) for layer, skip in zip(layers, (*skips, x), strict=True))
         return Residuals(tuple(added), mid)
 
-    def _residual(self, layer: Pointwise, x: Tensor | Sum) -> Tensor:
+    def _residual(self, layer: Pointwise, x: Tensor | Pending) -> Tensor:
         x = as_tensor(x)
         if self.config.global_pool:  # the mean of a 1x1 convolution is the convolution of the mean
             return to_image(layer(to_tokens(x.mean(dim=(2, 3), keepdim=True))), 1)

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastldm.kernels.attention import attention
-from fastldm.kernels.bias_residual import bias_residual
-from fastldm.kernels.conv import CONV2D, UPSAMPLE_CONV2D, conv2d, upsample_conv2d
+from fastldm.kernels.conv import conv2d, upsample_conv2d
+from fastldm.kernels.conv_group_norm import conv_group_norm
 from fastldm.kernels.dispatch import device_type
 from fastldm.kernels.fp8 import E4M3, linear_fp8, quantize
 from fastldm.kernels.geglu import geglu
@@ -27,7 +27,6 @@ from fastldm.kernels.linear import fast_library, linear, linear_geglu
 from fastldm.kernels.lora import Rows, add_conv, add_lora, lora_geglu, lora_linear
 
 M = TypeVar("M", bound=nn.Module)
-S = TypeVar("S", "Tensor", "Sum", "Tensor | Sum")
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -203,22 +202,25 @@ class Pointwise(Adaptable):
         return linear(x, self.weight.flatten(1), residual=residual, overwrite=True)
 
 
-class Sum:
-    """A convolution's output, which its bias and a residual are still to be added to. The GroupNorm that reads it first
-    adds them on its way; where none does, `as_tensor` does in a pass of its own.
+class Pending:
+    """The output of a convolution that has not run: the GroupNorm that reads it first runs both as one op. Where none
+    does, `as_tensor` runs it. Until then, neither its input nor the residual may be written.
     """
 
-    def __init__(self, x: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> None:
-        self.x, self.bias, self.residual = x, bias, residual
-
-    def settle(self, total: Tensor) -> Tensor:
-        """From now on this is the total."""
-        self.x, self.bias, self.residual = total, None, None
-        return total
+    def __init__(
+        self, conv: Conv, x: Tensor, padding: int, bias: Tensor | None = None, residual: Tensor | None = None
+    ) -> None:
+        self.conv, self.x, self.padding, self.bias, self.residual = conv, x, padding, bias, residual
+        self.output: Tensor | None = None
 
 
-def as_tensor(x: Tensor | Sum) -> Tensor:
-    return x.settle(bias_residual(x.x, x.bias, x.residual)) if isinstance(x, Sum) else x
+def as_tensor(x: Tensor | Pending) -> Tensor:
+    if not isinstance(x, Pending):
+        return x
+    if x.output is None:
+        options: dict[str, Any] = {"stride": x.conv.stride, "padding": x.padding, "residual": x.residual}
+        x.output = conv2d(x.x, x.conv.weight, x.bias, **options)
+    return x.output
 
 
 class Conv(Adaptable):
@@ -237,21 +239,16 @@ class Conv(Adaptable):
         padding = self.weight.shape[-1] // 2
         return self.adapt(conv2d(x, self.weight, self.bias, stride=self.stride, padding=padding, residual=residual), x)
 
-    def unsummed(self, x: Tensor, residual: Tensor | None = None, padding: int | None = None) -> Tensor | Sum:
-        """As `forward`, but for the sum where that would be a pass of its own: on a GPU, by cuDNN."""
-        options = {"stride": self.stride, "padding": self.weight.shape[-1] // 2 if padding is None else padding}
-        out: Tensor | Sum
-        if fast_library(x) and not CONV2D.path(x, self.weight, None, None, *options.values()):
-            out = Sum(conv2d(x, self.weight, **options), self.bias, residual)
-        else:
-            out = conv2d(x, self.weight, self.bias, **options, residual=residual)
-        return self.adapt(out, x, padding)
+    def pending(self, x: Tensor, residual: Tensor | None = None, padding: int | None = None) -> Tensor | Pending:
+        """As `forward`, which on a GPU waits for who reads it; not where adapters add to it."""
+        pending = Pending(self, x, self.weight.shape[-1] // 2 if padding is None else padding, self.bias, residual)
+        return pending if fast_library(x) and self.adapters is None else self.adapt(as_tensor(pending), x, padding)
 
-    def adapt(self, out: S, x: Tensor, padding: int | None = None) -> S:
+    def adapt(self, out: Tensor, x: Tensor, padding: int | None = None) -> Tensor:
         """The convolution's output (B, O, H', W') of x, plus what adapters add, in place."""
         if self.adapters is not None:
             padding = self.weight.shape[-1] // 2 if padding is None else padding
-            add_conv(out.x if isinstance(out, Sum) else out, x, *self.adapters, self.stride, padding)
+            add_conv(out, x, *self.adapters, self.stride, padding)
         return out
 
 
@@ -262,21 +259,30 @@ class GroupNorm(nn.Module):
         self.groups, self.eps = groups, eps
 
     def forward(
-        self, x: Tensor | Sum, *, silu: bool = False, shift: Tensor | None = None, skip: Tensor | None = None
+        self, x: Tensor | Pending, *, silu: bool = False, shift: Tensor | None = None, skip: Tensor | None = None
     ) -> Tensor:
-        if isinstance(x, Sum) and shift is None:
-            total, out = self.add(x, silu=silu, skip=skip)
-            x.settle(total)
+        if isinstance(x, Pending) and x.output is None:
+            x.output, out = self.add(x, silu=silu, shift=shift, skip=skip)
             return out
         x = as_tensor(x)
         return group_norm(x, self.groups, self.weight, self.bias, self.eps, silu=silu, shift=shift, skip=skip)
 
     def add(
-        self, x: Tensor | Sum, *, silu: bool = False, skip: Tensor | None = None, ahead: Tensor | None = None
+        self,
+        x: Tensor | Pending,
+        *,
+        silu: bool = False,
+        shift: Tensor | None = None,
+        skip: Tensor | None = None,
+        ahead: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x (+ ahead), and x normalised, as `forward` does."""
-        terms = (x.x, x.residual, x.bias) if isinstance(x, Sum) else (x, None, None)
-        return add_group_norm(*terms, self.groups, self.weight, self.bias, self.eps, silu=silu, skip=skip, ahead=ahead)
+        """x (+ ahead), and x normalised, as `forward` does. shift: only of what is pending."""
+        norm = (self.groups, self.weight, self.bias, self.eps)
+        if isinstance(x, Pending) and x.output is None:
+            terms = (x.x, x.conv.weight, x.bias, x.residual)
+            options: dict[str, Any] = {"stride": x.conv.stride, "padding": x.padding, "shift": shift}
+            return conv_group_norm(*terms, *norm, silu=silu, skip=skip, ahead=ahead, **options)
+        return add_group_norm(as_tensor(x), None, None, *norm, silu=silu, skip=skip, ahead=ahead)
 
 
 class LayerNorm(nn.Module):
@@ -324,24 +330,26 @@ class Resnet(nn.Module):
         skip: Tensor | None = None,
         norm: Callable[..., Tensor] = GroupNorm.__call__,
     ) -> Tensor:
-        return as_tensor(self.unsummed(x, shift, skip, norm))
+        return as_tensor(self.pending(x, shift, skip, norm))
 
-    def unsummed(
+    def pending(
         self,
-        x: Tensor | Sum,
+        x: Tensor | Pending,
         shift: Tensor | None = None,
         skip: Tensor | None = None,
         norm: Callable[..., Tensor] = GroupNorm.__call__,
-    ) -> Tensor | Sum:
-        """As `forward`, but for the last sum where that would be a pass of its own."""
+    ) -> Tensor | Pending:
+        """As `forward`, whose last convolution on a GPU waits for who reads it."""
         h = norm(self.norm1, x, silu=True, skip=skip)
         bias = self.conv1.bias if shift is None else None
         if bias is not None and device_type(h) != "cpu":
             # On a GPU, a convolution adds the bias in a separate pass, while the norm fuses it.
             shift, bias = bias.expand(h.shape[0], -1), None
-        h = self.conv1.adapt(conv2d(h, self.conv1.weight, bias, padding=1), h)
-        h = norm(self.norm2, h, silu=True, shift=shift)
-        return self.conv2.unsummed(h, residual=self.shortcut(as_tensor(x), skip))
+        inner: Tensor | Pending = Pending(self.conv1, h, 1, bias)
+        if norm is not GroupNorm.__call__ or self.conv1.adapters is not None or not fast_library(h):
+            inner = self.conv1.adapt(as_tensor(inner), h)
+        h = norm(self.norm2, inner, silu=True, shift=shift)
+        return self.conv2.pending(h, residual=self.shortcut(as_tensor(x), skip))
 
     def shortcut(self, x: Tensor, skip: Tensor | None) -> Tensor:
         """x, or a 1x1 convolution of x and skip: one matrix product for each, so that they are not concatenated."""
@@ -366,13 +374,13 @@ class Downsample(nn.Module):
         self.padding = padding
 
     def forward(self, x: Tensor) -> Tensor:
-        return as_tensor(self.unsummed(x))
+        return as_tensor(self.pending(x))
 
-    def unsummed(self, x: Tensor) -> Tensor | Sum:
-        """As `forward`, but for the bias where that would be a pass of its own."""
+    def pending(self, x: Tensor) -> Tensor | Pending:
+        """As `forward`, which on a GPU waits for who reads it."""
         if self.padding == 0:
             x = F.pad(x, (0, 1, 0, 1))
-        return self.conv.unsummed(x, padding=self.padding)
+        return self.conv.pending(x, padding=self.padding)
 
 
 class Upsample(nn.Module):
@@ -389,17 +397,8 @@ class Upsample(nn.Module):
         self.register_buffer("phases", None, persistent=False)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        return as_tensor(self.unsummed(x, size))
-
-    def unsummed(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor | Sum:
-        """As `forward`, but for the bias where that would be a pass of its own."""
         size = size or (2 * x.shape[2], 2 * x.shape[3])
-        weight, bias = self.conv.weight, self.conv.bias
-        out: Tensor | Sum
-        if fast_library(x) and not UPSAMPLE_CONV2D.path(x, weight, None, *size, self.phases):
-            out = Sum(upsample_conv2d(x, weight, None, size, phases=self.phases), bias)
-        else:
-            out = upsample_conv2d(x, weight, bias, size, phases=self.phases)
+        out = upsample_conv2d(x, self.conv.weight, self.conv.bias, size, phases=self.phases)
         return out if self.conv.adapters is None else self.conv.adapt(out, F.interpolate(x, size, mode="nearest"))
 
 

@@ -32,10 +32,10 @@ from fastldm.models.layers import (
     LayerNorm,
     Layers,
     Linear,
+    Pending,
     PictureKV,
     Pointwise,
     Resnet,
-    Sum,
     Upsample,
     as_tensor,
     channels_last,
@@ -104,8 +104,8 @@ class UNetEncoder(nn.Module):
         self.mid_block = Block(config, config.mid, channels)
 
     def encode(
-        self, x: Tensor | Sum, rows: Iterator[Tensor], texts: Iterator[Text], features: Sequence[Features] = ()
-    ) -> tuple[Tensor | Sum, list[Tensor | Sum]]:
+        self, x: Tensor | Pending, rows: Iterator[Tensor], texts: Iterator[Text], features: Sequence[Features] = ()
+    ) -> tuple[Tensor | Pending, list[Tensor | Pending]]:
         """The output of conv_in (B, C, H, W) -> that of the middle block, and all skip connections."""
         added = [(iter(feature.levels), feature.first) for feature in features]
 
@@ -117,7 +117,7 @@ class UNetEncoder(nn.Module):
         skips = [x]
         for block in self.down_blocks:
             for resnet, transformer in block.layers():
-                x = resnet.unsummed(x, next(rows))
+                x = resnet.pending(x, next(rows))
                 if transformer is not None:
                     x = transformer(x, texts)
                 skips.append(x)
@@ -126,13 +126,13 @@ class UNetEncoder(nn.Module):
             if block.attentions:
                 add_feature()
             for downsample in block.downsamplers:
-                x = downsample.unsummed(as_tensor(x))
+                x = downsample.pending(as_tensor(x))
                 skips.append(x)
             if not block.attentions:
                 add_feature()
 
         for resnet, transformer in self.mid_block.layers():
-            x = resnet.unsummed(x, next(rows))
+            x = resnet.pending(x, next(rows))
             if transformer is not None:
                 x = transformer(x, texts)
         add_feature()
@@ -247,8 +247,8 @@ class UNet(UNetEncoder):
             )
             for i, kv in enumerate(cross_kv)
         )
-        x, skips = self.encode(self.conv_in.unsummed(channels_last(model_input)), rows, texts, features)
-        if residuals:  # which are added in place, to what must not be still to be added to
+        x, skips = self.encode(self.conv_in.pending(channels_last(model_input)), rows, texts, features)
+        if residuals:  # which are added in place
             x, skips = as_tensor(x), [as_tensor(skip) for skip in skips]
             if not self.mid_block.resnets:
                 x = x.clone()  # also the last skip connection
@@ -259,12 +259,12 @@ class UNet(UNetEncoder):
 
         for block in self.up_blocks:
             for resnet, transformer in block.layers():
-                x = resnet.unsummed(x, next(rows), skip=as_tensor(skips.pop()))
+                x = resnet.pending(x, next(rows), skip=as_tensor(skips.pop()))
                 if transformer is not None:
                     x = transformer(x, texts)
             for upsample in block.upsamplers:
                 height, width = as_tensor(skips[-1]).shape[2:]
-                x = upsample.unsummed(as_tensor(x), (height, width))
+                x = upsample(as_tensor(x), (height, width))
 
         return self.conv_out(self.conv_norm_out(x, silu=True))
 
@@ -343,8 +343,8 @@ class Transformer(nn.Module):
         self.transformer_blocks: Layers[TransformerLayer] = Layers(TransformerLayer(level) for _ in range(depth))
         self.proj_out = projection(channels, channels)
 
-    def forward(self, x: Tensor | Sum, texts: Iterator[Text]) -> Tensor:
-        ahead = fast_library(x.x if isinstance(x, Sum) else x)  # as in TransformerLayer
+    def forward(self, x: Tensor | Pending, texts: Iterator[Text]) -> Tensor:
+        ahead = isinstance(x, Pending) or fast_library(x)  # as in TransformerLayer
         x, h = self.norm.add(x, ahead=self.proj_out.bias) if ahead else (as_tensor(x), self.norm(x))
         tokens = self.proj_in(to_tokens(h))
         for layer in self.transformer_blocks:

@@ -284,7 +284,7 @@ FAULTS: dict[str, list[Fault]] = {
             "the tile before the last one loaded with the last one's mask",
         ),
         Fault(
-            "tile = total.to(tile.dtype)",
+            "tile = total.to(like.dtype.element_ty)",
             "tile = total",
             _add_group_norm,
             "a sum that is not rounded before it is normalised",
@@ -308,8 +308,8 @@ FAULTS: dict[str, list[Fault]] = {
             "the residual of the first tile added to all",
         ),
         Fault(
-            "later = _total(tile, None, _x_vector(ahead,",
-            "later = _total(tile, None, _x_vector(x_bias,",
+            "later = _total(y, None, _x_vector(ahead,",
+            "later = _total(y, None, _x_vector(x_bias,",
             _add_group_norm,
             "x's bias twice in the sum instead of what comes ahead",
         ),
