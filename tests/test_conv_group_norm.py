@@ -7,6 +7,7 @@ from typing import Any
 import ops
 import pytest
 import torch
+from mutations import Every
 from torch import Tensor
 
 from fastldm.kernels import dispatch
@@ -62,17 +63,8 @@ def arguments(
 
 def forced(convolution: dict[str, Any], norm: dict[str, Any]) -> Any:
     """The configurations of both, as tables have them."""
-    entry = {"conv2d": convolution, "add_group_norm": norm}
-
-    class Every(dict[str, Any]):
-        def __init__(self, config: dict[str, Any]) -> None:
-            self.config = config
-
-        def get(self, key: str, default: Any = None) -> Any:
-            return {"path": "triton", "config": self.config}
-
     arch = dispatch.capability(torch.empty(0, device=ops.DEVICE))
-    return dispatch.use_table({f"sm_{arch}": {op: Every(config) for op, config in entry.items()}})
+    return dispatch.use_table({f"sm_{arch}": {"conv2d": Every(convolution), "add_group_norm": Every(norm)}})
 
 
 @DESIGNS

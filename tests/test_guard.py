@@ -70,17 +70,16 @@ STEP_OPS = {
     "sdxl": {"conv2d": 38, "upsample_conv2d": 2, "group_norm": 46, "attention": 140, "linear": 392}
     | {"linear_geglu": 70, "layer_norm": 70, "add_layer_norm": 140},
 }
-GPU_OPS = {
-    "sd1.5": {"group_norm": 33, "add_group_norm": 28, "bias_residual": 1, "guidance_rescale": 1, "end_step": 1},
-    "sdxl": {"group_norm": 25, "add_group_norm": 21, "bias_residual": 1, "guidance_rescale": 1, "end_step": 1},
+GPU_OPS = {  # a norm and the convolution whose output it reads are one op
+    "sd1.5": {"conv_group_norm": 47, "conv2d": 2, "group_norm": 14, "guidance_rescale": 1, "end_step": 1},
+    "sdxl": {"conv_group_norm": 36, "conv2d": 2, "group_norm": 10, "guidance_rescale": 1, "end_step": 1},
 }
 NETWORKS = [pytest.param(SD15, 64, "sd1.5", id="sd1.5"), pytest.param(SDXL, 128, "sdxl", id="sdxl")]
 
 
 @pytest.mark.parametrize(("config", "size", "name"), NETWORKS)
 def test_a_step_has_few_ops(config: UNetConfig, size: int, name: str) -> None:
-    """On a GPU the end of the step is an op too, behind the one that a batch with rescaled guidance has. Norms add up
-    what convolutions leave, but for one sum that no norm reads."""
+    """On a GPU the end of the step is an op too, behind the one that a batch with rescaled guidance has."""
     with dispatch.targeting(dispatch.Target(CPU)):
         assert ops(step(config, size, CPU)) == STEP_OPS[name]
     with dispatch.targeting(dispatch.Target(GPU)):
@@ -100,7 +99,7 @@ def launched(make: Callable[[], dry_run.Work]) -> int:
 @pytest.mark.parametrize(
     ("make", "most"),
     [
-        (lambda: step(SDXL, 128, GPU), 952),
+        (lambda: step(SDXL, 128, GPU), 920),
         (lambda: dry_run.conditions(SD15, steps=30, rows=2, tokens=77, dtype=torch.float16), 75),
         (lambda: dry_run.conditions(SDXL, steps=30, rows=2, tokens=77, dtype=torch.float16), 134),
         (lambda: dry_run.decode(VAE, height=64, width=64, batch=1, dtype=torch.float16), 135),
@@ -114,11 +113,12 @@ def test_a_step_launches_few_kernels_on_gpus(make: Callable[[], dry_run.Work], m
 
 @pytest.mark.parametrize(
     ("config", "size", "arch", "most"),
-    [(SD15, 64, CPU, 4.19e9), (SD15, 64, GPU, 1.36e9), (SDXL, 128, CPU, 29.95e9), (SDXL, 128, GPU, 9.19e9)],
+    [(SD15, 64, CPU, 4.19e9), (SD15, 64, GPU, 1.57e9), (SDXL, 128, CPU, 29.95e9), (SDXL, 128, GPU, 9.01e9)],
     ids=["sd1.5 cpu", "sd1.5 gpu", "sdxl cpu", "sdxl gpu"],
 )
 def test_a_step_allocates_few_bytes(config: UNetConfig, size: int, arch: int, most: float) -> None:
-    """All tensors that are made, one after the other: what is written to memory and read again."""
+    """All tensors that are made, one after the other: what is written to memory and read again. 0.3 GB of SD1.5's on a
+    GPU are partial sums of convolutions, which stay in the L2 cache."""
     with dispatch.targeting(dispatch.Target(arch)):
         allocated = sum(size for _, size in record(step(config, size, arch)) if size > 0)
     assert 0.9 * most < allocated <= most

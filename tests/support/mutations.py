@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ops
 import torch
@@ -56,6 +56,61 @@ def _add_group_norm(module: ModuleType) -> None:
             total, out = module.ADD_GROUP_NORM.triton(*args, False, skip)
         with dispatch.forced("group_norm", {**config, "num_warps": 4}):
             assert torch.equal(out, module.GROUP_NORM.triton(total, 3, weight, bias, 1e-5, skip=skip))
+
+
+def _moments_of_channels(module: ModuleType) -> None:
+    """Of three blocks of pixels, with a shift."""
+    x, (weight, bias) = torch.randn(2, 30, 6, 8, device=ops.DEVICE), torch.randn(2, 30, device=ops.DEVICE)
+    x, shift = x.contiguous(memory_format=torch.channels_last), torch.randn(2, 30, device=ops.DEVICE)
+    blocks = x.flatten(2).unflatten(2, (3, 16))  # (2, C, 3, 16)
+    moments = torch.stack((blocks.mean(3), blocks.var(3, correction=0) * 16)).transpose(2, 3).contiguous()
+    config = {"GROUPS": 2, "PIXELS": 8, "TILES": 2, "num_warps": 4}
+    got = module.normalise(config, x, 3, weight, bias, 1e-5, False, shift=shift, moments=moments)
+    assert ops.error(got, module.group_norm_reference(x, 3, weight, bias, 1e-5, shift=shift)) < 1e-5
+
+
+def _conv_group_norm(module: ModuleType) -> None:
+    """With moments from the convolution, and with partial sums and a skip; all that is added."""
+    whole = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "MORE_N": 16, "SPLIT": 1, "num_warps": 4, "num_stages": 2}
+    norm = {"GROUPS": 2, "PIXELS": 8, "TILES": 2, "num_warps": 4}
+    for split, extra in ((1, 0), (3, 15)):
+        images = [torch.randn(2, c, 4, 8, device=ops.DEVICE) for c in (16, 30, 15)]
+        weight = torch.randn(30, 16, 3, 3, device=ops.DEVICE)
+        x, residual, skip, weight = (t.contiguous(memory_format=torch.channels_last) for t in (*images, weight))
+        conv_bias, ahead = torch.randn(2, 30, device=ops.DEVICE)
+        scale, bias = torch.randn(2, 30 + extra, device=ops.DEVICE)
+        table = {op: Every(c) for op, c in (("conv2d", whole | {"SPLIT": split}), ("add_group_norm", norm))}
+        with dispatch.use("triton"), dispatch.use_table({f"sm_{dispatch.capability(x)}": table}):
+            args = (x, weight, conv_bias, residual, 3, scale, bias, 1e-5, 1, 1, True)
+            ops.check(module.CONV_GROUP_NORM, *args, None, skip if extra else None, ahead)
+            if not extra:
+                shift = torch.randn(2, 30, device=ops.DEVICE)
+                ops.check(module.CONV_GROUP_NORM, *args, shift)
+
+
+class Every(dict[str, Any]):
+    """Entries of a table: one configuration for all shapes."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.config = config
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return {"path": "triton", "config": self.config}
+
+
+def _moments_of_tiles(module: ModuleType) -> None:
+    """As written with the output, of two accumulators and of one in halves."""
+    for pixels, tile in ((8, {"BLOCK_M": 16, "BLOCK_N": 16, "MORE_N": 16}), (16, {"BLOCK_M": 128, "BLOCK_N": 128})):
+        x = torch.randn(2, 16, pixels, pixels, device=ops.DEVICE).contiguous(memory_format=torch.channels_last)
+        weight = torch.randn(24, 16, 1, 1, device=ops.DEVICE).contiguous(memory_format=torch.channels_last)
+        out = torch.empty(2, pixels, pixels, 24, device=ops.DEVICE)
+        moments = torch.empty(2, 2, pixels * pixels // tile["BLOCK_M"], 24, device=ops.DEVICE)
+        config = {**tile, "BLOCK_K": 16, "SPLIT": 1, "num_warps": 4, "num_stages": 2}
+        module.convolve(x, weight, torch.randn(24, device=ops.DEVICE), None, 1, 0, out, config, moments)
+        blocks = out.flatten(1, 2).unflatten(1, (-1, tile["BLOCK_M"]))
+        assert ops.error(moments[0], blocks.mean(2)) < 1e-5
+        assert ops.error(moments[1], blocks.var(2, correction=0) * tile["BLOCK_M"]) < 1e-5
 
 
 def _layer_norm(module: ModuleType) -> None:
@@ -313,6 +368,44 @@ FAULTS: dict[str, list[Fault]] = {
             _add_group_norm,
             "x's bias twice in the sum instead of what comes ahead",
         ),
+        Fault(
+            "deviation = tl.where(source < BLOCKS, deviation, 0.0)",
+            "deviation = deviation",
+            _moments_of_channels,
+            "a block that is none counted in the variance",
+        ),
+        Fault(
+            "mean += tl.reshape(offset + tl.zeros((1, LANES), tl.float32), (LANES,))",
+            "mean += 0.0",
+            _moments_of_channels,
+            "a shift that moments of channels lack",
+        ),
+    ],
+    "conv_group_norm": [
+        Fault(
+            '{"shift": shift, "skip"',
+            '{"shift": None, "skip"',
+            _conv_group_norm,
+            "a convolution that is normalised without its shift",
+        ),
+        Fault(
+            '{"residual": residual, "x_bias"',
+            '{"residual": None, "x_bias"',
+            _conv_group_norm,
+            "the residual left out of partial sums",
+        ),
+        Fault(
+            '"x_bias": conv_bias, "total"',
+            '"x_bias": None, "total"',
+            _conv_group_norm,
+            "the bias left out of partial sums",
+        ),
+        Fault(
+            "return total if later is None else later, normed",
+            "return total, normed",
+            _conv_group_norm,
+            "what comes ahead left out of the sum",
+        ),
     ],
     "layer_norm": [
         Fault(
@@ -405,6 +498,18 @@ FAULTS: dict[str, list[Fault]] = {
         Fault("else 1 / out_scale", "else out_scale", _eight_bit_output, "an output multiplied by its scale"),
     ],
     "conv": [
+        Fault(
+            "mean = tl.sum(tile, 0) / M",
+            "mean = tl.sum(tile, 0) / N",
+            _moments_of_tiles,
+            "a sum of rows divided by columns",
+        ),
+        Fault(
+            "deviation = tile - mean[None, :]",
+            "deviation = tile",
+            _moments_of_tiles,
+            "squares instead of deviations",
+        ),
         Fault(
             "valid &= (left + j).to(tl.uint32) < width",
             "valid &= left + j < width",
