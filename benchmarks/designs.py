@@ -32,6 +32,14 @@ def design_tables(workload: str, dtype: torch.dtype, arch: int) -> dict[str, Ent
                 designs.setdefault("products as predicted", []).append((call, entry))
             if op.name == "linear_geglu":
                 designs.setdefault("gate by the library", []).append((call, by_library))
+                large = min(op.space, key=lambda tile: -tile["BLOCK_M"] * tile["BLOCK_N"])
+                if large != config and op.is_candidate(large, *args, **kwargs):
+                    entry = {"path": "triton", "config": large}
+                    designs.setdefault("gate in one program a multiprocessor", []).append((call, entry))
+            if op.name in ("conv2d", "upsample_conv2d") and op.path(*args, **kwargs):
+                designs.setdefault("convolutions by the library", []).append((call, by_library))
+            if op.name == "conv_group_norm":
+                designs.setdefault("convolution and norm apart", []).append((call, by_library))
             if op.name == "attention" and "BLOCK_N" in config:  # all keys of an image, in blocks
                 designs.setdefault("attention by PyTorch", []).append((call, by_library))
                 tiles = {True: "in one tile", False: "in two tiles"}[config["SPLIT"]]

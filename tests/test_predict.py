@@ -102,6 +102,8 @@ def test_designs_differ_from_the_default() -> None:
     """Every entry is of a class that a step has, and makes another choice for it; a prediction may agree."""
     tables = designs.design_tables("sd15-512 step", torch.float16, 90)
     assert {"products as predicted", "gate by the library", "attention by PyTorch"} < tables.keys()
+    assert {"gate in one program a multiprocessor", "convolution and norm apart"} < tables.keys()
+    assert "convolutions by the library" in tables
     for title, entries in tables.items():
         assert entries
         for call, entry in entries:
