@@ -12,7 +12,7 @@ transpose. It is 2 B H' W' O C K^2 float operations over B H W C + O C K^2 + B H
 64x64 and batch 2 does 15.1 GFLOP on 12 MB, 1,230 operations a byte, and is bound by the matrix units. At 8x8 with 1280
 channels 3.8 GFLOP read 29 MB of weights, 128 operations a byte, and are bound by memory.
 
-PyTorch's fastest way, which a GPU takes by default (`conv2d_torch`):
+PyTorch's fastest way, which GPUs take by default, but Hopper for the shapes of `faster` (`conv2d_torch`):
 
     plan        cuDNN times its plans for a shape at the first call and keeps the fastest. The usual switch for that is
                 torch.backends.cudnn.benchmark, which is global; here it is an argument of each call (`_convolve`).
@@ -34,13 +34,20 @@ mirrored sums of neighbours of w: the full convolution of w with a 2x2 box, whic
 (`upsample_phases`). Exact but for the rounding of the sums, which are float32. It is faster where the image is large
 enough to outweigh the sums, see _PHASES_FROM; other sizes than the double are enlarged, then convolved.
 
-The kernel (`_conv_kernel`, not taken by default) is the product described above without the large matrix in memory
-("implicit GEMM"): a program computes BLOCK_M pixels x BLOCK_N channels of the output as the kernel of linear.py does,
-with its order of tiles, split of K and epilogue, and walks along K tap by tap, BLOCK_K channels at a time. A tap moves
-all pixels by the same distance in memory, so an address is a number for each pixel, computed once, plus a number for
-the step; loads beyond the edge are masked to zero. Upsampling is four such products, one a phase, in one launch, each
-reading its 2x2 taps of the 4x4 kernel and writing every other pixel: the output is written once, interleaved, and needs
-no further pass.
+The kernel (`_conv_kernel`) is the product described above without the large matrix in memory ("implicit GEMM"): a
+program computes BLOCK_M pixels x BLOCK_N channels of the output as the kernel of linear.py does, with its order of
+tiles, split of K and epilogue, and walks along K tap by tap, BLOCK_K channels at a time. A tap moves all pixels by the
+same distance in memory, so an address is a number for each pixel, computed once, plus a number for the step; loads
+beyond the edge are masked to zero. Upsampling is four such products, one a phase, in one launch, each reading its 2x2
+taps of the 4x4 kernel and writing every other pixel: the output is written once, interleaved, and needs no further
+pass.
+
+Where it is taken. cuDNN's tiles are 64, 128 and 256 wide: 8192 x 320 is 192 tiles of 128 x 128, two rounds of the 132
+multiprocessors of a Hopper, and 128 of 128 x 160, one. By benchmarks/predict.py a 3x3 of 320 channels at 64x64, with
+bias and residual, takes 29.6 us, by cuDNN and a pass 40.3: the model lets the kernel's one program of a multiprocessor
+overlap nothing, which is more than the 0.70 that it takes off cuDNN's products would cost (25.3). `faster` has what was
+found so in all shapes of SD1.5: a wide tile pays from 22 steps of K on. That is a prediction and for Hopper alone;
+`make gpu-first` times it, and a table of measurements overrules it.
 
 Over 500 lines, for both ops are one kernel.
 """

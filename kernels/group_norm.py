@@ -49,9 +49,13 @@ last norm, 128 x 512 x 512, has 67 MB and moves between 134 MB (45 us) and 201 M
 kernel to kernel go 8 bytes for each piece and group, at most 32 KB a row.
 
 The sum. A convolution of cuDNN leaves its bias and the residual to add, a pass of its own over three images. The norm
-that reads the sum next computes it as it loads, twice, and its second kernel writes it: two readings instead of a
-launch, a writing and two readings. `ahead` is the bias of the product that the sum will be the residual of, which then
-needs no pass of its own either: cuBLAS adds to it in place. It is not part of what is normalised.
+that reads the sum next computes it as it loads; the first of its kernels writes it for the second. x may also be
+partial sums of a convolution that is split (conv_group_norm.py). `ahead` is the bias of the product that the sum will
+be the residual of, which then needs no pass of its own either: cuBLAS adds to it in place. It is not part of what is
+normalised.
+
+Moments that are known. A convolution's kernel can write the mean and M2 of each channel of a tile's pixels: then the
+second kernel runs alone, and each of its programs merges those (BLOCKS).
 
 Over 500 lines, for both ops are one pair of kernels.
 """
