@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from counters import Launches, Nodes
 
 from benchmarks import designs, predict, sass
 from fastldm.kernels import dispatch
+from fastldm.kernels.linear import columns_of
 
 
 def test_large_products_are_bound_by_the_matrix_units() -> None:
@@ -66,6 +68,27 @@ def test_the_predicted_table_takes_the_faster_path() -> None:
             assert entry["path"] == ("triton" if us["us"] <= us["torch_us"] else "torch")
     for total in json.loads((results / "predicted.json").read_text()).values():
         assert total["by table"]["ms"] < total["ms"]
+
+
+def test_convolutions_taken_by_default_are_faster_cautiously_too() -> None:
+    """Of all shapes of the networks: with the efficiency of a library's tile and partial sums written and read,
+    against the library without the pass for bias and residual that it needs."""
+    table = json.loads((ROOT / "benchmarks" / "results" / "predicted_table.json").read_text())["sm_90"]
+    taken = 0
+    for name in ("conv2d", "upsample_conv2d"):
+        op = dispatch.load_ops()[name]
+        for shape_class in filter(lambda shape_class: op.faster(shape_class, 90), table[name]):
+            m, n, k = map(int, re.findall(r"\d+", shape_class))
+            config = op.default(shape_class, 90)
+            rows, columns, split = config["BLOCK_M"], columns_of(config), config["SPLIT"]
+            rounds = dispatch.cdiv(dispatch.cdiv(m, rows) * dispatch.cdiv(n, columns) * split, predict.MULTIPROCESSORS)
+            matrix = 2 * rows * columns * dispatch.cdiv(k, split) / sass.MATRIX / predict.efficiency(rows * columns)
+            own = rounds * matrix / predict.CLOCK
+            if split > 1:
+                own += 8 * m * n * split / predict.BYTES + predict.GAP + predict.RAMP
+            assert own < 1.01 * predict.matrix_product(m, n, k, elements=0)[0], shape_class
+            taken += 1
+    assert taken >= 20
 
 
 TABLED = """
