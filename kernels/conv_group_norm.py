@@ -55,6 +55,7 @@ def conv_group_norm_reference(
 
 
 _MOST_PARTS = 4  # of more, the loads take more registers than there are
+_MOST_BLOCKS = 64  # that each program of the norm merges: of more, reading the image again is faster
 
 
 def _total_of(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
@@ -158,9 +159,9 @@ def conv_group_norm_triton(
     norm = (groups, norm_weight, norm_bias, eps, silu)
     norm_config = ADD_GROUP_NORM.config(total, None, None, *norm, skip, ahead)
     pixels, moments = total[0, 0].numel(), None
-    in_blocks = config["SPLIT"] == 1 and skip is None and pixels % config["BLOCK_M"] == 0
-    if in_blocks and norm_config["PIXELS"] * norm_config["TILES"] < pixels:
-        blocks = pixels // config["BLOCK_M"]
+    blocks, rest_of_pixels = divmod(pixels, config["BLOCK_M"])
+    in_pieces = norm_config["PIXELS"] * norm_config["TILES"] < pixels
+    if in_pieces and config["SPLIT"] == 1 and skip is None and not rest_of_pixels and blocks <= _MOST_BLOCKS:
         moments = x.new_empty((2, total.shape[0], blocks, total.shape[1]), dtype=torch.float32)
     out = total.permute(0, 2, 3, 1)
     summed = config["SPLIT"] > _MOST_PARTS

@@ -72,7 +72,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastldm.kernels.approximate import silu
-from fastldm.kernels.dispatch import YES, Config, Cost, Op, Verdict, cdiv, jit, launch, next_power_of_2, no
+from fastldm.kernels.dispatch import (
+    YES,
+    Config,
+    Cost,
+    Op,
+    Verdict,
+    cdiv,
+    is_batch_invariant,
+    jit,
+    launch,
+    next_power_of_2,
+    no,
+)
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -651,7 +663,8 @@ def normalise(
     pixels, channels = height * width, weight.shape[0]
     size = channels // groups
     if moments is not None:  # which every program merges: no more of them than fill a GPU
-        pieces = max(_MULTIPROCESSORS // (cdiv(groups, config["GROUPS"]) * batch), 1)
+        rows = 1 if is_batch_invariant() else batch
+        pieces = max(_MULTIPROCESSORS // (cdiv(groups, config["GROUPS"]) * rows), 1)
         config = {**config, "TILES": cdiv(pixels, config["PIXELS"] * pieces)}
     pieces = cdiv(pixels, config["PIXELS"] * config["TILES"])
     if parts > 1 and pieces == 1:  # tiles of float32, from several loads, take more registers
