@@ -55,7 +55,7 @@ def conv_group_norm_reference(
 
 
 _MOST_PARTS = 4  # of more, the loads take more registers than there are
-_MOST_BLOCKS = 64  # that each program of the norm merges: of more, reading the image again is faster
+_MOST_BLOCKS = 128  # that each program of the norm merges: of more, reading the image again is faster
 
 
 def _total_of(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
