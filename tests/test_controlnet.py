@@ -62,7 +62,7 @@ def test_residuals_and_controlled_unet_equal_diffusers(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(controls.CONTROLNETS)[:2])
 def test_gpus_way_equals_diffusers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Residuals come to sums that no norm has added up yet."""
+    """Residuals come to convolutions that no norm has run yet."""
     go_as_gpus_do(monkeypatch)
     test_residuals_and_controlled_unet_equal_diffusers(name)
 

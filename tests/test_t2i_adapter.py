@@ -10,6 +10,7 @@ import torch
 from peer_networks import TOLERANCE, error, go_as_gpus_do, inputs, judge, unet_of
 
 from fastldm.errors import CheckpointError
+from fastldm.kernels import dispatch
 from fastldm.models import AddedConditions
 from fastldm.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from fastldm.models.unet import Features
@@ -53,9 +54,10 @@ def test_features_and_adapted_unet_equal_diffusers(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(controls.T2I_ADAPTERS)[:2])
 def test_gpus_way_equals_diffusers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Features come to sums that no norm has added up yet."""
+    """Features come to convolutions that no norm has run yet; rows without are bitwise the same where that is asked."""
     go_as_gpus_do(monkeypatch)
-    test_features_and_adapted_unet_equal_diffusers(name)
+    with dispatch.batch_invariant():
+        test_features_and_adapted_unet_equal_diffusers(name)
 
 
 @pytest.mark.parametrize("name", controls.T2I_ADAPTERS)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastldm.errors import InputError
+from fastldm.kernels.dispatch import is_batch_invariant
 from fastldm.kernels.linear import fast_library
 from fastldm.models.config import Level, UNetConfig
 from fastldm.models.interfaces import AddedConditions
@@ -110,6 +111,8 @@ class UNetEncoder(nn.Module):
         added = [(iter(feature.levels), feature.first) for feature in features]
 
         def add_feature() -> None:
+            if is_batch_invariant():
+                as_tensor(x)  # whether or not a row has something added: what is pending rounds otherwise
             for levels, first in added:
                 if (value := next(levels, None)) is not None:
                     add_rows(as_tensor(x), value, first)
