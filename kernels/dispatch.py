@@ -9,6 +9,8 @@ configurations, and the cost. `Op` combines them and takes one of two paths for 
 
 Triton is imported when the first kernel is launched and not before, so a machine without it, or a command that does
 not need it, never loads it. Nothing here imports anything else of fastldm.
+
+Over 500 lines, for an op, its paths and its table are read together.
 """
 
 from __future__ import annotations
