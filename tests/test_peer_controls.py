@@ -107,7 +107,7 @@ CASES: dict[str, tuple[str, str, tuple[str, ...], dict[str, Any]]] = {
         "ControlNetPipeline",
         "sd1",
         ONE,
-        {"control_guidance_start": 0.2, "control_guidance_end": 0.75, "num_inference_steps": 5},
+        {"control_guidance_start": 0.2, "control_guidance_end": 0.8, "num_inference_steps": 5},
     ),
     "image to image": (
         "ControlNetImg2ImgPipeline",
