@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -16,8 +17,9 @@ from counters import Recorder
 
 from fastldm import Pipeline, Request, Session
 from fastldm.adapters.forms import Change, Difference
-from fastldm.adapters.read import Adapter
+from fastldm.adapters.read import Adapter, merged_numbers
 from fastldm.adapters.targets import Target
+from fastldm.planning.memory import Workload, plan
 from fastldm.runtime import pages as paging
 from fastldm.runtime.graph import Graphs
 from fastldm.runtime.slots import Slots, StaticBuffers
@@ -200,3 +202,19 @@ def test_unloading_frees_copies_and_pages(pipe: Pipeline, session: Session) -> N
         adapters.add(name, adapter)
     results = together(session, MIXED)
     assert "beside" in {result.adapters for result in results}
+
+
+def test_copies_are_planned_before_they_are_made(pipe: Pipeline) -> None:
+    adapters = pipe.stages.adapters
+    selection = adapters.select({"a": 1.0, "b": 0.5})
+    fresh = Pipeline.from_pretrained(pipe.stages.spec.checkpoint.source, dtype="float32")
+    missing = fresh.stages.adapters.missing(selection)
+    assert missing == 4 * merged_numbers([adapters.loaded[name] for name in "ab"], pipe.stages.spec)
+    for name in "ab":
+        fresh.stages.adapters.add(name, adapters.loaded[name])
+    fresh("a cat", adapters={"a": 1.0, "b": 0.5}, **OPTIONS)
+    assert fresh.stages.adapters.missing(selection) == 0
+    assert fresh.stages.adapters.nbytes == missing
+    workload = Workload.of_spec(pipe.stages.spec, width=64, height=64, batch=1, dtype=torch.float32, arch=0)
+    planned, without = plan(replace(workload, originals=missing)), plan(workload)
+    assert planned.needed - without.needed == missing

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -123,6 +124,20 @@ def check_keys(shapes: Shapes, source: str) -> None:
             raise CheckpointError(f"{source} has a tensor named {show(key)}, which is no name of a module.")
         if 0 in shape:
             raise CheckpointError(f"{source}: {show(key)} has shape {shape}, which is empty.")
+
+
+def merged_numbers(adapters: Iterable[Adapter], spec: Spec) -> int:
+    """How many weights of a model adapters are merged into, together; each is copied before."""
+    modules, numbers = modules_of(spec).modules, 0
+    changed: dict[Target, set[str]] = {}
+    for adapter in adapters:
+        for target, change in adapter.changes.items():
+            forms = {"weight": change.weight, "bias": change.bias}
+            changed.setdefault(target, set()).update(leaf for leaf, form in forms.items() if form is not None)
+    for target, leaves in changed.items():
+        shape = modules[target].weight
+        numbers += math.prod(shape) * ("weight" in leaves) + shape[0] * ("bias" in leaves)
+    return numbers
 
 
 def _check_supported(groups: Sequence[KeyGroup], source: str) -> None:

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastldm.cli.options import Size, backend_option, check_numbers, debug_option, decode_option, model_option
+from fastldm.cli.options import (
+    Size,
+    backend_option,
+    check_numbers,
+    debug_option,
+    decode_option,
+    lora_option,
+    model_option,
+)
 from fastldm.cli.report import reported
 from fastldm.errors import InputError
 
@@ -24,6 +32,7 @@ if TYPE_CHECKING:
 @click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Sampler steps.  [default: the model's]")
 @decode_option
 @click.option("--init-image", is_flag=True, help="It starts from a picture, which is encoded.")
+@lora_option
 @click.option("--arch", metavar="A", help="A GPU that need not be here, such as sm_90.  [default: this machine's]")
 @click.option("--device", metavar="D", help="Such as cpu, cuda or cuda:1.  [default: a GPU where there is one]")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: what is fastest there]")
@@ -37,6 +46,7 @@ def plan(
     steps: int | None,
     decode: str,
     init_image: bool,
+    loras: tuple[tuple[str, float], ...],
     arch: str | None,
     device: str | None,
     dtype: str | None,
@@ -49,11 +59,14 @@ def plan(
     \b
     fastldm plan -m ./sdxl --size 1024x1024 --n 4
     fastldm plan -m ./sdxl --n 4 --arch sm_89 --json
+    fastldm plan -m ./sdxl --lora style.safetensors       the weights that it is merged into are kept, too
     """
     with reported(debug):
         import torch
 
         from fastldm import sizes
+        from fastldm.adapters.read import merged_numbers, read_adapter
+        from fastldm.cli.loras import find
         from fastldm.device import choose_device, choose_dtype
         from fastldm.kernels.dispatch import device_capability
         from fastldm.model import backend_device, choose_backend, describe, latents, precisions
@@ -79,6 +92,9 @@ def plan(
             sizes.check_size(latents(model), spec.vae.factor, width, height)
             options["backend"] = selected
             options["dtype"], options["precision"] = precisions(model, selected, target_device, dtype)
+        if loras:
+            adapters = [read_adapter(file, spec) for _, file, scale in find(loras) if scale]
+            options["originals"] = merged_numbers(adapters, spec) * options["dtype"].itemsize
         memory_plan = memory.plan(
             memory.Workload.of_spec(
                 spec,

@@ -56,6 +56,7 @@ class Workload:
     attached: tuple[dry_run.ControlConfig, ...] = ()  # what buffers have room for
     controls: tuple[dry_run.ControlConfig, ...] = ()  # those of the request
     pictures: tuple[int, ...] = ()  # tokens of each IP-Adapter that a slot may have
+    originals: int = 0  # bytes of the weights that adapters will be merged into, which are copied before
 
     @classmethod
     def of_spec(
@@ -208,7 +209,7 @@ def upper_bound(workload: Workload) -> int:
         numbers += 64 * (rows + slots) * latents * unet.down[0].channels
         numbers += 128 * workload.batch * latents * vae.factor**2
     noise = 4 * workload.batch * workload.steps * latents * unet.out_channels
-    return 256 * MIB + workload.dtype.itemsize * (numbers + 4 * rows * text) + 2 * noise
+    return 256 * MIB + workload.originals + workload.dtype.itemsize * (numbers + 4 * rows * text) + 2 * noise
 
 
 def refuse(plan: MemoryPlan, free: int, label: str) -> None:
@@ -273,6 +274,9 @@ def plan(workload: Workload) -> MemoryPlan:
     if derived:
         weights.append(Line("made of weights", derived, "phases of the convolutions that enlarge"))
     held = tuple(Line(name, heap.hold(_storages(tensors)), _FIELDS.get(name, "")) for name, tensors in _fields(buffers))
+    if workload.originals:
+        copies = heap.hold([workload.originals])
+        held += (Line("originals", copies, "weights that adapters are merged into, as they were"),)
     libraries = _libraries(workload.arch)
     heap.hold([line.bytes for line in libraries])
     phases = tuple(Line(name, heap.run(trace), _PHASES[name]) for name, trace in traces.items())

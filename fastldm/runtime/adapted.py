@@ -301,6 +301,11 @@ class Adapted:
         """How often a layer was given pages on a GPU, where captured steps do not read them."""
         return 0 if self.pages is None else self.pages.layers_added
 
+    def missing(self, selection: Selection) -> int:
+        """Bytes of the weights that have to be copied before a selection is merged into them."""
+        copied = {parameter for merged in self.merged.values() for parameter in merged.parameters}
+        return sum(self._read(parameter).nbytes for parameter in selection.deltas if parameter not in copied)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the copies of weights that adapters were merged into, and of pages."""

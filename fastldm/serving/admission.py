@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastldm.adapters.selection import Selection as Adapters
 from fastldm.planning import memory
 from fastldm.request import Request
 from fastldm.runtime.complete import start_latents
@@ -32,5 +33,6 @@ def check(stages: Stages, request: Request, max_batch: int, held: int) -> None:
         rows=stages.unet_rows(images),
         attached=tuple(control.network.config for control in stages.controls.attached.values()),
         controls=request.control_image.configs if isinstance(request.control_image, Selection) else (),
+        originals=stages.adapters.missing(request.adapters) if isinstance(request.adapters, Adapters) else 0,
     )
     memory.check(workload, free + held, f"{batch} picture{'s' * (batch > 1)} of {width}x{height}")
