@@ -1,4 +1,5 @@
-"""GroupNorm with SiLU, shift and skip, against PyTorch's own and torch.compile's, in both memory formats.
+"""GroupNorm with SiLU, shift and skip, against PyTorch's own and torch.compile's, in both memory formats; and after a
+sum, against torch.compile's.
 
 python -m benchmarks.group_norm [--list] [--workload NAME] [--dtype bfloat16]
 """
@@ -6,16 +7,26 @@ python -m benchmarks.group_norm [--list] [--workload NAME] [--dtype bfloat16]
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch._dynamo
 from torch import Tensor
 
 from benchmarks import harness
-from fastldm.kernels.group_norm import GROUP_NORM, group_norm_reference
+from fastldm.kernels.group_norm import ADD_GROUP_NORM, GROUP_NORM, add_group_norm_reference, group_norm_reference
 
 
-def rivals(
+def rivals(*args: Any, **kwargs: Any) -> dict[str, Callable[[], object]]:
+    """Arguments of either op: behind x that of the sum has a residual and a bias, the other's groups."""
+    torch._dynamo.config.recompile_limit = 1000  # one for each shape
+    if isinstance(args[1], int):
+        return _alone(*args, **kwargs)
+    compiled = torch.compile(add_group_norm_reference, dynamic=False, fullgraph=True)
+    return {"torch.compile": lambda: compiled(*args, **kwargs)}
+
+
+def _alone(
     x: Tensor,
     groups: int,
     weight: Tensor,
@@ -26,7 +37,6 @@ def rivals(
     skip: Tensor | None = None,
 ) -> dict[str, Callable[[], object]]:
     """The channels-first rivals get channels-first tensors, as in a network that is channels-first throughout."""
-    torch._dynamo.config.recompile_limit = 1000  # one for each shape
     compiled = torch.compile(group_norm_reference, dynamic=False, fullgraph=True)
     x_first, skip_first = x.contiguous(), None if skip is None else skip.contiguous()
 
@@ -41,4 +51,4 @@ def rivals(
 
 
 if __name__ == "__main__":
-    harness.main([GROUP_NORM], rivals)
+    harness.main([GROUP_NORM, ADD_GROUP_NORM], rivals)
