@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastldm.kernels import conv, group_norm
 from fastldm.kernels.conv import CONV2D, conv2d
-from fastldm.kernels.dispatch import Config, Cost, Op, Verdict, no
+from fastldm.kernels.dispatch import Config, Cost, Op, P, Verdict, no
 from fastldm.kernels.group_norm import ADD_GROUP_NORM, add_group_norm, like_pixels
 
 
@@ -80,7 +80,7 @@ def supports(
     skip: Tensor | None = None,
     ahead: Tensor | None = None,
 ) -> Verdict:
-    if not (verdict := CONV2D.path(x, weight, conv_bias, residual, stride, padding)):
+    if not (verdict := conv.supports(x, weight, conv_bias, residual, stride, padding)):
         return verdict
     if ahead is not None and shift is not None:
         return no("the sum has something ahead, and the norm a shift")
@@ -175,7 +175,19 @@ def conv_group_norm_triton(
     return total if later is None else later, normed
 
 
-CONV_GROUP_NORM = Op(
+class _ConvGroupNorm(Op[P, tuple[Tensor, Tensor]]):
+    """Takes its kernels where the convolution takes its own."""
+
+    def path(self, *args: P.args, **kwargs: P.kwargs) -> Verdict:
+        verdict = super().path(*args, **kwargs)
+        if not verdict:
+            return verdict
+        named = self.bind(*args, **kwargs)
+        images = [named.get(name) for name in ("x", "weight", "conv_bias", "residual")]
+        return CONV2D.path(*images, named.get("stride", 1), named.get("padding", 0))
+
+
+CONV_GROUP_NORM = _ConvGroupNorm(
     "conv_group_norm",
     reference=conv_group_norm_reference,
     triton=conv_group_norm_triton,
