@@ -38,7 +38,7 @@ def design_tables(workload: str, dtype: torch.dtype, arch: int) -> dict[str, Ent
                     designs.setdefault("gate in one program a multiprocessor", []).append((call, entry))
             if op.name in ("conv2d", "upsample_conv2d") and op.path(*args, **kwargs):
                 designs.setdefault("convolutions by the library", []).append((call, by_library))
-            if op.name == "conv_group_norm":
+            if op.name == "conv_group_norm" and op.path(*args, **kwargs):
                 designs.setdefault("convolution and norm apart", []).append((call, by_library))
             if op.name == "attention" and "BLOCK_N" in config:  # all keys of an image, in blocks
                 designs.setdefault("attention by PyTorch", []).append((call, by_library))

@@ -78,6 +78,8 @@ FREE = frozenset({
 
 ITERATIONS: dict[str, Callable[[dict[str, Any], dict[str, Any], tuple[int, ...]], int]] = {
     "linear_kernel": lambda a, c, grid: cdiv(cdiv(a["k"], c["BLOCK_K"]), c["SPLIT"]),
+    "lora_linear_kernel": lambda a, c, grid: cdiv(a["k"], c["BLOCK_K"]),
+    "shrink_kernel": lambda a, c, grid: cdiv(a["k"], c["BLOCK_K"]),
     "_conv_kernel": lambda a, c, grid: cdiv(c["TAPS"] ** 2 * cdiv(a["channels"], c["BLOCK_K"]), c["SPLIT"]),
     "_long_kernel": lambda a, c, grid: cdiv(a["keys"], c["BLOCK_N"]),
     "_short_kernel": lambda a, c, grid: cdiv(cdiv(a["queries"], c["BLOCK_M"]), grid[0]),
