@@ -24,7 +24,7 @@ from fastldm.conditioning import text
 from fastldm.device import Mark, send, send_numbers, to_host
 from fastldm.kernels import dispatch
 from fastldm.request import Request
-from fastldm.runtime import denoise, slots, stages, start
+from fastldm.runtime import controls, denoise, image_prompts, noise, slots, stages, start
 from fastldm.runtime.denoise import EagerBatch
 from fastldm.runtime.stages import Stages
 
@@ -81,7 +81,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[NoWaits]:
 
         return send
 
-    for module in (conditioning, denoise, slots, stages, start, text):
+    for module in (conditioning, controls, denoise, image_prompts, noise, slots, stages, start, text):
         for name in ("send", "send_numbers"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, sending(getattr(module, name)))

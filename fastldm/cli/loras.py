@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastldm.checks import show
 from fastldm.errors import InputError
-from fastldm.request import MAX_WEIGHT
 
 if TYPE_CHECKING:
     from fastldm.pipeline import Pipeline
@@ -20,6 +18,8 @@ _TAG = re.compile(r"\s*<lora:([^<>:]{1,200})(?::([^<>:]{0,30}))?>")
 def split_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
     """A prompt without its tags, and what they name with their scales. A name is that of a file without its ending, in
     the working folder, or of an adapter that ships. InputError for a scale that is no number."""
+    from fastldm.checks import show
+
     loras = []
     for name, scale in _TAG.findall(prompt):
         try:
@@ -35,6 +35,7 @@ def find(loras: Sequence[tuple[str, float]]) -> list[tuple[str, Path, float]]:
     """Of each its name, its file and its scale, before a model is loaded. CheckpointError for a file that there is
     not."""
     from fastldm.adapters.locate import find_weights
+    from fastldm.request import MAX_WEIGHT
 
     found: list[tuple[str, Path, float]] = []
     for source, scale in loras:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import tiny
 import torch
-from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from fastldm.kernels import linear
 from fastldm.models import AutoencoderKL, CLIPText, UNet, layers, unet
 from fastldm.models.config import TextConfig, UNetConfig, VAEConfig
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 TOLERANCE = 1e-5  # of 1e-4 allowed; 2e-6 was the most seen. A wrong eps in a norm shows only below 2e-5
 
@@ -70,7 +72,7 @@ def inputs(theirs: UNet2DConditionModel, height: int = 8, width: int = 8, seed: 
         arguments["added_cond_kwargs"] = {"text_embeds": torch.randn(2, 24, generator=g), "time_ids": sizes}
     if config.time_cond_proj_dim:
         scale = torch.tensor([8.5, 2.0])  # a guidance scale of 8.5 enters the embedding as 7.5
-        embed = LatentConsistencyModelPipeline.get_guidance_scale_embedding
+        embed = tiny.peer("diffusers").LatentConsistencyModelPipeline.get_guidance_scale_embedding
         arguments["timestep_cond"] = embed(None, scale - 1, embedding_dim=config.time_cond_proj_dim)
     return arguments
 
