@@ -32,8 +32,17 @@ ENGINES = ["onnxruntime", "openvino"]
 CPU = torch.device("cpu")
 # Each kind of network once in either form that it has: the others of a family are the same networks with another
 # scheduler, which no engine sees.
-KINDS = ["sd1-split", "sd1-whole", "sd1-inpaint-whole", "sd2-v-whole", "lcm-split", "sdxl-split"]
-OTHERS = ["sd1-inpaint-split", "sd2-v-split", "lcm-whole", "sdxl-whole", "small-split", "small-whole", "sdxl-lcm-split"]
+KINDS = ["sd1-split", "sd1-whole", "sd1-inpaint-whole", "lcm-split", "sdxl-split"]
+OTHERS = [
+    "sd1-inpaint-split",
+    "sd2-v-split",
+    "sd2-v-whole",
+    "lcm-whole",
+    "sdxl-whole",
+    "small-split",
+    "small-whole",
+    "sdxl-lcm-split",
+]
 
 
 @pytest.fixture(autouse=True)

@@ -119,7 +119,7 @@ def test_few_values_may_share_errors() -> None:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("split", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_openvino_runs_float16_bundles(split: bool, precision: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Outputs are rounded to float16, whatever it computes in."""
     if not importlib.import_module(f"fastldm.export.{_openvino()}").has_bfloat16() and precision == "bfloat16":
