@@ -9,7 +9,8 @@ files as diffusers writes them. Of each pair both are timed in turns, and ratios
 
     read      `read_adapter`; diffusers' `load_lora_weights`, the first and by hotswap=True
     swap      another adapter in the weights (merged), in copies of the weights that it touches, the least that any swap
-              by copying takes; the same by diffusers' hotswap, which leaves its steps slower (beside writes nothing)
+              by copying takes; the same by diffusers' hotswap, which leaves its steps slower; beside: pages are
+              filled once for an adapter, and a swap is then an index
     step      of two rows, with adapters beside the weights, over one without; of a peft network over its own
     mixed     four requests with four adapters in one batch, over one after another with swaps
 
@@ -114,6 +115,11 @@ def merged_swap(pipe: Pipeline, rank: int, folder: Path, rounds: int) -> dict[st
     turn = iter(range(10**6))
     times = in_turns({"swap": lambda: swap(selections[next(turn) % 2]), "copy": copy}, rounds)
     row = {"swap s": round(median(times["swap"]), 4), "copies": ratio(times, "swap", "copy")}
+    pages = Pages(pipe.unet)  # type: ignore[arg-type]
+    pages.apply(selections[0], selections)  # allocates
+    row["pages filled s"] = round(timed(lambda: pages.apply(selections[1], selections)), 4)
+    row["index s"] = round(timed(lambda: pages.apply(selections[0], selections)), 6)
+    pages.close()
     row["touched MB"] = round(sum(tensor.nbytes for tensor in touched) / 1e6)
     pipe.unload_lora_weights()
     swap(Selection())
@@ -192,18 +198,19 @@ def peer(model: ladder.Model, rank: int, latent: int, folder: Path, rounds: int)
             unet(x, 500, encoder_hidden_states=text)
 
     step()
-    plain = [timed(step) for _ in range(rounds)]
     first = timed(lambda: unet.load_lora_adapter(dict(states[0]), adapter_name="a", prefix=None))
     turn = iter(range(1, 10**6))
     swap = lambda: unet.load_lora_adapter(dict(states[next(turn) % 2]), adapter_name="a", prefix=None, hotswap=True)  # noqa: E731
-    swaps, adapted = [], []
+    swaps, times = [], {"plain": [], "adapted": []}
     for _ in range(rounds):
         swaps.append(timed(swap))
-        adapted.append(timed(step))
+        for name, switch in (("plain", unet.disable_lora), ("adapted", unet.enable_lora)):
+            switch()
+            times[name].append(timed(step))
     return {
         "peer first s": round(first, 3),
         "peer hotswap s": round(median(swaps), 4),
-        "peer step over its own": round(median(adapted) / median(plain), 3),
+        "peer step over its own": ratio(times, "adapted", "plain"),
     }
 
 
