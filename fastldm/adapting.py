@@ -147,9 +147,8 @@ class Adapting:
 
     def _adapters(self) -> Adapted:
         """InputError for a bundle."""
-        if self.stages.backend != "torch":
-            raise InputError(
-                f"this pipeline runs a bundle on {self.stages.backend}, whose weights cannot be changed: load the "
-                "model with backend='torch', or export it with `fastldm export --lora FILE`"
-            )
+        self.stages.need_torch(
+            "whose weights cannot be changed: load the model with backend='torch', or export it with "
+            "`fastldm export --lora FILE`"
+        )
         return self.stages.adapters

@@ -12,9 +12,8 @@ from torch import nn
 
 from fastldm import checks
 from fastldm.adapters.control import Control, read_control
-from fastldm.errors import CheckpointError, InputError
+from fastldm.errors import CheckpointError
 from fastldm.loading import changes
-from fastldm.models.unet import UNet
 from fastldm.runtime.stages import Stages
 from fastldm.serving.session import Session
 
@@ -54,10 +53,7 @@ class ControlLoader:
         for a name that is taken, and for a bundle.
         """
         stages, controls = self.stages, self.stages.controls
-        if not isinstance(stages.unet, UNet):
-            raise InputError(
-                f"this pipeline runs a bundle on {stages.backend}, which takes no controls: load the model itself"
-            )
+        stages.need_torch("which takes no controls: load the model itself")
         checks.known(options, _OPTIONS)
         if name is not None:
             controls.check_free(checks.short_text("name", name, "a control's name"))

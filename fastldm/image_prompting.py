@@ -65,11 +65,7 @@ class IPAdapterLoader:
         CheckpointError for a file that is damaged, of another kind, or for another model, saying for which; InputError
         for a bundle, and for arguments that do not fit. On an error, those that were loaded stay.
         """
-        if self.stages.backend != "torch":
-            raise InputError(
-                f"this pipeline runs a bundle on {self.stages.backend}, whose attention takes no pictures: load the "
-                "model with backend='torch'"
-            )
+        self.stages.need_torch("whose attention takes no pictures: load the model with backend='torch'")
         checks.known(where, ("revision", "cache_dir", "local_files_only"))
         check_options(where)
         checks.flag("allow_pickle", allow_pickle)

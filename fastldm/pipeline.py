@@ -263,8 +263,7 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         errors these are. InputError for a pipeline that itself runs a bundle, and while requests with other adapters
         are under way.
         """
-        if self.backend != "torch":
-            raise InputError(f"this pipeline runs a bundle on {self.backend}, which has no weights to export: copy it")
+        self.stages.need_torch("which has no weights to export: copy it")
         if eight_bits.is_on(self.stages):
             raise InputError("fp8 is on, and is not exported: call disable_fp8 first")
         self.weights_changed()

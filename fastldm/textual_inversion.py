@@ -76,7 +76,7 @@ class TextualInversionLoader:
         All is loaded, or on an error nothing. CheckpointError for a file that is damaged or for another model;
         InputError for a token that the tokenizer knows, for a bundle, and for arguments that do not fit.
         """
-        self._check_backend()
+        self.stages.need_torch("whose text encoder takes no new tokens: load them into the model, and export that")
         sources, tokens = _listed(pretrained_model_name_or_path, token)
         encoder = self._encoder(tokenizer, text_encoder)
         checks.known(where, ("revision", "cache_dir", "local_files_only"))
@@ -132,13 +132,6 @@ class TextualInversionLoader:
             )
 
         self._replace_text_stages(change)
-
-    def _check_backend(self) -> None:
-        if self.stages.backend != "torch":
-            raise InputError(
-                f"this pipeline runs a bundle on {self.stages.backend}, whose text encoder takes no new tokens: load "
-                "them into the model, and export that"
-            )
 
     def _encoder(self, tokenizer: Any, text_encoder: Any) -> int | None:
         """The index of the text encoder that is meant; None if none was given."""

@@ -40,12 +40,16 @@ RANK = 16
 """Of a page."""
 
 
+ScaledPages = tuple[tuple[int, float], ...]
+"""Pages, each with its scale."""
+
+
 class Group(NamedTuple):
     """Consecutive rows with the same pages, as the host knows them."""
 
     start: int
     stop: int
-    pages: tuple[tuple[int, float], ...]  # each with its scale
+    pages: ScaledPages
 
 
 class Rows(NamedTuple):

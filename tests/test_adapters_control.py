@@ -148,7 +148,7 @@ def test_hub_id_fetches_what_is_needed(fetched: list[str], tmp_path: Path) -> No
     control = read_control("acme/controlnet-1.0", spec("sd1"))
     assert same_weights(control, theirs)
     assert control.name == "controlnet-1.0"
-    assert fetched == ["diffusion_pytorch_model.safetensors", "config.json"]
+    assert fetched == ["config.json", "diffusion_pytorch_model.safetensors"]
     fetched.clear()
     control = read_control("acme/controlnet-1.0", spec("sd1"), subfolder="inside")
     assert same_weights(control, theirs)

@@ -28,7 +28,7 @@ from fastldm.models.controlnet import ControlNet, ControlNetConfig
 from fastldm.models.t2i_adapter import T2IAdapter
 from fastldm.models.unet import UNetEncoder
 from fastldm.planning import dry_run
-from fastldm.runtime.controls import Selection, joined
+from fastldm.runtime.controls import ControlSelection, joined
 from fastldm.runtime.denoise import Batch, EagerBatch, Run
 from fastldm.runtime.graph import Graphs
 from fastldm.runtime.slots import Slots, StaticBuffers
@@ -399,7 +399,7 @@ def test_adjacent_ranges_are_one() -> None:
 def test_selection_is_a_mapping_of_pictures() -> None:
     request = controlled().stages.complete(Request(**BASE, control_image={"outlines": picture()}))
     selection = request.control_image
-    assert isinstance(selection, Selection)
+    assert isinstance(selection, ControlSelection)
     assert dict(selection) == {"outlines": picture()}
     assert selection in {selection}
 

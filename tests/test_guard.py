@@ -232,14 +232,15 @@ def test_few_modules_are_imported(code: str, ours: set[str], rest: set[str], mos
 # ----------------------------------------------------------------------------------------------------------------- ONNX
 
 # network -> the most operators in all, and how many hold the work. The U-Net has 3 cross-attentions and 3 to itself.
-# How many compute shapes differs by what was traced in the process before: 375 and 379 were seen of the step.
+# How many compute shapes differs by what was traced in the process before: 375 and 379 were seen of the step, 62 and
+# 63 of the encoder.
 NODES = {
     "text_encoder": (111, {"MatMul": 12, "LayerNormalization": 6, "Softmax": 2}),
     "text_kv": (3, {"MatMul": 3}),
     "time_rows": (26, {"Gemm": 8}),
     "unet_step": (385, {"Conv": 16, "GroupNormalization": 16, "LayerNormalization": 9, "Softmax": 6, "Gelu": 3}),
     "vae_decoder": (87, {"Conv": 16, "GroupNormalization": 13, "MatMul": 1, "Softmax": 0}),
-    "vae_encoder": (62, {"Conv": 12, "GroupNormalization": 9, "MatMul": 1, "Softmax": 0}),
+    "vae_encoder": (64, {"Conv": 12, "GroupNormalization": 9, "MatMul": 1, "Softmax": 0}),
 }
 
 

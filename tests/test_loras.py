@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastldm.cli.loras import find, split_tags
-from fastldm.cli.options import Lora
+from fastldm.cli.options import ScaledFile
 from fastldm.errors import CheckpointError, InputError
 
 
@@ -23,7 +23,7 @@ from fastldm.errors import CheckpointError, InputError
     ],
 )
 def test_scale_follows_the_last_colon(text: str, expected: tuple[str, float]) -> None:
-    assert Lora().convert(text, None, None) == expected
+    assert ScaledFile().convert(text, None, None) == expected
 
 
 def test_tags_leave_the_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fastldm import checks
 from fastldm.adapters.family import family_of_unet
 from fastldm.adapters.locate import find_weights, name_inside
-from fastldm.adapters.read import check_keys, short_hash
+from fastldm.adapters.read import check_keys, finite_copy, short_hash
 from fastldm.checks import show
 from fastldm.errors import CheckpointError, InputError
 from fastldm.loading import changes, hub, relatives
@@ -143,7 +143,10 @@ def read_control(
     check_fits(config, spec, source)
     with torch.device("meta"):
         network = ControlNet(config) if isinstance(config, ControlNetConfig) else T2IAdapter(config)
-    state = {name: _copied(name, tensor, dtype, device, source) for name, tensor in found.state().items()}
+    state = {
+        name: finite_copy(name, tensor, dtype, source, device) if tensor.is_floating_point() else tensor
+        for name, tensor in found.state().items()
+    }
     load_module(network, state, dtype=dtype, device=device, source=source)
     if found.file is None:
         return Control("controlnet" if isinstance(network, ControlNet) else "adapter", source, None, network)
@@ -153,13 +156,6 @@ def read_control(
 def _name(path: Any, folder_or_file: Path) -> str:
     """A file's without its ending; a folder's, or a repository's without its owner's."""
     return folder_or_file.stem if folder_or_file.is_file() else Path(str(path)).name
-
-
-def _copied(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device | str, source: str) -> Tensor:
-    copied = tensor.to(device, dtype, copy=True) if tensor.is_floating_point() else tensor
-    if not bool(copied.isfinite().all()):
-        raise CheckpointError(f"{source}: {show(name)} holds NaN or infinity in {dtype}.".replace("torch.", ""))
-    return copied
 
 
 # --- Where it comes from ---
@@ -180,19 +176,14 @@ def _locate(
     inside = "" if subfolder is None else f"{name_inside('subfolder', subfolder, path)}/"
     if path.exists() or not hub.is_id(str(path_or_id)):
         return path / inside
-    needed: list[str] = ["config.json"]
 
-    def choose(files: list[str]) -> str:
+    def choose(files: list[str]) -> list[str]:
         names = [file.removeprefix(inside) for file in files if file.startswith(inside)]
         repository = Path(f"{path_or_id}/{inside}")
         weights = choose_weights({repository.name: names}, variant, allow_pickle, str(repository.parent))
-        needed.extend(weights[repository.name].names[1:])
-        return inside + weights[repository.name].entry
+        return [inside + name for name in ("config.json", *weights[repository.name].names)]
 
-    file = hub.find_file(str(path_or_id), choose, **where)
-    for name in needed:
-        hub.find_file(str(path_or_id), lambda _, name=name: inside + name, **where)  # type: ignore[misc]
-    return file.parent
+    return hub.find_files(str(path_or_id), choose, **where)[0].parent
 
 
 def _of_module(module: Any) -> _Found:

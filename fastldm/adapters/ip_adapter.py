@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastldm import checks
 from fastldm.adapters.family import family_of_context, family_of_spec
-from fastldm.adapters.read import check_keys, short_hash
+from fastldm.adapters.read import check_keys, finite_copy, short_hash
 from fastldm.checks import show
 from fastldm.errors import CheckpointError
 from fastldm.loading import relatives
@@ -126,10 +126,7 @@ def _flat(content: Mapping[str, Any]) -> dict[str, Tensor]:
 def _copied(key: str, tensor: Tensor, dtype: torch.dtype, source: str) -> Tensor:
     if not tensor.is_floating_point() or tensor.is_meta or tensor.layout != torch.strided:
         raise CheckpointError(f"{source}: {show(key)} is {show(tensor)}, expected floating point numbers.")
-    copied = tensor.detach().to("cpu", dtype, copy=True)
-    if not bool(copied.isfinite().all()):
-        raise CheckpointError(f"{source}: {show(key)} holds NaN or infinity in {dtype}.".replace("torch.", ""))
-    return copied
+    return finite_copy(key, tensor, dtype, source)
 
 
 # --- What it is ---

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fastldm import checks
 from fastldm.checks import show
 from fastldm.errors import CheckpointError, InputError
 from fastldm.loading import hub
+from fastldm.loading.spec import check_options
 from fastldm.reading import check_path
 
 SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "adapters"
@@ -34,8 +36,8 @@ def find_weights(
 
     CheckpointError for what does not exist, or holds several files. InputError for a name that leaves the folder.
     """
-    checks.flag("allow_pickle", allow_pickle)
-    checks.flag("local_files_only", local_files_only)
+    where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    check_options({"allow_pickle": allow_pickle, **where})
     path = check_path(path_or_id, "path_or_id")
     for name, value in (("weight_name", weight_name), ("subfolder", subfolder)):
         if value is not None:
@@ -56,13 +58,11 @@ def find_weights(
         return _in_folder(path / (subfolder or ""), weight_name, preferred, allow_pickle)
     prefix = "" if subfolder is None else f"{Path(subfolder).as_posix()}/"
 
-    def choose(files: list[str]) -> str:
+    def choose(files: list[str]) -> list[str]:
         inside = [file.removeprefix(prefix) for file in files if file.startswith(prefix)]
-        return prefix + _choose(inside, weight_name, preferred, allow_pickle, f"{path_or_id}/{prefix}".rstrip("/"))
+        return [prefix + _choose(inside, weight_name, preferred, allow_pickle, f"{path_or_id}/{prefix}".rstrip("/"))]
 
-    return hub.find_file(
-        str(path_or_id), choose, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
-    )
+    return hub.find_files(str(path_or_id), choose, **where)[0]
 
 
 def name_inside(name: str, value: str, path_or_id: str | os.PathLike[str]) -> str:

@@ -126,6 +126,17 @@ def check_keys(shapes: Shapes, source: str) -> None:
             raise CheckpointError(f"{source}: {show(key)} has shape {shape}, which is empty.")
 
 
+def finite_copy(
+    key: str, tensor: Tensor, dtype: torch.dtype, source: str, device: torch.device | str = "cpu"
+) -> Tensor:
+    """A copy in a dtype, of which nothing depends on the file. CheckpointError for NaN and infinity, which may be in
+    that dtype alone."""
+    copied = tensor.detach().to(device, dtype, copy=True)
+    if not bool(copied.isfinite().all()):
+        raise CheckpointError(f"{source}: {show(key)} holds NaN or infinity in {dtype}.".replace("torch.", ""))
+    return copied
+
+
 def merged_numbers(adapters: Iterable[Adapter], spec: Spec) -> int:
     """How many weights of a model adapters are merged into, together; each is copied before."""
     modules, numbers = modules_of(spec).modules, 0

@@ -99,6 +99,15 @@ class Selected:
                     deltas[Parameter(*target, leaf)] = (form, scale)
         return deltas
 
+    @cached_property
+    def step(self) -> Mapping[str, tuple[Form, float]]:
+        """Those of weights and biases that every step reads, by the parameter's name in the U-Net."""
+        return {
+            f"{parameter.module}.{parameter.leaf}": delta
+            for parameter, delta in self.deltas.items()
+            if parameter.part == "step"
+        }
+
 
 class Selection(Mapping[str, Weight]):
     """Adapters by name, in the order in which they are added; a mapping to their weights. Never changes."""
@@ -143,22 +152,24 @@ class Selection(Mapping[str, Weight]):
                 deltas[parameter] = (*deltas.get(parameter, ()), delta)
         return deltas
 
-    def of(self, part: Part) -> dict[Parameter, Deltas]:
-        """Those of one part."""
-        return {parameter: deltas for parameter, deltas in self.deltas.items() if parameter.part == part}
+    @cached_property
+    def by_part(self) -> Mapping[Part, Mapping[Parameter, Deltas]]:
+        """The same by when it is read."""
+        parts: dict[Part, dict[Parameter, Deltas]] = {"text": {}, "conditions": {}, "step": {}}
+        for parameter, deltas in self.deltas.items():
+            parts[parameter.part][parameter] = deltas
+        return parts
 
     @cached_property
     def step(self) -> frozenset[Selected]:
         """The adapters that change what every step reads; two requests with the same take their steps with the same
         weights."""
-        return frozenset(
-            one for one in (*self.fused, *self.selected) if any(parameter.part == "step" for parameter in one.deltas)
-        )
+        return frozenset(one for one in (*self.fused, *self.selected) if one.step)
 
     @cached_property
     def own_step(self) -> tuple[Selected, ...]:
         """Those that are not fused."""
-        return tuple(one for one in self.selected if one in self.step)
+        return tuple(one for one in self.selected if one.step)
 
     @property
     def in_intervals(self) -> bool:
@@ -168,8 +179,7 @@ class Selection(Mapping[str, Weight]):
     @cached_property
     def of_low_rank(self) -> bool:
         """Whether the steps can apply these beside the weights."""
-        own = [delta for one in self.own_step for parameter, delta in one.deltas.items() if parameter.part == "step"]
-        return all(isinstance(form, LoRA) for form, _ in own)
+        return all(isinstance(form, LoRA) for one in self.own_step for form, _ in one.step.values())
 
 
 NONE = Selection()

@@ -124,7 +124,7 @@ def export(
             "on_network": lambda network: click.echo(f"{network} ...", err=True),
         }
         if loras:
-            bundle = _export_with(adapters.find(loras), model, out, options, shared)
+            bundle = _export_with(adapters.find(loras, allow_pickle=allow_pickle), model, out, options, shared)
         else:
             source = writing.source_of(model)
             bundle = writing.export(spec, out, source=source, options=options, **shared)
@@ -144,7 +144,7 @@ def _export_with(
     from fastldm.pipeline import Pipeline
 
     pipe = Pipeline.from_pretrained(model, device="cpu", dtype="float32", **options)
-    adapters.load(pipe, found)
+    adapters.load(pipe, found, allow_pickle=options["allow_pickle"])
     return Bundle.open(pipe.export(out, **shared))
 
 

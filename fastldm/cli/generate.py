@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastldm.cli.options import Lora, Size, backend_option, debug_option, decode_option, lora_option, model_option
+from fastldm.cli.options import ScaledFile, Size, backend_option, debug_option, decode_option, lora_option, model_option
 from fastldm.cli.report import reported
 from fastldm.errors import InputError
 
@@ -60,7 +60,7 @@ def _list_things(ctx: click.Context, param: click.Parameter, group: str | None) 
 @click.option(
     "--control",
     "controls",
-    type=Lora(),
+    type=ScaledFile(),
     multiple=True,
     help="A ControlNet or T2I-Adapter: a file, a folder or a hub id; needs a --control-image. Repeatable.",
 )
@@ -162,7 +162,7 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
         if path is not None:
             measure(path, name)
 
-    adapters = loras.find(wanted)
+    adapters = loras.find(wanted, allow_pickle=options["allow_pickle"])
     from fastldm.adapters.textual_inversion import read_textual_inversion
     from fastldm.pipeline import Pipeline
 
@@ -182,7 +182,7 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
             controlnet_conditioning_scale=scales,
             adapter_conditioning_scale=scales,
         )
-    loras.load(pipe, adapters)
+    loras.load(pipe, adapters, allow_pickle=options["allow_pickle"])
     if options["decode"] != "whole":
         (pipe.enable_vae_tiling if options["decode"] == "tiled" else pipe.enable_vae_slicing)()
     if model == "default":

@@ -31,7 +31,7 @@ def split_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
     return _TAG.sub("", prompt).strip(), loras
 
 
-def find(loras: Sequence[tuple[str, float]]) -> list[tuple[str, Path, float]]:
+def find(loras: Sequence[tuple[str, float]], *, allow_pickle: bool = False) -> list[tuple[str, Path, float]]:
     """Of each its name, its file and its scale, before a model is loaded. CheckpointError for a file that there is
     not."""
     from fastldm.adapters.locate import find_weights
@@ -41,16 +41,16 @@ def find(loras: Sequence[tuple[str, float]]) -> list[tuple[str, Path, float]]:
     for source, scale in loras:
         if not abs(scale) <= MAX_WEIGHT:
             raise InputError(f"the scale of --lora {source} is {scale}: expected a number from -1000 to 1000")
-        file = find_weights(source)
+        file = find_weights(source, allow_pickle=allow_pickle)
         names = {name for name, *_ in found}
         name = next(n for n in (file.stem, *(f"{file.stem} {k}" for k in range(2, 1000))) if n not in names)
         found.append((name, file, scale))
     return found
 
 
-def load(pipe: Pipeline, found: Sequence[tuple[str, Path, float]]) -> None:
+def load(pipe: Pipeline, found: Sequence[tuple[str, Path, float]], *, allow_pickle: bool = False) -> None:
     """Load adapters, and make them active."""
     for name, file, _ in found:
-        pipe.load_lora_weights(file, adapter_name=name)
+        pipe.load_lora_weights(file, adapter_name=name, allow_pickle=allow_pickle)
     if found:
         pipe.set_adapters([name for name, *_ in found], [scale for *_, scale in found])

@@ -23,7 +23,7 @@ class Size(click.ParamType):
         return width, int(match[2] or width)
 
 
-class Lora(click.ParamType):
+class ScaledFile(click.ParamType):
     """FILE[:SCALE] as (file, scale)."""
 
     name = "FILE[:SCALE]"
@@ -70,7 +70,7 @@ backend_option = click.option(
 lora_option = click.option(
     "--lora",
     "loras",
-    type=Lora(),
+    type=ScaledFile(),
     multiple=True,
     help="An adapter (LoRA and its relatives): a file, a folder or hub id with one, or the name of one that ships for "
     "the default model, sketch or pixel. Repeatable.",

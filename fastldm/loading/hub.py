@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fastldm.errors import CheckpointError
 from fastldm.loading.formats import (
@@ -61,16 +62,16 @@ def is_id(text: str) -> bool:
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text)) and not is_file
 
 
-def find_file(
+def find_files(
     repo: str,
-    choose: Callable[[list[str]], str],
+    choose: Callable[[list[str]], Sequence[str]],
     *,
     revision: str | None = None,
     cache_dir: PathLike | None = None,
     local_files_only: bool = False,
-) -> Path:
-    """One file of a hub repository, downloaded to huggingface_hub's cache, or only looked up there if
-    `local_files_only` or HF_HUB_OFFLINE is set. choose: its name among those that there are.
+) -> list[Path]:
+    """Files of a hub repository, downloaded to huggingface_hub's cache, or only looked up there if `local_files_only`
+    or HF_HUB_OFFLINE is set. choose: their names among those that there are.
 
     CheckpointError for what is no hub id, and for all errors of the hub.
     """
@@ -87,13 +88,19 @@ def find_file(
             )
             names = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
         else:
-            siblings = huggingface_hub.model_info(repo, revision=revision, timeout=10).siblings or []
-            names = [file.rfilename for file in siblings]
-    name = choose(names)
+            names = _names(repo, revision)
+    chosen = choose(names)
+    options: dict[str, Any] = {"revision": revision, "cache_dir": cache, "local_files_only": offline}
     with _hub_errors(repo, revision, offline):
-        return Path(
-            huggingface_hub.hf_hub_download(repo, name, revision=revision, cache_dir=cache, local_files_only=offline)
-        )
+        return [Path(huggingface_hub.hf_hub_download(repo, name, **options)) for name in chosen]
+
+
+def _names(repo: str, revision: str | None) -> list[str]:
+    """The files of a repository."""
+    import huggingface_hub
+
+    siblings = huggingface_hub.model_info(repo, revision=revision, timeout=10).siblings or []
+    return [file.rfilename for file in siblings]
 
 
 def _from_hub(
@@ -117,8 +124,7 @@ def _from_hub(
     index, commit = read_json(snapshot / INDEX), snapshot.name  # later downloads use the same commit
     if not offline:
         try:
-            siblings = huggingface_hub.model_info(repo, revision=commit, timeout=10).siblings or []
-            names = [file.rfilename for file in siblings]
+            names = _names(repo, commit)
         except Exception as error:  # as in _hub_errors
             logger.warning("%s: the hub cannot be reached (%s); trying the local cache", repo, error)
             offline = True

@@ -185,7 +185,7 @@ class Adapted:
         return self._networks[parameter.component].get_parameter(f"{parameter.module}.{parameter.leaf}").data
 
     def _switch(self, part: Part, selection: Selection | None) -> None:
-        if self.merged[part].switch({} if selection is None else selection.of(part)):
+        if self.merged[part].switch({} if selection is None else selection.by_part[part]):
             self._update()
         if not self._loaded and not self._fused:
             self.merged[part].trim()
@@ -303,8 +303,8 @@ class Adapted:
 
     def missing(self, selection: Selection) -> int:
         """Bytes of the weights that have to be copied before a selection is merged into them."""
-        copied = {parameter for merged in self.merged.values() for parameter in merged.parameters}
-        return sum(self._read(parameter).nbytes for parameter in selection.deltas if parameter not in copied)
+        missing = [parameter for parameter in selection.deltas if not self.merged[parameter.part].has_copy(parameter)]
+        return sum(self._read(parameter).nbytes for parameter in missing)
 
     @property
     def nbytes(self) -> int:

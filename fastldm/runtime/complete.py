@@ -15,7 +15,7 @@ from fastldm.errors import InputError
 from fastldm.models.config import TinyVAEConfig, UNetConfig, VAEConfig
 from fastldm.models.families import Family
 from fastldm.request import Request, picture_seeds
-from fastldm.runtime.controls import Selection
+from fastldm.runtime.controls import ControlSelection
 
 if TYPE_CHECKING:
     from fastldm.sizes import Axis
@@ -65,7 +65,7 @@ def _size(request: Request, unet: UNetConfig, vae: VAEConfig | TinyVAEConfig) ->
     factor, latents = vae.factor, request.latents
     height, width = (size * factor for size in unet.sample_size)
     measured = None if request.image is None else _measured(request, unet, vae)
-    controls = request.control_image if isinstance(request.control_image, Selection) else None
+    controls = request.control_image if isinstance(request.control_image, ControlSelection) else None
     if latents is not None:
         if tuple(latents.shape[:2]) != (request.batch, vae.latent_channels):
             raise InputError(

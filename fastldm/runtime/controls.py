@@ -1,7 +1,7 @@
 """The ControlNets and T2I-Adapters of a loaded model, and what a request has of them.
 
     Controls     those that are attached, by name
-    Selection    those of a request, with its pictures and weights
+    ControlSelection    those of a request, with its pictures and weights
     RunControl   a ControlNet in a run: its picture's embedding, time rows, keys and values, computed once
     RunFeatures  the features of all T2I-Adapters of a run, computed once
 
@@ -50,7 +50,7 @@ class Use(NamedTuple):
         return self.scale != 0 and not (row / rows < self.start or (row + 1) / rows > self.end)
 
 
-class Selection(Mapping[str, Any]):
+class ControlSelection(Mapping[str, Any]):
     """The controls of a request: a mapping of names to pictures. Never changes."""
 
     def __init__(self, uses: Sequence[Use], conditional: bool = False) -> None:
@@ -175,7 +175,7 @@ class Controls:
         pooled = any(
             isinstance(net := controls[name].network, ControlNet) and net.config.global_pool for name in nets[:1]
         )
-        return request.replace(control_image=Selection(uses, request.guess_mode or pooled))
+        return request.replace(control_image=ControlSelection(uses, request.guess_mode or pooled))
 
 
 def _image_is_control(request: Request) -> bool:
@@ -294,7 +294,7 @@ def start_controls(
     """What a completed request has of its controls, for a table of so many rows: pictures read, embeddings and features
     computed, not conditioned yet. one_by_one: each picture by itself."""
     selection = request.control_image
-    if not isinstance(selection, Selection):
+    if not isinstance(selection, ControlSelection):
         return (), None
     size = (int(request.height or 0), int(request.width or 0))
     nets: list[RunControl] = []

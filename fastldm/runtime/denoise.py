@@ -21,11 +21,12 @@ from fastldm import spans
 from fastldm.adapters.selection import NONE, Selection
 from fastldm.device import send, send_numbers
 from fastldm.errors import InputError, NonFinite
-from fastldm.kernels.lora import Group, Rows
+from fastldm.kernels.lora import Group, Rows, ScaledPages
 from fastldm.kernels.step import blend, guide, model_input, step
 from fastldm.models.controlnet import ControlNet
 from fastldm.models.unet import Features, Pictures, Residuals, UNet
 from fastldm.runtime.controls import RunControl, RunFeatures, evaluate
+from fastldm.runtime.pages import Applied
 from fastldm.samplers.table import StepTable
 
 if TYPE_CHECKING:
@@ -111,8 +112,7 @@ class Run:
     adapters: Selection = NONE
     controls: tuple[RunControl, ...] = ()
     features: RunFeatures | None = None
-    applied: tuple[tuple[int, float, tuple[float, float]], ...] = ()
-    """Pages of the adapters that are beside the weights, with scales and intervals of the steps (pages.py)."""
+    applied: Applied = ()  # pages of the adapters that are beside the weights
     pictures: PicturesKV = ()  # by IP-Adapter and cross-attention (R, T, 2C): `IPAdapter.kv`
     images: tuple[Run, ...] = ()
     row: int = 0  # the one that comes next
@@ -135,7 +135,7 @@ class Run:
         return self.guidance.guides(self.table, self.row)
 
     @property
-    def beside(self) -> tuple[tuple[int, float], ...]:
+    def beside(self) -> ScaledPages:
         """The pages of the next row, with scales."""
         if not self.applied or self.done:
             return ()

@@ -45,6 +45,10 @@ class Merged:
         """Those whose originals are kept."""
         return set(self._originals)
 
+    def has_copy(self, parameter: Parameter) -> bool:
+        """Whether its original is kept. Any thread may ask."""
+        return parameter in self._originals
+
     @torch.no_grad()
     def switch(self, deltas: Mapping[Parameter, Deltas]) -> bool:
         """Make the parameters what they are with these changes and no others. Returns whether any was written.

@@ -85,9 +85,9 @@ class Pages:
     def _fill(self, one: Selected, variant: Variant, keep: Collection[Variant]) -> tuple[int, ...]:
         pages = self._take(_size(one), keep)
         forms = {
-            parameter.module: (form, scale)
-            for parameter, (form, scale) in one.deltas.items()
-            if parameter.part == "step" and isinstance(form, LoRA)
+            name.removesuffix(".weight"): (form, scale)
+            for name, (form, scale) in one.step.items()
+            if isinstance(form, LoRA)
         }
         for module in forms:
             if module not in self._layers:
@@ -178,8 +178,7 @@ def _more(pages: Tensor, count: int) -> Tensor:
 
 def _size(one: Selected) -> int:
     """Pages that an adapter takes."""
-    ranks = [form.rank or 0 for parameter, (form, _) in one.deltas.items() if parameter.part == "step"]
-    return cdiv(max(ranks, default=0), RANK)
+    return cdiv(max((form.rank or 0 for form, _ in one.step.values()), default=0), RANK)
 
 
 def _variant(one: Selected) -> tuple[Variant, float]:

@@ -21,7 +21,7 @@ from fastldm import spans
 from fastldm.device import send, send_numbers, to_host
 from fastldm.kernels import dispatch
 from fastldm.kernels.dispatch import cdiv, next_power_of_2
-from fastldm.kernels.lora import Rows
+from fastldm.kernels.lora import Rows, ScaledPages
 from fastldm.kernels.step import NEVER, StepState, end_step, table_rows
 from fastldm.models.config import UNetConfig
 from fastldm.models.controlnet import ControlNet
@@ -34,7 +34,6 @@ from fastldm.runtime.graph import Graphs
 from fastldm.runtime.pages import OF_A_ROW
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16)  # the numbers of U-Net rows that graphs have; above, multiples of eight
-Beside = tuple[tuple[int, float], ...]  # pages of adapters, with scales
 FEATURES = -1  # among indices of ControlNets: T2I-Adapters ...
 PICTURES = -2  # ... and IP-Adapters, the first of a run; -3 is the second, and so on
 Acting = tuple[int, ...]
@@ -171,7 +170,7 @@ class Slots:
         self._index: dict[Run, Tensor] = {}  # the slots again, (B,) int64 on the device
         self._started_finite: dict[Run, Tensor] = {}
         # The runs that the maps are for, and of each which rows are guided and controlled, and its adapters.
-        self._arranged: list[tuple[Run, bool, list[Acting], Beside]] = []
+        self._arranged: list[tuple[Run, bool, list[Acting], ScaledPages]] = []
         self._controlled: dict[int, Ranges] = {}  # rows by index of a ControlNet in the buffers; FEATURES: of features
         self._in_flight: list[torch.cuda.Event] = []
         self._networks = {control.network: (k, control) for k, control in enumerate(buffers.controls)}
@@ -380,7 +379,7 @@ class Slots:
         acting += [PICTURES - k for k in range(len(run.pictures))]
         return tuple(sorted(acting))
 
-    def _arrange(self, arranged: Sequence[tuple[Run, bool, list[Acting], Beside]]) -> None:
+    def _arrange(self, arranged: Sequence[tuple[Run, bool, list[Acting], ScaledPages]]) -> None:
         """Assign rows to runs, send the maps, and write the model input where it now belongs."""
         state, temb = self.buffers.step, self.buffers.temb
         capacity, device = temb.shape[1], temb.device
@@ -388,7 +387,7 @@ class Slots:
         ends = [0] * len(slot_rows)  # idle, but for those of these runs
         texts: list[int] = []
         c_in: list[float] = []
-        adapters: list[Beside] = []
+        adapters: list[ScaledPages] = []
         # Rows with the same controls lie side by side: few ranges, and graphs that know them by their numbers of rows.
         entries = [
             (acting[branch], run, branch)

@@ -105,6 +105,11 @@ class Stages:
         """Layers compute another way from now on."""
         self._switches += 1
 
+    def need_torch(self, reason: str) -> None:
+        """InputError for a bundle. reason: what it cannot do, and what else helps."""
+        if self.backend != "torch":
+            raise InputError(f"this pipeline runs a bundle on {self.backend}, {reason}")
+
     def complete(self, request: Request) -> Request:
         """The request with the family's defaults filled in, and checked against this model."""
         self._mapped.check()

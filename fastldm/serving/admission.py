@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from fastldm.adapters.selection import Selection as Adapters
+from fastldm.adapters.selection import Selection
 from fastldm.planning import memory
 from fastldm.request import Request
 from fastldm.runtime.complete import start_latents
-from fastldm.runtime.controls import Selection
+from fastldm.runtime.controls import ControlSelection
 from fastldm.runtime.slots import step_capacity
 from fastldm.runtime.stages import Stages
 
@@ -32,7 +32,7 @@ def check(stages: Stages, request: Request, max_batch: int, held: int) -> None:
         slots=images,
         rows=stages.unet_rows(images),
         attached=tuple(control.network.config for control in stages.controls.attached.values()),
-        controls=request.control_image.configs if isinstance(request.control_image, Selection) else (),
-        originals=stages.adapters.missing(request.adapters) if isinstance(request.adapters, Adapters) else 0,
+        controls=request.control_image.configs if isinstance(request.control_image, ControlSelection) else (),
+        originals=stages.adapters.missing(request.adapters) if isinstance(request.adapters, Selection) else 0,
     )
     memory.check(workload, free + held, f"{batch} picture{'s' * (batch > 1)} of {width}x{height}")
