@@ -198,3 +198,69 @@ def test_huge_deadlines_never_pass(deadline: Any, pipe: Pipeline) -> None:
         session.submit(**options(7, **SMALL)).result(60)
         for generation in (thinking, waiting):
             generation.cancel()
+
+
+# ---- asyncio
+
+
+def test_many_streams_need_no_threads(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """asyncio's pool has cores + 4 threads: readers that block one each would wait for one another."""
+    slow(monkeypatch)
+    count = 40
+
+    async def read(session: Session, seed: int) -> list[int]:
+        future, steps = session.submit(**options(seed, steps=6, **SMALL), preview=True), []
+        async for step in future.async_progress():
+            assert step.preview is not None
+            steps.append(step.step)
+        assert (await future).images.shape == (1, 16, 16, 3)
+        return steps
+
+    async def main(session: Session) -> tuple[list[list[int]], int]:
+        before = threading.active_count()
+        readers = [asyncio.ensure_future(read(session, k)) for k in range(count)]
+        await asyncio.wait(readers, return_when=asyncio.FIRST_COMPLETED)
+        return await asyncio.gather(*readers), threading.active_count() - before
+
+    with Session(pipe, max_batch=count) as session:
+        session.submit(**options(**SMALL)).result(10)
+        steps, threads = asyncio.run(main(session))
+    assert steps == [[*range(6)]] * count
+    assert threads == 0
+
+
+def test_awaiting_task_cancels_its_request(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow(monkeypatch)
+
+    async def main(session: Session) -> None:
+        future = session.submit(**options(steps=500))
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(future, 0.2)
+        assert await asyncio.to_thread(lambda: wait([future], 10).done) == {future}
+        with pytest.raises(Cancelled):
+            future.result(0)
+
+    with Session(pipe) as session:
+        asyncio.run(main(session))
+
+
+def test_readers_take_over_from_each_other(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow(monkeypatch)
+
+    async def some(future: fastldm.Generation, count: int) -> list[int]:
+        steps: list[int] = []
+        async for step in future.async_progress():
+            steps.append(step.step)
+            if len(steps) == count:
+                break
+        return steps
+
+    with Session(pipe) as session:
+        future = session.submit(**options(steps=12))
+        seen = [next(future.progress()).step]
+        seen += asyncio.run(some(future, 3))
+        future.result(10)
+        rest = [step.step for step in future.progress()]
+        assert rest[-1] == 11
+        assert sorted({*seen, *rest}) == [*seen, *rest]  # none twice; one on its way while a reader leaves is lost
+        assert asyncio.run(some(future, 99)) == []

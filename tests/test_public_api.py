@@ -23,7 +23,8 @@ BundleError Cancelled CheckpointError DeadlineExceeded EngineError FastLDMError 
 OutOfMemory Pipeline Progress QueueFull Request Result Session WorkerLost __version__ read_parameters
 """
 ATTRIBUTES = {  # beside those of base classes
-    "Generation": "add_done_callback cancel cancelled done exception interrupt progress result running",
+    "Generation": "add_done_callback async_progress cancel cancelled done exception interrupt position progress "
+    "remaining result running",
     "Pipeline": """
         clip_skip default device disable_fp8 disable_vae_slicing disable_vae_tiling do_classifier_free_guidance dtype
         enable_fp8 enable_vae_slicing enable_vae_tiling export from_diffusers from_pretrained from_single_file
@@ -31,7 +32,7 @@ ATTRIBUTES = {  # beside those of base classes
         num_timesteps prepare_ip_adapter_image_embeds session set_ip_adapter_scale text_encoder text_encoder_2 tokenizer
         tokenizer_2 unload_ip_adapter unload_textual_inversion warmup weights_changed""",
     "Request": "batch count negative_prompts prompts replace",
-    "Session": "call close submit",
+    "Session": "call close stats submit",
 }
 FIELDS = {
     "Progress": "step steps timestep preview latents embeds",
@@ -60,7 +61,7 @@ ARGUMENTS = {
     "Pipeline.warmup": "self sizes batches options",
     "Session.__init__": "self pipe max_batch max_queue batch_invariant",
     "Session.close": "self cancel",
-    "Session.submit": "self prompt priority deadline preview options",
+    "Session.submit": "self prompt priority deadline preview id options",
 }
 MODULES = {"heap": "keep", "kernels": "OPS observe use", "kernels.geglu": "geglu", "errors": "FastLDMError InputError"}
 SPREAD = "median p90 p99 least most mean count"

@@ -246,6 +246,16 @@ def free_bytes(device: torch.device) -> int | None:
         return None
 
 
+def used_bytes(device: torch.device) -> int | None:
+    """What this process has of a device's memory; None where the system does not report it."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
 @functools.lru_cache(maxsize=64)
 def plan(workload: Workload) -> MemoryPlan:
     """The plan, from a dry run of each phase: some tenths of a second, and none for a cached one."""

@@ -61,6 +61,8 @@ class Adapted:
         self._beside = False  # whether adapters are beside the weights
         self._under_way: weakref.WeakSet[Run] = weakref.WeakSet()
         self._next: weakref.ref[Run] | None = None  # a run that waits for the weights
+        self.swaps = 0
+        """How often weights were written."""
 
     # --- the list
 
@@ -186,6 +188,7 @@ class Adapted:
 
     def _switch(self, part: Part, selection: Selection | None) -> None:
         if self.merged[part].switch({} if selection is None else selection.by_part[part]):
+            self.swaps += 1
             self._update()
         if not self._loaded and not self._fused:
             self.merged[part].trim()

@@ -112,6 +112,9 @@ class Graphs:
     def __contains__(self, key: Hashable) -> bool:
         return key in self._captured
 
+    def __len__(self) -> int:
+        return len(self._captured)
+
     def run(self, key: Hashable, function: Callable[[], Any]) -> bool:
         """Call `function`: by replay, captured when it has run eagerly often enough; until then eagerly. Returns
         whether it was replayed.

@@ -101,6 +101,14 @@ class Stages:
         """Counts changes of the networks that a captured step does not follow: a batch made before takes no new run."""
         return self._switches + self.adapters.layers_added
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the networks' weights; engines keep theirs to themselves."""
+        networks = [self.unet, self.vae, *(stage.model for stage in self.text_stages)]
+        modules = [network for network in networks if isinstance(network, torch.nn.Module)]
+        storages = [p.untyped_storage() for module in modules for p in (*module.parameters(), *module.buffers())]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
     def layers_changed(self) -> None:
         """Layers compute another way from now on."""
         self._switches += 1

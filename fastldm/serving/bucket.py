@@ -25,6 +25,7 @@ from fastldm.request import Request, Result, Timings
 from fastldm.runtime.denoise import Batch, Run
 from fastldm.runtime.stages import Stages
 from fastldm.serving.generation import Generation, Host, Progress, log_exception, lost_by
+from fastldm.serving.stats import Totals
 
 SECONDS_A_PRIORITY = 10.0
 """The waiting time that one level of priority is worth: no request waits forever behind more urgent ones."""
@@ -41,12 +42,16 @@ class Bucket:
         route: dispatch.Route | None,
         release_idle: Callable[[], None],
         batch_invariant: bool,
+        totals: Totals,
+        size: tuple[int, int],
     ) -> None:
         """max_batch: images that share a step. release_idle: frees what idle buckets of the session hold.
-        batch_invariant: whether an image is computed as if it were alone."""
+        batch_invariant: whether an image is computed as if it were alone. totals: what the session counts.
+        size: (width, height) of the images in pixels."""
+        self.size = size
         self.stages, self.host, self.max_batch, self.route = stages, host, max_batch, route
         self.batch_invariant = batch_invariant
-        self._release_idle = release_idle
+        self._release_idle, self._totals = release_idle, totals
         self.waiting: list[tuple[float, int, Generation]] = []  # a heap: the first in line is first
         self.next: Generation | None = None  # prepared, and waiting until the batch has room
         self.running: list[Generation] = []
@@ -55,7 +60,8 @@ class Bucket:
         self.revision = stages.revision  # of the networks, for which the batch was made
         self.damaged = False  # whether the batch may still hold a run that has left it: it admits no other
         self.spent = 0.0  # seconds of the device that this size has had
-        self.step_time = 0.0
+        self.step_time = 0.0  # of the last step
+        self.image_time = 0.0  # of a step, for each image of a batch as large as batches have been lately
         self._mark: Mark | None = None  # what the first of `finishing` waits for
 
     def generations(self) -> list[Generation]:
@@ -88,6 +94,18 @@ class Bucket:
         """Whether a turn would do anything."""
         steps = any(not generation.paused for generation in self.running)
         return bool(self.finishing) or steps or self._first() is not None
+
+    def work(self, until: Generation | None = None) -> float | None:
+        """Seconds of the device that its requests need, about: all of them, or until one is done. None while no step
+        was timed. Called with `changed` held."""
+        waiting = [entry[-1] for entry in sorted(self.waiting)]
+        started = [one for one in self.generations() if all(one is not other for other in waiting)]
+        if any(one is until for one in started):
+            return until.steps_left * self.step_time if self.step_time else None  # type: ignore[union-attr]
+        if until is not None:
+            waiting = waiting[: 1 + next(k for k, one in enumerate(waiting) if one is until)]
+        steps = sum(one.steps_left * one.request.batch for one in (*started, *waiting))
+        return steps * self.image_time if self.image_time or not steps else None
 
     # --- a turn
 
@@ -148,6 +166,7 @@ class Bucket:
                     self.next = None
                     return
                 generation.prepare_start = perf_counter()
+                self._totals.started(generation)
                 generation.input_mark.follow(generation.request)
                 self._set_threads([generation])
                 generation.run = self.stages.prepare(generation.request, batch_invariant=self.batch_invariant)
@@ -178,6 +197,8 @@ class Bucket:
         self._step_together(stepping)
         now = perf_counter()
         self.step_time = now - start
+        image_time = self.step_time / sum(generation.request.batch for generation in stepping)
+        self.image_time = image_time if not self.image_time else 0.8 * self.image_time + 0.2 * image_time
         for generation in stepping:
             if generation in self.running:
                 with self._failing(generation):
@@ -346,6 +367,7 @@ class Buckets:
         self._by_size: dict[tuple[int, int, dispatch.Route | None], Bucket] = {}  # the last used is the last
         self._numbers = itertools.count()
         self.open: set[Generation] = set()  # submitted and not done
+        self.totals = Totals()
 
     def __iter__(self) -> Iterator[Bucket]:
         return iter([*self._by_size.values()])
@@ -365,7 +387,14 @@ class Buckets:
         request = generation.request
         key = (int(request.height or 0), int(request.width or 0), generation.route)
         bucket = self._by_size.pop(key, None) or Bucket(
-            self._stages, self._host, self._max_batch, generation.route, self.release_memory, self._batch_invariant
+            self._stages,
+            self._host,
+            self._max_batch,
+            generation.route,
+            self.release_memory,
+            self._batch_invariant,
+            self.totals,
+            (key[1], key[0]),
         )
         self._by_size[key] = bucket
         if not bucket.generations():
@@ -373,7 +402,11 @@ class Buckets:
         place = generation.submitted - SECONDS_A_PRIORITY * priority
         heapq.heappush(bucket.waiting, (place, next(self._numbers), generation))
         self.open.add(generation)
-        Future.add_done_callback(generation, self.open.discard)
+        Future.add_done_callback(generation, self._ended)
+
+    def _ended(self, generation: Any) -> None:
+        self.open.discard(generation)
+        self.totals.ended(generation)
 
     def held(self, request: Request) -> int:
         """Bytes of buffers that are kept for requests of this one's size."""

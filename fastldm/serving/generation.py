@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -73,6 +75,10 @@ class Host(Protocol):
     @property
     def callbacks(self) -> Callbacks: ...
 
+    def position(self, generation: Generation) -> int: ...
+
+    def remaining(self, generation: Generation) -> float | None: ...
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -92,8 +98,12 @@ class Progress:
     """What the U-Net's rows are conditioned on; for calls with a callback."""
 
 
+Event = tuple[Progress, Tensor | None, Mark]
+"""A step that is done, its preview on the way to the host, and what both wait for."""
+
+
 class Generation(Future[Result]):
-    """A submitted request: a `concurrent.futures.Future` of its Result."""
+    """A submitted request: a `concurrent.futures.Future` of its Result, and awaitable."""
 
     def __init__(
         self,
@@ -103,16 +113,21 @@ class Generation(Future[Result]):
         deadline: float | None = None,
         preview: bool = False,
         waits_for_answer: bool = False,
+        id: str | None = None,
     ) -> None:
         """request: with every default filled in. deadline: seconds from now. waits_for_answer: whether it waits after
-        each step until `answer` is called."""
+        each step until `answer` is called. id: by which logs name it; None is a random one."""
         super().__init__()
+        self.id = secrets.token_hex(8) if id is None else id
+        """What logs name it by."""
         self.request = request
         """What is generated, with every default filled in."""
         self._host = host
-        self._events: SimpleQueue[tuple[Progress, Tensor | None, Mark] | None] = SimpleQueue()
+        self._events: SimpleQueue[Event | None] = SimpleQueue()
+        self._listener: Callable[[Event | None], None] | None = None  # takes events in place of the queue
+        self._listening = threading.Lock()
         self._result_mark: Mark | None = None  # behind the result's tensors
-        super().add_done_callback(lambda _: self._events.put(None))
+        super().add_done_callback(lambda _: self._put(None))
         # What follows is the worker's.
         self.deadline, self.preview, self.waits_for_answer = deadline, preview, waits_for_answer
         self.route = dispatch.preference()  # `kernels.use` holds for the caller's thread: the request carries it along
@@ -146,13 +161,46 @@ class Generation(Future[Result]):
     def progress(self) -> Iterator[Progress]:
         """Each step as it is done, until the request is; for one reader. Never raises what `result` does."""
         while (event := self._events.get()) is not None:
-            step, preview, mark = event
-            mark.follow((step.latents, step.embeds))
-            if preview is not None:
-                mark.wait()  # it is on its way from the device
-                step = replace(step, preview=images.to_images(preview, "pil"))  # type: ignore[arg-type]
-            yield step
+            yield _received(event)
         self._events.put(None)  # for the next reader
+
+    async def async_progress(self) -> AsyncIterator[Progress]:
+        """`progress` for asyncio: as many readers as there are requests, and no thread for any."""
+        loop, arrived = asyncio.get_running_loop(), asyncio.Queue[Event | None]()
+
+        def listen(event: Event | None) -> None:
+            with suppress(RuntimeError):  # the loop was closed
+                loop.call_soon_threadsafe(arrived.put_nowait, event)
+
+        with self._listening:
+            while not self._events.empty():
+                arrived.put_nowait(self._events.get())
+            self._listener = listen
+        try:
+            while (event := await arrived.get()) is not None:
+                waits = event[1] is not None and not event[2].reached()  # only a GPU's previews are ever late
+                yield await asyncio.to_thread(_received, event) if waits else _received(event)
+        finally:
+            with self._listening:
+                self._listener = None
+                while not arrived.empty():
+                    self._events.put(arrived.get_nowait())
+                if self.done():
+                    self._events.put(None)
+
+    def __await__(self) -> Generator[Any, None, Result]:
+        """The Result. Who cancels the task that awaits it cancels the request."""
+        yield from asyncio.wrap_future(self).__await__()
+        return self.result(0)
+
+    def position(self) -> int:
+        """How many requests of its device have to start before it and with it: 1 is the next, 0 has started. Those of
+        one size start in this order; of several sizes the one that has had least of the device goes first."""
+        return self._host.position(self)
+
+    def remaining(self) -> float | None:
+        """Seconds until it is done, about, from the times of the last steps; None while there are none."""
+        return 0.0 if self.done() else self._host.remaining(self)
 
     def result(self, timeout: float | None = None) -> Result:
         """The Result, waited for. Raises what went wrong, `concurrent.futures.CancelledError` or Cancelled where the
@@ -202,7 +250,17 @@ class Generation(Future[Result]):
 
     def publish(self, preview: Tensor | None, progress: Progress) -> None:
         """preview: small images on their way to the host."""
-        self._events.put((progress, preview, Mark(self._host.device)))
+        self._put((progress, preview, Mark(self._host.device)))
+
+    def _put(self, event: Event | None) -> None:
+        with self._listening:
+            (self._listener or self._events.put)(event)
+
+    @property
+    def steps_left(self) -> int:
+        """Passes of the sampler's loop that are not done."""
+        run = self.run
+        return int(self.request.num_inference_steps or 1) if run is None else len(run.table) - len(self.step_times)
 
     def finish(self, result: Result) -> None:
         self._result_mark = Mark(self._host.device)
@@ -219,10 +277,21 @@ class Generation(Future[Result]):
 
     def lose_in_child(self) -> None:
         """In a process that was forked meanwhile, whose worker does not run it. Its done-callbacks are the parent's."""
-        self._condition = threading.Condition()  # another thread may have held it
+        self._condition, self._listening = threading.Condition(), threading.Lock()  # another thread may have held them
+        self._listener = None
         self._done_callbacks: list[Any] = []
         self.fail(WorkerLost("the request runs in the process that this one was forked from: ask again here"))
         self._events.put(None)
+
+
+def _received(event: Event) -> Progress:
+    """A step as its reader gets it."""
+    step, preview, mark = event
+    mark.follow((step.latents, step.embeds))
+    if preview is not None:
+        mark.wait()  # it is on its way from the device
+        step = replace(step, preview=images.to_images(preview, "pil"))  # type: ignore[arg-type]
+    return step
 
 
 def lost_by(error: BaseException) -> WorkerLost:

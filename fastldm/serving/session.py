@@ -25,10 +25,12 @@ from typing import Any, Protocol, TypeVar
 
 from fastldm import checks, openmp
 from fastldm.errors import InputError, QueueFull
+from fastldm.planning import memory
 from fastldm.request import Request
 from fastldm.runtime.stages import Stages
 from fastldm.serving import admission
 from fastldm.serving.generation import Generation
+from fastldm.serving.stats import Stats
 from fastldm.serving.worker import Worker
 
 T = TypeVar("T")
@@ -70,6 +72,7 @@ class Session:
         self.batch_invariant = checks.flag("batch_invariant", batch_invariant)
         self._worker = Worker.of(stages.device)
         self._buckets = self._worker.buckets(stages, self.max_batch, self.batch_invariant)
+        self._weight_bytes = stages.weight_bytes
         self._closed = False
 
     def submit(
@@ -79,13 +82,14 @@ class Session:
         priority: float = 0,
         deadline: float | None = None,
         preview: bool = False,
+        id: str | None = None,
         **options: Any,
     ) -> Generation:
         """Queue a request: a text, a list of texts, or a whole Request; options are the other fields of Request.
 
         priority: higher goes first; each level is worth ten seconds of waiting. deadline: seconds from now, after which
         the request fails with DeadlineExceeded; infinity is none. preview: whether `Progress` has small images of each
-        step.
+        step. id: what logs name it by, at most 200 characters; None is a random one.
 
         Raises InputError for what cannot be run, QueueFull, and OutOfMemory for what cannot fit.
         """
@@ -93,7 +97,11 @@ class Session:
         priority = checks.real("priority", priority, -MAX_PRIORITY, MAX_PRIORITY)
         deadline = None if deadline is None else _seconds(deadline)
         return self.submit_request(
-            request, priority=priority, deadline=deadline, preview=checks.flag("preview", preview)
+            request,
+            priority=priority,
+            deadline=deadline,
+            preview=checks.flag("preview", preview),
+            id=None if id is None else checks.short_text("id", id, "a name of at most 200 characters"),
         )
 
     def submit_request(
@@ -104,12 +112,13 @@ class Session:
         deadline: float | None = None,
         preview: bool = False,
         waits_for_answer: bool = False,
+        id: str | None = None,
     ) -> Generation:
         """waits_for_answer: whether the request waits after each step until `Generation.answer` is called."""
         completed = self.stages.complete(request)
         admission.check(self.stages, completed, self.max_batch, self._buckets.held(completed))
         generation = Generation(
-            self._worker, completed, deadline=deadline, preview=preview, waits_for_answer=waits_for_answer
+            self._worker, completed, deadline=deadline, preview=preview, waits_for_answer=waits_for_answer, id=id
         )
         worker = self._worker
         if worker.device.type == "cpu":
@@ -124,6 +133,35 @@ class Session:
                 raise QueueFull(f"{waiting} requests wait already, and max_queue is {self.max_queue}: try again later")
             worker.submit(self._buckets, generation, priority)
         return generation
+
+    def stats(self) -> Stats:
+        """What it does at the moment, and has done so far."""
+        stages, worker, totals = self.stages, self._worker, self._buckets.totals
+        with worker.changed:
+            buckets, waiting, open_ = [*self._buckets], self._buckets.waiting, len(self._buckets.open)
+            images = [one.request.batch for bucket in buckets for one in [*bucket.running]]
+            held = sum(bucket.batch.nbytes for bucket in buckets if bucket.batch is not None)
+            works = [bucket.work() for bucket in buckets]
+            step_times = {bucket.size: bucket.step_time for bucket in buckets if bucket.step_time}
+        graphs = stages.graphs
+        return Stats(
+            waiting=waiting,
+            running=max(0, open_ - waiting),
+            images=sum(images),
+            max_batch=self.max_batch,
+            max_queue=self.max_queue,
+            completed=totals.completed,
+            failed=totals.failed,
+            cancelled=totals.cancelled,
+            wait=totals.wait,
+            step_times=step_times,
+            remaining=None if None in works else sum(filter(None, works)),
+            adapters=tuple(stages.adapters.loaded),
+            adapter_swaps=stages.adapters.swaps,
+            captures=0 if graphs is None else len(graphs),
+            memory_planned=self._weight_bytes + held + stages.adapters.nbytes,
+            memory_used=memory.used_bytes(stages.device),
+        )
 
     def call(self, function: Callable[[], T]) -> T:
         """function(), between two steps on the thread that has the device, while the caller waits."""

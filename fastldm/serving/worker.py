@@ -97,6 +97,27 @@ class Worker:
         self._busy.add(buckets)
         self._start()
 
+    def position(self, generation: Generation) -> int:
+        """See `Generation.position`."""
+        with self.changed:
+            entries = [entry for bucket in self._all_buckets() for entry in bucket.waiting]
+            own = next((entry for entry in entries if entry[-1] is generation), None)
+            # Numbers count within a session: of two that were submitted at one moment either may be the first.
+            return 0 if own is None else 1 + sum(entry[:2] < own[:2] for entry in entries)
+
+    def remaining(self, generation: Generation | None = None) -> float | None:
+        """Seconds until a request is done, or all that there is, about: the work of its own size before it, while each
+        other size with something to do gets as much of the device, but no more than it needs."""
+        with self.changed:
+            buckets = [bucket for bucket in self._all_buckets() if bucket.generations()]
+            own = [bucket for bucket in buckets if generation in bucket.generations()]
+            if generation is None:
+                works = [bucket.work() for bucket in buckets]
+                return None if None in works else sum(filter(None, works))
+            work = own[0].work(generation) if own else 0.0
+            others = [bucket.work() for bucket in buckets if bucket not in own]
+        return None if work is None else work + sum(min(work, work if other is None else other) for other in others)
+
     def _start(self) -> None:
         """Start the thread if it does not run, and wake it. Called with `changed` held."""
         if self.thread is None or not self.thread.is_alive():
@@ -230,9 +251,13 @@ class Worker:
         for buckets in idle:
             buckets.release_memory(keep=IDLE_SIZES)
 
+    def _all_buckets(self) -> list[Bucket]:
+        """Called with `changed` held."""
+        return [bucket for buckets in self._busy for bucket in buckets]
+
     def _buckets(self) -> list[Bucket]:
         with self.changed:
-            return [bucket for buckets in self._busy for bucket in buckets]
+            return self._all_buckets()
 
     def _choose(self) -> Bucket | None:
         """The bucket that has had least of the device, of those that have something to do."""
