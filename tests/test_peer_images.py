@@ -93,7 +93,7 @@ def image() -> Image.Image:
 
 
 def with_ddim(pipe: Any) -> dict[str, Any]:
-    """A pipeline's parts, with DDIM: PNDM in diffusers keeps a history of steps that a picture leaves out."""
+    """A pipeline's parts, with DDIM: PNDM in diffusers repeats a step that a picture leaves out (`RepeatsItsFirstStep`)."""
     scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     return {**pipe.components, "scheduler": scheduler}
 
@@ -114,6 +114,33 @@ def test_image_to_image_matches_diffusers(pipes: Any, image: Image.Image, streng
         ours("a cat", sampler="ddim", **options, generator=generator()).images,
         peer("a cat", **options, generator=generator()).images,
     )
+
+
+class RepeatsItsFirstStep(diffusers.PNDMScheduler):
+    """diffusers' PLMS takes a step a second time, with the output at its end, on its second call. Its list of timesteps
+    repeats the first step of all, which a picture leaves out: the second call then is for the step after, on a latent
+    that has taken it already, and each further call is on a latent one step noisier than it is told. Here the list
+    repeats the first step that is run."""
+
+    skipped = 2
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+        super().set_timesteps(num_inference_steps, device)
+        once = torch.cat([self.timesteps[:1], self.timesteps[2:]])
+        self.timesteps = torch.cat([once[: self.skipped + 2], once[self.skipped + 1 :]])
+
+
+def test_plms_after_an_image_repeats_its_first_step(pipes: Any, image: Image.Image) -> None:
+    theirs, ours = pipes("sd1")
+    options = {"num_inference_steps": 6, "strength": 0.7, "guidance_scale": 4.0, "image": image, "output_type": "np"}
+    mine = ours("a cat", sampler="plms", **options, generator=generator()).images
+    differences = []
+    for scheduler in (RepeatsItsFirstStep, diffusers.PNDMScheduler):
+        parts = {**theirs.components, "scheduler": scheduler.from_config(theirs.scheduler.config)}
+        peer = diffusers.StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+        peer.set_progress_bar_config(disable=True)
+        differences.append(np.abs(mine - peer("a cat", **options, generator=generator()).images).max())
+    assert differences[0] < 1e-4 < 1e-2 < differences[1]
 
 
 @pytest.mark.parametrize(("steps", "strength"), [(4, 0.5), (8, 0.3), (3, 1.0)])
