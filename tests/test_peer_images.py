@@ -93,7 +93,7 @@ def image() -> Image.Image:
 
 
 def with_ddim(pipe: Any) -> dict[str, Any]:
-    """A pipeline's parts, with DDIM: PNDM in diffusers repeats a step that a picture leaves out (`RepeatsItsFirstStep`)."""
+    """A pipeline's parts, with DDIM: PNDM in diffusers repeats a step that a picture leaves out, see below."""
     scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     return {**pipe.components, "scheduler": scheduler}
 
