@@ -54,6 +54,7 @@ class Adapting:
         adapters.check_free(adapter_name)
         file = find_weights(
             path_or_id,
+            kind="lora",
             weight_name=weight_name,
             allow_pickle=allow_pickle,
             revision=revision,

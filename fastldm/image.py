@@ -461,8 +461,8 @@ def save_result(result: Result, paths: list[Path], model: str, metadata: bool = 
     version = {"Version": f"fastldm {__version__}", "Backend": f"{result.backend} {result.dtype}"}
     for k, (image, path) in enumerate(zip(result.images, paths, strict=True)):
         seed = result.seeds[k] if result.seeds else None
-        text = parameters_text(result.request, seed, model, version, picture=k) if metadata else None
-        save_image(image, path, text)
+        text = parameters_text(result.request, seed, model, version, picture=k, embeddings=result.embeddings)
+        save_image(image, path, text if metadata else None)
 
 
 def read_parameters(source: Any) -> tuple[Request, dict[str, str]]:

@@ -7,13 +7,21 @@
 A value with a comma, a colon, a quote or a line break is a JSON string, as in AUTOMATIC1111. So is a prompt that would
 otherwise be read as one of the other lines: nothing in a prompt or in a model's name can forge a field, and the text
 reads back as the same request. Readers without support for quoted prompts show the JSON string.
+
+Adapters are named with the short hashes of their files, as AUTOMATIC1111 and its extension for ControlNets do:
+
+    Lora hashes: "sketch: 0f5d2b1c9a3e", TI hashes: "<smiley>: fff5d51ab655"
+    ControlNet 0: "Module: none, Model: shape [ba21023c7054], Weight: 0.8, Guidance Start: 0, Guidance End: 1, ..."
+    ControlNet 1: "Module: ip-adapter_clip_sd15, Model: ip-adapter_sd15 [32cd8f7f01ab], Weight: 0.6"
+
+Commas and colons, which part the items of such a list, are left out of names, as there.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastldm import checks
@@ -24,16 +32,24 @@ if TYPE_CHECKING:
 
 _NEGATIVE = "Negative prompt:"
 _FIELD = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+_TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 _MIN_FIELDS = 3  # of the last line; a line with fewer is the end of a prompt
 # Line breaks of any convention and invisible characters, except line feed, which prompts may contain.
 _UNSAFE = re.compile("[\0-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def parameters_text(
-    request: Request, seed: int | None, model: str, extra: dict[str, str] | None = None, *, picture: int = 0
+    request: Request,
+    seed: int | None,
+    model: str,
+    extra: dict[str, str] | None = None,
+    *,
+    picture: int = 0,
+    embeddings: Mapping[str, str] | None = None,
 ) -> str:
     """The parameters of image number `picture` of a completed request. seed: None if a caller's generator or latents
-    were used. model: its name. extra: further fields."""
+    were used. model: its name. extra: further fields. embeddings: of tokens of textual inversion the short hashes, as
+    `Result.embeddings`; those that this image's texts have are named."""
     lines = [_prompt(_nth(request.prompt, picture, request.num_images_per_prompt) or "")]
     negative = _nth(request.negative_prompt, picture, request.num_images_per_prompt)
     if negative is not None:
@@ -55,7 +71,12 @@ def parameters_text(
         values["Lora hashes"] = ", ".join(f"{name}: {digest}" for name, digest in hashes.items())
     if request.adapters:
         values["Lora weights"] = json.dumps(dict(request.adapters), ensure_ascii=False)
-    values |= getattr(request.control_image, "fields", {})
+    texts = [_nth(getattr(request, name), picture, request.num_images_per_prompt) or "" for name in _TEXTS]
+    tokens = [token for token in embeddings or {} if any(token.casefold() in text.casefold() for text in texts)]
+    if embeddings and tokens:
+        values["TI hashes"] = ", ".join(f"{_item(token)}: {embeddings[token]}" for token in tokens)
+    units = [*getattr(request.control_image, "units", ()), *getattr(request.ip_adapter_image, "units", ())]
+    values |= {f"ControlNet {k}": unit for k, unit in enumerate(units)}
     for name, (label, _) in _FIELDS.items():
         value = _as_tuple(getattr(request, name))
         if name.endswith("prompt_2"):
@@ -69,7 +90,8 @@ def parameters_text(
 def parse_parameters(text: str) -> tuple[Request, dict[str, str]]:
     """The request of an image from text of `parameters_text` or AUTOMATIC1111, and the remaining fields by name.
 
-    The request has no images, latents and embeddings. InputError for an invalid value of a field.
+    The request has no images, latents and embeddings; the weights of controls, by name, and of IP-Adapters are in it,
+    and their lines, which name the files, remain. InputError for an invalid value of a field.
     """
     from fastldm.request import Request
 
@@ -90,9 +112,59 @@ def parse_parameters(text: str) -> tuple[Request, dict[str, str]]:
             arguments[name] = read(value)
         except (ValueError, RecursionError):
             raise InputError(f"the image's parameters have {label}: {checks.show(value)}, which is invalid") from None
+    arguments |= _weights_of_units(fields)
     if "size" in arguments:
         arguments["width"], arguments["height"] = arguments.pop("size")
     return Request(**arguments), fields
+
+
+def control_unit(module: str, model: str, short_hash: str | None, settings: Mapping[str, Any]) -> str:
+    """A unit of AUTOMATIC1111's extension for ControlNets. module: what prepares its picture there. settings: further
+    items, such as {"Weight": 1.0}."""
+    digest = f" [{short_hash}]" if short_hash else ""
+    items = {"Module": module, "Model": _item(model) + digest, **settings}
+    return ", ".join(
+        f"{name}: {value:g}" if isinstance(value, float) else f"{name}: {value}" for name, value in items.items()
+    )
+
+
+def _weights_of_units(fields: Mapping[str, str]) -> dict[str, Any]:
+    """Fields of a request from those of units that have the items of `control_unit`; others have none."""
+    weights: dict[str, float] = {}
+    starts: dict[str, float] = {}
+    ends: dict[str, float] = {}
+    of_pictures: list[float] = []
+    for label in [label for label in fields if re.fullmatch(r"ControlNet \d{1,4}", label)]:
+        items = dict(item.split(": ", 1) for item in fields[label].split(", ") if ": " in item)
+        name = re.sub(r" \[[0-9a-f]+\]$", "", items.get("Model", ""))
+        if not name or "Weight" not in items:
+            continue
+        try:
+            weight = float(items["Weight"])
+            if items.get("Module", "").startswith("ip-adapter"):
+                of_pictures.append(weight)
+                continue
+            weights[name] = weight
+            starts[name], ends[name] = (
+                float(items.get(f"Guidance {key}", default)) for key, default in (("Start", 0), ("End", 1))
+            )
+        except ValueError:
+            raise InputError(
+                f"the image's parameters have {label}: {checks.show(fields[label])}, which is invalid"
+            ) from None
+    found: dict[str, Any] = {"ip_adapter_scale": of_pictures} if of_pictures else {}
+    if weights:
+        found |= {"controlnet_conditioning_scale": weights, "adapter_conditioning_scale": weights}
+    if any(starts.values()):
+        found["control_guidance_start"] = starts
+    if any(end != 1 for end in ends.values()):
+        found["control_guidance_end"] = ends
+    return found
+
+
+def _item(name: str) -> str:
+    """A name as an item of a list in a field."""
+    return re.sub(r"[,:]", "", name)
 
 
 def _nth(texts: str | Sequence[str] | None, picture: int, each: int) -> str | None:

@@ -279,6 +279,8 @@ class Result:
     adapters: str = ""
     """How the steps had the request's adapters: "merged" into the weights, or "beside" them, where requests with others
     shared them; "" for none."""
+    embeddings: Mapping[str, str] = field(default_factory=dict)
+    """The tokens of textual inversion in the request's texts, with the short hashes of their files."""
 
 
 def as_list(texts: str | Sequence[str] | None) -> list[str]:

@@ -90,6 +90,7 @@ class TextualInversionLoader:
         widths = [stage.model.config.hidden for stage in self.stages.text_stages]
         family, dtype = family_of_spec(self.stages.spec), self.stages.dtype
         added: list[dict[str, Tensor]] = [{} for _ in widths]
+        hashes: dict[str, str] = {}
         for embedding, given in zip(embeddings, tokens, strict=True):
             if given is None and embedding.token is None:
                 raise InputError(f"{embedding.source} does not say its token: pass token=")
@@ -98,9 +99,11 @@ class TextualInversionLoader:
                 if name in added[k]:
                     raise InputError(f"the token {show(name)} is there twice: give each another name")
                 added[k][name] = vectors
+            if embedding.short_hash is not None:
+                hashes[name] = embedding.short_hash
         self._replace_text_stages(
             lambda stages: tuple(
-                stage.with_tokens(_joined(stage.added, own)) if own else stage
+                stage.with_tokens(_joined(stage.added, own), hashes) if own else stage
                 for stage, own in zip(stages, added, strict=True)
             )
         )

@@ -171,7 +171,7 @@ def test_controls_read_a_picture_each(model: str, tmp_path: Path) -> None:
             images.append(np.asarray(image).tobytes())
     assert len({*images}) == 4
     fields = fastldm.read_parameters("a.png")[1]
-    assert fields["ControlNet 0"].startswith("Model: outlines [")
+    assert fields["ControlNet 0"].startswith("Module: none, Model: outlines [")
     assert "Weight: 0.5" in fields["ControlNet 1"]
     for refused in (one[:2], one[2:], two[:6]):
         done = generate("no/model", *refused)

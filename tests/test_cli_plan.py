@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
+import controls
 import pytest
 import tiny
 from click.testing import Result
 from command import run
+
+from fastldm import Pipeline, Request
+from fastldm.planning import memory
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +58,29 @@ def test_what_does_not_fit_gets_remedies(model: str, monkeypatch: pytest.MonkeyP
     report = json.loads(plan(model, "--size", "768x768", "--n", "2", "--json").output)
     assert report["here"] == {"fits": False, "free": 100 * 2**20}
     assert "tiled" in {remedy["workload"]["decode"] for remedy in report["would_fit"]}
+
+
+def test_controls_are_planned_as_a_request_takes_them(model: str, tmp_path: Path) -> None:
+    """test_memory.py holds that against bytes that were allocated."""
+    controls.controlnet("sd1").save_pretrained(tmp_path / "outlines")
+    controls.t2i_adapter("full").save_pretrained(tmp_path / "depth")
+    options = ("--size", "64x128", "--n", "2", "--steps", "3", "--json")
+    names = [str(tmp_path / name) for name in ("outlines", "depth")]
+    planned = json.loads(plan(model, *options, "--control", names[0], "--control", f"{names[1]}:0.5").output)
+    pipe = Pipeline.from_pretrained(model, device="cpu", dtype="float32")
+    for name in names:
+        pipe.attach_control(name)
+    request = {"width": 64, "height": 128, "num_images_per_prompt": 2, "num_inference_steps": 3}
+    completed = pipe.stages.complete(
+        Request("a cat", **request, control_image=[controls.picture(1), controls.picture(2)])
+    )
+    used = memory.plan(memory.Workload.of_request(pipe.stages, completed)).to_dict()
+    for part in ("weights", "buffers", "phases"):
+        assert planned[part] == used[part]
+    assert {"control 1", "control 2"} <= {line["name"] for line in planned["weights"]}
+    unused = json.loads(plan(model, *options, "--control", f"{names[0]}:0").output)
+    assert "control" not in {line["name"] for line in unused["phases"]}, "at 0 it is loaded, and does not run"
+    assert "does not fit the model" in plan("default", "--control", names[1]).output
 
 
 def test_options_are_in_the_heading_and_the_phases() -> None:

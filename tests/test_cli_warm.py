@@ -23,8 +23,9 @@ ROOT = Path(fastldm.__file__).resolve().parent.parent
 def test_each_arch_is_warmed_for_all_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def warmed(spec: Any, arch: str, *, sizes: Any, batches: Any, dtype: Any, lora: Any, on_kernel: Any) -> int:
-        calls.append((spec.family.name, arch, list(sizes), batches, dtype))
+    def warmed(spec: Any, arch: str, *, sizes: Any, batches: Any, dtype: Any, controls: Any, **options: Any) -> int:
+        assert options.keys() == {"lora", "on_kernel"}
+        calls.append((spec.family.name, arch, list(sizes), batches, dtype, [type(each) for each in controls]))
         return 7
 
     monkeypatch.setattr(warm, "warm", warmed)
@@ -35,7 +36,7 @@ def test_each_arch_is_warmed_for_all_sizes(tmp_path: Path, monkeypatch: pytest.M
     assert done.exit_code == 0, done.output
     assert done.stdout == f"sm_90: 7 kernels in {folder}\nsm_89: 7 kernels in {folder}\n"
     for call, arch in zip(calls, ("sm_90", "sm_89"), strict=True):
-        assert call == ("small", arch, [(64, 64), (32, 64)], (1, 2), torch.bfloat16)
+        assert call == ("small", arch, [(64, 64), (32, 64)], (1, 2), torch.bfloat16, [])
 
 
 @pytest.mark.full

@@ -192,10 +192,12 @@ def test_png_says_which_controls_made_it(tmp_path: Path) -> None:
     request, fields = read_parameters(tmp_path / "a.png")
     assert (request.prompt, request.control_image) == ("a cat", None)
     mode = "Control Mode: ControlNet is more important"
-    first = f'Model: my "lines", 1: a, Weight: 0.75, Guidance Start: 0, Guidance End: 0.5, {mode}'
+    first = f'Module: none, Model: my "lines" 1 a, Weight: 0.75, Guidance Start: 0, Guidance End: 0.5, {mode}'
     digest = pipe.controls["sketch"].short_hash
-    second = f"Model: sketch [{digest}], Weight: 1, Guidance Start: 0, Guidance End: 1, {mode}"
+    second = f"Module: none, Model: sketch [{digest}], Weight: 1, Guidance Start: 0, Guidance End: 1, {mode}"
     assert (fields["ControlNet 0"], fields["ControlNet 1"]) == (first, second)
+    assert request.controlnet_conditioning_scale == {'my "lines" 1 a': 0.75, "sketch": 1.0}
+    assert request.control_guidance_end == {'my "lines" 1 a': 0.5, "sketch": 1.0}
     save_result(pipe("a cat", num_inference_steps=1), [tmp_path / "b.png"], "tiny")
     assert not [name for name in read_parameters(tmp_path / "b.png")[1] if name.startswith("ControlNet")]
 

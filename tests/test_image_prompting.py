@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastldm import CheckpointError, InputError, Pipeline, Request, Session
+from fastldm.image import read_parameters, save_result
 from fastldm.runtime.image_prompts import cross_scales
 
 
@@ -454,6 +455,21 @@ def test_completed_requests_can_be_run_again(pipe: Pipeline, folders: dict[str, 
     unguided = pipe(**request(1, ip_adapter_image_embeds=positive, guidance_scale=1.0)).request
     with pytest.raises(InputError, match="expected 2 rows, of which the first is negative"):
         pipe(unguided, guidance_scale=5.0)
+
+
+def test_png_says_which_adapters_made_it(originals: dict[str, Any], folders: dict[str, Path], tmp_path: Path) -> None:
+    """As units of AUTOMATIC1111's extension; the weights read back, in order."""
+    _, pipe = loaded(originals["sd1"], folders["sd1"], "base", "plus")
+    names = [(adapter.name, adapter.short_hash) for adapter in pipe.stages.image_prompts.loaded.adapters]
+    options = request(1, ip_adapter_image=[photo(1), photo(2)], ip_adapter_scale=[0.25, 1.0], output_type="pil")
+    save_result(pipe(**options), [tmp_path / "a.png"], "tiny")
+    read, fields = read_parameters(tmp_path / "a.png")
+    units = [fields[f"ControlNet {k}"] for k in (0, 1)]
+    assert units == [
+        f"Module: ip-adapter_clip_sd15, Model: {name} [{digest}], Weight: {weight}"
+        for (name, digest), weight in zip(names, ("0.25", "1"), strict=True)
+    ]
+    assert read.ip_adapter_scale == (0.25, 1.0)
 
 
 def test_arrays_and_pictures_are_one(pipe: Pipeline, folders: dict[str, Path], tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fastldm.adapters.locate import SHIPPED, find_weights
+from fastldm.adapters.locate import find_shipped, find_weights, shipped
 from fastldm.errors import CheckpointError, InputError
 
 FILES = ("a.safetensors", "deep/b.safetensors", "deep/c.bin", "two/x.safetensors", "two/y.safetensors", "two/notes.txt")
@@ -118,7 +118,12 @@ def test_errors_name_what_is_missing(tmp_path: Path) -> None:
 
 def test_shipped_adapters_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for file in SHIPPED.glob("*.safetensors"):
-        assert find_weights(file.stem) == file
-    with pytest.raises(CheckpointError, match="does not exist here"):
-        find_weights("../default/unet/model")
+    assert {*shipped("lora")} >= {"sketch", "pixel"}
+    for kind in ("lora", "embedding"):
+        for name, file in shipped(kind).items():
+            assert find_weights(name, kind=kind) == file == find_shipped(kind, name)
+    for kind, name in (("lora", "../lora/sketch"), ("embedding", "sketch"), ("control", "sketch"), (None, "sketch")):
+        with pytest.raises(CheckpointError, match="does not exist here"):
+            find_weights(name, kind=kind)
+    (tmp_path / "sketch").touch()
+    assert find_weights("sketch", kind="lora") == Path("sketch"), "what is here comes first"

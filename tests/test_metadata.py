@@ -14,7 +14,7 @@ from PIL import Image, PngImagePlugin
 import fastldm
 from fastldm import InputError, Request
 from fastldm.image import output_paths, read_parameters, save_image, save_result
-from fastldm.metadata import parameters_text, parse_parameters
+from fastldm.metadata import control_unit, parameters_text, parse_parameters
 from fastldm.request import Result, Timings
 
 COMPLETE: dict[str, Any] = {
@@ -167,6 +167,51 @@ def test_impossible_values_are_refused(text: str, message: str) -> None:
         parse_parameters(text)
     assert message in str(caught.value)
     assert len(str(caught.value)) < 300
+
+
+EXTENSION = (
+    'Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 512x768, ControlNet 0: "Module: canny, Model: '
+    "control_v11p_sd15_canny [d14c016b], Weight: 0.8, Resize Mode: Crop and Resize, Processor Res: 512, Threshold A: "
+    '100.0, Guidance Start: 0.1, Guidance End: 0.9, Pixel Perfect: True, Control Mode: Balanced", ControlNet 1: "'
+    'Module: ip-adapter_clip_sd15, Model: ip-adapter_sd15 [6a3f6166], Weight: 0.5, Guidance Start: 0", '
+    'ControlNet 2: "preprocessor: none, model: old [0], weight: 1, starting/ending: (0, 1)", TI hashes: "bad: '
+    'fff5d51ab655"'
+)
+
+
+def test_units_of_the_controlnet_extension_are_read() -> None:
+    """Their weights by name; what the extension's first versions wrote stays text."""
+    request, rest = parse_parameters(f"a cat\n{EXTENSION}")
+    assert {*rest} == {"ControlNet 0", "ControlNet 1", "ControlNet 2", "TI hashes"}
+    name = "control_v11p_sd15_canny"
+    assert request.controlnet_conditioning_scale == request.adapter_conditioning_scale == {name: 0.8}
+    assert (request.control_guidance_start, request.control_guidance_end) == ({name: 0.1}, {name: 0.9})
+    assert request.ip_adapter_scale == (0.5,)
+    for value in ("much", "nan", "1e9"):
+        with pytest.raises(InputError):
+            parse_parameters(f"a cat\n{EXTENSION.replace('Weight: 0.8', f'Weight: {value}')}")
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    name=TEXTS.filter(lambda text: text.isprintable() and text.strip(" ,:")),
+    token=TEXTS.filter(bool),
+    weight=st.floats(0, 2).map(lambda x: round(x, 3)),
+)
+@example(name="x, Weight: 5", token="a: b, c", weight=1.0)
+def test_names_of_adapters_forge_nothing(name: str, token: str, weight: float) -> None:
+    """A control's and a token's name stay one item each."""
+
+    class Pictures(dict[str, Any]):
+        units = (control_unit("none", name, "0123456789ab", {"Weight": weight}),)
+
+    request = Request(f"a {token}", control_image=Pictures(), **COMPLETE)
+    text = parameters_text(request, 3, "m", embeddings={token: "ba21023c7054", "no token": "0"})
+    read, fields = parse_parameters(text)
+    assert a1111(text)["Seed"] == "3"
+    assert len(fields["ControlNet 0"].split(", ")) == 3
+    assert list((read.controlnet_conditioning_scale or {}).values()) == [weight]  # type: ignore[union-attr]
+    assert [item.rpartition(": ")[2] for item in fields["TI hashes"].split(", ")] == ["ba21023c7054"]
 
 
 def test_long_lines_without_fields_are_read_quickly() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from fastldm import CheckpointError, InputError, Pipeline, Request, Session
 from fastldm.conditioning.text import Conditioning, encode_prompts
+from fastldm.image import read_parameters, save_result
 from fastldm.runtime.graph import Graphs
 
 PROMPTS = ("a <thing> here", "<thing>", "two <thing><thing>s, <one>", "a<THING>b <one> <thing>_9", "<one>_1", "nothing")
@@ -64,6 +66,26 @@ def test_prompts_equal_diffusers(family: str, tmp_path: Path) -> None:
     for prompt in PROMPTS:
         check_equal(pipe, peer, prompt, "an ugly <one>, <thing>")
     assert (encoded(pipe, PROMPTS[0]).hidden - before).abs().max() > 0.1
+
+
+def test_png_says_which_tokens_made_it(tmp_path: Path) -> None:
+    """Those that are in its prompt or negative, each with the SHA-256 of its file; of tensors there is none."""
+    pipe = Pipeline.from_diffusers(judge("sd1"))
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("good", "bad", "idle")}
+    for k, (name, file) in enumerate(files.items()):
+        save_file({f"<{name}>": vectors(2, seed=k)}, file)
+        pipe.load_textual_inversion(file)
+    pipe.load_textual_inversion({"<tensor>": vectors(1)})
+    prompts = ["a <GOOD> cat", "a <tensor>"]
+    result = pipe(prompts, negative_prompt="<bad>", seed=0, num_inference_steps=1)
+    digests = {name: hashlib.sha256(file.read_bytes()).hexdigest()[:12] for name, file in files.items()}
+    assert result.embeddings == {f"<{name}>": digests[name] for name in ("good", "bad")}
+    save_result(result, [tmp_path / "a.png", tmp_path / "b.png"], "tiny")
+    fields = [read_parameters(tmp_path / f"{k}.png")[1] for k in "ab"]
+    assert fields[0]["TI hashes"] == f"<good>: {digests['good']}, <bad>: {digests['bad']}"
+    assert fields[1]["TI hashes"] == f"<bad>: {digests['bad']}"
+    pipe.unload_textual_inversion("<good>")
+    assert pipe("a <good> cat", num_inference_steps=1).embeddings == {}
 
 
 def test_files_of_automatic1111_equal_diffusers(tmp_path: Path) -> None:

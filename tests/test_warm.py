@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import controls
 import pytest
+import tiny
 import torch
 from click.testing import CliRunner
 
 from fastldm.cli import main
 from fastldm.errors import InputError
+from fastldm.kernels import compile as kernel_compile
+from fastldm.kernels.dispatch import Target
+from fastldm.loading.spec import describe
+from fastldm.models.controlnet import ControlNetConfig
 from fastldm.planning import warm
 
 
@@ -22,3 +31,31 @@ def test_warm_without_a_gpu_requires_an_arch() -> None:
 def test_unknown_arch_lists_the_supported_ones(arch: str) -> None:
     with pytest.raises(InputError, match=r"expected sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120"):
         warm.parse_arch(arch)
+
+
+class Launches(Target):
+    """In place of the compiler, which Triton's interpreter excludes: each kernel that it would be given, with the types
+    and shapes of its tensors."""
+
+    def __init__(self, arch: int, on_compiled: Any = None) -> None:
+        super().__init__(arch)
+        self.compiled: set[Any] = set()
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        inputs = tuple((x.dtype, *x.shape) if isinstance(x, torch.Tensor) else x for x in args)
+        self.compiled.add((kernel.fn.__name__, inputs, str(constants)))
+
+
+def test_controls_have_kernels_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone, and with adapters beside the weights."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setattr(kernel_compile, "Ahead", Launches)
+    spec = describe(tiny.save_pipeline("sd1", tmp_path / "sd1"))
+    own = ControlNetConfig.from_dict(controls.controlnet("sd1").config)
+    counts = [
+        warm.warm(spec, "sm_90", sizes=[(64, 64)], lora=lora, controls=using)
+        for lora in (False, True)
+        for using in ([], [own])
+    ]
+    assert counts[0] < counts[1] < counts[3]
+    assert counts[0] < counts[2] < counts[3]

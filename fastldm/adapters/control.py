@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastldm import checks
 from fastldm.adapters.family import family_of_unet
-from fastldm.adapters.locate import find_weights, name_inside
+from fastldm.adapters.locate import find_shipped, find_weights, name_inside
 from fastldm.adapters.read import check_keys, finite_copy, short_hash
 from fastldm.checks import show
 from fastldm.errors import CheckpointError, InputError
@@ -98,6 +98,7 @@ class _Found:
     source: str
     state: Callable[[], Mapping[str, Tensor]]
     file: Path | None
+    name: str = ""
 
 
 def read_control(
@@ -106,6 +107,44 @@ def read_control(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    **options: Any,
+) -> Control:
+    """Read a ControlNet or a T2I-Adapter for a model, its weights in the model's dtype on its device.
+
+    path: a folder as diffusers' `save_pretrained` writes it, a hub id, a single file in diffusers' or the original
+        layout, the name of one that ships, or a loaded `ControlNetModel` or `T2IAdapter` of diffusers, of which a copy
+        is made.
+    options: variant, allow_pickle, as in `Pipeline.from_pretrained`. subfolder: of the folder or repository.
+        weight_name: a single file in it. revision, cache_dir, local_files_only: of a hub id. global_pool_conditions:
+        whether a ControlNet's residuals are means over all pixels, which a single file does not state: of those
+        published, true of "shuffle" alone.
+
+    CheckpointError for what is damaged (truncated, NaN), is of another kind, or does not fit the model, with the model
+    that it is for.
+    """
+    found = _find(path, spec, **options)
+    config, source = found.config, found.source
+    with torch.device("meta"):
+        network = ControlNet(config) if isinstance(config, ControlNetConfig) else T2IAdapter(config)
+    state = {
+        name: finite_copy(name, tensor, dtype, source, device) if tensor.is_floating_point() else tensor
+        for name, tensor in found.state().items()
+    }
+    load_module(network, state, dtype=dtype, device=device, source=source)
+    if found.file is None:
+        return Control("controlnet" if isinstance(network, ControlNet) else "adapter", source, None, network)
+    return Control(found.name, source, short_hash(found.file), network)
+
+
+def describe_control(path: PathLike, spec: Spec, **options: Any) -> Config:
+    """The config of what `read_control` would read, without its weights; the same errors, but for those of numbers."""
+    return _find(path, spec, **options).config
+
+
+def _find(
+    path: PathLike | nn.Module,
+    spec: Spec,
+    *,
     variant: str | None = None,
     allow_pickle: bool = False,
     global_pool_conditions: bool = False,
@@ -114,19 +153,7 @@ def read_control(
     revision: str | None = None,
     cache_dir: PathLike | None = None,
     local_files_only: bool = False,
-) -> Control:
-    """Read a ControlNet or a T2I-Adapter for a model, its weights in the model's dtype on its device.
-
-    path: a folder as diffusers' `save_pretrained` writes it, a hub id, a single file in diffusers' or the original
-        layout, or a loaded `ControlNetModel` or `T2IAdapter` of diffusers, of which a copy is made.
-    variant, allow_pickle: as in `Pipeline.from_pretrained`. subfolder: of the folder or repository. weight_name: a
-        single file in it. revision, cache_dir, local_files_only: of a hub id.
-    global_pool_conditions: whether a ControlNet's residuals are means over all pixels, which a single file does not
-        state: of those published, true of "shuffle" alone.
-
-    CheckpointError for what is damaged (truncated, NaN), is of another kind, or does not fit the model, with the model
-    that it is for.
-    """
+) -> _Found:
     checks.flag("allow_pickle", allow_pickle)
     checks.flag("global_pool_conditions", global_pool_conditions)
     where = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
@@ -139,18 +166,9 @@ def read_control(
             found = _of_folder(folder_or_file, variant, allow_pickle)
         else:
             found = _of_file(folder_or_file, spec, allow_pickle, global_pool_conditions)
-    config, source = found.config, found.source
-    check_fits(config, spec, source)
-    with torch.device("meta"):
-        network = ControlNet(config) if isinstance(config, ControlNetConfig) else T2IAdapter(config)
-    state = {
-        name: finite_copy(name, tensor, dtype, source, device) if tensor.is_floating_point() else tensor
-        for name, tensor in found.state().items()
-    }
-    load_module(network, state, dtype=dtype, device=device, source=source)
-    if found.file is None:
-        return Control("controlnet" if isinstance(network, ControlNet) else "adapter", source, None, network)
-    return Control(_name(path, folder_or_file), source, short_hash(found.file), network)
+        found = dataclasses.replace(found, name=_name(path, folder_or_file))
+    check_fits(found.config, spec, found.source)
+    return found
 
 
 def _name(path: Any, folder_or_file: Path) -> str:
@@ -174,7 +192,9 @@ def _locate(
     if weight_name is not None:
         return find_weights(path, weight_name=weight_name, subfolder=subfolder, **where)
     inside = "" if subfolder is None else f"{name_inside('subfolder', subfolder, path)}/"
-    if path.exists() or not hub.is_id(str(path_or_id)):
+    if not path.exists() and not hub.is_id(str(path_or_id)):
+        path = find_shipped("control", path_or_id)
+    if path.exists():
         return path / inside
 
     def choose(files: list[str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastldm import checks
 from fastldm.checks import show
@@ -14,10 +14,27 @@ from fastldm.loading import hub
 from fastldm.loading.spec import check_options
 from fastldm.reading import check_path
 
+Kind = Literal["lora", "embedding", "control"]
 SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "adapters"
-"""Adapters of the default model: NAME.safetensors."""
+"""What ships for the default model: lora/NAME.safetensors, embedding/NAME.safetensors, and the folders control/NAME."""
 PREFERRED = ("pytorch_lora_weights.safetensors",)
 """What diffusers calls the file, where a folder has several."""
+
+
+def shipped(kind: Kind) -> dict[str, Path]:
+    """What ships of a kind, by name."""
+    return {path.stem: path for path in sorted((SHIPPED / kind).glob("*"))}
+
+
+def find_shipped(kind: Kind, path_or_id: str | os.PathLike[str]) -> Path:
+    """What ships under a name. CheckpointError for any other, which no file or folder here has either."""
+    found = shipped(kind)
+    if str(path_or_id) in found:
+        return found[str(path_or_id)]
+    raise CheckpointError(
+        f"{path_or_id} does not exist here. Give a file, a folder, a hub id (owner/name), or the name of one that "
+        f"ships for the default model: {', '.join(found)}."
+    )
 
 
 def find_weights(
@@ -25,6 +42,7 @@ def find_weights(
     *,
     weight_name: str | None = None,
     subfolder: str | None = None,
+    kind: Kind | None = None,
     preferred: Sequence[str] = PREFERRED,
     allow_pickle: bool = False,
     revision: str | None = None,
@@ -32,7 +50,8 @@ def find_weights(
     local_files_only: bool = False,
 ) -> Path:
     """The file of an adapter. weight_name: its name in a folder or repository, or in a subfolder there; else there has
-    to be only one, or one of the preferred, which diffusers would have written.
+    to be only one, or one of the preferred, which diffusers would have written. kind: of what ships, which is found by
+    name where nothing here has it.
 
     CheckpointError for what does not exist, or holds several files. InputError for a name that leaves the folder.
     """
@@ -46,14 +65,8 @@ def find_weights(
         if weight_name is not None:
             raise InputError(f"{path} is a file: weight_name is for a folder or a hub id")
         return path
-    if (ships := SHIPPED / f"{path_or_id}.safetensors").parent == SHIPPED and ships.is_file() and not path.exists():
-        return ships
-    if not path.exists() and not hub.is_id(str(path_or_id)):
-        names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.safetensors")))
-        raise CheckpointError(
-            f"{path_or_id} does not exist here. Give a file, a folder, a hub id (owner/name), or the name of an "
-            f"adapter that ships for the default model: {names}."
-        )
+    if kind is not None and not path.exists() and not hub.is_id(str(path_or_id)):
+        return find_shipped(kind, path_or_id)
     if path.is_dir():
         return _in_folder(path / (subfolder or ""), weight_name, preferred, allow_pickle)
     prefix = "" if subfolder is None else f"{Path(subfolder).as_posix()}/"

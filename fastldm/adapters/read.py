@@ -240,12 +240,13 @@ def _describe(
     return f"{text}. strict=False reads the rest." if changes else f"{text}."
 
 
-def short_hash(file: Path) -> str:
-    """As `Adapter.short_hash` says. CheckpointError if the file cannot be read."""
+def short_hash(file: Path, *, whole: bool = False) -> str:
+    """As `Adapter.short_hash` says. whole: with the header, as A1111 does for textual inversion. CheckpointError if the
+    file cannot be read."""
     digest = hashlib.sha256()
     try:
         with file.open("rb") as stream:
-            head = stream.read(9)
+            head = b"" if whole else stream.read(9)
             # As A1111: the 8 bytes of the header's length and the header are left out.
             stream.seek(8 + int.from_bytes(head[:8], "little") if head[8:] == b"{" else 0)
             while block := stream.read(2**20):

@@ -13,7 +13,8 @@ Source of the formats: diffusers' loaders/textual_inversion.py, AUTOMATIC1111's 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from fastldm import checks
 from fastldm.adapters.locate import find_weights
+from fastldm.adapters.read import short_hash
 from fastldm.checks import show
 from fastldm.errors import CheckpointError, FastLDMError, InputError
 from fastldm.loading.formats import PathLike
@@ -45,6 +47,8 @@ class Embedding:
     """What the file says, or None."""
     vectors: Mapping[str, Tensor]
     """(V, D) float32, by "clip_l" and "clip_g"; "" if the file is for a single text encoder."""
+    short_hash: str | None = None
+    """12 hexadecimal digits of SHA-256 over its file, as of AUTOMATIC1111; None if it was in memory."""
 
     def rows(self) -> list[Embedding]:
         """Each vector as an embedding of its own, without a token. InputError if the encoders' numbers differ."""
@@ -52,7 +56,7 @@ class Embedding:
         if len(counts) != 1:
             raise InputError(f"{self.source} has unequal numbers of vectors for its text encoders: give one token")
         return [
-            Embedding(self.source, None, {key: vectors[k : k + 1] for key, vectors in self.vectors.items()})
+            replace(self, token=None, vectors={key: vectors[k : k + 1] for key, vectors in self.vectors.items()})
             for k in range(counts.pop())
         ]
 
@@ -96,7 +100,8 @@ def read_textual_inversion(
 ) -> Embedding:
     """Read a file, or what was read from one: a dict of tensors, or a tensor (D,) or (V, D).
 
-    source: a file, or a folder or hub id of which `weight_name`, or learned_embeds.safetensors or .bin, is read.
+    source: a file, the name of one that ships, or a folder or hub id of which `weight_name`, or
+        learned_embeds.safetensors or .bin, is read.
         A pickle is read only with allow_pickle, and only its tensors and its name.
     where: subfolder, weight_name, revision, cache_dir and local_files_only, see `find_weights`.
 
@@ -108,8 +113,12 @@ def read_textual_inversion(
         return Embedding("the given tensor", None, {"": _vectors(source, "the given tensor", InputError)})
     if isinstance(source, Mapping):
         return _read(source, "the given dict", None, InputError)
-    file = find_weights(source, preferred=_NAMES, allow_pickle=allow_pickle, **where)
+    file = find_weights(source, kind="embedding", preferred=_NAMES, allow_pickle=allow_pickle, **where)
     check_file(file)
+    return replace(_read_file(file, allow_pickle), short_hash=short_hash(file, whole=True))
+
+
+def _read_file(file: Path, allow_pickle: bool) -> Embedding:
     if is_pickle(file):
         content = read_pickle(file, allow_pickle)
         if isinstance(content, Tensor):

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastldm.cli.options import ScaledFile, Size, backend_option, debug_option, decode_option, lora_option, model_option
+from fastldm.cli.options import (
+    Size,
+    backend_option,
+    control_image_option,
+    control_option,
+    debug_option,
+    decode_option,
+    lora_option,
+    model_option,
+)
 from fastldm.cli.report import reported
 from fastldm.errors import InputError
 
@@ -55,18 +64,11 @@ def _list_things(ctx: click.Context, param: click.Parameter, group: str | None) 
     "embeddings",
     multiple=True,
     metavar="FILE",
-    help="A textual inversion; its token is what the file says, or its name without ending. Repeatable.",
+    help="A textual inversion: a file, or a folder or hub id with one. Its "
+    "token is what the file says, such as <smiley>, or its name without ending. Repeatable.",
 )
-@click.option(
-    "--control",
-    "controls",
-    type=ScaledFile(),
-    multiple=True,
-    help="A ControlNet or T2I-Adapter: a file, a folder or a hub id; needs a --control-image. Repeatable.",
-)
-@click.option(
-    "--control-image", "control_images", multiple=True, metavar="FILE", help="What --control reads, one each."
-)
+@control_option
+@control_image_option
 @click.option(
     "--ip-adapter",
     metavar="FILE",
@@ -118,7 +120,7 @@ def generate(
 
 
 def _generate(prompt: str, output: str | None, model: str, count: int, as_json: bool, options: dict[str, Any]) -> None:
-    from fastldm.cli import loras
+    from fastldm.cli import controls, loras
     from fastldm.request import Request, picture_seeds
 
     wanted = list(options["loras"])
@@ -145,11 +147,10 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
     }
     if bool(options["ip_adapter"]) != bool(options["ip_images"]):
         raise InputError("--ip-adapter and --ip-image go together: the one reads the other")
-    if len(options["controls"]) != len(options["control_images"]):
-        raise InputError("--control and --control-image go together: give one picture for each control")
     # Mistakes are found before the model is loaded: those in the request itself, then in the files to read and write.
     request = Request(prompt=prompt, **{name: value for name, value in arguments.items() if value is not None})
     request = request.replace(seed=picture_seeds(request))
+    controls.check(options["controls"], options["control_images"])
     seeds = picture_seeds(request)
 
     from fastldm.image import measure, output_paths, save_result
@@ -157,7 +158,6 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
     paths = output_paths(output or f"fastldm-{seeds[0]}.png", count, force=options["force"])
     pictures = [("--init-image", options["init_image"]), ("--mask", options["mask"])]
     pictures += [("--ip-image", path) for path in options["ip_images"]]
-    pictures += [("--control-image", path) for path in options["control_images"]]
     for name, path in pictures:
         if path is not None:
             measure(path, name)
@@ -174,14 +174,8 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
         pipe.load_textual_inversion(options["embeddings"], allow_pickle=options["allow_pickle"])
     if options["ip_adapter"]:
         pipe.load_ip_adapter(options["ip_adapter"], allow_pickle=options["allow_pickle"])
-    controls = [pipe.attach_control(path, allow_pickle=options["allow_pickle"]) for path, _ in options["controls"]]
-    if controls:
-        scales = dict(zip(controls, (scale for _, scale in options["controls"]), strict=True))
-        request = request.replace(
-            control_image=dict(zip(controls, options["control_images"], strict=True)),
-            controlnet_conditioning_scale=scales,
-            adapter_conditioning_scale=scales,
-        )
+    with_pictures = options["controls"], options["control_images"]
+    request = request.replace(**controls.attach(pipe, *with_pictures, allow_pickle=options["allow_pickle"]))
     loras.load(pipe, adapters, allow_pickle=options["allow_pickle"])
     if options["decode"] != "whole":
         (pipe.enable_vae_tiling if options["decode"] == "tiled" else pipe.enable_vae_slicing)()

@@ -41,7 +41,7 @@ def find(loras: Sequence[tuple[str, float]], *, allow_pickle: bool = False) -> l
     for source, scale in loras:
         if not abs(scale) <= MAX_WEIGHT:
             raise InputError(f"the scale of --lora {source} is {scale}: expected a number from -1000 to 1000")
-        file = find_weights(source, allow_pickle=allow_pickle)
+        file = find_weights(source, kind="lora", allow_pickle=allow_pickle)
         names = {name for name, *_ in found}
         name = next(n for n in (file.stem, *(f"{file.stem} {k}" for k in range(2, 1000))) if n not in names)
         found.append((name, file, scale))

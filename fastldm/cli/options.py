@@ -73,6 +73,16 @@ lora_option = click.option(
     type=ScaledFile(),
     multiple=True,
     help="An adapter (LoRA and its relatives): a file, a folder or hub id with one, or the name of one that ships for "
-    "the default model, sketch or pixel. Repeatable.",
+    "the default model: sketch or pixel. Repeatable.",
+)
+control_option = click.option(
+    "--control",
+    "controls",
+    type=ScaledFile(),
+    multiple=True,
+    help="A ControlNet or T2I-Adapter: a file, a folder, or a hub id; needs a --control-image. Repeatable.",
+)
+control_image_option = click.option(
+    "--control-image", "control_images", multiple=True, metavar="FILE", help="What --control reads, one each."
 )
 debug_option = click.option("--debug", is_flag=True, help="Show a traceback when something fails.")

@@ -11,6 +11,7 @@ from fastldm.cli.options import (
     Size,
     backend_option,
     check_numbers,
+    control_option,
     debug_option,
     decode_option,
     lora_option,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 @decode_option
 @click.option("--init-image", is_flag=True, help="It starts from a picture, which is encoded.")
 @lora_option
+@control_option
 @click.option("--arch", metavar="A", help="A GPU that need not be here, such as sm_90.  [default: this machine's]")
 @click.option("--device", metavar="D", help="Such as cpu, cuda or cuda:1.  [default: a GPU where there is one]")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: what is fastest there]")
@@ -47,6 +49,7 @@ def plan(
     decode: str,
     init_image: bool,
     loras: tuple[tuple[str, float], ...],
+    controls: tuple[tuple[str, float], ...],
     arch: str | None,
     device: str | None,
     dtype: str | None,
@@ -60,11 +63,13 @@ def plan(
     fastldm plan -m ./sdxl --size 1024x1024 --n 4
     fastldm plan -m ./sdxl --n 4 --arch sm_89 --json
     fastldm plan -m ./sdxl --lora style.safetensors       the weights that it is merged into are kept, too
+    fastldm plan -m ./sdxl --control ./canny              its weights and buffers
     """
     with reported(debug):
         import torch
 
         from fastldm import sizes
+        from fastldm.adapters.control import describe_control
         from fastldm.adapters.read import merged_numbers, read_adapter
         from fastldm.cli.loras import find
         from fastldm.device import choose_device, choose_dtype
@@ -95,6 +100,10 @@ def plan(
         if loras:
             adapters = [read_adapter(file, spec) for _, file, scale in find(loras) if scale]
             options["originals"] = merged_numbers(adapters, spec) * options["dtype"].itemsize
+        if controls:
+            configs = [(describe_control(source, spec), scale) for source, scale in controls]
+            options["attached"] = tuple(config for config, _ in configs)
+            options["controls"] = tuple(config for config, scale in configs if scale)
         memory_plan = memory.plan(
             memory.Workload.of_spec(
                 spec,

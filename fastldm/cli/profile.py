@@ -11,7 +11,16 @@ from typing import Any
 
 import click
 
-from fastldm.cli.options import Size, backend_option, check_numbers, debug_option, model_option
+from fastldm.cli.options import (
+    Size,
+    backend_option,
+    check_numbers,
+    control_image_option,
+    control_option,
+    debug_option,
+    lora_option,
+    model_option,
+)
 from fastldm.cli.report import reported
 
 
@@ -25,6 +34,9 @@ from fastldm.cli.report import reported
 @click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Sampler steps.  [default: the model's]")
 @click.option("--sampler", metavar="NAME", help="Such as 'euler a' or 'dpm++ 2m karras'.  [default: the model's]")
 @click.option("--guidance", type=float, metavar="G", help="Guidance scale; 1 or less is off.  [default: the model's]")
+@lora_option
+@control_option
+@control_image_option
 @click.option(
     "--rounds", type=click.IntRange(min=1), metavar="N", help="Pictures that count.  [default: ten seconds of them]"
 )
@@ -53,10 +65,12 @@ def profile(
     fastldm profile                                             the small model that ships inside
     fastldm profile -m ./sd15 --steps 5 --html sd15.html        a page with plots
     fastldm profile -m ./sd15-onnx --backend openvino --json -  an exported model, as data
+    fastldm profile --lora sketch --control shape --control-image heart.png     a step with them
     """
     with reported(debug):
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else PyTorch's profiler logs when it starts and ends
         start = perf_counter()
+        from fastldm.cli import controls, loras
         from fastldm.files import check_output, whole_file
 
         check_numbers(size, batch, options["steps"])
@@ -65,6 +79,9 @@ def profile(
             del files["json"]
         for path in files.values():
             check_output(path, force=True)
+        pictured = options["controls"], options["control_images"]
+        controls.check(*pictured)
+        adapters = loras.find(options["loras"])
         from fastldm.pipeline import Pipeline
         from fastldm.profiling import page as profile_page
         from fastldm.profiling import report as profile_report
@@ -73,6 +90,8 @@ def profile(
         after_imports = perf_counter()
         selected = {} if options["backend"] == "auto" else {"backend": options["backend"]}
         pipe = Pipeline.from_pretrained(model, device=options["device"], dtype=options["dtype"], **selected)
+        loras.load(pipe, adapters)
+        controlled = controls.attach(pipe, *pictured)
         first = {"import": after_imports - start, "load": perf_counter() - after_imports}
         width, height = size or (None, None)
         arguments = {
@@ -83,7 +102,7 @@ def profile(
             "width": width,
             "height": height,
         }
-        request = {name: value for name, value in arguments.items() if value is not None}
+        request = {name: value for name, value in arguments.items() if value is not None} | controlled
         result = measure(pipe, prompt, rounds=rounds, first=first, **request)
 
         contents: dict[str, Callable[[], str]] = {

@@ -8,7 +8,7 @@ import sys
 
 import click
 
-from fastldm.cli.options import Size, check_numbers, debug_option, model_option
+from fastldm.cli.options import Size, check_numbers, control_option, debug_option, model_option
 from fastldm.cli.report import reported
 from fastldm.errors import InputError
 
@@ -22,6 +22,7 @@ from fastldm.errors import InputError
 )
 @click.option("--dtype", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True)
 @click.option("--lora", is_flag=True, help="Those that requests with different adapters in one batch launch, too.")
+@control_option
 @click.option("--cache", metavar="DIR", help="Where the kernels go.  [default: Triton's cache]")
 @debug_option
 def warm(
@@ -31,6 +32,7 @@ def warm(
     batch: tuple[int, ...],
     dtype: str,
     lora: bool,
+    controls: tuple[tuple[str, float], ...],
     cache: str | None,
     debug: bool,
 ) -> None:
@@ -47,6 +49,7 @@ def warm(
         import torch
         from tqdm import tqdm
 
+        from fastldm.adapters.control import describe_control
         from fastldm.model import describe
         from fastldm.planning import warm
 
@@ -59,9 +62,11 @@ def warm(
         for name in arch:
             warm.parse_arch(name)
         spec = describe(model)
+        configs = list(dict.fromkeys(describe_control(source, spec) for source, _ in controls))
         for name in arch:
             with tqdm(desc=name, bar_format="{desc}: {elapsed} {postfix}", disable=not sys.stderr.isatty()) as bar:
                 sizes = size or [spec.default_size]
-                options = {"dtype": getattr(torch, dtype), "lora": lora, "on_kernel": bar.set_postfix_str}
+                options = {"dtype": getattr(torch, dtype), "lora": lora, "controls": configs}
+                options["on_kernel"] = bar.set_postfix_str
                 count = warm.warm(spec, name, sizes=sizes, batches=batch, **options)
             click.echo(f"{name}: {count} kernels in {warm.cache_folder()}")

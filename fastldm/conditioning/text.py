@@ -82,14 +82,18 @@ class TextStage:
     """Tokens of textual inversion, each with its vectors (V, D) on the host, in the order of their ids."""
     model_tokenizer: Tokenizer | None = None
     """The tokenizer without them; None if there are none."""
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    """The short hashes of the files that added tokens come from, of those that come from files."""
 
-    def with_tokens(self, added: Mapping[str, Tensor]) -> TextStage:
-        """The same encoder with these added tokens in place of others. InputError as `Tokenizer.with_tokens` raises."""
+    def with_tokens(self, added: Mapping[str, Tensor], hashes: Mapping[str, str] | None = None) -> TextStage:
+        """The same encoder with these added tokens in place of others. hashes: of files of new ones. InputError as
+        `Tokenizer.with_tokens` raises."""
         base = self.model_tokenizer or self.tokenizer
         if not added:
             return TextStage(base, self.model)
         tokenizer = base.with_tokens({token: len(vectors) for token, vectors in added.items()})
-        return TextStage(tokenizer, self.model, dict(added), base)
+        known = {token: digest for token, digest in {**self.hashes, **(hashes or {})}.items() if token in added}
+        return TextStage(tokenizer, self.model, dict(added), base, known)
 
     def embed(self, ids: Tensor) -> Tensor:
         """The embeddings (N, W, D) of ids (N, W), some of which are added tokens'."""

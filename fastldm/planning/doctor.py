@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastldm import openmp
+from fastldm.errors import FastLDMError
 from fastldm.system import cache_root
 from fastldm.version import __version__
 
@@ -59,6 +61,7 @@ def examine(model: str = "default", arch: str | None = None) -> dict[str, Any]:
     if version_of("triton") is None:
         problems.append("triton is not installed: everything runs, on PyTorch's own kernels")
     spec = describe(model)
+    adapters = _adapters(problems)
     return {
         "fastldm": __version__,
         "python": platform.python_version(),
@@ -79,14 +82,45 @@ def examine(model: str = "default", arch: str | None = None) -> dict[str, Any]:
             "dtype": str(choose_dtype(None, device)).removeprefix("torch."),
         },
         "ops": {"on": arch or str(device), "dtype": str(dtype).removeprefix("torch."), **op_paths(spec, dtype, arch)},
+        "adapters": {"ship": adapters, "beside the weights": op_paths(spec, dtype, arch, lora=True)},
         "extras": extras,
         "cache": str(cache_root()),
         "problems": problems,
     }
 
 
-def op_paths(spec: Spec, dtype: torch.dtype, arch: str | None) -> dict[str, Any]:
-    """The path of each op of a request, from a dry run at the model's default size: path -> op -> reason -> calls."""
+def _adapters(problems: list[str]) -> dict[str, list[str]]:
+    """The names of the adapters that ship, by kind; each is read for the default model, and what fails is a problem."""
+    import torch
+
+    from fastldm.adapters.control import describe_control
+    from fastldm.adapters.locate import Kind, shipped
+    from fastldm.adapters.read import read_adapter
+    from fastldm.adapters.textual_inversion import read_textual_inversion
+    from fastldm.model import describe
+
+    spec = describe("default")
+
+    def embedding(path: Path) -> None:
+        read_textual_inversion(path).fit([text.hidden for text in spec.text], "small", None, torch.float32)
+
+    readers: dict[Kind, Callable[[Path], object]] = {
+        "lora": lambda path: read_adapter(path, spec),
+        "embedding": embedding,
+        "control": lambda path: describe_control(path, spec),
+    }
+    for kind, read in readers.items():
+        for name, path in shipped(kind).items():
+            try:
+                read(path)
+            except FastLDMError as error:
+                problems.append(f"--{kind} {name}, which ships, cannot be read: {error}")
+    return {kind: list(shipped(kind)) for kind in readers}
+
+
+def op_paths(spec: Spec, dtype: torch.dtype, arch: str | None, *, lora: bool = False) -> dict[str, Any]:
+    """The path of each op of a request, from a dry run at the model's default size: path -> op -> reason -> calls.
+    lora: of the layers that have adapters beside their weights, alone."""
     import torch
 
     from fastldm.kernels import dispatch
@@ -109,8 +143,10 @@ def op_paths(spec: Spec, dtype: torch.dtype, arch: str | None) -> dict[str, Any]
         "width": spec.default_size[0] // spec.vae.factor,
     }
     with dispatch.targeting(on_gpu), dispatch.observe(watch):
+        dry_run.run_unet(spec.unet, rows=2, tokens=spec.text[0].max_position, dtype=dtype, **latents, lora=lora)
+        if lora:
+            return {path: {name: own for name, own in ops.items() if "lora" in name} for path, ops in calls.items()}
         dry_run.run_text(spec.text, batch=1, dtype=dtype)
-        dry_run.run_unet(spec.unet, rows=2, tokens=spec.text[0].max_position, dtype=dtype, **latents)
         dry_run.run_decoder(spec.vae, batch=1, dtype=dtype, **latents)
     return calls
 
@@ -142,6 +178,11 @@ def render(report: dict[str, Any]) -> str:
         "",
         f"ops of one guided step, text and decode in {ops['dtype']} on {ops['on']}",
         *(f"  {line}" for line in _op_lines(ops)),
+        "",
+        "adapters of the default model, which ship",
+        *(f"  --{kind:<9} {', '.join(names)}" for kind, names in report["adapters"]["ship"].items()),
+        "layers with an adapter beside their weights, where requests with different ones share a step",
+        *(f"  {line}" for line in _op_lines(report["adapters"]["beside the weights"])),
         "",
         "extras (pip install 'fastldm[NAME]')",
     ]

@@ -69,10 +69,7 @@ def conditions(config: UNetConfig, *, steps: int, rows: int, tokens: int, dtype:
 def time_rows(config: UNetConfig, *, count: int, dtype: torch.dtype) -> DryRun:
     """The time rows, which resnets read, of `count` times and conditions."""
     unet: UNet = network(config, dtype)  # type: ignore[assignment]
-    added = None
-    if config.needs_added:
-        pooled = config.addition_input_dim - 6 * config.addition_time_embed_dim
-        added = AddedConditions(_empty(count, pooled, dtype=dtype), _empty(count, 6))
+    added = _added(config, count, dtype)
     guidance = _empty(count) if config.needs_guidance else None
 
     def run() -> object:
@@ -80,6 +77,14 @@ def time_rows(config: UNetConfig, *, count: int, dtype: torch.dtype) -> DryRun:
             return unet.time_rows(_empty(count), added=added, guidance=guidance)
 
     return torch.no_grad()(run)
+
+
+def _added(config: UNetConfig, count: int, dtype: torch.dtype) -> AddedConditions | None:
+    """What SDXL's time embedding reads besides times, `count` of them."""
+    if not config.needs_added:
+        return None
+    pooled = config.addition_input_dim - 6 * config.addition_time_embed_dim
+    return AddedConditions(_empty(count, pooled, dtype=dtype), _empty(count, 6))
 
 
 def cross_kv(config: UNetConfig, *, rows: int, tokens: int, dtype: torch.dtype) -> DryRun:
@@ -94,6 +99,22 @@ def control(config: ControlConfig, *, height: int, width: int, batch: int, dtype
     module: Any = network(config, dtype)
     pictures = _empty(batch, config.image_channels, height, width, dtype=dtype)
     return torch.no_grad()(functools.partial(module.hint if isinstance(module, ControlNet) else module, pictures))
+
+
+def control_conditions(config: ControlConfig, *, rows: int, tokens: int, dtype: torch.dtype) -> DryRun:
+    """A ControlNet's time rows, and keys and values of the texts, for `rows` U-Net rows; a T2I-Adapter has none."""
+    module: Any = network(config, dtype)
+    if not isinstance(config, ControlNetConfig):
+        return lambda: None
+    unet = config.unet
+    count = rows if unet.needs_added else 1
+    text = _empty(rows, tokens, unet.cross_attention_dim, dtype=dtype)
+
+    def run() -> object:
+        times = module.time_rows(_empty(count), added=_added(unet, count, dtype))
+        return times, module.cross_kv(text) if config.cross_widths else ()
+
+    return torch.no_grad()(run)
 
 
 def step(
@@ -205,11 +226,23 @@ def text(configs: Sequence[TextConfig], *, batch: int, dtype: torch.dtype) -> Dr
 
 
 def run_unet(
-    config: UNetConfig, *, height: int, width: int, rows: int, tokens: int, dtype: torch.dtype, lora: bool = False
+    config: UNetConfig,
+    *,
+    height: int,
+    width: int,
+    rows: int,
+    tokens: int,
+    dtype: torch.dtype,
+    controls: Sequence[ControlConfig] = (),
+    lora: bool = False,
 ) -> None:
-    """All of one step for `rows` U-Net rows (2 for a guided image), and its conditions. lora: as of `step`."""
-    conditions(config, steps=1, rows=rows, tokens=tokens, dtype=dtype)()
-    step(config, height=height, width=width, rows=rows, tokens=tokens, dtype=dtype, lora=lora)()
+    """All of one step for `rows` U-Net rows (2 for a guided image), and its conditions. controls and lora as of
+    `step`."""
+    text: dict[str, Any] = {"rows": rows, "tokens": tokens, "dtype": dtype}
+    conditions(config, steps=1, **text)()
+    for each in controls:
+        control_conditions(each, **text)()
+    step(config, height=height, width=width, **text, controls=controls, lora=lora)()
 
 
 def run_decoder(config: VAEConfig | TinyVAEConfig, *, height: int, width: int, batch: int, dtype: torch.dtype) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastldm import checks
+from fastldm.adapters.selection import Selection
 from fastldm.errors import InputError, OutOfMemory
 from fastldm.kernels import onednn
 from fastldm.kernels.dispatch import Target, device_capability, targeting
@@ -24,7 +25,9 @@ from fastldm.models.t2i_adapter import T2IAdapter
 from fastldm.models.vae import Decode
 from fastldm.planning import dry_run
 from fastldm.planning.allocator import MIB, CUDAHeap, Heap, record
-from fastldm.request import MAX_IMAGES, MAX_SIDE, MAX_STEPS
+from fastldm.request import MAX_IMAGES, MAX_SIDE, MAX_STEPS, Request
+from fastldm.runtime.complete import start_latents
+from fastldm.runtime.controls import ControlSelection
 from fastldm.runtime.slots import StaticBuffers
 
 if TYPE_CHECKING:
@@ -88,6 +91,25 @@ class Workload:
         options |= {"backend": stages.backend, "precision": getattr(torch, stages.precision)}
         options["pictures"] = tuple(stages.image_prompts.capacity([]))
         return cls(stages.unet.config, stages.vae.config, configs, dtype=stages.dtype, arch=arch, **options)
+
+    @classmethod
+    def of_request(cls, stages: Stages, request: Request, **overrides: Any) -> Workload:
+        """For a completed request of a loaded model, with its adapters and controls as they are now. overrides: further
+        fields."""
+        controls, adapters = request.control_image, request.adapters
+        options: dict[str, Any] = {
+            "width": int(request.width or 0),
+            "height": int(request.height or 0),
+            "batch": request.batch,
+            "guided": stages.guided(request),
+            "steps": int(request.num_inference_steps or 1),
+            "decode": stages.vae_decode,
+            "encode": request.image is not None and start_latents(request, stages.latent_channels) is None,
+            "attached": tuple(control.network.config for control in stages.controls.attached.values()),
+            "controls": controls.configs if isinstance(controls, ControlSelection) else (),
+            "originals": stages.adapters.missing(adapters) if isinstance(adapters, Selection) else 0,
+        }
+        return cls.of_stages(stages, **{**options, **overrides})
 
 
 class Line(NamedTuple):

@@ -6,6 +6,7 @@ A Docker build, which has no GPU, runs `fastldm warm --arch sm_90`; the containe
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,13 +38,14 @@ def warm(
     batches: Sequence[int] = (1,),
     dtype: torch.dtype = torch.float16,
     lora: bool = False,
+    controls: Sequence[dry_run.ControlConfig] = (),
     on_kernel: Callable[[str], None] | None = None,
 ) -> int:
     """Compile every kernel that requests of these sizes, (width, height) in pixels, and batches launch on `arch`.
 
     The result is in Triton's cache (TRITON_CACHE_DIR, else ~/.triton/cache), for the same versions of fastldm, torch
-    and Triton. lora: with those of adapters beside the weights. on_kernel is called with each kernel's name when it is
-    compiled. Returns the number of kernels.
+    and Triton. lora: with those of adapters beside the weights. controls: with those of each of these. on_kernel is
+    called with each kernel's name when it is compiled. Returns the number of kernels.
     """
     if importlib.util.find_spec("triton") is None:
         raise InputError("there is nothing to warm: triton is not installed; pip install triton")
@@ -66,10 +68,12 @@ def warm(
             h, w = height // factor, width // factor
             for batch in batches:
                 for rows in sorted({batch, 2 * batch} if guided else {batch}):
-                    tokens = spec.text[0].max_position
-                    for beside in (False, True) if lora else (False,):
-                        shape = {"height": h, "width": w, "rows": rows, "tokens": tokens}
-                        dry_run.run_unet(spec.unet, **shape, dtype=dtype, lora=beside)
+                    shape = {"height": h, "width": w, "rows": rows, "tokens": spec.text[0].max_position}
+                    sets = [(), *((control,) for control in controls)]
+                    for beside, acting in itertools.product((False, True) if lora else (False,), sets):
+                        dry_run.run_unet(spec.unet, **shape, dtype=dtype, controls=acting, lora=beside)
+                for control in controls:
+                    dry_run.control(control, height=height, width=width, batch=batch, dtype=dtype)()
                 dry_run.run_decoder(spec.vae, height=h, width=w, batch=batch, dtype=dtype)
                 dry_run.run_encoder(spec.vae, height=h, width=w, batch=batch, dtype=dtype)
     return len(ahead.compiled)

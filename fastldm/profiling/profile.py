@@ -113,6 +113,8 @@ def profile(
     """
     request = Request.of(request, {"seed": 0, **options} if isinstance(request, str) else options)
     completed = pipe.stages.complete(request)
+    on_torch = pipe.backend == "torch"
+    workload = memory.Workload.of_request(pipe.stages, completed) if on_torch else None  # before weights are copied
     clock, captures = Clock(pipe.device, STAGES), pipe.stages.graphs is not None
     with ExitStack() as stack:
         if clock.gpu:
@@ -149,7 +151,7 @@ def profile(
         operations=dry_run.operations(
             pipe.unet.config, rows=rows, tokens=pipe.text_stages[0].window, **_latent_size(pipe, completed)
         ),
-        memory=_memory(pipe, completed),
+        memory={} if workload is None else _memory(pipe, completed, workload),
         events=_events(sorted(watched, key=lambda trial: trial.wall)[len(watched) // 2], clock.gpu),
     )
 
@@ -169,6 +171,9 @@ def _about(pipe: Pipeline, result: Result, rows: int) -> dict[str, Any]:
         "steps": len(result.timings.steps),
         "sampler": request.sampler,
         "guidance": request.guidance_scale,
+        "adapters": dict(request.adapters or {}),
+        "adapted": result.adapters,
+        "controls": list(request.control_image or ()),
         "threads": pipe.session.call(torch.get_num_threads),  # those of the thread that took the steps
         "machine": machine(pipe.device),
     }
@@ -253,27 +258,17 @@ def _network_cost(pipe: Pipeline, request: Request, rows: int, span: Span) -> Co
     return Cost(0, 0)
 
 
-def _memory(pipe: Pipeline, request: Request) -> dict[str, int]:
-    """Bytes as planned, and as they were. Of an engine PyTorch knows nothing."""
-    if pipe.backend != "torch":
-        return {}
-    planned = memory.plan(
-        memory.Workload.of_stages(
-            pipe.stages,
-            width=int(request.width or 0),
-            height=int(request.height or 0),
-            batch=request.batch,
-            guided=pipe.stages.guided(request),
-            steps=int(request.num_inference_steps or 1),
-            encode=request.image is not None,
-        )
-    )
+def _memory(pipe: Pipeline, request: Request, workload: memory.Workload) -> dict[str, int]:
+    """Bytes as planned, and as they were."""
+    planned = memory.plan(workload)
     if pipe.device.type == "cuda":
         return {"planned": planned.peak, "measured": torch.cuda.max_memory_reserved(pipe.device)}
     modules: list[Any] = [pipe.unet, pipe.vae, *(stage.model for stage in pipe.text_stages)]
+    modules += [control.network for control in pipe.controls.values()]
     storages = [tensor.untyped_storage() for module in modules for tensor in module.parameters()]
     weights = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    return {"planned": planned.needed, "measured": sum(weights.values()) + _peak(pipe, request)}
+    held = sum(weights.values()) + pipe.stages.adapters.nbytes
+    return {"planned": planned.needed, "measured": held + _peak(pipe, request)}
 
 
 def _peak(pipe: Pipeline, request: Request) -> int:

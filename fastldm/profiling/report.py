@@ -39,9 +39,13 @@ def path(row: Row, per: int = 1) -> str:
 
 def title(profile: Profile) -> str:
     info, machine = profile.about, profile.about["machine"]
+    added = [f"{name}:{weight}" for name, weight in info["adapters"].items()]
+    how = f", guidance {info['guidance']:g}"
+    how += f", with {', '.join(added)} {info['adapted']}" if added else ""
+    how += f", controlled by {', '.join(info['controls'])}" if info["controls"] else ""
     pictures = f"{info['pictures']} picture{'s' * (info['pictures'] > 1)} of {info['width']}x{info['height']}"
     return (
-        f"{info['model']}: {pictures}, {info['steps']} steps of {info['sampler']}, guidance {info['guidance']:g}; "
+        f"{info['model']}: {pictures}, {info['steps']} steps of {info['sampler']}{how}; "
         f"{info['backend']} {info['dtype']} on {machine['name']}"
         + ("" if "sm" in machine else f", {info['threads']} thread{'s' * (info['threads'] > 1)}")
     )

@@ -25,6 +25,7 @@ from fastldm.adapters.control import Control
 from fastldm.checks import show
 from fastldm.device import send
 from fastldm.errors import InputError
+from fastldm.metadata import control_unit
 from fastldm.models.controlnet import ControlNet, ControlNetConfig
 from fastldm.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from fastldm.models.unet import Residuals
@@ -74,15 +75,18 @@ class ControlSelection(Mapping[str, Any]):
         return tuple(use.control.network.config for use in self.uses)
 
     @property
-    def fields(self) -> dict[str, str]:
-        """For the parameters of an image, by AUTOMATIC1111's names."""
+    def units(self) -> list[str]:
+        """For the parameters of an image."""
         mode = "ControlNet is more important" if self.conditional else "Balanced"
-        fields = {}
-        for k, use in enumerate(self.uses):
-            digest = f" [{use.control.short_hash}]" if use.control.short_hash else ""
-            guidance = f"Guidance Start: {use.start:g}, Guidance End: {use.end:g}, Control Mode: {mode}"
-            fields[f"ControlNet {k}"] = f"Model: {use.name}{digest}, Weight: {use.scale:g}, {guidance}"
-        return fields
+        return [
+            control_unit(
+                "none",
+                use.name,
+                use.control.short_hash,
+                {"Weight": use.scale, "Guidance Start": use.start, "Guidance End": use.end, "Control Mode": mode},
+            )
+            for use in self.uses
+        ]
 
     @property
     def multiple(self) -> int:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -110,6 +110,7 @@ class Run:
     text_kv: tuple[Tensor, ...] = ()  # of each cross-attention (R, T, 2C): `UNet.cross_kv`
     embeds: Embeds | None = None  # what temb and text_kv were computed from
     adapters: Selection = NONE
+    embeddings: Mapping[str, str] = field(default_factory=dict)  # `Result.embeddings`
     controls: tuple[RunControl, ...] = ()
     features: RunFeatures | None = None
     applied: Applied = ()  # pages of the adapters that are beside the weights

@@ -28,6 +28,7 @@ from fastldm.adapters.selection import Weight, expand
 from fastldm.device import send
 from fastldm.errors import InputError
 from fastldm.kernels.dispatch import next_power_of_2
+from fastldm.metadata import control_unit
 from fastldm.models.config import UNetConfig
 from fastldm.request import Request
 from fastldm.runtime.denoise import PicturesKV
@@ -58,6 +59,8 @@ class PictureUse:
     embeds: Tensor | None
     """(1 or 2, P, D) or (1 or 2, P, L, D): its output, in place of pixels."""
     encoder: ImageEncoder | None
+    unit: str = ""
+    """For the parameters of an image."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +68,11 @@ class PictureSelection:
     """The adapters of a request, with its pictures. Never changes."""
 
     uses: tuple[PictureUse, ...]
+
+    @property
+    def units(self) -> list[str]:
+        """For the parameters of an image."""
+        return [use.unit for use in self.uses]
 
     def released(self) -> ReleasedSelection:
         """The same for a result, which may be kept for long."""
@@ -78,6 +86,11 @@ class ReleasedSelection:
     """A selection that does not hold its networks: a request that is done."""
 
     uses: tuple[tuple[weakref.ref[ImageAdapter], PictureUse], ...]
+
+    @property
+    def units(self) -> list[str]:
+        """For the parameters of an image."""
+        return [use.unit for _, use in self.uses]
 
 
 class ImagePrompts:
@@ -150,7 +163,7 @@ class ImagePrompts:
                 )
             else:
                 pixels = loaded.encoder.pixels(_pictures(item))
-            uses.append(PictureUse(adapter, scales, pixels, embedded, loaded.encoder))
+            uses.append(PictureUse(adapter, scales, pixels, embedded, loaded.encoder, _unit(adapter, weight)))
         selection = PictureSelection(tuple(uses)) if uses else None
         return request.replace(ip_adapter_image=selection, ip_adapter_image_embeds=None, ip_adapter_scale=None)
 
@@ -160,6 +173,15 @@ class ImagePrompts:
         loaded = [adapter.network.config.tokens for adapter in self.loaded.adapters]
         most = [max(pair) for pair in itertools.zip_longest(tokens, loaded, fillvalue=_LEAST_TOKENS)]
         return [next_power_of_2(max(count, _LEAST_TOKENS)) for count in most]
+
+
+def _unit(adapter: ImageAdapter, weight: Weight) -> str:
+    """AUTOMATIC1111 names the module by the image encoder. A weight by block has no place there."""
+    config = adapter.network.config
+    big = config.image_channels == (1280 if config.kind == "base" else 1664)
+    encoder = "sdxl" if big else "sdxl_plus_vith" if config.context == 2048 else "sd15"
+    settings = {} if isinstance(weight, Mapping) else {"Weight": float(weight)}
+    return control_unit(f"ip-adapter_clip_{encoder}", adapter.name, adapter.short_hash, settings)
 
 
 def start_pictures(request: Request, guided: bool, device: torch.device, dtype: torch.dtype) -> PicturesKV:

@@ -34,7 +34,7 @@ from fastldm.models.controlnet import ControlNet
 from fastldm.models.t2i_adapter import T2IAdapter
 from fastldm.models.unet import AddedConditions, UNet
 from fastldm.models.vae import Decode, Pieces, decode_pieces, finish
-from fastldm.request import Request, Result, Timings, picture_seeds
+from fastldm.request import Request, Result, Timings, as_list, picture_seeds
 from fastldm.runtime.adapted import Adapted
 from fastldm.runtime.complete import complete
 from fastldm.runtime.controls import Controls, start_controls
@@ -165,6 +165,7 @@ class Stages:
             with spans.span("noise"):
                 run = self._start(request, batch_invariant)
                 run.adapters = selection
+                run.embeddings = self._embeddings(request)
             with spans.span("conditions"):
                 rows, to = len(run.table), {"dtype": self.dtype, "device": self.device}
                 run.controls, run.features = start_controls(request, rows, **to, one_by_one=batch_invariant)  # type: ignore
@@ -211,6 +212,12 @@ class Stages:
             run=run,
         )
         return encoded.repeat(request.num_images_per_prompt)
+
+    def _embeddings(self, request: Request) -> dict[str, str]:
+        texts = (request.prompt, request.prompt_2, request.negative_prompt, request.negative_prompt_2)
+        used = " ".join(text for each in texts for text in as_list(each)).casefold()
+        hashes = {token: digest for stage in self.text_stages for token, digest in stage.hashes.items()}
+        return {token: digest for token, digest in hashes.items() if token.casefold() in used}
 
     def _start(self, request: Request, apart: bool) -> Run:
         table = schedule.make_table(
@@ -391,7 +398,7 @@ class Stages:
         if isinstance(request.ip_adapter_image, PictureSelection):
             request = request.replace(ip_adapter_image=request.ip_adapter_image.released())
         adapters = "beside" if run.applied else "merged" if run.adapters.own_step else ""
-        return Result(images, seeds, timings, backend, self.precision, request, adapters)
+        return Result(images, seeds, timings, backend, self.precision, request, adapters, run.embeddings)
 
     def release_memory(self) -> None:
         """Free what a failed allocation may have left: the next, smaller request should find room."""

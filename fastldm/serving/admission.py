@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from fastldm.adapters.selection import Selection
 from fastldm.planning import memory
 from fastldm.request import Request
-from fastldm.runtime.complete import start_latents
-from fastldm.runtime.controls import ControlSelection
 from fastldm.runtime.slots import step_capacity
 from fastldm.runtime.stages import Stages
 
@@ -19,20 +16,12 @@ def check(stages: Stages, request: Request, max_batch: int, held: int) -> None:
         return
     width, height, batch = int(request.width or 0), int(request.height or 0), request.batch
     images = max(batch, max_batch) if stages.device.type == "cuda" else batch
-    workload = memory.Workload.of_stages(
+    workload = memory.Workload.of_request(
         stages,
-        width=width,
-        height=height,
-        batch=batch,
-        guided=stages.guided(request),
+        request,
         steps=step_capacity(int(request.num_inference_steps or 1)),
         tokens=stages.text_stages[0].window,
-        decode=stages.vae_decode,
-        encode=request.image is not None and start_latents(request, stages.latent_channels) is None,
         slots=images,
         rows=stages.unet_rows(images),
-        attached=tuple(control.network.config for control in stages.controls.attached.values()),
-        controls=request.control_image.configs if isinstance(request.control_image, ControlSelection) else (),
-        originals=stages.adapters.missing(request.adapters) if isinstance(request.adapters, Selection) else 0,
     )
     memory.check(workload, free + held, f"{batch} picture{'s' * (batch > 1)} of {width}x{height}")
