@@ -1,4 +1,7 @@
-"""Images: from a caller's images and masks to tensors, and from tensors to the requested output type and files."""
+"""Images: from a caller's images and masks to tensors, and from tensors to the requested output type and files.
+
+Over 500 lines, for all that reads a picture of anybody's shares the checks at its beginning.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_folder",
+    "decode_image",
+    "encode_image",
     "image_size",
     "load_control",
     "load_image",
@@ -35,6 +40,7 @@ __all__ = [
     "output_paths",
     "parameters_text",
     "read_parameters",
+    "result_parameters",
     "save_image",
     "save_result",
     "to_images",
@@ -167,11 +173,11 @@ def _check_one_size(images: list[torch.Tensor], name: str) -> None:
         )
 
 
-def _check_pixels(width: int, height: int, label: str) -> None:
+def _check_pixels(width: int, height: int, label: str, most: int = MAX_PIXELS) -> None:
     if width < 1 or height < 1:
         raise InputError(f"{label} is {width}x{height}: it has no pixels")
-    if width * height > MAX_PIXELS:
-        raise InputError(f"{label} is {width}x{height}: expected at most {MAX_PIXELS:,} pixels, resize it first")
+    if width * height > most:
+        raise InputError(f"{label} is {width}x{height}: expected at most {most:,} pixels, resize it first")
 
 
 # ------------------------------------------------------------------------------------------- PIL images and files
@@ -190,12 +196,27 @@ def _opened(source: Any, name: str) -> Iterator[Image.Image]:
         label = f"{name}: {_show(path)}"
         with _readable(label):
             _check_file(path, label)
-            Image.init()
-            with Image.open(path, formats=[kind for kind in _READ if kind in Image.OPEN]) as image:
+            with Image.open(path, formats=_formats()) as image:
                 _check_pixels(image.width, image.height, label)
                 yield image
     else:
         raise InputError(f"{name} is a {type(source).__name__}: expected a PIL image, a path, an array or a tensor")
+
+
+def decode_image(content: bytes, name: str = "image", max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The decoded PIL image of a file's bytes, whatever its name says. InputError for what is no picture, and for one
+    of more pixels, before it is decoded."""
+    if not content:
+        raise InputError(f"{name} is empty: expected a picture")
+    with _readable(name), Image.open(BytesIO(content), formats=_formats()) as image:
+        _check_pixels(image.width, image.height, name, max_pixels)
+        image.load()
+        return image
+
+
+def _formats() -> list[str]:
+    Image.init()
+    return [kind for kind in _READ if kind in Image.OPEN]
 
 
 @contextmanager
@@ -440,29 +461,53 @@ def to_images(pixels: torch.Tensor, output_type: str) -> list[Image.Image] | np.
     return arrays if output_type == "np" else [Image.fromarray(array) for array in arrays]
 
 
+def encode_image(
+    image: Image.Image,
+    kind: str,
+    parameters: str | None = None,
+    *,
+    quality: int | None = None,
+    compress_level: int | None = None,
+) -> bytes:
+    """An image as a file's bytes. kind: "PNG", "JPEG" or "WEBP". parameters: a PNG's text. quality: of the others, 0 to
+    100. compress_level: of a PNG, 0 to 9: 1 takes half the time of the default."""
+    options: dict[str, Any] = {}
+    if kind == "PNG":
+        options = {} if compress_level is None else {"compress_level": compress_level}
+        if parameters:
+            options["pnginfo"] = PngInfo()
+            options["pnginfo"].add_text("parameters", parameters)
+    elif quality is not None or kind == "JPEG":
+        options["quality"] = 95 if quality is None else quality
+    encoded = BytesIO()
+    image.save(encoded, kind, **options)
+    return encoded.getvalue()
+
+
 def save_image(image: Image.Image, path: Path, parameters: str | None = None) -> None:
     """Write an image atomically: to a temporary file beside `path`, which is then renamed.
 
     Raises OSError, with the file's name, if the file cannot be written or the disk is full.
     """
-    kind = FORMATS[path.suffix.lower()]
-    options: dict[str, Any] = {"quality": 95} if kind == "JPEG" else {}
-    if kind == "PNG" and parameters:
-        options["pnginfo"] = PngInfo()
-        options["pnginfo"].add_text("parameters", parameters)
-    encoded = BytesIO()  # PIL's encoders do not report why writing to a file failed
-    image.save(encoded, kind, **options)
+    # As a whole, since PIL's encoders do not report why writing to a file failed.
+    encoded = encode_image(image, FORMATS[path.suffix.lower()], parameters)
     with whole_file(path) as file:
-        file.write(encoded.getbuffer())
+        file.write(encoded)
+
+
+def result_parameters(result: Result, model: str) -> list[str]:
+    """The generation parameters of each image of a result, as text. model: its name."""
+    extra = {"Version": f"fastldm {__version__}", "Backend": f"{result.backend} {result.dtype}"}
+    seeds = result.seeds or (None,) * result.request.batch
+    named = {"extra": extra, "embeddings": result.embeddings}
+    return [parameters_text(result.request, seed, model, picture=k, **named) for k, seed in enumerate(seeds)]
 
 
 def save_result(result: Result, paths: list[Path], model: str, metadata: bool = True) -> None:
     """Write the images of a result with output_type="pil" to files, PNGs with their generation parameters."""
-    version = {"Version": f"fastldm {__version__}", "Backend": f"{result.backend} {result.dtype}"}
-    for k, (image, path) in enumerate(zip(result.images, paths, strict=True)):
-        seed = result.seeds[k] if result.seeds else None
-        text = parameters_text(result.request, seed, model, version, picture=k, embeddings=result.embeddings)
-        save_image(image, path, text if metadata else None)
+    texts = result_parameters(result, model) if metadata else [None] * len(paths)
+    for image, path, text in zip(result.images, paths, texts, strict=True):
+        save_image(image, path, text)
 
 
 def read_parameters(source: Any) -> tuple[Request, dict[str, str]]:

@@ -2,7 +2,7 @@
 
     a red apple
     Negative prompt: worm
-    Steps: 8, Sampler: ddim, CFG scale: 2.5, Seed: 3, Size: 64x64, Model: "apples, v2", Version: fastldm 0.1.0
+    Steps: 8, Sampler: DDIM, CFG scale: 2.5, Seed: 3, Size: 64x64, Model: "apples, v2", Version: fastldm 0.1.0
 
 A value with a comma, a colon, a quote or a line break is a JSON string, as in AUTOMATIC1111. So is a prompt that would
 otherwise be read as one of the other lines: nothing in a prompt or in a model's name can forge a field, and the text
@@ -33,6 +33,12 @@ if TYPE_CHECKING:
 _NEGATIVE = "Negative prompt:"
 _FIELD = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 _TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
+_LABELS = {
+    **{name: name.upper() for name in ("ddpm", "ddim", "plms", "dpm2", "lms", "deis", "lcm", "tcd")},
+    **{name: name.upper() for name in ("dpm++ 2m", "dpm++ 2m sde", "dpm++ 3m", "dpm++ 3m sde", "dpm++ 2s", "dpm++ 3s")},
+    **{"euler": "Euler", "euler a": "Euler a", "heun": "Heun", "dpm2 a": "DPM2 a", "unipc": "UniPC"},
+}
+_SCHEDULES = ("karras", "exponential", "beta")
 _MIN_FIELDS = 3  # of the last line; a line with fewer is the end of a prompt
 # Line breaks of any convention and invisible characters, except line feed, which prompts may contain.
 _UNSAFE = re.compile("[\0-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -55,9 +61,11 @@ def parameters_text(
     if negative is not None:
         lines.append(f"{_NEGATIVE} {_prompt(negative)}")
     size = f"{request.width}x{request.height}" if request.width and request.height else None
+    sampler, kind = split_sampler(request.sampler)
     values: dict[str, Any] = {
         "Steps": request.num_inference_steps,
-        "Sampler": request.sampler,
+        "Sampler": sampler,
+        "Schedule type": kind,
         "CFG scale": request.guidance_scale,
         "Seed": seed,
         "Size": size,
@@ -95,10 +103,10 @@ def parse_parameters(text: str) -> tuple[Request, dict[str, str]]:
     """
     from fastldm.request import Request
 
-    *lines, last = text.rstrip("\n").split("\n")
-    fields = _fields(last)
-    if len(fields) < _MIN_FIELDS:
-        lines, fields = [*lines, last], {}
+    lines, fields = _lines_and_fields(text)
+    if (kind := fields.get("Schedule type", "").lower()) in (*_SCHEDULES, "automatic") and "Sampler" in fields:
+        fields["Sampler"] = f"{_unlabelled(fields['Sampler'])} {kind if kind in _SCHEDULES else ''}".rstrip()
+        del fields["Schedule type"]
     negative_at = next((k for k, line in enumerate(lines) if line.lstrip().startswith(_NEGATIVE)), None)
     arguments: dict[str, Any] = {"prompt": _unquoted("\n".join(lines[:negative_at]))}
     if negative_at is not None:
@@ -165,6 +173,35 @@ def _weights_of_units(fields: Mapping[str, str]) -> dict[str, Any]:
 def _item(name: str) -> str:
     """A name as an item of a list in a field."""
     return re.sub(r"[,:]", "", name)
+
+
+def fields_of(text: str) -> dict[str, str]:
+    """The fields by name of text that `parse_parameters` takes, as they are."""
+    return _lines_and_fields(text)[1]
+
+
+def _lines_and_fields(text: str) -> tuple[list[str], dict[str, str]]:
+    """The lines of the prompts, and the fields of the last line, if it has any."""
+    *lines, last = text.rstrip("\n").split("\n")
+    fields = _fields(last)
+    return (lines, fields) if len(fields) >= _MIN_FIELDS else ([*lines, last], {})
+
+
+def sampler_label(name: str) -> str:
+    """A sampler's name as AUTOMATIC1111 writes it: "DPM++ 2M" for "dpm++ 2m"; what it does not know as it is."""
+    return _LABELS.get(name, name)
+
+
+def split_sampler(sampler: str | None) -> tuple[str | None, str | None]:
+    """AUTOMATIC1111's name of a sampler, and apart from it how its sigmas are spaced, if it says."""
+    name, _, kind = (sampler or "").rpartition(" ")
+    if name and kind in _SCHEDULES:
+        return sampler_label(name), kind.capitalize()
+    return None if sampler is None else sampler_label(sampler), None
+
+
+def _unlabelled(label: str) -> str:
+    return next((name for name, known in _LABELS.items() if known == label), label)
 
 
 def _nth(texts: str | Sequence[str] | None, picture: int, each: int) -> str | None:
@@ -246,7 +283,7 @@ def _weights(text: str) -> dict[str, Any]:
 
 _READERS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "Steps": ("num_inference_steps", int),
-    "Sampler": ("sampler", str),
+    "Sampler": ("sampler", _unlabelled),
     "CFG scale": ("guidance_scale", float),
     "Seed": ("seed", int),
     "Size": ("size", _size),

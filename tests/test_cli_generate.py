@@ -49,7 +49,7 @@ def test_output_names_file_seed_and_times(model: str, tmp_path: Path) -> None:
         assert image.size == (64, 96)
         assert image.info["parameters"].startswith(
             "a cat\nNegative prompt: dog\n"
-            "Steps: 1, Sampler: ddim, CFG scale: 7.5, Seed: 3, Size: 64x96, Model: tiny-sd1"
+            "Steps: 1, Sampler: DDIM, CFG scale: 7.5, Seed: 3, Size: 64x96, Model: tiny-sd1"
         )
     assert [p.name for p in tmp_path.iterdir()] == ["cat.png"]
 
@@ -94,7 +94,7 @@ def test_json_prints_one_object(model: str) -> None:
     [
         (["--guidance", "3.5"], "CFG scale: 3.5"),
         (["--steps", "2"], "Steps: 2"),
-        (["--sampler", "dpm++ 2m karras"], "Sampler: dpm++ 2m karras"),
+        (["--sampler", "dpm++ 2m karras"], "Schedule type: Karras"),
         (["--clip-skip", "1"], "Clip skip: 2"),  # there the last layer is number 1
         (["--literal"], "Literal prompt: True"),
         (["--dtype", "bfloat16"], "Backend: torch bfloat16"),

@@ -447,7 +447,7 @@ def test_png_holds_prompt_and_settings(tmp_path: Path) -> None:
     text = parameters_text(request, 3, "default", {"Version": "x"})
     assert text == (
         "a cat, 猫\nNegative prompt: dog\n"
-        "Steps: 8, Sampler: ddim, CFG scale: 2.5, Seed: 3, Size: 96x64, Model: default, Version: x"
+        "Steps: 8, Sampler: DDIM, CFG scale: 2.5, Seed: 3, Size: 96x64, Model: default, Version: x"
     )
     save_image(Image.new("RGB", (4, 4)), tmp_path / "a.png", text)
     with Image.open(tmp_path / "a.png") as back:

@@ -16,6 +16,7 @@ from fastldm import InputError, Request
 from fastldm.image import output_paths, read_parameters, save_image, save_result
 from fastldm.metadata import control_unit, parameters_text, parse_parameters
 from fastldm.request import Result, Timings
+from fastldm.samplers.names import SAMPLERS
 
 COMPLETE: dict[str, Any] = {
     "height": 64,
@@ -125,7 +126,8 @@ def test_other_tools_read_the_settings() -> None:
         "Prompt": "a cat\non a mat, cinematic: soft light",
         "Negative prompt": "dog, worm",
         "Steps": "8",
-        "Sampler": "dpm++ 2m karras",
+        "Sampler": "DPM++ 2M",
+        "Schedule type": "Karras",
         "CFG scale": "2.5",
         "Seed": "3",
         "Size": "96x64",
@@ -143,7 +145,7 @@ def test_settings_of_other_tools_are_read() -> None:
         'a cat,\n"quoted"',
         negative_prompt="dog",
         num_inference_steps=20,
-        sampler="Euler a",
+        sampler="euler a",
         guidance_scale=7.0,
         seed=1,
         width=512,
@@ -151,6 +153,27 @@ def test_settings_of_other_tools_are_read() -> None:
     )
     assert rest == {"Model hash": "e1441589a6", "Lora hashes": "a: b"}
     assert parse_parameters("Negative prompt: x\nonly: texts") == (Request("", negative_prompt="x\nonly: texts"), {})
+
+
+def test_samplers_have_their_names_elsewhere() -> None:
+    """AUTOMATIC1111 reads a sampler by its exact name, and how its sigmas are spaced apart from it."""
+    for name in SAMPLERS:
+        for kind in ("", " karras", " exponential", " beta"):
+            text = parameters_text(Request("a", num_inference_steps=8, sampler=name + kind, seed=3), 3, "m")
+            label, _, schedule = text.partition("Sampler: ")[2].partition(", ")
+            assert label.lower() == name
+            assert label != name
+            assert ("Schedule type: " + kind.strip().capitalize() in schedule) == bool(kind)
+            assert parse_parameters(text)[0].sampler == name + kind
+    for text, sampler in (
+        ("Sampler: DPM++ 2M, Schedule type: Automatic", "dpm++ 2m"),
+        ("Sampler: DPM++ 2M Karras", "DPM++ 2M Karras"),  # of earlier versions
+        ("Sampler: my own", "my own"),
+    ):
+        assert parse_parameters(f"a\nSteps: 1, {text}, Size: 8x8")[0].sampler == sampler
+    assert parse_parameters("a\nSteps: 1, Sampler: Euler, Schedule type: SGM Uniform, Size: 8x8")[1] == {
+        "Schedule type": "SGM Uniform"
+    }
 
 
 @pytest.mark.parametrize(

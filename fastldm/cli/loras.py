@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,23 +11,15 @@ from fastldm.errors import InputError
 if TYPE_CHECKING:
     from fastldm.pipeline import Pipeline
 
-_TAG = re.compile(r"\s*<lora:([^<>:]{1,200})(?::([^<>:]{0,30}))?>")
-
 
 def split_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
     """A prompt without its tags, and what they name with their scales. A name is that of a file without its ending, in
     the working folder, or of an adapter that ships. InputError for a scale that is no number."""
-    from fastldm.checks import show
+    from fastldm.conditioning.prompt import split_lora_tags
 
-    loras = []
-    for name, scale in _TAG.findall(prompt):
-        try:
-            number = float(scale or 1)
-        except ValueError:
-            raise InputError(f"<lora:{name}:{scale}> has {show(scale)} for a scale: expected a number") from None
-        file = Path(f"{name}.safetensors")
-        loras.append((str(file) if file.is_file() else name, number))
-    return _TAG.sub("", prompt).strip(), loras
+    prompt, tags = split_lora_tags(prompt)
+    files = [(Path(f"{name}.safetensors"), name, scale) for name, scale in tags]
+    return prompt, [(str(file) if file.is_file() else name, scale) for file, name, scale in files]
 
 
 def find(loras: Sequence[tuple[str, float]], *, allow_pickle: bool = False) -> list[tuple[str, Path, float]]:

@@ -15,6 +15,7 @@ from fastldm.cli.generate import generate
 from fastldm.cli.plan import plan
 from fastldm.cli.profile import profile
 from fastldm.cli.report import Commands
+from fastldm.cli.serve import serve
 from fastldm.cli.tune import tune
 from fastldm.cli.warm import warm
 from fastldm.version import __version__
@@ -33,9 +34,10 @@ def main() -> None:
     fastldm plan -m ./my-sd15 --size 1024x1024 --n 4   what memory a request takes, and whether it fits
     fastldm profile -m ./my-sd15                       where the time goes, and what would help most
     fastldm bench -m ./my-sd15                         beside diffusers, in turns
+    fastldm serve --lora sketch                        OpenAI's and AUTOMATIC1111's API, on port 8000
     fastldm export -m ./my-sd15 ./bundle --split       for ONNX Runtime, OpenVINO and TensorRT: see its --help
     """
 
 
-for command in (bench, cache, doctor, export, generate, plan, profile, tune, verify, warm):
+for command in (bench, cache, doctor, export, generate, plan, profile, serve, tune, verify, warm):
     main.add_command(command)

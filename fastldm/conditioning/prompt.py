@@ -13,6 +13,9 @@ import re
 import threading
 from itertools import groupby
 
+from fastldm.checks import show
+from fastldm.errors import InputError
+
 logger = logging.getLogger("fastldm")
 
 Fragments = list[tuple[str, float]]
@@ -114,3 +117,18 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
 
 def _clamped(weight: float) -> float:
     return min(max(weight, -MAX_WEIGHT), MAX_WEIGHT)
+
+
+_LORA = re.compile(r"\s*<lora:([^<>:]{1,200})(?::([^<>:]{0,30}))?>")
+
+
+def split_lora_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
+    """A prompt without `<lora:NAME:SCALE>`, AUTOMATIC1111's, and the names and scales that were in it. InputError for a
+    scale that is no number."""
+    tags = []
+    for name, scale in _LORA.findall(prompt):
+        try:
+            tags.append((name, float(scale or 1)))
+        except ValueError:
+            raise InputError(f"<lora:{name}:{scale}> has {show(scale)} for a scale: expected a number") from None
+    return _LORA.sub("", prompt).strip(), tags

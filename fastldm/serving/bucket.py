@@ -232,7 +232,7 @@ class Bucket:
             latents = self.batch.latents(run)
             progress = Progress(step, progress.steps, progress.timestep, latents=latents, embeds=run.embeds)
         preview = None
-        if generation.preview:
+        if generation.takes_preview(step, progress.steps):
             c_in = 1.0 if run.done else float(run.table.rows[step + 1][0])
             preview = self.stages.preview(self.batch.latents(run), c_in)
         generation.paused = generation.waits_for_answer

@@ -111,12 +111,13 @@ class Generation(Future[Result]):
         request: Request,
         *,
         deadline: float | None = None,
-        preview: bool = False,
+        preview: bool | int = False,
         waits_for_answer: bool = False,
         id: str | None = None,
     ) -> None:
-        """request: with every default filled in. deadline: seconds from now. waits_for_answer: whether it waits after
-        each step until `answer` is called. id: by which logs name it; None is a random one."""
+        """request: with every default filled in. deadline: seconds from now. preview: after each step, or how many in
+        all. waits_for_answer: whether it waits after each step until `answer` is called. id: by which logs name it;
+        None is a random one."""
         super().__init__()
         self.id = secrets.token_hex(8) if id is None else id
         """What logs name it by."""
@@ -130,6 +131,7 @@ class Generation(Future[Result]):
         super().add_done_callback(lambda _: self._put(None))
         # What follows is the worker's.
         self.deadline, self.preview, self.waits_for_answer = deadline, preview, waits_for_answer
+        self._preview_asked = False
         self.route = dispatch.preference()  # `kernels.use` holds for the caller's thread: the request carries it along
         self.threads = openmp.threads()
         self.input_mark = Mark(host.device)  # behind what computed the request's tensors
@@ -193,6 +195,10 @@ class Generation(Future[Result]):
         yield from asyncio.wrap_future(self).__await__()
         return self.result(0)
 
+    def ask_preview(self) -> None:
+        """Have a preview with the next step that is done, whatever was submitted."""
+        self._preview_asked = True
+
     def position(self) -> int:
         """How many requests of its device have to start before it and with it: 1 is the next, 0 has started. Those of
         one size start in this order; of several sizes the one that has had least of the device goes first."""
@@ -247,6 +253,14 @@ class Generation(Future[Result]):
         if self.done():  # set by another holder of the Future: nobody waits for it any more
             return Cancelled("the request was answered by somebody else")
         return None
+
+    def takes_preview(self, step: int, steps: int) -> bool:
+        """Whether step number `step` of so many has one. Some previews lie evenly between the start and the result."""
+        asked, self._preview_asked = self._preview_asked, False
+        if asked or isinstance(self.preview, bool):
+            return asked or self.preview is True
+        parts = self.preview + 1
+        return step + 1 < steps and (step + 1) * parts // steps > step * parts // steps
 
     def publish(self, preview: Tensor | None, progress: Progress) -> None:
         """preview: small images on their way to the host."""

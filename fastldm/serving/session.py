@@ -24,6 +24,7 @@ from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
 from fastldm import checks, openmp
+from fastldm.checks import MAX_STEPS
 from fastldm.errors import InputError, QueueFull
 from fastldm.planning import memory
 from fastldm.request import Request
@@ -81,7 +82,7 @@ class Session:
         *,
         priority: float = 0,
         deadline: float | None = None,
-        preview: bool = False,
+        preview: bool | int = False,
         id: str | None = None,
         **options: Any,
     ) -> Generation:
@@ -89,7 +90,8 @@ class Session:
 
         priority: higher goes first; each level is worth ten seconds of waiting. deadline: seconds from now, after which
         the request fails with DeadlineExceeded; infinity is none. preview: whether `Progress` has small images of each
-        step. id: what logs name it by, at most 200 characters; None is a random one.
+        step; a number is of how many steps, evenly spread. id: what logs name it by, at most 200 characters; None is a
+        random one.
 
         Raises InputError for what cannot be run, QueueFull, and OutOfMemory for what cannot fit.
         """
@@ -100,7 +102,7 @@ class Session:
             request,
             priority=priority,
             deadline=deadline,
-            preview=checks.flag("preview", preview),
+            preview=preview if isinstance(preview, bool) else checks.whole("preview", preview, 0, MAX_STEPS),
             id=None if id is None else checks.short_text("id", id, "a name of at most 200 characters"),
         )
 
@@ -110,7 +112,7 @@ class Session:
         *,
         priority: float = 0,
         deadline: float | None = None,
-        preview: bool = False,
+        preview: bool | int = False,
         waits_for_answer: bool = False,
         id: str | None = None,
     ) -> Generation:

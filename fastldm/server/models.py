@@ -1,0 +1,172 @@
+"""The models of a server: by name, each a Session, all on the one worker of the device."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from fastldm.adapters.locate import find_weights
+from fastldm.device import choose_device, choose_dtype
+from fastldm.errors import CheckpointError, InputError, OutOfMemory
+from fastldm.export.engine import is_bundle
+from fastldm.kernels.dispatch import device_capability
+from fastldm.model import backend_device, describe
+from fastldm.pipeline import Pipeline
+from fastldm.planning import memory
+from fastldm.server.errors import ApiError
+from fastldm.server.settings import Settings
+from fastldm.serving.session import MAX_QUEUE, Session
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+logger = logging.getLogger("fastldm.server")
+
+
+@dataclass(eq=False)
+class Model:
+    """A model by the name that clients know it by; loaded while it has a session."""
+
+    name: str
+    path: str
+    pipe: Pipeline | None = None
+    session: Session | None = None
+    used: int = 0  # when it was last asked for, counted
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels that it was made for."""
+        assert self.pipe is not None
+        height, width = self.pipe.unet.config.sample_size
+        factor = self.pipe.vae.config.factor
+        return height * factor, width * factor
+
+    @property
+    def idle(self) -> bool:
+        """Whether it has nothing to do."""
+        stats = None if self.session is None else self.session.stats()
+        return stats is not None and not stats.running + stats.waiting
+
+
+class Models:
+    """Loads models, and hands out their sessions."""
+
+    def __init__(self, settings: Settings, pipelines: Mapping[str, Pipeline] | None = None) -> None:
+        """pipelines: those that are loaded already, by name. CheckpointError for an adapter that there is not."""
+        self._settings = settings
+        self._loras: dict[str, Path] = {
+            name: find_weights(path, allow_pickle=settings.allow_pickle) for name, path in settings.loras.items()
+        }
+        self._by_name = {name: Model(name, path) for name, path in settings.models.items()}
+        self._counter = 0
+        for name, pipe in (pipelines or {}).items():
+            self._take(self._by_name[name], pipe)
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return iter(self._by_name.values())
+
+    @property
+    def default(self) -> Model:
+        """The first: for requests that name none."""
+        return next(iter(self))
+
+    @property
+    def loaded(self) -> list[Model]:
+        return [model for model in self if model.session is not None]
+
+    @property
+    def waiting(self) -> int:
+        """Requests in all queues."""
+        return sum(model.session.stats().waiting for model in self.loaded if model.session is not None)
+
+    def load(self) -> None:
+        """Load all, before the server listens; raises what loading raises."""
+        for model in self:
+            if model.session is None:
+                self._open(model)
+
+    async def get(self, name: str | None) -> Model:
+        """A model by name, loaded; None is the default. ApiError for an unknown name."""
+        name = self.default.name if name is None else name
+        if name not in self._by_name:
+            known = ", ".join(map(repr, self._by_name))
+            message = f"there is no model {name[:200]!r}: this server has {known}"
+            raise ApiError(404, message, "model_not_found", param="model")
+        model = self._by_name[name]
+        async with model.lock:
+            self._counter += 1
+            model.used = self._counter
+            if model.session is None:
+                await asyncio.to_thread(self._open_in_room, model)
+        return model
+
+    def _open_in_room(self, model: Model) -> None:
+        """Load a model; where memory is short, without those that have nothing to do, the longest unused first."""
+        while True:
+            try:
+                return self._open(model)
+            except OutOfMemory:
+                idle = [
+                    m
+                    for m in self.loaded
+                    if m.session is not None and not m.session.stats().running + m.session.stats().waiting
+                ]
+                if not idle:
+                    raise
+                self._close(min(idle, key=lambda other: other.used))
+
+    def _open(self, model: Model) -> None:
+        settings = self._settings
+        logger.info("loading %s", model.name)
+        self._check_room(model)
+        pipe = Pipeline.from_pretrained(
+            model.path,
+            device=settings.device,
+            dtype=settings.dtype,
+            backend=settings.backend,
+            allow_pickle=settings.allow_pickle,
+        )
+        self._take(model, pipe)
+
+    def _check_room(self, model: Model) -> None:
+        """OutOfMemory for a model that does not fit beside those that are loaded, with a picture of its own size."""
+        device = choose_device(backend_device(self._settings.backend, self._settings.device))
+        free = memory.free_bytes(device)
+        if free is None or is_bundle(model.path):  # an engine does not say what it takes
+            return
+        spec = describe(model.path, allow_pickle=self._settings.allow_pickle)
+        width, height = spec.default_size
+        arch = device_capability(device.index or 0) if device.type == "cuda" else 0
+        dtype = choose_dtype(self._settings.dtype, device)
+        workload = memory.Workload.of_spec(spec, width=width, height=height, batch=1, dtype=dtype, arch=arch)
+        plan = memory.plan(workload)
+        if not plan.fits(free):
+            needed, there = memory.size(plan.needed), memory.size(free)
+            raise OutOfMemory(f"model {model.name} needs {needed} for a picture, and {there} are free")
+
+    def _take(self, model: Model, pipe: Pipeline) -> None:
+        for name, file in self._loras.items():
+            try:
+                pipe.load_lora_weights(file, adapter_name=name, allow_pickle=self._settings.allow_pickle)
+            except (CheckpointError, InputError) as error:
+                logger.info("%s is not for %s: %s", name, model.name, error)
+        if self._loras:
+            pipe.set_adapters([])  # only for requests that name them
+        # The server bounds all queues together, so that no session's own bound is met before.
+        model.pipe, model.session = pipe, Session(pipe, max_batch=self._settings.max_batch, max_queue=MAX_QUEUE)
+
+    def _close(self, model: Model) -> None:
+        session, model.session, model.pipe = model.session, None, None
+        if session is not None:
+            logger.info("unloading %s", model.name)
+            session.close()
+
+    def close(self, *, cancel: bool) -> None:
+        """Take no more requests; wait for those under way, or cancel them."""
+        for model in self.loaded:
+            if model.session is not None:
+                model.session.close(cancel=cancel)

@@ -1,0 +1,105 @@
+"""A server process: uvicorn, with a time for a request's header, and an end that lets requests finish."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from fastldm.errors import InputError
+from fastldm.server.app import create_app
+from fastldm.server.service import Service
+from fastldm.server.settings import Settings
+
+logger = logging.getLogger("fastldm.server")
+
+
+def serve(settings: Settings) -> None:
+    """Load the models, and answer until SIGTERM or Ctrl-C: what is under way then has `Settings.drain` seconds, or
+    until a second signal. Raises what loading raises, and InputError for an address that cannot be had."""
+    with _listening(settings) as listening:
+        app = create_app(settings)
+        config = uvicorn.Config(
+            app,
+            http=_protocol(settings.body_timeout),
+            ws="none",
+            lifespan="on",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            limit_concurrency=settings.max_connections,
+            timeout_graceful_shutdown=max(1, round(settings.drain)),
+        )
+        host, port = listening.getsockname()[:2]
+        logger.info("serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        _Server(config, app.state.service).run([listening])
+
+
+def _listening(settings: Settings) -> socket.socket:
+    """Before models are loaded, which takes time."""
+    try:
+        family = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{settings.host}:{settings.port} cannot be served ({reason}): choose another port") from error
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, the second stops at once."""
+        if self.should_exit:
+            self.force_exit = True
+            self._loop.call_soon_threadsafe(self._service.stop_now)
+        else:
+            logger.info(
+                "stopping: requests under way have %g s, or until a second signal", self._service.settings.drain
+            )
+            self._loop.call_soon_threadsafe(self._service.stop)
+        self.should_exit = True
+
+
+def _protocol(seconds: float) -> type[asyncio.Protocol]:
+    """uvicorn's, which would wait for ever for a header, or half of one: it has so many seconds here."""
+
+    class Timed(H11Protocol):
+        _deadline: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._wait()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._wait()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._cancel()
+            super().connection_lost(exc)
+
+        def _wait(self) -> None:
+            """Begin to count, unless it is counted already, or the header is whole."""
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._cancel()
+            elif self._deadline is None:
+                self._deadline = self.loop.call_later(seconds, self.transport.close)
+
+        def _cancel(self) -> None:
+            if self._deadline is not None:
+                self._deadline.cancel()
+            self._deadline = None
+
+    return Timed

@@ -1,0 +1,280 @@
+"""What all dialects share: a request is admitted, watched, answered or cancelled, and its pictures become files."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+from PIL import Image
+from starlette.types import Receive
+
+from fastldm.errors import FastLDMError, InputError
+from fastldm.image import decode_image, encode_image, result_parameters
+from fastldm.request import Request, Result
+from fastldm.server.errors import ApiError, api_error, retry_after
+from fastldm.server.metrics import Metrics
+from fastldm.server.models import Model, Models
+from fastldm.server.settings import MIB, Settings
+from fastldm.server.store import Store
+from fastldm.serving.generation import Generation, Progress
+
+T = TypeVar("T")
+
+logger = logging.getLogger("fastldm.server")
+
+FORMATS = {"png": ("PNG", "image/png"), "jpeg": ("JPEG", "image/jpeg"), "webp": ("WEBP", "image/webp")}
+
+
+@dataclass(eq=False)
+class Work:
+    """A request under way, by its id."""
+
+    id: str
+    owner: str
+    """Whose it is: the key's short name, or nobody's."""
+    model: Model
+    generation: Generation
+    created: float
+    latest: Progress | None = None
+    """The last step that is done."""
+    preview: Image.Image | None = None
+    watchers: set[asyncio.Queue[Progress | None]] = field(default_factory=set)
+    task: asyncio.Task[Any] | None = None
+    dialect: str = ""
+    interrupted: bool = False
+
+    @property
+    def fraction(self) -> float:
+        """Of its steps that are done."""
+        return 0.0 if self.latest is None else (self.latest.step + 1) / self.latest.steps
+
+    async def steps(self) -> AsyncIterator[Progress]:
+        """Each step from now on; any number of readers."""
+        queue: asyncio.Queue[Progress | None] = asyncio.Queue()
+        self.watchers.add(queue)
+        try:
+            if self.task is not None and self.task.done():
+                return
+            while (step := await queue.get()) is not None:
+                yield step
+        finally:
+            self.watchers.discard(queue)
+
+
+@dataclass(frozen=True)
+class Files:
+    """The pictures of a result as files."""
+
+    result: Result
+    contents: tuple[bytes, ...]
+    texts: tuple[str, ...]
+    """The parameters of each, as in a PNG."""
+
+
+class Service:
+    """One server: its models, its open requests, and what it keeps for clients."""
+
+    def __init__(self, settings: Settings, models: Models) -> None:
+        self.settings, self.models = settings, models
+        self.metrics = Metrics(models)
+        self.kept = Store(int(settings.max_kept * MIB), settings.keep)
+        self.open: dict[str, Work] = {}
+        self.started = int(time.time())
+        self.draining = self.warm = False
+        # zlib and libjpeg release the lock that Python's threads share.
+        self._until = math.inf  # when draining ends
+        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "fastldm encode")
+
+    # --- a request
+
+    async def submit(
+        self,
+        id: str,
+        owner: str,
+        model: str | None,
+        arguments: Mapping[str, Any],
+        *,
+        priority: float = 0,
+        deadline: float | None = None,
+        previews: int = 0,
+        dialect: str = "openai",
+    ) -> Work:
+        """Queue a request with fields of `fastldm.Request`. id: the HTTP request's. previews: how many of its steps
+        have one. ApiError, or what `Session.submit` raises."""
+        if self.draining:
+            raise ApiError(503, "the server is stopping", "draining", kind="server_error", retry=False)
+        found = await self.models.get(model)
+        assert found.session is not None
+        request = self._checked(found, arguments)
+        if sum(work.owner == owner for work in self.open.values()) >= self.settings.max_per_key:
+            raise ApiError(
+                429,
+                f"{self.settings.max_per_key} requests of this key are open already",
+                "too_many_requests",
+                kind="rate_limit_error",
+                headers=retry_after(self._next_free()),
+            )
+        if self.models.waiting >= self.settings.max_queue:
+            message = f"{self.settings.max_queue} requests wait already: try again later"
+            raise ApiError(429, message, "queue_full", kind="rate_limit_error", headers=retry_after(self._next_free()))
+        # In a thread: what does not fit is told how it would, from a dry run of a second.
+        submit = partial(found.session.submit, request, priority=priority, preview=previews, id=id)
+        generation = await asyncio.to_thread(submit, deadline=deadline)
+        work = Work(id, owner, found, generation, time.time(), dialect=dialect)
+        self.open[id] = work
+        work.task = asyncio.create_task(self._watch(work))
+        return work
+
+    def _checked(self, model: Model, arguments: Mapping[str, Any]) -> Request:
+        """InputError for what the server does not allow."""
+        settings = self.settings
+        request = Request(**arguments)
+        height, width = model.size
+        for name, value, most in (
+            ("prompt", len(str(request.prompt or "")), settings.max_prompt),
+            ("negative_prompt", len(str(request.negative_prompt or "")), settings.max_prompt),
+        ):
+            if value > most:
+                raise InputError(f"{name} has {value} characters: expected at most {most}")
+        if (request.num_inference_steps or 0) > settings.max_steps:
+            raise InputError(
+                f"num_inference_steps is {request.num_inference_steps}: expected at most {settings.max_steps}"
+            )
+        if request.batch > settings.max_n:
+            raise InputError(f"n is {request.batch}: expected at most {settings.max_n}")
+        if (request.height or height) * (request.width or width) > settings.max_pixels:
+            raise InputError(
+                f"width times height is {(request.height or height) * (request.width or width)}: expected at most "
+                f"{settings.max_pixels} pixels"
+            )
+        return request
+
+    def _next_free(self) -> float | None:
+        """Seconds until a request leaves the queues, about: what all take, by how many there are."""
+        stats = [model.session.stats() for model in self.models.loaded if model.session is not None]
+        open_, times = sum(s.waiting + s.running for s in stats), [s.remaining for s in stats]
+        if not open_ or None in times:
+            return None
+        return sum(time or 0.0 for time in times) / open_
+
+    async def _watch(self, work: Work) -> None:
+        """Follow a request to its end, for whoever asks."""
+        try:
+            async for step in work.generation.async_progress():
+                if step.preview is not None:
+                    work.preview = step.preview[0]
+                work.latest = step
+                for queue in work.watchers:
+                    queue.put_nowait(step)
+        finally:
+            self.open.pop(work.id, None)
+            for queue in work.watchers:
+                queue.put_nowait(None)
+
+    async def files(
+        self,
+        work: Work,
+        format: str = "png",
+        quality: int | None = None,
+        *,
+        change: Callable[[Image.Image], Image.Image] | None = None,
+    ) -> Files:
+        """The pictures when they are done, as files; whatever the generation raises. change: of each picture before.
+        Cancelling the task that waits cancels the request."""
+        try:
+            result = await work.generation
+            start = time.perf_counter()
+            texts = result_parameters(result, work.model.name)
+            kind = FORMATS[format][0]
+
+            def encode(image: Image.Image, text: str) -> bytes:
+                changed = image if change is None else change(image)
+                return encode_image(changed, kind, text, quality=quality, compress_level=1)
+
+            pairs = zip(result.images, texts, strict=True)
+            contents = await asyncio.gather(*(self.in_pool(encode, image, text) for image, text in pairs))
+        except BaseException as error:
+            if isinstance(error, Exception):
+                self.metrics.failed(work.model.name, api_error(error, work.id).code)
+            else:
+                self.metrics.failed(work.model.name, "disconnected")
+            raise
+        generation = work.generation
+        queued = generation.prepare_start - generation.submitted
+        self.metrics.done(work.model.name, queued, result, time.perf_counter() - start)
+        return Files(result, tuple(contents), tuple(texts))
+
+    async def while_connected(self, receive: Receive, work: Work, waiting: Awaitable[T], *, detach: bool = False) -> T:
+        """What is waited for, while the client is there: when it goes, the request is cancelled, unless `detach`."""
+        task, gone = asyncio.ensure_future(waiting), asyncio.ensure_future(_disconnected(receive))
+        try:
+            await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
+            if not task.done() and not detach:
+                work.generation.cancel()
+            return await task
+        except asyncio.CancelledError:
+            if not detach:
+                work.generation.cancel()
+            raise
+        finally:
+            gone.cancel()
+
+    async def in_pool(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
+        """function(...), in a thread of the pool for pictures."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, partial(function, *arguments, **options))
+
+    async def picture(self, content: bytes, name: str) -> Image.Image:
+        """A picture that a client sent, decoded off the loop and off the worker. InputError for what is none, or too
+        large."""
+        return await self.in_pool(decode_image, content, name, self.settings.max_input_pixels)
+
+    def of_owner(self, owner: str) -> list[Work]:
+        """The open requests of a key, the oldest first."""
+        return sorted((work for work in self.open.values() if work.owner == owner), key=lambda work: work.created)
+
+    async def warm_up(self) -> None:
+        """A request for each model that is loaded, so that no client waits for what the first one prepares."""
+        for model in self.models.loaded:
+            assert model.pipe is not None
+            try:
+                await asyncio.to_thread(model.pipe.warmup, batches=(self.settings.max_batch, 1))
+            except FastLDMError as error:
+                logger.warning("%s could not be warmed up: %s", model.name, error)
+        self.warm = True
+
+    # --- the end
+
+    def stop(self) -> None:
+        """Take no more requests, and give those under way `Settings.drain` seconds."""
+        if not self.draining:
+            self.draining, self._until = True, time.monotonic() + self.settings.drain
+
+    def stop_now(self) -> None:
+        """Cancel what is under way."""
+        self.stop()
+        self._until = 0.0
+        for work in [*self.open.values()]:
+            work.generation.cancel()
+
+    async def drain(self) -> None:
+        """Wait for the requests under way; cancel what is left then."""
+        self.stop()
+        tasks = [work.task for work in self.open.values() if work.task is not None]
+        if tasks:
+            await asyncio.wait(tasks, timeout=max(0.0, self._until - time.monotonic()))
+        self.stop_now()
+        await asyncio.to_thread(partial(self.models.close, cancel=True))
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
