@@ -499,8 +499,10 @@ def result_parameters(result: Result, model: str) -> list[str]:
     """The generation parameters of each image of a result, as text. model: its name."""
     extra = {"Version": f"fastldm {__version__}", "Backend": f"{result.backend} {result.dtype}"}
     seeds = result.seeds or (None,) * result.request.batch
-    named = {"extra": extra, "embeddings": result.embeddings}
-    return [parameters_text(result.request, seed, model, picture=k, **named) for k, seed in enumerate(seeds)]
+    return [
+        parameters_text(result.request, seed, model, extra, picture=k, embeddings=result.embeddings)
+        for k, seed in enumerate(seeds)
+    ]
 
 
 def save_result(result: Result, paths: list[Path], model: str, metadata: bool = True) -> None:
