@@ -59,7 +59,8 @@ class Models:
         """pipelines: those that are loaded already, by name. CheckpointError for an adapter that there is not."""
         self._settings = settings
         self._loras: dict[str, Path] = {
-            name: find_weights(path, allow_pickle=settings.allow_pickle) for name, path in settings.loras.items()
+            name: find_weights(path, kind="lora", allow_pickle=settings.allow_pickle)
+            for name, path in settings.loras.items()
         }
         self._by_name = {name: Model(name, path) for name, path in settings.models.items()}
         self._counter = 0
