@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastldm.adapters.packing import Layout, layouts
 from fastldm.checks import show
 from fastldm.conditioning.text import TextStage
 from fastldm.errors import BundleError, CheckpointError
@@ -80,9 +81,23 @@ class Bundle:
             model = bundle.model
         except CheckpointError as error:
             raise BundleError(f"{folder / MANIFEST}: {error}") from error
-        options = {"dtype": manifest["dtype"], "split": manifest["split"]}
+        rank = bundle.adapter_rank
+        if rank and not manifest["split"]:
+            raise BundleError(f"{folder / MANIFEST}: 'adapter_rank' is {rank} of a model that is not split")
+        options = {"dtype": manifest["dtype"], "split": manifest["split"], "adapter_rank": rank}
         manifests.check_networks(folder, bundle.specs, specs(model.unet, model.vae, model.text, **options))
+        manifests.check_adapters(folder, manifest, bundle.layouts)
         return bundle
+
+    @property
+    def adapter_rank(self) -> int:
+        """Of the adapters that it takes together; 0 where it takes none."""
+        return self.manifest.get("adapter_rank", 0)
+
+    @cached_property
+    def layouts(self) -> dict[str, Layout]:
+        """Where its networks read the factors of adapters."""
+        return layouts(self.model.unet, self.model.text, self.adapter_rank) if self.adapter_rank else {}
 
     def _needed(self) -> set[str]:
         """The files that are read to run or verify the bundle: networks, all files beside them, which may be weights of

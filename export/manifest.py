@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from fastldm.adapters.packing import Layout
 from fastldm.checks import show
 from fastldm.errors import BundleError
 from fastldm.export.engine import MANIFEST
@@ -32,6 +33,7 @@ from fastldm.reading import (
     unfit,
 )
 
+MAX_RANK = 4096
 FORMAT = 2
 """Format 1 had one tolerance for all networks, no tokenizers and options, and token ids in int64."""
 
@@ -49,6 +51,7 @@ class Digest:
 
 
 _SIZE = Integer(1, 2**24)
+_FLAT = Integer(1, 2**40)
 _AXIS = Object(
     {
         "name": Field(Text(40)),
@@ -63,9 +66,9 @@ _PORT = Object(
     {
         "name": Field(Text(80)),
         "dtype": Field(OneOf("float32", "float16", "int32")),
-        "shape": Field(ListOf(Either(_SIZE, _AXIS), 1, 4)),
+        "shape": Field(ListOf(Either(_FLAT, _AXIS), 1, 4)),
         "below": Field(Maybe(Integer())),
-        "like": Field(OneOf("normal", "latents", "picture")),
+        "like": Field(OneOf("normal", "latents", "picture", "factors", "scales")),
         "scale": Field(Number(0)),
     }
 )
@@ -78,6 +81,8 @@ _OPTIONS = {
     "prediction_type": Field(Text(), None),
     "allow_pickle": Field(Flag(), False),
 }
+_FACTOR = Object({"offset": Field(Integer(0, 2**40)), "shape": Field(ListOf(_SIZE, 2, 4))})
+_SLICE = Object({"module": Field(Text(400)), "down": Field(_FACTOR), "up": Field(_FACTOR)})
 FIELDS = {
     "model": Field(Text()),
     "source": Field(Maybe(Text(10_000))),
@@ -88,6 +93,8 @@ FIELDS = {
     "split": Field(Flag()),
     "fused_ops": Field(Flag()),
     "adapters": Field(ListOf(Text(2000), 0, 200), []),  # that are merged into the weights
+    "adapter_rank": Field(Integer(0, MAX_RANK), 0),  # of those that are taken beside them
+    "adapter_inputs": Field(MapOf(ListOf(_SLICE, 1, 100_000), 0, len(RUN)), {}),  # by network, `packing.Slice.to_dict`
     "weights": Field(MapOf(Digest(), 3, 10)),
     "tokenizers": Field(MapOf(Digest(), 1, 10)),
     "config": Field(MapOf(Object({}), 4, 10)),
@@ -139,6 +146,22 @@ def check_networks(folder: Path, actual: Mapping[str, NetworkSpec], expected: Ma
         counts = [(len(x.inputs), len(x.outputs)) for x in (spec, expected[name])]
         if counts[0] != counts[1]:
             raise BundleError(f"{path}: {name} has {counts[0]} inputs and outputs, expected {counts[1]}")
+
+
+def check_adapters(folder: Path, manifest: Mapping[str, Any], expected: Mapping[str, Layout]) -> None:
+    """BundleError if a manifest says that adapters' factors lie elsewhere than where its networks read them."""
+    actual = manifest.get("adapter_inputs", {})
+    if actual != (inputs := adapter_inputs(expected)):
+        name = next(name for name in (*inputs, *actual) if inputs.get(name) != actual.get(name))
+        raise BundleError(
+            f"{folder / MANIFEST}: 'adapter_inputs.{name}' is not where {name} reads the factors of adapters of rank "
+            f"{manifest.get('adapter_rank', 0)}"
+        )
+
+
+def adapter_inputs(expected: Mapping[str, Layout]) -> dict[str, list[dict[str, Any]]]:
+    """The field of a manifest: for each network, which slice of its factors is whose."""
+    return {name: [own.to_dict() for own in layout] for name, layout in expected.items()}
 
 
 def _describe(port: Port) -> str:

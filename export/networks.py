@@ -8,7 +8,7 @@ embeddings, and its "rows" are all its other inputs, concatenated.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -18,15 +18,18 @@ import torch
 from torch import Tensor
 
 from fastldm import openmp, spans
+from fastldm.adapters.packing import DOWN, SCALE, UP, Packed
 from fastldm.conditioning.text import TextStage
 from fastldm.device import choose_dtype
 from fastldm.errors import BundleError, CheckpointError, InputError
 from fastldm.export.bundle import Bundle, differing, identity
 from fastldm.export.engine import Engine, is_bundle, open_engine
 from fastldm.export.spec import Axis, NetworkSpec
+from fastldm.kernels.lora import Rows
 from fastldm.loading import spec as loading
 from fastldm.loading.prepare import prepare
 from fastldm.models.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
+from fastldm.models.layers import Beside
 from fastldm.models.unet import AddedConditions, guidance_embedding
 from fastldm.models.vae import Layer
 
@@ -107,13 +110,15 @@ def load(
     spec, computed = bundle.model, precision(bundle, backend, device, dtype)
     options: dict[str, Any] = {"device": device, "threads": openmp.threads()}
 
+    stored = getattr(torch, bundle.manifest["dtype"])
+    packed = {name: Packed(layout, stored, device) for name, layout in bundle.layouts.items()}
+
     def network(name: str) -> Network:
         if opened is not None:
-            return Network(opened(name))
+            return Network(opened(name), packed.get(name))
         options["precision"] = precision_of(name, computed)
-        return Network(
-            open_engine(backend, bundle.path(name), bundle.specs[name], hashes=bundle.hashes(name), **options)
-        )
+        engine = open_engine(backend, bundle.path(name), bundle.specs[name], hashes=bundle.hashes(name), **options)
+        return Network(engine, packed.get(name))
 
     names = [name for name in ("text_encoder", "text_encoder_2") if name in bundle.specs]
     stages = tuple(
@@ -135,27 +140,30 @@ def load(
         stages,
         prepare({}),
         device=device,
-        dtype=getattr(torch, bundle.manifest["dtype"]),
+        dtype=stored,
         backend=backend,
         precision=computed,
         latents=unet.latents,
+        packed=packed,
     )
 
 
 class Network:
-    """An engine that takes any number of rows, in several calls if needed."""
+    """An engine that takes any number of rows, in several calls if needed. packed: the factors of adapters that it
+    reads, which are not among the inputs of a call."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.specs, self._engine = engine.specs, engine
-        self.inputs = self.specs[0].inputs
+    def __init__(self, engine: Engine, packed: Packed | None = None) -> None:
+        self.specs, self._engine, self.packed = engine.specs, engine, packed
+        self.inputs = tuple(port for port in self.specs[0].inputs if packed is None or port.name not in (DOWN, UP))
         self._max_rows = min(spec.inputs[0].axes[0].most for spec in self.specs)
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """All inputs of the spec, each of R rows, in any floating point dtype -> all outputs, of R rows."""
+        factors = {} if self.packed is None else {DOWN: self.packed.down, UP: self.packed.up}
         converted = {port.name: inputs[port.name].to(port.torch_dtype) for port in self.inputs}
         rows = next(iter(converted.values())).shape[0]
         chunks = [
-            self._engine({name: x[start : start + self._max_rows] for name, x in converted.items()})
+            self._engine({name: x[start : start + self._max_rows] for name, x in converted.items()} | factors)
             for start in range(0, rows, self._max_rows)
         ]
         if len(chunks) == 1:
@@ -212,7 +220,7 @@ class ExportedUNet(ABC):
 
     def __init__(self, config: UNetConfig, step: Network, text: str) -> None:
         """step: the network that runs in each step. text: its input with the axis of tokens."""
-        self.config, self._step = config, step
+        self.config, self._step, self.beside = config, step, Beside()
         self._tokens = next(port.axes[1] for port in step.inputs if port.name == text)
         self.latents = _latents(step.specs)
 
@@ -232,19 +240,27 @@ class ExportedUNet(ABC):
     @abstractmethod
     def _cross_kv(self, hidden: Tensor) -> tuple[Tensor, ...]: ...
 
+    def _inputs(self, rows: int, device: torch.device) -> dict[str, Tensor]:
+        """What rows of the call under way have beside latents, time and text, each of all rows."""
+        return {}
+
     @abstractmethod
-    def _evaluate(self, model_input: Tensor, row: Tensor, kv: Sequence[Tensor]) -> Tensor: ...
+    def _evaluate(
+        self, model_input: Tensor, row: Tensor, kv: Sequence[Tensor], more: Mapping[str, Tensor]
+    ) -> Tensor: ...
 
     def step(
         self, model_input: Tensor, temb_row: Tensor, cross_kv: Sequence[Tensor], *, kv_len: Tensor | None = None
     ) -> Tensor:
+        more = self._inputs(len(model_input), model_input.device)
         if kv_len is None:
-            return self._evaluate(model_input, temb_row, cross_kv)
+            return self._evaluate(model_input, temb_row, cross_kv, more)
         # Exported attention has no masks: rows with texts of equal length are run together.
         out = model_input.new_empty((model_input.shape[0], self.config.out_channels, *model_input.shape[2:]))
         for tokens in kv_len.unique().tolist():
             rows = (kv_len == tokens).nonzero().flatten()
-            out[rows] = self._evaluate(model_input[rows], temb_row[rows], [kv[rows, :tokens] for kv in cross_kv])
+            own = {name: x[rows] for name, x in more.items()}
+            out[rows] = self._evaluate(model_input[rows], temb_row[rows], [kv[rows, :tokens] for kv in cross_kv], own)
         return out
 
 
@@ -265,8 +281,18 @@ class SplitUNet(ExportedUNet):
         outputs = self._text_kv(encoder_hidden_states=hidden)
         return tuple(outputs[f"kv.{i}"] for i in range(len(outputs)))
 
-    def _evaluate(self, model_input: Tensor, row: Tensor, kv: Sequence[Tensor]) -> Tensor:
-        return self._step.only(sample=model_input, temb_row=row, **{f"kv.{i}": x for i, x in enumerate(kv)})
+    def _inputs(self, rows: int, device: torch.device) -> dict[str, Tensor]:
+        packed = self._step.packed
+        if packed is None:
+            return {}
+        scales = torch.zeros(rows, packed.rank)
+        for start, stop, places in self.beside.rows.groups or () if isinstance(self.beside.rows, Rows) else ():
+            for number, scale in places:
+                scales[start:stop, number - 1] = scale  # number 0 is none
+        return {SCALE: scales.to(device)}
+
+    def _evaluate(self, model_input: Tensor, row: Tensor, kv: Sequence[Tensor], more: Mapping[str, Tensor]) -> Tensor:
+        return self._step.only(sample=model_input, temb_row=row, **{f"kv.{i}": x for i, x in enumerate(kv)}, **more)
 
 
 class FullUNet(ExportedUNet):
@@ -291,7 +317,7 @@ class FullUNet(ExportedUNet):
     def _cross_kv(self, hidden: Tensor) -> tuple[Tensor, ...]:
         return (hidden,)
 
-    def _evaluate(self, model_input: Tensor, row: Tensor, kv: Sequence[Tensor]) -> Tensor:
+    def _evaluate(self, model_input: Tensor, row: Tensor, kv: Sequence[Tensor], more: Mapping[str, Tensor]) -> Tensor:
         columns = row.split(list(self._row_columns.values()), dim=1)
         inputs = dict(zip(self._row_columns, columns, strict=True))
         inputs["timestep"] = inputs["timestep"].flatten()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastldm.errors import BundleError, InputError
 from fastldm.export import fused
-from fastldm.export.reference import RUN, ReferenceNetworks
+from fastldm.export.reference import ReferenceNetworks
 from fastldm.export.spec import DATA, MODEL, Axis, NetworkSpec, sample
 from fastldm.kernels import observe, use
 from fastldm.kernels.dispatch import replace_references
@@ -37,11 +37,11 @@ class _Traced(nn.Module):
     def __init__(self, networks: ReferenceNetworks, name: str) -> None:
         super().__init__()
         self.network = networks.module(name)
-        self._spec, self._run = networks.specs[name], RUN[name]
+        self._spec, self._networks = networks.specs[name], networks
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         names = (port.name for port in self._spec.inputs)
-        outputs = self._run(self.network, dict(zip(names, inputs, strict=True)))
+        outputs = self._networks.evaluate(self._spec.name, dict(zip(names, inputs, strict=True)))
         return tuple(outputs[port.name] for port in self._spec.outputs)
 
 
@@ -60,7 +60,9 @@ def write(networks: ReferenceNetworks, name: str, folder: Path, *, opset: int = 
     fused.add_functions(model, opset)
     check_graph(model, networks, name, opset)
     folder.mkdir(parents=True)
-    ir.save(model, folder / MODEL, external_data=DATA)
+    # With the sizes of the Split of adapters' factors in the graph: ONNX Runtime reads them before it has the data.
+    inside = max(256, 8 * len(networks.layouts.get(name, ())) + 8)
+    ir.save(model, folder / MODEL, external_data=DATA, size_threshold_bytes=inside)
 
 
 def trace_sizes(spec: NetworkSpec) -> dict[str, int]:
@@ -146,7 +148,7 @@ def check_graph(model: ir.Model, networks: ReferenceNetworks, name: str, opset: 
     gelus = module.config.layers if isinstance(module, CLIPText) and module.config.act == "gelu" else 0
     expected = dict.fromkeys(_DECOMPOSED, 0) | {
         "GroupNormalization": calls["group_norm"],
-        "Gelu": calls["linear_geglu"] + gelus,
+        "Gelu": calls["linear_geglu"] + calls["geglu"] + gelus,
     }
     if opset >= 23 or model.functions:
         expected["Attention"] = calls["attention"]

@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fastldm.adapters.packing import DOWN, SCALE, UP, Layout, layouts, products
 from fastldm.export.spec import DType, sample, specs
 from fastldm.kernels import use
+from fastldm.kernels.lora import Places
 from fastldm.loading import spec as loading
 from fastldm.loading.state import load_module
 from fastldm.models.clip import CLIPText
+from fastldm.models.layers import Adaptable, Beside, LowRank
 from fastldm.models.unet import AddedConditions, GuidanceSinusoids, Sinusoids, UNet
 from fastldm.models.vae import HALF_EXPONENT, AutoencoderKL, TinyAutoencoder, rescale_for_half
 
@@ -34,8 +37,13 @@ class ReferenceNetworks:
         float32 with the weights of that dtype.
     """
 
-    def __init__(self, model: loading.Spec, dtype: DType, *, split: bool = False, exact: bool = False) -> None:
-        self.specs = specs(model.unet, model.vae, model.text, dtype=dtype, split=split)
+    def __init__(
+        self, model: loading.Spec, dtype: DType, *, split: bool = False, adapter_rank: int = 0, exact: bool = False
+    ) -> None:
+        """split and adapter_rank: as of `specs`."""
+        options: dict[str, Any] = {"dtype": dtype, "split": split, "adapter_rank": adapter_rank}
+        self.specs = specs(model.unet, model.vae, model.text, **options)
+        self.layouts = layouts(model.unet, model.text, adapter_rank) if adapter_rank else {}
         self.dtype, self._model, self._exact = dtype, model, exact
         self._loaded: dict[str, nn.Module] = {}
 
@@ -94,11 +102,41 @@ class ReferenceNetworks:
         mode = contextlib.nullcontext() if precision is None else _rounded(module, precision)
         # Outside a caller's inference mode, in which dispatch modes cannot create views of normal weights.
         with use("torch"), torch.inference_mode(False), torch.no_grad(), mode:
-            results = RUN[name](module, inputs)
+            results = self.evaluate(name, inputs)
         outputs = self.specs[name].outputs
         if precision is None:
             return {port.name: results[port.name] for port in outputs}
         return {port.name: results[port.name].to(port.torch_dtype).float() for port in outputs}
+
+    def evaluate(self, name: str, inputs: Named) -> dict[str, Tensor]:
+        """A network's module on its inputs, as it is traced."""
+        module = self.module(name)
+        with _adapted(module, self.layouts.get(name, ()), inputs):
+            return RUN[name](module, inputs)
+
+
+@contextlib.contextmanager
+def _adapted(module: nn.Module, layout: Layout, inputs: Named) -> Iterator[None]:
+    """Inside, the layers of a network have the factors that are among its inputs beside their weights."""
+    beside, layers, groups = Beside(), [], [*products(layout)]
+    if groups:
+        # One Split each: hundreds of Slices of one tensor take the graph's optimizer minutes.
+        downs = inputs[DOWN].split([group[-1].down_end - group[0].down for group in groups])
+        ups = inputs[UP].split([group[-1].up_end - group[0].up for group in groups])
+        for group, down, up in zip(groups, downs, ups, strict=True):
+            rank, rest = group[0].rank, group[0].down_shape[1:]
+            down = down.view(*(() if len(rest) > 1 else (len(group),)), rank, *rest)
+            low_rank = LowRank(down, up.view(-1, rank), beside)
+            layers += [(module.get_submodule(own.target.module), low_rank) for own in group]
+    try:
+        for layer, low_rank in layers:
+            assert isinstance(layer, Adaptable)
+            layer.low_rank = low_rank
+        with beside.having(Places(inputs.get(SCALE)) if layers else None):
+            yield
+    finally:
+        for layer, _ in layers:
+            del layer.low_rank
 
 
 # ---------------------------------------------------------------------------------------------- errors of precisions

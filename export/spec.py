@@ -17,6 +17,9 @@ In the split form, the U-Net is three networks, as `models.unet` runs it:
     text_kv      encoder_hidden_states -> kv.0, kv.1, ...: keys | values of each cross-attention, per prompt
     time_rows    timesteps (SDXL: text_embeds, time_ids; LCM: guidance) -> temb_rows, per schedule
     unet_step    sample, temb_row, kv.0, kv.1, ... -> out_sample, per step
+
+Where a bundle takes adapters, all but the autoencoder's read their factors too, see `adapters.packing`: lora_down and
+lora_up, and the last of them lora_scale.
 """
 
 from __future__ import annotations
@@ -28,11 +31,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fastldm.adapters.packing import DOWN, SCALE, UP, Layout, layouts
 from fastldm.models.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
 from fastldm.sizes import Axis
 
 DType = Literal["float32", "float16", "int32"]
-Like = Literal["normal", "latents", "picture"]
+Like = Literal["normal", "latents", "picture", "factors", "scales"]
 MODEL, DATA = "model.onnx", "model.onnx_data"
 """The files of an exported network: graph and weights."""
 
@@ -46,8 +50,9 @@ class Port:
     shape: tuple[int | Axis, ...]
     below: int | None = None  # sample inputs are in 0..below; if None, see `like`
     like: Like = "normal"
-    """Sample inputs: normally distributed, latents of an autoencoder, or an image in -1..1."""
-    scale: float = 1.0  # standard deviation of latents
+    """Sample inputs: normally distributed, latents of an autoencoder, an image in -1..1, factors of adapters, or their
+    scales, of which half are 0."""
+    scale: float = 1.0  # standard deviation of latents and factors
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -127,15 +132,18 @@ def specs(
     *,
     dtype: DType,
     split: bool = False,
+    adapter_rank: int = 0,
 ) -> dict[str, NetworkSpec]:
-    """All networks of a model by name. dtype: "float32" or "float16", of weights and activations."""
+    """All networks of a model by name. dtype: "float32" or "float16", of weights and activations. adapter_rank: of the
+    adapters that the networks of a model that is split take, together; 0 is none."""
     names = ("text_encoder", "text_encoder_2")
     normalised = texts[-1].projection_dim is None  # as in `fastldm.conditioning.text`: SDXL's are not
     networks = [_text_encoder(name, text, dtype, normalised) for name, text in zip(names, texts, strict=False)]
     window = min(text.max_position for text in texts)
     networks += _split_unet(unet, window, dtype) if split else [_unet(unet, window, dtype)]
     networks += [_vae_decoder(unet, vae, dtype), _vae_encoder(unet, vae, dtype)]
-    return {network.name: network for network in networks}
+    packed = layouts(unet, texts, adapter_rank) if adapter_rank else {}
+    return {network.name: _with_factors(network, packed.get(network.name, ()), dtype) for network in networks}
 
 
 def sample(spec: NetworkSpec, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
@@ -157,11 +165,23 @@ def sample(spec: NetworkSpec, sizes: Mapping[str, int] | None = None, seed: int 
             values = port.below * torch.rand(shape, generator=generator)
         elif port.like == "normal":
             values = torch.randn(shape, generator=generator)
+        elif port.like == "factors":
+            values = tiled(port.scale * torch.randn(min(TILE, *shape), generator=generator), *shape)
+        elif port.like == "scales":
+            values = torch.randn(shape, generator=generator) * (torch.rand(shape, generator=generator) < 0.5)
         else:
             values = _patches(shape, generator)
             values = port.scale * values if port.like == "latents" else (0.7 * values).clamp(-1, 1)
         inputs[port.name] = values.to(port.torch_dtype)
     return inputs
+
+
+TILE = 65_521  # a prime, so that few layers begin at the same number
+
+
+def tiled(tile: Tensor, size: int) -> Tensor:
+    """Numbers repeated up to a size: samples of factors, of which goldens hold the tile alone."""
+    return tile.repeat(-(-size // len(tile)))[:size]
 
 
 def _patches(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -177,6 +197,21 @@ def _patches(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 # Two rows are a guided image, sixteen are eight of them.
 _BATCH = Axis("batch", 1, 2, 16)
 _IMAGES = Axis("batch", 1, 1, 16)
+
+
+def _with_factors(network: NetworkSpec, layout: Layout, dtype: DType) -> NetworkSpec:
+    """A network that reads factors of adapters too."""
+    if not layout:
+        return network
+    rank, down, up = layout[0].rank, layout[-1].down_end, layout[-1].up_end
+    width = down / rank / len(layout)  # so that what a sample adds is about as large as what it is added to
+    inputs = [
+        Port(DOWN, dtype, (down,), like="factors", scale=width**-0.5),
+        Port(UP, dtype, (up,), like="factors", scale=0.5 * rank**-0.5),
+    ]
+    if network.name == "unet_step":
+        inputs.append(Port(SCALE, dtype, (_BATCH, rank), like="scales"))
+    return replace(network, inputs=(*network.inputs, *inputs))
 
 
 def _text_encoder(name: str, config: TextConfig, dtype: DType, normalised: bool) -> NetworkSpec:

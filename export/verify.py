@@ -17,13 +17,14 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from fastldm.adapters.packing import DOWN, UP
 from fastldm.errors import BundleError, EngineError, NonFinite
 from fastldm.export import networks
 from fastldm.export.bundle import PICTURE, Bundle
 from fastldm.export.engine import Engine, open_engine
 from fastldm.export.parity import Difference, difference, gate, worst
 from fastldm.export.reference import ReferenceNetworks
-from fastldm.export.spec import Axis, NetworkSpec, sample
+from fastldm.export.spec import TILE, Axis, NetworkSpec, sample, tiled
 from fastldm.loading.spec import Spec
 from fastldm.request import Request
 from fastldm.runtime.stages import Stages
@@ -63,7 +64,8 @@ def verify(
     not the bundle's.
     """
     device = torch.device(device)
-    reference = None if model is None else ReferenceNetworks(model, "float32", split=bundle.manifest["split"])
+    form: dict[str, Any] = {"split": bundle.manifest["split"], "adapter_rank": bundle.adapter_rank}
+    reference = None if model is None else ReferenceNetworks(model, "float32", **form)
     if reference is not None and reference.specs.keys() != bundle.specs.keys():
         raise BundleError(
             f"the bundle has {', '.join(bundle.specs)}, the model it is to be compared with "
@@ -148,6 +150,9 @@ class Goldens:
                     sound[side][name] = Difference(*tensor.tolist())
                 else:
                     cases.setdefault(case, ({}, {}))[side == "out"][name] = tensor
+            for port in bundle.specs[network].inputs if network in bundle.specs else ():
+                for inputs, _ in cases.values() if port.like == "factors" else ():
+                    inputs[port.name] = tiled(inputs[port.name], port.shape[0])
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise BundleError(f"{path} holds no goldens of {network} ({error!r}): export the model again") from error
         return cls([cases[case] for case in sorted(cases)], sound)
@@ -156,7 +161,10 @@ class Goldens:
         """The content of a safetensors file."""
         tensors: Named = {}
         for case, (inputs, outputs) in enumerate(self.cases):
-            tensors |= {f"{case}:in:{name}": x for name, x in inputs.items()}
+            # of factors of adapters their tile: they are as large as all of an adapter's file
+            tensors |= {
+                f"{case}:in:{name}": x[:TILE].clone() if name in (DOWN, UP) else x for name, x in inputs.items()
+            }
             tensors |= {f"{case}:out:{name}": x.contiguous() for name, x in outputs.items()}
         for precision, differences in self.sound.items():
             for name, measured in differences.items():

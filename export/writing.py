@@ -19,6 +19,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from fastldm import checks
+from fastldm.adapters.packing import layouts
 from fastldm.conditioning.tokenizer import BOS, CLIP_WINDOW, EOS, clip_vocabulary
 from fastldm.errors import BundleError, CheckpointError, InputError
 from fastldm.export import manifest as manifests
@@ -58,6 +60,7 @@ def export(
     split: bool = False,
     fused_ops: bool = False,
     adapters: Sequence[str] = (),
+    adapter_rank: int = 0,
     on_network: Callable[[str], object] = lambda network: None,
 ) -> Bundle:
     """Write a model as a bundle, each network compared with PyTorch.
@@ -66,6 +69,8 @@ def export(
         of `loading.describe`, with which the model was opened. name: of the model, by default from its source.
     split: the U-Net as three networks, see `export.spec`. fused_ops: fastldm's ops as single nodes, see `export.fused`.
     adapters: what is merged into the weights, a line for each, for the manifest.
+    adapter_rank: of the LoRAs that the bundle takes after it was written, together, see `adapters.packing`; 0 for none.
+        Implies split.
     on_network: called with the name of the network that is next.
 
     An interrupted export of the same model with the same options continues, and a finished one is opened. Raises
@@ -73,8 +78,10 @@ def export(
     BundleError if a network does not compute what PyTorch does or the disk is full; EngineError if ONNX Runtime cannot
     run it.
     """
+    split = bool(split or checks.whole("adapter_rank", adapter_rank, 0, manifests.MAX_RANK, "a rank"))
     out, partial = _paths(out)
-    head = _head(model, source=source, options=options, name=name, dtype=dtype, opset=opset, split=split)
+    form: dict[str, Any] = {"dtype": dtype, "opset": opset, "split": split, "adapter_rank": adapter_rank}
+    head = _head(model, source=source, options=options, name=name, **form)
     head |= {"fused_ops": fused_ops, "adapters": list(adapters)}
     if (out / MANIFEST).is_file():
         return _open_existing(out, head)
@@ -160,8 +167,8 @@ def _open_existing(out: Path, head: Mapping[str, Any]) -> Bundle:
     existing = Bundle.open(out)
     expected = json.loads(json.dumps(head))  # with lists in place of tuples
     # The same model may have another source.
-    names = ("family", "dtype", "opset", "split", "fused_ops")
-    differs = [name for name in names if existing.manifest.get(name) != expected[name]]
+    names = ("family", "dtype", "opset", "split", "fused_ops", "adapter_rank")
+    differs = [name for name in names if existing.manifest.get(name) != expected.get(name)]
     if differs := differs or differing(existing.manifest, expected):
         raise InputError(
             f"{out} exists and is a bundle of another model or of other options ({', '.join(differs)} differ): "
@@ -182,12 +189,17 @@ def _head(
     dtype: DType,
     opset: int,
     split: bool,
+    adapter_rank: int,
 ) -> dict[str, Any]:
     """The manifest's fields for model and options: bundles with equal heads are the same."""
     components = model.checkpoint.components.values()
     if not all(component.files or isinstance(component, Loaded) for component in components):
         raise InputError(f"{source} has no weights for PyTorch, as a bundle: give the model that it was exported from")
-    networks = specs(model.unet, model.vae, model.text, dtype=dtype, split=split)
+    networks = specs(model.unet, model.vae, model.text, dtype=dtype, split=split, adapter_rank=adapter_rank)
+    taken: dict[str, Any] = {}
+    if adapter_rank:
+        inputs = manifests.adapter_inputs(layouts(model.unet, model.text, adapter_rank))
+        taken = {"adapter_rank": adapter_rank, "adapter_inputs": inputs}
     return {
         "model": name or Path(source or "model").name,
         "source": source,
@@ -198,6 +210,7 @@ def _head(
         "split": split,
         **identity(model),
         "networks": {network: spec.to_dict() for network, spec in networks.items()},
+        **taken,
     }
 
 
@@ -210,9 +223,10 @@ def _export(model: Spec, partial: Path, on_network: Callable[[str], object], hea
         **head,
         "versions": {"fastldm": __version__, "python": platform.python_version(), **versions},
     }
-    dtype, split = head["dtype"], head["split"]
-    networks, reference = ReferenceNetworks(model, dtype, split=split), ReferenceNetworks(model, "float32", split=split)
-    stored = reference if dtype == "float32" else ReferenceNetworks(model, dtype, split=split, exact=True)
+    dtype: DType = head["dtype"]
+    form: dict[str, Any] = {"split": head["split"], "adapter_rank": head.get("adapter_rank", 0)}
+    networks, reference = ReferenceNetworks(model, dtype, **form), ReferenceNetworks(model, "float32", **form)
+    stored = reference if dtype == "float32" else ReferenceNetworks(model, dtype, exact=True, **form)
 
     # Finished files count if weights, options and versions are the same.
     key = json.dumps(content, sort_keys=True)

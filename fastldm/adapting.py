@@ -44,7 +44,8 @@ class Adapting:
         are loaded.
 
         CheckpointError for a file that is damaged, or for another model, saying how much of it fits and for which it
-        is; InputError for a name that is taken, or a bundle, whose weights are in its engine.
+        is; InputError for a name that is taken, for a bundle that takes no adapters, and for what one that does not
+        take: a higher rank than it was exported for, and what is no LoRA.
         """
         adapters = self._adapters()
         if adapter_name is not None:
@@ -133,8 +134,9 @@ class Adapting:
         weights times lora_scale. They are no longer active themselves, and may be unloaded. `unfuse_lora` takes them
         out again, bitwise.
 
-        components: "unet", "text_encoder", "text_encoder_2"; None is all.
+        components: "unet", "text_encoder", "text_encoder_2"; None is all. InputError for a bundle.
         """
+        self._need_weights()
         components = list(COMPONENTS) if components is None else checks.texts("components", list(components), 3, 100)
         for component in components:
             checks.choice("components", component, COMPONENTS)
@@ -144,12 +146,20 @@ class Adapting:
 
     def unfuse_lora(self) -> None:
         """Take out of the model what was fused."""
+        self._need_weights()
         self.stages.adapters.unfuse()
 
     def _adapters(self) -> Adapted:
-        """InputError for a bundle."""
-        self.stages.need_torch(
-            "whose weights cannot be changed: load the model with backend='torch', or export it with "
-            "`fastldm export --lora FILE`"
-        )
+        """InputError for a bundle that takes none."""
+        if self.stages.adapters.places is None:
+            self.stages.need_torch(
+                "which takes no adapters: export the model with `fastldm export --lora FILE` to merge one, or with "
+                "`fastldm export --adapters RANK` to load them later"
+            )
         return self.stages.adapters
+
+    def _need_weights(self) -> None:
+        """InputError for any bundle."""
+        self.stages.need_torch(
+            "whose weights cannot be changed: activate the adapter, or merge it with `fastldm export --lora FILE:SCALE`"
+        )

@@ -259,9 +259,9 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         active adapters merged, and with the tokens of textual inversion. Returns the bundle's folder. Requests wait
         until it is written.
 
-        options: dtype ("float32" or "float16"), opset, split and fused_ops, see `fastldm.export.writing.export`, whose
-        errors these are. InputError for a pipeline that itself runs a bundle, and while requests with other adapters
-        are under way.
+        options: dtype ("float32" or "float16"), opset, split, fused_ops and adapter_rank, see
+        `fastldm.export.writing.export`, whose errors these are. InputError for a pipeline that itself runs a bundle,
+        and while requests with other adapters are under way.
         """
         self.stages.need_torch("which has no weights to export: copy it")
         if eight_bits.is_on(self.stages):

@@ -61,6 +61,13 @@ class Rows(NamedTuple):
     """The same on the host, for a CPU."""
 
 
+class Places(NamedTuple):
+    """The adapters of the rows of an exported network, whose factors are inputs: a rank of R that all rows read."""
+
+    scales: Tensor | None
+    """(B, R), in x's dtype; at 0, a row has nothing of what is there, not even what overflows. None: all of it."""
+
+
 # ------------------------------------------------------------------------------------------------- references
 
 
@@ -123,11 +130,24 @@ def add_groups(out: Tensor, x: Tensor, down: Tensor, up: Tensor, groups: tuple[G
     return out
 
 
-def add_lora(out: Tensor, x: Tensor, down: Tensor, up: Tensor, rows: Rows) -> Tensor:
+def add_lora(out: Tensor, x: Tensor, down: Tensor, up: Tensor, rows: Rows | Places) -> Tensor:
     """Add to out (B, N, J * O), possibly in place, what the adapters of each row add for x (B, N, I)."""
+    if isinstance(rows, Places):
+        return add_places(out, x, down, up, rows)
     if rows.groups is not None:
         return add_groups(out, x, down, up, rows.groups)
     return expand_reference(out, SHRINK(x, down, rows.pages, rows.scales), up, rows.pages)
+
+
+def add_places(out: Tensor, x: Tensor, down: Tensor, up: Tensor, rows: Places) -> Tensor:
+    """out (..., J * O) plus what places add for x (..., I), with scales (B, N, I): down (J, R, I), up (J * O, R)."""
+    layers, rank = down.shape[:2]
+    z = F.linear(x, down.flatten(0, 1))  # (..., J * R)
+    if rows.scales is not None:
+        scales = rows.scales.repeat(1, layers)[:, None]  # (B, 1, J * R)
+        z = torch.where(scales != 0, z * scales, 0.0)
+    parts = zip(z.split(rank, dim=-1), up.chunk(layers), strict=True)
+    return out + torch.cat([F.linear(own, columns) for own, columns in parts], dim=-1)
 
 
 def _joined(tensors: list[Tensor], dim: int) -> Tensor:
@@ -141,9 +161,17 @@ def _times(x: Tensor, scale: float) -> Tensor:
 # ------------------------------------------------------------------------------------------------ convolutions
 
 
-def add_conv(out: Tensor, x: Tensor, down: Tensor, up: Tensor, rows: Rows, stride: int, padding: int) -> Tensor:
-    """Add to out (B, O, H', W'), in place, what the adapters of a convolution of x (B, C, H, W) add. down (P, 16, C,
-    kh, kw), up (P, O, 16)."""
+def add_conv(
+    out: Tensor, x: Tensor, down: Tensor, up: Tensor, rows: Rows | Places, stride: int, padding: int
+) -> Tensor:
+    """Add to out (B, O, H', W'), possibly in place, what the adapters of a convolution of x (B, C, H, W) add. down (P,
+    16, C, kh, kw), up (P, O, 16); of places (R, C, kh, kw) and (O, R)."""
+    if isinstance(rows, Places):
+        z = F.conv2d(x, down, stride=stride, padding=padding)  # (B, R, H', W')
+        if rows.scales is not None:
+            scales = rows.scales[:, :, None, None]
+            z = torch.where(scales != 0, z * scales, 0.0)
+        return out + torch.matmul(up, z.flatten(2)).view(out.shape)
     tokens = out.permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, O), a view of channels-last memory
     assert tokens.data_ptr() == out.data_ptr(), "the output is not channels-last"
     if rows.groups is not None:
@@ -540,19 +568,19 @@ def lora_linear(
     bias: Tensor | None,
     down: Tensor,
     up: Tensor,
-    rows: Rows,
+    rows: Rows | Places,
     *,
     residual: Tensor | None = None,
 ) -> Tensor:
     """linear(x, weight, bias, residual), plus what the adapters of each row add: x (B, N, I), weight (J * O, I), down
     (P, J, 16, I), up (P, J * O, 16) -> (B, N, J * O), in x's dtype."""
-    if rows.groups is not None:
-        return add_groups(linear(x, weight, bias, residual=residual), x, down, up, rows.groups)
+    if isinstance(rows, Places) or rows.groups is not None:
+        return add_lora(linear(x, weight, bias, residual=residual), x, down, up, rows)
     return LORA_LINEAR(x, weight, bias, residual, down, up, rows.pages, rows.scales)
 
 
-def lora_geglu(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, rows: Rows) -> Tensor:
+def lora_geglu(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, rows: Rows | Places) -> Tensor:
     """geglu(lora_linear(x, weight, bias, down, up, rows)): weight (2O, I), down (P, 1, 16, I), up (P, 2O, 16)."""
-    if rows.groups is not None:
+    if isinstance(rows, Places) or rows.groups is not None:
         return geglu(lora_linear(x, weight, bias, down, up, rows))
     return LORA_GEGLU(x, weight, bias, down, up, rows.pages, rows.scales)

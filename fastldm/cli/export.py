@@ -40,6 +40,14 @@ if TYPE_CHECKING:
     "--fused-ops", is_flag=True, help="GroupNorm with SiLU, attention and GEGLU as one node each. Not for OpenVINO."
 )
 @lora_option
+@click.option(
+    "--adapters",
+    "adapter_rank",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="RANK",
+    help="Take LoRAs of this rank together after it was written. Implies --split.",
+)
 @click.option("--to", type=click.Choice(["tensorrt"]), help="Build engines of the networks too. Needs no GPU.")
 @click.option(
     "--arch",
@@ -67,6 +75,7 @@ def export(
     split: bool,
     fused_ops: bool,
     loras: tuple[tuple[str, float], ...],
+    adapter_rank: int,
     to: str | None,
     arch: tuple[str, ...],
     sizes: tuple[tuple[int, int], ...],
@@ -89,6 +98,7 @@ def export(
     \b
     --split        text and time steps are computed once, not at each step; without, optimum reads the folder too
     --opset        23 has attention as one node, which not all backends know
+    --adapters     `generate --lora` and `load_lora_weights` then work on the bundle, see docs/adapters.md
     --fused-ops    for backends with kernels of their own; ONNX Runtime and TensorRT run what the nodes stand for
     --size         the builder then knows all shapes: one guided picture of one window of text at a time; of several
                    sizes, each is tuned on its own, in one engine with one copy of the weights
@@ -115,12 +125,14 @@ def export(
         if to is not None:  # mistakes are found before anything is traced
             tensorrt = need_tensorrt()
             capabilities = [tensorrt.parse_capability(name) for name in arch]
-            tensorrt.image_profiles(specs(spec.unet, spec.vae, spec.text, dtype=dtype, split=split), sizes)
+            form: dict[str, Any] = {"dtype": dtype, "split": split or adapter_rank > 0, "adapter_rank": adapter_rank}
+            tensorrt.image_profiles(specs(spec.unet, spec.vae, spec.text, **form), sizes)
         shared: dict[str, Any] = {
             "dtype": dtype,
             "opset": int(opset),
             "split": split,
             "fused_ops": fused_ops,
+            "adapter_rank": adapter_rank,
             "on_network": lambda network: click.echo(f"{network} ...", err=True),
         }
         if loras:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -214,6 +214,8 @@ class LoadedModel:
     """What they compute in, if that is not `dtype`."""
     latents: Sequence[tuple[Axis, Axis]] = ()
     """The allowed ranges of latent height and width; empty if every size is allowed."""
+    packed: Mapping[str, Any] = field(default_factory=dict)
+    """Of a bundle that takes adapters, where the networks read their factors: `adapters.packing.Packed` by name."""
 
 
 def load(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastldm.models.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
+from fastldm.models.layers import Beside
 
 Layer = Callable[[Tensor], Tensor]
 
@@ -36,6 +37,8 @@ class TextEncoder(Protocol):
 
 class Denoiser(Protocol):
     """See models.unet.UNet."""
+
+    beside: Beside
 
     @property
     def config(self) -> UNetConfig: ...

@@ -24,7 +24,7 @@ from fastldm.kernels.geglu import geglu
 from fastldm.kernels.group_norm import add_group_norm, group_norm
 from fastldm.kernels.layer_norm import add_layer_norm, layer_norm
 from fastldm.kernels.linear import fast_library, linear, linear_geglu
-from fastldm.kernels.lora import Rows, add_conv, add_lora, lora_geglu, lora_linear
+from fastldm.kernels.lora import Places, Rows, add_conv, add_lora, lora_geglu, lora_linear
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -59,11 +59,11 @@ def parameter(*shape: int) -> nn.Parameter:
 class Beside:
     """Of a network: the adapters that the rows of the call under way have beside the weights."""
 
-    rows: Rows | None = None
+    rows: Rows | Places | None = None
     """None for none: the layers are as without."""
 
     @contextmanager
-    def having(self, rows: Rows | None) -> Iterator[None]:
+    def having(self, rows: Rows | Places | None) -> Iterator[None]:
         """Inside, calls of the network have these."""
         self.rows = rows
         try:
@@ -76,19 +76,20 @@ class LowRank(NamedTuple):
     """The pages of adapters of a layer, see kernels/lora.py; those of layers that are one product are one."""
 
     down: Tensor
-    """(P, J, 16, I), or (P, 16, C, kh, kw) of a convolution."""
+    """(P, J, 16, I), or (P, 16, C, kh, kw) of a convolution; of places without P, and R for 16."""
     up: Tensor
-    """(P, J * O, 16)."""
+    """(P, J * O, 16), the same."""
     beside: Beside
 
 
 class Adaptable(nn.Module):
-    """A layer that may have adapters beside its weight. low_rank: set by runtime/pages.py."""
+    """A layer that may have adapters beside its weight. low_rank: set by runtime/pages.py, and by export/reference.py
+    while it traces."""
 
     low_rank: LowRank | None = None
 
     @property
-    def adapters(self) -> tuple[Tensor, Tensor, Rows] | None:
+    def adapters(self) -> tuple[Tensor, Tensor, Rows | Places] | None:
         """Pages down and up, and the rows' adapters; None where there are none now."""
         own = self.low_rank
         return None if own is None or own.beside.rows is None else (own.down, own.up, own.beside.rows)
@@ -132,7 +133,7 @@ class Linear(Adaptable):
         return linear(x, self.weight, residual=residual, overwrite=True)
 
     def _adapted(
-        self, adapters: tuple[Tensor, Tensor, Rows], x: Tensor, bias: Tensor | None, residual: Tensor | None
+        self, adapters: tuple[Tensor, Tensor, Rows | Places], x: Tensor, bias: Tensor | None, residual: Tensor | None
     ) -> Tensor:
         if self.eight_bits is not None:
             return add_lora(self._multiply(self.eight_bits, x, bias, residual), x, *adapters)
@@ -245,10 +246,10 @@ class Conv(Adaptable):
         return pending if fast_library(x) and self.adapters is None else self.adapt(as_tensor(pending), x, padding)
 
     def adapt(self, out: Tensor, x: Tensor, padding: int | None = None) -> Tensor:
-        """The convolution's output (B, O, H', W') of x, plus what adapters add, in place."""
+        """The convolution's output (B, O, H', W') of x, plus what adapters add, possibly in place."""
         if self.adapters is not None:
             padding = self.weight.shape[-1] // 2 if padding is None else padding
-            add_conv(out, x, *self.adapters, self.stride, padding)
+            return add_conv(out, x, *self.adapters, self.stride, padding)
         return out
 
 

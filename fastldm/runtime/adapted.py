@@ -9,7 +9,7 @@ every step reads runs one of two ways:
               none is left and the same set comes twice running. All has to be of low rank, and fit the pages of a GPU.
 
 A run for which neither is possible, and one that has to be bitwise as alone, waits until those under way are done; no
-later one passes it.
+later one passes it. A bundle that takes adapters has them in the inputs of its networks (places.py), always beside.
 
 The list of adapters may be changed by any thread; the weights are the worker's.
 """
@@ -24,8 +24,10 @@ from typing import Any
 
 from torch import Tensor
 
+from fastldm.adapters.packing import Packed, PackedParameters
 from fastldm.adapters.read import Adapter
 from fastldm.adapters.selection import Parameter, Part, Selected, Selection, Weight, scaled
+from fastldm.adapters.targets import TEXT_ENCODERS
 from fastldm.checks import show
 from fastldm.errors import InputError
 from fastldm.models.config import UNetConfig
@@ -33,6 +35,7 @@ from fastldm.models.unet import UNet
 from fastldm.runtime.denoise import Run
 from fastldm.runtime.merge import Merged
 from fastldm.runtime.pages import Pages
+from fastldm.runtime.places import Places
 
 MAX_ADAPTERS = 1000
 _SELECTIONS = 64  # that are remembered: finding what one changes takes longer than a small step
@@ -43,10 +46,17 @@ class Adapted:
     """What a model's adapters are, and what is merged into its weights."""
 
     def __init__(
-        self, networks: Mapping[str, Any], config: UNetConfig, update: Callable[[], Any], *, shared: bool
+        self,
+        networks: Mapping[str, Any],
+        config: UNetConfig,
+        update: Callable[[], Any],
+        *,
+        shared: bool,
+        packed: Mapping[str, Packed] | None = None,
     ) -> None:
         """networks: by component's name. update: brings up to date what is derived from weights. shared: whether others
-        read the same weights, which are put back whenever no request needs them changed."""
+        read the same weights, which are put back whenever no request needs them changed. packed: of a bundle that takes
+        adapters, where its networks read their factors."""
         self._networks, self._config, self._update, self._shared = networks, config, update, shared
         self._lock = threading.Lock()
         self._loaded: dict[str, Adapter] = {}
@@ -54,15 +64,27 @@ class Adapted:
         self._fused: tuple[Selected, ...] = ()
         self._enabled = True
         self._selections: dict[Any, Selection] = {}
-        parts: tuple[Part, ...] = (*_ONCE, "step")
-        self.merged: dict[Part, Merged] = {part: Merged(self._read) for part in parts}
+        self.merged: dict[Part, Merged | PackedParameters] = {}
+        self.pages: Pages | Places | None = None
+        if packed:
+            self.pages = Places(packed)
+            text = {name: own for name, own in packed.items() if name in TEXT_ENCODERS}
+            self.merged["text"] = PackedParameters(text)
+            self.merged["conditions"] = PackedParameters({name: packed[name] for name in ("text_kv", "time_rows")})
+        else:
+            self.merged |= {part: Merged(self._read) for part in (*_ONCE, "step")}
+            self.pages = Pages(networks["unet"]) if isinstance(networks["unet"], UNet) else None
         self._step: frozenset[Selected] = frozenset()  # what the last run wanted; merged, all under way
-        self.pages = Pages(networks["unet"]) if isinstance(networks["unet"], UNet) else None
-        self._beside = False  # whether adapters are beside the weights
+        self._beside = bool(packed)  # whether adapters are beside the weights
         self._under_way: weakref.WeakSet[Run] = weakref.WeakSet()
         self._next: weakref.ref[Run] | None = None  # a run that waits for the weights
         self.swaps = 0
         """How often weights were written."""
+
+    @property
+    def places(self) -> Places | None:
+        """Of a bundle that takes adapters."""
+        return self.pages if isinstance(self.pages, Places) else None
 
     # --- the list
 
@@ -94,7 +116,9 @@ class Adapted:
 
     def add(self, name: str | None, adapter: Adapter) -> str:
         """Add an adapter, active with weight 1 if no other is. name: None is "default_0" and so on. Returns the name.
-        InputError for a name that is taken."""
+        InputError for a name that is taken, and for what a bundle does not take."""
+        if self.places is not None:
+            self.places.check_adapter(adapter)
         with self._lock:
             self._check_free(name)
             if len(self._loaded) >= MAX_ADAPTERS:
@@ -215,8 +239,11 @@ class Adapted:
         return not self._under_way or self._shares(run) or self._can_mix(run)
 
     def check(self, selection: Selection, *, batch_invariant: bool = False) -> None:
-        """InputError for what can never run: intervals of adapters that cannot be beside the weights."""
-        if not selection.in_intervals:
+        """InputError for what can never run: more than a bundle takes, and intervals of adapters that cannot be beside
+        the weights."""
+        if self.places is not None:
+            self.places.check(selection)
+        if self.places is not None or not selection.in_intervals:
             return
         if batch_invariant or self.pages is None:
             reason = "images have to be bitwise as alone" if batch_invariant else "this is a bundle"
@@ -233,8 +260,11 @@ class Adapted:
 
     def _can_mix(self, run: Run) -> bool:
         runs = [*self._under_way, run]
-        if self.pages is None or any(each.images for each in runs):  # taken apart, to be as if alone
+        if self.pages is None:
             return False
+        if any(each.images for each in runs):  # taken apart, to be as if alone: a bundle has the same places then
+            same = all(each.adapters.step == run.adapters.step and each.images for each in runs)
+            return self.places is not None and same
         adapters = [each.adapters for each in runs]
         if any(each.fused != run.adapters.fused or not each.of_low_rank for each in adapters):
             return False
@@ -248,7 +278,8 @@ class Adapted:
             return False
         # After a mix the next is likely to be one too: only a set that comes twice running is merged again.
         likely = self._beside and self._step != run.adapters.step and self._can_mix(run)
-        if not self._under_way and not likely and not run.adapters.in_intervals:
+        merges = self.places is None and not likely and not run.adapters.in_intervals
+        if not self._under_way and merges:
             self._switch("step", run.adapters)
             self._beside = False
         elif not self._shares(run):
@@ -263,12 +294,15 @@ class Adapted:
         assert self.pages is not None
         runs = [*self._under_way, run]
         adapters = [each.adapters for each in runs]
+        if run.images and len(runs) == 1:
+            self.pages.trim()  # so that its adapters get the places that they get alone
         applied = [self.pages.apply(each, adapters) for each in adapters]  # may fail: nothing has changed so far
         if not self._beside:
             self._switch("step", Selection((), run.adapters.fused))
         self._beside = True
         for each, pages in zip(runs, applied, strict=True):
-            each.applied = pages
+            for own in (each, *each.images):
+                own.applied = pages
 
     def leave(self, run: Run) -> None:
         """A run takes no more steps."""
@@ -306,10 +340,12 @@ class Adapted:
 
     def missing(self, selection: Selection) -> int:
         """Bytes of the weights that have to be copied before a selection is merged into them."""
+        if self.places is not None:
+            return 0
         missing = [parameter for parameter in selection.deltas if not self.merged[parameter.part].has_copy(parameter)]
         return sum(self._read(parameter).nbytes for parameter in missing)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the copies of weights that adapters were merged into, and of pages."""
+        """Bytes of the copies of weights that adapters were merged into, and of pages or places."""
         return sum(merged.nbytes for merged in self.merged.values()) + (self.pages.nbytes if self.pages else 0)

@@ -24,7 +24,7 @@ from fastldm.errors import InputError, NonFinite
 from fastldm.kernels.lora import Group, Rows, ScaledPages
 from fastldm.kernels.step import blend, guide, model_input, step
 from fastldm.models.controlnet import ControlNet
-from fastldm.models.unet import Features, Pictures, Residuals, UNet
+from fastldm.models.unet import Features, Pictures, Residuals
 from fastldm.runtime.controls import RunControl, RunFeatures, evaluate
 from fastldm.runtime.pages import Applied
 from fastldm.samplers.table import StepTable
@@ -426,7 +426,6 @@ def _beside(network: Denoiser, runs: Sequence[Run], inputs: Sequence[Tensor]) ->
     """Inside, the network's rows have the adapters that the runs have beside its weights."""
     if not any(run.beside for run in runs):
         return nullcontext()
-    assert isinstance(network, UNet)
     ends = list(itertools.accumulate(len(x) for x in inputs))
     groups = [Group(end - len(x), end, run.beside) for run, x, end in zip(runs, inputs, ends, strict=True)]
     nothing = torch.empty(0)

@@ -31,7 +31,7 @@ class Merged:
         """read: a parameter's memory."""
         self._read = read
         self._originals: dict[Parameter, Tensor] = {}
-        self._current: dict[Parameter, Deltas] = {}
+        self._current: dict[Parameter, Deltas | None] = {}  # None: not known, for writing failed in the middle
         self.writes = 0
         """How many parameters have been written."""
 
@@ -61,7 +61,7 @@ class Merged:
                 self._originals[parameter] = self._read(parameter).clone()
         for parameter in changed:
             weight, original = self._read(parameter), self._originals[parameter]
-            self._current[parameter] = ()  # neither, should writing fail in the middle
+            self._current[parameter] = None
             _write(weight, original, deltas.get(parameter, ()))
             self._current[parameter] = deltas.get(parameter, ())
             self.writes += 1

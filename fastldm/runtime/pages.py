@@ -7,7 +7,8 @@ has make room for others. On a CPU there are as many as are wanted.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,18 +38,83 @@ class Variant(NamedTuple):
     scales: tuple[tuple[str, float], ...]
 
 
-class Pages:
+class Pool(ABC):
+    """Numbered parts of a memory, each a part of at most one adapter. Number 0 is none."""
+
+    layers_added = 0
+
+    def __init__(self, count: int | None, of_a_row: int = 0) -> None:
+        """count: None is as many as are wanted; else there are as many, of which a row has at most `of_a_row`."""
+        self._fixed, self._of_a_row = count is not None, of_a_row
+        self._count = 1 + (count or 0)
+        self._held: dict[Variant, tuple[int, ...]] = {}  # the last used is the last
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+
+    @abstractmethod
+    def size(self, one: Selected) -> int:
+        """How many an adapter takes."""
+
+    @abstractmethod
+    def trim(self) -> None:
+        """Free what no adapter wants any more."""
+
+    def fits(self, selections: Collection[Selection]) -> bool:
+        """Whether runs with these could be beside each other."""
+        if not self._fixed:
+            return True
+        sizes = {variant: self.size(one) for s in selections for one in s.own_step for variant, _ in [_variant(one)]}
+        rows = max((sum(self.size(one) for one in s.own_step) for s in selections), default=0)
+        return rows <= self._of_a_row and sum(sizes.values()) < self._count
+
+    @torch.no_grad()
+    def apply(self, selection: Selection, others: Collection[Selection]) -> Applied:
+        """The parts of a selection, filled. others: those whose parts have to stay. It fits beside them."""
+        keep = {_variant(one)[0] for each in (selection, *others) for one in each.own_step}
+        applied: list[tuple[int, float, tuple[float, float]]] = []
+        for one in selection.own_step:
+            variant, scale = _variant(one)
+            parts = self._held.pop(variant, None)
+            if parts is None:
+                parts = self._take(self.size(one), keep)
+                self._fill(one, variant, parts)
+            self._held[variant] = parts
+            applied += [(part, scale, one.interval) for part in parts]
+        return tuple(applied)
+
+    @abstractmethod
+    def _fill(self, one: Selected, variant: Variant, parts: Sequence[int]) -> None:
+        """Write an adapter to parts."""
+
+    def _take(self, count: int, keep: Collection[Variant]) -> tuple[int, ...]:
+        """Free parts: of none, of adapters that are not to be kept, or new ones."""
+        while True:
+            used = {part for parts in self._held.values() for part in parts}
+            free = [part for part in range(1, self._count) if part not in used][:count]
+            if len(free) == count:
+                return tuple(free)
+            idle = next((variant for variant in self._held if variant not in keep), None)
+            if idle is not None and self._fixed:
+                del self._held[idle]
+            else:
+                self._grow(max(self._count + count, 2 * self._count))
+
+    def _grow(self, count: int) -> None:
+        raise AssertionError("adapters were applied that do not fit")
+
+
+class Pages(Pool):
     """Of one U-Net. The worker's thread alone uses it."""
 
     def __init__(self, unet: UNet, fixed: int | None = None) -> None:
         """fixed: the number of pages; None is as many as are wanted, on a GPU ON_GPU."""
         self._unet = unet
         self._device = unet.conv_in.weight.device
-        fixed = ON_GPU if fixed is None and self._device.type == "cuda" else fixed
-        self._fixed = fixed is not None
-        self._count = 1 + (fixed or 0)  # page 0 is none
+        super().__init__(ON_GPU if fixed is None and self._device.type == "cuda" else fixed, OF_A_ROW)
         self._layers: dict[str, tuple[LowRank, int]] = {}  # by path: its pages, and which of the joint layers it is
-        self._held: dict[Variant, tuple[int, ...]] = {}  # the last used is the last
         self.layers_added = 0
 
     @property
@@ -60,69 +126,32 @@ class Pages:
         pages = {id(low_rank): low_rank for low_rank, _ in self._layers.values()}
         return sum(low_rank.down.nbytes + low_rank.up.nbytes for low_rank in pages.values())
 
-    def fits(self, selections: Collection[Selection]) -> bool:
-        """Whether runs with these could be beside each other."""
-        if not self._fixed:
-            return True
-        sizes = {variant: _size(one) for s in selections for one in s.own_step for variant, _ in [_variant(one)]}
-        rows = max((sum(_size(one) for one in s.own_step) for s in selections), default=0)
-        return rows <= OF_A_ROW and sum(sizes.values()) < self._count
+    def size(self, one: Selected) -> int:
+        return cdiv(rank_of(one), RANK)
 
-    @torch.no_grad()
-    def apply(self, selection: Selection, others: Collection[Selection]) -> Applied:
-        """The pages of a selection, filled. others: those whose pages have to stay. It fits beside them."""
-        keep = {_variant(one)[0] for each in (selection, *others) for one in each.own_step}
-        applied: list[tuple[int, float, tuple[float, float]]] = []
-        for one in selection.own_step:
-            variant, scale = _variant(one)
-            pages = self._held.pop(variant, None)
-            if pages is None:
-                pages = self._fill(one, variant, keep)
-            self._held[variant] = pages
-            applied += [(page, scale, one.interval) for page in pages]
-        return tuple(applied)
-
-    def _fill(self, one: Selected, variant: Variant, keep: Collection[Variant]) -> tuple[int, ...]:
-        pages = self._take(_size(one), keep)
-        forms = {
-            name.removesuffix(".weight"): (form, scale)
-            for name, (form, scale) in one.step.items()
-            if isinstance(form, LoRA)
-        }
+    def _fill(self, one: Selected, variant: Variant, parts: Sequence[int]) -> None:
+        forms = loras_of(one)
         for module in forms:
             if module not in self._layers:
                 self.add(module)
         for low_rank, _ in self._layers.values():
-            for page in pages:
+            for page in parts:
                 low_rank.down[page].zero_(), low_rank.up[page].zero_()
         for module, (form, scale) in forms.items():
             low_rank, j = self._layers[module]
             a, b, own = form.factors()
             up = b.to(self._device).float() * (own * (scale if variant.scales else 1.0))  # (O, rank)
             down = a.to(self._device).view(-1, *low_rank.down.shape[-1 if low_rank.down.ndim == 4 else 2 :])
-            for k, page in enumerate(pages):
+            for k, page in enumerate(parts):
                 part = slice(k * RANK, (k + 1) * RANK)
                 rank = len(down[part])
                 to = low_rank.down[page, j] if low_rank.down.ndim == 4 else low_rank.down[page]
                 to[:rank] = down[part]
                 low_rank.up[page, j * len(up) : (j + 1) * len(up), :rank] = up[:, part]
-        return pages
-
-    def _take(self, count: int, keep: Collection[Variant]) -> tuple[int, ...]:
-        """Free pages: of none, of adapters that are not to be kept, or new ones."""
-        while True:
-            used = {page for pages in self._held.values() for page in pages}
-            free = [page for page in range(1, self._count) if page not in used][:count]
-            if len(free) == count:
-                return tuple(free)
-            idle = next((variant for variant in self._held if variant not in keep), None)
-            if idle is not None and self._fixed:
-                del self._held[idle]
-            else:
-                self._grow(max(self._count + count, 2 * self._count))
 
     def _grow(self, count: int) -> None:
-        assert not self._fixed, "adapters were applied that do not fit"
+        if self._fixed:
+            super()._grow(count)
         self._count = count
         moved: dict[int, LowRank] = {}
         for path, (low_rank, j) in list(self._layers.items()):
@@ -176,9 +205,18 @@ def _more(pages: Tensor, count: int) -> Tensor:
     return out
 
 
-def _size(one: Selected) -> int:
-    """Pages that an adapter takes."""
-    return cdiv(max((form.rank or 0 for form, _ in one.step.values()), default=0), RANK)
+def rank_of(one: Selected) -> int:
+    """Of an adapter, in what every step reads."""
+    return max((form.rank or 0 for form, _ in one.step.values()), default=0)
+
+
+def loras_of(one: Selected) -> dict[str, tuple[LoRA, float]]:
+    """What an adapter of low rank changes of what every step reads, with scales, by the layer's path."""
+    return {
+        name.removesuffix(".weight"): (form, scale)
+        for name, (form, scale) in one.step.items()
+        if isinstance(form, LoRA)
+    }
 
 
 def _variant(one: Selected) -> tuple[Variant, float]:

@@ -86,7 +86,8 @@ class Stages:
         self.vae_decode: Decode = "whole"
         encoders = dict(zip(TEXT_ENCODERS, (stage.model for stage in self.text_stages), strict=False))
         adapted: dict[str, Any] = {"unet": self.unet, **encoders}
-        self.adapters = Adapted(adapted, spec.unet, self.prepared.refresh, shared=spec.checkpoint.loaded)
+        options: dict[str, Any] = {"shared": spec.checkpoint.loaded, "packed": networks.packed}
+        self.adapters = Adapted(adapted, spec.unet, self.prepared.refresh, **options)
         """LoRA and its relatives: those that are loaded, and what is merged into the weights."""
         self.controls = Controls()
         """ControlNets and T2I-Adapters that are attached."""
