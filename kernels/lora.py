@@ -61,11 +61,25 @@ class Rows(NamedTuple):
     """The same on the host, for a CPU."""
 
 
-class Places(NamedTuple):
+class Places:
     """The adapters of the rows of an exported network, whose factors are inputs: a rank of R that all rows read."""
 
-    scales: Tensor | None
-    """(B, R), in x's dtype; at 0, a row has nothing of what is there, not even what overflows. None: all of it."""
+    def __init__(self, scales: Tensor | None) -> None:
+        """scales: (B, R); at 0, a row has nothing of what is there, not even what overflows. None: all have all."""
+        self._scales = scales
+        self._shaped: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # once in a graph, for all layers
+
+    def scaled(self, z: Tensor, layers: int = 1) -> Tensor:
+        """z (B, N, J * R) or (B, R, H, W) by row, J: layers."""
+        if self._scales is None:
+            return z
+        key = (z.ndim, layers)
+        if key not in self._shaped:
+            scales = self._scales.repeat(1, layers)
+            scales = scales[:, None] if z.ndim == 3 else scales[:, :, None, None]
+            self._shaped[key] = (scales, scales != 0)
+        scales, present = self._shaped[key]
+        return torch.where(present, z * scales, 0.0)
 
 
 # ------------------------------------------------------------------------------------------------- references
@@ -142,10 +156,9 @@ def add_lora(out: Tensor, x: Tensor, down: Tensor, up: Tensor, rows: Rows | Plac
 def add_places(out: Tensor, x: Tensor, down: Tensor, up: Tensor, rows: Places) -> Tensor:
     """out (..., J * O) plus what places add for x (..., I), with scales (B, N, I): down (J, R, I), up (J * O, R)."""
     layers, rank = down.shape[:2]
-    z = F.linear(x, down.flatten(0, 1))  # (..., J * R)
-    if rows.scales is not None:
-        scales = rows.scales.repeat(1, layers)[:, None]  # (B, 1, J * R)
-        z = torch.where(scales != 0, z * scales, 0.0)
+    z = rows.scaled(F.linear(x, down.flatten(0, 1)), layers)  # (..., J * R)
+    if layers == 1:
+        return out + F.linear(z, up)
     parts = zip(z.split(rank, dim=-1), up.chunk(layers), strict=True)
     return out + torch.cat([F.linear(own, columns) for own, columns in parts], dim=-1)
 
@@ -167,11 +180,8 @@ def add_conv(
     """Add to out (B, O, H', W'), possibly in place, what the adapters of a convolution of x (B, C, H, W) add. down (P,
     16, C, kh, kw), up (P, O, 16); of places (R, C, kh, kw) and (O, R)."""
     if isinstance(rows, Places):
-        z = F.conv2d(x, down, stride=stride, padding=padding)  # (B, R, H', W')
-        if rows.scales is not None:
-            scales = rows.scales[:, :, None, None]
-            z = torch.where(scales != 0, z * scales, 0.0)
-        return out + torch.matmul(up, z.flatten(2)).view(out.shape)
+        z = rows.scaled(F.conv2d(x, down, stride=stride, padding=padding))  # (B, R, H', W')
+        return out + F.conv2d(z, up[:, :, None, None])
     tokens = out.permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, O), a view of channels-last memory
     assert tokens.data_ptr() == out.data_ptr(), "the output is not channels-last"
     if rows.groups is not None:

@@ -43,9 +43,9 @@ class Pool(ABC):
 
     layers_added = 0
 
-    def __init__(self, count: int | None, of_a_row: int = 0) -> None:
+    def __init__(self, count: int | None) -> None:
         """count: None is as many as are wanted; else there are as many, of which a row has at most `of_a_row`."""
-        self._fixed, self._of_a_row = count is not None, of_a_row
+        self._fixed = count is not None
         self._count = 1 + (count or 0)
         self._held: dict[Variant, tuple[int, ...]] = {}  # the last used is the last
 
@@ -53,6 +53,11 @@ class Pool(ABC):
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes that it takes."""
+
+    @property
+    def of_a_row(self) -> int:
+        """How many a row has at most."""
+        return self._count - 1
 
     @abstractmethod
     def size(self, one: Selected) -> int:
@@ -68,7 +73,7 @@ class Pool(ABC):
             return True
         sizes = {variant: self.size(one) for s in selections for one in s.own_step for variant, _ in [_variant(one)]}
         rows = max((sum(self.size(one) for one in s.own_step) for s in selections), default=0)
-        return rows <= self._of_a_row and sum(sizes.values()) < self._count
+        return rows <= self.of_a_row and sum(sizes.values()) < self._count
 
     @torch.no_grad()
     def apply(self, selection: Selection, others: Collection[Selection]) -> Applied:
@@ -113,7 +118,7 @@ class Pages(Pool):
         """fixed: the number of pages; None is as many as are wanted, on a GPU ON_GPU."""
         self._unet = unet
         self._device = unet.conv_in.weight.device
-        super().__init__(ON_GPU if fixed is None and self._device.type == "cuda" else fixed, OF_A_ROW)
+        super().__init__(ON_GPU if fixed is None and self._device.type == "cuda" else fixed)
         self._layers: dict[str, tuple[LowRank, int]] = {}  # by path: its pages, and which of the joint layers it is
         self.layers_added = 0
 
@@ -125,6 +130,10 @@ class Pages(Pool):
     def nbytes(self) -> int:
         pages = {id(low_rank): low_rank for low_rank, _ in self._layers.values()}
         return sum(low_rank.down.nbytes + low_rank.up.nbytes for low_rank in pages.values())
+
+    @property
+    def of_a_row(self) -> int:
+        return OF_A_ROW
 
     def size(self, one: Selected) -> int:
         return cdiv(rank_of(one), RANK)

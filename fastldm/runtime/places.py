@@ -27,7 +27,7 @@ class Places(Pool):
     def __init__(self, networks: Mapping[str, Packed]) -> None:
         self.networks, self._step = networks, networks["unet_step"]
         self.rank = self._step.rank
-        super().__init__(self.rank, self.rank)
+        super().__init__(self.rank)
 
     @property
     def nbytes(self) -> int:

@@ -19,9 +19,10 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 OPTIONS = {"num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "np"}
 
 
-def write(path: Path, family: str, *, seed: int = 0, rank: int = 4, unet: Any = UNET, text: Any = TEXT) -> Path:
-    """A file as diffusers saves it, of a U-Net's and the text encoders' modules with these ends; () is none."""
-    pipe, peft = tiny.pipeline(family), tiny.peer("peft")
+def write(path: Path, family: Any, *, seed: int = 0, rank: int = 4, unet: Any = UNET, text: Any = TEXT) -> Path:
+    """A file as diffusers saves it, of a U-Net's and the text encoders' modules with these ends; () is none. family: or
+    a pipeline of diffusers, which keeps the adapter."""
+    pipe, peft = tiny.pipeline(family) if isinstance(family, str) else family, tiny.peer("peft")
     layers: dict[str, Any] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
