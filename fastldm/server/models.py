@@ -35,6 +35,7 @@ class Model:
     pipe: Pipeline | None = None
     session: Session | None = None
     used: int = 0  # when it was last asked for, counted
+    claims: int = 0  # of those that are about to submit something
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
@@ -47,9 +48,9 @@ class Model:
 
     @property
     def idle(self) -> bool:
-        """Whether it has nothing to do."""
+        """Whether it is loaded, and has nothing to do."""
         stats = None if self.session is None else self.session.stats()
-        return stats is not None and not stats.running + stats.waiting
+        return stats is not None and not stats.running + stats.waiting + self.claims
 
 
 class Models:
@@ -90,8 +91,9 @@ class Models:
             if model.session is None:
                 self._open(model)
 
-    async def get(self, name: str | None) -> Model:
-        """A model by name, loaded; None is the default. ApiError for an unknown name."""
+    async def claim(self, name: str | None) -> Model:
+        """A model by name, loaded, and kept so until `claims` is lowered again; None is the default. ApiError for an
+        unknown name."""
         name = self.default.name if name is None else name
         if name not in self._by_name:
             known = ", ".join(map(repr, self._by_name))
@@ -103,6 +105,7 @@ class Models:
             model.used = self._counter
             if model.session is None:
                 await asyncio.to_thread(self._open_in_room, model)
+            model.claims += 1
         return model
 
     def _open_in_room(self, model: Model) -> None:

@@ -7,7 +7,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -56,18 +57,6 @@ class Work:
         """Of its steps that are done."""
         return 0.0 if self.latest is None else (self.latest.step + 1) / self.latest.steps
 
-    async def steps(self) -> AsyncIterator[Progress]:
-        """Each step from now on; any number of readers."""
-        queue: asyncio.Queue[Progress | None] = asyncio.Queue()
-        self.watchers.add(queue)
-        try:
-            if self.task is not None and self.task.done():
-                return
-            while (step := await queue.get()) is not None:
-                yield step
-        finally:
-            self.watchers.discard(queue)
-
 
 @dataclass(frozen=True)
 class Files:
@@ -87,6 +76,7 @@ class Service:
         self.metrics = Metrics(models)
         self.kept = Store(int(settings.max_kept * MIB), settings.keep)
         self.open: dict[str, Work] = {}
+        self._arriving: Counter[str] = Counter()  # by key: those that are being submitted
         self.started = int(time.time())
         self.draining = self.warm = False
         # zlib and libjpeg release the lock that Python's threads share.
@@ -111,27 +101,35 @@ class Service:
         have one. ApiError, or what `Session.submit` raises."""
         if self.draining:
             raise ApiError(503, "the server is stopping", "draining", kind="server_error", retry=False)
-        found = await self.models.get(model)
-        assert found.session is not None
-        request = self._checked(found, arguments)
-        if sum(work.owner == owner for work in self.open.values()) >= self.settings.max_per_key:
-            raise ApiError(
-                429,
-                f"{self.settings.max_per_key} requests of this key are open already",
-                "too_many_requests",
-                kind="rate_limit_error",
-                headers=retry_after(self._next_free()),
-            )
-        if self.models.waiting >= self.settings.max_queue:
-            message = f"{self.settings.max_queue} requests wait already: try again later"
-            raise ApiError(429, message, "queue_full", kind="rate_limit_error", headers=retry_after(self._next_free()))
-        # In a thread: what does not fit is told how it would, from a dry run of a second.
-        submit = partial(found.session.submit, request, priority=priority, preview=previews, id=id)
-        generation = await asyncio.to_thread(submit, deadline=deadline)
+        found = await self.models.claim(model)
+        try:
+            assert found.session is not None
+            request = self._checked(found, arguments)
+            self._check_room(owner)
+            self._arriving[owner] += 1
+            try:
+                # In a thread: what does not fit is told how it would, from a dry run of a second.
+                submit = partial(found.session.submit, request, priority=priority, preview=previews, id=id)
+                generation = await asyncio.to_thread(submit, deadline=deadline)
+            finally:
+                self._arriving[owner] -= 1
+        finally:
+            found.claims -= 1
         work = Work(id, owner, found, generation, time.time(), dialect=dialect)
         self.open[id] = work
         work.task = asyncio.create_task(self._watch(work))
         return work
+
+    def _check_room(self, owner: str) -> None:
+        """ApiError where a key has too many requests open, or too many wait."""
+        open_ = sum(work.owner == owner for work in self.open.values()) + self._arriving[owner]
+        if owner and open_ >= self.settings.max_per_key:
+            code, message = "too_many_requests", f"{open_} requests of this key are open already: wait for one"
+        elif (waiting := self.models.waiting + self._arriving.total()) >= self.settings.max_queue:
+            code, message = "queue_full", f"{waiting} requests wait already: try again later"
+        else:
+            return
+        raise ApiError(429, message, code, kind="rate_limit_error", headers=retry_after(self._next_free()))
 
     def _checked(self, model: Model, arguments: Mapping[str, Any]) -> Request:
         """InputError for what the server does not allow."""
