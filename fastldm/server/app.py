@@ -91,7 +91,7 @@ def _cors(settings: Settings) -> list[Middleware]:
 
 
 async def _answered(request: HTTPRequest, error: Exception) -> Response:
-    path, request_id = request.url.path, request.scope.get("request_id", "")
+    path, request_id = request.scope["path"], request.scope.get("request_id", "")
     if isinstance(error, RequestValidationError) and not _is_json(request):
         error = ApiError(415, "expected a JSON body: send Content-Type: application/json", "unsupported_media_type")
     return answer(api_error(error, request_id), path, request_id)

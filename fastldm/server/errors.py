@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 
 from fastldm import errors
 from fastldm.request import Request
@@ -105,16 +106,23 @@ def _invalid(error: RequestValidationError) -> ApiError:
 def retry_after(seconds: float | None) -> dict[str, str]:
     """The header, of whole seconds: from the queue's own times, 1 where nothing was timed, and at most two minutes,
     beyond which the openai client does not wait."""
-    return {"retry-after": str(min(120, max(1, math.ceil(seconds or 1))))}
+    return {"retry-after": str(max(1, math.ceil(min(120, seconds or 1))))}
 
 
-def answer(error: ApiError, path: str, request_id: str) -> JSONResponse:
+def stopping() -> ApiError:
+    """The answer of a server that ends to what it does not do any more."""
+    return ApiError(503, "the server is stopping", "draining", kind="server_error", retry=False)
+
+
+def answer(error: ApiError, path: str, request_id: str) -> Response:
     """The response, in the shape of the dialect that the path is of."""
     if path.startswith("/sdapi/"):
         content: dict[str, Any] = {"error": error.kind, "detail": error.message, "body": "", "errors": error.message}
     else:
         content = {"error": body(error)}
-    return JSONResponse(content, error.status_code, {**(error.headers or {}), "x-request-id": request_id})
+    # As ASCII: a message may show what a client sent, which need not be Unicode.
+    headers = {**(error.headers or {}), "x-request-id": request_id}
+    return Response(json.dumps(content), error.status_code, headers, media_type="application/json")
 
 
 def body(error: ApiError) -> dict[str, Any]:

@@ -95,9 +95,9 @@ class _Sessions:
         requests = CounterMetricFamily("fastldm_requests", "Requests that ended.", labels=["model", "outcome"])
         swaps = CounterMetricFamily("fastldm_adapter_swaps", "How often weights were changed.", labels=["model"])
         for model in self._models.loaded:
-            if model.session is None:
+            if (session := model.session) is None:  # unloaded meanwhile
                 continue
-            stats, name = model.session.stats(), [model.name]
+            stats, name = session.stats(), [model.name]
             values = {
                 "num_running_reqs": stats.running,
                 "num_queue_reqs": stats.waiting,

@@ -12,15 +12,18 @@ import hashlib
 import hmac
 import json
 import logging
+import re
 import secrets
 import time
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fastldm.server.errors import ApiError, answer, api_error
+from fastldm.server.errors import ApiError, answer, api_error, stopping
 from fastldm.server.settings import MIB, Settings
 
 access = logging.getLogger("fastldm.server.access")
@@ -56,6 +59,12 @@ class Observed:
 
         try:
             await self._app(scope, receive, sent)
+        except ClientDisconnect:
+            pass
+        except asyncio.CancelledError:  # by the server, when requests under way had their time
+            if status:
+                raise
+            await answer(stopping(), scope["path"], request_id)(scope, receive, sent)
         except Exception as error:
             if not status:
                 await answer(api_error(error, request_id), scope["path"], request_id)(scope, receive, sent)
@@ -70,12 +79,12 @@ class Observed:
 
     def _write(self, scope: Scope, status: int, size: int, seconds: float) -> None:
         """Neither bodies, queries nor keys: passwords come in all of them."""
-        path = scope.get("raw_path", b"").partition(b"?")[0][:500].decode("ascii", "backslashreplace")
-        client = (scope.get("client") or ("-",))[0]
+        path = quote(scope.get("raw_path", b"").partition(b"?")[0][:500], safe="/%:@!$&'()*+,;=")[:500]
+        client = str((scope.get("client") or ("-",))[0])  # what a proxy says it is
         record: dict[str, Any] = {
-            "client": client,
+            "client": client if re.fullmatch(r"[\w.:%-]{1,100}", client, re.ASCII) else "-",
             "key": scope["owner"] or None,
-            "method": scope["method"][:20],
+            "method": scope["method"][:20] if scope["method"].isalpha() else "-",
             "path": path,
             "status": status,
             "bytes": size,

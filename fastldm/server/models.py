@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fastldm.adapters.locate import find_weights
@@ -35,8 +37,7 @@ class Model:
     pipe: Pipeline | None = None
     session: Session | None = None
     used: int = 0  # when it was last asked for, counted
-    claims: int = 0  # of those that are about to submit something
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    users: int = 0  # requests that are about to be submitted
 
     @property
     def size(self) -> tuple[int, int]:
@@ -49,8 +50,8 @@ class Model:
     @property
     def idle(self) -> bool:
         """Whether it is loaded, and has nothing to do."""
-        stats = None if self.session is None else self.session.stats()
-        return stats is not None and not stats.running + stats.waiting + self.claims
+        stats = None if self.session is None or self.users else self.session.stats()
+        return stats is not None and not stats.running + stats.waiting
 
 
 class Models:
@@ -64,7 +65,7 @@ class Models:
             for name, path in settings.loras.items()
         }
         self._by_name = {name: Model(name, path) for name, path in settings.models.items()}
-        self._counter = 0
+        self._counter, self._loading = 0, asyncio.Lock()
         for name, pipe in (pipelines or {}).items():
             self._take(self._by_name[name], pipe)
 
@@ -91,37 +92,43 @@ class Models:
             if model.session is None:
                 self._open(model)
 
-    async def claim(self, name: str | None) -> Model:
-        """A model by name, loaded, and kept so until `claims` is lowered again; None is the default. ApiError for an
-        unknown name."""
+    @asynccontextmanager
+    async def use(self, name: str | None) -> AsyncIterator[Model]:
+        """A model by name, loaded, and not unloaded inside; None is the default. ApiError for an unknown name, and what
+        loading raises."""
         name = self.default.name if name is None else name
         if name not in self._by_name:
             known = ", ".join(map(repr, self._by_name))
             message = f"there is no model {name[:200]!r}: this server has {known}"
             raise ApiError(404, message, "model_not_found", param="model")
         model = self._by_name[name]
-        async with model.lock:
-            self._counter += 1
-            model.used = self._counter
+        self._counter += 1
+        model.used = self._counter
+        model.users += 1
+        try:
             if model.session is None:
-                await asyncio.to_thread(self._open_in_room, model)
-            model.claims += 1
-        return model
+                async with self._loading:  # one at a time: each counts on the memory that is free
+                    await self._open_in_room(model)
+            yield model
+        finally:
+            model.users -= 1
 
-    def _open_in_room(self, model: Model) -> None:
+    async def _open_in_room(self, model: Model) -> None:
         """Load a model; where memory is short, without those that have nothing to do, the longest unused first."""
-        while True:
+        while model.session is None:
             try:
-                return self._open(model)
+                await asyncio.to_thread(self._open, model)
             except OutOfMemory:
-                idle = [
-                    m
-                    for m in self.loaded
-                    if m.session is not None and not m.session.stats().running + m.session.stats().waiting
-                ]
+                idle = [other for other in self if other.idle]
                 if not idle:
                     raise
-                self._close(min(idle, key=lambda other: other.used))
+                other = min(idle, key=lambda other: other.used)
+                logger.info("unloading %s", other.name)
+                session, other.session, other.pipe = other.session, None, None  # for the loop: nobody gets it any more
+                assert session is not None
+                await asyncio.to_thread(session.close)
+                del session
+                gc.collect()
 
     def _open(self, model: Model) -> None:
         settings = self._settings
@@ -162,12 +169,6 @@ class Models:
             pipe.set_adapters([])  # only for requests that name them
         # The server bounds all queues together, so that no session's own bound is met before.
         model.pipe, model.session = pipe, Session(pipe, max_batch=self._settings.max_batch, max_queue=MAX_QUEUE)
-
-    def _close(self, model: Model) -> None:
-        session, model.session, model.pipe = model.session, None, None
-        if session is not None:
-            logger.info("unloading %s", model.name)
-            session.close()
 
     def close(self, *, cancel: bool) -> None:
         """Take no more requests; wait for those under way, or cancel them."""

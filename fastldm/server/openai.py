@@ -20,6 +20,7 @@ from fastapi import Request as HTTPRequest
 from fastapi.exceptions import RequestValidationError
 from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.responses import Response, StreamingResponse
 
@@ -32,6 +33,7 @@ from fastldm.server.service import FORMATS, Files, Service, Work
 _OTHERS = re.compile(r"(dall-e|gpt-image|chatgpt-image)[\w.-]*")
 """Names of OpenAI's own models, which front ends send unasked: here the server's first."""
 _NAMED = re.compile(r"adapters\[([^\[\]]+)\]")
+_CHARSETS = (b"utf-8", b"utf8", b"us-ascii")
 _MAX_FILES, _MAX_FIELDS = 8, 128
 
 
@@ -197,8 +199,11 @@ def _form(fields: type[BaseModel], mask: bool) -> dict[str, Any]:
 
 
 def _read_form(request: HTTPRequest) -> Any:
-    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        raise ApiError(415, "expected multipart/form-data, with the picture as `image`", "unsupported_media_type")
+    kind, options = parse_options_header(request.headers.get("content-type"))
+    # In some other charsets decoding takes the square of the length.
+    if kind != b"multipart/form-data" or options.get(b"charset", b"utf-8").lower() not in _CHARSETS:
+        message = "expected multipart/form-data in UTF-8, with the picture as `image`"
+        raise ApiError(415, message, "unsupported_media_type")
     return request.form(max_files=_MAX_FILES, max_fields=_MAX_FIELDS)
 
 

@@ -16,6 +16,9 @@ from fastldm.server.app import create_app
 from fastldm.server.service import Service
 from fastldm.server.settings import Settings
 
+_GRACE = 1.0
+"""Seconds in which requests that were cancelled at the end are answered."""
+
 logger = logging.getLogger("fastldm.server")
 
 
@@ -33,7 +36,7 @@ def serve(settings: Settings) -> None:
             log_config=None,
             server_header=False,
             limit_concurrency=settings.max_connections,
-            timeout_graceful_shutdown=max(1, round(settings.drain)),
+            timeout_graceful_shutdown=settings.drain + _GRACE,  # type: ignore[arg-type]
         )
         host, port = listening.getsockname()[:2]
         logger.info("serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)
@@ -55,21 +58,23 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._service = service
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        self._loop = asyncio.get_running_loop()
-        await super().startup(sockets)
-
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains, the second stops at once."""
+        loop, seconds = asyncio.get_running_loop(), self._service.settings.drain
         if self.should_exit:
             self.force_exit = True
-            self._loop.call_soon_threadsafe(self._service.stop_now)
+            loop.call_soon_threadsafe(self._service.stop_now)
+            loop.call_soon_threadsafe(loop.call_later, 0.05, self._abort)
         else:
-            logger.info(
-                "stopping: requests under way have %g s, or until a second signal", self._service.settings.drain
-            )
-            self._loop.call_soon_threadsafe(self._service.stop)
+            logger.info("stopping: requests under way have %g s, or until a second signal", seconds)
+            loop.call_soon_threadsafe(self._service.stop)
+            loop.call_soon_threadsafe(loop.call_later, seconds, self._service.stop_now)
         self.should_exit = True
+
+    def _abort(self) -> None:
+        """Close what is open, be it in the middle of something: newer Pythons' servers wait for that."""
+        for connection in [*self.server_state.connections]:
+            connection.transport.abort()
 
 
 def _protocol(seconds: float) -> type[asyncio.Protocol]:

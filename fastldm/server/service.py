@@ -9,18 +9,19 @@ import os
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
 from PIL import Image
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from fastldm.errors import FastLDMError, InputError
+from fastldm.errors import Cancelled, FastLDMError, InputError
 from fastldm.image import decode_image, encode_image, result_parameters
 from fastldm.request import Request, Result
-from fastldm.server.errors import ApiError, api_error, retry_after
+from fastldm.server.errors import ApiError, api_error, retry_after, stopping
 from fastldm.server.metrics import Metrics
 from fastldm.server.models import Model, Models
 from fastldm.server.settings import MIB, Settings
@@ -78,7 +79,7 @@ class Service:
         self.open: dict[str, Work] = {}
         self._arriving: Counter[str] = Counter()  # by key: those that are being submitted
         self.started = int(time.time())
-        self.draining = self.warm = False
+        self.draining = self.warm = self._stopped = False
         # zlib and libjpeg release the lock that Python's threads share.
         self._until = math.inf  # when draining ends
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "fastldm encode")
@@ -99,10 +100,9 @@ class Service:
     ) -> Work:
         """Queue a request with fields of `fastldm.Request`. id: the HTTP request's. previews: how many of its steps
         have one. ApiError, or what `Session.submit` raises."""
-        if self.draining:
-            raise ApiError(503, "the server is stopping", "draining", kind="server_error", retry=False)
-        found = await self.models.claim(model)
-        try:
+        async with self.models.use(model) as found:
+            if self.draining:
+                raise stopping()
             assert found.session is not None
             request = self._checked(found, arguments)
             self._check_room(owner)
@@ -113,12 +113,12 @@ class Service:
                 generation = await asyncio.to_thread(submit, deadline=deadline)
             finally:
                 self._arriving[owner] -= 1
-        finally:
-            found.claims -= 1
-        work = Work(id, owner, found, generation, time.time(), dialect=dialect)
-        self.open[id] = work
-        work.task = asyncio.create_task(self._watch(work))
-        return work
+            work = Work(id, owner, found, generation, time.time(), dialect=dialect)
+            self.open[id] = work
+            work.task = asyncio.create_task(self._watch(work))
+            if self._stopped:  # meanwhile
+                generation.cancel()
+            return work
 
     def _check_room(self, owner: str) -> None:
         """ApiError where a key has too many requests open, or too many wait."""
@@ -188,7 +188,7 @@ class Service:
         """The pictures when they are done, as files; whatever the generation raises. change: of each picture before.
         Cancelling the task that waits cancels the request."""
         try:
-            result = await work.generation
+            result = await self._result(work)
             start = time.perf_counter()
             texts = result_parameters(result, work.model.name)
             kind = FORMATS[format][0]
@@ -210,13 +210,32 @@ class Service:
         self.metrics.done(work.model.name, queued, result, time.perf_counter() - start)
         return Files(result, tuple(contents), tuple(texts))
 
+    async def _result(self, work: Work) -> Result:
+        """Of a generation. One that was cancelled is an error of the request, and no cancelling of who waits for it."""
+        generation = work.generation
+        try:
+            await asyncio.wait([asyncio.wrap_future(generation)])
+        except asyncio.CancelledError:
+            generation.cancel()
+            raise
+        try:
+            return generation.result(0)
+        except (Cancelled, CancelledError):
+            if self._stopped:
+                raise stopping() from None
+            raise
+
     async def while_connected(self, receive: Receive, work: Work, waiting: Awaitable[T], *, detach: bool = False) -> T:
-        """What is waited for, while the client is there: when it goes, the request is cancelled, unless `detach`."""
+        """What is waited for, while the client is there: when it goes, the request is cancelled, unless `detach`, and
+        ClientDisconnect raised."""
         task, gone = asyncio.ensure_future(waiting), asyncio.ensure_future(_disconnected(receive))
         try:
             await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
             if not task.done() and not detach:
                 work.generation.cancel()
+                await asyncio.wait([task])
+                task.cancelled() or task.exception()  # which nobody is there to be told
+                raise ClientDisconnect
             return await task
         except asyncio.CancelledError:
             if not detach:
@@ -258,7 +277,7 @@ class Service:
     def stop_now(self) -> None:
         """Cancel what is under way."""
         self.stop()
-        self._until = 0.0
+        self._until, self._stopped = 0.0, True
         for work in [*self.open.values()]:
             work.generation.cancel()
 

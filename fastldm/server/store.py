@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 MAX_ITEMS = 10_000
@@ -20,7 +20,7 @@ class Kept:
     value: Any
     size: int = 0
     """Bytes."""
-    since: float = field(default_factory=time.monotonic)
+    since: float = 0.0
 
 
 class Store:
@@ -32,11 +32,19 @@ class Store:
         self._items: OrderedDict[str, Kept] = OrderedDict()  # the oldest first
         self._bytes = 0
 
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all that is kept."""
+        return self._bytes
+
     def put(self, owner: str, value: Any, size: int, id: str | None = None, *, prefix: str = "") -> str:
         """Keep a value, in place of what has this id. Returns the id, by default one that cannot be guessed."""
         id = f"{prefix}{secrets.token_urlsafe(24)}" if id is None else id
         self.remove(id)
-        self._items[id] = Kept(owner, value, size + _OVERHEAD)
+        self._items[id] = Kept(owner, value, size + _OVERHEAD, time.monotonic())
         self._bytes += size + _OVERHEAD
         self._expire()
         return id
