@@ -116,10 +116,10 @@ def router(service: Service) -> APIRouter:
         return chosen.get(owner, service.models.default.name)
 
     def check_model(name: Any) -> str:
-        if name not in service.settings.models:
+        if not isinstance(name, str) or name not in service.settings.models:
             known = ", ".join(map(repr, service.settings.models))
             raise ApiError(404, f"there is no model {str(name)[:200]!r}: this server has {known}", "model_not_found")
-        return str(name)
+        return name
 
     @routes.post("/txt2img")
     async def txt2img(fields: Text2Image, request: HTTPRequest) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def router(service: Service) -> APIRouter:
         if len(fields.init_images) > 1:
             raise InputError(f"init_images has {len(fields.init_images)} pictures: expected one")
         image = await service.picture(_bytes(fields.init_images[0], "init_images"), "init_images")
-        width, height = fields.width or image.width // 8 * 8, fields.height or image.height // 8 * 8
+        width, height = fields.width or max(8, image.width // 8 * 8), fields.height or max(8, image.height // 8 * 8)
         arguments |= {"image": image, "strength": fields.denoising_strength, "width": width, "height": height}
         overlay = None
         if fields.mask:
@@ -141,10 +141,9 @@ def router(service: Service) -> APIRouter:
                 raise InputError("inpaint_full_res is true, which is not there: the whole picture is repainted")
             if fields.inpainting_fill not in (None, 1):
                 raise InputError(f"inpainting_fill is {fields.inpainting_fill}: expected 1, the original")
-            mask = (await service.picture(_bytes(fields.mask, "mask"), "mask")).convert("L").resize(image.size)
-            mask = ImageChops.invert(mask) if fields.inpainting_mask_invert else mask
+            mask = await service.picture(_bytes(fields.mask, "mask"), "mask")
+            mask = await service.in_pool(_prepared, mask, image.size, fields)
             if fields.mask_blur:
-                mask = mask.filter(ImageFilter.GaussianBlur(fields.mask_blur))
                 overlay = partial(_overlaid, image=image, mask=mask)
             arguments["mask_image"] = mask
         return await _generate(service, request, fields, arguments, model(fields, request), overlay)
@@ -312,6 +311,13 @@ def _bytes(text: str, name: str) -> bytes:
         raise InputError(f"{name} is not base64") from None
 
 
+def _prepared(mask: Image.Image, size: tuple[int, int], fields: Image2Image) -> Image.Image:
+    """White where a picture of this size is repainted."""
+    mask = mask.convert("L").resize(size)
+    mask = ImageChops.invert(mask) if fields.inpainting_mask_invert else mask
+    return mask.filter(ImageFilter.GaussianBlur(fields.mask_blur)) if fields.mask_blur else mask
+
+
 def _overlaid(picture: Image.Image, image: Image.Image, mask: Image.Image) -> Image.Image:
     """A repainted picture over what it was, by a soft mask."""
     before = image.convert("RGB").resize(picture.size, Image.Resampling.LANCZOS)
@@ -328,7 +334,7 @@ async def _generate(
 ) -> dict[str, Any]:
     scope = request.scope
     format = (fields.override_settings or {}).get("samples_format") or "png"
-    if format not in _FORMATS:
+    if not isinstance(format, str) or format not in _FORMATS:
         raise InputError(f"samples_format is {str(format)[:60]!r}: expected png, jpg or webp")
     work = await service.submit(scope["request_id"], scope["owner"], model, arguments, dialect="a1111")
     files = service.files(work, _FORMATS[format], change=overlay)

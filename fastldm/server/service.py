@@ -213,8 +213,10 @@ class Service:
     async def _result(self, work: Work) -> Result:
         """Of a generation. One that was cancelled is an error of the request, and no cancelling of who waits for it."""
         generation = work.generation
+        done = asyncio.wrap_future(generation)
         try:
-            await asyncio.wait([asyncio.wrap_future(generation)])
+            await asyncio.wait([done])
+            done.cancelled() or done.exception()  # so that asyncio knows that somebody looked
         except asyncio.CancelledError:
             generation.cancel()
             raise
