@@ -102,7 +102,7 @@ def test_derived_errors_are_answered_as_their_base() -> None:
     ("message", "param"),
     [("guidance_scale is x: expected", "guidance_scale"), ("this is so", None), ("", None), ("seed", "seed")],
 )
-def test_param_is_the_field_that_a_message_begins_with(message: str, param: str | None) -> None:
+def test_param_is_the_field_a_message_begins_with(message: str, param: str | None) -> None:
     assert body(api_error(errors.InputError(message), ""))["param"] == param
 
 

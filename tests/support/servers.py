@@ -1,4 +1,4 @@
-"""Servers for tests: `fastldm serve` as a process, and an app in this one."""
+"""`fastldm serve` as a process, and what its metrics say."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,7 @@ import httpx
 import psutil
 from starlette.testclient import TestClient
 
-from fastldm import Pipeline
-from fastldm.server.app import create_app
 from fastldm.server.service import Service
-from fastldm.server.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 BODY = {"prompt": "a red apple", "num_inference_steps": 1, "seed": 0}
@@ -120,15 +115,6 @@ def wait_until(condition: Any, seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < until, "it did not happen in time"
         time.sleep(0.02)
-
-
-@contextmanager
-def app_client(pipelines: dict[str, Pipeline], **settings: Any) -> Iterator[TestClient]:
-    """A client of an app in this process, which runs while it is open. pipelines: by the models' names."""
-    models = {name: f"/nowhere/{name}" for name in pipelines}
-    app = create_app(Settings(**{"models": models, "log": "off", **settings}), pipelines)
-    with TestClient(app) as client:
-        yield client
 
 
 def service_of(client: TestClient) -> Service:
