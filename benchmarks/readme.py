@@ -1,4 +1,4 @@
-"""The README's tables, written between their markers from benchmarks/results/.
+"""The tables of README.md and docs/server.md, written between their markers from benchmarks/results/.
 
 python -m benchmarks.readme             writes them
 python -m benchmarks.readme --check     exit status 1 where they differ from the results
@@ -12,16 +12,18 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from benchmarks.serving import PARTS
 from benchmarks.suite import RESULTS, newest
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "server.md")
 _MARKED = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def rendered(text: str) -> str:
-    """A README with current tables. KeyError for a marker that names no table."""
+    """A page with current tables. KeyError for a marker that names no table."""
     return _MARKED.sub(lambda match: match[1] + "\n".join([*TABLES[match[2]](), "", ""]) + match[3], text)
 
 
@@ -94,6 +96,38 @@ def deployed() -> list[str]:
     return [*lines, "", f"{record['machine']['name']}, {record['threads']} threads."]
 
 
+def served() -> list[str]:
+    """The newest run of benchmarks/serving.py."""
+    record = newest("serving")
+    if record is None:
+        return ["Not yet measured: `python -m benchmarks.serving --keep` does."]
+    lines = ["| requests | clients | server | pictures/s (rounds) | p50, p95, p99 ms |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {row['kind']} | {row['clients']} | {row['server']} | {_load(row)} |"
+        for row in record["comparison"]["table"]
+    ]
+    lines += ["", "| one kind, mixed | clients | pictures/s (rounds) | p50, p95, p99 ms |", "|---|---|---|---|"]
+    for row in record["batch"]["table"]:
+        lines.append(f"| {row['kind']}, {row['server']} | {row['clients']} | {_load(row)} |")
+    for row in record["streams"]["table"]:
+        lines.append(f"| one kind, {row['answer']} | {row['clients']} | {_load(row)} |")
+    lines += ["", "| one request at a time | ms |", "|---|---|"]
+    lines += [f"| {name} | {ms} |" for name, ms in record["overhead"]["ms"].items()]
+    others = ", ".join(f"{part} {100 * record[part]['others']:.0f}%" for part in PARTS)
+    return [
+        *lines,
+        "",
+        f"{record['machine']['name']}, {record['machine']['cores']} cores, {record['rounds']} rounds; torch "
+        f"{record['machine']['torch']}. Other processes took of the cores: {others}.",
+    ]
+
+
+def _load(row: dict[str, Any]) -> str:
+    low, high = row["spread"]
+    ms = ", ".join(f"{row[f'p{percent} ms']:.0f}" for percent in (50, 95, 99))
+    return f"{row['pictures/s']:.2f} ({low:.2f} to {high:.2f}) | {ms}"
+
+
 def _number(seconds: float) -> str:
     return f"{seconds:.2f}" if seconds < 10 else f"{seconds:.1f}"
 
@@ -101,20 +135,21 @@ def _number(seconds: float) -> str:
 TABLES: dict[str, Callable[[], list[str]]] = {
     "performance": lambda: [*compared("sd15-step", "cpu-picture"), "", *on_gpu()],
     "deployment": deployed,
+    "serving": served,
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing, and fail where README.md is not current")
+    parser.add_argument("--check", action="store_true", help="write nothing, and fail where a page is not current")
     args = parser.parse_args()
-    text = README.read_text(encoding="utf-8")
-    updated = rendered(text)
-    if args.check:
-        if updated != text:
-            sys.exit("README.md has tables that are not what benchmarks/results says: run python -m benchmarks.readme")
-        return
-    README.write_text(updated, encoding="utf-8")
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        updated = rendered(text)
+        if not args.check:
+            page.write_text(updated, encoding="utf-8")
+        elif updated != text:
+            sys.exit(f"{page.name} has tables that benchmarks/results does not say: run python -m benchmarks.readme")
 
 
 if __name__ == "__main__":

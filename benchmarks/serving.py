@@ -353,6 +353,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few requests, to see that it runs")
     parser.add_argument("--keep", action="store_true", help="add the run to benchmarks/results")
     args = parser.parse_args()
+    if args.keep and (args.part or args.quick):
+        parser.error("--keep is for whole runs")
     parts: dict[str, Part] = {}
     for part in args.part or PARTS:
         parts[part] = globals()[part](args.rounds, args.quick)

@@ -1,4 +1,4 @@
-"""benchmarks/readme.py: the README's tables of measurements."""
+"""benchmarks/readme.py: the tables of measurements in README.md and docs/server.md."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_readme_has_the_newest_measurements() -> None:
-    text = readme.README.read_text(encoding="utf-8")
-    assert {match[2] for match in readme._MARKED.finditer(text)} == set(readme.TABLES)
-    assert readme.rendered(text) == text, "run python -m benchmarks.readme"
+def test_pages_have_the_newest_measurements() -> None:
+    texts = [page.read_text(encoding="utf-8") for page in readme.PAGES]
+    assert {match[2] for text in texts for match in readme._MARKED.finditer(text)} == set(readme.TABLES)
+    for text in texts:
+        assert readme.rendered(text) == text, "run python -m benchmarks.readme"
 
 
 def test_readme_has_every_command_of_the_newest_deployment(results: Path) -> None:
@@ -44,3 +45,21 @@ def test_readme_has_the_rungs_of_a_gpu(results: Path) -> None:
     rows = [{"model": "sd15-512", "floor_ms": 2.0, "rungs": rungs}]
     (results / "a-gpu" / "ladder-float16.json").write_text(json.dumps({"rows": rows}))
     assert readme.on_gpu()[2:] == ["| a-gpu, sd15-512 | eager | 20.00 | 2.0 |"]
+
+
+def test_page_has_every_part_of_the_newest_serving(results: Path) -> None:
+    assert "Not yet measured" in readme.served()[0]
+    load = {"clients": 8, "pictures/s": 5.25, "spread": [5, 6], "p50 ms": 900.4, "p95 ms": 1000, "p99 ms": 1100}
+    record = {
+        "comparison": {"table": [{"kind": "mixed", "server": "fastldm", **load}], "others": 0.02},
+        "batch": {"table": [{"kind": "mixed", "server": "max batch 4", **load}], "others": 0},
+        "streams": {"table": [{"answer": "plain", **load}], "others": 0},
+        "overhead": {"ms": {"encoding": 1.5}, "others": 0},
+    }
+    machine = {"name": "A CPU", "cores": 2, "torch": "2.13"}
+    suite.add_run("serving", {"command": "", "machine": machine, "rounds": 3, "seconds": {"p50": 1}, **record})
+    figures = "8 | 5.25 (5.00 to 6.00) | 900, 1000, 1100 |"
+    for line in (f"| mixed | 8 | fastldm | {figures[4:]}", f"| mixed, max batch 4 | {figures}", "| encoding | 1.5 |"):
+        assert line in readme.served()
+    assert f"| one kind, plain | {figures}" in readme.served()
+    assert "comparison 2%" in readme.served()[-1]
