@@ -97,9 +97,10 @@ def deployed() -> list[str]:
 
 
 def served() -> list[str]:
-    """The newest run of benchmarks/serving.py."""
-    record = newest("serving")
-    if record is None:
+    """The newest run of each part of benchmarks/serving.py."""
+    runs = {part: newest(f"serving-{part}") for part in PARTS}
+    record = {part: run for part, run in runs.items() if run is not None}
+    if len(record) < len(PARTS):
         return ["Not yet measured: `python -m benchmarks.serving --keep` does."]
     lines = ["| requests | clients | server | pictures/s (rounds) | p50, p95, p99 ms |", "|---|---|---|---|---|"]
     lines += [
@@ -113,13 +114,10 @@ def served() -> list[str]:
         lines.append(f"| one kind, {row['answer']} | {row['clients']} | {_load(row)} |")
     lines += ["", "| one request at a time | ms |", "|---|---|"]
     lines += [f"| {name} | {ms} |" for name, ms in record["overhead"]["ms"].items()]
-    others = ", ".join(f"{part} {100 * record[part]['others']:.0f}%" for part in PARTS)
-    return [
-        *lines,
-        "",
-        f"{record['machine']['name']}, {record['machine']['cores']} cores, {record['rounds']} rounds; torch "
-        f"{record['machine']['torch']}. Other processes took of the cores: {others}.",
-    ]
+    machine = record["comparison"]["machine"]
+    others = ", ".join(f"{part} {100 * run['others']:.0f}%, {run['rounds']} rounds" for part, run in record.items())
+    about = f"{machine['name']}, {machine['cores']} cores; torch {machine['torch']}."
+    return [*lines, "", f"{about} What other processes took of the cores: {others}."]
 
 
 def _load(row: dict[str, Any]) -> str:

@@ -234,7 +234,7 @@ def in_turns(servers: dict[str, Server], settings: Sequence[tuple[str, int, int]
 
 
 def comparison(rounds: int, quick: bool) -> Part:
-    counts = ((1, 2), (8, 8)) if quick else ((1, 8), (8, 32), (64, 96))
+    counts = ((1, 2), (8, 8)) if quick else ((1, 8), (8, 32), (64, 64))
     with contextlib.ExitStack() as stack:
         servers = {"fastldm": stack.enter_context(fastldm_server())}
         servers |= {name: stack.enter_context(diffusers_server(name.split()[1])) for name in PEERS}
@@ -245,7 +245,7 @@ def comparison(rounds: int, quick: bool) -> Part:
 
 
 def batch(rounds: int, quick: bool) -> Part:
-    counts = ((8, 16),) if quick else ((8, 32), (64, 96))
+    counts = ((8, 16),) if quick else ((8, 32), (64, 64))
     with contextlib.ExitStack() as stack:
         servers = {f"max batch {b}": stack.enter_context(fastldm_server("--max-batch", str(b))) for b in (4, 8, 16)}
         others = Others([*servers.values()])
@@ -346,6 +346,26 @@ def _encoding(server: Server) -> tuple[float, float]:
     return tuple(float(match[1]) for match in found if match)  # type: ignore[return-value]
 
 
+def keep(part: str, record: Part) -> None:
+    """Each part is a case of benchmarks/suite.py, with its medians."""
+    import torch
+
+    from benchmarks.suite import add_run
+    from fastldm.system import machine
+
+    header = {"command": f"python -m benchmarks.serving --part {part}", "machine": machine(torch.device("cpu"))}
+    if "ms" in record:
+        seconds = {name: ms / 1000 for name, ms in record["ms"].items()}
+    else:
+        names = ("kind", "server", "answer")
+        seconds = {
+            ", ".join([*(row[name] for name in names if name in row), f"{row['clients']} clients"]): row["p50 ms"]
+            / 1000
+            for row in record["table"]
+        }
+    add_run(f"serving-{part}", {**header, "seconds": seconds, **record})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender (default: 3)")
@@ -353,25 +373,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few requests, to see that it runs")
     parser.add_argument("--keep", action="store_true", help="add the run to benchmarks/results")
     args = parser.parse_args()
-    if args.keep and (args.part or args.quick):
-        parser.error("--keep is for whole runs")
-    parts: dict[str, Part] = {}
     for part in args.part or PARTS:
-        parts[part] = globals()[part](args.rounds, args.quick)
-        parts[part]["load average"] = [round(value, 1) for value in os.getloadavg()]
-    print(json.dumps(parts, indent=1))
-    if args.keep:
-        import torch
-
-        from benchmarks.suite import add_run
-        from fastldm.system import machine
-
-        seconds = {
-            f"{figures['server']}, {figures['clients']} clients, {figures['kind']}, p50": figures["p50 ms"] / 1000
-            for figures in parts.get("comparison", {}).get("table", [])
-        }
-        header = {"command": "python -m benchmarks.serving", "machine": machine(torch.device("cpu"))}
-        add_run("serving", {**header, "rounds": args.rounds, "seconds": seconds, **parts})
+        record: Part = globals()[part](args.rounds, args.quick)
+        record |= {"rounds": args.rounds, "load average": [round(value, 1) for value in os.getloadavg()]}
+        print(json.dumps({part: record}, indent=1), flush=True)
+        if args.keep:
+            keep(part, record)
 
 
 if __name__ == "__main__":
