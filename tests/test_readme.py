@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import inspect
+import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +41,7 @@ def section(title: str) -> str:
     return README.partition(f"## {title}\n")[2].partition("\n## ")[0]
 
 
-DEPLOYMENT = section("Deployment")
+DEPLOYMENT, SERVE = section("Deployment"), section("Serve it")
 
 
 # ------------------------------------------------------------------------------------------------------------- commands
@@ -79,6 +84,8 @@ NOT_RUN = {
     "fastldm profile  ": "as with --html, for ten seconds",
     "fastldm bench  ": "half a minute of processes: test_compare.py has it smaller",
     "fastldm bench --suite": "minutes, at SD1.5's size: test_cli_bench.py has its task",
+    "fastldm serve": "below, on another port",
+    "curl -s localhost:8000": "below, with that server",
     "fastldm warm": "a minute: test_cli_warm.py has it smaller",
     "fastldm tune": "needs a GPU: test_cli_tune.py has its file",
     "make bench": "twenty minutes: test_suite.py has its parts",
@@ -86,7 +93,7 @@ NOT_RUN = {
     "python -m benchmarks.scaling": "minutes: test_scaling.py has its parts",
     "python -m benchmarks.gpu page": "test_first.py has the page",
 }
-LINES = [line for block in blocks("sh") for line in block.splitlines()]
+LINES = [line for block in blocks("sh") for line in block.replace("\\\n", "").splitlines()]
 
 
 def shape(output: str) -> str:
@@ -154,9 +161,10 @@ def test_command_line_is_accepted(line: str) -> None:
         assert re.search(rf"^{tokens[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif tokens[:2] == ["python", "-m"]:
         assert (ROOT / (tokens[2].replace(".", "/") + ".py")).is_file()
-    else:
+    elif tokens[0] != "curl":
         assert tokens[:4] == ["pip", "install", "-c", "constraints.txt"]
         assert (ROOT / tokens[3]).is_file()
+        assert tokens[4:] in (["."], [".[serve]"])
 
 
 def test_commands_in_sentences_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,11 +194,10 @@ PYTHON = {  # a line of each block -> all that it prints, and what it writes
     "fastldm.Pipeline.default()  # or": (rf"\(0, 1\) \w+ {TIME} s\n", {"apple.png"}),
     'raise fastldm.Cancelled("enough")': ("stopped; the pipeline stays usable\n", set()),
     "with fastldm.Session(": (rf"(step \d+ of 4\n)+torch {TIME} s\n", {"apple.png", "so-far.png"}),
-    'kernels.use("torch")': ("", set()),
 }
 
 
-@pytest.mark.parametrize("code", [code for code in blocks("python") if code not in DEPLOYMENT])
+@pytest.mark.parametrize("code", [code for code in blocks("python") if code not in DEPLOYMENT + SERVE])
 def test_python_block_prints_and_writes_what_is_shown(
     code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -199,6 +206,28 @@ def test_python_block_prints_and_writes_what_is_shown(
     exec(compile(code, "README.md", "exec"), {})
     assert re.fullmatch(output, capsys.readouterr().out)
     assert {path.name for path in tmp_path.iterdir()} == files
+
+
+def test_served_model_answers_curl_and_openai(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (commands,), (code,) = blocks("sh", SERVE), blocks("python", SERVE)
+    _, serve, curl = commands.replace("\\\n", "").splitlines()
+    command = [sys.executable, "-m", *shlex.split(serve, comments=True), "--port", "0"]
+    monkeypatch.chdir(tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as server:
+        assert server.stderr is not None
+        served = (re.search(r"serving on http://127\.0\.0\.1:(\d+)", line) for line in server.stderr)
+        port = next(match[1] for match in served if match)
+        if shutil.which("curl") is not None:
+            done = subprocess.run(shlex.split(curl.replace("8000", port)), capture_output=True, check=True)
+            answer = json.loads(done.stdout)["data"][0]
+            assert answer["seed"] == 3
+            assert base64.b64decode(answer["b64_json"])[8:12] == b"WEBP"
+        exec(compile(code.replace("8000", port), "README.md", "exec"), {})
+        server.terminate()
+    assert server.returncode == 0
+    with Image.open("apple.png") as image:
+        assert "Steps: 8" in image.info["parameters"]
 
 
 @pytest.mark.parametrize("model", ["smallest", pytest.param("default", marks=pytest.mark.full)])
