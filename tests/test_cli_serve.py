@@ -80,7 +80,7 @@ def test_bad_files_are_refused(started: list[Settings], tmp_path: Path, content:
 def test_mistakes_are_one_line(started: list[Settings], tmp_path: Path) -> None:
     for arguments, message in (
         (["--host", "0.0.0.0"], "say --insecure"),
-        (["--config", str(tmp_path / "none.toml")], "none.toml"),
+        (["--config", str(tmp_path / "none.toml")], f"fastldm: {tmp_path / 'none.toml'} cannot be read"),
         (["-m", "a=x", "-m", "a=y"], "--model a is given twice"),
         (["-m", "=x"], "'=x' names nothing"),
         (["--api-key-file", str(tmp_path)], str(tmp_path)),

@@ -43,8 +43,9 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -
             import tomllib
         else:
             import tomli as tomllib
+        content = read_file(Path(path).expanduser(), error=InputError)
         try:
-            values = tomllib.loads(read_file(Path(path).expanduser(), error=InputError).decode())
+            values = tomllib.loads(content.decode())
         except ValueError as error:  # no TOML, or no UTF-8
             raise InputError(f"{path}: {error}") from error
         known = {option.name: option for option in ctx.command.params if option.name not in ("config", "debug")}
