@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastldm.adapters.control import Config, Control, check_fits, read_config
 from fastldm.adapters.packing import Layout, layouts
 from fastldm.checks import show
 from fastldm.conditioning.text import TextStage
@@ -38,6 +39,7 @@ from fastldm.loading import spec as loading
 from fastldm.loading.checkpoint import Checkpoint, Component, TokenizerFiles
 from fastldm.loading.formats import TOKENIZER_FILES, TOKENIZERS
 from fastldm.models.clip import CLIPText
+from fastldm.models.controlnet import ControlNetConfig
 from fastldm.models.vae import HALF_EXPONENT, AutoencoderKL, rescale_for_half
 
 GOLDENS, PICTURE = "goldens", "picture"
@@ -82,9 +84,14 @@ class Bundle:
         except CheckpointError as error:
             raise BundleError(f"{folder / MANIFEST}: {error}") from error
         rank = bundle.adapter_rank
-        if rank and not manifest["split"]:
-            raise BundleError(f"{folder / MANIFEST}: 'adapter_rank' is {rank} of a model that is not split")
-        options = {"dtype": manifest["dtype"], "split": manifest["split"], "adapter_rank": rank}
+        if (rank or manifest.get("controls")) and not manifest["split"]:
+            raise BundleError(f"{folder / MANIFEST}: it has adapters or controls, and its model is not split")
+        try:
+            controls = bundle.controls
+        except CheckpointError as error:
+            raise BundleError(f"{folder / MANIFEST}: {error}") from error
+        form = {"split": manifest["split"], "adapter_rank": rank, "controls": controls}
+        options = {"dtype": manifest["dtype"], **form}
         manifests.check_networks(folder, bundle.specs, specs(model.unet, model.vae, model.text, **options))
         manifests.check_adapters(folder, manifest, bundle.layouts)
         return bundle
@@ -93,6 +100,15 @@ class Bundle:
     def adapter_rank(self) -> int:
         """Of the adapters that it takes together; 0 where it takes none."""
         return self.manifest.get("adapter_rank", 0)
+
+    @cached_property
+    def controls(self) -> tuple[Config, ...]:
+        """The configs of the controls that it has networks of. CheckpointError for those that are for another model."""
+        entries = self.manifest.get("controls", [])
+        configs = tuple(read_config(entry["config"], f"'controls.{k}'") for k, entry in enumerate(entries))
+        for k, config in enumerate(configs):
+            check_fits(config, self.model, f"'controls.{k}'")
+        return configs
 
     @cached_property
     def layouts(self) -> dict[str, Layout]:
@@ -208,6 +224,30 @@ def identity(model: loading.Spec) -> dict[str, Any]:
         "config": as_json(configs),
         "index": as_json(checkpoint.index),
     }
+
+
+def control_identity(name: str, control: Control) -> dict[str, Any]:
+    """A control's entry in a manifest. CheckpointError if its config cannot be written as diffusers' is."""
+    network, config = control.network, control.network.config
+    written = as_json(config.to_dict())
+    try:
+        same = _own(read_config(written, control.source)) == _own(config)
+    except CheckpointError:
+        same = False
+    if not same:
+        raise CheckpointError(f"{control.source} has a layout that no config of diffusers describes")
+    weights = _hash_weights(Loaded(name, "", {}, (), control.source, tensors=network.state_dict()))
+    source = control.source if Path(control.source).exists() else None
+    hashed = {"short_hash": control.short_hash, "weights": weights, "config": written}
+    return {"name": name, "source": source, **hashed}
+
+
+def _own(config: Config) -> Config:
+    """A config without what of a U-Net is not the control's."""
+    if not isinstance(config, ControlNetConfig):
+        return config
+    fixed: dict[str, Any] = {"up": (), "out_channels": 0, "sample_size": (0, 0), "time_cond_proj_dim": None}
+    return replace(config, unet=replace(config.unet, **fixed))
 
 
 def differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:

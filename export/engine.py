@@ -90,6 +90,7 @@ def bound(
         expected = ", ".join(port.name for port in spec.inputs)
         raise InputError(f"{spec.name} got {', '.join(inputs) or 'nothing'}: expected {expected}")
     sizes: dict[str, int] = {}
+    axes = spec.axes
     for port in spec.inputs:
         x = inputs[port.name]
         if x.dtype != port.torch_dtype or x.device != device or x.ndim != len(port.shape):
@@ -101,7 +102,9 @@ def bound(
             if isinstance(axis, int):
                 fits = size == axis
             else:
-                fits = nearest(axis, size) == size == sizes.setdefault(axis.name, size)
+                own = axes[axis.name]  # of which this may be in another unit
+                fits = nearest(axis, size) == size
+                fits = fits and sizes.setdefault(axis.name, size * own.best // axis.best) * axis.best == size * own.best
             if not fits:
                 raise InputError(
                     f"{spec.name}: {port.name} is {tuple(x.shape)}: expected {_describe_shape(port.shape)}"

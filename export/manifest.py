@@ -14,7 +14,7 @@ from fastldm.adapters.packing import Layout
 from fastldm.checks import show
 from fastldm.errors import BundleError
 from fastldm.export.engine import MANIFEST
-from fastldm.export.reference import RUN
+from fastldm.export.reference import RUN, is_network
 from fastldm.export.spec import NetworkSpec, Port
 from fastldm.reading import (
     Either,
@@ -32,6 +32,7 @@ from fastldm.reading import (
     read_json,
     unfit,
 )
+from fastldm.request import MAX_CONTROLS
 
 MAX_RANK = 4096
 FORMAT = 2
@@ -73,7 +74,7 @@ _PORT = Object(
     }
 )
 _NETWORK = Object(
-    {"name": Field(OneOf(*RUN)), "inputs": Field(ListOf(_PORT, 1, 1000)), "outputs": Field(ListOf(_PORT, 1, 1000))}
+    {"name": Field(Text(80)), "inputs": Field(ListOf(_PORT, 1, 1000)), "outputs": Field(ListOf(_PORT, 1, 1000))}
 )
 _OPTIONS = {
     "variant": Field(Text(), None),
@@ -83,6 +84,15 @@ _OPTIONS = {
 }
 _FACTOR = Object({"offset": Field(Integer(0, 2**40)), "shape": Field(ListOf(_SIZE, 2, 4))})
 _SLICE = Object({"module": Field(Text(400)), "down": Field(_FACTOR), "up": Field(_FACTOR)})
+_CONTROL = Object(
+    {
+        "name": Field(Text(200)),
+        "source": Field(Maybe(Text(10_000))),
+        "short_hash": Field(Maybe(Text(12))),
+        "weights": Field(Digest()),
+        "config": Field(Object({})),
+    }
+)
 FIELDS = {
     "model": Field(Text()),
     "source": Field(Maybe(Text(10_000))),
@@ -95,11 +105,12 @@ FIELDS = {
     "adapters": Field(ListOf(Text(2000), 0, 200), []),  # that are merged into the weights
     "adapter_rank": Field(Integer(0, MAX_RANK), 0),  # of those that are taken beside them
     "adapter_inputs": Field(MapOf(ListOf(_SLICE, 1, 100_000), 0, len(RUN)), {}),  # by network, `packing.Slice.to_dict`
+    "controls": Field(ListOf(_CONTROL, 0, MAX_CONTROLS), []),  # that are networks of their own
     "weights": Field(MapOf(Digest(), 3, 10)),
     "tokenizers": Field(MapOf(Digest(), 1, 10)),
     "config": Field(MapOf(Object({}), 4, 10)),
     "index": Field(Object({})),
-    "networks": Field(MapOf(_NETWORK, 1, len(RUN))),
+    "networks": Field(MapOf(_NETWORK, 1, len(RUN) + 4 * MAX_CONTROLS)),
     "versions": Field(MapOf(Text(), 0, 100)),
     "files": Field(MapOf(Object({"bytes": Field(Integer(0, 2**60)), "sha256": Field(Digest())}))),
 }
@@ -124,9 +135,10 @@ def read(folder: Path) -> dict[str, Any]:
         if not _is_in_bundle(name):
             raise BundleError(f"{path} names {show(name)}, which is not in the bundle")
     for name, network in values["networks"].items():
-        if network["name"] != name or name not in RUN:
+        if network["name"] != name or not is_network(name):
             raise BundleError(
-                f"{path}: 'networks.{name}' is of {show(network['name'])}, expected one of {', '.join(RUN)}"
+                f"{path}: 'networks.{show(name)}' is of {show(network['name'])}, expected one of {', '.join(RUN)}, or "
+                "of a control"
             )
     return manifest  # configs and the index are checked by their readers
 

@@ -7,6 +7,7 @@ embeddings, and its "rows" are all its other inputs, concatenated.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,19 +19,23 @@ import torch
 from torch import Tensor
 
 from fastldm import openmp, spans
+from fastldm.adapters.control import Control
 from fastldm.adapters.packing import DOWN, SCALE, UP, Packed
 from fastldm.conditioning.text import TextStage
 from fastldm.device import choose_dtype
 from fastldm.errors import BundleError, CheckpointError, InputError
 from fastldm.export.bundle import Bundle, differing, identity
 from fastldm.export.engine import Engine, is_bundle, open_engine
-from fastldm.export.spec import Axis, NetworkSpec
+from fastldm.export.reference import component
+from fastldm.export.spec import Axis, NetworkSpec, named_controls
 from fastldm.kernels.lora import Rows
 from fastldm.loading import spec as loading
 from fastldm.loading.prepare import prepare
 from fastldm.models.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
+from fastldm.models.controlnet import ControlNetConfig
 from fastldm.models.layers import Beside
-from fastldm.models.unet import AddedConditions, guidance_embedding
+from fastldm.models.t2i_adapter import T2IAdapterConfig
+from fastldm.models.unet import AddedConditions, Features, Residuals, add_rows, guidance_embedding
 from fastldm.models.vae import Layer
 
 
@@ -90,7 +95,7 @@ def precision(bundle: Bundle, backend: str, device: torch.device, dtype: str | t
 def precision_of(network: str, computed: str) -> str:
     """The precision of one network, if the bundle is computed in `computed`. OpenVINO computes sinusoids in bfloat16
     too, where an angle of 1,000 has no fractional digits: time_rows, which runs once per schedule, stays float32."""
-    return "float32" if network == "time_rows" and computed == "bfloat16" else computed
+    return "float32" if network.endswith("time_rows") and computed == "bfloat16" else computed
 
 
 def load(
@@ -105,7 +110,7 @@ def load(
     dtype: to compute in, by default the fastest; only OpenVINO has a choice, float32 or bfloat16.
     opened: returns the engine of a network, in place of the backend.
 
-    The image encoder is opened on first use: most pipelines never need it.
+    The image encoder and controls are opened on first use: most pipelines never need them.
     """
     spec, computed = bundle.model, precision(bundle, backend, device, dtype)
     options: dict[str, Any] = {"device": device, "threads": openmp.threads()}
@@ -134,6 +139,13 @@ def load(
     else:
         unet = FullUNet(spec.unet, network("unet"))
     vae = ExportedAutoencoder(spec.vae, network("vae_decoder"), lambda: network("vae_encoder"))
+    controls = {}
+    entries = bundle.manifest.get("controls", ())
+    for entry, (name, config) in zip(entries, named_controls(bundle.controls).items(), strict=True):
+        parts = {part: functools.partial(network, part) for part in bundle.specs if component(part) == name}
+        kind = ExportedControlNet if isinstance(config, ControlNetConfig) else ExportedT2IAdapter
+        exported: Any = kind(config, {part.removeprefix(f"{name}_"): opening for part, opening in parts.items()})
+        controls[entry["name"]] = Control(entry["name"], str(bundle.folder), entry["short_hash"], exported)
     return loading.LoadedModel(
         unet,
         vae,
@@ -145,6 +157,7 @@ def load(
         precision=computed,
         latents=unet.latents,
         packed=packed,
+        controls=controls,
     )
 
 
@@ -240,28 +253,28 @@ class ExportedUNet(ABC):
     @abstractmethod
     def _cross_kv(self, hidden: Tensor) -> tuple[Tensor, ...]: ...
 
-    def _inputs(self, rows: int, device: torch.device) -> dict[str, Tensor]:
-        """What rows of the call under way have beside latents, time and text, each of all rows."""
+    def _inputs(
+        self, model_input: Tensor, residuals: Sequence[Residuals], features: Sequence[Features]
+    ) -> dict[str, Tensor]:
+        """What the rows of the call under way have beside latents, time and text."""
         return {}
 
     @abstractmethod
-    def _evaluate(
-        self, model_input: Tensor, row: Tensor, kv: Sequence[Tensor], more: Mapping[str, Tensor]
-    ) -> Tensor: ...
+    def _evaluate(self, inputs: Mapping[str, Tensor], kv: Sequence[Tensor]) -> Tensor:
+        """inputs: sample, temb_row, and what `_inputs` gives."""
 
     def step(
-        self, model_input: Tensor, temb_row: Tensor, cross_kv: Sequence[Tensor], *, kv_len: Tensor | None = None
+        self,
+        model_input: Tensor,
+        temb_row: Tensor,
+        cross_kv: Sequence[Tensor],
+        *,
+        kv_len: Tensor | None = None,
+        residuals: Sequence[Residuals] = (),
+        features: Sequence[Features] = (),
     ) -> Tensor:
-        more = self._inputs(len(model_input), model_input.device)
-        if kv_len is None:
-            return self._evaluate(model_input, temb_row, cross_kv, more)
-        # Exported attention has no masks: rows with texts of equal length are run together.
-        out = model_input.new_empty((model_input.shape[0], self.config.out_channels, *model_input.shape[2:]))
-        for tokens in kv_len.unique().tolist():
-            rows = (kv_len == tokens).nonzero().flatten()
-            own = {name: x[rows] for name, x in more.items()}
-            out[rows] = self._evaluate(model_input[rows], temb_row[rows], [kv[rows, :tokens] for kv in cross_kv], own)
-        return out
+        inputs = {"sample": model_input, "temb_row": temb_row, **self._inputs(model_input, residuals, features)}
+        return _by_length(lambda x, kv: {"out": self._evaluate(x, kv)}, inputs, cross_kv, kv_len)["out"]
 
 
 class SplitUNet(ExportedUNet):
@@ -270,6 +283,7 @@ class SplitUNet(ExportedUNet):
     def __init__(self, config: UNetConfig, text_kv: Network, time_rows: Network, unet_step: Network) -> None:
         super().__init__(config, unet_step, "kv.0")
         self._text_kv, self._time_rows = text_kv, time_rows
+        self._zeros: dict[str, Tensor] = {}
 
     def time_rows(
         self, timesteps: Tensor, *, added: AddedConditions | None = None, guidance: Tensor | None = None
@@ -281,7 +295,33 @@ class SplitUNet(ExportedUNet):
         outputs = self._text_kv(encoder_hidden_states=hidden)
         return tuple(outputs[f"kv.{i}"] for i in range(len(outputs)))
 
-    def _inputs(self, rows: int, device: torch.device) -> dict[str, Tensor]:
+    def _inputs(
+        self, model_input: Tensor, residuals: Sequence[Residuals], features: Sequence[Features]
+    ) -> dict[str, Tensor]:
+        rows, _, height, width = model_input.shape
+        inputs = self._scales(rows, model_input.device)
+        spec, sizes = self._step.specs[0], {"batch": rows, "height": height, "width": width}
+        for port in self._step.inputs:
+            kind, _, number = port.name.partition(".")
+            if kind not in ("residual", "feature"):
+                continue
+            shape, k = spec.shape(port, sizes), int(number)
+            if not (residuals if kind == "residual" else features):  # rows without read zeros
+                if port.name not in self._zeros or self._zeros[port.name].shape != shape:
+                    self._zeros[port.name] = torch.zeros(shape, dtype=port.torch_dtype, device=model_input.device)
+                inputs[port.name] = self._zeros[port.name]
+                continue
+            inputs[port.name] = total = torch.zeros(shape, dtype=port.torch_dtype, device=model_input.device)
+            for own in residuals if kind == "residual" else ():
+                weight = None if own.weights is None else own.weights[k]
+                add_rows(total, (*own.skips, own.mid)[k], own.first or 0, weight)
+            for levels, first in features if kind == "feature" else ():
+                if k < len(levels):
+                    add_rows(total, levels[k], first or 0)
+        return inputs
+
+    def _scales(self, rows: int, device: torch.device) -> dict[str, Tensor]:
+        """Of adapters."""
         packed = self._step.packed
         if packed is None:
             return {}
@@ -291,8 +331,8 @@ class SplitUNet(ExportedUNet):
                 scales[start:stop, number - 1] = scale  # number 0 is none
         return {SCALE: scales.to(device)}
 
-    def _evaluate(self, model_input: Tensor, row: Tensor, kv: Sequence[Tensor], more: Mapping[str, Tensor]) -> Tensor:
-        return self._step.only(sample=model_input, temb_row=row, **{f"kv.{i}": x for i, x in enumerate(kv)}, **more)
+    def _evaluate(self, inputs: Mapping[str, Tensor], kv: Sequence[Tensor]) -> Tensor:
+        return self._step.only(**inputs, **{f"kv.{i}": x for i, x in enumerate(kv)})
 
 
 class FullUNet(ExportedUNet):
@@ -317,8 +357,87 @@ class FullUNet(ExportedUNet):
     def _cross_kv(self, hidden: Tensor) -> tuple[Tensor, ...]:
         return (hidden,)
 
-    def _evaluate(self, model_input: Tensor, row: Tensor, kv: Sequence[Tensor], more: Mapping[str, Tensor]) -> Tensor:
-        columns = row.split(list(self._row_columns.values()), dim=1)
-        inputs = dict(zip(self._row_columns, columns, strict=True))
-        inputs["timestep"] = inputs["timestep"].flatten()
-        return self._step.only(sample=model_input, encoder_hidden_states=kv[0], **inputs)
+    def _evaluate(self, inputs: Mapping[str, Tensor], kv: Sequence[Tensor]) -> Tensor:
+        columns = inputs["temb_row"].split(list(self._row_columns.values()), dim=1)
+        row = dict(zip(self._row_columns, columns, strict=True))
+        row["timestep"] = row["timestep"].flatten()
+        return self._step.only(sample=inputs["sample"], encoder_hidden_states=kv[0], **row)
+
+
+def _by_length(
+    run: Callable[[Mapping[str, Tensor], Sequence[Tensor]], dict[str, Tensor]],
+    inputs: Mapping[str, Tensor],
+    text: Sequence[Tensor],
+    kv_len: Tensor | None,
+) -> dict[str, Tensor]:
+    """Outputs of rows of inputs and texts. Exported attention has no masks: texts of equal length are run together."""
+    if kv_len is None:
+        return run(inputs, text)
+    groups = [(int(n), (kv_len == n).nonzero().flatten()) for n in kv_len.unique()]
+    parts = [run({k: x[rows] for k, x in inputs.items()}, [kv[rows, :n] for kv in text]) for n, rows in groups]
+    back = torch.cat([rows for _, rows in groups]).argsort()
+    return {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
+
+
+# ------------------------------------------------------------------------------------------------------- controls
+
+
+class _Parts:
+    """Networks that are opened on first use, by the ends of their names."""
+
+    def __init__(self, config: Any, parts: Mapping[str, Callable[[], Network]]) -> None:
+        self.config, self._parts = config, parts
+        self._opened: dict[str, Network] = {}
+
+    def _network(self, name: str) -> Network:
+        if name not in self._opened:
+            self._opened[name] = self._parts[name]()
+        return self._opened[name]
+
+
+class ExportedControlNet(_Parts):
+    """Replaces models.controlnet.ControlNet."""
+
+    config: ControlNetConfig
+
+    @property
+    def needs_added(self) -> bool:
+        return self.config.unet.needs_added
+
+    def hint(self, image: Tensor) -> Tensor:
+        return self._network("hint").only(image=image)
+
+    def time_rows(self, timesteps: Tensor, *, added: AddedConditions | None = None) -> Tensor:
+        return self._network("time_rows").only(timesteps=timesteps, **({} if added is None else vars(added)))
+
+    def cross_kv(self, encoder_hidden_states: Tensor) -> tuple[Tensor, ...]:
+        outputs = self._network("text_kv")(encoder_hidden_states=encoder_hidden_states)
+        return tuple(outputs[f"kv.{i}"] for i in range(len(outputs)))
+
+    def step(
+        self,
+        model_input: Tensor,
+        temb_row: Tensor,
+        cross_kv: Sequence[Tensor],
+        hint: Tensor,
+        *,
+        kv_len: Tensor | None = None,
+    ) -> Residuals:
+        def run(inputs: Mapping[str, Tensor], text: Sequence[Tensor]) -> dict[str, Tensor]:
+            return self._network("step")(**inputs, **{f"kv.{i}": kv for i, kv in enumerate(text)})
+
+        inputs = {"sample": model_input, "temb_row": temb_row, "hint": hint}
+        outputs = _by_length(run, inputs, cross_kv, kv_len)
+        *skips, mid = (outputs[f"residual.{k}"] for k in range(len(outputs)))
+        return Residuals(tuple(skips), mid)
+
+
+class ExportedT2IAdapter(_Parts):
+    """Replaces models.t2i_adapter.T2IAdapter."""
+
+    config: T2IAdapterConfig
+
+    def __call__(self, image: Tensor) -> tuple[Tensor, ...]:
+        (name,) = self._parts
+        outputs = self._network(name)(image=image)
+        return tuple(outputs[f"feature.{k}"] for k in range(len(outputs)))

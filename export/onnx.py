@@ -26,6 +26,7 @@ from fastldm.export.spec import DATA, MODEL, Axis, NetworkSpec, sample
 from fastldm.kernels import observe, use
 from fastldm.kernels.dispatch import replace_references
 from fastldm.models.clip import CLIPText
+from fastldm.models.controlnet import ControlNet
 
 OPSETS = (21, 23)
 """21: GroupNormalization and Gelu are single nodes. 23: Attention too, which not all backends support."""
@@ -78,8 +79,8 @@ def _trace(module: nn.Module, spec: NetworkSpec, opset: int) -> ir.Model:
         if axis.name not in dims:
             # Bounds become constraints of the trace. Only the positions of a text have one.
             most = axis.most if axis.name == "tokens" else None
-            dims[axis.name] = axis.multiple_of * torch.export.Dim(axis.name, min=1, max=most)
-        return dims[axis.name]
+            dims[axis.name] = torch.export.Dim(axis.name, min=1, max=most)
+        return axis.multiple_of * dims[axis.name]
 
     shapes = tuple({i: dim(axis) for i, axis in port.axes.items()} for port in spec.inputs)
     with use("torch"), torch.no_grad(), _quiet():
@@ -150,6 +151,8 @@ def check_graph(model: ir.Model, networks: ReferenceNetworks, name: str, opset: 
         "GroupNormalization": calls["group_norm"],
         "Gelu": calls["linear_geglu"] + calls["geglu"] + gelus,
     }
+    if isinstance(module, ControlNet) and module.config.global_pool and name.endswith("_step"):
+        expected["ReduceMean"] = len(networks.specs[name].outputs)
     if opset >= 23 or model.functions:
         expected["Attention"] = calls["attention"]
     counts = Counter(fused.core_op(node) for node in model.graph.all_nodes())

@@ -7,8 +7,10 @@ ReferenceNetworks.run   run one of them, with tensors by name as inputs and outp
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,14 +19,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastldm.adapters.packing import DOWN, SCALE, UP, Layout, layouts, products
-from fastldm.export.spec import DType, sample, specs
+from fastldm.export.spec import Control, DType, named_controls, sample, specs
 from fastldm.kernels import use
 from fastldm.kernels.lora import Places
 from fastldm.loading import spec as loading
 from fastldm.loading.state import load_module
 from fastldm.models.clip import CLIPText
+from fastldm.models.controlnet import ControlNet
 from fastldm.models.layers import Adaptable, Beside, LowRank
-from fastldm.models.unet import AddedConditions, GuidanceSinusoids, Sinusoids, UNet
+from fastldm.models.t2i_adapter import T2IAdapter
+from fastldm.models.unet import AddedConditions, Features, GuidanceSinusoids, Residuals, Sinusoids, UNet
 from fastldm.models.vae import HALF_EXPONENT, AutoencoderKL, TinyAutoencoder, rescale_for_half
 
 Named = Mapping[str, Tensor]
@@ -38,31 +42,41 @@ class ReferenceNetworks:
     """
 
     def __init__(
-        self, model: loading.Spec, dtype: DType, *, split: bool = False, adapter_rank: int = 0, exact: bool = False
+        self,
+        model: loading.Spec,
+        dtype: DType,
+        *,
+        split: bool = False,
+        adapter_rank: int = 0,
+        controls: Sequence[Control] = (),
+        control_networks: Sequence[nn.Module] = (),
+        exact: bool = False,
     ) -> None:
-        """split and adapter_rank: as of `specs`."""
-        options: dict[str, Any] = {"dtype": dtype, "split": split, "adapter_rank": adapter_rank}
-        self.specs = specs(model.unet, model.vae, model.text, **options)
+        """split, adapter_rank and controls: as of `specs`. control_networks: of those controls, in float32; networks of
+        those that are not given cannot be run."""
+        options: dict[str, Any] = {"split": split, "adapter_rank": adapter_rank, "controls": controls}
+        self.specs = specs(model.unet, model.vae, model.text, dtype=dtype, **options)
+        self._controls = dict(zip(named_controls(controls), control_networks, strict=False))
         self.layouts = layouts(model.unet, model.text, adapter_rank) if adapter_rank else {}
         self.dtype, self._model, self._exact = dtype, model, exact
         self._loaded: dict[str, nn.Module] = {}
 
-    @staticmethod
-    def component(name: str) -> str:
-        """The checkpoint component of a network."""
-        if name.startswith("text_encoder"):
-            return name
-        return "vae" if name.startswith("vae") else "unet"
-
     def module(self, name: str) -> nn.Module:
         """The module that a network is, or is a part of."""
-        component = self.component(name)
-        if component not in self._loaded:  # only one is held: networks of one component are exported in sequence
-            self._loaded = {component: self._load(component)}
-        return self._loaded[component]
+        key = component(name)
+        if key not in self._loaded:  # only one is held: networks of one component are exported in sequence
+            self._loaded = {key: self._load(key)}
+        return self._loaded[key]
+
+    def has(self, name: str) -> bool:
+        """Whether a network can be run."""
+        return not _OF_CONTROL.fullmatch(name) or component(name) in self._controls
 
     def _load(self, name: str) -> nn.Module:
         model = self._model
+        if name in self._controls:
+            network = copy.deepcopy(self._controls[name]).to("cpu", getattr(torch, self.dtype))
+            return network.float() if self._exact else network
         with torch.device("meta"):
             if name == "unet":
                 built: nn.Module = UNet(model.unet)
@@ -70,11 +84,11 @@ class ReferenceNetworks:
                 built = loading.autoencoder(model.vae)
             else:
                 built = CLIPText(model.text[1 if name.endswith("_2") else 0])
-        component = model.checkpoint.components[name]
+        part = model.checkpoint.components[name]
         dtype = getattr(torch, self.dtype)
         rescaled = dtype == torch.float16 and isinstance(built, AutoencoderKL)
         first = torch.float32 if rescaled or self._exact else dtype
-        module = load_module(built, component.state(), dtype=first, source=component.source)
+        module = load_module(built, part.state(), dtype=first, source=part.source)
         if rescaled:  # before rounding its weights, which may overflow too
             assert isinstance(module, AutoencoderKL)
             rescale_for_half(module, self._exponent(module))
@@ -112,7 +126,7 @@ class ReferenceNetworks:
         """A network's module on its inputs, as it is traced."""
         module = self.module(name)
         with _adapted(module, self.layouts.get(name, ()), inputs):
-            return RUN[name](module, inputs)
+            return runner(name)(module, inputs)
 
 
 @contextlib.contextmanager
@@ -291,8 +305,33 @@ def _time_rows(unet: UNet, inputs: Named) -> dict[str, Tensor]:
 
 
 def _unet_step(unet: UNet, inputs: Named) -> dict[str, Tensor]:
-    kv = [tensor for name, tensor in inputs.items() if name.startswith("kv.")]
-    return {"out_sample": unet.step(inputs["sample"], inputs["temb_row"], kv)}
+    kv, added, levels = (_numbered(inputs, name) for name in ("kv", "residual", "feature"))
+    options: dict[str, Any] = {"residuals": [Residuals((*added[:-1],), added[-1], first=None)]} if added else {}
+    options |= {"features": [Features((*levels,), None)]} if levels else {}
+    return {"out_sample": unet.step(inputs["sample"], inputs["temb_row"], kv, **options)}
+
+
+def _numbered(inputs: Named, name: str) -> list[Tensor]:
+    """Those that are called `name` and a number."""
+    return [tensor for key, tensor in inputs.items() if key.startswith(f"{name}.")]
+
+
+def _hint(network: ControlNet, inputs: Named) -> dict[str, Tensor]:
+    return {"hint": network.hint(inputs["image"])}
+
+
+def _control_rows(network: ControlNet, inputs: Named) -> dict[str, Tensor]:
+    return {"temb_rows": network.time_rows(inputs["timesteps"], added=_added(inputs))}
+
+
+def _control_step(network: ControlNet, inputs: Named) -> dict[str, Tensor]:
+    kv = _numbered(inputs, "kv")
+    skips, mid, *_ = network.step(inputs["sample"], inputs["temb_row"], kv, inputs["hint"])
+    return {f"residual.{k}": residual for k, residual in enumerate((*skips, mid))}
+
+
+def _t2i_adapter(network: T2IAdapter, inputs: Named) -> dict[str, Tensor]:
+    return {f"feature.{k}": level for k, level in enumerate(network(inputs["image"]))}
 
 
 def _vae_decoder(vae: AutoencoderKL | TinyAutoencoder, inputs: Named) -> dict[str, Tensor]:
@@ -316,3 +355,32 @@ RUN: dict[str, Callable[..., dict[str, Tensor]]] = {
     "vae_decoder": _vae_decoder,
     "vae_encoder": _vae_encoder,
 }
+_RUN_CONTROL: dict[str, Callable[..., dict[str, Tensor]]] = {
+    "hint": _hint,
+    "text_kv": _text_kv,
+    "time_rows": _control_rows,
+    "step": _control_step,
+}
+_OF_CONTROL = re.compile(r"(controlnet_[1-9]\d?)_(hint|text_kv|time_rows|step)|(t2i_adapter_[1-9]\d?)")
+
+
+def component(name: str) -> str:
+    """The checkpoint component of a network, or its control."""
+    if name.startswith("text_encoder"):
+        return name
+    if match := _OF_CONTROL.fullmatch(name):
+        return match[1] or match[3]
+    return "vae" if name.startswith("vae") else "unet"
+
+
+def is_network(name: str) -> bool:
+    """Whether a bundle may have a network of this name."""
+    return name in RUN or _OF_CONTROL.fullmatch(name) is not None
+
+
+def runner(name: str) -> Callable[..., dict[str, Tensor]]:
+    """What runs a network: its module and all inputs of its spec to its outputs."""
+    match = _OF_CONTROL.fullmatch(name)
+    if match is None:
+        return RUN[name]
+    return _t2i_adapter if match[3] else _RUN_CONTROL[match[2]]

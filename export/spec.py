@@ -18,6 +18,17 @@ In the split form, the U-Net is three networks, as `models.unet` runs it:
     time_rows    timesteps (SDXL: text_embeds, time_ids; LCM: guidance) -> temb_rows, per schedule
     unet_step    sample, temb_row, kv.0, kv.1, ... -> out_sample, per step
 
+A control that was exported with such a model is networks of its own, k being its number from 1 on, and the step reads
+what it adds, all controls together (absent from a bundle without, zeros for rows without):
+
+    controlnet_k_hint         image, in 0..1 -> hint
+    controlnet_k_text_kv      as text_kv; none if it reads no text
+    controlnet_k_time_rows    as time_rows
+    controlnet_k_step         sample, temb_row, kv.0, ..., hint -> residual.0, residual.1, ...: of each skip connection,
+                              and of the middle block
+    t2i_adapter_k             image, in 0..1 -> feature.0, feature.1, ...
+    unet_step                 also residual.0, ..., and feature.0, ...
+
 Where a bundle takes adapters, all but the autoencoder's read their factors too, see `adapters.packing`: lora_down and
 lora_up, and the last of them lora_scale.
 """
@@ -33,6 +44,8 @@ from torch import Tensor
 
 from fastldm.adapters.packing import DOWN, SCALE, UP, Layout, layouts
 from fastldm.models.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
+from fastldm.models.controlnet import ControlNetConfig
+from fastldm.models.t2i_adapter import T2IAdapterConfig, feature_places
 from fastldm.sizes import Axis
 
 DType = Literal["float32", "float16", "int32"]
@@ -133,14 +146,21 @@ def specs(
     dtype: DType,
     split: bool = False,
     adapter_rank: int = 0,
+    controls: Sequence[Control] = (),
 ) -> dict[str, NetworkSpec]:
-    """All networks of a model by name. dtype: "float32" or "float16", of weights and activations. adapter_rank: of the
-    adapters that the networks of a model that is split take, together; 0 is none."""
+    """All networks of a model by name. dtype: "float32" or "float16", of weights and activations. Of a model that is
+    split, adapter_rank is of the adapters that its networks take, together; 0 is none. controls: configs of those that
+    are exported with it."""
     names = ("text_encoder", "text_encoder_2")
     normalised = texts[-1].projection_dim is None  # as in `fastldm.conditioning.text`: SDXL's are not
     networks = [_text_encoder(name, text, dtype, normalised) for name, text in zip(names, texts, strict=False)]
     window = min(text.max_position for text in texts)
-    networks += _split_unet(unet, window, dtype) if split else [_unet(unet, window, dtype)]
+    networks += _split_unet(unet, window, dtype, controls) if split else [_unet(unet, window, dtype)]
+    for name, control in named_controls(controls).items():
+        if isinstance(control, ControlNetConfig):
+            networks += _controlnet(name, control, unet, window, dtype)
+        else:
+            networks.append(_t2i_adapter(name, control, unet, vae.factor, dtype))
     networks += [_vae_decoder(unet, vae, dtype), _vae_encoder(unet, vae, dtype)]
     packed = layouts(unet, texts, adapter_rank) if adapter_rank else {}
     return {network.name: _with_factors(network, packed.get(network.name, ()), dtype) for network in networks}
@@ -267,25 +287,114 @@ def _unet(config: UNetConfig, window: int, dtype: DType) -> NetworkSpec:
     return NetworkSpec("unet", tuple(inputs), (Port("out_sample", dtype, _image(config, config.out_channels)),))
 
 
-def _split_unet(config: UNetConfig, window: int, dtype: DType) -> list[NetworkSpec]:
-    tokens, rows = _tokens(window), Axis("rows", 1, 32, 1024)  # of all rows of all steps
-    kv = [Port(f"kv.{i}", dtype, (_BATCH, tokens, 2 * channels)) for i, channels in enumerate(config.cross_widths)]
+def _kv(widths: Sequence[int], tokens: Axis, dtype: DType) -> list[Port]:
+    return [Port(f"kv.{i}", dtype, (_BATCH, tokens, 2 * channels)) for i, channels in enumerate(widths)]
+
+
+def _text_kv(name: str, context: int, kv: Sequence[Port], tokens: Axis, dtype: DType) -> NetworkSpec:
+    return NetworkSpec(name, (Port("encoder_hidden_states", dtype, (_BATCH, tokens, context)),), tuple(kv))
+
+
+def _time_rows(name: str, config: UNetConfig, channels: int, dtype: DType) -> NetworkSpec:
+    rows = Axis("rows", 1, 32, 1024)  # of all rows of all steps
     conditions = [Port("timesteps", "float32", (rows,), 1000)]
     if config.needs_added:
         conditions += _pooled(config, rows, dtype)
     if config.needs_guidance:
         conditions.append(Port("guidance", "float32", (rows,), 10))
+    return NetworkSpec(name, tuple(conditions), (Port("temb_rows", dtype, (rows, channels)),))
+
+
+def _split_unet(config: UNetConfig, window: int, dtype: DType, controls: Sequence[Control]) -> list[NetworkSpec]:
+    tokens = _tokens(window)
+    kv = _kv(config.cross_widths, tokens, dtype)
     step = [
         Port("sample", dtype, _image(config, config.in_channels)),
         Port("temb_row", dtype, (_BATCH, config.time_channels)),
         *kv,
     ]
-    hidden = Port("encoder_hidden_states", dtype, (_BATCH, tokens, config.cross_attention_dim))
+    if any(isinstance(control, ControlNetConfig) for control in controls):
+        step += _residuals(config, dtype)
+    if not all(isinstance(control, ControlNetConfig) for control in controls):
+        step += _features(config, dtype)
     return [
-        NetworkSpec("text_kv", (hidden,), tuple(kv)),
-        NetworkSpec("time_rows", tuple(conditions), (Port("temb_rows", dtype, (rows, config.time_channels)),)),
+        _text_kv("text_kv", config.cross_attention_dim, kv, tokens, dtype),
+        _time_rows("time_rows", config, config.time_channels, dtype),
         NetworkSpec("unet_step", tuple(step), (Port("out_sample", dtype, _image(config, config.out_channels)),)),
     ]
+
+
+Control = ControlNetConfig | T2IAdapterConfig
+
+
+def named_controls(controls: Sequence[Control]) -> dict[str, Control]:
+    """Configs by the names that their networks begin with."""
+    kinds = ["controlnet" if isinstance(control, ControlNetConfig) else "t2i_adapter" for control in controls]
+    return {f"{kind}_{k}": control for k, (kind, control) in enumerate(zip(kinds, controls, strict=True), 1)}
+
+
+def _scaled(axis: Axis, factor: int, divisor: int = 1) -> Axis:
+    """The same quantity in a smaller unit, or a larger one, of which it is a multiple."""
+    sizes = (axis.least, axis.best, axis.most, axis.multiple_of)
+    assert all(size * factor % divisor == 0 for size in sizes)
+    return Axis(axis.name, *(size * factor // divisor for size in sizes))
+
+
+def _map(config: UNetConfig, channels: int, stride: int, batch: Axis = _BATCH) -> tuple[int | Axis, ...]:
+    """The shape of values of which there is one for each `stride` latents."""
+    return batch, channels, *(_scaled(_latents(config, side), 1, stride) for side in ("height", "width"))
+
+
+def _pixels(config: UNetConfig, channels: int, factor: int) -> tuple[int | Axis, ...]:
+    return _IMAGES, channels, *(_scaled(_latents(config, side), factor) for side in ("height", "width"))
+
+
+def _residuals(config: UNetConfig, dtype: DType, pooled: bool = False) -> list[Port]:
+    """Of each skip connection of a U-Net, and of the middle block."""
+    last = config.levels - 1
+    halvings = [
+        0,
+        *(
+            i + (k == len(level.depths))
+            for i, level in enumerate(config.down)
+            for k in range(len(level.depths) + (i < last))
+        ),
+    ]
+    places = [*zip(config.skip_channels, halvings, strict=True), (config.skip_channels[-1], last)]
+    shapes = [(_BATCH, width, 1, 1) if pooled else _map(config, width, 2**halved) for width, halved in places]
+    return [Port(f"residual.{k}", dtype, shape) for k, shape in enumerate(shapes)]
+
+
+def _features(config: UNetConfig, dtype: DType) -> list[Port]:
+    places = enumerate(feature_places(config))
+    return [Port(f"feature.{k}", dtype, _map(config, width, stride)) for k, (width, stride) in places]
+
+
+def _controlnet(name: str, config: ControlNetConfig, unet: UNetConfig, window: int, dtype: DType) -> list[NetworkSpec]:
+    """unet: that of the model, whose sizes it has."""
+    tokens, own = _tokens(window), config.unet
+    kv = _kv(config.cross_widths, tokens, dtype)
+    image = Port("image", dtype, _pixels(unet, config.image_channels, config.factor), below=1)
+    hint = Port("hint", dtype, _map(unet, own.down[0].channels, 1, _IMAGES))
+    step = [
+        Port("sample", dtype, _image(unet, own.in_channels)),
+        Port("temb_row", dtype, (_BATCH, config.time_channels)),
+        *kv,
+        replace(hint, shape=_map(unet, own.down[0].channels, 1)),
+    ]
+    return [
+        NetworkSpec(f"{name}_hint", (image,), (hint,)),
+        *([_text_kv(f"{name}_text_kv", own.cross_attention_dim, kv, tokens, dtype)] if kv else []),
+        _time_rows(f"{name}_time_rows", replace(own, time_cond_proj_dim=None), config.time_channels, dtype),
+        NetworkSpec(f"{name}_step", tuple(step), tuple(_residuals(unet, dtype, config.global_pool))),
+    ]
+
+
+def _t2i_adapter(name: str, config: T2IAdapterConfig, unet: UNetConfig, factor: int, dtype: DType) -> NetworkSpec:
+    image = Port("image", dtype, _pixels(unet, config.image_channels, factor), below=1)
+    levels = zip(config.channels, config.strides, strict=True)
+    shapes = [_map(unet, width, stride // factor, _IMAGES) for width, stride in levels]
+    return NetworkSpec(name, (image,), tuple(Port(f"feature.{k}", dtype, shape) for k, shape in enumerate(shapes)))
 
 
 def _image_shape(unet: UNetConfig, channels: int, unit: int) -> tuple[int | Axis, ...]:

@@ -109,7 +109,8 @@ class TensorRTEngine:
         ranges: dict[str, tuple[int, int]] = {}
         for port in spec.inputs:
             least, most = self._shapes(port.name, profile)
-            ranges |= {axis.name: (least[dimension], most[dimension]) for dimension, axis in port.axes.items()}
+            for dimension, axis in port.axes.items():  # the first is in the unit of the spec's axes
+                ranges.setdefault(axis.name, (least[dimension], most[dimension]))
         return ranges
 
     def _context(self, profile: int) -> Any:
@@ -247,13 +248,12 @@ def image_ranges(specs: Mapping[str, NetworkSpec], size: tuple[int, int]) -> dic
     Other networks keep their ranges.
     """
     encoder = specs["vae_encoder"]
-    factor = encoder.inputs[0].axes[2].best // encoder.outputs[0].axes[2].best
     result: dict[str, Ranges] = {}
     for name, spec in specs.items():
         if "height" not in spec.axes:
             result[name] = {}
             continue
-        unit = 1 if name == "vae_encoder" else factor
+        unit = encoder.axes["height"].best // spec.axes["height"].best  # pixels of what it takes: latents or images
         axes = [spec.axes["width"], spec.axes["height"]]
         allowed = [nearest(axis, pixels // unit) * unit for axis, pixels in zip(axes, size, strict=True)]
         if allowed != list(size):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,15 +18,17 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from fastldm.adapters.control import read_control
 from fastldm.adapters.packing import DOWN, UP
-from fastldm.errors import BundleError, EngineError, NonFinite
+from fastldm.errors import BundleError, CheckpointError, EngineError, InputError, NonFinite
 from fastldm.export import networks
-from fastldm.export.bundle import PICTURE, Bundle
+from fastldm.export.bundle import PICTURE, Bundle, control_identity
 from fastldm.export.engine import Engine, open_engine
 from fastldm.export.parity import Difference, difference, gate, worst
 from fastldm.export.reference import ReferenceNetworks
 from fastldm.export.spec import TILE, Axis, NetworkSpec, sample, tiled
 from fastldm.loading.spec import Spec
+from fastldm.models.controlnet import ControlNetConfig
 from fastldm.request import Request
 from fastldm.runtime.stages import Stages
 
@@ -65,6 +68,9 @@ def verify(
     """
     device = torch.device(device)
     form: dict[str, Any] = {"split": bundle.manifest["split"], "adapter_rank": bundle.adapter_rank}
+    form |= {"controls": bundle.controls}
+    if model is not None:
+        form["control_networks"] = _control_networks(bundle, model)
     reference = None if model is None else ReferenceNetworks(model, "float32", **form)
     if reference is not None and reference.specs.keys() != bundle.specs.keys():
         raise BundleError(
@@ -75,6 +81,21 @@ def verify(
     for network in bundle.specs:
         yield from check_network(bundle, network, backend, device, precision, reference)
     yield _check_image(bundle, backend, device, dtype, precision)
+
+
+def _control_networks(bundle: Bundle, model: Spec) -> list[Any]:
+    """A bundle's controls in float32, up to the first that is not where it was read from; a pickle counts as none."""
+    found: list[Any] = []
+    for entry, config in zip(bundle.manifest.get("controls", ()), bundle.controls, strict=True):
+        pooled = isinstance(config, ControlNetConfig) and config.global_pool
+        try:
+            control = read_control(Path(entry["source"] or ""), model, global_pool_conditions=pooled)
+        except (CheckpointError, InputError):
+            break
+        if control_identity(entry["name"], control)["weights"] != entry["weights"]:
+            break
+        found.append(control.network)
+    return found
 
 
 def check_network(
@@ -107,7 +128,7 @@ def _with_fresh(
     cases: list[tuple[Literal["golden", "fresh"], Named, Named]], spec: NetworkSpec, reference: ReferenceNetworks | None
 ) -> Iterator[tuple[Literal["golden", "fresh"], Named, Named]]:
     yield from cases
-    if reference is not None:
+    if reference is not None and reference.has(spec.name):
         for case, sizes in enumerate(fresh_sizes(spec)):
             inputs = sample(spec, sizes, seed=100 + case)
             yield "fresh", inputs, reference.run(spec.name, exact(inputs))

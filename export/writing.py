@@ -20,17 +20,18 @@ from typing import Any
 from safetensors import SafetensorError
 
 from fastldm import checks
+from fastldm.adapters.control import Control
 from fastldm.adapters.packing import layouts
 from fastldm.conditioning.tokenizer import BOS, CLIP_WINDOW, EOS, clip_vocabulary
 from fastldm.errors import BundleError, CheckpointError, InputError
 from fastldm.export import manifest as manifests
-from fastldm.export.bundle import GOLDENS, PICTURE, Bundle, Loaded, as_json, differing, identity
+from fastldm.export.bundle import GOLDENS, PICTURE, Bundle, Loaded, as_json, control_identity, differing, identity
 from fastldm.export.cache import hash_files
 from fastldm.export.engine import MANIFEST
 from fastldm.export.manifest import write_json
 from fastldm.export.private import locked
-from fastldm.export.reference import ReferenceNetworks
-from fastldm.export.spec import DType, specs
+from fastldm.export.reference import ReferenceNetworks, component
+from fastldm.export.spec import DType, named_controls, specs
 from fastldm.export.verify import check_network, goldens_of, goldens_of_image
 from fastldm.loading.checkpoint import TokenizerFiles
 from fastldm.loading.formats import TOKENIZER_FILES
@@ -61,6 +62,7 @@ def export(
     fused_ops: bool = False,
     adapters: Sequence[str] = (),
     adapter_rank: int = 0,
+    controls: Mapping[str, Control] | None = None,
     on_network: Callable[[str], object] = lambda network: None,
 ) -> Bundle:
     """Write a model as a bundle, each network compared with PyTorch.
@@ -71,6 +73,8 @@ def export(
     adapters: what is merged into the weights, a line for each, for the manifest.
     adapter_rank: of the LoRAs that the bundle takes after it was written, together, see `adapters.packing`; 0 for none.
         Implies split.
+    controls: ControlNets and T2I-Adapters, by the names by which requests know them, to be exported with the model.
+        Imply split.
     on_network: called with the name of the network that is next.
 
     An interrupted export of the same model with the same options continues, and a finished one is opened. Raises
@@ -78,10 +82,11 @@ def export(
     BundleError if a network does not compute what PyTorch does or the disk is full; EngineError if ONNX Runtime cannot
     run it.
     """
-    split = bool(split or checks.whole("adapter_rank", adapter_rank, 0, manifests.MAX_RANK, "a rank"))
+    controls = controls or {}
+    split = bool(split or checks.whole("adapter_rank", adapter_rank, 0, manifests.MAX_RANK, "a rank") or controls)
     out, partial = _paths(out)
     form: dict[str, Any] = {"dtype": dtype, "opset": opset, "split": split, "adapter_rank": adapter_rank}
-    head = _head(model, source=source, options=options, name=name, **form)
+    head = _head(model, source=source, options=options, name=name, controls=controls, **form)
     head |= {"fused_ops": fused_ops, "adapters": list(adapters)}
     if (out / MANIFEST).is_file():
         return _open_existing(out, head)
@@ -91,7 +96,7 @@ def export(
             if (out / MANIFEST).is_file():
                 return _open_existing(out, head)
             _check_free(out, partial)
-            _export(model, partial, on_network, head)
+            _export(model, partial, on_network, head, [control.network for control in controls.values()])
             _publish(partial, out)
     except TimeoutError:
         raise InputError(f"another process is writing {out}: wait for it, or give the bundle another name") from None
@@ -169,6 +174,11 @@ def _open_existing(out: Path, head: Mapping[str, Any]) -> Bundle:
     # The same model may have another source.
     names = ("family", "dtype", "opset", "split", "fused_ops", "adapter_rank")
     differs = [name for name in names if existing.manifest.get(name) != expected.get(name)]
+    controls = [
+        [(control["name"], control["weights"], control["config"]) for control in manifest.get("controls", ())]
+        for manifest in (existing.manifest, expected)
+    ]
+    differs += ["controls"] * (controls[0] != controls[1])
     if differs := differs or differing(existing.manifest, expected):
         raise InputError(
             f"{out} exists and is a bundle of another model or of other options ({', '.join(differs)} differ): "
@@ -190,16 +200,21 @@ def _head(
     opset: int,
     split: bool,
     adapter_rank: int,
+    controls: Mapping[str, Control],
 ) -> dict[str, Any]:
     """The manifest's fields for model and options: bundles with equal heads are the same."""
     components = model.checkpoint.components.values()
-    if not all(component.files or isinstance(component, Loaded) for component in components):
+    if not all(part.files or isinstance(part, Loaded) for part in components):
         raise InputError(f"{source} has no weights for PyTorch, as a bundle: give the model that it was exported from")
-    networks = specs(model.unet, model.vae, model.text, dtype=dtype, split=split, adapter_rank=adapter_rank)
+    configs = [control.network.config for control in controls.values()]
+    form: dict[str, Any] = {"split": split, "adapter_rank": adapter_rank, "controls": configs}
+    networks = specs(model.unet, model.vae, model.text, dtype=dtype, **form)
     taken: dict[str, Any] = {}
+    if controls:
+        taken["controls"] = [control_identity(name, control) for name, control in controls.items()]
     if adapter_rank:
         inputs = manifests.adapter_inputs(layouts(model.unet, model.text, adapter_rank))
-        taken = {"adapter_rank": adapter_rank, "adapter_inputs": inputs}
+        taken |= {"adapter_rank": adapter_rank, "adapter_inputs": inputs}
     return {
         "model": name or Path(source or "model").name,
         "source": source,
@@ -214,7 +229,13 @@ def _head(
     }
 
 
-def _export(model: Spec, partial: Path, on_network: Callable[[str], object], head: Mapping[str, Any]) -> None:
+def _export(
+    model: Spec,
+    partial: Path,
+    on_network: Callable[[str], object],
+    head: Mapping[str, Any],
+    control_networks: Sequence[Any],
+) -> None:
     from fastldm.export import onnx  # needs packages that running a bundle does not need
 
     # From the modules: onnxruntime has different distributions for CPUs and GPUs.
@@ -225,6 +246,7 @@ def _export(model: Spec, partial: Path, on_network: Callable[[str], object], hea
     }
     dtype: DType = head["dtype"]
     form: dict[str, Any] = {"split": head["split"], "adapter_rank": head.get("adapter_rank", 0)}
+    form |= {"controls": [network.config for network in control_networks], "control_networks": control_networks}
     networks, reference = ReferenceNetworks(model, dtype, **form), ReferenceNetworks(model, "float32", **form)
     stored = reference if dtype == "float32" else ReferenceNetworks(model, dtype, exact=True, **form)
 
@@ -247,11 +269,13 @@ def _export(model: Spec, partial: Path, on_network: Callable[[str], object], hea
             write_json(partial / _DONE, {"key": key, "networks": finished})
 
     bundle = Bundle(partial, content, networks.specs)
+    taken = zip(named_controls(form["controls"]), head.get("controls", ()), strict=True)
+    configs = head["config"] | {name: control["config"] for name, control in taken}
     for network, spec in networks.specs.items():
 
         def write(network: str = network, spec: Any = spec) -> None:
             onnx.write(networks, network, partial / network, opset=head["opset"], fused_ops=head["fused_ops"])
-            write_json(partial / network / "config.json", head["config"][ReferenceNetworks.component(network)])
+            write_json(partial / network / "config.json", configs[component(network)])
             bundle.goldens(network).write_bytes(goldens_of(spec, reference, stored).to_bytes())
             for check in check_network(bundle, network):
                 if check.problem:

@@ -53,7 +53,9 @@ class ControlLoader:
         for a name that is taken, and for a bundle.
         """
         stages, controls = self.stages, self.stages.controls
-        stages.need_torch("which takes no controls: load the model itself")
+        stages.need_torch(
+            "which has the controls that it was exported with and takes no others: `fastldm export --control PATH`"
+        )
         checks.known(options, _OPTIONS)
         if name is not None:
             controls.check_free(checks.short_text("name", name, "a control's name"))

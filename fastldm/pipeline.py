@@ -256,8 +256,8 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
 
     def export(self, out: str | os.PathLike[str], **options: Any) -> Path:
         """Write the model as a bundle, with the weights that it has now, adopted, merged or edited ones too, with its
-        active adapters merged, and with the tokens of textual inversion. Returns the bundle's folder. Requests wait
-        until it is written.
+        active adapters merged, with the tokens of textual inversion, and with its controls, unless split=False. Returns
+        the bundle's folder. Requests wait until it is written.
 
         options: dtype ("float32" or "float16"), opset, split, fused_ops and adapter_rank, see
         `fastldm.export.writing.export`, whose errors these are. InputError for a pipeline that itself runs a bundle,
@@ -283,7 +283,9 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
                 spec, modules[name] = bundle.with_tokens(spec, name, stage)
         with self.stages.adapters.applied(selection):
             model = bundle.in_memory(spec, modules)
-            options = {"source": None, "name": self.name, "adapters": selection.record(), **options}
+            controls = {} if options.get("split") is False else self.controls
+            more = {"adapters": selection.record(), "controls": controls}
+            options = {"source": None, "name": self.name, **more, **options}
             return writing.export(model, out, **options).folder
 
     def enable_fp8(self, prompt: Prompt = "a photograph", **options: Any) -> int:

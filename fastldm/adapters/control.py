@@ -214,7 +214,7 @@ def _of_module(module: Any) -> _Found:
     module = changes.unwrapped(module)
     name = type(module).__name__
     source = f"the given {name}"
-    config = _read_config({**module.config, "_class_name": name}, source)
+    config = read_config({**module.config, "_class_name": name}, source)
     differences = list(changes.of_network("controlnet", module))
     if differences:
         raise CheckpointError(f"{source}: {changes.describe(differences)}")
@@ -224,7 +224,7 @@ def _of_module(module: Any) -> _Found:
 def _of_folder(folder: Path, variant: str | None, allow_pickle: bool) -> _Found:
     source = str(folder)
     raw = read_json(folder / "config.json")
-    config = _read_config(raw, str(folder / "config.json"))
+    config = read_config(raw, str(folder / "config.json"))
     names = {path.name for path in folder.iterdir()}
     weights = choose_weights({folder.name: names}, variant, allow_pickle, str(folder.parent))[folder.name]
     files = weight_files(folder, weights)
@@ -232,7 +232,8 @@ def _of_folder(folder: Path, variant: str | None, allow_pickle: bool) -> _Found:
     return _Found(config, source, component.state, files[0])
 
 
-def _read_config(raw: Mapping[str, Any], source: str) -> Config:
+def read_config(raw: Mapping[str, Any], source: str) -> Config:
+    """The config of diffusers' config.json. CheckpointError for what is neither, or is built differently."""
     name = raw.get("_class_name")
     if not isinstance(name, str) or name not in _CLASSES:
         label = next((f": {label}" for pattern, label in _OTHER_CLASSES if re.search(pattern, str(name))), "")

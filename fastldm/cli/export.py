@@ -48,6 +48,13 @@ if TYPE_CHECKING:
     metavar="RANK",
     help="Take LoRAs of this rank together after it was written. Implies --split.",
 )
+@click.option(
+    "--control",
+    "controls",
+    multiple=True,
+    metavar="PATH",
+    help="A ControlNet or T2I-Adapter to export with it: a file, a folder or a hub id. Implies --split. Repeatable.",
+)
 @click.option("--to", type=click.Choice(["tensorrt"]), help="Build engines of the networks too. Needs no GPU.")
 @click.option(
     "--arch",
@@ -76,6 +83,7 @@ def export(
     fused_ops: bool,
     loras: tuple[tuple[str, float], ...],
     adapter_rank: int,
+    controls: tuple[str, ...],
     to: str | None,
     arch: tuple[str, ...],
     sizes: tuple[tuple[int, int], ...],
@@ -110,8 +118,10 @@ def export(
         from fastldm.model import describe, need_exporter
 
         need_exporter()
+        from fastldm.adapters.control import read_control
         from fastldm.export import writing
         from fastldm.export.spec import specs
+        from fastldm.runtime.controls import Controls
 
         if to is None and (arch or sizes):
             raise InputError("--arch and --size are of engines: give --to tensorrt too")
@@ -122,10 +132,15 @@ def export(
             "allow_pickle": allow_pickle,
         }
         spec = describe(model, **options)
+        attached = Controls()
+        for control in controls:
+            attached.attach(None, read_control(control, spec, allow_pickle=allow_pickle))
         if to is not None:  # mistakes are found before anything is traced
             tensorrt = need_tensorrt()
             capabilities = [tensorrt.parse_capability(name) for name in arch]
-            form: dict[str, Any] = {"dtype": dtype, "split": split or adapter_rank > 0, "adapter_rank": adapter_rank}
+            configs = [control.network.config for control in attached.attached.values()]
+            form: dict[str, Any] = {"dtype": dtype, "adapter_rank": adapter_rank, "controls": configs}
+            form["split"] = split or adapter_rank > 0 or bool(controls)
             tensorrt.image_profiles(specs(spec.unet, spec.vae, spec.text, **form), sizes)
         shared: dict[str, Any] = {
             "dtype": dtype,
@@ -133,6 +148,7 @@ def export(
             "split": split,
             "fused_ops": fused_ops,
             "adapter_rank": adapter_rank,
+            "controls": attached.attached,
             "on_network": lambda network: click.echo(f"{network} ...", err=True),
         }
         if loras:

@@ -216,6 +216,8 @@ class LoadedModel:
     """The allowed ranges of latent height and width; empty if every size is allowed."""
     packed: Mapping[str, Any] = field(default_factory=dict)
     """Of a bundle that takes adapters, where the networks read their factors: `adapters.packing.Packed` by name."""
+    controls: Mapping[str, Any] = field(default_factory=dict)
+    """Of a bundle, those that were exported with it: `adapters.control.Control` by name."""
 
 
 def load(

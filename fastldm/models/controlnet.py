@@ -83,6 +83,41 @@ class ControlNetConfig:
             global_pool=values["global_pool_conditions"],
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """As diffusers' config.json, which `from_dict` reads."""
+        unet = self.unet
+        levels = (*unet.down, unet.mid)
+        crosses = [level.depths[0] is not None for level in levels]
+        # of a level without, that of the middle block, which is the last level's
+        depths = [(level if cross else unet.mid).depths[0] for level, cross in zip(unet.down, crosses, strict=False)]
+        added = {
+            "addition_time_embed_dim": unet.addition_time_embed_dim,
+            "projection_class_embeddings_input_dim": unet.addition_input_dim,
+        }
+        return {
+            "_class_name": "ControlNetModel",
+            "in_channels": unet.in_channels,
+            "block_out_channels": [level.channels for level in unet.down],
+            "down_block_types": [f"{'CrossAttn' * cross}DownBlock2D" for cross in crosses[:-1]],
+            "mid_block_type": f"UNetMidBlock2D{'CrossAttn' * crosses[-1]}",
+            "layers_per_block": [len(level.depths) for level in unet.down],
+            "transformer_layers_per_block": [1 if depth is None else depth for depth in depths],
+            "attention_head_dim": [level.heads for level in unet.down],
+            "cross_attention_dim": unet.cross_attention_dim,
+            "norm_num_groups": unet.norm_groups,
+            "norm_eps": unet.norm_eps,
+            "use_linear_projection": unet.linear_projection,
+            "downsample_padding": unet.downsample_padding,
+            "flip_sin_to_cos": unet.flip_sin_to_cos,
+            "freq_shift": unet.freq_shift,
+            "addition_embed_type": unet.addition_embed_type,
+            **(added if unet.needs_added else {}),
+            "conditioning_channels": self.image_channels,
+            "conditioning_embedding_out_channels": list(self.hint_channels),
+            "controlnet_conditioning_channel_order": "bgr" if self.bgr else "rgb",
+            "global_pool_conditions": self.global_pool,
+        }
+
 
 class ControlNet(UNetEncoder):
     """From a U-Net's inputs and the embedding of an image to `Residuals`: one for each skip connection (12 in SD 1 and

@@ -66,6 +66,17 @@ class T2IAdapterConfig:
             channels = (*channels, channels[-1])  # its last width counts twice
         return cls(kind, values["in_channels"], channels, values["num_res_blocks"], values["downscale_factor"])
 
+    def to_dict(self) -> dict[str, Any]:
+        """As diffusers' config.json, which `from_dict` reads."""
+        return {
+            "_class_name": "T2IAdapter",
+            "adapter_type": self.kind,
+            "in_channels": self.image_channels,
+            "channels": list(self.channels[:-1] if self.light else self.channels),
+            "num_res_blocks": self.layers,
+            "downscale_factor": self.factor,
+        }
+
 
 class T2IAdapter(nn.Module):
     """Images (B, C, H, W) in 0..1 -> features (B, channels, h, w), the largest first."""

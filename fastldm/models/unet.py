@@ -71,7 +71,7 @@ class Residuals(NamedTuple):
     skips: tuple[Tensor, ...]  # of each skip connection (R, C, h, w), or (R, C, 1, 1) for all pixels alike
     mid: Tensor  # the same of the middle block's output
     weights: Tensor | None = None  # (skips + 1, R) in the network's dtype; None: 1
-    first: int = 0  # of the rows
+    first: int | None = 0  # of the rows; None: all rows, out of place, as exported networks read them
 
 
 class Features(NamedTuple):
@@ -79,7 +79,7 @@ class Features(NamedTuple):
     output."""
 
     levels: tuple[Tensor, ...]  # (R, C, h, w); there may be fewer than levels
-    first: int = 0  # of the rows
+    first: int | None = 0  # as of `Residuals`
 
 
 class UNetEncoder(nn.Module):
@@ -111,11 +111,18 @@ class UNetEncoder(nn.Module):
         added = [(iter(feature.levels), feature.first) for feature in features]
 
         def add_feature() -> None:
+            nonlocal x
             if is_batch_invariant():
                 as_tensor(x)  # whether or not a row has something added: what is pending rounds otherwise
             for levels, first in added:
-                if (value := next(levels, None)) is not None:
+                if (value := next(levels, None)) is None:
+                    continue
+                if first is not None:
                     add_rows(as_tensor(x), value, first)
+                    continue
+                is_skip, x = x is skips[-1], as_tensor(x) + value
+                if is_skip:
+                    skips[-1] = x
 
         skips = [x]
         for block in self.down_blocks:
@@ -256,6 +263,10 @@ class UNet(UNetEncoder):
             if not self.mid_block.resnets:
                 x = x.clone()  # also the last skip connection
         for control in residuals:
+            if control.first is None:
+                x = as_tensor(x) + control.mid
+                skips = [as_tensor(skip) + value for skip, value in zip(skips, control.skips, strict=True)]
+                continue
             weights = control.weights if control.weights is None else control.weights.unbind()
             for k, (skip, value) in enumerate(zip((*skips, x), (*control.skips, control.mid), strict=True)):
                 add_rows(as_tensor(skip), value, control.first, None if weights is None else weights[k])

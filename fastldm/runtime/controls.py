@@ -27,7 +27,7 @@ from fastldm.device import send
 from fastldm.errors import InputError
 from fastldm.metadata import control_unit
 from fastldm.models.controlnet import ControlNet, ControlNetConfig
-from fastldm.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
+from fastldm.models.t2i_adapter import T2IAdapterConfig
 from fastldm.models.unet import Residuals
 from fastldm.request import MAX_CONTROLS, Request
 
@@ -44,7 +44,7 @@ class Use(NamedTuple):
 
     @property
     def is_controlnet(self) -> bool:
-        return isinstance(self.control.network, ControlNet)
+        return isinstance(self.control.network.config, ControlNetConfig)
 
     def acts(self, row: int, rows: int) -> bool:
         """Whether it acts at a row of a table of so many; diffusers' rule, in floating point as there."""
@@ -157,7 +157,7 @@ class Controls:
             request = request.replace(controlnet_conditioning_scale=_default_scale(request, xl))
         chosen = _pictures(request.control_image, attached)
         controls = {name: _find(attached, name) for name in chosen}
-        nets = [name for name, control in controls.items() if isinstance(control.network, ControlNet)]
+        nets = [name for name, control in controls.items() if isinstance(control.network.config, ControlNetConfig)]
         rest = [name for name in controls if name not in nets]
         scales = _numbers(request, "controlnet_conditioning_scale", nets, attached)
         scales |= _numbers(request, "adapter_conditioning_scale", rest, attached)
@@ -177,7 +177,8 @@ class Controls:
             _check_count(use, request)
         # As diffusers, which asks the first of them.
         pooled = any(
-            isinstance(net := controls[name].network, ControlNet) and net.config.global_pool for name in nets[:1]
+            isinstance(config := controls[name].network.config, ControlNetConfig) and config.global_pool
+            for name in nets[:1]
         )
         return request.replace(control_image=ControlSelection(uses, request.guess_mode or pooled))
 
@@ -304,11 +305,11 @@ def start_controls(
     nets: list[RunControl] = []
     features: tuple[Tensor, ...] = ()
     for use in selection.uses:
-        network = use.control.network
-        grey = isinstance(network, T2IAdapter) and network.config.image_channels == 1
+        network: Any = use.control.network
+        grey = not use.is_controlnet and network.config.image_channels == 1
         pixels = send(images.load_control(use.image, size, grey=grey), device, dtype)
         batches = pixels.split(1) if one_by_one else [pixels]
-        if isinstance(network, ControlNet):
+        if use.is_controlnet:
             hint = _per_image(torch.cat([network.hint(batch) for batch in batches]), request)
             weights = send(_weights(network, use.scale, selection.conditional), device, dtype)
             acts = tuple(use.acts(row, rows) for row in range(rows))
@@ -334,7 +335,7 @@ def _per_image(x: Tensor, request: Request) -> Tensor:
 
 def _weights(network: ControlNet, scale: float, guess: bool) -> Tensor:
     """(K,) of K residuals: the scale, in guess mode times factors from a tenth for the first to 1."""
-    count = len(network.controlnet_down_blocks) + 1
+    count = len(network.config.unet.skip_channels) + 1
     factors = torch.logspace(-1, 0, count) if guess and not network.config.global_pool else torch.ones(count)
     return scale * factors
 

@@ -91,6 +91,8 @@ class Stages:
         """LoRA and its relatives: those that are loaded, and what is merged into the weights."""
         self.controls = Controls()
         """ControlNets and T2I-Adapters that are attached."""
+        for control_name, control in networks.controls.items():
+            self.controls.attach(control_name, control)
         self.image_prompts = ImagePrompts(spec.unet)
         """IP-Adapters: those that are loaded."""
         self._switches = 0
