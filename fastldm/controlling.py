@@ -53,8 +53,10 @@ class ControlLoader:
         for a name that is taken, and for a bundle.
         """
         stages, controls = self.stages, self.stages.controls
+        names = ", ".join(controls.attached) or "none"
         stages.need_torch(
-            "which has the controls that it was exported with and takes no others: `fastldm export --control PATH`"
+            f"which has the controls that it was exported with ({names}) and takes no others: "
+            "`fastldm export --control PATH`"
         )
         checks.known(options, _OPTIONS)
         if name is not None:

@@ -24,7 +24,6 @@ from fastldm.errors import BundleError, InputError, NonFinite
 from fastldm.export import networks
 from fastldm.export.bundle import Bundle
 
-RANK = 8
 OPTIONS: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "np", "seed": 5}
 SETS: list[dict[str, Any]] = [
     {"a": 1.0},
@@ -38,7 +37,7 @@ Folders = tuple[Path, Path, dict[str, Path]]
 
 def folders(family: str, factory: pytest.TempPathFactory) -> Folders:
     """A model, the bundle of it that takes adapters, and two of all its layers."""
-    source, bundle = bundles.exported(family, True, bundles.shared(factory), adapter_rank=RANK)
+    source, bundle, _ = bundles.taking(family, factory)
     folder, files = factory.mktemp(f"{family}-loras"), {}
     for seed, (name, rank) in enumerate({"a": 4, "b": 3}.items()):
         pipe = tiny.peer("diffusers").DiffusionPipeline.from_pretrained(source)
@@ -256,9 +255,9 @@ def test_what_does_not_fit_is_refused(pipes: tuple[Pipeline, Pipeline], sd1: Fol
             {"adapter_rank": 0, "adapter_inputs": {}},
             r"text_encoder has lora_down .* where its configs have",
         ),
-        ({"adapter_inputs": {}}, "'adapter_inputs.text_encoder' is not where text_encoder reads the factors"),
-        ({"adapter_rank": "8"}, "'adapter_rank' is '8': expected a whole number"),
-        ({"split": False}, "'adapter_rank' is 8 of a model that is not split"),
+        ({"adapter_inputs": {}}, "'adapter_inputs.unet_step' is not where unet_step reads the factors"),
+        ({"adapter_rank": "8"}, "'adapter_rank' is '8', expected a whole number"),
+        ({"split": False}, "it has adapters or controls, and its model is not split"),
     ],
 )
 def test_forged_manifest_is_refused(change: dict[str, Any], message: str, sd1: Folders, tmp_path: Path) -> None:
@@ -278,14 +277,16 @@ def test_moved_slice_is_refused(sd1: Folders, tmp_path: Path) -> None:
         Bundle.open(copy)
 
 
-def test_command_exports_verifies_and_generates(sd1: Folders, tmp_path: Path) -> None:
+def test_command_exports_and_generates(sd1: Folders, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     source, bundle, files = sd1
-    done = run("export", "-m", str(source), str(bundle), "--adapters", str(RANK))  # opened: it is there
-    assert done.exit_code == 0, done.output
-    done = run("export", "-m", str(source), str(bundle), "--adapters", "4")
+    _, _, controls = bundles.taking("sd1", tmp_path_factory)
+    options = [f"--control={path}" for path in controls.values()]
+    done = run("export", "-m", str(source), str(bundle), f"--adapters={bundles.RANK}", *options)
+    assert done.exit_code == 0, done.output  # opened: it is there
+    done = run("export", "-m", str(source), str(bundle), "--adapters", "4", *options)
     assert (done.exit_code, "(adapter_rank differ)" in done.output) == (2, True)
-    done = run("verify", str(bundle))
-    assert done.exit_code == 0, done.output
+    done = run("export", "-m", str(source), str(bundle), "--adapters", str(bundles.RANK), options[0])
+    assert (done.exit_code, "(controls differ)" in done.output) == (2, True)
     image = tmp_path / "x.png"
     options = ["--lora", f"{files['a']}:0.5", "--steps", "2", "--seed", "1", "-o", str(image)]
     done = run("generate", "a cat", "-m", str(bundle), "--backend", "onnxruntime", *options)

@@ -24,8 +24,13 @@ def check(controls: Sequence[tuple[str, float]], pictures: Sequence[str]) -> Non
 def attach(
     pipe: Pipeline, controls: Sequence[tuple[str, float]], pictures: Sequence[str], *, allow_pickle: bool = False
 ) -> dict[str, Any]:
-    """Attach controls. Returns the fields of a request that reads these pictures with them."""
-    names = [pipe.attach_control(source, allow_pickle=allow_pickle) for source, _ in controls]
+    """Attach controls. Returns the fields of a request that reads these pictures with them. Of a bundle they are named:
+    it has those that it was exported with."""
+    bundled = {} if pipe.backend == "torch" else pipe.controls
+    names = [
+        source if source in bundled else pipe.attach_control(source, allow_pickle=allow_pickle)
+        for source, _ in controls
+    ]
     if not names:
         return {}
     scales = dict(zip(names, (scale for _, scale in controls), strict=True))

@@ -225,12 +225,12 @@ def verify(out: Path, backend: str, device: str | None, dtype: str | None, model
                 raise
             click.echo(f"{error}: compared with the goldens alone")
             spec = None
-        problems = []
+        problems, width = [], max(15, *(len(name) + 1 for name in bundle.specs))
         for check in verify(bundle, backend, target_device, spec, precision):
             if check.difference is None:
                 problems.append(check.problem)
             text = "FAILED" if check.difference is None else f"{check.difference}  PSNR {check.difference.psnr:.0f} dB"
-            click.echo(f"{check.network:<15}{check.origin:<8}{check.sizes:<36}{text}")
+            click.echo(f"{check.network:<{width}}{check.origin:<8}{check.sizes:<36}{text}")
         if problems:
             raise BundleError(f"{len(problems)} of the above failed on {backend} in {precision}: {problems[0]}")
         click.echo(f"all are as close to PyTorch in float32 as {precision} is, on {backend}, which will run in it")

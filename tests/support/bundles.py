@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+import controls
 import pytest
 import tiny
 from click.testing import CliRunner
 from filelock import FileLock
 
+from fastldm.adapters.control import read_control
 from fastldm.cli import main
 from fastldm.export import manifest as manifests
 from fastldm.export import writing
@@ -27,18 +29,20 @@ if TYPE_CHECKING:
     from fastldm.export.reference import ReferenceNetworks
 
 
+LEVELS: dict[str, Any] = {
+    "block_out_channels": (16, 32),
+    "down_block_types": (tiny.DOWN, tiny.CROSS_DOWN),
+    "up_block_types": (tiny.CROSS_UP, tiny.UP),
+    "mid_block_type": None,
+    "layers_per_block": 1,
+    "transformer_layers_per_block": 1,
+    "attention_head_dim": (2, 4),
+}
+
+
 def smallest(family: str, folder: Path) -> Path:
     """A diffusers folder of the family's kind: two levels of one layer and nothing in the middle, a text encoder of two
     layers, an autoencoder of factor 2 without attention."""
-    levels: dict[str, Any] = {
-        "block_out_channels": (16, 32),
-        "down_block_types": (tiny.DOWN, tiny.CROSS_DOWN),
-        "up_block_types": (tiny.CROSS_UP, tiny.UP),
-        "mid_block_type": None,
-        "layers_per_block": 1,
-        "transformer_layers_per_block": 1,
-        "attention_head_dim": (2, 4),
-    }
     vae = {
         "block_out_channels": (8, 16),
         "down_block_types": ("DownEncoderBlock2D",) * 2,
@@ -46,7 +50,7 @@ def smallest(family: str, folder: Path) -> Path:
         "mid_block_add_attention": False,
     }
     components = {
-        "unet": tiny.unet(family, **levels),
+        "unet": tiny.unet(family, **LEVELS),
         "vae": tiny.vae(family, 1, **vae),
         "text_encoder": tiny.text_encoder("l", 2, num_hidden_layers=2),
     }
@@ -73,6 +77,41 @@ def exported(family: str, split: bool, folder: Path, **options: Any) -> tuple[Pa
             with traced_once(folder):
                 writing.export(loading.describe(source), out, source=str(source), split=split, **options)
     return source, out
+
+
+RANK = 8
+"""Of the adapters that bundles of `taking` take."""
+
+
+def taking(family: str, factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, Path]]:
+    """The smallest model of a family, a bundle of it that takes adapters and has controls, and the folders of those: a
+    ControlNet and a T2I-Adapter. Not to be written to."""
+    folder = shared(factory)
+    source, out = folder / family, folder / f"{family}-taking"
+    paths = {name: folder / f"{family}-controls" / name for name in ("edges", "depth")}
+    with FileLock(folder / f"{family}.lock"):
+        if not source.exists():
+            smallest(family, source)
+        if not out.exists():
+            small_controlnet(family).save_pretrained(paths["edges"])
+            small_adapter().save_pretrained(paths["depth"])
+            spec = loading.describe(source)
+            read = {name: read_control(path, spec) for name, path in paths.items()}
+            with traced_once(folder):
+                writing.export(spec, out, source=str(source), adapter_rank=RANK, controls=read)
+    return source, out, paths
+
+
+def small_controlnet(family: str, seed: int = 10, **changes: Any) -> Any:
+    """diffusers' ControlNetModel for the smallest model of a family."""
+    levels = {key: value for key, value in LEVELS.items() if key not in ("up_block_types", "mid_block_type")}
+    return controls.controlnet(family, seed, **levels, conditioning_embedding_out_channels=(4, 6), **changes)
+
+
+def small_adapter() -> Any:
+    """diffusers' T2IAdapter for the smallest models."""
+    config = {"channels": [16, 32], "adapter_type": "full_adapter_xl", "downscale_factor": 4, "num_res_blocks": 1}
+    return tiny.seeded(lambda: tiny.peer("diffusers").T2IAdapter(**config), 20)
 
 
 @contextlib.contextmanager
