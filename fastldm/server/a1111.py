@@ -23,7 +23,7 @@ from fastldm.errors import InputError
 from fastldm.image import encode_image, read_parameters
 from fastldm.metadata import fields_of, sampler_label, split_sampler
 from fastldm.samplers.names import SAMPLERS, resolve_sampler
-from fastldm.server.errors import ApiError
+from fastldm.server.errors import A1111Error, ApiError, documented
 from fastldm.server.service import Files, Service, Work
 from fastldm.version import __version__
 
@@ -109,7 +109,7 @@ _SIZES = ("seed_resize_from_h", "seed_resize_from_w", "firstphase_width", "first
 
 def router(service: Service) -> APIRouter:
     """The endpoints."""
-    routes = APIRouter(prefix="/sdapi/v1", tags=["a1111"])
+    routes = APIRouter(prefix="/sdapi/v1", tags=["a1111"], responses=documented(A1111Error))
     chosen: dict[str, str] = {}  # by key: the model that POST /options has set
 
     def model_of(owner: str) -> str:

@@ -68,7 +68,7 @@ def create_app(settings: Settings, pipelines: Mapping[str, Pipeline] | None = No
         """Whether the server runs."""
         return {"status": "ok"}
 
-    @app.get("/ready", tags=["server"])
+    @app.get("/ready", tags=["server"], responses={503: {"description": "Not yet, or not any more"}})
     async def ready() -> Response:
         """Whether it takes requests, and its models are warm."""
         state = "draining" if service.draining else "ready" if service.warm else "warming up"

@@ -10,6 +10,7 @@ from concurrent.futures import CancelledError
 from typing import Any, NamedTuple
 
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -40,6 +41,33 @@ class ApiError(HTTPException):
         own = {"x-should-retry": "true" if retry else "false"} if repeated else {}
         super().__init__(status, message, {**own, **(headers or {})})
         self.message, self.code, self.kind, self.param = message, code, kind, param
+
+
+class _Error(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class OpenAIError(BaseModel):
+    """What OpenAI's API answers to what it does not do."""
+
+    error: _Error
+
+
+class A1111Error(BaseModel):
+    """What AUTOMATIC1111's does."""
+
+    error: str
+    detail: str
+    body: str
+    errors: str
+
+
+def documented(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """The answers of a dialect that are errors, for the OpenAPI document."""
+    return {"4XX": {"model": model}, "5XX": {"model": model}}
 
 
 class _Answer(NamedTuple):

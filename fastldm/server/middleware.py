@@ -155,9 +155,8 @@ class Limited:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        too_large = ApiError(
-            413, f"the body has more than {self._max} bytes", "too_large", headers={"connection": "close"}
-        )
+        # The connection stays open for the rest, which is thrown away: else the client would fail before it is told.
+        too_large = ApiError(413, f"the body has more than {self._max} bytes", "too_large")
         length = Headers(scope=scope).get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > self._max:
             return await answer(too_large, scope["path"], scope["request_id"])(scope, receive, send)

@@ -26,13 +26,14 @@ from starlette.responses import Response, StreamingResponse
 
 from fastldm.errors import InputError
 from fastldm.image import encode_image
-from fastldm.server.errors import ApiError, api_error, body
+from fastldm.server.errors import ApiError, OpenAIError, api_error, body, documented
 from fastldm.server.jobs import Job, Jobs
 from fastldm.server.service import FORMATS, Files, Service, Work
 
 _OTHERS = re.compile(r"(dall-e|gpt-image|chatgpt-image)[\w.-]*")
 """Names of OpenAI's own models, which front ends send unasked: here the server's first."""
 _NAMED = re.compile(r"adapters\[([^\[\]]+)\]")
+_EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 _CHARSETS = (b"utf-8", b"utf8", b"us-ascii")
 _MAX_FILES, _MAX_FIELDS = 8, 128
 
@@ -92,14 +93,14 @@ class EditFields(ImageFields):
 
 def router(service: Service, jobs: Jobs) -> APIRouter:
     """The endpoints."""
-    routes = APIRouter(prefix="/v1", tags=["openai"])
+    routes = APIRouter(prefix="/v1", tags=["openai"], responses=documented(OpenAIError))
 
-    @routes.post("/images/generations")
+    @routes.post("/images/generations", responses=_EVENTS)
     async def generations(fields: GenerationBody, request: HTTPRequest) -> Response:
         """Pictures for a prompt; with `stream`, as events."""
         return await _respond(service, jobs, request, fields, {"prompt": fields.prompt})
 
-    @routes.post("/images/edits", openapi_extra=_form(EditFields, mask=True))
+    @routes.post("/images/edits", responses=_EVENTS, openapi_extra=_form(EditFields, mask=True))
     async def edits(request: HTTPRequest) -> Response:
         """A picture changed by a prompt: all of it, or where `mask`, or the picture itself, is transparent."""
         async with _read_form(request) as form:
@@ -108,7 +109,7 @@ def router(service: Service, jobs: Jobs) -> APIRouter:
         arguments = {"prompt": fields.prompt, "image": image, **({} if mask is None else {"mask_image": mask})}
         return await _respond(service, jobs, request, fields, arguments, of=image)
 
-    @routes.post("/images/variations", openapi_extra=_form(ImageFields, mask=False))
+    @routes.post("/images/variations", responses=_EVENTS, openapi_extra=_form(ImageFields, mask=False))
     async def variations(request: HTTPRequest) -> Response:
         """Pictures like one that is sent; `strength` says how unlike."""
         async with _read_form(request) as form:

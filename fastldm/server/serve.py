@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
 from types import FrameType
 from typing import Any
@@ -78,13 +79,16 @@ class _Server(uvicorn.Server):
 
 
 def _protocol(seconds: float) -> type[asyncio.Protocol]:
-    """uvicorn's, which would wait for ever for a header, or half of one: it has so many seconds here."""
+    """uvicorn's, which would wait for ever for a header, or half of one, and for a client to read: each has so many
+    seconds here."""
 
     class Timed(H11Protocol):
-        _deadline: asyncio.TimerHandle | None = None
+        _header: asyncio.TimerHandle | None = None
+        _reading: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
+            transport.set_write_buffer_limits(high=0)  # to be told of all that is not read
             self._wait()
 
         def data_received(self, data: bytes) -> None:
@@ -92,19 +96,37 @@ def _protocol(seconds: float) -> type[asyncio.Protocol]:
             self._wait()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._cancel()
+            _cancel(self._header)
+            _cancel(self._reading)
             super().connection_lost(exc)
 
         def _wait(self) -> None:
             """Begin to count, unless it is counted already, or the header is whole."""
             if self.cycle is not None and not self.cycle.response_complete:
-                self._cancel()
-            elif self._deadline is None:
-                self._deadline = self.loop.call_later(seconds, self.transport.close)
+                _cancel(self._header)
+                self._header = None
+            elif self._header is None:
+                self._header = self.loop.call_later(seconds, self.transport.close)
 
-        def _cancel(self) -> None:
-            if self._deadline is not None:
-                self._deadline.cancel()
-            self._deadline = None
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._watch_reader()
+
+        def resume_writing(self) -> None:
+            _cancel(self._reading)
+            super().resume_writing()
+
+        def _watch_reader(self, before: float = math.inf) -> None:
+            """Until all is read. before: how much was not, so many seconds ago."""
+            left = self.transport.get_write_buffer_size()
+            if left < before:
+                self._reading = self.loop.call_later(seconds, self._watch_reader, left)
+            else:
+                self.transport.abort()
 
     return Timed
+
+
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()

@@ -7,27 +7,31 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
+import uvicorn
 from starlette.testclient import TestClient
 
 from fastldm.server.service import Service
 
 ROOT = Path(__file__).resolve().parents[2]
-BODY = {"prompt": "a red apple", "num_inference_steps": 1, "seed": 0}
+BODY = {"prompt": "a red apple", "num_inference_steps": 1, "seed": 0, "size": "32x32"}
 """The smallest request for a picture."""
-LONG = {**BODY, "num_inference_steps": 150}
+LONG = {**BODY, "num_inference_steps": 150, "size": "64x64"}
 
 
 class Server:
     """`fastldm serve` with the default model, as a process of its own."""
 
     def __init__(self, folder: Path, *options: str, port: int = 0, key: str | None = None) -> None:
-        """options: of the command. port: 0 is a free one."""
+        """options: of the command. port: 0 is a free one. key: one, or several divided by commas; the first is used."""
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / f"{self.port}.log"
@@ -37,8 +41,8 @@ class Server:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1", **keys}
             )
-        headers = {} if key is None else {"authorization": f"Bearer {key}"}
-        self.client = httpx.Client(base_url=self.url, timeout=60, headers=headers)
+        self.headers = {} if key is None else {"authorization": f"Bearer {key.split(',')[0]}"}
+        self.client = httpx.Client(base_url=self.url, timeout=60, headers=self.headers)
         self._wait_until_ready()
 
     def _wait_until_ready(self) -> None:
@@ -68,11 +72,14 @@ class Server:
     def wait_until_idle(self, seconds: float = 60) -> None:
         wait_until(lambda: not self.metric("fastldm_num_running_reqs") + self.metric("fastldm_num_queue_reqs"), seconds)
 
-    @property
-    def connections(self) -> int:
-        """Open connections of clients."""
-        of_clients = psutil.Process(self.process.pid).net_connections("tcp")
-        return sum(one.status == psutil.CONN_ESTABLISHED and one.laddr.port == self.port for one in of_clients)
+    def is_open(self, connection: socket.socket) -> bool:
+        """Whether the server has a client's connection open, which may have closed it."""
+        return connection.getsockname()[1] in self.ports_of_clients()
+
+    def ports_of_clients(self) -> set[int]:
+        """Of the connections that the server has open."""
+        connections = psutil.Process(self.process.pid).net_connections("tcp")
+        return {one.raddr.port for one in connections if one.raddr and one.laddr.port == self.port}
 
     @property
     def memory(self) -> int:
@@ -82,6 +89,14 @@ class Server:
     def connect(self) -> socket.socket:
         """A connection on which a client can do as it likes."""
         return socket.create_connection(("127.0.0.1", self.port), timeout=30)
+
+    def request(self, body: bytes = b"", path: str = "/v1/images/generations", *headers: str) -> bytes:
+        """The bytes of a POST of JSON with this server's key."""
+        lines = [f"POST {path} HTTP/1.1", "host: x", "content-type: application/json", *headers]
+        if not any(header.startswith(("content-length", "transfer-encoding")) for header in headers):
+            lines.append(f"content-length: {len(body)}")
+        lines += [f"{name}: {value}" for name, value in self.headers.items()]
+        return "\r\n".join([*lines, "", ""]).encode() + body
 
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
@@ -119,3 +134,16 @@ def wait_until(condition: Any, seconds: float = 30) -> None:
 
 def service_of(client: TestClient) -> Service:
     return client.app.state.service  # type: ignore[attr-defined]
+
+
+@contextmanager
+def in_thread(app: Any) -> Iterator[str]:
+    """An application behind uvicorn in a thread of this process; its address."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, ws="none"))
+        thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+        thread.start()
+        wait_until(lambda: server.started)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        server.should_exit = True
+        thread.join(30)
