@@ -8,6 +8,7 @@ import torch
 
 from fastldm.adapters.forms import Difference, LoHa, LoRA
 from fastldm.adapters.selection import Parameter
+from fastldm.runtime import merge
 from fastldm.runtime.merge import Merged, on_device
 
 P = Parameter("unet", "layer", "weight")
@@ -82,6 +83,24 @@ def test_failure_leaves_what_the_next_switch_mends() -> None:
         merged.switch({P: ((Difference(torch.ones(3, 3)), 1.0),)})
     merged.switch({})
     assert torch.equal(weight, torch.ones(2, 2))
+
+
+def test_half_written_weights_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by a switch to none, after a failure in the middle of writing."""
+    weight = torch.randn(4, 6)
+    before, merged, change = weight.clone(), Merged(lambda _: weight), {P: ((lora((4, 6), 2, 1), 1.0),)}
+
+    def half(weight: torch.Tensor, original: torch.Tensor, deltas: object) -> None:
+        weight[:2] = 0
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(merge, "_write", half)
+        with pytest.raises(MemoryError):
+            merged.switch(change)
+    assert not torch.equal(weight, before)
+    merged.switch({})
+    assert torch.equal(weight, before)
 
 
 def test_forms_move_with_all_their_tensors() -> None:
