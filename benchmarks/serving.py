@@ -326,6 +326,8 @@ async def _paired(server: Server, child: subprocess.Popen[str], count: int, time
             times["openai client"].append(perf_counter() - start)
             times["session"].append(answer.model_extra["timings"]["total"])
 
+            connection.close()
+            connection.connect()  # again: the server does not keep silent ones for long
             start = perf_counter()
             content = json.dumps({**fields, "size": "64x64"})
             connection.request("POST", "/v1/images/generations", content, {"content-type": "application/json"})
