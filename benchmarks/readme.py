@@ -102,12 +102,19 @@ def served() -> list[str]:
     record = {part: run for part, run in runs.items() if run is not None}
     if len(record) < len(PARTS):
         return ["Not yet measured: `python -m benchmarks.serving --keep` does."]
-    lines = ["| requests | clients | server | pictures/s (rounds) | p50, p95, p99 ms |", "|---|---|---|---|---|"]
+    lines = [
+        "| requests | clients | server | pictures/s (rounds) | p50, p95, p99 ms | s of a core |",
+        "|---|---|---|---|---|---|",
+    ]
     lines += [
         f"| {row['kind']} | {row['clients']} | {row['server']} | {_load(row)} |"
         for row in record["comparison"]["table"]
     ]
-    lines += ["", "| one kind, mixed | clients | pictures/s (rounds) | p50, p95, p99 ms |", "|---|---|---|---|"]
+    lines += [
+        "",
+        "| one kind, mixed | clients | pictures/s (rounds) | p50, p95, p99 ms | s of a core |",
+        "|---|---|---|---|---|",
+    ]
     for row in record["batch"]["table"]:
         lines.append(f"| {row['kind']}, {row['server']} | {row['clients']} | {_load(row)} |")
     for row in record["streams"]["table"]:
@@ -123,7 +130,7 @@ def served() -> list[str]:
 def _load(row: dict[str, Any]) -> str:
     low, high = row["spread"]
     ms = ", ".join(f"{row[f'p{percent} ms']:.0f}" for percent in (50, 95, 99))
-    return f"{row['pictures/s']:.2f} ({low:.2f} to {high:.2f}) | {ms}"
+    return f"{row['pictures/s']:.2f} ({low:.2f} to {high:.2f}) | {ms} | {row['core s a picture']:.2f}"
 
 
 def _number(seconds: float) -> str:

@@ -139,13 +139,14 @@ def diffusers_server(dtype: str) -> contextlib.AbstractContextManager[Server]:
 
 
 class Load(NamedTuple):
-    """What clients saw."""
+    """What clients saw, and the seconds of cores that the server took, which a busy machine changes least."""
 
     seconds: float
     latencies: list[float]
+    cores: float
 
 
-async def _send(url: str, bodies: Sequence[Body], clients: int) -> Load:
+async def _send(url: str, bodies: Sequence[Body], clients: int) -> tuple[float, list[float]]:
     """Each client has its next request when it has an answer. Any error ends it."""
     from openai import AsyncOpenAI
 
@@ -166,11 +167,13 @@ async def _send(url: str, bodies: Sequence[Body], clients: int) -> Load:
 
         start = perf_counter()
         await asyncio.gather(*(work() for _ in range(clients)))
-        return Load(perf_counter() - start, latencies)
+        return perf_counter() - start, latencies
 
 
 def send(server: Server, bodies: Sequence[Body], clients: int) -> Load:
-    return asyncio.run(_send(server.url, bodies, clients))
+    before = sum(server.process.cpu_times()[:2])
+    seconds, latencies = asyncio.run(_send(server.url, bodies, clients))
+    return Load(seconds, latencies, sum(server.process.cpu_times()[:2]) - before)
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
@@ -184,7 +187,9 @@ def row(loads: Sequence[Load], **what: Any) -> dict[str, Any]:
     rates = [len(load.latencies) / load.seconds for load in loads]
     ms = {f"p{percent} ms": round(1000 * percentile(latencies, percent), 1) for percent in (50, 95, 99)}
     spread = [round(rate, 2) for rate in (min(rates), max(rates))]
-    return {**what, "pictures/s": round(median(rates), 2), "spread": spread, **ms, "requests": len(latencies)}
+    cores = round(sum(load.cores for load in loads) / len(latencies), 3)
+    figures = {"pictures/s": round(median(rates), 2), "spread": spread, **ms, "core s a picture": cores}
+    return {**what, **figures, "requests": len(latencies)}
 
 
 def say(figures: dict[str, Any]) -> None:
