@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ def metric(text: str, name: str, **labels: str) -> float:
     return total
 
 
-def wait_until(condition: Any, seconds: float = 30) -> None:
+def wait_until(condition: Any, seconds: float = 15) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "it did not happen in time"
@@ -147,3 +148,13 @@ def in_thread(app: Any) -> Iterator[str]:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         server.should_exit = True
         thread.join(30)
+
+
+@contextmanager
+def threads(gate: threading.Event) -> Iterator[ThreadPoolExecutor]:
+    """For clients whose requests wait for a gate, which is opened in the end, come what may."""
+    with ThreadPoolExecutor(8) as pool:
+        try:
+            yield pool
+        finally:
+            gate.set()
