@@ -45,7 +45,7 @@ FIELDS = {
         negative_prompt_2 original_size crops_coords_top_left target_size negative_original_size
         negative_crops_coords_top_left negative_target_size output_type
         adapters cross_attention_kwargs ip_adapter_image ip_adapter_image_embeds ip_adapter_scale""",
-    "Result": "images seeds timings backend dtype request adapters",
+    "Result": "images seeds timings backend dtype request adapters embeddings",
 }
 ARGUMENTS = {
     "Generation.result": "self timeout",
