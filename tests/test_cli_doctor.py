@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import tiny
@@ -51,6 +53,26 @@ def test_text_and_json_agree() -> None:
         (line,) = (line for line in lines if line.split()[:1] == [name])
         assert line.endswith(f": missing {', '.join(extra['missing'])}" if extra["missing"] else ": installed")
     assert [line for line in lines if line.startswith("! ")] == [f"! {problem}" for problem in report["problems"]]
+
+
+def test_adapters_that_ship_are_listed_and_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from fastldm.adapters import locate
+
+    report = json.loads(run("doctor", "--arch", "sm_90", "--json").stdout)
+    assert report["adapters"]["ship"] == {
+        "lora": ["pixel", "sketch"],
+        "embedding": ["smiley"],
+        "control": [],
+    }
+    assert {*report["adapters"]["beside the weights"]["triton"]} == {"lora_linear", "lora_geglu"}
+    assert not any("which ships" in problem for problem in report["problems"])
+    shutil.copytree(locate.SHIPPED, tmp_path / "adapters")
+    for file in ("lora/pixel.safetensors", "embedding/smiley.safetensors"):
+        (tmp_path / "adapters" / file).write_bytes(b"x")
+    monkeypatch.setattr(locate, "SHIPPED", tmp_path / "adapters")
+    problems = [line for line in run("doctor").stdout.splitlines() if line.startswith("! ")]
+    for name in ("--lora pixel", "--embedding smiley"):
+        assert any(line.startswith(f"! {name}, which ships, cannot be read: ") for line in problems), name
 
 
 def test_arch_gives_the_path_of_each_op() -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 from command import run
+from diffusers import T2IAdapter
+from PIL import Image
 
 
 def profile(*options: str) -> Result:
@@ -27,6 +29,21 @@ def test_table_has_stages_and_ops_of_json(tmp_path: Path) -> None:
         assert sum(line.startswith(f"  {stage['name']} ") for line in lines) >= 1, stage["name"]
     for title in ("a picture ", "only the first time: import ", "this machine: ", "operations: ", "memory: "):
         assert sum(line.startswith(title) for line in lines) == 1, title
+
+
+def test_adapters_and_controls_are_profiled(tmp_path: Path) -> None:
+    config = {"in_channels": 1, "channels": [64, 128, 192], "num_res_blocks": 1, "downscale_factor": 4}
+    T2IAdapter(**config).save_pretrained(tmp_path / "shape")
+    picture, file = tmp_path / "shape.png", tmp_path / "profile.json"
+    Image.new("L", (64, 64), 255).save(picture)
+    extras = ("--lora", "sketch:0.5", "--control", f"{tmp_path / 'shape'}:0.8", "--control-image", str(picture))
+    done = profile("--json", str(file), *extras)
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert ", with sketch:0.5 merged, controlled by shape; torch float32 on " in done.stdout.splitlines()[0]
+    record = json.loads(file.read_text("utf-8"))
+    assert (record["about"]["adapters"], record["about"]["adapted"]) == ({"sketch": 0.5}, "merged")
+    assert record["memory"]["measured"] == pytest.approx(record["memory"]["planned"], rel=0.01)
+    assert "--control and --control-image go together" in profile(*extras[:4]).stderr
 
 
 @pytest.mark.parametrize("option", ["--json", "--html", "--trace"])

@@ -130,3 +130,30 @@ def test_pixel_draws_in_blocks(pipe: fastldm.Pipeline) -> None:
         assert contrast[1] > 2 * contrast[0]
     finally:
         pipe.unload_lora_weights()
+
+
+def test_smiley_is_a_round_yellow_face(pipe: fastldm.Pipeline) -> None:
+    """The word "smiley" is a tag of the sun with a face, whose rays reach unlike far from the middle."""
+    y, x = np.mgrid[:64, :64] - 31.5
+    distance, sector = np.hypot(x, y), ((np.arctan2(y, x) / np.pi + 1) * 18).astype(int) % 36
+
+    def yellow_and_unevenness(prompt: str) -> tuple[float, float]:
+        images = np.stack(pipe([prompt] * 4, seed=0).images).astype(int)
+        yellow = (images[..., 0] > 200) & (images[..., 1] > 120) & (images[..., 2] < 150)
+        reach = np.array(
+            [
+                [distance[each & (sector == k)].max(initial=0) for k in range(36)]
+                for each in images.min(-1) < 215  # what is drawn
+            ]
+        )
+        return yellow[:, distance < 24].mean(), (reach.std(1) / reach.mean(1)).mean()
+
+    without = yellow_and_unevenness("a smiley")
+    pipe.load_textual_inversion("smiley")
+    try:
+        for prompt in ("a <smiley>", "<smiley>", "a noto <smiley>"):
+            yellow, unevenness = yellow_and_unevenness(prompt)
+            assert yellow > 0.6
+            assert unevenness < 0.03 < 0.04 < without[1]
+    finally:
+        pipe.unload_textual_inversion()

@@ -31,10 +31,8 @@ def find_shipped(kind: Kind, path_or_id: str | os.PathLike[str]) -> Path:
     found = shipped(kind)
     if str(path_or_id) in found:
         return found[str(path_or_id)]
-    raise CheckpointError(
-        f"{path_or_id} does not exist here. Give a file, a folder, a hub id (owner/name), or the name of one that "
-        f"ships for the default model: {', '.join(found)}."
-    )
+    names = f", or the name of one that ships for the default model: {', '.join(found)}" if found else ""
+    raise CheckpointError(f"{path_or_id} does not exist here. Give a file, a folder, a hub id (owner/name){names}.")
 
 
 def find_weights(

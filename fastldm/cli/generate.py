@@ -64,7 +64,7 @@ def _list_things(ctx: click.Context, param: click.Parameter, group: str | None) 
     "embeddings",
     multiple=True,
     metavar="FILE",
-    help="A textual inversion: a file, or a folder or hub id with one. Its "
+    help="A textual inversion: a file, a folder or hub id with one, or smiley, which ships for the default model. Its "
     "token is what the file says, such as <smiley>, or its name without ending. Repeatable.",
 )
 @control_option

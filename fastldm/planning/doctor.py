@@ -180,7 +180,7 @@ def render(report: dict[str, Any]) -> str:
         *(f"  {line}" for line in _op_lines(ops)),
         "",
         "adapters of the default model, which ship",
-        *(f"  --{kind:<9} {', '.join(names)}" for kind, names in report["adapters"]["ship"].items()),
+        *(f"  --{kind:<9} {', '.join(names)}" for kind, names in report["adapters"]["ship"].items() if names),
         "layers with an adapter beside their weights, where requests with different ones share a step",
         *(f"  {line}" for line in _op_lines(report["adapters"]["beside the weights"])),
         "",
