@@ -52,7 +52,7 @@ class Settings:
     max_body: float = 64.0
     """Of a request, in MiB."""
     body_timeout: float = 60.0
-    """Seconds that a client has for its request: for the header, and for the body."""
+    """Seconds that a client has for its request: for the header, for the body, and to go on reading the answer."""
     max_pixels: int = 4_194_304
     """Width times height of a generated picture."""
     max_input_pixels: int = 33_554_432

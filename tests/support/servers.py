@@ -43,7 +43,7 @@ class Server:
                 command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1", **keys}
             )
         self.headers = {} if key is None else {"authorization": f"Bearer {key.split(',')[0]}"}
-        self.client = httpx.Client(base_url=self.url, timeout=60, headers=self.headers)
+        self.client = httpx.Client(base_url=self.url, timeout=300, headers=self.headers)
         self._wait_until_ready()
 
     def _wait_until_ready(self) -> None:
