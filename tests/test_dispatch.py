@@ -244,6 +244,7 @@ def _in_a_fresh_process(arch: int, cache: Path) -> tuple[int, int, int]:
     return kernels, compiles, loads
 
 
+@pytest.mark.full
 def test_what_is_warmed_is_not_compiled_again(tmp_path: Path) -> None:
     """A second process that stands for a machine with an sm_90 finds every kernel in the cache; an sm_80 finds none."""
     kernels, compiles, loads = _in_a_fresh_process(90, tmp_path)

@@ -32,9 +32,11 @@ ENGINES = ["onnxruntime", "openvino"]
 CPU = torch.device("cpu")
 # Each kind of network once in either form that it has: the others of a family are the same networks with another
 # scheduler, which no engine sees.
-KINDS = ["sd1-split", "sd1-whole", "sd1-inpaint-whole", "lcm-split", "sdxl-split"]
+KINDS = ["sd1-split", "sd1-whole", "sdxl-split"]
 OTHERS = [
     "sd1-inpaint-split",
+    "sd1-inpaint-whole",
+    "lcm-split",
     "sd2-v-split",
     "sd2-v-whole",
     "lcm-whole",

@@ -24,6 +24,8 @@ from fastldm.errors import BundleError, InputError, NonFinite
 from fastldm.export import networks
 from fastldm.export.bundle import Bundle
 
+pytestmark = pytest.mark.full  # their bundle takes a minute to export; test_controlling.py has another with factors
+
 OPTIONS: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "np", "seed": 5}
 SETS: list[dict[str, Any]] = [
     {"a": 1.0},

@@ -76,10 +76,12 @@ KEYS = {  # of the JSON that each command prints, without what varies with model
         """,
     "doctor --json": """
         fastldm python platform torch triton cpu cpu.threads cpu.capability gpus model model.name model.family
-        model.parameters model.dtype ops ops.on ops.dtype ops.triton ops.torch extras cache problems""",
+        model.parameters model.dtype ops ops.on ops.dtype ops.triton ops.torch adapters extras
+        cache problems""",
     "profile --steps 1 --rounds 1 --size 32 --device cpu --json -": f"""
         about about.model about.backend about.device about.dtype about.fastest_dtype about.width about.height
         about.pictures about.rows about.steps about.sampler about.guidance about.threads about.machine
+        about.adapters about.adapted about.controls
         about.machine.name about.machine.cores about.machine.capability about.machine.python about.machine.torch
         first first.import first.load first.compile ceilings ceilings.flops ceilings.bytes stages stages.name
         stages.note stages.host stages.device rows rows.stage rows.name rows.calls rows.seconds rows.share rows.flop
@@ -87,7 +89,7 @@ KEYS = {  # of the JSON that each command prints, without what varies with model
         step steps wall {" ".join(f"{name}.{key}" for name in ("step", "steps", "wall") for key in SPREAD.split())}
         {" ".join(f"stages.host.{key}" for key in SPREAD.split())}""",
 }
-VARYING = ("extras.", "ops.torch.", "rows.paths.", "operations.", "model.runs on")
+VARYING = ("adapters.", "extras.", "ops.torch.", "rows.paths.", "operations.", "model.runs on")
 
 
 def keys(value: Any, prefix: str = "") -> set[str]:

@@ -230,7 +230,8 @@ def test_served_model_answers_curl_and_openai(tmp_path: Path, monkeypatch: pytes
         assert "Steps: 8" in image.info["parameters"]
 
 
-@pytest.mark.parametrize("model", ["smallest", pytest.param("default", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("model", ["smallest", "default"])
 def test_deployment_leads_to_a_running_engine(
     model: str,
     tmp_path: Path,

@@ -44,6 +44,7 @@ def run_schemathesis(examples: int, *without: str) -> tuple[Counter[int], dict[s
     return statuses, failures
 
 
+@pytest.mark.full
 def test_schemathesis_finds_nothing() -> None:
     # Others take the same fields; they have their turn in the long form.
     others = ("/v1/jobs", "/v1/images/edits", "/v1/images/variations", "/sdapi/v1/txt2img", "/sdapi/v1/img2img")

@@ -20,7 +20,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import clients
-import httpx
+import httpx2 as httpx
 import pytest
 from PIL import Image
 from servers import BODY, LONG, Server, metric, wait_until
@@ -130,6 +130,7 @@ def test_half_a_header_is_closed(server: Server) -> None:
     assert 0.9 < time.monotonic() - start < 10
 
 
+@pytest.mark.full  # once it was closed at once, and it is not known why
 def test_a_byte_now_and_then_is_no_header(server: Server) -> None:
     start = time.monotonic()
     with server.connect() as connection:

@@ -376,7 +376,7 @@ def test_sessions_need_a_pipeline(value: Any) -> None:
         Session(value)
 
 
-@pytest.mark.parametrize("value", [None, 1, "yes", []], ids=repr)
-def test_preview_has_to_be_a_flag(value: Any, pipe: Pipeline) -> None:
-    with pytest.raises(InputError, match=r"^preview is [^\n]*: expected True or False$"):
+@pytest.mark.parametrize("value", [None, -1, 1.5, "yes", []], ids=repr)
+def test_preview_is_a_flag_or_a_number(value: Any, pipe: Pipeline) -> None:
+    with pytest.raises(InputError, match=r"^preview is [^\n]*: expected a whole number, 0 to 10000$"):
         pipe.session.submit("a cat", preview=value)

@@ -118,8 +118,9 @@ def test_few_values_may_share_errors() -> None:
     assert not matches.within(sound.allowed(1000))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("split", [True, pytest.param(False, marks=pytest.mark.full)])
+@pytest.mark.parametrize("split", [True, False])
 def test_openvino_runs_float16_bundles(split: bool, precision: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Outputs are rounded to float16, whatever it computes in."""
     if not importlib.import_module(f"fastldm.export.{_openvino()}").has_bfloat16() and precision == "bfloat16":

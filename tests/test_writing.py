@@ -293,7 +293,7 @@ def test_all_tokenizer_files_are_copied(traced: tuple[Path, Path], copying: list
 # ---- what is in memory
 
 
-@pytest.mark.parametrize("adopted", [False, True])
+@pytest.mark.parametrize("adopted", [pytest.param(False, marks=pytest.mark.full), True])
 def test_edited_pipeline_is_exported(adopted: bool, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """As a merged adapter is: the weights as they are now, not as they lie on the disk."""
     source = bundles.smallest("sd1", tmp_path / "model")
