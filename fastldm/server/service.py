@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
+import torch
 from PIL import Image
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
@@ -83,6 +84,9 @@ class Service:
         # zlib and libjpeg release the lock that Python's threads share.
         self._until = math.inf  # when draining ends
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "fastldm encode")
+        # A request's steps take as many threads as its caller has, and a new thread has what the worker last took.
+        of_caller = partial(torch.set_num_threads, torch.get_num_threads())
+        self._submitting = ThreadPoolExecutor(4, "fastldm submit", initializer=of_caller)
 
     # --- a request
 
@@ -110,7 +114,8 @@ class Service:
             try:
                 # In a thread: what does not fit is told how it would, from a dry run of a second.
                 submit = partial(found.session.submit, request, priority=priority, preview=previews, id=id)
-                generation = await asyncio.to_thread(submit, deadline=deadline)
+                loop = asyncio.get_running_loop()
+                generation = await loop.run_in_executor(self._submitting, partial(submit, deadline=deadline))
             finally:
                 self._arriving[owner] -= 1
             work = Work(id, owner, found, generation, time.time(), dialect=dialect)
@@ -291,7 +296,8 @@ class Service:
             await asyncio.wait(tasks, timeout=max(0.0, self._until - time.monotonic()))
         self.stop_now()
         await asyncio.to_thread(partial(self.models.close, cancel=True))
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._submitting):
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 async def _disconnected(receive: Receive) -> None:
