@@ -20,11 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fastldm.conditioning.prompt import split_lora_tags
 from fastldm.errors import InputError
-from fastldm.image import encode_image, read_parameters
+from fastldm.image import read_parameters
 from fastldm.metadata import fields_of, sampler_label, split_sampler
 from fastldm.samplers.names import SAMPLERS, resolve_sampler
 from fastldm.server.errors import A1111Error, ApiError, documented
-from fastldm.server.service import Files, Service, Work
+from fastldm.server.service import Files, Service, Work, size_of
 from fastldm.version import __version__
 
 _AUTOMATIC = ("", "automatic", "normal", "none")
@@ -133,8 +133,9 @@ def router(service: Service) -> APIRouter:
         if len(fields.init_images) > 1:
             raise InputError(f"init_images has {len(fields.init_images)} pictures: expected one")
         image = await service.picture(_bytes(fields.init_images[0], "init_images"), "init_images")
-        width, height = fields.width or max(8, image.width // 8 * 8), fields.height or max(8, image.height // 8 * 8)
-        arguments |= {"image": image, "strength": fields.denoising_strength, "width": width, "height": height}
+        asked = {"width": fields.width, "height": fields.height}
+        size = size_of(image) | {name: length for name, length in asked.items() if length}
+        arguments |= {"image": image, "strength": fields.denoising_strength, **size}
         overlay = None
         if fields.mask:
             if fields.inpaint_full_res:
@@ -158,13 +159,8 @@ def router(service: Service) -> APIRouter:
         works = [work for work in service.of_owner(request.scope["owner"]) if work.dialect == "a1111"]
         if not works:
             return _progress(None, 0, None)
-        work, current = works[0], None
-        if not skip_current_image:
-            work.generation.ask_preview()  # which the next call shows
-            if work.preview is not None:
-                content = await service.in_pool(encode_image, work.preview, "PNG", compress_level=1)
-                current = base64.b64encode(content).decode()
-        return _progress(work, len(works), current)
+        current = None if skip_current_image else await service.preview(works[0])
+        return _progress(works[0], len(works), current)
 
     @routes.post("/interrupt")
     async def interrupt(request: HTTPRequest) -> dict[str, Any]:

@@ -57,7 +57,8 @@ def create_app(settings: Settings, pipelines: Mapping[str, Pipeline] | None = No
             Middleware(Keyed, keys=settings.api_keys),
             Middleware(Limited, settings=settings),
         ],
-        exception_handlers=dict.fromkeys((HTTPException, RequestValidationError, Exception), _answered),
+        # All others are answered by Observed.
+        exception_handlers=dict.fromkeys((HTTPException, RequestValidationError), _answered),
     )
     app.state.service = service
     app.include_router(openai.router(service, jobs))

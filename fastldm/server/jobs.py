@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import time
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fastldm.image import encode_image
 from fastldm.server.errors import ApiError, api_error, body
 
 if TYPE_CHECKING:
@@ -22,7 +19,6 @@ class Job:
 
     work: Work
     task: asyncio.Task[dict[str, Any]]
-    created: int = field(default_factory=lambda: int(time.time()))
 
 
 class Jobs:
@@ -53,7 +49,8 @@ class Jobs:
         self._service.kept.put(job.work.owner, record, size, id=f"job-{job.work.id}")
 
     def _record(self, job: Job) -> dict[str, Any]:
-        return {"id": job.work.id, "object": "job", "created_at": job.created, "model": job.work.model.name}
+        work = job.work
+        return {"id": work.id, "object": "job", "created_at": int(work.created), "model": work.model.name}
 
     def find(self, id: str, owner: str) -> Job | dict[str, Any]:
         """A job that is open, or the record of one that is done. ApiError for another's, and for none."""
@@ -77,12 +74,7 @@ class Jobs:
             "remaining_seconds": None if remaining is None else round(remaining, 3),
         }
         if preview:
-            if work.preview is None:
-                record["preview"] = None
-            else:
-                content = await self._service.in_pool(encode_image, work.preview, "PNG", compress_level=1)
-                record["preview"] = base64.b64encode(content).decode()
-            work.generation.ask_preview()
+            record["preview"] = await self._service.preview(work)
         return record
 
     def cancel(self, id: str, owner: str) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class Models:
     @property
     def waiting(self) -> int:
         """Requests in all queues."""
-        return sum(model.session.stats().waiting for model in self.loaded if model.session is not None)
+        return sum(model.session.waiting for model in self.loaded if model.session is not None)
 
     def load(self) -> None:
         """Load all, before the server listens; raises what loading raises."""

@@ -28,7 +28,7 @@ from fastldm.errors import InputError
 from fastldm.image import encode_image
 from fastldm.server.errors import ApiError, OpenAIError, api_error, body, documented
 from fastldm.server.jobs import Job, Jobs
-from fastldm.server.service import FORMATS, Files, Service, Work
+from fastldm.server.service import FORMATS, Files, Service, Work, size_of
 
 _OTHERS = re.compile(r"(dall-e|gpt-image|chatgpt-image)[\w.-]*")
 """Names of OpenAI's own models, which front ends send unasked: here the server's first."""
@@ -178,7 +178,7 @@ def arguments_of(fields: ImageFields, of: Image.Image | None = None) -> dict[str
             raise InputError(f"size is {str(fields.size)[:60]!r}: expected WIDTHxHEIGHT in pixels, or auto")
         values |= {"width": int(match[1]), "height": int(match[2])}
     elif of is not None:
-        values |= {"width": max(8, of.width // 8 * 8), "height": max(8, of.height // 8 * 8)}
+        values |= size_of(of)
     if values["strength"] is not None and of is None:
         raise InputError("strength is for pictures that are changed: send it to /v1/images/edits")
     return {name: value for name, value in values.items() if value is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import logging
 import math
 import os
@@ -81,8 +82,8 @@ class Service:
         self._arriving: Counter[str] = Counter()  # by key: those that are being submitted
         self.started = int(time.time())
         self.draining = self.warm = self._stopped = False
-        # zlib and libjpeg release the lock that Python's threads share.
         self._until = math.inf  # when draining ends
+        # zlib and libjpeg release the lock that Python's threads share.
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "fastldm encode")
         # A request's steps take as many threads as its caller has, and a new thread has what the worker last took.
         of_caller = partial(torch.set_num_threads, torch.get_num_threads())
@@ -113,9 +114,9 @@ class Service:
             self._arriving[owner] += 1
             try:
                 # In a thread: what does not fit is told how it would, from a dry run of a second.
-                submit = partial(found.session.submit, request, priority=priority, preview=previews, id=id)
-                loop = asyncio.get_running_loop()
-                generation = await loop.run_in_executor(self._submitting, partial(submit, deadline=deadline))
+                options: dict[str, Any] = {"priority": priority, "deadline": deadline, "preview": previews, "id": id}
+                submit = partial(found.session.submit, request, **options)
+                generation = await asyncio.get_running_loop().run_in_executor(self._submitting, submit)
             finally:
                 self._arriving[owner] -= 1
             work = Work(id, owner, found, generation, time.time(), dialect=dialect)
@@ -141,23 +142,17 @@ class Service:
         settings = self.settings
         request = Request(**arguments)
         height, width = model.size
-        for name, value, most in (
-            ("prompt", len(str(request.prompt or "")), settings.max_prompt),
-            ("negative_prompt", len(str(request.negative_prompt or "")), settings.max_prompt),
-        ):
-            if value > most:
-                raise InputError(f"{name} has {value} characters: expected at most {most}")
+        for name in ("prompt", "negative_prompt"):
+            if (length := len(getattr(request, name) or "")) > settings.max_prompt:
+                raise InputError(f"{name} has {length} characters: expected at most {settings.max_prompt}")
         if (request.num_inference_steps or 0) > settings.max_steps:
             raise InputError(
                 f"num_inference_steps is {request.num_inference_steps}: expected at most {settings.max_steps}"
             )
         if request.batch > settings.max_n:
             raise InputError(f"n is {request.batch}: expected at most {settings.max_n}")
-        if (request.height or height) * (request.width or width) > settings.max_pixels:
-            raise InputError(
-                f"width times height is {(request.height or height) * (request.width or width)}: expected at most "
-                f"{settings.max_pixels} pixels"
-            )
+        if (pixels := (request.height or height) * (request.width or width)) > settings.max_pixels:
+            raise InputError(f"width times height is {pixels}: expected at most {settings.max_pixels} pixels")
         return request
 
     def _next_free(self) -> float | None:
@@ -260,6 +255,13 @@ class Service:
         large."""
         return await self.in_pool(decode_image, content, name, self.settings.max_input_pixels)
 
+    async def preview(self, work: Work) -> str | None:
+        """The last preview of a request as a PNG in base64, if there is one; the next step has another."""
+        work.generation.ask_preview()
+        if work.preview is None:
+            return None
+        return base64.b64encode(await self.in_pool(encode_image, work.preview, "PNG", compress_level=1)).decode()
+
     def of_owner(self, owner: str) -> list[Work]:
         """The open requests of a key, the oldest first."""
         return sorted((work for work in self.open.values() if work.owner == owner), key=lambda work: work.created)
@@ -298,6 +300,11 @@ class Service:
         await asyncio.to_thread(partial(self.models.close, cancel=True))
         for pool in (self._pool, self._submitting):
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def size_of(image: Image.Image) -> dict[str, int]:
+    """The size of what is made from a picture that was sent: its own, in steps that all models take."""
+    return {"width": max(8, image.width // 8 * 8), "height": max(8, image.height // 8 * 8)}
 
 
 async def _disconnected(receive: Receive) -> None:

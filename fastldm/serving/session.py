@@ -136,6 +136,12 @@ class Session:
             worker.submit(self._buckets, generation, priority)
         return generation
 
+    @property
+    def waiting(self) -> int:
+        """How many requests wait: what of `stats` every submission of a server asks."""
+        with self._worker.changed:
+            return self._buckets.waiting
+
     def stats(self) -> Stats:
         """What it does at the moment, and has done so far."""
         stages, worker, totals = self.stages, self._worker, self._buckets.totals

@@ -13,7 +13,7 @@ from fastldm.errors import Cancelled
 if TYPE_CHECKING:
     from fastldm.serving.generation import Generation
 
-_RECENT = 100  # waits and steps that medians are of
+_RECENT = 100  # waits that the median is of
 
 
 @dataclass(frozen=True)

@@ -105,15 +105,12 @@ class Worker:
             # Numbers count within a session: of two that were submitted at one moment either may be the first.
             return 0 if own is None else 1 + sum(entry[:2] < own[:2] for entry in entries)
 
-    def remaining(self, generation: Generation | None = None) -> float | None:
-        """Seconds until a request is done, or all that there is, about: the work of its own size before it, while each
-        other size with something to do gets as much of the device, but no more than it needs."""
+    def remaining(self, generation: Generation) -> float | None:
+        """Seconds until a request is done, about: the work of its own size before it, while each other size with
+        something to do gets as much of the device, but no more than it needs."""
         with self.changed:
             buckets = [bucket for bucket in self._all_buckets() if bucket.generations()]
             own = [bucket for bucket in buckets if generation in bucket.generations()]
-            if generation is None:
-                works = [bucket.work() for bucket in buckets]
-                return None if None in works else sum(filter(None, works))
             work = own[0].work(generation) if own else 0.0
             others = [bucket.work() for bucket in buckets if bucket not in own]
         return None if work is None else work + sum(min(work, work if other is None else other) for other in others)
