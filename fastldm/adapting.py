@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
-from fastldm import checks
+from fastldm import checks, openmp
 from fastldm.adapters.key_formats import COMPONENTS
 from fastldm.adapters.locate import find_weights
 from fastldm.adapters.read import Adapter, read_adapter
@@ -62,9 +62,9 @@ class Adapting:
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        return adapters.add(
-            adapter_name, read_adapter(file, self.stages.spec, strict=strict, allow_pickle=allow_pickle)
-        )
+        adapter = read_adapter(file, self.stages.spec, strict=strict, allow_pickle=allow_pickle)
+        openmp.rest()  # this thread has read it
+        return adapters.add(adapter_name, adapter)
 
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: Weight | Sequence[Weight | None] | None = None

@@ -17,7 +17,9 @@ problems:
 
     Two callers have threads. The runtime counts the threads of all callers, and if there are more than cores, they
     sleep and are woken for each of a network's hundreds of loops: the default model's steps take twice as long. `rest`
-    ends the OpenMP threads of a caller that only waits.
+    ends the OpenMP threads of a caller that only waits, or has loaded a model and may never call again.
+
+    New threads take the number of threads that was set last, by whichever thread. `set_threads` is for one alone.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from time import monotonic
 
@@ -81,6 +84,30 @@ def threads() -> int:
     import torch
 
     return min(torch.get_num_threads(), cpus())
+
+
+def set_threads(count: int) -> None:
+    """`torch.set_num_threads` for this thread alone: those that start later have as many as they would have had."""
+    import torch
+
+    if torch.get_num_threads() == count:
+        return
+    seen, is_set = Future[int](), threading.Event()
+
+    def keep() -> None:
+        default = torch.get_num_threads()  # a new thread's
+        seen.set_result(default)
+        is_set.wait()
+        torch.set_num_threads(default)
+
+    keeper = threading.Thread(target=keep, name="fastldm threads", daemon=True)
+    keeper.start()
+    seen.result()
+    try:
+        torch.set_num_threads(count)
+    finally:
+        is_set.set()
+        keeper.join()
 
 
 def _quotas(groups: str, root: Path) -> Iterator[float]:

@@ -15,7 +15,7 @@ from typing import Any, Literal, overload
 
 import torch
 
-from fastldm import checks
+from fastldm import checks, openmp
 from fastldm.adapters.selection import Selection
 from fastldm.adapters.targets import TEXT_ENCODERS
 from fastldm.adapting import Adapting
@@ -78,6 +78,7 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         self.stages.batch_invariant = batch_invariant
         self._session = Session(self)
         self.calls = Calls()
+        openmp.rest()  # this thread has loaded the networks
 
     # --- loading
 

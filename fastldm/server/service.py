@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-import torch
 from PIL import Image
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
@@ -85,9 +84,7 @@ class Service:
         self._until = math.inf  # when draining ends
         # zlib and libjpeg release the lock that Python's threads share.
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "fastldm encode")
-        # A request's steps take as many threads as its caller has, and a new thread has what the worker last took.
-        of_caller = partial(torch.set_num_threads, torch.get_num_threads())
-        self._submitting = ThreadPoolExecutor(4, "fastldm submit", initializer=of_caller)
+        self._submitting = ThreadPoolExecutor(4, "fastldm submit")
 
     # --- a request
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastldm import spans
+from fastldm import openmp, spans
 from fastldm.device import Mark
 from fastldm.errors import OutOfMemory, WorkerLost, out_of_memory_named
 from fastldm.kernels import dispatch
@@ -354,8 +354,7 @@ class Bucket:
         if self.host.device.type == "cpu":
             images = 1 if self.batch_invariant else sum(generation.request.batch for generation in generations)
             threads = self.stages.threads(generations[0].request, images, threads)
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
+        openmp.set_threads(threads)
 
 
 class Buckets:

@@ -129,6 +129,7 @@ class Worker:
             return function()
         before, future = Mark(self.device), Future[T]()
         after: list[Mark] = []
+        openmp.rest()
 
         def ordered() -> T:
             before.follow(None)
