@@ -15,8 +15,6 @@ from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
-import torch
-
 from fastldm import openmp, spans
 from fastldm.device import Mark
 from fastldm.errors import OutOfMemory, WorkerLost, out_of_memory_named
