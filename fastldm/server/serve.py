@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import secrets
 import socket
 from types import FrameType
 from typing import Any
 
 import uvicorn
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fastldm.errors import InputError
 from fastldm.server.app import create_app
+from fastldm.server.errors import ApiError, answer, retry_after
 from fastldm.server.service import Service
 from fastldm.server.settings import Settings
 
@@ -30,13 +33,12 @@ def serve(settings: Settings) -> None:
         app = create_app(settings)
         config = uvicorn.Config(
             app,
-            http=_protocol(settings.body_timeout),
+            http=_protocol(settings.body_timeout, settings.max_connections),
             ws="none",
             lifespan="on",
             access_log=False,
             log_config=None,
             server_header=False,
-            limit_concurrency=settings.max_connections,
             timeout_graceful_shutdown=settings.drain + _GRACE,  # type: ignore[arg-type]
         )
         host, port = listening.getsockname()[:2]
@@ -78,9 +80,17 @@ class _Server(uvicorn.Server):
             connection.transport.abort()
 
 
-def _protocol(seconds: float) -> type[asyncio.Protocol]:
+async def _busy(scope: Scope, receive: Receive, send: Send) -> None:
+    """What the connection that is one too many is answered, before it is closed."""
+    message = "this server has as many connections as it takes: try again later"
+    headers = {"connection": "close", **retry_after(1.0)}
+    error = ApiError(503, message, "too_many_connections", kind="server_error", headers=headers)
+    await answer(error, scope["path"], secrets.token_hex(8))(scope, receive, send)
+
+
+def _protocol(seconds: float, connections: int) -> type[asyncio.Protocol]:
     """uvicorn's, which would wait for ever for a header, or half of one, and for a client to read: each has so many
-    seconds here."""
+    seconds here. So many `connections` are served at a time."""
 
     class Timed(H11Protocol):
         _header: asyncio.TimerHandle | None = None
@@ -88,6 +98,12 @@ def _protocol(seconds: float) -> type[asyncio.Protocol]:
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
+            if len(self.connections) > connections:
+                logger.warning("a connection beyond the %d of --max-connections is refused", connections)
+                self.app = _busy
+            # asyncio does so for sockets that were made with this protocol's number: an answer's second packet would
+            # wait 40 ms for the client to confirm the first.
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             transport.set_write_buffer_limits(high=0)  # to be told of all that is not read
             self._wait()
 
