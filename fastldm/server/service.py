@@ -142,10 +142,10 @@ class Service:
         for name in ("prompt", "negative_prompt"):
             if (length := len(getattr(request, name) or "")) > settings.max_prompt:
                 raise InputError(f"{name} has {length} characters: expected at most {settings.max_prompt}")
-        if (request.num_inference_steps or 0) > settings.max_steps:
-            raise InputError(
-                f"num_inference_steps is {request.num_inference_steps}: expected at most {settings.max_steps}"
-            )
+        assert model.pipe is not None
+        steps = request.num_inference_steps or model.pipe.stages.family.num_inference_steps
+        if steps > settings.max_steps:
+            raise InputError(f"num_inference_steps is {steps}: expected at most {settings.max_steps}")
         if request.batch > settings.max_n:
             raise InputError(f"n is {request.batch}: expected at most {settings.max_n}")
         if (pixels := (request.height or height) * (request.width or width)) > settings.max_pixels:
