@@ -8,6 +8,7 @@
     gold      cast in gold: a LoKr of the same layers, by lycoris
     smiley    what the model has no word for: a textual inversion, the vectors of <smiley>, as diffusers trains them
     shape     a white silhouette on black, which the picture then has: a T2I-Adapter, diffusers' own
+    sheet     no training: the README's picture of what they do, from the files that ship
 
 A style is learned by the U-Net alone, with the model's own captions, whatever style they ask for; so every prompt comes
 out in the adapter's. For a textual inversion and a T2I-Adapter the model stays as it is. The silhouettes are those of
@@ -29,12 +30,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageChops, ImageFilter, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 from torch import Tensor, nn
 
 from benchmarks.default_data import ASSETS, WORK, load_data, load_pictures
 from benchmarks.train_default_model import build_scheduler, draw_timesteps, encode, keep_memory
 
+HERE = Path(__file__).resolve().parent
 MODEL = ASSETS / "default"
 OUT = ASSETS / "adapters"
 FLAT = 1  # the style whose pictures are drawn anew: that of a prompt without one
@@ -250,6 +252,45 @@ def _shape(pipe: Any, args: argparse.Namespace) -> Lesson:
     return Lesson(list(adapter.parameters()), draw, save)
 
 
+def sheet(path: Path) -> None:
+    """A dozen things as they are and in each style; then silhouettes that are not theirs, and the things in those."""
+    import fastldm
+
+    names = "a red apple, a cat, a house, a rocket, a bicycle, a pizza, a tree, an owl, a guitar, a castle, a car, a fish"
+    prompts = names.split(", ")
+    pipe = fastldm.Pipeline.default(device="cpu", dtype="float32")
+    rows = [pipe(prompts, seed=0).images]
+    for style in STYLES:
+        pipe.load_lora_weights(style, adapter_name=style)
+        rows.append(pipe(prompts, seed=0, adapters={style: 1.0}).images)
+    pipe.set_adapters([])
+    pipe.attach_control("shape")
+    masks = [_silhouette(k % 6) for k in range(len(prompts))]
+    rows += [masks, [pipe(p, seed=0, control_image=m).images[0] for p, m in zip(prompts, masks, strict=True)]]
+    made = np.concatenate([np.concatenate([np.asarray(image.convert("RGB")) for image in row], 1) for row in rows])
+    Image.fromarray(made).save(path, optimize=True)
+
+
+def _silhouette(number: int) -> Image.Image:
+    """White on black, 64x64: a wide oval, a tall one, a small square, a triangle, a heart, a star."""
+    large = Image.new("L", (256, 256))
+    draw = ImageDraw.Draw(large)
+    if number < 3:
+        where = [(20, 80, 236, 176), (90, 16, 166, 240), (24, 24, 132, 132)][number]
+        (draw.rectangle if number == 2 else draw.ellipse)(where, fill=255)
+    elif number == 3:
+        draw.polygon([(128, 20), (236, 220), (20, 220)], fill=255)
+    elif number == 4:
+        for left in (28, 124):
+            draw.pieslice((left, 40, left + 104, 144), 180, 360, fill=255)
+        draw.polygon([(28, 92), (228, 92), (128, 226)], fill=255)
+    else:
+        angles, reach = np.arange(10) * np.pi / 5 - np.pi / 2, np.where(np.arange(10) % 2, 50, 120)
+        points = 128 + reach[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)
+        draw.polygon([(float(x), float(y)) for x, y in points], fill=255)
+    return large.resize((64, 64), Image.Resampling.BILINEAR)
+
+
 def _peft(pipe: Any, args: argparse.Namespace, draw: Any) -> tuple[list[nn.Parameter], Any, Callable[[Path], Path]]:
     from peft import LoraConfig, get_peft_model_state_dict
 
@@ -282,7 +323,7 @@ def _lycoris(pipe: Any, args: argparse.Namespace, draw: Any) -> tuple[list[nn.Pa
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("adapter", choices=[*STYLES, *WORDS, "shape"])
+    parser.add_argument("adapter", choices=[*STYLES, *WORDS, "shape", "sheet"])
     parser.add_argument("--work", type=Path, default=WORK, help="where the data stage left the training pictures")
     parser.add_argument("--data", type=Path, help="the emoji, for what the model has no word for")
     parser.add_argument("--out", type=Path, default=OUT, help=f"folder for the file (default: {OUT})")
@@ -292,7 +333,11 @@ def main() -> int:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--factor", type=int, default=8, help="of a LoKr")
     parser.add_argument("--lr", type=float, default=2e-3)
-    path = train(parser.parse_args())
+    args = parser.parse_args()
+    if args.adapter == "sheet":
+        sheet(HERE / "results" / "adapters.png")
+        return 0
+    path = train(args)
     size = sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
     print(f"{path}: {size / 1024:.0f} KiB")
     return 0
