@@ -60,18 +60,19 @@ def test_adapters_that_ship_are_listed_and_read(monkeypatch: pytest.MonkeyPatch,
 
     report = json.loads(run("doctor", "--arch", "sm_90", "--json").stdout)
     assert report["adapters"]["ship"] == {
-        "lora": ["pixel", "sketch"],
+        "lora": ["gold", "pixel", "sketch"],
         "embedding": ["smiley"],
-        "control": [],
+        "control": ["shape"],
     }
     assert {*report["adapters"]["beside the weights"]["triton"]} == {"lora_linear", "lora_geglu"}
     assert not any("which ships" in problem for problem in report["problems"])
     shutil.copytree(locate.SHIPPED, tmp_path / "adapters")
-    for file in ("lora/pixel.safetensors", "embedding/smiley.safetensors"):
+    weights = "control/shape/diffusion_pytorch_model.safetensors"
+    for file in ("lora/pixel.safetensors", "embedding/smiley.safetensors", weights):
         (tmp_path / "adapters" / file).write_bytes(b"x")
     monkeypatch.setattr(locate, "SHIPPED", tmp_path / "adapters")
     problems = [line for line in run("doctor").stdout.splitlines() if line.startswith("! ")]
-    for name in ("--lora pixel", "--embedding smiley"):
+    for name in ("--lora pixel", "--embedding smiley", "--control shape"):
         assert any(line.startswith(f"! {name}, which ships, cannot be read: ") for line in problems), name
 
 

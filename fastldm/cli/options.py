@@ -73,14 +73,15 @@ lora_option = click.option(
     type=ScaledFile(),
     multiple=True,
     help="An adapter (LoRA and its relatives): a file, a folder or hub id with one, or the name of one that ships for "
-    "the default model: sketch or pixel. Repeatable.",
+    "the default model: sketch, pixel or gold. Repeatable.",
 )
 control_option = click.option(
     "--control",
     "controls",
     type=ScaledFile(),
     multiple=True,
-    help="A ControlNet or T2I-Adapter: a file, a folder, or a hub id; needs a --control-image. Repeatable.",
+    help="A ControlNet or T2I-Adapter: a file, a folder, a hub id, or shape, which ships for the default model and reads "
+    "a white silhouette on black; needs a --control-image. Repeatable.",
 )
 control_image_option = click.option(
     "--control-image", "control_images", multiple=True, metavar="FILE", help="What --control reads, one each."
