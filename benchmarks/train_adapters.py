@@ -256,7 +256,9 @@ def sheet(path: Path) -> None:
     """A dozen things as they are and in each style; then silhouettes that are not theirs, and the things in those."""
     import fastldm
 
-    names = "a red apple, a cat, a house, a rocket, a bicycle, a pizza, a tree, an owl, a guitar, a castle, a car, a fish"
+    names = (
+        "a red apple, a cat, a house, a rocket, a bicycle, a pizza, a tree, an owl, a guitar, a castle, a car, a fish"
+    )
     prompts = names.split(", ")
     pipe = fastldm.Pipeline.default(device="cpu", dtype="float32")
     rows = [pipe(prompts, seed=0).images]

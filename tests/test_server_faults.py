@@ -169,7 +169,7 @@ def test_who_does_not_read_is_closed(server: Server) -> None:
                 connection.sendall(asked)
         except OSError:
             pass
-        assert server.is_open(connection)
+        wait_until(lambda: server.is_open(connection))
         wait_until(lambda: not server.is_open(connection), 20)
 
 

@@ -380,11 +380,11 @@ def _info(work: Work, files: Files) -> dict[str, Any]:
 
 
 def _progress(work: Work | None, jobs: int, current_image: str | None) -> dict[str, Any]:
-    step, steps = (0, 0) if work is None or work.latest is None else (work.latest.step + 1, work.latest.steps)
+    step, steps = (0, 0) if work is None else work.steps
     remaining = None if work is None else work.generation.remaining()
     created = "0" if work is None else time.strftime("%Y%m%d%H%M%S", time.localtime(work.created))
     return {
-        "progress": 0.0 if work is None else work.fraction,
+        "progress": step / max(steps, 1),
         "eta_relative": 0.0 if remaining is None else remaining,
         "state": {
             "skipped": False,

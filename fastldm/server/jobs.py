@@ -67,10 +67,11 @@ class Jobs:
             return job
         work = job.work
         position, remaining = work.generation.position(), work.generation.remaining()
+        done, steps = work.steps
         record = self._record(job) | {
             "status": "queued" if position else "running",
             "position": position,
-            "progress": round(work.fraction, 4),
+            "progress": round(done / max(steps, 1), 4),
             "remaining_seconds": None if remaining is None else round(remaining, 3),
         }
         if preview:

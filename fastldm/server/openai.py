@@ -29,6 +29,7 @@ from fastldm.image import encode_image
 from fastldm.server.errors import ApiError, OpenAIError, api_error, body, documented
 from fastldm.server.jobs import Job, Jobs
 from fastldm.server.service import FORMATS, Files, Service, Work, size_of
+from fastldm.serving.generation import Progress
 
 _OTHERS = re.compile(r"(dall-e|gpt-image|chatgpt-image)[\w.-]*")
 """Names of OpenAI's own models, which front ends send unasked: here the server's first."""
@@ -364,7 +365,7 @@ async def _events(
     """Server-sent events: partial pictures, then one completed for each."""
     kind = "image_edit" if edit else "image_generation"
     format, number = fields.output_format or "png", 0
-    done, steps = asyncio.ensure_future(finished), asyncio.Queue[Any]()
+    done, steps = asyncio.ensure_future(finished), asyncio.Queue[Progress]()
     work.watchers.add(steps)
     arrived = asyncio.ensure_future(steps.get())
     try:
@@ -376,7 +377,7 @@ async def _events(
                 continue
             step, arrived = arrived.result(), asyncio.ensure_future(steps.get())
             await asyncio.sleep(0)  # lets the next step arrive, if it is there
-            for k, image in enumerate((step and step.preview) or ()):
+            for k, image in enumerate(step.preview or ()):
                 content = await service.in_pool(encode_image, image, FORMATS[format][0], compress_level=1)
                 partial = {
                     "type": f"{kind}.partial_image",
@@ -390,7 +391,7 @@ async def _events(
                     "quality": fields.quality or "auto",
                 }
                 yield _event(partial)
-            number += step is not None and bool(step.preview)
+            number += bool(step.preview)
         content = done.result()
         about = {name: value for name, value in content.items() if name not in ("created", "data")}
         for k, data in enumerate(content["data"]):

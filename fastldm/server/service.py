@@ -46,18 +46,33 @@ class Work:
     model: Model
     generation: Generation
     created: float
-    latest: Progress | None = None
-    """The last step that is done."""
+    ended: asyncio.Future[Any]
+    """Done when the generation is. Cancelling it cancels that."""
     preview: Image.Image | None = None
-    watchers: set[asyncio.Queue[Progress | None]] = field(default_factory=set)
-    task: asyncio.Task[Any] | None = None
+    """The last that there was."""
+    watchers: set[asyncio.Queue[Progress]] = field(default_factory=set)
+    following: asyncio.Task[None] | None = None
     dialect: str = ""
     interrupted: bool = False
 
     @property
-    def fraction(self) -> float:
-        """Of its steps that are done."""
-        return 0.0 if self.latest is None else (self.latest.step + 1) / self.latest.steps
+    def steps(self) -> tuple[int, int]:
+        """How many are done, and how many there are."""
+        done = self.generation.steps_done
+        return done, done + self.generation.steps_left
+
+    def follow(self) -> None:
+        """Hand each step to the watchers, and keep its preview. Where nobody wants any, no step wakes the loop, which
+        the steps would wait for."""
+        if self.following is None:
+            self.following = asyncio.create_task(self._follow())
+
+    async def _follow(self) -> None:
+        async for step in self.generation.async_progress():
+            if step.preview is not None:
+                self.preview = step.preview[0]
+            for queue in self.watchers:
+                queue.put_nowait(step)
 
 
 @dataclass(frozen=True)
@@ -116,9 +131,12 @@ class Service:
                 generation = await asyncio.get_running_loop().run_in_executor(self._submitting, submit)
             finally:
                 self._arriving[owner] -= 1
-            work = Work(id, owner, found, generation, time.time(), dialect=dialect)
+            ended = asyncio.wrap_future(generation)
+            work = Work(id, owner, found, generation, time.time(), ended, dialect=dialect)
             self.open[id] = work
-            work.task = asyncio.create_task(self._watch(work))
+            ended.add_done_callback(lambda _: self._end(work))
+            if previews:
+                work.follow()
             if self._stopped:  # meanwhile
                 generation.cancel()
             return work
@@ -160,19 +178,9 @@ class Service:
             return None
         return sum(time or 0.0 for time in times) / open_
 
-    async def _watch(self, work: Work) -> None:
-        """Follow a request to its end, for whoever asks."""
-        try:
-            async for step in work.generation.async_progress():
-                if step.preview is not None:
-                    work.preview = step.preview[0]
-                work.latest = step
-                for queue in work.watchers:
-                    queue.put_nowait(step)
-        finally:
-            self.open.pop(work.id, None)
-            for queue in work.watchers:
-                queue.put_nowait(None)
+    def _end(self, work: Work) -> None:
+        self.open.pop(work.id, None)
+        work.ended.cancelled() or work.ended.exception()  # so that asyncio knows that somebody looked
 
     async def files(
         self,
@@ -209,16 +217,13 @@ class Service:
 
     async def _result(self, work: Work) -> Result:
         """Of a generation. One that was cancelled is an error of the request, and no cancelling of who waits for it."""
-        generation = work.generation
-        done = asyncio.wrap_future(generation)
         try:
-            await asyncio.wait([done])
-            done.cancelled() or done.exception()  # so that asyncio knows that somebody looked
+            await asyncio.wait([work.ended])
         except asyncio.CancelledError:
-            generation.cancel()
+            work.generation.cancel()
             raise
         try:
-            return generation.result(0)
+            return work.generation.result(0)
         except (Cancelled, CancelledError):
             if self._stopped:
                 raise stopping() from None
@@ -255,6 +260,7 @@ class Service:
     async def preview(self, work: Work) -> str | None:
         """The last preview of a request as a PNG in base64, if there is one; the next step has another."""
         work.generation.ask_preview()
+        work.follow()
         if work.preview is None:
             return None
         return base64.b64encode(await self.in_pool(encode_image, work.preview, "PNG", compress_level=1)).decode()
@@ -290,9 +296,9 @@ class Service:
     async def drain(self) -> None:
         """Wait for the requests under way; cancel what is left then."""
         self.stop()
-        tasks = [work.task for work in self.open.values() if work.task is not None]
-        if tasks:
-            await asyncio.wait(tasks, timeout=max(0.0, self._until - time.monotonic()))
+        if self.open:
+            under_way = [work.ended for work in self.open.values()]
+            await asyncio.wait(under_way, timeout=max(0.0, self._until - time.monotonic()))
         self.stop_now()
         await asyncio.to_thread(partial(self.models.close, cancel=True))
         for pool in (self._pool, self._submitting):

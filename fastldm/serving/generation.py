@@ -204,6 +204,17 @@ class Generation(Future[Result]):
         one size start in this order; of several sizes the one that has had least of the device goes first."""
         return self._host.position(self)
 
+    @property
+    def steps_done(self) -> int:
+        """Passes of the sampler's loop that are done."""
+        return len(self.step_times)
+
+    @property
+    def steps_left(self) -> int:
+        """Those that are not."""
+        run = self.run
+        return int(self.request.num_inference_steps or 1) if run is None else len(run.table) - self.steps_done
+
     def remaining(self) -> float | None:
         """Seconds until it is done, about, from the times of the last steps; None while there are none."""
         return 0.0 if self.done() else self._host.remaining(self)
@@ -269,12 +280,6 @@ class Generation(Future[Result]):
     def _put(self, event: Event | None) -> None:
         with self._listening:
             (self._listener or self._events.put)(event)
-
-    @property
-    def steps_left(self) -> int:
-        """Passes of the sampler's loop that are not done."""
-        run = self.run
-        return int(self.request.num_inference_steps or 1) if run is None else len(run.table) - len(self.step_times)
 
     def finish(self, result: Result) -> None:
         self._result_mark = Mark(self._host.device)
