@@ -127,6 +127,19 @@ def served() -> list[str]:
     return [*lines, "", f"{about} What other processes took of the cores: {others}."]
 
 
+def served_in_short() -> list[str]:
+    """The comparison's requests of one kind, for the README."""
+    run = newest("serving-comparison")
+    if run is None:
+        return ["Not yet measured: `python -m benchmarks.serving --keep` does."]
+    lines = ["| clients | server | pictures/s | p50 | p95 | p99 |", "|---|---|---|---|---|---|"]
+    for row in run["table"]:
+        if row["kind"] == "one kind":
+            ms = " | ".join(f"{row[f'p{percent} ms']:.0f} ms" for percent in (50, 95, 99))
+            lines.append(f"| {row['clients']} | {row['server']} | {row['pictures/s']:.1f} | {ms} |")
+    return lines
+
+
 def _load(row: dict[str, Any]) -> str:
     low, high = row["spread"]
     ms = ", ".join(f"{row[f'p{percent} ms']:.0f}" for percent in (50, 95, 99))
@@ -141,6 +154,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "performance": lambda: [*compared("sd15-step", "cpu-picture"), "", *on_gpu()],
     "deployment": deployed,
     "serving": served,
+    "serving-short": served_in_short,
 }
 
 

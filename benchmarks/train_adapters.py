@@ -256,10 +256,8 @@ def sheet(path: Path) -> None:
     """A dozen things as they are and in each style; then silhouettes that are not theirs, and the things in those."""
     import fastldm
 
-    names = (
-        "a red apple, a cat, a house, a rocket, a bicycle, a pizza, a tree, an owl, a guitar, a castle, a car, a fish"
-    )
-    prompts = names.split(", ")
+    things = "red apple, cat, house, rocket, bicycle, pizza, tree, owl, guitar, castle, car, fish"
+    prompts = [f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}" for thing in things.split(", ")]
     pipe = fastldm.Pipeline.default(device="cpu", dtype="float32")
     rows = [pipe(prompts, seed=0).images]
     for style in STYLES:

@@ -80,8 +80,8 @@ control_option = click.option(
     "controls",
     type=ScaledFile(),
     multiple=True,
-    help="A ControlNet or T2I-Adapter: a file, a folder, a hub id, or shape, which ships for the default model and reads "
-    "a white silhouette on black; needs a --control-image. Repeatable.",
+    help="A ControlNet or T2I-Adapter: a file, a folder, a hub id, or shape, which ships for the default model and "
+    "reads a white silhouette on black; needs a --control-image. Repeatable.",
 )
 control_image_option = click.option(
     "--control-image", "control_images", multiple=True, metavar="FILE", help="What --control reads, one each."
