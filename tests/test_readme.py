@@ -59,12 +59,12 @@ RUN = {
     'fastldm generate "a castle at dusk"': Shown(IMAGE + TIMES, ("fastldm-*.png",), "--steps 2 --size 64x96"),
     'fastldm generate "a cat, oil painting"': Shown(IMAGE + TIMES, ("fastldm-*.png",), "--steps 2"),
     'fastldm generate "a red apple" --lora': Shown(IMAGE + TIMES, ("fastldm-*.png",)),
+    'fastldm generate "a fish" --control': Shown(IMAGE + TIMES, ("fastldm-*.png",)),
     "fastldm plan -m ./my-sdxl": Shown(
         r"4 x 1024x1024, guided, 30 steps, torch \w+ on a CPU, .*\n\nweights .*\nbuffers .*\n"
         r"all the time .*\n  and in text .*\nneeded .*\npeak .*\n(?:does not fit|fits): .*\n",
         smaller="--device cpu",
     ),
-    "fastldm plan --n 4 --arch sm_89": Shown(r"4 x 64x64, guided, 4 steps, torch float16 on sm_89, .*\npeak .*\n"),
     "fastldm profile --html profile.html": Shown(
         r"default: 1 picture of 32x32, .*\na picture .*\nstep .*\n  conv2d .*",
         ("profile.html",),
@@ -131,6 +131,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.save_pipeline("sd1", folder / "my-sd15")
     tiny.save_pipeline("sdxl", folder / "my-sdxl")
     Image.new("RGB", (64, 64), "red").save(folder / "cat.png")
+    Image.new("L", (64, 64), 255).save(folder / "heart.png")
     return folder
 
 
