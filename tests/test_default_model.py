@@ -10,7 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import fastldm
 from benchmarks.default_data import COMMON_WORDS, choose_concepts, plural
@@ -130,6 +130,46 @@ def test_pixel_draws_in_blocks(pipe: fastldm.Pipeline) -> None:
         assert contrast[1] > 2 * contrast[0]
     finally:
         pipe.unload_lora_weights()
+
+
+def test_gold_casts_in_gold(pipe: fastldm.Pipeline) -> None:
+    """What is not white has a hue between orange and yellow, whatever colour the thing has of its own."""
+    pipe.load_lora_weights("gold")
+    try:
+        shares = []
+        for weight in (0.0, 1.0):
+            result = pipe(["a red apple", "a fish", "a tulip"], seed=0, adapters={"default_0": weight})
+            red, green, blue = np.moveaxis(np.stack(result.images).astype(float), -1, 0)
+            drawn = np.minimum(np.minimum(red, green), blue) < 215
+            hue = 60 * (green - blue) / np.maximum(red - blue, 1)  # of a colour that has red > green > blue
+            golden = (red > green) & (green > blue) & (hue > 20) & (hue < 58)
+            shares.append(golden[drawn].mean())
+        assert shares[1] > 0.75 > 0.25 > shares[0]
+    finally:
+        pipe.unload_lora_weights()
+
+
+def test_shape_puts_the_thing_where_the_mask_is(pipe: fastldm.Pipeline) -> None:
+    """By intersection over union of the mask and what is not white."""
+    masks = [Image.new("L", (64, 64)) for _ in range(3)]
+    ImageDraw.Draw(masks[0]).ellipse((4, 20, 60, 44), fill=255)
+    ImageDraw.Draw(masks[1]).rectangle((6, 6, 34, 34), fill=255)
+    ImageDraw.Draw(masks[2]).polygon([(32, 6), (60, 56), (4, 56)], fill=255)
+    prompts = ["a red apple", "a fish", "a castle"]
+    pipe.attach_control("shape")
+    try:
+        means = []
+        for scale in (0.0, 1.0):
+            overlaps = []
+            for mask in masks:
+                inside = np.asarray(mask) > 127
+                result = pipe(prompts, control_image=mask, adapter_conditioning_scale=scale, seed=0)
+                drawn = np.stack(result.images).min(-1) < 215
+                overlaps += [(drawn & inside).sum((1, 2)) / (drawn | inside).sum((1, 2))]
+            means.append(np.concatenate(overlaps).mean())
+        assert means[1] > 0.8 > 0.5 > means[0]
+    finally:
+        pipe.detach_control()
 
 
 def test_smiley_is_a_round_yellow_face(pipe: fastldm.Pipeline) -> None:
