@@ -93,7 +93,7 @@ def _adapters(problems: list[str]) -> dict[str, list[str]]:
     """The names of the adapters that ship, by kind; each is read for the default model, and what fails is a problem."""
     import torch
 
-    from fastldm.adapters.control import describe_control
+    from fastldm.adapters.control import read_control
     from fastldm.adapters.locate import Kind, shipped
     from fastldm.adapters.read import read_adapter
     from fastldm.adapters.textual_inversion import read_textual_inversion
@@ -107,7 +107,7 @@ def _adapters(problems: list[str]) -> dict[str, list[str]]:
     readers: dict[Kind, Callable[[Path], object]] = {
         "lora": lambda path: read_adapter(path, spec),
         "embedding": embedding,
-        "control": lambda path: describe_control(path, spec),
+        "control": lambda path: read_control(path, spec),
     }
     for kind, read in readers.items():
         for name, path in shipped(kind).items():
