@@ -63,7 +63,8 @@ from fastldm.models.families import FAMILIES, Family
 from fastldm.models.unet import AddedConditions, UNet
 from fastldm.pipeline import Pipeline
 from fastldm.request import Request
-from fastldm.runtime.denoise import Batch, EagerBatch, Run, State
+from fastldm.runtime.batch import Batch, EagerBatch
+from fastldm.runtime.denoise import Run, State
 from fastldm.runtime.graph import WARM_UPS
 from fastldm.samplers.scheduler_config import read_scheduler
 from fastldm.serving.session import Session

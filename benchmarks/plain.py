@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastldm.models.layers import Attention, Linear, Pointwise, Resnet
-from fastldm.models.unet import AddedConditions, Transformer, UNet
+from fastldm.models.transformer import Transformer
+from fastldm.models.unet import AddedConditions, UNet
 
 
 class PlainUNet:

@@ -298,6 +298,7 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "guidance_rescale": ("Guidance rescale", float),
     "guidance_interval": ("Guidance interval", _list_of(float)),
     "eta": ("Eta", float),
+    "reuse": ("Reuse", int),
     "timesteps": ("Timesteps", _list_of(_number)),
     "sigmas": ("Sigmas", _list_of(float)),
     "literal_prompt": ("Literal prompt", _truth),

@@ -81,6 +81,10 @@ class Request:
     """Custom noise levels, descending, instead of num_inference_steps."""
     eta: float = 0.0
     """Fraction of fresh noise of DDIM and TCD, 0 to 1."""
+    reuse: int = 1
+    """Of every so many calls of the U-Net, the first computes all of it and the rest only its outermost level, with the
+    deep features of that one: faster, and not quite the same image (DeepCache, arXiv:2312.00858). 1: each computes
+    all."""
     num_images_per_prompt: int = 1
     """Images per prompt."""
     seed: int | Sequence[int] | None = None
@@ -456,6 +460,7 @@ _CHECKS: dict[str, Check] = {
     "guidance_rescale": _real(0.0, 1.0),
     "guidance_interval": _fractions,
     "eta": _real(0.0, 1.0),
+    "reuse": _whole(1, MAX_STEPS, "calls of the U-Net"),
     "strength": _real(0.0, 1.0),
     "sampler": lambda name, value: checks.short_text(name, value, "a sampler's name, such as 'euler a'"),
     "timesteps": lambda name, value: checks.numbers(name, value, MAX_STEPS),

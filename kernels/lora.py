@@ -60,6 +60,16 @@ class Rows(NamedTuple):
     groups: tuple[Group, ...] | None = None
     """The same on the host, for a CPU."""
 
+    def of(self, x: Tensor) -> Rows:
+        """Those of x, which may be the first rows of the batch only."""
+        count = len(x)
+        if self.groups is None:
+            return self if count == len(self.pages) else Rows(self.pages[:count], self.scales[:count])
+        if self.groups[-1].stop <= count:
+            return self
+        groups = tuple(Group(start, min(stop, count), pages) for start, stop, pages in self.groups if start < count)
+        return self._replace(groups=groups)
+
 
 class Places:
     """The adapters of the rows of an exported network, whose factors are inputs: a rank of R that all rows read."""
@@ -148,6 +158,7 @@ def add_lora(out: Tensor, x: Tensor, down: Tensor, up: Tensor, rows: Rows | Plac
     """Add to out (B, N, J * O), possibly in place, what the adapters of each row add for x (B, N, I)."""
     if isinstance(rows, Places):
         return add_places(out, x, down, up, rows)
+    rows = rows.of(x)
     if rows.groups is not None:
         return add_groups(out, x, down, up, rows.groups)
     return expand_reference(out, SHRINK(x, down, rows.pages, rows.scales), up, rows.pages)
@@ -182,6 +193,7 @@ def add_conv(
     if isinstance(rows, Places):
         z = rows.scaled(F.conv2d(x, down, stride=stride, padding=padding))  # (B, R, H', W')
         return out + F.conv2d(z, up[:, :, None, None])
+    rows = rows.of(x)
     tokens = out.permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, O), a view of channels-last memory
     assert tokens.data_ptr() == out.data_ptr(), "the output is not channels-last"
     if rows.groups is not None:
@@ -586,6 +598,7 @@ def lora_linear(
     (P, J, 16, I), up (P, J * O, 16) -> (B, N, J * O), in x's dtype."""
     if isinstance(rows, Places) or rows.groups is not None:
         return add_lora(linear(x, weight, bias, residual=residual), x, down, up, rows)
+    rows = rows.of(x)
     return LORA_LINEAR(x, weight, bias, residual, down, up, rows.pages, rows.scales)
 
 
@@ -593,4 +606,5 @@ def lora_geglu(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up:
     """geglu(lora_linear(x, weight, bias, down, up, rows)): weight (2O, I), down (P, 1, 16, I), up (P, 2O, 16)."""
     if isinstance(rows, Places) or rows.groups is not None:
         return geglu(lora_linear(x, weight, bias, down, up, rows))
+    rows = rows.of(x)
     return LORA_GEGLU(x, weight, bias, down, up, rows.pages, rows.scales)

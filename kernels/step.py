@@ -9,8 +9,9 @@
     u'   = c_in * x'                                                   next model input, once for each U-Net row
 
 The state is float32, (B, C, h, w), and a sampler is a table: `row` holds the numbers of one step in the order of
-COLUMNS. `guide`, `step`, `blend` and `model_input` are these formulas for one row, on Python numbers: they define
-correct, and run on a CPU. Zero coefficients cost nothing: a DDIM step is two multiply-adds.
+COLUMNS, and what else behind them is not read here. `guide`, `step`, `blend` and `model_input` are these formulas for
+one row, on Python numbers: they define correct, and run on a CPU. Zero coefficients cost nothing: a DDIM step is two
+multiply-adds.
 
 On a GPU `end_step` does all of this for S slots at once, each at its own step of its own table, in one kernel:
 
@@ -230,7 +231,7 @@ def table_rows(
     blended in. keep: 1 where a later row reads this row's m. draw: the index of this row's noise among the slot's.
     """
     table = torch.zeros(len(rows), ROW)
-    numbers = torch.as_tensor(rows, dtype=torch.float32)
+    numbers = torch.as_tensor(rows, dtype=torch.float32)[:, : len(COLUMNS)]
     table[:, : len(COLUMNS)] = numbers
     first = len(COLUMNS)
     table[:, first] = torch.tensor(guided, dtype=torch.float32)

@@ -52,7 +52,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Steps wait until it is set: what a test does before happens before them, however slow the machine."""
-    from fastldm.runtime.denoise import EagerBatch
+    from fastldm.runtime.batch import EagerBatch
 
     gate, step = threading.Event(), EagerBatch.step
 

@@ -76,6 +76,36 @@ def test_mixed_batch_equals_each_alone(pipe: Pipeline, session: Session) -> None
     assert min(np.abs(a - b).max() for k, a in enumerate(seen) for b in seen[:k]) > 1e-3, "all are different images"
 
 
+def test_rows_with_adapters_reuse_deep_features(pipe: Pipeline, session: Session) -> None:
+    """Beside the weights, of which the deep part sees fewer rows: on a CPU by groups, on a GPU by pages of each row."""
+    reuses = [2, 1, 3, 2, 1]
+    requests = [{"adapters": w, "reuse": reuse} for w, reuse in zip(MIXED, reuses, strict=True)]
+    options: dict[str, Any] = {**OPTIONS, "num_inference_steps": 4, "output_type": "latent"}
+    alone = [pipe("a cat", **{**options, **request}).images for request in requests]
+    mixed = [each.result() for each in [session.submit("a cat", **{**options, **request}) for request in requests]]
+    assert [result.adapters for result in mixed] == ["beside", "", "beside", "beside", "beside"]
+    stages = pipe.stages
+    sizes = {"slots": 5, "rows": 12, "height": 8, "width": 8, "tokens": 77, "steps": 64}
+    buffers = StaticBuffers.empty(pipe.unet.config, **sizes, dtype=torch.float32, device="cpu", reuse=True)  # type: ignore[arg-type]
+    batch = Slots(pipe.unet, buffers)  # type: ignore[arg-type]
+
+    def denoised() -> list[torch.Tensor]:
+        runs = [stages.prepare(stages.complete(Request(prompt="a cat", **{**options, **each}))) for each in requests]
+        assert all(stages.adapters.enter(run) for run in runs)
+        for run in runs:
+            batch.admit(run)
+        while not runs[0].done:
+            batch.step(runs)
+        latents = [batch.latents(run) for run in runs]
+        for run in runs:
+            stages.adapters.leave(run)
+        return latents
+
+    for expected, eager, slots in zip(alone, mixed, pipe.session.call(denoised), strict=True):
+        assert ops.error(eager.images, expected) < 1e-5
+        assert ops.error(slots, expected) < 1e-5
+
+
 def test_equal_sets_are_merged_together(session: Session) -> None:
     together(session, [{"a": 0.5, "c": 1}])
     results = together(session, [{"a": 0.5, "c": 1}, {"c": 1.0, "a": 0.5}, {"a": 0.5, "c": 1.0}])

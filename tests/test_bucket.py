@@ -17,7 +17,7 @@ from sessions import from_threads, options, requests, same, tiny_pipeline
 
 import fastldm
 from fastldm import Cancelled, NonFinite, OutOfMemory, Pipeline, Session
-from fastldm.runtime.denoise import EagerBatch
+from fastldm.runtime.batch import EagerBatch
 from fastldm.runtime.stages import Stages
 
 

@@ -14,7 +14,8 @@ from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback, SDX
 from pairs import Pairs
 
 from fastldm import InputError, Pipeline, Request, Session
-from fastldm.runtime.denoise import EagerBatch, Run
+from fastldm.runtime.batch import EagerBatch
+from fastldm.runtime.denoise import Run
 from fastldm.runtime.slots import Slots, StaticBuffers
 from fastldm.runtime.stages import Change
 

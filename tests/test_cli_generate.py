@@ -95,6 +95,7 @@ def test_json_prints_one_object(model: str) -> None:
         (["--guidance", "3.5"], "CFG scale: 3.5"),
         (["--steps", "2"], "Steps: 2"),
         (["--sampler", "dpm++ 2m karras"], "Schedule type: Karras"),
+        (["--reuse", "2", "--steps", "2"], "Reuse: 2"),
         (["--clip-skip", "1"], "Clip skip: 2"),  # there the last layer is number 1
         (["--literal"], "Literal prompt: True"),
         (["--dtype", "bfloat16"], "Backend: torch bfloat16"),

@@ -64,19 +64,20 @@ def test_controls_are_planned_as_a_request_takes_them(model: str, tmp_path: Path
     """test_memory.py holds that against bytes that were allocated."""
     controls.controlnet("sd1").save_pretrained(tmp_path / "outlines")
     controls.t2i_adapter("full").save_pretrained(tmp_path / "depth")
-    options = ("--size", "64x128", "--n", "2", "--steps", "3", "--json")
+    options = ("--size", "64x128", "--n", "2", "--steps", "3", "--reuse", "2", "--json")
     names = [str(tmp_path / name) for name in ("outlines", "depth")]
     planned = json.loads(plan(model, *options, "--control", names[0], "--control", f"{names[1]}:0.5").output)
     pipe = Pipeline.from_pretrained(model, device="cpu", dtype="float32")
     for name in names:
         pipe.attach_control(name)
-    request = {"width": 64, "height": 128, "num_images_per_prompt": 2, "num_inference_steps": 3}
+    request = {"width": 64, "height": 128, "num_images_per_prompt": 2, "num_inference_steps": 3, "reuse": 2}
     completed = pipe.stages.complete(
         Request("a cat", **request, control_image=[controls.picture(1), controls.picture(2)])
     )
     used = memory.plan(memory.Workload.of_request(pipe.stages, completed)).to_dict()
     for part in ("weights", "buffers", "phases"):
         assert planned[part] == used[part]
+    assert "deep" in {line["name"] for line in planned["buffers"]}
     assert {"control 1", "control 2"} <= {line["name"] for line in planned["weights"]}
     unused = json.loads(plan(model, *options, "--control", f"{names[0]}:0").output)
     assert "control" not in {line["name"] for line in unused["phases"]}, "at 0 it is loaded, and does not run"

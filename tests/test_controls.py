@@ -28,8 +28,9 @@ from fastldm.models.controlnet import ControlNet, ControlNetConfig
 from fastldm.models.t2i_adapter import T2IAdapter
 from fastldm.models.unet import UNetEncoder
 from fastldm.planning import dry_run
+from fastldm.runtime.batch import Batch, EagerBatch
 from fastldm.runtime.controls import ControlSelection, joined
-from fastldm.runtime.denoise import Batch, EagerBatch, Run
+from fastldm.runtime.denoise import Run
 from fastldm.runtime.graph import Graphs
 from fastldm.runtime.slots import Slots, StaticBuffers
 

@@ -25,7 +25,7 @@ from fastldm.device import Mark, send, send_numbers, to_host
 from fastldm.kernels import dispatch
 from fastldm.request import Request
 from fastldm.runtime import controls, denoise, image_prompts, noise, slots, stages, start
-from fastldm.runtime.denoise import EagerBatch
+from fastldm.runtime.batch import EagerBatch
 from fastldm.runtime.stages import Stages
 
 

@@ -32,7 +32,8 @@ from fastldm.kernels import dispatch
 from fastldm.models.config import UNetConfig
 from fastldm.planning import dry_run
 from fastldm.planning.allocator import record
-from fastldm.runtime.denoise import EagerBatch, Guidance, Run
+from fastldm.runtime.batch import EagerBatch
+from fastldm.runtime.denoise import Guidance, Run
 from fastldm.samplers.scheduler_config import read_config
 from fastldm.samplers.table import make_table
 from fastldm.serving.session import Session

@@ -21,7 +21,8 @@ from fastldm import Pipeline, Request
 from fastldm.adapters.image_encoder import ImageEncoder
 from fastldm.adapters.ip_adapter import read_ip_adapter
 from fastldm.models import layers
-from fastldm.runtime.denoise import Batch, EagerBatch, Embeds, Run
+from fastldm.runtime.batch import Batch, EagerBatch
+from fastldm.runtime.denoise import Embeds, Run
 from fastldm.runtime.graph import Graphs
 from fastldm.runtime.slots import Slots, StaticBuffers
 from fastldm.runtime.stages import Change

@@ -249,6 +249,18 @@ def test_room_for_pictures_is_counted_to_the_byte(spec: loading.Spec) -> None:
     assert memory.upper_bound(with_pictures.workload) >= with_pictures.needed - with_pictures.loading
 
 
+@pytest.mark.parametrize("arch", [0, 90])
+def test_deep_features_are_counted_to_the_byte(spec: loading.Spec, arch: int) -> None:
+    without, planned = (plan(workload_of(spec, arch=arch, reuse=reuse)) for reuse in (False, True))
+    lines = {line.name: line.bytes for line in planned.buffers}
+    rounded = 512 if arch else 1  # PyTorch's blocks on a GPU
+    assert lines["deep"] == 4 * (2 * 2 + 1) * 32 * 32**2
+    assert lines["deep_index"] == max(8 * 4, rounded)
+    assert not {"deep", "deep_index"} & {line.name for line in without.buffers}
+    assert planned.needed > without.needed
+    assert memory.upper_bound(planned.workload) >= planned.needed - planned.loading
+
+
 def test_plan_grows_with_the_request(spec: loading.Spec) -> None:
     base, twice = (phases(plan(workload_of(spec, width=width, encode=True))) for width in (256, 512))
     for name in ("encode", "step", "decode"):  # activations: in proportion to the pixels
@@ -362,7 +374,14 @@ def test_plan_serialises_to_json(spec: loading.Spec) -> None:
     assert report["resident"] + max(line["bytes"] for line in report["phases"]) == report["needed"]
     assert report["needed"] + report["cached"]["bytes"] == report["peak"] == planned.peak
     assert report["workload"]["width"] == 256
-    fields = {*StaticBuffers._fields, *StepState._fields} - {"step", "controls", "features", "pictures"}
+    fields = {*StaticBuffers._fields, *StepState._fields} - {
+        "step",
+        "controls",
+        "features",
+        "pictures",
+        "deep",
+        "deep_index",
+    }
     assert {line["name"] for line in report["buffers"]} == fields
 
 

@@ -100,6 +100,7 @@ def test_all_texts_read_back(prompt: str, negative: str | None, second: str | No
             "guidance_rescale": REALS,
             "guidance_interval": st.tuples(REALS, REALS).map(lambda pair: tuple(sorted(pair))),
             "eta": REALS,
+            "reuse": st.integers(1, 1000),
             "strength": REALS.filter(lambda strength: strength > 0),
             "clip_skip": st.integers(1, 11),
             "seed": st.integers(0, 2**63 - 1),

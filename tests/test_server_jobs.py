@@ -82,7 +82,7 @@ def test_results_may_be_urls(http: TestClient) -> None:
 
 
 def test_progress_and_previews(http: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastldm.runtime.denoise import EagerBatch
+    from fastldm.runtime.batch import EagerBatch
 
     steps, step = threading.Semaphore(0), EagerBatch.step
 

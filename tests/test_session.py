@@ -29,7 +29,7 @@ from fastldm import (
     QueueFull,
     Session,
 )
-from fastldm.runtime.denoise import EagerBatch
+from fastldm.runtime.batch import EagerBatch
 from fastldm.runtime.graph import Graphs
 
 

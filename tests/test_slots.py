@@ -19,14 +19,8 @@ from fastldm.kernels.step import StepState
 from fastldm.models.config import UNetConfig
 from fastldm.models.unet import UNet
 from fastldm.planning import dry_run
-from fastldm.runtime.denoise import (
-    Batch,
-    EagerBatch,
-    Guidance,
-    Inpainting,
-    Run,
-    denoise,
-)
+from fastldm.runtime.batch import Batch, EagerBatch
+from fastldm.runtime.denoise import Guidance, Inpainting, Run, denoise
 from fastldm.runtime.graph import Graphs
 from fastldm.runtime.noise import draw_step_noise
 from fastldm.runtime.slots import ROWS, Slots, StaticBuffers, graph_rows, no_adapters
@@ -424,11 +418,12 @@ def test_a_step_can_be_captured(config: UNetConfig) -> None:
     with torch.device("meta"):
         unet = UNet(config)
     held = StaticBuffers.empty(
-        config, slots=2, rows=4, height=16, width=16, tokens=77, steps=4, dtype=torch.float16, device="meta"
+        config, slots=2, rows=4, height=16, width=16, tokens=77, steps=4, dtype=torch.float16, device="meta", reuse=True
     )
     batch = Slots(unet.half(), held)
     with dispatch.targeting(dispatch.Target(90)), Watched() as watched, torch.no_grad():
-        batch.body(4, True)
+        for deep in (None, 0, 2, 4):
+            batch.body(4, True, deep=deep)
     assert watched.devices == {"meta"}
     assert not watched.ops & {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "_unique2", "masked_select"}
 
@@ -443,6 +438,20 @@ def test_a_step_launches_few_kernels() -> None:
         with Nodes() as nodes:
             step()
     assert 300 < nodes.count + launches.count <= 381
+
+
+def test_a_step_that_reuses_launches_a_third() -> None:
+    counts = {}
+    with torch.device("meta"):
+        unet = UNet(SD15).half()
+    sizes: dict[str, Any] = {"slots": 1, "rows": 2, "height": 64, "width": 64, "tokens": 77, "steps": 1}
+    held = StaticBuffers.empty(SD15, **sizes, dtype=torch.float16, device="meta", reuse=True)
+    for deep in (2, 0):
+        launches = Launches()
+        with dispatch.targeting(launches), Nodes() as nodes, torch.no_grad():
+            Slots(unet, held).body(2, False, deep=deep)
+        counts[deep] = nodes.count + launches.count
+    assert counts[0] < 0.36 * counts[2]
 
 
 def test_nbytes_counts_every_buffer() -> None:

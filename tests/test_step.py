@@ -312,7 +312,7 @@ def test_table_rows_have_the_extra_columns() -> None:
     guided = [True, True, False, True, True]
     rows = table_rows(table.rows.tolist(), table.draws, guided, masked=True)
     assert rows.shape == (5, ROW)
-    assert torch.equal(rows[:, : len(COLUMNS)], torch.from_numpy(table.rows))
+    assert torch.equal(rows[:, : len(COLUMNS)], torch.from_numpy(table.rows[:, : len(COLUMNS)]))
     extra = rows[:, len(COLUMNS) : len(COLUMNS) + 4]
     assert extra[:, 0].tolist() == guided
     assert extra[:, 1].tolist() == [1.0] * 5

@@ -34,8 +34,18 @@ def test_steps_of_a_table() -> None:
     assert [make_table(config, 4, sampler=name).float32_noise for name in ("euler a", "dpm++ 2m sde")] == [False, True]
 
 
-def test_columns_equal_kernel_columns() -> None:
-    assert step_kernel.COLUMNS == COLUMNS
+def test_columns_begin_with_those_of_the_kernel() -> None:
+    assert (*step_kernel.COLUMNS, "deep") == COLUMNS
+
+
+def test_reuse_says_which_rows_compute_all() -> None:
+    """Rows are counted, not steps, from the first that a start from an image runs; other columns stay."""
+    config = read_config({"_class_name": "EulerDiscreteScheduler", **SD})
+    plain, heun = make_table(config, 4, sampler="heun"), make_table(config, 4, sampler="heun", reuse=3)
+    assert plain.deep == (True,) * 7
+    assert heun.deep == (True, False, False, True, False, False, True)
+    assert np.array_equal(plain.rows[:, :-1], heun.rows[:, :-1])
+    assert make_table(config, 10, strength=0.5, reuse=2).deep == (True, False, True, False, True)
 
 
 def test_no_torch() -> None:
@@ -50,6 +60,8 @@ BAD_CALLS = [
     ("ddim", {"strength": 0.05}, "strength 0.05 leaves none of 10 steps: take 20 steps"),
     ("ddim", {"strength": 1.5}, "strength must be above 0 and at most 1, got 1.5"),
     ("ddim", {"eta": -1.0}, "eta must be from 0 to 1, got -1.0"),
+    ("ddim", {"reuse": 0}, "reuse must be a whole number from 1, got 0"),
+    ("ddim", {"reuse": 2.5}, "reuse must be a whole number from 1, got 2.5"),
     ("ddim", {"timesteps": [999, 500]}, "DDIMScheduler takes no timesteps, here as in diffusers; these do: DDPM"),
     ("heun", {"sigmas": [1.0, 0.0]}, "takes no sigmas, here as in diffusers; these do: EulerDiscreteScheduler"),
     ("heun karras", {"timesteps": [999, 500]}, "timesteps cannot be given together with karras sigmas"),

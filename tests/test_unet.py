@@ -18,7 +18,7 @@ from fastldm.errors import InputError
 from fastldm.kernels import dispatch
 from fastldm.models import AddedConditions, UNet
 from fastldm.models.config import UNetConfig
-from fastldm.models.unet import guidance_embedding, timestep_embedding
+from fastldm.models.unet import Reuse, guidance_embedding, timestep_embedding
 
 pytestmark = pytest.mark.usefixtures("_no_grad")
 
@@ -53,6 +53,31 @@ def test_gpus_way_through_the_network_equals_diffusers(name: str, monkeypatch: p
     with dispatch.observe(lambda op, args, kwargs: seen.update([op.name])):
         assert error(unet_of(theirs)(**arguments), theirs(**arguments).sample) < TOLERANCE
     assert seen["conv_group_norm"] > seen["group_norm"]
+
+
+@pytest.mark.parametrize("as_gpus_do", [False, True])
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_a_row_reuses_deep_features(name: str, as_gpus_do: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows, of which the first computes all. diffusers computes both, and what the second reuses is put there."""
+    if as_gpus_do:
+        go_as_gpus_do(monkeypatch)
+    theirs, kept = tiny.unet(name), torch.randn(1, 32, 9, 7, generator=torch.Generator().manual_seed(1))
+    theirs.up_blocks[-2].register_forward_hook(lambda *call: torch.cat((call[2][:1], kept)))
+    arguments, ours = inputs(theirs, 9, 7), unet_of(theirs)
+    added = AddedConditions(**arguments["added_cond_kwargs"]) if name == "sdxl" else None
+    rows = ours.time_rows(arguments["timestep"], added=added)
+    deep: list[torch.Tensor] = []
+
+    def exchange(computed: torch.Tensor | None) -> torch.Tensor:
+        assert computed is not None
+        deep.append(computed)
+        return torch.cat((computed, kept))
+
+    states = arguments["sample"], rows, ours.cross_kv(arguments["encoder_hidden_states"])
+    expected = theirs(**arguments).sample
+    assert error(ours.step(*states, reuse=Reuse(1, exchange)), expected) < TOLERANCE
+    both = torch.cat((deep[0], kept))
+    assert error(ours.step(*states, reuse=Reuse(0, lambda computed: both)), expected) < TOLERANCE
 
 
 def test_scalar_and_fractional_timesteps_match_diffusers() -> None:

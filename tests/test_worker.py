@@ -16,7 +16,7 @@ import torch
 from sessions import RAISED, SMALL, Odd, options, same, tiny_pipeline
 
 from fastldm import Pipeline, Session, WorkerLost
-from fastldm.runtime.denoise import EagerBatch
+from fastldm.runtime.batch import EagerBatch
 from fastldm.runtime.stages import Stages
 from fastldm.serving.bucket import Bucket
 from fastldm.serving.worker import Worker

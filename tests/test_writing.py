@@ -315,6 +315,10 @@ def test_edited_pipeline_is_exported(adopted: bool, tmp_path: Path, tmp_path_fac
         Pipeline.from_pretrained(out, backend="torch")
     with pytest.raises(InputError, match="this pipeline runs a bundle on onnxruntime, which has no weights to export"):
         deployed.export(tmp_path / "again")
+    with pytest.raises(
+        InputError, match="onnxruntime, whose step is one network, and reuse is 2: leave it out, or load"
+    ):
+        deployed(**request, reuse=2)
 
 
 # ---- interrupted

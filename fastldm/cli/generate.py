@@ -17,6 +17,7 @@ from fastldm.cli.options import (
     decode_option,
     lora_option,
     model_option,
+    reuse_option,
 )
 from fastldm.cli.report import reported
 from fastldm.errors import InputError
@@ -54,6 +55,7 @@ def _list_things(ctx: click.Context, param: click.Parameter, group: str | None) 
 )
 @click.option("--size", type=Size(), help="In pixels, such as 768x512.  [default: the model's]")
 @click.option("--n", "count", type=click.IntRange(min=1), default=1, show_default=True, help="How many pictures.")
+@reuse_option
 @click.option("--init-image", metavar="FILE", help="Start from this picture instead of noise.")
 @click.option("--strength", type=float, help="How much of --init-image is redone, 0 to 1.  [default: 0.8]")
 @click.option("--mask", metavar="FILE", help="Repaint only where this picture is white; needs --init-image.")
@@ -133,6 +135,7 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
         "num_inference_steps": options["steps"],
         "guidance_scale": options["guidance"],
         "sampler": options["sampler"],
+        "reuse": options["reuse"],
         "image": options["init_image"],
         "strength": options["strength"],
         "mask_image": options["mask"],

@@ -59,6 +59,14 @@ decode_option = click.option(
     show_default=True,
     help="Picture by picture, or in tiles too, takes less memory.",
 )
+reuse_option = click.option(
+    "--reuse",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Of every N calls of the U-Net, the first computes all of it, the rest its outermost level.",
+)
 backend_option = click.option(
     "--backend",
     type=click.Choice(["auto", "torch", *BACKENDS]),

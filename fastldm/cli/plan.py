@@ -16,6 +16,7 @@ from fastldm.cli.options import (
     decode_option,
     lora_option,
     model_option,
+    reuse_option,
 )
 from fastldm.cli.report import reported
 from fastldm.errors import InputError
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 @click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Sampler steps.  [default: the model's]")
 @decode_option
 @click.option("--init-image", is_flag=True, help="It starts from a picture, which is encoded.")
+@reuse_option
 @lora_option
 @control_option
 @click.option("--arch", metavar="A", help="A GPU that need not be here, such as sm_90.  [default: this machine's]")
@@ -48,6 +50,7 @@ def plan(
     steps: int | None,
     decode: str,
     init_image: bool,
+    reuse: int,
     loras: tuple[tuple[str, float], ...],
     controls: tuple[tuple[str, float], ...],
     arch: str | None,
@@ -94,6 +97,8 @@ def plan(
         if selected == "torch":
             options["dtype"] = choose_dtype(dtype, target_device)
         else:
+            if reuse > 1:
+                raise InputError(f"--reuse {reuse} runs on torch alone, and {model} is a bundle for {selected}")
             sizes.check_size(latents(model), spec.vae.factor, width, height)
             options["backend"] = selected
             options["dtype"], options["precision"] = precisions(model, selected, target_device, dtype)
@@ -113,6 +118,7 @@ def plan(
                 arch=capability,
                 decode=decode,
                 encode=init_image,
+                reuse=reuse > 1,
                 **options,
             )
         )

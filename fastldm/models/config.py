@@ -193,6 +193,11 @@ class UNetConfig:
         return tuple(level.channels for level in levels for depth in level.depths for _ in range(depth or 0))
 
     @property
+    def deep_channels(self) -> int:
+        """Of the deep features, which are as large as the latents: what the decoder's last block reads."""
+        return self.up[-2].channels
+
+    @property
     def needs_added(self) -> bool:
         """Whether time rows need pooled text and sizes."""
         return self.addition_embed_type is not None

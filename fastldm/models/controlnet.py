@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from fastldm.models.config import UNetConfig
 from fastldm.models.interfaces import AddedConditions
 from fastldm.models.layers import Conv, Layers, Pending, Pointwise, as_tensor, channels_last, to_image, to_tokens
-from fastldm.models.unet import Residuals, Text, UNetEncoder
+from fastldm.models.transformer import Text
+from fastldm.models.unet import Residuals, UNetEncoder
 from fastldm.reading import MAX_CHANNELS, Field, Flag, Integer, ListOf, OneOf, read_fields
 
 _WIDTH = Integer(1, MAX_CHANNELS)
@@ -148,15 +149,20 @@ class ControlNet(UNetEncoder):
         *,
         kv_len: Tensor | None = None,
         slots: Tensor | None = None,
+        deep: int | None = None,
     ) -> Residuals:
         """Evaluate the network: model_input (B, Cin, H, W), temb_row (B, S), cross_kv, kv_len and slots as of
-        `UNet.step`, hint (B, C, H, W) -> residuals of B rows, without weights."""
-        texts = iter([Text(kv, kv_len, slots) for kv in cross_kv])
+        `UNet.step`, hint (B, C, H, W) -> residuals of B rows, without weights.
+
+        deep: for how many rows, the first ones, also those of the U-Net's deep part are computed, by default all.
+        """
+        rows, texts = self.inputs(temb_row, [Text(kv, kv_len, slots) for kv in cross_kv], deep)
         x = self.conv_in.pending(channels_last(model_input), residual=channels_last(hint))
-        x, skips = self.encode(x, self.split_rows(temb_row), texts)
-        layers = (*self.controlnet_down_blocks, self.controlnet_mid_block)
-        *added, mid = (self._residual(layer, skip) for layer, skip in zip(layers, (*skips, x), strict=True))
-        return Residuals(tuple(added), mid)
+        x, skips = self.encode(x, rows, texts, deep=deep)
+        added = tuple(
+            self._residual(layer, skip) for layer, skip in zip(self.controlnet_down_blocks, skips, strict=False)
+        )
+        return Residuals(added, added[-1][:0] if deep == 0 else self._residual(self.controlnet_mid_block, x))
 
     def _residual(self, layer: Pointwise, x: Tensor | Pending) -> Tensor:
         x = as_tensor(x)

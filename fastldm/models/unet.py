@@ -5,12 +5,15 @@ denoising loop only calls `step`. Parameter names are those of diffusers' UNet2D
 
 Its first half, `UNetEncoder`, is that of a ControlNet too (controlnet.py), whose outputs the U-Net adds to its skip
 connections: `Residuals`. `Features` are what a T2I-Adapter adds inside that half.
+
+What lies between the first level, before it is halved, and the last block of the decoder is the deep part. Its output
+changes slowly from step to step, so that rows may take that of an earlier step: `Reuse`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -20,38 +23,23 @@ from torch import Tensor, nn
 
 from fastldm.errors import InputError
 from fastldm.kernels.dispatch import is_batch_invariant
-from fastldm.kernels.linear import fast_library
 from fastldm.models.config import Level, UNetConfig
 from fastldm.models.interfaces import AddedConditions
 from fastldm.models.layers import (
-    GEGLU,
-    Attention,
     Beside,
     Conv,
     Downsample,
     GroupNorm,
-    LayerNorm,
     Layers,
     Linear,
     Pending,
     PictureKV,
-    Pointwise,
     Resnet,
     Upsample,
     as_tensor,
     channels_last,
-    to_image,
-    to_tokens,
 )
-
-
-class Text(NamedTuple):
-    """The text inputs of one cross-attention."""
-
-    kv: Tensor  # (texts, T, 2C), keys | values
-    kv_len: Tensor | None  # (texts,) int32
-    slots: Tensor | None  # (B,) int32
-    pictures: tuple[PictureKV, ...] = ()
+from fastldm.models.transformer import Text, Transformer
 
 
 class Pictures(NamedTuple):
@@ -66,7 +54,8 @@ class Pictures(NamedTuple):
 
 class Residuals(NamedTuple):
     """What a ControlNet adds to R consecutive rows of a U-Net: to its skip connections and to the output of its middle
-    block."""
+    block. For rows that reuse deep features there is nothing in the deep part: its tensors have fewer rows, and where
+    there are none it has no skip connections."""
 
     skips: tuple[Tensor, ...]  # of each skip connection (R, C, h, w), or (R, C, 1, 1) for all pixels alike
     mid: Tensor  # the same of the middle block's output
@@ -80,6 +69,15 @@ class Features(NamedTuple):
 
     levels: tuple[Tensor, ...]  # (R, C, h, w); there may be fewer than levels
     first: int | None = 0  # as of `Residuals`
+
+
+class Reuse(NamedTuple):
+    """Of the rows of a U-Net, the first `rows` compute all, and the rest reuse the deep features of an earlier step."""
+
+    rows: int
+    exchange: Callable[[Tensor | None], Tensor]
+    """Takes the deep features of the first rows (rows, C, H, W), None where there are none; returns those of all, of
+    which the first are these, and that nobody writes. C: `UNetConfig.deep_channels`."""
 
 
 class UNetEncoder(nn.Module):
@@ -105,9 +103,18 @@ class UNetEncoder(nn.Module):
         self.mid_block = Block(config, config.mid, channels)
 
     def encode(
-        self, x: Tensor | Pending, rows: Iterator[Tensor], texts: Iterator[Text], features: Sequence[Features] = ()
+        self,
+        x: Tensor | Pending,
+        rows: Iterator[Tensor],
+        texts: Iterator[Text],
+        features: Sequence[Features] = (),
+        deep: int | None = None,
     ) -> tuple[Tensor | Pending, list[Tensor | Pending]]:
-        """The output of conv_in (B, C, H, W) -> that of the middle block, and all skip connections."""
+        """The output of conv_in (B, C, H, W) -> that of the middle block, and all skip connections.
+
+        deep: how many rows, the first ones, go on into the deep part, by default all; if none, the skip connections end
+        there. rows and texts are those of `inputs`.
+        """
         added = [(iter(feature.levels), feature.first) for feature in features]
 
         def add_feature() -> None:
@@ -135,6 +142,10 @@ class UNetEncoder(nn.Module):
             # last skip connection is the same tensor.
             if block.attentions:
                 add_feature()
+            if deep is not None and block is self.down_blocks[0]:
+                x = as_tensor(x)[:deep]
+                if not deep:
+                    return x, skips
             for downsample in block.downsamplers:
                 x = downsample.pending(as_tensor(x))
                 skips.append(x)
@@ -148,9 +159,27 @@ class UNetEncoder(nn.Module):
         add_feature()
         return x, skips
 
-    def split_rows(self, temb_row: Tensor) -> Iterator[Tensor]:
-        """A row (B, S) of `time_rows` as the shifts of each resnet, in network order."""
-        return iter(temb_row.split([resnet.conv2.weight.shape[0] for resnet in self.resnets()], dim=1))
+    def inputs(
+        self, temb_row: Tensor, texts: Sequence[Text], deep: int | None = None
+    ) -> tuple[Iterator[Tensor], Iterator[Text]]:
+        """A row (B, S) of `time_rows` as the shifts of each resnet, and the text of each cross-attention, in network
+        order. deep: how many rows, the first ones, run the deep part, by default all."""
+        rows: Sequence[Tensor] = temb_row.split([resnet.conv2.weight.shape[0] for resnet in self.resnets()], dim=1)
+        if deep is not None:
+            deep_blocks = self.deep_blocks()
+            in_deep = [block in deep_blocks for block in self.blocks() for _ in block.resnets]
+            rows = [
+                row[:deep] if is_deep else row
+                for row, is_deep in zip(rows, in_deep, strict=True)
+                if deep or not is_deep
+            ]
+            in_deep = [block in deep_blocks for block in self.blocks() for _ in range(block.cross_attentions)]
+            texts = [
+                text.first(deep) if is_deep else text
+                for text, is_deep in zip(texts, in_deep, strict=True)
+                if deep or not is_deep
+            ]
+        return iter(rows), iter(texts)
 
     def _time_rows(self, timesteps: Tensor, added: AddedConditions | None, condition: Tensor | None = None) -> Tensor:
         dtype = self.conv_in.weight.dtype
@@ -176,6 +205,10 @@ class UNetEncoder(nn.Module):
     def blocks(self) -> list[Block]:
         return [*self.down_blocks, self.mid_block]
 
+    def deep_blocks(self) -> list[Block]:
+        """Those in which all is deep."""
+        return self.blocks()[1:]
+
     def resnets(self) -> list[Resnet]:
         """All resnets in network order."""
         return [resnet for block in self.blocks() for resnet in block.resnets]
@@ -184,13 +217,17 @@ class UNetEncoder(nn.Module):
 def add_rows(x: Tensor, value: Tensor, first: int, weight: Tensor | None = None) -> None:
     """x[first : first + R] += weight * value in place: x (B, C, h, w), value (R, C, h, w) or (R, C, 1, 1), weight (R,).
 
-    The other rows are not touched, for what is NaN elsewhere is so times zero too.
+    The other rows are not touched, for what is NaN elsewhere is so times zero too. Rows that x does not have are left
+    out.
     """
     rows = x[first : first + value.shape[0]]
+    value = value[: rows.shape[0]]
+    if not rows.shape[0]:
+        return
     if weight is None:
         rows += value
     else:
-        rows.addcmul_(value, weight[:, None, None, None])
+        rows.addcmul_(value, weight[: rows.shape[0], None, None, None])
 
 
 class UNet(UNetEncoder):
@@ -232,19 +269,21 @@ class UNet(UNetEncoder):
         residuals: Sequence[Residuals] = (),
         features: Sequence[Features] = (),
         pictures: Sequence[Pictures] = (),
+        reuse: Reuse | None = None,
     ) -> Tensor:
         """Evaluate the network: model_input (B, Cin, H, W), temb_row (B, S) of time_rows, cross_kv of B texts ->
         (B, Cout, H, W).
 
         kv_len (texts,) int32: the number of visible tokens of each text, by default all. slots (B,) int32: the text in
         cross_kv that each row reads, by default its own. Both stay on the device.
-        residuals: of ControlNets. features: of T2I-Adapters. pictures: of IP-Adapters.
+        residuals: of ControlNets. features: of T2I-Adapters. pictures: of IP-Adapters. reuse: which rows compute all of
+        the network, by default all do; the levels are two or more where it is given.
 
         Computes only what changes in each step. All H and W are allowed, as in diffusers: upsampling goes to the size
         of the skip connection.
         """
-        rows = self.split_rows(temb_row)
-        texts = iter(
+        deep = None if reuse is None else reuse.rows
+        every_text = [
             Text(
                 kv,
                 kv_len,
@@ -256,8 +295,9 @@ class UNet(UNetEncoder):
                 ),
             )
             for i, kv in enumerate(cross_kv)
-        )
-        x, skips = self.encode(self.conv_in.pending(channels_last(model_input)), rows, texts, features)
+        ]
+        rows, texts = self.inputs(temb_row, every_text, deep)
+        x, skips = self.encode(self.conv_in.pending(channels_last(model_input)), rows, texts, features, deep)
         if residuals:  # which are added in place
             x, skips = as_tensor(x), [as_tensor(skip) for skip in skips]
             if not self.mid_block.resnets:
@@ -267,11 +307,16 @@ class UNet(UNetEncoder):
                 x = as_tensor(x) + control.mid
                 skips = [as_tensor(skip) + value for skip, value in zip(skips, control.skips, strict=True)]
                 continue
-            weights = control.weights if control.weights is None else control.weights.unbind()
-            for k, (skip, value) in enumerate(zip((*skips, x), (*control.skips, control.mid), strict=True)):
-                add_rows(as_tensor(skip), value, control.first, None if weights is None else weights[k])
+            weights = (None,) * (len(skips) + 1) if control.weights is None else control.weights.unbind()
+            for skip, value, weight in zip(skips, control.skips, weights, strict=False):
+                add_rows(as_tensor(skip), value, control.first, weight)
+            add_rows(as_tensor(x), control.mid, control.first, weights[-1])
 
         for block in self.up_blocks:
+            if reuse is not None and block is self.up_blocks[-1]:
+                x = reuse.exchange(as_tensor(x) if deep else None)
+            elif deep == 0:
+                continue
             for resnet, transformer in block.layers():
                 x = resnet.pending(x, next(rows), skip=as_tensor(skips.pop()))
                 if transformer is not None:
@@ -321,6 +366,9 @@ class UNet(UNetEncoder):
     def blocks(self) -> list[Block]:
         return [*self.down_blocks, self.mid_block, *self.up_blocks]
 
+    def deep_blocks(self) -> list[Block]:
+        return self.blocks()[1:-1]
+
 
 class Block(nn.Module):
     """The layers of one level. The U-Net runs them, since it distributes time rows, text and skip connections."""
@@ -340,77 +388,14 @@ class Block(nn.Module):
                 self.attentions.append(Transformer(config, level, depth))
             in_channels = level.channels
 
+    @property
+    def cross_attentions(self) -> int:
+        """How many there are."""
+        return sum(len(transformer.transformer_blocks) for transformer in self.attentions)
+
     def layers(self) -> Iterator[tuple[Resnet, Transformer | None]]:
         """Each resnet with the transformer after it, if there is one."""
         return zip_longest(self.resnets, self.attentions)
-
-
-class Transformer(nn.Module):
-    """Transformer layers over the pixels of (B, C, H, W), with a residual; diffusers' Transformer2DModel."""
-
-    def __init__(self, config: UNetConfig, level: Level, depth: int) -> None:
-        super().__init__()
-        channels = level.channels
-        projection = Linear if config.linear_projection else Pointwise
-        self.norm = GroupNorm(config.norm_groups, channels, eps=1e-6)
-        self.proj_in = projection(channels, channels)
-        self.transformer_blocks: Layers[TransformerLayer] = Layers(TransformerLayer(level) for _ in range(depth))
-        self.proj_out = projection(channels, channels)
-
-    def forward(self, x: Tensor | Pending, texts: Iterator[Text]) -> Tensor:
-        ahead = isinstance(x, Pending) or fast_library(x)  # as in TransformerLayer
-        x, h = self.norm.add(x, ahead=self.proj_out.bias) if ahead else (as_tensor(x), self.norm(x))
-        tokens = self.proj_in(to_tokens(h))
-        for layer in self.transformer_blocks:
-            tokens = layer(tokens, next(texts))
-        out = self.proj_out.add_to(to_tokens(x), tokens) if ahead else self.proj_out(tokens, residual=to_tokens(x))
-        return to_image(out, x.shape[2])
-
-
-class TransformerLayer(nn.Module):
-    """x (B, N, C) and the text's keys and values -> (B, N, C); diffusers' BasicTransformerBlock."""
-
-    def __init__(self, level: Level) -> None:
-        super().__init__()
-        channels = level.channels
-        self.norm1 = LayerNorm(channels)
-        self.attn1 = Attention(channels, level.heads, channels)
-        self.norm2 = LayerNorm(channels)
-        self.attn2 = Attention(channels, level.heads, level.context)
-        self.norm3 = LayerNorm(channels)
-        self.ff = FeedForward(channels)
-
-    def forward(self, x: Tensor, text: Text) -> Tensor:
-        h = self.norm1(x, self.attn1.to_q)
-        x, h = self.norm2.add(self.attn1(*self.attn1.qkv(h)), x, then=self.attn2.to_q)
-        q, (k, v) = self.attn2.to_q(h), text.kv.chunk(2, dim=-1)
-        attended = self.attn2(q, k, v, kv_len=text.kv_len, slots=text.slots, pictures=text.pictures)
-        if fast_library(x):  # cuBLAS adds a residual in its own pass where there is no bias left to add
-            x, h = self.norm3.add(attended, x, self.ff.last.bias, self.ff.first)
-            return self.ff.add_to(x, h)
-        x, h = self.norm3.add(attended, x, then=self.ff.first)
-        return self.ff(h, residual=x)
-
-
-class FeedForward(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.net = nn.ModuleDict({"0": GEGLU(channels, 4 * channels), "2": Linear(4 * channels, channels)})
-
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.last(self.net["0"](x, self.last), residual)
-
-    @property
-    def first(self) -> Linear:
-        return self.net["0"].proj  # type: ignore[return-value]
-
-    @property
-    def last(self) -> Linear:
-        return self.net["2"]  # type: ignore[return-value]
-
-    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """As `forward`, but for the last layer's bias, possibly in the residual's memory."""
-        return self.last.add_to(residual, self.net["0"](x, self.last))
 
 
 class TimeEmbedding(nn.Module):

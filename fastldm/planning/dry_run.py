@@ -127,18 +127,21 @@ def step(
     dtype: torch.dtype,
     controls: Sequence[ControlConfig] = (),
     lora: bool = False,
+    reuse: bool = False,
 ) -> DryRun:
     """One step of `rows` U-Net rows: on a GPU all calls of its graph, on a CPU the networks. controls: what acts on all
-    rows. lora: with adapters beside all linear layers, on a GPU."""
+    rows. lora: with adapters beside all linear layers, on a GPU. reuse: where deep features are kept, which all rows
+    compute."""
     unet: UNet = network(config, dtype)  # type: ignore[assignment]
     nets: list[Any] = [network(each, dtype) for each in controls if isinstance(each, ControlNetConfig)]
     adapted = len(nets) < len(controls)
     shape: dict[str, Any] = {"height": height, "width": width, "tokens": tokens, "dtype": dtype, "device": "meta"}
-    buffers = StaticBuffers.empty(config, slots=rows, rows=rows, steps=1, **shape, controls=nets, features=adapted)
+    shape |= {"controls": nets, "features": adapted, "reuse": reuse}
+    buffers = StaticBuffers.empty(config, slots=rows, rows=rows, steps=1, **shape)
     if device_type(buffers.temb) != "cpu":
         indices = [*([FEATURES] if adapted else []), *range(len(nets))]
         controlled = tuple((index, ((0, rows),)) for index in indices)
-        body = functools.partial(Slots(unet, buffers).body, rows, True, controlled, lora)
+        body = functools.partial(Slots(unet, buffers).body, rows, True, controlled, lora, rows if reuse else None)
         return torch.no_grad()(functools.partial(_with_pages, unet, body) if lora else body)
     model_input = buffers.step.u
 

@@ -59,6 +59,7 @@ class Workload:
     attached: tuple[dry_run.ControlConfig, ...] = ()  # what buffers have room for
     controls: tuple[dry_run.ControlConfig, ...] = ()  # those of the request
     pictures: tuple[int, ...] = ()  # tokens of each IP-Adapter that a slot may have
+    reuse: bool = False  # whether deep features are kept
     originals: int = 0  # bytes of the weights that adapters will be merged into, which are copied before
 
     @classmethod
@@ -107,6 +108,7 @@ class Workload:
             "encode": request.image is not None and start_latents(request, stages.latent_channels) is None,
             "attached": tuple(control.network.config for control in stages.controls.attached.values()),
             "controls": controls.configs if isinstance(controls, ControlSelection) else (),
+            "reuse": request.reuse > 1,
             "originals": stages.adapters.missing(adapters) if isinstance(adapters, Selection) else 0,
         }
         return cls.of_stages(stages, **{**options, **overrides})
@@ -230,6 +232,8 @@ def upper_bound(workload: Workload) -> int:
             )
         numbers += 64 * (rows + slots) * latents * unet.down[0].channels
         numbers += 128 * workload.batch * latents * vae.factor**2
+    if workload.reuse:
+        numbers += (2 * slots + 1 + rows) * latents * unet.deep_channels
     noise = 4 * workload.batch * workload.steps * latents * unet.out_channels
     return 256 * MIB + workload.originals + workload.dtype.itemsize * (numbers + 4 * rows * text) + 2 * noise
 
@@ -297,6 +301,7 @@ def plan(workload: Workload) -> MemoryPlan:
             controls=[network for network in networks.values() if isinstance(network, ControlNet)],
             features=any(isinstance(network, T2IAdapter) for network in networks.values()),
             pictures=workload.pictures,
+            reuse=workload.reuse,
         )
         traces = {name: record(work()) for name, work in _phases(workload, rows).items()}
 
@@ -343,6 +348,7 @@ _FIELDS = {
     "features": "of T2I-Adapters",
     "adapters": "pages and scales of each row",
     "pictures": "keys and values of the pictures of IP-Adapters",
+    "deep": "features of the U-Net's deep part, from step to step",
 }
 _PHASES = {
     "text": "prompts and negative prompts, through the encoders",
@@ -362,7 +368,7 @@ def _phases(workload: Workload, rows: int) -> dict[str, Callable[[], dry_run.Dry
         "conditions": lambda: dry_run.conditions(workload.unet, steps=workload.steps, dtype=workload.dtype, **text),
         "encode": lambda: dry_run.encode(workload.vae, batch=workload.batch, **shape),
         "control": lambda: _controls(workload),
-        "step": lambda: dry_run.step(workload.unet, **shape, **text, controls=workload.controls),
+        "step": lambda: dry_run.step(workload.unet, **shape, **text, controls=workload.controls, reuse=workload.reuse),
         "decode": lambda: dry_run.decode(workload.vae, batch=workload.batch, mode=workload.decode, **shape),
     }
     left_out = [*([] if workload.encode else ["encode"]), *([] if workload.controls else ["control"])]

@@ -346,15 +346,19 @@ def evaluate(
     ranges: Sequence[tuple[int, int]],
     weights: Tensor,
     *inputs: Any,
+    deep: int | None = None,
     **texts: Any,
 ) -> Iterator[Residuals]:
-    """One call of a ControlNet for rows of a U-Net in ranges (begin, end): model_input (R, C, h, w) and what follows it
-    in `ControlNet.step` of these rows, weights (R, K)."""
+    """One call of a ControlNet for rows of a U-Net in ascending ranges (begin, end): model_input (R, C, h, w) and what
+    follows it in `ControlNet.step` of these rows, weights (R, K). deep: how many rows of the U-Net, the first ones,
+    compute all, by default all do."""
     latents = model_input[:, : network.config.unet.in_channels]  # not what a model for inpainting reads beside them
+    if deep is not None:
+        texts["deep"] = sum(max(0, min(last, deep) - first) for first, last in ranges)
     skips, mid, *_ = network.step(latents, *inputs, **texts)
     begin, weights = 0, weights.T
     for first, last in ranges:
-        part = slice(begin, begin + last - first)
+        part = slice(begin, begin + last - first)  # of what is deep, as much as there is
         yield Residuals(tuple(skip[part] for skip in skips), mid[part], weights[:, part], first)
         begin = part.stop
 

@@ -1,4 +1,4 @@
-"""The denoising loop: for one run `denoise`, which defines correct, and batches for many that take steps together.
+"""The denoising loop of one run: `denoise`, which defines correct. batch.py has many runs take their steps together.
 
 One call of the network and one end of a step for each row of a run's table. Nothing in the loop waits for the device or
 looks at a value: coefficients and flags were known before it began, as Python numbers or in device memory.
@@ -6,31 +6,25 @@ looks at a value: coefficients and flags were known before it began, as Python n
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastldm import spans
 from fastldm.adapters.selection import NONE, Selection
-from fastldm.device import send, send_numbers
+from fastldm.device import send
 from fastldm.errors import InputError, NonFinite
-from fastldm.kernels.lora import Group, Rows, ScaledPages
+from fastldm.kernels.lora import ScaledPages
 from fastldm.kernels.step import blend, guide, model_input, step
-from fastldm.models.controlnet import ControlNet
-from fastldm.models.unet import Features, Pictures, Residuals
-from fastldm.runtime.controls import RunControl, RunFeatures, evaluate
+from fastldm.runtime.controls import RunControl, RunFeatures
 from fastldm.runtime.pages import Applied
 from fastldm.samplers.table import StepTable
 
 if TYPE_CHECKING:
-    from fastldm.models.interfaces import Denoiser
+    pass
 
 Network = Callable[[Tensor, int, bool], Tensor]
 PicturesKV = tuple[tuple[Tensor | None, ...], ...]
@@ -117,6 +111,7 @@ class Run:
     pictures: PicturesKV = ()  # by IP-Adapter and cross-attention (R, T, 2C): `IPAdapter.kv`
     images: tuple[Run, ...] = ()
     row: int = 0  # the one that comes next
+    branches_kept: int = 0  # of which deep features are there: 1 the conditional, 2 the unconditional too
 
     def __post_init__(self) -> None:
         if [noise is not None for noise in self.noises] != list(self.table.draws):
@@ -134,6 +129,28 @@ class Run:
     def guided(self) -> bool:
         """Whether the next row is."""
         return self.guidance.guides(self.table, self.row)
+
+    @property
+    def branches(self) -> int:
+        """Of the next row: 2 where it is guided."""
+        return 2 if self.guided else 1
+
+    @property
+    def reuses(self) -> bool:
+        """Whether rows reuse the deep features of earlier ones."""
+        return not all(self.table.deep)
+
+    @property
+    def computes_all(self) -> bool:
+        """Whether the next row computes all of the network: where its table says so, and where a branch has no deep
+        features, since it was not there at the last row that computed all."""
+        return self.table.deep[self.row] or self.branches > self.branches_kept
+
+    def advance(self) -> None:
+        """The next row has been taken."""
+        if self.computes_all:
+            self.branches_kept = self.branches
+        self.row += 1
 
     @property
     def beside(self) -> ScaledPages:
@@ -210,6 +227,7 @@ class State:
     def __init__(self, run: Run) -> None:
         self.run, self.rows, self.depth = run, run.table.rows.tolist(), run.table.depth
         self.x = run.latents  # (B, C, h, w); never written in place, so that whoever was given it may keep it
+        self.deep: Tensor | None = None  # deep features of all branches at the last row that computed all
         self.y = torch.zeros_like(self.x) if run.table.anchored else None
         self.history: tuple[Tensor, ...] = ()
         # Not finite when one value is not: one small reduction a step, read once after the loop.
@@ -240,245 +258,6 @@ class State:
         """The first row that left NaN or infinity, -1 for the start. Waits for the device."""
         finite = torch.stack(self.sums).isfinite().tolist()
         return None if all(finite) else finite.index(False) - 1
-
-
-# ----------------------------------------------------------------------------------------------- many runs at once
-
-
-class Batch(Protocol):
-    """Runs of one latent size whose steps are taken together, each getting what it would have got alone."""
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that it holds while it is empty, for the next of that size."""
-
-    def holds(self, run: Run) -> bool:
-        """Whether it could take a run in, were it empty."""
-
-    def admit(self, run: Run) -> None:
-        """Take a run in. Its steps may be taken from now on."""
-
-    def step(self, runs: Sequence[Run]) -> str:
-        """One row of each of these runs; says what ran it, such as "torch". Where it raises, no run has moved."""
-
-    def latents(self, run: Run) -> Tensor:
-        """(B, C, h, w) float32 as they are now, in a tensor that later steps leave alone."""
-
-    def go_on_from(self, run: Run, latents: Tensor) -> None:
-        """Replace a run's latents."""
-
-    def recondition(self, run: Run) -> None:
-        """Read a run's guidance and conditioning anew, for it has others now: of no more tokens than before."""
-
-    def release(self, run: Run) -> Callable[[], int | None]:
-        """Let a run go, done or not. Returns a function that gives its first bad row, once the device is so far."""
-
-    def close(self) -> None:
-        """Free what the batch holds. It is empty, and not used again."""
-
-
-class EagerBatch:
-    """A batch that is put together anew at each step, on any device: what a CPU runs, and the reference of `Slots`.
-    Each run gets what `denoise` computes for it."""
-
-    nbytes = 0  # what it holds is the runs'
-
-    def __init__(self, unet: Denoiser, backend: str = "torch", *, together: bool = True) -> None:
-        """backend: what runs it. together: whether all runs share a call of the network; else each has its own."""
-        self.unet, self.backend, self.together = unet, backend, together
-        self._states: dict[Run, State] = {}
-        self._texts: dict[object, tuple[object, Texts]] = {}  # by network
-
-    def holds(self, run: Run) -> bool:
-        return True
-
-    def admit(self, run: Run) -> None:
-        self._states[run] = State(run)
-
-    @torch.no_grad()
-    def step(self, runs: Sequence[Run]) -> str:
-        calls = [runs] if self.together else [[run] for run in runs]
-        outputs = [output for call in calls for output in self._outputs(call)]
-        for run, model_output in zip(runs, outputs, strict=True):
-            self._states[run].end(run.row, model_output)
-            run.row += 1
-        return self.backend
-
-    def _outputs(self, runs: Sequence[Run]) -> Sequence[Tensor]:
-        """The network's output for each of these runs, of one call."""
-        inputs = [self._states[run].input(run.row) for run in runs]
-        temb = [_rows(run.temb, run, run.guided).expand(len(x), -1) for run, x in zip(runs, inputs, strict=True)]
-        text, options = self._text_of(None, [(run, run.text_kv, run.guided) for run in runs])
-        # inference_mode: a step's hundreds of views cost less there
-        with torch.inference_mode(), spans.span("U-Net"), _beside(self.unet, runs, inputs):
-            if residuals := self._residuals(runs, inputs):
-                options["residuals"] = residuals
-            if features := _features(runs):
-                options["features"] = features
-            if pictures := _pictures(runs):
-                options["pictures"] = pictures
-            out = self.unet.step(_cat(inputs), _cat(temb), text, **options)
-        return out.split([len(x) for x in inputs])
-
-    def _residuals(self, runs: Sequence[Run], inputs: Sequence[Tensor]) -> list[Residuals]:
-        """Of all ControlNets that act on rows of these runs; one call of each."""
-        parts: dict[ControlNet, list[tuple[Run, RunControl, bool, int, Tensor]]] = {}
-        first = 0
-        for run, x in zip(runs, inputs, strict=True):
-            for control in run.controls:
-                if control.acts[run.row]:
-                    guided = run.guided and not control.conditional
-                    count = run.batch * (1 + guided)
-                    begin = first + len(x) - count
-                    parts.setdefault(control.network, []).append((run, control, guided, begin, x[-count:]))
-            first += len(x)
-        residuals: list[Residuals] = []
-        for network, acting in parts.items():
-            text, options = self._text_of(
-                network, [(run, control.text_kv, guided) for run, control, guided, *_ in acting]
-            )
-            model_input = _cat([x for *_, x in acting])
-            hint = _cat([control.hint.repeat(1 + guided, 1, 1, 1) for _, control, guided, *_ in acting])
-            weights = _cat([control.weights.expand(len(x), -1) for _, control, _, _, x in acting])
-            temb = _cat([_rows(control.temb, run, guided).expand(len(x), -1) for run, control, guided, _, x in acting])
-            ranges = [(begin, begin + len(x)) for *_, begin, x in acting]
-            residuals += evaluate(network, model_input, ranges, weights, temb, text, hint, **options)
-        return residuals
-
-    def _text_of(
-        self, network: object, parts: Sequence[tuple[Run, tuple[Tensor, ...], bool]]
-    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        """Keys and values of all rows of runs, guided or not, and as options of a step their lengths where they differ;
-        the same tensors while the runs are the same."""
-        key = [(run, guided) for run, _, guided in parts]
-        known = self._texts.get(network)
-        if known is None or known[0] != key:
-            texts = [text if guided else tuple(kv[-run.batch :] for kv in text) for run, text, guided in parts]
-            known = self._texts[network] = (key, _join_texts(texts))
-        text, kv_len = known[1]
-        return text, {} if kv_len is None else {"kv_len": kv_len}
-
-    def latents(self, run: Run) -> Tensor:
-        return self._states[run].x
-
-    def go_on_from(self, run: Run, latents: Tensor) -> None:
-        self._states[run].go_on_from(latents)
-
-    def recondition(self, run: Run) -> None:
-        self.close()
-
-    def release(self, run: Run) -> Callable[[], int | None]:
-        self.close()
-        return self._states.pop(run).first_bad
-
-    def close(self) -> None:
-        self._texts.clear()
-
-
-class BatchInvariant:
-    """A batch of runs that were taken apart: it holds their images, and to another each is as good as alone."""
-
-    def __init__(self, images: Batch) -> None:
-        """images: computes each run the same whatever others it holds."""
-        self._images = images
-
-    @property
-    def nbytes(self) -> int:
-        return self._images.nbytes
-
-    def holds(self, run: Run) -> bool:
-        return self._images.holds(run)
-
-    def admit(self, run: Run) -> None:
-        for image in run.images:
-            self._images.admit(image)
-
-    def step(self, runs: Sequence[Run]) -> str:
-        ran_on = self._images.step([image for run in runs for image in run.images])
-        for run in runs:
-            run.row = run.images[0].row
-        return ran_on
-
-    def latents(self, run: Run) -> Tensor:
-        return torch.cat([self._images.latents(image) for image in run.images])
-
-    def go_on_from(self, run: Run, latents: Tensor) -> None:
-        for image, own in zip(run.images, latents.split(1), strict=True):
-            self._images.go_on_from(image, own)
-
-    def recondition(self, run: Run) -> None:
-        for image in run.images:
-            self._images.recondition(image)
-
-    def release(self, run: Run) -> Callable[[], int | None]:
-        verdicts = [self._images.release(image) for image in run.images]
-
-        def first_bad() -> int | None:
-            return min((row for verdict in verdicts if (row := verdict()) is not None), default=None)
-
-        return first_bad
-
-    def close(self) -> None:
-        self._images.close()
-
-
-def _beside(network: Denoiser, runs: Sequence[Run], inputs: Sequence[Tensor]) -> AbstractContextManager[None]:
-    """Inside, the network's rows have the adapters that the runs have beside its weights."""
-    if not any(run.beside for run in runs):
-        return nullcontext()
-    ends = list(itertools.accumulate(len(x) for x in inputs))
-    groups = [Group(end - len(x), end, run.beside) for run, x, end in zip(runs, inputs, ends, strict=True)]
-    nothing = torch.empty(0)
-    return network.beside.having(Rows(nothing, nothing, tuple(groups)))
-
-
-def _rows(temb: Tensor | None, run: Run, guided: bool) -> Tensor:
-    """(1 or rows of the next step, channels)."""
-    assert temb is not None
-    return temb[run.row] if guided else temb[run.row][-run.batch :]
-
-
-Texts = tuple[tuple[Tensor, ...], Tensor | None]
-
-
-def _join_texts(texts: Sequence[tuple[Tensor, ...]]) -> Texts:
-    """Keys and values of all rows, and their lengths where they differ."""
-    tokens = [layers[0].shape[1] if layers else 0 for layers in texts]
-    kv_len = None
-    if len(set(tokens)) > 1:
-        counts = [count for count, layers in zip(tokens, texts, strict=True) for _ in range(layers[0].shape[0])]
-        kv_len = send_numbers(counts, torch.int32, texts[0][0].device)
-    return tuple(_cat([_padded(kv, max(tokens)) for kv in layer]) for layer in zip(*texts, strict=True)), kv_len
-
-
-def _features(runs: Sequence[Run]) -> list[Features]:
-    """Of all T2I-Adapters that act on rows of these runs."""
-    features, first = [], 0
-    for run in runs:
-        for _ in (0, 1) if run.guided else (1,):
-            if run.features is not None and run.features.acts[run.row]:
-                features.append(Features(run.features.levels, first))
-            first += run.batch
-    return features
-
-
-def _pictures(runs: Sequence[Run]) -> list[Pictures]:
-    """Of all IP-Adapters that rows of these runs have."""
-    pictures, first = [], 0
-    for run in runs:
-        count = run.batch * (2 if run.guided else 1)
-        for layers in run.pictures:
-            pictures.append(Pictures(tuple(None if kv is None else kv[-count:] for kv in layers), count, first))
-        first += count
-    return pictures
-
-
-def _padded(kv: Tensor, tokens: int) -> Tensor:
-    return kv if kv.shape[1] == tokens else F.pad(kv, (0, 0, 0, tokens - kv.shape[1]))
-
-
-def _cat(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
 
 
 # -------------------------------------------------------------------------------------------------- what may go wrong

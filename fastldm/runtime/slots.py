@@ -27,7 +27,7 @@ from fastldm.models.config import UNetConfig
 from fastldm.models.controlnet import ControlNet
 from fastldm.models.layers import channels_last
 from fastldm.models.t2i_adapter import feature_places
-from fastldm.models.unet import Features, Pictures, Residuals, UNet
+from fastldm.models.unet import Features, Pictures, Residuals, Reuse, UNet
 from fastldm.runtime.controls import Ranges, evaluate, joined
 from fastldm.runtime.denoise import Run
 from fastldm.runtime.graph import Graphs
@@ -37,6 +37,7 @@ ROWS = (1, 2, 3, 4, 6, 8, 12, 16)  # the numbers of U-Net rows that graphs have;
 FEATURES = -1  # among indices of ControlNets: T2I-Adapters ...
 PICTURES = -2  # ... and IP-Adapters, the first of a run; -3 is the second, and so on
 Acting = tuple[int, ...]
+Arranged = tuple[Run, bool, list[Acting], ScaledPages, bool]
 IN_FLIGHT = 2  # steps that the device may be behind the host: progress, cancelling and joining stay prompt
 
 
@@ -83,6 +84,8 @@ class StaticBuffers(NamedTuple):
     controls: tuple[ControlBuffers, ...] = ()
     features: tuple[Tensor, ...] = ()  # of T2I-Adapters, (S, C, h, w) for each place where the U-Net adds some
     pictures: tuple[PictureBuffers, ...] = ()
+    deep: Tensor | None = None  # (2S + 1, C, h, w): deep features of each text's row, and of rows that keep none
+    deep_index: Tensor | None = None  # (R,) int64: where each U-Net row keeps them, if it computes all
 
     @staticmethod
     def empty(
@@ -99,10 +102,11 @@ class StaticBuffers(NamedTuple):
         controls: Sequence[ControlNet] = (),
         features: bool = False,
         pictures: Sequence[int] = (),
+        reuse: bool = False,
     ) -> StaticBuffers:
         """height, width: of the latents. steps: the most that a slot's table has, and the most that it draws. controls:
         ControlNets that slots may have. features: whether there may be T2I-Adapters. pictures: of each IP-Adapter that
-        a slot may have, the most tokens."""
+        a slot may have, the most tokens. reuse: whether slots may reuse deep features."""
         channels, latent_width = config.out_channels, width
         to: dict[str, Any] = {"dtype": dtype, "device": device}
 
@@ -112,8 +116,8 @@ class StaticBuffers(NamedTuple):
         def lengths() -> Tensor:
             return torch.zeros(2 * slots, dtype=torch.int32, device=device)
 
-        def images(width: int, stride: int = 1) -> Tensor:
-            return channels_last(torch.zeros(slots, width, cdiv(height, stride), cdiv(latent_width, stride), **to))
+        def images(width: int, stride: int = 1, count: int = slots) -> Tensor:
+            return channels_last(torch.zeros(count, width, cdiv(height, stride), cdiv(latent_width, stride), **to))
 
         return StaticBuffers(
             step=StepState.empty(
@@ -146,6 +150,8 @@ class StaticBuffers(NamedTuple):
             ),
             features=tuple(images(*place) for place in feature_places(config)) if features else (),
             pictures=tuple(PictureBuffers(texts(config.cross_widths, count), lengths()) for count in pictures),
+            deep=images(config.deep_channels, count=2 * slots + 1) if reuse else None,
+            deep_index=torch.zeros(rows, dtype=torch.int64, device=device) if reuse else None,
         )
 
 
@@ -156,7 +162,7 @@ def no_adapters(rows: int, device: torch.device | str) -> Rows:
 
 
 class Slots:
-    """A `denoise.Batch` in static buffers."""
+    """A `Batch` in static buffers."""
 
     def __init__(
         self, unet: UNet, buffers: StaticBuffers, graphs: Graphs | None = None, *, batch_invariant: bool = False
@@ -169,8 +175,9 @@ class Slots:
         self._slots: dict[Run, list[int]] = {}
         self._index: dict[Run, Tensor] = {}  # the slots again, (B,) int64 on the device
         self._started_finite: dict[Run, Tensor] = {}
-        # The runs that the maps are for, and of each which rows are guided and controlled, and its adapters.
-        self._arranged: list[tuple[Run, bool, list[Acting], ScaledPages]] = []
+        # The runs that the maps are for, and of each which rows are guided and controlled, its adapters, and whether it
+        # computes all, if some do.
+        self._arranged: list[Arranged] = []
         self._controlled: dict[int, Ranges] = {}  # rows by index of a ControlNet in the buffers; FEATURES: of features
         self._in_flight: list[torch.cuda.Event] = []
         self._networks = {control.network: (k, control) for k, control in enumerate(buffers.controls)}
@@ -185,6 +192,7 @@ class Slots:
             and all(run.tokens <= text.shape[1] for text in self.buffers.text)
             and all(control.network in self._networks for image in (run.images or (run,)) for control in image.controls)
             and (run.features is None or len(self.buffers.features) > 0)
+            and (self.buffers.deep is not None or not run.reuses)
             and len(run.picture_tokens) <= len(self.buffers.pictures)
             and all(
                 tokens <= own.kv[0].shape[1]
@@ -195,10 +203,10 @@ class Slots:
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers."""
-        step, temb, text, kv_len, maps, adapters, controls, features, pictures = self.buffers
+        step, temb, text, kv_len, maps, adapters, controls, features, pictures, *deep = self.buffers
         own = [t for control in controls for t in (control.hint, control.weights, control.temb, *control.text)]
         own += [t for each in pictures for t in (*each.kv, each.kv_len)]
-        tensors = (*step, temb, *text, kv_len, maps, *adapters[:2], *own, *features)
+        tensors = (*step, temb, *text, kv_len, maps, *adapters[:2], *own, *features, *deep)
         return sum(t.nbytes for t in tensors if t is not None)
 
     # --- coming and going
@@ -299,29 +307,49 @@ class Slots:
 
     @torch.no_grad()
     def step(self, runs: Sequence[Run]) -> str:
-        arranged = [(run, run.guided, [self._acting(run, branch) for branch in (0, 1)], run.beside) for run in runs]
+        deep_rows = sum(run.batch * run.branches for run in runs if run.computes_all)
+        total_rows = sum(run.batch * run.branches for run in runs)
+        mixed = 0 < deep_rows < total_rows  # else no map depends on it
+        arranged = [
+            (
+                run,
+                run.guided,
+                [self._acting(run, branch) for branch in (0, 1)],
+                run.beside,
+                run.computes_all or not mixed,
+            )
+            for run in runs
+        ]
         if arranged != self._arranged:
             self._arrange(arranged)
             self._arranged = arranged
-        rows = graph_rows(sum(run.batch * (2 if run.guided else 1) for run in runs))
+        rows, deep = graph_rows(total_rows), None
+        if any(run.reuses for run in runs):
+            deep = graph_rows(deep_rows) if deep_rows else 0
         rescales = any(run.guided and run.guidance.rescale > 0 for run in runs)
         controlled, beside = tuple(self._controlled.items()), any(run.beside for run in runs)
-        body = partial(self.body, rows, rescales, controlled, beside)
+        body = partial(self.body, rows, rescales, controlled, beside, deep)
         # A graph reads tensors by address, so which buffers they are is part of the key.
-        key = (id(self.buffers), rows, rescales, controlled, beside)
+        key = (id(self.buffers), rows, rescales, controlled, beside, deep)
         replayed = self.graphs is not None and self.graphs.run(key, body)
         if self.graphs is None:
             body()
         for run in runs:
-            run.row += 1
+            run.advance()
         self._pace()
         return "cuda graph" if replayed else "torch"
 
     def body(
-        self, rows: int, rescales: bool, controlled: Sequence[tuple[int, Ranges]] = (), beside: bool = False
+        self,
+        rows: int,
+        rescales: bool,
+        controlled: Sequence[tuple[int, Ranges]] = (),
+        beside: bool = False,
+        deep: int | None = None,
     ) -> None:
         """The full step, of fixed shapes and addresses: the host sees none of its values. controlled: which rows of the
-        U-Net have what control. beside: whether any row has adapters beside the weights."""
+        U-Net have what control. beside: whether any row has adapters beside the weights. deep: how many rows, the first
+        ones, compute all of the U-Net; None: all do, and nothing is kept."""
         state = self.buffers.step
         invariant = dispatch.batch_invariant() if self.batch_invariant else nullcontext()
         pages, scales, _ = self.buffers.adapters
@@ -334,7 +362,10 @@ class Slots:
                 elif index <= PICTURES:
                     options.setdefault("pictures", []).extend(self._pictures(PICTURES - index, ranges))
                 else:
-                    options.setdefault("residuals", []).extend(self._residuals(self.buffers.controls[index], ranges))
+                    own = self._residuals(self.buffers.controls[index], ranges, deep)
+                    options.setdefault("residuals", []).extend(own)
+            if deep is not None:
+                options["reuse"] = Reuse(deep, partial(self._exchange, rows))
             text, time_rows = self._states(self.buffers.maps[:, :rows], self.buffers.temb)
             options |= {"kv_len": self.buffers.kv_len, "slots": text}
             out = self.unet.step(state.u[:rows], time_rows, self.buffers.text, **options)
@@ -345,13 +376,22 @@ class Slots:
         text, slot, first = maps
         return text, temb.flatten(0, 1).index_select(0, first + self.buffers.step.counter.index_select(0, slot))
 
-    def _residuals(self, control: ControlBuffers, ranges: Ranges) -> Iterator[Residuals]:
+    def _exchange(self, rows: int, computed: Tensor | None) -> Tensor:
+        """See `Reuse`."""
+        kept, index = self.buffers.deep, self.buffers.deep_index
+        assert kept is not None
+        assert index is not None
+        if computed is not None:
+            kept.index_copy_(0, index[: len(computed)], computed)
+        return _images(kept, self.buffers.maps[0, :rows])
+
+    def _residuals(self, control: ControlBuffers, ranges: Ranges, deep: int | None) -> Iterator[Residuals]:
         maps = torch.cat([self.buffers.maps[:, first:last] for first, last in ranges], dim=1)
         model_input = torch.cat([self.buffers.step.u[first:last] for first, last in ranges])
         text, time_rows = self._states(maps, control.temb)
         weights, hint = control.weights.index_select(0, maps[1]), _images(control.hint, maps[1])
-        texts = {"kv_len": self.buffers.kv_len, "slots": text}
-        return evaluate(control.network, model_input, ranges, weights, time_rows, control.text, hint, **texts)
+        options: dict[str, Any] = {"kv_len": self.buffers.kv_len, "slots": text, "deep": deep}
+        return evaluate(control.network, model_input, ranges, weights, time_rows, control.text, hint, **options)
 
     def _features(self, ranges: Ranges) -> list[Features]:
         slots = [self.buffers.maps[1, first:last] for first, last in ranges]
@@ -379,7 +419,7 @@ class Slots:
         acting += [PICTURES - k for k in range(len(run.pictures))]
         return tuple(sorted(acting))
 
-    def _arrange(self, arranged: Sequence[tuple[Run, bool, list[Acting], ScaledPages]]) -> None:
+    def _arrange(self, arranged: Sequence[Arranged]) -> None:
         """Assign rows to runs, send the maps, and write the model input where it now belongs."""
         state, temb = self.buffers.step, self.buffers.temb
         capacity, device = temb.shape[1], temb.device
@@ -388,14 +428,16 @@ class Slots:
         texts: list[int] = []
         c_in: list[float] = []
         adapters: list[ScaledPages] = []
-        # Rows with the same controls lie side by side: few ranges, and graphs that know them by their numbers of rows.
+        keeps: list[int] = []
+        # Rows that compute all come first. Those with the same controls lie side by side: few ranges, and graphs that
+        # know them by their numbers of rows.
         entries = [
-            (acting[branch], run, branch)
-            for run, _, acting, _ in arranged
+            (not computes_all, not acting[branch], acting[branch], run, branch)
+            for run, _, acting, _, computes_all in arranged
             for branch in ((0, 1) if run.guided else (1,))
         ]
         ranges: dict[int, list[tuple[int, int]]] = {}
-        for acting, run, branch in sorted(entries, key=lambda entry: (not entry[0], entry[0])):
+        for reuses, _, acting, run, branch in sorted(entries, key=lambda entry: entry[:3]):
             for index in acting:
                 ranges.setdefault(index, []).append((len(texts), len(texts) + run.batch))
             for slot in self._slots[run]:
@@ -403,12 +445,16 @@ class Slots:
                 ends[slot] = len(run.table)
                 texts.append(2 * slot + branch)
                 adapters.append(run.beside)
+                keeps.append(2 * len(slot_rows) if reuses else texts[-1])
                 c_in.append(float(run.table.rows[run.row][0]))
         self._controlled = {index: joined(ranges[index]) for index in sorted(ranges)}
         padding = [0] * (self.buffers.maps.shape[1] - len(texts))
         slots = [text // 2 for text in texts]
         maps = [texts + padding, slots + padding, [text * capacity for text in texts] + padding]
         self.buffers.maps.copy_(send_numbers(maps, torch.int32, device))
+        if self.buffers.deep_index is not None:  # what padding rows compute is nobody's
+            keeps += [2 * len(slot_rows)] * len(padding)
+            self.buffers.deep_index.copy_(send_numbers(keeps, torch.int64, device))
         if any(adapters):
             for k, buffer in enumerate(self.buffers.adapters[:2]):
                 numbers = [[page[k] for page in row] + [0] * (OF_A_ROW - len(row)) for row in adapters]

@@ -36,9 +36,10 @@ from fastldm.models.unet import AddedConditions, UNet
 from fastldm.models.vae import Decode, Pieces, decode_pieces, finish
 from fastldm.request import Request, Result, Timings, as_list, picture_seeds
 from fastldm.runtime.adapted import Adapted
+from fastldm.runtime.batch import Batch, BatchInvariant, EagerBatch
 from fastldm.runtime.complete import complete
 from fastldm.runtime.controls import Controls, start_controls
-from fastldm.runtime.denoise import Batch, BatchInvariant, EagerBatch, Embeds, Guidance, Run, check_finite
+from fastldm.runtime.denoise import Embeds, Guidance, Run, check_finite
 from fastldm.runtime.graph import CUDA, Graphs
 from fastldm.runtime.image_prompts import ImagePrompts, PictureSelection, per_image, start_pictures
 from fastldm.runtime.slots import Slots, StaticBuffers, graph_rows, step_capacity
@@ -129,8 +130,17 @@ class Stages:
         self.adapters.check(adapters)
         request = request.replace(adapters=adapters, cross_attention_kwargs=None)
         request = self.controls.complete(request, self.unet.config.needs_added)
+        if request.reuse > 1:
+            self._check_reuse(request.reuse)
         request = complete(request, self.unet.config, self.vae.config, self.family, self._latents)
         return self.image_prompts.complete(request, self.guided(request))
+
+    def _check_reuse(self, reuse: int) -> None:
+        self.need_torch(
+            f"whose step is one network, and reuse is {reuse}: leave it out, or load the checkpoint, not a bundle"
+        )
+        if self.unet.config.levels < 2:
+            raise InputError(f"reuse is {reuse}, and this model's U-Net has one level, of which nothing is deep")
 
     def guided(self, request: Request) -> bool:
         """Whether there are two network rows a picture; a model that reads the scale itself needs one."""
@@ -231,6 +241,7 @@ class Stages:
             timesteps=request.timesteps,
             sigmas=request.sigmas,
             eta=request.eta,
+            reuse=request.reuse,
         )
         scale = float(request.guidance_scale or 0) if self.guided(request) else 1.0
         guidance = Guidance(scale, request.guidance_rescale, *request.guidance_interval)
@@ -276,6 +287,7 @@ class Stages:
         if change.embeds is not None or guidance != run.guidance:
             for changed in (run, *run.images):
                 changed.guidance = guidance
+                changed.branches_kept = 0  # deep features of another text
             batch.recondition(run)
 
     def new_batch(self, run: Run, max_batch: int) -> Batch:
@@ -302,6 +314,7 @@ class Stages:
             controls=list(dict.fromkeys([network for network in networks if isinstance(network, ControlNet)])),
             features=run.features is not None or any(isinstance(network, T2IAdapter) for network in networks),
             pictures=self.image_prompts.capacity(run.picture_tokens),
+            reuse=run.reuses,
         )
         slots = Slots(self.unet, buffers, self.graphs, batch_invariant=apart)
         return BatchInvariant(slots) if apart else slots

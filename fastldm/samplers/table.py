@@ -5,6 +5,8 @@
     next latent   x' = a * x + a1 * y + sum_k b_k * m_(i-k) + d * noise          k = 0..3, newest first
     next anchor   y' = e * x + e1 * y + sum_k f_k * m_(i-k)                      y: a second state tensor
     inpainting    x' = mask * x' + (1 - mask) * (r * init + s * noise0)          only where a mask is set
+    deep          1 where all of the network is computed, 0 where only its shallow half is, with the deep features of
+                  the last row that computed them
 
 Prediction type, spacing, Karras / exponential / beta sigmas, zero terminal SNR and image-to-image strength only
 change the numbers. The solvers are in solvers.py, the timesteps and sigmas in spacing.py, the names in names.py. All is
@@ -24,7 +26,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -37,7 +39,8 @@ from fastldm.samplers.names import resolve_sampler, sampler_name
 from fastldm.samplers.scheduler_config import config_of
 from fastldm.samplers.spacing import StepRequest, on_lambdas, on_sigmas
 
-COLUMNS = ("c_in", "p", "q", "a", "a1", "b0", "b1", "b2", "b3", "d", "e", "e1", "f0", "f1", "f2", "f3", "r", "s")
+_STEP = ("c_in", "p", "q", "a", "a1", "b0", "b1", "b2", "b3", "d", "e", "e1", "f0", "f1", "f2", "f3", "r", "s")
+COLUMNS = (*_STEP, "deep")
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +56,10 @@ class StepTable:
     start: tuple[float, float]  # a start from an image: x = r * init + s * noise
     steps: int  # number of the user's steps; some samplers have more rows
     index: tuple[int, ...]  # (S,) the user's step, from 0, of each row
+    deep: tuple[bool, ...] = field(init=False)  # (S,) whether each row computes all of the network
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "deep", tuple((self.rows[:, COLUMNS.index("deep")] != 0).tolist()))
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -79,6 +86,7 @@ def make_table(
     timesteps: Sequence[float] | None = None,
     sigmas: Sequence[float] | None = None,
     eta: float = 0.0,
+    reuse: int = 1,
 ) -> StepTable:
     """The table of the configuration's sampler, or of another sampler on its schedule, as with diffusers'
     `from_config`.
@@ -89,6 +97,7 @@ def make_table(
     strength: in (0, 1], the fraction of the schedule that a start from an image runs. The first steps are skipped, as
         in diffusers' image-to-image `get_timesteps`; LCM and TCD space all steps within that fraction of the distilled.
     eta: from 0 to 1, the noise of DDIM and TCD; other samplers ignore it.
+    reuse: of every so many rows, the first computes all of the network.
 
     Raises InputError.
     """
@@ -106,6 +115,8 @@ def make_table(
         raise InputError(f"strength must be above 0 and at most 1, got {strength}.")
     if not 0 <= eta <= 1:
         raise InputError(f"eta must be from 0 to 1, got {eta}.")
+    if isinstance(reuse, bool) or not isinstance(reuse, (int, np.integer)) or reuse < 1:
+        raise InputError(f"reuse must be a whole number from 1, got {show(reuse)}.")
 
     arrays = entry.spacing(config, StepRequest(int(steps), float(strength), **custom))
     times = arrays["timesteps"]
@@ -116,6 +127,7 @@ def make_table(
         take = f"take {enough} steps, or more strength" if enough and len(times) == steps else "take more strength"
         raise InputError(f"strength {strength} leaves none of {steps} steps: {take}.")
     rows, numbers = _rows(entry, Grid(config, steps=len(times), eta=eta, **arrays))
+    numbers[:, COLUMNS.index("deep")] = [i % reuse == 0 for i in range(len(rows))]
     highest = float(arrays["sigmas"].max()) if entry.spacing is on_sigmas else 1.0
     if entry.spacing is on_sigmas and config.timestep_spacing == "leading":
         highest = math.hypot(highest, 1)
@@ -161,7 +173,7 @@ def _pack(rows: Sequence[SolverRow]) -> Array:
     With a mask, the image is blended in at the noise level of the next row, and without noise at the end.
     """
     blends = [*(row.level for row in rows[1:]), (1.0, 0.0)]
-    return np.array([(row.c_in, *row.m, *row.x, *row.y[:6], *rs) for row, rs in zip(rows, blends, strict=True)])
+    return np.array([(row.c_in, *row.m, *row.x, *row.y[:6], *rs, 1.0) for row, rs in zip(rows, blends, strict=True)])
 
 
 def _custom(

@@ -20,7 +20,8 @@ from fastldm.device import Mark
 from fastldm.errors import OutOfMemory, WorkerLost, out_of_memory_named
 from fastldm.kernels import dispatch
 from fastldm.request import Request, Result, Timings
-from fastldm.runtime.denoise import Batch, Run
+from fastldm.runtime.batch import Batch
+from fastldm.runtime.denoise import Run
 from fastldm.runtime.stages import Stages
 from fastldm.serving.generation import Generation, Host, Progress, log_exception, lost_by
 from fastldm.serving.stats import Totals

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastldm.kernels import linear
-from fastldm.models import AutoencoderKL, CLIPText, UNet, layers, unet
+from fastldm.models import AutoencoderKL, CLIPText, UNet, layers, transformer
 from fastldm.models.config import TextConfig, UNetConfig, VAEConfig
 
 if TYPE_CHECKING:
@@ -79,5 +79,5 @@ def inputs(theirs: UNet2DConditionModel, height: int = 8, width: int = 8, seed: 
 
 def go_as_gpus_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """Networks take the way that is made for GPUs, with the references of its ops."""
-    for module in (layers, linear, unet):
+    for module in (layers, linear, transformer):
         monkeypatch.setattr(module, "fast_library", lambda x: True)

@@ -14,7 +14,7 @@ import torch
 import fastldm
 from benchmarks import ladder
 from fastldm import Pipeline, Session
-from fastldm.runtime.denoise import EagerBatch
+from fastldm.runtime.batch import EagerBatch
 
 
 def tiny_pipeline(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Pipeline:
