@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = [  # top first
     ["__main__", "cli"],
-    ["profiling", "server"],
+    ["batches", "profiling", "server"],
     ["pipeline"],
     ["adapting", "controlling", "image_prompting", "textual_inversion"],
     ["serving"],

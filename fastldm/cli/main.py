@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import click
 
+from fastldm.cli.batch import batch
 from fastldm.cli.bench import bench
 from fastldm.cli.cache import cache
 from fastldm.cli.doctor import doctor
@@ -29,6 +30,7 @@ def main() -> None:
     \b
     fastldm generate "a red apple" -o apple.png        with the small model that ships inside
     fastldm generate "a castle" -m ./my-sd15 --steps 20 --sampler "dpm++ 2m karras"
+    fastldm batch prompts.txt -o out/                  a file of prompts to a folder, which may be stopped
     fastldm doctor                                     what this machine has, and what it lacks
     fastldm warm -m ./my-sd15 --arch sm_90             compile its kernels before the first request
     fastldm plan -m ./my-sd15 --size 1024x1024 --n 4   what memory a request takes, and whether it fits
@@ -39,5 +41,5 @@ def main() -> None:
     """
 
 
-for command in (bench, cache, doctor, export, generate, plan, profile, serve, tune, verify, warm):
+for command in (batch, bench, cache, doctor, export, generate, plan, profile, serve, tune, verify, warm):
     main.add_command(command)
