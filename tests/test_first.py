@@ -27,6 +27,7 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.full
 def test_every_stage_runs_without_the_peers(rehearsal: Path) -> None:
     rows = stages.read(rehearsal)
     plan = first.stages(first.Context(rehearsal, dry=True))
@@ -43,6 +44,7 @@ def test_every_stage_runs_without_the_peers(rehearsal: Path) -> None:
     assert all(path.is_file() and path.stat().st_size < 16 << 20 for path in rehearsal.iterdir())
 
 
+@pytest.mark.full
 def test_results_are_published_as_a_page(rehearsal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = stages.read(rehearsal)
     titles = [table.title for table in gpu_report.tables(rows)]

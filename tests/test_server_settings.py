@@ -66,7 +66,8 @@ def test_keys_are_read_from_a_file(tmp_path: Path) -> None:
 
 
 def test_command_has_an_option_for_each() -> None:
-    renamed = {"models": "model", "loras": "lora", "api_keys": "api_key_file", "cors_origins": "cors_origin"}
+    renamed = {"models": "model", "loras": "lora", "controls": "control"}
+    renamed |= {"api_keys": "api_key_file", "cors_origins": "cors_origin"}
     options = {option.name: option for option in serve.params}
     for field in dataclasses.fields(Settings):
         option = options.pop(renamed.get(field.name, field.name))

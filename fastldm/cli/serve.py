@@ -93,6 +93,13 @@ _SECONDS, _COUNT = click.FloatRange(min=0), click.IntRange(min=1)
     help="An adapter that requests may ask for: a file, a folder or hub id, or the name of one that ships. Repeatable.",
 )
 @click.option(
+    "--control",
+    type=Named(),
+    multiple=True,
+    help="A ControlNet or T2I-Adapter that requests may use: a file, a folder, a hub id, or shape, which ships. "
+    "Repeatable.",
+)
+@click.option(
     "--load",
     type=click.Choice(["start", "first"]),
     default="start",
@@ -135,6 +142,7 @@ _SECONDS, _COUNT = click.FloatRange(min=0), click.IntRange(min=1)
 def serve(
     model: Iterable[tuple[str, str]],
     lora: Iterable[tuple[str, str]],
+    control: Iterable[tuple[str, str]],
     api_key_file: str | None,
     cors_origin: tuple[str, ...],
     debug: bool,
@@ -163,6 +171,7 @@ def serve(
         settings = Settings(
             models=_named("model", model),
             loras=_named("lora", lora),
+            controls=_named("control", control),
             api_keys=keys,
             cors_origins=cors_origin,
             **options,

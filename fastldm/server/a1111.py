@@ -7,7 +7,6 @@ settings, even passwords) is neither kept, echoed nor logged.
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import time
 from functools import partial
@@ -24,7 +23,7 @@ from fastldm.image import read_parameters
 from fastldm.metadata import fields_of, sampler_label, split_sampler
 from fastldm.samplers.names import SAMPLERS, resolve_sampler
 from fastldm.server.errors import A1111Error, ApiError, documented
-from fastldm.server.service import Files, Service, Work, size_of
+from fastldm.server.service import Files, Service, Work, decoded, size_of
 from fastldm.version import __version__
 
 _AUTOMATIC = ("", "automatic", "normal", "none")
@@ -132,7 +131,7 @@ def router(service: Service) -> APIRouter:
         arguments = _arguments(fields)
         if len(fields.init_images) > 1:
             raise InputError(f"init_images has {len(fields.init_images)} pictures: expected one")
-        image = await service.picture(_bytes(fields.init_images[0], "init_images"), "init_images")
+        image = await service.picture(decoded(fields.init_images[0], "init_images"), "init_images")
         asked = {"width": fields.width, "height": fields.height}
         size = size_of(image) | {name: length for name, length in asked.items() if length}
         arguments |= {"image": image, "strength": fields.denoising_strength, **size}
@@ -142,7 +141,7 @@ def router(service: Service) -> APIRouter:
                 raise InputError("inpaint_full_res is true, which is not there: the whole picture is repainted")
             if fields.inpainting_fill not in (None, 1):
                 raise InputError(f"inpainting_fill is {fields.inpainting_fill}: expected 1, the original")
-            mask = await service.picture(_bytes(fields.mask, "mask"), "mask")
+            mask = await service.picture(decoded(fields.mask, "mask"), "mask")
             mask = await service.in_pool(_prepared, mask, image.size, fields)
             if fields.mask_blur:
                 overlay = partial(_overlaid, image=image, mask=mask)
@@ -228,7 +227,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/png-info")
     async def png_info(fields: _PngInfo) -> dict[str, Any]:
         """How a picture was made, as its PNG says."""
-        image = await service.picture(_bytes(fields.image, "image"), "image")
+        image = await service.picture(decoded(fields.image, "image"), "image")
         text = image.info.get("parameters")
         if not isinstance(text, str):
             return {"info": "", "items": {}, "parameters": {}}
@@ -293,18 +292,6 @@ def _sampler(fields: Text2Image) -> str | None:
     except InputError:
         raise ApiError(404, "Sampler not found", "not_found") from None
     return name if kind in _AUTOMATIC else f"{name} {kind}"
-
-
-def _bytes(text: str, name: str) -> bytes:
-    """Of base64, with or without `data:image/png;base64,` before it. URLs are refused: nothing is fetched."""
-    if text.startswith(("http://", "https://")):
-        raise InputError(f"{name} is a URL: expected base64")
-    if text.startswith("data:"):
-        text = text.partition(",")[2]
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        raise InputError(f"{name} is not base64") from None
 
 
 def _prepared(mask: Image.Image, size: tuple[int, int], fields: Image2Image) -> Image.Image:

@@ -28,8 +28,8 @@ from fastldm.server.settings import MIB, Settings
 
 access = logging.getLogger("fastldm.server.access")
 
-OPEN_PATHS = ("/health", "/ready")
-"""What is answered without a key."""
+OPEN_PATHS = re.compile(r"/(health|ready|page/.*)?")
+"""What is answered without a key: the page's files, too, which asks for it then."""
 
 
 class Observed:
@@ -109,7 +109,7 @@ class Keyed:
         self._keys = {digest: f"key-{digest.hex()[:8]}" for digest in digests}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._keys and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and self._keys and not OPEN_PATHS.fullmatch(scope["path"]):
             owner = self._owner(Headers(scope=scope).get("authorization", ""))
             if owner is None:
                 path = scope["path"]

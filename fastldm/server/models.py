@@ -167,6 +167,11 @@ class Models:
                 logger.info("%s is not for %s: %s", name, model.name, error)
         if self._loras:
             pipe.set_adapters([])  # only for requests that name them
+        for name, path in self._settings.controls.items():
+            try:
+                pipe.attach_control(path, name, allow_pickle=self._settings.allow_pickle)
+            except (CheckpointError, InputError) as error:
+                logger.info("%s is not for %s: %s", name, model.name, error)
         # The server bounds all queues together, so that no session's own bound is met before.
         model.pipe, model.session = pipe, Session(pipe, max_batch=self._settings.max_batch, max_queue=MAX_QUEUE)
 

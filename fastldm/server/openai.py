@@ -28,7 +28,7 @@ from fastldm.errors import InputError
 from fastldm.image import encode_image
 from fastldm.server.errors import ApiError, OpenAIError, api_error, body, documented
 from fastldm.server.jobs import Job, Jobs
-from fastldm.server.service import FORMATS, Files, Service, Work, size_of
+from fastldm.server.service import FORMATS, Files, Service, Work, decoded, size_of
 from fastldm.serving.generation import Progress
 
 _OTHERS = re.compile(r"(dall-e|gpt-image|chatgpt-image)[\w.-]*")
@@ -76,6 +76,9 @@ class ImageFields(BaseModel):
     adapters: Annotated[dict[str, float] | None, BeforeValidator(_adapters)] = Field(
         None, max_length=100, description='Weights of adapters by name, such as {"sketch": 0.8}.'
     )
+    control: str | None = Field(None, max_length=200, description="One of this server; the first where none is named.")
+    control_image: str | None = Field(None, description="What the control reads, a picture in base64; in forms a file.")
+    control_scale: float | None = Field(None, description="How much the control counts; 1 if not given.")
     priority: float | None = Field(None, ge=-10, le=10, description="Each level is worth ten seconds of waiting.")
     deadline: float | None = Field(None, gt=0, description="Seconds from now, after which the request fails.")
 
@@ -84,6 +87,12 @@ class GenerationBody(ImageFields):
     """The body of `/v1/images/generations` and `/v1/jobs`."""
 
     prompt: str = Field(description="(word:1.3) and [word] weight words.")
+
+
+class PictureBody(BaseModel):
+    """A picture in base64."""
+
+    image: str = Field(description="With or without data:image/png;base64, before it.")
 
 
 class EditFields(ImageFields):
@@ -99,16 +108,14 @@ def router(service: Service, jobs: Jobs) -> APIRouter:
     @routes.post("/images/generations", responses=_EVENTS)
     async def generations(fields: GenerationBody, request: HTTPRequest) -> Response:
         """Pictures for a prompt; with `stream`, as events."""
-        return await _respond(service, jobs, request, fields, {"prompt": fields.prompt})
+        arguments = {"prompt": fields.prompt, **await _controlled(service, fields)}
+        return await _respond(service, jobs, request, fields, arguments)
 
     @routes.post("/images/edits", responses=_EVENTS, openapi_extra=_form(EditFields, mask=True))
     async def edits(request: HTTPRequest) -> Response:
         """A picture changed by a prompt: all of it, or where `mask`, or the picture itself, is transparent."""
-        async with _read_form(request) as form:
-            fields = _validated(EditFields, form)
-            image, mask = await _pictures(service, form)
-        arguments = {"prompt": fields.prompt, "image": image, **({} if mask is None else {"mask_image": mask})}
-        return await _respond(service, jobs, request, fields, arguments, of=image)
+        fields, arguments = await _edit(service, request)
+        return await _respond(service, jobs, request, fields, arguments, of=arguments["image"])
 
     @routes.post("/images/variations", responses=_EVENTS, openapi_extra=_form(ImageFields, mask=False))
     async def variations(request: HTTPRequest) -> Response:
@@ -142,11 +149,15 @@ def router(service: Service, jobs: Jobs) -> APIRouter:
     @routes.post("/jobs", status_code=202, tags=["jobs"])
     async def submit(fields: GenerationBody, request: HTTPRequest) -> dict[str, Any]:
         """The body of `/v1/images/generations`, without waiting: the answer has the job's id."""
-        if fields.stream:
-            raise InputError("stream is for those who wait: a job's progress is at /v1/jobs/ID")
-        work = await start(service, request, fields, {"prompt": fields.prompt, **arguments_of(fields)})
-        jobs.begin(work, finish(service, work, fields, base_url(service, request)))
-        return await jobs.show(work.id, work.owner)
+        return await _begin(
+            service, jobs, request, fields, {"prompt": fields.prompt, **await _controlled(service, fields)}
+        )
+
+    @routes.post("/jobs/edits", status_code=202, tags=["jobs"], openapi_extra=_form(EditFields, mask=True))
+    async def submit_edit(request: HTTPRequest) -> dict[str, Any]:
+        """The form of `/v1/images/edits`, likewise."""
+        fields, arguments = await _edit(service, request)
+        return await _begin(service, jobs, request, fields, arguments, of=arguments["image"])
 
     @routes.get("/jobs/{id}", tags=["jobs"])
     async def job(id: str, request: HTTPRequest, preview: bool = False) -> dict[str, Any]:
@@ -194,7 +205,7 @@ def model_name(service: Service, fields: ImageFields) -> str | None:
 def _form(fields: type[BaseModel], mask: bool) -> dict[str, Any]:
     """The OpenAPI document's part about a form."""
     schema = fields.model_json_schema()
-    for name in ("image", *(["mask"] if mask else [])):
+    for name in ("image", *(["mask"] if mask else []), "control_image"):
         schema["properties"][name] = {"type": "string", "format": "binary"}
     schema["required"] = [*schema.get("required", []), "image"]
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
@@ -229,6 +240,38 @@ def _validated(kind: type[Any], form: FormData) -> Any:
 def _prompt(values: Mapping[str, Any]) -> dict[str, Any]:
     """An empty prompt is one; any other empty text of a form is a field that was left out."""
     return {"prompt": ""} if values.get("prompt") == "" else {}
+
+
+async def _edit(service: Service, request: HTTPRequest) -> tuple[EditFields, dict[str, Any]]:
+    """What the form of an edit says: its fields, and those of `fastldm.Request` that are in no other form."""
+    async with _read_form(request) as form:
+        fields = _validated(EditFields, form)
+        image, mask = await _pictures(service, form)
+        controlled = await _controlled(service, fields, form)
+    masked = {} if mask is None else {"mask_image": mask}
+    return fields, {"prompt": fields.prompt, "image": image, **masked, **controlled}
+
+
+async def _controlled(service: Service, fields: ImageFields, form: FormData | None = None) -> dict[str, Any]:
+    """What a control reads, and how much it counts, as fields of `fastldm.Request`."""
+    sent = None if form is None else form.get("control_image")
+    if isinstance(sent, UploadFile):
+        content = await sent.read()
+    elif fields.control_image:
+        content = decoded(fields.control_image, "control_image")
+    elif fields.control or fields.control_scale is not None:
+        raise InputError("control_image is missing: a control needs the picture that it reads")
+    else:
+        return {}
+    names = [*service.settings.controls]
+    if not names:
+        raise InputError("control_image: this server was started without a --control that would read it")
+    name = fields.control or names[0]
+    if name not in names:
+        raise InputError(f"control is {name[:200]!r}: this server has {', '.join(names)}")
+    scales = {} if fields.control_scale is None else {name: fields.control_scale}
+    kinds = ("controlnet_conditioning_scale", "adapter_conditioning_scale") if scales else ()
+    return {"control_image": {name: await service.picture(content, "control_image")}, **dict.fromkeys(kinds, scales)}
 
 
 async def _pictures(service: Service, form: FormData) -> tuple[Image.Image, Image.Image | None]:
@@ -291,6 +334,22 @@ async def _respond(
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
     content = await service.while_connected(request.receive, work, finished, detach=detach)
     return Response(json.dumps(content), media_type="application/json")
+
+
+async def _begin(
+    service: Service,
+    jobs: Jobs,
+    request: HTTPRequest,
+    fields: ImageFields,
+    arguments: Mapping[str, Any],
+    of: Image.Image | None = None,
+) -> dict[str, Any]:
+    """A job, and what is known of it."""
+    if fields.stream:
+        raise InputError("stream is for those who wait: a job's progress is at /v1/jobs/ID")
+    work = await start(service, request, fields, {**arguments, **arguments_of(fields, of)})
+    jobs.begin(work, finish(service, work, fields, base_url(service, request)))
+    return await jobs.show(work.id, work.owner)
 
 
 async def _shielded(job: Job) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import binascii
 import logging
 import math
 import os
@@ -308,6 +309,18 @@ class Service:
 def size_of(image: Image.Image) -> dict[str, int]:
     """The size of what is made from a picture that was sent: its own, in steps that all models take."""
     return {"width": max(8, image.width // 8 * 8), "height": max(8, image.height // 8 * 8)}
+
+
+def decoded(text: str, name: str) -> bytes:
+    """Of base64, with or without `data:image/png;base64,` before it. URLs are refused: nothing is fetched."""
+    if text.startswith(("http://", "https://")):
+        raise InputError(f"{name} is a URL: expected base64")
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise InputError(f"{name} is not base64") from None
 
 
 async def _disconnected(receive: Receive) -> None:

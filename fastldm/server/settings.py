@@ -24,6 +24,8 @@ class Settings:
     """What clients call a model, and its folder, file or hub id; the first is for requests that name none."""
     loras: Mapping[str, str] = field(default_factory=dict)
     """Names of adapters that requests may ask for, and their files; each is loaded for every model that it fits."""
+    controls: Mapping[str, str] = field(default_factory=dict)
+    """Likewise ControlNets and T2I-Adapters, for requests that send what they read."""
     load: str = "start"
     """When models are loaded: "start", or "first" use, where idle ones make room if memory is short."""
     device: str | None = None
@@ -78,7 +80,7 @@ class Settings:
         checks.choice("log", self.log, ("plain", "json", "off"))
         if not self.models:
             raise InputError("models is empty: name at least one")
-        for name in (*self.models, *self.loras):
+        for name in (*self.models, *self.loras, *self.controls):
             checks.short_text("a model's or adapter's name", name, "a name of at most 200 characters")
             if not name.strip() or not name.isprintable():
                 raise InputError(f"{checks.show(name)} is no name for a model or an adapter")

@@ -31,7 +31,9 @@ class Answer:
         return json.loads(self.body)
 
 
-def scope(path: str = "/", method: str = "GET", headers: dict[str, str] | None = None, **more: Any) -> dict[str, Any]:
+def scope(
+    path: str = "/v1/models", method: str = "GET", headers: dict[str, str] | None = None, **more: Any
+) -> dict[str, Any]:
     """Of an HTTP request."""
     raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in (headers or {}).items()]
     return {
