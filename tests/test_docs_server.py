@@ -5,13 +5,16 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shlex
 from pathlib import Path
 
 import click
 import pytest
+import yaml
 from conftest import ROOT
 from fastapi import FastAPI
 
+from fastldm.cli.main import main
 from fastldm.cli.serve import serve
 from fastldm.pipeline import Pipeline
 from fastldm.server import a1111, openai
@@ -115,6 +118,27 @@ def test_unit_and_image_run_the_command() -> None:
         serve.make_context("serve", options)
     for source in re.findall(r"^COPY (.*) \S+$", image, re.MULTILINE):
         assert all((ROOT / name).exists() for name in source.split())
+    for line in re.findall(r"fastldm (warm [^\n]*)", image):
+        name, *tokens = shlex.split(line.replace("$ARCH", "sm_90"))
+        main.commands[name].make_context(name, tokens)
+
+
+def test_compose_names_what_there_is() -> None:
+    found = yaml.safe_load((DEPLOY / "compose.yaml").read_text("utf-8"))
+    server = found["services"]["fastldm"]
+    assert (DEPLOY / server["build"]["context"] / server["build"]["dockerfile"]).resolve() == DEPLOY / "Dockerfile"
+    assert f" AS {server['build']['target']}\n" in (DEPLOY / "Dockerfile").read_text("utf-8")
+    serve.make_context("serve", server["command"])
+    (scrape,) = yaml.safe_load(found["configs"]["prometheus"]["content"])["scrape_configs"]
+    assert scrape["static_configs"][0]["targets"] == ["fastldm:8000"]
+    (source,) = yaml.safe_load(found["configs"]["datasource"]["content"])["datasources"]
+    assert source["type"] == "prometheus"
+    mounted = found["services"]["grafana"]["volumes"][0].split(":")
+    assert (DEPLOY / mounted[0]).is_file()
+    (provider,) = yaml.safe_load(found["configs"]["dashboards"]["content"])["providers"]
+    assert str(Path(mounted[1]).parent) == provider["options"]["path"]
+    for service in found["services"].values():
+        assert {one["source"] for one in service.get("configs", ())} <= found["configs"].keys()
 
 
 def test_linked_files_exist() -> None:
