@@ -101,7 +101,11 @@ def set_threads(count: int) -> None:
         torch.set_num_threads(default)
 
     keeper = threading.Thread(target=keep, name="fastldm threads", daemon=True)
-    keeper.start()
+    try:
+        keeper.start()
+    except RuntimeError:  # the interpreter ends, where nothing starts any more
+        torch.set_num_threads(count)
+        return
     seen.result()
     try:
         torch.set_num_threads(count)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastldm import openmp
 
@@ -54,6 +56,19 @@ def test_waiting_thread_has_no_helpers() -> None:
     command = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.splitlines() == ["2 0", "2 0", "2 0", "2 1", "3 2", "2 3"]
+
+
+def test_number_of_threads_is_set_at_the_end_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    try:
+        openmp.set_threads(before + 1)
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
