@@ -2,10 +2,11 @@
 
     python -m benchmarks.deployment /tmp/deployment
 
-SD1.5 with seeded random weights is exported (whole, split, and split in float16), the split bundle is verified, two
-steps of a picture at 512x512 are sampled on every backend of a CPU, and TensorRT-RTX engines are built, by the commands
-that users type, each in a process of its own. Needs 20 GiB of memory and of disk. Commands that are done are skipped;
-when all are, the record goes into the history of benchmarks/suite.py.
+SD1.5 with seeded random weights is exported (whole, split with the graphs of all steps and of a picture, and split in
+float16), the split bundle is verified, two steps of a picture at 512x512 are sampled on every backend of a CPU, and
+TensorRT-RTX engines are built, by the commands that users type, each in a process of its own. The default model is
+prepared, too, and compared in turns with diffusers and OpenVINO GenAI on every backend. Needs 20 GiB of memory and of
+disk. Commands that are done are skipped; when all are, the record goes into the history of benchmarks/suite.py.
 """
 
 from __future__ import annotations
@@ -66,6 +67,8 @@ def main() -> None:
 def commands(model: Path, folder: Path) -> list[tuple[str, list[str], Path | None]]:
     """Name, command, and the folder that it writes."""
     full, split, float16 = folder / "whole", folder / "split", folder / "half"
+    default_full, default_split = folder / "default-whole", folder / "default-split"
+    in_turns = ["--bundle", str(default_split), "--json", str(folder / "default.json")]
     export = ["export", "-m", str(model)]
 
     def generate(name: str, source: Path, *options: str) -> tuple[str, list[str], None]:
@@ -73,14 +76,16 @@ def commands(model: Path, folder: Path) -> list[tuple[str, list[str], Path | Non
         return name, [*PICTURE, "-m", str(source), "-o", str(out), "--force", *options], None
 
     return [
-        ("export split", [*export, str(split), "--split"], split),
+        ("export split, whole picture", [*export, str(split), "--whole-picture"], split),
         ("verify split onnxruntime", ["verify", str(split), "--backend", "onnxruntime"], None),
         ("verify split openvino", ["verify", str(split), "--backend", "openvino"], None),
         generate("torch float32", model, "--dtype", "float32"),
         generate("torch bfloat16", model, "--dtype", "bfloat16"),
         generate("onnxruntime float32", split, "--backend", "onnxruntime"),
+        generate("onnxruntime-graph float32", split, "--backend", "onnxruntime-graph"),
         generate("openvino float32", split, "--backend", "openvino", "--dtype", "float32"),
         generate("openvino bfloat16", split, "--backend", "openvino", "--dtype", "bfloat16"),
+        generate("openvino-graph bfloat16", split, "--backend", "openvino-graph", "--dtype", "bfloat16"),
         (
             "export split float16, TensorRT",
             [*export, str(float16), "--split", "--dtype", "float16", "--to", "tensorrt"],
@@ -89,6 +94,13 @@ def commands(model: Path, folder: Path) -> list[tuple[str, list[str], Path | Non
         ("export whole", [*export, str(full)], full),
         generate("whole onnxruntime float32", full, "--backend", "onnxruntime"),
         generate("whole openvino float32", full, "--backend", "openvino", "--dtype", "float32"),
+        ("export default whole", ["export", str(default_full)], default_full),
+        ("export default graphs", ["export", str(default_split), "--whole-picture"], default_split),
+        (
+            "default model in turns",
+            [*["bench", "--compare", "diffusers,openvino-genai", "--bundle", str(default_full)], *in_turns],
+            None,
+        ),
     ]
 
 

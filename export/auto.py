@@ -12,6 +12,7 @@ import importlib.util
 import json
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 
 from fastldm import openmp
 from fastldm.errors import BundleError, EngineError
-from fastldm.export.backends import BACKENDS
+from fastldm.export.backends import BACKENDS, engines_of, takes_several_steps
 from fastldm.export.bundle import Bundle
 from fastldm.export.cache import instructions
 from fastldm.export.engines import Engines
@@ -46,25 +47,41 @@ class Measured:
 def choose(bundle: Bundle, device: torch.device, dtype: str | torch.dtype | None = None) -> str:
     """The backend for a bundle, see `fastldm.model.choose_backend`."""
 
-    def computes(backend: str) -> bool:
-        """Whether it can compute in the requested dtype."""
-        any_dtype = backend not in BACKENDS or BACKENDS[backend].any_dtype  # not in: torch
-        return dtype is None or any_dtype or _dtype_name(dtype) == bundle.manifest["dtype"]
-
-    measured = {backend: seconds for backend, seconds in read(bundle, device).items() if computes(backend)}
-    while measured:
-        fastest = min(measured, key=lambda backend: measured[backend].total)
-        if fastest != "torch" or _has_source(bundle):
-            return fastest
-        del measured[fastest]
+    taken = fastest(bundle, device, dtype)
+    if taken == "torch" and not _has_source(bundle):
+        taken = fastest(bundle, device, dtype, without=("torch",))
+    if taken is not None:
+        return taken
     for backend in reversed(BACKENDS):
-        if device.type in BACKENDS[backend].devices and computes(backend) and _ready(bundle, backend, device):
+        fits = device.type in BACKENDS[backend].devices and _computes(bundle, backend, dtype)
+        if fits and _ready(bundle, backend, device):
             return backend
     raise EngineError(
         f"no backend is ready to run {bundle.folder} on {device}{f' in {_dtype_name(dtype)}' if dtype else ''}: "
         f"expected one of {', '.join(f'{name} (fastldm[{entry.extra}])' for name, entry in BACKENDS.items())}; "
         "--backend NAME says what is missing"
     )
+
+
+def fastest(
+    bundle: Bundle, device: torch.device, dtype: str | torch.dtype | None = None, without: Sequence[str] = ()
+) -> str | None:
+    """What was measured to be fastest for a bundle, "torch" included; None where nothing was measured that computes in
+    `dtype`."""
+    measured = {
+        backend: seconds
+        for backend, seconds in read(bundle, device).items()
+        if backend not in without and _computes(bundle, backend, dtype)
+    }
+    return min(measured, key=lambda backend: measured[backend].total, default=None)
+
+
+def _computes(bundle: Bundle, backend: str, dtype: str | torch.dtype | None) -> bool:
+    """Whether a backend can run a bundle in the requested dtype."""
+    if takes_several_steps(backend) and not bundle.graphs:
+        return False
+    any_dtype = backend not in BACKENDS or BACKENDS[backend].any_dtype  # not in: torch
+    return dtype is None or any_dtype or _dtype_name(dtype) == bundle.manifest["dtype"]
 
 
 def _dtype_name(dtype: str | torch.dtype) -> str:
@@ -75,7 +92,7 @@ def _ready(bundle: Bundle, backend: str, device: torch.device) -> bool:
     """Whether a backend is installed and needs no build."""
     if not any(importlib.util.find_spec(package) is not None for package in BACKENDS[backend].packages):
         return False
-    if backend == "openvino":
+    if engines_of(backend) == "openvino":
         return not bundle.manifest["fused_ops"]  # OpenVINO cannot read functions in ONNX files
     if backend == "tensorrt":
         return {record.key.network for record in Engines(bundle.folder).records()} >= bundle.specs.keys()

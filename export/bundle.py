@@ -34,13 +34,16 @@ from fastldm.errors import BundleError, CheckpointError
 from fastldm.export import manifest as manifests
 from fastldm.export.cache import hash_files
 from fastldm.export.engine import MANIFEST
+from fastldm.export.graphs import FILES, graph_specs, weight_files
 from fastldm.export.spec import MODEL, NetworkSpec, specs
+from fastldm.kernels.step import COLUMNS as GRAPH_COLUMNS
 from fastldm.loading import spec as loading
 from fastldm.loading.checkpoint import Checkpoint, Component, TokenizerFiles
 from fastldm.loading.formats import TOKENIZER_FILES, TOKENIZERS
 from fastldm.models.clip import CLIPText
 from fastldm.models.controlnet import ControlNetConfig
 from fastldm.models.vae import HALF_EXPONENT, AutoencoderKL, rescale_for_half
+from fastldm.samplers.table import COLUMNS
 
 GOLDENS, PICTURE = "goldens", "picture"
 
@@ -52,6 +55,8 @@ class Bundle:
     folder: Path
     manifest: Mapping[str, Any]
     specs: Mapping[str, NetworkSpec]
+    graphs: Mapping[str, NetworkSpec] = field(default_factory=dict)
+    """Several steps and a whole picture as one network each, see `export.graphs`; empty where there are none."""
 
     @classmethod
     def open(cls, folder: Path) -> Bundle:
@@ -78,7 +83,11 @@ class Bundle:
     def read(cls, folder: Path) -> Bundle:
         """Read only the manifest. A bundle that is to be run must be opened."""
         manifest = manifests.read(folder)
-        bundle = cls(folder, manifest, {n: NetworkSpec.from_dict(spec) for n, spec in manifest["networks"].items()})
+        found = [
+            {n: NetworkSpec.from_dict(spec) for n, spec in manifest.get(key, {}).items()}
+            for key in ("networks", "graphs")
+        ]
+        bundle = cls(folder, manifest, *found)
         try:
             model = bundle.model
         except CheckpointError as error:
@@ -93,8 +102,20 @@ class Bundle:
         form = {"split": manifest["split"], "adapter_rank": rank, "controls": controls}
         options = {"dtype": manifest["dtype"], **form}
         manifests.check_networks(folder, bundle.specs, specs(model.unet, model.vae, model.text, **options))
+        bundle.check_graphs()
         manifests.check_adapters(folder, manifest, bundle.layouts)
         return bundle
+
+    def check_graphs(self) -> None:
+        """BundleError if its graphs are not those of its networks."""
+        if not self.graphs:
+            return
+        path, columns = self.folder / MANIFEST, self.manifest.get("columns", [])
+        if not self.manifest["split"] or self.adapter_rank or self.manifest.get("controls"):
+            raise BundleError(f"{path}: it has graphs, and is not split, or has adapters or controls")
+        if len(columns) < len(GRAPH_COLUMNS) or tuple(columns) != COLUMNS[: len(columns)]:
+            raise BundleError(f"{path}: 'columns' are {' '.join(columns)}, and samplers here have {' '.join(COLUMNS)}")
+        manifests.check_networks(self.folder, self.graphs, graph_specs(self.specs, self.manifest["dtype"], columns))
 
     @property
     def adapter_rank(self) -> int:
@@ -118,8 +139,8 @@ class Bundle:
     def _needed(self) -> set[str]:
         """The files that are read to run or verify the bundle: networks, all files beside them, which may be weights of
         the graph, and tokenizers."""
-        needed = {f"{name}/{MODEL}" for name in self.specs}
-        needed |= {f"{GOLDENS}/{name}.safetensors" for name in (*self.specs, PICTURE)}
+        needed = {f"{name}/{MODEL}" for name in self.specs} | {FILES[name] for name in self.graphs}
+        needed |= {f"{GOLDENS}/{name}.safetensors" for name in (*self.specs, *self.graphs, PICTURE)}
         for name in (*self.specs, *TOKENIZERS):
             paths = (path for path in (self.folder / name).rglob("*") if not path.is_dir())
             needed |= {path.relative_to(self.folder).as_posix() for path in paths}
@@ -143,7 +164,11 @@ class Bundle:
 
     def path(self, network: str) -> Path:
         """The ONNX file of a network."""
-        return self.folder / network / MODEL
+        return self.folder / FILES[network] if network in FILES else self.folder / network / MODEL
+
+    def spec(self, network: str) -> NetworkSpec:
+        """The spec of a network or graph."""
+        return self.graphs[network] if network in FILES else self.specs[network]
 
     def goldens(self, network: str) -> Path:
         """The file with PyTorch's outputs of a network, or of a full image."""
@@ -151,8 +176,10 @@ class Bundle:
 
     def hashes(self, network: str) -> dict[str, str]:
         """The sha256 of a network's files, by name."""
-        folder = f"{network}/"
-        files = self.manifest["files"]
+        files, folder = self.manifest["files"], f"{network}/"
+        if network in FILES:
+            paths = [self.path(network), *weight_files(self.path(network), network)[:1]]
+            return {path.name: files[path.relative_to(self.folder).as_posix()]["sha256"] for path in paths}
         return {name.removeprefix(folder): files[name]["sha256"] for name in files if name.startswith(folder)}
 
 

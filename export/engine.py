@@ -14,7 +14,7 @@ from torch import Tensor
 from fastldm import openmp
 from fastldm.checks import show
 from fastldm.errors import EngineError, InputError
-from fastldm.export.backends import BACKENDS
+from fastldm.export.backends import BACKENDS, engines_of
 from fastldm.export.spec import NetworkSpec
 from fastldm.reading import check_path
 from fastldm.sizes import Axis, nearest
@@ -71,7 +71,7 @@ def open_engine(
     if backend not in BACKENDS:
         raise InputError(f"backend is {show(backend)}: expected one of {', '.join(BACKENDS)}")
     try:
-        module = importlib.import_module(f"fastldm.export.{backend}")
+        module = importlib.import_module(f"fastldm.export.{engines_of(backend)}")
     except ImportError as error:
         raise EngineError(
             f"backend {backend!r} cannot be imported here ({error}): pip install 'fastldm[{BACKENDS[backend].extra}]'"

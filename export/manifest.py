@@ -14,6 +14,7 @@ from fastldm.adapters.packing import Layout
 from fastldm.checks import show
 from fastldm.errors import BundleError
 from fastldm.export.engine import MANIFEST
+from fastldm.export.graphs import FILES
 from fastldm.export.reference import RUN, is_network
 from fastldm.export.spec import NetworkSpec, Port
 from fastldm.reading import (
@@ -53,29 +54,29 @@ class Digest:
 
 _SIZE = Integer(1, 2**24)
 _FLAT = Integer(1, 2**40)
-_AXIS = Object(
-    {
-        "name": Field(Text(40)),
-        "least": Field(_SIZE),
-        "best": Field(_SIZE),
-        "most": Field(_SIZE),
-        "multiple_of": Field(_SIZE),
-    },
-    "a size, or an axis with name, least, best, most and multiple_of",
-)
-_PORT = Object(
-    {
-        "name": Field(Text(80)),
-        "dtype": Field(OneOf("float32", "float16", "int32")),
-        "shape": Field(ListOf(Either(_FLAT, _AXIS), 1, 4)),
-        "below": Field(Maybe(Integer())),
-        "like": Field(OneOf("normal", "latents", "picture", "factors", "scales")),
-        "scale": Field(Number(0)),
-    }
-)
-_NETWORK = Object(
-    {"name": Field(Text(80)), "inputs": Field(ListOf(_PORT, 1, 1000)), "outputs": Field(ListOf(_PORT, 1, 1000))}
-)
+
+
+def _network(least: int) -> Object:
+    """least: of any axis."""
+    sizes = {name: Field(_SIZE) for name in ("best", "most", "multiple_of")}
+    axis = Object(
+        {"name": Field(Text(40)), "least": Field(Integer(least, 2**24)), **sizes},
+        "a size, or an axis with name, least, best, most and multiple_of",
+    )
+    port = Object(
+        {
+            "name": Field(Text(80)),
+            "dtype": Field(OneOf("float32", "float16", "int32")),
+            "shape": Field(ListOf(Either(_FLAT, axis), 1, 5)),
+            "below": Field(Maybe(Integer())),
+            "like": Field(OneOf("normal", "latents", "picture", "factors", "scales")),
+            "scale": Field(Number(0)),
+        }
+    )
+    ports = {side: Field(ListOf(port, 1, 1000)) for side in ("inputs", "outputs")}
+    return Object({"name": Field(Text(80)), **ports})
+
+
 _OPTIONS = {
     "variant": Field(Text(), None),
     "revision": Field(Text(), None),
@@ -110,7 +111,9 @@ FIELDS = {
     "tokenizers": Field(MapOf(Digest(), 1, 10)),
     "config": Field(MapOf(Object({}), 4, 10)),
     "index": Field(Object({})),
-    "networks": Field(MapOf(_NETWORK, 1, len(RUN) + 4 * MAX_CONTROLS)),
+    "networks": Field(MapOf(_network(1), 1, len(RUN) + 4 * MAX_CONTROLS)),
+    "graphs": Field(MapOf(_network(0), 0, len(FILES)), {}),  # several steps and a whole picture as one network
+    "columns": Field(ListOf(Text(40), 0, 100), []),  # of the tables that those read
     "versions": Field(MapOf(Text(), 0, 100)),
     "files": Field(MapOf(Object({"bytes": Field(Integer(0, 2**60)), "sha256": Field(Digest())}))),
 }

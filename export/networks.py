@@ -24,8 +24,10 @@ from fastldm.adapters.packing import DOWN, SCALE, UP, Packed
 from fastldm.conditioning.text import TextStage
 from fastldm.device import choose_dtype
 from fastldm.errors import BundleError, CheckpointError, InputError
+from fastldm.export.backends import engines_of, takes_several_steps
 from fastldm.export.bundle import Bundle, differing, identity
 from fastldm.export.engine import Engine, is_bundle, open_engine
+from fastldm.export.graphs import STEPS, WHOLE_PICTURE
 from fastldm.export.reference import component
 from fastldm.export.spec import Axis, NetworkSpec, named_controls
 from fastldm.kernels.lora import Rows
@@ -82,7 +84,7 @@ def _latents(specs: Sequence[NetworkSpec]) -> list[tuple[Axis, Axis]]:
 def precision(bundle: Bundle, backend: str, device: torch.device, dtype: str | torch.dtype | None) -> str:
     """The precision that a backend computes a bundle in: the requested one, by default the exported one, for OpenVINO
     the fastest on the device."""
-    if backend == "openvino":
+    if engines_of(backend) == "openvino":
         fastest = dtype is None
         dtype = choose_dtype(dtype, device)
         if fastest and dtype == torch.bfloat16 and find_spec("openvino") is not None:
@@ -94,8 +96,10 @@ def precision(bundle: Bundle, backend: str, device: torch.device, dtype: str | t
 
 def precision_of(network: str, computed: str) -> str:
     """The precision of one network, if the bundle is computed in `computed`. OpenVINO computes sinusoids in bfloat16
-    too, where an angle of 1,000 has no fractional digits: time_rows, which runs once per schedule, stays float32."""
-    return "float32" if network.endswith("time_rows") and computed == "bfloat16" else computed
+    too, where an angle of 1,000 has no fractional digits: time_rows, which runs once per schedule, stays float32, and
+    with it the graph of a whole picture."""
+    in_float32 = network.endswith("time_rows") or network == WHOLE_PICTURE
+    return "float32" if in_float32 and computed == "bfloat16" else computed
 
 
 def load(
@@ -118,12 +122,22 @@ def load(
     stored = getattr(torch, bundle.manifest["dtype"])
     packed = {name: Packed(layout, stored, device) for name, layout in bundle.layouts.items()}
 
+    def engine(name: str) -> Engine:
+        own = {**options, "precision": precision_of(name, computed), "hashes": bundle.hashes(name)}
+        return open_engine(backend, bundle.path(name), bundle.spec(name), **own)
+
     def network(name: str) -> Network:
         if opened is not None:
             return Network(opened(name), packed.get(name))
-        options["precision"] = precision_of(name, computed)
-        engine = open_engine(backend, bundle.path(name), bundle.specs[name], hashes=bundle.hashes(name), **options)
-        return Network(engine, packed.get(name))
+        if steps is not None and name == "unet_step":  # the graph holds it
+            return Network(LaterEngine(bundle.specs[name], lambda: engine(name)))
+        return Network(engine(name), packed.get(name))
+
+    steps = None
+    if takes_several_steps(backend):
+        if not bundle.graphs:
+            raise InputError(f"{bundle.folder} has no graph for {backend}: export it with --whole-picture")
+        steps = engine(STEPS)
 
     names = [name for name in ("text_encoder", "text_encoder_2") if name in bundle.specs]
     stages = tuple(
@@ -158,7 +172,26 @@ def load(
         latents=unet.latents,
         packed=packed,
         controls=controls,
+        steps=steps,
     )
+
+
+class LaterEngine:
+    """An engine that is opened when it is first needed."""
+
+    def __init__(self, spec: NetworkSpec, opening: Callable[[], Engine]) -> None:
+        self.specs, self._opening = (spec,), opening
+
+    @cached_property
+    def _engine(self) -> Engine:
+        return self._opening()
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self._engine(inputs)
+
+    def close(self) -> None:
+        if "_engine" in vars(self):
+            self._engine.close()
 
 
 class Network:

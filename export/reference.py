@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastldm.adapters.packing import DOWN, SCALE, UP, Layout, layouts, products
+from fastldm.export.graphs import STEPS, graph_specs, reference_steps
 from fastldm.export.spec import Control, DType, named_controls, sample, specs
 from fastldm.kernels import use
 from fastldm.kernels.lora import Places
@@ -50,14 +51,17 @@ class ReferenceNetworks:
         adapter_rank: int = 0,
         controls: Sequence[Control] = (),
         control_networks: Sequence[nn.Module] = (),
+        whole_picture: bool = False,
         exact: bool = False,
     ) -> None:
         """split, adapter_rank and controls: as of `specs`. control_networks: of those controls, in float32; networks of
-        those that are not given cannot be run."""
+        those that are not given cannot be run. whole_picture: whether there are `export.graphs` too, of which the steps
+        can be run."""
         options: dict[str, Any] = {"split": split, "adapter_rank": adapter_rank, "controls": controls}
         self.specs = specs(model.unet, model.vae, model.text, dtype=dtype, **options)
         self._controls = dict(zip(named_controls(controls), control_networks, strict=False))
         self.layouts = layouts(model.unet, model.text, adapter_rank) if adapter_rank else {}
+        self.graphs = graph_specs(self.specs, dtype) if whole_picture else {}
         self.dtype, self._model, self._exact = dtype, model, exact
         self._loaded: dict[str, nn.Module] = {}
 
@@ -112,6 +116,13 @@ class ReferenceNetworks:
 
         precision: round all results to it, see `rounding`, and outputs also to their dtype in the spec.
         """
+        if name == STEPS:
+
+            def step(step_inputs: Named) -> Tensor:
+                sample = step_inputs["sample"].to(getattr(torch, self.dtype)).float()
+                return self.run("unet_step", {**step_inputs, "sample": sample}, precision)["out_sample"]
+
+            return reference_steps(step, inputs)
         module = self.module(name)  # loaded outside of the modes below
         mode = contextlib.nullcontext() if precision is None else _rounded(module, precision)
         # Outside a caller's inference mode, in which dispatch modes cannot create views of normal weights.

@@ -29,6 +29,8 @@ what it adds, all controls together (absent from a bundle without, zeros for row
     t2i_adapter_k             image, in 0..1 -> feature.0, feature.1, ...
     unet_step                 also residual.0, ..., and feature.0, ...
 
+A whole picture and its steps as one network each are in `export.graphs`.
+
 Where a bundle takes adapters, all but the autoencoder's read their factors too, see `adapters.packing`: lora_down and
 lora_up, and the last of them lora_scale.
 """
@@ -65,7 +67,7 @@ class Port:
     like: Like = "normal"
     """Sample inputs: normally distributed, latents of an autoencoder, an image in -1..1, factors of adapters, or their
     scales, of which half are 0."""
-    scale: float = 1.0  # standard deviation of latents and factors
+    scale: float = 1.0  # standard deviation of what is not below a number
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -184,7 +186,7 @@ def sample(spec: NetworkSpec, sizes: Mapping[str, int] | None = None, seed: int 
         elif port.below is not None:
             values = port.below * torch.rand(shape, generator=generator)
         elif port.like == "normal":
-            values = torch.randn(shape, generator=generator)
+            values = port.scale * torch.randn(shape, generator=generator)
         elif port.like == "factors":
             values = tiled(port.scale * torch.randn(min(TILE, *shape), generator=generator), *shape)
         elif port.like == "scales":

@@ -8,6 +8,7 @@ in common, a shift or a factor, of which a sound computation has nearly none.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +23,19 @@ from fastldm.adapters.control import read_control
 from fastldm.adapters.packing import DOWN, UP
 from fastldm.errors import BundleError, CheckpointError, EngineError, InputError, NonFinite
 from fastldm.export import networks
+from fastldm.export.backends import related
 from fastldm.export.bundle import PICTURE, Bundle, control_identity
 from fastldm.export.engine import Engine, open_engine
+from fastldm.export.graphs import STEPS, WHOLE_PICTURE, case_sizes
 from fastldm.export.parity import Difference, difference, gate, worst
 from fastldm.export.reference import ReferenceNetworks
 from fastldm.export.spec import TILE, Axis, NetworkSpec, sample, tiled
+from fastldm.image import to_pixels
 from fastldm.loading.spec import Spec
 from fastldm.models.controlnet import ControlNetConfig
 from fastldm.request import Request
 from fastldm.runtime.stages import Stages
+from fastldm.runtime.whole_picture import picture_inputs
 
 Named = dict[str, Tensor]
 
@@ -68,7 +73,7 @@ def verify(
     """
     device = torch.device(device)
     form: dict[str, Any] = {"split": bundle.manifest["split"], "adapter_rank": bundle.adapter_rank}
-    form |= {"controls": bundle.controls}
+    form |= {"controls": bundle.controls, "whole_picture": bool(bundle.graphs)}
     if model is not None:
         form["control_networks"] = _control_networks(bundle, model)
     reference = None if model is None else ReferenceNetworks(model, "float32", **form)
@@ -78,9 +83,10 @@ def verify(
             f"{', '.join(reference.specs)}: give -m the model that it was exported from"
         )
     precision = networks.precision(bundle, backend, device, dtype)
-    for network in bundle.specs:
+    for network in (*bundle.specs, *bundle.graphs):
         yield from check_network(bundle, network, backend, device, precision, reference)
-    yield _check_image(bundle, backend, device, dtype, precision)
+    for each in [name for name in related(backend) if bundle.graphs or name == backend]:
+        yield _check_image(bundle, each, device, dtype, precision)
 
 
 def _control_networks(bundle: Bundle, model: Spec) -> list[Any]:
@@ -107,16 +113,18 @@ def check_network(
     reference: ReferenceNetworks | None = None,
 ) -> Iterator[Check]:
     """Check one network. precision: by default the bundle's dtype."""
-    spec = bundle.specs[network]
+    spec = bundle.spec(network)
     precision = networks.precision_of(network, precision or bundle.manifest["dtype"])
     goldens = Goldens.read(bundle, network)
     engine = open_engine(backend, bundle.path(network), spec, device=device, precision=precision)
     cases: list[tuple[Literal["golden", "fresh"], Named, Named]] = [("golden", *case) for case in goldens.cases]
     try:
-        for origin, inputs, expected in _with_fresh(cases, spec, reference):
+        for origin, inputs, expected in _with_fresh(bundle, cases, spec, reference):
             sizes = "  ".join(f"{port.name} {tuple(inputs[port.name].shape)}" for port in spec.inputs[:1])
             try:
                 actual = engine({name: tensor.to(device) for name, tensor in inputs.items()})
+                if network == WHOLE_PICTURE:
+                    actual = {PICTURE: to_pixels(actual["image"], "pt")}
                 yield Check(network, origin, sizes, gate(network, actual, expected, goldens.sound[precision]))
             except (BundleError, EngineError) as error:
                 yield Check(network, origin, sizes, None, str(error))
@@ -125,10 +133,17 @@ def check_network(
 
 
 def _with_fresh(
-    cases: list[tuple[Literal["golden", "fresh"], Named, Named]], spec: NetworkSpec, reference: ReferenceNetworks | None
+    bundle: Bundle,
+    cases: list[tuple[Literal["golden", "fresh"], Named, Named]],
+    spec: NetworkSpec,
+    reference: ReferenceNetworks | None,
 ) -> Iterator[tuple[Literal["golden", "fresh"], Named, Named]]:
     yield from cases
-    if reference is not None and reference.has(spec.name):
+    if reference is not None and spec.name == WHOLE_PICTURE:
+        stages = _reference_stages(bundle, reference, None)
+        for request in _picture_requests(stages, fresh=True):
+            yield "fresh", picture_inputs(stages, request, spec), {PICTURE: _made(stages, request)}
+    elif reference is not None and reference.has(spec.name):
         for case, sizes in enumerate(fresh_sizes(spec)):
             inputs = sample(spec, sizes, seed=100 + case)
             yield "fresh", inputs, reference.run(spec.name, exact(inputs))
@@ -140,6 +155,7 @@ def _check_image(
     goldens = Goldens.read(bundle, PICTURE)
     ((inputs, expected),) = goldens.cases
     sizes = f"{expected[PICTURE].shape[3]}x{expected[PICTURE].shape[2]} pixels"
+    sizes += f" on {backend}" if bundle.graphs else ""
     loaded = networks.load(bundle, backend, device, dtype)
     try:
         actual = {PICTURE: _image(Stages(bundle.model, loaded, bundle.manifest["model"]), inputs)}
@@ -171,7 +187,7 @@ class Goldens:
                     sound[side][name] = Difference(*tensor.tolist())
                 else:
                     cases.setdefault(case, ({}, {}))[side == "out"][name] = tensor
-            for port in bundle.specs[network].inputs if network in bundle.specs else ():
+            for port in () if network == PICTURE else bundle.spec(network).inputs:
                 for inputs, _ in cases.values() if port.like == "factors" else ():
                     inputs[port.name] = tiled(inputs[port.name], port.shape[0])
         except (ValueError, KeyError, TypeError, OSError) as error:
@@ -184,7 +200,7 @@ class Goldens:
         for case, (inputs, outputs) in enumerate(self.cases):
             # of factors of adapters their tile: they are as large as all of an adapter's file
             tensors |= {
-                f"{case}:in:{name}": x[:TILE].clone() if name in (DOWN, UP) else x for name, x in inputs.items()
+                f"{case}:in:{name}": (x[:TILE] if name in (DOWN, UP) else x).clone() for name, x in inputs.items()
             }
             tensors |= {f"{case}:out:{name}": x.contiguous() for name, x in outputs.items()}
         for precision, differences in self.sound.items():
@@ -220,17 +236,74 @@ def goldens_of_image(bundle: Bundle, reference: ReferenceNetworks, stored: Refer
     inputs = {"latents": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
 
     def generate(source: ReferenceNetworks, precision: str | None) -> Named:
-        def opened(name: str) -> Engine:
-            return _ReferenceEngine(source, bundle.specs[name], precision)
-
-        loaded = networks.load(bundle, "torch", torch.device("cpu"), opened=opened)
-        return {PICTURE: _image(Stages(model, loaded, bundle.manifest["model"]), inputs)}
+        return {PICTURE: _image(_reference_stages(bundle, source, precision), inputs)}
 
     expected = generate(reference, None)
     sound = {
         p: {PICTURE: difference(generate(stored, p)[PICTURE], expected[PICTURE])} for p in PRECISIONS[stored.dtype]
     }
     return Goldens([(inputs, expected)], sound)
+
+
+def goldens_of_whole_picture(bundle: Bundle, reference: ReferenceNetworks, stored: ReferenceNetworks) -> Goldens:
+    """The goldens of the graph of a whole picture: requests of several samplers, as the pipeline answers them."""
+    stages = _reference_stages(bundle, reference, None)
+    requests = _picture_requests(stages)
+    expected = [_made(stages, request) for request in requests]
+    sound = {}
+    for precision in PRECISIONS[stored.dtype]:
+        rounded = _reference_stages(bundle, stored, precision)
+        errors = [difference(_made(rounded, own), x) for own, x in zip(requests, expected, strict=True)]
+        sound[precision] = {PICTURE: functools.reduce(worst, errors)}
+    spec = bundle.graphs[WHOLE_PICTURE]
+    cases = [(picture_inputs(stages, own, spec), {PICTURE: x}) for own, x in zip(requests, expected, strict=True)]
+    return Goldens(cases, sound)
+
+
+def _reference_stages(bundle: Bundle, source: ReferenceNetworks, precision: str | None) -> Stages:
+    """A pipeline's stages on PyTorch's networks, which round to `precision` if it is not None."""
+
+    def opened(name: str) -> Engine:
+        return _ReferenceEngine(source, bundle.specs[name], precision)
+
+    loaded = networks.load(bundle, "torch", torch.device("cpu"), opened=opened)
+    return Stages(bundle.model, loaded, bundle.manifest["model"])
+
+
+def _picture_requests(stages: Stages, fresh: bool = False) -> list[Request]:
+    """Small pictures by several samplers: guided and not, from noise and from a picture with a mask, one and two."""
+    factor = stages.vae.config.factor
+    height, width = (factor * _fraction(axis, 1, 4) for axis in stages.latents[0])
+    shared: dict[str, Any] = {"prompt": "a photograph of a red apple", "output_type": "pt", "seed": 0}
+    shared |= {"height": height, "width": width, "num_inference_steps": 3}
+    start = torch.randn(1, stages.latent_channels, height // factor, width // factor, generator=_seeded(1))
+    mask = np.zeros((height, width), dtype=np.float32)
+    mask[: height // 2] = 1
+    from_picture: dict[str, Any] = {"image": start, "mask_image": mask, "strength": 0.7}
+    if stages.unet.config.in_channels > stages.latent_channels:  # an inpainting model
+        grey = np.full((height, width, 3), 0.5, dtype=np.float32)
+        shared |= {"image": grey, "mask_image": mask, "strength": 1.0}
+        from_picture = {}
+    if fresh:
+        options: list[dict[str, Any]] = [
+            {"sampler": "unipc", "guidance_scale": 2.5},
+            {"sampler": "heun", "guidance_scale": 1.0, "num_inference_steps": 2},
+        ]
+    else:
+        options = [
+            {"sampler": "ddim", "guidance_scale": 3.0, "negative_prompt": "blurry"},
+            {"sampler": "euler a", "guidance_scale": 1.0, "num_images_per_prompt": 2},
+            {"sampler": "dpm++ 2m", "guidance_scale": 4.0, "guidance_rescale": 0.7, **from_picture},
+        ]
+    return [Request(**{**shared, **own}) for own in options]
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _made(stages: Stages, request: Request) -> Tensor:
+    return stages.make(request).float().cpu()
 
 
 def _image(stages: Stages, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -264,6 +337,8 @@ def exact(inputs: Mapping[str, Tensor]) -> Named:
 def golden_sizes(spec: NetworkSpec) -> list[dict[str, int]]:
     """Three sizes at which a network is verified: one image of the best size, and two portrait and three landscape ones
     of an eighth of its pixels (larger ones would take long in PyTorch), with one timestep for all or one for each."""
+    if spec.name == STEPS:
+        return case_sizes(spec, fresh=False)
     axes = spec.axes
 
     def sides(**divisors: int) -> dict[str, int]:
@@ -280,6 +355,8 @@ def golden_sizes(spec: NetworkSpec) -> list[dict[str, int]]:
 def fresh_sizes(spec: NetworkSpec) -> list[dict[str, int]]:
     """Three other sizes at which a network is verified if the model is available: the smallest image with the shortest
     text, an image that is neither square nor half the best size, and four of a quarter."""
+    if spec.name == STEPS:
+        return case_sizes(spec, fresh=True)
     axes = spec.axes
     return [
         {**{name: axis.least for name, axis in axes.items()}, "rows": 2},

@@ -28,11 +28,13 @@ from fastldm.export import manifest as manifests
 from fastldm.export.bundle import GOLDENS, PICTURE, Bundle, Loaded, as_json, control_identity, differing, identity
 from fastldm.export.cache import hash_files
 from fastldm.export.engine import MANIFEST
+from fastldm.export.graphs import FILES, WHOLE_PICTURE, graph_specs
 from fastldm.export.manifest import write_json
 from fastldm.export.private import locked
 from fastldm.export.reference import ReferenceNetworks, component
 from fastldm.export.spec import DType, named_controls, specs
-from fastldm.export.verify import check_network, goldens_of, goldens_of_image
+from fastldm.export.verify import check_network, goldens_of, goldens_of_image, goldens_of_whole_picture
+from fastldm.kernels.step import COLUMNS
 from fastldm.loading.checkpoint import TokenizerFiles
 from fastldm.loading.formats import TOKENIZER_FILES
 from fastldm.loading.spec import Spec
@@ -42,11 +44,6 @@ from fastldm.version import __version__
 _VERSIONS = ("torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime")
 _PARTIAL, _DONE = ".partial", "done.json"
 _IGNORED = (_PARTIAL, f"{_PARTIAL}.lock", "lost+found")  # in a folder that counts as empty
-
-
-def source_of(model: str) -> str:
-    """The name in a manifest by which a model is found again: "default", a hub id, or an absolute path."""
-    return str(Path(model).absolute()) if model != "default" and Path(model).exists() else model
 
 
 def export(
@@ -63,18 +60,21 @@ def export(
     adapters: Sequence[str] = (),
     adapter_rank: int = 0,
     controls: Mapping[str, Control] | None = None,
+    whole_picture: bool = False,
     on_network: Callable[[str], object] = lambda network: None,
 ) -> Bundle:
     """Write a model as a bundle, each network compared with PyTorch.
 
-    source: where the model is from, see `source_of`; None for one in memory, which PyTorch cannot load again. options:
-        of `loading.describe`, with which the model was opened. name: of the model, by default from its source.
+    source: where the model is from, see `prepared.source_of`; None for one in memory, which PyTorch cannot load again.
+        options: of `loading.describe`, with which the model was opened. name: of the model, by default from its source.
     split: the U-Net as three networks, see `export.spec`. fused_ops: fastldm's ops as single nodes, see `export.fused`.
     adapters: what is merged into the weights, a line for each, for the manifest.
     adapter_rank: of the LoRAs that the bundle takes after it was written, together, see `adapters.packing`; 0 for none.
         Implies split.
     controls: ControlNets and T2I-Adapters, by the names by which requests know them, to be exported with the model.
         Imply split.
+    whole_picture: several steps, and a whole picture, as one graph each too, see `export.graphs`. Implies split; not
+        with fused_ops, adapter_rank and controls.
     on_network: called with the name of the network that is next.
 
     An interrupted export of the same model with the same options continues, and a finished one is opened. Raises
@@ -83,11 +83,19 @@ def export(
     run it.
     """
     controls = controls or {}
-    split = bool(split or checks.whole("adapter_rank", adapter_rank, 0, manifests.MAX_RANK, "a rank") or controls)
+    for reason, given in (("fused_ops", fused_ops), ("adapter_rank", adapter_rank), ("controls", controls)):
+        if checks.flag("whole_picture", whole_picture) and given:
+            raise InputError(f"whole_picture does not go with {reason}: leave one of them out")
+    adapter_rank = checks.whole("adapter_rank", adapter_rank, 0, manifests.MAX_RANK, "a rank")
+    split = bool(split or whole_picture or adapter_rank or controls)
     out, partial = _paths(out)
     form: dict[str, Any] = {"dtype": dtype, "opset": opset, "split": split, "adapter_rank": adapter_rank}
     head = _head(model, source=source, options=options, name=name, controls=controls, **form)
     head |= {"fused_ops": fused_ops, "adapters": list(adapters)}
+    if whole_picture:
+        networks = specs(model.unet, model.vae, model.text, dtype=dtype, split=True)
+        graphs = {graph: spec.to_dict() for graph, spec in graph_specs(networks, dtype).items()}
+        head |= {"graphs": graphs, "columns": list(COLUMNS)}
     if (out / MANIFEST).is_file():
         return _open_existing(out, head)
     _check_free(out, partial)
@@ -179,6 +187,7 @@ def _open_existing(out: Path, head: Mapping[str, Any]) -> Bundle:
         for manifest in (existing.manifest, expected)
     ]
     differs += ["controls"] * (controls[0] != controls[1])
+    differs += ["whole_picture"] * (existing.manifest.get("columns", []) != expected.get("columns", []))
     if differs := differs or differing(existing.manifest, expected):
         raise InputError(
             f"{out} exists and is a bundle of another model or of other options ({', '.join(differs)} differ): "
@@ -247,6 +256,7 @@ def _export(
     dtype: DType = head["dtype"]
     form: dict[str, Any] = {"split": head["split"], "adapter_rank": head.get("adapter_rank", 0)}
     form |= {"controls": [network.config for network in control_networks], "control_networks": control_networks}
+    form |= {"whole_picture": "graphs" in head}
     networks, reference = ReferenceNetworks(model, dtype, **form), ReferenceNetworks(model, "float32", **form)
     stored = reference if dtype == "float32" else ReferenceNetworks(model, dtype, exact=True, **form)
 
@@ -263,12 +273,18 @@ def _export(
         """Write the files of a network or of the image, unless they are finished."""
         if not finished.get(name) or finished[name] != _hashes(partial, name):
             on_network(name)
-            _clear(partial / name)
+            _clear(partial / FILES.get(name, name))
             write()
             finished[name] = _hashes(partial, name)
             write_json(partial / _DONE, {"key": key, "networks": finished})
 
-    bundle = Bundle(partial, content, networks.specs)
+    bundle = Bundle(partial, content, networks.specs, networks.graphs)
+
+    def check(network: str) -> None:
+        for each in check_network(bundle, network):
+            if each.problem:
+                raise BundleError(f"exported, but not as PyTorch computes it: {each.problem}")
+
     taken = zip(named_controls(form["controls"]), head.get("controls", ()), strict=True)
     configs = head["config"] | {name: control["config"] for name, control in taken}
     for network, spec in networks.specs.items():
@@ -277,9 +293,7 @@ def _export(
             onnx.write(networks, network, partial / network, opset=head["opset"], fused_ops=head["fused_ops"])
             write_json(partial / network / "config.json", configs[component(network)])
             bundle.goldens(network).write_bytes(goldens_of(spec, reference, stored).to_bytes())
-            for check in check_network(bundle, network):
-                if check.problem:
-                    raise BundleError(f"exported, but not as PyTorch computes it: {check.problem}")
+            check(network)
 
         write_once(network, write)
     for title, tokenizer in model.checkpoint.tokenizers.items():
@@ -292,6 +306,20 @@ def _export(
         bundle.goldens(PICTURE).write_bytes(goldens_of_image(bundle, reference, stored).to_bytes())
 
     write_once(PICTURE, write_image)
+    for graph, spec in networks.graphs.items():
+
+        def write_graph(graph: str = graph, spec: Any = spec) -> None:
+            from fastldm.export import whole_picture
+
+            whole_picture.write(bundle, graph)
+            if graph == WHOLE_PICTURE:
+                found = goldens_of_whole_picture(bundle, reference, stored)
+            else:
+                found = goldens_of(spec, reference, stored)
+            bundle.goldens(graph).write_bytes(found.to_bytes())
+            check(graph)
+
+        write_once(graph, write_graph)
     for path in partial.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -329,7 +357,9 @@ def _hashes(folder: Path, network: str) -> dict[str, dict[str, Any]]:
     """Size and sha256 of a network's files, or of all files for "", by their path in the bundle."""
     paths = [path for path in (folder / network).rglob("*") if path.is_file()]
     if network:
-        paths += [path for path in [folder / GOLDENS / f"{network}.safetensors"] if path.is_file()]
+        beside = [folder / GOLDENS / f"{network}.safetensors"]
+        beside += [folder / FILES[network]] if network in FILES else []
+        paths += [path for path in beside if path.is_file()]
     return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": hash_files(path)}
         for path in sorted(paths)

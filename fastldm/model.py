@@ -22,6 +22,7 @@ from fastldm.loading import spec as loading
 from fastldm.loading.mapped import Mapped
 from fastldm.loading.state import load_module
 from fastldm.sizes import Axis
+from fastldm.system import cache_root
 
 Opened = tuple[loading.Spec, loading.LoadedModel, str, Mapped]
 """A model's spec, its networks, its name, and its mapped weight files."""
@@ -42,9 +43,11 @@ def open_model(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     backend: str = "auto",
+    prepared: bool = True,
     **options: Any,
 ) -> Opened:
-    """Load a model: see `Pipeline.from_pretrained` for arguments and errors."""
+    """Load a model: see `Pipeline.from_pretrained` for arguments and errors. prepared: whether "auto" takes what
+    `fastldm prepare` made of it."""
     checks.instance("path_or_id", path_or_id, (str, os.PathLike), 'a path, a hub id or "default"')
     checks.known(options, ("device", "dtype", "torch_dtype", "backend", *loading.OPTIONS))
     checks.instance("backend", backend, str, "auto or a backend's name")
@@ -54,6 +57,11 @@ def open_model(
         checks.instance("dtype", dtype, (str, torch.dtype), "float32, float16 or bfloat16")
     loading.check_options(options)
     device = choose_device(backend_device(backend, device))
+    found = None
+    if backend == "auto" and prepared and device.type == "cpu" and not is_bundle(path_or_id):
+        found = _prepared(path_or_id, options, device, dtype)
+    if found is not None:
+        return _open_bundle(*found, device, dtype)
     backend = choose_backend(backend, path_or_id, device, dtype)
     if is_bundle(path_or_id):
         unused = [name for name, value in options.items() if value]
@@ -66,6 +74,20 @@ def open_model(
         source = networks.source(_read_bundle(path_or_id))
         path_or_id, options = source.model, source.options
     return _open_checkpoint(path_or_id, device, choose_dtype(dtype, device), options)
+
+
+def _prepared(
+    path_or_id: str | os.PathLike[str],
+    options: Mapping[str, Any],
+    device: torch.device,
+    dtype: str | torch.dtype | None,
+) -> tuple[Path, str] | None:
+    """The bundle in the cache of a model that was prepared, and its backend."""
+    if not (cache_root() / "prepared").is_dir():  # nothing was: nothing more is imported
+        return None
+    from fastldm.export import prepared
+
+    return prepared.find(str(path_or_id), options, device, dtype)
 
 
 def _open_bundle(

@@ -101,8 +101,10 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
 
         device: a GPU where there is one, else the CPU. dtype (or torch_dtype): what is fastest there, see
         `device.choose_dtype`; of a bundle, ONNX Runtime and TensorRT compute in what it was exported in.
-        backend: what runs the networks: "torch", or for a bundle "onnxruntime", "openvino" or "tensorrt". "auto" is
-        PyTorch, and for a bundle what `fastldm verify` found to be fastest on this machine, see `model.choose_backend`.
+        backend: what runs the networks: "torch", or for a bundle "onnxruntime", "openvino" or "tensorrt"; for one of
+        --whole-picture also "onnxruntime-graph" or "openvino-graph", which take several steps a call. "auto" is
+        PyTorch, and for a bundle, or a model that `fastldm prepare` has prepared, what was measured to be fastest on
+        this machine, see `model.choose_backend`.
         batch_invariant: whether an image is bitwise the one that its seed and prompt make alone, whatever else is in
         its request, or in requests that join and leave its batch. On a CPU each image then has its own calls of the
         networks; on a GPU steps share theirs, by kernels that do not depend on the number of rows.
@@ -119,7 +121,8 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
             raise InputError("dtype and torch_dtype were both given: give one of them")
         dtype = torch_dtype if dtype is None else dtype
         checks.flag("batch_invariant", batch_invariant)
-        model = open_model(path_or_id, device=device, dtype=dtype, backend=backend, **where)
+        alone = controlnet is None and adapter is None  # a bundle has its own, and takes no other
+        model = open_model(path_or_id, device=device, dtype=dtype, backend=backend, prepared=alone, **where)
         pipe = cls(*model, batch_invariant=batch_invariant)
         options = {
             name: value for name, value in where.items() if name in ("allow_pickle", "cache_dir", "local_files_only")
@@ -260,7 +263,7 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         active adapters merged, with the tokens of textual inversion, and with its controls, unless split=False. Returns
         the bundle's folder. Requests wait until it is written.
 
-        options: dtype ("float32" or "float16"), opset, split, fused_ops and adapter_rank, see
+        options: dtype ("float32" or "float16"), opset, split, whole_picture, fused_ops and adapter_rank, see
         `fastldm.export.writing.export`, whose errors these are. InputError for a pipeline that itself runs a bundle,
         and while requests with other adapters are under way.
         """

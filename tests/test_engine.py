@@ -20,7 +20,7 @@ from fastldm import device as devices
 from fastldm.errors import EngineError, InputError
 from fastldm.export import cache as cache_module
 from fastldm.export import networks
-from fastldm.export.backends import BACKENDS, Backend
+from fastldm.export.backends import BACKENDS, Backend, engines_of
 from fastldm.export.cache import EngineCache
 from fastldm.export.engine import bound, open_engine
 from fastldm.export.spec import Axis, NetworkSpec, Port, sample
@@ -246,7 +246,10 @@ def test_bfloat16_is_refused_without_cpu_support(model: Path, monkeypatch: pytes
 
 
 def test_an_unknown_backend_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="backend is 'tvm': expected one of onnxruntime, openvino, tensorrt"):
+    with pytest.raises(
+        InputError,
+        match="backend is 'tvm': expected one of onnxruntime-graph, onnxruntime, openvino-graph, openvino, tensorrt",
+    ):
         open_engine("tvm", tmp_path, spec())
 
 
@@ -279,7 +282,7 @@ for command in ("generate", "plan", "profile", "verify", "bench"):
 def test_missing_backend_names_its_extra(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, package, None)  # type: ignore[arg-type]
-    monkeypatch.delitem(sys.modules, f"fastldm.export.{name}", raising=False)
+    monkeypatch.delitem(sys.modules, f"fastldm.export.{engines_of(name)}", raising=False)
     with pytest.raises(EngineError, match=rf"backend '{name}' cannot be imported.*fastldm\[{BACKENDS[name].extra}\]"):
         open_engine(name, tmp_path / "model.onnx", spec())
 

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from fastldm import Pipeline
 from fastldm.cli import main
 from fastldm.errors import BundleError, InputError
-from fastldm.export import auto, networks, writing
+from fastldm.export import auto, networks, prepared
 from fastldm.export.bundle import Bundle, differing, identity
 from fastldm.loading import spec as loading
 
@@ -151,4 +151,4 @@ def test_single_file_bundle_keeps_prediction_type(monkeypatch: pytest.MonkeyPatc
     matches = networks.source(Bundle(bundle.folder, manifest, bundle.specs))
     assert described_with == [{"local_files_only": True, "prediction_type": "epsilon"}]
     assert matches.options == {"prediction_type": "epsilon"}
-    assert writing.source_of("default") == "default"
+    assert prepared.source_of("default") == "default"

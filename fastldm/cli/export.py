@@ -12,7 +12,7 @@ from fastldm.cli import loras as adapters
 from fastldm.cli.options import Size, debug_option, lora_option, model_option
 from fastldm.cli.report import reported
 from fastldm.errors import InputError
-from fastldm.export.backends import BACKENDS
+from fastldm.export.backends import BACKENDS, related
 
 if TYPE_CHECKING:
     from fastldm.export.bundle import Bundle
@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--split", is_flag=True, help="The U-Net in three: what changes once a prompt, once a schedule, each step."
+)
+@click.option(
+    "--whole-picture",
+    is_flag=True,
+    help="All steps, and a whole picture, as one graph too: the fastest on CPUs. Implies --split.",
 )
 @click.option(
     "--fused-ops", is_flag=True, help="GroupNorm with SiLU, attention and GEGLU as one node each. Not for OpenVINO."
@@ -80,6 +85,7 @@ def export(
     dtype: str,
     opset: str,
     split: bool,
+    whole_picture: bool,
     fused_ops: bool,
     loras: tuple[tuple[str, float], ...],
     adapter_rank: int,
@@ -105,6 +111,8 @@ def export(
 
     \b
     --split        text and time steps are computed once, not at each step; without, optimum reads the folder too
+    --whole-picture   the backends onnxruntime-graph and openvino-graph take several steps a call; picture.onnx has it
+                   all, from token ids to pixels, for other programs (docs/deployment.md)
     --opset        23 has attention as one node, which not all backends know
     --adapters     `generate --lora` and `load_lora_weights` then work on the bundle, see docs/adapters.md
     --fused-ops    for backends with kernels of their own; ONNX Runtime and TensorRT run what the nodes stand for
@@ -119,7 +127,7 @@ def export(
 
         need_exporter()
         from fastldm.adapters.control import read_control
-        from fastldm.export import writing
+        from fastldm.export import prepared, writing
         from fastldm.export.spec import specs
         from fastldm.runtime.controls import Controls
 
@@ -140,12 +148,13 @@ def export(
             capabilities = [tensorrt.parse_capability(name) for name in arch]
             configs = [control.network.config for control in attached.attached.values()]
             form: dict[str, Any] = {"dtype": dtype, "adapter_rank": adapter_rank, "controls": configs}
-            form["split"] = split or adapter_rank > 0 or bool(controls)
+            form["split"] = split or whole_picture or adapter_rank > 0 or bool(controls)
             tensorrt.image_profiles(specs(spec.unet, spec.vae, spec.text, **form), sizes)
         shared: dict[str, Any] = {
             "dtype": dtype,
             "opset": int(opset),
             "split": split,
+            "whole_picture": whole_picture,
             "fused_ops": fused_ops,
             "adapter_rank": adapter_rank,
             "controls": attached.attached,
@@ -154,10 +163,11 @@ def export(
         if loras:
             bundle = _export_with(adapters.find(loras, allow_pickle=allow_pickle), model, out, options, shared)
         else:
-            source = writing.source_of(model)
+            source = prepared.source_of(model)
             bundle = writing.export(spec, out, source=source, options=options, **shared)
         total = sum(entry["bytes"] for entry in bundle.manifest["files"].values())
-        click.echo(f"{out}: {', '.join(bundle.specs)}; {total / 2**20:.0f} MiB in {dtype}, as PyTorch computes them")
+        names = ", ".join((*bundle.specs, *bundle.graphs))
+        click.echo(f"{out}: {names}; {total / 2**20:.0f} MiB in {dtype}, as PyTorch computes them")
         if to is not None:
             for record, seconds in tensorrt.build_ahead(bundle, capabilities=capabilities, sizes=sizes):
                 text = f"{seconds:.1f} s" if seconds else "is there"
@@ -225,7 +235,7 @@ def verify(out: Path, backend: str, device: str | None, dtype: str | None, model
                 raise
             click.echo(f"{error}: compared with the goldens alone")
             spec = None
-        problems, width = [], max(15, *(len(name) + 1 for name in bundle.specs))
+        problems, width = [], max(15, *(len(name) + 1 for name in (*bundle.specs, *bundle.graphs)))
         for check in verify(bundle, backend, target_device, spec, precision):
             if check.difference is None:
                 problems.append(check.problem)
@@ -238,7 +248,8 @@ def verify(out: Path, backend: str, device: str | None, dtype: str | None, model
         from fastldm.export import auto
         from fastldm.profiling import backends
 
-        for name in ("torch", backend) if spec is not None and model is None else (backend,):
+        names = [name for name in related(backend) if bundle.graphs or name == backend]
+        for name in ("torch", *names) if spec is not None and model is None else names:
             measured = backends.measure(bundle, name, target_device, dtype)
             click.echo(
                 f"{name} {measured.precision}: {measured.start_up:.2f} s to load, {measured.picture:.2f} s a picture"

@@ -167,12 +167,17 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
 
     adapters = loras.find(wanted, allow_pickle=options["allow_pickle"])
     from fastldm.adapters.textual_inversion import read_textual_inversion
+    from fastldm.export.engine import is_bundle
     from fastldm.pipeline import Pipeline
 
     for path in options["embeddings"]:
         read_textual_inversion(path, allow_pickle=options["allow_pickle"])
     placement = ("device", "dtype", "backend", "variant", "batch_invariant", "allow_pickle")
-    pipe = Pipeline.from_pretrained(model, **{name: options[name] for name in placement})
+    placed = {name: options[name] for name in placement}
+    on_torch = any(options[name] for name in ("embeddings", "ip_adapter", "controls")) or options["decode"] == "tiled"
+    if options["backend"] == "auto" and (adapters or on_torch) and not is_bundle(model):
+        placed["backend"] = "torch"  # even where the model was prepared: a bundle takes none of these
+    pipe = Pipeline.from_pretrained(model, **placed)
     if options["embeddings"]:
         pipe.load_textual_inversion(options["embeddings"], allow_pickle=options["allow_pickle"])
     if options["ip_adapter"]:

@@ -14,6 +14,7 @@ from fastldm.cli.doctor import doctor
 from fastldm.cli.export import export, verify
 from fastldm.cli.generate import generate
 from fastldm.cli.plan import plan
+from fastldm.cli.prepare import prepare
 from fastldm.cli.profile import profile
 from fastldm.cli.report import Commands
 from fastldm.cli.serve import serve
@@ -32,6 +33,7 @@ def main() -> None:
     fastldm generate "a castle" -m ./my-sd15 --steps 20 --sampler "dpm++ 2m karras"
     fastldm batch prompts.txt -o out/                  a file of prompts to a folder, which may be stopped
     fastldm doctor                                     what this machine has, and what it lacks
+    fastldm prepare -m ./my-sd15                       export it, so that it runs on what is fastest on this CPU
     fastldm warm -m ./my-sd15 --arch sm_90             compile its kernels before the first request
     fastldm plan -m ./my-sd15 --size 1024x1024 --n 4   what memory a request takes, and whether it fits
     fastldm profile -m ./my-sd15                       where the time goes, and what would help most
@@ -41,5 +43,5 @@ def main() -> None:
     """
 
 
-for command in (batch, bench, cache, doctor, export, generate, plan, profile, serve, tune, verify, warm):
+for command in (batch, bench, cache, doctor, export, generate, plan, prepare, profile, serve, tune, verify, warm):
     main.add_command(command)

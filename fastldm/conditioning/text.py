@@ -178,7 +178,7 @@ def encode_prompts(
     least = 1 if pooling else 0  # SDXL reads the penultimate layer
     skip = _check_clip_skip(clip_skip, min(stage.model.config.layers for stage in encoders) - least)
 
-    windows = _split(encoders, list(zip(texts, texts_2, strict=True)), literal, length)
+    windows = split_windows(encoders, list(zip(texts, texts_2, strict=True)), literal, length)
     total = _common_length([len(row) for row in windows[0]])
     hidden: list[Tensor] = []
     vectors: list[Tensor] = []
@@ -201,7 +201,7 @@ def encode_prompts(
     return Conditioning(first.hidden, first.pooled, second.hidden, second.pooled)
 
 
-class _Window(NamedTuple):
+class Window(NamedTuple):
     ids: tuple[int, ...]  # (W,)
     weights: tuple[float, ...]  # (W,)
 
@@ -221,9 +221,9 @@ def _check_clip_skip(clip_skip: int | None, limit: int) -> int:
         raise InputError(f"{error} for this model") from None
 
 
-def _split(
+def split_windows(
     encoders: Sequence[TextStage], texts: Sequence[tuple[str, str]], literal: bool, length: int | None
-) -> list[list[list[_Window]]]:
+) -> list[list[list[Window]]]:
     """Windows by encoder and by text. texts: pairs of the texts of the first and the second encoder.
 
     All encoders get the same number of windows per section of a text: if one needs fewer (`!!!` is one token in CLIP-L
@@ -236,7 +236,7 @@ def _split(
         parsed = [parse(text, literal=literal) for text in pair[: len(encoders)]]
         section_count = max(len(sections) for sections in parsed)
         parsed = [sections + [[]] * (section_count - len(sections)) for sections in parsed]
-        by_stage: list[list[_Window]] = [[] for _ in encoders]
+        by_stage: list[list[Window]] = [[] for _ in encoders]
         for k in range(section_count):
             chunks = [_chunks(stage, sections[k], length - 2) for stage, sections in zip(encoders, parsed, strict=True)]
             last_is_empty = 0 < k == section_count - 1 and not any(chunks)  # after a BREAK at the end
@@ -267,7 +267,7 @@ def _chunks(stage: TextStage, fragments: Fragments, content: int) -> list[list[t
 
 def _windows(
     tokenizer: Tokenizer, chunks: Sequence[Sequence[tuple[int, float]]], length: int, count: int
-) -> list[_Window]:
+) -> list[Window]:
     """Chunks of tokens and their weights as `count` windows of `length`; the last ones may be empty."""
     windows = []
     for k in range(count):
@@ -275,7 +275,7 @@ def _windows(
         padding = length - 2 - len(chunk)
         ids = (tokenizer.bos, *(token for token, _ in chunk), tokenizer.eos, *(tokenizer.pad,) * padding)
         weights = (1.0, *(weight for _, weight in chunk), 1.0, *(1.0,) * padding)
-        windows.append(_Window(ids, weights))
+        windows.append(Window(ids, weights))
     return windows
 
 
@@ -299,7 +299,7 @@ def _read(encode: Callable[..., tuple[Tensor, Tensor | None]], *inputs: Tensor) 
 
 
 def _encode(
-    stage: TextStage, rows: Sequence[Sequence[_Window]], total: int, drop: int, final_norm: bool, run: Call
+    stage: TextStage, rows: Sequence[Sequence[Window]], total: int, drop: int, final_norm: bool, run: Call
 ) -> tuple[Tensor, Tensor | None]:
     """Weighted hidden states (B, total * W, D) of B rows of windows, and the first windows' pooled vectors (B, P)."""
     model = stage.model

@@ -218,6 +218,8 @@ class LoadedModel:
     """Of a bundle that takes adapters, where the networks read their factors: `adapters.packing.Packed` by name."""
     controls: Mapping[str, Any] = field(default_factory=dict)
     """Of a bundle, those that were exported with it: `adapters.control.Control` by name."""
+    steps: Any = None
+    """Where a bundle's backend takes several steps a call, its engine of them: see `export.graphs`."""
 
 
 def load(

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from fastldm.errors import EngineError, InputError
-from fastldm.export.backends import BACKENDS
+from fastldm.export.backends import BACKENDS, takes_several_steps
 from fastldm.planning import memory
 from fastldm.system import CHECKOUT
 
@@ -329,7 +329,7 @@ def contenders(
     for bundle, manifest in manifests.items():
         note = "split" if manifest["split"] else "whole"
         for name, entry in BACKENDS.items():
-            if "cpu" in entry.devices:
+            if "cpu" in entry.devices and (manifest.get("graphs") or not takes_several_steps(name)):
                 computed = dtypes if entry.any_dtype else [manifest["dtype"]]
                 result += [Contender("fastldm", dtype, name, bundle, note) for dtype in computed]
     return [contender for contender in result if contender.name != "fastldm" or backend in ("all", contender.backend)]

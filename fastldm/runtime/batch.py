@@ -40,7 +40,7 @@ class Batch(Protocol):
         """Take a run in. Its steps may be taken from now on."""
 
     def step(self, runs: Sequence[Run]) -> str:
-        """One row of each of these runs; says what ran it, such as "torch". Where it raises, no run has moved."""
+        """A row of each of these runs, or up to `Run.at_once`; says what ran it. Where it raises, no run has moved."""
 
     def latents(self, run: Run) -> Tensor:
         """(B, C, h, w) float32 as they are now, in a tensor that later steps leave alone."""
@@ -191,6 +191,9 @@ class BatchInvariant:
             self._images.admit(image)
 
     def step(self, runs: Sequence[Run]) -> str:
+        for run in runs:
+            for image in run.images:
+                image.at_once = run.at_once
         ran_on = self._images.step([image for run in runs for image in run.images])
         for run in runs:
             run.row = run.images[0].row

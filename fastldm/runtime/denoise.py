@@ -111,6 +111,7 @@ class Run:
     pictures: PicturesKV = ()  # by IP-Adapter and cross-attention (R, T, 2C): `IPAdapter.kv`
     images: tuple[Run, ...] = ()
     row: int = 0  # the one that comes next
+    at_once: int = 1  # how many rows its next step may take, of a batch that can take several
     branches_kept: int = 0  # of which deep features are there: 1 the conditional, 2 the unconditional too
 
     def __post_init__(self) -> None:

@@ -44,6 +44,7 @@ from fastldm.runtime.graph import CUDA, Graphs
 from fastldm.runtime.image_prompts import ImagePrompts, PictureSelection, per_image, start_pictures
 from fastldm.runtime.slots import Slots, StaticBuffers, graph_rows, step_capacity
 from fastldm.runtime.start import start_run
+from fastldm.runtime.steps import StepsBatch
 from fastldm.samplers import table as schedule
 
 logger = logging.getLogger("fastldm")
@@ -77,13 +78,16 @@ class Stages:
         self.device, self.dtype, self.backend = networks.device, networks.dtype, networks.backend
         self.precision = networks.precision or str(self.dtype).removeprefix("torch.")
         """What the networks compute in: "float32", "float16" or "bfloat16"."""
-        self.prepared, self._latents = networks.prepared, networks.latents
+        self.prepared = networks.prepared
+        self.latents = networks.latents
+        """The allowed ranges of latent height and width; empty if every size is allowed."""
         self._unet_parameters = sum(p.numel() for p in self.unet.parameters()) if isinstance(self.unet, UNet) else 0
         self._mapped = mapped or Mapped()
         self.graphs: Graphs | None = None
         if self.device.type == "cuda" and self.backend == "torch":
             total = torch.cuda.get_device_properties(self.device).total_memory
             self.graphs = Graphs(CUDA(self.device), budget=int(_GRAPH_MEMORY * total))
+        self._steps = networks.steps
         self.vae_decode: Decode = "whole"
         encoders = dict(zip(TEXT_ENCODERS, (stage.model for stage in self.text_stages), strict=False))
         adapted: dict[str, Any] = {"unet": self.unet, **encoders}
@@ -132,7 +136,7 @@ class Stages:
         request = self.controls.complete(request, self.unet.config.needs_added)
         if request.reuse > 1:
             self._check_reuse(request.reuse)
-        request = complete(request, self.unet.config, self.vae.config, self.family, self._latents)
+        request = complete(request, self.unet.config, self.vae.config, self.family, self.latents)
         return self.image_prompts.complete(request, self.guided(request))
 
     def _check_reuse(self, reuse: int) -> None:
@@ -293,6 +297,9 @@ class Stages:
     def new_batch(self, run: Run, max_batch: int) -> Batch:
         """For runs of the size of this one: a batch with room for it, and for `max_batch` images."""
         apart = bool(run.images)
+        if self._steps is not None:
+            steps = StepsBatch(self._steps, self.backend, together=not apart)
+            return BatchInvariant(steps) if apart else steps
         invariant_kernels = self.dtype.itemsize == 2  # float32 on a GPU is PyTorch's own
         if not isinstance(self.unet, UNet) or not fuses(run.latents) or (apart and not invariant_kernels):
             batch = EagerBatch(self.unet, self.backend, together=not apart)

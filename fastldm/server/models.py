@@ -134,11 +134,14 @@ class Models:
         settings = self._settings
         logger.info("loading %s", model.name)
         self._check_room(model)
+        backend = settings.backend
+        if backend == "auto" and self._loras and not is_bundle(model.path):
+            backend = "torch"  # where the model was prepared, too: its bundle takes no adapters
         pipe = Pipeline.from_pretrained(
             model.path,
             device=settings.device,
             dtype=settings.dtype,
-            backend=settings.backend,
+            backend=backend,
             allow_pickle=settings.allow_pickle,
         )
         self._take(model, pipe)

@@ -26,6 +26,8 @@ from fastldm.runtime.stages import Stages
 from fastldm.serving.generation import Generation, Host, Progress, log_exception, lost_by
 from fastldm.serving.stats import Totals
 
+CALL_SECONDS = 0.1
+"""What a call of several steps may take, between which nobody can join, leave or be shown anything."""
 SECONDS_A_PRIORITY = 10.0
 """The waiting time that one level of priority is worth: no request waits forever behind more urgent ones."""
 
@@ -59,7 +61,7 @@ class Bucket:
         self.revision = stages.revision  # of the networks, for which the batch was made
         self.damaged = False  # whether the batch may still hold a run that has left it: it admits no other
         self.spent = 0.0  # seconds of the device that this size has had
-        self.step_time = 0.0  # of the last step
+        self.step_time = 0.0  # of the last step, for each row that it took
         self.image_time = 0.0  # of a step, for each image of a batch as large as batches have been lately
         self._mark: Mark | None = None  # what the first of `finishing` waits for
 
@@ -192,16 +194,35 @@ class Bucket:
         stepping = [generation for generation in self.running if not generation.paused]
         if not stepping:
             return
+        rows = self._rows_at_once(stepping)
+        before = []
+        for generation in stepping:
+            assert generation.run is not None
+            generation.run.at_once = rows
+            before.append(generation.run.row)
         start = perf_counter()
         self._step_together(stepping)
         now = perf_counter()
-        self.step_time = now - start
+        taken = [0 if one.run is None else one.run.row - row for one, row in zip(stepping, before, strict=True)]
+        self.step_time = (now - start) / max(1, *taken)
         image_time = self.step_time / sum(generation.request.batch for generation in stepping)
         self.image_time = image_time if not self.image_time else 0.8 * self.image_time + 0.2 * image_time
-        for generation in stepping:
+        for generation, count in zip(stepping, taken, strict=True):
             if generation in self.running:
                 with self._failing(generation):
+                    for k in range(1, count):
+                        self._after_step(generation, start + (now - start) * k / count)
                     self._after_step(generation, now)
+                    if not generation.waits_for_answer:  # else after the answer, with what that changes
+                        self._retire(generation)
+
+    def _rows_at_once(self, stepping: list[Generation]) -> int:
+        """How many rows a call may take: what a tenth of a second has time for, and one where anybody waits for what
+        lies between."""
+        watched = any(one.waits_for_answer or one.preview is not False for one in stepping)
+        if watched or self.waiting or self.next or self.finishing or not self.step_time:
+            return 1
+        return max(1, int(CALL_SECONDS / self.step_time))
 
     def _step_together(self, generations: list[Generation]) -> None:
         assert self.batch is not None
@@ -236,8 +257,6 @@ class Bucket:
             preview = self.stages.preview(self.batch.latents(run), c_in)
         generation.paused = generation.waits_for_answer
         generation.publish(preview, progress)
-        if not generation.waits_for_answer:  # else after the answer, with what that changes
-            self._retire(generation)
 
     def _retire(self, generation: Generation) -> None:
         """Move it from the loop to the decoder, if it takes no more steps."""

@@ -1,0 +1,197 @@
+"""A batch that takes several steps a call, by a bundle's graph of them: see `export.graphs`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastldm import spans
+from fastldm.device import send
+from fastldm.errors import InputError
+from fastldm.export.graphs import HISTORY, MAX_IMAGES, STATE
+from fastldm.export.spec import NetworkSpec
+from fastldm.runtime.denoise import Run
+from fastldm.samplers.table import COLUMNS
+
+if TYPE_CHECKING:
+    from fastldm.export.engine import Engine
+
+Piece = tuple[Run, int, int]
+"""The images first to last - 1 of a run."""
+
+
+def start_of(run: Run) -> dict[str, Tensor]:
+    """The state before the first row."""
+    x = run.latents
+    return {
+        "latents": x,
+        "anchor": torch.zeros_like(x),
+        "history": x.new_zeros(len(x), HISTORY * x.shape[1], *x.shape[2:]),
+    }
+
+
+def rows_of(run: Run, start: int, stop: int, spec: NetworkSpec) -> dict[str, Tensor]:
+    """What the rows start to stop - 1 of a run's table read, and what all rows read of its images. spec: of the graph.
+    InputError for a sampler with columns that the graph does not have, unless they are the same in all rows."""
+    width = next(port.shape[2] for port in spec.inputs if port.name == "table")
+    assert isinstance(width, int)
+    later = zip(COLUMNS[width:], run.table.rows.T[width:], strict=True)
+    if used := [name for name, own in later if (own != own[0]).any()]:
+        raise InputError(
+            f"the bundle's graph does not know {', '.join(used)} of the sampler's table: run it on PyTorch"
+        )
+    images, table = run.batch, run.table
+    zeros, ones = torch.zeros_like(run.latents), torch.ones_like(run.latents[:, :1])
+    scales = [run.guidance.scale if run.guidance.guides(table, row) else 1.0 for row in range(start, stop)]
+    noises = [zeros if noise is None else noise for noise in run.noises[start:stop]]
+    if not any(noise is not None for noise in run.noises[start:stop]):
+        noises = [zeros]
+    mask, init, init_noise = (ones, zeros, zeros) if run.inpainting is None else run.inpainting
+    inputs = {
+        "table": torch.from_numpy(table.rows[start:stop, :width])[:, None].expand(-1, images, -1),
+        "guidance": torch.tensor(scales, dtype=torch.float32)[:, None].expand(-1, images),
+        "rescale": torch.full((images,), run.guidance.rescale),
+        "noises": torch.stack(noises),
+        "mask": mask.expand(images, -1, -1, -1),
+        "init": init,
+        "init_noise": init_noise,
+    }
+    return inputs if run.extra is None else {**inputs, "extra": run.extra}
+
+
+class StepsBatch:
+    """Each run gets what `denoise` computes for it. Runs whose next rows are guided alike, with texts of one length,
+    share a call, each at its own rows of its own table."""
+
+    nbytes = 0  # what it holds is the runs'
+
+    def __init__(self, steps: Engine, backend: str, *, together: bool = True) -> None:
+        """backend: what runs it. together: whether runs share calls; else each has its own."""
+        self._steps, self.backend, self.together = steps, backend, together
+        self._spec = steps.specs[0]
+        self._states: dict[Run, dict[str, Tensor]] = {}
+        self._norms: dict[Run, list[Tensor]] = {}  # (1 or rows, B) of the start, and of each call
+        self._texts: dict[tuple[bool, tuple[Piece, ...]], list[Tensor]] = {}
+
+    def holds(self, run: Run) -> bool:
+        return True
+
+    def admit(self, run: Run) -> None:
+        norms = run.latents.abs().sum((1, 2, 3))
+        if run.extra is not None:
+            norms = norms + run.extra.float().abs().sum((1, 2, 3))
+        self._states[run], self._norms[run] = start_of(run), [norms[None]]
+
+    @torch.no_grad()
+    def step(self, runs: Sequence[Run]) -> str:
+        count = min(map(_alike, runs))
+        after: list[tuple[Piece, dict[str, Tensor]]] = []
+        for guided, pieces in self._calls(runs):
+            with spans.span("U-Net"):
+                after += self._call(guided, pieces, count)
+        for run in runs:  # none has moved until all calls were made
+            own = [outputs for (other, *_), outputs in after if other is run]
+            self._states[run] = {name: _cat([outputs[f"{name}_out"] for outputs in own]) for name in STATE}
+            self._norms[run].append(_cat([outputs["norms"] for outputs in own], 1))
+            run.row += count
+        return self.backend
+
+    def _calls(self, runs: Sequence[Run]) -> list[tuple[bool, tuple[Piece, ...]]]:
+        calls: list[tuple[tuple[bool, int, Run | None], list[Piece]]] = []
+        for run in runs:
+            key = (run.guided, run.text_kv[0].shape[1], None if self.together else run)
+            for first in range(0, run.batch, MAX_IMAGES):
+                piece = (run, first, min(first + MAX_IMAGES, run.batch))
+                images = piece[2] - first
+                fits = (pieces for own, pieces in calls if own == key and _images(pieces) + images <= MAX_IMAGES)
+                pieces = next(fits, None)
+                if pieces is None:
+                    calls.append((key, [piece]))
+                else:
+                    pieces.append(piece)
+        return [(guided, tuple(pieces)) for (guided, *_), pieces in calls]
+
+    def _call(self, guided: bool, pieces: tuple[Piece, ...], count: int) -> list[tuple[Piece, dict[str, Tensor]]]:
+        """The next rows of these images, and what the graph gives for each piece."""
+        parts = [self._part(piece, count) for piece in pieces]
+        inputs = {name: _cat([part[name] for part in parts], _axis(name)) for name in parts[0]}
+        sides = [side for side in (False, True) if guided or side]
+        temb = [_temb(piece, count, side) for side in sides for piece in pieces]
+        inputs["temb_rows"] = _cat(temb, 1)
+        key = (guided, pieces)
+        if key not in self._texts:
+            of_sides = [_side(piece, side) for side in sides for piece in pieces]
+            self._texts = {key: [_cat(layer) for layer in zip(*of_sides, strict=True)]}
+        inputs |= {f"kv.{k}": kv for k, kv in enumerate(self._texts[key])}
+        outputs = self._steps({port.name: inputs[port.name].to(port.torch_dtype) for port in self._spec.inputs})
+        sizes = [last - first for _, first, last in pieces]
+        split = {name: x.split(sizes, _axis(name)) for name, x in outputs.items()}
+        return [(piece, {name: split[name][k] for name in split}) for k, piece in enumerate(pieces)]
+
+    def _part(self, piece: Piece, count: int) -> dict[str, Tensor]:
+        run, first, last = piece
+        inputs = {**self._states[run], **rows_of(run, run.row, run.row + count, self._spec)}
+        if len(inputs["noises"]) < count:
+            inputs["noises"] = inputs["noises"].expand(count, -1, -1, -1, -1)
+        return {name: x.narrow(_axis(name), first, last - first) for name, x in inputs.items()}
+
+    def latents(self, run: Run) -> Tensor:
+        return self._states[run]["latents"]
+
+    def go_on_from(self, run: Run, latents: Tensor) -> None:
+        own = self._states[run]["latents"]
+        self._states[run] = {**self._states[run], "latents": send(latents, own.device, own.dtype)}
+
+    def recondition(self, run: Run) -> None:
+        self.close()
+
+    def release(self, run: Run) -> Callable[[], int | None]:
+        self.close()
+        del self._states[run]
+        finite = torch.cat(self._norms.pop(run)).isfinite().all(1).tolist()
+        return lambda: None if all(finite) else finite.index(False) - 1
+
+    def close(self) -> None:
+        self._texts = {}
+
+
+def _alike(run: Run) -> int:
+    """How many rows of a run, from its next on, are guided or not as that is: at most as many as it may take."""
+    rows = range(run.row, min(run.row + run.at_once, len(run.table)))
+    return next((k for k, row in enumerate(rows) if run.guidance.guides(run.table, row) != run.guided), len(rows))
+
+
+def _images(pieces: Sequence[Piece]) -> int:
+    return sum(last - first for _, first, last in pieces)
+
+
+def _axis(name: str) -> int:
+    """The axis of images of an input or output."""
+    return 1 if name in ("table", "guidance", "noises", "norms") else 0
+
+
+def _rows(piece: Piece, conditional: bool, of: int) -> slice:
+    """Where the rows of one side of the guidance lie among `of` rows: all negatives and then all prompts."""
+    run, first, last = piece
+    start = of - run.batch if conditional else 0
+    return slice(start + first, start + last)
+
+
+def _side(piece: Piece, conditional: bool) -> list[Tensor]:
+    return [kv[_rows(piece, conditional, len(kv))] for kv in piece[0].text_kv]
+
+
+def _temb(piece: Piece, count: int, conditional: bool) -> Tensor:
+    run, first, last = piece
+    assert run.temb is not None
+    temb = run.temb[run.row : run.row + count]
+    if temb.shape[1] == 1:
+        return temb.expand(-1, last - first, -1)
+    return temb[:, _rows(piece, conditional, temb.shape[1])]
+
+
+def _cat(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors), axis)
