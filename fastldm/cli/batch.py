@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from fastldm.cli.options import Size, backend_option, debug_option, lora_option, model_option
+from fastldm.cli.options import Size, backend_for, backend_option, debug_option, lora_option, model_option
 from fastldm.cli.report import reported
 
 
@@ -115,6 +115,7 @@ def _open_maker(options: dict[str, Any]) -> Any:
     from fastldm.serving.session import Session
 
     placement = {name: options[name] for name in ("device", "dtype", "backend", "allow_pickle")}
+    placement["backend"] = backend_for(options["model"], options["backend"], on_torch=bool(options["loras"]))
     pipe = Pipeline.from_pretrained(options["model"], **placement)
     adapters = loras.find(options["loras"], allow_pickle=options["allow_pickle"])
     loras.load(pipe, adapters, allow_pickle=options["allow_pickle"])

@@ -10,6 +10,7 @@ import click
 
 from fastldm.cli.options import (
     Size,
+    backend_for,
     backend_option,
     control_image_option,
     control_option,
@@ -167,16 +168,15 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
 
     adapters = loras.find(wanted, allow_pickle=options["allow_pickle"])
     from fastldm.adapters.textual_inversion import read_textual_inversion
-    from fastldm.export.engine import is_bundle
     from fastldm.pipeline import Pipeline
 
     for path in options["embeddings"]:
         read_textual_inversion(path, allow_pickle=options["allow_pickle"])
     placement = ("device", "dtype", "backend", "variant", "batch_invariant", "allow_pickle")
     placed = {name: options[name] for name in placement}
-    on_torch = any(options[name] for name in ("embeddings", "ip_adapter", "controls")) or options["decode"] == "tiled"
-    if options["backend"] == "auto" and (adapters or on_torch) and not is_bundle(model):
-        placed["backend"] = "torch"  # even where the model was prepared: a bundle takes none of these
+    on_torch = any(options[name] for name in ("embeddings", "ip_adapter", "controls")) or bool(adapters)
+    on_torch = on_torch or options["decode"] == "tiled" or request.reuse > 1
+    placed["backend"] = backend_for(model, options["backend"], on_torch=on_torch)
     pipe = Pipeline.from_pretrained(model, **placed)
     if options["embeddings"]:
         pipe.load_textual_inversion(options["embeddings"], allow_pickle=options["allow_pickle"])
