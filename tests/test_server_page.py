@@ -116,7 +116,7 @@ def pipe_request(**fields: Any) -> Any:
 
 
 def test_settings_of_a_png_make_it_again(http: TestClient) -> None:
-    asked = {**APPLE, "negative_prompt": "a leaf", "sampler": "dpm++ 2m karras", "guidance_scale": 3.0}
+    asked = {**APPLE, "negative_prompt": "a leaf", "sampler": "dpm++ 2m karras", "guidance_scale": 3.0, "reuse": 2}
     asked["adapters"] = {"sketch": 0.5}
     first = http.post("/v1/images/generations", json=asked).json()["data"][0]["b64_json"]
     found = http.post("/v1/images/settings", json={"image": first}).json()

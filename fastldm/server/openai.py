@@ -73,6 +73,7 @@ class ImageFields(BaseModel):
     sampler: str | None = Field(None, max_length=200)
     strength: float | None = None
     clip_skip: int | None = None
+    reuse: int | None = Field(None, ge=1, description="Of so many calls of the U-Net the first computes all of it.")
     adapters: Annotated[dict[str, float] | None, BeforeValidator(_adapters)] = Field(
         None, max_length=100, description='Weights of adapters by name, such as {"sketch": 0.8}.'
     )
@@ -181,8 +182,8 @@ def _model(service: Service, name: str) -> dict[str, Any]:
 
 def arguments_of(fields: ImageFields, of: Image.Image | None = None) -> dict[str, Any]:
     """The fields of `fastldm.Request`. of: the picture that it starts from, whose size `auto` is."""
-    names = ("negative_prompt", "num_inference_steps", "guidance_scale", "sampler", "strength", "clip_skip", "adapters")
-    values: dict[str, Any] = {name: getattr(fields, name) for name in names}
+    names = ("negative_prompt", "num_inference_steps", "guidance_scale", "sampler", "strength", "clip_skip")
+    values: dict[str, Any] = {name: getattr(fields, name) for name in (*names, "adapters", "reuse")}
     values |= {"num_images_per_prompt": fields.n, "seed": None if fields.seed == -1 else fields.seed}
     if fields.size not in (None, "auto"):
         match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", str(fields.size))

@@ -69,6 +69,8 @@ def router(service: Service) -> APIRouter:
         names = ("prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale", "sampler", "strength")
         found = {name: getattr(request, name) for name in (*names, "clip_skip")}
         found["size"] = f"{request.width}x{request.height}" if request.width and request.height else None
+        if request.reuse > 1:
+            found["reuse"] = request.reuse
         found["adapters"] = {name: scale for name, scale in (request.adapters or {}).items() if _is_number(scale)}
         return {name: value for name, value in found.items() if value not in (None, {})}
 
