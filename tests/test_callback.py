@@ -18,6 +18,7 @@ from fastldm.runtime.batch import EagerBatch
 from fastldm.runtime.denoise import Run
 from fastldm.runtime.slots import Slots, StaticBuffers
 from fastldm.runtime.stages import Change
+from fastldm.serving.bucket import Bucket
 
 Callback = Callable[..., Any]
 STEPS = 3
@@ -239,6 +240,29 @@ def test_threads_have_separate_call_attributes(pipes: Any) -> None:
         together = list(pool.map(lambda factor: result(factor, meet), factors))
     for factor, changed in zip(factors, together, strict=True):
         np.testing.assert_allclose(changed, result(factor, lambda: None), atol=TOLERANCE)
+
+
+def test_an_answer_in_the_middle_of_a_turn_counts(pipes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the changes of a turn were applied, and before its step; another request keeps the turns going."""
+    ours, admit = pipes("sd1")[1], Bucket._admit
+
+    def fifteen(pipe: Any, *_: Any) -> None:
+        pipe._guidance_scale = 15.0
+
+    expected = latents(ours, fifteen)
+
+    def answering(bucket: Bucket) -> None:
+        for generation in bucket.running:
+            if generation.paused:
+                generation.answer(Change(guidance_scale=15.0, guidance_rescale=0.0))
+        admit(bucket)
+
+    monkeypatch.setattr(Bucket, "_admit", answering)
+    other = ours.session.submit("a dog", **{**OPTIONS, "num_inference_steps": 60})
+    request = Request("a cat", **OPTIONS, output_type="latent", generator=torch.Generator().manual_seed(3))
+    answered = ours.session.submit_request(request, waits_for_answer=True)
+    np.testing.assert_allclose(answered.result(60).images.numpy(), expected, atol=TOLERANCE)
+    assert other.result(60)
 
 
 def test_another_thread_interrupts_all_calls(pipes: Any) -> None:

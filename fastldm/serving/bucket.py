@@ -191,7 +191,7 @@ class Bucket:
             self.next = None
 
     def _step(self) -> None:
-        stepping = [generation for generation in self.running if not generation.paused]
+        stepping = [generation for generation in self.running if self._may_step(generation)]
         if not stepping:
             return
         rows = self._rows_at_once(stepping)
@@ -215,6 +215,13 @@ class Bucket:
                     self._after_step(generation, now)
                     if not generation.waits_for_answer:  # else after the answer, with what that changes
                         self._retire(generation)
+
+    @staticmethod
+    def _may_step(generation: Generation) -> bool:
+        """An answer that came after `_apply_changes` counts in the next turn: what it changes is not applied yet, and
+        who is done has not left."""
+        assert generation.run is not None
+        return not (generation.paused or generation.change is not None or generation.run.done)
 
     def _rows_at_once(self, stepping: list[Generation]) -> int:
         """How many rows a call may take: what a tenth of a second has time for, and one where anybody waits for what
