@@ -32,7 +32,7 @@ from fastldm.samplers.classes import CLASSES
 from fastldm.samplers.config import ScheduleConfig
 from fastldm.samplers.grid import SolverRow
 from fastldm.samplers.scheduler_config import read_config
-from fastldm.samplers.table import StepTable, make_table
+from fastldm.samplers.table import COLUMNS, StepTable, make_table
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 PARITY = 1e-4  # relative error of float32
@@ -310,7 +310,8 @@ def our_exact_run(case: Case) -> Tensor:
         drawn = None if noises[i] is None else noises[i].double()
         x, y, history = step_kernel.step(row, x, y, history, network(row[0] * x, rows[i].t), drawn)
         if case.mask:
-            x = mask * x + (1 - mask) * (row[-2] * init + row[-1] * noise)
+            known = row[COLUMNS.index("r")] * init + row[COLUMNS.index("s")] * noise
+            x = mask * x + (1 - mask) * known
     return x
 
 
