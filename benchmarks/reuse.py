@@ -32,6 +32,7 @@ from fastldm.loading.prepare import prepare
 from fastldm.models.config import UNetConfig
 from fastldm.models.unet import AddedConditions, Reuse, UNet
 from fastldm.pipeline import Pipeline
+from fastldm.samplers.names import sampler_name
 from fastldm.system import machine
 
 STEPS = 25
@@ -67,7 +68,7 @@ def pictures(pipe: Pipeline, sampler: str | None, rounds: int) -> dict[str, Any]
         for reuse in by_reuse:
             times[reuse].append(seconds(reuse))
     sheet(by_reuse[1], by_reuse[2])
-    row: dict[str, Any] = {"dtype": pipe.precision, "sampler": sampler or pipe.family.sampler, "steps": STEPS}
+    row: dict[str, Any] = {"dtype": pipe.precision, "sampler": sampler or sampler_name(pipe.schedule), "steps": STEPS}
     row |= {"prompts": len(PROMPTS), "seconds": round(median(times[1]), 3)}
     for reuse in EVERY:
         likeness = psnr(by_reuse[reuse], by_reuse[1])
