@@ -39,9 +39,9 @@ class Measured:
     picture: float
     precision: str
 
-    @property
-    def total(self) -> float:
-        return self.start_up + self.picture
+    def total(self, pictures: int = 1) -> float:
+        """Seconds to load a pipeline and to generate so many images."""
+        return self.start_up + pictures * self.picture
 
 
 def choose(bundle: Bundle, device: torch.device, dtype: str | torch.dtype | None = None) -> str:
@@ -64,16 +64,21 @@ def choose(bundle: Bundle, device: torch.device, dtype: str | torch.dtype | None
 
 
 def fastest(
-    bundle: Bundle, device: torch.device, dtype: str | torch.dtype | None = None, without: Sequence[str] = ()
+    bundle: Bundle,
+    device: torch.device,
+    dtype: str | torch.dtype | None = None,
+    *,
+    without: Sequence[str] = (),
+    pictures: int = 1,
 ) -> str | None:
-    """What was measured to be fastest for a bundle, "torch" included; None where nothing was measured that computes in
-    `dtype`."""
+    """What was measured to be fastest for loading a bundle and generating so many images, "torch" included; None where
+    nothing was measured that computes in `dtype`."""
     measured = {
         backend: seconds
         for backend, seconds in read(bundle, device).items()
         if backend not in without and _computes(bundle, backend, dtype)
     }
-    return min(measured, key=lambda backend: measured[backend].total, default=None)
+    return min(measured, key=lambda backend: measured[backend].total(pictures), default=None)
 
 
 def _computes(bundle: Bundle, backend: str, dtype: str | torch.dtype | None) -> bool:

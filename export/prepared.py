@@ -28,6 +28,9 @@ from fastldm.system import cache_root
 
 logger = logging.getLogger("fastldm")
 
+PICTURES = 10
+"""Whoever prepares a model wants many of them: loading counts once in so many."""
+
 
 def source_of(model: str) -> str:
     """The name by which a model is found again: "default", a hub id, or an absolute path."""
@@ -62,7 +65,7 @@ def find(
         if data["stamp"] != _stamp(spec):
             logger.warning("%s has changed since it was prepared: `fastldm prepare` prepares it once more", model)
             return None
-        backend = auto.fastest(Bundle.read(folder), device, dtype) if is_bundle(folder) else None
+        backend = auto.fastest(Bundle.read(folder), device, dtype, pictures=PICTURES) if is_bundle(folder) else None
     except (OSError, ValueError, KeyError, TypeError, CheckpointError, BundleError) as error:
         logger.warning("what was prepared of %s cannot be used (%s): it runs on PyTorch", model, error)
         return None

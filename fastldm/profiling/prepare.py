@@ -9,9 +9,10 @@ import torch
 
 from fastldm.errors import EngineError, FastLDMError
 from fastldm.export import auto, prepared, writing
-from fastldm.export.backends import BACKENDS, takes_several_steps
-from fastldm.export.bundle import Bundle
-from fastldm.export.verify import verify
+from fastldm.export.backends import related, takes_several_steps
+from fastldm.export.bundle import PICTURE, Bundle
+from fastldm.export.graphs import FILES
+from fastldm.export.verify import Check, verify
 from fastldm.loading import spec as loading
 from fastldm.profiling import backends
 
@@ -42,19 +43,25 @@ def prepare(
     _measure(bundle, "torch", say)
     for backend in backend_names:
         try:
-            problems = [check.problem for check in verify(bundle, backend, model=spec) if check.problem]
+            problems = [check for check in verify(bundle, backend, model=spec) if check.problem]
         except EngineError as error:  # not installed
             say(f"{backend}: {error}")
             continue
-        if problems:
-            say(f"{backend} is not used, for it does not compute what PyTorch does: {problems[0]}")
-            continue
-        say(f"{backend}: every network and picture as PyTorch computes them")
-        for name in BACKENDS:
-            if name == backend or (takes_several_steps(name) and BACKENDS[name].engines == backend):
+        for name in related(backend):
+            several = takes_several_steps(name)
+            wrong = [check.problem for check in problems if several or not _of_graphs(check, backend)]
+            if wrong:
+                say(f"{name} is not used, for it does not compute what PyTorch does: {wrong[0]}")
+            else:
+                say(f"{name}: every network and picture as PyTorch computes them")
                 _measure(bundle, name, say)
     prepared.remember(spec, model, options, folder)
-    return auto.fastest(bundle, CPU) or "torch"
+    return auto.fastest(bundle, CPU, pictures=prepared.PICTURES) or "torch"
+
+
+def _of_graphs(check: Check, backend: str) -> bool:
+    """Whether only the backend that takes several steps a call runs what was checked."""
+    return check.network in FILES or (check.network == PICTURE and not check.sizes.endswith(f" on {backend}"))
 
 
 def _measure(bundle: Bundle, backend: str, say: Callable[[str], object]) -> None:
