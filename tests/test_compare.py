@@ -22,6 +22,7 @@ ABSENT = Contender("fastldm", "float32", backend="openvino")  # that runs bundle
 DTYPES = ("float32", "bfloat16")
 
 
+@pytest.mark.full
 def test_compare_default_model_with_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare.memory, "free_bytes", lambda device: None)  # all in one group, whose ratios these are
     out = tmp_path / "figures.json"
