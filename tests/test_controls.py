@@ -182,6 +182,18 @@ def test_batch_invariant_images_are_bitwise_as_alone() -> None:
     assert np.array_equal(both[1], second[0])
 
 
+def test_names_of_files_are_cut_to_what_requests_may_name(tmp_path: Path) -> None:
+    pipe = Pipeline.from_diffusers(tiny.pipeline("sd1"))
+    controls.t2i_adapter("light").save_pretrained(tmp_path / ("long" * 60))
+    names = [pipe.attach_control(tmp_path / ("long" * 60)) for _ in range(2)]
+    assert names == [("long" * 60)[:190], ("long" * 60)[:190] + "-2"]
+    pictures = dict.fromkeys(names, picture())
+    options = {"control_image": pictures, "adapter_conditioning_scale": dict.fromkeys(names, 0.5)}
+    save_result(pipe("a cat", num_inference_steps=1, **options), [tmp_path / "a.png"], "tiny")
+    request, _ = read_parameters(tmp_path / "a.png")
+    assert request.adapter_conditioning_scale == dict.fromkeys(names, 0.5)
+
+
 def test_png_says_which_controls_made_it(tmp_path: Path) -> None:
     pipe = Pipeline.from_diffusers(tiny.pipeline("sd1"))
     controls.t2i_adapter("light").save_pretrained(tmp_path / "sketch")

@@ -182,6 +182,22 @@ def test_adapters_are_loaded_where_they_fit(
     assert "sketch is not for tiny" in caplog.text
 
 
+@pytest.mark.parametrize("options", [{"loras": {"sketch": "sketch"}}, {"controls": {"shape": "shape"}}, {}])
+def test_what_bundles_do_not_take_runs_on_torch(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """Whether or not the model was prepared."""
+    seen = []
+
+    def opened(path: str, *, backend: str, **_: Any) -> Pipeline:
+        seen.append(backend)
+        return pipe
+
+    monkeypatch.setattr(Pipeline, "from_pretrained", opened)
+    Models(Settings(**options)).load()
+    assert seen == ["torch" if options else "auto"]
+
+
 def test_adapters_that_are_not_there_end_the_start(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         Models(Settings(loras={"x": str(tmp_path / "none.safetensors")}))

@@ -31,6 +31,8 @@ from fastldm.models.t2i_adapter import T2IAdapterConfig
 from fastldm.models.unet import Residuals
 from fastldm.request import MAX_CONTROLS, Request
 
+_MAX_NAME = 190  # characters of a name that a file gives, without a number: requests and PNGs name it by at most 200
+
 
 class Use(NamedTuple):
     """A control of a request."""
@@ -124,7 +126,8 @@ class Controls:
             if len(self._attached) >= MAX_CONTROLS:
                 raise InputError(f"{MAX_CONTROLS} controls are attached, the most there may be: detach some")
             if name is None:
-                own = (control.name if k == 1 else f"{control.name}-{k}" for k in range(1, MAX_CONTROLS + 2))
+                short = control.name[:_MAX_NAME]
+                own = (short if k == 1 else f"{short}-{k}" for k in range(1, MAX_CONTROLS + 2))
                 name = next(free for free in own if free not in self._attached)
             _check_free(self._attached, name)
             self._attached[name] = control

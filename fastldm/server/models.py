@@ -135,8 +135,8 @@ class Models:
         logger.info("loading %s", model.name)
         self._check_room(model)
         backend = settings.backend
-        if backend == "auto" and self._loras and not is_bundle(model.path):
-            backend = "torch"  # where the model was prepared, too: its bundle takes no adapters
+        if backend == "auto" and (self._loras or settings.controls) and not is_bundle(model.path):
+            backend = "torch"  # where the model was prepared, too: its bundle takes neither adapters nor controls
         pipe = Pipeline.from_pretrained(
             model.path,
             device=settings.device,
