@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastldm.errors import EngineError
 from fastldm.export.engine import bound
+from fastldm.export.graphs import FILES
 from fastldm.export.spec import NetworkSpec
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -71,7 +72,7 @@ def open_engine(
     """Open the network of an ONNX file. precision: must be the file's, which ONNX Runtime computes in. `hashes` are not
     needed, since nothing is cached."""
     stored = next(port.dtype for port in spec.outputs)
-    if precision not in (None, stored):
+    if precision not in (None, stored) and spec.name not in FILES:  # whose state is float32 in every bundle
         raise EngineError(
             f"ONNX Runtime computes in what the file holds, {stored}, not in {precision}: export it in {precision}"
         )
