@@ -182,7 +182,7 @@ def test_batch_invariant_images_are_bitwise_as_alone() -> None:
     assert np.array_equal(both[1], second[0])
 
 
-def test_names_of_files_are_cut_to_what_requests_may_name(tmp_path: Path) -> None:
+def test_long_names_of_files_are_cut(tmp_path: Path) -> None:
     pipe = Pipeline.from_diffusers(tiny.pipeline("sd1"))
     controls.t2i_adapter("light").save_pretrained(tmp_path / ("long" * 60))
     names = [pipe.attach_control(tmp_path / ("long" * 60)) for _ in range(2)]
