@@ -76,6 +76,12 @@ def open_model(
     return _open_checkpoint(path_or_id, device, choose_dtype(dtype, device), options)
 
 
+def backend_for(model: str, backend: str, *, on_torch: bool) -> str:
+    """The backend to load a model on. on_torch: whether a bundle cannot do what is wanted: then a checkpoint runs on
+    PyTorch, where it was prepared too."""
+    return "torch" if backend == "auto" and on_torch and not is_bundle(model) else backend
+
+
 def _prepared(
     path_or_id: str | os.PathLike[str],
     options: Mapping[str, Any],

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from fastldm.cli.options import Size, backend_for, backend_option, debug_option, lora_option, model_option
+from fastldm.cli.options import Size, backend_option, debug_option, lora_option, model_option
 from fastldm.cli.report import reported
 
 
@@ -111,6 +111,8 @@ def _open_maker(options: dict[str, Any]) -> Any:
     """In the process that makes the pictures."""
     from fastldm.batches import Maker
     from fastldm.cli import loras
+    from fastldm.files import FORMATS
+    from fastldm.model import backend_for
     from fastldm.pipeline import Pipeline
     from fastldm.serving.session import Session
 
@@ -119,5 +121,5 @@ def _open_maker(options: dict[str, Any]) -> Any:
     pipe = Pipeline.from_pretrained(options["model"], **placement)
     adapters = loras.find(options["loras"], allow_pickle=options["allow_pickle"])
     loras.load(pipe, adapters, allow_pickle=options["allow_pickle"])
-    kind = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}[options["kind"]]
+    kind = FORMATS[f".{options['kind']}"]
     return Maker(Session(pipe, max_batch=options["max_batch"]), Path(options["model"]).name, kind=kind)

@@ -10,7 +10,6 @@ import click
 
 from fastldm.cli.options import (
     Size,
-    backend_for,
     backend_option,
     control_image_option,
     control_option,
@@ -168,6 +167,7 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
 
     adapters = loras.find(wanted, allow_pickle=options["allow_pickle"])
     from fastldm.adapters.textual_inversion import read_textual_inversion
+    from fastldm.model import backend_for
     from fastldm.pipeline import Pipeline
 
     for path in options["embeddings"]:

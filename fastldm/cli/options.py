@@ -95,11 +95,3 @@ control_image_option = click.option(
     "--control-image", "control_images", multiple=True, metavar="FILE", help="What --control reads, one each."
 )
 debug_option = click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
-
-
-def backend_for(model: str, backend: str, *, on_torch: bool) -> str:
-    """The backend to load a model on. on_torch: whether a bundle cannot do what is wanted: then a checkpoint runs on
-    PyTorch, where it was prepared too."""
-    from fastldm.export.engine import is_bundle
-
-    return "torch" if backend == "auto" and on_torch and not is_bundle(model) else backend

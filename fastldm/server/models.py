@@ -15,7 +15,7 @@ from fastldm.device import choose_device, choose_dtype
 from fastldm.errors import CheckpointError, InputError, OutOfMemory
 from fastldm.export.engine import is_bundle
 from fastldm.kernels.dispatch import device_capability
-from fastldm.model import backend_device, describe
+from fastldm.model import backend_device, backend_for, describe
 from fastldm.pipeline import Pipeline
 from fastldm.planning import memory
 from fastldm.server.errors import ApiError
@@ -134,14 +134,12 @@ class Models:
         settings = self._settings
         logger.info("loading %s", model.name)
         self._check_room(model)
-        backend = settings.backend
-        if backend == "auto" and (self._loras or settings.controls) and not is_bundle(model.path):
-            backend = "torch"  # where the model was prepared, too: its bundle takes neither adapters nor controls
+        adapted = bool(self._loras or settings.controls)
         pipe = Pipeline.from_pretrained(
             model.path,
             device=settings.device,
             dtype=settings.dtype,
-            backend=backend,
+            backend=backend_for(model.path, settings.backend, on_torch=adapted),
             allow_pickle=settings.allow_pickle,
         )
         self._take(model, pipe)
