@@ -41,6 +41,22 @@ def test_numbers_keep_their_values_shape_and_dtype() -> None:
     mark.wait()
 
 
+@pytest.mark.parametrize(("ratio", "faster"), [(0.5, False), (1.0, False), (2.0, True)])
+def test_bfloat16_is_taken_where_measured_faster(monkeypatch: pytest.MonkeyPatch, ratio: float, faster: bool) -> None:
+    took = {torch.float32: ratio, torch.bfloat16: 1.0}
+    monkeypatch.setattr(device, "_seconds", lambda x: took[x.dtype])
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    device.bfloat16_is_faster.cache_clear()
+    try:
+        assert device.choose_dtype(None, torch.device("cpu")) == (torch.bfloat16 if faster else torch.float32)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+        device.bfloat16_is_faster.cache_clear()
+        assert device.choose_dtype(None, torch.device("cpu")) == torch.float32
+    finally:
+        device.bfloat16_is_faster.cache_clear()
+
+
 class NoWaits(TorchDispatchMode):
     """Refuses what would wait for a GPU, for which tensors without storage stand: to read a value of it (which such
     tensors refuse themselves), to index by a list, to copy between host and device but by `send`."""

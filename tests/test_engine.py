@@ -11,8 +11,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from small_network import BATCH, HEIGHT, WIDTH, Tiny, exported, spec
 from torch import Tensor
 
@@ -23,6 +26,7 @@ from fastldm.export import networks
 from fastldm.export.backends import BACKENDS, Backend, engines_of
 from fastldm.export.cache import EngineCache
 from fastldm.export.engine import bound, open_engine
+from fastldm.export.graphs import FILES, STEPS
 from fastldm.export.spec import Axis, NetworkSpec, Port, sample
 from fastldm.model import choose_backend
 from fastldm.sizes import nearest
@@ -241,8 +245,48 @@ def test_bfloat16_is_refused_without_cpu_support(model: Path, monkeypatch: pytes
     with pytest.raises(EngineError, match="OpenVINO has no bfloat16 on this CPU, only float32"):
         open_engine("openvino", model, spec(), precision="bfloat16")
     # What it takes by default is then the other, also where PyTorch calls the processor able.
-    monkeypatch.setattr(devices, "_native_bfloat16", lambda: True)
+    monkeypatch.setattr(devices, "bfloat16_is_faster", lambda: True)
     assert networks.precision(None, "openvino", CPU, None) == "float32"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("queries", [4, 6])
+def test_openvino_is_right_with_any_number_of_queries(queries: int, tmp_path: Path) -> None:
+    """As many queries as heads, 4, are what OpenVINO 2026.4.1 by itself computes wrongly, by half of the result."""
+    module = importlib.import_module(f"fastldm.export.{backend('openvino')}")
+    if not module.has_bfloat16():
+        pytest.skip("this CPU has no bfloat16")
+    sizes = {"q": Axis("queries", 1, 4, 16), "k": 16, "v": 16}
+    network = NetworkSpec(
+        STEPS,
+        tuple(Port(name, "float32", (2, size, 128)) for name, size in sizes.items()),
+        (Port("out", "float32", (2, sizes["q"], 128)),),
+    )
+    save_attention(tmp_path / FILES[STEPS])
+    inputs = sample(network, {"queries": queries}, seed=0)
+    heads = [x.unflatten(2, (4, 32)).transpose(1, 2) for x in inputs.values()]
+    expected = torch.softmax(heads[0] @ heads[1].mT, -1) @ heads[2]
+    engine = open_engine("openvino", tmp_path / FILES[STEPS], network, precision="bfloat16")
+    assert error(engine(inputs)["out"], expected.transpose(1, 2).flatten(2)) < 0.05
+
+
+def save_attention(path: Path) -> None:
+    """A graph of attention with 4 heads: q (2, N, 128), k and v (2, 16, 128) -> out (2, N, 128)."""
+    of_heads, together = np.array([0, 0, 4, 32]), np.array([0, 0, 128])
+    nodes = []
+    for name, order in (("q", [0, 2, 1, 3]), ("k", [0, 2, 3, 1]), ("v", [0, 2, 1, 3])):
+        nodes.append(helper.make_node("Reshape", [name, "of_heads"], [f"{name}4"]))
+        nodes.append(helper.make_node("Transpose", [f"{name}4"], [f"{name}t"], perm=order))
+    nodes.append(helper.make_node("MatMul", ["qt", "kt"], ["scores"]))
+    nodes.append(helper.make_node("Softmax", ["scores"], ["weights"], axis=-1))
+    nodes.append(helper.make_node("MatMul", ["weights", "vt"], ["of_each"]))
+    nodes.append(helper.make_node("Transpose", ["of_each"], ["side_by_side"], perm=[0, 2, 1, 3]))
+    nodes.append(helper.make_node("Reshape", ["side_by_side", "together"], ["out"]))
+    lengths = {"q": "queries", "k": 16, "v": 16, "out": "queries"}
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [2, length, 128]) for n, length in lengths.items()]
+    numbers = {"of_heads": of_heads, "together": together}
+    constants = [numpy_helper.from_array(value, name) for name, value in numbers.items()]
+    graph = helper.make_graph(nodes, "attention", values[:3], values[3:], constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9), path)
 
 
 def test_an_unknown_backend_is_refused(tmp_path: Path) -> None:

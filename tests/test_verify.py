@@ -157,7 +157,7 @@ def test_verify_uses_precision_of_pipeline(exported: tuple[Path, Path], monkeypa
     openvino = importlib.import_module(f"fastldm.export.{_openvino()}")
     if not openvino.has_bfloat16():
         pytest.skip("this CPU has no bfloat16")
-    monkeypatch.setattr(devices, "_native_bfloat16", lambda: True)
+    monkeypatch.setattr(devices, "bfloat16_is_faster", lambda: True)
     monkeypatch.setattr(backends, "measure", lambda *args: auto.Measured(1, 1, "bfloat16"))
     opened: list[str] = []
     for module in (proof, networks):
