@@ -98,8 +98,8 @@ def test_example_config_is_accepted() -> None:
     """As it stands, and with its comments' options too."""
     text = (DEPLOY / "fastldm.toml").read_text("utf-8")
     context = serve.make_context("serve", ["--config", str(DEPLOY / "fastldm.toml")])
-    assert context.params["model"] == (("default", "default"),)
-    assert context.params["lora"] == (("sketch", "sketch"), ("pixel", "pixel"))
+    assert context.params["model"] == ("default=default",)
+    assert context.params["lora"] == ("sketch=sketch", "pixel=pixel")
     assert context.params["max_pixels"] == 1_048_576
     assert context.params["cors_origin"] == ()
     options = {name.replace("-", "_") for name in re.findall(r"^#? ?([a-z-]+) = ", text, re.MULTILINE)}

@@ -182,6 +182,27 @@ def test_adapters_are_loaded_where_they_fit(
     assert "sketch is not for tiny" in caplog.text
 
 
+def test_adapters_may_be_loaded_by_their_first_request() -> None:
+    default = Pipeline.default(dtype="float32")
+    models = Models(Settings(loras={"sketch": "sketch", "pixel": "pixel"}, load="first"), {"default": default})
+
+    async def use(*adapters: str) -> None:
+        async with models.use(None, adapters):
+            assert set(default.adapters) >= {*adapters} - {"none"}
+            assert default.get_active_adapters() == []  # for requests that name it
+
+    assert not default.adapters
+    asyncio.run(use("sketch", "none"))
+    assert [*default.adapters] == ["sketch"]
+    before = default.adapters["sketch"]
+    asyncio.run(use("pixel", "sketch"))
+    assert default.adapters["sketch"] is before
+    models.unload_lora("default", "sketch")
+    models.unload_lora("default", "sketch")
+    assert [*default.adapters] == ["pixel"]
+    asyncio.run(use("sketch"))
+
+
 @pytest.mark.parametrize("options", [{"loras": {"sketch": "sketch"}}, {"controls": {"shape": "shape"}}, {}])
 def test_what_bundles_do_not_take_runs_on_torch(
     pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]

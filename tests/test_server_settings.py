@@ -10,7 +10,7 @@ import pytest
 
 from fastldm import InputError
 from fastldm.cli.serve import serve
-from fastldm.server.settings import Settings, read_keys
+from fastldm.server.settings import Settings, from_options, read_keys
 
 KEY = "a-key-of-some-length"
 
@@ -74,3 +74,17 @@ def test_command_has_an_option_for_each() -> None:
         if field.default is not None and field.name not in renamed:
             assert option.to_info_dict()["default"] == field.default, field.name
     assert {*options} == {"config", "debug"}
+
+
+def test_options_are_settings_from_texts_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text(KEY)
+    monkeypatch.setenv("FASTLDM_API_KEYS", f"{KEY}-2")
+    texts = {"model": "a/small.safetensors", "lora": ["sketch", "x=./y"], "max-batch": "4", "drain": "2.5"}
+    settings = from_options({**texts, "insecure": "true", "log": "json", "api_key_file": tmp_path / "keys"})
+    assert (settings.models, settings.loras) == ({"small": "a/small.safetensors"}, {"sketch": "sketch", "x": "./y"})
+    assert (settings.max_batch, settings.drain, settings.insecure, settings.log) == (4, 2.5, True, "json")
+    assert settings.api_keys == (f"{KEY}-2", KEY)
+    assert from_options({"model": {"a": "b"}, "cors_origin": "https://x"}).models == {"a": "b"}
+    for options in ({"prot": 1}, {"models": {}}, {"api_keys": [KEY]}, {"max_batch": "many"}, {"model": "=x"}):
+        with pytest.raises(InputError, match=next(iter(options))):
+            from_options(options)

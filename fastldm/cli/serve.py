@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +12,6 @@ import click
 from fastldm.cli.options import backend_option, debug_option
 from fastldm.cli.report import reported
 from fastldm.errors import EngineError, InputError
-
-
-class Named(click.ParamType):
-    """NAME=PATH, or PATH alone, whose last part is the name then."""
-
-    name = "[NAME=]PATH"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
-        if isinstance(value, tuple):
-            return value
-        name, equals, path = str(value).partition("=")
-        if not equals:
-            name, path = Path(str(value)).name.removesuffix(".safetensors"), str(value)
-        if not name or not path:
-            self.fail(f"{value!r} names nothing: write NAME=PATH", param, ctx)
-        return name, path
 
 
 def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -> None:
@@ -79,7 +61,7 @@ _SECONDS, _COUNT = click.FloatRange(min=0), click.IntRange(min=1)
     "-m",
     "--model",
     "model",
-    type=Named(),
+    metavar="[NAME=]PATH",
     multiple=True,
     default=["default"],
     show_default="default, which ships inside",
@@ -88,13 +70,13 @@ _SECONDS, _COUNT = click.FloatRange(min=0), click.IntRange(min=1)
 )
 @click.option(
     "--lora",
-    type=Named(),
+    metavar="[NAME=]PATH",
     multiple=True,
     help="An adapter that requests may ask for: a file, a folder or hub id, or the name of one that ships. Repeatable.",
 )
 @click.option(
     "--control",
-    type=Named(),
+    metavar="[NAME=]PATH",
     multiple=True,
     help="A ControlNet or T2I-Adapter that requests may use: a file, a folder, a hub id, or shape, which ships. "
     "Repeatable.",
@@ -139,15 +121,7 @@ _SECONDS, _COUNT = click.FloatRange(min=0), click.IntRange(min=1)
     "--log", type=click.Choice(["plain", "json", "off"]), default="plain", show_default=True, help="A line a request."
 )
 @debug_option
-def serve(
-    model: Iterable[tuple[str, str]],
-    lora: Iterable[tuple[str, str]],
-    control: Iterable[tuple[str, str]],
-    api_key_file: str | None,
-    cors_origin: tuple[str, ...],
-    debug: bool,
-    **options: Any,
-) -> None:
+def serve(debug: bool, **options: Any) -> None:
     """Serve models over HTTP: OpenAI's Images API, AUTOMATIC1111's, and jobs.
 
     Each option may also be in the environment, as FASTLDM_SERVE_PORT, or in a file for --config.
@@ -161,40 +135,19 @@ def serve(
     with reported(debug):
         try:
             from fastldm.server.serve import serve as run
-            from fastldm.server.settings import Settings, read_keys
+            from fastldm.server.settings import from_options
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("fastldm"):
                 raise
             raise EngineError(f"{error.name} is not installed: pip install 'fastldm[serve]'") from error
-        keys = tuple(key.strip() for key in os.environ.get("FASTLDM_API_KEYS", "").split(",") if key.strip())
-        keys += () if api_key_file is None else read_keys(Path(api_key_file).expanduser())
-        settings = Settings(
-            models=_named("model", model),
-            loras=_named("lora", lora),
-            controls=_named("control", control),
-            api_keys=keys,
-            cors_origins=cors_origin,
-            **options,
-        )
+        settings = from_options(options)
         _log()
         run(settings)
 
 
-def _named(option: str, pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    named: dict[str, str] = {}
-    for name, path in pairs:
-        if name in named:
-            raise InputError(f"--{option} {name} is given twice: write NAME=PATH with different names")
-        named[name] = path
-    return named
-
-
 def _log() -> None:
     """The server's own lines as they are; what else is said with its origin."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    server = logging.getLogger("fastldm.server")
-    server.addHandler(handler)
-    server.setLevel(logging.INFO)
-    server.propagate = False
+    from fastldm.server.middleware import write_log
+
+    write_log()
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")

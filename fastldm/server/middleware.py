@@ -32,6 +32,16 @@ OPEN_PATHS = re.compile(r"/(health|ready|page/.*)?")
 """What is answered without a key: the page's files, too, which asks for it then."""
 
 
+def write_log() -> None:
+    """The server's own lines, as they are, to standard error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    server = logging.getLogger("fastldm.server")
+    server.addHandler(handler)
+    server.setLevel(logging.INFO)
+    server.propagate = False
+
+
 class Observed:
     """Gives each request an id, answers what nobody else did, and tells the log and the metrics."""
 
@@ -43,7 +53,7 @@ class Observed:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         start, status, size = time.perf_counter(), 0, 0
-        scope["request_id"] = request_id = secrets.token_hex(8)
+        request_id = scope.setdefault("request_id", secrets.token_hex(8))  # a router in front has given it one
         scope["owner"] = ""
 
         async def sent(message: Message) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -93,9 +93,9 @@ class Models:
                 self._open(model)
 
     @asynccontextmanager
-    async def use(self, name: str | None) -> AsyncIterator[Model]:
-        """A model by name, loaded, and not unloaded inside; None is the default. ApiError for an unknown name, and what
-        loading raises."""
+    async def use(self, name: str | None, adapters: Iterable[str] = ()) -> AsyncIterator[Model]:
+        """A model by name, loaded, and not unloaded inside; None is the default. adapters: of which those of the
+        settings are loaded too. ApiError for an unknown name, and what loading raises."""
         name = self.default.name if name is None else name
         if name not in self._by_name:
             known = ", ".join(map(repr, self._by_name))
@@ -106,12 +106,27 @@ class Models:
         model.used = self._counter
         model.users += 1
         try:
-            if model.session is None:
+            if model.session is None or self._missing(model, adapters):
                 async with self._loading:  # one at a time: each counts on the memory that is free
                     await self._open_in_room(model)
+                    for adapter in self._missing(model, adapters):
+                        await asyncio.to_thread(self._load_lora, model, adapter)
             yield model
         finally:
             model.users -= 1
+
+    def _missing(self, model: Model, adapters: Iterable[str]) -> list[str]:
+        """Those that are loaded by their first request, and are not yet."""
+        if self._settings.load == "start" or model.pipe is None:
+            return []
+        loaded = model.pipe.adapters
+        return [name for name in adapters if name in self._loras and name not in loaded]
+
+    def unload_lora(self, model: str, name: str) -> None:
+        """Make room; requests that were submitted with it still have it."""
+        pipe = self._by_name[model].pipe
+        if pipe is not None and name in pipe.adapters:
+            pipe.delete_adapters(name)
 
     async def _open_in_room(self, model: Model) -> None:
         """Load a model; where memory is short, without those that have nothing to do, the longest unused first."""
@@ -161,13 +176,7 @@ class Models:
             raise OutOfMemory(f"model {model.name} needs {needed} for a picture, and {there} are free")
 
     def _take(self, model: Model, pipe: Pipeline) -> None:
-        for name, file in self._loras.items():
-            try:
-                pipe.load_lora_weights(file, adapter_name=name, allow_pickle=self._settings.allow_pickle)
-            except (CheckpointError, InputError) as error:
-                logger.info("%s is not for %s: %s", name, model.name, error)
-        if self._loras:
-            pipe.set_adapters([])  # only for requests that name them
+        pipe.disable_lora()  # only for requests that name them
         for name, path in self._settings.controls.items():
             try:
                 pipe.attach_control(path, name, allow_pickle=self._settings.allow_pickle)
@@ -175,6 +184,17 @@ class Models:
                 logger.info("%s is not for %s: %s", name, model.name, error)
         # The server bounds all queues together, so that no session's own bound is met before.
         model.pipe, model.session = pipe, Session(pipe, max_batch=self._settings.max_batch, max_queue=MAX_QUEUE)
+        if self._settings.load == "start":
+            for name in self._loras:
+                self._load_lora(model, name)
+
+    def _load_lora(self, model: Model, name: str) -> None:
+        assert model.pipe is not None
+        options = {"adapter_name": name, "allow_pickle": self._settings.allow_pickle}
+        try:
+            model.pipe.load_lora_weights(self._loras[name], **options)  # type: ignore[arg-type]
+        except (CheckpointError, InputError) as error:
+            logger.info("%s is not for %s: %s", name, model.name, error)
 
     def close(self, *, cancel: bool) -> None:
         """Take no more requests; wait for those under way, or cancel them."""

@@ -118,7 +118,7 @@ class Service:
     ) -> Work:
         """Queue a request with fields of `fastldm.Request`. id: the HTTP request's. previews: how many of its steps
         have one. ApiError, or what `Session.submit` raises."""
-        async with self.models.use(model) as found:
+        async with self.models.use(model, arguments.get("adapters") or ()) as found:
             if self.draining:
                 raise stopping()
             assert found.session is not None

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import ipaddress
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fastldm import checks
 from fastldm.errors import InputError
@@ -13,6 +17,8 @@ from fastldm.reading import read_file
 
 MIB = 2**20
 _MIN_KEY = 8  # characters
+_NAMED = ("model", "lora", "control")
+_LISTS = ("models", "loras", "controls", "api_keys", "cors_origins")  # whose options have other names
 _MAX_SECONDS = 7 * 24 * 3600.0
 
 
@@ -104,6 +110,53 @@ class Settings:
                 f"host {self.host} is reached by other machines, and there is no API key: give one in a file "
                 "(--api-key-file) or in FASTLDM_API_KEYS, or say --insecure"
             )
+
+
+def from_options(options: Mapping[str, Any]) -> Settings:
+    """The settings of the options of `fastldm serve`, by their names with _ for -: models, LoRAs and controls as texts
+    `[NAME=]PATH`, or as a dictionary; numbers as texts too, as command lines have them. Keys come from
+    `api_key_file` and from FASTLDM_API_KEYS, divided by commas. InputError for what is no option."""
+    values = {name.replace("-", "_"): value for name, value in options.items()}
+    keys = tuple(key.strip() for key in os.environ.get("FASTLDM_API_KEYS", "").split(",") if key.strip())
+    file = values.pop("api_key_file", None)
+    keys += () if file is None else read_keys(Path(file).expanduser())
+    fields: dict[str, Any] = {"api_keys": keys}
+    known = {field.name: field.default for field in dataclasses.fields(Settings)}
+    for name, value in values.items():
+        if name in _NAMED:
+            fields[f"{name}s"] = _named(name, value)
+        elif name == "cors_origin":
+            fields["cors_origins"] = (value,) if isinstance(value, str) else tuple(value)
+        elif name not in known or name in _LISTS:
+            raise InputError(f"there is no option {name!r}: `fastldm serve --help` lists them")
+        else:
+            fields[name] = _number(name, value) if isinstance(known[name], (bool, int, float)) else value
+    return Settings(**fields)
+
+
+def _number(name: str, value: Any) -> Any:
+    """As JSON writes it, if it is a text."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        raise InputError(f"{name} is {checks.show(value)}: expected a number, true or false") from None
+
+
+def _named(option: str, given: Any) -> dict[str, str]:
+    """`[NAME=]PATH`, one or several: without a name, a path's last part is it."""
+    if isinstance(given, Mapping):
+        return dict(given)
+    named: dict[str, str] = {}
+    for text in [given] if isinstance(given, str) else given:
+        name, equals, path = str(text).partition("=")
+        if not equals:
+            name, path = Path(text).name.removesuffix(".safetensors"), text
+        if not name or not path:
+            raise InputError(f"--{option}: {text!r} names nothing: write NAME=PATH")
+        if name in named:
+            raise InputError(f"--{option} {name} is given twice: write NAME=PATH with different names")
+        named[name] = path
+    return named
 
 
 def _is_own(host: str) -> bool:
