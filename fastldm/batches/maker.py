@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -18,7 +18,6 @@ from fastldm.batches.lines import Line, Outcome
 from fastldm.errors import FastLDMError
 from fastldm.files import whole_file
 from fastldm.image import encode_image, result_parameters
-from fastldm.request import Result
 from fastldm.serving.session import Session
 
 _ENDINGS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
@@ -50,24 +49,33 @@ class Maker:
         return self._pool.submit(self._make, line, out)
 
     def _make(self, line: Line, out: Path) -> Outcome:
+        outcome, contents = self.make(line)
+        write_files(out, outcome.files, contents)
+        return outcome
+
+    def make(self, line: Line) -> tuple[Outcome, list[bytes]]:
+        """Its outcome, and the contents of its files, which nobody has written yet."""
         assert line.request is not None
         try:
             result = self._session.submit(line.request).result()
         except (FastLDMError, CancelledError) as error:
-            return Outcome(line, error=str(error) or "cancelled")
-        return Outcome(line, self._write(line, out, result), result.seeds, result.timings.total)
+            return Outcome(line, error=str(error) or "cancelled"), []
+        pairs = zip(result.images, result_parameters(result, self._model), strict=True)
+        contents = [encode_image(image, self._kind, text) for image, text in pairs]
+        parts = [""] if len(contents) == 1 else [f"-{k}" for k in range(len(contents))]
+        names = tuple(f"{line.key}{part}.{_ENDINGS[self._kind]}" for part in parts)
+        return Outcome(line, names, result.seeds, result.timings.total), contents
 
-    def _write(self, line: Line, out: Path, result: Result) -> tuple[str, ...]:
-        files = []
-        for k, (image, text) in enumerate(zip(result.images, result_parameters(result, self._model), strict=True)):
-            name = f"{line.key}{'' if len(result.images) == 1 else f'-{k}'}.{_ENDINGS[self._kind]}"
-            with whole_file(out / name) as file:
-                file.write(encode_image(image, self._kind, text))
-                file.flush()
-                os.fsync(file.fileno())
-            files.append(name)
+
+def write_files(out: Path, names: Sequence[str], contents: Sequence[bytes]) -> None:
+    """Files that are whole and on the disk, each written beside its name. OSError where they cannot be."""
+    for name, content in zip(names, contents, strict=True):
+        with whole_file(out / name) as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    if names:
         _sync_folder(out)
-        return tuple(files)
 
 
 class ProcessDied(Exception):

@@ -11,6 +11,7 @@ import click
 
 from fastldm.cli.options import Size, backend_option, debug_option, lora_option, model_option
 from fastldm.cli.report import reported
+from fastldm.errors import EngineError
 
 
 class Shard(click.ParamType):
@@ -35,6 +36,13 @@ class Shard(click.ParamType):
 @click.option("--n", "count", type=click.IntRange(min=1), help="Likewise, how many pictures of a line.  [default: 1]")
 @lora_option
 @click.option("--shard", type=Shard(), help="Every N-th line, from number I: a part of them for each of N machines.")
+@click.option(
+    "--ray",
+    "actors",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Have N actors of a Ray cluster make them, with a GPU each, or their share of the cores.",
+)
 @click.option("--grid", is_flag=True, help="Write grid.png too: all pictures, with their prompts.")
 @click.option("--format", "kind", type=click.Choice(["png", "jpg", "webp"]), default="png", show_default=True)
 @click.option(
@@ -89,10 +97,10 @@ def _batch(prompts: str, out: Path, options: dict[str, Any]) -> bool:
     work, failed, most = batches.Batch(lines, out, name=part), 0, options["max_batch"]
     pictures = sum(line.request.batch for line in work.left if line.request is not None)
     with (
-        batches.ProcessMaker(partial(_open_maker, options)) as maker,
+        _maker(partial(_open_maker, options), options) as maker,
         tqdm(total=pictures, unit=" pictures", disable=not sys.stderr.isatty()) as bar,
     ):
-        for outcome in work.run(maker, ahead=4 * most):
+        for outcome in work.run(maker, ahead=4 * most * (options["actors"] or 1)):
             if outcome.error is not None:
                 failed += 1
                 bar.write(f"line {outcome.line.number}: {outcome.error}", file=sys.stderr)
@@ -105,6 +113,21 @@ def _batch(prompts: str, out: Path, options: dict[str, Any]) -> bool:
         for path in work.write_grid(out / f"grid{part}.png"):
             click.echo(path)
     return done == len(lines)
+
+
+def _maker(open_maker: Any, options: dict[str, Any]) -> Any:
+    if not options["actors"]:
+        from fastldm.batches import ProcessMaker
+
+        return ProcessMaker(open_maker)
+    try:
+        from fastldm.batches.ray import RayMaker
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("fastldm"):
+            raise
+        raise EngineError(f"{error.name} is not installed: pip install 'fastldm[ray]'") from error
+    gpus = not (options["device"] or "").startswith("cpu")
+    return RayMaker(open_maker, options["actors"], at_a_time=2 * options["max_batch"], gpus=gpus)
 
 
 def _open_maker(options: dict[str, Any]) -> Any:

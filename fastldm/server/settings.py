@@ -130,12 +130,12 @@ def from_options(options: Mapping[str, Any]) -> Settings:
         elif name not in known or name in _LISTS:
             raise InputError(f"there is no option {name!r}: `fastldm serve --help` lists them")
         else:
-            fields[name] = _number(name, value) if isinstance(known[name], (bool, int, float)) else value
+            fields[name] = number(name, value) if isinstance(known[name], (bool, int, float)) else value
     return Settings(**fields)
 
 
-def _number(name: str, value: Any) -> Any:
-    """As JSON writes it, if it is a text."""
+def number(name: str, value: Any) -> Any:
+    """As JSON writes it, if it is a text; InputError for what is none."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except ValueError:
