@@ -30,6 +30,8 @@ from fastldm.kernels.compile import ARCHS, SHARED_MEMORY, Ahead, Compiled
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {"end_step": ({"rare": False}, {"rare": True})}
+"""By op, arguments of which its calls in the workloads have only the first."""
 
 
 def compile_all(arch: int, workload: str, dtype: str, op: str | None) -> list[Compiled]:
@@ -39,7 +41,8 @@ def compile_all(arch: int, workload: str, dtype: str, op: str | None) -> list[Co
         for call in calls(workload, DTYPES[dtype]):
             args, kwargs = call.arguments("meta")
             if op in (None, call.op) and dispatch.OPS[call.op].supports(*args, **kwargs):
-                dispatch.OPS[call.op].triton(*args, **kwargs)
+                for variant in VARIANTS.get(call.op, ({},)):
+                    dispatch.OPS[call.op].triton(*args, **{**kwargs, **variant})
     return list(ahead.compiled.values())
 
 

@@ -21,13 +21,14 @@ from torch import Tensor
 
 from benchmarks import harness
 from fastldm.kernels import use
-from fastldm.kernels.step import COLUMNS, END_STEP, StepState, end_step, guide, model_input, step, table_rows
+from fastldm.kernels.step import END_STEP, StepState, end_step, guide, model_input, step, table_rows
 from fastldm.planning.timing import ceilings, take_turns
 from fastldm.samplers.scheduler_config import read_config
 from fastldm.samplers.table import make_table
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 SCALE, STEPS, ROW = 7.5, 20, 10  # every replay is step 11 of 20
+WEIGHTS = (1 - SCALE, SCALE)
 ROWS = 1 << 15  # of a table: more than replays
 COPIES = 4  # of the state, each with a call in the graph
 SHAPES = {  # slots, height and width of the latents
@@ -44,13 +45,12 @@ def arguments(slots: int, height: int, width: int, dtype: torch.dtype, device: s
         slots=slots, rows=2 * slots, channels=4, height=height, width=width, steps=rows, dtype=dtype, device=device
     )
     table = make_table(read_config({"_class_name": "DDIMScheduler", **SD}), STEPS, sampler="dpm++ 2m")
-    row = table_rows(table.rows.tolist(), table.draws, [True] * STEPS)[ROW]
+    row = table_rows(table.rows, table.draws, [(*WEIGHTS, 0.0, 0.0)] * STEPS)[ROW]
     state.table.copy_(row)
     state.steps.fill_(rows)
-    state.guidance.fill_(SCALE)
     at = torch.arange(slots, dtype=torch.int32, device=device)
     for own in (state.rows, state.next_rows):
-        own.copy_(torch.stack((at, at + slots), 1))
+        own[:, :2] = torch.stack((at, at + slots), 1)
     for t in (state.x, state.y, state.history):
         t.normal_()
     out = torch.randn(2 * slots, 4, height, width, device=device).to(dtype, memory_format=torch.channels_last)
@@ -59,12 +59,12 @@ def arguments(slots: int, height: int, width: int, dtype: torch.dtype, device: s
 
 def functions(row: list[float], out: Tensor, x: Tensor, last: Tensor, dtype: torch.dtype) -> Any:
     """The functions that the kernel replaces: (model input, x, m)."""
-    after, _, (m, _) = step(row, x, None, (last,), guide(out, SCALE), None, depth=2)
+    after, _, (m, _) = step(row, x, None, (last,), guide(out, WEIGHTS), None, depth=2)
     return model_input(after, row[0], dtype, 2), after, m
 
 
 def rivals(out: Tensor, state: StepState, compiled: bool = True) -> dict[str, Callable[[], object]]:
-    row = state.table[0, 0, : len(COLUMNS)].tolist()
+    row = state.table[0, 0].tolist()
     x, last, dtype = state.x.clone(), state.history[:, 0].clone(), out.dtype
     contenders: dict[str, Callable[[], object]] = {"eager": lambda: functions(row, out, x, last, dtype)}
     if compiled:
@@ -92,7 +92,7 @@ def rivals(out: Tensor, state: StepState, compiled: bool = True) -> dict[str, Ca
 def wrong(slots: int, height: int, width: int, dtype: torch.dtype, device: str) -> str | None:
     """The first difference between kernel and functions after two steps; None if there is none."""
     out, state = arguments(slots, height, width, dtype, device, rows=4)
-    row = state.table[0, 0, : len(COLUMNS)].tolist()
+    row = state.table[0, 0].tolist()
     x, last = state.x.clone(), state.history[:, -1].clone()
     for _ in range(2):
         with use("triton"):

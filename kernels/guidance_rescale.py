@@ -1,16 +1,16 @@
 """The factor by which guidance is multiplied so that it deviates as little as the guided branch alone.
 
-    mixed  = u + g * (c - u)                                        c, u: what the network predicts with and without
-    factor = 1 - phi + phi * std(c) / std(mixed)                          the prompt; g: the scale; phi: the rescale
+    mixed  = w0 * row0 + w1 * row1 + w2 * row2                      rows of the U-Net, row1 guided; w: as in step.py
+    factor = 1 - phi + phi * std(row1) / std(mixed)                 phi: the rescale
 
 Over all C*h*w numbers of a sample. Formula: Lin et al. 2023, arXiv:2305.08891, section 3.4.
 
-The op writes the factor of each slot of a `StepState` (step.py) that rescales; the kernel that ends the step multiplies
-by it. Two deviations over a whole sample come before anything can be multiplied, so it is a kernel of its own, launched
-only where a slot rescales. One program takes a slot, so that its sums have one order, in two passes, so that they do
-not cancel.
+The op writes the factor of each slot of a `StepState` (step.py) that rescales, and whose next row has several weights;
+the kernel that ends the step multiplies by it. Two deviations over a whole sample come before anything can be
+multiplied, so it is a kernel of its own, launched only where a slot rescales. One program takes a slot, so that its
+sums have one order, in two passes, so that they do not cancel.
 
-Bytes: both rows of out, read twice, the second time from a cache.
+Bytes: all rows of out, read twice, the second time from a cache.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from fastldm.kernels.dispatch import YES, Config, Cost, Op, Verdict, jit, launch
 
 if TYPE_CHECKING:
     import triton.language as tl
+
+W0 = 18  # where w0, w1 and w2 lie in a row of a table, see step.py
 
 
 def rescale_factor(guided: Tensor, mixed: Tensor, rescale: float) -> Tensor:
@@ -39,21 +41,24 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def guidance_rescale_reference(
     out: Tensor,
+    table: Tensor,
     counter: Tensor,
     steps: Tensor,
-    guidance: Tensor,
     rescale: Tensor,
     factor: Tensor,
     rows: Tensor,
 ) -> None:
     """Slot after slot, by the formula."""
     for slot, (i, end) in enumerate(zip(counter.tolist(), steps.tolist(), strict=True)):
-        unguided_row, guided_row = rows[slot].tolist()
-        if i >= end or rescale[slot] == 0 or unguided_row < 0:
+        if i >= end or rescale[slot] == 0:
             continue
-        unguided, guided = at_least_float32(out[[unguided_row, guided_row]]).chunk(2)
-        mixed = torch.lerp(unguided, guided, float(guidance[slot]))
-        factor[slot] = rescale_factor(guided, mixed, float(rescale[slot])).squeeze()
+        weights = table[slot, i, W0 : W0 + 3].tolist()
+        if weights[0] == 0 and weights[2] == 0:
+            continue
+        branches = [at_least_float32(out[r, None]) for r in rows[slot].tolist()]  # one of weight 0 is any
+        mixed = sum(w * branch for w, branch in zip(weights, branches, strict=True) if w)
+        assert isinstance(mixed, Tensor)
+        factor[slot] = rescale_factor(branches[1], mixed, float(rescale[slot])).squeeze()
 
 
 def pixels_supported(t: Tensor) -> Verdict:
@@ -77,14 +82,17 @@ def cost(out: Tensor, *_: object, **__: object) -> Cost:
 
 def example_slots(slots: int, rows: int, steps: int) -> dict[str, Tensor]:
     """Slots at the first of `steps` rows of their tables, guided where the network has two rows for each."""
-    row = torch.arange(slots) % rows
-    pairs = torch.stack((row, row + slots) if rows >= 2 * slots else (torch.full_like(row, -1), row), 1)
-    return {"counter": torch.zeros(slots), "steps": torch.full((slots,), steps), "rows": pairs}
+    row, none = torch.arange(slots) % rows, torch.full((slots,), -1)
+    branches = torch.stack((row, row + slots, none) if rows >= 2 * slots else (none, row, none), 1)
+    return {"counter": torch.zeros(slots), "steps": torch.full((slots,), steps), "rows": branches}
 
 
-def example_values(out: Tensor, counter: Tensor, *_: Tensor, **__: Tensor) -> dict[str, Tensor]:
-    slots = len(counter)
-    return example_slots(slots, len(out), 1) | {"rescale": torch.full((slots,), 0.7)}
+def example_values(out: Tensor, table: Tensor, *_: Tensor, **__: Tensor) -> dict[str, Tensor]:
+    slots, steps, width = table.shape
+    values = example_slots(slots, len(out), steps)
+    weights = (-6.5, 7.5, 0.0) if len(out) >= 2 * slots else (0.0, 1.0, 0.0)
+    row = torch.zeros(width).index_copy_(0, torch.arange(W0, W0 + 3), torch.tensor(weights))
+    return values | {"table": row.expand(slots, steps, -1), "rescale": torch.full((slots,), 0.7)}
 
 
 # ----------------------------------------------------------------------------------------------- configurations
@@ -110,21 +118,22 @@ def default(shape: str, arch: int) -> Config:
 
 
 @jit
-def lerp(start, end, weight):
-    """torch.lerp: from the nearer end, so that both ends are exact."""
-    span = end - start
-    return tl.where(weight < 0.5, start + weight * span, end - (1.0 - weight) * span)
+def _row(out, row, weight, at, mask):
+    """A row of the U-Net, in float32; where its weight is 0, zeros, and nothing is read."""
+    needed = mask & (weight + tl.zeros(mask.shape, tl.float32) != 0.0)
+    return tl.load(out + row + at, needed, other=0.0).to(tl.float32)
 
 
 @jit
 def _guidance_rescale_kernel(
     out,
+    table,
     counter,
     steps,
-    guidance,
     rescale,
     factor,
     rows,
+    capacity,
     pixels,
     out_row,
     out_channel,
@@ -133,13 +142,20 @@ def _guidance_rescale_kernel(
     LANES: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
-    slot = tl.program_id(0)
+    slot = tl.program_id(0).to(tl.int64)
     phi = tl.load(rescale + slot)
-    unguided_row = tl.load(rows + 2 * slot).to(tl.int64)
-    guided_row = tl.load(rows + 2 * slot + 1).to(tl.int64)
-    if (tl.load(counter + slot) >= tl.load(steps + slot)) | (phi == 0.0) | (unguided_row < 0):
+    i = tl.load(counter + slot)
+    if (i >= tl.load(steps + slot)) | (phi == 0.0):
         return
-    scale = tl.load(guidance + slot)
+    row = table + (slot * capacity + i) * 32 + 18
+    w0 = tl.load(row)
+    w1 = tl.load(row + 1)
+    w2 = tl.load(row + 2)
+    if (w0 == 0.0) & (w2 == 0.0):
+        return
+    row0 = tl.load(rows + 3 * slot).to(tl.int64) * out_row
+    row1 = tl.load(rows + 3 * slot + 1).to(tl.int64) * out_row
+    row2 = tl.load(rows + 3 * slot + 2).to(tl.int64) * out_row
     block = tl.arange(0, PIXELS)[:, None]
     channel = tl.arange(0, LANES)[None, :]
     count = CHANNELS * pixels
@@ -148,11 +164,10 @@ def _guidance_rescale_kernel(
     mixed_sum = tl.zeros((PIXELS, LANES), tl.float32)
     for start in range(0, pixels, PIXELS):
         mask = (start + block < pixels) & (channel < CHANNELS)
-        at = out + channel * out_channel + (start + block) * OUT_PIXEL
-        guided = tl.load(at + guided_row * out_row, mask, other=0.0).to(tl.float32)
-        unguided = tl.load(at + unguided_row * out_row, mask, other=0.0).to(tl.float32)
+        at = channel * out_channel + (start + block) * OUT_PIXEL
+        guided = tl.load(out + row1 + at, mask, other=0.0).to(tl.float32)
         guided_sum += guided
-        mixed_sum += lerp(unguided, guided, scale)
+        mixed_sum += w0 * _row(out, row0, w0, at, mask) + w1 * guided + w2 * _row(out, row2, w2, at, mask)
     guided_mean = tl.sum(guided_sum) / count
     mixed_mean = tl.sum(mixed_sum) / count
 
@@ -160,11 +175,11 @@ def _guidance_rescale_kernel(
     mixed_squares = tl.zeros((PIXELS, LANES), tl.float32)
     for start in range(0, pixels, PIXELS):
         mask = (start + block < pixels) & (channel < CHANNELS)
-        at = out + channel * out_channel + (start + block) * OUT_PIXEL
-        guided = tl.load(at + guided_row * out_row, mask, other=0.0).to(tl.float32)
-        unguided = tl.load(at + unguided_row * out_row, mask, other=0.0).to(tl.float32)
+        at = channel * out_channel + (start + block) * OUT_PIXEL
+        guided = tl.load(out + row1 + at, mask, other=0.0).to(tl.float32)
+        mixed = w0 * _row(out, row0, w0, at, mask) + w1 * guided + w2 * _row(out, row2, w2, at, mask)
         guided_deviation = tl.where(mask, guided - guided_mean, 0.0)
-        mixed_deviation = tl.where(mask, lerp(unguided, guided, scale) - mixed_mean, 0.0)
+        mixed_deviation = tl.where(mask, mixed - mixed_mean, 0.0)
         guided_squares += guided_deviation * guided_deviation
         mixed_squares += mixed_deviation * mixed_deviation
     ratio = tl.sqrt(tl.sum(guided_squares) / tl.sum(mixed_squares))  # both over count - 1
@@ -173,9 +188,9 @@ def _guidance_rescale_kernel(
 
 def guidance_rescale_triton(
     out: Tensor,
+    table: Tensor,
     counter: Tensor,
     steps: Tensor,
-    guidance: Tensor,
     rescale: Tensor,
     factor: Tensor,
     rows: Tensor,
@@ -184,8 +199,8 @@ def guidance_rescale_triton(
     launch(
         _guidance_rescale_kernel,
         (counter.numel(),),
-        *(out, counter, steps, guidance, rescale, factor, rows),
-        *(out.shape[2] * out.shape[3], out.stride(0), out.stride(1)),
+        *(out, table, counter, steps, rescale, factor, rows),
+        *(table.shape[1], out.shape[2] * out.shape[3], out.stride(0), out.stride(1)),
         OUT_PIXEL=out.stride(3),
         CHANNELS=out.shape[1],
         LANES=next_power_of_2(out.shape[1]),

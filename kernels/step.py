@@ -1,17 +1,23 @@
 """The end of a step: guidance, history, next latent, next anchor, mask blend, and the model input of the next step.
 
-    out  = c + (g - 1) * (c - u)                                       classifier-free guidance, g per call or slot
-    out *= 1 - phi + phi * std(c) / std(out)                           where guidance is rescaled, phi > 0
+    out  = w0 * row0 + w1 * row1 + w2 * row2                           of up to three rows of the U-Net
+    out *= 1 - phi + phi * std(row1) / std(out)                        where guidance is rescaled, phi > 0
     m    = p * x + q * out                                             history, newest first
-    x'   = a * x + a1 * y + sum_k b_k * m_(i-k) + d * noise            next latent
+    m    = clamp(m, -clip, clip)                                       where clip > 0
+    x'   = a * x + a1 * y + sum_k b_k * m_(i-k)                        next latent
+           + d * exp(d_ratio * (v + 1) / 2) * noise                    v: of row1, the channels behind the latents'
+           + o * out + gx * (row1 - row0)
     y'   = e * x + e1 * y + sum_k f_k * m_(i-k)                        next anchor
     x'   = mask * x' + (1 - mask) * (r * init + s * noise0)            only where a mask is set
     u'   = c_in * x'                                                   next model input, once for each U-Net row
 
-The state is float32, (B, C, h, w), and a sampler is a table: `row` holds the numbers of one step in the order of
-COLUMNS, and what else behind them is not read here. `guide`, `step`, `blend` and `model_input` are these formulas for
-one row, on Python numbers: they define correct, and run on a CPU. Zero coefficients cost nothing: a DDIM step is two
-multiply-adds.
+Row 0 is unguided, row 1 guided, and row 2 a third, where guidance has three. Classifier-free guidance is (1 - g, g, 0),
+and a step without guidance (0, 1, 0): scales, intervals and their changes are numbers of the table.
+
+The state is float32, (B, C, h, w), and a sampler is a table, whose columns are SAMPLER; `table_rows` adds what a
+request decides, in the order of COLUMNS and EXTRA. `guide`, `step`, `blend` and `model_input` are these formulas for
+one such row, on Python numbers: they define correct, and run on a CPU. Zero coefficients cost nothing: a DDIM step is
+two multiply-adds.
 
 On a GPU `end_step` does all of this for S slots at once, each at its own step of its own table, in one kernel:
 
@@ -44,7 +50,7 @@ Over 500 lines, for an op is a file, however long: the functions that define a s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,7 +60,6 @@ from fastldm.kernels.guidance_rescale import (
     GUIDANCE_RESCALE,
     at_least_float32,
     example_slots,
-    lerp,
     pixels_supported,
     rescale_factor,
 )
@@ -63,7 +68,11 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 COLUMNS = ("c_in", "p", "q", "a", "a1", "b0", "b1", "b2", "b3", "d", "e", "e1", "f0", "f1", "f2", "f3", "r", "s")
-EXTRA = ("guided", "masked", "keep", "draw")  # behind them in device memory, see `table_rows`
+SAMPLER = (*COLUMNS, "deep", "clip", "o", "d_ratio", "gm", "gx")
+EXTRA = ("w0", "w1", "w2", "masked", "keep", "draw", "clip", "o", "d_ratio", "gx")  # see `table_rows`
+RARE = EXTRA[6:]  # most samplers have only zeros there
+W0 = len(COLUMNS)  # where w0, w1, w2 begin
+BRANCHES = 3  # rows of the U-Net that a slot may have
 ROW = 32  # floats between rows in device memory: 128 bytes, a line of the cache
 RING = 4  # planes of history
 NEVER = 2**31 - 1  # in `first_bad`
@@ -72,14 +81,18 @@ NEVER = 2**31 - 1  # in `first_bad`
 # ------------------------------------------------------------ the definition of correct, and what runs on a CPU
 
 
-def guide(out: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
-    """Classifier-free guidance: (2B, C, h, w), unguided rows first, to (B, C, h, w) float32.
+def guide(out: Tensor, weights: Sequence[float], rescale: float = 0.0) -> Tensor:
+    """The sum of rows 0, 1 and, with three weights, 2, whose weights have the sum 1: (nB, C, h, w), those of row 0
+    first, to (B, C, h, w) float32.
 
-    `rescale` moves each sample's deviation back to its guided branch's: https://arxiv.org/abs/2305.08891, section 3.4.
+    `rescale` moves each sample's deviation back to that of row 1: https://arxiv.org/abs/2305.08891, section 3.4.
     """
-    unguided, guided = at_least_float32(out).chunk(2)
-    mixed = torch.lerp(unguided, guided, scale)
-    return mixed if rescale == 0.0 else mixed * rescale_factor(guided, mixed, rescale)
+    branches = at_least_float32(out).chunk(len(weights))
+    if len(branches) == 2:
+        mixed = torch.lerp(branches[0], branches[1], weights[1])
+    else:
+        mixed = _sum(*zip(weights, branches, strict=True))
+    return mixed if rescale == 0.0 else mixed * rescale_factor(branches[1], mixed, rescale)
 
 
 def model_input(x: Tensor, c_in: float, dtype: torch.dtype, copies: int, extra: Tensor | None = None) -> Tensor:
@@ -101,16 +114,24 @@ def step(
     noise: Tensor | None,
     *,
     depth: int = 4,
+    difference: Tensor | None = None,
+    variance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
     """One step: (x', y', history with m in front, at most `depth` long).
 
-    x, out, noise: (B, C, h, w) float32. y: None for samplers that read no anchor, and it stays None. Pure: nothing
-    is written in place.
+    x, out, noise: (B, C, h, w) float32; so are difference, row1 - row0, and variance, v, where the row reads them. y:
+    None for samplers that read no anchor, and it stays None. Pure: nothing is written in place.
     """
     p, q, a, a1, b0, b1, b2, b3, d, e, e1, f0, f1, f2, f3 = row[1:16]
-    history = (_sum((p, x), (q, out)), *history[: depth - 1])
+    clip, o, d_ratio, gx = row[W0 + len(EXTRA) - len(RARE) :][: len(RARE)]
+    m = _sum((p, x), (q, out))
+    history = (m.clamp(-clip, clip) if clip else m, *history[: depth - 1])
     m0, m1, m2, m3 = [*history, None, None, None][:4]
-    after = _sum((a, x), (a1, y), (b0, m0), (b1, m1), (b2, m2), (b3, m3), (d, noise))
+    if d_ratio and noise is not None and variance is not None:
+        noise = noise * (d_ratio * (variance + 1) / 2).exp()
+    after = _sum(
+        *((a, x), (a1, y), (b0, m0), (b1, m1), (b2, m2), (b3, m3), (d, noise), (o, out), (gx, difference)),
+    )
     if y is not None:
         y = _sum((e, x), (e1, y), (f0, m0), (f1, m1), (f2, m2), (f3, m3))
     return after, y, history
@@ -145,7 +166,7 @@ class StepState(NamedTuple):
 
     All tensors are on the device, and written in place, never replaced: a captured step keeps reading them. A slot
     whose counter has reached its steps is idle: nothing of it is read or written. To start a slot, write its table, x,
-    noise, guidance and rescale, 0 to counter, NEVER to first_bad, c_in * x to its rows of u, and then steps.
+    noise and rescale, 0 to counter, NEVER to first_bad, c_in * x to its rows of u, and then steps.
     """
 
     u: Tensor  # (R, C + K, h, w), the network's dtype: the next model input, of which the first C channels are written
@@ -160,11 +181,10 @@ class StepState(NamedTuple):
     counter: Tensor  # (S,) int32: the row of the table that comes next
     steps: Tensor  # (S,) int32: how many rows the slot's table has
     arrived: Tensor  # (S,) int32: the kernel's own, 0 between launches
-    guidance: Tensor  # (S,) float32: the scale
     rescale: Tensor  # (S,) float32: phi, 0 for none
     factor: Tensor  # (S,) float32: multiplies guidance; written before each step where rescale is not 0
-    rows: Tensor  # (S, 2) int32: the rows of `out` that hold the unguided (or -1) and the guided branch of this step
-    next_rows: Tensor  # (S, 2) int32: the rows of u that get the next model input, -1 for none
+    rows: Tensor  # (S, BRANCHES) int32: the rows of `out` that are the slot's rows 0, 1, 2; -1 for those of weight 0
+    next_rows: Tensor  # (S, BRANCHES) int32: the rows of u that get the next model input, -1 for none
     first_bad: Tensor  # (S,) int32: the first row after which x held NaN or infinity, else NEVER
 
     @staticmethod
@@ -213,34 +233,35 @@ class StepState(NamedTuple):
             counter=ints(slots),
             steps=ints(slots),
             arrived=ints(slots),
-            guidance=floats(slots, value=1.0),
             rescale=floats(slots),
             factor=floats(slots, value=1.0),
-            rows=ints(slots, 2, value=-1),
-            next_rows=ints(slots, 2, value=-1),
+            rows=ints(slots, BRANCHES, value=-1),
+            next_rows=ints(slots, BRANCHES, value=-1),
             first_bad=ints(slots, value=NEVER),
         )
 
 
-def table_rows(
-    rows: Sequence[Sequence[float]], draws: Sequence[bool], guided: Sequence[bool], masked: bool = False
-) -> Tensor:
-    """A step table as slots read it: (T, ROW) float32, on the CPU. Columns behind COLUMNS are EXTRA:
+def table_rows(rows: Any, draws: Sequence[bool], weights: Sequence[Sequence[float]], masked: bool = False) -> Tensor:
+    """A sampler's table, (T, len(SAMPLER)), as slots read it: (T, ROW), float32 or as `rows`, on the CPU. Columns
+    behind COLUMNS are EXTRA:
 
-    guided: 1 where two branches of `out` are mixed, 0 where the guided one is used alone. masked: 1 where the mask is
-    blended in. keep: 1 where a later row reads this row's m. draw: the index of this row's noise among the slot's.
+    w0, w1, w2, gx: weights, (T, 4). masked: 1 where the mask is blended in. keep: 1 where a later row reads this row's
+    m. draw: the index of this row's noise among the slot's. clip, o, d_ratio: of the table.
     """
-    table = torch.zeros(len(rows), ROW)
-    numbers = torch.as_tensor(rows, dtype=torch.float32)[:, : len(COLUMNS)]
-    table[:, : len(COLUMNS)] = numbers
-    first = len(COLUMNS)
-    table[:, first] = torch.tensor(guided, dtype=torch.float32)
-    table[:, first + 1] = float(masked)
-    b, f = COLUMNS.index("b0"), COLUMNS.index("f0")
+    numbers = torch.as_tensor(rows)
+    numbers = numbers if numbers.dtype == torch.float64 else numbers.float()
+    own = dict(zip(SAMPLER, numbers.T, strict=True))
+    reads = [(numbers[:, COLUMNS.index(f"b{k}")] != 0) | (numbers[:, COLUMNS.index(f"f{k}")] != 0) for k in range(RING)]
+    keep = torch.zeros(len(numbers), dtype=torch.bool)
     for k in range(1, RING):
-        table[:-k, first + 2] += ((numbers[k:, b + k] != 0) | (numbers[k:, f + k] != 0)).float()
-    table[:, first + 2].clamp_(max=1.0)
-    table[:, first + 3] = (torch.tensor(draws, dtype=torch.float32).cumsum(0) - 1).clamp_min(0)
+        keep[:-k] |= reads[k][k:]
+    mixing = torch.tensor(weights, dtype=numbers.dtype).reshape(-1, 4).T
+    own |= dict(zip(("w0", "w1", "w2", "gx"), mixing, strict=True))
+    own |= {"masked": torch.full_like(keep, masked), "keep": keep}
+    own |= {"draw": (torch.tensor(draws, dtype=torch.float32).cumsum(0) - 1).clamp_min(0)}
+    table = torch.zeros(len(numbers), ROW, dtype=numbers.dtype)
+    for place, name in enumerate((*COLUMNS, *EXTRA)):
+        table[:, place] = own[name]
     return table
 
 
@@ -261,40 +282,42 @@ def end_step_reference(
     counter: Tensor,
     steps: Tensor,
     arrived: Tensor,
-    guidance: Tensor,
     rescale: Tensor,
     factor: Tensor,
     rows: Tensor,
     next_rows: Tensor,
     first_bad: Tensor,
+    rare: bool = False,
 ) -> None:
     """Slot after slot, by the functions above."""
+    channels = x.shape[1]
     for slot, (i, end) in enumerate(zip(counter.tolist(), steps.tolist(), strict=True)):
         if i >= end:
             continue
         row = table[slot, i].tolist()
-        guided, masked, keep, draw = row[len(COLUMNS) : len(COLUMNS) + len(EXTRA)]
-        unguided_row, guided_row = rows[slot].tolist()
-        if guided and unguided_row >= 0:
-            model_output = guide(out[[unguided_row, guided_row]], float(guidance[slot]))
-            model_output = model_output * factor[slot] if rescale[slot] > 0 else model_output
-        else:
-            model_output = at_least_float32(out[guided_row : guided_row + 1])
+        own = dict(zip(EXTRA, row[W0:], strict=False))
+        outs = {k: at_least_float32(out[r, None]) for k, r in enumerate(rows[slot].tolist()) if r >= 0}
+        latents = {k: each[:, :channels] for k, each in outs.items()}
+        model_output = _sum(*((own[f"w{k}"], branch) for k, branch in latents.items()))
+        if rescale[slot] > 0 and (own["w0"] or own["w2"]):
+            model_output = model_output * factor[slot]
         past = tuple(history[None, slot, (i - k) % RING] for k in range(1, RING))
-        drawn = None if noise is None else noise[None, slot, int(draw)]
-        after, anchor, (m, *_) = step(row, x[None, slot], y[None, slot], past, model_output, drawn)
-        if masked and mask is not None and init is not None and init_noise is not None:
+        drawn = None if noise is None else noise[None, slot, int(own["draw"])]
+        rest = {"variance": outs[1][:, channels : 2 * channels]} if own["d_ratio"] else {}
+        rest |= {"difference": latents[1] - latents[0]} if own["gx"] else {}
+        after, anchor, (m, *_) = step(row, x[None, slot], y[None, slot], past, model_output, drawn, **rest)
+        if own["masked"] and mask is not None and init is not None and init_noise is not None:
             after = blend(row, after, mask[None, slot], init[None, slot], init_noise[None, slot])
         if not after.isfinite().all():
             first_bad[slot].clamp_(max=i)
         assert anchor is not None
         x[slot], y[slot] = after[0].clone(), anchor[0].clone()  # either may be a view of the other
-        if keep:
+        if own["keep"]:
             history[slot, i % RING] = m[0]
         if i + 1 < end:
             for r in next_rows[slot].tolist():
                 if r >= 0:
-                    u[r, : x.shape[1]] = model_input(x[slot], float(table[slot, i + 1, 0]), u.dtype, 1)
+                    u[r, :channels] = model_input(x[slot], float(table[slot, i + 1, 0]), u.dtype, 1)
         counter[slot] = i + 1
 
 
@@ -309,6 +332,7 @@ def supports(
     init: Tensor | None = None,
     init_noise: Tensor | None = None,
     *slots: Tensor,
+    rare: bool = False,
     **named: Tensor,
 ) -> Verdict:
     channels, height, width = x.shape[1:]
@@ -341,10 +365,12 @@ def example_values(
     """A row of DPM-Solver++ 2M at every step, with noise and mask where the state has them."""
     call = END_STEP.bind(out, u, x, *state, **named)
     slots, (_, steps, _) = len(x), call["table"].shape
+    guided = len(out) >= 2 * slots
     row = dict.fromkeys((*COLUMNS, *EXTRA), 0.0)
     row |= {"c_in": 1.0, "p": 0.9, "q": -0.4, "a": 0.8, "b0": 0.3, "b1": -0.1, "e1": 1.0, "r": 0.7, "s": 0.7}
     row |= {
-        "guided": 1.0,
+        "w0": -6.5 if guided else 0.0,
+        "w1": 7.5 if guided else 1.0,
         "keep": 1.0,
         "d": float(call["noise"] is not None),
         "masked": float(call["mask"] is not None),
@@ -353,7 +379,7 @@ def example_values(
     table[..., : len(row)] = torch.tensor(list(row.values()))
     values = example_slots(slots, len(out), steps)
     values |= {"table": table, "next_rows": values["rows"], "arrived": torch.zeros(slots)}
-    return values | {"first_bad": torch.full((slots,), NEVER), "guidance": torch.full((slots,), 7.5)}
+    return values | {"first_bad": torch.full((slots,), NEVER)}
 
 
 # ----------------------------------------------------------------------------------------------- configurations
@@ -390,6 +416,13 @@ def _term(c, offset, valid):
 
 
 @jit
+def _lerp(start, end, weight):
+    """torch.lerp: from the nearer end, so that both ends are exact."""
+    span = end - start
+    return tl.where(weight < 0.5, start + weight * span, end - (1.0 - weight) * span)
+
+
+@jit
 def _end_step_kernel(
     out,
     u,
@@ -404,7 +437,6 @@ def _end_step_kernel(
     counter,
     steps,
     arrived,
-    guidance,
     rescale,
     factor,
     rows,
@@ -424,6 +456,7 @@ def _end_step_kernel(
     CHANNELS: tl.constexpr,
     LANES: tl.constexpr,
     PIXELS: tl.constexpr,
+    RARE: tl.constexpr,
 ):
     slot = tl.program_id(1).to(tl.int64)  # 64 bits: the noise of all slots may exceed 2^31 elements
     i = tl.load(counter + slot)
@@ -448,18 +481,25 @@ def _end_step_kernel(
     f1 = tl.load(row + 13)
     f2 = tl.load(row + 14)
     f3 = tl.load(row + 15)
-    guided = tl.load(row + 18)
-    masked = tl.load(row + 19)
-    keep = tl.load(row + 20)
+    w0 = tl.load(row + 18)
+    w1 = tl.load(row + 19)
+    masked = tl.load(row + 21)
+    keep = tl.load(row + 22)
     next_c_in = tl.load(row + 32, i + 1 < end, other=0.0)
-    unguided_row = tl.load(rows + 2 * slot).to(tl.int64)
-    guided_row = tl.load(rows + 2 * slot + 1).to(tl.int64)
-    next_unguided_row = tl.load(next_rows + 2 * slot).to(tl.int64)
-    next_guided_row = tl.load(next_rows + 2 * slot + 1).to(tl.int64)
-    scale = tl.load(guidance + slot)
+    unguided_row = tl.load(rows + 3 * slot).to(tl.int64)
+    guided_row = tl.load(rows + 3 * slot + 1).to(tl.int64)
+    next_unguided_row = tl.load(next_rows + 3 * slot).to(tl.int64)
+    next_guided_row = tl.load(next_rows + 3 * slot + 1).to(tl.int64)
     level = tl.where(tl.load(rescale + slot) > 0.0, tl.load(factor + slot), 1.0)
+    if RARE:
+        w2 = tl.load(row + 20)
+        clip = tl.load(row + 24)
+        o = tl.load(row + 25)
+        d_ratio = tl.load(row + 26)
+        gx = tl.load(row + 27)
+        third_row = tl.load(rows + 3 * slot + 2).to(tl.int64)
+        next_third_row = tl.load(next_rows + 3 * slot + 2).to(tl.int64)
 
-    mixes = tl.where(unguided_row >= 0, guided, 0.0)
     moves = tl.abs(e) + tl.abs(e1 - 1.0) + tl.abs(f0) + tl.abs(f1) + tl.abs(f2) + tl.abs(f3)
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)[:, None]
     channel = tl.arange(0, LANES)[None, :]
@@ -475,7 +515,7 @@ def _end_step_kernel(
     m2 = _term(tl.abs(b2) + tl.abs(f2), ring + (i + 2) % 4 * size, valid)
     m3 = _term(tl.abs(b3) + tl.abs(f3), ring + (i + 1) % 4 * size, valid)
     if noise is not None:
-        draw = tl.load(row + 21).to(tl.int32)
+        draw = tl.load(row + 23).to(tl.int32)
         drawn = _term(d, noise + (slot * (draws - 1) + draw) * size + offset, valid)
     if mask is not None:
         r = tl.load(row + 16) * masked
@@ -484,17 +524,30 @@ def _end_step_kernel(
         start_noise = _term(s, init_noise + offset, valid)
         weight = _term(masked, mask + slot * pixels + pixel + tl.zeros_like(channel), valid)
     out_at = out + channel * out_channel + pixel * OUT_PIXEL
-    model_output = tl.load(out_at + guided_row * out_row, valid, other=0.0).to(tl.float32)
-    unguided = _term(mixes, out_at + unguided_row * out_row, valid).to(tl.float32)
+    guided = tl.load(out_at + guided_row * out_row, valid, other=0.0).to(tl.float32)
+    if RARE:
+        unguided = _term(tl.abs(w0) + tl.abs(gx), out_at + unguided_row * out_row, valid).to(tl.float32)
+        third = _term(w2, out_at + third_row * out_row, valid).to(tl.float32)
+        variance = _term(d_ratio, out_at + CHANNELS * out_channel + guided_row * out_row, valid).to(tl.float32)
+        model_output = w0 * unguided + w1 * guided + w2 * third
+        model_output *= tl.where((w0 != 0.0) | (w2 != 0.0), level, 1.0)
+    else:
+        unguided = _term(w0, out_at + unguided_row * out_row, valid).to(tl.float32)
+        model_output = (w0 * unguided + w1 * guided) * tl.where(w0 != 0.0, level, 1.0)
 
-    model_output = tl.where(mixes != 0.0, lerp(unguided, model_output, scale) * level, model_output)
     m0 = p * x_now + q * model_output
+    if RARE:
+        m0 = tl.where(clip > 0.0, tl.minimum(tl.maximum(m0, -clip, tl.PropagateNan.ALL), clip, tl.PropagateNan.ALL), m0)
     x_next = a * x_now + a1 * y_now + b0 * m0 + b1 * m1 + b2 * m2 + b3 * m3
+    if RARE:
+        x_next += o * model_output + tl.where(gx != 0.0, gx * (guided - unguided), 0.0)
     y_next = e * x_now + e1 * y_now + f0 * m0 + f1 * m1 + f2 * m2 + f3 * m3
     if noise is not None:
+        if RARE:
+            drawn *= tl.exp(d_ratio * 0.5 * (variance + 1.0))
         x_next += d * drawn
     if mask is not None:
-        x_next = tl.where(masked != 0.0, lerp(r * image + s * start_noise, x_next, weight), x_next)
+        x_next = tl.where(masked != 0.0, _lerp(r * image + s * start_noise, x_next, weight), x_next)
     bad = tl.max((~(tl.abs(x_next) < float("inf"))).to(tl.int32))
     u_next = (next_c_in * x_next).to(u.dtype.element_ty)
 
@@ -518,6 +571,9 @@ def _end_step_kernel(
     tl.store(u_at + next_unguided_row * u_row, u_next, valid & needed)
     needed = pixel < tl.where(next_guided_row >= 0, pixels_written, 0)
     tl.store(u_at + next_guided_row * u_row, u_next, valid & needed)
+    if RARE:
+        needed = pixel < tl.where(next_third_row >= 0, pixels_written, 0)
+        tl.store(u_at + next_third_row * u_row, u_next, valid & needed)
 
 
 def end_step_triton(
@@ -534,12 +590,12 @@ def end_step_triton(
     counter: Tensor,
     steps: Tensor,
     arrived: Tensor,
-    guidance: Tensor,
     rescale: Tensor,
     factor: Tensor,
     rows: Tensor,
     next_rows: Tensor,
     first_bad: Tensor,
+    rare: bool = False,
 ) -> None:
     config = END_STEP.config(out, u, x)
     slots, channels, height, width = x.shape
@@ -547,8 +603,8 @@ def end_step_triton(
     launch(
         _end_step_kernel,
         (cdiv(pixels, config["PIXELS"]), slots),
-        *(out, u, x, y, history, noise, mask, init, init_noise, table, counter, steps, arrived, guidance, rescale),
-        *(factor, rows, next_rows, first_bad),
+        *(out, u, x, y, history, noise, mask, init, init_noise, table, counter, steps, arrived, rescale, factor),
+        *(rows, next_rows, first_bad),
         *(pixels, table.shape[1], 1 if noise is None else noise.shape[1]),
         *(out.stride(0), out.stride(1), u.stride(0), u.stride(1), x.stride(1)),
         OUT_PIXEL=out.stride(3),
@@ -556,6 +612,7 @@ def end_step_triton(
         X_PIXEL=x.stride(3),
         CHANNELS=channels,
         LANES=next_power_of_2(channels),
+        RARE=rare,
         **config,
     )
 
@@ -577,16 +634,19 @@ END_STEP = Op(
 )
 
 
-def end_step(out: Tensor, state: StepState, *, rescales: bool = False) -> None:
+def end_step(out: Tensor, state: StepState, *, rescales: bool = False, rare: bool = False) -> None:
     """End one step of every slot that is not idle: x, y, history, counter and first_bad are updated, and u holds the
     input of the next step. In place, with no value read by the host; on a GPU one kernel, or two where a slot rescales.
 
-    out: (R, C, h, w), the network's output for u, in its dtype, contiguous or channels-last. After a slot's last row
-        its rows of u are unchanged. rescales: whether `state.rescale` is above 0 for any slot.
+    out: (R, C or more, h, w), the network's output for u, in its dtype, contiguous or channels-last: C channels, then
+        C of learned variance where a slot reads them; channels beyond are not read. After a slot's last row its rows of
+        u are unchanged.
+    rescales: whether `state.rescale` is above 0 for any slot. rare: whether any row of a slot's table may have numbers
+        in RARE, or a weight w2; else the kernel does not look.
     """
     if rescales:
-        GUIDANCE_RESCALE(out, state.counter, state.steps, state.guidance, state.rescale, state.factor, state.rows)
-    END_STEP(out, *state)
+        GUIDANCE_RESCALE(out, state.table, state.counter, state.steps, state.rescale, state.factor, state.rows)
+    END_STEP(out, *state, rare=rare)
 
 
 def fuses(x: Tensor) -> bool:

@@ -194,7 +194,7 @@ def test_graphs_are_keyed_by_rows_that_compute_all() -> None:
     batch: Any = batch_of("graphs")
     finish(batch, [run_of({"reuse": 2, "num_inference_steps": 9})])
     assert batch.graphs.driver.calls.count("capture") == 2
-    assert sorted(key[-1] for key in batch.graphs._captured) == [0, 2]
+    assert sorted(key[-2] for key in batch.graphs._captured) == [0, 2]
     finish(batch, [run_of({"reuse": 3, "num_inference_steps": 9}, 1)])
     assert batch.graphs.driver.calls.count("capture") == 2
     finish(batch, [run_of({"num_inference_steps": 3})])

@@ -280,12 +280,18 @@ def test_a_step_is_few_operators(sampler: str, most: int) -> None:
 def test_step_matches_its_definition() -> None:
     """kernels.step on a row without zeros, against the sums of its docstring in float64."""
     g = torch.Generator().manual_seed(0)
-    row = torch.randn(18, generator=g).tolist()
-    x, y, out, noise, h1, h2, h3 = torch.randn(7, *SHAPE, generator=g)
-    _c_in, p, q, a, a1, b0, b1, b2, b3, d, e, e1, f0, f1, f2, f3, _r, _s = np.array(row)
-    m = p * x.double() + q * out
-    after, anchor, history = kernels.step.step(row, x, y, (h1, h2, h3), out, noise)
-    expected = a * x.double() + a1 * y + b0 * m + b1 * h1 + b2 * h2 + b3 * h3 + d * noise
+    own = dict(zip((*kernels.step.COLUMNS, *kernels.step.EXTRA), torch.randn(28, generator=g).tolist(), strict=True))
+    own["clip"] = abs(own["clip"])
+    row = list(own.values())
+    x, y, out, noise, h1, h2, h3, difference, v = torch.randn(9, *SHAPE, generator=g)
+    _c_in, p, q, a, a1, b0, b1, b2, b3, d, e, e1, f0, f1, f2, f3, _r, _s = np.array(row[:18])
+    m = (p * x.double() + q * out).clip(-own["clip"], own["clip"])
+    assert (m.abs() == own["clip"]).any()
+    states = {"difference": difference, "variance": v}
+    after, anchor, history = kernels.step.step(row, x, y, (h1, h2, h3), out, noise, **states)
+    deviation = d * np.exp(own["d_ratio"]) ** ((v.double() + 1) / 2)
+    expected = a * x.double() + a1 * y + b0 * m + b1 * h1 + b2 * h2 + b3 * h3 + deviation * noise
+    expected = expected + own["o"] * out + own["gx"] * difference
     torch.testing.assert_close(after.double(), expected, rtol=1e-5, atol=1e-5)
     expected = e * x.double() + e1 * y + f0 * m + f1 * h1 + f2 * h2 + f3 * h3
     torch.testing.assert_close(anchor.double(), expected, rtol=1e-5, atol=1e-5)

@@ -16,8 +16,12 @@ from fastldm.kernels import dispatch, use
 from fastldm.kernels.step import (
     COLUMNS,
     END_STEP,
+    EXTRA,
     NEVER,
+    RARE,
     ROW,
+    SAMPLER,
+    W0,
     StepState,
     end_step,
     fuses,
@@ -55,11 +59,11 @@ def assert_same(got: StepState, expected: StepState, float32: float = 3e-6) -> N
         assert off <= allowed, f"{name}: {off:.1e}, allowed {allowed:.1e}"
 
 
-def run_both(out: Tensor, state: StepState) -> StepState:
+def run_both(out: Tensor, state: StepState, rare: bool = False) -> StepState:
     """The kernel's state after a step, which is checked against the reference's."""
     expected, got = clone(state), clone(state)
     END_STEP.reference(out, *expected)
-    END_STEP.triton(out, *got)
+    END_STEP.triton(out, *got, rare=rare)
     assert_same(got, expected)
     return got
 
@@ -75,6 +79,48 @@ def test_kernel_matches_reference(shape: dict[str, int], dtype: torch.dtype) -> 
     out = output_for(state)
     ops.check(END_STEP, out, *state)
     run_both(out, state)
+
+
+@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [SHAPES["odd"], SHAPES["three-channels"], SHAPES["inpainting"]], ids=str)
+def test_kernel_matches_reference_with_rare_terms(shape: dict[str, int], dtype: torch.dtype) -> None:
+    """Three rows a slot, a clamp, the raw output, learned variance, guidance beside it; channels that nobody reads."""
+    state = full_state(**shape, dtype=dtype, rare=True)
+    out = output_for(state, channels=2 * state.x.shape[1] + 1)
+    out[:, -1] = NAN
+    with in_blocks_of(8):
+        ops.check(END_STEP, out, *state, rare=True)
+        after = run_both(out, state, rare=True)
+    assert {*(after.u != state.u).flatten(1).any(1).nonzero().flatten().tolist()} == {
+        *state.next_rows.flatten().tolist()
+    }
+
+
+@pytest.mark.parametrize("column", [*RARE, "w2"])
+def test_a_rare_number_of_zero_reads_nothing(column: str) -> None:
+    """With all others: what a term of zero would read is NaN, and it counts where it is not zero."""
+    state = full_state(rare=True)
+    changed, out = clone(state), output_for(state, channels=8)
+    changed.table[..., len(COLUMNS) + EXTRA.index(column)] = 0.0
+    if column == "d_ratio":
+        out[:, 4:] = NAN
+    elif column == "w2":
+        out[state.rows[:, 2].long()] = NAN
+    elif column == "gx":
+        changed.table[..., W0] = 0.0  # the other reader of row 0
+        out[state.rows[:, 0].long()] = NAN
+    after = run_both(out, changed, rare=True)
+    assert after.x.isfinite().all()
+    assert not torch.equal(run_both(out, state, rare=True).x, after.x)
+
+
+def test_nan_is_not_clamped_away() -> None:
+    """A bad output of a slot that clamps is found all the same."""
+    state = full_state(rare=True)
+    out = output_for(state, channels=8)
+    out[int(state.rows[0, 1]), 1, 2, 1] = NAN
+    after = run_both(out, state, rare=True)
+    assert after.first_bad.tolist() == [int(state.counter[0]), NEVER]
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
@@ -110,16 +156,16 @@ def test_kernel_leaves_idle_slots_unchanged() -> None:
     state = full_state(slots=3)
     state.steps.copy_(torch.tensor([0, 6, 6]))
     state.counter.copy_(torch.tensor([0, 2, 6]))
-    for name in ("x", "y", "history", "noise", "mask", "init", "init_noise", "table", "guidance"):
+    for name in ("x", "y", "history", "noise", "mask", "init", "init_noise", "table"):
         getattr(state, name)[[0, 2]] = NAN
     out = output_for(state)
-    out[state.rows[[0, 2]].flatten().long()] = NAN
+    out[state.rows[[0, 2], :2].flatten().long()] = NAN
     after = run_both(out, state)
     assert torch.equal(after.counter.cpu(), torch.tensor([0, 3, 6], dtype=torch.int32))
     for name in ("x", "y", "history"):
         assert getattr(after, name)[[0, 2]].isnan().all()
         assert getattr(after, name)[1].isfinite().all()
-    written = torch.zeros(6, dtype=torch.bool).index_fill(0, state.next_rows[1].long().cpu(), True)
+    written = torch.zeros(6, dtype=torch.bool).index_fill(0, state.next_rows[1, :2].long().cpu(), True)
     assert torch.equal((after.u != state.u).flatten(1).any(1).cpu(), written)
 
 
@@ -127,8 +173,9 @@ def test_kernel_reads_no_term_with_coefficient_zero() -> None:
     """A DDIM row, unguided, in a state that is NaN but for x and the guided branch of the output."""
     state = full_state()
     state.table.zero_()
-    numbers = dict.fromkeys(COLUMNS, 0.0) | {"c_in": 0.5, "q": 1.0, "a": 0.9, "b0": -0.2, "e1": 1.0}
-    state.table[..., : len(COLUMNS)] = torch.tensor(list(numbers.values()), device=DEVICE)
+    numbers = dict.fromkeys((*COLUMNS, *EXTRA), 0.0) | {"c_in": 0.5, "q": 1.0, "a": 0.9, "b0": -0.2, "e1": 1.0}
+    numbers["w1"] = 1.0
+    state.table[..., : len(numbers)] = torch.tensor(list(numbers.values()), device=DEVICE)
     for name in ("u", "y", "history", "noise", "mask", "init", "init_noise"):
         getattr(state, name).fill_(NAN)
     out = output_for(state)
@@ -141,21 +188,25 @@ def test_kernel_reads_no_term_with_coefficient_zero() -> None:
     assert after.history.isnan().all()
 
 
-@pytest.mark.parametrize("case", ["no row", "the same row", "an unguided row of the table"])
-def test_kernel_without_guidance_takes_the_guided_branch(case: str) -> None:
+def weights(state: StepState, *numbers: float) -> StepState:
+    """The same slots with other weights."""
+    state = clone(state)
+    state.table[..., W0 : W0 + 3] = torch.tensor(numbers, device=DEVICE)
+    return state
+
+
+def test_kernel_without_guidance_takes_the_guided_branch() -> None:
+    """Whatever the factor, and with no row that is not guided; as it is where the two are the same row."""
     state = full_state()
-    unguided = clone(state)
-    unguided.guidance.fill_(1.0)
-    unguided.rescale.zero_()
-    if case == "no row":
-        state.rows[:, 0] = -1
-    elif case == "the same row":
-        state.rows[:, 0] = state.rows[:, 1]
-        state.rescale.zero_()
-    else:
-        state.table[..., len(COLUMNS)] = 0.0
-    out = output_for(state)
-    assert torch.equal(run_both(out, state).x, run_both(out, unguided).x)
+    alone, same, out = weights(state, 0.0, 1.0, 0.0), weights(state, -3.0, 4.0, 0.0), output_for(state)
+    alone.rows[:, 0] = -1
+    alone.factor.fill_(NAN)
+    same.rows[:, 0] = same.rows[:, 1]
+    same.rescale.zero_()
+    assert_same(
+        run_both(out, alone)._replace(rows=same.rows, rescale=same.rescale, factor=same.factor, table=same.table),
+        run_both(out, same),
+    )
 
 
 def test_kernel_ignores_the_factor_without_rescale() -> None:
@@ -175,7 +226,7 @@ def test_kernel_keeps_u_after_the_last_row() -> None:
 
 def test_kernel_writes_only_existing_rows() -> None:
     state = full_state()
-    state.next_rows.copy_(torch.tensor([[-1, 3], [-1, -1]]))
+    state.next_rows.copy_(torch.tensor([[-1, 3, -1], [-1, -1, -1]]))
     after = run_both(output_for(state), state)
     assert (after.u != state.u).flatten(1).any(1).tolist() == [False, False, False, True]
 
@@ -215,8 +266,7 @@ def network(model_input: Tensor, channels: int) -> Tensor:
 
 def admit(state: StepState, slot: int, table: StepTable, guidance: Guidance, masked: bool, rows: list[int]) -> None:
     """Start a request in a slot, as the runtime does."""
-    guided = guidance.rows(table)
-    numbers = table_rows(table.rows.tolist(), table.draws, guided, masked)
+    numbers = table_rows(table.rows, table.draws, guidance.weights(table), masked)
     state.table[slot].fill_(NAN)
     state.table[slot, : len(numbers)] = numbers.to(DEVICE)
     state.noise[slot, : sum(table.draws)].normal_()
@@ -225,7 +275,6 @@ def admit(state: StepState, slot: int, table: StepTable, guidance: Guidance, mas
         state.mask[slot] = torch.rand(state.mask[slot].shape).round()
         state.init[slot].normal_()
         state.init_noise[slot].normal_()
-    state.guidance[slot] = guidance.scale
     state.rescale[slot] = guidance.rescale
     state.rows[slot] = state.next_rows[slot] = torch.tensor(rows, dtype=torch.int32)
     for row in rows:
@@ -265,7 +314,7 @@ def test_all_samplers_in_one_batch_match_reference(dtype: torch.dtype) -> None:
                 continue
             table = table_of(sampler, 4 + slot % 3, eta=0.5 if slot % 2 else 0.0)
             guidance = Guidance((1.0, 4.0, 7.5)[slot % 3], 0.7 * (slot % 4 == 0), 0.0, 0.6 + 0.4 * (slot % 2))
-            own = [rows[2 * slot], rows[2 * slot + 1]] if guidance.scale > 1 else [-1, rows[2 * slot]]
+            own = [*rows[2 * slot : 2 * slot + 2], -1] if guidance.scale > 1 else [-1, rows[2 * slot], -1]
             admit(got, slot, table, guidance, slot % 3 == 0, own)
             ended[slot] = len(table)
         expected, out = clone(got), network(got.u, 4)
@@ -287,9 +336,8 @@ def test_all_samplers_in_one_batch_match_reference(dtype: torch.dtype) -> None:
 def test_rescaled_steps_match_guide() -> None:
     """Both kernels together, on a row of guidance alone; a slot that does not rescale, or is idle, keeps its factor."""
     state = full_state(slots=4)
-    numbers = dict.fromkeys(COLUMNS, 0.0) | {"q": 1.0, "b0": 1.0, "e1": 1.0}
-    state.table[..., : len(COLUMNS)] = torch.tensor(list(numbers.values()), device=DEVICE)
-    state.table[..., len(COLUMNS) + 1] = 0.0
+    numbers = dict.fromkeys((*COLUMNS, *EXTRA), 0.0) | {"q": 1.0, "b0": 1.0, "e1": 1.0, "w0": -3.0, "w1": 4.0}
+    state.table[..., : len(numbers)] = torch.tensor(list(numbers.values()), device=DEVICE)
     state.rescale.copy_(torch.tensor([0.7, 0.0, 1.0, 0.5]))
     state.steps[3] = 0
     out, before = output_for(state), state.factor.clone()
@@ -297,7 +345,7 @@ def test_rescaled_steps_match_guide() -> None:
     with use("triton"):
         end_step(out, state, rescales=True)
     for slot, rescale in enumerate((0.7, 0.0, 1.0)):
-        expected = guide(out[state.rows[slot].long()], float(state.guidance[slot]), rescale)
+        expected = guide(out[state.rows[slot, :2].long()], (-3.0, 4.0), rescale)
         torch.testing.assert_close(state.x[slot], expected[0])
     assert (state.x[3] == 1.0).all()
     assert torch.equal(state.factor[[1, 3]], before[[1, 3]])
@@ -307,26 +355,30 @@ def test_rescaled_steps_match_guide() -> None:
 
 
 def test_table_rows_have_the_extra_columns() -> None:
-    """The columns behind the sampler's own: guided, masked, keep, and the index of the draw."""
+    """Behind the sampler's own columns: weights, masked, keep, the index of the draw, and what few samplers have."""
     table = table_of("dpm++ 3m sde", 5)
-    guided = [True, True, False, True, True]
-    rows = table_rows(table.rows.tolist(), table.draws, guided, masked=True)
+    table.rows[:, SAMPLER.index("clip") :] = torch.arange(25).view(5, 5)
+    mixing = torch.rand(5, 4)
+    rows = table_rows(table.rows, table.draws, mixing.tolist(), masked=True)
     assert rows.shape == (5, ROW)
     assert torch.equal(rows[:, : len(COLUMNS)], torch.from_numpy(table.rows[:, : len(COLUMNS)]))
-    extra = rows[:, len(COLUMNS) : len(COLUMNS) + 4]
-    assert extra[:, 0].tolist() == guided
-    assert extra[:, 1].tolist() == [1.0] * 5
-    assert extra[:, 2].tolist() == [1.0, 1.0, 1.0, 0.0, 0.0]  # the last is of order 1, the last but one of order 2
-    assert extra[:, 3].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
-    assert not rows[:, len(COLUMNS) + 4 :].any()
+    extra = dict(zip(EXTRA, rows[:, len(COLUMNS) :].T, strict=False))
+    assert torch.equal(torch.stack([extra[name] for name in ("w0", "w1", "w2", "gx")], 1), mixing)
+    assert extra["masked"].tolist() == [1.0] * 5
+    assert extra["keep"].tolist() == [1.0, 1.0, 1.0, 0.0, 0.0]  # the last is of order 1, the last but one of order 2
+    assert extra["draw"].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert extra["o"].tolist() == [1.0, 6.0, 11.0, 16.0, 21.0]
+    assert extra["d_ratio"].tolist() == [2.0, 7.0, 12.0, 17.0, 22.0]
+    assert not rows[:, len(COLUMNS) + len(EXTRA) :].any()
 
+    place = {name: len(COLUMNS) + k for k, name in enumerate(EXTRA)}
     alternating = table_of("dpm2 a", 3)  # draws at every second row
     assert alternating.draws == (False, True, False, True, False)
-    draw = table_rows(alternating.rows.tolist(), alternating.draws, [False] * 5)[:, len(COLUMNS) + 3]
+    draw = table_rows(alternating.rows, alternating.draws, [(0.0, 1.0, 0.0, 0.0)] * 5)[:, place["draw"]]
     assert [draw[1], draw[3]] == [0.0, 1.0]
     for sampler, count in (("ddim", 0), ("euler a", 0), ("heun", 3), ("dpm++ 2m", 3), ("lms", 5)):
         table = table_of(sampler, 4 if sampler == "heun" else 5 if sampler != "lms" else 6)
-        keep = table_rows(table.rows.tolist(), table.draws, [False] * len(table))[:, len(COLUMNS) + 2]
+        keep = table_rows(table.rows, table.draws, [(0.0, 1.0, 0.0, 0.0)] * len(table))[:, place["keep"]]
         assert keep.sum() == count, sampler
 
 
@@ -398,8 +450,7 @@ def test_a_captured_step_serves_every_table() -> None:
     for _ in range(2):
         for t, value in zip(state, before, strict=True):
             t.copy_(value)
-        state.table[..., : len(COLUMNS)].normal_()
-        state.guidance.uniform_(1, 9)
+        state.table[..., : W0 + 2].normal_()
         expected = clone(state)
         graph.replay()
         END_STEP.reference(out, *expected)

@@ -221,6 +221,7 @@ def test_unknown_columns_are_refused_where_used(sd1: tuple[Path, Path]) -> None:
     batch.admit(run)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps, "COLUMNS", (*steps.COLUMNS, "unheard_of"))
+        patch.setattr(steps, "NEUTRAL", {**steps.NEUTRAL, "unheard_of": 1.0})
         object.__setattr__(run.table, "rows", np.pad(run.table.rows, ((0, 0), (0, 1)), constant_values=1))
         run.table.rows[1, -1] = 0
         with pytest.raises(InputError, match="does not know unheard_of of the sampler's table"):

@@ -14,7 +14,7 @@ from scheduler_runs import SD
 from fastldm.errors import InputError
 from fastldm.kernels import step as step_kernel
 from fastldm.samplers.scheduler_config import read_config
-from fastldm.samplers.table import COLUMNS, make_table
+from fastldm.samplers.table import COLUMNS, NEUTRAL, make_table
 
 
 def test_steps_of_a_table() -> None:
@@ -35,7 +35,7 @@ def test_steps_of_a_table() -> None:
 
 
 def test_columns_begin_with_those_of_the_kernel() -> None:
-    assert (*step_kernel.COLUMNS, "deep") == COLUMNS
+    assert step_kernel.SAMPLER == COLUMNS == (*step_kernel.COLUMNS, *NEUTRAL)
 
 
 def test_reuse_says_which_rows_compute_all() -> None:
@@ -44,7 +44,8 @@ def test_reuse_says_which_rows_compute_all() -> None:
     plain, heun = make_table(config, 4, sampler="heun"), make_table(config, 4, sampler="heun", reuse=3)
     assert plain.deep == (True,) * 7
     assert heun.deep == (True, False, False, True, False, False, True)
-    assert np.array_equal(plain.rows[:, :-1], heun.rows[:, :-1])
+    others = [k for k, name in enumerate(COLUMNS) if name != "deep"]
+    assert np.array_equal(plain.rows[:, others], heun.rows[:, others])
     assert make_table(config, 10, strength=0.5, reuse=2).deep == (True, False, True, False, True)
 
 

@@ -18,10 +18,10 @@ from fastldm.adapters.selection import NONE, Selection
 from fastldm.device import send
 from fastldm.errors import InputError, NonFinite
 from fastldm.kernels.lora import ScaledPages
-from fastldm.kernels.step import blend, guide, model_input, step
+from fastldm.kernels.step import W0, blend, guide, model_input, step, table_rows
 from fastldm.runtime.controls import RunControl, RunFeatures
 from fastldm.runtime.pages import Applied
-from fastldm.samplers.table import StepTable
+from fastldm.samplers.table import COLUMNS, StepTable
 
 if TYPE_CHECKING:
     pass
@@ -46,6 +46,14 @@ class Guidance:
     def rows(self, table: StepTable) -> list[bool]:
         """Whether each row of the table is."""
         return [self.guides(table, row) for row in range(len(table))]
+
+    def weights(self, table: StepTable) -> list[tuple[float, float, float, float]]:
+        """w0, w1, w2 and gx of each row of the table, as `kernels.step.table_rows` takes them."""
+        columns = table.rows[:, [COLUMNS.index("gm"), COLUMNS.index("gx")]].tolist()
+        return [
+            (1.0 - self.scale * gm, self.scale * gm, 0.0, self.scale * gx) if guided else (0.0, 1.0, 0.0, 0.0)
+            for guided, (gm, gx) in zip(self.rows(table), columns, strict=True)
+        ]
 
 
 class Inpainting(NamedTuple):
@@ -226,7 +234,9 @@ class State:
     """The latents of a run between two steps, and the end of a step function by function, on any device."""
 
     def __init__(self, run: Run) -> None:
-        self.run, self.rows, self.depth = run, run.table.rows.tolist(), run.table.depth
+        self.run, self.depth = run, run.table.depth
+        self._guidance: Guidance | None = None
+        self._rows: list[list[float]] = []
         self.x = run.latents  # (B, C, h, w); never written in place, so that whoever was given it may keep it
         self.deep: Tensor | None = None  # deep features of all branches at the last row that computed all
         self.y = torch.zeros_like(self.x) if run.table.anchored else None
@@ -238,14 +248,24 @@ class State:
         """What the network sees at row i: (2B, C + K, h, w) where it is guided, unconditional branch first, else B."""
         run = self.run
         branches = 2 if run.guidance.guides(run.table, i) else 1
-        return model_input(self.x, self.rows[i][0], run.dtype, branches, run.extra)
+        return model_input(self.x, float(run.table.rows[i, 0]), run.dtype, branches, run.extra)
 
     def end(self, i: int, out: Tensor) -> None:
         """Row i, with the network's output."""
-        row, run = self.rows[i], self.run
+        run = self.run
+        if run.guidance != self._guidance:  # of the start, or a callback's
+            self._guidance, table = run.guidance, run.table
+            self._rows = table_rows(table.rows, table.draws, run.guidance.weights(table)).tolist()
+        row, channels, rest = self._rows[i], self.x.shape[1], {}
+        if out.shape[1] > channels:
+            rest["variance"] = out[-run.batch :, channels : 2 * channels].float()
+            out = out[:, :channels]
         if run.guidance.guides(run.table, i):
-            out = guide(out, run.guidance.scale, run.guidance.rescale)
-        x, self.y, self.history = step(row, self.x, self.y, self.history, out.float(), run.noises[i], depth=self.depth)
+            if run.table.rare:
+                rest["difference"] = out[-run.batch :].float() - out[: run.batch].float()
+            out = guide(out, row[W0 : W0 + 2], run.guidance.rescale)
+        args = (row, self.x, self.y, self.history, out.float(), run.noises[i])
+        x, self.y, self.history = step(*args, depth=self.depth, **rest)
         if run.inpainting is not None:
             x = blend(row, x, run.inpainting.mask, run.inpainting.init, run.inpainting.noise)
         self.x = x

@@ -22,7 +22,7 @@ from fastldm.device import send, send_numbers, to_host
 from fastldm.kernels import dispatch
 from fastldm.kernels.dispatch import cdiv, next_power_of_2
 from fastldm.kernels.lora import Rows, ScaledPages
-from fastldm.kernels.step import NEVER, StepState, end_step, table_rows
+from fastldm.kernels.step import BRANCHES, NEVER, StepState, end_step, table_rows
 from fastldm.models.config import UNetConfig
 from fastldm.models.controlnet import ControlNet
 from fastldm.models.layers import channels_last
@@ -245,9 +245,8 @@ class Slots:
         """Write a run's conditioning and its guidance into its slots."""
         step, temb, text, kv_len, *_ = self.buffers
         slots, index, table = self._slots[run], self._index[run], run.table
-        rows = table_rows(table.rows.tolist(), table.draws, run.guidance.rows(table), run.inpainting is not None)
+        rows = table_rows(table.rows, table.draws, run.guidance.weights(table), run.inpainting is not None)
         step.table[:, : len(table)].index_copy_(0, index, send(rows, index.device).expand(run.batch, -1, -1))
-        step.guidance.index_fill_(0, index, run.guidance.scale)
         step.rescale.index_fill_(0, index, run.guidance.rescale)
         # Negatives come first among the run's rows; where it has none, the slots' own are never read.
         branches = run.text_kv[0].shape[0] // run.batch
@@ -328,9 +327,10 @@ class Slots:
             deep = graph_rows(deep_rows) if deep_rows else 0
         rescales = any(run.guided and run.guidance.rescale > 0 for run in runs)
         controlled, beside = tuple(self._controlled.items()), any(run.beside for run in runs)
-        body = partial(self.body, rows, rescales, controlled, beside, deep)
+        rare = any(run.table.rare for run in runs)
+        body = partial(self.body, rows, rescales, controlled, beside, deep, rare)
         # A graph reads tensors by address, so which buffers they are is part of the key.
-        key = (id(self.buffers), rows, rescales, controlled, beside, deep)
+        key = (id(self.buffers), rows, rescales, controlled, beside, deep, rare)
         replayed = self.graphs is not None and self.graphs.run(key, body)
         if self.graphs is None:
             body()
@@ -346,10 +346,11 @@ class Slots:
         controlled: Sequence[tuple[int, Ranges]] = (),
         beside: bool = False,
         deep: int | None = None,
+        rare: bool = False,
     ) -> None:
         """The full step, of fixed shapes and addresses: the host sees none of its values. controlled: which rows of the
         U-Net have what control. beside: whether any row has adapters beside the weights. deep: how many rows, the first
-        ones, compute all of the U-Net; None: all do, and nothing is kept."""
+        ones, compute all of the U-Net; None: all do, and nothing is kept. rare: as for `end_step`."""
         state = self.buffers.step
         invariant = dispatch.batch_invariant() if self.batch_invariant else nullcontext()
         pages, scales, _ = self.buffers.adapters
@@ -369,7 +370,7 @@ class Slots:
             text, time_rows = self._states(self.buffers.maps[:, :rows], self.buffers.temb)
             options |= {"kv_len": self.buffers.kv_len, "slots": text}
             out = self.unet.step(state.u[:rows], time_rows, self.buffers.text, **options)
-        end_step(out, state, rescales=rescales)
+        end_step(out, state, rescales=rescales, rare=rare)
 
     def _states(self, maps: Tensor, temb: Tensor) -> tuple[Tensor, Tensor]:
         """The text of each row, and its time row."""
@@ -423,7 +424,7 @@ class Slots:
         """Assign rows to runs, send the maps, and write the model input where it now belongs."""
         state, temb = self.buffers.step, self.buffers.temb
         capacity, device = temb.shape[1], temb.device
-        slot_rows = [[-1, -1] for _ in range(state.x.shape[0])]  # of each slot: its unguided and its guided row
+        slot_rows = [[-1] * BRANCHES for _ in range(state.x.shape[0])]  # of each slot: its unguided, its guided row
         ends = [0] * len(slot_rows)  # idle, but for those of these runs
         texts: list[int] = []
         c_in: list[float] = []

@@ -14,7 +14,7 @@ from fastldm.errors import InputError
 from fastldm.export.graphs import HISTORY, MAX_IMAGES, STATE
 from fastldm.export.spec import NetworkSpec
 from fastldm.runtime.denoise import Run
-from fastldm.samplers.table import COLUMNS
+from fastldm.samplers.table import COLUMNS, NEUTRAL
 
 if TYPE_CHECKING:
     from fastldm.export.engine import Engine
@@ -35,17 +35,18 @@ def start_of(run: Run) -> dict[str, Tensor]:
 
 def rows_of(run: Run, start: int, stop: int, spec: NetworkSpec) -> dict[str, Tensor]:
     """What the rows start to stop - 1 of a run's table read, and what all rows read of its images. spec: of the graph.
-    InputError for a sampler with columns that the graph does not have, unless they are the same in all rows."""
+    InputError for a sampler that uses columns that the graph does not have."""
     width = next(port.shape[2] for port in spec.inputs if port.name == "table")
     assert isinstance(width, int)
-    later = zip(COLUMNS[width:], run.table.rows.T[width:], strict=True)
-    if used := [name for name, own in later if (own != own[0]).any()]:
+    later = dict(zip(COLUMNS[width:], run.table.rows.T[width:], strict=True))
+    later.pop("gm", None)  # it is in `guidance`
+    if used := [name for name, own in later.items() if (own != NEUTRAL[name]).any()]:
         raise InputError(
             f"the bundle's graph does not know {', '.join(used)} of the sampler's table: run it on PyTorch"
         )
     images, table = run.batch, run.table
     zeros, ones = torch.zeros_like(run.latents), torch.ones_like(run.latents[:, :1])
-    scales = [run.guidance.scale if run.guidance.guides(table, row) else 1.0 for row in range(start, stop)]
+    scales = [w1 for _, w1, *_ in run.guidance.weights(table)[start:stop]]
     noises = [zeros if noise is None else noise for noise in run.noises[start:stop]]
     if not any(noise is not None for noise in run.noises[start:stop]):
         noises = [zeros]

@@ -7,7 +7,7 @@ that `X + (after - sigma) * slope` is both Euler's method and a row of the table
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -37,6 +37,7 @@ class SolverRow(NamedTuple):
     )  # (p, q): p * latent + q * output is stored in the history; by default the output
     c_in: float = 1.0  # the network's input is c_in * latent
     draws: bool = False  # whether diffusers draws noise here
+    more: Mapping[str, float] = {}
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,12 @@
 """From a sampler and a number of steps to a table: float32 numbers, one row per call of the network.
 
     model input   u  = c_in * x
+    output        out = u + gm * g * (c - u)            where guided, at the request's scale g; else c
     history       m  = p * x + q * out                  the denoised latent or the noise, depending on the sampler
+                  m  = clamp(m, -clip, clip)            where clip > 0
     next latent   x' = a * x + a1 * y + sum_k b_k * m_(i-k) + d * noise          k = 0..3, newest first
+                       + o * out + gx * g * (c - u)     c and u: what the network predicts with and without the prompt
+                  where d_ratio is not 0, d is times exp(d_ratio * (v + 1) / 2), v the network's learned variance
     next anchor   y' = e * x + e1 * y + sum_k f_k * m_(i-k)                      y: a second state tensor
     inpainting    x' = mask * x' + (1 - mask) * (r * init + s * noise0)          only where a mask is set
     deep          1 where all of the network is computed, 0 where only its shallow half is, with the deep features of
@@ -40,7 +44,9 @@ from fastldm.samplers.scheduler_config import config_of
 from fastldm.samplers.spacing import StepRequest, on_lambdas, on_sigmas
 
 _STEP = ("c_in", "p", "q", "a", "a1", "b0", "b1", "b2", "b3", "d", "e", "e1", "f0", "f1", "f2", "f3", "r", "s")
-COLUMNS = (*_STEP, "deep")
+COLUMNS = (*_STEP, "deep", "clip", "o", "d_ratio", "gm", "gx")
+NEUTRAL = {"deep": 1.0, "clip": 0.0, "o": 0.0, "d_ratio": 0.0, "gm": 1.0, "gx": 0.0}
+"""What the columns behind the first are where a sampler does not use them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +76,11 @@ class StepTable:
         b, f = COLUMNS.index("b0"), COLUMNS.index("f0")
         read = (self.rows[:, b : b + 4] != 0).any(0) | (self.rows[:, f : f + 4] != 0).any(0)
         return 1 + max((k for k in range(4) if read[k]), default=0)
+
+    @property
+    def rare(self) -> bool:
+        """Whether any row has a number that most samplers have not: `kernels.step.RARE`."""
+        return any((self.rows[:, COLUMNS.index(name)] != 0).any() for name in ("clip", "o", "d_ratio", "gx"))
 
     @property
     def anchored(self) -> bool:
@@ -173,7 +184,12 @@ def _pack(rows: Sequence[SolverRow]) -> Array:
     With a mask, the image is blended in at the noise level of the next row, and without noise at the end.
     """
     blends = [*(row.level for row in rows[1:]), (1.0, 0.0)]
-    return np.array([(row.c_in, *row.m, *row.x, *row.y[:6], *rs, 1.0) for row, rs in zip(rows, blends, strict=True)])
+    return np.array(
+        [
+            (row.c_in, *row.m, *row.x, *row.y[:6], *rs, *({**NEUTRAL, **row.more}.values()))
+            for row, rs in zip(rows, blends, strict=True)
+        ]
+    )
 
 
 def _custom(

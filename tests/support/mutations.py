@@ -139,9 +139,16 @@ def _end_step(module: ModuleType) -> None:
         ops.check(module.END_STEP, output_for(state), *state)
 
 
+def _end_rare_step(module: ModuleType) -> None:
+    """Three rows a slot, and the terms that few samplers have."""
+    state = full_state(rare=True)
+    with in_blocks_of(4):
+        ops.check(module.END_STEP, output_for(state, channels=8), *state, rare=True)
+
+
 def _guidance_rescale(module: ModuleType) -> None:
-    """A last block that is not full."""
-    state = full_state()
+    """A last block that is not full, of three rows a slot."""
+    state = full_state(rare=True)
     ops.check(module.GUIDANCE_RESCALE, *rescale_arguments(state, output_for(state)).values())
 
 
@@ -448,6 +455,18 @@ FAULTS: dict[str, list[Fault]] = {
             _end_step,
             "an anchor that the row asks for, not read",
         ),
+        Fault(
+            "_term(w2, out_at + third_row * out_row, valid)",
+            "_term(w2, out_at + unguided_row * out_row, valid)",
+            _end_rare_step,
+            "the first row of the U-Net in place of the third",
+        ),
+        Fault(
+            "x_next += o * model_output +",
+            "x_next += o * guided +",
+            _end_rare_step,
+            "the guided row as the raw output, without its guidance",
+        ),
     ],
     "guidance_rescale": [
         Fault(
@@ -455,6 +474,12 @@ FAULTS: dict[str, list[Fault]] = {
             "guided - guided_mean",
             _guidance_rescale,
             "lanes beyond the end counted in the deviation",
+        ),
+        Fault(
+            "mixed_sum += w0 * _row(out, row0, w0, at, mask) + w1 * guided + w2 * _row(out, row2, w2, at, mask)",
+            "mixed_sum += w0 * _row(out, row0, w0, at, mask) + w1 * guided",
+            _guidance_rescale,
+            "a mean without the third row",
         ),
     ],
     "linear": [

@@ -306,7 +306,8 @@ def our_exact_run(case: Case) -> Tensor:
     if case.image_to_image or (case.mask and case.strength < 1):
         x = rows[0].level[0] * init + rows[0].level[1] * noise
     y = torch.zeros_like(x)
-    for i, row in enumerate(numbers.tolist()):
+    mixing = [(0.0, 1.0, 0.0, 0.0)] * len(numbers)
+    for i, row in enumerate(step_kernel.table_rows(numbers, table.draws, mixing).tolist()):
         drawn = None if noises[i] is None else noises[i].double()
         x, y, history = step_kernel.step(row, x, y, history, network(row[0] * x, rows[i].t), drawn)
         if case.mask:

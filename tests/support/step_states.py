@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastldm.kernels import dispatch
-from fastldm.kernels.step import COLUMNS, ROW, StepState
+from fastldm.kernels.step import BRANCHES, COLUMNS, EXTRA, RARE, StepState
 
 SHAPES = {
     "sd15-like": {"height": 8, "width": 8},
@@ -21,6 +21,12 @@ SHAPES = {
     "one-channel": {"channels": 1},
     "inpainting": {"extra_channels": 5},  # channels of u that are not the kernel's, at odd strides
 }
+
+
+# Columns behind COLUMNS: of most samplers, and with all that a row may have.
+PLAIN = {"w0": -3.0, "w1": 4.0, "w2": 0.0, "masked": 1.0, "keep": 1.0, "draw": 2.0}
+PLAIN |= dict.fromkeys(RARE, 0.0)
+FULL = {**PLAIN, "w2": 0.7, "clip": 1.5, "o": -0.4, "d_ratio": 0.8, "gx": 0.3}
 
 
 def in_blocks_of(pixels: int) -> AbstractContextManager[None]:
@@ -36,11 +42,14 @@ def full_state(
     dtype: torch.dtype = torch.float32,
     extra_channels: int = 0,
     channels_last: bool = True,
+    rare: bool = False,
 ) -> StepState:
-    """Slots at different steps of tables that have no zero: everything is read, and everything is written."""
+    """Slots at different steps of tables that have no zero: everything is read, and everything is written.
+    rare: what few samplers have, too."""
+    branches = BRANCHES if rare else 2
     state = StepState.empty(
         slots=slots,
-        rows=2 * slots,
+        rows=branches * slots,
         channels=channels,
         height=height,
         width=width,
@@ -55,22 +64,25 @@ def full_state(
     for t in (state.u, state.x, state.y, state.history, state.noise, state.init, state.init_noise, state.table):
         t.normal_()
     state.mask.uniform_()
-    state.table[:, :, len(COLUMNS) :] = torch.tensor([1.0, 1.0, 1.0, 2.0] + (ROW - len(COLUMNS) - 4) * [math.nan])
+    behind = state.table[:, :, len(COLUMNS) :]
+    behind[..., len(EXTRA) :] = math.nan
+    for name, value in (FULL if rare else PLAIN).items():
+        behind[..., EXTRA.index(name)] = value
     state.counter.copy_(torch.arange(slots) % 5)
     state.steps.fill_(6)
-    state.guidance.uniform_(1, 8)
     state.rescale.fill_(0.5)
     state.factor.uniform_(0.8, 1.0)
     for rows in (state.rows, state.next_rows):  # each slot's rows are anywhere, and elsewhere in the next step
-        rows.copy_(torch.randperm(2 * slots).view(2, slots).t())
+        rows[:, :branches] = torch.randperm(branches * slots).view(branches, slots).t().int()
     return state
 
 
-def output_for(state: StepState, memory_format: torch.memory_format = torch.channels_last) -> Tensor:
-    shape = (len(state.u), *state.x.shape[1:])
+def output_for(state: StepState, memory_format: torch.memory_format = torch.channels_last, channels: int = 0) -> Tensor:
+    """channels: as many as the latents have if 0."""
+    shape = (len(state.u), channels or state.x.shape[1], *state.x.shape[2:])
     return torch.randn(shape, device=ops.DEVICE).to(state.u.dtype).to(memory_format=memory_format)
 
 
 def rescale_arguments(state: StepState, out: Tensor) -> dict[str, Tensor]:
-    names = ("counter", "steps", "guidance", "rescale", "factor", "rows")
+    names = ("table", "counter", "steps", "rescale", "factor", "rows")
     return {"out": out, **{name: getattr(state, name) for name in names}}
