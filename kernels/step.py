@@ -96,13 +96,14 @@ def guide(out: Tensor, weights: Sequence[float], rescale: float = 0.0) -> Tensor
 
 
 def model_input(x: Tensor, c_in: float, dtype: torch.dtype, copies: int, extra: Tensor | None = None) -> Tensor:
-    """c_in * x in the model's dtype, `extra` channels (of an inpainting model) behind, `copies` times along the
-    batch.
+    """c_in * x in the model's dtype, `copies` times along the batch, `extra` channels behind (of an inpainting model):
+    for each of the copies its own, or the same for all.
     """
     u = (x if c_in == 1.0 else x * c_in).to(dtype)
-    if extra is not None:
-        u = torch.cat((u, extra), 1)
-    return u if copies == 1 else torch.cat((u,) * copies)
+    u = u if copies == 1 else torch.cat((u,) * copies)
+    if extra is None:
+        return u
+    return torch.cat((u, extra if len(extra) == len(u) else extra.repeat(copies, 1, 1, 1)), 1)
 
 
 def step(

@@ -129,6 +129,21 @@ def test_model_input_has_extra_channels(dtype: torch.dtype) -> None:
     torch.testing.assert_close(first[:2, 4:], extra.to(dtype), rtol=0, atol=0)
 
 
+def test_each_row_may_have_channels_of_its_own() -> None:
+    """With guidance those of both branches, without it the prompts' alone."""
+    steps, seen = table(4), []
+    x, noises = started(steps)
+    extra = torch.randn(2 * SHAPE[0], 5, *SHAPE[2:])
+
+    def network(model_input: Tensor, i: int, guided: bool) -> Tensor:
+        seen.append(model_input[:, 4:])
+        return model_input[:, :4] * 0.1
+
+    denoise(network, Run(steps, x, noises, Guidance(2.0, end=0.5), extra=extra))
+    assert [torch.equal(own, extra[-len(own) :]) for own in seen] == [True] * 4
+    assert [len(own) for own in seen] == [4, 4, 2, 2]
+
+
 def test_inpainting_keeps_the_unmasked_image() -> None:
     """Where the mask is 0 the result is the picture itself (parity of the rest: test_solvers.py)."""
     steps = table(5, "dpm++ 2m", strength=0.8)

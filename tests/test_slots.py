@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from benchmarks.networks import SD15, SDXL, TINY, with_random_weights
 from fastldm.kernels import dispatch, use
 from fastldm.kernels.step import StepState
 from fastldm.models.config import UNetConfig
+from fastldm.models.layers import channels_last
 from fastldm.models.unet import UNet
 from fastldm.planning import dry_run
 from fastldm.runtime.batch import Batch, EagerBatch
@@ -26,7 +28,7 @@ from fastldm.runtime.noise import draw_step_noise
 from fastldm.runtime.slots import ROWS, Slots, StaticBuffers, graph_rows, no_adapters
 from fastldm.samplers.names import SAMPLERS
 from fastldm.samplers.scheduler_config import read_config
-from fastldm.samplers.table import make_table
+from fastldm.samplers.table import COLUMNS, make_table
 
 DEVICE = ops.DEVICE
 CHANNELS, HEIGHT, WIDTH = 4, 6, 5  # no two alike, none a power of two but one
@@ -34,13 +36,16 @@ SD = read_config(
     {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 )
 GUIDED = Guidance(3.0)
+RARE = {"clip": 0.8, "o": 0.1, "d_ratio": 0.5, "gm": 0.6, "gx": 0.2}
 
 
 class Network:
-    """In place of a U-Net: something of the latents, the row of the table, and the whole of a row's own text."""
+    """In place of a U-Net: something of the latents, the row of the table, and the whole of a row's own text. wide: it
+    learns variance, too, and has a channel that nobody reads."""
 
-    def __init__(self) -> None:
+    def __init__(self, wide: bool = False) -> None:
         self.widths: list[int] = []
+        self.wide = wide
 
     def step(
         self,
@@ -60,13 +65,16 @@ class Network:
             means = means[slots]
         self.widths.append(model_input.shape[0])
         text_mean = (means + temb[:, 0].float())[:, None, None, None]
-        return torch.tanh(
+        out = torch.tanh(
             model_input[:, :CHANNELS].float() + model_input[:, CHANNELS:].float().sum(1, keepdim=True) + text_mean
-        ).to(model_input.dtype)
+        )
+        out = torch.cat((out, -out.flip(1), torch.full_like(out[:, :1], math.nan)), 1) if self.wide else out
+        return channels_last(out.to(model_input.dtype))
 
 
 def run_of(sampler: str, steps: int, batch: int = 1, guidance: Guidance = GUIDED, seed: int = 0, **options: Any) -> Run:
-    """A seeded request. Options: tokens of its text (7), masked, extra (channels), dtype, strength."""
+    """A seeded request. Options: tokens of its text (7), masked, extra (channels), own (for each row of the U-Net
+    others), dtype, strength, and rare: numbers of the table that few samplers have."""
     g = torch.Generator().manual_seed(seed)
     table = make_table(SD, steps, sampler=sampler, eta=0.5, strength=options.get("strength", 1.0))
     shape, dtype = (batch, CHANNELS, HEIGHT, WIDTH), options.get("dtype", torch.float32)
@@ -77,11 +85,14 @@ def run_of(sampler: str, steps: int, batch: int = 1, guidance: Guidance = GUIDED
     inpainting = extra = None
     if options.get("masked"):
         inpainting = Inpainting((normal(1)[:1] > 0).float(), normal(), normal())
+    rows = batch * (2 if guidance.scale > 1 else 1)
     if options.get("extra"):
-        extra = normal(options["extra"]).to(dtype)
+        count = rows if options.get("own") else batch
+        extra = torch.randn(count, options["extra"], HEIGHT, WIDTH, generator=g).to(DEVICE, dtype)
+    for name, value in options.get("rare", {}).items():
+        table.rows[:, COLUMNS.index(name)] = value
     noises = draw_step_noise(table, shape, g, torch.float32, DEVICE)
     latents = normal() * table.init_noise_sigma
-    rows = batch * (2 if guidance.scale > 1 else 1)
     text = torch.randn(rows, options.get("tokens", 7), 2, generator=g).to(DEVICE)
     temb = torch.randn(len(table), rows, 1, generator=g).to(DEVICE, dtype)
     return Run(table, latents, noises, guidance, inpainting, extra, dtype, temb, (text,))
@@ -192,16 +203,17 @@ def test_kernel_ends_steps_like_the_reference(sampler: str) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"masked": True}, {"extra": 5, "dtype": torch.float16}],
-    ids=["inpainting", "nine-channels"],
+    [{"masked": True}, {"extra": 5, "dtype": torch.float16}, {"extra": 2, "own": True}, {"rare": RARE}],
+    ids=["inpainting", "nine-channels", "channels-of-each-row", "rare"],
 )
 @pytest.mark.parametrize("guidance", [Guidance(), Guidance(3.0), Guidance(3.0, 0.0, 0.4, 0.8)], ids=str)
 def test_kernel_ends_steps_with_options(options: dict[str, Any], guidance: Guidance) -> None:
-    workload = {"sampler": "heun", "steps": 4, "batch": 2, "guidance": guidance, **options}  # 7 rows
-    dtype = options.get("dtype", torch.float32)
-    expected = alone(run_of(**workload))
+    sampler, steps = ("euler a", 7) if "rare" in options else ("heun", 4)  # 7 rows
+    workload = {"sampler": sampler, "steps": steps, "batch": 2, "guidance": guidance, **options}
+    dtype, networks = options.get("dtype", torch.float32), [Network("rare" in options) for _ in range(2)]
+    expected = alone(run_of(**workload), networks[0])
     with use("triton"):
-        batch = Slots(Network(), buffers(2, 4, extra=options.get("extra", 0), dtype=dtype))  # type: ignore[arg-type]
+        batch = Slots(networks[1], buffers(2, 4, extra=options.get("extra", 0), dtype=dtype))  # type: ignore[arg-type]
         (got,) = finish(batch, [run_of(**workload)])
     assert ops.error(got, expected) < (2e-3 if dtype == torch.float16 else 2e-5)
 

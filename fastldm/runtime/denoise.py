@@ -106,7 +106,7 @@ class Run:
     noises: Sequence[Tensor | None]  # of each row, float32 (B, C, h, w), as `draw_step_noise` gives them
     guidance: Guidance = Guidance()
     inpainting: Inpainting | None = None
-    extra: Tensor | None = None  # (B, K, h, w) in `dtype`: what an inpainting model sees behind the latents
+    extra: Tensor | None = None  # (B or R, K, h, w) in `dtype`: what the network sees behind the latents (inpainting)
     dtype: torch.dtype = torch.float32  # the network's
     temb: Tensor | None = None  # (steps, 1 or R, channels): `UNet.time_rows` of each row of the table
     text_kv: tuple[Tensor, ...] = ()  # of each cross-attention (R, T, 2C): `UNet.cross_kv`
@@ -198,7 +198,7 @@ class Run:
                 [None if noise is None else of(k, noise) for noise in self.noises],
                 self.guidance,
                 None if self.inpainting is None else Inpainting(*(of(k, x) for x in self.inpainting)),
-                None if self.extra is None else of(k, self.extra),
+                None if self.extra is None else self.extra[k :: self.batch],
                 self.dtype,
                 controls=tuple(control.image(k) for control in self.controls),
                 features=None if self.features is None else self.features.image(k),
@@ -248,7 +248,8 @@ class State:
         """What the network sees at row i: (2B, C + K, h, w) where it is guided, unconditional branch first, else B."""
         run = self.run
         branches = 2 if run.guidance.guides(run.table, i) else 1
-        return model_input(self.x, float(run.table.rows[i, 0]), run.dtype, branches, run.extra)
+        extra = None if run.extra is None else run.extra[-branches * run.batch :]
+        return model_input(self.x, float(run.table.rows[i, 0]), run.dtype, branches, extra)
 
     def end(self, i: int, out: Tensor) -> None:
         """Row i, with the network's output."""

@@ -470,9 +470,10 @@ class Slots:
         state.u[:used, :channels] = latents * scales[:, None, None, None]
         for run, *_ in arranged:
             if run.extra is not None:
+                extra = run.extra.unflatten(0, (-1, run.batch))  # of each branch, or one for all
                 for branch in (0, 1) if run.guided else (1,):
                     for k, slot in enumerate(self._slots[run]):
-                        state.u[slot_rows[slot][branch], channels:] = run.extra[k]
+                        state.u[slot_rows[slot][branch], channels:] = extra[min(branch, len(extra) - 1)][k]
 
     def _pace(self) -> None:
         """Wait until the device is no more than IN_FLIGHT steps behind."""

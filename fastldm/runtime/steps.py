@@ -60,7 +60,11 @@ def rows_of(run: Run, start: int, stop: int, spec: NetworkSpec) -> dict[str, Ten
         "init": init,
         "init_noise": init_noise,
     }
-    return inputs if run.extra is None else {**inputs, "extra": run.extra}
+    if run.extra is None:
+        return inputs
+    if len(run.extra) != images:
+        raise InputError("the bundle's graph sees the same behind the latents with and without guidance")
+    return {**inputs, "extra": run.extra}
 
 
 class StepsBatch:
