@@ -30,6 +30,17 @@ from fastldm.samplers.table import make_table
         ("heun beta", "heun beta"),
         ("EulerDiscreteScheduler", "EulerDiscreteScheduler"),
         ("kdpm2discrete", "KDPM2DiscreteScheduler"),
+        ("DPM++ 2S a Karras", "dpm++ 2s a karras"),
+        ("dpmpp_2s_ancestral", "dpm++ 2s a"),
+        ("DPM++ SDE Karras", "dpm++ sde karras"),
+        ("dpmpp_sde_gpu", "dpm++ sde"),
+        ("DPMSolverSDEScheduler", "dpm++ sde"),
+        ("heunpp2", "heun++ 2"),
+        ("res_multistep_ancestral", "res multistep a"),
+        ("gradient_estimation", "gradient estimation"),
+        ("er_sde", "er sde"),
+        ("seeds_2", "seeds 2"),
+        ("ipndm", "ipndm"),
     ],
 )
 def test_names(name: str, expected: str) -> None:

@@ -7,7 +7,7 @@ from peer_schedulers import CUSTOM, KINDS, RESULTS, cases, choices, judged, pair
 from scheduler_judge import DIFFERENCES, REFUSALS, Verdict
 from scheduler_runs import Case
 
-from fastldm.samplers.classes import CLASSES
+from fastldm.samplers.classes import DIFFUSERS
 
 NAMES = {row.name for row in (*DIFFERENCES, *REFUSALS)}
 
@@ -19,19 +19,19 @@ def check(results: list[tuple[Case, Verdict]]) -> None:
     assert {reason for _, verdict in results for reason in verdict.reasons} <= NAMES
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", DIFFUSERS)
 def test_sampled_configurations_agree_or_have_a_reason(name: str) -> None:
     check(judged([case for case in cases(name) if case.steps < 100][:6]))
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", DIFFUSERS)
 def test_all_configurations_agree_or_have_a_reason(name: str) -> None:
     check(judged(cases(name)))
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", DIFFUSERS)
 def test_configurations_cover_all_pairs_of_values(name: str) -> None:
     options = choices(name)
     rows = list(pairs(options, name))
@@ -48,11 +48,11 @@ def test_committed_table_has_all_configurations() -> None:
     counts = {}
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if cells[0] in (*CLASSES, "all"):
+        if cells[0] in (*DIFFUSERS, "all"):
             counts[cells[0]] = [int(cell) for cell in cells[1:]]
         elif cells[0].isdigit():
             assert cells[1] in NAMES
-    assert set(counts) == {*CLASSES, "all"}
+    assert set(counts) == {*DIFFUSERS, "all"}
     for name, count in counts.items():
         assert count[KINDS.index("unknown") :] == [0, 0]
         assert count[KINDS.index("agree")] > 0

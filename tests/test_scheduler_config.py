@@ -13,7 +13,7 @@ import tiny
 from diffusers import schedulers as diffusers_schedulers
 
 from fastldm.errors import CheckpointError, InputError
-from fastldm.samplers.classes import CLASSES
+from fastldm.samplers.classes import DIFFUSERS
 from fastldm.samplers.scheduler_config import SET_BY_PIPELINES, read_config, read_scheduler
 
 PIPELINES = (
@@ -46,7 +46,9 @@ VALUES = ({}, {"steps_offset": 0}, CLIP, {"steps_offset": 1, "clip_sample": Fals
 FEW = ("DDIMScheduler", "LCMScheduler", "PNDMScheduler", "DPMSolverSinglestepScheduler")
 
 
-@pytest.mark.parametrize("schedulers", [FEW, pytest.param(tuple(CLASSES), marks=pytest.mark.full)], ids=["few", "all"])
+@pytest.mark.parametrize(
+    "schedulers", [FEW, pytest.param(tuple(DIFFUSERS), marks=pytest.mark.full)], ids=["few", "all"]
+)
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_a_pipeline_sets_what_diffusers_class_sets(
     pipeline: str, schedulers: tuple[str, ...], components: dict[bool, dict[str, Any]]
@@ -56,7 +58,7 @@ def test_a_pipeline_sets_what_diffusers_class_sets(
     options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     arguments = components["XL" in pipeline] | ({} if "XL" in pipeline else options)
     for name in schedulers:
-        ours = CLASSES[name]
+        ours = DIFFUSERS[name]
         takes = inspect.signature(getattr(diffusers, name).__init__).parameters
         for values in VALUES:
             file = as_file(getattr(diffusers, name)(**{key: v for key, v in values.items() if key in takes}))
@@ -167,5 +169,5 @@ def test_pipeline_changes_are_logged(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_all_diffusers_classes_are_supported() -> None:
     """Those that diffusers says can be exchanged for one another, but for two."""
-    missing = {e.name for e in diffusers_schedulers.KarrasDiffusionSchedulers} - set(CLASSES)
+    missing = {e.name for e in diffusers_schedulers.KarrasDiffusionSchedulers} - set(DIFFUSERS)
     assert missing == {"DPMSolverSDEScheduler", "EDMEulerScheduler"}  # Brownian tree noise; another family

@@ -26,7 +26,7 @@ from scheduler_runs import (
 )
 
 from fastldm.errors import InputError
-from fastldm.samplers.classes import CLASSES
+from fastldm.samplers.classes import DIFFUSERS
 from fastldm.samplers.names import SAMPLERS, resolve_sampler
 from fastldm.samplers.scheduler_config import read_config
 from fastldm.samplers.table import COLUMNS, make_table
@@ -79,8 +79,8 @@ def test_each_difference_in_numbers_is_needed(difference: Difference, case: Case
 
 
 def grid(name: str) -> Iterator[dict[str, Any]]:
-    keys = CLASSES[name].keys
-    predictions = CLASSES[name].choices.get("prediction_type", ("epsilon", "v_prediction", "sample"))
+    keys = DIFFUSERS[name].keys
+    predictions = DIFFUSERS[name].choices.get("prediction_type", ("epsilon", "v_prediction", "sample"))
     spacings = ("linspace", "leading", "trailing") if "timestep_spacing" in keys else (None,)
     kinds = [{}] + [{key: True} for key in keys if key.startswith("use_")]
     if "rescale_betas_zero_snr" in keys:
@@ -89,7 +89,7 @@ def grid(name: str) -> Iterator[dict[str, Any]]:
         yield {**SD, "prediction_type": prediction, **kind, **({"timestep_spacing": spaced} if spaced else {})}
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", DIFFUSERS)
 def test_trajectories_equal_diffusers(name: str) -> None:
     """Every cell of the grid at two step counts, all step counts in every class."""
     cells = list(grid(name))
@@ -97,7 +97,7 @@ def test_trajectories_equal_diffusers(name: str) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", DIFFUSERS)
 def test_trajectories_equal_diffusers_at_all_steps(name: str) -> None:
     """Every cell at every number of steps up to 16, where the orders of solvers change; above, one prediction type at
     a time, to which `test_prediction_types_are_one_sampler` holds the others, but for PLMS, of which it knows nothing.
@@ -113,7 +113,7 @@ def test_trajectories_equal_diffusers_at_all_steps(name: str) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", [name for name in CLASSES if name != "PNDMScheduler"])
+@pytest.mark.parametrize("name", [name for name in DIFFUSERS if name != "PNDMScheduler"])
 def test_prediction_types_are_one_sampler(name: str) -> None:
     """Every cell of the grid at every number of steps: networks that say the same as noise, as a picture and as v lead
     to the same latents, in float64. (Not with PLMS, whose history holds outputs of other noise levels.)
@@ -153,14 +153,14 @@ def final_latents(case: Case) -> np.ndarray | None:
     return state[0]
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", DIFFUSERS)
 def test_noise_of_batches_and_generators(name: str) -> None:
     """Batch 3 from one generator, and from a list of three; eta makes DDIM and TCD draw."""
     config = {**SD, **({"algorithm_type": "sde-dpmsolver++"} if name.startswith("DPMSolver") else {})}
     check(Case(name, config, 4, eta=0.6, batch=3, generators=count) for count in (0, 3))
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", DIFFUSERS)
 def test_image_to_image_and_inpainting(name: str) -> None:
     cases = []
     for strength, spaced in itertools.product((0.25, 0.6, 1.0), ("leading", "trailing", "linspace")):
@@ -198,7 +198,7 @@ OPTIONS: dict[str, list[Any]] = {
 
 def any_case(name: str, rng: random.Random) -> Case:
     """A configuration that the class takes, drawn from all options, at any number of steps."""
-    entry, config = CLASSES[name], {}
+    entry, config = DIFFUSERS[name], {}
     for key, values in OPTIONS.items():
         if key in entry.keys:
             allowed = entry.choices.get(key, values)
@@ -213,14 +213,14 @@ def any_case(name: str, rng: random.Random) -> Case:
     return Case(name, config, rng.randint(1, 50), eta=rng.choice([0.0, 0.0, 0.5, 1.0]))
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", DIFFUSERS)
 def test_any_options(name: str) -> None:
     rng = random.Random(name)
     check(any_case(name, rng) for _ in range(8))
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", DIFFUSERS)
 def test_any_options_many(name: str) -> None:
     rng = random.Random(f"many {name}")
     check(any_case(name, rng) for _ in range(250))
@@ -229,7 +229,9 @@ def test_any_options_many(name: str) -> None:
 def test_custom_timesteps_and_sigmas() -> None:
     timesteps = [999, 839, 639, 299, 39]
     cases = [
-        Case(name, SD, 5, custom={"timesteps": timesteps}) for name in CLASSES if "timesteps" in CLASSES[name].custom
+        Case(name, SD, 5, custom={"timesteps": timesteps})
+        for name in DIFFUSERS
+        if "timesteps" in DIFFUSERS[name].custom
     ]
     assert len(cases) == 7
     sigmas = [14.6, 6.3, 2.5, 0.9, 0.1, 0.0]

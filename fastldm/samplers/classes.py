@@ -1,6 +1,7 @@
-"""diffusers' scheduler classes: the solver, the spacing, the configuration and the names of each.
+"""diffusers' scheduler classes, and sampling functions of k-diffusion and ComfyUI: the solver, the spacing, the
+configuration and the names of each.
 
-To add a sampler, write its function in `solvers.py` and its entry here.
+To add a sampler, write its function in `solvers.py` or `k_solvers.py`, and its entry here.
 """
 
 from __future__ import annotations
@@ -8,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from fastldm.samplers import solvers
+from fastldm.samplers import k_solvers, solvers
 from fastldm.samplers.config import ScheduleConfig
 from fastldm.samplers.grid import Grid, SolverRow
 from fastldm.samplers.spacing import (
@@ -27,7 +29,7 @@ Options = Mapping[str, Any]  # of a configuration
 
 @dataclass(frozen=True)
 class SchedulerClass:
-    """A diffusers scheduler class: its solver and spacing, and the keys of its configuration with their defaults."""
+    """A scheduler class, or a function: its solver and spacing, and the keys of its configuration with defaults."""
 
     solver: Callable[[Grid], Iterator[SolverRow]]
     spacing: Callable[[ScheduleConfig, StepRequest], GridArrays]
@@ -90,7 +92,7 @@ _MULTI_NAMES = {
 _SINGLE_NAMES = {"dpm++ 2s": _dpm(2), "dpm++ 3s": _dpm(3)}
 _UNIPC_ALIASES = {"unipc bh1": {"solver_type": "bh1"}, "unipc bh2": {"solver_type": "bh2"}}
 
-CLASSES: dict[str, SchedulerClass] = {
+DIFFUSERS: dict[str, SchedulerClass] = {
     f"{name}Scheduler": entry
     for name, entry in {
         "DDPM": SchedulerClass(solvers.ddpm, on_timesteps, {**_LEADING, **_DDPM}, {"ddpm": {}}, custom=_FREE),
@@ -139,3 +141,28 @@ CLASSES: dict[str, SchedulerClass] = {
         "TCD": SchedulerClass(solvers.tcd, on_distilled_timesteps, _DISTILLED, {"tcd": {}}, custom=_FREE),
     }.items()
 }
+
+_K = {**_LINSPACE, **_SIGMAS, **_SD_BETAS, "final_sigmas_type": "zero", "log_interpolation": True}
+
+
+def _function(solver: Callable[..., Iterator[SolverRow]], name: str, *aliases: str, **options: Any) -> SchedulerClass:
+    own = partial(solver, **options) if options else solver
+    return SchedulerClass(own, on_sigmas, _K, {name: {}}, {alias: {} for alias in aliases}, custom=_EITHER)
+
+
+FUNCTIONS: dict[str, SchedulerClass] = {
+    f"sample_{name}": entry
+    for name, entry in {
+        "dpmpp_2s_ancestral": _function(k_solvers.dpmpp_2s_ancestral, "dpm++ 2s a"),
+        "dpmpp_sde": _function(k_solvers.dpmpp_sde, "dpm++ sde", "DPMSolverSDEScheduler"),
+        "heunpp2": _function(k_solvers.heunpp2, "heun++ 2"),
+        "ipndm": _function(k_solvers.ipndm, "ipndm"),
+        "res_multistep": _function(k_solvers.res_multistep, "res multistep"),
+        "res_multistep_ancestral": _function(k_solvers.res_multistep, "res multistep a", eta=1.0),
+        "gradient_estimation": _function(k_solvers.gradient_estimation, "gradient estimation"),
+        "er_sde": _function(k_solvers.er_sde, "er sde"),
+        "seeds_2": _function(k_solvers.dpmpp_sde, "seeds 2", brownian=False),
+    }.items()
+}
+
+CLASSES = {**DIFFUSERS, **FUNCTIONS}

@@ -31,6 +31,7 @@ class ScheduleConfig:
     sigma_min: float | None = None
     sigma_max: float | None = None
     final_sigmas_type: str = "zero"
+    log_interpolation: bool = False  # between the sigmas of training: of their logarithms, as k-diffusion
     lambda_min_clipped: float = -math.inf
     algorithm_type: str = ""
     solver_order: int = 2

@@ -7,6 +7,7 @@ that `X + (after - sigma) * slope` is both Euler's method and a row of the table
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -112,6 +113,17 @@ class Grid:
         if self.config.prediction_type == "v_prediction":
             return sigma, alpha
         return (1 / sigma, -alpha / sigma) if self.config.prediction_type == "sample" else (0.0, 1.0)
+
+
+def ancestral(sigma: float, after: float, eta: float = 1.0) -> tuple[float, float]:
+    """The sigma to step down to, and the noise to add after it; at eta 0 `after`, and none.
+
+    Down is sqrt(after^2 - up^2), which cancels if sigma is thousands of times `after`.
+    """
+    if eta == 1.0:
+        return after**2 / sigma, after * math.sqrt(1 - (after / sigma) ** 2)
+    up = min(after, eta * after * math.sqrt(1 - (after / sigma) ** 2))
+    return math.sqrt(after**2 - up**2), up
 
 
 def sigma_to_t(sigmas: Array, log_sigmas: Array32) -> Array:

@@ -16,7 +16,7 @@ import numpy as np
 from fastldm.checks import show
 from fastldm.errors import CheckpointError, InputError
 from fastldm.reading import Field, Flag, Integer, ListOf, Maybe, Number, Text, read_fields
-from fastldm.samplers.classes import CLASSES, SIGMA_KINDS
+from fastldm.samplers.classes import CLASSES, DIFFUSERS, SIGMA_KINDS
 from fastldm.samplers.config import ScheduleConfig
 from fastldm.samplers.spacing import alphas_cumprod
 
@@ -115,7 +115,7 @@ def read_scheduler(config: Mapping[str, Any], pipeline: str | None, source: str)
     """
     config = {**config, **read_fields(config, {k: field for k, field in _FIELDS.items() if k in config}, source)}
     name = config.get("_class_name")
-    defaults = CLASSES[name].keys if name in CLASSES else {}
+    defaults = DIFFUSERS[name].keys if name in DIFFUSERS else {}
     present = {**defaults, **config}
     changed = {
         key: value
@@ -151,10 +151,10 @@ def read_config(config: Mapping[str, Any], *, steps_offset: int | None = 1) -> S
     Raises InputError for a class without a sampler, and for values that diffusers refuses or a table cannot represent.
     """
     name = config.get("_class_name")
-    if name not in CLASSES:
-        raise InputError(f"scheduler: _class_name {show(name)} is not supported; these are: {', '.join(CLASSES)}.")
+    if name not in DIFFUSERS:
+        raise InputError(f"scheduler: _class_name {show(name)} is not supported; these are: {', '.join(DIFFUSERS)}.")
     fixes = []
-    if config.get("clip_sample", CLASSES[name].keys.get("clip_sample", False)):
+    if config.get("clip_sample", DIFFUSERS[name].keys.get("clip_sample", False)):
         fixes.append("clip_sample is off")
     if steps_offset is not None and config.get("steps_offset", 0) != steps_offset:
         config = {**config, "steps_offset": steps_offset}

@@ -13,7 +13,7 @@ import numpy as np
 
 from fastldm.errors import InputError
 from fastldm.samplers.config import ScheduleConfig
-from fastldm.samplers.grid import M0, M1, M2, M3, Array, Grid, N, SolverRow, X, Y, sigma_to_t
+from fastldm.samplers.grid import M0, M1, M2, M3, Array, Grid, N, SolverRow, X, Y, ancestral, sigma_to_t
 
 # ---- on latents sqrt(bar) * x0 + sqrt(1 - bar) * noise ----
 
@@ -118,18 +118,10 @@ def euler(grid: Grid) -> Iterator[SolverRow]:
         yield _row(grid, i, t, sigma, X + (after - sigma) * _slope(grid, sigma, X, M0))
 
 
-def _ancestral(sigma: float, after: float) -> tuple[float, float]:
-    """The sigma to step down to, and the noise to add after it.
-
-    Down is sqrt(after^2 - up^2), which cancels if sigma is thousands of times `after`.
-    """
-    return after**2 / sigma, after * math.sqrt(1 - (after / sigma) ** 2)
-
-
 def euler_ancestral(grid: Grid) -> Iterator[SolverRow]:
     """k-diffusion's sample_euler_ancestral."""
     for i, t, sigma, after in grid.walk():
-        down, up = _ancestral(sigma, after)
+        down, up = ancestral(sigma, after)
         yield _row(grid, i, t, sigma, X + (down - sigma) * _slope(grid, sigma, X, M0) + up * N, draws=True)
 
 
@@ -151,7 +143,7 @@ def dpm2(grid: Grid) -> Iterator[SolverRow]:
 def dpm2_ancestral(grid: Grid) -> Iterator[SolverRow]:
     """k-diffusion's sample_dpm_2_ancestral."""
     for i, t, sigma, after in grid.walk():
-        down, up = _ancestral(sigma, after)
+        down, up = ancestral(sigma, after)
         yield from _midpoint(grid, i, t, sigma, down, up, after)
 
 

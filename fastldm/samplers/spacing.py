@@ -88,6 +88,8 @@ class StepRequest:
 
 def _spaced(config: ScheduleConfig, n: int, last: int, extra: int = 0) -> Array:
     """n timesteps, descending from below `last`: the first of n + `extra` spaced ones."""
+    if config.timestep_spacing == "linspace" and config.log_interpolation:
+        return np.linspace(last - 1, 0, n)  # whose one step is from the top: diffusers' is from the bottom
     if config.timestep_spacing == "linspace":
         return np.linspace(0, last - 1, n + extra)[::-1][:n]
     if config.timestep_spacing == "leading":
@@ -123,14 +125,18 @@ def on_distilled_timesteps(config: ScheduleConfig, request: StepRequest) -> Grid
 
 
 def on_sigmas(config: ScheduleConfig, request: StepRequest) -> GridArrays:
-    """Fractional timesteps; sigmas are interpolated linearly between those of training."""
+    """Fractional timesteps; sigmas are interpolated between those of training."""
     bar, trained, logs = _trained_sigmas(config)
     if request.sigmas is not None:
         t, sigmas = sigma_to_t(request.sigmas[:-1], logs), request.sigmas
     else:
         spaced = _spaced(config, request.steps, len(bar)) if request.timesteps is None else request.timesteps
         t = spaced.astype(np.float32).astype(np.float64)
-        sigmas = np.interp(t, np.arange(len(bar)), trained)
+        if config.log_interpolation:
+            with np.errstate(divide="ignore"):  # betas that start with 0
+                sigmas = np.exp(np.interp(t, np.arange(len(bar)), np.log(trained)))
+        else:
+            sigmas = np.interp(t, np.arange(len(bar)), trained)
         if config.sigma_kind:
             sigmas = _respaced(config, request.steps, sigmas[0], sigmas[-1])
             t = sigma_to_t(sigmas, logs)

@@ -29,7 +29,7 @@ if __name__ == "__main__":
 from scheduler_judge import DIFFERENCES, REFUSALS, Verdict, judge
 from scheduler_runs import SD, Case, arguments_of, fast_diffusers
 
-from fastldm.samplers.classes import CLASSES
+from fastldm.samplers.classes import DIFFUSERS
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks/results/peer_schedulers.md"
 KINDS = ("agree", "differ", "refused", "unknown", "crashed")
@@ -94,7 +94,7 @@ def choices(name: str) -> dict[str, tuple[Any, ...]]:
     arguments = {}
     for key, values in ARGUMENTS.items():
         if key in has or key in EVERYWHERE:
-            allowed = CLASSES[name].choices.get(key)
+            allowed = DIFFUSERS[name].choices.get(key)
             arguments[key] = values if allowed is None else tuple(v for v in values if v in allowed) or values[:1]
     sigmas = tuple(key for key in SIGMAS if key in has)
     return {**arguments, **({"sigmas": (None, *sigmas)} if sigmas else {}), **RUNS, **OWN_RUNS.get(name, {})}
@@ -198,7 +198,7 @@ def table(results: Mapping[str, list[tuple[Case, Verdict]]]) -> str:
 def main() -> None:
     np.set_printoptions(threshold=6)
     results = {}
-    for name in CLASSES:
+    for name in DIFFUSERS:
         start = time.perf_counter()
         results[name] = judged(cases(name))
         count = collections.Counter(v.kind for _, v in results[name])

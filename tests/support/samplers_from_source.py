@@ -14,7 +14,7 @@ from unittest import mock
 from fastldm import samplers
 
 # Each imports from those before it only.
-MODULES = ("config", "grid", "spacing", "solvers", "classes", "scheduler_config", "names", "table")
+MODULES = ("config", "grid", "spacing", "solvers", "k_solvers", "classes", "scheduler_config", "names", "table")
 
 
 class Edit(NamedTuple):
