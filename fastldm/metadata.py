@@ -36,7 +36,9 @@ _TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 _LABELS = {
     **{name: name.upper() for name in ("ddpm", "ddim", "plms", "dpm2", "lms", "deis", "lcm", "tcd")},
     **{name: name.upper() for name in ("dpm++ 2m", "dpm++ 2m sde", "dpm++ 3m", "dpm++ 3m sde", "dpm++ 2s", "dpm++ 3s")},
-    **{"dpm++ sde": "DPM++ SDE", "dpm++ 2s a": "DPM++ 2S a"},
+    **{"dpm++ sde": "DPM++ SDE", "dpm++ 2s a": "DPM++ 2S a", "heun++ 2": "Heun++ 2", "ipndm": "IPNDM"},
+    **{"er sde": "ER SDE", "seeds 2": "SEEDS 2", "gradient estimation": "Gradient Estimation"},
+    **{"res multistep": "Res Multistep", "res multistep a": "Res Multistep a"},
     **{"euler": "Euler", "euler a": "Euler a", "heun": "Heun", "dpm2 a": "DPM2 a", "unipc": "UniPC"},
 }
 _SCHEDULES = ("karras", "exponential", "beta")
