@@ -199,7 +199,7 @@ def test_graphs_are_keyed_by_rows_that_compute_all() -> None:
     assert batch.graphs.driver.calls.count("capture") == 2
     finish(batch, [run_of({"num_inference_steps": 3})])
     assert batch.graphs.driver.calls.count("capture") == 3
-    assert [key[-1] for key in batch.graphs._captured] == [2, 0, None]
+    assert [key[-2] for key in batch.graphs._captured] == [2, 0, None]
 
 
 def test_maps_are_sent_only_where_rows_differ(monkeypatch: pytest.MonkeyPatch) -> None:
