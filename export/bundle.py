@@ -45,7 +45,7 @@ from fastldm.models.controlnet import ControlNetConfig
 from fastldm.models.vae import HALF_EXPONENT, AutoencoderKL, rescale_for_half
 from fastldm.samplers.table import COLUMNS
 
-GOLDENS, PICTURE = "goldens", "picture"
+GOLDENS, PICTURE, QUANTIZED = "goldens", "picture", "quantized"
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,11 @@ class Bundle:
         """Of the adapters that it takes together; 0 where it takes none."""
         return self.manifest.get("adapter_rank", 0)
 
+    @property
+    def quantized(self) -> list[str]:
+        """Its networks in eight bits, see `export.quantize`."""
+        return self.manifest[QUANTIZED]["networks"] if QUANTIZED in self.manifest else []
+
     @cached_property
     def controls(self) -> tuple[Config, ...]:
         """The configs of the controls that it has networks of. CheckpointError for those that are for another model."""
@@ -141,6 +146,7 @@ class Bundle:
         the graph, and tokenizers."""
         needed = {f"{name}/{MODEL}" for name in self.specs} | {FILES[name] for name in self.graphs}
         needed |= {f"{GOLDENS}/{name}.safetensors" for name in (*self.specs, *self.graphs, PICTURE)}
+        needed |= {f"{GOLDENS}/{QUANTIZED}.safetensors"} if self.quantized else set()
         for name in (*self.specs, *TOKENIZERS):
             paths = (path for path in (self.folder / name).rglob("*") if not path.is_dir())
             needed |= {path.relative_to(self.folder).as_posix() for path in paths}

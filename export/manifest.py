@@ -94,6 +94,19 @@ _CONTROL = Object(
         "config": Field(Object({})),
     }
 )
+_QUANTIZED = Object(
+    {
+        "mode": Field(OneOf("int8-weights", "int8")),
+        "networks": Field(ListOf(OneOf("unet", "unet_step"), 1, 1)),
+        "layers": Field(Integer(0, 2**24)),
+        "layers_with_activations": Field(Integer(0, 2**24)),
+        "bytes": Field(ListOf(Integer(0, 2**60), 2, 2)),  # of the network in float32, and in eight bits
+        "prompts": Field(ListOf(Text(1000), 1, 1000)),  # of the gate's pictures
+        "psnr": Field(Object({"mean": Field(Number()), "worst": Field(Number())})),  # of those, in dB
+        "seconds": Field(MapOf(ListOf(Number(0), 2, 2), 0, 10)),  # a step's, in float and in eight bits
+        "machine": Field(Text(1000)),  # that measured those
+    }
+)
 FIELDS = {
     "model": Field(Text()),
     "source": Field(Maybe(Text(10_000))),
@@ -114,6 +127,7 @@ FIELDS = {
     "networks": Field(MapOf(_network(1), 1, len(RUN) + 4 * MAX_CONTROLS)),
     "graphs": Field(MapOf(_network(0), 0, len(FILES)), {}),  # several steps and a whole picture as one network
     "columns": Field(ListOf(Text(40), 0, 100), []),  # of the tables that those read
+    "quantized": Field(_QUANTIZED, None),  # networks in eight bits, and what that cost
     "versions": Field(MapOf(Text(), 0, 100)),
     "files": Field(MapOf(Object({"bytes": Field(Integer(0, 2**60)), "sha256": Field(Digest())}))),
 }

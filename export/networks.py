@@ -116,6 +116,10 @@ def load(
 
     The image encoder and controls are opened on first use: most pipelines never need them.
     """
+    if bundle.quantized and backend == "tensorrt":
+        raise InputError(
+            f"{bundle.folder} is in eight bits, which TensorRT has others of: export it without --quantize"
+        )
     spec, computed = bundle.model, precision(bundle, backend, device, dtype)
     options: dict[str, Any] = {"device": device, "threads": openmp.threads()}
 

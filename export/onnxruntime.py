@@ -34,6 +34,8 @@ class ONNXRuntimeEngine:
         options.intra_op_num_threads = threads
         # Threads that spin while they wait would slow down the other networks and PyTorch.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Weights in eight bits become floats once, when they are loaded, and not at each run.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
         options.log_severity_level = 3  # errors, which are raised too
         # TF32 is on by default; float32 means float32 here, as in kernels/float32.py.
         provider_options = {"device_id": self._index, "use_tf32": 0} if device.type == "cuda" else {}
