@@ -139,7 +139,7 @@ def export(
         from fastldm.adapters.control import read_control
         from fastldm.export import prepared, writing
         from fastldm.export.spec import specs
-        from fastldm.profiling import quantize
+        from fastldm.profiling import quantized
         from fastldm.runtime.controls import Controls
 
         if to is None and (arch or sizes):
@@ -175,7 +175,7 @@ def export(
         if quantize_mode is not None:
             if to is not None:
                 raise InputError("--quantize is for CPUs, and does not go with --to tensorrt")
-            quantize.check_options(quantize_mode, out, shared)
+            quantized.check_options(quantize_mode, out, shared)
             folder = out.with_name(f".{out.name}.float32")
         if loras:
             bundle = _export_with(adapters.find(loras, allow_pickle=allow_pickle), model, folder, options, shared)
@@ -183,11 +183,11 @@ def export(
             source = prepared.source_of(model)
             bundle = writing.export(spec, folder, source=source, options=options, **shared)
         if quantize_mode is not None:
-            bundle = quantize.make(bundle, out, quantize_mode, say=lambda text: click.echo(text, err=True))
+            bundle = quantized.make(bundle, out, quantize_mode, say=lambda text: click.echo(text, err=True))
             shutil.rmtree(folder)
         total = sum(entry["bytes"] for entry in bundle.manifest["files"].values())
         names = ", ".join((*bundle.specs, *bundle.graphs))
-        as_what = quantize.summary(bundle) if bundle.quantized else f"in {dtype}, as PyTorch computes them"
+        as_what = quantized.summary(bundle) if bundle.quantized else f"in {dtype}, as PyTorch computes them"
         click.echo(f"{out}: {names}; {total / 2**20:.0f} MiB {as_what}")
         if to is not None:
             for record, seconds in tensorrt.build_ahead(bundle, capabilities=capabilities, sizes=sizes):
@@ -263,18 +263,21 @@ def verify(out: Path, backend: str, device: str | None, dtype: str | None, model
             text = "FAILED" if check.difference is None else f"{check.difference}  PSNR {check.difference.psnr:.0f} dB"
             click.echo(f"{check.network:<{width}}{check.origin:<8}{check.sizes:<36}{text}")
         if bundle.quantized:
-            from fastldm.profiling import quantize
+            from fastldm.profiling import quantized
 
             count = f"{len(manifest['quantized']['prompts'])} pictures"
             try:
-                text = str(quantize.check(bundle, backend, target_device, precision))
+                text = str(quantized.check(bundle, backend, target_device, precision))
             except BundleError as error:
                 problems.append(str(error))
                 text = "FAILED"
             click.echo(f"{'eight bits':<{width}}{'gate':<8}{count:<36}{text}")
         if problems:
             raise BundleError(f"{len(problems)} of the above failed on {backend} in {precision}: {problems[0]}")
-        click.echo(f"all are as close to PyTorch in float32 as {precision} is, on {backend}, which will run in it")
+        apart = ", but for eight bits," if bundle.quantized else ","
+        click.echo(
+            f"all are as close to PyTorch in float32 as {precision} is{apart} on {backend}, which will run in it"
+        )
 
         from fastldm.export import auto
         from fastldm.profiling import backends

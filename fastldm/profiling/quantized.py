@@ -33,15 +33,17 @@ from torch import Tensor
 from fastldm.checks import choice
 from fastldm.errors import BundleError, EngineError, InputError
 from fastldm.export import manifest as manifests
-from fastldm.export import networks, quantize
+from fastldm.export import networks, quantize, whole_picture
 from fastldm.export.bundle import PICTURE, QUANTIZED, Bundle
 from fastldm.export.cache import hash_files
 from fastldm.export.engine import MANIFEST, Engine, open_engine
 from fastldm.export.engines import FOLDER as ENGINES
+from fastldm.export.graphs import WHOLE_PICTURE
 from fastldm.export.parity import FACTOR, Difference, difference, worst
 from fastldm.export.quantize import MODES, Range
 from fastldm.export.spec import DATA, NetworkSpec
 from fastldm.export.verify import Goldens, fixed_image
+from fastldm.image import to_pixels
 from fastldm.request import Request
 from fastldm.runtime.stages import Stages
 from fastldm.system import machine
@@ -108,7 +110,7 @@ def check_options(mode: str, out: Path, options: Mapping[str, Any]) -> None:
     if out.exists():
         raise InputError(f"{out} exists: give the bundle another name, or remove it")
     choice("quantize", mode, MODES)
-    for name in ("fused_ops", "adapter_rank", "controls", "whole_picture", "graphs", QUANTIZED):
+    for name in ("fused_ops", "adapter_rank", "controls", QUANTIZED):
         if options.get(name):
             raise InputError(f"quantize does not go with {name}: leave one of them out")
     if options.get("dtype", "float32") != "float32":
@@ -151,7 +153,8 @@ def _write(bundle: Bundle, partial: Path, mode: str, say: Callable[[str], object
     """Write the bundle into `partial`. Returns what its manifest says of it."""
     name = "unet_step" if bundle.manifest["split"] else "unet"
     source, old = bundle.path(name), Goldens.read(bundle, name)
-    replaced = {source, source.with_name(DATA), bundle.folder / MANIFEST, bundle.folder / ENGINES}
+    replaced = {bundle.path(graph) for graph in bundle.graphs}
+    replaced |= {source, source.with_name(DATA), bundle.folder / MANIFEST, bundle.folder / ENGINES}
     shutil.copytree(bundle.folder, partial, ignore=lambda at, names: [n for n in names if Path(at, n) in replaced])
     made = replace(bundle, folder=partial)
 
@@ -180,6 +183,9 @@ def _write(bundle: Bundle, partial: Path, mode: str, say: Callable[[str], object
 
         chosen = _search(layers, ranges, search_quality, say)
         _activations(graph, ranges, chosen, made.path(name))
+
+    for each in bundle.graphs:
+        whole_picture.write(made, each)
 
     say(f"{len(PROMPTS)} pictures, compared ...")
     _write_goldens(made, name, replace(old, cases=cases))
@@ -236,9 +242,15 @@ def _search(
 def _write_goldens(made: Bundle, name: str, goldens: Goldens) -> None:
     """Of a bundle with a network in eight bits, what another computation of it may differ by: of that network, and of
     all that it is a part of."""
-    engine = open_engine("onnxruntime", made.path(name), made.specs[name])
-    _with_error(made, name, goldens, engine)
-    engine.close()
+    for network in (name, *made.graphs):
+        engine = open_engine("onnxruntime", made.path(network), made.spec(network))
+
+        def run(inputs: dict[str, Tensor], network: str = network, engine: Engine = engine) -> dict[str, Tensor]:
+            outputs = engine(inputs)
+            return {PICTURE: to_pixels(outputs["image"], "pt")} if network == WHOLE_PICTURE else outputs
+
+        _with_error(made, network, goldens if network == name else Goldens.read(made, network), run)
+        engine.close()
     stages = _watched(made, name)[1]
     _with_error(made, PICTURE, Goldens.read(made, PICTURE), lambda inputs: {PICTURE: fixed_image(stages, inputs)})
 
