@@ -274,7 +274,7 @@ def verify(out: Path, backend: str, device: str | None, dtype: str | None, model
             click.echo(f"{'eight bits':<{width}}{'gate':<8}{count:<36}{text}")
         if problems:
             raise BundleError(f"{len(problems)} of the above failed on {backend} in {precision}: {problems[0]}")
-        apart = ", but for eight bits," if bundle.quantized else ","
+        apart = " is, but for eight bits," if bundle.quantized else " is,"
         click.echo(
             f"all are as close to PyTorch in float32 as {precision} is{apart} on {backend}, which will run in it"
         )
