@@ -38,6 +38,13 @@ _LABELS = {
     **{name: name.upper() for name in ("dpm++ 2m", "dpm++ 2m sde", "dpm++ 3m", "dpm++ 3m sde", "dpm++ 2s", "dpm++ 3s")},
     **{"dpm++ sde": "DPM++ SDE", "dpm++ 2s a": "DPM++ 2S a", "heun++ 2": "Heun++ 2", "ipndm": "IPNDM"},
     **{"er sde": "ER SDE", "seeds 2": "SEEDS 2", "gradient estimation": "Gradient Estimation"},
+    **{"euler cfg++": "Euler CFG++", "euler a cfg++": "Euler a CFG++", "dpm++ 2m cfg++": "DPM++ 2M CFG++"},
+    **{
+        "ddim cfg++": "DDIM CFG++",
+        "dpm++ 2s a cfg++": "DPM++ 2S a CFG++",
+        "res multistep cfg++": "Res Multistep CFG++",
+    },
+    **{"res multistep a cfg++": "Res Multistep a CFG++", "gradient estimation cfg++": "Gradient Estimation CFG++"},
     **{"res multistep": "Res Multistep", "res multistep a": "Res Multistep a"},
     **{"euler": "Euler", "euler a": "Euler a", "heun": "Heun", "dpm2 a": "DPM2 a", "unipc": "UniPC"},
 }

@@ -67,7 +67,8 @@ class Request:
     num_inference_steps: int | None = None
     """Sampler steps."""
     guidance_scale: float | None = None
-    """Classifier-free guidance: 1 or less is off, with one U-Net row per image instead of two."""
+    """Classifier-free guidance: 1 or less is off, with one U-Net row per image instead of two. For samplers with CFG++
+    from 0 to about 1, by default 0.6."""
     guidance_rescale: float = 0.0
     """Rescales the guided prediction's standard deviation to the conditional one's, 0 (off) to 1 (arXiv:2305.08891,
     section 3.4)."""

@@ -6,6 +6,7 @@ import importlib.util
 import math
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -18,10 +19,10 @@ import torch
 from scheduler_runs import SD, SHAPE, error, network
 from torch import Tensor
 
-from fastldm.runtime.denoise import Run, denoise
+from fastldm.runtime.denoise import Guidance, Run, denoise
 from fastldm.runtime.noise import draw_step_noise
 from fastldm.samplers.grid import sigma_to_t
-from fastldm.samplers.names import resolve_sampler
+from fastldm.samplers.names import is_cfg_pp, resolve_sampler
 from fastldm.samplers.scheduler_config import read_config
 from fastldm.samplers.spacing import alphas_cumprod
 from fastldm.samplers.table import StepTable, make_table
@@ -240,3 +241,163 @@ def test_trajectories_equal_plain_loops(function: Any, steps: int) -> None:
     expected = function(denoiser, x.double(), levels(name, steps).double().tolist(), lambda: next(rest).double())
     assert error(end, expected) < 1e-4
     assert next(rest, None) is None
+
+
+# ---- CFG++: what is denoised with guidance is renoised without ----
+
+SCALE = 0.8
+Both = Callable[[Tensor, float], tuple[Tensor, Tensor]]
+
+
+def guided(x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+    """The denoised latents with guidance and without: with the prompt the network sees another input."""
+    scaled = x / math.hypot(sigma, 1)
+    t = float(sigma_to_t(np.array([sigma]), LOG_SIGMAS.astype(np.float32))[0])
+    conditional, without = (x - sigma * network(own, t) for own in (scaled + 0.3, scaled))
+    return without + SCALE * (conditional - without), without
+
+
+def guided_network(model_input: Tensor, t: float) -> Tensor:
+    """The same, as the loop calls it: the rows without the prompt first."""
+    without, conditional = model_input.chunk(2)
+    return torch.cat((network(without, t), network(conditional + 0.3, t)))
+
+
+def ours_guided(name: str, steps: int) -> tuple[Tensor, StepTable, Tensor, list[Tensor]]:
+    table, g = make_table(CONFIG, steps, sampler=name), torch.Generator().manual_seed(steps)
+    x = torch.randn(1, *SHAPE, generator=g) * table.init_noise_sigma
+    noises = draw_step_noise(table, (1, *SHAPE), g, torch.float32, "cpu")
+    run = Run(table, x, noises, Guidance(SCALE, cfg_pp=True))
+    end = denoise(lambda model_input, i, _: guided_network(model_input, table.timesteps[i]), run)
+    return end, table, x, [noise for noise in noises if noise is not None]
+
+
+def halves(sigma: float, after: float, eta: float) -> tuple[float, float]:
+    up = eta * after * math.sqrt(1 - after**2 / sigma**2)
+    return math.sqrt(max(after**2 - up**2, 0.0)), up
+
+
+def euler_pp(model: Both, x: Tensor, sigmas: list[float], draw: Callable[[], Tensor], eta: float) -> Tensor:
+    for sigma, after in pairwise(sigmas):
+        with_, without = model(x, sigma)
+        down, up = halves(sigma, after, eta)
+        x = with_ + down * slope(x, sigma, without)
+        x = x + up * draw() if up else x
+    return x
+
+
+def dpmpp_2m_pp(model: Both, x: Tensor, sigmas: list[float], draw: Callable[[], Tensor], eta: float) -> Tensor:
+    """As ComfyUI's: the last denoised latent without guidance, against the next one with it."""
+    before: tuple[float, Tensor] | None = None
+    for sigma, after in pairwise(sigmas):
+        with_, without = model(x, sigma)
+        kept = after / sigma
+        new = with_ - kept * without + kept * x
+        if before is not None and after:
+            change = (with_ - before[1]) / math.log(before[0] / sigma) * math.log(sigma / after)
+            new = new + (1 - kept) / 2 * change
+        x, before = new, (sigma, without)
+    return x
+
+
+def dpmpp_2s_pp(model: Both, x: Tensor, sigmas: list[float], draw: Callable[[], Tensor], eta: float) -> Tensor:
+    for sigma, after in pairwise(sigmas):
+        with_, without = model(x, sigma)
+        down, up = halves(sigma, after, eta)
+        if not down:
+            return with_
+        moved, middle = x + with_ - without, math.sqrt(sigma * down)
+        halfway = middle / sigma * moved + (1 - middle / sigma) * with_
+        x = down / sigma * moved + (1 - down / sigma) * model(halfway, middle)[0] + up * draw()
+    return x
+
+
+def res_multistep_pp(model: Both, x: Tensor, sigmas: list[float], draw: Callable[[], Tensor], eta: float) -> Tensor:
+    past: list[tuple[float, Tensor]] = []
+    down = 0.0
+    for sigma, after in pairwise(sigmas):
+        (with_, without), came_to = model(x, sigma), down
+        down, up = halves(sigma, after, eta)
+        if not past or not down:
+            x = with_ + down * slope(x, sigma, without)
+        else:
+            h = math.log(sigma / down)
+            first = 1 - math.exp(-h)
+            change = (without - past[-1][1]) / math.log(past[-1][0] / came_to)
+            x = down / sigma * (x + with_ - without) + first * without + (h - first) * change
+        past.append((sigma, without))
+        x = x + up * draw() if up else x
+    return x
+
+
+def gradient_estimation_pp(
+    model: Both, x: Tensor, sigmas: list[float], draw: Callable[[], Tensor], eta: float
+) -> Tensor:
+    before = None
+    for sigma, after in pairwise(sigmas):
+        with_, without = model(x, sigma)
+        now = slope(x, sigma, without)
+        new = with_ + after * now
+        if before is not None and after:
+            new = new + (after - sigma) * (now - before)
+        x, before = new, now
+    return x
+
+
+@pytest.mark.parametrize("steps", CALLS)
+@pytest.mark.parametrize(
+    ("name", "function", "eta"),
+    [
+        ("euler cfg++", euler_pp, 0.0),
+        ("euler a cfg++", euler_pp, 1.0),
+        ("dpm++ 2m cfg++", dpmpp_2m_pp, 0.0),
+        ("dpm++ 2s a cfg++", dpmpp_2s_pp, 1.0),
+        ("res multistep cfg++", res_multistep_pp, 0.0),
+        ("res multistep a cfg++", res_multistep_pp, 1.0),
+        ("gradient estimation cfg++", gradient_estimation_pp, 0.0),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_cfg_pp_equals_plain_loops(name: str, function: Any, eta: float, steps: int) -> None:
+    end, _, x, drawn = ours_guided(name, steps)
+    rest = iter(drawn)
+    expected = function(guided, x.double(), levels(name, steps).double().tolist(), lambda: next(rest).double(), eta)
+    assert error(end, expected) < 1e-4
+    assert next(rest, None) is None
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_ddim_cfg_pp_renoises_without_guidance(prediction: str) -> None:
+    """Algorithm 1 of the paper, from whatever the network predicts; and diffusers' DDIM where both branches agree."""
+    config = replace(CONFIG, prediction_type=prediction, raw={**CONFIG.raw, "prediction_type": prediction})
+    table = make_table(config, 6, sampler="ddim cfg++")
+    x = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0))
+    end = denoise(
+        lambda model_input, i, _: guided_network(model_input, table.timesteps[i]),
+        Run(table, x, [None] * 6, Guidance(SCALE, cfg_pp=True)),
+    )
+    x = x.double()
+    times = [int(t) for t in table.timesteps]
+    for t, later in pairwise([*times, -1]):
+        bar, after = BAR[t], BAR[later] if later >= 0 else 1.0
+        alpha, sigma = math.sqrt(bar), math.sqrt(1 - bar)
+        without, conditional = network(x, t), network(x + 0.3, t)
+        noise = {
+            "epsilon": without,
+            "v_prediction": alpha * without + sigma * x,
+            "sample": (x - alpha * without) / sigma,
+        }
+        out = without + SCALE * (conditional - without)
+        clean = {"epsilon": (x - sigma * out) / alpha, "v_prediction": alpha * x - sigma * out, "sample": out}
+        x = math.sqrt(after) * clean[prediction] + math.sqrt(1 - after) * noise[prediction]
+    assert error(end, x) < 1e-4
+
+
+def test_cfg_pp_is_guided_at_every_scale() -> None:
+    table = make_table(CONFIG, 4, sampler="euler cfg++")
+    assert Guidance(0.6, cfg_pp=True).rows(table) == [True] * 4
+    assert Guidance(0.6, 0.0, 0.5, 1.0, cfg_pp=True).rows(table) == [False, False, True, True]
+    assert Guidance(0.6, 0.0, 0.5, 1.0, cfg_pp=True).weights(table)[0] == (0.0, 1.0, 0.0, 0.0)
+    assert is_cfg_pp("Euler a CFG++ Karras")
+    assert not is_cfg_pp("euler a")
+    assert not is_cfg_pp(None)

@@ -41,6 +41,10 @@ from fastldm.samplers.table import make_table
         ("er_sde", "er sde"),
         ("seeds_2", "seeds 2"),
         ("ipndm", "ipndm"),
+        ("euler_ancestral_cfg_pp", "euler a cfg++"),
+        ("DPM++ 2M CFG++ Karras", "dpm++ 2m cfg++ karras"),
+        ("res_multistep_ancestral_cfg_pp", "res multistep a cfg++"),
+        ("DDIM CFG++", "ddim cfg++"),
     ],
 )
 def test_names(name: str, expected: str) -> None:

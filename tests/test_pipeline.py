@@ -163,6 +163,20 @@ def test_embedded_guidance_needs_no_second_row(pipes: Any, monkeypatch: pytest.M
     assert counted.rows == [1] * 4, "four steps are the family's default"
 
 
+def test_cfg_pp_is_guided_below_scale_one(pipes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default at 0.6; with the interval, and never where the scale or its rescale mean something else."""
+    ours, distilled = pipes("sd1")[1], pipes("lcm")[1]
+    counted = Counted(ours, monkeypatch)
+    ours("a cat", sampler="dpm++ 2m cfg++", num_inference_steps=4, seed=0, guidance_interval=(0.0, 0.5))
+    assert counted.rows == [2, 2, 1, 1]
+    completed = ours.stages.complete(Request("a cat", sampler="Euler CFG++"))
+    assert completed.guidance_scale == 0.6
+    with pytest.raises(InputError, match="'euler cfg\\+\\+' is CFG\\+\\+, and guidance_rescale is above 0"):
+        ours("a cat", sampler="euler cfg++", guidance_rescale=0.5)
+    with pytest.raises(InputError, match="this model reads the guidance scale itself"):
+        distilled("a cat", sampler="euler cfg++")
+
+
 # --- callback, result, output
 
 

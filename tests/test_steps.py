@@ -230,6 +230,15 @@ def test_unknown_columns_are_refused_where_used(sd1: tuple[Path, Path]) -> None:
         batch.step([run])
 
 
+def test_cfg_pp_runs_where_it_is_a_scale(sd1: tuple[Path, Path], torch_pipe: Pipeline) -> None:
+    """Euler's is a scale of each row; what adds to the latents has a column that the graph does not know."""
+    pipe = load(sd1[1], "onnxruntime-graph")
+    query = options(0, 3, sampler="euler cfg++", guidance_scale=0.7, height=16, width=16)
+    assert apart(pipe(**query).images, torch_pipe(**query).images) < TOLERANCE
+    with pytest.raises(InputError, match="the bundle's graph does not know gx of the sampler's table"):
+        pipe(**{**query, "sampler": "dpm++ 2m cfg++"})
+
+
 def test_not_finite_start_is_an_error(sd1: tuple[Path, Path]) -> None:
     pipe = load(sd1[1], "onnxruntime-graph")
     stages = pipe.stages

@@ -16,9 +16,12 @@ from fastldm.models.config import TinyVAEConfig, UNetConfig, VAEConfig
 from fastldm.models.families import Family
 from fastldm.request import Request, picture_seeds
 from fastldm.runtime.controls import ControlSelection
+from fastldm.samplers.names import is_cfg_pp
 
 if TYPE_CHECKING:
     from fastldm.sizes import Axis
+
+_CFG_PP_SCALE = 0.6  # that of the paper's pictures, arXiv:2406.08070
 
 
 def complete(
@@ -41,6 +44,12 @@ def complete(
             checks.finite(name, embeds)
     if unet.in_channels > vae.latent_channels and request.mask_image is None:
         raise InputError("this model is for inpainting: give it image and mask_image")
+    sampler = request.sampler or family.sampler
+    cfg_pp = is_cfg_pp(sampler)
+    if cfg_pp and (unet.needs_guidance or request.guidance_rescale > 0):
+        reason = "this model reads the guidance scale itself" if unet.needs_guidance else "guidance_rescale is above 0"
+        raise InputError(f"sampler {sampler!r} is CFG++, and {reason}: take a sampler without CFG++")
+    scale = _CFG_PP_SCALE if cfg_pp else family.guidance_scale
     width, height = _size(request, unet, vae)
     if ranges:
         sizes.check_size(ranges, vae.factor, width, height)
@@ -49,8 +58,8 @@ def complete(
         height=height,
         width=width,
         num_inference_steps=request.num_inference_steps or family.num_inference_steps,
-        guidance_scale=family.guidance_scale if request.guidance_scale is None else request.guidance_scale,
-        sampler=request.sampler or family.sampler,
+        guidance_scale=scale if request.guidance_scale is None else request.guidance_scale,
+        sampler=sampler,
         strength=(1.0 if request.mask_image is not None else 0.8) if request.strength is None else request.strength,
     )
 

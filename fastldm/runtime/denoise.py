@@ -38,10 +38,11 @@ class Guidance:
     rescale: float = 0.0  # 0 none, 1 the deviation of the conditional branch
     start: float = 0.0  # guided from this fraction of the steps on ...
     end: float = 1.0  # ... and before this one
+    cfg_pp: bool = False  # whether the table's guidance is CFG++, which is guided at any scale
 
     def guides(self, table: StepTable, row: int) -> bool:
         """Whether a row of the table is guided."""
-        return self.scale > 1 and self.start <= table.index[row] / table.steps < self.end
+        return (self.scale > 1 or self.cfg_pp) and self.start <= table.index[row] / table.steps < self.end
 
     def rows(self, table: StepTable) -> list[bool]:
         """Whether each row of the table is."""

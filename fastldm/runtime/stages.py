@@ -46,6 +46,7 @@ from fastldm.runtime.slots import Slots, StaticBuffers, graph_rows, step_capacit
 from fastldm.runtime.start import start_run
 from fastldm.runtime.steps import StepsBatch
 from fastldm.samplers import table as schedule
+from fastldm.samplers.names import is_cfg_pp
 
 logger = logging.getLogger("fastldm")
 
@@ -148,7 +149,9 @@ class Stages:
 
     def guided(self, request: Request) -> bool:
         """Whether there are two network rows a picture; a model that reads the scale itself needs one."""
-        return request.guidance_scale > 1 and not self.unet.config.needs_guidance  # type: ignore[operator]
+        if self.unet.config.needs_guidance:
+            return False
+        return request.guidance_scale > 1 or is_cfg_pp(request.sampler)  # type: ignore[operator]
 
     def unet_rows(self, images: int) -> int:
         """The most U-Net rows that a graph of so many images has."""
@@ -248,7 +251,8 @@ class Stages:
             reuse=request.reuse,
         )
         scale = float(request.guidance_scale or 0) if self.guided(request) else 1.0
-        guidance = Guidance(scale, request.guidance_rescale, *request.guidance_interval)
+        cfg_pp = is_cfg_pp(request.sampler)
+        guidance = Guidance(scale, request.guidance_rescale, *request.guidance_interval, cfg_pp=cfg_pp)
         in_channels = self.unet.config.in_channels
         to = {"dtype": self.dtype, "device": self.device}
         return start_run(request, table, guidance, self.vae, in_channels, **to, one_by_one=apart)  # type: ignore

@@ -39,6 +39,7 @@ class SchedulerClass:
     choices: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # if they differ from scheduler_config's
     custom: tuple[str, ...] = ()  # which of `timesteps` and `sigmas` a caller may pass
     float32_noise: bool = False  # whether diffusers draws noise in float32 for models of any dtype
+    cfg_pp: bool = False  # whether guidance is CFG++
 
 
 _BETAS = {
@@ -146,8 +147,9 @@ _K = {**_LINSPACE, **_SIGMAS, **_SD_BETAS, "final_sigmas_type": "zero", "log_int
 
 
 def _function(solver: Callable[..., Iterator[SolverRow]], name: str, *aliases: str, **options: Any) -> SchedulerClass:
-    own = partial(solver, **options) if options else solver
-    return SchedulerClass(own, on_sigmas, _K, {name: {}}, {alias: {} for alias in aliases}, custom=_EITHER)
+    own, cfg_pp = partial(solver, **options) if options else solver, name.endswith("cfg++")
+    others: dict[str, Options] = {alias: {} for alias in aliases}
+    return SchedulerClass(own, on_sigmas, _K, {name: {}}, others, custom=_EITHER, cfg_pp=cfg_pp)
 
 
 FUNCTIONS: dict[str, SchedulerClass] = {
@@ -162,6 +164,24 @@ FUNCTIONS: dict[str, SchedulerClass] = {
         "gradient_estimation": _function(k_solvers.gradient_estimation, "gradient estimation"),
         "er_sde": _function(k_solvers.er_sde, "er sde"),
         "seeds_2": _function(k_solvers.dpmpp_sde, "seeds 2", brownian=False),
+        "euler_cfg_pp": _function(k_solvers.euler_cfg_pp, "euler cfg++"),
+        "euler_ancestral_cfg_pp": _function(k_solvers.euler_cfg_pp, "euler a cfg++", eta=1.0),
+        "dpmpp_2m_cfg_pp": _function(k_solvers.dpmpp_2m_cfg_pp, "dpm++ 2m cfg++"),
+        "dpmpp_2s_ancestral_cfg_pp": _function(k_solvers.dpmpp_2s_ancestral, "dpm++ 2s a cfg++", cfg_pp=True),
+        "res_multistep_cfg_pp": _function(k_solvers.res_multistep, "res multistep cfg++", cfg_pp=True),
+        "res_multistep_ancestral_cfg_pp": _function(
+            k_solvers.res_multistep, "res multistep a cfg++", eta=1.0, cfg_pp=True
+        ),
+        "gradient_estimation_cfg_pp": _function(
+            k_solvers.gradient_estimation, "gradient estimation cfg++", cfg_pp=True
+        ),
+        "ddim_cfg_pp": SchedulerClass(
+            partial(solvers.ddim, cfg_pp=True),
+            on_timesteps,
+            {**_LEADING, **_SD_BETAS, "set_alpha_to_one": True},
+            {"ddim cfg++": {}},
+            cfg_pp=True,
+        ),
     }.items()
 }
 

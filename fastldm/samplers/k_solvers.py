@@ -6,7 +6,7 @@ Each is written from the paper or the function that its docstring names.
 CFG++ (https://arxiv.org/abs/2406.08070) denoises with guidance, and renoises with what the network predicts without:
 with D and U the denoised latents with and without guidance, Euler's step to sigma' is D + sigma' (X - U) / sigma. D - U
 is the guidance scale times what the network predicts with the prompt less what it predicts without, times q: so it is
-the column `gx`. Where it enters as M0 does, the column `gm` multiplies the scale.
+the column `gx`. Where it enters as M0 does, the column `gm` multiplies the scale, and the history holds D, or U at 0.
 """
 
 from __future__ import annotations

@@ -77,6 +77,11 @@ def resolve_sampler(name: str) -> Sampler:
     return replace(sampler, name=f"{sampler.name} {kind}", options={**sampler.options, **only})
 
 
+def is_cfg_pp(name: str | None) -> bool:
+    """Whether a sampler's guidance is CFG++: guided at every scale, and meant for scales from 0 to about 1."""
+    return name is not None and CLASSES[resolve_sampler(name).class_name].cfg_pp
+
+
 def sampler_name(config: ScheduleConfig) -> str:
     """The name of a configuration: the last matching one of SAMPLERS, or its class."""
     matches = [config.class_name]

@@ -32,16 +32,19 @@ def ddpm(grid: Grid) -> Iterator[SolverRow]:
         yield SolverRow(i - grid.begin, t, (alpha, sigma), x, draws=bool(t > 0))
 
 
-def ddim(grid: Grid) -> Iterator[SolverRow]:
-    """https://arxiv.org/abs/2010.02502, equation 12."""
+def ddim(grid: Grid, cfg_pp: bool = False) -> Iterator[SolverRow]:
+    """https://arxiv.org/abs/2010.02502, equation 12; with CFG++ https://arxiv.org/abs/2406.08070, algorithm 1."""
     for i in range(grid.begin, grid.steps):
         t = grid.timesteps[i]
         now, after = grid.bar(t), grid.bar(t - grid.stride(i), grid.final_bar)
         alpha, sigma = math.sqrt(now), math.sqrt(1 - now)
         deviation = grid.eta * math.sqrt((1 - after) / (1 - now) * (1 - now / after))
         x = math.sqrt(after) * grid.x0(alpha, sigma, X, M0)
-        x = x + math.sqrt(max(1 - after - deviation**2, 0)) * grid.epsilon(alpha, sigma, X, M0) + deviation * N
-        yield SolverRow(i - grid.begin, t, (alpha, sigma), x, draws=grid.eta > 0)
+        noise = math.sqrt(max(1 - after - deviation**2, 0))
+        x = x + noise * grid.epsilon(alpha, sigma, X, M0) + deviation * N
+        # With CFG++ guidance changes x0 alone, not the noise: as a factor of what it does to both.
+        more = {"gm": sigma / (sigma - noise * alpha / math.sqrt(after))} if cfg_pp else {}
+        yield SolverRow(i - grid.begin, t, (alpha, sigma), x, draws=grid.eta > 0, more=more)
 
 
 def plms(grid: Grid) -> Iterator[SolverRow]:

@@ -25,6 +25,7 @@ from fastldm.errors import InputError
 from fastldm.request import MAX_GUIDANCE
 from fastldm.runtime.denoise import Embeds
 from fastldm.runtime.stages import Change
+from fastldm.samplers.names import is_cfg_pp
 
 if TYPE_CHECKING:
     from fastldm.request import Request
@@ -64,12 +65,13 @@ class CallState:
         self.generation, self.embedded_guidance = generation, embedded_guidance
         self.guidance_scale = float(request.guidance_scale or 0)
         self.guidance_rescale, self.clip_skip = request.guidance_rescale, request.clip_skip
+        self._cfg_pp = is_cfg_pp(request.sampler)
         self.num_timesteps = 0
         self.interrupt = False
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        return self.guidance_scale > 1 and not self.embedded_guidance
+        return (self.guidance_scale > 1 or self._cfg_pp) and not self.embedded_guidance
 
     def call(self, pipe: Any, callback: StepCallback, names: Sequence[str], step: Progress) -> Change | None:
         """Call a callback after a step; returns what it changed. Raises InputError for what it cannot change."""
