@@ -44,7 +44,11 @@ FULL = {  # of SD1.5's bundles
     "sd15-step": [
         *("-m", "sd15", "--what", "step", "--size", "256x256", "--bundle", "split", "--bundle", "whole"),
         *("--compare", "diffusers,onnxruntime,openvino,openvino-genai"),
-    ]
+    ],
+    "sd15-picture": [
+        *("-m", "sd15", "--size", "256x256", "--steps", "4", "--bundle", "split", "--bundle", "whole"),
+        *("--compare", "diffusers,openvino-genai", "--rounds", "3"),
+    ],
 }
 
 
@@ -82,7 +86,7 @@ def with_optimum(options: list[str], python: Path | None) -> list[str]:
 
 def make_bundles(folder: Path) -> None:
     """Export the bundles of the default model."""
-    for name, options in (("split", ["--split"]), ("whole", [])):
+    for name, options in (("split", ["--whole-picture"]), ("whole", [])):
         subprocess.run([sys.executable, "-m", "fastldm", "export", str(folder / name), *options], cwd=ROOT, check=True)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 import onnxscript.optimizer
+import onnxscript.rewriter
 import torch
 from torch import Tensor, nn
 
@@ -57,6 +58,7 @@ def write(networks: ReferenceNetworks, name: str, folder: Path, *, opset: int = 
     spec = networks.specs[name]
     with replace_references(fused.replacements() if fused_ops else {}):
         model = _trace(_Traced(networks, name), spec, opset)
+    weights = [*model.graph.initializers.values()]
     _clean(model, spec)
     fused.add_functions(model, opset)
     check_graph(model, networks, name, opset)
@@ -64,6 +66,8 @@ def write(networks: ReferenceNetworks, name: str, folder: Path, *, opset: int = 
     # With the sizes of the Split of adapters' factors in the graph: ONNX Runtime reads them before it has the data.
     inside = max(256, 8 * len(networks.layouts.get(name, ())) + 8)
     ir.save(model, folder / MODEL, external_data=DATA, size_threshold_bytes=inside)
+    for weight in (*weights, *model.graph.initializers.values()):  # the exporter keeps its last graph
+        weight.const_value = None
 
 
 def trace_sizes(spec: NetworkSpec) -> dict[str, int]:
@@ -117,7 +121,8 @@ def _clean(model: ir.Model, spec: NetworkSpec) -> None:
     """Fold what depends only on weights, name the axes as in the spec, and remove traces of this machine."""
     unlimited = 1 << 62
     onnxscript.optimizer.fold_constants(model, input_size_limit=unlimited, output_size_limit=unlimited)
-    onnxscript.optimizer.optimize(model, input_size_limit=unlimited, output_size_limit=unlimited)
+    with _without_joined_slices():
+        onnxscript.optimizer.optimize(model, input_size_limit=unlimited, output_size_limit=unlimited)
     for value, port in zip((*model.graph.inputs, *model.graph.outputs), (*spec.inputs, *spec.outputs), strict=True):
         value.shape = ir.Shape([_dimension(size) if isinstance(size, Axis) else size for size in port.shape])
     for node in model.graph.all_nodes():
@@ -129,6 +134,19 @@ def _clean(model: ir.Model, spec: NetworkSpec) -> None:
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.graph.name, model.doc_string = spec.name, None
+
+
+@contextlib.contextmanager
+def _without_joined_slices() -> Iterator[None]:
+    """Inside, onnxscript does not look for Slices that together are a Split: for that it compares each node with all of
+    them, which takes longer than all else that it does to a U-Net, and there are none."""
+    name, rewriter = "_DEFAULT_REWRITE_RULES", onnxscript.rewriter
+    rules = getattr(rewriter, name, ())
+    try:
+        setattr(rewriter, name, tuple(rule for rule in rules if rule.name != "SlicesSplit"))
+        yield
+    finally:
+        setattr(rewriter, name, rules)
 
 
 def _dimension(axis: Axis) -> str:

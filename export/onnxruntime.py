@@ -21,8 +21,12 @@ _ELEMENTS = {torch.float32: 1, torch.float16: 10, torch.int32: 6}  # onnx.Tensor
 class ONNXRuntimeEngine:
     """A network whose inputs and outputs are bound by address, without copies."""
 
-    def __init__(self, path: Path, spec: NetworkSpec, device: torch.device, threads: int = 0) -> None:
-        """threads: number of CPU threads; 0 for one per core."""
+    def __init__(
+        self, path: Path, spec: NetworkSpec, device: torch.device, threads: int = 0, *, in_place: bool = False
+    ) -> None:
+        """threads: number of CPU threads; 0 for one per core. in_place: read the weights where they lie in their file,
+        and give memory back after each call: for a network that is run a few times, since it loads in no time. What
+        else each process holds is a copy of them in the order that its kernels read best."""
         provider = _PROVIDERS.get(device.type)
         if provider not in ort.get_available_providers():
             raise EngineError(
@@ -37,6 +41,10 @@ class ONNXRuntimeEngine:
         # Weights in eight bits become floats once, when they are loaded, and not at each run.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         options.log_severity_level = 3  # errors, which are raised too
+        if in_place:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED  # not the layout's
+            options.enable_cpu_mem_arena = False
         # TF32 is on by default; float32 means float32 here, as in kernels/float32.py.
         provider_options = {"device_id": self._index, "use_tf32": 0} if device.type == "cuda" else {}
         try:

@@ -72,6 +72,10 @@ class ReferenceNetworks:
             self._loaded = {key: self._load(key)}
         return self._loaded[key]
 
+    def release(self) -> None:
+        """Let go of the module that is held: the next call loads it once more."""
+        self._loaded = {}
+
     def has(self, name: str) -> bool:
         """Whether a network can be run."""
         return not _OF_CONTROL.fullmatch(name) or component(name) in self._controls

@@ -111,12 +111,14 @@ def check_network(
     device: torch.device | str = "cpu",
     precision: str | None = None,
     reference: ReferenceNetworks | None = None,
+    engine: Engine | None = None,
 ) -> Iterator[Check]:
-    """Check one network. precision: by default the bundle's dtype."""
+    """Check one network. precision: by default the bundle's dtype. engine: its own, in place of the backend's; closed
+    at the end."""
     spec = bundle.spec(network)
     precision = networks.precision_of(network, precision or bundle.manifest["dtype"])
     goldens = Goldens.read(bundle, network)
-    engine = open_engine(backend, bundle.path(network), spec, device=device, precision=precision)
+    engine = engine or open_engine(backend, bundle.path(network), spec, device=device, precision=precision)
     cases: list[tuple[Literal["golden", "fresh"], Named, Named]] = [("golden", *case) for case in goldens.cases]
     try:
         for origin, inputs, expected in _with_fresh(bundle, cases, spec, reference):

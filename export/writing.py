@@ -8,6 +8,7 @@ written to .partial in it, and its files are moved up at the end, the manifest, 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -17,9 +18,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
-from fastldm import checks
+from fastldm import checks, openmp
 from fastldm.adapters.control import Control
 from fastldm.adapters.packing import layouts
 from fastldm.conditioning.tokenizer import BOS, CLIP_WINDOW, EOS, clip_vocabulary
@@ -245,7 +247,9 @@ def _export(
     head: Mapping[str, Any],
     control_networks: Sequence[Any],
 ) -> None:
-    from fastldm.export import onnx  # needs packages that running a bundle does not need
+    # They need packages that running a bundle does not need.
+    from fastldm.export import onnx
+    from fastldm.export.onnxruntime import ONNXRuntimeEngine
 
     # From the modules: onnxruntime has different distributions for CPUs and GPUs.
     versions = {name: str(importlib.import_module(name).__version__) for name in _VERSIONS}
@@ -257,8 +261,9 @@ def _export(
     form: dict[str, Any] = {"split": head["split"], "adapter_rank": head.get("adapter_rank", 0)}
     form |= {"controls": [network.config for network in control_networks], "control_networks": control_networks}
     form |= {"whole_picture": "graphs" in head}
-    networks, reference = ReferenceNetworks(model, dtype, **form), ReferenceNetworks(model, "float32", **form)
-    stored = reference if dtype == "float32" else ReferenceNetworks(model, dtype, exact=True, **form)
+    networks = stored = reference = ReferenceNetworks(model, "float32", **form)
+    if dtype != "float32":
+        networks, stored = ReferenceNetworks(model, dtype, **form), ReferenceNetworks(model, dtype, exact=True, **form)
 
     # Finished files count if weights, options and versions are the same.
     key = json.dumps(content, sort_keys=True)
@@ -281,7 +286,12 @@ def _export(
     bundle = Bundle(partial, content, networks.specs, networks.graphs)
 
     def check(network: str) -> None:
-        for each in check_network(bundle, network):
+        for held in (networks, reference, stored):  # ONNX Runtime maps the same weights
+            held.release()
+        gc.collect()  # the trace's references go in circles
+        spec, threads = bundle.spec(network), openmp.threads()
+        engine = ONNXRuntimeEngine(bundle.path(network), spec, torch.device("cpu"), threads, in_place=True)
+        for each in check_network(bundle, network, engine=engine):
             if each.problem:
                 raise BundleError(f"exported, but not as PyTorch computes it: {each.problem}")
 
