@@ -3,46 +3,17 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizer_folders import SD1_CONFIG, SD1_MAP, SDXL2_ADDED, SDXL2_NAMES, write_folder
+from tokenizer_folders import FOLDERS, HOLES, SD1_MAP, hostile_texts, write_folder, write_holes
 from transformers import CLIPTokenizer
 
 from fastldm.conditioning.tokenizer import BOS, EOS, Tokenizer, clip_vocabulary
 from fastldm.errors import CheckpointError
 
 ASTRONAUT = [320, 1125, 539, 550, 18376, 6765, 320, 4558]
-
-
-# The forms in which tokenizers lie on disk: each a reason for tokens to come out otherwise. (vocabulary size, files)
-FOLDERS: dict[str, tuple[int, dict[str, Any]]] = {
-    # vocabulary and merges alone
-    "bare": (49408, {}),
-    # SD 1.x: special tokens as dicts, found in the normalised text, so in capitals too
-    "sd1": (49408, {"tokenizer_config.json": SD1_CONFIG, "special_tokens_map.json": SD1_MAP}),
-    # SD 2.x: the map overrides the settings' pad token; `!` in a prompt is the pad token
-    "sd2": (49408, {"tokenizer_config.json": SD1_CONFIG, "special_tokens_map.json": {**SD1_MAP, "pad_token": "!"}}),
-    # SDXL's second: added_tokens_decoder replaces the map
-    "sdxl2": (
-        49408,
-        {
-            "tokenizer_config.json": {**SDXL2_NAMES, "added_tokens_decoder": SDXL2_ADDED, "model_max_length": 77},
-            "special_tokens_map.json": {"pad_token": "never read"},
-        },
-    ),
-    # the default model's: a short vocabulary and window
-    "small": (8192, {"tokenizer_config.json": {**SDXL2_NAMES, "pad_token": EOS, "model_max_length": 32}}),
-    # textual inversion: a token of its own, at the end of the vocabulary
-    "added": (49408, {"added_tokens.json": {"<cat-toy>": 49408}, "special_tokens_map.json": SD1_MAP}),
-    "extra": (1000, {"tokenizer_config.json": {"additional_special_tokens": ["<Toy>"], "model_max_length": 1e30}}),
-}
-
-
-# Vocabularies that lack most single bytes: what they do not know becomes the unknown token
-HOLES = "holes"
 
 
 # As transformers 5 writes it
@@ -60,8 +31,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, (size, files) in FOLDERS.items():
         vocab, merges = clip_vocabulary(size)
         written[name] = write_folder(root / name, vocab, merges, files)
-    letters = {c: k for k, c in enumerate(["a", "b", "c</w>", "ab", "abc</w>", BOS, EOS])}
-    written[HOLES] = write_folder(root / HOLES, letters, [("a", "b"), ("ab", "c</w>")], {})
+    written[HOLES] = write_holes(root / HOLES)
     for name, origin in SERIALIZED.items():
         written[name] = root / name
         CLIPTokenizer.from_pretrained(written[origin]).save_pretrained(written[name])
@@ -72,42 +42,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     files = {"tokenizer.json": serialized, "special_tokens_map.json": SD1_MAP}
     written[OLDER] = write_folder(root / OLDER, *clip_vocabulary(600), files)
     return written
-
-
-WORDS = "the quick brown fox of a photo astronaut riding horse unbelievableness internationalization 8k hdr"
-
-
-POOLS: tuple[list[str], ...] = (
-    WORDS.split(),
-    list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"),
-    list("0123456789٣४²½Ⅷ④百"),
-    list(" \t\n\r\v\f\x1c\x1d\x85\xa0\u1680\u2003\u2028\u2029\u202f\u205f\u3000\u200b\u2060\ufeff"),
-    [chr(c) for c in [*range(32), *range(127, 160)]],
-    [*"!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~", "...", "!!!", "-->", ":)", "¯\\_(ツ)_/¯"],
-    ["'s", "'S", "'t", "'re", "'VE", "'m", "'ll", "'LL", "'d", "’s", "ʼs", "''", "dog's", "don't", "I'M", "o'clock"],
-    ["é", "e\u0301", "E\u0301", "ñ", "n\u0303", "Å", "A\u030a", "\u212b", "d\u0323\u0307", "\u0308" * 9],
-    ["ß", "ẞ", "İ", "ı", "I", "Σ", "ΟΔΟΣ", "ς", "ǅ", "ﬁ", "ÀÉÎÕÜ", "Ж", "ԱԲ", "Ⅻ", "𝐀", "Ａ", "Ꭰ", "𐐀"],
-    ["你好", "日本語", "カタカナ", "ｶﾀｶﾅ", "がぎ", "か\u3099", "한국어", "\u1112\u1161\u11ab", "漢字𠮷", "、"],
-    ["繁體", "。", "ไทย", "नमस्ते", "עברית", "مرحبا", "\u202eabc", "\u0378", "\u034f", "\u0300"],
-    ["😀", "🇩🇪", "👍🏽", "☃", "\u2764\ufe0f", "1\ufe0f\u20e3", "\U0001f469\u200d\U0001f467", "\U0001f3f4\U000e007f"],
-    [BOS, EOS, BOS.upper(), EOS.title(), "<|", "|>", "<|endoftext", "</w>", "a</w>", "Ġ", "ġthe", "<cat-toy>", "<toy>"],
-    ["\ue000", "\U000f0000", "\ufffd", "\uffff", "\U0010ffff", "<Toy>"],
-)
-
-
-def hostile_texts(count: int, seed: int) -> list[str]:
-    """Seeded texts of mixed kinds, from empty to thousands of characters."""
-    draw = random.Random(seed)
-    texts = ["", " ", "a" * 5000, "ab" * 3000 + "'s", "1" * 999, "!" * 999, "字" * 999, "é" * 999, "\0" * 99, EOS * 99]
-    while len(texts) < count:
-        pools = draw.sample(POOLS, draw.randint(1, 4))
-        length = draw.choice((1, 2, 5, 20, 80, 400))
-        joint = draw.choice(("", " ", "  ", "'"))
-        pieces = [draw.choice(draw.choice(pools)) for _ in range(length)]
-        if draw.random() < 0.2:  # anything that Unicode has, assigned or not, but surrogates, which have no UTF-8 form
-            pieces = [chr(c) for c in (draw.randrange(0x110000) for _ in range(length)) if not 0xD800 <= c < 0xE000]
-        texts.append(joint.join(pieces))
-    return texts
 
 
 @pytest.mark.parametrize("name", [*FOLDERS, HOLES, *SERIALIZED, OLDER])

@@ -67,19 +67,37 @@ if TYPE_CHECKING:
     type=click.Choice(["int8-weights", "int8"]),
     help="The U-Net in eight bits, if its pictures stay the model's.",
 )
-@click.option("--to", type=click.Choice(["tensorrt"]), help="Build engines of the networks too. Needs no GPU.")
+@click.option(
+    "--to",
+    type=click.Choice(["tensorrt", "web"]),
+    help="tensorrt: build engines of the networks too; needs no GPU. web: in place of a bundle, a folder for browsers.",
+)
 @click.option(
     "--arch",
     multiple=True,
     metavar="A",
-    help="With --to: a GPU that the engines are for, such as sm_89; may be repeated.  [default: Ampere and later]",
+    help="With --to tensorrt: a GPU that the engines are for, such as sm_89; may be repeated.  [default: Ampere and "
+    "later]",
 )
 @click.option(
     "--size",
     "sizes",
     type=Size(),
     multiple=True,
-    help="With --to: engines for pictures of this size alone; may be repeated.  [default: all that the model has]",
+    help="With --to tensorrt: engines for pictures of this size alone; may be repeated.  [default: all that the model "
+    "has]",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["float32", "float16", "int8"]),
+    help="With --to web: how weights are stored; they are computed with in float32.  [default: float16]",
+)
+@click.option(
+    "--onnxruntime-web",
+    "onnxruntime_web",
+    type=click.Path(path_type=Path, exists=True),
+    metavar="PATH",
+    help="With --to web: the package onnxruntime-web, packed or as a folder.  [default: from npm]",
 )
 @debug_option
 def export(
@@ -101,6 +119,8 @@ def export(
     to: str | None,
     arch: tuple[str, ...],
     sizes: tuple[tuple[int, int], ...],
+    weights: str | None,
+    onnxruntime_web: Path | None,
     debug: bool,
 ) -> None:
     """Write a model to the folder OUT as ONNX, each network compared with PyTorch before it counts.
@@ -116,6 +136,11 @@ def export(
     fastldm export -m ./sd15 ./sd15-half --split --dtype float16 --to tensorrt --arch sm_89 --size 512x512
     fastldm generate "a castle" -m ./sd15-half --backend tensorrt
     fastldm cache ls                                            what a machine built for itself, where no engine fitted
+
+    \b
+    For browsers, and for Node: a folder of static files, with a page to try it (docs/web.md). -m may be a bundle:
+    fastldm export --to web ./web
+    python -m http.server -d ./web
 
     \b
     --split        text and time steps are computed once, not at each step; without, optimum reads the folder too
@@ -142,19 +167,32 @@ def export(
         from fastldm.profiling import quantized
         from fastldm.runtime.controls import Controls
 
-        if to is None and (arch or sizes):
+        if to != "tensorrt" and (arch or sizes):
             raise InputError("--arch and --size are of engines: give --to tensorrt too")
+        if to != "web" and (weights or onnxruntime_web):
+            raise InputError("--weights and --onnxruntime-web are of a folder for browsers: give --to web too")
         options: dict[str, Any] = {
             "variant": variant,
             "revision": revision,
             "prediction_type": prediction_type,
             "allow_pickle": allow_pickle,
         }
+        if to == "web":
+            asked = {"--dtype": dtype != "float32", "--opset": opset != "21", "--fused-ops": fused_ops}
+            asked |= {
+                "--adapters": adapter_rank > 0,
+                "--control": bool(controls),
+                "--quantize": quantize_mode is not None,
+            }
+            if refused := [option for option, given in asked.items() if given]:
+                raise InputError(f"--to web does not go with {', '.join(refused)}: leave it out")
+            _export_to_web(model, out, options, loras, weights or "float16", onnxruntime_web)
+            return
         spec = describe(model, **options)
         attached = Controls()
         for control in controls:
             attached.attach(None, read_control(control, spec, allow_pickle=allow_pickle))
-        if to is not None:  # mistakes are found before anything is traced
+        if to == "tensorrt":  # mistakes are found before anything is traced
             tensorrt = need_tensorrt()
             capabilities = [tensorrt.parse_capability(name) for name in arch]
             configs = [control.network.config for control in attached.attached.values()]
@@ -169,7 +207,7 @@ def export(
             "fused_ops": fused_ops,
             "adapter_rank": adapter_rank,
             "controls": attached.attached,
-            "on_network": lambda network: click.echo(f"{network} ...", err=True),
+            "on_network": _say,
         }
         folder = out
         if quantize_mode is not None:
@@ -189,10 +227,61 @@ def export(
         names = ", ".join((*bundle.specs, *bundle.graphs))
         as_what = quantized.summary(bundle) if bundle.quantized else f"in {dtype}, as PyTorch computes them"
         click.echo(f"{out}: {names}; {total / 2**20:.0f} MiB {as_what}")
-        if to is not None:
+        if to == "tensorrt":
             for record, seconds in tensorrt.build_ahead(bundle, capabilities=capabilities, sizes=sizes):
                 text = f"{seconds:.1f} s" if seconds else "is there"
                 click.echo(f"{out / 'engines' / record.file}: {text}, {record.bytes / 2**20:.1f} MiB")
+
+
+def _say(part: str) -> None:
+    click.echo(f"{part} ...", err=True)
+
+
+def _export_to_web(
+    model: str,
+    out: Path,
+    options: dict[str, Any],
+    loras: tuple[tuple[str, float], ...],
+    weights: str,
+    onnxruntime_web: Path | None,
+) -> None:
+    """Write the folder of a model or bundle for browsers, all of it or nothing."""
+    from tempfile import TemporaryDirectory
+
+    from fastldm.export import prepared, web, writing
+    from fastldm.export.bundle import Bundle
+    from fastldm.export.engine import is_bundle
+    from fastldm.files import check_folder
+    from fastldm.model import describe
+
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(f"{out} exists: give the name of a new folder")
+    check_folder(out.absolute().parent)
+    given = Bundle.open(Path(model)) if is_bundle(model) else None
+    if given is not None and loras:
+        raise InputError("--lora merges into a model's weights: give the model in place of the bundle")
+    spec = describe(model, **options) if given is None else given.model
+    web.check(spec)
+    engine = web.onnxruntime_web(onnxruntime_web)
+    with TemporaryDirectory(prefix=f".{out.name[:40]}-", dir=out.absolute().parent) as scratch:
+        folder = Path(scratch) / "web"
+        folder.mkdir()
+        shared: dict[str, Any] = {"whole_picture": True, "on_network": _say}
+        if given is not None:
+            bundle = given
+        elif loras:
+            found = adapters.find(loras, allow_pickle=options["allow_pickle"])
+            bundle = _export_with(found, model, Path(scratch) / "bundle", options, shared)
+        else:
+            source = prepared.source_of(model)
+            bundle = writing.export(spec, Path(scratch) / "bundle", source=source, options=options, **shared)
+        info = web.write(bundle, folder, engine, weights, on_part=_say)
+        if out.exists():
+            out.rmdir()
+        folder.rename(out)
+    size = web.transfer_size(info) / 1e6
+    click.echo(f"{out}: {size:.1f} MB for a tab, weights in {weights}: images {info['psnr']:.0f} dB from PyTorch's")
+    click.echo(f"to try it: python -m http.server -d {out}")
 
 
 def _export_with(

@@ -124,6 +124,21 @@ class Tokenizer:
         (Path(folder) / "tokenizer.json").write_text(self._backend.to_str(), encoding="utf-8")
         (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
+    def to_dict(self) -> dict[str, Any]:
+        """All that ids depend on, as JSON has it: for other languages, such as fastldm/assets/web/fastldm.js."""
+        serialized = json.loads(self._backend.to_str())
+        model = serialized["model"]
+        return {
+            "vocab": model["vocab"],
+            "merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
+            "added": serialized["added_tokens"],
+            "vectors": self._vectors,
+            "bos": self.bos,
+            "eos": self.eos,
+            "pad": self.pad,
+            "unk": self._backend.token_to_id(model["unk_token"]),
+        }
+
     def _normalized(self, token: str) -> str:
         return self._backend.normalizer.normalize_str(token)
 
