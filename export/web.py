@@ -13,6 +13,7 @@ Files are compressed here, because few servers would do it for these types; the 
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import hashlib
 import json
@@ -34,25 +35,28 @@ from fastldm.export.graphs import WHOLE_PICTURE
 from fastldm.export.manifest import write_json
 from fastldm.export.verify import Goldens
 from fastldm.image import to_pixels
-from fastldm.kernels.step import COLUMNS
+from fastldm.kernels.step import COLUMNS as GRAPH_COLUMNS
 from fastldm.loading.spec import Spec
-from fastldm.samplers.config import ScheduleConfig
-from fastldm.samplers.names import SAMPLERS
-from fastldm.samplers.table import StepTable, make_table
+from fastldm.samplers.names import sampler_name
+from fastldm.samplers.table import COLUMNS, NEUTRAL, StepTable, make_table
 from fastldm.system import ASSETS
 from fastldm.version import __version__
 
 FORMAT = 1
 PACKAGE, VERSION = "onnxruntime-web", "1.30.0"
 _INTEGRITY = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="  # npm's, sha512
-_WASM = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
-_WEBGPU = ("ort.jspi.min.mjs", "ort-wasm-simd-threaded.jspi.mjs", "ort-wasm-simd-threaded.jspi.wasm")
-_LEAST = {"float32": 80.0, "float16": 40.0, "int8": 30.0}
+WASM = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
+WEBGPU = ("ort.jspi.min.mjs", "ort-wasm-simd-threaded.jspi.mjs", "ort-wasm-simd-threaded.jspi.wasm")
+LEAST = {"float32": 80.0, "float16": 40.0, "int8": 30.0}
 """PSNR in dB that the bundle's images have at least, by form of the weights."""
-_LARGEST = 2**31 - 2**20
+LARGEST = 2**31 - 2**20
 """Bytes of weights in float32, in which a tab holds them: a graph in one file has at most 2 GiB."""
 _STEPS = (*range(1, 31), 40, 50)
-_KARRAS = ("euler karras", "dpm++ 2m karras", "dpm++ 2m sde karras")
+_USUAL = (
+    *("ddim", "ddpm", "plms", "euler", "euler a", "euler karras", "heun", "dpm2", "dpm2 a", "lms"),
+    *("dpm++ 2m", "dpm++ 2m karras", "dpm++ 2m sde", "dpm++ 2m sde karras", "dpm++ 3m", "dpm++ 3m sde"),
+    *("dpm++ 2s", "dpm++ 3s", "deis", "unipc", "lcm", "tcd"),
+)
 _PAGE = ASSETS / "web"
 
 
@@ -63,7 +67,7 @@ def check(model: Spec) -> None:
     if model.unet.in_channels > model.vae.latent_channels:
         raise InputError(f"the family {model.family.name} is for inpainting: --to web runs models for text to images")
     total = 4 * model.parameters
-    if total > _LARGEST:
+    if total > LARGEST:
         raise InputError(
             f"the model has {total / 2**30:.1f} GiB of weights in float32, in which a tab computes: at most 2 are "
             "possible"
@@ -76,7 +80,7 @@ def onnxruntime_web(path: Path | None) -> dict[str, bytes]:
     Raises InputError where they are not there, with what to do.
     """
     how = f"fetch it with `npm pack {PACKAGE}@{VERSION}` where there is a network, and give --{PACKAGE} FILE"
-    names = (*_WASM, *_WEBGPU)
+    names = (*WASM, *WEBGPU)
     if path is None:
         return _fetched(names, how)
     try:
@@ -85,7 +89,8 @@ def onnxruntime_web(path: Path | None) -> dict[str, bytes]:
             return {name: (folder / name).read_bytes() for name in names}
         return _unpacked(path, names)
     except (OSError, KeyError, tarfile.TarError) as error:
-        raise InputError(f"{path} is not {PACKAGE} {VERSION} ({error}): {how}") from error
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{path} is not {PACKAGE} {VERSION} ({reason}): {how}") from error
 
 
 def _fetched(names: tuple[str, ...], how: str) -> dict[str, bytes]:
@@ -135,10 +140,10 @@ def write(
     lighter.lighten(graph, weights)
     content = graph.SerializeToString()
     psnr = _psnr(bundle, content)
-    if not psnr >= _LEAST[weights]:
+    if not psnr >= LEAST[weights]:
         raise BundleError(
             f"{weights} weights make other images of this model: {psnr:.0f} dB from PyTorch's, "
-            f"expected {_LEAST[weights]:.0f}"
+            f"expected {LEAST[weights]:.0f}"
         )
     on_part("compressed files")
     default, tables = _tables(model)
@@ -168,7 +173,7 @@ def write(
         PACKAGE: VERSION,
         "weights": weights,
         "psnr": round(min(psnr, 150.0), 1),
-        "columns": list(COLUMNS),
+        "columns": list(GRAPH_COLUMNS),
         "channels": model.vae.latent_channels,
         "factor": factor,
         "readsGuidance": model.unet.needs_guidance,
@@ -192,7 +197,7 @@ def write(
     return info
 
 
-def transfer_size(info: dict[str, Any], names: tuple[str, ...] = _WASM) -> int:
+def transfer_size(info: dict[str, Any], names: tuple[str, ...] = WASM) -> int:
     """Bytes that a tab reads for the model and an engine, by what model.json says."""
     engine = {f"ort/{name}" for name in names} | {f"ort/{name}.gz" for name in names}
     return sum(size for name, size in info["files"].items() if not name.startswith("ort/") or name in engine)
@@ -214,34 +219,29 @@ def _psnr(bundle: Bundle, graph: bytes) -> float:
 
 
 def _tables(model: Spec) -> tuple[str, dict[str, dict[int, Any]]]:
-    """The name of the model's own sampler, and tables by sampler and number of steps: those that there are."""
-    schedule, tables = model.schedule, {}
-    default = ""
-    for sampler in (None, *SAMPLERS, *_KARRAS) if model.family.sampler is None else (*SAMPLERS, *_KARRAS):
+    """The name of the model's own sampler, and tables by sampler and number of steps: those that the graph computes.
+    InputError where it does not compute the model's own."""
+    tables: dict[str, dict[int, Any]] = {}
+    default = sampler_name(model.schedule)
+    for name in (default, *_USUAL):
         found = {}
         for steps in _STEPS:
-            table = _table(schedule, steps, sampler)
-            if table is not None:
-                found[steps] = _numbers(table)
-                name = table.sampler if sampler is None else sampler
+            with contextlib.suppress(InputError):  # the schedule has none
+                table = make_table(model.schedule, steps, sampler=None if name == default else name)
+                if all((table.rows[:, COLUMNS.index(column)] == value).all() for column, value in NEUTRAL.items()):
+                    found[steps] = _numbers(table)
         if found:
-            tables.setdefault(name, found)
-            default = default or name
-    return model.family.sampler or default, tables
-
-
-def _table(schedule: ScheduleConfig, steps: int, sampler: str | None) -> StepTable | None:
-    """None where the schedule has none."""
-    try:
-        return make_table(schedule, steps, sampler=sampler)
-    except InputError:
-        return None
+            tables[name] = found
+    own = model.family.sampler or default
+    if own not in tables:
+        raise InputError(f"the model's sampler, {own}, has numbers that the graph of a whole picture does not read")
+    return own, tables
 
 
 def _numbers(table: StepTable) -> dict[str, Any]:
     return {
         "timesteps": _floats(table.timesteps),
-        "rows": _floats(table.rows[:, : len(COLUMNS)].ravel()),
+        "rows": _floats(table.rows[:, : len(GRAPH_COLUMNS)].ravel()),
         "draws": [int(draws) for draws in table.draws],
         "index": list(table.index),
         "scale": table.init_noise_sigma,

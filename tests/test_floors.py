@@ -24,7 +24,7 @@ FLOORS = [  # top first
     ["adapting", "controlling", "image_prompting", "textual_inversion"],
     ["serving"],
     ["planning"],
-    ["export.writing", "export.verify"],  # which make a picture
+    ["export.web", "export.writing", "export.verify"],  # which make a picture, or compare one
     ["runtime"],
     ["model"],
     ["export"],

@@ -13,4 +13,5 @@ const ids = tokenizers.map((own) => {
   const tokenizer = new Tokenizer(own);
   return texts.map((text) => tokenizer.ids(text));
 });
-writeSync(1, JSON.stringify({ numbers, ids }));
+const text = Buffer.from(JSON.stringify({ numbers, ids }));
+for (let k = 0; k < text.length; ) k += writeSync(1, text, k);
