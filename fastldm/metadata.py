@@ -48,7 +48,12 @@ _LABELS = {
     **{"res multistep": "Res Multistep", "res multistep a": "Res Multistep a"},
     **{"euler": "Euler", "euler a": "Euler a", "heun": "Heun", "dpm2 a": "DPM2 a", "unipc": "UniPC"},
 }
-_SCHEDULES = ("karras", "exponential", "beta")
+SCHEDULE_LABELS = {
+    **{kind: kind.capitalize() for kind in ("karras", "exponential", "beta", "simple", "normal")},
+    **{"sgm uniform": "SGM Uniform", "ddim uniform": "DDIM", "kl optimal": "KL Optimal"},
+    **{"ays": "Align Your Steps", "ays xl": "Align Your Steps XL"},
+}
+"""How AUTOMATIC1111 writes what is at the end of a sampler's name."""
 _MIN_FIELDS = 3  # of the last line; a line with fewer is the end of a prompt
 # Line breaks of any convention and invisible characters, except line feed, which prompts may contain.
 _UNSAFE = re.compile("[\0-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -114,8 +119,9 @@ def parse_parameters(text: str) -> tuple[Request, dict[str, str]]:
     from fastldm.request import Request
 
     lines, fields = _lines_and_fields(text)
-    if (kind := fields.get("Schedule type", "").lower()) in (*_SCHEDULES, "automatic") and "Sampler" in fields:
-        fields["Sampler"] = f"{_unlabelled(fields['Sampler'])} {kind if kind in _SCHEDULES else ''}".rstrip()
+    kinds = {label.lower(): kind for kind, label in SCHEDULE_LABELS.items()} | {"automatic": ""}
+    if (kind := fields.get("Schedule type", "").lower()) in kinds and "Sampler" in fields:
+        fields["Sampler"] = f"{_unlabelled(fields['Sampler'])} {kinds[kind]}".rstrip()
         del fields["Schedule type"]
     negative_at = next((k for k, line in enumerate(lines) if line.lstrip().startswith(_NEGATIVE)), None)
     arguments: dict[str, Any] = {"prompt": _unquoted("\n".join(lines[:negative_at]))}
@@ -204,9 +210,9 @@ def sampler_label(name: str) -> str:
 
 def split_sampler(sampler: str | None) -> tuple[str | None, str | None]:
     """AUTOMATIC1111's name of a sampler, and apart from it how its sigmas are spaced, if it says."""
-    name, _, kind = (sampler or "").rpartition(" ")
-    if name and kind in _SCHEDULES:
-        return sampler_label(name), kind.capitalize()
+    for kind in sorted(SCHEDULE_LABELS, key=len, reverse=True):
+        if sampler is not None and sampler.endswith(f" {kind}"):
+            return sampler_label(sampler.removesuffix(f" {kind}")), SCHEDULE_LABELS[kind]
     return None if sampler is None else sampler_label(sampler), None
 
 

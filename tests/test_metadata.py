@@ -14,9 +14,10 @@ from PIL import Image, PngImagePlugin
 import fastldm
 from fastldm import InputError, Request
 from fastldm.image import output_paths, read_parameters, save_image, save_result
-from fastldm.metadata import control_unit, parameters_text, parse_parameters
+from fastldm.metadata import SCHEDULE_LABELS, control_unit, parameters_text, parse_parameters
 from fastldm.request import Result, Timings
 from fastldm.samplers.names import SAMPLERS
+from fastldm.samplers.spacing import SCHEDULES
 
 COMPLETE: dict[str, Any] = {
     "height": 64,
@@ -159,12 +160,13 @@ def test_settings_of_other_tools_are_read() -> None:
 def test_samplers_have_their_names_elsewhere() -> None:
     """AUTOMATIC1111 reads a sampler by its exact name, and how its sigmas are spaced apart from it."""
     for name in SAMPLERS:
-        for kind in ("", " karras", " exponential", " beta"):
+        for kind in ("", *(f" {kind}" for kind in SCHEDULE_LABELS)):
             text = parameters_text(Request("a", num_inference_steps=8, sampler=name + kind, seed=3), 3, "m")
             label, _, schedule = text.partition("Sampler: ")[2].partition(", ")
             assert label.lower() == name
             assert label != name
-            assert ("Schedule type: " + kind.strip().capitalize() in schedule) == bool(kind)
+            assert not kind or f"Schedule type: {SCHEDULE_LABELS[kind.strip()]}, " in schedule
+            assert ("Schedule type: " in schedule) == bool(kind)
             assert parse_parameters(text)[0].sampler == name + kind
     for text, sampler in (
         ("Sampler: DPM++ 2M, Schedule type: Automatic", "dpm++ 2m"),
@@ -172,9 +174,10 @@ def test_samplers_have_their_names_elsewhere() -> None:
         ("Sampler: my own", "my own"),
     ):
         assert parse_parameters(f"a\nSteps: 1, {text}, Size: 8x8")[0].sampler == sampler
-    assert parse_parameters("a\nSteps: 1, Sampler: Euler, Schedule type: SGM Uniform, Size: 8x8")[1] == {
-        "Schedule type": "SGM Uniform"
+    assert parse_parameters("a\nSteps: 1, Sampler: Euler, Schedule type: Polyexponential, Size: 8x8")[1] == {
+        "Schedule type": "Polyexponential"
     }
+    assert {*SCHEDULE_LABELS} == {"karras", "exponential", "beta", *SCHEDULES}
 
 
 @pytest.mark.parametrize(

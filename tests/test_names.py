@@ -45,6 +45,11 @@ from fastldm.samplers.table import make_table
         ("DPM++ 2M CFG++ Karras", "dpm++ 2m cfg++ karras"),
         ("res_multistep_ancestral_cfg_pp", "res multistep a cfg++"),
         ("DDIM CFG++", "ddim cfg++"),
+        ("DPM++ 2M SGM Uniform", "dpm++ 2m sgm uniform"),
+        ("euler ddim_uniform", "euler ddim uniform"),
+        ("Euler a Align Your Steps", "euler a ays"),
+        ("dpmpp_2m_sde kl_optimal", "dpm++ 2m sde kl optimal"),
+        ("DPM++ SDE Simple", "dpm++ sde simple"),
     ],
 )
 def test_names(name: str, expected: str) -> None:

@@ -191,7 +191,7 @@ def test_image_to_image_and_masks(http: TestClient, pipe: Pipeline) -> None:
     ("fields", "status", "message"),
     [
         ({"sampler_name": "Nonsense"}, 404, "Sampler not found"),
-        ({"sampler_name": "DDIM", "scheduler": "SGM Uniform"}, 404, "Scheduler not found"),
+        ({"sampler_name": "DDIM", "scheduler": "Polyexponential"}, 404, "Scheduler not found"),
         ({"enable_hr": True}, 422, "enable_hr is 'True'"),
         ({"restore_faces": True}, 422, "restore_faces"),
         ({"tiling": True}, 422, "tiling"),

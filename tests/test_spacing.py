@@ -11,13 +11,14 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.schedulers import AysSchedules
 from scheduler_judge import judge
 from scheduler_runs import SD, Case, nearest_roots
 
 from fastldm.errors import InputError
 from fastldm.samplers import spacing
 from fastldm.samplers.classes import DIFFUSERS
-from fastldm.samplers.names import SAMPLERS
+from fastldm.samplers.names import SAMPLERS, for_xl, schedules_of
 from fastldm.samplers.scheduler_config import read_config
 from fastldm.samplers.table import make_table
 
@@ -111,6 +112,73 @@ def test_betas_that_begin_with_zero(sampler: str) -> None:
             )
         else:
             assert np.isfinite(table.rows).all()
+
+
+# ---- schedules of other programs ----
+
+
+def plain_schedule(name: str, n: int, sigmas: np.ndarray) -> list[float]:
+    """By the sentences that describe them. sigmas: of the training schedule, ascending."""
+
+    def at(t: float) -> float:
+        low = min(int(t), len(sigmas) - 2)
+        return float(sigmas[low] ** (1 - (t - low)) * sigmas[low + 1] ** (t - low))
+
+    last = len(sigmas) - 1
+    if name == "simple":  # every 1 / n of the way down, rounded towards the noisier one
+        return [float(sigmas[last - int(k * len(sigmas) / n)]) for k in range(n)]
+    if name == "ddim uniform":  # from the second on, in strides of T / n
+        return [float(sigma) for sigma in sigmas[1 :: len(sigmas) // n]][::-1]
+    if name == "kl optimal":
+        high, low = math.atan(sigmas[-1]), math.atan(sigmas[0])
+        return [math.tan(high + (low - high) * k / (n - 1)) for k in range(n)]
+    steps = n if name == "sgm uniform" else n - 1  # "normal" has its last step at the end
+    return [at(last * (1 - k / steps)) for k in range(n)]
+
+
+@pytest.mark.parametrize("schedule", ["normal", "simple", "sgm uniform", "ddim uniform", "kl optimal"])
+def test_schedules_of_other_programs(schedule: str) -> None:
+    """As their sentences say, and as a caller's own sigmas; in strides that do not divide 1000 there is one more."""
+    config = read_config({"_class_name": "DDIMScheduler", **SD, "timestep_spacing": "leading"})
+    bar = spacing.alphas_cumprod(config).astype(np.float64)
+    trained = np.sqrt((1 - bar) / bar)
+    for n in (4, 7, 20, 30):
+        expected = plain_schedule(schedule, n, trained)
+        got = spacing.scheduled(schedule, n, trained)
+        np.testing.assert_allclose(got, expected, rtol=1e-9)
+        own = make_table(config, n, sampler="euler", sigmas=[*got, 0.0])
+        table = make_table(config, n, sampler=f"euler {schedule.replace(' ', '_').upper()}")
+        np.testing.assert_allclose(table.rows, own.rows, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(table.timesteps, own.timesteps, atol=1e-3)
+        assert table.steps == n + (schedule == "ddim uniform" and 1000 % n != 0)
+        assert table.sampler == f"euler {schedule}"
+
+
+@pytest.mark.parametrize("model", ["", "XL"])
+def test_aligned_steps_are_those_of_diffusers(model: str) -> None:
+    """At ten steps the published ones; at others their logarithms are interpolated, between the same ends."""
+    published = AysSchedules[f"StableDiffusion{model}Sigmas"]
+    config = read_config({"_class_name": "EulerDiscreteScheduler", **SD})
+    name = f"euler align your steps {model}".rstrip()
+    table, own = make_table(config, 10, sampler=name), make_table(config, 10, sigmas=published)
+    np.testing.assert_allclose(table.rows, own.rows, rtol=1e-6)
+    assert np.abs(table.timesteps - AysSchedules[f"StableDiffusion{model}Timesteps"]).max() < 2
+    twenty = make_table(config, 20, sampler=name)
+    np.testing.assert_allclose(twenty.timesteps[::2], table.timesteps, atol=1e-3)
+    assert for_xl("DPM++ 2M Align Your Steps") == "dpm++ 2m ays xl"
+    assert for_xl("euler karras") == "euler karras"
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_schedule_of_a_sampler_makes_a_table(sampler: str) -> None:
+    config = read_config({"_class_name": "DDIMScheduler", **SD})
+    for schedule in schedules_of(sampler):
+        table = make_table(config, 5, sampler=f"{sampler} {schedule}", strength=0.8)
+        assert table.sampler == f"{sampler} {schedule}"
+        assert table.steps == 4
+    if not schedules_of(sampler):
+        with pytest.raises(InputError, match="takes no simple sigmas"):
+            make_table(config, 5, sampler=f"{sampler} simple")
 
 
 # ---- a caller's own ----
@@ -235,7 +303,7 @@ def test_as_many_steps_as_there_are(sampler: str, spaced: str, steps: int) -> No
     """A table, or one line that says why there is none."""
     file = {"_class_name": "DDIMScheduler", **SD, "timestep_spacing": spaced}
     config, reason = read_config(file, steps_offset=0), None
-    solver = sampler.startswith(("dpm++ 2m", "dpm++ 3m", "deis", "unipc"))
+    solver = sampler.startswith(("dpm++ 2m", "dpm++ 3m", "deis", "unipc")) and not sampler.endswith("cfg++")
     if sampler in ("lcm", "tcd"):
         reason = "more than the 50 of distillation"
     elif steps == 1000 and solver and spaced != "trailing":

@@ -16,7 +16,7 @@ from fastldm.models.config import TinyVAEConfig, UNetConfig, VAEConfig
 from fastldm.models.families import Family
 from fastldm.request import Request, picture_seeds
 from fastldm.runtime.controls import ControlSelection
-from fastldm.samplers.names import is_cfg_pp
+from fastldm.samplers.names import for_xl, is_cfg_pp
 
 if TYPE_CHECKING:
     from fastldm.sizes import Axis
@@ -45,6 +45,7 @@ def complete(
     if unet.in_channels > vae.latent_channels and request.mask_image is None:
         raise InputError("this model is for inpainting: give it image and mask_image")
     sampler = request.sampler or family.sampler
+    sampler = for_xl(sampler) if sampler is not None and unet.needs_added else sampler
     cfg_pp = is_cfg_pp(sampler)
     if cfg_pp and (unet.needs_guidance or request.guidance_rescale > 0):
         reason = "this model reads the guidance scale itself" if unet.needs_guidance else "guidance_rescale is above 0"

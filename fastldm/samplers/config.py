@@ -27,7 +27,7 @@ class ScheduleConfig:
     steps_offset: int = 0
     set_alpha_to_one: bool = True
     variance_type: str = "fixed_small"
-    sigma_kind: str = ""  # a key of classes.SIGMA_KINDS
+    sigma_kind: str = ""  # a key of classes.SIGMA_KINDS, or one of spacing.SCHEDULES
     sigma_min: float | None = None
     sigma_max: float | None = None
     final_sigmas_type: str = "zero"

@@ -12,6 +12,7 @@ from fastldm.checks import show
 from fastldm.errors import InputError
 from fastldm.samplers.classes import CLASSES, SIGMA_KINDS
 from fastldm.samplers.config import ScheduleConfig
+from fastldm.samplers.spacing import SCHEDULES, on_lambdas, on_sigmas
 
 
 @dataclass(frozen=True)
@@ -49,32 +50,56 @@ _LOOKUP = {
 }
 
 
+_SUFFIXES = {
+    **{_normalized(kind): kind for kind in ("karras", "exponential", "beta", *SCHEDULES)},
+    **{"alignyoursteps": "ays", "alignyourstepsxl": "ays xl", "ddim": "ddim uniform"},
+}
+
+
+def schedules_of(name: str) -> tuple[str, ...]:
+    """What may be at the end of a sampler's name: how its noise levels are spaced."""
+    entry = CLASSES[resolve_sampler(name).class_name]
+    own = tuple(kind for kind in ("karras", "exponential", "beta") if SIGMA_KINDS[kind] in entry.keys)
+    return own + (SCHEDULES if entry.spacing in (on_sigmas, on_lambdas) else ())
+
+
 def resolve_sampler(name: str) -> Sampler:
     """The sampler that a user means.
 
     fastldm's names, other programs' ("DPM++ 2M Karras", "k_euler_a", "dpmpp_2m_sde_gpu") and diffusers' class
-    names, in any case, with any spaces and punctuation. "karras", "exponential" or "beta" at the end sets the sigmas;
-    otherwise they stay the checkpoint's.
+    names, in any case, with any spaces and punctuation. "karras", "exponential", "beta" or one of `spacing.SCHEDULES`
+    at the end sets the sigmas; otherwise they stay the checkpoint's.
 
     Raises InputError for an unknown name, and for sigmas that the sampler does not support.
     """
     normalized = _normalized(name)
-    kind = next((kind for kind in ("karras", "exponential", "beta") if normalized.endswith(kind)), "")
-    base = normalized.removesuffix(kind)
-    sampler = _LOOKUP.get(base) or _LOOKUP.get(base.removeprefix("k"))
+    suffix, base, sampler = "", normalized, _LOOKUP.get(normalized) or _LOOKUP.get(normalized.removeprefix("k"))
+    if sampler is None:
+        suffix = max((suffix for suffix in _SUFFIXES if normalized.endswith(suffix)), key=len, default="")
+        base = normalized.removesuffix(suffix)
+        sampler = _LOOKUP.get(base) or _LOOKUP.get(base.removeprefix("k"))
     if sampler is None:
         suggestions = difflib.get_close_matches(base, _LOOKUP, 1, 0.5)
         hint = f" Did you mean {_LOOKUP[suggestions[0]].name!r}?" if suggestions else ""
         raise InputError(
             f"unknown sampler {show(name)}.{hint} There are: {', '.join(SAMPLERS)}; diffusers' class names; and these "
-            "with 'karras', 'exponential' or 'beta' at the end where they take other sigmas."
+            f"with 'karras', 'exponential', 'beta', {', '.join(map(repr, SCHEDULES))} at the end where they take other "
+            "sigmas."
         )
-    if not kind:
+    if not suffix:
         return sampler
-    if SIGMA_KINDS[kind] not in CLASSES[sampler.class_name].keys:
+    kind = _SUFFIXES[suffix]
+    if kind not in schedules_of(sampler.name):
         raise InputError(f"sampler {name!r}: {sampler.class_name} takes no {kind} sigmas, here as in diffusers.")
-    only = {key: candidate == kind for candidate, key in SIGMA_KINDS.items()}
+    only: dict[str, Any] = {key: candidate == kind for candidate, key in SIGMA_KINDS.items()}
+    only["schedule"] = kind if kind in SCHEDULES else ""
     return replace(sampler, name=f"{sampler.name} {kind}", options={**sampler.options, **only})
+
+
+def for_xl(name: str) -> str:
+    """A sampler's name for SDXL, which has aligned steps of its own."""
+    sampler = resolve_sampler(name)
+    return f"{sampler.name} xl" if sampler.options.get("schedule") == "ays" else name
 
 
 def is_cfg_pp(name: str | None) -> bool:

@@ -185,7 +185,7 @@ def config_of(name: str, options: Mapping[str, Any]) -> ScheduleConfig:
     if len(kinds) > 1:
         raise InputError(f"{name}: only one kind of sigmas can be used, got {' and '.join(kinds)}.")
     values |= {
-        "sigma_kind": "".join(kinds),
+        "sigma_kind": options.get("schedule") or "".join(kinds),
         "sigma_min": options.get("sigma_min"),
         "sigma_max": options.get("sigma_max"),
     }

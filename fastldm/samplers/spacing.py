@@ -6,7 +6,7 @@ The training schedule `alphas_cumprod` is float32, as in checkpoints and diffuse
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -97,6 +97,40 @@ def _spaced(config: ScheduleConfig, n: int, last: int, extra: int = 0) -> Array:
     return np.arange(last, 0, -config.num_train_timesteps / n).round()[:n] - 1.0
 
 
+# Noise levels of ten steps, the last of which is replaced by 0, published at
+# https://research.nvidia.com/labs/toronto-ai/AlignYourSteps/howto.html (arXiv:2404.14507): Stable Diffusion 1.5 and XL.
+_ALIGNED = {
+    "ays": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
+    "ays xl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.38, 0.234, 0.113, 0.029),
+}
+SCHEDULES = ("normal", "simple", "sgm uniform", "ddim uniform", "kl optimal", *_ALIGNED)
+"""Of other programs: what `scheduled` makes, for all classes that step from sigma to sigma."""
+
+
+def scheduled(schedule: str, n: int, trained: Array) -> Array:
+    """The sigmas of n steps, or about n with "ddim uniform", without the 0 behind them, as ComfyUI makes them.
+
+    trained: (T,), of the training schedule, ascending.
+    """
+    last = len(trained) - 1
+    if schedule == "kl optimal":  # arXiv:2404.14507, its schedule for Gaussian data
+        return np.tan(np.linspace(math.atan(trained[-1]), math.atan(trained[0]), n))
+    with np.errstate(divide="ignore"):  # betas that start with 0
+        logs = np.log(trained)
+    if schedule in _ALIGNED:
+        levels = np.log(_ALIGNED[schedule])
+        return np.exp(np.interp(np.linspace(0, 1, n + 1)[:-1], np.linspace(0, 1, len(levels)), levels))
+    if schedule == "simple":
+        times = last - np.floor(np.arange(n) * (len(trained) / n))
+    elif schedule == "ddim uniform":
+        times = np.arange(1, last + 1, max(len(trained) // n, 1))[::-1]
+    elif schedule == "sgm uniform":
+        times = np.linspace(last, 0, n + 1)[:-1]
+    else:
+        times = np.linspace(last, 0, n)
+    return np.exp(np.interp(times, np.arange(last + 1), logs))
+
+
 def on_timesteps(config: ScheduleConfig, request: StepRequest) -> GridArrays:
     """Whole timesteps of the training schedule."""
     bar, custom = alphas_cumprod(config).astype(np.float64), request.timesteps
@@ -137,19 +171,26 @@ def on_sigmas(config: ScheduleConfig, request: StepRequest) -> GridArrays:
                 sigmas = np.exp(np.interp(t, np.arange(len(bar)), np.log(trained)))
         else:
             sigmas = np.interp(t, np.arange(len(bar)), trained)
-        if config.sigma_kind:
+        if config.sigma_kind in SCHEDULES:
+            sigmas = scheduled(config.sigma_kind, request.steps, trained)
+            t = sigma_to_t(sigmas, logs)
+        elif config.sigma_kind:
             sigmas = _respaced(config, request.steps, sigmas[0], sigmas[-1])
             t = sigma_to_t(sigmas, logs)
             t = t.round() if config.sigma_kind == "karras" and config.class_name.startswith("KDPM2") else t
         sigmas = np.append(sigmas, trained[0] if config.final_sigmas_type == "sigma_min" else 0.0)
-    return {"begin": request.begin, "alpha_bar": bar, "timesteps": t, "sigmas": sigmas, "log_sigmas": logs}
+    begin = replace(request, steps=len(t)).begin
+    return {"begin": begin, "alpha_bar": bar, "timesteps": t, "sigmas": sigmas, "log_sigmas": logs}
 
 
 def on_lambdas(config: ScheduleConfig, request: StepRequest) -> GridArrays:
     """Whole timesteps, without the lowest one."""
     bar, trained, logs = _trained_sigmas(config)
     last, n = trained[0], request.steps
-    if config.sigma_kind:
+    if config.sigma_kind in SCHEDULES:
+        sigmas = scheduled(config.sigma_kind, n, trained)
+        t, n = sigma_to_t(sigmas, logs).round(), len(sigmas)
+    elif config.sigma_kind:
         sigmas = _respaced(config, n, trained[-1], trained[0])
         if config.sigma_kind == "lu":  # https://arxiv.org/abs/2206.00927, uniform in lambda
             # Python floats: numpy would compute in float32 between float32 ends.
@@ -163,7 +204,8 @@ def on_lambdas(config: ScheduleConfig, request: StepRequest) -> GridArrays:
         t = _spaced(config, n, below, extra=1).round() if request.timesteps is None else request.timesteps
         sigmas = np.interp(np.trunc(t), np.arange(len(bar)), trained)
     sigmas = np.append(sigmas, 0.0 if config.final_sigmas_type == "zero" else last)
-    return {"begin": request.begin, "alpha_bar": bar, "timesteps": np.trunc(t), "sigmas": sigmas, "log_sigmas": logs}
+    begin = replace(request, steps=n).begin
+    return {"begin": begin, "alpha_bar": bar, "timesteps": np.trunc(t), "sigmas": sigmas, "log_sigmas": logs}
 
 
 def _trained_sigmas(config: ScheduleConfig) -> tuple[Array, Array, Array32]:

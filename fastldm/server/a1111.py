@@ -20,14 +20,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from fastldm.conditioning.prompt import split_lora_tags
 from fastldm.errors import InputError
 from fastldm.image import read_parameters
-from fastldm.metadata import fields_of, sampler_label, split_sampler
+from fastldm.metadata import SCHEDULE_LABELS, fields_of, sampler_label, split_sampler
 from fastldm.samplers.names import SAMPLERS, resolve_sampler
 from fastldm.server.errors import A1111Error, ApiError, documented
 from fastldm.server.service import Files, Service, Work, decoded, size_of
 from fastldm.version import __version__
 
 _AUTOMATIC = ("", "automatic", "normal", "none")
-_KINDS = {"karras": "Karras", "exponential": "Exponential", "beta": "Beta"}
+_KINDS = {name.lower().replace(" ", "_"): name for name in SCHEDULE_LABELS.values() if name != "Normal"}
 SAMPLER_NAMES = {sampler_label(name): name for name in SAMPLERS}
 """As AUTOMATIC1111 writes them, and fastldm."""
 _FORMATS = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp"}
@@ -280,7 +280,8 @@ def _arguments(fields: Text2Image) -> dict[str, Any]:
 
 
 def _sampler(fields: Text2Image) -> str | None:
-    name, kind = fields.sampler_name or fields.sampler_index or "", (fields.scheduler or "").lower()
+    name = fields.sampler_name or fields.sampler_index or ""
+    kind = (fields.scheduler or "").lower().replace(" ", "_")  # its name or its label
     if kind not in (*_AUTOMATIC, *_KINDS):
         raise ApiError(404, f"Scheduler not found: {kind[:60]!r}", "not_found")
     if name.lower() in _AUTOMATIC:

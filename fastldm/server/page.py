@@ -11,8 +11,7 @@ from fastapi import Request as HTTPRequest
 from starlette.responses import Response
 
 from fastldm.image import read_parameters
-from fastldm.samplers.classes import CLASSES, SIGMA_KINDS
-from fastldm.samplers.names import SAMPLERS
+from fastldm.samplers.names import SAMPLERS, schedules_of
 from fastldm.server.errors import OpenAIError, documented
 from fastldm.server.models import Model
 from fastldm.server.openai import PictureBody
@@ -95,10 +94,9 @@ def _about(model: Model) -> dict[str, Any]:
 
 
 def _sampler(name: str) -> dict[str, Any]:
-    keys = CLASSES[SAMPLERS[name].class_name].keys
     return {
         "name": name,
-        "schedules": [kind for kind in ("karras", "exponential", "beta") if SIGMA_KINDS[kind] in keys],
+        "schedules": list(schedules_of(name)),
     }
 
 
