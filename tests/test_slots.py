@@ -11,6 +11,7 @@ import ops
 import pytest
 import torch
 from counters import Launches, Nodes, Recorder
+from named import NAMED
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,7 +27,6 @@ from fastldm.runtime.denoise import Guidance, Inpainting, Run, denoise
 from fastldm.runtime.graph import Graphs
 from fastldm.runtime.noise import draw_step_noise
 from fastldm.runtime.slots import ROWS, Slots, StaticBuffers, graph_rows, no_adapters
-from fastldm.samplers.names import SAMPLERS
 from fastldm.samplers.scheduler_config import read_config
 from fastldm.samplers.table import COLUMNS, make_table
 
@@ -190,7 +190,7 @@ def test_slots_are_reused() -> None:
             assert ops.error(got, reference) < 2e-6
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", NAMED)
 def test_kernel_ends_steps_like_the_reference(sampler: str) -> None:
     """On a GPU the end of a step is one kernel: here it runs in Triton's interpreter."""
     workload = {"sampler": sampler, "steps": 5, "batch": 2, "guidance": Guidance(5.0, 0.3, 0.0, 0.7)}

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from exact_noise import final_error
+from named import NAMED
 from samplers_from_source import Edit, samplers_with
 from scheduler_judge import NUMBERS, Difference, judge
 from scheduler_runs import (
@@ -273,7 +274,7 @@ ZERO_TERMINAL = read_config(
 
 
 @pytest.mark.parametrize("spaced", SPACINGS)
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", NAMED)
 def test_exact_noise_leads_to_image(sampler: str, spaced: str) -> None:
     """From the start and from everywhere in the middle: with history or without, a step goes where the next begins."""
     file = {"_class_name": "DDIMScheduler", **SD, "timestep_spacing": spaced, "set_alpha_to_one": True}
@@ -288,7 +289,7 @@ def test_exact_noise_leads_to_image(sampler: str, spaced: str) -> None:
                 assert off < tolerance, (steps, strength, eta, off)
 
 
-@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "plms"])
+@pytest.mark.parametrize("sampler", [param for param in NAMED if param.values != ("plms",)])
 def test_zero_terminal_snr_leads_to_image(sampler: str) -> None:
     """From noise alone. (PLMS's history holds velocities of other noise levels, which are not one another's.)"""
     tolerance = 0.15 if sampler in ENDS_NOISY else 4e-3
@@ -297,7 +298,7 @@ def test_zero_terminal_snr_leads_to_image(sampler: str) -> None:
         assert off < tolerance, (steps, off)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", NAMED)
 def test_every_sampler_supports_zero_terminal_snr(sampler: str) -> None:
     """It starts from noise alone, told of the last timestep."""
     table = make_table(ZERO_TERMINAL, 5, sampler=sampler)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.schedulers import AysSchedules
+from named import NAMED
 from scheduler_judge import judge
 from scheduler_runs import SD, Case, nearest_roots
 
@@ -97,7 +98,7 @@ def test_invalid_betas_are_refused(name: str, options: dict[str, Any], message: 
         read_config(config)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", NAMED)
 def test_betas_that_begin_with_zero(sampler: str) -> None:
     """A picture without noise at timestep 0: a step that has to divide by that noise says so."""
     for spaced, steps in itertools.product(("leading", "linspace", "trailing"), (1, 2, 5)):
@@ -169,7 +170,7 @@ def test_aligned_steps_are_those_of_diffusers(model: str) -> None:
     assert for_xl("euler karras") == "euler karras"
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", NAMED)
 def test_every_schedule_of_a_sampler_makes_a_table(sampler: str) -> None:
     config = read_config({"_class_name": "DDIMScheduler", **SD})
     for schedule in schedules_of(sampler):
@@ -296,7 +297,7 @@ def test_a_strength_that_leaves_nothing_of_clipped_steps() -> None:
 # ---- many steps ----
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", NAMED)
 @pytest.mark.parametrize("spaced", ["linspace", "leading", "trailing"])
 @pytest.mark.parametrize("steps", [999, 1000])
 def test_as_many_steps_as_there_are(sampler: str, spaced: str, steps: int) -> None:

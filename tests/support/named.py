@@ -1,0 +1,14 @@
+"""Samplers as parameters of tests."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastldm.samplers.classes import DIFFUSERS
+from fastldm.samplers.names import SAMPLERS
+
+NAMED = [
+    pytest.param(name, marks=() if sampler.class_name in DIFFUSERS else pytest.mark.full)
+    for name, sampler in SAMPLERS.items()
+]
+"""Every sampler by its name. The short tests of those that are none of diffusers' are in test_k_solvers.py."""
