@@ -17,7 +17,7 @@ demo: $(VENV)/base
 test: $(VENV)/test
 	$(PYTEST) -m "not full"
 
-test-full: $(VENV)/bench
+test-full: $(VENV)/full
 	$(PYTEST)
 
 lint: $(VENV)/test
@@ -56,4 +56,8 @@ $(VENV)/test: $(VENV)/base
 
 $(VENV)/bench: $(VENV)/test
 	$(PIP) -e ".[bench]"
+	@touch $@
+
+$(VENV)/full: $(VENV)/bench
+	$(PIP) -e ".[ray]" kubernetes-validate
 	@touch $@

@@ -61,7 +61,7 @@ def http(url: str) -> Iterator[httpx.Client]:
     """A client of two replicas, as they are at the start."""
     if running() != 2 or running("Router") != 1:
         deployed()
-    with httpx.Client(base_url=url, timeout=120) as http:
+    with httpx.Client(base_url=url, timeout=300) as http:
         yield http
 
 
@@ -150,6 +150,7 @@ MANY = {"load": "first", "models": {"a": "/a", "b": "/b"}, "loras": dict.fromkey
         ("/sdapi/v1/txt2img", {"prompt": "x <lora:gold:0.5>"}, [["a", "gold"]]),
         ("/sdapi/v1/img2img", {"override_settings": {"sd_model_checkpoint": "b"}}, [["b"]]),
         ("/sdapi/v1/png-info", {"image": ""}, []),
+        ("/sdapi/v1/options", {"sd_model_checkpoint": "a"}, []),
         (PATH, {"prompt": "x", "model": ["b"], "adapters": {}}, [["a"]]),
         (PATH, {"prompt": "x", "adapters": 3}, []),  # which the application refuses
         (PATH, [], []),
@@ -232,6 +233,23 @@ def test_keys_and_limits_are_the_routers() -> None:
     assert answer.status == 200
     assert "x-request-id" not in answer.headers, "Serve's proxy sends it"
     assert replicas.asked[0][1]["request_id"].startswith("of-serve-")
+
+
+def test_pages_of_elsewhere_ask_without_a_key() -> None:
+    origin = {"origin": "https://x.org"}
+    asked = {**origin, "access-control-request-method": "POST"}
+    settings: dict[str, Any] = {"api_keys": ("a-long-key",), "cors_origins": ("https://x.org",)}
+    answer, replicas = ask(DONE, method="OPTIONS", headers=asked, **settings)
+    assert (answer.status, replicas.asked) == (200, [])
+    answer, _ = ask(DONE, json={}, headers={**origin, "authorization": "Bearer a-long-key"}, **settings)
+    assert answer.headers["access-control-allow-origin"] == "https://x.org"
+
+
+def test_half_a_body_goes_nowhere() -> None:
+    replicas = Replicas(DONE)
+    router = Router(Settings(log="off"), replicas).__serve_build_asgi_app__()
+    asyncio.run(call(router, scope(PATH, "POST"), [b'{"prompt": '], stay=False))
+    assert not replicas.asked
 
 
 def test_options_are_those_of_the_command_and_rays() -> None:
@@ -358,7 +376,7 @@ def test_replicas_come_with_the_load_and_go(url: str) -> None:
     scaling = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2, "look_back_period_s": 2}
     deployed(autoscaling_config={**scaling, "upscale_delay_s": 1, "downscale_delay_s": 3})
     assert running() == 1
-    with httpx.Client(base_url=url, timeout=120) as http:
+    with httpx.Client(base_url=url, timeout=300) as http:
         start = time.perf_counter()
         open_ = many(http, [{**LONG, "seed": k} for k in range(12)])
         wait_until(lambda: running() == 2, 180)
@@ -372,7 +390,7 @@ def test_replicas_come_with_the_load_and_go(url: str) -> None:
 @pytest.mark.full
 def test_a_request_goes_where_its_adapter_lies(url: str) -> None:
     deployed(load="first", lora=LORAS, num_replicas=2)
-    with httpx.Client(base_url=url, timeout=120) as http:
+    with httpx.Client(base_url=url, timeout=300) as http:
         first: dict[str, str] = {}
         for name in LORAS:
             first[name] = post(http, adapters={name: 0.8}).headers["x-fastldm-replica"]

@@ -11,7 +11,6 @@ from fastapi import Request as HTTPRequest
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from fastldm.pipeline import Pipeline
@@ -19,7 +18,7 @@ from fastldm.server import a1111, openai, page
 from fastldm.server.errors import ApiError, answer, api_error
 from fastldm.server.jobs import Jobs
 from fastldm.server.metrics import CONTENT_TYPE
-from fastldm.server.middleware import Keyed, Limited, Observed
+from fastldm.server.middleware import Keyed, Limited, Observed, cors
 from fastldm.server.models import Models
 from fastldm.server.service import Service
 from fastldm.server.settings import Settings
@@ -53,7 +52,7 @@ def create_app(settings: Settings, pipelines: Mapping[str, Pipeline] | None = No
         redoc_url=None,
         middleware=[
             Middleware(Observed, log=settings.log, count=service.metrics.http),
-            *_cors(settings),
+            *cors(settings),
             Middleware(Keyed, keys=settings.api_keys),
             Middleware(Limited, settings=settings),
         ],
@@ -82,14 +81,6 @@ def create_app(settings: Settings, pipelines: Mapping[str, Pipeline] | None = No
         return Response(await asyncio.to_thread(service.metrics.text), media_type=CONTENT_TYPE)
 
     return app
-
-
-def _cors(settings: Settings) -> list[Middleware]:
-    if not settings.cors_origins:
-        return []
-    methods, headers = ["GET", "POST", "DELETE"], ["authorization", "content-type", "x-fastldm-detach"]
-    options = {"allow_origins": settings.cors_origins, "allow_methods": methods, "allow_headers": headers}
-    return [Middleware(CORSMiddleware, **options, expose_headers=["x-request-id", "retry-after"])]  # type: ignore[arg-type]
 
 
 async def _answered(request: HTTPRequest, error: Exception) -> Response:

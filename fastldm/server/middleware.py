@@ -20,6 +20,8 @@ from typing import Any
 from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -30,6 +32,15 @@ access = logging.getLogger("fastldm.server.access")
 
 OPEN_PATHS = re.compile(r"/(health|ready|page/.*)?")
 """What is answered without a key: the page's files, too, which asks for it then."""
+
+
+def cors(settings: Settings) -> list[Middleware]:
+    """What lets the web pages of `Settings.cors_origins` use the server; it answers their questions without a key."""
+    if not settings.cors_origins:
+        return []
+    methods, headers = ["GET", "POST", "DELETE"], ["authorization", "content-type", "x-fastldm-detach"]
+    options = {"allow_origins": settings.cors_origins, "allow_methods": methods, "allow_headers": headers}
+    return [Middleware(CORSMiddleware, **options, expose_headers=["x-request-id", "retry-after"])]  # type: ignore[arg-type]
 
 
 def write_log() -> None:

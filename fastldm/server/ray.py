@@ -22,13 +22,13 @@ from ray.exceptions import RayActorError
 from ray.serve import Application
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.datastructures import Headers
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastldm.conditioning.prompt import split_lora_tags
 from fastldm.errors import FastLDMError, InputError
 from fastldm.server.errors import ApiError, body, retry_after
-from fastldm.server.middleware import Keyed, Limited, Observed, write_log
+from fastldm.server.middleware import Keyed, Limited, Observed, cors, write_log
 from fastldm.server.settings import Settings, from_options, number
 
 _ALONE = ("/", "/v1/jobs", "/metrics", "/sdapi/v1/progress", "/sdapi/v1/interrupt", "/sdapi/v1/skip")
@@ -172,7 +172,9 @@ class Router:
         self._settings, self._replicas = settings, replicas.options(method_name="answer", stream=True)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        inner = Keyed(Limited(self.forward, self._settings), self._settings.api_keys)
+        inner: ASGIApp = Keyed(Limited(self.forward, self._settings), self._settings.api_keys)
+        for one in cors(self._settings):
+            inner = one.cls(inner, *one.args, **one.kwargs)
         observed = Observed(inner, self._settings.log, lambda *_: None)  # Ray counts
 
         async def asgi(scope: Scope, receive: Receive, send: Send) -> None:
@@ -225,7 +227,7 @@ class Router:
     def _needs(self, fields: Mapping[str, Any]) -> list[str]:
         """What a replica loads for a request: a model, or one with an adapter, for each that it names. Nothing where
         all replicas have everything from the start."""
-        if self._settings.load == "start" or not fields:
+        if self._settings.load == "start" or "adapters" not in fields:
             return []
         settings = self._settings
         model = next((name for name in settings.models if name == fields["model"]), next(iter(settings.models)))
@@ -243,6 +245,8 @@ async def _whole(receive: Receive) -> bytes:
     content, more = bytearray(), True
     while more:
         message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
         content += message.get("body", b"")
         more = message.get("more_body", False)
     return bytes(content)
@@ -260,7 +264,7 @@ async def _fields(scope: Scope, content: bytes) -> dict[str, Any]:
         if path in ("/sdapi/v1/txt2img", "/sdapi/v1/img2img"):
             return _of_a1111(json.loads(content))
         if path == "/sdapi/v1/options" and scope["method"] == "POST":
-            return {"model": json.loads(content).get("sd_model_checkpoint"), "adapters": []}
+            return {"model": json.loads(content).get("sd_model_checkpoint")}
     except Exception:
         pass
     return {}
