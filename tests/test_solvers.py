@@ -8,8 +8,10 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
+import torch
 from exact_noise import final_error
 from named import NAMED
 from samplers_from_source import Edit, samplers_with
@@ -17,19 +19,24 @@ from scheduler_judge import NUMBERS, Difference, judge
 from scheduler_runs import (
     PARITY,
     SD,
+    SHAPE,
     Case,
     DiffusersOptions,
+    arguments_of,
     diffusers_run,
+    draw_noise,
     error,
     exact_table,
     fast_diffusers,
+    network,
     our_run,
 )
 
 from fastldm.errors import InputError
+from fastldm.runtime.denoise import Run, denoise
 from fastldm.samplers.classes import DIFFUSERS
 from fastldm.samplers.names import SAMPLERS, resolve_sampler
-from fastldm.samplers.scheduler_config import read_config
+from fastldm.samplers.scheduler_config import read_config, read_scheduler
 from fastldm.samplers.table import COLUMNS, make_table
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -254,6 +261,30 @@ def test_other_sampler_runs_on_checkpoint_schedule(sampler: str) -> None:
     table = make_table(read_config(file), 6, sampler=sampler)
     np.testing.assert_array_equal(table.rows, case.table().rows)
     check([case])
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "LCMScheduler", "HeunDiscreteScheduler"])
+def test_clamped_samples_equal_diffusers(name: str, prediction: str) -> None:
+    """clip_sample and its range, as in a scheduler that no pipeline has changed; DDIM in its place clamps too."""
+    file = {**SD, "prediction_type": prediction, "clip_sample": True, "clip_sample_range": 0.7, "_class_name": name}
+    case = Case(name, {key: value for key, value in file.items() if key != "_class_name"}, 6, eta=0.4)
+    config = read_scheduler(file, None, "a file")
+    assert make_table(config, 6, sampler="dpm++ 2m").rare is False
+    clamped, other = make_table(config, 6, eta=0.4), make_table(config, 6, eta=0.4, sampler="ddim")
+    assert clamped.rare
+    assert other.rare
+    scheduler = getattr(diffusers, name).from_config(file)
+    scheduler.set_timesteps(6)
+    x, noises = draw_noise(clamped, case, torch.Generator().manual_seed(1))
+    end = denoise(lambda u, i, _: network(u, clamped.timesteps[i]), Run(clamped, x * clamped.init_noise_sigma, noises))
+    g, takes = torch.Generator().manual_seed(1), arguments_of(scheduler.step)
+    x = torch.randn(1, *SHAPE, generator=g) * scheduler.init_noise_sigma
+    extra = {key: value for key, value in {"generator": g, "eta": 0.4}.items() if key in takes}
+    for t in scheduler.timesteps:
+        out = network(scheduler.scale_model_input(x, t), t)
+        x = scheduler.step(out, t, x, **extra, return_dict=False)[0]
+    assert error(end, x) < PARITY
 
 
 ENDS_NOISY = ("deis", "tcd")  # at the noise of timestep 0

@@ -33,6 +33,7 @@ _FIELDS: dict[str, Field] = {
     "steps_offset": Field(_STEP),
     "sigma_min": Field(_SIGMA),
     "sigma_max": Field(_SIGMA),
+    "clip_sample_range": Field(Number(1e-6, 1e6)),
     "lambda_min_clipped": Field(Number(-math.inf, 1e3)),  # -Infinity in diffusers' files
     "solver_order": Field(Integer(1, 3)),
     "disable_corrector": Field(Maybe(ListOf(_STEP, 0, _MAX_STEPS))),
@@ -126,17 +127,17 @@ def read_scheduler(config: Mapping[str, Any], pipeline: str | None, source: str)
         report = ", ".join(f"{key} is {value}" for key, value in changed.items())
         logger.info("%s: %s, as in diffusers' %s", source, report, pipeline)
     effective = {**config, **changed}
-    for key, unsupported, reason in (
-        ("clip_sample", True, "clips latents"),
-        ("skip_prk_steps", False, "starts with Runge-Kutta"),
-    ):
-        if key in defaults and effective.get(key, defaults[key]) == unsupported:
-            raise CheckpointError(
-                f"{source}: {key!r} is {unsupported}, by {'its value' if key in effective else 'default'}, so that "
-                f"diffusers {reason}, which fastldm does not: set it to {not unsupported}"
-            )
+    if defaults.get("skip_prk_steps") is False and not effective.get("skip_prk_steps", False):
+        by = "its value" if "skip_prk_steps" in effective else "default"
+        raise CheckpointError(
+            f"{source}: 'skip_prk_steps' is False, by {by}, so that diffusers starts with Runge-Kutta, which fastldm "
+            "does not, for it would need a history of 13 outputs: set it to True"
+        )
+    clips = "clip_sample" in defaults and bool(effective.get("clip_sample", defaults["clip_sample"]))
     try:
-        result = read_config(effective, steps_offset=None)
+        result = read_config({**effective, "clip_sample": False} if clips else effective, steps_offset=None)
+        if clips:
+            result = replace(result, clip=float(effective.get("clip_sample_range") or 1.0))
     except InputError as error:
         raise CheckpointError(f"{source}: {error}") from error
     # Another sampler starts from the file's keys: diffusers' `from_config` drops values that were defaults.
@@ -155,6 +156,7 @@ def read_config(config: Mapping[str, Any], *, steps_offset: int | None = 1) -> S
         raise InputError(f"scheduler: _class_name {show(name)} is not supported; these are: {', '.join(DIFFUSERS)}.")
     fixes = []
     if config.get("clip_sample", DIFFUSERS[name].keys.get("clip_sample", False)):
+        config = {**config, "clip_sample": False}
         fixes.append("clip_sample is off")
     if steps_offset is not None and config.get("steps_offset", 0) != steps_offset:
         config = {**config, "steps_offset": steps_offset}
@@ -201,6 +203,8 @@ def config_of(name: str, options: Mapping[str, Any]) -> ScheduleConfig:
         raise InputError(f"{name}: algorithm_type {show(algorithm)} needs final_sigmas_type 'sigma_min', not 'zero'.")
     if algorithm == "sde-dpmsolver" and values["solver_order"] == 3:
         raise InputError(f"{name}: algorithm_type {show(algorithm)} has no third order; set solver_order 2.")
+    if options.get("clip_sample") and "clip_sample" in entry.keys:
+        values["clip"] = float(options.get("clip_sample_range") or 1.0)
     names = {f.name for f in fields(ScheduleConfig)} & set(values)
     config = ScheduleConfig(class_name=name, raw=dict(options), **{key: values[key] for key in names})
     alphas_cumprod(config)  # raises for invalid betas

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -18,18 +19,25 @@ from fastldm.samplers.grid import M0, M1, M2, M3, Array, Grid, N, SolverRow, X, 
 # ---- on latents sqrt(bar) * x0 + sqrt(1 - bar) * noise ----
 
 
+def _clamped(grid: Grid, row: SolverRow, m: tuple[float, float], o: float = 0.0) -> SolverRow:
+    """The row with the denoised latent, p * latent + q * output, in the history, clamped as the configuration says, and
+    `o` of the unchanged output in the next latent."""
+    return row._replace(m=m, more={"clip": grid.config.clip, "o": o})
+
+
 def ddpm(grid: Grid) -> Iterator[SolverRow]:
     """https://arxiv.org/abs/2006.11239, equations 6 and 7."""
     times = [*grid.timesteps, -1.0]
     for i in range(grid.begin, grid.steps):
         t, now, after = times[i], grid.bar(times[i]), grid.bar(times[i + 1])
         alpha, sigma, beta = math.sqrt(now), math.sqrt(1 - now), 1 - now / after
-        x0 = grid.x0(alpha, sigma, X, M0)
+        x0 = M0 if grid.config.clip else grid.x0(alpha, sigma, X, M0)
         x = math.sqrt(after) * beta / (1 - now) * x0 + math.sqrt(now / after) * (1 - after) / (1 - now) * X
         if t > 0:
             large = grid.config.variance_type == "fixed_large"
             x = x + math.sqrt(beta if large else max((1 - after) / (1 - now) * beta, 1e-20)) * N
-        yield SolverRow(i - grid.begin, t, (alpha, sigma), x, draws=bool(t > 0))
+        row = SolverRow(i - grid.begin, t, (alpha, sigma), x, draws=bool(t > 0))
+        yield _clamped(grid, row, grid.denoised(alpha, sigma)) if grid.config.clip else row
 
 
 def ddim(grid: Grid, cfg_pp: bool = False) -> Iterator[SolverRow]:
@@ -39,8 +47,14 @@ def ddim(grid: Grid, cfg_pp: bool = False) -> Iterator[SolverRow]:
         now, after = grid.bar(t), grid.bar(t - grid.stride(i), grid.final_bar)
         alpha, sigma = math.sqrt(now), math.sqrt(1 - now)
         deviation = grid.eta * math.sqrt((1 - after) / (1 - now) * (1 - now / after))
-        x = math.sqrt(after) * grid.x0(alpha, sigma, X, M0)
         noise = math.sqrt(max(1 - after - deviation**2, 0))
+        if grid.config.clip:  # the denoised latent is clamped; the noise is that of the unchanged output
+            p, q = grid.noise(alpha, sigma)
+            clamped = math.sqrt(after) * M0 + noise * p * X + deviation * N
+            row = SolverRow(i - grid.begin, t, (alpha, sigma), clamped, draws=grid.eta > 0)
+            yield _clamped(grid, row, grid.denoised(alpha, sigma), noise * q)
+            continue
+        x = math.sqrt(after) * grid.x0(alpha, sigma, X, M0)
         x = x + noise * grid.epsilon(alpha, sigma, X, M0) + deviation * N
         # With CFG++ guidance changes x0 alone, not the noise: as a factor of what it does to both.
         more = {"gm": sigma / (sigma - noise * alpha / math.sqrt(after))} if cfg_pp else {}
@@ -78,11 +92,13 @@ def lcm(grid: Grid) -> Iterator[SolverRow]:
         t, final = grid.timesteps[i], i + 1 == grid.steps
         now, scaled = grid.bar(t), t * grid.config.timestep_scaling
         alpha, sigma = math.sqrt(now), math.sqrt(1 - now)
-        x = scaled / math.hypot(scaled, 0.5) * grid.x0(alpha, sigma, X, M0) + 0.25 / (scaled**2 + 0.25) * X
+        x0 = M0 if grid.config.clip else grid.x0(alpha, sigma, X, M0)
+        x = scaled / math.hypot(scaled, 0.5) * x0 + 0.25 / (scaled**2 + 0.25) * X
         if not final:
             after = grid.bar(grid.timesteps[i + 1])
             x = math.sqrt(after) * x + math.sqrt(1 - after) * N
-        yield SolverRow(i - grid.begin, t, (alpha, sigma), x, draws=not final)
+        row = SolverRow(i - grid.begin, t, (alpha, sigma), x, draws=not final)
+        yield _clamped(grid, row, grid.denoised(alpha, sigma)) if grid.config.clip else row
 
 
 def tcd(grid: Grid) -> Iterator[SolverRow]:
@@ -130,11 +146,20 @@ def euler_ancestral(grid: Grid) -> Iterator[SolverRow]:
 
 def heun(grid: Grid) -> Iterator[SolverRow]:
     """https://arxiv.org/abs/2206.00364, algorithm 1: the trapezoidal rule, with an Euler step at the end."""
+
+    def slope(sigma: float, latent: Array, m: Array) -> Array:
+        return (latent - m) / sigma if grid.config.clip else _slope(grid, sigma, latent, m)
+
+    def row(*args: Any) -> SolverRow:
+        row = _row(grid, *args)
+        p, q = grid.denoised(row.c_in, row.level[1] * row.c_in)
+        return _clamped(grid, row, (p * row.c_in, q)) if grid.config.clip else row
+
     for i, t, sigma, after in grid.walk():
-        yield _row(grid, i, t, sigma, X + (after - sigma) * _slope(grid, sigma, X, M0), X)
+        yield row(i, t, sigma, X + (after - sigma) * slope(sigma, X, M0), X)
         if grid.remaining(i) > 1:
-            slope = (_slope(grid, sigma, Y, M1) + _slope(grid, after, X, M0)) / 2
-            yield _row(grid, i, grid.timesteps[grid.begin + i + 1], after, Y + (after - sigma) * slope)
+            mean = (slope(sigma, Y, M1) + slope(after, X, M0)) / 2
+            yield row(i, grid.timesteps[grid.begin + i + 1], after, Y + (after - sigma) * mean)
 
 
 def dpm2(grid: Grid) -> Iterator[SolverRow]:
