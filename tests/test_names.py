@@ -68,3 +68,17 @@ def test_every_name_makes_a_table() -> None:
         resolve_sampler("oiler a")
     with pytest.raises(InputError, match="EulerAncestralDiscreteScheduler takes no karras sigmas"):
         resolve_sampler("euler a karras")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("dpm_adaptive", "it chooses each step's length by the error of the last one"),
+        ("DPM adaptive Karras", "it chooses each step's length"),
+        ("k_dpm_fast", "its steps are its own"),
+        ("CosineDPMSolverMultistepScheduler", "its third order raises in diffusers"),
+    ],
+)
+def test_what_no_table_holds_is_refused_with_the_reason(name: str, reason: str) -> None:
+    with pytest.raises(InputError, match=f"sampler '{name}' is not supported: {reason}"):
+        resolve_sampler(name)

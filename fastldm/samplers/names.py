@@ -56,6 +56,13 @@ _SUFFIXES = {
 }
 
 
+_REFUSED = {  # as `_normalized` leaves them, and why no table holds them
+    "dpmadaptive": "it chooses each step's length by the error of the last one",
+    "cosinedpmsolvermultistep": "its third order raises in diffusers, and its schedule is that of audio models",
+    "dpmfast": "its steps are its own, of up to three calls each, and end above 0: take dpm++ 2s or dpm++ 3s",
+}
+
+
 def schedules_of(name: str) -> tuple[str, ...]:
     """What may be at the end of a sampler's name: how its noise levels are spaced."""
     entry = CLASSES[resolve_sampler(name).class_name]
@@ -78,6 +85,8 @@ def resolve_sampler(name: str) -> Sampler:
         suffix = max((suffix for suffix in _SUFFIXES if normalized.endswith(suffix)), key=len, default="")
         base = normalized.removesuffix(suffix)
         sampler = _LOOKUP.get(base) or _LOOKUP.get(base.removeprefix("k"))
+    if sampler is None and (reason := _REFUSED.get(base) or _REFUSED.get(base.removeprefix("k"))):
+        raise InputError(f"sampler {show(name)} is not supported: {reason}.")
     if sampler is None:
         suggestions = difflib.get_close_matches(base, _LOOKUP, 1, 0.5)
         hint = f" Did you mean {_LOOKUP[suggestions[0]].name!r}?" if suggestions else ""
