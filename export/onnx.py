@@ -58,7 +58,6 @@ def write(networks: ReferenceNetworks, name: str, folder: Path, *, opset: int = 
     spec = networks.specs[name]
     with replace_references(fused.replacements() if fused_ops else {}):
         model = _trace(_Traced(networks, name), spec, opset)
-    weights = [*model.graph.initializers.values()]
     _clean(model, spec)
     fused.add_functions(model, opset)
     check_graph(model, networks, name, opset)
@@ -66,7 +65,7 @@ def write(networks: ReferenceNetworks, name: str, folder: Path, *, opset: int = 
     # With the sizes of the Split of adapters' factors in the graph: ONNX Runtime reads them before it has the data.
     inside = max(256, 8 * len(networks.layouts.get(name, ())) + 8)
     ir.save(model, folder / MODEL, external_data=DATA, size_threshold_bytes=inside)
-    for weight in (*weights, *model.graph.initializers.values()):  # the exporter keeps its last graph
+    for weight in model.graph.initializers.values():  # the exporter keeps its last graph
         weight.const_value = None
 
 

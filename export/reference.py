@@ -73,7 +73,11 @@ class ReferenceNetworks:
         return self._loaded[key]
 
     def release(self) -> None:
-        """Let go of the module that is held: the next call loads it once more."""
+        """Let go of the module that is held, and of its weights, which are no other module's, whoever still has it, as
+        the exporter has what it traced last: the next call loads it once more."""
+        for module in self._loaded.values():
+            for tensor in (*module.parameters(), *module.buffers()):
+                tensor.data = tensor.new_empty(0)
         self._loaded = {}
 
     def has(self, name: str) -> bool:
