@@ -351,19 +351,21 @@ def verify(out: Path, backend: str, device: str | None, dtype: str | None, model
                 problems.append(check.problem)
             text = "FAILED" if check.difference is None else f"{check.difference}  PSNR {check.difference.psnr:.0f} dB"
             click.echo(f"{check.network:<{width}}{check.origin:<8}{check.sizes:<36}{text}")
+        names = [name for name in related(backend) if bundle.graphs or name == backend]
         if bundle.quantized:
             from fastldm.profiling import quantized
 
-            count = f"{len(manifest['quantized']['prompts'])} pictures"
-            try:
-                text = str(quantized.check(bundle, backend, target_device, precision))
-            except BundleError as error:
-                problems.append(str(error))
-                text = "FAILED"
-            click.echo(f"{'eight bits':<{width}}{'gate':<8}{count:<36}{text}")
+            for name in names:
+                count = f"{len(manifest['quantized']['prompts'])} pictures on {name}"
+                try:
+                    text = str(quantized.check(bundle, name, target_device, precision))
+                except BundleError as error:
+                    problems.append(str(error))
+                    text = "FAILED"
+                click.echo(f"{'eight bits':<{width}}{'gate':<8}{count:<36}{text}")
         if problems:
             raise BundleError(f"{len(problems)} of the above failed on {backend} in {precision}: {problems[0]}")
-        apart = " is, but for eight bits," if bundle.quantized else " is,"
+        apart = ", but for eight bits," if bundle.quantized else ","
         click.echo(
             f"all are as close to PyTorch in float32 as {precision} is{apart} on {backend}, which will run in it"
         )
@@ -371,7 +373,6 @@ def verify(out: Path, backend: str, device: str | None, dtype: str | None, model
         from fastldm.export import auto
         from fastldm.profiling import backends
 
-        names = [name for name in related(backend) if bundle.graphs or name == backend]
         for name in ("torch", *names) if spec is not None and model is None else names:
             measured = backends.measure(bundle, name, target_device, dtype)
             click.echo(
