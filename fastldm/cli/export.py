@@ -12,7 +12,7 @@ import click
 from fastldm.cli import loras as adapters
 from fastldm.cli.options import Size, debug_option, lora_option, model_option
 from fastldm.cli.report import reported
-from fastldm.errors import InputError
+from fastldm.errors import BundleError, InputError
 from fastldm.export.backends import BACKENDS, related
 
 if TYPE_CHECKING:
@@ -221,7 +221,10 @@ def export(
             source = prepared.source_of(model)
             bundle = writing.export(spec, folder, source=source, options=options, **shared)
         if quantize_mode is not None:
-            bundle = quantized.make(bundle, out, quantize_mode, say=lambda text: click.echo(text, err=True))
+            try:
+                bundle = quantized.make(bundle, out, quantize_mode, say=lambda text: click.echo(text, err=True))
+            except BundleError as error:
+                raise BundleError(f"{error}; in float32 it is in {folder}, where the same command goes on") from error
             shutil.rmtree(folder)
         total = sum(entry["bytes"] for entry in bundle.manifest["files"].values())
         names = ", ".join((*bundle.specs, *bundle.graphs))
@@ -321,7 +324,7 @@ def verify(out: Path, backend: str, device: str | None, dtype: str | None, model
     """
     with reported(debug):
         from fastldm.device import choose_device
-        from fastldm.errors import BundleError, CheckpointError
+        from fastldm.errors import CheckpointError
         from fastldm.export import networks
         from fastldm.export.bundle import Bundle
         from fastldm.export.verify import verify
