@@ -23,6 +23,8 @@ def cluster() -> Iterator[Path]:
     before = dict(os.environ)
     path = os.pathsep.join(str(ROOT / part) for part in ("", "tests", "tests/support"))
     os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_TOKEN=secrets.token_hex(32), PYTHONPATH=path)
+    # Of a proxy, on a machine that others keep busy.
+    os.environ.update(RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S="60", RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S="60")
     options = {"object_store_memory": 200_000_000, "include_dashboard": False, "_temp_dir": str(folder)}
     try:
         ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR", **options)
