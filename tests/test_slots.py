@@ -91,6 +91,7 @@ def run_of(sampler: str, steps: int, batch: int = 1, guidance: Guidance = GUIDED
         extra = torch.randn(count, options["extra"], HEIGHT, WIDTH, generator=g).to(DEVICE, dtype)
     for name, value in options.get("rare", {}).items():
         table.rows[:, COLUMNS.index(name)] = value
+    table = replace(table)  # which looks at its rows anew
     noises = draw_step_noise(table, shape, g, torch.float32, DEVICE)
     latents = normal() * table.init_noise_sigma
     text = torch.randn(rows, options.get("tokens", 7), 2, generator=g).to(DEVICE)

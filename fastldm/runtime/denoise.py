@@ -236,8 +236,7 @@ class State:
 
     def __init__(self, run: Run) -> None:
         self.run, self.depth = run, run.table.depth
-        self._guidance: Guidance | None = None
-        self._rows: list[list[float]] = []
+        self._guide()
         self.x = run.latents  # (B, C, h, w); never written in place, so that whoever was given it may keep it
         self.deep: Tensor | None = None  # deep features of all branches at the last row that computed all
         self.y = torch.zeros_like(self.x) if run.table.anchored else None
@@ -255,9 +254,8 @@ class State:
     def end(self, i: int, out: Tensor) -> None:
         """Row i, with the network's output."""
         run = self.run
-        if run.guidance != self._guidance:  # of the start, or a callback's
-            self._guidance, table = run.guidance, run.table
-            self._rows = table_rows(table.rows, table.draws, run.guidance.weights(table)).tolist()
+        if run.guidance != self._guidance:  # a callback's
+            self._guide()
         row, channels, rest = self._rows[i], self.x.shape[1], {}
         if out.shape[1] > channels:
             rest["variance"] = out[-run.batch :, channels : 2 * channels].float()
@@ -272,6 +270,11 @@ class State:
             x = blend(row, x, run.inpainting.mask, run.inpainting.init, run.inpainting.noise)
         self.x = x
         self.sums.append(x.sum())
+
+    def _guide(self) -> None:
+        """The table with the weights of the run's guidance."""
+        self._guidance, table = self.run.guidance, self.run.table
+        self._rows = table_rows(table.rows, table.draws, self._guidance.weights(table)).tolist()
 
     def go_on_from(self, latents: Tensor) -> None:
         """Go on from other latents."""

@@ -63,9 +63,12 @@ class StepTable:
     steps: int  # number of the user's steps; some samplers have more rows
     index: tuple[int, ...]  # (S,) the user's step, from 0, of each row
     deep: tuple[bool, ...] = field(init=False)  # (S,) whether each row computes all of the network
+    rare: bool = field(init=False)  # whether any row has a number that most samplers have not: `kernels.step.RARE`
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "deep", tuple((self.rows[:, COLUMNS.index("deep")] != 0).tolist()))
+        rare = [COLUMNS.index(name) for name in ("clip", "o", "d_ratio", "gx")]
+        object.__setattr__(self, "rare", bool((self.rows[:, rare] != 0).any()))
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -76,11 +79,6 @@ class StepTable:
         b, f = COLUMNS.index("b0"), COLUMNS.index("f0")
         read = (self.rows[:, b : b + 4] != 0).any(0) | (self.rows[:, f : f + 4] != 0).any(0)
         return 1 + max((k for k in range(4) if read[k]), default=0)
-
-    @property
-    def rare(self) -> bool:
-        """Whether any row has a number that most samplers have not: `kernels.step.RARE`."""
-        return any((self.rows[:, COLUMNS.index(name)] != 0).any() for name in ("clip", "o", "d_ratio", "gx"))
 
     @property
     def anchored(self) -> bool:
