@@ -6,6 +6,7 @@ that was killed is back, and how many requests go where their adapter lies. docs
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import random
@@ -116,6 +117,7 @@ def bare() -> Any:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_TOKEN=secrets.token_hex(32), PYTHONPATH=str(Path.cwd()))
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
     common = {"insecure": True, "log": "off"}

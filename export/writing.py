@@ -8,7 +8,6 @@ written to .partial in it, and its files are moved up at the end, the manifest, 
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import json
 import os
@@ -288,7 +287,6 @@ def _export(
     def check(network: str) -> None:
         for held in (networks, reference, stored):  # ONNX Runtime maps the same weights
             held.release()
-        gc.collect()  # the trace's references go in circles
         spec, threads = bundle.spec(network), openmp.threads()
         engine = ONNXRuntimeEngine(bundle.path(network), spec, torch.device("cpu"), threads, in_place=True)
         for each in check_network(bundle, network, engine=engine):

@@ -14,6 +14,8 @@ COMMANDS = sorted(name for name, text in FILES.items() if '\nif __name__ == "__m
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_explains(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    if "\nimport ray\n" in FILES[name]:
+        pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     with pytest.raises(SystemExit) as stopped:
         runpy.run_module(f"benchmarks.{name}", run_name="__main__")

@@ -232,6 +232,7 @@ def test_bundle_opens_only_the_controls_that_run(
     assert [name for name in opened if name.startswith(("controlnet", "t2i"))] == ["t2i_adapter_2"]
 
 
+@pytest.mark.full
 def test_bundle_verifies_its_controls(bundle: tuple[Path, Path, dict[str, Path]]) -> None:
     done = run("verify", str(bundle[1]))
     assert done.exit_code == 0, done.output

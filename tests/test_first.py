@@ -98,6 +98,7 @@ def test_suite_has_every_file_marked_gpu() -> None:
     assert all((ROOT / name).is_file() for name in first.suite())
 
 
+@pytest.mark.full
 def test_suite_collects_the_same_tests_without_the_peers() -> None:
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
     environments = (None, first.without(*first.MISSING))

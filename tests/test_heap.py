@@ -44,6 +44,7 @@ def faults(*arguments: str, **environment: str) -> int:
 @pytest.mark.skipif(
     sys.platform != "linux" or "CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="glibc alone is told what to keep"
 )
+@pytest.mark.full
 def test_kept_heap_touches_no_new_pages() -> None:
     """Once it has what the largest ops need. Without it each op does, and whoever tells malloc what to do by its
     variables is obeyed."""

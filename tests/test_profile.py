@@ -425,6 +425,7 @@ def test_json_output_is_one_object(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ engines
 
 
+@pytest.mark.full
 def test_an_engine_has_a_row_for_each_network(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,7 +99,8 @@ def test_progress_and_previews(http: TestClient, monkeypatch: pytest.MonkeyPatch
     seen = show(http, id, preview=True)
     assert seen["progress"] == pytest.approx(1 / 3, abs=1e-4)
     assert seen["remaining_seconds"] >= 0
-    assert clients.picture(seen["preview"]).format == "PNG"
+    wait_until(lambda: show(http, id, preview=True)["preview"] is not None)  # it is encoded after the step
+    assert clients.picture(show(http, id, preview=True)["preview"]).format == "PNG"
     assert "preview" not in show(http, id)
     steps.release(2)
     assert ended(http, id)["status"] == "completed"

@@ -364,9 +364,8 @@ def same(path: Path, expected: Image.Image) -> None:
     assert (own != other).mean() < 0.01
 
 
-@pytest.mark.full
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-@pytest.mark.parametrize("sampler", ["ddim", "euler a"])
+@pytest.mark.parametrize("sampler", ["ddim", pytest.param("euler a", marks=pytest.mark.full)])
 def test_cpp_example_makes_the_pipelines_image(
     sampler: str, bundle: tuple[Path, Bundle], pipe: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

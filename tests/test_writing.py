@@ -73,7 +73,7 @@ def test_an_empty_folder_is_taken(traced: tuple[Path, Path], copying: list[str],
     assert len(copying) == len(Bundle.read(traced[1]).specs)
 
 
-@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("existing", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_interrupted_publish_is_finished(
     existing: bool, traced: tuple[Path, Path], copying: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,7 +153,10 @@ def test_unusable_bundle_paths_are_refused(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, '{"key": 1, "networks": 2}'])
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, *[pytest.param(text, marks=pytest.mark.full) for text in ("{", "[]", '{"key": 1, "networks": 2}')]],
+)
 def test_leftover_files_are_no_obstacle(
     text: str, traced: tuple[Path, Path], copying: list[str], tmp_path: Path
 ) -> None:
@@ -293,7 +296,8 @@ def test_all_tokenizer_files_are_copied(traced: tuple[Path, Path], copying: list
 # ---- what is in memory
 
 
-@pytest.mark.parametrize("adopted", [pytest.param(False, marks=pytest.mark.full), True])
+@pytest.mark.full
+@pytest.mark.parametrize("adopted", [False, True])
 def test_edited_pipeline_is_exported(adopted: bool, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """As a merged adapter is: the weights as they are now, not as they lie on the disk."""
     source = bundles.smallest("sd1", tmp_path / "model")
