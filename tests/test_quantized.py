@@ -144,7 +144,7 @@ def test_what_fails_the_gate_is_not_written(
 
 @pytest.mark.full
 def test_tensorrt_and_edited_manifests_are_refused(made: tuple[Path, Bundle], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="in eight bits, for CPUs"):
+    with pytest.raises(InputError, match="in eight bits, which TensorRT has others of"):
         networks.load(made[1], "tensorrt", torch.device("cuda"))
     folder = Path(shutil.copytree(made[1].folder, tmp_path / "changed"))
     manifest = json.loads((folder / "manifest.json").read_text())
