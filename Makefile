@@ -51,7 +51,7 @@ $(VENV)/base: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/test: $(VENV)/base
-	$(PIP) -e ".[test]"
+	$(PIP) -e ".[test,ray]"
 	@touch $@
 
 $(VENV)/bench: $(VENV)/test
@@ -59,6 +59,6 @@ $(VENV)/bench: $(VENV)/test
 	@touch $@
 
 $(VENV)/full: $(VENV)/bench
-	$(PIP) -e ".[ray]" kubernetes-validate
+	$(PIP) kubernetes-validate
 	$(PIP) --no-deps k-diffusion==0.1.1.post1  # its samplers alone, which judge ours
 	@touch $@
