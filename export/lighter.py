@@ -17,6 +17,8 @@ import numpy as np
 import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from fastldm.export.quantize import rounded
+
 FORMS = ("float32", "float16", "int8")
 _LEAST = 256
 """Elements below which a weight stays as it is: biases, norms, constants."""
@@ -37,7 +39,7 @@ def lighten(model: ModelProto, form: str) -> None:
             continue
         weight, name, half = numpy_helper.to_array(tensor), tensor.name, f"{tensor.name}/half"
         if name in axes:
-            numbers, scale = _rounded(weight, axes[name])
+            numbers, scale = rounded(weight, axes[name])
             kept.append(numpy_helper.from_array(numbers, f"{name}/int8"))
             kept.append(numpy_helper.from_array(scale, f"{name}/scale"))
             nodes.append(helper.make_node("Cast", [f"{name}/int8"], [f"{name}/cast"], to=TensorProto.FLOAT))
@@ -61,14 +63,6 @@ def load(path: str) -> ModelProto:
         tensor.ClearField("external_data")
         tensor.ClearField("data_location")
     return model
-
-
-def _rounded(weight: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
-    """int8 numbers, and the float32 scales of the channels along an axis, which broadcast with them."""
-    others = tuple(k for k in range(weight.ndim) if k != axis)
-    scale = np.abs(weight).max(others, keepdims=True) / 127
-    scale = np.where(scale > 0, scale, 1).astype(np.float32)
-    return np.rint(weight / scale).clip(-127, 127).astype(np.int8), scale
 
 
 def _channel_axes(graph: GraphProto) -> dict[str, int]:

@@ -93,6 +93,14 @@ def observe(path: Path, inputs: Iterable[Mapping[str, NDArray[Any]]]) -> dict[st
     }
 
 
+def rounded(values: NDArray[Any], axis: int) -> tuple[NDArray[np.int8], NDArray[Any]]:
+    """A weight in int8, and in its own dtype the scales of the channels along an axis, which broadcast with it."""
+    others = tuple(i for i in range(values.ndim) if i != axis)
+    largest = np.abs(values).max(others, keepdims=True).astype(np.float32)
+    scale = np.where(largest > 0, largest / 127, 1).astype(values.dtype)
+    return np.clip(np.round(values / scale), -127, 127).astype(np.int8), scale
+
+
 def write_weights(source: Path, folder: Path) -> ModelProto:
     """Write a network with weights in int8 into a folder, a tensor at a time. Returns its graph."""
     model = onnx.load(source, load_external_data=False)
@@ -119,9 +127,9 @@ def write_weights(source: Path, folder: Path) -> ModelProto:
             if tensor.name not in axes:
                 add(tensor.name, values)
                 continue
-            rounded, scale = _rounded(values, axes[tensor.name])
-            add(f"{tensor.name}/int8", rounded)
-            add(f"{tensor.name}/scale", scale)
+            numbers, scale = rounded(values, axes[tensor.name])
+            add(f"{tensor.name}/int8", numbers)
+            add(f"{tensor.name}/scale", scale.reshape(-1))
     del graph.initializer[:]
     graph.initializer.extend(tensors)
     nodes = [
@@ -186,11 +194,3 @@ def _values(tensor: TensorProto, path: Path) -> NDArray[Any]:
     dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
     file = path.with_name(place["location"])
     return np.memmap(file, dtype, "r", int(place.get("offset", 0)), tuple(tensor.dims))
-
-
-def _rounded(values: NDArray[Any], axis: int) -> tuple[NDArray[np.int8], NDArray[Any]]:
-    """A weight in int8, and the scales of its output channels."""
-    others = tuple(i for i in range(values.ndim) if i != axis)
-    largest = np.abs(values).max(others, keepdims=True).astype(np.float32)
-    scale = np.where(largest > 0, largest / 127, 1).astype(values.dtype)
-    return np.clip(np.round(values / scale), -127, 127).astype(np.int8), scale.reshape(-1)

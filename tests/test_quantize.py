@@ -106,6 +106,6 @@ def test_what_layers_read_is_rounded_and_cut(tmp_path: Path) -> None:
 
 def test_float16_stays_float16(tmp_path: Path) -> None:
     weights = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float16)
-    rounded, scale = quantize._rounded(weights, 1)
+    rounded, scale = quantize.rounded(weights, 1)
     assert scale.dtype == np.float16
     assert np.abs(rounded * scale.astype(np.float32) - weights).max() <= 0.52 * scale.max()
