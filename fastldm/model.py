@@ -57,11 +57,11 @@ def open_model(
         checks.instance("dtype", dtype, (str, torch.dtype), "float32, float16 or bfloat16")
     loading.check_options(options)
     device = choose_device(backend_device(backend, device))
-    found = None
-    if backend == "auto" and prepared and device.type == "cpu" and not is_bundle(path_or_id):
-        found = _prepared(path_or_id, options, device, dtype)
-    if found is not None:
-        return _open_bundle(*found, device, dtype)
+    requested = path_or_id
+    if prepared:
+        path_or_id, backend = or_prepared(path_or_id, backend, device, dtype, **options)
+    if path_or_id is not requested:
+        return _open_bundle(path_or_id, backend, device, dtype)
     backend = choose_backend(backend, path_or_id, device, dtype)
     if is_bundle(path_or_id):
         unused = [name for name, value in options.items() if value]
@@ -82,18 +82,22 @@ def backend_for(model: str, backend: str, *, on_torch: bool) -> str:
     return "torch" if backend == "auto" and on_torch and not is_bundle(model) else backend
 
 
-def _prepared(
+def or_prepared(
     path_or_id: str | os.PathLike[str],
-    options: Mapping[str, Any],
+    backend: str,
     device: torch.device,
-    dtype: str | torch.dtype | None,
-) -> tuple[Path, str] | None:
-    """The bundle in the cache of a model that was prepared, and its backend."""
-    if not (cache_root() / "prepared").is_dir():  # nothing was: nothing more is imported
-        return None
+    dtype: str | torch.dtype | None = None,
+    **options: Any,
+) -> tuple[str | os.PathLike[str], str]:
+    """What "auto" takes for a model: the bundle in the cache that `fastldm prepare` made of it, and that one's fastest
+    backend; else the model and the backend as they are."""
+    # Where nothing was prepared, nothing more is imported.
+    there = backend == "auto" and device.type == "cpu" and (cache_root() / "prepared").is_dir()
+    if not there or is_bundle(path_or_id):
+        return path_or_id, backend
     from fastldm.export import prepared
 
-    return prepared.find(str(path_or_id), options, device, dtype)
+    return prepared.find(str(path_or_id), options, device, dtype) or (path_or_id, backend)
 
 
 def _open_bundle(

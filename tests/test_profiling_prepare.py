@@ -121,6 +121,14 @@ def test_command_generates_on_what_was_prepared(source: Path, tmp_path: Path) ->
     assert json.loads(done.stdout)["backend"].startswith("torch")
 
 
+def test_plan_is_of_what_was_prepared(source: Path) -> None:
+    arguments = ["plan", "-m", str(source), "--device", "cpu", "--json"]
+    backends = [
+        json.loads(run(*arguments, *options).stdout)["workload"]["backend"] for options in ([], ["--reuse", "2"])
+    ]
+    assert backends == ["onnxruntime-graph", "torch"]
+
+
 def test_controls_take_the_model_itself(source: Path, tmp_path: Path) -> None:
     path = tmp_path / "edges"
     bundles.small_controlnet("sd1").save_pretrained(path)

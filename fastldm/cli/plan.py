@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -77,7 +78,15 @@ def plan(
         from fastldm.cli.loras import find
         from fastldm.device import choose_device, choose_dtype
         from fastldm.kernels.dispatch import device_capability
-        from fastldm.model import backend_device, choose_backend, describe, latents, precisions
+        from fastldm.model import (
+            backend_device,
+            backend_for,
+            choose_backend,
+            describe,
+            latents,
+            or_prepared,
+            precisions,
+        )
         from fastldm.planning import memory
         from fastldm.planning.warm import parse_arch
 
@@ -90,18 +99,22 @@ def plan(
         capability = parse_arch(arch) if arch is not None else 0
         if arch is None and target_device.type == "cuda":
             capability = device_capability(target_device.index or 0)
-        spec = describe(model)
+        path: str | os.PathLike[str] = model
+        if arch is None:
+            backend = backend_for(model, backend, on_torch=bool(loras or controls or reuse > 1 or decode == "tiled"))
+            path, backend = or_prepared(model, backend, target_device, dtype)
+        spec = describe(path)
         width, height = size or spec.default_size
-        selected = choose_backend(backend, model, target_device, dtype)
+        selected = choose_backend(backend, path, target_device, dtype)
         options: dict[str, Any] = {} if steps is None else {"steps": steps}
         if selected == "torch":
             options["dtype"] = choose_dtype(dtype, target_device)
         else:
             if reuse > 1:
                 raise InputError(f"--reuse {reuse} runs on torch alone, and {model} is a bundle for {selected}")
-            sizes.check_size(latents(model), spec.vae.factor, width, height)
+            sizes.check_size(latents(path), spec.vae.factor, width, height)
             options["backend"] = selected
-            options["dtype"], options["precision"] = precisions(model, selected, target_device, dtype)
+            options["dtype"], options["precision"] = precisions(path, selected, target_device, dtype)
         if loras:
             adapters = [read_adapter(file, spec) for _, file, scale in find(loras) if scale]
             options["originals"] = merged_numbers(adapters, spec) * options["dtype"].itemsize
