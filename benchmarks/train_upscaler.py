@@ -252,8 +252,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for stage in (train, measure, export):
-        described = argparse.ArgumentDefaultsHelpFormatter
-        added = stages.add_parser(stage.__name__, help=stage.__doc__, description=stage.__doc__, formatter_class=described)
+        formatter, text = argparse.ArgumentDefaultsHelpFormatter, stage.__doc__
+        added = stages.add_parser(stage.__name__, help=text, description=text, formatter_class=formatter)
         added.set_defaults(run=stage)
         added.add_argument("--work", type=Path, default=WORK, help="folder for data and checkpoints")
         added.add_argument("--threads", type=int, default=1, help="CPU threads")
