@@ -313,6 +313,8 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "negative_prompt_2": ("Negative prompt 2", str),
     "guidance_rescale": ("Guidance rescale", float),
     "guidance_interval": ("Guidance interval", _list_of(float)),
+    "denoising_start": ("Denoising start", float),
+    "denoising_end": ("Denoising end", float),
     "eta": ("Eta", float),
     "reuse": ("Reuse", int),
     "timesteps": ("Timesteps", _list_of(_number)),

@@ -2,6 +2,8 @@
 
 `Request` defines the names, defaults and checks of all arguments of a generation: `Pipeline.__call__` and the command
 are built from it. Names are diffusers'.
+
+Over 500 lines, for the fields of a request and their checks are read together.
 """
 
 from __future__ import annotations
@@ -32,8 +34,6 @@ UNSUPPORTED = {
     "callback_steps": ": use callback_on_step_end",
     "masked_image_latents": ": give image and mask_image",
     "padding_mask_crop": ": crop image and mask_image",
-    "denoising_start": "",
-    "denoising_end": "",
     "aesthetic_score": "",
     "negative_aesthetic_score": "",
     "original_inference_steps": "",
@@ -104,6 +104,13 @@ class Request:
     in diffusers; likewise for `mask_image`."""
     strength: float | None = None
     """How much `image` is changed, 0 (not at all) to 1 (completely); None is 0.8, and 1 with `mask_image`."""
+    denoising_start: float | None = None
+    """Go on with `image`, latents from which this fraction of the noise has been removed, above 0 and below 1: take
+    only the steps behind it, whatever `strength`, and add no noise. `latents` do in place of `image`. Pictures are
+    encoded."""
+    denoising_end: float | None = None
+    """Take only the steps up to this fraction: with output_type "latent", what a request with denoising_start goes
+    on with, as SDXL's refiner does."""
     mask_image: Any = None
     """White is repainted, black stays; needs `image`. Types as for `image`, or (H, W), see `image.load_mask`."""
     control_image: Any = None
@@ -184,6 +191,8 @@ class Request:
             raise InputError(
                 f"guidance_interval is {self.guidance_interval}: expected two fractions, 0 <= start <= end <= 1"
             )
+        if self.denoising_start is not None:
+            _check_slice(self)
         if self.mask_image is not None and self.image is None:
             raise InputError("mask_image was given without image: inpainting needs both")
         if self.timesteps is not None and self.sigmas is not None:
@@ -326,6 +335,17 @@ def _check_embeds(request: Request) -> None:
                 checks.tensor(name, getattr(request, name), (None,) * dimensions)
 
 
+def _check_slice(request: Request) -> None:
+    """Check what steps begin with that do not begin at the start."""
+    start, end = request.denoising_start, request.denoising_end
+    if end is not None and start is not None and start >= end:
+        raise InputError(f"denoising_start is {start} and denoising_end {end}: expected a later end")
+    if request.image is None and request.latents is None and request.count:
+        raise InputError("denoising_start was given without image: give the latents that the steps go on with")
+    if request.latents is not None and request.mask_image is not None:
+        raise InputError("latents were given with denoising_start and mask_image: give the latents as image")
+
+
 def _check_seed(request: Request) -> int | tuple[int, ...] | None:
     seed = request.seed
     if seed is None:
@@ -451,6 +471,13 @@ def _real(low: float, high: float) -> Check:
     return lambda name, value: checks.real(name, value, low, high)
 
 
+def _inner(name: str, value: Any) -> float:
+    fraction = checks.real(name, value, 0.0, 1.0)
+    if fraction in (0, 1):
+        raise InputError(f"{name} is {fraction:g}: expected a fraction above 0 and below 1; None is all steps")
+    return fraction
+
+
 _CHECKS: dict[str, Check] = {
     "height": _whole(1, MAX_SIDE, "pixels"),
     "width": _whole(1, MAX_SIDE, "pixels"),
@@ -463,6 +490,8 @@ _CHECKS: dict[str, Check] = {
     "eta": _real(0.0, 1.0),
     "reuse": _whole(1, MAX_STEPS, "calls of the U-Net"),
     "strength": _real(0.0, 1.0),
+    "denoising_start": _inner,
+    "denoising_end": _inner,
     "sampler": lambda name, value: checks.short_text(name, value, "a sampler's name, such as 'euler a'"),
     "timesteps": lambda name, value: checks.numbers(name, value, MAX_STEPS),
     "sigmas": lambda name, value: checks.numbers(name, value, MAX_STEPS),

@@ -34,6 +34,10 @@ SAMPLE = [
     Case("SDXL text to image", (("negative_original_size", "pair"), ("negative_target_size", "pair"))),
     Case("SDXL image to image", (("latents", "tensor"), ("guidance_rescale", "0.7"))),
     Case("SDXL inpainting", (("negative_prompt_embeds", "tensor"), ("negative_pooled_prompt_embeds", "tensor"))),
+    Case("SDXL text to image", (("denoising_end", "0.5"), ("output_type", "latent"))),
+    Case("SDXL image to image", (("image", "latents"), ("denoising_start", "0.6"))),
+    Case("SDXL image to image", (("denoising_start", "0.3"), ("denoising_end", "0.9"))),
+    Case("SDXL inpainting", (("strength", "1"), ("denoising_start", "0.6"))),
     Case("LCM text to image", (("prompt_embeds", "tensor"), ("num_images_per_prompt", "2"))),
 ]
 

@@ -31,6 +31,12 @@ from fastldm.request import picture_seeds
         ({"prompt": "a", "guidance_rescale": 1.5}, "guidance_rescale is 1.5: expected a number from 0 to 1"),
         ({"prompt": "a", "guidance_interval": (0.8, 0.2)}, "0 <= start <= end <= 1"),
         ({"prompt": "a", "strength": 1.01}, "strength is 1.01"),
+        ({"prompt": "a", "denoising_end": 1.0}, "denoising_end is 1: expected a fraction above 0 and below 1"),
+        ({"prompt": "a", "denoising_start": 0.5}, "denoising_start was given without image"),
+        (
+            {"prompt": "a", "image": "a.png", "denoising_start": 0.5, "denoising_end": 0.4},
+            "denoising_start is 0.5 and denoising_end 0.4: expected a later end",
+        ),
         ({"prompt": "a", "output_type": "jpg"}, "expected one of pil, np, pt, latent"),
         ({"prompt": "a", "mask_image": "m.png"}, "mask_image was given without image"),
         ({"prompt": "a", "seed": -1}, "seed is -1"),

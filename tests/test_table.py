@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from scheduler_runs import SD
+from scheduler_judge import judge
+from scheduler_runs import SD, Case
 
 from fastldm.errors import InputError
 from fastldm.kernels import step as step_kernel
+from fastldm.samplers.classes import DIFFUSERS
+from fastldm.samplers.names import SAMPLERS
 from fastldm.samplers.scheduler_config import read_config
 from fastldm.samplers.table import COLUMNS, NEUTRAL, make_table
 
@@ -88,3 +93,45 @@ def test_epsilon_at_zero_snr(sampler: str) -> None:
     with pytest.raises(InputError, match="epsilon prediction cannot start at zero terminal SNR"):
         make_table(read_config(file), 4, sampler=sampler)
     make_table(replace(read_config(file), prediction_type="v_prediction"), 4)
+
+
+CUTS = [(0.5, None), (0.31, None), (None, 0.5), (None, 0.83), (0.2, 0.75)]
+
+
+def slices_agree(name: str, spacings: Sequence[str], steps: Sequence[int], masks: Sequence[bool]) -> None:
+    for spaced, n, (start, end), mask in itertools.product(spacings, steps, CUTS, masks):
+        config = {**SD, "timestep_spacing": spaced} if "timestep_spacing" in DIFFUSERS[name].keys else SD
+        verdict = judge(Case(name, config, n, eta=0.3, mask=mask, start=start, end=end))
+        assert verdict.kind in ("agree", "differ"), (spaced, n, start, end, mask, verdict)
+
+
+@pytest.mark.parametrize("name", DIFFUSERS)
+def test_slices_are_diffusers(name: str) -> None:
+    slices_agree(name, ["leading"], [7], [False])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", DIFFUSERS)
+def test_slices_of_all_spacings_are_diffusers(name: str) -> None:
+    slices_agree(name, ["leading", "linspace", "trailing"], [7, 10], [False, True])
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_parts_of_a_table_have_all_steps(sampler: str) -> None:
+    config = read_config({"_class_name": "EulerDiscreteScheduler", **SD})
+    whole = make_table(config, 10, sampler=sampler)
+    first = make_table(config, 10, sampler=sampler, denoising_end=0.6)
+    second = make_table(config, 10, sampler=sampler, denoising_start=0.6)
+    cut = 1000 - 600
+    assert (first.timesteps >= cut).all()
+    assert set(whole.timesteps) == set(first.timesteps) | set(second.timesteps)
+    assert second.timesteps[[row for row, step in enumerate(second.index) if step == 0][-1]] < cut
+    assert second.depth <= whole.depth
+
+
+def test_slices_without_a_step_are_refused() -> None:
+    config = read_config({"_class_name": "EulerDiscreteScheduler", **SD})
+    with pytest.raises(InputError, match=r"denoising_start 0.9999 leaves none of 3 steps"):
+        make_table(config, 3, denoising_start=0.9999)
+    with pytest.raises(InputError, match=r"denoising_end 0.1 leaves none of 3 steps"):
+        make_table(config, 3, denoising_start=0.05, denoising_end=0.1)

@@ -58,6 +58,15 @@ def _list_things(ctx: click.Context, param: click.Parameter, group: str | None) 
 @reuse_option
 @click.option("--init-image", metavar="FILE", help="Start from this picture instead of noise.")
 @click.option("--strength", type=float, help="How much of --init-image is redone, 0 to 1.  [default: 0.8]")
+@click.option(
+    "--denoising-start",
+    type=float,
+    metavar="X",
+    help="Go on with --init-image as if this fraction of the noise were gone: no noise is added.",
+)
+@click.option(
+    "--denoising-end", type=float, metavar="X", help="Stop when this fraction of the noise is gone, such as 0.8."
+)
 @click.option("--mask", metavar="FILE", help="Repaint only where this picture is white; needs --init-image.")
 @lora_option
 @click.option("--prompt-lora", is_flag=True, help="Read <lora:NAME:SCALE> in PROMPT as --lora NAME.safetensors:SCALE.")
@@ -138,6 +147,8 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
         "reuse": options["reuse"],
         "image": options["init_image"],
         "strength": options["strength"],
+        "denoising_start": options["denoising_start"],
+        "denoising_end": options["denoising_end"],
         "mask_image": options["mask"],
         "literal_prompt": options["literal"],
         "clip_skip": options["clip_skip"],

@@ -245,6 +245,8 @@ class Stages:
             request.num_inference_steps,  # type: ignore[arg-type]
             sampler=request.sampler,
             strength=float(request.strength or 0) if request.image is not None else 1.0,
+            denoising_start=request.denoising_start,
+            denoising_end=request.denoising_end,
             timesteps=request.timesteps,
             sigmas=request.sigmas,
             eta=request.eta,

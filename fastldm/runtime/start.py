@@ -69,13 +69,20 @@ def start_run(
     init = mask = extra = None
     for_inpainting = in_channels > channels
     start, noised = start_latents(request, channels), request.latents is not None and request.mask_image is None
+    # Steps that go on where others ended add no noise; where a mask needs some, it is drawn.
+    goes_on = request.denoising_start is not None
     if start is not None:
         init = each(send(start, device))
     elif request.image is not None and not noised:
         source = prepared(send(images.load_image(request.image, (height, width)), device))
-        if not (for_inpainting and from_noise):
+        if goes_on or not (for_inpainting and from_noise):
             init = each(encode(source))
-    noise = draw() if request.latents is None else send(request.latents, device, torch.float32)
+    if request.latents is not None:
+        noise = send(request.latents, device, torch.float32)
+    elif init is not None and goes_on and request.mask_image is None:
+        noise = init
+    else:
+        noise = draw()
     if request.mask_image is not None:
         full_mask = prepared(send(images.load_mask(request.mask_image, (height, width)), device))
         mask = each(torch.nn.functional.interpolate(full_mask, shape[2:]))  # (B, 1, h, w)
@@ -89,9 +96,12 @@ def start_run(
                 draw(count)  # diffusers encodes masked images for 4-channel models too: so its generator stays in step
     step_noise = draw_step_noise(table, shape, generators, noise_dtype, device)
     r, s = table.start
-    x = table.init_noise_sigma * noise if init is None or from_noise else r * init + s * noise
-    if noised and request.image is not None:
-        x = noise  # where image to image starts, noise and all
+    if goes_on or (noised and request.image is not None):
+        x = noise if init is None or noised else init  # noise and all
+    elif init is None or from_noise:
+        x = table.init_noise_sigma * noise
+    else:
+        x = r * init + s * noise
     blended = mask is not None and init is not None and not for_inpainting
     inpainting = Inpainting(mask, init, noise) if blended else None  # type: ignore[arg-type]
     return Run(table, x, step_noise, guidance, inpainting, extra, dtype)

@@ -27,6 +27,7 @@ Tables are those of diffusers' schedulers, except where diffusers deviates from 
 
 from __future__ import annotations
 
+import itertools
 import math
 import reprlib
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ import numpy as np
 
 from fastldm.checks import show
 from fastldm.errors import InputError
+from fastldm.samplers import solvers
 from fastldm.samplers.classes import CLASSES, SchedulerClass
 from fastldm.samplers.config import ScheduleConfig
 from fastldm.samplers.grid import Array, Array32, Grid, SolverRow
@@ -92,6 +94,8 @@ def make_table(
     *,
     sampler: str | None = None,
     strength: float = 1.0,
+    denoising_start: float | None = None,
+    denoising_end: float | None = None,
     timesteps: Sequence[float] | None = None,
     sigmas: Sequence[float] | None = None,
     eta: float = 0.0,
@@ -105,6 +109,10 @@ def make_table(
     sampler: a name for `resolve_sampler`.
     strength: in (0, 1], the fraction of the schedule that a start from an image runs. The first steps are skipped, as
         in diffusers' image-to-image `get_timesteps`; LCM and TCD space all steps within that fraction of the distilled.
+    denoising_start, denoising_end: between 0 and 1, only the steps between these fractions of the noise that is
+        removed, as of SDXL's base and refiner: those below the timestep that the first leaves, whatever the strength,
+        and the calls at or above the one that the second leaves. Of samplers with two calls a step, diffusers ends
+        after the first call of a step, and begins with all of it. No history crosses the cut.
     eta: from 0 to 1, the noise of DDIM and TCD; other samplers ignore it.
     reuse: of every so many rows, the first computes all of the network.
 
@@ -127,6 +135,8 @@ def make_table(
     if isinstance(reuse, bool) or not isinstance(reuse, (int, np.integer)) or reuse < 1:
         raise InputError(f"reuse must be a whole number from 1, got {show(reuse)}.")
 
+    if denoising_start is not None:
+        strength = 1.0
     arrays = entry.spacing(config, StepRequest(int(steps), float(strength), **custom))
     times = arrays["timesteps"]
     if times.size == 0 or times.min() < 0 or times.max() >= trained:
@@ -136,6 +146,17 @@ def make_table(
         take = f"take {enough} steps, or more strength" if enough and len(times) == steps else "take more strength"
         raise InputError(f"strength {strength} leaves none of {steps} steps: {take}.")
     rows, numbers = _rows(entry, Grid(config, steps=len(times), eta=eta, **arrays))
+    if denoising_start is not None:
+        arrays["begin"] = _first_step(entry, rows, times, _cutoff("denoising_start", denoising_start, trained))
+        if arrays["begin"] == len(times):
+            raise InputError(f"denoising_start {denoising_start:g} leaves none of {steps} steps: take more steps.")
+        rows, numbers = _rows(entry, Grid(config, steps=len(times), eta=eta, **arrays))
+    if denoising_end is not None:
+        cutoff = _cutoff("denoising_end", denoising_end, trained)
+        rows = list(itertools.takewhile(lambda row: np.float32(row.t) >= cutoff, rows))
+        if not rows:
+            raise InputError(f"denoising_end {denoising_end:g} leaves none of {steps} steps: take more steps.")
+        numbers = _pack(rows)
     numbers[:, COLUMNS.index("deep")] = [i % reuse == 0 for i in range(len(rows))]
     highest = float(arrays["sigmas"].max()) if entry.spacing is on_sigmas else 1.0
     if entry.spacing is on_sigmas and config.timestep_spacing == "leading":
@@ -151,6 +172,19 @@ def make_table(
         steps=rows[-1].step + 1,
         index=tuple(row.step for row in rows),
     )
+
+
+def _cutoff(name: str, fraction: float, trained: int) -> int:
+    """The timestep at which a fraction of the noise has been removed, as diffusers rounds it."""
+    if not 0 < fraction < 1:
+        raise InputError(f"{name} must be above 0 and below 1, got {fraction}.")
+    return round(trained - fraction * trained)
+
+
+def _first_step(entry: SchedulerClass, rows: Sequence[SolverRow], times: Array, cutoff: int) -> int:
+    """The first step of those below a timestep: whose last call is. PLMS' second call only repeats the first."""
+    ends = list(times) if entry.solver is solvers.plms else list({row.step: row.t for row in rows}.values())
+    return next((step for step, t in enumerate(ends) if np.float32(t) < cutoff), len(ends))
 
 
 def _rows(entry: SchedulerClass, grid: Grid) -> tuple[list[SolverRow], Array]:

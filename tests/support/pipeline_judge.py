@@ -161,8 +161,8 @@ VALUES: dict[str, dict[str, Value]] = {
     "cross_attention_kwargs": {"scale": lambda B, W: {"cross_attention_kwargs": {"scale": 1.0}}},
     "masked_image_latents": {"tensor": lambda B, W: {"masked_image_latents": noise(1, 4, 8, 8, seed=8)}},
     "padding_mask_crop": {"8": lambda B, W: {"padding_mask_crop": 8, "output_type": "pil"}},
-    "denoising_start": {"0.5": lambda B, W: {"denoising_start": 0.5}},
-    "denoising_end": {"0.5": lambda B, W: {"denoising_end": 0.5}},
+    "denoising_start": {x: lambda B, W, x=x: {"denoising_start": float(x)} for x in ("0.3", "0.6")},  # type: ignore[misc]
+    "denoising_end": {x: lambda B, W, x=x: {"denoising_end": float(x)} for x in ("0.5", "0.9")},  # type: ignore[misc]
     "aesthetic_score": {"3": lambda B, W: {"aesthetic_score": 3.0}},
     "negative_aesthetic_score": {"3": lambda B, W: {"negative_aesthetic_score": 3.0}},
     "original_inference_steps": {"20": lambda B, W: {"original_inference_steps": 20}},
@@ -184,7 +184,7 @@ REFUSALS = [
     Reason(
         "not supported: refused by name",
         lambda case: True,
-        r"^(masked_image_latents|padding_mask_crop|denoising_start|denoising_end|aesthetic_score|"
+        r"^(masked_image_latents|padding_mask_crop|aesthetic_score|"
         r"negative_aesthetic_score|original_inference_steps|cross_attention_kwargs) is not supported",
     ),
     Reason(
@@ -196,6 +196,11 @@ REFUSALS = [
         "latents of another size than height and width: diffusers ignores height and width",
         lambda case: case.has("height") and case.has("latents"),
         "^latents are for",
+    ),
+    Reason(
+        "no step is left between denoising_start and denoising_end: diffusers decodes what it was given",
+        lambda case: case.has("denoising_start") or case.has("denoising_end"),
+        r"^denoising_(start|end) [\d.]+ leaves none of",
     ),
     Reason(
         "pictures or masks whose number does not divide the batch: what diffusers makes of them is what broadcasts",

@@ -78,6 +78,8 @@ class Case:
     image_to_image: bool = False
     mask: bool = False  # inpainting by blending
     custom: dict[str, list[float]] = field(default_factory=dict)
+    start: float | None = None  # denoising_start: goes on with the image's latents
+    end: float | None = None  # denoising_end
 
     def scheduler(self, exact: bool = False) -> Any:
         cls = in_float64(self.name) if exact else getattr(diffusers, self.name)
@@ -90,7 +92,8 @@ class Case:
         return read_config({"_class_name": self.name, **self.config}, steps_offset=None)
 
     def table(self) -> StepTable:
-        return make_table(self.schedule(), self.steps, eta=self.eta, strength=self.strength, **self.custom)
+        cut = {"denoising_start": self.start, "denoising_end": self.end}
+        return make_table(self.schedule(), self.steps, eta=self.eta, strength=self.strength, **cut, **self.custom)
 
     def takes(self, argument: str) -> bool:
         """Whether diffusers' class has it in its configuration."""
@@ -107,7 +110,12 @@ class Case:
     @property
     def started(self) -> bool:
         """Whether it starts in the middle of the schedule."""
-        return (self.image_to_image or self.mask) and self.strength < 1
+        return self.start is not None or ((self.image_to_image or self.mask) and self.strength < 1)
+
+    def cutoff(self, fraction: float) -> int:
+        """As diffusers' pipelines of SDXL compute it."""
+        trained = self.schedule().num_train_timesteps
+        return round(trained - (fraction * trained))
 
     def randomness(self) -> Any:
         generators = [torch.Generator().manual_seed(7 + k) for k in range(max(self.generators, 1))]
@@ -192,7 +200,7 @@ class DiffusersOptions:
 
 def lies_inside(case: Case, options: DiffusersOptions) -> bool:
     """Whether the scheduler gets the strength, as LCM's pipelines pass it, and its steps are not cut."""
-    return (case.name == "LCMScheduler" or options.inside_strength) and not case.custom
+    return (case.name == "LCMScheduler" or options.inside_strength) and not case.custom and case.start is None
 
 
 def training_bar(case: Case, options: DiffusersOptions) -> Tensor | None:
@@ -234,23 +242,32 @@ def diffusers_run(case: Case, options: DiffusersOptions = DiffusersOptions()) ->
         steps = len(scheduler.timesteps) if case.custom and not options.own_steps else case.steps
         skipped = max(steps - min(int(steps * case.strength), steps), 0)
         begin = skipped * scheduler.order
+    if case.start is not None:
+        left = int((scheduler.timesteps < case.cutoff(case.start)).sum())
+        left += scheduler.order == 2 and left % 2 == 0
+        skipped = begin = len(scheduler.timesteps) - left
     timesteps = scheduler.timesteps[begin or 0 :] if skipped else scheduler.timesteps
     if begin is not None and hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin)
     if options.history and case.name == "PNDMScheduler" and skipped:
-        own = [scheduler.timesteps[0], *scheduler.timesteps[2:]][skipped:]
+        repeated = case.start is not None and skipped > 1  # which the list has twice
+        own = [scheduler.timesteps[0], *scheduler.timesteps[2:]][skipped - repeated :]
         timesteps = torch.stack([*own[:2], *own[1:]])
+    strides = [int(a - b) for a, b in zip(timesteps, [*timesteps[1:], -1], strict=True)] if options.next_level else []
+    if options.next_level and case.name == "PNDMScheduler" and len(strides) > 2:
+        strides[1] = strides[0]  # the second call comes from where the first came from
+    if case.end is not None:
+        timesteps = timesteps[: int((timesteps >= case.cutoff(case.end)).sum())]
     noise = diffusers.utils.torch_utils.randn_tensor((case.batch, *SHAPE), generator=g).to(dtype)
-    if case.image_to_image or (case.mask and case.strength < 1):
+    if case.start is not None:
+        x = init.to(dtype)
+    elif case.image_to_image or (case.mask and case.strength < 1):
         x = scheduler.add_noise(init.to(dtype), noise, timesteps[:1].repeat(case.batch))
     else:
         x = noise * scheduler.init_noise_sigma
     takes = arguments_of(type(scheduler).step)
     extra = {"generator": g, "eta": case.eta if options.eta is None else options.eta}
     extra = {key: value for key, value in extra.items() if key in takes}
-    strides = [int(a - b) for a, b in zip(timesteps, [*timesteps[1:], -1], strict=True)] if options.next_level else []
-    if options.next_level and case.name == "PNDMScheduler" and len(strides) > 2:
-        strides[1] = strides[0]  # the second call comes from where the first came from
     for i, t in enumerate(timesteps):
         if options.next_level:
             scheduler.num_inference_steps = Stride(strides[i])
@@ -281,7 +298,9 @@ def our_run(case: Case) -> tuple[Tensor, Any]:
     table, g, (init, mask) = case.table(), case.randomness(), case.inputs()
     noise, noises = draw_noise(table, case, g)
     x = noise * table.init_noise_sigma
-    if case.image_to_image or (case.mask and case.strength < 1):
+    if case.start is not None:
+        x = init
+    elif case.image_to_image or (case.mask and case.strength < 1):
         x = table.start[0] * init + table.start[1] * noise
     inpainting = Inpainting(mask, init, noise) if case.mask else None
     run = Run(table, x, noises, inpainting=inpainting)
@@ -303,7 +322,9 @@ def our_exact_run(case: Case) -> Tensor:
     noise, noises = draw_noise(table, case, case.randomness())
     noise, (init, mask) = noise.double(), case.inputs()
     x, history = noise * table.init_noise_sigma, ()
-    if case.image_to_image or (case.mask and case.strength < 1):
+    if case.start is not None:
+        x = init.double()
+    elif case.image_to_image or (case.mask and case.strength < 1):
         x = rows[0].level[0] * init + rows[0].level[1] * noise
     y = torch.zeros_like(x)
     mixing = [(0.0, 1.0, 0.0, 0.0)] * len(numbers)
