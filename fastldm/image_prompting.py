@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from fastldm import checks
-from fastldm.adapters.image_encoder import FILES, ImageEncoder, read_image_encoder
 from fastldm.adapters.ip_adapter import ImageAdapter, image_encoder_fits, read_ip_adapter
 from fastldm.adapters.locate import find_weights
 from fastldm.adapters.selection import Weight
+from fastldm.conditioning.image_encoder import ImageEncoder
 from fastldm.errors import CheckpointError, InputError
+from fastldm.loading.image_encoder import FILES, read_image_encoder
 from fastldm.loading.spec import check_options
 from fastldm.reading import check_path
 from fastldm.request import MAX_ADAPTERS, Request, picture_scale
@@ -38,7 +39,7 @@ class IPAdapterLoader:
 
     @property
     def image_encoder(self) -> Any:
-        """transformers' image encoder, which IP-Adapters read; None if none is loaded."""
+        """CLIP's image encoder, which IP-Adapters read; None if none is loaded."""
         encoder = self.stages.image_prompts.loaded.encoder
         return None if encoder is None else encoder.model
 
@@ -141,13 +142,15 @@ class IPAdapterLoader:
                     "a dict has no image encoder beside it: pass image_encoder_folder=None, or give a path"
                 )
             folder = _encoder_folder(path, inside, name, options)
-            encoder = read_image_encoder(folder, self.stages.dtype, allow_pickle=options["allow_pickle"])
+            encoder = read_image_encoder(
+                folder, self.stages.dtype, preprocessing=False, allow_pickle=options["allow_pickle"]
+            )
         for adapter in adapters:
             if not image_encoder_fits(adapter, encoder.model.config):
                 config = encoder.model.config
                 raise CheckpointError(
                     f"{adapter.source} reads {adapter.network.config.image_channels} channels of an image encoder, and "
-                    f"{encoder.source} makes {config.projection_dim} (projected) and {config.hidden_size} (hidden)."
+                    f"{encoder.source} makes {config.projection_dim} (projected) and {config.hidden} (hidden)."
                 )
         return encoder
 

@@ -11,14 +11,12 @@ import ip_adapters
 import numpy as np
 import ops
 import pytest
-import tiny
 import torch
 from counters import Recorder
 from PIL import Image
 from torch import Tensor
 
 from fastldm import Pipeline, Request
-from fastldm.adapters.image_encoder import ImageEncoder
 from fastldm.adapters.ip_adapter import read_ip_adapter
 from fastldm.models import layers
 from fastldm.runtime.batch import Batch, EagerBatch
@@ -31,15 +29,13 @@ from fastldm.runtime.stages import Change
 @functools.cache
 def pipeline() -> Pipeline:
     """With a "plus" and a "base" adapter."""
-    transformers = tiny.peer("transformers")
     original = adapter_files.pipeline("sd1")
     pipe = Pipeline.from_diffusers(original)
     adapters = [
         read_ip_adapter(ip_adapters.state(original.unet, kind, seed=k), pipe.stages.spec)
         for k, kind in enumerate(("plus", "base"))
     ]
-    processor = transformers.CLIPImageProcessor(size=32, crop_size=32)
-    pipe.stages.image_prompts.replace(adapters, ImageEncoder(ip_adapters.image_encoder(), processor, "here"))
+    pipe.stages.image_prompts.replace(adapters, ip_adapters.own_image_encoder())
     return pipe
 
 

@@ -23,7 +23,7 @@ from fastldm.loading import adoption, prepare
 from fastldm.loading import spec as loading
 from fastldm.loading.state import load_module
 from fastldm.models import UNet
-from fastldm.models.clip import TextAttention
+from fastldm.models.clip import SelfAttention
 from fastldm.models.layers import Attention
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,8 +108,8 @@ def test_query_key_and_value_are_one_product() -> None:
                 keys = layer.to_k.weight
                 assert (keys.data_ptr(), (2 * keys.shape[0], keys.shape[1])) in seen
                 assert layer.to_v.weight.data_ptr() not in [at for at, _ in seen]
-            elif isinstance(layer, Attention | TextAttention) and "encoder.mid" not in path:
-                queries = layer.q_proj.weight if isinstance(layer, TextAttention) else layer.to_q.weight
+            elif isinstance(layer, Attention | SelfAttention) and "encoder.mid" not in path:
+                queries = layer.q_proj.weight if isinstance(layer, SelfAttention) else layer.to_q.weight
                 assert (queries.data_ptr(), (3 * queries.shape[0], queries.shape[1])) in seen
 
 

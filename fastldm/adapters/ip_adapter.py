@@ -31,6 +31,7 @@ from fastldm.loading.formats import PathLike
 from fastldm.loading.spec import Spec
 from fastldm.loading.state import load_module
 from fastldm.loading.tensors import Shapes, read_shapes, read_tensors
+from fastldm.models.clip_vision import VisionConfig
 from fastldm.models.config import UNetConfig
 from fastldm.models.ip_adapter import HEAD, IPAdapter, IPAdapterConfig
 from fastldm.reading import check_path
@@ -250,7 +251,7 @@ def _check_shapes(config: IPAdapterConfig, names: Mapping[str, tuple[str, ...]],
         raise CheckpointError(f"{source} lacks {len(missing)} tensors, such as {min(missing)}.")
 
 
-def image_encoder_fits(adapter: ImageAdapter, config: Any) -> bool:
+def image_encoder_fits(adapter: ImageAdapter, config: VisionConfig) -> bool:
     """Whether a CLIP image encoder, by its config, makes what an adapter reads."""
-    channels = config.projection_dim if adapter.network.config.kind == "base" else config.hidden_size
-    return bool(channels == adapter.network.config.image_channels)
+    channels = config.projection_dim if adapter.network.config.kind == "base" else config.hidden
+    return channels == adapter.network.config.image_channels

@@ -53,6 +53,9 @@ class Component:
         for prefix in (f"{self.name}.", f"{self.name.removesuffix('_2')}.", "transformer."):
             if all(key.startswith(prefix) for key in tensors):
                 tensors = {key[len(prefix) :]: tensor for key, tensor in tensors.items()}
+        if self.class_name.startswith("CLIPVisionModel"):
+            others = ("text_model.", "text_projection.", "logit_scale")
+            return {key: tensor for key, tensor in tensors.items() if not key.startswith(others)}
         if not self.class_name.startswith("CLIPTextModel"):
             return tensors
         rest: tuple[str, ...] = ("vision_model.", "visual_projection.", "logit_scale")

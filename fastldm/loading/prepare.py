@@ -30,7 +30,7 @@ from fastldm.errors import InputError
 from fastldm.kernels.conv import pad_to_eights, upsample_phases
 from fastldm.kernels.linear import fast_library
 from fastldm.kernels.onednn import Layouts, row_sums
-from fastldm.models.clip import TextAttention
+from fastldm.models.clip import SelfAttention
 from fastldm.models.layers import Attention, Conv, Upsample, channels_last, stacked
 from fastldm.models.unet import UNetEncoder
 from fastldm.models.vae import HALF_EXPONENT, AutoencoderKL, EnlargedConv, rescale_for_half
@@ -228,7 +228,7 @@ def _layout(module: nn.Module) -> dict[str, Tensor]:
     if isinstance(module, Attention):
         self_attention = module.to_q.weight.shape == module.to_k.weight.shape
         return _stacked(module, ("to_q", "to_k", "to_v") if self_attention else ("to_k", "to_v"))
-    if isinstance(module, TextAttention):
+    if isinstance(module, SelfAttention):
         return _stacked(module, ("q_proj", "k_proj", "v_proj"))
     return {}
 

@@ -7,6 +7,7 @@ CLIPTextModel has omitted the prefix `text_model.` since version 5.)
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -44,10 +45,8 @@ class CLIPText(nn.Module):
         no U-Net reads it.
         """
         text = self.text_model
-        x = text.embeddings(input_ids, embeds)
         depth = self.config.layers - skip
-        for layer in text.encoder.layers[:depth]:
-            x = layer(x)
+        x = text.encoder(text.embeddings(input_ids, embeds), skip)
         hidden = text.final_layer_norm(x) if final_norm else x
         if self.text_projection is None:
             return hidden, None
@@ -76,7 +75,7 @@ class TextTransformer(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.embeddings = TextEmbeddings(config)
-        self.encoder = TextEncoder(config)
+        self.encoder = Encoder(config, causal=True)
         self.final_layer_norm = LayerNorm(config.hidden, config.norm_eps)
 
 
@@ -97,44 +96,69 @@ class Embedding(nn.Module):
         self.weight = parameter(count, channels)
 
 
-class TextEncoder(nn.Module):
-    def __init__(self, config: TextConfig) -> None:
+class EncoderConfig(Protocol):
+    """What the layers of both of CLIP's encoders read."""
+
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def intermediate(self) -> int: ...
+    @property
+    def act(self) -> str: ...
+    @property
+    def norm_eps(self) -> float: ...
+
+
+class Encoder(nn.Module):
+    """The layers of CLIP's text encoder (causal) or image encoder."""
+
+    def __init__(self, config: EncoderConfig, causal: bool) -> None:
         super().__init__()
-        self.layers: Layers[TextLayer] = Layers(TextLayer(config) for _ in range(config.layers))
+        self.layers: Layers[EncoderLayer] = Layers(EncoderLayer(config, causal) for _ in range(config.layers))
+
+    def forward(self, x: Tensor, skip: int = 0) -> Tensor:
+        """x (B, T, D) through all layers but the last `skip`."""
+        for layer in self.layers[: len(self.layers) - skip]:
+            x = layer(x)
+        return x
 
 
-class TextLayer(nn.Module):
-    """Causal self-attention and a two-layer perceptron; transformers' CLIPEncoderLayer."""
+class EncoderLayer(nn.Module):
+    """Self-attention and a two-layer perceptron; transformers' CLIPEncoderLayer."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: EncoderConfig, causal: bool) -> None:
         super().__init__()
         self.layer_norm1 = LayerNorm(config.hidden, config.norm_eps)
-        self.self_attn = TextAttention(config)
+        self.self_attn = SelfAttention(config, causal)
         self.layer_norm2 = LayerNorm(config.hidden, config.norm_eps)
-        self.mlp = TextMLP(config)
+        self.mlp = MLP(config)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.self_attn(self.layer_norm1(x), residual=x)
         return self.mlp(self.layer_norm2(x), residual=x)
 
 
-class TextAttention(nn.Module):
-    def __init__(self, config: TextConfig) -> None:
+class SelfAttention(nn.Module):
+    def __init__(self, config: EncoderConfig, causal: bool) -> None:
         super().__init__()
         self.q_proj = Linear(config.hidden, config.hidden)
         self.k_proj = Linear(config.hidden, config.hidden)
         self.v_proj = Linear(config.hidden, config.hidden)
         self.out_proj = Linear(config.hidden, config.hidden)
-        self.heads = config.heads
+        self.heads, self.causal = config.heads, causal
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         q, k, v = project(x, (self.q_proj, self.k_proj, self.v_proj)).chunk(3, dim=-1)
-        out = attention(q, k, v, self.heads, causal=True)
+        out = attention(q, k, v, self.heads, causal=self.causal)
         return self.out_proj(out, residual=residual)
 
 
-class TextMLP(nn.Module):
-    def __init__(self, config: TextConfig) -> None:
+class MLP(nn.Module):
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.fc1 = Linear(config.hidden, config.intermediate)
         self.fc2 = Linear(config.intermediate, config.hidden)

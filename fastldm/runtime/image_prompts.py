@@ -17,14 +17,12 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fastldm import checks
-from fastldm import image as images
-from fastldm.adapters.image_encoder import ImageEncoder
 from fastldm.adapters.ip_adapter import ImageAdapter
 from fastldm.adapters.selection import Weight, expand
+from fastldm.conditioning.image_encoder import ImageEncoder, read_pictures
 from fastldm.device import send
 from fastldm.errors import InputError
 from fastldm.kernels.dispatch import next_power_of_2
@@ -162,7 +160,8 @@ class ImagePrompts:
                     "load_ip_adapter with image_encoder_folder"
                 )
             else:
-                pixels = loaded.encoder.pixels(_pictures(item))
+                pictures = read_pictures(item, "ip_adapter_image", MAX_PICTURES)
+                pixels = loaded.encoder.pixels(pictures, "ip_adapter_image")
             uses.append(PictureUse(adapter, scales, pixels, embedded, loaded.encoder, _unit(adapter, weight)))
         selection = PictureSelection(tuple(uses)) if uses else None
         return request.replace(ip_adapter_image=selection, ip_adapter_image_embeds=None, ip_adapter_scale=None)
@@ -255,21 +254,6 @@ def _each(given: Any, count: int, name: str) -> list[Any]:
         more = ", so several pictures for one are [[a, b]]" if name == "ip_adapter_image" else ""
         raise InputError(f"{name} is a list of {len(items)} for {count} IP-Adapters: give a {what} for each{more}")
     return items
-
-
-def _pictures(item: Any) -> Tensor | list[Image.Image]:
-    """An adapter's pictures; a tensor is the image encoder's input itself, as in diffusers."""
-    if isinstance(item, Tensor):
-        return checks.finite("ip_adapter_image", checks.tensor("ip_adapter_image", item, (None, 3, None, None)))
-    sources = list(item) if isinstance(item, (list, tuple)) else [item]
-    pictures = []
-    for source in sources[: MAX_PICTURES + 1]:
-        units = (images.load_image(source, name="ip_adapter_image") + 1) * 127.5
-        arrays = units.round().clamp(0, 255).to(torch.uint8).movedim(1, -1).numpy()
-        pictures += [Image.fromarray(array) for array in arrays[: MAX_PICTURES + 1]]
-    if not 0 < len(pictures) <= MAX_PICTURES:
-        raise InputError(f"ip_adapter_image has {len(pictures)} pictures: expected 1 to {MAX_PICTURES} for an adapter")
-    return pictures
 
 
 def _check_embeds(item: Any, adapter: ImageAdapter, guided: bool) -> Tensor:

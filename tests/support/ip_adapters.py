@@ -10,6 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastldm.conditioning.image_encoder import ImageEncoder, Preprocessing
+from fastldm.models.clip_vision import CLIPVision, VisionConfig
+
 IMAGE_WIDTH, PROJECTED = 48, 20  # hidden and projected channels of the image encoder
 HIDDEN = 40  # of the resampler
 KINDS = ("base", "plus", "full")
@@ -71,6 +74,29 @@ def image_encoder(seed: int = 5) -> Any:
         patch_size=8,
     )
     return tiny.seeded(lambda: clip.CLIPVisionModelWithProjection(config), seed)
+
+
+def whole_clip(seed: int = 5, *, text: dict[str, Any] | None = None) -> Any:
+    """transformers' CLIPModel, both encoders of it. text: other sizes of its text encoder."""
+    clip = tiny.peer("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {"vocab_size": 1000, "bos_token_id": 998, "eos_token_id": 999, "max_position_embeddings": 77}
+    config = clip.CLIPConfig(
+        text_config={**sizes, **ends, **(text or {}), "projection_dim": PROJECTED},
+        vision_config=image_encoder(seed).config.to_dict(),
+        projection_dim=PROJECTED,
+    )
+    return tiny.seeded(lambda: clip.CLIPModel(config), seed)
+
+
+def own_image_encoder(seed: int = 5) -> ImageEncoder:
+    """fastldm's, of the same weights."""
+    peer = image_encoder(seed)
+    config = VisionConfig.from_dict(peer.config.to_dict())
+    with torch.device("meta"):
+        model = CLIPVision(config)
+    model.load_state_dict(peer.state_dict(), assign=True)
+    return ImageEncoder(model.requires_grad_(False), Preprocessing(config.image_size, config.image_size), "here")
 
 
 def folder(path: Path, unet: Any, *kinds: str) -> Path:
