@@ -221,10 +221,8 @@ def goldens_of(spec: NetworkSpec, reference: ReferenceNetworks, stored: Referenc
         expected = reference.run(spec.name, exact(inputs))
         cases.append((inputs, expected))
         for precision, largest in sound.items():
-            # Errors of sound computations hardly depend on the size, and at the best one they would take half of an
-            # export; whether values overflow does, so float16's are measured there too.
-            if case == 0 and (precision, stored.dtype) != ("float16", "float16"):
-                continue
+            if case == 0 and precision == "bfloat16":
+                continue  # the best size takes long, and rounding that coarse errs as much at smaller ones
             actual = stored.run(spec.name, exact(inputs), precision)
             largest |= {name: worst(largest[name], difference(actual[name], expected[name])) for name in largest}
     for name, measured in sound[stored.dtype].items():

@@ -60,6 +60,19 @@ def check(
         ops.check(GROUP_NORM, x, groups, weight, bias, eps, skip=skip, **kwargs)
 
 
+def test_statistics_of_large_images_are_exact() -> None:
+    x = torch.randn(2, 16, 256, 272).contiguous(memory_format=torch.channels_last) + 1
+    weight, bias = torch.randn(2, 16)
+    expected = F.group_norm(x.double(), 4, weight.double(), bias.double(), 1e-6)
+    out = group_norm_reference(x, 4, weight, bias, 1e-6)
+    assert out.stride() == x.stride()
+    assert (out - expected).abs().max() < 1e-6 * expected.abs().max()
+    flat = torch.full_like(x, 3.0)
+    assert (group_norm_reference(flat, 4, weight, bias, 1e-6) - bias[:, None, None]).abs().max() < 1e-3
+    x.requires_grad_()
+    assert group_norm_reference(x, 4, weight, bias, 1e-6).requires_grad
+
+
 def check_sum(
     config: dict[str, Any] | None,
     x: Tensor,
