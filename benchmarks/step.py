@@ -59,7 +59,7 @@ def arguments(slots: int, height: int, width: int, dtype: torch.dtype, device: s
 
 def functions(row: list[float], out: Tensor, x: Tensor, last: Tensor, dtype: torch.dtype) -> Any:
     """The functions that the kernel replaces: (model input, x, m)."""
-    after, _, (m, _) = step(row, x, None, (last,), guide(out, WEIGHTS), None, depth=2)
+    after, _, (m, _) = step(row, x, None, (last,), guide(dict(enumerate(out.chunk(2))), WEIGHTS), None, depth=2)
     return model_input(after, row[0], dtype, 2), after, m
 
 

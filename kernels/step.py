@@ -49,7 +49,7 @@ Over 500 lines, for an op is a file, however long: the functions that define a s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -81,18 +81,21 @@ NEVER = 2**31 - 1  # in `first_bad`
 # ------------------------------------------------------------ the definition of correct, and what runs on a CPU
 
 
-def guide(out: Tensor, weights: Sequence[float], rescale: float = 0.0) -> Tensor:
-    """The sum of rows 0, 1 and, with three weights, 2, whose weights have the sum 1: (nB, C, h, w), those of row 0
-    first, to (B, C, h, w) float32.
+def guide(outs: Mapping[int, Tensor], weights: Sequence[float], rescale: float = 0.0) -> Tensor:
+    """The sum of rows 0, 1 and 2 by their weights, of which the sum is 1. outs: row 1 and those whose weight is not 0,
+    each (B, C, h, w); returns that in at least float32.
 
-    `rescale` moves each sample's deviation back to that of row 1: https://arxiv.org/abs/2305.08891, section 3.4.
+    `rescale` moves each sample's deviation back to that of row 1, where there is another:
+    https://arxiv.org/abs/2305.08891, section 3.4.
     """
-    branches = at_least_float32(out).chunk(len(weights))
-    if len(branches) == 2:
-        mixed = torch.lerp(branches[0], branches[1], weights[1])
+    if len(outs) == 1:
+        return at_least_float32(outs[1])
+    outs = {k: at_least_float32(out) for k, out in outs.items()}
+    if 2 in outs:
+        mixed = _sum(*((weights[k], out) for k, out in outs.items()))
     else:
-        mixed = _sum(*zip(weights, branches, strict=True))
-    return mixed if rescale == 0.0 else mixed * rescale_factor(branches[1], mixed, rescale)
+        mixed = torch.lerp(outs[0], outs[1], weights[1])
+    return mixed if rescale == 0.0 else mixed * rescale_factor(outs[1], mixed, rescale)
 
 
 def model_input(x: Tensor, c_in: float, dtype: torch.dtype, copies: int, extra: Tensor | None = None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import controls
@@ -45,6 +46,8 @@ MIXED: list[dict[str, Any]] = [
     {"reuse": 2, "control_image": {"outlines": picture(1)}, "control_guidance_end": 0.7},
     {"reuse": 4, "control_image": {"sketch": picture(2), "outlines": picture(3)}, "guess_mode": True},
     {"control_image": {"outlines": picture(4)}, "guidance_scale": 1.0},
+    {"reuse": 3, "control_image": {"outlines": picture(5)}, "guess_mode": True, "image_scale": 1.5},
+    {"reuse": 2, "control_image": {"sketch": picture(2), "outlines": picture(3)}, "image_scale": 1.0},
 ]
 
 
@@ -57,8 +60,12 @@ def pipeline() -> Pipeline:
 
 
 def run_of(workload: dict[str, Any], seed: int = 0) -> Run:
-    stages = pipeline().stages
-    return stages.prepare(stages.complete(Request(**{**BASE, "seed": seed, **workload})))
+    """image_scale: for three rows, as of InstructPix2Pix."""
+    stages, options = pipeline().stages, {**BASE, "seed": seed, **workload}
+    image_scale = options.pop("image_scale", None)
+    run = stages.prepare(stages.complete(Request(**options)))
+    run.guidance = replace(run.guidance, image_scale=image_scale)
+    return run
 
 
 def batch_of(kind: str, reuse: bool = True) -> Batch:
@@ -69,8 +76,8 @@ def batch_of(kind: str, reuse: bool = True) -> Batch:
     networks = [control.network for control in pipeline().controls.values()]
     buffers = StaticBuffers.empty(
         unet.config,
-        slots=10,
-        rows=24,
+        slots=12,
+        rows=32,
         height=8,
         width=8,
         tokens=154,
@@ -107,12 +114,12 @@ def finish(batch: Batch, runs: Sequence[Run], starts: Sequence[int] | None = Non
 
 @functools.cache
 def expected() -> list[Tensor]:
-    """Each alone, as test_peer_reuse.py compares with diffusers."""
+    """Each alone, as test_peer_reuse.py compares with diffusers, and below those of three rows."""
     return [finish(batch_of("eager"), [run_of(workload, k)])[0] for k, workload in enumerate(MIXED)]
 
 
 @pytest.mark.parametrize("kind", ["eager", "slots", "graphs"])
-@pytest.mark.parametrize("starts", [[0] * 8, [3, 0, 1, 2, 5, 0, 4, 1]], ids=["together", "one-after-the-other"])
+@pytest.mark.parametrize("starts", [[0] * 10, [3, 0, 1, 2, 5, 0, 4, 1, 2, 0]], ids=["together", "one-after-the-other"])
 def test_requests_of_different_reuse_share_a_batch(kind: str, starts: list[int]) -> None:
     runs = [run_of(workload, k) for k, workload in enumerate(MIXED)]
     for got, alone in zip(finish(batch_of(kind), runs, starts), expected(), strict=True):
@@ -121,16 +128,18 @@ def test_requests_of_different_reuse_share_a_batch(kind: str, starts: list[int])
 
 @pytest.mark.parametrize("kind", ["eager", "slots"])
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 0.8)])
-def test_rows_compute_what_a_branch_lacks(kind: str, interval: tuple[float, float]) -> None:
+@pytest.mark.parametrize("image_scale", [None, 1.5])
+def test_rows_compute_what_a_branch_lacks(kind: str, interval: tuple[float, float], image_scale: float | None) -> None:
     """The loop of one run around diffusers' U-Net. Where guidance begins, the unconditional branch has kept nothing."""
     theirs = tiny.unet("sd1")
-    workload = {"reuse": 3, "guidance_interval": interval, "num_inference_steps": 8}
+    workload: dict[str, Any] = {"reuse": 3, "guidance_interval": interval, "num_inference_steps": 8}
+    workload["image_scale"] = image_scale
     run = run_of(workload)
-    theirs.up_blocks[-2].register_forward_hook(Reusing(3, run.guidance.rows(run.table)))
+    theirs.up_blocks[-2].register_forward_hook(Reusing(3, run.table_branches))
 
-    def network(model_input: Tensor, row: int, guided: bool) -> Tensor:
+    def network(model_input: Tensor, row: int, branches: tuple[int, ...]) -> Tensor:
         assert run.embeds is not None
-        text = run.embeds.prompt_embeds[0 if guided else 1 :]
+        text = run.embeds.prompt_embeds[[run.guidance.texts[branch] for branch in branches]]
         return theirs(model_input, float(run.table.timesteps[row]), text).sample
 
     (got,) = finish(batch_of(kind), [run_of(workload)])
@@ -251,7 +260,7 @@ def test_without_reuse_nothing_changes(kind: str, monkeypatch: pytest.MonkeyPatc
     assert batch.holds(run_of({"reuse": 2})) == (kind == "eager")
     if isinstance(batch, Slots):
         kept = batch_of("slots")
-        assert kept.nbytes - batch.nbytes == 4 * 21 * 32 * 64 + 8 * 24
+        assert kept.nbytes - batch.nbytes == 4 * 37 * 32 * 64 + 2 * 8 * 32
 
 
 def test_unet_of_one_level_has_nothing_deep() -> None:

@@ -31,16 +31,14 @@ def table(steps: int = 6, sampler: str = "ddim", **arguments: Any) -> StepTable:
 
 
 class Network:
-    """Says something that depends on the row and, in a guided pass, on the half; records what it was called with."""
+    """Says something that depends on the row and the branch; records what it was called with."""
 
     def __init__(self, batch: int = SHAPE[0]) -> None:
         self.batch, self.calls = batch, []
 
-    def __call__(self, model_input: Tensor, i: int, guided: bool) -> Tensor:
-        self.calls.append((tuple(model_input.shape), model_input.dtype, i, guided))
-        prompts = torch.ones(len(model_input), 1, 1, 1)
-        if guided:
-            prompts[: self.batch] = -0.5  # the unconditional half comes first
+    def __call__(self, model_input: Tensor, i: int, branches: Sequence[int]) -> Tensor:
+        self.calls.append((tuple(model_input.shape), model_input.dtype, i, branches))
+        prompts = torch.tensor([-0.5, 1.0, 0.4])[list(branches)].repeat_interleave(self.batch)[:, None, None, None]
         return torch.tanh(model_input[:, :4].float() + prompts * (0.3 + 0.1 * i)).to(model_input.dtype)
 
 
@@ -67,7 +65,7 @@ def test_guidance_matches_diffusers(rescale: float) -> None:
     scheduler.set_timesteps(6)
     for i, t in enumerate(scheduler.timesteps):
         model_input = scheduler.scale_model_input(torch.cat([x] * 2), t)
-        unguided, guided = Network()(model_input, i, True).chunk(2)
+        unguided, guided = Network()(model_input, i, (0, 1)).chunk(2)
         out = unguided + 7.5 * (guided - unguided)
         if rescale:
             out = rescale_noise_cfg(out, guided, rescale)
@@ -76,28 +74,51 @@ def test_guidance_matches_diffusers(rescale: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("guidance", "guided"),
+    ("guidance", "branches"),
     [
-        (Guidance(), [False] * 6),
-        (Guidance(1.0), [False] * 6),
-        (Guidance(0.0), [False] * 6),
-        (Guidance(1.01), [True] * 6),
-        (Guidance(3.0, 0.0, 0.2, 0.7), [False, False, True, True, True, False]),
+        (Guidance(), [(1,)] * 6),
+        (Guidance(1.0), [(1,)] * 6),
+        (Guidance(0.0), [(1,)] * 6),
+        (Guidance(1.01), [(0, 1)] * 6),
+        (Guidance(3.0, 0.0, 0.2, 0.7), [(1,)] * 2 + [(0, 1)] * 3 + [(1,)]),
+        (Guidance(3.0, 0.0, 0.2, 0.7, image_scale=1.5), [(1,)] * 2 + [(0, 1, 2)] * 3 + [(1,)]),
+        (Guidance(3.0, image_scale=1.0), [(1, 2)] * 6),
+        (Guidance(3.0, image_scale=3.0), [(0, 1)] * 6),
+        (Guidance(3.0, image_scale=0.99), [(1,)] * 6),
+        (Guidance(1.0, image_scale=2.0), [(1,)] * 6),
     ],
 )
-def test_guided_rows_double_the_input(guidance: Guidance, guided: list[bool]) -> None:
-    """A guided row is one call twice as wide, an unguided one a call with the prompts alone."""
+def test_rows_have_the_branches_they_need(guidance: Guidance, branches: list[tuple[int, ...]]) -> None:
+    """One call of so many rows for each image: a branch whose weight is 0 is not computed."""
     steps, network = table(6), Network()
     denoise(network, Run(steps, *started(steps), guidance))
-    assert [call[3] for call in network.calls] == guided
-    assert [call[0][0] for call in network.calls] == [4 if guided_row else 2 for guided_row in guided]
+    assert [call[3] for call in network.calls] == branches
+    assert [call[0][0] for call in network.calls] == [2 * len(own) for own in branches]
     assert [call[2] for call in network.calls] == list(range(6))
 
 
 def test_guidance_interval_counts_user_steps() -> None:
     """Heun's and PLMS's extra rows are guided as the step they belong to."""
-    assert Guidance(2.0, 0.0, 0.5).rows(table(4, "heun")) == [False] * 4 + [True] * 3
-    assert Guidance(2.0, 0.0, 0.0, 0.5).rows(table(4, "plms")) == [True] * 3 + [False] * 2
+    assert Guidance(2.0, 0.0, 0.5).branches(table(4, "heun")) == [(1,)] * 4 + [(0, 1)] * 3
+    assert Guidance(2.0, 0.0, 0.0, 0.5).branches(table(4, "plms")) == [(0, 1)] * 3 + [(1,)] * 2
+
+
+@pytest.mark.parametrize("scales", [(7.5, 1.5), (3.0, 1.0), (2.0, 2.0), (1.0, 1.5), (4.0, 0.5)])
+def test_three_branches_match_instruct_pix2pix(scales: tuple[float, float]) -> None:
+    """The guidance of diffusers' StableDiffusionInstructPix2PixPipeline, with its rows in its order."""
+    steps = table(6, "euler")
+    x, noises = started(steps)
+    got = denoise(Network(), Run(steps, x, noises, Guidance(scales[0], image_scale=scales[1])))
+    scheduler = diffusers.EulerDiscreteScheduler.from_config(SD)
+    scheduler.set_timesteps(6)
+    for i, t in enumerate(scheduler.timesteps):
+        out = Network()(scheduler.scale_model_input(x, t), i, (1,))
+        if scales[0] > 1 and scales[1] >= 1:
+            rows = scheduler.scale_model_input(torch.cat([x] * 3), t)
+            text, image, none = Network()(rows, i, (1, 2, 0)).chunk(3)
+            out = none + scales[0] * (text - image) + scales[1] * (image - none)
+        x = scheduler.step(out, t, x, return_dict=False)[0]
+    torch.testing.assert_close(got, x, rtol=0, atol=1e-5 * float(x.abs().max()))
 
 
 def test_unguided_steps_use_the_conditional_branch() -> None:
@@ -115,7 +136,7 @@ def test_model_input_has_extra_channels(dtype: torch.dtype) -> None:
     x, noises = started(steps)
     extra = torch.randn(SHAPE[0], 5, *SHAPE[2:])
 
-    def network(model_input: Tensor, i: int, guided: bool) -> Tensor:
+    def network(model_input: Tensor, i: int, branches: Sequence[int]) -> Tensor:
         seen.append(model_input)
         return model_input[:, :4] * 0.1
 
@@ -130,18 +151,20 @@ def test_model_input_has_extra_channels(dtype: torch.dtype) -> None:
 
 
 def test_each_row_may_have_channels_of_its_own() -> None:
-    """With guidance those of both branches, without it the prompts' alone."""
+    """With guidance those of all branches, without it the prompts' alone."""
     steps, seen = table(4), []
     x, noises = started(steps)
-    extra = torch.randn(2 * SHAPE[0], 5, *SHAPE[2:])
+    extra = torch.randn(3 * SHAPE[0], 5, *SHAPE[2:])
 
-    def network(model_input: Tensor, i: int, guided: bool) -> Tensor:
+    def network(model_input: Tensor, i: int, branches: Sequence[int]) -> Tensor:
         seen.append(model_input[:, 4:])
         return model_input[:, :4] * 0.1
 
-    denoise(network, Run(steps, x, noises, Guidance(2.0, end=0.5), extra=extra))
-    assert [torch.equal(own, extra[-len(own) :]) for own in seen] == [True] * 4
-    assert [len(own) for own in seen] == [4, 4, 2, 2]
+    for image_scale, guided in ((None, extra[:4]), (1.5, extra), (1.0, extra[2:])):
+        seen.clear()
+        denoise(network, Run(steps, x, noises, Guidance(2.0, end=0.5, image_scale=image_scale), extra=extra))
+        for own, expected in zip(seen, (guided, guided, extra[2:4], extra[2:4]), strict=True):
+            torch.testing.assert_close(own, expected, rtol=0, atol=0)
 
 
 def test_inpainting_keeps_the_unmasked_image() -> None:
@@ -185,7 +208,7 @@ def test_non_finite_latents_name_the_step(bad: float) -> None:
     steps = table(6, "heun")
     x, noises = started(steps)
 
-    def network(model_input: Tensor, i: int, guided: bool) -> Tensor:
+    def network(model_input: Tensor, i: int, branches: Sequence[int]) -> Tensor:
         out = model_input * 0.1
         if i == 3:
             out[1, 2, 3, 4] = bad
@@ -260,7 +283,7 @@ def test_the_loop_never_waits(sampler: str) -> None:
     latents, x = (torch.empty(SHAPE, device="meta") for _ in range(2))
     noises = [x if draws else None for draws in steps.draws]
 
-    def network(model_input: Tensor, i: int, guided: bool) -> Tensor:
+    def network(model_input: Tensor, i: int, branches: Sequence[int]) -> Tensor:
         calls.append(i)
         return model_input
 
@@ -287,7 +310,7 @@ def test_a_step_is_few_operators(sampler: str, most: int) -> None:
     for steps in (table(20, sampler), table(30, sampler)):
         x, noises = started(steps)
         with Counted() as counted:
-            denoise(lambda model_input, i, guided: model_input, Run(steps, x, noises, Guidance(3.0)))
+            denoise(lambda model_input, i, branches: model_input, Run(steps, x, noises, Guidance(3.0)))
         counts.append(counted.count)
     assert (counts[1] - counts[0]) / 10 <= most
 

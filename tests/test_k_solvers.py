@@ -395,8 +395,8 @@ def test_ddim_cfg_pp_renoises_without_guidance(prediction: str) -> None:
 
 def test_cfg_pp_is_guided_at_every_scale() -> None:
     table = make_table(CONFIG, 4, sampler="euler cfg++")
-    assert Guidance(0.6, cfg_pp=True).rows(table) == [True] * 4
-    assert Guidance(0.6, 0.0, 0.5, 1.0, cfg_pp=True).rows(table) == [False, False, True, True]
+    assert Guidance(0.6, cfg_pp=True).branches(table) == [(0, 1)] * 4
+    assert Guidance(0.6, 0.0, 0.5, 1.0, cfg_pp=True).branches(table) == [(1,), (1,), (0, 1), (0, 1)]
     assert Guidance(0.6, 0.0, 0.5, 1.0, cfg_pp=True).weights(table)[0] == (0.0, 1.0, 0.0, 0.0)
     assert is_cfg_pp("Euler a CFG++ Karras")
     assert not is_cfg_pp("euler a")

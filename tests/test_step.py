@@ -346,7 +346,7 @@ def test_rescaled_steps_match_guide() -> None:
     with use("triton"):
         end_step(out, state, rescales=True)
     for slot, rescale in enumerate((0.7, 0.0, 1.0)):
-        expected = guide(out[state.rows[slot, :2].long()], (-3.0, 4.0), rescale)
+        expected = guide(dict(enumerate(out[state.rows[slot, :2].long()].split(1))), (-3.0, 4.0, 0.0), rescale)
         torch.testing.assert_close(state.x[slot], expected[0])
     assert (state.x[3] == 1.0).all()
     assert torch.equal(state.factor[[1, 3]], before[[1, 3]])

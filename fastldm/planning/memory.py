@@ -45,7 +45,7 @@ class Workload:
     height: int  # of the latents
     width: int
     batch: int
-    guided: bool
+    guided: bool  # whether there are negatives
     dtype: torch.dtype
     arch: int  # 90 for sm_90, 0 for a CPU
     steps: int = 30
@@ -61,6 +61,17 @@ class Workload:
     pictures: tuple[int, ...] = ()  # tokens of each IP-Adapter that a slot may have
     reuse: bool = False  # whether deep features are kept
     originals: int = 0  # bytes of the weights that adapters will be merged into, which are copied before
+    third: bool = False  # whether guidance has another branch than the prompt's and the negative's
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of the U-Net in a step of the request."""
+        return self.batch * (1 + self.guided + self.third)
+
+    @property
+    def texts(self) -> int:
+        """How many there are."""
+        return self.batch * (1 + self.guided)
 
     @classmethod
     def of_spec(
@@ -110,6 +121,7 @@ class Workload:
             "controls": controls.configs if isinstance(controls, ControlSelection) else (),
             "reuse": request.reuse > 1,
             "originals": stages.adapters.missing(adapters) if isinstance(adapters, Selection) else 0,
+            "third": stages.guidance(request).has_third,
         }
         return cls.of_stages(stages, **{**options, **overrides})
 
@@ -218,7 +230,7 @@ def check(workload: Workload, free: int, label: str) -> None:
 
 def upper_bound(workload: Workload) -> int:
     """More bytes than a request takes besides the weights: two to three times as many."""
-    unet, vae, rows = workload.unet, workload.vae, workload.batch * (2 if workload.guided else 1)
+    unet, vae, rows = workload.unet, workload.vae, workload.step_rows
     width = vae.decoder_width if isinstance(vae, TinyVAEConfig) else max(vae.channels[:2])
     latents = workload.height * workload.width
     tokens = workload.tokens + sum(workload.pictures)
@@ -233,7 +245,7 @@ def upper_bound(workload: Workload) -> int:
         numbers += 64 * (rows + slots) * latents * unet.down[0].channels
         numbers += 128 * workload.batch * latents * vae.factor**2
     if workload.reuse:
-        numbers += (2 * slots + 1 + rows) * latents * unet.deep_channels
+        numbers += (3 * slots + 1 + rows) * latents * unet.deep_channels
     noise = 4 * workload.batch * workload.steps * latents * unet.out_channels
     return 256 * MIB + workload.originals + workload.dtype.itemsize * (numbers + 4 * rows * text) + 2 * noise
 
@@ -285,13 +297,12 @@ def used_bytes(device: torch.device) -> int | None:
 @functools.lru_cache(maxsize=64)
 def plan(workload: Workload) -> MemoryPlan:
     """The plan, from a dry run of each phase: some tenths of a second, and none for a cached one."""
-    rows = workload.batch * (2 if workload.guided else 1)
     with targeting(Target(workload.arch)):
         networks = _networks(workload)
         buffers = StaticBuffers.empty(
             workload.unet,
             slots=workload.slots or workload.batch,
-            rows=workload.rows or rows,
+            rows=workload.rows or workload.step_rows,
             height=workload.height,
             width=workload.width,
             tokens=workload.tokens,
@@ -303,7 +314,7 @@ def plan(workload: Workload) -> MemoryPlan:
             pictures=workload.pictures,
             reuse=workload.reuse,
         )
-        traces = {name: record(work()) for name, work in _phases(workload, rows).items()}
+        traces = {name: record(work()) for name, work in _phases(workload).items()}
 
     heap = CUDAHeap() if workload.arch else Heap()
     weights = [Line(name, heap.hold(_storages(network.parameters()))) for name, network in networks.items()]
@@ -360,15 +371,16 @@ _PHASES = {
 }
 
 
-def _phases(workload: Workload, rows: int) -> dict[str, Callable[[], dry_run.DryRun]]:
+def _phases(workload: Workload) -> dict[str, Callable[[], dry_run.DryRun]]:
     shape: dict[str, Any] = {"height": workload.height, "width": workload.width, "dtype": workload.dtype}
-    text: dict[str, Any] = {"rows": rows, "tokens": workload.tokens}
+    text: dict[str, Any] = {"rows": workload.texts, "tokens": workload.tokens}
+    step: dict[str, Any] = {**shape, **text, "rows": workload.step_rows}
     phases: dict[str, Callable[[], dry_run.DryRun]] = {
-        "text": lambda: dry_run.text(workload.text, batch=rows, dtype=workload.dtype),
+        "text": lambda: dry_run.text(workload.text, batch=workload.texts, dtype=workload.dtype),
         "conditions": lambda: dry_run.conditions(workload.unet, steps=workload.steps, dtype=workload.dtype, **text),
         "encode": lambda: dry_run.encode(workload.vae, batch=workload.batch, **shape),
         "control": lambda: _controls(workload),
-        "step": lambda: dry_run.step(workload.unet, **shape, **text, controls=workload.controls, reuse=workload.reuse),
+        "step": lambda: dry_run.step(workload.unet, **step, controls=workload.controls, reuse=workload.reuse),
         "decode": lambda: dry_run.decode(workload.vae, batch=workload.batch, mode=workload.decode, **shape),
     }
     left_out = [*([] if workload.encode else ["encode"]), *([] if workload.controls else ["control"])]

@@ -138,7 +138,8 @@ def profile(
     wall = Spread.of([trial.wall for trial in trials])
     slower = {"compile": warm_up[0]} | ({"capture": warm_up[WARM_UPS]} if captures else {})
     steps = [trial.steps(clock.gpu) for trial in trials]
-    rows = completed.batch * (2 if pipe.stages.guided(completed) else 1)
+    guidance = pipe.stages.guidance(completed)
+    rows = completed.batch * (1 + guidance.guided + guidance.has_third)
     return Profile(
         about=_about(pipe, trials[-1].result, rows),
         first={**(first or {}), **{name: max(0.0, trial.wall - wall.median) for name, trial in slower.items()}},

@@ -20,7 +20,7 @@ from fastldm.kernels.lora import Group, Rows
 from fastldm.models.controlnet import ControlNet
 from fastldm.models.unet import Features, Pictures, Residuals, Reuse
 from fastldm.runtime.controls import RunControl, evaluate
-from fastldm.runtime.denoise import Run, State
+from fastldm.runtime.denoise import Branches, Run, State
 
 if TYPE_CHECKING:
     from fastldm.models.interfaces import Denoiser
@@ -89,12 +89,12 @@ class EagerBatch:
     def _outputs(self, runs: Sequence[Run]) -> Sequence[Tensor]:
         """The network's output for each of these runs, of one call."""
         inputs = [self._states[run].input(run.row) for run in runs]
-        temb = [_rows(run.temb, run, run.guided).expand(len(x), -1) for run, x in zip(runs, inputs, strict=True)]
-        text, options = self._text_of(None, [(run, run.text_kv, run.guided) for run in runs])
+        temb = [_rows(run.temb, run, run.branches).expand(len(x), -1) for run, x in zip(runs, inputs, strict=True)]
+        text, options = self._text_of(None, [(run, run.text_kv, run.branches) for run in runs])
         deep = None
         if any(run.reuses for run in runs):
             deep = sum(len(x) for run, x in zip(runs, inputs, strict=True) if run.computes_all)
-            options["reuse"] = Reuse(deep, functools.partial(self._exchange, runs, [len(x) for x in inputs]))
+            options["reuse"] = Reuse(deep, functools.partial(self._exchange, runs))
         # inference_mode: a step's hundreds of views cost less there
         with torch.inference_mode(), spans.span("U-Net"), _beside(self.unet, runs, inputs):
             if residuals := self._residuals(runs, inputs, deep):
@@ -106,51 +106,52 @@ class EagerBatch:
             out = self.unet.step(_cat(inputs), _cat(temb), text, **options)
         return out.split([len(x) for x in inputs])
 
-    def _exchange(self, runs: Sequence[Run], rows: Sequence[int], deep: Tensor | None) -> Tensor:
-        """See `Reuse`. rows: of each run."""
+    def _exchange(self, runs: Sequence[Run], deep: Tensor | None) -> Tensor:
+        """See `Reuse`."""
         if deep is not None:
-            computed = [(run, n) for run, n in zip(runs, rows, strict=True) if run.computes_all]
-            for (run, _), own in zip(computed, deep.split([n for _, n in computed]), strict=True):
-                self._states[run].deep = own
+            computed = [run for run in runs if run.computes_all]
+            rows = [run.batch * len(run.branches) for run in computed]
+            for run, own in zip(computed, deep.split(rows), strict=True):
+                self._states[run].deep = dict(zip(run.branches, own.split(run.batch), strict=True))
             if len(computed) == len(runs):
                 return deep
-        kept = [self._states[run].deep for run in runs]
-        return _cat([own[-n:] for own, n in zip(kept, rows, strict=True) if own is not None])
+        return _cat([self._states[run].deep[branch] for run in runs for branch in run.branches])
 
     def _residuals(self, runs: Sequence[Run], inputs: Sequence[Tensor], deep: int | None) -> list[Residuals]:
         """Of all ControlNets that act on rows of these runs; one call of each. deep: how many rows compute all."""
-        parts: dict[ControlNet, list[tuple[Run, RunControl, bool, int, Tensor]]] = {}
+        parts: dict[ControlNet, list[tuple[Run, RunControl, Branches, int, Tensor]]] = {}
         first = 0
         for run, x in zip(runs, inputs, strict=True):
             for control in run.controls:
-                if control.acts[run.row]:
-                    guided = run.guided and not control.conditional
-                    count = run.batch * (1 + guided)
-                    begin = first + len(x) - count
-                    parts.setdefault(control.network, []).append((run, control, guided, begin, x[-count:]))
+                if control.acts[run.row]:  # on neighbouring branches
+                    reading = [control.reads(run.guidance.texts[branch]) for branch in run.branches]
+                    begin, count = run.batch * reading.index(True), run.batch * sum(reading)
+                    branches = tuple(branch for branch, reads in zip(run.branches, reading, strict=True) if reads)
+                    own = (run, control, branches, first + begin, x[begin : begin + count])
+                    parts.setdefault(control.network, []).append(own)
             first += len(x)
         residuals: list[Residuals] = []
         for network, acting in parts.items():
             text, options = self._text_of(
-                network, [(run, control.text_kv, guided) for run, control, guided, *_ in acting]
+                network, [(run, control.text_kv, branches) for run, control, branches, *_ in acting]
             )
             model_input = _cat([x for *_, x in acting])
-            hint = _cat([control.hint.repeat(1 + guided, 1, 1, 1) for _, control, guided, *_ in acting])
+            hint = _cat([control.hint.repeat(len(branches), 1, 1, 1) for _, control, branches, *_ in acting])
             weights = _cat([control.weights.expand(len(x), -1) for _, control, _, _, x in acting])
-            temb = _cat([_rows(control.temb, run, guided).expand(len(x), -1) for run, control, guided, _, x in acting])
+            temb = _cat([_rows(control.temb, run, own).expand(len(x), -1) for run, control, own, _, x in acting])
             ranges = [(begin, begin + len(x)) for *_, begin, x in acting]
             residuals += evaluate(network, model_input, ranges, weights, temb, text, hint, deep=deep, **options)
         return residuals
 
     def _text_of(
-        self, network: object, parts: Sequence[tuple[Run, tuple[Tensor, ...], bool]]
+        self, network: object, parts: Sequence[tuple[Run, tuple[Tensor, ...], Branches]]
     ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        """Keys and values of all rows of runs, guided or not, and as options of a step their lengths where they differ;
+        """Keys and values of all rows of branches of runs, and as options of a step their lengths where they differ;
         the same tensors while the runs are the same."""
-        key = [(run, guided) for run, _, guided in parts]
+        key = [(run, branches) for run, _, branches in parts]
         known = self._texts.get(network)
         if known is None or known[0] != key:
-            texts = [text if guided else tuple(kv[-run.batch :] for kv in text) for run, text, guided in parts]
+            texts = [tuple(run.texts_of(kv, branches) for kv in text) for run, text, branches in parts]
             known = self._texts[network] = (key, _join_texts(texts))
         text, kv_len = known[1]
         return text, {} if kv_len is None else {"kv_len": kv_len}
@@ -232,10 +233,10 @@ def _beside(network: Denoiser, runs: Sequence[Run], inputs: Sequence[Tensor]) ->
     return network.beside.having(Rows(nothing, nothing, tuple(groups)))
 
 
-def _rows(temb: Tensor | None, run: Run, guided: bool) -> Tensor:
-    """(1 or rows of the next step, channels)."""
+def _rows(temb: Tensor | None, run: Run, branches: Branches) -> Tensor:
+    """(1 or rows of these branches, channels), of the next step."""
     assert temb is not None
-    return temb[run.row] if guided else temb[run.row][-run.batch :]
+    return temb[run.row] if temb.shape[1] == 1 else run.texts_of(temb[run.row], branches)
 
 
 Texts = tuple[tuple[Tensor, ...], Tensor | None]
@@ -255,7 +256,7 @@ def _features(runs: Sequence[Run]) -> list[Features]:
     """Of all T2I-Adapters that act on rows of these runs."""
     features, first = [], 0
     for run in runs:
-        for _ in (0, 1) if run.guided else (1,):
+        for _ in run.branches:
             if run.features is not None and run.features.acts[run.row]:
                 features.append(Features(run.features.levels, first))
             first += run.batch
@@ -266,9 +267,10 @@ def _pictures(runs: Sequence[Run]) -> list[Pictures]:
     """Of all IP-Adapters that rows of these runs have."""
     pictures, first = [], 0
     for run in runs:
-        count = run.batch * (2 if run.guided else 1)
+        count = run.batch * len(run.branches)
         for layers in run.pictures:
-            pictures.append(Pictures(tuple(None if kv is None else kv[-count:] for kv in layers), count, first))
+            own = tuple(None if kv is None else run.texts_of(kv, run.branches) for kv in layers)
+            pictures.append(Pictures(own, count, first))
         first += count
     return pictures
 

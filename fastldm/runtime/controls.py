@@ -271,9 +271,9 @@ class RunControl:
     temb: Tensor | None = None  # as of `denoise.Run`
     text_kv: tuple[Tensor, ...] = ()
 
-    def reads(self, branch: int) -> bool:
-        """Whether rows of a branch are controlled: 0 is unconditional, 1 conditional."""
-        return branch == 1 or not self.conditional
+    def reads(self, text: int) -> bool:
+        """Whether rows with a text are controlled: 0 is the negative prompt's, 1 the prompt's."""
+        return text == 1 or not self.conditional
 
     def image(self, k: int) -> RunControl:
         """That of one image, not conditioned."""

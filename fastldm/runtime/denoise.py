@@ -18,7 +18,7 @@ from fastldm.adapters.selection import NONE, Selection
 from fastldm.device import send
 from fastldm.errors import InputError, NonFinite
 from fastldm.kernels.lora import ScaledPages
-from fastldm.kernels.step import W0, blend, guide, model_input, step, table_rows
+from fastldm.kernels.step import BRANCHES, W0, blend, guide, model_input, step, table_rows
 from fastldm.runtime.controls import RunControl, RunFeatures
 from fastldm.runtime.pages import Applied
 from fastldm.samplers.table import COLUMNS, StepTable
@@ -26,34 +26,63 @@ from fastldm.samplers.table import COLUMNS, StepTable
 if TYPE_CHECKING:
     pass
 
-Network = Callable[[Tensor, int, bool], Tensor]
+Branches = tuple[int, ...]
+Network = Callable[[Tensor, int, Branches], Tensor]
 PicturesKV = tuple[tuple[Tensor | None, ...], ...]
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance. A scale of at most 1 is one pass of the network, not two."""
+    """Guidance by up to three branches of the network for each image:
+
+        out = w0 * branch 0 + w1 * branch 1 + w2 * branch 2
+
+    Branch 1 is the prompt's, and always there. Branch 0 is the negative prompt's, of classifier-free guidance. Branch 2
+    is the negative prompt's with the image that InstructPix2Pix edits, of which branch 0 has zeros. A branch whose
+    weight is 0 is not computed, so that a scale of at most 1 is one pass of the network, not two.
+    """
 
     scale: float = 1.0
     rescale: float = 0.0  # 0 none, 1 the deviation of the conditional branch
     start: float = 0.0  # guided from this fraction of the steps on ...
     end: float = 1.0  # ... and before this one
     cfg_pp: bool = False  # whether the table's guidance is CFG++, which is guided at any scale
+    image_scale: float | None = None  # of InstructPix2Pix; below 1 nothing is guided, as in diffusers
 
-    def guides(self, table: StepTable, row: int) -> bool:
-        """Whether a row of the table is guided."""
-        return (self.scale > 1 or self.cfg_pp) and self.start <= table.index[row] / table.steps < self.end
+    @property
+    def guided(self) -> bool:
+        """Whether there is classifier-free guidance, which needs negatives."""
+        return (self.scale > 1 or self.cfg_pp) and (self.image_scale is None or self.image_scale >= 1)
 
-    def rows(self, table: StepTable) -> list[bool]:
-        """Whether each row of the table is."""
-        return [self.guides(table, row) for row in range(len(table))]
+    @property
+    def texts(self) -> tuple[int, int, int]:
+        """Of each branch its text: 0 is the negative prompt's, 1 the prompt's."""
+        return (0, 1, 0)
+
+    @property
+    def has_third(self) -> bool:
+        """Whether any row of a table may have branch 2."""
+        return self.guided and self.image_scale is not None
 
     def weights(self, table: StepTable) -> list[tuple[float, float, float, float]]:
         """w0, w1, w2 and gx of each row of the table, as `kernels.step.table_rows` takes them."""
         columns = table.rows[:, [COLUMNS.index("gm"), COLUMNS.index("gx")]].tolist()
         return [
-            (1.0 - self.scale * gm, self.scale * gm, 0.0, self.scale * gx) if guided else (0.0, 1.0, 0.0, 0.0)
-            for guided, (gm, gx) in zip(self.rows(table), columns, strict=True)
+            self._weights(gm, gx) if self.start <= step / table.steps < self.end else (0.0, 1.0, 0.0, 0.0)
+            for step, (gm, gx) in zip(table.index, columns, strict=True)
+        ]
+
+    def _weights(self, gm: float, gx: float) -> tuple[float, float, float, float]:
+        if not self.guided:
+            return (0.0, 1.0, 0.0, 0.0)
+        if self.image_scale is not None:
+            return (1.0 - self.image_scale, self.scale, self.image_scale - self.scale, 0.0)
+        return (1.0 - self.scale * gm, self.scale * gm, 0.0, self.scale * gx)
+
+    def branches(self, table: StepTable) -> list[Branches]:
+        """Those of each row of the table, in ascending order."""
+        return [
+            tuple(k for k, needed in enumerate((w0 or gx, True, w2)) if needed) for w0, _, w2, gx in self.weights(table)
         ]
 
 
@@ -74,7 +103,7 @@ class Embeds(NamedTuple):
     add_time_ids: Tensor | None = None  # (R, 6), SDXL's sizes
 
     def split(self, images: int) -> list[Embeds]:
-        """Those of each of so many images: one row, or with guidance two."""
+        """Those of each of so many images: one row, or with negatives two."""
         return [Embeds(*(None if x is None else x[k::images] for x in self)) for k in range(images)]  # type: ignore
 
     @staticmethod
@@ -107,7 +136,7 @@ class Run:
     noises: Sequence[Tensor | None]  # of each row, float32 (B, C, h, w), as `draw_step_noise` gives them
     guidance: Guidance = Guidance()
     inpainting: Inpainting | None = None
-    extra: Tensor | None = None  # (B or R, K, h, w) in `dtype`: what the network sees behind the latents (inpainting)
+    extra: Tensor | None = None  # (B or B for each branch, K, h, w) in `dtype`: what is behind the latents (inpainting)
     dtype: torch.dtype = torch.float32  # the network's
     temb: Tensor | None = None  # (steps, 1 or R, channels): `UNet.time_rows` of each row of the table
     text_kv: tuple[Tensor, ...] = ()  # of each cross-attention (R, T, 2C): `UNet.cross_kv`
@@ -121,11 +150,12 @@ class Run:
     images: tuple[Run, ...] = ()
     row: int = 0  # the one that comes next
     at_once: int = 1  # how many rows its next step may take, of a batch that can take several
-    branches_kept: int = 0  # of which deep features are there: 1 the conditional, 2 the unconditional too
+    branches_kept: Branches = ()  # of which deep features are there
 
     def __post_init__(self) -> None:
         if [noise is not None for noise in self.noises] != list(self.table.draws):
             raise InputError("the noises are not those of this table; draw them with draw_step_noise.")
+        self._of_guidance: tuple[Guidance | None, list[Branches]] = (None, [])
 
     @property
     def batch(self) -> int:
@@ -136,14 +166,37 @@ class Run:
         return self.row == len(self.table)
 
     @property
-    def guided(self) -> bool:
-        """Whether the next row is."""
-        return self.guidance.guides(self.table, self.row)
+    def table_branches(self) -> list[Branches]:
+        """Of each row of the table, with the guidance that there is now."""
+        if self._of_guidance[0] is not self.guidance:
+            self._of_guidance = (self.guidance, self.guidance.branches(self.table))
+        return self._of_guidance[1]
 
     @property
-    def branches(self) -> int:
-        """Of the next row: 2 where it is guided."""
-        return 2 if self.guided else 1
+    def branches(self) -> Branches:
+        """Of the next row."""
+        return self.table_branches[self.row]
+
+    @property
+    def rare(self) -> bool:
+        """Whether its rows have what the plain kernel does not look at."""
+        return self.table.rare or self.guidance.has_third
+
+    def texts_of(self, x: Tensor, branches: Branches) -> Tensor:
+        """x (R, ...), something of each text, negatives first if there are any: that of each row of these branches."""
+        count = len(x) // self.batch
+        texts = [self.guidance.texts[branch] - (2 - count) for branch in branches]
+        if texts == [*range(count)]:
+            return x
+        parts = x.split(self.batch)
+        return parts[texts[0]] if len(texts) == 1 else torch.cat([parts[text] for text in texts])
+
+    def extra_of(self, branches: Branches) -> Tensor | None:
+        """(rows, K, h, w) behind the latents of the rows of these branches; (B, K, h, w) where it is the same."""
+        if self.extra is None or len(self.extra) == self.batch:
+            return self.extra
+        parts = self.extra.split(self.batch)
+        return torch.cat([parts[branch] for branch in branches])
 
     @property
     def reuses(self) -> bool:
@@ -154,7 +207,7 @@ class Run:
     def computes_all(self) -> bool:
         """Whether the next row computes all of the network: where its table says so, and where a branch has no deep
         features, since it was not there at the last row that computed all."""
-        return self.table.deep[self.row] or self.branches > self.branches_kept
+        return self.table.deep[self.row] or not set(self.branches) <= set(self.branches_kept)
 
     def advance(self) -> None:
         """The next row has been taken."""
@@ -184,7 +237,7 @@ class Run:
     @property
     def max_rows(self) -> int:
         """The most rows of the network that a step of this run takes."""
-        return self.batch * (2 if any(self.guidance.rows(self.table)) else 1)
+        return self.batch * max(map(len, self.table_branches))
 
     def take_apart(self) -> None:
         """Set `images`, not conditioned yet."""
@@ -214,15 +267,15 @@ def denoise(
 ) -> Tensor:
     """Take all steps of a run: (B, C, h, w) float32 latents at the table's end. This defines what is correct.
 
-    network: (model input in `run.dtype`, row of the table, guided) -> its output. The input of a guided row has 2B
-        rows, the unconditional branch first; any other has B, conditional.
+    network: (model input in `run.dtype`, row of the table, its branches) -> its output. The input has B rows for each
+        of the branches.
     on_step: called after each row with (row, timestep, latents); a tensor that it returns replaces the latents.
 
     Raises NonFinite naming the first step whose latents held NaN or infinity; it is looked for once, at the end.
     """
     state = State(run)
-    for i, guided in enumerate(run.guidance.rows(run.table)):
-        state.end(i, network(state.input(i), i, guided))
+    for i, branches in enumerate(run.table_branches):
+        state.end(i, network(state.input(i), i, branches))
         if on_step is not None:
             replaced = on_step(i, float(run.table.timesteps[i]), state.x)
             if replaced is not None:
@@ -238,32 +291,31 @@ class State:
         self.run, self.depth = run, run.table.depth
         self._guide()
         self.x = run.latents  # (B, C, h, w); never written in place, so that whoever was given it may keep it
-        self.deep: Tensor | None = None  # deep features of all branches at the last row that computed all
+        self.deep: dict[int, Tensor] = {}  # of each branch its deep features at the last row that computed all
         self.y = torch.zeros_like(self.x) if run.table.anchored else None
         self.history: tuple[Tensor, ...] = ()
         # Not finite when one value is not: one small reduction a step, read once after the loop.
         self.sums = [self.x.sum() if run.extra is None else self.x.sum() + run.extra.sum(dtype=torch.float32)]
 
     def input(self, i: int) -> Tensor:
-        """What the network sees at row i: (2B, C + K, h, w) where it is guided, unconditional branch first, else B."""
+        """What the network sees at row i: (B for each of its branches, C + K, h, w)."""
         run = self.run
-        branches = 2 if run.guidance.guides(run.table, i) else 1
-        extra = None if run.extra is None else run.extra[-branches * run.batch :]
-        return model_input(self.x, float(run.table.rows[i, 0]), run.dtype, branches, extra)
+        branches = run.table_branches[i]
+        return model_input(self.x, float(run.table.rows[i, 0]), run.dtype, len(branches), run.extra_of(branches))
 
     def end(self, i: int, out: Tensor) -> None:
         """Row i, with the network's output."""
         run = self.run
-        if run.guidance != self._guidance:  # a callback's
+        if run.guidance is not self._guidance:  # a callback's
             self._guide()
-        row, channels, rest = self._rows[i], self.x.shape[1], {}
+        row, channels, branches, rest = self._rows[i], self.x.shape[1], run.table_branches[i], {}
+        outs = dict(zip(branches, out.chunk(len(branches)), strict=True))
         if out.shape[1] > channels:
-            rest["variance"] = out[-run.batch :, channels : 2 * channels].float()
-            out = out[:, :channels]
-        if run.guidance.guides(run.table, i):
-            if run.table.rare:
-                rest["difference"] = out[-run.batch :].float() - out[: run.batch].float()
-            out = guide(out, row[W0 : W0 + 2], run.guidance.rescale)
+            rest["variance"] = outs[1][:, channels : 2 * channels].float()
+            outs = {branch: own[:, :channels] for branch, own in outs.items()}
+        if 0 in outs and run.table.rare:
+            rest["difference"] = outs[1].float() - outs[0].float()
+        out = guide(outs, row[W0 : W0 + BRANCHES], run.guidance.rescale)
         args = (row, self.x, self.y, self.history, out.float(), run.noises[i])
         x, self.y, self.history = step(*args, depth=self.depth, **rest)
         if run.inpainting is not None:

@@ -29,7 +29,7 @@ from fastldm.models.layers import channels_last
 from fastldm.models.t2i_adapter import feature_places
 from fastldm.models.unet import Features, Pictures, Residuals, Reuse, UNet
 from fastldm.runtime.controls import Ranges, evaluate, joined
-from fastldm.runtime.denoise import Run
+from fastldm.runtime.denoise import Branches, Run
 from fastldm.runtime.graph import Graphs
 from fastldm.runtime.pages import OF_A_ROW
 
@@ -37,7 +37,7 @@ ROWS = (1, 2, 3, 4, 6, 8, 12, 16)  # the numbers of U-Net rows that graphs have;
 FEATURES = -1  # among indices of ControlNets: T2I-Adapters ...
 PICTURES = -2  # ... and IP-Adapters, the first of a run; -3 is the second, and so on
 Acting = tuple[int, ...]
-Arranged = tuple[Run, bool, list[Acting], ScaledPages, bool]
+Arranged = tuple[Run, Branches, list[Acting], ScaledPages, bool]
 IN_FLIGHT = 2  # steps that the device may be behind the host: progress, cancelling and joining stay prompt
 
 
@@ -72,7 +72,7 @@ class StaticBuffers(NamedTuple):
     """All that the steps of a bucket read and write: S slots, R rows of the U-Net, texts of up to T tokens.
 
     Allocated once, written in place and never replaced: captured steps go on reading them. A slot has two texts, the
-    negative prompt's (2 * slot) and the prompt's (2 * slot + 1).
+    negative prompt's (2 * slot) and the prompt's (2 * slot + 1), of which its up to three rows of the U-Net read one.
     """
 
     step: StepState  # latents, anchor, history, model input, noise, tables, counters, guidance, row maps
@@ -84,8 +84,8 @@ class StaticBuffers(NamedTuple):
     controls: tuple[ControlBuffers, ...] = ()
     features: tuple[Tensor, ...] = ()  # of T2I-Adapters, (S, C, h, w) for each place where the U-Net adds some
     pictures: tuple[PictureBuffers, ...] = ()
-    deep: Tensor | None = None  # (2S + 1, C, h, w): deep features of each text's row, and of rows that keep none
-    deep_index: Tensor | None = None  # (R,) int64: where each U-Net row keeps them, if it computes all
+    deep: Tensor | None = None  # (3S + 1, C, h, w): deep features of each slot's rows, and of rows that keep none
+    deep_index: Tensor | None = None  # (2, R) int64: where each U-Net row keeps them, if it computes all, and has them
 
     @staticmethod
     def empty(
@@ -150,8 +150,8 @@ class StaticBuffers(NamedTuple):
             ),
             features=tuple(images(*place) for place in feature_places(config)) if features else (),
             pictures=tuple(PictureBuffers(texts(config.cross_widths, count), lengths()) for count in pictures),
-            deep=images(config.deep_channels, count=2 * slots + 1) if reuse else None,
-            deep_index=torch.zeros(rows, dtype=torch.int64, device=device) if reuse else None,
+            deep=images(config.deep_channels, count=BRANCHES * slots + 1) if reuse else None,
+            deep_index=torch.zeros(2, rows, dtype=torch.int64, device=device) if reuse else None,
         )
 
 
@@ -248,9 +248,9 @@ class Slots:
         rows = table_rows(table.rows, table.draws, run.guidance.weights(table), run.inpainting is not None)
         step.table[:, : len(table)].index_copy_(0, index, send(rows, index.device).expand(run.batch, -1, -1))
         step.rescale.index_fill_(0, index, run.guidance.rescale)
-        # Negatives come first among the run's rows; where it has none, the slots' own are never read.
-        branches = run.text_kv[0].shape[0] // run.batch
-        texts = [2 * slot + branch for branch in (0, 1)[2 - branches :] for slot in slots]
+        # Negatives come first among the run's texts; where it has none, the slots' own are never read.
+        count = run.text_kv[0].shape[0] // run.batch
+        texts = [2 * slot + text for text in (0, 1)[2 - count :] for slot in slots]
         text_index = send_numbers(texts, torch.int64, index.device)
         states = [(temb, run.temb, text, run.text_kv)]
         for control in run.controls:
@@ -306,14 +306,14 @@ class Slots:
 
     @torch.no_grad()
     def step(self, runs: Sequence[Run]) -> str:
-        deep_rows = sum(run.batch * run.branches for run in runs if run.computes_all)
-        total_rows = sum(run.batch * run.branches for run in runs)
+        deep_rows = sum(run.batch * len(run.branches) for run in runs if run.computes_all)
+        total_rows = sum(run.batch * len(run.branches) for run in runs)
         mixed = 0 < deep_rows < total_rows  # else no map depends on it
         arranged = [
             (
                 run,
-                run.guided,
-                [self._acting(run, branch) for branch in (0, 1)],
+                run.branches,
+                [self._acting(run, text) for text in run.guidance.texts],
                 run.beside,
                 run.computes_all or not mixed,
             )
@@ -325,9 +325,9 @@ class Slots:
         rows, deep = graph_rows(total_rows), None
         if any(run.reuses for run in runs):
             deep = graph_rows(deep_rows) if deep_rows else 0
-        rescales = any(run.guided and run.guidance.rescale > 0 for run in runs)
+        rescales = any(len(run.branches) > 1 and run.guidance.rescale > 0 for run in runs)
         controlled, beside = tuple(self._controlled.items()), any(run.beside for run in runs)
-        rare = any(run.table.rare for run in runs)
+        rare = any(run.rare for run in runs)
         body = partial(self.body, rows, rescales, controlled, beside, deep, rare)
         # A graph reads tensors by address, so which buffers they are is part of the key.
         key = (id(self.buffers), rows, rescales, controlled, beside, deep, rare)
@@ -383,8 +383,8 @@ class Slots:
         assert kept is not None
         assert index is not None
         if computed is not None:
-            kept.index_copy_(0, index[: len(computed)], computed)
-        return _images(kept, self.buffers.maps[0, :rows])
+            kept.index_copy_(0, index[0, : len(computed)], computed)
+        return _images(kept, index[1, :rows])
 
     def _residuals(self, control: ControlBuffers, ranges: Ranges, deep: int | None) -> Iterator[Residuals]:
         maps = torch.cat([self.buffers.maps[:, first:last] for first, last in ranges], dim=1)
@@ -407,13 +407,13 @@ class Slots:
         for first, last in ranges:
             yield Pictures(kv, last - first, first, kv_len, self.buffers.maps[0, first:last])
 
-    def _acting(self, run: Run, branch: int) -> Acting:
-        """What acts on rows of a branch at a run's next step: indices of ControlNets in the buffers, FEATURES, and
+    def _acting(self, run: Run, text: int) -> Acting:
+        """What acts on rows with a text at a run's next step: indices of ControlNets in the buffers, FEATURES, and
         PICTURES or less."""
         acting = [
             self._networks[control.network][0]
             for control in run.controls
-            if control.acts[run.row] and control.reads(branch)
+            if control.acts[run.row] and control.reads(text)
         ]
         if run.features is not None and run.features.acts[run.row]:
             acting.append(FEATURES)
@@ -424,18 +424,19 @@ class Slots:
         """Assign rows to runs, send the maps, and write the model input where it now belongs."""
         state, temb = self.buffers.step, self.buffers.temb
         capacity, device = temb.shape[1], temb.device
-        slot_rows = [[-1] * BRANCHES for _ in range(state.x.shape[0])]  # of each slot: its unguided, its guided row
+        slot_rows = [[-1] * BRANCHES for _ in range(state.x.shape[0])]  # of each slot, by branch
         ends = [0] * len(slot_rows)  # idle, but for those of these runs
         texts: list[int] = []
         c_in: list[float] = []
         adapters: list[ScaledPages] = []
+        places: list[int] = []  # of deep features
         keeps: list[int] = []
         # Rows that compute all come first. Those with the same controls lie side by side: few ranges, and graphs that
         # know them by their numbers of rows.
         entries = [
             (not computes_all, not acting[branch], acting[branch], run, branch)
-            for run, _, acting, _, computes_all in arranged
-            for branch in ((0, 1) if run.guided else (1,))
+            for run, branches, acting, _, computes_all in arranged
+            for branch in branches
         ]
         ranges: dict[int, list[tuple[int, int]]] = {}
         for reuses, _, acting, run, branch in sorted(entries, key=lambda entry: entry[:3]):
@@ -444,9 +445,10 @@ class Slots:
             for slot in self._slots[run]:
                 slot_rows[slot][branch] = len(texts)
                 ends[slot] = len(run.table)
-                texts.append(2 * slot + branch)
+                texts.append(2 * slot + run.guidance.texts[branch])
                 adapters.append(run.beside)
-                keeps.append(2 * len(slot_rows) if reuses else texts[-1])
+                places.append(BRANCHES * slot + branch)
+                keeps.append(BRANCHES * len(slot_rows) if reuses else places[-1])
                 c_in.append(float(run.table.rows[run.row][0]))
         self._controlled = {index: joined(ranges[index]) for index in sorted(ranges)}
         padding = [0] * (self.buffers.maps.shape[1] - len(texts))
@@ -454,8 +456,8 @@ class Slots:
         maps = [texts + padding, slots + padding, [text * capacity for text in texts] + padding]
         self.buffers.maps.copy_(send_numbers(maps, torch.int32, device))
         if self.buffers.deep_index is not None:  # what padding rows compute is nobody's
-            keeps += [2 * len(slot_rows)] * len(padding)
-            self.buffers.deep_index.copy_(send_numbers(keeps, torch.int64, device))
+            keeps += [BRANCHES * len(slot_rows)] * len(padding)
+            self.buffers.deep_index.copy_(send_numbers([keeps, places + padding], torch.int64, device))
         if any(adapters):
             for k, buffer in enumerate(self.buffers.adapters[:2]):
                 numbers = [[page[k] for page in row] + [0] * (OF_A_ROW - len(row)) for row in adapters]
@@ -468,12 +470,13 @@ class Slots:
         scales = send_numbers(c_in, torch.float32, device)
         latents = state.x.index_select(0, self.buffers.maps[1, :used])
         state.u[:used, :channels] = latents * scales[:, None, None, None]
-        for run, *_ in arranged:
-            if run.extra is not None:
-                extra = run.extra.unflatten(0, (-1, run.batch))  # of each branch, or one for all
-                for branch in (0, 1) if run.guided else (1,):
-                    for k, slot in enumerate(self._slots[run]):
-                        state.u[slot_rows[slot][branch], channels:] = extra[min(branch, len(extra) - 1)][k]
+        for run, branches, *_ in arranged:
+            extra = run.extra_of(branches)
+            if extra is not None:
+                parts = extra.split(run.batch)  # of each branch, or one for all
+                for n, branch in enumerate(branches):
+                    for slot, own in zip(self._slots[run], parts[n % len(parts)], strict=True):
+                        state.u[slot_rows[slot][branch], channels:] = own
 
     def _pace(self) -> None:
         """Wait until the device is no more than IN_FLIGHT steps behind."""

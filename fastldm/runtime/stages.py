@@ -27,7 +27,7 @@ from fastldm.conditioning import encode as conditioning
 from fastldm.conditioning.text import Conditioning
 from fastldm.device import Mark, send, to_host
 from fastldm.errors import InputError, NonFinite
-from fastldm.kernels.step import fuses
+from fastldm.kernels.step import BRANCHES, fuses
 from fastldm.loading import spec as loading
 from fastldm.loading.mapped import Mapped
 from fastldm.models.controlnet import ControlNet
@@ -148,14 +148,18 @@ class Stages:
             raise InputError(f"reuse is {reuse}, and this model's U-Net has one level, of which nothing is deep")
 
     def guided(self, request: Request) -> bool:
-        """Whether there are two network rows a picture; a model that reads the scale itself needs one."""
-        if self.unet.config.needs_guidance:
-            return False
-        return request.guidance_scale > 1 or is_cfg_pp(request.sampler)  # type: ignore[operator]
+        """Whether negatives are needed, for a network row of their own: none where a model reads the scale itself."""
+        return self.guidance(request).guided
+
+    def guidance(self, request: Request) -> Guidance:
+        """That of a completed request."""
+        scale = 1.0 if self.unet.config.needs_guidance else float(request.guidance_scale or 0)
+        cfg_pp = is_cfg_pp(request.sampler)
+        return Guidance(scale, request.guidance_rescale, *request.guidance_interval, cfg_pp=cfg_pp)
 
     def unet_rows(self, images: int) -> int:
         """The most U-Net rows that a graph of so many images has."""
-        return graph_rows(images if self.unet.config.needs_guidance else 2 * images)
+        return graph_rows(images if self.unet.config.needs_guidance else BRANCHES * images)
 
     @contextmanager
     def eager(self) -> Iterator[None]:
@@ -252,12 +256,9 @@ class Stages:
             eta=request.eta,
             reuse=request.reuse,
         )
-        scale = float(request.guidance_scale or 0) if self.guided(request) else 1.0
-        cfg_pp = is_cfg_pp(request.sampler)
-        guidance = Guidance(scale, request.guidance_rescale, *request.guidance_interval, cfg_pp=cfg_pp)
         in_channels = self.unet.config.in_channels
         to = {"dtype": self.dtype, "device": self.device}
-        return start_run(request, table, guidance, self.vae, in_channels, **to, one_by_one=apart)  # type: ignore
+        return start_run(request, table, self.guidance(request), self.vae, in_channels, **to, one_by_one=apart)  # type: ignore
 
     def _condition(self, run: Run, embeds: Embeds, guidance_scale: float) -> None:
         """Give a run what its steps read of its conditioning: computed once, for all rows of its table."""
@@ -297,7 +298,7 @@ class Stages:
         if change.embeds is not None or guidance != run.guidance:
             for changed in (run, *run.images):
                 changed.guidance = guidance
-                changed.branches_kept = 0  # deep features of another text
+                changed.branches_kept = ()  # deep features of another text
             batch.recondition(run)
 
     def new_batch(self, run: Run, max_batch: int) -> Batch:

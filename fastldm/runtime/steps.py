@@ -44,6 +44,8 @@ def rows_of(run: Run, start: int, stop: int, spec: NetworkSpec) -> dict[str, Ten
         raise InputError(
             f"the bundle's graph does not know {', '.join(used)} of the sampler's table: run it on PyTorch"
         )
+    if run.guidance.has_third:
+        raise InputError("the bundle's graph has two rows of the U-Net for each image, and this guidance three")
     images, table = run.batch, run.table
     zeros, ones = torch.zeros_like(run.latents), torch.ones_like(run.latents[:, :1])
     scales = [w1 for _, w1, *_ in run.guidance.weights(table)[start:stop]]
@@ -107,7 +109,7 @@ class StepsBatch:
     def _calls(self, runs: Sequence[Run]) -> list[tuple[bool, tuple[Piece, ...]]]:
         calls: list[tuple[tuple[bool, int, Run | None], list[Piece]]] = []
         for run in runs:
-            key = (run.guided, run.text_kv[0].shape[1], None if self.together else run)
+            key = (len(run.branches) > 1, run.text_kv[0].shape[1], None if self.together else run)
             for first in range(0, run.batch, MAX_IMAGES):
                 piece = (run, first, min(first + MAX_IMAGES, run.batch))
                 images = piece[2] - first
@@ -165,8 +167,8 @@ class StepsBatch:
 
 def _alike(run: Run) -> int:
     """How many rows of a run, from its next on, are guided or not as that is: at most as many as it may take."""
-    rows = range(run.row, min(run.row + run.at_once, len(run.table)))
-    return next((k for k, row in enumerate(rows) if run.guidance.guides(run.table, row) != run.guided), len(rows))
+    rows = run.table_branches[run.row : run.row + run.at_once]
+    return next((k for k, branches in enumerate(rows) if branches != run.branches), len(rows))
 
 
 def _images(pieces: Sequence[Piece]) -> int:

@@ -17,15 +17,13 @@ from torch import Tensor
 class Reusing:
     """A hook of the block, and what it keeps between calls, by branch of guidance."""
 
-    def __init__(self, every: int, guided: Sequence[bool] | None = None) -> None:
-        """guided: of each call whether the first half of its rows is unconditional; by default all calls are alike."""
-        self.every, self.guided, self.call = every, guided, 0
-        self.kept: dict[str, Tensor] = {}
+    def __init__(self, every: int, branches: Sequence[Sequence[int]] | None = None) -> None:
+        """branches: of each call those that its rows are, by default one and the same."""
+        self.every, self.branches, self.call = every, branches, 0
+        self.kept: dict[int, Tensor] = {}
 
     def __call__(self, module: Any, inputs: Any, output: Tensor) -> Tensor:
-        branches = (
-            ["conditional"] if self.guided is None or not self.guided[self.call] else ["unconditional", "conditional"]
-        )
+        branches = (1,) if self.branches is None else self.branches[self.call]
         if self.call % self.every == 0 or not self.kept.keys() >= set(branches):
             self.kept = dict(zip(branches, output.clone().chunk(len(branches)), strict=True))
         self.call += 1
