@@ -34,6 +34,7 @@ from fastldm.image import to_pixels
 from fastldm.loading.spec import Spec
 from fastldm.models.controlnet import ControlNetConfig
 from fastldm.request import Request
+from fastldm.runtime.complete import needed_images
 from fastldm.runtime.stages import Stages
 from fastldm.runtime.whole_picture import picture_inputs
 
@@ -284,10 +285,12 @@ def _picture_requests(stages: Stages, fresh: bool = False) -> list[Request]:
     mask = np.zeros((height, width), dtype=np.float32)
     mask[: height // 2] = 1
     from_picture: dict[str, Any] = {"image": start, "mask_image": mask, "strength": 0.7}
-    if stages.unet.config.in_channels > stages.latent_channels:  # an inpainting model
-        grey = np.full((height, width, 3), 0.5, dtype=np.float32)
-        shared |= {"image": grey, "mask_image": mask, "strength": 1.0}
+    needed = needed_images(stages.unet.config, height, width)
+    if needed:
+        shared |= needed
         from_picture = {}
+    if "mask_image" in needed:
+        shared["mask_image"] = mask
     if fresh:
         options: list[dict[str, Any]] = [
             {"sampler": "unipc", "guidance_scale": 2.5},
@@ -313,10 +316,8 @@ def _made(stages: Stages, request: Request) -> Tensor:
 def fixed_image(stages: Stages, inputs: Mapping[str, Tensor]) -> Tensor:
     """The image (1, 3, H, W) in 0..1 of a fixed prompt, from these latents."""
     options: dict[str, Any] = {"prompt": "a photograph of a red apple", "num_inference_steps": 3, "output_type": "pt"}
-    if stages.unet.config.in_channels > stages.latent_channels:  # an inpainting model
-        height, width = (int(n) * stages.vae.config.factor for n in inputs["latents"].shape[2:])
-        grey = np.full((height, width, 3), 0.5, dtype=np.float32)
-        options |= {"image": grey, "mask_image": grey[..., 0] * 2, "strength": 1.0}
+    height, width = (int(n) * stages.vae.config.factor for n in inputs["latents"].shape[2:])
+    options |= needed_images(stages.unet.config, height, width)
     return stages.make(Request(**options, seed=0, latents=inputs["latents"])).float().cpu()
 
 

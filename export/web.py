@@ -65,7 +65,7 @@ def check(model: Spec) -> None:
     if len(model.text) > 1:
         raise InputError(f"the family {model.family.name} has two text encoders: --to web runs models with one")
     if model.unet.in_channels > model.vae.latent_channels:
-        raise InputError(f"the family {model.family.name} is for inpainting: --to web runs models for text to images")
+        raise InputError(f"the family {model.family.name} reads a picture: --to web runs models for text to images")
     total = 4 * model.parameters
     if total > LARGEST:
         raise InputError(

@@ -87,6 +87,11 @@ def export(
     for reason, given in (("fused_ops", fused_ops), ("adapter_rank", adapter_rank), ("controls", controls)):
         if checks.flag("whole_picture", whole_picture) and given:
             raise InputError(f"whole_picture does not go with {reason}: leave one of them out")
+    if whole_picture and model.unet.edits:
+        raise InputError(
+            f"whole_picture: the family {model.family.name} has three rows of the U-Net for each picture, and the "
+            "graph of a whole picture two: leave it out"
+        )
     adapter_rank = checks.whole("adapter_rank", adapter_rank, 0, manifests.MAX_RANK, "a rank")
     split = bool(split or whole_picture or adapter_rank or controls)
     out, partial = _paths(out)

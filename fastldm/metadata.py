@@ -311,6 +311,7 @@ _READERS: dict[str, tuple[str, Callable[[str], Any]]] = {
 _FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "prompt_2": ("Prompt 2", str),
     "negative_prompt_2": ("Negative prompt 2", str),
+    "image_guidance_scale": ("Image CFG scale", float),
     "guidance_rescale": ("Guidance rescale", float),
     "guidance_interval": ("Guidance interval", _list_of(float)),
     "denoising_start": ("Denoising start", float),

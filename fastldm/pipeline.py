@@ -29,6 +29,7 @@ from fastldm.model import need_exporter, open_model
 from fastldm.reading import check_path
 from fastldm.request import MAX_IMAGES, MAX_SIDE, Request, Result
 from fastldm.runtime import eight_bits
+from fastldm.runtime.complete import needed_images
 from fastldm.runtime.graph import WARM_UPS
 from fastldm.runtime.stages import Stages
 from fastldm.serving.callback import Calls, CallState, Steered, StepCallback, tensor_names
@@ -246,8 +247,9 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         repeats = WARM_UPS + 1 if self.stages.graphs is not None else 1
         options = {"prompt": "a prompt", "num_inference_steps": repeats, "output_type": "pt", "seed": 0, **options}
         for width, height, count in sorted(workloads, key=math.prod, reverse=True):
+            pictures = needed_images(self.unet.config, height, width)
             for _ in range(repeats):
-                self(**options, width=width, height=height, num_images_per_prompt=count)
+                self(**{**pictures, **options}, width=width, height=height, num_images_per_prompt=count)
 
     def weights_changed(self) -> list[str]:
         """Update what was derived from weights that have been replaced or changed since. Returns their names.

@@ -69,6 +69,8 @@ class Request:
     guidance_scale: float | None = None
     """Classifier-free guidance: 1 or less is off, with one U-Net row per image instead of two. For samplers with CFG++
     from 0 to about 1, by default 0.6."""
+    image_guidance_scale: float | None = None
+    """How much InstructPix2Pix keeps of `image`; None is 1.5, and below 1 there is no guidance at all."""
     guidance_rescale: float = 0.0
     """Rescales the guided prediction's standard deviation to the conditional one's, 0 (off) to 1 (arXiv:2305.08891,
     section 3.4)."""
@@ -103,7 +105,8 @@ class Request:
     channels and scaled as for the U-Net. Of n images, n dividing the batch, image k starts from number k modulo n, as
     in diffusers; likewise for `mask_image`."""
     strength: float | None = None
-    """How much `image` is changed, 0 (not at all) to 1 (completely); None is 0.8, and 1 with `mask_image`."""
+    """How much `image` is changed, 0 (not at all) to 1 (completely); None is 0.8, and 1 with `mask_image`. Models that
+    edit `image` start from noise, and have none."""
     denoising_start: float | None = None
     """Go on with `image`, latents from which this fraction of the noise has been removed, above 0 and below 1: take
     only the steps behind it, whatever `strength`, and add no noise. `latents` do in place of `image`. Pictures are
@@ -485,6 +488,7 @@ _CHECKS: dict[str, Check] = {
     "num_images_per_prompt": _whole(1, MAX_IMAGES, "pictures"),
     "clip_skip": _whole(0, 1000, "layers"),
     "guidance_scale": _real(0.0, MAX_GUIDANCE),
+    "image_guidance_scale": _real(0.0, MAX_GUIDANCE),
     "guidance_rescale": _real(0.0, 1.0),
     "guidance_interval": _fractions,
     "eta": _real(0.0, 1.0),

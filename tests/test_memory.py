@@ -254,8 +254,8 @@ def test_deep_features_are_counted_to_the_byte(spec: loading.Spec, arch: int) ->
     without, planned = (plan(workload_of(spec, arch=arch, reuse=reuse)) for reuse in (False, True))
     lines = {line.name: line.bytes for line in planned.buffers}
     rounded = 512 if arch else 1  # PyTorch's blocks on a GPU
-    assert lines["deep"] == 4 * (2 * 2 + 1) * 32 * 32**2
-    assert lines["deep_index"] == max(8 * 4, rounded)
+    assert lines["deep"] == 4 * (3 * 2 + 1) * 32 * 32**2
+    assert lines["deep_index"] == max(2 * 8 * 4, rounded)
     assert not {"deep", "deep_index"} & {line.name for line in without.buffers}
     assert planned.needed > without.needed
     assert memory.upper_bound(planned.workload) >= planned.needed - planned.loading

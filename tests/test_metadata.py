@@ -99,6 +99,7 @@ def test_all_texts_read_back(prompt: str, negative: str | None, second: str | No
         optional={
             "guidance_scale": st.floats(0, 100),
             "guidance_rescale": REALS,
+            "image_guidance_scale": st.floats(0, 100),
             "guidance_interval": st.tuples(REALS, REALS).map(lambda pair: tuple(sorted(pair))),
             "eta": REALS,
             "reuse": st.integers(1, 1000),

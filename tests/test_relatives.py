@@ -50,8 +50,6 @@ def test_other_classes_are_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("StableDiffusionInstructPix2PixPipeline", "InstructPix2Pix, whose U-Net reads the image that it edits"),
-        ("StableDiffusionXLInstructPix2PixPipeline", "InstructPix2Pix, whose U-Net reads the image that it edits"),
         ("StableDiffusionDepth2ImgPipeline", "depth to image"),
         ("StableDiffusionUpscalePipeline", "an upscaler"),
         ("StableDiffusionLatentUpscalePipeline", "an upscaler"),
@@ -84,7 +82,7 @@ def test_refiner_is_refused_for_any_class() -> None:
             component_classes({**XL_INDEX, **changes, "_class_name": "StableDiffusionXLImg2ImgPipeline"}, "here")
 
 
-CHANNELS = [(5, "depth to image"), (7, "an upscaler"), (8, "InstructPix2Pix"), (3, "a model of an unknown kind")]
+CHANNELS = [(5, "depth to image"), (7, "an upscaler"), (3, "a model of an unknown kind")]
 
 
 @pytest.mark.parametrize(("channels", "label"), CHANNELS)
@@ -124,6 +122,15 @@ def test_relative_is_recognised_by_config_keys(tmp_path: Path, key: str, value: 
 
 def test_adopted_relative_is_refused_by_class() -> None:
     components = tiny.pipeline("sd1").components
+    panorama = diffusers.StableDiffusionPanoramaPipeline(**components, requires_safety_checker=False)
+    with pytest.raises(CheckpointError, match="is a StableDiffusionPanoramaPipeline: MultiDiffusion"):
+        Pipeline.from_diffusers(panorama)
+
+
+def test_pipelines_that_edit_need_a_unet_that_does() -> None:
+    """Diffusers notices when it is called. A U-Net that reads an image is refused in any other pipeline."""
+    components = tiny.pipeline("sd1").components
     editing = diffusers.StableDiffusionInstructPix2PixPipeline(**components, requires_safety_checker=False)
-    with pytest.raises(CheckpointError, match="is a StableDiffusionInstructPix2PixPipeline: InstructPix2Pix"):
+    message = "unet has 4 input channels: a StableDiffusionInstructPix2PixPipeline has 8"
+    with pytest.raises(CheckpointError, match=message):
         Pipeline.from_diffusers(editing)

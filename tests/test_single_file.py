@@ -408,10 +408,6 @@ OTHER_FILES: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
     ),
     "text encoder": (lambda: named_tensors("text_model.embeddings.token_embedding.weight"), "a text encoder alone"),
     "refiner": (lambda: random_state(_refiner()), "XL refiner, which fastldm does not run"),
-    "InstructPix2Pix": (
-        lambda: random_state(_sd1_with(in_channels=8)),
-        "U-Net has 8 input channels: it is InstructPix2Pix",
-    ),
     "three channels": (
         lambda: random_state(_sd1_with(in_channels=3)),
         r"3 input channels: it is a model of an unknown kind",

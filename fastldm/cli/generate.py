@@ -57,6 +57,12 @@ def _list_things(ctx: click.Context, param: click.Parameter, group: str | None) 
 @click.option("--n", "count", type=click.IntRange(min=1), default=1, show_default=True, help="How many pictures.")
 @reuse_option
 @click.option("--init-image", metavar="FILE", help="Start from this picture instead of noise.")
+@click.option(
+    "--image-guidance-scale",
+    type=float,
+    metavar="G",
+    help="How much InstructPix2Pix keeps of --init-image; below 1 it is not guided.  [default: 1.5]",
+)
 @click.option("--strength", type=float, help="How much of --init-image is redone, 0 to 1.  [default: 0.8]")
 @click.option(
     "--denoising-start",
@@ -123,6 +129,7 @@ def generate(
     fastldm generate "a red apple"
     fastldm generate "a (shiny:1.3) car" --n 4 --seed 7 -o car.png
     fastldm generate "a cat, oil painting" -m ./sd15 --init-image cat.png --strength 0.6
+    fastldm generate "make it snow" -m ./instruct-pix2pix --init-image street.png --guidance 7.5
     fastldm generate "a cat" -m ./sd15 --lora style.safetensors:0.8
     fastldm generate "a cat" -m ./sd15-onnx --backend openvino
     """
@@ -143,6 +150,7 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
         "negative_prompt": options["negative"],
         "num_inference_steps": options["steps"],
         "guidance_scale": options["guidance"],
+        "image_guidance_scale": options["image_guidance_scale"],
         "sampler": options["sampler"],
         "reuse": options["reuse"],
         "image": options["init_image"],

@@ -15,7 +15,7 @@ from fastldm.errors import CheckpointError
 from fastldm.loading.tensors import Shapes
 from fastldm.models.families import pipeline_classes
 
-RUNS = "fastldm runs Stable Diffusion 1, 2 and XL for text to image, image to image and inpainting"
+RUNS = "fastldm runs Stable Diffusion 1, 2 and XL for text to image, image to image and inpainting, and InstructPix2Pix"
 
 
 class Relative(NamedTuple):
@@ -32,7 +32,6 @@ RELATIVES = (  # the first match counts
     Relative(r"ControlNet", "Stable Diffusion with a ControlNet, which attach_control takes", same_networks=True),
     Relative(r"Adapter", "Stable Diffusion with a T2I-Adapter, which attach_control takes", same_networks=True),
     Relative(r"AnimateDiff|PIA|Video|I2VGen", "a model for video"),
-    Relative(r"InstructPix2Pix", "InstructPix2Pix, whose U-Net reads the image that it edits"),
     Relative(r"Depth2Img", "depth to image, whose U-Net reads a depth map"),
     Relative(r"Upscale|SuperResolution", "an upscaler, whose U-Net reads a small image"),
     Relative(r"UnCLIP", "unCLIP, whose U-Net reads the embedding of an image"),
@@ -57,9 +56,10 @@ RELATIVES = (  # the first match counts
 INPUT_CHANNELS = {
     5: "depth to image",
     7: "an upscaler",
-    8: "InstructPix2Pix, Marigold, or another that reads an image",
+    8: "Marigold, or another that reads an image",
 }
-"""Models by the number of their U-Net's input channels; Stable Diffusion has 4, and 9 for inpainting."""
+"""Models by the number of their U-Net's input channels; Stable Diffusion has 4, 9 for inpainting, and 8 to edit images
+by InstructPix2Pix' pipelines."""
 
 _UNET_KEYS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("addition_embed_type", ("image", "image_hint", "text_image"), "Kandinsky"),
@@ -98,12 +98,19 @@ def check_unet_keys(config: Mapping[str, Any], source: str) -> None:
         raise CheckpointError(f"{source} has 'num_class_embeds': it is an upscaler, or reads classes. {RUNS}.")
 
 
-def check_channels(channels: int, source: str, latents: int = 4) -> None:
+def check_channels(channels: int, source: str, latents: int = 4, pipeline: Any = None) -> None:
     """CheckpointError if a U-Net with this number of input channels belongs to a relative.
 
     Stable Diffusion reads the C channels of latents, and for inpainting also a mask and C channels of the masked image.
+    InstructPix2Pix reads C channels of the image that it edits, as others do: pipeline, the name of the class, tells.
     """
-    if channels not in (latents, 2 * latents + 1):
+    edits = isinstance(pipeline, str) and "InstructPix2Pix" in pipeline
+    if edits and channels != 2 * latents:
+        raise CheckpointError(
+            f"{source} has {channels} input channels: a {pipeline} has {2 * latents}, those of latents and those of "
+            "the image that it edits."
+        )
+    if not edits and channels not in (latents, 2 * latents + 1):
         label = INPUT_CHANNELS.get(channels, "a model of an unknown kind")
         raise CheckpointError(
             f"{source} has {channels} input channels: it is {label}. {RUNS}, with {latents} channels, as the "

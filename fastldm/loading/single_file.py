@@ -241,7 +241,8 @@ def read_layout(
 ) -> Layout:
     """The layout of the single file `source`, from its keys' shapes and its safetensors metadata.
 
-    Families: SD1, SD2, SDXL, each with 4 latent channels or the 9 of inpainting, at any width and depth. Whether a
+    Families: SD1, SD2, SDXL, each with 4 latent channels, the 9 of inpainting or the 8 of InstructPix2Pix, which other
+    models that read an image are taken for, at any width and depth. Whether a
     network predicts noise or v is not visible in its shapes: `prediction_type` decides if set, else what the file
     states (ModelSpec metadata, or the marker key `v_pred`), else v for SD2 text to image, as in diffusers, and epsilon
     for all others.
@@ -253,10 +254,10 @@ def read_layout(
         raise InputError(f"prediction_type is {show(prediction_type)}; expected one of {', '.join(PREDICTION_TYPES)}.")
     family, texts = _family(shapes, source)
     is_sdxl, is_sd2 = family is _SDXL, family is _SD2
-    inpainting = shapes[_FIRST_CONV][1] == 9
+    inpainting, edits = (shapes[_FIRST_CONV][1] == channels for channels in (9, 8))
     prediction = prediction_type or _stated_prediction_type(shapes, metadata or {})
     if prediction is None:
-        prediction = "v_prediction" if is_sd2 and not inpainting else "epsilon"
+        prediction = "v_prediction" if is_sd2 and not (inpainting or edits) else "epsilon"
         if is_sd2:
             logger.info(
                 "%s does not state its prediction type: using %s (set prediction_type= to change it)",
@@ -302,7 +303,9 @@ def read_layout(
             "DDIMScheduler" if is_sd2_v else family.scheduler, prediction, zero_terminal_snr="ztsnr" in shapes
         ),
         pad_tokens={name.replace("text_encoder", "tokenizer"): text.pad_token for name, text in texts.items()},
-        index={"_class_name": f"{family.pipeline}{'Inpaint' if inpainting else ''}Pipeline"}
+        index={
+            "_class_name": f"{family.pipeline}{'Inpaint' if inpainting else 'InstructPix2Pix' if edits else ''}Pipeline"
+        }
         | ({"force_zeros_for_empty_prompt": True} if is_sdxl else {}),
         ignored=[key for key in shapes if key not in used],
     )
@@ -336,7 +339,8 @@ def _family(shapes: Shapes, source: str) -> tuple[_Family, dict[str, _Text]]:
             f"where {_FIRST_CONV} was expected."
         )
     channels, has_label_embedding = shapes[_FIRST_CONV][1], f"{_UNET}label_emb.0.0.weight" in shapes
-    relatives.check_channels(channels, f"{source}: its U-Net")
+    if channels != 8:  # InstructPix2Pix: others with as many are not published as such files
+        relatives.check_channels(channels, f"{source}: its U-Net")
     first, second = (_text_keys(shapes, f"conditioner.embedders.{i}.") for i in (0, 1))
     if has_label_embedding and first and not second:
         raise CheckpointError(

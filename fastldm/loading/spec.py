@@ -28,7 +28,7 @@ from fastldm.models.families import Family, recognise
 from fastldm.models.interfaces import Autoencoder, Denoiser
 from fastldm.models.unet import UNet
 from fastldm.models.vae import AutoencoderKL, TinyAutoencoder
-from fastldm.reading import Field, Flag, check_path, read_fields
+from fastldm.reading import Field, Flag, Maybe, check_path, read_fields
 from fastldm.samplers.config import ScheduleConfig
 from fastldm.samplers.scheduler_config import SET_BY_PIPELINES, read_scheduler
 from fastldm.sizes import Axis
@@ -108,6 +108,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 _INDEX = {
     "force_zeros_for_empty_prompt": Field(Flag(), False),
+    "is_cosxl_edit": Field(Maybe(Flag()), False),
     "requires_aesthetics_score": Field(Flag(), False),
 }
 
@@ -132,7 +133,9 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
     unet = UNetConfig.from_dict(_with_size(configs["unet"], pipeline), sources["unet"])
     vae_class = TinyVAEConfig if configs["vae"].get("_class_name") == "AutoencoderTiny" else VAEConfig
     vae = vae_class.from_dict(configs["vae"], sources["vae"])
-    relatives.check_channels(unet.in_channels, sources["unet"], vae.latent_channels)
+    relatives.check_channels(
+        unet.in_channels, sources["unet"], vae.latent_channels, checkpoint.index.get("_class_name")
+    )
     names = [name for name in ("text_encoder", "text_encoder_2") if name in configs]
     text = tuple(TextConfig.from_dict(configs[name], sources[name]) for name in names)
     _check_fit(unet, vae, text, checkpoint.source)

@@ -203,6 +203,16 @@ class UNetConfig:
         return self.addition_embed_type is not None
 
     @property
+    def inpaints(self) -> bool:
+        """Whether a mask and the masked image's latents are read behind the latents."""
+        return self.in_channels == 2 * self.out_channels + 1
+
+    @property
+    def edits(self) -> bool:
+        """Whether the latents of an image to edit are read behind the latents, as of InstructPix2Pix."""
+        return self.in_channels == 2 * self.out_channels
+
+    @property
     def needs_guidance(self) -> bool:
         """Whether time rows need the guidance scale."""
         return self.time_cond_proj_dim is not None

@@ -57,10 +57,14 @@ _SDXL_PIPELINES = (
     "StableDiffusionXLImg2ImgPipeline",
     "StableDiffusionXLInpaintPipeline",
 )
+_EDIT_PIPELINES = ("StableDiffusionInstructPix2PixPipeline",)
+_SDXL_EDIT_PIPELINES = ("StableDiffusionXLInstructPix2PixPipeline",)
 _EULER, _EULER_A = "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"
 
 # The first match counts; the last entry matches everything.
 FAMILIES: tuple[Family, ...] = (
+    Family("sdxl-edit", 30, 5.0, lambda unet, _: unet.edits and unet.needs_added, pipelines=_SDXL_EDIT_PIPELINES),
+    Family("sd1-edit", 30, 7.5, lambda unet, _: unet.edits, pipelines=_EDIT_PIPELINES),
     Family("sdxl-lcm", 4, 8.0, lambda unet, _: unet.needs_guidance and unet.needs_added),
     Family("lcm", 4, 8.5, lambda unet, _: unet.needs_guidance, pipelines=_LCM_PIPELINES),
     # An LCM or TCD adapter merged into an ordinary network.
@@ -80,9 +84,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family("sd2-v", 30, 7.5, lambda unet, scheduler: unet.linear_projection and _is_v(scheduler)),
     Family("sd2", 30, 7.5, lambda unet, _: unet.linear_projection),
-    Family(
-        "sd1-inpaint", 30, 7.5, lambda unet, _: unet.in_channels == 9, pipelines=("StableDiffusionInpaintPipeline",)
-    ),
+    Family("sd1-inpaint", 30, 7.5, lambda unet, _: unet.inpaints, pipelines=("StableDiffusionInpaintPipeline",)),
     Family("sd1", 30, 7.5, lambda unet, _: True, pipelines=_SD_PIPELINES),
 )
 

@@ -128,10 +128,11 @@ def step(
     controls: Sequence[ControlConfig] = (),
     lora: bool = False,
     reuse: bool = False,
+    rare: bool = False,
 ) -> DryRun:
     """One step of `rows` U-Net rows: on a GPU all calls of its graph, on a CPU the networks. controls: what acts on all
     rows. lora: with adapters beside all linear layers, on a GPU. reuse: where deep features are kept, which all rows
-    compute."""
+    compute. rare: as for `kernels.step.end_step`."""
     unet: UNet = network(config, dtype)  # type: ignore[assignment]
     nets: list[Any] = [network(each, dtype) for each in controls if isinstance(each, ControlNetConfig)]
     adapted = len(nets) < len(controls)
@@ -141,7 +142,8 @@ def step(
     if device_type(buffers.temb) != "cpu":
         indices = [*([FEATURES] if adapted else []), *range(len(nets))]
         controlled = tuple((index, ((0, rows),)) for index in indices)
-        body = functools.partial(Slots(unet, buffers).body, rows, True, controlled, lora, rows if reuse else None)
+        deep = rows if reuse else None
+        body = functools.partial(Slots(unet, buffers).body, rows, True, controlled, lora, deep, rare)
         return torch.no_grad()(functools.partial(_with_pages, unet, body) if lora else body)
     model_input = buffers.step.u
 
@@ -238,14 +240,15 @@ def run_unet(
     dtype: torch.dtype,
     controls: Sequence[ControlConfig] = (),
     lora: bool = False,
+    rare: bool = False,
 ) -> None:
-    """All of one step for `rows` U-Net rows (2 for a guided image), and its conditions. controls and lora as of
+    """All of one step for `rows` U-Net rows (2 for a guided image), and its conditions. controls, lora and rare as of
     `step`."""
     text: dict[str, Any] = {"rows": rows, "tokens": tokens, "dtype": dtype}
     conditions(config, steps=1, **text)()
     for each in controls:
         control_conditions(each, **text)()
-    step(config, height=height, width=width, **text, controls=controls, lora=lora)()
+    step(config, height=height, width=width, **text, controls=controls, lora=lora, rare=rare)()
 
 
 def run_decoder(config: VAEConfig | TinyVAEConfig, *, height: int, width: int, batch: int, dtype: torch.dtype) -> None:

@@ -85,6 +85,7 @@ class Workload:
                 raise InputError(f"{name} is {size}: expected a positive multiple of {spec.vae.factor} for this model")
         guided = spec.family.guidance_scale > 1 and not spec.unet.needs_guidance
         defaults = {"guided": guided, "steps": spec.family.num_inference_steps, "tokens": spec.text[0].max_position}
+        defaults |= {"third": guided, "encode": True} if spec.unet.edits else {}
         shape: dict[str, Any] = {
             "height": height // spec.vae.factor,
             "width": width // spec.vae.factor,

@@ -7,13 +7,13 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 
 from fastldm.export import auto
 from fastldm.export.auto import Measured
 from fastldm.export.bundle import Bundle
 from fastldm.pipeline import Pipeline
+from fastldm.runtime.complete import needed_images
 
 
 def measure(bundle: Bundle, backend: str, device: torch.device, dtype: str | torch.dtype | None = None) -> Measured:
@@ -28,9 +28,7 @@ def measure(bundle: Bundle, backend: str, device: torch.device, dtype: str | tor
     pipe = load()
     start_up = perf_counter() - start
     arguments: dict[str, Any] = {"prompt": "a photograph", "num_inference_steps": 2, "seed": 0, "output_type": "pt"}
-    if pipe.unet.config.in_channels > pipe.latent_channels:  # made for inpainting
-        grey = np.full((64, 64, 3), 0.5, dtype=np.float32)
-        arguments |= {"image": grey, "mask_image": grey[..., 0], "strength": 1.0}
+    arguments |= needed_images(pipe.unet.config, 64, 64)
     for _ in range(2):
         timings = pipe(**arguments).timings
     steps = pipe.family.num_inference_steps * median(timings.steps)

@@ -23,7 +23,6 @@ from statistics import mean, median
 from time import perf_counter
 from typing import Any, NamedTuple
 
-import numpy as np
 import onnx
 import torch
 from safetensors import SafetensorError
@@ -45,6 +44,7 @@ from fastldm.export.spec import DATA, NetworkSpec
 from fastldm.export.verify import Goldens, fixed_image
 from fastldm.image import to_pixels
 from fastldm.request import Request
+from fastldm.runtime.complete import needed_images
 from fastldm.runtime.stages import Stages
 from fastldm.system import machine
 
@@ -352,9 +352,7 @@ def _side(stages: Stages, axis: int, divisor: int = 1) -> int:
 def _request(stages: Stages, prompt: str, seed: int, **options: Any) -> Request:
     height, width = _side(stages, 0), _side(stages, 1)
     shared: dict[str, Any] = {"height": height, "width": width, "num_inference_steps": STEPS, **options}
-    if stages.unet.config.in_channels > stages.latent_channels:  # an inpainting model
-        grey = np.full((shared["height"], shared["width"], 3), 0.5, dtype=np.float32)
-        shared |= {"image": grey, "mask_image": grey[..., 0] * 2, "strength": 1.0}
+    shared |= needed_images(stages.unet.config, shared["height"], shared["width"])
     return Request(prompt, seed=seed, output_type="pt", **shared)
 
 

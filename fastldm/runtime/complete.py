@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from fastldm.sizes import Axis
 
 _CFG_PP_SCALE = 0.6  # that of the paper's pictures, arXiv:2406.08070
+_IMAGE_SCALE = 1.5  # of InstructPix2Pix, diffusers' default
 
 
 def complete(
@@ -42,15 +44,25 @@ def complete(
         embeds = getattr(request, name)
         if embeds is not None and embeds.device.type != "cpu":  # of others `conditioning.from_tensors` sees it
             checks.finite(name, embeds)
-    if unet.in_channels > vae.latent_channels and request.mask_image is None:
+    if unet.inpaints and request.mask_image is None:
         raise InputError("this model is for inpainting: give it image and mask_image")
+    image_scale = request.image_guidance_scale
+    if unet.edits:
+        _check_edit(request)
+        image_scale = _IMAGE_SCALE if image_scale is None else image_scale
+    elif image_scale is not None:
+        raise InputError(
+            f"image_guidance_scale is {image_scale:g}: only InstructPix2Pix reads it, and this is another model"
+        )
     sampler = request.sampler or family.sampler
     sampler = for_xl(sampler) if sampler is not None and unet.needs_added else sampler
     cfg_pp = is_cfg_pp(sampler)
-    if cfg_pp and (unet.needs_guidance or request.guidance_rescale > 0):
+    if cfg_pp and (unet.needs_guidance or unet.edits or request.guidance_rescale > 0):
         reason = "this model reads the guidance scale itself" if unet.needs_guidance else "guidance_rescale is above 0"
+        reason = "this model has two guidance scales" if unet.edits else reason
         raise InputError(f"sampler {sampler!r} is CFG++, and {reason}: take a sampler without CFG++")
     scale = _CFG_PP_SCALE if cfg_pp else family.guidance_scale
+    from_noise = request.mask_image is not None or unet.edits
     width, height = _size(request, unet, vae)
     if ranges:
         sizes.check_size(ranges, vae.factor, width, height)
@@ -61,13 +73,37 @@ def complete(
         num_inference_steps=request.num_inference_steps or family.num_inference_steps,
         guidance_scale=scale if request.guidance_scale is None else request.guidance_scale,
         sampler=sampler,
-        strength=(1.0 if request.mask_image is not None else 0.8) if request.strength is None else request.strength,
+        image_guidance_scale=image_scale,
+        strength=(1.0 if from_noise else 0.8) if request.strength is None else request.strength,
     )
+
+
+def needed_images(unet: UNetConfig, height: int, width: int) -> dict[str, Any]:
+    """The pictures that a model cannot do without, grey, of this size in pixels: fields of `Request`, for a trial."""
+    grey = np.full((height, width, 3), 0.5, dtype=np.float32)
+    if unet.edits:
+        return {"image": grey}
+    return {"image": grey, "mask_image": grey[..., 0] * 2, "strength": 1.0} if unet.inpaints else {}
 
 
 def start_latents(request: Request, channels: int) -> Tensor | None:
     """Latents (n, C, h, w) in place of pictures of `image`; None where it holds pictures."""
     return None if request.image is None else images.load_latents(request.image, channels)
+
+
+def _check_edit(request: Request) -> None:
+    """InputError for what a model that edits an image does not read."""
+    if request.image is None:
+        raise InputError("this model edits an image: give it image, and prompt as what to do with it")
+    if request.mask_image is not None:
+        raise InputError("mask_image was given: this model edits all of image, and inpainting needs another model")
+    if request.denoising_start is not None and request.latents is None:
+        raise InputError("denoising_start was given without latents, with which steps go on: image is what is edited")
+    if request.strength not in (None, 1.0):
+        raise InputError(
+            f"strength is {request.strength:g}: this model edits image from noise alone, and how much is "
+            "image_guidance_scale"
+        )
 
 
 def _size(request: Request, unet: UNetConfig, vae: VAEConfig | TinyVAEConfig) -> tuple[int, int]:
@@ -85,8 +121,10 @@ def _size(request: Request, unet: UNetConfig, vae: VAEConfig | TinyVAEConfig) ->
         if not torch.isfinite(latents).all():
             raise InputError("latents hold NaN or infinity before the first step: give finite start noise")
         height, width = (int(n) * factor for n in latents.shape[2:])
-    elif measured is not None and (
-        request.mask_image is None or start_latents(request, vae.latent_channels) is not None
+    elif (
+        measured is not None
+        and (request.mask_image is None or start_latents(request, vae.latent_channels) is not None)
+        and not (unet.edits and unet.needs_added)  # as in diffusers
     ):
         height, width = measured
     elif controls is not None and measured is None:
@@ -120,7 +158,7 @@ def _measured(request: Request, unet: UNetConfig, vae: VAEConfig | TinyVAEConfig
             raise InputError(
                 f"image is latents for {width}x{height} pixels, not {request.width or width}x{request.height or height}"
             )
-        if unet.in_channels > vae.latent_channels:
+        if unet.inpaints:
             raise InputError("image is latents: this model for inpainting needs pixels, to leave out what is masked")
     else:
         count, height, width = images.measure(request.image)

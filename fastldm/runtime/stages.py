@@ -61,6 +61,7 @@ class Change:
 
     guidance_scale: float
     guidance_rescale: float
+    image_guidance_scale: float | None = None
     latents: Tensor | None = None  # (B, C, h, w); None: unchanged
     embeds: Embeds | None = None  # None: unchanged
 
@@ -76,6 +77,7 @@ class Stages:
         self.unet, self.vae, self.text_stages = networks.unet, networks.vae, networks.text_stages
         self.schedule = spec.schedule
         self.zero_negative = bool(spec.checkpoint.index.get("force_zeros_for_empty_prompt", False))
+        self._scales_edits = bool(spec.checkpoint.index.get("is_cosxl_edit", False))
         self.device, self.dtype, self.backend = networks.device, networks.dtype, networks.backend
         self.precision = networks.precision or str(self.dtype).removeprefix("torch.")
         """What the networks compute in: "float32", "float16" or "bfloat16"."""
@@ -154,8 +156,8 @@ class Stages:
     def guidance(self, request: Request) -> Guidance:
         """That of a completed request."""
         scale = 1.0 if self.unet.config.needs_guidance else float(request.guidance_scale or 0)
-        cfg_pp = is_cfg_pp(request.sampler)
-        return Guidance(scale, request.guidance_rescale, *request.guidance_interval, cfg_pp=cfg_pp)
+        options: dict[str, Any] = {"cfg_pp": is_cfg_pp(request.sampler), "image_scale": request.image_guidance_scale}
+        return Guidance(scale, request.guidance_rescale, *request.guidance_interval, **options)
 
     def unet_rows(self, images: int) -> int:
         """The most U-Net rows that a graph of so many images has."""
@@ -256,9 +258,10 @@ class Stages:
             eta=request.eta,
             reuse=request.reuse,
         )
-        in_channels = self.unet.config.in_channels
-        to = {"dtype": self.dtype, "device": self.device}
-        return start_run(request, table, self.guidance(request), self.vae, in_channels, **to, one_by_one=apart)  # type: ignore
+        guidance, unet = self.guidance(request), self.unet.config
+        options: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "one_by_one": apart}
+        options["edit_scale"] = self.vae.config.scaling_factor if self._scales_edits else 1.0
+        return start_run(request, table, guidance, self.vae, unet, **options)
 
     def _condition(self, run: Run, embeds: Embeds, guidance_scale: float) -> None:
         """Give a run what its steps read of its conditioning: computed once, for all rows of its table."""
@@ -288,6 +291,8 @@ class Stages:
             batch.go_on_from(run, change.latents)
         scale = 1.0 if self.unet.config.needs_guidance else change.guidance_scale
         guidance = dataclasses.replace(run.guidance, scale=scale, rescale=change.guidance_rescale)
+        if self.unet.config.edits and change.image_guidance_scale is not None:
+            guidance = dataclasses.replace(guidance, image_scale=change.image_guidance_scale)
         images = run.images or (run,)
         if change.embeds is not None:
             each = change.embeds.split(len(images)) if run.images else [change.embeds]

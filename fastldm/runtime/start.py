@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastldm import image as images
 from fastldm.device import send
-from fastldm.models.config import VAEConfig
+from fastldm.models.config import UNetConfig, VAEConfig
 from fastldm.request import Request, picture_seeds
 from fastldm.runtime.complete import start_latents
 from fastldm.runtime.denoise import Guidance, Inpainting, Run
@@ -26,20 +26,21 @@ def start_run(
     table: StepTable,
     guidance: Guidance,
     vae: Autoencoder,
-    in_channels: int,
+    unet: UNetConfig,
     *,
     dtype: torch.dtype,
     device: torch.device,
     one_by_one: bool = False,
+    edit_scale: float = 1.0,
 ) -> Run:
     """The run of a completed request, all noise drawn, in diffusers' order; not conditioned yet.
 
-    in_channels: the U-Net's, more than the latents' where it is a model for inpainting. dtype: the networks'.
-    one_by_one: encode each image of the request by itself.
+    dtype: the networks'. one_by_one: encode each image of the request by itself. edit_scale: multiplies the latents of
+    an image to edit.
     """
 
     def encode(inputs: Tensor) -> Tensor:
-        return _encode(vae, inputs.split(1) if one_by_one else [inputs], draw, dtype)
+        return _encode(vae, inputs.split(1) if one_by_one else [inputs], dtype, draw) * vae.config.scaling_factor
 
     height, width = int(request.height or 0), int(request.width or 0)
     factor, channels = vae.config.factor, vae.config.latent_channels
@@ -67,15 +68,21 @@ def start_run(
     # so it does from the caller's own noise, as in diffusers.
     from_noise = request.mask_image is not None and (request.strength == 1 or request.latents is not None)
     init = mask = extra = None
-    for_inpainting = in_channels > channels
     start, noised = start_latents(request, channels), request.latents is not None and request.mask_image is None
     # Steps that go on where others ended add no noise; where a mask needs some, it is drawn.
     goes_on = request.denoising_start is not None
-    if start is not None:
+    if unet.edits:
+        edited = None if start is None else send(start, device)
+        if edited is None:
+            pixels = send(images.load_image(request.image, (height, width)), device)
+            edited = _encode(vae, pixels.split(1) if one_by_one else [pixels], dtype) * edit_scale
+        edited = each(edited)
+        extra = torch.cat((torch.zeros_like(edited), edited, edited)).to(dtype)  # of each branch
+    elif start is not None:
         init = each(send(start, device))
     elif request.image is not None and not noised:
         source = prepared(send(images.load_image(request.image, (height, width)), device))
-        if goes_on or not (for_inpainting and from_noise):
+        if goes_on or not (unet.inpaints and from_noise):
             init = each(encode(source))
     if request.latents is not None:
         noise = send(request.latents, device, torch.float32)
@@ -89,29 +96,31 @@ def start_run(
         if start is None:
             counts = sorted((len(source), len(full_mask)))
             count = request.batch if counts[1] % counts[0] else counts[1]
-            if for_inpainting:
+            if unet.inpaints:
                 masked = each(source, count) * (each(full_mask, count) < 0.5)
                 extra = torch.cat([mask, each(encode(masked))], dim=1).to(dtype)
             elif request.generator is not None:
                 draw(count)  # diffusers encodes masked images for 4-channel models too: so its generator stays in step
     step_noise = draw_step_noise(table, shape, generators, noise_dtype, device)
     r, s = table.start
-    if goes_on or (noised and request.image is not None):
+    if goes_on or (noised and request.image is not None and not unet.edits):
         x = noise if init is None or noised else init  # noise and all
     elif init is None or from_noise:
         x = table.init_noise_sigma * noise
     else:
         x = r * init + s * noise
-    blended = mask is not None and init is not None and not for_inpainting
+    blended = mask is not None and init is not None and not unet.inpaints
     inpainting = Inpainting(mask, init, noise) if blended else None  # type: ignore[arg-type]
     return Run(table, x, step_noise, guidance, inpainting, extra, dtype)
 
 
-def _encode(vae: Autoencoder, batches: Sequence[Tensor], draw: Callable[[int], Tensor], dtype: torch.dtype) -> Tensor:
-    """Images (n, 3, H, W) in -1..1, in one call for each batch of them, to latents (n, C, h, w) in float32, drawn from
-    the posterior of a KL autoencoder."""
+def _encode(
+    vae: Autoencoder, batches: Sequence[Tensor], dtype: torch.dtype, draw: Callable[[int], Tensor] | None = None
+) -> Tensor:
+    """Images (n, 3, H, W) in -1..1, in one call for each batch of them, to latents (n, C, h, w) in float32, not scaled:
+    drawn from the posterior of a KL autoencoder, or without draw its mode."""
     encoded = torch.cat([vae.encode(images.to(dtype)) for images in batches]).float()
     if isinstance(vae.config, VAEConfig):
         mean, log_variance = encoded.chunk(2, dim=1)
-        encoded = mean + (log_variance.clamp(-30, 20) / 2).exp() * draw(len(mean))
-    return encoded * vae.config.scaling_factor
+        encoded = mean if draw is None else mean + (log_variance.clamp(-30, 20) / 2).exp() * draw(len(mean))
+    return encoded

@@ -101,7 +101,7 @@ class _PngInfo(_Body):
 
 _ABSENT = (
     *("restore_faces", "tiling", "enable_hr", "styles", "subseed_strength", "script_name", "infotext", "s_churn"),
-    *("s_min_uncond", "refiner_checkpoint", "image_cfg_scale", "resize_mode"),
+    *("s_min_uncond", "refiner_checkpoint", "resize_mode"),
 )
 _SIZES = ("seed_resize_from_h", "seed_resize_from_w", "firstphase_width", "firstphase_height")
 
@@ -135,6 +135,8 @@ def router(service: Service) -> APIRouter:
         asked = {"width": fields.width, "height": fields.height}
         size = size_of(image) | {name: length for name, length in asked.items() if length}
         arguments |= {"image": image, "strength": fields.denoising_strength, **size}
+        if fields.image_cfg_scale is not None:
+            arguments["image_guidance_scale"] = fields.image_cfg_scale
         overlay = None
         if fields.mask:
             if fields.inpaint_full_res:

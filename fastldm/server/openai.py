@@ -70,6 +70,7 @@ class ImageFields(BaseModel):
     seed: int | None = Field(None, ge=-1, lt=2**63, description="Picture k has seed + k; -1 is a random one.")
     num_inference_steps: int | None = Field(None, ge=1)
     guidance_scale: float | None = None
+    image_guidance_scale: float | None = Field(None, description="How much a model that edits keeps of the picture.")
     sampler: str | None = Field(None, max_length=200)
     strength: float | None = None
     clip_skip: int | None = None
@@ -182,8 +183,8 @@ def _model(service: Service, name: str) -> dict[str, Any]:
 
 def arguments_of(fields: ImageFields, of: Image.Image | None = None) -> dict[str, Any]:
     """The fields of `fastldm.Request`. of: the picture that it starts from, whose size `auto` is."""
-    names = ("negative_prompt", "num_inference_steps", "guidance_scale", "sampler", "strength", "clip_skip")
-    values: dict[str, Any] = {name: getattr(fields, name) for name in (*names, "adapters", "reuse")}
+    names = ("negative_prompt", "num_inference_steps", "guidance_scale", "image_guidance_scale", "sampler", "strength")
+    values: dict[str, Any] = {name: getattr(fields, name) for name in (*names, "clip_skip", "adapters", "reuse")}
     values |= {"num_images_per_prompt": fields.n, "seed": None if fields.seed == -1 else fields.seed}
     if fields.size not in (None, "auto"):
         match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", str(fields.size))

@@ -64,6 +64,7 @@ class CallState:
         request: Request = generation.request
         self.generation, self.embedded_guidance = generation, embedded_guidance
         self.guidance_scale = float(request.guidance_scale or 0)
+        self.image_guidance_scale = request.image_guidance_scale
         self.guidance_rescale, self.clip_skip = request.guidance_rescale, request.clip_skip
         self._cfg_pp = is_cfg_pp(request.sampler)
         self.num_timesteps = 0
@@ -71,7 +72,8 @@ class CallState:
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        return (self.guidance_scale > 1 or self._cfg_pp) and not self.embedded_guidance
+        guided = (self.guidance_scale > 1 or self._cfg_pp) and not self.embedded_guidance
+        return guided and (self.image_guidance_scale is None or self.image_guidance_scale >= 1)
 
     def call(self, pipe: Any, callback: StepCallback, names: Sequence[str], step: Progress) -> Change | None:
         """Call a callback after a step; returns what it changed. Raises InputError for what it cannot change."""
@@ -82,7 +84,7 @@ class CallState:
         with torch.inference_mode(False):
             tensors = {name: None if x is None else x.clone() for name, x in self._tensors(step, names).items()}
         versions = {name: x._version for name, x in tensors.items() if x is not None}
-        before = (self.guidance_scale, self.guidance_rescale)
+        before = (self.guidance_scale, self.guidance_rescale, self.image_guidance_scale)
         returned = callback(pipe, step.step, step.timestep, dict(tensors))
         changed = self._changed(tensors, versions, returned, _names(step.embeds.add_time_ids is not None))
 
@@ -90,7 +92,7 @@ class CallState:
         if latents is not None:
             latents = _checked(LATENTS, latents, tuple(step.latents.shape))
         embeds = self._embeds(step.embeds, changed) if changed else None
-        after = (self.guidance_scale, self.guidance_rescale)
+        after = (self.guidance_scale, self.guidance_rescale, self.image_guidance_scale)
         self._check_rows(embeds or step.embeds, len(step.latents))
         if self.interrupt:
             self.generation.interrupt()
@@ -179,6 +181,10 @@ def _scale(name: str, value: Any) -> float:
     return checks.real(name, value, 0.0, MAX_GUIDANCE)
 
 
+def _image_scale(name: str, value: Any) -> float | None:
+    return None if value is None else _scale(name, value)
+
+
 class Calls:
     """The calls of a pipeline that are under way."""
 
@@ -233,10 +239,12 @@ class Steered:
 
     guidance_scale = _OfCall("guidance_scale")
     guidance_rescale = _OfCall("guidance_rescale")
+    image_guidance_scale = _OfCall("image_guidance_scale")
     do_classifier_free_guidance = _OfCall("do_classifier_free_guidance")
     clip_skip = _OfCall("clip_skip")
     num_timesteps = _OfCall("num_timesteps")
     _guidance_scale = _OfCall("guidance_scale", _scale)
+    _image_guidance_scale = _OfCall("image_guidance_scale", _image_scale)
     _guidance_rescale = _OfCall("guidance_rescale", lambda name, value: checks.real(name, value, 0.0, 1.0))
     _num_timesteps = _OfCall("num_timesteps")
 

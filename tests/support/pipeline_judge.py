@@ -47,11 +47,13 @@ CLASSES = {  # a name: diffusers' class, the tiny family, and its scheduler
     "SDXL text to image": (diffusers.StableDiffusionXLPipeline, "sdxl", "euler"),
     "SDXL image to image": (diffusers.StableDiffusionXLImg2ImgPipeline, "sdxl", "euler"),
     "SDXL inpainting": (diffusers.StableDiffusionXLInpaintPipeline, "sdxl", "euler"),
+    "edit": (diffusers.StableDiffusionInstructPix2PixPipeline, "sd1-edit", "ddim"),
+    "SDXL edit": (diffusers.StableDiffusionXLInstructPix2PixPipeline, "sdxl-edit", "euler"),
     "LCM text to image": (diffusers.LatentConsistencyModelPipeline, "lcm", "lcm"),
     "LCM image to image": (diffusers.LatentConsistencyModelImg2ImgPipeline, "lcm", "lcm"),
 }
 SIDE = 64  # pixels; 8 latents
-WIDTHS = {"sd1": 32, "sd1-inpaint": 32, "lcm": 32, "sdxl": 72}  # of text states
+WIDTHS = {"sd1": 32, "sd1-inpaint": 32, "sd1-edit": 32, "lcm": 32, "sdxl": 72, "sdxl-edit": 72}  # of text states
 POOLED = 24
 
 
@@ -139,6 +141,11 @@ VALUES: dict[str, dict[str, Value]] = {
     "timesteps": {"list": lambda B, W: {"timesteps": [759, 519, 259]}},
     "sigmas": {"list": lambda B, W: {"sigmas": [10.0, 3.0, 1.0]}},
     "guidance_scale": {"1": lambda B, W: {"guidance_scale": 1.0}, "12": lambda B, W: {"guidance_scale": 12.0}},
+    "image_guidance_scale": {
+        "0.5": lambda B, W: {"image_guidance_scale": 0.5},
+        "1": lambda B, W: {"image_guidance_scale": 1.0},
+        "4": lambda B, W: {"image_guidance_scale": 4.0},
+    },
     "guidance_rescale": {"0.7": lambda B, W: {"guidance_rescale": 0.7}},
     "eta": {"0.5": lambda B, W: {"eta": 0.5}},
     "clip_skip": {"1": lambda B, W: {"clip_skip": 1}},
@@ -249,7 +256,7 @@ def pair(pipeline: str) -> tuple[Any, Pipeline]:
         "euler": lambda: diffusers.EulerDiscreteScheduler(**betas),
         "lcm": diffusers.LCMScheduler,
     }[name]()
-    extra = {} if family == "sdxl" else {"requires_safety_checker": False}
+    extra = {} if family.startswith("sdxl") else {"requires_safety_checker": False}
     accepted = inspect.signature(cls.__init__).parameters
     theirs = cls(**{k: v for k, v in components.items() if k in accepted}, **extra)
     theirs.set_progress_bar_config(disable=True)

@@ -65,11 +65,13 @@ _SDXL: dict[str, Any] = {
 UNETS: dict[str, dict[str, Any]] = {
     "sd1": _SD1,
     "sd1-inpaint": {**_SD1, "in_channels": 9},
+    "sd1-edit": {**_SD1, "in_channels": 8},
     "sd2": _SD2,
     "sd2-v": _SD2,
     "sd-turbo": _SD2,
     "lcm": {**_SD1, "time_cond_proj_dim": 24},
     "sdxl": _SDXL,
+    "sdxl-edit": {**_SDXL, "in_channels": 8},
     "sdxl-turbo": _SDXL,
     "sdxl-lightning": _SDXL,
     "sdxl-lcm": {**_SDXL, "time_cond_proj_dim": 24},
@@ -214,10 +216,13 @@ _SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "sdxl-turbo": ("EulerAncestralDiscreteScheduler", {**_BETAS, "timestep_spacing": "trailing"}),
     "sdxl-lightning": ("EulerDiscreteScheduler", {**_BETAS, "timestep_spacing": "trailing"}),
     "sdxl-lcm": ("LCMScheduler", {}),
+    "sd1-edit": ("EulerAncestralDiscreteScheduler", {**_BETAS, "timestep_spacing": "linspace"}),
+    "sdxl-edit": ("EulerDiscreteScheduler", {**_BETAS, "timestep_spacing": "leading", "steps_offset": 1}),
     "ssd-1b": ("EulerDiscreteScheduler", {**_BETAS, "timestep_spacing": "leading", "steps_offset": 1}),
 }
-# What pipeline() and save_pipeline() know: all U-Nets but the one that is no family.
-FAMILIES = tuple(name for name in UNETS if name != "uneven")
+# What pipeline() and save_pipeline() know: all U-Nets but the one that is no family. Those of EDITS need an image.
+EDITS = ("sd1-edit", "sdxl-edit")
+FAMILIES = tuple(name for name in UNETS if name not in ("uneven", *EDITS))
 
 
 def scheduler(family: str) -> Any:
@@ -242,9 +247,11 @@ def pipeline(family: str, seed: int = 0, **replaced: Any) -> DiffusionPipeline:
     }
     if xl:
         components |= {"text_encoder_2": text_encoder("bigg", seed + 3), "tokenizer_2": tokenizer("!")}
-        return peer("diffusers").StableDiffusionXLPipeline(**{**components, **replaced})
+        name = f"StableDiffusionXL{'InstructPix2Pix' * (family in EDITS)}Pipeline"
+        return getattr(peer("diffusers"), name)(**{**components, **replaced})
     components |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     names = {"sd1-inpaint": "StableDiffusionInpaintPipeline", "lcm": "LatentConsistencyModelPipeline"}
+    names["sd1-edit"] = "StableDiffusionInstructPix2PixPipeline"
     return getattr(peer("diffusers"), names.get(family, "StableDiffusionPipeline"))(**{**components, **replaced})
 
 
