@@ -32,7 +32,7 @@ OTHER_CLASSES = sorted(
 
 
 def test_supported_classes_are_accepted() -> None:
-    assert len(pipeline_classes()) == 9
+    assert len(pipeline_classes()) == 11
     for name in pipeline_classes():
         index = XL_INDEX if "XL" in name else SD_INDEX
         assert component_classes({**index, "_class_name": name}, "here")["unet"] == "UNet2DConditionModel"
