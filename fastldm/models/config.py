@@ -3,6 +3,8 @@
 The quirks of the files are resolved here, so that the networks in fastldm/models read a regular description. Each file
 has a table of the keys that are read (see reading.py). A key that changes the network in a way that is not implemented
 is an error that names it; a key that does not change it (dropout, options for training and loading) is ignored.
+
+Over 500 lines, for the tables of keys are read beside each other, and beside what they become.
 """
 
 from __future__ import annotations
