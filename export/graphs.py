@@ -99,8 +99,8 @@ def graph_specs(
         prompts.append(replace(ids, name=f"input_ids{suffix}", shape=(_IMAGES, window)))
         negatives = Axis("negatives", 0, 1, MAX_IMAGES)
         prompts.append(replace(ids, name=f"negative_ids{suffix}", shape=(negatives, window)))
-    if len(texts) > 1:
-        prompts.append(Port("time_ids", "float32", (temb.shape[0], 6), below=1024))
+    for ids in (port for port in networks["time_rows"].inputs if port.name == "time_ids"):
+        prompts.append(replace(ids, shape=(temb.shape[0], *ids.shape[1:])))
         prompts.append(Port("negative_weight", "float32", (1,), below=1))
     prompts.append(Port("timesteps", "float32", (_COUNT, _IMAGES), below=1000))
     prompts.append(Port("decode", "int32", (1,), below=2))

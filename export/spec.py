@@ -47,6 +47,7 @@ from torch import Tensor
 from fastldm.adapters.packing import DOWN, SCALE, UP, Layout, layouts
 from fastldm.models.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
 from fastldm.models.controlnet import ControlNetConfig
+from fastldm.models.families import encoder_names
 from fastldm.models.t2i_adapter import T2IAdapterConfig, feature_places
 from fastldm.sizes import Axis
 
@@ -153,9 +154,10 @@ def specs(
     """All networks of a model by name. dtype: "float32" or "float16", of weights and activations. Of a model that is
     split, adapter_rank is of the adapters that its networks take, together; 0 is none. controls: configs of those that
     are exported with it."""
-    names = ("text_encoder", "text_encoder_2")
     normalised = texts[-1].projection_dim is None  # as in `fastldm.conditioning.text`: SDXL's are not
-    networks = [_text_encoder(name, text, dtype, normalised) for name, text in zip(names, texts, strict=False)]
+    networks = [
+        _text_encoder(name, text, dtype, normalised) for name, text in zip(encoder_names(texts), texts, strict=True)
+    ]
     window = min(text.max_position for text in texts)
     networks += _split_unet(unet, window, dtype, controls) if split else [_unet(unet, window, dtype)]
     for name, control in named_controls(controls).items():
@@ -271,8 +273,8 @@ def _image(config: UNetConfig, channels: int) -> tuple[int | Axis, ...]:
 
 
 def _pooled(config: UNetConfig, rows: Axis, dtype: DType) -> list[Port]:
-    channels = config.addition_input_dim - 6 * config.addition_time_embed_dim
-    return [Port("text_embeds", dtype, (rows, channels)), Port("time_ids", "float32", (rows, 6), 1024)]
+    ids = Port("time_ids", "float32", (rows, config.added_ids), 1024)
+    return [Port("text_embeds", dtype, (rows, config.pooled_width)), ids]
 
 
 def _unet(config: UNetConfig, window: int, dtype: DType) -> NetworkSpec:

@@ -81,7 +81,7 @@ class Composer:
         negatives = main("Shape", "negative_ids", start=0, end=1)
         rows = main("Add", images, negatives)  # R
         text = hidden[0] if len(hidden) == 1 else main("Concat", *hidden, axis=2)
-        if len(hidden) > 1:  # negatives may be zeros
+        if self.unet.needs_added:  # negatives may be zeros
             kept = main("Expand", main.constant([1.0], np.float32), images)
             own = main("Concat", main("Expand", "negative_weight", negatives), kept, axis=0)  # (R,)
             weights = main("Cast", own, to=self._element("text_kv"))

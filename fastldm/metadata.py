@@ -320,6 +320,8 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "reuse": ("Reuse", int),
     "timesteps": ("Timesteps", _list_of(_number)),
     "sigmas": ("Sigmas", _list_of(float)),
+    "aesthetic_score": ("Aesthetic score", float),
+    "negative_aesthetic_score": ("Negative aesthetic score", float),
     "literal_prompt": ("Literal prompt", _truth),
     "original_size": ("Original size", _list_of(int)),
     "crops_coords_top_left": ("Crop top left", _list_of(int)),

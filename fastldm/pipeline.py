@@ -17,7 +17,6 @@ import torch
 
 from fastldm import checks, openmp
 from fastldm.adapters.selection import Selection
-from fastldm.adapters.targets import TEXT_ENCODERS
 from fastldm.adapting import Adapting
 from fastldm.controlling import ControlLoader, as_list, without_controls
 from fastldm.errors import CheckpointError, InputError
@@ -283,7 +282,7 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
 
         modules: dict[str, Any] = {"unet": self.unet, "vae": self.vae}
         spec = self.stages.spec
-        for name, stage in zip(TEXT_ENCODERS, self.text_stages, strict=False):
+        for name, stage in self.stages.encoders.items():
             modules[name] = stage.model
             if stage.added:
                 spec, modules[name] = bundle.with_tokens(spec, name, stage)

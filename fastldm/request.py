@@ -34,8 +34,6 @@ UNSUPPORTED = {
     "callback_steps": ": use callback_on_step_end",
     "masked_image_latents": ": give image and mask_image",
     "padding_mask_crop": ": crop image and mask_image",
-    "aesthetic_score": "",
-    "negative_aesthetic_score": "",
     "original_inference_steps": "",
 }
 """Arguments of diffusers' pipelines that fastldm does not support, and alternatives. None is accepted."""
@@ -105,8 +103,8 @@ class Request:
     channels and scaled as for the U-Net. Of n images, n dividing the batch, image k starts from number k modulo n, as
     in diffusers; likewise for `mask_image`."""
     strength: float | None = None
-    """How much `image` is changed, 0 (not at all) to 1 (completely); None is 0.8, and 1 with `mask_image`. Models that
-    edit `image` start from noise, and have none."""
+    """How much `image` is changed, 0 (not at all) to 1 (completely); None is 0.8, with SDXL's refiner 0.3, and 1 with
+    `mask_image`. Models that edit `image` start from noise, and have none."""
     denoising_start: float | None = None
     """Go on with `image`, latents from which this fraction of the noise has been removed, above 0 and below 1: take
     only the steps behind it, whatever `strength`, and add no noise. `latents` do in place of `image`. Pictures are
@@ -158,10 +156,14 @@ class Request:
     negative_original_size: tuple[int, int] | None = None
     """The size condition of the negative branch; original_size if None."""
     negative_crops_coords_top_left: tuple[int, int] | None = None
-    """The crop condition of the negative branch. None is crops_coords_top_left; with a negative size and no `image` it
-    is (0, 0), as in diffusers."""
+    """The crop condition of the negative branch. None is crops_coords_top_left; with a negative size and no `image`,
+    and with SDXL's refiner, it is (0, 0), as in diffusers."""
     negative_target_size: tuple[int, int] | None = None
     """The target size of the negative branch; target_size if None."""
+    aesthetic_score: float | None = None
+    """What SDXL's refiner reads as how much the image is liked, about 1 to 10; 6 if None."""
+    negative_aesthetic_score: float | None = None
+    """The same of the negative branch; 2.5 if None."""
     output_type: str = "pil"
     """"pil": PIL images; "np": float32 (B, H, W, 3) in 0..1; "pt": tensor (B, 3, H, W) in 0..1; "latent": latents,
     undecoded."""
@@ -494,6 +496,8 @@ _CHECKS: dict[str, Check] = {
     "eta": _real(0.0, 1.0),
     "reuse": _whole(1, MAX_STEPS, "calls of the U-Net"),
     "strength": _real(0.0, 1.0),
+    "aesthetic_score": _real(-1000.0, 1000.0),
+    "negative_aesthetic_score": _real(-1000.0, 1000.0),
     "denoising_start": _inner,
     "denoising_end": _inner,
     "sampler": lambda name, value: checks.short_text(name, value, "a sampler's name, such as 'euler a'"),

@@ -38,18 +38,29 @@ class TextualInversionLoader:
         """The pipeline's."""
         raise NotImplementedError
 
-    text_encoder = property(lambda pipe: pipe.stages.text_stages[0].model, doc="The text encoder, SDXL's first.")
-    tokenizer = property(lambda pipe: pipe.stages.text_stages[0].tokenizer, doc="Its tokenizer.")
+    @property
+    def text_encoder(self) -> Any:
+        """The text encoder, SDXL's first; None of SDXL's refiner."""
+        stage = self.stages.encoders.get("text_encoder")
+        return stage and stage.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        stage = self.stages.encoders.get("text_encoder")
+        return stage and stage.tokenizer
 
     @property
     def text_encoder_2(self) -> Any:
         """SDXL's second text encoder, else None."""
-        return self.stages.text_stages[1].model if len(self.stages.text_stages) > 1 else None
+        stage = self.stages.encoders.get("text_encoder_2")
+        return stage and stage.model
 
     @property
     def tokenizer_2(self) -> Any:
         """Its tokenizer, else None."""
-        return self.stages.text_stages[1].tokenizer if len(self.stages.text_stages) > 1 else None
+        stage = self.stages.encoders.get("text_encoder_2")
+        return stage and stage.tokenizer
 
     def load_textual_inversion(
         self,

@@ -144,10 +144,7 @@ OTHER_PIPELINES: dict[str, tuple[dict[str, Any], str]] = {
         {"_class_name": "DDPMPipeline", **{k: SD_INDEX[k] for k in ("unet", "scheduler")}},
         "is a DDPMPipeline and has no vae, no text_encoder, no tokenizer: fastldm cannot run it",
     ),
-    "refiner": (
-        {**SD_INDEX, "text_encoder": [None, None], "requires_aesthetics_score": True},
-        "is the Stable Diffusion XL refiner",
-    ),
+    "no text encoder": ({**SD_INDEX, "text_encoder": [None, None]}, "and has no text_encoder: fastldm cannot run it"),
     "T5": (
         {**SD_INDEX, "text_encoder": ["transformers", "T5EncoderModel"]},
         "text_encoder is a T5EncoderModel; fastldm runs CLIPTextModel or",

@@ -37,6 +37,9 @@ SAMPLE = [
     Case("SDXL text to image", (("denoising_end", "0.5"), ("output_type", "latent"))),
     Case("SDXL image to image", (("image", "latents"), ("denoising_start", "0.6"))),
     Case("SDXL image to image", (("denoising_start", "0.3"), ("denoising_end", "0.9"))),
+    Case("refiner", (("aesthetic_score", "3"), ("negative_aesthetic_score", "3"))),
+    Case("refiner", (("crops_coords_top_left", "pair"), ("denoising_start", "0.6"))),
+    Case("refiner inpainting", (("negative_prompt", "text"), ("strength", "0.5"))),
     Case("SDXL inpainting", (("strength", "1"), ("denoising_start", "0.6"))),
     Case("LCM text to image", (("prompt_embeds", "tensor"), ("num_images_per_prompt", "2"))),
 ]

@@ -45,7 +45,7 @@ FIELDS = {
         adapter_conditioning_scale adapter_conditioning_factor clip_skip
         literal_prompt prompt_embeds negative_prompt_embeds pooled_prompt_embeds negative_pooled_prompt_embeds prompt_2
         negative_prompt_2 original_size crops_coords_top_left target_size negative_original_size
-        negative_crops_coords_top_left negative_target_size output_type
+        negative_crops_coords_top_left negative_target_size aesthetic_score negative_aesthetic_score output_type
         adapters cross_attention_kwargs ip_adapter_image ip_adapter_image_embeds ip_adapter_scale""",
     "Result": "images seeds timings backend dtype request adapters embeddings",
 }

@@ -76,12 +76,6 @@ def test_invalid_class_names_are_refused(name: Any, message: str) -> None:
         component_classes({**SD_INDEX, "_class_name": name}, "here")
 
 
-def test_refiner_is_refused_for_any_class() -> None:
-    for changes in ({"text_encoder": [None, None]}, {"text_encoder": [None, None], "requires_aesthetics_score": True}):
-        with pytest.raises(CheckpointError, match="is the Stable Diffusion XL refiner"):
-            component_classes({**XL_INDEX, **changes, "_class_name": "StableDiffusionXLImg2ImgPipeline"}, "here")
-
-
 CHANNELS = [(5, "depth to image"), (7, "an upscaler"), (3, "a model of an unknown kind")]
 
 

@@ -17,7 +17,6 @@ from original_layout import (
     full_size,
     ldm_unet,
     ldm_vae,
-    open_clip,
     openai_clip,
     random_state,
     small,
@@ -154,7 +153,7 @@ def test_absurd_shapes_are_refused_at_once(tmp_path: Path) -> None:
         read_layout(shapes, source="file")
 
 
-FAMILIES = ("sd1", "sd1-inpaint", "sd2", "sd2-inpaint", "sdxl", "sdxl-inpaint")
+FAMILIES = ("sd1", "sd1-inpaint", "sd2", "sd2-inpaint", "sdxl", "sdxl-inpaint", "sdxl-refiner")
 
 
 def test_layout_has_published_numbers_of_keys() -> None:
@@ -166,7 +165,7 @@ def test_layout_has_published_numbers_of_keys() -> None:
     assert counts["sd1"] == 686 + 248 + 197 + len(SCHEDULE_BUFFERS)
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "sdxl-refiner"])
 def test_full_size_single_file_matches_diffusers_network(tmp_path: Path, family: str) -> None:
     import diffusers
     import transformers
@@ -227,6 +226,18 @@ CONFIGS: dict[str, dict[str, Any]] = {  # of the families' repositories on the h
         "use_linear_projection": True,
     },
     "sdxl-inpaint": {"in_channels": 9, "sample_size": 128},
+    "sdxl-refiner": {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "attention_head_dim": [6, 12, 24, 24],
+        "block_out_channels": [384, 768, 1536, 1536],
+        "cross_attention_dim": 1280,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+        "projection_class_embeddings_input_dim": 2560,
+        "sample_size": 128,
+        "transformer_layers_per_block": [1, 4, 4, 4],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    },
 }
 
 
@@ -249,7 +260,8 @@ SCHEDULERS = {
 def test_single_file_configs_equal_published_configs(tmp_path: Path, family: str) -> None:
     write_sparse(tmp_path / "model.safetensors", full_size(family))
     checkpoint = open_single_file(tmp_path / "model.safetensors")
-    name = family.removesuffix("-inpaint")
+    name = family.removesuffix("-inpaint").removesuffix("-refiner")
+    assert checkpoint.index.get("requires_aesthetics_score", False) == family.endswith("-refiner")
     assert checkpoint.components["unet"].config.items() >= CONFIGS[family].items()
     text = checkpoint.components["text_encoder_2" if name == "sdxl" else "text_encoder"]
     assert text.config.items() >= TEXT_CONFIGS[name].items()
@@ -269,10 +281,11 @@ def test_single_file_configs_equal_published_configs(tmp_path: Path, family: str
             "sd1": {"tokenizer": end},
             "sd2": {"tokenizer": "!"},
             "sdxl": {"tokenizer": end, "tokenizer_2": "!"},
-        }[name]
+            "sdxl-refiner": {"tokenizer_2": "!"},
+        }[family.removesuffix("-inpaint")]
     )
     assert checkpoint.index["_class_name"].endswith("InpaintPipeline") == family.endswith("-inpaint")
-    assert checkpoint.index.get("force_zeros_for_empty_prompt", False) == (name == "sdxl")
+    assert checkpoint.index.get("force_zeros_for_empty_prompt", False) == (family in ("sdxl", "sdxl-inpaint"))
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
@@ -357,11 +370,6 @@ def test_training_state_is_ignored_with_one_log_line(tmp_path: Path, caplog: pyt
         assert set(component.state()) == set(without_state.components[name].state())
 
 
-def _refiner() -> Shapes:
-    unet = ldm_unet(64, (1, 2), (0, 2), 128, linear=True, label=320)
-    return unet | ldm_vae(32, (1, 2)) | open_clip("conditioner.embedders.0.model.", 128, 2, vocabulary=9)
-
-
 def _sd1_with(more: Shapes | None = None, in_channels: int = 4) -> Shapes:
     clip = openai_clip("cond_stage_model.transformer.", 64, 1, vocabulary=9)
     return (
@@ -407,7 +415,6 @@ OTHER_FILES: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
         "a U-Net alone, in diffusers",
     ),
     "text encoder": (lambda: named_tensors("text_model.embeddings.token_embedding.weight"), "a text encoder alone"),
-    "refiner": (lambda: random_state(_refiner()), "XL refiner, which fastldm does not run"),
     "three channels": (
         lambda: random_state(_sd1_with(in_channels=3)),
         r"3 input channels: it is a model of an unknown kind",

@@ -31,7 +31,7 @@ composing: Any = pytest.importorskip("fastldm.export.whole_picture", reason="nee
 onnx = composing.onnx
 
 ENGINES = ["onnxruntime", "openvino"]
-FAMILIES = ["sdxl", "sd1-inpaint", "sd2-v", "lcm", "sdxl-lcm"]
+FAMILIES = ["sdxl", "sd1-inpaint", "sd2-v", "lcm", "sdxl-lcm", pytest.param("sdxl-refiner", marks=pytest.mark.full)]
 
 
 @pytest.fixture(autouse=True)

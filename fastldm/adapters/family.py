@@ -39,7 +39,9 @@ def family_of_context(channels: int) -> str | None:
 
 def family_of_unet(unet: UNetConfig) -> str | None:
     """The same of a U-Net, or of what has its encoder."""
-    return "SDXL" if unet.needs_added else _CONTEXTS.get(unet.cross_attention_dim)
+    if unet.needs_added:
+        return "the SDXL refiner" if unet.added_ids == 5 else "SDXL"
+    return _CONTEXTS.get(unet.cross_attention_dim)
 
 
 def family_of_spec(spec: Spec) -> str:

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from fastldm.adapters.forms import LoRA
 from fastldm.adapters.selection import Deltas, Parameter
-from fastldm.adapters.targets import TEXT_ENCODERS, Target, of_configs
+from fastldm.adapters.targets import Target, of_configs
 from fastldm.errors import InputError
 from fastldm.models.config import TextConfig, UNetConfig
+from fastldm.models.families import encoder_names
 
 DOWN, UP, SCALE = "lora_down", "lora_up", "lora_scale"
 _STACKED = {"to_q", "to_k", "to_v", "q_proj", "k_proj", "v_proj"}
@@ -76,7 +77,7 @@ Layout = tuple[Slice, ...]
 def layouts(unet: UNetConfig, texts: Sequence[TextConfig], rank: int) -> dict[str, Layout]:
     """By network of a bundle that is split, the slices of all its linear layers and convolutions."""
     found: dict[str, list[Slice]] = {}
-    for target, module in of_configs(unet, tuple(zip(TEXT_ENCODERS, texts, strict=False))).modules.items():
+    for target, module in of_configs(unet, tuple(zip(encoder_names(texts), texts, strict=True))).modules.items():
         if len(module.weight) == 1:  # a norm
             continue
         slices = found.setdefault(network_of(target), [])

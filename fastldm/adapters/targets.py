@@ -15,9 +15,8 @@ from fastldm.loading.key_names import unet_name
 from fastldm.loading.spec import Spec
 from fastldm.models.clip import CLIPText, Embedding
 from fastldm.models.config import TextConfig, UNetConfig
+from fastldm.models.families import encoder_names
 from fastldm.models.unet import UNet
-
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 class Target(NamedTuple):
@@ -94,7 +93,7 @@ def from_original(name: str, layers_per_block: int) -> str | None:
 
 def modules_of(spec: Spec) -> Modules:
     """The modules of a model, from its configs: no weights are read."""
-    return of_configs(spec.unet, tuple(zip(TEXT_ENCODERS, spec.text, strict=False)))
+    return of_configs(spec.unet, tuple(zip(encoder_names(spec.text), spec.text, strict=True)))
 
 
 @lru_cache(maxsize=4)

@@ -37,8 +37,25 @@ XL_ONLY = (
 """Fields of a request that only SDXL reads: its second text encoder, its pooled text and its sizes."""
 
 
-def check(request: Request, needs_added: bool) -> None:
-    """InputError for fields that the model does not read. needs_added: whether it is SDXL."""
+SCORES = {"aesthetic_score": 6.0, "negative_aesthetic_score": 2.5}
+"""What SDXL's refiner reads in place of a target size, and its defaults, diffusers' ones."""
+NOT_SCORED = {
+    "prompt_2": "prompt",
+    "negative_prompt_2": "negative_prompt",
+    "target_size": "aesthetic_score",
+    "negative_target_size": "negative_aesthetic_score",
+}
+"""Fields of SDXL that its refiner does not read, and what it reads instead."""
+
+
+def check(request: Request, needs_added: bool, scored: bool) -> None:
+    """InputError for fields that the model does not read. needs_added: whether it is SDXL. scored: or its refiner."""
+    for name in () if scored else SCORES:
+        if getattr(request, name) is not None:
+            raise InputError(f"{name} is {getattr(request, name):g}: only SDXL's refiner reads it")
+    for name, instead in NOT_SCORED.items() if scored else ():
+        if getattr(request, name) is not None:
+            raise InputError(f"{name} is {checks.show(getattr(request, name))}: SDXL's refiner reads {instead} instead")
     for name in () if needs_added else XL_ONLY:
         value = getattr(request, name)
         if value is not None and not (name == "crops_coords_top_left" and value == (0, 0)):
@@ -179,20 +196,30 @@ def _embeds(name: str, value: Tensor | None, shape: tuple[int | None, ...]) -> T
     return checks.finite(name, value) if value.device.type == "cpu" else value
 
 
-def size_ids(request: Request, rows: int, *, device: torch.device | str = "cpu") -> Tensor:
+def size_ids(request: Request, rows: int, *, scored: bool = False, device: torch.device | str = "cpu") -> Tensor:
     """SDXL's time ids (rows, 6) of a request, float32, negatives first: the original (height, width), the crop's (top,
     left) and the target (height, width) of each U-Net row, in pixels.
 
-    rows: the number of images, or twice as many with guidance. Source: arXiv:2307.01952, section 2.2.
+    scored: of its refiner, (rows, 5), with the aesthetic score in place of the target. rows: the number of images, or
+    twice as many with guidance. Source: arXiv:2307.01952, section 2.2.
     """
     own = (int(request.height or 0), int(request.width or 0))
     original, target = request.original_size or own, request.target_size or own
-    ids = (*original, *request.crops_coords_top_left, *target)
+    ids: tuple[float, ...] = (*original, *request.crops_coords_top_left, *target)
     crop = request.negative_crops_coords_top_left
     if crop is None:
         sizes = request.negative_original_size or request.negative_target_size
-        crop = (0, 0) if sizes and request.image is None else request.crops_coords_top_left
-    negative_ids = (*(request.negative_original_size or original), *crop, *(request.negative_target_size or target))
+        crop = (0, 0) if scored or (sizes and request.image is None) else request.crops_coords_top_left
+    negative_ids: tuple[float, ...] = (
+        *(request.negative_original_size or original),
+        *crop,
+        *(request.negative_target_size or target),
+    )
+    if scored:
+        score, negative_score = (
+            default if getattr(request, name) is None else getattr(request, name) for name, default in SCORES.items()
+        )
+        ids, negative_ids = (*ids[:4], score), (*negative_ids[:4], negative_score)
     images = request.batch
     table = [negative_ids] * (rows - images) + [ids] * images
     return send_numbers(table, torch.float32, device)

@@ -12,7 +12,7 @@ from typing import Any
 from fastldm.checks import show
 from fastldm.errors import CheckpointError
 from fastldm.loading import relatives
-from fastldm.models.families import NETWORK_CLASSES
+from fastldm.models.families import NETWORK_CLASSES, TEXT_ENCODERS
 from fastldm.reading import Field, Maybe, Text, read_fields
 
 logger = logging.getLogger("fastldm")
@@ -21,7 +21,7 @@ PathLike = str | os.PathLike[str]
 Config = dict[str, Any]
 
 INDEX = "model_index.json"
-_REQUIRED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+_REQUIRED = ("unet", "vae", "scheduler")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
 TOKENIZER_FILES = (
@@ -55,11 +55,10 @@ def component_classes(index: Config, source: str) -> dict[str, str]:
     """Component name to class name, of components that fastldm reads. CheckpointError for a model it cannot run."""
     pipeline, listed = read_fields(index, _CLASS, f"{source}: {INDEX}")["_class_name"], listed_classes(index)
     relatives.check_class(pipeline, source)
-    if "text_encoder" not in listed and ("text_encoder_2" in listed or index.get("requires_aesthetics_score")):
-        raise CheckpointError(f"{source} is the Stable Diffusion XL refiner, which fastldm does not run.")
     names = (*NETWORK_CLASSES, *TOKENIZERS, "scheduler")
     unknown = [f"{name} ({listed[name]})" for name in listed if name not in names and name not in NOT_NEEDED]
-    required = (*_REQUIRED, *(["tokenizer_2"] if "text_encoder_2" in listed else []))
+    texts = [name for name in TEXT_ENCODERS if name in listed] or ["text_encoder"]  # the refiner has the second alone
+    required = (*_REQUIRED, *(name for text in texts for name in (text, text.replace("text_encoder", "tokenizer"))))
     missing = [name for name in required if name not in listed]
     if unknown or missing:
         reason = f"has {', '.join(unknown)}" if unknown else f"has no {', no '.join(missing)}"

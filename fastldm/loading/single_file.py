@@ -96,7 +96,8 @@ def _unet_config(shapes: Shapes, sample_size: int, *, linear: bool) -> Config:
     up_depths = [depth(f"output_blocks.{i}") for i in range(_count(shapes, r"output_blocks\.(\d+)\."))]
     if up_depths != [d for d in reversed(depths) for _ in range(layers_per_block + 1)]:
         raise ValueError("its decoder does not mirror its encoder")
-    if depth("middle_block") != (depths[-1] or 1):
+    mid = depth("middle_block")
+    if not mid or mid != (depths[-1] or mid):
         raise ValueError("its middle block is not as deep as the last level")
     first = next(level for level, d in enumerate(depths) if d)
     attention = f"input_blocks.{1 + first * (layers_per_block + 1)}.1"
@@ -119,7 +120,8 @@ def _unet_config(shapes: Shapes, sample_size: int, *, linear: bool) -> Config:
         "norm_num_groups": 32,
         "out_channels": shapes["out.2.weight"][0],
         "sample_size": sample_size,
-        "transformer_layers_per_block": [d or 1 for d in depths] if max(depths) > 1 else 1,
+        # The middle block is as deep as the last level, which in SDXL's refiner has no transformer of its own.
+        "transformer_layers_per_block": [*(d or 1 for d in depths[:-1]), mid] if max(*depths, mid) > 1 else 1,
         "up_block_types": [name.replace("Down", "Up") for name in reversed(down)],
         "use_linear_projection": linear,
     }
@@ -234,6 +236,7 @@ class _Family:
 _SD1 = _Family("Stable Diffusion 1", 64, 0.18215, "PNDMScheduler", "StableDiffusion")
 _SD2 = replace(_SD1, title="Stable Diffusion 2")
 _SDXL = _Family("Stable Diffusion XL", 128, 0.13025, "EulerDiscreteScheduler", "StableDiffusionXL")
+_REFINER = replace(_SDXL, title="the Stable Diffusion XL refiner", pipeline="StableDiffusionXLImg2Img")
 
 
 def read_layout(
@@ -241,11 +244,11 @@ def read_layout(
 ) -> Layout:
     """The layout of the single file `source`, from its keys' shapes and its safetensors metadata.
 
-    Families: SD1, SD2, SDXL, each with 4 latent channels, the 9 of inpainting or the 8 of InstructPix2Pix, which other
-    models that read an image are taken for, at any width and depth. Whether a
-    network predicts noise or v is not visible in its shapes: `prediction_type` decides if set, else what the file
-    states (ModelSpec metadata, or the marker key `v_pred`), else v for SD2 text to image, as in diffusers, and epsilon
-    for all others.
+    Families: SD1, SD2, SDXL and its refiner, each with 4 latent channels, the 9 of inpainting or the 8 of
+    InstructPix2Pix, which other models that read an image are taken for, at any width and depth. Whether a network
+    predicts noise or v is not visible in its shapes: `prediction_type` decides if set, else what the file states
+    (ModelSpec metadata, or the marker key `v_pred`), else v for SD2 text to image, as in diffusers, and epsilon for all
+    others.
 
     Raises CheckpointError if the file is something else, saying what if known; InputError for an unknown
     `prediction_type`.
@@ -253,7 +256,7 @@ def read_layout(
     if prediction_type is not None and prediction_type not in PREDICTION_TYPES:
         raise InputError(f"prediction_type is {show(prediction_type)}; expected one of {', '.join(PREDICTION_TYPES)}.")
     family, texts = _family(shapes, source)
-    is_sdxl, is_sd2 = family is _SDXL, family is _SD2
+    is_sdxl, is_sd2, ids = family in (_SDXL, _REFINER), family is _SD2, 5 if family is _REFINER else 6
     inpainting, edits = (shapes[_FIRST_CONV][1] == channels for channels in (9, 8))
     prediction = prediction_type or _stated_prediction_type(shapes, metadata or {})
     if prediction is None:
@@ -283,7 +286,7 @@ def read_layout(
         pooled, channels = text_configs["text_encoder_2"]["projection_dim"], unet["label_emb.0.0.weight"][1]
         unet_config |= {
             "addition_embed_type": "text_time",
-            "addition_time_embed_dim": (channels - pooled) // 6,  # six numbers: original size, crop, target size
+            "addition_time_embed_dim": (channels - pooled) // ids,  # original size, crop, target size or a score
             "projection_class_embeddings_input_dim": channels,
         }
         vae_config["force_upcast"] = True
@@ -306,7 +309,8 @@ def read_layout(
         index={
             "_class_name": f"{family.pipeline}{'Inpaint' if inpainting else 'InstructPix2Pix' if edits else ''}Pipeline"
         }
-        | ({"force_zeros_for_empty_prompt": True} if is_sdxl else {}),
+        | ({"force_zeros_for_empty_prompt": True} if family is _SDXL else {})
+        | ({"requires_aesthetics_score": True} if family is _REFINER else {}),
         ignored=[key for key in shapes if key not in used],
     )
 
@@ -343,9 +347,7 @@ def _family(shapes: Shapes, source: str) -> tuple[_Family, dict[str, _Text]]:
         relatives.check_channels(channels, f"{source}: its U-Net")
     first, second = (_text_keys(shapes, f"conditioner.embedders.{i}.") for i in (0, 1))
     if has_label_embedding and first and not second:
-        raise CheckpointError(
-            f"{source} is the Stable Diffusion XL refiner, which fastldm does not run; give the base model."
-        )
+        return _REFINER, {"text_encoder_2": _Text(*first, open_clip=True, with_projection=True)}
     if has_label_embedding and first and second:
         encoder = _Text(*first, open_clip=first[1])
         return _SDXL, {"text_encoder": encoder, "text_encoder_2": _Text(*second, open_clip=True, with_projection=True)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from fastldm.loading.open_checkpoint import open_checkpoint
 from fastldm.loading.prepare import Prepared, prepare
 from fastldm.models.clip import CLIPText
 from fastldm.models.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
-from fastldm.models.families import Family, recognise
+from fastldm.models.families import TEXT_ENCODERS, Family, recognise
 from fastldm.models.interfaces import Autoencoder, Denoiser
 from fastldm.models.unet import UNet
 from fastldm.models.vae import AutoencoderKL, TinyAutoencoder
@@ -119,11 +119,6 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
     CheckpointError for what is not implemented, for invalid values, and for components that do not fit each other.
     """
     index = read_fields(checkpoint.index, _INDEX, f"{checkpoint.source}: {INDEX}")
-    if index["requires_aesthetics_score"]:
-        raise CheckpointError(
-            f"{checkpoint.source}: 'requires_aesthetics_score' is True, as for the Stable Diffusion XL refiner: "
-            "fastldm implements False"
-        )
     pipeline = None if checkpoint.loaded else checkpoint.index.get("_class_name")
     schedule = read_scheduler(checkpoint.scheduler, pipeline, checkpoint.config_source("scheduler"))
 
@@ -136,9 +131,10 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
     relatives.check_channels(
         unet.in_channels, sources["unet"], vae.latent_channels, checkpoint.index.get("_class_name")
     )
-    names = [name for name in ("text_encoder", "text_encoder_2") if name in configs]
+    names = [name for name in TEXT_ENCODERS if name in configs]
     text = tuple(TextConfig.from_dict(configs[name], sources[name]) for name in names)
-    _check_fit(unet, vae, text, checkpoint.source)
+    unet = replace(unet, added_ids=5 if index["requires_aesthetics_score"] else 6)
+    _check_fit(unet, vae, text, names, checkpoint.source)
     return Spec(checkpoint, unet, vae, text, recognise(unet, checkpoint.scheduler), schedule)
 
 
@@ -150,7 +146,9 @@ def _with_size(config: Mapping[str, Any], pipeline: str | None) -> Mapping[str, 
     return config
 
 
-def _check_fit(unet: UNetConfig, vae: VAEConfig | TinyVAEConfig, text: Sequence[TextConfig], source: str) -> None:
+def _check_fit(
+    unet: UNetConfig, vae: VAEConfig | TinyVAEConfig, text: Sequence[TextConfig], names: Sequence[str], source: str
+) -> None:
     """CheckpointError if components belong to different models: each would load, but not work with the others."""
 
     def check(fits: bool, problem: str) -> None:
@@ -180,17 +178,21 @@ def _check_fit(unet: UNetConfig, vae: VAEConfig | TinyVAEConfig, text: Sequence[
             "the U-Net reads no pooled text ('addition_embed_type'), and a text encoder returns one",
         )
         return
-    check(len(text) == 2, "the U-Net reads pooled text ('addition_embed_type'), and there is no text_encoder_2")
+    check(
+        "text_encoder_2" in names, "the U-Net reads pooled text ('addition_embed_type'), and there is no text_encoder_2"
+    )
     check(
         pooled is not None,
         "the U-Net reads pooled text ('addition_embed_type'), and text_encoder_2 is no CLIPTextModelWithProjection",
     )
+    refiner = unet.added_ids == 5
     sizes = (unet.addition_input_dim - (pooled or 0)) / unet.addition_time_embed_dim
     check(
-        sizes == 6,
+        sizes == unet.added_ids,
         f"the U-Net's added embedding has {unet.addition_input_dim} channels "
-        f"('projection_class_embeddings_input_dim'), expected {pooled} of pooled text ('projection_dim') and 6 x "
-        f"{unet.addition_time_embed_dim} of sizes ('addition_time_embed_dim')"
+        f"('projection_class_embeddings_input_dim'), expected {pooled} of pooled text ('projection_dim') and "
+        f"{unet.added_ids} x {unet.addition_time_embed_dim} of sizes ('addition_time_embed_dim')"
+        f"{', as of the XL refiner, which requires_aesthetics_score' * refiner}"
         f"{', not 5 x as in the XL refiner' * (sizes == 5)}",
     )
 
@@ -232,7 +234,7 @@ def load(
 
     sharing: by component name, the modules of an adopted pipeline, which keep sharing the weights.
     """
-    names = [name for name in ("text_encoder", "text_encoder_2") if name in spec.checkpoint.components]
+    names = [name for name in TEXT_ENCODERS if name in spec.checkpoint.components]
     with torch.device("meta"):
         unet, vae, encoders = UNet(spec.unet), autoencoder(spec.vae), [CLIPText(config) for config in spec.text]
     tokenizers = [spec.checkpoint.tokenizer(name.replace("text_encoder", "tokenizer")) for name in names]

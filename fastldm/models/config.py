@@ -160,6 +160,7 @@ class UNetConfig:
     addition_embed_type: str | None  # "text_time": pooled text and sizes enter the time embedding (SDXL)
     addition_time_embed_dim: int
     addition_input_dim: int  # total channels of pooled text and embedded sizes
+    added_ids: int = 6  # numbers beside the pooled text: SDXL's three sizes; its refiner has 5, one of them a score
 
     @property
     def levels(self) -> int:
@@ -213,6 +214,11 @@ class UNetConfig:
     def edits(self) -> bool:
         """Whether the latents of an image to edit are read behind the latents, as of InstructPix2Pix."""
         return self.in_channels == 2 * self.out_channels
+
+    @property
+    def pooled_width(self) -> int:
+        """Channels of the pooled text, if it needs some."""
+        return self.addition_input_dim - self.added_ids * self.addition_time_embed_dim
 
     @property
     def needs_guidance(self) -> bool:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastldm.models.config import UNetConfig
+from fastldm.models.config import TextConfig, UNetConfig
 
 NETWORK_CLASSES = {
     "unet": ("UNet2DConditionModel",),
@@ -15,6 +15,12 @@ NETWORK_CLASSES = {
     "text_encoder_2": ("CLIPTextModel", "CLIPTextModelWithProjection"),
 }
 """The supported classes of diffusers and transformers, by pipeline component."""
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+
+
+def encoder_names(texts: Sequence[TextConfig]) -> tuple[str, ...]:
+    """The components that a model's text encoders are: SDXL's second, which projects, is its refiner's only one."""
+    return TEXT_ENCODERS[1:] if [text.with_projection for text in texts] == [True] else TEXT_ENCODERS[: len(texts)]
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class Family:
     guidance_scale: float  # at most 1: no classifier-free guidance, one pass per step instead of two
     matches: Callable[[UNetConfig, Mapping[str, Any]], bool]  # of the U-Net and the raw scheduler_config.json
     sampler: str | None = None  # None: the one that scheduler_config.json names
+    strength: float = 0.8  # of a start from an image
     pipelines: tuple[str, ...] = ()  # diffusers' classes for it, whose arguments fastldm's pipelines take
 
 
@@ -69,6 +76,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("lcm", 4, 8.5, lambda unet, _: unet.needs_guidance, pipelines=_LCM_PIPELINES),
     # An LCM or TCD adapter merged into an ordinary network.
     Family("lcm-merged", 4, 1.0, lambda _, scheduler: scheduler.get("_class_name") in ("LCMScheduler", "TCDScheduler")),
+    Family("sdxl-refiner", 30, 5.0, lambda unet, _: unet.needs_added and unet.added_ids == 5, strength=0.3),
     Family("sdxl-turbo", 1, 0.0, lambda unet, scheduler: unet.needs_added and _is_few_step(scheduler, _EULER_A)),
     Family("sdxl-lightning", 4, 0.0, lambda unet, scheduler: unet.needs_added and _is_few_step(scheduler, _EULER)),
     Family("sdxl", 30, 5.0, lambda unet, _: unet.needs_added, pipelines=_SDXL_PIPELINES),

@@ -83,8 +83,7 @@ def _added(config: UNetConfig, count: int, dtype: torch.dtype) -> AddedCondition
     """What SDXL's time embedding reads besides times, `count` of them."""
     if not config.needs_added:
         return None
-    pooled = config.addition_input_dim - 6 * config.addition_time_embed_dim
-    return AddedConditions(_empty(count, pooled, dtype=dtype), _empty(count, 6))
+    return AddedConditions(_empty(count, config.pooled_width, dtype=dtype), _empty(count, config.added_ids))
 
 
 def cross_kv(config: UNetConfig, *, rows: int, tokens: int, dtype: torch.dtype) -> DryRun:

@@ -27,10 +27,10 @@ from torch import Tensor
 from fastldm.adapters.packing import Packed, PackedParameters
 from fastldm.adapters.read import Adapter
 from fastldm.adapters.selection import Parameter, Part, Selected, Selection, Weight, scaled
-from fastldm.adapters.targets import TEXT_ENCODERS
 from fastldm.checks import show
 from fastldm.errors import InputError
 from fastldm.models.config import UNetConfig
+from fastldm.models.families import TEXT_ENCODERS
 from fastldm.models.unet import UNet
 from fastldm.runtime.denoise import Run
 from fastldm.runtime.merge import Merged

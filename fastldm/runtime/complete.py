@@ -39,7 +39,7 @@ def complete(
     """
     if request.prompt is None and request.prompt_embeds is None:
         raise InputError("prompt is None: give a text, a list of texts, or prompt_embeds")
-    conditioning.check(request, unet.needs_added)
+    conditioning.check(request, unet.needs_added, scored=unet.needs_added and unet.added_ids == 5)
     for name in ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"):
         embeds = getattr(request, name)
         if embeds is not None and embeds.device.type != "cpu":  # of others `conditioning.from_tensors` sees it
@@ -63,6 +63,7 @@ def complete(
         raise InputError(f"sampler {sampler!r} is CFG++, and {reason}: take a sampler without CFG++")
     scale = _CFG_PP_SCALE if cfg_pp else family.guidance_scale
     from_noise = request.mask_image is not None or unet.edits
+    strength = 1.0 if from_noise else family.strength
     width, height = _size(request, unet, vae)
     if ranges:
         sizes.check_size(ranges, vae.factor, width, height)
@@ -74,7 +75,7 @@ def complete(
         guidance_scale=scale if request.guidance_scale is None else request.guidance_scale,
         sampler=sampler,
         image_guidance_scale=image_scale,
-        strength=(1.0 if from_noise else 0.8) if request.strength is None else request.strength,
+        strength=strength if request.strength is None else request.strength,
     )
 
 

@@ -22,15 +22,15 @@ from torch import Tensor
 from fastldm import image as images
 from fastldm import spans
 from fastldm.adapters.selection import Selection
-from fastldm.adapters.targets import TEXT_ENCODERS
 from fastldm.conditioning import encode as conditioning
-from fastldm.conditioning.text import Conditioning
+from fastldm.conditioning.text import Conditioning, TextStage
 from fastldm.device import Mark, send, to_host
 from fastldm.errors import InputError, NonFinite
 from fastldm.kernels.step import BRANCHES, fuses
 from fastldm.loading import spec as loading
 from fastldm.loading.mapped import Mapped
 from fastldm.models.controlnet import ControlNet
+from fastldm.models.families import encoder_names
 from fastldm.models.t2i_adapter import T2IAdapter
 from fastldm.models.unet import AddedConditions, UNet
 from fastldm.models.vae import Decode, Pieces, decode_pieces, finish
@@ -92,8 +92,7 @@ class Stages:
             self.graphs = Graphs(CUDA(self.device), budget=int(_GRAPH_MEMORY * total))
         self._steps = networks.steps
         self.vae_decode: Decode = "whole"
-        encoders = dict(zip(TEXT_ENCODERS, (stage.model for stage in self.text_stages), strict=False))
-        adapted: dict[str, Any] = {"unet": self.unet, **encoders}
+        adapted: dict[str, Any] = {"unet": self.unet, **{name: stage.model for name, stage in self.encoders.items()}}
         options: dict[str, Any] = {"shared": spec.checkpoint.loaded, "packed": networks.packed}
         self.adapters = Adapted(adapted, spec.unet, self.prepared.refresh, **options)
         """LoRA and its relatives: those that are loaded, and what is merged into the weights."""
@@ -106,6 +105,11 @@ class Stages:
         self._switches = 0
         self.batch_invariant = False
         """Whether an image is bitwise the one made alone, whatever shares its batch: of sessions that do not say."""
+
+    @property
+    def encoders(self) -> dict[str, TextStage]:
+        """The text stages by component."""
+        return dict(zip(encoder_names(self.spec.text), self.text_stages, strict=True))
 
     @property
     def revision(self) -> int:
@@ -215,12 +219,13 @@ class Stages:
         hidden, pooled = encoded.network_rows()  # (R, T, D), (R, P): all negatives, then all prompts
         if not self.unet.config.needs_added or pooled is None:
             return Embeds(hidden)
-        return Embeds(hidden, pooled, conditioning.size_ids(request, len(pooled), device=self.device))
+        scored = self.unet.config.added_ids == 5
+        return Embeds(hidden, pooled, conditioning.size_ids(request, len(pooled), scored=scored, device=self.device))
 
     def encode(self, request: Request) -> Conditioning:
         """Prompts and negatives as what the U-Net reads, a row for each image."""
         config = self.unet.config
-        pooled_width = config.addition_input_dim - 6 * config.addition_time_embed_dim if config.needs_added else None
+        pooled_width = config.pooled_width if config.needs_added else None
 
         def run(key: Hashable, encoder: Callable[..., Any], *inputs: Tensor) -> Any:
             with spans.span("text"):

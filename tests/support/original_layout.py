@@ -77,7 +77,8 @@ def ldm_unet(
     label: int | None = None,
     layers: int = 2,
 ) -> Shapes:
-    """UNetModel of ldm and sgm. `depth`: transformer blocks at each level, 0 for none."""
+    """UNetModel of ldm and sgm. `depth`: transformer blocks at each level, 0 for none; those of the middle are one more
+    number, if they are not those of the last level."""
     embedding, skips, current = 4 * channels, [channels], channels
     shapes = _linear("time_embed.0", embedding, channels) | _linear("time_embed.2", embedding, embedding)
     if label is not None:
@@ -232,6 +233,9 @@ def full_size(family: str) -> Shapes:
     if name == "sd2":
         unet = ldm_unet(320, (1, 2, 4, 4), (1, 1, 1, 0), 1024, linear=True, in_channels=in_channels)
         return unet | ldm_vae(128) | open_clip("cond_stage_model.model.", 1024, 24) | SCHEDULE_BUFFERS
+    if name == "sdxl-refiner":
+        unet = ldm_unet(384, (1, 2, 4, 4), (0, 4, 4, 0, 4), 1280, linear=True, label=2560, in_channels=in_channels)
+        return unet | ldm_vae(128) | open_clip("conditioner.embedders.0.model.", 1280, 32)
     unet = ldm_unet(320, (1, 2, 4), (0, 2, 10), 2048, linear=True, label=2816, in_channels=in_channels)
     texts = openai_clip("conditioner.embedders.0.transformer.", 768, 12)
     return unet | ldm_vae(128) | texts | open_clip("conditioner.embedders.1.model.", 1280, 32)
@@ -246,6 +250,9 @@ def small(family: str, vocabulary: int = 99) -> Shapes:
     if family == "sd2":
         clip = open_clip("cond_stage_model.model.", 64, 24, vocabulary)
         return ldm_unet(64, (1, 2), (1, 0), 64, linear=True) | vae | clip
+    if family == "sdxl-refiner":
+        unet = ldm_unet(64, (1, 2, 2), (0, 2, 0, 2), 128, linear=True, label=128 + 5 * 32)
+        return unet | vae | open_clip("conditioner.embedders.0.model.", 128, 3, vocabulary)
     clips = openai_clip("conditioner.embedders.0.transformer.", 64, 2, vocabulary)
     clips |= open_clip("conditioner.embedders.1.model.", 128, 3, vocabulary)
     return ldm_unet(64, (1, 2), (0, 2), 192, linear=True, label=128 + 6 * 32) | vae | clips
@@ -286,7 +293,8 @@ def converted_by_diffusers(state: dict[str, Tensor], checkpoint: Checkpoint) -> 
         if component.config["hidden_act"] == "quick_gelu":
             converted = conversion.convert_ldm_clip_checkpoint(dict(state))
         else:
-            prefix = "cond_stage_model.model." if name == "text_encoder" else "conditioner.embedders.1.model."
+            place = 1 if "text_encoder" in components else 0  # the refiner has the second alone
+            prefix = "cond_stage_model.model." if name == "text_encoder" else f"conditioner.embedders.{place}.model."
             model = SimpleNamespace(config=SimpleNamespace(hidden_size=component.config["hidden_size"]))
             converted = conversion.convert_open_clip_checkpoint(model, dict(state), prefix=prefix)
         converted_states[name] = {key: value for key, value in converted.items() if not key.endswith("position_ids")}

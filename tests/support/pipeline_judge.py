@@ -46,6 +46,8 @@ CLASSES = {  # a name: diffusers' class, the tiny family, and its scheduler
     "inpainting, 9 channels": (diffusers.StableDiffusionInpaintPipeline, "sd1-inpaint", "ddim"),
     "SDXL text to image": (diffusers.StableDiffusionXLPipeline, "sdxl", "euler"),
     "SDXL image to image": (diffusers.StableDiffusionXLImg2ImgPipeline, "sdxl", "euler"),
+    "refiner": (diffusers.StableDiffusionXLImg2ImgPipeline, "sdxl-refiner", "euler"),
+    "refiner inpainting": (diffusers.StableDiffusionXLInpaintPipeline, "sdxl-refiner", "euler"),
     "SDXL inpainting": (diffusers.StableDiffusionXLInpaintPipeline, "sdxl", "euler"),
     "edit": (diffusers.StableDiffusionInstructPix2PixPipeline, "sd1-edit", "ddim"),
     "SDXL edit": (diffusers.StableDiffusionXLInstructPix2PixPipeline, "sdxl-edit", "euler"),
@@ -53,7 +55,10 @@ CLASSES = {  # a name: diffusers' class, the tiny family, and its scheduler
     "LCM image to image": (diffusers.LatentConsistencyModelImg2ImgPipeline, "lcm", "lcm"),
 }
 SIDE = 64  # pixels; 8 latents
-WIDTHS = {"sd1": 32, "sd1-inpaint": 32, "sd1-edit": 32, "lcm": 32, "sdxl": 72, "sdxl-edit": 72}  # of text states
+WIDTHS = {  # of text states
+    **{"sd1": 32, "sd1-inpaint": 32, "sd1-edit": 32, "lcm": 32},
+    **{"sdxl": 72, "sdxl-edit": 72, "sdxl-refiner": 40},
+}
 POOLED = 24
 
 
@@ -191,8 +196,8 @@ REFUSALS = [
     Reason(
         "not supported: refused by name",
         lambda case: True,
-        r"^(masked_image_latents|padding_mask_crop|aesthetic_score|"
-        r"negative_aesthetic_score|original_inference_steps|cross_attention_kwargs) is not supported",
+        r"^(masked_image_latents|padding_mask_crop|"
+        r"original_inference_steps|cross_attention_kwargs) is not supported",
     ),
     Reason(
         "pictures for an IP-Adapter where none is loaded: diffusers fails too, in its own way",
@@ -203,6 +208,11 @@ REFUSALS = [
         "latents of another size than height and width: diffusers ignores height and width",
         lambda case: case.has("height") and case.has("latents"),
         "^latents are for",
+    ),
+    Reason(
+        "only the refiner reads a score, and it reads neither a target size nor a second text: diffusers ignores them",
+        lambda case: True,
+        r"(aesthetic_score is 3: only SDXL's refiner reads it|SDXL's refiner reads \w+ instead$)",
     ),
     Reason(
         "no step is left between denoising_start and denoising_end: diffusers decodes what it was given",
@@ -220,7 +230,7 @@ DIFFERENCES = [
         "diffusers ignores negative_prompt_2 and negative_pooled_prompt_embeds where no negative_prompt is given and "
         "zeros stand for it; ours reads them",
         lambda case: (
-            case.pipeline.startswith("SDXL")
+            case.pipeline.startswith("SDXL")  # the refiner has no zeros
             and (case.has("negative_prompt_2") or case.has("negative_pooled_prompt_embeds"))
             and not case.has("negative_prompt", "text")
         ),
@@ -256,7 +266,9 @@ def pair(pipeline: str) -> tuple[Any, Pipeline]:
         "euler": lambda: diffusers.EulerDiscreteScheduler(**betas),
         "lcm": diffusers.LCMScheduler,
     }[name]()
-    extra = {} if family.startswith("sdxl") else {"requires_safety_checker": False}
+    extra: dict[str, Any] = {} if family.startswith("sdxl") else {"requires_safety_checker": False}
+    if family == "sdxl-refiner":
+        extra = {"requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False}
     accepted = inspect.signature(cls.__init__).parameters
     theirs = cls(**{k: v for k, v in components.items() if k in accepted}, **extra)
     theirs.set_progress_bar_config(disable=True)

@@ -72,6 +72,17 @@ UNETS: dict[str, dict[str, Any]] = {
     "lcm": {**_SD1, "time_cond_proj_dim": 24},
     "sdxl": _SDXL,
     "sdxl-edit": {**_SDXL, "in_channels": 8},
+    # Reads the second text encoder alone, and a score in place of the target size; no transformer on its last level.
+    "sdxl-refiner": {
+        **_SDXL,
+        "block_out_channels": (16, 32, 48, 48),
+        "down_block_types": (DOWN, CROSS_DOWN, CROSS_DOWN, DOWN),
+        "up_block_types": (UP, CROSS_UP, CROSS_UP, UP),
+        "transformer_layers_per_block": 2,
+        "attention_head_dim": (2, 4, 6, 6),
+        "cross_attention_dim": 40,
+        "projection_class_embeddings_input_dim": 24 + 5 * 8,
+    },
     "sdxl-turbo": _SDXL,
     "sdxl-lightning": _SDXL,
     "sdxl-lcm": {**_SDXL, "time_cond_proj_dim": 24},
@@ -213,6 +224,7 @@ _SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "lcm": ("LCMScheduler", {}),
     "sd-turbo": ("EulerDiscreteScheduler", {**_BETAS, "timestep_spacing": "trailing", "steps_offset": 1}),
     "sdxl": ("EulerDiscreteScheduler", {**_BETAS, "timestep_spacing": "leading", "steps_offset": 1}),
+    "sdxl-refiner": ("EulerDiscreteScheduler", {**_BETAS, "timestep_spacing": "leading", "steps_offset": 1}),
     "sdxl-turbo": ("EulerAncestralDiscreteScheduler", {**_BETAS, "timestep_spacing": "trailing"}),
     "sdxl-lightning": ("EulerDiscreteScheduler", {**_BETAS, "timestep_spacing": "trailing"}),
     "sdxl-lcm": ("LCMScheduler", {}),
@@ -247,6 +259,9 @@ def pipeline(family: str, seed: int = 0, **replaced: Any) -> DiffusionPipeline:
     }
     if xl:
         components |= {"text_encoder_2": text_encoder("bigg", seed + 3), "tokenizer_2": tokenizer("!")}
+        if family == "sdxl-refiner":
+            components |= {"text_encoder": None, "tokenizer": None, "requires_aesthetics_score": True, **replaced}
+            return peer("diffusers").StableDiffusionXLImg2ImgPipeline(**components, force_zeros_for_empty_prompt=False)
         name = f"StableDiffusionXL{'InstructPix2Pix' * (family in EDITS)}Pipeline"
         return getattr(peer("diffusers"), name)(**{**components, **replaced})
     components |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
