@@ -499,9 +499,10 @@ def result_parameters(result: Result, model: str) -> list[str]:
     """The generation parameters of each image of a result, as text. model: its name."""
     extra = {"Version": f"fastldm {__version__}", "Backend": f"{result.backend} {result.dtype}"}
     seeds = result.seeds or (None,) * result.request.batch
+    scores = [{"Score": f"{score:.4f}"} for score in result.scores] or [{}] * len(seeds)
     return [
-        parameters_text(result.request, seed, model, extra, picture=k, embeddings=result.embeddings)
-        for k, seed in enumerate(seeds)
+        parameters_text(result.request, seed, model, {**score, **extra}, picture=k, embeddings=result.embeddings)
+        for k, (seed, score) in enumerate(zip(seeds, scores, strict=True))
     ]
 
 

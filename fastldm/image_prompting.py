@@ -1,4 +1,5 @@
-"""IP-Adapters on a loaded model, which requests may be running on: a part of `Pipeline`, by diffusers' names."""
+"""What looks at pictures on a loaded model, which requests may be running on: IP-Adapters, by diffusers' names, and the
+CLIP model that ranks candidates. A part of `Pipeline`."""
 
 from __future__ import annotations
 
@@ -95,6 +96,18 @@ class IPAdapterLoader:
     def unload_ip_adapter(self) -> None:
         """Forget all IP-Adapters and the image encoder; requests that were submitted with them keep them."""
         self.stages.image_prompts.replace((), None)
+
+    def load_ranker(self, folder: str | os.PathLike[str], *, allow_pickle: bool = False) -> None:
+        """Rank `candidates` of requests by a CLIP model in place of the model's own image encoder, if it has one.
+
+        folder: of a CLIPModel of transformers, with its tokenizer, such as openai/clip-vit-large-patch14.
+        allow_pickle: whether pickles are read.
+
+        CheckpointError for a folder that is missing, damaged or of another kind.
+        """
+        checks.flag("allow_pickle", allow_pickle)
+        ranking, path = self.stages.ranking, check_path(folder, "folder")
+        ranking.loaded = ranking.read(path, self.stages.text_stages, allow_pickle=allow_pickle)
 
     def set_ip_adapter_scale(self, scale: Weight | Sequence[Weight]) -> None:
         """How strongly IP-Adapters act in requests that do not say (`ip_adapter_scale`): a number, or by block

@@ -71,8 +71,8 @@ def parameters_text(
     """The parameters of image number `picture` of a completed request. seed: None if a caller's generator or latents
     were used. model: its name. extra: further fields. embeddings: of tokens of textual inversion the short hashes, as
     `Result.embeddings`; those that this image's texts have are named."""
-    lines = [_prompt(_nth(request.prompt, picture, request.num_images_per_prompt) or "")]
-    negative = _nth(request.negative_prompt, picture, request.num_images_per_prompt)
+    lines = [_prompt(_nth(request.prompt, picture, request.kept) or "")]
+    negative = _nth(request.negative_prompt, picture, request.kept)
     if negative is not None:
         lines.append(f"{_NEGATIVE} {_prompt(negative)}")
     size = f"{request.width}x{request.height}" if request.width and request.height else None
@@ -94,7 +94,7 @@ def parameters_text(
         values["Lora hashes"] = ", ".join(f"{name}: {digest}" for name, digest in hashes.items())
     if request.adapters:
         values["Lora weights"] = json.dumps(dict(request.adapters), ensure_ascii=False)
-    texts = [_nth(getattr(request, name), picture, request.num_images_per_prompt) or "" for name in _TEXTS]
+    texts = [_nth(getattr(request, name), picture, request.kept) or "" for name in _TEXTS]
     tokens = [token for token in embeddings or {} if any(token.casefold() in text.casefold() for text in texts)]
     if embeddings and tokens:
         values["TI hashes"] = ", ".join(f"{_item(token)}: {embeddings[token]}" for token in tokens)
@@ -103,7 +103,7 @@ def parameters_text(
     for name, (label, _) in _FIELDS.items():
         value = _as_tuple(getattr(request, name))
         if name.endswith("prompt_2"):
-            value = _nth(value, picture, request.num_images_per_prompt)
+            value = _nth(value, picture, request.kept)
         values[label] = None if value == _as_tuple(type(request).__dataclass_fields__[name].default) else value
     values |= extra or {}
     lines.append(", ".join(f"{key}: {_value(value)}" for key, value in values.items() if value is not None))

@@ -94,6 +94,7 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         batch_invariant: bool = False,
         controlnet: Any = None,
         adapter: Any = None,
+        ranker: str | os.PathLike[str] | None = None,
         **where: Any,
     ) -> Pipeline:
         """A pipeline from a diffusers folder, a hub id, a .safetensors file, a bundle that `fastldm export` wrote, or
@@ -109,6 +110,7 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         its request, or in requests that join and leave its batch. On a CPU each image then has its own calls of the
         networks; on a GPU steps share theirs, by kernels that do not depend on the number of rows.
         controlnet, adapter: a ControlNet and a T2I-Adapter to attach, or lists of them: what `attach_control` takes.
+        ranker: the folder of a CLIP model that ranks `candidates`: what `load_ranker` takes.
         where: variant, revision, cache_dir, local_files_only, allow_pickle and prediction_type, see `loading.describe`.
 
         Raises CheckpointError for what is not a model that fastldm can run, InputError for a device or dtype there
@@ -129,6 +131,8 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         }
         for control in (*as_list(controlnet), *as_list(adapter)):
             pipe.attach_control(control, **options)
+        if ranker is not None:
+            pipe.load_ranker(ranker, allow_pickle=bool(where.get("allow_pickle", False)))
         return pipe
 
     @classmethod

@@ -88,6 +88,11 @@ class Request:
     all."""
     num_images_per_prompt: int = 1
     """Images per prompt."""
+    candidates: int | None = None
+    """Sample so many images per prompt, and return the `keep` of them that show best what the prompt says, best first,
+    as a CLIP model's cosine of picture and text says (docs/ranking.md)."""
+    keep: int = 1
+    """How many of the candidates are returned, per prompt; in place of num_images_per_prompt."""
     seed: int | Sequence[int] | None = None
     """Image k has a CPU generator with seed + k, on every device; a list has one seed per image. None selects a random
     seed."""
@@ -204,6 +209,7 @@ class Request:
             raise InputError("timesteps and sigmas were both given: give one of them")
         if self.ip_adapter_image is not None and self.ip_adapter_image_embeds is not None:
             raise InputError("ip_adapter_image and ip_adapter_image_embeds were both given: give one of them")
+        _check_candidates(self)
         if self.seed is not None and self.generator is not None:
             raise InputError("seed and generator were both given: give one of them")
         if self.batch > MAX_IMAGES:
@@ -228,7 +234,7 @@ class Request:
     @property
     def prompts(self) -> list[str]:
         """The prompts, one per image."""
-        return [text for text in as_list(self.prompt) for _ in range(self.num_images_per_prompt)]
+        return [text for text in as_list(self.prompt) for _ in range(self.batch // max(1, self.count))]
 
     @property
     def negative_prompts(self) -> list[str] | None:
@@ -237,12 +243,30 @@ class Request:
             return None
         if isinstance(self.negative_prompt, str):
             return [self.negative_prompt] * self.batch
-        return [text for text in self.negative_prompt for _ in range(self.num_images_per_prompt)]
+        return [text for text in self.negative_prompt for _ in range(self.batch // max(1, self.count))]
 
     @property
     def batch(self) -> int:
-        """B, the number of images."""
-        return self.count * self.num_images_per_prompt
+        """B, the number of images that are sampled."""
+        return self.count * (self.candidates or self.num_images_per_prompt)
+
+    @property
+    def kept(self) -> int:
+        """The number of images per prompt that are returned."""
+        return self.num_images_per_prompt if self.candidates is None else self.keep
+
+    def parts(self, max_batch: int) -> list[Request]:
+        """Of a completed request with candidates, the requests that sample so many images at most at a time, if each
+        prompt leaves room for that: the first of each prompt, the next of each, and so on. Of any other, itself."""
+        if self.candidates is None:
+            return [self]
+        size, seeds = max(1, max_batch // self.count), picture_seeds(self)
+        parts = []
+        for first in range(0, self.candidates, size):
+            count = min(size, self.candidates - first)
+            own = [seeds[p * self.candidates + first + k] for p in range(self.count) for k in range(count)]
+            parts.append(self.replace(candidates=None, keep=1, num_images_per_prompt=count, seed=own))
+        return parts
 
     @property
     def count(self) -> int:
@@ -256,7 +280,7 @@ class Request:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 changes[name] = value[k : k + 1]
-        return self.replace(num_images_per_prompt=1, **changes)
+        return self.replace(num_images_per_prompt=1, candidates=None, keep=1, **changes)
 
     def replace(self, **changes: Any) -> Request:
         """A copy with some fields changed (and checked again)."""
@@ -300,6 +324,8 @@ class Result:
     shared them; "" for none."""
     embeddings: Mapping[str, str] = field(default_factory=dict)
     """The tokens of textual inversion in the request's texts, with the short hashes of their files."""
+    scores: tuple[float, ...] = ()
+    """Of a request with `candidates`, one per image: the cosine of picture and prompt, -1 to 1."""
 
 
 def as_list(texts: str | Sequence[str] | None) -> list[str]:
@@ -349,6 +375,26 @@ def _check_slice(request: Request) -> None:
         raise InputError("denoising_start was given without image: give the latents that the steps go on with")
     if request.latents is not None and request.mask_image is not None:
         raise InputError("latents were given with denoising_start and mask_image: give the latents as image")
+
+
+def _check_candidates(request: Request) -> None:
+    """Check that there are as many as are kept, and nothing that one request alone can have."""
+    if request.candidates is None:
+        if request.keep != 1:
+            raise InputError(f"keep is {request.keep} without candidates: it says how many of those are returned")
+        return
+    if request.keep > request.candidates:
+        raise InputError(f"keep is {request.keep} of {request.candidates} candidates: expected at most as many")
+    if request.num_images_per_prompt != 1:
+        raise InputError(
+            f"num_images_per_prompt is {request.num_images_per_prompt}, and there are candidates: keep says how many "
+            "of them are returned"
+        )
+    for name in ("generator", "latents", "prompt_embeds"):
+        if getattr(request, name) is not None:
+            raise InputError(f"{name} does not go with candidates, which have a seed each and are ranked by the prompt")
+    if request.output_type == "latent":
+        raise InputError("output_type is 'latent', and candidates are ranked as pictures: ask for pil, np or pt")
 
 
 def _check_seed(request: Request) -> int | tuple[int, ...] | None:
@@ -488,6 +534,8 @@ _CHECKS: dict[str, Check] = {
     "width": _whole(1, MAX_SIDE, "pixels"),
     "num_inference_steps": _whole(1, MAX_STEPS, "steps"),
     "num_images_per_prompt": _whole(1, MAX_IMAGES, "pictures"),
+    "candidates": _whole(1, MAX_IMAGES, "pictures"),
+    "keep": _whole(1, MAX_IMAGES, "pictures"),
     "clip_skip": _whole(0, 1000, "layers"),
     "guidance_scale": _real(0.0, MAX_GUIDANCE),
     "image_guidance_scale": _real(0.0, MAX_GUIDANCE),

@@ -29,17 +29,18 @@ ATTRIBUTES = {  # beside those of base classes
         clip_skip default device disable_fp8 disable_vae_slicing disable_vae_tiling do_classifier_free_guidance dtype
         enable_fp8 enable_vae_slicing enable_vae_tiling export from_diffusers from_pretrained from_single_file
         guidance_rescale guidance_scale image_encoder image_guidance_scale interrupt load_ip_adapter
-        load_textual_inversion name num_timesteps prepare_ip_adapter_image_embeds session set_ip_adapter_scale
+        load_ranker load_textual_inversion name num_timesteps prepare_ip_adapter_image_embeds session set_ip_adapter_scale
         text_encoder text_encoder_2 tokenizer tokenizer_2 unload_ip_adapter unload_textual_inversion warmup
         weights_changed""",
-    "Request": "batch count negative_prompts prompts replace",
+    "Request": "batch count kept negative_prompts parts prompts replace",
     "Session": "call close stats submit",
 }
 FIELDS = {
     "Progress": "step steps timestep preview latents embeds",
     "Request": """
         prompt negative_prompt height width num_inference_steps guidance_scale image_guidance_scale guidance_rescale
-        guidance_interval sampler timesteps sigmas eta reuse num_images_per_prompt seed generator latents image strength
+        guidance_interval sampler timesteps sigmas eta reuse num_images_per_prompt candidates keep seed generator latents
+        image strength
         denoising_start denoising_end mask_image
         control_image controlnet_conditioning_scale control_guidance_start control_guidance_end guess_mode
         adapter_conditioning_scale adapter_conditioning_factor clip_skip
@@ -47,13 +48,13 @@ FIELDS = {
         negative_prompt_2 original_size crops_coords_top_left target_size negative_original_size
         negative_crops_coords_top_left negative_target_size aesthetic_score negative_aesthetic_score output_type
         adapters cross_attention_kwargs ip_adapter_image ip_adapter_image_embeds ip_adapter_scale""",
-    "Result": "images seeds timings backend dtype request adapters embeddings",
+    "Result": "images seeds timings backend dtype request adapters embeddings scores",
 }
 ARGUMENTS = {
     "Generation.result": "self timeout",
     "Pipeline.export": "self out options",
     "Pipeline.from_pretrained": """
-        cls path_or_id device dtype torch_dtype backend batch_invariant controlnet adapter where""",
+        cls path_or_id device dtype torch_dtype backend batch_invariant controlnet adapter ranker where""",
     "Pipeline.from_single_file": "cls path options",
     "Pipeline.load_ip_adapter": """
         self pretrained_model_name_or_path_or_dict subfolder weight_name image_encoder_folder allow_pickle where""",

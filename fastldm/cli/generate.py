@@ -55,6 +55,17 @@ def _list_things(ctx: click.Context, param: click.Parameter, group: str | None) 
 )
 @click.option("--size", type=Size(), help="In pixels, such as 768x512.  [default: the model's]")
 @click.option("--n", "count", type=click.IntRange(min=1), default=1, show_default=True, help="How many pictures.")
+@click.option(
+    "--best-of",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Sample N pictures and keep the one, or the --n, that show best what PROMPT says, by a CLIP model's score.",
+)
+@click.option(
+    "--ranker",
+    metavar="FOLDER",
+    help="The CLIP model for --best-of, such as openai/clip-vit-large-patch14's folder.  [default: the model's own]",
+)
 @reuse_option
 @click.option("--init-image", metavar="FILE", help="Start from this picture instead of noise.")
 @click.option(
@@ -130,6 +141,7 @@ def generate(
     fastldm generate "a (shiny:1.3) car" --n 4 --seed 7 -o car.png
     fastldm generate "a cat, oil painting" -m ./sd15 --init-image cat.png --strength 0.6
     fastldm generate "make it snow" -m ./instruct-pix2pix --init-image street.png --guidance 7.5
+    fastldm generate "flower purple" --best-of 8 -o flower.png
     fastldm generate "a cat" -m ./sd15 --lora style.safetensors:0.8
     fastldm generate "a cat" -m ./sd15-onnx --backend openvino
     """
@@ -163,7 +175,8 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
         "seed": options["seed"],
         "height": height,
         "width": width,
-        "num_images_per_prompt": count,
+        "candidates": options["best_of"],
+        "num_images_per_prompt" if options["best_of"] is None else "keep": count,
         "ip_adapter_image": [list(options["ip_images"])] if options["ip_images"] else None,
         "ip_adapter_scale": options["ip_scale"],
     }
@@ -172,6 +185,8 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
     # Mistakes are found before the model is loaded: those in the request itself, then in the files to read and write.
     request = Request(prompt=prompt, **{name: value for name, value in arguments.items() if value is not None})
     request = request.replace(seed=picture_seeds(request))
+    if options["ranker"] and request.candidates is None:
+        raise InputError("--ranker is for --best-of: give both")
     controls.check(options["controls"], options["control_images"])
     seeds = picture_seeds(request)
 
@@ -195,8 +210,9 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
     placed = {name: options[name] for name in placement}
     on_torch = any(options[name] for name in ("embeddings", "ip_adapter", "controls")) or bool(adapters)
     on_torch = on_torch or options["decode"] == "tiled" or request.reuse > 1
+    on_torch = on_torch or (request.candidates is not None and not options["ranker"])
     placed["backend"] = backend_for(model, options["backend"], on_torch=on_torch)
-    pipe = Pipeline.from_pretrained(model, **placed)
+    pipe = Pipeline.from_pretrained(model, ranker=options["ranker"], **placed)
     if options["embeddings"]:
         pipe.load_textual_inversion(options["embeddings"], allow_pickle=options["allow_pickle"])
     if options["ip_adapter"]:
@@ -216,6 +232,7 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
         record = {
             "files": [str(path) for path in paths],
             "seeds": list(result.seeds),
+            **({"scores": list(result.scores)} if result.scores else {}),
             "model": pipe.name,
             "backend": result.backend,
             "device": str(pipe.device),
@@ -224,8 +241,9 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
         }
         click.echo(json.dumps(record))
         return
-    for path, seed in zip(paths, result.seeds, strict=True):
-        click.echo(f"{path}  seed {seed}")
+    scores = [f"  score {score:.3f}" for score in result.scores] or [""] * len(paths)
+    for path, seed, score in zip(paths, result.seeds, scores, strict=True):
+        click.echo(f"{path}  seed {seed}{score}")
     steps = len(timings.steps)
     click.echo(
         f"{result.backend} {result.dtype} on {pipe.device}: {timings.total:.2f} s (text {timings.text:.2f}, "

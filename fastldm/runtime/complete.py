@@ -167,6 +167,8 @@ def _measured(request: Request, unet: UNetConfig, vae: VAEConfig | TinyVAEConfig
     if request.mask_image is not None:
         counts["mask_image"] = images.measure(request.mask_image, "mask_image", mask=True)[0]
     for name, count in counts.items():
+        if count > 1 and request.candidates is not None:
+            raise InputError(f"{name} holds {count} pictures, and there are candidates: give one picture")
         if request.batch % count:
             raise InputError(
                 f"{name} holds {count} pictures for a batch of {request.batch}: give one, or one each, or a "

@@ -35,8 +35,10 @@ from fastldm.models.t2i_adapter import T2IAdapter
 from fastldm.models.unet import AddedConditions, UNet
 from fastldm.models.vae import Decode, Pieces, decode_pieces, finish
 from fastldm.request import Request, Result, Timings, as_list, picture_seeds
+from fastldm.runtime import candidates
 from fastldm.runtime.adapted import Adapted
 from fastldm.runtime.batch import Batch, BatchInvariant, EagerBatch
+from fastldm.runtime.candidates import Ranking
 from fastldm.runtime.complete import complete
 from fastldm.runtime.controls import Controls, start_controls
 from fastldm.runtime.denoise import Embeds, Guidance, Run, check_finite
@@ -102,6 +104,8 @@ class Stages:
             self.controls.attach(control_name, control)
         self.image_prompts = ImagePrompts(spec.unet)
         """IP-Adapters: those that are loaded."""
+        self.ranking = Ranking(spec.checkpoint.source, self.dtype, self.device)
+        """What ranks candidates."""
         self._switches = 0
         self.batch_invariant = False
         """Whether an image is bitwise the one made alone, whatever shares its batch: of sessions that do not say."""
@@ -144,7 +148,14 @@ class Stages:
         if request.reuse > 1:
             self._check_reuse(request.reuse)
         request = complete(request, self.unet.config, self.vae.config, self.family, self.latents)
+        if request.candidates is not None:
+            self.ranking.need(self.text_stages, self.backend)
         return self.image_prompts.complete(request, self.guided(request))
+
+    def scores(self, request: Request, images: Any) -> list[float]:
+        """How well images of a request show what its prompts say, see `conditioning.ranking`."""
+        ranker = self.ranking.need(self.text_stages, self.backend)
+        return candidates.scores(ranker, request, images, self.text_stages[0])
 
     def _check_reuse(self, reuse: int) -> None:
         self.need_torch(

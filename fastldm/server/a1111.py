@@ -332,7 +332,8 @@ async def _generate(
 
 def _info(work: Work, files: Files) -> dict[str, Any]:
     request = files.result.request
-    count, seeds = request.batch, list(files.result.seeds)
+    seeds = list(files.result.seeds)
+    count = len(seeds)
     return {
         "prompt": request.prompt,
         "all_prompts": [request.prompt] * count,

@@ -75,6 +75,7 @@ class ImageFields(BaseModel):
     strength: float | None = None
     clip_skip: int | None = None
     reuse: int | None = Field(None, ge=1, description="Of so many calls of the U-Net the first computes all of it.")
+    best_of: int | None = Field(None, ge=1, description="Sample so many, and answer the n best by the model's ranking.")
     adapters: Annotated[dict[str, float] | None, BeforeValidator(_adapters)] = Field(
         None, max_length=100, description='Weights of adapters by name, such as {"sketch": 0.8}.'
     )
@@ -185,7 +186,8 @@ def arguments_of(fields: ImageFields, of: Image.Image | None = None) -> dict[str
     """The fields of `fastldm.Request`. of: the picture that it starts from, whose size `auto` is."""
     names = ("negative_prompt", "num_inference_steps", "guidance_scale", "image_guidance_scale", "sampler", "strength")
     values: dict[str, Any] = {name: getattr(fields, name) for name in (*names, "clip_skip", "adapters", "reuse")}
-    values |= {"num_images_per_prompt": fields.n, "seed": None if fields.seed == -1 else fields.seed}
+    counts = {"num_images_per_prompt": fields.n} if fields.best_of is None else {"keep": fields.n}
+    values |= {**counts, "candidates": fields.best_of, "seed": None if fields.seed == -1 else fields.seed}
     if fields.size not in (None, "auto"):
         match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", str(fields.size))
         if not match:
@@ -380,11 +382,12 @@ async def finish(service: Service, work: Work, fields: ImageFields, base: str) -
     """OpenAI's answer, when the pictures are done."""
     format = fields.output_format or "png"
     files = await service.files(work, format, fields.output_compression)
+    scores = [{"score": score} for score in files.result.scores] or [{}] * len(files.contents)
     return {
         "created": int(time.time()),
         "data": [
-            {**_content(service, work, content, format, fields, base), "seed": seed}
-            for content, seed in zip(files.contents, files.result.seeds, strict=True)
+            {**_content(service, work, content, format, fields, base), "seed": seed, **score}
+            for content, seed, score in zip(files.contents, files.result.seeds, scores, strict=True)
         ],
         **_about(work, files, fields),
     }

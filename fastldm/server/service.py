@@ -170,7 +170,8 @@ class Service:
         if steps > settings.max_steps:
             raise InputError(f"num_inference_steps is {steps}: expected at most {settings.max_steps}")
         if request.batch > settings.max_n:
-            raise InputError(f"n is {request.batch}: expected at most {settings.max_n}")
+            name = "n" if request.candidates is None else "best_of"
+            raise InputError(f"{name} is {request.batch}: expected at most {settings.max_n}")
         if (pixels := (request.height or height) * (request.width or width)) > settings.max_pixels:
             raise InputError(f"width times height is {pixels}: expected at most {settings.max_pixels} pixels")
         return request

@@ -14,6 +14,7 @@ def check(stages: Stages, request: Request, max_batch: int, held: int) -> None:
     free = memory.free_bytes(stages.device)
     if free is None:
         return
+    request = request.parts(max_batch)[0]
     width, height, batch = int(request.width or 0), int(request.height or 0), request.batch
     images = max(batch, max_batch) if stages.device.type == "cuda" else batch
     workload = memory.Workload.of_request(

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
-from itertools import pairwise
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -20,6 +20,7 @@ from fastldm.device import Mark
 from fastldm.errors import OutOfMemory, WorkerLost, out_of_memory_named
 from fastldm.kernels import dispatch
 from fastldm.request import Request, Result, Timings
+from fastldm.runtime import candidates
 from fastldm.runtime.batch import Batch
 from fastldm.runtime.denoise import Run
 from fastldm.runtime.stages import Stages
@@ -88,8 +89,8 @@ class Bucket:
             return first
         if self.damaged or (first.run is not None and not self._holds(first.run)):
             return None  # the batch is replaced when the last run has left it
-        images = sum(generation.request.batch for generation in self.running)
-        return first if images + first.request.batch <= self.max_batch else None
+        images = sum(generation.part.batch for generation in self.running)
+        return first if images + first.part.batch <= self.max_batch else None
 
     def ready(self) -> bool:
         """Whether a turn would do anything."""
@@ -105,7 +106,7 @@ class Bucket:
             return until.steps_left * self.step_time if self.step_time else None  # type: ignore[union-attr]
         if until is not None:
             waiting = waiting[: 1 + next(k for k, one in enumerate(waiting) if one is until)]
-        steps = sum(one.steps_left * one.request.batch for one in (*started, *waiting))
+        steps = sum(one.steps_left * one.part.batch for one in (*started, *waiting))
         return steps * self.image_time if self.image_time or not steps else None
 
     # --- a turn
@@ -166,12 +167,15 @@ class Bucket:
                 if not generation.start():
                     self.next = None
                     return
-                generation.prepare_start = perf_counter()
-                self._totals.started(generation)
+                start = perf_counter()
+                if not generation.sampled:
+                    generation.prepare_start = start
+                    self._totals.started(generation)
                 generation.input_mark.follow(generation.request)
                 self._set_threads([generation])
-                generation.run = self.stages.prepare(generation.request, batch_invariant=self.batch_invariant)
+                generation.run = self.stages.prepare(generation.part, batch_invariant=self.batch_invariant)
                 generation.prepare_end = perf_counter()
+                generation.text_time += generation.prepare_end - start
             if not self.stages.adapters.enter(generation.run):
                 return
             if not self._holds(generation.run):
@@ -205,7 +209,7 @@ class Bucket:
         now = perf_counter()
         taken = [0 if one.run is None else one.run.row - row for one, row in zip(stepping, before, strict=True)]
         self.step_time = (now - start) / max(1, *taken)
-        image_time = self.step_time / sum(generation.request.batch for generation in stepping)
+        image_time = self.step_time / sum(generation.part.batch for generation in stepping)
         self.image_time = image_time if not self.image_time else 0.8 * self.image_time + 0.2 * image_time
         for generation, count in zip(stepping, taken, strict=True):
             if generation in self.running:
@@ -252,14 +256,16 @@ class Bucket:
         run = generation.run
         assert self.batch is not None
         assert run is not None
+        step = len(generation.step_times) - generation.steps_before  # of this part
+        generation.step_durations.append(now - (generation.step_times[-1] if step else generation.admitted))
         generation.step_times.append(now)
-        step = len(generation.step_times) - 1
-        progress = Progress(step, len(run.table), float(run.table.timesteps[step]))
+        steps = len(run.table) * len(generation.parts)
+        progress = Progress(len(generation.step_times) - 1, steps, float(run.table.timesteps[step]))
         if generation.waits_for_answer:
             latents = self.batch.latents(run)
-            progress = Progress(step, progress.steps, progress.timestep, latents=latents, embeds=run.embeds)
+            progress = replace(progress, latents=latents, embeds=run.embeds)
         preview = None
-        if generation.takes_preview(step, progress.steps):
+        if generation.takes_preview(progress.step, progress.steps):
             c_in = 1.0 if run.done else float(run.table.rows[step + 1][0])
             preview = self.stages.preview(self.batch.latents(run), c_in)
         generation.paused = generation.waits_for_answer
@@ -269,11 +275,12 @@ class Bucket:
         """Move it from the loop to the decoder, if it takes no more steps."""
         run = generation.run
         assert self.batch is not None
-        if run is not None and (run.done or (generation.interrupted and generation.step_times)):
+        stepped = len(generation.step_times) > generation.steps_before
+        if run is not None and (run.done or (generation.interrupted and stepped)):
             latents = self.batch.latents(run)
             first_bad = self._release(run)
             self.running.remove(generation)
-            self.finishing.append((generation, self.stages.decode(generation.request, run, latents, first_bad)))
+            self.finishing.append((generation, self.stages.decode(generation.part, run, latents, first_bad)))
 
     def _release(self, run: Run) -> Callable[[], int | None]:
         assert self.batch is not None
@@ -308,23 +315,42 @@ class Bucket:
                     result = self._result(generation, decoded.value)
                     del self.finishing[0]
                     self._mark = generation.run = None  # before its caller is told, who may look at memory
-                    generation.finish(result)
+                    if result is None:
+                        with self.host.changed:
+                            heapq.heappush(self.waiting, (*generation.place, generation))
+                    else:
+                        generation.finish(result)
                     if not stepping:
                         return
             if stepping and perf_counter() > until:
                 return
 
-    def _result(self, generation: Generation, images: Any) -> Result:
-        now, step_times = perf_counter(), generation.step_times
-        assert generation.run is not None
+    def _result(self, generation: Generation, images: Any) -> Result | None:
+        """None if candidates remain to be sampled."""
+        request, parts = generation.request, generation.sampled
+        if request.candidates is not None:
+            with spans.span("rank"):
+                parts.append((images, self.stages.scores(request, images)))
+        now = perf_counter()
+        generation.decode_time += now - generation.step_times[-1]
+        generation.steps_before = len(generation.step_times)
+        enough = sum(len(scores) for _, scores in parts) >= request.count * request.keep
+        remain = request.candidates is not None and len(parts) < len(generation.parts)
+        if remain and not (generation.interrupted and enough):
+            return None
         timings = Timings(
-            text=generation.prepare_end - generation.prepare_start,
-            steps=tuple(after - before for before, after in pairwise([generation.admitted, *step_times])),
-            decode=now - step_times[-1],
+            text=generation.text_time,
+            steps=tuple(generation.step_durations),
+            decode=generation.decode_time,
             total=now - generation.submitted,
         )
         backend = generation.ran_on.pop() if len(generation.ran_on) == 1 else self.stages.backend
-        return self.stages.result(generation.request, generation.run, images, timings, backend)
+        assert generation.run is not None
+        result = self.stages.result(request, generation.run, images, timings, backend)
+        if request.candidates is None:
+            return result
+        kept, seeds, scores = candidates.best(request, parts)
+        return replace(result, images=kept, seeds=seeds, scores=scores)
 
     # --- failures
 
@@ -377,7 +403,7 @@ class Bucket:
         """As many CPU threads as the work of these requests has use for, and their callers have."""
         threads = max(generation.threads for generation in generations)
         if self.host.device.type == "cpu":
-            images = 1 if self.batch_invariant else sum(generation.request.batch for generation in generations)
+            images = 1 if self.batch_invariant else sum(generation.part.batch for generation in generations)
             threads = self.stages.threads(generations[0].request, images, threads)
         openmp.set_threads(threads)
 
@@ -423,8 +449,8 @@ class Buckets:
         self._by_size[key] = bucket
         if not bucket.generations():
             bucket.spent = max(bucket.spent, least_spent)  # time that it did not ask for is not owed to it
-        place = generation.submitted - SECONDS_A_PRIORITY * priority
-        heapq.heappush(bucket.waiting, (place, next(self._numbers), generation))
+        generation.place = (generation.submitted - SECONDS_A_PRIORITY * priority, next(self._numbers))
+        heapq.heappush(bucket.waiting, (*generation.place, generation))
         self.open.add(generation)
         Future.add_done_callback(generation, self._ended)
 

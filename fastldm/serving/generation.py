@@ -22,7 +22,8 @@ from fastldm import openmp
 from fastldm.device import Mark
 from fastldm.errors import Cancelled, DeadlineExceeded, WorkerLost
 from fastldm.kernels import dispatch
-from fastldm.request import Request, Result
+from fastldm.request import MAX_IMAGES, Request, Result
+from fastldm.runtime.candidates import Part
 from fastldm.runtime.denoise import Embeds, Run
 from fastldm.runtime.stages import Change
 
@@ -109,15 +110,16 @@ class Generation(Future[Result]):
         self,
         host: Host,
         request: Request,
+        max_batch: int = MAX_IMAGES,
         *,
         deadline: float | None = None,
         preview: bool | int = False,
         waits_for_answer: bool = False,
         id: str | None = None,
     ) -> None:
-        """request: with every default filled in. deadline: seconds from now. preview: after each step, or how many in
-        all. waits_for_answer: whether it waits after each step until `answer` is called. id: by which logs name it;
-        None is a random one."""
+        """request: with every default filled in. max_batch: how many candidates are sampled at a time. deadline:
+        seconds from now. preview: after each step, or how many in all. waits_for_answer: whether it waits after each
+        step until `answer` is called. id: by which logs name it; None is a random one."""
         super().__init__()
         self.id = secrets.token_hex(8) if id is None else id
         """What logs name it by."""
@@ -136,8 +138,14 @@ class Generation(Future[Result]):
         self.threads = openmp.threads()
         self.input_mark = Mark(host.device)  # behind what computed the request's tensors
         self.run: Run | None = None
+        self.parts = request.parts(max_batch)  # one after the other; of a request without candidates itself
+        self.sampled: list[Part] = []  # of the parts that are done
+        self.place = (0.0, 0)  # in the line, which the next part takes again
         self.submitted = self.prepare_start = self.prepare_end = self.admitted = perf_counter()
+        self.text_time = self.decode_time = 0.0  # seconds
         self.step_times: list[float] = []  # when each step was done
+        self.step_durations: list[float] = []
+        self.steps_before = 0  # of the parts that are done
         self.ran_on: set[str] = set()  # what ran its steps
         self.paused = self.cancelling = self.interrupted = False
         self.change: tuple[Change, Mark] | None = None  # what a callback has changed
@@ -205,6 +213,11 @@ class Generation(Future[Result]):
         return self._host.position(self)
 
     @property
+    def part(self) -> Request:
+        """What of the request is sampled now: all of it, or some of its candidates."""
+        return self.parts[min(len(self.sampled), len(self.parts) - 1)]
+
+    @property
     def steps_done(self) -> int:
         """Passes of the sampler's loop that are done."""
         return len(self.step_times)
@@ -212,8 +225,9 @@ class Generation(Future[Result]):
     @property
     def steps_left(self) -> int:
         """Those that are not."""
-        run = self.run
-        return int(self.request.num_inference_steps or 1) if run is None else len(run.table) - self.steps_done
+        run, parts = self.run, len(self.parts)
+        steps = int(self.request.num_inference_steps or 1) if run is None else len(run.table)
+        return max(0, steps * parts - self.steps_done)
 
     def remaining(self) -> float | None:
         """Seconds until it is done, about, from the times of the last steps; None while there are none."""

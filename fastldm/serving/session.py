@@ -120,7 +120,13 @@ class Session:
         completed = self.stages.complete(request)
         admission.check(self.stages, completed, self.max_batch, self._buckets.held(completed))
         generation = Generation(
-            self._worker, completed, deadline=deadline, preview=preview, waits_for_answer=waits_for_answer, id=id
+            self._worker,
+            completed,
+            self.max_batch,
+            deadline=deadline,
+            preview=preview,
+            waits_for_answer=waits_for_answer,
+            id=id,
         )
         worker = self._worker
         if worker.device.type == "cpu":
@@ -147,7 +153,7 @@ class Session:
         stages, worker, totals = self.stages, self._worker, self._buckets.totals
         with worker.changed:
             buckets, waiting, open_ = [*self._buckets], self._buckets.waiting, len(self._buckets.open)
-            images = [one.request.batch for bucket in buckets for one in [*bucket.running]]
+            images = [one.part.batch for bucket in buckets for one in [*bucket.running]]
             held = sum(bucket.batch.nbytes for bucket in buckets if bucket.batch is not None)
             works = [bucket.work() for bucket in buckets]
             step_times = {bucket.size: bucket.step_time for bucket in buckets if bucket.step_time}
