@@ -102,7 +102,7 @@ def pipeline(model: Model, device: torch.device, dtype: torch.dtype) -> Pipeline
     networks = {"unet": with_random_weights(unet, device, dtype), "vae": with_random_weights(vae, device, dtype)}
     prepared = prepare(networks | {f"text encoder {i}": stage.model for i, stage in enumerate(stages)})
     family: Family = next(family for family in FAMILIES if family.name == model.family)
-    checkpoint: Any = SimpleNamespace(scheduler=SCHEDULER, index={}, loaded=False)
+    checkpoint: Any = SimpleNamespace(scheduler=SCHEDULER, index={}, loaded=False, source="")
     schedule = read_scheduler(SCHEDULER, None, "SCHEDULER")
     spec = loading.Spec(checkpoint, model.unet, model.vae, model.text, family, schedule)
     loaded = loading.LoadedModel(unet, vae, stages, prepared, device=device, dtype=dtype)
