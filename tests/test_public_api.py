@@ -29,9 +29,9 @@ ATTRIBUTES = {  # beside those of base classes
         clip_skip default device disable_fp8 disable_vae_slicing disable_vae_tiling do_classifier_free_guidance dtype
         enable_fp8 enable_vae_slicing enable_vae_tiling export from_diffusers from_pretrained from_single_file
         guidance_rescale guidance_scale image_encoder image_guidance_scale interrupt load_ip_adapter
-        load_ranker load_textual_inversion name num_timesteps prepare_ip_adapter_image_embeds session set_ip_adapter_scale
-        text_encoder text_encoder_2 tokenizer tokenizer_2 unload_ip_adapter unload_textual_inversion warmup
-        weights_changed""",
+        load_ranker load_textual_inversion name num_timesteps prepare_ip_adapter_image_embeds session
+        set_ip_adapter_scale text_encoder text_encoder_2 tokenizer tokenizer_2 unload_ip_adapter
+        unload_textual_inversion warmup weights_changed""",
     "Request": "batch count kept negative_prompts parts prompts replace",
     "Session": "call close stats submit",
 }
@@ -39,8 +39,8 @@ FIELDS = {
     "Progress": "step steps timestep preview latents embeds",
     "Request": """
         prompt negative_prompt height width num_inference_steps guidance_scale image_guidance_scale guidance_rescale
-        guidance_interval sampler timesteps sigmas eta reuse num_images_per_prompt candidates keep seed generator latents
-        image strength
+        guidance_interval sampler timesteps sigmas eta reuse num_images_per_prompt candidates keep seed generator
+        latents image strength
         denoising_start denoising_end mask_image
         control_image controlnet_conditioning_scale control_guidance_start control_guidance_end guess_mode
         adapter_conditioning_scale adapter_conditioning_factor clip_skip
