@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fastldm import __main__
+
 SCRIPT = """
 import resource, sys, threading
 from fastldm import heap
@@ -52,3 +54,13 @@ def test_kept_heap_touches_no_new_pages() -> None:
     assert faults("keep") < pages / 100
     assert faults("plain") > pages / 2
     assert faults("keep", MALLOC_MMAP_THRESHOLD_="1000000") > pages / 2
+
+
+@pytest.mark.parametrize("command", ["generate", "export", "prepare"])
+def test_commands_that_export_return_memory(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[bool] = []
+    monkeypatch.setattr(sys, "argv", ["fastldm", command])
+    monkeypatch.setattr(__main__.heap, "keep", lambda: kept.append(True))
+    monkeypatch.setattr(__main__.cli_report, "run", lambda main: None)
+    __main__.run()
+    assert bool(kept) == (command == "generate")
