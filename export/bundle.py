@@ -39,7 +39,7 @@ from fastldm.export.spec import MODEL, NetworkSpec, specs
 from fastldm.kernels.step import COLUMNS as GRAPH_COLUMNS
 from fastldm.loading import spec as loading
 from fastldm.loading.checkpoint import Checkpoint, Component, TokenizerFiles
-from fastldm.loading.formats import TOKENIZER_FILES, TOKENIZERS
+from fastldm.loading.formats import SCHEDULERS, TOKENIZER_FILES, TOKENIZERS
 from fastldm.models.clip import CLIPText
 from fastldm.models.controlnet import ControlNetConfig
 from fastldm.models.vae import HALF_EXPONENT, AutoencoderKL, rescale_for_half
@@ -156,7 +156,7 @@ class Bundle:
     def model(self) -> loading.Spec:
         """The exported model, as `loading.describe` describes the original."""
         manifest, source = self.manifest, str(self.folder)
-        configs = {name: config for name, config in manifest["config"].items() if name != "scheduler"}
+        configs = {name: config for name, config in manifest["config"].items() if name not in SCHEDULERS}
         components = {
             name: Component(name, str(config.get("_class_name", name)), config, (), source)
             for name, config in configs.items()
@@ -165,8 +165,17 @@ class Bundle:
         for name in ("unet", "vae", "text_encoder", "scheduler"):
             if name not in manifest["config"]:
                 raise CheckpointError(f"'config.{name}' is missing")
-        scheduler = manifest["config"]["scheduler"]
-        return loading.spec_of(Checkpoint(source, components, scheduler, tokenizers, manifest["index"]))
+        schedulers = {name: manifest["config"].get(name) for name in SCHEDULERS}
+        return loading.spec_of(
+            Checkpoint(
+                source,
+                components,
+                schedulers["scheduler"],
+                tokenizers,
+                manifest["index"],
+                schedulers["low_res_scheduler"],
+            )
+        )
 
     def path(self, network: str) -> Path:
         """The ONNX file of a network."""
@@ -204,7 +213,7 @@ def in_memory(model: loading.Spec, modules: Mapping[str, nn.Module]) -> loading.
     components: dict[str, Component] = {}
     for name, component in model.checkpoint.components.items():
         module = modules[name]
-        in_float16 = next(module.parameters()).dtype == torch.float16
+        in_float16 = any(parameter.dtype == torch.float16 for parameter in module.parameters())
         if isinstance(module, AutoencoderKL) and module.config.force_upcast and in_float16:
             module = copy.deepcopy(module).float()  # undo the rescaling for float16
             rescale_for_half(module, -HALF_EXPONENT)
@@ -250,7 +259,7 @@ def identity(model: loading.Spec) -> dict[str, Any]:
     with equal identities are the same. InputError if it has no weights."""
     checkpoint = model.checkpoint
     components = checkpoint.components
-    configs = {name: component.config for name, component in components.items()} | {"scheduler": checkpoint.scheduler}
+    configs = {name: component.config for name, component in components.items()} | checkpoint.schedulers
     return {
         "weights": {name: _hash_weights(component) for name, component in components.items()},
         "tokenizers": {name: _hash_tokenizer(files) for name, files in checkpoint.tokenizers.items()},

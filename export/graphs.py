@@ -103,6 +103,9 @@ def graph_specs(
         prompts.append(replace(ids, shape=(temb.shape[0], *ids.shape[1:])))
         prompts.append(Port("negative_weight", "float32", (1,), below=1))
     prompts.append(Port("timesteps", "float32", (_COUNT, _IMAGES), below=1000))
+    prompts += [
+        replace(port, shape=(_COUNT, _IMAGES)) for port in networks["time_rows"].inputs if port.name == "class_labels"
+    ]
     prompts.append(Port("decode", "int32", (1,), below=2))
     (sampled,) = networks["vae_decoder"].outputs
     image = Port("image", "float32", (_IMAGES, *sampled.shape[1:]))

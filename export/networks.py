@@ -33,7 +33,7 @@ from fastldm.export.spec import Axis, NetworkSpec, named_controls
 from fastldm.kernels.lora import Rows
 from fastldm.loading import spec as loading
 from fastldm.loading.prepare import prepare
-from fastldm.models.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
+from fastldm.models.config import AutoencoderConfig, TextConfig, UNetConfig
 from fastldm.models.controlnet import ControlNetConfig
 from fastldm.models.layers import Beside
 from fastldm.models.t2i_adapter import T2IAdapterConfig
@@ -244,9 +244,7 @@ class ExportedText:
 class ExportedAutoencoder:
     """Replaces models.vae.AutoencoderKL or TinyAutoencoder, without tiled decoding."""
 
-    def __init__(
-        self, config: VAEConfig | TinyVAEConfig, decoder: Network, open_encoder: Callable[[], Network]
-    ) -> None:
+    def __init__(self, config: AutoencoderConfig, decoder: Network, open_encoder: Callable[[], Network]) -> None:
         self.config, self._decoder, self._open_encoder = config, decoder, open_encoder
 
     @cached_property
@@ -276,7 +274,12 @@ class ExportedUNet(ABC):
 
     @abstractmethod
     def time_rows(
-        self, timesteps: Tensor, *, added: AddedConditions | None = None, guidance: Tensor | None = None
+        self,
+        timesteps: Tensor,
+        *,
+        added: AddedConditions | None = None,
+        guidance: Tensor | None = None,
+        class_labels: Tensor | None = None,
     ) -> Tensor: ...
 
     def cross_kv(self, encoder_hidden_states: Tensor) -> tuple[Tensor, ...]:
@@ -323,10 +326,16 @@ class SplitUNet(ExportedUNet):
         self._zeros: dict[str, Tensor] = {}
 
     def time_rows(
-        self, timesteps: Tensor, *, added: AddedConditions | None = None, guidance: Tensor | None = None
+        self,
+        timesteps: Tensor,
+        *,
+        added: AddedConditions | None = None,
+        guidance: Tensor | None = None,
+        class_labels: Tensor | None = None,
     ) -> Tensor:
         inputs = {"timesteps": timesteps, **({} if added is None else vars(added))}
-        return self._time_rows.only(**inputs, **({} if guidance is None else {"guidance": guidance}))
+        inputs |= {} if guidance is None else {"guidance": guidance}
+        return self._time_rows.only(**inputs, **({} if class_labels is None else {"class_labels": class_labels}))
 
     def _cross_kv(self, hidden: Tensor) -> tuple[Tensor, ...]:
         outputs = self._text_kv(encoder_hidden_states=hidden)
@@ -377,14 +386,21 @@ class FullUNet(ExportedUNet):
 
     def __init__(self, config: UNetConfig, unet: Network) -> None:
         super().__init__(config, unet, "encoder_hidden_states")
-        names = ("timestep", "timestep_cond", "time_ids", "text_embeds")
-        ports = {port.name: port for port in unet.inputs}
-        self._row_columns = {name: 1 if name == "timestep" else ports[name].shape[1] for name in names if name in ports}
+        names = ("timestep", "class_labels", "timestep_cond", "time_ids", "text_embeds")
+        ports = {port.name: port.shape for port in unet.inputs}
+        self._row_columns = {name: (1, *ports[name])[len(ports[name]) - 1] for name in names if name in ports}
 
     def time_rows(
-        self, timesteps: Tensor, *, added: AddedConditions | None = None, guidance: Tensor | None = None
+        self,
+        timesteps: Tensor,
+        *,
+        added: AddedConditions | None = None,
+        guidance: Tensor | None = None,
+        class_labels: Tensor | None = None,
     ) -> Tensor:
         columns = {"timestep": timesteps[:, None]}
+        if class_labels is not None:
+            columns["class_labels"] = class_labels[:, None]
         if guidance is not None and self.config.time_cond_proj_dim is not None:
             columns["timestep_cond"] = guidance_embedding(guidance, self.config.time_cond_proj_dim)
         if added is not None:
@@ -397,7 +413,7 @@ class FullUNet(ExportedUNet):
     def _evaluate(self, inputs: Mapping[str, Tensor], kv: Sequence[Tensor]) -> Tensor:
         columns = inputs["temb_row"].split(list(self._row_columns.values()), dim=1)
         row = dict(zip(self._row_columns, columns, strict=True))
-        row["timestep"] = row["timestep"].flatten()
+        row |= {name: row[name].flatten() for name in ("timestep", "class_labels") if name in row}
         return self._step.only(sample=inputs["sample"], encoder_hidden_states=kv[0], **row)
 
 

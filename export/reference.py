@@ -302,6 +302,7 @@ def _unet(unet: UNet, inputs: Named) -> dict[str, Tensor]:
         inputs["encoder_hidden_states"],
         inputs.get("timestep_cond"),
         None if added is None else vars(added),
+        inputs.get("class_labels"),
     )
     return {"out_sample": out}
 
@@ -319,8 +320,8 @@ def _text_kv(unet: UNet, inputs: Named) -> dict[str, Tensor]:
 
 
 def _time_rows(unet: UNet, inputs: Named) -> dict[str, Tensor]:
-    rows = unet.time_rows(inputs["timesteps"], added=_added(inputs), guidance=inputs.get("guidance"))
-    return {"temb_rows": rows}
+    conditions = {name: inputs[name] for name in ("guidance", "class_labels") if name in inputs}
+    return {"temb_rows": unet.time_rows(inputs["timesteps"], added=_added(inputs), **conditions)}
 
 
 def _unet_step(unet: UNet, inputs: Named) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ optimum's and diffusers' exports, so that their pipelines can load bundles:
 
     text_encoder, text_encoder_2    input_ids -> last_hidden_state, pooler_output or text_embeds, hidden_states.N
     unet                            sample, timestep, encoder_hidden_states (SDXL: text_embeds, time_ids; LCM:
-                                    timestep_cond) -> out_sample
+                                    timestep_cond; an upscaler: class_labels) -> out_sample
     vae_decoder                     latent_sample -> sample
     vae_encoder                     sample -> latent_sample, latent_parameters (a tiny autoencoder: the first alone)
 
@@ -15,7 +15,8 @@ diffusers reads the latent from an encoder's first output, and optimum the mean 
 In the split form, the U-Net is three networks, as `models.unet` runs it:
 
     text_kv      encoder_hidden_states -> kv.0, kv.1, ...: keys | values of each cross-attention, per prompt
-    time_rows    timesteps (SDXL: text_embeds, time_ids; LCM: guidance) -> temb_rows, per schedule
+    time_rows    timesteps (SDXL: text_embeds, time_ids; LCM: guidance; an upscaler: class_labels) -> temb_rows, per
+                 schedule
     unet_step    sample, temb_row, kv.0, kv.1, ... -> out_sample, per step
 
 A control that was exported with such a model is networks of its own, k being its number from 1 on, and the step reads
@@ -45,7 +46,7 @@ import torch
 from torch import Tensor
 
 from fastldm.adapters.packing import DOWN, SCALE, UP, Layout, layouts
-from fastldm.models.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
+from fastldm.models.config import AutoencoderConfig, TextConfig, TinyVAEConfig, UNetConfig
 from fastldm.models.controlnet import ControlNetConfig
 from fastldm.models.families import encoder_names
 from fastldm.models.t2i_adapter import T2IAdapterConfig, feature_places
@@ -143,7 +144,7 @@ class NetworkSpec:
 
 def specs(
     unet: UNetConfig,
-    vae: VAEConfig | TinyVAEConfig,
+    vae: AutoencoderConfig,
     texts: Sequence[TextConfig],
     *,
     dtype: DType,
@@ -183,8 +184,9 @@ def sample(spec: NetworkSpec, sizes: Mapping[str, int] | None = None, seed: int 
         if port.dtype == "int32":
             assert port.below is not None
             values = torch.randint(port.below, shape, generator=generator)
-            ends = torch.rand(shape, generator=generator).topk(min(2, shape[1]), dim=1).indices
-            values.scatter_(1, ends, port.below - 1)
+            if len(shape) > 1:  # token ids
+                ends = torch.rand(shape, generator=generator).topk(min(2, shape[1]), dim=1).indices
+                values.scatter_(1, ends, port.below - 1)
         elif port.below is not None:
             values = port.below * torch.rand(shape, generator=generator)
         elif port.like == "normal":
@@ -286,6 +288,8 @@ def _unet(config: UNetConfig, window: int, dtype: DType) -> NetworkSpec:
     ]
     if config.needs_added:
         inputs += _pooled(config, _BATCH, dtype)
+    if config.num_class_embeds is not None:
+        inputs.append(Port("class_labels", "int32", (_BATCH,), config.num_class_embeds))
     if config.time_cond_proj_dim is not None:
         inputs.append(Port("timestep_cond", dtype, (_BATCH, config.time_cond_proj_dim)))
     return NetworkSpec("unet", tuple(inputs), (Port("out_sample", dtype, _image(config, config.out_channels)),))
@@ -306,6 +310,8 @@ def _time_rows(name: str, config: UNetConfig, channels: int, dtype: DType) -> Ne
         conditions += _pooled(config, rows, dtype)
     if config.needs_guidance:
         conditions.append(Port("guidance", "float32", (rows,), 10))
+    if config.num_class_embeds is not None:
+        conditions.append(Port("class_labels", "int32", (rows,), config.num_class_embeds))
     return NetworkSpec(name, tuple(conditions), (Port("temb_rows", dtype, (rows, channels)),))
 
 
@@ -407,13 +413,13 @@ def _image_shape(unet: UNetConfig, channels: int, unit: int) -> tuple[int | Axis
     return (_IMAGES, channels, *(Axis(side.name, unit, side.best * unit, side.most * unit, unit) for side in sides))
 
 
-def _vae_decoder(unet: UNetConfig, vae: VAEConfig | TinyVAEConfig, dtype: DType) -> NetworkSpec:
+def _vae_decoder(unet: UNetConfig, vae: AutoencoderConfig, dtype: DType) -> NetworkSpec:
     size, image = _image_shape(unet, vae.latent_channels, 1), _image_shape(unet, vae.out_channels, vae.factor)
     latents = Port("latent_sample", dtype, size, like="latents", scale=1 / vae.scaling_factor)
     return NetworkSpec("vae_decoder", (latents,), (Port("sample", dtype, image),))
 
 
-def _vae_encoder(unet: UNetConfig, vae: VAEConfig | TinyVAEConfig, dtype: DType) -> NetworkSpec:
+def _vae_encoder(unet: UNetConfig, vae: AutoencoderConfig, dtype: DType) -> NetworkSpec:
     image = Port("sample", dtype, _image_shape(unet, vae.in_channels, vae.factor), like="picture")
     outputs = [Port("latent_sample", dtype, _image_shape(unet, vae.latent_channels, 1))]
     if not isinstance(vae, TinyVAEConfig):  # mean and log variance

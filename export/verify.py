@@ -285,7 +285,7 @@ def _picture_requests(stages: Stages, fresh: bool = False) -> list[Request]:
     mask = np.zeros((height, width), dtype=np.float32)
     mask[: height // 2] = 1
     from_picture: dict[str, Any] = {"image": start, "mask_image": mask, "strength": 0.7}
-    needed = needed_images(stages.unet.config, height, width)
+    needed = needed_images(stages.spec, height, width)
     if needed:
         shared |= needed
         from_picture = {}
@@ -317,7 +317,7 @@ def fixed_image(stages: Stages, inputs: Mapping[str, Tensor]) -> Tensor:
     """The image (1, 3, H, W) in 0..1 of a fixed prompt, from these latents."""
     options: dict[str, Any] = {"prompt": "a photograph of a red apple", "num_inference_steps": 3, "output_type": "pt"}
     height, width = (int(n) * stages.vae.config.factor for n in inputs["latents"].shape[2:])
-    options |= needed_images(stages.unet.config, height, width)
+    options |= needed_images(stages.spec, height, width)
     return stages.make(Request(**options, seed=0, latents=inputs["latents"])).float().cpu()
 
 

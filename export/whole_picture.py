@@ -22,7 +22,7 @@ from fastldm.export.bundle import Bundle
 from fastldm.export.graphs import HISTORY, STATE, STEPS
 from fastldm.export.spec import NetworkSpec, Port
 from fastldm.kernels.step import COLUMNS
-from fastldm.models.config import TinyVAEConfig, UNetConfig, VAEConfig
+from fastldm.models.config import AutoencoderConfig, UNetConfig
 from fastldm.sizes import Axis
 
 _PARTS = 6
@@ -53,7 +53,7 @@ class Composer:
         networks: Mapping[str, ModelProto],
         spec: NetworkSpec,
         unet: UNetConfig,
-        vae: VAEConfig | TinyVAEConfig,
+        vae: AutoencoderConfig,
     ) -> None:
         """spec: of the graph."""
         self.networks, self.spec, self.unet, self.vae = networks, spec, unet, vae
@@ -106,6 +106,8 @@ class Composer:
                 times[name] = main("Reshape", repeated, main("Concat", flat, columns, axis=0))
         if self.unet.needs_guidance:
             times["guidance"] = each_row("guidance")
+        if self.unet.needs_class:
+            times["class_labels"] = each_row("class_labels")
         temb = main.network(self.networks["time_rows"], "time_rows", times)["temb_rows"]
         width = main("Shape", temb, start=1, end=2)
         temb = main("Reshape", temb, main("Concat", count, rows, width, axis=0), allowzero=1)

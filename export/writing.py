@@ -83,6 +83,8 @@ def export(
     BundleError if a network does not compute what PyTorch does or the disk is full; EngineError if ONNX Runtime cannot
     run it.
     """
+    if not model.text:
+        raise InputError(f"the family {model.family.name} reads no text: exports are of models that read a prompt")
     controls = controls or {}
     for reason, given in (("fused_ops", fused_ops), ("adapter_rank", adapter_rank), ("controls", controls)):
         if checks.flag("whole_picture", whole_picture) and given:
@@ -311,8 +313,9 @@ def _export(
         write_once(network, write)
     for title, tokenizer in model.checkpoint.tokenizers.items():
         _write_tokenizer(tokenizer, partial / title)
-    (partial / "scheduler").mkdir(exist_ok=True)
-    write_json(partial / "scheduler" / "scheduler_config.json", head["config"]["scheduler"])
+    for title in model.checkpoint.schedulers:
+        (partial / title).mkdir(exist_ok=True)
+        write_json(partial / title / "scheduler_config.json", head["config"][title])
     write_json(partial / "model_index.json", _index(model, networks.specs))
 
     def write_image() -> None:
@@ -382,10 +385,13 @@ def _hashes(folder: Path, network: str) -> dict[str, dict[str, Any]]:
 def _index(model: Spec, networks: Iterable[str]) -> dict[str, Any]:
     """The bundle's model_index.json, for optimum and diffusers' ONNX pipelines: the settings of the model's index, and
     each network as an ONNX model."""
-    index, scheduler = as_json(model.checkpoint.index), model.checkpoint.scheduler
+    index = as_json(model.checkpoint.index)
     settings = {key: value for key, value in index.items() if not isinstance(value, list | tuple)}
     components: dict[str, tuple[str | None, str | None]] = {
-        "scheduler": ("diffusers", scheduler.get("_class_name", "PNDMScheduler")),
+        **{
+            name: ("diffusers", config.get("_class_name", "PNDMScheduler"))
+            for name, config in model.checkpoint.schedulers.items()
+        },
         **dict.fromkeys(model.checkpoint.tokenizers, ("transformers", "CLIPTokenizer")),
         **dict.fromkeys(networks, ("diffusers", "OnnxRuntimeModel")),
         **dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), (None, None)),

@@ -59,21 +59,27 @@ _MAX_OVERSHOOT = 1 / 64
 _decoding = threading.Lock()  # several calls may read the same PIL image
 
 
-def load_image(source: Any, size: tuple[int, int] | None = None, *, name: str = "image") -> torch.Tensor:
+def load_image(
+    source: Any,
+    size: tuple[int, int] | None = None,
+    *,
+    name: str = "image",
+    resample: Image.Resampling = Image.Resampling.LANCZOS,
+) -> torch.Tensor:
     """Images as float32 (B, 3, H, W) in -1..1, resized to `size` = (height, width) if it is not None.
 
     `source` is a PIL image, a path, an array (H, W, 3) or (B, H, W, 3), a tensor (3, H, W) or (B, 3, H, W), or a list
     of those; one channel is grey. Colours are RGB: OpenCV's BGR cannot be recognised and must be converted.
 
     - PIL images and files are rotated by their EXIF orientation (as by `diffusers.utils.load_image`), composited on
-      white if transparent, since hidden colours are noise, and resized by Lanczos' filter. 16-bit and float ones are
+      white if transparent, since hidden colours are noise, and resized by `resample`. 16-bit and float ones are
       read in their full range. Of an animation, the current frame is read, of a file the first.
     - Arrays and tensors are bool, uint8, uint16, or floats in 0..1, or in -1..1 if any is negative, and are resized
       to the nearest pixel (as by `VaeImageProcessor.preprocess`).
 
     InputError for anything else, and for images that are damaged, empty, or have more than MAX_PIXELS pixels.
     """
-    loaded = [_pixels(image, size, name) for image in _each(source, name)]
+    loaded = [_pixels(image, size, name, resample) for image in _each(source, name)]
     _check_one_size([pixels for pixels, _ in loaded], name)
     signed = any(is_float and bool(pixels.min() < 0) for pixels, is_float in loaded)
     return torch.cat(
@@ -323,10 +329,12 @@ def _is_deep(image: Image.Image) -> bool:
     return image.mode in ("I", "F") or image.mode.startswith("I;")
 
 
-def _fit(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
+def _fit(
+    image: Image.Image, size: tuple[int, int] | None, resample: Image.Resampling = Image.Resampling.LANCZOS
+) -> Image.Image:
     if size is None or (image.height, image.width) == size:
         return image
-    return image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+    return image.resize((size[1], size[0]), resample)
 
 
 def _unit(image: Image.Image) -> torch.Tensor:
@@ -399,7 +407,12 @@ def _nearest(values: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor
 # ----------------------------------------------------------------------------------------- one image or mask
 
 
-def _pixels(source: Any, size: tuple[int, int] | None, name: str) -> tuple[torch.Tensor, bool]:
+def _pixels(
+    source: Any,
+    size: tuple[int, int] | None,
+    name: str,
+    resample: Image.Resampling = Image.Resampling.LANCZOS,
+) -> tuple[torch.Tensor, bool]:
     """float32 (B, 1 or 3, H, W) in 0..1 and False, or a caller's floats, which may be in -1..1, and True."""
     if isinstance(source, (np.ndarray, torch.Tensor)):
         values, is_float = _floats(source, name, mask=False)
@@ -412,11 +425,11 @@ def _pixels(source: Any, size: tuple[int, int] | None, name: str) -> tuple[torch
                 shades = np.array(grey)
                 shades[shades == np.float32(grey.info["transparency"])] = 255
                 grey = Image.fromarray(shades)
-            return _unit(_fit(grey, size)), False
+            return _unit(_fit(grey, size, resample)), False
         if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
             rgba = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-        return _unit(_fit(image.convert("RGB"), size)), False
+        return _unit(_fit(image.convert("RGB"), size, resample)), False
 
 
 def _mask(source: Any, size: tuple[int, int] | None, name: str) -> torch.Tensor:

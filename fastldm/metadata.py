@@ -318,6 +318,7 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "denoising_end": ("Denoising end", float),
     "eta": ("Eta", float),
     "reuse": ("Reuse", int),
+    "noise_level": ("Noise level", int),
     "timesteps": ("Timesteps", _list_of(_number)),
     "sigmas": ("Sigmas", _list_of(float)),
     "aesthetic_score": ("Aesthetic score", float),

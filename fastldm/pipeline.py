@@ -250,7 +250,7 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         repeats = WARM_UPS + 1 if self.stages.graphs is not None else 1
         options = {"prompt": "a prompt", "num_inference_steps": repeats, "output_type": "pt", "seed": 0, **options}
         for width, height, count in sorted(workloads, key=math.prod, reverse=True):
-            pictures = needed_images(self.unet.config, height, width)
+            pictures = needed_images(self.stages.spec, height, width)
             for _ in range(repeats):
                 self(**{**pictures, **options}, width=width, height=height, num_images_per_prompt=count)
 

@@ -103,10 +103,10 @@ class Request:
     `mask_image` these are the noisy latents at which the steps start, and only the size of `image` is used, as in
     diffusers."""
     image: Any = None
-    """Initial image, for image to image. A path, a PIL image, an array (H, W, 3) or (B, H, W, 3), a tensor (B, 3, H,
-    W), or a list: RGB, uint8 or floats in 0..1, see `image.load_image`. Or latents (B, C, h, w), recognised by their
-    channels and scaled as for the U-Net. Of n images, n dividing the batch, image k starts from number k modulo n, as
-    in diffusers; likewise for `mask_image`."""
+    """Initial image, for image to image; of models that enlarge one, the small image. A path, a PIL image, an array
+    (H, W, 3) or (B, H, W, 3), a tensor (B, 3, H, W), or a list: RGB, uint8 or floats in 0..1, see `image.load_image`.
+    Or latents (B, C, h, w), recognised by their channels and scaled as for the U-Net. Of n images, n dividing the
+    batch, image k starts from number k modulo n, as in diffusers; likewise for `mask_image`."""
     strength: float | None = None
     """How much `image` is changed, 0 (not at all) to 1 (completely); None is 0.8, with SDXL's refiner 0.3, and 1 with
     `mask_image`. Models that edit `image` start from noise, and have none."""
@@ -117,6 +117,9 @@ class Request:
     denoising_end: float | None = None
     """Take only the steps up to this fraction: with output_type "latent", what a request with denoising_start goes
     on with, as SDXL's refiner does."""
+    noise_level: int | None = None
+    """Of models that enlarge `image`: how much noise is added to it first, a timestep of the low_res_scheduler. None is
+    the model's: 20 of the x4 upscaler, as in diffusers."""
     mask_image: Any = None
     """White is repainted, black stays; needs `image`. Types as for `image`, or (H, W), see `image.load_mask`."""
     control_image: Any = None
@@ -548,6 +551,7 @@ _CHECKS: dict[str, Check] = {
     "negative_aesthetic_score": _real(-1000.0, 1000.0),
     "denoising_start": _inner,
     "denoising_end": _inner,
+    "noise_level": _whole(0, 10**5, "a noise level"),
     "sampler": lambda name, value: checks.short_text(name, value, "a sampler's name, such as 'euler a'"),
     "timesteps": lambda name, value: checks.numbers(name, value, MAX_STEPS),
     "sigmas": lambda name, value: checks.numbers(name, value, MAX_STEPS),

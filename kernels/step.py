@@ -354,7 +354,7 @@ def supports(
     for each in (mask, *slots, *named.values()):
         if each is not None and not each.is_contiguous():
             return no(f"{tuple(each.shape)} with strides {tuple(each.stride())} is not contiguous")
-    return pixels_supported(out) and pixels_supported(u)
+    return pixels_supported(out) and pixels_supported(u[:, :channels])  # what lies behind stays as it is
 
 
 def cost(out: Tensor, u: Tensor, x: Tensor, *_: object, **__: object) -> Cost:

@@ -153,7 +153,7 @@ def test_absurd_shapes_are_refused_at_once(tmp_path: Path) -> None:
         read_layout(shapes, source="file")
 
 
-FAMILIES = ("sd1", "sd1-inpaint", "sd2", "sd2-inpaint", "sdxl", "sdxl-inpaint", "sdxl-refiner")
+FAMILIES = ("sd1", "sd1-inpaint", "sd2", "sd2-inpaint", "sdxl", "sdxl-inpaint", "sdxl-refiner", "x4")
 
 
 def test_layout_has_published_numbers_of_keys() -> None:
@@ -165,7 +165,7 @@ def test_layout_has_published_numbers_of_keys() -> None:
     assert counts["sd1"] == 686 + 248 + 197 + len(SCHEDULE_BUFFERS)
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "sdxl-refiner"])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "sdxl-refiner", "x4"])
 def test_full_size_single_file_matches_diffusers_network(tmp_path: Path, family: str) -> None:
     import diffusers
     import transformers
@@ -237,6 +237,19 @@ CONFIGS: dict[str, dict[str, Any]] = {  # of the families' repositories on the h
         "sample_size": 128,
         "transformer_layers_per_block": [1, 4, 4, 4],
         "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "use_linear_projection": True,
+    },
+    "x4": {
+        "attention_head_dim": 8,
+        "block_out_channels": [256, 512, 512, 1024],
+        "cross_attention_dim": 1024,
+        "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 3,
+        "in_channels": 7,
+        "num_class_embeds": 1000,
+        "only_cross_attention": [False, True, True, False],  # the first level has no transformers, whatever is said
+        "sample_size": 128,
+        "up_block_types": ["CrossAttnUpBlock2D"] * 3 + ["UpBlock2D"],
+        "use_linear_projection": True,
     },
 }
 
@@ -253,7 +266,10 @@ SCHEDULERS = {
     "sd2": ("DDIMScheduler", "v_prediction"),
     "sd2-inpaint": ("PNDMScheduler", "epsilon"),
     "sdxl": ("EulerDiscreteScheduler", "epsilon"),
+    "x4": ("DDIMScheduler", "v_prediction"),
 }
+BETAS = {"x4": (0.0001, 0.02)}
+SCALES = {"sdxl": 0.13025, "x4": 0.08333}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -264,15 +280,17 @@ def test_single_file_configs_equal_published_configs(tmp_path: Path, family: str
     assert checkpoint.index.get("requires_aesthetics_score", False) == family.endswith("-refiner")
     assert checkpoint.components["unet"].config.items() >= CONFIGS[family].items()
     text = checkpoint.components["text_encoder_2" if name == "sdxl" else "text_encoder"]
-    assert text.config.items() >= TEXT_CONFIGS[name].items()
+    assert text.config.items() >= TEXT_CONFIGS["sd2" if name == "x4" else name].items()
     vae = checkpoint.components["vae"].config
-    assert vae["block_out_channels"] == [128, 256, 512, 512]
-    assert vae["scaling_factor"] == (0.13025 if name == "sdxl" else 0.18215)
+    assert vae["block_out_channels"] == ([128, 256, 512] if name == "x4" else [128, 256, 512, 512])
+    assert vae["scaling_factor"] == SCALES.get(name, 0.18215)
     assert vae.get("force_upcast", False) == (name == "sdxl")
     scheduler = checkpoint.scheduler
     expected = SCHEDULERS.get(family, SCHEDULERS[name])
     assert (scheduler["_class_name"], scheduler["prediction_type"]) == expected
-    assert (scheduler["beta_start"], scheduler["beta_end"], scheduler["steps_offset"]) == (0.00085, 0.012, 1)
+    betas = BETAS.get(name, (0.00085, 0.012))
+    assert (scheduler["beta_start"], scheduler["beta_end"], scheduler["steps_offset"]) == (*betas, 1)
+    assert (checkpoint.low_res_scheduler is not None) == (name == "x4")
     pads = {key: files.pad_token for key, files in checkpoint.tokenizers.items()}
     end = "<|endoftext|>"
     assert (
@@ -280,6 +298,7 @@ def test_single_file_configs_equal_published_configs(tmp_path: Path, family: str
         == {
             "sd1": {"tokenizer": end},
             "sd2": {"tokenizer": "!"},
+            "x4": {"tokenizer": "!"},
             "sdxl": {"tokenizer": end, "tokenizer_2": "!"},
             "sdxl-refiner": {"tokenizer_2": "!"},
         }[family.removesuffix("-inpaint")]
@@ -288,7 +307,7 @@ def test_single_file_configs_equal_published_configs(tmp_path: Path, family: str
     assert checkpoint.index.get("force_zeros_for_empty_prompt", False) == (family in ("sdxl", "sdxl-inpaint"))
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "x4"])
 def test_single_file_values_equal_diffusers_conversion(tmp_path: Path, family: str) -> None:
     state = random_state(small(family))
     save_file(state, tmp_path / "model.safetensors")
@@ -419,7 +438,10 @@ OTHER_FILES: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
         lambda: random_state(_sd1_with(in_channels=3)),
         r"3 input channels: it is a model of an unknown kind",
     ),
-    "upscaler": (lambda: random_state(_sd1_with({"low_res_model.betas": (9,)}, in_channels=7)), "is an upscaler"),
+    "upscaler": (
+        lambda: random_state(_sd1_with({"low_res_model.betas": (9,)}, in_channels=7)),
+        "an upscaler without noise levels",
+    ),
     "GLIGEN": (lambda: random_state(_sd1_with({"model.diffusion_model.position_net.null": (9,)})), "is GLIGEN"),
     "Paint by Example": (
         lambda: random_state(_sd1_with({"learnable_vector": (1, 1, 9)}, in_channels=9)),

@@ -43,7 +43,7 @@ def test_unet_equals_diffusers(name: str) -> None:
         assert error(ours(**arguments), theirs(**arguments).sample) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "x4-upscaler"])
 def test_gpus_way_through_the_network_equals_diffusers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Biases added ahead, products added to in place, and sums after convolutions left to the norms that read them."""
     go_as_gpus_do(monkeypatch)
@@ -56,7 +56,7 @@ def test_gpus_way_through_the_network_equals_diffusers(name: str, monkeypatch: p
 
 
 @pytest.mark.parametrize("as_gpus_do", [False, True])
-@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "x4-upscaler"])
 def test_a_row_reuses_deep_features(name: str, as_gpus_do: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rows, of which the first computes all. diffusers computes both, and what the second reuses is put there."""
     if as_gpus_do:
@@ -65,7 +65,7 @@ def test_a_row_reuses_deep_features(name: str, as_gpus_do: bool, monkeypatch: py
     theirs.up_blocks[-2].register_forward_hook(lambda *call: torch.cat((call[2][:1], kept)))
     arguments, ours = inputs(theirs, 9, 7), unet_of(theirs)
     added = AddedConditions(**arguments["added_cond_kwargs"]) if name == "sdxl" else None
-    rows = ours.time_rows(arguments["timestep"], added=added)
+    rows = ours.time_rows(arguments["timestep"], added=added, class_labels=arguments.get("class_labels"))
     deep: list[torch.Tensor] = []
 
     def exchange(computed: torch.Tensor | None) -> torch.Tensor:
@@ -86,6 +86,20 @@ def test_scalar_and_fractional_timesteps_match_diffusers() -> None:
     for timestep in (7, 7.25, torch.tensor(31), torch.tensor([3.5, 998.75])):  # Karras and KDPM2 have fractions
         arguments["timestep"] = timestep
         assert error(ours(**arguments), theirs(**arguments).sample) < TOLERANCE
+
+
+def test_all_text_is_read_at_admission() -> None:
+    theirs = judge("x4-upscaler")
+    ours, arguments = unet_of(theirs), inputs(theirs)
+    rows = ours.time_rows(arguments["timestep"], class_labels=arguments["class_labels"])
+    text = ours.cross_kv(arguments["encoder_hidden_states"])
+    assert [kv.shape[2] // 2 for kv in text] == list(ours.config.cross_widths)
+    cross = [name for name, module in ours.named_modules() if getattr(module, "only_cross", False)]
+    assert 0 < len(cross) < len(text) / 2  # of the last level and the middle one each, of the rest two
+    for name, parameter in list(ours.named_parameters()):
+        if any(f"{layer}.attn{k}.to_{x}." in name for layer in cross for k in (1, 2) for x in "kv"):
+            ours.get_submodule(name.rpartition(".")[0]).weight = nn.Parameter(parameter * torch.nan)
+    assert error(ours.step(arguments["sample"], rows, text), theirs(**arguments).sample) < TOLERANCE
 
 
 def test_successive_sdxl_prompts_match_diffusers() -> None:
@@ -127,6 +141,8 @@ def test_missing_conditions_are_named() -> None:
         unet_of(judge("lcm")).time_rows(torch.tensor([1]))
     with pytest.raises(InputError, match="pooled text"):
         unet_of(judge("sdxl")).time_rows(torch.tensor([1]))
+    with pytest.raises(InputError, match="noise level"):
+        unet_of(judge("x4-upscaler")).time_rows(torch.tensor([1]))
 
 
 @pytest.mark.parametrize("name", ["sd1", "ssd-1b"])

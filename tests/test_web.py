@@ -156,7 +156,7 @@ def test_other_kinds_of_models_are_refused() -> None:
     model = loading.describe("default")
     for other, message in (
         (replace(model, text=model.text * 2), "has two text encoders"),
-        (replace(model, unet=replace(model.unet, in_channels=9)), "is for inpainting"),
+        (replace(model, unet=replace(model.unet, in_channels=9)), "reads a picture"),
     ):
         with pytest.raises(InputError, match=message):
             web.check(other)

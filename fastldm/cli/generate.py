@@ -38,7 +38,7 @@ def _list_things(ctx: click.Context, param: click.Parameter, group: str | None) 
 
 
 @click.command()
-@click.argument("prompt")
+@click.argument("prompt", required=False)
 @click.option(
     "-o",
     "--output",
@@ -67,24 +67,36 @@ def _list_things(ctx: click.Context, param: click.Parameter, group: str | None) 
     help="The CLIP model for --best-of, such as openai/clip-vit-large-patch14's folder.  [default: the model's own]",
 )
 @reuse_option
-@click.option("--init-image", metavar="FILE", help="Start from this picture instead of noise.")
 @click.option(
     "--image-guidance-scale",
     type=float,
     metavar="G",
-    help="How much InstructPix2Pix keeps of --init-image; below 1 it is not guided.  [default: 1.5]",
+    help="How much InstructPix2Pix keeps of --image; below 1 it is not guided.  [default: 1.5]",
 )
-@click.option("--strength", type=float, help="How much of --init-image is redone, 0 to 1.  [default: 0.8]")
 @click.option(
     "--denoising-start",
     type=float,
     metavar="X",
-    help="Go on with --init-image as if this fraction of the noise were gone: no noise is added.",
+    help="Go on with --image as if this fraction of the noise were gone: no noise is added.",
 )
 @click.option(
     "--denoising-end", type=float, metavar="X", help="Stop when this fraction of the noise is gone, such as 0.8."
 )
-@click.option("--mask", metavar="FILE", help="Repaint only where this picture is white; needs --init-image.")
+@click.option(
+    "--image",
+    "--init-image",
+    "image",
+    metavar="FILE",
+    help="Start from this picture instead of noise; of a model that enlarges one, the small picture.",
+)
+@click.option("--strength", type=float, help="How much of --image is redone, 0 to 1.  [default: 0.8]")
+@click.option(
+    "--noise-level",
+    type=int,
+    metavar="N",
+    help="Noise that is added to a picture to be enlarged.  [default: the model's]",
+)
+@click.option("--mask", metavar="FILE", help="Repaint only where this picture is white; needs --image.")
 @lora_option
 @click.option("--prompt-lora", is_flag=True, help="Read <lora:NAME:SCALE> in PROMPT as --lora NAME.safetensors:SCALE.")
 @click.option(
@@ -132,19 +144,24 @@ def _list_things(ctx: click.Context, param: click.Parameter, group: str | None) 
 )
 @debug_option
 def generate(
-    prompt: str, output: str | None, model: str, count: int, as_json: bool, debug: bool, **options: Any
+    prompt: str | None, output: str | None, model: str, count: int, as_json: bool, debug: bool, **options: Any
 ) -> None:
-    """Make a picture for PROMPT.
+    """Make a picture for PROMPT, which may be left out where there is an --image.
 
     \b
     fastldm generate "a red apple"
     fastldm generate "a (shiny:1.3) car" --n 4 --seed 7 -o car.png
-    fastldm generate "a cat, oil painting" -m ./sd15 --init-image cat.png --strength 0.6
-    fastldm generate "make it snow" -m ./instruct-pix2pix --init-image street.png --guidance 7.5
+    fastldm generate "a cat, oil painting" -m ./sd15 --image cat.png --strength 0.6
+    fastldm generate "make it snow" -m ./instruct-pix2pix --image street.png --guidance 7.5
     fastldm generate "flower purple" --best-of 8 -o flower.png
     fastldm generate "a cat" -m ./sd15 --lora style.safetensors:0.8
+    fastldm generate "a white cat" -m ./x4-upscaler --image small.png
     fastldm generate "a cat" -m ./sd15-onnx --backend openvino
     """
+    if prompt is None:
+        if options["image"] is None:
+            raise click.UsageError("Missing argument 'PROMPT'.")
+        prompt = ""
     with reported(debug):
         _generate(prompt, output, model, count, as_json, options)
 
@@ -165,10 +182,11 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
         "image_guidance_scale": options["image_guidance_scale"],
         "sampler": options["sampler"],
         "reuse": options["reuse"],
-        "image": options["init_image"],
+        "image": options["image"],
         "strength": options["strength"],
         "denoising_start": options["denoising_start"],
         "denoising_end": options["denoising_end"],
+        "noise_level": options["noise_level"],
         "mask_image": options["mask"],
         "literal_prompt": options["literal"],
         "clip_skip": options["clip_skip"],
@@ -193,7 +211,7 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
     from fastldm.image import measure, output_paths, save_result
 
     paths = output_paths(output or f"fastldm-{seeds[0]}.png", count, force=options["force"])
-    pictures = [("--init-image", options["init_image"]), ("--mask", options["mask"])]
+    pictures = [("--image", options["image"]), ("--mask", options["mask"])]
     pictures += [("--ip-image", path) for path in options["ip_images"]]
     for name, path in pictures:
         if path is not None:

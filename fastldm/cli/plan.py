@@ -130,7 +130,7 @@ def plan(
                 batch=batch,
                 arch=capability,
                 decode=decode,
-                encode=init_image or spec.unet.edits,
+                encode=(init_image or spec.unet.edits) and not spec.unet.upscales,
                 reuse=reuse > 1,
                 **options,
             )

@@ -18,7 +18,7 @@ from fastldm.device import DTYPES
 from fastldm.errors import CheckpointError, InputError
 from fastldm.loading import changes
 from fastldm.loading.checkpoint import Checkpoint, Component, TokenizerFiles
-from fastldm.loading.formats import TOKENIZERS, Config, component_classes, named_config
+from fastldm.loading.formats import SCHEDULERS, TOKENIZERS, Config, component_classes, named_config
 from fastldm.loading.state import fit_names
 from fastldm.models.families import NETWORK_CLASSES
 
@@ -57,12 +57,9 @@ def describe_diffusers(pipe: Any) -> Checkpoint:
     for name, module in networks.items():
         raw = _raw_config(module)
         components[name] = Component(name, classes[name], named_config(raw, classes[name]), (), f"{source}: {name}")
-    # As in diffusers' `from_config`: values that were defaults of the old class become defaults of the new one.
-    defaults = ("_use_default_values", *pipe.scheduler.config.get("_use_default_values", ()))
-    scheduler = {key: value for key, value in pipe.scheduler.config.items() if key not in defaults}
-    scheduler["_class_name"] = type(pipe.scheduler).__name__
     files = {name: TokenizerFiles(None, loaded=tokenizer) for name, tokenizer in tokenizers.items()}
-    return Checkpoint(source, components, scheduler, files, index, loaded=True)
+    schedulers = {name: _scheduler_config(loaded[name]) for name in SCHEDULERS if name in classes}
+    return Checkpoint(source, components, schedulers.pop("scheduler"), files, index, **schedulers, loaded=True)
 
 
 def adopt(module: Module, other: nn.Module) -> Module:
@@ -81,7 +78,10 @@ def adopt(module: Module, other: nn.Module) -> Module:
 
 
 def _check_unchanged(pipe: Any, networks: dict[str, Any], tokenizers: dict[str, Any], source: str) -> None:
-    differences = [*changes.of_pipeline(pipe), *changes.of_scheduler(pipe.scheduler)]
+    differences = list(changes.of_pipeline(pipe))
+    for name in SCHEDULERS:
+        if getattr(pipe, name, None) is not None:
+            differences += changes.of_scheduler(getattr(pipe, name))
     for name, module in networks.items():
         differences += changes.of_network(name, module)
     for name, tokenizer in tokenizers.items():
@@ -106,6 +106,13 @@ def _check_kinds(networks: dict[str, nn.Module], source: str) -> None:
             f"{source[0].upper()}{source[1:]} has weights in {listed}; they must be float32, float16 or bfloat16, all "
             "in one dtype on one device. Undo offloading or quantisation first, or call pipe.to(device, dtype)."
         )
+
+
+def _scheduler_config(scheduler: Any) -> Config:
+    """As in diffusers' `from_config`: values that were defaults of the old class become defaults of the new one."""
+    defaults = ("_use_default_values", *scheduler.config.get("_use_default_values", ()))
+    config = {key: value for key, value in scheduler.config.items() if key not in defaults}
+    return {**config, "_class_name": type(scheduler).__name__}
 
 
 def _raw_config(module: Any) -> Config:

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from fastldm.models.families import UPSCALE_PIPELINE
+
 _PACKAGES = ("torch", "diffusers", "transformers")
 _WRAPPERS = ("huggingface_hub", "typing_extensions")  # decorators of those packages' methods
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # training, parameters, children, hooks: compared separately
@@ -403,6 +405,7 @@ def of_pipeline(pipe: Any) -> Iterator[str]:
     for change in _of_methods("pipe", pipe):
         if change.split(" is ")[0].removeprefix("pipe.") not in _METHODS_WITHOUT_EFFECT:
             yield change
+    own = {"resample": "bicubic"} if type(pipe).__name__ == UPSCALE_PIPELINE else {}
     for name, options in _IMAGE_PROCESSORS.items():
         processor = getattr(pipe, name, None)
         if processor is None:
@@ -411,5 +414,5 @@ def of_pipeline(pipe: Any) -> Iterator[str]:
         yield from _of_methods(f"pipe.{name}", processor)
         for key, parameter in inspect.signature(type(processor).__init__).parameters.items():
             value = processor.config.get(key, parameter.default)
-            if not key.startswith("vae_") and key != "self" and value != options.get(key, parameter.default):
+            if not key.startswith("vae_") and key != "self" and value != {**options, **own}.get(key, parameter.default):
                 yield f"pipe.{name}.{key} is {_show(value)}"

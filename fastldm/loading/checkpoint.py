@@ -95,12 +95,20 @@ class Checkpoint:
     """By name: "tokenizer" and, for SDXL, "tokenizer_2"."""
     index: Config
     """The content of model_index.json: the pipeline's class, and settings such as `force_zeros_for_empty_prompt`."""
+    low_res_scheduler: Config | None = None
+    """Of an upscaler: the schedule of the noise that is added to the small picture."""
     loaded: bool = False
     """Whether it was a pipeline in memory, where diffusers has already replaced values of the config files."""
 
+    @property
+    def schedulers(self) -> dict[str, Config]:
+        """All of them, by component name."""
+        own = {"scheduler": self.scheduler}
+        return own if self.low_res_scheduler is None else {**own, "low_res_scheduler": self.low_res_scheduler}
+
     def config_source(self, name: str) -> str:
-        """The name in error messages of the config of a component or of "scheduler": its file if it has one."""
-        file = "scheduler_config.json" if name == "scheduler" else "config.json"
+        """The name in error messages of the config of a component or of a scheduler: its file if it has one."""
+        file = "scheduler_config.json" if name.endswith("scheduler") else "config.json"
         path = Path(self.source) / name / file
         return str(path) if not self.loaded and path.is_file() else f"{self.source}: {name}"
 

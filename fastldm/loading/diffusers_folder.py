@@ -10,6 +10,7 @@ from fastldm.loading.checkpoint import Checkpoint, Component, TokenizerFiles
 from fastldm.loading.formats import (
     INDEX,
     NOT_NEEDED,
+    SCHEDULERS,
     TOKENIZERS,
     PathLike,
     WeightSet,
@@ -20,7 +21,7 @@ from fastldm.loading.formats import (
 )
 from fastldm.loading.relatives import adapter_advice, adapter_label
 from fastldm.loading.tensors import read_shapes
-from fastldm.models.families import NETWORK_CLASSES
+from fastldm.models.families import NETWORK_CLASSES, WEIGHTLESS
 from fastldm.reading import Field, MapOf, Text, read_fields, read_json
 
 logger = logging.getLogger("fastldm")
@@ -42,7 +43,8 @@ def open_diffusers(folder: PathLike, variant: str | None = None, *, allow_pickle
     ignored = [name for name in NOT_NEEDED if name in listed_classes(index)]
     if ignored:
         logger.info("%s: not needed and ignored: %s", source, ", ".join(ignored))
-    networks = {name: _listing(folder / name) for name in classes if name in NETWORK_CLASSES}
+    weighty = [name for name in classes if name in NETWORK_CLASSES and classes[name] not in WEIGHTLESS]
+    networks = {name: _listing(folder / name) for name in weighty}
     selected = choose_weights(networks, variant, allow_pickle, source)
     components = {}
     for name, weights in selected.items():
@@ -50,7 +52,15 @@ def open_diffusers(folder: PathLike, variant: str | None = None, *, allow_pickle
         config = named_config(read_json(folder / name / "config.json"), classes[name])
         path = str(folder / name / weights.entry)
         components[name] = Component(name, classes[name], config, files, path, allow_pickle=allow_pickle)
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    for name in classes:
+        if classes[name] in WEIGHTLESS:
+            config = named_config(read_json(folder / name / "config.json"), classes[name])
+            components[name] = Component(name, classes[name], config, (), str(folder / name))
+    schedulers = {
+        name: {"_class_name": classes[name], **read_json(folder / name / "scheduler_config.json")}
+        for name in SCHEDULERS
+        if name in classes
+    }
     tokenizers = {name: folder / name for name in TOKENIZERS if name in classes}
     for tokenizer in tokenizers.values():
         if not tokenizer.is_dir():
@@ -58,9 +68,10 @@ def open_diffusers(folder: PathLike, variant: str | None = None, *, allow_pickle
     return Checkpoint(
         source,
         components,
-        {"_class_name": classes["scheduler"], **scheduler},
+        schedulers["scheduler"],
         {name: TokenizerFiles(tokenizer) for name, tokenizer in tokenizers.items()},
         index,
+        schedulers.get("low_res_scheduler"),
     )
 
 

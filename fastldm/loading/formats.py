@@ -12,7 +12,7 @@ from typing import Any
 from fastldm.checks import show
 from fastldm.errors import CheckpointError
 from fastldm.loading import relatives
-from fastldm.models.families import NETWORK_CLASSES, TEXT_ENCODERS
+from fastldm.models.families import NETWORK_CLASSES, PIXEL_PIPELINE, TEXT_ENCODERS, UPSCALE_PIPELINE
 from fastldm.reading import Field, Maybe, Text, read_fields
 
 logger = logging.getLogger("fastldm")
@@ -22,8 +22,9 @@ Config = dict[str, Any]
 
 INDEX = "model_index.json"
 _REQUIRED = ("unet", "vae", "scheduler")
+SCHEDULERS = ("scheduler", "low_res_scheduler")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
-NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
+NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
 TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
@@ -55,10 +56,13 @@ def component_classes(index: Config, source: str) -> dict[str, str]:
     """Component name to class name, of components that fastldm reads. CheckpointError for a model it cannot run."""
     pipeline, listed = read_fields(index, _CLASS, f"{source}: {INDEX}")["_class_name"], listed_classes(index)
     relatives.check_class(pipeline, source)
-    names = (*NETWORK_CLASSES, *TOKENIZERS, "scheduler")
+    needed = (*_REQUIRED, *(["low_res_scheduler"] if pipeline == UPSCALE_PIPELINE else []))
+    of_text = () if pipeline == PIXEL_PIPELINE else (*TEXT_ENCODERS, *TOKENIZERS)
+    names = [name for name in (*NETWORK_CLASSES, *TOKENIZERS, *SCHEDULERS) if name in (*needed, *of_text)]
     unknown = [f"{name} ({listed[name]})" for name in listed if name not in names and name not in NOT_NEEDED]
     texts = [name for name in TEXT_ENCODERS if name in listed] or ["text_encoder"]  # the refiner has the second alone
-    required = (*_REQUIRED, *(name for text in texts for name in (text, text.replace("text_encoder", "tokenizer"))))
+    texts = texts if of_text else []
+    required = (*needed, *(name for text in texts for name in (text, text.replace("text_encoder", "tokenizer"))))
     missing = [name for name in required if name not in listed]
     if unknown or missing:
         reason = f"has {', '.join(unknown)}" if unknown else f"has no {', no '.join(missing)}"

@@ -13,6 +13,7 @@ from typing import Any
 from fastldm.errors import CheckpointError
 from fastldm.loading.formats import (
     INDEX,
+    SCHEDULERS,
     TOKENIZER_FILES,
     TOKENIZERS,
     Config,
@@ -20,7 +21,7 @@ from fastldm.loading.formats import (
     choose_weights,
     component_classes,
 )
-from fastldm.models.families import NETWORK_CLASSES
+from fastldm.models.families import NETWORK_CLASSES, WEIGHTLESS
 from fastldm.reading import check_path, read_json
 
 logger = logging.getLogger("fastldm")
@@ -146,9 +147,9 @@ def _needed_files(
         name: {path.removeprefix(f"{name}/") for path in names if path.startswith(f"{name}/") and path.count("/") == 1}
         for name in classes
     }
-    networks = {name: files_of[name] for name in classes if name in NETWORK_CLASSES}
+    networks = {name: files_of[name] for name in classes if name in NETWORK_CLASSES and classes[name] not in WEIGHTLESS}
     selected = choose_weights(networks, variant, allow_pickle, source)
-    needed = [INDEX, "scheduler/scheduler_config.json"]
+    needed = [INDEX, *(f"{name}/scheduler_config.json" for name in SCHEDULERS if name in classes)]
     for name in classes:
         if name in NETWORK_CLASSES:
             needed += [f"{name}/{file}" for file in ("config.json", *selected[name].names)]

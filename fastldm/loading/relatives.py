@@ -15,7 +15,10 @@ from fastldm.errors import CheckpointError
 from fastldm.loading.tensors import Shapes
 from fastldm.models.families import pipeline_classes
 
-RUNS = "fastldm runs Stable Diffusion 1, 2 and XL for text to image, image to image and inpainting, and InstructPix2Pix"
+RUNS = (
+    "fastldm runs Stable Diffusion 1, 2 and XL for text to image, image to image and inpainting, InstructPix2Pix and "
+    "the x4 upscaler"
+)
 
 
 class Relative(NamedTuple):
@@ -55,7 +58,7 @@ RELATIVES = (  # the first match counts
 
 INPUT_CHANNELS = {
     5: "depth to image",
-    7: "an upscaler",
+    7: "an upscaler without noise levels ('num_class_embeds')",
     8: "Marigold, or another that reads an image",
 }
 """Models by the number of their U-Net's input channels; Stable Diffusion has 4, 9 for inpainting, and 8 to edit images
@@ -94,16 +97,38 @@ def check_unet_keys(config: Mapping[str, Any], source: str) -> None:
     for key, values, label in _UNET_KEYS:
         if config.get(key) in values:
             raise CheckpointError(f"{source} has {key!r} {config[key]!r}: it is {label}. {RUNS}.")
-    if config.get("num_class_embeds") is not None:
-        raise CheckpointError(f"{source} has 'num_class_embeds': it is an upscaler, or reads classes. {RUNS}.")
 
 
-def check_channels(channels: int, source: str, latents: int = 4, pipeline: Any = None) -> None:
+def check_channels(
+    channels: int,
+    source: str,
+    latents: int = 4,
+    pipeline: Any = None,
+    *,
+    needs_class: bool = False,
+    reads_text: bool = True,
+) -> None:
     """CheckpointError if a U-Net with this number of input channels belongs to a relative.
 
     Stable Diffusion reads the C channels of latents, and for inpainting also a mask and C channels of the masked image.
     InstructPix2Pix reads C channels of the image that it edits, as others do: pipeline, the name of the class, tells.
+    The x4 upscaler reads a picture, and a noise level as its class: needs_class. What reads no text reads a picture as
+    C channels.
     """
+    if not reads_text:
+        if channels != 2 * latents:
+            raise CheckpointError(
+                f"{source} has {channels} input channels and reads no text: fastldm runs what enlarges a picture, with "
+                f"{2 * latents} channels, twice the latents'."
+            )
+        return
+    if needs_class:
+        if channels != latents + 3:
+            raise CheckpointError(
+                f"{source} has 'num_class_embeds' and {channels} input channels: it reads classes. {RUNS}, whose "
+                f"classes are noise levels and which has {latents + 3} channels."
+            )
+        return
     edits = isinstance(pipeline, str) and "InstructPix2Pix" in pipeline
     if edits and channels != 2 * latents:
         raise CheckpointError(
@@ -147,7 +172,6 @@ OTHER_MODELS = (
     (r"^edm_vpred\.sigma_max$", "a CosXL model, which needs EDM scaling"),
     (r"^embedder\.model\.visual\.", "a Stable unCLIP model"),
     (r"^depth_model\.", "a depth-conditioned Stable Diffusion 2 model"),
-    (r"^low_res_model\.", "an upscaler"),
     (r"\.position_net\.|\.transformer_blocks\.\d+\.fuser\.", "GLIGEN, whose U-Net reads boxes"),
     (r"^cc_projection\.", "Zero123, which turns objects"),
     (r"^learnable_vector$|^cond_stage_model\.(mapper|transformer\.vision_model)\.", "Paint by Example"),

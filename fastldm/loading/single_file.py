@@ -49,10 +49,11 @@ class OriginalComponent:
 
 @dataclass(frozen=True)
 class Layout:
-    """A single file: its components, scheduler config, each tokenizer's pad token, model_index, and ignored keys."""
+    """A single file: its components, scheduler configs, each tokenizer's pad token, model_index, and ignored keys."""
 
     components: dict[str, OriginalComponent]
     scheduler: Config
+    low_res_scheduler: Config | None
     pad_tokens: dict[str, str]
     index: Config
     ignored: list[str]
@@ -99,8 +100,12 @@ def _unet_config(shapes: Shapes, sample_size: int, *, linear: bool) -> Config:
     mid = depth("middle_block")
     if not mid or mid != (depths[-1] or mid):
         raise ValueError("its middle block is not as deep as the last level")
+    attentions = [f"input_blocks.{1 + i * (layers_per_block + 1)}.1.transformer_blocks.0" for i in range(len(depths))]
     first = next(level for level, d in enumerate(depths) if d)
-    attention = f"input_blocks.{1 + first * (layers_per_block + 1)}.1"
+    reads_text = [  # twice, with no self-attention, as far as shapes tell
+        bool(d) and shapes[f"{attention}.attn1.to_k.weight"][1] != width
+        for attention, width, d in zip(attentions, channels, depths, strict=True)
+    ]
     down = ["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in depths]
     return {
         "_class_name": "UNet2DConditionModel",
@@ -108,7 +113,7 @@ def _unet_config(shapes: Shapes, sample_size: int, *, linear: bool) -> Config:
         "attention_head_dim": [c // 64 for c in channels] if linear else 8,  # "dim" in name only: the number of heads
         "block_out_channels": channels,
         "center_input_sample": False,
-        "cross_attention_dim": shapes[f"{attention}.transformer_blocks.0.attn2.to_k.weight"][1],
+        "cross_attention_dim": shapes[f"{attentions[first]}.attn2.to_k.weight"][1],
         "down_block_types": down,
         "downsample_padding": 1,
         "flip_sin_to_cos": True,
@@ -118,6 +123,8 @@ def _unet_config(shapes: Shapes, sample_size: int, *, linear: bool) -> Config:
         "mid_block_scale_factor": 1,
         "norm_eps": 1e-5,
         "norm_num_groups": 32,
+        "num_class_embeds": shapes.get("label_emb.weight", (None,))[0],
+        "only_cross_attention": reads_text if any(reads_text) else False,
         "out_channels": shapes["out.2.weight"][0],
         "sample_size": sample_size,
         # The middle block is as deep as the last level, which in SDXL's refiner has no transformer of its own.
@@ -177,13 +184,15 @@ def _text_config(state: Shapes, text: _Text) -> Config:
     }
 
 
-def _scheduler_config(class_name: str, prediction_type: str, *, zero_terminal_snr: bool) -> Config:
+def _scheduler_config(
+    class_name: str, prediction_type: str, betas: tuple[float, float], *, zero_terminal_snr: bool = False
+) -> Config:
     """The scheduler_config.json of the family's diffusers repository."""
     config: Config = {
         "_class_name": class_name,
-        "beta_end": 0.012,
+        "beta_end": betas[1],
         "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085,
+        "beta_start": betas[0],
         "clip_sample": False,
         "num_train_timesteps": 1000,
         "prediction_type": prediction_type,
@@ -231,10 +240,13 @@ class _Family:
     scaling_factor: float
     scheduler: str
     pipeline: str
+    betas: tuple[float, float] = (0.00085, 0.012)
+    heads: int = 0  # of every level; 0: heads of 64 channels with linear projections, else 8
 
 
 _SD1 = _Family("Stable Diffusion 1", 64, 0.18215, "PNDMScheduler", "StableDiffusion")
 _SD2 = replace(_SD1, title="Stable Diffusion 2")
+_X4 = _Family("the x4 upscaler", 128, 0.08333, "DDIMScheduler", "StableDiffusionUpscale", betas=(0.0001, 0.02), heads=8)
 _SDXL = _Family("Stable Diffusion XL", 128, 0.13025, "EulerDiscreteScheduler", "StableDiffusionXL")
 _REFINER = replace(_SDXL, title="the Stable Diffusion XL refiner", pipeline="StableDiffusionXLImg2Img")
 
@@ -245,10 +257,10 @@ def read_layout(
     """The layout of the single file `source`, from its keys' shapes and its safetensors metadata.
 
     Families: SD1, SD2, SDXL and its refiner, each with 4 latent channels, the 9 of inpainting or the 8 of
-    InstructPix2Pix, which other models that read an image are taken for, at any width and depth. Whether a network
-    predicts noise or v is not visible in its shapes: `prediction_type` decides if set, else what the file states
-    (ModelSpec metadata, or the marker key `v_pred`), else v for SD2 text to image, as in diffusers, and epsilon for all
-    others.
+    InstructPix2Pix, which other models that read an image are taken for, and the x4 upscaler, at any width and depth.
+    Whether a network predicts noise or v is not visible in its shapes: `prediction_type` decides if set, else what the
+    file states (ModelSpec metadata, or the marker key `v_pred`), else v for SD2 text to image and for the upscaler, as
+    in diffusers, and epsilon for all others.
 
     Raises CheckpointError if the file is something else, saying what if known; InputError for an unknown
     `prediction_type`.
@@ -256,11 +268,12 @@ def read_layout(
     if prediction_type is not None and prediction_type not in PREDICTION_TYPES:
         raise InputError(f"prediction_type is {show(prediction_type)}; expected one of {', '.join(PREDICTION_TYPES)}.")
     family, texts = _family(shapes, source)
-    is_sdxl, is_sd2, ids = family in (_SDXL, _REFINER), family is _SD2, 5 if family is _REFINER else 6
+    is_sdxl, is_sd2, is_x4 = family in (_SDXL, _REFINER), family is _SD2, family is _X4
+    ids = 5 if family is _REFINER else 6
     inpainting, edits = (shapes[_FIRST_CONV][1] == channels for channels in (9, 8))
     prediction = prediction_type or _stated_prediction_type(shapes, metadata or {})
     if prediction is None:
-        prediction = "v_prediction" if is_sd2 and not (inpainting or edits) else "epsilon"
+        prediction = "v_prediction" if is_x4 or (is_sd2 and not (inpainting or edits)) else "epsilon"
         if is_sd2:
             logger.info(
                 "%s does not state its prediction type: using %s (set prediction_type= to change it)",
@@ -282,6 +295,8 @@ def read_layout(
         ) from error
     if is_sd2:
         unet_config["upcast_attention"] = prediction == "v_prediction"  # SD2.1's attention scores overflow float16
+    if family.heads:
+        unet_config["attention_head_dim"] = family.heads
     if is_sdxl:
         pooled, channels = text_configs["text_encoder_2"]["projection_dim"], unet["label_emb.0.0.weight"][1]
         unet_config |= {
@@ -300,17 +315,23 @@ def read_layout(
         components[name] = _component(text_configs[name], shapes, text.prefix, text.name, source)
     used = {key for component in components.values() for key in component.names}
     is_sd2_v = is_sd2 and prediction == "v_prediction"
+    noise = _scheduler_config("DDPMScheduler", "epsilon", family.betas) if is_x4 else None
     return Layout(
         components=components,
         scheduler=_scheduler_config(
-            "DDIMScheduler" if is_sd2_v else family.scheduler, prediction, zero_terminal_snr="ztsnr" in shapes
+            "DDIMScheduler" if is_sd2_v else family.scheduler,
+            prediction,
+            family.betas,
+            zero_terminal_snr="ztsnr" in shapes,
         ),
+        low_res_scheduler=noise,
         pad_tokens={name.replace("text_encoder", "tokenizer"): text.pad_token for name, text in texts.items()},
         index={
             "_class_name": f"{family.pipeline}{'Inpaint' if inpainting else 'InstructPix2Pix' if edits else ''}Pipeline"
         }
         | ({"force_zeros_for_empty_prompt": True} if family is _SDXL else {})
-        | ({"requires_aesthetics_score": True} if family is _REFINER else {}),
+        | ({"requires_aesthetics_score": True} if family is _REFINER else {})
+        | ({"max_noise_level": 350} if is_x4 else {}),
         ignored=[key for key in shapes if key not in used],
     )
 
@@ -343,8 +364,9 @@ def _family(shapes: Shapes, source: str) -> tuple[_Family, dict[str, _Text]]:
             f"where {_FIRST_CONV} was expected."
         )
     channels, has_label_embedding = shapes[_FIRST_CONV][1], f"{_UNET}label_emb.0.0.weight" in shapes
-    if channels != 8:  # InstructPix2Pix: others with as many are not published as such files
-        relatives.check_channels(channels, f"{source}: its U-Net")
+    is_x4 = f"{_UNET}label_emb.weight" in shapes
+    if channels != 8 or is_x4:  # InstructPix2Pix: others with as many are not published as such files
+        relatives.check_channels(channels, f"{source}: its U-Net", needs_class=is_x4)
     first, second = (_text_keys(shapes, f"conditioner.embedders.{i}.") for i in (0, 1))
     if has_label_embedding and first and not second:
         return _REFINER, {"text_encoder_2": _Text(*first, open_clip=True, with_projection=True)}
@@ -354,6 +376,8 @@ def _family(shapes: Shapes, source: str) -> tuple[_Family, dict[str, _Text]]:
     only = _text_keys(shapes, "cond_stage_model.") or first
     if has_label_embedding or second or only is None:
         raise CheckpointError(f"{source} pairs a Stable Diffusion U-Net with text encoders that fastldm does not know.")
+    if is_x4:
+        return _X4, {"text_encoder": _Text(*only, open_clip=True)}
     # Transformers' names are ambiguous: SD2's U-Net reads the 1024 channels of OpenCLIP H and has linear projections.
     unet = {key: shape for key, shape in shapes.items() if key.startswith(_UNET)}
     linear = any(len(shape) == 2 for key, shape in unet.items() if key.endswith(".1.proj_in.weight"))
@@ -396,10 +420,11 @@ def _component(
 
 
 def open_single_file(path: PathLike, *, prediction_type: str | None = None, allow_pickle: bool = False) -> Checkpoint:
-    """Open a file in the original Stability layout: SD 1, SD 2, SDXL, or their inpainting models. Reads no weights.
+    """Open a file in the original Stability layout: SD 1, SD 2, SDXL, their inpainting models, or the x4 upscaler.
+    Reads no weights.
 
     prediction_type: "epsilon", "v_prediction" or "sample", which such files seldom state. The default is diffusers':
-        v-prediction for SD 2 (so give "epsilon" for SD 2 base and SD-Turbo), epsilon for all others.
+        v-prediction for SD 2 (so give "epsilon" for SD 2 base and SD-Turbo) and the upscaler, epsilon for all others.
     Raises CheckpointError for a file that is something else or damaged, saying what it is.
     """
     path = Path(path).expanduser()
@@ -419,4 +444,5 @@ def open_single_file(path: PathLike, *, prediction_type: str | None = None, allo
         for name, original in layout.components.items()
     }
     tokenizers = {name: TokenizerFiles(None, pad) for name, pad in layout.pad_tokens.items()}
-    return Checkpoint(source, components, layout.scheduler, tokenizers, layout.index)
+    schedulers = layout.scheduler, layout.low_res_scheduler
+    return Checkpoint(source, components, schedulers[0], tokenizers, layout.index, schedulers[1])

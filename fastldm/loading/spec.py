@@ -5,6 +5,7 @@ path or hub id -> Checkpoint (files and raw configs) -> Spec (configs and family
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -23,16 +24,26 @@ from fastldm.loading.formats import INDEX
 from fastldm.loading.open_checkpoint import open_checkpoint
 from fastldm.loading.prepare import Prepared, prepare
 from fastldm.models.clip import CLIPText
-from fastldm.models.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
-from fastldm.models.families import TEXT_ENCODERS, Family, recognise
+from fastldm.models.config import (
+    AUTOENCODERS,
+    AutoencoderConfig,
+    PixelResidualConfig,
+    TextConfig,
+    TinyVAEConfig,
+    UNetConfig,
+    VAEConfig,
+)
+from fastldm.models.families import TEXT_ENCODERS, UPSCALE_PIPELINE, Family, recognise
 from fastldm.models.interfaces import Autoencoder, Denoiser
 from fastldm.models.unet import UNet
-from fastldm.models.vae import AutoencoderKL, TinyAutoencoder
-from fastldm.reading import Field, Flag, Maybe, check_path, read_fields
+from fastldm.models.vae import AutoencoderKL, PixelResidual, TinyAutoencoder
+from fastldm.reading import Field, Flag, Integer, Maybe, check_path, read_fields
 from fastldm.samplers.config import ScheduleConfig
 from fastldm.samplers.scheduler_config import SET_BY_PIPELINES, read_scheduler
 from fastldm.sizes import Axis
 from fastldm.system import ASSETS
+
+logger = logging.getLogger("fastldm")
 
 DEFAULT_MODEL = ASSETS / "default"
 
@@ -43,10 +54,26 @@ class Spec:
 
     checkpoint: Checkpoint
     unet: UNetConfig
-    vae: VAEConfig | TinyVAEConfig
+    vae: AutoencoderConfig
     text: tuple[TextConfig, ...]
     family: Family
     schedule: ScheduleConfig
+    low_res: ScheduleConfig | None = None
+    """The schedule of the noise that is added to a small picture that is read."""
+    max_noise_level: int = 0
+    """The highest level of that noise."""
+
+    @property
+    def enlarges(self) -> int:
+        """How many times as wide the image is as the picture that is read; 1 of models that enlarge none."""
+        if isinstance(self.vae, PixelResidualConfig):
+            return self.vae.upscale_factor
+        return self.vae.factor if self.unet.upscales else 1
+
+    @property
+    def window(self) -> int:
+        """Tokens of a text; 1 of models that read none."""
+        return self.text[0].max_position if self.text else 1
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -110,6 +137,7 @@ _INDEX = {
     "force_zeros_for_empty_prompt": Field(Flag(), False),
     "is_cosxl_edit": Field(Maybe(Flag()), False),
     "requires_aesthetics_score": Field(Flag(), False),
+    "max_noise_level": Field(Integer(0, 10**5), 350),
 }
 
 
@@ -126,16 +154,50 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
     sources = {name: checkpoint.config_source(name) for name in configs}
     relatives.check_unet_keys(configs["unet"], sources["unet"])
     unet = UNetConfig.from_dict(_with_size(configs["unet"], pipeline), sources["unet"])
-    vae_class = TinyVAEConfig if configs["vae"].get("_class_name") == "AutoencoderTiny" else VAEConfig
-    vae = vae_class.from_dict(configs["vae"], sources["vae"])
+    vae_class = AUTOENCODERS.get(str(configs["vae"].get("_class_name")), VAEConfig)
+    vae = vae_class.from_dict(_with_scale(configs["vae"], pipeline, sources["vae"]), sources["vae"])
     relatives.check_channels(
-        unet.in_channels, sources["unet"], vae.latent_channels, checkpoint.index.get("_class_name")
+        unet.in_channels,
+        sources["unet"],
+        vae.latent_channels,
+        checkpoint.index.get("_class_name"),
+        needs_class=unet.needs_class,
+        reads_text=bool(unet.cross_widths),
     )
+    low_res = None
+    if checkpoint.low_res_scheduler is not None:
+        source = checkpoint.config_source("low_res_scheduler")
+        low_res = read_scheduler(checkpoint.low_res_scheduler, None, source)
+    _check_noise_levels(unet, low_res, index["max_noise_level"], checkpoint.source)
     names = [name for name in TEXT_ENCODERS if name in configs]
     text = tuple(TextConfig.from_dict(configs[name], sources[name]) for name in names)
     unet = replace(unet, added_ids=5 if index["requires_aesthetics_score"] else 6)
     _check_fit(unet, vae, text, names, checkpoint.source)
-    return Spec(checkpoint, unet, vae, text, recognise(unet, checkpoint.scheduler), schedule)
+    family = recognise(unet, checkpoint.scheduler)
+    highest = 0 if low_res is None else index["max_noise_level"]
+    return Spec(checkpoint, unet, vae, text, family, schedule, low_res, highest)
+
+
+def _check_noise_levels(unet: UNetConfig, low_res: ScheduleConfig | None, highest: int, source: str) -> None:
+    """CheckpointError if a small picture is read, and its noise levels are not all known."""
+    if not unet.needs_class:
+        return
+    if low_res is None:
+        raise CheckpointError(f"{source}: the U-Net reads a small picture with noise, and has no low_res_scheduler")
+    levels = min(unet.num_class_embeds or 0, low_res.num_train_timesteps)
+    if highest >= levels:
+        raise CheckpointError(
+            f"{source}: 'max_noise_level' is {highest}, expected less than {levels}: the U-Net has "
+            f"{unet.num_class_embeds} ('num_class_embeds'), the low_res_scheduler {low_res.num_train_timesteps}"
+        )
+
+
+def _with_scale(config: Mapping[str, Any], pipeline: str | None, source: str) -> Mapping[str, Any]:
+    """A VAE's config with scaling_factor as diffusers' upscaler sets it, whatever the file has."""
+    if pipeline != UPSCALE_PIPELINE or config.get("scaling_factor") == 0.08333:
+        return config
+    logger.info("%s: scaling_factor is 0.08333, as in diffusers' %s", source, pipeline)
+    return {**config, "scaling_factor": 0.08333}
 
 
 def _with_size(config: Mapping[str, Any], pipeline: str | None) -> Mapping[str, Any]:
@@ -147,7 +209,7 @@ def _with_size(config: Mapping[str, Any], pipeline: str | None) -> Mapping[str, 
 
 
 def _check_fit(
-    unet: UNetConfig, vae: VAEConfig | TinyVAEConfig, text: Sequence[TextConfig], names: Sequence[str], source: str
+    unet: UNetConfig, vae: AutoencoderConfig, text: Sequence[TextConfig], names: Sequence[str], source: str
 ) -> None:
     """CheckpointError if components belong to different models: each would load, but not work with the others."""
 
@@ -157,7 +219,12 @@ def _check_fit(
 
     text_channels, latent_channels = [encoder.hidden for encoder in text], vae.latent_channels
     check(
-        sum(text_channels) == unet.cross_attention_dim,
+        isinstance(vae, PixelResidualConfig) != bool(unet.cross_widths),
+        "the U-Net reads text, or the VAE is no PixelResidual, and one goes without the other",
+    )
+    check(bool(text) == bool(unet.cross_widths), "the U-Net reads text, and there is no text_encoder, or the reverse")
+    check(
+        not text or sum(text_channels) == unet.cross_attention_dim,
         f"the U-Net reads text of {unet.cross_attention_dim} channels ('cross_attention_dim'), "
         f"and {' + '.join(map(str, text_channels))} come from the text encoder{'s' * (len(text) > 1)} ('hidden_size')",
     )
@@ -171,6 +238,8 @@ def _check_fit(
         f"the VAE reads images of {vae.in_channels} channels ('in_channels') and makes {vae.out_channels} "
         "('out_channels'), expected 3",
     )
+    if not text:
+        return
     pooled = text[-1].projection_dim
     if not unet.needs_added:
         check(
@@ -197,8 +266,10 @@ def _check_fit(
     )
 
 
-def autoencoder(config: VAEConfig | TinyVAEConfig) -> AutoencoderKL | TinyAutoencoder:
+def autoencoder(config: AutoencoderConfig) -> AutoencoderKL | TinyAutoencoder | PixelResidual:
     """The autoencoder of a config, its weights not set."""
+    if isinstance(config, PixelResidualConfig):
+        return PixelResidual(config)
     return TinyAutoencoder(config) if isinstance(config, TinyVAEConfig) else AutoencoderKL(config)
 
 
@@ -248,7 +319,7 @@ def load(
         text.TextStage(tokenizer, fill(encoder, name))
         for name, encoder, tokenizer in zip(names, encoders, tokenizers, strict=True)
     )
-    unet, vae = fill(unet, "unet"), fill(vae, "vae")
+    unet, vae = fill(unet, "unet"), vae if isinstance(vae, PixelResidual) else fill(vae, "vae")
     networks = {"unet": unet, "vae": vae} | {name: stage.model for name, stage in zip(names, stages, strict=True)}
     weight = unet.conv_in.weight
     prepared = prepare(networks, (sharing or {}).values())

@@ -52,9 +52,9 @@ def _channels(cfg: Mapping[str, Any], source: str) -> tuple[int, ...]:
     return read_fields(cfg, fields, source)["block_out_channels"]
 
 
-def _check_divides(channels: int, into: int, key: str, source: str) -> None:
+def _check_divides(channels: int, into: int, key: str, source: str, what: str = "channels") -> None:
     if channels % into:
-        raise CheckpointError(f"{source}: {channels} channels do not divide into {key!r} {into}")
+        raise CheckpointError(f"{source}: {channels} {what} do not divide into {key!r} {into}")
 
 
 # ---------------------------------------------------------------------------------------------------------- U-Net
@@ -62,7 +62,8 @@ def _check_divides(channels: int, into: int, key: str, source: str) -> None:
 _CROSS = {"down": "CrossAttnDownBlock2D", "up": "CrossAttnUpBlock2D"}
 _PLAIN = {"down": "DownBlock2D", "up": "UpBlock2D"}
 
-# `upcast_attention` is left out: it means a float32 softmax, which all attention here has.
+# `upcast_attention` is left out: it means a float32 softmax, which all attention here has; and so is
+# `mid_block_only_cross_attention`, which middle blocks of these types do not read.
 _UNET_ONLY: dict[str, tuple[Any, ...]] = {
     "_class_name": ("UNet2DConditionModel",),
     "act_fn": ("silu", "swish"),
@@ -78,11 +79,9 @@ _UNET_ONLY: dict[str, tuple[Any, ...]] = {
     "dual_cross_attention": (False,),
     "encoder_hid_dim": (None,),
     "encoder_hid_dim_type": (None,),
-    "mid_block_only_cross_attention": (None, False),
     "mid_block_scale_factor": (1,),
     "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
     "num_attention_heads": (None,),
-    "num_class_embeds": (None,),
     "resnet_out_scale_factor": (1,),
     "resnet_skip_time_act": (False,),
     "resnet_time_scale_shift": ("default",),
@@ -106,7 +105,8 @@ def _unet_fields(levels: int) -> dict[str, Field]:
         "out_channels": Field(_WIDTH, 4),
         "down_block_types": Field(_per_level(OneOf(_CROSS["down"], _PLAIN["down"]), levels, scalar=False), down),
         "up_block_types": Field(_per_level(OneOf(_CROSS["up"], _PLAIN["up"]), levels, scalar=False), up),
-        "only_cross_attention": Field(_per_level(OneOf(False), levels), None),
+        "only_cross_attention": Field(_per_level(Flag(), levels), (False,) * levels),
+        "num_class_embeds": Field(Maybe(Integer(1, 2**20)), None),
         # The number of heads: a misnomer that diffusers keeps for compatibility.
         "attention_head_dim": Field(_per_level(_WIDTH, levels), (8,) * levels),
         "cross_attention_dim": Field(_per_level(_WIDTH, levels), (1280,) * levels),
@@ -137,6 +137,12 @@ class Level:
     heads: int
     context: int  # channels of the text
     depths: tuple[int | None, ...]
+    only_cross: bool = False  # whether the first attention of each transformer layer reads the text too, not itself
+
+    @property
+    def cross_attentions(self) -> int:
+        """How many there are."""
+        return sum(depth or 0 for depth in self.depths) * (2 if self.only_cross else 1)
 
 
 @dataclass(frozen=True)
@@ -161,6 +167,7 @@ class UNetConfig:
     addition_time_embed_dim: int
     addition_input_dim: int  # total channels of pooled text and embedded sizes
     added_ids: int = 6  # numbers beside the pooled text: SDXL's three sizes; its refiner has 5, one of them a score
+    num_class_embeds: int | None = None  # classes, of which each has an embedding; an upscaler's are noise levels
 
     @property
     def levels(self) -> int:
@@ -193,7 +200,7 @@ class UNetConfig:
     def cross_widths(self) -> tuple[int, ...]:
         """Channels of each cross-attention, in network order."""
         levels = (*self.down, self.mid, *self.up)
-        return tuple(level.channels for level in levels for depth in level.depths for _ in range(depth or 0))
+        return tuple(level.channels for level in levels for _ in range(level.cross_attentions))
 
     @property
     def deep_channels(self) -> int:
@@ -213,7 +220,13 @@ class UNetConfig:
     @property
     def edits(self) -> bool:
         """Whether the latents of an image to edit are read behind the latents, as of InstructPix2Pix."""
-        return self.in_channels == 2 * self.out_channels
+        return self.in_channels == 2 * self.out_channels and not self.upscales
+
+    @property
+    def upscales(self) -> bool:
+        """Whether a small picture is read behind the latents: at their size, with noise of a level that is a class; or
+        without text, in as many channels as they have."""
+        return self.needs_class or not self.cross_widths
 
     @property
     def pooled_width(self) -> int:
@@ -224,6 +237,11 @@ class UNetConfig:
     def needs_guidance(self) -> bool:
         """Whether time rows need the guidance scale."""
         return self.time_cond_proj_dim is not None
+
+    @property
+    def needs_class(self) -> bool:
+        """Whether time rows need a class."""
+        return self.num_class_embeds is not None
 
     @classmethod
     def from_dict(cls, cfg: Mapping[str, Any], source: str = "config.json") -> UNetConfig:
@@ -255,6 +273,8 @@ class UNetConfig:
             )
         context = contexts.pop()
 
+        only_cross = values["only_cross_attention"]
+
         def level(i: int, crosses: bool, resnets: int, depth: Any) -> Level:
             _check_divides(channels[i], groups, "norm_num_groups", source)
             if not crosses:
@@ -263,7 +283,7 @@ class UNetConfig:
             depths = (depth,) * resnets if isinstance(depth, int) else depth
             if len(depths) != resnets:
                 raise CheckpointError(f"{source}: transformer depths {depths} for a block of {resnets} resnets")
-            return Level(channels[i], heads[i], context, depths)
+            return Level(channels[i], heads[i], context, depths, only_cross[i])
 
         down = tuple(level(i, down_types[i] == _CROSS["down"], layers[i], depths[i]) for i in range(levels))
         up = tuple(
@@ -311,6 +331,7 @@ class UNetConfig:
             addition_embed_type=values["addition_embed_type"],
             addition_time_embed_dim=added["addition_time_embed_dim"],
             addition_input_dim=added["projection_class_embeddings_input_dim"],
+            num_class_embeds=values["num_class_embeds"],
         )
 
 
@@ -449,6 +470,54 @@ class TinyVAEConfig:
             decoder_blocks=blocks["decoder"],
             scaling_factor=values["scaling_factor"],
         )
+
+
+_PIXELS = {
+    "patch_size": Field(Integer(1, 64), 4),
+    "upscale_factor": Field(Integer(2, 16), 2),
+    "scaling_factor": Field(Number(1e-6, 1e6), 1.0),
+}
+
+
+@dataclass(frozen=True)
+class PixelResidualConfig:
+    """An autoencoder without weights, of a model that enlarges pictures: latents are the pixels of a patch, of what a
+    picture has beyond a small one that was enlarged by bicubic interpolation."""
+
+    patch_size: int  # of `pixel_unshuffle`
+    upscale_factor: int  # how many times as wide the picture is as the small one
+    scaling_factor: float
+    in_channels: int = 3
+    out_channels: int = 3
+    force_upcast: bool = False
+
+    @property
+    def latent_channels(self) -> int:
+        """Three colours of every pixel of a patch."""
+        return 3 * self.patch_size**2
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent, in each direction."""
+        return self.patch_size
+
+    @classmethod
+    def from_dict(cls, cfg: Mapping[str, Any], source: str = "config.json") -> PixelResidualConfig:
+        """Read its config.json; CheckpointError if it needs what is not implemented."""
+        values = read_fields(cfg, _only({"_class_name": ("PixelResidual",)}) | _PIXELS, source)
+        _check_divides(
+            values["patch_size"], values["upscale_factor"], "upscale_factor", source, "pixels of 'patch_size'"
+        )
+        return cls(values["patch_size"], values["upscale_factor"], values["scaling_factor"])
+
+
+AutoencoderConfig = VAEConfig | TinyVAEConfig | PixelResidualConfig
+AUTOENCODERS: dict[str, type[VAEConfig] | type[TinyVAEConfig] | type[PixelResidualConfig]] = {
+    "AutoencoderKL": VAEConfig,
+    "AutoencoderTiny": TinyVAEConfig,
+    "PixelResidual": PixelResidualConfig,
+}
+"""By the class that config.json names."""
 
 
 # ----------------------------------------------------------------------------------------------------------- text

@@ -30,6 +30,7 @@ _WIDTH = Integer(1, MAX_CHANNELS)
 _FIELDS = {
     "_class_name": Field(OneOf("ControlNetModel"), "ControlNetModel"),
     "mid_block_type": Field(OneOf("UNetMidBlock2DCrossAttn", "UNetMidBlock2D"), "UNetMidBlock2DCrossAttn"),
+    "num_class_embeds": Field(OneOf(None), None),
     "conditioning_channels": Field(_WIDTH, 3),
     "conditioning_embedding_out_channels": Field(ListOf(_WIDTH, 1, 12), (16, 32, 96, 256)),
     "controlnet_conditioning_channel_order": Field(OneOf("rgb", "bgr"), "rgb"),
@@ -65,7 +66,7 @@ class ControlNetConfig:
     def cross_widths(self) -> tuple[int, ...]:
         """Channels of each cross-attention, in network order; none in the small ControlNets of SDXL."""
         levels = (*self.unet.down, self.unet.mid)
-        return tuple(level.channels for level in levels for depth in level.depths for _ in range(depth or 0))
+        return tuple(level.channels for level in levels for _ in range(level.cross_attentions))
 
     @classmethod
     def from_dict(cls, cfg: Mapping[str, Any], source: str = "config.json") -> ControlNetConfig:

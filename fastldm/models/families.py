@@ -10,7 +10,7 @@ from fastldm.models.config import TextConfig, UNetConfig
 
 NETWORK_CLASSES = {
     "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL", "AutoencoderTiny"),
+    "vae": ("AutoencoderKL", "AutoencoderTiny", "PixelResidual"),
     "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
     "text_encoder_2": ("CLIPTextModel", "CLIPTextModelWithProjection"),
 }
@@ -37,6 +37,7 @@ class Family:
     sampler: str | None = None  # None: the one that scheduler_config.json names
     strength: float = 0.8  # of a start from an image
     pipelines: tuple[str, ...] = ()  # diffusers' classes for it, whose arguments fastldm's pipelines take
+    noise_level: int = 0  # of the noise that is added to a small picture that is read
 
 
 def _is_v(scheduler: Mapping[str, Any]) -> bool:
@@ -66,14 +67,19 @@ _SDXL_PIPELINES = (
 )
 _EDIT_PIPELINES = ("StableDiffusionInstructPix2PixPipeline",)
 _SDXL_EDIT_PIPELINES = ("StableDiffusionXLInstructPix2PixPipeline",)
+UPSCALE_PIPELINE, PIXEL_PIPELINE = "StableDiffusionUpscalePipeline", "PixelUpscalePipeline"
+WEIGHTLESS = ("PixelResidual",)  # networks without files of weights
 _EULER, _EULER_A = "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"
 
 # The first match counts; the last entry matches everything.
 FAMILIES: tuple[Family, ...] = (
     Family("sdxl-edit", 30, 5.0, lambda unet, _: unet.edits and unet.needs_added, pipelines=_SDXL_EDIT_PIPELINES),
     Family("sd1-edit", 30, 7.5, lambda unet, _: unet.edits, pipelines=_EDIT_PIPELINES),
+    Family("x4-upscaler", 75, 9.0, lambda unet, _: unet.needs_class, pipelines=(UPSCALE_PIPELINE,), noise_level=20),
     Family("sdxl-lcm", 4, 8.0, lambda unet, _: unet.needs_guidance and unet.needs_added),
     Family("lcm", 4, 8.5, lambda unet, _: unet.needs_guidance, pipelines=_LCM_PIPELINES),
+    # What enlarges the default model's pictures.
+    Family("pixel-upscaler", 4, 1.0, lambda unet, _: not unet.cross_widths, pipelines=(PIXEL_PIPELINE,)),
     # An LCM or TCD adapter merged into an ordinary network.
     Family("lcm-merged", 4, 1.0, lambda _, scheduler: scheduler.get("_class_name") in ("LCMScheduler", "TCDScheduler")),
     Family("sdxl-refiner", 30, 5.0, lambda unet, _: unet.needs_added and unet.added_ids == 5, strength=0.3),

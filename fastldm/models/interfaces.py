@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastldm.models.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
+from fastldm.models.config import AutoencoderConfig, TextConfig, UNetConfig
 from fastldm.models.layers import Beside
 
 Layer = Callable[[Tensor], Tensor]
@@ -44,7 +44,12 @@ class Denoiser(Protocol):
     def config(self) -> UNetConfig: ...
 
     def time_rows(
-        self, timesteps: Tensor, *, added: AddedConditions | None = None, guidance: Tensor | None = None
+        self,
+        timesteps: Tensor,
+        *,
+        added: AddedConditions | None = None,
+        guidance: Tensor | None = None,
+        class_labels: Tensor | None = None,
     ) -> Tensor: ...
 
     def cross_kv(self, encoder_hidden_states: Tensor) -> tuple[Tensor, ...]: ...
@@ -58,7 +63,7 @@ class Autoencoder(Protocol):
     """See models.vae.AutoencoderKL."""
 
     @property
-    def config(self) -> VAEConfig | TinyVAEConfig: ...
+    def config(self) -> AutoencoderConfig: ...
 
     def encode(self, x: Tensor) -> Tensor: ...
 

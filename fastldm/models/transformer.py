@@ -70,34 +70,49 @@ class Transformer(nn.Module):
         x, h = self.norm.add(x, ahead=self.proj_out.bias) if ahead else (as_tensor(x), self.norm(x))
         tokens = self.proj_in(to_tokens(h))
         for layer in self.transformer_blocks:
-            tokens = layer(tokens, next(texts))
+            tokens = layer(tokens, texts)
         out = self.proj_out.add_to(to_tokens(x), tokens) if ahead else self.proj_out(tokens, residual=to_tokens(x))
         return to_image(out, x.shape[2])
 
 
 class TransformerLayer(nn.Module):
-    """x (B, N, C) and the text's keys and values -> (B, N, C); diffusers' BasicTransformerBlock."""
+    """x (B, N, C) and the text's keys and values -> (B, N, C); diffusers' BasicTransformerBlock.
+
+    only_cross: the first attention reads the text too, in place of the pixels.
+    """
 
     def __init__(self, level: Level) -> None:
         super().__init__()
         channels = level.channels
+        self.only_cross = level.only_cross
         self.norm1 = LayerNorm(channels)
-        self.attn1 = Attention(channels, level.heads, channels)
+        self.attn1 = Attention(channels, level.heads, level.context if level.only_cross else channels)
         self.norm2 = LayerNorm(channels)
         self.attn2 = Attention(channels, level.heads, level.context)
         self.norm3 = LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, text: Text) -> Tensor:
+    @property
+    def cross_attentions(self) -> tuple[Attention, ...]:
+        """Those that read the text, in the order in which they do."""
+        return (self.attn1, self.attn2) if self.only_cross else (self.attn2,)
+
+    def forward(self, x: Tensor, texts: Iterator[Text]) -> Tensor:
         h = self.norm1(x, self.attn1.to_q)
-        x, h = self.norm2.add(self.attn1(*self.attn1.qkv(h)), x, then=self.attn2.to_q)
-        q, (k, v) = self.attn2.to_q(h), text.kv.chunk(2, dim=-1)
-        attended = self.attn2(q, k, v, kv_len=text.kv_len, slots=text.slots, pictures=text.pictures)
+        attended = _read(self.attn1, h, next(texts)) if self.only_cross else self.attn1(*self.attn1.qkv(h))
+        x, h = self.norm2.add(attended, x, then=self.attn2.to_q)
+        attended = _read(self.attn2, h, next(texts))
         if fast_library(x):  # cuBLAS adds a residual in its own pass where there is no bias left to add
             x, h = self.norm3.add(attended, x, self.ff.last.bias, self.ff.first)
             return self.ff.add_to(x, h)
         x, h = self.norm3.add(attended, x, then=self.ff.first)
         return self.ff(h, residual=x)
+
+
+def _read(attention: Attention, x: Tensor, text: Text) -> Tensor:
+    """A cross-attention of x (B, N, C) to a text."""
+    q, (k, v) = attention.to_q(x), text.kv.chunk(2, dim=-1)
+    return attention(q, k, v, kv_len=text.kv_len, slots=text.slots, pictures=text.pictures)
 
 
 class FeedForward(nn.Module):

@@ -38,6 +38,7 @@ from fastldm.models.layers import (
     Upsample,
     as_tensor,
     channels_last,
+    parameter,
 )
 from fastldm.models.transformer import Text, Transformer
 
@@ -93,6 +94,9 @@ class UNetEncoder(nn.Module):
         if config.needs_added:
             self.add_time_proj = Sinusoids(config.addition_time_embed_dim, config.flip_sin_to_cos, config.freq_shift)
             self.add_embedding = TimeEmbedding(config.addition_input_dim, config.time_embedding_dim)
+        self.needs_class = config.needs_class
+        if config.num_class_embeds is not None:
+            self.class_embedding = ClassEmbedding(config.num_class_embeds, config.time_embedding_dim)
         self.down_blocks: Layers[Block] = Layers()
         for i, level in enumerate(config.down):
             block = Block(config, level, channels)
@@ -181,9 +185,19 @@ class UNetEncoder(nn.Module):
             ]
         return iter(rows), iter(texts)
 
-    def _time_rows(self, timesteps: Tensor, added: AddedConditions | None, condition: Tensor | None = None) -> Tensor:
+    def _time_rows(
+        self,
+        timesteps: Tensor,
+        added: AddedConditions | None,
+        condition: Tensor | None = None,
+        class_labels: Tensor | None = None,
+    ) -> Tensor:
         dtype = self.conv_in.weight.dtype
         embedding = self.time_embedding(self.time_proj(timesteps).to(dtype), condition)
+        if self.needs_class:
+            if class_labels is None:
+                raise InputError("this network reads a class (an upscaler's noise level): class_labels is None")
+            embedding = embedding + self.class_embedding(class_labels)
         if self.needs_added:
             if added is None:
                 raise InputError("this network (SDXL) reads pooled text and sizes: got None, expected R rows of each")
@@ -196,10 +210,11 @@ class UNetEncoder(nn.Module):
     def cross_kv(self, encoder_hidden_states: Tensor) -> tuple[Tensor, ...]:
         """Keys and values of texts (B, T, D): a tensor (B, T, 2C) = (k | v) per cross-attention, in network order."""
         return tuple(
-            layer.attn2.kv(encoder_hidden_states)
+            attention.kv(encoder_hidden_states)
             for block in self.blocks()
             for transformer in block.attentions
             for layer in transformer.transformer_blocks
+            for attention in layer.cross_attentions
         )
 
     def blocks(self) -> list[Block]:
@@ -328,20 +343,26 @@ class UNet(UNetEncoder):
         return self.conv_out(self.conv_norm_out(x, silu=True))
 
     def time_rows(
-        self, timesteps: Tensor, *, added: AddedConditions | None = None, guidance: Tensor | None = None
+        self,
+        timesteps: Tensor,
+        *,
+        added: AddedConditions | None = None,
+        guidance: Tensor | None = None,
+        class_labels: Tensor | None = None,
     ) -> Tensor:
         """The resnets' inputs from time and conditioning: timesteps (R,) -> (R, S), one row per step and U-Net row.
 
         A row is time_emb_proj(silu(embedding)) of all resnets, concatenated in network order, plus the biases of the
-        convolutions to whose outputs it is added. timesteps may be fractional. SDXL needs `added`, with R rows, and LCM
-        `guidance` (R,), the guidance scale: InputError if they are missing.
+        convolutions to whose outputs it is added. timesteps may be fractional. SDXL needs `added`, with R rows, LCM
+        `guidance` (R,), the guidance scale, and an upscaler `class_labels` (R,) whole numbers, the noise level:
+        InputError if they are missing.
         """
         condition = None
         if self.config.time_cond_proj_dim is not None:
             if guidance is None:
                 raise InputError("this U-Net (LCM) reads the guidance scale: guidance is None, expected (R,) numbers")
             condition = self.guidance_proj(guidance)
-        return self._time_rows(timesteps, added, condition)
+        return self._time_rows(timesteps, added, condition, class_labels)
 
     def forward(
         self,
@@ -350,17 +371,18 @@ class UNet(UNetEncoder):
         encoder_hidden_states: Tensor,
         timestep_cond: Tensor | None = None,
         added_cond_kwargs: Mapping[str, Tensor] | None = None,
+        class_labels: Tensor | None = None,
     ) -> Tensor:
         """The full network with diffusers' arguments: sample (B, Cin, H, W), timestep () or (B,) -> (B, Cout, H, W).
 
         timestep_cond (B, time_cond_proj_dim) is LCM's embedded guidance; added_cond_kwargs has SDXL's text_embeds and
-        time_ids.
+        time_ids; class_labels (B,) whole numbers.
         """
         timesteps = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         added = None
         if added_cond_kwargs:
             added = AddedConditions(added_cond_kwargs["text_embeds"], added_cond_kwargs["time_ids"])
-        rows = self._time_rows(timesteps, added, timestep_cond)
+        rows = self._time_rows(timesteps, added, timestep_cond, class_labels)
         return self.step(sample, rows, self.cross_kv(encoder_hidden_states))
 
     def blocks(self) -> list[Block]:
@@ -391,7 +413,9 @@ class Block(nn.Module):
     @property
     def cross_attentions(self) -> int:
         """How many there are."""
-        return sum(len(transformer.transformer_blocks) for transformer in self.attentions)
+        return sum(
+            len(layer.cross_attentions) for transformer in self.attentions for layer in transformer.transformer_blocks
+        )
 
     def layers(self) -> Iterator[tuple[Resnet, Transformer | None]]:
         """Each resnet with the transformer after it, if there is one."""
@@ -411,6 +435,17 @@ class TimeEmbedding(nn.Module):
         if self.cond_proj is not None and condition is not None:
             x = x + self.cond_proj(condition.to(x.dtype))
         return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class ClassEmbedding(nn.Module):
+    """A vector for each class; torch's Embedding without its initialisation."""
+
+    def __init__(self, classes: int, channels: int) -> None:
+        super().__init__()
+        self.weight = parameter(classes, channels)
+
+    def forward(self, class_labels: Tensor) -> Tensor:
+        return F.embedding(class_labels.int(), self.weight)
 
 
 class Sinusoids(nn.Module):

@@ -1,4 +1,5 @@
-"""Autoencoders between images and latents: Stable Diffusion's KL autoencoder and the tiny one in TAESD's layout.
+"""Autoencoders between images and latents: Stable Diffusion's KL autoencoder, the tiny one in TAESD's layout, and one
+without weights, whose latents are pixels.
 
 Images are (B, 3, H, W) in -1..1. Latents z are unscaled; a U-Net works on z * scaling_factor. Parameter names are those
 of diffusers' AutoencoderKL and AutoencoderTiny.
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastldm.models.config import TinyVAEConfig, VAEConfig
+from fastldm.models.config import PixelResidualConfig, TinyVAEConfig, VAEConfig
 from fastldm.models.interfaces import Autoencoder, Layer
 from fastldm.models.layers import (
     Attention,
@@ -297,6 +298,41 @@ class TinyBlock(nn.Module):
         return F.relu(self.conv["4"](h, residual=x))
 
 
+class PixelResidual(nn.Module):
+    """The pixels of each patch as channels. Latents are of a picture less its `base`: what decodes them adds that of
+    the small picture, as channels too, before."""
+
+    def __init__(self, config: PixelResidualConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def base(self, small: Tensor) -> Tensor:
+        """A small picture (B, 3, h, w), enlarged by bicubic interpolation, as channels (B, C, H / patch, W / patch) for
+        H = upscale_factor * h."""
+        large = F.interpolate(small, scale_factor=self.config.upscale_factor, mode="bicubic", align_corners=False)
+        return self.encode(large)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x (B, 3, H, W) -> (B, C, H / patch, W / patch)."""
+        return F.pixel_unshuffle(x, self.config.patch_size)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """z (B, C, h, w) -> (B, 3, h * patch, w * patch)."""
+        return F.pixel_shuffle(z, self.config.patch_size)
+
+    def decoding(self) -> list[Layer]:
+        """The layers of `decode`, in order."""
+        return [self.decode]
+
+    def low(self) -> list[Layer]:
+        """None: all of it enlarges."""
+        return []
+
+    def high(self, norm: Norm = GroupNorm.__call__) -> list[Layer]:
+        """The one layer there is, which does not normalise."""
+        return self.decoding()
+
+
 # ------------------------------------------------------------------------------------------------- decoding in pieces
 
 TILE = 64  # latents a side
@@ -360,7 +396,7 @@ def _tiled(vae: Autoencoder, z: Tensor, tile: int) -> Pieces:
     height, width = z.shape[2:]
     if max(height, width) <= tile:
         return (yield from _in_turn(vae.decoding(), z))
-    assert isinstance(vae, AutoencoderKL | TinyAutoencoder)  # engines have no separate layers
+    assert isinstance(vae, AutoencoderKL | TinyAutoencoder | PixelResidual)  # engines have no separate layers
     x = yield from _in_turn(vae.low(), z)  # (1, C, h, w)
 
     statistics: list[tuple[Tensor, Tensor]] = []

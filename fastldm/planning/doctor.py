@@ -143,7 +143,7 @@ def op_paths(spec: Spec, dtype: torch.dtype, arch: str | None, *, lora: bool = F
         "width": spec.default_size[0] // spec.vae.factor,
     }
     with dispatch.targeting(on_gpu), dispatch.observe(watch):
-        dry_run.run_unet(spec.unet, rows=2, tokens=spec.text[0].max_position, dtype=dtype, **latents, lora=lora)
+        dry_run.run_unet(spec.unet, rows=2, tokens=spec.window, dtype=dtype, **latents, lora=lora)
         if lora:
             return {path: {name: own for name, own in ops.items() if "lora" in name} for path, ops in calls.items()}
         dry_run.run_text(spec.text, batch=1, dtype=dtype)

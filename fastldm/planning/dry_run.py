@@ -23,17 +23,17 @@ from fastldm.kernels.dispatch import Cost, Op, Target, device_type, observe, tar
 from fastldm.loading.prepare import prepare
 from fastldm.loading.spec import autoencoder
 from fastldm.models.clip import CLIPText
-from fastldm.models.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
+from fastldm.models.config import AutoencoderConfig, TextConfig, UNetConfig
 from fastldm.models.controlnet import ControlNet, ControlNetConfig
 from fastldm.models.layers import Linear, Pointwise
 from fastldm.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from fastldm.models.unet import AddedConditions, Features, UNet
-from fastldm.models.vae import TILE, AutoencoderKL, Decode, TinyAutoencoder, decode_pieces, finish
+from fastldm.models.vae import TILE, Decode, decode_pieces, finish
 from fastldm.runtime.pages import Pages
 from fastldm.runtime.slots import FEATURES, Slots, StaticBuffers
 
 ControlConfig = ControlNetConfig | T2IAdapterConfig
-Config = UNetConfig | VAEConfig | TinyVAEConfig | TextConfig | ControlNetConfig | T2IAdapterConfig
+Config = UNetConfig | AutoencoderConfig | TextConfig | ControlNetConfig | T2IAdapterConfig
 DryRun = Callable[[], object]
 
 
@@ -71,10 +71,11 @@ def time_rows(config: UNetConfig, *, count: int, dtype: torch.dtype) -> DryRun:
     unet: UNet = network(config, dtype)  # type: ignore[assignment]
     added = _added(config, count, dtype)
     guidance = _empty(count) if config.needs_guidance else None
+    labels = _empty(count) if config.needs_class else None
 
     def run() -> object:
         with torch.device("meta"):  # the network computes LCM's guidance embedding on the default device
-            return unet.time_rows(_empty(count), added=added, guidance=guidance)
+            return unet.time_rows(_empty(count), added=added, guidance=guidance, class_labels=labels)
 
     return torch.no_grad()(run)
 
@@ -173,7 +174,7 @@ def _with_pages(unet: UNet, run: DryRun) -> None:
 
 
 def decode(
-    config: VAEConfig | TinyVAEConfig,
+    config: AutoencoderConfig,
     *,
     height: int,
     width: int,
@@ -182,7 +183,7 @@ def decode(
     mode: Decode = "whole",
 ) -> DryRun:
     """Latents to the bytes of images."""
-    vae: AutoencoderKL | TinyAutoencoder = network(config, dtype)  # type: ignore[assignment]
+    vae: Any = network(config, dtype)
     latents = _empty(batch, config.latent_channels, height, width)
 
     def run() -> None:
@@ -195,7 +196,7 @@ def decode(
     return torch.no_grad()(run)
 
 
-def _first_tiles(vae: AutoencoderKL | TinyAutoencoder, z: Tensor) -> Tensor:
+def _first_tiles(vae: Any, z: Tensor) -> Tensor:
     """The peak of a tiled decode, without a thousand tiles of equal size: the first tiles of the last image, beside the
     decoded rest, and the end.
     """
@@ -211,11 +212,11 @@ def _first_tiles(vae: AutoencoderKL | TinyAutoencoder, z: Tensor) -> Tensor:
     return torch.cat([rest, last])
 
 
-def encode(config: VAEConfig | TinyVAEConfig, *, height: int, width: int, batch: int, dtype: torch.dtype) -> DryRun:
+def encode(config: AutoencoderConfig, *, height: int, width: int, batch: int, dtype: torch.dtype) -> DryRun:
     """Images to latents."""
     factor = config.factor
     pixels = _empty(batch, config.in_channels, height * factor, width * factor)
-    vae: AutoencoderKL | TinyAutoencoder = network(config, dtype)  # type: ignore[assignment]
+    vae: Any = network(config, dtype)
     return torch.no_grad()(lambda: vae.encode(pixels.to(dtype)).float())
 
 
@@ -250,12 +251,12 @@ def run_unet(
     step(config, height=height, width=width, **text, controls=controls, lora=lora, rare=rare)()
 
 
-def run_decoder(config: VAEConfig | TinyVAEConfig, *, height: int, width: int, batch: int, dtype: torch.dtype) -> None:
+def run_decoder(config: AutoencoderConfig, *, height: int, width: int, batch: int, dtype: torch.dtype) -> None:
     """Latents to images."""
     decode(config, height=height, width=width, batch=batch, dtype=dtype)()
 
 
-def run_encoder(config: VAEConfig | TinyVAEConfig, *, height: int, width: int, batch: int, dtype: torch.dtype) -> None:
+def run_encoder(config: AutoencoderConfig, *, height: int, width: int, batch: int, dtype: torch.dtype) -> None:
     """Images to latents."""
     encode(config, height=height, width=width, batch=batch, dtype=dtype)()
 

@@ -19,7 +19,7 @@ from fastldm.adapters.selection import Selection
 from fastldm.errors import InputError, OutOfMemory
 from fastldm.kernels import onednn
 from fastldm.kernels.dispatch import Target, device_capability, targeting
-from fastldm.models.config import TextConfig, TinyVAEConfig, UNetConfig, VAEConfig
+from fastldm.models.config import AutoencoderConfig, PixelResidualConfig, TextConfig, TinyVAEConfig, UNetConfig
 from fastldm.models.controlnet import ControlNet, ControlNetConfig
 from fastldm.models.t2i_adapter import T2IAdapter
 from fastldm.models.vae import Decode
@@ -40,7 +40,7 @@ class Workload:
     """A request as seen by memory and device. Plans are cached by it."""
 
     unet: UNetConfig
-    vae: VAEConfig | TinyVAEConfig
+    vae: AutoencoderConfig
     text: tuple[TextConfig, ...]
     height: int  # of the latents
     width: int
@@ -84,7 +84,7 @@ class Workload:
             if checks.whole(name, size, 0, MAX_SIDE, "pixels") == 0 or size % spec.vae.factor:
                 raise InputError(f"{name} is {size}: expected a positive multiple of {spec.vae.factor} for this model")
         guided = spec.family.guidance_scale > 1 and not spec.unet.needs_guidance
-        defaults = {"guided": guided, "steps": spec.family.num_inference_steps, "tokens": spec.text[0].max_position}
+        defaults = {"guided": guided, "steps": spec.family.num_inference_steps, "tokens": spec.window}
         defaults |= {"third": guided, "encode": True} if spec.unet.edits else {}
         shape: dict[str, Any] = {
             "height": height // spec.vae.factor,
@@ -100,7 +100,7 @@ class Workload:
         configs = tuple(stage.model.config for stage in stages.text_stages)
         factor = stages.vae.config.factor
         options: dict[str, Any] = {"height": height // factor, "width": width // factor, "batch": batch}
-        options = {**options, "tokens": configs[0].max_position, **overrides}
+        options = {**options, "tokens": stages.spec.window, **overrides}
         options |= {"backend": stages.backend, "precision": getattr(torch, stages.precision)}
         options["pictures"] = tuple(stages.image_prompts.capacity([]))
         return cls(stages.unet.config, stages.vae.config, configs, dtype=stages.dtype, arch=arch, **options)
@@ -117,7 +117,9 @@ class Workload:
             "guided": stages.guided(request),
             "steps": int(request.num_inference_steps or 1),
             "decode": stages.vae_decode,
-            "encode": request.image is not None and start_latents(request, stages.latent_channels) is None,
+            "encode": request.image is not None
+            and not stages.spec.unet.upscales
+            and start_latents(request, stages.latent_channels) is None,
             "attached": tuple(control.network.config for control in stages.controls.attached.values()),
             "controls": controls.configs if isinstance(controls, ControlSelection) else (),
             "reuse": request.reuse > 1,
@@ -232,7 +234,9 @@ def check(workload: Workload, free: int, label: str) -> None:
 def upper_bound(workload: Workload) -> int:
     """More bytes than a request takes besides the weights: two to three times as many."""
     unet, vae, rows = workload.unet, workload.vae, workload.step_rows
-    width = vae.decoder_width if isinstance(vae, TinyVAEConfig) else max(vae.channels[:2])
+    width = vae.out_channels
+    if not isinstance(vae, PixelResidualConfig):
+        width = vae.decoder_width if isinstance(vae, TinyVAEConfig) else max(vae.channels[:2])
     latents = workload.height * workload.width
     tokens = workload.tokens + sum(workload.pictures)
     text = 2 * tokens * sum(unet.cross_widths) + 2 * workload.steps * unet.time_channels

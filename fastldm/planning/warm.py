@@ -69,14 +69,15 @@ def warm(
             for batch in batches:
                 most = 1 if not guided else 3 if spec.unet.edits else 2
                 for rows in (batch * branches for branches in range(1, most + 1)):
-                    shape = {"height": h, "width": w, "rows": rows, "tokens": spec.text[0].max_position}
+                    shape = {"height": h, "width": w, "rows": rows, "tokens": spec.window}
                     sets = [(), *((control,) for control in controls)]
                     for beside, acting in itertools.product((False, True) if lora else (False,), sets):
                         dry_run.run_unet(spec.unet, **shape, dtype=dtype, controls=acting, lora=beside, rare=most == 3)
                 for control in controls:
                     dry_run.control(control, height=height, width=width, batch=batch, dtype=dtype)()
                 dry_run.run_decoder(spec.vae, height=h, width=w, batch=batch, dtype=dtype)
-                dry_run.run_encoder(spec.vae, height=h, width=w, batch=batch, dtype=dtype)
+                if not spec.unet.upscales:
+                    dry_run.run_encoder(spec.vae, height=h, width=w, batch=batch, dtype=dtype)
     return len(ahead.compiled)
 
 

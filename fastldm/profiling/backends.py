@@ -28,7 +28,7 @@ def measure(bundle: Bundle, backend: str, device: torch.device, dtype: str | tor
     pipe = load()
     start_up = perf_counter() - start
     arguments: dict[str, Any] = {"prompt": "a photograph", "num_inference_steps": 2, "seed": 0, "output_type": "pt"}
-    arguments |= needed_images(pipe.unet.config, 64, 64)
+    arguments |= needed_images(pipe.stages.spec, *pipe.stages.spec.default_size[::-1])
     for _ in range(2):
         timings = pipe(**arguments).timings
     steps = pipe.family.num_inference_steps * median(timings.steps)

@@ -150,7 +150,7 @@ def profile(
         rows=_rows(pipe, completed, rows, watched, measured),
         ceilings=measured,
         operations=dry_run.operations(
-            pipe.unet.config, rows=rows, tokens=pipe.text_stages[0].window, **_latent_size(pipe, completed)
+            pipe.unet.config, rows=rows, tokens=pipe.stages.spec.window, **_latent_size(pipe, completed)
         ),
         memory={} if workload is None else _memory(pipe, completed, workload),
         events=_events(sorted(watched, key=lambda trial: trial.wall)[len(watched) // 2], clock.gpu),
@@ -251,7 +251,7 @@ def _latent_size(pipe: Pipeline, request: Request) -> dict[str, int]:
 def _network_cost(pipe: Pipeline, request: Request, rows: int, span: Span) -> Cost:
     """What our own network would have to compute where an engine ran, whose ops are not seen."""
     shape: dict[str, Any] = {**_latent_size(pipe, request), "dtype": pipe.dtype}
-    tokens = pipe.text_stages[0].window
+    tokens = pipe.stages.spec.window
     if span.name == "U-Net":
         return dry_run.total(lambda: dry_run.step(pipe.unet.config, rows=rows, tokens=tokens, **shape))
     if span.name == "VAE":

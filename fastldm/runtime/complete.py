@@ -13,13 +13,14 @@ from fastldm import checks, sizes
 from fastldm import image as images
 from fastldm.conditioning import encode as conditioning
 from fastldm.errors import InputError
-from fastldm.models.config import TinyVAEConfig, UNetConfig, VAEConfig
+from fastldm.models.config import AutoencoderConfig, PixelResidualConfig, UNetConfig
 from fastldm.models.families import Family
-from fastldm.request import Request, picture_seeds
+from fastldm.request import PER_PROMPT, Request, as_list, picture_seeds
 from fastldm.runtime.controls import ControlSelection
 from fastldm.samplers.names import for_xl, is_cfg_pp
 
 if TYPE_CHECKING:
+    from fastldm.loading.spec import Spec
     from fastldm.sizes import Axis
 
 _CFG_PP_SCALE = 0.6  # that of the paper's pictures, arXiv:2406.08070
@@ -28,8 +29,8 @@ _IMAGE_SCALE = 1.5  # of InstructPix2Pix, diffusers' default
 
 def complete(
     request: Request,
-    unet: UNetConfig,
-    vae: VAEConfig | TinyVAEConfig,
+    spec: Spec,
+    vae: AutoencoderConfig,
     family: Family,
     ranges: Sequence[tuple[Axis, Axis]] = (),
 ) -> Request:
@@ -37,6 +38,9 @@ def complete(
 
     ranges: the heights and widths of latents that the model runs with, where those are limited.
     """
+    unet = spec.unet
+    if not spec.text:
+        request = _without_text(request)
     if request.prompt is None and request.prompt_embeds is None:
         raise InputError("prompt is None: give a text, a list of texts, or prompt_embeds")
     conditioning.check(request, unet.needs_added, scored=unet.needs_added and unet.added_ids == 5)
@@ -47,8 +51,18 @@ def complete(
     if unet.inpaints and request.mask_image is None:
         raise InputError("this model is for inpainting: give it image and mask_image")
     image_scale = request.image_guidance_scale
+    if unet.edits or unet.upscales:
+        _check_reading(request, unet)
+    if unet.upscales and not unet.needs_class and request.noise_level is not None:
+        raise InputError(f"noise_level is {request.noise_level}: this model enlarges a picture without noise")
+    if unet.upscales and (request.noise_level or 0) > spec.max_noise_level:
+        raise InputError(
+            f"noise_level is {request.noise_level}: expected at most {spec.max_noise_level} for this model "
+            "('max_noise_level')"
+        )
+    if request.noise_level is not None and not unet.upscales:
+        raise InputError(f"noise_level is {request.noise_level}: only models that enlarge a picture read it")
     if unet.edits:
-        _check_edit(request)
         image_scale = _IMAGE_SCALE if image_scale is None else image_scale
     elif image_scale is not None:
         raise InputError(
@@ -62,9 +76,9 @@ def complete(
         reason = "this model has two guidance scales" if unet.edits else reason
         raise InputError(f"sampler {sampler!r} is CFG++, and {reason}: take a sampler without CFG++")
     scale = _CFG_PP_SCALE if cfg_pp else family.guidance_scale
-    from_noise = request.mask_image is not None or unet.edits
+    from_noise = request.mask_image is not None or unet.edits or unet.upscales
     strength = 1.0 if from_noise else family.strength
-    width, height = _size(request, unet, vae)
+    width, height = _size(request, spec, vae)
     if ranges:
         sizes.check_size(ranges, vae.factor, width, height)
     return request.replace(
@@ -76,15 +90,31 @@ def complete(
         sampler=sampler,
         image_guidance_scale=image_scale,
         strength=strength if request.strength is None else request.strength,
+        noise_level=family.noise_level if spec.low_res and request.noise_level is None else request.noise_level,
     )
 
 
-def needed_images(unet: UNetConfig, height: int, width: int) -> dict[str, Any]:
-    """The pictures that a model cannot do without, grey, of this size in pixels: fields of `Request`, for a trial."""
-    grey = np.full((height, width, 3), 0.5, dtype=np.float32)
-    if unet.edits:
+def _without_text(request: Request) -> Request:
+    """A request of a model that reads no text, with empty ones. InputError for others, and for guidance by them."""
+    for name in PER_PROMPT:
+        value = getattr(request, name)
+        if value is not None and (not isinstance(value, str | tuple) or any(as_list(value))):
+            raise InputError(f"{name} is {checks.show(value)}: this model reads no text, leave it out")
+    if request.guidance_scale is not None and request.guidance_scale > 1:
+        raise InputError(f"guidance_scale is {request.guidance_scale:g}: this model reads no text to be guided by")
+    if request.prompt is not None or request.image is None:
+        return request.replace(prompt=request.prompt or "")
+    count = images.measure(request.image)[0]
+    return request.replace(prompt="" if count == 1 else ("",) * count)
+
+
+def needed_images(spec: Spec, height: int, width: int) -> dict[str, Any]:
+    """The pictures that a model cannot do without, grey, for an image of this size in pixels: fields of `Request`, for
+    a trial."""
+    grey = np.full((height // spec.enlarges, width // spec.enlarges, 3), 0.5, dtype=np.float32)
+    if spec.unet.edits or spec.unet.upscales:
         return {"image": grey}
-    return {"image": grey, "mask_image": grey[..., 0] * 2, "strength": 1.0} if unet.inpaints else {}
+    return {"image": grey, "mask_image": grey[..., 0] * 2, "strength": 1.0} if spec.unet.inpaints else {}
 
 
 def start_latents(request: Request, channels: int) -> Tensor | None:
@@ -92,26 +122,28 @@ def start_latents(request: Request, channels: int) -> Tensor | None:
     return None if request.image is None else images.load_latents(request.image, channels)
 
 
-def _check_edit(request: Request) -> None:
-    """InputError for what a model that edits an image does not read."""
+def _check_reading(request: Request, unet: UNetConfig) -> None:
+    """InputError for what a model does not read that edits an image, or enlarges one, and starts from noise."""
+    verb = "edits" if unet.edits else "enlarges"
     if request.image is None:
-        raise InputError("this model edits an image: give it image, and prompt as what to do with it")
+        also = ", and prompt as what to do with it" if unet.edits else ""
+        raise InputError(f"this model {verb} an image: give it image{also}")
     if request.mask_image is not None:
-        raise InputError("mask_image was given: this model edits all of image, and inpainting needs another model")
+        raise InputError(f"mask_image was given: this model {verb} all of image, and inpainting needs another model")
     if request.denoising_start is not None and request.latents is None:
-        raise InputError("denoising_start was given without latents, with which steps go on: image is what is edited")
-    if request.strength not in (None, 1.0):
         raise InputError(
-            f"strength is {request.strength:g}: this model edits image from noise alone, and how much is "
-            "image_guidance_scale"
+            f"denoising_start was given without latents, with which steps go on: image is what this model {verb}"
         )
+    if request.strength not in (None, 1.0):
+        how = ", and how much is image_guidance_scale" if unet.edits else ""
+        raise InputError(f"strength is {request.strength:g}: this model {verb} image from noise alone{how}")
 
 
-def _size(request: Request, unet: UNetConfig, vae: VAEConfig | TinyVAEConfig) -> tuple[int, int]:
+def _size(request: Request, spec: Spec, vae: AutoencoderConfig) -> tuple[int, int]:
     """(width, height) in pixels: as asked for, or as of latents and image, or the model's own."""
     factor, latents = vae.factor, request.latents
-    height, width = (size * factor for size in unet.sample_size)
-    measured = None if request.image is None else _measured(request, unet, vae)
+    height, width = (size * factor for size in spec.unet.sample_size)
+    measured = None if request.image is None else _measured(request, spec, vae)
     controls = request.control_image if isinstance(request.control_image, ControlSelection) else None
     if latents is not None:
         if tuple(latents.shape[:2]) != (request.batch, vae.latent_channels):
@@ -125,11 +157,13 @@ def _size(request: Request, unet: UNetConfig, vae: VAEConfig | TinyVAEConfig) ->
     elif (
         measured is not None
         and (request.mask_image is None or start_latents(request, vae.latent_channels) is not None)
-        and not (unet.edits and unet.needs_added)  # as in diffusers
+        and not (spec.unet.edits and spec.unet.needs_added)  # as in diffusers
     ):
         height, width = measured
     elif controls is not None and measured is None:
         height, width = controls.size(factor)
+    if measured is not None and spec.enlarges > 1:
+        height, width = measured  # latents have to be for them
     height, width = request.height or height, request.width or width
     if controls is not None and (height % controls.multiple or width % controls.multiple):
         raise InputError(
@@ -149,17 +183,19 @@ def _size(request: Request, unet: UNetConfig, vae: VAEConfig | TinyVAEConfig) ->
     return width, height
 
 
-def _measured(request: Request, unet: UNetConfig, vae: VAEConfig | TinyVAEConfig) -> tuple[int, int]:
+def _measured(request: Request, spec: Spec, vae: AutoencoderConfig) -> tuple[int, int]:
     """(height, width) in pixels that `image` asks for; picture and mask are looked at, but not decoded yet."""
     factor = vae.factor
     start = start_latents(request, vae.latent_channels)
     if start is not None:
+        if spec.unet.upscales:
+            raise InputError("image is latents: a model that enlarges a picture needs its pixels")
         count, height, width = start.shape[0], start.shape[2] * factor, start.shape[3] * factor
         if (request.height or height, request.width or width) != (height, width):
             raise InputError(
                 f"image is latents for {width}x{height} pixels, not {request.width or width}x{request.height or height}"
             )
-        if unet.inpaints:
+        if spec.unet.inpaints:
             raise InputError("image is latents: this model for inpainting needs pixels, to leave out what is masked")
     else:
         count, height, width = images.measure(request.image)
@@ -174,4 +210,15 @@ def _measured(request: Request, unet: UNetConfig, vae: VAEConfig | TinyVAEConfig
                 f"{name} holds {count} pictures for a batch of {request.batch}: give one, or one each, or a "
                 "number that divides them"
             )
-    return max(height - height % factor, factor), max(width - width % factor, factor)
+    if isinstance(vae, PixelResidualConfig):
+        factor //= vae.upscale_factor  # the small picture's pixels
+    size = max(height - height % factor, factor), max(width - width % factor, factor)
+    if spec.enlarges == 1:
+        return size
+    enlarged = size[0] * spec.enlarges, size[1] * spec.enlarges
+    if (request.height or enlarged[0], request.width or enlarged[1]) != enlarged:
+        raise InputError(
+            f"width and height are {request.width or enlarged[1]}x{request.height or enlarged[0]}: this model makes "
+            f"{spec.enlarges} times the picture, {enlarged[1]}x{enlarged[0]}: leave them out, or resize image"
+        )
+    return enlarged

@@ -147,6 +147,7 @@ class Run:
     features: RunFeatures | None = None
     applied: Applied = ()  # pages of the adapters that are beside the weights
     pictures: PicturesKV = ()  # by IP-Adapter and cross-attention (R, T, 2C): `IPAdapter.kv`
+    noise_level: int = 0  # of `extra`, where that is a small picture: a class of the network
     images: tuple[Run, ...] = ()
     row: int = 0  # the one that comes next
     at_once: int = 1  # how many rows its next step may take, of a batch that can take several
@@ -256,6 +257,7 @@ class Run:
                 self.dtype,
                 controls=tuple(control.image(k) for control in self.controls),
                 features=None if self.features is None else self.features.image(k),
+                noise_level=self.noise_level,
             )
             for k in range(self.batch)
         )

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fastldm.device import send
 from fastldm.errors import InputError
+from fastldm.samplers.config import ScheduleConfig
+from fastldm.samplers.spacing import alphas_cumprod
 from fastldm.samplers.table import StepTable
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -27,6 +29,12 @@ def randn(shape: Sequence[int], generators: Generators, dtype: torch.dtype, devi
     if len(generators) != shape[0]:
         raise InputError(f"{len(generators)} generators for a batch of {shape[0]}: give one, or one for each image.")
     return torch.cat([randn((1, *shape[1:]), generator, dtype, device) for generator in generators])
+
+
+def add_noise(config: ScheduleConfig, x: Tensor, noise: Tensor, timestep: int) -> Tensor:
+    """x with noise of a timestep of a training schedule, as diffusers' DDPMScheduler adds it."""
+    signal = float(alphas_cumprod(config)[timestep])
+    return signal**0.5 * x + (1 - signal) ** 0.5 * noise
 
 
 def draw_step_noise(

@@ -249,7 +249,7 @@ class Slots:
         step.table[:, : len(table)].index_copy_(0, index, send(rows, index.device).expand(run.batch, -1, -1))
         step.rescale.index_fill_(0, index, run.guidance.rescale)
         # Negatives come first among the run's texts; where it has none, the slots' own are never read.
-        count = run.text_kv[0].shape[0] // run.batch
+        count = run.text_kv[0].shape[0] // run.batch if run.text_kv else 1
         texts = [2 * slot + text for text in (0, 1)[2 - count :] for slot in slots]
         text_index = send_numbers(texts, torch.int64, index.device)
         states = [(temb, run.temb, text, run.text_kv)]
@@ -262,7 +262,8 @@ class Slots:
             buffer[:, : len(table)].index_copy_(0, text_index, time_rows.to(buffer.dtype))
             for layer, kv in zip(layers, text_kv, strict=True):
                 layer[:, : kv.shape[1]].index_copy_(0, text_index, kv.to(layer.dtype))
-        kv_len.index_fill_(0, text_index, run.text_kv[0].shape[1])
+        if run.text_kv:
+            kv_len.index_fill_(0, text_index, run.text_kv[0].shape[1])
         for tokens, picture, own in zip(run.picture_tokens, run.pictures, self.buffers.pictures, strict=False):
             own.kv_len.index_fill_(0, text_index, tokens)
             for buffer, picture_kv in zip(own.kv, picture, strict=True):

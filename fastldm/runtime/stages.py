@@ -33,7 +33,7 @@ from fastldm.models.controlnet import ControlNet
 from fastldm.models.families import encoder_names
 from fastldm.models.t2i_adapter import T2IAdapter
 from fastldm.models.unet import AddedConditions, UNet
-from fastldm.models.vae import Decode, Pieces, decode_pieces, finish
+from fastldm.models.vae import Decode, Pieces, PixelResidual, decode_pieces, finish
 from fastldm.request import Request, Result, Timings, as_list, picture_seeds
 from fastldm.runtime import candidates
 from fastldm.runtime.adapted import Adapted
@@ -147,7 +147,7 @@ class Stages:
         request = self.controls.complete(request, self.unet.config.needs_added)
         if request.reuse > 1:
             self._check_reuse(request.reuse)
-        request = complete(request, self.unet.config, self.vae.config, self.family, self.latents)
+        request = complete(request, self.spec, self.vae.config, self.family, self.latents)
         if request.candidates is not None:
             self.ranking.need(self.text_stages, self.backend)
         return self.image_prompts.complete(request, self.guided(request))
@@ -236,6 +236,8 @@ class Stages:
     def encode(self, request: Request) -> Conditioning:
         """Prompts and negatives as what the U-Net reads, a row for each image."""
         config = self.unet.config
+        if not self.text_stages:
+            return Conditioning(torch.zeros(request.batch, 1, 1, dtype=self.dtype, device=self.device))
         pooled_width = config.pooled_width if config.needs_added else None
 
         def run(key: Hashable, encoder: Callable[..., Any], *inputs: Tensor) -> Any:
@@ -274,10 +276,10 @@ class Stages:
             eta=request.eta,
             reuse=request.reuse,
         )
-        guidance, unet = self.guidance(request), self.unet.config
+        guidance = self.guidance(request)
         options: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "one_by_one": apart}
         options["edit_scale"] = self.vae.config.scaling_factor if self._scales_edits else 1.0
-        return start_run(request, table, guidance, self.vae, unet, **options)
+        return start_run(request, table, guidance, self.vae, self.spec, **options)
 
     def _condition(self, run: Run, embeds: Embeds, guidance_scale: float) -> None:
         """Give a run what its steps read of its conditioning: computed once, for all rows of its table."""
@@ -291,8 +293,11 @@ class Stages:
         if self.unet.config.needs_guidance:
             scale = torch.full((len(table) * rows,), guidance_scale, device=self.device)
         timesteps = timesteps.repeat_interleave(rows)
-        temb = self.unet.time_rows(timesteps, added=added, guidance=scale)
-        text_kv = self.run("text keys and values", self.unet.cross_kv, embeds.prompt_embeds)
+        labels = torch.full_like(timesteps, run.noise_level) if self.unet.config.needs_class else None
+        temb = self.unet.time_rows(timesteps, added=added, guidance=scale, class_labels=labels)
+        text_kv: tuple[Tensor, ...] = ()
+        if self.unet.config.cross_widths:
+            text_kv = self.run("text keys and values", self.unet.cross_kv, embeds.prompt_embeds)
         run.temb, run.text_kv, run.embeds = temb.unflatten(0, (len(table), rows)), text_kv, embeds
         for control in run.controls:
             network = control.network
@@ -342,7 +347,7 @@ class Stages:
             rows=self.unet_rows(images),
             height=run.latents.shape[2],
             width=run.latents.shape[3],
-            tokens=max(self.text_stages[0].window, run.tokens),
+            tokens=max(self.spec.window, run.tokens),
             steps=step_capacity(len(run.table)),
             dtype=self.dtype,
             device=self.device,
@@ -369,15 +374,16 @@ class Stages:
         """function(*inputs), on a GPU by a graph when it has run often enough. key: tells apart all but the tensors."""
         return function(*inputs) if self.graphs is None else self.graphs.call(key, function, *inputs)
 
-    def preview(self, latents: Tensor, c_in: float) -> Tensor:
+    def preview(self, latents: Tensor, c_in: float, run: Run | None = None) -> Tensor:
         """Small images (B, H, W, 3) uint8 of latents (B, C, h, w) between two steps, on the host when the device has
         come so far. They are decoded from at most 16 latents a side, a sixteenth of the work at 512x512 pixels and less
-        beyond. c_in: the factor that the next step scales the latents by."""
+        beyond. c_in: the factor that the next step scales the latents by. run: whose they are."""
+        latents = self._with_base(latents * c_in, run)
         longest = max(latents.shape[2:])
         if longest > _PREVIEW_LATENTS:
             size = [max(1, round(n * _PREVIEW_LATENTS / longest)) for n in latents.shape[2:]]
             latents = torch.nn.functional.interpolate(latents, size, mode="area")
-        return to_host(images.to_pixels(finish(self._decoding(latents * c_in)), "pil"))
+        return to_host(images.to_pixels(finish(self._decoding(latents)), "pil"))
 
     def decode(
         self, request: Request, run: Run, latents: Tensor, first_bad: Callable[[], int | None]
@@ -389,6 +395,7 @@ class Stages:
         """
         kind, pixels, finite = request.output_type, latents, None
         if kind != "latent":
+            latents = self._with_base(latents, run)
             decoded = yield from self._decoding(latents, bool(run.images))
             pixels, finite = images.to_pixels(decoded, kind), to_host(decoded.isfinite().all())
             if kind != "pt":
@@ -419,6 +426,12 @@ class Stages:
             yield
             decoded.append(self.run("decode", self.vae.decode, part))  # one piece: about as long as a step
         return decoded[0] if len(decoded) == 1 else torch.cat(decoded)
+
+    def _with_base(self, latents: Tensor, run: Run | None) -> Tensor:
+        """Latents of a picture in place of those of what it has beyond a small one, where they are such."""
+        if run is None or run.extra is None or not isinstance(self.vae, PixelResidual):
+            return latents
+        return latents + run.extra.float() * self.vae.config.scaling_factor
 
     def _decode_mode(self, apart: bool) -> Decode:
         return "sliced" if apart and self.vae_decode == "whole" else self.vae_decode

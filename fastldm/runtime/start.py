@@ -6,18 +6,21 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from PIL.Image import Resampling
 from torch import Tensor
 
 from fastldm import image as images
 from fastldm.device import send
-from fastldm.models.config import UNetConfig, VAEConfig
+from fastldm.models.config import VAEConfig
+from fastldm.models.vae import PixelResidual
 from fastldm.request import Request, picture_seeds
 from fastldm.runtime.complete import start_latents
 from fastldm.runtime.denoise import Guidance, Inpainting, Run
-from fastldm.runtime.noise import draw_step_noise, randn
+from fastldm.runtime.noise import add_noise, draw_step_noise, randn
 from fastldm.samplers.table import StepTable
 
 if TYPE_CHECKING:
+    from fastldm.loading.spec import Spec
     from fastldm.models.interfaces import Autoencoder
 
 
@@ -26,7 +29,7 @@ def start_run(
     table: StepTable,
     guidance: Guidance,
     vae: Autoencoder,
-    unet: UNetConfig,
+    spec: Spec,
     *,
     dtype: torch.dtype,
     device: torch.device,
@@ -35,8 +38,8 @@ def start_run(
 ) -> Run:
     """The run of a completed request, all noise drawn, in diffusers' order; not conditioned yet.
 
-    dtype: the networks'. one_by_one: encode each image of the request by itself. edit_scale: multiplies the latents of
-    an image to edit.
+    spec: of the model, for what its U-Net reads behind the latents. dtype: the networks'. one_by_one: encode each image
+    of the request by itself. edit_scale: multiplies the latents of an image to edit.
     """
 
     def encode(inputs: Tensor) -> Tensor:
@@ -51,9 +54,9 @@ def start_run(
     if generators is None:
         generators, noise_dtype = [torch.Generator().manual_seed(s) for s in picture_seeds(request)], torch.float32
 
-    def draw(count: int = request.batch) -> Tensor:
+    def draw(count: int = request.batch, channels: int = channels) -> Tensor:
         first = generators[:count] if isinstance(generators, Sequence) else generators
-        return randn((count, *shape[1:]), first, noise_dtype, device).float()  # (count, C, h, w)
+        return randn((count, channels, *shape[2:]), first, noise_dtype, device).float()  # (count, C, h, w)
 
     def each(inputs: Tensor, count: int = request.batch) -> Tensor:
         """n images as so many, in turn: the first, ..., the last, the first, ..."""
@@ -68,6 +71,16 @@ def start_run(
     # so it does from the caller's own noise, as in diffusers.
     from_noise = request.mask_image is not None and (request.strength == 1 or request.latents is not None)
     init = mask = extra = None
+    unet = spec.unet
+    if unet.upscales:  # which starts from noise alone, drawn after that of the picture
+        small_size = height // spec.enlarges, width // spec.enlarges
+        small = send(images.load_image(request.image, small_size, resample=Resampling.BICUBIC), device)
+        if isinstance(vae, PixelResidual):
+            small = vae.base(small)
+        if spec.low_res is not None:
+            small = each(small) if request.generator is None else small
+            small = add_noise(spec.low_res, small, draw(len(small), 3), int(request.noise_level or 0))
+        extra = each(small).to(dtype)
     start, noised = start_latents(request, channels), request.latents is not None and request.mask_image is None
     # Steps that go on where others ended add no noise; where a mask needs some, it is drawn.
     goes_on = request.denoising_start is not None
@@ -80,7 +93,7 @@ def start_run(
         extra = torch.cat((torch.zeros_like(edited), edited, edited)).to(dtype)  # of each branch
     elif start is not None:
         init = each(send(start, device))
-    elif request.image is not None and not noised:
+    elif request.image is not None and not noised and extra is None:
         source = prepared(send(images.load_image(request.image, (height, width)), device))
         if goes_on or not (unet.inpaints and from_noise):
             init = each(encode(source))
@@ -103,7 +116,7 @@ def start_run(
                 draw(count)  # diffusers encodes masked images for 4-channel models too: so its generator stays in step
     step_noise = draw_step_noise(table, shape, generators, noise_dtype, device)
     r, s = table.start
-    if goes_on or (noised and request.image is not None and not unet.edits):
+    if goes_on or (noised and request.image is not None and extra is None):
         x = noise if init is None or noised else init  # noise and all
     elif init is None or from_noise:
         x = table.init_noise_sigma * noise
@@ -111,7 +124,8 @@ def start_run(
         x = r * init + s * noise
     blended = mask is not None and init is not None and not unet.inpaints
     inpainting = Inpainting(mask, init, noise) if blended else None  # type: ignore[arg-type]
-    return Run(table, x, step_noise, guidance, inpainting, extra, dtype)
+    level = int(request.noise_level or 0)
+    return Run(table, x, step_noise, guidance, inpainting, extra, dtype, noise_level=level)
 
 
 def _encode(

@@ -31,6 +31,7 @@ def picture_inputs(stages: Stages, request: Request, spec: NetworkSpec) -> dict[
     inputs["timesteps"] = torch.from_numpy(run.table.timesteps)[:, None].expand(count, images)
     if stages.unet.config.needs_guidance:
         inputs["guidance"] = torch.full((count, images), float(request.guidance_scale or 0))
+    inputs["class_labels"] = torch.full((count, images), run.noise_level)
     zeros = stages.zero_negative and request.negative_prompt is None and request.negative_prompt_2 is None
     inputs["negative_weight"] = torch.full((1,), 0.0 if zeros else 1.0)
     for suffix, ids, negative_ids in zip(("", "_2"), *_token_ids(stages, request), strict=False):

@@ -122,10 +122,12 @@ class Service:
             if self.draining:
                 raise stopping()
             assert found.session is not None
-            if dialect == "a1111":  # whose front ends send both, as its models read the one or the other
+            if dialect == "a1111":  # whose front ends send all, as its models read the one or the other
                 assert found.pipe is not None
-                unread = "strength" if found.pipe.unet.config.edits else "image_guidance_scale"
-                arguments = {name: value for name, value in arguments.items() if name != unread}
+                unet = found.pipe.unet.config
+                unread = ["image_guidance_scale"] * (not unet.edits) + ["strength"] * (unet.edits or unet.upscales)
+                unread += ["width", "height"] * unet.upscales
+                arguments = {name: value for name, value in arguments.items() if name not in unread}
             request = self._checked(found, arguments)
             self._check_room(owner)
             self._arriving[owner] += 1

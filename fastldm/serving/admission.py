@@ -21,7 +21,7 @@ def check(stages: Stages, request: Request, max_batch: int, held: int) -> None:
         stages,
         request,
         steps=step_capacity(int(request.num_inference_steps or 1)),
-        tokens=stages.text_stages[0].window,
+        tokens=stages.spec.window,
         slots=images,
         rows=stages.unet_rows(images),
     )

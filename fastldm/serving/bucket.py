@@ -267,7 +267,7 @@ class Bucket:
         preview = None
         if generation.takes_preview(progress.step, progress.steps):
             c_in = 1.0 if run.done else float(run.table.rows[step + 1][0])
-            preview = self.stages.preview(self.batch.latents(run), c_in)
+            preview = self.stages.preview(self.batch.latents(run), c_in, run)
         generation.paused = generation.waits_for_answer
         generation.publish(preview, progress)
 

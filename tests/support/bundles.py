@@ -49,8 +49,9 @@ def smallest(family: str, folder: Path) -> Path:
         "up_block_types": ("UpDecoderBlock2D",) * 2,
         "mid_block_add_attention": False,
     }
+    reads = "only_cross_attention" in tiny.UNETS[family]  # of each level
     components = {
-        "unet": tiny.unet(family, **LEVELS),
+        "unet": tiny.unet(family, **LEVELS, **({"only_cross_attention": (True, True)} if reads else {})),
         "vae": tiny.vae(family, 1, **vae),
         "text_encoder": tiny.text_encoder("l", 2, num_hidden_layers=2),
     }

@@ -11,6 +11,7 @@ import math
 import struct
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def _res_block(in_channels: int, out: int, embedding: int) -> Shapes:
     return shapes | (_conv("skip_connection", out, in_channels, 1) if in_channels != out else {})
 
 
-def _spatial_transformer(channels: int, depth: int, context: int, linear: bool) -> Shapes:
+def _spatial_transformer(channels: int, depth: int, context: int, linear: bool, only_cross: bool = False) -> Shapes:
     def project(key: str) -> Shapes:
         return _linear(key, channels, channels) if linear else _conv(key, channels, channels, 1)
 
@@ -59,7 +60,7 @@ def _spatial_transformer(channels: int, depth: int, context: int, linear: bool) 
 
     shapes = _norm("norm", channels) | project("proj_in")
     for i in range(depth):
-        block = attention("attn1", channels) | attention("attn2", context)
+        block = attention("attn1", context if only_cross else channels) | attention("attn2", context)
         block |= _linear("ff.net.0.proj", 8 * channels, channels) | _linear("ff.net.2", channels, 4 * channels)
         block |= _norm("norm1", channels) | _norm("norm2", channels) | _norm("norm3", channels)
         shapes |= _prefixed(f"transformer_blocks.{i}.", block)
@@ -76,13 +77,17 @@ def ldm_unet(
     in_channels: int = 4,
     label: int | None = None,
     layers: int = 2,
+    classes: int | None = None,
+    only_cross: tuple[int, ...] = (),
 ) -> Shapes:
     """UNetModel of ldm and sgm. `depth`: transformer blocks at each level, 0 for none; those of the middle are one more
-    number, if they are not those of the last level."""
+    number, if they are not those of the last level. only_cross: levels without self-attention."""
     embedding, skips, current = 4 * channels, [channels], channels
     shapes = _linear("time_embed.0", embedding, channels) | _linear("time_embed.2", embedding, embedding)
     if label is not None:
         shapes |= _linear("label_emb.0.0", embedding, label) | _linear("label_emb.0.2", embedding, embedding)
+    if classes is not None:
+        shapes["label_emb.weight"] = (classes, embedding)
     shapes |= _conv("input_blocks.0.0", channels, in_channels)
     block = 0
     for level, times in enumerate(mult):
@@ -91,9 +96,8 @@ def ldm_unet(
             shapes |= _prefixed(f"input_blocks.{block}.0.", _res_block(current, channels * times, embedding))
             current = channels * times
             if depth[level]:
-                shapes |= _prefixed(
-                    f"input_blocks.{block}.1.", _spatial_transformer(current, depth[level], context, linear)
-                )
+                transformer = _spatial_transformer(current, depth[level], context, linear, level in only_cross)
+                shapes |= _prefixed(f"input_blocks.{block}.1.", transformer)
             skips.append(current)
         if level != len(mult) - 1:
             block += 1
@@ -109,7 +113,8 @@ def ldm_unet(
             shapes |= _prefixed(f"{prefix}.0.", _res_block(current + skips.pop(), channels * times, embedding))
             current = channels * times
             if depth[level]:
-                shapes |= _prefixed(f"{prefix}.1.", _spatial_transformer(current, depth[level], context, linear))
+                transformer = _spatial_transformer(current, depth[level], context, linear, level in only_cross)
+                shapes |= _prefixed(f"{prefix}.1.", transformer)
             if level and i == layers:
                 shapes |= _conv(f"{prefix}.{2 if depth[level] else 1}.conv", current, current)
             block += 1
@@ -236,6 +241,11 @@ def full_size(family: str) -> Shapes:
     if name == "sdxl-refiner":
         unet = ldm_unet(384, (1, 2, 4, 4), (0, 4, 4, 0, 4), 1280, linear=True, label=2560, in_channels=in_channels)
         return unet | ldm_vae(128) | open_clip("conditioner.embedders.0.model.", 1280, 32)
+    if name == "x4":
+        levels: dict[str, Any] = {"linear": True, "in_channels": 7, "classes": 1000, "only_cross": (1, 2)}
+        unet = ldm_unet(256, (1, 2, 2, 4), (0, 1, 1, 1), 1024, **levels)
+        clip = open_clip("cond_stage_model.model.", 1024, 24)
+        return unet | ldm_vae(128, (1, 2, 4)) | clip | SCHEDULE_BUFFERS | {"low_res_model.betas": (1000,)}
     unet = ldm_unet(320, (1, 2, 4), (0, 2, 10), 2048, linear=True, label=2816, in_channels=in_channels)
     texts = openai_clip("conditioner.embedders.0.transformer.", 768, 12)
     return unet | ldm_vae(128) | texts | open_clip("conditioner.embedders.1.model.", 1280, 32)
@@ -253,6 +263,10 @@ def small(family: str, vocabulary: int = 99) -> Shapes:
     if family == "sdxl-refiner":
         unet = ldm_unet(64, (1, 2, 2), (0, 2, 0, 2), 128, linear=True, label=128 + 5 * 32)
         return unet | vae | open_clip("conditioner.embedders.0.model.", 128, 3, vocabulary)
+    if family == "x4":
+        clip = open_clip("cond_stage_model.model.", 64, 24, vocabulary)
+        levels: dict[str, Any] = {"linear": True, "in_channels": 7, "classes": 400, "only_cross": (1,)}
+        return ldm_unet(64, (1, 2, 2), (0, 1, 1), 64, **levels) | ldm_vae(32, (1, 2, 2)) | clip
     clips = openai_clip("conditioner.embedders.0.transformer.", 64, 2, vocabulary)
     clips |= open_clip("conditioner.embedders.1.model.", 128, 3, vocabulary)
     return ldm_unet(64, (1, 2), (0, 2), 192, linear=True, label=128 + 6 * 32) | vae | clips

@@ -70,6 +70,8 @@ def inputs(theirs: UNet2DConditionModel, height: int = 8, width: int = 8, seed: 
     if config.addition_embed_type:
         sizes = torch.randint(0, 2048, (2, 6), generator=g).float()
         arguments["added_cond_kwargs"] = {"text_embeds": torch.randn(2, 24, generator=g), "time_ids": sizes}
+    if config.num_class_embeds:
+        arguments["class_labels"] = torch.tensor([20, 7 + seed])
     if config.time_cond_proj_dim:
         scale = torch.tensor([8.5, 2.0])  # a guidance scale of 8.5 enters the embedding as 7.5
         embed = tiny.peer("diffusers").LatentConsistencyModelPipeline.get_guidance_scale_embedding

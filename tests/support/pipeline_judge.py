@@ -51,14 +51,12 @@ CLASSES = {  # a name: diffusers' class, the tiny family, and its scheduler
     "SDXL inpainting": (diffusers.StableDiffusionXLInpaintPipeline, "sdxl", "euler"),
     "edit": (diffusers.StableDiffusionInstructPix2PixPipeline, "sd1-edit", "ddim"),
     "SDXL edit": (diffusers.StableDiffusionXLInstructPix2PixPipeline, "sdxl-edit", "euler"),
+    "x4 upscaling": (diffusers.StableDiffusionUpscalePipeline, "x4-upscaler", "ddim"),
     "LCM text to image": (diffusers.LatentConsistencyModelPipeline, "lcm", "lcm"),
     "LCM image to image": (diffusers.LatentConsistencyModelImg2ImgPipeline, "lcm", "lcm"),
 }
 SIDE = 64  # pixels; 8 latents
-WIDTHS = {  # of text states
-    **{"sd1": 32, "sd1-inpaint": 32, "sd1-edit": 32, "lcm": 32},
-    **{"sdxl": 72, "sdxl-edit": 72, "sdxl-refiner": 40},
-}
+WIDTHS = {"sdxl": 72, "sdxl-edit": 72, "sdxl-refiner": 40}  # of text states; of the rest 32
 POOLED = 24
 
 
@@ -140,6 +138,9 @@ VALUES: dict[str, dict[str, Value]] = {
         "tensor": lambda B, W: {"mask_image": torch.from_numpy(pixels(mask()))[None, None]},
     },
     "latents": {"tensor": lambda B, W: {"latents": noise(B, 4, 8, 8, seed=7)}},
+    "noise_level": {str(n): lambda B, W, n=n: {"noise_level": n} for n in (0, 200, 400)},  # type: ignore[misc]
+    "callback": {"function": lambda B, W: {"callback": lambda step, timestep, latents: None}},
+    "callback_steps": {"2": lambda B, W: {"callback_steps": 2}},
     "strength": {"0.5": lambda B, W: {"strength": 0.5}, "1": lambda B, W: {"strength": 1.0}},
     "height": {"96": lambda B, W: {"height": 96}},
     "num_inference_steps": {"4": lambda B, W: {"num_inference_steps": 4}},
@@ -197,7 +198,7 @@ REFUSALS = [
         "not supported: refused by name",
         lambda case: True,
         r"^(masked_image_latents|padding_mask_crop|"
-        r"original_inference_steps|cross_attention_kwargs) is not supported",
+        r"original_inference_steps|cross_attention_kwargs|callback|callback_steps) is not supported",
     ),
     Reason(
         "pictures for an IP-Adapter where none is loaded: diffusers fails too, in its own way",
@@ -270,7 +271,7 @@ def pair(pipeline: str) -> tuple[Any, Pipeline]:
     if family == "sdxl-refiner":
         extra = {"requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False}
     accepted = inspect.signature(cls.__init__).parameters
-    theirs = cls(**{k: v for k, v in components.items() if k in accepted}, **extra)
+    theirs = cls(**{k: v for k, v in {**components, **extra}.items() if k in accepted})
     theirs.set_progress_bar_config(disable=True)
     return theirs, Pipeline.from_diffusers(theirs)
 
@@ -300,7 +301,7 @@ def arguments(case: Case) -> dict[str, Any]:
     names = parameters(case.pipeline)
     base = {
         "prompt": "a cat",
-        "image": image(),
+        "image": image().resize((8, 8)) if case.pipeline == "x4 upscaling" else image(),
         "mask_image": mask(),
         "num_inference_steps": 3,
         "strength": 0.7,
@@ -313,7 +314,7 @@ def arguments(case: Case) -> dict[str, Any]:
     arguments = {name: value for name, value in base.items() if name in names}
     prompts = 2 if case.has("prompt", "list") else 1
     images = prompts * (2 if case.has("num_images_per_prompt") else 1)
-    width = WIDTHS[CLASSES[case.pipeline][1]]
+    width = WIDTHS.get(CLASSES[case.pipeline][1], 32)
     for name, value in case.values:
         count = images if name in ("generator", "latents") else prompts
         arguments |= VALUES[name][value](count, width)

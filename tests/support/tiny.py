@@ -9,6 +9,7 @@ tiny.save_pipeline("sd1", folder)    the same as a folder on disk
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -113,6 +114,17 @@ UNETS: dict[str, dict[str, Any]] = {
         "up_block_types": (CROSS_UP, CROSS_UP, CROSS_UP),
         "layers_per_block": 1,
     },
+    # The x4 upscaler: noise levels as classes, and levels whose transformers read the text twice.
+    "x4-upscaler": {
+        **_SD2,
+        "sample_size": 16,
+        "in_channels": 7,
+        "down_block_types": (DOWN, CROSS_DOWN, CROSS_DOWN, CROSS_DOWN),
+        "up_block_types": (CROSS_UP, CROSS_UP, CROSS_UP, UP),
+        "attention_head_dim": 4,
+        "num_class_embeds": 1000,
+        "only_cross_attention": (True, True, True, False),
+    },
     # What the configuration allows beyond the families: each level its own.
     "uneven": {
         **_SD2,
@@ -150,9 +162,13 @@ def unet(family: str, seed: int = 0, **changes: Any) -> UNet2DConditionModel:
 # ----------------------------------------------------------------------------------------------------- autoencoders
 
 
+_SCALING = {"sdxl": 0.13025, "x4": 0.08333}
+
+
 def vae(family: str = "sd1", seed: int = 0, **changes: Any) -> AutoencoderKL:
-    """A KL autoencoder of factor 8 (4 for "small"): pictures of 64 x 64 for every family at its sample_size."""
-    channels = (8, 16, 24) if family == "small" else (8, 16, 24, 24)
+    """A KL autoencoder of factor 8 (4 for "small" and the x4 upscaler): pictures of 64 x 64 for every family at its
+    sample_size."""
+    channels = (8, 16, 24) if family in ("small", "x4-upscaler") else (8, 16, 24, 24)
     config: dict[str, Any] = {
         "sample_size": 64,
         "block_out_channels": channels,
@@ -161,7 +177,7 @@ def vae(family: str = "sd1", seed: int = 0, **changes: Any) -> AutoencoderKL:
         "layers_per_block": 1,
         "mid_block_add_attention": family != "small",
         "norm_num_groups": 4,
-        "scaling_factor": 0.13025 if family.startswith("sdxl") else 0.18215,
+        "scaling_factor": _SCALING.get(family.split("-")[0], 0.18215),
         "force_upcast": family.startswith("sdxl"),
     }
     return seeded(lambda: peer("diffusers").AutoencoderKL(**{**config, **changes}), seed)
@@ -221,6 +237,7 @@ _DDIM = {
 _SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "sd2-v": ("DDIMScheduler", _DDIM),
     "small": ("DDIMScheduler", {**_DDIM, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}),
+    "x4-upscaler": ("DDIMScheduler", {**_DDIM, "beta_start": 0.0001, "beta_end": 0.02}),
     "lcm": ("LCMScheduler", {}),
     "sd-turbo": ("EulerDiscreteScheduler", {**_BETAS, "timestep_spacing": "trailing", "steps_offset": 1}),
     "sdxl": ("EulerDiscreteScheduler", {**_BETAS, "timestep_spacing": "leading", "steps_offset": 1}),
@@ -232,9 +249,10 @@ _SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "sdxl-edit": ("EulerDiscreteScheduler", {**_BETAS, "timestep_spacing": "leading", "steps_offset": 1}),
     "ssd-1b": ("EulerDiscreteScheduler", {**_BETAS, "timestep_spacing": "leading", "steps_offset": 1}),
 }
-# What pipeline() and save_pipeline() know: all U-Nets but the one that is no family. Those of EDITS need an image.
+# What pipeline() and save_pipeline() know: all U-Nets but the one that is no family. Those of EDITS and the upscaler
+# need an image.
 EDITS = ("sd1-edit", "sdxl-edit")
-FAMILIES = tuple(name for name in UNETS if name not in ("uneven", *EDITS))
+FAMILIES = tuple(name for name in UNETS if name not in ("uneven", "x4-upscaler", *EDITS))
 
 
 def scheduler(family: str) -> Any:
@@ -264,6 +282,10 @@ def pipeline(family: str, seed: int = 0, **replaced: Any) -> DiffusionPipeline:
             return peer("diffusers").StableDiffusionXLImg2ImgPipeline(**components, force_zeros_for_empty_prompt=False)
         name = f"StableDiffusionXL{'InstructPix2Pix' * (family in EDITS)}Pipeline"
         return getattr(peer("diffusers"), name)(**{**components, **replaced})
+    if family == "x4-upscaler":
+        noise = peer("diffusers").DDPMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="scaled_linear")
+        components |= {"low_res_scheduler": noise, "max_noise_level": 350}
+        return peer("diffusers").StableDiffusionUpscalePipeline(**{**components, **replaced})
     components |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     names = {"sd1-inpaint": "StableDiffusionInpaintPipeline", "lcm": "LatentConsistencyModelPipeline"}
     names["sd1-edit"] = "StableDiffusionInstructPix2PixPipeline"
@@ -273,4 +295,34 @@ def pipeline(family: str, seed: int = 0, **replaced: Any) -> DiffusionPipeline:
 def save_pipeline(family: str, folder: Path, seed: int = 0, **options: Any) -> Path:
     """Write the family's pipeline as a diffusers folder. `options` go to save_pretrained (variant, max_shard_size)."""
     pipeline(family, seed).save_pretrained(folder, **options)
+    return folder
+
+
+def save_pixel_upscaler(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """What enlarges the default model's pictures, in its layout: pixels in patches of 4, twice as wide, no text."""
+    config: dict[str, Any] = {
+        "sample_size": 16,
+        "in_channels": 96,
+        "out_channels": 48,
+        "block_out_channels": (16, 32),
+        "down_block_types": (DOWN, DOWN),
+        "up_block_types": (UP, UP),
+        "mid_block_type": "UNetMidBlock2D",
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+    }
+    make = peer("diffusers").UNet2DConditionModel
+    seeded(lambda: make(**{**config, **changes}), seed).save_pretrained(folder / "unet")
+    options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "set_alpha_to_one": True}
+    peer("diffusers").DDIMScheduler(**{**_DDIM, **options, "steps_offset": 0}).save_pretrained(folder / "scheduler")
+    vae = {"_class_name": "PixelResidual", "patch_size": 4, "upscale_factor": 2, "scaling_factor": 4.0}
+    index = {
+        "_class_name": "PixelUpscalePipeline",
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["fastldm", "PixelResidual"],
+    }
+    (folder / "vae").mkdir()
+    (folder / "vae" / "config.json").write_text(json.dumps(vae))
+    (folder / "model_index.json").write_text(json.dumps(index))
     return folder
