@@ -28,6 +28,7 @@ MAX_SEED = 2**63 - 1
 MAX_ADAPTERS = 100  # of a request
 MAX_WEIGHT = 1000.0  # of an adapter
 MAX_CONTROLS = 100  # of a request
+MAX_LAYERS = 1000  # that a request names
 
 UNSUPPORTED = {
     "callback": ": use callback_on_step_end",
@@ -35,6 +36,9 @@ UNSUPPORTED = {
     "masked_image_latents": ": give image and mask_image",
     "padding_mask_crop": ": crop image and mask_image",
     "original_inference_steps": "",
+    "seg_scale": ", for it blurs queries in each step: pag_scale is its relative that only selects",
+    "seg_blur_sigma": ": see pag_scale",
+    "seg_applied_layers": ": see pag_applied_layers",
 }
 """Arguments of diffusers' pipelines that fastldm does not support, and alternatives. None is accepted."""
 
@@ -69,6 +73,15 @@ class Request:
     from 0 to about 1, by default 0.6."""
     image_guidance_scale: float | None = None
     """How much InstructPix2Pix keeps of `image`; None is 1.5, and below 1 there is no guidance at all."""
+    pag_scale: float | None = None
+    """Perturbed-attention guidance (arXiv:2403.17377): how far from a branch in which the pixels of some layers attend
+    to themselves alone; with guidance_scale or without. None and 0 are off, but of an adopted PAG pipeline None is
+    3."""
+    pag_adaptive_scale: float = 0.0
+    """Above 0, pag_scale is so much less for each training timestep below 1000, and at least 0."""
+    pag_applied_layers: str | Sequence[str] | None = None
+    """The self-attentions that pag_scale perturbs, as of diffusers' PAG pipelines: regular expressions that are looked
+    for in names like down_blocks.2.attentions.0.transformer_blocks.0.attn1. None is "mid"."""
     guidance_rescale: float = 0.0
     """Rescales the guided prediction's standard deviation to the conditional one's, 0 (off) to 1 (arXiv:2305.08891,
     section 3.4)."""
@@ -509,6 +522,11 @@ def _fractions(name: str, value: Any) -> tuple[float, float]:
     return checks.real(f"{name}[0]", items[0], 0.0, 1.0), checks.real(f"{name}[1]", items[1], 0.0, 1.0)
 
 
+def _layers(name: str, value: Any) -> tuple[str, ...]:
+    items = [value] if isinstance(value, str) else checks.listed(name, value, MAX_LAYERS, "names of layers")
+    return tuple(checks.short_text(f"{name}[{k}]", item, "a layer's name") for k, item in enumerate(items))
+
+
 def _size(name: str, value: Any) -> tuple[int, int]:
     return checks.pair(name, value, 0, MAX_SIDE, "(height, width) in pixels")
 
@@ -542,6 +560,9 @@ _CHECKS: dict[str, Check] = {
     "clip_skip": _whole(0, 1000, "layers"),
     "guidance_scale": _real(0.0, MAX_GUIDANCE),
     "image_guidance_scale": _real(0.0, MAX_GUIDANCE),
+    "pag_scale": _real(0.0, MAX_GUIDANCE),
+    "pag_adaptive_scale": _real(0.0, MAX_GUIDANCE),
+    "pag_applied_layers": _layers,
     "guidance_rescale": _real(0.0, 1.0),
     "guidance_interval": _fractions,
     "eta": _real(0.0, 1.0),

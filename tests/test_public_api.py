@@ -26,22 +26,23 @@ ATTRIBUTES = {  # beside those of base classes
     "Generation": "add_done_callback async_progress cancel cancelled done exception interrupt position progress "
     "remaining result running",
     "Pipeline": """
-        clip_skip default device disable_fp8 disable_vae_slicing disable_vae_tiling do_classifier_free_guidance dtype
-        enable_fp8 enable_vae_slicing enable_vae_tiling export from_diffusers from_pretrained from_single_file
-        guidance_rescale guidance_scale image_encoder image_guidance_scale interrupt load_ip_adapter
-        load_ranker load_textual_inversion name num_timesteps prepare_ip_adapter_image_embeds session
-        set_ip_adapter_scale text_encoder text_encoder_2 tokenizer tokenizer_2 unload_ip_adapter
-        unload_textual_inversion warmup weights_changed""",
+        clip_skip default device disable_fp8 disable_vae_slicing disable_vae_tiling do_classifier_free_guidance
+        do_perturbed_attention_guidance dtype enable_fp8 enable_vae_slicing enable_vae_tiling export
+        from_diffusers from_pretrained from_single_file guidance_rescale guidance_scale image_encoder
+        image_guidance_scale interrupt load_ip_adapter load_ranker
+        load_textual_inversion name num_timesteps
+        pag_adaptive_scale pag_scale prepare_ip_adapter_image_embeds session set_ip_adapter_scale text_encoder
+        text_encoder_2 tokenizer tokenizer_2 unload_ip_adapter unload_textual_inversion warmup weights_changed""",
     "Request": "batch count kept negative_prompts parts prompts replace",
     "Session": "call close stats submit",
 }
 FIELDS = {
     "Progress": "step steps timestep preview latents embeds",
     "Request": """
-        prompt negative_prompt height width num_inference_steps guidance_scale image_guidance_scale guidance_rescale
-        guidance_interval sampler timesteps sigmas eta reuse num_images_per_prompt candidates keep seed generator
-        latents image strength
-        denoising_start denoising_end noise_level mask_image
+        prompt negative_prompt height width num_inference_steps guidance_scale image_guidance_scale pag_scale
+        pag_adaptive_scale pag_applied_layers guidance_rescale guidance_interval sampler timesteps sigmas eta
+        reuse num_images_per_prompt candidates keep seed generator latents image strength denoising_start denoising_end
+        noise_level mask_image
         control_image controlnet_conditioning_scale control_guidance_start control_guidance_end guess_mode
         adapter_conditioning_scale adapter_conditioning_factor clip_skip
         literal_prompt prompt_embeds negative_prompt_embeds pooled_prompt_embeds negative_pooled_prompt_embeds prompt_2

@@ -56,10 +56,7 @@ def test_other_classes_are_refused_by_name() -> None:
         ("StableUnCLIPImg2ImgPipeline", "unCLIP"),
         ("MarigoldDepthPipeline", "Marigold"),
         ("LEditsPPPipelineStableDiffusionXL", "a way of editing .* load them as a StableDiffusionPipeline"),
-        (
-            "StableDiffusionXLPAGImg2ImgPipeline",
-            "perturbed-attention guidance.* load them as a StableDiffusionPipeline",
-        ),
+        ("HunyuanDiTPAGPipeline", "perturbed-attention guidance of a kind"),
         ("StableDiffusionControlNetPAGPipeline", "Stable Diffusion with a ControlNet"),
         ("StableDiffusionXLAdapterPipeline", "T2I-Adapter"),
         ("StableDiffusionGLIGENTextImagePipeline", "GLIGEN"),

@@ -74,6 +74,19 @@ def _list_things(ctx: click.Context, param: click.Parameter, group: str | None) 
     help="How much InstructPix2Pix keeps of --image; below 1 it is not guided.  [default: 1.5]",
 )
 @click.option(
+    "--pag-scale",
+    type=float,
+    metavar="S",
+    help="Perturbed-attention guidance, beside --guidance or without: such as 3.  [default: 0, off]",
+)
+@click.option(
+    "--pag-layer",
+    "pag_layers",
+    multiple=True,
+    metavar="NAME",
+    help="What --pag-scale perturbs, as diffusers names it, such as down_blocks.2. Repeatable.  [default: mid]",
+)
+@click.option(
     "--denoising-start",
     type=float,
     metavar="X",
@@ -180,6 +193,8 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
         "num_inference_steps": options["steps"],
         "guidance_scale": options["guidance"],
         "image_guidance_scale": options["image_guidance_scale"],
+        "pag_scale": options["pag_scale"],
+        "pag_applied_layers": options["pag_layers"] or None,
         "sampler": options["sampler"],
         "reuse": options["reuse"],
         "image": options["image"],

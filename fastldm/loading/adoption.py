@@ -44,6 +44,8 @@ def describe_diffusers(pipe: Any) -> Checkpoint:
     }
     index = {**pipe.config, **listed, "_class_name": source}
     classes = component_classes(index, source)
+    if hasattr(pipe, "pag_applied_layers"):
+        index["pag_applied_layers"] = pipe.pag_applied_layers
     networks = {name: loaded[name] for name in classes if name in NETWORK_CLASSES}
     tokenizers = {name: loaded[name] for name in classes if name in TOKENIZERS}
     _check_unchanged(pipe, networks, tokenizers, source)

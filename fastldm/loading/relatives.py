@@ -43,7 +43,7 @@ RELATIVES = (  # the first match counts
     Relative(r"Marigold", "Marigold, which estimates depth, normals or materials of an image"),
     Relative(r"LDM3D", "LDM3D, whose autoencoder holds depth beside colour"),
     Relative(r"GLIGEN", "GLIGEN, whose U-Net reads boxes"),
-    Relative(r"PAG", "Stable Diffusion with perturbed-attention guidance", same_networks=True),
+    Relative(r"PAG", "perturbed-attention guidance of a kind of model that is not there"),
     Relative(r"SAG", "Stable Diffusion with self-attention guidance", same_networks=True),
     Relative(r"Safe$", "Stable Diffusion with safe guidance", same_networks=True),
     Relative(r"Panorama", "MultiDiffusion panoramas with Stable Diffusion", same_networks=True),

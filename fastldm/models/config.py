@@ -203,6 +203,20 @@ class UNetConfig:
         return tuple(level.channels for level in levels for _ in range(level.cross_attentions))
 
     @property
+    def self_attentions(self) -> tuple[str, ...]:
+        """The name of the self-attention before each cross-attention, in network order, as diffusers has it; "" where
+        there is none."""
+        blocks = [("down_blocks.{}", self.down), ("mid_block", (self.mid,)), ("up_blocks.{}", self.up)]
+        return tuple(
+            "" if level.only_cross else f"{name.format(i)}.attentions.{k}.transformer_blocks.{n}.attn1"
+            for name, levels in blocks
+            for i, level in enumerate(levels)
+            for k, depth in enumerate(depth for depth in level.depths if depth is not None)
+            for n in range(depth)
+            for _ in range(2 if level.only_cross else 1)
+        )
+
+    @property
     def deep_channels(self) -> int:
         """Of the deep features, which are as large as the latents: what the decoder's last block reads."""
         return self.up[-2].channels

@@ -59,11 +59,17 @@ _SD_PIPELINES = (
     "StableDiffusionPipeline",
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipelineLegacy",  # with a network without mask input
+    "StableDiffusionPAGPipeline",
+    "StableDiffusionPAGImg2ImgPipeline",
+    "StableDiffusionPAGInpaintPipeline",
 )
 _SDXL_PIPELINES = (
     "StableDiffusionXLPipeline",
     "StableDiffusionXLImg2ImgPipeline",
     "StableDiffusionXLInpaintPipeline",
+    "StableDiffusionXLPAGPipeline",
+    "StableDiffusionXLPAGImg2ImgPipeline",
+    "StableDiffusionXLPAGInpaintPipeline",
 )
 _EDIT_PIPELINES = ("StableDiffusionInstructPix2PixPipeline",)
 _SDXL_EDIT_PIPELINES = ("StableDiffusionXLInstructPix2PixPipeline",)

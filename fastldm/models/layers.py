@@ -417,6 +417,7 @@ class Attention(nn.Module):
 
     The caller projects: `qkv` for self-attention; `to_q` and, once per text, `kv` for cross-attention.
     kv_len and slots as in `kernels.attention`: the number of keys of each of S texts, and the text of each of B rows.
+    perturbed (B,) bool: the rows in which each pixel attends to itself alone, of perturbed-attention guidance.
     """
 
     def __init__(self, channels: int, heads: int, context: int, bias: bool = False) -> None:
@@ -444,8 +445,11 @@ class Attention(nn.Module):
         kv_len: Tensor | None = None,
         slots: Tensor | None = None,
         pictures: Sequence[PictureKV] = (),
+        perturbed: Tensor | None = None,
     ) -> Tensor:
         out = attention(q, k, v, self.heads, kv_len=kv_len, slots=slots)
+        if perturbed is not None:
+            out = torch.where(perturbed[:, None, None], v, out)
         for own in pictures:
             keys, values = own.kv.chunk(2, dim=-1)
             out[own.rows] += attention(q[own.rows], keys, values, self.heads, kv_len=own.kv_len, slots=own.slots)

@@ -26,12 +26,13 @@ from fastldm.models.layers import (
 
 
 class Text(NamedTuple):
-    """The text inputs of one cross-attention."""
+    """The text inputs of one cross-attention, and the rows whose self-attention before it is perturbed."""
 
     kv: Tensor  # (texts, T, 2C), keys | values
     kv_len: Tensor | None  # (texts,) int32
     slots: Tensor | None  # (B,) int32
     pictures: tuple[PictureKV, ...] = ()
+    perturbed: Tensor | None = None  # (B,) bool
 
     def first(self, rows: int) -> Text:
         """That of the first rows."""
@@ -41,7 +42,8 @@ class Text(NamedTuple):
             for own, start, end in ends
             if start < end
         ]
-        return Text(*_first(rows, self.kv, self.kv_len, self.slots), tuple(pictures))
+        perturbed = None if self.perturbed is None else self.perturbed[:rows]
+        return Text(*_first(rows, self.kv, self.kv_len, self.slots), tuple(pictures), perturbed)
 
 
 def _first(
@@ -99,9 +101,13 @@ class TransformerLayer(nn.Module):
 
     def forward(self, x: Tensor, texts: Iterator[Text]) -> Tensor:
         h = self.norm1(x, self.attn1.to_q)
-        attended = _read(self.attn1, h, next(texts)) if self.only_cross else self.attn1(*self.attn1.qkv(h))
+        if self.only_cross:
+            attended, text = _read(self.attn1, h, next(texts)), next(texts)
+        else:
+            text = next(texts)
+            attended = self.attn1(*self.attn1.qkv(h), perturbed=text.perturbed)
         x, h = self.norm2.add(attended, x, then=self.attn2.to_q)
-        attended = _read(self.attn2, h, next(texts))
+        attended = _read(self.attn2, h, text)
         if fast_library(x):  # cuBLAS adds a residual in its own pass where there is no bias left to add
             x, h = self.norm3.add(attended, x, self.ff.last.bias, self.ff.first)
             return self.ff.add_to(x, h)

@@ -285,6 +285,7 @@ class UNet(UNetEncoder):
         features: Sequence[Features] = (),
         pictures: Sequence[Pictures] = (),
         reuse: Reuse | None = None,
+        perturbed: Mapping[int, Tensor] | None = None,
     ) -> Tensor:
         """Evaluate the network: model_input (B, Cin, H, W), temb_row (B, S) of time_rows, cross_kv of B texts ->
         (B, Cout, H, W).
@@ -292,7 +293,8 @@ class UNet(UNetEncoder):
         kv_len (texts,) int32: the number of visible tokens of each text, by default all. slots (B,) int32: the text in
         cross_kv that each row reads, by default its own. Both stay on the device.
         residuals: of ControlNets. features: of T2I-Adapters. pictures: of IP-Adapters. reuse: which rows compute all of
-        the network, by default all do; the levels are two or more where it is given.
+        the network, by default all do; the levels are two or more where it is given. perturbed: by place in
+        `UNetConfig.self_attentions`, (B,) bool, the rows in which each pixel attends to itself alone.
 
         Computes only what changes in each step. All H and W are allowed, as in diffusers: upsampling goes to the size
         of the skip connection.
@@ -308,6 +310,7 @@ class UNet(UNetEncoder):
                     for each in pictures
                     if (own := each.kv[i]) is not None
                 ),
+                None if perturbed is None else perturbed.get(i),
             )
             for i, kv in enumerate(cross_kv)
         ]

@@ -364,6 +364,7 @@ _FIELDS = {
     "features": "of T2I-Adapters",
     "adapters": "pages and scales of each row",
     "pictures": "keys and values of the pictures of IP-Adapters",
+    "perturbed": "self-attentions of each row that are",
     "deep": "features of the U-Net's deep part, from step to step",
 }
 _PHASES = {

@@ -103,6 +103,8 @@ class EagerBatch:
                 options["features"] = features
             if pictures := _pictures(runs):
                 options["pictures"] = pictures
+            if perturbed := _perturbed(runs, inputs[0].device):
+                options["perturbed"] = perturbed
             out = self.unet.step(_cat(inputs), _cat(temb), text, **options)
         return out.split([len(x) for x in inputs])
 
@@ -273,6 +275,15 @@ def _pictures(runs: Sequence[Run]) -> list[Pictures]:
             pictures.append(Pictures(own, count, first))
         first += count
     return pictures
+
+
+def _perturbed(runs: Sequence[Run], device: torch.device) -> dict[int, Tensor]:
+    """The rows of these runs that are perturbed, of each self-attention that is in any."""
+    rows = [(run.perturbed, branch == 2) for run in runs for branch in run.branches for _ in range(run.batch)]
+    return {
+        layer: send_numbers([third and layer in layers for layers, third in rows], torch.bool, device)
+        for layer in sorted({layer for run in runs for layer in run.perturbed})
+    }
 
 
 def _padded(kv: Tensor, tokens: int) -> Tensor:

@@ -71,9 +71,14 @@ def complete(
     sampler = request.sampler or family.sampler
     sampler = for_xl(sampler) if sampler is not None and unet.needs_added else sampler
     cfg_pp = is_cfg_pp(sampler)
-    if cfg_pp and (unet.needs_guidance or unet.edits or request.guidance_rescale > 0):
-        reason = "this model reads the guidance scale itself" if unet.needs_guidance else "guidance_rescale is above 0"
-        reason = "this model has two guidance scales" if unet.edits else reason
+    reasons = {
+        "this model reads the guidance scale itself": unet.needs_guidance,
+        "guidance_rescale is above 0": request.guidance_rescale > 0,
+        "this model has two guidance scales": unet.edits,
+        "pag_scale is above 0": bool(request.pag_scale),
+    }
+    if cfg_pp and any(reasons.values()):
+        reason = next(reason for reason, applies in reasons.items() if applies)
         raise InputError(f"sampler {sampler!r} is CFG++, and {reason}: take a sampler without CFG++")
     scale = _CFG_PP_SCALE if cfg_pp else family.guidance_scale
     from_noise = request.mask_image is not None or unet.edits or unet.upscales
@@ -128,6 +133,8 @@ def _check_reading(request: Request, unet: UNetConfig) -> None:
     if request.image is None:
         also = ", and prompt as what to do with it" if unet.edits else ""
         raise InputError(f"this model {verb} an image: give it image{also}")
+    if request.pag_scale and unet.edits:
+        raise InputError(f"pag_scale is {request.pag_scale:g}: this model's guidance has three rows of its own")
     if request.mask_image is not None:
         raise InputError(f"mask_image was given: this model {verb} all of image, and inpainting needs another model")
     if request.denoising_start is not None and request.latents is None:

@@ -38,16 +38,20 @@ class Guidance:
         out = w0 * branch 0 + w1 * branch 1 + w2 * branch 2
 
     Branch 1 is the prompt's, and always there. Branch 0 is the negative prompt's, of classifier-free guidance. Branch 2
-    is the negative prompt's with the image that InstructPix2Pix edits, of which branch 0 has zeros. A branch whose
-    weight is 0 is not computed, so that a scale of at most 1 is one pass of the network, not two.
+    is one of two: the negative prompt's with the image that InstructPix2Pix edits, of which branch 0 has zeros; or the
+    prompt's with some self-attentions perturbed (PAG, arXiv:2403.17377). A branch whose weight is 0 is not computed, so
+    that a scale of at most 1 is one pass of the network, not two.
     """
 
     scale: float = 1.0
-    rescale: float = 0.0  # 0 none, 1 the deviation of the conditional branch
+    rescale: float = 0.0  # 0 none, 1 the deviation of the conditional branch; of classifier-free guidance only
     start: float = 0.0  # guided from this fraction of the steps on ...
     end: float = 1.0  # ... and before this one
     cfg_pp: bool = False  # whether the table's guidance is CFG++, which is guided at any scale
     image_scale: float | None = None  # of InstructPix2Pix; below 1 nothing is guided, as in diffusers
+    pag_scale: float = 0.0  # of perturbed-attention guidance, there without classifier-free guidance too
+    pag_adaptive_scale: float = 0.0  # above 0, the scale is so much less for each training timestep below 1000
+    pag_layers: tuple[int, ...] = ()  # those of `UNetConfig.self_attentions` that are perturbed
 
     @property
     def guided(self) -> bool:
@@ -57,27 +61,43 @@ class Guidance:
     @property
     def texts(self) -> tuple[int, int, int]:
         """Of each branch its text: 0 is the negative prompt's, 1 the prompt's."""
-        return (0, 1, 0)
+        return (0, 1, 0 if self.image_scale is not None else 1)
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether branch 2 is perturbed."""
+        return self.pag_scale > 0 and len(self.pag_layers) > 0
 
     @property
     def has_third(self) -> bool:
         """Whether any row of a table may have branch 2."""
-        return self.guided and self.image_scale is not None
+        return self.perturbs or (self.guided and self.image_scale is not None)
+
+    @property
+    def rescales(self) -> float:
+        """The rescale that applies."""
+        return self.rescale if self.guided else 0.0
 
     def weights(self, table: StepTable) -> list[tuple[float, float, float, float]]:
         """w0, w1, w2 and gx of each row of the table, as `kernels.step.table_rows` takes them."""
         columns = table.rows[:, [COLUMNS.index("gm"), COLUMNS.index("gx")]].tolist()
         return [
-            self._weights(gm, gx) if self.start <= step / table.steps < self.end else (0.0, 1.0, 0.0, 0.0)
-            for step, (gm, gx) in zip(table.index, columns, strict=True)
+            self._weights(gm, gx, t) if self.start <= step / table.steps < self.end else (0.0, 1.0, 0.0, 0.0)
+            for step, (gm, gx), t in zip(table.index, columns, table.timesteps.tolist(), strict=True)
         ]
 
-    def _weights(self, gm: float, gx: float) -> tuple[float, float, float, float]:
-        if not self.guided:
-            return (0.0, 1.0, 0.0, 0.0)
-        if self.image_scale is not None:
-            return (1.0 - self.image_scale, self.scale, self.image_scale - self.scale, 0.0)
-        return (1.0 - self.scale * gm, self.scale * gm, 0.0, self.scale * gx)
+    def _weights(self, gm: float, gx: float, timestep: float) -> tuple[float, float, float, float]:
+        w0, w1, w2, wx = 0.0, 1.0, 0.0, 0.0
+        if self.guided and self.image_scale is not None:
+            w0, w1, w2 = 1.0 - self.image_scale, self.scale, self.image_scale - self.scale
+        elif self.guided:
+            w0, w1, wx = 1.0 - self.scale * gm, self.scale * gm, self.scale * gx
+        if self.perturbs:
+            scale = self.pag_scale
+            if self.pag_adaptive_scale > 0:
+                scale = max(0.0, scale - self.pag_adaptive_scale * (1000 - timestep))
+            w1, w2 = w1 + scale, w2 - scale
+        return w0, w1, w2, wx
 
     def branches(self, table: StepTable) -> list[Branches]:
         """Those of each row of the table, in ascending order."""
@@ -177,6 +197,11 @@ class Run:
     def branches(self) -> Branches:
         """Of the next row."""
         return self.table_branches[self.row]
+
+    @property
+    def perturbed(self) -> tuple[int, ...]:
+        """The self-attentions that are perturbed in the next row's branch 2; none where it has no such branch."""
+        return self.guidance.pag_layers if self.guidance.perturbs and 2 in self.branches else ()
 
     @property
     def rare(self) -> bool:
@@ -317,7 +342,7 @@ class State:
             outs = {branch: own[:, :channels] for branch, own in outs.items()}
         if 0 in outs and run.table.rare:
             rest["difference"] = outs[1].float() - outs[0].float()
-        out = guide(outs, row[W0 : W0 + BRANCHES], run.guidance.rescale)
+        out = guide(outs, row[W0 : W0 + BRANCHES], run.guidance.rescales)
         args = (row, self.x, self.y, self.history, out.float(), run.noises[i])
         x, self.y, self.history = step(*args, depth=self.depth, **rest)
         if run.inpainting is not None:

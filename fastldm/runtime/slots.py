@@ -85,6 +85,7 @@ class StaticBuffers(NamedTuple):
     features: tuple[Tensor, ...] = ()  # of T2I-Adapters, (S, C, h, w) for each place where the U-Net adds some
     pictures: tuple[PictureBuffers, ...] = ()
     deep: Tensor | None = None  # (3S + 1, C, h, w): deep features of each slot's rows, and of rows that keep none
+    perturbed: Tensor | None = None  # (L, R) bool: of each self-attention the U-Net rows in which it is perturbed
     deep_index: Tensor | None = None  # (2, R) int64: where each U-Net row keeps them, if it computes all, and has them
 
     @staticmethod
@@ -151,6 +152,7 @@ class StaticBuffers(NamedTuple):
             features=tuple(images(*place) for place in feature_places(config)) if features else (),
             pictures=tuple(PictureBuffers(texts(config.cross_widths, count), lengths()) for count in pictures),
             deep=images(config.deep_channels, count=BRANCHES * slots + 1) if reuse else None,
+            perturbed=torch.zeros(len(config.self_attentions), rows, dtype=torch.bool, device=device),
             deep_index=torch.zeros(2, rows, dtype=torch.int64, device=device) if reuse else None,
         )
 
@@ -247,7 +249,7 @@ class Slots:
         slots, index, table = self._slots[run], self._index[run], run.table
         rows = table_rows(table.rows, table.draws, run.guidance.weights(table), run.inpainting is not None)
         step.table[:, : len(table)].index_copy_(0, index, send(rows, index.device).expand(run.batch, -1, -1))
-        step.rescale.index_fill_(0, index, run.guidance.rescale)
+        step.rescale.index_fill_(0, index, run.guidance.rescales)
         # Negatives come first among the run's texts; where it has none, the slots' own are never read.
         count = run.text_kv[0].shape[0] // run.batch if run.text_kv else 1
         texts = [2 * slot + text for text in (0, 1)[2 - count :] for slot in slots]
@@ -326,12 +328,14 @@ class Slots:
         rows, deep = graph_rows(total_rows), None
         if any(run.reuses for run in runs):
             deep = graph_rows(deep_rows) if deep_rows else 0
-        rescales = any(len(run.branches) > 1 and run.guidance.rescale > 0 for run in runs)
+        rescales = any(len(run.branches) > 1 and run.guidance.rescales > 0 for run in runs)
         controlled, beside = tuple(self._controlled.items()), any(run.beside for run in runs)
         rare = any(run.rare for run in runs)
-        body = partial(self.body, rows, rescales, controlled, beside, deep, rare)
+        perturbed = tuple(sorted({layer for run in runs for layer in run.perturbed}))
+        options = (rows, rescales, controlled, beside, deep, rare, perturbed)
+        body = partial(self.body, *options)
         # A graph reads tensors by address, so which buffers they are is part of the key.
-        key = (id(self.buffers), rows, rescales, controlled, beside, deep, rare)
+        key = (id(self.buffers), *options)
         replayed = self.graphs is not None and self.graphs.run(key, body)
         if self.graphs is None:
             body()
@@ -348,10 +352,12 @@ class Slots:
         beside: bool = False,
         deep: int | None = None,
         rare: bool = False,
+        perturbed: Sequence[int] = (),
     ) -> None:
         """The full step, of fixed shapes and addresses: the host sees none of its values. controlled: which rows of the
         U-Net have what control. beside: whether any row has adapters beside the weights. deep: how many rows, the first
-        ones, compute all of the U-Net; None: all do, and nothing is kept. rare: as for `end_step`."""
+        ones, compute all of the U-Net; None: all do, and nothing is kept. rare: as for `end_step`. perturbed: the
+        self-attentions that are in any row."""
         state = self.buffers.step
         invariant = dispatch.batch_invariant() if self.batch_invariant else nullcontext()
         pages, scales, _ = self.buffers.adapters
@@ -366,6 +372,10 @@ class Slots:
                 else:
                     own = self._residuals(self.buffers.controls[index], ranges, deep)
                     options.setdefault("residuals", []).extend(own)
+            if perturbed:
+                masks = self.buffers.perturbed
+                assert masks is not None
+                options["perturbed"] = {layer: masks[layer, :rows] for layer in perturbed}
             if deep is not None:
                 options["reuse"] = Reuse(deep, partial(self._exchange, rows))
             text, time_rows = self._states(self.buffers.maps[:, :rows], self.buffers.temb)
@@ -432,6 +442,7 @@ class Slots:
         adapters: list[ScaledPages] = []
         places: list[int] = []  # of deep features
         keeps: list[int] = []
+        perturbed: list[tuple[int, ...]] = []
         # Rows that compute all come first. Those with the same controls lie side by side: few ranges, and graphs that
         # know them by their numbers of rows.
         entries = [
@@ -448,6 +459,7 @@ class Slots:
                 ends[slot] = len(run.table)
                 texts.append(2 * slot + run.guidance.texts[branch])
                 adapters.append(run.beside)
+                perturbed.append(run.perturbed if branch == 2 else ())
                 places.append(BRANCHES * slot + branch)
                 keeps.append(BRANCHES * len(slot_rows) if reuses else places[-1])
                 c_in.append(float(run.table.rows[run.row][0]))
@@ -463,6 +475,10 @@ class Slots:
             for k, buffer in enumerate(self.buffers.adapters[:2]):
                 numbers = [[page[k] for page in row] + [0] * (OF_A_ROW - len(row)) for row in adapters]
                 buffer[: len(numbers)] = send_numbers(numbers, buffer.dtype, device)
+        if any(perturbed) and self.buffers.perturbed is not None:
+            layers = range(len(self.buffers.perturbed))
+            masks = [[layer in own for own in perturbed] for layer in layers]
+            self.buffers.perturbed[:, : len(perturbed)] = send_numbers(masks, torch.bool, device)
         state.rows.copy_(send_numbers(slot_rows, torch.int32, device))
         state.next_rows.copy_(state.rows)
         state.steps.copy_(send_numbers(ends, torch.int32, device))

@@ -43,12 +43,12 @@ from fastldm.runtime.complete import complete
 from fastldm.runtime.controls import Controls, start_controls
 from fastldm.runtime.denoise import Embeds, Guidance, Run, check_finite
 from fastldm.runtime.graph import CUDA, Graphs
+from fastldm.runtime.guidance import guidance_of, pag_defaults, perturbed_layers
 from fastldm.runtime.image_prompts import ImagePrompts, PictureSelection, per_image, start_pictures
 from fastldm.runtime.slots import Slots, StaticBuffers, graph_rows, step_capacity
 from fastldm.runtime.start import start_run
 from fastldm.runtime.steps import StepsBatch
 from fastldm.samplers import table as schedule
-from fastldm.samplers.names import is_cfg_pp
 
 logger = logging.getLogger("fastldm")
 
@@ -64,6 +64,8 @@ class Change:
     guidance_scale: float
     guidance_rescale: float
     image_guidance_scale: float | None = None
+    pag_scale: float | None = None
+    pag_adaptive_scale: float | None = None
     latents: Tensor | None = None  # (B, C, h, w); None: unchanged
     embeds: Embeds | None = None  # None: unchanged
 
@@ -78,6 +80,7 @@ class Stages:
         self.name, self.family, self.spec = name, spec.family, spec
         self.unet, self.vae, self.text_stages = networks.unet, networks.vae, networks.text_stages
         self.schedule = spec.schedule
+        self._pag = pag_defaults(spec.checkpoint.index) if networks.backend == "torch" else {}
         self.zero_negative = bool(spec.checkpoint.index.get("force_zeros_for_empty_prompt", False))
         self._scales_edits = bool(spec.checkpoint.index.get("is_cosxl_edit", False))
         self.device, self.dtype, self.backend = networks.device, networks.dtype, networks.backend
@@ -147,6 +150,14 @@ class Stages:
         request = self.controls.complete(request, self.unet.config.needs_added)
         if request.reuse > 1:
             self._check_reuse(request.reuse)
+        if request.pag_scale is None:
+            request = request.replace(**self._pag)
+        if request.pag_scale:
+            self.need_torch(
+                f"whose attention is as it was exported, and pag_scale is {request.pag_scale:g}: leave it out, or load "
+                "the checkpoint, not a bundle"
+            )
+            perturbed_layers(request, self.unet.config)
         request = complete(request, self.spec, self.vae.config, self.family, self.latents)
         if request.candidates is not None:
             self.ranking.need(self.text_stages, self.backend)
@@ -170,13 +181,11 @@ class Stages:
 
     def guidance(self, request: Request) -> Guidance:
         """That of a completed request."""
-        scale = 1.0 if self.unet.config.needs_guidance else float(request.guidance_scale or 0)
-        options: dict[str, Any] = {"cfg_pp": is_cfg_pp(request.sampler), "image_scale": request.image_guidance_scale}
-        return Guidance(scale, request.guidance_rescale, *request.guidance_interval, **options)
+        return guidance_of(request, self.unet.config)
 
     def unet_rows(self, images: int) -> int:
         """The most U-Net rows that a graph of so many images has."""
-        return graph_rows(images if self.unet.config.needs_guidance else BRANCHES * images)
+        return graph_rows((BRANCHES - self.unet.config.needs_guidance) * images)
 
     @contextmanager
     def eager(self) -> Iterator[None]:
@@ -314,6 +323,9 @@ class Stages:
         guidance = dataclasses.replace(run.guidance, scale=scale, rescale=change.guidance_rescale)
         if self.unet.config.edits and change.image_guidance_scale is not None:
             guidance = dataclasses.replace(guidance, image_scale=change.image_guidance_scale)
+        for name in ("pag_scale", "pag_adaptive_scale"):
+            if (value := getattr(change, name)) is not None:
+                guidance = dataclasses.replace(guidance, **{name: value})
         images = run.images or (run,)
         if change.embeds is not None:
             each = change.embeds.split(len(images)) if run.images else [change.embeds]

@@ -56,7 +56,7 @@ def rows_of(run: Run, start: int, stop: int, spec: NetworkSpec) -> dict[str, Ten
     inputs = {
         "table": torch.from_numpy(table.rows[start:stop, :width])[:, None].expand(-1, images, -1),
         "guidance": torch.tensor(scales, dtype=torch.float32)[:, None].expand(-1, images),
-        "rescale": torch.full((images,), run.guidance.rescale),
+        "rescale": torch.full((images,), run.guidance.rescales),
         "noises": torch.stack(noises),
         "mask": mask.expand(images, -1, -1, -1),
         "init": init,

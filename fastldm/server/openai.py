@@ -71,6 +71,8 @@ class ImageFields(BaseModel):
     num_inference_steps: int | None = Field(None, ge=1)
     guidance_scale: float | None = None
     image_guidance_scale: float | None = Field(None, description="How much a model that edits keeps of the picture.")
+    pag_scale: float | None = Field(None, description="Perturbed-attention guidance; 0 is off.")
+    pag_adaptive_scale: float | None = None
     sampler: str | None = Field(None, max_length=200)
     strength: float | None = None
     clip_skip: int | None = None
@@ -102,6 +104,9 @@ class EditFields(ImageFields):
     """The texts in the form of `/v1/images/edits`."""
 
     prompt: str
+
+
+_MORE = ("pag_scale", "pag_adaptive_scale", "clip_skip", "adapters", "reuse")
 
 
 def router(service: Service, jobs: Jobs) -> APIRouter:
@@ -185,7 +190,7 @@ def _model(service: Service, name: str) -> dict[str, Any]:
 def arguments_of(fields: ImageFields, of: Image.Image | None = None) -> dict[str, Any]:
     """The fields of `fastldm.Request`. of: the picture that it starts from, whose size `auto` is."""
     names = ("negative_prompt", "num_inference_steps", "guidance_scale", "image_guidance_scale", "sampler", "strength")
-    values: dict[str, Any] = {name: getattr(fields, name) for name in (*names, "clip_skip", "adapters", "reuse")}
+    values: dict[str, Any] = {name: getattr(fields, name) for name in (*names, *_MORE)}
     counts = {"num_images_per_prompt": fields.n} if fields.best_of is None else {"keep": fields.n}
     values |= {**counts, "candidates": fields.best_of, "seed": None if fields.seed == -1 else fields.seed}
     if fields.size not in (None, "auto"):

@@ -65,10 +65,15 @@ class CallState:
         self.generation, self.embedded_guidance = generation, embedded_guidance
         self.guidance_scale = float(request.guidance_scale or 0)
         self.image_guidance_scale = request.image_guidance_scale
+        self.pag_scale, self.pag_adaptive_scale = float(request.pag_scale or 0), request.pag_adaptive_scale
         self.guidance_rescale, self.clip_skip = request.guidance_rescale, request.clip_skip
         self._cfg_pp = is_cfg_pp(request.sampler)
         self.num_timesteps = 0
         self.interrupt = False
+
+    @property
+    def do_perturbed_attention_guidance(self) -> bool:
+        return self.pag_scale > 0
 
     @property
     def do_classifier_free_guidance(self) -> bool:
@@ -84,7 +89,7 @@ class CallState:
         with torch.inference_mode(False):
             tensors = {name: None if x is None else x.clone() for name, x in self._tensors(step, names).items()}
         versions = {name: x._version for name, x in tensors.items() if x is not None}
-        before = (self.guidance_scale, self.guidance_rescale, self.image_guidance_scale)
+        before = self._scales()
         returned = callback(pipe, step.step, step.timestep, dict(tensors))
         changed = self._changed(tensors, versions, returned, _names(step.embeds.add_time_ids is not None))
 
@@ -92,13 +97,18 @@ class CallState:
         if latents is not None:
             latents = _checked(LATENTS, latents, tuple(step.latents.shape))
         embeds = self._embeds(step.embeds, changed) if changed else None
-        after = (self.guidance_scale, self.guidance_rescale, self.image_guidance_scale)
+        after = self._scales()
         self._check_rows(embeds or step.embeds, len(step.latents))
         if self.interrupt:
             self.generation.interrupt()
         if before != after and embeds is None and self.embedded_guidance:
             embeds = step.embeds  # the scale enters there
         return None if latents is None and embeds is None and before == after else Change(*after, latents, embeds)
+
+    def _scales(self) -> tuple[float, float, float | None, float, float]:
+        """As `Change` has them."""
+        pag = (self.pag_scale, self.pag_adaptive_scale)
+        return (self.guidance_scale, self.guidance_rescale, self.image_guidance_scale, *pag)
 
     def _tensors(self, step: Progress, names: Sequence[str]) -> dict[str, Tensor | None]:
         assert step.embeds is not None
@@ -240,10 +250,15 @@ class Steered:
     guidance_scale = _OfCall("guidance_scale")
     guidance_rescale = _OfCall("guidance_rescale")
     image_guidance_scale = _OfCall("image_guidance_scale")
+    pag_scale = _OfCall("pag_scale")
+    pag_adaptive_scale = _OfCall("pag_adaptive_scale")
+    do_perturbed_attention_guidance = _OfCall("do_perturbed_attention_guidance")
     do_classifier_free_guidance = _OfCall("do_classifier_free_guidance")
     clip_skip = _OfCall("clip_skip")
     num_timesteps = _OfCall("num_timesteps")
     _guidance_scale = _OfCall("guidance_scale", _scale)
+    _pag_scale = _OfCall("pag_scale", _scale)
+    _pag_adaptive_scale = _OfCall("pag_adaptive_scale", _scale)
     _image_guidance_scale = _OfCall("image_guidance_scale", _image_scale)
     _guidance_rescale = _OfCall("guidance_rescale", lambda name, value: checks.real(name, value, 0.0, 1.0))
     _num_timesteps = _OfCall("num_timesteps")

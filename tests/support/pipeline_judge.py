@@ -49,6 +49,9 @@ CLASSES = {  # a name: diffusers' class, the tiny family, and its scheduler
     "refiner": (diffusers.StableDiffusionXLImg2ImgPipeline, "sdxl-refiner", "euler"),
     "refiner inpainting": (diffusers.StableDiffusionXLInpaintPipeline, "sdxl-refiner", "euler"),
     "SDXL inpainting": (diffusers.StableDiffusionXLInpaintPipeline, "sdxl", "euler"),
+    "PAG": (diffusers.StableDiffusionPAGPipeline, "sd1", "ddim"),
+    "PAG image to image": (diffusers.StableDiffusionPAGImg2ImgPipeline, "sd1", "ddim"),
+    "SDXL PAG": (diffusers.StableDiffusionXLPAGPipeline, "sdxl", "euler"),
     "edit": (diffusers.StableDiffusionInstructPix2PixPipeline, "sd1-edit", "ddim"),
     "SDXL edit": (diffusers.StableDiffusionXLInstructPix2PixPipeline, "sdxl-edit", "euler"),
     "x4 upscaling": (diffusers.StableDiffusionUpscalePipeline, "x4-upscaler", "ddim"),
@@ -147,6 +150,8 @@ VALUES: dict[str, dict[str, Value]] = {
     "timesteps": {"list": lambda B, W: {"timesteps": [759, 519, 259]}},
     "sigmas": {"list": lambda B, W: {"sigmas": [10.0, 3.0, 1.0]}},
     "guidance_scale": {"1": lambda B, W: {"guidance_scale": 1.0}, "12": lambda B, W: {"guidance_scale": 12.0}},
+    "pag_scale": {"0": lambda B, W: {"pag_scale": 0.0}, "5": lambda B, W: {"pag_scale": 5.0}},
+    "pag_adaptive_scale": {"0.005": lambda B, W: {"pag_adaptive_scale": 0.005}},
     "image_guidance_scale": {
         "0.5": lambda B, W: {"image_guidance_scale": 0.5},
         "1": lambda B, W: {"image_guidance_scale": 1.0},
@@ -240,7 +245,7 @@ DIFFERENCES = [
         "diffusers' text to image ignores one negative size without the other, and a negative crop without both; ours "
         "takes the positive half's for those that are not given",
         lambda case: (
-            case.pipeline == "SDXL text to image"
+            case.pipeline in ("SDXL text to image", "SDXL PAG")
             and any(case.has(f"negative_{name}") for name in ("original_size", "target_size", "crops_coords_top_left"))
             and not (case.has("negative_original_size") and case.has("negative_target_size"))
         ),
