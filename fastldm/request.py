@@ -9,6 +9,7 @@ Over 500 lines, for the fields of a request and their checks are read together.
 from __future__ import annotations
 
 import dataclasses
+import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -524,7 +525,13 @@ def _fractions(name: str, value: Any) -> tuple[float, float]:
 
 def _layers(name: str, value: Any) -> tuple[str, ...]:
     items = [value] if isinstance(value, str) else checks.listed(name, value, MAX_LAYERS, "names of layers")
-    return tuple(checks.short_text(f"{name}[{k}]", item, "a layer's name") for k, item in enumerate(items))
+    layers = tuple(checks.short_text(f"{name}[{k}]", item, "a layer's name") for k, item in enumerate(items))
+    for layer in layers:
+        if not re.fullmatch(r"[\w.()|*+?\[\]^$-]+", layer):  # as a PNG's settings have it
+            raise InputError(
+                f"{name} holds {layer!r}: expected a part of a layer's name, or a pattern such as up.(0|1)"
+            )
+    return layers
 
 
 def _size(name: str, value: Any) -> tuple[int, int]:

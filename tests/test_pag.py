@@ -129,6 +129,7 @@ def replace_guidance(run: Run) -> Run:
         ({"pag_scale": 3.0, "pag_applied_layers": ["("]}, "which is no regular expression"),
         ({"pag_scale": -1.0}, "pag_scale is -1"),
         ({"pag_applied_layers": 3}, "pag_applied_layers is 3"),
+        ({"pag_applied_layers": "mid, up"}, "holds 'mid, up': expected a part of a layer's name"),
         ({"pag_scale": 3.0, "sampler": "euler cfg++"}, "pag_scale is above 0"),
     ],
 )
