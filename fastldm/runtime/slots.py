@@ -5,6 +5,8 @@ and which text each row of the U-Net is, and which rows a slot has. So one graph
 mix of requests: with guidance and without, of any sampler, step count, prompt and seed, each at its own step. Maps are
 sent when a request comes, goes or changes between guided and unguided, and at no other step; between two steps the host
 only replays.
+
+Over 500 lines, for what the buffers hold, what writes them and the step that reads them are one agreement.
 """
 
 from __future__ import annotations
