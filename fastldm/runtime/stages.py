@@ -4,6 +4,8 @@ Request -> Run (Conditioning, StepTable, noise) -> latents -> images
 
 A session's worker calls them one by one: `prepare` is all before the first step, a `Batch` takes the steps, `decode`
 is all after the last. `make` is one request from end to end.
+
+Over 500 lines, for what a session's worker asks of a model is one object, whose stages are read in their order.
 """
 
 from __future__ import annotations
