@@ -61,4 +61,5 @@ $(VENV)/bench: $(VENV)/test
 $(VENV)/full: $(VENV)/bench
 	$(PIP) kubernetes-validate
 	$(PIP) --no-deps k-diffusion==0.1.1.post1  # its samplers alone, which judge ours
+	$(PIP) torchsde==0.2.6
 	@touch $@

@@ -114,7 +114,12 @@ class Composer:
         self._loop(temb, kv, rows)
 
         then, none = Nodes("decoder"), Nodes("none")
-        scaled = then("Div", "latents_out", then.constant(self.vae.scaling_factor, np.float32))
+        scaled = "latents_out"
+        if self.vae.latents_std:  # as `models.vae.unscaled`
+            scaled = then("Mul", scaled, then.constant(_by_channel(self.vae.latents_std), np.float32))
+        scaled = then("Div", scaled, then.constant(self.vae.scaling_factor, np.float32))
+        if self.vae.latents_mean:
+            scaled = then("Add", scaled, then.constant(_by_channel(self.vae.latents_mean), np.float32))
         element = self._element("vae_decoder")
         scaled = then("Cast", scaled, to=element) if element != TensorProto.FLOAT else scaled
         decoded = then.network(self.networks["vae_decoder"], "vae_decoder", {"latent_sample": scaled})["sample"]
@@ -306,6 +311,10 @@ class Nodes:
 
 def _runs(items: Sequence[Any]) -> list[Sequence[Any]]:
     return [items[k : k + _PARTS] for k in range(0, len(items), _PARTS)]
+
+
+def _by_channel(numbers: Sequence[float]) -> Any:
+    return np.reshape(numbers, (1, -1, 1, 1))
 
 
 def _group_norm(

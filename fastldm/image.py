@@ -114,6 +114,23 @@ def load_mask(source: Any, size: tuple[int, int] | None = None, *, name: str = "
     return torch.cat([(mask >= 0.5).float() for mask in masks])
 
 
+def is_picture(source: Any) -> bool:
+    """Whether `load_picture` reads it, if it can be read."""
+    return isinstance(source, (Image.Image, str, os.PathLike))
+
+
+def load_picture(source: Any, name: str = "image", *, mask: bool = False) -> Image.Image:
+    """One PIL image or file, decoded and upright, at its own size: RGB on white, or for a mask the luminance, L.
+
+    InputError as `load_image`.
+    """
+    with _opened(source, name) as image:
+        image = _upright(image)
+        if _is_deep(image):
+            image = _deep(image, name).convert("L")
+        return image.convert("L") if mask else _on_white(image)
+
+
 def load_latents(source: Any, channels: int) -> torch.Tensor | None:
     """Latents float32 (B, C, h, w), scaled as for the U-Net, if `source` is latents; None for anything else.
 
@@ -426,10 +443,15 @@ def _pixels(
                 shades[shades == np.float32(grey.info["transparency"])] = 255
                 grey = Image.fromarray(shades)
             return _unit(_fit(grey, size, resample)), False
-        if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-            rgba = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-        return _unit(_fit(image.convert("RGB"), size, resample)), False
+        return _unit(_fit(_on_white(image), size, resample)), False
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """An 8-bit image as RGB."""
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        rgba = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return image.convert("RGB")
 
 
 def _mask(source: Any, size: tuple[int, int] | None, name: str) -> torch.Tensor:

@@ -35,7 +35,6 @@ UNSUPPORTED = {
     "callback": ": use callback_on_step_end",
     "callback_steps": ": use callback_on_step_end",
     "masked_image_latents": ": give image and mask_image",
-    "padding_mask_crop": ": crop image and mask_image",
     "original_inference_steps": "",
     "seg_scale": ", for it blurs queries in each step: pag_scale is its relative that only selects",
     "seg_blur_sigma": ": see pag_scale",
@@ -96,6 +95,17 @@ class Request:
     """Custom noise levels, descending, instead of num_inference_steps."""
     eta: float = 0.0
     """Fraction of fresh noise of DDIM and TCD, 0 to 1."""
+    s_churn: float = 0.0
+    """Noise that the sampler euler adds and removes over all steps (arXiv:2206.00364, algorithm 2, as diffusers)."""
+    s_tmin: float = 0.0
+    """The lowest noise level at which it does."""
+    s_tmax: float | None = None
+    """The highest one; None: any."""
+    s_noise: float = 1.0
+    """Factor of that noise."""
+    noise_sampler_seed: int | Sequence[int] | None = None
+    """Of the sampler dpm++ sde: a seed for the Brownian motion that diffusers' DPMSolverSDEScheduler takes its noise
+    from (needs torchsde), or one for each image. None: the request's seed or generator draws that noise."""
     reuse: int = 1
     """Of every so many calls of the U-Net, the first computes all of it and the rest only its outermost level, with the
     deep features of that one: faster, and not quite the same image (DeepCache, arXiv:2312.00858). 1: each computes
@@ -136,6 +146,9 @@ class Request:
     the model's: 20 of the x4 upscaler, as in diffusers."""
     mask_image: Any = None
     """White is repainted, black stays; needs `image`. Types as for `image`, or (H, W), see `image.load_mask`."""
+    padding_mask_crop: int | None = None
+    """Repaint only the part of `image` that holds what is white in `mask_image`, with so many pixels around it, at
+    height x width, and lay it over `image`, which is unchanged elsewhere. None: the whole picture is repainted."""
     control_image: Any = None
     """What attached ControlNets and T2I-Adapters read: a picture if there is one of them, else a list of one for each
     in the order in which they were attached, or a dictionary by name, of these and no others. Types as for `image`.
@@ -557,6 +570,13 @@ def _inner(name: str, value: Any) -> float:
     return fraction
 
 
+def _motion_seed(name: str, value: Any) -> int | tuple[int, ...]:
+    if isinstance(value, (list, tuple)):
+        seeds = checks.listed(name, value, MAX_IMAGES, "seeds")
+        return tuple(checks.whole(f"{name}[{k}]", seed, 0, MAX_SEED, "") for k, seed in enumerate(seeds))
+    return checks.whole(name, value, 0, MAX_SEED, "")
+
+
 _CHECKS: dict[str, Check] = {
     "height": _whole(1, MAX_SIDE, "pixels"),
     "width": _whole(1, MAX_SIDE, "pixels"),
@@ -573,10 +593,16 @@ _CHECKS: dict[str, Check] = {
     "guidance_rescale": _real(0.0, 1.0),
     "guidance_interval": _fractions,
     "eta": _real(0.0, 1.0),
+    "noise_sampler_seed": _motion_seed,
+    "s_churn": _real(0.0, 1000.0),
+    "s_tmin": _real(0.0, 1e6),
+    "s_tmax": _real(0.0, 1e6),
+    "s_noise": _real(0.0, 10.0),
     "reuse": _whole(1, MAX_STEPS, "calls of the U-Net"),
     "strength": _real(0.0, 1.0),
     "aesthetic_score": _real(-1000.0, 1000.0),
     "negative_aesthetic_score": _real(-1000.0, 1000.0),
+    "padding_mask_crop": _whole(0, MAX_SIDE, "pixels"),
     "denoising_start": _inner,
     "denoising_end": _inner,
     "noise_level": _whole(0, 10**5, "a noise level"),

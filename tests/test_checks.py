@@ -135,7 +135,6 @@ def test_oversized_values_are_refused_early(options: dict[str, Any], message: st
     [
         ("denoising_end", "denoising_end is not supported"),
         ("callback", "callback is not supported: use callback_on_step_end"),
-        ("padding_mask_crop", "padding_mask_crop is not supported: crop image and mask_image"),
     ],
 )
 def test_unsupported_diffusers_arguments_are_refused(name: str, message: str) -> None:

@@ -35,7 +35,19 @@ FLOORS = [  # top first
     ["models"],
     ["kernels"],
     [
-        *["checks", "device", "errors", "files", "heap", "image", "metadata", "openmp", "reading", "request"],
+        *[
+            "checks",
+            "device",
+            "errors",
+            "files",
+            "heap",
+            "image",
+            "mask_crop",
+            "metadata",
+            "openmp",
+            "reading",
+            "request",
+        ],
         *["sizes", "spans", "system", "version"],
     ],
 ]

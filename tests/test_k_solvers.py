@@ -113,6 +113,21 @@ def test_trajectories_equal_k_diffusion(name: str, steps: int, k_diffusion: Any)
     assert error(end, theirs) < 1e-4
 
 
+@pytest.mark.parametrize(("steps", "strength"), [*((n, 1.0) for n in range(1, 8)), (8, 0.5), (13, 0.6)])
+def test_dpm_fast_equals_k_diffusion(steps: int, strength: float, k_diffusion: Any) -> None:
+    """Of all numbers of calls; from the middle of the schedule, too."""
+    table = make_table(CONFIG, steps, sampler="dpm fast", strength=strength)
+    x = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(steps)) * table.start[1]
+    run = Run(table, x, [None] * len(table))
+    end = denoise(lambda model_input, i, _: network(model_input, table.timesteps[i]), run)
+    model = lambda x, sigma: denoiser(x, float(sigma[0]))  # noqa: E731
+    theirs = k_diffusion.sample_dpm_fast(
+        model, x, float(np.exp(LOG_SIGMAS[0])), table.start[1], len(table), disable=True
+    )
+    assert error(end, theirs) < 1e-4
+    assert len(table) == int(steps * strength)
+
+
 # ---- what ComfyUI calls by these names: loops in float64, from the papers ----
 
 

@@ -34,7 +34,7 @@ from fastldm.samplers.table import make_table
         ("dpmpp_2s_ancestral", "dpm++ 2s a"),
         ("DPM++ SDE Karras", "dpm++ sde karras"),
         ("dpmpp_sde_gpu", "dpm++ sde"),
-        ("DPMSolverSDEScheduler", "dpm++ sde"),
+        ("DPMSolverSDEScheduler", "DPMSolverSDEScheduler"),
         ("heunpp2", "heun++ 2"),
         ("res_multistep_ancestral", "res multistep a"),
         ("gradient_estimation", "gradient estimation"),
@@ -50,6 +50,13 @@ from fastldm.samplers.table import make_table
         ("Euler a Align Your Steps", "euler a ays"),
         ("dpmpp_2m_sde kl_optimal", "dpm++ 2m sde kl optimal"),
         ("DPM++ SDE Simple", "dpm++ sde simple"),
+        ("k_dpm_fast", "dpm fast"),
+        ("sa_solver", "sa solver"),
+        ("SASolverScheduler", "sa solver"),
+        ("DDIMInverseScheduler", "ddim inverse"),
+        ("dpmpp_2m_sde_heun_gpu", "dpm++ 2m sde heun"),
+        ("DPM++ 2M SDE Heun Karras", "dpm++ 2m sde heun karras"),
+        ("Euler Uniform", "euler normal"),
     ],
 )
 def test_names(name: str, expected: str) -> None:
@@ -75,10 +82,24 @@ def test_every_name_makes_a_table() -> None:
     [
         ("dpm_adaptive", "it chooses each step's length by the error of the last one"),
         ("DPM adaptive Karras", "it chooses each step's length"),
-        ("k_dpm_fast", "its steps are its own"),
+        ("sa_solver_pece", "it calls the network twice a step"),
+        ("Restart Karras", "it returns to more noise between its steps"),
+        ("seeds_3", "of the SEEDS methods, that of two calls a step is built"),
         ("CosineDPMSolverMultistepScheduler", "its third order raises in diffusers"),
     ],
 )
 def test_what_no_table_holds_is_refused_with_the_reason(name: str, reason: str) -> None:
     with pytest.raises(InputError, match=f"sampler '{name}' is not supported: {reason}"):
+        resolve_sampler(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("euler gits", "'gits' of sampler 'euler gits' is not supported: its noise levels"),
+        ("DPM++ 2M Polyexponential", "exponential: w"),
+    ],
+)
+def test_schedules_that_are_not_here_are_refused(name: str, reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
         resolve_sampler(name)

@@ -41,8 +41,9 @@ FIELDS = {
     "Request": """
         prompt negative_prompt height width num_inference_steps guidance_scale image_guidance_scale pag_scale
         pag_adaptive_scale pag_applied_layers guidance_rescale guidance_interval sampler timesteps sigmas eta
+        s_churn s_tmin s_tmax s_noise noise_sampler_seed
         reuse num_images_per_prompt candidates keep seed generator latents image strength denoising_start denoising_end
-        noise_level mask_image
+        noise_level mask_image padding_mask_crop
         control_image controlnet_conditioning_scale control_guidance_start control_guidance_end guess_mode
         adapter_conditioning_scale adapter_conditioning_factor clip_skip
         literal_prompt prompt_embeds negative_prompt_embeds pooled_prompt_embeds negative_pooled_prompt_embeds prompt_2

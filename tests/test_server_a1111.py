@@ -176,8 +176,13 @@ def test_image_to_image_and_masks(http: TestClient, pipe: Pipeline) -> None:
     blurred = clients.picture(post(**once, mask_blur=4)["images"][0])
     kept = np.asarray(blurred)[:, :16].astype(int) - np.asarray(image)[:, :16]
     assert np.abs(kept).max() <= 1, "far from the mask all is as it was"
+    small = Image.new("L", image.size)
+    small.paste(255, (40, 8, 56, 20))
+    around = pipe("a red apple", strength=1.0, mask_image=small, padding_mask_crop=4, **options).images[0]
+    fields = {**once, "mask": encoded(small), "inpaint_full_res": True, "inpaint_full_res_padding": 4}
+    assert close(post(**fields)["images"][0], around)
+    assert (np.asarray(around)[:, :40] == np.asarray(image)[:, :40]).all()
     for fields, message in (
-        ({"mask": encoded(mask), "inpaint_full_res": True}, "inpaint_full_res is true"),
         ({"mask": encoded(mask), "inpainting_fill": 0}, "inpainting_fill is 0"),
         ({"init_images": ["http://10.0.0.1/x.png"]}, "init_images is a URL"),
         ({"init_images": ["%%%"]}, "init_images is not base64"),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from exact_noise import final_error
-from named import NAMED
+from named import EXCHANGEABLE, NAMED
 from samplers_from_source import Edit, samplers_with
 from scheduler_judge import NUMBERS, Difference, judge
 from scheduler_runs import (
@@ -97,7 +97,7 @@ def grid(name: str) -> Iterator[dict[str, Any]]:
         yield {**SD, "prediction_type": prediction, **kind, **({"timestep_spacing": spaced} if spaced else {})}
 
 
-@pytest.mark.parametrize("name", DIFFUSERS)
+@pytest.mark.parametrize("name", EXCHANGEABLE)
 def test_trajectories_equal_diffusers(name: str) -> None:
     """Every cell of the grid at two step counts, all step counts in every class."""
     cells = list(grid(name))
@@ -105,7 +105,7 @@ def test_trajectories_equal_diffusers(name: str) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", DIFFUSERS)
+@pytest.mark.parametrize("name", EXCHANGEABLE)
 def test_trajectories_equal_diffusers_at_all_steps(name: str) -> None:
     """Every cell at every number of steps up to 16, where the orders of solvers change; above, one prediction type at
     a time, to which `test_prediction_types_are_one_sampler` holds the others, but for PLMS, of which it knows nothing.
@@ -121,7 +121,7 @@ def test_trajectories_equal_diffusers_at_all_steps(name: str) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", [name for name in DIFFUSERS if name != "PNDMScheduler"])
+@pytest.mark.parametrize("name", [name for name in EXCHANGEABLE if name != "PNDMScheduler"])
 def test_prediction_types_are_one_sampler(name: str) -> None:
     """Every cell of the grid at every number of steps: networks that say the same as noise, as a picture and as v lead
     to the same latents, in float64. (Not with PLMS, whose history holds outputs of other noise levels.)
@@ -161,14 +161,14 @@ def final_latents(case: Case) -> np.ndarray | None:
     return state[0]
 
 
-@pytest.mark.parametrize("name", DIFFUSERS)
+@pytest.mark.parametrize("name", EXCHANGEABLE)
 def test_noise_of_batches_and_generators(name: str) -> None:
     """Batch 3 from one generator, and from a list of three; eta makes DDIM and TCD draw."""
     config = {**SD, **({"algorithm_type": "sde-dpmsolver++"} if name.startswith("DPMSolver") else {})}
     check(Case(name, config, 4, eta=0.6, batch=3, generators=count) for count in (0, 3))
 
 
-@pytest.mark.parametrize("name", DIFFUSERS)
+@pytest.mark.parametrize("name", EXCHANGEABLE)
 def test_image_to_image_and_inpainting(name: str) -> None:
     cases = []
     for strength, spaced in itertools.product((0.25, 0.6, 1.0), ("leading", "trailing", "linspace")):
@@ -221,14 +221,14 @@ def any_case(name: str, rng: random.Random) -> Case:
     return Case(name, config, rng.randint(1, 50), eta=rng.choice([0.0, 0.0, 0.5, 1.0]))
 
 
-@pytest.mark.parametrize("name", DIFFUSERS)
+@pytest.mark.parametrize("name", EXCHANGEABLE)
 def test_any_options(name: str) -> None:
     rng = random.Random(name)
     check(any_case(name, rng) for _ in range(8))
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", DIFFUSERS)
+@pytest.mark.parametrize("name", EXCHANGEABLE)
 def test_any_options_many(name: str) -> None:
     rng = random.Random(f"many {name}")
     check(any_case(name, rng) for _ in range(250))
@@ -238,7 +238,7 @@ def test_custom_timesteps_and_sigmas() -> None:
     timesteps = [999, 839, 639, 299, 39]
     cases = [
         Case(name, SD, 5, custom={"timesteps": timesteps})
-        for name in DIFFUSERS
+        for name in EXCHANGEABLE
         if "timesteps" in DIFFUSERS[name].custom
     ]
     assert len(cases) == 7

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.schedulers import AysSchedules
-from named import NAMED
+from named import EXCHANGEABLE, NAMED
 from scheduler_judge import judge
 from scheduler_runs import SD, Case, nearest_roots
 
@@ -63,7 +63,7 @@ def test_trained_betas_of_any_kind(kind: Any) -> None:
     np.testing.assert_allclose(spacing.alphas_cumprod(trained), spacing.alphas_cumprod(scaled_linear), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", DIFFUSERS)
+@pytest.mark.parametrize("name", EXCHANGEABLE)
 def test_betas_that_end_in_noise_are_zero_snr(name: str) -> None:
     """However the last alpha came to be 0."""
     rescaled = diffusers.DDIMScheduler.from_config({**SD, "rescale_betas_zero_snr": True}).betas.numpy()
@@ -195,7 +195,7 @@ def test_custom_noise_levels_as_diffusers_has_them() -> None:
         assert judge(Case("EulerDiscreteScheduler", SD, 5, custom={"sigmas": sigmas})).kind == "agree"
 
 
-@pytest.mark.parametrize("name", [name for name in DIFFUSERS if DIFFUSERS[name].custom])
+@pytest.mark.parametrize("name", [name for name in EXCHANGEABLE if DIFFUSERS[name].custom])
 @pytest.mark.parametrize("kind", [list, tuple, np.asarray, torch.tensor])
 def test_custom_timesteps_of_any_kind(name: str, kind: Any) -> None:
     config = read_config({"_class_name": name, **SD})
@@ -211,7 +211,7 @@ def test_custom_timesteps_and_noise_levels_are_cut(strength: float) -> None:
     """By the strength, as diffusers' pipelines cut them: all samplers that take them."""
     cases = [
         Case(name, SD, 5, custom={"timesteps": [999, 839, 639, 299, 39]}, strength=strength, image_to_image=True)
-        for name in DIFFUSERS
+        for name in EXCHANGEABLE
         if "timesteps" in DIFFUSERS[name].custom
     ]
     sigmas = {"sigmas": [14.6, 6.3, 2.5, 0.9, 0.1, 0.0]}

@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from named import EXCHANGEABLE
 from scheduler_judge import judge
 from scheduler_runs import SD, Case
 
 from fastldm.errors import InputError
 from fastldm.kernels import step as step_kernel
 from fastldm.samplers.classes import DIFFUSERS
+from fastldm.samplers.grid import Churn
 from fastldm.samplers.names import SAMPLERS
 from fastldm.samplers.scheduler_config import read_config
 from fastldm.samplers.table import COLUMNS, NEUTRAL, make_table
@@ -105,18 +107,18 @@ def slices_agree(name: str, spacings: Sequence[str], steps: Sequence[int], masks
         assert verdict.kind in ("agree", "differ"), (spaced, n, start, end, mask, verdict)
 
 
-@pytest.mark.parametrize("name", DIFFUSERS)
+@pytest.mark.parametrize("name", EXCHANGEABLE)
 def test_slices_are_diffusers(name: str) -> None:
     slices_agree(name, ["leading"], [7], [False])
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", DIFFUSERS)
+@pytest.mark.parametrize("name", EXCHANGEABLE)
 def test_slices_of_all_spacings_are_diffusers(name: str) -> None:
     slices_agree(name, ["leading", "linspace", "trailing"], [7, 10], [False, True])
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "dpm fast" and "inverse" not in name])
 def test_parts_of_a_table_have_all_steps(sampler: str) -> None:
     config = read_config({"_class_name": "EulerDiscreteScheduler", **SD})
     whole = make_table(config, 10, sampler=sampler)
@@ -135,3 +137,64 @@ def test_slices_without_a_step_are_refused() -> None:
         make_table(config, 3, denoising_start=0.9999)
     with pytest.raises(InputError, match=r"denoising_end 0.1 leaves none of 3 steps"):
         make_table(config, 3, denoising_start=0.05, denoising_end=0.1)
+
+
+@pytest.mark.parametrize("name", ["EDMEulerScheduler", "CMStochasticIterativeScheduler", "DDIMInverseScheduler"])
+def test_slices_of_other_timesteps_are_refused(name: str) -> None:
+    """A fraction of descending timesteps of training, which these have not; nor has dpm fast a row for each."""
+    with pytest.raises(InputError, match="those of sample_dpm_fast are not"):
+        make_table(read_config({"_class_name": "DDIMScheduler"}), 5, sampler="dpm fast", denoising_end=0.5)
+    with pytest.raises(InputError, match=f"are of descending timesteps of training, and those of {name} are not"):
+        make_table(read_config({"_class_name": name}), 5, denoising_end=0.5)
+
+
+# ---- models in EDM's preconditioning ----
+
+
+@pytest.mark.parametrize(
+    ("sampler", "name", "options"),
+    [
+        ("euler", "EDMEulerScheduler", {}),
+        ("euler exponential", "EDMEulerScheduler", {"sigma_schedule": "exponential"}),
+        ("dpm++ 2m sde", "EDMDPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+        ("dpm++ 3m", "EDMDPMSolverMultistepScheduler", {"solver_order": 3}),
+    ],
+)
+def test_edm_models_are_sampled_by_plain_names(sampler: str, name: str, options: dict[str, Any]) -> None:
+    """Whichever class the file names, with its noise levels and preconditioning."""
+    own = {"sigma_min": 0.01, "sigma_max": 40.0, "rho": 5.0, "sigma_data": 0.7, "prediction_type": "v_prediction"}
+    for file in ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"):
+        table = make_table(read_config({"_class_name": file, **own}), 6, sampler=sampler)
+        expected = make_table(read_config({"_class_name": name, **own, **options}), 6)
+        np.testing.assert_array_equal(table.rows, expected.rows)
+        np.testing.assert_array_equal(table.timesteps, expected.timesteps)
+        assert (table.init_noise_sigma, table.float32_noise) == (expected.init_noise_sigma, expected.float32_noise)
+        assert table.sampler == expected.sampler == f"{sampler.removesuffix(' exponential')} {sampler_kind(sampler)}"
+
+
+def sampler_kind(sampler: str) -> str:
+    return "exponential" if sampler.endswith("exponential") else "karras"
+
+
+def test_a_model_is_sampled_as_it_was_trained() -> None:
+    """Preconditioned, consistent, or neither."""
+    plain, edm, consistent = (
+        read_config({"_class_name": name})
+        for name in ("DDIMScheduler", "EDMEulerScheduler", "CMStochasticIterativeScheduler")
+    )
+    for config, sampler, message in (
+        (plain, "EDMEulerScheduler", "is for EDM models, and this is a model that is not"),
+        (plain, "CMStochasticIterativeScheduler", "is for consistency models"),
+        (consistent, "euler", "this is a consistency model: leave the sampler out"),
+        (edm, "ddim", "steps on timesteps of training, which models in EDM's preconditioning have none of"),
+        (edm, "euler simple", "simple spaces timesteps of training"),
+        (edm, "CMStochasticIterativeScheduler", "is for consistency models"),
+    ):
+        with pytest.raises(InputError, match=message):
+            make_table(config, 4, sampler=sampler)
+    with pytest.raises(InputError, match="takes no timesteps"):
+        make_table(edm, 4, timesteps=[3.0, 2.0])
+    with pytest.raises(InputError, match="s_churn is of the sampler euler, and this is 'ddim'"):
+        make_table(plain, 4, churn=Churn(1.0))
+    with pytest.raises(InputError, match="goes from an image to its noise: set strength 1"):
+        make_table(plain, 4, sampler="ddim inverse", strength=0.5)

@@ -49,6 +49,7 @@ def _list_things(ctx: click.Context, param: click.Parameter, group: str | None) 
 @click.option("--negative", metavar="TEXT", help="What to avoid.")
 @click.option("--steps", type=int, metavar="N", help="Sampler steps.  [default: the model's]")
 @click.option("--guidance", type=float, metavar="G", help="Guidance scale; 1 or less is off.  [default: the model's]")
+@click.option("--s-churn", type=float, default=0.0, metavar="X", help="Noise that the sampler euler adds and removes.")
 @click.option("--sampler", metavar="NAME", help="Such as 'euler a' or 'dpm++ 2m karras'.  [default: the model's]")
 @click.option(
     "--seed", type=int, metavar="S", help="The same seed makes the same picture; picture k of --n uses S + k."
@@ -110,6 +111,12 @@ def _list_things(ctx: click.Context, param: click.Parameter, group: str | None) 
     help="Noise that is added to a picture to be enlarged.  [default: the model's]",
 )
 @click.option("--mask", metavar="FILE", help="Repaint only where this picture is white; needs --image.")
+@click.option(
+    "--padding-mask-crop",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Repaint the part that --mask marks and N pixels around it at --size, and lay it over --image.",
+)
 @lora_option
 @click.option("--prompt-lora", is_flag=True, help="Read <lora:NAME:SCALE> in PROMPT as --lora NAME.safetensors:SCALE.")
 @click.option(
@@ -197,12 +204,14 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
         "pag_applied_layers": options["pag_layers"] or None,
         "sampler": options["sampler"],
         "reuse": options["reuse"],
+        "s_churn": options["s_churn"],
         "image": options["image"],
         "strength": options["strength"],
         "denoising_start": options["denoising_start"],
         "denoising_end": options["denoising_end"],
         "noise_level": options["noise_level"],
         "mask_image": options["mask"],
+        "padding_mask_crop": options["padding_mask_crop"],
         "literal_prompt": options["literal"],
         "clip_skip": options["clip_skip"],
         "seed": options["seed"],

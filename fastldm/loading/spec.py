@@ -173,6 +173,11 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
     text = tuple(TextConfig.from_dict(configs[name], sources[name]) for name in names)
     unet = replace(unet, added_ids=5 if index["requires_aesthetics_score"] else 6)
     _check_fit(unet, vae, text, names, checkpoint.source)
+    if schedule.variance_type == "learned_range":
+        raise CheckpointError(
+            f"{checkpoint.config_source('scheduler')}: variance_type is 'learned_range', and the U-Net makes "
+            f"{unet.out_channels} channels ('out_channels'): expected as many again, the variance"
+        )
     family = recognise(unet, checkpoint.scheduler)
     highest = 0 if low_res is None else index["max_noise_level"]
     return Spec(checkpoint, unet, vae, text, family, schedule, low_res, highest)

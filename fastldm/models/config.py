@@ -355,8 +355,10 @@ class UNetConfig:
 _VAE_ONLY: dict[str, tuple[Any, ...]] = {
     "_class_name": ("AutoencoderKL",),
     "act_fn": ("silu", "swish"),
-    "latents_mean": (None,),
-    "latents_std": (None,),
+}
+_STATISTICS = {  # of the latents' channels, by which diffusers' pipelines of XL normalize them
+    "latents_mean": Field(Maybe(ListOf(Number(-1e6, 1e6), 1, MAX_CHANNELS)), None),
+    "latents_std": Field(Maybe(ListOf(Number(1e-6, 1e6), 1, MAX_CHANNELS)), None),
 }
 
 
@@ -389,7 +391,7 @@ _TINY_VAE_ONLY: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """A KL autoencoder (diffusers' AutoencoderKL). Latents for the U-Net are z * scaling_factor."""
+    """A KL autoencoder (diffusers' AutoencoderKL). Latents for the U-Net are those of `models.vae.scaled`."""
 
     in_channels: int
     out_channels: int
@@ -402,6 +404,8 @@ class VAEConfig:
     post_quant_conv: bool
     scaling_factor: float
     force_upcast: bool  # activations overflow in float16: see models.vae.rescale_for_half
+    latents_mean: tuple[float, ...] = ()  # (latent_channels,), or none of both
+    latents_std: tuple[float, ...] = ()
 
     @property
     def factor(self) -> int:
@@ -416,7 +420,14 @@ class VAEConfig:
             key: Field(_per_level(OneOf(kind), len(channels), scalar=False), None)
             for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D"))
         }
-        values = read_fields(cfg, _only(_VAE_ONLY) | types | _LATENTS | _VAE, source)
+        values = read_fields(cfg, _only(_VAE_ONLY) | types | _LATENTS | _VAE | _STATISTICS, source)
+        statistics = [tuple(values[key] or ()) for key in _STATISTICS]
+        for key, numbers in zip(_STATISTICS, statistics, strict=True):
+            if len(numbers) != (values["latent_channels"] if any(statistics) else 0):
+                raise CheckpointError(
+                    f"{source}: {key!r} has {len(numbers)} numbers, expected {values['latent_channels']}, one for each "
+                    "channel of the latents ('latent_channels'), or neither 'latents_mean' nor 'latents_std'"
+                )
         for width in channels:
             _check_divides(width, values["norm_num_groups"], "norm_num_groups", source)
         return cls(
@@ -431,6 +442,8 @@ class VAEConfig:
             post_quant_conv=values["use_post_quant_conv"],
             scaling_factor=values["scaling_factor"],
             force_upcast=values["force_upcast"],
+            latents_mean=statistics[0],
+            latents_std=statistics[1],
         )
 
 
@@ -446,6 +459,8 @@ class TinyVAEConfig:
     encoder_blocks: tuple[int, ...]
     decoder_blocks: tuple[int, ...]
     scaling_factor: float
+    latents_mean: tuple[float, ...] = ()  # none, as of `latents_std`: it was distilled for the U-Net's latents
+    latents_std: tuple[float, ...] = ()
 
     @property
     def factor(self) -> int:
@@ -504,6 +519,8 @@ class PixelResidualConfig:
     in_channels: int = 3
     out_channels: int = 3
     force_upcast: bool = False
+    latents_mean: tuple[float, ...] = ()  # none, as of `latents_std`
+    latents_std: tuple[float, ...] = ()
 
     @property
     def latent_channels(self) -> int:

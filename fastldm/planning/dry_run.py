@@ -28,7 +28,7 @@ from fastldm.models.controlnet import ControlNet, ControlNetConfig
 from fastldm.models.layers import Linear, Pointwise
 from fastldm.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from fastldm.models.unet import AddedConditions, Features, UNet
-from fastldm.models.vae import TILE, Decode, decode_pieces, finish
+from fastldm.models.vae import TILE, Decode, decode_pieces, finish, unscaled
 from fastldm.runtime.pages import Pages
 from fastldm.runtime.slots import FEATURES, Slots, StaticBuffers
 
@@ -187,7 +187,7 @@ def decode(
     latents = _empty(batch, config.latent_channels, height, width)
 
     def run() -> None:
-        z = (latents / config.scaling_factor).to(dtype)
+        z = unscaled(config, latents).to(dtype)
         tiles = -(-max(height, width) // TILE)
         decoded = _first_tiles(vae, z) if mode == "tiled" and tiles > 4 else finish(decode_pieces(vae, z, mode))
         decoded.isfinite().all()

@@ -13,6 +13,7 @@ from fastldm import checks, sizes
 from fastldm import image as images
 from fastldm.conditioning import encode as conditioning
 from fastldm.errors import InputError
+from fastldm.mask_crop import check_mask_crop
 from fastldm.models.config import AutoencoderConfig, PixelResidualConfig, UNetConfig
 from fastldm.models.families import Family
 from fastldm.request import PER_PROMPT, Request, as_list, picture_seeds
@@ -44,6 +45,7 @@ def complete(
     if request.prompt is None and request.prompt_embeds is None:
         raise InputError("prompt is None: give a text, a list of texts, or prompt_embeds")
     conditioning.check(request, unet.needs_added, scored=unet.needs_added and unet.added_ids == 5)
+    check_mask_crop(request)
     for name in ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"):
         embeds = getattr(request, name)
         if embeds is not None and embeds.device.type != "cpu":  # of others `conditioning.from_tensors` sees it

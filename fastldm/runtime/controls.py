@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fastldm import image as images
@@ -25,6 +26,7 @@ from fastldm.adapters.control import Control
 from fastldm.checks import show
 from fastldm.device import send
 from fastldm.errors import InputError
+from fastldm.mask_crop import MaskCrop, mask_crop
 from fastldm.metadata import control_unit
 from fastldm.models.controlnet import ControlNet, ControlNetConfig
 from fastldm.models.t2i_adapter import T2IAdapterConfig
@@ -305,12 +307,14 @@ def start_controls(
     if not isinstance(selection, ControlSelection):
         return (), None
     size = (int(request.height or 0), int(request.width or 0))
+    crop = mask_crop(request)
     nets: list[RunControl] = []
     features: tuple[Tensor, ...] = ()
     for use in selection.uses:
         network: Any = use.control.network
         grey = not use.is_controlnet and network.config.image_channels == 1
-        pixels = send(images.load_control(use.image, size, grey=grey), device, dtype)
+        picture = use.image if crop is None else crop.cut(_whole_picture(use.image, crop))
+        pixels = send(images.load_control(picture, size, grey=grey), device, dtype)
         batches = pixels.split(1) if one_by_one else [pixels]
         if use.is_controlnet:
             hint = _per_image(torch.cat([network.hint(batch) for batch in batches]), request)
@@ -323,6 +327,19 @@ def start_controls(
     last = int(rows * request.adapter_conditioning_factor)
     acts = tuple(row < last for row in range(rows))
     return tuple(nets), RunFeatures(features, acts) if features and last else None
+
+
+def _whole_picture(source: Any, crop: MaskCrop) -> Image.Image:
+    """A control's picture, of which the same part is read as of `image`. InputError if it has another size."""
+    if not images.is_picture(source):
+        raise InputError(
+            f"control_image is a {type(source).__name__}: expected one PIL image or a path, with padding_mask_crop"
+        )
+    picture = images.load_picture(source, "control_image")
+    if picture.size != crop.image.size:
+        (w, h), (width, height) = picture.size, crop.image.size
+        raise InputError(f"control_image is {w}x{h}: expected {width}x{height} as image, with padding_mask_crop")
+    return picture
 
 
 def _sum(features: tuple[Tensor, ...], more: Sequence[Tensor]) -> tuple[Tensor, ...]:

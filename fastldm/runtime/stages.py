@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Generator, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,11 +32,12 @@ from fastldm.errors import InputError, NonFinite
 from fastldm.kernels.step import BRANCHES, fuses
 from fastldm.loading import spec as loading
 from fastldm.loading.mapped import Mapped
+from fastldm.mask_crop import mask_crop
 from fastldm.models.controlnet import ControlNet
 from fastldm.models.families import encoder_names
 from fastldm.models.t2i_adapter import T2IAdapter
 from fastldm.models.unet import AddedConditions, UNet
-from fastldm.models.vae import Decode, Pieces, PixelResidual, decode_pieces, finish
+from fastldm.models.vae import Decode, Pieces, PixelResidual, decode_pieces, finish, unscaled
 from fastldm.request import Request, Result, Timings, as_list, picture_seeds
 from fastldm.runtime import candidates
 from fastldm.runtime.adapted import Adapted
@@ -51,6 +53,7 @@ from fastldm.runtime.slots import Slots, StaticBuffers, graph_rows, step_capacit
 from fastldm.runtime.start import start_run
 from fastldm.runtime.steps import StepsBatch
 from fastldm.samplers import table as schedule
+from fastldm.samplers.grid import Churn
 
 logger = logging.getLogger("fastldm")
 
@@ -275,6 +278,7 @@ class Stages:
         return {token: digest for token, digest in hashes.items() if token.casefold() in used}
 
     def _start(self, request: Request, apart: bool) -> Run:
+        highest = math.inf if request.s_tmax is None else request.s_tmax
         table = schedule.make_table(
             self.schedule,
             request.num_inference_steps,  # type: ignore[arg-type]
@@ -285,6 +289,7 @@ class Stages:
             timesteps=request.timesteps,
             sigmas=request.sigmas,
             eta=request.eta,
+            churn=Churn(request.s_churn, request.s_tmin, highest, request.s_noise),
             reuse=request.reuse,
         )
         guidance = self.guidance(request)
@@ -427,7 +432,9 @@ class Stages:
             return latents
         if not bool(finite):
             pixels = self._decoded_in_float32(latents, kind, bool(run.images))
-        return images.to_images(pixels, kind)
+        crop = mask_crop(request)
+        shown = images.to_images(pixels, kind)
+        return shown if crop is None else [crop.overlay(image) for image in shown]
 
     def _decoding(self, latents: Tensor, apart: bool = False) -> Pieces:
         """Latents (B, C, h, w) as the U-Net has them to images (B, 3, H, W), about -1..1, in pieces. apart: each image
@@ -451,7 +458,7 @@ class Stages:
         return "sliced" if apart and self.vae_decode == "whole" else self.vae_decode
 
     def _unscaled(self, latents: Tensor) -> Tensor:
-        return latents / self.vae.config.scaling_factor
+        return unscaled(self.vae.config, latents)
 
     def _decoded_in_float32(self, latents: Tensor, kind: str, apart: bool) -> Tensor:
         """The pixels of an image whose decoding was not finite; NonFinite where float32 does not help. Waits."""

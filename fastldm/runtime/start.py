@@ -11,12 +11,14 @@ from torch import Tensor
 
 from fastldm import image as images
 from fastldm.device import send
+from fastldm.errors import InputError
+from fastldm.mask_crop import mask_crop
 from fastldm.models.config import VAEConfig
-from fastldm.models.vae import PixelResidual
+from fastldm.models.vae import PixelResidual, scaled
 from fastldm.request import Request, picture_seeds
 from fastldm.runtime.complete import start_latents
 from fastldm.runtime.denoise import Guidance, Inpainting, Run
-from fastldm.runtime.noise import add_noise, draw_step_noise, randn
+from fastldm.runtime.noise import add_noise, draw_brownian_noise, draw_step_noise, randn
 from fastldm.samplers.table import StepTable
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ def start_run(
     """
 
     def encode(inputs: Tensor) -> Tensor:
-        return _encode(vae, inputs.split(1) if one_by_one else [inputs], dtype, draw) * vae.config.scaling_factor
+        return scaled(vae.config, _encode(vae, inputs.split(1) if one_by_one else [inputs], dtype, draw))
 
     height, width = int(request.height or 0), int(request.width or 0)
     factor, channels = vae.config.factor, vae.config.latent_channels
@@ -70,6 +72,7 @@ def start_run(
     # Inpainting at full strength starts from noise alone, so that nothing of what is repainted shines through;
     # so it does from the caller's own noise, as in diffusers.
     from_noise = request.mask_image is not None and (request.strength == 1 or request.latents is not None)
+    crop = mask_crop(request)
     init = mask = extra = None
     unet = spec.unet
     if unet.upscales:  # which starts from noise alone, drawn after that of the picture
@@ -94,7 +97,8 @@ def start_run(
     elif start is not None:
         init = each(send(start, device))
     elif request.image is not None and not noised and extra is None:
-        source = prepared(send(images.load_image(request.image, (height, width)), device))
+        picture = request.image if crop is None else crop.cut(crop.image)
+        source = prepared(send(images.load_image(picture, (height, width)), device))
         if goes_on or not (unet.inpaints and from_noise):
             init = each(encode(source))
     if request.latents is not None:
@@ -104,7 +108,8 @@ def start_run(
     else:
         noise = draw()
     if request.mask_image is not None:
-        full_mask = prepared(send(images.load_mask(request.mask_image, (height, width)), device))
+        white = request.mask_image if crop is None else crop.cut(crop.mask)
+        full_mask = prepared(send(images.load_mask(white, (height, width)), device))
         mask = each(torch.nn.functional.interpolate(full_mask, shape[2:]))  # (B, 1, h, w)
         if start is None:
             counts = sorted((len(source), len(full_mask)))
@@ -114,7 +119,13 @@ def start_run(
                 extra = torch.cat([mask, each(encode(masked))], dim=1).to(dtype)
             elif request.generator is not None:
                 draw(count)  # diffusers encodes masked images for 4-channel models too: so its generator stays in step
-    step_noise = draw_step_noise(table, shape, generators, noise_dtype, device)
+    motion = table.noise_seed if request.noise_sampler_seed is None else request.noise_sampler_seed
+    if motion is None:
+        step_noise = draw_step_noise(table, shape, generators, noise_dtype, device)
+    elif table.spans:
+        step_noise = draw_brownian_noise(table, shape, motion, device)
+    else:
+        raise InputError(f"noise_sampler_seed is of the sampler dpm++ sde, and this is {table.sampler!r}: leave it out")
     r, s = table.start
     if goes_on or (noised and request.image is not None and extra is None):
         x = noise if init is None or noised else init  # noise and all

@@ -18,8 +18,13 @@ from fastldm.samplers.grid import Grid, SolverRow
 from fastldm.samplers.spacing import (
     GridArrays,
     StepRequest,
+    on_consistency,
     on_distilled_timesteps,
+    on_ends,
+    on_inverse_lambdas,
+    on_inverse_timesteps,
     on_lambdas,
+    on_preconditioned,
     on_sigmas,
     on_timesteps,
 )
@@ -40,6 +45,8 @@ class SchedulerClass:
     custom: tuple[str, ...] = ()  # which of `timesteps` and `sigmas` a caller may pass
     float32_noise: bool = False  # whether diffusers draws noise in float32 for models of any dtype
     cfg_pp: bool = False  # whether guidance is CFG++
+    model: str = ""  # the only models that it is for: "EDM" or "consistency"
+    like: str = ""  # the class by whose names it is called for such models
 
 
 _BETAS = {
@@ -67,7 +74,24 @@ _DPM_KEYS = {**_LINSPACE, **_SIGMAS, **_DPM, "use_lu_lambdas": False, "euler_at_
 _SINGLE_KEYS = {**_ANY, **_SIGMAS, **_DPM, "lower_order_final": False}
 _UNIPC = {**_ORDER, "solver_type": "bh2", "predict_x0": True, "disable_corrector": ()}
 _DEIS = {**_ORDER, "solver_type": "logrho", "algorithm_type": "deis", "final_sigmas_type": "sigma_min"}
-_EULER = {**_LINSPACE, **_SIGMAS, "final_sigmas_type": "zero"}
+_CONTINUOUS = {"interpolation_type": "linear", "timestep_type": "discrete"}
+_EULER = {**_LINSPACE, **_SIGMAS, **_CONTINUOUS, "final_sigmas_type": "zero"}
+_SA_ORDER = {"predictor_order": 2, "corrector_order": 2, "lower_order_final": True, "final_sigmas_type": "sigma_min"}
+_SA = {**_SA_ORDER, "algorithm_type": "data_prediction", "tau_func": None, "lambda_min_clipped": -math.inf}
+_INVERSE = {**_DPM, "final_sigmas_type": "sigma_min", "euler_at_final": False}
+_LEVELS = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "rho": 7.0}
+EDM_KEYS = {**_LEVELS, "sigma_schedule": "karras", "prediction_type": "epsilon"}
+"""Of EDM's models, with diffusers' defaults: whatever samples one needs these of its configuration."""
+_EDM = {**EDM_KEYS, "num_train_timesteps": 1000, "final_sigmas_type": "zero"}
+_EDM_DPM = {**_EDM, **_ORDER, "algorithm_type": "dpmsolver++", "solver_type": "midpoint", "euler_at_final": False}
+_CONSISTENCY = {**_LEVELS, "num_train_timesteps": 40, "s_noise": 1.0, "clip_denoised": True}
+_UNCLIP = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "squaredcos_cap_v2",
+    "prediction_type": "epsilon",
+    "variance_type": "fixed_small_log",
+    "clip_sample": True,
+}
 _DDPM = {"variance_type": "fixed_small", "clip_sample": True}
 _DDIM = {"set_alpha_to_one": True, "clip_sample": True}
 
@@ -75,6 +99,15 @@ _DEIS_ONLY = {"solver_type": ("logrho",), "algorithm_type": ("deis",), "final_si
 _NO_SAMPLE = {"prediction_type": ("epsilon", "v_prediction")}
 _SINGLE = {"solver_type": ("midpoint", "heun"), "algorithm_type": ("dpmsolver", "dpmsolver++", "sde-dpmsolver++")}
 _MULTI = {"solver_type": ("midpoint", "heun"), "algorithm_type": (*_SINGLE["algorithm_type"], "sde-dpmsolver")}
+
+_SA_ONLY = {"algorithm_type": ("data_prediction", "noise_prediction"), "final_sigmas_type": ("sigma_min",)}
+_TO_NOISE = {"algorithm_type": ("dpmsolver", "dpmsolver++"), "final_sigmas_type": ("sigma_min",)}
+_EDM_ONLY = {"sigma_schedule": ("karras", "exponential"), "algorithm_type": ("dpmsolver++", "sde-dpmsolver++")}
+_UNCLIP_ONLY = {
+    "beta_schedule": ("squaredcos_cap_v2",),
+    "prediction_type": ("epsilon", "sample"),
+    "variance_type": ("fixed_small_log", "learned_range"),
+}
 
 _FREE = ("timesteps",)
 _EITHER = ("timesteps", "sigmas")
@@ -87,6 +120,7 @@ def _dpm(order: int, algorithm: str = "dpmsolver++") -> Options:
 _MULTI_NAMES = {
     "dpm++ 2m": _dpm(2),
     "dpm++ 2m sde": _dpm(2, "sde-dpmsolver++"),
+    "dpm++ 2m sde heun": {**_dpm(2, "sde-dpmsolver++"), "solver_type": "heun"},
     "dpm++ 3m": _dpm(3),
     "dpm++ 3m sde": _dpm(3, "sde-dpmsolver++"),
 }
@@ -138,6 +172,45 @@ DIFFUSERS: dict[str, SchedulerClass] = {
             _UNIPC_ALIASES,
             choices={"solver_type": ("bh1", "bh2")},
         ),
+        "SASolver": SchedulerClass(
+            solvers.sa_solver, on_lambdas, {**_LINSPACE, **_SIGMAS, **_SA}, {"sa solver": {}}, choices=_SA_ONLY
+        ),
+        "DDIMInverse": SchedulerClass(
+            partial(solvers.ddim, inverse=True),
+            on_inverse_timesteps,
+            {**_LEADING, "set_alpha_to_one": True, "clip_sample": True},
+            {"ddim inverse": {}},
+            choices={"timestep_spacing": ("leading", "trailing")},
+        ),
+        "DPMSolverMultistepInverse": SchedulerClass(
+            solvers.dpm_multistep,
+            on_inverse_lambdas,
+            {**_LINSPACE, **_SIGMAS, **_INVERSE},
+            {"dpm++ 2m inverse": _dpm(2), "dpm++ 3m inverse": _dpm(3)},
+            choices={**_TO_NOISE, "solver_type": ("midpoint", "heun")},
+        ),
+        "UnCLIP": SchedulerClass(solvers.ddpm, on_ends, _UNCLIP, {}, choices=_UNCLIP_ONLY),
+        "EDMEuler": SchedulerClass(
+            solvers.euler,
+            on_preconditioned,
+            _EDM,
+            {},
+            choices={**_NO_SAMPLE, **_EDM_ONLY},
+            model="EDM",
+            like="EulerDiscreteScheduler",
+        ),
+        "EDMDPMSolverMultistep": SchedulerClass(
+            solvers.dpm_multistep,
+            on_preconditioned,
+            _EDM_DPM,
+            {},
+            choices={**_NO_SAMPLE, **_EDM_ONLY, "solver_type": ("midpoint", "heun")},
+            model="EDM",
+            like="DPMSolverMultistepScheduler",
+        ),
+        "CMStochasticIterative": SchedulerClass(
+            solvers.consistency, on_consistency, _CONSISTENCY, {}, custom=_FREE, model="consistency"
+        ),
         "LCM": SchedulerClass(solvers.lcm, on_distilled_timesteps, _DISTILLED, {"lcm": {}}, custom=_FREE),
         "TCD": SchedulerClass(solvers.tcd, on_distilled_timesteps, _DISTILLED, {"tcd": {}}, custom=_FREE),
     }.items()
@@ -152,11 +225,25 @@ def _function(solver: Callable[..., Iterator[SolverRow]], name: str, *aliases: s
     return SchedulerClass(own, on_sigmas, _K, {name: {}}, others, custom=_EITHER, cfg_pp=cfg_pp)
 
 
+WITH_TORCHSDE: dict[str, SchedulerClass] = {
+    "DPMSolverSDEScheduler": SchedulerClass(
+        k_solvers.dpmpp_sde,
+        on_sigmas,
+        {**_LINSPACE, **_SIGMAS, **_SD_BETAS, "noise_sampler_seed": None},
+        {},
+        choices=_NO_SAMPLE,
+    )
+}
+"""diffusers' classes that it has only where torchsde is installed."""
+SCHEDULERS = {**DIFFUSERS, **WITH_TORCHSDE}
+"""Those that a model's scheduler_config.json may name."""
+
 FUNCTIONS: dict[str, SchedulerClass] = {
     f"sample_{name}": entry
     for name, entry in {
         "dpmpp_2s_ancestral": _function(k_solvers.dpmpp_2s_ancestral, "dpm++ 2s a"),
-        "dpmpp_sde": _function(k_solvers.dpmpp_sde, "dpm++ sde", "DPMSolverSDEScheduler"),
+        "dpmpp_sde": _function(k_solvers.dpmpp_sde, "dpm++ sde"),
+        "dpm_fast": _function(k_solvers.dpm_fast, "dpm fast"),
         "heunpp2": _function(k_solvers.heunpp2, "heun++ 2"),
         "ipndm": _function(k_solvers.ipndm, "ipndm"),
         "res_multistep": _function(k_solvers.res_multistep, "res multistep"),
@@ -185,4 +272,4 @@ FUNCTIONS: dict[str, SchedulerClass] = {
     }.items()
 }
 
-CLASSES = {**DIFFUSERS, **FUNCTIONS}
+CLASSES = {**SCHEDULERS, **FUNCTIONS}

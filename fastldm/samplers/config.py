@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,8 @@ class ScheduleConfig:
     sigma_max: float | None = None
     final_sigmas_type: str = "zero"
     log_interpolation: bool = False  # between the sigmas of training: of their logarithms, as k-diffusion
+    interpolation_type: str = "linear"
+    timestep_type: str = "discrete"
     lambda_min_clipped: float = -math.inf
     algorithm_type: str = ""
     solver_order: int = 2
@@ -43,4 +45,12 @@ class ScheduleConfig:
     disable_corrector: tuple[int, ...] = ()
     original_inference_steps: int = 50
     timestep_scaling: float = 10.0
+    predictor_order: int = 2
+    corrector_order: int = 2
+    tau_func: Callable[[float], float] | None = None
+    preconditioned: bool = False  # as in EDM, arXiv:2206.00364, table 1: the network's timesteps are log(sigma) / 4
+    sigma_data: float = 1.0  # the images' standard deviation; 1 where not preconditioned
+    rho: float = 7.0
+    s_noise: float = 1.0
+    noise_sampler_seed: int | None = None
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)

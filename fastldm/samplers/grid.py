@@ -24,6 +24,15 @@ Array32 = npt.NDArray[np.float32]
 X, Y, M0, M1, M2, M3, N = np.eye(7)
 
 
+class Span(NamedTuple):
+    """A part of a step from sigma to sigma, over which noise is the increment of a Brownian motion in sigma."""
+
+    sigma: float  # where the step begins
+    after: float  # and where it ends
+    begin: float  # fractions of the way between the two, in log sigma
+    end: float
+
+
 class SolverRow(NamedTuple):
     """One call of the network, in symbols."""
 
@@ -39,6 +48,26 @@ class SolverRow(NamedTuple):
     c_in: float = 1.0  # the network's input is c_in * latent
     draws: bool = False  # whether diffusers draws noise here
     more: Mapping[str, float] = {}
+    span: Span | None = None
+
+
+@dataclass(frozen=True)
+class Churn:
+    """Noise that Euler's method adds before each step from a sigma in s_tmin..s_tmax, and removes in it
+    (https://arxiv.org/abs/2206.00364, algorithm 2)."""
+
+    s_churn: float = 0.0
+    s_tmin: float = 0.0
+    s_tmax: float = math.inf
+    s_noise: float = 1.0
+
+    def raised(self, sigma: float, steps: int) -> float:
+        """The noise level that a step of so many starts from."""
+        inside = self.s_tmin <= sigma <= self.s_tmax
+        return sigma * (1 + min(self.s_churn / steps, math.sqrt(2) - 1)) if inside else sigma
+
+
+NO_CHURN = Churn()
 
 
 @dataclass(frozen=True)
@@ -49,10 +78,11 @@ class Grid:
     steps: int
     begin: int
     eta: float
-    alpha_bar: Array  # (T,) alphas_cumprod
     timesteps: Array  # (steps,)
+    alpha_bar: Array = field(default_factory=lambda: np.zeros(0))  # (T,) alphas_cumprod
     sigmas: Array = field(default_factory=lambda: np.zeros(0))  # (steps + 1,) noise over signal
     log_sigmas: Array32 = field(default_factory=lambda: np.zeros(0, np.float32))  # (T,) of the training schedule
+    churn: Churn = NO_CHURN
 
     def bar(self, t: float, before_first: float = 1.0) -> float:
         """alphas_cumprod at a timestep."""
@@ -85,11 +115,24 @@ class Grid:
         """The last `order` sigmas, newest first."""
         return [float(s) for s in self.sigmas[self.begin + step :: -1][:order]]
 
+    def c_in(self, alpha: float, sigma: float) -> float:
+        """The network's input is c_in * latent, for a latent alpha * x0 + sigma * noise."""
+        return 1 / math.hypot(alpha * self.config.sigma_data, sigma)
+
+    def time(self, sigma: float) -> float:
+        """The network's timestep at a noise level between two steps."""
+        if self.config.preconditioned:
+            return math.log(sigma) / 4
+        return float(sigma_to_t(np.array([sigma]), self.log_sigmas)[0])
+
     def denoised(self, alpha: float, sigma: float) -> tuple[float, float]:
         """(p, q) such that p * latent + q * output is the denoised latent, for a latent alpha * x0 + sigma * noise."""
-        if self.config.prediction_type == "v_prediction":
-            return alpha, -sigma
-        if self.config.prediction_type == "sample":
+        prediction, data = self.config.prediction_type, self.config.sigma_data
+        if prediction == "v_prediction" or self.config.preconditioned:  # where EDM's "epsilon" is -v
+            c_in = self.c_in(alpha, sigma)
+            c_out = data * sigma * c_in
+            return alpha * (data * c_in) ** 2, -c_out if prediction == "v_prediction" else c_out
+        if prediction == "sample":
             return 0.0, 1.0
         if alpha == 0:
             raise InputError(
@@ -110,9 +153,20 @@ class Grid:
 
     def noise(self, alpha: float, sigma: float) -> tuple[float, float]:
         """(p, q) such that p * latent + q * output is the noise in the latent."""
-        if self.config.prediction_type == "v_prediction":
-            return sigma, alpha
-        return (1 / sigma, -alpha / sigma) if self.config.prediction_type == "sample" else (0.0, 1.0)
+        prediction, plain = self.config.prediction_type, not self.config.preconditioned
+        if plain and prediction == "epsilon":
+            return 0.0, 1.0
+        if plain and prediction == "sample":
+            return 1 / sigma, -alpha / sigma
+        c_in = self.c_in(alpha, sigma)
+        q = alpha * self.config.sigma_data * c_in
+        return sigma * c_in**2, q if prediction == "v_prediction" else -q
+
+    def split(self, ratio: float) -> tuple[float, float]:
+        """alpha and sigma of a latent alpha * x0 + sigma * noise with sigma / alpha = ratio: by default
+        alpha^2 + sigma^2 = 1, in EDM's models alpha = 1."""
+        alpha = 1.0 if self.config.preconditioned else 1 / math.hypot(ratio, 1)
+        return alpha, ratio * alpha
 
 
 def ancestral(sigma: float, after: float, eta: float = 1.0) -> tuple[float, float]:

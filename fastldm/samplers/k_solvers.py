@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 
 import numpy as np
 
-from fastldm.samplers.grid import M0, M1, M2, M3, Array, Grid, N, SolverRow, X, Y, ancestral, sigma_to_t
+from fastldm.samplers.grid import M0, M1, M2, M3, Array, Grid, N, SolverRow, Span, X, Y, ancestral
 
 
 def _row(
@@ -30,25 +31,12 @@ def _row(
     draws: bool = False,
     more: Mapping[str, float] = {},
 ) -> SolverRow:
-    c_in = 1 / math.hypot(sigma, 1)
-    return SolverRow(step, t, (1.0, sigma), x, y, _denoised(grid, sigma), c_in, draws, more)
-
-
-def _denoised(grid: Grid, sigma: float) -> tuple[float, float]:
-    """(p, q) such that p * latent + q * output is the denoised latent."""
-    c_in = 1 / math.hypot(sigma, 1)
-    p, q = grid.denoised(c_in, sigma * c_in)
-    return p * c_in, q
+    return SolverRow(step, t, (1.0, sigma), x, y, grid.denoised(1.0, sigma), grid.c_in(1.0, sigma), draws, more)
 
 
 def _towards(latent: Array, denoised: Array, ratio: float) -> Array:
     """The latent at `ratio` of its noise level, on the line to the denoised one."""
     return ratio * latent + (1 - ratio) * denoised
-
-
-def _between(grid: Grid, sigma: float) -> float:
-    """The timestep of a noise level between two steps."""
-    return float(sigma_to_t(np.array([sigma]), grid.log_sigmas)[0])
 
 
 def dpmpp_2s_ancestral(grid: Grid, cfg_pp: bool = False) -> Iterator[SolverRow]:
@@ -61,37 +49,71 @@ def dpmpp_2s_ancestral(grid: Grid, cfg_pp: bool = False) -> Iterator[SolverRow]:
             continue
         middle, start = math.sqrt(sigma * down), Y
         if cfg_pp:
-            q = _denoised(grid, sigma)[1]
+            q = grid.denoised(1.0, sigma)[1]
             yield _row(grid, i, t, sigma, _towards(X, M0, middle / sigma), more={"gx": middle / sigma * q})
             start = (X - (1 - middle / sigma) * M1) * sigma / middle
         else:
             yield _row(grid, i, t, sigma, _towards(X, M0, middle / sigma), X)
         x = _towards(start, M0, down / sigma) + up * N
-        yield _row(grid, i, _between(grid, middle), middle, x, draws=True)
+        yield _row(grid, i, grid.time(middle), middle, x, draws=True)
 
 
 def dpmpp_sde(grid: Grid, brownian: bool = True) -> Iterator[SolverRow]:
     """k-diffusion's sample_dpmpp_sde with r = 1/2, https://arxiv.org/abs/2211.01095: both calls' noise is of one
-    Brownian motion in sigma, so that the second's contains the first's.
+    Brownian motion in sigma, so that the second's contains the first's. diffusers' DPMSolverSDEScheduler is the same;
+    a picture that is masked between the calls has the noise of the step's end there.
 
     Not brownian: SEEDS-2, https://arxiv.org/abs/2305.14267, whose second noise is what is left of the first's, and
     fresh. Its steps are the same.
     """
     for i, t, sigma, after in grid.walk():
         if after == 0:
-            yield _row(grid, i, t, sigma, M0)
+            row = _row(grid, i, t, sigma, M0)
+            yield row._replace(span=Span(sigma, 0.0, 0.0, 1.0)) if brownian else row
             continue
         middle = math.sqrt(sigma * after)
         down, up = ancestral(sigma, middle)
         first = _towards(X, M0, down / sigma) + up * N
-        yield _row(grid, i, t, sigma, first, X, draws=True)
+        row = _row(grid, i, t, sigma, first, X, draws=True)
+        yield row._replace(span=Span(sigma, after, 0.0, 0.5)) if brownian else row
         noise = (X - _towards(Y, M1, down / sigma)) / up  # of the first call, from where it led
         down, up = ancestral(sigma, after)
         decay = after / sigma
         share = (sigma - middle) / (sigma - after) if brownian else decay / (1 + decay)
         noise = math.sqrt(share) * noise + math.sqrt(1 - share) * N
         x = _towards(Y, M0, down / sigma) + up * noise
-        yield _row(grid, i, _between(grid, middle), middle, x, draws=True)
+        row = _row(grid, i, grid.time(middle), middle, x, draws=True)
+        row = row._replace(span=Span(sigma, after, 0.5, 1.0)) if brownian else row
+        yield row._replace(level=(1.0, after)) if grid.config.class_name == "DPMSolverSDEScheduler" else row
+
+
+def dpm_fast(grid: Grid) -> Iterator[SolverRow]:
+    """k-diffusion's sample_dpm_fast: DPM-Solver, https://arxiv.org/abs/2206.00927, singlestep, in steps of equal length
+    in log sigma from the first noise level to the last one above 0: of order 3, and the last of what calls are left. A
+    row is a call; the history holds slopes, the anchor is the latent at the start of its step."""
+    calls = grid.remaining(0)
+    levels = [float(level) for level in grid.sigmas[grid.begin :] if level > 0]
+    if calls == 1:
+        levels.append(float(grid.config.sigma_min or math.exp(grid.log_sigmas[0])))
+    full, rest = divmod(calls, 3)
+    orders = [3] * full + [rest] if rest else [3] * (full - 1) + [2, 1]
+    ends = np.exp(np.linspace(math.log(levels[0]), math.log(levels[-1]), len(orders) + 1)).tolist()
+    call = 0
+    for order, (sigma, after) in zip(orders, pairwise(ends), strict=True):
+        h = math.log(sigma / after)
+        for k in range(order):
+            to = after if k + 1 == order else sigma * math.exp(-h * (k + 1) / order)
+            u = h * (k + 1) / order
+            change = math.expm1(u) * (M0, M1, M2)[k]
+            if k == 1:
+                change = change + (math.expm1(u) if order == 2 else 2 * (math.expm1(u) / u - 1)) * (M0 - M1)
+            if k == 2:
+                change = change + 3 / 2 * (math.expm1(u) / u - 1) * (M0 - M2)
+            level = sigma * math.exp(-h * k / order)
+            x = (Y if k else X) - to * change
+            row = _row(grid, call, grid.time(level), level, x, Y if k else X)
+            yield row._replace(m=grid.noise(1.0, level))
+            call += 1
 
 
 def heunpp2(grid: Grid) -> Iterator[SolverRow]:
@@ -128,7 +150,7 @@ def res_multistep(grid: Grid, eta: float = 0.0, cfg_pp: bool = False) -> Iterato
     came_to = math.nan  # the sigma to which the last step led, before its noise
     for i, t, sigma, after in grid.walk():
         down, up = ancestral(sigma, after, eta)
-        q = _denoised(grid, sigma)[1]
+        q = grid.denoised(1.0, sigma)[1]
         ratio = down / sigma
         if down == 0 or i == 0:
             x, gx = _towards(X, M0, ratio), q
@@ -149,12 +171,11 @@ def gradient_estimation(grid: Grid, cfg_pp: bool = False) -> Iterator[SolverRow]
     slope. The history holds slopes, with CFG++ those without guidance."""
     gamma = 2.0
     for i, t, sigma, after in grid.walk():
-        p, q = _denoised(grid, sigma)
         x = X + (after - sigma) * M0
         if after > 0 and i > 0:
             x = x + (gamma - 1) * (after - sigma) * (M0 - M1)
-        more = {"gm": 0.0, "gx": q} if cfg_pp else {}
-        yield _row(grid, i, t, sigma, x, more=more)._replace(m=((1 - p) / sigma, -q / sigma))
+        more = {"gm": 0.0, "gx": grid.denoised(1.0, sigma)[1]} if cfg_pp else {}
+        yield _row(grid, i, t, sigma, x, more=more)._replace(m=grid.noise(1.0, sigma))
 
 
 def er_sde(grid: Grid) -> Iterator[SolverRow]:
@@ -192,8 +213,7 @@ def ipndm(grid: Grid) -> Iterator[SolverRow]:
     for i, t, sigma, after in grid.walk():
         own = weights[min(i, 3)] if after > 0 else weights[0]
         slope = sum(weight * m for weight, m in zip(own, (M0, M1, M2, M3), strict=False))
-        p, q = _denoised(grid, sigma)
-        yield _row(grid, i, t, sigma, X + (after - sigma) * slope)._replace(m=((1 - p) / sigma, -q / sigma))
+        yield _row(grid, i, t, sigma, X + (after - sigma) * slope)._replace(m=grid.noise(1.0, sigma))
 
 
 def euler_cfg_pp(grid: Grid, eta: float = 0.0) -> Iterator[SolverRow]:
@@ -212,4 +232,4 @@ def dpmpp_2m_cfg_pp(grid: Grid) -> Iterator[SolverRow]:
         if i > 0 and after > 0:
             curve = (1 - ratio) * math.log(ratio) / math.log(sigma / grid.past(i, 2)[1]) / 2
         x = ratio * X + (1 + curve - ratio) * M0 - curve * M1
-        yield _row(grid, i, t, sigma, x, more={"gm": 0.0, "gx": (1 + curve) * _denoised(grid, sigma)[1]})
+        yield _row(grid, i, t, sigma, x, more={"gm": 0.0, "gx": (1 + curve) * grid.denoised(1.0, sigma)[1]})

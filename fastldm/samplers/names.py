@@ -52,15 +52,29 @@ _LOOKUP = {
 
 _SUFFIXES = {
     **{_normalized(kind): kind for kind in ("karras", "exponential", "beta", *SCHEDULES)},
-    **{"alignyoursteps": "ays", "alignyourstepsxl": "ays xl", "ddim": "ddim uniform"},
+    **{"alignyoursteps": "ays", "alignyourstepsxl": "ays xl", "ddim": "ddim uniform", "uniform": "normal"},
 }
 
 
-_REFUSED = {  # as `_normalized` leaves them, and why no table holds them
-    "dpmadaptive": "it chooses each step's length by the error of the last one",
-    "cosinedpmsolvermultistep": "its third order raises in diffusers, and its schedule is that of audio models",
-    "dpmfast": "its steps are its own, of up to three calls each, and end above 0: take dpm++ 2s or dpm++ 3s",
+REFUSED = {
+    "dpm adaptive": "it chooses each step's length by the error of the last one",
+    "CosineDPMSolverMultistepScheduler": "its third order raises in diffusers, and its schedule is of audio models",
+    "Restart": "it returns to more noise between its steps, and no table of it is built",
+    "sa_solver_pece": "it calls the network twice a step, at the predicted latent and at the corrected: take sa solver",
+    "seeds_3": "of the SEEDS methods, that of two calls a step is built: take seeds 2",
+    "exp_heun_2_x0": "of the SEEDS methods, that with noise is built: take seeds 2",
+    "exp_heun_2_x0_sde": "its second stage is at the step's end; seeds 2 has it in the middle",
+    "ipndm_v": "its weights for unequal steps are not built: take ipndm",
 }
+"""Samplers of other programs, and why they are not here."""
+REFUSED_SCHEDULES = {
+    "gits": "its noise levels are published under no licence that lets a program have them",
+    "polyexponential": "with its rho of 1 it is exponential: write that",
+    "linear quadratic": "its levels are those of flow matching models, another family",
+}
+"""Schedules of other programs, and why they are not here."""
+_REFUSED = {_normalized(name): reason for name, reason in REFUSED.items()}
+_REFUSED_SUFFIXES = {_normalized(kind): (kind, reason) for kind, reason in REFUSED_SCHEDULES.items()}
 
 
 def schedules_of(name: str) -> tuple[str, ...]:
@@ -87,6 +101,9 @@ def resolve_sampler(name: str) -> Sampler:
         sampler = _LOOKUP.get(base) or _LOOKUP.get(base.removeprefix("k"))
     if sampler is None and (reason := _REFUSED.get(base) or _REFUSED.get(base.removeprefix("k"))):
         raise InputError(f"sampler {show(name)} is not supported: {reason}.")
+    if sampler is None and (kind := next((kind for kind in _REFUSED_SUFFIXES if normalized.endswith(kind)), None)):
+        name_of, reason = _REFUSED_SUFFIXES[kind]
+        raise InputError(f"schedule {name_of!r} of sampler {show(name)} is not supported: {reason}.")
     if sampler is None:
         suggestions = difflib.get_close_matches(base, _LOOKUP, 1, 0.5)
         hint = f" Did you mean {_LOOKUP[suggestions[0]].name!r}?" if suggestions else ""
@@ -118,8 +135,9 @@ def is_cfg_pp(name: str | None) -> bool:
 
 def sampler_name(config: ScheduleConfig) -> str:
     """The name of a configuration: the last matching one of SAMPLERS, or its class."""
-    matches = [config.class_name]
+    class_name = CLASSES[config.class_name].like or config.class_name
+    matches = [class_name]
     for name, sampler in SAMPLERS.items():
-        if sampler.class_name == config.class_name and all(getattr(config, k) == v for k, v in sampler.options.items()):
+        if sampler.class_name == class_name and all(getattr(config, k) == v for k, v in sampler.options.items()):
             matches.append(name)
     return f"{matches[-1]} {config.sigma_kind}".rstrip()

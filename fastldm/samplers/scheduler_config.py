@@ -16,9 +16,9 @@ import numpy as np
 from fastldm.checks import show
 from fastldm.errors import CheckpointError, InputError
 from fastldm.reading import Field, Flag, Integer, ListOf, Maybe, Number, Text, read_fields
-from fastldm.samplers.classes import CLASSES, DIFFUSERS, SIGMA_KINDS
+from fastldm.samplers.classes import CLASSES, EDM_KEYS, SCHEDULERS, SIGMA_KINDS
 from fastldm.samplers.config import ScheduleConfig
-from fastldm.samplers.spacing import alphas_cumprod
+from fastldm.samplers.spacing import SCHEDULES, alphas_cumprod, on_lambdas, on_preconditioned, on_sigmas
 
 logger = logging.getLogger("fastldm")
 
@@ -34,6 +34,12 @@ _FIELDS: dict[str, Field] = {
     "sigma_min": Field(_SIGMA),
     "sigma_max": Field(_SIGMA),
     "clip_sample_range": Field(Number(1e-6, 1e6)),
+    "sigma_data": Field(Number(1e-6, 1e6)),
+    "rho": Field(Number(1, 100)),
+    "s_noise": Field(Number(0, 1e3)),
+    "noise_sampler_seed": Field(Maybe(Integer(0, 2**63 - 1))),
+    "predictor_order": Field(Integer(1, 4)),
+    "corrector_order": Field(Integer(1, 4)),
     "lambda_min_clipped": Field(Number(-math.inf, 1e3)),  # -Infinity in diffusers' files
     "solver_order": Field(Integer(1, 3)),
     "disable_corrector": Field(Maybe(ListOf(_STEP, 0, _MAX_STEPS))),
@@ -47,6 +53,7 @@ _FIELDS: dict[str, Field] = {
             "final_sigmas_type",
             "interpolation_type",
             "prediction_type",
+            "sigma_schedule",
             "solver_type",
             "timestep_spacing",
             "timestep_type",
@@ -56,6 +63,7 @@ _FIELDS: dict[str, Field] = {
     ),
     **dict.fromkeys(
         (
+            "clip_denoised",
             "clip_sample",
             "euler_at_final",
             "lower_order_final",
@@ -89,22 +97,26 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "prediction_type": ("epsilon", "v_prediction", "sample"),
     "timestep_spacing": ("linspace", "leading", "trailing"),
     "final_sigmas_type": ("zero", "sigma_min"),
-    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large"),
+    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "learned_range"),
     "solver_order": (1, 2, 3),
+    "predictor_order": (1, 2, 3),
+    "corrector_order": (1, 2, 3, 4),
+    "interpolation_type": ("linear", "log_linear"),
+    "timestep_type": ("discrete", "continuous"),
 }
 _FOREIGN: dict[str, tuple[Any, ...]] = {  # other classes' values, which a class replaces by its default
     "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),
-    "algorithm_type": ("deis", "dpmsolver", "dpmsolver++"),
+    "algorithm_type": ("deis", "dpmsolver", "dpmsolver++", "data_prediction"),
     "final_sigmas_type": ("zero",),
 }
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {  # allowed values of keys of any class, and why others are not
-    "variance_type": ((None, *_CHOICES["variance_type"], "fixed_large_log"), "the U-Net would have to predict it"),
+    "variance_type": ((None, *_CHOICES["variance_type"], "fixed_large_log"), "the U-Net would predict it, not its log"),
     "thresholding": ((None, False), "dynamic thresholding is not linear, and meant for pixels, not latents"),
     "use_flow_sigmas": ((None, False), "flow matching models are another family"),
     "use_dynamic_shifting": ((None, False), "flow matching models are another family"),
     "solver_p": ((None,), "a second scheduler as the predictor is no table"),
-    "timestep_type": ((None, "discrete"), "continuous timesteps belong to EDM models"),
-    "interpolation_type": ((None, "linear"), "only 'linear' is implemented"),
+    "timestep_type": ((None, "discrete"), "only EulerDiscreteScheduler has continuous timesteps"),
+    "interpolation_type": ((None, "linear"), "only EulerDiscreteScheduler has it"),
 }
 
 
@@ -116,7 +128,7 @@ def read_scheduler(config: Mapping[str, Any], pipeline: str | None, source: str)
     """
     config = {**config, **read_fields(config, {k: field for k, field in _FIELDS.items() if k in config}, source)}
     name = config.get("_class_name")
-    defaults = DIFFUSERS[name].keys if name in DIFFUSERS else {}
+    defaults = SCHEDULERS[name].keys if name in SCHEDULERS else {}
     present = {**defaults, **config}
     changed = {
         key: value
@@ -152,10 +164,10 @@ def read_config(config: Mapping[str, Any], *, steps_offset: int | None = 1) -> S
     Raises InputError for a class without a sampler, and for values that diffusers refuses or a table cannot represent.
     """
     name = config.get("_class_name")
-    if name not in DIFFUSERS:
-        raise InputError(f"scheduler: _class_name {show(name)} is not supported; these are: {', '.join(DIFFUSERS)}.")
+    if name not in SCHEDULERS:
+        raise InputError(f"scheduler: _class_name {show(name)} is not supported; these are: {', '.join(SCHEDULERS)}.")
     fixes = []
-    if config.get("clip_sample", DIFFUSERS[name].keys.get("clip_sample", False)):
+    if config.get("clip_sample", SCHEDULERS[name].keys.get("clip_sample", False)):
         config = {**config, "clip_sample": False}
         fixes.append("clip_sample is off")
     if steps_offset is not None and config.get("steps_offset", 0) != steps_offset:
@@ -168,12 +180,21 @@ def read_config(config: Mapping[str, Any], *, steps_offset: int | None = 1) -> S
     return config_of(name, config)
 
 
-def config_of(name: str, options: Mapping[str, Any]) -> ScheduleConfig:
+def config_of(name: str, options: Mapping[str, Any], model: ScheduleConfig | None = None) -> ScheduleConfig:
     """The configuration of a scheduler class: its defaults, and the values of its keys in `options`.
+
+    model: the configuration of the model that is sampled, if it is another class's. One in EDM's preconditioning keeps
+        it with each sampler that steps from noise level to noise level; a consistency model has its own sampler only.
 
     Raises as `read_config` does.
     """
     entry = CLASSES[name]
+    kind = entry.model if model is None else CLASSES[model.class_name].model
+    if entry.model not in ("", kind) or (kind == "consistency" and not entry.model):
+        own = "a consistency model" if kind == "consistency" else "a model that is not"
+        raise InputError(f"{name} is for {entry.model or 'other'} models, and this is {own}: leave the sampler out.")
+    if kind == "EDM" and entry.spacing not in (on_sigmas, on_lambdas, on_preconditioned):
+        raise InputError(f"{name} steps on timesteps of training, which models in EDM's preconditioning have none of.")
     values: dict[str, Any] = {**entry.keys, **{key: value for key, value in options.items() if key in entry.keys}}
     for key, choices in {**_CHOICES, **entry.choices}.items():
         if key in values and values[key] in _FOREIGN.get(key, ()) and values[key] not in choices:
@@ -181,8 +202,10 @@ def config_of(name: str, options: Mapping[str, Any]) -> ScheduleConfig:
         if key in values and values[key] not in choices:
             raise InputError(f"{name}: {key}={show(values[key])} is none of {', '.join(map(str, choices))}.")
     for key, (allowed, reason) in _REFUSED.items():
-        if options.get(key) not in allowed:
+        if options.get(key) not in allowed and not (key in _CHOICES and key in entry.keys):
             raise InputError(f"{name}: {key}={show(options[key])} is not supported: {reason}.")
+    if not (values.get("tau_func") is None or callable(values["tau_func"])):
+        raise InputError(f"{name}: tau_func must be a function of the timestep, got {show(values['tau_func'])}.")
     kinds = [kind for kind, key in SIGMA_KINDS.items() if values.get(key)]
     if len(kinds) > 1:
         raise InputError(f"{name}: only one kind of sigmas can be used, got {' and '.join(kinds)}.")
@@ -191,6 +214,14 @@ def config_of(name: str, options: Mapping[str, Any]) -> ScheduleConfig:
         "sigma_min": options.get("sigma_min"),
         "sigma_max": options.get("sigma_max"),
     }
+    if kind == "EDM":
+        edm = {**EDM_KEYS, **{key: options[key] for key in EDM_KEYS if options.get(key) is not None}}
+        values |= {**edm, "preconditioned": True, "sigma_kind": values["sigma_kind"] or edm["sigma_schedule"]}
+        if values["sigma_kind"] in SCHEDULES:
+            raise InputError(f"{values['sigma_kind']} spaces timesteps of training, which EDM's models have none of.")
+    if kind == "consistency":
+        values |= {key: options.get(key, default) for key, default in entry.keys.items() if key.startswith("sigma_")}
+        values["clip"] = 1.0 if values["clip_denoised"] else 0.0
     for key in ("trained_betas", "disable_corrector"):  # lists, arrays of numpy or torch
         values[key] = () if values.get(key) is None else tuple(np.asarray(values[key]).tolist())
     betas, trained = len(values["trained_betas"]), values["num_train_timesteps"]
@@ -199,7 +230,7 @@ def config_of(name: str, options: Mapping[str, Any]) -> ScheduleConfig:
             f"{name}: {betas} trained_betas for num_train_timesteps {trained}; their number must be the same."
         )
     algorithm = values.get("algorithm_type", "++")
-    if not algorithm.endswith("++") and values["final_sigmas_type"] == "zero":
+    if not algorithm.endswith("++") and values.get("final_sigmas_type") == "zero":
         raise InputError(f"{name}: algorithm_type {show(algorithm)} needs final_sigmas_type 'sigma_min', not 'zero'.")
     if algorithm == "sde-dpmsolver" and values["solver_order"] == 3:
         raise InputError(f"{name}: algorithm_type {show(algorithm)} has no third order; set solver_order 2.")

@@ -14,7 +14,7 @@ import numpy as np
 
 from fastldm.errors import InputError
 from fastldm.samplers.config import ScheduleConfig
-from fastldm.samplers.grid import M0, M1, M2, M3, Array, Grid, N, SolverRow, X, Y, ancestral, sigma_to_t
+from fastldm.samplers.grid import M0, M1, M2, M3, Array, Grid, N, SolverRow, X, Y, ancestral
 
 # ---- on latents sqrt(bar) * x0 + sqrt(1 - bar) * noise ----
 
@@ -33,32 +33,41 @@ def ddpm(grid: Grid) -> Iterator[SolverRow]:
         alpha, sigma, beta = math.sqrt(now), math.sqrt(1 - now), 1 - now / after
         x0 = M0 if grid.config.clip else grid.x0(alpha, sigma, X, M0)
         x = math.sqrt(after) * beta / (1 - now) * x0 + math.sqrt(now / after) * (1 - after) / (1 - now) * X
+        more = {}
         if t > 0:
-            large = grid.config.variance_type == "fixed_large"
-            x = x + math.sqrt(beta if large else max((1 - after) / (1 - now) * beta, 1e-20)) * N
+            small = max((1 - after) / (1 - now) * beta, 1e-20)
+            x = x + math.sqrt(beta if grid.config.variance_type == "fixed_large" else small) * N
+            if grid.config.variance_type == "learned_range":
+                more["d_ratio"] = math.log(beta / small) / 2
         row = SolverRow(i - grid.begin, t, (alpha, sigma), x, draws=bool(t > 0))
-        yield _clamped(grid, row, grid.denoised(alpha, sigma)) if grid.config.clip else row
+        row = _clamped(grid, row, grid.denoised(alpha, sigma)) if grid.config.clip else row
+        yield row._replace(more={**row.more, **more})
 
 
-def ddim(grid: Grid, cfg_pp: bool = False) -> Iterator[SolverRow]:
-    """https://arxiv.org/abs/2010.02502, equation 12; with CFG++ https://arxiv.org/abs/2406.08070, algorithm 1."""
+def ddim(grid: Grid, cfg_pp: bool = False, inverse: bool = False) -> Iterator[SolverRow]:
+    """https://arxiv.org/abs/2010.02502, equation 12; with CFG++ https://arxiv.org/abs/2406.08070, algorithm 1.
+
+    Inverse: https://arxiv.org/abs/2105.05233, section 4.2 of its appendix F: from an image to its noise.
+    """
+    eta = 0.0 if inverse else grid.eta
     for i in range(grid.begin, grid.steps):
         t = grid.timesteps[i]
         now, after = grid.bar(t), grid.bar(t - grid.stride(i), grid.final_bar)
+        now, after = (after, now) if inverse else (now, after)
         alpha, sigma = math.sqrt(now), math.sqrt(1 - now)
-        deviation = grid.eta * math.sqrt((1 - after) / (1 - now) * (1 - now / after))
+        deviation = eta * math.sqrt((1 - after) / (1 - now) * (1 - now / after)) if eta else 0.0
         noise = math.sqrt(max(1 - after - deviation**2, 0))
         if grid.config.clip:  # the denoised latent is clamped; the noise is that of the unchanged output
             p, q = grid.noise(alpha, sigma)
             clamped = math.sqrt(after) * M0 + noise * p * X + deviation * N
-            row = SolverRow(i - grid.begin, t, (alpha, sigma), clamped, draws=grid.eta > 0)
+            row = SolverRow(i - grid.begin, t, (alpha, sigma), clamped, draws=eta > 0)
             yield _clamped(grid, row, grid.denoised(alpha, sigma), noise * q)
             continue
         x = math.sqrt(after) * grid.x0(alpha, sigma, X, M0)
         x = x + noise * grid.epsilon(alpha, sigma, X, M0) + deviation * N
         # With CFG++ guidance changes x0 alone, not the noise: as a factor of what it does to both.
         more = {"gm": sigma / (sigma - noise * alpha / math.sqrt(after))} if cfg_pp else {}
-        yield SolverRow(i - grid.begin, t, (alpha, sigma), x, draws=grid.eta > 0, more=more)
+        yield SolverRow(i - grid.begin, t, (alpha, sigma), x, draws=eta > 0, more=more)
 
 
 def plms(grid: Grid) -> Iterator[SolverRow]:
@@ -122,19 +131,23 @@ def tcd(grid: Grid) -> Iterator[SolverRow]:
 
 
 def _row(grid: Grid, step: int, t: float, sigma: float, x: Array, y: Array = Y, draws: bool = False) -> SolverRow:
-    return SolverRow(step, t, (1.0, sigma), x, y, c_in=1 / math.hypot(sigma, 1), draws=draws)
+    return SolverRow(step, t, (1.0, sigma), x, y, c_in=grid.c_in(1.0, sigma), draws=draws)
 
 
 def _slope(grid: Grid, sigma: float, latent: Array, output: Array) -> Array:
-    """d latent / d sigma, for the network's input c_in * latent, c_in = 1 / sqrt(1 + sigma^2)."""
-    c_in = 1 / math.hypot(sigma, 1)
-    return (latent - grid.x0(c_in, sigma * c_in, c_in * latent, output)) / sigma
+    """d latent / d sigma."""
+    return (latent - grid.x0(1.0, sigma, latent, output)) / sigma
 
 
 def euler(grid: Grid) -> Iterator[SolverRow]:
-    """https://arxiv.org/abs/2206.00364, algorithm 2 without churn."""
+    """https://arxiv.org/abs/2206.00364, algorithm 2. The network is called before the noise of `grid.churn`, as in
+    diffusers; where it predicts v, its output is also read at that noise level."""
     for i, t, sigma, after in grid.walk():
-        yield _row(grid, i, t, sigma, X + (after - sigma) * _slope(grid, sigma, X, M0))
+        raised = grid.churn.raised(sigma, len(grid.sigmas) - 1)
+        x = X + grid.churn.s_noise * math.sqrt(raised**2 - sigma**2) * N
+        v = grid.config.prediction_type == "v_prediction" and not grid.config.preconditioned
+        denoised = grid.x0(1.0, sigma if v else raised, x, M0)
+        yield _row(grid, i, t, sigma, x + (after - raised) * (x - denoised) / raised, draws=raised > sigma)
 
 
 def euler_ancestral(grid: Grid) -> Iterator[SolverRow]:
@@ -152,8 +165,7 @@ def heun(grid: Grid) -> Iterator[SolverRow]:
 
     def row(*args: Any) -> SolverRow:
         row = _row(grid, *args)
-        p, q = grid.denoised(row.c_in, row.level[1] * row.c_in)
-        return _clamped(grid, row, (p * row.c_in, q)) if grid.config.clip else row
+        return _clamped(grid, row, grid.denoised(*row.level)) if grid.config.clip else row
 
     for i, t, sigma, after in grid.walk():
         yield row(i, t, sigma, X + (after - sigma) * slope(sigma, X, M0), X)
@@ -179,10 +191,19 @@ def _midpoint(grid: Grid, i: int, t: float, sigma: float, down: float, up: float
     midpoint = math.sqrt(sigma * down)
     yield _row(grid, i, t, sigma, X + (midpoint - sigma) * _slope(grid, sigma, X, M0), X)
     if grid.remaining(i) > 1:
-        t = float(sigma_to_t(np.array([midpoint]), grid.log_sigmas)[0])
         x = Y + (down - sigma) * _slope(grid, midpoint, X, M0) + up * N
-        row = _row(grid, i, t, midpoint, x, draws=up > 0)
+        row = _row(grid, i, grid.time(midpoint), midpoint, x, draws=up > 0)
         yield row._replace(level=(1.0, after))  # as in diffusers' add_noise, which ignores the midpoint
+
+
+def consistency(grid: Grid) -> Iterator[SolverRow]:
+    """https://arxiv.org/abs/2303.01469, algorithm 1: to the denoised latent, itself at sigma_min, then noise."""
+    low, data = float(grid.config.sigma_min or 0), grid.config.sigma_data
+    for i, t, sigma, after in grid.walk():
+        m = data**2 / ((sigma - low) ** 2 + data**2), (sigma - low) * data / math.hypot(sigma, data)
+        x = M0 + grid.config.s_noise * math.sqrt(max(after**2 - low**2, 0)) * N
+        row = _row(grid, i, t, sigma, x, draws=grid.steps > 1)
+        yield _clamped(grid, row, m) if grid.config.clip else row._replace(m=m)
 
 
 def lms(grid: Grid) -> Iterator[SolverRow]:
@@ -195,9 +216,7 @@ def lms(grid: Grid) -> Iterator[SolverRow]:
         for k in range(len(nodes)):
             lagrange, integral = _lagrange(nodes, k), np.polynomial.polynomial.polyint
             x = x + np.polynomial.polynomial.polyval(after - sigma, integral(lagrange)) * (M0, M1, M2, M3)[k]
-        row = _row(grid, i, t, sigma, x)
-        p, q = grid.noise(row.c_in, sigma * row.c_in)
-        yield row._replace(m=(p * row.c_in, q))  # the slope is the noise
+        yield _row(grid, i, t, sigma, x)._replace(m=grid.noise(1.0, sigma))  # the slope is the noise
 
 
 def _lagrange(nodes: Array, k: int) -> Array:
@@ -206,30 +225,27 @@ def _lagrange(nodes: Array, k: int) -> Array:
     return np.polynomial.polynomial.polyfromroots(rest) / np.prod(nodes[k] - rest)
 
 
-# ---- on latents alpha * x0 + sigma * noise, alpha^2 + sigma^2 = 1; `now` and `after` are ratios, sigma / alpha ----
-
-
-def _split(ratio: float) -> tuple[float, float]:
-    """alpha and sigma."""
-    return 1 / math.hypot(ratio, 1), ratio / math.hypot(ratio, 1)
+# ---- on latents alpha * x0 + sigma * noise, as `Grid.split`; `now` and `after` are ratios, sigma / alpha ----
 
 
 def _vp_row(
     grid: Grid, i: int, t: float, now: float, data: bool, x: Array, y: Array = Y, draws: bool = False
 ) -> SolverRow:
     """A row with the denoised latent as history (data), or else the noise."""
-    m = grid.denoised(*_split(now)) if data else grid.noise(*_split(now))
-    return SolverRow(i, t, _split(now), x, y, m, draws=draws)
+    level = grid.split(now)
+    m = grid.denoised(*level) if data else grid.noise(*level)
+    c_in = grid.c_in(*level) if grid.config.preconditioned else 1.0
+    return SolverRow(i, t, level, x, y, m, c_in, draws)
 
 
-def _dpm_step(config: ScheduleConfig, x: Array, now: float, after: float, d: Sequence[Array], solver: str) -> Array:
+def _dpm_step(grid: Grid, x: Array, now: float, after: float, d: Sequence[Array], solver: str) -> Array:
     """One DPM-Solver update from x, given D0, D1, ... (https://arxiv.org/abs/2211.01095).
 
     Its four variants are one formula in z: with h the step in lambda = log(alpha / sigma), z is h for noise prediction,
     -h for data prediction, and -2h for the SDE with data prediction.
     """
-    (alpha_s, sigma_s), (alpha, sigma) = _split(now), _split(after)
-    data, sde = config.algorithm_type.endswith("++"), config.algorithm_type.startswith("sde")
+    (alpha_s, sigma_s), (alpha, sigma) = grid.split(now), grid.split(after)
+    data, sde = grid.config.algorithm_type.endswith("++"), grid.config.algorithm_type.startswith("sde")
     h = math.log(now / after) if after > 0 else math.inf
     if h == 0:
         return x
@@ -253,7 +269,7 @@ def dpm_multistep(grid: Grid) -> Iterator[SolverRow]:
     config = grid.config
     data, sde = config.algorithm_type.endswith("++"), config.algorithm_type.startswith("sde")
     few = config.lower_order_final and grid.steps < 15
-    for i, t, now, after in grid.walk():
+    for i, t, now, after in grid.walk():  # of growing noise where the class is the inverse one
         order = min(config.solver_order, i + 1, grid.remaining(i) if few else 3)
         final = config.euler_at_final or config.final_sigmas_type == "zero"
         if grid.remaining(i) == 1 and (final or now == after):
@@ -266,7 +282,7 @@ def dpm_multistep(grid: Grid) -> Iterator[SolverRow]:
             if order > 2:
                 curve = (d[1] - (M1 - M2) / r[1]) / (r[0] + r[1])
                 d = [M0, d[1] + r[0] * curve, curve]
-        yield _vp_row(grid, i, t, now, data, _dpm_step(config, X, now, after, d, config.solver_type), draws=sde)
+        yield _vp_row(grid, i, t, now, data, _dpm_step(grid, X, now, after, d, config.solver_type), draws=sde)
 
 
 def dpm_singlestep(grid: Grid) -> Iterator[SolverRow]:
@@ -288,7 +304,7 @@ def dpm_singlestep(grid: Grid) -> Iterator[SolverRow]:
                 d += [(r[0] * second - r[1] * first) / (r[0] - r[1]), 2 * (first - second) / (r[0] - r[1])]
             else:
                 d, solver = [M2, first], "heun"
-        x = _dpm_step(config, X if order == 1 else Y, past[-1], after, d, solver)
+        x = _dpm_step(grid, X if order == 1 else Y, past[-1], after, d, solver)
         yield _vp_row(grid, i, t, now, data, x, X if order == 1 else Y, draws=sde)
 
 
@@ -307,12 +323,12 @@ def deis(grid: Grid) -> Iterator[SolverRow]:
     config = grid.config
     few = config.lower_order_final and grid.steps < 15
     for i, t, now, after in grid.walk():
-        alpha, u = _split(after)[0], math.log(after / now)
+        alpha, u = grid.split(after)[0], math.log(after / now)
         # The integrals of 1, v and v^2 over v = log(sigma / now), of d sigma = now * e^v dv, to v = u.
         powers = math.expm1(u), (u - 1) * math.exp(u) + 1, (u * u - 2 * u + 2) * math.exp(u) - 2
         order = min(config.solver_order, i + 1, grid.remaining(i) if few else 3)
         nodes = np.log(np.array(grid.past(i, order)) / now)
-        x = alpha / _split(now)[0] * X
+        x = alpha / grid.split(now)[0] * X
         for k in range(order):
             x = x + alpha * now * np.dot(_lagrange(nodes, k), powers[:order]) * (M0, M1, M2)[k]
         yield _vp_row(grid, i, t, now, False, x)
@@ -336,7 +352,7 @@ def _uni_step(grid: Grid, i: int, order: int, x: Array, m: Sequence[Array], corr
     """From step i to the next: UniP, or UniC if `corrected`, the network's output at the end, is known."""
     config, past = grid.config, grid.past(i, order)
     now, after = past[0], float(grid.sigmas[grid.begin + i + 1])
-    (alpha_s, sigma_s), (alpha, sigma) = _split(now), _split(after)
+    (alpha_s, sigma_s), (alpha, sigma) = grid.split(now), grid.split(after)
     if after == 0:
         if order > 1:
             raise InputError(
@@ -359,3 +375,60 @@ def _uni_step(grid: Grid, i: int, order: int, x: Array, m: Sequence[Array], corr
         phi = phi / z - 1 / math.factorial(k + 1)
     weights = np.linalg.solve(np.vander(r, increasing=True).T, targets) if len(r) > 1 else [0.5]
     return x - scale * b_h * sum(weight * slope for weight, slope in zip(weights, slopes, strict=True))
+
+
+def sa_solver(grid: Grid) -> Iterator[SolverRow]:
+    """SA-Solver, https://arxiv.org/abs/2309.05019: correct the latent of the last prediction, then predict the next.
+
+    Noise of strength tau is added by the prediction. The correction keeps that noise and what is left of the latent
+    before it, and so is a difference of two sums over the history.
+    """
+    config, tau, corrects = grid.config, 0.0, 0  # of the last step, as is the prediction's sum
+    predicted: Array = np.zeros_like(X)
+    own_tau = config.tau_func or (lambda t: 1.0 if 200 <= t <= 800 else 0.0)
+    for i, t, now, after in grid.walk():
+        x: Array = X
+        if i > 0:
+            weights = _sa_weights(grid, i - 1, min(corrects, i + 1), tau, at_end=True)
+            x = X - np.roll(predicted, 1) + _weighed(weights)  # what was M0 is M1
+        left = grid.remaining(i) if config.lower_order_final else 4
+        predicts, corrects = min(config.predictor_order, left), min(config.corrector_order, left + 1)
+        tau = float(own_tau(t))
+        predicted = _weighed(_sa_weights(grid, i, min(predicts, i + 1), tau))
+        (alpha_s, sigma_s), (alpha, sigma) = grid.split(now), grid.split(after)
+        h, data = math.log(now / after), config.algorithm_type == "data_prediction"
+        keep = math.exp(-(tau**2) * h) * sigma / sigma_s if data else alpha / alpha_s
+        noise = sigma * math.sqrt(-math.expm1(-2 * tau**2 * h)) if data else tau * sigma * math.sqrt(math.expm1(2 * h))
+        x = keep * x + predicted + noise * N
+        row = _vp_row(grid, i, t, now, data, x, draws=True)
+        if len(grid.alpha_bar):  # as in diffusers' add_noise, which goes by the whole timestep
+            row = row._replace(level=(math.sqrt(grid.bar(t)), math.sqrt(1 - grid.bar(t))))
+        yield row
+
+
+def _weighed(weights: Sequence[float]) -> Array:
+    """The sum of the last outputs, newest first."""
+    return sum((weight * m for weight, m in zip(weights, (M0, M1, M2, M3), strict=False)), np.zeros_like(X))
+
+
+_LEGENDRE = np.polynomial.legendre.leggauss(32)  # nodes in -1..1, and their weights
+
+
+def _sa_weights(grid: Grid, i: int, order: int, tau: float, at_end: bool = False) -> list[float]:
+    """The weights of the last `order` outputs, newest first, in step i: their polynomial in lambda, integrated by Gauss
+    and Legendre. At end: with the output there."""
+    data = grid.config.algorithm_type == "data_prediction"
+    now, after = grid.past(i, 1)[0], float(grid.sigmas[grid.begin + i + 1])
+    alpha, sigma = grid.split(after)
+    h = math.log(now / after)
+    nodes = np.log(after / np.array(grid.past(i + at_end, order)))  # lambda, less lambda at the end
+    rate = 1 + tau**2
+    points, weights = _LEGENDRE
+    points, weights = (points - 1) * h / 2, weights * h / 2  # from -h to 0
+    factor = rate * (alpha * np.exp(rate * points) if data else -sigma * np.exp(-points)) * weights
+    sums = [float(factor @ np.polynomial.polynomial.polyval(points, _lagrange(nodes, k))) for k in range(order)]
+    if data and order == 2 and h > 0:  # the authors' term of third order, for few steps
+        rest = (h * rate - 1 + math.exp(-rate * h)) / rate**2
+        extra = rate * alpha * ((h / 2 - rest / h) if at_end else (h**2 / 2 - rest) / (nodes[0] - nodes[1]))
+        sums = [sums[0] + extra, sums[1] - extra]
+    return sums

@@ -138,6 +138,51 @@ def on_timesteps(config: ScheduleConfig, request: StepRequest) -> GridArrays:
     return {"begin": request.begin, "alpha_bar": bar, "timesteps": timesteps}
 
 
+def on_inverse_timesteps(config: ScheduleConfig, request: StepRequest) -> GridArrays:
+    """The same, ascending: from an image to noise."""
+    arrays = on_timesteps(config, _whole(config, request))
+    return {**arrays, "timesteps": arrays["timesteps"][::-1]}
+
+
+def _whole(config: ScheduleConfig, request: StepRequest) -> StepRequest:
+    """InputError unless all steps are run."""
+    if request.strength < 1:
+        raise InputError(f"{config.class_name} goes from an image to its noise: set strength 1, with the image.")
+    return request
+
+
+def on_ends(config: ScheduleConfig, request: StepRequest) -> GridArrays:
+    """Whole timesteps from the last of training to the first, both among them."""
+    if request.steps == 1:
+        raise InputError(f"{config.class_name} takes two steps or more, from the last timestep to the first.")
+    bar = alphas_cumprod(config).astype(np.float64)
+    timesteps = (np.arange(request.steps)[::-1] * ((len(bar) - 1) / (request.steps - 1))).round()
+    return {"begin": request.begin, "alpha_bar": bar, "timesteps": timesteps}
+
+
+def on_preconditioned(config: ScheduleConfig, request: StepRequest) -> GridArrays:
+    """Noise levels of EDM's models, https://arxiv.org/abs/2206.00364, whose timesteps are log(sigma) / 4."""
+    low = float(config.sigma_min or 0.0)
+    sigmas = _respaced(config, request.steps, 0.0, low) if request.sigmas is None else request.sigmas[:-1]
+    last = (0.0 if config.final_sigmas_type == "zero" else low) if request.sigmas is None else request.sigmas[-1]
+    return {"begin": request.begin, "timesteps": np.log(sigmas) / 4, "sigmas": np.append(sigmas, last)}
+
+
+def on_consistency(config: ScheduleConfig, request: StepRequest) -> GridArrays:
+    """Noise levels of consistency models, https://arxiv.org/abs/2303.01469: of EDM's, every so many.
+
+    A caller's timesteps count the levels of training from the highest, as diffusers' does.
+    """
+    trained, custom = config.num_train_timesteps, request.timesteps
+    index = np.arange(request.steps) * (trained // request.steps) if custom is None else np.trunc(custom)[::-1]
+    if index.max() >= trained:
+        raise InputError(f"timesteps of {config.class_name} leave the trained timesteps, 0 to {trained - 1}.")
+    high, low = (float(level or 0.0) ** (1 / config.rho) for level in (config.sigma_max, config.sigma_min))
+    sigmas = (high + index / (trained - 1) * (low - high)) ** config.rho
+    last = float(config.sigma_min or 0.0)
+    return {"begin": request.begin, "timesteps": 250 * np.log(sigmas), "sigmas": np.append(sigmas, last)}
+
+
 def on_distilled_timesteps(config: ScheduleConfig, request: StepRequest) -> GridArrays:
     """Timesteps that a distilled model was trained with.
 
@@ -166,7 +211,9 @@ def on_sigmas(config: ScheduleConfig, request: StepRequest) -> GridArrays:
     else:
         spaced = _spaced(config, request.steps, len(bar)) if request.timesteps is None else request.timesteps
         t = spaced.astype(np.float32).astype(np.float64)
-        if config.log_interpolation:
+        if config.interpolation_type == "log_linear":  # so many levels, and 0 behind them, whatever the timesteps
+            sigmas = np.exp(np.linspace(float(logs[-1]), float(logs[0]), len(t) + 1))
+        elif config.log_interpolation:
             with np.errstate(divide="ignore"):  # betas that start with 0
                 sigmas = np.exp(np.interp(t, np.arange(len(bar)), np.log(trained)))
         else:
@@ -179,8 +226,36 @@ def on_sigmas(config: ScheduleConfig, request: StepRequest) -> GridArrays:
             t = sigma_to_t(sigmas, logs)
             t = t.round() if config.sigma_kind == "karras" and config.class_name.startswith("KDPM2") else t
         sigmas = np.append(sigmas, trained[0] if config.final_sigmas_type == "sigma_min" else 0.0)
-    begin = replace(request, steps=len(t)).begin
+        if config.timestep_type == "continuous" and config.prediction_type == "v_prediction":
+            t = np.log(sigmas[:-1]) / 4
+    begin = (replace(request, steps=len(t)) if config.sigma_kind in SCHEDULES else request).begin
     return {"begin": begin, "alpha_bar": bar, "timesteps": t, "sigmas": sigmas, "log_sigmas": logs}
+
+
+def on_inverse_lambdas(config: ScheduleConfig, request: StepRequest) -> GridArrays:
+    """Whole timesteps, ascending, to the highest one: from an image to noise."""
+    bar, trained, logs = _trained_sigmas(config)
+    n = _whole(config, request).steps
+    if config.sigma_kind:
+        sigmas = _respaced(config, n, trained[0], trained[-1])
+        t = sigma_to_t(sigmas, logs)
+        t, last = t.round() if config.sigma_kind == "karras" else np.trunc(t), sigmas[-1]
+    else:
+        below = len(bar) - int(np.searchsorted(-logs[::-1], config.lambda_min_clipped))
+        t = _spaced(config, n, below, extra=1).round()[::-1]
+        if config.timestep_spacing == "leading":  # from the first timestep, not to the last
+            t = t - below // (n + 1)
+        if config.timestep_spacing == "linspace":
+            t = np.linspace(0, below - 1, n + 1).round()[:-1]
+        sigmas = np.interp(t, np.arange(len(bar)), trained)
+        last = trained[below - 1]
+    if (np.diff(t) == 0).any():
+        raise InputError(f"{config.class_name} gives two of {n} steps one timestep: take fewer steps.")
+    sigmas = np.append(sigmas, last)
+    return {"begin": 0, "alpha_bar": bar, "timesteps": t, "sigmas": sigmas, "log_sigmas": logs}
+
+
+_LAST_TWICE = ("DEISMultistepScheduler", "UniPCMultistepScheduler", "SASolverScheduler")
 
 
 def on_lambdas(config: ScheduleConfig, request: StepRequest) -> GridArrays:
@@ -198,7 +273,7 @@ def on_lambdas(config: ScheduleConfig, request: StepRequest) -> GridArrays:
         t = sigma_to_t(sigmas, logs)
         cosine = config.beta_schedule == "squaredcos_cap_v2" and config.class_name == "DPMSolverMultistepScheduler"
         t = t.round() if config.sigma_kind in ("karras", "lu") and not cosine else t
-        last = sigmas[-1] if config.class_name in ("DEISMultistepScheduler", "UniPCMultistepScheduler") else last
+        last = sigmas[-1] if config.class_name in _LAST_TWICE else last
     else:
         below = len(bar) - int(np.searchsorted(-logs[::-1], config.lambda_min_clipped))
         t = _spaced(config, n, below, extra=1).round() if request.timesteps is None else request.timesteps
@@ -225,8 +300,9 @@ def _respaced(config: ScheduleConfig, n: int, high: float, low: float) -> Array:
     if not (0 < low < math.inf and 0 < high < math.inf):
         raise InputError(f"{config.sigma_kind} sigmas go from {high:g} to {low:g}: both must be above 0, and finite.")
     ramp = np.linspace(0, 1, n)
-    if config.sigma_kind == "karras":  # https://arxiv.org/abs/2206.00364, equation 5 with rho = 7
-        return (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
+    if config.sigma_kind == "karras":  # https://arxiv.org/abs/2206.00364, equation 5
+        first, last = high ** (1 / config.rho), low ** (1 / config.rho)
+        return (first + ramp * (last - first)) ** config.rho
     if config.sigma_kind == "beta":  # https://arxiv.org/abs/2407.12173
         return low + beta_quantile(1 - ramp) * (high - low)
     return np.exp(np.linspace(math.log(high), math.log(low), n))

@@ -21,6 +21,7 @@ Tables are those of diffusers' schedulers, except where diffusers deviates from 
 - All classes support zero terminal SNR; diffusers drops it in seven.
 - DDIM and PLMS with linspace spacing end each step where the next one starts; diffusers ends elsewhere.
 - PLMS and LMS start their history at the first step after an image; diffusers' includes steps that were never run.
+- EDM's exponential sigmas of one step are sigma_max; diffusers' sigma_min.
 - TCD spaces the steps after an image within the strength, like LCM and as its scheduler can; diffusers' pipelines skip
   steps of the full schedule. A caller's own `timesteps` are skipped here too, so the full schedule's do the same.
 """
@@ -37,13 +38,21 @@ import numpy as np
 
 from fastldm.checks import show
 from fastldm.errors import InputError
-from fastldm.samplers import solvers
+from fastldm.samplers import k_solvers, solvers
 from fastldm.samplers.classes import CLASSES, SchedulerClass
 from fastldm.samplers.config import ScheduleConfig
-from fastldm.samplers.grid import Array, Array32, Grid, SolverRow
+from fastldm.samplers.grid import NO_CHURN, Array, Array32, Churn, Grid, SolverRow, Span
 from fastldm.samplers.names import resolve_sampler, sampler_name
 from fastldm.samplers.scheduler_config import config_of
-from fastldm.samplers.spacing import StepRequest, on_lambdas, on_sigmas
+from fastldm.samplers.spacing import (
+    StepRequest,
+    on_consistency,
+    on_inverse_lambdas,
+    on_inverse_timesteps,
+    on_lambdas,
+    on_preconditioned,
+    on_sigmas,
+)
 
 _STEP = ("c_in", "p", "q", "a", "a1", "b0", "b1", "b2", "b3", "d", "e", "e1", "f0", "f1", "f2", "f3", "r", "s")
 COLUMNS = (*_STEP, "deep", "clip", "o", "d_ratio", "gm", "gx")
@@ -64,6 +73,9 @@ class StepTable:
     start: tuple[float, float]  # a start from an image: x = r * init + s * noise
     steps: int  # number of the user's steps; some samplers have more rows
     index: tuple[int, ...]  # (S,) the user's step, from 0, of each row
+    spans: tuple[Span, ...] = ()  # (S,) of a Brownian motion in sigma, if noise is of one
+    motion: tuple[float, float] = (0.0, 0.0)  # the lowest and the highest sigma of that motion
+    noise_seed: int | None = None  # what the configuration has it drawn from
     deep: tuple[bool, ...] = field(init=False)  # (S,) whether each row computes all of the network
     rare: bool = field(init=False)  # whether any row has a number that most samplers have not: `kernels.step.RARE`
 
@@ -99,6 +111,7 @@ def make_table(
     timesteps: Sequence[float] | None = None,
     sigmas: Sequence[float] | None = None,
     eta: float = 0.0,
+    churn: Churn = NO_CHURN,
     reuse: int = 1,
 ) -> StepTable:
     """The table of the configuration's sampler, or of another sampler on its schedule, as with diffusers'
@@ -114,13 +127,14 @@ def make_table(
         and the calls at or above the one that the second leaves. Of samplers with two calls a step, diffusers ends
         after the first call of a step, and begins with all of it. No history crosses the cut.
     eta: from 0 to 1, the noise of DDIM and TCD; other samplers ignore it.
+    churn: of Euler's method, which alone has it.
     reuse: of every so many rows, the first computes all of the network.
 
     Raises InputError.
     """
     if sampler is not None:
         selected = resolve_sampler(sampler)
-        config = config_of(selected.class_name, {**config.raw, **selected.options})
+        config = config_of(selected.class_name, {**config.raw, **selected.options}, config)
     entry, trained = CLASSES[config.class_name], config.num_train_timesteps
     custom = _custom(config, timesteps, sigmas)
     for name, values in custom.items():
@@ -132,25 +146,36 @@ def make_table(
         raise InputError(f"strength must be above 0 and at most 1, got {strength}.")
     if not 0 <= eta <= 1:
         raise InputError(f"eta must be from 0 to 1, got {eta}.")
+    if churn.s_churn and entry.solver is not solvers.euler:
+        raise InputError(f"s_churn is of the sampler euler, and this is {sampler_name(config)!r}: leave it out.")
     if isinstance(reuse, bool) or not isinstance(reuse, (int, np.integer)) or reuse < 1:
         raise InputError(f"reuse must be a whole number from 1, got {show(reuse)}.")
 
     if denoising_start is not None:
         strength = 1.0
-    arrays = entry.spacing(config, StepRequest(int(steps), float(strength), **custom))
+    spacing = on_preconditioned if config.preconditioned else entry.spacing
+    ascends = spacing in (on_inverse_timesteps, on_inverse_lambdas)
+    trains = config.timestep_type == "discrete" and spacing not in (on_preconditioned, on_consistency)
+    whole = ascends or not trains or entry.solver is k_solvers.dpm_fast
+    if whole and (denoising_start is not None or denoising_end is not None):
+        raise InputError(
+            f"denoising_start and denoising_end are of descending timesteps of training, and those of "
+            f"{config.class_name} are not: leave them out."
+        )
+    arrays = spacing(config, StepRequest(int(steps), float(strength), **custom))
     times = arrays["timesteps"]
-    if times.size == 0 or times.min() < 0 or times.max() >= trained:
+    if times.size == 0 or (trains and (times.min() < 0 or times.max() >= trained)):
         raise InputError(f"{steps} steps, {config.timestep_spacing}, leave the trained timesteps, 0 to {trained - 1}.")
     if arrays["begin"] >= len(times):  # lambda_min_clipped may leave less than `steps`
         enough = next((n for n in range(steps + 1, trained + 1) if int(n * strength) > 0), None)
         take = f"take {enough} steps, or more strength" if enough and len(times) == steps else "take more strength"
         raise InputError(f"strength {strength} leaves none of {steps} steps: {take}.")
-    rows, numbers = _rows(entry, Grid(config, steps=len(times), eta=eta, **arrays))
+    rows, numbers = _rows(entry, Grid(config, steps=len(times), eta=eta, churn=churn, **arrays))
     if denoising_start is not None:
         arrays["begin"] = _first_step(entry, rows, times, _cutoff("denoising_start", denoising_start, trained))
         if arrays["begin"] == len(times):
             raise InputError(f"denoising_start {denoising_start:g} leaves none of {steps} steps: take more steps.")
-        rows, numbers = _rows(entry, Grid(config, steps=len(times), eta=eta, **arrays))
+        rows, numbers = _rows(entry, Grid(config, steps=len(times), eta=eta, churn=churn, **arrays))
     if denoising_end is not None:
         cutoff = _cutoff("denoising_end", denoising_end, trained)
         rows = list(itertools.takewhile(lambda row: np.float32(row.t) >= cutoff, rows))
@@ -158,19 +183,26 @@ def make_table(
             raise InputError(f"denoising_end {denoising_end:g} leaves none of {steps} steps: take more steps.")
         numbers = _pack(rows)
     numbers[:, COLUMNS.index("deep")] = [i % reuse == 0 for i in range(len(rows))]
-    highest = float(arrays["sigmas"].max()) if entry.spacing is on_sigmas else 1.0
-    if entry.spacing is on_sigmas and config.timestep_spacing == "leading":
-        highest = math.hypot(highest, 1)
+    levels = arrays.get("sigmas", np.zeros(0))
+    motion = (float(levels[levels > 0].min()), float(levels.max())) if len(levels) else (0.0, 0.0)
+    highest = 1.0
+    if spacing in (on_sigmas, on_preconditioned, on_consistency):
+        highest = float(arrays["sigmas"].max())
+        if spacing is on_preconditioned or (spacing is on_sigmas and config.timestep_spacing == "leading"):
+            highest = math.hypot(highest, 1)
     return StepTable(
         sampler=sampler_name(config),
         timesteps=np.array([row.t for row in rows], np.float32),
         rows=numbers.astype(np.float32),
         draws=tuple(row.draws for row in rows),
-        float32_noise=entry.float32_noise,
+        float32_noise=entry.float32_noise and not config.preconditioned,
         init_noise_sigma=highest,
         start=rows[0].level,
         steps=rows[-1].step + 1,
         index=tuple(row.step for row in rows),
+        spans=tuple(row.span for row in rows if row.span is not None),
+        motion=motion,
+        noise_seed=config.noise_sampler_seed,
     )
 
 
@@ -237,6 +269,8 @@ def _custom(
         if config.class_name not in supporting:
             listed = ", ".join(supporting)
             raise InputError(f"{config.class_name} takes no {name}, here as in diffusers; these do: {listed}.")
+        if config.preconditioned and name == "timesteps":
+            raise InputError("timesteps of training are none of models in EDM's preconditioning: give sigmas.")
         if config.sigma_kind and name == "timesteps":
             raise InputError(f"timesteps cannot be given together with {config.sigma_kind} sigmas.")
         try:

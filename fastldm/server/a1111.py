@@ -85,6 +85,7 @@ class Image2Image(Text2Image):
     resize_mode: int | None = None
     inpainting_fill: int | None = None
     inpaint_full_res: bool | None = None
+    inpaint_full_res_padding: int | None = Field(None, ge=0, le=1 << 14)
     image_cfg_scale: float | None = None
 
 
@@ -139,13 +140,13 @@ def router(service: Service) -> APIRouter:
             arguments["image_guidance_scale"] = fields.image_cfg_scale
         overlay = None
         if fields.mask:
-            if fields.inpaint_full_res:
-                raise InputError("inpaint_full_res is true, which is not there: the whole picture is repainted")
             if fields.inpainting_fill not in (None, 1):
                 raise InputError(f"inpainting_fill is {fields.inpainting_fill}: expected 1, the original")
             mask = await service.picture(decoded(fields.mask, "mask"), "mask")
             mask = await service.in_pool(_prepared, mask, image.size, fields)
-            if fields.mask_blur:
+            if fields.inpaint_full_res:  # which overlays what it made itself
+                arguments["padding_mask_crop"] = fields.inpaint_full_res_padding or 0
+            elif fields.mask_blur:
                 overlay = partial(_overlaid, image=image, mask=mask)
             arguments["mask_image"] = mask
         return await _generate(service, request, fields, arguments, model(fields, request), overlay)

@@ -7,6 +7,17 @@ import pytest
 from fastldm.samplers.classes import DIFFUSERS
 from fastldm.samplers.names import SAMPLERS
 
+OWN_MODELS = (
+    "DDIMInverseScheduler",
+    "DPMSolverMultistepInverseScheduler",
+    "UnCLIPScheduler",
+    "EDMEulerScheduler",
+    "EDMDPMSolverMultistepScheduler",
+    "CMStochasticIterativeScheduler",
+)
+"""Classes that other classes' configurations cannot be given to, or that go from an image to noise."""
+EXCHANGEABLE = tuple(name for name in DIFFUSERS if name not in OWN_MODELS)
+
 NAMED = [
     pytest.param(name, marks=() if sampler.class_name in DIFFUSERS else pytest.mark.full)
     for name, sampler in SAMPLERS.items()

@@ -26,6 +26,7 @@ import numpy as np
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from named import OWN_MODELS
 from scheduler_judge import DIFFERENCES, REFUSALS, Verdict, judge
 from scheduler_runs import SD, Case, arguments_of, fast_diffusers
 
@@ -36,6 +37,12 @@ KINDS = ("agree", "differ", "refused", "unknown", "crashed")
 STEPS = (1, 2, 3, 5, 10, 25, 50)
 MANY_STEPS = (999, 1000)
 
+
+def half_noise(t: float) -> float:
+    """SA-Solver's tau, of a timestep."""
+    return 0.5 if t > 300 else 0.0
+
+
 ARGUMENTS: dict[str, tuple[Any, ...]] = {  # of these a class takes those that its signature has
     "beta_schedule": ("scaled_linear", "linear", "squaredcos_cap_v2"),
     "trained_betas": (None, np.linspace(0.0009, 0.013, 1000, dtype=np.float32)),
@@ -45,12 +52,15 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {  # of these a class takes those that i
     "rescale_betas_zero_snr": (False, True),
     "set_alpha_to_one": (True, False),
     "clip_sample": (False, True),  # switched off, as diffusers' pipelines do
-    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large"),
+    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "learned_range"),
     "final_sigmas_type": ("zero", "sigma_min"),
     "sigma_min": (None, 0.05),
     "sigma_max": (None, 12.0),
     "lambda_min_clipped": (-float("inf"), -5.1),
-    "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver"),
+    "algorithm_type": (
+        *("dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver"),
+        *("data_prediction", "noise_prediction"),
+    ),
     "solver_order": (2, 1, 3),
     "solver_type": ("midpoint", "heun", "bh1", "bh2", "logrho"),
     "lower_order_final": (True, False),
@@ -59,6 +69,20 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {  # of these a class takes those that i
     "disable_corrector": ((), (0,), (1, 2)),
     "original_inference_steps": (50, 100),
     "timestep_scaling": (10.0, 7.0),
+    "interpolation_type": ("linear", "log_linear"),
+    "timestep_type": ("discrete", "continuous"),
+    "predictor_order": (2, 1, 3),
+    "corrector_order": (2, 1, 3, 4),
+    "tau_func": (None, half_noise),
+    "sigma_data": (0.5, 1.0),
+    "sigma_schedule": ("karras", "exponential"),
+    "rho": (7.0, 3.0),
+    "s_noise": (1.0, 0.7),
+    "clip_denoised": (False, True),
+}
+_LEVELS: dict[str, tuple[Any, ...]] = {"sigma_min": (0.002, 0.05), "sigma_max": (80.0, 12.0)}
+OWN_ARGUMENTS = {  # in place of those
+    f"{name}Scheduler": _LEVELS for name in ("EDMEuler", "EDMDPMSolverMultistep", "CMStochasticIterative")
 }
 SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 EVERYWHERE = ("rescale_betas_zero_snr",)  # ours takes it in classes that drop it, too
@@ -66,22 +90,32 @@ RUNS: dict[str, tuple[Any, ...]] = {  # how a configuration is run
     "steps": STEPS,
     "start": ("noise", "picture 0.3", "picture 0.5", "picture 0.8", "mask 0.5", "mask 1.0"),
 }
+CHURN = ({}, {"s_churn": 3.0}, {"s_churn": 40.0, "s_tmin": 0.3, "s_tmax": 7.0, "s_noise": 1.02})
 OWN_RUNS: dict[str, dict[str, tuple[Any, ...]]] = {
     "DDIMScheduler": {"eta": (0.0, 0.5, 1.0)},
     "TCDScheduler": {"eta": (0.0, 0.3, 1.0)},
+    "EulerDiscreteScheduler": {"churn": CHURN},
+    "EDMEulerScheduler": {"churn": CHURN, "steps": STEPS[1:]},
+    "EDMDPMSolverMultistepScheduler": {"steps": STEPS[1:]},
+    "CMStochasticIterativeScheduler": {"steps": STEPS[:6]},
+    "UnCLIPScheduler": {"steps": STEPS[1:]},
+    "DDIMInverseScheduler": {"start": ("noise",)},
+    "DPMSolverMultistepInverseScheduler": {"start": ("noise",)},
 }
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "thresholding": (True,),
     "use_flow_sigmas": (True,),
     "use_dynamic_shifting": (True,),
-    "timestep_type": ("continuous",),
-    "interpolation_type": ("log_linear",),
-    "variance_type": ("learned", "learned_range", "fixed_large_log"),
+    "variance_type": ("learned", "fixed_large_log"),
     "beta_schedule": ("laplace", "sigmoid"),
     "algorithm_type": ("deis",),
     "solver_order": (4,),
+    "predictor_order": (4,),
     "sigmas": (SIGMAS[:2],),
 }
+WITH_DEFAULTS = (  # where ours takes the class's default for another class's value, and diffusers raises
+    ("SASolverScheduler", "algorithm_type"),
+)
 CUSTOM = {
     "timesteps": ([999, 839, 639, 299, 39], [999, 700, 700, 20], [750, 500], [999.5, 400.25, 3.75]),
     "sigmas": ([14.6, 6.3, 2.5, 0.9, 0.1, 0.0], [9.0, 1.0, 0.05, 0.05]),
@@ -92,8 +126,10 @@ def choices(name: str) -> dict[str, tuple[Any, ...]]:
     """The arguments of a class and of its runs, with the values that ours supports."""
     has = arguments_of(getattr(diffusers, name).__init__)
     arguments = {}
-    for key, values in ARGUMENTS.items():
-        if key in has or key in EVERYWHERE:
+    for key, values in {**ARGUMENTS, **OWN_ARGUMENTS.get(name, {})}.items():
+        if key == "variance_type" and key not in DIFFUSERS[name].keys:
+            continue  # what does not use it
+        if key in has or (key in EVERYWHERE and name not in OWN_MODELS):
             allowed = DIFFUSERS[name].choices.get(key)
             arguments[key] = values if allowed is None else tuple(v for v in values if v in allowed) or values[:1]
     sigmas = tuple(key for key in SIGMAS if key in has)
@@ -121,11 +157,15 @@ def pairs(options: Mapping[str, tuple[Any, ...]], seed: str) -> Iterator[dict[st
 
 def case_of(name: str, values: Mapping[str, Any]) -> Case:
     config = {**SD, **{key: value for key, value in values.items() if key in ARGUMENTS or key in UNSUPPORTED}}
+    if name == "UnCLIPScheduler" and "beta_schedule" not in values:
+        config["beta_schedule"] = "squaredcos_cap_v2"  # its only one
     sigmas = config.pop("sigmas", None)
     config |= dict.fromkeys((sigmas,) if isinstance(sigmas, str) else sigmas or (), True)
     if config.get("trained_betas") is None:
         config.pop("trained_betas", None)
-    if config.get("algorithm_type") == "sde-dpmsolver":
+    if config.get("algorithm_type") == "sde-dpmsolver" or (
+        name.startswith("EDM") and config.get("algorithm_type") == "sde-dpmsolver++"
+    ):
         config["solver_order"] = min(config["solver_order"], 2)  # diffusers raises on reaching the third
     if config.get("algorithm_type") in ("dpmsolver", "sde-dpmsolver", "deis"):
         config["final_sigmas_type"] = "sigma_min"  # diffusers refuses "zero" with it
@@ -138,6 +178,7 @@ def case_of(name: str, values: Mapping[str, Any]) -> Case:
         config,
         steps,
         eta=values.get("eta", 0.0),
+        churn=values.get("churn", {}),
         strength=float(strength),
         image_to_image=start == "picture",
         mask=start == "mask",
@@ -149,11 +190,14 @@ def case_of(name: str, values: Mapping[str, Any]) -> Case:
 def cases(name: str) -> tuple[Case, ...]:
     """All of a class, in an order drawn once."""
     cases = [case_of(name, row) for row in pairs(choices(name), name)]
-    for steps, spaced in itertools.product(MANY_STEPS, choices(name).get("timestep_spacing", ("linspace",))):
-        cases.append(case_of(name, {"steps": steps, "timestep_spacing": spaced, "prediction_type": "v_prediction"}))
+    own = choices(name)
+    v = {"prediction_type": "v_prediction"} if "v_prediction" in own.get("prediction_type", ()) else {}
+    for steps, spaced in itertools.product(MANY_STEPS, own.get("timestep_spacing", ("linspace",))):
+        if name != "CMStochasticIterativeScheduler":  # of 40 levels
+            cases.append(case_of(name, {"steps": steps, "timestep_spacing": spaced, **v}))
     has = arguments_of(getattr(diffusers, name).__init__)
     for key, values in UNSUPPORTED.items():
-        if key in has or (key == "sigmas" and SIGMAS[0] in has):
+        if (key in has or (key == "sigmas" and SIGMAS[0] in has)) and (name, key) not in WITH_DEFAULTS:
             cases += [case_of(name, {key: value}) for value in values]
     for key, lists in CUSTOM.items():
         for values, start in itertools.product(lists, ("noise", "picture 0.6")):

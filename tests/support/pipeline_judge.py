@@ -202,8 +202,8 @@ REFUSALS = [
     Reason(
         "not supported: refused by name",
         lambda case: True,
-        r"^(masked_image_latents|padding_mask_crop|"
-        r"original_inference_steps|cross_attention_kwargs|callback|callback_steps) is not supported",
+        r"^(masked_image_latents|original_inference_steps|cross_attention_kwargs|callback|callback_steps)"
+        r" is not supported",
     ),
     Reason(
         "pictures for an IP-Adapter where none is loaded: diffusers fails too, in its own way",

@@ -134,13 +134,19 @@ NUMBERS = (  # where diffusers raises, gives NaN or loses precision: each is add
         "0 by 0. Lu's may end a rounding of float32 below, and the SDE's noise is the root of a negative length. Its "
         "limit is judged.",
         lambda case, table: (
-            case.config.get("final_sigmas_type") == "sigma_min"
-            and case.spacing_function is spacing.on_lambdas
-            and any(key.startswith("use_") for key in case.config)
+            (case.config.get("final_sigmas_type") == "sigma_min" or case.spacing_function is spacing.on_inverse_lambdas)
+            and case.spacing_function in (spacing.on_lambdas, spacing.on_inverse_lambdas, spacing.on_preconditioned)
+            and (
+                any(key.startswith("use_") or key == "sigma_data" for key in case.config)
+                or case.config.get("timestep_spacing") == "trailing"
+            )
             and (
                 case.config.get("lower_order_final") is False
                 or case.steps >= 15
-                or ("use_lu_lambdas" in case.config and case.config.get("algorithm_type", "").startswith("sde"))
+                or (
+                    not {"use_lu_lambdas", "sigma_data"}.isdisjoint(case.config)
+                    and case.config.get("algorithm_type", "").startswith("sde")
+                )
             )
         ),
         {"last": 1 - 1e-12, "exact": True},
@@ -218,21 +224,9 @@ REFUSALS = (
         diffusers_runs=True,
     ),
     Refusal(
-        "continuous timesteps",
-        "timestep_type='continuous' is not supported",
-        "They belong to EDM's models, another family.",
-        diffusers_runs=True,
-    ),
-    Refusal(
-        "sigmas linear in their logarithm",
-        "interpolation_type='log_linear' is not supported",
-        "No model asks for it.",
-        diffusers_runs=True,
-    ),
-    Refusal(
-        "learned variance",
-        "variance_type='(learned|learned_range)' is n",
-        "The U-Net's output would have twice the channels: a model of pixels.",
+        "learned variance itself",
+        "variance_type='learned' is n",
+        "The network's output would be the variance, under a root; 'learned_range', which models use, is a logarithm.",
         diffusers_runs=True,
     ),
     Refusal(
@@ -247,11 +241,28 @@ REFUSALS = (
         diffusers_runs=True,
     ),
     Refusal("a solver of order 4", "solver_order=4 is none of", "There are three orders.", diffusers_runs=True),
+    Refusal(
+        "a predictor of order 4",
+        "predictor_order=4 is none of",
+        "Its correction would need five outputs, and a table has four.",
+        diffusers_runs=True,
+    ),
     Refusal("two kinds of sigmas", "only one kind of sigmas", "diffusers refuses it too."),
     Refusal(
         "a timestep twice",
         "cannot step from timestep [0-9.]+ to itself",
         "Rounding gives two steps one timestep, and a solver of higher order divides by their distance.",
+    ),
+    Refusal(
+        "a timestep twice, to noise",
+        "gives two of [0-9]+ steps one timestep",
+        "Rounding gives two steps one timestep; diffusers drops one, but not its noise level.",
+        diffusers_runs=True,
+    ),
+    Refusal(
+        "noise of an image without noise",
+        "DDIMInverseScheduler has no finite steps",
+        "The noise of what has none, from a network that predicts the image: diffusers divides 0 by 0.",
     ),
 )
 

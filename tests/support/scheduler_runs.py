@@ -30,7 +30,7 @@ from fastldm.samplers import spacing
 from fastldm.samplers import table as schedule
 from fastldm.samplers.classes import CLASSES
 from fastldm.samplers.config import ScheduleConfig
-from fastldm.samplers.grid import SolverRow
+from fastldm.samplers.grid import Churn, SolverRow
 from fastldm.samplers.scheduler_config import read_config
 from fastldm.samplers.table import COLUMNS, StepTable, make_table
 
@@ -71,6 +71,7 @@ class Case:
     name: str
     config: dict[str, Any]
     steps: int
+    churn: dict[str, float] = field(default_factory=dict)
     eta: float = 0.0
     batch: int = 1
     generators: int = 0  # 0: one for the whole batch
@@ -93,7 +94,15 @@ class Case:
 
     def table(self) -> StepTable:
         cut = {"denoising_start": self.start, "denoising_end": self.end}
-        return make_table(self.schedule(), self.steps, eta=self.eta, strength=self.strength, **cut, **self.custom)
+        return make_table(
+            self.schedule(),
+            self.steps,
+            eta=self.eta,
+            strength=self.strength,
+            churn=Churn(**self.churn),
+            **cut,
+            **self.custom,
+        )
 
     def takes(self, argument: str) -> bool:
         """Whether diffusers' class has it in its configuration."""
@@ -105,7 +114,16 @@ class Case:
 
     @property
     def on_sigmas(self) -> bool:
-        return self.spacing_function in (spacing.on_sigmas, spacing.on_lambdas)
+        return self.spacing_function in (spacing.on_sigmas, spacing.on_lambdas, spacing.on_inverse_lambdas)
+
+    @property
+    def learned(self) -> bool:
+        """Whether the network predicts the variance, too."""
+        return self.config.get("variance_type") == "learned_range"
+
+    def network(self, model_input: Tensor, t: float) -> Tensor:
+        out = network(model_input, t)
+        return torch.cat((out, out.flip(1)), 1) if self.learned else out
 
     @property
     def started(self) -> bool:
@@ -209,8 +227,10 @@ def training_bar(case: Case, options: DiffusersOptions) -> Tensor | None:
         bar = diffusers.DDIMScheduler.from_config({**case.config, "clip_sample": False}).alphas_cumprod
         bar[-1] = 2**-24 if case.on_sigmas else 1e-14
     elif options.exact:  # from the same float32 alphas_cumprod; sigmas are made of them in float32, and kept so
-        bar = case.scheduler().alphas_cumprod
+        bar = getattr(case.scheduler(), "alphas_cumprod", None)
     else:
+        return None
+    if bar is None:  # EDM's classes, and consistency models'
         return None
     return bar.double() if options.exact and not case.on_sigmas else bar
 
@@ -222,8 +242,11 @@ def laid_out(case: Case, options: DiffusersOptions) -> Any:
         bar = training_bar(case, options)
         if bar is not None:
             scheduler.alphas_cumprod = bar
+            if options.exact and case.name == "UnCLIPScheduler":  # whose betas are those of float32 in one step
+                scheduler.alphas = bar / torch.cat((torch.ones(1), bar[:-1]))
+                scheduler.betas = 1 - scheduler.alphas
             if not getattr(scheduler.config, "set_alpha_to_one", True):
-                scheduler.final_alpha_cumprod = bar[0]
+                scheduler.final_alpha_cumprod = scheduler.initial_alpha_cumprod = bar[0]
             if hasattr(scheduler, "lambda_t"):
                 scheduler.alpha_t, scheduler.sigma_t = bar.sqrt(), (1 - bar).sqrt()
                 scheduler.lambda_t = scheduler.alpha_t.log() - scheduler.sigma_t.log()
@@ -241,7 +264,7 @@ def diffusers_run(case: Case, options: DiffusersOptions = DiffusersOptions()) ->
     if (case.image_to_image or case.mask) and not lies_inside(case, options):
         steps = len(scheduler.timesteps) if case.custom and not options.own_steps else case.steps
         skipped = max(steps - min(int(steps * case.strength), steps), 0)
-        begin = skipped * scheduler.order
+        begin = skipped * getattr(scheduler, "order", 1)
     if case.start is not None:
         left = int((scheduler.timesteps < case.cutoff(case.start)).sum())
         left += scheduler.order == 2 and left % 2 == 0
@@ -266,14 +289,16 @@ def diffusers_run(case: Case, options: DiffusersOptions = DiffusersOptions()) ->
     else:
         x = noise * scheduler.init_noise_sigma
     takes = arguments_of(type(scheduler).step)
-    extra = {"generator": g, "eta": case.eta if options.eta is None else options.eta}
+    extra = {"generator": g, "eta": case.eta if options.eta is None else options.eta, **case.churn}
     extra = {key: value for key, value in extra.items() if key in takes}
     for i, t in enumerate(timesteps):
         if options.next_level:
             scheduler.num_inference_steps = Stride(strides[i])
         if options.history and case.name == "LMSDiscreteScheduler":
             extra["order"] = min(i + 1, 4)
-        out = network(scheduler.scale_model_input(x, t), t)
+        if case.name == "UnCLIPScheduler":  # as its pipelines
+            extra["prev_timestep"] = timesteps[i + 1] if i + 1 < len(timesteps) else None
+        out = case.network(scheduler.scale_model_input(x, t), t)
         x = scheduler.step(out, t, x, **extra, return_dict=False)[0]
         if case.mask:
             original = init.to(dtype)
@@ -304,7 +329,7 @@ def our_run(case: Case) -> tuple[Tensor, Any]:
         x = table.start[0] * init + table.start[1] * noise
     inpainting = Inpainting(mask, init, noise) if case.mask else None
     run = Run(table, x, noises, inpainting=inpainting)
-    return denoise(lambda model_input, i, _: network(model_input, table.timesteps[i]), run), g
+    return denoise(lambda model_input, i, _: case.network(model_input, table.timesteps[i]), run), g
 
 
 def exact_table(case: Case) -> tuple[StepTable, list[SolverRow], np.ndarray]:
@@ -330,7 +355,9 @@ def our_exact_run(case: Case) -> Tensor:
     mixing = [(0.0, 1.0, 0.0, 0.0)] * len(numbers)
     for i, row in enumerate(step_kernel.table_rows(numbers, table.draws, mixing).tolist()):
         drawn = None if noises[i] is None else noises[i].double()
-        x, y, history = step_kernel.step(row, x, y, history, network(row[0] * x, rows[i].t), drawn)
+        out, variance = case.network(row[0] * x, rows[i].t).split(SHAPE[0], 1) if case.learned else (None, None)
+        out = network(row[0] * x, rows[i].t) if out is None else out
+        x, y, history = step_kernel.step(row, x, y, history, out, drawn, variance=variance)
         if case.mask:
             known = row[COLUMNS.index("r")] * init + row[COLUMNS.index("s")] * noise
             x = mask * x + (1 - mask) * known
