@@ -87,7 +87,7 @@ def parameters_text(
         "Seed": seed,
         "Size": size,
         "Model": model,
-        "Denoising strength": request.strength if request.image is not None else None,
+        "Denoising strength": request.strength if request.image is not None else request.hires_strength,
         # AUTOMATIC1111 counts from 1, diffusers from 0.
         "Clip skip": request.clip_skip + 1 if request.clip_skip else None,
     }
@@ -139,6 +139,8 @@ def parse_parameters(text: str) -> tuple[Request, dict[str, str]]:
         except (ValueError, RecursionError):
             raise InputError(f"the image's parameters have {label}: {checks.show(value)}, which is invalid") from None
     arguments |= _weights_of_units(fields)
+    if any(name.startswith("hires_") for name in arguments) and "strength" in arguments:
+        arguments["hires_strength"] = arguments.pop("strength")
     if "size" in arguments:
         arguments["width"], arguments["height"] = arguments.pop("size")
     return Request(**arguments), fields
@@ -319,6 +321,12 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "pag_applied_layers": ("PAG layers", _list_of(str)),
     "guidance_rescale": ("Guidance rescale", float),
     "guidance_interval": ("Guidance interval", _list_of(float)),
+    "refiner_switch_at": ("Refiner switch at", float),
+    "hires_scale": ("Hires upscale", float),
+    "hires_height": ("Hires height", int),
+    "hires_width": ("Hires width", int),
+    "hires_steps": ("Hires steps", int),
+    "hires_upscaler": ("Hires upscaler", str),
     "denoising_start": ("Denoising start", float),
     "denoising_end": ("Denoising end", float),
     "eta": ("Eta", float),

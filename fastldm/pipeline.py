@@ -76,7 +76,8 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         the networks' weights lie in. batch_invariant: as in `from_pretrained`."""
         self.stages = Stages(spec, networks, name, mapped)
         self.stages.batch_invariant = batch_invariant
-        self._session = Session(self)
+        self._session = Session(self.stages)
+        self._refiner: Pipeline | None = None
         self.calls = Calls()
         openmp.rest()  # this thread has loaded the networks
 
@@ -95,6 +96,7 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         controlnet: Any = None,
         adapter: Any = None,
         ranker: str | os.PathLike[str] | None = None,
+        refiner: Any = None,
         **where: Any,
     ) -> Pipeline:
         """A pipeline from a diffusers folder, a hub id, a .safetensors file, a bundle that `fastldm export` wrote, or
@@ -111,6 +113,7 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         networks; on a GPU steps share theirs, by kernels that do not depend on the number of rows.
         controlnet, adapter: a ControlNet and a T2I-Adapter to attach, or lists of them: what `attach_control` takes.
         ranker: the folder of a CLIP model that ranks `candidates`: what `load_ranker` takes.
+        refiner: what `attach_refiner` takes, to be loaded with the same device, dtype, backend and `where`.
         where: variant, revision, cache_dir, local_files_only, allow_pickle and prediction_type, see `loading.describe`.
 
         Raises CheckpointError for what is not a model that fastldm can run, InputError for a device or dtype there
@@ -133,6 +136,8 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
             pipe.attach_control(control, **options)
         if ranker is not None:
             pipe.load_ranker(ranker, allow_pickle=bool(where.get("allow_pickle", False)))
+        if refiner is not None:
+            pipe.attach_refiner(refiner, device=device, dtype=dtype, backend=backend, **where)
         return pipe
 
     @classmethod
@@ -172,6 +177,36 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         for control in controls:
             adopted.attach_control(control)
         return adopted
+
+    # --- a refiner
+
+    @property
+    def refiner(self) -> Pipeline | None:
+        """The model that goes on where this one stops, if one is attached."""
+        return self._refiner
+
+    @property
+    def refiner_session(self) -> Session | None:
+        """Its session, which requests of its own share with those that come from here."""
+        return self._session.refiner
+
+    def attach_refiner(self, path_or_pipeline: str | os.PathLike[str] | Pipeline, **options: Any) -> None:
+        """Have another model go on with the latents of each request from now on, at `refiner_switch_at` of the noise,
+        as SDXL's refiner does with its base's: a loaded pipeline, or what `from_pretrained` takes with options.
+
+        InputError for one that is on another device, or whose latents are not this model's; and what loading raises.
+        """
+        refiner = path_or_pipeline
+        if not isinstance(refiner, Pipeline):
+            placed = {"device": self.device, "dtype": self.dtype if self.backend == "torch" else None}
+            options = {name: value for name, value in options.items() if value is not None}
+            refiner = Pipeline.from_pretrained(refiner, **{**placed, **options})
+        self._session.refiner = refiner.session
+        self._refiner = refiner
+
+    def detach_refiner(self) -> None:
+        """Make requests from now on alone; those that were submitted keep it."""
+        self._session.refiner = self._refiner = None
 
     # --- a call
 
@@ -248,6 +283,9 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         workloads = [(width, height, count) for width, height in sizes for count in counts]
         # A step is captured after two; so are text and decoder, which run once a request.
         repeats = WARM_UPS + 1 if self.stages.graphs is not None else 1
+        if self.refiner is not None:
+            self.refiner.warmup([(width, height) for width, height in sizes], counts, **options)
+            options["refiner_switch_at"] = 1.0
         options = {"prompt": "a prompt", "num_inference_steps": repeats, "output_type": "pt", "seed": 0, **options}
         for width, height, count in sorted(workloads, key=math.prod, reverse=True):
             pictures = needed_images(self.stages.spec, height, width)

@@ -42,6 +42,12 @@ UNSUPPORTED = {
 }
 """Arguments of diffusers' pipelines that fastldm does not support, and alternatives. None is accepted."""
 
+UPSCALERS = (
+    *("Latent", "Latent (antialiased)", "Latent (bicubic)", "Latent (bicubic antialiased)", "Latent (nearest)"),
+    *("Latent (nearest-exact)", "Nearest", "Bilinear", "Bicubic", "Lanczos"),
+)
+"""Of latents, and of pixels; AUTOMATIC1111's names."""
+
 PER_PROMPT = tuple(
     f"{sign}{name}"
     for sign in ("", "negative_")
@@ -144,6 +150,21 @@ class Request:
     noise_level: int | None = None
     """Of models that enlarge `image`: how much noise is added to it first, a timestep of the low_res_scheduler. None is
     the model's: 20 of the x4 upscaler, as in diffusers."""
+    refiner_switch_at: float | None = None
+    """Where an attached refiner goes on with the latents: the fraction of the noise that has been removed. None is 0.8
+    if there is one; 1 is without."""
+    hires_scale: float | None = None
+    """Make the image at height and width, enlarge it so many times, and sample on from there with `hires_strength`."""
+    hires_height: int | None = None
+    """In place of hires_scale, the height in pixels."""
+    hires_width: int | None = None
+    """Or the width, or both, of the same shape."""
+    hires_strength: float | None = None
+    """How much that changes, as `strength`; 0.7 if None."""
+    hires_steps: int | None = None
+    """Steps that it takes; as many as num_inference_steps if None."""
+    hires_upscaler: str | None = None
+    """What enlarges, a name of UPSCALERS, as in AUTOMATIC1111: "Latent" if None."""
     mask_image: Any = None
     """White is repainted, black stays; needs `image`. Types as for `image`, or (H, W), see `image.load_mask`."""
     padding_mask_crop: int | None = None
@@ -233,6 +254,7 @@ class Request:
             )
         if self.denoising_start is not None:
             _check_slice(self)
+        _check_hires(self)
         if self.mask_image is not None and self.image is None:
             raise InputError("mask_image was given without image: inpainting needs both")
         if self.timesteps is not None and self.sigmas is not None:
@@ -427,6 +449,29 @@ def _check_candidates(request: Request) -> None:
         raise InputError("output_type is 'latent', and candidates are ranked as pictures: ask for pil, np or pt")
 
 
+def _check_hires(request: Request) -> None:
+    sized = request.hires_height is not None or request.hires_width is not None
+    if sized and request.hires_scale is not None:
+        raise InputError("hires_scale was given with hires_height or hires_width: give one of them")
+    for name in ("hires_strength", "hires_steps", "hires_upscaler"):
+        if getattr(request, name) is not None and not sized and request.hires_scale is None:
+            raise InputError(f"{name} was given without hires_scale: say how large the image gets")
+    if request.hires_strength == 0:
+        raise InputError("hires_strength is 0: expected a number above 0, at most 1")
+
+
+def _upscaler(name: str, value: Any) -> str:
+    """As in UPSCALERS."""
+    text = checks.short_text(name, value, "an upscaler's name, such as 'Latent' or 'Lanczos'")
+    plain = re.sub(r"[^a-z]", "", text.lower())
+    for known in UPSCALERS:
+        if plain == re.sub(r"[^a-z]", "", known.lower()):
+            return known
+    network = re.search(r"gan|swinir|scunet|ldsr|dat|ultrasharp|omnisr|4x|x4", text.lower())
+    reason = ", which is a network that fastldm does not have" if network else ""
+    raise InputError(f"{name} is {checks.show(text)}{reason}: expected one of {', '.join(UPSCALERS)}")
+
+
 def _check_seed(request: Request) -> int | tuple[int, ...] | None:
     seed = request.seed
     if seed is None:
@@ -563,6 +608,10 @@ def _real(low: float, high: float) -> Check:
     return lambda name, value: checks.real(name, value, low, high)
 
 
+def _switch(name: str, value: Any) -> float:
+    return 1.0 if value == 1 and not isinstance(value, bool) else _inner(name, value)
+
+
 def _inner(name: str, value: Any) -> float:
     fraction = checks.real(name, value, 0.0, 1.0)
     if fraction in (0, 1):
@@ -600,6 +649,13 @@ _CHECKS: dict[str, Check] = {
     "s_noise": _real(0.0, 10.0),
     "reuse": _whole(1, MAX_STEPS, "calls of the U-Net"),
     "strength": _real(0.0, 1.0),
+    "refiner_switch_at": _switch,
+    "hires_scale": _real(1.0, 16.0),
+    "hires_height": _whole(1, MAX_SIDE, "pixels"),
+    "hires_width": _whole(1, MAX_SIDE, "pixels"),
+    "hires_strength": _real(0.0, 1.0),
+    "hires_steps": _whole(1, MAX_STEPS, "steps"),
+    "hires_upscaler": _upscaler,
     "aesthetic_score": _real(-1000.0, 1000.0),
     "negative_aesthetic_score": _real(-1000.0, 1000.0),
     "padding_mask_crop": _whole(0, MAX_SIDE, "pixels"),

@@ -169,6 +169,7 @@ class Run:
     pictures: PicturesKV = ()  # by IP-Adapter and cross-attention (R, T, 2C): `IPAdapter.kv`
     noise_level: int = 0  # of `extra`, where that is a small picture: a class of the network
     images: tuple[Run, ...] = ()
+    generators: Sequence[torch.Generator] | None = None  # of the seeds, behind all that was drawn
     row: int = 0  # the one that comes next
     at_once: int = 1  # how many rows its next step may take, of a batch that can take several
     branches_kept: Branches = ()  # of which deep features are there

@@ -14,7 +14,7 @@ import copy
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Generator, Hashable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +54,7 @@ from fastldm.runtime.start import start_run
 from fastldm.runtime.steps import StepsBatch
 from fastldm.samplers import table as schedule
 from fastldm.samplers.grid import Churn
+from fastldm.samplers.table import StepTable
 
 logger = logging.getLogger("fastldm")
 
@@ -201,10 +202,17 @@ class Stages:
         finally:
             self.graphs = graphs
 
-    def prepare(self, request: Request, *, batch_invariant: bool = False) -> Run:
+    def prepare(
+        self,
+        request: Request,
+        *,
+        batch_invariant: bool = False,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> Run:
         """All that comes before the first step: prompts encoded, the sampler's table made, all noise drawn.
 
-        batch_invariant: whether to take the run apart, so that each image is computed as if it were alone.
+        batch_invariant: whether to take the run apart, so that each image is computed as if it were alone. generators:
+        of the request's seeds, in which state earlier stages of a cascade have left them.
         """
         self.adapters.check(_selection(request), batch_invariant=batch_invariant)
         with spans.span("check weights"):
@@ -218,7 +226,7 @@ class Stages:
             with spans.span("tokenise"):
                 encoded = [self.encode(each) for each in requests]
             with spans.span("noise"):
-                run = self._start(request, batch_invariant)
+                run = self._start(request, batch_invariant, generators)
                 run.adapters = selection
                 run.embeddings = self._embeddings(request)
             with spans.span("conditions"):
@@ -277,9 +285,10 @@ class Stages:
         hashes = {token: digest for stage in self.text_stages for token, digest in stage.hashes.items()}
         return {token: digest for token, digest in hashes.items() if token.casefold() in used}
 
-    def _start(self, request: Request, apart: bool) -> Run:
+    def table(self, request: Request) -> StepTable:
+        """The sampler's table of a completed request."""
         highest = math.inf if request.s_tmax is None else request.s_tmax
-        table = schedule.make_table(
+        return schedule.make_table(
             self.schedule,
             request.num_inference_steps,  # type: ignore[arg-type]
             sampler=request.sampler,
@@ -292,10 +301,13 @@ class Stages:
             churn=Churn(request.s_churn, request.s_tmin, highest, request.s_noise),
             reuse=request.reuse,
         )
+
+    def _start(self, request: Request, apart: bool, generators: Sequence[torch.Generator] | None) -> Run:
         guidance = self.guidance(request)
         options: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "one_by_one": apart}
         options["edit_scale"] = self.vae.config.scaling_factor if self._scales_edits else 1.0
-        return start_run(request, table, guidance, self.vae, self.spec, **options)
+        options["generators"] = generators
+        return start_run(request, self.table(request), guidance, self.vae, self.spec, **options)
 
     def _condition(self, run: Run, embeds: Embeds, guidance_scale: float) -> None:
         """Give a run what its steps read of its conditioning: computed once, for all rows of its table."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL.Image import Resampling
@@ -37,11 +37,13 @@ def start_run(
     device: torch.device,
     one_by_one: bool = False,
     edit_scale: float = 1.0,
+    generators: Sequence[torch.Generator] | None = None,
 ) -> Run:
     """The run of a completed request, all noise drawn, in diffusers' order; not conditioned yet.
 
     spec: of the model, for what its U-Net reads behind the latents. dtype: the networks'. one_by_one: encode each image
-    of the request by itself. edit_scale: multiplies the latents of an image to edit.
+    of the request by itself. edit_scale: multiplies the latents of an image to edit. generators: of the request's
+    seeds, in which state earlier stages of a cascade have left them.
     """
 
     def encode(inputs: Tensor) -> Tensor:
@@ -52,12 +54,13 @@ def start_run(
     shape = (request.batch, channels, height // factor, width // factor)
     # Noise of a seed is float32 on every device and in every precision; a caller's generator draws in the
     # model's, as in diffusers.
-    generators, noise_dtype = request.generator, dtype
-    if generators is None:
-        generators, noise_dtype = [torch.Generator().manual_seed(s) for s in picture_seeds(request)], torch.float32
+    sources: Any = request.generator
+    noise_dtype = dtype if sources is not None else torch.float32
+    if sources is None:
+        sources = generators or [torch.Generator().manual_seed(s) for s in picture_seeds(request)]
 
     def draw(count: int = request.batch, channels: int = channels) -> Tensor:
-        first = generators[:count] if isinstance(generators, Sequence) else generators
+        first = sources[:count] if isinstance(sources, Sequence) else sources
         return randn((count, channels, *shape[2:]), first, noise_dtype, device).float()  # (count, C, h, w)
 
     def each(inputs: Tensor, count: int = request.batch) -> Tensor:
@@ -66,7 +69,7 @@ def start_run(
 
     # Each image's own generator draws of the posterior what it would draw for it alone. As in diffusers, one
     # generator for all draws once for each image of `image`, and a list of them, for inpainting, likewise.
-    alone = request.generator is None or (request.mask_image is None and isinstance(generators, Sequence))
+    alone = request.generator is None or (request.mask_image is None and isinstance(sources, Sequence))
     prepared = each if alone else lambda inputs: inputs
 
     # Inpainting at full strength starts from noise alone, so that nothing of what is repainted shines through;
@@ -121,7 +124,7 @@ def start_run(
                 draw(count)  # diffusers encodes masked images for 4-channel models too: so its generator stays in step
     motion = table.noise_seed if request.noise_sampler_seed is None else request.noise_sampler_seed
     if motion is None:
-        step_noise = draw_step_noise(table, shape, generators, noise_dtype, device)
+        step_noise = draw_step_noise(table, shape, sources, noise_dtype, device)
     elif table.spans:
         step_noise = draw_brownian_noise(table, shape, motion, device)
     else:
@@ -135,8 +138,9 @@ def start_run(
         x = r * init + s * noise
     blended = mask is not None and init is not None and not unet.inpaints
     inpainting = Inpainting(mask, init, noise) if blended else None  # type: ignore[arg-type]
-    level = int(request.noise_level or 0)
-    return Run(table, x, step_noise, guidance, inpainting, extra, dtype, noise_level=level)
+    run = Run(table, x, step_noise, guidance, inpainting, extra, dtype, noise_level=int(request.noise_level or 0))
+    run.generators = sources if request.generator is None else None
+    return run
 
 
 def _encode(

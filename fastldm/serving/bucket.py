@@ -168,12 +168,13 @@ class Bucket:
                     self.next = None
                     return
                 start = perf_counter()
-                if not generation.sampled:
+                if generation.record is None:
                     generation.prepare_start = start
                     self._totals.started(generation)
                 generation.input_mark.follow(generation.request)
                 self._set_threads([generation])
-                generation.run = self.stages.prepare(generation.part, batch_invariant=self.batch_invariant)
+                options: dict[str, Any] = {"batch_invariant": self.batch_invariant, "generators": generation.generators}
+                generation.run = self.stages.prepare(generation.part, **options)
                 generation.prepare_end = perf_counter()
                 generation.text_time += generation.prepare_end - start
             if not self.stages.adapters.enter(generation.run):
@@ -256,10 +257,10 @@ class Bucket:
         run = generation.run
         assert self.batch is not None
         assert run is not None
-        step = len(generation.step_times) - generation.steps_before  # of this part
+        step = len(generation.step_times) - generation.steps_before  # of this stage
         generation.step_durations.append(now - (generation.step_times[-1] if step else generation.admitted))
         generation.step_times.append(now)
-        steps = len(run.table) * len(generation.parts)
+        steps = generation.steps_before + len(run.table) + generation.rows_later
         progress = Progress(len(generation.step_times) - 1, steps, float(run.table.timesteps[step]))
         if generation.waits_for_answer:
             latents = self.batch.latents(run)
@@ -277,6 +278,9 @@ class Bucket:
         assert self.batch is not None
         stepped = len(generation.step_times) > generation.steps_before
         if run is not None and (run.done or (generation.interrupted and stepped)):
+            if generation.interrupted and generation.later:  # what there is, is the result
+                generation.cascades[len(generation.sampled)] = generation.cascade[: generation.stage + 1]
+                generation.part = generation.part.replace(output_type=generation.request.output_type)
             latents = self.batch.latents(run)
             first_bad = self._release(run)
             self.running.remove(generation)
@@ -312,30 +316,43 @@ class Bucket:
                     with spans.span("decode"):
                         self._mark = next(pieces)
                 except StopIteration as decoded:
-                    result = self._result(generation, decoded.value)
+                    result, run = self._result(generation, decoded.value), generation.run
                     del self.finishing[0]
                     self._mark = generation.run = None  # before its caller is told, who may look at memory
-                    if result is None:
-                        with self.host.changed:
-                            heapq.heappush(self.waiting, (*generation.place, generation))
-                    else:
+                    if result is not None:
                         generation.finish(result)
+                    else:
+                        self._go_on(generation, decoded.value, run)
+                    del run
                     if not stepping:
                         return
             if stepping and perf_counter() > until:
                 return
 
+    def _go_on(self, generation: Generation, made: Any, run: Run | None) -> None:
+        """Queue it for its next stage, with the requests of that stage's model and size, or for its next candidates."""
+        assert run is not None
+        stage = generation.next_stage(made, run.generators) if generation.later else generation.next_part()
+        with self.host.changed:
+            self.host.submit(stage.model.queue, generation, generation.priority)
+
     def _result(self, generation: Generation, images: Any) -> Result | None:
-        """None if candidates remain to be sampled."""
+        """None if there are more stages, or candidates remain to be sampled."""
         request, parts = generation.request, generation.sampled
-        if request.candidates is not None:
+        if generation.record is None:
+            assert generation.run is not None
+            nothing = Timings(0.0, (), 0.0, 0.0)
+            generation.record = self.stages.result(request, generation.run, None, nothing, self.stages.backend)
+        if not generation.later and request.candidates is not None:
             with spans.span("rank"):
-                parts.append((images, self.stages.scores(request, images)))
+                parts.append((images, generation.cascade[0].model.stages.scores(request, images)))
         now = perf_counter()
         generation.decode_time += now - generation.step_times[-1]
         generation.steps_before = len(generation.step_times)
+        if generation.later:
+            return None
         enough = sum(len(scores) for _, scores in parts) >= request.count * request.keep
-        remain = request.candidates is not None and len(parts) < len(generation.parts)
+        remain = request.candidates is not None and len(parts) < len(generation.cascades)
         if remain and not (generation.interrupted and enough):
             return None
         timings = Timings(
@@ -344,9 +361,8 @@ class Bucket:
             decode=generation.decode_time,
             total=now - generation.submitted,
         )
-        backend = generation.ran_on.pop() if len(generation.ran_on) == 1 else self.stages.backend
-        assert generation.run is not None
-        result = self.stages.result(request, generation.run, images, timings, backend)
+        backend = generation.ran_on.pop() if len(generation.ran_on) == 1 else generation.record.backend
+        result = replace(generation.record, images=images, timings=timings, backend=backend)
         if request.candidates is None:
             return result
         kept, seeds, scores = candidates.best(request, parts)
@@ -404,7 +420,7 @@ class Bucket:
         threads = max(generation.threads for generation in generations)
         if self.host.device.type == "cpu":
             images = 1 if self.batch_invariant else sum(generation.part.batch for generation in generations)
-            threads = self.stages.threads(generations[0].request, images, threads)
+            threads = self.stages.threads(generations[0].part, images, threads)
         openmp.set_threads(threads)
 
 
@@ -434,7 +450,7 @@ class Buckets:
 
     def add(self, generation: Generation, priority: float, least_spent: float) -> None:
         """Queue a request. least_spent: seconds of the device that the least served bucket of the worker has had."""
-        request = generation.request
+        request = generation.part
         key = (int(request.height or 0), int(request.width or 0), generation.route)
         bucket = self._by_size.pop(key, None) or Bucket(
             self._stages,
@@ -449,10 +465,11 @@ class Buckets:
         self._by_size[key] = bucket
         if not bucket.generations():
             bucket.spent = max(bucket.spent, least_spent)  # time that it did not ask for is not owed to it
-        generation.place = (generation.submitted - SECONDS_A_PRIORITY * priority, next(self._numbers))
-        heapq.heappush(bucket.waiting, (*generation.place, generation))
-        self.open.add(generation)
-        Future.add_done_callback(generation, self._ended)
+        place = generation.submitted - SECONDS_A_PRIORITY * priority
+        heapq.heappush(bucket.waiting, (place, next(self._numbers), generation))
+        if generation not in self.open:  # else it comes back for another stage
+            self.open.add(generation)
+            Future.add_done_callback(generation, self._ended)
 
     def _ended(self, generation: Any) -> None:
         self.open.discard(generation)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import threading
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -22,10 +22,11 @@ from fastldm import openmp
 from fastldm.device import Mark
 from fastldm.errors import Cancelled, DeadlineExceeded, WorkerLost
 from fastldm.kernels import dispatch
-from fastldm.request import MAX_IMAGES, Request, Result
+from fastldm.request import Request, Result
 from fastldm.runtime.candidates import Part
 from fastldm.runtime.denoise import Embeds, Run
 from fastldm.runtime.stages import Change
+from fastldm.serving.cascade import CascadeStage
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -80,6 +81,8 @@ class Host(Protocol):
 
     def remaining(self, generation: Generation) -> float | None: ...
 
+    def submit(self, buckets: Any, generation: Generation, priority: float) -> None: ...
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -110,16 +113,17 @@ class Generation(Future[Result]):
         self,
         host: Host,
         request: Request,
-        max_batch: int = MAX_IMAGES,
+        cascades: Sequence[Sequence[CascadeStage]],
         *,
+        priority: float = 0,
         deadline: float | None = None,
         preview: bool | int = False,
         waits_for_answer: bool = False,
         id: str | None = None,
     ) -> None:
-        """request: with every default filled in. max_batch: how many candidates are sampled at a time. deadline:
-        seconds from now. preview: after each step, or how many in all. waits_for_answer: whether it waits after each
-        step until `answer` is called. id: by which logs name it; None is a random one."""
+        """request: with every default filled in. cascades: the stages of each of its parts, which are sampled one after
+        the other. deadline: seconds from now. preview: after each step, or how many in all. waits_for_answer: whether
+        it waits after each step until `answer` is called. id: by which logs name it; None is a random one."""
         super().__init__()
         self.id = secrets.token_hex(8) if id is None else id
         """What logs name it by."""
@@ -138,14 +142,17 @@ class Generation(Future[Result]):
         self.threads = openmp.threads()
         self.input_mark = Mark(host.device)  # behind what computed the request's tensors
         self.run: Run | None = None
-        self.parts = request.parts(max_batch)  # one after the other; of a request without candidates itself
+        self.cascades, self.priority = [tuple(stages) for stages in cascades], priority
         self.sampled: list[Part] = []  # of the parts that are done
-        self.place = (0.0, 0)  # in the line, which the next part takes again
+        self.stage = 0  # of this part: the number of the one that it is in
+        self.part = self.cascades[0][0].request  # what is sampled now: all of the request, or a stage of a part
+        self.generators: Sequence[torch.Generator] | None = None  # of its seeds, as the stages before have left them
+        self.record: Result | None = None  # of the first stage, without images
         self.submitted = self.prepare_start = self.prepare_end = self.admitted = perf_counter()
         self.text_time = self.decode_time = 0.0  # seconds
         self.step_times: list[float] = []  # when each step was done
         self.step_durations: list[float] = []
-        self.steps_before = 0  # of the parts that are done
+        self.steps_before = 0  # of the stages that are done
         self.ran_on: set[str] = set()  # what ran its steps
         self.paused = self.cancelling = self.interrupted = False
         self.change: tuple[Change, Mark] | None = None  # what a callback has changed
@@ -213,11 +220,6 @@ class Generation(Future[Result]):
         return self._host.position(self)
 
     @property
-    def part(self) -> Request:
-        """What of the request is sampled now: all of it, or some of its candidates."""
-        return self.parts[min(len(self.sampled), len(self.parts) - 1)]
-
-    @property
     def steps_done(self) -> int:
         """Passes of the sampler's loop that are done."""
         return len(self.step_times)
@@ -225,9 +227,41 @@ class Generation(Future[Result]):
     @property
     def steps_left(self) -> int:
         """Those that are not."""
-        run, parts = self.run, len(self.parts)
-        steps = int(self.request.num_inference_steps or 1) if run is None else len(run.table)
-        return max(0, steps * parts - self.steps_done)
+        if self.done():
+            return 0
+        run = self.run
+        rows = self.cascade[self.stage].rows if run is None else len(run.table)
+        return max(0, rows - (self.steps_done - self.steps_before)) + self.rows_later
+
+    @property
+    def cascade(self) -> tuple[CascadeStage, ...]:
+        """The stages of the part that is sampled."""
+        return self.cascades[min(len(self.sampled), len(self.cascades) - 1)]
+
+    @property
+    def later(self) -> tuple[CascadeStage, ...]:
+        """Of those the ones behind the one that it is in."""
+        return self.cascade[self.stage + 1 :]
+
+    @property
+    def rows_later(self) -> int:
+        """Steps of these, and of the parts behind."""
+        parts = self.cascades[len(self.sampled) + 1 :]
+        return sum(stage.rows for stages in (self.later, *parts) for stage in stages)
+
+    def next_stage(self, made: Any, generators: Sequence[torch.Generator] | None) -> CascadeStage:
+        """Go over to the next stage. made: by the one before."""
+        self.stage, self.generators = self.stage + 1, generators
+        stage = self.cascade[self.stage]
+        self.part = stage.request.replace(**stage.take(made))
+        return stage
+
+    def next_part(self) -> CascadeStage:
+        """Go over to the first stage of the next part."""
+        self.stage, self.generators = 0, None
+        stage = self.cascade[0]
+        self.part = stage.request
+        return stage
 
     def remaining(self) -> float | None:
         """Seconds until it is done, about, from the times of the last steps; None while there are none."""

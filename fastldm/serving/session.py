@@ -29,7 +29,7 @@ from fastldm.errors import InputError, QueueFull
 from fastldm.planning import memory
 from fastldm.request import Request
 from fastldm.runtime.stages import Stages
-from fastldm.serving import admission
+from fastldm.serving import admission, cascade
 from fastldm.serving.generation import Generation
 from fastldm.serving.stats import Stats
 from fastldm.serving.worker import Worker
@@ -73,8 +73,21 @@ class Session:
         self.batch_invariant = checks.flag("batch_invariant", batch_invariant)
         self._worker = Worker.of(stages.device)
         self._buckets = self._worker.buckets(stages, self.max_batch, self.batch_invariant)
+        self._model = cascade.CascadeModel(stages, self._buckets)
+        self._refiner: Session | None = getattr(pipe, "refiner_session", None)
         self._weight_bytes = stages.weight_bytes
         self._closed = False
+
+    @property
+    def refiner(self) -> Session | None:
+        """That of the model which goes on where this one's requests stop, see `Request.refiner_switch_at`."""
+        return self._refiner
+
+    @refiner.setter
+    def refiner(self, session: Session | None) -> None:
+        if session is not None:
+            cascade.check_refiner(self.stages, session.stages)
+        self._refiner = session
 
     def submit(
         self,
@@ -115,14 +128,23 @@ class Session:
         preview: bool | int = False,
         waits_for_answer: bool = False,
         id: str | None = None,
+        refiner: Session | None = None,
     ) -> Generation:
-        """waits_for_answer: whether the request waits after each step until `Generation.answer` is called."""
-        completed = self.stages.complete(request)
-        admission.check(self.stages, completed, self.max_batch, self._buckets.held(completed))
+        """waits_for_answer: whether the request waits after each step until `Generation.answer` is called. refiner:
+        that of a model, in place of the session's."""
+        refiner = refiner or self.refiner
+        models = self._model, None if refiner is None else refiner._model
+        completed = cascade.complete(request, *models)
+        parts = completed.parts(self.max_batch)
+        cascades = [cascade.stages_of(part, request.sampler, *models, several=len(parts) > 1) for part in parts]
+        for stage in cascades[0]:
+            held = stage.model.queue.held(stage.request)
+            admission.check(stage.model.stages, stage.request, self.max_batch, held)
         generation = Generation(
             self._worker,
             completed,
-            self.max_batch,
+            cascades,
+            priority=priority,
             deadline=deadline,
             preview=preview,
             waits_for_answer=waits_for_answer,

@@ -1,0 +1,174 @@
+"""Cascades: several stages that make one image, each a request of its own to a model.
+
+    base, to 0.8 of the noise  ->  the refiner, from there              the same latents go on
+    64x64                      ->  the same model at 128x128            latents or pixels, enlarged and noised again
+
+A stage is a model, a request of that model, and how it takes what the stage before it made. It is queued with the other
+requests of its model and size, so that cascades and requests of many users share the batches of each stage; between
+two stages nothing leaves the device but what asks for pixels. The whole is one `Generation`, which moves from bucket to
+bucket (bucket.py): its progress, previews, deadline, seed and times go across.
+
+To add a kind of cascade, append a `CascadeStage` in `stages_of`: its request holds, in place of what the stage before
+will make, a tensor of the same shape that takes no memory (`_placeholder`), so that all is checked, and refused, before
+anything runs; `take` turns what that stage made, as its request's output_type says, into fields of this request.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastldm.errors import InputError
+from fastldm.request import Request
+from fastldm.runtime import enlarge
+from fastldm.runtime.stages import Stages
+
+SWITCH_AT = 0.8  # where the refiner goes on, as in diffusers' documentation
+_HIRES_STRENGTH = 0.7
+
+
+@dataclass(frozen=True)
+class CascadeModel:
+    """A model that stages run on."""
+
+    stages: Stages
+    queue: Any
+    """The session's buckets."""
+
+
+@dataclass(frozen=True)
+class CascadeStage:
+    """A stage of a cascade."""
+
+    model: CascadeModel
+    request: Request
+    """Completed for its model; a placeholder stands for what the stage before makes."""
+    take: Callable[[Tensor], Mapping[str, Any]] = lambda made: {"image": made}
+    """From what the stage before made to fields of `request`."""
+    rows: int = 0
+    """Of its table, for who waits."""
+
+
+def complete(request: Request, base: CascadeModel, refiner: CascadeModel | None) -> Request:
+    """A request completed for the model that it was sent to, and where its stages meet. InputError for what they do not
+    take."""
+    completed = base.stages.complete(request)
+    switch = request.refiner_switch_at
+    if switch is None:
+        switch = 1.0 if refiner is None or request.denoising_end is not None else SWITCH_AT
+    elif refiner is None and switch < 1:
+        raise InputError("refiner_switch_at was given, and no refiner is attached: attach_refiner attaches one")
+    elif request.denoising_end is not None and switch < 1:
+        raise InputError("refiner_switch_at and denoising_end were both given: give one of them")
+    if switch < 1 and request.padding_mask_crop is not None:
+        raise InputError("padding_mask_crop was given, which no refiner goes on with: set refiner_switch_at to 1")
+    completed = completed.replace(refiner_switch_at=switch if switch < 1 else None)
+    if enlarge.wanted(request) is None:
+        return completed
+    return completed.replace(
+        hires_strength=_HIRES_STRENGTH if completed.hires_strength is None else completed.hires_strength,
+        hires_steps=completed.hires_steps or completed.num_inference_steps,
+        hires_upscaler=completed.hires_upscaler or "Latent",
+    )
+
+
+def stages_of(
+    completed: Request, sampler: str | None, base: CascadeModel, refiner: CascadeModel | None, several: bool = False
+) -> tuple[CascadeStage, ...]:
+    """The stages of a request that `complete` completed: one, as a rule. sampler: what was asked for.
+    several: whether it is a part of several.
+
+    InputError for what a model of them cannot run.
+    """
+    upscaler, switch = enlarge.wanted(completed), completed.refiner_switch_at
+    stages = [CascadeStage(base, completed.replace(**_OFF))]
+    if upscaler is not None:
+        stages.append(_hires(completed, stages[0].request, base, upscaler))
+        stages[0] = CascadeStage(base, stages[0].request.replace(output_type=upscaler.reads))
+    if switch is not None:
+        assert refiner is not None
+        last = stages.pop()
+        cut = last.request.replace(denoising_end=switch, output_type="latent")
+        stages.append(CascadeStage(base, cut, last.take))
+        stages.append(_refiner(completed, sampler, cut, refiner))
+    if len(stages) == 1 and not several:  # whose table is made when it starts
+        return (CascadeStage(base, stages[0].request, rows=int(completed.num_inference_steps or 1)),)
+    return tuple(replace(stage, rows=len(stage.model.stages.table(stage.request))) for stage in stages)
+
+
+_OF_HIRES = ("hires_scale", "hires_width", "hires_height", "hires_strength", "hires_steps", "hires_upscaler")
+_OFF = dict.fromkeys(("refiner_switch_at", *_OF_HIRES))
+
+
+def _placeholder(*shape: int) -> Tensor:
+    """In place of a tensor that is not there yet."""
+    return torch.zeros(()).expand(shape)
+
+
+def _latents(request: Request, stages: Stages) -> Tensor:
+    factor = stages.vae.config.factor
+    size = int(request.height or 0) // factor, int(request.width or 0) // factor
+    return _placeholder(request.batch, stages.latent_channels, *size)
+
+
+def _hires(completed: Request, first: Request, base: CascadeModel, upscaler: enlarge.Upscaler) -> CascadeStage:
+    """The same model once more, at a larger size, from what the first stage made."""
+    stages, factor = base.stages, base.stages.vae.config.factor
+    for name in ("image", "denoising_start", "denoising_end", "timesteps", "sigmas"):
+        if getattr(first, name) is not None:
+            raise InputError(f"{name} was given with a high-resolution pass, which starts from what it makes itself")
+    height, width = enlarge.size(completed, factor)
+    strength, steps = float(completed.hires_strength or 0), int(completed.hires_steps or 1)
+    large = first.replace(height=height, width=width, latents=None)
+    pixels = upscaler.reads == "pt"
+    large = large.replace(
+        image=_placeholder(large.batch, 3, height, width) if pixels else _latents(large, stages), strength=strength
+    )
+    large = stages.complete(large.replace(num_inference_steps=steps))
+    if stages.table(large).steps < steps:  # as many as are run: more of the schedule
+        large = large.replace(num_inference_steps=math.ceil(steps / strength))
+    shape = (height, width) if pixels else (height // factor, width // factor)
+    return CascadeStage(base, large, lambda made: {"image": upscaler.enlarge(made, shape)})
+
+
+_OF_REFINER = (
+    *("prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "guidance_rescale", "guidance_interval"),
+    *("timesteps", "sigmas", "eta", "num_images_per_prompt", "seed", "generator", "mask_image", "clip_skip"),
+    *("literal_prompt", "original_size", "crops_coords_top_left", "negative_original_size", "output_type"),
+    *("negative_crops_coords_top_left", "height", "width", "reuse"),
+    *("s_churn", "s_tmin", "s_tmax", "s_noise", "noise_sampler_seed"),
+)
+"""What a refiner reads of the request that its base is asked."""
+_NOT_SCORED = ("target_size", "negative_target_size", "prompt_2", "negative_prompt_2")
+
+
+def _refiner(completed: Request, sampler: str | None, cut: Request, refiner: CascadeModel) -> CascadeStage:
+    """Another model, which goes on with the latents of a stage that ends at a fraction of the noise."""
+    if completed.prompt is None:
+        raise InputError("prompt_embeds were given, which the refiner cannot read: give prompt")
+    fields = {name: getattr(cut, name) for name in _OF_REFINER}
+    if refiner.stages.unet.config.needs_added and refiner.stages.unet.config.added_ids != 5:
+        fields |= {name: getattr(cut, name) for name in _NOT_SCORED}
+    more = {"image": _latents(cut, refiner.stages), "denoising_start": cut.denoising_end, "sampler": sampler}
+    fields |= {**more, "output_type": completed.output_type}
+    return CascadeStage(refiner, refiner.stages.complete(Request(**fields)))
+
+
+def check_refiner(base: Stages, refiner: Stages) -> None:
+    """InputError for a model that cannot go on with another's latents."""
+    if base is refiner:
+        raise InputError("the refiner is the model itself: give another one")
+    if base.device != refiner.device:
+        raise InputError(f"the refiner is on {refiner.device}, and the model on {base.device}: load both on one device")
+    ours, theirs = base.vae.config, refiner.vae.config
+    for name in ("latent_channels", "factor", "scaling_factor"):
+        if getattr(ours, name) != getattr(theirs, name):
+            raise InputError(
+                f"the refiner's latents are not this model's: {name} is {getattr(theirs, name)}, expected "
+                f"{getattr(ours, name)}"
+            )
