@@ -85,6 +85,8 @@ def export(
     """
     if not model.text:
         raise InputError(f"the family {model.family.name} reads no text: exports are of models that read a prompt")
+    if getattr(model.vae, "conditioned", False):
+        raise InputError("the VAE is asymmetric, and its decoder reads what is repainted: no bundle holds it")
     controls = controls or {}
     for reason, given in (("fused_ops", fused_ops), ("adapter_rank", adapter_rank), ("controls", controls)):
         if checks.flag("whole_picture", whole_picture) and given:

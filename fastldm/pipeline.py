@@ -170,9 +170,9 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         components = {name: getattr(pipe, name) for name in spec.checkpoint.components}
         networks = loading.load(spec, lambda module, name: adoption.adopt(module, components[name]), components)
         adopted = cls(spec, networks, type(pipe).__name__, batch_invariant=batch_invariant)
-        if pipe.vae.use_tiling:
+        if getattr(pipe.vae, "use_tiling", False):
             adopted.enable_vae_tiling()
-        elif pipe.vae.use_slicing:
+        elif getattr(pipe.vae, "use_slicing", False):
             adopted.enable_vae_slicing()
         for control in controls:
             adopted.attach_control(control)

@@ -36,7 +36,7 @@ TINY_VAE, TEXT = dict(tiny.tiny_vae().config), tiny.text_encoder("l").config.to_
         (UNetConfig, UNET, "resnet_time_scale_shift", "scale_shift"),
         (UNetConfig, UNET, "time_embedding_type", "fourier"),
         (UNetConfig, UNET, "timestep_post_act", "silu"),
-        (VAEConfig, VAE, "_class_name", "AsymmetricAutoencoderKL"),
+        (VAEConfig, VAE, "_class_name", "AutoencoderKLTemporalDecoder"),
         (VAEConfig, VAE, "act_fn", "mish"),
         (VAEConfig, VAE, "down_block_types", ["AttnDownEncoderBlock2D"] * 4),
         (VAEConfig, VAE, "latents_mean", [0.0, 0.0, 0.0]),

@@ -1,8 +1,11 @@
-"""Autoencoders whose latents have statistics of their own, as Playground 2.5's: diffusers' pipelines of XL judge."""
+"""Autoencoders of other kinds in whole pipelines, which diffusers' judge: those whose latents have statistics of their
+own, as Playground 2.5's, and asymmetric ones, whose decoder reads what is repainted.
+"""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -14,7 +17,7 @@ from pairs import close, generator
 from PIL import Image
 
 from fastldm import Pipeline
-from fastldm.errors import CheckpointError
+from fastldm.errors import CheckpointError, InputError
 from fastldm.models import vae as autoencoders
 from fastldm.models.config import TinyVAEConfig, VAEConfig
 
@@ -97,4 +100,75 @@ def tiny_config() -> TinyVAEConfig:
 def test_incomplete_statistics_are_refused(changes: dict[str, Any], message: str) -> None:
     file = {**dict(tiny.vae("sdxl").config), **STATISTICS, **changes}
     with pytest.raises(CheckpointError, match=re.escape(f"vae/config.json: {message}")):
+        VAEConfig.from_dict(file, "vae/config.json")
+
+
+# ---- asymmetric autoencoders ----
+
+
+def asymmetric(**changes: Any) -> Any:
+    """A decoder that is half as wide again as the encoder, and has a layer more."""
+    config = {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "down_block_out_channels": (8, 16, 24, 24),
+        "up_block_out_channels": (12, 24, 36, 36),
+        "layers_per_down_block": 1,
+        "layers_per_up_block": 2,
+        "norm_num_groups": 4,
+    }
+    return tiny.seeded(lambda: diffusers.AsymmetricAutoencoderKL(**{**config, **changes}), 3)
+
+
+@pytest.fixture(scope="module")
+def asymmetric_pairs() -> dict[str, tuple[Any, Pipeline]]:
+    pairs = {}
+    for family in ("sd1", "sd1-inpaint"):
+        theirs = tiny.pipeline(family, vae=asymmetric(), scheduler=tiny.scheduler("sd1"))
+        theirs.scheduler = diffusers.DDIMScheduler.from_config({**theirs.scheduler.config, "clip_sample": False})
+        pairs[family] = theirs, Pipeline.from_diffusers(theirs)
+    return pairs
+
+
+def test_an_asymmetric_vae_draws_and_changes_pictures(asymmetric_pairs: Any, image: Image.Image) -> None:
+    """Without a mask its decoder is a plain one."""
+    theirs, ours = asymmetric_pairs["sd1"]
+    parts = {**theirs.components, "requires_safety_checker": False}
+    text = {**OPTIONS, "prompt": "a cat", "height": 64, "width": 64}
+    judge = diffusers.StableDiffusionPipeline(**parts)
+    close(ours(**text, generator=generator()).images, judge(**text, generator=generator()).images)
+    change = {**OPTIONS, "prompt": "a cat", "image": image, "strength": 0.7}
+    judge = diffusers.StableDiffusionImg2ImgPipeline(**parts)
+    close(ours(**change, generator=generator()).images, judge(**change, generator=generator()).images)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd1-inpaint"])
+def test_its_decoder_reads_what_is_repainted(asymmetric_pairs: Any, image: Image.Image, family: str) -> None:
+    theirs, ours = asymmetric_pairs[family]
+    mask = Image.new("L", image.size)
+    mask.paste(255, (8, 16, 40, 48))
+    options = {**OPTIONS, "prompt": "a cat", "image": image, "mask_image": mask, "strength": 0.7}
+    options |= {"height": 64, "width": 64}
+    parts = {**theirs.components, "requires_safety_checker": False}
+    judge = diffusers.StableDiffusionInpaintPipeline(**parts)
+    mine = ours(**options, generator=generator()).images
+    close(mine, judge(**options, generator=generator()).images)
+    for two in ours(**{**options, "prompt": ["a cat", "a cat"]}, seed=[1, 1]).images:  # diffusers takes one at a time
+        close(two[None], ours(**options, seed=1).images)
+    ours.enable_vae_tiling()
+    with pytest.raises(InputError, match="decodes what is repainted as a whole, and not in tiles"):
+        ours(**options)
+    ours.disable_vae_tiling()
+
+
+def test_an_asymmetric_vae_is_not_exported(asymmetric_pairs: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the VAE is asymmetric"):
+        asymmetric_pairs["sd1"][1].export(tmp_path / "bundle")
+
+
+def test_widths_that_do_not_meet_are_refused() -> None:
+    file = {**dict(asymmetric().config), "up_block_out_channels": (12, 20, 36, 36)}
+    with pytest.raises(
+        CheckpointError, match=r"'up_block_out_channels' is \[12, 20, 36, 36\], expected \[12, 24, 36, 36\]"
+    ):
         VAEConfig.from_dict(file, "vae/config.json")

@@ -353,7 +353,7 @@ class UNetConfig:
 
 # `shift_factor` is left out: diffusers' pipelines of Stable Diffusion 1, 2 and XL ignore it.
 _VAE_ONLY: dict[str, tuple[Any, ...]] = {
-    "_class_name": ("AutoencoderKL",),
+    "_class_name": ("AutoencoderKL", "AsymmetricAutoencoderKL"),
     "act_fn": ("silu", "swish"),
 }
 _STATISTICS = {  # of the latents' channels, by which diffusers' pipelines of XL normalize them
@@ -406,6 +406,9 @@ class VAEConfig:
     force_upcast: bool  # activations overflow in float16: see models.vae.rescale_for_half
     latents_mean: tuple[float, ...] = ()  # (latent_channels,), or none of both
     latents_std: tuple[float, ...] = ()
+    decoder_channels: tuple[int, ...] = ()  # the decoder's own, of as many levels
+    decoder_layers: int = 1
+    conditioned: bool = False  # whether the decoder reads a repainted picture (diffusers' AsymmetricAutoencoderKL)
 
     @property
     def factor(self) -> int:
@@ -415,6 +418,12 @@ class VAEConfig:
     @classmethod
     def from_dict(cls, cfg: Mapping[str, Any], source: str = "config.json") -> VAEConfig:
         """Read diffusers' vae/config.json; CheckpointError if it needs what is not implemented."""
+        conditioned, decoder = cfg.get("_class_name") == "AsymmetricAutoencoderKL", {}
+        if conditioned:
+            decoder = _asymmetric(cfg, source)
+            cfg = {**cfg, **dict.fromkeys(("mid_block_add_attention", "use_quant_conv", "use_post_quant_conv"), True)}
+            cfg |= {"block_out_channels": decoder.pop("channels"), "layers_per_block": decoder.pop("layers")}
+            cfg |= {"force_upcast": False}
         channels = _channels(cfg, source)
         types = {
             key: Field(_per_level(OneOf(kind), len(channels), scalar=False), None)
@@ -428,9 +437,12 @@ class VAEConfig:
                     f"{source}: {key!r} has {len(numbers)} numbers, expected {values['latent_channels']}, one for each "
                     "channel of the latents ('latent_channels'), or neither 'latents_mean' nor 'latents_std'"
                 )
-        for width in channels:
+        decoder = decoder or {"decoder_channels": channels, "decoder_layers": values["layers_per_block"]}
+        for width in (*channels, *decoder["decoder_channels"]):
             _check_divides(width, values["norm_num_groups"], "norm_num_groups", source)
         return cls(
+            **decoder,
+            conditioned=conditioned,
             in_channels=values["in_channels"],
             out_channels=values["out_channels"],
             latent_channels=values["latent_channels"],
@@ -445,6 +457,26 @@ class VAEConfig:
             latents_mean=statistics[0],
             latents_std=statistics[1],
         )
+
+
+def _asymmetric(cfg: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Channels and layers of encoder and decoder of an AsymmetricAutoencoderKL."""
+    sides = {}
+    for side, prefix in (("down", ""), ("up", "decoder_")):
+        fields = {
+            f"{side}_block_out_channels": Field(ListOf(_WIDTH, 4, 4)),  # diffusers' condition encoder has five layers
+            f"layers_per_{side}_block": Field(_LAYERS, 1),
+        }
+        channels, layers = read_fields(cfg, fields, source).values()
+        sides |= {f"{prefix}channels": channels, f"{prefix}layers": layers}
+    first, most = sides["decoder_channels"][0], sides["decoder_channels"][-1]
+    expected = [min(first * 2**k, most) for k in range(4)]
+    if list(sides["decoder_channels"]) != expected:
+        raise CheckpointError(
+            f"{source}: 'up_block_out_channels' is {list(sides['decoder_channels'])}, expected {expected}: a "
+            "repainted picture's features have so many channels"
+        )
+    return sides
 
 
 @dataclass(frozen=True)
@@ -545,6 +577,7 @@ class PixelResidualConfig:
 AutoencoderConfig = VAEConfig | TinyVAEConfig | PixelResidualConfig
 AUTOENCODERS: dict[str, type[VAEConfig] | type[TinyVAEConfig] | type[PixelResidualConfig]] = {
     "AutoencoderKL": VAEConfig,
+    "AsymmetricAutoencoderKL": VAEConfig,
     "AutoencoderTiny": TinyVAEConfig,
     "PixelResidual": PixelResidualConfig,
 }

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastldm.device import send
+from fastldm.models.asymmetric import ConditionEncoder, repainting
 from fastldm.models.config import AutoencoderConfig, PixelResidualConfig, TinyVAEConfig, VAEConfig
 from fastldm.models.interfaces import Autoencoder, Layer
 from fastldm.models.layers import (
@@ -82,6 +83,10 @@ class AutoencoderKL(nn.Module):
         """z (B, C, h, w), unscaled latents -> (B, 3, h * factor, w * factor), about -1..1."""
         return finish(_in_turn(self.decoding(), z))
 
+    def decode_repainted(self, z: Tensor, picture: Tensor, mask: Tensor) -> Pieces:
+        """As `decode`, in pieces, of a repainted picture, of a config that is `conditioned`: see `asymmetric`."""
+        return _in_turn(repainting(self, picture, mask), z)
+
     def decoding(self) -> list[Layer]:
         """The layers of `decode`, in order."""
         return [*self.low(), *self.high()]
@@ -124,18 +129,20 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
-        width = config.channels[-1]
+        width = config.decoder_channels[-1]
         self.conv_in = Conv(config.latent_channels, width)
         self.mid_block = MidBlock(config, width)
         self.up_blocks: Layers[Block] = Layers()
-        for i, channels in enumerate(reversed(config.channels)):
-            block = Block(config, width, channels, config.layers_per_block + 1)
-            if i < len(config.channels) - 1:
+        for i, channels in enumerate(reversed(config.decoder_channels)):
+            block = Block(config, width, channels, config.decoder_layers + 1)
+            if i < len(config.decoder_channels) - 1:
                 block.upsamplers.append(Upsample(channels))
             self.up_blocks.append(block)
             width = channels
         self.conv_norm_out = GroupNorm(config.norm_groups, width, _EPS)
         self.conv_out = Conv(width, config.out_channels)
+        if config.conditioned:
+            self.condition_encoder = ConditionEncoder(config)
 
     def low(self) -> list[Layer]:
         first, *_ = self.up_blocks

@@ -236,7 +236,9 @@ def upper_bound(workload: Workload) -> int:
     unet, vae, rows = workload.unet, workload.vae, workload.step_rows
     width = vae.out_channels
     if not isinstance(vae, PixelResidualConfig):
-        width = vae.decoder_width if isinstance(vae, TinyVAEConfig) else max(vae.channels[:2])
+        width = (
+            vae.decoder_width if isinstance(vae, TinyVAEConfig) else max(*vae.channels[:2], *vae.decoder_channels[:2])
+        )
     latents = workload.height * workload.width
     tokens = workload.tokens + sum(workload.pictures)
     text = 2 * tokens * sum(unet.cross_widths) + 2 * workload.steps * unet.time_channels

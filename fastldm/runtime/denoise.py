@@ -167,6 +167,7 @@ class Run:
     features: RunFeatures | None = None
     applied: Applied = ()  # pages of the adapters that are beside the weights
     pictures: PicturesKV = ()  # by IP-Adapter and cross-attention (R, T, 2C): `IPAdapter.kv`
+    repainted: tuple[Tensor, Tensor] | None = None  # picture (B, 3, H, W) and mask (B, 1, H, W) for an asymmetric VAE
     noise_level: int = 0  # of `extra`, where that is a small picture: a class of the network
     images: tuple[Run, ...] = ()
     generators: Sequence[torch.Generator] | None = None  # of the seeds, behind all that was drawn

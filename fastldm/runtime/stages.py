@@ -307,7 +307,10 @@ class Stages:
         options: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "one_by_one": apart}
         options["edit_scale"] = self.vae.config.scaling_factor if self._scales_edits else 1.0
         options["generators"] = generators
-        return start_run(request, self.table(request), guidance, self.vae, self.spec, **options)
+        run = start_run(request, self.table(request), guidance, self.vae, self.spec, **options)
+        if run.repainted is not None and self.vae_decode == "tiled":
+            raise InputError("this model's asymmetric VAE decodes what is repainted as a whole, and not in tiles")
+        return run
 
     def _condition(self, run: Run, embeds: Embeds, guidance_scale: float) -> None:
         """Give a run what its steps read of its conditioning: computed once, for all rows of its table."""
@@ -427,7 +430,10 @@ class Stages:
         kind, pixels, finite = request.output_type, latents, None
         if kind != "latent":
             latents = self._with_base(latents, run)
-            decoded = yield from self._decoding(latents, bool(run.images))
+            if run.repainted is None:
+                decoded = yield from self._decoding(latents, bool(run.images))
+            else:
+                decoded = yield from self._repainted(latents, *run.repainted)
             pixels, finite = images.to_pixels(decoded, kind), to_host(decoded.isfinite().all())
             if kind != "pt":
                 pixels = to_host(pixels)
@@ -443,7 +449,7 @@ class Stages:
         if finite is None:
             return latents
         if not bool(finite):
-            pixels = self._decoded_in_float32(latents, kind, bool(run.images))
+            pixels = self._decoded_in_float32(latents, kind, run)
         crop = mask_crop(request)
         shown = images.to_images(pixels, kind)
         return shown if crop is None else [crop.overlay(image) for image in shown]
@@ -472,13 +478,20 @@ class Stages:
     def _unscaled(self, latents: Tensor) -> Tensor:
         return unscaled(self.vae.config, latents)
 
-    def _decoded_in_float32(self, latents: Tensor, kind: str, apart: bool) -> Tensor:
+    def _repainted(self, latents: Tensor, picture: Tensor, mask: Tensor) -> Pieces:
+        """Latents to images, each by itself, by an asymmetric VAE that reads what was repainted."""
+        z, decoded = self._unscaled(latents).to(self.dtype), []
+        for parts in zip(z.split(1), picture.split(1), mask.split(1), strict=True):
+            decoded.append((yield from self.vae.decode_repainted(*parts)))  # type: ignore[attr-defined]
+        return torch.cat(decoded)
+
+    def _decoded_in_float32(self, latents: Tensor, kind: str, run: Run) -> Tensor:
         """The pixels of an image whose decoding was not finite; NonFinite where float32 does not help. Waits."""
         decoded = None
-        if self.dtype != torch.float32 and isinstance(self.vae, torch.nn.Module):
+        if self.dtype != torch.float32 and isinstance(self.vae, torch.nn.Module) and run.repainted is None:
             logger.warning("decoding in %s overflowed: decoding once more in float32", self.dtype)
             vae = copy.deepcopy(self.vae).float()
-            decoded = finish(decode_pieces(vae, self._unscaled(latents).float(), self._decode_mode(apart)))
+            decoded = finish(decode_pieces(vae, self._unscaled(latents).float(), self._decode_mode(bool(run.images))))
         if decoded is None or not bool(decoded.isfinite().all()):
             where = f"on {self.backend}" if self.backend != "torch" else "in float32 too"
             raise NonFinite(f"decoding the latents gave NaN or infinity, {where}: the VAE's weights may be damaged")

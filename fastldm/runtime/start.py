@@ -76,7 +76,7 @@ def start_run(
     # so it does from the caller's own noise, as in diffusers.
     from_noise = request.mask_image is not None and (request.strength == 1 or request.latents is not None)
     crop = mask_crop(request)
-    init = mask = extra = None
+    init = mask = extra = repainted = None
     unet = spec.unet
     if unet.upscales:  # which starts from noise alone, drawn after that of the picture
         small_size = height // spec.enlarges, width // spec.enlarges
@@ -114,6 +114,10 @@ def start_run(
         white = request.mask_image if crop is None else crop.cut(crop.mask)
         full_mask = prepared(send(images.load_mask(white, (height, width)), device))
         mask = each(torch.nn.functional.interpolate(full_mask, shape[2:]))  # (B, 1, h, w)
+        if isinstance(vae.config, VAEConfig) and vae.config.conditioned:
+            if start is not None:
+                raise InputError("image is latents: an asymmetric VAE reads the pixels of what is repainted")
+            repainted = each(source).to(dtype), each(full_mask).to(dtype)
         if start is None:
             counts = sorted((len(source), len(full_mask)))
             count = request.batch if counts[1] % counts[0] else counts[1]
@@ -140,6 +144,7 @@ def start_run(
     inpainting = Inpainting(mask, init, noise) if blended else None  # type: ignore[arg-type]
     run = Run(table, x, step_noise, guidance, inpainting, extra, dtype, noise_level=int(request.noise_level or 0))
     run.generators = sources if request.generator is None else None
+    run.repainted = repainted
     return run
 
 
