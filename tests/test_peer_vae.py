@@ -167,7 +167,9 @@ def test_an_asymmetric_vae_is_not_exported(asymmetric_pairs: Any, tmp_path: Path
 
 
 def test_widths_that_do_not_meet_are_refused() -> None:
-    file = {**dict(asymmetric().config), "up_block_out_channels": (12, 20, 36, 36)}
+    file = {**dict(asymmetric().config), "_class_name": "AsymmetricAutoencoderKL"}
+    assert VAEConfig.from_dict(file).conditioned
+    file["up_block_out_channels"] = (12, 20, 36, 36)
     with pytest.raises(
         CheckpointError, match=r"'up_block_out_channels' is \[12, 20, 36, 36\], expected \[12, 24, 36, 36\]"
     ):
