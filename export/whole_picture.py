@@ -115,7 +115,7 @@ class Composer:
 
         then, none = Nodes("decoder"), Nodes("none")
         scaled = "latents_out"
-        if self.vae.latents_std:  # as `models.vae.unscaled`
+        if self.vae.latents_std:  # as `models.latents.unscaled`
             scaled = then("Mul", scaled, then.constant(_by_channel(self.vae.latents_std), np.float32))
         scaled = then("Div", scaled, then.constant(self.vae.scaling_factor, np.float32))
         if self.vae.latents_mean:

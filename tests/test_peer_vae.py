@@ -18,8 +18,8 @@ from PIL import Image
 
 from fastldm import Pipeline
 from fastldm.errors import CheckpointError, InputError
-from fastldm.models import vae as autoencoders
 from fastldm.models.config import TinyVAEConfig, VAEConfig
+from fastldm.models.latents import scaled, unscaled
 
 STATISTICS = {"latents_mean": (-1.6, 1.1, 0.2, -0.4), "latents_std": (8.4, 5.9, 5.1, 6.7), "scaling_factor": 0.5}
 OPTIONS: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "np"}
@@ -82,7 +82,7 @@ def test_inpainting_normalizes_both_ways(
 def test_statistics_are_undone() -> None:
     z = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(0))
     for config in (VAEConfig.from_dict(dict(tiny.vae("sdxl", **STATISTICS).config)), tiny_config()):
-        torch.testing.assert_close(autoencoders.unscaled(config, autoencoders.scaled(config, z)), z)
+        torch.testing.assert_close(unscaled(config, scaled(config, z)), z)
 
 
 def tiny_config() -> TinyVAEConfig:

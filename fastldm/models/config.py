@@ -391,7 +391,7 @@ _TINY_VAE_ONLY: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """A KL autoencoder (diffusers' AutoencoderKL). Latents for the U-Net are those of `models.vae.scaled`."""
+    """A KL autoencoder (diffusers' AutoencoderKL). Latents for the U-Net are those of `models.latents.scaled`."""
 
     in_channels: int
     out_channels: int

@@ -1,7 +1,7 @@
 """Autoencoders between images and latents: Stable Diffusion's KL autoencoder, the tiny one in TAESD's layout, and one
 without weights, whose latents are pixels.
 
-Images are (B, 3, H, W) in -1..1. Latents z are unscaled; a U-Net works on those of `scaled`. Parameter names are those
+Images are (B, 3, H, W) in -1..1. Latents z are unscaled; a U-Net works on those of `latents.scaled`. Parameter names are those
 of diffusers' AutoencoderKL and AutoencoderTiny.
 """
 
@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastldm.device import send
 from fastldm.models.asymmetric import ConditionEncoder, repainting
-from fastldm.models.config import AutoencoderConfig, PixelResidualConfig, TinyVAEConfig, VAEConfig
+from fastldm.models.config import PixelResidualConfig, TinyVAEConfig, VAEConfig
 from fastldm.models.interfaces import Autoencoder, Layer
 from fastldm.models.layers import (
     Attention,
@@ -39,27 +38,6 @@ Pieces = Generator[None, None, Tensor]  # a computation that pauses after each p
 
 _EPS = 1e-6
 HALF_EXPONENT = -4  # of two: scales activations by 1/16, which keeps SDXL's in float16's range
-
-
-def scaled(config: AutoencoderConfig, z: Tensor) -> Tensor:
-    """Latents (B, C, h, w) of an autoencoder as its U-Net has them: z * scaling_factor, or
-    (z - latents_mean) * scaling_factor / latents_std where the configuration has those."""
-    if not config.latents_std:
-        return z * config.scaling_factor
-    mean, std = (_by_channel(numbers, z) for numbers in (config.latents_mean, config.latents_std))
-    return (z - mean) * config.scaling_factor / std
-
-
-def unscaled(config: AutoencoderConfig, latents: Tensor) -> Tensor:
-    """The inverse of `scaled`."""
-    if not config.latents_std:
-        return latents / config.scaling_factor
-    mean, std = (_by_channel(numbers, latents) for numbers in (config.latents_mean, config.latents_std))
-    return latents * std / config.scaling_factor + mean
-
-
-def _by_channel(numbers: tuple[float, ...], like: Tensor) -> Tensor:
-    return send(torch.tensor(numbers), like.device, like.dtype).view(1, -1, 1, 1)
 
 
 class AutoencoderKL(nn.Module):

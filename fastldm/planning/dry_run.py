@@ -25,10 +25,11 @@ from fastldm.loading.spec import autoencoder
 from fastldm.models.clip import CLIPText
 from fastldm.models.config import AutoencoderConfig, TextConfig, UNetConfig
 from fastldm.models.controlnet import ControlNet, ControlNetConfig
+from fastldm.models.latents import unscaled
 from fastldm.models.layers import Linear, Pointwise
 from fastldm.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from fastldm.models.unet import AddedConditions, Features, UNet
-from fastldm.models.vae import TILE, Decode, decode_pieces, finish, unscaled
+from fastldm.models.vae import TILE, Decode, decode_pieces, finish
 from fastldm.runtime.pages import Pages
 from fastldm.runtime.slots import FEATURES, Slots, StaticBuffers
 

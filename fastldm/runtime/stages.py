@@ -35,9 +35,10 @@ from fastldm.loading.mapped import Mapped
 from fastldm.mask_crop import mask_crop
 from fastldm.models.controlnet import ControlNet
 from fastldm.models.families import encoder_names
+from fastldm.models.latents import unscaled
 from fastldm.models.t2i_adapter import T2IAdapter
 from fastldm.models.unet import AddedConditions, UNet
-from fastldm.models.vae import Decode, Pieces, PixelResidual, decode_pieces, finish, unscaled
+from fastldm.models.vae import Decode, Pieces, PixelResidual, decode_pieces, finish
 from fastldm.request import Request, Result, Timings, as_list, picture_seeds
 from fastldm.runtime import candidates
 from fastldm.runtime.adapted import Adapted

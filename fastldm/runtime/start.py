@@ -14,7 +14,8 @@ from fastldm.device import send
 from fastldm.errors import InputError
 from fastldm.mask_crop import mask_crop
 from fastldm.models.config import VAEConfig
-from fastldm.models.vae import PixelResidual, scaled
+from fastldm.models.latents import scaled
+from fastldm.models.vae import PixelResidual
 from fastldm.request import Request, picture_seeds
 from fastldm.runtime.complete import start_latents
 from fastldm.runtime.denoise import Guidance, Inpainting, Run
