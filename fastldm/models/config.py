@@ -461,7 +461,7 @@ class VAEConfig:
 
 def _asymmetric(cfg: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Channels and layers of encoder and decoder of an AsymmetricAutoencoderKL."""
-    sides = {}
+    sides: dict[str, Any] = {}
     for side, prefix in (("down", ""), ("up", "decoder_")):
         fields = {
             f"{side}_block_out_channels": Field(ListOf(_WIDTH, 4, 4)),  # diffusers' condition encoder has five layers

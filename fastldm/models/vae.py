@@ -1,8 +1,8 @@
 """Autoencoders between images and latents: Stable Diffusion's KL autoencoder, the tiny one in TAESD's layout, and one
 without weights, whose latents are pixels.
 
-Images are (B, 3, H, W) in -1..1. Latents z are unscaled; a U-Net works on those of `latents.scaled`. Parameter names are those
-of diffusers' AutoencoderKL and AutoencoderTiny.
+Images are (B, 3, H, W) in -1..1. Latents z are unscaled; a U-Net works on those of `latents.scaled`. Parameter names
+are those of diffusers' AutoencoderKL and AutoencoderTiny.
 """
 
 from __future__ import annotations
