@@ -33,9 +33,11 @@ __all__ = [
     "encode_image",
     "image_size",
     "load_control",
+    "load_depth",
     "load_image",
     "load_latents",
     "load_mask",
+    "load_pictures",
     "measure",
     "output_paths",
     "parameters_text",
@@ -129,6 +131,34 @@ def load_picture(source: Any, name: str = "image", *, mask: bool = False) -> Ima
         if _is_deep(image):
             image = _deep(image, name).convert("L")
         return image.convert("L") if mask else _on_white(image)
+
+
+def load_depth(source: Any, *, name: str = "depth_map") -> torch.Tensor:
+    """Depth maps as float32 (n, H, W) of any range: a tensor of that shape, or pictures as of `load_control`, in grey.
+
+    InputError for NaN and infinity, and for a map that is flat.
+    """
+    if isinstance(source, torch.Tensor) and source.ndim == 3:
+        _check_kind(source, name)
+        depth = source.detach().float()
+        if not bool(depth.isfinite().all()):
+            raise InputError(f"{name} holds NaN or infinity: expected finite numbers")
+    else:
+        depth = load_control(source, grey=True, name=name)[:, 0]
+    if not depth.numel() or bool((depth.amax((1, 2)) == depth.amin((1, 2))).any()):
+        raise InputError(f"{name} is flat or empty, shape {tuple(depth.shape)}: expected nearer and farther pixels")
+    return depth
+
+
+def load_pictures(source: Any, name: str = "image") -> list[Image.Image]:
+    """Images as upright PIL images in RGB: as they are, or arrays and tensors in 8 bits."""
+    pictures: list[Image.Image] = []
+    for each in _each(source, name):
+        if isinstance(each, (np.ndarray, torch.Tensor)):
+            pictures += to_images(to_pixels(load_image(each, name=name), "pil"), "pil")
+        else:
+            pictures.append(load_picture(each, name))
+    return pictures
 
 
 def load_latents(source: Any, channels: int) -> torch.Tensor | None:

@@ -147,6 +147,9 @@ class Request:
     denoising_end: float | None = None
     """Take only the steps up to this fraction: with output_type "latent", what a request with denoising_start goes
     on with, as SDXL's refiner does."""
+    depth_map: Any = None
+    """Of depth to image, how near each pixel of `image` is: a tensor (n, H, W) of any range and size, or grey pictures,
+    white near. None: what the checkpoint's own network estimates of `image`."""
     noise_level: int | None = None
     """Of models that enlarge `image`: how much noise is added to it first, a timestep of the low_res_scheduler. None is
     the model's: 20 of the x4 upscaler, as in diffusers."""

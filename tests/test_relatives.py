@@ -34,6 +34,7 @@ OTHER_CLASSES = sorted(
 def test_supported_classes_are_accepted() -> None:
     assert len(pipeline_classes()) > 12
     own: dict[str, Any] = {"StableDiffusionUpscalePipeline": {"low_res_scheduler": ["diffusers", "DDPMScheduler"]}}
+    own["StableDiffusionDepth2ImgPipeline"] = {"depth_estimator": ["transformers", "DPTForDepthEstimation"]}
     for name in pipeline_classes() - {"PixelUpscalePipeline"}:  # which is fastldm's own
         index = {**(XL_INDEX if "XL" in name else SD_INDEX), **own.get(name, {})}
         assert component_classes({**index, "_class_name": name}, "here")["unet"] == "UNet2DConditionModel"
@@ -51,7 +52,6 @@ def test_other_classes_are_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("StableDiffusionDepth2ImgPipeline", "depth to image"),
         ("StableDiffusionLatentUpscalePipeline", "an upscaler"),
         ("StableUnCLIPImg2ImgPipeline", "unCLIP"),
         ("MarigoldDepthPipeline", "Marigold"),
@@ -73,7 +73,7 @@ def test_invalid_class_names_are_refused(name: Any, message: str) -> None:
         component_classes({**SD_INDEX, "_class_name": name}, "here")
 
 
-CHANNELS = [(5, "depth to image"), (7, "an upscaler without noise levels"), (3, "a model of an unknown kind")]
+CHANNELS = [(5, "depth to image, without"), (7, "an upscaler without noise levels"), (3, "a model of an unknown kind")]
 
 
 @pytest.mark.parametrize(("channels", "label"), CHANNELS)

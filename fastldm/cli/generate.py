@@ -110,6 +110,9 @@ def _list_things(ctx: click.Context, param: click.Parameter, group: str | None) 
     metavar="N",
     help="Noise that is added to a picture to be enlarged.  [default: the model's]",
 )
+@click.option(
+    "--depth-map", metavar="FILE", help="Of depth to image: a grey picture, white near.  [default: it is estimated]"
+)
 @click.option("--mask", metavar="FILE", help="Repaint only where this picture is white; needs --image.")
 @click.option(
     "--padding-mask-crop",
@@ -210,6 +213,7 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
         "denoising_start": options["denoising_start"],
         "denoising_end": options["denoising_end"],
         "noise_level": options["noise_level"],
+        "depth_map": options["depth_map"],
         "mask_image": options["mask"],
         "padding_mask_crop": options["padding_mask_crop"],
         "literal_prompt": options["literal"],
@@ -235,7 +239,7 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
     from fastldm.image import measure, output_paths, save_result
 
     paths = output_paths(output or f"fastldm-{seeds[0]}.png", count, force=options["force"])
-    pictures = [("--image", options["image"]), ("--mask", options["mask"])]
+    pictures = [("--image", options["image"]), ("--mask", options["mask"]), ("--depth-map", options["depth_map"])]
     pictures += [("--ip-image", path) for path in options["ip_images"]]
     for name, path in pictures:
         if path is not None:

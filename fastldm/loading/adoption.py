@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from fastldm.conditioning.depth import DepthEstimator
 from fastldm.device import DTYPES
 from fastldm.errors import CheckpointError, InputError
 from fastldm.loading import changes
 from fastldm.loading.checkpoint import Checkpoint, Component, TokenizerFiles
-from fastldm.loading.formats import SCHEDULERS, TOKENIZERS, Config, component_classes, named_config
+from fastldm.loading.formats import DEPTH, SCHEDULERS, TOKENIZERS, Config, component_classes, named_config
 from fastldm.loading.state import fit_names
 from fastldm.models.families import NETWORK_CLASSES
 
@@ -61,7 +62,11 @@ def describe_diffusers(pipe: Any) -> Checkpoint:
         components[name] = Component(name, classes[name], named_config(raw, classes[name]), (), f"{source}: {name}")
     files = {name: TokenizerFiles(None, loaded=tokenizer) for name, tokenizer in tokenizers.items()}
     schedulers = {name: _scheduler_config(loaded[name]) for name in SCHEDULERS if name in classes}
-    return Checkpoint(source, components, schedulers.pop("scheduler"), files, index, **schedulers, loaded=True)
+    depth = None
+    if loaded.get(DEPTH) is not None:
+        depth = DepthEstimator((loaded[DEPTH], loaded["feature_extractor"]))
+    first = schedulers.pop("scheduler")
+    return Checkpoint(source, components, first, files, index, **schedulers, depth=depth, loaded=True)
 
 
 def adopt(module: Module, other: nn.Module) -> Module:

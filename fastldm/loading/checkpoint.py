@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastldm.conditioning.depth import DepthEstimator
 from fastldm.conditioning.tokenizer import Tokenizer
 from fastldm.errors import CheckpointError
 from fastldm.loading.formats import Config
@@ -97,6 +98,8 @@ class Checkpoint:
     """The content of model_index.json: the pipeline's class, and settings such as `force_zeros_for_empty_prompt`."""
     low_res_scheduler: Config | None = None
     """Of an upscaler: the schedule of the noise that is added to the small picture."""
+    depth: DepthEstimator | None = None
+    """Of depth to image: what estimates a picture's depth, if the checkpoint has it."""
     loaded: bool = False
     """Whether it was a pipeline in memory, where diffusers has already replaced values of the config files."""
 

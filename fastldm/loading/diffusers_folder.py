@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from fastldm.conditioning.depth import DepthEstimator
 from fastldm.errors import CheckpointError
 from fastldm.loading.checkpoint import Checkpoint, Component, TokenizerFiles
 from fastldm.loading.formats import (
+    DEPTH,
     INDEX,
     NOT_NEEDED,
     SCHEDULERS,
@@ -72,6 +74,7 @@ def open_diffusers(folder: PathLike, variant: str | None = None, *, allow_pickle
         {name: TokenizerFiles(tokenizer) for name, tokenizer in tokenizers.items()},
         index,
         schedulers.get("low_res_scheduler"),
+        DepthEstimator(folder) if DEPTH in listed_classes(index) else None,
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from fastldm.checks import show
 from fastldm.errors import CheckpointError
 from fastldm.loading import relatives
-from fastldm.models.families import NETWORK_CLASSES, PIXEL_PIPELINE, TEXT_ENCODERS, UPSCALE_PIPELINE
+from fastldm.models.families import DEPTH_PIPELINE, NETWORK_CLASSES, PIXEL_PIPELINE, TEXT_ENCODERS, UPSCALE_PIPELINE
 from fastldm.reading import Field, Maybe, Text, read_fields
 
 logger = logging.getLogger("fastldm")
@@ -23,6 +23,7 @@ Config = dict[str, Any]
 INDEX = "model_index.json"
 _REQUIRED = ("unet", "vae", "scheduler")
 SCHEDULERS = ("scheduler", "low_res_scheduler")
+DEPTH = "depth_estimator"
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
 TOKENIZER_FILES = (
@@ -59,7 +60,8 @@ def component_classes(index: Config, source: str) -> dict[str, str]:
     needed = (*_REQUIRED, *(["low_res_scheduler"] if pipeline == UPSCALE_PIPELINE else []))
     of_text = () if pipeline == PIXEL_PIPELINE else (*TEXT_ENCODERS, *TOKENIZERS)
     names = [name for name in (*NETWORK_CLASSES, *TOKENIZERS, *SCHEDULERS) if name in (*needed, *of_text)]
-    unknown = [f"{name} ({listed[name]})" for name in listed if name not in names and name not in NOT_NEEDED]
+    not_needed = (*NOT_NEEDED, *([DEPTH] if pipeline == DEPTH_PIPELINE else []))  # for a request brings a map, or not
+    unknown = [f"{name} ({listed[name]})" for name in listed if name not in names and name not in not_needed]
     texts = [name for name in TEXT_ENCODERS if name in listed] or ["text_encoder"]  # the refiner has the second alone
     texts = texts if of_text else []
     required = (*needed, *(name for text in texts for name in (text, text.replace("text_encoder", "tokenizer"))))

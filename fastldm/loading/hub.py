@@ -12,6 +12,7 @@ from typing import Any
 
 from fastldm.errors import CheckpointError
 from fastldm.loading.formats import (
+    DEPTH,
     INDEX,
     SCHEDULERS,
     TOKENIZER_FILES,
@@ -20,6 +21,7 @@ from fastldm.loading.formats import (
     PathLike,
     choose_weights,
     component_classes,
+    listed_classes,
 )
 from fastldm.models.families import NETWORK_CLASSES, WEIGHTLESS
 from fastldm.reading import check_path, read_json
@@ -152,9 +154,13 @@ def _needed_files(
     needed = [INDEX, *(f"{name}/scheduler_config.json" for name in SCHEDULERS if name in classes)]
     for name in classes:
         if name in NETWORK_CLASSES:
-            needed += [f"{name}/{file}" for file in ("config.json", *selected[name].names)]
+            weights = selected[name].names if name in selected else ()
+            needed += [f"{name}/{file}" for file in ("config.json", *weights)]
         elif name in TOKENIZERS:
             needed += [f"{name}/{file}" for file in TOKENIZER_FILES if file in files_of[name]]
+    if DEPTH in listed_classes(index):
+        folders = (f"{DEPTH}/", "feature_extractor/")
+        needed += [name for name in names if name.startswith(folders) and name.endswith((".json", ".safetensors"))]
     return needed
 
 

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 from fastldm.errors import CheckpointError
 from fastldm.loading.tensors import Shapes
-from fastldm.models.families import pipeline_classes
+from fastldm.models.families import DEPTH_PIPELINE, pipeline_classes
 
 RUNS = (
-    "fastldm runs Stable Diffusion 1, 2 and XL for text to image, image to image and inpainting, InstructPix2Pix and "
-    "the x4 upscaler"
+    "fastldm runs Stable Diffusion 1, 2 and XL for text to image, image to image and inpainting, InstructPix2Pix, "
+    "depth to image and the x4 upscaler"
 )
 
 
@@ -57,7 +57,7 @@ RELATIVES = (  # the first match counts
 )
 
 INPUT_CHANNELS = {
-    5: "depth to image",
+    5: "depth to image, without its pipeline's name",
     7: "an upscaler without noise levels ('num_class_embeds')",
     8: "Marigold, or another that reads an image",
 }
@@ -112,8 +112,8 @@ def check_channels(
 
     Stable Diffusion reads the C channels of latents, and for inpainting also a mask and C channels of the masked image.
     InstructPix2Pix reads C channels of the image that it edits, as others do: pipeline, the name of the class, tells.
-    The x4 upscaler reads a picture, and a noise level as its class: needs_class. What reads no text reads a picture as
-    C channels.
+    Depth to image reads a map, by its pipeline's name. The x4 upscaler reads a picture, and a noise level as its class:
+    needs_class. What reads no text reads a picture as C channels.
     """
     if not reads_text:
         if channels != 2 * latents:
@@ -128,6 +128,8 @@ def check_channels(
                 f"{source} has 'num_class_embeds' and {channels} input channels: it reads classes. {RUNS}, whose "
                 f"classes are noise levels and which has {latents + 3} channels."
             )
+        return
+    if pipeline == DEPTH_PIPELINE and channels == latents + 1:
         return
     edits = isinstance(pipeline, str) and "InstructPix2Pix" in pipeline
     if edits and channels != 2 * latents:
@@ -171,7 +173,6 @@ OTHER_MODELS = (
     (r"^edm_mean$", "Playground v2.5, which needs latent statistics and EDM scaling"),
     (r"^edm_vpred\.sigma_max$", "a CosXL model, which needs EDM scaling"),
     (r"^embedder\.model\.visual\.", "a Stable unCLIP model"),
-    (r"^depth_model\.", "a depth-conditioned Stable Diffusion 2 model"),
     (r"\.position_net\.|\.transformer_blocks\.\d+\.fuser\.", "GLIGEN, whose U-Net reads boxes"),
     (r"^cc_projection\.", "Zero123, which turns objects"),
     (r"^learnable_vector$|^cond_stage_model\.(mapper|transformer\.vision_model)\.", "Paint by Example"),

@@ -27,6 +27,7 @@ from fastldm.loading.key_names import (
     vae_name,
 )
 from fastldm.loading.tensors import Shapes, read_shapes
+from fastldm.models.families import DEPTH_PIPELINE
 
 logger = logging.getLogger("fastldm")
 
@@ -257,7 +258,8 @@ def read_layout(
     """The layout of the single file `source`, from its keys' shapes and its safetensors metadata.
 
     Families: SD1, SD2, SDXL and its refiner, each with 4 latent channels, the 9 of inpainting or the 8 of
-    InstructPix2Pix, which other models that read an image are taken for, and the x4 upscaler, at any width and depth.
+    InstructPix2Pix, which other models that read an image are taken for, the x4 upscaler, and SD2's depth to image, of
+    which the estimator is not read, at any width and depth.
     Whether a network predicts noise or v is not visible in its shapes: `prediction_type` decides if set, else what the
     file states (ModelSpec metadata, or the marker key `v_pred`), else v for SD2 text to image and for the upscaler, as
     in diffusers, and epsilon for all others.
@@ -270,10 +272,12 @@ def read_layout(
     family, texts = _family(shapes, source)
     is_sdxl, is_sd2, is_x4 = family in (_SDXL, _REFINER), family is _SD2, family is _X4
     ids = 5 if family is _REFINER else 6
-    inpainting, edits = (shapes[_FIRST_CONV][1] == channels for channels in (9, 8))
+    inpainting, edits, reads_depth = (shapes[_FIRST_CONV][1] == channels for channels in (9, 8, 5))
+    reads = "Inpaint" if inpainting else "InstructPix2Pix" if edits else "Depth2Img" if reads_depth else ""
     prediction = prediction_type or _stated_prediction_type(shapes, metadata or {})
     if prediction is None:
-        prediction = "v_prediction" if is_x4 or (is_sd2 and not (inpainting or edits)) else "epsilon"
+        of_images = inpainting or edits or reads_depth
+        prediction = "v_prediction" if is_x4 or (is_sd2 and not of_images) else "epsilon"
         if is_sd2:
             logger.info(
                 "%s does not state its prediction type: using %s (set prediction_type= to change it)",
@@ -326,9 +330,7 @@ def read_layout(
         ),
         low_res_scheduler=noise,
         pad_tokens={name.replace("text_encoder", "tokenizer"): text.pad_token for name, text in texts.items()},
-        index={
-            "_class_name": f"{family.pipeline}{'Inpaint' if inpainting else 'InstructPix2Pix' if edits else ''}Pipeline"
-        }
+        index={"_class_name": f"{family.pipeline}{reads}Pipeline"}
         | ({"force_zeros_for_empty_prompt": True} if family is _SDXL else {})
         | ({"requires_aesthetics_score": True} if family is _REFINER else {})
         | ({"max_noise_level": 350} if is_x4 else {}),
@@ -364,9 +366,10 @@ def _family(shapes: Shapes, source: str) -> tuple[_Family, dict[str, _Text]]:
             f"where {_FIRST_CONV} was expected."
         )
     channels, has_label_embedding = shapes[_FIRST_CONV][1], f"{_UNET}label_emb.0.0.weight" in shapes
-    is_x4 = f"{_UNET}label_emb.weight" in shapes
+    is_x4, reads_depth = f"{_UNET}label_emb.weight" in shapes, has("depth_model.")
     if channels != 8 or is_x4:  # InstructPix2Pix: others with as many are not published as such files
-        relatives.check_channels(channels, f"{source}: its U-Net", needs_class=is_x4)
+        pipeline = DEPTH_PIPELINE if reads_depth else None
+        relatives.check_channels(channels, f"{source}: its U-Net", pipeline=pipeline, needs_class=is_x4)
     first, second = (_text_keys(shapes, f"conditioner.embedders.{i}.") for i in (0, 1))
     if has_label_embedding and first and not second:
         return _REFINER, {"text_encoder_2": _Text(*first, open_clip=True, with_projection=True)}

@@ -237,6 +237,11 @@ class UNetConfig:
         return self.in_channels == 2 * self.out_channels and not self.upscales
 
     @property
+    def reads_depth(self) -> bool:
+        """Whether a depth map is read behind the latents."""
+        return self.in_channels == self.out_channels + 1
+
+    @property
     def upscales(self) -> bool:
         """Whether a small picture is read behind the latents: at their size, with noise of a level that is a class; or
         without text, in as many channels as they have."""

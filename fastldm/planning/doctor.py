@@ -25,6 +25,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "onnx-gpu": ("the same with ONNX Runtime's CUDA provider", ("onnx", "onnxscript", "onnxruntime-gpu")),
     "openvino": ("run exported models with OpenVINO, the fastest on Intel and AMD CPUs", ("openvino",)),
     "tensorrt": ("build and run TensorRT-RTX engines", ("tensorrt-rtx-cu13-libs", "tensorrt-rtx-cu13-bindings")),
+    "depth": ("estimate the depth of a picture, for depth to image", ("transformers",)),
     "test": ("the tests, held against diffusers and transformers", ("pytest", "diffusers", "transformers")),
 }
 

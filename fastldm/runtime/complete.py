@@ -62,6 +62,10 @@ def complete(
             f"noise_level is {request.noise_level}: expected at most {spec.max_noise_level} for this model "
             "('max_noise_level')"
         )
+    if unet.reads_depth:
+        _check_depth(request, spec)
+    elif request.depth_map is not None:
+        raise InputError("depth_map was given: only models of depth to image read it, and this is another")
     if request.noise_level is not None and not unet.upscales:
         raise InputError(f"noise_level is {request.noise_level}: only models that enlarge a picture read it")
     if unet.edits:
@@ -121,12 +125,29 @@ def needed_images(spec: Spec, height: int, width: int) -> dict[str, Any]:
     grey = np.full((height // spec.enlarges, width // spec.enlarges, 3), 0.5, dtype=np.float32)
     if spec.unet.edits or spec.unet.upscales:
         return {"image": grey}
+    if spec.unet.reads_depth:
+        return {"image": grey, "depth_map": torch.linspace(0, 1, width).expand(1, height, width)}
     return {"image": grey, "mask_image": grey[..., 0] * 2, "strength": 1.0} if spec.unet.inpaints else {}
 
 
 def start_latents(request: Request, channels: int) -> Tensor | None:
     """Latents (n, C, h, w) in place of pictures of `image`; None where it holds pictures."""
     return None if request.image is None else images.load_latents(request.image, channels)
+
+
+def _check_depth(request: Request, spec: Spec) -> None:
+    """InputError for what depth to image lacks, or does not read."""
+    if request.image is None:
+        raise InputError("this model reads the depth of an image: give it image")
+    if request.mask_image is not None:
+        raise InputError("mask_image was given: this model reads depth, and inpainting needs another model")
+    if request.depth_map is None and spec.checkpoint.depth is None:
+        raise InputError("depth_map is None, and this checkpoint has no depth_estimator: give depth_map")
+    if request.depth_map is None and images.load_latents(request.image, spec.vae.latent_channels) is not None:
+        raise InputError("image is latents, whose depth cannot be estimated: give depth_map")
+    count = 1 if request.depth_map is None else len(images.load_depth(request.depth_map))
+    if request.batch % count:
+        raise InputError(f"depth_map holds {count} maps for a batch of {request.batch}: give one, or one each")
 
 
 def _check_reading(request: Request, unet: UNetConfig) -> None:

@@ -10,6 +10,7 @@ from PIL.Image import Resampling
 from torch import Tensor
 
 from fastldm import image as images
+from fastldm.conditioning.depth import normalised
 from fastldm.device import send
 from fastldm.errors import InputError
 from fastldm.mask_crop import mask_crop
@@ -88,6 +89,12 @@ def start_run(
             small = each(small) if request.generator is None else small
             small = add_noise(spec.low_res, small, draw(len(small), 3), int(request.noise_level or 0))
         extra = each(small).to(dtype)
+    if unet.reads_depth:
+        if request.depth_map is None and spec.checkpoint.depth is not None:
+            depth = spec.checkpoint.depth(images.load_pictures(request.image), device)
+        else:
+            depth = send(images.load_depth(request.depth_map), device)
+        extra = each(normalised(depth, (shape[2], shape[3]))).to(dtype)
     start, noised = start_latents(request, channels), request.latents is not None and request.mask_image is None
     # Steps that go on where others ended add no noise; where a mask needs some, it is drawn.
     goes_on = request.denoising_start is not None
@@ -100,7 +107,7 @@ def start_run(
         extra = torch.cat((torch.zeros_like(edited), edited, edited)).to(dtype)  # of each branch
     elif start is not None:
         init = each(send(start, device))
-    elif request.image is not None and not noised and extra is None:
+    elif request.image is not None and not noised and not unet.upscales:
         picture = request.image if crop is None else crop.cut(crop.image)
         source = prepared(send(images.load_image(picture, (height, width)), device))
         if goes_on or not (unet.inpaints and from_noise):
@@ -135,7 +142,7 @@ def start_run(
     else:
         raise InputError(f"noise_sampler_seed is of the sampler dpm++ sde, and this is {table.sampler!r}: leave it out")
     r, s = table.start
-    if goes_on or (noised and request.image is not None and extra is None):
+    if goes_on or (noised and request.image is not None and not (unet.edits or unet.upscales)):
         x = noise if init is None or noised else init  # noise and all
     elif init is None or from_noise:
         x = table.init_noise_sigma * noise

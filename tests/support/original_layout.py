@@ -230,8 +230,14 @@ SCHEDULE_BUFFERS: Shapes = dict.fromkeys(("betas", "alphas_cumprod", "posterior_
 
 def full_size(family: str) -> Shapes:
     """The keys and shapes of the published files."""
-    in_channels = 9 if family.endswith("-inpaint") else 4
-    name = family.removesuffix("-inpaint")
+    in_channels = 9 if family.endswith("-inpaint") else 5 if family.endswith("-depth") else 4
+    name = family.removesuffix("-inpaint").removesuffix("-depth")
+    if family.endswith("-depth"):
+        return (
+            full_size(name)
+            | ldm_unet(320, (1, 2, 4, 4), (1, 1, 1, 0), 1024, linear=True, in_channels=5)
+            | {"depth_model.model.scratch.layer1_rn.weight": (256, 256, 3, 3)}
+        )
     if name == "sd1":
         unet = ldm_unet(320, (1, 2, 4, 4), (1, 1, 1, 0), 768, in_channels=in_channels)
         return unet | ldm_vae(128) | openai_clip("cond_stage_model.transformer.", 768, 12) | SCHEDULE_BUFFERS

@@ -53,6 +53,7 @@ CLASSES = {  # a name: diffusers' class, the tiny family, and its scheduler
     "PAG image to image": (diffusers.StableDiffusionPAGImg2ImgPipeline, "sd1", "ddim"),
     "SDXL PAG": (diffusers.StableDiffusionXLPAGPipeline, "sdxl", "euler"),
     "edit": (diffusers.StableDiffusionInstructPix2PixPipeline, "sd1-edit", "ddim"),
+    "depth to image": (diffusers.StableDiffusionDepth2ImgPipeline, "sd2-depth", "ddim"),
     "SDXL edit": (diffusers.StableDiffusionXLInstructPix2PixPipeline, "sdxl-edit", "euler"),
     "x4 upscaling": (diffusers.StableDiffusionUpscalePipeline, "x4-upscaler", "ddim"),
     "LCM text to image": (diffusers.LatentConsistencyModelPipeline, "lcm", "lcm"),
@@ -142,6 +143,7 @@ VALUES: dict[str, dict[str, Value]] = {
     },
     "latents": {"tensor": lambda B, W: {"latents": noise(B, 4, 8, 8, seed=7)}},
     "noise_level": {str(n): lambda B, W, n=n: {"noise_level": n} for n in (0, 200, 400)},  # type: ignore[misc]
+    "depth_map": {"tensor": lambda B, W: {"depth_map": noise(B, 16, 24, seed=9)}},
     "callback": {"function": lambda B, W: {"callback": lambda step, timestep, latents: None}},
     "callback_steps": {"2": lambda B, W: {"callback_steps": 2}},
     "strength": {"0.5": lambda B, W: {"strength": 0.5}, "1": lambda B, W: {"strength": 1.0}},
@@ -258,6 +260,10 @@ DIFFERENCES = [
         "diffusers' LCM pipelines decode the last step's denoised latents, not what a callback makes of the latents, "
         "do not look at _interrupt, and read the guidance scale once",
         lambda case: case.pipeline.startswith("LCM") and case.has("callback_on_step_end"),
+    ),
+    Reason(
+        "diffusers' depth to image does not look at _interrupt",
+        lambda case: case.pipeline == "depth to image" and case.has("callback_on_step_end", "interrupt"),
     ),
 ]
 

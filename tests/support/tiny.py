@@ -125,6 +125,7 @@ UNETS: dict[str, dict[str, Any]] = {
         "num_class_embeds": 1000,
         "only_cross_attention": (True, True, True, False),
     },
+    "sd2-depth": {**_SD2, "in_channels": 5},
     # What the configuration allows beyond the families: each level its own.
     "uneven": {
         **_SD2,
@@ -223,6 +224,26 @@ def tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
     return peer("transformers").CLIPTokenizer(vocab, merges, pad_token=pad, model_max_length=77)
 
 
+def depth_estimator(seed: int = 0) -> dict[str, Any]:
+    """A network that estimates the depth of pictures, and what prepares those for it."""
+    dpt = peer("transformers")
+    config = dpt.DPTConfig(
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        backbone_out_indices=[0, 1, 2, 3],
+        neck_hidden_sizes=[16, 16, 32, 32],
+        fusion_hidden_size=16,
+        is_hybrid=False,
+        image_size=32,
+        patch_size=16,
+    )
+    estimator = seeded(lambda: dpt.DPTForDepthEstimation(config), seed)
+    size = {"height": 32, "width": 32}
+    return {"depth_estimator": estimator, "feature_extractor": dpt.DPTImageProcessor(size=size)}
+
+
 # ------------------------------------------------------------------------------------------------- whole pipelines
 
 _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -252,7 +273,7 @@ _SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 # What pipeline() and save_pipeline() know: all U-Nets but the one that is no family. Those of EDITS and the upscaler
 # need an image.
 EDITS = ("sd1-edit", "sdxl-edit")
-FAMILIES = tuple(name for name in UNETS if name not in ("uneven", "x4-upscaler", *EDITS))
+FAMILIES = tuple(name for name in UNETS if name not in ("uneven", "x4-upscaler", "sd2-depth", *EDITS))
 
 
 def scheduler(family: str) -> Any:
@@ -282,6 +303,9 @@ def pipeline(family: str, seed: int = 0, **replaced: Any) -> DiffusionPipeline:
             return peer("diffusers").StableDiffusionXLImg2ImgPipeline(**components, force_zeros_for_empty_prompt=False)
         name = f"StableDiffusionXL{'InstructPix2Pix' * (family in EDITS)}Pipeline"
         return getattr(peer("diffusers"), name)(**{**components, **replaced})
+    if family == "sd2-depth":
+        components |= depth_estimator(seed + 4)
+        return peer("diffusers").StableDiffusionDepth2ImgPipeline(**{**components, **replaced})
     if family == "x4-upscaler":
         noise = peer("diffusers").DDPMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="scaled_linear")
         components |= {"low_res_scheduler": noise, "max_noise_level": 350}
