@@ -6,6 +6,7 @@ model (runtime/stages.py).
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import os
@@ -79,7 +80,16 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         self._session = Session(self.stages)
         self._refiner: Pipeline | None = None
         self.calls = Calls()
+        if name == "default" and spec.family.name == "small" and loading.UPSCALER.is_dir():
+            width, height = spec.default_size
+            times = loading.describe(loading.UPSCALER).enlarges
+            self.stages.enlarged_size = width * times, height * times
+            self.stages.enlarger = functools.cache(self._open_enlarger)
         openmp.rest()  # this thread has loaded the networks
+
+    def _open_enlarger(self) -> Stages:
+        dtype = self.dtype if self.backend == "torch" else None
+        return Stages(*open_model(loading.UPSCALER, device=self.device, dtype=dtype, backend="torch"))
 
     # --- loading
 

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +47,8 @@ from fastldm.system import ASSETS
 logger = logging.getLogger("fastldm")
 
 DEFAULT_MODEL = ASSETS / "default"
+UPSCALER = ASSETS / "upscaler"
+"""What enlarges the default model's pictures."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def describe(
     allow_pickle: bool = False,
     prediction_type: str | None = None,
 ) -> Spec:
-    """Describe a diffusers folder, a hub id, a single-file checkpoint or "default". Loads no weights.
+    """Describe a diffusers folder, a hub id, a single-file checkpoint, "default" or "upscaler". Loads no weights.
 
     Raises CheckpointError for anything that is not a model fastldm can run, saying what it is instead.
     """
@@ -113,6 +116,8 @@ def describe(
     }
     check_options(options)
     path = DEFAULT_MODEL if str(path_or_id) == "default" else path_or_id
+    if str(path_or_id) == UPSCALER.name and UPSCALER.is_dir() and not Path(path_or_id).exists():
+        path = UPSCALER
     return spec_of(open_checkpoint(path, **options))
 
 

@@ -116,6 +116,10 @@ class Stages:
         """IP-Adapters: those that are loaded."""
         self.ranking = Ranking(spec.checkpoint.source, self.dtype, self.device)
         """What ranks candidates."""
+        self.enlarged_size: tuple[int, int] | None = None
+        """(width, height) at which `enlarger` makes pictures of those of this model's own size."""
+        self.enlarger: Callable[[], Stages] | None = None
+        """Opens another model, which enlarges this one's pictures."""
         self._switches = 0
         self.batch_invariant = False
         """Whether an image is bitwise the one made alone, whatever shares its batch: of sessions that do not say."""

@@ -2,6 +2,7 @@
 
     base, to 0.8 of the noise  ->  the refiner, from there              the same latents go on
     64x64                      ->  the same model at 128x128            latents or pixels, enlarged and noised again
+    the default model, 64x64   ->  its upscaler, 128x128                pixels, which that reads
 
 A stage is a model, a request of that model, and how it takes what the stage before it made. It is queued with the other
 requests of its model and size, so that cascades and requests of many users share the batches of each stage; between
@@ -78,10 +79,15 @@ def complete(request: Request, base: CascadeModel, refiner: CascadeModel | None)
 
 
 def stages_of(
-    completed: Request, sampler: str | None, base: CascadeModel, refiner: CascadeModel | None, several: bool = False
+    completed: Request,
+    sampler: str | None,
+    base: CascadeModel,
+    refiner: CascadeModel | None,
+    enlarger: CascadeModel | None = None,
+    several: bool = False,
 ) -> tuple[CascadeStage, ...]:
-    """The stages of a request that `complete` completed: one, as a rule. sampler: what was asked for.
-    several: whether it is a part of several.
+    """The stages of a request that `complete` completed: one, as a rule. sampler: what was asked for. enlarger: of one
+    that `is_enlarged`. several: whether it is a part of several.
 
     InputError for what a model of them cannot run.
     """
@@ -90,6 +96,8 @@ def stages_of(
     if upscaler is not None:
         stages.append(_hires(completed, stages[0].request, base, upscaler))
         stages[0] = CascadeStage(base, stages[0].request.replace(output_type=upscaler.reads))
+    if enlarger is not None:
+        stages = _enlarged(stages[0].request, base, enlarger)
     if switch is not None:
         assert refiner is not None
         last = stages.pop()
@@ -99,6 +107,30 @@ def stages_of(
     if len(stages) == 1 and not several:  # whose table is made when it starts
         return (CascadeStage(base, stages[0].request, rows=int(completed.num_inference_steps or 1)),)
     return tuple(replace(stage, rows=len(stage.model.stages.table(stage.request))) for stage in stages)
+
+
+def is_enlarged(completed: Request, base: Stages) -> bool:
+    """Whether a request's images are made at the model's own size, and enlarged by another model: text to image, of
+    just that other's size."""
+    others = ("image", "latents", "denoising_start", "denoising_end", "refiner_switch_at", *_OF_HIRES)
+    return (
+        (completed.width, completed.height) == base.enlarged_size
+        and all(getattr(completed, name) is None for name in others)
+        and completed.output_type != "latent"
+    )
+
+
+def _enlarged(completed: Request, base: CascadeModel, enlarger: CascadeModel) -> list[CascadeStage]:
+    """The model's own size, and what enlarges its pictures, which reads no text."""
+    width, height = base.stages.spec.default_size
+    small = completed.replace(width=width, height=height, output_type="pt")
+    large = Request(
+        image=_placeholder(completed.batch, 3, height, width),
+        seed=completed.seed,
+        generator=completed.generator,
+        output_type=completed.output_type,
+    )
+    return [CascadeStage(base, small), CascadeStage(enlarger, enlarger.stages.complete(large))]
 
 
 _OF_HIRES = ("hires_scale", "hires_width", "hires_height", "hires_strength", "hires_steps", "hires_upscaler")

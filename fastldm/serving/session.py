@@ -75,6 +75,7 @@ class Session:
         self._buckets = self._worker.buckets(stages, self.max_batch, self.batch_invariant)
         self._model = cascade.CascadeModel(stages, self._buckets)
         self._refiner: Session | None = getattr(pipe, "refiner_session", None)
+        self._enlarger: cascade.CascadeModel | None = None
         self._weight_bytes = stages.weight_bytes
         self._closed = False
 
@@ -136,7 +137,8 @@ class Session:
         models = self._model, None if refiner is None else refiner._model
         completed = cascade.complete(request, *models)
         parts = completed.parts(self.max_batch)
-        cascades = [cascade.stages_of(part, request.sampler, *models, several=len(parts) > 1) for part in parts]
+        options: dict[str, Any] = {"enlarger": self._enlarger_of(completed), "several": len(parts) > 1}
+        cascades = [cascade.stages_of(part, request.sampler, *models, **options) for part in parts]
         for stage in cascades[0]:
             held = stage.model.queue.held(stage.request)
             admission.check(stage.model.stages, stage.request, self.max_batch, held)
@@ -163,6 +165,16 @@ class Session:
                 raise QueueFull(f"{waiting} requests wait already, and max_queue is {self.max_queue}: try again later")
             worker.submit(self._buckets, generation, priority)
         return generation
+
+    def _enlarger_of(self, completed: Request) -> cascade.CascadeModel | None:
+        """What enlarges a request's images, opened when one is first wanted; None where nothing has to."""
+        if self.stages.enlarger is None or not cascade.is_enlarged(completed, self.stages):
+            return None
+        if self._enlarger is None:
+            stages = self.stages.enlarger()
+            buckets = self._worker.buckets(stages, self.max_batch, self.batch_invariant)
+            self._enlarger = cascade.CascadeModel(stages, buckets)
+        return self._enlarger
 
     @property
     def waiting(self) -> int:
