@@ -3,7 +3,7 @@
     out  = w0 * row0 + w1 * row1 + w2 * row2                           of up to three rows of the U-Net
     out *= 1 - phi + phi * std(row1) / std(out)                        where guidance is rescaled, phi > 0
     m    = p * x + q * out                                             history, newest first
-    m    = clamp(m, -clip, clip)                                       where clip > 0
+    m    = clamp(m, -clip, clip)                                       where clip > 0; or thresholded, threshold.py
     x'   = a * x + a1 * y + sum_k b_k * m_(i-k)                        next latent
            + d * exp(d_ratio * (v + 1) / 2) * noise                    v: of row1, the channels behind the latents'
            + o * out + gx * (row1 - row0)
@@ -63,6 +63,7 @@ from fastldm.kernels.guidance_rescale import (
     pixels_supported,
     rescale_factor,
 )
+from fastldm.kernels.threshold import Thresholds, limit, threshold_rows
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -120,16 +121,23 @@ def step(
     depth: int = 4,
     difference: Tensor | None = None,
     variance: Tensor | None = None,
+    threshold: tuple[float, float] | None = None,
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
     """One step: (x', y', history with m in front, at most `depth` long).
 
     x, out, noise: (B, C, h, w) float32; so are difference, row1 - row0, and variance, v, where the row reads them. y:
-    None for samplers that read no anchor, and it stays None. Pure: nothing is written in place.
+    None for samplers that read no anchor, and it stays None. threshold: of `threshold.limit`; m is thresholded, not
+    clamped. Pure: nothing is written in place.
     """
     p, q, a, a1, b0, b1, b2, b3, d, e, e1, f0, f1, f2, f3 = row[1:16]
     clip, o, d_ratio, gx = row[W0 + len(EXTRA) - len(RARE) :][: len(RARE)]
     m = _sum((p, x), (q, out))
-    history = (m.clamp(-clip, clip) if clip else m, *history[: depth - 1])
+    if threshold is not None:
+        own = limit(m, *threshold)[:, None, None, None]
+        m = m.clamp(-own, own) / own
+    elif clip:
+        m = m.clamp(-clip, clip)
+    history = (m, *history[: depth - 1])
     m0, m1, m2, m3 = [*history, None, None, None][:4]
     if d_ratio and noise is not None and variance is not None:
         noise = noise * (d_ratio * (variance + 1) / 2).exp()
@@ -638,7 +646,14 @@ END_STEP = Op(
 )
 
 
-def end_step(out: Tensor, state: StepState, *, rescales: bool = False, rare: bool = False) -> None:
+def end_step(
+    out: Tensor,
+    state: StepState,
+    *,
+    rescales: bool = False,
+    rare: bool = False,
+    thresholds: Thresholds | None = None,
+) -> None:
     """End one step of every slot that is not idle: x, y, history, counter and first_bad are updated, and u holds the
     input of the next step. In place, with no value read by the host; on a GPU one kernel, or two where a slot rescales.
 
@@ -646,10 +661,12 @@ def end_step(out: Tensor, state: StepState, *, rescales: bool = False, rare: boo
         C of learned variance where a slot reads them; channels beyond are not read. After a slot's last row its rows of
         u are unchanged.
     rescales: whether `state.rescale` is above 0 for any slot. rare: whether any row of a slot's table may have numbers
-        in RARE, or a weight w2; else the kernel does not look.
+        in RARE, or a weight w2; else the kernel does not look. thresholds: where any slot has one; then rare.
     """
     if rescales:
         GUIDANCE_RESCALE(out, state.table, state.counter, state.steps, state.rescale, state.factor, state.rows)
+    if thresholds is not None:
+        threshold_rows(out, state, thresholds)
     END_STEP(out, *state, rare=rare)
 
 

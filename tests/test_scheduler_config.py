@@ -102,7 +102,7 @@ def test_another_sampler_starts_from_the_files_own_keys() -> None:
         ({"trained_betas": [0.1, None]}, r"'trained_betas\[1\]' is None"),
         ({"trained_betas": [0.1, 0.2]}, "2 trained_betas for num_train_timesteps 1000"),
         ({"prediction_type": "v"}, "prediction_type='v' is none of"),
-        ({"thresholding": True}, "thresholding=True is not supported"),
+        ({"_class_name": "TCDScheduler", "thresholding": True}, "thresholding=True is not supported"),
     ],
 )
 def test_bad_values_are_named_by_file_and_key(change: dict[str, Any], message: str) -> None:
@@ -114,7 +114,10 @@ def test_bad_values_are_named_by_file_and_key(change: dict[str, Any], message: s
 BAD_CONFIGS = [
     ({"_class_name": "DPMSolverSDEScheduler"}, "_class_name 'DPMSolverSDEScheduler' is not supported; these are: DDPM"),
     ({}, "_class_name None is not supported"),
-    ({"_class_name": "DDIMScheduler", "thresholding": True}, "thresholding=True is not supported: dynamic"),
+    (
+        {"_class_name": "DEISMultistepScheduler", "thresholding": True},
+        "thresholding=True is not supported: its history",
+    ),
     ({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True, "use_beta_sigmas": True}, "only one kind"),
     ({"_class_name": "PNDMScheduler", "prediction_type": "sample"}, "prediction_type='sample' is none of epsilon, v_"),
     ({"_class_name": "KDPM2DiscreteScheduler", "prediction_type": "sample"}, "prediction_type='sample' is none of"),

@@ -367,6 +367,7 @@ _FIELDS = {
     "adapters": "pages and scales of each row",
     "pictures": "keys and values of the pictures of IP-Adapters",
     "perturbed": "self-attentions of each row that are",
+    "thresholds": "of slots with dynamic thresholding",
     "deep": "features of the U-Net's deep part, from step to step",
 }
 _PHASES = {
@@ -422,7 +423,7 @@ def _fields(buffers: StaticBuffers) -> Iterator[tuple[str, list[Tensor]]]:
     for name, field in (*buffers.step._asdict().items(), *buffers._asdict().items()):
         if isinstance(field, Tensor):
             yield name, [field]
-        elif name in ("text", "adapters"):
+        elif name in ("text", "adapters", "thresholds") and field:
             yield name, [tensor for tensor in field if tensor is not None]
         elif name == "features" and field:
             yield name, list(field)

@@ -346,7 +346,7 @@ class State:
             rest["difference"] = outs[1].float() - outs[0].float()
         out = guide(outs, row[W0 : W0 + BRANCHES], run.guidance.rescales)
         args = (row, self.x, self.y, self.history, out.float(), run.noises[i])
-        x, self.y, self.history = step(*args, depth=self.depth, **rest)
+        x, self.y, self.history = step(*args, depth=self.depth, threshold=run.table.threshold, **rest)
         if run.inpainting is not None:
             x = blend(row, x, run.inpainting.mask, run.inpainting.init, run.inpainting.noise)
         self.x = x

@@ -25,6 +25,7 @@ from fastldm.kernels import dispatch
 from fastldm.kernels.dispatch import cdiv, next_power_of_2
 from fastldm.kernels.lora import Rows, ScaledPages
 from fastldm.kernels.step import BRANCHES, NEVER, StepState, end_step, table_rows
+from fastldm.kernels.threshold import Thresholds
 from fastldm.models.config import UNetConfig
 from fastldm.models.controlnet import ControlNet
 from fastldm.models.layers import channels_last
@@ -88,6 +89,7 @@ class StaticBuffers(NamedTuple):
     pictures: tuple[PictureBuffers, ...] = ()
     deep: Tensor | None = None  # (3S + 1, C, h, w): deep features of each slot's rows, and of rows that keep none
     perturbed: Tensor | None = None  # (L, R) bool: of each self-attention the U-Net rows in which it is perturbed
+    thresholds: Thresholds | None = None  # of slots that are thresholded dynamically
     deep_index: Tensor | None = None  # (2, R) int64: where each U-Net row keeps them, if it computes all, and has them
 
     @staticmethod
@@ -155,6 +157,11 @@ class StaticBuffers(NamedTuple):
             pictures=tuple(PictureBuffers(texts(config.cross_widths, count), lengths()) for count in pictures),
             deep=images(config.deep_channels, count=BRANCHES * slots + 1) if reuse else None,
             perturbed=torch.zeros(len(config.self_attentions), rows, dtype=torch.bool, device=device),
+            thresholds=Thresholds(
+                torch.full((slots,), -1.0, device=device),
+                torch.ones(slots, device=device),
+                torch.ones(slots, steps, device=device),
+            ),
             deep_index=torch.zeros(2, rows, dtype=torch.int64, device=device) if reuse else None,
         )
 
@@ -207,7 +214,8 @@ class Slots:
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers."""
-        step, temb, text, kv_len, maps, adapters, controls, features, pictures, *deep = self.buffers
+        step, temb, text, kv_len, maps, adapters, controls, features, pictures, *rest = self.buffers
+        deep = [t for each in rest if each is not None for t in (each if isinstance(each, Thresholds) else (each,))]
         own = [t for control in controls for t in (control.hint, control.weights, control.temb, *control.text)]
         own += [t for each in pictures for t in (*each.kv, each.kv_len)]
         tensors = (*step, temb, *text, kv_len, maps, *adapters[:2], *own, *features, *deep)
@@ -241,6 +249,8 @@ class Slots:
         # Idle until its first step: no steps yet.
         for buffer, number in ((step.y, 0), (step.counter, 0), (step.steps, 0), (step.first_bad, NEVER)):
             buffer.index_fill_(0, index, number)
+        if self.buffers.thresholds is not None:
+            self.buffers.thresholds.limits.index_fill_(0, index, 1)
         self._condition(run)
         finite = run.latents.isfinite().all()
         self._started_finite[run] = finite if run.extra is None else finite & run.extra.isfinite().all()
@@ -252,6 +262,10 @@ class Slots:
         rows = table_rows(table.rows, table.draws, run.guidance.weights(table), run.inpainting is not None)
         step.table[:, : len(table)].index_copy_(0, index, send(rows, index.device).expand(run.batch, -1, -1))
         step.rescale.index_fill_(0, index, run.guidance.rescales)
+        if self.buffers.thresholds is not None:
+            ratio, most = table.threshold or (-1.0, 1.0)
+            self.buffers.thresholds.ratio.index_fill_(0, index, ratio)
+            self.buffers.thresholds.most.index_fill_(0, index, most)
         # Negatives come first among the run's texts; where it has none, the slots' own are never read.
         count = run.text_kv[0].shape[0] // run.batch if run.text_kv else 1
         texts = [2 * slot + text for text in (0, 1)[2 - count :] for slot in slots]
@@ -334,7 +348,8 @@ class Slots:
         controlled, beside = tuple(self._controlled.items()), any(run.beside for run in runs)
         rare = any(run.rare for run in runs)
         perturbed = tuple(sorted({layer for run in runs for layer in run.perturbed}))
-        options = (rows, rescales, controlled, beside, deep, rare, perturbed)
+        thresholds = any(run.table.threshold is not None for run in runs)
+        options = (rows, rescales, controlled, beside, deep, rare, perturbed, thresholds)
         body = partial(self.body, *options)
         # A graph reads tensors by address, so which buffers they are is part of the key.
         key = (id(self.buffers), *options)
@@ -355,11 +370,12 @@ class Slots:
         deep: int | None = None,
         rare: bool = False,
         perturbed: Sequence[int] = (),
+        thresholds: bool = False,
     ) -> None:
         """The full step, of fixed shapes and addresses: the host sees none of its values. controlled: which rows of the
         U-Net have what control. beside: whether any row has adapters beside the weights. deep: how many rows, the first
         ones, compute all of the U-Net; None: all do, and nothing is kept. rare: as for `end_step`. perturbed: the
-        self-attentions that are in any row."""
+        self-attentions that are in any row. thresholds: whether any slot is thresholded."""
         state = self.buffers.step
         invariant = dispatch.batch_invariant() if self.batch_invariant else nullcontext()
         pages, scales, _ = self.buffers.adapters
@@ -383,7 +399,7 @@ class Slots:
             text, time_rows = self._states(self.buffers.maps[:, :rows], self.buffers.temb)
             options |= {"kv_len": self.buffers.kv_len, "slots": text}
             out = self.unet.step(state.u[:rows], time_rows, self.buffers.text, **options)
-        end_step(out, state, rescales=rescales, rare=rare)
+        end_step(out, state, rescales=rescales, rare=rare, thresholds=self.buffers.thresholds if thresholds else None)
 
     def _states(self, maps: Tensor, temb: Tensor) -> tuple[Tensor, Tensor]:
         """The text of each row, and its time row."""

@@ -27,6 +27,7 @@ class ScheduleConfig:
     steps_offset: int = 0
     set_alpha_to_one: bool = True
     clip: float = 0.0  # the denoised latent is clamped to -clip..clip; 0: it is not
+    threshold: tuple[float, float] | None = None  # it is dynamically: the quantile, and the most that it may be
     variance_type: str = "fixed_small"
     sigma_kind: str = ""  # a key of classes.SIGMA_KINDS, or one of spacing.SCHEDULES
     sigma_min: float | None = None

@@ -40,6 +40,8 @@ _FIELDS: dict[str, Field] = {
     "noise_sampler_seed": Field(Maybe(Integer(0, 2**63 - 1))),
     "predictor_order": Field(Integer(1, 4)),
     "corrector_order": Field(Integer(1, 4)),
+    "dynamic_thresholding_ratio": Field(Number(0, 1)),
+    "sample_max_value": Field(Number(1, 1e6)),
     "lambda_min_clipped": Field(Number(-math.inf, 1e3)),  # -Infinity in diffusers' files
     "solver_order": Field(Integer(1, 3)),
     "disable_corrector": Field(Maybe(ListOf(_STEP, 0, _MAX_STEPS))),
@@ -111,13 +113,29 @@ _FOREIGN: dict[str, tuple[Any, ...]] = {  # other classes' values, which a class
 }
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {  # allowed values of keys of any class, and why others are not
     "variance_type": ((None, *_CHOICES["variance_type"], "fixed_large_log"), "the U-Net would predict it, not its log"),
-    "thresholding": ((None, False), "dynamic thresholding is not linear, and meant for pixels, not latents"),
     "use_flow_sigmas": ((None, False), "flow matching models are another family"),
     "use_dynamic_shifting": ((None, False), "flow matching models are another family"),
     "solver_p": ((None,), "a second scheduler as the predictor is no table"),
     "timestep_type": ((None, "discrete"), "only EulerDiscreteScheduler has continuous timesteps"),
     "interpolation_type": ((None, "linear"), "only EulerDiscreteScheduler has it"),
 }
+
+
+_THRESHOLDS = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "LCMScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+)
+_NO_THRESHOLDS = (  # diffusers' other classes that have it
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
+    "EDMDPMSolverMultistepScheduler",
+    "SASolverScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
+)
 
 
 def read_scheduler(config: Mapping[str, Any], pipeline: str | None, source: str) -> ScheduleConfig:
@@ -206,6 +224,12 @@ def config_of(name: str, options: Mapping[str, Any], model: ScheduleConfig | Non
             raise InputError(f"{name}: {key}={show(options[key])} is not supported: {reason}.")
     if not (values.get("tau_func") is None or callable(values["tau_func"])):
         raise InputError(f"{name}: tau_func must be a function of the timestep, got {show(values['tau_func'])}.")
+    thresholds = bool(options.get("thresholding")) and name in (*_THRESHOLDS, *_NO_THRESHOLDS)
+    if thresholds and (name in _NO_THRESHOLDS or not values.get("algorithm_type", "++").endswith("++")):
+        raise InputError(
+            f"{name}: thresholding=True is not supported: its history is not of denoised latents, which are "
+            f"thresholded; take one of {', '.join(_THRESHOLDS)}, with data prediction."
+        )
     kinds = [kind for kind, key in SIGMA_KINDS.items() if values.get(key)]
     if len(kinds) > 1:
         raise InputError(f"{name}: only one kind of sigmas can be used, got {' and '.join(kinds)}.")
@@ -236,6 +260,10 @@ def config_of(name: str, options: Mapping[str, Any], model: ScheduleConfig | Non
         raise InputError(f"{name}: algorithm_type {show(algorithm)} has no third order; set solver_order 2.")
     if options.get("clip_sample") and "clip_sample" in entry.keys:
         values["clip"] = float(options.get("clip_sample_range") or 1.0)
+    if thresholds:
+        ratio, most = options.get("dynamic_thresholding_ratio", 0.995), options.get("sample_max_value", 1.0)
+        values["threshold"] = (float(ratio), float(most))
+        values |= {"clip": 1.0} if "clip_sample" in entry.keys else {}  # the rows of clamped latents
     names = {f.name for f in fields(ScheduleConfig)} & set(values)
     config = ScheduleConfig(class_name=name, raw=dict(options), **{key: values[key] for key in names})
     alphas_cumprod(config)  # raises for invalid betas

@@ -76,13 +76,15 @@ class StepTable:
     spans: tuple[Span, ...] = ()  # (S,) of a Brownian motion in sigma, if noise is of one
     motion: tuple[float, float] = (0.0, 0.0)  # the lowest and the highest sigma of that motion
     noise_seed: int | None = None  # what the configuration has it drawn from
+    threshold: tuple[float, float] | None = None  # m is thresholded: see `kernels.threshold`
     deep: tuple[bool, ...] = field(init=False)  # (S,) whether each row computes all of the network
     rare: bool = field(init=False)  # whether any row has a number that most samplers have not: `kernels.step.RARE`
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "deep", tuple((self.rows[:, COLUMNS.index("deep")] != 0).tolist()))
         rare = [COLUMNS.index(name) for name in ("clip", "o", "d_ratio", "gx")]
-        object.__setattr__(self, "rare", bool((self.rows[:, rare] != 0).any()))
+        rare_rows = bool((self.rows[:, rare] != 0).any())
+        object.__setattr__(self, "rare", rare_rows or self.threshold is not None)
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -203,6 +205,7 @@ def make_table(
         spans=tuple(row.span for row in rows if row.span is not None),
         motion=motion,
         noise_seed=config.noise_sampler_seed,
+        threshold=config.threshold,
     )
 
 

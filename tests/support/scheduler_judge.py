@@ -214,7 +214,7 @@ REFUSALS = (
     Refusal(
         "dynamic thresholding",
         "thresholding=True is not supported",
-        "It is not linear, so no table holds it, and it is meant for pixels.",
+        "Its history is not of denoised latents.",
         diffusers_runs=True,
     ),
     Refusal(
