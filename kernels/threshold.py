@@ -15,16 +15,32 @@ Bytes: the rows of out and x of all slots, sorted in float32, some ten times 4 C
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fastldm.kernels.step import StepState
-
 P, Q, B0, F0, W0, CLIP = 1, 2, 5, 12, 18, 24  # places in a row of a table, see step.py
 TERMS = 4  # m_i to m_(i-3)
+
+
+class State(Protocol):
+    """What is read of a `step.StepState`, and the table, which is written."""
+
+    @property
+    def x(self) -> Tensor: ...
+    @property
+    def table(self) -> Tensor: ...
+    @property
+    def counter(self) -> Tensor: ...
+    @property
+    def steps(self) -> Tensor: ...
+    @property
+    def rescale(self) -> Tensor: ...
+    @property
+    def factor(self) -> Tensor: ...
+    @property
+    def rows(self) -> Tensor: ...
 
 
 class Thresholds(NamedTuple):
@@ -52,7 +68,7 @@ def limit(m: Tensor, ratio: float | Tensor, most: float | Tensor) -> Tensor:
     return torch.minimum(found.clamp_min(1.0), torch.as_tensor(most, dtype=found.dtype, device=found.device))
 
 
-def threshold_rows(out: Tensor, state: StepState, thresholds: Thresholds) -> None:
+def threshold_rows(out: Tensor, state: State, thresholds: Thresholds) -> None:
     """Rewrite the rows that come next of slots that are thresholded; those of others stay as they are. In place."""
     x, table = state.x, state.table
     slots, channels = x.shape[:2]
