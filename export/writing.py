@@ -39,6 +39,7 @@ from fastldm.kernels.step import COLUMNS
 from fastldm.loading.checkpoint import TokenizerFiles
 from fastldm.loading.formats import TOKENIZER_FILES
 from fastldm.loading.spec import Spec
+from fastldm.model import need_prompts
 from fastldm.reading import check_path
 from fastldm.version import __version__
 
@@ -83,6 +84,7 @@ def export(
     BundleError if a network does not compute what PyTorch does or the disk is full; EngineError if ONNX Runtime cannot
     run it.
     """
+    need_prompts(model)
     if not model.text:
         raise InputError(f"the family {model.family.name} reads no text: exports are of models that read a prompt")
     if getattr(model.vae, "conditioned", False):

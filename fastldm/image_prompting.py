@@ -40,8 +40,8 @@ class IPAdapterLoader:
 
     @property
     def image_encoder(self) -> Any:
-        """CLIP's image encoder, which IP-Adapters read; None if none is loaded."""
-        encoder = self.stages.image_prompts.loaded.encoder
+        """CLIP's image encoder: the model's, if it reads pictures, or the one that IP-Adapters read; else None."""
+        encoder = self.stages.image_encoder or self.stages.image_prompts.loaded.encoder
         return None if encoder is None else encoder.model
 
     def load_ip_adapter(

@@ -25,7 +25,7 @@ from fastldm.image_prompting import IPAdapterLoader
 from fastldm.loading import adoption
 from fastldm.loading import spec as loading
 from fastldm.loading.mapped import Mapped
-from fastldm.model import need_exporter, open_model
+from fastldm.model import need_exporter, need_prompts, open_model
 from fastldm.reading import check_path
 from fastldm.request import MAX_IMAGES, MAX_SIDE, Request, Result
 from fastldm.runtime import eight_bits
@@ -164,8 +164,8 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
 
     @classmethod
     def from_diffusers(cls, pipe: Any, *, batch_invariant: bool = False) -> Pipeline:
-        """Adopts a loaded diffusers pipeline: Stable Diffusion 1, 2 or XL, for text, image to image or inpainting,
-        with ControlNets or T2I-Adapters too, which are copied.
+        """Adopts a loaded diffusers pipeline: Stable Diffusion 1, 2 or XL, for text, image to image or inpainting, with
+        ControlNets or T2I-Adapters too, which are copied, or for image variations.
 
         The weights are shared, not copied: what changes in one changes in the other. Device and dtype stay as they are.
         Compiled and fused networks are taken as what they are made of, and tiled or sliced decoding goes on.
@@ -296,7 +296,8 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         if self.refiner is not None:
             self.refiner.warmup([(width, height) for width, height in sizes], counts, **options)
             options["refiner_switch_at"] = 1.0
-        options = {"prompt": "a prompt", "num_inference_steps": repeats, "output_type": "pt", "seed": 0, **options}
+        prompt = "" if self.family.reads_picture else "a prompt"
+        options = {"prompt": prompt, "num_inference_steps": repeats, "output_type": "pt", "seed": 0, **options}
         for width, height, count in sorted(workloads, key=math.prod, reverse=True):
             pictures = needed_images(self.stages.spec, height, width)
             for _ in range(repeats):
@@ -321,6 +322,7 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         and while requests with other adapters are under way.
         """
         self.stages.need_torch("which has no weights to export: copy it")
+        need_prompts(self.stages.spec)
         if eight_bits.is_on(self.stages):
             raise InputError("fp8 is on, and is not exported: call disable_fp8 first")
         self.weights_changed()

@@ -136,7 +136,10 @@ class Request:
     """Initial image, for image to image; of models that enlarge one, the small image. A path, a PIL image, an array
     (H, W, 3) or (B, H, W, 3), a tensor (B, 3, H, W), or a list: RGB, uint8 or floats in 0..1, see `image.load_image`.
     Or latents (B, C, h, w), recognised by their channels and scaled as for the U-Net. Of n images, n dividing the
-    batch, image k starts from number k modulo n, as in diffusers; likewise for `mask_image`."""
+    batch, image k starts from number k modulo n, as in diffusers; likewise for `mask_image`. Of models that read
+    pictures in place of prompts, those, each with its variations."""
+    image_embeds: Any = None
+    """In place of `image`, of models that read a picture in place of a prompt: the image encoder's output (n, D)."""
     strength: float | None = None
     """How much `image` is changed, 0 (not at all) to 1 (completely); None is 0.8, with SDXL's refiner 0.3, and 1 with
     `mask_image`. Models that edit `image` start from noise, and have none."""
@@ -331,7 +334,7 @@ class Request:
     def alone(self, k: int) -> Request:
         """One image of prompt k: what its text is read from. It has neither seed, generator nor latents."""
         changes: dict[str, Any] = dict.fromkeys(("seed", "generator", "latents"))
-        for name in PER_PROMPT:
+        for name in (*PER_PROMPT, "image_embeds"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 changes[name] = value[k : k + 1]

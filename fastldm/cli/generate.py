@@ -101,7 +101,8 @@ def _list_things(ctx: click.Context, param: click.Parameter, group: str | None) 
     "--init-image",
     "image",
     metavar="FILE",
-    help="Start from this picture instead of noise; of a model that enlarges one, the small picture.",
+    help="Start from this picture instead of noise; of a model that enlarges one, the small picture; of one of image "
+    "variations, what it reads in place of PROMPT.",
 )
 @click.option("--strength", type=float, help="How much of --image is redone, 0 to 1.  [default: 0.8]")
 @click.option(
@@ -179,6 +180,7 @@ def generate(
     fastldm generate "flower purple" --best-of 8 -o flower.png
     fastldm generate "a cat" -m ./sd15 --lora style.safetensors:0.8
     fastldm generate "a white cat" -m ./x4-upscaler --image small.png
+    fastldm generate -m ./sd-image-variations --image cat.png --n 4
     fastldm generate "a cat" -m ./sd15-onnx --backend openvino
     """
     if prompt is None:

@@ -136,6 +136,13 @@ def encode(
     return _with_equal_lengths(conditioning, stages[0].window)
 
 
+def of_pictures(embeds: Tensor, guided: bool) -> Conditioning:
+    """Of a model that reads pictures in place of prompts: an image encoder's output (n, D) as texts of one token, with
+    zeros as negatives. Source: diffusers' StableDiffusionImageVariationPipeline."""
+    hidden = embeds[:, None]
+    return Conditioning(hidden, negative_hidden=torch.zeros_like(hidden) if guided else None)
+
+
 def _with_equal_lengths(conditioning: Conditioning, window: int) -> Conditioning:
     """Both branches, repeated along T to a common length."""
     hidden, negative = conditioning.hidden, conditioning.negative_hidden

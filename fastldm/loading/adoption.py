@@ -21,7 +21,7 @@ from fastldm.loading import changes
 from fastldm.loading.checkpoint import Checkpoint, Component, TokenizerFiles
 from fastldm.loading.formats import DEPTH, SCHEDULERS, TOKENIZERS, Config, component_classes, named_config
 from fastldm.loading.state import fit_names
-from fastldm.models.families import NETWORK_CLASSES
+from fastldm.models.families import IMAGE_ENCODER, network_classes
 
 logger = logging.getLogger("fastldm")
 
@@ -47,7 +47,7 @@ def describe_diffusers(pipe: Any) -> Checkpoint:
     classes = component_classes(index, source)
     if hasattr(pipe, "pag_applied_layers"):
         index["pag_applied_layers"] = pipe.pag_applied_layers
-    networks = {name: loaded[name] for name in classes if name in NETWORK_CLASSES}
+    networks = {name: loaded[name] for name in classes if name in network_classes(source)}
     tokenizers = {name: loaded[name] for name in classes if name in TOKENIZERS}
     _check_unchanged(pipe, networks, tokenizers, source)
     _check_kinds(networks, source)
@@ -65,8 +65,9 @@ def describe_diffusers(pipe: Any) -> Checkpoint:
     depth = None
     if loaded.get(DEPTH) is not None:
         depth = DepthEstimator((loaded[DEPTH], loaded["feature_extractor"]))
-    first = schedulers.pop("scheduler")
-    return Checkpoint(source, components, first, files, index, **schedulers, depth=depth, loaded=True)
+    preprocessor = loaded["feature_extractor"].to_dict() if IMAGE_ENCODER in classes else {}
+    more: dict[str, Any] = {"loaded": True, "preprocessor": preprocessor, "depth": depth, **schedulers}
+    return Checkpoint(source, components, more.pop("scheduler"), files, index, **more)
 
 
 def adopt(module: Module, other: nn.Module) -> Module:
@@ -126,4 +127,4 @@ def _raw_config(module: Any) -> Config:
     """A network's config as in its config.json."""
     if not hasattr(module.config, "to_dict"):
         return dict(module.config)
-    return {**module.config.to_dict(), "num_hidden_layers": changes.text_depth(module)}
+    return {**module.config.to_dict(), "num_hidden_layers": changes.encoder_depth(module)}

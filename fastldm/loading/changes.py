@@ -136,9 +136,11 @@ def _is_fused(module: nn.Module, name: str) -> bool:
     )
 
 
-def text_depth(module: Any) -> int:
-    """How many layers a CLIP text encoder has; the last ones may have been removed, the older form of clip skip."""
-    return len(getattr(module, "text_model", module).encoder.layers)
+def encoder_depth(module: Any) -> int:
+    """How many layers an encoder of CLIP has; the last ones of a text encoder may have been removed, the older form of
+    clip skip."""
+    inner = getattr(module, "text_model", None) or getattr(module, "vision_model", module)
+    return len(inner.encoder.layers)
 
 
 # --- Methods ---
@@ -239,7 +241,7 @@ def _reference(module: Any) -> nn.Module:
             arguments = inspect.signature(cls.__init__).parameters
             return cls(**{name: value for name, value in module.config.items() if name in arguments})
         config = copy.deepcopy(module.config)
-        config.num_hidden_layers = text_depth(module)
+        config.num_hidden_layers = encoder_depth(module)
         return cls(config)
 
 

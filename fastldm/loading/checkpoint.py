@@ -102,6 +102,8 @@ class Checkpoint:
     """Of depth to image: what estimates a picture's depth, if the checkpoint has it."""
     loaded: bool = False
     """Whether it was a pipeline in memory, where diffusers has already replaced values of the config files."""
+    preprocessor: Config = field(default_factory=dict)
+    """Of a model that reads pictures, how they are prepared: the content of preprocessor_config.json."""
 
     @property
     def schedulers(self) -> dict[str, Config]:

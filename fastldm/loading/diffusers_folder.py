@@ -12,8 +12,10 @@ from fastldm.loading.formats import (
     DEPTH,
     INDEX,
     NOT_NEEDED,
+    PREPROCESSOR,
     SCHEDULERS,
     TOKENIZERS,
+    Config,
     PathLike,
     WeightSet,
     choose_weights,
@@ -23,7 +25,7 @@ from fastldm.loading.formats import (
 )
 from fastldm.loading.relatives import adapter_advice, adapter_label
 from fastldm.loading.tensors import read_shapes
-from fastldm.models.families import NETWORK_CLASSES, WEIGHTLESS
+from fastldm.models.families import IMAGE_ENCODER, WEIGHTLESS, network_classes
 from fastldm.reading import Field, MapOf, Text, read_fields, read_json
 
 logger = logging.getLogger("fastldm")
@@ -42,10 +44,11 @@ def open_diffusers(folder: PathLike, variant: str | None = None, *, allow_pickle
     source = str(folder)
     index = read_json(folder / INDEX)
     classes = component_classes(index, source)
-    ignored = [name for name in NOT_NEEDED if name in listed_classes(index)]
+    ignored = [name for name in NOT_NEEDED if name in listed_classes(index) and name not in classes]
     if ignored:
         logger.info("%s: not needed and ignored: %s", source, ", ".join(ignored))
-    weighty = [name for name in classes if name in NETWORK_CLASSES and classes[name] not in WEIGHTLESS]
+    known = network_classes(index.get("_class_name"))
+    weighty = [name for name in classes if name in known and classes[name] not in WEIGHTLESS]
     networks = {name: _listing(folder / name) for name in weighty}
     selected = choose_weights(networks, variant, allow_pickle, source)
     components = {}
@@ -75,7 +78,13 @@ def open_diffusers(folder: PathLike, variant: str | None = None, *, allow_pickle
         index,
         schedulers.get("low_res_scheduler"),
         DepthEstimator(folder) if DEPTH in listed_classes(index) else None,
+        preprocessor=_preprocessor(folder) if IMAGE_ENCODER in classes else {},
     )
+
+
+def _preprocessor(folder: Path) -> Config:
+    path = folder.joinpath(*PREPROCESSOR)
+    return read_json(path) if path.exists() else {}
 
 
 def _check_folder(folder: Path) -> None:

@@ -12,7 +12,14 @@ from typing import Any
 from fastldm.checks import show
 from fastldm.errors import CheckpointError
 from fastldm.loading import relatives
-from fastldm.models.families import DEPTH_PIPELINE, NETWORK_CLASSES, PIXEL_PIPELINE, TEXT_ENCODERS, UPSCALE_PIPELINE
+from fastldm.models.families import (
+    DEPTH_PIPELINE,
+    IMAGE_ENCODER,
+    PIXEL_PIPELINE,
+    TEXT_ENCODERS,
+    UPSCALE_PIPELINE,
+    network_classes,
+)
 from fastldm.reading import Field, Maybe, Text, read_fields
 
 logger = logging.getLogger("fastldm")
@@ -26,6 +33,8 @@ SCHEDULERS = ("scheduler", "low_res_scheduler")
 DEPTH = "depth_estimator"
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
+PREPROCESSOR = ("feature_extractor", "preprocessor_config.json")
+"""The folder and the file that say how an image encoder's pictures are prepared."""
 TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
@@ -58,8 +67,11 @@ def component_classes(index: Config, source: str) -> dict[str, str]:
     pipeline, listed = read_fields(index, _CLASS, f"{source}: {INDEX}")["_class_name"], listed_classes(index)
     relatives.check_class(pipeline, source)
     needed = (*_REQUIRED, *(["low_res_scheduler"] if pipeline == UPSCALE_PIPELINE else []))
-    of_text = () if pipeline == PIXEL_PIPELINE else (*TEXT_ENCODERS, *TOKENIZERS)
-    names = [name for name in (*NETWORK_CLASSES, *TOKENIZERS, *SCHEDULERS) if name in (*needed, *of_text)]
+    networks = network_classes(pipeline)
+    of_picture = (IMAGE_ENCODER,) if IMAGE_ENCODER in networks else ()
+    needed = (*needed, *of_picture)
+    of_text = () if pipeline == PIXEL_PIPELINE or of_picture else (*TEXT_ENCODERS, *TOKENIZERS)
+    names = [name for name in (*networks, *TOKENIZERS, *SCHEDULERS) if name in (*needed, *of_text)]
     not_needed = (*NOT_NEEDED, *([DEPTH] if pipeline == DEPTH_PIPELINE else []))  # for a request brings a map, or not
     unknown = [f"{name} ({listed[name]})" for name in listed if name not in names and name not in not_needed]
     texts = [name for name in TEXT_ENCODERS if name in listed] or ["text_encoder"]  # the refiner has the second alone
@@ -71,7 +83,7 @@ def component_classes(index: Config, source: str) -> dict[str, str]:
         raise CheckpointError(
             f"{source} is a {pipeline or 'pipeline'} and {reason}: fastldm cannot run it. {relatives.RUNS}."
         )
-    for name, classes in NETWORK_CLASSES.items():
+    for name, classes in networks.items():
         if name in listed and listed[name] not in classes:
             raise CheckpointError(
                 f"{source}: {name} is a {listed[name]}; fastldm runs {' or '.join(classes)} in its place."
@@ -82,6 +94,8 @@ def component_classes(index: Config, source: str) -> dict[str, str]:
 
 def named_config(config: Config, class_name: str) -> Config:
     """A component's config with the class from the pipeline's index, which diffusers uses too."""
+    if class_name.startswith("CLIPVision"):
+        return config
     inner = config.get("text_config")
     if class_name.startswith("CLIPText") and config.get("model_type") == "clip" and isinstance(inner, dict):
         config = inner  # the text half of a full CLIP, as transformers reads it

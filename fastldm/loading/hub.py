@@ -14,6 +14,7 @@ from fastldm.errors import CheckpointError
 from fastldm.loading.formats import (
     DEPTH,
     INDEX,
+    PREPROCESSOR,
     SCHEDULERS,
     TOKENIZER_FILES,
     TOKENIZERS,
@@ -23,7 +24,7 @@ from fastldm.loading.formats import (
     component_classes,
     listed_classes,
 )
-from fastldm.models.families import NETWORK_CLASSES, WEIGHTLESS
+from fastldm.models.families import IMAGE_ENCODER, WEIGHTLESS, network_classes
 from fastldm.reading import check_path, read_json
 
 logger = logging.getLogger("fastldm")
@@ -149,11 +150,12 @@ def _needed_files(
         name: {path.removeprefix(f"{name}/") for path in names if path.startswith(f"{name}/") and path.count("/") == 1}
         for name in classes
     }
-    networks = {name: files_of[name] for name in classes if name in NETWORK_CLASSES and classes[name] not in WEIGHTLESS}
+    known = network_classes(index.get("_class_name"))
+    networks = {name: files_of[name] for name in classes if name in known and classes[name] not in WEIGHTLESS}
     selected = choose_weights(networks, variant, allow_pickle, source)
     needed = [INDEX, *(f"{name}/scheduler_config.json" for name in SCHEDULERS if name in classes)]
     for name in classes:
-        if name in NETWORK_CLASSES:
+        if name in known:
             weights = selected[name].names if name in selected else ()
             needed += [f"{name}/{file}" for file in ("config.json", *weights)]
         elif name in TOKENIZERS:
@@ -161,6 +163,8 @@ def _needed_files(
     if DEPTH in listed_classes(index):
         folders = (f"{DEPTH}/", "feature_extractor/")
         needed += [name for name in names if name.startswith(folders) and name.endswith((".json", ".safetensors"))]
+    if IMAGE_ENCODER in classes:
+        needed.append("/".join(PREPROCESSOR))
     return needed
 
 

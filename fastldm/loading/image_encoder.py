@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +18,7 @@ from fastldm.models.clip_vision import CLIPVision, VisionConfig
 from fastldm.reading import check_file, read_json
 
 FILES = ("config.json", "model.safetensors")
-PREPROCESSOR = "preprocessor_config.json"
+PREPROCESSOR = "preprocessor_config.json"  # beside them, or not
 CLASS_NAME = "CLIPVisionModelWithProjection"
 
 
@@ -30,12 +32,12 @@ def folder_component(folder: Path, class_name: str, *, allow_pickle: bool = Fals
     return Component(folder.name, class_name, config, files, str(folder / weights.entry), allow_pickle=allow_pickle)
 
 
-def read_preprocessing(folder: Path | None, config: VisionConfig) -> Preprocessing:
-    """What a folder says of the input of an image encoder; as diffusers without one: at its size, with CLIP's mean."""
-    if folder is None or not (folder / PREPROCESSOR).is_file():
+def preprocessing_of(config: VisionConfig, raw: Mapping[str, Any], source: str) -> Preprocessing:
+    """What a preprocessor_config.json says of the input of an image encoder; as diffusers without one: at its size,
+    with CLIP's mean."""
+    if not raw:
         return Preprocessing(config.image_size, config.image_size)
-    source = str(folder / PREPROCESSOR)
-    preprocessing = Preprocessing.from_dict(read_json(folder / PREPROCESSOR), source)
+    preprocessing = Preprocessing.from_dict(raw, source)
     if preprocessing.crop != config.image_size:
         raise CheckpointError(
             f"{source}: 'crop_size' is {preprocessing.crop}, and the image encoder reads {config.image_size} pixels"
@@ -63,4 +65,6 @@ def read_image_encoder(
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise CheckpointError(f"{folder}: {name} holds NaN or infinity in {dtype}.".replace("torch.", ""))
-    return ImageEncoder(model, read_preprocessing(folder if preprocessing else None, config), str(folder))
+    path = folder / PREPROCESSOR
+    raw = read_json(path) if preprocessing and path.is_file() else {}
+    return ImageEncoder(model, preprocessing_of(config, raw, str(path)), str(folder))

@@ -38,7 +38,7 @@ RELATIVES = (  # the first match counts
     Relative(r"Depth2Img", "depth to image, whose U-Net reads a depth map"),
     Relative(r"Upscale|SuperResolution", "an upscaler, whose U-Net reads a small image"),
     Relative(r"UnCLIP", "unCLIP, whose U-Net reads the embedding of an image"),
-    Relative(r"ImageVariation", "image variation, which reads an image in place of a prompt"),
+    Relative(r"ImageVariation", "image variation by Versatile Diffusion or unCLIP"),
     Relative(r"PaintByExample", "Paint by Example, which reads an image in place of a prompt"),
     Relative(r"Marigold", "Marigold, which estimates depth, normals or materials of an image"),
     Relative(r"LDM3D", "LDM3D, whose autoencoder holds depth beside colour"),

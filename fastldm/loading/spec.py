@@ -18,13 +18,16 @@ import torch
 from fastldm import checks
 from fastldm.checks import show
 from fastldm.conditioning import text
+from fastldm.conditioning.image_encoder import ImageEncoder, Preprocessing
 from fastldm.errors import CheckpointError, InputError
 from fastldm.loading import relatives
 from fastldm.loading.checkpoint import Checkpoint
-from fastldm.loading.formats import INDEX
+from fastldm.loading.formats import INDEX, PREPROCESSOR
+from fastldm.loading.image_encoder import preprocessing_of
 from fastldm.loading.open_checkpoint import open_checkpoint
 from fastldm.loading.prepare import Prepared, prepare
 from fastldm.models.clip import CLIPText
+from fastldm.models.clip_vision import CLIPVision, VisionConfig
 from fastldm.models.config import (
     AUTOENCODERS,
     AutoencoderConfig,
@@ -34,7 +37,7 @@ from fastldm.models.config import (
     UNetConfig,
     VAEConfig,
 )
-from fastldm.models.families import TEXT_ENCODERS, UPSCALE_PIPELINE, Family, recognise
+from fastldm.models.families import IMAGE_ENCODER, TEXT_ENCODERS, UPSCALE_PIPELINE, Family, recognise
 from fastldm.models.interfaces import Autoencoder, Denoiser
 from fastldm.models.unet import UNet
 from fastldm.models.vae import AutoencoderKL, PixelResidual, TinyAutoencoder
@@ -65,6 +68,14 @@ class Spec:
     """The schedule of the noise that is added to a small picture that is read."""
     max_noise_level: int = 0
     """The highest level of that noise."""
+    vision: VisionConfig | None = None
+    """Of a model that reads a picture in place of a prompt."""
+    preprocessing: Preprocessing | None = None
+
+    @property
+    def encoders(self) -> tuple[TextConfig | VisionConfig, ...]:
+        """What makes the conditioning."""
+        return (*self.text, *([self.vision] if self.vision else []))
 
     @property
     def enlarges(self) -> int:
@@ -75,7 +86,7 @@ class Spec:
 
     @property
     def window(self) -> int:
-        """Tokens of a text; 1 of models that read none."""
+        """Tokens of a text; 1 of models that read a picture in its place, or none."""
         return self.text[0].max_position if self.text else 1
 
     @property
@@ -89,6 +100,8 @@ class Spec:
         """Total number of parameters of all networks."""
         with torch.device("meta"):
             networks: list[torch.nn.Module] = [UNet(self.unet), autoencoder(self.vae), *map(CLIPText, self.text)]
+            networks += [CLIPVision(self.vision)] if self.vision else []
+            networks += [CLIPVision(self.vision)] if self.vision else []
         return sum(p.numel() for network in networks for p in network.parameters())
 
 
@@ -176,16 +189,20 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
     _check_noise_levels(unet, low_res, index["max_noise_level"], checkpoint.source)
     names = [name for name in TEXT_ENCODERS if name in configs]
     text = tuple(TextConfig.from_dict(configs[name], sources[name]) for name in names)
+    vision = preprocessing = None
+    if IMAGE_ENCODER in configs:
+        vision = VisionConfig.from_dict(configs[IMAGE_ENCODER], sources[IMAGE_ENCODER])
+        preprocessing = preprocessing_of(vision, checkpoint.preprocessor, f"{checkpoint.source}: {PREPROCESSOR[1]}")
     unet = replace(unet, added_ids=5 if index["requires_aesthetics_score"] else 6)
-    _check_fit(unet, vae, text, names, checkpoint.source)
+    _check_fit(unet, vae, text, names, checkpoint.source, vision)
     if schedule.variance_type == "learned_range":
         raise CheckpointError(
             f"{checkpoint.config_source('scheduler')}: variance_type is 'learned_range', and the U-Net makes "
             f"{unet.out_channels} channels ('out_channels'): expected as many again, the variance"
         )
-    family = recognise(unet, checkpoint.scheduler)
+    family = recognise(unet, checkpoint.scheduler, reads_picture=vision is not None)
     highest = 0 if low_res is None else index["max_noise_level"]
-    return Spec(checkpoint, unet, vae, text, family, schedule, low_res, highest)
+    return Spec(checkpoint, unet, vae, text, family, schedule, low_res, highest, vision, preprocessing)
 
 
 def _check_noise_levels(unet: UNetConfig, low_res: ScheduleConfig | None, highest: int, source: str) -> None:
@@ -219,7 +236,12 @@ def _with_size(config: Mapping[str, Any], pipeline: str | None) -> Mapping[str, 
 
 
 def _check_fit(
-    unet: UNetConfig, vae: AutoencoderConfig, text: Sequence[TextConfig], names: Sequence[str], source: str
+    unet: UNetConfig,
+    vae: AutoencoderConfig,
+    text: Sequence[TextConfig],
+    names: Sequence[str],
+    source: str,
+    vision: VisionConfig | None = None,
 ) -> None:
     """CheckpointError if components belong to different models: each would load, but not work with the others."""
 
@@ -228,11 +250,18 @@ def _check_fit(
             raise CheckpointError(f"{source}: {problem}: its components are not of one model")
 
     text_channels, latent_channels = [encoder.hidden for encoder in text], vae.latent_channels
+    if vision is not None:
+        check(
+            vision.projection_dim == unet.cross_attention_dim and not unet.needs_added,
+            f"the U-Net reads {unet.cross_attention_dim} channels ('cross_attention_dim'), and the image encoder makes "
+            f"{vision.projection_dim} ('projection_dim')",
+        )
     check(
         isinstance(vae, PixelResidualConfig) != bool(unet.cross_widths),
         "the U-Net reads text, or the VAE is no PixelResidual, and one goes without the other",
     )
-    check(bool(text) == bool(unet.cross_widths), "the U-Net reads text, and there is no text_encoder, or the reverse")
+    reads = bool(text or vision)
+    check(reads == bool(unet.cross_widths), "the U-Net reads text, and there is no text_encoder, or the reverse")
     check(
         not text or sum(text_channels) == unet.cross_attention_dim,
         f"the U-Net reads text of {unet.cross_attention_dim} channels ('cross_attention_dim'), "
@@ -306,6 +335,8 @@ class LoadedModel:
     """Of a bundle, those that were exported with it: `adapters.control.Control` by name."""
     steps: Any = None
     """Where a bundle's backend takes several steps a call, its engine of them: see `export.graphs`."""
+    image_encoder: ImageEncoder | None = None
+    """Of a model that reads a picture in place of a prompt."""
 
 
 def load(
@@ -331,6 +362,13 @@ def load(
     )
     unet, vae = fill(unet, "unet"), vae if isinstance(vae, PixelResidual) else fill(vae, "vae")
     networks = {"unet": unet, "vae": vae} | {name: stage.model for name, stage in zip(names, stages, strict=True)}
+    image_encoder = None
+    if spec.vision is not None and spec.preprocessing is not None:
+        with torch.device("meta"):
+            vision = CLIPVision(spec.vision)
+        networks[IMAGE_ENCODER] = vision = fill(vision, IMAGE_ENCODER)
+        image_encoder = ImageEncoder(vision, spec.preprocessing, spec.checkpoint.source)
     weight = unet.conv_in.weight
     prepared = prepare(networks, (sharing or {}).values())
-    return LoadedModel(unet, vae, stages, prepared, device=weight.device, dtype=weight.dtype)
+    to: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+    return LoadedModel(unet, vae, stages, prepared, **to, image_encoder=image_encoder)

@@ -15,6 +15,8 @@ NETWORK_CLASSES = {
     "text_encoder_2": ("CLIPTextModel", "CLIPTextModelWithProjection"),
 }
 """The supported classes of diffusers and transformers, by pipeline component."""
+IMAGE_ENCODER = "image_encoder"
+IMAGE_ENCODER_CLASSES = ("CLIPVisionModelWithProjection",)
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
@@ -38,6 +40,7 @@ class Family:
     strength: float = 0.8  # of a start from an image
     pipelines: tuple[str, ...] = ()  # diffusers' classes for it, whose arguments fastldm's pipelines take
     noise_level: int = 0  # of the noise that is added to a small picture that is read
+    reads_picture: bool = False  # in place of a prompt, by CLIP's image encoder
 
 
 def _is_v(scheduler: Mapping[str, Any]) -> bool:
@@ -77,9 +80,11 @@ UPSCALE_PIPELINE, PIXEL_PIPELINE = "StableDiffusionUpscalePipeline", "PixelUpsca
 DEPTH_PIPELINE = "StableDiffusionDepth2ImgPipeline"
 WEIGHTLESS = ("PixelResidual",)  # networks without files of weights
 _EULER, _EULER_A = "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"
+_VARIATION_PIPELINES = ("StableDiffusionImageVariationPipeline",)
 
 # The first match counts; the last entry matches everything.
 FAMILIES: tuple[Family, ...] = (
+    Family("sd1-variation", 50, 7.5, lambda *_: True, pipelines=_VARIATION_PIPELINES, reads_picture=True),
     Family("sdxl-edit", 30, 5.0, lambda unet, _: unet.edits and unet.needs_added, pipelines=_SDXL_EDIT_PIPELINES),
     Family("sd1-edit", 30, 7.5, lambda unet, _: unet.edits, pipelines=_EDIT_PIPELINES),
     Family("x4-upscaler", 75, 9.0, lambda unet, _: unet.needs_class, pipelines=(UPSCALE_PIPELINE,), noise_level=20),
@@ -111,9 +116,18 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
-def recognise(unet: UNetConfig, scheduler: Mapping[str, Any]) -> Family:
-    """The family of a checkpoint from its U-Net and the raw scheduler_config.json."""
-    return next(family for family in FAMILIES if family.matches(unet, scheduler))
+def recognise(unet: UNetConfig, scheduler: Mapping[str, Any], *, reads_picture: bool = False) -> Family:
+    """The family of a checkpoint from its U-Net and the raw scheduler_config.json. reads_picture: whether it has an
+    image encoder in place of a text encoder."""
+    families = (family for family in FAMILIES if family.reads_picture == reads_picture)
+    return next(family for family in families if family.matches(unet, scheduler))
+
+
+def network_classes(pipeline: object) -> dict[str, tuple[str, ...]]:
+    """The classes of the networks that a pipeline of diffusers runs, by component."""
+    if not any(family.reads_picture and pipeline in family.pipelines for family in FAMILIES):
+        return NETWORK_CLASSES
+    return {name: NETWORK_CLASSES[name] for name in ("unet", "vae")} | {IMAGE_ENCODER: IMAGE_ENCODER_CLASSES}
 
 
 def pipeline_classes() -> frozenset[str]:

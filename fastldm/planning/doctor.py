@@ -147,7 +147,7 @@ def op_paths(spec: Spec, dtype: torch.dtype, arch: str | None, *, lora: bool = F
         dry_run.run_unet(spec.unet, rows=2, tokens=spec.window, dtype=dtype, **latents, lora=lora)
         if lora:
             return {path: {name: own for name, own in ops.items() if "lora" in name} for path, ops in calls.items()}
-        dry_run.run_text(spec.text, batch=1, dtype=dtype)
+        dry_run.run_text(spec.encoders, batch=1, dtype=dtype)
         dry_run.run_decoder(spec.vae, batch=1, dtype=dtype, **latents)
     return calls
 

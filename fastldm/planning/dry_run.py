@@ -23,6 +23,7 @@ from fastldm.kernels.dispatch import Cost, Op, Target, device_type, observe, tar
 from fastldm.loading.prepare import prepare
 from fastldm.loading.spec import autoencoder
 from fastldm.models.clip import CLIPText
+from fastldm.models.clip_vision import CLIPVision, VisionConfig
 from fastldm.models.config import AutoencoderConfig, TextConfig, UNetConfig
 from fastldm.models.controlnet import ControlNet, ControlNetConfig
 from fastldm.models.latents import unscaled
@@ -34,7 +35,7 @@ from fastldm.runtime.pages import Pages
 from fastldm.runtime.slots import FEATURES, Slots, StaticBuffers
 
 ControlConfig = ControlNetConfig | T2IAdapterConfig
-Config = UNetConfig | AutoencoderConfig | TextConfig | ControlNetConfig | T2IAdapterConfig
+Config = UNetConfig | AutoencoderConfig | TextConfig | VisionConfig | ControlNetConfig | T2IAdapterConfig
 DryRun = Callable[[], object]
 
 
@@ -45,7 +46,8 @@ def network(config: Config, dtype: torch.dtype) -> nn.Module:
 
 @functools.lru_cache(maxsize=16)
 def _network(config: Config, dtype: torch.dtype, device: str) -> nn.Module:
-    classes = {UNetConfig: UNet, TextConfig: CLIPText, ControlNetConfig: ControlNet, T2IAdapterConfig: T2IAdapter}
+    encoders = {TextConfig: CLIPText, VisionConfig: CLIPVision}
+    classes = {UNetConfig: UNet, **encoders, ControlNetConfig: ControlNet, T2IAdapterConfig: T2IAdapter}
     build: Callable[[Any], nn.Module] = classes.get(type(config), autoencoder)
     with torch.device("meta"):
         module = build(config).to(dtype)
@@ -221,11 +223,17 @@ def encode(config: AutoencoderConfig, *, height: int, width: int, batch: int, dt
     return torch.no_grad()(lambda: vae.encode(pixels.to(dtype)).float())
 
 
-def text(configs: Sequence[TextConfig], *, batch: int, dtype: torch.dtype) -> DryRun:
-    """One window of text for each of `batch` prompts, through all encoders."""
+def text(configs: Sequence[TextConfig | VisionConfig], *, batch: int, dtype: torch.dtype) -> DryRun:
+    """One window of text, or a picture, for each of `batch` prompts, through all encoders."""
     encoders = [network(config, dtype) for config in configs]
-    ids = [torch.empty(batch, config.max_position, dtype=torch.long, device="meta") for config in configs]
-    return torch.no_grad()(lambda: [encoder(tokens) for encoder, tokens in zip(encoders, ids, strict=True)])
+    inputs = [_input(config, batch) for config in configs]
+    return torch.no_grad()(lambda: [encoder(x) for encoder, x in zip(encoders, inputs, strict=True)])
+
+
+def _input(config: TextConfig | VisionConfig, batch: int) -> Tensor:
+    if isinstance(config, TextConfig):
+        return torch.empty(batch, config.max_position, dtype=torch.long, device="meta")
+    return _empty(batch, 3, config.image_size, config.image_size)
 
 
 # ---------------------------------------------------------------------------------------------- runs to observe
@@ -262,7 +270,7 @@ def run_encoder(config: AutoencoderConfig, *, height: int, width: int, batch: in
     encode(config, height=height, width=width, batch=batch, dtype=dtype)()
 
 
-def run_text(configs: Sequence[TextConfig], *, batch: int, dtype: torch.dtype) -> None:
+def run_text(configs: Sequence[TextConfig | VisionConfig], *, batch: int, dtype: torch.dtype) -> None:
     """One window of text for each of `batch` prompts, through all encoders."""
     text(configs, batch=batch, dtype=dtype)()
 

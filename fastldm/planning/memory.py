@@ -19,6 +19,7 @@ from fastldm.adapters.selection import Selection
 from fastldm.errors import InputError, OutOfMemory
 from fastldm.kernels import onednn
 from fastldm.kernels.dispatch import Target, device_capability, targeting
+from fastldm.models.clip_vision import VisionConfig
 from fastldm.models.config import AutoencoderConfig, PixelResidualConfig, TextConfig, TinyVAEConfig, UNetConfig
 from fastldm.models.controlnet import ControlNet, ControlNetConfig
 from fastldm.models.t2i_adapter import T2IAdapter
@@ -41,7 +42,7 @@ class Workload:
 
     unet: UNetConfig
     vae: AutoencoderConfig
-    text: tuple[TextConfig, ...]
+    text: tuple[TextConfig | VisionConfig, ...]
     height: int  # of the latents
     width: int
     batch: int
@@ -91,13 +92,14 @@ class Workload:
             "width": width // spec.vae.factor,
             "batch": batch,
         }
-        return cls(spec.unet, spec.vae, spec.text, **shape, dtype=dtype, arch=arch, **{**defaults, **overrides})
+        return cls(spec.unet, spec.vae, spec.encoders, **shape, dtype=dtype, arch=arch, **{**defaults, **overrides})
 
     @classmethod
     def of_stages(cls, stages: Stages, *, width: int, height: int, batch: int, **overrides: Any) -> Workload:
         """For a loaded model, on its device; `guided` must be among the overrides."""
         arch = device_capability(stages.device.index or 0) if stages.device.type == "cuda" else 0
-        configs = tuple(stage.model.config for stage in stages.text_stages)
+        configs: tuple[TextConfig | VisionConfig, ...] = tuple(stage.model.config for stage in stages.text_stages)
+        configs += (stages.image_encoder.model.config,) if stages.image_encoder else ()
         factor = stages.vae.config.factor
         options: dict[str, Any] = {"height": height // factor, "width": width // factor, "batch": batch}
         options = {**options, "tokens": stages.spec.window, **overrides}
@@ -407,7 +409,8 @@ def _controls(workload: Workload) -> dry_run.DryRun:
 
 
 def _networks(workload: Workload) -> dict[str, nn.Module]:
-    names = ["U-Net", "VAE", *(f"text encoder {i}" for i in range(1, len(workload.text) + 1))]
+    kinds = ["text" if isinstance(config, TextConfig) else "image" for config in workload.text]
+    names = ["U-Net", "VAE", *(f"{kind} encoder {i}" for i, kind in enumerate(kinds, 1))]
     names += [f"control {i}" for i in range(1, len(workload.attached) + 1)]
     configs: list[dry_run.Config] = [workload.unet, workload.vae, *workload.text, *workload.attached]
     return {name: dry_run.network(config, workload.dtype) for name, config in zip(names, configs, strict=True)}

@@ -42,7 +42,7 @@ def shapes_of(spec: Spec, *, width: int, height: int, batch: int, dtype: torch.d
 
     h, w = height // spec.vae.factor, width // spec.vae.factor
     with dispatch.targeting(dispatch.Target(90)), dispatch.observe(watch):
-        dry_run.run_text(spec.text, batch=1, dtype=dtype)
+        dry_run.run_text(spec.encoders, batch=1, dtype=dtype)
         dry_run.run_unet(spec.unet, height=h, width=w, rows=2 * batch, tokens=spec.window, dtype=dtype)
         dry_run.run_decoder(spec.vae, height=h, width=w, batch=batch, dtype=dtype)
     return shapes

@@ -63,7 +63,7 @@ def warm(
     ahead = Ahead(parse_arch(arch), on_compiled)
     guided = spec.family.guidance_scale > 1 and not spec.unet.needs_guidance
     with targeting(ahead):
-        dry_run.run_text(spec.text, batch=1, dtype=dtype)
+        dry_run.run_text(spec.encoders, batch=1, dtype=dtype)
         for width, height in sizes:
             h, w = height // factor, width // factor
             for batch in batches:

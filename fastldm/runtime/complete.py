@@ -40,7 +40,7 @@ def complete(
     ranges: the heights and widths of latents that the model runs with, where those are limited.
     """
     unet = spec.unet
-    if not spec.text:
+    if not spec.encoders:
         request = _without_text(request)
     if request.prompt is None and request.prompt_embeds is None:
         raise InputError("prompt is None: give a text, a list of texts, or prompt_embeds")
@@ -123,7 +123,7 @@ def needed_images(spec: Spec, height: int, width: int) -> dict[str, Any]:
     """The pictures that a model cannot do without, grey, for an image of this size in pixels: fields of `Request`, for
     a trial."""
     grey = np.full((height // spec.enlarges, width // spec.enlarges, 3), 0.5, dtype=np.float32)
-    if spec.unet.edits or spec.unet.upscales:
+    if spec.unet.edits or spec.unet.upscales or spec.vision:
         return {"image": grey}
     if spec.unet.reads_depth:
         return {"image": grey, "depth_map": torch.linspace(0, 1, width).expand(1, height, width)}

@@ -50,6 +50,7 @@ from fastldm.runtime.denoise import Embeds, Guidance, Run, check_finite
 from fastldm.runtime.graph import CUDA, Graphs
 from fastldm.runtime.guidance import guidance_of, pag_defaults, perturbed_layers
 from fastldm.runtime.image_prompts import ImagePrompts, PictureSelection, per_image, start_pictures
+from fastldm.runtime.read_picture import PictureRead, read_picture
 from fastldm.runtime.slots import Slots, StaticBuffers, graph_rows, step_capacity
 from fastldm.runtime.start import start_run
 from fastldm.runtime.steps import StepsBatch
@@ -86,6 +87,7 @@ class Stages:
         """mapped: files that the networks' weights lie in."""
         self.name, self.family, self.spec = name, spec.family, spec
         self.unet, self.vae, self.text_stages = networks.unet, networks.vae, networks.text_stages
+        self.image_encoder = networks.image_encoder
         self.schedule = spec.schedule
         self._pag = pag_defaults(spec.checkpoint.index) if networks.backend == "torch" else {}
         self.zero_negative = bool(spec.checkpoint.index.get("force_zeros_for_empty_prompt", False))
@@ -138,6 +140,7 @@ class Stages:
     def weight_bytes(self) -> int:
         """Bytes of the networks' weights; engines keep theirs to themselves."""
         networks = [self.unet, self.vae, *(stage.model for stage in self.text_stages)]
+        networks += [self.image_encoder.model] if self.image_encoder else []
         modules = [network for network in networks if isinstance(network, torch.nn.Module)]
         storages = [p.untyped_storage() for module in modules for p in (*module.parameters(), *module.buffers())]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
@@ -158,6 +161,7 @@ class Stages:
         adapters = self.adapters.select(request.adapters, factor)
         self.adapters.check(adapters)
         request = request.replace(adapters=adapters, cross_attention_kwargs=None)
+        request = read_picture(request, self.image_encoder)
         request = self.controls.complete(request, self.unet.config.needs_added)
         if request.reuse > 1:
             self._check_reuse(request.reuse)
@@ -263,6 +267,9 @@ class Stages:
     def encode(self, request: Request) -> Conditioning:
         """Prompts and negatives as what the U-Net reads, a row for each image."""
         config = self.unet.config
+        if isinstance(request.image_embeds, PictureRead):
+            embeds = request.image_embeds.embeds(self.dtype, self.device)
+            return conditioning.of_pictures(embeds, self.guided(request)).repeat(request.num_images_per_prompt)
         if not self.text_stages:
             return Conditioning(torch.zeros(request.batch, 1, 1, dtype=self.dtype, device=self.device))
         pooled_width = config.pooled_width if config.needs_added else None
