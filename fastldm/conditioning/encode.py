@@ -136,6 +136,14 @@ def encode(
     return _with_equal_lengths(conditioning, stages[0].window)
 
 
+def used_embeddings(request: Request, stages: Sequence[TextStage]) -> dict[str, str]:
+    """The tokens of textual inversion that a request's texts have, with the short hashes of their files."""
+    texts = (request.prompt, request.prompt_2, request.negative_prompt, request.negative_prompt_2)
+    used = " ".join(text for each in texts for text in ((each,) if isinstance(each, str) else each or ())).casefold()
+    hashes = {token: digest for stage in stages for token, digest in stage.hashes.items()}
+    return {token: digest for token, digest in hashes.items() if token.casefold() in used}
+
+
 def of_pictures(embeds: Tensor, guided: bool) -> Conditioning:
     """Of a model that reads pictures in place of prompts: an image encoder's output (n, D) as texts of one token, with
     zeros as negatives. Source: diffusers' StableDiffusionImageVariationPipeline."""

@@ -39,7 +39,7 @@ from fastldm.models.latents import unscaled
 from fastldm.models.t2i_adapter import T2IAdapter
 from fastldm.models.unet import AddedConditions, UNet
 from fastldm.models.vae import Decode, Pieces, PixelResidual, decode_pieces, finish
-from fastldm.request import Request, Result, Timings, as_list, picture_seeds
+from fastldm.request import Request, Result, Timings, picture_seeds
 from fastldm.runtime import candidates
 from fastldm.runtime.adapted import Adapted
 from fastldm.runtime.batch import Batch, BatchInvariant, EagerBatch
@@ -139,8 +139,8 @@ class Stages:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the networks' weights; engines keep theirs to themselves."""
-        networks = [self.unet, self.vae, *(stage.model for stage in self.text_stages)]
-        networks += [self.image_encoder.model] if self.image_encoder else []
+        pictures = [self.image_encoder.model] if self.image_encoder else []
+        networks = [self.unet, self.vae, *(stage.model for stage in self.text_stages), *pictures]
         modules = [network for network in networks if isinstance(network, torch.nn.Module)]
         storages = [p.untyped_storage() for module in modules for p in (*module.parameters(), *module.buffers())]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
@@ -237,7 +237,7 @@ class Stages:
             with spans.span("noise"):
                 run = self._start(request, batch_invariant, generators)
                 run.adapters = selection
-                run.embeddings = self._embeddings(request)
+                run.embeddings = conditioning.used_embeddings(request, self.text_stages)
             with spans.span("conditions"):
                 rows, to = len(run.table), {"dtype": self.dtype, "device": self.device}
                 run.controls, run.features = start_controls(request, rows, **to, one_by_one=batch_invariant)  # type: ignore
@@ -290,12 +290,6 @@ class Stages:
             run=run,
         )
         return encoded.repeat(request.num_images_per_prompt)
-
-    def _embeddings(self, request: Request) -> dict[str, str]:
-        texts = (request.prompt, request.prompt_2, request.negative_prompt, request.negative_prompt_2)
-        used = " ".join(text for each in texts for text in as_list(each)).casefold()
-        hashes = {token: digest for stage in self.text_stages for token, digest in stage.hashes.items()}
-        return {token: digest for token, digest in hashes.items() if token.casefold() in used}
 
     def table(self, request: Request) -> StepTable:
         """The sampler's table of a completed request."""
