@@ -85,9 +85,10 @@ class Towers(nn.Module):
         from transformers import CLIPConfig, CLIPImageProcessor
 
         config = CLIPConfig(
-            text_config=self.text_config.to_dict(),
+            text_config={**self.text_config.to_dict(), "projection_dim": PROJECTION},
             vision_config=self.image.config.to_dict(),
             projection_dim=PROJECTION,
+            architectures=["CLIPModel"],
         )
         config.save_pretrained(folder)
         CLIPImageProcessor(size=SIZE, crop_size=SIZE).save_pretrained(folder)
@@ -95,6 +96,7 @@ class Towers(nn.Module):
         weights = {key: w.half().contiguous() for key, w in weights.items() if "position_ids" not in key}
         weights["logit_scale"] = self.logit_scale.detach().clone()
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        (folder / "model.safetensors").chmod(0o644)
 
 
 # ----------------------------------------------------------------------------------------------------------- data

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import shlex
 from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
+from click.testing import CliRunner
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file
 
 import fastldm
 from benchmarks.default_data import COMMON_WORDS, choose_concepts, plural
 from benchmarks.default_model import cleanness
+from fastldm.cli import main
 from fastldm.loading.spec import DEFAULT_MODEL
 
 ROOT = Path(fastldm.__file__).resolve().parent.parent
@@ -197,3 +203,50 @@ def test_smiley_is_a_round_yellow_face(pipe: fastldm.Pipeline) -> None:
             assert unevenness < 0.03 < 0.04 < without[1]
     finally:
         pipe.unload_textual_inversion()
+
+
+def test_image_tower_is_transformers_own() -> None:
+    """Its files are a CLIPModel's without the text encoder, which is the model's; cosines are those of that model."""
+    folder = DEFAULT_MODEL / "image_encoder"
+    text = transformers.CLIPTextModel.from_pretrained(DEFAULT_MODEL / "text_encoder", dtype=torch.float32).state_dict()
+    judge = transformers.CLIPModel(transformers.CLIPConfig.from_pretrained(folder)).float()
+    own = {key: tensor.float() for key, tensor in load_file(folder / "model.safetensors").items()}
+    texts = {key if key.startswith("text_model.") else f"text_model.{key}": tensor for key, tensor in text.items()}
+    missing, unexpected = judge.load_state_dict({**own, **texts}, strict=False)
+    assert not [key for key in (*missing, *unexpected) if "position_ids" not in key]
+    tower = transformers.CLIPVisionModelWithProjection.from_pretrained(folder, dtype=torch.float32)
+    assert torch.equal(tower.visual_projection.weight, own["visual_projection.weight"])
+
+    prompts = ["a red apple", "a castle"]
+    result = fastldm.Pipeline.default(device="cpu", dtype="float32")(prompts, candidates=2, keep=2, seed=0)
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(DEFAULT_MODEL / "tokenizer")
+    inputs = tokenizer([text for text in prompts for _ in range(2)], padding=True, return_tensors="pt")
+    pixels = transformers.CLIPImageProcessor.from_pretrained(folder)(result.images, return_tensors="pt").pixel_values
+    with torch.no_grad():
+        logits = judge.eval()(pixel_values=pixels, **inputs).logits_per_image / judge.logit_scale.exp()
+    assert np.abs(np.array(result.scores) - logits.diagonal().numpy()).max() < 1e-5
+
+
+def test_image_tower_tells_pictures_apart(pipe: fastldm.Pipeline) -> None:
+    """By the names of 16 of the 64 things of the sheet, of which it has seen other pictures."""
+    names = COMMON_WORDS.split()[::4]
+    images = pipe([f"a {name}" for name in names], seed=list(range(16))).images
+    ranker = pipe.stages.ranking.need(pipe.text_stages, pipe.backend)
+    texts = [f"a {name}" for _ in images for name in names]
+    scores = ranker.scores([image for image in images for _ in names], texts, pipe.text_stages[0])
+    right = np.array(scores).reshape(16, 16).argmax(1) == np.arange(16)
+    assert right.mean() >= 0.75
+
+
+def test_best_of_is_what_the_docs_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/ranking.md: its code runs, and so does its command."""
+    page = (ROOT / "docs" / "ranking.md").read_text("utf-8")
+    monkeypatch.chdir(tmp_path)
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(code, "ranking.md", "exec"), {})
+    (command,) = re.findall(r"`fastldm (generate [^`]+-o [^`]+)`", page)
+    done = CliRunner().invoke(main, [*shlex.split(command), "--force"])
+    assert done.exit_code == 0, done.output
+    assert "score 0." in done.output
+    with Image.open("flower.png") as picture:
+        assert "Score: 0." in picture.info["parameters"]
