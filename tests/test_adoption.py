@@ -7,6 +7,7 @@ an error of one line names the change.
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import logging
 from collections.abc import Callable
@@ -127,10 +128,17 @@ def test_non_pipelines_are_refused() -> None:
 
 @pytest.mark.parametrize("name", sorted(name for name in pipeline_classes() if hasattr(diffusers, name)))
 def test_every_supported_class_is_adopted(name: str) -> None:
-    components = tiny.pipeline("sdxl" if "XL" in name else "lcm" if "Latent" in name else "sd1").components
-    components.pop("image_encoder", None)  # which no older class has
-    flags = {} if "XL" in name else {"requires_safety_checker": False}
-    theirs = getattr(diffusers, name)(**components, **flags)
+    xl = "XL" in name
+    kinds = {
+        "Pix2Pix": "sdxl-edit" if xl else "sd1-edit",
+        "Upscale": "x4-upscaler",
+        "Depth": "sd2-depth",
+        "Latent": "lcm",
+    }
+    family = next((family for part, family in kinds.items() if part in name), "sdxl" if xl else "sd1")
+    accepted = inspect.signature(getattr(diffusers, name).__init__).parameters
+    components = {**tiny.pipeline(family).components, "requires_safety_checker": False}
+    theirs = getattr(diffusers, name)(**{key: value for key, value in components.items() if key in accepted})
     assert Pipeline.from_diffusers(theirs).name == name
 
 
