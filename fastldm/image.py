@@ -563,6 +563,8 @@ def save_image(image: Image.Image, path: Path, parameters: str | None = None) ->
 def result_parameters(result: Result, model: str) -> list[str]:
     """The generation parameters of each image of a result, as text. model: its name."""
     extra = {"Version": f"fastldm {__version__}", "Backend": f"{result.backend} {result.dtype}"}
+    if result.refiner:
+        extra["Refiner"] = result.refiner
     seeds = result.seeds or (None,) * result.request.batch
     scores = [{"Score": f"{score:.4f}"} for score in result.scores] or [{}] * len(seeds)
     return [

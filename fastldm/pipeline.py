@@ -147,7 +147,9 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         if ranker is not None:
             pipe.load_ranker(ranker, allow_pickle=bool(where.get("allow_pickle", False)))
         if refiner is not None:
-            pipe.attach_refiner(refiner, device=device, dtype=dtype, backend=backend, **where)
+            pipe.attach_refiner(
+                refiner, device=device, dtype=dtype, backend=backend, batch_invariant=batch_invariant, **where
+            )
         return pipe
 
     @classmethod

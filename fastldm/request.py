@@ -384,6 +384,8 @@ class Result:
     """The tokens of textual inversion in the request's texts, with the short hashes of their files."""
     scores: tuple[float, ...] = ()
     """Of a request with `candidates`, one per image: the cosine of picture and prompt, -1 to 1."""
+    refiner: str = ""
+    """The name of the model that went on with the latents; "" for none."""
 
 
 def as_list(texts: str | Sequence[str] | None) -> list[str]:

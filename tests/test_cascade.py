@@ -231,7 +231,8 @@ def test_a_deadline_is_that_of_the_whole(sd: tuple[Any, Any, Pipeline]) -> None:
 
 def test_parameters_make_the_image_again(xl: Cascade) -> None:
     result = xl.ours("a cat", **OPTIONS, **hires("Lanczos"), refiner_switch_at=0.7, seed=8)
-    request, _ = parse_parameters(result_parameters(result, "tiny")[0])
+    request, rest = parse_parameters(result_parameters(result, "tiny")[0])
+    assert rest["Refiner"] == xl.our_refiner.name
     assert (request.hires_scale, request.hires_upscaler, request.refiner_switch_at) == (1.5, "Lanczos", 0.7)
     again = xl.ours(request)
     assert np.array_equal(np.asarray(again.images[0]), np.asarray(result.images[0]))
@@ -286,3 +287,23 @@ def test_upscalers_go_by_their_names() -> None:
         upscaler = enlarge.wanted(Request("", hires_scale=2, hires_upscaler=name))
         assert upscaler is not None
         assert upscaler.enlarge(torch.rand(1, 3, 5, 4), (10, 8)).shape == (1, 3, 10, 8)
+
+
+@pytest.mark.full
+def test_example_of_the_page_is_what_the_default_model_makes(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shlex
+
+    from command import run
+    from conftest import ROOT
+    from PIL import Image
+
+    page = (ROOT / "docs" / "cascades.md").read_text("utf-8")
+    line = next(span for span in page.split("`") if span.startswith("fastldm generate") and "--hires-scale" in span)
+    monkeypatch.chdir(tmp_path)
+    done = run(*shlex.split(line)[1:], "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    with Image.open("apple.png") as picture:
+        assert picture.size == (128, 128)
+        red, green, _ = picture.convert("RGB").getpixel((64, 70))
+        assert red > green + 80
+        assert "Hires upscaler: Lanczos" in picture.info["parameters"]

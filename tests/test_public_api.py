@@ -52,7 +52,7 @@ FIELDS = {
         negative_prompt_2 original_size crops_coords_top_left target_size negative_original_size
         negative_crops_coords_top_left negative_target_size aesthetic_score negative_aesthetic_score output_type
         adapters cross_attention_kwargs ip_adapter_image ip_adapter_image_embeds ip_adapter_scale""",
-    "Result": "images seeds timings backend dtype request adapters embeddings scores",
+    "Result": "images seeds timings backend dtype request adapters embeddings scores refiner",
 }
 ARGUMENTS = {
     "Generation.result": "self timeout",
@@ -68,7 +68,7 @@ ARGUMENTS = {
     "Pipeline.warmup": "self sizes batches options",
     "Session.__init__": "self pipe max_batch max_queue batch_invariant",
     "Session.close": "self cancel",
-    "Session.submit": "self prompt priority deadline preview id options",
+    "Session.submit": "self prompt priority deadline preview id refiner options",
 }
 MODULES = {"heap": "keep", "kernels": "OPS observe use", "kernels.geglu": "geglu", "errors": "FastLDMError InputError"}
 SPREAD = "median p90 p99 least most mean count"

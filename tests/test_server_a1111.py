@@ -197,12 +197,14 @@ def test_image_to_image_and_masks(http: TestClient, pipe: Pipeline) -> None:
     [
         ({"sampler_name": "Nonsense"}, 404, "Sampler not found"),
         ({"sampler_name": "DDIM", "scheduler": "Polyexponential"}, 404, "Scheduler not found"),
-        ({"enable_hr": True}, 422, "enable_hr is 'True'"),
+        ({"enable_hr": True, "hr_upscaler": "R-ESRGAN 4x+"}, 400, "is a network that fastldm does not have"),
+        ({"enable_hr": True, "hr_sampler_name": "Euler"}, 422, "hr_sampler_name is 'Euler': both passes have the same"),
+        ({"enable_hr": True, "hr_scale": 16}, 400, "width times height is"),
         ({"restore_faces": True}, 422, "restore_faces"),
         ({"tiling": True}, 422, "tiling"),
         ({"styles": ["ink"]}, 422, "styles"),
         ({"subseed_strength": 0.1}, 422, "subseed_strength"),
-        ({"refiner_checkpoint": "xl-refiner"}, 422, "refiner_checkpoint"),
+        ({"refiner_checkpoint": "xl-refiner"}, 404, "there is no model 'xl-refiner'"),
         ({"script_name": "x/y plot"}, 422, "script_name"),
         ({"alwayson_scripts": {"controlnet": {"args": [{}]}}}, 422, "always on script controlnet not found"),
         ({"firstphase_width": 64}, 422, "firstphase_width"),
@@ -220,6 +222,19 @@ def test_what_is_not_there_is_refused(http: TestClient, fields: dict[str, Any], 
     assert answer.status_code == status
     assert message in answer.json()["detail"]
     assert {*answer.json()} == {"error", "detail", "body", "errors"}
+
+
+def test_high_resolution_pass_is_made(http: TestClient) -> None:
+    fields = {"enable_hr": True, "hr_scale": 2, "hr_second_pass_steps": 1, "denoising_strength": 0.5, "steps": 2}
+    answer = http.post(TEXT, json={"prompt": "x", "seed": 3, "width": 32, "height": 32, **fields}).json()
+    picture = clients.picture(answer["images"][0])
+    assert picture.size == (64, 64)
+    text = picture.info["parameters"]
+    assert "Denoising strength: 0.5" in text
+    assert "Hires upscale: 2" in text
+    assert "Hires upscaler: Latent" in text
+    modes = http.get("/sdapi/v1/latent-upscale-modes").json()
+    assert {"name": "Latent (bicubic)"} in modes
 
 
 def test_switched_off_fields_are_fine(http: TestClient) -> None:

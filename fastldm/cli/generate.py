@@ -114,6 +114,16 @@ def _list_things(ctx: click.Context, param: click.Parameter, group: str | None) 
 @click.option(
     "--depth-map", metavar="FILE", help="Of depth to image: a grey picture, white near.  [default: it is estimated]"
 )
+@click.option("--refiner", metavar="MODEL", help="A model that goes on with the latents, such as SDXL's refiner.")
+@click.option("--switch-at", type=float, metavar="X", help="Where --refiner does, a part of the noise.  [default: 0.8]")
+@click.option("--hires-scale", type=float, metavar="S", help="Enlarge the picture so many times, and sample on.")
+@click.option("--hires-strength", type=float, metavar="X", help="How much that changes, 0 to 1.  [default: 0.7]")
+@click.option("--hires-steps", type=int, metavar="N", help="Steps that it takes.  [default: --steps]")
+@click.option(
+    "--hires-upscaler",
+    metavar="NAME",
+    help="AUTOMATIC1111's: 'Latent (bicubic)', Lanczos, ...  [default: Latent]",
+)
 @click.option("--mask", metavar="FILE", help="Repaint only where this picture is white; needs --image.")
 @click.option(
     "--padding-mask-crop",
@@ -181,6 +191,7 @@ def generate(
     fastldm generate "a cat" -m ./sd15 --lora style.safetensors:0.8
     fastldm generate "a white cat" -m ./x4-upscaler --image small.png
     fastldm generate -m ./sd-image-variations --image cat.png --n 4
+    fastldm generate "a cat" -m ./sdxl --refiner ./sdxl-refiner --switch-at 0.8
     fastldm generate "a cat" -m ./sd15-onnx --backend openvino
     """
     if prompt is None:
@@ -212,6 +223,8 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
         "s_churn": options["s_churn"],
         "image": options["image"],
         "strength": options["strength"],
+        "refiner_switch_at": options["switch_at"],
+        **{name: options[name] for name in ("hires_scale", "hires_strength", "hires_steps", "hires_upscaler")},
         "denoising_start": options["denoising_start"],
         "denoising_end": options["denoising_end"],
         "noise_level": options["noise_level"],
@@ -260,7 +273,9 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
     on_torch = on_torch or options["decode"] == "tiled" or request.reuse > 1
     on_torch = on_torch or (request.candidates is not None and not options["ranker"])
     placed["backend"] = backend_for(model, options["backend"], on_torch=on_torch)
-    pipe = Pipeline.from_pretrained(model, ranker=options["ranker"], **placed)
+    if options["switch_at"] is not None and options["refiner"] is None:
+        raise InputError("--switch-at was given without --refiner: say which model goes on")
+    pipe = Pipeline.from_pretrained(model, refiner=options["refiner"], ranker=options["ranker"], **placed)
     if options["embeddings"]:
         pipe.load_textual_inversion(options["embeddings"], allow_pickle=options["allow_pickle"])
     if options["ip_adapter"]:

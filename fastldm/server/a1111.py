@@ -21,6 +21,7 @@ from fastldm.conditioning.prompt import split_lora_tags
 from fastldm.errors import InputError
 from fastldm.image import read_parameters
 from fastldm.metadata import SCHEDULE_LABELS, fields_of, sampler_label, split_sampler
+from fastldm.request import UPSCALERS
 from fastldm.samplers.names import SAMPLERS, resolve_sampler
 from fastldm.server.errors import A1111Error, ApiError, documented
 from fastldm.server.service import Files, Service, Work, decoded, size_of
@@ -53,23 +54,35 @@ class Text2Image(_Body):
     width: int | None = None
     height: int | None = None
     eta: float | None = None
+    denoising_strength: float | None = None
+    enable_hr: bool | None = None
+    hr_scale: float | None = None
+    hr_upscaler: str | None = Field(None, max_length=200)
+    hr_second_pass_steps: int | None = Field(None, ge=0)
+    hr_resize_x: int | None = Field(None, ge=0)
+    hr_resize_y: int | None = Field(None, ge=0)
+    refiner_checkpoint: str | None = Field(None, max_length=200)
+    refiner_switch_at: float | None = None
     override_settings: dict[str, Any] | None = Field(None, max_length=1000)
     send_images: bool | None = True
 
     # Not there: errors where they are switched on.
     restore_faces: bool | None = None
     tiling: bool | None = None
-    enable_hr: bool | None = None
     styles: list[str] | None = Field(None, max_length=1000)
     subseed_strength: float | None = None
     seed_resize_from_h: int | None = None
     seed_resize_from_w: int | None = None
     firstphase_width: int | None = None
     firstphase_height: int | None = None
-    refiner_checkpoint: str | None = None
     script_name: str | None = None
     alwayson_scripts: dict[str, Any] | None = Field(None, max_length=1000)
     infotext: str | None = None
+    hr_checkpoint_name: str | None = None
+    hr_sampler_name: str | None = None
+    hr_scheduler: str | None = None
+    hr_prompt: str | None = None
+    hr_negative_prompt: str | None = None
     s_churn: float | None = None
     s_min_uncond: float | None = None
 
@@ -79,7 +92,7 @@ class Image2Image(Text2Image):
 
     init_images: list[str] = Field(min_length=1, max_length=16)
     mask: str | None = None
-    denoising_strength: float = 0.75
+    denoising_strength: float | None = 0.75
     mask_blur: int | None = Field(None, ge=0, le=64)
     inpainting_mask_invert: int | None = Field(None, ge=0, le=1)
     resize_mode: int | None = None
@@ -101,8 +114,8 @@ class _PngInfo(_Body):
 
 
 _ABSENT = (
-    *("restore_faces", "tiling", "enable_hr", "styles", "subseed_strength", "script_name", "infotext", "s_churn"),
-    *("s_min_uncond", "refiner_checkpoint", "resize_mode"),
+    *("restore_faces", "tiling", "styles", "subseed_strength", "script_name", "infotext", "s_churn"),
+    *("s_min_uncond", "resize_mode"),
 )
 _SIZES = ("seed_resize_from_h", "seed_resize_from_w", "firstphase_width", "firstphase_height")
 
@@ -124,12 +137,15 @@ def router(service: Service) -> APIRouter:
     @routes.post("/txt2img")
     async def txt2img(fields: Text2Image, request: HTTPRequest) -> dict[str, Any]:
         """Pictures for a prompt."""
-        return await _generate(service, request, fields, _arguments(fields), model(fields, request))
+        arguments = _arguments(fields) | (_high_resolution(fields) if fields.enable_hr else {})
+        return await _generate(service, request, fields, arguments, model(fields, request))
 
     @routes.post("/img2img")
     async def img2img(fields: Image2Image, request: HTTPRequest) -> dict[str, Any]:
         """A picture changed, everywhere or where the mask is white."""
         arguments = _arguments(fields)
+        if fields.enable_hr:
+            raise ApiError(422, "enable_hr is true, which is of txt2img: leave it out", "not_supported")
         if len(fields.init_images) > 1:
             raise InputError(f"init_images has {len(fields.init_images)} pictures: expected one")
         image = await service.picture(decoded(fields.init_images[0], "init_images"), "init_images")
@@ -216,11 +232,13 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/upscalers")
     async def upscalers() -> list[dict[str, Any]]:
-        return [{"name": "None", "model_name": None, "model_path": None, "model_url": None, "scale": 1}]
+        """Of pixels; none is a network."""
+        names = ("None", *(name for name in UPSCALERS if not name.startswith("Latent")))
+        return [{"name": name, "model_name": None, "model_path": None, "model_url": None, "scale": 1} for name in names]
 
     @routes.get("/latent-upscale-modes")
     async def latent_upscale_modes() -> list[dict[str, Any]]:
-        return []
+        return [{"name": name} for name in UPSCALERS if name.startswith("Latent")]
 
     @routes.get("/loras")
     async def loras() -> list[dict[str, Any]]:
@@ -282,6 +300,22 @@ def _arguments(fields: Text2Image) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def _high_resolution(fields: Text2Image) -> dict[str, Any]:
+    """The fields of a high-resolution pass."""
+    for name in ("hr_checkpoint_name", "hr_sampler_name", "hr_scheduler", "hr_prompt", "hr_negative_prompt"):
+        if (value := getattr(fields, name) or "") and not value.startswith("Use same"):
+            raise ApiError(422, f"{name} is {value[:60]!r}: both passes have the same", "not_supported")
+    sides = {"hires_width": fields.hr_resize_x or None, "hires_height": fields.hr_resize_y or None}
+    values = {
+        **sides,
+        "hires_scale": None if any(sides.values()) else fields.hr_scale or 2.0,
+        "hires_upscaler": fields.hr_upscaler or None,
+        "hires_steps": fields.hr_second_pass_steps or None,
+        "hires_strength": fields.denoising_strength,
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def _sampler(fields: Text2Image) -> str | None:
     name = fields.sampler_name or fields.sampler_index or ""
     kind = (fields.scheduler or "").lower().replace(" ", "_")  # its name or its label
@@ -323,7 +357,10 @@ async def _generate(
     format = (fields.override_settings or {}).get("samples_format") or "png"
     if not isinstance(format, str) or format not in _FORMATS:
         raise InputError(f"samples_format is {str(format)[:60]!r}: expected png, jpg or webp")
-    work = await service.submit(scope["request_id"], scope["owner"], model, arguments, dialect="a1111")
+    refiner = fields.refiner_checkpoint if fields.refiner_checkpoint not in (None, "", "None") else None
+    if refiner is not None and fields.refiner_switch_at is not None:
+        arguments["refiner_switch_at"] = fields.refiner_switch_at
+    work = await service.submit(scope["request_id"], scope["owner"], model, arguments, dialect="a1111", refiner=refiner)
     files = service.files(work, _FORMATS[format], change=overlay)
     done = await service.while_connected(request.receive, work, files)
     images = [base64.b64encode(content).decode() for content in done.contents] if fields.send_images else []

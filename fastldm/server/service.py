@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -115,10 +116,13 @@ class Service:
         deadline: float | None = None,
         previews: int = 0,
         dialect: str = "openai",
+        refiner: str | None = None,
     ) -> Work:
-        """Queue a request with fields of `fastldm.Request`. id: the HTTP request's. previews: how many of its steps
-        have one. ApiError, or what `Session.submit` raises."""
-        async with self.models.use(model, arguments.get("adapters") or ()) as found:
+        """Queue a request with fields of `fastldm.Request`. refiner: the model that goes on. id: the HTTP request's.
+        previews: how many of its steps have one. ApiError, or what `Session.submit` raises."""
+        async with AsyncExitStack() as stack:
+            found = await stack.enter_async_context(self.models.use(model, arguments.get("adapters") or ()))
+            second = None if refiner is None else await stack.enter_async_context(self.models.use(refiner))
             if self.draining:
                 raise stopping()
             assert found.session is not None
@@ -134,6 +138,7 @@ class Service:
             try:
                 # In a thread: what does not fit is told how it would, from a dry run of a second.
                 options: dict[str, Any] = {"priority": priority, "deadline": deadline, "preview": previews, "id": id}
+                options["refiner"] = None if second is None else second.session
                 submit = partial(found.session.submit, request, **options)
                 generation = await asyncio.get_running_loop().run_in_executor(self._submitting, submit)
             finally:
@@ -174,7 +179,15 @@ class Service:
         if request.batch > settings.max_n:
             name = "n" if request.candidates is None else "best_of"
             raise InputError(f"{name} is {request.batch}: expected at most {settings.max_n}")
-        if (pixels := (request.height or height) * (request.width or width)) > settings.max_pixels:
+        if (request.hires_steps or 0) > settings.max_steps:
+            raise InputError(f"hires_steps is {request.hires_steps}: expected at most {settings.max_steps}")
+        tall, wide = request.height or height, request.width or width
+        scales = (
+            request.hires_scale or 1.0,
+            (request.hires_height or tall) / tall,
+            (request.hires_width or wide) / wide,
+        )
+        if (pixels := int(tall * wide * max(scales) ** 2)) > settings.max_pixels:
             raise InputError(f"width times height is {pixels}: expected at most {settings.max_pixels} pixels")
         return request
 

@@ -362,7 +362,9 @@ class Bucket:
             total=now - generation.submitted,
         )
         backend = generation.ran_on.pop() if len(generation.ran_on) == 1 else generation.record.backend
-        result = replace(generation.record, images=images, timings=timings, backend=backend)
+        refiner = "" if request.refiner_switch_at is None else generation.cascade[-1].model.stages.name
+        made = {"images": images, "timings": timings, "backend": backend, "refiner": refiner}
+        result = replace(generation.record, **made)
         if request.candidates is None:
             return result
         kept, seeds, scores = candidates.best(request, parts)

@@ -98,6 +98,7 @@ class Session:
         deadline: float | None = None,
         preview: bool | int = False,
         id: str | None = None,
+        refiner: Session | None = None,
         **options: Any,
     ) -> Generation:
         """Queue a request: a text, a list of texts, or a whole Request; options are the other fields of Request.
@@ -105,7 +106,7 @@ class Session:
         priority: higher goes first; each level is worth ten seconds of waiting. deadline: seconds from now, after which
         the request fails with DeadlineExceeded; infinity is none. preview: whether `Progress` has small images of each
         step; a number is of how many steps, evenly spread. id: what logs name it by, at most 200 characters; None is a
-        random one.
+        random one. refiner: the session of a model that goes on with the latents, in place of the pipeline's own.
 
         Raises InputError for what cannot be run, QueueFull, and OutOfMemory for what cannot fit.
         """
@@ -118,6 +119,7 @@ class Session:
             deadline=deadline,
             preview=preview if isinstance(preview, bool) else checks.whole("preview", preview, 0, MAX_STEPS),
             id=None if id is None else checks.short_text("id", id, "a name of at most 200 characters"),
+            refiner=refiner,
         )
 
     def submit_request(
@@ -133,7 +135,10 @@ class Session:
     ) -> Generation:
         """waits_for_answer: whether the request waits after each step until `Generation.answer` is called. refiner:
         that of a model, in place of the session's."""
-        refiner = refiner or self.refiner
+        if refiner is None:
+            refiner = self.refiner
+        else:
+            cascade.check_refiner(self.stages, refiner.stages)
         models = self._model, None if refiner is None else refiner._model
         completed = cascade.complete(request, *models)
         parts = completed.parts(self.max_batch)
