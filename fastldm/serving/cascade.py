@@ -161,9 +161,10 @@ def _hires(completed: Request, first: Request, base: CascadeModel, upscaler: enl
     large = large.replace(
         image=_placeholder(large.batch, 3, height, width) if pixels else _latents(large, stages), strength=strength
     )
-    large = stages.complete(large.replace(num_inference_steps=steps))
-    if stages.table(large).steps < steps:  # as many as are run: more of the schedule
-        large = large.replace(num_inference_steps=math.ceil(steps / strength))
+    # As many steps are run: more are of the schedule, unless all of them lie inside the strength, as LCM's.
+    large = stages.complete(large.replace(num_inference_steps=math.ceil(steps / strength)))
+    if stages.table(large).steps > steps:
+        large = large.replace(num_inference_steps=steps)
     shape = (height, width) if pixels else (height // factor, width // factor)
     return CascadeStage(base, large, lambda made: {"image": upscaler.enlarge(made, shape)})
 
