@@ -290,7 +290,7 @@ def test_upscalers_go_by_their_names() -> None:
 
 
 @pytest.mark.full
-def test_example_of_the_page_is_what_the_default_model_makes(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_example_of_the_page_makes_an_apple(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import shlex
 
     from command import run
