@@ -240,12 +240,28 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    """write the averaged weights in float16, as a diffusers folder's U-Net"""
+    """write the averaged weights in float16, as a diffusers folder without text"""
+    from diffusers import __version__ as version
+
     state = torch.load(args.work / "upscaler.pt")
     unet = build_unet()
     unet.load_state_dict(state["ema"])
     unet.half().save_pretrained(args.out / "unet")
-    print(f"scaling_factor {1 / state['deviation']:.6f}: into the config of the folder's vae")
+    build_scheduler().save_pretrained(args.out / "scheduler")
+    vae = {"_class_name": "PixelResidual", "patch_size": BLOCK, "upscale_factor": FACTOR}
+    index = {
+        "_class_name": "PixelUpscalePipeline",
+        "_diffusers_version": version,
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["fastldm", "PixelResidual"],
+    }
+    (args.out / "vae").mkdir(exist_ok=True)
+    for path, config in (
+        (args.out / "vae" / "config.json", vae | {"scaling_factor": round(1 / state["deviation"], 6)}),
+        (args.out / "model_index.json", index),
+    ):
+        path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def main() -> int:
