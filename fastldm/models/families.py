@@ -91,8 +91,8 @@ FAMILIES: tuple[Family, ...] = (
     Family("sd2-depth", 30, 7.5, lambda unet, _: unet.reads_depth, pipelines=(DEPTH_PIPELINE,)),
     Family("sdxl-lcm", 4, 8.0, lambda unet, _: unet.needs_guidance and unet.needs_added),
     Family("lcm", 4, 8.5, lambda unet, _: unet.needs_guidance, pipelines=_LCM_PIPELINES),
-    # What enlarges the default model's pictures.
-    Family("pixel-upscaler", 4, 1.0, lambda unet, _: not unet.cross_widths, pipelines=(PIXEL_PIPELINE,)),
+    # What enlarges the default model's pictures: in more than two steps, noise of its own stays.
+    Family("pixel-upscaler", 2, 1.0, lambda unet, _: not unet.cross_widths, pipelines=(PIXEL_PIPELINE,)),
     # An LCM or TCD adapter merged into an ordinary network.
     Family("lcm-merged", 4, 1.0, lambda _, scheduler: scheduler.get("_class_name") in ("LCMScheduler", "TCDScheduler")),
     Family("sdxl-refiner", 30, 5.0, lambda unet, _: unet.needs_added and unet.added_ids == 5, strength=0.3),
