@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves
 
 import fastldm
 from benchmarks.networks import CLIP_L, SD15, SDXL, VAE
@@ -152,11 +153,7 @@ def test_weights_and_buffers_are_counted_to_the_byte(spec: loading.Spec) -> None
     buffers = StaticBuffers.empty(
         spec.unet, slots=2, rows=4, height=32, width=32, tokens=77, steps=30, dtype=torch.float32, device="cpu"
     )
-    tensors = [
-        t
-        for t in (*buffers.step, buffers.temb, *buffers.text, buffers.kv_len, buffers.maps, *buffers.adapters[:2])
-        if t is not None
-    ]
+    tensors = [leaf for leaf in tree_leaves(buffers) if isinstance(leaf, Tensor)]
     assert sum(line.bytes for line in planned.buffers) == sum(t.numel() * t.element_size() for t in tensors)
     assert planned.needed == planned.resident + max(phases(planned).values())
 

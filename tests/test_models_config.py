@@ -39,8 +39,6 @@ TINY_VAE, TEXT = dict(tiny.tiny_vae().config), tiny.text_encoder("l").config.to_
         (VAEConfig, VAE, "_class_name", "AutoencoderKLTemporalDecoder"),
         (VAEConfig, VAE, "act_fn", "mish"),
         (VAEConfig, VAE, "down_block_types", ["AttnDownEncoderBlock2D"] * 4),
-        (VAEConfig, VAE, "latents_mean", [0.0, 0.0, 0.0]),
-        (VAEConfig, VAE, "latents_std", [1.0, 1.0, 1.0, 1.0]),
         (TinyVAEConfig, TINY_VAE, "act_fn", "gelu"),
         (TinyVAEConfig, TINY_VAE, "upsampling_scaling_factor", 3),
         (TinyVAEConfig, TINY_VAE, "encoder_block_out_channels", [16, 16, 32, 32]),

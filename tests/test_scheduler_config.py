@@ -112,7 +112,7 @@ def test_bad_values_are_named_by_file_and_key(change: dict[str, Any], message: s
 
 
 BAD_CONFIGS = [
-    ({"_class_name": "DPMSolverSDEScheduler"}, "_class_name 'DPMSolverSDEScheduler' is not supported; these are: DDPM"),
+    ({"_class_name": "VQDiffusionScheduler"}, "_class_name 'VQDiffusionScheduler' is not supported; these are: DDPM"),
     ({}, "_class_name None is not supported"),
     (
         {"_class_name": "DEISMultistepScheduler", "thresholding": True},
