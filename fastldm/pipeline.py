@@ -80,10 +80,8 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         self._session = Session(self.stages)
         self._refiner: Pipeline | None = None
         self.calls = Calls()
-        if name == "default" and spec.family.name == "small" and loading.UPSCALER.is_dir():
-            width, height = spec.default_size
-            times = loading.describe(loading.UPSCALER).enlarges
-            self.stages.enlarged_size = width * times, height * times
+        self.stages.enlarged_size = loading.enlarged_size(name, spec)
+        if self.stages.enlarged_size is not None:
             self.stages.enlarger = functools.cache(self._open_enlarger)
         openmp.rest()  # this thread has loaded the networks
 

@@ -102,6 +102,49 @@ def test_default_plan_fits_this_machine() -> None:
     assert re.fullmatch(r"fits: \d+\.\d+ .iB are free", lines[-1])
 
 
+def test_default_model_enlarged_plans_both_models() -> None:
+    report = json.loads(run("plan", "--size", "128x128", "--n", "2", "--device", "cpu", "--json").output)
+    small, large = report["stages"]
+    assert [(s["model"], s["workload"]["width"]) for s in report["stages"]] == [("default", 64), ("upscaler", 128)]
+    alone = json.loads(run("plan", "--n", "2", "--device", "cpu", "--json").output)
+    assert {name: small[name] for name in ("weights", "buffers", "phases")} == {
+        name: alone[name] for name in ("weights", "buffers", "phases")
+    }
+    total = {part: sum(line["bytes"] for s in (small, large) for line in s[part]) for part in ("weights", "buffers")}
+    assert {part: report[part] for part in total} == total
+    assert report["needed"] == report["resident"] + max(p["bytes"] for s in (small, large) for p in s["phases"])
+    assert "stages" not in json.loads(run("plan", "--size", "96x96", "--device", "cpu", "--json").output)
+
+
+def test_stages_of_one_model_share_its_weights(model: str) -> None:
+    arguments = ("--size", "64x32", "--hires-scale", "2", "--refiner", model, "--json")
+    report = json.loads(plan(model, *arguments).output)
+    sizes = [(s["workload"]["width"], s["workload"]["height"], s["shares_weights"]) for s in report["stages"]]
+    assert sizes == [(64, 32, False), (128, 64, True), (128, 64, False)]
+    assert report["weights"] == 2 * sum(line["bytes"] for line in report["stages"][0]["weights"])
+    phases = [{line["name"] for line in s["phases"]} for s in report["stages"]]
+    assert ["decode" in names for names in phases] == [False, False, True], "latents go on"
+    done = plan(model, "--hires-scale", "2", "--hires-upscaler", "lanczos")
+    assert done.output.startswith("2 stages, one after the other\n  1. ")
+    pixels = json.loads(plan(model, "--hires-scale", "2", "--hires-upscaler", "lanczos", "--json").output)["stages"]
+    assert [{"encode", "decode"} & {line["name"] for line in s["phases"]} for s in pixels] == [
+        {"decode"},
+        {"encode", "decode"},
+    ]
+    assert "hires_scale is 0.5" in plan(model, "--hires-scale", "0.5").output
+
+
+def test_cascade_that_does_not_fit_gets_remedies(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("--size", "256x256", "--n", "4", "--hires-scale", "2")
+    needed = json.loads(plan(model, *arguments, "--json").output)["needed"]
+    monkeypatch.setattr(memory, "free_bytes", lambda device: needed - 1)
+    report = json.loads(plan(model, *arguments, "--json").output)
+    assert not report["here"]["fits"]
+    assert report["would_fit"]
+    assert all(remedy["needed"] < needed for remedy in report["would_fit"])
+    assert "; what would: " in plan(model, *arguments).output
+
+
 def test_unknown_model_is_one_line_on_stderr() -> None:
     done = run("plan", "-m", "./nowhere")
     assert (done.exit_code, done.stdout) == (1, "")

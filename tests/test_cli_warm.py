@@ -39,6 +39,14 @@ def test_each_arch_is_warmed_for_all_sizes(tmp_path: Path, monkeypatch: pytest.M
         assert call == ("small", arch, [(64, 64), (32, 64)], (1, 2), torch.bfloat16, [])
 
 
+def test_second_model_of_a_size_is_warmed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(warm, "warm", lambda spec, arch, *, sizes, **_: calls.append((spec.family.name, sizes)) or 2)
+    done = run("warm", "--arch", "sm_90", "--size", "128x128")
+    assert done.stdout.startswith("sm_90: 4 kernels in "), done.output
+    assert calls == [("small", [(128, 128), (64, 64)]), ("pixel-upscaler", [(128, 128)])]
+
+
 @pytest.mark.full
 def test_kernels_are_compiled_into_the_cache_folder(tmp_path: Path) -> None:
     """In a process of its own: Triton's interpreter, which the tests run kernels with, cannot compile. (A third of a

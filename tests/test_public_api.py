@@ -81,6 +81,15 @@ KEYS = {  # of the JSON that each command prints, without what varies with model
         weights.note buffers buffers.name buffers.bytes buffers.note libraries phases phases.name phases.bytes
         phases.note resident needed cached cached.name cached.bytes cached.note peak here here.fits here.free would_fit
         """,
+    "plan --size 128x128 --device cpu --json": """
+        model stages stages.model stages.shares_weights weights buffers libraries resident needed peak here here.fits
+        here.free would_fit stages.workload stages.workload.arch stages.workload.backend stages.workload.batch
+        stages.workload.decode stages.workload.dtype stages.workload.encode stages.workload.guided
+        stages.workload.height stages.workload.steps stages.workload.tokens stages.workload.width stages.weights
+        stages.weights.name stages.weights.bytes stages.weights.note stages.buffers stages.buffers.name
+        stages.buffers.bytes stages.buffers.note stages.libraries stages.phases stages.phases.name stages.phases.bytes
+        stages.phases.note stages.resident stages.needed stages.cached stages.cached.name stages.cached.bytes
+        stages.cached.note stages.peak""",
     "doctor --json": """
         fastldm python platform torch triton cpu cpu.threads cpu.capability gpus model model.name model.family
         model.parameters model.dtype ops ops.on ops.dtype ops.triton ops.torch adapters extras

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,6 +26,10 @@ from fastldm.cli.report import reported
 from fastldm.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
+
+    from fastldm.loading.spec import Spec
+    from fastldm.planning.cascade import CascadePlan
     from fastldm.planning.memory import MemoryPlan
 
 
@@ -38,6 +45,9 @@ if TYPE_CHECKING:
 @reuse_option
 @lora_option
 @control_option
+@click.option("--refiner", metavar="MODEL", help="A model that goes on with the latents, such as SDXL's refiner.")
+@click.option("--hires-scale", type=float, metavar="S", help="The picture is enlarged so many times, and sampled on.")
+@click.option("--hires-upscaler", metavar="NAME", help="What enlarges it, as of `generate`.  [default: Latent]")
 @click.option("--arch", metavar="A", help="A GPU that need not be here, such as sm_90.  [default: this machine's]")
 @click.option("--device", metavar="D", help="Such as cpu, cuda or cuda:1.  [default: a GPU where there is one]")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: what is fastest there]")
@@ -54,6 +64,9 @@ def plan(
     reuse: int,
     loras: tuple[tuple[str, float], ...],
     controls: tuple[tuple[str, float], ...],
+    refiner: str | None,
+    hires_scale: float | None,
+    hires_upscaler: str | None,
     arch: str | None,
     device: str | None,
     dtype: str | None,
@@ -68,27 +81,25 @@ def plan(
     fastldm plan -m ./sdxl --n 4 --arch sm_89 --json
     fastldm plan -m ./sdxl --lora style.safetensors       the weights that it is merged into are kept, too
     fastldm plan -m ./sdxl --control ./canny              its weights and buffers
+    fastldm plan -m ./sdxl --refiner ./sdxl-refiner       all stages: all weights, and the largest one's activations
+    fastldm plan --hires-scale 2
     """
     with reported(debug):
         import torch
 
-        from fastldm import sizes
         from fastldm.adapters.control import describe_control
         from fastldm.adapters.read import merged_numbers, read_adapter
         from fastldm.cli.loras import find
-        from fastldm.device import choose_device, choose_dtype
+        from fastldm.device import choose_device
         from fastldm.kernels.dispatch import device_capability
-        from fastldm.model import (
-            backend_device,
-            backend_for,
-            choose_backend,
-            describe,
-            latents,
-            or_prepared,
-            precisions,
-        )
-        from fastldm.planning import memory
+        from fastldm.loading.spec import enlarged_size
+        from fastldm.model import backend_device, backend_for
+        from fastldm.planning import cascade, memory
+        from fastldm.planning.memory import Workload
         from fastldm.planning.warm import parse_arch
+        from fastldm.request import Request
+        from fastldm.runtime import enlarge
+        from fastldm.serving import cascade as cascades
 
         check_numbers(size, batch, steps)
         if arch is not None and device is not None:
@@ -99,22 +110,19 @@ def plan(
         capability = parse_arch(arch) if arch is not None else 0
         if arch is None and target_device.type == "cuda":
             capability = device_capability(target_device.index or 0)
-        path: str | os.PathLike[str] = model
         if arch is None:
             backend = backend_for(model, backend, on_torch=bool(loras or controls or reuse > 1 or decode == "tiled"))
-            path, backend = or_prepared(model, backend, target_device, dtype)
-        spec = describe(path)
+
+        opened = functools.partial(_opened, device=target_device, here=arch is None, reuse=reuse)
+        spec, options, check_range = opened(model, backend, dtype=dtype)
         width, height = size or spec.default_size
-        selected = choose_backend(backend, path, target_device, dtype)
-        options: dict[str, Any] = {} if steps is None else {"steps": steps}
-        if selected == "torch":
-            options["dtype"] = choose_dtype(dtype, target_device)
-        else:
-            if reuse > 1:
-                raise InputError(f"--reuse {reuse} runs on torch alone, and {model} is a bundle for {selected}")
-            sizes.check_size(latents(path), spec.vae.factor, width, height)
-            options["backend"] = selected
-            options["dtype"], options["precision"] = precisions(path, selected, target_device, dtype)
+        enlarged = (width, height) == enlarged_size(model, spec) and not (init_image or hires_scale or refiner)
+        if enlarged:
+            width, height = spec.default_size
+        asked = Request("", width=width, height=height, hires_scale=hires_scale, hires_upscaler=hires_upscaler)
+        upscaler = enlarge.wanted(asked)
+        options |= {} if steps is None else {"steps": steps}
+        shared: dict[str, Any] = {"batch": batch, "arch": capability, "decode": decode}
         if loras:
             adapters = [read_adapter(file, spec) for _, file, scale in find(loras) if scale]
             options["originals"] = merged_numbers(adapters, spec) * options["dtype"].itemsize
@@ -122,34 +130,73 @@ def plan(
             configs = [(describe_control(source, spec), scale) for source, scale in controls]
             options["attached"] = tuple(config for config, _ in configs)
             options["controls"] = tuple(config for config, scale in configs if scale)
-        memory_plan = memory.plan(
-            memory.Workload.of_spec(
-                spec,
-                width=width,
-                height=height,
-                batch=batch,
-                arch=capability,
-                decode=decode,
-                encode=(init_image or spec.unet.edits) and not spec.unet.upscales,
-                reuse=reuse > 1,
-                **options,
-            )
-        )
+        options["encode"] = (init_image or spec.unet.edits) and not spec.unet.upscales
+        check_range(width, height)
+        first = Workload.of_spec(spec, width=width, height=height, reuse=reuse > 1, **shared, **options)
+        stages = [(model, first)]
+        if upscaler is not None:
+            factor = spec.vae.factor
+            height, width = enlarge.size(asked, factor)
+            check_range(width, height)
+            large: dict[str, Any] = {
+                "height": height // factor,
+                "width": width // factor,
+                "encode": upscaler.reads == "pt",
+            }
+            stages.append((model, replace(first, **large)))
+        if enlarged:
+            own_dtype = None if "backend" in options else dtype
+            spec, options, _ = opened("upscaler", "torch", dtype=own_dtype)
+            width, height = spec.default_size
+            stages.append(("upscaler", Workload.of_spec(spec, width=width, height=height, **shared, **options)))
+        if refiner is not None:
+            vae = spec.vae
+            spec, options, check_range = opened(refiner, backend, dtype=dtype)
+            cascades.check_latents(vae, spec.vae)
+            check_range(width, height)
+            options |= {"steps": first.steps, "guided": first.guided, "reuse": reuse > 1}
+            stages.append((refiner, Workload.of_spec(spec, width=width, height=height, **shared, **options)))
+        of_latents = [0] * (upscaler is not None and upscaler.reads == "latent")
+        of_latents += [len(stages) - 2] * (refiner is not None)
+        planned = cascade.plan(stages, of_latents=of_latents, sharing=[1] * (upscaler is not None))
         free = memory.free_bytes(target_device) if arch is None else None
+        alone = len(stages) == 1
+        whole = planned.stages[0].plan if alone else planned
         if as_json:
-            fits = None if free is None else {"fits": memory_plan.fits(free), "free": free}
-            remedies = () if free is None or memory_plan.fits(free) else memory_plan.remedies(free)
-            record = {"model": model, **memory_plan.to_dict(), "here": fits}
+            fits = None if free is None else {"fits": whole.fits(free), "free": free}
+            remedies = () if free is None or whole.fits(free) else whole.remedies(free)
+            record = {"model": model, **whole.to_dict(), "here": fits}
             click.echo(json.dumps({**record, "would_fit": [remedy.to_dict() for remedy in remedies]}, indent=2))
         else:
-            click.echo(_plan_table(memory_plan, free))
+            text = _plan_table(planned.stages[0].plan) if alone else _cascade_table(planned)
+            click.echo("\n".join([text, *_fits(whole, free)]))
 
 
-def _plan_table(plan: MemoryPlan, free: int | None) -> str:
+def _opened(
+    name: str, backend: str, device: torch.device, *, dtype: str | None, here: bool, reuse: int
+) -> tuple[Spec, dict[str, Any], Callable[[int, int], None]]:
+    """A model, fields of its workloads, and what raises InputError for a size that it does not run. here: whether the
+    device is this machine's."""
+    from fastldm import sizes
+    from fastldm.device import choose_dtype
+    from fastldm.model import choose_backend, describe, latents, or_prepared, precisions
+
+    path: str | os.PathLike[str] = name
+    if here:
+        path, backend = or_prepared(name, backend, device, dtype)
+    spec = describe(path)
+    selected = choose_backend(backend, path, device, dtype)
+    if selected == "torch":
+        return spec, {"dtype": choose_dtype(dtype, device)}, lambda width, height: None
+    if reuse > 1:
+        raise InputError(f"--reuse {reuse} runs on torch alone, and {name} is a bundle for {selected}")
+    options: dict[str, Any] = {"backend": selected}
+    options["dtype"], options["precision"] = precisions(path, selected, device, dtype)
+    return spec, options, functools.partial(sizes.check_size, latents(path), spec.vae.factor)
+
+
+def _plan_table(plan: MemoryPlan) -> str:
     """A plan as text. Entries of less than 50 KiB share a line."""
-    from fastldm.planning.memory import size
-
-    workload, factor = plan.workload, plan.workload.vae.factor
     rows: list[tuple[str, int, str]] = []
     for title, lines in (("weights", plan.weights), ("buffers", plan.buffers), ("libraries", plan.libraries)):
         if not (total := sum(line.bytes for line in lines)):
@@ -163,19 +210,52 @@ def _plan_table(plan: MemoryPlan, free: int | None) -> str:
     rows += [(f"  and in {line.name}", line.bytes, line.note) for line in plan.phases]
     largest = max(plan.phases, key=lambda line: line.bytes)
     rows += [("needed", plan.needed, f"all the time, and in {largest.name}"), plan.cached, ("peak", plan.peak, "")]
+    return "\n".join([_heading(plan), "", *_aligned(rows)])
+
+
+def _cascade_table(plan: CascadePlan) -> str:
+    """All stages as text: each with its model, size and bytes, and what they take together."""
+    heading, rows = [f"{len(plan.stages)} stages, one after the other"], []
+    for number, stage in enumerate(plan.stages, 1):
+        heading.append(f"  {number}. {stage.model}: {_heading(stage.plan)}")
+    for number, stage in enumerate(plan.stages, 1):
+        if not stage.shares:
+            rows.append((f"weights of {number}", stage.plan.loading, stage.model))
+    for number, stage in enumerate(plan.stages, 1):
+        rows.append((f"buffers of {number}", sum(line.bytes for line in stage.plan.buffers), ""))
+    rows += [("libraries", plan.libraries, "")] if plan.libraries else []
+    rows.append(("all the time", plan.resident, "all weights, and the buffers of each stage"))
+    for number, stage in enumerate(plan.stages, 1):
+        rows.append((f"  and in {number}", stage.largest.bytes, f"{stage.largest.name}: {stage.largest.note}"))
+    largest = plan.stages.index(plan.largest) + 1
+    rows += [("needed", plan.needed, f"all the time, and in {largest}"), ("peak", plan.peak, "with what is cached")]
+    return "\n".join([*heading, "", *_aligned(rows)])
+
+
+def _aligned(rows: list[tuple[str, int, str]]) -> list[str]:
+    from fastldm.planning.memory import size
+
     width = max(len(name) for name, _, _ in rows)
+    return [f"{name:<{width}}  {size(count):>10}  {note}".rstrip() for name, count, note in rows]
+
+
+def _heading(plan: MemoryPlan) -> str:
+    """The workload in a line."""
+    workload, factor = plan.workload, plan.workload.vae.factor
     device = f"sm_{workload.arch}" if workload.arch else "a CPU"
     dtype = str(workload.precision or workload.dtype).removeprefix("torch.")
-    output = [
+    return (
         f"{workload.batch} x {workload.width * factor}x{workload.height * factor}{', guided' * workload.guided}, "
-        f"{workload.steps} steps, {workload.backend} {dtype} on {device}, {workload.decode} decode",
-        "",
-        *(f"{name:<{width}}  {size(count):>10}  {note}".rstrip() for name, count, note in rows),
-    ]
+        f"{workload.steps} steps, {workload.backend} {dtype} on {device}, {workload.decode} decode"
+    )
+
+
+def _fits(plan: MemoryPlan | CascadePlan, free: int | None) -> list[str]:
+    """Whether it fits the device, as text; nothing where nobody knows what is free."""
+    from fastldm.planning.memory import size
+
     if free is None:
-        return "\n".join(output)
+        return []
     if not plan.fits(free):
-        fits = f"does not fit: {size(free)} are free; what would: {plan.advice(free)}"
-    else:
-        fits = f"fits: {size(free)} are free" + (", if PyTorch gives back what it caches" if plan.peak > free else "")
-    return "\n".join([*output, "", fits])
+        return ["", f"does not fit: {size(free)} are free; what would: {plan.advice(free)}"]
+    return ["", f"fits: {size(free)} are free" + ", if PyTorch gives back what it caches" * (plan.peak > free)]

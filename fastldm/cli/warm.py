@@ -50,6 +50,7 @@ def warm(
         from tqdm import tqdm
 
         from fastldm.adapters.control import describe_control
+        from fastldm.loading.spec import enlarged_size
         from fastldm.model import describe
         from fastldm.planning import warm
 
@@ -62,11 +63,17 @@ def warm(
         for name in arch:
             warm.parse_arch(name)
         spec = describe(model)
+        sizes = list(size or [spec.default_size])
+        enlarged = enlarged_size(model, spec)
+        if enlarged in sizes:  # made at the model's own size, and by another model from there
+            sizes.append(spec.default_size)
         configs = list(dict.fromkeys(describe_control(source, spec) for source, _ in controls))
         for name in arch:
             with tqdm(desc=name, bar_format="{desc}: {elapsed} {postfix}", disable=not sys.stderr.isatty()) as bar:
-                sizes = size or [spec.default_size]
                 options = {"dtype": getattr(torch, dtype), "lora": lora, "controls": configs}
                 options["on_kernel"] = bar.set_postfix_str
-                count = warm.warm(spec, name, sizes=sizes, batches=batch, **options)
+                count = warm.warm(spec, name, sizes=list(dict.fromkeys(sizes)), batches=batch, **options)
+                if enlarged in sizes:
+                    own = {**options, "lora": False, "controls": ()}
+                    count += warm.warm(describe("upscaler"), name, sizes=[enlarged], batches=batch, **own)
             click.echo(f"{name}: {count} kernels in {warm.cache_folder()}")

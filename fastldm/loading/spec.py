@@ -105,6 +105,14 @@ class Spec:
         return sum(p.numel() for network in networks for p in network.parameters())
 
 
+def enlarged_size(name: str, spec: Spec) -> tuple[int, int] | None:
+    """(width, height) that UPSCALER makes of the pictures of a model, by its name; None where it enlarges none."""
+    if name != "default" or spec.family.name != "small" or not UPSCALER.is_dir():
+        return None
+    (width, height), times = spec.default_size, describe(UPSCALER).enlarges
+    return width * times, height * times
+
+
 def describe(
     path_or_id: str | os.PathLike[str] = "default",
     *,

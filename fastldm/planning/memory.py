@@ -201,7 +201,7 @@ class MemoryPlan:
 
     def advice(self, free: int) -> str:
         """The changes that would make it fit, as text."""
-        ways = [_difference(self.workload, candidate.workload) for candidate in self.remedies(free)]
+        ways = [difference(self.workload, candidate.workload) for candidate in self.remedies(free)]
         return ", or ".join(ways) or "a smaller size, or a device with more memory"
 
     def to_dict(self) -> dict[str, Any]:
@@ -462,7 +462,7 @@ def _largest_batch(workload: Workload, free: int) -> MemoryPlan | None:
     return fewer(count) if count else None
 
 
-def _difference(workload: Workload, candidate: Workload) -> str:
+def difference(workload: Workload, candidate: Workload) -> str:
     """The changes from a workload to a candidate, as text."""
     changes = []
     if candidate.batch != workload.batch:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fastldm.errors import InputError
+from fastldm.models.config import AutoencoderConfig
 from fastldm.request import Request
 from fastldm.runtime import enlarge
 from fastldm.runtime.stages import Stages
@@ -198,7 +199,11 @@ def check_refiner(base: Stages, refiner: Stages) -> None:
         raise InputError("the refiner is the model itself: give another one")
     if base.device != refiner.device:
         raise InputError(f"the refiner is on {refiner.device}, and the model on {base.device}: load both on one device")
-    ours, theirs = base.vae.config, refiner.vae.config
+    check_latents(base.vae.config, refiner.vae.config)
+
+
+def check_latents(ours: AutoencoderConfig, theirs: AutoencoderConfig) -> None:
+    """InputError for a refiner whose latents are others."""
     for name in ("latent_channels", "factor", "scaling_factor"):
         if getattr(ours, name) != getattr(theirs, name):
             raise InputError(
