@@ -36,6 +36,10 @@ UNSUPPORTED = {
     "callback_steps": ": use callback_on_step_end",
     "masked_image_latents": ": give image and mask_image",
     "original_inference_steps": "",
+    "adaptive_projected_guidance_rescale": ": it is apg_rescale",
+    "adaptive_projected_guidance_momentum": ", for it keeps one more latent of each slot, a running average",
+    "adaptive_projected_guidance_norm_dim": ": apg_rescale is of all of a picture",
+    "use_original_formulation": ": guidance starts from the negative prompt's output",
     "seg_scale": ", for it blurs queries in each step: pag_scale is its relative that only selects",
     "seg_blur_sigma": ": see pag_scale",
     "seg_applied_layers": ": see pag_applied_layers",
@@ -88,6 +92,13 @@ class Request:
     pag_applied_layers: str | Sequence[str] | None = None
     """The self-attentions that pag_scale perturbs, as of diffusers' PAG pipelines: regular expressions that are looked
     for in names like down_blocks.2.attentions.0.transformer_blocks.0.attn1. None is "mid"."""
+    apg_rescale: float | None = None
+    """Adaptive projected guidance (arXiv:2410.02416): the longest that the network's output for the prompt differs
+    from that for the negative prompt, before guidance_scale multiplies it; 0 is any length. diffusers'
+    `adaptive_projected_guidance_rescale`. On where this or apg_eta is given; by default then 15, as diffusers'."""
+    apg_eta: float | None = None
+    """What remains of that difference along the prompt's own output, from which saturation comes: 0 none, as in the
+    paper, 1 all, the default beside apg_rescale."""
     guidance_rescale: float = 0.0
     """Rescales the guided prediction's standard deviation to the conditional one's, 0 (off) to 1 (arXiv:2305.08891,
     section 3.4)."""
@@ -647,6 +658,8 @@ _CHECKS: dict[str, Check] = {
     "pag_scale": _real(0.0, MAX_GUIDANCE),
     "pag_adaptive_scale": _real(0.0, MAX_GUIDANCE),
     "pag_applied_layers": _layers,
+    "apg_rescale": _real(0.0, 1e6),
+    "apg_eta": _real(-MAX_GUIDANCE, MAX_GUIDANCE),
     "guidance_rescale": _real(0.0, 1.0),
     "guidance_interval": _fractions,
     "eta": _real(0.0, 1.0),

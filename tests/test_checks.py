@@ -76,7 +76,7 @@ def test_every_request_field_accepts_or_refuses_values(name: str) -> None:
 NUMBERS = {
     "height": 64, "width": 64, "num_inference_steps": 3, "num_images_per_prompt": 2, "clip_skip": 1, "seed": 5,
     "guidance_scale": 2.5, "image_guidance_scale": 1.5, "pag_scale": 1.5,
-    "pag_adaptive_scale": 0.5, "guidance_rescale": 0.5, "eta": 0.5, "strength": 0.5,
+    "pag_adaptive_scale": 0.5, "apg_rescale": 2.0, "apg_eta": 0.5, "guidance_rescale": 0.5, "eta": 0.5, "strength": 0.5,
 }  # fmt: skip
 
 

@@ -40,8 +40,8 @@ FIELDS = {
     "Progress": "step steps timestep preview latents embeds",
     "Request": """
         prompt negative_prompt height width num_inference_steps guidance_scale image_guidance_scale pag_scale
-        pag_adaptive_scale pag_applied_layers guidance_rescale guidance_interval sampler timesteps sigmas eta
-        s_churn s_tmin s_tmax s_noise noise_sampler_seed
+        pag_adaptive_scale pag_applied_layers apg_rescale apg_eta guidance_rescale guidance_interval
+        sampler timesteps sigmas eta s_churn s_tmin s_tmax s_noise noise_sampler_seed
         reuse num_images_per_prompt candidates keep seed generator latents image image_embeds strength
         denoising_start denoising_end depth_map noise_level
         refiner_switch_at hires_scale hires_height hires_width hires_strength hires_steps hires_upscaler

@@ -88,6 +88,18 @@ def _list_things(ctx: click.Context, param: click.Parameter, group: str | None) 
     help="What --pag-scale perturbs, as diffusers names it, such as down_blocks.2. Repeatable.  [default: mid]",
 )
 @click.option(
+    "--apg-rescale",
+    type=float,
+    metavar="N",
+    help="Adaptive projected guidance: shorten guidance to N, such as 15; 0: any length.  [default: off]",
+)
+@click.option(
+    "--apg-eta",
+    type=float,
+    metavar="E",
+    help="Likewise, what remains of guidance along the prompt's own: 0 none, less saturated; 1 all.  [default: off]",
+)
+@click.option(
     "--denoising-start",
     type=float,
     metavar="X",
@@ -218,6 +230,8 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
         "image_guidance_scale": options["image_guidance_scale"],
         "pag_scale": options["pag_scale"],
         "pag_applied_layers": options["pag_layers"] or None,
+        "apg_rescale": options["apg_rescale"],
+        "apg_eta": options["apg_eta"],
         "sampler": options["sampler"],
         "reuse": options["reuse"],
         "s_churn": options["s_churn"],

@@ -370,6 +370,7 @@ _FIELDS = {
     "pictures": "keys and values of the pictures of IP-Adapters",
     "perturbed": "self-attentions of each row that are",
     "thresholds": "of slots with dynamic thresholding",
+    "projections": "of slots with adaptive projected guidance",
     "deep": "features of the U-Net's deep part, from step to step",
 }
 _PHASES = {
@@ -426,7 +427,7 @@ def _fields(buffers: StaticBuffers) -> Iterator[tuple[str, list[Tensor]]]:
     for name, field in (*buffers.step._asdict().items(), *buffers._asdict().items()):
         if isinstance(field, Tensor):
             yield name, [field]
-        elif name in ("text", "adapters", "thresholds") and field:
+        elif name in ("text", "adapters", "thresholds", "projections") and field:
             yield name, [tensor for tensor in field if tensor is not None]
         elif name == "features" and field:
             yield name, list(field)

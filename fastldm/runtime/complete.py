@@ -18,6 +18,7 @@ from fastldm.models.config import AutoencoderConfig, PixelResidualConfig, UNetCo
 from fastldm.models.families import Family
 from fastldm.request import PER_PROMPT, Request, as_list, picture_seeds
 from fastldm.runtime.controls import ControlSelection
+from fastldm.runtime.guidance import apg_of
 from fastldm.samplers.names import for_xl, is_cfg_pp
 
 if TYPE_CHECKING:
@@ -83,6 +84,17 @@ def complete(
         "this model has two guidance scales": unet.edits,
         "pag_scale is above 0": bool(request.pag_scale),
     }
+    if apg_of(request) is not None:
+        name = "apg_eta" if request.apg_rescale is None else "apg_rescale"
+        for reason, applies in {
+            f"sampler {sampler!r} is CFG++": cfg_pp,
+            **{reason: applies for reason, applies in reasons.items() if "rescale" not in reason},
+        }.items():
+            if applies:
+                raise InputError(
+                    f"{name} is {getattr(request, name):g}: projected guidance is of a prompt and a negative prompt "
+                    f"alone, and {reason}"
+                )
     if cfg_pp and any(reasons.values()):
         reason = next(reason for reason, applies in reasons.items() if applies)
         raise InputError(f"sampler {sampler!r} is CFG++, and {reason}: take a sampler without CFG++")

@@ -51,6 +51,7 @@ class Guidance:
     image_scale: float | None = None  # of InstructPix2Pix; below 1 nothing is guided, as in diffusers
     pag_scale: float = 0.0  # of perturbed-attention guidance, there without classifier-free guidance too
     pag_adaptive_scale: float = 0.0  # above 0, the scale is so much less for each training timestep below 1000
+    apg: tuple[float, float] | None = None  # eta and norm of adaptive projected guidance: `kernels.projection`
     pag_layers: tuple[int, ...] = ()  # those of `UNetConfig.self_attentions` that are perturbed
 
     @property
@@ -72,6 +73,11 @@ class Guidance:
     def has_third(self) -> bool:
         """Whether any row of a table may have branch 2."""
         return self.perturbs or (self.guided and self.image_scale is not None)
+
+    @property
+    def projection(self) -> tuple[float, float] | None:
+        """Eta and norm that apply: of classifier-free guidance, of two branches."""
+        return self.apg if self.guided and not self.has_third else None
 
     @property
     def rescales(self) -> float:
@@ -344,7 +350,7 @@ class State:
             outs = {branch: own[:, :channels] for branch, own in outs.items()}
         if 0 in outs and run.table.rare:
             rest["difference"] = outs[1].float() - outs[0].float()
-        out = guide(outs, row[W0 : W0 + BRANCHES], run.guidance.rescales)
+        out = guide(outs, row[W0 : W0 + BRANCHES], run.guidance.rescales, projection=run.guidance.projection)
         args = (row, self.x, self.y, self.history, out.float(), run.noises[i])
         x, self.y, self.history = step(*args, depth=self.depth, threshold=run.table.threshold, **rest)
         if run.inpainting is not None:

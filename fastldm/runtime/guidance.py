@@ -13,6 +13,7 @@ from fastldm.runtime.denoise import Guidance
 from fastldm.samplers.names import is_cfg_pp
 
 PAG_SCALE, PAG_LAYERS = 3.0, "mid"  # diffusers' defaults
+APG_ETA, APG_RESCALE = 1.0, 15.0  # likewise
 
 
 def guidance_of(request: Request, unet: UNetConfig) -> Guidance:
@@ -22,7 +23,17 @@ def guidance_of(request: Request, unet: UNetConfig) -> Guidance:
     if request.pag_scale:
         options |= {"pag_scale": request.pag_scale, "pag_adaptive_scale": request.pag_adaptive_scale}
         options["pag_layers"] = perturbed_layers(request, unet)
+    if (apg := apg_of(request)) is not None:
+        options["apg"] = apg
     return Guidance(scale, request.guidance_rescale, *request.guidance_interval, **options)
+
+
+def apg_of(request: Request) -> tuple[float, float] | None:
+    """Eta and norm of adaptive projected guidance; None without."""
+    eta, norm = request.apg_eta, request.apg_rescale
+    if eta is None and norm is None:
+        return None
+    return (APG_ETA if eta is None else eta, APG_RESCALE if norm is None else norm)
 
 
 def pag_defaults(index: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from fastldm.device import send, send_numbers, to_host
 from fastldm.kernels import dispatch
 from fastldm.kernels.dispatch import cdiv, next_power_of_2
 from fastldm.kernels.lora import Rows, ScaledPages
+from fastldm.kernels.projection import Projections
 from fastldm.kernels.step import BRANCHES, NEVER, StepState, end_step, table_rows
 from fastldm.kernels.threshold import Thresholds
 from fastldm.models.config import UNetConfig
@@ -90,6 +91,7 @@ class StaticBuffers(NamedTuple):
     deep: Tensor | None = None  # (3S + 1, C, h, w): deep features of each slot's rows, and of rows that keep none
     perturbed: Tensor | None = None  # (L, R) bool: of each self-attention the U-Net rows in which it is perturbed
     thresholds: Thresholds | None = None  # of slots that are thresholded dynamically
+    projections: Projections | None = None  # of slots with adaptive projected guidance
     deep_index: Tensor | None = None  # (2, R) int64: where each U-Net row keeps them, if it computes all, and has them
 
     @staticmethod
@@ -162,6 +164,7 @@ class StaticBuffers(NamedTuple):
                 torch.ones(slots, device=device),
                 torch.ones(slots, steps, device=device),
             ),
+            projections=Projections(torch.ones(slots, device=device), torch.full((slots,), -1.0, device=device)),
             deep_index=torch.zeros(2, rows, dtype=torch.int64, device=device) if reuse else None,
         )
 
@@ -215,7 +218,7 @@ class Slots:
     def nbytes(self) -> int:
         """Bytes of the buffers."""
         step, temb, text, kv_len, maps, adapters, controls, features, pictures, *rest = self.buffers
-        deep = [t for each in rest if each is not None for t in (each if isinstance(each, Thresholds) else (each,))]
+        deep = [t for each in rest if each is not None for t in ((each,) if isinstance(each, Tensor) else each)]
         own = [t for control in controls for t in (control.hint, control.weights, control.temb, *control.text)]
         own += [t for each in pictures for t in (*each.kv, each.kv_len)]
         tensors = (*step, temb, *text, kv_len, maps, *adapters[:2], *own, *features, *deep)
@@ -266,6 +269,10 @@ class Slots:
             ratio, most = table.threshold or (-1.0, 1.0)
             self.buffers.thresholds.ratio.index_fill_(0, index, ratio)
             self.buffers.thresholds.most.index_fill_(0, index, most)
+        if self.buffers.projections is not None:
+            eta, norm = run.guidance.projection or (1.0, -1.0)
+            self.buffers.projections.eta.index_fill_(0, index, eta)
+            self.buffers.projections.norm.index_fill_(0, index, norm)
         # Negatives come first among the run's texts; where it has none, the slots' own are never read.
         count = run.text_kv[0].shape[0] // run.batch if run.text_kv else 1
         texts = [2 * slot + text for text in (0, 1)[2 - count :] for slot in slots]
@@ -349,7 +356,8 @@ class Slots:
         rare = any(run.rare for run in runs)
         perturbed = tuple(sorted({layer for run in runs for layer in run.perturbed}))
         thresholds = any(run.table.threshold is not None for run in runs)
-        options = (rows, rescales, controlled, beside, deep, rare, perturbed, thresholds)
+        projections = any(len(run.branches) > 1 and run.guidance.projection is not None for run in runs)
+        options = (rows, rescales, controlled, beside, deep, rare, perturbed, thresholds, projections)
         body = partial(self.body, *options)
         # A graph reads tensors by address, so which buffers they are is part of the key.
         key = (id(self.buffers), *options)
@@ -371,11 +379,12 @@ class Slots:
         rare: bool = False,
         perturbed: Sequence[int] = (),
         thresholds: bool = False,
+        projections: bool = False,
     ) -> None:
         """The full step, of fixed shapes and addresses: the host sees none of its values. controlled: which rows of the
         U-Net have what control. beside: whether any row has adapters beside the weights. deep: how many rows, the first
         ones, compute all of the U-Net; None: all do, and nothing is kept. rare: as for `end_step`. perturbed: the
-        self-attentions that are in any row. thresholds: whether any slot is thresholded."""
+        self-attentions that are in any row. thresholds, projections: whether any slot is thresholded, projected."""
         state = self.buffers.step
         invariant = dispatch.batch_invariant() if self.batch_invariant else nullcontext()
         pages, scales, _ = self.buffers.adapters
@@ -399,7 +408,11 @@ class Slots:
             text, time_rows = self._states(self.buffers.maps[:, :rows], self.buffers.temb)
             options |= {"kv_len": self.buffers.kv_len, "slots": text}
             out = self.unet.step(state.u[:rows], time_rows, self.buffers.text, **options)
-        end_step(out, state, rescales=rescales, rare=rare, thresholds=self.buffers.thresholds if thresholds else None)
+        numbers: dict[str, Any] = {
+            "thresholds": self.buffers.thresholds if thresholds else None,
+            "projections": self.buffers.projections if projections else None,
+        }
+        end_step(out, state, rescales=rescales, rare=rare, **numbers)
 
     def _states(self, maps: Tensor, temb: Tensor) -> tuple[Tensor, Tensor]:
         """The text of each row, and its time row."""

@@ -48,7 +48,7 @@ from fastldm.runtime.complete import complete
 from fastldm.runtime.controls import Controls, start_controls
 from fastldm.runtime.denoise import Embeds, Guidance, Run, check_finite
 from fastldm.runtime.graph import CUDA, Graphs
-from fastldm.runtime.guidance import guidance_of, pag_defaults, perturbed_layers
+from fastldm.runtime.guidance import apg_of, guidance_of, pag_defaults, perturbed_layers
 from fastldm.runtime.image_prompts import ImagePrompts, PictureSelection, per_image, start_pictures
 from fastldm.runtime.read_picture import PictureRead, read_picture
 from fastldm.runtime.slots import Slots, StaticBuffers, graph_rows, step_capacity
@@ -173,6 +173,11 @@ class Stages:
                 "the checkpoint, not a bundle"
             )
             perturbed_layers(request, self.unet.config)
+        if self._steps is not None and apg_of(request) is not None:
+            raise InputError(
+                f"this pipeline runs a bundle on {self.backend} by a graph of whole steps, which knows no adaptive "
+                "projected guidance: leave out apg_rescale and apg_eta, or load the checkpoint"
+            )
         request = complete(request, self.spec, self.vae.config, self.family, self.latents)
         if request.candidates is not None:
             self.ranking.need(self.text_stages, self.backend)

@@ -73,6 +73,8 @@ class ImageFields(BaseModel):
     image_guidance_scale: float | None = Field(None, description="How much a model that edits keeps of the picture.")
     pag_scale: float | None = Field(None, description="Perturbed-attention guidance; 0 is off.")
     pag_adaptive_scale: float | None = None
+    apg_rescale: float | None = Field(None, description="Adaptive projected guidance.")
+    apg_eta: float | None = None
     sampler: str | None = Field(None, max_length=200)
     strength: float | None = None
     clip_skip: int | None = None
@@ -106,7 +108,7 @@ class EditFields(ImageFields):
     prompt: str
 
 
-_MORE = ("pag_scale", "pag_adaptive_scale", "clip_skip", "adapters", "reuse")
+_MORE = ("pag_scale", "pag_adaptive_scale", "apg_rescale", "apg_eta", "clip_skip", "adapters", "reuse")
 
 
 def router(service: Service, jobs: Jobs) -> APIRouter:
