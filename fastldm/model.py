@@ -190,10 +190,10 @@ def need_exporter() -> None:
 
 
 def need_prompts(spec: loading.Spec) -> None:
-    """InputError for a model that is not exported: one that reads a picture in place of a prompt."""
+    """InputError for a model that is not exported: one that reads what a picture shows."""
     if spec.vision is not None:
         raise InputError(
-            f"{spec.checkpoint.source} reads a picture in place of a prompt, and is not exported: bundles have text "
+            f"{spec.checkpoint.source} reads what a picture shows, and is not exported: bundles have text "
             "encoders. Run it on backend torch"
         )
 

@@ -150,7 +150,8 @@ class Request:
     batch, image k starts from number k modulo n, as in diffusers; likewise for `mask_image`. Of models that read
     pictures in place of prompts, those, each with its variations."""
     image_embeds: Any = None
-    """In place of `image`, of models that read a picture in place of a prompt: the image encoder's output (n, D)."""
+    """In place of `image`, of models that read a picture in place of a prompt or, as stable unCLIP, beside it: the
+    image encoder's output (n, D)."""
     strength: float | None = None
     """How much `image` is changed, 0 (not at all) to 1 (completely); None is 0.8, with SDXL's refiner 0.3, and 1 with
     `mask_image`. Models that edit `image` start from noise, and have none."""
@@ -166,7 +167,8 @@ class Request:
     white near. None: what the checkpoint's own network estimates of `image`."""
     noise_level: int | None = None
     """Of models that enlarge `image`: how much noise is added to it first, a timestep of the low_res_scheduler. None is
-    the model's: 20 of the x4 upscaler, as in diffusers."""
+    the model's: 20 of the x4 upscaler, as in diffusers. Of stable unCLIP, to what is read of `image`, a timestep of the
+    image_noising_scheduler, 0 by default."""
     refiner_switch_at: float | None = None
     """Where an attached refiner goes on with the latents: the fraction of the noise that has been removed. None is 0.8
     if there is one; 1 is without."""

@@ -31,7 +31,7 @@ from fastldm.conditioning.tokenizer import Tokenizer
 from fastldm.errors import CheckpointError, InputError
 from fastldm.loading import adoption
 from fastldm.loading.diffusers_folder import open_diffusers
-from fastldm.models.families import pipeline_classes
+from fastldm.models.families import FAMILIES, pipeline_classes
 
 Change = Callable[[Any], object]
 
@@ -125,8 +125,13 @@ def test_non_pipelines_are_refused() -> None:
 
 # --- Every class and every scheduler as it comes ---
 
+# Those that read pictures are in test_read_picture.py and test_peer_unclip.py.
+_READ_PICTURES = {name for family in FAMILIES if family.reads_picture for name in family.pipelines}
 
-@pytest.mark.parametrize("name", sorted(name for name in pipeline_classes() if hasattr(diffusers, name)))
+
+@pytest.mark.parametrize(
+    "name", sorted(name for name in pipeline_classes() - _READ_PICTURES if hasattr(diffusers, name))
+)
 def test_every_supported_class_is_adopted(name: str) -> None:
     xl = "XL" in name
     kinds = {

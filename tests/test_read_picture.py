@@ -166,7 +166,7 @@ def test_other_models_refuse_vectors() -> None:
 
 
 def test_exports_are_refused_by_name(pipe: Pipeline, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="reads a picture in place of a prompt, and is not exported"):
+    with pytest.raises(InputError, match="reads what a picture shows, and is not exported"):
         pipe.export(tmp_path / "bundle")
 
 

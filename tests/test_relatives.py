@@ -35,6 +35,13 @@ def test_supported_classes_are_accepted() -> None:
     assert len(pipeline_classes()) > 12
     own: dict[str, Any] = {"StableDiffusionUpscalePipeline": {"low_res_scheduler": ["diffusers", "DDPMScheduler"]}}
     own["StableDiffusionDepth2ImgPipeline"] = {"depth_estimator": ["transformers", "DPTForDepthEstimation"]}
+    vision = {"image_encoder": ["transformers", "CLIPVisionModelWithProjection"]}
+    own["StableDiffusionImageVariationPipeline"] = {**vision, "text_encoder": [None, None], "tokenizer": [None, None]}
+    own["StableUnCLIPImg2ImgPipeline"] = {
+        **vision,
+        "image_normalizer": ["stable_diffusion", "StableUnCLIPImageNormalizer"],
+        "image_noising_scheduler": ["diffusers", "DDPMScheduler"],
+    }
     for name in pipeline_classes() - {"PixelUpscalePipeline"}:  # which is fastldm's own
         index = {**(XL_INDEX if "XL" in name else SD_INDEX), **own.get(name, {})}
         assert component_classes({**index, "_class_name": name}, "here")["unet"] == "UNet2DConditionModel"
@@ -53,7 +60,7 @@ def test_other_classes_are_refused_by_name() -> None:
     ("name", "message"),
     [
         ("StableDiffusionLatentUpscalePipeline", "an upscaler"),
-        ("StableUnCLIPImg2ImgPipeline", "unCLIP"),
+        ("StableUnCLIPPipeline", "unCLIP"),
         ("MarigoldDepthPipeline", "Marigold"),
         ("LEditsPPPipelineStableDiffusionXL", "a way of editing .* load them as a StableDiffusionPipeline"),
         ("HunyuanDiTPAGPipeline", "perturbed-attention guidance of a kind"),

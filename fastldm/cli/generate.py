@@ -114,14 +114,14 @@ def _list_things(ctx: click.Context, param: click.Parameter, group: str | None) 
     "image",
     metavar="FILE",
     help="Start from this picture instead of noise; of a model that enlarges one, the small picture; of one of image "
-    "variations, what it reads in place of PROMPT.",
+    "variations, what it reads in place of PROMPT, of stable unCLIP beside PROMPT.",
 )
 @click.option("--strength", type=float, help="How much of --image is redone, 0 to 1.  [default: 0.8]")
 @click.option(
     "--noise-level",
     type=int,
     metavar="N",
-    help="Noise that is added to a picture to be enlarged.  [default: the model's]",
+    help="Noise that is added to a picture to be enlarged, or to what unCLIP reads.  [default: the model's]",
 )
 @click.option(
     "--depth-map", metavar="FILE", help="Of depth to image: a grey picture, white near.  [default: it is estimated]"

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastldm import checks
 from fastldm import image as images
 from fastldm.errors import CheckpointError, InputError
-from fastldm.models.clip_vision import CLIPVision
+from fastldm.models.clip_vision import CLIPVision, Normalizer
 from fastldm.reading import Either, Field, Integer, ListOf, Number, Object, OneOf, read_fields
 
 _SIDE = Integer(1, 4096)
@@ -86,6 +86,8 @@ class ImageEncoder:
     preprocessing: Preprocessing
     source: str
     """Where it comes from, for errors."""
+    normalizer: Normalizer | None = None
+    """Of unCLIP, which reads its vectors beside a prompt."""
 
     @property
     def size(self) -> int:

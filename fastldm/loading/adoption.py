@@ -19,7 +19,7 @@ from fastldm.device import DTYPES
 from fastldm.errors import CheckpointError, InputError
 from fastldm.loading import changes
 from fastldm.loading.checkpoint import Checkpoint, Component, TokenizerFiles
-from fastldm.loading.formats import DEPTH, SCHEDULERS, TOKENIZERS, Config, component_classes, named_config
+from fastldm.loading.formats import DEPTH, NOISING, SCHEDULERS, TOKENIZERS, Config, component_classes, named_config
 from fastldm.loading.state import fit_names
 from fastldm.models.families import IMAGE_ENCODER, network_classes
 
@@ -66,8 +66,9 @@ def describe_diffusers(pipe: Any) -> Checkpoint:
     if loaded.get(DEPTH) is not None:
         depth = DepthEstimator((loaded[DEPTH], loaded["feature_extractor"]))
     preprocessor = loaded["feature_extractor"].to_dict() if IMAGE_ENCODER in classes else {}
-    more: dict[str, Any] = {"loaded": True, "preprocessor": preprocessor, "depth": depth, **schedulers}
-    return Checkpoint(source, components, more.pop("scheduler"), files, index, **more)
+    noising = next((schedulers[name] for name in NOISING if name in schedulers), None)
+    more: dict[str, Any] = {"loaded": True, "preprocessor": preprocessor, "depth": depth}
+    return Checkpoint(source, components, schedulers["scheduler"], files, index, noising, **more)
 
 
 def adopt(module: Module, other: nn.Module) -> Module:

@@ -97,7 +97,7 @@ class Checkpoint:
     index: Config
     """The content of model_index.json: the pipeline's class, and settings such as `force_zeros_for_empty_prompt`."""
     low_res_scheduler: Config | None = None
-    """Of an upscaler: the schedule of the noise that is added to the small picture."""
+    """Of an upscaler: the schedule of the noise that is added to the small picture; of unCLIP, to a vector."""
     depth: DepthEstimator | None = None
     """Of depth to image: what estimates a picture's depth, if the checkpoint has it."""
     loaded: bool = False

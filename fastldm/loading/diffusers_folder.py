@@ -11,6 +11,7 @@ from fastldm.loading.checkpoint import Checkpoint, Component, TokenizerFiles
 from fastldm.loading.formats import (
     DEPTH,
     INDEX,
+    NOISING,
     NOT_NEEDED,
     PREPROCESSOR,
     SCHEDULERS,
@@ -76,7 +77,7 @@ def open_diffusers(folder: PathLike, variant: str | None = None, *, allow_pickle
         schedulers["scheduler"],
         {name: TokenizerFiles(tokenizer) for name, tokenizer in tokenizers.items()},
         index,
-        schedulers.get("low_res_scheduler"),
+        next((schedulers[name] for name in NOISING if name in schedulers), None),
         DepthEstimator(folder) if DEPTH in listed_classes(index) else None,
         preprocessor=_preprocessor(folder) if IMAGE_ENCODER in classes else {},
     )

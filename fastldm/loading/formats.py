@@ -15,8 +15,10 @@ from fastldm.loading import relatives
 from fastldm.models.families import (
     DEPTH_PIPELINE,
     IMAGE_ENCODER,
+    IMAGE_NORMALIZER,
     PIXEL_PIPELINE,
     TEXT_ENCODERS,
+    UNCLIP_PIPELINE,
     UPSCALE_PIPELINE,
     network_classes,
 )
@@ -29,7 +31,9 @@ Config = dict[str, Any]
 
 INDEX = "model_index.json"
 _REQUIRED = ("unet", "vae", "scheduler")
-SCHEDULERS = ("scheduler", "low_res_scheduler")
+NOISING = ("low_res_scheduler", "image_noising_scheduler")
+"""Those of noise that is added to what is read: to the x4 upscaler's small picture, to unCLIP's vector of a picture."""
+SCHEDULERS = ("scheduler", *NOISING)
 DEPTH = "depth_estimator"
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
@@ -66,11 +70,12 @@ def component_classes(index: Config, source: str) -> dict[str, str]:
     """Component name to class name, of components that fastldm reads. CheckpointError for a model it cannot run."""
     pipeline, listed = read_fields(index, _CLASS, f"{source}: {INDEX}")["_class_name"], listed_classes(index)
     relatives.check_class(pipeline, source)
-    needed = (*_REQUIRED, *(["low_res_scheduler"] if pipeline == UPSCALE_PIPELINE else []))
+    noising = {UPSCALE_PIPELINE: NOISING[:1], UNCLIP_PIPELINE: NOISING[1:]}.get(str(pipeline), ())
     networks = network_classes(pipeline)
-    of_picture = (IMAGE_ENCODER,) if IMAGE_ENCODER in networks else ()
-    needed = (*needed, *of_picture)
-    of_text = () if pipeline == PIXEL_PIPELINE or of_picture else (*TEXT_ENCODERS, *TOKENIZERS)
+    of_picture = (name for name in (IMAGE_ENCODER, IMAGE_NORMALIZER) if name in networks)
+    needed = (*_REQUIRED, *noising, *of_picture)
+    reads_text = pipeline != PIXEL_PIPELINE and "text_encoder" in networks
+    of_text = (*TEXT_ENCODERS, *TOKENIZERS) if reads_text else ()
     names = [name for name in (*networks, *TOKENIZERS, *SCHEDULERS) if name in (*needed, *of_text)]
     not_needed = (*NOT_NEEDED, *([DEPTH] if pipeline == DEPTH_PIPELINE else []))  # for a request brings a map, or not
     unknown = [f"{name} ({listed[name]})" for name in listed if name not in names and name not in not_needed]

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 from fastldm.errors import CheckpointError
 from fastldm.loading.tensors import Shapes
-from fastldm.models.families import DEPTH_PIPELINE, pipeline_classes
+from fastldm.models.families import DEPTH_PIPELINE, UNCLIP_PIPELINE, pipeline_classes
 
 RUNS = (
     "fastldm runs Stable Diffusion 1, 2 and XL for text to image, image to image and inpainting, InstructPix2Pix, "
-    "depth to image and the x4 upscaler"
+    "depth to image, the x4 upscaler, image variations and stable unCLIP's image to image"
 )
 
 
@@ -92,10 +92,11 @@ def check_known(name: Any, source: str) -> None:
         raise CheckpointError(f"{source} {problem}. {RUNS}: {', '.join(sorted(pipeline_classes()))}.")
 
 
-def check_unet_keys(config: Mapping[str, Any], source: str) -> None:
-    """CheckpointError if the raw config of a U-Net has a value that only a relative has."""
+def check_unet_keys(config: Mapping[str, Any], source: str, pipeline: Any = None) -> None:
+    """CheckpointError if the raw config of a U-Net has a value that only a relative has. pipeline: the class's name."""
+    runs = {"class_embed_type": "projection"} if pipeline == UNCLIP_PIPELINE else {}
     for key, values, label in _UNET_KEYS:
-        if config.get(key) in values:
+        if config.get(key) in values and config[key] != runs.get(key):
             raise CheckpointError(f"{source} has {key!r} {config[key]!r}: it is {label}. {RUNS}.")
 
 

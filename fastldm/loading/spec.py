@@ -22,12 +22,12 @@ from fastldm.conditioning.image_encoder import ImageEncoder, Preprocessing
 from fastldm.errors import CheckpointError, InputError
 from fastldm.loading import relatives
 from fastldm.loading.checkpoint import Checkpoint
-from fastldm.loading.formats import INDEX, PREPROCESSOR
+from fastldm.loading.formats import INDEX, NOISING, PREPROCESSOR
 from fastldm.loading.image_encoder import preprocessing_of
 from fastldm.loading.open_checkpoint import open_checkpoint
 from fastldm.loading.prepare import Prepared, prepare
 from fastldm.models.clip import CLIPText
-from fastldm.models.clip_vision import CLIPVision, VisionConfig
+from fastldm.models.clip_vision import CLIPVision, Normalizer, VisionConfig
 from fastldm.models.config import (
     AUTOENCODERS,
     AutoencoderConfig,
@@ -37,7 +37,14 @@ from fastldm.models.config import (
     UNetConfig,
     VAEConfig,
 )
-from fastldm.models.families import IMAGE_ENCODER, TEXT_ENCODERS, UPSCALE_PIPELINE, Family, recognise
+from fastldm.models.families import (
+    IMAGE_ENCODER,
+    IMAGE_NORMALIZER,
+    TEXT_ENCODERS,
+    UPSCALE_PIPELINE,
+    Family,
+    recognise,
+)
 from fastldm.models.interfaces import Autoencoder, Denoiser
 from fastldm.models.unet import UNet
 from fastldm.models.vae import AutoencoderKL, PixelResidual, TinyAutoencoder
@@ -65,11 +72,11 @@ class Spec:
     family: Family
     schedule: ScheduleConfig
     low_res: ScheduleConfig | None = None
-    """The schedule of the noise that is added to a small picture that is read."""
+    """The schedule of the noise that is added to a small picture that is read, or to the vector of a picture."""
     max_noise_level: int = 0
     """The highest level of that noise."""
     vision: VisionConfig | None = None
-    """Of a model that reads a picture in place of a prompt."""
+    """Of a model that reads a picture, in place of a prompt or beside it."""
     preprocessing: Preprocessing | None = None
 
     @property
@@ -101,7 +108,7 @@ class Spec:
         with torch.device("meta"):
             networks: list[torch.nn.Module] = [UNet(self.unet), autoencoder(self.vae), *map(CLIPText, self.text)]
             networks += [CLIPVision(self.vision)] if self.vision else []
-            networks += [CLIPVision(self.vision)] if self.vision else []
+            networks += [Normalizer(self.vision.projection_dim)] if self.vision and self.unet.needs_vector else []
         return sum(p.numel() for network in networks for p in network.parameters())
 
 
@@ -178,7 +185,7 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
 
     configs = {name: component.config for name, component in checkpoint.components.items()}
     sources = {name: checkpoint.config_source(name) for name in configs}
-    relatives.check_unet_keys(configs["unet"], sources["unet"])
+    relatives.check_unet_keys(configs["unet"], sources["unet"], pipeline or checkpoint.index.get("_class_name"))
     unet = UNetConfig.from_dict(_with_size(configs["unet"], pipeline), sources["unet"])
     vae_class = AUTOENCODERS.get(str(configs["vae"].get("_class_name")), VAEConfig)
     vae = vae_class.from_dict(_with_scale(configs["vae"], pipeline, sources["vae"]), sources["vae"])
@@ -192,7 +199,7 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
     )
     low_res = None
     if checkpoint.low_res_scheduler is not None:
-        source = checkpoint.config_source("low_res_scheduler")
+        source = checkpoint.config_source(NOISING[IMAGE_ENCODER in configs])
         low_res = read_scheduler(checkpoint.low_res_scheduler, None, source)
     _check_noise_levels(unet, low_res, index["max_noise_level"], checkpoint.source)
     names = [name for name in TEXT_ENCODERS if name in configs]
@@ -210,6 +217,8 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
         )
     family = recognise(unet, checkpoint.scheduler, reads_picture=vision is not None)
     highest = 0 if low_res is None else index["max_noise_level"]
+    if unet.needs_vector and low_res is not None:
+        highest = low_res.num_train_timesteps - 1
     return Spec(checkpoint, unet, vae, text, family, schedule, low_res, highest, vision, preprocessing)
 
 
@@ -258,7 +267,19 @@ def _check_fit(
             raise CheckpointError(f"{source}: {problem}: its components are not of one model")
 
     text_channels, latent_channels = [encoder.hidden for encoder in text], vae.latent_channels
-    if vision is not None:
+    check(
+        unet.needs_vector == bool(vision and text),
+        "the U-Net reads the vector of a picture beside text ('class_embed_type'), and there is no image_encoder, or "
+        "the reverse",
+    )
+    if vision is not None and unet.needs_vector:
+        check(
+            unet.class_input_dim == 2 * vision.projection_dim and unet.in_channels == latent_channels,
+            f"the U-Net reads {unet.class_input_dim} channels ('projection_class_embeddings_input_dim') beside latents "
+            f"of {unet.in_channels} ('in_channels'), and the image encoder makes {vision.projection_dim} "
+            f"('projection_dim'), of which twice as many are expected, and the latents have {latent_channels}",
+        )
+    elif vision is not None:
         check(
             vision.projection_dim == unet.cross_attention_dim and not unet.needs_added,
             f"the U-Net reads {unet.cross_attention_dim} channels ('cross_attention_dim'), and the image encoder makes "
@@ -344,7 +365,7 @@ class LoadedModel:
     steps: Any = None
     """Where a bundle's backend takes several steps a call, its engine of them: see `export.graphs`."""
     image_encoder: ImageEncoder | None = None
-    """Of a model that reads a picture in place of a prompt."""
+    """Of a model that reads a picture."""
 
 
 def load(
@@ -375,7 +396,12 @@ def load(
         with torch.device("meta"):
             vision = CLIPVision(spec.vision)
         networks[IMAGE_ENCODER] = vision = fill(vision, IMAGE_ENCODER)
-        image_encoder = ImageEncoder(vision, spec.preprocessing, spec.checkpoint.source)
+        normalizer = None
+        if spec.unet.needs_vector:
+            with torch.device("meta"):
+                normalizer = Normalizer(spec.vision.projection_dim)
+            networks[IMAGE_NORMALIZER] = normalizer = fill(normalizer, IMAGE_NORMALIZER)
+        image_encoder = ImageEncoder(vision, spec.preprocessing, spec.checkpoint.source, normalizer)
     weight = unet.conv_in.weight
     prepared = prepare(networks, (sharing or {}).values())
     to: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}

@@ -85,6 +85,15 @@ class VisionConfig:
         )
 
 
+class Normalizer(nn.Module):
+    """Mean and deviation of projected vectors (N, P), by which unCLIP adds noise to them; diffusers'
+    StableUnCLIPImageNormalizer."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.mean, self.std = parameter(1, channels), parameter(1, channels)
+
+
 class CLIPVision(nn.Module):
     """Pixels to the projected vector of a picture, or to hidden states."""
 

@@ -70,7 +70,7 @@ _UNET_ONLY: dict[str, tuple[Any, ...]] = {
     "addition_embed_type": (None, "text_time"),
     "attention_type": ("default",),
     "center_input_sample": (False,),
-    "class_embed_type": (None,),
+    "class_embed_type": (None, "projection"),
     "class_embeddings_concat": (False,),
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
@@ -123,10 +123,8 @@ def _unet_fields(levels: int) -> dict[str, Field]:
     }
 
 
-_TEXT_TIME = {
-    "addition_time_embed_dim": Field(_WIDTH),
-    "projection_class_embeddings_input_dim": Field(_WIDTH),
-}
+_PROJECTION = {"projection_class_embeddings_input_dim": Field(_WIDTH)}
+_TEXT_TIME = {"addition_time_embed_dim": Field(_WIDTH), **_PROJECTION}
 
 
 @dataclass(frozen=True)
@@ -168,6 +166,7 @@ class UNetConfig:
     addition_input_dim: int  # total channels of pooled text and embedded sizes
     added_ids: int = 6  # numbers beside the pooled text: SDXL's three sizes; its refiner has 5, one of them a score
     num_class_embeds: int | None = None  # classes, of which each has an embedding; an upscaler's are noise levels
+    class_input_dim: int | None = None  # in place of classes, channels of a picture's vector and its noise level's
 
     @property
     def levels(self) -> int:
@@ -262,6 +261,16 @@ class UNetConfig:
         """Whether time rows need a class."""
         return self.num_class_embeds is not None
 
+    @property
+    def needs_vector(self) -> bool:
+        """Whether time rows need a picture's vector in place of a class, as of unCLIP."""
+        return self.class_input_dim is not None
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether time rows are others for each U-Net row."""
+        return self.needs_added or self.needs_vector
+
     @classmethod
     def from_dict(cls, cfg: Mapping[str, Any], source: str = "config.json") -> UNetConfig:
         """Read diffusers' unet/config.json; CheckpointError if it needs what is not implemented."""
@@ -270,6 +279,15 @@ class UNetConfig:
         values = read_fields(cfg, _unet_fields(levels), source)
         text_time = values["addition_embed_type"] == "text_time"
         added = read_fields(cfg, _TEXT_TIME, source) if text_time else dict.fromkeys(_TEXT_TIME, 0)
+
+        class_input_dim = None
+        if values["class_embed_type"] == "projection":
+            if values["num_class_embeds"] is not None:
+                raise CheckpointError(
+                    f"{source}: 'class_embed_type' is 'projection' and 'num_class_embeds' is "
+                    f"{values['num_class_embeds']}, expected one of them"
+                )
+            class_input_dim = read_fields(cfg, _PROJECTION, source)["projection_class_embeddings_input_dim"]
 
         heads, layers, groups = values["attention_head_dim"], values["layers_per_block"], values["norm_num_groups"]
         depths, up_depths = values["transformer_layers_per_block"], values["reverse_transformer_layers_per_block"]
@@ -351,6 +369,7 @@ class UNetConfig:
             addition_time_embed_dim=added["addition_time_embed_dim"],
             addition_input_dim=added["projection_class_embeddings_input_dim"],
             num_class_embeds=values["num_class_embeds"],
+            class_input_dim=class_input_dim,
         )
 
 

@@ -17,6 +17,8 @@ NETWORK_CLASSES = {
 """The supported classes of diffusers and transformers, by pipeline component."""
 IMAGE_ENCODER = "image_encoder"
 IMAGE_ENCODER_CLASSES = ("CLIPVisionModelWithProjection",)
+IMAGE_NORMALIZER = "image_normalizer"
+IMAGE_NORMALIZER_CLASSES = ("StableUnCLIPImageNormalizer",)
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
@@ -39,8 +41,8 @@ class Family:
     sampler: str | None = None  # None: the one that scheduler_config.json names
     strength: float = 0.8  # of a start from an image
     pipelines: tuple[str, ...] = ()  # diffusers' classes for it, whose arguments fastldm's pipelines take
-    noise_level: int = 0  # of the noise that is added to a small picture that is read
-    reads_picture: bool = False  # in place of a prompt, by CLIP's image encoder
+    noise_level: int = 0  # of the noise that is added to a small picture that is read, or to a picture's vector
+    reads_picture: bool = False  # by CLIP's image encoder, in place of a prompt, or as unCLIP beside it
 
 
 def _is_v(scheduler: Mapping[str, Any]) -> bool:
@@ -81,9 +83,11 @@ DEPTH_PIPELINE = "StableDiffusionDepth2ImgPipeline"
 WEIGHTLESS = ("PixelResidual",)  # networks without files of weights
 _EULER, _EULER_A = "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"
 _VARIATION_PIPELINES = ("StableDiffusionImageVariationPipeline",)
+UNCLIP_PIPELINE = "StableUnCLIPImg2ImgPipeline"
 
 # The first match counts; the last entry matches everything.
 FAMILIES: tuple[Family, ...] = (
+    Family("sd2-unclip", 20, 10.0, lambda unet, _: unet.needs_vector, pipelines=(UNCLIP_PIPELINE,), reads_picture=True),
     Family("sd1-variation", 50, 7.5, lambda *_: True, pipelines=_VARIATION_PIPELINES, reads_picture=True),
     Family("sdxl-edit", 30, 5.0, lambda unet, _: unet.edits and unet.needs_added, pipelines=_SDXL_EDIT_PIPELINES),
     Family("sd1-edit", 30, 7.5, lambda unet, _: unet.edits, pipelines=_EDIT_PIPELINES),
@@ -118,7 +122,7 @@ FAMILIES: tuple[Family, ...] = (
 
 def recognise(unet: UNetConfig, scheduler: Mapping[str, Any], *, reads_picture: bool = False) -> Family:
     """The family of a checkpoint from its U-Net and the raw scheduler_config.json. reads_picture: whether it has an
-    image encoder in place of a text encoder."""
+    image encoder."""
     families = (family for family in FAMILIES if family.reads_picture == reads_picture)
     return next(family for family in families if family.matches(unet, scheduler))
 
@@ -127,7 +131,12 @@ def network_classes(pipeline: object) -> dict[str, tuple[str, ...]]:
     """The classes of the networks that a pipeline of diffusers runs, by component."""
     if not any(family.reads_picture and pipeline in family.pipelines for family in FAMILIES):
         return NETWORK_CLASSES
-    return {name: NETWORK_CLASSES[name] for name in ("unet", "vae")} | {IMAGE_ENCODER: IMAGE_ENCODER_CLASSES}
+    if pipeline == UNCLIP_PIPELINE:
+        names: tuple[str, ...] = ("unet", "vae", "text_encoder")
+        more = {IMAGE_ENCODER: IMAGE_ENCODER_CLASSES, IMAGE_NORMALIZER: IMAGE_NORMALIZER_CLASSES}
+    else:
+        names, more = ("unet", "vae"), {IMAGE_ENCODER: IMAGE_ENCODER_CLASSES}
+    return {name: NETWORK_CLASSES[name] for name in names} | more
 
 
 def pipeline_classes() -> frozenset[str]:

@@ -94,9 +94,12 @@ class UNetEncoder(nn.Module):
         if config.needs_added:
             self.add_time_proj = Sinusoids(config.addition_time_embed_dim, config.flip_sin_to_cos, config.freq_shift)
             self.add_embedding = TimeEmbedding(config.addition_input_dim, config.time_embedding_dim)
-        self.needs_class = config.needs_class
+        self.needs_class = config.needs_class or config.needs_vector
+        self.class_embedding: nn.Module
         if config.num_class_embeds is not None:
             self.class_embedding = ClassEmbedding(config.num_class_embeds, config.time_embedding_dim)
+        elif config.class_input_dim is not None:
+            self.class_embedding = TimeEmbedding(config.class_input_dim, config.time_embedding_dim)
         self.down_blocks: Layers[Block] = Layers()
         for i, level in enumerate(config.down):
             block = Block(config, level, channels)
@@ -196,7 +199,9 @@ class UNetEncoder(nn.Module):
         embedding = self.time_embedding(self.time_proj(timesteps).to(dtype), condition)
         if self.needs_class:
             if class_labels is None:
-                raise InputError("this network reads a class (an upscaler's noise level): class_labels is None")
+                raise InputError(
+                    "this network reads a class (an upscaler's noise level, or unCLIP's picture): class_labels is None"
+                )
             embedding = embedding + self.class_embedding(class_labels)
         if self.needs_added:
             if added is None:
@@ -357,8 +362,8 @@ class UNet(UNetEncoder):
 
         A row is time_emb_proj(silu(embedding)) of all resnets, concatenated in network order, plus the biases of the
         convolutions to whose outputs it is added. timesteps may be fractional. SDXL needs `added`, with R rows, LCM
-        `guidance` (R,), the guidance scale, and an upscaler `class_labels` (R,) whole numbers, the noise level:
-        InputError if they are missing.
+        `guidance` (R,), the guidance scale, and an upscaler `class_labels` (R,) whole numbers, the noise level,
+        unCLIP (R, class_input_dim), a picture's vector and its noise level's: InputError if they are missing.
         """
         condition = None
         if self.config.time_cond_proj_dim is not None:

@@ -64,7 +64,7 @@ def conditions(config: UNetConfig, *, steps: int, rows: int, tokens: int, dtype:
 
     tokens: of a text, a multiple of the window if it takes several.
     """
-    times = time_rows(config, count=steps * rows if config.needs_added else steps, dtype=dtype)
+    times = time_rows(config, count=steps * rows if config.needs_rows else steps, dtype=dtype)
     texts = cross_kv(config, rows=rows, tokens=tokens, dtype=dtype)
     return lambda: (times(), texts())
 
@@ -75,6 +75,8 @@ def time_rows(config: UNetConfig, *, count: int, dtype: torch.dtype) -> DryRun:
     added = _added(config, count, dtype)
     guidance = _empty(count) if config.needs_guidance else None
     labels = _empty(count) if config.needs_class else None
+    if config.class_input_dim is not None:
+        labels = _empty(count, config.class_input_dim, dtype=dtype)
 
     def run() -> object:
         with torch.device("meta"):  # the network computes LCM's guidance embedding on the default device

@@ -58,17 +58,19 @@ def complete(
         _check_reading(request, unet)
     if unet.upscales and not unet.needs_class and request.noise_level is not None:
         raise InputError(f"noise_level is {request.noise_level}: this model enlarges a picture without noise")
-    if unet.upscales and (request.noise_level or 0) > spec.max_noise_level:
+    if spec.low_res is not None and (request.noise_level or 0) > spec.max_noise_level:
+        name = "num_train_timesteps" if unet.needs_vector else "max_noise_level"
         raise InputError(
-            f"noise_level is {request.noise_level}: expected at most {spec.max_noise_level} for this model "
-            "('max_noise_level')"
+            f"noise_level is {request.noise_level}: expected at most {spec.max_noise_level} for this model ({name!r})"
         )
     if unet.reads_depth:
         _check_depth(request, spec)
     elif request.depth_map is not None:
         raise InputError("depth_map was given: only models of depth to image read it, and this is another")
-    if request.noise_level is not None and not unet.upscales:
-        raise InputError(f"noise_level is {request.noise_level}: only models that enlarge a picture read it")
+    if request.noise_level is not None and not (unet.upscales or unet.needs_vector):
+        raise InputError(
+            f"noise_level is {request.noise_level}: only models that enlarge a picture read it, and unCLIP"
+        )
     if unet.edits:
         image_scale = _IMAGE_SCALE if image_scale is None else image_scale
     elif image_scale is not None:

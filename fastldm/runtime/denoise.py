@@ -175,6 +175,7 @@ class Run:
     pictures: PicturesKV = ()  # by IP-Adapter and cross-attention (R, T, 2C): `IPAdapter.kv`
     repainted: tuple[Tensor, Tensor] | None = None  # picture (B, 3, H, W) and mask (B, 1, H, W) for an asymmetric VAE
     noise_level: int = 0  # of `extra`, where that is a small picture: a class of the network
+    vectors: Tensor | None = None  # (B, 2D): of pictures that unCLIP reads, as `read_picture` gives them
     images: tuple[Run, ...] = ()
     generators: Sequence[torch.Generator] | None = None  # of the seeds, behind all that was drawn
     row: int = 0  # the one that comes next
@@ -291,6 +292,7 @@ class Run:
                 controls=tuple(control.image(k) for control in self.controls),
                 features=None if self.features is None else self.features.image(k),
                 noise_level=self.noise_level,
+                vectors=None if self.vectors is None else of(k, self.vectors),
             )
             for k in range(self.batch)
         )

@@ -1,12 +1,15 @@
-"""Models that read a picture in place of a prompt: image variations.
+"""Models that read a picture, in place of a prompt (image variations) or beside it (stable unCLIP).
 
     image -> (n, 3, S, S) when a request is completed -> (n, D) when it starts -> what the U-Net attends to
+                                                                               -> or noised, a part of its time rows
 
-Each picture counts as a prompt. Source: diffusers' StableDiffusionImageVariationPipeline.
+Each picture counts as a prompt, or is read with each. Sources: diffusers' StableDiffusionImageVariationPipeline and
+StableUnCLIPImg2ImgPipeline.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +21,15 @@ from fastldm.checks import MAX_IMAGES
 from fastldm.conditioning.image_encoder import ImageEncoder, read_pictures
 from fastldm.device import send
 from fastldm.errors import InputError
+from fastldm.models.unet import timestep_embedding
 from fastldm.request import Request, as_list
+from fastldm.runtime.noise import add_noise
+from fastldm.samplers.config import ScheduleConfig
 
-_NOT_READ = (
-    *("negative_prompt", "prompt_2", "negative_prompt_2", "prompt_embeds", "negative_prompt_embeds", "strength"),
-    *("mask_image", "control_image", "clip_skip", "candidates", "ip_adapter_image", "ip_adapter_image_embeds"),
-)
-"""Fields of a request that say something of a text, or of an image that the steps start from."""
+_START = ("strength", "mask_image", "control_image", "candidates", "ip_adapter_image", "ip_adapter_image_embeds")
+"""Fields of a request that say something of an image that the steps start from, or of other pictures."""
+_TEXT = ("negative_prompt", "prompt_2", "negative_prompt_2", "prompt_embeds", "negative_prompt_embeds", "clip_skip")
+"""Those that say something of a text."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,25 +43,40 @@ class PictureRead:
     def __getitem__(self, rows: slice) -> PictureRead:
         return PictureRead(self.source[rows], self.encoder)
 
-    def embeds(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The image encoder's output (n, D)."""
+    def embeds(self, dtype: torch.dtype, device: torch.device, one_by_one: bool = False) -> Tensor:
+        """The image encoder's output (n, D). one_by_one: of each picture by itself."""
         source = send(self.source, device, dtype)
-        return self.encoder.embeds(source) if source.ndim == 4 else source
+        if source.ndim == 2:
+            return source
+        return torch.cat([self.encoder.embeds(part) for part in (source.split(1) if one_by_one else [source])])
+
+    def noised(self, embeds: Tensor, level: int, schedule: ScheduleConfig, draw: Callable[..., Tensor]) -> Tensor:
+        """unCLIP's input (n, 2D) of vectors (n, D): those with noise of a level, a timestep of the schedule, and the
+        level itself as sinusoids. draw: of n and D, the noise (n, D)."""
+        assert self.encoder.normalizer is not None
+        mean, std = self.encoder.normalizer.mean.float(), self.encoder.normalizer.std.float()
+        normal = add_noise(schedule, (embeds.float() - mean) / std, draw(*embeds.shape), level)
+        levels = torch.full((len(embeds),), level, device=embeds.device)
+        sinusoids = timestep_embedding(levels, embeds.shape[1], flip_sin_to_cos=True, freq_shift=0)
+        return torch.cat((normal * std + mean, sinusoids), dim=1)
 
 
 def read_picture(request: Request, encoder: ImageEncoder | None) -> Request:
-    """A request whose pictures are ready to be read, each with an empty prompt. encoder: that of the model, if it reads
-    pictures. InputError for a model that does not, for what such a model does not read, and for bad pictures."""
+    """A request whose pictures are ready to be read, each with an empty prompt where there is none. encoder: that of
+    the model, if it reads pictures. InputError for a model that does not, for what such a model does not read, and for
+    bad pictures."""
     if encoder is None:
         if request.image_embeds is not None:
             raise InputError("image_embeds was given, and this model reads prompts: give prompt_embeds, or a prompt")
         return request
     if isinstance(request.image_embeds, PictureRead):  # of a request that was completed before
         return request
-    for name in _NOT_READ:
+    reads_text = encoder.normalizer is not None
+    how = "what `image` shows, and starts from noise" if reads_text else "`image` alone, in place of a prompt"
+    for name in _START if reads_text else (*_START, *_TEXT):
         if getattr(request, name) is not None:
-            raise InputError(f"{name} was given, and this model reads `image` alone, in place of a prompt")
-    if any(as_list(request.prompt)):
+            raise InputError(f"{name} was given, and this model reads {how}")
+    if any(as_list(request.prompt)) and not reads_text:
         raise InputError("prompt was given, and this model reads `image` in its place: leave it out")
     if (request.image is None) == (request.image_embeds is None):
         raise InputError("this model makes variations of a picture: give image, or image_embeds in its place")
@@ -66,8 +86,10 @@ def read_picture(request: Request, encoder: ImageEncoder | None) -> Request:
     else:
         shape = (None, encoder.model.config.projection_dim)
         source = checks.finite("image_embeds", checks.tensor("image_embeds", source, shape)).detach()
-    count = len(source)
-    if request.prompt is not None and request.count not in (1, count):
-        raise InputError(f"image holds {count} pictures for {request.count} prompts: give one for each, or no prompt")
-    prompt = "" if count == 1 else ("",) * count
+    count, prompt = len(source), request.prompt
+    prompts = 0 if prompt is None and request.prompt_embeds is None else request.count
+    if prompts and prompts != count and not (count == 1 if reads_text else prompts == 1):
+        raise InputError(f"image holds {count} pictures for {prompts} prompts: give one for each, or no prompt")
+    if not (prompts and reads_text):
+        prompt = "" if count == 1 else ("",) * count
     return request.replace(prompt=prompt, image=None, image_embeds=PictureRead(source, encoder))

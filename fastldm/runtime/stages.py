@@ -139,7 +139,8 @@ class Stages:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the networks' weights; engines keep theirs to themselves."""
-        pictures = [self.image_encoder.model] if self.image_encoder else []
+        encoder = self.image_encoder
+        pictures = [x for x in (encoder.model, encoder.normalizer) if x is not None] if encoder else []
         networks = [self.unet, self.vae, *(stage.model for stage in self.text_stages), *pictures]
         modules = [network for network in networks if isinstance(network, torch.nn.Module)]
         storages = [p.untyped_storage() for module in modules for p in (*module.parameters(), *module.buffers())]
@@ -272,7 +273,7 @@ class Stages:
     def encode(self, request: Request) -> Conditioning:
         """Prompts and negatives as what the U-Net reads, a row for each image."""
         config = self.unet.config
-        if isinstance(request.image_embeds, PictureRead):
+        if isinstance(request.image_embeds, PictureRead) and not config.needs_vector:
             embeds = request.image_embeds.embeds(self.dtype, self.device)
             return conditioning.of_pictures(embeds, self.guided(request)).repeat(request.num_images_per_prompt)
         if not self.text_stages:
@@ -334,8 +335,14 @@ class Stages:
             added = AddedConditions(embeds.add_text_embeds.repeat(steps, 1), embeds.add_time_ids.repeat(steps, 1))
         if self.unet.config.needs_guidance:
             scale = torch.full((len(table) * rows,), guidance_scale, device=self.device)
+        labels = None
+        if run.vectors is not None:  # of negatives zeros
+            rows = len(embeds.prompt_embeds)
+            negatives = run.vectors.new_zeros((rows - run.batch, run.vectors.shape[1]))
+            labels = torch.cat((negatives, run.vectors)).repeat(len(table), 1)
         timesteps = timesteps.repeat_interleave(rows)
-        labels = torch.full_like(timesteps, run.noise_level) if self.unet.config.needs_class else None
+        if self.unet.config.needs_class:
+            labels = torch.full_like(timesteps, run.noise_level)
         temb = self.unet.time_rows(timesteps, added=added, guidance=scale, class_labels=labels)
         text_kv: tuple[Tensor, ...] = ()
         if self.unet.config.cross_widths:

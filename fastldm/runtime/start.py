@@ -21,6 +21,7 @@ from fastldm.request import Request, picture_seeds
 from fastldm.runtime.complete import start_latents
 from fastldm.runtime.denoise import Guidance, Inpainting, Run
 from fastldm.runtime.noise import add_noise, draw_brownian_noise, draw_step_noise, randn
+from fastldm.runtime.read_picture import PictureRead
 from fastldm.samplers.table import StepTable
 
 if TYPE_CHECKING:
@@ -80,6 +81,18 @@ def start_run(
     crop = mask_crop(request)
     init = mask = extra = repainted = None
     unet = spec.unet
+    vectors = None
+    if isinstance(request.image_embeds, PictureRead) and spec.low_res is not None and unet.needs_vector:
+        vectors = request.image_embeds.embeds(dtype, device, one_by_one)
+        if request.generator is None:  # as each picture would be drawn for alone
+            vectors = vectors.repeat_interleave(request.batch // len(vectors), 0)
+
+        def draw_vectors(*size: int) -> Tensor:
+            first = sources[: size[0]] if isinstance(sources, Sequence) else sources
+            return randn(size, first, noise_dtype, device).float()
+
+        vectors = request.image_embeds.noised(vectors, int(request.noise_level or 0), spec.low_res, draw_vectors)
+        vectors = vectors.to(dtype).repeat_interleave(request.batch // len(vectors), 0)
     if unet.upscales:  # which starts from noise alone, drawn after that of the picture
         small_size = height // spec.enlarges, width // spec.enlarges
         small = send(images.load_image(request.image, small_size, resample=Resampling.BICUBIC), device)
@@ -152,7 +165,7 @@ def start_run(
     inpainting = Inpainting(mask, init, noise) if blended else None  # type: ignore[arg-type]
     run = Run(table, x, step_noise, guidance, inpainting, extra, dtype, noise_level=int(request.noise_level or 0))
     run.generators = sources if request.generator is None else None
-    run.repainted = repainted
+    run.repainted, run.vectors = repainted, vectors
     return run
 
 

@@ -1,0 +1,228 @@
+"""Stable unCLIP, whose U-Net reads the noised vector of a picture beside a prompt, against diffusers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import ip_adapters
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from fastldm import CheckpointError, InputError, Pipeline, Request, Session
+from fastldm.model import describe
+from fastldm.planning import memory
+from fastldm.runtime.slots import Slots
+
+
+def photo(seed: int) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((40, 56), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def peer() -> Any:
+    diffusers, transformers = tiny.peer("diffusers"), tiny.peer("transformers")
+    from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+
+    normalizer = StableUnCLIPImageNormalizer(ip_adapters.PROJECTED)
+    generator = torch.Generator().manual_seed(1)
+    normalizer.mean.data.normal_(generator=generator)
+    normalizer.std.data.uniform_(0.5, 2, generator=generator)
+    parts = tiny.pipeline("sd2").components
+    unet = tiny.unet(
+        "sd2",
+        layers_per_block=1,
+        class_embed_type="projection",
+        projection_class_embeddings_input_dim=2 * ip_adapters.PROJECTED,
+    )
+    # Else its share of the embedding is lost among small random weights.
+    unet.class_embedding.linear_2.weight.data *= 20
+    pipe = diffusers.StableUnCLIPImg2ImgPipeline(
+        feature_extractor=transformers.CLIPImageProcessor(size=32, crop_size=32),
+        image_encoder=ip_adapters.image_encoder(),
+        image_normalizer=normalizer,
+        image_noising_scheduler=diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        unet=unet,
+        **{name: parts[name] for name in ("tokenizer", "text_encoder", "scheduler", "vae")},
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def pipe(peer: Any) -> Pipeline:
+    return Pipeline.from_diffusers(peer)
+
+
+@pytest.fixture(scope="module")
+def folder(peer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("unclip")
+    peer.save_pretrained(path)
+    return path
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+BASE: dict[str, Any] = {"num_inference_steps": 3, "height": 64, "width": 64}
+CALLS: dict[str, dict[str, Any]] = {
+    "plain": {"image": photo(1)},
+    "a prompt": {"image": photo(1), "prompt": "a cat", "negative_prompt": "bad", "noise_level": 100},
+    "unguided": {"image": photo(1), "prompt": "a cat", "guidance_scale": 1.0, "noise_level": 5},
+    "several images": {"image": photo(1), "prompt": "a cat", "num_images_per_prompt": 3, "noise_level": 700},
+    "several prompts": {"image": photo(1), "prompt": ["a cat", "a dog"], "noise_level": 300},
+    "several pictures": {"image": [photo(1), photo(2)], "num_images_per_prompt": 2, "noise_level": 999},
+    "each its own": {"image": [photo(1), photo(2)], "prompt": ["a cat", "a dog"], "noise_level": 50},
+    "the encoder's input": {"image": randn(2, 3, 32, 32), "prompt": ["a cat", "a dog"]},
+    "vectors": {"image_embeds": randn(2, 20), "prompt": ["a cat", "a dog"], "num_images_per_prompt": 2},
+    "embeds": {
+        "image": photo(2),
+        "prompt_embeds": randn(1, 77, 32),
+        "negative_prompt_embeds": randn(1, 77, 32, seed=1),
+    },
+    "eta and clip skip": {"image": photo(3), "prompt": "a cat", "eta": 1.0, "guidance_scale": 3.0},
+    "the model's size": {"image": photo(2), "height": None, "width": None, "num_inference_steps": 2},
+    "latents": {"image": photo(2), "latents": randn(1, 4, 8, 8, seed=2), "noise_level": 400},
+}
+FEW = ("several images", "each its own", "embeds")
+
+
+def both(peer: Any, pipe: Pipeline, generators: Any, options: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    options = {**BASE, **options, "output_type": "np"}
+    theirs, ours = (np.asarray(each(generator=generators(), **options).images) for each in (peer, pipe))
+    assert ours.shape == theirs.shape
+    return ours, theirs
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in FEW else pytest.param(case, marks=pytest.mark.full) for case in CALLS]
+)
+def test_unclip_equals_diffusers(case: str, peer: Any, pipe: Pipeline) -> None:
+    """With one generator, so that draws have the same order."""
+    ours, theirs = both(peer, pipe, lambda: torch.Generator().manual_seed(7), CALLS[case])
+    assert np.abs(ours - theirs).max() < 1e-3
+
+
+@pytest.mark.parametrize("pictures", [[photo(1), photo(2)], photo(1)], ids=["each its own", "one"])
+def test_a_list_of_generators_equals_diffusers(pictures: Any, peer: Any, pipe: Pipeline) -> None:
+    options = {"image": pictures, "prompt": ["a cat", "a dog"], "noise_level": 500}
+    ours, theirs = both(peer, pipe, lambda: [torch.Generator().manual_seed(k) for k in (3, 9)], options)
+    assert np.abs(ours - theirs).max() < 1e-3
+
+
+def test_picture_and_noise_level_show(pipe: Pipeline) -> None:
+    def image(k: int, **options: Any) -> np.ndarray:
+        return np.asarray(pipe("a cat", image=photo(k), seed=0, output_type="np", **BASE, **options).images)
+
+    first = image(1)
+    assert min(np.abs(first - image(2)).max(), np.abs(first - image(1, noise_level=600)).max()) > 1e-2
+
+
+def test_a_seed_has_the_same_image_in_any_batch(pipe: Pipeline) -> None:
+    options = {"image": photo(1), "noise_level": 500, "output_type": "np", **BASE}
+    together = pipe(["a cat", "a dog"], seed=[4, 5], **options).images
+    alone = [pipe(prompt, seed=seed, **options).images[0] for prompt, seed in (("a cat", 4), ("a dog", 5))]
+    assert np.abs(together - np.stack(alone)).max() < 1e-3
+
+
+def test_requests_with_different_pictures_share_steps(pipe: Pipeline) -> None:
+    options = [
+        {"prompt": f"{k} cats", "image": photo(k), "noise_level": 90 * k, "seed": k, "output_type": "np", **BASE}
+        for k in range(3)
+    ]
+    options[2]["guidance_scale"] = 1.0
+    alone = [pipe(**each).images for each in options]
+    with Session(pipe, max_batch=4) as session:
+        futures = [session.submit(**each) for each in options]
+        for future, expected in zip(futures, alone, strict=True):
+            assert np.abs(future.result().images - expected).max() < 1e-3
+    stages = pipe.stages
+    runs = [stages.prepare(stages.complete(Request(**each))) for each in options]
+    batch = stages.new_batch(runs[0], 4)
+    for run in runs:
+        batch.admit(run)
+    while not runs[0].done:
+        batch.step(runs)
+    for run, each in zip(runs, options, strict=True):
+        expected = pipe(**{**each, "output_type": "latent"}).images
+        assert (batch.latents(run) - expected).abs().max() < 1e-3
+
+
+def test_batch_invariant_runs_read_each_picture_alone(pipe: Pipeline) -> None:
+    stages = pipe.stages
+    request = stages.complete(Request(prompt=("a", "b"), image=photo(0), seed=0, **BASE))
+    run = stages.prepare(request, batch_invariant=True)
+    assert [own.vectors.shape for own in run.images] == [(1, 40)] * 2  # type: ignore[union-attr]
+    assert not isinstance(stages.new_batch(run, 4), Slots)
+
+
+def test_a_folder_is_read(folder: Path, pipe: Pipeline) -> None:
+    loaded = Pipeline.from_pretrained(folder, device="cpu", dtype="float32")
+    assert (loaded.family.name, loaded.stages.spec.max_noise_level) == ("sd2-unclip", 999)
+    options = {"image": photo(1), "noise_level": 100, "seed": 0, "output_type": "np", **BASE}
+    assert np.abs(loaded("a cat", **options).images - pipe("a cat", **options).images).max() < 1e-5
+    loaded.warmup(sizes=[(64, 64)])
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "nothing": ({"prompt": "a cat"}, "makes variations of a picture: give image"),
+    "both": ({"image": photo(1), "image_embeds": randn(1, 20)}, "give image, or image_embeds in its place"),
+    "a mask": ({"image": photo(1), "mask_image": photo(1)}, "mask_image was given, and this model reads what `image`"),
+    "strength": ({"image": photo(1), "strength": 0.5}, "strength was given"),
+    "a high level": ({"image": photo(1), "noise_level": 1000}, "noise_level is 1000: expected at most 999"),
+    "wide": ({"image_embeds": randn(1, 21)}, r"image_embeds .*expected \(any, 20\)"),
+    "pictures": ({"image": [photo(1), photo(2)], "prompt": "a cat"}, "image holds 2 pictures for 1 prompts"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_requests_are_refused(case: str, pipe: Pipeline) -> None:
+    options, message = BAD[case]
+    with pytest.raises(InputError, match=message):
+        pipe(**{**BASE, **options})
+
+
+def test_exports_are_refused_by_name(pipe: Pipeline, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="reads what a picture shows, and is not exported"):
+        pipe.export(tmp_path / "bundle")
+
+
+def test_plans_count_the_image_encoder(folder: Path) -> None:
+    spec = describe(folder)
+    workload = memory.Workload.of_spec(spec, width=32, height=32, batch=1, dtype=torch.float32, arch=0)
+    names = [line.name for line in memory.plan(workload).weights]
+    assert [any(kind in name for name in names) for kind in ("image encoder", "text encoder")] == [True, True]
+
+
+def _edit(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+MISFITS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "vector": ("unet/config.json", {"projection_class_embeddings_input_dim": 44}, "reads 44 channels"),
+    "no vector": ("unet/config.json", {"class_embed_type": None}, "reads the vector of a picture"),
+    "classes": ("unet/config.json", {"num_class_embeds": 10}, "'num_class_embeds' is 10, expected one of them"),
+    "timestep": ("unet/config.json", {"class_embed_type": "timestep"}, "'class_embed_type' 'timestep'"),
+    "identity": ("unet/config.json", {"class_embed_type": "identity"}, "'class_embed_type' 'identity'"),
+    "class": ("model_index.json", {"_class_name": "StableUnCLIPPipeline"}, "is a StableUnCLIPPipeline: unCLIP"),
+    "no schedule": ("model_index.json", {"image_noising_scheduler": [None, None]}, "has no image_noising_scheduler"),
+    "no normalizer": ("model_index.json", {"image_normalizer": [None, None]}, "has no image_normalizer"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_misfits_are_refused(case: str, folder: Path, tmp_path: Path) -> None:
+    file, values, message = MISFITS[case]
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("tokenizer"))
+    (copy / "tokenizer").mkdir()
+    _edit(copy / file, **values)
+    with pytest.raises(CheckpointError, match=message):
+        describe(copy)
