@@ -363,6 +363,17 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         """Multiply by all layers in the model's dtype again."""
         self.session.call(lambda: eight_bits.disable(self.stages))
 
+    def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
+        """InputError: FreeU (arXiv:2309.11497) filters the U-Net's skip connections by a Fourier transform in each of
+        its steps, which fastldm's steps do not have. The arguments are diffusers'."""
+        raise InputError(
+            f"enable_freeu({s1!r}, {s2!r}, {b1!r}, {b2!r}) is not supported: FreeU takes a Fourier transform of "
+            "the skip connections in each step, which fastldm's step has not: leave it out, or call diffusers' pipeline"
+        )
+
+    def disable_freeu(self) -> None:
+        """There is no FreeU."""
+
     def enable_vae_tiling(self) -> None:
         """Decode large pictures in tiles: less memory for a difference that is not visible, see `decode_pieces`.
 

@@ -107,7 +107,8 @@ class Request:
     sampler: str | None = None
     """A sampler's name, such as "dpm++ 2m karras", "euler a" or a diffusers class name."""
     timesteps: Sequence[float] | None = None
-    """Custom training timesteps, descending, instead of num_inference_steps."""
+    """Custom training timesteps, descending, instead of num_inference_steps; fractional, negative and beyond those of
+    training where the sampler has noise levels there, see `make_table`."""
     sigmas: Sequence[float] | None = None
     """Custom noise levels, descending, instead of num_inference_steps."""
     eta: float = 0.0

@@ -26,10 +26,10 @@ ATTRIBUTES = {  # beside those of base classes
     "Generation": "add_done_callback async_progress cancel cancelled done exception interrupt position progress "
     "remaining result running",
     "Pipeline": """
-        clip_skip default device disable_fp8 disable_vae_slicing disable_vae_tiling do_classifier_free_guidance
-        do_perturbed_attention_guidance dtype enable_fp8 enable_vae_slicing enable_vae_tiling export
-        from_diffusers from_pretrained from_single_file guidance_rescale guidance_scale image_encoder
-        image_guidance_scale interrupt load_ip_adapter load_ranker
+        clip_skip default device disable_fp8 disable_freeu disable_vae_slicing disable_vae_tiling
+        do_classifier_free_guidance do_perturbed_attention_guidance dtype enable_fp8 enable_freeu enable_vae_slicing
+        enable_vae_tiling export from_diffusers from_pretrained from_single_file guidance_rescale guidance_scale
+        image_encoder image_guidance_scale interrupt load_ip_adapter load_ranker
         load_textual_inversion name num_timesteps
         pag_adaptive_scale pag_scale prepare_ip_adapter_image_embeds session set_ip_adapter_scale text_encoder
         text_encoder_2 tokenizer tokenizer_2 unload_ip_adapter unload_textual_inversion warmup weights_changed""",

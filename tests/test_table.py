@@ -76,7 +76,8 @@ BAD_CALLS = [
     ("euler", {"timesteps": [500, 999]}, "timesteps must be descending"),
     ("euler", {"timesteps": []}, "timesteps must be descending and not empty"),
     ("euler", {"timesteps": [999, 500], "sigmas": [1.0, 0.0]}, "not both"),
-    ("euler", {"timesteps": [1000, 500]}, "leave the trained timesteps, 0 to 999"),
+    ("ddpm", {"timesteps": [1000, 500]}, "timesteps leave the trained timesteps, 0 to 999, and DDPMScheduler has"),
+    ("lcm", {"timesteps": [500, -1]}, "timesteps leave the trained timesteps, 0 to 999, and LCMScheduler has"),
     ("lcm", {"num_inference_steps": 51}, "more than the 50 of distillation"),
 ]
 

@@ -120,7 +120,8 @@ def make_table(
     `from_config`.
 
     num_inference_steps: the user's steps. Descending `timesteps`, or `sigmas` (one more than steps, the last being the
-        remaining noise), replace them if the scheduler class supports that.
+        remaining noise), replace them if the scheduler class supports that. Timesteps may be fractional, which samplers
+        of whole ones truncate, and of samplers that step from sigma to sigma negative and beyond those of training.
     sampler: a name for `resolve_sampler`.
     strength: in (0, 1], the fraction of the schedule that a start from an image runs. The first steps are skipped, as
         in diffusers' image-to-image `get_timesteps`; LCM and TCD space all steps within that fraction of the distilled.
@@ -166,8 +167,12 @@ def make_table(
         )
     arrays = spacing(config, StepRequest(int(steps), float(strength), **custom))
     times = arrays["timesteps"]
-    if times.size == 0 or (trains and (times.min() < 0 or times.max() >= trained)):
-        raise InputError(f"{steps} steps, {config.timestep_spacing}, leave the trained timesteps, 0 to {trained - 1}.")
+    # A caller's own timesteps may lie beyond, where noise is that of the nearest one, as with diffusers.
+    beyond_has_noise = timesteps is not None and spacing in (on_sigmas, on_lambdas)
+    if times.size == 0 or (trains and not beyond_has_noise and (times.min() < 0 or times.max() >= trained)):
+        what = f"{steps} steps, {config.timestep_spacing}," if timesteps is None else "timesteps"
+        why = "" if timesteps is None else f", and {config.class_name} has a noise level at those alone"
+        raise InputError(f"{what} leave the trained timesteps, 0 to {trained - 1}{why}.")
     if arrays["begin"] >= len(times):  # lambda_min_clipped may leave less than `steps`
         enough = next((n for n in range(steps + 1, trained + 1) if int(n * strength) > 0), None)
         take = f"take {enough} steps, or more strength" if enough and len(times) == steps else "take more strength"
