@@ -7,6 +7,7 @@ from typing import Any
 
 import bundles
 import diffusers
+import lora
 import numpy as np
 import pytest
 import tiny
@@ -68,6 +69,21 @@ def test_upscaler_of_a_folder_is_the_adopted_one(pipes: Any, tmp_path: Path) -> 
     assert (loaded.stages.spec.enlarges, loaded.stages.spec.max_noise_level) == (4, 350)
     options = {"image": picture(), "num_inference_steps": 2, "output_type": "np", "seed": 3}
     assert np.array_equal(loaded("a cat", **options).images, ours("a cat", **options).images)
+
+
+def test_adapters_of_all_attentions_match_diffusers(tmp_path: Path) -> None:
+    """Keys and values of its first attentions are of the text, too, and so computed once a prompt."""
+    theirs, ours = tiny.pipeline("x4-upscaler"), Pipeline.from_diffusers(tiny.pipeline("x4-upscaler"))
+    file = lora.write(tmp_path / "keys.safetensors", "x4-upscaler", unet=("attn1.to_k", "attn1.to_v"), text=())
+    options = {"prompt": "a cat", "image": picture(), "num_inference_steps": 2, "output_type": "np"}
+    plain = ours(**options, generator=generator()).images
+    theirs.load_lora_weights(file.parent, weight_name=file.name)
+    ours.load_lora_weights(file)
+    made = ours(**options, generator=generator()).images
+    close(made, theirs(**options, generator=generator()).images)
+    assert np.abs(made - plain).max() > 1e-3, "it has an effect"
+    with pytest.raises(InputError, match="only_cross_attention"):
+        ours.load_ip_adapter({"image_proj": {}, "ip_adapter": {}})
 
 
 def test_enlarged_image_is_the_one_made_alone(pipes: Any) -> None:

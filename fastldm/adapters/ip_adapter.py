@@ -25,7 +25,7 @@ from fastldm import checks
 from fastldm.adapters.family import family_of_context, family_of_spec
 from fastldm.adapters.read import check_keys, finite_copy, short_hash
 from fastldm.checks import show
-from fastldm.errors import CheckpointError
+from fastldm.errors import CheckpointError, InputError
 from fastldm.loading import relatives
 from fastldm.loading.formats import PathLike
 from fastldm.loading.spec import Spec
@@ -85,10 +85,15 @@ def read_ip_adapter(
     source: a file, or its content, a dict of tensors, nested or by dotted names. allow_pickle: read a pickle, of which
         only tensors are loaded.
 
-    CheckpointError for a file that is damaged (truncated, NaN, too many tensors), of another kind, or for another
-    model, saying for which.
+    InputError for a model whose levels have only_cross_attention. CheckpointError for a file that is damaged
+    (truncated, NaN, too many tensors), of another kind, or for another model, saying for which.
     """
     checks.flag("allow_pickle", allow_pickle)
+    if any(level.only_cross for level in (*spec.unet.down, spec.unet.mid, *spec.unet.up)):
+        raise InputError(
+            f"{spec.checkpoint.source} has levels with only_cross_attention, as the x4 upscaler: IP-Adapters are made "
+            "for models without"
+        )
     file = None if isinstance(source, Mapping) else check_path(source, "pretrained_model_name_or_path")
     name = "the given dict" if file is None else str(file)
     tensors: Mapping[str, Tensor] = {}

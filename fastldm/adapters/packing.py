@@ -80,20 +80,19 @@ def layouts(unet: UNetConfig, texts: Sequence[TextConfig], rank: int) -> dict[st
     for target, module in of_configs(unet, tuple(zip(encoder_names(texts), texts, strict=True))).modules.items():
         if len(module.weight) == 1:  # a norm
             continue
-        slices = found.setdefault(network_of(target), [])
+        slices = found.setdefault(network_of(Parameter.of(*target, "weight", unet)), [])
         ends = (slices[-1].down_end, slices[-1].up_end) if slices else (0, 0)
         slices.append(Slice(target, module.weight, rank, *ends))
     return {name: tuple(slices) for name, slices in found.items()}
 
 
-def network_of(target: Target) -> str:
-    """The network of a split bundle that a layer is in."""
-    part = Parameter(*target, "weight").part
-    if part == "text":
-        return target.component
-    if part == "step":
+def network_of(parameter: Parameter) -> str:
+    """The network of a split bundle that a layer's weight is in."""
+    if parameter.part == "text":
+        return parameter.component
+    if parameter.part == "step":
         return "unet_step"
-    return "text_kv" if target.module.endswith((".attn2.to_k", ".attn2.to_v")) else "time_rows"
+    return "text_kv" if parameter.module.endswith((".to_k", ".to_v")) else "time_rows"
 
 
 def products(layout: Layout) -> Iterator[list[Slice]]:
@@ -174,7 +173,7 @@ class PackedParameters:
         changed = [p for p in {**self._current, **deltas} if self._current.get(p, ()) != deltas.get(p, ())]
         for parameter in changed:
             target = Target(parameter.component, parameter.module)
-            packed, own = self._networks[network_of(target)], deltas.get(parameter, ())
+            packed, own = self._networks[network_of(parameter)], deltas.get(parameter, ())
             factors = [packed.cast(target, form, scale) for form, scale in own if isinstance(form, LoRA)]
             self._current[parameter] = None
             packed.clear(target)

@@ -36,16 +36,21 @@ class Parameter(NamedTuple):
     component: str
     module: str
     leaf: str  # "weight" or "bias"
+    of_text: bool = False  # whether it is in a first attention that reads the text, as second ones do
+
+    @staticmethod
+    def of(component: str, module: str, leaf: str, config: UNetConfig) -> Parameter:
+        return Parameter(component, module, leaf, component == "unet" and config.reads_text_first(module))
 
     def __str__(self) -> str:
-        return ".".join(self)
+        return ".".join(self[:3])
 
     @property
     def part(self) -> Part:
         if self.component != "unet":
             return "text"
         once = self.module.startswith(("time_embedding.", "add_embedding.")) or self.module.endswith(
-            (".attn2.to_k", ".attn2.to_v", ".time_emb_proj")
+            (".attn2.to_k", ".attn2.to_v", ".time_emb_proj", *((".to_k", ".to_v") if self.of_text else ()))
         )
         # the bias of a resnet's first convolution is a part of its time rows (models/unet.py)
         return "conditions" if once or (self.module.endswith(".conv1") and self.leaf == "bias") else "step"
@@ -64,6 +69,7 @@ class Selected:
     scales: tuple[tuple[str, float], ...]
     interval: tuple[float, float] = (0.0, 1.0)
     """What a step reads counts from this fraction of the steps on and before that; the rest counts at every scale."""
+    config: UNetConfig | None = field(compare=False, default=None, repr=False)
     name: str = field(compare=False, default="")
     weight: Weight = field(compare=False, default=1.0)
 
@@ -71,7 +77,7 @@ class Selected:
     def of(name: str, adapter: Adapter, weight: Weight, config: UNetConfig) -> Selected:
         """InputError for a weight that names what the model does not have."""
         scale, interval = _interval(weight, name)
-        return Selected(adapter, _longest_first(expand(scale, config, name)), interval, name, weight)
+        return Selected(adapter, _longest_first(expand(scale, config, name)), interval, config, name, weight)
 
     def within(self, components: Collection[str]) -> Selected:
         """The same for some components only."""
@@ -96,8 +102,11 @@ class Selected:
             scale = self.scale(target)
             for leaf, form in (("weight", change.weight), ("bias", change.bias_form)):
                 if form is not None and scale != 0:
-                    deltas[Parameter(*target, leaf)] = (form, scale)
+                    deltas[self._parameter(target, leaf)] = (form, scale)
         return deltas
+
+    def _parameter(self, target: Target, leaf: str) -> Parameter:
+        return Parameter(*target, leaf) if self.config is None else Parameter.of(*target, leaf, self.config)
 
     @cached_property
     def step(self) -> Mapping[str, tuple[Form, float]]:

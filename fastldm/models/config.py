@@ -9,6 +9,7 @@ Over 500 lines, for the tables of keys are read beside each other, and beside wh
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -214,6 +215,12 @@ class UNetConfig:
             for n in range(depth)
             for _ in range(2 if level.only_cross else 1)
         )
+
+    def reads_text_first(self, module: str) -> bool:
+        """Whether a module, by its path, is of a first attention that reads the text (only_cross_attention)."""
+        match = re.match(r"(down|mid|up)_block(?:s\.(\d+))?\.attentions\.\d+\.transformer_blocks\.\d+\.attn1\.", module)
+        levels = {"down": self.down, "mid": (self.mid,), "up": self.up}
+        return match is not None and levels[match[1]][int(match[2] or 0)].only_cross
 
     @property
     def deep_channels(self) -> int:

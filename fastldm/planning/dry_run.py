@@ -167,10 +167,14 @@ def step(
     return torch.no_grad()(run)
 
 
+def _in_step(config: UNetConfig, path: str) -> bool:
+    return Parameter.of("unet", path, "weight", config).part == "step"
+
+
 def _with_pages(unet: UNet, run: DryRun) -> None:
     pages = Pages(unet, fixed=2)
     for path, layer in unet.named_modules():
-        if isinstance(layer, Linear | Pointwise) and Parameter("unet", path, "weight").part == "step":
+        if isinstance(layer, Linear | Pointwise) and _in_step(unet.config, path):
             pages.add(path)
     try:
         run()

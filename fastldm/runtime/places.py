@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 from fastldm.adapters.forms import LoRA
-from fastldm.adapters.packing import Packed, network_of
+from fastldm.adapters.packing import Packed
 from fastldm.adapters.read import Adapter
 from fastldm.adapters.selection import Selected, Selection
 from fastldm.adapters.targets import Target
@@ -64,7 +64,7 @@ class Places(Pool):
                     f"{adapter.source} has rank {change.weight.rank} for {target}, and this bundle takes "
                     f"{self.rank}: export it with `--adapters {change.weight.rank}`, or {INSTEAD}"
                 )
-            if target not in self.networks[network_of(target)].targets:
+            if all(target not in packed.targets for packed in self.networks.values()):
                 raise InputError(f"{adapter.source} changes {target}, which is fixed in a bundle. For this, {INSTEAD}")
 
     def check(self, selection: Selection) -> None:
