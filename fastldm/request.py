@@ -631,7 +631,8 @@ def _real(low: float, high: float) -> Check:
 
 
 def _switch(name: str, value: Any) -> float:
-    return 1.0 if value == 1 and not isinstance(value, bool) else _inner(name, value)
+    fraction = checks.real(name, value, 0.0, 1.0)
+    return 1.0 if fraction == 1 else _inner(name, fraction)
 
 
 def _inner(name: str, value: Any) -> float:

@@ -60,7 +60,7 @@ def refused(call: Any, name: str) -> bool:
     return False
 
 
-PICTURES = ("image", "mask_image", "control_image", "ip_adapter_image")
+PICTURES = ("image", "mask_image", "control_image", "ip_adapter_image", "image_embeds", "depth_map")
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Request)])
@@ -133,7 +133,7 @@ def test_oversized_values_are_refused_early(options: dict[str, Any], message: st
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("denoising_end", "denoising_end is not supported"),
+        ("use_original_formulation", "use_original_formulation is not supported: guidance starts from"),
         ("callback", "callback is not supported: use callback_on_step_end"),
     ],
 )
