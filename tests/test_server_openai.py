@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import clients
 import numpy as np
 import openai
 import pytest
+import tiny
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -265,3 +268,26 @@ def test_detached_request_is_kept_as_a_job(http: TestClient) -> None:
     job = http.get(f"/v1/jobs/{answer.headers['x-request-id']}").json()
     assert job["status"] == "completed"
     assert job["result"] == answer.json()
+
+
+def test_enlarged_picture_has_the_model_s_size(tmp_path: Path) -> None:
+    """Neither API's automatic size, which is the picture's own, is asked of a model that enlarges it."""
+    model = Pipeline.from_pretrained(tiny.save_pipeline("x4-upscaler", tmp_path), dtype="float32", device="cpu")
+    png = io.BytesIO()
+    Image.new("RGB", (16, 8), (200, 90, 30)).save(png, "png")
+    with clients.client(model, max_pixels=100 * 64) as http:
+
+        def edited(picture: bytes, **fields: Any) -> Any:
+            files = {"image": ("a.png", picture, "image/png")}
+            return http.post(
+                "/v1/images/edits", data={"prompt": "a cat", "num_inference_steps": "1", **fields}, files=files
+            )
+
+        assert edited(png.getvalue()).json()["size"] == edited(png.getvalue(), size="auto").json()["size"] == "64x32"
+        assert "makes 4 times the picture" in edited(png.getvalue(), size="16x8").json()["error"]["message"]
+        fields = {"init_images": [base64.b64encode(png.getvalue()).decode()], "prompt": "a cat", "steps": 1}
+        made = http.post("/sdapi/v1/img2img", json={**fields, "width": 512, "height": 512}).json()
+        assert Image.open(io.BytesIO(base64.b64decode(made["images"][0]))).size == (64, 32)
+        large = io.BytesIO()
+        Image.new("RGB", (32, 32)).save(large, "png")
+        assert "at most 6400 pixels" in edited(large.getvalue()).json()["error"]["message"]

@@ -28,7 +28,7 @@ from fastldm.errors import InputError
 from fastldm.image import encode_image
 from fastldm.server.errors import ApiError, OpenAIError, api_error, body, documented
 from fastldm.server.jobs import Job, Jobs
-from fastldm.server.service import FORMATS, Files, Service, Work, decoded, size_of
+from fastldm.server.service import FORMATS, Files, Service, Work, decoded
 from fastldm.serving.generation import Progress
 
 _OTHERS = re.compile(r"(dall-e|gpt-image|chatgpt-image)[\w.-]*")
@@ -190,7 +190,7 @@ def _model(service: Service, name: str) -> dict[str, Any]:
 
 
 def arguments_of(fields: ImageFields, of: Image.Image | None = None) -> dict[str, Any]:
-    """The fields of `fastldm.Request`. of: the picture that it starts from, whose size `auto` is."""
+    """The fields of `fastldm.Request`. of: the picture that it starts from."""
     names = ("negative_prompt", "num_inference_steps", "guidance_scale", "image_guidance_scale", "sampler", "strength")
     values: dict[str, Any] = {name: getattr(fields, name) for name in (*names, *_MORE)}
     counts = {"num_images_per_prompt": fields.n} if fields.best_of is None else {"keep": fields.n}
@@ -200,8 +200,6 @@ def arguments_of(fields: ImageFields, of: Image.Image | None = None) -> dict[str
         if not match:
             raise InputError(f"size is {str(fields.size)[:60]!r}: expected WIDTHxHEIGHT in pixels, or auto")
         values |= {"width": int(match[1]), "height": int(match[2])}
-    elif of is not None:
-        values |= size_of(of)
     if values["strength"] is not None and of is None:
         raise InputError("strength is for pictures that are changed: send it to /v1/images/edits")
     return {name: value for name, value in values.items() if value is not None}

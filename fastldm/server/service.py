@@ -126,12 +126,14 @@ class Service:
             if self.draining:
                 raise stopping()
             assert found.session is not None
+            assert found.pipe is not None
+            unet = found.pipe.stages.spec.unet
             if dialect == "a1111":  # whose front ends send all, as its models read the one or the other
-                assert found.pipe is not None
-                unet = found.pipe.unet.config
                 unread = ["image_guidance_scale"] * (not unet.edits) + ["strength"] * (unet.edits or unet.upscales)
                 unread += ["width", "height"] * unet.upscales
                 arguments = {name: value for name, value in arguments.items() if name not in unread}
+            if isinstance(image := arguments.get("image"), Image.Image) and not unet.upscales:
+                arguments = {**size_of(image), **arguments}
             request = self._checked(found, arguments)
             self._check_room(owner)
             self._arriving[owner] += 1
@@ -181,6 +183,8 @@ class Service:
             raise InputError(f"{name} is {request.batch}: expected at most {settings.max_n}")
         if (request.hires_steps or 0) > settings.max_steps:
             raise InputError(f"hires_steps is {request.hires_steps}: expected at most {settings.max_steps}")
+        if isinstance(request.image, Image.Image) and (times := model.pipe.stages.spec.enlarges) > 1:
+            height, width = request.image.height * times, request.image.width * times
         tall, wide = request.height or height, request.width or width
         scales = (
             request.hires_scale or 1.0,
