@@ -133,7 +133,10 @@ def test_oversized_values_are_refused_early(options: dict[str, Any], message: st
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("use_original_formulation", "use_original_formulation is not supported: guidance starts from"),
+        (
+            "use_original_formulation",
+            "use_original_formulation is not supported: guidance starts from the negative prompt's output",
+        ),
         ("callback", "callback is not supported: use callback_on_step_end"),
     ],
 )
