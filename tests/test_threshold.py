@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.networks import TINY
+from fastldm import Pipeline, Request
+from fastldm.errors import InputError
 from fastldm.kernels import use
 from fastldm.kernels.threshold import quantile
 from fastldm.runtime.denoise import Guidance, Run, denoise
@@ -107,3 +109,13 @@ def test_slots_are_thresholded_beside_others(kernel: bool) -> None:
                 batch.recondition(joined[0])  # as after a callback: limits of its history are kept
     for run, reference in zip(joined, expected, strict=True):
         assert ops.error(batch.latents(run), reference) < 2e-5
+
+
+def test_graphs_of_whole_steps_refuse_thresholds_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = Pipeline.default(device="cpu").stages
+    monkeypatch.setattr(stages, "_steps", object())  # of a bundle, where it is an engine
+    request = Request("a cat", num_inference_steps=2)
+    assert stages.complete(request).num_inference_steps == 2
+    monkeypatch.setattr(stages, "schedule", read_scheduler(file("DDIMScheduler"), None, "a file"))
+    with pytest.raises(InputError, match="no dynamic thresholding"):
+        stages.complete(request.replace(sampler=None))

@@ -180,6 +180,11 @@ class Stages:
                 "projected guidance: leave out apg_rescale and apg_eta, or load the checkpoint"
             )
         request = complete(request, self.spec, self.vae.config, self.family, self.latents)
+        if self._steps is not None and self.table(request).threshold is not None:
+            raise InputError(
+                f"this pipeline runs a bundle on {self.backend} by a graph of whole steps, which knows no dynamic "
+                "thresholding: take another sampler, or load the checkpoint"
+            )
         if request.candidates is not None:
             self.ranking.need(self.text_stages, self.backend)
         return self.image_prompts.complete(request, self.guided(request))
