@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from fastldm import CheckpointError, InputError, Pipeline, Request, Session
+from fastldm.loading.hub import _needed_files
 from fastldm.model import describe
 from fastldm.planning import memory
 from fastldm.runtime.slots import Slots
@@ -226,3 +227,21 @@ def test_misfits_are_refused(case: str, folder: Path, tmp_path: Path) -> None:
     _edit(copy / file, **values)
     with pytest.raises(CheckpointError, match=message):
         describe(copy)
+
+
+def test_a_hub_sends_all_that_is_read(folder: Path, tmp_path: Path) -> None:
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    index = json.loads((folder / "model_index.json").read_text())
+    for name in _needed_files(index, names, None, False, "here"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(folder / name, tmp_path / name)
+    loaded = Pipeline.from_pretrained(tmp_path, device="cpu", dtype="float32")
+    assert loaded.stages.image_encoder is not None
+    assert loaded.stages.image_encoder.preprocessing.crop == 32
+
+
+def test_high_resolution_passes_read_the_picture_too(pipe: Pipeline) -> None:
+    options = {"prompt": "a cat", "hires_scale": 1.5, "seed": 0, "output_type": "np", **BASE}
+    first, second = (pipe(image=photo(k), **options).images for k in (1, 2))
+    assert first.shape == (1, 96, 96, 3)
+    assert np.abs(first - second).max() > 1e-2
