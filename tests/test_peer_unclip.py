@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import clients
 import ip_adapters
 import numpy as np
 import pytest
@@ -245,3 +247,23 @@ def test_high_resolution_passes_read_the_picture_too(pipe: Pipeline) -> None:
     first, second = (pipe(image=photo(k), **options).images for k in (1, 2))
     assert first.shape == (1, 96, 96, 3)
     assert np.abs(first - second).max() > 1e-2
+
+
+def test_servers_read_the_picture(pipe: Pipeline) -> None:
+    """By OpenAI's variations, and by AUTOMATIC1111's img2img, whose front ends send a strength whatever the model."""
+    content = clients.file(photo(1))
+
+    def expected(prompt: str, **options: Any) -> np.ndarray:
+        size = {"num_inference_steps": 2, "height": 64, "width": 64}
+        return np.asarray(pipe(prompt, image=photo(1), seed=3, **size, **options).images[0]).astype(int)
+
+    with clients.client(pipe, models={"unclip": "default"}) as http:
+        fields = {"noise_level": 400, "seed": 3, "num_inference_steps": 2, "size": "64x64"}
+        answer = http.post("/v1/images/variations", data=fields, files={"image": content}).json()
+        made = np.asarray(clients.picture(answer["data"][0]["b64_json"])).astype(int)
+        assert np.abs(made - expected("", noise_level=400)).max() <= 1
+        assert np.abs(made - expected("")).max() > 1
+        encoded = base64.b64encode(content).decode()
+        body = {"init_images": [encoded], "prompt": "a cat", "seed": 3, "steps": 2, "width": 64, "height": 64}
+        answer = http.post("/sdapi/v1/img2img", json={**body, "cfg_scale": 10}).json()
+        assert np.abs(np.asarray(clients.picture(answer["images"][0])).astype(int) - expected("a cat")).max() <= 1

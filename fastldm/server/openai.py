@@ -77,6 +77,7 @@ class ImageFields(BaseModel):
     apg_eta: float | None = None
     sampler: str | None = Field(None, max_length=200)
     strength: float | None = None
+    noise_level: int | None = Field(None, ge=0, description="Noise of what an upscaler or unCLIP reads of the picture.")
     clip_skip: int | None = None
     reuse: int | None = Field(None, ge=1, description="Of so many calls of the U-Net the first computes all of it.")
     best_of: int | None = Field(None, ge=1, description="Sample so many, and answer the n best by the model's ranking.")
@@ -108,7 +109,9 @@ class EditFields(ImageFields):
     prompt: str
 
 
-_MORE = ("pag_scale", "pag_adaptive_scale", "apg_rescale", "apg_eta", "clip_skip", "adapters", "reuse")
+_MORE = (
+    *("pag_scale", "pag_adaptive_scale", "apg_rescale", "apg_eta", "clip_skip", "adapters", "reuse", "noise_level"),
+)
 
 
 def router(service: Service, jobs: Jobs) -> APIRouter:

@@ -127,12 +127,13 @@ class Service:
                 raise stopping()
             assert found.session is not None
             assert found.pipe is not None
-            unet = found.pipe.stages.spec.unet
+            unet, reads_picture = found.pipe.stages.spec.unet, found.pipe.family.reads_picture
             if dialect == "a1111":  # whose front ends send all, as its models read the one or the other
-                unread = ["image_guidance_scale"] * (not unet.edits) + ["strength"] * (unet.edits or unet.upscales)
+                from_noise = unet.edits or unet.upscales or reads_picture
+                unread = ["image_guidance_scale"] * (not unet.edits) + ["strength"] * from_noise
                 unread += ["width", "height"] * unet.upscales
                 arguments = {name: value for name, value in arguments.items() if name not in unread}
-            if isinstance(image := arguments.get("image"), Image.Image) and not unet.upscales:
+            if isinstance(image := arguments.get("image"), Image.Image) and not (unet.upscales or reads_picture):
                 arguments = {**size_of(image), **arguments}
             request = self._checked(found, arguments)
             self._check_room(owner)
