@@ -12,6 +12,7 @@ from fastldm.adapters import targets
 from fastldm.adapters.targets import Target, modules_of
 from fastldm.loading.single_file import read_layout
 from fastldm.models.config import TextConfig, UNetConfig
+from fastldm.models.families import TEXT_ENCODERS
 
 
 def full_modules(family: str) -> tuple[targets.Modules, list[str]]:
@@ -19,7 +20,7 @@ def full_modules(family: str) -> tuple[targets.Modules, list[str]]:
     shapes = full_size(family)
     layout = read_layout(shapes, source="here")
     configs = {name: component.config for name, component in layout.components.items()}
-    texts = tuple((name, TextConfig.from_dict(configs[name])) for name in targets.TEXT_ENCODERS if name in configs)
+    texts = tuple((name, TextConfig.from_dict(configs[name])) for name in TEXT_ENCODERS if name in configs)
     prefix = "model.diffusion_model."
     names = [key[len(prefix) :].removesuffix(".weight") for key in shapes if key.startswith(prefix)]
     modules = targets.of_configs(UNetConfig.from_dict(configs["unet"]), texts)

@@ -18,12 +18,12 @@ import torch
 from adopted import dropout_in_eval, image, same_image, small_pipeline
 from diffusers.models import attention_processor
 from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D
+from named import EXCHANGEABLE
 from torch import Tensor, nn
 
 from fastldm import Pipeline
 from fastldm.errors import CheckpointError
 from fastldm.loading import changes
-from fastldm.samplers.classes import CLASSES as SCHEDULERS
 
 Change = Callable[[Any], object]
 
@@ -245,7 +245,7 @@ def test_offloading_is_refused(pipe: Any) -> None:
         Pipeline.from_diffusers(pipe)
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEDULERS if hasattr(diffusers, name)])
+@pytest.mark.parametrize("name", [name for name in EXCHANGEABLE if hasattr(diffusers, name)])
 def test_used_schedulers_are_no_change(name: str) -> None:
     config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     scheduler = getattr(diffusers, name)(**config)

@@ -170,9 +170,9 @@ print(result.images[0].size[0] > 0)"""
 
 
 def test_tracked_files_stay_small() -> None:
-    """A machine with a GPU is sent the tree: under 56 MiB without its history."""
+    """A machine with a GPU is sent the tree: under 58 MiB without its history."""
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if tracked.returncode:
         pytest.skip("this is no clone: git knows no files here")
     files = [ROOT / name for name in tracked.stdout.splitlines()]
-    assert sum(path.stat().st_size for path in files if path.is_file()) < 56 << 20
+    assert sum(path.stat().st_size for path in files if path.is_file()) < 58 << 20

@@ -60,6 +60,9 @@ RUN = {
     'fastldm generate "a castle at dusk"': Shown(IMAGE + TIMES, ("fastldm-*.png",), "--steps 2 --size 64x96"),
     'fastldm generate "a cat, oil painting"': Shown(IMAGE + TIMES, ("fastldm-*.png",), "--steps 2"),
     'fastldm generate "a red apple" --lora': Shown(IMAGE + TIMES, ("fastldm-*.png",)),
+    'fastldm generate "a castle" --size 128x128': Shown(
+        r"\S+\.png  seed \d+  score 0\.\d+\n" + TIMES, ("fastldm-*.png",)
+    ),
     'fastldm generate "a fish" --control': Shown(IMAGE + TIMES, ("fastldm-*.png",)),
     "fastldm plan -m ./my-sdxl": Shown(
         r"4 x 1024x1024, guided, 30 steps, torch \w+ on a CPU, .*\n\nweights .*\nbuffers .*\n"

@@ -199,7 +199,7 @@ def test_image_to_image_and_masks(http: TestClient, pipe: Pipeline) -> None:
         ({"sampler_name": "DDIM", "scheduler": "Polyexponential"}, 404, "Scheduler not found"),
         ({"enable_hr": True, "hr_upscaler": "R-ESRGAN 4x+"}, 400, "is a network that fastldm does not have"),
         ({"enable_hr": True, "hr_sampler_name": "Euler"}, 422, "hr_sampler_name is 'Euler': both passes have the same"),
-        ({"enable_hr": True, "hr_scale": 16}, 400, "width times height is"),
+        ({"enable_hr": True, "hr_scale": 16, "width": 512, "height": 512}, 400, "width times height is"),
         ({"restore_faces": True}, 422, "restore_faces"),
         ({"tiling": True}, 422, "tiling"),
         ({"styles": ["ink"]}, 422, "styles"),

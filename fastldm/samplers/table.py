@@ -191,7 +191,8 @@ def make_table(
         numbers = _pack(rows)
     numbers[:, COLUMNS.index("deep")] = [i % reuse == 0 for i in range(len(rows))]
     levels = arrays.get("sigmas", np.zeros(0))
-    motion = (float(levels[levels > 0].min()), float(levels.max())) if len(levels) else (0.0, 0.0)
+    noisy = levels[levels > 0]
+    motion = (float(noisy.min()), float(noisy.max())) if len(noisy) else (0.0, 0.0)
     highest = 1.0
     if spacing in (on_sigmas, on_preconditioned, on_consistency):
         highest = float(arrays["sigmas"].max())

@@ -23,3 +23,5 @@ NAMED = [
     for name, sampler in SAMPLERS.items()
 ]
 """Every sampler by its name. The short tests of those that are none of diffusers' are in test_k_solvers.py."""
+FORWARD = [param for param in NAMED if "inverse" not in str(param.values[0])]
+"""Those that go from noise to an image."""

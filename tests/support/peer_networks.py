@@ -68,7 +68,8 @@ def inputs(theirs: UNet2DConditionModel, height: int = 8, width: int = 8, seed: 
         "encoder_hidden_states": torch.randn(2, 11, context, generator=g),
     }
     if config.addition_embed_type:
-        sizes = torch.randint(0, 2048, (2, 6), generator=g).float()
+        ids = (config.projection_class_embeddings_input_dim - 24) // config.addition_time_embed_dim  # the refiner has 5
+        sizes = torch.randint(0, 2048, (2, ids), generator=g).float()
         arguments["added_cond_kwargs"] = {"text_embeds": torch.randn(2, 24, generator=g), "time_ids": sizes}
     if config.num_class_embeds:
         arguments["class_labels"] = torch.tensor([20, 7 + seed])
