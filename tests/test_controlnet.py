@@ -127,6 +127,8 @@ def test_unet_without_middle_block_adds_residuals(name: str) -> None:
         ("act_fn", "gelu"),
         ("addition_embed_type", "text"),
         ("class_embed_type", "projection"),
+        ("num_class_embeds", 4),
+        ("only_cross_attention", True),
         ("conditioning_embedding_out_channels", []),
         ("controlnet_conditioning_channel_order", "grb"),
         ("encoder_hid_dim_type", "text_proj"),

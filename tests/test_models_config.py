@@ -24,7 +24,7 @@ TINY_VAE, TEXT = dict(tiny.tiny_vae().config), tiny.text_encoder("l").config.to_
         (UNetConfig, UNET, "addition_embed_type", "image"),
         (UNetConfig, UNET, "attention_type", "gated"),
         (UNetConfig, UNET, "center_input_sample", True),
-        (UNetConfig, UNET, "class_embed_type", "projection"),
+        (UNetConfig, UNET, "class_embed_type", "timestep"),
         (UNetConfig, UNET, "conv_in_kernel", 1),
         (UNetConfig, UNET, "cross_attention_norm", "layer_norm"),
         (UNetConfig, UNET, "dual_cross_attention", True),

@@ -31,6 +31,8 @@ _FIELDS = {
     "_class_name": Field(OneOf("ControlNetModel"), "ControlNetModel"),
     "mid_block_type": Field(OneOf("UNetMidBlock2DCrossAttn", "UNetMidBlock2D"), "UNetMidBlock2DCrossAttn"),
     "num_class_embeds": Field(OneOf(None), None),
+    "class_embed_type": Field(OneOf(None), None),
+    "only_cross_attention": Field(OneOf(False), False),
     "conditioning_channels": Field(_WIDTH, 3),
     "conditioning_embedding_out_channels": Field(ListOf(_WIDTH, 1, 12), (16, 32, 96, 256)),
     "controlnet_conditioning_channel_order": Field(OneOf("rgb", "bgr"), "rgb"),
