@@ -36,7 +36,7 @@ from fastldm.export.cache import hash_files
 from fastldm.export.engine import MANIFEST
 from fastldm.export.graphs import FILES, graph_specs, weight_files
 from fastldm.export.spec import MODEL, NetworkSpec, specs
-from fastldm.kernels.step import COLUMNS as GRAPH_COLUMNS
+from fastldm.kernels.columns import COLUMNS as GRAPH_COLUMNS
 from fastldm.loading import spec as loading
 from fastldm.loading.checkpoint import Checkpoint, Component, TokenizerFiles
 from fastldm.loading.formats import SCHEDULERS, TOKENIZER_FILES, TOKENIZERS

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from fastldm.export.spec import DATA, DType, NetworkSpec, Port
-from fastldm.kernels.step import COLUMNS
+from fastldm.kernels.columns import COLUMNS
 from fastldm.sizes import Axis
 
 STEPS, WHOLE_PICTURE = "steps", "whole_picture"

@@ -35,7 +35,7 @@ from fastldm.export.graphs import WHOLE_PICTURE
 from fastldm.export.manifest import write_json
 from fastldm.export.verify import Goldens
 from fastldm.image import to_pixels
-from fastldm.kernels.step import COLUMNS as GRAPH_COLUMNS
+from fastldm.kernels.columns import COLUMNS as GRAPH_COLUMNS
 from fastldm.loading.spec import Spec
 from fastldm.samplers.names import sampler_name
 from fastldm.samplers.table import COLUMNS, NEUTRAL, StepTable, make_table

@@ -21,7 +21,7 @@ from fastldm.errors import BundleError
 from fastldm.export.bundle import Bundle
 from fastldm.export.graphs import HISTORY, STATE, STEPS
 from fastldm.export.spec import NetworkSpec, Port
-from fastldm.kernels.step import COLUMNS
+from fastldm.kernels.columns import COLUMNS
 from fastldm.models.config import AutoencoderConfig, UNetConfig
 from fastldm.sizes import Axis
 

@@ -35,7 +35,7 @@ from fastldm.export.private import locked
 from fastldm.export.reference import ReferenceNetworks, component
 from fastldm.export.spec import DType, named_controls, specs
 from fastldm.export.verify import check_network, goldens_of, goldens_of_image, goldens_of_whole_picture
-from fastldm.kernels.step import COLUMNS
+from fastldm.kernels.columns import COLUMNS
 from fastldm.loading.checkpoint import TokenizerFiles
 from fastldm.loading.formats import TOKENIZER_FILES
 from fastldm.loading.spec import Spec

@@ -19,27 +19,12 @@ Bytes: the two rows of out of all slots, as float64 some twenty times C*h*w a sl
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-W0 = 18  # where w0 and w1 lie in a row of a table, see step.py
-
-
-class State(Protocol):
-    """What is read of a `step.StepState`, and the table, which is written."""
-
-    @property
-    def x(self) -> Tensor: ...
-    @property
-    def table(self) -> Tensor: ...
-    @property
-    def counter(self) -> Tensor: ...
-    @property
-    def steps(self) -> Tensor: ...
-    @property
-    def rows(self) -> Tensor: ...
+from fastldm.kernels.columns import W0, State, branch_output, next_rows
 
 
 class Projections(NamedTuple):
@@ -66,13 +51,10 @@ def projected_weights(
 
 def project_rows(out: Tensor, state: State, projections: Projections) -> None:
     """Rewrite w0 and w1 of the rows that come next of slots that are projected, and guided there. In place."""
-    table, channels = state.table, state.x.shape[1]
-    i = state.counter.clamp_max(table.shape[1] - 1).long()
-    each = torch.arange(len(i), device=i.device)
-    row = table[each, i]  # (S, ROW)
-    active = (state.counter < state.steps) & (projections.norm >= 0) & (row[:, W0] != 0)  # (S,)
-    rows = [out.index_select(0, state.rows[:, k].clamp_min(0).long())[:, :channels] for k in (0, 1)]
-    weights = projected_weights(rows[0], rows[1], row[:, W0 + 1], projections.eta, projections.norm)
+    slots, i, row, running = next_rows(state)
+    active = running & (projections.norm >= 0) & (row[:, W0] != 0)  # (S,)
+    unguided, guided = (branch_output(out, state, k) for k in (0, 1))
+    weights = projected_weights(unguided, guided, row[:, W0 + 1], projections.eta, projections.norm)
     for k, weight in enumerate(weights):  # of others it may be anything
         row[:, W0 + k] = torch.where(active, weight, row[:, W0 + k])
-    table[each, i] = row
+    state.table[slots, i] = row

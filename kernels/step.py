@@ -55,6 +55,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastldm.kernels.columns import COLUMNS, EXTRA, RARE, SAMPLER, W0
 from fastldm.kernels.dispatch import Config, Cost, Op, Verdict, cdiv, jit, launch, next_power_of_2, no
 from fastldm.kernels.guidance_rescale import (
     GUIDANCE_RESCALE,
@@ -69,11 +70,6 @@ from fastldm.kernels.threshold import Thresholds, limit, threshold_rows
 if TYPE_CHECKING:
     import triton.language as tl
 
-COLUMNS = ("c_in", "p", "q", "a", "a1", "b0", "b1", "b2", "b3", "d", "e", "e1", "f0", "f1", "f2", "f3", "r", "s")
-SAMPLER = (*COLUMNS, "deep", "clip", "o", "d_ratio", "gm", "gx")
-EXTRA = ("w0", "w1", "w2", "masked", "keep", "draw", "clip", "o", "d_ratio", "gx")  # see `table_rows`
-RARE = EXTRA[6:]  # most samplers have only zeros there
-W0 = len(COLUMNS)  # where w0, w1, w2 begin
 BRANCHES = 3  # rows of the U-Net that a slot may have
 ROW = 32  # floats between rows in device memory: 128 bytes, a line of the cache
 RING = 4  # planes of history

@@ -15,32 +15,16 @@ Bytes: the rows of out and x of all slots, sorted in float32, some ten times 4 C
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-P, Q, B0, F0, W0, CLIP = 1, 2, 5, 12, 18, 24  # places in a row of a table, see step.py
+from fastldm.kernels.columns import COLUMNS, EXTRA, W0, State, branch_output, next_rows
+
+P, Q, B0, F0 = (COLUMNS.index(name) for name in ("p", "q", "b0", "f0"))
+CLIP = W0 + EXTRA.index("clip")
 TERMS = 4  # m_i to m_(i-3)
-
-
-class State(Protocol):
-    """What is read of a `step.StepState`, and the table, which is written."""
-
-    @property
-    def x(self) -> Tensor: ...
-    @property
-    def table(self) -> Tensor: ...
-    @property
-    def counter(self) -> Tensor: ...
-    @property
-    def steps(self) -> Tensor: ...
-    @property
-    def rescale(self) -> Tensor: ...
-    @property
-    def factor(self) -> Tensor: ...
-    @property
-    def rows(self) -> Tensor: ...
 
 
 class Thresholds(NamedTuple):
@@ -70,25 +54,22 @@ def limit(m: Tensor, ratio: float | Tensor, most: float | Tensor) -> Tensor:
 
 def threshold_rows(out: Tensor, state: State, thresholds: Thresholds) -> None:
     """Rewrite the rows that come next of slots that are thresholded; those of others stay as they are. In place."""
-    x, table = state.x, state.table
-    slots, channels = x.shape[:2]
-    active = (state.counter < state.steps) & (thresholds.ratio >= 0)  # (S,)
-    i = state.counter.clamp_max(table.shape[1] - 1).long()
-    each = torch.arange(slots, device=x.device)
-    row = table[each, i]  # (S, ROW)
+    x = state.x
+    slots, i, row, running = next_rows(state)
+    active = running & (thresholds.ratio >= 0)  # (S,)
     mixed = torch.zeros_like(x)
     for k in range(3):
         weight = row[:, W0 + k, None, None, None]
-        own = out.index_select(0, state.rows[:, k].clamp_min(0).long())[:, :channels].float()
+        own = branch_output(out, state, k).float()
         mixed = torch.where(weight != 0, torch.addcmul(mixed, weight, own), mixed)  # what has no weight may be anything
     rescaled = (state.rescale > 0) & ((row[:, W0] != 0) | (row[:, W0 + 2] != 0))
     mixed = mixed * torch.where(rescaled, state.factor, 1.0)[:, None, None, None]
     m = row[:, P, None, None, None] * x + row[:, Q, None, None, None] * mixed
     own = torch.where(active, limit(m, thresholds.ratio.clamp_min(0), thresholds.most), 1.0)
-    thresholds.limits[each, i] = own
-    past = [torch.where(i >= k, thresholds.limits[each, (i - k).clamp_min(0)], 1.0) for k in range(TERMS)]
+    thresholds.limits[slots, i] = own
+    past = [torch.where(i >= k, thresholds.limits[slots, (i - k).clamp_min(0)], 1.0) for k in range(TERMS)]
     divisors = torch.where(active[:, None], torch.stack(past, 1), 1.0)  # (S, TERMS)
     row[:, B0 : B0 + TERMS] /= divisors
     row[:, F0 : F0 + TERMS] /= divisors
     row[:, CLIP] = torch.where(active, own, row[:, CLIP])
-    table[each, i] = row
+    state.table[slots, i] = row

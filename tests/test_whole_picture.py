@@ -21,7 +21,7 @@ from fastldm.export.bundle import Bundle
 from fastldm.export.engine import open_engine
 from fastldm.export.graphs import FILES, STEPS, WHOLE_PICTURE
 from fastldm.image import to_pixels
-from fastldm.kernels.step import COLUMNS
+from fastldm.kernels.columns import COLUMNS
 from fastldm.loading import spec as loading
 from fastldm.request import Request
 from fastldm.runtime.whole_picture import picture_inputs

@@ -17,8 +17,9 @@ from torch import Tensor
 from fastldm.adapters.selection import NONE, Selection
 from fastldm.device import send
 from fastldm.errors import InputError, NonFinite
+from fastldm.kernels.columns import W0
 from fastldm.kernels.lora import ScaledPages
-from fastldm.kernels.step import BRANCHES, W0, blend, guide, model_input, step, table_rows
+from fastldm.kernels.step import BRANCHES, blend, guide, model_input, step, table_rows
 from fastldm.runtime.controls import RunControl, RunFeatures
 from fastldm.runtime.pages import Applied
 from fastldm.samplers.table import COLUMNS, StepTable

@@ -78,7 +78,7 @@ class StepTable:
     noise_seed: int | None = None  # what the configuration has it drawn from
     threshold: tuple[float, float] | None = None  # m is thresholded: see `kernels.threshold`
     deep: tuple[bool, ...] = field(init=False)  # (S,) whether each row computes all of the network
-    rare: bool = field(init=False)  # whether any row has a number that most samplers have not: `kernels.step.RARE`
+    rare: bool = field(init=False)  # whether any row has a number that most samplers have not: `kernels.columns.RARE`
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "deep", tuple((self.rows[:, COLUMNS.index("deep")] != 0).tolist()))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastldm.kernels import dispatch
-from fastldm.kernels.step import BRANCHES, COLUMNS, EXTRA, RARE, StepState
+from fastldm.kernels.columns import COLUMNS, EXTRA, RARE
+from fastldm.kernels.step import BRANCHES, StepState
 
 SHAPES = {
     "sd15-like": {"height": 8, "width": 8},
