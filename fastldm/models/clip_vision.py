@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastldm.errors import CheckpointError
 from fastldm.models.clip import Embedding, Encoder
+from fastldm.models.config import heads_of
 from fastldm.models.layers import LayerNorm, Linear, linear, parameter
 from fastldm.reading import MAX_CHANNELS, Field, Integer, Number, Object, OneOf, read_fields
 
@@ -63,11 +64,7 @@ class VisionConfig:
             whole = read_fields(cfg, _WHOLE, source)
             cfg = {**cfg["vision_config"], "projection_dim": whole["projection_dim"]}
         values = read_fields(cfg, _VISION, source)
-        hidden, heads = values["hidden_size"], values["num_attention_heads"]
-        if hidden % heads:
-            raise CheckpointError(
-                f"{source}: 'hidden_size' {hidden} does not divide into 'num_attention_heads' {heads}"
-            )
+        hidden, heads = heads_of(values, source)
         if values["patch_size"] > values["image_size"]:
             raise CheckpointError(
                 f"{source}: 'patch_size' is {values['patch_size']}, more than 'image_size' {values['image_size']}"

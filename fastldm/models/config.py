@@ -53,6 +53,14 @@ def _channels(cfg: Mapping[str, Any], source: str) -> tuple[int, ...]:
     return read_fields(cfg, fields, source)["block_out_channels"]
 
 
+def heads_of(values: Mapping[str, Any], source: str) -> tuple[int, int]:
+    """'hidden_size' and 'num_attention_heads' of a transformer of transformers; CheckpointError if they do not fit."""
+    hidden, heads = values["hidden_size"], values["num_attention_heads"]
+    if hidden % heads:
+        raise CheckpointError(f"{source}: 'hidden_size' {hidden} does not divide into 'num_attention_heads' {heads}")
+    return hidden, heads
+
+
 def _check_divides(channels: int, into: int, key: str, source: str, what: str = "channels") -> None:
     if channels % into:
         raise CheckpointError(f"{source}: {channels} {what} do not divide into {key!r} {into}")
@@ -658,11 +666,7 @@ class TextConfig:
                 f"{source}: 'architectures' is {list(architectures)}; "
                 f"fastldm implements 'CLIPTextModel' and {_PROJECTED!r}"
             )
-        hidden, heads = values["hidden_size"], values["num_attention_heads"]
-        if hidden % heads:
-            raise CheckpointError(
-                f"{source}: 'hidden_size' {hidden} does not divide into 'num_attention_heads' {heads}"
-            )
+        hidden, heads = heads_of(values, source)
         with_projection = architectures[0] == _PROJECTED
         projection = {"projection_dim": Field(_WIDTH, 512)} if with_projection else {}
         return cls(
