@@ -284,6 +284,17 @@ class Optimiser:
             w.add_(u.view(w.shape), alpha=-rate)
 
 
+def go_on(path: Path, model: nn.Module, average: nn.Module, optimiser: Optimiser, minutes: float) -> tuple[int, Budget]:
+    """The steps that were taken, and the time, with what an earlier run left at path, if it left anything."""
+    if not path.exists():
+        return 0, Budget(minutes)
+    state = torch.load(path)
+    model.load_state_dict(state["model"])
+    average.load_state_dict(state["ema"])
+    optimiser.adamw.load_state_dict(state["adamw"])
+    return state["steps"], Budget(minutes, state["used"])
+
+
 def orthogonalised(g: Tensor) -> Tensor:
     """g (M, N) with its singular values all brought near 1, by five Newton-Schulz steps."""
     x = g.bfloat16()
@@ -612,13 +623,8 @@ def train_unet(rank: int, args: argparse.Namespace) -> None:
     # of 32.
     model.unet.set_attn_processor(AttnProcessor())
     weights, optimiser = list(model.parameters()), Optimiser(model, rank, args.workers)
-    path, steps, budget = args.work / "unet.pt", 0, Budget(args.minutes)
-    if path.exists():
-        state = torch.load(path)
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["ema"])
-        optimiser.adamw.load_state_dict(state["adamw"])
-        steps, budget = state["steps"], Budget(args.minutes, state["used"])
+    path = args.work / "unet.pt"
+    steps, budget = go_on(path, model, average, optimiser, args.minutes)
     torch.manual_seed(1000 * steps + rank)
 
     # All gradients in one piece, to average them in one go; its last number makes the workers agree on the

@@ -34,11 +34,11 @@ from torch import Tensor, nn
 
 from benchmarks.default_data import ASSETS, SIZE, STYLES, WORK
 from benchmarks.train_default_model import (
-    Budget,
     Every,
     Optimiser,
     build_scheduler,
     draw_timesteps,
+    go_on,
     keep_memory,
     save_atomically,
     to_network,
@@ -132,13 +132,8 @@ def train(args: argparse.Namespace) -> None:
     model = build_unet()
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimiser = Optimiser(model)
-    path, steps, budget = args.work / "upscaler.pt", 0, Budget(args.minutes)
-    if path.exists():
-        state = torch.load(path)
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["ema"])
-        optimiser.adamw.load_state_dict(state["adamw"])
-        steps, budget = state["steps"], Budget(args.minutes, state["used"])
+    path = args.work / "upscaler.pt"
+    steps, budget = go_on(path, model, average, optimiser, args.minutes)
     torch.manual_seed(1000 + steps)
     report, save = Every(1), Every(4)
     total = count = 0.0

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from diffusers.guiders import AdaptiveProjectedGuidance
+from sessions import guided_runs
 from torch import Tensor
 
 from fastldm import Pipeline, Request
@@ -108,14 +109,7 @@ def test_projected_rows_share_a_batch_with_others(kernel: bool) -> None:
     table = make_table(read_scheduler({"_class_name": "DDIMScheduler", "clip_sample": False, **SD}, None, "a file"), 5)
 
     def runs() -> list[Run]:
-        made = []
-        for k, guidance in enumerate(GUIDANCES):
-            g, batch = torch.Generator().manual_seed(k), 1 + k % 2
-            text = torch.randn(batch * (1 + guidance.guided), 7, 32, generator=g)
-            temb = unet.time_rows(torch.from_numpy(table.timesteps))[:, None]
-            latents = torch.randn(batch, 4, 8, 8, generator=g)
-            made.append(Run(table, latents, [None] * 5, guidance, temb=temb, text_kv=unet.cross_kv(text)))
-        return made
+        return guided_runs(unet, table, GUIDANCES)
 
     def finish(batch: Batch, runs: list[Run]) -> list[Tensor]:
         for run in runs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,7 +15,10 @@ import torch
 import fastldm
 from benchmarks import ladder
 from fastldm import Pipeline, Session
+from fastldm.models.unet import UNet
 from fastldm.runtime.batch import EagerBatch
+from fastldm.runtime.denoise import Guidance, Run
+from fastldm.samplers.table import StepTable
 
 
 def tiny_pipeline(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Pipeline:
@@ -96,3 +100,16 @@ RAISED = [SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError, Odd, ValueE
 def alone(pipe: Pipeline, queries: list[dict[str, Any]]) -> list[np.ndarray]:
     """What each of these requests gives by itself."""
     return [pipe(**query).images for query in queries]  # type: ignore[misc]
+
+
+def guided_runs(unet: UNet, table: StepTable, guidances: Sequence[Guidance]) -> list[Run]:
+    """A run of 8x8 latents for each guidance, of one and two images in turn, each with a text and noise of its own; the
+    table draws none."""
+    made = []
+    for k, guidance in enumerate(guidances):
+        g, batch = torch.Generator().manual_seed(k), 1 + k % 2
+        text = torch.randn(batch * (1 + guidance.guided), 7, 32, generator=g)
+        temb = unet.time_rows(torch.from_numpy(table.timesteps))[:, None]
+        latents = torch.randn(batch, 4, 8, 8, generator=g)
+        made.append(Run(table, latents, [None] * len(table), guidance, temb=temb, text_kv=unet.cross_kv(text)))
+    return made
