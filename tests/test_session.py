@@ -179,7 +179,7 @@ def test_memory_stays_flat_over_many_requests(pipe: Pipeline, count: int) -> Non
 
         tensors, objects, bytes = run(50)
         more_tensors, more_objects, more_bytes = run(count - 50)
-    assert more_tensors == tensors
+    assert more_tensors <= tensors  # fewer, where an earlier test's last tensor went meanwhile
     assert more_objects <= objects + 100
     assert more_bytes - bytes <= 1024 * (count - 50)
 
