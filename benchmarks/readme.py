@@ -151,7 +151,7 @@ def _number(seconds: float) -> str:
 
 
 TABLES: dict[str, Callable[[], list[str]]] = {
-    "performance": lambda: [*compared("sd15-step", "cpu-picture"), "", *on_gpu()],
+    "performance": lambda: [*compared("sd15-step", "sd15-picture", "cpu-picture"), "", *on_gpu()],
     "deployment": deployed,
     "serving": served,
     "serving-short": served_in_short,

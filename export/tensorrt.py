@@ -91,7 +91,12 @@ def build(
 
 
 class TensorRTEngine:
-    """An engine on a GPU, on PyTorch's current stream: calls are asynchronous and can be captured in a CUDA graph."""
+    """An engine on a GPU, on PyTorch's current stream: calls are asynchronous and can be captured in a CUDA graph.
+
+    Activations are in memory that a call takes from PyTorch's allocator, as much as its shapes need, and gives back:
+    what runs one after another on a stream shares it, profiles, engines and PyTorch's own ops alike. A context that
+    held its own would hold as much as its profile's largest shapes need.
+    """
 
     def __init__(self, data: bytes, spec: NetworkSpec, device: torch.device) -> None:
         self.device, self._log = device, _Log()
@@ -114,7 +119,7 @@ class TensorRTEngine:
         return ranges
 
     def _context(self, profile: int) -> Any:
-        context = self._engine.create_execution_context()
+        context = self._engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None:
             raise EngineError(f"TensorRT has no memory to run {self.specs[0].name}: {self._log.last}")
         stream = torch.cuda.current_stream(self.device)
@@ -129,6 +134,8 @@ class TensorRTEngine:
         context = self._contexts[profile]
         for name, tensor in ins.items():
             context.set_input_shape(name, tuple(tensor.shape))
+        activations = torch.empty(context.update_device_memory_size_for_shapes(), dtype=torch.uint8, device=self.device)
+        context.set_device_memory(activations.data_ptr(), activations.numel())
         for name, tensor in {**ins, **outs}.items():
             context.set_tensor_address(name, tensor.data_ptr())
         if not context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):

@@ -495,3 +495,28 @@ def test_engine_can_be_captured(model: Path) -> None:
         inputs["sample"].neg_()
         graph.replay()
         assert torch.equal(captured, engine(inputs)["out_sample"])
+
+
+def test_tensorrt_lets_activations_be_given() -> None:
+    """The calls by which engines share memory, for which a GPU is needed otherwise."""
+    trt = pytest.importorskip("fastldm.export.tensorrt", reason="tensorrt_rtx is not installed").trt
+    assert "USER_MANAGED" in trt.ExecutionContextAllocationStrategy.__members__
+    assert {"set_device_memory", "update_device_memory_size_for_shapes"} <= set(dir(trt.IExecutionContext))
+
+
+@pytest.mark.gpu
+def test_engines_share_the_memory_of_activations(model: Path) -> None:
+    engines = [open_engine(backend("tensorrt"), model, spec(), device="cuda:0") for _ in range(2)]
+    inputs = {name: tensor.to("cuda:0") for name, tensor in sample(spec()).items()}
+
+    def peak(count: int) -> int:
+        torch.cuda.reset_peak_memory_stats()
+        for engine in engines[:count]:
+            engine(inputs)
+        return torch.cuda.max_memory_allocated()
+
+    peak(2)
+    assert peak(2) == peak(1)
+    held = torch.cuda.memory_allocated()
+    engines[0](inputs)
+    assert torch.cuda.memory_allocated() == held
