@@ -15,6 +15,13 @@ from fastldm.export.spec import Axis, NetworkSpec, Port, sample
 BATCH, TOKENS = Axis("batch", 1, 2, 4), Axis("tokens", 1, 7, 20)
 HEIGHT, WIDTH = Axis("height", 4, 8, 16, 2), Axis("width", 4, 8, 16, 2)
 
+SIZES = [
+    {},
+    {"batch": 1, "tokens": 1, "height": 4, "width": 4},  # the least of everything
+    {"batch": 4, "tokens": 20, "height": 16, "width": 16},  # the most
+    {"batch": 3, "height": 6, "width": 14},  # between, not square
+]
+
 
 def spec(dtype: Any = "float32") -> NetworkSpec:
     height, width = (Axis(a.name, 2 * a.least, 2 * a.best, 2 * a.most, 2 * a.multiple_of) for a in (HEIGHT, WIDTH))
@@ -65,3 +72,7 @@ def exported(network: nn.Module, folder: Path, dtype: str = "float32", opset: in
     folder.mkdir()
     program.save(str(folder / "model.onnx"))
     return folder / "model.onnx"
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    return ((a.float() - b).abs().max() / b.abs().max()).item()
