@@ -16,7 +16,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from small_network import SIZES, Tiny, error, exported, spec
+from small_network import BATCH, HEIGHT, SIZES, Tiny, error, exported, spec
 from torch import Tensor
 
 from fastldm import device as devices
