@@ -28,7 +28,7 @@ class PlainUNet:
     ) -> Tensor:
         """model_input (B, Cin, H, W), timesteps (B,), text (B, T, D) -> (B, Cout, H, W)"""
         unet = self.unet
-        widths = [resnet.conv2.weight.shape[0] for resnet in unet.resnets()]
+        widths = [resnet.row_channels for resnet in unet.row_readers()]
         rows = iter(unet.time_rows(timesteps, added=added).split(widths, dim=1))
         x = self.conv(unet.conv_in, model_input.contiguous())
         skips = [x]

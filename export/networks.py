@@ -35,9 +35,10 @@ from fastldm.loading import spec as loading
 from fastldm.loading.prepare import prepare
 from fastldm.models.config import AutoencoderConfig, TextConfig, UNetConfig
 from fastldm.models.controlnet import ControlNetConfig
+from fastldm.models.embeddings import guidance_embedding
 from fastldm.models.layers import Beside
 from fastldm.models.t2i_adapter import T2IAdapterConfig
-from fastldm.models.unet import AddedConditions, Features, Residuals, add_rows, guidance_embedding
+from fastldm.models.unet import AddedConditions, Features, Residuals, add_rows
 from fastldm.models.vae import Layer
 
 

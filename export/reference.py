@@ -27,9 +27,10 @@ from fastldm.loading import spec as loading
 from fastldm.loading.state import load_module
 from fastldm.models.clip import CLIPText
 from fastldm.models.controlnet import ControlNet
+from fastldm.models.embeddings import GuidanceSinusoids, Sinusoids
 from fastldm.models.layers import Adaptable, Beside, LowRank
 from fastldm.models.t2i_adapter import T2IAdapter
-from fastldm.models.unet import AddedConditions, Features, GuidanceSinusoids, Residuals, Sinusoids, UNet
+from fastldm.models.unet import AddedConditions, Features, Residuals, UNet
 from fastldm.models.vae import HALF_EXPONENT, AutoencoderKL, TinyAutoencoder, rescale_for_half
 
 Named = Mapping[str, Tensor]

@@ -4,7 +4,7 @@
     out = group_norm(total, skip), with shift and SiLU                                returns total + ahead and out
 
     x (B, C, H, W), weight (O, C, K, K), conv_bias, ahead (O,), residual (B, O, H', W'), skip (B, C2, H', W'),
-    shift (B, O + C2), norm_weight and norm_bias (O + C2,) -> (B, O, H', W') and (B, O + C2, H', W')
+    shift (B, O + C2), norm_weight and norm_bias (O + C2,) or (B, O + C2) -> (B, O, H', W') and (B, O + C2, H', W')
 
 Nothing is computed here that conv.py and group_norm.py do not compute. What is saved is what lies between them, where
 the convolution is by its kernel:

@@ -11,9 +11,10 @@ the sum before it.
     out = group_norm(total, skip)                                    returns total + ahead and out
 
     x, residual (B, C1, H, W), x_bias, ahead (C1,), skip (B, C2, H, W), shift (B, C1 + C2), weight and bias (C1 + C2,)
-    -> (B, C1 + C2, H, W)
+    or (B, C1 + C2), each row's own -> (B, C1 + C2, H, W)
 
-`shift` is the time embedding's row for this block, with the bias of the convolution before it folded in. Statistics are
+`shift` is the time embedding's row for this block, with the bias of the convolution before it folded in. Where the time
+scales what is normalised (FiLM, adaptive norms), weight and bias of each row have that folded in. Statistics are
 float32 whatever the dtype; a group may have channels of both x and skip. Formula: Wu and He 2018, arXiv:1803.08494.
 
 Statistics. A sum of squares loses all precision where the mean is large, so none is computed. Each subset of the data
@@ -107,7 +108,13 @@ def group_norm_reference(
         x = torch.cat((x, skip), dim=1)
     if shift is not None:
         x = x + shift[:, :, None, None]
-    out = _by_lines(x, groups, weight, bias, eps) if _is_large(x) else F.group_norm(x, groups, weight, bias, eps)
+    if _is_large(x):
+        out = _by_lines(x, groups, weight, bias, eps)
+    elif weight.ndim == 1:
+        out = F.group_norm(x, groups, weight, bias, eps)
+    else:
+        normalised = F.group_norm(x, groups, eps=eps)
+        out = torch.addcmul(bias[:, :, None, None], normalised, weight[:, :, None, None])
     return F.silu(out, inplace=True) if silu else out
 
 
@@ -128,8 +135,8 @@ def _by_lines(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) 
     out, mean, inverse = torch.native_group_norm(lines, None, None, *sizes, _LEAST_VARIANCE)
     means = mean.view(batch, height, groups)
     variance = (inverse.view_as(means) ** -2 + (means - means.mean(1, keepdim=True)) ** 2).mean(1)  # (B, G)
-    scale = (variance + eps).rsqrt()[..., None] * weight.view(groups, -1)  # (B, G, C / G)
-    shift = bias.view(groups, -1) - means.mean(1)[..., None] * scale
+    scale = (variance + eps).rsqrt()[..., None] * weight.unflatten(-1, (groups, -1))  # (B, G, C / G)
+    shift = bias.unflatten(-1, (groups, -1)) - means.mean(1)[..., None] * scale
     whole = (batch, channels, 1, 1)
     out = out.permute(0, 2, 3, 1).view(batch, height, width, channels).permute(0, 3, 1, 2)
     return torch.addcmul(shift.reshape(whole), x, scale.reshape(whole), out=out)
@@ -173,12 +180,15 @@ def supports(
             return no(f"{tuple(image.shape)} with strides {tuple(image.stride())} is not channels-last")
     if skip is not None and skip.dtype != x.dtype:
         return no(f"x is {x.dtype}, skip {skip.dtype}")
-    if shift is not None and shift.shape != (x.shape[0], weight.shape[0]):
-        return no(f"shift is {tuple(shift.shape)}, not one row of {weight.shape[0]} for each of {x.shape[0]}")
+    channels = weight.shape[-1]
+    if shift is not None and shift.shape != (x.shape[0], channels):
+        return no(f"shift is {tuple(shift.shape)}, not one row of {channels} for each of {x.shape[0]}")
+    if weight.shape != bias.shape or (weight.ndim == 2 and weight.shape[0] != x.shape[0]):
+        return no(f"weight is {tuple(weight.shape)} and bias {tuple(bias.shape)}, not alike for each of {x.shape[0]} rows")
     for vector in (weight, bias) if shift is None else (weight, bias, shift):
         if vector.stride(-1) != 1 and vector.shape[-1] != 1:
             return no(f"a vector of channels has stride {vector.stride(-1)}")
-    if (size := weight.shape[0] // groups) > _LARGEST_GROUP:
+    if (size := channels // groups) > _LARGEST_GROUP:
         return no(f"{size} channels a group are more than {_LARGEST_GROUP}")
     return YES
 
@@ -278,7 +288,7 @@ def is_candidate(
     skip: Tensor | None = None,
 ) -> bool:
     """32 elements for each thread. One program for a group, or few idle lanes and enough pieces to fill a GPU."""
-    pixels, size = x.shape[2] * x.shape[3], weight.shape[0] // groups
+    pixels, size = x.shape[2] * x.shape[3], weight.shape[-1] // groups
     channels = config["GROUPS"] * size
     lanes = next_power_of_2(channels)
     if config["GROUPS"] > groups or config["PIXELS"] * lanes != 1024 * config["num_warps"]:
@@ -300,7 +310,7 @@ def shape_class(
     shift: Tensor | None = None,
     skip: Tensor | None = None,
 ) -> str:
-    return f"c{weight.shape[0]} g{groups} p{next_power_of_2(x.shape[2] * x.shape[3])}"
+    return f"c{weight.shape[-1]} g{groups} p{next_power_of_2(x.shape[2] * x.shape[3])}"
 
 
 def add_is_candidate(
@@ -533,7 +543,7 @@ def _statistics_kernel(
 @jit
 def _normalise_kernel(
     x, skip, residual, x_bias, ahead, shift, weight, bias, moments, total, out, pixels, channels, groups, split_channel,
-    part, x_row, x_pixel, skip_row, skip_pixel, shift_row,
+    part, x_row, x_pixel, skip_row, skip_pixel, shift_row, weight_row, bias_row,
     EPS: tl.constexpr, SILU: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
     TILES: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr, UNIT: tl.constexpr, PARTS: tl.constexpr,
     PIECES: tl.constexpr, BLOCKS: tl.constexpr,
@@ -559,7 +569,10 @@ def _normalise_kernel(
     mask = (start + tile_pixel < last) & channel_mask
     tile = _load(x, skip, start, tile_pixel, channel, mask, split_channel, part, x_pixel, skip_pixel, PARTS)
     residual_tile = _load_residual(residual, start, tile_pixel, channel, mask, split_channel)
-    scale, bias_row = _vector(weight, channel, channel_mask), _vector(bias, channel, channel_mask)
+    if weight_row is not None:  # each row's own
+        weight += row * weight_row
+        bias += row * bias_row
+    scale, added = _vector(weight, channel, channel_mask), _vector(bias, channel, channel_mask)
     offset = 0.0
     if shift is not None:
         offset = _vector(shift + row * shift_row, channel, channel_mask)
@@ -614,7 +627,7 @@ def _normalise_kernel(
         if total is not None:
             later = _total(y, None, _x_vector(ahead, channel, channel_mask, split_channel), total)
             _store(total, start, tile_pixel, channel, later, mask & (channel < split_channel), split_channel)
-        y = (y.to(tl.float32) - mean) * scale + bias_row
+        y = (y.to(tl.float32) - mean) * scale + added
         if SILU:
             y = silu(y)
         _store(out, start, tile_pixel, channel, y, mask, channels)
@@ -688,7 +701,7 @@ def normalise(
     if x.dim() == 5:
         (parts, part), x = (x.shape[0], x.stride(0)), x[0]
     batch, split_channel, height, width = x.shape
-    pixels, channels = height * width, weight.shape[0]
+    pixels, channels = height * width, weight.shape[-1]
     size = channels // groups
     if moments is not None:  # which every program merges: no more of them than fill a GPU
         rows = 1 if is_batch_invariant() else batch
@@ -728,7 +741,8 @@ def normalise(
             x, parts, residual, x_bias = written, 1, None, None
     tile |= {"EPS": eps, "SILU": silu, "PARTS": parts, "PIECES": next_power_of_2(pieces), "BLOCKS": blocks}
     terms = (x, skip, residual, x_bias, ahead, shift)
-    launch(_normalise_kernel, grid, *terms, weight, bias, moments, total, out, *shape, **tile)
+    rows = (None, None) if weight.ndim == 1 else (weight.stride(0), bias.stride(0))
+    launch(_normalise_kernel, grid, *terms, weight, bias, moments, total, out, *shape, *rows, **tile)
     return out
 
 

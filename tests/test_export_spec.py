@@ -63,7 +63,7 @@ def test_networks_match_their_specs(models: dict[str, loading.Spec], family: str
 
 def test_split_networks_equal_full_network(models: dict[str, loading.Spec]) -> None:
     """With SDXL's conditions and a timestep for each row; LCM's guidance is embedded by the split one only."""
-    from fastldm.models.unet import guidance_embedding
+    from fastldm.models.embeddings import guidance_embedding
 
     model = models["sdxl-lcm"]
     full, split = (ReferenceNetworks(model, "float32", split=split) for split in (False, True))

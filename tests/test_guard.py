@@ -154,7 +154,7 @@ def test_texts_are_projected_once_per_prompt(steps: int) -> None:
 @pytest.mark.parametrize(("config", "layers"), [(SD15, 16), (SDXL, 70)], ids=["sd1.5", "sdxl"])
 def test_conditions_are_computed_once_per_request(config: UNetConfig, layers: int) -> None:
     """Of texts one a layer; of time one a resnet, and two for each embedding: of time, and SDXL's of size and text."""
-    resnets, embeddings = len(dry_run.network(config, torch.float32).resnets()), 4 if config.needs_added else 2  # type: ignore
+    resnets, embeddings = len(dry_run.network(config, torch.float32).row_readers()), 4 if config.needs_added else 2  # type: ignore
     with dispatch.targeting(dispatch.Target(CPU)):
         work = dry_run.conditions(config, steps=30, rows=2, tokens=77, dtype=torch.float32)
         assert ops(work) == {"linear": layers + resnets + embeddings}

@@ -18,7 +18,8 @@ from fastldm.errors import InputError
 from fastldm.kernels import dispatch
 from fastldm.models import AddedConditions, UNet
 from fastldm.models.config import UNetConfig
-from fastldm.models.unet import Reuse, guidance_embedding, timestep_embedding
+from fastldm.models.embeddings import guidance_embedding, timestep_embedding
+from fastldm.models.unet import Reuse
 
 pytestmark = pytest.mark.usefixtures("_no_grad")
 

@@ -226,8 +226,7 @@ def _layout(module: nn.Module) -> dict[str, Tensor]:
             return {"weight": pad_to_eights(channels_last(weight))[:filters, :channels]}
         return {"weight": channels_last(weight)}
     if isinstance(module, Attention):
-        self_attention = module.to_q.weight.shape == module.to_k.weight.shape
-        return _stacked(module, ("to_q", "to_k", "to_v") if self_attention else ("to_k", "to_v"))
+        return _stacked(module, module.packed)
     if isinstance(module, SelfAttention):
         return _stacked(module, ("q_proj", "k_proj", "v_proj"))
     return {}

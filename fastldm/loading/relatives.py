@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from fastldm.errors import CheckpointError
 from fastldm.loading.tensors import Shapes
+from fastldm.models.config import UNetConfig
 from fastldm.models.families import DEPTH_PIPELINE, UNCLIP_PIPELINE, pipeline_classes
 
 RUNS = (
@@ -98,6 +99,14 @@ def check_unet_keys(config: Mapping[str, Any], source: str, pipeline: Any = None
     for key, values, label in _UNET_KEYS:
         if config.get(key) in values and config[key] != runs.get(key):
             raise CheckpointError(f"{source} has {key!r} {config[key]!r}: it is {label}. {RUNS}.")
+
+
+def check_standard(unet: UNetConfig, source: str, pipeline: Any = None) -> None:
+    """CheckpointError if a U-Net is beyond Stable Diffusion's kind: there are networks of it, and no pipelines yet.
+    pipeline: the class's name."""
+    if unet.beyond_standard is not None:
+        kind = f"of a {pipeline}, " * isinstance(pipeline, str)
+        raise CheckpointError(f"{source} is {kind}with {unet.beyond_standard}, a pipeline that is not there. {RUNS}.")
 
 
 def check_channels(

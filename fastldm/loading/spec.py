@@ -187,6 +187,7 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
     sources = {name: checkpoint.config_source(name) for name in configs}
     relatives.check_unet_keys(configs["unet"], sources["unet"], pipeline or checkpoint.index.get("_class_name"))
     unet = UNetConfig.from_dict(_with_size(configs["unet"], pipeline), sources["unet"])
+    relatives.check_standard(unet, sources["unet"], checkpoint.index.get("_class_name"))
     vae_class = AUTOENCODERS.get(str(configs["vae"].get("_class_name")), VAEConfig)
     vae = vae_class.from_dict(_with_scale(configs["vae"], pipeline, sources["vae"]), sources["vae"])
     relatives.check_channels(

@@ -19,6 +19,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastldm.errors import CheckpointError
 from fastldm.models.config import UNetConfig
 from fastldm.models.interfaces import AddedConditions
 from fastldm.models.layers import Conv, Layers, Pending, Pointwise, as_tensor, channels_last, to_image, to_tokens
@@ -79,8 +80,11 @@ class ControlNetConfig:
         encoder |= {"_class_name": "UNet2DConditionModel", "mid_block_type": values["mid_block_type"]}
         if isinstance(types := cfg.get("down_block_types"), list | tuple):
             encoder["up_block_types"] = [str(kind).replace("Down", "Up") for kind in reversed(types)]
+        unet = UNetConfig.from_dict(encoder, source)
+        if unet.beyond_standard is not None:
+            raise CheckpointError(f"{source}: a ControlNet with {unet.beyond_standard} is not implemented")
         return cls(
-            unet=UNetConfig.from_dict(encoder, source),
+            unet=unet,
             image_channels=values["conditioning_channels"],
             hint_channels=values["conditioning_embedding_out_channels"],
             bgr=values["controlnet_conditioning_channel_order"] == "bgr",
@@ -141,7 +145,7 @@ class ControlNet(UNetEncoder):
 
     def time_rows(self, timesteps: Tensor, *, added: AddedConditions | None = None) -> Tensor:
         """As `UNet.time_rows`."""
-        return self._time_rows(timesteps, added)
+        return self._rows(self.embed(timesteps, added=added))
 
     def step(
         self,

@@ -254,19 +254,29 @@ class Conv(Adaptable):
 
 
 class GroupNorm(nn.Module):
+    weight: nn.Parameter
+    bias: nn.Parameter
+
     def __init__(self, groups: int, channels: int, eps: float) -> None:
         super().__init__()
         self.weight, self.bias = parameter(channels), parameter(channels)
         self.groups, self.eps = groups, eps
 
     def forward(
-        self, x: Tensor | Pending, *, silu: bool = False, shift: Tensor | None = None, skip: Tensor | None = None
+        self,
+        x: Tensor | Pending,
+        *,
+        silu: bool = False,
+        shift: Tensor | None = None,
+        skip: Tensor | None = None,
+        affine: Tensor | None = None,
     ) -> Tensor:
+        """affine (B, 2C): weight | bias of each row of x, in place of the norm's own."""
         if isinstance(x, Pending) and x.output is None:
-            x.output, out = self.add(x, silu=silu, shift=shift, skip=skip)
+            x.output, out = self.add(x, silu=silu, shift=shift, skip=skip, affine=affine)
             return out
-        x = as_tensor(x)
-        return group_norm(x, self.groups, self.weight, self.bias, self.eps, silu=silu, shift=shift, skip=skip)
+        weight, bias = (self.weight, self.bias) if affine is None else affine.chunk(2, dim=1)
+        return group_norm(as_tensor(x), self.groups, weight, bias, self.eps, silu=silu, shift=shift, skip=skip)
 
     def add(
         self,
@@ -276,9 +286,11 @@ class GroupNorm(nn.Module):
         shift: Tensor | None = None,
         skip: Tensor | None = None,
         ahead: Tensor | None = None,
+        affine: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x (+ ahead), and x normalised, as `forward` does. shift: only of what is pending."""
-        norm = (self.groups, self.weight, self.bias, self.eps)
+        weight, bias = (self.weight, self.bias) if affine is None else affine.chunk(2, dim=1)
+        norm = (self.groups, weight, bias, self.eps)
         if isinstance(x, Pending) and x.output is None:
             terms = (x.x, x.conv.weight, x.bias, x.residual)
             options: dict[str, Any] = {"stride": x.conv.stride, "padding": x.padding, "shift": shift}
@@ -307,19 +319,17 @@ class LayerNorm(nn.Module):
 class Resnet(nn.Module):
     """Two normalised convolutions around a residual; diffusers' ResnetBlock2D.
 
-    In a U-Net, channels that depend on the timestep are added between them: `shift` (B, out_channels). It includes
-    conv1's bias (see UNet.time_rows), so conv1 runs without. A U-Net's decoder passes a part of the input as `skip`.
-    norm: applies a GroupNorm, by default as usual; tiled decoding uses shared statistics.
+    In a U-Net (resnet.py), channels that depend on the timestep are added between them: `shift` (B, out_channels). It
+    includes conv1's bias (see UNet.time_rows), so conv1 runs without. A U-Net's decoder passes a part of the input as
+    `skip`. norm: applies a GroupNorm, by default as usual; tiled decoding uses shared statistics.
     """
 
-    def __init__(
-        self, in_channels: int, out_channels: int, groups: int, eps: float, time_channels: int | None = None
-    ) -> None:
+    conv_shortcut: Conv | None
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int, eps: float) -> None:
         super().__init__()
         self.norm1 = GroupNorm(groups, in_channels, eps)
         self.conv1 = Conv(in_channels, out_channels)
-        if time_channels is not None:
-            self.time_emb_proj = Linear(time_channels, out_channels)
         self.norm2 = GroupNorm(groups, out_channels, eps)
         self.conv2 = Conv(out_channels, out_channels)
         self.conv_shortcut = None if in_channels == out_channels else Conv(in_channels, out_channels, kernel=1)
@@ -427,6 +437,12 @@ class Attention(nn.Module):
         self.to_v = Linear(context, channels, bias)
         self.to_out = nn.ModuleList([Linear(channels, channels)])  # to_out.1 is a dropout in diffusers
         self.heads = heads
+
+    @property
+    def packed(self) -> tuple[str, ...]:
+        """The projections that are one product in each step, or for each text: loading/prepare.py stacks them."""
+        self_attention = self.to_q.weight.shape == self.to_k.weight.shape
+        return ("to_q", "to_k", "to_v") if self_attention else ("to_k", "to_v")
 
     def qkv(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values of x (B, N, channels), by one matrix product."""

@@ -1,7 +1,8 @@
-"""The U-Net of Stable Diffusion 1, 2, XL and their distilled relatives, partially evaluated.
+"""The U-Net of diffusion models in pixels and in latents, partially evaluated.
 
 Everything that depends only on the schedule and the conditioning is computed once, by `time_rows` and `cross_kv`; the
-denoising loop only calls `step`. Parameter names are those of diffusers' UNet2DConditionModel.
+denoising loop only calls `step`. What its blocks are is data, a `UNetConfig`. Parameter names are those of diffusers'
+UNet2DConditionModel and UNet2DModel.
 
 Its first half, `UNetEncoder`, is that of a ControlNet too (controlnet.py), whose outputs the U-Net adds to its skip
 connections: `Residuals`. `Features` are what a T2I-Adapter adds inside that half.
@@ -12,35 +13,41 @@ changes slowly from step to step, so that rows may take that of an earlier step:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastldm.errors import InputError
 from fastldm.kernels.dispatch import is_batch_invariant
 from fastldm.models.config import Level, UNetConfig
+from fastldm.models.embeddings import ACTIVATIONS, Conditions, GuidanceSinusoids, HintEmbedding
 from fastldm.models.interfaces import AddedConditions
 from fastldm.models.layers import (
+    Attention,
     Beside,
     Conv,
     Downsample,
     GroupNorm,
     Layers,
-    Linear,
     Pending,
     PictureKV,
-    Resnet,
     Upsample,
     as_tensor,
     channels_last,
-    parameter,
 )
-from fastldm.models.transformer import Text, Transformer
+from fastldm.models.resnet import Blur, TimedResnet
+from fastldm.models.transformer import (
+    AdaptiveAttention,
+    AddedAttention,
+    PixelAttention,
+    SpatialAttention,
+    Text,
+    Transformer,
+)
+from fastldm.models.unet_blocks import Layer
 
 
 class Pictures(NamedTuple):
@@ -81,33 +88,18 @@ class Reuse(NamedTuple):
     which the first are these, and that nobody writes. C: `UNetConfig.deep_channels`."""
 
 
-class UNetEncoder(nn.Module):
+class UNetEncoder(Conditions):
     """The half of a U-Net up to its middle block, with the embeddings of time and conditioning."""
 
     def __init__(self, config: UNetConfig) -> None:
-        super().__init__()
-        channels = config.down[0].channels
-        self.conv_in = Conv(config.in_channels, channels)
-        self.time_proj = Sinusoids(channels, config.flip_sin_to_cos, config.freq_shift)
-        self.time_embedding = TimeEmbedding(channels, config.time_embedding_dim, config.time_cond_proj_dim)
-        self.needs_added = config.needs_added
-        if config.needs_added:
-            self.add_time_proj = Sinusoids(config.addition_time_embed_dim, config.flip_sin_to_cos, config.freq_shift)
-            self.add_embedding = TimeEmbedding(config.addition_input_dim, config.time_embedding_dim)
-        self.needs_class = config.needs_class or config.needs_vector
-        self.class_embedding: nn.Module
-        if config.num_class_embeds is not None:
-            self.class_embedding = ClassEmbedding(config.num_class_embeds, config.time_embedding_dim)
-        elif config.class_input_dim is not None:
-            self.class_embedding = TimeEmbedding(config.class_input_dim, config.time_embedding_dim)
+        super().__init__(config)
+        self.act_fn, self.skips_between = config.act_fn, config.skips_between
+        self.conv_in = Conv(config.in_channels, config.down[0].channels, config.conv_in_kernel)
+        *levels, middle = config.encoder_layers
         self.down_blocks: Layers[Block] = Layers()
-        for i, level in enumerate(config.down):
-            block = Block(config, level, channels)
-            channels = level.channels
-            if i < config.levels - 1:
-                block.downsamplers.append(Downsample(channels, config.downsample_padding))
-            self.down_blocks.append(block)
-        self.mid_block = Block(config, config.mid, channels)
+        for i, (level, layers) in enumerate(zip(config.down, levels, strict=True)):
+            self.down_blocks.append(Block(config, level, layers, "down" if i < config.levels - 1 else None))
+        self.mid_block = Block(config, config.mid, middle)
 
     def encode(
         self,
@@ -138,13 +130,14 @@ class UNetEncoder(nn.Module):
                 if is_skip:
                     skips[-1] = x
 
-        skips = [x]
+        skips = [x] if self.skips_between else []
         for block in self.down_blocks:
-            for resnet, transformer in block.layers():
+            for (resnet, attention), is_skip in zip(block.layers(), block.uses_skip, strict=True):
                 x = resnet.pending(x, next(rows))
-                if transformer is not None:
-                    x = transformer(x, texts)
-                skips.append(x)
+                if attention is not None:
+                    x = attention(x, texts, rows)
+                if is_skip:
+                    skips.append(x)
             # As diffusers: before a level with transformers is halved, and after a level without is. Either way, the
             # last skip connection is the same tensor.
             if block.attentions:
@@ -154,33 +147,38 @@ class UNetEncoder(nn.Module):
                 if not deep:
                     return x, skips
             for downsample in block.downsamplers:
-                x = downsample.pending(as_tensor(x))
-                skips.append(x)
+                x = block.resize(downsample, x, rows)
+                if self.skips_between:
+                    skips.append(x)
             if not block.attentions:
                 add_feature()
 
-        for resnet, transformer in self.mid_block.layers():
+        for resnet, attention in self.mid_block.layers():
             x = resnet.pending(x, next(rows))
-            if transformer is not None:
-                x = transformer(x, texts)
+            if attention is not None:
+                x = attention(x, texts, rows)
         add_feature()
         return x, skips
 
     def inputs(
         self, temb_row: Tensor, texts: Sequence[Text], deep: int | None = None
     ) -> tuple[Iterator[Tensor], Iterator[Text]]:
-        """A row (B, S) of `time_rows` as the shifts of each resnet, and the text of each cross-attention, in network
-        order. deep: how many rows, the first ones, run the deep part, by default all."""
-        rows: Sequence[Tensor] = temb_row.split([resnet.conv2.weight.shape[0] for resnet in self.resnets()], dim=1)
+        """A row (B, S) of `time_rows` as the parts of all that read it, and the text of each cross-attention, in
+        network order. deep: how many rows, the first ones, run the deep part, by default all."""
+        readers = self.row_readers()
+        rows: Sequence[Tensor] = temb_row.split([reader.row_channels for reader in readers], dim=1)
         if deep is not None:
             deep_blocks = self.deep_blocks()
-            in_deep = [block in deep_blocks for block in self.blocks() for _ in block.resnets]
+            deep_readers = {*self.down_blocks[0].downsamplers} | {
+                reader for block in deep_blocks for reader in block.row_readers()
+            }
+            in_deep = [reader in deep_readers for reader in readers]
             rows = [
                 row[:deep] if is_deep else row
                 for row, is_deep in zip(rows, in_deep, strict=True)
                 if deep or not is_deep
             ]
-            in_deep = [block in deep_blocks for block in self.blocks() for _ in range(block.cross_attentions)]
+            in_deep = [block in deep_blocks for block in self.blocks() for _ in block.cross_attentions]
             texts = [
                 text.first(deep) if is_deep else text
                 for text, is_deep in zip(texts, in_deep, strict=True)
@@ -188,39 +186,17 @@ class UNetEncoder(nn.Module):
             ]
         return iter(rows), iter(texts)
 
-    def _time_rows(
-        self,
-        timesteps: Tensor,
-        added: AddedConditions | None,
-        condition: Tensor | None = None,
-        class_labels: Tensor | None = None,
-    ) -> Tensor:
-        dtype = self.conv_in.weight.dtype
-        embedding = self.time_embedding(self.time_proj(timesteps).to(dtype), condition)
-        if self.needs_class:
-            if class_labels is None:
-                raise InputError(
-                    "this network reads a class (an upscaler's noise level, or unCLIP's picture): class_labels is None"
-                )
-            embedding = embedding + self.class_embedding(class_labels)
-        if self.needs_added:
-            if added is None:
-                raise InputError("this network (SDXL) reads pooled text and sizes: got None, expected R rows of each")
-            sizes = self.add_time_proj(added.time_ids.flatten())
-            sizes = sizes.unflatten(0, added.time_ids.shape).flatten(1)  # (R, 6 * addition_time_embed_dim)
-            embedding = embedding + self.add_embedding(torch.cat((added.text_embeds, sizes), dim=1).to(dtype))
-        h = F.silu(embedding)
-        return torch.cat([resnet.time_emb_proj(h) + resnet.conv1.bias for resnet in self.resnets()], dim=1)
+    def _rows(self, embedding: Tensor) -> Tensor:
+        """Rows (R, S) of embeddings (R, time_embedding_dim)."""
+        activated = ACTIVATIONS[self.act_fn](embedding)
+        return torch.cat([reader.row(embedding, activated) for reader in self.row_readers()], dim=1)
 
     def cross_kv(self, encoder_hidden_states: Tensor) -> tuple[Tensor, ...]:
-        """Keys and values of texts (B, T, D): a tensor (B, T, 2C) = (k | v) per cross-attention, in network order."""
-        return tuple(
-            attention.kv(encoder_hidden_states)
-            for block in self.blocks()
-            for transformer in block.attentions
-            for layer in transformer.transformer_blocks
-            for attention in layer.cross_attentions
-        )
+        """Keys and values of texts (B, T, D): a tensor (B, T, 2C) = (k | v) per cross-attention, in network order; none
+        in networks without. Where the config has `encoder_hid_dim`, of texts (B, T, encoder_hid_dim), or for
+        "image_proj" of vectors of pictures (B, encoder_hid_dim)."""
+        text = self.read(encoder_hidden_states)
+        return tuple(attention.kv(text) for block in self.blocks() for attention in block.cross_attentions)
 
     def blocks(self) -> list[Block]:
         return [*self.down_blocks, self.mid_block]
@@ -229,9 +205,9 @@ class UNetEncoder(nn.Module):
         """Those in which all is deep."""
         return self.blocks()[1:]
 
-    def resnets(self) -> list[Resnet]:
-        """All resnets in network order."""
-        return [resnet for block in self.blocks() for resnet in block.resnets]
+    def row_readers(self) -> list[TimedResnet | AdaptiveAttention]:
+        """All that read a part of a time row, in network order."""
+        return [reader for block in self.blocks() for reader in block.row_readers()]
 
 
 def add_rows(x: Tensor, value: Tensor, first: int, weight: Tensor | None = None) -> None:
@@ -263,20 +239,15 @@ class UNet(UNetEncoder):
         super().__init__(config)
         self.config = config
         self.beside = Beside()
-        channels = config.down[-1].channels
-        if config.time_cond_proj_dim is not None:
+        if config.needs_guidance and config.time_cond_proj_dim is not None:
             self.guidance_proj = GuidanceSinusoids(config.time_cond_proj_dim)
-        skips = list(config.skip_channels)  # each resnet of the decoder takes the last remaining one
         self.up_blocks: Layers[Block] = Layers()
-        for i, level in enumerate(config.up):
-            block = Block(config, level, channels, [skips.pop() for _ in level.depths])
-            channels = level.channels
-            if i < config.levels - 1:
-                block.upsamplers.append(Upsample(channels))
-            self.up_blocks.append(block)
-
-        self.conv_norm_out = GroupNorm(config.norm_groups, channels, config.norm_eps)
-        self.conv_out = Conv(channels, config.out_channels)
+        for i, (level, layers) in enumerate(zip(config.up, config.decoder_layers, strict=True)):
+            self.up_blocks.append(Block(config, level, layers, "up" if i < config.levels - 1 else None))
+        channels = config.up[-1].out_channels
+        self.conv_norm_out = GroupNorm(config.norm_groups, channels, config.norm_eps) if config.out_norm else None
+        self.out_act = config.act_fn if config.conditional else "silu"
+        self.conv_out = Conv(channels, config.out_channels, config.conv_out_kernel)
 
     def step(
         self,
@@ -302,8 +273,13 @@ class UNet(UNetEncoder):
         `UNetConfig.self_attentions`, (B,) bool, the rows in which each pixel attends to itself alone.
 
         Computes only what changes in each step. All H and W are allowed, as in diffusers: upsampling goes to the size
-        of the skip connection.
+        of the skip connection. Only a network of `UNetConfig.even_sizes` takes multiples of its stride alone:
+        InputError.
         """
+        stride = self.config.stride if self.config.even_sizes else 1
+        if any(size % stride for size in model_input.shape[2:]):
+            height, width = model_input.shape[2:]
+            raise InputError(f"model_input is {height}x{width}: this network takes multiples of {stride}")
         deep = None if reuse is None else reuse.rows
         every_text = [
             Text(
@@ -340,15 +316,19 @@ class UNet(UNetEncoder):
                 x = reuse.exchange(as_tensor(x) if deep else None)
             elif deep == 0:
                 continue
-            for resnet, transformer in block.layers():
-                x = resnet.pending(x, next(rows), skip=as_tensor(skips.pop()))
-                if transformer is not None:
-                    x = transformer(x, texts)
+            for (resnet, attention), reads_skip in zip(block.layers(), block.uses_skip, strict=True):
+                x = resnet.pending(x, next(rows), skip=as_tensor(skips.pop()) if reads_skip else None)
+                if attention is not None:
+                    x = attention(x, texts, rows)
             for upsample in block.upsamplers:
                 height, width = as_tensor(skips[-1]).shape[2:]
-                x = upsample(as_tensor(x), (height, width))
+                x = block.resize(upsample, x, rows, (height, width))
 
-        return self.conv_out(self.conv_norm_out(x, silu=True))
+        if self.conv_norm_out is None:
+            return self.conv_out(as_tensor(x))
+        if self.out_act == "silu":
+            return self.conv_out(self.conv_norm_out(x, silu=True))
+        return self.conv_out(ACTIVATIONS[self.out_act](self.conv_norm_out(x)))
 
     def time_rows(
         self,
@@ -357,26 +337,47 @@ class UNet(UNetEncoder):
         added: AddedConditions | None = None,
         guidance: Tensor | None = None,
         class_labels: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        image_embeds: Tensor | None = None,
     ) -> Tensor:
-        """The resnets' inputs from time and conditioning: timesteps (R,) -> (R, S), one row per step and U-Net row.
+        """What the network reads of time and conditioning: timesteps (R,) -> (R, S), one row per step and U-Net row.
 
-        A row is time_emb_proj(silu(embedding)) of all resnets, concatenated in network order, plus the biases of the
-        convolutions to whose outputs it is added. timesteps may be fractional. SDXL needs `added`, with R rows, LCM
-        `guidance` (R,), the guidance scale, and an upscaler `class_labels` (R,) whole numbers, the noise level,
-        unCLIP (R, class_input_dim), a picture's vector and its noise level's: InputError if they are missing.
+        A row has a part for each resnet (see resnet.py), and each attention with an adaptive norm, in network order.
+        timesteps may be fractional. InputError for what the config says and is missing: `added`, with R rows (SDXL);
+        `guidance` (R,), the guidance scale (LCM); `class_labels`, (R,) whole numbers (an upscaler's noise level, ADM's
+        class), (R,) timesteps, or vectors (R, class_input_dim) (unCLIP: a picture's, and its noise level's) or (R,
+        time_embedding_dim); `timestep_cond` (R, time_cond_proj_dim) (the x2 upscaler); `encoder_hidden_states`
+        (R, T, D), before its projection (IF); `image_embeds` (R, encoder_hid_dim) (Kandinsky).
         """
-        condition = None
-        if self.config.time_cond_proj_dim is not None:
+        condition = timestep_cond
+        if self.config.needs_guidance and condition is None:
             if guidance is None:
                 raise InputError("this U-Net (LCM) reads the guidance scale: guidance is None, expected (R,) numbers")
             condition = self.guidance_proj(guidance)
-        return self._time_rows(timesteps, added, condition, class_labels)
+        embedding = self.embed(
+            timesteps,
+            added=added,
+            condition=condition,
+            class_labels=class_labels,
+            encoder_hidden_states=encoder_hidden_states,
+            image_embeds=image_embeds,
+        )
+        return self._rows(embedding)
+
+    def hint(self, image: Tensor) -> Tensor:
+        """A map (B, 3, H, W) as the channels that are read behind the latents (B, 4, H / 8, W / 8), of a network whose
+        `addition_embed_type` is "image_hint"."""
+        embedding = getattr(self, "add_embedding", None)
+        if not isinstance(embedding, HintEmbedding):
+            raise InputError("this network reads no hint ('addition_embed_type')")
+        return embedding.hint(image)
 
     def forward(
         self,
         sample: Tensor,
         timestep: Tensor | float,
-        encoder_hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
         timestep_cond: Tensor | None = None,
         added_cond_kwargs: Mapping[str, Tensor] | None = None,
         class_labels: Tensor | None = None,
@@ -384,14 +385,27 @@ class UNet(UNetEncoder):
         """The full network with diffusers' arguments: sample (B, Cin, H, W), timestep () or (B,) -> (B, Cout, H, W).
 
         timestep_cond (B, time_cond_proj_dim) is LCM's embedded guidance; added_cond_kwargs has SDXL's text_embeds and
-        time_ids; class_labels (B,) whole numbers.
+        time_ids, or Kandinsky's image_embeds and hint; class_labels as of `time_rows`.
         """
+        if encoder_hidden_states is not None and not self.config.conditional:
+            raise InputError("this network (UNet2DModel) reads no text: got encoder_hidden_states, expected None")
         timesteps = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
-        added = None
-        if added_cond_kwargs:
-            added = AddedConditions(added_cond_kwargs["text_embeds"], added_cond_kwargs["time_ids"])
-        rows = self._time_rows(timesteps, added, timestep_cond, class_labels)
-        return self.step(sample, rows, self.cross_kv(encoder_hidden_states))
+        given = added_cond_kwargs or {}
+        added = AddedConditions(given["text_embeds"], given["time_ids"]) if self.needs_added and given else None
+        embedding = self.embed(
+            timesteps,
+            added=added,
+            condition=timestep_cond,
+            class_labels=class_labels,
+            encoder_hidden_states=encoder_hidden_states,
+            image_embeds=given.get("image_embeds"),
+        )
+        if "hint" in given:
+            sample = torch.cat((sample, self.hint(given["hint"]).to(sample.dtype)), dim=1)
+        text = given.get("image_embeds") if self.config.encoder_hid_dim_type == "image_proj" else encoder_hidden_states
+        if text is None and self.config.cross_widths:
+            raise InputError("this network reads text: encoder_hidden_states is None")
+        return self.step(sample, self._rows(embedding), () if text is None else self.cross_kv(text))
 
     def blocks(self) -> list[Block]:
         return [*self.down_blocks, self.mid_block, *self.up_blocks]
@@ -400,100 +414,68 @@ class UNet(UNetEncoder):
         return self.blocks()[1:-1]
 
 
-class Block(nn.Module):
-    """The layers of one level. The U-Net runs them, since it distributes time rows, text and skip connections."""
+_ATTENTIONS: dict[str, Callable[[UNetConfig, Level, Layer], SpatialAttention]] = {
+    "transformer": Transformer,
+    "pixels": PixelAttention.of_level,
+    "added": AddedAttention,
+    "adaptive": AdaptiveAttention,
+}
 
-    def __init__(self, config: UNetConfig, level: Level, in_channels: int, skips: Sequence[int] = ()) -> None:
+
+class Block(nn.Module):
+    """The layers of one level. The U-Net runs them, since it distributes time rows, text and skip connections.
+
+    resize: "down" or "up", if the level is halved or enlarged at its end.
+    """
+
+    def __init__(
+        self, config: UNetConfig, level: Level, layers: Sequence[Layer], resize: Literal["down", "up"] | None = None
+    ) -> None:
         super().__init__()
-        self.resnets: Layers[Resnet] = Layers()
-        self.attentions: Layers[Transformer] = Layers()
-        self.downsamplers: Layers[Downsample] = Layers()
-        self.upsamplers: Layers[Upsample] = Layers()
-        for depth, skip in zip(level.depths, skips or [0] * len(level.depths), strict=True):
-            resnet_channels = in_channels + skip
-            self.resnets.append(
-                Resnet(resnet_channels, level.channels, config.norm_groups, config.norm_eps, config.time_embedding_dim)
-            )
-            if depth is not None:
-                self.attentions.append(Transformer(config, level, depth))
-            in_channels = level.channels
+        self.uses_skip = level.uses_skip
+        self.resnets: Layers[TimedResnet] = Layers()
+        self.attentions: Layers[SpatialAttention] = Layers()
+        self.downsamplers: Layers[Downsample | TimedResnet | Blur] = Layers()
+        self.upsamplers: Layers[Upsample | TimedResnet | Blur] = Layers()
+        for layer in layers:
+            self.resnets.append(TimedResnet(config, level, layer))
+            if layer.depth is not None:
+                self.attentions.append(_ATTENTIONS[level.attention](config, level, layer))
+        if resize is None:
+            return
+        last, resizer = level.out_channels, self.downsamplers if resize == "down" else self.upsamplers
+        if level.resampling == "resnet":
+            resizer.append(TimedResnet(config, level, Layer(last, 0, last, last, None), resize))
+        elif level.resampling == "blur":
+            resizer.append(Blur(resize))
+        else:
+            resizer.append(Downsample(last, config.downsample_padding) if resize == "down" else Upsample(last))
 
     @property
-    def cross_attentions(self) -> int:
-        """How many there are."""
-        return sum(
-            len(layer.cross_attentions) for transformer in self.attentions for layer in transformer.transformer_blocks
-        )
+    def cross_attentions(self) -> list[Attention]:
+        """Those that read the text, in the order in which they do."""
+        return [each for attention in self.attentions for each in attention.cross_attentions]
 
-    def layers(self) -> Iterator[tuple[Resnet, Transformer | None]]:
-        """Each resnet with the transformer after it, if there is one."""
+    def layers(self) -> Iterator[tuple[TimedResnet, SpatialAttention | None]]:
+        """Each resnet with the attention after it, if there is one."""
         return zip_longest(self.resnets, self.attentions)
 
+    def row_readers(self) -> list[TimedResnet | AdaptiveAttention]:
+        """Those that read a part of a time row, in the order in which they do."""
+        layers = [layer for pair in self.layers() for layer in pair]
+        readers = (*layers, *self.downsamplers, *self.upsamplers)
+        return [layer for layer in readers if isinstance(layer, TimedResnet | AdaptiveAttention)]
 
-class TimeEmbedding(nn.Module):
-    """Two linear layers over an embedded number; diffusers' TimestepEmbedding."""
-
-    def __init__(self, in_channels: int, out_channels: int, condition_channels: int | None = None) -> None:
-        super().__init__()
-        self.linear_1 = Linear(in_channels, out_channels)
-        self.linear_2 = Linear(out_channels, out_channels)
-        self.cond_proj = None if condition_channels is None else Linear(condition_channels, in_channels, bias=False)
-
-    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        if self.cond_proj is not None and condition is not None:
-            x = x + self.cond_proj(condition.to(x.dtype))
-        return self.linear_2(F.silu(self.linear_1(x)))
-
-
-class ClassEmbedding(nn.Module):
-    """A vector for each class; torch's Embedding without its initialisation."""
-
-    def __init__(self, classes: int, channels: int) -> None:
-        super().__init__()
-        self.weight = parameter(classes, channels)
-
-    def forward(self, class_labels: Tensor) -> Tensor:
-        return F.embedding(class_labels.int(), self.weight)
-
-
-class Sinusoids(nn.Module):
-    """`timestep_embedding` as a module; float32 in networks of any dtype."""
-
-    def __init__(self, channels: int, flip_sin_to_cos: bool, freq_shift: float) -> None:
-        super().__init__()
-        self.channels, self.flip_sin_to_cos, self.freq_shift = channels, flip_sin_to_cos, freq_shift
-
-    def forward(self, x: Tensor) -> Tensor:
-        return timestep_embedding(x, self.channels, self.flip_sin_to_cos, self.freq_shift)
-
-
-class GuidanceSinusoids(nn.Module):
-    """`guidance_embedding` as a module; float32 too."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.channels = channels
-
-    def forward(self, guidance: Tensor) -> Tensor:
-        return guidance_embedding(guidance, self.channels)
-
-
-# Both embeddings have diffusers' order of operations: at an angle of 1,000, the last bit of a frequency makes 1e-4.
-
-
-def timestep_embedding(timesteps: Tensor, channels: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
-    """Sinusoids of (N,) numbers: (N, channels) in float32. Formula: Ho et al. 2020, arXiv:2006.11239."""
-    half = channels // 2
-    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device)
-    angle = timesteps.float()[:, None] * torch.exp(exponent / (half - freq_shift))
-    pair = (angle.cos(), angle.sin()) if flip_sin_to_cos else (angle.sin(), angle.cos())
-    return F.pad(torch.cat(pair, dim=1), (0, channels % 2))
-
-
-def guidance_embedding(guidance: Tensor, channels: int) -> Tensor:
-    """Sinusoids of (N,) guidance scales: (N, channels) in float32. Formula: diffusers' LCM pipeline."""
-    half = channels // 2
-    step = torch.log(torch.tensor(10000.0)) / (half - 1)
-    frequency = torch.exp(torch.arange(half, dtype=torch.float32, device=guidance.device) * -step)
-    angle = ((guidance.float() - 1) * 1000)[:, None] * frequency
-    return F.pad(torch.cat((angle.sin(), angle.cos()), dim=1), (0, channels % 2))
+    def resize(
+        self,
+        layer: Downsample | Upsample | TimedResnet | Blur,
+        x: Tensor | Pending,
+        rows: Iterator[Tensor],
+        size: tuple[int, int] | None = None,
+    ) -> Tensor | Pending:
+        """Halve or enlarge x by one of its layers. size: of the output, where it enlarges."""
+        if isinstance(layer, TimedResnet):
+            return layer.pending(x, next(rows), size=size)
+        if isinstance(layer, Downsample):
+            return layer.pending(as_tensor(x))
+        return layer(as_tensor(x), size) if isinstance(layer, Upsample) else layer(as_tensor(x))

@@ -19,7 +19,6 @@ from fastldm.models.asymmetric import ConditionEncoder, repainting
 from fastldm.models.config import PixelResidualConfig, TinyVAEConfig, VAEConfig
 from fastldm.models.interfaces import Autoencoder, Layer
 from fastldm.models.layers import (
-    Attention,
     Conv,
     Downsample,
     GroupNorm,
@@ -28,10 +27,9 @@ from fastldm.models.layers import (
     Upsample,
     channels_last,
     conv2d,
-    to_image,
-    to_tokens,
     upsample_conv2d,
 )
+from fastldm.models.transformer import PixelAttention
 
 Norm = Callable[..., Tensor]  # (a GroupNorm, x, silu=...) -> x, normalised
 Pieces = Generator[None, None, Tensor]  # a computation that pauses after each piece and returns its result
@@ -156,25 +154,11 @@ class MidBlock(nn.Module):
         self.resnets: Layers[Resnet] = Layers(Resnet(channels, channels, config.norm_groups, _EPS) for _ in range(2))
         self.attentions: Layers[PixelAttention] = Layers()
         if config.mid_attention:
-            self.attentions.append(PixelAttention(channels, config.norm_groups))
+            self.attentions.append(PixelAttention(channels, 1, config.norm_groups, _EPS))
 
     def layers(self) -> list[Layer]:
         first, last = self.resnets
         return [first, *self.attentions, last]
-
-
-class PixelAttention(Attention):
-    """Self-attention over all pixels of (B, C, H, W), one head."""
-
-    def __init__(self, channels: int, groups: int) -> None:
-        super().__init__(channels, heads=1, context=channels, bias=True)
-        self.group_norm = GroupNorm(groups, channels, _EPS)
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        h = to_tokens(self.group_norm(x))
-        q, k, v = self.qkv(h)
-        out = super().forward(q, k, v, residual=to_tokens(x))
-        return to_image(out, x.shape[2])
 
 
 def rescale_for_half(vae: AutoencoderKL, exponent: int = HALF_EXPONENT) -> list[str]:

@@ -21,7 +21,7 @@ from fastldm.checks import MAX_IMAGES
 from fastldm.conditioning.image_encoder import ImageEncoder, read_pictures
 from fastldm.device import send
 from fastldm.errors import InputError
-from fastldm.models.unet import timestep_embedding
+from fastldm.models.embeddings import timestep_embedding
 from fastldm.request import Request, as_list
 from fastldm.runtime.noise import add_noise
 from fastldm.samplers.config import ScheduleConfig
