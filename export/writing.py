@@ -85,6 +85,8 @@ def export(
     run it.
     """
     need_prompts(model)
+    if (beyond := model.unet.beyond_standard) is not None:
+        raise InputError(f"the U-Net has {beyond}: exports are of Stable Diffusion's networks")
     if not model.text:
         raise InputError(f"the family {model.family.name} reads no text: exports are of models that read a prompt")
     if getattr(model.vae, "conditioned", False):

@@ -35,6 +35,7 @@ OPTIONS: dict[str, set[str]] = {
     "shift": {"shift"},
     "sum and ahead": {"conv_bias", "residual", "ahead"},
     "sum and skip": {"conv_bias", "residual", "skip"},
+    "shift and each row's weights": {"shift", "rows"},
 }
 
 
@@ -57,8 +58,9 @@ def arguments(
     channels = filters + (15 if "skip" in given else 0)
     named = {name: value if name in given else None for name, value in made.items()}
     x, weight = image(2, 16, height, width, dtype=dtype), image(filters, 16, 3, 3, dtype=dtype)
-    args = (x, weight, named.pop("conv_bias"), named.pop("residual"), channels // (channels // 3), vector(channels))
-    return (*args, vector(channels), 1e-5), {"padding": 1, "silu": True, **named}
+    args = (x, weight, named.pop("conv_bias"), named.pop("residual"), channels // (channels // 3))
+    norm = [image(2, channels, 1, 1, dtype=dtype).flatten(1) if "rows" in given else vector(channels) for _ in range(2)]
+    return (*args, *norm, 1e-5), {"padding": 1, "silu": True, **named}
 
 
 def forced(convolution: dict[str, Any], norm: dict[str, Any]) -> Any:

@@ -227,6 +227,29 @@ def test_all_options_match_reference(dtype: torch.dtype, config: dict[str, Any])
 
 
 @DESIGNS
+@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
+def test_weights_of_each_row_match_reference(dtype: torch.dtype, config: dict[str, Any]) -> None:
+    """Slices of a wider row, as of time rows; a group with channels of x and skip; a shift; batch 3."""
+    x, skip = image(3, 24, 3, 9, dtype=dtype), image(3, 16, 3, 9, dtype=dtype)
+    rows = torch.randn(3, 200, device=ops.DEVICE, dtype=dtype)
+    weight, bias, shift = rows[:, 20:60], rows[:, 60:100], rows[:, 120:160]
+    with dispatch.forced("group_norm", config):
+        ops.check(GROUP_NORM, x, 4, weight, bias, 1e-5, silu=True, shift=shift, skip=skip)
+    x, other = image(3, 40, 3, 9, dtype=dtype), image(3, 40, 3, 9, dtype=dtype)
+    with dispatch.forced("add_group_norm", config):
+        ops.check(ADD_GROUP_NORM, x, other, None, 4, weight, bias, 1e-5)
+
+
+def test_weights_of_each_row_match_formula() -> None:
+    x, weight, bias = torch.randn(2, 12, 5, 3), torch.randn(2, 12), torch.randn(2, 12)
+    expected = torch.cat([F.group_norm(x[i : i + 1], 3, weight[i], bias[i], 1e-3) for i in range(2)])
+    assert ops.error(group_norm(x, 3, weight, bias, 1e-3), expected) < 1e-6
+    large = torch.randn(2, 12, 256, 136).contiguous(memory_format=torch.channels_last)
+    expected = F.group_norm(large.double(), 3) * weight[:, :, None, None] + bias[:, :, None, None]
+    assert ops.error(group_norm(large, 3, weight, bias, 1e-5), expected) < 1e-6
+
+
+@DESIGNS
 def test_a_shared_shift_matches_reference(config: dict[str, Any]) -> None:
     """Rows of stride 0; much larger than what it is added to, as a bias may be."""
     check(config, image(2, 20, 4, 5), 2, shift=torch.randn(1, 20, device=ops.DEVICE).mul_(50).expand(2, 20), silu=True)
@@ -403,6 +426,7 @@ def test_refusals_name_the_reason() -> None:
     assert "not channels-last" in refusal(x, weight=torch.ones(16), skip=torch.randn(2, 8, 3, 3))
     assert "float16" in refusal(x, weight=torch.ones(16), skip=x.half())
     assert "shift is (1, 8)" in refusal(x, shift=torch.ones(1, 8))
+    assert "weight is (1, 8) and bias (1, 8)" in refusal(x, weight=torch.ones(1, 8))
     assert "stride 2" in refusal(x, shift=torch.ones(2, 16)[:, ::2])
     assert "1025 channels a group" in refusal(image(1, 1025, 1, 1), 1, torch.ones(1025))
     nchw = torch.randn(2, 8, 3, 3)  # and runs all the same

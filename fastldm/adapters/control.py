@@ -362,6 +362,10 @@ def _t2i_config(shapes: Shapes) -> T2IAdapterConfig:
 def check_fits(config: Config, spec: Spec, source: str) -> None:
     """CheckpointError if a control is for another model, saying for which."""
     theirs: tuple[str | None, ...]
+    if (beyond := spec.unet.beyond_standard) is not None:
+        raise CheckpointError(
+            f"{source}: controls are made for Stable Diffusion's networks, and {spec.checkpoint.source} has {beyond}."
+        )
     if isinstance(config, ControlNetConfig):
         kind, theirs, problem = "ControlNet", (family_of_unet(config.unet),), _controlnet_misfit(config, spec)
     else:

@@ -89,6 +89,8 @@ def read_ip_adapter(
     (truncated, NaN, too many tensors), of another kind, or for another model, saying for which.
     """
     checks.flag("allow_pickle", allow_pickle)
+    if (beyond := spec.unet.beyond_standard) is not None:
+        raise InputError(f"{spec.checkpoint.source} has {beyond}: IP-Adapters are made for Stable Diffusion's networks")
     if any(level.only_cross for level in (*spec.unet.down, spec.unet.mid, *spec.unet.up)):
         raise InputError(
             f"{spec.checkpoint.source} has levels with only_cross_attention, as the x4 upscaler: IP-Adapters are made "

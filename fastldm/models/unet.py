@@ -14,6 +14,7 @@ changes slowly from step to step, so that rows may take that of an earlier step:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import zip_longest
 from typing import Literal, NamedTuple
 
@@ -165,14 +166,12 @@ class UNetEncoder(Conditions):
     ) -> tuple[Iterator[Tensor], Iterator[Text]]:
         """A row (B, S) of `time_rows` as the parts of all that read it, and the text of each cross-attention, in
         network order. deep: how many rows, the first ones, run the deep part, by default all."""
-        readers = self.row_readers()
-        rows: Sequence[Tensor] = temb_row.split([reader.row_channels for reader in readers], dim=1)
+        rows: Sequence[Tensor] = temb_row.split(self.row_widths, dim=1)
         if deep is not None:
             deep_blocks = self.deep_blocks()
-            deep_readers = {*self.down_blocks[0].downsamplers} | {
-                reader for block in deep_blocks for reader in block.row_readers()
-            }
-            in_deep = [reader in deep_readers for reader in readers]
+            deep_readers = {reader for block in deep_blocks for reader in block.row_readers()}
+            deep_readers.update(self.down_blocks[0].row_readers(layers=False))
+            in_deep = [reader in deep_readers for reader in self.row_readers()]
             rows = [
                 row[:deep] if is_deep else row
                 for row, is_deep in zip(rows, in_deep, strict=True)
@@ -208,6 +207,11 @@ class UNetEncoder(Conditions):
     def row_readers(self) -> list[TimedResnet | AdaptiveAttention]:
         """All that read a part of a time row, in network order."""
         return [reader for block in self.blocks() for reader in block.row_readers()]
+
+    @cached_property
+    def row_widths(self) -> list[int]:
+        """Channels of each part."""
+        return [reader.row_channels for reader in self.row_readers()]
 
 
 def add_rows(x: Tensor, value: Tensor, first: int, weight: Tensor | None = None) -> None:
@@ -355,6 +359,11 @@ class UNet(UNetEncoder):
             if guidance is None:
                 raise InputError("this U-Net (LCM) reads the guidance scale: guidance is None, expected (R,) numbers")
             condition = self.guidance_proj(guidance)
+        if condition is None and self.config.time_cond_proj_dim is not None:
+            raise InputError(
+                f"this network (the x2 upscaler) reads timestep_cond: it is None, expected "
+                f"(R, {self.config.time_cond_proj_dim})"
+            )
         embedding = self.embed(
             timesteps,
             added=added,
@@ -460,10 +469,10 @@ class Block(nn.Module):
         """Each resnet with the attention after it, if there is one."""
         return zip_longest(self.resnets, self.attentions)
 
-    def row_readers(self) -> list[TimedResnet | AdaptiveAttention]:
-        """Those that read a part of a time row, in the order in which they do."""
-        layers = [layer for pair in self.layers() for layer in pair]
-        readers = (*layers, *self.downsamplers, *self.upsamplers)
+    def row_readers(self, layers: bool = True) -> list[TimedResnet | AdaptiveAttention]:
+        """Those that read a part of a time row, in the order in which they do. layers: or of what resizes alone."""
+        inner = [layer for pair in self.layers() for layer in pair] if layers else []
+        readers = (*inner, *self.downsamplers, *self.upsamplers)
         return [layer for layer in readers if isinstance(layer, TimedResnet | AdaptiveAttention)]
 
     def resize(

@@ -46,6 +46,13 @@ def _group_norm(module: ModuleType) -> None:
         ops.check(module.GROUP_NORM, args[0], 3, *args[1:3], 1e-5, shift=args[3], skip=args[4])
 
 
+def _group_norm_of_rows(module: ModuleType) -> None:
+    """Weight and bias of each row."""
+    x, (weight, bias) = torch.randn(2, 30, 5, 7).contiguous(memory_format=torch.channels_last), torch.randn(2, 2, 30)
+    args = [t.to(ops.DEVICE) for t in (x, weight, bias)]
+    ops.check(module.GROUP_NORM, args[0], 3, *args[1:], 1e-5)
+
+
 def _add_group_norm(module: ModuleType) -> None:
     """Both designs; a group with channels of the sum and of skip; values that float16 rounds much."""
     images = [torch.randn(2, c, 5, 7).contiguous(memory_format=torch.channels_last) for c in (17, 17, 13)]
@@ -340,6 +347,18 @@ FAULTS: dict[str, list[Fault]] = {
             "mean = tl.gather(mean, slot, 0)[None, :]",
             _group_norm,
             "a shift in the statistics only",
+        ),
+        Fault(
+            "weight += row * weight_row",
+            "weight += 0 * weight_row",
+            _group_norm_of_rows,
+            "the first row's weights for all",
+        ),
+        Fault(
+            "bias += row * bias_row",
+            "bias += row * 0",
+            _group_norm_of_rows,
+            "the first row's bias for all",
         ),
         Fault(
             "next_mask = (pixel >= first + PIXELS) & (pixel < last + PIXELS) & channel_mask",

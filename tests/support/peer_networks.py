@@ -36,10 +36,15 @@ def judge(name: str) -> UNet2DConditionModel:
     return tiny.unet(name)
 
 
-def unet_of(theirs: UNet2DConditionModel) -> UNet:
+def config_of(theirs: Any, **changes: Any) -> UNetConfig:
+    """Our config of a U-Net of diffusers, as of its file."""
+    return UNetConfig.from_dict({**theirs.config, "_class_name": type(theirs).__name__, **changes})
+
+
+def unet_of(theirs: nn.Module) -> UNet:
     """Our U-Net, built on meta, with the same weights."""
     with torch.device("meta"):
-        ours = UNet(UNetConfig.from_dict(theirs.config))
+        ours = UNet(config_of(theirs))
     return give(ours, theirs.state_dict())
 
 
