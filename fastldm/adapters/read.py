@@ -86,6 +86,10 @@ def read_adapter(path: PathLike, spec: Spec, *, strict: bool = True, allow_pickl
     checks.flag("strict", strict)
     checks.flag("allow_pickle", allow_pickle)
     source = str(file)
+    if (beyond := spec.unet.beyond_standard) is not None:
+        raise CheckpointError(
+            f"{source}: adapters are made for Stable Diffusion's networks, and {spec.checkpoint.source} has {beyond}."
+        )
     shapes, metadata = read_shapes(file, allow_pickle)
     check_keys(shapes, source)
     key_format = recognise_adapter(shapes)

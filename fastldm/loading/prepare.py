@@ -32,6 +32,7 @@ from fastldm.kernels.linear import fast_library
 from fastldm.kernels.onednn import Layouts, row_sums
 from fastldm.models.clip import SelfAttention
 from fastldm.models.layers import Attention, Conv, Upsample, channels_last, stacked
+from fastldm.models.resnet import TimedResnet
 from fastldm.models.unet import UNetEncoder
 from fastldm.models.vae import HALF_EXPONENT, AutoencoderKL, EnlargedConv, rescale_for_half
 
@@ -207,14 +208,21 @@ def prepare(networks: Mapping[str, nn.Module], sharing: Iterable[nn.Module] = ()
                 Derived(_join(title, name), data, source, TensorSpec.of(data), _rescaled) for source in adopted[:1]
             ]
         for path, module in network.named_modules():
-            if isinstance(module, Upsample | EnlargedConv):
-                conv = module.conv if isinstance(module, Upsample) else module
-                if fast_library(conv.weight):
-                    module.phases = upsample_phases(conv.weight)
-                    source, spec = ParameterSlot(conv._parameters, "weight"), TensorSpec.of(conv.weight)
-                    name = _join(title, path, "phases")
-                    derived.append(Derived(name, module.phases, source, spec, upsample_phases))
+            conv = _enlarging(module)
+            if conv is not None and fast_library(conv.weight):
+                phases = module.phases = upsample_phases(conv.weight)
+                source, spec = ParameterSlot(conv._parameters, "weight"), TensorSpec.of(conv.weight)
+                derived.append(Derived(_join(title, path, "phases"), phases, source, spec, upsample_phases))
     return Prepared(storages, derived, Layouts(blocked))
+
+
+def _enlarging(module: nn.Module) -> Conv | None:
+    """The convolution of an image that the module enlarges before it, if it does, by whose `phases` it can."""
+    if isinstance(module, EnlargedConv):
+        return module
+    if isinstance(module, TimedResnet):
+        return module.conv1 if module.resize == "up" else None
+    return module.conv if isinstance(module, Upsample) else None
 
 
 def _layout(module: nn.Module) -> dict[str, Tensor]:

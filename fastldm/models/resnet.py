@@ -50,8 +50,10 @@ class TimedResnet(Resnet):
     """A resnet of a U-Net; diffusers' ResnetBlock2D and ResnetBlockCondNorm2D.
 
     resize: "down" halves the image between its first norm and its first convolution, and the residual too; "up"
-        enlarges both.
+        enlarges both. phases: then, of the first convolution's weight, if `fastldm.loading.prepare` has cached them.
     """
+
+    phases: Tensor | None
 
     def __init__(
         self, config: UNetConfig, level: Level, layer: Layer, resize: Literal["down", "up"] | None = None
@@ -78,6 +80,7 @@ class TimedResnet(Resnet):
         self.conv_shortcut = None
         if in_channels != layer.out_channels:
             self.conv_shortcut = Conv(in_channels, layer.out_channels, kernel=1, bias=self.kind != "adaptive")
+        self.register_buffer("phases", None, persistent=False)
         self.is_plain = (self.kind, resize, self.act, self.scale) == ("shift", None, "silu", 1)
 
     def row(self, embedding: Tensor, activated: Tensor) -> Tensor:
@@ -115,7 +118,7 @@ class TimedResnet(Resnet):
         if self.resize == "up":
             size = size or (2 * x.shape[2], 2 * x.shape[3])
             x = F.interpolate(x, size, mode="nearest")
-            inner = upsample_conv2d(h, self.conv1.weight, bias, size)
+            inner = upsample_conv2d(h, self.conv1.weight, bias, size, phases=self.phases)
             if self.conv1.adapters is not None:
                 inner = self.conv1.adapt(inner, F.interpolate(h, size, mode="nearest"))
         else:
