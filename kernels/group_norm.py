@@ -184,7 +184,9 @@ def supports(
     if shift is not None and shift.shape != (x.shape[0], channels):
         return no(f"shift is {tuple(shift.shape)}, not one row of {channels} for each of {x.shape[0]}")
     if weight.shape != bias.shape or (weight.ndim == 2 and weight.shape[0] != x.shape[0]):
-        return no(f"weight is {tuple(weight.shape)} and bias {tuple(bias.shape)}, not alike for each of {x.shape[0]} rows")
+        return no(
+            f"weight is {tuple(weight.shape)} and bias {tuple(bias.shape)}, not alike for each of {x.shape[0]} rows"
+        )
     for vector in (weight, bias) if shift is None else (weight, bias, shift):
         if vector.stride(-1) != 1 and vector.shape[-1] != 1:
             return no(f"a vector of channels has stride {vector.stride(-1)}")
@@ -741,8 +743,8 @@ def normalise(
             x, parts, residual, x_bias = written, 1, None, None
     tile |= {"EPS": eps, "SILU": silu, "PARTS": parts, "PIECES": next_power_of_2(pieces), "BLOCKS": blocks}
     terms = (x, skip, residual, x_bias, ahead, shift)
-    rows = (None, None) if weight.ndim == 1 else (weight.stride(0), bias.stride(0))
-    launch(_normalise_kernel, grid, *terms, weight, bias, moments, total, out, *shape, *rows, **tile)
+    own = (None, None) if weight.ndim == 1 else (weight.stride(0), bias.stride(0))
+    launch(_normalise_kernel, grid, *terms, weight, bias, moments, total, out, *shape, *own, **tile)
     return out
 
 

@@ -106,7 +106,10 @@ class TimedResnet(Resnet):
             return super().pending(x, shift, skip, norm)
         first = second = None
         if self.kind == "adaptive" and shift is not None:
-            (first, second), shift = shift.split((2 * self.conv1.weight.shape[1], 2 * self.conv1.weight.shape[0]), 1), None
+            (first, second), shift = (
+                shift.split((2 * self.conv1.weight.shape[1], 2 * self.conv1.weight.shape[0]), 1),
+                None,
+            )
         elif self.kind == "scale":
             second, shift = shift, None
         h = self._normalise(self.norm1, x, skip=skip, affine=first)
@@ -118,9 +121,10 @@ class TimedResnet(Resnet):
         if self.resize == "up":
             size = size or (2 * x.shape[2], 2 * x.shape[3])
             x = F.interpolate(x, size, mode="nearest")
-            inner = upsample_conv2d(h, self.conv1.weight, bias, size, phases=self.phases)
+            enlarged = upsample_conv2d(h, self.conv1.weight, bias, size, phases=self.phases)
             if self.conv1.adapters is not None:
-                inner = self.conv1.adapt(inner, F.interpolate(h, size, mode="nearest"))
+                enlarged = self.conv1.adapt(enlarged, F.interpolate(h, size, mode="nearest"))
+            inner = enlarged
         else:
             if self.resize == "down":
                 h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)

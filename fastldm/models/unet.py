@@ -170,7 +170,8 @@ class UNetEncoder(Conditions):
         if deep is not None:
             deep_blocks = self.deep_blocks()
             deep_readers = {reader for block in deep_blocks for reader in block.row_readers()}
-            deep_readers.update(self.down_blocks[0].row_readers(layers=False))
+            first, *_ = self.down_blocks
+            deep_readers.update(first.row_readers(layers=False))
             in_deep = [reader in deep_readers for reader in self.row_readers()]
             rows = [
                 row[:deep] if is_deep else row

@@ -172,18 +172,21 @@ class UNetConfig:
         is. What is made for such networks, as adapters, ControlNets and exports, does not know others; nor do their
         channels say what is read."""
         if not self.conditional:
-            return "UNet2DModel"
-        for level in (*self.down, self.mid, *self.up):
-            kinds = {"attention": level.attention, "resampling": level.resampling, "scale factor": level.scale}
-            for key, value in kinds.items():
-                if value not in ("transformer", "convolution", 1):
-                    return f"blocks of {key} {value!r}"
-        keys = {name: getattr(self, name) for name, default in _STANDARD.items() if getattr(self, name) != default}
+            return "the class UNet2DModel"
+        places = {"down_block_types": self.down, "mid_block_type": (self.mid,), "up_block_types": self.up}
+        for key, levels in places.items():
+            for level in levels:
+                for value, standard in ((level.attention, "transformer"), (level.resampling, "convolution")):
+                    if value != standard:
+                        return f"{key!r} with {value!r} for {standard!r}"
+                if level.scale != 1:
+                    return f"'mid_block_scale_factor' or 'resnet_out_scale_factor' {level.scale:g}"
+        values = {name: getattr(self, name) for name, default in _STANDARD.items() if getattr(self, name) != default}
         if self.addition_embed_type not in (None, "text_time"):
-            keys["addition_embed_type"] = self.addition_embed_type
+            values["addition_embed_type"] = self.addition_embed_type
         if self.class_embed_type not in (None, "projection"):
-            keys["class_embed_type"] = self.class_embed_type
-        return next((f"{name} {value!r}" for name, value in keys.items()), None)
+            values["class_embed_type"] = self.class_embed_type
+        return next((f"{_KEYS.get(name, name)!r} {value!r}" for name, value in values.items()), None)
 
     @property
     def is_standard(self) -> bool:
@@ -254,3 +257,9 @@ _STANDARD = {
     if field.name in UNetConfig.__dict__
     and field.name not in ("added_ids", "num_class_embeds", "class_input_dim", "class_embed_type", "addition_heads")
 }
+_KEYS = {
+    "time_norm": "resnet_time_scale_shift",
+    "time_embedding_act": "time_embedding_act_fn",
+    "out_norm": "norm_num_groups",
+}
+"""The names of fields in files, where they have others."""

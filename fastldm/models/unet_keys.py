@@ -1,11 +1,11 @@
 """How the config.json of diffusers' two classes describes a U-Net.
 
-UNet2DConditionModel    reads text, or what stands for it: Stable Diffusion, Karlo's decoder, DeepFloyd IF, Kandinsky 2.2,
-                        the latent x2 upscaler
+UNet2DConditionModel    reads text, or what stands for it: Stable Diffusion, Karlo's decoder, DeepFloyd IF,
+                        Kandinsky 2.2, the latent x2 upscaler
 UNet2DModel             reads none: DDPM, unconditional latent diffusion, ADM, consistency models, super-resolution
 
-`read_unet` resolves the keys of either class into levels, and into the options that all levels share. A key that changes
-the network in a way that is not implemented is an error that names it.
+`read_unet` resolves the keys of either class into levels, and into the options that all levels share. A key that
+changes the network in a way that is not implemented is an error that names it.
 """
 
 from __future__ import annotations
@@ -302,9 +302,7 @@ def _text_levels(
     return {"down": down, "mid": mid, "up": up, "norm_groups": groups}
 
 
-def _text_middle(
-    cfg: Mapping[str, Any], values: Mapping[str, Any], channels: int, context: int, source: str
-) -> Level:
+def _text_middle(cfg: Mapping[str, Any], values: Mapping[str, Any], channels: int, context: int, source: str) -> Level:
     kind, heads, depth = (
         values["mid_block_type"],
         values["attention_head_dim"][-1],

@@ -159,7 +159,7 @@ def judge(name: str) -> nn.Module:
     return network(name)
 
 
-def inputs(theirs: Any, height: int = 16, width: int = 8, seed: int = 0) -> dict[str, Any]:
+def inputs(theirs: Any, height: int = 32, width: int = 16, seed: int = 0) -> dict[str, Any]:
     """Two rows that differ in all they hold, with diffusers' names of arguments."""
     g, config = torch.Generator().manual_seed(seed), theirs.config
     hinted = config.get("addition_embed_type") == "image_hint"
