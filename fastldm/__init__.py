@@ -29,6 +29,7 @@ from fastldm.errors import (
 from fastldm.version import __version__
 
 if TYPE_CHECKING:
+    from fastldm.gradients import ClassifierGuidance, CLIPGuidance
     from fastldm.image import read_parameters
     from fastldm.pipeline import Pipeline
     from fastldm.request import Request, Result
@@ -39,8 +40,10 @@ openmp.bound_spin()  # before torch is loaded, whose runtime reads it once
 
 __all__ = [
     "BundleError",
+    "CLIPGuidance",
     "Cancelled",
     "CheckpointError",
+    "ClassifierGuidance",
     "DeadlineExceeded",
     "EngineError",
     "FastLDMError",
@@ -60,6 +63,8 @@ __all__ = [
 ]
 
 _LAZY = {
+    "CLIPGuidance": "gradients",
+    "ClassifierGuidance": "gradients",
     "Generation": "serving.generation",
     "Pipeline": "pipeline",
     "Progress": "serving.generation",

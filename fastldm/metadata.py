@@ -321,6 +321,7 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "pag_applied_layers": ("PAG layers", _list_of(str)),
     "apg_rescale": ("APG rescale", float),
     "apg_eta": ("APG eta", float),
+    "clip_guidance_scale": ("CLIP guidance scale", float),
     "guidance_rescale": ("Guidance rescale", float),
     "guidance_interval": ("Guidance interval", _list_of(float)),
     "refiner_switch_at": ("Refiner switch at", float),

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from fastldm import checks
 from fastldm.checks import MAX_GUIDANCE, MAX_IMAGES, MAX_PROMPT_LENGTH, MAX_SIDE, MAX_STEPS, MAX_TEXT
 from fastldm.errors import InputError
+from fastldm.gradients import MAX_SCALE, CLIPGuidance, GuidanceFunction, guidance_function
 
 if TYPE_CHECKING:
     import numpy
@@ -40,6 +41,8 @@ UNSUPPORTED = {
     "adaptive_projected_guidance_momentum": ", for it keeps one more latent of each slot, a running average",
     "adaptive_projected_guidance_norm_dim": ": apg_rescale is of all of a picture",
     "use_original_formulation": ": guidance starts from the negative prompt's output",
+    "clip_prompt": ": give guidance_fn=CLIPGuidance(scale, prompt)",
+    "num_cutouts": ": give guidance_fn=CLIPGuidance(scale, num_cutouts=4)",
     "seg_scale": ", for it blurs queries in each step: pag_scale is its relative that only selects",
     "seg_blur_sigma": ": see pag_scale",
     "seg_applied_layers": ": see pag_applied_layers",
@@ -99,11 +102,19 @@ class Request:
     apg_eta: float | None = None
     """What remains of that difference along the prompt's own output, from which saturation comes: 0 none, as in the
     paper, 1 all, the default beside apg_rescale."""
+    guidance_fn: Any = None
+    """Guidance by gradient, beside any other: a function (latents, t) of what the network reads at a step, (B, C, h, w)
+    and (B,) in float32, that returns the gradient of its log-likelihood with respect to the latents, of their shape; or
+    a `ClassifierGuidance` or `CLIPGuidance`. See gradients.py. It runs between steps in the thread that drives the
+    device, while other requests wait."""
+    clip_guidance_scale: float | None = None
+    """Short for guidance_fn=CLIPGuidance(scale): how far each step goes up the gradient of a CLIP model's agreement of
+    picture and prompt; diffusers' community pipeline has 100. 0 and None are off."""
     guidance_rescale: float = 0.0
     """Rescales the guided prediction's standard deviation to the conditional one's, 0 (off) to 1 (arXiv:2305.08891,
     section 3.4)."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Guide only between these fractions of the steps (arXiv:2404.07724)."""
+    """Guide only between these fractions of the steps (arXiv:2404.07724), by whatever guidance there is."""
     sampler: str | None = None
     """A sampler's name, such as "dpm++ 2m karras", "euler a" or a diffusers class name."""
     timesteps: Sequence[float] | None = None
@@ -281,6 +292,8 @@ class Request:
             raise InputError("timesteps and sigmas were both given: give one of them")
         if self.ip_adapter_image is not None and self.ip_adapter_image_embeds is not None:
             raise InputError("ip_adapter_image and ip_adapter_image_embeds were both given: give one of them")
+        if self.guidance_fn is not None and self.clip_guidance_scale:
+            raise InputError("guidance_fn and clip_guidance_scale were both given: give one of them")
         _check_candidates(self)
         if self.seed is not None and self.generator is not None:
             raise InputError("seed and generator were both given: give one of them")
@@ -316,6 +329,11 @@ class Request:
         if isinstance(self.negative_prompt, str):
             return [self.negative_prompt] * self.batch
         return [text for text in self.negative_prompt for _ in range(self.batch // max(1, self.count))]
+
+    @property
+    def gradient(self) -> GuidanceFunction | CLIPGuidance | None:
+        """By whose gradient it is guided; None without."""
+        return CLIPGuidance(self.clip_guidance_scale) if self.clip_guidance_scale else self.guidance_fn
 
     @property
     def batch(self) -> int:
@@ -664,6 +682,8 @@ _CHECKS: dict[str, Check] = {
     "pag_applied_layers": _layers,
     "apg_rescale": _real(0.0, 1e6),
     "apg_eta": _real(-MAX_GUIDANCE, MAX_GUIDANCE),
+    "guidance_fn": guidance_function,
+    "clip_guidance_scale": _real(0.0, MAX_SCALE),
     "guidance_rescale": _real(0.0, 1.0),
     "guidance_interval": _fractions,
     "eta": _real(0.0, 1.0),

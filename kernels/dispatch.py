@@ -5,7 +5,7 @@ kernels, a predicate for the arguments that the kernel supports, the shape's cla
 configurations, and the cost. `Op` combines them and takes one of two paths for each call:
 
     triton   on an NVIDIA GPU of Ampere or later, where `supports` agrees and the table does not prefer the library
-    torch    everywhere else: the reference
+    torch    everywhere else, and where the gradient of an argument is wanted: the reference, which autograd records
 
 Triton is imported when the first kernel is launched and not before, so a machine without it, or a command that does
 not need it, never loads it. Nothing here imports anything else of fastldm.
@@ -251,6 +251,8 @@ class Op(Generic[P, R]):
         preference = _scope.preference
         if preference == "torch":
             return no('kernels.use("torch")')
+        if needs_gradient(*args, *kwargs.values()):
+            return no("its gradient is wanted")
         if x.is_cuda:
             if not has_triton():
                 return no("triton is not installed")
@@ -333,6 +335,11 @@ def load_ops() -> Mapping[str, Op[..., Any]]:
     for file in pkgutil.iter_modules(sys.modules[package].__path__, f"{package}."):
         importlib.import_module(file.name)
     return OPS
+
+
+def needs_gradient(*values: object) -> bool:
+    """Whether autograd records what is done with these."""
+    return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in values)
 
 
 def traced() -> bool:

@@ -83,6 +83,7 @@ from fastldm.kernels.dispatch import (
     is_batch_invariant,
     jit,
     launch,
+    needs_gradient,
     next_power_of_2,
     no,
     traced,
@@ -121,8 +122,7 @@ def group_norm_reference(
 def _is_large(x: Tensor) -> bool:
     """Whether PyTorch's group_norm would sum so many float32 values of channels-last memory one by one that its results
     have relative errors above 1e-6: 4e-5 for 512x512 pixels of 128 channels, and in proportion."""
-    has_gradient = x.requires_grad and torch.is_grad_enabled()
-    if x.dtype != torch.float32 or x.device.type != "cpu" or has_gradient or traced():
+    if x.dtype != torch.float32 or x.device.type != "cpu" or needs_gradient(x) or traced():
         return False
     return x.shape[-2] * x.shape[-1] >= _MANY_PIXELS and pixel_stride(x) is not None and not x.is_contiguous()
 

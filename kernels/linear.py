@@ -65,6 +65,7 @@ from fastldm.kernels.dispatch import (
     interpreting,
     jit,
     launch,
+    needs_gradient,
     no,
 )
 from fastldm.kernels.dispatch import next_power_of_2 as power_of_2
@@ -112,9 +113,14 @@ def fast_library(x: Tensor) -> bool:
     """Whether the torch path is the one that is optimised for GPUs.
 
     float32 is for comparisons and takes the references; so does a traced call, for torch.compile and torch.export fuse
-    simple ops better than ops that are fused already.
+    simple ops better than ops that are fused already, and one that autograd records, which writes nothing in place.
     """
-    return device_type(x) != "cpu" and x.element_size() == 2 and not torch.compiler.is_compiling()
+    return (
+        device_type(x) != "cpu"
+        and x.element_size() == 2
+        and not torch.compiler.is_compiling()
+        and not needs_gradient(x)
+    )
 
 
 # ----------------------------------------------------------------------- where the kernel applies, and its cost

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fastldm import spans
+from fastldm.kernels.dispatch import needs_gradient
 
 # Rows of x up to which a layout is cached: beyond, converting takes 2% of the product's time. And the bytes of a weight
 # from which one is cached: below, it stays in the processor's cache and converting costs next to nothing. (Of the
@@ -100,7 +101,7 @@ def _storage(weight: Tensor) -> int:
 def _layouts(x: Tensor, weight: Tensor, rows: int) -> Layouts | None:
     if not _owners or rows > _ROWS or not worth_caching(weight) or x.dtype != weight.dtype:
         return None
-    if x.requires_grad or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if needs_gradient(x) or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return None  # these ops have no gradient, and a traced call must have the usual ones
     return _owners.get(_storage(weight)) if _available(x.dtype) else None
 

@@ -40,6 +40,7 @@ FLOORS = [  # top first
             "device",
             "errors",
             "files",
+            "gradients",
             "heap",
             "image",
             "mask_crop",

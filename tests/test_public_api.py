@@ -19,8 +19,9 @@ from fastldm.profiling.compare import Contender, Row
 from fastldm.request import Timings
 
 NAMES = """
-BundleError Cancelled CheckpointError DeadlineExceeded EngineError FastLDMError Generation InputError NonFinite
-OutOfMemory Pipeline Progress QueueFull Request Result Session WorkerLost __version__ read_parameters
+BundleError CLIPGuidance Cancelled CheckpointError ClassifierGuidance DeadlineExceeded EngineError FastLDMError
+Generation InputError NonFinite OutOfMemory Pipeline Progress QueueFull Request Result Session WorkerLost
+__version__ read_parameters
 """
 ATTRIBUTES = {  # beside those of base classes
     "Generation": "add_done_callback async_progress cancel cancelled done exception interrupt position progress "
@@ -40,8 +41,8 @@ FIELDS = {
     "Progress": "step steps timestep preview latents embeds",
     "Request": """
         prompt negative_prompt height width num_inference_steps guidance_scale image_guidance_scale pag_scale
-        pag_adaptive_scale pag_applied_layers apg_rescale apg_eta guidance_rescale guidance_interval
-        sampler timesteps sigmas eta s_churn s_tmin s_tmax s_noise noise_sampler_seed
+        pag_adaptive_scale pag_applied_layers apg_rescale apg_eta guidance_fn clip_guidance_scale
+        guidance_rescale guidance_interval sampler timesteps sigmas eta s_churn s_tmin s_tmax s_noise noise_sampler_seed
         reuse num_images_per_prompt candidates keep seed generator latents image image_embeds strength
         denoising_start denoising_end depth_map noise_level
         refiner_switch_at hires_scale hires_height hires_width hires_strength hires_steps hires_upscaler
@@ -52,6 +53,8 @@ FIELDS = {
         negative_prompt_2 original_size crops_coords_top_left target_size negative_original_size
         negative_crops_coords_top_left negative_target_size aesthetic_score negative_aesthetic_score output_type
         adapters cross_attention_kwargs ip_adapter_image ip_adapter_image_embeds ip_adapter_scale""",
+    "ClassifierGuidance": "model class_labels scale",
+    "CLIPGuidance": "scale prompt num_cutouts through_unet decoder",
     "Result": "images seeds timings backend dtype request adapters embeddings scores refiner",
 }
 ARGUMENTS = {

@@ -65,7 +65,8 @@ def _list_things(ctx: click.Context, param: click.Parameter, group: str | None) 
 @click.option(
     "--ranker",
     metavar="FOLDER",
-    help="The CLIP model for --best-of, such as openai/clip-vit-large-patch14's folder.  [default: the model's own]",
+    help="The CLIP model for --best-of and --clip-guidance, such as openai/clip-vit-large-patch14's folder.  "
+    "[default: the model's own]",
 )
 @reuse_option
 @click.option(
@@ -98,6 +99,13 @@ def _list_things(ctx: click.Context, param: click.Parameter, group: str | None) 
     type=float,
     metavar="E",
     help="Likewise, what remains of guidance along the prompt's own: 0 none, less saturated; 1 all.  [default: off]",
+)
+@click.option(
+    "--clip-guidance",
+    type=float,
+    metavar="S",
+    help="Have each step go up the gradient of how well a CLIP model, that of --best-of, finds PROMPT in the picture, "
+    "such as 100: through U-Net and decoder, several times as slow.  [default: 0, off]",
 )
 @click.option(
     "--denoising-start",
@@ -232,6 +240,7 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
         "pag_applied_layers": options["pag_layers"] or None,
         "apg_rescale": options["apg_rescale"],
         "apg_eta": options["apg_eta"],
+        "clip_guidance_scale": options["clip_guidance"],
         "sampler": options["sampler"],
         "reuse": options["reuse"],
         "s_churn": options["s_churn"],
@@ -260,8 +269,8 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
     # Mistakes are found before the model is loaded: those in the request itself, then in the files to read and write.
     request = Request(prompt=prompt, **{name: value for name, value in arguments.items() if value is not None})
     request = request.replace(seed=picture_seeds(request))
-    if options["ranker"] and request.candidates is None:
-        raise InputError("--ranker is for --best-of: give both")
+    if options["ranker"] and request.candidates is None and request.gradient is None:
+        raise InputError("--ranker is for --best-of and --clip-guidance: give one of them")
     controls.check(options["controls"], options["control_images"])
     seeds = picture_seeds(request)
 
@@ -284,7 +293,7 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
     placement = ("device", "dtype", "backend", "variant", "batch_invariant", "allow_pickle")
     placed = {name: options[name] for name in placement}
     on_torch = any(options[name] for name in ("embeddings", "ip_adapter", "controls")) or bool(adapters)
-    on_torch = on_torch or options["decode"] == "tiled" or request.reuse > 1
+    on_torch = on_torch or options["decode"] == "tiled" or request.reuse > 1 or request.gradient is not None
     on_torch = on_torch or (request.candidates is not None and not options["ranker"])
     placed["backend"] = backend_for(model, options["backend"], on_torch=on_torch)
     if options["switch_at"] is not None and options["refiner"] is None:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 @decode_option
 @click.option("--init-image", is_flag=True, help="It starts from a picture, which is encoded.")
 @reuse_option
+@click.option("--clip-guidance", is_flag=True, help="It is guided by gradient through U-Net and decoder.")
 @lora_option
 @control_option
 @click.option("--refiner", metavar="MODEL", help="A model that goes on with the latents, such as SDXL's refiner.")
@@ -62,6 +63,7 @@ def plan(
     decode: str,
     init_image: bool,
     reuse: int,
+    clip_guidance: bool,
     loras: tuple[tuple[str, float], ...],
     controls: tuple[tuple[str, float], ...],
     refiner: str | None,
@@ -83,6 +85,7 @@ def plan(
     fastldm plan -m ./sdxl --control ./canny              its weights and buffers
     fastldm plan -m ./sdxl --refiner ./sdxl-refiner       all stages: all weights, and the largest one's activations
     fastldm plan --hires-scale 2
+    fastldm plan -m ./sd15 --clip-guidance                activations are kept for the way back
     """
     with reported(debug):
         import torch
@@ -111,7 +114,8 @@ def plan(
         if arch is None and target_device.type == "cuda":
             capability = device_capability(target_device.index or 0)
         if arch is None:
-            backend = backend_for(model, backend, on_torch=bool(loras or controls or reuse > 1 or decode == "tiled"))
+            on_torch = bool(loras or controls or reuse > 1 or clip_guidance or decode == "tiled")
+            backend = backend_for(model, backend, on_torch=on_torch)
 
         opened = functools.partial(_opened, device=target_device, here=arch is None, reuse=reuse)
         spec, options, check_range = opened(model, backend, dtype=dtype)
@@ -132,6 +136,9 @@ def plan(
             options["controls"] = tuple(config for config, scale in configs if scale)
         options["encode"] = (init_image or spec.unet.edits) and not spec.unet.upscales
         check_range(width, height)
+        if clip_guidance and "backend" in options:
+            raise InputError(f"--clip-guidance runs on torch alone, and {model} is a bundle for {options['backend']}")
+        options |= {"gradient": clip_guidance}
         first = Workload.of_spec(spec, width=width, height=height, reuse=reuse > 1, **shared, **options)
         stages = [(model, first)]
         if upscaler is not None:

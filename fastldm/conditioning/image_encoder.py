@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from fastldm import checks
 from fastldm import image as images
+from fastldm.device import send
 from fastldm.errors import CheckpointError, InputError
 from fastldm.models.clip_vision import CLIPVision, Normalizer
 from fastldm.reading import Either, Field, Integer, ListOf, Number, Object, OneOf, read_fields
@@ -69,6 +71,22 @@ class Preprocessing:
         pixels = np.asarray(picture.crop((left, top, left + self.crop, top + self.crop)), np.float32)
         mean, std = (np.array(values, np.float32) for values in (self.mean, self.std))
         return torch.from_numpy((pixels / np.float32(255) - mean) / std).movedim(-1, 0)
+
+    def cut(self, units: Tensor) -> Tensor:
+        """Pictures (N, 3, H, W) in 0..1, resized and cut out as `__call__` does: (N, 3, crop, crop), for autograd."""
+        height, width = units.shape[2:]
+        short = min(height, width)
+        if short != self.size:
+            mode = "bicubic" if self.resample == Image.Resampling.BICUBIC else "bilinear"
+            size = [n * self.size // short for n in (height, width)]
+            units = F.interpolate(units, size, mode=mode, antialias=True).clamp(0, 1)
+        top, left = ((n - self.crop) // 2 for n in units.shape[2:])
+        return units[:, :, top : top + self.crop, left : left + self.crop]
+
+    def normalised(self, units: Tensor) -> Tensor:
+        """Pictures (N, 3, H, W) in 0..1, brought to mean 0 and deviation 1 by colour as `__call__` does."""
+        mean, std = (send(torch.tensor(values), units.device)[:, None, None] for values in (self.mean, self.std))
+        return (units - mean) / std
 
 
 def _sides(value: Any) -> tuple[int, int]:

@@ -34,14 +34,19 @@ class Ranker:
     """(P, D), of those states: of a text encoder that has none itself."""
 
     @torch.no_grad()
+    def text_vectors(self, texts: Sequence[str], own: TextStage, *, literal: bool = False) -> Tensor:
+        """Unit vectors (N, P) float32 of texts, each encoded once. own, literal: as of `scores`."""
+        distinct = list(dict.fromkeys(texts))
+        vectors = F.normalize(self._vectors(self.text or own, distinct, literal).float(), dim=-1)
+        return vectors[[distinct.index(text) for text in texts]]
+
+    @torch.no_grad()
     def scores(
         self, pictures: Sequence[Image.Image], texts: Sequence[str], own: TextStage, *, literal: bool = False
     ) -> list[float]:
         """The cosine of each picture and its text. own: the text stage of the model that made them. literal: brackets
         are text. As a CLIPModel reads it, a text has no weights, and ends where its first window is full."""
-        distinct = list(dict.fromkeys(texts))
-        vectors = F.normalize(self._vectors(self.text or own, distinct, literal).float(), dim=-1)
-        of_text = vectors[[distinct.index(text) for text in texts]]  # (N, P)
+        of_text = self.text_vectors(texts, own, literal=literal)  # (N, P)
         scores: list[float] = []
         for start in range(0, len(pictures), _PICTURES):
             pixels = self.images.pixels(pictures[start : start + _PICTURES], "pictures")

@@ -466,6 +466,8 @@ class Attention(nn.Module):
         out = attention(q, k, v, self.heads, kv_len=kv_len, slots=slots)
         if perturbed is not None:
             out = torch.where(perturbed[:, None, None], v, out)
+        if pictures and out.requires_grad:
+            out = out.clone()  # autograd keeps the attention's own
         for own in pictures:
             keys, values = own.kv.chunk(2, dim=-1)
             out[own.rows] += attention(q[own.rows], keys, values, self.heads, kv_len=own.kv_len, slots=own.slots)

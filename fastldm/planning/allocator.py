@@ -70,11 +70,21 @@ class _FusedAttention(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        q, _, v = args[:3]
+        return _Attended.apply(*args[:3])
+
+
+class _Attended(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch, heads, queries, _ = q.shape
-        out = q.new_empty((batch, queries, heads, v.shape[-1]))
-        _ = q.new_empty((batch, heads, queries), dtype=torch.float32)  # logarithms of sums, for a backward pass
-        return out.transpose(1, 2)
+        out = q.new_empty((batch, queries, heads, v.shape[-1])).transpose(1, 2)
+        sums = q.new_empty((batch, heads, queries), dtype=torch.float32)  # their logarithms, for the backward pass
+        ctx.save_for_backward(q, k, v, out, sums)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
 
 class Heap:

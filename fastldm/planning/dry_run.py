@@ -205,6 +205,32 @@ def decode(
     return torch.no_grad()(run)
 
 
+def gradient(
+    unet_config: UNetConfig,
+    vae_config: AutoencoderConfig,
+    *,
+    height: int,
+    width: int,
+    batch: int,
+    tokens: int,
+    dtype: torch.dtype,
+) -> DryRun:
+    """CLIP guidance of so many images, but for the image encoder: the prompts' rows through the U-Net, the denoised
+    latents through the decoder, and back."""
+    unet: UNet = network(unet_config, dtype)  # type: ignore[assignment]
+    vae: Any = network(vae_config, dtype)
+    temb = _empty(batch, unet_config.time_channels, dtype=dtype)
+    text = tuple(_empty(batch, tokens, 2 * channels, dtype=dtype) for channels in unet_config.cross_widths)
+
+    def run() -> None:
+        latents = _empty(batch, unet_config.in_channels, height, width).requires_grad_()
+        denoised = unet.step(latents.to(dtype), temb, text)[:, : vae_config.latent_channels].float()
+        pictures = vae.decode(unscaled(vae_config, denoised).to(dtype)).float()
+        torch.autograd.grad(pictures.sum(), latents)
+
+    return torch.enable_grad()(run)
+
+
 def _first_tiles(vae: Any, z: Tensor) -> Tensor:
     """The peak of a tiled decode, without a thousand tiles of equal size: the first tiles of the last image, beside the
     decoded rest, and the end.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastldm import checks
 from fastldm.adapters.selection import Selection
 from fastldm.errors import InputError, OutOfMemory
+from fastldm.gradients import CLIPGuidance
 from fastldm.kernels import onednn
 from fastldm.kernels.dispatch import Target, device_capability, targeting
 from fastldm.models.clip_vision import VisionConfig
@@ -63,6 +64,7 @@ class Workload:
     reuse: bool = False  # whether deep features are kept
     originals: int = 0  # bytes of the weights that adapters will be merged into, which are copied before
     third: bool = False  # whether guidance has another branch than the prompt's and the negative's
+    gradient: bool = False  # whether it goes through the networks: CLIP guidance
 
     @property
     def step_rows(self) -> int:
@@ -127,6 +129,7 @@ class Workload:
             "reuse": request.reuse > 1,
             "originals": stages.adapters.missing(adapters) if isinstance(adapters, Selection) else 0,
             "third": stages.guidance(request).has_third,
+            "gradient": isinstance(request.gradient, CLIPGuidance),
         }
         return cls.of_stages(stages, **{**options, **overrides})
 
@@ -229,7 +232,7 @@ def check(workload: Workload, free: int, label: str) -> None:
     """`refuse`, without a plan where the upper bound fits: the first plan in a process takes a second (for PyTorch's
     meta device imports its compiler), later ones some tenths.
     """
-    if upper_bound(workload) > free:
+    if workload.gradient or upper_bound(workload) > free:
         refuse(plan(workload), free, label)
 
 
@@ -378,6 +381,7 @@ _PHASES = {
     "conditions": "keys and values of the texts, time rows of all steps",
     "control": "pictures of ControlNets and T2I-Adapters, through their own first layers",
     "step": "activations of the U-Net, and of the request's ControlNets",
+    "gradient": "CLIP guidance: what U-Net and decoder keep for the way back, the image encoder apart",
     "encode": "the image to start from",
     "decode": "latents to pictures",
 }
@@ -393,9 +397,13 @@ def _phases(workload: Workload) -> dict[str, Callable[[], dry_run.DryRun]]:
         "encode": lambda: dry_run.encode(workload.vae, batch=workload.batch, **shape),
         "control": lambda: _controls(workload),
         "step": lambda: dry_run.step(workload.unet, **step, controls=workload.controls, reuse=workload.reuse),
+        "gradient": lambda: dry_run.gradient(
+            workload.unet, workload.vae, batch=workload.batch, tokens=workload.tokens, **shape
+        ),
         "decode": lambda: dry_run.decode(workload.vae, batch=workload.batch, mode=workload.decode, **shape),
     }
-    left_out = [*([] if workload.encode else ["encode"]), *([] if workload.controls else ["control"])]
+    wanted = {"encode": workload.encode, "control": bool(workload.controls), "gradient": workload.gradient}
+    left_out = [name for name, applies in wanted.items() if not applies]
     return {name: work for name, work in phases.items() if name not in left_out}
 
 

@@ -4,10 +4,11 @@ runs on any device; slots.py is that of a GPU.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -20,7 +21,7 @@ from fastldm.kernels.lora import Group, Rows
 from fastldm.models.controlnet import ControlNet
 from fastldm.models.unet import Features, Pictures, Residuals, Reuse
 from fastldm.runtime.controls import RunControl, evaluate
-from fastldm.runtime.denoise import Branches, Run, State
+from fastldm.runtime.denoise import Branches, Guidance, Run, State, added_output
 
 if TYPE_CHECKING:
     from fastldm.models.interfaces import Denoiser
@@ -80,27 +81,37 @@ class EagerBatch:
     def step(self, runs: Sequence[Run]) -> str:
         runs = sorted(runs, key=lambda run: not run.computes_all)  # those that do come first
         calls = [runs] if self.together else [[run] for run in runs]
-        outputs = [output for call in calls for output in self._outputs(call)]
-        for run, model_output in zip(runs, outputs, strict=True):
-            self._states[run].end(run.row, model_output)
+        added = [added_output(run, run.row, self._states[run].x, partial(self._for_autograd, run)) for run in runs]
+        inputs = [[self._states[run].input(run.row) for run in call] for call in calls]
+        outputs = [output for each in zip(calls, inputs, strict=True) for output in self._outputs(*each)]
+        for run, model_output, own in zip(runs, outputs, added, strict=True):
+            self._states[run].end(run.row, model_output, own)
             run.advance()
         return self.backend
 
-    def _outputs(self, runs: Sequence[Run]) -> Sequence[Tensor]:
-        """The network's output for each of these runs, of one call."""
-        inputs = [self._states[run].input(run.row) for run in runs]
+    def _for_autograd(self, run: Run, inputs: Tensor, row: int, branches: Branches) -> Tensor:
+        """The network's output for the prompt's branch of a run at its next row."""
+        assert (row, branches) == (run.row, (1,))
+        return EagerBatch(self.unet)._outputs([replace(run, guidance=Guidance())], [inputs], for_autograd=True)[0]
+
+    def _outputs(
+        self, runs: Sequence[Run], inputs: Sequence[Tensor], *, for_autograd: bool = False
+    ) -> Sequence[Tensor]:
+        """The network's output for the inputs of each of these runs, of one call. for_autograd: of one run, all of the
+        network computed, where nothing is written in place that autograd may keep."""
         temb = [_rows(run.temb, run, run.branches).expand(len(x), -1) for run, x in zip(runs, inputs, strict=True)]
         text, options = self._text_of(None, [(run, run.text_kv, run.branches) for run in runs])
         deep = None
-        if any(run.reuses for run in runs):
+        if not for_autograd and any(run.reuses for run in runs):
             deep = sum(len(x) for run, x in zip(runs, inputs, strict=True) if run.computes_all)
-            options["reuse"] = Reuse(deep, functools.partial(self._exchange, runs))
+            options["reuse"] = Reuse(deep, partial(self._exchange, runs))
         # inference_mode: a step's hundreds of views cost less there
-        with torch.inference_mode(), spans.span("U-Net"), _beside(self.unet, runs, inputs):
+        mode: AbstractContextManager[Any] = nullcontext() if for_autograd else torch.inference_mode()
+        with mode, spans.span("U-Net"), _beside(self.unet, runs, inputs):
             if residuals := self._residuals(runs, inputs, deep):
-                options["residuals"] = residuals
+                options["residuals"] = [_out_of_place(own) for own in residuals] if for_autograd else residuals
             if features := _features(runs):
-                options["features"] = features
+                options["features"] = [own._replace(first=None) for own in features] if for_autograd else features
             if pictures := _pictures(runs):
                 options["pictures"] = pictures
             if perturbed := _perturbed(runs, inputs[0].device):
@@ -223,6 +234,15 @@ class BatchInvariant:
 
     def close(self) -> None:
         self._images.close()
+
+
+def _out_of_place(residuals: Residuals) -> Residuals:
+    """Of a ControlNet that acts on all rows: added to them without writing in place."""
+    skips, mid, weights, _ = residuals
+    if weights is not None:
+        skips = tuple(x * w[:, None, None, None] for x, w in zip(skips, weights, strict=False))
+        mid = mid * weights[-1][:, None, None, None]
+    return Residuals(skips, mid, first=None)
 
 
 def _beside(network: Denoiser, runs: Sequence[Run], inputs: Sequence[Tensor]) -> AbstractContextManager[None]:

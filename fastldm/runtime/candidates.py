@@ -37,18 +37,18 @@ class Ranking:
         """As `loading.ranker.read_ranker`."""
         return read_ranker(folder, *self._to, stages, allow_pickle=allow_pickle)
 
-    def need(self, stages: Sequence[TextStage], backend: str) -> Ranker:
-        """InputError for a model without any."""
+    def need(self, stages: Sequence[TextStage], backend: str, use: str = "candidates are ranked") -> Ranker:
+        """InputError for a model without any. use: what is done by it."""
         with self._lock:
             if self.loaded is None:
                 if backend != "torch":
                     raise InputError(
-                        f"candidates are ranked by a CLIP image encoder, and a bundle, here on {backend}, has none: "
+                        f"{use} by a CLIP image encoder, and a bundle, here on {backend}, has none: "
                         "load a CLIPModel's folder as its ranker, or the model with backend='torch'"
                     )
                 if not has_ranker(self._own):
                     raise InputError(
-                        "candidates are ranked by a CLIP image encoder, and this model has none: load a CLIPModel's "
+                        f"{use} by a CLIP image encoder, and this model has none: load a CLIPModel's "
                         "folder as its ranker, such as that of openai/clip-vit-large-patch14"
                     )
                 self.loaded = self.read(self._own / FOLDER, stages)

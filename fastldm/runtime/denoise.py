@@ -21,6 +21,7 @@ from fastldm.kernels.columns import W0
 from fastldm.kernels.lora import ScaledPages
 from fastldm.kernels.step import BRANCHES, blend, guide, model_input, step, table_rows
 from fastldm.runtime.controls import RunControl, RunFeatures
+from fastldm.runtime.gradient import At, Gradient
 from fastldm.runtime.pages import Applied
 from fastldm.samplers.table import COLUMNS, StepTable
 
@@ -179,6 +180,7 @@ class Run:
     vectors: Tensor | None = None  # (B, 2D): of pictures that unCLIP reads, as `read_picture` gives them
     images: tuple[Run, ...] = ()
     generators: Sequence[torch.Generator] | None = None  # of the seeds, behind all that was drawn
+    gradient: Gradient | None = None  # by which it is guided besides
     row: int = 0  # the one that comes next
     at_once: int = 1  # how many rows its next step may take, of a batch that can take several
     branches_kept: Branches = ()  # of which deep features are there
@@ -294,6 +296,7 @@ class Run:
                 features=None if self.features is None else self.features.image(k),
                 noise_level=self.noise_level,
                 vectors=None if self.vectors is None else of(k, self.vectors),
+                gradient=None if self.gradient is None else self.gradient.image(k),
             )
             for k in range(self.batch)
         )
@@ -313,7 +316,8 @@ def denoise(
     """
     state = State(run)
     for i, branches in enumerate(run.table_branches):
-        state.end(i, network(state.input(i), i, branches))
+        added = added_output(run, i, state.x, network)
+        state.end(i, network(state.input(i), i, branches), added)
         if on_step is not None:
             replaced = on_step(i, float(run.table.timesteps[i]), state.x)
             if replaced is not None:
@@ -341,8 +345,8 @@ class State:
         branches = run.table_branches[i]
         return model_input(self.x, float(run.table.rows[i, 0]), run.dtype, len(branches), run.extra_of(branches))
 
-    def end(self, i: int, out: Tensor) -> None:
-        """Row i, with the network's output."""
+    def end(self, i: int, out: Tensor, added: Tensor | None = None) -> None:
+        """Row i, with the network's output. added: of `added_output`."""
         run = self.run
         if run.guidance is not self._guidance:  # a callback's
             self._guide()
@@ -354,7 +358,8 @@ class State:
         if 0 in outs and run.table.rare:
             rest["difference"] = outs[1].float() - outs[0].float()
         out = guide(outs, row[W0 : W0 + BRANCHES], run.guidance.rescales, projection=run.guidance.projection)
-        args = (row, self.x, self.y, self.history, out.float(), run.noises[i])
+        out = out.float() if added is None else out.float() + added
+        args = (row, self.x, self.y, self.history, out, run.noises[i])
         x, self.y, self.history = step(*args, depth=self.depth, threshold=run.table.threshold, **rest)
         if run.inpainting is not None:
             x = blend(row, x, run.inpainting.mask, run.inpainting.init, run.inpainting.noise)
@@ -374,6 +379,38 @@ class State:
         """The first row that left NaN or infinity, -1 for the start. Waits for the device."""
         finite = torch.stack(self.sums).isfinite().tolist()
         return None if all(finite) else finite.index(False) - 1
+
+
+# -------------------------------------------------------------------------------------------- guidance by gradient
+
+_PROMPT = (1,)
+
+
+def added_output(run: Run, i: int, x: Tensor, network: Network) -> Tensor | None:
+    """What the gradient of a run adds to the network's output at row i, (B, C, h, w) float32, see `gradient`; None
+    where it adds nothing. x (B, C, h, w): the latents. network: as of `denoise`, for autograd.
+
+    Raises what `Gradient` does, with the step.
+    """
+    guidance, table = run.guidance, run.table
+    if run.gradient is None or not guidance.start <= table.index[i] / table.steps < guidance.end:
+        return None
+    level, timestep = table.levels[i], float(table.timesteps[i])
+    if level.gain == 0:
+        return None
+
+    def denoised(u: Tensor) -> Tensor:
+        model_output = network(model_input(u, 1.0, run.dtype, 1, run.extra_of(_PROMPT)), i, _PROMPT)
+        return level.skip * u + level.gain * model_output[:, : u.shape[1]].float()  # learned variance is behind
+
+    with torch.inference_mode(False), torch.enable_grad():
+        u = x.clone() * float(table.rows[i, 0])  # a copy: the caller's function may write into it
+        try:
+            moved = run.gradient(At(u, u.new_full((len(u),), timestep), i, level, denoised))
+        except (InputError, NonFinite) as error:
+            where = f"at step {table.index[i] + 1} of {table.steps} (timestep {timestep:g})"
+            raise type(error)(f"{run.gradient.name} {where}: {error}") from error
+    return None if moved is None else moved / level.gain
 
 
 # -------------------------------------------------------------------------------------------------- what may go wrong

@@ -200,7 +200,8 @@ class Slots:
         """Whether a run fits into these buffers, were they empty."""
         state = self.buffers.step
         return (
-            run.batch <= state.x.shape[0]
+            run.gradient is None  # a captured step calls no function
+            and run.batch <= state.x.shape[0]
             and graph_rows(run.max_rows) <= state.u.shape[0]
             and len(run.table) <= state.table.shape[1]
             and all(run.tokens <= text.shape[1] for text in self.buffers.text)

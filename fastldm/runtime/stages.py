@@ -29,6 +29,7 @@ from fastldm.conditioning import encode as conditioning
 from fastldm.conditioning.text import Conditioning, TextStage
 from fastldm.device import Mark, send, to_host
 from fastldm.errors import InputError, NonFinite
+from fastldm.gradients import CLIPGuidance
 from fastldm.kernels.step import BRANCHES, fuses
 from fastldm.loading import spec as loading
 from fastldm.loading.mapped import Mapped
@@ -47,6 +48,7 @@ from fastldm.runtime.candidates import Ranking
 from fastldm.runtime.complete import complete
 from fastldm.runtime.controls import Controls, start_controls
 from fastldm.runtime.denoise import Embeds, Guidance, Run, check_finite
+from fastldm.runtime.gradient import CLIPGradient, Function, Gradient, clip_texts
 from fastldm.runtime.graph import CUDA, Graphs
 from fastldm.runtime.guidance import apg_of, guidance_of, pag_defaults, perturbed_layers
 from fastldm.runtime.image_prompts import ImagePrompts, PictureSelection, per_image, start_pictures
@@ -180,6 +182,8 @@ class Stages:
                 "projected guidance: leave out apg_rescale and apg_eta, or load the checkpoint"
             )
         request = complete(request, self.spec, self.vae.config, self.family, self.latents)
+        if request.gradient is not None:
+            self._check_gradient(request)
         if self._steps is not None and self.table(request).threshold is not None:
             raise InputError(
                 f"this pipeline runs a bundle on {self.backend} by a graph of whole steps, which knows no dynamic "
@@ -200,6 +204,47 @@ class Stages:
         )
         if self.unet.config.levels < 2:
             raise InputError(f"reuse is {reuse}, and this model's U-Net has one level, of which nothing is deep")
+
+    def _check_gradient(self, request: Request) -> None:
+        """InputError for guidance by gradient that a completed request cannot have here."""
+        options = request.gradient
+        if self._steps is not None:
+            raise InputError(
+                f"this pipeline runs a bundle on {self.backend} by a graph of whole steps, which no gradient enters: "
+                "leave out guidance_fn and clip_guidance_scale, or load the checkpoint"
+            )
+        if not isinstance(options, CLIPGuidance):
+            return
+        self.need_torch(
+            "whose networks have no gradients, and CLIP guidance goes through them: leave out clip_guidance_scale, or "
+            "load the checkpoint, not a bundle"
+        )
+        layers = self.unet.modules() if isinstance(self.unet, UNet) else ()
+        if options.through_unet and any(getattr(layer, "eight_bits", None) is not None for layer in layers):
+            raise InputError(
+                "fp8 is on, through which there is no gradient: call disable_fp8, or leave CLIP guidance out"
+            )
+        if options.decoder is None and isinstance(self.vae, PixelResidual):
+            raise InputError("CLIP guidance sees decoded latents, and this model's are of what a small picture lacks")
+        ranker = self.ranking.need(self.text_stages, self.backend, "CLIP guidance goes")
+        if ranker.text is None and not self.text_stages:
+            raise InputError("CLIP guidance reads a text, and this model has no text encoder: load a whole CLIPModel")
+        clip_texts(request, options)
+
+    def _gradient(self, request: Request) -> Gradient | None:
+        """Of a completed request."""
+        options = request.gradient
+        if not isinstance(options, CLIPGuidance):
+            return None if options is None else Function(options)
+        ranker = self.ranking.need(self.text_stages, self.backend)
+        stage = ranker.text or self.text_stages[0]
+        texts = ranker.text_vectors(clip_texts(request, options), stage, literal=request.literal_prompt)
+        seeds = range(request.batch) if request.generator is not None else picture_seeds(request)
+        return CLIPGradient(options, ranker.images, texts, self._decoded, seeds)
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """Latents as the U-Net has them to images (B, 3, H, W) in about -1..1, for autograd."""
+        return self.vae.decode(self._unscaled(latents).to(self.dtype))
 
     def guided(self, request: Request) -> bool:
         """Whether negatives are needed, for a network row of their own: none where a model reads the scale itself."""
@@ -240,6 +285,7 @@ class Stages:
             if changed:
                 logger.info("weights changed: %s", ", ".join(changed))
                 self.adapters.renewed(changed)
+        gradient = self._gradient(request)
         with self.adapters.conditioned(selection := _selection(request)):
             # Prompts share the encoder's calls, unless each has to be as if it were alone.
             requests = [request.alone(k) for k in range(request.count)] if batch_invariant else [request]
@@ -247,7 +293,7 @@ class Stages:
                 encoded = [self.encode(each) for each in requests]
             with spans.span("noise"):
                 run = self._start(request, batch_invariant, generators)
-                run.adapters = selection
+                run.adapters, run.gradient = selection, gradient
                 run.embeddings = conditioning.used_embeddings(request, self.text_stages)
             with spans.span("conditions"):
                 rows, to = len(run.table), {"dtype": self.dtype, "device": self.device}
@@ -391,7 +437,8 @@ class Stages:
             steps = StepsBatch(self._steps, self.backend, together=not apart)
             return BatchInvariant(steps) if apart else steps
         invariant_kernels = self.dtype.itemsize == 2  # float32 on a GPU is PyTorch's own
-        if not isinstance(self.unet, UNet) or not fuses(run.latents) or (apart and not invariant_kernels):
+        eager = run.gradient is not None or not fuses(run.latents) or (apart and not invariant_kernels)
+        if eager or not isinstance(self.unet, UNet):
             batch = EagerBatch(self.unet, self.backend, together=not apart)
             return BatchInvariant(batch) if apart else batch
         images = max(run.batch, max_batch)

@@ -50,6 +50,8 @@ def rows_of(run: Run, start: int, stop: int, spec: NetworkSpec) -> dict[str, Ten
         raise InputError("the bundle's graph knows no dynamic thresholding: run it on PyTorch")
     if run.guidance.projection is not None:
         raise InputError("the bundle's graph knows no adaptive projected guidance: run it on PyTorch")
+    if run.gradient is not None:
+        raise InputError("the bundle's graph knows no guidance by gradient: run it on PyTorch")
     images, table = run.batch, run.table
     zeros, ones = torch.zeros_like(run.latents), torch.ones_like(run.latents[:, :1])
     scales = [w1 for _, w1, *_ in run.guidance.weights(table)[start:stop]]

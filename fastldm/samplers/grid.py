@@ -33,6 +33,16 @@ class Span(NamedTuple):
     end: float
 
 
+class Level(NamedTuple):
+    """What a call of the network is made with, u = signal * x0 + noise * n, and what it says of it,
+    x0 = skip * u + gain * output; gain is 0 where it says nothing."""
+
+    signal: float
+    noise: float
+    skip: float
+    gain: float
+
+
 class SolverRow(NamedTuple):
     """One call of the network, in symbols."""
 
@@ -49,6 +59,8 @@ class SolverRow(NamedTuple):
     draws: bool = False  # whether diffusers draws noise here
     more: Mapping[str, float] = {}
     span: Span | None = None
+    at: tuple[float, float] | None = None  # alpha and sigma of this row's latent; None: they are `level`
+    x0: tuple[float, float] | None = None  # (p, q) of the denoised latent; None: `Grid.denoised`
 
 
 @dataclass(frozen=True)
@@ -140,6 +152,14 @@ class Grid:
                 "v-prediction model, timestep_spacing 'leading', or a schedule without rescale_betas_zero_snr."
             )
         return 1 / alpha, -sigma / alpha
+
+    def level(self, row: SolverRow) -> Level:
+        """That of a row."""
+        alpha, sigma = row.at or row.level
+        if alpha <= 0 and self.config.prediction_type == "epsilon":
+            return Level(0.0, 1.0, 0.0, 0.0)
+        p, q = row.x0 or self.denoised(alpha, sigma)
+        return Level(*map(float, (row.c_in * alpha, row.c_in * sigma, p / row.c_in, q)))
 
     def x0(self, alpha: float, sigma: float, latent: Array, output: Array) -> Array:
         """The denoised latent, if the history holds the network's unchanged output."""

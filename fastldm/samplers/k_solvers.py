@@ -84,7 +84,8 @@ def dpmpp_sde(grid: Grid, brownian: bool = True) -> Iterator[SolverRow]:
         x = _towards(Y, M0, down / sigma) + up * noise
         row = _row(grid, i, grid.time(middle), middle, x, draws=True)
         row = row._replace(span=Span(sigma, after, 0.5, 1.0)) if brownian else row
-        yield row._replace(level=(1.0, after)) if grid.config.class_name == "DPMSolverSDEScheduler" else row
+        moved = grid.config.class_name == "DPMSolverSDEScheduler"
+        yield row._replace(level=(1.0, after), at=row.level) if moved else row
 
 
 def dpm_fast(grid: Grid) -> Iterator[SolverRow]:

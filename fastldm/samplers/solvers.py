@@ -193,7 +193,7 @@ def _midpoint(grid: Grid, i: int, t: float, sigma: float, down: float, up: float
     if grid.remaining(i) > 1:
         x = Y + (down - sigma) * _slope(grid, midpoint, X, M0) + up * N
         row = _row(grid, i, grid.time(midpoint), midpoint, x, draws=up > 0)
-        yield row._replace(level=(1.0, after))  # as in diffusers' add_noise, which ignores the midpoint
+        yield row._replace(level=(1.0, after), at=row.level)  # as diffusers' add_noise, which ignores the midpoint
 
 
 def consistency(grid: Grid) -> Iterator[SolverRow]:
@@ -203,7 +203,8 @@ def consistency(grid: Grid) -> Iterator[SolverRow]:
         m = data**2 / ((sigma - low) ** 2 + data**2), (sigma - low) * data / math.hypot(sigma, data)
         x = M0 + grid.config.s_noise * math.sqrt(max(after**2 - low**2, 0)) * N
         row = _row(grid, i, t, sigma, x, draws=grid.steps > 1)
-        yield _clamped(grid, row, m) if grid.config.clip else row._replace(m=m)
+        row = _clamped(grid, row, m) if grid.config.clip else row._replace(m=m)
+        yield row._replace(x0=m)
 
 
 def lms(grid: Grid) -> Iterator[SolverRow]:
@@ -402,7 +403,7 @@ def sa_solver(grid: Grid) -> Iterator[SolverRow]:
         x = keep * x + predicted + noise * N
         row = _vp_row(grid, i, t, now, data, x, draws=True)
         if len(grid.alpha_bar):  # as in diffusers' add_noise, which goes by the whole timestep
-            row = row._replace(level=(math.sqrt(grid.bar(t)), math.sqrt(1 - grid.bar(t))))
+            row = row._replace(level=(math.sqrt(grid.bar(t)), math.sqrt(1 - grid.bar(t))), at=row.level)
         yield row
 
 

@@ -32,7 +32,7 @@ import itertools
 import math
 import reprlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -41,7 +41,7 @@ from fastldm.errors import InputError
 from fastldm.samplers import k_solvers, solvers
 from fastldm.samplers.classes import CLASSES, SchedulerClass
 from fastldm.samplers.config import ScheduleConfig
-from fastldm.samplers.grid import NO_CHURN, Array, Array32, Churn, Grid, SolverRow, Span
+from fastldm.samplers.grid import NO_CHURN, Array, Array32, Churn, Grid, Level, SolverRow, Span
 from fastldm.samplers.names import resolve_sampler, sampler_name
 from fastldm.samplers.scheduler_config import config_of
 from fastldm.samplers.spacing import (
@@ -77,6 +77,7 @@ class StepTable:
     motion: tuple[float, float] = (0.0, 0.0)  # the lowest and the highest sigma of that motion
     noise_seed: int | None = None  # what the configuration has it drawn from
     threshold: tuple[float, float] | None = None  # m is thresholded: see `kernels.threshold`
+    levels: tuple[Level, ...] = ()  # (S,) what the network sees, and what it says of it
     deep: tuple[bool, ...] = field(init=False)  # (S,) whether each row computes all of the network
     rare: bool = field(init=False)  # whether any row has a number that most samplers have not: `kernels.columns.RARE`
 
@@ -177,12 +178,13 @@ def make_table(
         enough = next((n for n in range(steps + 1, trained + 1) if int(n * strength) > 0), None)
         take = f"take {enough} steps, or more strength" if enough and len(times) == steps else "take more strength"
         raise InputError(f"strength {strength} leaves none of {steps} steps: {take}.")
-    rows, numbers = _rows(entry, Grid(config, steps=len(times), eta=eta, churn=churn, **arrays))
+    grid = Grid(config, steps=len(times), eta=eta, churn=churn, **arrays)
+    rows, numbers = _rows(entry, grid)
     if denoising_start is not None:
         arrays["begin"] = _first_step(entry, rows, times, _cutoff("denoising_start", denoising_start, trained))
         if arrays["begin"] == len(times):
             raise InputError(f"denoising_start {denoising_start:g} leaves none of {steps} steps: take more steps.")
-        rows, numbers = _rows(entry, Grid(config, steps=len(times), eta=eta, churn=churn, **arrays))
+        rows, numbers = _rows(entry, replace(grid, begin=arrays["begin"]))
     if denoising_end is not None:
         cutoff = _cutoff("denoising_end", denoising_end, trained)
         rows = list(itertools.takewhile(lambda row: np.float32(row.t) >= cutoff, rows))
@@ -212,6 +214,7 @@ def make_table(
         motion=motion,
         noise_seed=config.noise_sampler_seed,
         threshold=config.threshold,
+        levels=tuple(grid.level(row) for row in rows),
     )
 
 

@@ -75,6 +75,7 @@ class ImageFields(BaseModel):
     pag_adaptive_scale: float | None = None
     apg_rescale: float | None = Field(None, description="Adaptive projected guidance.")
     apg_eta: float | None = None
+    clip_guidance_scale: float | None = Field(None, description="CLIP guidance by gradient, such as 100; 0 is off.")
     sampler: str | None = Field(None, max_length=200)
     strength: float | None = None
     noise_level: int | None = Field(None, ge=0, description="Noise of what an upscaler or unCLIP reads of the picture.")
@@ -111,6 +112,7 @@ class EditFields(ImageFields):
 
 _MORE = (
     *("pag_scale", "pag_adaptive_scale", "apg_rescale", "apg_eta", "clip_skip", "adapters", "reuse", "noise_level"),
+    "clip_guidance_scale",
 )
 
 

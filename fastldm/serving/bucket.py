@@ -432,7 +432,7 @@ class Buckets:
     def __init__(self, stages: Stages, host: Host, max_batch: int, batch_invariant: bool) -> None:
         self._stages, self._host, self._max_batch = stages, host, max_batch
         self._batch_invariant = batch_invariant
-        self._by_size: dict[tuple[int, int, dispatch.Route | None], Bucket] = {}  # the last used is the last
+        self._by_size: dict[tuple[int, int, dispatch.Route | None, bool], Bucket] = {}  # the last used is the last
         self._numbers = itertools.count()
         self.open: set[Generation] = set()  # submitted and not done
         self.totals = Totals()
@@ -453,7 +453,8 @@ class Buckets:
     def add(self, generation: Generation, priority: float, least_spent: float) -> None:
         """Queue a request. least_spent: seconds of the device that the least served bucket of the worker has had."""
         request = generation.part
-        key = (int(request.height or 0), int(request.width or 0), generation.route)
+        # Steps with a gradient take several times as long: they have turns of their own.
+        key = (int(request.height or 0), int(request.width or 0), generation.route, request.gradient is not None)
         bucket = self._by_size.pop(key, None) or Bucket(
             self._stages,
             self._host,

@@ -10,8 +10,9 @@ leaves when it is done: it is decoded, piece by piece, between the steps of thos
 that has had least of the device's time is next, so that a stream of large images never starves a small one.
 
 All work on a device is issued by one thread (worker.py): another's allocation would break the capture of a CUDA graph,
-and cuDNN keeps its plans by thread. No foreign code runs there: what a caller does between two steps happens in the
-caller's thread, and that request alone waits for it.
+and cuDNN keeps its plans by thread. No foreign code runs there, but a request's own `guidance_fn`, which is a part of
+its step: requests with one take turns with those without. What a caller does between two steps happens in the caller's
+thread, and that request alone waits for it.
 """
 
 from __future__ import annotations

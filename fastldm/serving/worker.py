@@ -1,8 +1,8 @@
 """The one thread that issues all work of a device, for every session on it, and owns the buckets of their requests.
 
-No foreign code runs on it. Done-callbacks (`add_done_callback`) are called by another thread; what is raised in the
-course of a request, be it SystemExit, is that request's failure. Should anything be raised elsewhere, the request or
-call in hand is lost and fails, and the thread goes on with the rest.
+No foreign code runs on it, but a request's `guidance_fn`. Done-callbacks (`add_done_callback`) are called by another
+thread; what is raised in the course of a request, be it SystemExit, is that request's failure. Should anything be
+raised elsewhere, the request or call in hand is lost and fails, and the thread goes on with the rest.
 
 A process that is forked from this one has the sessions but not the thread. The fork waits until no turn is under way,
 so that no tensor is half written and no lock held; in the child all requests that were open fail, and new ones are
