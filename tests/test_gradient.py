@@ -1,5 +1,8 @@
 """Guidance by gradient: against exact posteriors, autograd through diffusers' and transformers' modules in plain loops,
-and finite differences."""
+and finite differences.
+
+Over 500 lines, for what judges a gradient, what it goes through and what becomes of its request are one story.
+"""
 
 from __future__ import annotations
 
