@@ -361,7 +361,7 @@ def _vae_decoder(vae: AutoencoderKL | TinyAutoencoder, inputs: Named) -> dict[st
 
 def _vae_encoder(vae: AutoencoderKL | TinyAutoencoder, inputs: Named) -> dict[str, Tensor]:
     encoded = vae.encode(inputs["sample"])
-    if isinstance(vae, TinyAutoencoder):
+    if not vae.config.moments:
         return {"latent_sample": encoded}
     return {"latent_sample": encoded[:, : vae.config.latent_channels], "latent_parameters": encoded}
 

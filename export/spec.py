@@ -46,7 +46,7 @@ import torch
 from torch import Tensor
 
 from fastldm.adapters.packing import DOWN, SCALE, UP, Layout, layouts
-from fastldm.models.config import AutoencoderConfig, TextConfig, TinyVAEConfig, UNetConfig
+from fastldm.models.config import AutoencoderConfig, TextConfig, UNetConfig
 from fastldm.models.controlnet import ControlNetConfig
 from fastldm.models.families import encoder_names
 from fastldm.models.t2i_adapter import T2IAdapterConfig, feature_places
@@ -422,6 +422,6 @@ def _vae_decoder(unet: UNetConfig, vae: AutoencoderConfig, dtype: DType) -> Netw
 def _vae_encoder(unet: UNetConfig, vae: AutoencoderConfig, dtype: DType) -> NetworkSpec:
     image = Port("sample", dtype, _image_shape(unet, vae.in_channels, vae.factor), like="picture")
     outputs = [Port("latent_sample", dtype, _image_shape(unet, vae.latent_channels, 1))]
-    if not isinstance(vae, TinyVAEConfig):  # mean and log variance
+    if vae.moments:  # mean and log variance
         outputs.append(Port("latent_parameters", dtype, _image_shape(unet, 2 * vae.latent_channels, 1)))
     return NetworkSpec("vae_encoder", (image,), tuple(outputs))

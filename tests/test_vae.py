@@ -193,6 +193,43 @@ def test_vae_equals_diffusers(changes: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"vq_embed_dim": 5, "latent_channels": 4, "mid_block_add_attention": False, "lookup_from_codebook": True},
+        {"num_vq_embeddings": 4100, "block_out_channels": (8, 16, 24, 24), "layers_per_block": 2},
+    ],
+    ids=["f4", "codes of another width", "codes in three parts"],
+)
+def test_vq_model_equals_diffusers(changes: dict[str, Any]) -> None:
+    if levels := len(changes.get("block_out_channels", ())):
+        types = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
+        changes = {**changes, **types}
+    theirs = tiny.vq(**changes)
+    ours = vae_of(theirs)
+    image = torch.rand(2, 3, 40, 24) * 2 - 1
+    encoded = theirs.encode(image).latents
+    assert not ours.config.moments
+    assert error(ours.encode(image), encoded) < TOLERANCE
+    latents = torch.randn(2, ours.config.latent_channels, 5, 7)
+    for z in (encoded, latents):
+        indices = theirs.quantize(z)[2][2]
+        assert ours.quantize is not None
+        assert torch.equal(ours.quantize.nearest(z).flatten(), indices.flatten())
+        assert len(indices.unique()) > 5
+        assert error(ours.decode(z), theirs.decode(z).sample) < TOLERANCE
+    assert ours.config.factor == image.shape[2] // encoded.shape[2]
+
+
+def test_nearest_code_is_the_first_of_equals() -> None:
+    codes = ours.Codebook(5000, 2)
+    codes.embedding.weight.data = torch.full((5000, 2), 3.0)
+    codes.embedding.weight.data[[70, 71, 4500]] = torch.tensor([1.0, 2.0])
+    assert codes.nearest(torch.tensor([1.0, 2.0]).view(1, 2, 1, 1)).tolist() == [[70]]
+
+
+@torch.no_grad()
 def test_tiny_vae_equals_diffusers() -> None:
     theirs = tiny.tiny_vae()
     with torch.device("meta"):

@@ -31,8 +31,14 @@ def heads_of(values: Mapping[str, Any], source: str) -> tuple[int, int]:
 
 # `shift_factor` is left out: diffusers' pipelines of Stable Diffusion 1, 2 and XL ignore it.
 _VAE_ONLY: dict[str, tuple[Any, ...]] = {
-    "_class_name": ("AutoencoderKL", "AsymmetricAutoencoderKL"),
+    "_class_name": ("AutoencoderKL", "AsymmetricAutoencoderKL", "VQModel"),
     "act_fn": ("silu", "swish"),
+    "norm_type": ("group",),
+}
+# `lookup_from_codebook` is left out: it is of a decoder that is given codes, and no pipeline of latents gives it some.
+_CODEBOOK = {
+    "num_vq_embeddings": Field(Integer(1, 2**20), 256),
+    "vq_embed_dim": Field(Maybe(WIDTH), None),
 }
 _STATISTICS = {  # of the latents' channels, by which diffusers' pipelines of XL normalize them
     "latents_mean": Field(Maybe(ListOf(Number(-1e6, 1e6), 1, MAX_CHANNELS)), None),
@@ -69,7 +75,8 @@ _TINY_VAE_ONLY: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """A KL autoencoder (diffusers' AutoencoderKL). Latents for the U-Net are those of `models.latents.scaled`."""
+    """A KL autoencoder (diffusers' AutoencoderKL), or one of VQ-GAN (VQModel). Latents for the U-Net are those of
+    `models.latents.scaled`."""
 
     in_channels: int
     out_channels: int
@@ -87,11 +94,18 @@ class VAEConfig:
     decoder_channels: tuple[int, ...] = ()  # the decoder's own, of as many levels
     decoder_layers: int = 1
     conditioned: bool = False  # whether the decoder reads a repainted picture (diffusers' AsymmetricAutoencoderKL)
+    inner_channels: int = 0  # that the encoder makes, before quant_conv, and the decoder reads
+    codes: int = 0  # vectors of a codebook, of which the decoder takes the nearest to each latent; 0: there is none
 
     @property
     def factor(self) -> int:
         """Pixels per latent, in each direction."""
         return 2 ** (len(self.channels) - 1)
+
+    @property
+    def moments(self) -> bool:
+        """Whether `encode` makes latents' mean and log variance, to be drawn from, not the latents."""
+        return not self.codes
 
     @classmethod
     def from_dict(cls, cfg: Mapping[str, Any], source: str = "config.json") -> VAEConfig:
@@ -102,6 +116,11 @@ class VAEConfig:
             cfg = {**cfg, **dict.fromkeys(("mid_block_add_attention", "use_quant_conv", "use_post_quant_conv"), True)}
             cfg |= {"block_out_channels": decoder.pop("channels"), "layers_per_block": decoder.pop("layers")}
             cfg |= {"force_upcast": False}
+        quantizes = cfg.get("_class_name") == "VQModel"
+        codebook = read_fields(cfg, _CODEBOOK, source) if quantizes else {}
+        if quantizes:  # with diffusers' defaults of that class
+            cfg = {"latent_channels": 3, "force_upcast": False, **cfg}
+            cfg |= {"use_quant_conv": True, "use_post_quant_conv": True}
         channels = channels_of(cfg, source)
         types = {
             key: Field(per_level(OneOf(kind), len(channels), scalar=False), None)
@@ -123,7 +142,9 @@ class VAEConfig:
             conditioned=conditioned,
             in_channels=values["in_channels"],
             out_channels=values["out_channels"],
-            latent_channels=values["latent_channels"],
+            latent_channels=codebook.get("vq_embed_dim") or values["latent_channels"],
+            inner_channels=values["latent_channels"],
+            codes=codebook.get("num_vq_embeddings", 0),
             channels=channels,
             layers_per_block=values["layers_per_block"],
             norm_groups=values["norm_num_groups"],
@@ -178,6 +199,11 @@ class TinyVAEConfig:
         return 2 ** (len(self.decoder_blocks) - 1)
 
     @property
+    def moments(self) -> bool:
+        """Always False: `encode` makes the latents."""
+        return False
+
+    @property
     def force_upcast(self) -> bool:
         """Always False: it was distilled to stay in range (diffusers ignores the file's value too)."""
         return False
@@ -229,6 +255,7 @@ class PixelResidualConfig:
     in_channels: int = 3
     out_channels: int = 3
     force_upcast: bool = False
+    moments: bool = False  # `encode` makes the latents
     latents_mean: tuple[float, ...] = ()  # none, as of `latents_std`
     latents_std: tuple[float, ...] = ()
 
@@ -256,6 +283,7 @@ AutoencoderConfig = VAEConfig | TinyVAEConfig | PixelResidualConfig
 AUTOENCODERS: dict[str, type[VAEConfig] | type[TinyVAEConfig] | type[PixelResidualConfig]] = {
     "AutoencoderKL": VAEConfig,
     "AsymmetricAutoencoderKL": VAEConfig,
+    "VQModel": VAEConfig,
     "AutoencoderTiny": TinyVAEConfig,
     "PixelResidual": PixelResidualConfig,
 }

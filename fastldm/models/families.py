@@ -10,7 +10,7 @@ from fastldm.models.config import TextConfig, UNetConfig
 
 NETWORK_CLASSES = {
     "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "PixelResidual"),
+    "vae": ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "PixelResidual", "VQModel"),
     "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
     "text_encoder_2": ("CLIPTextModel", "CLIPTextModelWithProjection"),
 }

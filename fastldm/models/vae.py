@@ -1,8 +1,8 @@
-"""Autoencoders between images and latents: Stable Diffusion's KL autoencoder, the tiny one in TAESD's layout, and one
-without weights, whose latents are pixels.
+"""Autoencoders between images and latents: Stable Diffusion's KL autoencoder, VQ-GAN's, the tiny one in TAESD's
+layout, and one without weights, whose latents are pixels.
 
 Images are (B, 3, H, W) in -1..1. Latents z are unscaled; a U-Net works on those of `latents.scaled`. Parameter names
-are those of diffusers' AutoencoderKL and AutoencoderTiny.
+are those of diffusers' AutoencoderKL, VQModel and AutoencoderTiny.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastldm.models.asymmetric import ConditionEncoder, repainting
+from fastldm.models.clip import Embedding
 from fastldm.models.config import PixelResidualConfig, TinyVAEConfig, VAEConfig
 from fastldm.models.interfaces import Autoencoder, Layer
 from fastldm.models.layers import (
@@ -35,23 +36,27 @@ Norm = Callable[..., Tensor]  # (a GroupNorm, x, silu=...) -> x, normalised
 Pieces = Generator[None, None, Tensor]  # a computation that pauses after each piece and returns its result
 
 _EPS = 1e-6
+_CODES = 2048  # distances to so many at a time: of 512 x 512 pixels and 8,192 codes all would be half a gigabyte
 HALF_EXPONENT = -4  # of two: scales activations by 1/16, which keeps SDXL's in float16's range
 
 
 class AutoencoderKL(nn.Module):
-    """The KL autoencoder of Stable Diffusion 1, 2 and XL."""
+    """The KL autoencoder of Stable Diffusion 1, 2 and XL; with a codebook that of VQ-GAN (arXiv:2012.09841), which is
+    the first stage of latent diffusion's first models (arXiv:2112.10752)."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.config = config
-        latents = config.latent_channels
+        latents, inner, moments = config.latent_channels, config.inner_channels, 1 + config.moments
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quant_conv = Conv(2 * latents, 2 * latents, kernel=1) if config.quant_conv else None
-        self.post_quant_conv = Conv(latents, latents, kernel=1) if config.post_quant_conv else None
+        self.quant_conv = Conv(moments * inner, moments * latents, kernel=1) if config.quant_conv else None
+        self.quantize = Codebook(config.codes, latents) if config.codes else None
+        self.post_quant_conv = Conv(latents, inner, kernel=1) if config.post_quant_conv else None
 
     def encode(self, x: Tensor) -> Tensor:
-        """x (B, 3, H, W) in -1..1 -> (B, 2C, H / factor, W / factor): the latents' mean, then their log variance."""
+        """x (B, 3, H, W) in -1..1 -> (B, 2C, H / factor, W / factor): the latents' mean, then their log variance; with
+        a codebook (B, C, H / factor, W / factor), the latents, which `decode` takes the nearest codes of."""
         moments = self.encoder(channels_last(x))
         return moments if self.quant_conv is None else self.quant_conv(moments)
 
@@ -69,12 +74,39 @@ class AutoencoderKL(nn.Module):
 
     def low(self) -> list[Layer]:
         """The first layers, at the latents' resolution, including attention."""
-        first = [] if self.post_quant_conv is None else [self.post_quant_conv]
+        first = [layer for layer in (self.quantize, self.post_quant_conv) if layer is not None]
         return [channels_last, *first, *self.decoder.low()]
 
     def high(self, norm: Norm = GroupNorm.__call__) -> list[Layer]:
         """The remaining layers, which enlarge. norm: applies their GroupNorms, as in `Resnet`."""
         return self.decoder.high(norm)
+
+
+class Codebook(nn.Module):
+    """Vectors of which each latent becomes the nearest; diffusers' VectorQuantizer."""
+
+    def __init__(self, codes: int, channels: int) -> None:
+        super().__init__()
+        self.embedding = Embedding(codes, channels)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z (B, C, h, w) -> the same, of codes."""
+        return to_image(F.embedding(self.nearest(z), self.embedding.weight), z.shape[2])
+
+    def nearest(self, z: Tensor) -> Tensor:
+        """z (B, C, h, w) -> the index of each one's code, the first of equals: (B, h * w)."""
+        tokens = to_tokens(z).float()  # (B, N, C)
+        best = index = None
+        for k, codes in enumerate(self.embedding.weight.float().split(_CODES)):
+            # |z - code|^2 without |z|^2, which all have alike
+            distance, nearest = (codes.square().sum(1) - 2 * tokens @ codes.T).min(-1)
+            if best is None or index is None:
+                best, index = distance, nearest
+            else:
+                index = torch.where(distance < best, nearest + k * _CODES, index)
+                best = torch.minimum(distance, best)
+        assert index is not None  # there are codes
+        return index
 
 
 class Encoder(nn.Module):
@@ -91,7 +123,7 @@ class Encoder(nn.Module):
             width = channels
         self.mid_block = MidBlock(config, width)
         self.conv_norm_out = GroupNorm(config.norm_groups, width, _EPS)
-        self.conv_out = Conv(width, 2 * config.latent_channels)
+        self.conv_out = Conv(width, (1 + config.moments) * config.inner_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -106,7 +138,7 @@ class Decoder(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         width = config.decoder_channels[-1]
-        self.conv_in = Conv(config.latent_channels, width)
+        self.conv_in = Conv(config.inner_channels, width)
         self.mid_block = MidBlock(config, width)
         self.up_blocks: Layers[Block] = Layers()
         for i, channels in enumerate(reversed(config.decoder_channels)):

@@ -175,7 +175,7 @@ def _encode(
     """Images (n, 3, H, W) in -1..1, in one call for each batch of them, to latents (n, C, h, w) in float32, not scaled:
     drawn from the posterior of a KL autoencoder, or without draw its mode."""
     encoded = torch.cat([vae.encode(images.to(dtype)) for images in batches]).float()
-    if isinstance(vae.config, VAEConfig):
+    if vae.config.moments:
         mean, log_variance = encoded.chunk(2, dim=1)
         encoded = mean if draw is None else mean + (log_variance.clamp(-30, 20) / 2).exp() * draw(len(mean))
     return encoded

@@ -1,7 +1,7 @@
 """Tiny seeded models of every family, as diffusers and transformers build them. No network connection is needed.
 
 tiny.unet("sdxl")                    a diffusers U-Net, of any name in UNETS
-tiny.vae(), tiny.tiny_vae()          its autoencoders
+tiny.vae(), .vq(), .tiny_vae()       its autoencoders
 tiny.text_encoder("bigg")            a transformers text encoder
 tiny.pipeline("sd2-v")               a diffusers pipeline, of any name in FAMILIES
 tiny.save_pipeline("sd1", folder)    the same as a folder on disk
@@ -21,7 +21,7 @@ from torch import nn
 from fastldm.conditioning.tokenizer import clip_vocabulary
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, UNet2DConditionModel
+    from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, UNet2DConditionModel, VQModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 M = TypeVar("M", bound=nn.Module)
@@ -182,6 +182,20 @@ def vae(family: str = "sd1", seed: int = 0, **changes: Any) -> AutoencoderKL:
         "force_upcast": family.startswith("sdxl"),
     }
     return seeded(lambda: peer("diffusers").AutoencoderKL(**{**config, **changes}), seed)
+
+
+def vq(seed: int = 0, **changes: Any) -> VQModel:
+    """VQ-GAN's autoencoder of factor 4, whose codes are as far apart as latents are."""
+    config = {
+        "block_out_channels": (8, 16, 24),
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "norm_num_groups": 4,
+        "num_vq_embeddings": 40,
+    }
+    model = seeded(lambda: peer("diffusers").VQModel(**{**config, **changes}), seed)
+    model.quantize.embedding.weight.data *= model.config.num_vq_embeddings
+    return model
 
 
 def tiny_vae(seed: int = 0, **changes: Any) -> AutoencoderTiny:
