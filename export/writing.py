@@ -398,7 +398,10 @@ def _index(model: Spec, networks: Iterable[str]) -> dict[str, Any]:
             name: ("diffusers", config.get("_class_name", "PNDMScheduler"))
             for name, config in model.checkpoint.schedulers.items()
         },
-        **dict.fromkeys(model.checkpoint.tokenizers, ("transformers", "CLIPTokenizer")),
+        **{
+            name: ("transformers", model.checkpoint.tokenizer_kind(name).class_name)
+            for name in model.checkpoint.tokenizers
+        },
         **dict.fromkeys(networks, ("diffusers", "OnnxRuntimeModel")),
         **dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), (None, None)),
     }
@@ -424,8 +427,11 @@ def _write_tokenizer(files: TokenizerFiles, folder: Path) -> None:
         special_tokens = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": files.pad_token or EOS}
         config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": CLIP_WINDOW, **special_tokens}
         write_json(folder / "tokenizer_config.json", config)
-    if not (folder / "vocab.json").exists():  # transformers 5 writes one file, 4 reads these two
+    if not any((folder / name).exists() for name in ("vocab.json", "vocab.txt")):
+        # transformers 5 writes one file, 4 reads two; of BERT it reads that one
         model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+        if "merges" not in model:
+            return
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         _write_vocabulary(folder, model["vocab"], pairs)
 

@@ -26,6 +26,7 @@ from fastldm.loading import adoption
 from fastldm.loading import spec as loading
 from fastldm.loading.mapped import Mapped
 from fastldm.model import need_exporter, need_prompts, open_model
+from fastldm.models.families import folder_name
 from fastldm.reading import check_path
 from fastldm.request import MAX_IMAGES, MAX_SIDE, Request, Result
 from fastldm.runtime import eight_bits
@@ -177,12 +178,12 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         checks.flag("batch_invariant", batch_invariant)
         pipe, controls = without_controls(pipe)
         spec = loading.spec_of(adoption.describe_diffusers(pipe))
-        components = {name: getattr(pipe, name) for name in spec.checkpoint.components}
+        components = {name: getattr(pipe, folder_name(type(pipe).__name__, name)) for name in spec.checkpoint.components}
         networks = loading.load(spec, lambda module, name: adoption.adopt(module, components[name]), components)
         adopted = cls(spec, networks, type(pipe).__name__, batch_invariant=batch_invariant)
-        if getattr(pipe.vae, "use_tiling", False):
+        if getattr(components["vae"], "use_tiling", False):
             adopted.enable_vae_tiling()
-        elif getattr(pipe.vae, "use_slicing", False):
+        elif getattr(components["vae"], "use_slicing", False):
             adopted.enable_vae_slicing()
         for control in controls:
             adopted.attach_control(control)

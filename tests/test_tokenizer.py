@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from tokenizer_folders import FOLDERS, HOLES, SD1_MAP, hostile_texts, write_folder, write_holes
 from transformers import CLIPTokenizer
 
-from fastldm.conditioning.tokenizer import BOS, EOS, Tokenizer, clip_vocabulary
+from fastldm.conditioning.tokenizer import BOS, EOS, BertTokenizer, Tokenizer, clip_vocabulary
 from fastldm.errors import CheckpointError
 
 ASTRONAUT = [320, 1125, 539, 550, 18376, 6765, 320, 4558]
@@ -99,6 +100,44 @@ def test_bad_files_raise_errors_with_folder(tmp_path: Path, damage: Any, message
     with pytest.raises(CheckpointError, match=message) as caught:
         Tokenizer(folder)
     assert str(folder) in str(caught.value)
+
+
+# --- BERT's
+
+
+@pytest.mark.parametrize("form", ["vocab.txt", "tokenizer.json", "cased"])
+def test_bert_ids_equal_transformers_on_hostile_texts(form: str, tmp_path: Path) -> None:
+    options = {"do_lower_case": False, "strip_accents": False} if form == "cased" else {}
+    judge = tiny.bert_tokenizer(**options)
+    judge.save_pretrained(tmp_path)
+    if form == "vocab.txt":
+        (tmp_path / "tokenizer.json").unlink()
+        (tmp_path / "vocab.txt").write_text("".join(f"{token}\n" for token in tiny.bert_vocabulary()), "utf-8")
+    ours = BertTokenizer(tmp_path)
+    assert (ours.bos, ours.eos, ours.pad, ours.max_length) == (2, 3, 0, 77)
+    texts = [*hostile_texts(300, seed=0), "Unbelievable [MASK] Cats, [PAD] eating [SEP]", "CAT Cat cat"]
+    wrong = [text for text in texts if [ours.bos, *ours.ids(text), ours.eos] != judge(text).input_ids]
+    assert not wrong, f"{len(wrong)} of {len(texts)}: {wrong[:3]!a}"
+    (again := tmp_path / "again").mkdir()
+    ours.save_pretrained(again)
+    assert [BertTokenizer(again).ids(text) for text in texts[:50]] == [ours.ids(text) for text in texts[:50]]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "tokenizer.json").unlink(), "expected vocab.txt, or tokenizer.json"),
+        (put("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}}}'), "is a 'BPE' tokenizer: expected BERT's"),
+        (put("tokenizer.json", '{"model": {"type": "WordPiece", "vocab": {"a": 0}}}'), "not one of BERT's kind"),
+    ],
+)
+def test_bad_files_of_bert_raise_errors_with_folder(tmp_path: Path, damage: Any, message: str) -> None:
+    tiny.bert_tokenizer().save_pretrained(tmp_path)
+    BertTokenizer(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        BertTokenizer(tmp_path)
+    assert str(tmp_path) in str(caught.value)
 
 
 # --- textual inversion

@@ -1,4 +1,8 @@
-"""CLIP's byte-pair tokenizer, from files or from the merges that ship with fastldm."""
+"""CLIP's byte-pair tokenizer, from files or from the merges that ship with fastldm; and BERT's, from files.
+
+BERT's splits words into the longest pieces that its vocabulary has (WordPiece). Both are of the library tokenizers: no
+other package is needed.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import gzip
 import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,6 +37,12 @@ _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\
 class Tokenizer:
     """CLIP's byte-pair tokenizer: ids equal those of transformers' CLIPTokenizer on the same folder. Thread-safe."""
 
+    kind = "CLIP"
+    class_name = "CLIPTokenizer"
+    """transformers' class."""
+    tokens_named: Mapping[str, str] = _DEFAULTS
+    """Special tokens of files that do not name them; the first is put before a text, the second after it."""
+
     max_length: int
     """Tokens per window, including bos and eos."""
     bos: int
@@ -51,20 +61,28 @@ class Tokenizer:
         """
         source = _MERGES if folder is None else Path(folder)
         try:
-            files = _bundled_files() if folder is None else _read_files(source)
+            files = _bundled_files() if folder is None else _read_files(source, self.tokens_named, self._vocabulary)
             if pad_token is not None:
                 files = files._replace(names={**files.names, "pad_token": {"content": pad_token}})
-            self._backend, self._names = _build(files), files.names
+            self._backend, self._files = _with_tokens(self._splitter(files), files), files
             ids = {token.content: k for k, token in self._backend.get_added_tokens_decoder().items()}
-            names = ("bos_token", "eos_token", "pad_token")
-            self.bos, self.eos, self.pad = (ids[files.names[name]["content"]] for name in names)
+            first, last, *_ = self.tokens_named
+            self.bos, self.eos, self.pad = (ids[files.names[name]["content"]] for name in (first, last, "pad_token"))
             self.size = 1 + max(*files.vocab.values(), *ids.values())
             self._vectors = _vectors(ids)
         except CheckpointError:
             raise
         except Exception as error:  # files may have any content, and tokenizers raises bare Exception
-            raise CheckpointError(f"the tokenizer in {source} is not one of CLIP's kind: {error!r}") from error
+            raise CheckpointError(f"the tokenizer in {source} is not one of {self.kind}'s kind: {error!r}") from error
         self.max_length = files.max_length
+
+    def _vocabulary(self, folder: Path, serialized: Any) -> tuple[dict[str, int], list[tuple[str, str]]]:
+        """Tokens with their ids, and merges; serialized: the content of `tokenizer.json`, if there is one."""
+        return _read_bpe(folder) if serialized is None else _serialized_bpe(folder, serialized)
+
+    def _splitter(self, files: _Files) -> tokenizers.Tokenizer:
+        """What splits a text, without the added tokens."""
+        return _byte_pairs(files)
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text of any length, without bos, eos and padding."""
@@ -117,15 +135,18 @@ class Tokenizer:
     def save_pretrained(self, folder: Path | str) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, which this class and transformers read, to a folder that
         exists."""
-        named = {name: token["content"] for name, token in self._names.items()}
+        named = {name: token["content"] for name, token in self._files.names.items()}
         extra = [named.pop(name) for name in [*named] if name.startswith("extra_")]
-        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.max_length, **named}
+        config = {"tokenizer_class": self.class_name, "model_max_length": self.max_length, **named}
         config |= {"additional_special_tokens": extra} if extra else {}
+        config |= self._files.options
         (Path(folder) / "tokenizer.json").write_text(self._backend.to_str(), encoding="utf-8")
         (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:
-        """All that ids depend on, as JSON has it: for other languages, such as fastldm/assets/web/fastldm.js."""
+        """All that ids depend on, as JSON has it: for other languages, such as fastldm/assets/web/fastldm.js.
+
+        InputError for BERT's, which that does not read."""
         serialized = json.loads(self._backend.to_str())
         model = serialized["model"]
         return {
@@ -141,6 +162,64 @@ class Tokenizer:
 
     def _normalized(self, token: str) -> str:
         return self._backend.normalizer.normalize_str(token)
+
+
+class BertTokenizer(Tokenizer):
+    """BERT's: ids equal those of transformers' BertTokenizer on the same folder, in windows as long as CLIP's."""
+
+    kind = "BERT"
+    class_name = "BertTokenizer"
+    tokens_named: Mapping[str, str] = {
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "mask_token": "[MASK]",
+    }
+
+    def __init__(self, folder: Path | str) -> None:
+        """Read `tokenizer.json`, or `vocab.txt`, with the config files beside them. CheckpointError if they are
+        missing, damaged, or not BERT's."""
+        super().__init__(folder)
+        self.max_length = min(self.max_length, CLIP_WINDOW)  # as diffusers' pipeline has it
+
+    def to_dict(self) -> dict[str, Any]:
+        raise InputError("the tokenizer is BERT's, and what runs elsewhere reads CLIP's")
+
+    def _vocabulary(self, folder: Path, serialized: Any) -> tuple[dict[str, int], list[tuple[str, str]]]:
+        if serialized is not None:
+            model = serialized["model"]
+            if model.get("type", "WordPiece") != "WordPiece":
+                raise CheckpointError(
+                    f"{folder / 'tokenizer.json'} is a {checks.show(model.get('type'))} tokenizer: expected BERT's, "
+                    "which is of word pieces (WordPiece)"
+                )
+            return dict(model["vocab"]), []
+        path = folder / "vocab.txt"
+        if not path.is_file():
+            raise CheckpointError(f"no tokenizer in {folder}: expected vocab.txt, or tokenizer.json")
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # a token may hold other ends of lines
+        return {token: k for k, token in enumerate(lines)}, []
+
+    def _splitter(self, files: _Files) -> tokenizers.Tokenizer:
+        from tokenizers import Tokenizer as Backend
+        from tokenizers import normalizers, pre_tokenizers
+        from tokenizers.models import WordPiece
+
+        options = {**BERT_OPTIONS, **files.options}
+        backend = Backend(WordPiece(files.vocab, unk_token=files.names["unk_token"]["content"]))
+        backend.normalizer = normalizers.BertNormalizer(
+            clean_text=True,
+            handle_chinese_chars=options["tokenize_chinese_chars"],
+            strip_accents=options["strip_accents"],
+            lowercase=options["do_lower_case"],
+        )
+        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        return backend
+
+
+BERT_OPTIONS: dict[str, Any] = {"do_lower_case": True, "tokenize_chinese_chars": True, "strip_accents": None}
+"""Keys of its tokenizer_config.json, and what they are without."""
 
 
 def _vector_names(token: str, vectors: int) -> list[str]:
@@ -181,21 +260,25 @@ class _Files(NamedTuple):
     added: list[dict[str, Any]]  # matched in a text before splitting
     names: dict[str, dict[str, Any]]  # likewise; special tokens by "bos_token" and so on
     max_length: int
+    options: dict[str, Any]  # of BERT_OPTIONS, those that there are
 
 
 def _bundled_files() -> _Files:
     vocab, merges = clip_vocabulary()
-    return _Files(vocab, merges, [], {name: {"content": token} for name, token in _DEFAULTS.items()}, CLIP_WINDOW)
+    return _Files(vocab, merges, [], {name: {"content": token} for name, token in _DEFAULTS.items()}, CLIP_WINDOW, {})
 
 
-def _read_files(folder: Path) -> _Files:
+Vocabulary = Callable[[Path, Any], tuple[dict[str, int], list[tuple[str, str]]]]
+
+
+def _read_files(folder: Path, defaults: Mapping[str, str], vocabulary: Vocabulary) -> _Files:
     """Read files as transformers does: vocabulary and merges come from `tokenizer.json` if there is one, but not its
     normaliser and splitter; `added_tokens_decoder` replaces the older files of special tokens."""
     serialized = _read_json(folder / "tokenizer.json")
     config = _read_json(folder / "tokenizer_config.json") or {}
-    vocab, merges = _read_bpe(folder) if serialized is None else _serialized_bpe(folder, serialized)
+    vocab, merges = vocabulary(folder, serialized)
 
-    named = {**_DEFAULTS, **{name: value for name, value in config.items() if value is not None}}
+    named = {**defaults, **{name: value for name, value in config.items() if value is not None}}
     added: dict[int, dict[str, Any]] = {}
     if "added_tokens_decoder" in config:
         added = {int(k): _token(value) for k, value in config["added_tokens_decoder"].items()}
@@ -211,7 +294,8 @@ def _read_files(folder: Path) -> _Files:
     names = {name: _token(named[name]) for name in _NAMED if name in named}
     extra = named.get("additional_special_tokens") or named.get("extra_special_tokens") or []
     names |= {f"extra_{k}": _token(value) for k, value in enumerate(extra)}
-    return _Files(vocab, merges, [added[k] for k in sorted(added)], names, _window_length(config))
+    options = {name: config[name] for name in BERT_OPTIONS if name in config}
+    return _Files(vocab, merges, [added[k] for k in sorted(added)], names, _window_length(config), options)
 
 
 def _serialized_bpe(folder: Path, serialized: Any) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -252,9 +336,9 @@ def _window_length(config: Mapping[str, Any]) -> int:
     return int(length) if isinstance(length, (int, float)) and 3 <= length <= 1e6 else CLIP_WINDOW
 
 
-def _build(files: _Files) -> tokenizers.Tokenizer:
+def _byte_pairs(files: _Files) -> tokenizers.Tokenizer:
     # Imported here so that `import fastldm` and the command's help do not need it.
-    from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
+    from tokenizers import Regex, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Backend
     from tokenizers.models import BPE
 
@@ -275,6 +359,12 @@ def _build(files: _Files) -> tokenizers.Tokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
+    return backend
+
+
+def _with_tokens(backend: tokenizers.Tokenizer, files: _Files) -> tokenizers.Tokenizer:
+    from tokenizers import AddedToken
+
     # Named tokens are always special, so that they match a text without normalisation.
     named = {token["content"]: token for token in files.names.values()}
     added = {token["content"]: token for token in files.added}

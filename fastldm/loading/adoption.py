@@ -21,7 +21,7 @@ from fastldm.loading import changes
 from fastldm.loading.checkpoint import Checkpoint, Component, TokenizerFiles
 from fastldm.loading.formats import DEPTH, NOISING, SCHEDULERS, TOKENIZERS, Config, component_classes, named_config
 from fastldm.loading.state import fit_names
-from fastldm.models.families import IMAGE_ENCODER, network_classes
+from fastldm.models.families import IMAGE_ENCODER, component_name, network_classes
 
 logger = logging.getLogger("fastldm")
 
@@ -47,6 +47,7 @@ def describe_diffusers(pipe: Any) -> Checkpoint:
     classes = component_classes(index, source)
     if hasattr(pipe, "pag_applied_layers"):
         index["pag_applied_layers"] = pipe.pag_applied_layers
+    loaded = {component_name(source, name): component for name, component in loaded.items()}
     networks = {name: loaded[name] for name in classes if name in network_classes(source)}
     tokenizers = {name: loaded[name] for name in classes if name in TOKENIZERS}
     _check_unchanged(pipe, networks, tokenizers, source)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from fastldm.conditioning.tokenizer import BERT_OPTIONS
 from fastldm.models.families import UPSCALE_PIPELINE
 
 _PACKAGES = ("torch", "diffusers", "transformers")
@@ -139,6 +140,8 @@ def _is_fused(module: nn.Module, name: str) -> bool:
 def encoder_depth(module: Any) -> int:
     """How many layers an encoder of CLIP has; the last ones of a text encoder may have been removed, the older form of
     clip skip."""
+    if hasattr(module, "model"):  # LDMBert
+        return len(module.model.layers)
     inner = getattr(module, "text_model", None) or getattr(module, "vision_model", module)
     return len(inner.encoder.layers)
 
@@ -237,7 +240,7 @@ def _is_stock_processor(processor: Any) -> bool:
 def _reference(module: Any) -> nn.Module:
     cls = type(module)
     with torch.device("meta"):
-        if cls.__module__.startswith("diffusers."):
+        if not hasattr(module.config, "to_dict"):  # diffusers' own
             arguments = inspect.signature(cls.__init__).parameters
             return cls(**{name: value for name, value in module.config.items() if name in arguments})
         config = copy.deepcopy(module.config)
@@ -391,13 +394,14 @@ def of_tokenizer(path: str, tokenizer: Any) -> Iterator[str]:
     if replaced or backend is None:
         return
     try:
-        new = type(tokenizer)().backend_tokenizer
+        options = {name: getattr(tokenizer, name) for name in BERT_OPTIONS if hasattr(tokenizer, name)}
+        new = type(tokenizer)(**options).backend_tokenizer
     except Exception:  # a class that needs files
         return
     for name in ("normalizer", "pre_tokenizer"):
         if getattr(backend, name).__getstate__() != getattr(new, name).__getstate__():
             yield f"{path}.backend_tokenizer.{name} is {_show(getattr(backend, name))}"
-    if backend.model.dropout:
+    if getattr(backend.model, "dropout", None):  # of byte pairs
         yield f"{path}.backend_tokenizer.model.dropout is {backend.model.dropout}"
 
 

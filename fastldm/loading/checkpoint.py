@@ -11,11 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from fastldm.conditioning.depth import DepthEstimator
-from fastldm.conditioning.tokenizer import Tokenizer
+from fastldm.conditioning.tokenizer import BertTokenizer, Tokenizer
 from fastldm.errors import CheckpointError
 from fastldm.loading.formats import Config
 from fastldm.loading.key_names import Names, convert
 from fastldm.loading.tensors import read_tensors
+from fastldm.models.config import LDM_BERT
+from fastldm.models.families import folder_name
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,15 @@ class TokenizerFiles:
     loaded: Any = field(default=None, repr=False)
     """transformers' tokenizer of a loaded pipeline, used in place of both."""
 
-    def open(self) -> Tokenizer:
-        """The tokenizer. CheckpointError if its files are missing or damaged."""
-        if self.loaded is None:
-            return Tokenizer(self.folder, pad_token=self.pad_token)
-        with TemporaryDirectory() as folder:
-            self.loaded.save_pretrained(folder)
-            return Tokenizer(folder)
+    def open(self, kind: type[Tokenizer] = Tokenizer) -> Tokenizer:
+        """The tokenizer. CheckpointError if its files are missing or damaged, or of another kind."""
+        if self.loaded is not None:
+            with TemporaryDirectory() as folder:
+                self.loaded.save_pretrained(folder)
+                return kind(folder)
+        if self.folder is not None and self.pad_token is None:
+            return kind(self.folder)
+        return Tokenizer(self.folder, pad_token=self.pad_token)
 
 
 @dataclass(frozen=True)
@@ -114,9 +118,15 @@ class Checkpoint:
     def config_source(self, name: str) -> str:
         """The name in error messages of the config of a component or of a scheduler: its file if it has one."""
         file = "scheduler_config.json" if name.endswith("scheduler") else "config.json"
-        path = Path(self.source) / name / file
+        path = Path(self.source) / folder_name(self.index.get("_class_name"), name) / file
         return str(path) if not self.loaded and path.is_file() else f"{self.source}: {name}"
+
+    def tokenizer_kind(self, name: str) -> type[Tokenizer]:
+        """That of "tokenizer" or "tokenizer_2": what its text encoder was trained with."""
+        encoder = self.components.get(name.replace("tokenizer", "text_encoder"))
+        architectures = encoder.config.get("architectures") if encoder is not None else None
+        return BertTokenizer if isinstance(architectures, list) and LDM_BERT in architectures else Tokenizer
 
     def tokenizer(self, name: str) -> Tokenizer:
         """Open "tokenizer" or "tokenizer_2"; each call reads its files again."""
-        return self.tokenizers[name].open()
+        return self.tokenizers[name].open(self.tokenizer_kind(name))

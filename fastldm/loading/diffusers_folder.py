@@ -26,7 +26,7 @@ from fastldm.loading.formats import (
 )
 from fastldm.loading.relatives import adapter_advice, adapter_label
 from fastldm.loading.tensors import read_shapes
-from fastldm.models.families import IMAGE_ENCODER, WEIGHTLESS, network_classes
+from fastldm.models.families import IMAGE_ENCODER, WEIGHTLESS, folder_name, network_classes
 from fastldm.reading import Field, MapOf, Text, read_fields, read_json
 
 logger = logging.getLogger("fastldm")
@@ -50,18 +50,19 @@ def open_diffusers(folder: PathLike, variant: str | None = None, *, allow_pickle
         logger.info("%s: not needed and ignored: %s", source, ", ".join(ignored))
     known = network_classes(index.get("_class_name"))
     weighty = [name for name in classes if name in known and classes[name] not in WEIGHTLESS]
-    networks = {name: _listing(folder / name) for name in weighty}
+    folders = {name: folder / folder_name(index.get("_class_name"), name) for name in classes}
+    networks = {name: _listing(folders[name]) for name in weighty}
     selected = choose_weights(networks, variant, allow_pickle, source)
     components = {}
     for name, weights in selected.items():
-        files = weight_files(folder / name, weights)
-        config = named_config(read_json(folder / name / "config.json"), classes[name])
-        path = str(folder / name / weights.entry)
+        files = weight_files(folders[name], weights)
+        config = named_config(read_json(folders[name] / "config.json"), classes[name])
+        path = str(folders[name] / weights.entry)
         components[name] = Component(name, classes[name], config, files, path, allow_pickle=allow_pickle)
     for name in classes:
         if classes[name] in WEIGHTLESS:
-            config = named_config(read_json(folder / name / "config.json"), classes[name])
-            components[name] = Component(name, classes[name], config, (), str(folder / name))
+            config = named_config(read_json(folders[name] / "config.json"), classes[name])
+            components[name] = Component(name, classes[name], config, (), str(folders[name]))
     schedulers = {
         name: {"_class_name": classes[name], **read_json(folder / name / "scheduler_config.json")}
         for name in SCHEDULERS

@@ -12,6 +12,7 @@ from typing import Any
 from fastldm.checks import show
 from fastldm.errors import CheckpointError
 from fastldm.loading import relatives
+from fastldm.models.config import LDM_BERT
 from fastldm.models.families import (
     DEPTH_PIPELINE,
     IMAGE_ENCODER,
@@ -20,6 +21,8 @@ from fastldm.models.families import (
     TEXT_ENCODERS,
     UNCLIP_PIPELINE,
     UPSCALE_PIPELINE,
+    component_name,
+    folder_name,
     network_classes,
 )
 from fastldm.reading import Field, Maybe, Text, read_fields
@@ -41,6 +44,7 @@ PREPROCESSOR = ("feature_extractor", "preprocessor_config.json")
 """The folder and the file that say how an image encoder's pictures are prepared."""
 TOKENIZER_FILES = (
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -67,8 +71,12 @@ def _printable(value: Any) -> str:
 
 
 def component_classes(index: Config, source: str) -> dict[str, str]:
-    """Component name to class name, of components that fastldm reads. CheckpointError for a model it cannot run."""
-    pipeline, listed = read_fields(index, _CLASS, f"{source}: {INDEX}")["_class_name"], listed_classes(index)
+    """Component name to class name, of components that fastldm reads. CheckpointError for a model it cannot run.
+
+    Names are those of Stable Diffusion's pipelines: `families.folder_name` is what this one calls them.
+    """
+    pipeline = read_fields(index, _CLASS, f"{source}: {INDEX}")["_class_name"]
+    listed = {component_name(pipeline, name): class_name for name, class_name in listed_classes(index).items()}
     relatives.check_class(pipeline, source)
     noising = {UPSCALE_PIPELINE: NOISING[:1], UNCLIP_PIPELINE: NOISING[1:]}.get(str(pipeline), ())
     networks = network_classes(pipeline)
@@ -82,7 +90,7 @@ def component_classes(index: Config, source: str) -> dict[str, str]:
     texts = [name for name in TEXT_ENCODERS if name in listed] or ["text_encoder"]  # the refiner has the second alone
     texts = texts if of_text else []
     required = (*needed, *(name for text in texts for name in (text, text.replace("text_encoder", "tokenizer"))))
-    missing = [name for name in required if name not in listed]
+    missing = [folder_name(pipeline, name) for name in required if name not in listed]
     if unknown or missing:
         reason = f"has {', '.join(unknown)}" if unknown else f"has no {', no '.join(missing)}"
         raise CheckpointError(
@@ -91,7 +99,8 @@ def component_classes(index: Config, source: str) -> dict[str, str]:
     for name, classes in networks.items():
         if name in listed and listed[name] not in classes:
             raise CheckpointError(
-                f"{source}: {name} is a {listed[name]}; fastldm runs {' or '.join(classes)} in its place."
+                f"{source}: {folder_name(pipeline, name)} is a {listed[name]}; fastldm runs {' or '.join(classes)} in "
+                "its place."
             )
     relatives.check_known(pipeline, source)
     return {name: listed[name] for name in names if name in listed}
@@ -104,7 +113,8 @@ def named_config(config: Config, class_name: str) -> Config:
     inner = config.get("text_config")
     if class_name.startswith("CLIPText") and config.get("model_type") == "clip" and isinstance(inner, dict):
         config = inner  # the text half of a full CLIP, as transformers reads it
-    key, value = ("architectures", [class_name]) if class_name.startswith("CLIP") else ("_class_name", class_name)
+    of_text = class_name.startswith("CLIP") or class_name == LDM_BERT
+    key, value = ("architectures", [class_name]) if of_text else ("_class_name", class_name)
     return {**config, key: value}
 
 

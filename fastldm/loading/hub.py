@@ -24,7 +24,7 @@ from fastldm.loading.formats import (
     component_classes,
     listed_classes,
 )
-from fastldm.models.families import IMAGE_ENCODER, WEIGHTLESS, network_classes
+from fastldm.models.families import IMAGE_ENCODER, WEIGHTLESS, folder_name, network_classes
 from fastldm.reading import check_path, read_json
 
 logger = logging.getLogger("fastldm")
@@ -146,9 +146,10 @@ def _needed_files(
 ) -> list[str]:
     """The files of a repository that loading reads."""
     classes = component_classes(index, source)
+    folders = {name: folder_name(index.get("_class_name"), name) for name in classes}
     files_of = {
-        name: {path.removeprefix(f"{name}/") for path in names if path.startswith(f"{name}/") and path.count("/") == 1}
-        for name in classes
+        name: {path.removeprefix(f"{own}/") for path in names if path.startswith(f"{own}/") and path.count("/") == 1}
+        for name, own in folders.items()
     }
     known = network_classes(index.get("_class_name"))
     networks = {name: files_of[name] for name in classes if name in known and classes[name] not in WEIGHTLESS}
@@ -157,12 +158,12 @@ def _needed_files(
     for name in classes:
         if name in known:
             weights = selected[name].names if name in selected else ()
-            needed += [f"{name}/{file}" for file in ("config.json", *weights)]
+            needed += [f"{folders[name]}/{file}" for file in ("config.json", *weights)]
         elif name in TOKENIZERS:
             needed += [f"{name}/{file}" for file in TOKENIZER_FILES if file in files_of[name]]
     if DEPTH in listed_classes(index):
-        folders = (f"{DEPTH}/", "feature_extractor/")
-        needed += [name for name in names if name.startswith(folders) and name.endswith((".json", ".safetensors"))]
+        inside = (f"{DEPTH}/", "feature_extractor/")
+        needed += [name for name in names if name.startswith(inside) and name.endswith((".json", ".safetensors"))]
     if IMAGE_ENCODER in classes:
         needed.append("/".join(PREPROCESSOR))
     return needed

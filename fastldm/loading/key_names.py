@@ -174,6 +174,33 @@ def open_clip_name(key: str, *, with_projection: bool, drops_last: bool) -> Name
     return (f"{layer}.{_OPEN_CLIP_BLOCK[match[2]]}.{end}",) if match[2] in _OPEN_CLIP_BLOCK else None
 
 
+_LDM_BERT_LAYER = {
+    "self_attn_layer_norm": "layer_norm1",
+    "final_layer_norm": "layer_norm2",
+    "fc1": "mlp.fc1",
+    "fc2": "mlp.fc2",
+    **{name: name for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj")},
+}
+_LDM_BERT_ENDS = {
+    "model.embed_tokens": "text_model.embeddings.token_embedding",
+    "model.embed_positions": "text_model.embeddings.position_embedding",
+    "model.layer_norm": "text_model.final_layer_norm",
+}
+
+
+def ldm_bert_name(key: str) -> Names | None:
+    """The name of a key of diffusers' LDMBertModel in models/clip.py, which has its layers."""
+    stem, _, end = key.rpartition(".")
+    if stem == "to_logits":  # of its training
+        return ()
+    if stem in _LDM_BERT_ENDS:
+        return (f"{_LDM_BERT_ENDS[stem]}.{end}",)
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
+    if match is None or match[2] not in _LDM_BERT_LAYER:
+        return None
+    return (f"text_model.encoder.layers.{match[1]}.{_LDM_BERT_LAYER[match[2]]}.{end}",)
+
+
 def convert(tensors: Mapping[str, Tensor], names: Mapping[str, Names]) -> dict[str, Tensor]:
     """Tensors by their new names: views of the old ones, except for the small transposed `text_projection`.
 

@@ -216,7 +216,8 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
             f"{checkpoint.config_source('scheduler')}: variance_type is 'learned_range', and the U-Net makes "
             f"{unet.out_channels} channels ('out_channels'): expected as many again, the variance"
         )
-    family = recognise(unet, checkpoint.scheduler, reads_picture=vision is not None)
+    named = checkpoint.index.get("_class_name")
+    family = recognise(unet, checkpoint.scheduler, named, reads_picture=vision is not None)
     highest = 0 if low_res is None else index["max_noise_level"]
     if unet.needs_vector and low_res is not None:
         highest = low_res.num_train_timesteps - 1

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastldm.errors import CheckpointError
+from fastldm.loading.key_names import ldm_bert_name
 from fastldm.loading.relatives import adapter_advice, adapter_label
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -54,7 +55,7 @@ def fit_names(module: nn.Module, state: Mapping[str, Tensor], source: str) -> di
         name = next((name for name in _spellings(key) if name in expected), None)
         if name is not None and name not in fitted:
             fitted[name] = key
-        elif not key.endswith("position_ids"):
+        elif not key.endswith("position_ids") and ldm_bert_name(key) != ():
             unexpected.append(key)
     missing = [name for name in expected if name not in fitted]
     shapes = [
@@ -89,7 +90,8 @@ def fit_names(module: nn.Module, state: Mapping[str, Tensor], source: str) -> di
 
 
 def _spellings(key: str) -> Iterator[str]:
-    """Names that a key may stand for: transformers 5.6 omits `text_model.`, old diffusers has `query` for `to_q`."""
+    """Names that a key may stand for: transformers 5.6 omits `text_model.`, old diffusers has `query` for `to_q`, and
+    LDMBert calls CLIP's layers by other names."""
     yield key
     yield f"text_model.{key}"
     yield key.removeprefix("text_model.")
@@ -97,3 +99,4 @@ def _spellings(key: str) -> Iterator[str]:
     stem, _, last = head.rpartition(".")
     if last in _OLD_VAE_ATTENTION:
         yield f"{stem}.{_OLD_VAE_ATTENTION[last]}.{end}"
+    yield from ldm_bert_name(key) or ()

@@ -1,7 +1,8 @@
-"""CLIP's text encoder: OpenAI's ViT-L/14, OpenCLIP's H/14 and bigG/14.
+"""CLIP's text encoder: OpenAI's ViT-L/14, OpenCLIP's H/14 and bigG/14; and LDMBert, that of latent diffusion's text to
+image, whose layers are the same without a causal mask.
 
 Parameter names are those of the checkpoints on the hub and of transformers' CLIPTextModelWithProjection. (Its
-CLIPTextModel has omitted the prefix `text_model.` since version 5.)
+CLIPTextModel has omitted the prefix `text_model.` since version 5, and LDMBert has names of its own: loading/state.py.)
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class TextTransformer(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.embeddings = TextEmbeddings(config)
-        self.encoder = Encoder(config, causal=True)
+        self.encoder = Encoder(config)
         self.final_layer_norm = LayerNorm(config.hidden, config.norm_eps)
 
 
@@ -97,7 +98,7 @@ class Embedding(nn.Module):
 
 
 class EncoderConfig(Protocol):
-    """What the layers of both of CLIP's encoders read."""
+    """What the layers of CLIP's encoders, and of LDMBert, read."""
 
     @property
     def hidden(self) -> int: ...
@@ -111,14 +112,20 @@ class EncoderConfig(Protocol):
     def act(self) -> str: ...
     @property
     def norm_eps(self) -> float: ...
+    @property
+    def causal(self) -> bool: ...
+    @property
+    def attention_width(self) -> int: ...
+    @property
+    def qkv_bias(self) -> bool: ...
 
 
 class Encoder(nn.Module):
-    """The layers of CLIP's text encoder (causal) or image encoder."""
+    """The layers of CLIP's text encoder or image encoder, or of LDMBert."""
 
-    def __init__(self, config: EncoderConfig, causal: bool) -> None:
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.layers: Layers[EncoderLayer] = Layers(EncoderLayer(config, causal) for _ in range(config.layers))
+        self.layers: Layers[EncoderLayer] = Layers(EncoderLayer(config) for _ in range(config.layers))
 
     def forward(self, x: Tensor, skip: int = 0) -> Tensor:
         """x (B, T, D) through all layers but the last `skip`."""
@@ -130,10 +137,10 @@ class Encoder(nn.Module):
 class EncoderLayer(nn.Module):
     """Self-attention and a two-layer perceptron; transformers' CLIPEncoderLayer."""
 
-    def __init__(self, config: EncoderConfig, causal: bool) -> None:
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.layer_norm1 = LayerNorm(config.hidden, config.norm_eps)
-        self.self_attn = SelfAttention(config, causal)
+        self.self_attn = SelfAttention(config)
         self.layer_norm2 = LayerNorm(config.hidden, config.norm_eps)
         self.mlp = MLP(config)
 
@@ -143,13 +150,13 @@ class EncoderLayer(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, config: EncoderConfig, causal: bool) -> None:
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.q_proj = Linear(config.hidden, config.hidden)
-        self.k_proj = Linear(config.hidden, config.hidden)
-        self.v_proj = Linear(config.hidden, config.hidden)
-        self.out_proj = Linear(config.hidden, config.hidden)
-        self.heads, self.causal = config.heads, causal
+        self.q_proj, self.k_proj, self.v_proj = (
+            Linear(config.hidden, config.attention_width, config.qkv_bias) for _ in range(3)
+        )
+        self.out_proj = Linear(config.attention_width, config.hidden)
+        self.heads, self.causal = config.heads, config.causal
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         q, k, v = project(x, (self.q_proj, self.k_proj, self.v_proj)).chunk(3, dim=-1)

@@ -50,6 +50,13 @@ class VisionConfig:
     act: str  # "quick_gelu" or "gelu"
     norm_eps: float
     projection_dim: int
+    causal: bool = False  # its layers are CLIP's text encoder's otherwise
+    qkv_bias: bool = True
+
+    @property
+    def attention_width(self) -> int:
+        """Channels of queries, keys and values."""
+        return self.hidden
 
     @property
     def patches(self) -> int:
@@ -127,7 +134,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.embeddings = PatchEmbeddings(config)
         self.pre_layrnorm = LayerNorm(config.hidden, config.norm_eps)  # a misspelling that transformers keeps
-        self.encoder = Encoder(config, causal=False)
+        self.encoder = Encoder(config)
         self.post_layernorm = LayerNorm(config.hidden, config.norm_eps)
 
     def start(self, pixels: Tensor) -> Tensor:

@@ -292,9 +292,9 @@ AUTOENCODERS: dict[str, type[VAEConfig] | type[TinyVAEConfig] | type[PixelResidu
 
 # ----------------------------------------------------------------------------------------------------------- text
 
-_PROJECTED = "CLIPTextModelWithProjection"
+_PROJECTED, LDM_BERT = "CLIPTextModelWithProjection", "LDMBertModel"
+_ARCHITECTURES = {"architectures": Field(Maybe(ListOf(Text(), 0, 16)), None)}
 _TEXT = only({"model_type": ("clip_text_model",), "use_attention_mask": (None, False)}) | {
-    "architectures": Field(Maybe(ListOf(Text(), 0, 16)), None),
     "hidden_act": Field(OneOf("quick_gelu", "gelu"), "quick_gelu"),
     "vocab_size": Field(Integer(3, 2**22), 49408),
     "hidden_size": Field(WIDTH),
@@ -307,9 +307,21 @@ _TEXT = only({"model_type": ("clip_text_model",), "use_attention_mask": (None, F
 }
 
 
+_LDM_BERT = only({"model_type": ("ldmbert",), "activation_function": ("gelu", "quick_gelu")}) | {
+    "vocab_size": Field(Integer(3, 2**22), 30522),
+    "d_model": Field(WIDTH, 1280),
+    "encoder_layers": Field(Integer(1, 256), 32),
+    "encoder_attention_heads": Field(WIDTH, 8),
+    "head_dim": Field(WIDTH, 64),
+    "encoder_ffn_dim": Field(Integer(1, 2**20), 5120),
+    "max_position_embeddings": Field(Integer(3, MAX_CHANNELS), 77),
+}
+
+
 @dataclass(frozen=True)
 class TextConfig:
-    """A CLIP text encoder (transformers' CLIPTextModel and CLIPTextModelWithProjection)."""
+    """A CLIP text encoder (transformers' CLIPTextModel and CLIPTextModelWithProjection), or LDMBert (diffusers'
+    LDMBertModel), whose layers are the same with other sizes and without a causal mask."""
 
     vocab: int
     hidden: int
@@ -322,12 +334,22 @@ class TextConfig:
     eos_token_id: int
     projection_dim: int | None
     with_projection: bool
+    causal: bool = True
+    qkv_bias: bool = True
+    head_dim: int = 0  # channels of a head, if all heads' are not `hidden`
+
+    @property
+    def attention_width(self) -> int:
+        """Channels of queries, keys and values."""
+        return self.heads * self.head_dim or self.hidden
 
     @classmethod
     def from_dict(cls, cfg: Mapping[str, Any], source: str = "config.json") -> TextConfig:
         """Read transformers' text_encoder/config.json; CheckpointError if it needs what is not implemented."""
+        architectures = read_fields(cfg, _ARCHITECTURES, source)["architectures"] or ("CLIPTextModel",)
+        if architectures[0] == LDM_BERT:
+            return cls._of_ldm_bert(cfg, source)
         values = read_fields(cfg, _TEXT, source)
-        architectures = values["architectures"] or ("CLIPTextModel",)
         if architectures[0] not in ("CLIPTextModel", _PROJECTED):
             raise CheckpointError(
                 f"{source}: 'architectures' is {list(architectures)}; "
@@ -348,4 +370,24 @@ class TextConfig:
             eos_token_id=values["eos_token_id"],
             projection_dim=read_fields(cfg, projection, source).get("projection_dim"),
             with_projection=with_projection,
+        )
+
+    @classmethod
+    def _of_ldm_bert(cls, cfg: Mapping[str, Any], source: str) -> TextConfig:
+        values = read_fields(cfg, _LDM_BERT, source)
+        return cls(
+            vocab=values["vocab_size"],
+            hidden=values["d_model"],
+            layers=values["encoder_layers"],
+            heads=values["encoder_attention_heads"],
+            intermediate=values["encoder_ffn_dim"],
+            max_position=values["max_position_embeddings"],
+            act=values["activation_function"],
+            norm_eps=1e-5,  # of PyTorch's LayerNorm
+            eos_token_id=0,  # whose state nothing reads
+            projection_dim=None,
+            with_projection=False,
+            causal=False,
+            qkv_bias=False,
+            head_dim=values["head_dim"],
         )

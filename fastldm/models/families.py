@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastldm.models.config import TextConfig, UNetConfig
+from fastldm.models.config import LDM_BERT, TextConfig, UNetConfig
 
 NETWORK_CLASSES = {
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "PixelResidual", "VQModel"),
-    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection", LDM_BERT),
     "text_encoder_2": ("CLIPTextModel", "CLIPTextModelWithProjection"),
 }
 """The supported classes of diffusers and transformers, by pipeline component."""
@@ -43,6 +43,7 @@ class Family:
     pipelines: tuple[str, ...] = ()  # diffusers' classes for it, whose arguments fastldm's pipelines take
     noise_level: int = 0  # of the noise that is added to a small picture that is read, or to a picture's vector
     reads_picture: bool = False  # by CLIP's image encoder, in place of a prompt, or as unCLIP beside it
+    by_class: bool = False  # whether the class of its pipeline tells it, not its U-Net
 
 
 def _is_v(scheduler: Mapping[str, Any]) -> bool:
@@ -81,12 +82,14 @@ _SDXL_EDIT_PIPELINES = ("StableDiffusionXLInstructPix2PixPipeline",)
 UPSCALE_PIPELINE, PIXEL_PIPELINE = "StableDiffusionUpscalePipeline", "PixelUpscalePipeline"
 DEPTH_PIPELINE = "StableDiffusionDepth2ImgPipeline"
 WEIGHTLESS = ("PixelResidual",)  # networks without files of weights
+LDM_TEXT_PIPELINE = "LDMTextToImagePipeline"
 _EULER, _EULER_A = "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"
 _VARIATION_PIPELINES = ("StableDiffusionImageVariationPipeline",)
 UNCLIP_PIPELINE = "StableUnCLIPImg2ImgPipeline"
 
 # The first match counts; the last entry matches everything.
 FAMILIES: tuple[Family, ...] = (
+    Family("ldm-text", 50, 6.0, lambda *_: True, pipelines=(LDM_TEXT_PIPELINE,), by_class=True),
     Family("sd2-unclip", 20, 10.0, lambda unet, _: unet.needs_vector, pipelines=(UNCLIP_PIPELINE,), reads_picture=True),
     Family("sd1-variation", 50, 7.5, lambda *_: True, pipelines=_VARIATION_PIPELINES, reads_picture=True),
     Family("sdxl-edit", 30, 5.0, lambda unet, _: unet.edits and unet.needs_added, pipelines=_SDXL_EDIT_PIPELINES),
@@ -120,10 +123,28 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
-def recognise(unet: UNetConfig, scheduler: Mapping[str, Any], *, reads_picture: bool = False) -> Family:
-    """The family of a checkpoint from its U-Net and the raw scheduler_config.json. reads_picture: whether it has an
-    image encoder."""
-    families = (family for family in FAMILIES if family.reads_picture == reads_picture)
+_FOLDER_NAMES = {LDM_TEXT_PIPELINE: {"vae": "vqvae", "text_encoder": "bert"}}
+"""What components are called by pipelines that have other names for them."""
+
+
+def folder_name(pipeline: object, component: str) -> str:
+    """What a pipeline of diffusers calls a component, and its folder."""
+    return _FOLDER_NAMES.get(str(pipeline), {}).get(component, component)
+
+
+def component_name(pipeline: object, folder: str) -> str:
+    """The component that a pipeline of diffusers calls so."""
+    names = _FOLDER_NAMES.get(str(pipeline), {})
+    return next((component for component, own in names.items() if own == folder), folder)
+
+
+def recognise(
+    unet: UNetConfig, scheduler: Mapping[str, Any], pipeline: object = None, *, reads_picture: bool = False
+) -> Family:
+    """The family of a checkpoint from its U-Net and the raw scheduler_config.json. pipeline: its class in diffusers.
+    reads_picture: whether it has an image encoder."""
+    families = [family for family in FAMILIES if family.by_class and pipeline in family.pipelines]
+    families += [family for family in FAMILIES if family.reads_picture == reads_picture and not family.by_class]
     return next(family for family in families if family.matches(unet, scheduler))
 
 

@@ -22,7 +22,7 @@ from fastldm.conditioning.tokenizer import clip_vocabulary
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, UNet2DConditionModel, VQModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import BertTokenizer, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 M = TypeVar("M", bound=nn.Module)
 VOCABULARY = 1000  # tokens: all bytes, 486 merges, and the two special ones
@@ -236,6 +236,54 @@ def tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
     """CLIP's tokenizer with a vocabulary of 1,000. SD2 and SDXL's second encoder pad with "!"."""
     vocab, merges = clip_vocabulary(VOCABULARY)
     return peer("transformers").CLIPTokenizer(vocab, merges, pad_token=pad, model_max_length=77)
+
+
+BERT_WORDS = ("a", "photo", "of", "cat", "dog", "squirrel", "##s", "##ing", "eat", "un", "##believable", "'", ".", "!")
+
+
+def bert_vocabulary() -> dict[str, int]:
+    """Special tokens where BERT has them relative to each other, letters, alone and inside words, and some words."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    return {token: k for k, token in enumerate(dict.fromkeys([*tokens, *BERT_WORDS]))}
+
+
+def bert_tokenizer(**options: Any) -> BertTokenizer:
+    return peer("transformers").BertTokenizer(bert_vocabulary(), **options)
+
+
+def ldm_bert(seed: int = 0, **changes: Any) -> Any:
+    """The text encoder of latent diffusion's text to image: heads of another width than the layers' together."""
+    peer("diffusers")
+    from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+
+    config = {
+        "vocab_size": len(bert_vocabulary()),
+        "d_model": 32,
+        "encoder_layers": 3,
+        "encoder_ffn_dim": 48,
+        "encoder_attention_heads": 3,
+        "head_dim": 8,
+    }
+    model = seeded(lambda: LDMBertModel(LDMBertConfig(**{**config, **changes})), seed)
+    for embedding in (model.model.embed_tokens, model.model.embed_positions):
+        embedding.weight.data *= 20  # else a text is lost beside the biases
+    return model
+
+
+def ldm_text(seed: int = 0, **replaced: Any) -> DiffusionPipeline:
+    """Latent diffusion's text to image, whose latents are codes' neighbours."""
+    levels = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    components = {
+        "vqvae": vq(seed + 1, block_out_channels=(8, 16, 24, 24), latent_channels=4, **levels),
+        "bert": ldm_bert(seed + 2),
+        "tokenizer": bert_tokenizer(),
+        "unet": unet("sd1", seed),
+        "scheduler": peer("diffusers").DDIMScheduler(**{**_BETAS, "clip_sample": False, "set_alpha_to_one": False}),
+    }
+    pipe = peer("diffusers").LDMTextToImagePipeline(**{**components, **replaced})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def depth_estimator(seed: int = 0) -> dict[str, Any]:
