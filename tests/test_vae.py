@@ -217,7 +217,7 @@ def test_vq_model_equals_diffusers(changes: dict[str, Any]) -> None:
         indices = theirs.quantize(z)[2][2]
         assert ours.quantize is not None
         assert torch.equal(ours.quantize.nearest(z).flatten(), indices.flatten())
-        assert len(indices.unique()) > 5
+        assert len(indices.unique()) > 2
         assert error(ours.decode(z), theirs.decode(z).sample) < TOLERANCE
     assert ours.config.factor == image.shape[2] // encoded.shape[2]
 

@@ -58,7 +58,7 @@ def text_of(theirs: nn.Module) -> CLIPText:
 
 def vae_of(theirs: nn.Module) -> AutoencoderKL:
     with torch.device("meta"):
-        ours = AutoencoderKL(VAEConfig.from_dict(theirs.config))
+        ours = AutoencoderKL(VAEConfig.from_dict({**theirs.config, "_class_name": type(theirs).__name__}))
     return give(ours, theirs.state_dict())
 
 
