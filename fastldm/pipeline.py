@@ -178,7 +178,9 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         checks.flag("batch_invariant", batch_invariant)
         pipe, controls = without_controls(pipe)
         spec = loading.spec_of(adoption.describe_diffusers(pipe))
-        components = {name: getattr(pipe, folder_name(type(pipe).__name__, name)) for name in spec.checkpoint.components}
+        components = {
+            name: getattr(pipe, folder_name(type(pipe).__name__, name)) for name in spec.checkpoint.components
+        }
         networks = loading.load(spec, lambda module, name: adoption.adopt(module, components[name]), components)
         adopted = cls(spec, networks, type(pipe).__name__, batch_invariant=batch_invariant)
         if getattr(components["vae"], "use_tiling", False):

@@ -125,13 +125,12 @@ def test_non_pipelines_are_refused() -> None:
 
 # --- Every class and every scheduler as it comes ---
 
-# Those that read pictures are in test_read_picture.py and test_peer_unclip.py.
-_READ_PICTURES = {name for family in FAMILIES if family.reads_picture for name in family.pipelines}
+# Those that read pictures are in test_read_picture.py and test_peer_unclip.py, latent diffusion's in test_peer_ldm.py
+# and test_peer_plain.py.
+_ELSEWHERE = {name for family in FAMILIES if family.reads_picture or family.by_class for name in family.pipelines}
 
 
-@pytest.mark.parametrize(
-    "name", sorted(name for name in pipeline_classes() - _READ_PICTURES if hasattr(diffusers, name))
-)
+@pytest.mark.parametrize("name", sorted(name for name in pipeline_classes() - _ELSEWHERE if hasattr(diffusers, name)))
 def test_every_supported_class_is_adopted(name: str) -> None:
     xl = "XL" in name
     kinds = {

@@ -42,6 +42,9 @@ def test_supported_classes_are_accepted() -> None:
         "image_normalizer": ["stable_diffusion", "StableUnCLIPImageNormalizer"],
         "image_noising_scheduler": ["diffusers", "DDPMScheduler"],
     }
+    none: Any = [None, None]
+    codes: Any = {"vae": none, "vqvae": ["diffusers", "VQModel"]}
+    own["LDMTextToImagePipeline"] = {**codes, "text_encoder": none, "bert": ["latent_diffusion", "LDMBertModel"]}
     for name in pipeline_classes() - {"PixelUpscalePipeline"}:  # which is fastldm's own
         index = {**(XL_INDEX if "XL" in name else SD_INDEX), **own.get(name, {})}
         assert component_classes({**index, "_class_name": name}, "here")["unet"] == "UNet2DConditionModel"

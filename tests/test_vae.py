@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import fastldm.models.vae as ours
 from fastldm import Pipeline
 from fastldm.models import rescale_for_half
+from fastldm.models.codebook import Codebook
 from fastldm.models.config import TinyVAEConfig, VAEConfig
 from fastldm.models.layers import GroupNorm
 from fastldm.models.vae import AutoencoderKL, TinyAutoencoder, decode_pieces, finish
@@ -223,7 +224,7 @@ def test_vq_model_equals_diffusers(changes: dict[str, Any]) -> None:
 
 
 def test_nearest_code_is_the_first_of_equals() -> None:
-    codes = ours.Codebook(5000, 2)
+    codes = Codebook(5000, 2)
     codes.embedding.weight.data = torch.full((5000, 2), 3.0)
     codes.embedding.weight.data[[70, 71, 4500]] = torch.tensor([1.0, 2.0])
     assert codes.nearest(torch.tensor([1.0, 2.0]).view(1, 2, 1, 1)).tolist() == [[70]]

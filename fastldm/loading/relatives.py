@@ -18,7 +18,8 @@ from fastldm.models.families import DEPTH_PIPELINE, UNCLIP_PIPELINE, pipeline_cl
 
 RUNS = (
     "fastldm runs Stable Diffusion 1, 2 and XL for text to image, image to image and inpainting, InstructPix2Pix, "
-    "depth to image, the x4 upscaler, image variations and stable unCLIP's image to image"
+    "depth to image, the x4 upscaler, image variations, stable unCLIP's image to image, and latent diffusion's first "
+    "text to image"
 )
 
 
@@ -187,6 +188,10 @@ OTHER_MODELS = (
     (r"^cc_projection\.", "Zero123, which turns objects"),
     (r"^learnable_vector$|^cond_stage_model\.(mapper|transformer\.vision_model)\.", "Paint by Example"),
     (r"^cond_stage_model\.(roberta|transformer\.roberta)\.", "AltDiffusion"),
+    (
+        r"^cond_stage_model\.transformer\.token_emb\.|^first_stage_model\.quantize\.",
+        "one of latent diffusion's first models in its original layout, whose diffusers folder fastldm runs",
+    ),
     (r"\.time_stack\.|\.time_mixer\.|\.temopral_conv\.", "a model for video"),
 )
 LONE_COMPONENTS = (

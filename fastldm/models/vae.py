@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastldm.models.asymmetric import ConditionEncoder, repainting
-from fastldm.models.clip import Embedding
+from fastldm.models.codebook import Codebook
 from fastldm.models.config import PixelResidualConfig, TinyVAEConfig, VAEConfig
 from fastldm.models.interfaces import Autoencoder, Layer
 from fastldm.models.layers import (
@@ -36,7 +36,6 @@ Norm = Callable[..., Tensor]  # (a GroupNorm, x, silu=...) -> x, normalised
 Pieces = Generator[None, None, Tensor]  # a computation that pauses after each piece and returns its result
 
 _EPS = 1e-6
-_CODES = 2048  # distances to so many at a time: of 512 x 512 pixels and 8,192 codes all would be half a gigabyte
 HALF_EXPONENT = -4  # of two: scales activations by 1/16, which keeps SDXL's in float16's range
 
 
@@ -80,33 +79,6 @@ class AutoencoderKL(nn.Module):
     def high(self, norm: Norm = GroupNorm.__call__) -> list[Layer]:
         """The remaining layers, which enlarge. norm: applies their GroupNorms, as in `Resnet`."""
         return self.decoder.high(norm)
-
-
-class Codebook(nn.Module):
-    """Vectors of which each latent becomes the nearest; diffusers' VectorQuantizer."""
-
-    def __init__(self, codes: int, channels: int) -> None:
-        super().__init__()
-        self.embedding = Embedding(codes, channels)
-
-    def forward(self, z: Tensor) -> Tensor:
-        """z (B, C, h, w) -> the same, of codes."""
-        return to_image(F.embedding(self.nearest(z), self.embedding.weight), z.shape[2])
-
-    def nearest(self, z: Tensor) -> Tensor:
-        """z (B, C, h, w) -> the index of each one's code, the first of equals: (B, h * w)."""
-        tokens = to_tokens(z).float()  # (B, N, C)
-        best = index = None
-        for k, codes in enumerate(self.embedding.weight.float().split(_CODES)):
-            # |z - code|^2 without |z|^2, which all have alike
-            distance, nearest = (codes.square().sum(1) - 2 * tokens @ codes.T).min(-1)
-            if best is None or index is None:
-                best, index = distance, nearest
-            else:
-                index = torch.where(distance < best, nearest + k * _CODES, index)
-                best = torch.minimum(distance, best)
-        assert index is not None  # there are codes
-        return index
 
 
 class Encoder(nn.Module):
