@@ -1,6 +1,6 @@
 """A model as a folder that a web server can hand out as it is: text to images in the tab, with nothing behind it.
 
-    index.html, page.js, page.css, icon.svg    a page to try it
+    index.html, page.js, *.css, icon.svg       a page to try it
     fastldm.js                                 the module, for other pages and for Node, where the folder is a package
     model.json                                 sizes, samplers, defaults, and what of the rest comes over the wire
     model.onnx.gz                              the graph of a whole picture (`export.graphs`), its weights in it
@@ -39,7 +39,7 @@ from fastldm.kernels.columns import COLUMNS as GRAPH_COLUMNS
 from fastldm.loading.spec import Spec
 from fastldm.samplers.names import sampler_name
 from fastldm.samplers.table import COLUMNS, NEUTRAL, StepTable, make_table
-from fastldm.system import ASSETS
+from fastldm.system import ASSETS, LOOK
 from fastldm.version import __version__
 
 FORMAT = 1
@@ -161,7 +161,7 @@ def write(
         else:
             (out / "ort" / name).write_bytes(file)
             sizes[f"ort/{name}"] = len(file)
-    for file_ in sorted(_PAGE.iterdir()):
+    for file_ in (*sorted(_PAGE.iterdir()), *sorted(LOOK.iterdir())):
         shutil.copyfile(file_, out / file_.name)
     _copy_licenses(bundle, out)
     factor, (height, width) = model.vae.factor, networks.latents(bundle)[0]

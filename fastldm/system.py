@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import torch
 
 ASSETS = Path(__file__).resolve().parent / "assets"
+LOOK = ASSETS / "look"
+"""What both pages have in common: the server's, and that of an export for the web."""
 """Files of the package: the default model, CLIP's byte pairs."""
 CHECKOUT = ASSETS.parent.parent
 """The folder that fastldm is imported from: a checkout, or site-packages."""

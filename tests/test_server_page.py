@@ -16,7 +16,8 @@ from servers import wait_until
 from starlette.testclient import TestClient
 
 from fastldm import Pipeline
-from fastldm.server.page import ASSETS
+from fastldm.server.page import PAGE
+from fastldm.system import LOOK
 
 APPLE: dict[str, Any] = {"prompt": "a red apple", "seed": 3, "num_inference_steps": 2, "size": "64x64"}
 
@@ -55,9 +56,11 @@ def test_page_is_small_and_from_nowhere_else(http: TestClient) -> None:
     page = http.get("/")
     named = re.findall(r'(?:href|src)="([^"#]+)"', page.text)
     assert all(name.startswith("page/") for name in named)
-    imported = re.findall(r'from "\./([^"]+)"', "".join(path.read_text() for path in ASSETS.glob("*.js")))
+    imported = re.findall(r'from "\./([^"]+)"', "".join(path.read_text() for path in PAGE.glob("*.js")))
     served = {name: http.get(f"/{name}") for name in (*named, *(f"page/{name}" for name in imported))}
-    assert {name.removeprefix("page/") for name in served} == {p.name for p in ASSETS.iterdir()} - {"index.html"}
+    assert {name.removeprefix("page/") for name in served} == {
+        p.name for p in (*PAGE.iterdir(), *LOOK.iterdir())
+    } - {"index.html"}
     assert sum(len(answer.content) for answer in (page, *served.values())) < 150_000
     for answer in (page, *served.values()):
         assert answer.status_code == 200
@@ -70,7 +73,7 @@ def test_page_is_small_and_from_nowhere_else(http: TestClient) -> None:
 
 
 def test_every_control_has_a_name() -> None:
-    text = (ASSETS / "index.html").read_text()
+    text = (PAGE / "index.html").read_text()
     labelled = set(re.findall(r'<label for="([^"]+)"', text))
     for tag, attributes in re.findall(r"<(input|select|textarea|canvas)\b([^>]*)>", text):
         if " hidden" not in attributes:
@@ -79,7 +82,7 @@ def test_every_control_has_a_name() -> None:
             assert id[1] in labelled or "aria-label=" in attributes, f"{tag} {id[1]}"
     ids = re.findall(r'\bid="([^"]+)"', text)
     assert len(ids) == len(set(ids))
-    used = set(re.findall(r'\$\("([^"]+)"\)', (ASSETS / "page.js").read_text()))
+    used = set(re.findall(r'\$\("([^"]+)"\)', (PAGE / "page.js").read_text()))
     assert used <= set(ids), used - set(ids)
 
 

@@ -36,6 +36,7 @@ from fastldm.errors import BundleError, InputError
 from fastldm.export.bundle import Bundle
 from fastldm.loading import spec as loading
 from fastldm.samplers.table import COLUMNS, make_table
+from fastldm.system import LOOK
 
 web: Any = pytest.importorskip("fastldm.export.web", reason="needs fastldm[onnx]", exc_type=ImportError)
 
@@ -126,7 +127,7 @@ def test_folder_has_what_its_description_says(bundle: tuple[Path, Bundle], tmp_p
     assert json.loads((tmp_path / "model.json").read_text()) == info
     assert {name: (tmp_path / name).stat().st_size for name in info["files"]} == info["files"]
     assert web.transfer_size(info) < sum(info["files"].values())
-    for file in ASSETS.iterdir():
+    for file in (*ASSETS.iterdir(), *LOOK.iterdir()):
         assert (tmp_path / file.name).read_bytes() == file.read_bytes()
     assert gzip.decompress((tmp_path / "ort" / f"{web.WASM[2]}.gz").read_bytes()) == ENGINE[web.WASM[2]]
     assert json.loads((tmp_path / "package.json").read_text())["type"] == "module"

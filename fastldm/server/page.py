@@ -16,8 +16,9 @@ from fastldm.server.errors import OpenAIError, documented
 from fastldm.server.models import Model
 from fastldm.server.openai import PictureBody
 from fastldm.server.service import Service, decoded
+from fastldm.system import ASSETS, LOOK
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets" / "page"
+PAGE = ASSETS / "page"
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _HEADERS = {
     # Nothing from elsewhere, nothing inline, in nobody's frame; pictures come as data in the server's answers.
@@ -31,7 +32,7 @@ _HEADERS = {
 def router(service: Service) -> APIRouter:
     """The page and its files, which no key is asked for, and `/v1/options` and `/v1/images/settings`."""
     routes = APIRouter()
-    files = {path.name: (path.read_bytes(), _TYPES[path.suffix]) for path in sorted(ASSETS.iterdir())}
+    files = {path.name: (path.read_bytes(), _TYPES[path.suffix]) for path in sorted((*PAGE.iterdir(), *LOOK.iterdir()))}
 
     def serve(name: str) -> Any:
         content, kind = files[name]
