@@ -80,6 +80,7 @@ def test_committed_table_has_nothing_unexplained() -> None:
     total = dict(zip(header, next(row for row in rows if row[0].strip() == "all"), strict=True))
     assert int(total["unknown"]) == int(total["crashed"]) == 0
     assert int(total["agree"]) > int(total["cases"]) / 2
+    assert {row[0].strip() for row in rows} >= {*CLASSES}, "a pipeline that nobody has judged"
 
 
 @pytest.mark.full

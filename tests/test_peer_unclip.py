@@ -11,6 +11,7 @@ from typing import Any
 import clients
 import ip_adapters
 import numpy as np
+import picture_readers
 import pytest
 import tiny
 import torch
@@ -30,32 +31,7 @@ def photo(seed: int) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def peer() -> Any:
-    diffusers, transformers = tiny.peer("diffusers"), tiny.peer("transformers")
-    from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
-
-    normalizer = StableUnCLIPImageNormalizer(ip_adapters.PROJECTED)
-    generator = torch.Generator().manual_seed(1)
-    normalizer.mean.data.normal_(generator=generator)
-    normalizer.std.data.uniform_(0.5, 2, generator=generator)
-    parts = tiny.pipeline("sd2").components
-    unet = tiny.unet(
-        "sd2",
-        layers_per_block=1,
-        class_embed_type="projection",
-        projection_class_embeddings_input_dim=2 * ip_adapters.PROJECTED,
-    )
-    # Else its share of the embedding is lost among small random weights.
-    unet.class_embedding.linear_2.weight.data *= 20
-    pipe = diffusers.StableUnCLIPImg2ImgPipeline(
-        feature_extractor=transformers.CLIPImageProcessor(size=32, crop_size=32),
-        image_encoder=ip_adapters.image_encoder(),
-        image_normalizer=normalizer,
-        image_noising_scheduler=diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
-        unet=unet,
-        **{name: parts[name] for name in ("tokenizer", "text_encoder", "scheduler", "vae")},
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return picture_readers.unclip()
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from typing import Any
 
 import ip_adapters
 import numpy as np
+import picture_readers
 import pytest
 import tiny
 import torch
@@ -27,18 +28,7 @@ def photo(seed: int, size: tuple[int, int] = (40, 56)) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def peer() -> Any:
-    diffusers, transformers = tiny.peer("diffusers"), tiny.peer("transformers")
-    pipe = diffusers.StableDiffusionImageVariationPipeline(
-        vae=tiny.vae("small", sample_size=32),
-        image_encoder=ip_adapters.image_encoder(),
-        unet=tiny.unet("sd1", layers_per_block=1, cross_attention_dim=ip_adapters.PROJECTED),
-        scheduler=tiny.scheduler("sd1"),
-        safety_checker=None,
-        feature_extractor=transformers.CLIPImageProcessor(size=32, crop_size=32, image_mean=[0.5] * 3),
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return picture_readers.variations()
 
 
 @pytest.fixture(scope="module")

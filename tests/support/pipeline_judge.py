@@ -1,7 +1,9 @@
 """Our pipelines against diffusers': their own arguments, alone and in pairs, and where the two may differ.
 
-    .venv/bin/python tests/support/pipeline_judge.py        all cases, as benchmarks/results/pipelines.md
-    .venv/bin/python tests/support/pipeline_judge.py 500    those of one argument, and 500 of the pairs
+    python tests/support/pipeline_judge.py                          all cases, as benchmarks/results/pipelines.md
+    python tests/support/pipeline_judge.py 500                      those of one argument, and 500 of the pairs
+    python tests/support/pipeline_judge.py 500 --only PAG --to F    of some pipelines alone, kept in a file ...
+    python tests/support/pipeline_judge.py --join F G H             ... and the table of several such files
 
 A `Case` is a pipeline class and some values of its arguments. `judge` generates with both, on the same tiny weights,
 and compares the images:
@@ -16,9 +18,11 @@ and compares the images:
 
 from __future__ import annotations
 
+import argparse
 import functools
 import inspect
 import itertools
+import json
 import random
 import re
 import sys
@@ -29,7 +33,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
+import ip_adapters
 import numpy as np
+import picture_readers
 import tiny
 import torch
 from PIL import Image
@@ -51,13 +57,22 @@ CLASSES = {  # a name: diffusers' class, the tiny family, and its scheduler
     "SDXL inpainting": (diffusers.StableDiffusionXLInpaintPipeline, "sdxl", "euler"),
     "PAG": (diffusers.StableDiffusionPAGPipeline, "sd1", "ddim"),
     "PAG image to image": (diffusers.StableDiffusionPAGImg2ImgPipeline, "sd1", "ddim"),
+    "PAG inpainting": (diffusers.StableDiffusionPAGInpaintPipeline, "sd1", "ddim"),
     "SDXL PAG": (diffusers.StableDiffusionXLPAGPipeline, "sdxl", "euler"),
+    "SDXL PAG image to image": (diffusers.StableDiffusionXLPAGImg2ImgPipeline, "sdxl", "euler"),
+    "SDXL PAG inpainting": (diffusers.StableDiffusionXLPAGInpaintPipeline, "sdxl", "euler"),
     "edit": (diffusers.StableDiffusionInstructPix2PixPipeline, "sd1-edit", "ddim"),
     "depth to image": (diffusers.StableDiffusionDepth2ImgPipeline, "sd2-depth", "ddim"),
     "SDXL edit": (diffusers.StableDiffusionXLInstructPix2PixPipeline, "sdxl-edit", "euler"),
     "x4 upscaling": (diffusers.StableDiffusionUpscalePipeline, "x4-upscaler", "ddim"),
+    "image variations": (diffusers.StableDiffusionImageVariationPipeline, "variations", "ddim"),
+    "stable unCLIP": (diffusers.StableUnCLIPImg2ImgPipeline, "unclip", "ddim"),
     "LCM text to image": (diffusers.LatentConsistencyModelPipeline, "lcm", "lcm"),
     "LCM image to image": (diffusers.LatentConsistencyModelImg2ImgPipeline, "lcm", "lcm"),
+}
+_BUILT: dict[str, Callable[[], Any]] = {  # what `tiny.pipeline` does not know
+    "variations": lambda: picture_readers.variations(vae=tiny.vae("sd1")),
+    "unclip": picture_readers.unclip,
 }
 SIDE = 64  # pixels; 8 latents
 WIDTHS = {"sdxl": 72, "sdxl-edit": 72, "sdxl-refiner": 40}  # of text states; of the rest 32
@@ -144,6 +159,9 @@ VALUES: dict[str, dict[str, Value]] = {
     "latents": {"tensor": lambda B, W: {"latents": noise(B, 4, 8, 8, seed=7)}},
     "noise_level": {str(n): lambda B, W, n=n: {"noise_level": n} for n in (0, 200, 400)},  # type: ignore[misc]
     "depth_map": {"tensor": lambda B, W: {"depth_map": noise(B, 16, 24, seed=9)}},
+    "image_embeds": {
+        "tensor": lambda B, W: {"image": None, "image_embeds": noise(B, ip_adapters.PROJECTED, seed=10)}
+    },
     "callback": {"function": lambda B, W: {"callback": lambda step, timestep, latents: None}},
     "callback_steps": {"2": lambda B, W: {"callback_steps": 2}},
     "strength": {"0.5": lambda B, W: {"strength": 0.5}, "1": lambda B, W: {"strength": 1.0}},
@@ -271,7 +289,7 @@ DIFFERENCES = [
 @functools.cache
 def pair(pipeline: str) -> tuple[Any, Pipeline]:
     cls, family, name = CLASSES[pipeline]
-    components = tiny.pipeline(family).components
+    components = _BUILT.get(family, functools.partial(tiny.pipeline, family))().components
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
     components["scheduler"] = {
         "ddim": lambda: diffusers.DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False),
@@ -424,21 +442,41 @@ def table(verdicts: dict[Case, Verdict], total: int) -> str:
 
 def main(argv: list[str]) -> None:
     """All cases; with a number, those of one argument and so many of the pairs, drawn from a seed."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("pairs", nargs="?", type=int)
+    parser.add_argument("--only", nargs="+", choices=CLASSES)
+    parser.add_argument("--to", type=Path)
+    parser.add_argument("--join", nargs="+", type=Path)
+    options = parser.parse_args(argv)
     diffusers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    every = list(cases())
-    if argv:
+    total = len(list(cases()))
+    if options.join:
+        verdicts = dict(record for path in options.join for record in _read(path))
+        TABLE.write_text(table({case: verdicts[case] for case in cases() if case in verdicts}, total))
+        return
+    every = [case for case in cases() if not options.only or case.pipeline in options.only]
+    if options.pairs is not None:
         pairs = [case for case in every if len(case.values) == 2]
-        selected = {*random.Random(0).sample(pairs, min(int(argv[0]), len(pairs)))}
+        selected = {*random.Random(0).sample(pairs, min(options.pairs, len(pairs)))}
         every = [case for case in every if len(case.values) < 2 or case in selected]
-    verdicts: dict[Case, Verdict] = {}
+    verdicts = {}
     for k, case in enumerate(every):
         verdicts[case] = judge(case)
         if verdicts[case].kind in ("unknown", "crashed"):
             print(f"{case}: {verdicts[case].kind} {verdicts[case].detail}", flush=True)
         if k % 50 == 49:
             print(f"{k + 1} of {len(every)}: {dict(Counter(v.kind for v in verdicts.values()))}", flush=True)
-    TABLE.write_text(table(verdicts, len(list(cases()))))
+    if options.to is None:
+        TABLE.write_text(table(verdicts, total))
+    else:
+        records = [[case.pipeline, case.values, v.kind, v.detail] for case, v in verdicts.items()]
+        options.to.write_text(json.dumps(records))
+
+
+def _read(path: Path) -> Iterator[tuple[Case, Verdict]]:
+    for pipeline, values, kind, detail in json.loads(path.read_text()):
+        yield Case(pipeline, tuple((name, value) for name, value in values)), Verdict(kind, detail)
 
 
 if __name__ == "__main__":

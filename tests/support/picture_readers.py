@@ -1,0 +1,57 @@
+"""diffusers' pipelines that read what a picture shows, with tiny random parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ip_adapters
+import tiny
+import torch
+
+
+def variations(**replaced: Any) -> Any:
+    """A picture in place of a prompt."""
+    diffusers, transformers = tiny.peer("diffusers"), tiny.peer("transformers")
+    parts = {
+        "vae": tiny.vae("small", sample_size=32),
+        "image_encoder": ip_adapters.image_encoder(),
+        "unet": tiny.unet("sd1", layers_per_block=1, cross_attention_dim=ip_adapters.PROJECTED),
+        "scheduler": tiny.scheduler("sd1"),
+        "safety_checker": None,
+        "feature_extractor": transformers.CLIPImageProcessor(size=32, crop_size=32, image_mean=[0.5] * 3),
+        "requires_safety_checker": False,
+    }
+    pipe = diffusers.StableDiffusionImageVariationPipeline(**{**parts, **replaced})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def unclip(**replaced: Any) -> Any:
+    """The noised vector of a picture beside a prompt."""
+    diffusers, transformers = tiny.peer("diffusers"), tiny.peer("transformers")
+    from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+
+    normalizer = StableUnCLIPImageNormalizer(ip_adapters.PROJECTED)
+    generator = torch.Generator().manual_seed(1)
+    normalizer.mean.data.normal_(generator=generator)
+    normalizer.std.data.uniform_(0.5, 2, generator=generator)
+    own = tiny.pipeline("sd2").components
+    unet = tiny.unet(
+        "sd2",
+        layers_per_block=1,
+        class_embed_type="projection",
+        projection_class_embeddings_input_dim=2 * ip_adapters.PROJECTED,
+    )
+    # Else its share of the embedding is lost among small random weights.
+    unet.class_embedding.linear_2.weight.data *= 20
+    parts = {
+        "feature_extractor": transformers.CLIPImageProcessor(size=32, crop_size=32),
+        "image_encoder": ip_adapters.image_encoder(),
+        "image_normalizer": normalizer,
+        "image_noising_scheduler": diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        "unet": unet,
+        **{name: own[name] for name in ("tokenizer", "text_encoder", "scheduler", "vae")},
+    }
+    pipe = diffusers.StableUnCLIPImg2ImgPipeline(**{**parts, **replaced})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
