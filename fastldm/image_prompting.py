@@ -17,6 +17,7 @@ from fastldm.adapters.selection import Weight
 from fastldm.conditioning.image_encoder import ImageEncoder
 from fastldm.errors import CheckpointError, InputError
 from fastldm.loading.image_encoder import FILES, read_image_encoder
+from fastldm.loading.ranker import find_ranker
 from fastldm.loading.spec import check_options
 from fastldm.reading import check_path
 from fastldm.request import MAX_ADAPTERS, Request, picture_scale
@@ -49,7 +50,7 @@ class IPAdapterLoader:
         pretrained_model_name_or_path_or_dict: Source | Sequence[Source],
         subfolder: str | Sequence[str] | None = None,
         weight_name: str | Sequence[str] | None = None,
-        image_encoder_folder: str | None = "image_encoder",
+        imageencoder_folder: str | None = "image_encoder",
         *,
         allow_pickle: bool = False,
         **where: Any,
@@ -60,7 +61,7 @@ class IPAdapterLoader:
         pretrained_model_name_or_path_or_dict: a file, a folder or a hub id with `subfolder` and `weight_name`, or a
             dict of tensors, or lists of those, where one folder may serve several weight_name. The kinds that are read
             are in adapters/ip_adapter.py.
-        image_encoder_folder: of the image encoder, in the same subfolder, or with a "/" in the folder itself. None for
+        imageencoder_folder: of the image encoder, in the same subfolder, or with a "/" in the folder itself. None for
             none: requests then give `ip_adapter_image_embeds`.
         allow_pickle: whether pickles are read. where: revision, cache_dir and local_files_only.
 
@@ -80,9 +81,9 @@ class IPAdapterLoader:
             else:
                 file = find_weights(source, subfolder=inside, weight_name=name, **options)
             adapters.append(read_ip_adapter(file, self.stages.spec, dtype=self.stages.dtype, allow_pickle=allow_pickle))
-        if image_encoder_folder is not None:
-            checks.short_text("image_encoder_folder", image_encoder_folder, "a folder's name, or None")
-            encoder = self._image_encoder(adapters, sources[0], image_encoder_folder, options)
+        if imageencoder_folder is not None:
+            checks.short_text("imageencoder_folder", imageencoder_folder, "a folder's name, or None")
+            encoder = self._image_encoder(adapters, sources[0], imageencoder_folder, options)
 
         def install() -> None:
             for adapter in adapters:
@@ -97,16 +98,19 @@ class IPAdapterLoader:
         """Forget all IP-Adapters and the image encoder; requests that were submitted with them keep them."""
         self.stages.image_prompts.replace((), None)
 
-    def load_ranker(self, folder: str | os.PathLike[str], *, allow_pickle: bool = False) -> None:
+    def load_ranker(self, path_or_id: str | os.PathLike[str], *, allow_pickle: bool = False, **where: Any) -> None:
         """Rank `candidates` of requests by a CLIP model in place of the model's own image encoder, if it has one.
 
-        folder: of a CLIPModel of transformers, with its tokenizer, such as openai/clip-vit-large-patch14.
-        allow_pickle: whether pickles are read.
+        path_or_id: a CLIPModel of transformers with its tokenizer, a folder, or a hub id such as
+            openai/clip-vit-large-patch14.
+        allow_pickle: whether pickles are read. where: revision, cache_dir and local_files_only.
 
-        CheckpointError for a folder that is missing, damaged or of another kind.
+        CheckpointError for what is missing, damaged or of another kind.
         """
+        checks.known(where, ("revision", "cache_dir", "local_files_only"))
+        check_options(where)
         checks.flag("allow_pickle", allow_pickle)
-        ranking, path = self.stages.ranking, check_path(folder, "folder")
+        ranking, path = self.stages.ranking, find_ranker(path_or_id, allow_pickle=allow_pickle, **where)
         ranking.loaded = ranking.read(path, self.stages.text_stages, allow_pickle=allow_pickle)
 
     def set_ip_adapter_scale(self, scale: Weight | Sequence[Weight]) -> None:
@@ -152,9 +156,9 @@ class IPAdapterLoader:
             path, inside, _ = source
             if isinstance(path, Mapping):
                 raise InputError(
-                    "a dict has no image encoder beside it: pass image_encoder_folder=None, or give a path"
+                    "a dict has no image encoder beside it: pass imageencoder_folder=None, or give a path"
                 )
-            folder = _encoder_folder(path, inside, name, options)
+            folder = encoder_folder(path, inside, name, options)
             encoder = read_image_encoder(
                 folder, self.stages.dtype, preprocessing=False, allow_pickle=options["allow_pickle"]
             )
@@ -168,7 +172,7 @@ class IPAdapterLoader:
         return encoder
 
 
-def _encoder_folder(path: Any, inside: str | None, name: str, options: Mapping[str, Any]) -> Path:
+def encoder_folder(path: Any, inside: str | None, name: str, options: Mapping[str, Any]) -> Path:
     """The local folder of an image encoder; of a hub id, its files are fetched."""
     local = check_path(path, "pretrained_model_name_or_path")
     if local.is_file():

@@ -25,6 +25,7 @@ from fastldm.image_prompting import IPAdapterLoader
 from fastldm.loading import adoption
 from fastldm.loading import spec as loading
 from fastldm.loading.mapped import Mapped
+from fastldm.loading.ranker import find_ranker
 from fastldm.model import need_exporter, need_prompts, open_model
 from fastldm.models.families import folder_name
 from fastldm.reading import check_path
@@ -121,7 +122,7 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         its request, or in requests that join and leave its batch. On a CPU each image then has its own calls of the
         networks; on a GPU steps share theirs, by kernels that do not depend on the number of rows.
         controlnet, adapter: a ControlNet and a T2I-Adapter to attach, or lists of them: what `attach_control` takes.
-        ranker: the folder of a CLIP model that ranks `candidates`: what `load_ranker` takes.
+        ranker: a CLIP model that ranks `candidates`: what `load_ranker` takes.
         refiner: what `attach_refiner` takes, to be loaded with the same device, dtype, backend and `where`.
         where: variant, revision, cache_dir, local_files_only, allow_pickle and prediction_type, see `loading.describe`.
 
@@ -135,16 +136,19 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
             raise InputError("dtype and torch_dtype were both given: give one of them")
         dtype = torch_dtype if dtype is None else dtype
         checks.flag("batch_invariant", batch_invariant)
-        alone = controlnet is None and adapter is None  # a bundle has its own, and takes no other
-        model = open_model(path_or_id, device=device, dtype=dtype, backend=backend, prepared=alone, **where)
-        pipe = cls(*model, batch_invariant=batch_invariant)
         options = {
             name: value for name, value in where.items() if name in ("allow_pickle", "cache_dir", "local_files_only")
         }
+        if ranker is not None:  # a mistake is found before the model is loaded
+            loading.check_options(options)
+            ranker = find_ranker(ranker, **options)
+        alone = controlnet is None and adapter is None  # a bundle has its own, and takes no other
+        model = open_model(path_or_id, device=device, dtype=dtype, backend=backend, prepared=alone, **where)
+        pipe = cls(*model, batch_invariant=batch_invariant)
         for control in (*as_list(controlnet), *as_list(adapter)):
             pipe.attach_control(control, **options)
         if ranker is not None:
-            pipe.load_ranker(ranker, allow_pickle=bool(where.get("allow_pickle", False)))
+            pipe.load_ranker(ranker, **options)
         if refiner is not None:
             pipe.attach_refiner(
                 refiner, device=device, dtype=dtype, backend=backend, batch_invariant=batch_invariant, **where

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ip_adapters
@@ -14,6 +16,8 @@ from PIL import Image
 
 from fastldm import CheckpointError, InputError, Pipeline, Request, Session
 from fastldm.image import read_parameters, save_result
+from fastldm.loading.ranker import describe_ranker, find_ranker
+from fastldm.loading.spec import DEFAULT_MODEL
 
 BASE: dict[str, Any] = {"num_inference_steps": 2, "height": 32, "width": 32, "seed": 5}
 LONG = "a cat on a mat " * 40
@@ -21,12 +25,7 @@ LONG = "a cat on a mat " * 40
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIPModel's, with its tokenizer."""
-    path = tmp_path_factory.mktemp("clip")
-    ip_adapters.whole_clip().save_pretrained(path)
-    tiny.tokenizer().save_pretrained(path)
-    tiny.peer("transformers").CLIPImageProcessor(size=32, crop_size=32).save_pretrained(path)
-    return path
+    return ip_adapters.clip_folder(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +151,7 @@ def test_several_first_pictures_are_refused(pipe: Pipeline) -> None:
 
 def test_a_model_without_image_encoder_says_so(folder: Path, tmp_path: Path) -> None:
     pipe = Pipeline.from_diffusers(tiny.pipeline("sd1"))
-    with pytest.raises(InputError, match="this model has none: load a CLIPModel's folder as its ranker"):
+    with pytest.raises(InputError, match=r"this model has none: give one, .* as --ranker openai/clip-vit-large-patch14"):
         pipe("a cat", candidates=2, **BASE)
     vision = tmp_path / "vision"
     ip_adapters.image_encoder().save_pretrained(vision)
@@ -160,3 +159,66 @@ def test_a_model_without_image_encoder_says_so(folder: Path, tmp_path: Path) -> 
         pipe.load_ranker(vision)
     with pytest.raises(CheckpointError, match=r"config\.json"):
         pipe.load_ranker(tmp_path)
+
+
+def in_cache(folder: Path, cache: Path) -> Path:
+    """huggingface_hub's own cache with "acme/clip" in it; that one's files."""
+    repository = cache / "models--acme--clip"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    shutil.copytree(folder, snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    return snapshot
+
+
+def test_a_hub_id_is_read_from_the_local_cache(folder: Path, tmp_path: Path) -> None:
+    snapshot, where = in_cache(folder, tmp_path), {"cache_dir": tmp_path, "local_files_only": True}
+    pipe = Pipeline.from_diffusers(tiny.pipeline("sd1"))
+    pipe.load_ranker("acme/clip", **where)
+    result = pipe("a cat", candidates=2, keep=2, **BASE)
+    assert np.abs(np.array(result.scores) - judged(folder, list(result.images), ["a cat"] * 2)).max() < 1e-5
+    with pytest.raises(CheckpointError, match="acme/other is neither a folder here nor in the local hub cache"):
+        pipe.load_ranker("acme/other", **where)
+    with pytest.raises(CheckpointError, match=r"clip does not exist here\. Give a file, a folder, or a hub id"):
+        pipe.load_ranker("clip", **where)
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="acme/clip has no weights"):
+        pipe.load_ranker("acme/clip", **where)
+    (snapshot / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"acme/clip has no config\.json"):
+        pipe.load_ranker("acme/clip", **where)
+
+
+def test_a_missing_ranker_is_found_before_the_model_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"acme/clip is neither"):
+        Pipeline.from_pretrained(tmp_path / "none", ranker="acme/clip", cache_dir=tmp_path, local_files_only=True)
+
+
+def test_a_hub_sends_only_what_is_read(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    files = [path.name for path in folder.iterdir()]
+    others = ["pytorch_model.bin", "tf_model.h5", "README.md", "onnx/model.onnx", "model.fp16.safetensors"]
+    siblings = [SimpleNamespace(rfilename=name) for name in (*files, *others)]
+    fetched = []
+
+    def download(repo: str, name: str, **_: Any) -> str:
+        fetched.append(name)
+        return str(folder / name)
+
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda *_, **__: SimpleNamespace(siblings=siblings))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    assert find_ranker("acme/clip") == folder
+    tokenizer = {"vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"} & {*files}
+    assert tokenizer
+    assert {"config.json", "model.safetensors", "preprocessor_config.json"} | tokenizer <= {*fetched}
+    assert not {*others} & {*fetched}
+
+
+def test_sizes_are_read_without_weights(folder: Path, pipe: Pipeline) -> None:
+    assert describe_ranker(folder) == pipe.stages.ranking.need(pipe.text_stages, "torch").config
+    own = Pipeline.default(dtype="float32").stages
+    ranker = own.ranking.need(own.text_stages, "torch")
+    assert describe_ranker(DEFAULT_MODEL / "image_encoder") == ranker.config
+    assert ranker.config.text is None

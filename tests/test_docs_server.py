@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from fastldm.cli.main import main
 from fastldm.cli.serve import serve
 from fastldm.pipeline import Pipeline
-from fastldm.server import a1111, openai
+from fastldm.server import a1111, extras, openai
 from fastldm.server.app import create_app
 from fastldm.server.settings import Settings
 
@@ -61,7 +61,8 @@ def test_page_has_every_endpoint_and_no_other(app: FastAPI) -> None:
 
 
 def test_page_has_every_field() -> None:
-    for body in (openai.GenerationBody, openai.EditFields, a1111.Text2Image, a1111.Image2Image):
+    forms = (openai.GenerationBody, openai.EditFields, a1111.Text2Image, a1111.Image2Image)
+    for body in (*forms, extras.ExtrasSingle, extras.ExtrasBatch):
         assert set(body.model_fields) <= WORDS, set(body.model_fields) - WORDS
 
 

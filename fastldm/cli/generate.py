@@ -64,8 +64,8 @@ def _list_things(ctx: click.Context, param: click.Parameter, group: str | None) 
 )
 @click.option(
     "--ranker",
-    metavar="FOLDER",
-    help="The CLIP model for --best-of and --clip-guidance, such as openai/clip-vit-large-patch14's folder.  "
+    metavar="FOLDER_OR_ID",
+    help="The CLIP model for --best-of and --clip-guidance, such as openai/clip-vit-large-patch14.  "
     "[default: the model's own]",
 )
 @reuse_option

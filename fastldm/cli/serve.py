@@ -82,6 +82,12 @@ _SECONDS, _COUNT = click.FloatRange(min=0), click.IntRange(min=1)
     "Repeatable.",
 )
 @click.option(
+    "--ranker",
+    metavar="FOLDER_OR_ID",
+    help="The CLIP model that ranks what best_of samples, of all models, such as openai/clip-vit-large-patch14.  "
+    "[default: each model's own]",
+)
+@click.option(
     "--load",
     type=click.Choice(["start", "first"]),
     default="start",

@@ -19,8 +19,23 @@ from fastldm.conditioning.image_encoder import ImageEncoder
 from fastldm.conditioning.prompt import parse
 from fastldm.conditioning.text import TextStage, split_windows
 from fastldm.device import send, send_numbers
+from fastldm.models.clip import CLIPText
+from fastldm.models.clip_vision import VisionConfig
+from fastldm.models.config import TextConfig
 
-_PICTURES = 16  # that are encoded at a time
+PICTURES = 16
+"""That are encoded at a time."""
+
+
+@dataclass(frozen=True)
+class RankerConfig:
+    """The sizes of a CLIP model that ranks."""
+
+    vision: VisionConfig
+    text: TextConfig | None
+    """None where the model's whose pictures it ranks is read."""
+    projection: tuple[int, int] | None = None
+    """(P, D), of that one's states."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +47,14 @@ class Ranker:
     """Its own tokenizer and text encoder; None for those of the model whose pictures it ranks."""
     projection: Tensor | None = None
     """(P, D), of those states: of a text encoder that has none itself."""
+
+    @property
+    def config(self) -> RankerConfig:
+        """Its sizes."""
+        text = None if self.text is None else self.text.model
+        assert text is None or isinstance(text, CLIPText)
+        projection = None if self.projection is None else (self.projection.shape[0], self.projection.shape[1])
+        return RankerConfig(self.images.model.config, None if text is None else text.config, projection)
 
     @torch.no_grad()
     def text_vectors(self, texts: Sequence[str], own: TextStage, *, literal: bool = False) -> Tensor:
@@ -48,10 +71,10 @@ class Ranker:
         are text. As a CLIPModel reads it, a text has no weights, and ends where its first window is full."""
         of_text = self.text_vectors(texts, own, literal=literal)  # (N, P)
         scores: list[float] = []
-        for start in range(0, len(pictures), _PICTURES):
-            pixels = self.images.pixels(pictures[start : start + _PICTURES], "pictures")
+        for start in range(0, len(pictures), PICTURES):
+            pixels = self.images.pixels(pictures[start : start + PICTURES], "pictures")
             embeds = self.images.embeds(send(pixels, self.images.model.device)).float()
-            rows = F.normalize(embeds, dim=-1) * of_text[start : start + _PICTURES].to(embeds.device)
+            rows = F.normalize(embeds, dim=-1) * of_text[start : start + PICTURES].to(embeds.device)
             scores += rows.sum(-1).tolist()
         return scores
 

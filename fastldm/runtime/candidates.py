@@ -18,6 +18,11 @@ from fastldm.errors import InputError
 from fastldm.loading.ranker import FOLDER, has_ranker, read_ranker
 from fastldm.request import Request, as_list, picture_seeds
 
+_GIVE_ONE = (
+    "give one, a CLIPModel's folder or hub id, to `fastldm generate` or `fastldm serve` as --ranker "
+    "openai/clip-vit-large-patch14, in Python to load_ranker"
+)
+
 Part = tuple[Any, list[float]]
 """The images of some of a request's candidates, of its output_type, and their scores."""
 
@@ -41,18 +46,21 @@ class Ranking:
         """InputError for a model without any. use: what is done by it."""
         with self._lock:
             if self.loaded is None:
-                if backend != "torch":
-                    raise InputError(
-                        f"{use} by a CLIP image encoder, and a bundle, here on {backend}, has none: "
-                        "load a CLIPModel's folder as its ranker, or the model with backend='torch'"
-                    )
-                if not has_ranker(self._own):
-                    raise InputError(
-                        f"{use} by a CLIP image encoder, and this model has none: load a CLIPModel's "
-                        "folder as its ranker, such as that of openai/clip-vit-large-patch14"
-                    )
-                self.loaded = self.read(self._own / FOLDER, stages)
+                self.loaded = self.read(own_ranker(self._own, backend, use), stages)
             return self.loaded
+
+
+def own_ranker(source: Path, backend: str, use: str = "candidates are ranked") -> Path:
+    """The folder of what ranks a model's candidates beside its networks. InputError for a model without. use: what is
+    done by it."""
+    if backend != "torch":
+        raise InputError(
+            f"{use} by a CLIP image encoder, and a bundle, here on {backend}, has none: {_GIVE_ONE}, or run the "
+            "checkpoint with --backend torch"
+        )
+    if not has_ranker(source):
+        raise InputError(f"{use} by a CLIP image encoder, and this model has none: {_GIVE_ONE}")
+    return source / FOLDER
 
 
 def scores(ranker: Ranker, request: Request, images: Any, own: TextStage) -> list[float]:

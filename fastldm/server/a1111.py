@@ -65,6 +65,8 @@ class Text2Image(_Body):
     refiner_switch_at: float | None = None
     override_settings: dict[str, Any] | None = Field(None, max_length=1000)
     send_images: bool | None = True
+    best_of: int | None = Field(None, ge=1)
+    """Not AUTOMATIC1111's: sample so many, and answer the best of them by the model's ranking."""
 
     # Not there: errors where they are switched on.
     restore_faces: bool | None = None
@@ -230,12 +232,6 @@ def router(service: Service) -> APIRouter:
         """None but the models' own."""
         return []
 
-    @routes.get("/upscalers")
-    async def upscalers() -> list[dict[str, Any]]:
-        """Of pixels; none is a network."""
-        names = ("None", *(name for name in UPSCALERS if not name.startswith("Latent")))
-        return [{"name": name, "model_name": None, "model_path": None, "model_url": None, "scale": 1} for name in names]
-
     @routes.get("/latent-upscale-modes")
     async def latent_upscale_modes() -> list[dict[str, Any]]:
         return [{"name": name} for name in UPSCALERS if name.startswith("Latent")]
@@ -288,7 +284,8 @@ def _arguments(fields: Text2Image) -> dict[str, Any]:
         "negative_prompt": fields.negative_prompt or None,
         "seed": None if fields.seed in (None, -1) else fields.seed,
         "sampler": _sampler(fields),
-        "num_images_per_prompt": images,
+        "num_images_per_prompt" if fields.best_of is None else "keep": images,
+        "candidates": fields.best_of,
         "num_inference_steps": fields.steps,
         "guidance_scale": fields.cfg_scale,
         "width": fields.width,
@@ -379,6 +376,7 @@ def _info(work: Work, files: Files) -> dict[str, Any]:
         "all_negative_prompts": [request.negative_prompt or ""] * count,
         "seed": seeds[0],
         "all_seeds": seeds,
+        **({"all_scores": list(files.result.scores)} if files.result.scores else {}),
         "subseed": -1,
         "all_subseeds": [-1] * count,
         "subseed_strength": 0,

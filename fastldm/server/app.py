@@ -14,7 +14,7 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse, Response
 
 from fastldm.pipeline import Pipeline
-from fastldm.server import a1111, openai, page
+from fastldm.server import a1111, extras, openai, page
 from fastldm.server.errors import ApiError, answer, api_error
 from fastldm.server.jobs import Jobs
 from fastldm.server.metrics import CONTENT_TYPE
@@ -62,6 +62,7 @@ def create_app(settings: Settings, pipelines: Mapping[str, Pipeline] | None = No
     app.state.service = service
     app.include_router(openai.router(service, jobs))
     app.include_router(a1111.router(service))
+    app.include_router(extras.router(service))
     app.include_router(page.router(service))
 
     @app.get("/health", tags=["server"])

@@ -15,6 +15,7 @@ from fastldm.device import choose_device, choose_dtype
 from fastldm.errors import CheckpointError, InputError, OutOfMemory
 from fastldm.export.engine import is_bundle
 from fastldm.kernels.dispatch import device_capability
+from fastldm.loading.ranker import find_ranker
 from fastldm.model import backend_device, backend_for, describe
 from fastldm.pipeline import Pipeline
 from fastldm.planning import memory
@@ -24,6 +25,8 @@ from fastldm.serving.session import MAX_QUEUE, Session
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from fastldm.conditioning.ranking import Ranker
 
 logger = logging.getLogger("fastldm.server")
 
@@ -48,6 +51,12 @@ class Model:
         return height * factor, width * factor
 
     @property
+    def enlarges(self) -> int:
+        """How many times as wide its picture is as the one that it reads; 1 of models that enlarge none, and of those
+        that are not loaded."""
+        return 1 if self.pipe is None else self.pipe.stages.spec.enlarges
+
+    @property
     def idle(self) -> bool:
         """Whether it is loaded, and has nothing to do."""
         stats = None if self.session is None or self.users else self.session.stats()
@@ -58,12 +67,17 @@ class Models:
     """Loads models, and hands out their sessions."""
 
     def __init__(self, settings: Settings, pipelines: Mapping[str, Pipeline] | None = None) -> None:
-        """pipelines: those that are loaded already, by name. CheckpointError for an adapter that there is not."""
+        """pipelines: those that are loaded already, by name. CheckpointError for an adapter, or a ranker, that there is
+        not."""
         self._settings = settings
         self._loras: dict[str, Path] = {
             name: find_weights(path, kind="lora", allow_pickle=settings.allow_pickle)
             for name, path in settings.loras.items()
         }
+        self._ranker_folder: Path | None = None
+        if settings.ranker is not None:
+            self._ranker_folder = find_ranker(settings.ranker, allow_pickle=settings.allow_pickle)
+        self._ranker: Ranker | None = None
         self._by_name = {name: Model(name, path) for name, path in settings.models.items()}
         self._counter, self._loading = 0, asyncio.Lock()
         for name, pipe in (pipelines or {}).items():
@@ -182,6 +196,8 @@ class Models:
                 pipe.attach_control(path, name, allow_pickle=self._settings.allow_pickle)
             except (CheckpointError, InputError) as error:
                 logger.info("%s is not for %s: %s", name, model.name, error)
+        if self._ranker_folder is not None:
+            self._load_ranker(pipe)
         # The server bounds all queues together, so that no session's own bound is met before.
         model.pipe, model.session = pipe, Session(pipe, max_batch=self._settings.max_batch, max_queue=MAX_QUEUE)
         if self._settings.load == "start":
@@ -195,6 +211,14 @@ class Models:
             model.pipe.load_lora_weights(self._loras[name], **options)  # type: ignore[arg-type]
         except (CheckpointError, InputError) as error:
             logger.info("%s is not for %s: %s", name, model.name, error)
+
+    def _load_ranker(self, pipe: Pipeline) -> None:
+        """All models share one, unless it reads the text encoder of each."""
+        assert self._ranker_folder is not None
+        if self._ranker is None or self._ranker.text is None:
+            pipe.load_ranker(self._ranker_folder, allow_pickle=self._settings.allow_pickle)
+            self._ranker = pipe.stages.ranking.loaded
+        pipe.stages.ranking.loaded = self._ranker
 
     def close(self, *, cancel: bool) -> None:
         """Take no more requests; wait for those under way, or cancel them."""

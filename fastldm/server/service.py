@@ -301,6 +301,8 @@ class Service:
             assert model.pipe is not None
             try:
                 await asyncio.to_thread(model.pipe.warmup, batches=(self.settings.max_batch, 1))
+                if model.pipe.stages.ranking.loaded is not None and not model.pipe.family.reads_picture:
+                    await asyncio.to_thread(model.pipe.warmup, candidates=self.settings.max_batch)
             except FastLDMError as error:
                 logger.warning("%s could not be warmed up: %s", model.name, error)
         self.warm = True

@@ -32,6 +32,8 @@ class Settings:
     """Names of adapters that requests may ask for, and their files; each is loaded for every model that it fits."""
     controls: Mapping[str, str] = field(default_factory=dict)
     """Likewise ControlNets and T2I-Adapters, for requests that send what they read."""
+    ranker: str | None = None
+    """The CLIP model, a folder or a hub id, that ranks what `best_of` samples; None is the models' own."""
     load: str = "start"
     """When models are loaded: "start", or "first" use, where idle ones make room if memory is short."""
     device: str | None = None

@@ -89,6 +89,14 @@ def whole_clip(seed: int = 5, *, text: dict[str, Any] | None = None) -> Any:
     return tiny.seeded(lambda: clip.CLIPModel(config), seed)
 
 
+def clip_folder(path: Path) -> Path:
+    """A CLIPModel's, with its tokenizer."""
+    whole_clip().save_pretrained(path)
+    tiny.tokenizer().save_pretrained(path)
+    tiny.peer("transformers").CLIPImageProcessor(size=32, crop_size=32).save_pretrained(path)
+    return path
+
+
 def own_image_encoder(seed: int = 5) -> ImageEncoder:
     """fastldm's, of the same weights."""
     peer = image_encoder(seed)
