@@ -50,7 +50,7 @@ class IPAdapterLoader:
         pretrained_model_name_or_path_or_dict: Source | Sequence[Source],
         subfolder: str | Sequence[str] | None = None,
         weight_name: str | Sequence[str] | None = None,
-        imageencoder_folder: str | None = "image_encoder",
+        image_encoder_folder: str | None = "image_encoder",
         *,
         allow_pickle: bool = False,
         **where: Any,
@@ -61,7 +61,7 @@ class IPAdapterLoader:
         pretrained_model_name_or_path_or_dict: a file, a folder or a hub id with `subfolder` and `weight_name`, or a
             dict of tensors, or lists of those, where one folder may serve several weight_name. The kinds that are read
             are in adapters/ip_adapter.py.
-        imageencoder_folder: of the image encoder, in the same subfolder, or with a "/" in the folder itself. None for
+        image_encoder_folder: of the image encoder, in the same subfolder, or with a "/" in the folder itself. None for
             none: requests then give `ip_adapter_image_embeds`.
         allow_pickle: whether pickles are read. where: revision, cache_dir and local_files_only.
 
@@ -81,9 +81,9 @@ class IPAdapterLoader:
             else:
                 file = find_weights(source, subfolder=inside, weight_name=name, **options)
             adapters.append(read_ip_adapter(file, self.stages.spec, dtype=self.stages.dtype, allow_pickle=allow_pickle))
-        if imageencoder_folder is not None:
-            checks.short_text("imageencoder_folder", imageencoder_folder, "a folder's name, or None")
-            encoder = self._image_encoder(adapters, sources[0], imageencoder_folder, options)
+        if image_encoder_folder is not None:
+            checks.short_text("image_encoder_folder", image_encoder_folder, "a folder's name, or None")
+            encoder = self._image_encoder(adapters, sources[0], image_encoder_folder, options)
 
         def install() -> None:
             for adapter in adapters:
@@ -156,7 +156,7 @@ class IPAdapterLoader:
             path, inside, _ = source
             if isinstance(path, Mapping):
                 raise InputError(
-                    "a dict has no image encoder beside it: pass imageencoder_folder=None, or give a path"
+                    "a dict has no image encoder beside it: pass image_encoder_folder=None, or give a path"
                 )
             folder = encoder_folder(path, inside, name, options)
             encoder = read_image_encoder(

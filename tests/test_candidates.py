@@ -151,7 +151,9 @@ def test_several_first_pictures_are_refused(pipe: Pipeline) -> None:
 
 def test_a_model_without_image_encoder_says_so(folder: Path, tmp_path: Path) -> None:
     pipe = Pipeline.from_diffusers(tiny.pipeline("sd1"))
-    with pytest.raises(InputError, match=r"this model has none: give one, .* as --ranker openai/clip-vit-large-patch14"):
+    with pytest.raises(
+        InputError, match=r"this model has none: give one, .* as --ranker openai/clip-vit-large-patch14"
+    ):
         pipe("a cat", candidates=2, **BASE)
     vision = tmp_path / "vision"
     ip_adapters.image_encoder().save_pretrained(vision)
@@ -189,7 +191,7 @@ def test_a_hub_id_is_read_from_the_local_cache(folder: Path, tmp_path: Path) -> 
         pipe.load_ranker("acme/clip", **where)
 
 
-def test_a_missing_ranker_is_found_before_the_model_is_loaded(tmp_path: Path) -> None:
+def test_a_missing_ranker_is_found_before_loading(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"acme/clip is neither"):
         Pipeline.from_pretrained(tmp_path / "none", ranker="acme/clip", cache_dir=tmp_path, local_files_only=True)
 

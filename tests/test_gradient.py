@@ -597,7 +597,7 @@ def test_what_cannot_guide_is_refused(more: dict[str, Any], message: str, peer: 
 
 
 def test_models_without_a_tower_refuse_early(pipe: Pipeline, peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="CLIP guidance goes by a CLIP image encoder, and this model has none: load"):
+    with pytest.raises(InputError, match="CLIP guidance goes by a CLIP image encoder, and this model has none: give"):
         pipe.stages.complete(Request("a cat", clip_guidance_scale=10.0))
     assert pipe.stages.complete(Request("a cat", clip_guidance_scale=0.0)).gradient is None
     stages = peer.ours.stages

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import clients
-import ip_adapters
 import numpy as np
 import picture_readers
 import pytest
-import tiny
 import torch
 from PIL import Image
 

@@ -10,7 +10,6 @@ import ip_adapters
 import numpy as np
 import picture_readers
 import pytest
-import tiny
 import torch
 from PIL import Image
 

@@ -128,7 +128,7 @@ def test_a_batch_keeps_its_order_and_settings(http: TestClient) -> None:
         ({"upscaling_resize": 0}, 400, "upscaling_resize: Input should be greater than 0"),
         ({"resize_mode": 2}, 400, "resize_mode: Input should be less than or equal to 1"),
         ({"image": "http://10.0.0.1/x.png"}, 400, "image is a URL"),
-        ({"image": "AAAA"}, 400, "image is no picture"),
+        ({"image": "AAAA"}, 400, "image cannot be read as a picture"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )

@@ -58,9 +58,9 @@ def test_page_is_small_and_from_nowhere_else(http: TestClient) -> None:
     assert all(name.startswith("page/") for name in named)
     imported = re.findall(r'from "\./([^"]+)"', "".join(path.read_text() for path in PAGE.glob("*.js")))
     served = {name: http.get(f"/{name}") for name in (*named, *(f"page/{name}" for name in imported))}
-    assert {name.removeprefix("page/") for name in served} == {
-        p.name for p in (*PAGE.iterdir(), *LOOK.iterdir())
-    } - {"index.html"}
+    assert {name.removeprefix("page/") for name in served} == {p.name for p in (*PAGE.iterdir(), *LOOK.iterdir())} - {
+        "index.html"
+    }
     assert sum(len(answer.content) for answer in (page, *served.values())) < 150_000
     for answer in (page, *served.values()):
         assert answer.status_code == 200

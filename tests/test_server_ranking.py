@@ -75,7 +75,9 @@ def test_candidates_are_counted(http: TestClient) -> None:
         answer = http.post(path, json={"prompt": "x", "best_of": 11, **fields})
         assert answer.status_code == 400
         assert "best_of is 11: expected at most 10" in answer.text
-    assert "keep is 3 of 2 candidates" in http.post("/v1/images/generations", json={**FIELDS, "best_of": 2, "n": 3}).text
+    assert (
+        "keep is 3 of 2 candidates" in http.post("/v1/images/generations", json={**FIELDS, "best_of": 2, "n": 3}).text
+    )
 
 
 def test_answers_without_candidates_have_no_scores(http: TestClient) -> None:

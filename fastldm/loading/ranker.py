@@ -35,8 +35,8 @@ def has_ranker(folder: Path) -> bool:
 
 
 def find_ranker(path_or_id: PathLike, *, allow_pickle: bool = False, **where: Any) -> Path:
-    """The folder of a CLIP model: a path as it is, or a hub id, whose config, tokenizer and weights are downloaded. where:
-    revision, cache_dir and local_files_only.
+    """The folder of a CLIP model: a path as it is, or a hub id, whose config, tokenizer and weights are downloaded.
+    where: revision, cache_dir and local_files_only.
 
     CheckpointError for what does not exist, for a repository without a config or weights, and for errors of the hub.
     """

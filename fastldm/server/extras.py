@@ -199,7 +199,7 @@ async def _upscaled(
                 raise _unknown(service, field, name)
             work = await service.submit(next(ids), request.scope["owner"], name, arguments, dialect="a1111")
         files = await service.while_connected(request.receive, work, service.files(work))
-        image = files.result.images[0]
+        image = files.result.images[0]  # type: ignore[assignment]
     return image if image.size == size else await service.in_pool(image.resize, size, Image.Resampling.LANCZOS)
 
 

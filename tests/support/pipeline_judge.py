@@ -159,9 +159,7 @@ VALUES: dict[str, dict[str, Value]] = {
     "latents": {"tensor": lambda B, W: {"latents": noise(B, 4, 8, 8, seed=7)}},
     "noise_level": {str(n): lambda B, W, n=n: {"noise_level": n} for n in (0, 200, 400)},  # type: ignore[misc]
     "depth_map": {"tensor": lambda B, W: {"depth_map": noise(B, 16, 24, seed=9)}},
-    "image_embeds": {
-        "tensor": lambda B, W: {"image": None, "image_embeds": noise(B, ip_adapters.PROJECTED, seed=10)}
-    },
+    "image_embeds": {"tensor": lambda B, W: {"image": None, "image_embeds": noise(B, ip_adapters.PROJECTED, seed=10)}},
     "callback": {"function": lambda B, W: {"callback": lambda step, timestep, latents: None}},
     "callback_steps": {"2": lambda B, W: {"callback_steps": 2}},
     "strength": {"0.5": lambda B, W: {"strength": 0.5}, "1": lambda B, W: {"strength": 1.0}},
