@@ -95,6 +95,11 @@ def export(
     for reason, given in (("fused_ops", fused_ops), ("adapter_rank", adapter_rank), ("controls", controls)):
         if checks.flag("whole_picture", whole_picture) and given:
             raise InputError(f"whole_picture does not go with {reason}: leave one of them out")
+    if whole_picture and model.unet.learns_variance:
+        raise InputError(
+            "whole_picture: this model's U-Net makes a variance beside its prediction ('learned_range'), which the "
+            "graph of a whole picture does not read: leave it out"
+        )
     if whole_picture and model.unet.edits:
         raise InputError(
             f"whole_picture: the family {model.family.name} has three rows of the U-Net for each picture, and the "

@@ -322,6 +322,8 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "apg_rescale": ("APG rescale", float),
     "apg_eta": ("APG eta", float),
     "clip_guidance_scale": ("CLIP guidance scale", float),
+    "apg_momentum": ("APG momentum", float),
+    "use_original_formulation": ("Original CFG formulation", _truth),
     "guidance_rescale": ("Guidance rescale", float),
     "guidance_interval": ("Guidance interval", _list_of(float)),
     "refiner_switch_at": ("Refiner switch at", float),

@@ -38,9 +38,8 @@ UNSUPPORTED = {
     "masked_image_latents": ": give image and mask_image",
     "original_inference_steps": "",
     "adaptive_projected_guidance_rescale": ": it is apg_rescale",
-    "adaptive_projected_guidance_momentum": ", for it keeps one more latent of each slot, a running average",
+    "adaptive_projected_guidance_momentum": ": it is apg_momentum",
     "adaptive_projected_guidance_norm_dim": ": apg_rescale is of all of a picture",
-    "use_original_formulation": ": guidance starts from the negative prompt's output",
     "clip_prompt": ": give guidance_fn=CLIPGuidance(scale, prompt)",
     "num_cutouts": ": give guidance_fn=CLIPGuidance(scale, num_cutouts=4)",
     "seg_scale": ", for it blurs queries in each step: pag_scale is its relative that only selects",
@@ -98,10 +97,19 @@ class Request:
     apg_rescale: float | None = None
     """Adaptive projected guidance (arXiv:2410.02416): the longest that the network's output for the prompt differs
     from that for the negative prompt, before guidance_scale multiplies it; 0 is any length. diffusers'
-    `adaptive_projected_guidance_rescale`. On where this or apg_eta is given; by default then 15, as diffusers'."""
+    `adaptive_projected_guidance_rescale`. On where this, apg_eta or apg_momentum is given; by default then 15, as
+    diffusers'."""
     apg_eta: float | None = None
     """What remains of that difference along the prompt's own output, from which saturation comes: 0 none, as in the
     paper, 1 all, the default beside apg_rescale."""
+    apg_momentum: float | None = None
+    """How much of a step's difference is added to the next one's, negative as in the paper (-0.5), which turns guidance
+    away from where it went before; 0, the default beside the other two, is none. diffusers'
+    `adaptive_projected_guidance_momentum`."""
+    use_original_formulation: bool = False
+    """Whether guidance_scale is how far guidance goes beyond the prompt's own output, from 0, as papers have it: 6.5 is
+    then what is 7.5 else, and what projected guidance shortens is added to the prompt's output, not the negative
+    prompt's. The name is that of diffusers' guiders."""
     guidance_fn: Any = None
     """Guidance by gradient, beside any other: a function (latents, t) of what the network reads at a step, (B, C, h, w)
     and (B,) in float32, that returns the gradient of its log-likelihood with respect to the latents, of their shape; or
@@ -682,6 +690,8 @@ _CHECKS: dict[str, Check] = {
     "pag_applied_layers": _layers,
     "apg_rescale": _real(0.0, 1e6),
     "apg_eta": _real(-MAX_GUIDANCE, MAX_GUIDANCE),
+    "apg_momentum": _real(-1.0, 1.0),
+    "use_original_formulation": checks.flag,
     "guidance_fn": guidance_function,
     "clip_guidance_scale": _real(0.0, MAX_SCALE),
     "guidance_rescale": _real(0.0, 1.0),

@@ -78,7 +78,8 @@ class TextualInversionLoader:
         prompts and negatives too. Requests under way go on as they were encoded.
 
         pretrained_model_name_or_path: a file, a folder, a hub id, a dict of tensors or a tensor, or a list of those;
-            the formats are in adapters/textual_inversion.py. SDXL's `clip_l` and `clip_g` change both text encoders.
+            the formats are in adapters/textual_inversion.py. SDXL's `clip_l` and `clip_g` change both text encoders, of
+            its refiner the one that it has.
         token: the name in prompts, in place of the file's own; a list for a list of files, or for the rows of one.
         tokenizer, text_encoder: which of the pipeline's is meant, by default the first.
         weight_name, subfolder: of the file in a folder or on the hub. allow_pickle: whether pickles are read. where:
@@ -98,24 +99,24 @@ class TextualInversionLoader:
             embeddings = embeddings[0].rows()
             if len(embeddings) != len(tokens):
                 raise InputError(f"token has {len(tokens)} texts for {len(embeddings)} vectors: give one, or one each")
-        widths = [stage.model.config.hidden for stage in self.stages.text_stages]
+        widths = {name: stage.model.config.hidden for name, stage in self.stages.encoders.items()}
         family, dtype = family_of_spec(self.stages.spec), self.stages.dtype
-        added: list[dict[str, Tensor]] = [{} for _ in widths]
+        added: dict[str, dict[str, Tensor]] = {name: {} for name in widths}
         hashes: dict[str, str] = {}
         for embedding, given in zip(embeddings, tokens, strict=True):
             if given is None and embedding.token is None:
                 raise InputError(f"{embedding.source} does not say its token: pass token=")
             name = check_token(embedding.token, embedding.source) if given is None else check_token(given)
-            for k, vectors in embedding.fit(widths, family, encoder, dtype).items():
-                if name in added[k]:
+            for component, vectors in embedding.fit(widths, family, encoder, dtype).items():
+                if name in added[component]:
                     raise InputError(f"the token {show(name)} is there twice: give each another name")
-                added[k][name] = vectors
+                added[component][name] = vectors
             if embedding.short_hash is not None:
                 hashes[name] = embedding.short_hash
         self._replace_text_stages(
             lambda stages: tuple(
                 stage.with_tokens(_joined(stage.added, own), hashes) if own else stage
-                for stage, own in zip(stages, added, strict=True)
+                for stage, own in zip(stages, added.values(), strict=True)
             )
         )
 
@@ -131,7 +132,8 @@ class TextualInversionLoader:
         names = None if tokens is None else checks.texts("tokens", tokens, MAX_FILES, checks.MAX_PROMPT_LENGTH)
 
         def change(stages: TextStages) -> TextStages:
-            meant = [stage for k, stage in enumerate(stages) if encoder in (None, k)]
+            names_of = self.stages.encoders
+            meant = [stage for name, stage in zip(names_of, stages, strict=True) if encoder in (None, name)]
             loaded = list(dict.fromkeys(token for stage in meant for token in stage.added))
             for name in names or ():
                 if name not in loaded:
@@ -147,11 +149,11 @@ class TextualInversionLoader:
 
         self._replace_text_stages(change)
 
-    def _encoder(self, tokenizer: Any, text_encoder: Any) -> int | None:
-        """The index of the text encoder that is meant; None if none was given."""
-        for k, stage in enumerate(self.stages.text_stages):
+    def _encoder(self, tokenizer: Any, text_encoder: Any) -> str | None:
+        """The name of the text encoder that is meant; None if none was given."""
+        for name, stage in self.stages.encoders.items():
             if text_encoder is stage.model or (text_encoder is None and tokenizer is stage.tokenizer):
-                return k
+                return name
         if text_encoder is not None:
             raise InputError(f"text_encoder is {show(text_encoder)}: expected pipe.text_encoder or pipe.text_encoder_2")
         if tokenizer is not None:

@@ -64,7 +64,7 @@ from fastldm.kernels.guidance_rescale import (
     pixels_supported,
     rescale_factor,
 )
-from fastldm.kernels.projection import Projections, project_rows, projected_weights
+from fastldm.kernels.projection import Projections, project_rows
 from fastldm.kernels.threshold import Thresholds, limit, threshold_rows
 
 if TYPE_CHECKING:
@@ -84,23 +84,21 @@ def guide(
     weights: Sequence[float],
     rescale: float = 0.0,
     *,
-    projection: tuple[float, float] | None = None,
+    projected: Tensor | None = None,
 ) -> Tensor:
     """The sum of rows 0, 1 and 2 by their weights, of which the sum is 1. outs: row 1 and those whose weight is not 0,
     each (B, C, h, w); returns that in at least float32.
 
     `rescale` moves each sample's deviation back to that of row 1, where there is another:
-    https://arxiv.org/abs/2305.08891, section 3.4. `projection`: eta and norm of `projection.projected_weights`, with
-    the weight of row 1 as scale.
+    https://arxiv.org/abs/2305.08891, section 3.4. projected: in place of the sum, of `projection.project`.
     """
     if len(outs) == 1:
         return at_least_float32(outs[1])
     outs = {k: at_least_float32(out) for k, out in outs.items()}
-    if 2 in outs:
+    if projected is not None:
+        mixed = projected
+    elif 2 in outs:
         mixed = _sum(*((weights[k], out) for k, out in outs.items()))
-    elif projection is not None:
-        w0, w1 = (w[:, None, None, None] for w in projected_weights(outs[0], outs[1], weights[1], *projection))
-        mixed = w0 * outs[0] + w1 * outs[1]
     else:
         mixed = torch.lerp(outs[0], outs[1], weights[1])
     return mixed if rescale == 0.0 else mixed * rescale_factor(outs[1], mixed, rescale)
@@ -670,12 +668,13 @@ def end_step(
         u are unchanged.
     rescales: whether `state.rescale` is above 0 for any slot. rare: whether any row of a slot's table may have numbers
         in RARE, or a weight w2; else the kernel does not look. thresholds: where any slot has one; then rare.
-        projections: where any slot is projected.
+        projections: where any slot is projected; its average is None where none has momentum.
     """
     if projections is not None:
-        project_rows(out, state, projections)
+        out = project_rows(out, state, projections)
     if rescales:
-        GUIDANCE_RESCALE(out, state.table, state.counter, state.steps, state.rescale, state.factor, state.rows)
+        latents = out[:, : state.x.shape[1]]
+        GUIDANCE_RESCALE(latents, state.table, state.counter, state.steps, state.rescale, state.factor, state.rows)
     if thresholds is not None:
         threshold_rows(out, state, thresholds)
     END_STEP(out, *state, rare=rare)

@@ -34,6 +34,13 @@ def test_names_tell_sdxl(key: str) -> None:
     assert family_of_keys({key: (1,)}) == "SDXL"
 
 
+def test_width_of_the_text_tells_the_refiner_from_sdxl() -> None:
+    """Whose names are alike: deep transformers, and the second text encoder."""
+    (cross,) = FILES["the SDXL refiner"]
+    assert family_of_keys(dict.fromkeys(MARKED, (1,)) | {cross: (4, 1280)}) == "the SDXL refiner"
+    assert family_of_keys(dict.fromkeys(MARKED, (1,)) | {cross: (4, 2048)}) == "SDXL"
+
+
 def test_names_tell_other_models() -> None:
     assert "FLUX" in str(family_of_keys({"lora_unet_double_blocks_0_img_attn_qkv.alpha": (1,)}))
     assert "SD 3" in str(family_of_keys({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": (4, 64)}))

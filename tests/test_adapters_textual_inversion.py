@@ -164,7 +164,9 @@ def test_tokens_that_no_prompt_has(token: Any) -> None:
         check_token(token, "a.pt")
 
 
-WIDTHS = (768, 1280)
+WIDTHS = {"text_encoder": 768, "text_encoder_2": 1280}
+SECOND = "text_encoder_2"
+REFINER = {SECOND: 1280}
 
 
 @pytest.mark.parametrize(
@@ -172,19 +174,22 @@ WIDTHS = (768, 1280)
     [
         (
             {"": (2, 1024)},
-            (768,),
+            {"text_encoder": 768},
             None,
             r"1024 channels, which are for SD 2; the model is X: its text encoder has 768\.",
         ),
         ({"": (2, 1280)}, WIDTHS, None, r"pass text_encoder=pipe\.text_encoder_2\.$"),
-        ({"": (2, 768)}, WIDTHS, 1, r"768 channels, .*; the model is X: its text encoder has 1280\.$"),
-        ({"clip_l": (2, 768), "clip_g": (2, 1280)}, (768,), None, "it has no second text encoder"),
+        ({"": (2, 768)}, WIDTHS, SECOND, r"768 channels, .*; the model is X: its text encoder has 1280\.$"),
+        ({"clip_l": (2, 768), "clip_g": (2, 1280)}, {"text_encoder": 768}, None, "it has no second text encoder"),
         ({"clip_l": (2, 768), "clip_g": (2, 768)}, WIDTHS, None, "its text encoder has 1280"),
-        ({"clip_l": (2, 768)}, WIDTHS, 1, "has no vectors for this text encoder, only clip_l"),
+        ({"clip_l": (2, 768)}, REFINER, None, "it has no first text encoder"),
+        ({"clip_l": (2, 768), "clip_g": (2, 768)}, REFINER, None, "its text encoder has 1280"),
+        ({"": (2, 768)}, REFINER, None, r"which are for SD 1\.5, .* its text encoder has 1280\.$"),
+        ({"clip_l": (2, 768)}, WIDTHS, SECOND, "has no vectors for this text encoder, only clip_l"),
     ],
 )
 def test_widths_name_the_model(
-    vectors: dict[str, tuple[int, int]], widths: tuple[int, ...], encoder: int | None, message: str
+    vectors: dict[str, tuple[int, int]], widths: dict[str, int], encoder: str | None, message: str
 ) -> None:
     embedding = read_textual_inversion(THREE)
     object.__setattr__(embedding, "vectors", {key: torch.zeros(shape) for key, shape in vectors.items()})
@@ -194,6 +199,7 @@ def test_widths_name_the_model(
 
 def test_numbers_beyond_half_are_refused() -> None:
     embedding = read_textual_inversion({"<a>": torch.tensor([1e6, 0])})
-    assert embedding.fit((2,), "X", None, torch.float32)[0].tolist() == [[1e6, 0]]
+    widths = {"text_encoder": 2}
+    assert embedding.fit(widths, "X", None, torch.float32)["text_encoder"].tolist() == [[1e6, 0]]
     with pytest.raises(CheckpointError, match=r"numbers beyond torch\.float16"):
-        embedding.fit((2,), "X", None, torch.float16)
+        embedding.fit(widths, "X", None, torch.float16)

@@ -69,6 +69,25 @@ def test_pictures_equal_diffusers(pipes: tuple[Any, Pipeline, list[Path]]) -> No
     same(ours, theirs)
 
 
+def test_refiner_takes_its_own_text_encoders_layers(tmp_path: Path) -> None:
+    """Which is SDXL's second, and its only one."""
+    theirs, ours = lora.theirs("sdxl-refiner"), lora.ours("sdxl-refiner")
+    options: dict[str, Any] = {"image": torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))}
+    options |= {"strength": 0.7, "num_inference_steps": 4}
+    plain = picture(ours, **options)
+    for k, kind in enumerate(({"unet": ()}, {}, {"unet": lora.ALL})):
+        file = lora.write(tmp_path / f"{k}.safetensors", "sdxl-refiner", seed=k, **kind)
+        load(theirs, [file]), load(ours, [file])
+        same(ours, theirs, **options)
+        assert np.abs(picture(ours, **options) - plain).max() > 0.01
+        theirs.unload_lora_weights(), ours.unload_lora_weights()
+
+
+def test_adapters_of_sdxl_are_none_of_its_refiner(tmp_path: Path, files: dict[str, list[Path]]) -> None:
+    with pytest.raises(CheckpointError, match=r"SDXL.*the SDXL refiner"):
+        lora.ours("sdxl-refiner").load_lora_weights(files["sdxl"][0])
+
+
 def test_kwargs_scale_multiplies_all(pipes: tuple[Any, Pipeline, list[Path]]) -> None:
     theirs, ours, files = pipes
     load(theirs, files[:1]), load(ours, files[:1])

@@ -117,6 +117,19 @@ def test_adopted_changes_give_the_same_image(pipe: Any, change: str) -> None:
     assert same_image(pipe)
 
 
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler"])
+def test_what_a_pipeline_sets_of_its_scheduler_is_adopted(pipe: Any, name: str) -> None:
+    """Though its file leaves it to the class: that latents are not clamped, and steps' offset."""
+    pipe.scheduler = getattr(diffusers, name)()
+    changed = diffusers.StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    changed.set_progress_bar_config(disable=True)
+    assert changed.scheduler.config.steps_offset == 1
+    assert same_image(changed)
+    other = diffusers.PNDMScheduler.from_config(changed.scheduler.config, skip_prk_steps=True)
+    assert other.config.steps_offset == 0
+    assert Pipeline.from_diffusers(changed).stages.schedule.raw.get("steps_offset", 0) == 0
+
+
 def test_non_pipelines_are_refused() -> None:
     for value in (None, "sd1", 3, SimpleNamespace(unet=None), nn.Linear(1, 1), tiny.unet("sd1")):
         with pytest.raises(InputError, match=f"pipe is a {type(value).__name__}: expected a loaded diffusers pipeline"):

@@ -106,6 +106,30 @@ def test_inpainting_hands_over_like_diffusers(xl: Cascade) -> None:
     assert np.abs(result.images - expected).max() < 1e-4
 
 
+def test_perturbed_guidance_goes_across_stages(xl: Cascade) -> None:
+    xl.schedule("EulerDiscreteScheduler")
+    parts = {name: value for name, value in xl.base.components.items() if name in xl.parts}
+    base = quiet(diffusers.StableDiffusionXLPAGPipeline(**parts))
+    refiner = xl.refiner_of(diffusers.StableDiffusionXLPAGImg2ImgPipeline)
+    base.scheduler = refiner.scheduler = xl.base.scheduler
+    common: dict[str, Any] = {"num_inference_steps": 5, "guidance_scale": 4.0, "pag_scale": 2.5}
+    size, draws = {"height": 64, "width": 64}, generator()
+    latents = base("a cat", **common, **size, denoising_end=0.6, output_type="latent", generator=draws).images
+    expected = refiner("a cat", **common, image=latents, denoising_start=0.6, output_type="np", generator=draws).images
+    options = {**common, **size, "sampler": "euler", "refiner_switch_at": 0.6, "output_type": "np"}
+    assert np.abs(xl.ours("a cat", **options, generator=generator()).images - expected).max() < 1e-4
+
+
+def test_projected_guidance_goes_across_stages(xl: Cascade) -> None:
+    common = {**OPTIONS, "sampler": "euler", "output_type": "latent", "seed": 1}
+    options = {**common, "apg_momentum": -0.5, "apg_eta": 0.2, "use_original_formulation": True}
+    latents = xl.ours("a cat", **options, denoising_end=0.6).images
+    expected = xl.our_refiner("a cat", **options, image=latents, denoising_start=0.6).images
+    got = xl.ours("a cat", **options, refiner_switch_at=0.6).images
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(got, xl.ours("a cat", **common, refiner_switch_at=0.6).images, atol=1e-3)
+
+
 def hires(upscaler: str, **more: Any) -> dict[str, Any]:
     return {"hires_scale": 1.5, "hires_upscaler": upscaler, "hires_strength": 0.6, "hires_steps": 3, **more}
 

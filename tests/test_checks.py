@@ -75,8 +75,9 @@ def test_every_request_field_accepts_or_refuses_values(name: str) -> None:
 
 NUMBERS = {
     "height": 64, "width": 64, "num_inference_steps": 3, "num_images_per_prompt": 2, "clip_skip": 1, "seed": 5,
-    "guidance_scale": 2.5, "image_guidance_scale": 1.5, "pag_scale": 1.5,
-    "pag_adaptive_scale": 0.5, "apg_rescale": 2.0, "apg_eta": 0.5, "guidance_rescale": 0.5, "eta": 0.5, "strength": 0.5,
+    "guidance_scale": 2.5, "image_guidance_scale": 1.5, "pag_scale": 1.5, "pag_adaptive_scale": 0.5,
+    "apg_rescale": 2.0, "apg_eta": 0.5, "apg_momentum": -0.5, "guidance_rescale": 0.5,
+    "eta": 0.5, "strength": 0.5,
 }  # fmt: skip
 
 
@@ -134,8 +135,8 @@ def test_oversized_values_are_refused_early(options: dict[str, Any], message: st
     ("name", "message"),
     [
         (
-            "use_original_formulation",
-            "use_original_formulation is not supported: guidance starts from the negative prompt's output",
+            "adaptive_projected_guidance_norm_dim",
+            "adaptive_projected_guidance_norm_dim is not supported: apg_rescale is of all of a picture",
         ),
         ("callback", "callback is not supported: use callback_on_step_end"),
     ],

@@ -8,8 +8,8 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import controls
 import ip_adapters
@@ -236,22 +236,26 @@ def test_unwritable_folder_is_refused_before_loading() -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGINT is for POSIX")
 def test_ctrl_c_exits_130_and_writes_nothing(model: str, tmp_path: Path) -> None:
-    # A job that a shell started in the background inherits an ignored SIGINT, and so would this child.
-    code = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from fastldm.cli import main; main()"
-    )
+    # A job that a shell started in the background inherits an ignored SIGINT, and so would this child. It says when a
+    # step begins: all is loaded then, and under way, however busy the machine is.
+    code = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from fastldm.cli import main
+from fastldm.runtime.batch import EagerBatch
+step = EagerBatch.step
+EagerBatch.step = lambda *args: print("step", flush=True) or step(*args)
+main()
+"""
     command = [sys.executable, "-c", code, "generate", "a cat", "-m", model, "--steps", "999", "-o", "a.png"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    running = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while running.poll() is None and time.monotonic() < deadline:
-        # torch maps its library when it is imported; from then on the command is inside what it guards
-        if "libtorch_cpu" in Path(f"/proc/{running.pid}/maps").read_text():
-            time.sleep(1)
-            running.send_signal(signal.SIGINT)
-            break
-        time.sleep(0.05)
-    _, stderr = running.communicate(timeout=120)
+    pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=env, cwd=tmp_path, **pipes) as running:
+        assert running.stdout is not None
+        first = running.stdout.readline()
+        running.send_signal(signal.SIGINT)
+        _, stderr = running.communicate(timeout=120)
+    assert first == "step\n", stderr
     assert running.returncode == 130, stderr
     assert "stopped" in stderr
     assert "Traceback" not in stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import controls
 import pytest
@@ -82,6 +83,31 @@ def test_controls_are_planned_as_a_request_takes_them(model: str, tmp_path: Path
     unused = json.loads(plan(model, *options, "--control", f"{names[0]}:0").output)
     assert "control" not in {line["name"] for line in unused["phases"]}, "at 0 it is loaded, and does not run"
     assert "does not fit the model" in plan("default", "--control", names[1]).output
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"pag_scale": 3.0}, {"pag_scale": 3.0, "pag_applied_layers": "up_blocks.1"}, {"apg_momentum": -0.5}],
+)
+def test_guidance_is_planned_as_a_request_takes_it(model: str, options: dict[str, Any]) -> None:
+    names = {"pag_scale": "--pag-scale", "pag_applied_layers": "--pag-layer", "apg_momentum": "--apg-momentum"}
+    arguments = [str(text) for name, value in options.items() for text in (names[name], value)]
+    size = ("--size", "64x64", "--n", "2", "--steps", "3", "--json")
+    planned = json.loads(plan(model, *size, *arguments).output)
+    pipe = Pipeline.from_pretrained(model, device="cpu", dtype="float32")
+    completed = pipe.stages.complete(Request("a cat", num_images_per_prompt=2, num_inference_steps=3, **options))
+    used = memory.plan(memory.Workload.of_request(pipe.stages, completed)).to_dict()
+    for part in ("workload", "weights", "buffers", "phases"):
+        assert planned[part] == used[part]
+    plain = json.loads(plan(model, *size).output)
+    assert planned["needed"] > plain["needed"]
+
+
+def test_more_guidance_is_in_all_headings(model: str) -> None:
+    more = ("--pag-scale", "3", "--apg-momentum", "-0.5")
+    lines = plan(model, *more, "--hires-scale", "2", "--refiner", model).output.splitlines()
+    assert sum(", guided, a third row, averaged, " in line for line in lines[:4]) == 3
+    assert "pag_applied_layers holds 'nowhere'" in plan(model, "--pag-scale", "3", "--pag-layer", "nowhere").output
 
 
 def test_options_are_in_the_heading_and_the_phases() -> None:

@@ -204,9 +204,10 @@ def test_huge_deadlines_never_pass(deadline: Any, pipe: Pipeline) -> None:
 
 
 def test_many_streams_need_no_threads(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """asyncio's pool has cores + 4 threads: readers that block one each would wait for one another."""
+    """asyncio's pool has cores + 4 threads: readers that block one each would wait for one another. What the worker has
+    of its own may come and go, for callbacks, and while other processes want its core."""
     slow(monkeypatch)
-    count = 40
+    count, own = 40, {"fastldm callbacks", "fastldm contention", "fastldm threads"}
 
     async def read(session: Session, seed: int) -> list[int]:
         future, steps = session.submit(**options(seed, steps=6, **SMALL), preview=True), []
@@ -216,17 +217,18 @@ def test_many_streams_need_no_threads(pipe: Pipeline, monkeypatch: pytest.Monkey
         assert (await future).images.shape == (1, 16, 16, 3)
         return steps
 
-    async def main(session: Session) -> tuple[list[list[int]], int]:
-        before = threading.active_count()
+    async def main(session: Session) -> tuple[list[list[int]], list[str]]:
+        before = threading.enumerate()
         readers = [asyncio.ensure_future(read(session, k)) for k in range(count)]
         await asyncio.wait(readers, return_when=asyncio.FIRST_COMPLETED)
-        return await asyncio.gather(*readers), threading.active_count() - before
+        started = [thread.name for thread in threading.enumerate() if thread not in before]
+        return await asyncio.gather(*readers), [name for name in started if name not in own]
 
     with Session(pipe, max_batch=count) as session:
-        session.submit(**options(**SMALL)).result(10)
+        session.submit(**options(**SMALL)).result(60)
         steps, threads = asyncio.run(main(session))
     assert steps == [[*range(6)]] * count
-    assert threads == 0
+    assert threads == []
 
 
 def test_awaiting_task_cancels_its_request(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,8 @@ def test_all_texts_read_back(prompt: str, negative: str | None, second: str | No
             "apg_rescale": st.floats(0, 100),
             "apg_eta": REALS,
             "clip_guidance_scale": st.floats(0, 1000),
+            "apg_momentum": st.floats(-1, 1),
+            "use_original_formulation": st.booleans(),
             "pag_adaptive_scale": REALS,
             "pag_applied_layers": st.lists(st.sampled_from(["mid", "down.*[12]", "up.(0|1)"]), min_size=1).map(tuple),
             "image_guidance_scale": st.floats(0, 100),

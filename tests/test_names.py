@@ -98,6 +98,9 @@ def test_what_no_table_holds_is_refused_with_the_reason(name: str, reason: str) 
     [
         ("euler gits", "'gits' of sampler 'euler gits' is not supported: its noise levels"),
         ("DPM++ 2M Polyexponential", "exponential: w"),
+        ("DPM++ 2M Align Your Steps 32", "schedule 'ays 32' of .*: take ays, with any number of steps"),
+        ("euler ays_svd", "schedule 'ays svd' of .* a model for video"),
+        ("euler ays if", "schedule 'ays if' of "),
     ],
 )
 def test_schedules_that_are_not_here_are_refused(name: str, reason: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from contextlib import nullcontext
 from typing import Any
@@ -11,15 +12,15 @@ import ops
 import pytest
 import tiny
 import torch
-from diffusers.guiders import AdaptiveProjectedGuidance
-from sessions import guided_runs
+from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance
+from sessions import OnTorch, guided_runs
 from torch import Tensor
 
 from fastldm import Pipeline, Request
 from fastldm.errors import InputError
 from fastldm.kernels import use
-from fastldm.kernels.projection import projected_weights
-from fastldm.models.unet import UNet
+from fastldm.kernels.projection import Projection, project
+from fastldm.kernels.step import guide
 from fastldm.runtime.batch import Batch, EagerBatch
 from fastldm.runtime.denoise import Guidance, Run, denoise
 from fastldm.runtime.slots import Slots, StaticBuffers
@@ -37,6 +38,8 @@ def network(x: Tensor, t: float, text: int) -> Tensor:
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("original", [False, True])
+@pytest.mark.parametrize("momentum", [None, -0.5, 0.7])
 @pytest.mark.parametrize(
     ("norm", "eta", "rescale", "interval"),
     [
@@ -46,12 +49,19 @@ def network(x: Tensor, t: float, text: int) -> Tensor:
     ],
 )
 def test_projected_steps_equal_diffusers(
-    norm: float, eta: float, rescale: float, interval: tuple[float, float], prediction: str
+    norm: float,
+    eta: float,
+    rescale: float,
+    interval: tuple[float, float],
+    momentum: float | None,
+    original: bool,
+    prediction: str,
 ) -> None:
     options = {"_class_name": "DDIMScheduler", "prediction_type": prediction, "clip_sample": False, **SD}
     table = make_table(read_scheduler(options, None, "a file"), 8)
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
-    guidance = Guidance(6.0, rescale, *interval, apg=(eta, norm))
+    apg = Projection(eta, norm, momentum or 0.0, original)
+    guidance = Guidance(6.0, rescale, *interval, apg=apg, original=original)
 
     def ours(u: Tensor, i: int, branches: tuple[int, ...]) -> Tensor:
         t = float(table.timesteps[i])
@@ -60,9 +70,11 @@ def test_projected_steps_equal_diffusers(
     got = denoise(ours, Run(table, x, [None] * 8, guidance))
     guider = AdaptiveProjectedGuidance(
         6.0,
+        adaptive_projected_guidance_momentum=momentum,
         adaptive_projected_guidance_rescale=norm,
         eta=eta,
         guidance_rescale=rescale,
+        use_original_formulation=original,
         start=interval[0],
         stop=interval[1],
     )
@@ -70,46 +82,58 @@ def test_projected_steps_equal_diffusers(
     scheduler.set_timesteps(8)
     for i, t in enumerate(scheduler.timesteps):
         guider.set_state(i, 8, t)
+        guider.prepare_inputs({})
         out = guider.forward(network(x, float(t), 1), network(x, float(t), 0)).pred
         x = scheduler.step(out, t, x).prev_sample
     assert ops.error(got, x) < 2e-5
+
+
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.25, 0.75)])
+def test_original_guidance_equals_diffusers(interval: tuple[float, float]) -> None:
+    g = torch.Generator().manual_seed(0)
+    guided, unguided = torch.randn(SHAPE, generator=g), torch.randn(SHAPE, generator=g)
+    table = make_table(read_scheduler({"_class_name": "DDIMScheduler", "clip_sample": False, **SD}, None, "a file"), 8)
+    guidance = Guidance(0.8, 0.0, *interval, original=True)
+    guider = ClassifierFreeGuidance(0.8, use_original_formulation=True, start=interval[0], stop=interval[1])
+    for i, weights in enumerate(guidance.weights(table)):
+        guider.set_state(i, 8, table.timesteps[i])
+        expected = guider.forward(guided, unguided).pred
+        assert ops.error(guide({0: unguided, 1: guided}, weights), expected) < 1e-6
 
 
 def test_weights_of_nothing_are_finite() -> None:
     zeros, some = torch.zeros(SHAPE), torch.ones(SHAPE)
     for pair in ((zeros, zeros), (some, some), (some, zeros)):
         for norm in (0.0, 5.0):
-            assert all(w.isfinite().all() for w in projected_weights(*pair, 7.0, 0.0, norm))
+            assert all(x.isfinite().all() for x in project(*pair, 7.0, Projection(0.0, norm, -0.5)))
 
 
 GUIDANCES = [
-    Guidance(6.0, apg=(0.0, 2.0)),
+    Guidance(6.0, apg=Projection(0.0, 2.0)),
     Guidance(4.0),
-    Guidance(5.0, 0.6, 0.25, 0.8, apg=(0.3, 1.0)),
+    Guidance(5.0, 0.6, 0.25, 0.8, apg=Projection(0.3, 1.0)),
     Guidance(3.0, pag_scale=2.0, pag_layers=(6,)),
-    Guidance(apg=(0.0, 2.0)),
+    Guidance(apg=Projection(0.0, 2.0)),
     Guidance(3.0, 0.5),
+]
+WITH_MOMENTUM = [
+    Guidance(6.0, 0.4, 0.2, apg=Projection(0.0, 2.0, -0.5)),
+    Guidance(4.0),
+    Guidance(5.0, apg=Projection(0.3, 1.0)),
+    Guidance(3.0, pag_scale=2.0, pag_layers=(6,)),
+    Guidance(5.0, 0.6, apg=Projection(0.2, 3.0, 0.6, True), original=True),
+    Guidance(0.7, original=True),
 ]
 
 
-class OnTorch:
-    """A network without Triton, for the interpreter is slow."""
-
-    def __init__(self, unet: UNet) -> None:
-        self.unet = unet
-
-    def step(self, *args: Any, **options: Any) -> Tensor:
-        with use("torch"):
-            return self.unet.step(*args, **options)
-
-
+@pytest.mark.parametrize(("guidances", "averages"), [(GUIDANCES, False), (WITH_MOMENTUM, True)])
 @pytest.mark.parametrize("kernel", [False, True])
-def test_projected_rows_share_a_batch_with_others(kernel: bool) -> None:
+def test_projected_rows_share_a_batch_with_others(guidances: list[Guidance], averages: bool, kernel: bool) -> None:
     unet = Pipeline.from_diffusers(tiny.pipeline("sd1")).unet
     table = make_table(read_scheduler({"_class_name": "DDIMScheduler", "clip_sample": False, **SD}, None, "a file"), 5)
 
     def runs() -> list[Run]:
-        return guided_runs(unet, table, GUIDANCES)
+        return guided_runs(unet, table, guidances)
 
     def finish(batch: Batch, runs: list[Run]) -> list[Tensor]:
         for run in runs:
@@ -125,14 +149,21 @@ def test_projected_rows_share_a_batch_with_others(kernel: bool) -> None:
         expected = [finish(EagerBatch(unet), [run])[0] for run in runs()]
         for got, reference in zip(finish(EagerBatch(unet), runs()), expected, strict=True):
             assert ops.error(got, reference) < 1e-5
-        buffers = StaticBuffers.empty(unet.config, **sizes, dtype=torch.float32, device="cpu")
+        buffers = StaticBuffers.empty(unet.config, **sizes, dtype=torch.float32, device="cpu", averages=averages)
         slots = Slots(OnTorch(unet), buffers)  # type: ignore[arg-type]
+        assert [slots.holds(run) for run in runs()] == [averages or not run.guidance.averages for run in runs()]
         with use("triton") if kernel else nullcontext():
             found = finish(slots, runs())
-    for got, reference in zip(found, expected, strict=True):
+            for run in list(slots._slots):  # and once more, in slots where others were averaged
+                slots.release(run)
+            again = finish(slots, runs()) if averages else found
+    for got, second, reference in zip(found, again, expected, strict=True):
         assert ops.error(got, reference) < 1e-5
+        assert torch.equal(got, second)
     plain = runs()[0]
-    plain.guidance = Guidance(6.0)
+    plain.guidance = dataclasses.replace(
+        plain.guidance, apg=plain.guidance.apg._replace(momentum=0.0) if averages else None
+    )
     assert ops.error(expected[0], finish(EagerBatch(unet), [plain])[0]) > 1e-3, "it makes a difference"
 
 
@@ -142,9 +173,11 @@ def test_fields_are_those_of_the_guider() -> None:
     defaults = (theirs.eta, theirs.adaptive_projected_guidance_rescale)
     for options, expected in (
         ({}, None),
-        ({"apg_eta": 0.0}, (0.0, defaults[1])),
-        ({"apg_rescale": 3.0}, (defaults[0], 3.0)),
-        ({"apg_rescale": 0, "apg_eta": 0.5}, (0.5, 0.0)),
+        ({"apg_eta": 0.0}, Projection(0.0, defaults[1])),
+        ({"apg_rescale": 3.0}, Projection(defaults[0], 3.0)),
+        ({"apg_rescale": 0, "apg_eta": 0.5}, Projection(0.5, 0.0)),
+        ({"apg_momentum": -0.5}, Projection(*defaults, -0.5)),
+        ({"apg_eta": 0.0, "use_original_formulation": True}, Projection(0.0, defaults[1], 0.0, True)),
         ({"apg_eta": 0.0, "guidance_scale": 1.0}, None),
     ):
         assert stages.guidance(stages.complete(Request("a cat", **options))).projection == expected
@@ -156,8 +189,14 @@ def test_fields_are_those_of_the_guider() -> None:
         ("sd1", {"apg_rescale": -1.0}, "apg_rescale is -1"),
         ("sd1", {"apg_eta": 0.0, "sampler": "euler cfg++"}, "apg_eta is 0: .* is CFG"),
         ("sd1", {"apg_rescale": 5.0, "pag_scale": 3.0}, "apg_rescale is 5: .* pag_scale is above 0"),
-        ("sd1", {"adaptive_projected_guidance_momentum": -0.5}, "momentum.*running average"),
-        ("sd1", {"use_original_formulation": True}, "use_original_formulation"),
+        ("sd1", {"apg_momentum": -1.5}, "apg_momentum is -1.5"),
+        ("sd1", {"adaptive_projected_guidance_momentum": -0.5}, "it is apg_momentum"),
+        (
+            "sd1",
+            {"use_original_formulation": True, "sampler": "euler cfg++"},
+            "of classifier-free guidance, and sampler",
+        ),
+        ("lcm", {"use_original_formulation": True}, "reads the guidance scale itself"),
         ("sd1-edit", {"apg_eta": 0.0, "image": torch.zeros(3, 64, 64)}, "two guidance scales"),
     ],
 )

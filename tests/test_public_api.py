@@ -41,7 +41,8 @@ FIELDS = {
     "Progress": "step steps timestep preview latents embeds",
     "Request": """
         prompt negative_prompt height width num_inference_steps guidance_scale image_guidance_scale pag_scale
-        pag_adaptive_scale pag_applied_layers apg_rescale apg_eta guidance_fn clip_guidance_scale
+        pag_adaptive_scale pag_applied_layers apg_rescale apg_eta apg_momentum use_original_formulation
+        guidance_fn clip_guidance_scale
         guidance_rescale guidance_interval sampler timesteps sigmas eta s_churn s_tmin s_tmax s_noise noise_sampler_seed
         reuse num_images_per_prompt candidates keep seed generator latents image image_embeds strength
         denoising_start denoising_end depth_map noise_level
@@ -80,7 +81,8 @@ KEYS = {  # of the JSON that each command prints, without what varies with model
         files seeds model backend device dtype timings timings.text timings.steps timings.decode timings.total""",
     "plan --device cpu --json": """
         model workload workload.arch workload.backend workload.batch workload.decode workload.dtype workload.encode
-        workload.guided workload.height workload.steps workload.tokens workload.width weights weights.name weights.bytes
+        workload.guided workload.third workload.averages
+        workload.height workload.steps workload.tokens workload.width weights weights.name weights.bytes
         weights.note buffers buffers.name buffers.bytes buffers.note libraries phases phases.name phases.bytes
         phases.note resident needed cached cached.name cached.bytes cached.note peak here here.fits here.free would_fit
         """,
@@ -88,6 +90,7 @@ KEYS = {  # of the JSON that each command prints, without what varies with model
         model stages stages.model stages.shares_weights weights buffers libraries resident needed peak here here.fits
         here.free would_fit stages.workload stages.workload.arch stages.workload.backend stages.workload.batch
         stages.workload.decode stages.workload.dtype stages.workload.encode stages.workload.guided
+        stages.workload.third stages.workload.averages
         stages.workload.height stages.workload.steps stages.workload.tokens stages.workload.width stages.weights
         stages.weights.name stages.weights.bytes stages.weights.note stages.buffers stages.buffers.name
         stages.buffers.bytes stages.buffers.note stages.libraries stages.phases stages.phases.name stages.phases.bytes

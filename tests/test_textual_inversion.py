@@ -128,6 +128,25 @@ def test_sdxl_equals_diffusers(eos: int, tmp_path: Path) -> None:
     check_equal(pipe, peer, "<one>, a <s1> with <thing>", "<one>")
 
 
+def test_refiner_reads_the_second_encoders_vectors(tmp_path: Path) -> None:
+    """Of a file for SDXL's two, of one for clip_g alone, and of one that does not say."""
+    peer, pipe = deepcopy(judge("sdxl-refiner")), Pipeline.from_diffusers(judge("sdxl-refiner"))
+    files = {"thing": ("clip_l", "clip_g"), "one": ("clip_g",), "s0": ("<s0>",)}
+    second = {"text_encoder": peer.text_encoder_2, "tokenizer": peer.tokenizer_2}
+    for seed, (name, keys) in enumerate(files.items()):
+        own = {key: vectors(2, 32 if key == "clip_l" else 40, seed=seed) for key in keys}
+        save_file(own, tmp_path / f"{name}.safetensors")
+        pipe.load_textual_inversion(tmp_path / f"{name}.safetensors", token=f"<{name}>")
+        peer.load_textual_inversion({f"<{name}>": own[keys[-1]]}, token=f"<{name}>", **second)
+    check_equal(pipe, peer, "a <thing> here, <s0>", "no <one>")
+    save_file({"clip_l": vectors(2)}, tmp_path / "first.safetensors")
+    with pytest.raises(CheckpointError, match="it has no first text encoder"):
+        pipe.load_textual_inversion(tmp_path / "first.safetensors")
+    pipe.unload_textual_inversion("<one>", text_encoder=pipe.text_encoder_2)
+    with pytest.raises(InputError, match="no token of textual inversion"):
+        pipe.unload_textual_inversion("<one>")
+
+
 def test_pictures_equal_diffusers() -> None:
     original = small_pipeline()
     peer, pipe = deepcopy(original), Pipeline.from_diffusers(original)

@@ -59,3 +59,27 @@ def test_controls_have_kernels_of_their_own(tmp_path: Path, monkeypatch: pytest.
     ]
     assert counts[0] < counts[1] < counts[3]
     assert counts[0] < counts[2] < counts[3]
+
+
+def test_guidance_has_kernels_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third row, and the step's last kernel with few columns and all, from what the network made and what is
+    averaged."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    launches: list[Launches] = []
+
+    def target(arch: int, on_compiled: Any = None) -> Launches:
+        launches.append(Launches(arch))
+        return launches[-1]
+
+    monkeypatch.setattr(kernel_compile, "Ahead", target)
+    spec = describe(tiny.save_pipeline("sd1", tmp_path / "sd1"))
+    for options in ({}, {"pag": True}, {"apg_momentum": True}):
+        warm.warm(spec, "sm_90", sizes=[(64, 64)], **options)
+    ends = [
+        {(inputs[0][0], inputs[0][1], constants) for name, inputs, constants in own.compiled if "end_step" in name}
+        for own in launches
+    ]
+    kinds = [{(dtype, "'RARE': True" in constants) for dtype, _, constants in own} for own in ends]
+    half = {(torch.float16, False), (torch.float16, True)}
+    assert kinds == [half, half, half | {(torch.float32, False), (torch.float32, True)}]
+    assert [max(rows for _, rows, _ in own) for own in ends] == [2, 3, 2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from fastldm.loading.relatives import first_match
 from fastldm.loading.spec import Spec
 from fastldm.loading.tensors import Shapes
 from fastldm.models.config import UNetConfig
@@ -15,6 +16,8 @@ _KEYS = (  # the first match counts
     (r"(^|[._])(double_blocks|single_blocks|single_transformer_blocks)[._]", "FLUX or another transformer"),
     (r"(^|[._])joint_(transformer_)?blocks[._]|^transformer\.|^lora_transformer_", "SD 3 or another transformer"),
     (r"(^|[._])motion_modules[._]", "AnimateDiff"),
+)
+_XL = (  # where no cross-attention tells SDXL from its refiner
     (r"^lora_te2_|^text_encoder_2\.|label_emb|add_embedding", "SDXL"),
     # Only SDXL's transformers have more than one block.
     (r"(attentions[._]\d+|(put_blocks|block)[._]\d+([._]\d+)?)[._]transformer_blocks[._][1-9]", "SDXL"),
@@ -24,12 +27,9 @@ _CROSS = re.compile(r"attn2[._](?:processor\.)?to_[kv](?:_lora)?\.(?:lora_down|l
 
 def family_of_keys(shapes: Shapes) -> str | None:
     """The family of models that a file is for, or None if its keys do not tell."""
-    for pattern, name in _KEYS:
-        search = re.compile(pattern).search
-        if any(search(key) for key in shapes):
-            return name
     widths = {shape[1] for key, shape in shapes.items() if len(shape) >= 2 and _CROSS.search(key)}
-    return _CONTEXTS.get(widths.pop()) if len(widths) == 1 else None
+    context = _CONTEXTS.get(widths.pop()) if len(widths) == 1 else None
+    return first_match(_KEYS, shapes) or context or first_match(_XL, shapes)
 
 
 def family_of_context(channels: int) -> str | None:

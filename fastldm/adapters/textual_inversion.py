@@ -12,7 +12,7 @@ Source of the formats: diffusers' loaders/textual_inversion.py, AUTOMATIC1111's 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ MAX_VECTORS = 1024
 """Limit for the vectors of a token: a window of the text encoder has room for 75."""
 MAX_TOKEN = 200  # characters
 _NAMES = ("learned_embeds.safetensors", "learned_embeds.bin")  # in a folder
-_ENCODERS = ("clip_l", "clip_g")  # SDXL's, in the order of its text encoders
+_ENCODERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}  # of SDXL; its refiner has the second alone
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _WIDTHS = {768: "SD 1.5, or SDXL's first text encoder", 1024: "SD 2", 1280: "SDXL's second text encoder"}
 
@@ -60,30 +60,35 @@ class Embedding:
             for k in range(counts.pop())
         ]
 
-    def fit(self, widths: Sequence[int], family: str, encoder: int | None, dtype: torch.dtype) -> dict[int, Tensor]:
-        """The vectors in `dtype` by text encoder of a model, of these widths. encoder: the only one that is meant;
-        None for all that the file has vectors for, which is the first if it does not say.
+    def fit(self, widths: Mapping[str, int], family: str, encoder: str | None, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The vectors in `dtype` by text encoder of a model, with widths by name. encoder: the only one that is meant;
+        None for all that the file has vectors for, which is the first if it does not say. Of a file for SDXL's two,
+        its refiner takes those of the second.
 
         CheckpointError for vectors of another width or for an encoder that the model does not have, and for numbers
         beyond `dtype`.
         """
-        fitting = {}
+        fitting, first = {}, next(iter(widths), "text_encoder")
         for key, vectors in self.vectors.items():
-            k = _ENCODERS.index(key) if key else encoder or 0
-            if encoder is not None and k != encoder:
+            name = _ENCODERS[key] if key else encoder or first
+            other = key == "clip_l" and name not in widths and "clip_g" in self.vectors
+            if other or encoder not in (None, name):
                 continue
             width = vectors.shape[1]
-            if k >= len(widths) or width != widths[k]:
+            if width != widths.get(name):
                 meant = f", which are for {_WIDTHS[width]}" if width in _WIDTHS else ""
-                expected = f"its text encoder has {widths[k]}" if k < len(widths) else "it has no second text encoder"
+                number = "first" if name == "text_encoder" else "second"
+                expected = (
+                    f"its text encoder has {widths[name]}" if name in widths else f"it has no {number} text encoder"
+                )
                 hint = ""
-                if not key and k == 0 and len(widths) > 1 and width == widths[1]:
+                if not key and name == first != "text_encoder_2" and width == widths.get("text_encoder_2"):
                     hint = ". For its second text encoder, pass text_encoder=pipe.text_encoder_2"
                 raise CheckpointError(
                     f"{self.source} has vectors of {width} channels{meant}; the model is {family}: {expected}{hint}."
                 )
-            fitting[k] = vectors.to(dtype)
-            if not bool(fitting[k].isfinite().all()):
+            fitting[name] = vectors.to(dtype)
+            if not bool(fitting[name].isfinite().all()):
                 raise CheckpointError(f"{self.source} has numbers beyond {dtype}, in which the model is loaded.")
         if not fitting:
             raise CheckpointError(

@@ -101,6 +101,17 @@ def _list_things(ctx: click.Context, param: click.Parameter, group: str | None) 
     help="Likewise, what remains of guidance along the prompt's own: 0 none, less saturated; 1 all.  [default: off]",
 )
 @click.option(
+    "--apg-momentum",
+    type=float,
+    metavar="M",
+    help="Likewise, what each step adds of the last one's guidance: such as -0.5, away from it.  [default: off]",
+)
+@click.option(
+    "--original-formulation",
+    is_flag=True,
+    help="--guidance counts from 0, beyond PROMPT's own, as papers have it: 6.5 is then 7.5.",
+)
+@click.option(
     "--clip-guidance",
     type=float,
     metavar="S",
@@ -240,6 +251,8 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
         "pag_applied_layers": options["pag_layers"] or None,
         "apg_rescale": options["apg_rescale"],
         "apg_eta": options["apg_eta"],
+        "apg_momentum": options["apg_momentum"],
+        "use_original_formulation": options["original_formulation"],
         "clip_guidance_scale": options["clip_guidance"],
         "sampler": options["sampler"],
         "reuse": options["reuse"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fastldm.loading.spec import Spec
     from fastldm.planning.cascade import CascadePlan
     from fastldm.planning.memory import MemoryPlan
+    from fastldm.request import Request
 
 
 @click.command()
@@ -46,6 +47,11 @@ if TYPE_CHECKING:
 @click.option("--clip-guidance", is_flag=True, help="It is guided by gradient through U-Net and decoder.")
 @lora_option
 @control_option
+@click.option(
+    "--pag-scale", type=float, metavar="S", help="Perturbed-attention guidance: a third row of the U-Net a picture."
+)
+@click.option("--pag-layer", "pag_layers", multiple=True, metavar="NAME", help="What it perturbs.  [default: mid]")
+@click.option("--apg-momentum", type=float, metavar="M", help="Of projected guidance: a latent more for each picture.")
 @click.option("--refiner", metavar="MODEL", help="A model that goes on with the latents, such as SDXL's refiner.")
 @click.option("--hires-scale", type=float, metavar="S", help="The picture is enlarged so many times, and sampled on.")
 @click.option("--hires-upscaler", metavar="NAME", help="What enlarges it, as of `generate`.  [default: Latent]")
@@ -66,6 +72,9 @@ def plan(
     clip_guidance: bool,
     loras: tuple[tuple[str, float], ...],
     controls: tuple[tuple[str, float], ...],
+    pag_scale: float | None,
+    pag_layers: tuple[str, ...],
+    apg_momentum: float | None,
     refiner: str | None,
     hires_scale: float | None,
     hires_upscaler: str | None,
@@ -86,6 +95,7 @@ def plan(
     fastldm plan -m ./sdxl --refiner ./sdxl-refiner       all stages: all weights, and the largest one's activations
     fastldm plan --hires-scale 2
     fastldm plan -m ./sd15 --clip-guidance                activations are kept for the way back
+    fastldm plan -m ./sdxl --pag-scale 3 --apg-momentum -0.5
     """
     with reported(debug):
         import torch
@@ -114,16 +124,28 @@ def plan(
         if arch is None and target_device.type == "cuda":
             capability = device_capability(target_device.index or 0)
         if arch is None:
-            on_torch = bool(loras or controls or reuse > 1 or clip_guidance or decode == "tiled")
+            on_torch = bool(loras or controls or reuse > 1 or pag_scale or clip_guidance or decode == "tiled")
             backend = backend_for(model, backend, on_torch=on_torch)
 
-        opened = functools.partial(_opened, device=target_device, here=arch is None, reuse=reuse)
+        on_torch_alone = {f"--reuse {reuse}": reuse > 1, f"--pag-scale {pag_scale or 0:g}": bool(pag_scale)}
+        on_torch_alone["--clip-guidance"] = clip_guidance
+        needs_torch = tuple(option for option, given in on_torch_alone.items() if given)
+        opened = functools.partial(_opened, device=target_device, here=arch is None, needs_torch=needs_torch)
         spec, options, check_range = opened(model, backend, dtype=dtype)
         width, height = size or spec.default_size
         enlarged = (width, height) == enlarged_size(model, spec) and not (init_image or hires_scale or refiner)
         if enlarged:
             width, height = spec.default_size
-        asked = Request("", width=width, height=height, hires_scale=hires_scale, hires_upscaler=hires_upscaler)
+        asked = Request(
+            "",
+            width=width,
+            height=height,
+            hires_scale=hires_scale,
+            hires_upscaler=hires_upscaler,
+            pag_scale=pag_scale,
+            pag_applied_layers=pag_layers or None,
+            apg_momentum=apg_momentum,
+        )
         upscaler = enlarge.wanted(asked)
         options |= {} if steps is None else {"steps": steps}
         shared: dict[str, Any] = {"batch": batch, "arch": capability, "decode": decode}
@@ -136,9 +158,7 @@ def plan(
             options["controls"] = tuple(config for config, scale in configs if scale)
         options["encode"] = (init_image or spec.unet.edits) and not spec.unet.upscales
         check_range(width, height)
-        if clip_guidance and "backend" in options:
-            raise InputError(f"--clip-guidance runs on torch alone, and {model} is a bundle for {options['backend']}")
-        options |= {"gradient": clip_guidance}
+        options |= {"gradient": clip_guidance, **_guided(asked, spec)}
         first = Workload.of_spec(spec, width=width, height=height, reuse=reuse > 1, **shared, **options)
         stages = [(model, first)]
         if upscaler is not None:
@@ -161,7 +181,7 @@ def plan(
             spec, options, check_range = opened(refiner, backend, dtype=dtype)
             cascades.check_latents(vae, spec.vae)
             check_range(width, height)
-            options |= {"steps": first.steps, "guided": first.guided, "reuse": reuse > 1}
+            options |= {"steps": first.steps, "guided": first.guided, "reuse": reuse > 1, **_guided(asked, spec)}
             stages.append((refiner, Workload.of_spec(spec, width=width, height=height, **shared, **options)))
         of_latents = [0] * (upscaler is not None and upscaler.reads == "latent")
         of_latents += [len(stages) - 2] * (refiner is not None)
@@ -180,10 +200,10 @@ def plan(
 
 
 def _opened(
-    name: str, backend: str, device: torch.device, *, dtype: str | None, here: bool, reuse: int
+    name: str, backend: str, device: torch.device, *, dtype: str | None, here: bool, needs_torch: Sequence[str]
 ) -> tuple[Spec, dict[str, Any], Callable[[int, int], None]]:
     """A model, fields of its workloads, and what raises InputError for a size that it does not run. here: whether the
-    device is this machine's."""
+    device is this machine's. needs_torch: options that no bundle has."""
     from fastldm import sizes
     from fastldm.device import choose_dtype
     from fastldm.model import choose_backend, describe, latents, or_prepared, precisions
@@ -195,11 +215,21 @@ def _opened(
     selected = choose_backend(backend, path, device, dtype)
     if selected == "torch":
         return spec, {"dtype": choose_dtype(dtype, device)}, lambda width, height: None
-    if reuse > 1:
-        raise InputError(f"--reuse {reuse} runs on torch alone, and {name} is a bundle for {selected}")
+    for option in needs_torch:
+        raise InputError(f"{option} runs on torch alone, and {name} is a bundle for {selected}")
     options: dict[str, Any] = {"backend": selected}
     options["dtype"], options["precision"] = precisions(path, selected, device, dtype)
     return spec, options, functools.partial(sizes.check_size, latents(path), spec.vae.factor)
+
+
+def _guided(asked: Request, spec: Spec) -> dict[str, Any]:
+    """Fields of a model's workloads: what its guidance has beyond two branches, where the request says so."""
+    from fastldm.planning.memory import of_guidance
+    from fastldm.runtime.guidance import guidance_of
+
+    if asked.pag_scale and spec.unet.edits:
+        raise InputError(f"pag_scale is {asked.pag_scale:g}: this model's guidance has three rows of its own")
+    return {name: value for name, value in of_guidance(guidance_of(asked, spec.unet)).items() if value}
 
 
 def _plan_table(plan: MemoryPlan) -> str:
@@ -252,7 +282,8 @@ def _heading(plan: MemoryPlan) -> str:
     device = f"sm_{workload.arch}" if workload.arch else "a CPU"
     dtype = str(workload.precision or workload.dtype).removeprefix("torch.")
     return (
-        f"{workload.batch} x {workload.width * factor}x{workload.height * factor}{', guided' * workload.guided}, "
+        f"{workload.batch} x {workload.width * factor}x{workload.height * factor}{', guided' * workload.guided}"
+        f"{', a third row' * workload.third}{', averaged' * workload.averages}, "
         f"{workload.steps} steps, {workload.backend} {dtype} on {device}, {workload.decode} decode"
     )
 

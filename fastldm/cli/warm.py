@@ -23,6 +23,8 @@ from fastldm.errors import InputError
 @click.option("--dtype", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True)
 @click.option("--lora", is_flag=True, help="Those that requests with different adapters in one batch launch, too.")
 @control_option
+@click.option("--pag", is_flag=True, help="Those of --pag-scale, a third row of the U-Net for each picture, too.")
+@click.option("--apg-momentum", is_flag=True, help="Those of projected guidance with momentum, too.")
 @click.option("--cache", metavar="DIR", help="Where the kernels go.  [default: Triton's cache]")
 @debug_option
 def warm(
@@ -33,6 +35,8 @@ def warm(
     dtype: str,
     lora: bool,
     controls: tuple[tuple[str, float], ...],
+    pag: bool,
+    apg_momentum: bool,
     cache: str | None,
     debug: bool,
 ) -> None:
@@ -71,9 +75,10 @@ def warm(
         for name in arch:
             with tqdm(desc=name, bar_format="{desc}: {elapsed} {postfix}", disable=not sys.stderr.isatty()) as bar:
                 options = {"dtype": getattr(torch, dtype), "lora": lora, "controls": configs}
+                options |= {"pag": pag, "apg_momentum": apg_momentum}
                 options["on_kernel"] = bar.set_postfix_str
                 count = warm.warm(spec, name, sizes=list(dict.fromkeys(sizes)), batches=batch, **options)
                 if enlarged in sizes:
-                    own = {**options, "lora": False, "controls": ()}
+                    own = {**options, "lora": False, "controls": (), "pag": False, "apg_momentum": False}
                     count += warm.warm(describe("upscaler"), name, sizes=[enlarged], batches=batch, **own)
             click.echo(f"{name}: {count} kernels in {warm.cache_folder()}")

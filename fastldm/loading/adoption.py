@@ -8,6 +8,7 @@ layers of a text encoder) or refused by name (changes.py), never dropped.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from fastldm.loading.checkpoint import Checkpoint, Component, TokenizerFiles
 from fastldm.loading.formats import DEPTH, NOISING, SCHEDULERS, TOKENIZERS, Config, component_classes, named_config
 from fastldm.loading.state import fit_names
 from fastldm.models.families import IMAGE_ENCODER, component_name, network_classes
+from fastldm.samplers.scheduler_config import SET_LATER
 
 logger = logging.getLogger("fastldm")
 
@@ -119,10 +121,14 @@ def _check_kinds(networks: dict[str, nn.Module], source: str) -> None:
 
 
 def _scheduler_config(scheduler: Any) -> Config:
-    """As in diffusers' `from_config`: values that were defaults of the old class become defaults of the new one."""
-    defaults = ("_use_default_values", *scheduler.config.get("_use_default_values", ()))
-    config = {key: value for key, value in scheduler.config.items() if key not in defaults}
-    return {**config, "_class_name": type(scheduler).__name__}
+    """Without the values that are the class's defaults: as in diffusers' `from_config`, another class has its own. What
+    was one until a pipeline set it is named as such, for this class alone has it."""
+    arguments = inspect.signature(type(scheduler).__init__).parameters
+    defaults = scheduler.config.get("_use_default_values", ())
+    changed = [key for key in defaults if key in arguments and scheduler.config[key] != arguments[key].default]
+    left_out = {"_use_default_values", *defaults} - {*changed}
+    config = {key: value for key, value in scheduler.config.items() if key not in left_out}
+    return {**config, "_class_name": type(scheduler).__name__, **({SET_LATER: changed} if changed else {})}
 
 
 def _raw_config(module: Any) -> Config:

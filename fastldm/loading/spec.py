@@ -209,9 +209,11 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
     if IMAGE_ENCODER in configs:
         vision = VisionConfig.from_dict(configs[IMAGE_ENCODER], sources[IMAGE_ENCODER])
         preprocessing = preprocessing_of(vision, checkpoint.preprocessor, f"{checkpoint.source}: {PREPROCESSOR[1]}")
-    unet = replace(unet, added_ids=5 if index["requires_aesthetics_score"] else 6)
+    # Of the next: as diffusers' schedulers recognise a variance that the network makes beside its prediction.
+    learns = unet.out_channels == 2 * vae.latent_channels and schedule.raw.get("variance_type") == "learned_range"
+    unet = replace(unet, added_ids=5 if index["requires_aesthetics_score"] else 6, learns_variance=learns)
     _check_fit(unet, vae, text, names, checkpoint.source, vision)
-    if schedule.variance_type == "learned_range":
+    if schedule.variance_type == "learned_range" and not unet.learns_variance:
         raise CheckpointError(
             f"{checkpoint.config_source('scheduler')}: variance_type is 'learned_range', and the U-Net makes "
             f"{unet.out_channels} channels ('out_channels'): expected as many again, the variance"
@@ -298,10 +300,11 @@ def _check_fit(
         f"the U-Net reads text of {unet.cross_attention_dim} channels ('cross_attention_dim'), "
         f"and {' + '.join(map(str, text_channels))} come from the text encoder{'s' * (len(text) > 1)} ('hidden_size')",
     )
+    twice = ", twice as many, as of a learned variance, and the scheduler's 'variance_type' is not 'learned_range'"
     check(
-        unet.out_channels == latent_channels,
+        unet.latent_channels == latent_channels,
         f"the U-Net makes {unet.out_channels} channels ('out_channels'), and the VAE's latents have {latent_channels} "
-        "('latent_channels')",
+        f"('latent_channels'){twice * (unet.out_channels == 2 * latent_channels)}",
     )
     check(
         vae.in_channels == vae.out_channels == 3,

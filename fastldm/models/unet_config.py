@@ -58,6 +58,12 @@ class UNetConfig:
     conv_out_kernel: int = 3
     out_norm: bool = True  # whether there is a norm before the last convolution
     skips_between: bool = True  # whether the first convolution's output and those of halvings are skip connections too
+    learns_variance: bool = False  # whether the second half of its outputs is the logarithm of the steps' variance
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents, the first that it reads and makes."""
+        return self.out_channels // 2 if self.learns_variance else self.out_channels
 
     @property
     def levels(self) -> int:
@@ -201,17 +207,17 @@ class UNetConfig:
     @property
     def inpaints(self) -> bool:
         """Whether a mask and the masked image's latents are read behind the latents."""
-        return self.is_standard and self.in_channels == 2 * self.out_channels + 1
+        return self.is_standard and self.in_channels == 2 * self.latent_channels + 1
 
     @property
     def edits(self) -> bool:
         """Whether the latents of an image to edit are read behind the latents, as of InstructPix2Pix."""
-        return self.is_standard and self.in_channels == 2 * self.out_channels and not self.upscales
+        return self.is_standard and self.in_channels == 2 * self.latent_channels and not self.upscales
 
     @property
     def reads_depth(self) -> bool:
         """Whether a depth map is read behind the latents."""
-        return self.is_standard and self.in_channels == self.out_channels + 1
+        return self.is_standard and self.in_channels == self.latent_channels + 1
 
     @property
     def upscales(self) -> bool:
@@ -255,7 +261,8 @@ _STANDARD = {
     field.name: field.default
     for field in fields(UNetConfig)
     if field.name in UNetConfig.__dict__
-    and field.name not in ("added_ids", "num_class_embeds", "class_input_dim", "class_embed_type", "addition_heads")
+    and field.name
+    not in ("added_ids", "num_class_embeds", "class_input_dim", "class_embed_type", "addition_heads", "learns_variance")
 }
 _KEYS = {
     "time_norm": "resnet_time_scale_shift",

@@ -99,11 +99,13 @@ def _adapters(problems: list[str]) -> dict[str, list[str]]:
     from fastldm.adapters.read import read_adapter
     from fastldm.adapters.textual_inversion import read_textual_inversion
     from fastldm.model import describe
+    from fastldm.models.families import encoder_names
 
     spec = describe("default")
 
     def embedding(path: Path) -> None:
-        read_textual_inversion(path).fit([text.hidden for text in spec.text], "small", None, torch.float32)
+        widths = {name: text.hidden for name, text in zip(encoder_names(spec.text), spec.text, strict=True)}
+        read_textual_inversion(path).fit(widths, "small", None, torch.float32)
 
     readers: dict[Kind, Callable[[Path], object]] = {
         "lora": lambda path: read_adapter(path, spec),

@@ -134,21 +134,25 @@ def step(
     lora: bool = False,
     reuse: bool = False,
     rare: bool = False,
+    perturbed: Sequence[int] = (),
+    averages: bool = False,
 ) -> DryRun:
     """One step of `rows` U-Net rows: on a GPU all calls of its graph, on a CPU the networks. controls: what acts on all
     rows. lora: with adapters beside all linear layers, on a GPU. reuse: where deep features are kept, which all rows
-    compute. rare: as for `kernels.step.end_step`."""
+    compute. rare: as for `kernels.step.end_step`. perturbed: places of self-attentions that are in a row. averages:
+    with projected guidance that has momentum."""
     unet: UNet = network(config, dtype)  # type: ignore[assignment]
     nets: list[Any] = [network(each, dtype) for each in controls if isinstance(each, ControlNetConfig)]
     adapted = len(nets) < len(controls)
     shape: dict[str, Any] = {"height": height, "width": width, "tokens": tokens, "dtype": dtype, "device": "meta"}
-    shape |= {"controls": nets, "features": adapted, "reuse": reuse}
+    shape |= {"controls": nets, "features": adapted, "reuse": reuse, "averages": averages}
     buffers = StaticBuffers.empty(config, slots=rows, rows=rows, steps=1, **shape)
     if device_type(buffers.temb) != "cpu":
         indices = [*([FEATURES] if adapted else []), *range(len(nets))]
         controlled = tuple((index, ((0, rows),)) for index in indices)
         deep = rows if reuse else None
-        body = functools.partial(Slots(unet, buffers).body, rows, True, controlled, lora, deep, rare)
+        guided: dict[str, Any] = {"perturbed": perturbed, "projections": averages, "averages": averages}
+        body = functools.partial(Slots(unet, buffers).body, rows, True, controlled, lora, deep, rare, **guided)
         return torch.no_grad()(functools.partial(_with_pages, unet, body) if lora else body)
     model_input = buffers.step.u
 
@@ -161,8 +165,10 @@ def step(
             latents = model_input[:, : own.network.config.unet.in_channels]
             output = own.network.step(latents, *states(own.temb, own.text), own.hint)
             residuals.append(output._replace(weights=own.weights.T))
-        features = [Features(buffers.features)] if adapted else []
-        return unet.step(model_input, *states(buffers.temb, buffers.text), residuals=residuals, features=features)
+        options: dict[str, Any] = {"features": [Features(buffers.features)] if adapted else []}
+        if perturbed:
+            options["perturbed"] = {layer: _empty(rows, dtype=torch.bool) for layer in perturbed}
+        return unet.step(model_input, *states(buffers.temb, buffers.text), residuals=residuals, **options)
 
     return torch.no_grad()(run)
 
@@ -280,16 +286,15 @@ def run_unet(
     tokens: int,
     dtype: torch.dtype,
     controls: Sequence[ControlConfig] = (),
-    lora: bool = False,
-    rare: bool = False,
+    **options: Any,
 ) -> None:
-    """All of one step for `rows` U-Net rows (2 for a guided image), and its conditions. controls, lora and rare as of
+    """All of one step for `rows` U-Net rows (2 for a guided image), and its conditions. controls and options as of
     `step`."""
     text: dict[str, Any] = {"rows": rows, "tokens": tokens, "dtype": dtype}
     conditions(config, steps=1, **text)()
     for each in controls:
         control_conditions(each, **text)()
-    step(config, height=height, width=width, **text, controls=controls, lora=lora, rare=rare)()
+    step(config, height=height, width=width, **text, controls=controls, **options)()
 
 
 def run_decoder(config: AutoencoderConfig, *, height: int, width: int, batch: int, dtype: torch.dtype) -> None:

@@ -30,6 +30,7 @@ from fastldm.planning.allocator import MIB, CUDAHeap, Heap, record
 from fastldm.request import MAX_IMAGES, MAX_SIDE, MAX_STEPS, Request
 from fastldm.runtime.complete import start_latents
 from fastldm.runtime.controls import ControlSelection
+from fastldm.runtime.denoise import Guidance
 from fastldm.runtime.slots import StaticBuffers
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ class Workload:
     originals: int = 0  # bytes of the weights that adapters will be merged into, which are copied before
     third: bool = False  # whether guidance has another branch than the prompt's and the negative's
     gradient: bool = False  # whether it goes through the networks: CLIP guidance
+    perturbed: tuple[int, ...] = ()  # places of the self-attentions that are, in a third branch
+    averages: bool = False  # whether projected guidance has momentum
 
     @property
     def step_rows(self) -> int:
@@ -128,10 +131,16 @@ class Workload:
             "controls": controls.configs if isinstance(controls, ControlSelection) else (),
             "reuse": request.reuse > 1,
             "originals": stages.adapters.missing(adapters) if isinstance(adapters, Selection) else 0,
-            "third": stages.guidance(request).has_third,
             "gradient": isinstance(request.gradient, CLIPGuidance),
+            **of_guidance(stages.guidance(request)),
         }
         return cls.of_stages(stages, **{**options, **overrides})
+
+
+def of_guidance(guidance: Guidance) -> dict[str, Any]:
+    """Fields of a workload: what guidance has beyond the prompt's and the negative prompt's branch."""
+    perturbed = guidance.pag_layers if guidance.perturbs else ()
+    return {"third": guidance.has_third, "perturbed": perturbed, "averages": guidance.averages}
 
 
 class Line(NamedTuple):
@@ -210,7 +219,7 @@ class MemoryPlan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data."""
         workload = self.workload
-        fields = ("batch", "guided", "arch", "steps", "tokens", "decode", "encode", "backend")
+        fields = ("batch", "guided", "third", "averages", "arch", "steps", "tokens", "decode", "encode", "backend")
         factor = workload.vae.factor
         return {
             "workload": {
@@ -258,7 +267,9 @@ def upper_bound(workload: Workload) -> int:
         numbers += 128 * workload.batch * latents * vae.factor**2
     if workload.reuse:
         numbers += (3 * slots + 1 + rows) * latents * unet.deep_channels
-    noise = 4 * workload.batch * workload.steps * latents * unet.out_channels
+    if workload.averages:
+        numbers += (slots + rows) * latents * 2 * unet.out_channels
+    noise = 4 * workload.batch * workload.steps * latents * unet.latent_channels
     return 256 * MIB + workload.originals + workload.dtype.itemsize * (numbers + 4 * rows * text) + 2 * noise
 
 
@@ -325,6 +336,7 @@ def plan(workload: Workload) -> MemoryPlan:
             features=any(isinstance(network, T2IAdapter) for network in networks.values()),
             pictures=workload.pictures,
             reuse=workload.reuse,
+            averages=workload.averages,
         )
         traces = {name: record(work()) for name, work in _phases(workload).items()}
 
@@ -390,13 +402,14 @@ _PHASES = {
 def _phases(workload: Workload) -> dict[str, Callable[[], dry_run.DryRun]]:
     shape: dict[str, Any] = {"height": workload.height, "width": workload.width, "dtype": workload.dtype}
     text: dict[str, Any] = {"rows": workload.texts, "tokens": workload.tokens}
-    step: dict[str, Any] = {**shape, **text, "rows": workload.step_rows}
+    step: dict[str, Any] = {**shape, **text, "rows": workload.step_rows, "controls": workload.controls}
+    step |= {name: getattr(workload, name) for name in ("reuse", "perturbed", "averages")}
     phases: dict[str, Callable[[], dry_run.DryRun]] = {
         "text": lambda: dry_run.text(workload.text, batch=workload.texts, dtype=workload.dtype),
         "conditions": lambda: dry_run.conditions(workload.unet, steps=workload.steps, dtype=workload.dtype, **text),
         "encode": lambda: dry_run.encode(workload.vae, batch=workload.batch, **shape),
         "control": lambda: _controls(workload),
-        "step": lambda: dry_run.step(workload.unet, **step, controls=workload.controls, reuse=workload.reuse),
+        "step": lambda: dry_run.step(workload.unet, **step),
         "gradient": lambda: dry_run.gradient(
             workload.unet, workload.vae, batch=workload.batch, tokens=workload.tokens, **shape
         ),

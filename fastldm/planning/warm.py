@@ -10,12 +10,15 @@ import itertools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fastldm.errors import InputError
 from fastldm.loading.spec import Spec
 from fastldm.planning import dry_run
+from fastldm.request import Request
+from fastldm.runtime.guidance import perturbed_layers
 
 ARCH_NAMES = "sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120"
 
@@ -39,13 +42,16 @@ def warm(
     dtype: torch.dtype = torch.float16,
     lora: bool = False,
     controls: Sequence[dry_run.ControlConfig] = (),
+    pag: bool = False,
+    apg_momentum: bool = False,
     on_kernel: Callable[[str], None] | None = None,
 ) -> int:
     """Compile every kernel that requests of these sizes, (width, height) in pixels, and batches launch on `arch`.
 
     The result is in Triton's cache (TRITON_CACHE_DIR, else ~/.triton/cache), for the same versions of fastldm, torch
-    and Triton. lora: with those of adapters beside the weights. controls: with those of each of these. on_kernel is
-    called with each kernel's name when it is compiled. Returns the number of kernels.
+    and Triton. lora: with those of adapters beside the weights. controls: with those of each of these. pag: with those
+    of perturbed-attention guidance, in the middle block. apg_momentum: with those of projected guidance with momentum.
+    on_kernel is called with each kernel's name when it is compiled. Returns the number of kernels.
     """
     if importlib.util.find_spec("triton") is None:
         raise InputError("there is nothing to warm: triton is not installed; pip install triton")
@@ -62,17 +68,24 @@ def warm(
             raise InputError(f"size is {width}x{height}: expected positive multiples of {factor}")
     ahead = Ahead(parse_arch(arch), on_compiled)
     guided = spec.family.guidance_scale > 1 and not spec.unet.needs_guidance
+    perturbed = perturbed_layers(Request(""), spec.unet) if pag else ()
+    # What samplers, guidance and thresholding make of the step's last kernel: few or all columns of a table, and what
+    # the network's output is in.
+    ends: list[dict[str, Any]] = [{"rare": True}]
+    ends += [{"rare": rare, "averages": True} for rare in (False, True)] if apg_momentum else []
     with targeting(ahead):
         dry_run.run_text(spec.encoders, batch=1, dtype=dtype)
         for width, height in sizes:
             h, w = height // factor, width // factor
             for batch in batches:
-                most = 1 if not guided else 3 if spec.unet.edits else 2
+                most = 1 + guided + (pag or (guided and spec.unet.edits))
                 for rows in (batch * branches for branches in range(1, most + 1)):
-                    shape = {"height": h, "width": w, "rows": rows, "tokens": spec.window}
+                    shape: dict[str, Any] = {"height": h, "width": w, "rows": rows, "tokens": spec.window}
                     sets = [(), *((control,) for control in controls)]
                     for beside, acting in itertools.product((False, True) if lora else (False,), sets):
-                        dry_run.run_unet(spec.unet, **shape, dtype=dtype, controls=acting, lora=beside, rare=most == 3)
+                        dry_run.run_unet(spec.unet, **shape, dtype=dtype, controls=acting, lora=beside)
+                    for end in ends:
+                        dry_run.run_unet(spec.unet, **shape, dtype=dtype, perturbed=perturbed, **end)
                 for control in controls:
                     dry_run.control(control, height=height, width=width, batch=batch, dtype=dtype)()
                 dry_run.run_decoder(spec.vae, height=h, width=w, batch=batch, dtype=dtype)

@@ -18,7 +18,7 @@ from fastldm.models.config import AutoencoderConfig, PixelResidualConfig, UNetCo
 from fastldm.models.families import Family
 from fastldm.request import PER_PROMPT, Request, as_list, picture_seeds
 from fastldm.runtime.controls import ControlSelection
-from fastldm.runtime.guidance import apg_of
+from fastldm.runtime.guidance import apg_field, apg_of
 from fastldm.samplers.names import for_xl, is_cfg_pp
 
 if TYPE_CHECKING:
@@ -86,21 +86,22 @@ def complete(
         "this model has two guidance scales": unet.edits,
         "pag_scale is above 0": bool(request.pag_scale),
     }
-    if apg_of(request) is not None:
-        name = "apg_eta" if request.apg_rescale is None else "apg_rescale"
-        for reason, applies in {
-            f"sampler {sampler!r} is CFG++": cfg_pp,
-            **{reason: applies for reason, applies in reasons.items() if "rescale" not in reason},
-        }.items():
-            if applies:
-                raise InputError(
-                    f"{name} is {getattr(request, name):g}: projected guidance is of a prompt and a negative prompt "
-                    f"alone, and {reason}"
-                )
+    kinds = {f"sampler {sampler!r} is CFG++": cfg_pp, **reasons}
+    kinds.pop("guidance_rescale is above 0")
+    if apg_of(request) is not None and any(kinds.values()):
+        reason = next(reason for reason, applies in kinds.items() if applies)
+        raise InputError(
+            f"{apg_field(request)}: projected guidance is of a prompt and a negative prompt alone, and {reason}"
+        )
+    kinds.pop("pag_scale is above 0")
+    kinds["this model reads no text to be guided by"] = not spec.encoders and not spec.vision
+    if request.use_original_formulation and any(kinds.values()):
+        reason = next(reason for reason, applies in kinds.items() if applies)
+        raise InputError(f"use_original_formulation is True: it is of classifier-free guidance, and {reason}")
     if cfg_pp and any(reasons.values()):
         reason = next(reason for reason, applies in reasons.items() if applies)
         raise InputError(f"sampler {sampler!r} is CFG++, and {reason}: take a sampler without CFG++")
-    scale = _CFG_PP_SCALE if cfg_pp else family.guidance_scale
+    scale = _CFG_PP_SCALE if cfg_pp else max(0.0, family.guidance_scale - request.use_original_formulation)
     from_noise = request.mask_image is not None or unet.edits or unet.upscales
     strength = 1.0 if from_noise else family.strength
     width, height = _size(request, spec, vae)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,14 +19,12 @@ from fastldm.device import send
 from fastldm.errors import InputError, NonFinite
 from fastldm.kernels.columns import W0
 from fastldm.kernels.lora import ScaledPages
+from fastldm.kernels.projection import Projection, project
 from fastldm.kernels.step import BRANCHES, blend, guide, model_input, step, table_rows
 from fastldm.runtime.controls import RunControl, RunFeatures
 from fastldm.runtime.gradient import At, Gradient
 from fastldm.runtime.pages import Applied
 from fastldm.samplers.table import COLUMNS, StepTable
-
-if TYPE_CHECKING:
-    pass
 
 Branches = tuple[int, ...]
 Network = Callable[[Tensor, int, Branches], Tensor]
@@ -45,7 +43,7 @@ class Guidance:
     that a scale of at most 1 is one pass of the network, not two.
     """
 
-    scale: float = 1.0
+    scale: float = 1.0  # at most 1 is no classifier-free guidance; see `original`
     rescale: float = 0.0  # 0 none, 1 the deviation of the conditional branch; of classifier-free guidance only
     start: float = 0.0  # guided from this fraction of the steps on ...
     end: float = 1.0  # ... and before this one
@@ -53,13 +51,15 @@ class Guidance:
     image_scale: float | None = None  # of InstructPix2Pix; below 1 nothing is guided, as in diffusers
     pag_scale: float = 0.0  # of perturbed-attention guidance, there without classifier-free guidance too
     pag_adaptive_scale: float = 0.0  # above 0, the scale is so much less for each training timestep below 1000
-    apg: tuple[float, float] | None = None  # eta and norm of adaptive projected guidance: `kernels.projection`
+    apg: Projection | None = None  # adaptive projected guidance
+    original: bool = False  # whether the scale is how far guidance goes beyond branch 1, from 0: a scale less by 1
     pag_layers: tuple[int, ...] = ()  # those of `UNetConfig.self_attentions` that are perturbed
 
     @property
     def guided(self) -> bool:
         """Whether there is classifier-free guidance, which needs negatives."""
-        return (self.scale > 1 or self.cfg_pp) and (self.image_scale is None or self.image_scale >= 1)
+        guides = self.scale > (0 if self.original else 1) or self.cfg_pp
+        return guides and (self.image_scale is None or self.image_scale >= 1)
 
     @property
     def texts(self) -> tuple[int, int, int]:
@@ -77,9 +77,14 @@ class Guidance:
         return self.perturbs or (self.guided and self.image_scale is not None)
 
     @property
-    def projection(self) -> tuple[float, float] | None:
-        """Eta and norm that apply: of classifier-free guidance, of two branches."""
+    def projection(self) -> Projection | None:
+        """What applies: of classifier-free guidance, of two branches."""
         return self.apg if self.guided and not self.has_third else None
+
+    @property
+    def averages(self) -> bool:
+        """Whether it has momentum, or has where a callback guides more."""
+        return self.apg is not None and self.apg.momentum != 0
 
     @property
     def rescales(self) -> float:
@@ -99,7 +104,8 @@ class Guidance:
         if self.guided and self.image_scale is not None:
             w0, w1, w2 = 1.0 - self.image_scale, self.scale, self.image_scale - self.scale
         elif self.guided:
-            w0, w1, wx = 1.0 - self.scale * gm, self.scale * gm, self.scale * gx
+            scale = self.scale + self.original
+            w0, w1, wx = 1.0 - scale * gm, scale * gm, scale * gx
         if self.perturbs:
             scale = self.pag_scale
             if self.pag_adaptive_scale > 0:
@@ -335,6 +341,7 @@ class State:
         self.x = run.latents  # (B, C, h, w); never written in place, so that whoever was given it may keep it
         self.deep: dict[int, Tensor] = {}  # of each branch its deep features at the last row that computed all
         self.y = torch.zeros_like(self.x) if run.table.anchored else None
+        self.average: Tensor | None = None  # of projected guidance with momentum
         self.history: tuple[Tensor, ...] = ()
         # Not finite when one value is not: one small reduction a step, read once after the loop.
         self.sums = [self.x.sum() if run.extra is None else self.x.sum() + run.extra.sum(dtype=torch.float32)]
@@ -357,7 +364,12 @@ class State:
             outs = {branch: own[:, :channels] for branch, own in outs.items()}
         if 0 in outs and run.table.rare:
             rest["difference"] = outs[1].float() - outs[0].float()
-        out = guide(outs, row[W0 : W0 + BRANCHES], run.guidance.rescales, projection=run.guidance.projection)
+        projected, projection, weights = None, run.guidance.projection, row[W0 : W0 + BRANCHES]
+        if 0 in outs and projection is not None:
+            scale = weights[1] - projection.from_guided
+            projected, difference = project(outs[0], outs[1], scale, projection, self.average)
+            self.average = difference if projection.momentum else self.average
+        out = guide(outs, weights, run.guidance.rescales, projected=projected)
         out = out.float() if added is None else out.float() + added
         args = (row, self.x, self.y, self.history, out, run.noises[i])
         x, self.y, self.history = step(*args, depth=self.depth, threshold=run.table.threshold, **rest)

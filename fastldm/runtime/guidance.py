@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastldm.errors import InputError
+from fastldm.kernels.projection import Projection
 from fastldm.models.config import UNetConfig
 from fastldm.request import Request
 from fastldm.runtime.denoise import Guidance
@@ -20,6 +21,7 @@ def guidance_of(request: Request, unet: UNetConfig) -> Guidance:
     """That of a completed request. A model that reads the scale itself is not guided by it."""
     scale = 1.0 if unet.needs_guidance else float(request.guidance_scale or 0)
     options: dict[str, Any] = {"cfg_pp": is_cfg_pp(request.sampler), "image_scale": request.image_guidance_scale}
+    options["original"] = request.use_original_formulation
     if request.pag_scale:
         options |= {"pag_scale": request.pag_scale, "pag_adaptive_scale": request.pag_adaptive_scale}
         options["pag_layers"] = perturbed_layers(request, unet)
@@ -28,12 +30,19 @@ def guidance_of(request: Request, unet: UNetConfig) -> Guidance:
     return Guidance(scale, request.guidance_rescale, *request.guidance_interval, **options)
 
 
-def apg_of(request: Request) -> tuple[float, float] | None:
-    """Eta and norm of adaptive projected guidance; None without."""
-    eta, norm = request.apg_eta, request.apg_rescale
-    if eta is None and norm is None:
+def apg_of(request: Request) -> Projection | None:
+    """Adaptive projected guidance; None without."""
+    eta, norm, momentum = request.apg_eta, request.apg_rescale, request.apg_momentum
+    if eta is None and norm is None and momentum is None:
         return None
-    return (APG_ETA if eta is None else eta, APG_RESCALE if norm is None else norm)
+    eta, norm = APG_ETA if eta is None else eta, APG_RESCALE if norm is None else norm
+    return Projection(eta, norm, momentum or 0.0, request.use_original_formulation)
+
+
+def apg_field(request: Request) -> str:
+    """The field that turns it on, with its value, for errors."""
+    names = ("apg_rescale", "apg_eta", "apg_momentum")
+    return next(f"{name} is {value:g}" for name in names if (value := getattr(request, name)) is not None)
 
 
 def pag_defaults(index: Mapping[str, Any]) -> dict[str, Any]:

@@ -110,11 +110,13 @@ class StaticBuffers(NamedTuple):
         features: bool = False,
         pictures: Sequence[int] = (),
         reuse: bool = False,
+        averages: bool = False,
     ) -> StaticBuffers:
         """height, width: of the latents. steps: the most that a slot's table has, and the most that it draws. controls:
         ControlNets that slots may have. features: whether there may be T2I-Adapters. pictures: of each IP-Adapter that
-        a slot may have, the most tokens. reuse: whether slots may reuse deep features."""
-        channels, latent_width = config.out_channels, width
+        a slot may have, the most tokens. reuse: whether slots may reuse deep features. averages: whether they may have
+        projected guidance with momentum."""
+        channels, latent_width = config.latent_channels, width
         to: dict[str, Any] = {"dtype": dtype, "device": device}
 
         def texts(widths: Sequence[int], tokens: int = tokens) -> tuple[Tensor, ...]:
@@ -164,7 +166,7 @@ class StaticBuffers(NamedTuple):
                 torch.ones(slots, device=device),
                 torch.ones(slots, steps, device=device),
             ),
-            projections=Projections(torch.ones(slots, device=device), torch.full((slots,), -1.0, device=device)),
+            projections=Projections.empty(images(channels).float() if averages else None, slots, device),
             deep_index=torch.zeros(2, rows, dtype=torch.int64, device=device) if reuse else None,
         )
 
@@ -208,6 +210,7 @@ class Slots:
             and all(control.network in self._networks for image in (run.images or (run,)) for control in image.controls)
             and (run.features is None or len(self.buffers.features) > 0)
             and (self.buffers.deep is not None or not run.reuses)
+            and (self._average is not None or not run.guidance.averages)
             and len(run.picture_tokens) <= len(self.buffers.pictures)
             and all(
                 tokens <= own.kv[0].shape[1]
@@ -216,13 +219,18 @@ class Slots:
         )
 
     @property
+    def _average(self) -> Tensor | None:
+        """See `Projections`."""
+        return None if self.buffers.projections is None else self.buffers.projections.average
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the buffers."""
         step, temb, text, kv_len, maps, adapters, controls, features, pictures, *rest = self.buffers
-        deep = [t for each in rest if each is not None for t in ((each,) if isinstance(each, Tensor) else each)]
+        others = [t for each in rest if each is not None for t in ((each,) if isinstance(each, Tensor) else each)]
         own = [t for control in controls for t in (control.hint, control.weights, control.temb, *control.text)]
         own += [t for each in pictures for t in (*each.kv, each.kv_len)]
-        tensors = (*step, temb, *text, kv_len, maps, *adapters[:2], *own, *features, *deep)
+        tensors = (*step, temb, *text, kv_len, maps, *adapters[:2], *own, *features, *others)
         return sum(t.nbytes for t in tensors if t is not None)
 
     # --- coming and going
@@ -255,6 +263,8 @@ class Slots:
             buffer.index_fill_(0, index, number)
         if self.buffers.thresholds is not None:
             self.buffers.thresholds.limits.index_fill_(0, index, 1)
+        if self._average is not None:
+            self._average.index_fill_(0, index, 0)
         self._condition(run)
         finite = run.latents.isfinite().all()
         self._started_finite[run] = finite if run.extra is None else finite & run.extra.isfinite().all()
@@ -271,9 +281,7 @@ class Slots:
             self.buffers.thresholds.ratio.index_fill_(0, index, ratio)
             self.buffers.thresholds.most.index_fill_(0, index, most)
         if self.buffers.projections is not None:
-            eta, norm = run.guidance.projection or (1.0, -1.0)
-            self.buffers.projections.eta.index_fill_(0, index, eta)
-            self.buffers.projections.norm.index_fill_(0, index, norm)
+            self.buffers.projections.set(index, run.guidance.projection)
         # Negatives come first among the run's texts; where it has none, the slots' own are never read.
         count = run.text_kv[0].shape[0] // run.batch if run.text_kv else 1
         texts = [2 * slot + text for text in (0, 1)[2 - count :] for slot in slots]
@@ -357,8 +365,9 @@ class Slots:
         rare = any(run.rare for run in runs)
         perturbed = tuple(sorted({layer for run in runs for layer in run.perturbed}))
         thresholds = any(run.table.threshold is not None for run in runs)
-        projections = any(len(run.branches) > 1 and run.guidance.projection is not None for run in runs)
-        options = (rows, rescales, controlled, beside, deep, rare, perturbed, thresholds, projections)
+        projected = [run.guidance for run in runs if len(run.branches) > 1 and run.guidance.projection is not None]
+        projections, averages = bool(projected), any(guidance.averages for guidance in projected)
+        options = (rows, rescales, controlled, beside, deep, rare, perturbed, thresholds, projections, averages)
         body = partial(self.body, *options)
         # A graph reads tensors by address, so which buffers they are is part of the key.
         key = (id(self.buffers), *options)
@@ -381,11 +390,13 @@ class Slots:
         perturbed: Sequence[int] = (),
         thresholds: bool = False,
         projections: bool = False,
+        averages: bool = False,
     ) -> None:
         """The full step, of fixed shapes and addresses: the host sees none of its values. controlled: which rows of the
         U-Net have what control. beside: whether any row has adapters beside the weights. deep: how many rows, the first
         ones, compute all of the U-Net; None: all do, and nothing is kept. rare: as for `end_step`. perturbed: the
-        self-attentions that are in any row. thresholds, projections: whether any slot is thresholded, projected."""
+        self-attentions that are in any row. thresholds, projections, averages: whether any slot is thresholded, is
+        projected, with momentum."""
         state = self.buffers.step
         invariant = dispatch.batch_invariant() if self.batch_invariant else nullcontext()
         pages, scales, _ = self.buffers.adapters
@@ -409,10 +420,9 @@ class Slots:
             text, time_rows = self._states(self.buffers.maps[:, :rows], self.buffers.temb)
             options |= {"kv_len": self.buffers.kv_len, "slots": text}
             out = self.unet.step(state.u[:rows], time_rows, self.buffers.text, **options)
-        numbers: dict[str, Any] = {
-            "thresholds": self.buffers.thresholds if thresholds else None,
-            "projections": self.buffers.projections if projections else None,
-        }
+        numbers: dict[str, Any] = {"thresholds": self.buffers.thresholds if thresholds else None}
+        if projections and (slots := self.buffers.projections) is not None:
+            numbers["projections"] = slots if averages else slots._replace(average=None)
         end_step(out, state, rescales=rescales, rare=rare, **numbers)
 
     def _states(self, maps: Tensor, temb: Tensor) -> tuple[Tensor, Tensor]:

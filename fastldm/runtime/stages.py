@@ -50,7 +50,7 @@ from fastldm.runtime.controls import Controls, start_controls
 from fastldm.runtime.denoise import Embeds, Guidance, Run, check_finite
 from fastldm.runtime.gradient import CLIPGradient, Function, Gradient, clip_texts
 from fastldm.runtime.graph import CUDA, Graphs
-from fastldm.runtime.guidance import apg_of, guidance_of, pag_defaults, perturbed_layers
+from fastldm.runtime.guidance import apg_field, apg_of, guidance_of, pag_defaults, perturbed_layers
 from fastldm.runtime.image_prompts import ImagePrompts, PictureSelection, per_image, start_pictures
 from fastldm.runtime.read_picture import PictureRead, read_picture
 from fastldm.runtime.slots import Slots, StaticBuffers, graph_rows, step_capacity
@@ -179,15 +179,21 @@ class Stages:
         if self._steps is not None and apg_of(request) is not None:
             raise InputError(
                 f"this pipeline runs a bundle on {self.backend} by a graph of whole steps, which knows no adaptive "
-                "projected guidance: leave out apg_rescale and apg_eta, or load the checkpoint"
+                f"projected guidance, and {apg_field(request)}: leave it out, or load the checkpoint"
             )
-        request = complete(request, self.spec, self.vae.config, self.family, self.latents)
+        request, unet = complete(request, self.spec, self.vae.config, self.family, self.latents), self.unet.config
         if request.gradient is not None:
             self._check_gradient(request)
         if self._steps is not None and self.table(request).threshold is not None:
             raise InputError(
                 f"this pipeline runs a bundle on {self.backend} by a graph of whole steps, which knows no dynamic "
                 "thresholding: take another sampler, or load the checkpoint"
+            )
+        lacks_variance = self.schedule.raw.get("variance_type") == "learned_range" and not unet.learns_variance
+        if lacks_variance and self.table(request).rows[:, schedule.COLUMNS.index("d_ratio")].any():
+            raise InputError(
+                f"sampler is {request.sampler!r}: with the scheduler's variance_type 'learned_range' it reads a "
+                "variance that the network makes, and this one makes none: take another sampler"
             )
         if request.candidates is not None:
             self.ranking.need(self.text_stages, self.backend)
@@ -459,6 +465,7 @@ class Stages:
             features=run.features is not None or any(isinstance(network, T2IAdapter) for network in networks),
             pictures=self.image_prompts.capacity(run.picture_tokens),
             reuse=run.reuses,
+            averages=run.guidance.averages,
         )
         slots = Slots(self.unet, buffers, self.graphs, batch_invariant=apart)
         return BatchInvariant(slots) if apart else slots

@@ -71,10 +71,17 @@ REFUSED_SCHEDULES = {
     "gits": "its noise levels are published under no licence that lets a program have them",
     "polyexponential": "with its rho of 1 it is exponential: write that",
     "linear quadratic": "its levels are those of flow matching models, another family",
+    "ays svd": "its levels are those of Stable Video Diffusion, a model for video",
+    "ays 32": "its authors publish ten steps, and interpolate others: take ays, with any number of steps",
+    "ays if": "fastldm has the published levels of Stable Diffusion 1.5 and XL alone",
 }
 """Schedules of other programs, and why they are not here."""
 _REFUSED = {_normalized(name): reason for name, reason in REFUSED.items()}
-_REFUSED_SUFFIXES = {_normalized(kind): (kind, reason) for kind, reason in REFUSED_SCHEDULES.items()}
+_REFUSED_SUFFIXES = {
+    _normalized(spelled): (kind, reason)
+    for kind, reason in REFUSED_SCHEDULES.items()
+    for spelled in (kind, kind.replace("ays", "align your steps"))
+}
 
 
 def schedules_of(name: str) -> tuple[str, ...]:

@@ -85,6 +85,7 @@ _FIELDS: dict[str, Field] = {
     ),
 }
 
+SET_LATER = "_use_default_values"  # diffusers' key: of its values, those that a pipeline has set
 # Values that the classes' __init__ sets if a scheduler has the key; those of XL and LCM set none.
 _TEXT_TO_IMAGE = {"steps_offset": 1, "clip_sample": False}
 SET_BY_PIPELINES: dict[str, dict[str, Any]] = {
@@ -156,6 +157,7 @@ def read_scheduler(config: Mapping[str, Any], pipeline: str | None, source: str)
     if changed:
         report = ", ".join(f"{key} is {value}" for key, value in changed.items())
         logger.info("%s: %s, as in diffusers' %s", source, report, pipeline)
+    set_later = found if isinstance(found := config.pop(SET_LATER, ()), list) else ()
     effective = {**config, **changed}
     if defaults.get("skip_prk_steps") is False and not effective.get("skip_prk_steps", False):
         by = "its value" if "skip_prk_steps" in effective else "default"
@@ -171,7 +173,7 @@ def read_scheduler(config: Mapping[str, Any], pipeline: str | None, source: str)
     except InputError as error:
         raise CheckpointError(f"{source}: {error}") from error
     # Another sampler starts from the file's keys: diffusers' `from_config` drops values that were defaults.
-    return replace(result, raw={key: value for key, value in effective.items() if key in config})
+    return replace(result, raw={k: v for k, v in effective.items() if k in config and k not in set_later})
 
 
 def read_config(config: Mapping[str, Any], *, steps_offset: int | None = 1) -> ScheduleConfig:

@@ -75,6 +75,10 @@ class ImageFields(BaseModel):
     pag_adaptive_scale: float | None = None
     apg_rescale: float | None = Field(None, description="Adaptive projected guidance.")
     apg_eta: float | None = None
+    apg_momentum: float | None = None
+    use_original_formulation: bool | None = Field(
+        None, description="Whether guidance_scale counts from 0, as in papers."
+    )
     clip_guidance_scale: float | None = Field(None, description="CLIP guidance by gradient, such as 100; 0 is off.")
     sampler: str | None = Field(None, max_length=200)
     strength: float | None = None
@@ -111,8 +115,8 @@ class EditFields(ImageFields):
 
 
 _MORE = (
-    *("pag_scale", "pag_adaptive_scale", "apg_rescale", "apg_eta", "clip_skip", "adapters", "reuse", "noise_level"),
-    "clip_guidance_scale",
+    *("pag_scale", "pag_adaptive_scale", "apg_rescale", "apg_eta", "apg_momentum", "use_original_formulation"),
+    *("clip_skip", "adapters", "reuse", "noise_level", "clip_guidance_scale"),
 )
 
 

@@ -67,7 +67,7 @@ class CallState:
         self.image_guidance_scale = request.image_guidance_scale
         self.pag_scale, self.pag_adaptive_scale = float(request.pag_scale or 0), request.pag_adaptive_scale
         self.guidance_rescale, self.clip_skip = request.guidance_rescale, request.clip_skip
-        self._cfg_pp = is_cfg_pp(request.sampler)
+        self._cfg_pp, self._original = is_cfg_pp(request.sampler), request.use_original_formulation
         self.num_timesteps = 0
         self.interrupt = False
 
@@ -77,7 +77,8 @@ class CallState:
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        guided = (self.guidance_scale > 1 or self._cfg_pp) and not self.embedded_guidance
+        guides = self.guidance_scale > (0 if self._original else 1) or self._cfg_pp
+        guided = guides and not self.embedded_guidance
         return guided and (self.image_guidance_scale is None or self.image_guidance_scale >= 1)
 
     def call(self, pipe: Any, callback: StepCallback, names: Sequence[str], step: Progress) -> Change | None:

@@ -172,6 +172,8 @@ def _hires(completed: Request, first: Request, base: CascadeModel, upscaler: enl
 
 _OF_REFINER = (
     *("prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "guidance_rescale", "guidance_interval"),
+    *("apg_rescale", "apg_eta", "apg_momentum", "use_original_formulation"),
+    *("pag_scale", "pag_adaptive_scale", "pag_applied_layers"),
     *("timesteps", "sigmas", "eta", "num_images_per_prompt", "seed", "generator", "mask_image", "clip_skip"),
     *("literal_prompt", "original_size", "crops_coords_top_left", "negative_original_size", "output_type"),
     *("negative_crops_coords_top_left", "height", "width", "reuse"),

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import fastldm
 from benchmarks import ladder
 from fastldm import Pipeline, Session
+from fastldm.kernels import use
 from fastldm.models.unet import UNet
 from fastldm.runtime.batch import EagerBatch
 from fastldm.runtime.denoise import Guidance, Run
@@ -113,3 +115,14 @@ def guided_runs(unet: UNet, table: StepTable, guidances: Sequence[Guidance]) -> 
         latents = torch.randn(batch, 4, 8, 8, generator=g)
         made.append(Run(table, latents, [None] * len(table), guidance, temb=temb, text_kv=unet.cross_kv(text)))
     return made
+
+
+class OnTorch:
+    """A network without Triton, for the interpreter is slow."""
+
+    def __init__(self, unet: UNet) -> None:
+        self.unet = unet
+
+    def step(self, *args: Any, **options: Any) -> Tensor:
+        with use("torch"):
+            return self.unet.step(*args, **options)
