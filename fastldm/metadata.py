@@ -106,6 +106,8 @@ def parameters_text(
         value = _as_tuple(getattr(request, name))
         if name.endswith("prompt_2"):
             value = _nth(value, picture, request.kept)
+        if name == "class_labels" and isinstance(value, tuple):  # one for each image
+            value = value[picture]
         values[label] = None if value == _as_tuple(type(request).__dataclass_fields__[name].default) else value
     values |= extra or {}
     lines.append(", ".join(f"{key}: {_value(value)}" for key, value in values.items() if value is not None))
@@ -343,6 +345,7 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "s_noise": ("Sigma noise", float),
     "reuse": ("Reuse", int),
     "noise_level": ("Noise level", int),
+    "class_labels": ("Class", int),
     "timesteps": ("Timesteps", _list_of(_number)),
     "sigmas": ("Sigmas", _list_of(float)),
     "aesthetic_score": ("Aesthetic score", float),

@@ -187,9 +187,10 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         }
         networks = loading.load(spec, lambda module, name: adoption.adopt(module, components[name]), components)
         adopted = cls(spec, networks, type(pipe).__name__, batch_invariant=batch_invariant)
-        if getattr(components["vae"], "use_tiling", False):
+        vae = components.get("vae")
+        if getattr(vae, "use_tiling", False):
             adopted.enable_vae_tiling()
-        elif getattr(components["vae"], "use_slicing", False):
+        elif getattr(vae, "use_slicing", False):
             adopted.enable_vae_slicing()
         for control in controls:
             adopted.attach_control(control)
@@ -277,7 +278,8 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
             raise
         if return_dict:
             return result
-        return (result.images,) if xl else (result.images, None)  # diffusers says whether it found something unsafe
+        alone = xl or self.family.by_class  # others of diffusers say whether they found something unsafe
+        return (result.images,) if alone else (result.images, None)
 
     @property
     def session(self) -> Session:
@@ -303,7 +305,7 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         if self.refiner is not None:
             self.refiner.warmup([(width, height) for width, height in sizes], counts, **options)
             options["refiner_switch_at"] = 1.0
-        prompt = "" if self.family.reads_picture else "a prompt"
+        prompt = "a prompt" if self.text_stages and not self.family.reads_picture else ""
         options = {"prompt": prompt, "num_inference_steps": repeats, "output_type": "pt", "seed": 0, **options}
         for width, height, count in sorted(workloads, key=math.prod, reverse=True):
             pictures = needed_images(self.stages.spec, height, width)

@@ -31,6 +31,7 @@ MAX_ADAPTERS = 100  # of a request
 MAX_WEIGHT = 1000.0  # of an adapter
 MAX_CONTROLS = 100  # of a request
 MAX_LAYERS = 1000  # that a request names
+MAX_CLASS = 2**20
 
 UNSUPPORTED = {
     "callback": ": use callback_on_step_end",
@@ -40,6 +41,7 @@ UNSUPPORTED = {
     "adaptive_projected_guidance_rescale": ": it is apg_rescale",
     "adaptive_projected_guidance_momentum": ": it is apg_momentum",
     "adaptive_projected_guidance_norm_dim": ": apg_rescale is of all of a picture",
+    "use_clipped_model_output": ": a sampler clips as its checkpoint says",
     "clip_prompt": ": give guidance_fn=CLIPGuidance(scale, prompt)",
     "num_cutouts": ": give guidance_fn=CLIPGuidance(scale, num_cutouts=4)",
     "seg_scale": ", for it blurs queries in each step: pag_scale is its relative that only selects",
@@ -185,6 +187,9 @@ class Request:
     depth_map: Any = None
     """Of depth to image, how near each pixel of `image` is: a tensor (n, H, W) of any range and size, or grey pictures,
     white near. None: what the checkpoint's own network estimates of `image`."""
+    class_labels: int | Sequence[int] | torch.Tensor | None = None
+    """Of class-conditional models, what each image shows: a class's number, a list or tensor of one for each image, or
+    None for random ones, as diffusers' ConsistencyModelPipeline draws them: with seeds, each of its own."""
     noise_level: int | None = None
     """Of models that enlarge `image`: how much noise is added to it first, a timestep of the low_res_scheduler. None is
     the model's: 20 of the x4 upscaler, as in diffusers. Of stable unCLIP, to what is read of `image`, a timestep of the
@@ -321,6 +326,8 @@ class Request:
             if options[name] is not None:
                 raise InputError(f"{name} is not supported{UNSUPPORTED[name]}")
             options = {key: value for key, value in options.items() if key != name}
+        if "batch_size" in options:
+            options = _counted(prompt, options)
         checks.known(options, list(_DEFAULTS))
         return prompt.replace(**options) if isinstance(prompt, Request) else cls(prompt=prompt, **options)
 
@@ -373,7 +380,7 @@ class Request:
 
     def alone(self, k: int) -> Request:
         """One image of prompt k: what its text is read from. It has neither seed, generator nor latents."""
-        changes: dict[str, Any] = dict.fromkeys(("seed", "generator", "latents"))
+        changes: dict[str, Any] = dict.fromkeys(("seed", "generator", "latents", "class_labels"))
         for name in (*PER_PROMPT, "image_embeds"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
@@ -434,6 +441,18 @@ def as_list(texts: str | Sequence[str] | None) -> list[str]:
 
 
 Check = Callable[[str, Any], Any]
+
+
+def _counted(prompt: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Options with `batch_size`, by which diffusers' pipelines without a prompt count images, as its name here."""
+    if isinstance(prompt, Request):
+        prompt = prompt.prompt
+    if prompt is not None or options.get("prompt") is not None:
+        raise InputError("batch_size counts images of models that read no prompt: give num_images_per_prompt")
+    if "num_images_per_prompt" in options:
+        raise InputError("batch_size and num_images_per_prompt were both given: give one of them")
+    rest = {name: value for name, value in options.items() if name != "batch_size"}
+    return {**rest, "num_images_per_prompt": checks.whole("batch_size", options["batch_size"], 1, MAX_IMAGES, "images")}
 
 
 def _check_texts(request: Request) -> None:
@@ -622,6 +641,20 @@ def _control_images(name: str, value: Any) -> Any:
     return value if type(value) is not dict else dict(value)  # else a selection that was made from one
 
 
+def _classes(name: str, value: Any) -> int | tuple[int, ...]:
+    """A class, or one for each image."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        if value.ndim > 1 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+            raise InputError(f"{name} is {checks.show(value)}: expected a tensor of whole numbers, one for each image")
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        items = checks.listed(name, value, MAX_IMAGES, "classes")
+        return tuple(checks.whole(f"{name}[{k}]", item, 0, MAX_CLASS) for k, item in enumerate(items))
+    return checks.whole(name, value, 0, MAX_CLASS)
+
+
 def _fractions(name: str, value: Any) -> tuple[float, float]:
     items = checks.listed(name, value, 2, "fractions")
     if len(items) != 2:
@@ -717,6 +750,7 @@ _CHECKS: dict[str, Check] = {
     "denoising_start": _inner,
     "denoising_end": _inner,
     "noise_level": _whole(0, 10**5, "a noise level"),
+    "class_labels": _classes,
     "sampler": lambda name, value: checks.short_text(name, value, "a sampler's name, such as 'euler a'"),
     "timesteps": lambda name, value: checks.numbers(name, value, MAX_STEPS),
     "sigmas": lambda name, value: checks.numbers(name, value, MAX_STEPS),

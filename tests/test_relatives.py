@@ -16,7 +16,7 @@ from fastldm import Pipeline
 from fastldm.errors import CheckpointError
 from fastldm.loading import spec as loading
 from fastldm.loading.formats import component_classes
-from fastldm.models.families import pipeline_classes
+from fastldm.models.families import PIXEL_SPACE_PIPELINES, UNCONDITIONAL_PIPELINES, pipeline_classes
 
 XL_INDEX = {
     **SD_INDEX,
@@ -45,9 +45,13 @@ def test_supported_classes_are_accepted() -> None:
     none: Any = [None, None]
     codes: Any = {"vae": none, "vqvae": ["diffusers", "VQModel"]}
     own["LDMTextToImagePipeline"] = {**codes, "text_encoder": none, "bert": ["latent_diffusion", "LDMBertModel"]}
+    plain: Any = {"text_encoder": none, "tokenizer": none, "unet": ["diffusers", "UNet2DModel"]}
+    own |= {name: {**plain, "vae": none} for name in PIXEL_SPACE_PIPELINES}
+    own |= {name: {**plain, **codes} for name in ("LDMPipeline", "LDMSuperResolutionPipeline")}
     for name in pipeline_classes() - {"PixelUpscalePipeline"}:  # which is fastldm's own
         index = {**(XL_INDEX if "XL" in name else SD_INDEX), **own.get(name, {})}
-        assert component_classes({**index, "_class_name": name}, "here")["unet"] == "UNet2DConditionModel"
+        expected = "UNet2DModel" if name in UNCONDITIONAL_PIPELINES else "UNet2DConditionModel"
+        assert component_classes({**index, "_class_name": name}, "here")["unet"] == expected
         assert hasattr(diffusers, name) or name.endswith("Legacy")  # diffusers dropped that one
 
 

@@ -143,6 +143,14 @@ def _list_things(ctx: click.Context, param: click.Parameter, group: str | None) 
     help="Noise that is added to a picture to be enlarged, or to what unCLIP reads.  [default: the model's]",
 )
 @click.option(
+    "--class-label",
+    "class_labels",
+    type=int,
+    multiple=True,
+    metavar="N",
+    help="Of class-conditional models: what the pictures show, or repeated what each. [default: any]",
+)
+@click.option(
     "--depth-map", metavar="FILE", help="Of depth to image: a grey picture, white near.  [default: it is estimated]"
 )
 @click.option("--refiner", metavar="MODEL", help="A model that goes on with the latents, such as SDXL's refiner.")
@@ -211,7 +219,7 @@ def _list_things(ctx: click.Context, param: click.Parameter, group: str | None) 
 def generate(
     prompt: str | None, output: str | None, model: str, count: int, as_json: bool, debug: bool, **options: Any
 ) -> None:
-    """Make a picture for PROMPT, which may be left out where there is an --image.
+    """Make a picture for PROMPT, which may be left out where there is an --image, or where the model reads none.
 
     \b
     fastldm generate "a red apple"
@@ -222,15 +230,26 @@ def generate(
     fastldm generate "a cat" -m ./sd15 --lora style.safetensors:0.8
     fastldm generate "a white cat" -m ./x4-upscaler --image small.png
     fastldm generate -m ./sd-image-variations --image cat.png --n 4
+    fastldm generate -m ./ddpm-cat-256 --steps 100
     fastldm generate "a cat" -m ./sdxl --refiner ./sdxl-refiner --switch-at 0.8
     fastldm generate "a cat" -m ./sd15-onnx --backend openvino
     """
     if prompt is None:
-        if options["image"] is None:
+        with reported(debug):
+            needed = options["image"] is None and _reads_text(model, options)
+        if needed:
             raise click.UsageError("Missing argument 'PROMPT'.")
         prompt = ""
     with reported(debug):
         _generate(prompt, output, model, count, as_json, options)
+
+
+def _reads_text(model: str, options: dict[str, Any]) -> bool:
+    if model == "default":
+        return True
+    from fastldm.model import describe
+
+    return bool(describe(model, variant=options["variant"], allow_pickle=options["allow_pickle"]).encoders)
 
 
 def _generate(prompt: str, output: str | None, model: str, count: int, as_json: bool, options: dict[str, Any]) -> None:
@@ -264,6 +283,7 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
         "denoising_start": options["denoising_start"],
         "denoising_end": options["denoising_end"],
         "noise_level": options["noise_level"],
+        "class_labels": _one_or_each(options["class_labels"]),
         "depth_map": options["depth_map"],
         "mask_image": options["mask"],
         "padding_mask_crop": options["padding_mask_crop"],
@@ -348,6 +368,10 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
         f"{result.backend} {result.dtype} on {pipe.device}: {timings.total:.2f} s (text {timings.text:.2f}, "
         f"{steps} steps {sum(timings.steps):.2f}, decode {timings.decode:.2f})"
     )
+
+
+def _one_or_each(numbers: tuple[int, ...]) -> int | tuple[int, ...] | None:
+    return numbers[0] if len(numbers) == 1 else numbers or None
 
 
 def _warn_if_unknown(pipe: Pipeline, prompt: str) -> None:

@@ -17,7 +17,6 @@ from fastldm.models.families import (
     DEPTH_PIPELINE,
     IMAGE_ENCODER,
     IMAGE_NORMALIZER,
-    PIXEL_PIPELINE,
     TEXT_ENCODERS,
     UNCLIP_PIPELINE,
     UPSCALE_PIPELINE,
@@ -33,7 +32,6 @@ PathLike = str | os.PathLike[str]
 Config = dict[str, Any]
 
 INDEX = "model_index.json"
-_REQUIRED = ("unet", "vae", "scheduler")
 NOISING = ("low_res_scheduler", "image_noising_scheduler")
 """Those of noise that is added to what is read: to the x4 upscaler's small picture, to unCLIP's vector of a picture."""
 SCHEDULERS = ("scheduler", *NOISING)
@@ -80,10 +78,9 @@ def component_classes(index: Config, source: str) -> dict[str, str]:
     relatives.check_class(pipeline, source)
     noising = {UPSCALE_PIPELINE: NOISING[:1], UNCLIP_PIPELINE: NOISING[1:]}.get(str(pipeline), ())
     networks = network_classes(pipeline)
-    of_picture = (name for name in (IMAGE_ENCODER, IMAGE_NORMALIZER) if name in networks)
-    needed = (*_REQUIRED, *noising, *of_picture)
-    reads_text = pipeline != PIXEL_PIPELINE and "text_encoder" in networks
-    of_text = (*TEXT_ENCODERS, *TOKENIZERS) if reads_text else ()
+    alone = (name for name in ("unet", "vae", IMAGE_ENCODER, IMAGE_NORMALIZER) if name in networks)
+    needed = (*alone, "scheduler", *noising)
+    of_text = (*TEXT_ENCODERS, *TOKENIZERS) if "text_encoder" in networks else ()
     names = [name for name in (*networks, *TOKENIZERS, *SCHEDULERS) if name in (*needed, *of_text)]
     not_needed = (*NOT_NEEDED, *([DEPTH] if pipeline == DEPTH_PIPELINE else []))  # for a request brings a map, or not
     unknown = [f"{name} ({listed[name]})" for name in listed if name not in names and name not in not_needed]

@@ -14,12 +14,19 @@ from typing import Any, NamedTuple
 from fastldm.errors import CheckpointError
 from fastldm.loading.tensors import Shapes
 from fastldm.models.config import UNetConfig
-from fastldm.models.families import DEPTH_PIPELINE, UNCLIP_PIPELINE, pipeline_classes
+from fastldm.models.families import (
+    DEPTH_PIPELINE,
+    PIXEL_PIPELINE,
+    SUPER_RESOLUTION_PIPELINE,
+    UNCLIP_PIPELINE,
+    UNCONDITIONAL_PIPELINES,
+    pipeline_classes,
+)
 
 RUNS = (
     "fastldm runs Stable Diffusion 1, 2 and XL for text to image, image to image and inpainting, InstructPix2Pix, "
-    "depth to image, the x4 upscaler, image variations, stable unCLIP's image to image, and latent diffusion's first "
-    "text to image"
+    "depth to image, the x4 upscaler, image variations, stable unCLIP's image to image, and latent diffusion's, DDPM's "
+    "and consistency models without a prompt or with its first text encoder"
 )
 
 
@@ -103,8 +110,14 @@ def check_unet_keys(config: Mapping[str, Any], source: str, pipeline: Any = None
 
 
 def check_standard(unet: UNetConfig, source: str, pipeline: Any = None) -> None:
-    """CheckpointError if a U-Net is beyond Stable Diffusion's kind: there are networks of it, and no pipelines yet.
-    pipeline: the class's name."""
+    """CheckpointError if a U-Net is beyond Stable Diffusion's kind, and its pipeline is none that is there. pipeline:
+    the class's name."""
+    if not unet.conditional and pipeline in UNCONDITIONAL_PIPELINES:
+        if unet.class_embed_type is not None:
+            raise CheckpointError(
+                f"{source} has 'class_embed_type' {unet.class_embed_type!r}: a {pipeline} with a table of classes runs"
+            )
+        return
     if unet.beyond_standard is not None:
         kind = f"of a {pipeline}, " * isinstance(pipeline, str)
         raise CheckpointError(f"{source} is {kind}with {unet.beyond_standard}, a pipeline that is not there. {RUNS}.")
@@ -124,13 +137,14 @@ def check_channels(
     Stable Diffusion reads the C channels of latents, and for inpainting also a mask and C channels of the masked image.
     InstructPix2Pix reads C channels of the image that it edits, as others do: pipeline, the name of the class, tells.
     Depth to image reads a map, by its pipeline's name. The x4 upscaler reads a picture, and a noise level as its class:
-    needs_class. What reads no text reads a picture as C channels.
+    needs_class. What reads no text reads latents alone, or by its pipeline's name C channels of a picture too.
     """
     if not reads_text:
-        if channels != 2 * latents:
+        enlarges = pipeline in (PIXEL_PIPELINE, SUPER_RESOLUTION_PIPELINE)
+        if channels != (2 * latents if enlarges else latents):
+            expected = f"{2 * latents}, latents and as many of a picture" if enlarges else f"{latents}, the latents'"
             raise CheckpointError(
-                f"{source} has {channels} input channels and reads no text: fastldm runs what enlarges a picture, with "
-                f"{2 * latents} channels, twice the latents'."
+                f"{source} has {channels} input channels and reads no text: a {pipeline} has {expected}."
             )
         return
     if needs_class:

@@ -30,6 +30,7 @@ from fastldm.models.clip import CLIPText
 from fastldm.models.clip_vision import CLIPVision, Normalizer, VisionConfig
 from fastldm.models.config import (
     AUTOENCODERS,
+    PIXEL_SPACE,
     AutoencoderConfig,
     PixelResidualConfig,
     TextConfig,
@@ -38,8 +39,10 @@ from fastldm.models.config import (
     VAEConfig,
 )
 from fastldm.models.families import (
+    DDIM_PIPELINE,
     IMAGE_ENCODER,
     IMAGE_NORMALIZER,
+    SUPER_RESOLUTION_PIPELINE,
     TEXT_ENCODERS,
     UPSCALE_PIPELINE,
     Family,
@@ -90,6 +93,12 @@ class Spec:
         if isinstance(self.vae, PixelResidualConfig):
             return self.vae.upscale_factor
         return self.vae.factor if self.unet.upscales else 1
+
+    @property
+    def picture_multiple(self) -> int:
+        """What a small picture's sides are made a multiple of, in pixels, before it is read: as in diffusers 32 of
+        latent diffusion's super-resolution; 1 where the autoencoder alone asks for one."""
+        return 32 if self.family.name == "ldm-super-resolution" else 1
 
     @property
     def window(self) -> int:
@@ -181,22 +190,28 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
     """
     index = read_fields(checkpoint.index, _INDEX, f"{checkpoint.source}: {INDEX}")
     pipeline = None if checkpoint.loaded else checkpoint.index.get("_class_name")
-    schedule = read_scheduler(checkpoint.scheduler, pipeline, checkpoint.config_source("scheduler"))
+    named = checkpoint.index.get("_class_name")
+    scheduler = checkpoint.scheduler
+    if named == DDIM_PIPELINE:  # which makes a DDIMScheduler of any
+        scheduler = {**scheduler, "_class_name": "DDIMScheduler"}
+    schedule = read_scheduler(scheduler, pipeline, checkpoint.config_source("scheduler"))
 
     configs = {name: component.config for name, component in checkpoint.components.items()}
     sources = {name: checkpoint.config_source(name) for name in configs}
-    relatives.check_unet_keys(configs["unet"], sources["unet"], pipeline or checkpoint.index.get("_class_name"))
+    relatives.check_unet_keys(configs["unet"], sources["unet"], named)
     unet = UNetConfig.from_dict(_with_size(configs["unet"], pipeline), sources["unet"])
-    relatives.check_standard(unet, sources["unet"], checkpoint.index.get("_class_name"))
-    vae_class = AUTOENCODERS.get(str(configs["vae"].get("_class_name")), VAEConfig)
-    vae = vae_class.from_dict(_with_scale(configs["vae"], pipeline, sources["vae"]), sources["vae"])
+    relatives.check_standard(unet, sources["unet"], named)
+    vae: AutoencoderConfig = PIXEL_SPACE
+    if "vae" in configs:
+        vae_class = AUTOENCODERS.get(str(configs["vae"].get("_class_name")), VAEConfig)
+        vae = vae_class.from_dict(_with_scale(configs["vae"], named, pipeline, sources["vae"]), sources["vae"])
     relatives.check_channels(
         unet.in_channels,
         sources["unet"],
         vae.latent_channels,
-        checkpoint.index.get("_class_name"),
+        named,
         needs_class=unet.needs_class,
-        reads_text=bool(unet.cross_widths),
+        reads_text=unet.reads_text,
     )
     low_res = None
     if checkpoint.low_res_scheduler is not None:
@@ -218,7 +233,6 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
             f"{checkpoint.config_source('scheduler')}: variance_type is 'learned_range', and the U-Net makes "
             f"{unet.out_channels} channels ('out_channels'): expected as many again, the variance"
         )
-    named = checkpoint.index.get("_class_name")
     family = recognise(unet, checkpoint.scheduler, named, reads_picture=vision is not None)
     highest = 0 if low_res is None else index["max_noise_level"]
     if unet.needs_vector and low_res is not None:
@@ -228,7 +242,7 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
 
 def _check_noise_levels(unet: UNetConfig, low_res: ScheduleConfig | None, highest: int, source: str) -> None:
     """CheckpointError if a small picture is read, and its noise levels are not all known."""
-    if not unet.needs_class:
+    if not unet.needs_class or unet.needs_label:
         return
     if low_res is None:
         raise CheckpointError(f"{source}: the U-Net reads a small picture with noise, and has no low_res_scheduler")
@@ -240,8 +254,11 @@ def _check_noise_levels(unet: UNetConfig, low_res: ScheduleConfig | None, highes
         )
 
 
-def _with_scale(config: Mapping[str, Any], pipeline: str | None, source: str) -> Mapping[str, Any]:
-    """A VAE's config with scaling_factor as diffusers' upscaler sets it, whatever the file has."""
+def _with_scale(config: Mapping[str, Any], named: Any, pipeline: str | None, source: str) -> Mapping[str, Any]:
+    """A VAE's config with scaling_factor as diffusers' upscalers set it, whatever the file has: latent diffusion's
+    super-resolution has none. named: the pipeline's class, also where `pipeline` is None, as of a loaded one."""
+    if named == SUPER_RESOLUTION_PIPELINE:
+        return {**config, "scaling_factor": 1.0}
     if pipeline != UPSCALE_PIPELINE or config.get("scaling_factor") == 0.08333:
         return config
     logger.info("%s: scaling_factor is 0.08333, as in diffusers' %s", source, pipeline)
@@ -289,12 +306,15 @@ def _check_fit(
             f"the U-Net reads {unet.cross_attention_dim} channels ('cross_attention_dim'), and the image encoder makes "
             f"{vision.projection_dim} ('projection_dim')",
         )
-    check(
-        isinstance(vae, PixelResidualConfig) != bool(unet.cross_widths),
-        "the U-Net reads text, or the VAE is no PixelResidual, and one goes without the other",
-    )
     reads = bool(text or vision)
-    check(reads == bool(unet.cross_widths), "the U-Net reads text, and there is no text_encoder, or the reverse")
+    check(reads == unet.reads_text, "the U-Net reads text, and there is no text_encoder, or the reverse")
+    pixels = isinstance(vae, PixelResidualConfig)
+    check(not (pixels and unet.reads_text), "the U-Net reads text, and the VAE is a PixelResidual, which goes without")
+    check(
+        pixels or unet.reads_text or unet.in_channels - latent_channels in (0, 3),
+        f"the U-Net reads {unet.in_channels} channels ('in_channels'), and latents of {latent_channels} beside a "
+        "picture's 3 were expected",
+    )
     check(
         not text or sum(text_channels) == unet.cross_attention_dim,
         f"the U-Net reads text of {unet.cross_attention_dim} channels ('cross_attention_dim'), "

@@ -247,7 +247,8 @@ _PIXELS = {
 @dataclass(frozen=True)
 class PixelResidualConfig:
     """An autoencoder without weights, of a model that enlarges pictures: latents are the pixels of a patch, of what a
-    picture has beyond a small one that was enlarged by bicubic interpolation."""
+    picture has beyond a small one that was enlarged by bicubic interpolation. With patches of one pixel and nothing to
+    enlarge it is that of a model whose latents are pixels, `PIXEL_SPACE`."""
 
     patch_size: int  # of `pixel_unshuffle`
     upscale_factor: int  # how many times as wide the picture is as the small one
@@ -279,6 +280,8 @@ class PixelResidualConfig:
         return cls(values["patch_size"], values["upscale_factor"], values["scaling_factor"])
 
 
+PIXEL_SPACE = PixelResidualConfig(patch_size=1, upscale_factor=1, scaling_factor=1.0)
+"""Of pipelines without an autoencoder, whose U-Net makes pixels."""
 AutoencoderConfig = VAEConfig | TinyVAEConfig | PixelResidualConfig
 AUTOENCODERS: dict[str, type[VAEConfig] | type[TinyVAEConfig] | type[PixelResidualConfig]] = {
     "AutoencoderKL": VAEConfig,

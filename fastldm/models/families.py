@@ -86,10 +86,20 @@ LDM_TEXT_PIPELINE = "LDMTextToImagePipeline"
 _EULER, _EULER_A = "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"
 _VARIATION_PIPELINES = ("StableDiffusionImageVariationPipeline",)
 UNCLIP_PIPELINE = "StableUnCLIPImg2ImgPipeline"
+LDM_PIPELINE, SUPER_RESOLUTION_PIPELINE = "LDMPipeline", "LDMSuperResolutionPipeline"
+DDIM_PIPELINE = "DDIMPipeline"
+PIXEL_SPACE_PIPELINES = ("DDPMPipeline", DDIM_PIPELINE, "ConsistencyModelPipeline")
+UNCONDITIONAL_PIPELINES = (LDM_PIPELINE, SUPER_RESOLUTION_PIPELINE, *PIXEL_SPACE_PIPELINES)
+"""Those of diffusers' UNet2DModel, which reads no text."""
 
 # The first match counts; the last entry matches everything.
 FAMILIES: tuple[Family, ...] = (
     Family("ldm-text", 50, 6.0, lambda *_: True, pipelines=(LDM_TEXT_PIPELINE,), by_class=True),
+    Family("ldm", 50, 1.0, lambda *_: True, pipelines=(LDM_PIPELINE,), by_class=True),
+    Family("ldm-super-resolution", 100, 1.0, lambda *_: True, pipelines=(SUPER_RESOLUTION_PIPELINE,), by_class=True),
+    Family("ddpm", 1000, 1.0, lambda *_: True, pipelines=("DDPMPipeline",), by_class=True),
+    Family("ddim", 50, 1.0, lambda *_: True, pipelines=(DDIM_PIPELINE,), by_class=True),
+    Family("consistency", 1, 1.0, lambda *_: True, pipelines=("ConsistencyModelPipeline",), by_class=True),
     Family("sd2-unclip", 20, 10.0, lambda unet, _: unet.needs_vector, pipelines=(UNCLIP_PIPELINE,), reads_picture=True),
     Family("sd1-variation", 50, 7.5, lambda *_: True, pipelines=_VARIATION_PIPELINES, reads_picture=True),
     Family("sdxl-edit", 30, 5.0, lambda unet, _: unet.edits and unet.needs_added, pipelines=_SDXL_EDIT_PIPELINES),
@@ -123,7 +133,10 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
-_FOLDER_NAMES = {LDM_TEXT_PIPELINE: {"vae": "vqvae", "text_encoder": "bert"}}
+_FOLDER_NAMES = {
+    LDM_TEXT_PIPELINE: {"vae": "vqvae", "text_encoder": "bert"},
+    **{name: {"vae": "vqvae"} for name in (LDM_PIPELINE, SUPER_RESOLUTION_PIPELINE)},
+}
 """What components are called by pipelines that have other names for them."""
 
 
@@ -148,16 +161,21 @@ def recognise(
     return next(family for family in families if family.matches(unet, scheduler))
 
 
+_NETWORKS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(_VARIATION_PIPELINES, ("unet", "vae", IMAGE_ENCODER)),
+    UNCLIP_PIPELINE: ("unet", "vae", "text_encoder", IMAGE_ENCODER, IMAGE_NORMALIZER),
+    **dict.fromkeys((PIXEL_PIPELINE, LDM_PIPELINE, SUPER_RESOLUTION_PIPELINE), ("unet", "vae")),
+    **dict.fromkeys(PIXEL_SPACE_PIPELINES, ("unet",)),
+}
+"""The networks of a pipeline of diffusers that are not those of Stable Diffusion."""
+
+
 def network_classes(pipeline: object) -> dict[str, tuple[str, ...]]:
     """The classes of the networks that a pipeline of diffusers runs, by component."""
-    if not any(family.reads_picture and pipeline in family.pipelines for family in FAMILIES):
-        return NETWORK_CLASSES
-    if pipeline == UNCLIP_PIPELINE:
-        names: tuple[str, ...] = ("unet", "vae", "text_encoder")
-        more = {IMAGE_ENCODER: IMAGE_ENCODER_CLASSES, IMAGE_NORMALIZER: IMAGE_NORMALIZER_CLASSES}
-    else:
-        names, more = ("unet", "vae"), {IMAGE_ENCODER: IMAGE_ENCODER_CLASSES}
-    return {name: NETWORK_CLASSES[name] for name in names} | more
+    classes = NETWORK_CLASSES | {IMAGE_ENCODER: IMAGE_ENCODER_CLASSES, IMAGE_NORMALIZER: IMAGE_NORMALIZER_CLASSES}
+    if pipeline in UNCONDITIONAL_PIPELINES:
+        classes |= {"unet": ("UNet2DModel",)}
+    return {name: classes[name] for name in _NETWORKS.get(str(pipeline), tuple(NETWORK_CLASSES))}
 
 
 def pipeline_classes() -> frozenset[str]:

@@ -215,6 +215,11 @@ class UNetConfig:
         return self.is_standard and self.in_channels == 2 * self.latent_channels and not self.upscales
 
     @property
+    def reads_text(self) -> bool:
+        """Whether it attends to a text."""
+        return bool(self.cross_widths)
+
+    @property
     def reads_depth(self) -> bool:
         """Whether a depth map is read behind the latents."""
         return self.is_standard and self.in_channels == self.latent_channels + 1
@@ -223,7 +228,9 @@ class UNetConfig:
     def upscales(self) -> bool:
         """Whether a small picture is read behind the latents: at their size, with noise of a level that is a class; or
         without text, in as many channels as they have."""
-        return self.is_standard and (self.needs_class or not self.cross_widths)
+        if not self.conditional:
+            return self.in_channels > self.out_channels
+        return self.is_standard and (self.needs_class or not self.reads_text)
 
     @property
     def pooled_width(self) -> int:
@@ -241,6 +248,11 @@ class UNetConfig:
         return self.num_class_embeds is not None
 
     @property
+    def needs_label(self) -> bool:
+        """Whether that class says what a picture shows; of models that read a text it is a noise level."""
+        return self.needs_class and not self.reads_text
+
+    @property
     def needs_vector(self) -> bool:
         """Whether time rows need a picture's vector in place of a class, as of unCLIP."""
         return self.class_input_dim is not None
@@ -248,7 +260,7 @@ class UNetConfig:
     @property
     def needs_rows(self) -> bool:
         """Whether time rows are others for each U-Net row."""
-        return self.needs_added or self.needs_vector
+        return self.needs_added or self.needs_vector or self.needs_label
 
     @classmethod
     def from_dict(cls, cfg: Mapping[str, Any], source: str = "config.json") -> UNetConfig:

@@ -42,7 +42,7 @@ def complete(
     """
     unet = spec.unet
     if not spec.encoders:
-        request = _without_text(request)
+        request = _without_text(request, unet)
     if request.prompt is None and request.prompt_embeds is None:
         raise InputError("prompt is None: give a text, a list of texts, or prompt_embeds")
     conditioning.check(request, unet.needs_added, scored=unet.needs_added and unet.added_ids == 5)
@@ -107,8 +107,9 @@ def complete(
     width, height = _size(request, spec, vae)
     if ranges:
         sizes.check_size(ranges, vae.factor, width, height)
+    request = request.replace(seed=picture_seeds(request) if request.generator is None else None)
     return request.replace(
-        seed=picture_seeds(request) if request.generator is None else None,
+        class_labels=_class_labels(request, unet),
         height=height,
         width=width,
         num_inference_steps=request.num_inference_steps or family.num_inference_steps,
@@ -120,7 +121,7 @@ def complete(
     )
 
 
-def _without_text(request: Request) -> Request:
+def _without_text(request: Request, unet: UNetConfig) -> Request:
     """A request of a model that reads no text, with empty ones. InputError for others, and for guidance by them."""
     for name in PER_PROMPT:
         value = getattr(request, name)
@@ -128,10 +129,33 @@ def _without_text(request: Request) -> Request:
             raise InputError(f"{name} is {checks.show(value)}: this model reads no text, leave it out")
     if request.guidance_scale is not None and request.guidance_scale > 1:
         raise InputError(f"guidance_scale is {request.guidance_scale:g}: this model reads no text to be guided by")
-    if request.prompt is not None or request.image is None:
+    if request.candidates is not None:
+        raise InputError(f"candidates is {request.candidates}: they are ranked by a prompt, and this model reads none")
+    if request.prompt is not None or request.image is None or not unet.upscales:
         return request.replace(prompt=request.prompt or "")
     count = images.measure(request.image)[0]
     return request.replace(prompt="" if count == 1 else ("",) * count)
+
+
+def _class_labels(request: Request, unet: UNetConfig) -> tuple[int, ...] | None:
+    """A class for each image of a request whose seeds are drawn; None of models that read none. InputError for classes
+    that there are not, and where there are none to be read."""
+    labels = request.class_labels
+    if not unet.needs_label:
+        if labels is not None:
+            raise InputError(f"class_labels is {checks.show(labels)}: only class-conditional models read it")
+        return None
+    classes = int(unet.num_class_embeds or 0)
+    if labels is None:  # of a caller's generator as in diffusers, which draws them from the global one
+        sources = [None] * request.batch if request.generator is not None else picture_seeds(request)
+        generators = (None if seed is None else torch.Generator().manual_seed(seed) for seed in sources)
+        return tuple(int(torch.randint(classes, (1,), generator=generator)) for generator in generators)
+    given = (labels,) * request.batch if isinstance(labels, int) else tuple(labels)
+    if len(given) != request.batch:
+        raise InputError(f"class_labels has {len(given)} classes for {request.batch} images: give one, or one each")
+    if max(given) >= classes:
+        raise InputError(f"class_labels is {checks.show(labels)}: expected classes from 0 to {classes - 1}")
+    return given
 
 
 def needed_images(spec: Spec, height: int, width: int) -> dict[str, Any]:
@@ -257,6 +281,8 @@ def _measured(request: Request, spec: Spec, vae: AutoencoderConfig) -> tuple[int
             )
     if isinstance(vae, PixelResidualConfig):
         factor //= vae.upscale_factor  # the small picture's pixels
+    if spec.picture_multiple > 1:  # of a tensor as diffusers, which takes it as it is
+        factor = spec.unet.stride if isinstance(request.image, Tensor) else spec.picture_multiple
     size = max(height - height % factor, factor), max(width - width % factor, factor)
     if spec.enlarges == 1:
         return size

@@ -183,6 +183,7 @@ class Run:
     pictures: PicturesKV = ()  # by IP-Adapter and cross-attention (R, T, 2C): `IPAdapter.kv`
     repainted: tuple[Tensor, Tensor] | None = None  # picture (B, 3, H, W) and mask (B, 1, H, W) for an asymmetric VAE
     noise_level: int = 0  # of `extra`, where that is a small picture: a class of the network
+    labels: Tensor | None = None  # (B,) whole numbers: classes of the images
     vectors: Tensor | None = None  # (B, 2D): of pictures that unCLIP reads, as `read_picture` gives them
     images: tuple[Run, ...] = ()
     generators: Sequence[torch.Generator] | None = None  # of the seeds, behind all that was drawn
@@ -301,6 +302,7 @@ class Run:
                 controls=tuple(control.image(k) for control in self.controls),
                 features=None if self.features is None else self.features.image(k),
                 noise_level=self.noise_level,
+                labels=None if self.labels is None else of(k, self.labels),
                 vectors=None if self.vectors is None else of(k, self.vectors),
                 gradient=None if self.gradient is None else self.gradient.image(k),
             )

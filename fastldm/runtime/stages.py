@@ -397,8 +397,11 @@ class Stages:
             rows = len(embeds.prompt_embeds)
             negatives = run.vectors.new_zeros((rows - run.batch, run.vectors.shape[1]))
             labels = torch.cat((negatives, run.vectors)).repeat(len(table), 1)
+        elif run.labels is not None:
+            rows = run.batch
+            labels = run.labels.repeat(len(table))
         timesteps = timesteps.repeat_interleave(rows)
-        if self.unet.config.needs_class:
+        if self.unet.config.needs_class and labels is None:
             labels = torch.full_like(timesteps, run.noise_level)
         temb = self.unet.time_rows(timesteps, added=added, guidance=scale, class_labels=labels)
         text_kv: tuple[Tensor, ...] = ()

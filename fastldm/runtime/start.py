@@ -95,7 +95,8 @@ def start_run(
         vectors = vectors.to(dtype).repeat_interleave(request.batch // len(vectors), 0)
     if unet.upscales:  # which starts from noise alone, drawn after that of the picture
         small_size = height // spec.enlarges, width // spec.enlarges
-        small = send(images.load_image(request.image, small_size, resample=Resampling.BICUBIC), device)
+        resample = Resampling.LANCZOS if spec.picture_multiple > 1 else Resampling.BICUBIC
+        small = send(images.load_image(request.image, small_size, resample=resample), device)
         if isinstance(vae, PixelResidual):
             small = vae.base(small)
         if spec.low_res is not None:
@@ -166,6 +167,8 @@ def start_run(
     run = Run(table, x, step_noise, guidance, inpainting, extra, dtype, noise_level=int(request.noise_level or 0))
     run.generators = sources if request.generator is None else None
     run.repainted, run.vectors = repainted, vectors
+    if request.class_labels is not None:  # a tuple of a completed request
+        run.labels = send(torch.tensor(request.class_labels), device)
     return run
 
 

@@ -83,6 +83,7 @@ class ImageFields(BaseModel):
     sampler: str | None = Field(None, max_length=200)
     strength: float | None = None
     noise_level: int | None = Field(None, ge=0, description="Noise of what an upscaler or unCLIP reads of the picture.")
+    class_labels: int | list[int] | None = Field(None, description="Classes that the pictures show: one, or one each.")
     clip_skip: int | None = None
     reuse: int | None = Field(None, ge=1, description="Of so many calls of the U-Net the first computes all of it.")
     best_of: int | None = Field(None, ge=1, description="Sample so many, and answer the n best by the model's ranking.")
@@ -116,7 +117,7 @@ class EditFields(ImageFields):
 
 _MORE = (
     *("pag_scale", "pag_adaptive_scale", "apg_rescale", "apg_eta", "apg_momentum", "use_original_formulation"),
-    *("clip_skip", "adapters", "reuse", "noise_level", "clip_guidance_scale"),
+    *("clip_skip", "adapters", "reuse", "noise_level", "clip_guidance_scale", "class_labels"),
 )
 
 

@@ -21,10 +21,11 @@ from torch import nn
 from fastldm.conditioning.tokenizer import clip_vocabulary
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, UNet2DConditionModel, VQModel
+    from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, UNet2DConditionModel, UNet2DModel, VQModel
     from transformers import BertTokenizer, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 M = TypeVar("M", bound=nn.Module)
+_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 VOCABULARY = 1000  # tokens: all bytes, 486 merges, and the two special ones
 
 
@@ -286,6 +287,43 @@ def ldm_text(seed: int = 0, **replaced: Any) -> DiffusionPipeline:
     return pipe
 
 
+def plain_unet(seed: int = 0, **changes: Any) -> UNet2DModel:
+    """A U-Net that reads no text, of pixels or of codes' latents."""
+    config = {
+        "sample_size": 16,
+        "block_out_channels": (16, 32),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+    }
+    return seeded(lambda: peer("diffusers").UNet2DModel(**{**config, **changes}), seed)
+
+
+# Parts beside the U-Net: of each class of pipelines without a prompt its scheduler, and changes of its U-Net.
+_CODES_DDIM = ("DDIMScheduler", {**_BETAS, "beta_start": 0.0015, "beta_end": 0.0195, "clip_sample": False})
+PLAIN: dict[str, tuple[tuple[str, dict[str, Any]], dict[str, Any]]] = {
+    "DDPMPipeline": (("DDPMScheduler", {}), {}),
+    "DDIMPipeline": (("DDIMScheduler", {}), {}),
+    "ConsistencyModelPipeline": (("CMStochasticIterativeScheduler", {}), {"num_class_embeds": 10}),
+    "LDMPipeline": (_CODES_DDIM, {}),
+    "LDMSuperResolutionPipeline": (_CODES_DDIM, {"in_channels": 6, "out_channels": 3, "sample_size": 32}),
+}
+
+
+def plain(name: str, seed: int = 0, **replaced: Any) -> DiffusionPipeline:
+    """A pipeline of diffusers without a prompt, by its class in PLAIN."""
+    (scheduler_name, options), changes = PLAIN[name]
+    components: dict[str, Any] = {
+        "unet": plain_unet(seed, **changes),
+        "scheduler": getattr(peer("diffusers"), scheduler_name)(**options),
+        **({"vqvae": vq(seed + 1)} if name.startswith("LDM") else {}),
+    }
+    pipe = getattr(peer("diffusers"), name)(**{**components, **replaced})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def depth_estimator(seed: int = 0) -> dict[str, Any]:
     """A network that estimates the depth of pictures, and what prepares those for it."""
     dpt = peer("transformers")
@@ -308,7 +346,6 @@ def depth_estimator(seed: int = 0) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------------- whole pipelines
 
-_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 _PNDM = ("PNDMScheduler", {**_BETAS, "skip_prk_steps": True, "steps_offset": 1})
 _DDIM = {
     **_BETAS,
