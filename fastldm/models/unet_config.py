@@ -229,7 +229,7 @@ class UNetConfig:
         """Whether a small picture is read behind the latents: at their size, with noise of a level that is a class; or
         without text, in as many channels as they have."""
         if not self.conditional:
-            return self.in_channels > self.out_channels
+            return self.in_channels > self.latent_channels
         return self.is_standard and (self.needs_class or not self.reads_text)
 
     @property
