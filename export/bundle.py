@@ -24,11 +24,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastldm.adapters.control import Config, Control, check_fits, read_config
 from fastldm.adapters.packing import Layout, layouts
 from fastldm.checks import show
+from fastldm.conditioning import depth
+from fastldm.conditioning.depth import DepthEstimator
 from fastldm.conditioning.text import TextStage
 from fastldm.errors import BundleError, CheckpointError
 from fastldm.export import manifest as manifests
@@ -38,8 +40,8 @@ from fastldm.export.graphs import FILES, graph_specs, weight_files
 from fastldm.export.spec import MODEL, NetworkSpec, specs
 from fastldm.kernels.columns import COLUMNS as GRAPH_COLUMNS
 from fastldm.loading import spec as loading
-from fastldm.loading.checkpoint import Checkpoint, Component, TokenizerFiles
-from fastldm.loading.formats import SCHEDULERS, TOKENIZER_FILES, TOKENIZERS
+from fastldm.loading.checkpoint import Checkpoint, Component, Loaded, TokenizerFiles
+from fastldm.loading.formats import PREPROCESSOR, SCHEDULERS, TOKENIZER_FILES, TOKENIZERS
 from fastldm.models.clip import CLIPText
 from fastldm.models.controlnet import ControlNetConfig
 from fastldm.models.vae import HALF_EXPONENT, AutoencoderKL, rescale_for_half
@@ -101,7 +103,8 @@ class Bundle:
             raise BundleError(f"{folder / MANIFEST}: {error}") from error
         form = {"split": manifest["split"], "adapter_rank": rank, "controls": controls}
         options = {"dtype": manifest["dtype"], **form}
-        manifests.check_networks(folder, bundle.specs, specs(model.unet, model.vae, model.text, **options))
+        networks = specs(model.unet, model.vae, model.text, vision=model.vision, **options)
+        manifests.check_networks(folder, bundle.specs, networks)
         bundle.check_graphs()
         manifests.check_adapters(folder, manifest, bundle.layouts)
         return bundle
@@ -115,7 +118,8 @@ class Bundle:
             raise BundleError(f"{path}: it has graphs, and is not split, or has adapters or controls")
         if len(columns) < len(GRAPH_COLUMNS) or tuple(columns) != COLUMNS[: len(columns)]:
             raise BundleError(f"{path}: 'columns' are {' '.join(columns)}, and samplers here have {' '.join(COLUMNS)}")
-        manifests.check_networks(self.folder, self.graphs, graph_specs(self.specs, self.manifest["dtype"], columns))
+        expected = graph_specs(self.specs, self.manifest["dtype"], columns, edits=self.model.unet.edits)
+        manifests.check_networks(self.folder, self.graphs, expected)
 
     @property
     def adapter_rank(self) -> int:
@@ -147,7 +151,7 @@ class Bundle:
         needed = {f"{name}/{MODEL}" for name in self.specs} | {FILES[name] for name in self.graphs}
         needed |= {f"{GOLDENS}/{name}.safetensors" for name in (*self.specs, *self.graphs, PICTURE)}
         needed |= {f"{GOLDENS}/{QUANTIZED}.safetensors"} if self.quantized else set()
-        for name in (*self.specs, *TOKENIZERS):
+        for name in (*self.specs, *TOKENIZERS, *depth.FOLDERS):
             paths = (path for path in (self.folder / name).rglob("*") if not path.is_dir())
             needed |= {path.relative_to(self.folder).as_posix() for path in paths}
         return needed
@@ -156,24 +160,27 @@ class Bundle:
     def model(self) -> loading.Spec:
         """The exported model, as `loading.describe` describes the original."""
         manifest, source = self.manifest, str(self.folder)
-        configs = {name: config for name, config in manifest["config"].items() if name not in SCHEDULERS}
+        others = (*SCHEDULERS, PREPROCESSOR[0])
+        configs = {name: config for name, config in manifest["config"].items() if name not in others}
         components = {
             name: Component(name, str(config.get("_class_name", name)), config, (), source)
             for name, config in configs.items()
         }
         tokenizers = {name: TokenizerFiles(self.folder / name) for name in TOKENIZERS if (self.folder / name).is_dir()}
-        for name in ("unet", "vae", "text_encoder", "scheduler"):
+        for name in ("unet", "vae", "scheduler"):
             if name not in manifest["config"]:
                 raise CheckpointError(f"'config.{name}' is missing")
-        schedulers = {name: manifest["config"].get(name) for name in SCHEDULERS}
+        scheduler, *noising = (manifest["config"].get(name) for name in SCHEDULERS)
         return loading.spec_of(
             Checkpoint(
                 source,
                 components,
-                schedulers["scheduler"],
+                scheduler,
                 tokenizers,
                 manifest["index"],
-                schedulers["low_res_scheduler"],
+                next((config for config in noising if config is not None), None),
+                depth=DepthEstimator(self.folder) if (self.folder / depth.FOLDERS[0]).is_dir() else None,
+                preprocessor=manifest["config"].get(PREPROCESSOR[0], {}),
             )
         )
 
@@ -196,16 +203,6 @@ class Bundle:
             paths = [self.path(network), *weight_files(self.path(network), network)[:1]]
             return {path.name: files[path.relative_to(self.folder).as_posix()]["sha256"] for path in paths}
         return {name.removeprefix(folder): files[name]["sha256"] for name in files if name.startswith(folder)}
-
-
-@dataclass(frozen=True)
-class Loaded(Component):
-    """A network of a model in memory, whose weights are in no file."""
-
-    tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
-
-    def state(self, *, to_prepare: bool = False) -> dict[str, Tensor]:
-        return dict(self.tensors)
 
 
 def in_memory(model: loading.Spec, modules: Mapping[str, nn.Module]) -> loading.Spec:
@@ -260,6 +257,7 @@ def identity(model: loading.Spec) -> dict[str, Any]:
     checkpoint = model.checkpoint
     components = checkpoint.components
     configs = {name: component.config for name, component in components.items()} | checkpoint.schedulers
+    configs |= {PREPROCESSOR[0]: checkpoint.preprocessor} if checkpoint.preprocessor else {}
     return {
         "weights": {name: _hash_weights(component) for name, component in components.items()},
         "tokenizers": {name: _hash_tokenizer(files) for name, files in checkpoint.tokenizers.items()},

@@ -121,7 +121,7 @@ FIELDS = {
     "adapter_inputs": Field(MapOf(ListOf(_SLICE, 1, 100_000), 0, len(RUN)), {}),  # by network, `packing.Slice.to_dict`
     "controls": Field(ListOf(_CONTROL, 0, MAX_CONTROLS), []),  # that are networks of their own
     "weights": Field(MapOf(Digest(), 3, 10)),
-    "tokenizers": Field(MapOf(Digest(), 1, 10)),
+    "tokenizers": Field(MapOf(Digest(), 0, 10)),
     "config": Field(MapOf(Object({}), 4, 10)),
     "index": Field(Object({})),
     "networks": Field(MapOf(_network(1), 1, len(RUN) + 4 * MAX_CONTROLS)),

@@ -3,6 +3,8 @@
 Each class has the methods of the module that it replaces. A split U-Net caches the same as PyTorch's: keys and values
 per prompt, time rows per schedule. A full U-Net computes both in each step: its "keys and values" are the text
 embeddings, and its "rows" are all its other inputs, concatenated.
+
+Over 500 lines, for what replaces the networks is one list, in the order in which `load` opens them.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch import Tensor
 from fastldm import openmp, spans
 from fastldm.adapters.control import Control
 from fastldm.adapters.packing import DOWN, SCALE, UP, Packed
+from fastldm.conditioning.image_encoder import ImageEncoder
 from fastldm.conditioning.text import TextStage
 from fastldm.device import choose_dtype
 from fastldm.errors import BundleError, CheckpointError, InputError
@@ -33,9 +36,11 @@ from fastldm.export.spec import Axis, NetworkSpec, named_controls
 from fastldm.kernels.lora import Rows
 from fastldm.loading import spec as loading
 from fastldm.loading.prepare import prepare
+from fastldm.models.clip_vision import VisionConfig
 from fastldm.models.config import AutoencoderConfig, TextConfig, UNetConfig
 from fastldm.models.controlnet import ControlNetConfig
 from fastldm.models.embeddings import guidance_embedding
+from fastldm.models.families import IMAGE_ENCODER, IMAGE_NORMALIZER
 from fastldm.models.layers import Beside
 from fastldm.models.t2i_adapter import T2IAdapterConfig
 from fastldm.models.unet import AddedConditions, Features, Residuals, add_rows
@@ -98,8 +103,8 @@ def precision(bundle: Bundle, backend: str, device: torch.device, dtype: str | t
 def precision_of(network: str, computed: str) -> str:
     """The precision of one network, if the bundle is computed in `computed`. OpenVINO computes sinusoids in bfloat16
     too, where an angle of 1,000 has no fractional digits: time_rows, which runs once per schedule, stays float32, and
-    with it the graph of a whole picture."""
-    in_float32 = network.endswith("time_rows") or network == WHOLE_PICTURE
+    with it a normalizer and the graph of a whole picture."""
+    in_float32 = network.endswith("time_rows") or network in (IMAGE_NORMALIZER, WHOLE_PICTURE)
     return "float32" if in_float32 and computed == "bfloat16" else computed
 
 
@@ -158,6 +163,11 @@ def load(
     else:
         unet = FullUNet(spec.unet, network("unet"))
     vae = ExportedAutoencoder(spec.vae, network("vae_decoder"), lambda: network("vae_encoder"))
+    image_encoder = None
+    if spec.vision is not None and spec.preprocessing is not None:
+        normalizer: Any = ExportedNormalizer(network(IMAGE_NORMALIZER)) if IMAGE_NORMALIZER in bundle.specs else None
+        vision: Any = ExportedVision(spec.vision, network(IMAGE_ENCODER))
+        image_encoder = ImageEncoder(vision, spec.preprocessing, str(bundle.folder), normalizer)
     controls = {}
     entries = bundle.manifest.get("controls", ())
     for entry, (name, config) in zip(entries, named_controls(bundle.controls).items(), strict=True):
@@ -178,6 +188,7 @@ def load(
         packed=packed,
         controls=controls,
         steps=steps,
+        image_encoder=image_encoder,
     )
 
 
@@ -240,6 +251,26 @@ class ExportedText:
         else:
             name = f"clip_skip.{skip}" if skip else "last_hidden_state"
         return outputs[name], outputs.get("text_embeds")
+
+
+class ExportedVision:
+    """Replaces models.clip_vision.CLIPVision, without hidden states."""
+
+    def __init__(self, config: VisionConfig, network: Network) -> None:
+        self.config, self._network = config, network
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        return self._network.only(pixel_values=pixels)
+
+
+class ExportedNormalizer:
+    """Replaces models.clip_vision.Normalizer."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+
+    def __call__(self, embeds: Tensor, noise: Tensor, rates: Tensor, level: Tensor) -> Tensor:
+        return self._network.only(image_embeds=embeds, noise=noise, rates=rates, noise_level=level)
 
 
 class ExportedAutoencoder:
@@ -388,8 +419,9 @@ class FullUNet(ExportedUNet):
     def __init__(self, config: UNetConfig, unet: Network) -> None:
         super().__init__(config, unet, "encoder_hidden_states")
         names = ("timestep", "class_labels", "timestep_cond", "time_ids", "text_embeds")
-        ports = {port.name: port.shape for port in unet.inputs}
-        self._row_columns = {name: (1, *ports[name])[len(ports[name]) - 1] for name in names if name in ports}
+        widths = {port.name: port.shape[1:] for port in unet.inputs}
+        self._numbers = [name for name in names if widths.get(name) == ()]  # one for each row
+        self._row_columns = {name: int(*widths[name]) if widths[name] else 1 for name in names if name in widths}
 
     def time_rows(
         self,
@@ -401,7 +433,7 @@ class FullUNet(ExportedUNet):
     ) -> Tensor:
         columns = {"timestep": timesteps[:, None]}
         if class_labels is not None:
-            columns["class_labels"] = class_labels[:, None]
+            columns["class_labels"] = class_labels.reshape(len(timesteps), -1)
         if guidance is not None and self.config.time_cond_proj_dim is not None:
             columns["timestep_cond"] = guidance_embedding(guidance, self.config.time_cond_proj_dim)
         if added is not None:
@@ -414,7 +446,7 @@ class FullUNet(ExportedUNet):
     def _evaluate(self, inputs: Mapping[str, Tensor], kv: Sequence[Tensor]) -> Tensor:
         columns = inputs["temb_row"].split(list(self._row_columns.values()), dim=1)
         row = dict(zip(self._row_columns, columns, strict=True))
-        row |= {name: row[name].flatten() for name in ("timestep", "class_labels") if name in row}
+        row |= {name: row[name].flatten() for name in self._numbers}
         return self._step.only(sample=inputs["sample"], encoder_hidden_states=kv[0], **row)
 
 

@@ -27,6 +27,7 @@ from fastldm.export.spec import DATA, MODEL, Axis, NetworkSpec, sample
 from fastldm.kernels import observe, use
 from fastldm.kernels.dispatch import replace_references
 from fastldm.models.clip import CLIPText
+from fastldm.models.clip_vision import CLIPVision
 from fastldm.models.controlnet import ControlNet
 
 OPSETS = (21, 23)
@@ -65,6 +66,8 @@ def write(networks: ReferenceNetworks, name: str, folder: Path, *, opset: int = 
     # With the sizes of the Split of adapters' factors in the graph: ONNX Runtime reads them before it has the data.
     inside = max(256, 8 * len(networks.layouts.get(name, ())) + 8)
     ir.save(model, folder / MODEL, external_data=DATA, size_threshold_bytes=inside)
+    if (folder / DATA).is_file() and not (folder / DATA).stat().st_size:  # all weights are in the graph
+        (folder / DATA).unlink()
     for weight in model.graph.initializers.values():  # the exporter keeps its last graph
         weight.const_value = None
 
@@ -72,7 +75,10 @@ def write(networks: ReferenceNetworks, name: str, folder: Path, *, opset: int = 
 def trace_sizes(spec: NetworkSpec) -> dict[str, int]:
     """Sizes for tracing: small, all different and none of them 1, since traces specialise on equal sizes and on 1."""
     units = {"batch": 2, "height": 2, "width": 3, "steps": 3, "rows": 5}
-    return {name: count * spec.axes[name].multiple_of for name, count in units.items() if name in spec.axes}
+    sizes = {name: count * spec.axes[name].multiple_of for name, count in units.items() if name in spec.axes}
+    if "tokens" in spec.axes and spec.axes["tokens"].best == 1:  # of a picture in place of a text
+        sizes["tokens"] = spec.axes["tokens"].most
+    return sizes
 
 
 def _trace(module: nn.Module, spec: NetworkSpec, opset: int) -> ir.Model:
@@ -163,7 +169,7 @@ def check_graph(model: ir.Model, networks: ReferenceNetworks, name: str, opset: 
     with use("torch"), observe(lambda op, args, kwargs: calls.update([op.name])):
         networks.run(name, inputs)
     module = networks.module(name)
-    gelus = module.config.layers if isinstance(module, CLIPText) and module.config.act == "gelu" else 0
+    gelus = module.config.layers if isinstance(module, CLIPText | CLIPVision) and module.config.act == "gelu" else 0
     expected = dict.fromkeys(_DECOMPOSED, 0) | {
         "GroupNormalization": calls["group_norm"],
         "Gelu": calls["linear_geglu"] + calls["geglu"] + gelus,

@@ -86,10 +86,11 @@ def _stamp(spec: Spec) -> dict[str, Any]:
         files += sorted(tokenizer.folder.iterdir()) if tokenizer.folder is not None else []
     stats = [(path, path.stat()) for path in files]
     configs = {name: component.config for name, component in checkpoint.components.items()}
+    configs |= {"preprocessor": checkpoint.preprocessor} if checkpoint.preprocessor else {}
     return as_json(
         {
             "files": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats],
-            "config": {**configs, "scheduler": checkpoint.scheduler},
+            "config": {**configs, **checkpoint.schedulers},
             "index": checkpoint.index,
         }
     )

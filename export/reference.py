@@ -26,8 +26,10 @@ from fastldm.kernels.lora import Places
 from fastldm.loading import spec as loading
 from fastldm.loading.state import load_module
 from fastldm.models.clip import CLIPText
+from fastldm.models.clip_vision import CLIPVision, Normalizer
 from fastldm.models.controlnet import ControlNet
 from fastldm.models.embeddings import GuidanceSinusoids, Sinusoids
+from fastldm.models.families import IMAGE_ENCODER, IMAGE_NORMALIZER
 from fastldm.models.layers import Adaptable, Beside, LowRank
 from fastldm.models.t2i_adapter import T2IAdapter
 from fastldm.models.unet import AddedConditions, Features, Residuals, UNet
@@ -59,10 +61,10 @@ class ReferenceNetworks:
         those that are not given cannot be run. whole_picture: whether there are `export.graphs` too, of which the steps
         can be run."""
         options: dict[str, Any] = {"split": split, "adapter_rank": adapter_rank, "controls": controls}
-        self.specs = specs(model.unet, model.vae, model.text, dtype=dtype, **options)
+        self.specs = specs(model.unet, model.vae, model.text, dtype=dtype, vision=model.vision, **options)
         self._controls = dict(zip(named_controls(controls), control_networks, strict=False))
         self.layouts = layouts(model.unet, model.text, adapter_rank) if adapter_rank else {}
-        self.graphs = graph_specs(self.specs, dtype) if whole_picture else {}
+        self.graphs = graph_specs(self.specs, dtype, edits=model.unet.edits) if whole_picture else {}
         self.dtype, self._model, self._exact = dtype, model, exact
         self._loaded: dict[str, nn.Module] = {}
 
@@ -95,6 +97,10 @@ class ReferenceNetworks:
                 built: nn.Module = UNet(model.unet)
             elif name == "vae":
                 built = loading.autoencoder(model.vae)
+            elif name == IMAGE_ENCODER and model.vision is not None:
+                built = CLIPVision(model.vision)
+            elif name == IMAGE_NORMALIZER and model.vision is not None:
+                built = Normalizer(model.vision.projection_dim)
             else:
                 built = CLIPText(model.text[1 if name.endswith("_2") else 0])
         part = model.checkpoint.components[name]
@@ -291,6 +297,16 @@ def _text_encoder(model: CLIPText, inputs: Named) -> dict[str, Tensor]:
     return outputs | {f"clip_skip.{n}": text.final_layer_norm(states[-1 - n]) for n in range(1, len(states) - 1)}
 
 
+def _image_encoder(model: CLIPVision, inputs: Named) -> dict[str, Tensor]:
+    return {"image_embeds": model(inputs["pixel_values"])}
+
+
+def _image_normalizer(model: Normalizer, inputs: Named) -> dict[str, Tensor]:
+    embeds = inputs["image_embeds"]
+    labels = model(embeds, inputs["noise"], inputs["rates"], inputs["noise_level"])
+    return {"class_labels": labels.to(embeds.dtype)}
+
+
 def _added(inputs: Named) -> AddedConditions | None:
     return AddedConditions(inputs["text_embeds"], inputs["time_ids"]) if "time_ids" in inputs else None
 
@@ -369,6 +385,8 @@ def _vae_encoder(vae: AutoencoderKL | TinyAutoencoder, inputs: Named) -> dict[st
 RUN: dict[str, Callable[..., dict[str, Tensor]]] = {
     "text_encoder": _text_encoder,
     "text_encoder_2": _text_encoder,
+    IMAGE_ENCODER: _image_encoder,
+    IMAGE_NORMALIZER: _image_normalizer,
     "unet": _unet,
     "text_kv": _text_kv,
     "time_rows": _time_rows,
@@ -387,7 +405,7 @@ _OF_CONTROL = re.compile(r"(controlnet_[1-9]\d?)_(hint|text_kv|time_rows|step)|(
 
 def component(name: str) -> str:
     """The checkpoint component of a network, or its control."""
-    if name.startswith("text_encoder"):
+    if name.startswith("text_encoder") or name in (IMAGE_ENCODER, IMAGE_NORMALIZER):
         return name
     if match := _OF_CONTROL.fullmatch(name):
         return match[1] or match[3]

@@ -4,8 +4,10 @@ Derived only from a model's configs, and read by the tracer, the backends and th
 optimum's and diffusers' exports, so that their pipelines can load bundles:
 
     text_encoder, text_encoder_2    input_ids -> last_hidden_state, pooler_output or text_embeds, hidden_states.N
+    image_encoder                   pixel_values -> image_embeds (models that read a picture)
+    image_normalizer                image_embeds, noise, rates, noise_level -> class_labels (unCLIP)
     unet                            sample, timestep, encoder_hidden_states (SDXL: text_embeds, time_ids; LCM:
-                                    timestep_cond; an upscaler: class_labels) -> out_sample
+                                    timestep_cond; an upscaler, unCLIP: class_labels) -> out_sample
     vae_decoder                     latent_sample -> sample
     vae_encoder                     sample -> latent_sample, latent_parameters (a tiny autoencoder: the first alone)
 
@@ -15,8 +17,8 @@ diffusers reads the latent from an encoder's first output, and optimum the mean 
 In the split form, the U-Net is three networks, as `models.unet` runs it:
 
     text_kv      encoder_hidden_states -> kv.0, kv.1, ...: keys | values of each cross-attention, per prompt
-    time_rows    timesteps (SDXL: text_embeds, time_ids; LCM: guidance; an upscaler: class_labels) -> temb_rows, per
-                 schedule
+    time_rows    timesteps (SDXL: text_embeds, time_ids; LCM: guidance; an upscaler, unCLIP: class_labels) ->
+                 temb_rows, per schedule
     unet_step    sample, temb_row, kv.0, kv.1, ... -> out_sample, per step
 
 A control that was exported with such a model is networks of its own, k being its number from 1 on, and the step reads
@@ -46,9 +48,10 @@ import torch
 from torch import Tensor
 
 from fastldm.adapters.packing import DOWN, SCALE, UP, Layout, layouts
+from fastldm.models.clip_vision import VisionConfig
 from fastldm.models.config import AutoencoderConfig, TextConfig, UNetConfig
 from fastldm.models.controlnet import ControlNetConfig
-from fastldm.models.families import encoder_names
+from fastldm.models.families import IMAGE_ENCODER, IMAGE_NORMALIZER, encoder_names
 from fastldm.models.t2i_adapter import T2IAdapterConfig, feature_places
 from fastldm.sizes import Axis
 
@@ -151,15 +154,18 @@ def specs(
     split: bool = False,
     adapter_rank: int = 0,
     controls: Sequence[Control] = (),
+    vision: VisionConfig | None = None,
 ) -> dict[str, NetworkSpec]:
     """All networks of a model by name. dtype: "float32" or "float16", of weights and activations. Of a model that is
     split, adapter_rank is of the adapters that its networks take, together; 0 is none. controls: configs of those that
-    are exported with it."""
-    normalised = texts[-1].projection_dim is None  # as in `fastldm.conditioning.text`: SDXL's are not
+    are exported with it. vision: of a model that reads a picture."""
+    normalised = all(text.projection_dim is None for text in texts[-1:])  # as in `conditioning.text`: SDXL's are not
     networks = [
         _text_encoder(name, text, dtype, normalised) for name, text in zip(encoder_names(texts), texts, strict=True)
     ]
-    window = min(text.max_position for text in texts)
+    window = min((text.max_position for text in texts), default=1)  # a picture in place of a text is one token
+    if vision is not None:
+        networks += _image_encoder(vision, dtype, normalizes=unet.needs_vector)
     networks += _split_unet(unet, window, dtype, controls) if split else [_unet(unet, window, dtype)]
     for name, control in named_controls(controls).items():
         if isinstance(control, ControlNetConfig):
@@ -255,6 +261,19 @@ def _text_encoder(name: str, config: TextConfig, dtype: DType, normalised: bool)
     return NetworkSpec(name, (Port("input_ids", "int32", (_BATCH, tokens), config.vocab),), tuple(outputs))
 
 
+def _image_encoder(config: VisionConfig, dtype: DType, *, normalizes: bool) -> list[NetworkSpec]:
+    pixels = Port("pixel_values", dtype, (_BATCH, 3, config.image_size, config.image_size), like="latents")
+    embeds = Port("image_embeds", dtype, (_BATCH, config.projection_dim))
+    networks = [NetworkSpec(IMAGE_ENCODER, (pixels,), (embeds,))]
+    if normalizes:
+        noise = Port("noise", "float32", embeds.shape)
+        rates = Port("rates", "float32", (_BATCH, 2), below=1)
+        inputs = (embeds, noise, rates, Port("noise_level", "float32", (_BATCH,), below=1000))
+        outputs = (Port("class_labels", dtype, (_BATCH, 2 * config.projection_dim)),)
+        networks.append(NetworkSpec(IMAGE_NORMALIZER, inputs, outputs))
+    return networks
+
+
 def _tokens(window: int) -> Axis:
     """Tokens that the U-Net reads: up to four windows, or a caller's embeddings."""
     return Axis("tokens", 1, window, 4 * window)
@@ -279,6 +298,12 @@ def _pooled(config: UNetConfig, rows: Axis, dtype: DType) -> list[Port]:
     return [Port("text_embeds", dtype, (rows, config.pooled_width)), ids]
 
 
+def _class_labels(config: UNetConfig, rows: Axis, dtype: DType) -> list[Port]:
+    if config.class_input_dim is not None:
+        return [Port("class_labels", dtype, (rows, config.class_input_dim))]
+    return [] if config.num_class_embeds is None else [Port("class_labels", "int32", (rows,), config.num_class_embeds)]
+
+
 def _unet(config: UNetConfig, window: int, dtype: DType) -> NetworkSpec:
     inputs = [
         Port("sample", dtype, _image(config, config.in_channels)),
@@ -288,8 +313,7 @@ def _unet(config: UNetConfig, window: int, dtype: DType) -> NetworkSpec:
     ]
     if config.needs_added:
         inputs += _pooled(config, _BATCH, dtype)
-    if config.num_class_embeds is not None:
-        inputs.append(Port("class_labels", "int32", (_BATCH,), config.num_class_embeds))
+    inputs += _class_labels(config, _BATCH, dtype)
     if config.time_cond_proj_dim is not None:
         inputs.append(Port("timestep_cond", dtype, (_BATCH, config.time_cond_proj_dim)))
     return NetworkSpec("unet", tuple(inputs), (Port("out_sample", dtype, _image(config, config.out_channels)),))
@@ -310,8 +334,7 @@ def _time_rows(name: str, config: UNetConfig, channels: int, dtype: DType) -> Ne
         conditions += _pooled(config, rows, dtype)
     if config.needs_guidance:
         conditions.append(Port("guidance", "float32", (rows,), 10))
-    if config.num_class_embeds is not None:
-        conditions.append(Port("class_labels", "int32", (rows,), config.num_class_embeds))
+    conditions += _class_labels(config, rows, dtype)
     return NetworkSpec(name, tuple(conditions), (Port("temb_rows", dtype, (rows, channels)),))
 
 

@@ -23,6 +23,7 @@ from fastldm.export.graphs import HISTORY, STATE, STEPS
 from fastldm.export.spec import NetworkSpec, Port
 from fastldm.kernels.columns import COLUMNS
 from fastldm.models.config import AutoencoderConfig, UNetConfig
+from fastldm.models.families import IMAGE_ENCODER, IMAGE_NORMALIZER
 from fastldm.sizes import Axis
 
 _PARTS = 6
@@ -59,6 +60,8 @@ class Composer:
         self.networks, self.spec, self.unet, self.vae = networks, spec, unet, vae
         self.main = Nodes("main")
         self.inputs = {port.name: port.name for port in spec.inputs}
+        self.branches = 3 if unet.edits else 2
+        """Rows of the U-Net of a guided image."""
 
     def steps(self) -> ModelProto:
         """The steps alone."""
@@ -71,15 +74,22 @@ class Composer:
         main = self.main
         images, zero = main("Shape", "latents", start=0, end=1), main.constant([0])
         encoders = [name for name in ("text_encoder", "text_encoder_2") if name in self.networks]
-        hidden, pooled = [], ""
+        hidden, pooled, negative = [], "", "negative_ids" if encoders else "negative_image_embeds"
+        negatives = main("Shape", negative, start=0, end=1)  # N
+        embeds = ""
+        if IMAGE_ENCODER in self.networks:
+            encoder = self.networks[IMAGE_ENCODER]
+            embeds = main.network(encoder, IMAGE_ENCODER, {"pixel_values": "pixel_values"})["image_embeds"]
         for name, suffix in zip(encoders, ("", "_2"), strict=False):
             ids = main("Concat", f"negative_ids{suffix}", f"input_ids{suffix}", axis=0)
             encoded = main.network(self.networks[name], name, {"input_ids": ids})
             states = [output for output in encoded if output.startswith("hidden_states.")]
             hidden.append(encoded[states[-1] if self.unet.needs_added else "last_hidden_state"])
             pooled = encoded.get("text_embeds", "")
-        negatives = main("Shape", "negative_ids", start=0, end=1)
-        rows = main("Add", images, negatives)  # R
+        twice = main("Mul", negatives, main.constant([2])) if self.unet.edits else negatives
+        rows = main("Add", images, twice)  # R
+        if not hidden:  # a picture is a text of one token
+            hidden.append(main("Unsqueeze", main("Concat", negative, embeds, axis=0), main.constant([1])))
         text = hidden[0] if len(hidden) == 1 else main("Concat", *hidden, axis=2)
         if self.unet.needs_added:  # negatives may be zeros
             kept = main("Expand", main.constant([1.0], np.float32), images)
@@ -88,6 +98,13 @@ class Composer:
             text = main("Mul", text, main("Reshape", weights, main.constant([-1, 1, 1])))
             pooled = main("Mul", pooled, main("Reshape", weights, main.constant([-1, 1])))
         kv = main.network(self.networks["text_kv"], "text_kv", {"encoder_hidden_states": text})
+
+        def each_branch(value: str) -> str:
+            """(N + B, ...) as (R, ...): of what edits, the negatives twice."""
+            return main("Concat", main("Slice", value, zero, negatives, zero), value, axis=0)
+
+        if self.unet.edits:
+            kv = {name: each_branch(value) for name, value in kv.items()}
         # Time rows of S steps and R rows each: (S * R, W).
         count = main("Shape", "timesteps", start=0, end=1)
         flat = main.constant([-1])
@@ -95,15 +112,26 @@ class Composer:
 
         def each_row(value: str) -> str:
             """(S, B) as (S * R,)."""
-            twice = main("Concat", value, value, axis=1)
-            return main("Reshape", main("Slice", twice, main("Sub", images, negatives), end, axis), flat)
+            copies = main("Concat", *[value] * self.branches, axis=1)
+            start = main("Sub", main("Mul", images, main.constant([self.branches])), rows)
+            return main("Reshape", main("Slice", copies, start, end, axis), flat)
 
-        times = {"timesteps": each_row("timesteps")}
+        times, of_rows = {"timesteps": each_row("timesteps")}, {}
         if self.unet.needs_added:
-            for name, value in (("text_embeds", pooled), ("time_ids", "time_ids")):
-                columns = main("Shape", value, start=1, end=2)
-                repeated = main("Expand", value, main("Concat", count, rows, columns, axis=0))
-                times[name] = main("Reshape", repeated, main("Concat", flat, columns, axis=0))
+            of_rows = {"text_embeds": pooled, "time_ids": "time_ids"}
+        if self.unet.needs_vector:
+            names = {"noise": "image_noise", "rates": "image_noise_rates", "noise_level": "noise_level"}
+            model = self.networks[IMAGE_NORMALIZER]
+            vector = main.network(model, IMAGE_NORMALIZER, {"image_embeds": embeds, **names})["class_labels"]
+            width = main("Shape", vector, start=1, end=2)
+            zeros = main("Cast", main.constant([0.0], np.float32), to=self._element("text_kv"))
+            zeros = main("Expand", zeros, main("Concat", negatives, width, axis=0))
+            of_rows["class_labels"] = main("Concat", zeros, vector, axis=0)
+        for name, value in of_rows.items():
+            value = each_branch(value) if self.unet.edits else value
+            columns = main("Shape", value, start=1, end=2)
+            repeated = main("Expand", value, main("Concat", count, rows, columns, axis=0))
+            times[name] = main("Reshape", repeated, main("Concat", flat, columns, axis=0))
         if self.unet.needs_guidance:
             times["guidance"] = each_row("guidance")
         if self.unet.needs_class:
@@ -174,17 +202,31 @@ class Composer:
 
         u = g("Mul", x, numbers["c_in"])
         u = g("Cast", u, to=element) if half else u
-        u = g("Concat", u, "extra", axis=1) if "extra" in self.inputs else u
-        # R is B or 2 B: of twice B rows the last R.
-        sample = g("Slice", g("Concat", u, u, axis=0), g("Sub", g("Add", images, images), rows), end, zero)
+        copies = [u] * self.branches
+        if "extra" in self.inputs:
+            extras = ["extra"] * self.branches
+            if self.unet.edits:  # the first branch does not see the image
+                none = g("Cast", g.constant([0.0], np.float32), to=element)
+                extras[0] = g("Expand", none, g("Shape", "extra"))
+            copies = [g("Concat", own, extra, axis=1) for own, extra in zip(copies, extras, strict=True)]
+        # R is B, or B for each branch: of all those rows the last R.
+        first = g("Sub", g("Mul", images, g.constant([self.branches])), rows)
+        sample = g("Slice", g("Concat", *copies, axis=0), first, end, zero)
         inputs = {"sample": sample, "temb_row": of_row(temb_rows), **kv}
         out = g.network(self.networks["unet_step"], "unet_step", inputs)["out_sample"]
         out = g("Cast", out, to=TensorProto.FLOAT) if half else out
         # Without negatives the first B rows are the prompts' too.
         unguided = g("Slice", out, zero, images, zero)
         guided = g("Slice", out, g("Sub", rows, images), end, zero)
+        of_image = unguided
+        if self.unet.edits:  # the branch before the last
+            middle = g("Max", g("Sub", rows, g("Add", images, images)), zero)
+            of_image = g("Slice", out, middle, g("Add", middle, images), zero)
         scale = g("Reshape", of_row("guidance"), g.constant([-1, 1, 1, 1]))
-        mixed = g("Add", unguided, g("Mul", scale, g("Sub", guided, unguided)))
+        mixed = g("Add", unguided, g("Mul", scale, g("Sub", guided, of_image)))
+        if self.unet.edits:
+            image_scale = g("Reshape", of_row("image_guidance"), g.constant([-1, 1, 1, 1]))
+            mixed = g("Add", mixed, g("Mul", image_scale, g("Sub", of_image, unguided)))
         one = g.constant([1.0], np.float32)
         ratio = g("Div", _deviation(g, guided), _deviation(g, mixed))  # (B, 1, 1, 1)
         factor = g("Add", one, g("Mul", rescale, g("Sub", ratio, one)))

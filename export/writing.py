@@ -23,10 +23,11 @@ from safetensors import SafetensorError
 from fastldm import checks, openmp
 from fastldm.adapters.control import Control
 from fastldm.adapters.packing import layouts
+from fastldm.conditioning import depth
 from fastldm.conditioning.tokenizer import BOS, CLIP_WINDOW, EOS, clip_vocabulary
 from fastldm.errors import BundleError, CheckpointError, InputError
 from fastldm.export import manifest as manifests
-from fastldm.export.bundle import GOLDENS, PICTURE, Bundle, Loaded, as_json, control_identity, differing, identity
+from fastldm.export.bundle import GOLDENS, PICTURE, Bundle, as_json, control_identity, differing, identity
 from fastldm.export.cache import hash_files
 from fastldm.export.engine import MANIFEST
 from fastldm.export.graphs import FILES, WHOLE_PICTURE, graph_specs
@@ -36,15 +37,15 @@ from fastldm.export.reference import ReferenceNetworks, component
 from fastldm.export.spec import DType, named_controls, specs
 from fastldm.export.verify import check_network, goldens_of, goldens_of_image, goldens_of_whole_picture
 from fastldm.kernels.columns import COLUMNS
-from fastldm.loading.checkpoint import TokenizerFiles
-from fastldm.loading.formats import TOKENIZER_FILES
+from fastldm.loading.checkpoint import Loaded, TokenizerFiles
+from fastldm.loading.formats import PREPROCESSOR, TOKENIZER_FILES
 from fastldm.loading.spec import Spec
-from fastldm.model import need_prompts
 from fastldm.reading import check_path
 from fastldm.version import __version__
 
 _VERSIONS = ("torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime")
 _PARTIAL, _DONE = ".partial", "done.json"
+_OF_DEPTH = (("transformers", "DPTForDepthEstimation"), ("transformers", "DPTImageProcessor"))
 _IGNORED = (_PARTIAL, f"{_PARTIAL}.lock", "lost+found")  # in a folder that counts as empty
 
 
@@ -84,10 +85,9 @@ def export(
     BundleError if a network does not compute what PyTorch does or the disk is full; EngineError if ONNX Runtime cannot
     run it.
     """
-    need_prompts(model)
     if (beyond := model.unet.beyond_standard) is not None:
         raise InputError(f"the U-Net has {beyond}: exports are of Stable Diffusion's networks")
-    if not model.text:
+    if not model.encoders:
         raise InputError(f"the family {model.family.name} reads no text: exports are of models that read a prompt")
     if getattr(model.vae, "conditioned", False):
         raise InputError("the VAE is asymmetric, and its decoder reads what is repainted: no bundle holds it")
@@ -100,11 +100,6 @@ def export(
             "whole_picture: this model's U-Net makes a variance beside its prediction ('learned_range'), which the "
             "graph of a whole picture does not read: leave it out"
         )
-    if whole_picture and model.unet.edits:
-        raise InputError(
-            f"whole_picture: the family {model.family.name} has three rows of the U-Net for each picture, and the "
-            "graph of a whole picture two: leave it out"
-        )
     adapter_rank = checks.whole("adapter_rank", adapter_rank, 0, manifests.MAX_RANK, "a rank")
     split = bool(split or whole_picture or adapter_rank or controls)
     out, partial = _paths(out)
@@ -112,9 +107,9 @@ def export(
     head = _head(model, source=source, options=options, name=name, controls=controls, **form)
     head |= {"fused_ops": fused_ops, "adapters": list(adapters)}
     if whole_picture:
-        networks = specs(model.unet, model.vae, model.text, dtype=dtype, split=True)
-        graphs = {graph: spec.to_dict() for graph, spec in graph_specs(networks, dtype).items()}
-        head |= {"graphs": graphs, "columns": list(COLUMNS)}
+        networks = specs(model.unet, model.vae, model.text, dtype=dtype, split=True, vision=model.vision)
+        graphs = graph_specs(networks, dtype, edits=model.unet.edits)
+        head |= {"graphs": {name: spec.to_dict() for name, spec in graphs.items()}, "columns": list(COLUMNS)}
     if (out / MANIFEST).is_file():
         return _open_existing(out, head)
     _check_free(out, partial)
@@ -236,7 +231,7 @@ def _head(
         raise InputError(f"{source} has no weights for PyTorch, as a bundle: give the model that it was exported from")
     configs = [control.network.config for control in controls.values()]
     form: dict[str, Any] = {"split": split, "adapter_rank": adapter_rank, "controls": configs}
-    networks = specs(model.unet, model.vae, model.text, dtype=dtype, **form)
+    networks = specs(model.unet, model.vae, model.text, dtype=dtype, vision=model.vision, **form)
     taken: dict[str, Any] = {}
     if controls:
         taken["controls"] = [control_identity(name, control) for name, control in controls.items()]
@@ -327,6 +322,12 @@ def _export(
     for title in model.checkpoint.schedulers:
         (partial / title).mkdir(exist_ok=True)
         write_json(partial / title / "scheduler_config.json", head["config"][title])
+    if model.checkpoint.preprocessor:
+        path = partial.joinpath(*PREPROCESSOR)
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, head["config"][path.parent.name])
+    if model.checkpoint.depth is not None:
+        model.checkpoint.depth.save(partial)
     write_json(partial / "model_index.json", _index(model, networks.specs))
 
     def write_image() -> None:
@@ -398,7 +399,11 @@ def _index(model: Spec, networks: Iterable[str]) -> dict[str, Any]:
     each network as an ONNX model."""
     index = as_json(model.checkpoint.index)
     settings = {key: value for key, value in index.items() if not isinstance(value, list | tuple)}
+    reads_picture = bool(model.checkpoint.preprocessor)
     components: dict[str, tuple[str | None, str | None]] = {
+        **dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), (None, None)),
+        **({PREPROCESSOR[0]: ("transformers", "CLIPImageProcessor")} if reads_picture else {}),
+        **(dict(zip(depth.FOLDERS, _OF_DEPTH, strict=True)) if model.checkpoint.depth is not None else {}),
         **{
             name: ("diffusers", config.get("_class_name", "PNDMScheduler"))
             for name, config in model.checkpoint.schedulers.items()
@@ -408,7 +413,6 @@ def _index(model: Spec, networks: Iterable[str]) -> dict[str, Any]:
             for name in model.checkpoint.tokenizers
         },
         **dict.fromkeys(networks, ("diffusers", "OnnxRuntimeModel")),
-        **dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), (None, None)),
     }
     return {
         **settings,

@@ -189,15 +189,6 @@ def need_exporter() -> None:
         raise EngineError(f"{', '.join(missing)} is not installed: pip install 'fastldm[onnx]'")
 
 
-def need_prompts(spec: loading.Spec) -> None:
-    """InputError for a model that is not exported: one that reads what a picture shows."""
-    if spec.vision is not None:
-        raise InputError(
-            f"{spec.checkpoint.source} reads what a picture shows, and is not exported: bundles have text "
-            "encoders. Run it on backend torch"
-        )
-
-
 def _read_bundle(path: str | os.PathLike[str]) -> Any:
     """A bundle, without comparing its files with their hashes. BundleError if its manifest is invalid."""
     from fastldm.export.bundle import Bundle

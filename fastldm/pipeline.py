@@ -26,8 +26,8 @@ from fastldm.loading import adoption
 from fastldm.loading import spec as loading
 from fastldm.loading.mapped import Mapped
 from fastldm.loading.ranker import find_ranker
-from fastldm.model import need_exporter, need_prompts, open_model
-from fastldm.models.families import folder_name
+from fastldm.model import need_exporter, open_model
+from fastldm.models.families import IMAGE_ENCODER, IMAGE_NORMALIZER, folder_name
 from fastldm.reading import check_path
 from fastldm.request import MAX_IMAGES, MAX_SIDE, Request, Result
 from fastldm.runtime import eight_bits
@@ -305,12 +305,12 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         if self.refiner is not None:
             self.refiner.warmup([(width, height) for width, height in sizes], counts, **options)
             options["refiner_switch_at"] = 1.0
-        prompt = "a prompt" if self.text_stages and not self.family.reads_picture else ""
-        options = {"prompt": prompt, "num_inference_steps": repeats, "output_type": "pt", "seed": 0, **options}
+        prompt = "a prompt" if self.text_stages else ""
+        shared = {"prompt": prompt, "num_inference_steps": repeats, "output_type": "pt", "seed": 0}
         for width, height, count in sorted(workloads, key=math.prod, reverse=True):
             pictures = needed_images(self.stages.spec, height, width)
             for _ in range(repeats):
-                self(**{**pictures, **options}, width=width, height=height, num_images_per_prompt=count)
+                self(**{**shared, **pictures, **options}, width=width, height=height, num_images_per_prompt=count)
 
     def weights_changed(self) -> list[str]:
         """Update what was derived from weights that have been replaced or changed since. Returns their names.
@@ -331,7 +331,6 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         and while requests with other adapters are under way.
         """
         self.stages.need_torch("which has no weights to export: copy it")
-        need_prompts(self.stages.spec)
         if eight_bits.is_on(self.stages):
             raise InputError("fp8 is on, and is not exported: call disable_fp8 first")
         self.weights_changed()
@@ -345,6 +344,8 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
 
         modules: dict[str, Any] = {"unet": self.unet, "vae": self.vae}
         spec = self.stages.spec
+        if (encoder := self.stages.image_encoder) is not None:
+            modules |= {IMAGE_ENCODER: encoder.model, IMAGE_NORMALIZER: encoder.normalizer}
         for name, stage in self.stages.encoders.items():
             modules[name] = stage.model
             if stage.added:

@@ -99,10 +99,10 @@ def _storage(weight: Tensor) -> int:
 
 
 def _layouts(x: Tensor, weight: Tensor, rows: int) -> Layouts | None:
-    if not _owners or rows > _ROWS or not worth_caching(weight) or x.dtype != weight.dtype:
+    if not _owners or needs_gradient(x) or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return None  # these ops have no gradient, and a traced call, whose rows are a symbol, must have the usual ones
+    if rows > _ROWS or not worth_caching(weight) or x.dtype != weight.dtype:
         return None
-    if needs_gradient(x) or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return None  # these ops have no gradient, and a traced call must have the usual ones
     return _owners.get(_storage(weight)) if _available(x.dtype) else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import bundles
 import diffusers
 import pipeline_judge as judge
 import pytest
@@ -83,6 +84,18 @@ def test_what_edits_do_not_read_is_refused(options: dict[str, Any], message: str
 def test_other_models_refuse_an_image_guidance_scale() -> None:
     with pytest.raises(InputError, match="only InstructPix2Pix reads it"):
         Pipeline.from_diffusers(tiny.pipeline("sd1"))("a cat", image_guidance_scale=1.5)
+
+
+def test_graphs_have_the_third_branch(tmp_path_factory: pytest.TempPathFactory) -> None:
+    bundles.expect_images("sd1-edit", True, "onnxruntime-graph", tmp_path_factory, whole_picture=True)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "openvino-graph"])
+@pytest.mark.parametrize("family", tiny.EDITS)
+def test_bundles_make_the_same_images(family: str, backend: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    graph = {"whole_picture": True} if backend.endswith("-graph") else {}
+    bundles.expect_images(family, bool(graph), backend, tmp_path_factory, **graph)
 
 
 def test_folders_and_files_are_recognised(tmp_path: Path) -> None:

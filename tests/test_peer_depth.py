@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import bundles
 import numpy as np
 import pytest
 import tiny
@@ -71,6 +72,24 @@ def test_folder_has_its_depth_estimator(pipes: Any, tmp_path: Path) -> None:
     assert torch.allclose(estimate, own, atol=1e-5)
     given = loaded("a cat", **options, depth_map=estimate).images
     assert np.abs(given - loaded("a cat", **options).images).max() < 1e-5
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("split", [True, False])
+def test_bundle_takes_the_estimator_with_it(split: bool, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Of a folder, and of an adopted pipeline."""
+    bundles.expect_images("sd2-depth", split, "onnxruntime", tmp_path_factory)
+    source, bundle = bundles.exported("sd2-depth", split, bundles.shared(tmp_path_factory))
+    options: dict[str, Any] = {"image": picture(16, 16), "num_inference_steps": 2, "output_type": "np", "seed": 3}
+    folders = [source, bundle]
+    if split:
+        adopted = Pipeline.from_diffusers(tiny.peer("diffusers").DiffusionPipeline.from_pretrained(source))
+        folders.append(adopted.export(tmp_path_factory.mktemp("adopted") / "bundle", split=True))
+    expected, *made = (
+        Pipeline.from_pretrained(path, backend=backend, device="cpu", dtype="float32")("a cat", **options).images
+        for path, backend in zip(folders, ("torch", "onnxruntime", "onnxruntime"), strict=False)
+    )
+    assert max(np.abs(images - expected).max() for images in made) < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import bundles
 import clients
 import numpy as np
 import picture_readers
 import pytest
 import torch
+from original_layout import as_open_clip, quick_gelu, random_state, small
 from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
 
 from fastldm import CheckpointError, InputError, Pipeline, Request, Session
 from fastldm.loading.hub import _needed_files
+from fastldm.loading.single_file import open_single_file
 from fastldm.model import describe
 from fastldm.planning import memory
 from fastldm.runtime.slots import Slots
@@ -166,9 +171,8 @@ def test_bad_requests_are_refused(case: str, pipe: Pipeline) -> None:
         pipe(**{**BASE, **options})
 
 
-def test_exports_are_refused_by_name(pipe: Pipeline, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="reads what a picture shows, and is not exported"):
-        pipe.export(tmp_path / "bundle")
+def test_bundles_make_the_same_images(tmp_path_factory: pytest.TempPathFactory) -> None:
+    bundles.expect_images("sd2-unclip", True, "onnxruntime", tmp_path_factory)
 
 
 def test_plans_count_the_image_encoder(folder: Path) -> None:
@@ -241,3 +245,33 @@ def test_servers_read_the_picture(pipe: Pipeline) -> None:
         body = {"init_images": [encoded], "prompt": "a cat", "seed": 3, "steps": 2, "width": 64, "height": 64}
         answer = http.post("/sdapi/v1/img2img", json={**body, "cfg_scale": 10}).json()
         assert np.abs(np.asarray(clients.picture(answer["images"][0])).astype(int) - expected("a cat")).max() <= 1
+
+
+@pytest.mark.parametrize("openai", [False, True])
+def test_unclip_file_has_open_clips_image_encoder(openai: bool, tmp_path: Path) -> None:
+    """OpenAI's CLIP comes with its text half, and its statistics, without which it is refused."""
+    state = {
+        key: x / max(1, x[0].numel()) ** 0.5 for key, x in random_state(small("sd2-unclip", 49408)).items() if x.ndim
+    }
+    if openai:
+        state["embedder.model.transformer.resblocks.0.ln_1.weight"] = torch.ones(24)
+        save_file(state, tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError, match=r"OpenAI's CLIP, and has no noise_augmentor\.data_mean"):
+            open_single_file(tmp_path / "model.safetensors")
+        state |= {f"noise_augmentor.data_{name}": torch.rand(1, 24) + 1 for name in ("mean", "std")}
+    save_file(state, tmp_path / "model.safetensors")
+    loaded = Pipeline.from_pretrained(tmp_path / "model.safetensors", device="cpu", dtype="float32")
+    assert (loaded.family.name, loaded.stages.schedule.prediction_type) == ("sd2-unclip", "v_prediction")
+    assert loaded.stages.spec.checkpoint.schedulers["image_noising_scheduler"]["beta_schedule"] == "squaredcos_cap_v2"
+    encoder = loaded.stages.image_encoder
+    assert encoder is not None
+    assert encoder.normalizer is not None
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    act = quick_gelu if openai else nn.functional.gelu
+    expected = as_open_clip(state, pixels, 160 // (64 if openai else 80), act)
+    torch.testing.assert_close(encoder.embeds(pixels), expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+    if openai:
+        assert torch.equal(encoder.normalizer.std, state["noise_augmentor.data_std"])
+    size = 8 * loaded.vae.config.factor
+    image = loaded("a cat", image=pixels[:1], num_inference_steps=2, seed=0, output_type="np", height=size, width=size)
+    assert np.isfinite(image.images).all()

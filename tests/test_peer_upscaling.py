@@ -152,6 +152,25 @@ def test_upscalers_bundle_makes_the_same_images(whole_picture: bool, tmp_path_fa
         assert np.abs(made - expected).max() < 1e-4, backend
 
 
+@pytest.mark.full
+def test_upscalers_bundle_takes_adapters(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Of both attentions, of which the first reads the text too."""
+    folder = bundles.shared(tmp_path_factory)
+    source, bundle = bundles.exported("x4-upscaler", True, folder, adapter_rank=4)
+    assert [check.problem for check in verify(Bundle.open(bundle)) if check.problem] == []
+    theirs = tiny.peer("diffusers").DiffusionPipeline.from_pretrained(source)
+    file = lora.write(tmp_path_factory.mktemp("loras") / "all.safetensors", theirs, unet=lora.ALL)
+    options = {"image": picture(16, 8), "num_inference_steps": 3, "output_type": "np", "seed": 3}
+    images = []
+    for path, backend in ((source, "torch"), (bundle, "onnxruntime")):
+        pipe = Pipeline.from_pretrained(path, backend=backend, dtype="float32")
+        plain = pipe("a cat", **options).images
+        pipe.load_lora_weights(file)
+        images.append(pipe("a cat", **options).images)
+        assert np.abs(images[-1] - plain).max() > 1e-3
+    assert np.abs(images[0] - images[1]).max() < 1e-4
+
+
 @pytest.fixture(scope="module")
 def pixels(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pipeline]:
     folder = tiny.save_pixel_upscaler(tmp_path_factory.mktemp("pixels"))

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import bundles
 import ip_adapters
 import numpy as np
 import picture_readers
@@ -154,9 +155,14 @@ def test_other_models_refuse_vectors() -> None:
         Pipeline.default(device="cpu")("a cat", image_embeds=torch.zeros(1, 20))
 
 
-def test_exports_are_refused_by_name(pipe: Pipeline, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="reads what a picture shows, and is not exported"):
-        pipe.export(tmp_path / "bundle")
+@pytest.mark.full
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("family", picture_readers.FAMILIES)
+def test_bundles_make_the_same_images(
+    family: str, split: bool, backend: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    bundles.expect_images(family, split, backend, tmp_path_factory)
 
 
 def test_plans_count_the_image_encoder(folder: Path) -> None:

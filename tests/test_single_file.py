@@ -165,7 +165,7 @@ def test_layout_has_published_numbers_of_keys() -> None:
     assert counts["sd1"] == 686 + 248 + 197 + len(SCHEDULE_BUFFERS)
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "sdxl-refiner", "x4"])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "sdxl-refiner", "x4", "sd2-unclip"])
 def test_full_size_single_file_matches_diffusers_network(tmp_path: Path, family: str) -> None:
     import diffusers
     import transformers
@@ -175,6 +175,16 @@ def test_full_size_single_file_matches_diffusers_network(tmp_path: Path, family:
     checkpoint = open_single_file(tmp_path / "model.safetensors")
     original = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     gold = converted_by_diffusers(original, checkpoint)
+    encoder = checkpoint.components.pop("image_encoder", None)
+    if encoder is not None:  # which diffusers takes from elsewhere
+        assert encoder.names is not None
+        with torch.device("meta"):
+            vision = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**encoder.config))
+        got = {key: tuple(tensor.shape) for key, tensor in convert(original, encoder.names).items()}
+        assert got == {key: tuple(tensor.shape) for key, tensor in vision.state_dict().items()}
+        assert {key: encoder.config[key] for key in H14} == H14
+        assert checkpoint.components.pop("image_normalizer").config == {"embedding_dim": 1024}
+        del gold["image_normalizer"]
     assert set(checkpoint.components) == set(gold)
     for name, component in checkpoint.components.items():
         assert component.names is not None
@@ -191,6 +201,8 @@ def test_full_size_single_file_matches_diffusers_network(tmp_path: Path, family:
         assert bare == {key.removeprefix("text_model."): tuple(t.shape) for key, t in network.state_dict().items()}
 
 
+H14 = {"hidden_size": 1280, "num_attention_heads": 16, "num_hidden_layers": 32, "image_size": 224, "patch_size": 14}
+H14 |= {"hidden_act": "gelu", "intermediate_size": 5120, "projection_dim": 1024}  # type: ignore[dict-item]
 CONFIGS: dict[str, dict[str, Any]] = {  # of the families' repositories on the hub
     "sd1": {
         "attention_head_dim": 8,
@@ -307,14 +319,15 @@ def test_single_file_configs_equal_published_configs(tmp_path: Path, family: str
     assert checkpoint.index.get("force_zeros_for_empty_prompt", False) == (family in ("sdxl", "sdxl-inpaint"))
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "x4"])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "x4", "sd1-edit", "sd2-depth", "sdxl-refiner", "sd2-unclip"])
 def test_single_file_values_equal_diffusers_conversion(tmp_path: Path, family: str) -> None:
     state = random_state(small(family))
     save_file(state, tmp_path / "model.safetensors")
     checkpoint = open_single_file(tmp_path / "model.safetensors")
     gold = converted_by_diffusers(state, checkpoint)
-    assert set(checkpoint.components) == set(gold)
-    for name, component in checkpoint.components.items():
+    components = {name: own for name, own in checkpoint.components.items() if name != "image_encoder"}
+    assert set(components) == set(gold)
+    for name, component in components.items():
         got = component.state()
         assert set(got) == set(gold[name])
         for key, tensor in got.items():
@@ -447,7 +460,7 @@ OTHER_FILES: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
         lambda: random_state(_sd1_with({"learnable_vector": (1, 1, 9)}, in_channels=9)),
         "Paint by Example",
     ),
-    "unCLIP": (lambda: random_state(_sd1_with({"embedder.model.visual.proj": (2, 2)})), "Stable unCLIP"),
+    "unCLIP": (lambda: random_state(_sd1_with({"embedder.model.visual.proj": (2, 2)})), "stable unCLIP but is built"),
     "cut down": (lambda: random_state(_without_middle_block()), "built differently: its middle block is not as deep"),
     "quantised": (
         lambda: random_state(_sd1_with({"model.diffusion_model.out.2.weight.absmax": (2,)})),

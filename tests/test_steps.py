@@ -93,16 +93,19 @@ def test_concurrent_requests_are_as_alone_on_torch(pipe: Pipeline, torch_pipe: P
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("family", ["sdxl", "sd1-inpaint", "sd2-v", "lcm", "sdxl-lcm"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        *("sdxl", "sd1-inpaint", "sd2-v", "lcm", "sdxl-lcm", "sdxl-refiner"),
+        *("sd1-edit", "sdxl-edit", "sd2-depth", "sd1-variation", "sd2-unclip"),
+    ],
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_family_is_as_on_torch(backend: str, family: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     source, bundle = bundles.exported(family, True, bundles.shared(tmp_path_factory), whole_picture=True)
     reference = Pipeline.from_pretrained(source, backend="torch", device="cpu", dtype="float32")
     pipe = load(bundle, backend)
-    some = queries()
-    if family == "sd1-inpaint":
-        some = [{**query, **{name: some[-1][name] for name in ("image", "mask_image")}} for query in some]
-    for query in some:
+    for query in [bundles.for_family(family, query) for query in queries()]:
         assert apart(pipe(**query).images, reference(**query).images) < TOLERANCE
 
 

@@ -158,6 +158,8 @@ def test_other_kinds_of_models_are_refused() -> None:
     for other, message in (
         (replace(model, text=model.text * 2), "has two text encoders"),
         (replace(model, unet=replace(model.unet, in_channels=9)), "reads a picture"),
+        (replace(model, vision=object()), "reads a picture"),  # type: ignore[arg-type]
+        (replace(model, unet=replace(model.unet, addition_embed_type="text_time")), "reads sizes beside a prompt"),
     ):
         with pytest.raises(InputError, match=message):
             web.check(other)

@@ -31,7 +31,10 @@ composing: Any = pytest.importorskip("fastldm.export.whole_picture", reason="nee
 onnx = composing.onnx
 
 ENGINES = ["onnxruntime", "openvino"]
-FAMILIES = ["sdxl", "sd1-inpaint", "sd2-v", "lcm", "sdxl-lcm", pytest.param("sdxl-refiner", marks=pytest.mark.full)]
+FAMILIES = [
+    *("sdxl", "sd1-inpaint", "sd2-v", "lcm", "sdxl-lcm", "sdxl-refiner"),
+    *("sd1-edit", "sdxl-edit", "sd2-depth", "sd1-variation", "sd2-unclip"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -48,15 +51,13 @@ def sd1(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return exported(tmp_path_factory)
 
 
-def requests(pipe: Pipeline) -> list[Request]:
+def requests(family: str) -> list[Request]:
     """By samplers of every kind, guided and not, from noise, from a picture and with a mask, one image and several."""
     small: dict[str, Any] = {"num_inference_steps": 3, "seed": 1, "output_type": "pt", "height": 16, "width": 24}
     start = np.random.default_rng(0).random((16, 24, 3), dtype=np.float32)
     mask = np.zeros((16, 24), dtype=np.float32)
     mask[4:12, 8:16] = 1
     again: dict[str, Any] = {"image": start, "strength": 0.9}
-    if pipe.unet.config.in_channels > pipe.latent_channels:
-        small |= {**again, "mask_image": mask}
     options: list[dict[str, Any]] = [
         {"prompt": ["a cat", "two dogs"], "negative_prompt": "blurry", "sampler": "ddim", "guidance_scale": 3.0},
         {"prompt": "a cat", "guidance_scale": 1.0, "sampler": "euler a", "num_images_per_prompt": 2},
@@ -71,17 +72,17 @@ def requests(pipe: Pipeline) -> list[Request]:
         {"prompt": "a cat", "guidance_interval": (0.0, 0.5), "sampler": "heun", **again, "mask_image": mask},
         {"prompt": "a cat", "sampler": "dpm++ 2m sde", "guidance_scale": 2.0},
     ]
-    return [Request(**{**small, **own}) for own in options]
+    return [Request(**bundles.for_family(family, {**small, **own})) for own in options]
 
 
-def expect_pictures(source: Path, bundle: Path, backend: str, tolerance: float) -> None:
+def expect_pictures(source: Path, bundle: Path, backend: str, tolerance: float, family: str = "sd1") -> None:
     """The graph's images are those of the pipeline on PyTorch."""
     pytest.importorskip(backend, reason=f"{backend} is not installed")
     pipe = Pipeline.from_pretrained(source, backend="torch", device="cpu", dtype="float32")
     opened = Bundle.open(bundle)
     spec = opened.graphs[WHOLE_PICTURE]
     engine = open_engine(backend, opened.path(WHOLE_PICTURE), spec)
-    for request in requests(pipe):
+    for request in requests(family):
         image = to_pixels(engine(picture_inputs(pipe.stages, request, spec))["image"], "pt")
         expected: Tensor = pipe(request).images  # type: ignore[assignment]
         assert image.shape == expected.shape
@@ -98,13 +99,13 @@ def test_whole_picture_is_the_pipelines(backend: str, sd1: tuple[Path, Path]) ->
 @pytest.mark.parametrize("backend", ENGINES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_whole_picture_of_every_family(family: str, backend: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    expect_pictures(*exported(tmp_path_factory, family), backend, 1e-4)
+    expect_pictures(*exported(tmp_path_factory, family), backend, 1e-4, family)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_float16_graphs_are_as_close_as_float16(family: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    expect_pictures(*exported(tmp_path_factory, family, dtype="float16"), "onnxruntime", 3e-2)
+    expect_pictures(*exported(tmp_path_factory, family, dtype="float16"), "onnxruntime", 3e-2, family)
 
 
 @pytest.mark.full

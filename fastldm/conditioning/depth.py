@@ -5,6 +5,7 @@ Source: `prepare_depth_map` of diffusers' StableDiffusionDepth2ImgPipeline.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,9 @@ from fastldm.errors import CheckpointError, EngineError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+FOLDERS = ("depth_estimator", "feature_extractor")
 
 
 class DepthEstimator:
@@ -35,7 +39,7 @@ class DepthEstimator:
             from transformers import DPTForDepthEstimation, DPTImageProcessor
         except ImportError:
             raise EngineError("transformers estimates depth: pip install 'fastldm[depth]', or give depth_map") from None
-        network, processor = self.source / "depth_estimator", self.source / "feature_extractor"
+        network, processor = (self.source / name for name in FOLDERS)
         options: dict[str, Any] = {"local_files_only": True}
         try:
             return (
@@ -45,6 +49,21 @@ class DepthEstimator:
         except (OSError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(f"{network} does not load: {reason}. Give depth_map to do without") from error
+
+    def save(self, folder: Path) -> None:
+        """Write its two folders into another. CheckpointError for one without safetensors."""
+        if not isinstance(self.source, Path):
+            for name, part in zip(FOLDERS, self.source, strict=True):
+                part.save_pretrained(folder / name)
+            return
+        network, processor = (self.source / name for name in FOLDERS)
+        weights = sorted(network.glob("model*.safetensors*"))
+        if not weights:
+            raise CheckpointError(f"{network} has no model.safetensors, which a bundle takes with it")
+        for path in (network / "config.json", *weights, processor / "preprocessor_config.json"):
+            target = folder / path.parent.name
+            target.mkdir(exist_ok=True)
+            shutil.copyfile(path, target / path.name)
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Image], device: torch.device) -> Tensor:

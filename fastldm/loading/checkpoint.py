@@ -13,11 +13,11 @@ from torch import Tensor
 from fastldm.conditioning.depth import DepthEstimator
 from fastldm.conditioning.tokenizer import BertTokenizer, Tokenizer
 from fastldm.errors import CheckpointError
-from fastldm.loading.formats import Config
+from fastldm.loading.formats import NOISING, Config
 from fastldm.loading.key_names import Names, convert
 from fastldm.loading.tensors import read_tensors
 from fastldm.models.config import LDM_BERT
-from fastldm.models.families import folder_name
+from fastldm.models.families import IMAGE_ENCODER, folder_name
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,16 @@ class Component:
 
 
 @dataclass(frozen=True)
+class Loaded(Component):
+    """A network whose weights are in no file, but in memory."""
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def state(self, *, to_prepare: bool = False) -> dict[str, Tensor]:
+        return dict(self.tensors)
+
+
+@dataclass(frozen=True)
 class TokenizerFiles:
     """Where a tokenizer comes from: `folder`, or if that is None CLIP's vocabulary, which ships with fastldm."""
 
@@ -113,7 +123,8 @@ class Checkpoint:
     def schedulers(self) -> dict[str, Config]:
         """All of them, by component name."""
         own = {"scheduler": self.scheduler}
-        return own if self.low_res_scheduler is None else {**own, "low_res_scheduler": self.low_res_scheduler}
+        noising = NOISING[IMAGE_ENCODER in self.components]
+        return own if self.low_res_scheduler is None else {**own, noising: self.low_res_scheduler}
 
     def config_source(self, name: str) -> str:
         """The name in error messages of the config of a component or of a scheduler: its file if it has one."""

@@ -41,6 +41,14 @@ _OPEN_CLIP_ENDS = {
     "ln_final.bias": "text_model.final_layer_norm.bias",
     "text_projection": "text_projection.weight",
 }
+_OPEN_CLIP_VISION = {
+    "class_embedding": "vision_model.embeddings.class_embedding",
+    "conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    **{f"ln_pre.{end}": f"vision_model.pre_layrnorm.{end}" for end in ("weight", "bias")},
+    **{f"ln_post.{end}": f"vision_model.post_layernorm.{end}" for end in ("weight", "bias")},
+    "proj": "visual_projection.weight",
+}
 _OPEN_CLIP_BLOCK = {
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
@@ -50,11 +58,12 @@ _OPEN_CLIP_BLOCK = {
 }
 
 
-def unet_name(key: str, layers_per_block: int) -> Names | None:
-    """diffusers' name of a U-Net key without `model.diffusion_model.`: flat block numbers become level and layer."""
+def unet_name(key: str, layers_per_block: int, label: str = "add_embedding") -> Names | None:
+    """diffusers' name of a U-Net key without `model.diffusion_model.`: flat block numbers become level and layer.
+    label: what reads the vector that is added to the time embedding."""
     stem, _, end = key.rpartition(".")  # end: weight or bias
     if stem in _UNET_ENDS:
-        return (f"{_UNET_ENDS[stem]}.{end}",)
+        return (f"{_UNET_ENDS[stem]}.{end}".replace("add_embedding", label),)
     if match := re.fullmatch(r"(input|output)_blocks\.(\d+)\.([012])\.(.+)", stem):
         side, index, slot, rest = match[1], int(match[2]), int(match[3]), match[4]
         block, layer = divmod(index - 1 if side == "input" else index, layers_per_block + 1)
@@ -165,10 +174,22 @@ def open_clip_name(key: str, *, with_projection: bool, drops_last: bool) -> Name
         return (_OPEN_CLIP_ENDS[key],) if with_projection or key != "text_projection" else ()
     if drops_last and is_dropped_layer(key):
         return ()
+    return _open_clip_block(key, "text_model")
+
+
+def open_clip_vision_name(key: str) -> Names | None:
+    """transformers' name of a key of OpenCLIP's, or OpenAI's, image encoder; () for those of the text beside it."""
+    if not key.startswith("visual."):
+        return ()
+    key = key.removeprefix("visual.")
+    return (_OPEN_CLIP_VISION[key],) if key in _OPEN_CLIP_VISION else _open_clip_block(key, "vision_model")
+
+
+def _open_clip_block(key: str, root: str) -> Names | None:
     match = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)[._](weight|bias)", key)
     if match is None:
         return None
-    layer, end = f"text_model.encoder.layers.{match[1]}", match[3]
+    layer, end = f"{root}.encoder.layers.{match[1]}", match[3]
     if match[2] == "attn.in_proj":
         return tuple(f"{layer}.self_attn.{letter}_proj.{end}" for letter in "qkv")
     return (f"{layer}.{_OPEN_CLIP_BLOCK[match[2]]}.{end}",) if match[2] in _OPEN_CLIP_BLOCK else None
@@ -202,7 +223,7 @@ def ldm_bert_name(key: str) -> Names | None:
 
 
 def convert(tensors: Mapping[str, Tensor], names: Mapping[str, Names]) -> dict[str, Tensor]:
-    """Tensors by their new names: views of the old ones, except for the small transposed `text_projection`.
+    """Tensors by their new names: views of the old ones, except for CLIP's small projections, which are transposed.
 
     A fused (3C, ...) q, k, v is split in three; the VAE's attention weights, stored as 1x1 convolutions
     (C, C, 1, 1), become (C, C).
@@ -212,7 +233,7 @@ def convert(tensors: Mapping[str, Tensor], names: Mapping[str, Names]) -> dict[s
         tensor = tensors[key]
         if len(targets) == 3:
             state.update(zip(targets, tensor.chunk(3), strict=True))
-        elif key.endswith("text_projection"):
+        elif key.endswith(("text_projection", ".visual.proj")):
             state[targets[0]] = tensor.T.contiguous()
         elif ".mid.attn_1." in key and tensor.ndim > 2:
             state[targets[0]] = tensor.flatten(1)

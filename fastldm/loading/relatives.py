@@ -197,7 +197,6 @@ OTHER_MODELS = (
     (r"(^|\.)joint_blocks\.\d+\.", "a Stable Diffusion 3 transformer"),
     (r"^edm_mean$", "Playground v2.5, which needs latent statistics and EDM scaling"),
     (r"^edm_vpred\.sigma_max$", "a CosXL model, which needs EDM scaling"),
-    (r"^embedder\.model\.visual\.", "a Stable unCLIP model"),
     (r"\.position_net\.|\.transformer_blocks\.\d+\.fuser\.", "GLIGEN, whose U-Net reads boxes"),
     (r"^cc_projection\.", "Zero123, which turns objects"),
     (r"^learnable_vector$|^cond_stage_model\.(mapper|transformer\.vision_model)\.", "Paint by Example"),

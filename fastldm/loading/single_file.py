@@ -3,31 +3,44 @@
 The original Stability layout keeps U-Net, VAE and text encoders in one file (`model.diffusion_model.`,
 `first_stage_model.`, `cond_stage_model.` or `conditioner.embedders.N.`) and no configuration. `read_layout` recognises
 the family, derives each component's config and maps every key to diffusers' name for it (key_names.py).
+
+Over 500 lines, for configs are derived from the same shapes that tell the families apart.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from fastldm.checks import show
 from fastldm.errors import CheckpointError, InputError
 from fastldm.loading import relatives
-from fastldm.loading.checkpoint import Checkpoint, Component, TokenizerFiles
+from fastldm.loading.checkpoint import Checkpoint, Component, Loaded, TokenizerFiles
 from fastldm.loading.formats import Config, PathLike
 from fastldm.loading.key_names import (
     Names,
     is_dropped_layer,
     open_clip_name,
+    open_clip_vision_name,
     transformers_clip_name,
     unet_name,
     vae_name,
 )
 from fastldm.loading.tensors import Shapes, read_shapes
-from fastldm.models.families import DEPTH_PIPELINE
+from fastldm.models.families import (
+    DEPTH_PIPELINE,
+    IMAGE_ENCODER,
+    IMAGE_ENCODER_CLASSES,
+    IMAGE_NORMALIZER,
+    IMAGE_NORMALIZER_CLASSES,
+)
 
 logger = logging.getLogger("fastldm")
 
@@ -35,6 +48,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 _UNET = "model.diffusion_model."
 _VAE = "first_stage_model."
+_VISION = "embedder.model."
 _FIRST_CONV = f"{_UNET}input_blocks.0.0.weight"
 
 
@@ -46,6 +60,8 @@ class OriginalComponent:
     class_name: str
     config: Config
     names: dict[str, Names]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    """Weights that the file does not have, since they are the same in all."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +201,25 @@ def _text_config(state: Shapes, text: _Text) -> Config:
     }
 
 
+def _vision_config(shapes: Shapes) -> Config:
+    """CLIPVisionModelWithProjection's config from the shapes of the original keys, `visual.*` and beside them, where it
+    is of OpenAI's whole CLIP, those of its text encoder."""
+    state, openai = _stripped(shapes, "visual."), any(key.startswith("transformer.") for key in shapes)
+    (hidden, _, patch, _), (positions, _) = state["conv1.weight"], state["positional_embedding"]
+    return {
+        "hidden_act": "quick_gelu" if openai else "gelu",
+        "hidden_size": hidden,
+        "image_size": patch * math.isqrt(positions - 1),
+        "intermediate_size": state["transformer.resblocks.0.mlp.c_fc.weight"][0],
+        "layer_norm_eps": 1e-5,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": max(1, hidden // (64 if openai else 80)),  # of L/14, and of OpenCLIP's H/14
+        "num_hidden_layers": _count(state, r"transformer\.resblocks\.(\d+)\."),
+        "patch_size": patch,
+        "projection_dim": state["proj"][1],
+    }
+
+
 def _scheduler_config(
     class_name: str, prediction_type: str, betas: tuple[float, float], *, zero_terminal_snr: bool = False
 ) -> Config:
@@ -249,6 +284,7 @@ _SD1 = _Family("Stable Diffusion 1", 64, 0.18215, "PNDMScheduler", "StableDiffus
 _SD2 = replace(_SD1, title="Stable Diffusion 2")
 _X4 = _Family("the x4 upscaler", 128, 0.08333, "DDIMScheduler", "StableDiffusionUpscale", betas=(0.0001, 0.02), heads=8)
 _SDXL = _Family("Stable Diffusion XL", 128, 0.13025, "EulerDiscreteScheduler", "StableDiffusionXL")
+_UNCLIP = replace(_SD2, title="stable unCLIP", pipeline="StableUnCLIPImg2Img")
 _REFINER = replace(_SDXL, title="the Stable Diffusion XL refiner", pipeline="StableDiffusionXLImg2Img")
 
 
@@ -258,8 +294,8 @@ def read_layout(
     """The layout of the single file `source`, from its keys' shapes and its safetensors metadata.
 
     Families: SD1, SD2, SDXL and its refiner, each with 4 latent channels, the 9 of inpainting or the 8 of
-    InstructPix2Pix, which other models that read an image are taken for, the x4 upscaler, and SD2's depth to image, of
-    which the estimator is not read, at any width and depth.
+    InstructPix2Pix, which other models that read an image are taken for, the x4 upscaler, stable unCLIP, and SD2's
+    depth to image, of which the estimator is not read, at any width and depth.
     Whether a network predicts noise or v is not visible in its shapes: `prediction_type` decides if set, else what the
     file states (ModelSpec metadata, or the marker key `v_pred`), else v for SD2 text to image and for the upscaler, as
     in diffusers, and epsilon for all others.
@@ -270,7 +306,8 @@ def read_layout(
     if prediction_type is not None and prediction_type not in PREDICTION_TYPES:
         raise InputError(f"prediction_type is {show(prediction_type)}; expected one of {', '.join(PREDICTION_TYPES)}.")
     family, texts = _family(shapes, source)
-    is_sdxl, is_sd2, is_x4 = family in (_SDXL, _REFINER), family is _SD2, family is _X4
+    is_sdxl, is_sd2, is_x4 = family in (_SDXL, _REFINER), family in (_SD2, _UNCLIP), family is _X4
+    is_unclip = family is _UNCLIP
     ids = 5 if family is _REFINER else 6
     inpainting, edits, reads_depth = (shapes[_FIRST_CONV][1] == channels for channels in (9, 8, 5))
     reads = "Inpaint" if inpainting else "InstructPix2Pix" if edits else "Depth2Img" if reads_depth else ""
@@ -289,6 +326,10 @@ def read_layout(
     unet, vae = _stripped(shapes, _UNET), _stripped(shapes, _VAE)
     try:
         unet_config = _unet_config(unet, sample_size, linear=family is not _SD1)
+        if is_unclip:
+            channels = unet["label_emb.0.0.weight"][1]
+            unet_config |= {"class_embed_type": "projection", "projection_class_embeddings_input_dim": channels}
+            vision_config = _vision_config(_stripped(shapes, _VISION))
         vae_config = _vae_config(vae, sample_size, family.scaling_factor)
         text_configs = {name: _text_config(_stripped(shapes, text.prefix), text) for name, text in texts.items()}
     except (KeyError, IndexError, ValueError) as error:
@@ -311,15 +352,22 @@ def read_layout(
         vae_config["force_upcast"] = True
 
     layers_per_block, levels = unet_config["layers_per_block"], len(vae_config["block_out_channels"])
+    label = "class_embedding" if is_unclip else "add_embedding"
     components = {
-        "unet": _component(unet_config, shapes, _UNET, lambda key: unet_name(key, layers_per_block), source),
+        "unet": _component(unet_config, shapes, _UNET, lambda key: unet_name(key, layers_per_block, label), source),
         "vae": _component(vae_config, shapes, _VAE, lambda key: vae_name(key, levels), source),
     }
     for name, text in texts.items():
         components[name] = _component(text_configs[name], shapes, text.prefix, text.name, source)
+    if is_unclip:
+        name = IMAGE_ENCODER_CLASSES[0]
+        components[IMAGE_ENCODER] = _component(vision_config, shapes, _VISION, open_clip_vision_name, source, name)
+        components[IMAGE_NORMALIZER] = _normalizer(shapes, vision_config, source)
     used = {key for component in components.values() for key in component.names}
     is_sd2_v = is_sd2 and prediction == "v_prediction"
-    noise = _scheduler_config("DDPMScheduler", "epsilon", family.betas) if is_x4 else None
+    noise = _scheduler_config("DDPMScheduler", "epsilon", family.betas) if is_x4 or is_unclip else None
+    if noise is not None and is_unclip:
+        noise["beta_schedule"] = "squaredcos_cap_v2"
     return Layout(
         components=components,
         scheduler=_scheduler_config(
@@ -366,6 +414,9 @@ def _family(shapes: Shapes, source: str) -> tuple[_Family, dict[str, _Text]]:
             f"where {_FIRST_CONV} was expected."
         )
     channels, has_label_embedding = shapes[_FIRST_CONV][1], f"{_UNET}label_emb.0.0.weight" in shapes
+    if has(f"{_VISION}visual.") and (only := _text_keys(shapes, "cond_stage_model.")):
+        relatives.check_channels(channels, f"{source}: its U-Net")
+        return _UNCLIP, {"text_encoder": _Text(*only, open_clip=True)}
     is_x4, reads_depth = f"{_UNET}label_emb.weight" in shapes, has("depth_model.")
     if channels != 8 or is_x4:  # InstructPix2Pix: others with as many are not published as such files
         pipeline = DEPTH_PIPELINE if reads_depth else None
@@ -409,7 +460,12 @@ def _stated_prediction_type(shapes: Shapes, metadata: Mapping[str, str]) -> str 
 
 
 def _component(
-    config: Config, shapes: Shapes, prefix: str, rename: Callable[[str], Names | None], source: str
+    config: Config,
+    shapes: Shapes,
+    prefix: str,
+    rename: Callable[[str], Names | None],
+    source: str,
+    class_name: str | None = None,
 ) -> OriginalComponent:
     targets = {key: rename(key[len(prefix) :]) for key in shapes if key.startswith(prefix)}
     unknown = [key for key, names in targets.items() if names is None]
@@ -418,13 +474,31 @@ def _component(
             f"{source} holds {unknown[0]}, which no Stable Diffusion checkpoint has (and {len(unknown) - 1} more such "
             "keys); it belongs to another family, or is quantised."
         )
-    class_name = config["_class_name"] if "_class_name" in config else config["architectures"][0]
+    if class_name is None:
+        class_name = config["_class_name"] if "_class_name" in config else config["architectures"][0]
     return OriginalComponent(class_name, config, {key: names for key, names in targets.items() if names})
 
 
+def _normalizer(shapes: Shapes, vision: Config, source: str) -> OriginalComponent:
+    """The mean and deviation of a picture's vectors, which few files have: OpenCLIP's H/14 goes without, OpenAI's L/14
+    has a file of its own for them."""
+    names: dict[str, Names] = {f"noise_augmentor.data_{name}": (name,) for name in ("mean", "std")}
+    channels = vision["projection_dim"]
+    if names.keys() <= shapes.keys():
+        tensors = {}
+    elif vision["hidden_act"] == "gelu":
+        names, tensors = {}, {"mean": torch.zeros(1, channels), "std": torch.ones(1, channels)}
+    else:
+        raise CheckpointError(
+            f"{source} is stable unCLIP with OpenAI's CLIP, and has no noise_augmentor.data_mean and data_std, the "
+            "mean and deviation of its vectors (ViT-L-14_stats.th): load its diffusers folder instead."
+        )
+    return OriginalComponent(IMAGE_NORMALIZER_CLASSES[0], {"embedding_dim": channels}, names, tensors)
+
+
 def open_single_file(path: PathLike, *, prediction_type: str | None = None, allow_pickle: bool = False) -> Checkpoint:
-    """Open a file in the original Stability layout: SD 1, SD 2, SDXL, their inpainting models, or the x4 upscaler.
-    Reads no weights.
+    """Open a file in the original Stability layout: SD 1, SD 2, SDXL, their inpainting models, or another family of
+    `read_layout`. Reads no weights.
 
     prediction_type: "epsilon", "v_prediction" or "sample", which such files seldom state. The default is diffusers':
         v-prediction for SD 2 (so give "epsilon" for SD 2 base and SD-Turbo) and the upscaler, epsilon for all others.
@@ -444,6 +518,8 @@ def open_single_file(path: PathLike, *, prediction_type: str | None = None, allo
         )
     components = {
         name: Component(name, original.class_name, original.config, (path,), source, original.names, allow_pickle)
+        if original.names
+        else Loaded(name, original.class_name, original.config, (), source, tensors=original.tensors)
         for name, original in layout.components.items()
     }
     tokenizers = {name: TokenizerFiles(None, pad) for name, pad in layout.pad_tokens.items()}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastldm.errors import CheckpointError
 from fastldm.models.clip import Embedding, Encoder
 from fastldm.models.config import heads_of
+from fastldm.models.embeddings import Sinusoids
 from fastldm.models.layers import LayerNorm, Linear, linear, parameter
 from fastldm.reading import MAX_CHANNELS, Field, Integer, Number, Object, OneOf, read_fields
 
@@ -91,11 +92,21 @@ class VisionConfig:
 
 class Normalizer(nn.Module):
     """Mean and deviation of projected vectors (N, P), by which unCLIP adds noise to them; diffusers'
-    StableUnCLIPImageNormalizer."""
+    StableUnCLIPImageNormalizer, and `noise_image_embeddings` of its pipeline."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.mean, self.std = parameter(1, channels), parameter(1, channels)
+        self.sinusoids = Sinusoids(channels, flip_sin_to_cos=True, freq_shift=0)
+
+    def forward(self, embeds: Tensor, noise: Tensor, rates: Tensor, level: Tensor) -> Tensor:
+        """Vectors (N, P) with noise (N, P), and its level as sinusoids, as the U-Net reads them: (N, 2P) float32.
+
+        rates: (N, 2) float32, what vector and noise are multiplied by at the level (N,), a timestep.
+        """
+        mean, std = self.mean.float(), self.std.float()
+        normal = rates[:, :1] * ((embeds.float() - mean) / std) + rates[:, 1:] * noise
+        return torch.cat((normal * std + mean, self.sinusoids(level)), dim=1)
 
 
 class CLIPVision(nn.Module):
@@ -151,7 +162,7 @@ class PatchEmbeddings(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         patches = self.patch_embedding(pixels)
-        first = self.class_embedding.expand(len(patches), 1, -1)
+        first = self.class_embedding.expand(patches.shape[0], 1, -1)
         return torch.cat((first, patches), dim=1) + self.position_embedding.weight
 
 

@@ -353,7 +353,7 @@ def _request(stages: Stages, prompt: str, seed: int, **options: Any) -> Request:
     height, width = _side(stages, 0), _side(stages, 1)
     shared: dict[str, Any] = {"height": height, "width": width, "num_inference_steps": STEPS, **options}
     shared |= needed_images(stages.spec, shared["height"], shared["width"])
-    return Request(prompt, seed=seed, output_type="pt", **shared)
+    return Request(**{"prompt": prompt, "seed": seed, "output_type": "pt", **shared})
 
 
 def _pictures(stages: Stages, prompts: Sequence[str]) -> Tensor:

@@ -159,9 +159,11 @@ def _class_labels(request: Request, unet: UNetConfig) -> tuple[int, ...] | None:
 
 
 def needed_images(spec: Spec, height: int, width: int) -> dict[str, Any]:
-    """The pictures that a model cannot do without, grey, for an image of this size in pixels: fields of `Request`, for
-    a trial."""
+    """The pictures that a model cannot do without, grey, for an image of this size in pixels, and no prompt where it
+    reads a picture in its place: fields of `Request`, for a trial."""
     grey = np.full((height // spec.enlarges, width // spec.enlarges, 3), 0.5, dtype=np.float32)
+    if spec.vision and not spec.text:
+        return {"image": grey, "prompt": ""}
     if spec.unet.edits or spec.unet.upscales or spec.vision:
         return {"image": grey}
     if spec.unet.reads_depth:

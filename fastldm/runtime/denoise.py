@@ -185,6 +185,7 @@ class Run:
     noise_level: int = 0  # of `extra`, where that is a small picture: a class of the network
     labels: Tensor | None = None  # (B,) whole numbers: classes of the images
     vectors: Tensor | None = None  # (B, 2D): of pictures that unCLIP reads, as `read_picture` gives them
+    vector_noise: Tensor | None = None  # (B, D): the noise that is in those
     images: tuple[Run, ...] = ()
     generators: Sequence[torch.Generator] | None = None  # of the seeds, behind all that was drawn
     gradient: Gradient | None = None  # by which it is guided besides

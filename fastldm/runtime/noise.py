@@ -35,8 +35,14 @@ def randn(shape: Sequence[int], generators: Generators, dtype: torch.dtype, devi
 
 def add_noise(config: ScheduleConfig, x: Tensor, noise: Tensor, timestep: int) -> Tensor:
     """x with noise of a timestep of a training schedule, as diffusers' DDPMScheduler adds it."""
+    signal, noise_rate = noise_rates(config, timestep)
+    return signal * x + noise_rate * noise
+
+
+def noise_rates(config: ScheduleConfig, timestep: int) -> tuple[float, float]:
+    """What a signal and its noise are multiplied by at a timestep of a training schedule."""
     signal = float(alphas_cumprod(config)[timestep])
-    return signal**0.5 * x + (1 - signal) ** 0.5 * noise
+    return signal**0.5, (1 - signal) ** 0.5
 
 
 def draw_step_noise(

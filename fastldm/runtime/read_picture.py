@@ -9,7 +9,6 @@ StableUnCLIPImg2ImgPipeline.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +20,8 @@ from fastldm.checks import MAX_IMAGES
 from fastldm.conditioning.image_encoder import ImageEncoder, read_pictures
 from fastldm.device import send
 from fastldm.errors import InputError
-from fastldm.models.embeddings import timestep_embedding
 from fastldm.request import Request, as_list
-from fastldm.runtime.noise import add_noise
+from fastldm.runtime.noise import noise_rates
 from fastldm.samplers.config import ScheduleConfig
 
 _START = ("strength", "mask_image", "control_image", "candidates", "ip_adapter_image", "ip_adapter_image_embeds")
@@ -50,15 +48,12 @@ class PictureRead:
             return source
         return torch.cat([self.encoder.embeds(part) for part in (source.split(1) if one_by_one else [source])])
 
-    def noised(self, embeds: Tensor, level: int, schedule: ScheduleConfig, draw: Callable[..., Tensor]) -> Tensor:
-        """unCLIP's input (n, 2D) of vectors (n, D): those with noise of a level, a timestep of the schedule, and the
-        level itself as sinusoids. draw: of n and D, the noise (n, D)."""
+    def noised(self, embeds: Tensor, noise: Tensor, level: int, schedule: ScheduleConfig) -> Tensor:
+        """unCLIP's input (n, 2D) of vectors (n, D): those with noise (n, D) of a level, a timestep of the schedule, and
+        the level itself as sinusoids."""
         assert self.encoder.normalizer is not None
-        mean, std = self.encoder.normalizer.mean.float(), self.encoder.normalizer.std.float()
-        normal = add_noise(schedule, (embeds.float() - mean) / std, draw(*embeds.shape), level)
-        levels = torch.full((len(embeds),), level, device=embeds.device)
-        sinusoids = timestep_embedding(levels, embeds.shape[1], flip_sin_to_cos=True, freq_shift=0)
-        return torch.cat((normal * std + mean, sinusoids), dim=1)
+        rates = torch.tensor([noise_rates(schedule, level)], device=embeds.device).expand(len(embeds), -1)
+        return self.encoder.normalizer(embeds, noise, rates, rates.new_full((len(embeds),), level))
 
 
 def read_picture(request: Request, encoder: ImageEncoder | None) -> Request:

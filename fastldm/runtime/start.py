@@ -81,18 +81,18 @@ def start_run(
     crop = mask_crop(request)
     init = mask = extra = repainted = None
     unet = spec.unet
-    vectors = None
+    vectors = vector_noise = None
     if isinstance(request.image_embeds, PictureRead) and spec.low_res is not None and unet.needs_vector:
         vectors = request.image_embeds.embeds(dtype, device, one_by_one)
         if request.generator is None:  # as each picture would be drawn for alone
             vectors = vectors.repeat_interleave(request.batch // len(vectors), 0)
 
-        def draw_vectors(*size: int) -> Tensor:
-            first = sources[: size[0]] if isinstance(sources, Sequence) else sources
-            return randn(size, first, noise_dtype, device).float()
-
-        vectors = request.image_embeds.noised(vectors, int(request.noise_level or 0), spec.low_res, draw_vectors)
-        vectors = vectors.to(dtype).repeat_interleave(request.batch // len(vectors), 0)
+        first = sources[: len(vectors)] if isinstance(sources, Sequence) else sources
+        vector_noise = randn(vectors.shape, first, noise_dtype, device).float()
+        vectors = request.image_embeds.noised(vectors, vector_noise, int(request.noise_level or 0), spec.low_res)
+        vectors, vector_noise = (
+            x.repeat_interleave(request.batch // len(x), 0) for x in (vectors.to(dtype), vector_noise)
+        )
     if unet.upscales:  # which starts from noise alone, drawn after that of the picture
         small_size = height // spec.enlarges, width // spec.enlarges
         resample = Resampling.LANCZOS if spec.picture_multiple > 1 else Resampling.BICUBIC
@@ -166,7 +166,7 @@ def start_run(
     inpainting = Inpainting(mask, init, noise) if blended else None  # type: ignore[arg-type]
     run = Run(table, x, step_noise, guidance, inpainting, extra, dtype, noise_level=int(request.noise_level or 0))
     run.generators = sources if request.generator is None else None
-    run.repainted, run.vectors = repainted, vectors
+    run.repainted, run.vectors, run.vector_noise = repainted, vectors, vector_noise
     if request.class_labels is not None:  # a tuple of a completed request
         run.labels = send(torch.tensor(request.class_labels), device)
     return run

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastldm import spans
 from fastldm.device import send
 from fastldm.errors import InputError
-from fastldm.export.graphs import HISTORY, MAX_IMAGES, STATE
+from fastldm.export.graphs import HISTORY, STATE
 from fastldm.export.spec import NetworkSpec
 from fastldm.runtime.denoise import Run
 from fastldm.samplers.table import COLUMNS, NEUTRAL
@@ -44,35 +44,32 @@ def rows_of(run: Run, start: int, stop: int, spec: NetworkSpec) -> dict[str, Ten
         raise InputError(
             f"the bundle's graph does not know {', '.join(used)} of the sampler's table: run it on PyTorch"
         )
-    if run.guidance.has_third:
-        raise InputError("the bundle's graph has two rows of the U-Net for each image, and this guidance three")
     if run.table.threshold is not None:
         raise InputError("the bundle's graph knows no dynamic thresholding: run it on PyTorch")
     if run.guidance.projection is not None:
         raise InputError("the bundle's graph knows no adaptive projected guidance: run it on PyTorch")
     if run.gradient is not None:
         raise InputError("the bundle's graph knows no guidance by gradient: run it on PyTorch")
-    images, table = run.batch, run.table
+    images, table, edits = run.batch, run.table, run.guidance.image_scale is not None
     zeros, ones = torch.zeros_like(run.latents), torch.ones_like(run.latents[:, :1])
-    scales = [w1 for _, w1, *_ in run.guidance.weights(table)[start:stop]]
+    weights = run.guidance.weights(table)[start:stop]
+    scales = {"guidance": [w1 for _, w1, *_ in weights]}
+    scales |= {"image_guidance": [1 - w0 for w0, *_ in weights]} if edits else {}
     noises = [zeros if noise is None else noise for noise in run.noises[start:stop]]
     if not any(noise is not None for noise in run.noises[start:stop]):
         noises = [zeros]
     mask, init, init_noise = (ones, zeros, zeros) if run.inpainting is None else run.inpainting
     inputs = {
         "table": torch.from_numpy(table.rows[start:stop, :width])[:, None].expand(-1, images, -1),
-        "guidance": torch.tensor(scales, dtype=torch.float32)[:, None].expand(-1, images),
+        **{name: torch.tensor(own, dtype=torch.float32)[:, None].expand(-1, images) for name, own in scales.items()},
         "rescale": torch.full((images,), run.guidance.rescales),
         "noises": torch.stack(noises),
         "mask": mask.expand(images, -1, -1, -1),
         "init": init,
         "init_noise": init_noise,
     }
-    if run.extra is None:
-        return inputs
-    if len(run.extra) != images:
-        raise InputError("the bundle's graph sees the same behind the latents with and without guidance")
-    return {**inputs, "extra": run.extra}
+    extra = run.extra_of((1,))  # the prompt's; of the others the graph knows
+    return inputs if extra is None else {**inputs, "extra": extra}
 
 
 class StepsBatch:
@@ -85,6 +82,7 @@ class StepsBatch:
         """backend: what runs it. together: whether runs share calls; else each has its own."""
         self._steps, self.backend, self.together = steps, backend, together
         self._spec = steps.specs[0]
+        self._max_images = self._spec.axes["images"].most
         self._states: dict[Run, dict[str, Tensor]] = {}
         self._norms: dict[Run, list[Tensor]] = {}  # (1 or rows, B) of the start, and of each call
         self._texts: dict[tuple[bool, tuple[Piece, ...]], list[Tensor]] = {}
@@ -94,8 +92,9 @@ class StepsBatch:
 
     def admit(self, run: Run) -> None:
         norms = run.latents.abs().sum((1, 2, 3))
-        if run.extra is not None:
-            norms = norms + run.extra.float().abs().sum((1, 2, 3))
+        extra = run.extra_of((1,))
+        if extra is not None:
+            norms = norms + extra.float().abs().sum((1, 2, 3))
         self._states[run], self._norms[run] = start_of(run), [norms[None]]
 
     @torch.no_grad()
@@ -116,10 +115,10 @@ class StepsBatch:
         calls: list[tuple[tuple[bool, int, Run | None], list[Piece]]] = []
         for run in runs:
             key = (len(run.branches) > 1, run.text_kv[0].shape[1], None if self.together else run)
-            for first in range(0, run.batch, MAX_IMAGES):
-                piece = (run, first, min(first + MAX_IMAGES, run.batch))
+            for first in range(0, run.batch, self._max_images):
+                piece = (run, first, min(first + self._max_images, run.batch))
                 images = piece[2] - first
-                fits = (pieces for own, pieces in calls if own == key and _images(pieces) + images <= MAX_IMAGES)
+                fits = (pieces for own, pieces in calls if own == key and _images(pieces) + images <= self._max_images)
                 pieces = next(fits, None)
                 if pieces is None:
                     calls.append((key, [piece]))
@@ -131,7 +130,8 @@ class StepsBatch:
         """The next rows of these images, and what the graph gives for each piece."""
         parts = [self._part(piece, count) for piece in pieces]
         inputs = {name: _cat([part[name] for part in parts], _axis(name)) for name in parts[0]}
-        sides = [side for side in (False, True) if guided or side]
+        sides = [False, False, True] if "image_guidance" in inputs else [False, True]
+        sides = sides if guided else [True]
         temb = [_temb(piece, count, side) for side in sides for piece in pieces]
         inputs["temb_rows"] = _cat(temb, 1)
         key = (guided, pieces)
@@ -183,7 +183,7 @@ def _images(pieces: Sequence[Piece]) -> int:
 
 def _axis(name: str) -> int:
     """The axis of images of an input or output."""
-    return 1 if name in ("table", "guidance", "noises", "norms") else 0
+    return 1 if name in ("table", "guidance", "image_guidance", "noises", "norms") else 0
 
 
 def _rows(piece: Piece, conditional: bool, of: int) -> slice:

@@ -11,6 +11,8 @@ from fastldm.conditioning.text import split_windows
 from fastldm.errors import InputError
 from fastldm.export.spec import NetworkSpec
 from fastldm.request import Request, as_list
+from fastldm.runtime.noise import noise_rates
+from fastldm.runtime.read_picture import PictureRead
 from fastldm.runtime.stages import Stages
 from fastldm.runtime.steps import rows_of, start_of
 
@@ -26,15 +28,28 @@ def picture_inputs(stages: Stages, request: Request, spec: NetworkSpec) -> dict[
     run = stages.prepare(request)
     images, count = run.batch, len(run.table)
     guided = run.max_rows > images
+    read = request.image_embeds
+    if isinstance(read, PictureRead) and read.source.ndim == 2:
+        raise InputError("image_embeds was given, and the graph of a whole picture reads pictures: give image")
     inputs = rows_of(run, 0, count, spec)
     inputs |= {"decode": torch.ones(1, dtype=torch.int32), **start_of(run)}
     inputs["timesteps"] = torch.from_numpy(run.table.timesteps)[:, None].expand(count, images)
     if stages.unet.config.needs_guidance:
         inputs["guidance"] = torch.full((count, images), float(request.guidance_scale or 0))
     inputs["class_labels"] = torch.full((count, images), run.noise_level)
+    if isinstance(read, PictureRead):
+        inputs["pixel_values"] = read.source.repeat_interleave(images // len(read.source), 0)
+        width = read.encoder.model.config.projection_dim
+        inputs["negative_image_embeds"] = torch.zeros(images if guided else 0, width)
+    if run.vector_noise is not None and stages.spec.low_res is not None:
+        level = int(request.noise_level or 0)
+        inputs["image_noise"] = run.vector_noise
+        inputs["image_noise_rates"] = torch.tensor([noise_rates(stages.spec.low_res, level)]).expand(images, -1)
+        inputs["noise_level"] = torch.full((images,), float(level))
     zeros = stages.zero_negative and request.negative_prompt is None and request.negative_prompt_2 is None
     inputs["negative_weight"] = torch.full((1,), 0.0 if zeros else 1.0)
-    for suffix, ids, negative_ids in zip(("", "_2"), *_token_ids(stages, request), strict=False):
+    texts = _token_ids(stages, request) if stages.text_stages else ([], [])
+    for suffix, ids, negative_ids in zip(("", "_2"), *texts, strict=False):
         inputs[f"input_ids{suffix}"] = ids.repeat_interleave(request.num_images_per_prompt, 0)
         negatives = negative_ids.repeat_interleave(request.num_images_per_prompt, 0)
         inputs[f"negative_ids{suffix}"] = negatives if guided else negatives[:0]

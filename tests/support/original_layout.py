@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastldm.loading.checkpoint import Checkpoint
 
@@ -225,6 +226,49 @@ def open_clip(prefix: str, width: int, layers: int, vocabulary: int = 49408) -> 
     return _prefixed(prefix, shapes)
 
 
+def open_clip_vision(prefix: str, width: int, layers: int, patch: int, size: int, projected: int) -> Shapes:
+    """open_clip's image transformer, as FrozenOpenCLIPImageEmbedder holds it: of the text half, only the transformer is
+    left out."""
+    visual: Shapes = {"class_embedding": (width,), "proj": (width, projected)}
+    visual |= {"positional_embedding": (1 + (size // patch) ** 2, width), "conv1.weight": (width, 3, patch, patch)}
+    visual |= _norm("ln_pre", width) | _norm("ln_post", width)
+    blocks = {key: shape for key, shape in open_clip("", width, layers, 1).items() if key.startswith("transformer.")}
+    text = {key: shape for key, shape in open_clip("", projected, 1).items() if not key.startswith("transformer.")}
+    return _prefixed(prefix, _prefixed("visual.", visual, blocks), text)
+
+
+@torch.no_grad()
+def as_open_clip(state: dict[str, Tensor], pixels: Tensor, heads: int, act: Callable[[Tensor], Tensor]) -> Tensor:
+    """The vectors of pictures, as OpenCLIP's VisionTransformer computes them."""
+    state = {key.removeprefix("embedder.model.visual."): x for key, x in state.items() if ".visual." in key}
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        return nn.functional.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"])
+
+    conv = state["conv1.weight"]
+    x = nn.functional.conv2d(pixels, conv, stride=conv.shape[-1]).flatten(2).mT
+    x = torch.cat([state["class_embedding"].expand(len(x), 1, -1), x], 1) + state["positional_embedding"]
+    x = norm("ln_pre", x)
+    for k in range(1 + max(int(key.split(".")[2]) for key in state if key.startswith("transformer."))):
+        block = f"transformer.resblocks.{k}"
+        attention = nn.MultiheadAttention(x.shape[-1], heads, batch_first=True)
+        own = {key.removeprefix(f"{block}.attn."): w for key, w in state.items() if key.startswith(f"{block}.attn.")}
+        attention.load_state_dict(own)
+        y = norm(f"{block}.ln_1", x)
+        x = x + attention(y, y, y, need_weights=False)[0]
+        hidden = nn.functional.linear(
+            norm(f"{block}.ln_2", x), state[f"{block}.mlp.c_fc.weight"], state[f"{block}.mlp.c_fc.bias"]
+        )
+        x = x + nn.functional.linear(
+            act(hidden), state[f"{block}.mlp.c_proj.weight"], state[f"{block}.mlp.c_proj.bias"]
+        )
+    return norm("ln_post", x[:, 0]) @ state["proj"]
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
 SCHEDULE_BUFFERS: Shapes = dict.fromkeys(("betas", "alphas_cumprod", "posterior_variance"), (1000,))
 
 
@@ -232,6 +276,10 @@ def full_size(family: str) -> Shapes:
     """The keys and shapes of the published files."""
     in_channels = 9 if family.endswith("-inpaint") else 5 if family.endswith("-depth") else 4
     name = family.removesuffix("-inpaint").removesuffix("-depth")
+    if family == "sd2-unclip":
+        unet = ldm_unet(320, (1, 2, 4, 4), (1, 1, 1, 0), 1024, linear=True, label=2048)
+        embedder = open_clip_vision("embedder.model.", 1280, 32, 14, 224, 1024)
+        return full_size("sd2") | unet | embedder | {"noise_augmentor.betas": (1000,)}
     if family.endswith("-depth"):
         return (
             full_size(name)
@@ -266,6 +314,14 @@ def small(family: str, vocabulary: int = 99) -> Shapes:
     if family == "sd2":
         clip = open_clip("cond_stage_model.model.", 64, 24, vocabulary)
         return ldm_unet(64, (1, 2), (1, 0), 64, linear=True) | vae | clip
+    if family == "sd1-edit":
+        return small("sd1", vocabulary) | ldm_unet(64, (1, 2, 2), (1, 1, 0), 64, in_channels=8)
+    if family == "sd2-depth":
+        estimator = {"depth_model.model.scratch.layer1_rn.weight": (4, 4, 3, 3)}
+        return small("sd2", vocabulary) | ldm_unet(64, (1, 2), (1, 0), 64, linear=True, in_channels=5) | estimator
+    if family == "sd2-unclip":
+        unet = ldm_unet(64, (1, 2), (1, 0), 64, linear=True, label=2 * 24)
+        return small("sd2", vocabulary) | unet | open_clip_vision("embedder.model.", 160, 2, 8, 32, 24)
     if family == "sdxl-refiner":
         unet = ldm_unet(64, (1, 2, 2), (0, 2, 0, 2), 128, linear=True, label=128 + 5 * 32)
         return unet | vae | open_clip("conditioner.embedders.0.model.", 128, 3, vocabulary)
@@ -308,6 +364,10 @@ def converted_by_diffusers(state: dict[str, Tensor], checkpoint: Checkpoint) -> 
         "vae": conversion.convert_ldm_vae_checkpoint(dict(state), components["vae"].config),
     }
     for name, component in components.items():
+        if name == "image_normalizer":  # as its `stable_unclip_image_noising_components` makes it
+            from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+
+            converted_states[name] = dict(StableUnCLIPImageNormalizer(**component.config).state_dict())
         if not name.startswith("text"):
             continue
         if component.config["hidden_act"] == "quick_gelu":

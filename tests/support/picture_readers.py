@@ -8,6 +8,20 @@ import ip_adapters
 import tiny
 import torch
 
+FAMILIES = ("sd1-variation", "sd2-unclip")
+
+
+def unet(family: str, **changes: Any) -> Any:
+    """The U-Net of one of FAMILIES. changes: of its config."""
+    changes = {"layers_per_block": 1, **changes}
+    if family == "sd1-variation":
+        return tiny.unet("sd1", cross_attention_dim=ip_adapters.PROJECTED, **changes)
+    reads = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 2 * ip_adapters.PROJECTED}
+    network: Any = tiny.unet("sd2", **reads, **changes)
+    # Else its share of the embedding is lost among small random weights.
+    network.class_embedding.linear_2.weight.data *= 20
+    return network
+
 
 def variations(**replaced: Any) -> Any:
     """A picture in place of a prompt."""
@@ -15,7 +29,7 @@ def variations(**replaced: Any) -> Any:
     parts = {
         "vae": tiny.vae("small", sample_size=32),
         "image_encoder": ip_adapters.image_encoder(),
-        "unet": tiny.unet("sd1", layers_per_block=1, cross_attention_dim=ip_adapters.PROJECTED),
+        "unet": unet("sd1-variation"),
         "scheduler": tiny.scheduler("sd1"),
         "safety_checker": None,
         "feature_extractor": transformers.CLIPImageProcessor(size=32, crop_size=32, image_mean=[0.5] * 3),
@@ -36,20 +50,12 @@ def unclip(**replaced: Any) -> Any:
     normalizer.mean.data.normal_(generator=generator)
     normalizer.std.data.uniform_(0.5, 2, generator=generator)
     own = tiny.pipeline("sd2").components
-    unet = tiny.unet(
-        "sd2",
-        layers_per_block=1,
-        class_embed_type="projection",
-        projection_class_embeddings_input_dim=2 * ip_adapters.PROJECTED,
-    )
-    # Else its share of the embedding is lost among small random weights.
-    unet.class_embedding.linear_2.weight.data *= 20
     parts = {
         "feature_extractor": transformers.CLIPImageProcessor(size=32, crop_size=32),
         "image_encoder": ip_adapters.image_encoder(),
         "image_normalizer": normalizer,
         "image_noising_scheduler": diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
-        "unet": unet,
+        "unet": unet("sd2-unclip"),
         **{name: own[name] for name in ("tokenizer", "text_encoder", "scheduler", "vae")},
     }
     pipe = diffusers.StableUnCLIPImg2ImgPipeline(**{**parts, **replaced})
