@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fastldm.errors import CheckpointError, InputError
 from fastldm.models import UNet
+from fastldm.models.unet import Reuse
 
 pytestmark = pytest.mark.usefixtures("_no_grad")
 TOLERANCE = 4e-6
@@ -106,6 +107,24 @@ def test_invisible_tokens_are_not_read(only_text: bool) -> None:
     assert error(ours.step(model_input, time, text, kv_len=lengths), expected) < TOLERANCE
     swapped, slots = [kv.flip(0) for kv in text], torch.tensor([1, 0], dtype=torch.int32)
     assert error(ours.step(model_input, time, swapped, kv_len=lengths.flip(0), slots=slots), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["ldm", "adm", "if-1", "x2-upscaler"])
+def test_a_row_reuses_deep_features(name: str) -> None:
+    """Two rows, of which the first computes all. diffusers computes both, and what the second reuses is put there."""
+    theirs = network(name)
+    ours, arguments = unet_of(theirs), inputs(theirs)
+    deep: list[Tensor] = []
+    theirs.up_blocks[-2].register_forward_hook(lambda *call: deep.append(call[2]))
+    theirs(**arguments)
+    kept = torch.randn(deep[0][1:].shape, generator=torch.Generator().manual_seed(1))
+    theirs.up_blocks[-2].register_forward_hook(lambda *call: torch.cat((call[2][:1], kept)))
+    expected = theirs(**arguments).sample
+    states, both = parts(ours, arguments), torch.cat((deep[0][:1], kept))
+    assert kept.shape[1] == ours.config.deep_channels
+    first = ours.step(*states, reuse=Reuse(1, lambda computed: torch.cat((computed, kept))))
+    assert error(first, expected) < TOLERANCE
+    assert error(ours.step(*states, reuse=Reuse(0, lambda computed: both)), expected) < TOLERANCE
 
 
 def test_step_uses_no_weights_of_admission() -> None:

@@ -106,10 +106,8 @@ class TimedResnet(Resnet):
             return super().pending(x, shift, skip, norm)
         first = second = None
         if self.kind == "adaptive" and shift is not None:
-            (first, second), shift = (
-                shift.split((2 * self.conv1.weight.shape[1], 2 * self.conv1.weight.shape[0]), 1),
-                None,
-            )
+            filters, channels = self.conv1.weight.shape[:2]
+            (first, second), shift = shift.split((2 * channels, 2 * filters), dim=1), None
         elif self.kind == "scale":
             second, shift = shift, None
         h = self._normalise(self.norm1, x, skip=skip, affine=first)

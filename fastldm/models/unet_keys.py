@@ -288,7 +288,7 @@ def _text_levels(
             return Level(channels[i], heads[i], context, (None,) * resnets, **options)
         check_divides(channels[i], heads[i], "attention_head_dim", source)
         if block.attention == "added":
-            options |= {"attention": "added", "attention_groups": groups}
+            options |= {"attention": "added"}
             return Level(channels[i], channels[i] // heads[i], context, (1,) * resnets, only_cross[i], **options)
         depths = (depth,) * resnets if isinstance(depth, int) else depth
         if len(depths) != resnets:
@@ -319,8 +319,7 @@ def _text_middle(cfg: Mapping[str, Any], values: Mapping[str, Any], channels: in
     only_cross = values["mid_block_only_cross_attention"]
     if only_cross is None:  # as in diffusers: a value for all levels is that of the middle too
         only_cross = cfg.get("only_cross_attention") is True
-    options: dict[str, Any] = {"skip_time_act": values["resnet_skip_time_act"], **scale}
-    options |= {"attention": "added", "attention_groups": values["norm_num_groups"]}
+    options: dict[str, Any] = {"attention": "added", "skip_time_act": values["resnet_skip_time_act"], **scale}
     return Level(channels, channels // heads, context, (1, None), only_cross, **options)
 
 

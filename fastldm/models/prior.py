@@ -1,0 +1,262 @@
+"""The prior of unCLIP and Kandinsky: from a text to the vector of a picture of it, partially evaluated.
+
+Its tokens are the text, the text's vector, the time, the noisy vector, and one whose output is the prediction:
+
+    text (num_embeddings) | vector | time | noisy | predicted
+
+Attention is causal, so that what the first tokens are does not depend on the later ones. All but the last two are
+computed at admission, as keys and values of each layer:
+
+    kv = prior.cross_kv(encoder_hidden_states, proj_embedding, text_len)    # once per prompt
+    rows = prior.time_rows(timesteps, kv, kv_len)                           # once per schedule and prompt
+    out = prior.step(x, rows[i : i + 1], kv, kv_len=kv_len)                 # each step, of two tokens in place of 81
+
+Parameter names are those of diffusers' PriorTransformer. Source: Ramesh et al. 2022, arXiv:2204.06125.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastldm.errors import CheckpointError, InputError
+from fastldm.models.config_fields import LAYERS, WIDTH, only
+from fastldm.models.embeddings import Sinusoids, TimeEmbedding
+from fastldm.models.layers import Attention, LayerNorm, Layers, Linear, attention, parameter
+from fastldm.reading import Field, Maybe, read_fields
+
+_FIELDS = only(
+    {
+        "_class_name": ("PriorTransformer",),
+        "added_emb_type": ("prd",),
+        "additional_embeddings": (4,),
+        "embedding_proj_norm_type": (None, "layer"),
+        "encoder_hid_proj_type": ("linear",),
+        "norm_in_type": (None, "layer"),
+        "time_embed_act_fn": ("silu", "gelu"),
+    }
+) | {
+    "num_attention_heads": Field(WIDTH, 32),
+    "attention_head_dim": Field(WIDTH, 64),
+    "num_layers": Field(LAYERS, 20),
+    "embedding_dim": Field(WIDTH, 768),
+    "num_embeddings": Field(WIDTH, 77),
+    "embedding_proj_dim": Field(Maybe(WIDTH), None),
+    "clip_embed_dim": Field(Maybe(WIDTH), None),
+    "time_embed_dim": Field(Maybe(WIDTH), None),
+}
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """A prior (diffusers' PriorTransformer)."""
+
+    channels: int
+    heads: int
+    layers: int
+    tokens: int  # of a text
+    text_dim: int  # channels of the text, and of the noisy vector
+    vector_dim: int  # channels of the text's vector
+    out_dim: int  # channels of the predicted vector
+    norm_in: bool
+    vector_norm: bool
+    time_act: str
+
+    @property
+    def time_channels(self) -> int:
+        """Channels of a time row: its key and value in each layer."""
+        return 2 * self.channels * self.layers
+
+    @classmethod
+    def from_dict(cls, cfg: Mapping[str, Any], source: str = "config.json") -> PriorConfig:
+        """Read diffusers' prior/config.json; CheckpointError if it needs what is not implemented."""
+        values = read_fields(cfg, _FIELDS, source)
+        channels, width = values["num_attention_heads"] * values["attention_head_dim"], values["embedding_dim"]
+        if values["time_embed_dim"] not in (None, channels):
+            raise CheckpointError(f"{source}: 'time_embed_dim' is {values['time_embed_dim']}, expected {channels}")
+        return cls(
+            channels=channels,
+            heads=values["num_attention_heads"],
+            layers=values["num_layers"],
+            tokens=values["num_embeddings"],
+            text_dim=width,
+            vector_dim=values["embedding_proj_dim"] or width,
+            out_dim=values["clip_embed_dim"] or width,
+            norm_in=values["norm_in_type"] is not None,
+            vector_norm=values["embedding_proj_norm_type"] is not None,
+            time_act=values["time_embed_act_fn"],
+        )
+
+
+class Prior(nn.Module):
+    """The network of a PriorConfig."""
+
+    def __init__(self, config: PriorConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.channels
+        self.time_proj = Sinusoids(channels, flip_sin_to_cos=True, freq_shift=0)
+        self.time_embedding = TimeEmbedding(channels, channels, act=config.time_act)
+        self.proj_in = Linear(config.text_dim, channels)
+        self.embedding_proj_norm = LayerNorm(config.vector_dim) if config.vector_norm else None
+        self.embedding_proj = Linear(config.vector_dim, channels)
+        self.encoder_hidden_states_proj = Linear(config.text_dim, channels)
+        self.positional_embedding = parameter(1, config.tokens + 4, channels)
+        self.prd_embedding = parameter(1, 1, channels)
+        self.transformer_blocks: Layers[PriorLayer] = Layers(
+            PriorLayer(channels, config.heads) for _ in range(config.layers)
+        )
+        self.norm_in = LayerNorm(channels) if config.norm_in else None
+        self.norm_out = LayerNorm(channels)
+        self.proj_to_clip_embeddings = Linear(channels, config.out_dim)
+        self.clip_mean, self.clip_std = parameter(1, config.out_dim), parameter(1, config.out_dim)
+
+    def cross_kv(
+        self, encoder_hidden_states: Tensor, proj_embedding: Tensor, text_len: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Keys and values of prompts in each layer: texts (B, T, D), their vectors (B, P), and text_len (B,) int32, the
+        number of visible tokens, by default all -> tensors (B, 1 + T, 2C) = (k | v), the vector's and then the text's.
+
+        Of these 1 + text_len are visible: that is `kv_len` below. InputError for another T than the config's.
+        """
+        tokens = self.config.tokens
+        if encoder_hidden_states.shape[1] != tokens:
+            raise InputError(f"the text has {encoder_hidden_states.shape[1]} tokens, and this prior reads {tokens}")
+        vector = proj_embedding if self.embedding_proj_norm is None else self.embedding_proj_norm(proj_embedding)
+        text = self._placed(self.encoder_hidden_states_proj(encoder_hidden_states), 0)
+        vector = self._placed(self.embedding_proj(vector)[:, None], tokens)
+        kv_len = None if text_len is None else (text_len + 1).int()
+        kv = []
+        for layer in self.transformer_blocks:
+            # A visible token of the text comes before those that are not; the vector's follows them all.
+            q, k, v = layer.attn1.qkv(layer.norm1(text))
+            own, own_k, own_v = layer.attn1.qkv(layer.norm1(vector))
+            k, v = torch.cat((own_k, k), dim=1), torch.cat((own_v, v), dim=1)
+            text = layer.rest(text, attention(q, k[:, 1:], v[:, 1:], layer.attn1.heads, causal=True))
+            vector = layer.rest(vector, attention(own, k, v, layer.attn1.heads, kv_len=kv_len))
+            kv.append(torch.cat((k, v), dim=2))
+        return tuple(kv)
+
+    def time_rows(
+        self,
+        timesteps: Tensor,
+        cross_kv: Sequence[Tensor],
+        *,
+        kv_len: Tensor | None = None,
+        slots: Tensor | None = None,
+    ) -> Tensor:
+        """Keys and values of the time in each layer: timesteps (R,) -> (R, S). The time reads the prompt: row r that of
+        slots[r] in cross_kv, by default its own."""
+        embedded = self.time_proj(timesteps).to(self.proj_in.weight.dtype)
+        time = self._placed(self.time_embedding(embedded)[:, None], self.config.tokens + 1)
+        kv_len = _chosen(kv_len, slots)
+        rows = []
+        for layer, kv in zip(self.transformer_blocks, cross_kv, strict=True):
+            q, *own = layer.attn1.qkv(layer.norm1(time))
+            k, v = (torch.cat(pair, dim=1) for pair in zip(own, _chosen(kv, slots).chunk(2, dim=2), strict=True))
+            attended = attention(q, k, v, layer.attn1.heads, kv_len=None if kv_len is None else kv_len + 1)
+            time = layer.rest(time, attended)
+            rows += [own[0][:, 0], own[1][:, 0]]
+        return torch.cat(rows, dim=1)
+
+    def step(
+        self,
+        model_input: Tensor,
+        temb_row: Tensor,
+        cross_kv: Sequence[Tensor],
+        *,
+        kv_len: Tensor | None = None,
+        slots: Tensor | None = None,
+    ) -> Tensor:
+        """Evaluate the network: noisy vectors (B, D), temb_row (B, S) of time_rows, cross_kv of B prompts -> the
+        predicted vectors (B, out_dim), in the units of `clip_mean` and `clip_std`.
+
+        kv_len (prompts,) int32: of the keys in cross_kv, how many are visible. slots (B,) int32: the prompt in cross_kv
+        that each row reads, by default its own.
+        """
+        noisy = self.proj_in(model_input)[:, None]
+        x = self._placed(torch.cat((noisy, self.prd_embedding.expand_as(noisy)), dim=1), self.config.tokens + 2)
+        kv_len = _chosen(kv_len, slots)
+        lengths = (None, None) if kv_len is None else (kv_len + 2, kv_len + 3)
+        time = temb_row[:, None].chunk(2 * self.config.layers, dim=2)
+        for i, (layer, kv) in enumerate(zip(self.transformer_blocks, cross_kv, strict=True)):
+            q, *own = layer.attn1.qkv(layer.norm1(x))
+            # The key of the predicted token comes first, for it alone reads that.
+            k, v = (
+                torch.cat((mine.flip(1), of_time, of_prompt), dim=1)
+                for mine, of_time, of_prompt in zip(
+                    own, time[2 * i : 2 * i + 2], _chosen(kv, slots).chunk(2, dim=2), strict=True
+                )
+            )
+            heads = layer.attn1.heads
+            first = attention(q[:, :1], k[:, 1:], v[:, 1:], heads, kv_len=lengths[0])
+            last = attention(q[:, 1:], k, v, heads, kv_len=lengths[1])
+            x = layer.rest(x, torch.cat((first, last), dim=1))
+        return self.proj_to_clip_embeddings(self.norm_out(x[:, -1]))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | float,
+        proj_embedding: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor,
+    ) -> Tensor:
+        """The full network with diffusers' arguments: hidden_states (B, D), timestep () or (B,), proj_embedding (B, P),
+        encoder_hidden_states (B, T, D), attention_mask (B, T), which is true of the first tokens -> (B, out_dim).
+
+        InputError for other masks. (Without one, diffusers' attention is not causal; its pipelines have one.)
+        """
+        visible = attention_mask.bool()
+        text_len = visible.sum(dim=1, dtype=torch.int32)
+        if not torch.equal(visible, torch.arange(visible.shape[1], device=visible.device) < text_len[:, None]):
+            raise InputError("attention_mask is not true of the first tokens alone")
+        kv, kv_len = self.cross_kv(encoder_hidden_states, proj_embedding, text_len), text_len + 1
+        timesteps = torch.as_tensor(timestep, device=hidden_states.device).expand(hidden_states.shape[0])
+        return self.step(hidden_states, self.time_rows(timesteps, kv, kv_len=kv_len), kv, kv_len=kv_len)
+
+    def post_process_latents(self, prior_latents: Tensor) -> Tensor:
+        """Predicted vectors (B, out_dim) as those of CLIP's image encoder."""
+        return prior_latents * self.clip_std + self.clip_mean
+
+    def _placed(self, x: Tensor, first: int) -> Tensor:
+        """Tokens (B, N, C) at their places, the first of which is given."""
+        x = x + self.positional_embedding[:, first : first + x.shape[1]]
+        return x if self.norm_in is None else self.norm_in(x)
+
+
+class PriorLayer(nn.Module):
+    """Self-attention and a perceptron; diffusers' BasicTransformerBlock with GELU."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(channels)
+        self.attn1 = Attention(channels, heads, channels, bias=True)
+        self.norm3 = LayerNorm(channels)
+        self.ff = Perceptron(channels)
+
+    def rest(self, x: Tensor, attended: Tensor) -> Tensor:
+        """x (B, N, C) and what attention has of it -> the layer's output."""
+        x = self.attn1.to_out[0](attended, residual=x)
+        return self.ff(self.norm3(x), residual=x)
+
+
+class Perceptron(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        first = nn.ModuleDict({"proj": Linear(channels, 4 * channels)})
+        self.net = nn.ModuleDict({"0": first, "2": Linear(4 * channels, channels)})
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        first: Any = self.net["0"]
+        return self.net["2"](F.gelu(first["proj"](x)), residual=residual)
+
+
+def _chosen(x: Any, slots: Tensor | None) -> Any:
+    """The entries of x for each row."""
+    return x if x is None or slots is None else x[slots]
