@@ -76,6 +76,14 @@ def open_model(
     return _open_checkpoint(path_or_id, device, choose_dtype(dtype, device), options)
 
 
+def model_name(path_or_id: str | os.PathLike[str]) -> str:
+    """What a model is called: a bundle as the model that it was exported from, all else by the last part of its path or
+    id."""
+    if is_bundle(path_or_id):
+        return str(_read_bundle(path_or_id).manifest["model"])
+    return Path(str(path_or_id)).name
+
+
 def backend_for(model: str, backend: str, *, on_torch: bool) -> str:
     """The backend to load a model on. on_torch: whether a bundle cannot do what is wanted: then a checkpoint runs on
     PyTorch, where it was prepared too."""
@@ -127,9 +135,8 @@ def _open_checkpoint(
             mapped |= files  # else all tensors are copied
         return load_module(module, state, dtype=dtype, device=device, source=component.source)
 
-    name = "default" if str(path_or_id) == "default" else Path(str(path_or_id)).name
     networks = loading.load(spec, fill)
-    return spec, networks, name, mapped
+    return spec, networks, model_name(path_or_id), mapped
 
 
 def backend_device(backend: str, device: str | torch.device | None) -> str | torch.device | None:

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import controls
+import ip_adapters
 import pytest
 import tiny
 from click.testing import Result
 from command import run
 
 from fastldm import Pipeline, Request
+from fastldm.export import writing
+from fastldm.model import describe
 from fastldm.planning import memory
 
 
@@ -108,6 +111,64 @@ def test_more_guidance_is_in_all_headings(model: str) -> None:
     lines = plan(model, *more, "--hires-scale", "2", "--refiner", model).output.splitlines()
     assert sum(", guided, a third row, averaged, " in line for line in lines[:4]) == 3
     assert "pag_applied_layers holds 'nowhere'" in plan(model, "--pag-scale", "3", "--pag-layer", "nowhere").output
+def planned_lines(done: Result, part: str) -> dict[str, int]:
+    assert done.exit_code == 0, done.output
+    return {line["name"]: line["bytes"] for line in json.loads(done.output)[part]}
+
+
+def test_candidates_are_planned_as_a_request_takes_them(model: str, tmp_path: Path) -> None:
+    """test_beside.py holds that against bytes that were allocated."""
+    own = run("plan", "--best-of", "9", "--n", "2", "--device", "cpu", "--json")
+    assert json.loads(own.output)["workload"]["batch"] == 4, "of a session's part"
+    pipe = Pipeline.default(device="cpu")
+    completed = pipe.stages.complete(Request("a cat", candidates=9, keep=2, seed=0))
+    used = memory.plan(memory.Workload.of_request(pipe.stages, completed.parts(4)[0], ranked=4)).to_dict()
+    for part in ("weights", "buffers", "phases"):
+        assert planned_lines(own, part) == {line["name"]: line["bytes"] for line in used[part]}
+    folder = str(ip_adapters.clip_folder(tmp_path / "clip"))
+    other = plan(model, "--best-of", "2", "--ranker", folder, "--json")
+    assert {"ranker's image encoder", "ranker's text encoder"} <= planned_lines(other, "weights").keys()
+    assert "this model has none: give one" in plan(model, "--best-of", "2").output
+    assert "--ranker is for --best-of" in plan(model, "--ranker", folder).output
+    assert "acme/none is neither a folder" in plan(model, "--best-of", "2", "--ranker", "acme/none").output
+
+
+def test_pictures_are_planned_as_a_request_takes_them(model: str, tmp_path: Path) -> None:
+    folder = ip_adapters.folder(tmp_path, tiny.unet("sd1"), "base")
+    file = str(folder / "models" / "base.safetensors")
+    done = plan(model, "--ip-adapter", file, "--steps", "3", "--json")
+    pipe = Pipeline.from_pretrained(model, device="cpu", dtype="float32")
+    pipe.load_ip_adapter(file)
+    picture = {"ip_adapter_image": controls.picture(1), "num_inference_steps": 3}
+    completed = pipe.stages.complete(Request("a cat", **picture))
+    used = memory.plan(memory.Workload.of_request(pipe.stages, completed)).to_dict()
+    for part in ("weights", "buffers", "phases"):
+        assert planned_lines(done, part) == {line["name"]: line["bytes"] for line in used[part]}
+
+
+def test_depth_is_estimated_unless_it_is_given(tmp_path: Path) -> None:
+    depth = str(tiny.save_pipeline("sd2-depth", tmp_path / "depth"))
+    assert "depth" in planned_lines(plan(depth, "--json"), "phases")
+    given = planned_lines(plan(depth, "--depth-map", "--json"), "phases")
+    assert "depth" not in given
+    assert "encode" in given, "its picture is encoded in any case"
+
+
+@pytest.mark.full
+def test_a_bundle_of_the_default_model_is_enlarged_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its path, and as what `fastldm prepare` has made of the model."""
+    pytest.importorskip("onnx", reason="exporting needs fastldm[onnx]")
+    out = writing.export(describe("default"), tmp_path / "bundle", source="default", name="default").folder
+    arguments = ("--size", "128x128", "--device", "cpu", "--json")
+    with_path = run("plan", "-m", str(out), *arguments)
+    assert with_path.exit_code == 0, with_path.output
+    monkeypatch.setattr("fastldm.model.or_prepared", lambda name, *_, **__: (out, "onnxruntime"))
+    prepared = run("plan", *arguments)
+    assert prepared.exit_code == 0, prepared.output
+    for done in (with_path, prepared):
+        small, large = json.loads(done.output)["stages"]
+        assert (small["workload"]["width"], small["workload"]["backend"] != "torch") == (64, True)
+        assert (large["model"], large["workload"]["width"], large["workload"]["backend"]) == ("upscaler", 128, "torch")
 
 
 def test_options_are_in_the_heading_and_the_phases() -> None:

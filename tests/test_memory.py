@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,9 @@ import controls
 import pytest
 import tiny
 import torch
+from live_bytes import SCRATCH, peak_bytes
 from PIL import Image
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
 import fastldm
@@ -40,20 +39,6 @@ from fastldm.planning.memory import MemoryPlan, Workload, plan, refuse
 from fastldm.runtime.slots import StaticBuffers
 
 ROOT = Path(fastldm.__file__).resolve().parent.parent
-SCRATCH = 512 * 1024
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
-    with torch.no_grad():
-        run()  # warm-up: a thread's plans
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-            run()
-    alive = peak = 0
-    for event in profiled.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            alive += event.nbytes()
-            peak = max(peak, alive)
-    return peak
 
 
 def measure_phases(pipe: Pipeline, workload: Workload) -> dict[str, int]:

@@ -89,13 +89,7 @@ def read_ip_adapter(
     (truncated, NaN, too many tensors), of another kind, or for another model, saying for which.
     """
     checks.flag("allow_pickle", allow_pickle)
-    if (beyond := spec.unet.beyond_standard) is not None:
-        raise InputError(f"{spec.checkpoint.source} has {beyond}: IP-Adapters are made for Stable Diffusion's networks")
-    if any(level.only_cross for level in (*spec.unet.down, spec.unet.mid, *spec.unet.up)):
-        raise InputError(
-            f"{spec.checkpoint.source} has levels with only_cross_attention, as the x4 upscaler: IP-Adapters are made "
-            "for models without"
-        )
+    _check_model(spec)
     file = None if isinstance(source, Mapping) else check_path(source, "pretrained_model_name_or_path")
     name = "the given dict" if file is None else str(file)
     tensors: Mapping[str, Tensor] = {}
@@ -118,6 +112,25 @@ def read_ip_adapter(
         network = IPAdapter(config)
     load_module(network, state, dtype=dtype, device=device, source=name)
     return ImageAdapter(name if file is None else file.stem, name, None if file is None else short_hash(file), network)
+
+
+def describe_ip_adapter(file: PathLike, spec: Spec, *, allow_pickle: bool = False) -> IPAdapterConfig:
+    """The sizes of what `read_ip_adapter` would read, without its weights; the same errors, but for those of numbers."""
+    _check_model(spec)
+    path = check_path(file, "file")
+    shapes, _ = read_shapes(path, allow_pickle)
+    check_keys(shapes, str(path))
+    return _recognise(shapes, spec, str(path))[0]
+
+
+def _check_model(spec: Spec) -> None:
+    if (beyond := spec.unet.beyond_standard) is not None:
+        raise InputError(f"{spec.checkpoint.source} has {beyond}: IP-Adapters are made for Stable Diffusion's networks")
+    if any(level.only_cross for level in (*spec.unet.down, spec.unet.mid, *spec.unet.up)):
+        raise InputError(
+            f"{spec.checkpoint.source} has levels with only_cross_attention, as the x4 upscaler: IP-Adapters are made "
+            "for models without"
+        )
 
 
 def _flat(content: Mapping[str, Any]) -> dict[str, Tensor]:

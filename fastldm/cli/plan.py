@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from fastldm.loading.spec import Spec
+    from fastldm.planning.beside import Beside
     from fastldm.planning.cascade import CascadePlan
     from fastldm.planning.memory import MemoryPlan
     from fastldm.request import Request
@@ -42,7 +44,12 @@ if TYPE_CHECKING:
 )
 @click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Sampler steps.  [default: the model's]")
 @decode_option
+@click.option("--best-of", type=click.IntRange(min=1), metavar="N", help="Candidates, some at a time, and their ranking.")
+@click.option("--ranker", metavar="FOLDER_OR_ID", help="What ranks them, as of `generate`.  [default: the model's own]")
 @click.option("--init-image", is_flag=True, help="It starts from a picture, which is encoded.")
+@click.option("--mask", is_flag=True, help="A part of that is repainted.")
+@click.option("--depth-map", is_flag=True, help="Of depth to image: the depth is given, and not estimated.")
+@click.option("--ip-adapter", metavar="FILE", help="An IP-Adapter, with image_encoder/ beside it, and a picture for it.")
 @reuse_option
 @click.option("--clip-guidance", is_flag=True, help="It is guided by gradient through U-Net and decoder.")
 @lora_option
@@ -67,7 +74,12 @@ def plan(
     batch: int,
     steps: int | None,
     decode: str,
+    best_of: int | None,
+    ranker: str | None,
     init_image: bool,
+    mask: bool,
+    depth_map: bool,
+    ip_adapter: str | None,
     reuse: int,
     clip_guidance: bool,
     loras: tuple[tuple[str, float], ...],
@@ -92,6 +104,8 @@ def plan(
     fastldm plan -m ./sdxl --n 4 --arch sm_89 --json
     fastldm plan -m ./sdxl --lora style.safetensors       the weights that it is merged into are kept, too
     fastldm plan -m ./sdxl --control ./canny              its weights and buffers
+    fastldm plan --best-of 8                              what ranks, beside four pictures at a time
+    fastldm plan -m ./sd15 --ip-adapter ip-adapter.safetensors
     fastldm plan -m ./sdxl --refiner ./sdxl-refiner       all stages: all weights, and the largest one's activations
     fastldm plan --hires-scale 2
     fastldm plan -m ./sd15 --clip-guidance                activations are kept for the way back
@@ -112,9 +126,15 @@ def plan(
         from fastldm.planning.warm import parse_arch
         from fastldm.request import Request
         from fastldm.runtime import enlarge
+        from fastldm.runtime.candidates import own_ranker
         from fastldm.serving import cascade as cascades
+        from fastldm.serving.session import MAX_TOGETHER
 
         check_numbers(size, batch, steps)
+        if best_of is not None:
+            batch = Request("", candidates=best_of, keep=batch, seed=0).parts(MAX_TOGETHER)[0].batch
+        elif ranker is not None and not clip_guidance:
+            raise InputError("--ranker is for --best-of and --clip-guidance: give one of them")
         if arch is not None and device is not None:
             raise InputError("give --arch for a GPU that need not be here, or --device for one that is, not both")
         target_device = torch.device("cuda")
@@ -124,16 +144,18 @@ def plan(
         if arch is None and target_device.type == "cuda":
             capability = device_capability(target_device.index or 0)
         if arch is None:
-            on_torch = bool(loras or controls or reuse > 1 or pag_scale or clip_guidance or decode == "tiled")
+            on_torch = bool(loras or controls or ip_adapter or reuse > 1 or pag_scale or clip_guidance)
+            on_torch = on_torch or decode == "tiled" or (best_of is not None and ranker is None)
             backend = backend_for(model, backend, on_torch=on_torch)
 
         on_torch_alone = {f"--reuse {reuse}": reuse > 1, f"--pag-scale {pag_scale or 0:g}": bool(pag_scale)}
-        on_torch_alone["--clip-guidance"] = clip_guidance
+        on_torch_alone |= {"--clip-guidance": clip_guidance, "--ip-adapter": ip_adapter is not None}
         needs_torch = tuple(option for option, given in on_torch_alone.items() if given)
         opened = functools.partial(_opened, device=target_device, here=arch is None, needs_torch=needs_torch)
-        spec, options, check_range = opened(model, backend, dtype=dtype)
+        spec, options, check_range, name = opened(model, backend, dtype=dtype)
         width, height = size or spec.default_size
-        enlarged = (width, height) == enlarged_size(model, spec) and not (init_image or hires_scale or refiner)
+        init_image = init_image or mask
+        enlarged = (width, height) == enlarged_size(name, spec) and not (init_image or hires_scale or refiner)
         if enlarged:
             width, height = spec.default_size
         asked = Request(
@@ -156,7 +178,16 @@ def plan(
             configs = [(describe_control(source, spec), scale) for source, scale in controls]
             options["attached"] = tuple(config for config, _ in configs)
             options["controls"] = tuple(config for config, scale in configs if scale)
-        options["encode"] = (init_image or spec.unet.edits) and not spec.unet.upscales
+        given = init_image or spec.unet.edits or spec.unet.reads_depth
+        options["encode"] = given and not spec.unet.upscales
+        options["repainted"] = mask and memory.is_conditioned(spec.vae)
+        if options["repainted"] and decode == "tiled":
+            raise InputError("this model's asymmetric VAE decodes what is repainted as a whole, and not in tiles")
+        selected: dict[str, Any] = {"depth_map": depth_map, "ip_adapter": ip_adapter}
+        if best_of is not None or clip_guidance:
+            selected["ranker"] = ranker or own_ranker(Path(spec.checkpoint.source), options.get("backend", "torch"))
+        ranked = 0 if best_of is None else batch
+        options["beside"], options["pictures"] = _beside(spec, ranked, **selected)
         check_range(width, height)
         options |= {"gradient": clip_guidance, **_guided(asked, spec)}
         first = Workload.of_spec(spec, width=width, height=height, reuse=reuse > 1, **shared, **options)
@@ -169,16 +200,17 @@ def plan(
                 "height": height // factor,
                 "width": width // factor,
                 "encode": upscaler.reads == "pt",
+                "beside": replace(first.beside, ranked=0),
             }
             stages.append((model, replace(first, **large)))
         if enlarged:
             own_dtype = None if "backend" in options else dtype
-            spec, options, _ = opened("upscaler", "torch", dtype=own_dtype)
+            spec, options, *_ = opened("upscaler", "torch", dtype=own_dtype)
             width, height = spec.default_size
             stages.append(("upscaler", Workload.of_spec(spec, width=width, height=height, **shared, **options)))
         if refiner is not None:
             vae = spec.vae
-            spec, options, check_range = opened(refiner, backend, dtype=dtype)
+            spec, options, check_range, _ = opened(refiner, backend, dtype=dtype)
             cascades.check_latents(vae, spec.vae)
             check_range(width, height)
             options |= {"steps": first.steps, "guided": first.guided, "reuse": reuse > 1, **_guided(asked, spec)}
@@ -201,12 +233,12 @@ def plan(
 
 def _opened(
     name: str, backend: str, device: torch.device, *, dtype: str | None, here: bool, needs_torch: Sequence[str]
-) -> tuple[Spec, dict[str, Any], Callable[[int, int], None]]:
-    """A model, fields of its workloads, and what raises InputError for a size that it does not run. here: whether the
-    device is this machine's. needs_torch: options that no bundle has."""
+) -> tuple[Spec, dict[str, Any], Callable[[int, int], None], str]:
+    """A model, fields of its workloads, what raises InputError for a size that it does not run, and what it is called.
+    here: whether the device is this machine's. needs_torch: options that no bundle has."""
     from fastldm import sizes
     from fastldm.device import choose_dtype
-    from fastldm.model import choose_backend, describe, latents, or_prepared, precisions
+    from fastldm.model import choose_backend, describe, latents, model_name, or_prepared, precisions
 
     path: str | os.PathLike[str] = name
     if here:
@@ -214,12 +246,42 @@ def _opened(
     spec = describe(path)
     selected = choose_backend(backend, path, device, dtype)
     if selected == "torch":
-        return spec, {"dtype": choose_dtype(dtype, device)}, lambda width, height: None
+        return spec, {"dtype": choose_dtype(dtype, device)}, lambda width, height: None, model_name(path)
     for option in needs_torch:
         raise InputError(f"{option} runs on torch alone, and {name} is a bundle for {selected}")
     options: dict[str, Any] = {"backend": selected}
     options["dtype"], options["precision"] = precisions(path, selected, device, dtype)
-    return spec, options, functools.partial(sizes.check_size, latents(path), spec.vae.factor)
+    return spec, options, functools.partial(sizes.check_size, latents(path), spec.vae.factor), model_name(path)
+
+
+def _beside(
+    spec: Spec, ranked: int, *, depth_map: bool, ip_adapter: str | None, ranker: str | Path | None = None
+) -> tuple[Beside, tuple[int, ...]]:
+    """What runs beside a model's networks, and for how many tokens of pictures slots have room. ranked: candidates at a
+    time."""
+    from fastldm.adapters.ip_adapter import describe_ip_adapter
+    from fastldm.adapters.locate import find_weights
+    from fastldm.image_prompting import encoder_folder
+    from fastldm.loading.image_encoder import FILES
+    from fastldm.loading.ranker import describe_ranker, find_ranker
+    from fastldm.models.clip_vision import VisionConfig
+    from fastldm.planning.beside import Beside
+    from fastldm.reading import read_json
+    from fastldm.runtime.image_prompts import token_room
+
+    options: dict[str, Any] = {}
+    room: tuple[int, ...] = ()
+    if ranker is not None:
+        options |= {"ranker": describe_ranker(find_ranker(ranker)), "ranked": ranked}
+    if spec.unet.reads_depth and spec.checkpoint.depth is not None and not depth_map:
+        options["depth"] = spec.checkpoint.depth.config
+    if ip_adapter is not None:
+        config = describe_ip_adapter(find_weights(ip_adapter), spec)
+        source = encoder_folder(ip_adapter, None, "image_encoder", {}) / FILES[0]
+        encoder = VisionConfig.from_dict(read_json(source), str(source))
+        options |= {"adapters": (config,), "encoder": encoder, "prompts": (1,)}
+        room = (token_room(config.tokens or 1 + encoder.patches),)
+    return Beside(**options), room
 
 
 def _guided(asked: Request, spec: Spec) -> dict[str, Any]:

@@ -5,8 +5,10 @@ Source: `prepare_depth_map` of diffusers' StableDiffusionDepth2ImgPipeline.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +18,43 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastldm.errors import CheckpointError, EngineError
+from fastldm.reading import read_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
 FOLDERS = ("depth_estimator", "feature_extractor")
+
+
+@dataclass(frozen=True)
+class DepthConfig:
+    """The sizes of a depth estimator, as JSON: those of the network, and how pictures are prepared for it."""
+
+    model: str
+    processor: str
+    dtype: torch.dtype = torch.float32
+
+    def network(self) -> Any:
+        """transformers' DPTForDepthEstimation on the meta device. EngineError without transformers."""
+        network, _ = _classes()
+        with torch.device("meta"):
+            return network(network.config_class.from_dict(json.loads(self.model))).to(self.dtype).eval()
+
+    def input_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """(3, H, W) of its input for a picture of (width, height) pixels."""
+        from PIL import Image
+
+        processor = _classes()[1].from_dict(json.loads(self.processor))
+        return tuple(processor(images=[Image.new("RGB", size)], return_tensors="pt").pixel_values.shape[1:])
+
+
+def _classes() -> tuple[Any, Any]:
+    try:
+        from transformers import DPTForDepthEstimation, DPTImageProcessor
+    except ImportError:
+        raise EngineError("transformers estimates depth: pip install 'fastldm[depth]', or give depth_map") from None
+    return DPTForDepthEstimation, DPTImageProcessor
 
 
 class DepthEstimator:
@@ -32,19 +65,26 @@ class DepthEstimator:
         self.source = source
 
     @cached_property
+    def config(self) -> DepthConfig:
+        """Its sizes, without weights."""
+        if not isinstance(self.source, Path):
+            network, processor = self.source
+            dtype = next(network.parameters()).dtype
+            return DepthConfig(network.config.to_json_string(use_diff=False), processor.to_json_string(), dtype)
+        files = ("depth_estimator/config.json", "feature_extractor/preprocessor_config.json")
+        return DepthConfig(*(json.dumps(read_json(self.source / name)) for name in files))
+
+    @cached_property
     def _parts(self) -> tuple[Any, Any]:
         if not isinstance(self.source, Path):
             return self.source
-        try:
-            from transformers import DPTForDepthEstimation, DPTImageProcessor
-        except ImportError:
-            raise EngineError("transformers estimates depth: pip install 'fastldm[depth]', or give depth_map") from None
+        model, preparing = _classes()
         network, processor = (self.source / name for name in FOLDERS)
         options: dict[str, Any] = {"local_files_only": True}
         try:
             return (
-                DPTForDepthEstimation.from_pretrained(network, use_safetensors=True, **options).eval(),
-                DPTImageProcessor.from_pretrained(processor, **options),
+                model.from_pretrained(network, use_safetensors=True, **options).float().eval(),
+                preparing.from_pretrained(processor, **options),
             )
         except (OSError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]

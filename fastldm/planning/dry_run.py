@@ -26,6 +26,7 @@ from fastldm.models.clip import CLIPText
 from fastldm.models.clip_vision import CLIPVision, VisionConfig
 from fastldm.models.config import AutoencoderConfig, TextConfig, UNetConfig
 from fastldm.models.controlnet import ControlNet, ControlNetConfig
+from fastldm.models.ip_adapter import IPAdapter, IPAdapterConfig
 from fastldm.models.latents import unscaled
 from fastldm.models.layers import Linear, Pointwise
 from fastldm.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
@@ -35,7 +36,7 @@ from fastldm.runtime.pages import Pages
 from fastldm.runtime.slots import FEATURES, Slots, StaticBuffers
 
 ControlConfig = ControlNetConfig | T2IAdapterConfig
-Config = UNetConfig | AutoencoderConfig | TextConfig | VisionConfig | ControlNetConfig | T2IAdapterConfig
+Config = UNetConfig | AutoencoderConfig | TextConfig | VisionConfig | ControlConfig | IPAdapterConfig
 DryRun = Callable[[], object]
 
 
@@ -47,7 +48,8 @@ def network(config: Config, dtype: torch.dtype) -> nn.Module:
 @functools.lru_cache(maxsize=16)
 def _network(config: Config, dtype: torch.dtype, device: str) -> nn.Module:
     encoders = {TextConfig: CLIPText, VisionConfig: CLIPVision}
-    classes = {UNetConfig: UNet, **encoders, ControlNetConfig: ControlNet, T2IAdapterConfig: T2IAdapter}
+    controls = {ControlNetConfig: ControlNet, T2IAdapterConfig: T2IAdapter, IPAdapterConfig: IPAdapter}
+    classes = {UNetConfig: UNet, **encoders, **controls}
     build: Callable[[Any], nn.Module] = classes.get(type(config), autoencoder)
     with torch.device("meta"):
         module = build(config).to(dtype)
@@ -196,15 +198,21 @@ def decode(
     batch: int,
     dtype: torch.dtype,
     mode: Decode = "whole",
+    repainted: bool = False,
 ) -> DryRun:
-    """Latents to the bytes of images."""
+    """Latents to the bytes of images. repainted: by an asymmetric decoder, which reads picture and mask too."""
     vae: Any = network(config, dtype)
     latents = _empty(batch, config.latent_channels, height, width)
+    side = {"height": height * config.factor, "width": width * config.factor}
+    picture, mask = (_empty(1, channels, *side.values(), dtype=dtype) for channels in (config.out_channels, 1))
 
     def run() -> None:
         z = unscaled(config, latents).to(dtype)
         tiles = -(-max(height, width) // TILE)
-        decoded = _first_tiles(vae, z) if mode == "tiled" and tiles > 4 else finish(decode_pieces(vae, z, mode))
+        if repainted:
+            decoded = torch.cat([finish(vae.decode_repainted(part, picture, mask)) for part in z.split(1)])
+        else:
+            decoded = _first_tiles(vae, z) if mode == "tiled" and tiles > 4 else finish(decode_pieces(vae, z, mode))
         decoded.isfinite().all()
         images.to_pixels(decoded, "pil")
 

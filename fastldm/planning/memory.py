@@ -1,4 +1,7 @@
-"""The memory plan of a request: bytes by name, before anything is allocated."""
+"""The memory plan of a request: bytes by name, before anything is allocated.
+
+Over 500 lines, for what a request is to memory, its plan, and what would fit in its place are read together.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,22 @@ from fastldm.errors import InputError, OutOfMemory
 from fastldm.gradients import CLIPGuidance
 from fastldm.kernels import onednn
 from fastldm.kernels.dispatch import Target, device_capability, targeting
-from fastldm.models.clip_vision import VisionConfig
-from fastldm.models.config import AutoencoderConfig, PixelResidualConfig, TextConfig, TinyVAEConfig, UNetConfig
+from fastldm.models.clip_vision import Normalizer, VisionConfig
+from fastldm.models.config import (
+    AutoencoderConfig,
+    PixelResidualConfig,
+    TextConfig,
+    TinyVAEConfig,
+    UNetConfig,
+    VAEConfig,
+)
 from fastldm.models.controlnet import ControlNet, ControlNetConfig
 from fastldm.models.t2i_adapter import T2IAdapter
 from fastldm.models.vae import Decode
 from fastldm.planning import dry_run
+from fastldm.planning import beside as besides
 from fastldm.planning.allocator import MIB, CUDAHeap, Heap, record
+from fastldm.planning.beside import Beside
 from fastldm.request import MAX_IMAGES, MAX_SIDE, MAX_STEPS, Request
 from fastldm.runtime.complete import start_latents
 from fastldm.runtime.controls import ControlSelection
@@ -68,6 +80,8 @@ class Workload:
     gradient: bool = False  # whether it goes through the networks: CLIP guidance
     perturbed: tuple[int, ...] = ()  # places of the self-attentions that are, in a third branch
     averages: bool = False  # whether projected guidance has momentum
+    repainted: bool = False  # whether an asymmetric decoder reads picture and mask
+    beside: Beside = Beside()  # what runs beside the model's own networks
 
     @property
     def step_rows(self) -> int:
@@ -110,12 +124,13 @@ class Workload:
         options = {**options, "tokens": stages.spec.window, **overrides}
         options |= {"backend": stages.backend, "precision": getattr(torch, stages.precision)}
         options["pictures"] = tuple(stages.image_prompts.capacity([]))
+        options.setdefault("beside", Beside.of_stages(stages))
         return cls(stages.unet.config, stages.vae.config, configs, dtype=stages.dtype, arch=arch, **options)
 
     @classmethod
-    def of_request(cls, stages: Stages, request: Request, **overrides: Any) -> Workload:
-        """For a completed request of a loaded model, with its adapters and controls as they are now. overrides: further
-        fields."""
+    def of_request(cls, stages: Stages, request: Request, *, ranked: int = 0, **overrides: Any) -> Workload:
+        """For a completed request of a loaded model, with its adapters and controls as they are now. ranked: how many
+        candidates it is a part of are ranked at a time. overrides: further fields."""
         controls, adapters = request.control_image, request.adapters
         options: dict[str, Any] = {
             "width": int(request.width or 0),
@@ -133,6 +148,8 @@ class Workload:
             "originals": stages.adapters.missing(adapters) if isinstance(adapters, Selection) else 0,
             "gradient": isinstance(request.gradient, CLIPGuidance),
             **of_guidance(stages.guidance(request)),
+            "repainted": request.mask_image is not None and is_conditioned(stages.vae.config),
+            "beside": Beside.of_request(stages, request, ranked),
         }
         return cls.of_stages(stages, **{**options, **overrides})
 
@@ -141,6 +158,11 @@ def of_guidance(guidance: Guidance) -> dict[str, Any]:
     """Fields of a workload: what guidance has beyond the prompt's and the negative prompt's branch."""
     perturbed = guidance.pag_layers if guidance.perturbs else ()
     return {"third": guidance.has_third, "perturbed": perturbed, "averages": guidance.averages}
+
+
+def is_conditioned(vae: AutoencoderConfig) -> bool:
+    """Whether it has a decoder that reads what is repainted."""
+    return isinstance(vae, VAEConfig) and vae.conditioned
 
 
 class Line(NamedTuple):
@@ -195,7 +217,11 @@ class MemoryPlan:
         """Plans that would fit, each with one change to the workload, or with several if one is not enough."""
         workload = self.workload
         on_torch = workload.backend == "torch"
-        possible: list[tuple[Decode, bool]] = [("sliced", workload.batch > 1), ("tiled", on_torch)]
+        repainted = workload.repainted  # which is decoded picture by picture, and as a whole
+        possible: list[tuple[Decode, bool]] = [
+            ("sliced", workload.batch > 1 and not repainted),
+            ("tiled", on_torch and not repainted),
+        ]
         decodes = [mode for mode, helps in possible if helps]
         # Pixels in float32 are needed in any case.
         pixels = 12 * workload.batch * workload.height * workload.width * workload.vae.factor**2
@@ -270,7 +296,8 @@ def upper_bound(workload: Workload) -> int:
     if workload.averages:
         numbers += (slots + rows) * latents * 2 * unet.out_channels
     noise = 4 * workload.batch * workload.steps * latents * unet.latent_channels
-    return 256 * MIB + workload.originals + workload.dtype.itemsize * (numbers + 4 * rows * text) + 2 * noise
+    beside = workload.originals + workload.beside.upper_bound(workload.batch)
+    return 256 * MIB + beside + workload.dtype.itemsize * (numbers + 4 * rows * text) + 2 * noise
 
 
 def refuse(plan: MemoryPlan, free: int, label: str) -> None:
@@ -322,6 +349,7 @@ def plan(workload: Workload) -> MemoryPlan:
     """The plan, from a dry run of each phase: some tenths of a second, and none for a cached one."""
     with targeting(Target(workload.arch)):
         networks = _networks(workload)
+        beside = workload.beside.networks(workload.dtype, workload.arch)
         buffers = StaticBuffers.empty(
             workload.unet,
             slots=workload.slots or workload.batch,
@@ -341,14 +369,18 @@ def plan(workload: Workload) -> MemoryPlan:
         traces = {name: record(work()) for name, work in _phases(workload).items()}
 
     heap = CUDAHeap() if workload.arch else Heap()
-    weights = [Line(name, heap.hold(_storages(network.parameters()))) for name, network in networks.items()]
-    derived = heap.hold(_storages(tensor for network in networks.values() for tensor in network.buffers()))
+    all_networks = {**networks, **beside}
+    weights = [Line(name, heap.hold(_storages(network.parameters()))) for name, network in all_networks.items()]
+    derived = heap.hold(_storages(tensor for network in all_networks.values() for tensor in network.buffers()))
     if derived:
         weights.append(Line("made of weights", derived, "phases of the convolutions that enlarge"))
     held = tuple(Line(name, heap.hold(_storages(tensors)), _FIELDS.get(name, "")) for name, tensors in _fields(buffers))
     if workload.originals:
         copies = heap.hold([workload.originals])
         held += (Line("originals", copies, "weights that adapters are merged into, as they were"),)
+    if workload.repainted:
+        pixels = workload.batch * workload.height * workload.width * workload.vae.factor**2 * workload.dtype.itemsize
+        held += (Line("repainted", heap.hold([3 * pixels, pixels]), "pictures and masks, which the decoder reads"),)
     libraries = _libraries(workload.arch)
     heap.hold([line.bytes for line in libraries])
     phases = tuple(Line(name, heap.run(trace), _PHASES[name]) for name, trace in traces.items())
@@ -396,6 +428,7 @@ _PHASES = {
     "gradient": "CLIP guidance: what U-Net and decoder keep for the way back, the image encoder apart",
     "encode": "the image to start from",
     "decode": "latents to pictures",
+    **besides.PHASES,
 }
 
 
@@ -413,8 +446,14 @@ def _phases(workload: Workload) -> dict[str, Callable[[], dry_run.DryRun]]:
         "gradient": lambda: dry_run.gradient(
             workload.unet, workload.vae, batch=workload.batch, tokens=workload.tokens, **shape
         ),
-        "decode": lambda: dry_run.decode(workload.vae, batch=workload.batch, mode=workload.decode, **shape),
+        "decode": lambda: dry_run.decode(
+            workload.vae, batch=workload.batch, mode=workload.decode, repainted=workload.repainted, **shape
+        ),
     }
+    factor = workload.vae.factor
+    beside: dict[str, Any] = {"dtype": workload.dtype, "arch": workload.arch, "guided": workload.guided}
+    beside |= {"size": (workload.width * factor, workload.height * factor), "batch": workload.batch}
+    phases |= workload.beside.phases(workload.text, **beside)
     wanted = {"encode": workload.encode, "control": bool(workload.controls), "gradient": workload.gradient}
     left_out = [name for name, applies in wanted.items() if not applies]
     return {name: work for name, work in phases.items() if name not in left_out}
@@ -435,7 +474,12 @@ def _networks(workload: Workload) -> dict[str, nn.Module]:
     names = ["U-Net", "VAE", *(f"{kind} encoder {i}" for i, kind in enumerate(kinds, 1))]
     names += [f"control {i}" for i in range(1, len(workload.attached) + 1)]
     configs: list[dry_run.Config] = [workload.unet, workload.vae, *workload.text, *workload.attached]
-    return {name: dry_run.network(config, workload.dtype) for name, config in zip(names, configs, strict=True)}
+    networks = {name: dry_run.network(config, workload.dtype) for name, config in zip(names, configs, strict=True)}
+    if workload.unet.needs_vector:
+        (vision,) = (config for config in workload.text if isinstance(config, VisionConfig))
+        with torch.device("meta"):
+            networks["image normalizer"] = Normalizer(vision.projection_dim).to(workload.dtype)
+    return networks
 
 
 def _storages(tensors: Iterable[Tensor]) -> list[int]:

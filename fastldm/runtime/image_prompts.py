@@ -171,7 +171,12 @@ class ImagePrompts:
         may join."""
         loaded = [adapter.network.config.tokens for adapter in self.loaded.adapters]
         most = [max(pair) for pair in itertools.zip_longest(tokens, loaded, fillvalue=_LEAST_TOKENS)]
-        return [next_power_of_2(max(count, _LEAST_TOKENS)) for count in most]
+        return [token_room(count) for count in most]
+
+
+def token_room(tokens: int) -> int:
+    """For how many tokens a slot has room that has so many."""
+    return next_power_of_2(max(tokens, _LEAST_TOKENS))
 
 
 def _unit(adapter: ImageAdapter, weight: Weight) -> str:

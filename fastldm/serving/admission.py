@@ -8,9 +8,9 @@ from fastldm.runtime.slots import step_capacity
 from fastldm.runtime.stages import Stages
 
 
-def check(stages: Stages, request: Request, max_batch: int, held: int) -> None:
+def check(stages: Stages, request: Request, max_batch: int, held: int, *, ranked: bool = False) -> None:
     """OutOfMemory for what cannot fit, before any work. max_batch: images that the session's buffers are made for.
-    held: bytes of buffers that are kept for requests of this size."""
+    held: bytes of buffers that are kept for requests of this size. ranked: whether its images are candidates."""
     free = memory.free_bytes(stages.device)
     if free is None:
         return
@@ -24,5 +24,6 @@ def check(stages: Stages, request: Request, max_batch: int, held: int) -> None:
         tokens=stages.spec.window,
         slots=images,
         rows=stages.unet_rows(images),
+        ranked=batch if ranked else 0,
     )
     memory.check(workload, free + held, f"{batch} picture{'s' * (batch > 1)} of {width}x{height}")

@@ -38,6 +38,7 @@ from fastldm.serving.worker import Worker
 T = TypeVar("T")
 
 MAX_BATCH = 4096  # images that share a step, at most
+MAX_TOGETHER = 4  # by default
 MAX_QUEUE = 10**9
 MAX_PRIORITY = 1e9
 
@@ -55,7 +56,7 @@ class Session:
         self,
         pipe: Staged | Stages,
         *,
-        max_batch: int = 4,
+        max_batch: int = MAX_TOGETHER,
         max_queue: int = 256,
         batch_invariant: bool | None = None,
     ) -> None:
@@ -146,8 +147,9 @@ class Session:
         options: dict[str, Any] = {"enlarger": self._enlarger_of(completed), "several": len(parts) > 1}
         cascades = [cascade.stages_of(part, request.sampler, *models, **options) for part in parts]
         for stage in cascades[0]:
-            held = stage.model.queue.held(stage.request)
-            admission.check(stage.model.stages, stage.request, self.max_batch, held)
+            held, ranked = stage.model.queue.held(stage.request), completed.candidates is not None
+            ranked = ranked and stage is cascades[0][0]  # whose model has what ranks
+            admission.check(stage.model.stages, stage.request, self.max_batch, held, ranked=ranked)
         generation = Generation(
             self._worker,
             completed,
