@@ -11,6 +11,7 @@ from typing import Any
 
 import bundles
 import pytest
+import tiny
 import torch
 from command import run
 
@@ -24,8 +25,8 @@ def test_each_arch_is_warmed_for_all_sizes(tmp_path: Path, monkeypatch: pytest.M
     calls = []
 
     def warmed(spec: Any, arch: str, *, sizes: Any, batches: Any, dtype: Any, controls: Any, **options: Any) -> int:
-        assert options.keys() == {"lora", "on_kernel"}
-        calls.append((spec.family.name, arch, list(sizes), batches, dtype, [type(each) for each in controls]))
+        assert options == {"lora": False, "pag": False, "apg_momentum": False, "on_kernel": options["on_kernel"]}
+        calls.append((spec.family.name, arch, list(sizes), tuple(batches), dtype, [type(each) for each in controls]))
         return 7
 
     monkeypatch.setattr(warm, "warm", warmed)
@@ -45,6 +46,25 @@ def test_second_model_of_a_size_is_warmed_too(monkeypatch: pytest.MonkeyPatch) -
     done = run("warm", "--arch", "sm_90", "--size", "128x128")
     assert done.stdout.startswith("sm_90: 4 kernels in "), done.output
     assert calls == [("small", [(128, 128), (64, 64)]), ("pixel-upscaler", [(128, 128)])]
+
+
+def test_what_requests_will_have_is_warmed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(warm, "warm", lambda spec, arch, **options: calls.append((spec.family.name, options)) or 2)
+    refiner = str(tiny.save_pipeline("sdxl-refiner", tmp_path / "refiner"))
+    options = ("--hires-scale", "1.5", "--refiner", refiner, "--pag", "--best-of", "6", "--n", "1")
+    done = run("warm", "--arch", "sm_90", *options)
+    assert done.stdout.startswith("sm_90: 4 kernels in "), done.output
+    (name, own), (other, theirs) = calls
+    assert (name, own["sizes"], own["batches"]) == ("small", [(64, 64), (96, 96)], [1, 4])
+    assert own["pag"]
+    assert own["ranker"].vision.image_size == 64
+    assert (other, theirs["sizes"], theirs["batches"]) == ("sdxl-refiner", [(96, 96)], [1, 4])
+    assert theirs["pag"], "the refiner is guided likewise"
+    assert "ranker" not in theirs
+    assert "--ranker is for --best-of" in run("warm", "--arch", "sm_90", "--ranker", "x").stderr
+    small = str(tiny.save_pipeline("sd1", tmp_path / "small"))
+    assert "this model has none: give one" in run("warm", "-m", small, "--arch", "sm_90", "--best-of", "2").stderr
 
 
 @pytest.mark.full

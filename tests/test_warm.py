@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import controls
+import ip_adapters
+import picture_readers
 import pytest
 import tiny
 import torch
@@ -15,9 +17,13 @@ from fastldm.cli import main
 from fastldm.errors import InputError
 from fastldm.kernels import compile as kernel_compile
 from fastldm.kernels.dispatch import Target
-from fastldm.loading.spec import describe
+from fastldm.loading.ranker import describe_ranker
+from fastldm.loading.spec import Spec, describe
 from fastldm.models.controlnet import ControlNetConfig
 from fastldm.planning import warm
+
+
+OTHERS = ("sdxl-refiner", "sd1-inpaint", "sd1-edit", "sdxl-edit", "sd2-depth", "variations", "unclip", "lcm")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
@@ -83,3 +89,41 @@ def test_guidance_has_kernels_of_its_own(tmp_path: Path, monkeypatch: pytest.Mon
     half = {(torch.float16, False), (torch.float16, True)}
     assert kinds == [half, half, half | {(torch.float32, False), (torch.float32, True)}]
     assert [max(rows for _, rows, _ in own) for own in ends] == [2, 3, 2]
+
+
+def launches(spec: Spec, monkeypatch: pytest.MonkeyPatch, **options: Any) -> set[Any]:
+    """What `warm` would have compiled."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    made: list[Launches] = []
+    monkeypatch.setattr(kernel_compile, "Ahead", lambda *args: made.append(Launches(*args)) or made[0])
+    warm.warm(spec, "sm_90", sizes=[spec.default_size], **options)
+    return made[0].compiled
+
+
+def test_ranking_has_kernels_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = describe(tiny.save_pipeline("sd1", tmp_path / "sd1"))
+    ranker = describe_ranker(ip_adapters.clip_folder(tmp_path / "clip"))
+    assert launches(spec, monkeypatch) < launches(spec, monkeypatch, ranker=ranker)
+
+
+def test_rows_are_those_that_graphs_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = describe(tiny.save_pipeline("sd1", tmp_path / "sd1"))
+    made = launches(spec, monkeypatch, batches=(5,))
+    rows = {inputs[0][1] for name, inputs, _ in made if "end_step" in name}
+    assert rows == {6, 12}, "of 5 and of 10"
+
+
+@pytest.mark.parametrize(
+    "family", ["upscaler", *(pytest.param(name, marks=pytest.mark.full) for name in ("x4-upscaler", *OTHERS))]
+)
+def test_every_kind_of_model_is_warmed(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if family == "upscaler":
+        spec = describe(tiny.save_pixel_upscaler(tmp_path / "model"))
+    elif family in ("variations", "unclip"):
+        getattr(picture_readers, family)().save_pretrained(tmp_path / "model")
+        spec = describe(tmp_path / "model")
+    else:
+        spec = describe(tiny.save_pipeline(family, tmp_path / "model"))
+    names = {name for name, *_ in launches(spec, monkeypatch)}
+    assert len(names) > 3
+    assert any("step" in name for name in names)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+from pathlib import Path
+from typing import Any
 
 import click
 
@@ -25,6 +27,10 @@ from fastldm.errors import InputError
 @control_option
 @click.option("--pag", is_flag=True, help="Those of --pag-scale, a third row of the U-Net for each picture, too.")
 @click.option("--apg-momentum", is_flag=True, help="Those of projected guidance with momentum, too.")
+@click.option("--refiner", metavar="MODEL", help="The model that goes on with the latents, too, at the same sizes.")
+@click.option("--hires-scale", type=float, metavar="S", help="Each size so many times as large, too.")
+@click.option("--best-of", type=click.IntRange(min=1), metavar="N", help="What ranks candidates, too, and their steps.")
+@click.option("--ranker", metavar="FOLDER_OR_ID", help="What ranks them, as of `generate`.  [default: the model's own]")
 @click.option("--cache", metavar="DIR", help="Where the kernels go.  [default: Triton's cache]")
 @debug_option
 def warm(
@@ -37,13 +43,24 @@ def warm(
     controls: tuple[tuple[str, float], ...],
     pag: bool,
     apg_momentum: bool,
+    refiner: str | None,
+    hires_scale: float | None,
+    best_of: int | None,
+    ranker: str | None,
     cache: str | None,
     debug: bool,
 ) -> None:
     """Compile a model's kernels, so that the first request does not have to. Needs no GPU.
 
+    Give what requests will have, by the names of `generate`: what a first one launches then is compiled. Samplers, steps,
+    guidance scales, strengths and --switch-at are numbers that kernels read: they need none of their own.
+
     \b
     fastldm warm -m ./sd15 --arch sm_90 --arch sm_89
+    fastldm warm -m ./sdxl --arch sm_90 --refiner ./sdxl-refiner
+    fastldm warm -m ./sd15 --arch sm_90 --hires-scale 2 --pag --best-of 8 --ranker ./clip
+    fastldm warm --arch sm_90 --size 128x128              both models: the one of 64x64, and what enlarges
+    fastldm warm -m ./x4-upscaler --arch sm_90 --size 2048x2048      of the large picture
     RUN fastldm warm -m ./sdxl --arch sm_90 --size 1024x1024 --cache /opt/kernels      in a Dockerfile, with
     ENV TRITON_CACHE_DIR=/opt/kernels
     """
@@ -54,12 +71,20 @@ def warm(
         from tqdm import tqdm
 
         from fastldm.adapters.control import describe_control
+        from fastldm.loading.ranker import describe_ranker, find_ranker
         from fastldm.loading.spec import enlarged_size
-        from fastldm.model import describe
+        from fastldm.model import describe, model_name
         from fastldm.planning import warm
+        from fastldm.request import Request
+        from fastldm.runtime import enlarge
+        from fastldm.runtime.candidates import own_ranker
+        from fastldm.runtime.guidance import pag_defaults
+        from fastldm.serving.session import MAX_TOGETHER
 
         for images, pixels in itertools.product(batch, size or (None,)):
             check_numbers(pixels, images)
+        if ranker is not None and best_of is None:
+            raise InputError("--ranker is for --best-of: give both")
         if not arch:
             if not torch.cuda.is_available():
                 raise InputError(f"torch sees no GPU here: say which to compile for with --arch {warm.ARCH_NAMES}")
@@ -68,17 +93,32 @@ def warm(
             warm.parse_arch(name)
         spec = describe(model)
         sizes = list(size or [spec.default_size])
-        enlarged = enlarged_size(model, spec)
+        enlarged = enlarged_size(model_name(model), spec)
         if enlarged in sizes:  # made at the model's own size, and by another model from there
             sizes.append(spec.default_size)
-        configs = list(dict.fromkeys(describe_control(source, spec) for source, _ in controls))
+        large = sizes
+        if hires_scale is not None:
+            asked = [Request("", width=width, height=height, hires_scale=hires_scale) for width, height in sizes]
+            large = [enlarge.size(request, spec.vae.factor)[::-1] for request in asked]
+        guided = {"pag": pag or bool(pag_defaults(spec.checkpoint.index)), "apg_momentum": apg_momentum}
+        own: dict[str, Any] = {"lora": lora, **guided}
+        own["controls"] = list(dict.fromkeys(describe_control(source, spec) for source, _ in controls))
+        batches = list(batch)
+        if best_of is not None:
+            folder = own_ranker(Path(spec.checkpoint.source), "torch") if ranker is None else find_ranker(ranker)
+            own["ranker"] = describe_ranker(folder)
+            batches.append(Request("", candidates=best_of, seed=0).parts(MAX_TOGETHER)[0].batch)
+        models = [(spec, [*sizes, *large], own)]
+        if enlarged in sizes:
+            models.append((describe("upscaler"), [enlarged], {}))
+        if refiner is not None:
+            models.append((describe(refiner), large, guided))
         for name in arch:
             with tqdm(desc=name, bar_format="{desc}: {elapsed} {postfix}", disable=not sys.stderr.isatty()) as bar:
-                options = {"dtype": getattr(torch, dtype), "lora": lora, "controls": configs}
-                options |= {"pag": pag, "apg_momentum": apg_momentum}
-                options["on_kernel"] = bar.set_postfix_str
-                count = warm.warm(spec, name, sizes=list(dict.fromkeys(sizes)), batches=batch, **options)
-                if enlarged in sizes:
-                    own = {**options, "lora": False, "controls": (), "pag": False, "apg_momentum": False}
-                    count += warm.warm(describe("upscaler"), name, sizes=[enlarged], batches=batch, **own)
+                shared: dict[str, Any] = {"dtype": getattr(torch, dtype), "batches": list(dict.fromkeys(batches))}
+                shared["on_kernel"] = bar.set_postfix_str
+                count = sum(
+                    warm.warm(each, name, sizes=list(dict.fromkeys(own_sizes)), **shared, **options)
+                    for each, own_sizes, options in models
+                )
             click.echo(f"{name}: {count} kernels in {warm.cache_folder()}")

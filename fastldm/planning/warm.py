@@ -14,11 +14,14 @@ from typing import Any
 
 import torch
 
+from fastldm.conditioning.ranking import RankerConfig
 from fastldm.errors import InputError
 from fastldm.loading.spec import Spec
 from fastldm.planning import dry_run
+from fastldm.planning.beside import Beside
 from fastldm.request import Request
 from fastldm.runtime.guidance import perturbed_layers
+from fastldm.runtime.slots import graph_rows
 
 ARCH_NAMES = "sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120"
 
@@ -44,6 +47,7 @@ def warm(
     controls: Sequence[dry_run.ControlConfig] = (),
     pag: bool = False,
     apg_momentum: bool = False,
+    ranker: RankerConfig | None = None,
     on_kernel: Callable[[str], None] | None = None,
 ) -> int:
     """Compile every kernel that requests of these sizes, (width, height) in pixels, and batches launch on `arch`.
@@ -51,7 +55,7 @@ def warm(
     The result is in Triton's cache (TRITON_CACHE_DIR, else ~/.triton/cache), for the same versions of fastldm, torch
     and Triton. lora: with those of adapters beside the weights. controls: with those of each of these. pag: with those
     of perturbed-attention guidance, in the middle block. apg_momentum: with those of projected guidance with momentum.
-    on_kernel is called with each kernel's name when it is compiled. Returns the number of kernels.
+    ranker: with those of ranking the pictures. on_kernel is called with each kernel's name when it is compiled. Returns the number of kernels.
     """
     if importlib.util.find_spec("triton") is None:
         raise InputError("there is nothing to warm: triton is not installed; pip install triton")
@@ -75,15 +79,20 @@ def warm(
     ends += [{"rare": rare, "averages": True} for rare in (False, True)] if apg_momentum else []
     with targeting(ahead):
         dry_run.run_text(spec.encoders, batch=1, dtype=dtype)
+        for batch in batches:
+            beside = Beside(ranker=ranker, ranked=batch)
+            own = {"guided": guided, "size": spec.default_size, "batch": batch, "dtype": dtype, "arch": ahead.arch}
+            for phase in beside.phases(spec.text, **own).values():
+                phase()()
         for width, height in sizes:
             h, w = height // factor, width // factor
             for batch in batches:
                 most = 1 + guided + (pag or (guided and spec.unet.edits))
-                for rows in (batch * branches for branches in range(1, most + 1)):
+                for rows in (graph_rows(batch * branches) for branches in range(1, most + 1)):
                     shape: dict[str, Any] = {"height": h, "width": w, "rows": rows, "tokens": spec.window}
                     sets = [(), *((control,) for control in controls)]
-                    for beside, acting in itertools.product((False, True) if lora else (False,), sets):
-                        dry_run.run_unet(spec.unet, **shape, dtype=dtype, controls=acting, lora=beside)
+                    for adapted, acting in itertools.product((False, True) if lora else (False,), sets):
+                        dry_run.run_unet(spec.unet, **shape, dtype=dtype, controls=acting, lora=adapted)
                     for end in ends:
                         dry_run.run_unet(spec.unet, **shape, dtype=dtype, perturbed=perturbed, **end)
                 for control in controls:
