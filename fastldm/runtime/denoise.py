@@ -27,6 +27,8 @@ from fastldm.runtime.pages import Applied
 from fastldm.samplers.table import COLUMNS, StepTable
 
 Branches = tuple[int, ...]
+Weights = tuple[float, float, float, float]
+"""w0, w1, w2 and gx of a row of a table."""
 Network = Callable[[Tensor, int, Branches], Tensor]
 PicturesKV = tuple[tuple[Tensor | None, ...], ...]
 
@@ -91,7 +93,7 @@ class Guidance:
         """The rescale that applies."""
         return self.rescale if self.guided else 0.0
 
-    def weights(self, table: StepTable) -> list[tuple[float, float, float, float]]:
+    def weights(self, table: StepTable) -> list[Weights]:
         """w0, w1, w2 and gx of each row of the table, as `kernels.step.table_rows` takes them."""
         columns = table.rows[:, [COLUMNS.index("gm"), COLUMNS.index("gx")]].tolist()
         return [
@@ -99,7 +101,7 @@ class Guidance:
             for step, (gm, gx), t in zip(table.index, columns, table.timesteps.tolist(), strict=True)
         ]
 
-    def _weights(self, gm: float, gx: float, timestep: float) -> tuple[float, float, float, float]:
+    def _weights(self, gm: float, gx: float, timestep: float) -> Weights:
         w0, w1, w2, wx = 0.0, 1.0, 0.0, 0.0
         if self.guided and self.image_scale is not None:
             w0, w1, w2 = 1.0 - self.image_scale, self.scale, self.image_scale - self.scale
@@ -115,9 +117,12 @@ class Guidance:
 
     def branches(self, table: StepTable) -> list[Branches]:
         """Those of each row of the table, in ascending order."""
-        return [
-            tuple(k for k, needed in enumerate((w0 or gx, True, w2)) if needed) for w0, _, w2, gx in self.weights(table)
-        ]
+        return branches_of(self.weights(table))
+
+
+def branches_of(weights: Sequence[Weights]) -> list[Branches]:
+    """Of each row those that any weight of it needs."""
+    return [tuple(k for k, needed in enumerate((w0 or gx, True, w2)) if needed) for w0, _, w2, gx in weights]
 
 
 class Inpainting(NamedTuple):
@@ -196,7 +201,7 @@ class Run:
     def __post_init__(self) -> None:
         if [noise is not None for noise in self.noises] != list(self.table.draws):
             raise InputError("the noises are not those of this table; draw them with draw_step_noise.")
-        self._of_guidance: tuple[Guidance | None, list[Branches]] = (None, [])
+        self._of_guidance: tuple[Guidance | None, list[Weights], list[Branches]] = (None, [], [])
 
     @property
     def batch(self) -> int:
@@ -209,9 +214,19 @@ class Run:
     @property
     def table_branches(self) -> list[Branches]:
         """Of each row of the table, with the guidance that there is now."""
+        return self._guided()[1]
+
+    @property
+    def table_weights(self) -> list[Weights]:
+        """`Guidance.weights` likewise."""
+        return self._guided()[0]
+
+    def _guided(self) -> tuple[list[Weights], list[Branches]]:
+        """Computed anew where a callback has changed the guidance."""
         if self._of_guidance[0] is not self.guidance:
-            self._of_guidance = (self.guidance, self.guidance.branches(self.table))
-        return self._of_guidance[1]
+            weights = self.guidance.weights(self.table)
+            self._of_guidance = (self.guidance, weights, branches_of(weights))
+        return self._of_guidance[1:]
 
     @property
     def branches(self) -> Branches:
@@ -384,7 +399,7 @@ class State:
     def _guide(self) -> None:
         """The table with the weights of the run's guidance."""
         self._guidance, table = self.run.guidance, self.run.table
-        self._rows = table_rows(table.rows, table.draws, self._guidance.weights(table)).tolist()
+        self._rows = table_rows(table.rows, table.draws, self.run.table_weights).tolist()
 
     def go_on_from(self, latents: Tensor) -> None:
         """Go on from other latents."""

@@ -273,7 +273,7 @@ class Slots:
         """Write a run's conditioning and its guidance into its slots."""
         step, temb, text, kv_len, *_ = self.buffers
         slots, index, table = self._slots[run], self._index[run], run.table
-        rows = table_rows(table.rows, table.draws, run.guidance.weights(table), run.inpainting is not None)
+        rows = table_rows(table.rows, table.draws, run.table_weights, run.inpainting is not None)
         step.table[:, : len(table)].index_copy_(0, index, send(rows, index.device).expand(run.batch, -1, -1))
         step.rescale.index_fill_(0, index, run.guidance.rescales)
         if self.buffers.thresholds is not None:

@@ -52,7 +52,7 @@ def rows_of(run: Run, start: int, stop: int, spec: NetworkSpec) -> dict[str, Ten
         raise InputError("the bundle's graph knows no guidance by gradient: run it on PyTorch")
     images, table, edits = run.batch, run.table, run.guidance.image_scale is not None
     zeros, ones = torch.zeros_like(run.latents), torch.ones_like(run.latents[:, :1])
-    weights = run.guidance.weights(table)[start:stop]
+    weights = run.table_weights[start:stop]
     scales = {"guidance": [w1 for _, w1, *_ in weights]}
     scales |= {"image_guidance": [1 - w0 for w0, *_ in weights]} if edits else {}
     noises = [zeros if noise is None else noise for noise in run.noises[start:stop]]
