@@ -138,7 +138,10 @@ def test_what_estimates_depth_is_planned_as_it_runs(tmp_path: Path) -> None:
         assert lines(planned)["depth estimator"] == bytes_of(peer.depth_estimator)
         network, processor = estimator._parts
         pixels = processor(images=[image], return_tensors="pt").pixel_values
-        assert_planned(lines(planned, "phases")["depth"], functools.partial(depth_of, network, pixels))
+        last = (
+            4 * 32 * 256 * 256
+        )  # oneDNN's convolution, of which transformers' are, makes its output in another layout
+        assert_planned(lines(planned, "phases")["depth"], functools.partial(depth_of, network, pixels), last)
         assert upper_bound(planned.workload) >= planned.needed - planned.loading
         given = pipe.stages.complete(Request("a cat", image=image, depth_map=torch.ones(1, 8, 8), **SIZE))
         assert "depth estimator" not in lines(plan(Workload.of_request(pipe.stages, given)))

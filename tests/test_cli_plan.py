@@ -111,6 +111,8 @@ def test_more_guidance_is_in_all_headings(model: str) -> None:
     lines = plan(model, *more, "--hires-scale", "2", "--refiner", model).output.splitlines()
     assert sum(", guided, a third row, averaged, " in line for line in lines[:4]) == 3
     assert "pag_applied_layers holds 'nowhere'" in plan(model, "--pag-scale", "3", "--pag-layer", "nowhere").output
+
+
 def planned_lines(done: Result, part: str) -> dict[str, int]:
     assert done.exit_code == 0, done.output
     return {line["name"]: line["bytes"] for line in json.loads(done.output)[part]}
@@ -162,7 +164,8 @@ def test_a_bundle_of_the_default_model_is_enlarged_too(tmp_path: Path, monkeypat
     arguments = ("--size", "128x128", "--device", "cpu", "--json")
     with_path = run("plan", "-m", str(out), *arguments)
     assert with_path.exit_code == 0, with_path.output
-    monkeypatch.setattr("fastldm.model.or_prepared", lambda name, *_, **__: (out, "onnxruntime"))
+    found = {"default": (out, "onnxruntime")}
+    monkeypatch.setattr("fastldm.model.or_prepared", lambda name, backend, *_, **__: found.get(name, (name, backend)))
     prepared = run("plan", *arguments)
     assert prepared.exit_code == 0, prepared.output
     for done in (with_path, prepared):

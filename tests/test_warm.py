@@ -22,7 +22,6 @@ from fastldm.loading.spec import Spec, describe
 from fastldm.models.controlnet import ControlNetConfig
 from fastldm.planning import warm
 
-
 OTHERS = ("sdxl-refiner", "sd1-inpaint", "sd1-edit", "sdxl-edit", "sd2-depth", "variations", "unclip", "lcm")
 
 

@@ -115,7 +115,7 @@ def read_ip_adapter(
 
 
 def describe_ip_adapter(file: PathLike, spec: Spec, *, allow_pickle: bool = False) -> IPAdapterConfig:
-    """The sizes of what `read_ip_adapter` would read, without its weights; the same errors, but for those of numbers."""
+    """The sizes of what `read_ip_adapter` would read, without weights; the same errors, but for those of numbers."""
     _check_model(spec)
     path = check_path(file, "file")
     shapes, _ = read_shapes(path, allow_pickle)

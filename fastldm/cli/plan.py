@@ -44,12 +44,16 @@ if TYPE_CHECKING:
 )
 @click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Sampler steps.  [default: the model's]")
 @decode_option
-@click.option("--best-of", type=click.IntRange(min=1), metavar="N", help="Candidates, some at a time, and their ranking.")
+@click.option(
+    "--best-of", type=click.IntRange(min=1), metavar="N", help="Candidates, some at a time, and their ranking."
+)
 @click.option("--ranker", metavar="FOLDER_OR_ID", help="What ranks them, as of `generate`.  [default: the model's own]")
 @click.option("--init-image", is_flag=True, help="It starts from a picture, which is encoded.")
 @click.option("--mask", is_flag=True, help="A part of that is repainted.")
 @click.option("--depth-map", is_flag=True, help="Of depth to image: the depth is given, and not estimated.")
-@click.option("--ip-adapter", metavar="FILE", help="An IP-Adapter, with image_encoder/ beside it, and a picture for it.")
+@click.option(
+    "--ip-adapter", metavar="FILE", help="An IP-Adapter, with image_encoder/ beside it, and a picture for it."
+)
 @reuse_option
 @click.option("--clip-guidance", is_flag=True, help="It is guided by gradient through U-Net and decoder.")
 @lora_option

@@ -52,8 +52,8 @@ def warm(
 ) -> None:
     """Compile a model's kernels, so that the first request does not have to. Needs no GPU.
 
-    Give what requests will have, by the names of `generate`: what a first one launches then is compiled. Samplers, steps,
-    guidance scales, strengths and --switch-at are numbers that kernels read: they need none of their own.
+    Give what requests will have, by the names of `generate`: what a first one launches then is compiled. Samplers,
+    steps, guidance scales, strengths and --switch-at are numbers that kernels read: they need none of their own.
 
     \b
     fastldm warm -m ./sd15 --arch sm_90 --arch sm_89

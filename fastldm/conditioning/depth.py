@@ -71,8 +71,9 @@ class DepthEstimator:
             network, processor = self.source
             dtype = next(network.parameters()).dtype
             return DepthConfig(network.config.to_json_string(use_diff=False), processor.to_json_string(), dtype)
-        files = ("depth_estimator/config.json", "feature_extractor/preprocessor_config.json")
-        return DepthConfig(*(json.dumps(read_json(self.source / name)) for name in files))
+        model = read_json(self.source / "depth_estimator" / "config.json")
+        processor = read_json(self.source / "feature_extractor" / "preprocessor_config.json")
+        return DepthConfig(json.dumps(model), json.dumps(processor))
 
     @cached_property
     def _parts(self) -> tuple[Any, Any]:

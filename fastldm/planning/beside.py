@@ -1,4 +1,4 @@
-"""What runs beside a model's own networks, in a memory plan: what ranks candidates, what estimates depth, IP-Adapters."""
+"""What runs beside a model's own networks, in a memory plan: what ranks and what estimates depth, and IP-Adapters."""
 
 from __future__ import annotations
 
@@ -158,6 +158,9 @@ class Beside:
     def _used(self) -> list[tuple[IPAdapterConfig, int]]:
         """Each with pictures, and how many."""
         return [(config, count) for config, count in zip(self.adapters, self.prompts, strict=False) if count]
+
+
+NOTHING = Beside()
 
 
 def _depth(config: DepthConfig, size: tuple[int, int], batch: int) -> dry_run.DryRun:

@@ -35,10 +35,10 @@ from fastldm.models.config import (
 from fastldm.models.controlnet import ControlNet, ControlNetConfig
 from fastldm.models.t2i_adapter import T2IAdapter
 from fastldm.models.vae import Decode
-from fastldm.planning import dry_run
 from fastldm.planning import beside as besides
+from fastldm.planning import dry_run
 from fastldm.planning.allocator import MIB, CUDAHeap, Heap, record
-from fastldm.planning.beside import Beside
+from fastldm.planning.beside import NOTHING, Beside
 from fastldm.request import MAX_IMAGES, MAX_SIDE, MAX_STEPS, Request
 from fastldm.runtime.complete import start_latents
 from fastldm.runtime.controls import ControlSelection
@@ -81,7 +81,7 @@ class Workload:
     perturbed: tuple[int, ...] = ()  # places of the self-attentions that are, in a third branch
     averages: bool = False  # whether projected guidance has momentum
     repainted: bool = False  # whether an asymmetric decoder reads picture and mask
-    beside: Beside = Beside()  # what runs beside the model's own networks
+    beside: Beside = NOTHING  # what runs beside the model's own networks
 
     @property
     def step_rows(self) -> int:

@@ -55,7 +55,8 @@ def warm(
     The result is in Triton's cache (TRITON_CACHE_DIR, else ~/.triton/cache), for the same versions of fastldm, torch
     and Triton. lora: with those of adapters beside the weights. controls: with those of each of these. pag: with those
     of perturbed-attention guidance, in the middle block. apg_momentum: with those of projected guidance with momentum.
-    ranker: with those of ranking the pictures. on_kernel is called with each kernel's name when it is compiled. Returns the number of kernels.
+    ranker: with those of ranking the pictures. on_kernel is called with each kernel's name when it is compiled. Returns
+    the number of kernels.
     """
     if importlib.util.find_spec("triton") is None:
         raise InputError("there is nothing to warm: triton is not installed; pip install triton")
