@@ -172,14 +172,14 @@ def test_pictures_as_prompts_are_planned_as_they_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["variations", "unclip"])
-def test_weights_of_what_reads_pictures_are_counted_to_the_byte(kind: str) -> None:
+def test_weights_of_picture_readers_are_counted_to_the_byte(kind: str) -> None:
     pipe = Pipeline.from_diffusers(getattr(picture_readers, kind)())
     planned = plan(Workload.of_stages(pipe.stages, width=64, height=64, batch=1, guided=True))
     assert sum(lines(planned).values()) == pipe.stages.weight_bytes
     assert ("image normalizer" in lines(planned)) == (kind == "unclip")
 
 
-def test_a_decoder_that_reads_the_picture_is_planned_as_it_runs() -> None:
+def test_a_repainting_decoder_is_planned_as_it_runs() -> None:
     vae = tiny.seeded(
         lambda: tiny.peer("diffusers").AsymmetricAutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,

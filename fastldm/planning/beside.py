@@ -59,15 +59,15 @@ class Beside:
     @classmethod
     def of_request(cls, stages: Stages, request: Request, ranked: int) -> Beside:
         """Of a completed request. ranked: as of the field."""
-        own, depth = cls.of_stages(stages), stages.spec.checkpoint.depth
-        estimated = stages.spec.unet.reads_depth and request.depth_map is None and depth is not None
+        own, estimated = cls.of_stages(stages), stages.spec.unet.reads_depth and request.depth_map is None
+        depth = stages.spec.checkpoint.depth if estimated else None
         selection = request.ip_adapter_image
         uses = selection.uses if isinstance(selection, PictureSelection) else ()
         counts = {use.adapter: 0 if use.pixels is None else len(use.pixels) for use in uses}
         return cls(
             ranker=own.ranker,
             ranked=ranked,
-            depth=depth.config if depth is not None and estimated else None,
+            depth=None if depth is None else depth.config,
             adapters=own.adapters,
             encoder=own.encoder,
             prompts=tuple(counts.get(adapter, 0) for adapter in stages.image_prompts.loaded.adapters),
