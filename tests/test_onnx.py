@@ -235,8 +235,11 @@ def test_opset_23_has_attention_as_one_node(name: str, attentions: int, tmp_path
 
 
 @pytest.mark.full
-def test_a_tiny_autoencoder(tmp_path: Path) -> None:
-    tiny.pipeline("sd1", vae=tiny.tiny_vae()).save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize("kind", ["tiny", "codes"])
+def test_other_autoencoders(kind: str, tmp_path: Path) -> None:
+    """The nearest code is in the graph."""
+    vae = tiny.tiny_vae() if kind == "tiny" else tiny.vq(latent_channels=4, num_vq_embeddings=2100)
+    tiny.pipeline("sd1", vae=vae).save_pretrained(tmp_path / "model")
     networks = ReferenceNetworks(loading.describe(tmp_path / "model"), "float32")
     for name in ("vae_decoder", "vae_encoder"):
         judge(networks, networks, name, tmp_path / name)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import clients
 import diffusers
 import numpy as np
 import pytest
@@ -16,10 +17,12 @@ from command import run
 from pairs import close, generator
 from PIL import Image
 
-from fastldm import CheckpointError, InputError, Pipeline, Session
+from fastldm import CheckpointError, InputError, Pipeline, Request, Session
 from fastldm.metadata import parse_parameters
 from fastldm.model import describe
 from fastldm.planning import memory
+from fastldm.runtime.batch import EagerBatch
+from fastldm.runtime.slots import Slots, StaticBuffers
 
 Options = dict[str, Any]
 SIZES = {"LDMPipeline": 64, "LDMSuperResolutionPipeline": 128}
@@ -168,6 +171,37 @@ def test_requests_of_different_classes_share_steps(pairs: Pairs) -> None:
         assert np.abs(ours(**each).images - images).max() < 1e-3
 
 
+def test_slots_have_a_class_each(pairs: Pairs) -> None:
+    """As on a GPU: two requests of two classes and numbers of steps in static buffers."""
+    stages = pairs("ConsistencyModelPipeline")[1].stages
+    requests = [Request(class_labels=k, seed=k, num_inference_steps=1 + k) for k in (1, 2)]
+    completed = [stages.complete(request) for request in requests]
+    sizes = {"height": 16, "width": 16, "tokens": 1, "steps": 3}
+    buffers = StaticBuffers.empty(stages.spec.unet, slots=2, rows=2, **sizes, dtype=torch.float32, device="cpu")
+    latents = []
+    for batch in (Slots(stages.unet, buffers), EagerBatch(stages.unet)):
+        runs = [stages.prepare(request) for request in completed]
+        for run in runs:
+            batch.admit(run)
+        while not all(run.done for run in runs):
+            batch.step([run for run in runs if not run.done])
+        latents.append(torch.cat([batch.latents(run) for run in runs]))
+    assert torch.allclose(*latents, atol=1e-4 * float(latents[0].abs().max()))
+
+
+def test_server_takes_classes(pairs: Pairs) -> None:
+    _, ours = pairs("ConsistencyModelPipeline")
+    expected = np.asarray(ours(class_labels=[3, 8], batch_size=2, seed=5).images[1]).astype(int)
+    with clients.client(ours, models={"plain": "default"}) as http:
+        body = {"prompt": "", "n": 2, "class_labels": [3, 8], "seed": 5}
+        answer = http.post("/v1/images/generations", json=body).json()
+        made = np.asarray(clients.picture(answer["data"][1]["b64_json"])).astype(int)
+        assert np.abs(made - expected).max() <= 1
+        for wrong, message in (({"class_labels": 99}, "classes from 0 to 9"), ({"prompt": "a cat"}, "reads no text")):
+            answer = http.post("/v1/images/generations", json={**body, **wrong})
+            assert (answer.status_code, message in answer.json()["error"]["message"]) == (400, True)
+
+
 def test_classes_are_drawn_of_each_seed(pairs: Pairs) -> None:
     _, ours = pairs("ConsistencyModelPipeline")
     labels = ours(batch_size=4, seed=11).request.class_labels
@@ -283,3 +317,5 @@ def test_command_needs_no_prompt(folders: dict[str, Path], tmp_path: Path, monke
     assert "this model reads no text" in refused.stderr
     planned = run("plan", "-m", model, "--device", "cpu")
     assert planned.exit_code == 0, planned.stderr
+    profiled = run("profile", "-m", model, "--device", "cpu", "--rounds", "1")
+    assert profiled.exit_code == 0, profiled.stderr

@@ -26,7 +26,7 @@ from fastldm.cli.report import reported
 
 @click.command()
 @model_option
-@click.option("--prompt", default="a red apple", show_default=True, metavar="TEXT", help="What the pictures are of.")
+@click.option("--prompt", metavar="TEXT", help="What the pictures are of.  [default: a red apple]")
 @click.option("--size", type=Size(), help="In pixels, such as 1024x1024.  [default: the model's]")
 @click.option(
     "-n", "--n", "--batch", "batch", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures at once."
@@ -49,7 +49,7 @@ from fastldm.cli.report import reported
 @debug_option
 def profile(
     model: str,
-    prompt: str,
+    prompt: str | None,
     size: tuple[int, int] | None,
     batch: int,
     rounds: int | None,
@@ -103,6 +103,8 @@ def profile(
             "height": height,
         }
         request = {name: value for name, value in arguments.items() if value is not None} | controlled
+        if prompt is None:
+            prompt = "a red apple" if pipe.text_stages else ""
         result = measure(pipe, prompt, rounds=rounds, first=first, **request)
 
         contents: dict[str, Callable[[], str]] = {
