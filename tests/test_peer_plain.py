@@ -181,11 +181,11 @@ def test_slots_have_a_class_each(pairs: Pairs) -> None:
     latents = []
     for batch in (Slots(stages.unet, buffers), EagerBatch(stages.unet)):
         runs = [stages.prepare(request) for request in completed]
-        for run in runs:
-            batch.admit(run)
-        while not all(run.done for run in runs):
-            batch.step([run for run in runs if not run.done])
-        latents.append(torch.cat([batch.latents(run) for run in runs]))
+        for each in runs:
+            batch.admit(each)
+        while any(not each.done for each in runs):
+            batch.step([each for each in runs if not each.done])
+        latents.append(torch.cat([batch.latents(each) for each in runs]))
     assert torch.allclose(*latents, atol=1e-4 * float(latents[0].abs().max()))
 
 
