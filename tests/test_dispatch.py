@@ -28,6 +28,19 @@ from fastldm.planning import tune
 X = torch.randn(3, 64, device=ops.DEVICE)
 
 
+def test_an_op_whose_gradient_is_wanted_takes_its_reference() -> None:
+    with use("triton"):
+        assert GEGLU.path(X)
+        variable = X.clone().requires_grad_()
+        assert "gradient" in GEGLU.path(variable).reason
+        assert LAYER_NORM.path(X, X[0], variable[0], 1e-5).reason == GEGLU.path(variable).reason
+        (gradient,) = torch.autograd.grad(geglu(variable).sum(), variable)
+        with torch.no_grad():
+            assert GEGLU.path(variable), "nothing is recorded"
+    a, b = X.chunk(2, dim=-1)
+    assert ops.error(gradient[:, : a.shape[1]], torch.nn.functional.gelu(b)) < 1e-6
+
+
 def test_every_file_with_an_op_registers_it() -> None:
     declares = re.compile(r"^[A-Z_0-9]+ = _?\w*(Op|Norm)\($", re.MULTILINE)
     files = {path.stem for path in (ROOT / "kernels").glob("*.py") if declares.search(path.read_text())}

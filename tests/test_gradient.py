@@ -24,6 +24,8 @@ from torch import Tensor
 
 from fastldm import Cancelled, ClassifierGuidance, CLIPGuidance, InputError, NonFinite, Pipeline, Request, Session
 from fastldm.conditioning.image_encoder import Preprocessing
+from fastldm.kernels import linear, observe
+from fastldm.models import layers
 from fastldm.runtime.batch import EagerBatch
 from fastldm.runtime.denoise import Guidance, Run, denoise
 from fastldm.runtime.gradient import Function, cutouts, spherical_distance
@@ -317,6 +319,32 @@ def test_networks_agree_with_finite_differences(part: str) -> None:
         agree(directional(lambda x: unet(x, 250.0, states), random(1, 4, 8, 8), 1e-5), 1e-6)
 
 
+def test_gpus_way_through_the_network_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of networks in 16 bits on a GPU, which fuses, writes in place and has no gradient."""
+    unet = Pipeline.from_diffusers(tiny.pipeline("sd1", unet=tiny.unet("sd1", layers_per_block=1))).unet.bfloat16()
+    g = torch.Generator().manual_seed(3)
+    x, states = (torch.randn(*shape, generator=g).bfloat16() for shape in ((2, 4, 8, 8), (2, 7, 32)))
+    with torch.no_grad():
+        temb, kv = unet.time_rows(torch.tensor([250.0])).expand(2, -1), unet.cross_kv(states)
+
+    def gradient() -> tuple[Tensor, set[str]]:
+        seen: set[str] = set()
+        variable = x.clone().requires_grad_()
+        with observe(lambda op, args, kwargs: seen.add(op.name)):
+            out = unet.step(variable, temb, kv)
+        return torch.autograd.grad(out.float().square().sum(), variable)[0], seen
+
+    plain, _ = gradient()
+    for module in (linear, layers):
+        monkeypatch.setattr(module, "device_type", lambda x: "cuda")
+    got, seen = gradient()
+    assert "conv_group_norm" not in seen
+    assert ops.error(got, plain) < 0.05  # rounded in another order
+    with torch.no_grad(), observe(lambda op, args, kwargs: seen.add(op.name)):
+        unet.step(x, temb, kv)
+    assert "conv_group_norm" in seen
+
+
 def runs_with_everything(tmp_path: Path) -> tuple[Pipeline, Request]:
     """Adapters beside the weights, a ControlNet, a T2I-Adapter and an IP-Adapter, PAG and reuse."""
     import controls
@@ -536,6 +564,17 @@ def test_pictures_of_tensors_are_prepared_as_pictures() -> None:
     for prepare in (Preprocessing(40, 32), Preprocessing(80, 80)):
         got = prepare.normalised(prepare.cut(units))[0]
         assert (got - prepare(picture)).abs().max() < 0.02  # PIL rounds to bytes in between
+
+
+@pytest.mark.full
+def test_the_default_model_climbs_its_towers_score() -> None:
+    pipe = Pipeline.default(device="cpu", dtype="float32")
+    query: dict[str, Any] = {"prompt": ["a cat", "guitar"], "candidates": 1, "seed": [0, 0], "num_inference_steps": 8}
+    for through in (True, False):
+        scores = [
+            pipe(**query, guidance_fn=CLIPGuidance(scale, through_unet=through)).scores for scale in (0, 100, 300)
+        ]
+        assert all(a < b < c for a, b, c in zip(*scores, strict=True))
 
 
 def test_images_of_a_request_are_guided_as_alone(peer: Peer) -> None:

@@ -143,6 +143,26 @@ def test_weights_and_buffers_are_counted_to_the_byte(spec: loading.Spec) -> None
     assert planned.needed == planned.resident + max(phases(planned).values())
 
 
+def test_plan_of_a_gradient_matches_live_bytes() -> None:
+    pipe = Pipeline.from_diffusers(tiny.pipeline("sd1"))
+    workload = Workload.of_stages(pipe.stages, width=384, height=256, batch=2, guided=True, gradient=True)
+    unet, vae = pipe.unet, pipe.vae
+    with torch.no_grad():
+        temb = unet.time_rows(torch.zeros(1)).repeat(2, 1)
+        kv = unet.cross_kv(torch.randn(2, workload.tokens, 32))
+
+    def gradient() -> None:
+        with torch.enable_grad():
+            latents = torch.randn(2, 4, 32, 48).requires_grad_()
+            pictures = vae.decode(unet.step(latents, temb, kv) / vae.config.scaling_factor)
+            torch.autograd.grad(pictures.sum(), latents)
+
+    planned, real = phases(plan(workload))["gradient"], peak_bytes(gradient)
+    assert 0.9 * real < planned < 1.2 * real
+    assert planned > 3 * phases(plan(workload))["step"], "what is kept for the way back"
+    assert "gradient" not in phases(plan(replace(workload, gradient=False)))
+
+
 def test_plan_of_controls_matches_live_bytes() -> None:
     """The step with a ControlNet's residuals and a T2I-Adapter's features, pictures, weights, and a GPU's buffers."""
     pipe = Pipeline.from_diffusers(tiny.pipeline("sd1"))
