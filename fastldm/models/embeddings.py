@@ -121,10 +121,11 @@ class TimeEmbedding(nn.Module):
         *,
         act: str = "silu",
         post_act: str | None = None,
+        hidden: int | None = None,
     ) -> None:
         super().__init__()
-        self.linear_1 = Linear(in_channels, out_channels)
-        self.linear_2 = Linear(out_channels, out_channels)
+        self.linear_1 = Linear(in_channels, hidden or out_channels)
+        self.linear_2 = Linear(hidden or out_channels, out_channels)
         self.cond_proj = None if condition_channels is None else Linear(condition_channels, in_channels, bias=False)
         self.act, self.post_act = act, post_act
 

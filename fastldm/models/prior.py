@@ -1,6 +1,7 @@
 """The prior of unCLIP and Kandinsky: from a text to the vector of a picture of it, partially evaluated.
 
-Its tokens are the text, the text's vector, the time, the noisy vector, and one whose output is the prediction:
+Its tokens are the text, the text's vector, the time, the noisy vector, and one whose output is the prediction (without
+which it is the noisy vector's):
 
     text (num_embeddings) | vector | time | noisy | predicted
 
@@ -28,15 +29,14 @@ from fastldm.errors import CheckpointError, InputError
 from fastldm.models.config_fields import LAYERS, WIDTH, only
 from fastldm.models.embeddings import Sinusoids, TimeEmbedding
 from fastldm.models.layers import Attention, LayerNorm, Layers, Linear, attention, parameter
-from fastldm.reading import Field, Maybe, read_fields
+from fastldm.reading import Field, Integer, Maybe, read_fields
 
 _FIELDS = only(
     {
         "_class_name": ("PriorTransformer",),
-        "added_emb_type": ("prd",),
-        "additional_embeddings": (4,),
+        "added_emb_type": ("prd", None),
         "embedding_proj_norm_type": (None, "layer"),
-        "encoder_hid_proj_type": ("linear",),
+        "encoder_hid_proj_type": ("linear", None),
         "norm_in_type": (None, "layer"),
         "time_embed_act_fn": ("silu", "gelu"),
     }
@@ -46,6 +46,7 @@ _FIELDS = only(
     "num_layers": Field(LAYERS, 20),
     "embedding_dim": Field(WIDTH, 768),
     "num_embeddings": Field(WIDTH, 77),
+    "additional_embeddings": Field(Integer(0, 64), 4),
     "embedding_proj_dim": Field(Maybe(WIDTH), None),
     "clip_embed_dim": Field(Maybe(WIDTH), None),
     "time_embed_dim": Field(Maybe(WIDTH), None),
@@ -66,6 +67,9 @@ class PriorConfig:
     norm_in: bool
     vector_norm: bool
     time_act: str
+    time_dim: int  # channels within the time's embedding
+    text_proj: bool  # whether the text is projected; else it has as many channels as the network
+    predicted: bool  # whether there is a token for the prediction
 
     @property
     def time_channels(self) -> int:
@@ -77,8 +81,17 @@ class PriorConfig:
         """Read diffusers' prior/config.json; CheckpointError if it needs what is not implemented."""
         values = read_fields(cfg, _FIELDS, source)
         channels, width = values["num_attention_heads"] * values["attention_head_dim"], values["embedding_dim"]
-        if values["time_embed_dim"] not in (None, channels):
-            raise CheckpointError(f"{source}: 'time_embed_dim' is {values['time_embed_dim']}, expected {channels}")
+        predicted, text_proj = values["added_emb_type"] is not None, values["encoder_hid_proj_type"] is not None
+        if values["additional_embeddings"] != 3 + predicted:
+            raise CheckpointError(
+                f"{source}: 'additional_embeddings' is {values['additional_embeddings']}, expected {3 + predicted}, "
+                "the tokens that follow the text"
+            )
+        if not text_proj and width != channels:
+            raise CheckpointError(
+                f"{source}: 'encoder_hid_proj_type' is None, and 'embedding_dim' {width}: expected {channels}, the "
+                "network's channels, or a projection"
+            )
         return cls(
             channels=channels,
             heads=values["num_attention_heads"],
@@ -90,6 +103,9 @@ class PriorConfig:
             norm_in=values["norm_in_type"] is not None,
             vector_norm=values["embedding_proj_norm_type"] is not None,
             time_act=values["time_embed_act_fn"],
+            time_dim=values["time_embed_dim"] or channels,
+            text_proj=text_proj,
+            predicted=predicted,
         )
 
 
@@ -101,13 +117,13 @@ class Prior(nn.Module):
         self.config = config
         channels = config.channels
         self.time_proj = Sinusoids(channels, flip_sin_to_cos=True, freq_shift=0)
-        self.time_embedding = TimeEmbedding(channels, channels, act=config.time_act)
+        self.time_embedding = TimeEmbedding(channels, channels, act=config.time_act, hidden=config.time_dim)
         self.proj_in = Linear(config.text_dim, channels)
         self.embedding_proj_norm = LayerNorm(config.vector_dim) if config.vector_norm else None
         self.embedding_proj = Linear(config.vector_dim, channels)
-        self.encoder_hidden_states_proj = Linear(config.text_dim, channels)
-        self.positional_embedding = parameter(1, config.tokens + 4, channels)
-        self.prd_embedding = parameter(1, 1, channels)
+        self.encoder_hidden_states_proj = Linear(config.text_dim, channels) if config.text_proj else None
+        self.positional_embedding = parameter(1, config.tokens + 3 + config.predicted, channels)
+        self.prd_embedding = parameter(1, 1, channels) if config.predicted else None
         self.transformer_blocks: Layers[PriorLayer] = Layers(
             PriorLayer(channels, config.heads) for _ in range(config.layers)
         )
@@ -128,7 +144,10 @@ class Prior(nn.Module):
         if encoder_hidden_states.shape[1] != tokens:
             raise InputError(f"the text has {encoder_hidden_states.shape[1]} tokens, and this prior reads {tokens}")
         vector = proj_embedding if self.embedding_proj_norm is None else self.embedding_proj_norm(proj_embedding)
-        text = self._placed(self.encoder_hidden_states_proj(encoder_hidden_states), 0)
+        text = encoder_hidden_states
+        if self.encoder_hidden_states_proj is not None:
+            text = self.encoder_hidden_states_proj(text)
+        text = self._placed(text, 0)
         vector = self._placed(self.embedding_proj(vector)[:, None], tokens)
         kv_len = None if text_len is None else (text_len + 1).int()
         kv = []
@@ -180,13 +199,13 @@ class Prior(nn.Module):
         that each row reads, by default its own.
         """
         noisy = self.proj_in(model_input)[:, None]
-        x = self._placed(torch.cat((noisy, self.prd_embedding.expand_as(noisy)), dim=1), self.config.tokens + 2)
-        kv_len = _chosen(kv_len, slots)
-        lengths = (None, None) if kv_len is None else (kv_len + 2, kv_len + 3)
+        tokens = [noisy] if self.prd_embedding is None else [noisy, self.prd_embedding.expand_as(noisy)]
+        x = self._placed(torch.cat(tokens, dim=1), self.config.tokens + 2)
+        kv_len, count = _chosen(kv_len, slots), len(tokens)
         time = temb_row[:, None].chunk(2 * self.config.layers, dim=2)
         for i, (layer, kv) in enumerate(zip(self.transformer_blocks, cross_kv, strict=True)):
             q, *own = layer.attn1.qkv(layer.norm1(x))
-            # The key of the predicted token comes first, for it alone reads that.
+            # The key of the predicted token comes first, for it alone reads that: token j all but the first few.
             k, v = (
                 torch.cat((mine.flip(1), of_time, of_prompt), dim=1)
                 for mine, of_time, of_prompt in zip(
@@ -194,9 +213,17 @@ class Prior(nn.Module):
                 )
             )
             heads = layer.attn1.heads
-            first = attention(q[:, :1], k[:, 1:], v[:, 1:], heads, kv_len=lengths[0])
-            last = attention(q[:, 1:], k, v, heads, kv_len=lengths[1])
-            x = layer.rest(x, torch.cat((first, last), dim=1))
+            attended = [
+                attention(
+                    q[:, j : j + 1],
+                    k[:, count - 1 - j :],
+                    v[:, count - 1 - j :],
+                    heads,
+                    kv_len=None if kv_len is None else kv_len + 2 + j,
+                )
+                for j in range(count)
+            ]
+            x = layer.rest(x, torch.cat(attended, dim=1))
         return self.proj_to_clip_embeddings(self.norm_out(x[:, -1]))
 
     def forward(
