@@ -66,7 +66,7 @@ def test_other_classes_are_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("StableDiffusionLatentUpscalePipeline", "an upscaler"),
+        ("IFSuperResolutionPipeline", "an upscaler"),
         ("StableUnCLIPPipeline", "unCLIP"),
         ("MarigoldDepthPipeline", "Marigold"),
         ("LEditsPPPipelineStableDiffusionXL", "a way of editing .* load them as a StableDiffusionPipeline"),
@@ -110,7 +110,7 @@ def test_relative_is_recognised_by_channels(tmp_path: Path, channels: int, label
     ("key", "value", "label"),
     [
         ("class_embed_type", "projection", "unCLIP"),
-        ("class_embed_type", "timestep", "a latent upscaler"),
+        ("class_embed_type", "timestep", "a model whose class is a time"),
         ("attention_type", "gated", "GLIGEN"),
         ("addition_embed_type", "image", "Kandinsky"),
         ("encoder_hid_dim_type", "ip_image_proj", "Stable Diffusion with an IP-Adapter"),

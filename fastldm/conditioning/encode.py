@@ -48,8 +48,13 @@ NOT_SCORED = {
 """Fields of SDXL that its refiner does not read, and what it reads instead."""
 
 
-def check(request: Request, needs_added: bool, scored: bool) -> None:
-    """InputError for fields that the model does not read. needs_added: whether it is SDXL. scored: or its refiner."""
+POOLED = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+"""Of these what the latent x2 upscaler reads too."""
+
+
+def check(request: Request, needs_added: bool, scored: bool, reads_pooled: bool = False) -> None:
+    """InputError for fields that the model does not read. needs_added: whether it is SDXL. scored: or its refiner.
+    reads_pooled: whether it reads pooled text, as they do."""
     for name in () if scored else SCORES:
         if getattr(request, name) is not None:
             raise InputError(f"{name} is {getattr(request, name):g}: only SDXL's refiner reads it")
@@ -57,7 +62,7 @@ def check(request: Request, needs_added: bool, scored: bool) -> None:
         if getattr(request, name) is not None:
             raise InputError(f"{name} is {checks.show(getattr(request, name))}: SDXL's refiner reads {instead} instead")
     for name in () if needs_added else XL_ONLY:
-        value = getattr(request, name)
+        value = None if reads_pooled and name in POOLED else getattr(request, name)
         if value is not None and not (name == "crops_coords_top_left" and value == (0, 0)):
             raise InputError(f"{name} is {checks.show(value)}: only SDXL reads it, and this is another model")
 

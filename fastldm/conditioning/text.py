@@ -174,8 +174,9 @@ def encode_prompts(
             negative_texts if negatives_2 is None else _broadcast(negatives_2, batch, "negative_prompt_2")
         )
         texts = texts + negative_texts
-    pooling = encoders[-1].model.config.with_projection
-    least = 1 if pooling else 0  # SDXL reads the penultimate layer
+    last = encoders[-1].model.config
+    pooling = last.with_projection or last.pools
+    least = 1 if last.with_projection else 0  # SDXL reads the penultimate layer
     skip = _check_clip_skip(clip_skip, min(stage.model.config.layers for stage in encoders) - least)
 
     windows = split_windows(encoders, list(zip(texts, texts_2, strict=True)), literal, length)

@@ -16,6 +16,7 @@ from fastldm.loading.tensors import Shapes
 from fastldm.models.config import UNetConfig
 from fastldm.models.families import (
     DEPTH_PIPELINE,
+    LATENT_UPSCALE_PIPELINE,
     PIXEL_PIPELINE,
     SUPER_RESOLUTION_PIPELINE,
     UNCLIP_PIPELINE,
@@ -25,7 +26,7 @@ from fastldm.models.families import (
 
 RUNS = (
     "fastldm runs Stable Diffusion 1, 2 and XL for text to image, image to image and inpainting, InstructPix2Pix, "
-    "depth to image, the x4 upscaler, image variations, stable unCLIP's image to image, and latent diffusion's, DDPM's "
+    "depth to image, the x4 and the latent x2 upscaler, image variations, stable unCLIP's image to image, and latent diffusion's, DDPM's "
     "and consistency models without a prompt or with its first text encoder"
 )
 
@@ -77,7 +78,7 @@ _UNET_KEYS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("addition_embed_type", ("image", "image_hint", "text_image"), "Kandinsky"),
     ("addition_embed_type", ("text",), "DeepFloyd IF"),
     ("attention_type", ("gated", "gated-text-image"), "GLIGEN, whose U-Net reads boxes"),
-    ("class_embed_type", ("timestep",), "a latent upscaler"),
+    ("class_embed_type", ("timestep",), "a model whose class is a time"),
     ("class_embed_type", ("identity", "projection", "simple_projection"), "unCLIP, whose U-Net reads an embedding"),
     ("encoder_hid_dim_type", ("image_proj", "text_image_proj"), "Kandinsky"),
     ("encoder_hid_dim_type", ("ip_image_proj",), "Stable Diffusion with an IP-Adapter"),
@@ -118,6 +119,13 @@ def check_standard(unet: UNetConfig, source: str, pipeline: Any = None) -> None:
                 f"{source} has 'class_embed_type' {unet.class_embed_type!r}: a {pipeline} with a table of classes runs"
             )
         return
+    if pipeline == LATENT_UPSCALE_PIPELINE:
+        if unet.time_cond_proj_dim is None or unet.needs_added or unet.encoder_hid_dim_type is not None:
+            raise CheckpointError(
+                f"{source} is no U-Net of a {pipeline}, which reads pooled text by 'time_cond_proj_dim', and has "
+                "neither 'addition_embed_type' nor 'encoder_hid_dim_type'"
+            )
+        return
     if unet.beyond_standard is not None:
         kind = f"of a {pipeline}, " * isinstance(pipeline, str)
         raise CheckpointError(f"{source} is {kind}with {unet.beyond_standard}, a pipeline that is not there. {RUNS}.")
@@ -152,6 +160,13 @@ def check_channels(
             raise CheckpointError(
                 f"{source} has 'num_class_embeds' and {channels} input channels: it reads classes. {RUNS}, whose "
                 f"classes are noise levels and which has {latents + 3} channels."
+            )
+        return
+    if pipeline == LATENT_UPSCALE_PIPELINE:
+        if channels != 2 * latents:
+            raise CheckpointError(
+                f"{source} has {channels} input channels: a {pipeline} has {2 * latents}, those of latents and those of "
+                "the image that it enlarges."
             )
         return
     if pipeline == DEPTH_PIPELINE and channels == latents + 1:

@@ -42,6 +42,7 @@ from fastldm.models.families import (
     DDIM_PIPELINE,
     IMAGE_ENCODER,
     IMAGE_NORMALIZER,
+    LATENT_UPSCALE_PIPELINE,
     SUPER_RESOLUTION_PIPELINE,
     TEXT_ENCODERS,
     UPSCALE_PIPELINE,
@@ -50,6 +51,7 @@ from fastldm.models.families import (
 )
 from fastldm.models.interfaces import Autoencoder, Denoiser
 from fastldm.models.unet import UNet
+from fastldm.models.unet_config import NOISE_LEVEL_CHANNELS
 from fastldm.models.vae import AutoencoderKL, PixelResidual, TinyAutoencoder
 from fastldm.reading import Field, Flag, Integer, Maybe, check_path, read_fields
 from fastldm.samplers.config import ScheduleConfig
@@ -92,6 +94,8 @@ class Spec:
         """How many times as wide the image is as the picture that is read; 1 of models that enlarge none."""
         if isinstance(self.vae, PixelResidualConfig):
             return self.vae.upscale_factor
+        if self.unet.enlarges_latents:
+            return 2
         return self.vae.factor if self.unet.upscales else 1
 
     @property
@@ -194,6 +198,8 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
     scheduler = checkpoint.scheduler
     if named == DDIM_PIPELINE:  # which makes a DDIMScheduler of any
         scheduler = {**scheduler, "_class_name": "DDIMScheduler"}
+    if named == LATENT_UPSCALE_PIPELINE:
+        scheduler = _preconditioned(scheduler, checkpoint.config_source("scheduler"))
     schedule = read_scheduler(scheduler, pipeline, checkpoint.config_source("scheduler"))
 
     configs = {name: component.config for name, component in checkpoint.components.items()}
@@ -227,6 +233,8 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
     # Of the next: as diffusers' schedulers recognise a variance that the network makes beside its prediction.
     learns = unet.out_channels == 2 * vae.latent_channels and schedule.raw.get("variance_type") == "learned_range"
     unet = replace(unet, added_ids=5 if index["requires_aesthetics_score"] else 6, learns_variance=learns)
+    if named == LATENT_UPSCALE_PIPELINE:
+        unet, text = replace(unet, enlarges_latents=True), tuple(replace(each, pools=True) for each in text)
     _check_fit(unet, vae, text, names, checkpoint.source, vision)
     if schedule.variance_type == "learned_range" and not unet.learns_variance:
         raise CheckpointError(
@@ -263,6 +271,19 @@ def _with_scale(config: Mapping[str, Any], named: Any, pipeline: str | None, sou
         return config
     logger.info("%s: scaling_factor is 0.08333, as in diffusers' %s", source, pipeline)
     return {**config, "scaling_factor": 0.08333}
+
+
+def _preconditioned(config: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    """The scheduler of the latent x2 upscaler. Its pipeline computes the denoised latents itself, as in table 1 of
+    arXiv:2206.00364 with times log(sigma) / 4, and has the scheduler take them as they are: of the U-Net's output with
+    the opposite sign, this is v-prediction."""
+    name, prediction = config.get("_class_name"), config.get("prediction_type", "epsilon")
+    if name != "EulerDiscreteScheduler" or prediction not in ("sample", "original_sample"):
+        raise CheckpointError(
+            f"{source} is {show(name)} with 'prediction_type' {show(prediction)}: a {LATENT_UPSCALE_PIPELINE} has an "
+            "EulerDiscreteScheduler with 'sample', for it computes denoised latents itself"
+        )
+    return {**config, "prediction_type": "v_prediction", "timestep_type": "continuous"}
 
 
 def _with_size(config: Mapping[str, Any], pipeline: str | None) -> Mapping[str, Any]:
@@ -338,6 +359,11 @@ def _check_fit(
         check(
             len(text) == 1 and pooled is None,
             "the U-Net reads no pooled text ('addition_embed_type'), and a text encoder returns one",
+        )
+        check(
+            not unet.enlarges_latents or unet.pooled_width == text[0].hidden,
+            f"the U-Net reads {unet.time_cond_proj_dim} channels with the time ('time_cond_proj_dim'), expected "
+            f"{NOISE_LEVEL_CHANNELS} of a noise level and {text[0].hidden} of pooled text ('hidden_size')",
         )
         return
     check(

@@ -43,19 +43,20 @@ class CLIPText(nn.Module):
 
         hidden is the output of all layers except the last `skip`, with final_norm normalised. pooled is the projected
         state of the first end-of-text token after all layers, independent of `skip`; None without a projection, where
-        no U-Net reads it.
+        no U-Net reads it, unless `TextConfig.pools`: the state itself.
         """
         text = self.text_model
         depth = self.config.layers - skip
         x = text.encoder(text.embeddings(input_ids, embeds), skip)
         hidden = text.final_layer_norm(x) if final_norm else x
-        if self.text_projection is None:
+        if self.text_projection is None and not self.config.pools:
             return hidden, None
 
         for layer in text.encoder.layers[depth:]:
             x = layer(x)
         last = x[torch.arange(len(x), device=x.device), self.ends(input_ids)]
-        return hidden, self.text_projection(text.final_layer_norm(last))
+        last = text.final_layer_norm(last)
+        return hidden, last if self.text_projection is None else self.text_projection(last)
 
     def embed(self, input_ids: Tensor, vectors: Tensor, first: int) -> Tensor:
         """The embeddings (B, T, D) of input_ids (B, T), before positions: rows of the table, and of vectors (V, D) for

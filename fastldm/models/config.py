@@ -340,6 +340,7 @@ class TextConfig:
     causal: bool = True
     qkv_bias: bool = True
     head_dim: int = 0  # channels of a head, if all heads' are not `hidden`
+    pools: bool = False  # whether without a projection too a pooled vector is read, and the states before the last norm
 
     @property
     def attention_width(self) -> int:

@@ -16,6 +16,7 @@ from fastldm.errors import InputError
 from fastldm.models.config import UNetConfig
 from fastldm.models.interfaces import AddedConditions
 from fastldm.models.layers import Conv, LayerNorm, Linear, attention, channels_last, parameter
+from fastldm.models.unet_config import NOISE_LEVEL_CHANNELS
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 
@@ -266,6 +267,14 @@ def timestep_embedding(timesteps: Tensor, channels: int, flip_sin_to_cos: bool, 
     angle = timesteps.float()[:, None] * torch.exp(exponent / (half - freq_shift))
     pair = (angle.cos(), angle.sin()) if flip_sin_to_cos else (angle.sin(), angle.cos())
     return F.pad(torch.cat(pair, dim=1), (0, channels % 2))
+
+
+def pooled_condition(pooled: Tensor) -> Tensor:
+    """The latent x2 upscaler's `timestep_cond` (R, 128 + P) of pooled text (R, P): before it cosines and sines of a
+    noise level, which is 0. Source: diffusers' StableDiffusionLatentUpscalePipeline."""
+    level = pooled.new_zeros(len(pooled), NOISE_LEVEL_CHANNELS)
+    level[:, : NOISE_LEVEL_CHANNELS // 2] = 1
+    return torch.cat((level, pooled), dim=1)
 
 
 def guidance_embedding(guidance: Tensor, channels: int) -> Tensor:

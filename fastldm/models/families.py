@@ -80,6 +80,7 @@ _SDXL_PIPELINES = (
 _EDIT_PIPELINES = ("StableDiffusionInstructPix2PixPipeline",)
 _SDXL_EDIT_PIPELINES = ("StableDiffusionXLInstructPix2PixPipeline",)
 UPSCALE_PIPELINE, PIXEL_PIPELINE = "StableDiffusionUpscalePipeline", "PixelUpscalePipeline"
+LATENT_UPSCALE_PIPELINE = "StableDiffusionLatentUpscalePipeline"
 DEPTH_PIPELINE = "StableDiffusionDepth2ImgPipeline"
 WEIGHTLESS = ("PixelResidual",)  # networks without files of weights
 LDM_TEXT_PIPELINE = "LDMTextToImagePipeline"
@@ -104,6 +105,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("sd1-variation", 50, 7.5, lambda *_: True, pipelines=_VARIATION_PIPELINES, reads_picture=True),
     Family("sdxl-edit", 30, 5.0, lambda unet, _: unet.edits and unet.needs_added, pipelines=_SDXL_EDIT_PIPELINES),
     Family("sd1-edit", 30, 7.5, lambda unet, _: unet.edits, pipelines=_EDIT_PIPELINES),
+    Family("x2-upscaler", 75, 9.0, lambda *_: True, pipelines=(LATENT_UPSCALE_PIPELINE,), by_class=True),
     Family("x4-upscaler", 75, 9.0, lambda unet, _: unet.needs_class, pipelines=(UPSCALE_PIPELINE,), noise_level=20),
     Family("sd2-depth", 30, 7.5, lambda unet, _: unet.reads_depth, pipelines=(DEPTH_PIPELINE,)),
     Family("sdxl-lcm", 4, 8.0, lambda unet, _: unet.needs_guidance and unet.needs_added),

@@ -330,7 +330,8 @@ class UNet(UNetEncoder):
                 x = block.resize(upsample, x, rows, (height, width))
 
         if self.conv_norm_out is None:
-            return self.conv_out(as_tensor(x))
+            out = self.conv_out(as_tensor(x))
+            return -out[:, : self.config.latent_channels] if self.config.enlarges_latents else out
         if self.out_act == "silu":
             return self.conv_out(self.conv_norm_out(x, silu=True))
         return self.conv_out(ACTIVATIONS[self.out_act](self.conv_norm_out(x)))

@@ -12,6 +12,7 @@ from fastldm.models.unet_blocks import Layer, Level, layers_of
 from fastldm.models.unet_keys import read_unet
 
 TimeNorm = Literal["shift", "scale", "adaptive"]
+NOISE_LEVEL_CHANNELS = 128  # of the latent x2 upscaler's embedded noise level, before the pooled text
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,15 @@ class UNetConfig:
     out_norm: bool = True  # whether there is a norm before the last convolution
     skips_between: bool = True  # whether the first convolution's output and those of halvings are skip connections too
     learns_variance: bool = False  # whether the second half of its outputs is the logarithm of the steps' variance
+    enlarges_latents: bool = False
+    """Whether it is that of the latent x2 upscaler: behind the latents it reads an image's of half their size, and
+    pooled text with the time; of its outputs the last is not read, and the others are v with the opposite sign."""
 
     @property
     def latent_channels(self) -> int:
         """Channels of the latents, the first that it reads and makes."""
+        if self.enlarges_latents:
+            return self.out_channels - 1
         return self.out_channels // 2 if self.learns_variance else self.out_channels
 
     @property
@@ -227,14 +233,23 @@ class UNetConfig:
     @property
     def upscales(self) -> bool:
         """Whether a small picture is read behind the latents: at their size, with noise of a level that is a class; or
-        without text, in as many channels as they have."""
+        without text, in as many channels as they have; or the latents of one."""
+        if self.enlarges_latents:
+            return True
         if not self.conditional:
             return self.in_channels > self.latent_channels
         return self.is_standard and (self.needs_class or not self.reads_text)
 
     @property
+    def reads_pooled(self) -> bool:
+        """Whether time rows need pooled text."""
+        return self.needs_added or self.enlarges_latents
+
+    @property
     def pooled_width(self) -> int:
-        """Channels of the pooled text, if it needs some."""
+        """Channels of the pooled text, if it reads some."""
+        if self.enlarges_latents:
+            return (self.time_cond_proj_dim or 0) - NOISE_LEVEL_CHANNELS
         return self.addition_input_dim - self.added_ids * self.addition_time_embed_dim
 
     @property
@@ -260,7 +275,7 @@ class UNetConfig:
     @property
     def needs_rows(self) -> bool:
         """Whether time rows are others for each U-Net row."""
-        return self.needs_added or self.needs_vector or self.needs_label
+        return self.reads_pooled or self.needs_vector or self.needs_label
 
     @classmethod
     def from_dict(cls, cfg: Mapping[str, Any], source: str = "config.json") -> UNetConfig:

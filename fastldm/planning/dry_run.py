@@ -76,13 +76,16 @@ def time_rows(config: UNetConfig, *, count: int, dtype: torch.dtype) -> DryRun:
     unet: UNet = network(config, dtype)  # type: ignore[assignment]
     added = _added(config, count, dtype)
     guidance = _empty(count) if config.needs_guidance else None
+    more: dict[str, Any] = {}
+    if config.enlarges_latents:
+        more["timestep_cond"] = _empty(count, config.time_cond_proj_dim or 0, dtype=dtype)
     labels = _empty(count) if config.needs_class else None
     if config.class_input_dim is not None:
         labels = _empty(count, config.class_input_dim, dtype=dtype)
 
     def run() -> object:
         with torch.device("meta"):  # the network computes LCM's guidance embedding on the default device
-            return unet.time_rows(_empty(count), added=added, guidance=guidance, class_labels=labels)
+            return unet.time_rows(_empty(count), added=added, guidance=guidance, class_labels=labels, **more)
 
     return torch.no_grad()(run)
 

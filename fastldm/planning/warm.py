@@ -99,8 +99,9 @@ def warm(
                 for control in controls:
                     dry_run.control(control, height=height, width=width, batch=batch, dtype=dtype)()
                 dry_run.run_decoder(spec.vae, height=h, width=w, batch=batch, dtype=dtype)
-                if not spec.unet.upscales:
-                    dry_run.run_encoder(spec.vae, height=h, width=w, batch=batch, dtype=dtype)
+                if spec.unet.enlarges_latents or not spec.unet.upscales:
+                    small = {"height": h // spec.enlarges, "width": w // spec.enlarges}
+                    dry_run.run_encoder(spec.vae, **small, batch=batch, dtype=dtype)
     return len(ahead.compiled)
 
 

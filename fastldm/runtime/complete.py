@@ -45,7 +45,8 @@ def complete(
         request = _without_text(request, unet)
     if request.prompt is None and request.prompt_embeds is None:
         raise InputError("prompt is None: give a text, a list of texts, or prompt_embeds")
-    conditioning.check(request, unet.needs_added, scored=unet.needs_added and unet.added_ids == 5)
+    scored = unet.needs_added and unet.added_ids == 5
+    conditioning.check(request, unet.needs_added, scored=scored, reads_pooled=unet.reads_pooled)
     check_mask_crop(request)
     for name in ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"):
         embeds = getattr(request, name)
@@ -259,10 +260,10 @@ def _measured(request: Request, spec: Spec, vae: AutoencoderConfig) -> tuple[int
     factor = vae.factor
     start = start_latents(request, vae.latent_channels)
     if start is not None:
-        if spec.unet.upscales:
+        if spec.unet.upscales and not spec.unet.enlarges_latents:
             raise InputError("image is latents: a model that enlarges a picture needs its pixels")
         count, height, width = start.shape[0], start.shape[2] * factor, start.shape[3] * factor
-        if (request.height or height, request.width or width) != (height, width):
+        if spec.enlarges == 1 and (request.height or height, request.width or width) != (height, width):
             raise InputError(
                 f"image is latents for {width}x{height} pixels, not {request.width or width}x{request.height or height}"
             )
@@ -285,7 +286,17 @@ def _measured(request: Request, spec: Spec, vae: AutoencoderConfig) -> tuple[int
         factor //= vae.upscale_factor  # the small picture's pixels
     if spec.picture_multiple > 1:  # of a tensor as diffusers, which takes it as it is
         factor = spec.unet.stride if isinstance(request.image, Tensor) else spec.picture_multiple
-    size = max(height - height % factor, factor), max(width - width % factor, factor)
+    smallest = factor
+    if spec.unet.enlarges_latents and spec.unet.even_sizes:
+        # Latents are halved evenly, to no less than two, which a blur's reflected border needs.
+        factor *= max(1, spec.unet.stride // spec.enlarges)
+        smallest = 2 * factor
+        if start is not None and (height % factor or width % factor or min(height, width) < smallest):
+            raise InputError(
+                f"image is latents of {start.shape[3]}x{start.shape[2]}: expected multiples of {factor // vae.factor} "
+                f"for this model, at least {smallest // vae.factor}"
+            )
+    size = max(height - height % factor, smallest), max(width - width % factor, smallest)
     if spec.enlarges == 1:
         return size
     enlarged = size[0] * spec.enlarges, size[1] * spec.enlarges

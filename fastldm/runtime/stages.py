@@ -35,6 +35,7 @@ from fastldm.loading import spec as loading
 from fastldm.loading.mapped import Mapped
 from fastldm.mask_crop import mask_crop
 from fastldm.models.controlnet import ControlNet
+from fastldm.models.embeddings import pooled_condition
 from fastldm.models.families import encoder_names
 from fastldm.models.latents import unscaled
 from fastldm.models.t2i_adapter import T2IAdapter
@@ -322,8 +323,8 @@ class Stages:
 
     def _embeds(self, request: Request, encoded: Conditioning) -> Embeds:
         hidden, pooled = encoded.network_rows()  # (R, T, D), (R, P): all negatives, then all prompts
-        if not self.unet.config.needs_added or pooled is None:
-            return Embeds(hidden)
+        if pooled is None or not self.unet.config.needs_added:
+            return Embeds(hidden, pooled)
         scored = self.unet.config.added_ids == 5
         return Embeds(hidden, pooled, conditioning.size_ids(request, len(pooled), scored=scored, device=self.device))
 
@@ -335,7 +336,9 @@ class Stages:
             return conditioning.of_pictures(embeds, self.guided(request)).repeat(request.num_images_per_prompt)
         if not self.text_stages:
             return Conditioning(torch.zeros(request.batch, 1, 1, dtype=self.dtype, device=self.device))
-        pooled_width = config.pooled_width if config.needs_added else None
+        pooled_width = config.pooled_width if config.reads_pooled else None
+        if config.enlarges_latents and request.guidance_scale == 0 and request.prompt is not None:
+            request = request.replace(prompt=("",) * request.count)  # as in diffusers, which then reads no prompt
 
         def run(key: Hashable, encoder: Callable[..., Any], *inputs: Tensor) -> Any:
             with spans.span("text"):
@@ -387,9 +390,13 @@ class Stages:
         timesteps = send(torch.from_numpy(table.timesteps), self.device)  # (S,)
         rows = 1  # a step: the network's rows differ only where their conditioning enters the time embedding
         added = scale = None
+        more: dict[str, Any] = {}
         if embeds.add_text_embeds is not None and embeds.add_time_ids is not None:
             rows, steps = len(embeds.add_text_embeds), len(table)
             added = AddedConditions(embeds.add_text_embeds.repeat(steps, 1), embeds.add_time_ids.repeat(steps, 1))
+        elif embeds.add_text_embeds is not None:
+            rows = len(embeds.add_text_embeds)
+            more["timestep_cond"] = pooled_condition(embeds.add_text_embeds).repeat(len(table), 1)
         if self.unet.config.needs_guidance:
             scale = torch.full((len(table) * rows,), guidance_scale, device=self.device)
         labels = None
@@ -403,7 +410,7 @@ class Stages:
         timesteps = timesteps.repeat_interleave(rows)
         if self.unet.config.needs_class and labels is None:
             labels = torch.full_like(timesteps, run.noise_level)
-        temb = self.unet.time_rows(timesteps, added=added, guidance=scale, class_labels=labels)
+        temb = self.unet.time_rows(timesteps, added=added, guidance=scale, class_labels=labels, **more)
         text_kv: tuple[Tensor, ...] = ()
         if self.unet.config.cross_widths:
             text_kv = self.run("text keys and values", self.unet.cross_kv, embeds.prompt_embeds)

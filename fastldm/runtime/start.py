@@ -49,8 +49,9 @@ def start_run(
     seeds, in which state earlier stages of a cascade have left them.
     """
 
-    def encode(inputs: Tensor) -> Tensor:
-        return scaled(vae.config, _encode(vae, inputs.split(1) if one_by_one else [inputs], dtype, draw))
+    def encode(inputs: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        batches = inputs.split(1) if one_by_one else [inputs]
+        return scaled(vae.config, _encode(vae, batches, dtype, lambda count: draw(count, size=size)))
 
     height, width = int(request.height or 0), int(request.width or 0)
     factor, channels = vae.config.factor, vae.config.latent_channels
@@ -62,9 +63,9 @@ def start_run(
     if sources is None:
         sources = generators or [torch.Generator().manual_seed(s) for s in picture_seeds(request)]
 
-    def draw(count: int = request.batch, channels: int = channels) -> Tensor:
+    def draw(count: int = request.batch, channels: int = channels, size: Sequence[int] | None = None) -> Tensor:
         first = sources[:count] if isinstance(sources, Sequence) else sources
-        return randn((count, channels, *shape[2:]), first, noise_dtype, device).float()  # (count, C, h, w)
+        return randn((count, channels, *(size or shape[2:])), first, noise_dtype, device).float()  # (count, C, h, w)
 
     def each(inputs: Tensor, count: int = request.batch) -> Tensor:
         """n images as so many, in turn: the first, ..., the last, the first, ..."""
@@ -81,6 +82,7 @@ def start_run(
     crop = mask_crop(request)
     init = mask = extra = repainted = None
     unet = spec.unet
+    start = start_latents(request, channels)
     vectors = vector_noise = None
     if isinstance(request.image_embeds, PictureRead) and spec.low_res is not None and unet.needs_vector:
         vectors = request.image_embeds.embeds(dtype, device, one_by_one)
@@ -96,7 +98,15 @@ def start_run(
     if unet.upscales:  # which starts from noise alone, drawn after that of the picture
         small_size = height // spec.enlarges, width // spec.enlarges
         resample = Resampling.LANCZOS if spec.picture_multiple > 1 else Resampling.BICUBIC
-        small = send(images.load_image(request.image, small_size, resample=resample), device)
+        if start is not None:
+            small = send(start, device)
+        else:
+            small = send(images.load_image(request.image, small_size, resample=resample), device)
+        if unet.enlarges_latents:
+            if start is None:
+                small = each(small) if request.generator is None else small
+                small = encode(small, [side // factor for side in small_size])
+            small = torch.nn.functional.interpolate(small, scale_factor=spec.enlarges, mode="nearest")
         if isinstance(vae, PixelResidual):
             small = vae.base(small)
         if spec.low_res is not None:
@@ -109,7 +119,7 @@ def start_run(
         else:
             depth = send(images.load_depth(request.depth_map), device)
         extra = each(normalised(depth, (shape[2], shape[3]))).to(dtype)
-    start, noised = start_latents(request, channels), request.latents is not None and request.mask_image is None
+    noised = request.latents is not None and request.mask_image is None
     # Steps that go on where others ended add no noise; where a mask needs some, it is drawn.
     goes_on = request.denoising_start is not None
     if unet.edits:
@@ -119,7 +129,7 @@ def start_run(
             edited = _encode(vae, pixels.split(1) if one_by_one else [pixels], dtype) * edit_scale
         edited = each(edited)
         extra = torch.cat((torch.zeros_like(edited), edited, edited)).to(dtype)  # of each branch
-    elif start is not None:
+    elif start is not None and not unet.upscales:
         init = each(send(start, device))
     elif request.image is not None and not noised and not unet.upscales:
         picture = request.image if crop is None else crop.cut(crop.image)

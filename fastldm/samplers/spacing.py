@@ -226,8 +226,8 @@ def on_sigmas(config: ScheduleConfig, request: StepRequest) -> GridArrays:
             t = sigma_to_t(sigmas, logs)
             t = t.round() if config.sigma_kind == "karras" and config.class_name.startswith("KDPM2") else t
         sigmas = np.append(sigmas, trained[0] if config.final_sigmas_type == "sigma_min" else 0.0)
-        if config.timestep_type == "continuous" and config.prediction_type == "v_prediction":
-            t = np.log(sigmas[:-1]) / 4
+    if config.timestep_type == "continuous" and config.prediction_type == "v_prediction":
+        t = np.log(sigmas[:-1]) / 4
     begin = (replace(request, steps=len(t)) if config.sigma_kind in SCHEDULES else request).begin
     return {"begin": begin, "alpha_bar": bar, "timesteps": t, "sigmas": sigmas, "log_sigmas": logs}
 
