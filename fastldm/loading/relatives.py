@@ -26,8 +26,8 @@ from fastldm.models.families import (
 
 RUNS = (
     "fastldm runs Stable Diffusion 1, 2 and XL for text to image, image to image and inpainting, InstructPix2Pix, "
-    "depth to image, the x4 and the latent x2 upscaler, image variations, stable unCLIP's image to image, and latent diffusion's, DDPM's "
-    "and consistency models without a prompt or with its first text encoder"
+    "depth to image, the x4 and the latent x2 upscaler, image variations, stable unCLIP's image to image, and latent "
+    "diffusion's, DDPM's and consistency models without a prompt or with its first text encoder"
 )
 
 
@@ -165,8 +165,8 @@ def check_channels(
     if pipeline == LATENT_UPSCALE_PIPELINE:
         if channels != 2 * latents:
             raise CheckpointError(
-                f"{source} has {channels} input channels: a {pipeline} has {2 * latents}, those of latents and those of "
-                "the image that it enlarges."
+                f"{source} has {channels} input channels: a {pipeline} has {2 * latents}, those of latents and those "
+                "of the image that it enlarges."
             )
         return
     if pipeline == DEPTH_PIPELINE and channels == latents + 1:

@@ -273,7 +273,7 @@ def _with_scale(config: Mapping[str, Any], named: Any, pipeline: str | None, sou
     return {**config, "scaling_factor": 0.08333}
 
 
-def _preconditioned(config: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+def _preconditioned(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     """The scheduler of the latent x2 upscaler. Its pipeline computes the denoised latents itself, as in table 1 of
     arXiv:2206.00364 with times log(sigma) / 4, and has the scheduler take them as they are: of the U-Net's output with
     the opposite sign, this is v-prediction."""
