@@ -185,6 +185,7 @@ _MARGIN = 16
 _SPARE, _LAST = 5, 2
 """Of float32's 24 bits, those that other orders of summation and convolution algorithms may change, and those in which
 libraries differ for pointwise ops: at an angle of 1,000, five bits are a thousandth."""
+_PIECE = 1 << 18  # numbers: 1 MiB
 
 
 def rounding(precision: str) -> _Rounding:
@@ -253,14 +254,24 @@ class _Rounding(TorchDispatchMode):
         rounded = self.pointwise if torch.Tag.pointwise in func.tags else self._rounded
         for x in tree_leaves(out):
             if isinstance(x, Tensor) and x.dtype == torch.float32:
-                x.copy_(rounded(x))
+                _apply(rounded, x)
         return out
 
     def _weight(self, x: Any) -> Any:
         return self._round(x.detach()) if _is_weight(x) else x
 
     def _round(self, x: Any) -> Any:
-        return self._rounded(x) if isinstance(x, Tensor) else x
+        return _apply(self._rounded, x.clone()) if isinstance(x, Tensor) else x
+
+
+def _apply(rounded: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Round x in place, in pieces of its memory: what is computed on the way stays in the processor's cache, where as
+    large as x it would be new memory, which the system clears first."""
+    channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    whole = x.as_strided((x.numel(),), (1,)) if channels_last or x.is_contiguous() else x
+    for piece in whole.split(_PIECE) if whole.ndim == 1 else (whole,):
+        piece.copy_(rounded(piece))
+    return x
 
 
 def _is_weight(x: Any) -> bool:

@@ -8,9 +8,9 @@ from fastldm.cli import report as cli_report
 
 
 def run() -> None:
-    # What exports runs each network a few times, beside its weights: a kept heap would take 2 GB more of SD1.5.
-    if sys.argv[1:2] not in (["export"], ["prepare"]):
-        heap.keep()
+    # What exports runs each network a few times, beside its weights: all of its heap would be 2 GB more of SD1.5.
+    exports = sys.argv[1:2] in (["export"], ["prepare"])
+    heap.keep(at_most=128 << 20 if exports else None)
     cli_report.run(main)
 
 

@@ -13,19 +13,23 @@ import os
 import sys
 
 # Names of <malloc.h>.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -3, -4, -8
 
 
-def keep() -> None:
+def keep(at_most: int | None = None) -> None:
     """Keep freed memory in the heap for the next op, until the process ends. Call it before any thread is started.
 
-    The heap then stays at its peak size, which the next image needs again. Does nothing without glibc, or if the
-    environment configures malloc.
+    The heap then stays at its peak size, which the next image needs again. at_most: bytes, below 2 GiB, that are kept
+    free at its end; larger blocks are the system's. Does nothing without glibc, or if the environment configures
+    malloc.
     """
     if sys.platform != "linux" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_ARENA_MAX, 1)  # arenas of other threads hold at most 64 MB
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, -1)
+        if at_most is None:
+            mallopt(_M_MMAP_MAX, 0)
+        else:
+            mallopt(_M_MMAP_THRESHOLD, at_most)
+        mallopt(_M_TRIM_THRESHOLD, -1 if at_most is None else at_most)

@@ -14,8 +14,8 @@ from fastldm import __main__
 SCRIPT = """
 import resource, sys, threading
 from fastldm import heap
-if sys.argv[1] == "keep":
-    heap.keep()
+if sys.argv[1] != "plain":
+    heap.keep(**eval(sys.argv[1]))
 import torch
 
 def faults():
@@ -25,7 +25,7 @@ def work():  # on a thread, as a session does
     touched = []
     for turn in range(20):
         before = faults()
-        for size in (100, 20, 60, 100, 33):
+        for size in eval(sys.argv[2]):
             torch.empty(size << 20, dtype=torch.uint8).fill_(1)
         touched.append(faults() - before)
     print(sum(touched[-5:]) // 5)
@@ -50,17 +50,21 @@ def faults(*arguments: str, **environment: str) -> int:
 def test_kept_heap_touches_no_new_pages() -> None:
     """Once it has what the largest ops need. Without it each op does, and whoever tells malloc what to do by its
     variables is obeyed."""
-    pages = (313 << 20) // os.sysconf("SC_PAGE_SIZE")
-    assert faults("keep") < pages / 100
-    assert faults("plain") > pages / 2
-    assert faults("keep", MALLOC_MMAP_THRESHOLD_="1000000") > pages / 2
+    pages = (1 << 20) // os.sysconf("SC_PAGE_SIZE")
+    small, large = "100, 20, 60, 100, 33", "200, 33"
+    assert faults("{}", small) < 313 * pages / 100
+    assert faults("plain", small) > 313 * pages / 2
+    assert faults("{}", small, MALLOC_MMAP_THRESHOLD_="1000000") > 313 * pages / 2
+    some = '{"at_most": 128 << 20}'
+    assert faults(some, small) < 313 * pages / 100
+    assert 200 * pages / 2 < faults(some, large) < 210 * pages
 
 
-@pytest.mark.parametrize("command", ["generate", "export", "prepare"])
-def test_commands_that_export_return_memory(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept: list[bool] = []
+@pytest.mark.parametrize(("command", "at_most"), [("generate", None), ("export", 2**27), ("prepare", 2**27)])
+def test_commands_that_export_return_memory(command: str, at_most: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[int | None] = []
     monkeypatch.setattr(sys, "argv", ["fastldm", command])
-    monkeypatch.setattr(__main__.heap, "keep", lambda: kept.append(True))
+    monkeypatch.setattr(__main__.heap, "keep", lambda at_most: kept.append(at_most))
     monkeypatch.setattr(__main__.cli_report, "run", lambda main: None)
     __main__.run()
-    assert bool(kept) == (command == "generate")
+    assert kept == [at_most]
