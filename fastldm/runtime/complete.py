@@ -130,6 +130,8 @@ def _without_text(request: Request, unet: UNetConfig) -> Request:
             raise InputError(f"{name} is {checks.show(value)}: this model reads no text, leave it out")
     if request.guidance_scale is not None and request.guidance_scale > 1:
         raise InputError(f"guidance_scale is {request.guidance_scale:g}: this model reads no text to be guided by")
+    if apg_of(request) is not None:
+        raise InputError("apg_rescale, apg_eta or apg_momentum was given: this model reads no text to be guided by")
     if request.candidates is not None:
         raise InputError(f"candidates is {request.candidates}: they are ranked by a prompt, and this model reads none")
     if request.prompt is not None or request.image is None or not unet.upscales:

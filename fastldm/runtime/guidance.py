@@ -55,6 +55,9 @@ def pag_defaults(index: Mapping[str, Any]) -> dict[str, Any]:
 def perturbed_layers(request: Request, unet: UNetConfig) -> tuple[int, ...]:
     """The places in `UNetConfig.self_attentions` of those that any of `Request.pag_applied_layers` is found in, as
     diffusers finds them. InputError where one is found in none, or is no regular expression."""
+    if not any(unet.self_attentions):
+        scale = float(request.pag_scale or 0)
+        raise InputError(f"pag_scale is {scale:g}: this model has no self-attention before one that reads a text")
     layers: str | Sequence[str] = request.pag_applied_layers or PAG_LAYERS
     found: set[int] = set()
     for layer in [layers] if isinstance(layers, str) else layers:
