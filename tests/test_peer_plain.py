@@ -247,6 +247,7 @@ def test_defaults_are_diffusers_ones(folders: dict[str, Path]) -> None:
         ("DDPMPipeline", {"class_labels": 3}, "class_labels is 3: only class-conditional models"),
         ("DDPMPipeline", {"pag_scale": 3.0}, "pag_scale is 3: this model has no self-attention before"),
         ("DDPMPipeline", {"apg_rescale": 15.0}, "this model reads no text to be guided by"),
+        ("DDPMPipeline", {"sampler": "euler cfg++"}, "is CFG\\+\\+, and this model reads no text"),
         ("DDPMPipeline", {"candidates": 3}, "candidates is 3: they are ranked by a prompt"),
         ("DDPMPipeline", {"noise_level": 3}, "noise_level is 3: only models that enlarge"),
         ("DDPMPipeline", {"batch_size": 2, "num_images_per_prompt": 2}, "were both given"),

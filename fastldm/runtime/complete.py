@@ -86,6 +86,7 @@ def complete(
         "guidance_rescale is above 0": request.guidance_rescale > 0,
         "this model has two guidance scales": unet.edits,
         "pag_scale is above 0": bool(request.pag_scale),
+        "this model reads no text to be guided by": not spec.encoders,
     }
     kinds = {f"sampler {sampler!r} is CFG++": cfg_pp, **reasons}
     kinds.pop("guidance_rescale is above 0")
@@ -95,7 +96,6 @@ def complete(
             f"{apg_field(request)}: projected guidance is of a prompt and a negative prompt alone, and {reason}"
         )
     kinds.pop("pag_scale is above 0")
-    kinds["this model reads no text to be guided by"] = not spec.encoders and not spec.vision
     if request.use_original_formulation and any(kinds.values()):
         reason = next(reason for reason, applies in kinds.items() if applies)
         raise InputError(f"use_original_formulation is True: it is of classifier-free guidance, and {reason}")
@@ -130,8 +130,6 @@ def _without_text(request: Request, unet: UNetConfig) -> Request:
             raise InputError(f"{name} is {checks.show(value)}: this model reads no text, leave it out")
     if request.guidance_scale is not None and request.guidance_scale > 1:
         raise InputError(f"guidance_scale is {request.guidance_scale:g}: this model reads no text to be guided by")
-    if apg_of(request) is not None:
-        raise InputError("apg_rescale, apg_eta or apg_momentum was given: this model reads no text to be guided by")
     if request.candidates is not None:
         raise InputError(f"candidates is {request.candidates}: they are ranked by a prompt, and this model reads none")
     if request.prompt is not None or request.image is None or not unet.upscales:
