@@ -15,6 +15,7 @@ from fastldm.loading.key_names import unet_name
 from fastldm.loading.spec import Spec
 from fastldm.models.clip import CLIPText, Embedding
 from fastldm.models.config import TextConfig, UNetConfig
+from fastldm.models.embeddings import ClassEmbedding
 from fastldm.models.families import encoder_names
 from fastldm.models.unet import UNet
 
@@ -105,7 +106,8 @@ def of_configs(unet: UNetConfig, texts: tuple[tuple[str, TextConfig], ...]) -> M
         Target(component, path): Module(tuple(module.weight.shape), getattr(module, "bias", None) is not None)
         for component, network in networks.items()
         for path, module in network.named_modules()
-        if isinstance(getattr(module, "weight", None), nn.Parameter) and not isinstance(module, Embedding)
+        if isinstance(getattr(module, "weight", None), nn.Parameter)
+        and not isinstance(module, Embedding | ClassEmbedding)
     }
     depths = {len(level.depths) for level in unet.down}
     names = {(target.component, target.module.replace(".", "_")): target for target in modules}
