@@ -29,7 +29,7 @@ from fastldm.models.clip import CLIPText
 from fastldm.models.clip_vision import CLIPVision, Normalizer
 from fastldm.models.controlnet import ControlNet
 from fastldm.models.embeddings import GuidanceSinusoids, Sinusoids
-from fastldm.models.families import IMAGE_ENCODER, IMAGE_NORMALIZER
+from fastldm.models.families import IMAGE_ENCODER, IMAGE_NORMALIZER, encoder_names
 from fastldm.models.layers import Adaptable, Beside, LowRank
 from fastldm.models.t2i_adapter import T2IAdapter
 from fastldm.models.unet import AddedConditions, Features, Residuals, UNet
@@ -102,7 +102,7 @@ class ReferenceNetworks:
             elif name == IMAGE_NORMALIZER and model.vision is not None:
                 built = Normalizer(model.vision.projection_dim)
             else:
-                built = CLIPText(model.text[1 if name.endswith("_2") else 0])
+                built = CLIPText(dict(zip(encoder_names(model.text), model.text, strict=True))[name])
         part = model.checkpoint.components[name]
         dtype = getattr(torch, self.dtype)
         rescaled = dtype == torch.float16 and isinstance(built, AutoencoderKL)
