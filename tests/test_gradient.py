@@ -571,9 +571,7 @@ def test_the_default_model_climbs_its_towers_score() -> None:
     pipe = Pipeline.default(device="cpu", dtype="float32")
     query: dict[str, Any] = {"prompt": ["a cat", "guitar"], "candidates": 1, "seed": [0, 0], "num_inference_steps": 8}
     for through in (True, False):
-        scores = [
-            pipe(**query, guidance_fn=CLIPGuidance(scale, through_unet=through)).scores for scale in (0, 100, 300)
-        ]
+        scores = [pipe(**query, guidance_fn=CLIPGuidance(scale, through_unet=through)).scores for scale in (0, 30, 100)]
         assert all(a < b < c for a, b, c in zip(*scores, strict=True))
 
 
