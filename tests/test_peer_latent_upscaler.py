@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from other_networks import network
+from other_networks import BETAS, latent_upscaler, network
 from pairs import close, generator
 from PIL import Image
 
@@ -21,27 +21,10 @@ from fastldm.planning import memory
 from fastldm.runtime.batch import EagerBatch
 from fastldm.runtime.slots import Slots, StaticBuffers
 
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-
-
-def judge(**replaced: Any) -> Any:
-    text = tiny.text_encoder("l", 2)
-    width = text.config.hidden_size
-    components = {
-        "vae": tiny.vae("sd1", 1),
-        "text_encoder": text,
-        "tokenizer": tiny.tokenizer(),
-        "unet": network("x2-upscaler", cross_attention_dim=width, time_cond_proj_dim=128 + width),
-        "scheduler": diffusers.EulerDiscreteScheduler(**BETAS, prediction_type="sample"),
-    }
-    pipe = diffusers.StableDiffusionLatentUpscalePipeline(**{**components, **replaced})
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[Any, Pipeline]:
-    theirs = judge()
+    theirs = latent_upscaler()
     return theirs, Pipeline.from_diffusers(theirs)
 
 
@@ -106,14 +89,16 @@ def test_text_enters_by_attention_and_time(pair: Any) -> None:
     "config", [{"use_karras_sigmas": True}, {"timestep_spacing": "leading"}, {"prediction_type": "original_sample"}]
 )
 def test_schedulers_options_match_diffusers(config: dict[str, Any]) -> None:
-    theirs = judge(scheduler=diffusers.EulerDiscreteScheduler(**{**BETAS, "prediction_type": "sample", **config}))
+    theirs = latent_upscaler(
+        scheduler=diffusers.EulerDiscreteScheduler(**{**BETAS, "prediction_type": "sample", **config})
+    )
     options = {"prompt": "a cat", "image": LATENTS[:1], "num_inference_steps": 3, "output_type": "latent"}
     made = Pipeline.from_diffusers(theirs)(**options, generator=generator()).images
     assert error(made, theirs(**options, generator=generator()).images) < 1e-5
 
 
 def test_sigmas_are_the_networks_times() -> None:
-    theirs = judge()
+    theirs = latent_upscaler()
     table = Pipeline.from_diffusers(theirs).stages.table(
         Request("a cat", sampler="euler", sigmas=[9.0, 2.0, 0.0], num_inference_steps=2)
     )
@@ -202,7 +187,7 @@ def test_what_it_cannot_do_is_named(pair: Any, options: dict[str, Any], message:
 )
 def test_components_that_do_not_fit_are_named(component: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        Pipeline.from_diffusers(judge(**component))
+        Pipeline.from_diffusers(latent_upscaler(**component))
 
 
 def test_it_is_planned_and_warmed_and_no_bundle(pair: Any, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner
+from other_networks import latent_upscaler
 
 from fastldm.cli import main
 from fastldm.errors import InputError
@@ -126,3 +127,13 @@ def test_every_kind_of_model_is_warmed(family: str, tmp_path: Path, monkeypatch:
     names = {name for name, *_ in launches(spec, monkeypatch)}
     assert len(names) > 3
     assert any("step" in name for name in names)
+
+
+@pytest.mark.full
+def test_latent_upscaler_has_the_kernels_of_its_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which reads a picture of half the size."""
+    latent_upscaler().save_pretrained(tmp_path)
+    sizes: list[tuple[int, int]] = []
+    monkeypatch.setattr(warm.dry_run, "run_encoder", lambda *_, height, width, **__: sizes.append((height, width)))
+    assert launches(describe(tmp_path), monkeypatch)
+    assert sizes == [(8, 8)]

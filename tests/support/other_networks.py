@@ -186,3 +186,22 @@ def inputs(theirs: Any, height: int = 32, width: int = 16, seed: int = 0) -> dic
     if config.time_cond_proj_dim:
         arguments["timestep_cond"] = torch.randn(2, config.time_cond_proj_dim, generator=g)
     return arguments
+
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def latent_upscaler(**replaced: Any) -> Any:
+    """diffusers' pipeline of the latent x2 upscaler. replaced: components to use instead, by name."""
+    diffusers, text = tiny.peer("diffusers"), tiny.text_encoder("l", 2)
+    width = text.config.hidden_size
+    components = {
+        "vae": tiny.vae("sd1", 1),
+        "text_encoder": text,
+        "tokenizer": tiny.tokenizer(),
+        "unet": network("x2-upscaler", cross_attention_dim=width, time_cond_proj_dim=128 + width),
+        "scheduler": diffusers.EulerDiscreteScheduler(**BETAS, prediction_type="sample"),
+    }
+    pipe = diffusers.StableDiffusionLatentUpscalePipeline(**{**components, **replaced})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
