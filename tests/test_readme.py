@@ -285,7 +285,7 @@ def test_files_and_links_exist() -> None:
 def test_readme_stays_short() -> None:
     """Without what is measured, which benchmarks/readme.py writes."""
     written = re.sub(r"(<!-- table: .*? -->).*?<!-- end -->", r"\1", README, flags=re.DOTALL)
-    assert len(written.splitlines()) <= 265
+    assert len(written.splitlines()) <= 285
 
 
 def test_samplers_are_known() -> None:
