@@ -333,6 +333,8 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         self.stages.need_torch("which has no weights to export: copy it")
         if eight_bits.is_on(self.stages):
             raise InputError("fp8 is on, and is not exported: call disable_fp8 first")
+        if self.stages.prior is not None:
+            raise InputError(f"{self.stages.name}: a prior makes what its U-Net reads, and is not exported")
         self.weights_changed()
         need_exporter()
         selection = self.stages.adapters.select(None)

@@ -192,7 +192,7 @@ MISFITS: dict[str, tuple[str, dict[str, Any], str]] = {
     "classes": ("unet/config.json", {"num_class_embeds": 10}, "'num_class_embeds' is 10, expected one of them"),
     "timestep": ("unet/config.json", {"class_embed_type": "timestep"}, "'class_embed_type' 'timestep'"),
     "identity": ("unet/config.json", {"class_embed_type": "identity"}, "'class_embed_type' 'identity'"),
-    "class": ("model_index.json", {"_class_name": "StableUnCLIPPipeline"}, "is a StableUnCLIPPipeline: unCLIP"),
+    "class": ("model_index.json", {"_class_name": "StableUnCLIPPipeline"}, "is a StableUnCLIPPipeline and has"),
     "no schedule": ("model_index.json", {"image_noising_scheduler": [None, None]}, "has no image_noising_scheduler"),
     "no normalizer": ("model_index.json", {"image_normalizer": [None, None]}, "has no image_normalizer"),
 }

@@ -42,6 +42,14 @@ def test_supported_classes_are_accepted() -> None:
         "image_normalizer": ["stable_diffusion", "StableUnCLIPImageNormalizer"],
         "image_noising_scheduler": ["diffusers", "DDPMScheduler"],
     }
+    own["StableUnCLIPPipeline"] = {
+        "image_normalizer": ["stable_diffusion", "StableUnCLIPImageNormalizer"],
+        "image_noising_scheduler": ["diffusers", "DDPMScheduler"],
+        "prior": ["diffusers", "PriorTransformer"],
+        "prior_text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+        "prior_tokenizer": ["transformers", "CLIPTokenizer"],
+        "prior_scheduler": ["diffusers", "DDPMScheduler"],
+    }
     none: Any = [None, None]
     codes: Any = {"vae": none, "vqvae": ["diffusers", "VQModel"]}
     own["LDMTextToImagePipeline"] = {**codes, "text_encoder": none, "bert": ["latent_diffusion", "LDMBertModel"]}
@@ -67,7 +75,7 @@ def test_other_classes_are_refused_by_name() -> None:
     ("name", "message"),
     [
         ("IFSuperResolutionPipeline", "an upscaler"),
-        ("StableUnCLIPPipeline", "unCLIP"),
+        ("UnCLIPImageVariationPipeline", "unCLIP"),
         ("MarigoldDepthPipeline", "Marigold"),
         ("LEditsPPPipelineStableDiffusionXL", "a way of editing .* load them as a StableDiffusionPipeline"),
         ("HunyuanDiTPAGPipeline", "perturbed-attention guidance of a kind"),

@@ -9,9 +9,10 @@ import pytest
 import tiny
 import torch
 
+from fastldm.conditioning.prior import PriorTexts
 from fastldm.loading.adoption import adopt
 from fastldm.models.prior import Prior, PriorConfig
-from fastldm.runtime.prior import PriorTexts, draw_prior, sample_prior
+from fastldm.runtime.prior import draw_prior, sample_prior
 from fastldm.samplers.scheduler_config import read_scheduler
 from fastldm.samplers.table import make_table
 

@@ -20,7 +20,16 @@ from fastldm.device import DTYPES
 from fastldm.errors import CheckpointError, InputError
 from fastldm.loading import changes
 from fastldm.loading.checkpoint import Checkpoint, Component, TokenizerFiles
-from fastldm.loading.formats import DEPTH, NOISING, SCHEDULERS, TOKENIZERS, Config, component_classes, named_config
+from fastldm.loading.formats import (
+    DEPTH,
+    NOISING,
+    PRIOR_SCHEDULER,
+    SCHEDULERS,
+    TOKENIZERS,
+    Config,
+    component_classes,
+    named_config,
+)
 from fastldm.loading.state import fit_names
 from fastldm.models.families import IMAGE_ENCODER, component_name, network_classes
 from fastldm.samplers.scheduler_config import SET_LATER
@@ -71,6 +80,7 @@ def describe_diffusers(pipe: Any) -> Checkpoint:
     preprocessor = loaded["feature_extractor"].to_dict() if IMAGE_ENCODER in classes else {}
     noising = next((schedulers[name] for name in NOISING if name in schedulers), None)
     more: dict[str, Any] = {"loaded": True, "preprocessor": preprocessor, "depth": depth}
+    more["prior_scheduler"] = schedulers.get(PRIOR_SCHEDULER)
     return Checkpoint(source, components, schedulers["scheduler"], files, index, noising, **more)
 
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from fastldm.conditioning.depth import DepthEstimator
 from fastldm.conditioning.tokenizer import BertTokenizer, Tokenizer
 from fastldm.errors import CheckpointError
-from fastldm.loading.formats import NOISING, Config
+from fastldm.loading.formats import NOISING, PRIOR_SCHEDULER, Config
 from fastldm.loading.key_names import Names, convert
 from fastldm.loading.tensors import read_tensors
 from fastldm.models.config import LDM_BERT
-from fastldm.models.families import IMAGE_ENCODER, folder_name
+from fastldm.models.families import IMAGE_NORMALIZER, folder_name
 
 
 @dataclass(frozen=True)
@@ -118,12 +118,16 @@ class Checkpoint:
     """Whether it was a pipeline in memory, where diffusers has already replaced values of the config files."""
     preprocessor: Config = field(default_factory=dict)
     """Of a model that reads pictures, how they are prepared: the content of preprocessor_config.json."""
+    prior_scheduler: Config | None = None
+    """Of text to image by unCLIP."""
 
     @property
     def schedulers(self) -> dict[str, Config]:
         """All of them, by component name."""
         own = {"scheduler": self.scheduler}
-        noising = NOISING[IMAGE_ENCODER in self.components]
+        if self.prior_scheduler is not None:
+            own[PRIOR_SCHEDULER] = self.prior_scheduler
+        noising = NOISING[IMAGE_NORMALIZER in self.components]
         return own if self.low_res_scheduler is None else {**own, noising: self.low_res_scheduler}
 
     def config_source(self, name: str) -> str:

@@ -14,6 +14,7 @@ from fastldm.loading.formats import (
     NOISING,
     NOT_NEEDED,
     PREPROCESSOR,
+    PRIOR_SCHEDULER,
     SCHEDULERS,
     TOKENIZERS,
     Config,
@@ -81,6 +82,7 @@ def open_diffusers(folder: PathLike, variant: str | None = None, *, allow_pickle
         next((schedulers[name] for name in NOISING if name in schedulers), None),
         DepthEstimator(folder) if DEPTH in listed_classes(index) else None,
         preprocessor=_preprocessor(folder) if IMAGE_ENCODER in classes else {},
+        prior_scheduler=schedulers.get(PRIOR_SCHEDULER),
     )
 
 

@@ -17,7 +17,9 @@ from fastldm.models.families import (
     DEPTH_PIPELINE,
     IMAGE_ENCODER,
     IMAGE_NORMALIZER,
+    PRIOR_CLASSES,
     TEXT_ENCODERS,
+    TEXT_UNCLIP_PIPELINE,
     UNCLIP_PIPELINE,
     UPSCALE_PIPELINE,
     component_name,
@@ -34,9 +36,10 @@ Config = dict[str, Any]
 INDEX = "model_index.json"
 NOISING = ("low_res_scheduler", "image_noising_scheduler")
 """Those of noise that is added to what is read: to the x4 upscaler's small picture, to unCLIP's vector of a picture."""
-SCHEDULERS = ("scheduler", *NOISING)
+PRIOR_SCHEDULER, PRIOR_TOKENIZER = "prior_scheduler", "prior_tokenizer"
+SCHEDULERS = ("scheduler", *NOISING, PRIOR_SCHEDULER)
 DEPTH = "depth_estimator"
-TOKENIZERS = ("tokenizer", "tokenizer_2")
+TOKENIZERS = ("tokenizer", "tokenizer_2", PRIOR_TOKENIZER)
 NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
 PREPROCESSOR = ("feature_extractor", "preprocessor_config.json")
 """The folder and the file that say how an image encoder's pictures are prepared."""
@@ -76,11 +79,12 @@ def component_classes(index: Config, source: str) -> dict[str, str]:
     pipeline = read_fields(index, _CLASS, f"{source}: {INDEX}")["_class_name"]
     listed = {component_name(pipeline, name): class_name for name, class_name in listed_classes(index).items()}
     relatives.check_class(pipeline, source)
-    noising = {UPSCALE_PIPELINE: NOISING[:1], UNCLIP_PIPELINE: NOISING[1:]}.get(str(pipeline), ())
+    others: dict[str, tuple[str, ...]] = {UPSCALE_PIPELINE: NOISING[:1], UNCLIP_PIPELINE: NOISING[1:]}
+    others[TEXT_UNCLIP_PIPELINE] = (*NOISING[1:], PRIOR_SCHEDULER, PRIOR_TOKENIZER)
     networks = network_classes(pipeline)
-    alone = (name for name in ("unet", "vae", IMAGE_ENCODER, IMAGE_NORMALIZER) if name in networks)
-    needed = (*alone, "scheduler", *noising)
-    of_text = (*TEXT_ENCODERS, *TOKENIZERS) if "text_encoder" in networks else ()
+    alone = (name for name in ("unet", "vae", IMAGE_ENCODER, IMAGE_NORMALIZER, *PRIOR_CLASSES) if name in networks)
+    needed = (*alone, "scheduler", *others.get(str(pipeline), ()))
+    of_text = (*TEXT_ENCODERS, *TOKENIZERS[:2]) if "text_encoder" in networks else ()
     names = [name for name in (*networks, *TOKENIZERS, *SCHEDULERS) if name in (*needed, *of_text)]
     not_needed = (*NOT_NEEDED, *([DEPTH] if pipeline == DEPTH_PIPELINE else []))  # for a request brings a map, or not
     unknown = [f"{name} ({listed[name]})" for name in listed if name not in names and name not in not_needed]

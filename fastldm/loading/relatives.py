@@ -19,6 +19,7 @@ from fastldm.models.families import (
     LATENT_UPSCALE_PIPELINE,
     PIXEL_PIPELINE,
     SUPER_RESOLUTION_PIPELINE,
+    TEXT_UNCLIP_PIPELINE,
     UNCLIP_PIPELINE,
     UNCONDITIONAL_PIPELINES,
     pipeline_classes,
@@ -26,7 +27,7 @@ from fastldm.models.families import (
 
 RUNS = (
     "fastldm runs Stable Diffusion 1, 2 and XL for text to image, image to image and inpainting, InstructPix2Pix, "
-    "depth to image, the x4 and the latent x2 upscaler, image variations, stable unCLIP's image to image, and latent "
+    "depth to image, the x4 and the latent x2 upscaler, image variations, stable unCLIP, and latent "
     "diffusion's, DDPM's and consistency models without a prompt or with its first text encoder"
 )
 
@@ -104,7 +105,7 @@ def check_known(name: Any, source: str) -> None:
 
 def check_unet_keys(config: Mapping[str, Any], source: str, pipeline: Any = None) -> None:
     """CheckpointError if the raw config of a U-Net has a value that only a relative has. pipeline: the class's name."""
-    runs = {"class_embed_type": "projection"} if pipeline == UNCLIP_PIPELINE else {}
+    runs = {"class_embed_type": "projection"} if pipeline in (UNCLIP_PIPELINE, TEXT_UNCLIP_PIPELINE) else {}
     for key, values, label in _UNET_KEYS:
         if config.get(key) in values and config[key] != runs.get(key):
             raise CheckpointError(f"{source} has {key!r} {config[key]!r}: it is {label}. {RUNS}.")

@@ -19,10 +19,11 @@ from fastldm import checks
 from fastldm.checks import show
 from fastldm.conditioning import text
 from fastldm.conditioning.image_encoder import ImageEncoder, Preprocessing
+from fastldm.conditioning.prior import TextPrior
 from fastldm.errors import CheckpointError, InputError
 from fastldm.loading import relatives
 from fastldm.loading.checkpoint import Checkpoint
-from fastldm.loading.formats import INDEX, NOISING, PREPROCESSOR
+from fastldm.loading.formats import INDEX, NOISING, PREPROCESSOR, PRIOR_SCHEDULER, PRIOR_TOKENIZER
 from fastldm.loading.image_encoder import preprocessing_of
 from fastldm.loading.open_checkpoint import open_checkpoint
 from fastldm.loading.prepare import Prepared, prepare
@@ -43,6 +44,8 @@ from fastldm.models.families import (
     IMAGE_ENCODER,
     IMAGE_NORMALIZER,
     LATENT_UPSCALE_PIPELINE,
+    PRIOR,
+    PRIOR_TEXT_ENCODER,
     SUPER_RESOLUTION_PIPELINE,
     TEXT_ENCODERS,
     UPSCALE_PIPELINE,
@@ -50,6 +53,7 @@ from fastldm.models.families import (
     recognise,
 )
 from fastldm.models.interfaces import Autoencoder, Denoiser
+from fastldm.models.prior import Prior, PriorConfig
 from fastldm.models.unet import UNet
 from fastldm.models.unet_config import NOISE_LEVEL_CHANNELS
 from fastldm.models.vae import AutoencoderKL, PixelResidual, TinyAutoencoder
@@ -64,6 +68,20 @@ logger = logging.getLogger("fastldm")
 DEFAULT_MODEL = ASSETS / "default"
 UPSCALER = ASSETS / "upscaler"
 """What enlarges the default model's pictures."""
+
+
+@dataclass(frozen=True)
+class PriorSpec:
+    """The configs of unCLIP's prior, of the text encoder that it reads, and its own sampling schedule."""
+
+    model: PriorConfig
+    text: TextConfig
+    schedule: ScheduleConfig
+
+    @property
+    def networks(self) -> tuple[PriorConfig, TextConfig]:
+        """What they are of."""
+        return self.model, self.text
 
 
 @dataclass(frozen=True)
@@ -83,6 +101,8 @@ class Spec:
     vision: VisionConfig | None = None
     """Of a model that reads a picture, in place of a prompt or beside it."""
     preprocessing: Preprocessing | None = None
+    prior: PriorSpec | None = None
+    """Of unCLIP that makes the vector of a picture of a text."""
 
     @property
     def encoders(self) -> tuple[TextConfig | VisionConfig, ...]:
@@ -121,7 +141,8 @@ class Spec:
         with torch.device("meta"):
             networks: list[torch.nn.Module] = [UNet(self.unet), autoencoder(self.vae), *map(CLIPText, self.text)]
             networks += [CLIPVision(self.vision)] if self.vision else []
-            networks += [Normalizer(self.vision.projection_dim)] if self.vision and self.unet.needs_vector else []
+            networks += [Normalizer((self.unet.class_input_dim or 0) // 2)] if self.unet.needs_vector else []
+            networks += [Prior(self.prior.model), CLIPText(self.prior.text)] if self.prior else []
         return sum(p.numel() for network in networks for p in network.parameters())
 
 
@@ -221,7 +242,7 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
     )
     low_res = None
     if checkpoint.low_res_scheduler is not None:
-        source = checkpoint.config_source(NOISING[IMAGE_ENCODER in configs])
+        source = checkpoint.config_source(NOISING[IMAGE_NORMALIZER in configs])
         low_res = read_scheduler(checkpoint.low_res_scheduler, None, source)
     _check_noise_levels(unet, low_res, index["max_noise_level"], checkpoint.source)
     names = [name for name in TEXT_ENCODERS if name in configs]
@@ -230,12 +251,13 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
     if IMAGE_ENCODER in configs:
         vision = VisionConfig.from_dict(configs[IMAGE_ENCODER], sources[IMAGE_ENCODER])
         preprocessing = preprocessing_of(vision, checkpoint.preprocessor, f"{checkpoint.source}: {PREPROCESSOR[1]}")
+    prior = _prior_of(checkpoint, configs, sources) if PRIOR in configs else None
     # Of the next: as diffusers' schedulers recognise a variance that the network makes beside its prediction.
     learns = unet.out_channels == 2 * vae.latent_channels and schedule.raw.get("variance_type") == "learned_range"
     unet = replace(unet, added_ids=5 if index["requires_aesthetics_score"] else 6, learns_variance=learns)
     if named == LATENT_UPSCALE_PIPELINE:
         unet, text = replace(unet, enlarges_latents=True), tuple(replace(each, pools=True) for each in text)
-    _check_fit(unet, vae, text, names, checkpoint.source, vision)
+    _check_fit(unet, vae, text, names, checkpoint.source, vision, prior)
     if schedule.variance_type == "learned_range" and not unet.learns_variance:
         raise CheckpointError(
             f"{checkpoint.config_source('scheduler')}: variance_type is 'learned_range', and the U-Net makes "
@@ -245,7 +267,28 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
     highest = 0 if low_res is None else index["max_noise_level"]
     if unet.needs_vector and low_res is not None:
         highest = low_res.num_train_timesteps - 1
-    return Spec(checkpoint, unet, vae, text, family, schedule, low_res, highest, vision, preprocessing)
+    return Spec(checkpoint, unet, vae, text, family, schedule, low_res, highest, vision, preprocessing, prior)
+
+
+def _prior_of(checkpoint: Checkpoint, configs: Mapping[str, Any], sources: Mapping[str, str]) -> PriorSpec:
+    """CheckpointError for what is not implemented, and for parts that do not fit each other."""
+    model = PriorConfig.from_dict(configs[PRIOR], sources[PRIOR])
+    text = TextConfig.from_dict(configs[PRIOR_TEXT_ENCODER], sources[PRIOR_TEXT_ENCODER])
+    source = checkpoint.config_source(PRIOR_SCHEDULER)
+    schedule = read_scheduler(checkpoint.prior_scheduler or {}, None, source)
+    if schedule.class_name == "UnCLIPScheduler":
+        raise CheckpointError(
+            f"{source} is an UnCLIPScheduler, whose steps diffusers' StableUnCLIPPipeline takes for steps of one: give "
+            "DDPMScheduler.from_config of it, as its documentation does"
+        )
+    fits = model.text_dim == text.hidden == model.out_dim and model.vector_dim == text.projection_dim
+    if not fits or model.tokens != text.max_position:
+        raise CheckpointError(
+            f"{checkpoint.source}: the prior reads {model.tokens} tokens of {model.text_dim} channels and a vector of "
+            f"{model.vector_dim}, and makes one of {model.out_dim}; prior_text_encoder makes {text.max_position} of "
+            f"{text.hidden}, and a vector of {text.projection_dim}: its components are not of one model"
+        )
+    return PriorSpec(model, text, schedule)
 
 
 def _check_noise_levels(unet: UNetConfig, low_res: ScheduleConfig | None, highest: int, source: str) -> None:
@@ -301,6 +344,7 @@ def _check_fit(
     names: Sequence[str],
     source: str,
     vision: VisionConfig | None = None,
+    prior: PriorSpec | None = None,
 ) -> None:
     """CheckpointError if components belong to different models: each would load, but not work with the others."""
 
@@ -310,10 +354,16 @@ def _check_fit(
 
     text_channels, latent_channels = [encoder.hidden for encoder in text], vae.latent_channels
     check(
-        unet.needs_vector == bool(vision and text),
+        unet.needs_vector == bool((vision or prior) and text),
         "the U-Net reads the vector of a picture beside text ('class_embed_type'), and there is no image_encoder, or "
         "the reverse",
     )
+    if prior is not None:
+        check(
+            unet.class_input_dim == 2 * prior.model.out_dim,
+            f"the U-Net reads {unet.class_input_dim} channels ('projection_class_embeddings_input_dim'), and the prior "
+            f"makes {prior.model.out_dim}, of which twice as many are expected",
+        )
     if vision is not None and unet.needs_vector:
         check(
             unet.class_input_dim == 2 * vision.projection_dim and unet.in_channels == latent_channels,
@@ -417,6 +467,8 @@ class LoadedModel:
     """Where a bundle's backend takes several steps a call, its engine of them: see `export.graphs`."""
     image_encoder: ImageEncoder | None = None
     """Of a model that reads a picture."""
+    prior: TextPrior | None = None
+    """Of one that makes the vector of a picture of a text."""
 
 
 def load(
@@ -453,7 +505,16 @@ def load(
                 normalizer = Normalizer(spec.vision.projection_dim)
             networks[IMAGE_NORMALIZER] = normalizer = fill(normalizer, IMAGE_NORMALIZER)
         image_encoder = ImageEncoder(vision, spec.preprocessing, spec.checkpoint.source, normalizer)
+    prior = None
+    if spec.prior is not None:
+        with torch.device("meta"):
+            model, encoder = Prior(spec.prior.model), CLIPText(spec.prior.text)
+            normalizer = Normalizer(spec.prior.model.out_dim)
+        networks |= {PRIOR: fill(model, PRIOR), PRIOR_TEXT_ENCODER: fill(encoder, PRIOR_TEXT_ENCODER)}
+        networks[IMAGE_NORMALIZER] = normalizer = fill(normalizer, IMAGE_NORMALIZER)
+        stage = text.TextStage(spec.checkpoint.tokenizer(PRIOR_TOKENIZER), networks[PRIOR_TEXT_ENCODER])
+        prior = TextPrior(stage, networks[PRIOR], spec.prior.schedule, normalizer)
     weight = unet.conv_in.weight
     prepared = prepare(networks, (sharing or {}).values())
     to: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-    return LoadedModel(unet, vae, stages, prepared, **to, image_encoder=image_encoder)
+    return LoadedModel(unet, vae, stages, prepared, **to, image_encoder=image_encoder, prior=prior)

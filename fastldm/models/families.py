@@ -19,6 +19,8 @@ IMAGE_ENCODER = "image_encoder"
 IMAGE_ENCODER_CLASSES = ("CLIPVisionModelWithProjection",)
 IMAGE_NORMALIZER = "image_normalizer"
 IMAGE_NORMALIZER_CLASSES = ("StableUnCLIPImageNormalizer",)
+PRIOR, PRIOR_TEXT_ENCODER = "prior", "prior_text_encoder"
+PRIOR_CLASSES = {PRIOR: ("PriorTransformer",), PRIOR_TEXT_ENCODER: ("CLIPTextModelWithProjection",)}
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
@@ -86,7 +88,7 @@ WEIGHTLESS = ("PixelResidual",)  # networks without files of weights
 LDM_TEXT_PIPELINE = "LDMTextToImagePipeline"
 _EULER, _EULER_A = "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"
 _VARIATION_PIPELINES = ("StableDiffusionImageVariationPipeline",)
-UNCLIP_PIPELINE = "StableUnCLIPImg2ImgPipeline"
+UNCLIP_PIPELINE, TEXT_UNCLIP_PIPELINE = "StableUnCLIPImg2ImgPipeline", "StableUnCLIPPipeline"
 LDM_PIPELINE, SUPER_RESOLUTION_PIPELINE = "LDMPipeline", "LDMSuperResolutionPipeline"
 DDIM_PIPELINE = "DDIMPipeline"
 PIXEL_SPACE_PIPELINES = ("DDPMPipeline", DDIM_PIPELINE, "ConsistencyModelPipeline")
@@ -101,6 +103,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("ddpm", 1000, 1.0, lambda *_: True, pipelines=("DDPMPipeline",), by_class=True),
     Family("ddim", 50, 1.0, lambda *_: True, pipelines=(DDIM_PIPELINE,), by_class=True),
     Family("consistency", 1, 1.0, lambda *_: True, pipelines=("ConsistencyModelPipeline",), by_class=True),
+    Family("sd2-unclip-prior", 20, 10.0, lambda *_: True, pipelines=(TEXT_UNCLIP_PIPELINE,), by_class=True),
     Family("sd2-unclip", 20, 10.0, lambda unet, _: unet.needs_vector, pipelines=(UNCLIP_PIPELINE,), reads_picture=True),
     Family("sd1-variation", 50, 7.5, lambda *_: True, pipelines=_VARIATION_PIPELINES, reads_picture=True),
     Family("sdxl-edit", 30, 5.0, lambda unet, _: unet.edits and unet.needs_added, pipelines=_SDXL_EDIT_PIPELINES),
@@ -166,6 +169,7 @@ def recognise(
 _NETWORKS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(_VARIATION_PIPELINES, ("unet", "vae", IMAGE_ENCODER)),
     UNCLIP_PIPELINE: ("unet", "vae", "text_encoder", IMAGE_ENCODER, IMAGE_NORMALIZER),
+    TEXT_UNCLIP_PIPELINE: ("unet", "vae", "text_encoder", IMAGE_NORMALIZER, PRIOR, PRIOR_TEXT_ENCODER),
     **dict.fromkeys((PIXEL_PIPELINE, LDM_PIPELINE, SUPER_RESOLUTION_PIPELINE), ("unet", "vae")),
     **dict.fromkeys(PIXEL_SPACE_PIPELINES, ("unet",)),
 }
@@ -175,6 +179,7 @@ _NETWORKS: dict[str, tuple[str, ...]] = {
 def network_classes(pipeline: object) -> dict[str, tuple[str, ...]]:
     """The classes of the networks that a pipeline of diffusers runs, by component."""
     classes = NETWORK_CLASSES | {IMAGE_ENCODER: IMAGE_ENCODER_CLASSES, IMAGE_NORMALIZER: IMAGE_NORMALIZER_CLASSES}
+    classes |= PRIOR_CLASSES
     if pipeline in UNCONDITIONAL_PIPELINES:
         classes |= {"unet": ("UNet2DModel",)}
     return {name: classes[name] for name in _NETWORKS.get(str(pipeline), tuple(NETWORK_CLASSES))}

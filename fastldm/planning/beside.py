@@ -16,6 +16,7 @@ from fastldm.conditioning.ranking import PICTURES, RankerConfig
 from fastldm.models.clip_vision import VisionConfig
 from fastldm.models.config import TextConfig
 from fastldm.models.ip_adapter import IPAdapter, IPAdapterConfig
+from fastldm.models.prior import PriorConfig
 from fastldm.planning import dry_run
 from fastldm.request import Request
 from fastldm.runtime.image_prompts import PictureSelection, PictureUse, start_pictures
@@ -45,6 +46,8 @@ class Beside:
     """That IP-Adapters read."""
     prompts: tuple[int, ...] = ()
     """Pictures of each IP-Adapter that are encoded."""
+    prior: tuple[PriorConfig, TextConfig] | None = None
+    """unCLIP's, and the text encoder that it reads. Their activations are less than those of a step of the U-Net."""
 
     @classmethod
     def of_stages(cls, stages: Stages) -> Beside:
@@ -54,6 +57,7 @@ class Beside:
             ranker=None if ranker is None else ranker.config,
             adapters=tuple(adapter.network.config for adapter in loaded.adapters),
             encoder=None if loaded.encoder is None else loaded.encoder.model.config,
+            prior=None if stages.spec.prior is None else stages.spec.prior.networks,
         )
 
     @classmethod
@@ -70,6 +74,7 @@ class Beside:
             depth=None if depth is None else depth.config,
             adapters=own.adapters,
             encoder=own.encoder,
+            prior=own.prior,
             prompts=tuple(counts.get(adapter, 0) for adapter in stages.image_prompts.loaded.adapters),
         )
 
@@ -90,6 +95,9 @@ class Beside:
             networks[f"IP-Adapter {number}"] = dry_run.network(config, dtype)
         if self.encoder is not None:
             networks["IP-Adapters' image encoder"] = dry_run.network(self.encoder, dtype)
+        if self.prior is not None:
+            networks |= {"prior": dry_run.network(self.prior[0], dtype)}
+            networks["prior's text encoder"] = dry_run.network(self.prior[1], dtype)
         return networks
 
     @staticmethod

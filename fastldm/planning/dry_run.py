@@ -29,6 +29,7 @@ from fastldm.models.controlnet import ControlNet, ControlNetConfig
 from fastldm.models.ip_adapter import IPAdapter, IPAdapterConfig
 from fastldm.models.latents import unscaled
 from fastldm.models.layers import Linear, Pointwise
+from fastldm.models.prior import Prior, PriorConfig
 from fastldm.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from fastldm.models.unet import AddedConditions, Features, UNet
 from fastldm.models.vae import TILE, Decode, decode_pieces, finish
@@ -36,7 +37,7 @@ from fastldm.runtime.pages import Pages
 from fastldm.runtime.slots import FEATURES, Slots, StaticBuffers
 
 ControlConfig = ControlNetConfig | T2IAdapterConfig
-Config = UNetConfig | AutoencoderConfig | TextConfig | VisionConfig | ControlConfig | IPAdapterConfig
+Config = UNetConfig | AutoencoderConfig | TextConfig | VisionConfig | ControlConfig | IPAdapterConfig | PriorConfig
 DryRun = Callable[[], object]
 
 
@@ -49,7 +50,7 @@ def network(config: Config, dtype: torch.dtype) -> nn.Module:
 def _network(config: Config, dtype: torch.dtype, device: str) -> nn.Module:
     encoders = {TextConfig: CLIPText, VisionConfig: CLIPVision}
     controls = {ControlNetConfig: ControlNet, T2IAdapterConfig: T2IAdapter, IPAdapterConfig: IPAdapter}
-    classes = {UNetConfig: UNet, **encoders, **controls}
+    classes = {UNetConfig: UNet, PriorConfig: Prior, **encoders, **controls}
     build: Callable[[Any], nn.Module] = classes.get(type(config), autoencoder)
     with torch.device("meta"):
         module = build(config).to(dtype)

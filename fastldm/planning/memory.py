@@ -111,7 +111,10 @@ class Workload:
             "width": width // spec.vae.factor,
             "batch": batch,
         }
-        return cls(spec.unet, spec.vae, spec.encoders, **shape, dtype=dtype, arch=arch, **{**defaults, **overrides})
+        options = {"beside": NOTHING, **defaults, **overrides}
+        if spec.prior is not None:
+            options["beside"] = replace(options["beside"], prior=spec.prior.networks)
+        return cls(spec.unet, spec.vae, spec.encoders, **shape, dtype=dtype, arch=arch, **options)
 
     @classmethod
     def of_stages(cls, stages: Stages, *, width: int, height: int, batch: int, **overrides: Any) -> Workload:
@@ -476,9 +479,8 @@ def _networks(workload: Workload) -> dict[str, nn.Module]:
     configs: list[dry_run.Config] = [workload.unet, workload.vae, *workload.text, *workload.attached]
     networks = {name: dry_run.network(config, workload.dtype) for name, config in zip(names, configs, strict=True)}
     if workload.unet.needs_vector:
-        (vision,) = (config for config in workload.text if isinstance(config, VisionConfig))
         with torch.device("meta"):
-            networks["image normalizer"] = Normalizer(vision.projection_dim).to(workload.dtype)
+            networks["image normalizer"] = Normalizer((workload.unet.class_input_dim or 0) // 2).to(workload.dtype)
     return networks
 
 

@@ -6,29 +6,38 @@ Sources: diffusers' UnCLIPPipeline and StableUnCLIPPipeline.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from fastldm.conditioning.prior import PriorTexts, TextPrior
 from fastldm.device import send
 from fastldm.models.prior import Prior
+from fastldm.request import Request, as_list
 from fastldm.runtime.denoise import Branches, Guidance, Run, denoise
 from fastldm.runtime.noise import Generators, draw_step_noise, randn
-from fastldm.samplers.table import StepTable
+from fastldm.samplers.table import StepTable, make_table
+
+STEPS, SCALE = 25, 4.0
+"""Of a prior, as in diffusers."""
 
 
-@dataclass(frozen=True)
-class PriorTexts:
-    """What a prior reads of N texts."""
-
-    hidden: Tensor  # (N, T, D) the text encoder's states
-    vectors: Tensor  # (N, P) what it projects the text to
-    lengths: Tensor  # (N,) int32: of the tokens those that are no padding
-
-    def repeat(self, count: int) -> PriorTexts:
-        """Each so many times, in turn."""
-        return PriorTexts(*(x.repeat_interleave(count, 0) for x in (self.hidden, self.vectors, self.lengths)))
+@torch.no_grad()
+def vectors_of(
+    prior: TextPrior, request: Request, generators: Generators, dtype: torch.dtype, one_by_one: bool = False
+) -> Tensor:
+    """The vectors (B, D) float32 of a completed request's images. generators: what draws, in diffusers' order. dtype:
+    what is drawn. one_by_one: each as if it were alone."""
+    table = make_table(prior.schedule, STEPS, eta=request.eta)
+    start, noises = draw_prior(prior.model, table, request.batch, generators, dtype)
+    texts = [text for text in as_list(request.prompt) for _ in range(request.num_images_per_prompt)]
+    negatives = prior.read([""])
+    calls = [slice(k, k + 1) for k in range(len(texts))] if one_by_one else [slice(None)]
+    made = []
+    for rows in calls:
+        noise = start[rows], [None if each is None else each[rows] for each in noises]
+        prompts = prior.read(texts[rows], literal=request.literal_prompt)
+        made.append(sample_prior(prior.model, table, prompts, negatives, noise, SCALE))
+    return torch.cat(made)
 
 
 def draw_prior(

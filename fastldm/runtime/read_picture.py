@@ -20,6 +20,7 @@ from fastldm.checks import MAX_IMAGES
 from fastldm.conditioning.image_encoder import ImageEncoder, read_pictures
 from fastldm.device import send
 from fastldm.errors import InputError
+from fastldm.models.clip_vision import Normalizer
 from fastldm.request import Request, as_list
 from fastldm.runtime.noise import noise_rates
 from fastldm.samplers.config import ScheduleConfig
@@ -48,12 +49,21 @@ class PictureRead:
             return source
         return torch.cat([self.encoder.embeds(part) for part in (source.split(1) if one_by_one else [source])])
 
-    def noised(self, embeds: Tensor, noise: Tensor, level: int, schedule: ScheduleConfig) -> Tensor:
-        """unCLIP's input (n, 2D) of vectors (n, D): those with noise (n, D) of a level, a timestep of the schedule, and
-        the level itself as sinusoids."""
-        assert self.encoder.normalizer is not None
-        rates = torch.tensor([noise_rates(schedule, level)], device=embeds.device).expand(len(embeds), -1)
-        return self.encoder.normalizer(embeds, noise, rates, rates.new_full((len(embeds),), level))
+
+def noise_vectors(
+    normalizer: Normalizer, embeds: Tensor, noise: Tensor, level: int, schedule: ScheduleConfig
+) -> Tensor:
+    """unCLIP's input (n, 2D) of vectors (n, D): those with noise (n, D) of a level, a timestep of the schedule, and the
+    level itself as sinusoids."""
+    rates = torch.tensor([noise_rates(schedule, level)], device=embeds.device).expand(len(embeds), -1)
+    return normalizer(embeds, noise, rates, rates.new_full((len(embeds),), level))
+
+
+def check_prior(request: Request) -> None:
+    """InputError for what unCLIP's text to image does not read."""
+    for name in ("image", *_START, "prompt_embeds"):
+        if getattr(request, name) is not None:
+            raise InputError(f"{name} was given, and this model's prior reads a prompt, and starts from noise")
 
 
 def read_picture(request: Request, encoder: ImageEncoder | None) -> Request:

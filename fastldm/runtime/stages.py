@@ -53,7 +53,7 @@ from fastldm.runtime.gradient import CLIPGradient, Function, Gradient, clip_text
 from fastldm.runtime.graph import CUDA, Graphs
 from fastldm.runtime.guidance import apg_field, apg_of, guidance_of, pag_defaults, perturbed_layers
 from fastldm.runtime.image_prompts import ImagePrompts, PictureSelection, per_image, start_pictures
-from fastldm.runtime.read_picture import PictureRead, read_picture
+from fastldm.runtime.read_picture import PictureRead, check_prior, read_picture
 from fastldm.runtime.slots import Slots, StaticBuffers, graph_rows, step_capacity
 from fastldm.runtime.start import start_run
 from fastldm.runtime.steps import StepsBatch
@@ -90,7 +90,7 @@ class Stages:
         """mapped: files that the networks' weights lie in."""
         self.name, self.family, self.spec = name, spec.family, spec
         self.unet, self.vae, self.text_stages = networks.unet, networks.vae, networks.text_stages
-        self.image_encoder = networks.image_encoder
+        self.image_encoder, self.prior = networks.image_encoder, networks.prior
         self.schedule = spec.schedule
         self._pag = pag_defaults(spec.checkpoint.index) if networks.backend == "torch" else {}
         self.zero_negative = bool(spec.checkpoint.index.get("force_zeros_for_empty_prompt", False))
@@ -144,6 +144,8 @@ class Stages:
         """Bytes of the networks' weights; engines keep theirs to themselves."""
         encoder = self.image_encoder
         pictures = [x for x in (encoder.model, encoder.normalizer) if x is not None] if encoder else []
+        if (prior := self.prior) is not None:
+            pictures = [prior.model, prior.text.model, prior.normalizer]  # type: ignore[list-item]
         networks = [self.unet, self.vae, *(stage.model for stage in self.text_stages), *pictures]
         modules = [network for network in networks if isinstance(network, torch.nn.Module)]
         storages = [p.untyped_storage() for module in modules for p in (*module.parameters(), *module.buffers())]
@@ -165,6 +167,8 @@ class Stages:
         adapters = self.adapters.select(request.adapters, factor)
         self.adapters.check(adapters)
         request = request.replace(adapters=adapters, cross_attention_kwargs=None)
+        if self.prior is not None:
+            check_prior(request)
         request = read_picture(request, self.image_encoder)
         request = self.controls.complete(request, self.unet.config.needs_added)
         if request.reuse > 1:
@@ -378,7 +382,7 @@ class Stages:
         guidance = self.guidance(request)
         options: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "one_by_one": apart}
         options["edit_scale"] = self.vae.config.scaling_factor if self._scales_edits else 1.0
-        options["generators"] = generators
+        options["generators"], options["prior"] = generators, self.prior
         run = start_run(request, self.table(request), guidance, self.vae, self.spec, **options)
         if run.repainted is not None and self.vae_decode == "tiled":
             raise InputError("this model's asymmetric VAE decodes what is repainted as a whole, and not in tiles")

@@ -21,10 +21,12 @@ from fastldm.request import Request, picture_seeds
 from fastldm.runtime.complete import start_latents
 from fastldm.runtime.denoise import Guidance, Inpainting, Run
 from fastldm.runtime.noise import add_noise, draw_brownian_noise, draw_step_noise, randn
-from fastldm.runtime.read_picture import PictureRead
+from fastldm.runtime.prior import vectors_of
+from fastldm.runtime.read_picture import PictureRead, noise_vectors
 from fastldm.samplers.table import StepTable
 
 if TYPE_CHECKING:
+    from fastldm.conditioning.prior import TextPrior
     from fastldm.loading.spec import Spec
     from fastldm.models.interfaces import Autoencoder
 
@@ -41,12 +43,14 @@ def start_run(
     one_by_one: bool = False,
     edit_scale: float = 1.0,
     generators: Sequence[torch.Generator] | None = None,
+    prior: TextPrior | None = None,
 ) -> Run:
     """The run of a completed request, all noise drawn, in diffusers' order; not conditioned yet.
 
     spec: of the model, for what its U-Net reads behind the latents. dtype: the networks'. one_by_one: encode each image
     of the request by itself. edit_scale: multiplies the latents of an image to edit. generators: of the request's
-    seeds, in which state earlier stages of a cascade have left them.
+    seeds, in which state earlier stages of a cascade have left them. prior: of unCLIP that makes the
+    vectors of pictures of texts, which it does here.
     """
 
     def encode(inputs: Tensor, size: Sequence[int] | None = None) -> Tensor:
@@ -84,14 +88,17 @@ def start_run(
     unet = spec.unet
     start = start_latents(request, channels)
     vectors = vector_noise = None
-    if isinstance(request.image_embeds, PictureRead) and spec.low_res is not None and unet.needs_vector:
-        vectors = request.image_embeds.embeds(dtype, device, one_by_one)
+    pictures = request.image_embeds
+    if prior is not None:
+        vectors, normalizer = vectors_of(prior, request, sources, noise_dtype, one_by_one), prior.normalizer
+    elif isinstance(pictures, PictureRead) and pictures.encoder.normalizer is not None:
+        vectors, normalizer = pictures.embeds(dtype, device, one_by_one), pictures.encoder.normalizer
         if request.generator is None:  # as each picture would be drawn for alone
             vectors = vectors.repeat_interleave(request.batch // len(vectors), 0)
-
+    if vectors is not None and spec.low_res is not None:
         first = sources[: len(vectors)] if isinstance(sources, Sequence) else sources
         vector_noise = randn(vectors.shape, first, noise_dtype, device).float()
-        vectors = request.image_embeds.noised(vectors, vector_noise, int(request.noise_level or 0), spec.low_res)
+        vectors = noise_vectors(normalizer, vectors, vector_noise, int(request.noise_level or 0), spec.low_res)
         vectors, vector_noise = (
             x.repeat_interleave(request.batch // len(x), 0) for x in (vectors.to(dtype), vector_noise)
         )

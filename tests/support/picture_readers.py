@@ -61,3 +61,46 @@ def unclip(**replaced: Any) -> Any:
     pipe = diffusers.StableUnCLIPImg2ImgPipeline(**{**parts, **replaced})
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def unclip_of_text(**replaced: Any) -> Any:
+    """The noised vector that a prior makes of the prompt, beside it."""
+    diffusers, transformers = tiny.peer("diffusers"), tiny.peer("transformers")
+    own, width = unclip().components, ip_adapters.PROJECTED
+    tokenizer = own["tokenizer"]
+    config = transformers.CLIPTextConfig(
+        hidden_size=width,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=32,
+        vocab_size=tiny.VOCABULARY,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    prior = tiny.seeded(
+        lambda: diffusers.PriorTransformer(
+            num_attention_heads=2, attention_head_dim=12, num_layers=2, embedding_dim=width
+        )
+    )
+    generator = torch.Generator().manual_seed(2)
+    for parameter in prior.parameters():
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    names = ("image_normalizer", "image_noising_scheduler", "unet", "tokenizer", "text_encoder", "scheduler", "vae")
+    parts = {
+        "prior": prior,
+        "prior_text_encoder": tiny.seeded(lambda: transformers.CLIPTextModelWithProjection(config)),
+        "prior_tokenizer": tokenizer,
+        "prior_scheduler": diffusers.DDPMScheduler(
+            beta_schedule="squaredcos_cap_v2",
+            prediction_type="sample",
+            variance_type="fixed_small_log",
+            clip_sample=True,
+            clip_sample_range=5.0,
+        ),
+        **{name: own[name] for name in names},
+    }
+    pipe = diffusers.StableUnCLIPPipeline(**{**parts, **replaced})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

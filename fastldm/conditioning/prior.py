@@ -1,0 +1,53 @@
+"""Text as unCLIP's prior reads it: the states, the projected vector and the length of each prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastldm.conditioning.prompt import parse
+from fastldm.conditioning.text import TextStage, split_windows
+from fastldm.device import send_numbers
+from fastldm.models.clip import CLIPText
+from fastldm.models.clip_vision import Normalizer
+from fastldm.models.prior import Prior
+from fastldm.samplers.config import ScheduleConfig
+
+
+@dataclass(frozen=True)
+class PriorTexts:
+    """What a prior reads of N texts."""
+
+    hidden: Tensor  # (N, T, D) the text encoder's states
+    vectors: Tensor  # (N, P) what it projects the text to
+    lengths: Tensor  # (N,) int32: of the tokens those that are no padding
+
+    def repeat(self, count: int) -> PriorTexts:
+        """Each so many times, in turn."""
+        return PriorTexts(*(x.repeat_interleave(count, 0) for x in (self.hidden, self.vectors, self.lengths)))
+
+
+@dataclass(frozen=True, eq=False)
+class TextPrior:
+    """A prior with the text encoder that it reads, and what its vectors are noised by. It never changes."""
+
+    text: TextStage
+    model: Prior
+    schedule: ScheduleConfig
+    normalizer: Normalizer
+
+    @torch.no_grad()
+    def read(self, texts: Sequence[str], *, literal: bool = False) -> PriorTexts:
+        """Texts, as a text encoder with a projection reads them: without weights, and as far as the first window goes.
+        literal: brackets are text."""
+        plain = ["".join(text for section in parse(each, literal=literal) for text, _ in section) for each in texts]
+        (rows,) = split_windows([self.text], [(text, text) for text in plain], True, None)
+        model = self.text.model
+        assert isinstance(model, CLIPText)
+        ids = send_numbers([row[0].ids for row in rows], torch.int64, model.device)
+        hidden, vectors = model(ids)
+        assert vectors is not None
+        return PriorTexts(hidden, vectors, (model.ends(ids) + 1).int())
