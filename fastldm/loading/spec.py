@@ -1,6 +1,8 @@
 """From a path or id to the description of a model, and from that to a loaded model.
 
 path or hub id -> Checkpoint (files and raw configs) -> Spec (configs and family) -> LoadedModel (weights loaded)
+
+Over 500 lines, for what the components of one model have to agree on is checked where they are read, and nowhere else.
 """
 
 from __future__ import annotations
