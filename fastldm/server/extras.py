@@ -193,7 +193,7 @@ async def _upscaled(
     for number in range(_MOST_PASSES):
         if _covers(image.size, size) and (number or scale != 1):
             break
-        arguments = {"prompt": "", "image": image, "seed": 0}
+        arguments = {"prompt": "", "image": image, "seed": 0, "guidance_scale": 1.0}  # nothing to guide by
         async with service.models.use(name) as model:
             if model.enlarges == 1:
                 raise _unknown(service, field, name)
