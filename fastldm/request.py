@@ -42,6 +42,7 @@ UNSUPPORTED = {
     "adaptive_projected_guidance_momentum": ": it is apg_momentum",
     "adaptive_projected_guidance_norm_dim": ": apg_rescale is of all of a picture",
     "use_clipped_model_output": ": a sampler clips as its checkpoint says",
+    "clean_caption": ": prompts are read as they are, but for IF's in lower case",
     "clip_prompt": ": give guidance_fn=CLIPGuidance(scale, prompt)",
     "num_cutouts": ": give guidance_fn=CLIPGuidance(scale, num_cutouts=4)",
     "seg_scale": ", for it blurs queries in each step: pag_scale is its relative that only selects",
@@ -323,7 +324,7 @@ class Request:
         """A request from a prompt, or from another request, and keyword arguments; an unknown name is an InputError
         that suggests the most similar one."""
         for name in [name for name in options if name in UNSUPPORTED]:
-            if options[name] is not None:
+            if options[name] is not None and options[name] is not False:
                 raise InputError(f"{name} is not supported{UNSUPPORTED[name]}")
             options = {key: value for key, value in options.items() if key != name}
         if "batch_size" in options:

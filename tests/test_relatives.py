@@ -56,6 +56,7 @@ def test_supported_classes_are_accepted() -> None:
     plain: Any = {"text_encoder": none, "tokenizer": none, "unet": ["diffusers", "UNet2DModel"]}
     own |= {name: {**plain, "vae": none} for name in PIXEL_SPACE_PIPELINES}
     own |= {name: {**plain, **codes} for name in ("LDMPipeline", "LDMSuperResolutionPipeline")}
+    own["IFPipeline"] = {"vae": none, "text_encoder": ["transformers", "T5EncoderModel"]}
     for name in pipeline_classes() - {"PixelUpscalePipeline"}:  # which is fastldm's own
         index = {**(XL_INDEX if "XL" in name else SD_INDEX), **own.get(name, {})}
         expected = "UNet2DModel" if name in UNCONDITIONAL_PIPELINES else "UNet2DConditionModel"

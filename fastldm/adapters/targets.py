@@ -13,10 +13,11 @@ from torch import nn
 
 from fastldm.loading.key_names import unet_name
 from fastldm.loading.spec import Spec
-from fastldm.models.clip import CLIPText, Embedding
+from fastldm.models.clip import Embedding
 from fastldm.models.config import TextConfig, UNetConfig
 from fastldm.models.embeddings import ClassEmbedding
 from fastldm.models.families import encoder_names
+from fastldm.models.t5 import text_encoder
 from fastldm.models.unet import UNet
 
 
@@ -101,7 +102,7 @@ def modules_of(spec: Spec) -> Modules:
 def of_configs(unet: UNetConfig, texts: tuple[tuple[str, TextConfig], ...]) -> Modules:
     """The same from the configs of the U-Net and the named text encoders."""
     with torch.device("meta"):
-        networks: dict[str, nn.Module] = {"unet": UNet(unet)} | {name: CLIPText(config) for name, config in texts}
+        networks: dict[str, nn.Module] = {"unet": UNet(unet)} | {name: text_encoder(config) for name, config in texts}
     modules = {
         Target(component, path): Module(tuple(module.weight.shape), getattr(module, "bias", None) is not None)
         for component, network in networks.items()

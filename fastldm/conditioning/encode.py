@@ -81,7 +81,7 @@ def encode(
 ) -> Conditioning:
     """The Conditioning of a request's prompts, one row per prompt: not yet repeated for several images per prompt.
 
-    width: the U-Net's cross_attention_dim. pooled_width: of SDXL's pooled text, else None. guided: whether negatives
+    width: of the texts that the U-Net reads. pooled_width: of SDXL's pooled text, else None. guided: whether negatives
     are needed. zero_negative: use zeros if there are no negatives (SDXL's `force_zeros_for_empty_prompt`).
 
     Each branch (positive, negative) is either texts or tensors. With prompt_embeds of T tokens, negative texts are read

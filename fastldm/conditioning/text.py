@@ -239,11 +239,14 @@ def split_windows(
         parsed = [sections + [[]] * (section_count - len(sections)) for sections in parsed]
         by_stage: list[list[Window]] = [[] for _ in encoders]
         for k in range(section_count):
-            chunks = [_chunks(stage, sections[k], length - 2) for stage, sections in zip(encoders, parsed, strict=True)]
+            chunks = [
+                _chunks(stage, sections[k], length - stage.tokenizer.ends)
+                for stage, sections in zip(encoders, parsed, strict=True)
+            ]
             last_is_empty = 0 < k == section_count - 1 and not any(chunks)  # after a BREAK at the end
             count = 0 if last_is_empty else max(1, *map(len, chunks))
             if len(by_stage[0]) + count > MAX_PROMPT_WINDOWS:
-                limit = MAX_PROMPT_WINDOWS * (length - 2)
+                limit = MAX_PROMPT_WINDOWS * (length - encoders[0].tokenizer.ends)
                 raise InputError(f"a prompt, {checks.show(pair[0])}, has more than the {limit} tokens that it may have")
             for stage, windows, own in zip(encoders, by_stage, chunks, strict=True):
                 windows.extend(_windows(stage.tokenizer, own, length, count))
@@ -273,9 +276,10 @@ def _windows(
     windows = []
     for k in range(count):
         chunk = chunks[k] if k < len(chunks) else ()
-        padding = length - 2 - len(chunk)
-        ids = (tokenizer.bos, *(token for token, _ in chunk), tokenizer.eos, *(tokenizer.pad,) * padding)
-        weights = (1.0, *(weight for _, weight in chunk), 1.0, *(1.0,) * padding)
+        padding = length - tokenizer.ends - len(chunk)
+        first = () if tokenizer.bos is None else (tokenizer.bos,)
+        ids = (*first, *(token for token, _ in chunk), tokenizer.eos, *(tokenizer.pad,) * padding)
+        weights = (*(1.0 for _ in first), *(weight for _, weight in chunk), 1.0, *(1.0,) * padding)
         windows.append(Window(ids, weights))
     return windows
 

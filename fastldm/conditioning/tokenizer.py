@@ -1,17 +1,19 @@
-"""CLIP's byte-pair tokenizer, from files or from the merges that ship with fastldm; and BERT's, from files.
+"""CLIP's byte-pair tokenizer, from files or from the merges that ship with fastldm; and BERT's and T5's, from files.
 
-BERT's splits words into the longest pieces that its vocabulary has (WordPiece). Both are of the library tokenizers: no
-other package is needed.
+BERT's splits words into the longest pieces that its vocabulary has (WordPiece), T5's into the likeliest (Unigram). All
+are of the library tokenizers: no other package is needed.
 """
 
 from __future__ import annotations
 
+import base64
 import copy
 import gzip
 import itertools
 import json
 import os
-from collections.abc import Callable, Mapping
+import struct
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,11 +43,14 @@ class Tokenizer:
     class_name = "CLIPTokenizer"
     """transformers' class."""
     tokens_named: Mapping[str, str] = _DEFAULTS
-    """Special tokens of files that do not name them; the first is put before a text, the second after it."""
+    """Special tokens of files that do not name them."""
+    around: tuple[str | None, str] = ("bos_token", "eos_token")
+    """Those before and after a text."""
 
     max_length: int
     """Tokens per window, including bos and eos."""
-    bos: int
+    bos: int | None
+    """None where nothing is before a text."""
     eos: int
     pad: int
     """Fills a window after eos: eos itself in CLIP-L, `!` (id 0) in OpenCLIP's encoders."""
@@ -66,8 +71,9 @@ class Tokenizer:
                 files = files._replace(names={**files.names, "pad_token": {"content": pad_token}})
             self._backend, self._files = _with_tokens(self._splitter(files), files), files
             ids = {token.content: k for k, token in self._backend.get_added_tokens_decoder().items()}
-            first, last, *_ = self.tokens_named
-            self.bos, self.eos, self.pad = (ids[files.names[name]["content"]] for name in (first, last, "pad_token"))
+            first, last = self.around
+            self.eos, self.pad = (ids[files.names[name]["content"]] for name in (last, "pad_token"))
+            self.bos = None if first is None else ids[files.names[first]["content"]]
             self.size = 1 + max(*files.vocab.values(), *ids.values())
             self._vectors = _vectors(ids)
         except CheckpointError:
@@ -83,6 +89,11 @@ class Tokenizer:
     def _splitter(self, files: _Files) -> tokenizers.Tokenizer:
         """What splits a text, without the added tokens."""
         return _byte_pairs(files)
+
+    @property
+    def ends(self) -> int:
+        """Tokens of a window that are no text's."""
+        return 1 if self.bos is None else 2
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text of any length, without bos, eos and padding."""
@@ -176,6 +187,7 @@ class BertTokenizer(Tokenizer):
         "unk_token": "[UNK]",
         "mask_token": "[MASK]",
     }
+    around = ("cls_token", "sep_token")
 
     def __init__(self, folder: Path | str) -> None:
         """Read `tokenizer.json`, or `vocab.txt`, with the config files beside them. CheckpointError if they are
@@ -216,6 +228,111 @@ class BertTokenizer(Tokenizer):
         )
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         return backend
+
+
+class T5Tokenizer(Tokenizer):
+    """T5's: ids equal those of transformers' T5Tokenizer on the same folder, in windows of 77 as of DeepFloyd IF, whose
+    texts are in lower case, without space around them. Nothing is before a text."""
+
+    kind = "T5"
+    class_name = "T5Tokenizer"
+    tokens_named: Mapping[str, str] = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    around = (None, "eos_token")
+
+    def __init__(self, folder: Path | str) -> None:
+        """Read `tokenizer.json`, or `spiece.model`, with the config files beside them. CheckpointError if they are
+        missing, damaged, or not T5's."""
+        self._pieces: list[tuple[str, float]] = []
+        self._characters = b""  # sentencepiece's table by which a text is normalised
+        super().__init__(folder)
+        self.max_length = CLIP_WINDOW
+
+    def to_dict(self) -> dict[str, Any]:
+        raise InputError("the tokenizer is T5's, and what runs elsewhere reads CLIP's")
+
+    def tokens(self, text: str) -> list[tuple[int, ...]]:
+        return super().tokens(text.lower().strip())
+
+    def _vocabulary(self, folder: Path, serialized: Any) -> tuple[dict[str, int], list[tuple[str, str]]]:
+        if serialized is None:
+            path = folder / "spiece.model"
+            if not path.is_file():
+                raise CheckpointError(f"no tokenizer in {folder}: expected spiece.model, or tokenizer.json")
+            self._pieces, self._characters = sentencepiece(path.read_bytes())
+        else:
+            model = serialized["model"]
+            if model.get("type", "Unigram") != "Unigram":
+                raise CheckpointError(
+                    f"{folder / 'tokenizer.json'} is a {checks.show(model.get('type'))} tokenizer: expected T5's, "
+                    "which is of likely pieces (Unigram)"
+                )
+            self._pieces = [(piece, float(score)) for piece, score in model["vocab"]]
+            normalizer = serialized.get("normalizer") or {}
+            for step in normalizer.get("normalizers", [normalizer]):
+                if step.get("type") == "Precompiled":
+                    self._characters = base64.b64decode(step["precompiled_charsmap"])
+        return {piece: k for k, (piece, _) in enumerate(self._pieces)}, []
+
+    def _splitter(self, files: _Files) -> tokenizers.Tokenizer:
+        from tokenizers import Tokenizer as Backend
+        from tokenizers import normalizers, pre_tokenizers
+        from tokenizers.models import Unigram
+
+        unknown = files.vocab[files.names["unk_token"]["content"]]
+        backend = Backend(Unigram(self._pieces, unk_id=unknown, byte_fallback=False))
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Precompiled(self._characters)] if self._characters else []
+        )
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.WhitespaceSplit(),
+                pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=True),
+            ]
+        )
+        return backend
+
+
+def sentencepiece(data: bytes) -> tuple[list[tuple[str, float]], bytes]:
+    """Pieces with their scores, and the table of characters, of a file of sentencepiece: a ModelProto of its
+    sentencepiece_model.proto. ValueError for a file that is none."""
+    pieces, characters = [], b""
+    for number, value in _fields(data):
+        if number == 1:  # pieces: piece = 1, score = 2
+            piece = dict(_fields(value))
+            pieces.append((piece[1].decode(), struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0))
+        elif number == 3:  # normalizer_spec: precompiled_charsmap = 2
+            characters = dict(_fields(value)).get(2, b"")
+    if not pieces:
+        raise ValueError("no pieces")
+    return pieces, characters
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """The fields of a message of protocol buffers: their numbers, and the bytes of those that are no varint."""
+    k = 0
+
+    def varint() -> int:
+        nonlocal k
+        value = shift = 0
+        while True:
+            byte = data[k]
+            value, shift, k = value | (byte & 127) << shift, shift + 7, k + 1
+            if byte < 128:
+                return value
+
+    while k < len(data):
+        key = varint()
+        kind = key & 7
+        if kind == 0:
+            varint()
+            continue
+        if kind not in (1, 2, 5):
+            raise ValueError(f"no protocol buffer: a field of wire type {kind}")
+        size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
+        if k + size > len(data):
+            raise ValueError("a field ends beyond the file")
+        yield key >> 3, data[k : k + size]
+        k += size
 
 
 BERT_OPTIONS: dict[str, Any] = {"do_lower_case": True, "tokenize_chinese_chars": True, "strip_accents": None}

@@ -48,11 +48,15 @@ _NO_EFFECT = frozenset(
 )
 _PROCESSORS = frozenset(
     {
+        "AttnAddedKVProcessor",
+        "AttnAddedKVProcessor2_0",
         "AttnProcessor",
         "AttnProcessor2_0",
         "AttnProcessorNPU",
         "FusedAttnProcessor2_0",
+        "SlicedAttnAddedKVProcessor",
         "SlicedAttnProcessor",
+        "XFormersAttnAddedKVProcessor",
         "XFormersAttnProcessor",
         "XLAFlashAttnProcessor2_0",
     }
@@ -142,6 +146,8 @@ def encoder_depth(module: Any) -> int:
     clip skip."""
     if hasattr(module, "model"):  # LDMBert
         return len(module.model.layers)
+    if hasattr(getattr(module, "encoder", None), "block"):  # T5
+        return len(module.encoder.block)
     inner = getattr(module, "text_model", None) or getattr(module, "vision_model", module)
     return len(inner.encoder.layers)
 
@@ -398,7 +404,8 @@ def of_tokenizer(path: str, tokenizer: Any) -> Iterator[str]:
         new = type(tokenizer)(**options).backend_tokenizer
     except Exception:  # a class that needs files
         return
-    for name in ("normalizer", "pre_tokenizer"):
+    # T5's normaliser is of its files.
+    for name in ("pre_tokenizer",) if type(tokenizer).__name__ == "T5Tokenizer" else ("normalizer", "pre_tokenizer"):
         if getattr(backend, name).__getstate__() != getattr(new, name).__getstate__():
             yield f"{path}.backend_tokenizer.{name} is {_show(getattr(backend, name))}"
     if getattr(backend.model, "dropout", None):  # of byte pairs

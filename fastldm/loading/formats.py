@@ -12,7 +12,7 @@ from typing import Any
 from fastldm.checks import show
 from fastldm.errors import CheckpointError
 from fastldm.loading import relatives
-from fastldm.models.config import LDM_BERT
+from fastldm.models.config import LDM_BERT, T5_ENCODER
 from fastldm.models.families import (
     DEPTH_PIPELINE,
     IMAGE_ENCODER,
@@ -46,6 +46,7 @@ PREPROCESSOR = ("feature_extractor", "preprocessor_config.json")
 TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
+    "spiece.model",
     "merges.txt",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -114,7 +115,7 @@ def named_config(config: Config, class_name: str) -> Config:
     inner = config.get("text_config")
     if class_name.startswith("CLIPText") and config.get("model_type") == "clip" and isinstance(inner, dict):
         config = inner  # the text half of a full CLIP, as transformers reads it
-    of_text = class_name.startswith("CLIP") or class_name == LDM_BERT
+    of_text = class_name.startswith("CLIP") or class_name in (LDM_BERT, T5_ENCODER)
     key, value = ("architectures", [class_name]) if of_text else ("_class_name", class_name)
     return {**config, key: value}
 

@@ -16,6 +16,7 @@ from fastldm.loading.tensors import Shapes
 from fastldm.models.config import UNetConfig
 from fastldm.models.families import (
     DEPTH_PIPELINE,
+    IF_PIPELINES,
     LATENT_UPSCALE_PIPELINE,
     PIXEL_PIPELINE,
     SUPER_RESOLUTION_PIPELINE,
@@ -27,7 +28,8 @@ from fastldm.models.families import (
 
 RUNS = (
     "fastldm runs Stable Diffusion 1, 2 and XL for text to image, image to image and inpainting, InstructPix2Pix, "
-    "depth to image, the x4 and the latent x2 upscaler, image variations, stable unCLIP, and latent "
+    "depth to image, the x4 and the latent x2 upscaler, image variations, stable unCLIP, DeepFloyd IF's first stage, "
+    "and latent "
     "diffusion's, DDPM's and consistency models without a prompt or with its first text encoder"
 )
 
@@ -106,6 +108,7 @@ def check_known(name: Any, source: str) -> None:
 def check_unet_keys(config: Mapping[str, Any], source: str, pipeline: Any = None) -> None:
     """CheckpointError if the raw config of a U-Net has a value that only a relative has. pipeline: the class's name."""
     runs = {"class_embed_type": "projection"} if pipeline in (UNCLIP_PIPELINE, TEXT_UNCLIP_PIPELINE) else {}
+    runs |= {"addition_embed_type": "text", "encoder_hid_dim_type": "text_proj"} if pipeline in IF_PIPELINES else {}
     for key, values, label in _UNET_KEYS:
         if config.get(key) in values and config[key] != runs.get(key):
             raise CheckpointError(f"{source} has {key!r} {config[key]!r}: it is {label}. {RUNS}.")
@@ -125,6 +128,13 @@ def check_standard(unet: UNetConfig, source: str, pipeline: Any = None) -> None:
             raise CheckpointError(
                 f"{source} is no U-Net of a {pipeline}, which reads pooled text by 'time_cond_proj_dim', and has "
                 "neither 'addition_embed_type' nor 'encoder_hid_dim_type'"
+            )
+        return
+    if pipeline in IF_PIPELINES:
+        if not unet.pools_text or unet.encoder_hid_dim_type != "text_proj":
+            raise CheckpointError(
+                f"{source} is no U-Net of a {pipeline}, which has 'addition_embed_type' 'text' and "
+                "'encoder_hid_dim_type' 'text_proj'"
             )
         return
     if unet.beyond_standard is not None:

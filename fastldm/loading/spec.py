@@ -43,6 +43,7 @@ from fastldm.models.config import (
 )
 from fastldm.models.families import (
     DDIM_PIPELINE,
+    IF_PIPELINES,
     IMAGE_ENCODER,
     IMAGE_NORMALIZER,
     LATENT_UPSCALE_PIPELINE,
@@ -56,6 +57,7 @@ from fastldm.models.families import (
 )
 from fastldm.models.interfaces import Autoencoder, Denoiser
 from fastldm.models.prior import Prior, PriorConfig
+from fastldm.models.t5 import text_config, text_encoder
 from fastldm.models.unet import UNet
 from fastldm.models.unet_config import NOISE_LEVEL_CHANNELS
 from fastldm.models.vae import AutoencoderKL, PixelResidual, TinyAutoencoder
@@ -141,7 +143,7 @@ class Spec:
     def parameters(self) -> int:
         """Total number of parameters of all networks."""
         with torch.device("meta"):
-            networks: list[torch.nn.Module] = [UNet(self.unet), autoencoder(self.vae), *map(CLIPText, self.text)]
+            networks: list[torch.nn.Module] = [UNet(self.unet), autoencoder(self.vae), *map(text_encoder, self.text)]
             networks += [CLIPVision(self.vision)] if self.vision else []
             networks += [Normalizer((self.unet.class_input_dim or 0) // 2)] if self.unet.needs_vector else []
             networks += [Prior(self.prior.model), CLIPText(self.prior.text)] if self.prior else []
@@ -248,14 +250,15 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
         low_res = read_scheduler(checkpoint.low_res_scheduler, None, source)
     _check_noise_levels(unet, low_res, index["max_noise_level"], checkpoint.source)
     names = [name for name in TEXT_ENCODERS if name in configs]
-    text = tuple(TextConfig.from_dict(configs[name], sources[name]) for name in names)
+    text = tuple(text_config(configs[name], sources[name]) for name in names)
     vision = preprocessing = None
     if IMAGE_ENCODER in configs:
         vision = VisionConfig.from_dict(configs[IMAGE_ENCODER], sources[IMAGE_ENCODER])
         preprocessing = preprocessing_of(vision, checkpoint.preprocessor, f"{checkpoint.source}: {PREPROCESSOR[1]}")
     prior = _prior_of(checkpoint, configs, sources) if PRIOR in configs else None
     # Of the next: as diffusers' schedulers recognise a variance that the network makes beside its prediction.
-    learns = unet.out_channels == 2 * vae.latent_channels and schedule.raw.get("variance_type") == "learned_range"
+    learned = schedule.raw.get("variance_type") == "learned_range" or named in IF_PIPELINES
+    learns = unet.out_channels == 2 * vae.latent_channels and learned
     unet = replace(unet, added_ids=5 if index["requires_aesthetics_score"] else 6, learns_variance=learns)
     if named == LATENT_UPSCALE_PIPELINE:
         unet, text = replace(unet, enlarges_latents=True), tuple(replace(each, pools=True) for each in text)
@@ -382,15 +385,19 @@ def _check_fit(
     reads = bool(text or vision)
     check(reads == unet.reads_text, "the U-Net reads text, and there is no text_encoder, or the reverse")
     pixels = isinstance(vae, PixelResidualConfig)
-    check(not (pixels and unet.reads_text), "the U-Net reads text, and the VAE is a PixelResidual, which goes without")
+    check(
+        vae == PIXEL_SPACE or not (pixels and unet.reads_text),
+        "the U-Net reads text, and the VAE is a PixelResidual, which goes without",
+    )
     check(
         pixels or unet.reads_text or unet.in_channels - latent_channels in (0, 3),
         f"the U-Net reads {unet.in_channels} channels ('in_channels'), and latents of {latent_channels} beside a "
         "picture's 3 were expected",
     )
     check(
-        not text or sum(text_channels) == unet.cross_attention_dim,
-        f"the U-Net reads text of {unet.cross_attention_dim} channels ('cross_attention_dim'), "
+        not text or sum(text_channels) == unet.text_width,
+        f"the U-Net reads text of {unet.text_width} channels "
+        f"('{'encoder_hid_dim' if unet.encoder_hid_dim_type else 'cross_attention_dim'}'), "
         f"and {' + '.join(map(str, text_channels))} come from the text encoder{'s' * (len(text) > 1)} ('hidden_size')",
     )
     twice = ", twice as many, as of a learned variance, and the scheduler's 'variance_type' is not 'learned_range'"
@@ -482,7 +489,7 @@ def load(
     """
     names = [name for name in TEXT_ENCODERS if name in spec.checkpoint.components]
     with torch.device("meta"):
-        unet, vae, encoders = UNet(spec.unet), autoencoder(spec.vae), [CLIPText(config) for config in spec.text]
+        unet, vae, encoders = UNet(spec.unet), autoencoder(spec.vae), [text_encoder(config) for config in spec.text]
     tokenizers = [spec.checkpoint.tokenizer(name.replace("text_encoder", "tokenizer")) for name in names]
     for name, tokenizer, config in zip(names, tokenizers, spec.text, strict=True):
         if tokenizer.size > config.vocab:

@@ -43,6 +43,7 @@ def load_module(
     return module.requires_grad_(False).eval()
 
 
+_TIED = "encoder.embed_tokens.weight"  # of T5: the same tensor as `shared.weight`, of which files have one or both
 _OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -55,7 +56,7 @@ def fit_names(module: nn.Module, state: Mapping[str, Tensor], source: str) -> di
         name = next((name for name in _spellings(key) if name in expected), None)
         if name is not None and name not in fitted:
             fitted[name] = key
-        elif not key.endswith("position_ids") and ldm_bert_name(key) != ():
+        elif not key.endswith("position_ids") and ldm_bert_name(key) != () and key != _TIED:
             unexpected.append(key)
     missing = [name for name in expected if name not in fitted]
     shapes = [
@@ -90,8 +91,8 @@ def fit_names(module: nn.Module, state: Mapping[str, Tensor], source: str) -> di
 
 
 def _spellings(key: str) -> Iterator[str]:
-    """Names that a key may stand for: transformers 5.6 omits `text_model.`, old diffusers has `query` for `to_q`, and
-    LDMBert calls CLIP's layers by other names."""
+    """Names that a key may stand for: transformers 5.6 omits `text_model.`, old diffusers has `query` for `to_q`,
+    LDMBert calls CLIP's layers by other names, and T5's table has two."""
     yield key
     yield f"text_model.{key}"
     yield key.removeprefix("text_model.")
@@ -99,4 +100,6 @@ def _spellings(key: str) -> Iterator[str]:
     stem, _, last = head.rpartition(".")
     if last in _OLD_VAE_ATTENTION:
         yield f"{stem}.{_OLD_VAE_ATTENTION[last]}.{end}"
+    if key == _TIED:
+        yield "shared.weight"
     yield from ldm_bert_name(key) or ()

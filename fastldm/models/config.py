@@ -295,7 +295,7 @@ AUTOENCODERS: dict[str, type[VAEConfig] | type[TinyVAEConfig] | type[PixelResidu
 
 # ----------------------------------------------------------------------------------------------------------- text
 
-_PROJECTED, LDM_BERT = "CLIPTextModelWithProjection", "LDMBertModel"
+_PROJECTED, LDM_BERT, T5_ENCODER = "CLIPTextModelWithProjection", "LDMBertModel", "T5EncoderModel"
 _ARCHITECTURES = {"architectures": Field(Maybe(ListOf(Text(), 0, 16)), None)}
 _TEXT = only({"model_type": ("clip_text_model",), "use_attention_mask": (None, False)}) | {
     "hidden_act": Field(OneOf("quick_gelu", "gelu"), "quick_gelu"),

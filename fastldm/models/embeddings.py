@@ -75,7 +75,8 @@ class Conditions(nn.Module):
         image_embeds: Tensor | None = None,
     ) -> Tensor:
         """The embedding (R, time_embedding_dim) of R rows. InputError for what is missing: see
-        `UNet.time_rows`. condition: (R, time_cond_proj_dim)."""
+        `UNet.time_rows`. condition: (R, time_cond_proj_dim). encoder_hidden_states: of R rows, or of the rows of
+        one step, which are those of all."""
         addition, class_type, _ = self.kinds
         dtype = self.time_embedding.linear_1.weight.dtype
         embedding = self.time_embedding(self.time_proj(timesteps).to(dtype), condition)
@@ -98,7 +99,8 @@ class Conditions(nn.Module):
         elif addition == "text":
             if encoder_hidden_states is None:
                 raise InputError("this network (IF) reads text with the time: encoder_hidden_states is None")
-            embedding = embedding + self.add_embedding(encoder_hidden_states)
+            pooled = self.add_embedding(encoder_hidden_states)
+            embedding = embedding + pooled.repeat(len(embedding) // len(pooled), 1)
         elif addition is not None:
             if image_embeds is None:
                 raise InputError("this network (Kandinsky) reads a picture's vector: image_embeds is None")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastldm.models.config import LDM_BERT, TextConfig, UNetConfig
+from fastldm.models.config import LDM_BERT, T5_ENCODER, TextConfig, UNetConfig
 
 NETWORK_CLASSES = {
     "unet": ("UNet2DConditionModel",),
@@ -91,6 +91,7 @@ _VARIATION_PIPELINES = ("StableDiffusionImageVariationPipeline",)
 UNCLIP_PIPELINE, TEXT_UNCLIP_PIPELINE = "StableUnCLIPImg2ImgPipeline", "StableUnCLIPPipeline"
 LDM_PIPELINE, SUPER_RESOLUTION_PIPELINE = "LDMPipeline", "LDMSuperResolutionPipeline"
 DDIM_PIPELINE = "DDIMPipeline"
+IF_PIPELINES = ("IFPipeline",)
 PIXEL_SPACE_PIPELINES = ("DDPMPipeline", DDIM_PIPELINE, "ConsistencyModelPipeline")
 UNCONDITIONAL_PIPELINES = (LDM_PIPELINE, SUPER_RESOLUTION_PIPELINE, *PIXEL_SPACE_PIPELINES)
 """Those of diffusers' UNet2DModel, which reads no text."""
@@ -98,6 +99,7 @@ UNCONDITIONAL_PIPELINES = (LDM_PIPELINE, SUPER_RESOLUTION_PIPELINE, *PIXEL_SPACE
 # The first match counts; the last entry matches everything.
 FAMILIES: tuple[Family, ...] = (
     Family("ldm-text", 50, 6.0, lambda *_: True, pipelines=(LDM_TEXT_PIPELINE,), by_class=True),
+    Family("if", 100, 7.0, lambda *_: True, pipelines=IF_PIPELINES, by_class=True),
     Family("ldm", 50, 1.0, lambda *_: True, pipelines=(LDM_PIPELINE,), by_class=True),
     Family("ldm-super-resolution", 100, 1.0, lambda *_: True, pipelines=(SUPER_RESOLUTION_PIPELINE,), by_class=True),
     Family("ddpm", 1000, 1.0, lambda *_: True, pipelines=("DDPMPipeline",), by_class=True),
@@ -172,6 +174,7 @@ _NETWORKS: dict[str, tuple[str, ...]] = {
     TEXT_UNCLIP_PIPELINE: ("unet", "vae", "text_encoder", IMAGE_NORMALIZER, PRIOR, PRIOR_TEXT_ENCODER),
     **dict.fromkeys((PIXEL_PIPELINE, LDM_PIPELINE, SUPER_RESOLUTION_PIPELINE), ("unet", "vae")),
     **dict.fromkeys(PIXEL_SPACE_PIPELINES, ("unet",)),
+    **dict.fromkeys(IF_PIPELINES, ("unet", "text_encoder")),
 }
 """The networks of a pipeline of diffusers that are not those of Stable Diffusion."""
 
@@ -182,6 +185,8 @@ def network_classes(pipeline: object) -> dict[str, tuple[str, ...]]:
     classes |= PRIOR_CLASSES
     if pipeline in UNCONDITIONAL_PIPELINES:
         classes |= {"unet": ("UNet2DModel",)}
+    if pipeline in IF_PIPELINES:
+        classes |= {"text_encoder": (T5_ENCODER,)}
     return {name: classes[name] for name in _NETWORKS.get(str(pipeline), tuple(NETWORK_CLASSES))}
 
 

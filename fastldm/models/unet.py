@@ -354,7 +354,8 @@ class UNet(UNetEncoder):
         `guidance` (R,), the guidance scale (LCM); `class_labels`, (R,) whole numbers (an upscaler's noise level, ADM's
         class), (R,) timesteps, or vectors (R, class_input_dim) (unCLIP: a picture's, and its noise level's) or (R,
         time_embedding_dim); `timestep_cond` (R, time_cond_proj_dim) (the x2 upscaler); `encoder_hidden_states`
-        (R, T, D), before its projection (IF); `image_embeds` (R, encoder_hid_dim) (Kandinsky).
+        (R, T, D), before its projection, or those of one step, which are those of all (IF); `image_embeds` (R,
+        encoder_hid_dim) (Kandinsky).
         """
         condition = timestep_cond
         if self.config.needs_guidance and condition is None:

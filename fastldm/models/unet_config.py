@@ -110,6 +110,16 @@ class UNetConfig:
         return self.down[0].context
 
     @property
+    def text_width(self) -> int:
+        """Channels of what the text encoder makes."""
+        return (self.encoder_hid_dim or 0) if self.encoder_hid_dim_type == "text_proj" else self.cross_attention_dim
+
+    @property
+    def pools_text(self) -> bool:
+        """Whether time rows need the text, all its tokens, as of DeepFloyd IF."""
+        return self.addition_embed_type == "text"
+
+    @property
     def skip_channels(self) -> tuple[int, ...]:
         """Channels of each skip connection: the outputs of the first convolution, and of each resnet and downsampling
         convolution of the encoder."""
@@ -275,7 +285,7 @@ class UNetConfig:
     @property
     def needs_rows(self) -> bool:
         """Whether time rows are others for each U-Net row."""
-        return self.reads_pooled or self.needs_vector or self.needs_label
+        return self.reads_pooled or self.needs_vector or self.needs_label or self.pools_text
 
     @classmethod
     def from_dict(cls, cfg: Mapping[str, Any], source: str = "config.json") -> UNetConfig:

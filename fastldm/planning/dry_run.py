@@ -31,6 +31,7 @@ from fastldm.models.latents import unscaled
 from fastldm.models.layers import Linear, Pointwise
 from fastldm.models.prior import Prior, PriorConfig
 from fastldm.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
+from fastldm.models.t5 import T5_WINDOW, T5Config, T5Text
 from fastldm.models.unet import AddedConditions, Features, UNet
 from fastldm.models.vae import TILE, Decode, decode_pieces, finish
 from fastldm.runtime.pages import Pages
@@ -48,7 +49,7 @@ def network(config: Config, dtype: torch.dtype) -> nn.Module:
 
 @functools.lru_cache(maxsize=16)
 def _network(config: Config, dtype: torch.dtype, device: str) -> nn.Module:
-    encoders = {TextConfig: CLIPText, VisionConfig: CLIPVision}
+    encoders = {TextConfig: CLIPText, T5Config: T5Text, VisionConfig: CLIPVision}
     controls = {ControlNetConfig: ControlNet, T2IAdapterConfig: T2IAdapter, IPAdapterConfig: IPAdapter}
     classes = {UNetConfig: UNet, PriorConfig: Prior, **encoders, **controls}
     build: Callable[[Any], nn.Module] = classes.get(type(config), autoencoder)
@@ -80,6 +81,8 @@ def time_rows(config: UNetConfig, *, count: int, dtype: torch.dtype) -> DryRun:
     more: dict[str, Any] = {}
     if config.enlarges_latents:
         more["timestep_cond"] = _empty(count, config.time_cond_proj_dim or 0, dtype=dtype)
+    if config.pools_text:
+        more["encoder_hidden_states"] = _empty(1, T5_WINDOW, config.text_width, dtype=dtype)
     labels = _empty(count) if config.needs_class else None
     if config.class_input_dim is not None:
         labels = _empty(count, config.class_input_dim, dtype=dtype)
@@ -101,7 +104,7 @@ def _added(config: UNetConfig, count: int, dtype: torch.dtype) -> AddedCondition
 def cross_kv(config: UNetConfig, *, rows: int, tokens: int, dtype: torch.dtype) -> DryRun:
     """Keys and values of `rows` texts."""
     unet: UNet = network(config, dtype)  # type: ignore[assignment]
-    text = _empty(rows, tokens, config.cross_attention_dim, dtype=dtype)
+    text = _empty(rows, tokens, config.text_width, dtype=dtype)
     return torch.no_grad()(lambda: unet.cross_kv(text))
 
 

@@ -351,7 +351,7 @@ class Stages:
         encoded = conditioning.encode(
             request,
             self.text_stages,
-            width=config.cross_attention_dim,
+            width=config.text_width,
             pooled_width=pooled_width,
             guided=self.guided(request),
             zero_negative=self.zero_negative,
@@ -401,6 +401,9 @@ class Stages:
         elif embeds.add_text_embeds is not None:
             rows = len(embeds.add_text_embeds)
             more["timestep_cond"] = pooled_condition(embeds.add_text_embeds).repeat(len(table), 1)
+        elif self.unet.config.pools_text:
+            rows = len(embeds.prompt_embeds)
+            more["encoder_hidden_states"] = embeds.prompt_embeds
         if self.unet.config.needs_guidance:
             scale = torch.full((len(table) * rows,), guidance_scale, device=self.device)
         labels = None

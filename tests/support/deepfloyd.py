@@ -1,0 +1,88 @@
+"""DeepFloyd IF on tiny random parts: T5's tokenizer and encoder, and diffusers' pipelines of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tiny
+from other_networks import network
+
+PIECES = ("▁a", "▁photo", "▁of", "▁cat", "▁dog", "▁", "s", "▁squ", "ir", "rel", "ing", "▁eat", ",", ".", "!", "(", ")")
+T5_WIDTH = 40  # of the U-Nets' encoder_hid_dim
+T5 = {
+    "d_model": T5_WIDTH,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 3,
+    "num_heads": 3,
+    "feed_forward_proj": "gated-gelu",
+}
+
+
+def t5_pieces() -> list[tuple[str, float]]:
+    letters = [(letter, -6.0) for letter in "abcdefghijklmnopqrstuvwxyzé0123456789:'\""]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    return special + [(piece, -2.0 - 0.01 * k) for k, piece in enumerate(PIECES)] + letters[:]
+
+
+def t5_tokenizer(**options: Any) -> Any:
+    return tiny.peer("transformers").T5Tokenizer(vocab=t5_pieces(), extra_ids=0, **options)
+
+
+def spiece(path: Path, characters: bytes = b"") -> None:
+    """The same pieces as a file of sentencepiece, written by hand: a protocol buffer."""
+    import struct
+
+    def field(number: int, data: bytes) -> bytes:
+        return bytes([number << 3 | 2]) + _varint(len(data)) + data
+
+    message = b""
+    for piece, score in t5_pieces():
+        kind = b"\x18\x03" if piece.startswith("<") else b""  # type = 3, as an enum
+        message += field(1, field(1, piece.encode()) + b"\x15" + struct.pack("<f", score) + kind)
+    path.write_bytes(message + field(3, field(1, b"nmt_nfkc") + (field(2, characters) if characters else b"")))
+
+
+def _varint(value: int) -> bytes:
+    out = b""
+    while value > 127:
+        out, value = out + bytes([value & 127 | 128]), value >> 7
+    return out + bytes([value])
+
+
+def t5(seed: int = 0, **changes: Any) -> Any:
+    library = tiny.peer("transformers")
+    config = library.T5Config(**{"vocab_size": len(t5_pieces()), **T5, **changes})
+    model = tiny.seeded(lambda: library.T5EncoderModel(config), seed)
+    model.shared.weight.data *= 3
+    return model
+
+
+def scheduler(**options: Any) -> Any:
+    """As published: a variance of the network, and thresholds."""
+    published = {
+        "beta_schedule": "squaredcos_cap_v2",
+        "variance_type": "learned_range",
+        "thresholding": True,
+        "dynamic_thresholding_ratio": 0.95,
+        "sample_max_value": 1.5,
+    }
+    return tiny.peer("diffusers").DDPMScheduler(**{**published, **options})
+
+
+def first_stage(seed: int = 0, **replaced: Any) -> Any:
+    """diffusers' IFPipeline."""
+    components = {
+        "tokenizer": t5_tokenizer(),
+        "text_encoder": t5(seed + 1),
+        "unet": network("if-1", seed),
+        "scheduler": scheduler(),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "watermarker": None,
+        "requires_safety_checker": False,
+    }
+    pipe = tiny.peer("diffusers").IFPipeline(**{**components, **replaced})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -1,0 +1,237 @@
+"""DeepFloyd IF beside diffusers' pipelines, on the same seeded random weights."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import deepfloyd
+import diffusers
+import numpy as np
+import pytest
+import torch
+from command import run
+from other_networks import network
+from pairs import close, generator
+from PIL import Image
+
+from fastldm import Pipeline, Session
+from fastldm.errors import CheckpointError, InputError
+from fastldm.loading.hub import _needed_files
+from fastldm.model import describe
+from fastldm.planning import memory
+
+PROMPT, NEGATIVE = "A photo of squirrels, eating!", "a dog"
+Options = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def peer() -> Any:
+    return deepfloyd.first_stage()
+
+
+@pytest.fixture(scope="module")
+def pipe(peer: Any) -> Pipeline:
+    return Pipeline.from_diffusers(peer)
+
+
+@pytest.fixture(scope="module")
+def folder(peer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("if")
+    peer.save_pretrained(path)
+    return path
+
+
+def both(ours: Pipeline, theirs: Any, **options: Any) -> None:
+    many = options.pop("generator", None) == "list"
+    options = {"prompt": PROMPT, "num_inference_steps": 3, "output_type": "np", **options}
+
+    def draws() -> Any:
+        return [generator(1), generator(2)] if many else generator()
+
+    made = ours(**options, generator=draws()).images
+    close(made, theirs(**options, generator=draws(), clean_caption=False).images)
+
+
+EMBEDS = {"prompt_embeds": torch.randn(1, 77, 40, generator=generator(1)), "prompt": None}
+CALLS: dict[str, Options] = {
+    "plain": {},
+    "unguided": {"guidance_scale": 1.0},
+    "a negative": {"negative_prompt": NEGATIVE, "guidance_scale": 4.0},
+    "several prompts": {"prompt": [PROMPT, "a cat"], "negative_prompt": [NEGATIVE, ""], "generator": "list"},
+    "several pictures": {"num_images_per_prompt": 2},
+    "several pictures of generators": {"num_images_per_prompt": 2, "generator": "list"},
+    "a size": {"height": 24, "width": 32},
+    "times": {"timesteps": [900, 500, 20]},
+    "one step": {"num_inference_steps": 1},
+    "embeds": EMBEDS,
+    "all embeds": {**EMBEDS, "negative_prompt_embeds": torch.randn(1, 77, 40, generator=generator(2))},
+    "no text": {"prompt": ""},
+}
+FEW = ("plain", "unguided", "several prompts", "a size")
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in FEW else pytest.param(case, marks=pytest.mark.full) for case in CALLS]
+)
+def test_first_stage_equals_diffusers(case: str, peer: Any, pipe: Pipeline) -> None:
+    both(pipe, peer, **CALLS[case])
+
+
+GRID = {
+    "prompt": [PROMPT, ["a cat", "a dog"]],
+    "negative_prompt": [None, NEGATIVE],
+    "guidance_scale": [0.5, 1.0, 7.0],
+    "num_images_per_prompt": [1, 2],
+    "height": [None, 24],
+    "width": [None, 32],
+    "timesteps": [None, [900, 500, 20]],
+    "generator": [None, "list"],
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("scale", GRID["guidance_scale"])
+def test_arguments_grid_equals_diffusers(scale: float, peer: Any, pipe: Pipeline) -> None:
+    ran = 0
+    names = [name for name in GRID if name != "guidance_scale"]
+    for values in itertools.product(*(GRID[name] for name in names)):
+        options = {**dict(zip(names, values, strict=True)), "guidance_scale": scale}
+        several, images = isinstance(options["prompt"], list), options["num_images_per_prompt"]
+        if several and isinstance(options["negative_prompt"], str):
+            options["negative_prompt"] = [NEGATIVE] * 2  # which diffusers wants
+        if options["generator"] == "list" and (1 + several) * images != 2:
+            continue
+        both(pipe, peer, **{key: value for key, value in options.items() if value is not None})
+        ran += 1
+    assert ran == 96
+
+
+SCHEDULERS: dict[str, tuple[str, Options]] = {
+    "no thresholds": ("DDPMScheduler", {"thresholding": False, "clip_sample": True}),
+    "linear": ("DDPMScheduler", {"beta_schedule": "linear", "timestep_spacing": "trailing"}),
+    "a variance that is not read": ("DDPMScheduler", {"variance_type": "fixed_small"}),
+    "a fixed large variance": ("DDPMScheduler", {"variance_type": "fixed_large"}),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", SCHEDULERS)
+def test_first_stage_of_other_schedulers_equals_diffusers(case: str) -> None:
+    _, options = SCHEDULERS[case]
+    theirs = deepfloyd.first_stage(scheduler=deepfloyd.scheduler(**options))
+    ours = Pipeline.from_diffusers(theirs)
+    for scale in (1.0, 7.0):
+        both(ours, theirs, guidance_scale=scale, num_inference_steps=4)
+
+
+def test_first_stage_of_a_folder_is_the_adopted_one(pipe: Pipeline, folder: Path) -> None:
+    loaded = Pipeline.from_pretrained(folder, dtype="float32")
+    family = loaded.family
+    assert (family.name, family.num_inference_steps, family.guidance_scale) == ("if", 100, 7.0)
+    assert loaded.stages.spec.default_size == (16, 16)
+    options = {"num_inference_steps": 2, "seed": 4, "output_type": "np"}
+    assert np.array_equal(loaded(PROMPT, **options).images, pipe(PROMPT, **options).images)
+    text, other = (loaded(prompt, **options).images for prompt in (PROMPT, "a cat"))
+    assert np.abs(text - other).max() > 1e-2
+    long = loaded("a cat " * 100, **options).images  # in several windows
+    assert np.isfinite(long).all()
+
+
+def test_requests_of_first_stage_share_steps(pipe: Pipeline) -> None:
+    queries: list[Options] = [
+        {"prompt": PROMPT, "guidance_scale": 7.0, "seed": 1},
+        {"prompt": "a cat", "guidance_scale": 1.0, "seed": 2},
+        {"prompt": "a cat " * 60, "negative_prompt": NEGATIVE, "seed": 3},
+    ]
+    more: Options = {"num_inference_steps": 3, "output_type": "np"}
+    with Session(pipe, max_batch=4) as session:
+        together = [session.submit(**query, **more) for query in queries]
+        for future, query in zip(together, queries, strict=True):
+            assert np.abs(future.result().images - pipe(**query, **more).images).max() < 1e-4
+
+
+def test_hub_is_asked_for_spiece(folder: Path) -> None:
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    needed = {*_needed_files(index, [*names, "tokenizer/spiece.model"], None, False, "a/b")}
+    assert {"tokenizer/spiece.model", "text_encoder/config.json", "text_encoder/model.safetensors"} <= needed
+
+
+def test_spiece_alone_is_a_tokenizer(folder: Path, pipe: Pipeline, tmp_path: Path) -> None:
+    for path in folder.iterdir():
+        if path.name != "tokenizer":
+            (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "tokenizer").mkdir()
+    deepfloyd.spiece(tmp_path / "tokenizer" / "spiece.model")
+    options = {"num_inference_steps": 1, "seed": 4, "output_type": "np"}
+    loaded = Pipeline.from_pretrained(tmp_path, dtype="float32")
+    assert np.array_equal(loaded(PROMPT, **options).images, pipe(PROMPT, **options).images)
+
+
+@pytest.mark.parametrize(
+    ("replaced", "message"),
+    [
+        ({"unet": ["diffusers", "UNet2DModel"]}, "unet is a UNet2DModel"),
+        ({"text_encoder": ["transformers", "CLIPTextModel"]}, "text_encoder is a CLIPTextModel; fastldm runs T5Enc"),
+        ({"text_encoder": [None, None]}, "has no text_encoder"),
+        ({"vae": ["diffusers", "AutoencoderKL"]}, "has vae"),
+        ({"_class_name": "IFImg2ImgPipeline"}, "is a IFImg2ImgPipeline"),
+        ({"_class_name": "IFInpaintingPipeline"}, "is a IFInpaintingPipeline"),
+    ],
+)
+def test_other_parts_are_refused_by_name(replaced: Options, message: str, folder: Path, tmp_path: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    for path in folder.iterdir():
+        if path.is_dir():
+            (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, **replaced}))
+    with pytest.raises(CheckpointError, match=message):
+        describe(tmp_path)
+
+
+def test_parts_of_another_model_are_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"reads text of 24 channels \('encoder_hid_dim'\), and 40 come"):
+        Pipeline.from_diffusers(deepfloyd.first_stage(unet=network("if-1", encoder_hid_dim=24)))
+    with pytest.raises(CheckpointError, match="is no U-Net of a IFPipeline"):
+        Pipeline.from_diffusers(deepfloyd.first_stage(unet=network("karlo-decoder", class_embed_type=None)))
+
+
+def test_what_first_stage_does_not_read_is_named(pipe: Pipeline, tmp_path: Path) -> None:
+    refused: dict[str, Options] = {
+        "clip_skip is 1: .* T5": {"clip_skip": 1},
+        "only SDXL reads it": {"prompt_2": "a dog"},
+        "clean_caption is not supported": {"clean_caption": True},
+        "noise_level is 3": {"noise_level": 3},
+    }
+    for message, options in refused.items():
+        with pytest.raises(InputError, match=message):
+            pipe(PROMPT, **options)
+    with pytest.raises(InputError, match="exports are of Stable Diffusion"):
+        pipe.export(tmp_path / "out")
+
+
+def test_first_stage_is_planned_by_its_configs(peer: Any, folder: Path) -> None:
+    spec = describe(folder)
+    workload: Options = {"width": 16, "height": 16, "batch": 2, "dtype": torch.float32, "arch": 0}
+    plan = memory.plan(memory.Workload.of_spec(spec, **workload))
+    parameters = sum(p.numel() for part in (peer.unet, peer.text_encoder) for p in part.parameters())
+    assert spec.parameters == parameters
+    assert sum(line.bytes for line in plan.weights) == 4 * parameters
+
+
+def test_command_makes_a_first_stage(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run("generate", PROMPT, "-m", str(folder), "--steps", "2", "--seed", "4", "-o", "a.png")
+    assert done.exit_code == 0, done.stderr
+    assert Image.open("a.png").size == (16, 16)
+    planned = run("plan", "-m", str(folder), "--device", "cpu")
+    assert planned.exit_code == 0, planned.stderr
+
+
+def test_diffusers_has_no_other_parts() -> None:
+    names = diffusers.IFPipeline.__init__.__code__.co_varnames[1:9]
+    assert {"tokenizer", "text_encoder", "unet", "scheduler"} <= set(names)
+    assert "vae" not in names
