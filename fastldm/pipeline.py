@@ -393,15 +393,15 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         """
         if self.backend != "torch":
             raise InputError(f"{self.backend} cannot decode in tiles: decode sliced or whole, or run on backend torch")
-        self.stages.vae_decode = "tiled"
+        self.stages.decoder.mode = "tiled"
 
     def enable_vae_slicing(self) -> None:
         """Decode a batch picture by picture: less memory, the same pictures."""
-        self.stages.vae_decode = "sliced"
+        self.stages.decoder.mode = "sliced"
 
     def disable_vae_tiling(self) -> None:
         """Decode in one go, as by default."""
-        self.stages.vae_decode = "whole"
+        self.stages.decoder.mode = "whole"
 
     disable_vae_slicing = disable_vae_tiling
 

@@ -160,11 +160,11 @@ def test_every_supported_class_is_adopted(name: str) -> None:
 
 
 def test_tiled_and_sliced_decoding_is_adopted(pipe: Any) -> None:
-    assert Pipeline.from_diffusers(pipe).stages.vae_decode == "whole"
+    assert Pipeline.from_diffusers(pipe).stages.decoder.mode == "whole"
     pipe.vae.enable_slicing()
-    assert Pipeline.from_diffusers(pipe).stages.vae_decode == "sliced"
+    assert Pipeline.from_diffusers(pipe).stages.decoder.mode == "sliced"
     pipe.vae.enable_tiling()
-    assert Pipeline.from_diffusers(pipe).stages.vae_decode == "tiled"
+    assert Pipeline.from_diffusers(pipe).stages.decoder.mode == "tiled"
 
 
 def test_ignored_safety_checker_is_logged(caplog: pytest.LogCaptureFixture, pipe: Any) -> None:

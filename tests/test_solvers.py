@@ -148,7 +148,8 @@ def final_latents(case: Case) -> np.ndarray | None:
     state = np.zeros((7, 3))  # x, y, m0, m1, m2, m3, noise
     state[0] = drawn[-1] * rows[0].level[1]
     for row, n, noise in zip(rows, numbers, drawn, strict=False):
-        model_input, alpha = row.c_in * state[0], row.c_in * row.level[0]  # model_input = alpha * image + sigma * noise
+        alpha, _ = row.at or row.level  # SA-Solver's `level` is that of diffusers' add_noise
+        model_input, alpha = row.c_in * state[0], row.c_in * alpha  # model_input = alpha * image + sigma * noise
         sigma = math.sqrt(1 - alpha**2)
         output = image = np.tanh(model_input + math.sin(row.t / 300))
         if case.config["prediction_type"] == "epsilon":

@@ -141,7 +141,7 @@ class Workload:
             "batch": request.batch,
             "guided": stages.guided(request),
             "steps": int(request.num_inference_steps or 1),
-            "decode": stages.vae_decode,
+            "decode": stages.decoder.mode,
             "encode": request.image is not None
             and not stages.spec.unet.upscales
             and start_latents(request, stages.latent_channels) is None,

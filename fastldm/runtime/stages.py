@@ -10,7 +10,6 @@ Over 500 lines, for what a session's worker asks of a model is one object, whose
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 import math
@@ -22,25 +21,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastldm import image as images
 from fastldm import spans
 from fastldm.adapters.selection import Selection
 from fastldm.conditioning import encode as conditioning
 from fastldm.conditioning.text import Conditioning, TextStage
-from fastldm.device import Mark, send, to_host
-from fastldm.errors import InputError, NonFinite
+from fastldm.device import send
+from fastldm.errors import InputError
 from fastldm.gradients import CLIPGuidance
 from fastldm.kernels.step import BRANCHES, fuses
 from fastldm.loading import spec as loading
 from fastldm.loading.mapped import Mapped
-from fastldm.mask_crop import mask_crop
 from fastldm.models.controlnet import ControlNet
 from fastldm.models.embeddings import pooled_condition
 from fastldm.models.families import encoder_names
-from fastldm.models.latents import unscaled
 from fastldm.models.t2i_adapter import T2IAdapter
 from fastldm.models.unet import AddedConditions, UNet
-from fastldm.models.vae import Decode, Pieces, PixelResidual, decode_pieces, finish
+from fastldm.models.vae import PixelResidual, finish
 from fastldm.request import Request, Result, Timings, picture_seeds
 from fastldm.runtime import candidates
 from fastldm.runtime.adapted import Adapted
@@ -48,7 +44,8 @@ from fastldm.runtime.batch import Batch, BatchInvariant, EagerBatch
 from fastldm.runtime.candidates import Ranking
 from fastldm.runtime.complete import complete
 from fastldm.runtime.controls import Controls, start_controls
-from fastldm.runtime.denoise import Embeds, Guidance, Run, check_finite
+from fastldm.runtime.decoding import Decoder
+from fastldm.runtime.denoise import Embeds, Guidance, Run
 from fastldm.runtime.gradient import CLIPGradient, Function, Gradient, clip_texts
 from fastldm.runtime.graph import CUDA, Graphs
 from fastldm.runtime.guidance import apg_field, apg_of, guidance_of, pag_defaults, perturbed_layers
@@ -64,7 +61,6 @@ from fastldm.samplers.table import StepTable
 logger = logging.getLogger("fastldm")
 
 _GRAPH_MEMORY = 0.25  # the fraction of a GPU's memory that graphs may take
-_PREVIEW_LATENTS = 16
 _OPERATIONS_PER_THREAD = 1e9  # multiply-adds of a step, about
 
 
@@ -108,7 +104,8 @@ class Stages:
             total = torch.cuda.get_device_properties(self.device).total_memory
             self.graphs = Graphs(CUDA(self.device), budget=int(_GRAPH_MEMORY * total))
         self._steps = networks.steps
-        self.vae_decode: Decode = "whole"
+        self.decoder = Decoder(self.vae, self.dtype, self.device, self.graphs, self.backend)
+        """Makes images of latents."""
         adapted: dict[str, Any] = {"unet": self.unet, **{name: stage.model for name, stage in self.encoders.items()}}
         options: dict[str, Any] = {"shared": spec.checkpoint.loaded, "packed": networks.packed}
         self.adapters = Adapted(adapted, spec.unet, self.prepared.refresh, **options)
@@ -251,11 +248,7 @@ class Stages:
         stage = ranker.text or self.text_stages[0]
         texts = ranker.text_vectors(clip_texts(request, options), stage, literal=request.literal_prompt)
         seeds = range(request.batch) if request.generator is not None else picture_seeds(request)
-        return CLIPGradient(options, ranker.images, texts, self._decoded, seeds)
-
-    def _decoded(self, latents: Tensor) -> Tensor:
-        """Latents as the U-Net has them to images (B, 3, H, W) in about -1..1, for autograd."""
-        return self.vae.decode(self._unscaled(latents).to(self.dtype))
+        return CLIPGradient(options, ranker.images, texts, self.decoder.images, seeds)
 
     def guided(self, request: Request) -> bool:
         """Whether negatives are needed, for a network row of their own: none where a model reads the scale itself."""
@@ -272,11 +265,11 @@ class Stages:
     @contextmanager
     def eager(self) -> Iterator[None]:
         """Inside, no graph is captured or replayed, by batches made there: a GPU's ops are launched one by one."""
-        graphs, self.graphs = self.graphs, None
+        graphs, self.graphs, self.decoder.graphs = self.graphs, None, None
         try:
             yield
         finally:
-            self.graphs = graphs
+            self.graphs = self.decoder.graphs = graphs
 
     def prepare(
         self,
@@ -384,7 +377,7 @@ class Stages:
         options["edit_scale"] = self.vae.config.scaling_factor if self._scales_edits else 1.0
         options["generators"], options["prior"] = generators, self.prior
         run = start_run(request, self.table(request), guidance, self.vae, self.spec, **options)
-        if run.repainted is not None and self.vae_decode == "tiled":
+        if run.repainted is not None and self.decoder.mode == "tiled":
             raise InputError("this model's asymmetric VAE decodes what is repainted as a whole, and not in tiles")
         return run
 
@@ -503,94 +496,14 @@ class Stages:
         return function(*inputs) if self.graphs is None else self.graphs.call(key, function, *inputs)
 
     def preview(self, latents: Tensor, c_in: float, run: Run | None = None) -> Tensor:
-        """Small images (B, H, W, 3) uint8 of latents (B, C, h, w) between two steps, on the host when the device has
-        come so far. They are decoded from at most 16 latents a side, a sixteenth of the work at 512x512 pixels and less
-        beyond. c_in: the factor that the next step scales the latents by. run: whose they are."""
-        latents = self._with_base(latents * c_in, run)
-        longest = max(latents.shape[2:])
-        if longest > _PREVIEW_LATENTS:
-            size = [max(1, round(n * _PREVIEW_LATENTS / longest)) for n in latents.shape[2:]]
-            latents = torch.nn.functional.interpolate(latents, size, mode="area")
-        return to_host(images.to_pixels(finish(self._decoding(latents)), "pil"))
+        """As `Decoder.preview`. c_in: the factor that the next step scales the latents by."""
+        return self.decoder.preview(latents * c_in, run)
 
     def decode(
         self, request: Request, run: Run, latents: Tensor, first_bad: Callable[[], int | None]
     ) -> Generator[Any, None, Any]:
-        """The images of a run's latents, decoded in pieces, between which steps of other runs may be taken.
-
-        Yields None, or a mark that the device has to reach before the next piece: nothing here waits for another.
-        first_bad: as `Batch.release` gives it. Raises NonFinite.
-        """
-        kind, pixels, finite = request.output_type, latents, None
-        if kind != "latent":
-            latents = self._with_base(latents, run)
-            if run.repainted is None:
-                decoded = yield from self._decoding(latents, bool(run.images))
-            else:
-                decoded = yield from self._repainted(latents, *run.repainted)
-            pixels, finite = images.to_pixels(decoded, kind), to_host(decoded.isfinite().all())
-            if kind != "pt":
-                pixels = to_host(pixels)
-        mark = Mark(self.device)
-        yield mark
-        mark.wait()
-        first = first_bad()
-        if first == -1 and request.image is not None:
-            raise NonFinite(
-                f"encoding the picture in {self.dtype} gave NaN or infinity: load the model in float32 or bfloat16"
-            )
-        check_finite(first, run.table)
-        if finite is None:
-            return latents
-        if not bool(finite):
-            pixels = self._decoded_in_float32(latents, kind, run)
-        crop = mask_crop(request)
-        shown = images.to_images(pixels, kind)
-        return shown if crop is None else [crop.overlay(image) for image in shown]
-
-    def _decoding(self, latents: Tensor, apart: bool = False) -> Pieces:
-        """Latents (B, C, h, w) as the U-Net has them to images (B, 3, H, W), about -1..1, in pieces. apart: each image
-        as if it were alone."""
-        z = self._unscaled(latents).to(self.dtype)
-        if self.graphs is None or self.vae_decode != "whole":
-            return (yield from decode_pieces(self.vae, z, self._decode_mode(apart)))
-        decoded = []
-        for part in z.split(1) if apart else (z,):
-            yield
-            decoded.append(self.run("decode", self.vae.decode, part))  # one piece: about as long as a step
-        return decoded[0] if len(decoded) == 1 else torch.cat(decoded)
-
-    def _with_base(self, latents: Tensor, run: Run | None) -> Tensor:
-        """Latents of a picture in place of those of what it has beyond a small one, where they are such."""
-        if run is None or run.extra is None or not isinstance(self.vae, PixelResidual):
-            return latents
-        return latents + run.extra.float() * self.vae.config.scaling_factor
-
-    def _decode_mode(self, apart: bool) -> Decode:
-        return "sliced" if apart and self.vae_decode == "whole" else self.vae_decode
-
-    def _unscaled(self, latents: Tensor) -> Tensor:
-        return unscaled(self.vae.config, latents)
-
-    def _repainted(self, latents: Tensor, picture: Tensor, mask: Tensor) -> Pieces:
-        """Latents to images, each by itself, by an asymmetric VAE that reads what was repainted."""
-        z, decoded = self._unscaled(latents).to(self.dtype), []
-        for parts in zip(z.split(1), picture.split(1), mask.split(1), strict=True):
-            decoded.append((yield from self.vae.decode_repainted(*parts)))  # type: ignore[attr-defined]
-        return torch.cat(decoded)
-
-    def _decoded_in_float32(self, latents: Tensor, kind: str, run: Run) -> Tensor:
-        """The pixels of an image whose decoding was not finite; NonFinite where float32 does not help. Waits."""
-        decoded = None
-        if self.dtype != torch.float32 and isinstance(self.vae, torch.nn.Module) and run.repainted is None:
-            logger.warning("decoding in %s overflowed: decoding once more in float32", self.dtype)
-            vae = copy.deepcopy(self.vae).float()
-            decoded = finish(decode_pieces(vae, self._unscaled(latents).float(), self._decode_mode(bool(run.images))))
-        if decoded is None or not bool(decoded.isfinite().all()):
-            where = f"on {self.backend}" if self.backend != "torch" else "in float32 too"
-            raise NonFinite(f"decoding the latents gave NaN or infinity, {where}: the VAE's weights may be damaged")
-        pixels = images.to_pixels(decoded, kind)
-        return pixels if kind == "pt" else pixels.cpu()
+        """As `Decoder.decode`."""
+        return self.decoder.decode(request, run, latents, first_bad)
 
     def result(self, request: Request, run: Run, images: Any, timings: Timings, backend: str) -> Result:
         """backend: what ran the steps."""
