@@ -53,8 +53,8 @@ class Projections(NamedTuple):
     @staticmethod
     def empty(average: Tensor | None, slots: int, device: torch.device | str) -> Projections:
         """Of slots that are not projected. average: None for slots that never have momentum."""
-        eta, norm, momentum, from_guided = torch.tensor([1.0, -1.0, 0.0, 0.0], device=device)[:, None].repeat(1, slots)
-        return Projections(eta, norm, momentum, from_guided, average)
+        numbers = (torch.full((slots,), number, device=device) for number in (1.0, -1.0, 0.0, 0.0))
+        return Projections(*numbers, average=average)
 
     def set(self, index: Tensor, projection: Projection | None) -> None:
         """Of the slots of an index, in place."""

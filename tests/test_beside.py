@@ -90,6 +90,7 @@ def test_a_whole_ranker_has_a_text_encoder(tmp_path: Path) -> None:
     assert "ranker's projection" not in planned
 
 
+@pytest.mark.full
 def test_candidates_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = Pipeline.from_diffusers(tiny.pipeline("sd1"))
     pipe.stages.ranking.loaded = Ranker(large_encoder(), None, torch.randn(32, 32))

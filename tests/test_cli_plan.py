@@ -224,6 +224,7 @@ def test_stages_of_one_model_share_its_weights(model: str) -> None:
     assert "hires_scale is 0.5" in plan(model, "--hires-scale", "0.5").output
 
 
+@pytest.mark.full
 def test_cascade_that_does_not_fit_gets_remedies(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ("--size", "256x256", "--n", "4", "--hires-scale", "2")
     needed = json.loads(plan(model, *arguments, "--json").output)["needed"]

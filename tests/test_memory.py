@@ -143,6 +143,7 @@ def test_weights_and_buffers_are_counted_to_the_byte(spec: loading.Spec) -> None
     assert planned.needed == planned.resident + max(phases(planned).values())
 
 
+@pytest.mark.full
 def test_plan_of_a_gradient_matches_live_bytes() -> None:
     pipe = Pipeline.from_diffusers(tiny.pipeline("sd1"))
     workload = Workload.of_stages(pipe.stages, width=384, height=256, batch=2, guided=True, gradient=True)

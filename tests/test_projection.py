@@ -126,8 +126,15 @@ WITH_MOMENTUM = [
 ]
 
 
-@pytest.mark.parametrize(("guidances", "averages"), [(GUIDANCES, False), (WITH_MOMENTUM, True)])
-@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize(
+    ("guidances", "averages", "kernel"),
+    [
+        (GUIDANCES, False, False),
+        (GUIDANCES, False, True),
+        (WITH_MOMENTUM, True, False),
+        pytest.param(WITH_MOMENTUM, True, True, marks=pytest.mark.full),
+    ],
+)
 def test_projected_rows_share_a_batch_with_others(guidances: list[Guidance], averages: bool, kernel: bool) -> None:
     unet = Pipeline.from_diffusers(tiny.pipeline("sd1")).unet
     table = make_table(read_scheduler({"_class_name": "DDIMScheduler", "clip_sample": False, **SD}, None, "a file"), 5)

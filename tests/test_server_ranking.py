@@ -87,6 +87,7 @@ def test_answers_without_candidates_have_no_scores(http: TestClient) -> None:
     assert "all_scores" not in info
 
 
+@pytest.mark.full
 def test_a_ranker_of_the_command_ranks_for_all_models(tmp_path: Path) -> None:
     folder = ip_adapters.clip_folder(tmp_path / "clip")
     fields = {"prompt": "a cat", "best_of": 2, "num_inference_steps": 1, "size": "32x32"}
