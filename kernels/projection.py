@@ -53,8 +53,10 @@ class Projections(NamedTuple):
     @staticmethod
     def empty(average: Tensor | None, slots: int, device: torch.device | str) -> Projections:
         """Of slots that are not projected. average: None for slots that never have momentum."""
-        numbers = (torch.full((slots,), number, device=device) for number in (1.0, -1.0, 0.0, 0.0))
-        return Projections(*numbers, average=average)
+        eta, norm, momentum, from_guided = (
+            torch.full((slots,), number, device=device) for number in (1.0, -1.0, 0.0, 0.0)
+        )
+        return Projections(eta, norm, momentum, from_guided, average)
 
     def set(self, index: Tensor, projection: Projection | None) -> None:
         """Of the slots of an index, in place."""
