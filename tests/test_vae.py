@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from peer_networks import TOLERANCE, error, give, vae_of
+from peer_networks import TOLERANCE, error, give, go_as_gpus_do, vae_of
 from torch import Tensor, nn
 
 import fastldm.models.vae as ours
-from fastldm import Pipeline
+from fastldm import CheckpointError, Pipeline
 from fastldm.models import rescale_for_half
 from fastldm.models.codebook import Codebook
 from fastldm.models.config import TinyVAEConfig, VAEConfig
@@ -221,6 +222,54 @@ def test_vq_model_equals_diffusers(changes: dict[str, Any]) -> None:
         assert len(indices.unique()) > 2
         assert error(ours.decode(z), theirs.decode(z).sample) < TOLERANCE
     assert ours.config.factor == image.shape[2] // encoded.shape[2]
+
+
+@pytest.fixture(scope="module")
+def movq() -> Any:
+    """Of factor 4, whose norms read the latents much."""
+    theirs = tiny.vq(
+        norm_type="spatial", block_out_channels=(32, 32, 64), latent_channels=4, vq_embed_dim=5, norm_num_groups=8
+    )
+    for name, parameter in theirs.named_parameters():
+        if "conv_y" in name or "conv_b" in name:
+            parameter.data *= 5
+    return theirs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("takes_nearest", [True, False])
+def test_movq_equals_diffusers(movq: Any, takes_nearest: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose decoder's norms read the codes, or the latents as they are."""
+    ours = AutoencoderKL(replace(vae_of(movq).config, takes_nearest=takes_nearest))
+    ours.load_state_dict(movq.state_dict())
+    image = torch.rand(2, 3, 40, 24) * 2 - 1
+    encoded = movq.encode(image).latents
+    assert error(ours.encode(image), encoded) < TOLERANCE
+    for z in (encoded, torch.randn(2, 5, 5, 7)):
+        expected = movq.decode(z, force_not_quantize=not takes_nearest).sample
+        assert error(ours.decode(z), expected) < TOLERANCE
+        assert torch.equal(finish(decode_pieces(ours, z)), ours.decode(z))
+    go_as_gpus_do(monkeypatch)
+    assert error(ours.decode(z), expected) < TOLERANCE
+
+
+@torch.no_grad()
+def test_movq_in_tiles_is_like_movq(movq: Any) -> None:
+    """Each tile's norms read the latents of its own place."""
+    ours = vae_of(movq)
+    z = torch.randn(1, 5, 20, 24)
+    assert torch.equal(finish(decode_pieces(ours, z, "tiled", tile=24)), ours.decode(z))
+    whole, tiled = ours.decode(z), finish(decode_pieces(ours, z, "tiled", tile=16))
+    elsewhere = ours.decode(z.roll(4, 3))
+    assert (tiled - whole).abs().mean() < 0.1 * (elsewhere - whole).abs().mean()
+
+
+def test_movq_of_other_widths_is_refused() -> None:
+    config = dict(tiny.vq().config) | {"norm_type": "spatial"}
+    with pytest.raises(CheckpointError, match="'block_out_channels' has 8, expected multiples of 32"):
+        VAEConfig.from_dict(config)
+    with pytest.raises(CheckpointError, match="'norm_type' is 'spatial'"):
+        VAEConfig.from_dict({**tiny.vae().config, "norm_type": "spatial"})
 
 
 def test_nearest_code_is_the_first_of_equals() -> None:

@@ -33,12 +33,13 @@ def heads_of(values: Mapping[str, Any], source: str) -> tuple[int, int]:
 _VAE_ONLY: dict[str, tuple[Any, ...]] = {
     "_class_name": ("AutoencoderKL", "AsymmetricAutoencoderKL", "VQModel"),
     "act_fn": ("silu", "swish"),
-    "norm_type": ("group",),
 }
+SPATIAL_GROUPS = 32  # of MoVQ's norms ('norm_type' "spatial"), whatever 'norm_num_groups' is
 # `lookup_from_codebook` is left out: it is of a decoder that is given codes, and no pipeline of latents gives it some.
 _CODEBOOK = {
     "num_vq_embeddings": Field(Integer(1, 2**20), 256),
     "vq_embed_dim": Field(Maybe(WIDTH), None),
+    "norm_type": Field(OneOf("group", "spatial"), "group"),
 }
 _STATISTICS = {  # of the latents' channels, by which diffusers' pipelines of XL normalize them
     "latents_mean": Field(Maybe(ListOf(Number(-1e6, 1e6), 1, MAX_CHANNELS)), None),
@@ -96,6 +97,8 @@ class VAEConfig:
     conditioned: bool = False  # whether the decoder reads a repainted picture (diffusers' AsymmetricAutoencoderKL)
     inner_channels: int = 0  # that the encoder makes, before quant_conv, and the decoder reads
     codes: int = 0  # vectors of a codebook, of which the decoder takes the nearest to each latent; 0: there is none
+    spatial: bool = False  # whether the decoder's norms read the latents (MoVQ)
+    takes_nearest: bool = True  # whether the decoder does that; else it decodes latents as they are
 
     @property
     def factor(self) -> int:
@@ -117,7 +120,8 @@ class VAEConfig:
             cfg |= {"block_out_channels": decoder.pop("channels"), "layers_per_block": decoder.pop("layers")}
             cfg |= {"force_upcast": False}
         quantizes = cfg.get("_class_name") == "VQModel"
-        codebook = read_fields(cfg, _CODEBOOK, source) if quantizes else {}
+        codebook = read_fields(cfg, _CODEBOOK if quantizes else only({"norm_type": ("group",)}), source)
+        spatial = codebook["norm_type"] == "spatial"
         if quantizes:  # with diffusers' defaults of that class
             cfg = {"latent_channels": 3, "force_upcast": False, **cfg}
             cfg |= {"use_quant_conv": True, "use_post_quant_conv": True}
@@ -137,8 +141,14 @@ class VAEConfig:
         decoder = decoder or {"decoder_channels": channels, "decoder_layers": values["layers_per_block"]}
         for width in (*channels, *decoder["decoder_channels"]):
             check_divides(width, values["norm_num_groups"], "norm_num_groups", source)
+            if spatial and width % SPATIAL_GROUPS:
+                raise CheckpointError(
+                    f"{source}: 'block_out_channels' has {width}, expected multiples of {SPATIAL_GROUPS}, the groups "
+                    "of 'norm_type' 'spatial'"
+                )
         return cls(
             **decoder,
+            spatial=spatial,
             conditioned=conditioned,
             in_channels=values["in_channels"],
             out_channels=values["out_channels"],

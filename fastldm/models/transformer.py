@@ -183,7 +183,10 @@ class PixelAttention(Attention):
         self, x: Tensor | Pending, texts: Iterator[Text] | None = None, rows: Iterator[Tensor] | None = None
     ) -> Tensor:
         h = as_tensor(x) if self.group_norm is None else self.group_norm(x)
-        x = as_tensor(x)
+        return self.attended(h, as_tensor(x))
+
+    def attended(self, h: Tensor, x: Tensor) -> Tensor:
+        """Attention of h, which is x after a norm, with the residual x."""
         q, k, v = self.qkv(to_tokens(h))
         out = to_image(super().forward(q, k, v, residual=to_tokens(x)), x.shape[2])
         return out if self.scale == 1 else out / self.scale

@@ -7,7 +7,7 @@ are those of diffusers' AutoencoderKL, VQModel and AutoencoderTiny.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
 from typing import Literal
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastldm.models.asymmetric import ConditionEncoder, repainting
-from fastldm.models.codebook import Codebook
+from fastldm.models.codebook import Codebook, Kept, Norm, SpatialAttention, SpatialNorm, spatial_resnet, spatially
 from fastldm.models.config import PixelResidualConfig, TinyVAEConfig, VAEConfig
 from fastldm.models.interfaces import Autoencoder, Layer
 from fastldm.models.layers import (
@@ -32,7 +32,6 @@ from fastldm.models.layers import (
 )
 from fastldm.models.transformer import PixelAttention
 
-Norm = Callable[..., Tensor]  # (a GroupNorm, x, silu=...) -> x, normalised
 Pieces = Generator[None, None, Tensor]  # a computation that pauses after each piece and returns its result
 
 _EPS = 1e-6
@@ -69,16 +68,28 @@ class AutoencoderKL(nn.Module):
 
     def decoding(self) -> list[Layer]:
         """The layers of `decode`, in order."""
-        return [*self.low(), *self.high()]
+        codes = Kept()
+        return [*self.low(codes), *self.high(codes=codes)]
 
-    def low(self) -> list[Layer]:
-        """The first layers, at the latents' resolution, including attention."""
-        first = [layer for layer in (self.quantize, self.post_quant_conv) if layer is not None]
-        return [channels_last, *first, *self.decoder.low()]
+    def low(self, codes: Kept | None = None) -> list[Layer]:
+        """The first layers, at the latents' resolution, including attention. codes: keeps the latents, or the nearest
+        codes, that the norms of all layers read where the config is `spatial`."""
+        codes = codes or Kept()
+        first: list[Layer] = [channels_last]
+        if self.quantize is not None and self.config.takes_nearest:
+            first.append(self.quantize)
+        if self.config.spatial:
+            first.append(codes)
+        if self.post_quant_conv is not None:
+            first.append(self.post_quant_conv)
+        return [*first, *self.decoder.low(self._norm(GroupNorm.__call__, codes))]
 
-    def high(self, norm: Norm = GroupNorm.__call__) -> list[Layer]:
-        """The remaining layers, which enlarge. norm: applies their GroupNorms, as in `Resnet`."""
-        return self.decoder.high(norm)
+    def high(self, norm: Norm = GroupNorm.__call__, codes: Kept | None = None) -> list[Layer]:
+        """The remaining layers, which enlarge. norm: applies their GroupNorms, as in `Resnet`. codes: of `low`."""
+        return self.decoder.high(self._norm(norm, codes or Kept()))
+
+    def _norm(self, norm: Norm, codes: Kept) -> Norm:
+        return spatially(norm, codes.get) if self.config.spatial else norm
 
 
 class Encoder(nn.Module):
@@ -111,22 +122,24 @@ class Decoder(nn.Module):
         super().__init__()
         width = config.decoder_channels[-1]
         self.conv_in = Conv(config.inner_channels, width)
-        self.mid_block = MidBlock(config, width)
+        codes = config.latent_channels if config.spatial else None
+        self.mid_block = MidBlock(config, width, codes)
         self.up_blocks: Layers[Block] = Layers()
         for i, channels in enumerate(reversed(config.decoder_channels)):
-            block = Block(config, width, channels, config.decoder_layers + 1)
+            block = Block(config, width, channels, config.decoder_layers + 1, codes)
             if i < len(config.decoder_channels) - 1:
                 block.upsamplers.append(Upsample(channels))
             self.up_blocks.append(block)
             width = channels
-        self.conv_norm_out = GroupNorm(config.norm_groups, width, _EPS)
+        self.conv_norm_out = GroupNorm(config.norm_groups, width, _EPS) if codes is None else SpatialNorm(width, codes)
         self.conv_out = Conv(width, config.out_channels)
         if config.conditioned:
             self.condition_encoder = ConditionEncoder(config)
 
-    def low(self) -> list[Layer]:
+    def low(self, norm: Norm) -> list[Layer]:
         first, *_ = self.up_blocks
-        return [self.conv_in, *self.mid_block.layers(), *first.resnets]
+        resnets = [partial(resnet, norm=norm) for resnet in first.resnets]
+        return [self.conv_in, *self.mid_block.layers(norm), *resnets]
 
     def high(self, norm: Norm) -> list[Layer]:
         first, *rest = self.up_blocks
@@ -142,27 +155,41 @@ class Decoder(nn.Module):
 
 
 class Block(nn.Module):
-    """The resnets of one resolution, then down- or upsampling."""
+    """The resnets of one resolution, then down- or upsampling. codes: channels of latents that their norms read."""
 
-    def __init__(self, config: VAEConfig, in_channels: int, channels: int, layers: int) -> None:
+    def __init__(self, config: VAEConfig, width: int, channels: int, layers: int, codes: int | None = None) -> None:
         super().__init__()
-        widths = [in_channels] + [channels] * (layers - 1)
-        self.resnets: Layers[Resnet] = Layers(Resnet(width, channels, config.norm_groups, _EPS) for width in widths)
+        widths = [width] + [channels] * (layers - 1)
+        self.resnets: Layers[Resnet] = Layers(_resnet(config, width, channels, codes) for width in widths)
         self.downsamplers: Layers[Downsample] = Layers()
         self.upsamplers: Layers[Upsample] = Layers()
 
 
+def _resnet(config: VAEConfig, in_channels: int, channels: int, codes: int | None) -> Resnet:
+    if codes is not None:
+        return spatial_resnet(in_channels, channels, codes)
+    return Resnet(in_channels, channels, config.norm_groups, _EPS)
+
+
 class MidBlock(nn.Module):
-    def __init__(self, config: VAEConfig, channels: int) -> None:
+    """codes: as of `Block`."""
+
+    def __init__(self, config: VAEConfig, channels: int, codes: int | None = None) -> None:
         super().__init__()
-        self.resnets: Layers[Resnet] = Layers(Resnet(channels, channels, config.norm_groups, _EPS) for _ in range(2))
+        self.resnets: Layers[Resnet] = Layers(_resnet(config, channels, channels, codes) for _ in range(2))
         self.attentions: Layers[PixelAttention] = Layers()
-        if config.mid_attention:
+        if config.mid_attention and codes is not None:
+            self.attentions.append(SpatialAttention(channels, codes))
+        elif config.mid_attention:
             self.attentions.append(PixelAttention(channels, 1, config.norm_groups, _EPS))
 
-    def layers(self) -> list[Layer]:
-        first, last = self.resnets
-        return [first, *self.attentions, last]
+    def layers(self, norm: Norm = GroupNorm.__call__) -> list[Layer]:
+        first, last = (partial(resnet, norm=norm) for resnet in self.resnets)
+        attentions = [
+            partial(attention, norm=norm) if isinstance(attention, SpatialAttention) else attention
+            for attention in self.attentions
+        ]
+        return [first, *attentions, last]
 
 
 def rescale_for_half(vae: AutoencoderKL, exponent: int = HALF_EXPONENT) -> list[str]:
@@ -392,19 +419,24 @@ def _tiled(vae: Autoencoder, z: Tensor, tile: int) -> Pieces:
     if max(height, width) <= tile:
         return (yield from _in_turn(vae.decoding(), z))
     assert isinstance(vae, AutoencoderKL | TinyAutoencoder | PixelResidual)  # engines have no separate layers
-    x = yield from _in_turn(vae.low(), z)  # (1, C, h, w)
+    codes = Kept()
+    x = yield from _in_turn(vae.low(codes) if isinstance(vae, AutoencoderKL) else vae.low(), z)  # (1, C, h, w)
 
     statistics: list[tuple[Tensor, Tensor]] = []
     if isinstance(vae, AutoencoderKL):
-        small = F.interpolate(x, size=(min(height, tile), min(width, tile)), mode="nearest-exact")
-        yield from _in_turn(vae.high(_recording(statistics)), small)
+        smaller = partial(F.interpolate, size=(min(height, tile), min(width, tile)), mode="nearest-exact")
+        yield from _in_turn(vae.high(_recording(statistics), codes.then(smaller)), smaller(x))
+
+    def of_tile(down: slice, across: slice) -> list[Layer]:
+        norm, part = _sharing(iter(statistics)), codes.then(lambda x: x[:, :, down, across])
+        return vae.high(norm, part) if isinstance(vae, AutoencoderKL) else vae.high(norm)
 
     factor = vae.config.factor
     image = x.new_zeros((1, vae.config.out_channels, height * factor, width * factor), dtype=torch.float32)
     rows, columns = (list(_spans(size, tile, factor, x.device)) for size in (height, width))
     for down, fade_down in rows:
         for across, fade_across in columns:
-            pixels = yield from _in_turn(vae.high(_sharing(iter(statistics))), channels_last(x[:, :, down, across]))
+            pixels = yield from _in_turn(of_tile(down, across), channels_last(x[:, :, down, across]))
             location = (..., _scaled(down, factor), _scaled(across, factor))
             image[location] += pixels * fade_down[:, None] * fade_across
     return image.to(z.dtype)
