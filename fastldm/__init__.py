@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fastldm.gradients import ClassifierGuidance, CLIPGuidance
     from fastldm.image import read_parameters
     from fastldm.pipeline import Pipeline
+    from fastldm.priors import KandinskyPrior
     from fastldm.request import Request, Result
     from fastldm.serving.generation import Generation, Progress
     from fastldm.serving.session import Session
@@ -49,6 +50,7 @@ __all__ = [
     "FastLDMError",
     "Generation",
     "InputError",
+    "KandinskyPrior",
     "NonFinite",
     "OutOfMemory",
     "Pipeline",
@@ -66,6 +68,7 @@ _LAZY = {
     "CLIPGuidance": "gradients",
     "ClassifierGuidance": "gradients",
     "Generation": "serving.generation",
+    "KandinskyPrior": "priors",
     "Pipeline": "pipeline",
     "Progress": "serving.generation",
     "Request": "request",

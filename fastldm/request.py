@@ -174,7 +174,9 @@ class Request:
     pictures in place of prompts, those, each with its variations."""
     image_embeds: Any = None
     """In place of `image`, of models that read a picture in place of a prompt or, as stable unCLIP, beside it: the
-    image encoder's output (n, D)."""
+    image encoder's output (n, D). Of Kandinsky 2.2 what its prior makes, in place of prompts: one, or a list."""
+    negative_image_embeds: Any = None
+    """Of Kandinsky 2.2, what guidance leads away from: (n, D) as `image_embeds`, or (1, D) for all."""
     strength: float | None = None
     """How much `image` is changed, 0 (not at all) to 1 (completely); None is 0.8, with SDXL's refiner 0.3, and 1 with
     `mask_image`. Models that edit `image` start from noise, and have none."""
@@ -382,7 +384,7 @@ class Request:
     def alone(self, k: int) -> Request:
         """One image of prompt k: what its text is read from. It has neither seed, generator nor latents."""
         changes: dict[str, Any] = dict.fromkeys(("seed", "generator", "latents", "class_labels"))
-        for name in (*PER_PROMPT, "image_embeds"):
+        for name in (*PER_PROMPT, "image_embeds", "negative_image_embeds"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 changes[name] = value[k : k + 1]

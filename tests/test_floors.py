@@ -21,7 +21,7 @@ FLOORS = [  # top first
     ["__main__", "cli"],
     ["batches", "profiling", "server"],
     ["pipeline"],
-    ["adapting", "controlling", "image_prompting", "textual_inversion"],
+    ["adapting", "controlling", "image_prompting", "priors", "textual_inversion"],
     ["serving"],
     ["planning"],
     ["export.web", "export.writing", "export.verify"],  # which make a picture, or compare one

@@ -20,7 +20,7 @@ from fastldm.request import Timings
 
 NAMES = """
 BundleError CLIPGuidance Cancelled CheckpointError ClassifierGuidance DeadlineExceeded EngineError FastLDMError
-Generation InputError NonFinite OutOfMemory Pipeline Progress QueueFull Request Result Session WorkerLost
+Generation InputError KandinskyPrior NonFinite OutOfMemory Pipeline Progress QueueFull Request Result Session WorkerLost
 __version__ read_parameters
 """
 ATTRIBUTES = {  # beside those of base classes
@@ -44,7 +44,8 @@ FIELDS = {
         pag_adaptive_scale pag_applied_layers apg_rescale apg_eta apg_momentum use_original_formulation
         guidance_fn clip_guidance_scale
         guidance_rescale guidance_interval sampler timesteps sigmas eta s_churn s_tmin s_tmax s_noise noise_sampler_seed
-        reuse num_images_per_prompt candidates keep seed generator latents image image_embeds strength
+        reuse num_images_per_prompt candidates keep seed generator latents image image_embeds negative_image_embeds
+        strength
         denoising_start denoising_end depth_map class_labels noise_level
         refiner_switch_at hires_scale hires_height hires_width hires_strength hires_steps hires_upscaler
         mask_image padding_mask_crop

@@ -53,8 +53,10 @@ def test_supported_classes_are_accepted() -> None:
     none: Any = [None, None]
     codes: Any = {"vae": none, "vqvae": ["diffusers", "VQModel"]}
     own["LDMTextToImagePipeline"] = {**codes, "text_encoder": none, "bert": ["latent_diffusion", "LDMBertModel"]}
-    plain: Any = {"text_encoder": none, "tokenizer": none, "unet": ["diffusers", "UNet2DModel"]}
+    none_of_text: Any = {"text_encoder": none, "tokenizer": none}
+    plain: Any = {**none_of_text, "unet": ["diffusers", "UNet2DModel"]}
     own |= {name: {**plain, "vae": none} for name in PIXEL_SPACE_PIPELINES}
+    own["KandinskyV22Pipeline"] = {**none_of_text, "vae": none, "movq": ["diffusers", "VQModel"]}
     own |= {name: {**plain, **codes} for name in ("LDMPipeline", "LDMSuperResolutionPipeline")}
     own["IFPipeline"] = {"vae": none, "text_encoder": ["transformers", "T5EncoderModel"]}
     for name in pipeline_classes() - {"PixelUpscalePipeline"}:  # which is fastldm's own
@@ -77,6 +79,7 @@ def test_other_classes_are_refused_by_name() -> None:
     [
         ("IFSuperResolutionPipeline", "an upscaler"),
         ("UnCLIPImageVariationPipeline", "unCLIP"),
+        ("KandinskyV22Img2ImgPipeline", "another of Kandinsky's than the decoder of 2.2"),
         ("MarigoldDepthPipeline", "Marigold"),
         ("LEditsPPPipelineStableDiffusionXL", "a way of editing .* load them as a StableDiffusionPipeline"),
         ("HunyuanDiTPAGPipeline", "perturbed-attention guidance of a kind"),

@@ -228,7 +228,7 @@ def test_vq_model_equals_diffusers(changes: dict[str, Any]) -> None:
 def movq() -> Any:
     """Of factor 4, whose norms read the latents much."""
     theirs = tiny.vq(
-        norm_type="spatial", block_out_channels=(32, 32, 64), latent_channels=4, vq_embed_dim=5, norm_num_groups=8
+        norm_type="spatial", block_out_channels=(32, 32, 64), latent_channels=4, vq_embed_dim=4, norm_num_groups=8
     )
     for name, parameter in theirs.named_parameters():
         if "conv_y" in name or "conv_b" in name:
@@ -245,7 +245,7 @@ def test_movq_equals_diffusers(movq: Any, takes_nearest: bool, monkeypatch: pyte
     image = torch.rand(2, 3, 40, 24) * 2 - 1
     encoded = movq.encode(image).latents
     assert error(ours.encode(image), encoded) < TOLERANCE
-    for z in (encoded, torch.randn(2, 5, 5, 7)):
+    for z in (encoded, torch.randn(2, 4, 5, 7)):
         expected = movq.decode(z, force_not_quantize=not takes_nearest).sample
         assert error(ours.decode(z), expected) < TOLERANCE
         assert torch.equal(finish(decode_pieces(ours, z)), ours.decode(z))
@@ -257,7 +257,7 @@ def test_movq_equals_diffusers(movq: Any, takes_nearest: bool, monkeypatch: pyte
 def test_movq_in_tiles_is_like_movq(movq: Any) -> None:
     """Each tile's norms read the latents of its own place."""
     ours = vae_of(movq)
-    z = torch.randn(1, 5, 20, 24)
+    z = torch.randn(1, 4, 20, 24)
     assert torch.equal(finish(decode_pieces(ours, z, "tiled", tile=24)), ours.decode(z))
     whole, tiled = ours.decode(z), finish(decode_pieces(ours, z, "tiled", tile=16))
     elsewhere = ours.decode(z.roll(4, 3))
@@ -265,9 +265,11 @@ def test_movq_in_tiles_is_like_movq(movq: Any) -> None:
 
 
 def test_movq_of_other_widths_is_refused() -> None:
-    config = dict(tiny.vq().config) | {"norm_type": "spatial"}
+    config = {**tiny.vq().config, "_class_name": "VQModel", "norm_type": "spatial", "block_out_channels": (32, 64, 96)}
     with pytest.raises(CheckpointError, match="'block_out_channels' has 8, expected multiples of 32"):
-        VAEConfig.from_dict(config)
+        VAEConfig.from_dict({**config, "block_out_channels": (8, 32, 64)})
+    with pytest.raises(CheckpointError, match="'vq_embed_dim' is 5 and 'latent_channels' 3"):
+        VAEConfig.from_dict({**config, "vq_embed_dim": 5})
     with pytest.raises(CheckpointError, match="'norm_type' is 'spatial'"):
         VAEConfig.from_dict({**tiny.vae().config, "norm_type": "spatial"})
 

@@ -149,11 +149,12 @@ def used_embeddings(request: Request, stages: Sequence[TextStage]) -> dict[str, 
     return {token: digest for token, digest in hashes.items() if token.casefold() in used}
 
 
-def of_pictures(embeds: Tensor, guided: bool) -> Conditioning:
+def of_pictures(embeds: Tensor, guided: bool, negatives: Tensor | None = None) -> Conditioning:
     """Of a model that reads pictures in place of prompts: an image encoder's output (n, D) as texts of one token, with
-    zeros as negatives. Source: diffusers' StableDiffusionImageVariationPipeline."""
+    such negatives, by default zeros. Source: diffusers' StableDiffusionImageVariationPipeline."""
     hidden = embeds[:, None]
-    return Conditioning(hidden, negative_hidden=torch.zeros_like(hidden) if guided else None)
+    negative = torch.zeros_like(hidden) if negatives is None else negatives[:, None]
+    return Conditioning(hidden, negative_hidden=negative if guided else None)
 
 
 def _with_equal_lengths(conditioning: Conditioning, window: int) -> Conditioning:

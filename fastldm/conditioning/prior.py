@@ -32,12 +32,12 @@ class PriorTexts:
 
 @dataclass(frozen=True, eq=False)
 class TextPrior:
-    """A prior with the text encoder that it reads, and what its vectors are noised by. It never changes."""
+    """A prior with the text encoder that it reads, and what its vectors may be noised by. It never changes."""
 
     text: TextStage
     model: Prior
     schedule: ScheduleConfig
-    normalizer: Normalizer
+    normalizer: Normalizer | None = None  # of stable unCLIP
 
     @torch.no_grad()
     def read(self, texts: Sequence[str], *, literal: bool = False) -> PriorTexts:

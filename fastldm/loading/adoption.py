@@ -77,7 +77,8 @@ def describe_diffusers(pipe: Any) -> Checkpoint:
     depth = None
     if loaded.get(DEPTH) is not None:
         depth = DepthEstimator((loaded[DEPTH], loaded["feature_extractor"]))
-    preprocessor = loaded["feature_extractor"].to_dict() if IMAGE_ENCODER in classes else {}
+    reads = IMAGE_ENCODER in classes and loaded.get("feature_extractor") is not None
+    preprocessor = loaded["feature_extractor"].to_dict() if reads else {}
     noising = next((schedulers[name] for name in NOISING if name in schedulers), None)
     more: dict[str, Any] = {"loaded": True, "preprocessor": preprocessor, "depth": depth}
     more["prior_scheduler"] = schedulers.get(PRIOR_SCHEDULER)

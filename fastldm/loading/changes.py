@@ -421,7 +421,7 @@ def of_pipeline(pipe: Any) -> Iterator[str]:
     own = {"resample": "bicubic"} if type(pipe).__name__ in (UPSCALE_PIPELINE, LATENT_UPSCALE_PIPELINE) else {}
     for name, options in _IMAGE_PROCESSORS.items():
         processor = getattr(pipe, name, None)
-        if processor is None:
+        if processor is None or name in pipe.components:  # of Kandinsky's prior it prepares what nothing reads
             continue
         yield from _of_class(type(processor))
         yield from _of_methods(f"pipe.{name}", processor)

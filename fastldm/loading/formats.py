@@ -17,6 +17,7 @@ from fastldm.models.families import (
     DEPTH_PIPELINE,
     IMAGE_ENCODER,
     IMAGE_NORMALIZER,
+    KANDINSKY_PRIOR_PIPELINE,
     PRIOR_CLASSES,
     TEXT_ENCODERS,
     TEXT_UNCLIP_PIPELINE,
@@ -87,7 +88,9 @@ def component_classes(index: Config, source: str) -> dict[str, str]:
     needed = (*alone, "scheduler", *others.get(str(pipeline), ()))
     of_text = (*TEXT_ENCODERS, *TOKENIZERS[:2]) if "text_encoder" in networks else ()
     names = [name for name in (*networks, *TOKENIZERS, *SCHEDULERS) if name in (*needed, *of_text)]
-    not_needed = (*NOT_NEEDED, *([DEPTH] if pipeline == DEPTH_PIPELINE else []))  # for a request brings a map, or not
+    # A request brings a map, or not; Kandinsky's prior reads no picture but a black one.
+    optional = {DEPTH_PIPELINE: DEPTH, KANDINSKY_PRIOR_PIPELINE: "image_processor"}
+    not_needed = (*NOT_NEEDED, *(name for key, name in optional.items() if key == pipeline))
     unknown = [f"{name} ({listed[name]})" for name in listed if name not in names and name not in not_needed]
     texts = [name for name in TEXT_ENCODERS if name in listed] or ["text_encoder"]  # the refiner has the second alone
     texts = texts if of_text else []

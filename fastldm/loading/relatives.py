@@ -17,6 +17,8 @@ from fastldm.models.config import UNetConfig
 from fastldm.models.families import (
     DEPTH_PIPELINE,
     IF_PIPELINES,
+    KANDINSKY_PIPELINE,
+    KANDINSKY_PRIOR_PIPELINE,
     LATENT_UPSCALE_PIPELINE,
     PIXEL_PIPELINE,
     SUPER_RESOLUTION_PIPELINE,
@@ -29,7 +31,7 @@ from fastldm.models.families import (
 RUNS = (
     "fastldm runs Stable Diffusion 1, 2 and XL for text to image, image to image and inpainting, InstructPix2Pix, "
     "depth to image, the x4 and the latent x2 upscaler, image variations, stable unCLIP, DeepFloyd IF's first stage, "
-    "and latent "
+    "Kandinsky 2.2, and latent "
     "diffusion's, DDPM's and consistency models without a prompt or with its first text encoder"
 )
 
@@ -51,6 +53,7 @@ RELATIVES = (  # the first match counts
     Relative(r"Depth2Img", "depth to image, whose U-Net reads a depth map"),
     Relative(r"Upscale|SuperResolution", "an upscaler, whose U-Net reads a small image"),
     Relative(r"UnCLIP", "unCLIP, whose U-Net reads the embedding of an image"),
+    Relative(r"Kandinsky", "another of Kandinsky's than the decoder of 2.2, KandinskyV22Pipeline"),
     Relative(r"ImageVariation", "image variation by Versatile Diffusion or unCLIP"),
     Relative(r"PaintByExample", "Paint by Example, which reads an image in place of a prompt"),
     Relative(r"Marigold", "Marigold, which estimates depth, normals or materials of an image"),
@@ -89,10 +92,15 @@ _UNET_KEYS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 )
 
 
+def _known() -> frozenset[str]:
+    """Pipelines whose components are read."""
+    return pipeline_classes() | {KANDINSKY_PRIOR_PIPELINE}
+
+
 def check_class(name: Any, source: str) -> None:
     """CheckpointError if `name`, the `_class_name` of a pipeline, is that of a relative."""
     for relative in RELATIVES:
-        if isinstance(name, str) and name not in pipeline_classes() and re.search(relative.class_pattern, name):
+        if isinstance(name, str) and name not in _known() and re.search(relative.class_pattern, name):
             advice = " To run its networks alone, load them as a StableDiffusionPipeline or StableDiffusionXLPipeline."
             text = f"{source} is a {name}: {relative.label}. {RUNS}."
             raise CheckpointError(text + advice if relative.same_networks else text)
@@ -100,7 +108,7 @@ def check_class(name: Any, source: str) -> None:
 
 def check_known(name: Any, source: str) -> None:
     """CheckpointError if `name` is not the pipeline class of a family: an unknown class may do anything."""
-    if not isinstance(name, str) or name not in pipeline_classes():
+    if not isinstance(name, str) or name not in _known():
         problem = "has no _class_name" if name is None else f"is a {name}, a pipeline that fastldm does not know"
         raise CheckpointError(f"{source} {problem}. {RUNS}: {', '.join(sorted(pipeline_classes()))}.")
 
@@ -109,6 +117,8 @@ def check_unet_keys(config: Mapping[str, Any], source: str, pipeline: Any = None
     """CheckpointError if the raw config of a U-Net has a value that only a relative has. pipeline: the class's name."""
     runs = {"class_embed_type": "projection"} if pipeline in (UNCLIP_PIPELINE, TEXT_UNCLIP_PIPELINE) else {}
     runs |= {"addition_embed_type": "text", "encoder_hid_dim_type": "text_proj"} if pipeline in IF_PIPELINES else {}
+    if pipeline == KANDINSKY_PIPELINE:
+        runs = {"addition_embed_type": "image", "encoder_hid_dim_type": "image_proj"}
     for key, values, label in _UNET_KEYS:
         if config.get(key) in values and config[key] != runs.get(key):
             raise CheckpointError(f"{source} has {key!r} {config[key]!r}: it is {label}. {RUNS}.")
@@ -121,6 +131,13 @@ def check_standard(unet: UNetConfig, source: str, pipeline: Any = None) -> None:
         if unet.class_embed_type is not None:
             raise CheckpointError(
                 f"{source} has 'class_embed_type' {unet.class_embed_type!r}: a {pipeline} with a table of classes runs"
+            )
+        return
+    if pipeline == KANDINSKY_PIPELINE:
+        if not unet.reads_image_embeds:
+            raise CheckpointError(
+                f"{source} is no U-Net of a {pipeline}, which reads pictures' vectors by 'addition_embed_type' 'image' "
+                "and 'encoder_hid_dim_type' 'image_proj'"
             )
         return
     if pipeline == LATENT_UPSCALE_PIPELINE:

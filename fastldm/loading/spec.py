@@ -46,6 +46,8 @@ from fastldm.models.families import (
     IF_PIPELINES,
     IMAGE_ENCODER,
     IMAGE_NORMALIZER,
+    KANDINSKY_PIPELINE,
+    KANDINSKY_PRIOR_PIPELINE,
     LATENT_UPSCALE_PIPELINE,
     PRIOR,
     PRIOR_TEXT_ENCODER,
@@ -59,7 +61,7 @@ from fastldm.models.interfaces import Autoencoder, Denoiser
 from fastldm.models.prior import Prior, PriorConfig
 from fastldm.models.t5 import text_config, text_encoder
 from fastldm.models.unet import UNet
-from fastldm.models.unet_config import NOISE_LEVEL_CHANNELS
+from fastldm.models.unet_config import NOISE_LEVEL_CHANNELS, VECTOR_TOKENS
 from fastldm.models.vae import AutoencoderKL, PixelResidual, TinyAutoencoder
 from fastldm.reading import Field, Flag, Integer, Maybe, check_path, read_fields
 from fastldm.samplers.config import ScheduleConfig
@@ -114,6 +116,11 @@ class Spec:
         return (*self.text, *([self.vision] if self.vision else []))
 
     @property
+    def conditioned(self) -> bool:
+        """Whether a request says what images show, by texts, pictures or their vectors: there is guidance by it."""
+        return bool(self.encoders) or self.unet.reads_image_embeds
+
+    @property
     def enlarges(self) -> int:
         """How many times as wide the image is as the picture that is read; 1 of models that enlarge none."""
         if isinstance(self.vae, PixelResidualConfig):
@@ -130,7 +137,9 @@ class Spec:
 
     @property
     def window(self) -> int:
-        """Tokens of a text; 1 of models that read a picture in its place, or none."""
+        """Tokens of a text; 1 of models that read a picture in its place, or none; 32 that Kandinsky makes of one."""
+        if self.unet.reads_image_embeds:
+            return VECTOR_TOKENS
         return self.text[0].max_position if self.text else 1
 
     @property
@@ -227,6 +236,10 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
         scheduler = _preconditioned(scheduler, checkpoint.config_source("scheduler"))
     schedule = read_scheduler(scheduler, pipeline, checkpoint.config_source("scheduler"))
 
+    if named == KANDINSKY_PRIOR_PIPELINE:
+        raise CheckpointError(
+            f"{checkpoint.source} is a {named}, which makes vectors and no picture: load it with fastldm.KandinskyPrior"
+        )
     configs = {name: component.config for name, component in checkpoint.components.items()}
     sources = {name: checkpoint.config_source(name) for name in configs}
     relatives.check_unet_keys(configs["unet"], sources["unet"], named)
@@ -236,6 +249,8 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
     if "vae" in configs:
         vae_class = AUTOENCODERS.get(str(configs["vae"].get("_class_name")), VAEConfig)
         vae = vae_class.from_dict(_with_scale(configs["vae"], named, pipeline, sources["vae"]), sources["vae"])
+    if named == KANDINSKY_PIPELINE and isinstance(vae, VAEConfig):
+        vae = replace(vae, takes_nearest=False)
     relatives.check_channels(
         unet.in_channels,
         sources["unet"],
@@ -257,7 +272,7 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
         preprocessing = preprocessing_of(vision, checkpoint.preprocessor, f"{checkpoint.source}: {PREPROCESSOR[1]}")
     prior = _prior_of(checkpoint, configs, sources) if PRIOR in configs else None
     # Of the next: as diffusers' schedulers recognise a variance that the network makes beside its prediction.
-    learned = schedule.raw.get("variance_type") == "learned_range" or named in IF_PIPELINES
+    learned = schedule.raw.get("variance_type") == "learned_range" or named in (*IF_PIPELINES, KANDINSKY_PIPELINE)
     learns = unet.out_channels == 2 * vae.latent_channels and learned
     unet = replace(unet, added_ids=5 if index["requires_aesthetics_score"] else 6, learns_variance=learns)
     if named == LATENT_UPSCALE_PIPELINE:
@@ -312,8 +327,9 @@ def _check_noise_levels(unet: UNetConfig, low_res: ScheduleConfig | None, highes
 
 def _with_scale(config: Mapping[str, Any], named: Any, pipeline: str | None, source: str) -> Mapping[str, Any]:
     """A VAE's config with scaling_factor as diffusers' upscalers set it, whatever the file has: latent diffusion's
-    super-resolution has none. named: the pipeline's class, also where `pipeline` is None, as of a loaded one."""
-    if named == SUPER_RESOLUTION_PIPELINE:
+    super-resolution has none, nor has Kandinsky. named: the pipeline's class, also where `pipeline` is None, as of a
+    loaded one."""
+    if named in (SUPER_RESOLUTION_PIPELINE, KANDINSKY_PIPELINE):
         return {**config, "scaling_factor": 1.0}
     if pipeline != UPSCALE_PIPELINE or config.get("scaling_factor") == 0.08333:
         return config
@@ -383,6 +399,7 @@ def _check_fit(
             f"{vision.projection_dim} ('projection_dim')",
         )
     reads = bool(text or vision)
+    reads = reads or unet.reads_image_embeds
     check(reads == unet.reads_text, "the U-Net reads text, and there is no text_encoder, or the reverse")
     pixels = isinstance(vae, PixelResidualConfig)
     check(

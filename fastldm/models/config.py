@@ -138,6 +138,11 @@ class VAEConfig:
                     f"{source}: {key!r} has {len(numbers)} numbers, expected {values['latent_channels']}, one for each "
                     "channel of the latents ('latent_channels'), or neither 'latents_mean' nor 'latents_std'"
                 )
+        if spatial and codebook["vq_embed_dim"] not in (None, values["latent_channels"]):
+            raise CheckpointError(
+                f"{source}: 'vq_embed_dim' is {codebook['vq_embed_dim']} and 'latent_channels' "
+                f"{values['latent_channels']}: with 'norm_type' 'spatial' they are equal"
+            )
         decoder = decoder or {"decoder_channels": channels, "decoder_layers": values["layers_per_block"]}
         for width in (*channels, *decoder["decoder_channels"]):
             check_divides(width, values["norm_num_groups"], "norm_num_groups", source)

@@ -16,7 +16,7 @@ from fastldm.errors import InputError
 from fastldm.models.config import UNetConfig
 from fastldm.models.interfaces import AddedConditions
 from fastldm.models.layers import Conv, LayerNorm, Linear, attention, channels_last, parameter
-from fastldm.models.unet_config import NOISE_LEVEL_CHANNELS
+from fastldm.models.unet_config import NOISE_LEVEL_CHANNELS, VECTOR_TOKENS
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 
@@ -212,15 +212,14 @@ class HintEmbedding(ImageEmbedding):
 class ImageTokens(nn.Module):
     """A picture's vector (B, D) as 32 tokens of a text; diffusers' ImageProjection."""
 
-    def __init__(self, width: int, context: int, tokens: int = 32) -> None:
+    def __init__(self, width: int, context: int) -> None:
         super().__init__()
-        self.image_embeds = Linear(width, tokens * context)
+        self.image_embeds = Linear(width, VECTOR_TOKENS * context)
         self.norm = LayerNorm(context)
-        self.tokens = tokens
 
     def forward(self, image_embeds: Tensor) -> Tensor:
         vector = image_embeds.to(self.image_embeds.weight.dtype)
-        return self.norm(self.image_embeds(vector).unflatten(1, (self.tokens, -1)))
+        return self.norm(self.image_embeds(vector).unflatten(1, (VECTOR_TOKENS, -1)))
 
 
 class Fourier(nn.Module):

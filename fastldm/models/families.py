@@ -92,6 +92,7 @@ UNCLIP_PIPELINE, TEXT_UNCLIP_PIPELINE = "StableUnCLIPImg2ImgPipeline", "StableUn
 LDM_PIPELINE, SUPER_RESOLUTION_PIPELINE = "LDMPipeline", "LDMSuperResolutionPipeline"
 DDIM_PIPELINE = "DDIMPipeline"
 IF_PIPELINES = ("IFPipeline",)
+KANDINSKY_PIPELINE, KANDINSKY_PRIOR_PIPELINE = "KandinskyV22Pipeline", "KandinskyV22PriorPipeline"
 PIXEL_SPACE_PIPELINES = ("DDPMPipeline", DDIM_PIPELINE, "ConsistencyModelPipeline")
 UNCONDITIONAL_PIPELINES = (LDM_PIPELINE, SUPER_RESOLUTION_PIPELINE, *PIXEL_SPACE_PIPELINES)
 """Those of diffusers' UNet2DModel, which reads no text."""
@@ -105,6 +106,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("ddpm", 1000, 1.0, lambda *_: True, pipelines=("DDPMPipeline",), by_class=True),
     Family("ddim", 50, 1.0, lambda *_: True, pipelines=(DDIM_PIPELINE,), by_class=True),
     Family("consistency", 1, 1.0, lambda *_: True, pipelines=("ConsistencyModelPipeline",), by_class=True),
+    Family("kandinsky", 100, 4.0, lambda *_: True, pipelines=(KANDINSKY_PIPELINE,), by_class=True),
     Family("sd2-unclip-prior", 20, 10.0, lambda *_: True, pipelines=(TEXT_UNCLIP_PIPELINE,), by_class=True),
     Family("sd2-unclip", 20, 10.0, lambda unet, _: unet.needs_vector, pipelines=(UNCLIP_PIPELINE,), reads_picture=True),
     Family("sd1-variation", 50, 7.5, lambda *_: True, pipelines=_VARIATION_PIPELINES, reads_picture=True),
@@ -143,6 +145,7 @@ FAMILIES: tuple[Family, ...] = (
 _FOLDER_NAMES = {
     LDM_TEXT_PIPELINE: {"vae": "vqvae", "text_encoder": "bert"},
     **{name: {"vae": "vqvae"} for name in (LDM_PIPELINE, SUPER_RESOLUTION_PIPELINE)},
+    KANDINSKY_PIPELINE: {"vae": "movq"},
 }
 """What components are called by pipelines that have other names for them."""
 
@@ -172,9 +175,10 @@ _NETWORKS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(_VARIATION_PIPELINES, ("unet", "vae", IMAGE_ENCODER)),
     UNCLIP_PIPELINE: ("unet", "vae", "text_encoder", IMAGE_ENCODER, IMAGE_NORMALIZER),
     TEXT_UNCLIP_PIPELINE: ("unet", "vae", "text_encoder", IMAGE_NORMALIZER, PRIOR, PRIOR_TEXT_ENCODER),
-    **dict.fromkeys((PIXEL_PIPELINE, LDM_PIPELINE, SUPER_RESOLUTION_PIPELINE), ("unet", "vae")),
+    **dict.fromkeys((PIXEL_PIPELINE, LDM_PIPELINE, SUPER_RESOLUTION_PIPELINE, KANDINSKY_PIPELINE), ("unet", "vae")),
     **dict.fromkeys(PIXEL_SPACE_PIPELINES, ("unet",)),
     **dict.fromkeys(IF_PIPELINES, ("unet", "text_encoder")),
+    KANDINSKY_PRIOR_PIPELINE: (PRIOR, "text_encoder", IMAGE_ENCODER),
 }
 """The networks of a pipeline of diffusers that are not those of Stable Diffusion."""
 

@@ -14,6 +14,8 @@ from fastldm.models.unet_keys import read_unet
 TimeNorm = Literal["shift", "scale", "adaptive"]
 NOISE_LEVEL_CHANNELS = 128  # of the latent x2 upscaler's embedded noise level, before the pooled text
 
+VECTOR_TOKENS = 32  # of a text, that "image_proj" makes of a picture's vector
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -285,7 +287,13 @@ class UNetConfig:
     @property
     def needs_rows(self) -> bool:
         """Whether time rows are others for each U-Net row."""
-        return self.reads_pooled or self.needs_vector or self.needs_label or self.pools_text
+        own = self.reads_pooled or self.needs_vector or self.needs_label
+        return own or self.pools_text or self.reads_image_embeds
+
+    @property
+    def reads_image_embeds(self) -> bool:
+        """Whether pictures' vectors are all that it reads, with the time and as tokens, as Kandinsky 2.2's decoder."""
+        return self.addition_embed_type == "image" and self.encoder_hid_dim_type == "image_proj"
 
     @classmethod
     def from_dict(cls, cfg: Mapping[str, Any], source: str = "config.json") -> UNetConfig:

@@ -83,6 +83,8 @@ def time_rows(config: UNetConfig, *, count: int, dtype: torch.dtype) -> DryRun:
         more["timestep_cond"] = _empty(count, config.time_cond_proj_dim or 0, dtype=dtype)
     if config.pools_text:
         more["encoder_hidden_states"] = _empty(1, T5_WINDOW, config.text_width, dtype=dtype)
+    if config.reads_image_embeds:
+        more["image_embeds"] = _empty(count, config.encoder_hid_dim or 0, dtype=dtype)
     labels = _empty(count) if config.needs_class else None
     if config.class_input_dim is not None:
         labels = _empty(count, config.class_input_dim, dtype=dtype)
@@ -104,7 +106,8 @@ def _added(config: UNetConfig, count: int, dtype: torch.dtype) -> AddedCondition
 def cross_kv(config: UNetConfig, *, rows: int, tokens: int, dtype: torch.dtype) -> DryRun:
     """Keys and values of `rows` texts."""
     unet: UNet = network(config, dtype)  # type: ignore[assignment]
-    text = _empty(rows, tokens, config.text_width, dtype=dtype)
+    shape = (rows, config.text_width) if config.reads_image_embeds else (rows, tokens, config.text_width)
+    text = _empty(*shape, dtype=dtype)
     return torch.no_grad()(lambda: unet.cross_kv(text))
 
 

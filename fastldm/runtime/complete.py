@@ -42,7 +42,7 @@ def complete(
     ranges: the heights and widths of latents that the model runs with, where those are limited.
     """
     unet = spec.unet
-    if not spec.encoders:
+    if not spec.conditioned:
         request = _without_text(request, unet)
     if request.prompt is None and request.prompt_embeds is None:
         raise InputError("prompt is None: give a text, a list of texts, or prompt_embeds")
@@ -89,7 +89,7 @@ def complete(
         "guidance_rescale is above 0": request.guidance_rescale > 0,
         "this model has two guidance scales": unet.edits,
         "pag_scale is above 0": bool(request.pag_scale),
-        "this model reads no text to be guided by": not spec.encoders,
+        "this model reads no text to be guided by": not spec.conditioned,
     }
     kinds = {f"sampler {sampler!r} is CFG++": cfg_pp, **reasons}
     kinds.pop("guidance_rescale is above 0")
@@ -166,6 +166,9 @@ def needed_images(spec: Spec, height: int, width: int) -> dict[str, Any]:
     """The pictures that a model cannot do without, grey, for an image of this size in pixels, and no prompt where it
     reads a picture in its place: fields of `Request`, for a trial."""
     grey = np.full((height // spec.enlarges, width // spec.enlarges, 3), 0.5, dtype=np.float32)
+    if spec.unet.reads_image_embeds:
+        vector = torch.zeros(1, int(spec.unet.encoder_hid_dim or 0))
+        return {"image_embeds": vector, "negative_image_embeds": vector, "prompt": ""}
     if spec.vision and not spec.text:
         return {"image": grey, "prompt": ""}
     if spec.unet.edits or spec.unet.upscales or spec.vision:
@@ -245,11 +248,12 @@ def _size(request: Request, spec: Spec, vae: AutoencoderConfig) -> tuple[int, in
             f"width and height are {width}x{height}: expected multiples of {controls.multiple} pixels for this "
             "request's T2I-Adapters"
         )
+    multiple = factor**2 if spec.unet.reads_image_embeds else factor  # which diffusers' Kandinsky makes of others
     for name, value in (("height", height), ("width", width)):
-        if value % factor:
-            nearest = max(factor, round(value / factor) * factor)
+        if value % multiple:
+            nearest = max(multiple, round(value / multiple) * multiple)
             raise InputError(
-                f"{name} is {value}: expected a multiple of {factor} pixels for this model, such as {nearest}"
+                f"{name} is {value}: expected a multiple of {multiple} pixels for this model, such as {nearest}"
             )
     if latents is not None and (height, width) != tuple(int(n) * factor for n in latents.shape[2:]):
         raise InputError(

@@ -66,10 +66,46 @@ def check_prior(request: Request) -> None:
             raise InputError(f"{name} was given, and this model's prior reads a prompt, and starts from noise")
 
 
+def read_vectors(request: Request, width: int) -> Request:
+    """A request of Kandinsky 2.2, whose vectors (n, width), each an image's in place of a prompt, are checked and on
+    the host. InputError for bad ones, for none, and for what such a model does not read."""
+    for name in ("image", *_START, *_TEXT):
+        if getattr(request, name) is not None:
+            raise InputError(f"{name} was given, and this model reads image_embeds, which a prior makes of a prompt")
+    if any(as_list(request.prompt)):
+        raise InputError("prompt was given, and this model reads image_embeds: its prior makes them of a prompt")
+    if request.image_embeds is None:
+        raise InputError(
+            "image_embeds is None: this model reads what its prior makes, (n, D) with negative_image_embeds"
+        )
+    given = {"image_embeds": request.image_embeds, "negative_image_embeds": request.negative_image_embeds}
+    vectors: dict[str, Tensor] = {}
+    for name, source in given.items():
+        if isinstance(source, list | tuple):
+            parts = [checks.tensor(f"{name}[{k}]", part, (None, width)) for k, part in enumerate(source)]
+            source = torch.cat(parts) if parts else source
+        if source is not None:
+            source = checks.finite(name, checks.tensor(name, source, (None, width))).detach()
+            vectors[name] = send(source, torch.device("cpu"), torch.float32)
+    count = len(vectors["image_embeds"])
+    if not 0 < count <= MAX_IMAGES:
+        raise InputError(f"image_embeds has {count} vectors: expected 1 to {MAX_IMAGES}")
+    negatives = vectors.get("negative_image_embeds")
+    if negatives is not None and len(negatives) not in (1, count):
+        raise InputError(
+            f"negative_image_embeds has {len(negatives)} vectors for {count} images: give one, or one each"
+        )
+    if negatives is not None:
+        vectors["negative_image_embeds"] = negatives.expand(count, -1)
+    return request.replace(prompt="" if count == 1 else ("",) * count, **vectors)
+
+
 def read_picture(request: Request, encoder: ImageEncoder | None) -> Request:
     """A request whose pictures are ready to be read, each with an empty prompt where there is none. encoder: that of
     the model, if it reads pictures. InputError for a model that does not, for what such a model does not read, and for
     bad pictures."""
+    if request.negative_image_embeds is not None:
+        raise InputError("negative_image_embeds was given, and this model does not read it: only Kandinsky 2.2 does")
     if encoder is None:
         if request.image_embeds is not None:
             raise InputError("image_embeds was given, and this model reads prompts: give prompt_embeds, or a prompt")

@@ -50,7 +50,7 @@ from fastldm.runtime.gradient import CLIPGradient, Function, Gradient, clip_text
 from fastldm.runtime.graph import CUDA, Graphs
 from fastldm.runtime.guidance import apg_field, apg_of, guidance_of, pag_defaults, perturbed_layers
 from fastldm.runtime.image_prompts import ImagePrompts, PictureSelection, per_image, start_pictures
-from fastldm.runtime.read_picture import PictureRead, check_prior, read_picture
+from fastldm.runtime.read_picture import PictureRead, check_prior, read_picture, read_vectors
 from fastldm.runtime.slots import Slots, StaticBuffers, graph_rows, step_capacity
 from fastldm.runtime.start import start_run
 from fastldm.runtime.steps import StepsBatch
@@ -166,7 +166,10 @@ class Stages:
         request = request.replace(adapters=adapters, cross_attention_kwargs=None)
         if self.prior is not None:
             check_prior(request)
-        request = read_picture(request, self.image_encoder)
+        if (network := self.spec.unet).reads_image_embeds:
+            request = read_vectors(request, int(network.encoder_hid_dim or 0))
+        else:
+            request = read_picture(request, self.image_encoder)
         request = self.controls.complete(request, self.unet.config.needs_added)
         if request.reuse > 1:
             self._check_reuse(request.reuse)
@@ -186,6 +189,11 @@ class Stages:
         request, unet = complete(request, self.spec, self.vae.config, self.family, self.latents), self.unet.config
         if request.gradient is not None:
             self._check_gradient(request)
+        if unet.reads_image_embeds and request.negative_image_embeds is None and self.guided(request):
+            raise InputError(
+                f"negative_image_embeds is None, and guidance_scale is {request.guidance_scale:g}: give what guidance "
+                "leads away from, which the prior makes too, or guidance_scale=1"
+            )
         if self._steps is not None and self.table(request).threshold is not None:
             raise InputError(
                 f"this pipeline runs a bundle on {self.backend} by a graph of whole steps, which knows no dynamic "
@@ -328,6 +336,13 @@ class Stages:
     def encode(self, request: Request) -> Conditioning:
         """Prompts and negatives as what the U-Net reads, a row for each image."""
         config = self.unet.config
+        if config.reads_image_embeds:
+            embeds = send(request.image_embeds, self.device, self.dtype)
+            negatives = None
+            if request.negative_image_embeds is not None:
+                negatives = send(request.negative_image_embeds, self.device, self.dtype)
+            read = conditioning.of_pictures(embeds, self.guided(request), negatives)
+            return read.repeat(request.num_images_per_prompt)
         if isinstance(request.image_embeds, PictureRead) and not config.needs_vector:
             embeds = request.image_embeds.embeds(self.dtype, self.device)
             return conditioning.of_pictures(embeds, self.guided(request)).repeat(request.num_images_per_prompt)
@@ -399,7 +414,11 @@ class Stages:
             more["encoder_hidden_states"] = embeds.prompt_embeds
         if self.unet.config.needs_guidance:
             scale = torch.full((len(table) * rows,), guidance_scale, device=self.device)
-        labels = None
+        labels, text = None, embeds.prompt_embeds
+        if self.unet.config.reads_image_embeds:
+            text = text[:, 0]  # (R, D)
+            rows = len(text)
+            more["image_embeds"] = text.repeat(len(table), 1)
         if run.vectors is not None:  # of negatives zeros
             rows = len(embeds.prompt_embeds)
             negatives = run.vectors.new_zeros((rows - run.batch, run.vectors.shape[1]))
@@ -413,7 +432,7 @@ class Stages:
         temb = self.unet.time_rows(timesteps, added=added, guidance=scale, class_labels=labels, **more)
         text_kv: tuple[Tensor, ...] = ()
         if self.unet.config.cross_widths:
-            text_kv = self.run("text keys and values", self.unet.cross_kv, embeds.prompt_embeds)
+            text_kv = self.run("text keys and values", self.unet.cross_kv, text)
         run.temb, run.text_kv, run.embeds = temb.unflatten(0, (len(table), rows)), text_kv, embeds
         for control in run.controls:
             network = control.network

@@ -95,7 +95,7 @@ def start_run(
         vectors, normalizer = pictures.embeds(dtype, device, one_by_one), pictures.encoder.normalizer
         if request.generator is None:  # as each picture would be drawn for alone
             vectors = vectors.repeat_interleave(request.batch // len(vectors), 0)
-    if vectors is not None and spec.low_res is not None:
+    if vectors is not None and spec.low_res is not None and normalizer is not None:
         first = sources[: len(vectors)] if isinstance(sources, Sequence) else sources
         vector_noise = randn(vectors.shape, first, noise_dtype, device).float()
         vectors = noise_vectors(normalizer, vectors, vector_noise, int(request.noise_level or 0), spec.low_res)
