@@ -113,8 +113,8 @@ class UNetConfig:
 
     @property
     def text_width(self) -> int:
-        """Channels of what the text encoder makes."""
-        return (self.encoder_hid_dim or 0) if self.encoder_hid_dim_type == "text_proj" else self.cross_attention_dim
+        """Channels of what the text encoder makes, or of a picture's vector, before a projection."""
+        return self.cross_attention_dim if self.encoder_hid_dim_type is None else self.encoder_hid_dim or 0
 
     @property
     def pools_text(self) -> bool:

@@ -167,7 +167,7 @@ def needed_images(spec: Spec, height: int, width: int) -> dict[str, Any]:
     reads a picture in its place: fields of `Request`, for a trial."""
     grey = np.full((height // spec.enlarges, width // spec.enlarges, 3), 0.5, dtype=np.float32)
     if spec.unet.reads_image_embeds:
-        vector = torch.zeros(1, int(spec.unet.encoder_hid_dim or 0))
+        vector = torch.zeros(1, spec.unet.text_width)
         return {"image_embeds": vector, "negative_image_embeds": vector, "prompt": ""}
     if spec.vision and not spec.text:
         return {"image": grey, "prompt": ""}

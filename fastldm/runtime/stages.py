@@ -167,7 +167,7 @@ class Stages:
         if self.prior is not None:
             check_prior(request)
         if (network := self.spec.unet).reads_image_embeds:
-            request = read_vectors(request, int(network.encoder_hid_dim or 0))
+            request = read_vectors(request, network.text_width)
         else:
             request = read_picture(request, self.image_encoder)
         request = self.controls.complete(request, self.unet.config.needs_added)
