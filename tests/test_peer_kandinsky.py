@@ -269,7 +269,7 @@ def test_prior_with_a_generator_each_equals_diffusers(their_prior: Any, prior: K
         assert made < 2e-5
 
 
-def test_a_vector_of_a_seed_is_the_one_made_alone(prior: KandinskyPrior) -> None:
+def test_a_seeds_vector_is_the_one_made_alone(prior: KandinskyPrior) -> None:
     both = prior(["a cat", "a dog"], "bad", seed=3, num_inference_steps=3)
     alone = prior("a dog", "bad", seed=4, num_inference_steps=3)
     for together, one in zip(both, alone, strict=True):
