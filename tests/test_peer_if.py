@@ -179,6 +179,8 @@ def test_spiece_alone_is_a_tokenizer(folder: Path, pipe: Pipeline, tmp_path: Pat
         ({"text_encoder": [None, None]}, "has no text_encoder"),
         ({"vae": ["diffusers", "AutoencoderKL"]}, "has vae"),
         ({"_class_name": "IFImg2ImgPipeline"}, "is a IFImg2ImgPipeline"),
+        ({"_class_name": "IFSuperResolutionPipeline"}, "has no image_noising_scheduler"),
+        ({"_class_name": "IFImg2ImgSuperResolutionPipeline"}, "is a IFImg2ImgSuperResolutionPipeline"),
         ({"_class_name": "IFInpaintingPipeline"}, "is a IFInpaintingPipeline"),
     ],
 )
@@ -229,6 +231,111 @@ def test_command_makes_a_first_stage(folder: Path, tmp_path: Path, monkeypatch: 
     assert Image.open("a.png").size == (16, 16)
     planned = run("plan", "-m", str(folder), "--device", "cpu")
     assert planned.exit_code == 0, planned.stderr
+
+
+# ----------------------------------------------------------------------------------------------- super-resolution
+
+
+@pytest.fixture(scope="module")
+def larger() -> tuple[Any, Pipeline]:
+    theirs = deepfloyd.super_resolution()
+    return theirs, Pipeline.from_diffusers(theirs)
+
+
+def picture(seed: int = 0, width: int = 8, height: int = 8) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+TENSOR = torch.rand(1, 3, 8, 6, generator=generator(2)) * 2 - 1
+ENLARGING: dict[str, Options] = {
+    "plain": {},
+    "unguided": {"guidance_scale": 1.0},
+    "a level": {"noise_level": 0},
+    "the highest level": {"noise_level": 999, "negative_prompt": NEGATIVE},
+    "a tensor": {"image": TENSOR},
+    "a size": {"height": 24, "width": 32, "image": picture(1, 5, 9)},
+    "several pictures": {"num_images_per_prompt": 2},
+    "several pictures of generators": {"num_images_per_prompt": 2, "generator": "list"},
+    "several prompts": {"prompt": [PROMPT, "a cat"], "image": [picture(1), picture(2)], "generator": "list"},
+    "several of each": {"prompt": [PROMPT, "a cat"], "image": [picture(1), picture(2)], "num_images_per_prompt": 2},
+    "embeds": EMBEDS,
+    "times": {"timesteps": [900, 500, 20]},
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case if case in ("plain", "a size") else pytest.param(case, marks=pytest.mark.full) for case in ENLARGING],
+)
+def test_super_resolution_equals_diffusers(case: str, larger: tuple[Any, Pipeline]) -> None:
+    theirs, ours = larger
+    both(ours, theirs, **{"image": picture(), **ENLARGING[case]})
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("level", [None, 0, 400])
+def test_super_resolutions_grid_equals_diffusers(level: int | None, larger: tuple[Any, Pipeline]) -> None:
+    theirs, ours = larger
+    grid = {
+        "image": [picture(), TENSOR, picture(3, 20, 16)],
+        "guidance_scale": [1.0, 4.0],
+        "negative_prompt": [None, NEGATIVE],
+        "num_images_per_prompt": [1, 2],
+        "height": [None, 24],
+        "timesteps": [None, [900, 20]],
+    }
+    for values in itertools.product(*grid.values()):
+        options = {**dict(zip(grid, values, strict=True)), "noise_level": level}
+        both(ours, theirs, **{key: value for key, value in options.items() if value is not None})
+
+
+def test_super_resolution_of_a_folder_is_the_adopted_one(
+    larger: tuple[Any, Pipeline], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs, ours = larger
+    theirs.save_pretrained(tmp_path / "model")
+    loaded = Pipeline.from_pretrained(tmp_path / "model", dtype="float32")
+    family = loaded.family
+    assert (family.name, family.num_inference_steps, family.guidance_scale, family.noise_level) == (
+        "if-super-resolution",
+        50,
+        4.0,
+        250,
+    )
+    options: Options = {"image": picture(), "num_inference_steps": 2, "seed": 4, "output_type": "np"}
+    expected = ours(PROMPT, **options).images
+    assert np.array_equal(loaded(PROMPT, **options).images, expected)
+    with Session(loaded, max_batch=4) as session:
+        queries = [options, {**options, "noise_level": 10, "seed": 5, "guidance_scale": 1.0}]
+        together = [session.submit(PROMPT, **query) for query in queries]
+        for future, query in zip(together, queries, strict=True):
+            assert np.abs(future.result().images - ours(PROMPT, **query).images).max() < 1e-4
+    monkeypatch.chdir(tmp_path)
+    picture().save("small.png")
+    done = run("generate", PROMPT, "-m", "model", "--image", "small.png", "--steps", "2", "-o", "a.png")
+    assert done.exit_code == 0, done.stderr
+    assert Image.open("a.png").size == (16, 16)
+    planned = run("plan", "-m", "model", "--device", "cpu")
+    assert planned.exit_code == 0, planned.stderr
+
+
+def test_what_super_resolution_lacks_is_named(larger: tuple[Any, Pipeline]) -> None:
+    _, ours = larger
+    refused: dict[str, Options] = {
+        "this model enlarges an image: give it image": {},
+        "noise_level is 1000: expected at most 999": {"image": picture(), "noise_level": 1000},
+        "mask_image was given": {"image": picture(), "mask_image": picture()},
+        "strength is 0.5": {"image": picture(), "strength": 0.5},
+        "image holds 3 pictures for a batch of 1": {"image": [picture()] * 3},
+    }
+    for message, options in refused.items():
+        with pytest.raises(InputError, match=message):
+            ours(PROMPT, **options)
+    with pytest.raises(CheckpointError, match="class_embed_type"):
+        Pipeline.from_diffusers(deepfloyd.super_resolution(unet=network("if-1")))
+    with pytest.raises(CheckpointError, match="class_embed_type"):
+        Pipeline.from_diffusers(deepfloyd.first_stage(unet=network("if-2")))
 
 
 def test_diffusers_has_no_other_parts() -> None:

@@ -59,6 +59,8 @@ def test_supported_classes_are_accepted() -> None:
     own["KandinskyV22Pipeline"] = {**none_of_text, "vae": none, "movq": ["diffusers", "VQModel"]}
     own |= {name: {**plain, **codes} for name in ("LDMPipeline", "LDMSuperResolutionPipeline")}
     own["IFPipeline"] = {"vae": none, "text_encoder": ["transformers", "T5EncoderModel"]}
+    noising = {"image_noising_scheduler": ["diffusers", "DDPMScheduler"]}
+    own["IFSuperResolutionPipeline"] = {**own["IFPipeline"], **noising}
     for name in pipeline_classes() - {"PixelUpscalePipeline"}:  # which is fastldm's own
         index = {**(XL_INDEX if "XL" in name else SD_INDEX), **own.get(name, {})}
         expected = "UNet2DModel" if name in UNCONDITIONAL_PIPELINES else "UNet2DConditionModel"
@@ -77,7 +79,7 @@ def test_other_classes_are_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("IFSuperResolutionPipeline", "an upscaler"),
+        ("IFImg2ImgSuperResolutionPipeline", "an upscaler"),
         ("UnCLIPImageVariationPipeline", "unCLIP"),
         ("KandinskyV22Img2ImgPipeline", "another of Kandinsky's than the decoder of 2.2"),
         ("MarigoldDepthPipeline", "Marigold"),

@@ -127,7 +127,7 @@ class Checkpoint:
         own = {"scheduler": self.scheduler}
         if self.prior_scheduler is not None:
             own[PRIOR_SCHEDULER] = self.prior_scheduler
-        noising = NOISING[IMAGE_NORMALIZER in self.components]
+        noising = NOISING[IMAGE_NORMALIZER in self.components or "vae" not in self.components]
         return own if self.low_res_scheduler is None else {**own, noising: self.low_res_scheduler}
 
     def config_source(self, name: str) -> str:

@@ -15,6 +15,7 @@ from fastldm.loading import relatives
 from fastldm.models.config import LDM_BERT, T5_ENCODER
 from fastldm.models.families import (
     DEPTH_PIPELINE,
+    IF_SUPER_RESOLUTION,
     IMAGE_ENCODER,
     IMAGE_NORMALIZER,
     KANDINSKY_PRIOR_PIPELINE,
@@ -36,7 +37,8 @@ Config = dict[str, Any]
 
 INDEX = "model_index.json"
 NOISING = ("low_res_scheduler", "image_noising_scheduler")
-"""Those of noise that is added to what is read: to the x4 upscaler's small picture, to unCLIP's vector of a picture."""
+"""Those of noise that is added to what is read: to the x4 upscaler's small picture; to unCLIP's vector of a picture,
+and to the small picture of DeepFloyd IF."""
 PRIOR_SCHEDULER, PRIOR_TOKENIZER = "prior_scheduler", "prior_tokenizer"
 SCHEDULERS = ("scheduler", *NOISING, PRIOR_SCHEDULER)
 DEPTH = "depth_estimator"
@@ -81,7 +83,8 @@ def component_classes(index: Config, source: str) -> dict[str, str]:
     pipeline = read_fields(index, _CLASS, f"{source}: {INDEX}")["_class_name"]
     listed = {component_name(pipeline, name): class_name for name, class_name in listed_classes(index).items()}
     relatives.check_class(pipeline, source)
-    others: dict[str, tuple[str, ...]] = {UPSCALE_PIPELINE: NOISING[:1], UNCLIP_PIPELINE: NOISING[1:]}
+    others: dict[str, tuple[str, ...]] = {UPSCALE_PIPELINE: NOISING[:1]}
+    others |= dict.fromkeys((UNCLIP_PIPELINE, IF_SUPER_RESOLUTION), NOISING[1:])
     others[TEXT_UNCLIP_PIPELINE] = (*NOISING[1:], PRIOR_SCHEDULER, PRIOR_TOKENIZER)
     networks = network_classes(pipeline)
     alone = (name for name in ("unet", "vae", IMAGE_ENCODER, IMAGE_NORMALIZER, *PRIOR_CLASSES) if name in networks)

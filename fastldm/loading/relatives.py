@@ -17,6 +17,7 @@ from fastldm.models.config import UNetConfig
 from fastldm.models.families import (
     DEPTH_PIPELINE,
     IF_PIPELINES,
+    IF_SUPER_RESOLUTION,
     KANDINSKY_PIPELINE,
     KANDINSKY_PRIOR_PIPELINE,
     LATENT_UPSCALE_PIPELINE,
@@ -30,9 +31,9 @@ from fastldm.models.families import (
 
 RUNS = (
     "fastldm runs Stable Diffusion 1, 2 and XL for text to image, image to image and inpainting, InstructPix2Pix, "
-    "depth to image, the x4 and the latent x2 upscaler, image variations, stable unCLIP, DeepFloyd IF's first stage, "
-    "Kandinsky 2.2, and latent "
-    "diffusion's, DDPM's and consistency models without a prompt or with its first text encoder"
+    "depth to image, the x4 and the latent x2 upscaler, image variations, stable unCLIP, "
+    "DeepFloyd IF's stages from text, Kandinsky 2.2, and latent diffusion's, DDPM's and consistency models without a "
+    "prompt or with its first text encoder"
 )
 
 
@@ -117,6 +118,7 @@ def check_unet_keys(config: Mapping[str, Any], source: str, pipeline: Any = None
     """CheckpointError if the raw config of a U-Net has a value that only a relative has. pipeline: the class's name."""
     runs = {"class_embed_type": "projection"} if pipeline in (UNCLIP_PIPELINE, TEXT_UNCLIP_PIPELINE) else {}
     runs |= {"addition_embed_type": "text", "encoder_hid_dim_type": "text_proj"} if pipeline in IF_PIPELINES else {}
+    runs |= {"class_embed_type": "timestep"} if pipeline == IF_SUPER_RESOLUTION else {}
     if pipeline == KANDINSKY_PIPELINE:
         runs = {"addition_embed_type": "image", "encoder_hid_dim_type": "image_proj"}
     for key, values, label in _UNET_KEYS:
@@ -152,6 +154,11 @@ def check_standard(unet: UNetConfig, source: str, pipeline: Any = None) -> None:
             raise CheckpointError(
                 f"{source} is no U-Net of a {pipeline}, which has 'addition_embed_type' 'text' and "
                 "'encoder_hid_dim_type' 'text_proj'"
+            )
+        if (unet.class_embed_type == "timestep") != (pipeline == IF_SUPER_RESOLUTION):
+            raise CheckpointError(
+                f"{source} is no U-Net of a {pipeline}, for 'class_embed_type' is {unet.class_embed_type!r}: 'timestep' is of "
+                "super-resolution, which reads a noise level"
             )
         return
     if unet.beyond_standard is not None:

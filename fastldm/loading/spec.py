@@ -261,7 +261,7 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
     )
     low_res = None
     if checkpoint.low_res_scheduler is not None:
-        source = checkpoint.config_source(NOISING[IMAGE_NORMALIZER in configs])
+        source = checkpoint.config_source(NOISING[IMAGE_NORMALIZER in configs or "vae" not in configs])
         low_res = read_scheduler(checkpoint.low_res_scheduler, None, source)
     _check_noise_levels(unet, low_res, index["max_noise_level"], checkpoint.source)
     names = [name for name in TEXT_ENCODERS if name in configs]
@@ -285,7 +285,7 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
         )
     family = recognise(unet, checkpoint.scheduler, named, reads_picture=vision is not None)
     highest = 0 if low_res is None else index["max_noise_level"]
-    if unet.needs_vector and low_res is not None:
+    if (unet.needs_vector or unet.resizes) and low_res is not None:
         highest = low_res.num_train_timesteps - 1
     return Spec(checkpoint, unet, vae, text, family, schedule, low_res, highest, vision, preprocessing, prior)
 
@@ -317,7 +317,9 @@ def _check_noise_levels(unet: UNetConfig, low_res: ScheduleConfig | None, highes
         return
     if low_res is None:
         raise CheckpointError(f"{source}: the U-Net reads a small picture with noise, and has no low_res_scheduler")
-    levels = min(unet.num_class_embeds or 0, low_res.num_train_timesteps)
+    if unet.num_class_embeds is None:  # it reads a level as a time
+        return
+    levels = min(unet.num_class_embeds, low_res.num_train_timesteps)
     if highest >= levels:
         raise CheckpointError(
             f"{source}: 'max_noise_level' is {highest}, expected less than {levels}: the U-Net has "

@@ -91,7 +91,8 @@ _VARIATION_PIPELINES = ("StableDiffusionImageVariationPipeline",)
 UNCLIP_PIPELINE, TEXT_UNCLIP_PIPELINE = "StableUnCLIPImg2ImgPipeline", "StableUnCLIPPipeline"
 LDM_PIPELINE, SUPER_RESOLUTION_PIPELINE = "LDMPipeline", "LDMSuperResolutionPipeline"
 DDIM_PIPELINE = "DDIMPipeline"
-IF_PIPELINES = ("IFPipeline",)
+IF_SUPER_RESOLUTION = "IFSuperResolutionPipeline"
+IF_PIPELINES = ("IFPipeline", IF_SUPER_RESOLUTION)
 KANDINSKY_PIPELINE, KANDINSKY_PRIOR_PIPELINE = "KandinskyV22Pipeline", "KandinskyV22PriorPipeline"
 PIXEL_SPACE_PIPELINES = ("DDPMPipeline", DDIM_PIPELINE, "ConsistencyModelPipeline")
 UNCONDITIONAL_PIPELINES = (LDM_PIPELINE, SUPER_RESOLUTION_PIPELINE, *PIXEL_SPACE_PIPELINES)
@@ -100,7 +101,8 @@ UNCONDITIONAL_PIPELINES = (LDM_PIPELINE, SUPER_RESOLUTION_PIPELINE, *PIXEL_SPACE
 # The first match counts; the last entry matches everything.
 FAMILIES: tuple[Family, ...] = (
     Family("ldm-text", 50, 6.0, lambda *_: True, pipelines=(LDM_TEXT_PIPELINE,), by_class=True),
-    Family("if", 100, 7.0, lambda *_: True, pipelines=IF_PIPELINES, by_class=True),
+    Family("if", 100, 7.0, lambda *_: True, pipelines=IF_PIPELINES[:1], by_class=True),
+    Family("if-super-resolution", 50, 4.0, lambda *_: True, pipelines=IF_PIPELINES[1:], noise_level=250, by_class=True),
     Family("ldm", 50, 1.0, lambda *_: True, pipelines=(LDM_PIPELINE,), by_class=True),
     Family("ldm-super-resolution", 100, 1.0, lambda *_: True, pipelines=(SUPER_RESOLUTION_PIPELINE,), by_class=True),
     Family("ddpm", 1000, 1.0, lambda *_: True, pipelines=("DDPMPipeline",), by_class=True),

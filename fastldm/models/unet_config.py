@@ -246,11 +246,16 @@ class UNetConfig:
     def upscales(self) -> bool:
         """Whether a small picture is read behind the latents: at their size, with noise of a level that is a class; or
         without text, in as many channels as they have; or the latents of one."""
-        if self.enlarges_latents:
+        if self.enlarges_latents or self.resizes:
             return True
         if not self.conditional:
             return self.in_channels > self.latent_channels
         return self.is_standard and (self.needs_class or not self.reads_text)
+
+    @property
+    def resizes(self) -> bool:
+        """Whether that small picture may have any size, as of DeepFloyd IF: it is made as large as the image."""
+        return self.pools_text and self.in_channels == 2 * self.latent_channels
 
     @property
     def reads_pooled(self) -> bool:
@@ -272,7 +277,7 @@ class UNetConfig:
     @property
     def needs_class(self) -> bool:
         """Whether time rows need a class."""
-        return self.num_class_embeds is not None
+        return self.num_class_embeds is not None or self.class_embed_type == "timestep"
 
     @property
     def needs_label(self) -> bool:

@@ -63,7 +63,7 @@ def complete(
     if unet.upscales and not unet.needs_class and request.noise_level is not None:
         raise InputError(f"noise_level is {request.noise_level}: this model enlarges a picture without noise")
     if spec.low_res is not None and (request.noise_level or 0) > spec.max_noise_level:
-        name = "num_train_timesteps" if unet.needs_vector else "max_noise_level"
+        name = "num_train_timesteps" if unet.needs_vector or unet.resizes else "max_noise_level"
         raise InputError(
             f"noise_level is {request.noise_level}: expected at most {spec.max_noise_level} for this model ({name!r})"
         )
@@ -236,6 +236,7 @@ def _size(request: Request, spec: Spec, vae: AutoencoderConfig) -> tuple[int, in
         measured is not None
         and (request.mask_image is None or start_latents(request, vae.latent_channels) is not None)
         and not (spec.unet.edits and spec.unet.needs_added)  # as in diffusers
+        and not spec.unet.resizes
     ):
         height, width = measured
     elif controls is not None and measured is None:

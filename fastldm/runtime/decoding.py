@@ -19,6 +19,7 @@ from fastldm.device import Mark, to_host
 from fastldm.errors import NonFinite
 from fastldm.loading import spec as loading
 from fastldm.mask_crop import mask_crop
+from fastldm.models.config import PIXEL_SPACE
 from fastldm.models.latents import unscaled
 from fastldm.models.vae import Decode, Pieces, PixelResidual, decode_pieces, finish
 from fastldm.request import Request
@@ -103,7 +104,8 @@ class Decoder:
 
     def _with_base(self, latents: Tensor, run: Run | None) -> Tensor:
         """Latents of a picture in place of those of what it has beyond a small one, where they are such."""
-        if run is None or run.extra is None or not isinstance(self.vae, PixelResidual):
+        residual = isinstance(self.vae, PixelResidual) and self.vae.config != PIXEL_SPACE
+        if run is None or run.extra is None or not residual:
             return latents
         return latents + run.extra.float() * self.vae.config.scaling_factor
 

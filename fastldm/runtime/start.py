@@ -102,11 +102,16 @@ def start_run(
         vectors, vector_noise = (
             x.repeat_interleave(request.batch // len(x), 0) for x in (vectors.to(dtype), vector_noise)
         )
+    own_noise = draw() if unet.resizes and request.latents is None else None  # before that of the picture
     if unet.upscales:  # which starts from noise alone, drawn after that of the picture
         small_size = height // spec.enlarges, width // spec.enlarges
         resample = Resampling.LANCZOS if spec.picture_multiple > 1 else Resampling.BICUBIC
         if start is not None:
             small = send(start, device)
+        elif unet.resizes:
+            small = send(images.load_image(request.image), device)
+            small = torch.nn.functional.interpolate(small, (height, width), mode="bilinear", align_corners=True)
+            small = small.repeat_interleave(request.batch // len(small), 0)
         else:
             small = send(images.load_image(request.image, small_size, resample=resample), device)
         if unet.enlarges_latents:
@@ -114,7 +119,7 @@ def start_run(
                 small = each(small) if request.generator is None else small
                 small = encode(small, [side // factor for side in small_size])
             small = torch.nn.functional.interpolate(small, scale_factor=spec.enlarges, mode="nearest")
-        if isinstance(vae, PixelResidual):
+        if isinstance(vae, PixelResidual) and not unet.resizes:
             small = vae.base(small)
         if spec.low_res is not None:
             small = each(small) if request.generator is None else small
@@ -148,7 +153,7 @@ def start_run(
     elif init is not None and goes_on and request.mask_image is None:
         noise = init
     else:
-        noise = draw()
+        noise = draw() if own_noise is None else own_noise
     if request.mask_image is not None:
         white = request.mask_image if crop is None else crop.cut(crop.mask)
         full_mask = prepared(send(images.load_mask(white, (height, width)), device))

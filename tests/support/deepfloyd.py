@@ -73,16 +73,28 @@ def scheduler(**options: Any) -> Any:
 
 def first_stage(seed: int = 0, **replaced: Any) -> Any:
     """diffusers' IFPipeline."""
-    components = {
+    return _quiet(tiny.peer("diffusers").IFPipeline(**{**_parts(seed), "unet": network("if-1", seed), **replaced}))
+
+
+def _parts(seed: int) -> dict[str, Any]:
+    return {
         "tokenizer": t5_tokenizer(),
         "text_encoder": t5(seed + 1),
-        "unet": network("if-1", seed),
         "scheduler": scheduler(),
         "safety_checker": None,
         "feature_extractor": None,
         "watermarker": None,
         "requires_safety_checker": False,
     }
-    pipe = tiny.peer("diffusers").IFPipeline(**{**components, **replaced})
+
+
+def super_resolution(seed: int = 0, **replaced: Any) -> Any:
+    """diffusers' IFSuperResolutionPipeline."""
+    own = {"unet": network("if-2", seed), "image_noising_scheduler": scheduler()}
+    parts = {**_parts(seed), **own, **replaced}
+    return _quiet(tiny.peer("diffusers").IFSuperResolutionPipeline(**parts))
+
+
+def _quiet(pipe: Any) -> Any:
     pipe.set_progress_bar_config(disable=True)
     return pipe
