@@ -157,8 +157,8 @@ def check_standard(unet: UNetConfig, source: str, pipeline: Any = None) -> None:
             )
         if (unet.class_embed_type == "timestep") != (pipeline == IF_SUPER_RESOLUTION):
             raise CheckpointError(
-                f"{source} is no U-Net of a {pipeline}, for 'class_embed_type' is {unet.class_embed_type!r}: 'timestep' is "
-                "of super-resolution, which reads a noise level"
+                f"{source} is no U-Net of a {pipeline}, for 'class_embed_type' is {unet.class_embed_type!r}: "
+                "'timestep' is of super-resolution, which reads a noise level"
             )
         return
     if unet.beyond_standard is not None:
