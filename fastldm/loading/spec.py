@@ -400,9 +400,13 @@ def _check_fit(
             f"the U-Net reads {unet.cross_attention_dim} channels ('cross_attention_dim'), and the image encoder makes "
             f"{vision.projection_dim} ('projection_dim')",
         )
-    reads = bool(text or vision)
-    reads = reads or unet.reads_image_embeds
-    check(reads == unet.reads_text, "the U-Net reads text, and there is no text_encoder, or the reverse")
+    reads = bool(text or vision) or unet.reads_image_embeds
+    check(reads or not unet.reads_text, "the U-Net reads text, and there is no text_encoder")
+    check(
+        unet.reads_text or not reads,
+        "the U-Net reads no text, as its blocks have no attention to it ('down_block_types', 'up_block_types', "
+        "'transformer_layers_per_block'), and there is a text_encoder",
+    )
     pixels = isinstance(vae, PixelResidualConfig)
     check(
         vae == PIXEL_SPACE or not (pixels and unet.reads_text),
