@@ -7,6 +7,7 @@ model (a folder, a single file, an adopted pipeline) check here and refuse it by
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
@@ -93,6 +94,9 @@ _UNET_KEYS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 )
 
 
+_LONGEST = 100  # characters of a class's name
+
+
 def _known() -> frozenset[str]:
     """Pipelines whose components are read."""
     return pipeline_classes() | {KANDINSKY_PRIOR_PIPELINE}
@@ -111,7 +115,9 @@ def check_known(name: Any, source: str) -> None:
     """CheckpointError if `name` is not the pipeline class of a family: an unknown class may do anything."""
     if not isinstance(name, str) or name not in _known():
         problem = "has no _class_name" if name is None else f"is a {name}, a pipeline that fastldm does not know"
-        raise CheckpointError(f"{source} {problem}. {RUNS}: {', '.join(sorted(pipeline_classes()))}.")
+        nearest = difflib.get_close_matches(str(name)[:_LONGEST], sorted(_known()), n=3)
+        advice = f" Classes of like names: {', '.join(nearest)}." if nearest else ""
+        raise CheckpointError(f"{source} {problem}. {RUNS}.{advice}")
 
 
 def check_unet_keys(config: Mapping[str, Any], source: str, pipeline: Any = None) -> None:

@@ -208,7 +208,8 @@ def distance_buckets(length: int, count: int, max_distance: int, device: torch.d
 
 def text_config(cfg: Mapping[str, Any], source: str = "config.json") -> TextConfig:
     """Read a text encoder's config.json, of any class that there is."""
-    of_t5 = T5_ENCODER in (cfg.get("architectures") or ())
+    architectures = cfg.get("architectures")
+    of_t5 = isinstance(architectures, list | tuple) and T5_ENCODER in architectures
     return (T5Config if of_t5 else TextConfig).from_dict(cfg, source)
 
 
