@@ -60,7 +60,15 @@ def refused(call: Any, name: str) -> bool:
     return False
 
 
-PICTURES = ("image", "mask_image", "control_image", "ip_adapter_image", "image_embeds", "depth_map")
+PICTURES = (
+    "image",
+    "mask_image",
+    "control_image",
+    "ip_adapter_image",
+    "image_embeds",
+    "negative_image_embeds",
+    "depth_map",
+)
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Request)])

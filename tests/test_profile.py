@@ -166,11 +166,13 @@ def test_spans_are_heard_in_the_listening_thread_alone(pipe: Pipeline) -> None:
 
 def test_eager_runs_without_graphs(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs: Any = object()
-    monkeypatch.setattr(pipe.stages, "graphs", graphs)
+    holders: tuple[Any, ...] = (pipe.stages, pipe.stages.decoder)
+    for holder in holders:
+        monkeypatch.setattr(holder, "graphs", graphs)
     with suppress(ZeroDivisionError), pipe.stages.eager():
-        assert pipe.stages.graphs is None
+        assert all(holder.graphs is None for holder in holders)
         raise ZeroDivisionError
-    assert pipe.stages.graphs is graphs
+    assert all(holder.graphs is graphs for holder in holders)
 
 
 # ----------------------------------------------------------------------------------------------- what is named first

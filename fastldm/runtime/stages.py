@@ -273,11 +273,12 @@ class Stages:
     @contextmanager
     def eager(self) -> Iterator[None]:
         """Inside, no graph is captured or replayed, by batches made there: a GPU's ops are launched one by one."""
-        graphs, self.graphs, self.decoder.graphs = self.graphs, None, None
+        kept = self.graphs, self.decoder.graphs
+        self.graphs = self.decoder.graphs = None
         try:
             yield
         finally:
-            self.graphs = self.decoder.graphs = graphs
+            self.graphs, self.decoder.graphs = kept
 
     def prepare(
         self,
