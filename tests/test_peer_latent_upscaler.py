@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from both_ways import both_ways
 from other_networks import BETAS, latent_upscaler, network
 from pairs import close, generator
 from PIL import Image
@@ -18,8 +19,6 @@ from fastldm import Pipeline, Request
 from fastldm.errors import CheckpointError, InputError
 from fastldm.loading import spec as loading
 from fastldm.planning import memory
-from fastldm.runtime.batch import EagerBatch
-from fastldm.runtime.slots import Slots, StaticBuffers
 
 
 @pytest.fixture(scope="module")
@@ -138,16 +137,7 @@ def test_enlarged_image_is_the_one_made_alone(pair: Any, batch_invariant: bool) 
 def test_slots_make_the_same_latents(pair: Any) -> None:
     stages = pair[1].stages
     request = stages.complete(Request("a cat", image=LATENTS[:1], seed=3, num_inference_steps=2))
-    run, other = stages.prepare(request), stages.prepare(request)
-    sizes = {"height": run.latents.shape[2], "width": run.latents.shape[3], "tokens": 77, "steps": 2}
-    buffers = StaticBuffers.empty(stages.spec.unet, slots=1, rows=2, **sizes, dtype=torch.float32, device="cpu")
-    latents = []
-    for batch, own in ((Slots(stages.unet, buffers), run), (EagerBatch(stages.unet), other)):
-        batch.admit(own)
-        while not own.done:
-            batch.step([own])
-        latents.append(batch.latents(own))
-    assert error(*latents) < 1e-5
+    assert error(*both_ways(stages, request, rows=2, tokens=77)) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from both_ways import both_ways
 from pairs import Pairs, close, generator
 from PIL import Image
 
@@ -21,8 +22,6 @@ from fastldm.export.bundle import Bundle
 from fastldm.export.verify import verify
 from fastldm.loading import spec as loading
 from fastldm.planning import memory
-from fastldm.runtime.batch import EagerBatch
-from fastldm.runtime.slots import Slots, StaticBuffers
 
 
 @pytest.fixture(scope="module")
@@ -235,13 +234,4 @@ def test_pixel_upscaler_is_planned_and_no_bundle(pixels: tuple[Path, Pipeline], 
 def test_slots_run_a_network_without_text(pixels: tuple[Path, Pipeline]) -> None:
     stages = pixels[1].stages
     request = stages.complete(Request(image=picture(), seed=3, num_inference_steps=2))
-    run, other = stages.prepare(request), stages.prepare(request)
-    sizes = {"height": run.latents.shape[2], "width": run.latents.shape[3], "tokens": 1, "steps": 2}
-    buffers = StaticBuffers.empty(stages.spec.unet, slots=1, rows=1, **sizes, dtype=torch.float32, device="cpu")
-    latents = []
-    for batch, own in ((Slots(stages.unet, buffers), run), (EagerBatch(stages.unet), other)):
-        batch.admit(own)
-        while not own.done:
-            batch.step([own])
-        latents.append(batch.latents(own))
-    assert torch.allclose(*latents, atol=1e-5)
+    assert torch.allclose(*both_ways(stages, request, rows=1, tokens=1), atol=1e-5)
