@@ -232,7 +232,7 @@ def contact_sheet(model: Model, path: Path) -> None:
         sheet.paste(image.resize((cell, cell), Image.Resampling.BICUBIC), (x, y))
         draw.text((x + cell // 2, y + cell + label // 2), prompt, fill="black", font=font, anchor="mm")
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, optimize=True)
+    sheet.save(path, optimize=True, quality=92)
 
 
 def _processor() -> str:
@@ -255,7 +255,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, default=MODEL, help="a diffusers folder (default: the one that ships)")
     parser.add_argument("--work", type=Path, default=WORK, help="where the data stage left the training pictures")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--sheet", type=Path, default=HERE / "results" / "default_model_sheet.png")
+    parser.add_argument("--sheet", type=Path, default=HERE / "results" / "default_model_sheet.jpg")
     parser.add_argument("--peer", choices=PEERS, default="fastldm", help="what generates the images")
     parser.add_argument("--every", type=int, default=1, help="test one concept in so many")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

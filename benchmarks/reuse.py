@@ -7,7 +7,7 @@ pictures: the PSNR between each picture and the one of the same seed without reu
 over that with it, both of one prompt in turns; and a sheet of all pairs, without above and with every 2nd below.
 sizes: SD1.5 at 512 and SDXL at 512, at its own 1024 with --side 1024; how much longer all of the U-Net takes than its
 shallow part, from which the gain at every 2nd and 3rd row follows.
-Results go to benchmarks/results/MACHINE/reuse.json, the sheet to benchmarks/results/reuse.png.
+Results go to benchmarks/results/MACHINE/reuse.json, the sheet to benchmarks/results/reuse.jpg.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from fastldm.system import machine
 STEPS = 25
 EVERY = (2, 3)
 PROMPTS = [f"{'an' if word[0] in 'aeiou' else 'a'} {word}" for word in COMMON_WORDS.split()[:64:2]]
-SHEET = Path(__file__).resolve().parent / "results" / "reuse.png"
+SHEET = Path(__file__).resolve().parent / "results" / "reuse.jpg"
 Pictures = NDArray[np.float32]  # (B, H, W, 3) in 0..1
 
 
@@ -93,7 +93,7 @@ def sheet(above: Pictures, below: Pictures) -> None:
             picture = Image.fromarray((pixels * 255).round().astype(np.uint8))
             image.paste(picture.resize((cell, cell), Image.Resampling.BICUBIC), (x, y + half * cell))
         draw.text((x + cell // 2, y + 2 * cell + label // 2), prompt, fill="black", font=font, anchor="mm")
-    image.save(SHEET, optimize=True)
+    image.save(SHEET, optimize=True, quality=92)
 
 
 @torch.inference_mode()

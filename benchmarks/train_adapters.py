@@ -268,7 +268,7 @@ def sheet(path: Path) -> None:
     masks = [_silhouette(k % 6) for k in range(len(prompts))]
     rows += [masks, [pipe(p, seed=0, control_image=m).images[0] for p, m in zip(prompts, masks, strict=True)]]
     made = np.concatenate([np.concatenate([np.asarray(image.convert("RGB")) for image in row], 1) for row in rows])
-    Image.fromarray(made).save(path, optimize=True)
+    Image.fromarray(made).save(path, optimize=True, quality=92)
 
 
 def _silhouette(number: int) -> Image.Image:
@@ -335,7 +335,7 @@ def main() -> int:
     parser.add_argument("--lr", type=float, default=2e-3)
     args = parser.parse_args()
     if args.adapter == "sheet":
-        sheet(HERE / "results" / "adapters.png")
+        sheet(HERE / "results" / "adapters.jpg")
         return 0
     path = train(args)
     size = sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
