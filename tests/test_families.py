@@ -49,7 +49,9 @@ def test_a_family_is_added_by_an_entry(tmp_path: Path, monkeypatch: pytest.Monke
         return scheduler["_class_name"] == tiny.scheduler("sd1").__class__.__name__
 
     dummy = families.Family("dummy", 3, 1.0, matches, sampler="euler a", pipelines=("DummyDiffusionPipeline",))
-    monkeypatch.setattr(families, "FAMILIES", (dummy, *families.FAMILIES))
+    monkeypatch.setattr(families, "FAMILIES", (replace(dummy, label="dummies"), *families.FAMILIES))
+    assert families.what_runs().startswith("fastldm runs Stable Diffusion 1, 2 and XL, ")
+    assert families.what_runs().endswith(", dummies")
     pipe = fastldm.Pipeline.from_pretrained(folder, dtype="float32")
     result = pipe("a dummy", seed=0)
     assert pipe.family.name == "dummy"

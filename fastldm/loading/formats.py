@@ -27,6 +27,7 @@ from fastldm.models.families import (
     component_name,
     folder_name,
     network_classes,
+    what_runs,
 )
 from fastldm.reading import Field, Maybe, Text, read_fields
 
@@ -102,7 +103,7 @@ def component_classes(index: Config, source: str) -> dict[str, str]:
     if unknown or missing:
         reason = f"has {', '.join(unknown)}" if unknown else f"has no {', no '.join(missing)}"
         raise CheckpointError(
-            f"{source} is a {pipeline or 'pipeline'} and {reason}: fastldm cannot run it. {relatives.RUNS}."
+            f"{source} is a {pipeline or 'pipeline'} and {reason}: fastldm cannot run it. {what_runs()}."
         )
     for name, classes in networks.items():
         if name in listed and listed[name] not in classes:

@@ -17,6 +17,7 @@ from fastldm.loading.tensors import Shapes
 from fastldm.models.config import UNetConfig
 from fastldm.models.families import (
     DEPTH_PIPELINE,
+    FAMILIES,
     IF_PIPELINES,
     IF_SUPER_RESOLUTION,
     KANDINSKY_PIPELINE,
@@ -24,17 +25,9 @@ from fastldm.models.families import (
     LATENT_UPSCALE_PIPELINE,
     PIXEL_PIPELINE,
     SUPER_RESOLUTION_PIPELINE,
-    TEXT_UNCLIP_PIPELINE,
-    UNCLIP_PIPELINE,
     UNCONDITIONAL_PIPELINES,
     pipeline_classes,
-)
-
-RUNS = (
-    "fastldm runs Stable Diffusion 1, 2 and XL for text to image, image to image and inpainting, InstructPix2Pix, "
-    "depth to image, the x4 and the latent x2 upscaler, image variations, stable unCLIP, "
-    "DeepFloyd IF's stages from text, Kandinsky 2.2, and latent diffusion's, DDPM's and consistency models without a "
-    "prompt or with its first text encoder"
+    what_runs,
 )
 
 
@@ -107,7 +100,7 @@ def check_class(name: Any, source: str) -> None:
     for relative in RELATIVES:
         if isinstance(name, str) and name not in _known() and re.search(relative.class_pattern, name):
             advice = " To run its networks alone, load them as a StableDiffusionPipeline or StableDiffusionXLPipeline."
-            text = f"{source} is a {name}: {relative.label}. {RUNS}."
+            text = f"{source} is a {name}: {relative.label}. {what_runs()}."
             raise CheckpointError(text + advice if relative.same_networks else text)
 
 
@@ -117,19 +110,15 @@ def check_known(name: Any, source: str) -> None:
         problem = "has no _class_name" if name is None else f"is a {name}, a pipeline that fastldm does not know"
         nearest = difflib.get_close_matches(str(name)[:_LONGEST], sorted(_known()), n=3)
         advice = f" Classes of like names: {', '.join(nearest)}." if nearest else ""
-        raise CheckpointError(f"{source} {problem}. {RUNS}.{advice}")
+        raise CheckpointError(f"{source} {problem}. {what_runs()}.{advice}")
 
 
 def check_unet_keys(config: Mapping[str, Any], source: str, pipeline: Any = None) -> None:
     """CheckpointError if the raw config of a U-Net has a value that only a relative has. pipeline: the class's name."""
-    runs = {"class_embed_type": "projection"} if pipeline in (UNCLIP_PIPELINE, TEXT_UNCLIP_PIPELINE) else {}
-    runs |= {"addition_embed_type": "text", "encoder_hid_dim_type": "text_proj"} if pipeline in IF_PIPELINES else {}
-    runs |= {"class_embed_type": "timestep"} if pipeline == IF_SUPER_RESOLUTION else {}
-    if pipeline == KANDINSKY_PIPELINE:
-        runs = {"addition_embed_type": "image", "encoder_hid_dim_type": "image_proj"}
+    runs = next((family.unet_keys for family in FAMILIES if pipeline in family.pipelines), {})
     for key, values, label in _UNET_KEYS:
         if config.get(key) in values and config[key] != runs.get(key):
-            raise CheckpointError(f"{source} has {key!r} {config[key]!r}: it is {label}. {RUNS}.")
+            raise CheckpointError(f"{source} has {key!r} {config[key]!r}: it is {label}. {what_runs()}.")
 
 
 def check_standard(unet: UNetConfig, source: str, pipeline: Any = None) -> None:
@@ -169,7 +158,9 @@ def check_standard(unet: UNetConfig, source: str, pipeline: Any = None) -> None:
         return
     if unet.beyond_standard is not None:
         kind = f"of a {pipeline}, " * isinstance(pipeline, str)
-        raise CheckpointError(f"{source} is {kind}with {unet.beyond_standard}, a pipeline that is not there. {RUNS}.")
+        raise CheckpointError(
+            f"{source} is {kind}with {unet.beyond_standard}, a pipeline that is not there. {what_runs()}."
+        )
 
 
 def check_channels(
@@ -199,8 +190,8 @@ def check_channels(
     if needs_class:
         if channels != latents + 3:
             raise CheckpointError(
-                f"{source} has 'num_class_embeds' and {channels} input channels: it reads classes. {RUNS}, whose "
-                f"classes are noise levels and which has {latents + 3} channels."
+                f"{source} has 'num_class_embeds' and {channels} input channels: it reads classes. {what_runs()}. "
+                f"Classes of the x4 upscaler are noise levels, and it has {latents + 3} channels."
             )
         return
     if pipeline == LATENT_UPSCALE_PIPELINE:
@@ -221,7 +212,7 @@ def check_channels(
     if not edits and channels not in (latents, 2 * latents + 1):
         label = INPUT_CHANNELS.get(channels, "a model of an unknown kind")
         raise CheckpointError(
-            f"{source} has {channels} input channels: it is {label}. {RUNS}, with {latents} channels, as the "
+            f"{source} has {channels} input channels: it is {label}. {what_runs()}, with {latents} channels, as the "
             f"VAE's latents have ('latent_channels'), or {2 * latents + 1} for inpainting."
         )
 

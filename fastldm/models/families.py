@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastldm.models.config import LDM_BERT, T5_ENCODER, TextConfig, UNetConfig
@@ -46,6 +46,8 @@ class Family:
     noise_level: int = 0  # of the noise that is added to a small picture that is read, or to a picture's vector
     reads_picture: bool = False  # by CLIP's image encoder, in place of a prompt, or as unCLIP beside it
     by_class: bool = False  # whether the class of its pipeline tells it, not its U-Net
+    label: str = "Stable Diffusion 1, 2 and XL"  # what it is called where errors say what runs; several may share one
+    unet_keys: Mapping[str, str] = field(default_factory=dict)  # of its U-Net's config, beyond Stable Diffusion's
 
 
 def _is_v(scheduler: Mapping[str, Any]) -> bool:
@@ -98,25 +100,83 @@ PIXEL_SPACE_PIPELINES = ("DDPMPipeline", DDIM_PIPELINE, "ConsistencyModelPipelin
 UNCONDITIONAL_PIPELINES = (LDM_PIPELINE, SUPER_RESOLUTION_PIPELINE, *PIXEL_SPACE_PIPELINES)
 """Those of diffusers' UNet2DModel, which reads no text."""
 
+_UNCLIP_KEYS = {"class_embed_type": "projection"}
+_IF_KEYS = {"addition_embed_type": "text", "encoder_hid_dim_type": "text_proj"}
+_IF_NOISED_KEYS = {**_IF_KEYS, "class_embed_type": "timestep"}
+_KANDINSKY_KEYS = {"addition_embed_type": "image", "encoder_hid_dim_type": "image_proj"}
+
+
+def _of_class(name: str, steps: int, scale: float, *pipelines: str, label: str, **more: Any) -> Family:
+    """A family that the class of its pipeline tells."""
+    return Family(name, steps, scale, lambda *_: True, pipelines=pipelines, by_class=True, label=label, **more)
+
+
 # The first match counts; the last entry matches everything.
 FAMILIES: tuple[Family, ...] = (
-    Family("ldm-text", 50, 6.0, lambda *_: True, pipelines=(LDM_TEXT_PIPELINE,), by_class=True),
-    Family("if", 100, 7.0, lambda *_: True, pipelines=IF_PIPELINES[:1], by_class=True),
-    Family("if-super-resolution", 50, 4.0, lambda *_: True, pipelines=IF_PIPELINES[1:], noise_level=250, by_class=True),
-    Family("ldm", 50, 1.0, lambda *_: True, pipelines=(LDM_PIPELINE,), by_class=True),
-    Family("ldm-super-resolution", 100, 1.0, lambda *_: True, pipelines=(SUPER_RESOLUTION_PIPELINE,), by_class=True),
-    Family("ddpm", 1000, 1.0, lambda *_: True, pipelines=("DDPMPipeline",), by_class=True),
-    Family("ddim", 50, 1.0, lambda *_: True, pipelines=(DDIM_PIPELINE,), by_class=True),
-    Family("consistency", 1, 1.0, lambda *_: True, pipelines=("ConsistencyModelPipeline",), by_class=True),
-    Family("kandinsky", 100, 4.0, lambda *_: True, pipelines=(KANDINSKY_PIPELINE,), by_class=True),
-    Family("sd2-unclip-prior", 20, 10.0, lambda *_: True, pipelines=(TEXT_UNCLIP_PIPELINE,), by_class=True),
-    Family("sd2-unclip", 20, 10.0, lambda unet, _: unet.needs_vector, pipelines=(UNCLIP_PIPELINE,), reads_picture=True),
-    Family("sd1-variation", 50, 7.5, lambda *_: True, pipelines=_VARIATION_PIPELINES, reads_picture=True),
-    Family("sdxl-edit", 30, 5.0, lambda unet, _: unet.edits and unet.needs_added, pipelines=_SDXL_EDIT_PIPELINES),
-    Family("sd1-edit", 30, 7.5, lambda unet, _: unet.edits, pipelines=_EDIT_PIPELINES),
-    Family("x2-upscaler", 75, 9.0, lambda *_: True, pipelines=(LATENT_UPSCALE_PIPELINE,), by_class=True),
-    Family("x4-upscaler", 75, 9.0, lambda unet, _: unet.needs_class, pipelines=(UPSCALE_PIPELINE,), noise_level=20),
-    Family("sd2-depth", 30, 7.5, lambda unet, _: unet.reads_depth, pipelines=(DEPTH_PIPELINE,)),
+    _of_class("ldm-text", 50, 6.0, LDM_TEXT_PIPELINE, label="latent diffusion's text to image"),
+    _of_class("if", 100, 7.0, IF_PIPELINES[0], label="DeepFloyd IF", unet_keys=_IF_KEYS),
+    _of_class(
+        "if-super-resolution",
+        50,
+        4.0,
+        IF_SUPER_RESOLUTION,
+        label="DeepFloyd IF",
+        noise_level=250,
+        unet_keys=_IF_NOISED_KEYS,
+    ),
+    _of_class("ldm", 50, 1.0, LDM_PIPELINE, label="latent diffusion without a prompt"),
+    _of_class("ldm-super-resolution", 100, 1.0, SUPER_RESOLUTION_PIPELINE, label="latent diffusion's super-resolution"),
+    _of_class("ddpm", 1000, 1.0, "DDPMPipeline", label="DDPM"),
+    _of_class("ddim", 50, 1.0, DDIM_PIPELINE, label="DDIM"),
+    _of_class("consistency", 1, 1.0, "ConsistencyModelPipeline", label="consistency models"),
+    _of_class("kandinsky", 100, 4.0, KANDINSKY_PIPELINE, label="Kandinsky 2.2", unet_keys=_KANDINSKY_KEYS),
+    _of_class("sd2-unclip-prior", 20, 10.0, TEXT_UNCLIP_PIPELINE, label="stable unCLIP", unet_keys=_UNCLIP_KEYS),
+    Family(
+        name="sd2-unclip",
+        num_inference_steps=20,
+        guidance_scale=10.0,
+        matches=lambda unet, _: unet.needs_vector,
+        pipelines=(UNCLIP_PIPELINE,),
+        reads_picture=True,
+        label="stable unCLIP",
+        unet_keys=_UNCLIP_KEYS,
+    ),
+    Family(
+        name="sd1-variation",
+        num_inference_steps=50,
+        guidance_scale=7.5,
+        matches=lambda *_: True,
+        pipelines=_VARIATION_PIPELINES,
+        reads_picture=True,
+        label="image variations",
+    ),
+    Family(
+        name="sdxl-edit",
+        num_inference_steps=30,
+        guidance_scale=5.0,
+        matches=lambda unet, _: unet.edits and unet.needs_added,
+        pipelines=_SDXL_EDIT_PIPELINES,
+        label="InstructPix2Pix",
+    ),
+    Family("sd1-edit", 30, 7.5, lambda unet, _: unet.edits, pipelines=_EDIT_PIPELINES, label="InstructPix2Pix"),
+    _of_class("x2-upscaler", 75, 9.0, LATENT_UPSCALE_PIPELINE, label="the latent x2 upscaler"),
+    Family(
+        name="x4-upscaler",
+        num_inference_steps=75,
+        guidance_scale=9.0,
+        matches=lambda unet, _: unet.needs_class,
+        pipelines=(UPSCALE_PIPELINE,),
+        noise_level=20,
+        label="the x4 upscaler",
+    ),
+    Family(
+        name="sd2-depth",
+        num_inference_steps=30,
+        guidance_scale=7.5,
+        matches=lambda unet, _: unet.reads_depth,
+        pipelines=(DEPTH_PIPELINE,),
+        label="depth to image",
+    ),
     Family("sdxl-lcm", 4, 8.0, lambda unet, _: unet.needs_guidance and unet.needs_added),
     Family("lcm", 4, 8.5, lambda unet, _: unet.needs_guidance, pipelines=_LCM_PIPELINES),
     # What enlarges the default model's pictures: in more than two steps, noise of its own stays.
@@ -199,3 +259,9 @@ def network_classes(pipeline: object) -> dict[str, tuple[str, ...]]:
 def pipeline_classes() -> frozenset[str]:
     """diffusers' classes that fastldm's pipelines replace: they differ only in their arguments."""
     return frozenset(name for family in FAMILIES for name in family.pipelines)
+
+
+def what_runs() -> str:
+    """All families, in a sentence without its full stop, for errors about another."""
+    labels = dict.fromkeys(family.label for family in reversed(FAMILIES))  # Stable Diffusion first
+    return f"fastldm runs {', '.join(labels)}"
