@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from command import run
+from judged import judged
 from other_networks import network
 from pairs import close, generator
 from PIL import Image
@@ -27,21 +28,7 @@ PROMPT, NEGATIVE = "A photo of squirrels, eating!", "a dog"
 Options = dict[str, Any]
 
 
-@pytest.fixture(scope="module")
-def peer() -> Any:
-    return deepfloyd.first_stage()
-
-
-@pytest.fixture(scope="module")
-def pipe(peer: Any) -> Pipeline:
-    return Pipeline.from_diffusers(peer)
-
-
-@pytest.fixture(scope="module")
-def folder(peer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("if")
-    peer.save_pretrained(path)
-    return path
+peer, pipe, folder = judged(deepfloyd.first_stage)
 
 
 def both(ours: Pipeline, theirs: Any, **options: Any) -> None:

@@ -3,61 +3,24 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import ip_adapters
+import kandinsky
 import numpy as np
-import other_networks
-import picture_readers
 import pytest
 import tiny
 import torch
-import transformers
+from judged import changed_copy, hub_copy, judged
 
 from fastldm import CheckpointError, InputError, KandinskyPrior, Pipeline, Session
-from fastldm.loading.hub import _needed_files
 from fastldm.model import describe
 from fastldm.planning import memory
 
 WIDTH = 40  # of a vector
-SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "linear"}
-PUBLISHED = {  # of kandinsky-community/kandinsky-2-2-decoder
-    **SCHEDULE,
-    "clip_sample": False,
-    "thresholding": True,
-    "sample_max_value": 2.0,
-    "variance_type": "learned_range",
-}
-
-
-def pipeline(scheduler: Any = None) -> Any:
-    movq = tiny.vq(
-        norm_type="spatial", block_out_channels=(32, 32, 64), latent_channels=4, vq_embed_dim=4, norm_num_groups=8
-    )
-    unet = other_networks.network("kandinsky")
-    pipe: Any = diffusers.KandinskyV22Pipeline(unet, scheduler or diffusers.DDPMScheduler(**PUBLISHED), movq)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.fixture(scope="module")
-def peer() -> Any:
-    return pipeline()
-
-
-@pytest.fixture(scope="module")
-def pipe(peer: Any) -> Pipeline:
-    return Pipeline.from_diffusers(peer)
-
-
-@pytest.fixture(scope="module")
-def folder(peer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("kandinsky")
-    peer.save_pretrained(path)
-    return path
+peer, pipe, folder = judged(kandinsky.decoder)
 
 
 def vectors(count: int = 1, seed: int = 0) -> dict[str, Any]:
@@ -80,8 +43,10 @@ CALLS: dict[str, dict[str, Any]] = {
     "latent": {**vectors(), "output_type": "latent"},
 }
 SCHEDULERS: dict[str, Any] = {
-    "ddpm": lambda: diffusers.DDPMScheduler(**SCHEDULE),
-    "ddim": lambda: diffusers.DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+    "ddpm": lambda: diffusers.DDPMScheduler(**kandinsky.SCHEDULE),
+    "ddim": lambda: diffusers.DDIMScheduler(
+        **kandinsky.SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1
+    ),
 }
 
 
@@ -109,7 +74,7 @@ def test_a_generator_each_equals_diffusers(peer: Any, pipe: Pipeline) -> None:
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_schedulers_without_its_variance_equal_diffusers(name: str, guidance: float) -> None:
-    theirs = pipeline(SCHEDULERS[name]())
+    theirs = kandinsky.decoder(SCHEDULERS[name]())
     ours = Pipeline.from_diffusers(theirs)
     assert difference(ours, theirs, {**BASE, **vectors(), "guidance_scale": guidance}) < 1e-4
 
@@ -130,12 +95,7 @@ def test_requests_of_other_vectors_share_steps(pipe: Pipeline) -> None:
 
 
 def test_a_folder_has_all_that_is_read(folder: Path, tmp_path: Path, pipe: Pipeline) -> None:
-    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    index = json.loads((folder / "model_index.json").read_text())
-    for name in _needed_files(index, names, None, False, "here"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(folder / name, tmp_path / name)
-    loaded = Pipeline.from_pretrained(tmp_path, device="cpu", dtype="float32")
+    loaded = Pipeline.from_pretrained(hub_copy(folder, tmp_path), device="cpu", dtype="float32")
     assert (loaded.family.name, loaded.stages.spec.default_size) == ("kandinsky", (64, 64))
     assert loaded.stages.weight_bytes == 4 * loaded.stages.spec.parameters
     options = {**BASE, **vectors(), "num_inference_steps": 2, "seed": 1}
@@ -194,37 +154,16 @@ def test_exports_are_refused(pipe: Pipeline, tmp_path: Path) -> None:
     ],
 )
 def test_misfits_are_refused(file: str, values: dict[str, Any], message: str, folder: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(folder, copy)
-    path = copy / file
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
     with pytest.raises(CheckpointError, match=message):
-        describe(copy)
+        describe(changed_copy(folder, tmp_path, file, values))
 
 
 # ------------------------------------------------------------------------------------------------------- the prior
 
-KARLO = {  # prediction of the sample, clamped to 5
-    "prediction_type": "sample",
-    "variance_type": "fixed_small_log",
-    "clip_sample": True,
-    "clip_sample_range": 5.0,
-}
-
 
 @pytest.fixture(scope="module")
 def their_prior() -> Any:
-    own = picture_readers.unclip_of_text().components
-    pipe: Any = diffusers.KandinskyV22PriorPipeline(
-        prior=own["prior"],
-        image_encoder=ip_adapters.image_encoder(),
-        text_encoder=own["prior_text_encoder"],
-        tokenizer=own["prior_tokenizer"],
-        scheduler=diffusers.UnCLIPScheduler(**KARLO),
-        image_processor=transformers.CLIPImageProcessor(size=32, crop_size=32),
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return kandinsky.prior()
 
 
 @pytest.fixture(scope="module")
@@ -283,12 +222,7 @@ def test_prior_of_a_folder_feeds_a_decoder(their_prior: Any, prior: KandinskyPri
     loaded = KandinskyPrior.from_pretrained(tmp_path, device="cpu", dtype="float32")
     made, adopted = (each("a cat", seed=2, num_inference_steps=3) for each in (loaded, prior))
     assert (made.image_embeds - adopted.image_embeds).abs().max() < 1e-5
-    theirs: Any = diffusers.KandinskyV22Pipeline(
-        other_networks.network("kandinsky", encoder_hid_dim=ip_adapters.PROJECTED),
-        diffusers.DDPMScheduler(**PUBLISHED),
-        pipeline().movq,
-    )
-    decoder = Pipeline.from_diffusers(theirs)
+    decoder = Pipeline.from_diffusers(kandinsky.decoder(encoder_hid_dim=ip_adapters.PROJECTED))
     images = decoder(**made._asdict(), num_inference_steps=2, height=64, width=64, seed=2).images
     assert images[0].size == (64, 64)
     with pytest.raises(CheckpointError, match=r"makes vectors and no picture: load it with fastldm\.KandinskyPrior"):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,13 @@ import numpy as np
 import picture_readers
 import pytest
 import torch
+from judged import changed_copy, hub_copy, judged
 from original_layout import as_open_clip, quick_gelu, random_state, small
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
 from fastldm import CheckpointError, InputError, Pipeline, Request, Session
-from fastldm.loading.hub import _needed_files
 from fastldm.loading.single_file import open_single_file
 from fastldm.model import describe
 from fastldm.planning import memory
@@ -32,21 +30,7 @@ def photo(seed: int) -> Image.Image:
     return Image.fromarray(noise).resize((40, 56), Image.Resampling.BICUBIC)
 
 
-@pytest.fixture(scope="module")
-def peer() -> Any:
-    return picture_readers.unclip()
-
-
-@pytest.fixture(scope="module")
-def pipe(peer: Any) -> Pipeline:
-    return Pipeline.from_diffusers(peer)
-
-
-@pytest.fixture(scope="module")
-def folder(peer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("unclip")
-    peer.save_pretrained(path)
-    return path
+peer, pipe, folder = judged(picture_readers.unclip)
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -182,10 +166,6 @@ def test_plans_count_the_image_encoder(folder: Path) -> None:
     assert [any(kind in name for name in names) for kind in ("image encoder", "text encoder")] == [True, True]
 
 
-def _edit(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-
 MISFITS: dict[str, tuple[str, dict[str, Any], str]] = {
     "vector": ("unet/config.json", {"projection_class_embeddings_input_dim": 44}, "reads 44 channels"),
     "no vector": ("unet/config.json", {"class_embed_type": None}, "reads the vector of a picture"),
@@ -201,21 +181,12 @@ MISFITS: dict[str, tuple[str, dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", MISFITS)
 def test_misfits_are_refused(case: str, folder: Path, tmp_path: Path) -> None:
     file, values, message = MISFITS[case]
-    copy = tmp_path / "copy"
-    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("tokenizer"))
-    (copy / "tokenizer").mkdir()
-    _edit(copy / file, **values)
     with pytest.raises(CheckpointError, match=message):
-        describe(copy)
+        describe(changed_copy(folder, tmp_path, file, values))
 
 
 def test_a_hub_sends_all_that_is_read(folder: Path, tmp_path: Path) -> None:
-    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    index = json.loads((folder / "model_index.json").read_text())
-    for name in _needed_files(index, names, None, False, "here"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(folder / name, tmp_path / name)
-    loaded = Pipeline.from_pretrained(tmp_path, device="cpu", dtype="float32")
+    loaded = Pipeline.from_pretrained(hub_copy(folder, tmp_path), device="cpu", dtype="float32")
     assert loaded.stages.image_encoder is not None
     assert loaded.stages.image_encoder.preprocessing.crop == 32
 

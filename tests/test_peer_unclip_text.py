@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +9,13 @@ import numpy as np
 import picture_readers
 import pytest
 import torch
+from judged import changed_copy, hub_copy, judged
 
 from fastldm import CheckpointError, InputError, Pipeline
-from fastldm.loading.hub import _needed_files
 from fastldm.model import describe
 from fastldm.planning import memory
 
-
-@pytest.fixture(scope="module")
-def peer() -> Any:
-    return picture_readers.unclip_of_text()
-
-
-@pytest.fixture(scope="module")
-def pipe(peer: Any) -> Pipeline:
-    return Pipeline.from_diffusers(peer)
-
-
-@pytest.fixture(scope="module")
-def folder(peer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("unclip")
-    peer.save_pretrained(path)
-    return path
+peer, pipe, folder = judged(picture_readers.unclip_of_text)
 
 
 def seeded(seed: int = 7) -> torch.Generator:
@@ -71,12 +54,7 @@ def test_the_vector_is_of_the_prompt(pipe: Pipeline) -> None:
 
 
 def test_a_folder_has_all_that_is_read(folder: Path, tmp_path: Path, pipe: Pipeline) -> None:
-    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    index = json.loads((folder / "model_index.json").read_text())
-    for name in _needed_files(index, names, None, False, "here"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(folder / name, tmp_path / name)
-    loaded = Pipeline.from_pretrained(tmp_path, device="cpu", dtype="float32")
+    loaded = Pipeline.from_pretrained(hub_copy(folder, tmp_path), device="cpu", dtype="float32")
     assert (loaded.family.name, loaded.stages.spec.max_noise_level) == ("sd2-unclip-prior", 999)
     assert loaded.stages.weight_bytes == 4 * loaded.stages.spec.parameters
     options = {**BASE, "num_inference_steps": 2}
@@ -132,9 +110,5 @@ def test_exports_are_refused(pipe: Pipeline, tmp_path: Path) -> None:
     ],
 )
 def test_misfits_are_refused(file: str, values: dict[str, Any], message: str, folder: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(folder, copy)
-    path = copy / file
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
     with pytest.raises(CheckpointError, match=message):
-        describe(copy)
+        describe(changed_copy(folder, tmp_path, file, values))
