@@ -103,7 +103,13 @@ def load_control(
     return (colours * torch.tensor(_LUMINANCE).view(3, 1, 1)).sum(1, keepdim=True) if grey else colours
 
 
-def load_mask(source: Any, size: tuple[int, int] | None = None, *, name: str = "mask_image") -> torch.Tensor:
+def load_mask(
+    source: Any,
+    size: tuple[int, int] | None = None,
+    *,
+    name: str = "mask_image",
+    resample: Image.Resampling = Image.Resampling.LANCZOS,
+) -> torch.Tensor:
     """Masks as float32 (B, 1, H, W) of zeros and ones: 1 is repainted, and grey is rounded at one half.
 
     Sources as in `load_image`, with one channel: tensors of three dimensions are masks (B, H, W), as are arrays unless
@@ -111,7 +117,7 @@ def load_mask(source: Any, size: tuple[int, int] | None = None, *, name: str = "
     they are rounded, all as in diffusers' mask processor. In arrays and tensors, whole numbers up to 1 are 0 and 1,
     not dark greys; images of those are refused.
     """
-    masks = [_mask(mask, size, name) for mask in _each(source, name)]
+    masks = [_mask(mask, size, name, resample) for mask in _each(source, name)]
     _check_one_size(masks, name)
     return torch.cat([(mask >= 0.5).float() for mask in masks])
 
@@ -484,7 +490,7 @@ def _on_white(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _mask(source: Any, size: tuple[int, int] | None, name: str) -> torch.Tensor:
+def _mask(source: Any, size: tuple[int, int] | None, name: str, resample: Image.Resampling) -> torch.Tensor:
     """float32 (B, 1, H, W) in 0..1."""
     if isinstance(source, (np.ndarray, torch.Tensor)):
         values, _ = _floats(source, name, mask=True)
@@ -494,9 +500,9 @@ def _mask(source: Any, size: tuple[int, int] | None, name: str) -> torch.Tensor:
     with _opened(source, name) as image:
         image = _upright(image)
         if _is_deep(image):
-            mask = _unit(_fit(_deep(image, name), size))
+            mask = _unit(_fit(_deep(image, name), size, resample))
         else:
-            mask = _unit(_fit(image, size).convert("L"))
+            mask = _unit(_fit(image, size, resample).convert("L"))
     if 0 < mask.max() <= 1 / 255:
         raise InputError(
             f"{name} is at most 1 of 255 bright, so nothing would be repainted: give white as 255, or an array of 0 "

@@ -177,9 +177,13 @@ class Request:
     image encoder's output (n, D). Of Kandinsky 2.2 what its prior makes, in place of prompts: one, or a list."""
     negative_image_embeds: Any = None
     """Of Kandinsky 2.2, what guidance leads away from: (n, D) as `image_embeds`, or (1, D) for all."""
+    original_image: Any = None
+    """Of DeepFloyd IF's super-resolution, whose `image` is the small picture: what the steps start from, with
+    `strength`, as large as the image; types as for `image`. With `mask_image` the rest of it stays."""
     strength: float | None = None
     """How much `image` is changed, 0 (not at all) to 1 (completely); None is 0.8, with SDXL's refiner 0.3, and 1 with
-    `mask_image`. Models that edit `image` start from noise, and have none."""
+    `mask_image`; of DeepFloyd IF 0.7 and 1, of its super-resolution 0.8. Models that edit `image` start from noise, and
+    have none."""
     denoising_start: float | None = None
     """Go on with `image`, latents from which this fraction of the noise has been removed, above 0 and below 1: take
     only the steps behind it, whatever `strength`, and add no noise. `latents` do in place of `image`. Pictures are

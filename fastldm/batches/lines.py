@@ -19,7 +19,7 @@ from fastldm.request import Request, picture_seeds
 
 MAX_BYTES = 2**30
 """Of a file of prompts."""
-_PICTURES = ("image", "mask_image", "control_image", "ip_adapter_image")
+_PICTURES = ("image", "original_image", "mask_image", "control_image", "ip_adapter_image")
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,14 @@ def _list_things(ctx: click.Context, param: click.Parameter, group: str | None) 
     help="Start from this picture instead of noise; of a model that enlarges one, the small picture; of one of image "
     "variations, what it reads in place of PROMPT, of stable unCLIP beside PROMPT.",
 )
-@click.option("--strength", type=float, help="How much of --image is redone, 0 to 1.  [default: 0.8]")
+@click.option(
+    "--original-image",
+    metavar="FILE",
+    help="Of DeepFloyd IF's super-resolution: what to start from, where --image is the small picture.",
+)
+@click.option(
+    "--strength", type=float, help="How much of --image is redone, 0 to 1.  [default: the model's, 0.8 as a rule]"
+)
 @click.option(
     "--noise-level",
     type=int,
@@ -277,6 +284,7 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
         "reuse": options["reuse"],
         "s_churn": options["s_churn"],
         "image": options["image"],
+        "original_image": options["original_image"],
         "strength": options["strength"],
         "refiner_switch_at": options["switch_at"],
         **{name: options[name] for name in ("hires_scale", "hires_strength", "hires_steps", "hires_upscaler")},
@@ -311,6 +319,7 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
 
     paths = output_paths(output or f"fastldm-{seeds[0]}.png", count, force=options["force"])
     pictures = [("--image", options["image"]), ("--mask", options["mask"]), ("--depth-map", options["depth_map"])]
+    pictures.append(("--original-image", options["original_image"]))
     pictures += [("--ip-image", path) for path in options["ip_images"]]
     for name, path in pictures:
         if path is not None:

@@ -15,7 +15,7 @@ from fastldm.loading import relatives
 from fastldm.models.config import LDM_BERT, T5_ENCODER
 from fastldm.models.families import (
     DEPTH_PIPELINE,
-    IF_SUPER_RESOLUTION,
+    IF_SUPER_RESOLUTIONS,
     IMAGE_ENCODER,
     IMAGE_NORMALIZER,
     KANDINSKY_PRIOR_PIPELINE,
@@ -85,7 +85,7 @@ def component_classes(index: Config, source: str) -> dict[str, str]:
     listed = {component_name(pipeline, name): class_name for name, class_name in listed_classes(index).items()}
     relatives.check_class(pipeline, source)
     others: dict[str, tuple[str, ...]] = {UPSCALE_PIPELINE: NOISING[:1]}
-    others |= dict.fromkeys((UNCLIP_PIPELINE, IF_SUPER_RESOLUTION), NOISING[1:])
+    others |= dict.fromkeys((UNCLIP_PIPELINE, *IF_SUPER_RESOLUTIONS), NOISING[1:])
     others[TEXT_UNCLIP_PIPELINE] = (*NOISING[1:], PRIOR_SCHEDULER, PRIOR_TOKENIZER)
     networks = network_classes(pipeline)
     alone = (name for name in ("unet", "vae", IMAGE_ENCODER, IMAGE_NORMALIZER, *PRIOR_CLASSES) if name in networks)

@@ -19,7 +19,7 @@ from fastldm.models.families import (
     DEPTH_PIPELINE,
     FAMILIES,
     IF_PIPELINES,
-    IF_SUPER_RESOLUTION,
+    IF_SUPER_RESOLUTIONS,
     KANDINSKY_PIPELINE,
     KANDINSKY_PRIOR_PIPELINE,
     LATENT_UPSCALE_PIPELINE,
@@ -150,7 +150,7 @@ def check_standard(unet: UNetConfig, source: str, pipeline: Any = None) -> None:
                 f"{source} is no U-Net of a {pipeline}, which has 'addition_embed_type' 'text' and "
                 "'encoder_hid_dim_type' 'text_proj'"
             )
-        if (unet.class_embed_type == "timestep") != (pipeline == IF_SUPER_RESOLUTION):
+        if (unet.class_embed_type == "timestep") != (pipeline in IF_SUPER_RESOLUTIONS):
             raise CheckpointError(
                 f"{source} is no U-Net of a {pipeline}, for 'class_embed_type' is {unet.class_embed_type!r}: "
                 "'timestep' is of super-resolution, which reads a noise level"

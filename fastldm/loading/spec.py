@@ -136,6 +136,12 @@ class Spec:
         return 32 if self.family.name == "ldm-super-resolution" else 1
 
     @property
+    def fits_pictures(self) -> bool:
+        """Whether a picture to start from is resized so that its shorter side is as long as the model's own, as with
+        diffusers' pipelines of DeepFloyd IF, which makes pixels and no latents."""
+        return self.unet.pools_text
+
+    @property
     def window(self) -> int:
         """Tokens of a text; 1 of models that read a picture in its place, or none; 32 that Kandinsky makes of one."""
         if self.unet.reads_image_embeds:

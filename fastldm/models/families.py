@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 from fastldm.models.config import LDM_BERT, T5_ENCODER, TextConfig, UNetConfig
 
@@ -29,6 +29,18 @@ def encoder_names(texts: Sequence[TextConfig]) -> tuple[str, ...]:
     return TEXT_ENCODERS[1:] if [text.with_projection for text in texts] == [True] else TEXT_ENCODERS[: len(texts)]
 
 
+class Defaults(NamedTuple):
+    """What a request that starts from a picture has in place of its family's defaults; None is the family's."""
+
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    strength: float | None = None
+    noise_level: int | None = None
+
+
+_NONE, _REPAINTS_ALL = Defaults(), Defaults(strength=1.0)
+
+
 @dataclass(frozen=True)
 class Family:
     """A kind of checkpoint: how it is recognised, and its defaults.
@@ -48,6 +60,13 @@ class Family:
     by_class: bool = False  # whether the class of its pipeline tells it, not its U-Net
     label: str = "Stable Diffusion 1, 2 and XL"  # what it is called where errors say what runs; several may share one
     unet_keys: Mapping[str, str] = field(default_factory=dict)  # of its U-Net's config, beyond Stable Diffusion's
+    of_image: Defaults = _NONE  # of a start from a picture
+    of_mask: Defaults = _REPAINTS_ALL  # and of repainting a part of one
+
+    def defaults(self, *, image: bool, mask: bool) -> Family:
+        """With the defaults of a start from a picture, or of repainting a part of one."""
+        own = self.of_mask if mask else self.of_image if image else _NONE
+        return replace(self, **{name: value for name, value in own._asdict().items() if value is not None})
 
 
 def _is_v(scheduler: Mapping[str, Any]) -> bool:
@@ -93,8 +112,9 @@ _VARIATION_PIPELINES = ("StableDiffusionImageVariationPipeline",)
 UNCLIP_PIPELINE, TEXT_UNCLIP_PIPELINE = "StableUnCLIPImg2ImgPipeline", "StableUnCLIPPipeline"
 LDM_PIPELINE, SUPER_RESOLUTION_PIPELINE = "LDMPipeline", "LDMSuperResolutionPipeline"
 DDIM_PIPELINE = "DDIMPipeline"
-IF_SUPER_RESOLUTION = "IFSuperResolutionPipeline"
-IF_PIPELINES = ("IFPipeline", IF_SUPER_RESOLUTION)
+IF_FIRST_PIPELINES = ("IFPipeline", "IFImg2ImgPipeline", "IFInpaintingPipeline")
+IF_SUPER_RESOLUTIONS = tuple(f"IF{kind}SuperResolutionPipeline" for kind in ("", "Img2Img", "Inpainting"))
+IF_PIPELINES = (*IF_FIRST_PIPELINES, *IF_SUPER_RESOLUTIONS)
 KANDINSKY_PIPELINE, KANDINSKY_PRIOR_PIPELINE = "KandinskyV22Pipeline", "KandinskyV22PriorPipeline"
 PIXEL_SPACE_PIPELINES = ("DDPMPipeline", DDIM_PIPELINE, "ConsistencyModelPipeline")
 UNCONDITIONAL_PIPELINES = (LDM_PIPELINE, SUPER_RESOLUTION_PIPELINE, *PIXEL_SPACE_PIPELINES)
@@ -114,15 +134,25 @@ def _of_class(name: str, steps: int, scale: float, *pipelines: str, label: str, 
 # The first match counts; the last entry matches everything.
 FAMILIES: tuple[Family, ...] = (
     _of_class("ldm-text", 50, 6.0, LDM_TEXT_PIPELINE, label="latent diffusion's text to image"),
-    _of_class("if", 100, 7.0, IF_PIPELINES[0], label="DeepFloyd IF", unet_keys=_IF_KEYS),
+    _of_class(
+        "if",
+        100,
+        7.0,
+        *IF_FIRST_PIPELINES,
+        label="DeepFloyd IF",
+        unet_keys=_IF_KEYS,
+        of_image=Defaults(80, 10.0, 0.7),
+        of_mask=Defaults(50, 7.0, 1.0),
+    ),
     _of_class(
         "if-super-resolution",
         50,
         4.0,
-        IF_SUPER_RESOLUTION,
+        *IF_SUPER_RESOLUTIONS,
         label="DeepFloyd IF",
         noise_level=250,
         unet_keys=_IF_NOISED_KEYS,
+        of_mask=Defaults(100, 4.0, 0.8, 0),
     ),
     _of_class("ldm", 50, 1.0, LDM_PIPELINE, label="latent diffusion without a prompt"),
     _of_class("ldm-super-resolution", 100, 1.0, SUPER_RESOLUTION_PIPELINE, label="latent diffusion's super-resolution"),

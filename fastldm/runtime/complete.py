@@ -60,6 +60,8 @@ def complete(
     image_scale = request.image_guidance_scale
     if unet.edits or unet.upscales:
         _check_reading(request, unet)
+    if request.original_image is not None and not unet.resizes:
+        raise InputError("original_image was given: only DeepFloyd IF's super-resolution reads it, this model image")
     if unet.upscales and not unet.needs_class and request.noise_level is not None:
         raise InputError(f"noise_level is {request.noise_level}: this model enlarges a picture without noise")
     if spec.low_res is not None and (request.noise_level or 0) > spec.max_noise_level:
@@ -81,6 +83,8 @@ def complete(
         raise InputError(
             f"image_guidance_scale is {image_scale:g}: only InstructPix2Pix reads it, and this is another model"
         )
+    start = request.image if not (unet.edits or unet.upscales) else request.original_image
+    family = family.defaults(image=start is not None, mask=request.mask_image is not None)
     sampler = request.sampler or family.sampler
     sampler = for_xl(sampler) if sampler is not None and unet.needs_added else sampler
     cfg_pp = is_cfg_pp(sampler)
@@ -106,8 +110,7 @@ def complete(
         reason = next(reason for reason, applies in reasons.items() if applies)
         raise InputError(f"sampler {sampler!r} is CFG++, and {reason}: take a sampler without CFG++")
     scale = _CFG_PP_SCALE if cfg_pp else max(0.0, family.guidance_scale - request.use_original_formulation)
-    from_noise = request.mask_image is not None or unet.edits or unet.upscales
-    strength = 1.0 if from_noise else family.strength
+    strength = 1.0 if start is None else family.strength
     width, height = _size(request, spec, vae)
     if ranges:
         sizes.check_size(ranges, vae.factor, width, height)
@@ -206,8 +209,13 @@ def _check_reading(request: Request, unet: UNetConfig) -> None:
         raise InputError(f"this model {verb} an image: give it image{also}")
     if request.pag_scale and unet.edits:
         raise InputError(f"pag_scale is {request.pag_scale:g}: this model's guidance has three rows of its own")
+    if unet.resizes and request.original_image is not None:
+        if request.padding_mask_crop is not None:
+            raise InputError("padding_mask_crop was given: this model repaints all of original_image, leave it out")
+        return
     if request.mask_image is not None:
-        raise InputError(f"mask_image was given: this model {verb} all of image, and inpainting needs another model")
+        instead = "give original_image, which it changes" if unet.resizes else "inpainting needs another model"
+        raise InputError(f"mask_image was given: this model {verb} all of image, and {instead}")
     if request.denoising_start is not None and request.latents is None:
         raise InputError(
             f"denoising_start was given without latents, with which steps go on: image is what this model {verb}"
@@ -234,13 +242,18 @@ def _size(request: Request, spec: Spec, vae: AutoencoderConfig) -> tuple[int, in
         height, width = (int(n) * factor for n in latents.shape[2:])
     elif (
         measured is not None
-        and (request.mask_image is None or start_latents(request, vae.latent_channels) is not None)
+        and (
+            request.mask_image is None or spec.fits_pictures or start_latents(request, vae.latent_channels) is not None
+        )
         and not (spec.unet.edits and spec.unet.needs_added)  # as in diffusers
         and not spec.unet.resizes
     ):
         height, width = measured
     elif controls is not None and measured is None:
         height, width = controls.size(factor)
+    elif request.original_image is not None:
+        _check_counts(request, "original_image")
+        height, width = _fitted(request.original_image, "original_image", (height, width))
     if measured is not None and spec.enlarges > 1:
         height, width = measured  # latents have to be for them
     height, width = request.height or height, request.width or width
@@ -279,17 +292,11 @@ def _measured(request: Request, spec: Spec, vae: AutoencoderConfig) -> tuple[int
             raise InputError("image is latents: this model for inpainting needs pixels, to leave out what is masked")
     else:
         count, height, width = images.measure(request.image)
-    counts = {"image": count}
+    _check_counts(request, "image", count)
     if request.mask_image is not None:
-        counts["mask_image"] = images.measure(request.mask_image, "mask_image", mask=True)[0]
-    for name, count in counts.items():
-        if count > 1 and request.candidates is not None:
-            raise InputError(f"{name} holds {count} pictures, and there are candidates: give one picture")
-        if request.batch % count:
-            raise InputError(
-                f"{name} holds {count} pictures for a batch of {request.batch}: give one, or one each, or a "
-                "number that divides them"
-            )
+        _check_counts(request, "mask_image", images.measure(request.mask_image, "mask_image", mask=True)[0])
+    if spec.fits_pictures:
+        return _fitted(request.image, "image", spec.unet.sample_size)
     if isinstance(vae, PixelResidualConfig):
         factor //= vae.upscale_factor  # the small picture's pixels
     if spec.picture_multiple > 1:  # of a tensor as diffusers, which takes it as it is
@@ -314,3 +321,26 @@ def _measured(request: Request, spec: Spec, vae: AutoencoderConfig) -> tuple[int
             f"{spec.enlarges} times the picture, {enlarged[1]}x{enlarged[0]}: leave them out, or resize image"
         )
     return enlarged
+
+
+def _check_counts(request: Request, name: str, count: int | None = None) -> None:
+    """InputError unless a field's pictures, which may be counted already, are one each, or divide the batch."""
+    count = images.measure(getattr(request, name), name)[0] if count is None else count
+    if count > 1 and request.candidates is not None:
+        raise InputError(f"{name} holds {count} pictures, and there are candidates: give one picture")
+    if request.batch % count:
+        raise InputError(
+            f"{name} holds {count} pictures for a batch of {request.batch}: give one, or one each, or a number that "
+            "divides them"
+        )
+
+
+def _fitted(source: Any, name: str, size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) that a picture to start from gets, see `Spec.fits_pictures`: of arrays and tensors their own."""
+    _, height, width = images.measure(source, name)
+    if any(
+        isinstance(each, np.ndarray | Tensor) for each in (source if isinstance(source, list | tuple) else [source])
+    ):
+        return height, width
+    side, shape = min(size), width / height
+    return (side, round(side / 8 * shape) * 8) if shape >= 1 else (round(side / 8 / shape) * 8, side)

@@ -373,7 +373,7 @@ class Stages:
     def table(self, request: Request) -> StepTable:
         """The sampler's table of a completed request."""
         highest = math.inf if request.s_tmax is None else request.s_tmax
-        return schedule.make_table(
+        table = schedule.make_table(
             self.schedule,
             request.num_inference_steps,  # type: ignore[arg-type]
             sampler=request.sampler,
@@ -386,6 +386,7 @@ class Stages:
             churn=Churn(request.s_churn, request.s_tmin, highest, request.s_noise),
             reuse=request.reuse,
         )
+        return table.without_noise() if request.mask_image is not None and self.spec.fits_pictures else table
 
     def _start(self, request: Request, apart: bool, generators: Sequence[torch.Generator] | None) -> Run:
         guidance = self.guidance(request)

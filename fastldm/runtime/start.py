@@ -72,7 +72,10 @@ def start_run(
         return randn((count, channels, *(size or shape[2:])), first, noise_dtype, device).float()  # (count, C, h, w)
 
     def each(inputs: Tensor, count: int = request.batch) -> Tensor:
-        """n images as so many, in turn: the first, ..., the last, the first, ..."""
+        """n images as so many, in turn: the first, ..., the last, the first, ...; with IF the first of all, ..., the
+        last."""
+        if spec.fits_pictures:
+            return inputs.repeat_interleave(count // len(inputs), 0)
         return inputs.repeat(count // len(inputs), 1, 1, 1)
 
     # Each image's own generator draws of the posterior what it would draw for it alone. As in diffusers, one
@@ -82,11 +85,17 @@ def start_run(
 
     # Inpainting at full strength starts from noise alone, so that nothing of what is repainted shines through;
     # so it does from the caller's own noise, as in diffusers.
-    from_noise = request.mask_image is not None and (request.strength == 1 or request.latents is not None)
+    # With IF what is not repainted stays as it is, without noise, from the start on.
+    stays = request.mask_image is not None and spec.fits_pictures
+    full = request.strength == 1 or request.latents is not None
+    from_noise = request.mask_image is not None and full and not stays
     crop = mask_crop(request)
     init = mask = extra = repainted = None
     unet = spec.unet
     start = start_latents(request, channels)
+    name = "original_image" if unet.resizes else "image"
+    picture = getattr(request, name) if unet.resizes or not unet.upscales else None  # that steps start from
+    filtered = Resampling.BICUBIC if spec.fits_pictures else Resampling.LANCZOS
     vectors = vector_noise = None
     pictures = request.image_embeds
     if prior is not None:
@@ -111,7 +120,7 @@ def start_run(
         elif unet.resizes:
             small = send(images.load_image(request.image), device)
             small = torch.nn.functional.interpolate(small, (height, width), mode="bilinear", align_corners=True)
-            small = small.repeat_interleave(request.batch // len(small), 0)
+            small = each(small)
         else:
             small = send(images.load_image(request.image, small_size, resample=resample), device)
         if unet.enlarges_latents:
@@ -143,9 +152,9 @@ def start_run(
         extra = torch.cat((torch.zeros_like(edited), edited, edited)).to(dtype)  # of each branch
     elif start is not None and not unet.upscales:
         init = each(send(start, device))
-    elif request.image is not None and not noised and not unet.upscales:
-        picture = request.image if crop is None else crop.cut(crop.image)
-        source = prepared(send(images.load_image(picture, (height, width)), device))
+    elif picture is not None and not noised:
+        picture = picture if crop is None else crop.cut(crop.image)
+        source = prepared(send(images.load_image(picture, (height, width), name=name, resample=filtered), device))
         if goes_on or not (unet.inpaints and from_noise):
             init = each(encode(source))
     if request.latents is not None:
@@ -156,7 +165,7 @@ def start_run(
         noise = draw() if own_noise is None else own_noise
     if request.mask_image is not None:
         white = request.mask_image if crop is None else crop.cut(crop.mask)
-        full_mask = prepared(send(images.load_mask(white, (height, width)), device))
+        full_mask = prepared(send(images.load_mask(white, (height, width), resample=filtered), device))
         mask = each(torch.nn.functional.interpolate(full_mask, shape[2:]))  # (B, 1, h, w)
         if isinstance(vae.config, VAEConfig) and vae.config.conditioned:
             if start is not None:
@@ -168,7 +177,7 @@ def start_run(
             if unet.inpaints:
                 masked = each(source, count) * (each(full_mask, count) < 0.5)
                 extra = torch.cat([mask, each(encode(masked))], dim=1).to(dtype)
-            elif request.generator is not None:
+            elif request.generator is not None and vae.config.moments:
                 draw(count)  # diffusers encodes masked images for 4-channel models too: so its generator stays in step
     motion = table.noise_seed if request.noise_sampler_seed is None else request.noise_sampler_seed
     if motion is None:
@@ -178,12 +187,14 @@ def start_run(
     else:
         raise InputError(f"noise_sampler_seed is of the sampler dpm++ sde, and this is {table.sampler!r}: leave it out")
     r, s = table.start
-    if goes_on or (noised and request.image is not None and not (unet.edits or unet.upscales)):
+    if goes_on or (noised and picture is not None and not unet.edits):
         x = noise if init is None or noised else init  # noise and all
     elif init is None or from_noise:
         x = table.init_noise_sigma * noise
     else:
         x = r * init + s * noise
+    if stays and mask is not None and init is not None:
+        x = (1 - mask) * init + mask * x
     blended = mask is not None and init is not None and not unet.inpaints
     inpainting = Inpainting(mask, init, noise) if blended else None  # type: ignore[arg-type]
     run = Run(table, x, step_noise, guidance, inpainting, extra, dtype, noise_level=int(request.noise_level or 0))

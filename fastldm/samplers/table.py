@@ -90,6 +90,12 @@ class StepTable:
     def __len__(self) -> int:
         return len(self.timesteps)
 
+    def without_noise(self) -> StepTable:
+        """The same, but that what a mask keeps stays as it is: it does not come back at each step's noise level."""
+        rows = self.rows.copy()
+        rows[:, [COLUMNS.index("r"), COLUMNS.index("s")]] = 1.0, 0.0
+        return replace(self, rows=rows)
+
     @property
     def depth(self) -> int:
         """The length of the history that the table reads, 1 to 4."""

@@ -142,7 +142,7 @@ def router(service: Service, jobs: Jobs) -> APIRouter:
         """Pictures like one that is sent; `strength` says how unlike."""
         async with _read_form(request) as form:
             fields = _validated(ImageFields, form)
-            image, _ = await _pictures(service, form)
+            image, *_ = await _pictures(service, form)
         return await _respond(service, jobs, request, fields, {"prompt": "", "image": image}, of=image)
 
     @routes.get("/models")
@@ -226,6 +226,8 @@ def _form(fields: type[BaseModel], mask: bool) -> dict[str, Any]:
     schema = fields.model_json_schema()
     for name in ("image", *(["mask"] if mask else []), "control_image"):
         schema["properties"][name] = {"type": "string", "format": "binary"}
+    if mask:
+        schema["properties"]["original_image"] = {"type": "string", "format": "binary"}
     schema["required"] = [*schema.get("required", []), "image"]
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
@@ -265,10 +267,11 @@ async def _edit(service: Service, request: HTTPRequest) -> tuple[EditFields, dic
     """What the form of an edit says: its fields, and those of `fastldm.Request` that are in no other form."""
     async with _read_form(request) as form:
         fields = _validated(EditFields, form)
-        image, mask = await _pictures(service, form)
+        image, original, mask = await _pictures(service, form)
         controlled = await _controlled(service, fields, form)
-    masked = {} if mask is None else {"mask_image": mask}
-    return fields, {"prompt": fields.prompt, "image": image, **masked, **controlled}
+    given = {"original_image": original, "mask_image": mask}
+    given = {name: picture for name, picture in given.items() if picture is not None}
+    return fields, {"prompt": fields.prompt, "image": image, **given, **controlled}
 
 
 async def _controlled(service: Service, fields: ImageFields, form: FormData | None = None) -> dict[str, Any]:
@@ -293,29 +296,35 @@ async def _controlled(service: Service, fields: ImageFields, form: FormData | No
     return {"control_image": {name: await service.picture(content, "control_image")}, **dict.fromkeys(kinds, scales)}
 
 
-async def _pictures(service: Service, form: FormData) -> tuple[Image.Image, Image.Image | None]:
-    """The picture of a form, and where it is repainted (white), if not everywhere."""
+async def _pictures(service: Service, form: FormData) -> tuple[Image.Image, Image.Image | None, Image.Image | None]:
+    """The picture of a form; the large one to start from, if it is enlarged from one; and where that, or the picture,
+    is repainted (white), if not everywhere."""
     images = [*form.getlist("image"), *form.getlist("image[]")]
     if not images or not isinstance(images[0], UploadFile):
         raise InputError("image is missing: expected a file")
     if len(images) > 1:
         raise InputError(f"image is {len(images)} files: one picture can be edited at a time")
-    image = await service.picture(await images[0].read(), "image")
+    image = repainted = await service.picture(await images[0].read(), "image")
+    name, original = "image", None
+    if (sent := form.get("original_image")) not in (None, ""):
+        if not isinstance(sent, UploadFile):
+            raise InputError("original_image is a text: expected a file")
+        name, original = "original_image", await service.picture(await sent.read(), "original_image")
+        repainted = original
     mask = form.get("mask")
     if mask is None or mask == "":
-        hole = await service.in_pool(_transparent, image)
-        return image, hole
+        return image, original, await service.in_pool(_transparent, repainted)
     if not isinstance(mask, UploadFile):
         raise InputError("mask is a text: expected a file")
     masked = await service.picture(await mask.read(), "mask")
-    if masked.size != image.size:
+    if masked.size != repainted.size:
         raise InputError(
-            f"mask is {masked.width}x{masked.height} and image {image.width}x{image.height}: expected one size"
+            f"mask is {masked.width}x{masked.height} and {name} {repainted.width}x{repainted.height}: expected one size"
         )
     hole = await service.in_pool(_transparent, masked)
     if hole is None:
         raise InputError("mask has no transparent pixels, which would be repainted: expected an alpha channel")
-    return image, hole
+    return image, original, hole
 
 
 def _transparent(image: Image.Image) -> Image.Image | None:

@@ -127,13 +127,15 @@ class Service:
                 raise stopping()
             assert found.session is not None
             assert found.pipe is not None
-            unet, reads_picture = found.pipe.stages.spec.unet, found.pipe.family.reads_picture
+            spec, reads_picture = found.pipe.stages.spec, found.pipe.family.reads_picture
+            unet = spec.unet
             if dialect == "a1111":  # whose front ends send all, as its models read the one or the other
                 from_noise = unet.edits or unet.upscales or reads_picture
                 unread = ["image_guidance_scale"] * (not unet.edits) + ["strength"] * from_noise
-                unread += ["width", "height"] * unet.upscales
+                unread += ["width", "height"] * (unet.upscales or (spec.fits_pictures and "image" in arguments))
                 arguments = {name: value for name, value in arguments.items() if name not in unread}
-            if isinstance(image := arguments.get("image"), Image.Image) and not (unet.upscales or reads_picture):
+            own_size = unet.upscales or reads_picture or spec.fits_pictures
+            if isinstance(image := arguments.get("image"), Image.Image) and not own_size:
                 arguments = {**size_of(image), **arguments}
             request = self._checked(found, arguments)
             self._check_room(owner)

@@ -95,6 +95,12 @@ def super_resolution(seed: int = 0, **replaced: Any) -> Any:
     return _quiet(tiny.peer("diffusers").IFSuperResolutionPipeline(**parts))
 
 
+def of_class(name: str, pipe: Any) -> Any:
+    """Another of diffusers' IF pipelines with the parts of one, such as "IFImg2ImgPipeline"."""
+    cls = getattr(tiny.peer("diffusers"), name)
+    return _quiet(cls(**pipe.components, requires_safety_checker=False))
+
+
 def _quiet(pipe: Any) -> Any:
     pipe.set_progress_bar_config(disable=True)
     return pipe
