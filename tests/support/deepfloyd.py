@@ -5,8 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tiny
+import torch
 from other_networks import network
+from pairs import close, generator
+from PIL import Image
+
+from fastldm import Pipeline
+
+Options = dict[str, Any]
+PROMPT, NEGATIVE = "A photo of squirrels, eating!", "a dog"
+EMBEDS = {"prompt_embeds": torch.randn(1, 77, 40, generator=generator(1)), "prompt": None}
 
 PIECES = ("▁a", "▁photo", "▁of", "▁cat", "▁dog", "▁", "s", "▁squ", "ir", "rel", "ing", "▁eat", ",", ".", "!", "(", ")")
 T5_WIDTH = 40  # of the U-Nets' encoder_hid_dim
@@ -104,3 +114,21 @@ def of_class(name: str, pipe: Any) -> Any:
 def _quiet(pipe: Any) -> Any:
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def both(ours: Pipeline, theirs: Any, **options: Any) -> None:
+    """Compares the pictures of our pipeline with those of diffusers' one. generator: "list" is one for each picture."""
+    many = options.pop("generator", None) == "list"
+    options = {"prompt": PROMPT, "num_inference_steps": 3, "output_type": "np", **options}
+    before = {name: value.clone() for name, value in options.items() if isinstance(value, torch.Tensor)}
+
+    def draws() -> Any:
+        return [generator(1), generator(2)] if many else generator()
+
+    made = ours(**options, generator=draws()).images
+    close(made, theirs(**{**options, **before}, generator=draws(), clean_caption=False).images)
+
+
+def picture(seed: int = 0, width: int = 8, height: int = 8) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
