@@ -45,8 +45,8 @@ FIELDS = {
         guidance_fn clip_guidance_scale
         guidance_rescale guidance_interval sampler timesteps sigmas eta s_churn s_tmin s_tmax s_noise noise_sampler_seed
         reuse num_images_per_prompt candidates keep seed generator latents image image_embeds negative_image_embeds
-        strength
-        denoising_start denoising_end depth_map class_labels noise_level original_image
+        original_image strength
+        denoising_start denoising_end depth_map class_labels noise_level
         refiner_switch_at hires_scale hires_height hires_width hires_strength hires_steps hires_upscaler
         mask_image padding_mask_crop
         control_image controlnet_conditioning_scale control_guidance_start control_guidance_end guess_mode
