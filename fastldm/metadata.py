@@ -346,6 +346,8 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "reuse": ("Reuse", int),
     "noise_level": ("Noise level", int),
     "class_labels": ("Class", int),
+    "prior_num_inference_steps": ("Prior steps", int),
+    "prior_guidance_scale": ("Prior CFG scale", float),
     "timesteps": ("Timesteps", _list_of(_number)),
     "sigmas": ("Sigmas", _list_of(float)),
     "aesthetic_score": ("Aesthetic score", float),

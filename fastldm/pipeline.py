@@ -11,6 +11,7 @@ import inspect
 import math
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -28,6 +29,7 @@ from fastldm.loading.mapped import Mapped
 from fastldm.loading.ranker import find_ranker
 from fastldm.model import need_exporter, open_model
 from fastldm.models.families import IMAGE_ENCODER, IMAGE_NORMALIZER, folder_name
+from fastldm.priors import KandinskyPrior
 from fastldm.reading import check_path
 from fastldm.request import MAX_IMAGES, MAX_SIDE, Request, Result
 from fastldm.runtime import eight_bits
@@ -107,6 +109,7 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         adapter: Any = None,
         ranker: str | os.PathLike[str] | None = None,
         refiner: Any = None,
+        prior: Any = None,
         **where: Any,
     ) -> Pipeline:
         """A pipeline from a diffusers folder, a hub id, a .safetensors file, a bundle that `fastldm export` wrote, or
@@ -124,6 +127,7 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         controlnet, adapter: a ControlNet and a T2I-Adapter to attach, or lists of them: what `attach_control` takes.
         ranker: a CLIP model that ranks `candidates`: what `load_ranker` takes.
         refiner: what `attach_refiner` takes, to be loaded with the same device, dtype, backend and `where`.
+        prior: what `attach_prior` takes, for Kandinsky 2.2, likewise.
         where: variant, revision, cache_dir, local_files_only, allow_pickle and prediction_type, see `loading.describe`.
 
         Raises CheckpointError for what is not a model that fastldm can run, InputError for a device or dtype there
@@ -153,6 +157,8 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
             pipe.attach_refiner(
                 refiner, device=device, dtype=dtype, backend=backend, batch_invariant=batch_invariant, **where
             )
+        if prior is not None:
+            pipe.attach_prior(prior, **options)
         return pipe
 
     @classmethod
@@ -226,6 +232,36 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         """Make requests from now on alone; those that were submitted keep it."""
         self._session.refiner = self._refiner = None
 
+    # --- a prior
+
+    def attach_prior(self, path_or_prior: str | os.PathLike[str] | KandinskyPrior, **options: Any) -> None:
+        """Have a prior make the vectors that Kandinsky 2.2 reads, of the prompts of each request from now on: a loaded
+        one, or what `KandinskyPrior.from_pretrained` takes with options. Its steps are shared as a model's are.
+
+        InputError for another kind of model, and for a prior that is on another device or makes other vectors; and what
+        loading raises.
+        """
+        unet = self.stages.spec.unet
+        if not unet.reads_image_embeds:
+            raise InputError(f"{self.name} reads no vectors that a prior makes: prior is for Kandinsky 2.2's decoder")
+        prior = path_or_prior
+        if not isinstance(prior, KandinskyPrior):
+            placed = {"device": self.device, "dtype": self.dtype if self.backend == "torch" else None}
+            prior = KandinskyPrior.from_pretrained(prior, **{**placed, **options})
+        if prior.stages.device != self.device:
+            raise InputError(
+                f"the prior is on {prior.stages.device}, and the model on {self.device}: load both on one device"
+            )
+        if (width := prior.stages.model.config.out_dim) != unet.text_width:
+            raise InputError(f"the prior makes vectors of {width}, and the model reads some of {unet.text_width}")
+        self.stages.prior = prior.stages
+
+    def detach_prior(self) -> None:
+        """Read vectors from now on, and no prompts; requests that were submitted keep the prior."""
+        if self.stages.spec.prior is not None:
+            raise InputError(f"{self.name} has a prior of its own, without which it reads nothing")
+        self.stages.prior = None
+
     # --- a call
 
     @overload
@@ -267,9 +303,12 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
             with self.calls.open(generation):
                 if progress or callback is not None:
                     call = CallState(generation, self.unet.config.needs_guidance)
-                    steps = generation.progress()
+                    steps, before = generation.progress(), 0
                     for step in _with_bar(steps) if progress else steps:
-                        if callback is not None:
+                        if callback is not None and step.latents is None:  # a prior's, which callbacks do not count
+                            before += 1
+                        elif callback is not None:
+                            step = replace(step, step=step.step - before, steps=step.steps - before)
                             with self.calls.entered(call):
                                 generation.answer(call.call(self, callback, names, step))
                 result = generation.result()
@@ -333,7 +372,7 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         self.stages.need_torch("which has no weights to export: copy it")
         if eight_bits.is_on(self.stages):
             raise InputError("fp8 is on, and is not exported: call disable_fp8 first")
-        if self.stages.prior is not None:
+        if self.stages.spec.prior is not None:
             raise InputError(f"{self.stages.name}: a prior makes what its U-Net reads, and is not exported")
         self.weights_changed()
         need_exporter()

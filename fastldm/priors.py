@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastldm import checks
-from fastldm.conditioning.prior import TextPrior
-from fastldm.device import choose_device, choose_dtype, send
+from fastldm.device import choose_device, choose_dtype
 from fastldm.errors import InputError
 from fastldm.loading import adoption
 from fastldm.loading.checkpoint import Checkpoint
@@ -19,10 +18,9 @@ from fastldm.loading.open_checkpoint import open_checkpoint
 from fastldm.loading.prior import load_prior
 from fastldm.loading.spec import check_options
 from fastldm.loading.state import load_module
-from fastldm.models.clip_vision import CLIPVision
-from fastldm.request import Request, as_list, picture_seeds
-from fastldm.runtime.prior import SCALE, STEPS, draw_prior, sample_prior
-from fastldm.samplers.table import make_table
+from fastldm.request import Request
+from fastldm.runtime.prior import SCALE, STEPS, PriorStages
+from fastldm.serving.worker import Worker
 
 
 class PriorVectors(NamedTuple):
@@ -33,11 +31,15 @@ class PriorVectors(NamedTuple):
 
 
 class KandinskyPrior:
-    """A loaded prior; diffusers' KandinskyV22PriorPipeline. It never changes."""
+    """A loaded prior; diffusers' KandinskyV22PriorPipeline. It never changes.
 
-    def __init__(self, prior: TextPrior, image_encoder: CLIPVision) -> None:
+    `Pipeline.attach_prior` makes it a stage of a decoder's requests, which share its steps. Called by itself it makes
+    the vectors of one request.
+    """
+
+    def __init__(self, stages: PriorStages) -> None:
         """Most callers want `from_pretrained` or `from_diffusers`."""
-        self.prior, self.image_encoder = prior, image_encoder
+        self.stages = stages
 
     @classmethod
     def from_pretrained(
@@ -70,9 +72,8 @@ class KandinskyPrior:
 
     @classmethod
     def _of(cls, checkpoint: Checkpoint, fill: Any) -> KandinskyPrior:
-        return cls(*load_prior(checkpoint, fill))
+        return cls(PriorStages(load_prior(checkpoint, fill), Path(checkpoint.source).name))
 
-    @torch.no_grad()
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -93,46 +94,26 @@ class KandinskyPrior:
         negative prompts one for each of 2B vectors, the prompts' first. latents (B, D), or (2B, D): in place of the
         first noise. guidance_scale: at most 1 is no guidance. InputError for bad arguments.
         """
+        several = list(generator) if isinstance(generator, list | tuple) else []
         request = Request(
             prompt=prompt,
             negative_prompt=negative_prompt,
             num_images_per_prompt=num_images_per_prompt,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
+            prior_num_inference_steps=num_inference_steps,
+            prior_guidance_scale=guidance_scale,
+            prior_latents=latents,
             seed=seed,
-            generator=None if isinstance(generator, list | tuple) else generator,
+            generator=None if several else generator,
             literal_prompt=literal_prompt,
         )
-        model, count, doubled = self.prior.model, request.batch, negative_prompt is not None
         if request.prompt is None:
             raise InputError("prompt is None: give a text, or a list of texts")
-        rows = count * (1 + doubled)
-        if isinstance(generator, list | tuple) and len(generator) != rows:
-            raise InputError(f"generator has {len(generator)} generators for {rows} vectors: give one, or one each")
-        if latents is not None:
-            latents = checks.finite("latents", checks.tensor("latents", latents, (rows, model.config.text_dim)))
-        sources: Any = generator
-        dtype = model.proj_in.weight.dtype
-        if sources is None:
-            dtype = torch.float32
-            seeds = picture_seeds(request) * (1 + doubled)
-            sources = [torch.Generator().manual_seed(each) for each in seeds]
-        texts = as_list(request.prompt)
-        negatives = as_list(request.negative_prompt) or [""]
-        if doubled:
-            negatives = negatives * (len(texts) // len(negatives))
-            texts, negatives = [*texts, *negatives], 2 * negatives
-        table = make_table(self.prior.schedule, num_inference_steps)
-        noise = draw_prior(model, table, rows, sources, dtype, latents)
-        prompts, away = (self.prior.read(each, literal=literal_prompt) for each in (texts, negatives))
-        made = sample_prior(model, table, prompts, away, noise, guidance_scale).float()
-        if doubled:
-            return PriorVectors(made[:count], made[count:])
-        return PriorVectors(made, self.zero_embeds().expand(count, -1))
-
-    @torch.no_grad()
-    def zero_embeds(self) -> Tensor:
-        """The image encoder's vector (1, D) of zeros, in float32."""
-        encoder = self.image_encoder
-        side = encoder.config.image_size
-        return encoder(send(torch.zeros(1, 3, side, side), encoder.device, encoder.dtype)).float()
+        own, batch = self.stages.request_of(self.stages.complete(request)), request.batch
+        if several:
+            if len(several) != own.batch:
+                raise InputError(
+                    f"generator has {len(several)} generators for {own.batch} vectors: give one, or one each"
+                )
+            own = own.replace(seed=None, generator=several)
+        made = Worker.of(self.stages.device).call(lambda: self.stages.fields(self.stages.make(own)[0], batch))
+        return PriorVectors(**made)

@@ -180,6 +180,13 @@ class Request:
     original_image: Any = None
     """Of DeepFloyd IF's super-resolution, whose `image` is the small picture: what the steps start from, with
     `strength`, as large as the image; types as for `image`. With `mask_image` the rest of it stays."""
+    prior_num_inference_steps: int | None = None
+    """Of models with a prior, which makes the vectors of pictures of prompts, that one's steps; 25 if None."""
+    prior_guidance_scale: float | None = None
+    """The prior's guidance: 1 or less is off; 4 if None."""
+    prior_latents: torch.Tensor | None = None
+    """Noise (B, D) that the prior starts from, or (2B, D) where it makes vectors of negative prompts too, those
+    last."""
     strength: float | None = None
     """How much `image` is changed, 0 (not at all) to 1 (completely); None is 0.8, with SDXL's refiner 0.3, and 1 with
     `mask_image`; of DeepFloyd IF 0.7 and 1, of its super-resolution 0.8. Models that edit `image` start from noise, and
@@ -387,7 +394,7 @@ class Request:
 
     def alone(self, k: int) -> Request:
         """One image of prompt k: what its text is read from. It has neither seed, generator nor latents."""
-        changes: dict[str, Any] = dict.fromkeys(("seed", "generator", "latents", "class_labels"))
+        changes: dict[str, Any] = dict.fromkeys(("seed", "generator", "latents", "class_labels", "prior_latents"))
         for name in (*PER_PROMPT, "image_embeds", "negative_image_embeds"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
@@ -724,6 +731,9 @@ _CHECKS: dict[str, Check] = {
     "keep": _whole(1, MAX_IMAGES, "pictures"),
     "clip_skip": _whole(0, 1000, "layers"),
     "guidance_scale": _real(0.0, MAX_GUIDANCE),
+    "prior_num_inference_steps": _whole(1, MAX_STEPS, "steps"),
+    "prior_guidance_scale": _real(0.0, MAX_GUIDANCE),
+    "prior_latents": lambda name, value: checks.finite(name, checks.tensor(name, value, (None, None))),
     "image_guidance_scale": _real(0.0, MAX_GUIDANCE),
     "pag_scale": _real(0.0, MAX_GUIDANCE),
     "pag_adaptive_scale": _real(0.0, MAX_GUIDANCE),

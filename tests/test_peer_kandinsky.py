@@ -16,6 +16,9 @@ import torch
 from judged import changed_copy, hub_copy, judged
 
 from fastldm import CheckpointError, InputError, KandinskyPrior, Pipeline, Session
+from fastldm.errors import Cancelled, DeadlineExceeded
+from fastldm.image import result_parameters
+from fastldm.metadata import parse_parameters
 from fastldm.model import describe
 from fastldm.planning import memory
 
@@ -106,7 +109,7 @@ def test_a_folder_has_all_that_is_read(folder: Path, tmp_path: Path, pipe: Pipel
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"prompt": "a cat"}, "prompt was given, and this model reads image_embeds: its prior"),
+        ({"prompt": "a cat"}, "prompt was given, and this model reads image_embeds, .* prior="),
         ({}, "image_embeds is None: this model reads what its prior makes"),
         ({**vectors(), "image": np.zeros((64, 64, 3), np.uint8)}, "image was given, and this model reads image_embeds"),
         ({**vectors(), "negative_prompt": "bad"}, "negative_prompt was given"),
@@ -245,3 +248,174 @@ def test_prior_refuses_bad_arguments(prior: KandinskyPrior, peer: Any, folder: P
         KandinskyPrior.from_diffusers(peer)
     with pytest.raises(CheckpointError, match="is a KandinskyV22Pipeline, expected a KandinskyV22PriorPipeline"):
         KandinskyPrior.from_pretrained(folder)
+
+
+# --------------------------------------------------------------------------------------- prompts, by a prior attached
+
+
+@pytest.fixture(scope="module")
+def combined(their_prior: Any) -> Any:
+    unet = other_networks.network("kandinsky", encoder_hid_dim=ip_adapters.PROJECTED)
+    own = {name: part for name, part in their_prior.components.items() if name != "image_processor"}
+    pipe: Any = diffusers.KandinskyV22CombinedPipeline(
+        unet,
+        diffusers.DDPMScheduler(**PUBLISHED),
+        pipeline().movq,
+        **{f"prior_{name}": part for name, part in own.items()},
+        prior_image_processor=their_prior.image_processor,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def whole(combined: Any, prior: KandinskyPrior) -> Pipeline:
+    pipe = Pipeline.from_diffusers(combined.decoder_pipe)
+    pipe.attach_prior(prior)
+    return pipe
+
+
+PRIOR_STEPS = {"prior_num_inference_steps": 4}
+WHOLE_CALLS: dict[str, dict[str, Any]] = {
+    "negatives": {"prompt": ["a cat", "a small dog"], "negative_prompt": ["bad", "a mat"], "num_images_per_prompt": 2},
+    "plain": {"prompt": "a cat"},
+    "several": {"prompt": ["a cat", "a small dog"], "num_images_per_prompt": 3, "width": 48},
+    "unguided": {"prompt": "a cat", "guidance_scale": 1.0, "prior_guidance_scale": 1.0, "negative_prompt": "bad"},
+    "latents": {"prompt": "a cat", "prior_latents": torch.ones(1, ip_adapters.PROJECTED), "prior_guidance_scale": 2.0},
+}
+
+
+@pytest.mark.parametrize(
+    "case", [case if case == "negatives" else pytest.param(case, marks=pytest.mark.full) for case in WHOLE_CALLS]
+)
+def test_prompts_equal_diffusers(case: str, combined: Any, whole: Pipeline) -> None:
+    """With one generator, which draws for the prior first."""
+    options = {**BASE, **PRIOR_STEPS, **WHOLE_CALLS[case]}
+    theirs = {"latents" if name == "prior_latents" else name: value for name, value in options.items()}
+    made = np.asarray(whole(generator=seeded(), **options).images)
+    expected = np.asarray(combined(generator=seeded(), **theirs).images)
+    assert made.shape == expected.shape
+    assert np.abs(made - expected).max() < 1e-3
+
+
+@pytest.mark.full
+def test_prompts_with_a_generator_each_equal_diffusers(combined: Any, whole: Pipeline) -> None:
+    options = {**BASE, **PRIOR_STEPS, "prompt": ["a cat", "a small dog"]}
+    made, expected = (
+        np.asarray(each(generator=[seeded(1), seeded(2)], **options).images) for each in (whole, combined)
+    )
+    assert np.abs(made - expected).max() < 1e-3
+
+
+def test_priors_of_many_requests_share_steps(whole: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {**BASE, "num_inference_steps": 2, **PRIOR_STEPS}
+    queries: list[dict[str, Any]] = [
+        {**options, "prompt": ["a cat", "a small dog"], "seed": [3, 4]},
+        {**options, "prompt": "a dog", "negative_prompt": "bad", "seed": 9, "prior_num_inference_steps": 3},
+        {**options, "prompt": "a mat", "guidance_scale": 1.0, "prior_guidance_scale": 1.0, "seed": 5},
+    ]
+    alone = [np.asarray(whole(**query).images) for query in queries]
+    network, rows = whole.stages.prior.model, []  # type: ignore[union-attr]
+    step = network.step
+
+    def counted(model_input: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+        rows.append(len(model_input))
+        return step(model_input, *rest, **named)
+
+    monkeypatch.setattr(network, "step", counted)
+    with Session(whole, max_batch=8) as session:
+        futures = [session.submit(**query) for query in queries]
+        for future, expected in zip(futures, alone, strict=True):
+            result = future.result()
+            assert np.abs(np.asarray(result.images) - expected).max() < 1e-4
+            assert len(result.timings.steps) == 2 + result.request.prior_num_inference_steps
+        assert (session.stats().completed, session.stats().waiting) == (3, 0)
+    assert max(rows) == 2 * 2 + 2 * 2 + 1
+    assert len(rows) < 4 + 3 + 4
+    invariant = np.asarray(Session(whole, batch_invariant=True).submit(**queries[0]).result().images)
+    assert np.abs(invariant - alone[0]).max() < 1e-4
+
+
+def test_a_prior_has_progress_and_no_callbacks(whole: Pipeline) -> None:
+    steps: list[int] = []
+
+    def record(pipe: Any, step: int, timestep: float, tensors: dict[str, Any]) -> dict[str, Any]:
+        steps.append(step)
+        assert tensors["latents"].shape == (1, 4, 16, 16)
+        return tensors
+
+    options = {**BASE, **PRIOR_STEPS, "prompt": "a cat", "seed": 1}
+    plain = np.asarray(whole(**options).images)
+    called = whole(callback_on_step_end=record, **options)
+    assert steps == [0, 1, 2]
+    assert np.abs(np.asarray(called.images) - plain).max() == 0
+    generation = whole.session.submit(preview=True, **options)
+    progress = list(generation.progress())
+    assert [step.step for step in progress] == [*range(7)]
+    assert {step.steps for step in progress} == {7}
+    assert [step.preview is not None for step in progress] == 4 * [False] + 3 * [True]
+    (text,) = result_parameters(generation.result(), "kandinsky")
+    assert "Prior steps: 4, Prior CFG scale: 4" in text
+    read, _ = parse_parameters(text)
+    assert (read.prompt, read.prior_num_inference_steps, read.prior_guidance_scale) == ("a cat", 4, 4.0)
+
+
+def test_a_prior_is_cancelled_interrupted_and_late(whole: Pipeline) -> None:
+    options = {**BASE, "prompt": "a cat", "seed": 1, "prior_num_inference_steps": 900}
+    generation = whole.session.submit(**options)
+    next(generation.progress())
+    assert generation.cancel()
+    with pytest.raises(Cancelled, match="cancelled after"):
+        generation.result(60)
+    with pytest.raises(DeadlineExceeded):
+        whole.session.submit(**options, deadline=0.2).result(60)
+    generation = whole.session.submit(**options)
+    next(generation.progress())
+    generation.interrupt()
+    result = generation.result(60)
+    assert np.asarray(result.images).shape == (1, 64, 64, 3)
+    assert len(result.timings.steps) < 900
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt": "a cat", **vectors()}, "prompt was given, and this model reads image_embeds.*leave out the one"),
+        ({"negative_image_embeds": torch.zeros(1, 20)}, "negative_image_embeds was given without image_embeds"),
+        ({"prompt": "a cat", "prior_latents": torch.zeros(2, 20)}, r"prior_latents has shape \(2, 20\): expected \(1"),
+        ({"prompt": "a cat", "prior_num_inference_steps": 0}, "prior_num_inference_steps is 0"),
+        ({"prompt": "a cat", "hires_scale": 2}, "a high-resolution pass was asked for, and the vectors"),
+        ({"prompt": "a cat", "candidates": 2}, "candidates was given"),
+        ({"prior_guidance_scale": 2.0}, "prompt is None"),
+        ({"image_embeds": torch.zeros(1, ip_adapters.PROJECTED), "prior_guidance_scale": 2.0, "guidance_scale": 1},
+         "prior_guidance_scale was given, and no prior makes what this request reads"),
+    ],
+)  # fmt: skip
+def test_with_a_prior_other_fields_are_refused(fields: dict[str, Any], message: str, whole: Pipeline) -> None:
+    with pytest.raises(InputError, match=message):
+        whole(**fields)
+
+
+def test_priors_that_do_not_fit_are_refused(prior: KandinskyPrior, pipe: Pipeline, combined: Any) -> None:
+    with pytest.raises(InputError, match=f"the prior makes vectors of {ip_adapters.PROJECTED}, and the model reads"):
+        pipe.attach_prior(prior)
+    other = Pipeline.from_diffusers(tiny.pipeline("sd1"))
+    with pytest.raises(InputError, match="reads no vectors that a prior makes"):
+        other.attach_prior(prior)
+    with pytest.raises(InputError, match="prior_num_inference_steps was given, and no prior"):
+        other("a cat", prior_num_inference_steps=3)
+    attached = Pipeline.from_diffusers(combined.decoder_pipe)
+    attached.attach_prior(prior)
+    attached.detach_prior()
+    with pytest.raises(InputError, match="prompt was given, and this model reads image_embeds"):
+        attached("a cat")
+
+
+def test_folders_of_prior_and_decoder_are_one_model(
+    combined: Any, their_prior: Any, whole: Pipeline, tmp_path: Path
+) -> None:
+    combined.decoder_pipe.save_pretrained(tmp_path / "decoder")
+    their_prior.save_pretrained(tmp_path / "prior")
+    loaded = Pipeline.from_pretrained(tmp_path / "decoder", prior=tmp_path / "prior", device="cpu", dtype="float32")
+    options = {**BASE, **PRIOR_STEPS, "prompt": "a cat", "seed": 1}
+    assert np.abs(np.asarray(loaded(**options).images) - np.asarray(whole(**options).images)).max() < 1e-5

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastldm.conditioning.prompt import parse
 from fastldm.conditioning.text import TextStage, split_windows
-from fastldm.device import send_numbers
+from fastldm.device import send, send_numbers
 from fastldm.models.clip import CLIPText
-from fastldm.models.clip_vision import Normalizer
+from fastldm.models.clip_vision import CLIPVision, Normalizer
 from fastldm.models.prior import Prior
 from fastldm.samplers.config import ScheduleConfig
 
@@ -38,6 +38,7 @@ class TextPrior:
     model: Prior
     schedule: ScheduleConfig
     normalizer: Normalizer | None = None  # of stable unCLIP
+    image_encoder: CLIPVision | None = None  # of Kandinsky, which makes the vector of a black picture
 
     @torch.no_grad()
     def read(self, texts: Sequence[str], *, literal: bool = False) -> PriorTexts:
@@ -51,3 +52,11 @@ class TextPrior:
         hidden, vectors = model(ids)
         assert vectors is not None
         return PriorTexts(hidden, vectors, (model.ends(ids) + 1).int())
+
+    @torch.no_grad()
+    def zero_embeds(self) -> Tensor:
+        """The image encoder's vector (1, D) of zeros, in float32."""
+        encoder = self.image_encoder
+        assert encoder is not None
+        side = encoder.config.image_size
+        return encoder(send(torch.zeros(1, 3, side, side), encoder.device, encoder.dtype)).float()

@@ -19,8 +19,8 @@ from fastldm.models.prior import Prior, PriorConfig
 from fastldm.samplers.scheduler_config import read_scheduler
 
 
-def load_prior(checkpoint: Checkpoint, fill: Callable[[torch.nn.Module, str], Any]) -> tuple[TextPrior, CLIPVision]:
-    """The prior with its text encoder, and the image encoder. fill(module on meta, component name) returns the module
+def load_prior(checkpoint: Checkpoint, fill: Callable[[torch.nn.Module, str], Any]) -> TextPrior:
+    """The prior with its text encoder and image encoder. fill(module on meta, component name) returns the module
     with its weights. CheckpointError for another pipeline, for what is not implemented, and for parts that do not fit.
     """
     named, source = checkpoint.index.get("_class_name"), checkpoint.source
@@ -45,4 +45,4 @@ def load_prior(checkpoint: Checkpoint, fill: Callable[[torch.nn.Module, str], An
         networks = {PRIOR: Prior(model), "text_encoder": CLIPText(text), IMAGE_ENCODER: CLIPVision(vision)}
     filled = {name: fill(network, name) for name, network in networks.items()}
     stage = TextStage(checkpoint.tokenizer("tokenizer"), filled["text_encoder"])
-    return TextPrior(stage, filled[PRIOR], schedule), filled[IMAGE_ENCODER]
+    return TextPrior(stage, filled[PRIOR], schedule, image_encoder=filled[IMAGE_ENCODER])

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from fastldm.errors import CheckpointError, InputError
 from fastldm.models.config_fields import LAYERS, WIDTH, only
 from fastldm.models.embeddings import Sinusoids, TimeEmbedding
-from fastldm.models.layers import Attention, LayerNorm, Layers, Linear, attention, parameter
+from fastldm.models.layers import Attention, Beside, LayerNorm, Layers, Linear, attention, parameter
 from fastldm.reading import Field, Integer, Maybe, read_fields
 
 _FIELDS = only(
@@ -75,6 +75,19 @@ class PriorConfig:
     def time_channels(self) -> int:
         """Channels of a time row: its key and value in each layer."""
         return 2 * self.channels * self.layers
+
+    @property
+    def cross_widths(self) -> tuple[int, ...]:
+        """Channels of the keys of a prompt in each layer."""
+        return (self.channels,) * self.layers
+
+    @property
+    def latent_channels(self) -> int:
+        """Of a vector as a batch has it, a picture of one channel, (1, 1, D)."""
+        return 1
+
+    in_channels = latent_channels
+    self_attentions: ClassVar[tuple[str, ...]] = ()  # that can be perturbed
 
     @classmethod
     def from_dict(cls, cfg: Mapping[str, Any], source: str = "config.json") -> PriorConfig:
@@ -131,6 +144,7 @@ class Prior(nn.Module):
         self.norm_out = LayerNorm(channels)
         self.proj_to_clip_embeddings = Linear(channels, config.out_dim)
         self.clip_mean, self.clip_std = parameter(1, config.out_dim), parameter(1, config.out_dim)
+        self.beside = Beside()
 
     def cross_kv(
         self, encoder_hidden_states: Tensor, proj_embedding: Tensor, text_len: Tensor | None = None
@@ -193,12 +207,13 @@ class Prior(nn.Module):
         slots: Tensor | None = None,
     ) -> Tensor:
         """Evaluate the network: noisy vectors (B, D), temb_row (B, S) of time_rows, cross_kv of B prompts -> the
-        predicted vectors (B, out_dim), in the units of `clip_mean` and `clip_std`.
+        predicted vectors (B, out_dim), in the units of `clip_mean` and `clip_std`. Vectors may be pictures too, as
+        batches have them: (B, 1, 1, D) -> (B, 1, 1, out_dim).
 
         kv_len (prompts,) int32: of the keys in cross_kv, how many are visible. slots (B,) int32: the prompt in cross_kv
         that each row reads, by default its own.
         """
-        noisy = self.proj_in(model_input)[:, None]
+        noisy = self.proj_in(model_input.flatten(1))[:, None]
         tokens = [noisy] if self.prd_embedding is None else [noisy, self.prd_embedding.expand_as(noisy)]
         x = self._placed(torch.cat(tokens, dim=1), self.config.tokens + 2)
         kv_len, count = _chosen(kv_len, slots), len(tokens)
@@ -224,7 +239,8 @@ class Prior(nn.Module):
                 for j in range(count)
             ]
             x = layer.rest(x, torch.cat(attended, dim=1))
-        return self.proj_to_clip_embeddings(self.norm_out(x[:, -1]))
+        predicted = self.proj_to_clip_embeddings(self.norm_out(x[:, -1]))
+        return predicted.view(*model_input.shape[:-1], -1)
 
     def forward(
         self,

@@ -25,6 +25,7 @@ from fastldm.runtime.denoise import Branches, Guidance, Run, State, added_output
 
 if TYPE_CHECKING:
     from fastldm.models.interfaces import Denoiser
+    from fastldm.models.prior import Prior
 
 
 class Batch(Protocol):
@@ -65,7 +66,7 @@ class EagerBatch:
 
     nbytes = 0  # what it holds is the runs'
 
-    def __init__(self, unet: Denoiser, backend: str = "torch", *, together: bool = True) -> None:
+    def __init__(self, unet: Denoiser | Prior, backend: str = "torch", *, together: bool = True) -> None:
         """backend: what runs it. together: whether all runs share a call of the network; else each has its own."""
         self.unet, self.backend, self.together = unet, backend, together
         self._states: dict[Run, State] = {}
@@ -165,7 +166,8 @@ class EagerBatch:
         known = self._texts.get(network)
         if known is None or known[0] != key:
             texts = [tuple(run.texts_of(kv, branches) for kv in text) for run, text, branches in parts]
-            known = self._texts[network] = (key, _join_texts(texts))
+            visible = [None if run.text_len is None else run.texts_of(run.text_len, own) for run, _, own in parts]
+            known = self._texts[network] = (key, _join_texts(texts, visible))
         text, kv_len = known[1]
         return text, {} if kv_len is None else {"kv_len": kv_len}
 
@@ -245,7 +247,7 @@ def _out_of_place(residuals: Residuals) -> Residuals:
     return Residuals(skips, mid, first=None)
 
 
-def _beside(network: Denoiser, runs: Sequence[Run], inputs: Sequence[Tensor]) -> AbstractContextManager[None]:
+def _beside(network: Denoiser | Prior, runs: Sequence[Run], inputs: Sequence[Tensor]) -> AbstractContextManager[None]:
     """Inside, the network's rows have the adapters that the runs have beside its weights."""
     if not any(run.beside for run in runs):
         return nullcontext()
@@ -264,13 +266,17 @@ def _rows(temb: Tensor | None, run: Run, branches: Branches) -> Tensor:
 Texts = tuple[tuple[Tensor, ...], Tensor | None]
 
 
-def _join_texts(texts: Sequence[tuple[Tensor, ...]]) -> Texts:
-    """Keys and values of all rows, and their lengths where they differ."""
+def _join_texts(texts: Sequence[tuple[Tensor, ...]], visible: Sequence[Tensor | None]) -> Texts:
+    """Keys and values of all rows, and their lengths where they differ. visible: of each, the lengths of its rows;
+    None: all of its tokens."""
     tokens = [layers[0].shape[1] if layers else 0 for layers in texts]
     kv_len = None
-    if len(set(tokens)) > 1:
-        counts = [count for count, layers in zip(tokens, texts, strict=True) for _ in range(layers[0].shape[0])]
-        kv_len = send_numbers(counts, torch.int32, texts[0][0].device)
+    if len(set(tokens)) > 1 or any(own is not None for own in visible):
+        lengths = [
+            send_numbers([count] * len(layers[0]), torch.int32, layers[0].device) if own is None else own
+            for count, layers, own in zip(tokens, texts, visible, strict=True)
+        ]
+        kv_len = _cat(lengths)
     return tuple(_cat([_padded(kv, max(tokens)) for kv in layer]) for layer in zip(*texts, strict=True)), kv_len
 
 

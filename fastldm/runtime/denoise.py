@@ -179,6 +179,7 @@ class Run:
     dtype: torch.dtype = torch.float32  # the network's
     temb: Tensor | None = None  # (steps, 1 or R, channels): `UNet.time_rows` of each row of the table
     text_kv: tuple[Tensor, ...] = ()  # of each cross-attention (R, T, 2C): `UNet.cross_kv`
+    text_len: Tensor | None = None  # (R,) int32: of its T tokens the visible ones, the first; None: all
     embeds: Embeds | None = None  # what temb and text_kv were computed from
     adapters: Selection = NONE
     embeddings: Mapping[str, str] = field(default_factory=dict)  # `Result.embeddings`

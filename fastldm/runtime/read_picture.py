@@ -61,22 +61,32 @@ def noise_vectors(
 
 def check_prior(request: Request) -> None:
     """InputError for what unCLIP's text to image does not read."""
+    if request.image_embeds is not None:
+        raise InputError("image_embeds was given, and this model reads prompts, of which its prior makes them")
     for name in ("image", *_START, "prompt_embeds"):
         if getattr(request, name) is not None:
             raise InputError(f"{name} was given, and this model's prior reads a prompt, and starts from noise")
 
 
-def read_vectors(request: Request, width: int) -> Request:
+def read_vectors(request: Request, width: int, prior: bool = False) -> Request:
     """A request of Kandinsky 2.2, whose vectors (n, width), each an image's in place of a prompt, are checked and on
-    the host. InputError for bad ones, for none, and for what such a model does not read."""
+    the host; or with a prior, which makes them, one with prompts. InputError for bad ones, for none, and for what such
+    a model does not read."""
+    of_prompt = prior and request.image_embeds is None
     for name in ("image", *_START, *_TEXT):
-        if getattr(request, name) is not None:
+        if getattr(request, name) is not None and not (of_prompt and name == "negative_prompt"):
             raise InputError(f"{name} was given, and this model reads image_embeds, which a prior makes of a prompt")
+    if of_prompt:
+        if request.negative_image_embeds is not None:
+            raise InputError("negative_image_embeds was given without image_embeds: give both, or negative_prompt")
+        return request
     if any(as_list(request.prompt)):
-        raise InputError("prompt was given, and this model reads image_embeds: its prior makes them of a prompt")
+        advice = "leave out the one or the other" if prior else "Pipeline.from_pretrained(..., prior=) attaches one"
+        raise InputError(f"prompt was given, and this model reads image_embeds, which a prior makes of it: {advice}")
     if request.image_embeds is None:
         raise InputError(
-            "image_embeds is None: this model reads what its prior makes, (n, D) with negative_image_embeds"
+            "image_embeds is None: this model reads what its prior makes, (n, D) with negative_image_embeds; "
+            "Pipeline.from_pretrained(..., prior=) attaches one, which makes them of prompts"
         )
     given = {"image_embeds": request.image_embeds, "negative_image_embeds": request.negative_image_embeds}
     vectors: dict[str, Tensor] = {}

@@ -30,6 +30,7 @@ from fastldm.kernels.threshold import Thresholds
 from fastldm.models.config import UNetConfig
 from fastldm.models.controlnet import ControlNet
 from fastldm.models.layers import channels_last
+from fastldm.models.prior import Prior, PriorConfig
 from fastldm.models.t2i_adapter import feature_places
 from fastldm.models.unet import Features, Pictures, Residuals, Reuse, UNet
 from fastldm.runtime.controls import Ranges, evaluate, joined
@@ -96,7 +97,7 @@ class StaticBuffers(NamedTuple):
 
     @staticmethod
     def empty(
-        config: UNetConfig,
+        config: UNetConfig | PriorConfig,
         *,
         slots: int,
         rows: int,
@@ -117,6 +118,7 @@ class StaticBuffers(NamedTuple):
         a slot may have, the most tokens. reuse: whether slots may reuse deep features. averages: whether they may have
         projected guidance with momentum."""
         channels, latent_width = config.latent_channels, width
+        unet: Any = config  # what a prior has not is of controls, features and reuse, which it never has
         to: dict[str, Any] = {"dtype": dtype, "device": device}
 
         def texts(widths: Sequence[int], tokens: int = tokens) -> tuple[Tensor, ...]:
@@ -150,16 +152,16 @@ class StaticBuffers(NamedTuple):
             controls=tuple(
                 ControlBuffers(
                     network,
-                    hint=images(config.down[0].channels),
-                    weights=torch.zeros(slots, len(config.skip_channels) + 1, **to),
+                    hint=images(unet.down[0].channels),
+                    weights=torch.zeros(slots, len(unet.skip_channels) + 1, **to),
                     temb=torch.zeros(2 * slots, steps, network.config.time_channels, **to),
                     text=texts(network.config.cross_widths),
                 )
                 for network in controls
             ),
-            features=tuple(images(*place) for place in feature_places(config)) if features else (),
+            features=tuple(images(*place) for place in feature_places(unet)) if features else (),
             pictures=tuple(PictureBuffers(texts(config.cross_widths, count), lengths()) for count in pictures),
-            deep=images(config.deep_channels, count=BRANCHES * slots + 1) if reuse else None,
+            deep=images(unet.deep_channels, count=BRANCHES * slots + 1) if reuse else None,
             perturbed=torch.zeros(len(config.self_attentions), rows, dtype=torch.bool, device=device),
             thresholds=Thresholds(
                 torch.full((slots,), -1.0, device=device),
@@ -181,7 +183,7 @@ class Slots:
     """A `Batch` in static buffers."""
 
     def __init__(
-        self, unet: UNet, buffers: StaticBuffers, graphs: Graphs | None = None, *, batch_invariant: bool = False
+        self, unet: UNet | Prior, buffers: StaticBuffers, graphs: Graphs | None = None, *, batch_invariant: bool = False
     ) -> None:
         """graphs: None runs every step eagerly. batch_invariant: whether a row of the U-Net is computed the same
         whatever the others are and however many, by kernels that do not depend on it."""
@@ -296,7 +298,9 @@ class Slots:
             buffer[:, : len(table)].index_copy_(0, text_index, time_rows.to(buffer.dtype))
             for layer, kv in zip(layers, text_kv, strict=True):
                 layer[:, : kv.shape[1]].index_copy_(0, text_index, kv.to(layer.dtype))
-        if run.text_kv:
+        if run.text_len is not None:
+            kv_len.index_copy_(0, text_index, run.text_len)
+        elif run.text_kv:
             kv_len.index_fill_(0, text_index, run.text_kv[0].shape[1])
         for tokens, picture, own in zip(run.picture_tokens, run.pictures, self.buffers.pictures, strict=False):
             own.kv_len.index_fill_(0, text_index, tokens)

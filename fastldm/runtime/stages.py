@@ -50,6 +50,8 @@ from fastldm.runtime.gradient import CLIPGradient, Function, Gradient, clip_text
 from fastldm.runtime.graph import CUDA, Graphs
 from fastldm.runtime.guidance import apg_field, apg_of, guidance_of, pag_defaults, perturbed_layers
 from fastldm.runtime.image_prompts import ImagePrompts, PictureSelection, per_image, start_pictures
+from fastldm.runtime.prior import FIELDS as PRIOR_FIELDS
+from fastldm.runtime.prior import PriorStages
 from fastldm.runtime.read_picture import PictureRead, check_prior, read_picture, read_vectors
 from fastldm.runtime.slots import Slots, StaticBuffers, graph_rows, step_capacity
 from fastldm.runtime.start import start_run
@@ -86,7 +88,9 @@ class Stages:
         """mapped: files that the networks' weights lie in."""
         self.name, self.family, self.spec = name, spec.family, spec
         self.unet, self.vae, self.text_stages = networks.unet, networks.vae, networks.text_stages
-        self.image_encoder, self.prior = networks.image_encoder, networks.prior
+        self.image_encoder = networks.image_encoder
+        self.prior = None if networks.prior is None else PriorStages(networks.prior)
+        """What makes the vectors of pictures that the U-Net reads, of texts: unCLIP's own, or Kandinsky's, attached."""
         self.schedule = spec.schedule
         self._pag = pag_defaults(spec.checkpoint.index) if networks.backend == "torch" else {}
         self.zero_negative = bool(spec.checkpoint.index.get("force_zeros_for_empty_prompt", False))
@@ -142,7 +146,8 @@ class Stages:
         encoder = self.image_encoder
         pictures = [x for x in (encoder.model, encoder.normalizer) if x is not None] if encoder else []
         if (prior := self.prior) is not None:
-            pictures = [prior.model, prior.text.model, prior.normalizer]  # type: ignore[list-item]
+            own = prior.loaded
+            pictures = [own.model, own.text.model, own.normalizer, own.image_encoder]  # type: ignore[list-item]
         networks = [self.unet, self.vae, *(stage.model for stage in self.text_stages), *pictures]
         modules = [network for network in networks if isinstance(network, torch.nn.Module)]
         storages = [p.untyped_storage() for module in modules for p in (*module.parameters(), *module.buffers())]
@@ -164,12 +169,16 @@ class Stages:
         adapters = self.adapters.select(request.adapters, factor)
         self.adapters.check(adapters)
         request = request.replace(adapters=adapters, cross_attention_kwargs=None)
-        if self.prior is not None:
-            check_prior(request)
         if (network := self.spec.unet).reads_image_embeds:
-            request = read_vectors(request, network.text_width)
+            request = read_vectors(request, network.text_width, self.prior is not None)
+        elif self.prior is not None:
+            check_prior(request)
         else:
             request = read_picture(request, self.image_encoder)
+        if self.prior is not None and request.image_embeds is None:
+            request = self.prior.complete(request)
+        elif unread := [name for name in PRIOR_FIELDS if getattr(request, name) is not None]:
+            raise InputError(f"{unread[0]} was given, and no prior makes what this request reads: leave it out")
         request = self.controls.complete(request, self.unet.config.needs_added)
         if request.reuse > 1:
             self._check_reuse(request.reuse)
@@ -189,7 +198,8 @@ class Stages:
         request, unet = complete(request, self.spec, self.vae.config, self.family, self.latents), self.unet.config
         if request.gradient is not None:
             self._check_gradient(request)
-        if unet.reads_image_embeds and request.negative_image_embeds is None and self.guided(request):
+        lacks_negatives = request.image_embeds is not None and request.negative_image_embeds is None
+        if unet.reads_image_embeds and lacks_negatives and self.guided(request):
             raise InputError(
                 f"negative_image_embeds is None, and guidance_scale is {request.guidance_scale:g}: give what guidance "
                 "leads away from, which the prior makes too, or guidance_scale=1"
@@ -257,6 +267,15 @@ class Stages:
         texts = ranker.text_vectors(clip_texts(request, options), stage, literal=request.literal_prompt)
         seeds = range(request.batch) if request.generator is not None else picture_seeds(request)
         return CLIPGradient(options, ranker.images, texts, self.decoder.images, seeds)
+
+    def of_vectors(self, request: Request) -> Request:
+        """A completed request whose vectors a prior makes, as a request of those, which are still to be given: where
+        the U-Net reads them in place of texts, each is an image's."""
+        own = request.replace(**dict.fromkeys(PRIOR_FIELDS))
+        if not self.unet.config.reads_image_embeds:
+            return own
+        prompt = "" if request.batch == 1 else ("",) * request.batch
+        return own.replace(prompt=prompt, negative_prompt=None, num_images_per_prompt=1)
 
     def guided(self, request: Request) -> bool:
         """Whether negatives are needed, for a network row of their own: none where a model reads the scale itself."""
@@ -528,7 +547,8 @@ class Stages:
 
     def result(self, request: Request, run: Run, images: Any, timings: Timings, backend: str) -> Result:
         """backend: what ran the steps."""
-        seeds = picture_seeds(request) if request.generator is None and request.latents is None else ()
+        drawn = request.generator is None and request.latents is None and request.prior_latents is None
+        seeds = picture_seeds(request) if drawn else ()
         steps = request.num_inference_steps
         if request.timesteps is not None or request.sigmas is not None:
             steps = run.table.steps  # as many of the caller's own list as were taken
@@ -552,8 +572,12 @@ class Stages:
     @torch.no_grad()
     def make(self, request: Request) -> Any:
         """The images of one request, made from end to end in this thread."""
-        request = self.complete(request)
-        run = self.prepare(request, batch_invariant=self.batch_invariant)
+        request, generators = self.complete(request), None
+        if self.prior is not None and request.image_embeds is None:
+            own = self.prior.request_of(request)
+            vectors, generators = self.prior.make(own, batch_invariant=self.batch_invariant)
+            request = self.of_vectors(request).replace(**self.prior.fields(vectors, request.batch))
+        run = self.prepare(request, batch_invariant=self.batch_invariant, generators=generators)
         batch = self.new_batch(run, run.batch)
         if not self.adapters.enter(run):
             raise InputError("requests with other adapters are under way")

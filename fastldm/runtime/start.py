@@ -21,14 +21,13 @@ from fastldm.request import Request, picture_seeds
 from fastldm.runtime.complete import start_latents
 from fastldm.runtime.denoise import Guidance, Inpainting, Run
 from fastldm.runtime.noise import add_noise, draw_brownian_noise, draw_step_noise, randn
-from fastldm.runtime.prior import vectors_of
 from fastldm.runtime.read_picture import PictureRead, noise_vectors
 from fastldm.samplers.table import StepTable
 
 if TYPE_CHECKING:
-    from fastldm.conditioning.prior import TextPrior
     from fastldm.loading.spec import Spec
     from fastldm.models.interfaces import Autoencoder
+    from fastldm.runtime.prior import PriorStages
 
 
 def start_run(
@@ -43,14 +42,14 @@ def start_run(
     one_by_one: bool = False,
     edit_scale: float = 1.0,
     generators: Sequence[torch.Generator] | None = None,
-    prior: TextPrior | None = None,
+    prior: PriorStages | None = None,
 ) -> Run:
     """The run of a completed request, all noise drawn, in diffusers' order; not conditioned yet.
 
     spec: of the model, for what its U-Net reads behind the latents. dtype: the networks'. one_by_one: encode each image
     of the request by itself. edit_scale: multiplies the latents of an image to edit. generators: of the request's
-    seeds, in which state earlier stages of a cascade have left them. prior: of unCLIP that makes the
-    vectors of pictures of texts, which it does here.
+    seeds, in which state earlier stages of a cascade have left them. prior: of unCLIP that has made the
+    vectors in `image_embeds`.
     """
 
     def encode(inputs: Tensor, size: Sequence[int] | None = None) -> Tensor:
@@ -65,7 +64,8 @@ def start_run(
     sources: Any = request.generator
     noise_dtype = dtype if sources is not None else torch.float32
     if sources is None:
-        sources = generators or [torch.Generator().manual_seed(s) for s in picture_seeds(request)]
+        sources = [*generators][: request.batch] if generators else None  # a prior's are of negatives too
+        sources = sources or [torch.Generator().manual_seed(s) for s in picture_seeds(request)]
 
     def draw(count: int = request.batch, channels: int = channels, size: Sequence[int] | None = None) -> Tensor:
         first = sources[:count] if isinstance(sources, Sequence) else sources
@@ -98,8 +98,8 @@ def start_run(
     filtered = Resampling.BICUBIC if spec.fits_pictures else Resampling.LANCZOS
     vectors = vector_noise = None
     pictures = request.image_embeds
-    if prior is not None:
-        vectors, normalizer = vectors_of(prior, request, sources, noise_dtype, one_by_one), prior.normalizer
+    if prior is not None and prior.loaded.normalizer is not None:
+        vectors, normalizer = send(pictures, device, torch.float32), prior.loaded.normalizer
     elif isinstance(pictures, PictureRead) and pictures.encoder.normalizer is not None:
         vectors, normalizer = pictures.embeds(dtype, device, one_by_one), pictures.encoder.normalizer
         if request.generator is None:  # as each picture would be drawn for alone

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from fastldm.errors import OutOfMemory
 from fastldm.planning import memory
 from fastldm.request import Request
+from fastldm.runtime.prior import PriorStages
 from fastldm.runtime.slots import step_capacity
 from fastldm.runtime.stages import Stages
 
 
-def check(stages: Stages, request: Request, max_batch: int, held: int, *, ranked: bool = False) -> None:
+def check(stages: Stages | PriorStages, request: Request, max_batch: int, held: int, *, ranked: bool = False) -> None:
     """OutOfMemory for what cannot fit, before any work. max_batch: images that the session's buffers are made for.
     held: bytes of buffers that are kept for requests of this size. ranked: whether its images are candidates."""
     free = memory.free_bytes(stages.device)
     if free is None:
+        return
+    if isinstance(stages, PriorStages):
+        needed, count = stages.nbytes(request), request.batch
+        if needed > free + held:
+            raise OutOfMemory(
+                f"{count} vector{'s' * (count > 1)} of the prior need {memory.size(needed)} beside the weights, and "
+                f"{memory.size(free + held)} are free: ask for fewer pictures at once"
+            )
         return
     request = request.parts(max_batch)[0]
     width, height, batch = int(request.width or 0), int(request.height or 0), request.batch

@@ -24,6 +24,7 @@ from fastldm.runtime import candidates
 from fastldm.runtime.batch import Batch
 from fastldm.runtime.denoise import Run
 from fastldm.runtime.stages import Stages
+from fastldm.serving.cascade import AnyStages
 from fastldm.serving.generation import Generation, Host, Progress, log_exception, lost_by
 from fastldm.serving.stats import Totals
 
@@ -38,7 +39,7 @@ class Bucket:
 
     def __init__(
         self,
-        stages: Stages,
+        stages: AnyStages,
         host: Host,
         max_batch: int,
         route: dispatch.Route | None,
@@ -150,6 +151,7 @@ class Bucket:
                 if generation.change is not None:
                     assert self.batch is not None
                     assert generation.run is not None
+                    assert isinstance(self.stages, Stages)
                     (change, mark), generation.change = generation.change, None
                     self.stages.change(self.batch, generation.run, mark.follow(change))
                 self._retire(generation)
@@ -168,7 +170,7 @@ class Bucket:
                     self.next = None
                     return
                 start = perf_counter()
-                if generation.record is None:
+                if not generation.step_times:
                     generation.prepare_start = start
                     self._totals.started(generation)
                 generation.input_mark.follow(generation.request)
@@ -218,7 +220,7 @@ class Bucket:
                     for k in range(1, count):
                         self._after_step(generation, start + (now - start) * k / count)
                     self._after_step(generation, now)
-                    if not generation.waits_for_answer:  # else after the answer, with what that changes
+                    if not self._waits(generation):  # else after the answer, with what that changes
                         self._retire(generation)
 
     @staticmethod
@@ -262,15 +264,19 @@ class Bucket:
         generation.step_times.append(now)
         steps = generation.steps_before + len(run.table) + generation.rows_later
         progress = Progress(len(generation.step_times) - 1, steps, float(run.table.timesteps[step]))
-        if generation.waits_for_answer:
+        if self._waits(generation):
             latents = self.batch.latents(run)
             progress = replace(progress, latents=latents, embeds=run.embeds)
         preview = None
-        if generation.takes_preview(progress.step, progress.steps):
+        if generation.takes_preview(progress.step, progress.steps) and isinstance(self.stages, Stages):
             c_in = 1.0 if run.done else float(run.table.rows[step + 1][0])
             preview = self.stages.preview(self.batch.latents(run), c_in, run)
-        generation.paused = generation.waits_for_answer
+        generation.paused = self._waits(generation)
         generation.publish(preview, progress)
+
+    def _waits(self, generation: Generation) -> bool:
+        """Whether it waits after each step: as in diffusers, of a prior's no callback is told."""
+        return generation.waits_for_answer and isinstance(self.stages, Stages)
 
     def _retire(self, generation: Generation) -> None:
         """Move it from the loop to the decoder, if it takes no more steps."""
@@ -278,7 +284,8 @@ class Bucket:
         assert self.batch is not None
         stepped = len(generation.step_times) > generation.steps_before
         if run is not None and (run.done or (generation.interrupted and stepped)):
-            if generation.interrupted and generation.later:  # what there is, is the result
+            if generation.interrupted and generation.later and isinstance(self.stages, Stages):
+                # What there is, is the result; of a prior's vector the next stage takes its first step.
                 generation.cascades[len(generation.sampled)] = generation.cascade[: generation.stage + 1]
                 generation.part = generation.part.replace(output_type=generation.request.output_type)
             latents = self.batch.latents(run)
@@ -339,13 +346,15 @@ class Bucket:
     def _result(self, generation: Generation, images: Any) -> Result | None:
         """None if there are more stages, or candidates remain to be sampled."""
         request, parts = generation.request, generation.sampled
-        if generation.record is None:
+        if generation.record is None and isinstance(self.stages, Stages):
             assert generation.run is not None
             nothing = Timings(0.0, (), 0.0, 0.0)
             generation.record = self.stages.result(request, generation.run, None, nothing, self.stages.backend)
         if not generation.later and request.candidates is not None:
+            stages = generation.cascade[0].model.stages
+            assert isinstance(stages, Stages)
             with spans.span("rank"):
-                parts.append((images, generation.cascade[0].model.stages.scores(request, images)))
+                parts.append((images, stages.scores(request, images)))
         now = perf_counter()
         generation.decode_time += now - generation.step_times[-1]
         generation.steps_before = len(generation.step_times)
@@ -355,6 +364,7 @@ class Bucket:
         remain = request.candidates is not None and len(parts) < len(generation.cascades)
         if remain and not (generation.interrupted and enough):
             return None
+        assert generation.record is not None
         timings = Timings(
             text=generation.text_time,
             steps=tuple(generation.step_durations),
@@ -429,7 +439,11 @@ class Bucket:
 class Buckets:
     """The buckets of one session, which its worker drives. Queues are read and changed with `host.changed` held."""
 
-    def __init__(self, stages: Stages, host: Host, max_batch: int, batch_invariant: bool) -> None:
+    def __init__(
+        self, stages: AnyStages, host: Host, max_batch: int, batch_invariant: bool, of: Buckets | None = None
+    ) -> None:
+        """of: those of the session's own model, whose requests have stages here."""
+        self._of = self if of is None else of
         self._stages, self._host, self._max_batch = stages, host, max_batch
         self._batch_invariant = batch_invariant
         self._by_size: dict[tuple[int, int, dispatch.Route | None, bool], Bucket] = {}  # the last used is the last
@@ -462,7 +476,7 @@ class Buckets:
             generation.route,
             self.release_memory,
             self._batch_invariant,
-            self.totals,
+            self._of.totals,
             (key[1], key[0]),
         )
         self._by_size[key] = bucket
@@ -470,9 +484,9 @@ class Buckets:
             bucket.spent = max(bucket.spent, least_spent)  # time that it did not ask for is not owed to it
         place = generation.submitted - SECONDS_A_PRIORITY * priority
         heapq.heappush(bucket.waiting, (place, next(self._numbers), generation))
-        if generation not in self.open:  # else it comes back for another stage
-            self.open.add(generation)
-            Future.add_done_callback(generation, self._ended)
+        if generation not in self._of.open:  # else it comes back for another stage
+            self._of.open.add(generation)
+            Future.add_done_callback(generation, self._of._ended)
 
     def _ended(self, generation: Any) -> None:
         self.open.discard(generation)
@@ -480,7 +494,7 @@ class Buckets:
 
     def held(self, request: Request) -> int:
         """Bytes of buffers that are kept for requests of this one's size."""
-        size = (request.height, request.width)
+        size = (int(request.height or 0), int(request.width or 0))
         with self._host.changed:
             batches = [bucket.batch for key, bucket in self._by_size.items() if key[:2] == size]
             return sum(batch.nbytes for batch in batches if batch is not None)

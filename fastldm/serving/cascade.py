@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,17 +28,23 @@ from fastldm.errors import InputError
 from fastldm.models.config import AutoencoderConfig
 from fastldm.request import Request
 from fastldm.runtime import enlarge
+from fastldm.runtime.prior import PriorStages
 from fastldm.runtime.stages import Stages
 
 SWITCH_AT = 0.8  # where the refiner goes on, as in diffusers' documentation
 _HIRES_STRENGTH = 0.7
 
 
+AnyStages = Stages | PriorStages
+"""What a session's worker runs."""
+S = TypeVar("S", bound=AnyStages, covariant=True)
+
+
 @dataclass(frozen=True)
-class CascadeModel:
+class CascadeModel(Generic[S]):
     """A model that stages run on."""
 
-    stages: Stages
+    stages: S
     queue: Any
     """The session's buckets."""
 
@@ -47,7 +53,7 @@ class CascadeModel:
 class CascadeStage:
     """A stage of a cascade."""
 
-    model: CascadeModel
+    model: CascadeModel[AnyStages]
     request: Request
     """Completed for its model; a placeholder stands for what the stage before makes."""
     take: Callable[[Tensor], Mapping[str, Any]] = lambda made: {"image": made}
@@ -56,7 +62,7 @@ class CascadeStage:
     """Of its table, for who waits."""
 
 
-def complete(request: Request, base: CascadeModel, refiner: CascadeModel | None) -> Request:
+def complete(request: Request, base: CascadeModel[Stages], refiner: CascadeModel[Stages] | None) -> Request:
     """A request completed for the model that it was sent to, and where its stages meet. InputError for what they do not
     take."""
     completed = base.stages.complete(request)
@@ -82,21 +88,28 @@ def complete(request: Request, base: CascadeModel, refiner: CascadeModel | None)
 def stages_of(
     completed: Request,
     sampler: str | None,
-    base: CascadeModel,
-    refiner: CascadeModel | None,
-    enlarger: CascadeModel | None = None,
+    base: CascadeModel[Stages],
+    refiner: CascadeModel[Stages] | None,
+    enlarger: CascadeModel[Stages] | None = None,
     several: bool = False,
+    prior: CascadeModel[PriorStages] | None = None,
 ) -> tuple[CascadeStage, ...]:
     """The stages of a request that `complete` completed: one, as a rule. sampler: what was asked for. enlarger: of one
-    that `is_enlarged`. several: whether it is a part of several.
+    that `is_enlarged`. several: whether it is a part of several. prior: that of the model.
 
     InputError for what a model of them cannot run.
     """
     upscaler, switch = enlarge.wanted(completed), completed.refiner_switch_at
     stages = [CascadeStage(base, completed.replace(**_OFF))]
+    if prior is not None and completed.image_embeds is None:
+        if base.stages.unet.config.reads_image_embeds and (upscaler is not None or switch is not None):
+            name = "a high-resolution pass" if upscaler is not None else "a refiner"
+            raise InputError(f"{name} was asked for, and the vectors that a prior makes are of one stage: leave it out")
+        stages = _of_prior(stages[0].request, base, prior)
     if upscaler is not None:
-        stages.append(_hires(completed, stages[0].request, base, upscaler))
-        stages[0] = CascadeStage(base, stages[0].request.replace(output_type=upscaler.reads))
+        first = stages.pop()
+        stages.append(replace(first, request=first.request.replace(output_type=upscaler.reads)))
+        stages.append(_hires(completed, first.request, base, upscaler))
     if enlarger is not None:
         stages = _enlarged(stages[0].request, base, enlarger)
     if switch is not None:
@@ -110,6 +123,17 @@ def stages_of(
     return tuple(replace(stage, rows=len(stage.model.stages.table(stage.request))) for stage in stages)
 
 
+def _of_prior(own: Request, base: CascadeModel[Stages], prior: CascadeModel[PriorStages]) -> list[CascadeStage]:
+    """The vectors of pictures of the prompts, and the images of those."""
+    vectors = prior.stages.request_of(own)
+    width, batch = prior.stages.model.config.out_dim, own.batch
+    made = {name: _placeholder(batch, width) for name in prior.stages.fields_made}
+    images = CascadeStage(
+        base, base.stages.of_vectors(own).replace(**made), lambda vectors: prior.stages.fields(vectors, batch)
+    )
+    return [CascadeStage(prior, vectors), images]
+
+
 def is_enlarged(completed: Request, base: Stages) -> bool:
     """Whether a request's images are made at the model's own size, and enlarged by another model: text to image, of
     just that other's size."""
@@ -121,7 +145,7 @@ def is_enlarged(completed: Request, base: Stages) -> bool:
     )
 
 
-def _enlarged(completed: Request, base: CascadeModel, enlarger: CascadeModel) -> list[CascadeStage]:
+def _enlarged(completed: Request, base: CascadeModel[Stages], enlarger: CascadeModel[Stages]) -> list[CascadeStage]:
     """The model's own size, and what enlarges its pictures, which reads no text."""
     width, height = base.stages.spec.default_size
     small = completed.replace(width=width, height=height, output_type="pt")
@@ -149,7 +173,7 @@ def _latents(request: Request, stages: Stages) -> Tensor:
     return _placeholder(request.batch, stages.latent_channels, *size)
 
 
-def _hires(completed: Request, first: Request, base: CascadeModel, upscaler: enlarge.Upscaler) -> CascadeStage:
+def _hires(completed: Request, first: Request, base: CascadeModel[Stages], upscaler: enlarge.Upscaler) -> CascadeStage:
     """The same model once more, at a larger size, from what the first stage made."""
     stages, factor = base.stages, base.stages.vae.config.factor
     for name in ("image", "denoising_start", "denoising_end", "timesteps", "sigmas"):
@@ -183,7 +207,7 @@ _OF_REFINER = (
 _NOT_SCORED = ("target_size", "negative_target_size", "prompt_2", "negative_prompt_2")
 
 
-def _refiner(completed: Request, sampler: str | None, cut: Request, refiner: CascadeModel) -> CascadeStage:
+def _refiner(completed: Request, sampler: str | None, cut: Request, refiner: CascadeModel[Stages]) -> CascadeStage:
     """Another model, which goes on with the latents of a stage that ends at a fraction of the noise."""
     if completed.prompt is None:
         raise InputError("prompt_embeds were given, which the refiner cannot read: give prompt")

@@ -29,6 +29,7 @@ from fastldm.checks import MAX_STEPS
 from fastldm.errors import InputError, QueueFull
 from fastldm.planning import memory
 from fastldm.request import Request
+from fastldm.runtime.prior import PriorStages
 from fastldm.runtime.stages import Stages
 from fastldm.serving import admission, cascade
 from fastldm.serving.generation import Generation
@@ -36,6 +37,7 @@ from fastldm.serving.stats import Stats
 from fastldm.serving.worker import Worker
 
 T = TypeVar("T")
+M = TypeVar("M", bound=cascade.AnyStages)
 
 MAX_BATCH = 4096  # images that share a step, at most
 MAX_TOGETHER = 4  # by default
@@ -77,7 +79,8 @@ class Session:
         self._buckets = self._worker.buckets(stages, self.max_batch, self.batch_invariant)
         self._model = cascade.CascadeModel(stages, self._buckets)
         self._refiner: Session | None = getattr(pipe, "refiner_session", None)
-        self._enlarger: cascade.CascadeModel | None = None
+        self._enlarger: cascade.CascadeModel[Stages] | None = None
+        self._prior: cascade.CascadeModel[PriorStages] | None = None
         self._weight_bytes = stages.weight_bytes
         self._closed = False
 
@@ -145,6 +148,7 @@ class Session:
         completed = cascade.complete(request, *models)
         parts = completed.parts(self.max_batch)
         options: dict[str, Any] = {"enlarger": self._enlarger_of(completed), "several": len(parts) > 1}
+        options["prior"] = self._prior_of()
         cascades = [cascade.stages_of(part, request.sampler, *models, **options) for part in parts]
         for stage in cascades[0]:
             held, ranked = stage.model.queue.held(stage.request), completed.candidates is not None
@@ -168,36 +172,52 @@ class Session:
                 raise InputError("this session is closed: make a new one")
             if threading.current_thread() is worker.thread:
                 raise InputError("a request was made inside the worker's own thread, which would wait for itself")
-            waiting = self._buckets.waiting
+            waiting = self._waiting
             if waiting >= self.max_queue:
                 raise QueueFull(f"{waiting} requests wait already, and max_queue is {self.max_queue}: try again later")
-            worker.submit(self._buckets, generation, priority)
+            worker.submit(cascades[0][0].model.queue, generation, priority)
         return generation
 
-    def _enlarger_of(self, completed: Request) -> cascade.CascadeModel | None:
+    def _prior_of(self) -> cascade.CascadeModel[PriorStages] | None:
+        """The model's prior, if it has one, and the queue of its vectors."""
+        stages = self.stages.prior
+        if stages is None or self._prior is None or self._prior.stages is not stages:
+            self._prior = None if stages is None else self._queued(stages)
+        return self._prior
+
+    def _queued(self, stages: M) -> cascade.CascadeModel[M]:
+        """Another model that runs stages of requests, with a queue of its own."""
+        return cascade.CascadeModel(
+            stages, self._worker.buckets(stages, self.max_batch, self.batch_invariant, of=self._buckets)
+        )
+
+    def _enlarger_of(self, completed: Request) -> cascade.CascadeModel[Stages] | None:
         """What enlarges a request's images, opened when one is first wanted; None where nothing has to."""
         if self.stages.enlarger is None or not cascade.is_enlarged(completed, self.stages):
             return None
         if self._enlarger is None:
-            stages = self.stages.enlarger()
-            buckets = self._worker.buckets(stages, self.max_batch, self.batch_invariant)
-            self._enlarger = cascade.CascadeModel(stages, buckets)
+            self._enlarger = self._queued(self.stages.enlarger())
         return self._enlarger
 
     @property
     def waiting(self) -> int:
         """How many requests wait: what of `stats` every submission of a server asks."""
         with self._worker.changed:
-            return self._buckets.waiting
+            return self._waiting
+
+    @property
+    def _waiting(self) -> int:
+        """Called with `changed` held."""
+        return self._buckets.waiting + (0 if self._prior is None else self._prior.queue.waiting)
 
     def stats(self) -> Stats:
         """What it does at the moment, and has done so far."""
         stages, worker, totals = self.stages, self._worker, self._buckets.totals
         with worker.changed:
-            buckets, waiting, open_ = [*self._buckets], self._buckets.waiting, len(self._buckets.open)
+            buckets, waiting, open_ = [*self._buckets], self._waiting, len(self._buckets.open)
             images = [one.part.batch for bucket in buckets for one in [*bucket.running]]
             held = sum(bucket.batch.nbytes for bucket in buckets if bucket.batch is not None)
-            works = [bucket.work() for bucket in buckets]
+            works = [bucket.work() for bucket in (*buckets, *(self._prior.queue if self._prior is not None else ()))]
             step_times = {bucket.size: bucket.step_time for bucket in buckets if bucket.step_time}
         graphs = stages.graphs
         return Stats(
@@ -233,6 +253,8 @@ class Session:
                 generation.cancel()
         wait(remaining)
         self.call(self._buckets.release_memory)
+        if self._prior is not None:
+            self.call(self._prior.queue.release_memory)
 
     def __enter__(self) -> Session:
         return self

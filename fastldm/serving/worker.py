@@ -27,8 +27,8 @@ import torch
 
 from fastldm import openmp
 from fastldm.device import Mark
-from fastldm.runtime.stages import Stages
 from fastldm.serving.bucket import Bucket, Buckets
+from fastldm.serving.cascade import AnyStages
 from fastldm.serving.generation import Callbacks, Generation, log_exception, lost_by
 
 T = TypeVar("T")
@@ -84,9 +84,9 @@ class Worker:
 
     # --- for other threads
 
-    def buckets(self, stages: Stages, max_batch: int, batch_invariant: bool) -> Buckets:
-        """Those of a new session, which has to keep them."""
-        buckets = Buckets(stages, self, max_batch, batch_invariant)
+    def buckets(self, stages: AnyStages, max_batch: int, batch_invariant: bool, of: Buckets | None = None) -> Buckets:
+        """Those of a new session, which has to keep them. of: as of `Buckets`."""
+        buckets = Buckets(stages, self, max_batch, batch_invariant, of)
         self._all.add(buckets)
         return buckets
 
