@@ -45,7 +45,7 @@ FIELDS = {
         guidance_fn clip_guidance_scale
         guidance_rescale guidance_interval sampler timesteps sigmas eta s_churn s_tmin s_tmax s_noise noise_sampler_seed
         reuse num_images_per_prompt candidates keep seed generator latents image image_embeds negative_image_embeds
-        original_image strength
+        original_image prior_num_inference_steps prior_guidance_scale prior_latents strength
         denoising_start denoising_end depth_map class_labels noise_level
         refiner_switch_at hires_scale hires_height hires_width hires_strength hires_steps hires_upscaler
         mask_image padding_mask_crop
@@ -63,7 +63,7 @@ ARGUMENTS = {
     "Generation.result": "self timeout",
     "Pipeline.export": "self out options",
     "Pipeline.from_pretrained": """
-        cls path_or_id device dtype torch_dtype backend batch_invariant controlnet adapter ranker refiner where""",
+        cls path_or_id device dtype torch_dtype backend batch_invariant controlnet adapter ranker refiner prior where""",
     "Pipeline.from_single_file": "cls path options",
     "Pipeline.load_ip_adapter": """
         self pretrained_model_name_or_path_or_dict subfolder weight_name image_encoder_folder allow_pickle where""",

@@ -67,7 +67,7 @@ class PriorStages:
             total = torch.cuda.get_device_properties(self.device).total_memory
             self.graphs = Graphs(CUDA(self.device), budget=int(_GRAPH_MEMORY * total))
         self._zero_embeds: Tensor | None = None
-        self._parameters = sum(p.numel() for p in self.model.parameters())
+        self._size = sum(p.numel() for p in self.model.parameters())
 
     @property
     def makes_negatives(self) -> bool:
@@ -235,7 +235,7 @@ class PriorStages:
 
     def threads(self, request: Request, images: int, limit: int) -> int:
         """As `Stages.threads`: a step is of two tokens for each of a vector's two rows."""
-        return max(1, min(limit, int(4 * self._parameters * images / _OPERATIONS_PER_THREAD)))
+        return max(1, min(limit, int(4 * self._size * images / _OPERATIONS_PER_THREAD)))
 
     def nbytes(self, request: Request) -> int:
         """More bytes than one of its own requests takes."""

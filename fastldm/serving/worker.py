@@ -27,7 +27,8 @@ import torch
 
 from fastldm import openmp
 from fastldm.device import Mark
-from fastldm.serving.bucket import Bucket, Buckets
+from fastldm.serving.bucket import Bucket
+from fastldm.serving.buckets import Buckets
 from fastldm.serving.cascade import AnyStages
 from fastldm.serving.generation import Callbacks, Generation, log_exception, lost_by
 
