@@ -255,17 +255,7 @@ def test_prior_refuses_bad_arguments(prior: KandinskyPrior, peer: Any, folder: P
 
 @pytest.fixture(scope="module")
 def combined(their_prior: Any) -> Any:
-    unet = other_networks.network("kandinsky", encoder_hid_dim=ip_adapters.PROJECTED)
-    own = {name: part for name, part in their_prior.components.items() if name != "image_processor"}
-    pipe: Any = diffusers.KandinskyV22CombinedPipeline(
-        unet,
-        diffusers.DDPMScheduler(**PUBLISHED),
-        pipeline().movq,
-        **{f"prior_{name}": part for name, part in own.items()},
-        prior_image_processor=their_prior.image_processor,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return kandinsky.combined(their_prior)
 
 
 @pytest.fixture(scope="module")

@@ -63,7 +63,8 @@ ARGUMENTS = {
     "Generation.result": "self timeout",
     "Pipeline.export": "self out options",
     "Pipeline.from_pretrained": """
-        cls path_or_id device dtype torch_dtype backend batch_invariant controlnet adapter ranker refiner prior where""",
+        cls path_or_id device dtype torch_dtype backend batch_invariant controlnet adapter ranker refiner prior
+        where""",
     "Pipeline.from_single_file": "cls path options",
     "Pipeline.load_ip_adapter": """
         self pretrained_model_name_or_path_or_dict subfolder weight_name image_encoder_folder allow_pickle where""",

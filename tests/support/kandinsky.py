@@ -54,3 +54,10 @@ def prior() -> Any:
 def _quiet(pipe: Any) -> Any:
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def combined(prior: Any, cls: str = "KandinskyV22CombinedPipeline") -> Any:
+    """A decoder that reads what a prior makes, and that, as one pipeline."""
+    parts = decoder(encoder_hid_dim=ip_adapters.PROJECTED).components
+    own = {f"prior_{name}": part for name, part in prior.components.items()}
+    return _quiet(getattr(tiny.peer("diffusers"), cls)(**parts, **own))
