@@ -17,7 +17,7 @@ from fastldm.models.clip import Embedding
 from fastldm.models.config import TextConfig, UNetConfig
 from fastldm.models.embeddings import ClassEmbedding
 from fastldm.models.families import encoder_names
-from fastldm.models.t5 import text_encoder
+from fastldm.models.text_encoders import text_encoder
 from fastldm.models.unet import UNet
 
 

@@ -186,7 +186,7 @@ def encode_prompts(
     for stage, rows in zip(encoders, windows, strict=True):
         # The encoder runs once for prompts and negatives together, unless clip_skip makes them differ.
         groups = [(rows, least)] if skip == 0 else [(rows[:batch], least + skip), (rows[batch:], least)]
-        outputs = [_encode(stage, group, total, drop, not pooling, run) for group, drop in groups if group]
+        outputs = [_encode(stage, group, total, drop, last.final_norm, run) for group, drop in groups if group]
         hidden.append(torch.cat([states for states, _ in outputs]))
         vectors = [vector for _, vector in outputs if vector is not None]
     states = torch.cat(hidden, dim=-1).to(hidden[-1].dtype)  # (B or 2B, T, D)
@@ -278,8 +278,9 @@ def _windows(
         chunk = chunks[k] if k < len(chunks) else ()
         padding = length - tokenizer.ends - len(chunk)
         first = () if tokenizer.bos is None else (tokenizer.bos,)
-        ids = (*first, *(token for token, _ in chunk), tokenizer.eos, *(tokenizer.pad,) * padding)
-        weights = (*(1.0 for _ in first), *(weight for _, weight in chunk), 1.0, *(1.0,) * padding)
+        last = () if tokenizer.eos is None else (tokenizer.eos,)
+        ids = (*first, *(token for token, _ in chunk), *last, *(tokenizer.pad,) * padding)
+        weights = (*(1.0 for _ in first), *(weight for _, weight in chunk), *(1.0,) * (len(last) + padding))
         windows.append(Window(ids, weights))
     return windows
 

@@ -1,7 +1,8 @@
-"""CLIP's byte-pair tokenizer, from files or from the merges that ship with fastldm; and BERT's and T5's, from files.
+"""CLIP's byte-pair tokenizer, from files or from the merges that ship with fastldm; and BERT's, T5's and GLIDE's, from
+files.
 
-BERT's splits words into the longest pieces that its vocabulary has (WordPiece), T5's into the likeliest (Unigram). All
-are of the library tokenizers: no other package is needed.
+BERT's splits words into the longest pieces that its vocabulary has (WordPiece), T5's into the likeliest (Unigram),
+GLIDE's is GPT-2's, of byte pairs. All are of the library tokenizers: no other package is needed.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import base64
 import copy
 import gzip
+import io
 import itertools
 import json
 import os
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastldm import checks
 from fastldm.errors import CheckpointError, InputError
-from fastldm.reading import read_json
+from fastldm.reading import read_file, read_json
 from fastldm.system import ASSETS
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 CLIP_VOCABULARY = 49408
 CLIP_WINDOW = 77
+GLIDE_WINDOW = 128
 
 _MERGES = ASSETS / "clip_bpe" / "merges.txt.gz"
 _DEFAULTS = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
@@ -44,14 +47,14 @@ class Tokenizer:
     """transformers' class."""
     tokens_named: Mapping[str, str] = _DEFAULTS
     """Special tokens of files that do not name them."""
-    around: tuple[str | None, str] = ("bos_token", "eos_token")
+    around: tuple[str | None, str | None] = ("bos_token", "eos_token")
     """Those before and after a text."""
 
     max_length: int
     """Tokens per window, including bos and eos."""
     bos: int | None
-    """None where nothing is before a text."""
-    eos: int
+    """None where nothing is before a text, as `eos` where nothing is behind one."""
+    eos: int | None
     pad: int
     """Fills a window after eos: eos itself in CLIP-L, `!` (id 0) in OpenCLIP's encoders."""
     size: int
@@ -72,8 +75,8 @@ class Tokenizer:
             self._backend, self._files = _with_tokens(self._splitter(files), files), files
             ids = {token.content: k for k, token in self._backend.get_added_tokens_decoder().items()}
             first, last = self.around
-            self.eos, self.pad = (ids[files.names[name]["content"]] for name in (last, "pad_token"))
-            self.bos = None if first is None else ids[files.names[first]["content"]]
+            self.bos, self.eos = (None if end is None else ids[files.names[end]["content"]] for end in (first, last))
+            self.pad = ids[files.names["pad_token"]["content"]]
             self.size = 1 + max(*files.vocab.values(), *ids.values())
             self._vectors = _vectors(ids)
         except CheckpointError:
@@ -93,7 +96,7 @@ class Tokenizer:
     @property
     def ends(self) -> int:
         """Tokens of a window that are no text's."""
-        return 1 if self.bos is None else 2
+        return (self.bos is not None) + (self.eos is not None)
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text of any length, without bos, eos and padding."""
@@ -290,6 +293,63 @@ class T5Tokenizer(Tokenizer):
             ]
         )
         return backend
+
+
+class GlideTokenizer(Tokenizer):
+    """GLIDE's, which is GPT-2's of texts in lower case: ids equal those of transformers' GPT2Tokenizer on the same
+    vocabulary. Nothing is before or behind a text, and a window has 128 tokens."""
+
+    kind = "GPT-2"
+    class_name = "GPT2Tokenizer"
+    tokens_named: Mapping[str, str] = {"pad_token": EOS, "unk_token": EOS}
+    around = (None, None)
+
+    def __init__(self, folder: Path | str) -> None:
+        """Read `encoder.json` and `vocab.bpe`, each also as `.gz`, or `vocab.json` and `merges.txt`. CheckpointError if
+        they are missing, damaged, or not GPT-2's."""
+        super().__init__(folder)
+        self.max_length = GLIDE_WINDOW
+        self._backend.encode_special_tokens = True  # a text that says what padding is called has it letter by letter
+
+    def to_dict(self) -> dict[str, Any]:
+        raise InputError("the tokenizer is GPT-2's, and what runs elsewhere reads CLIP's")
+
+    def tokens(self, text: str) -> list[tuple[int, ...]]:
+        return super().tokens(text.lower())
+
+    def _vocabulary(self, folder: Path, serialized: Any) -> tuple[dict[str, int], list[tuple[str, str]]]:
+        if serialized is not None:
+            return _serialized_bpe(folder, serialized)
+        names = ("encoder.json", "vocab.bpe")
+        files = [next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None) for name in names]
+        if None in files:
+            if (folder / "merges.txt").is_file():
+                return _read_bpe(folder)
+            raise CheckpointError(
+                f"no tokenizer in {folder}: expected GPT-2's encoder.json and vocab.bpe, of GLIDE's repository, beside "
+                "the weights, or vocab.json and merges.txt"
+            )
+        vocab, merges = (_unzipped(read_file(file)).decode() for file in files if file is not None)
+        lines = [line for line in merges.split("\n") if line and not line.startswith("#version")]
+        return json.loads(vocab), [(left, right) for left, right in (line.split(" ") for line in lines)]
+
+    def _splitter(self, files: _Files) -> tokenizers.Tokenizer:
+        from tokenizers import Tokenizer as Backend
+        from tokenizers import normalizers, pre_tokenizers
+        from tokenizers.models import BPE
+
+        backend = Backend(BPE(vocab=files.vocab, merges=files.merges))
+        backend.normalizer = normalizers.Lowercase()
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        return backend
+
+
+def _unzipped(data: bytes) -> bytes:
+    """The content of a file, of gzip's too, as far as a vocabulary goes."""
+    if not data.startswith(b"\x1f\x8b"):
+        return data
+    with gzip.open(io.BytesIO(data)) as file:
+        return file.read(2**26)
 
 
 def sentencepiece(data: bytes) -> tuple[list[tuple[str, float]], bytes]:

@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from fastldm.conditioning.depth import DepthEstimator
-from fastldm.conditioning.tokenizer import BertTokenizer, T5Tokenizer, Tokenizer
+from fastldm.conditioning.tokenizer import BertTokenizer, GlideTokenizer, T5Tokenizer, Tokenizer
 from fastldm.errors import CheckpointError
 from fastldm.loading.formats import NOISING, PRIOR_SCHEDULER, Config
 from fastldm.loading.key_names import Names, convert
 from fastldm.loading.tensors import read_tensors
-from fastldm.models.config import LDM_BERT, T5_ENCODER
+from fastldm.models.config import GLIDE_TEXT, LDM_BERT, T5_ENCODER
 from fastldm.models.families import IMAGE_NORMALIZER, folder_name
 
 
@@ -140,7 +140,7 @@ class Checkpoint:
         """That of "tokenizer" or "tokenizer_2": what its text encoder was trained with."""
         encoder = self.components.get(name.replace("tokenizer", "text_encoder"))
         architectures = encoder.config.get("architectures") if encoder is not None else None
-        kinds: dict[str, type[Tokenizer]] = {LDM_BERT: BertTokenizer, T5_ENCODER: T5Tokenizer}
+        kinds = {LDM_BERT: BertTokenizer, T5_ENCODER: T5Tokenizer, GLIDE_TEXT: GlideTokenizer}
         names = architectures if isinstance(architectures, list) else []
         return next((kind for name, kind in kinds.items() if name in names), Tokenizer)
 

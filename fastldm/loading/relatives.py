@@ -18,6 +18,8 @@ from fastldm.models.config import UNetConfig
 from fastldm.models.families import (
     DEPTH_PIPELINE,
     FAMILIES,
+    GLIDE_PIPELINES,
+    GLIDE_UPSAMPLER,
     IF_PIPELINES,
     IF_SUPER_RESOLUTIONS,
     KANDINSKY_PIPELINE,
@@ -137,6 +139,8 @@ def check_standard(unet: UNetConfig, source: str, pipeline: Any = None) -> None:
                 "and 'encoder_hid_dim_type' 'image_proj'"
             )
         return
+    if pipeline in GLIDE_PIPELINES:  # whose config is of its file's keys
+        return
     if pipeline == LATENT_UPSCALE_PIPELINE:
         if unet.time_cond_proj_dim is None or unet.needs_added or unet.encoder_hid_dim_type is not None:
             raise CheckpointError(
@@ -194,7 +198,7 @@ def check_channels(
                 f"Classes of the x4 upscaler are noise levels, and it has {latents + 3} channels."
             )
         return
-    if pipeline == LATENT_UPSCALE_PIPELINE:
+    if pipeline in (LATENT_UPSCALE_PIPELINE, GLIDE_UPSAMPLER):
         if channels != 2 * latents:
             raise CheckpointError(
                 f"{source} has {channels} input channels: a {pipeline} has {2 * latents}, those of latents and those "

@@ -43,6 +43,7 @@ from fastldm.models.config import (
 )
 from fastldm.models.families import (
     DDIM_PIPELINE,
+    GLIDE_PIPELINES,
     IF_PIPELINES,
     IMAGE_ENCODER,
     IMAGE_NORMALIZER,
@@ -59,7 +60,7 @@ from fastldm.models.families import (
 )
 from fastldm.models.interfaces import Autoencoder, Denoiser
 from fastldm.models.prior import Prior, PriorConfig
-from fastldm.models.t5 import text_config, text_encoder
+from fastldm.models.text_encoders import text_config, text_encoder
 from fastldm.models.unet import UNet
 from fastldm.models.unet_config import NOISE_LEVEL_CHANNELS, VECTOR_TOKENS
 from fastldm.models.vae import AutoencoderKL, PixelResidual, TinyAutoencoder
@@ -283,6 +284,7 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
     unet = replace(unet, added_ids=5 if index["requires_aesthetics_score"] else 6, learns_variance=learns)
     if named == LATENT_UPSCALE_PIPELINE:
         unet, text = replace(unet, enlarges_latents=True), tuple(replace(each, pools=True) for each in text)
+    unet = replace(unet, adds_pooled=named in GLIDE_PIPELINES)
     _check_fit(unet, vae, text, names, checkpoint.source, vision, prior)
     if schedule.variance_type == "learned_range" and not unet.learns_variance:
         raise CheckpointError(
@@ -443,6 +445,12 @@ def _check_fit(
     if not text:
         return
     pooled = text[-1].projection_dim
+    if unet.adds_pooled:
+        check(
+            pooled == unet.pooled_width,
+            f"the U-Net's time has {unet.pooled_width} channels, and the text encoder makes {pooled} for it",
+        )
+        return
     if not unet.needs_added:
         check(
             len(text) == 1 and pooled is None,

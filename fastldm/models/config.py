@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from fastldm.errors import CheckpointError
 from fastldm.models.config_fields import EPSILON, LAYERS, MAX_LEVELS, WIDTH, channels_of, check_divides, only, per_level
@@ -311,6 +311,7 @@ AUTOENCODERS: dict[str, type[VAEConfig] | type[TinyVAEConfig] | type[PixelResidu
 # ----------------------------------------------------------------------------------------------------------- text
 
 _PROJECTED, LDM_BERT, T5_ENCODER = "CLIPTextModelWithProjection", "LDMBertModel", "T5EncoderModel"
+GLIDE_TEXT = "GlideTextModel"
 _ARCHITECTURES = {"architectures": Field(Maybe(ListOf(Text(), 0, 16)), None)}
 _TEXT = only({"model_type": ("clip_text_model",), "use_attention_mask": (None, False)}) | {
     "hidden_act": Field(OneOf("quick_gelu", "gelu"), "quick_gelu"),
@@ -341,6 +342,9 @@ class TextConfig:
     """A CLIP text encoder (transformers' CLIPTextModel and CLIPTextModelWithProjection), or LDMBert (diffusers'
     LDMBertModel), whose layers are the same with other sizes and without a causal mask."""
 
+    kind: ClassVar[str] = ""
+    """Of encoders whose last layers cannot be skipped, their name for errors."""
+
     vocab: int
     hidden: int
     layers: int
@@ -361,6 +365,11 @@ class TextConfig:
     def attention_width(self) -> int:
         """Channels of queries, keys and values."""
         return self.heads * self.head_dim or self.hidden
+
+    @property
+    def final_norm(self) -> bool:
+        """Whether a U-Net reads its states after the last norm."""
+        return not (self.with_projection or self.pools)
 
     @classmethod
     def from_dict(cls, cfg: Mapping[str, Any], source: str = "config.json") -> TextConfig:

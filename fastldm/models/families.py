@@ -115,6 +115,9 @@ DDIM_PIPELINE = "DDIMPipeline"
 IF_FIRST_PIPELINES = ("IFPipeline", "IFImg2ImgPipeline", "IFInpaintingPipeline")
 IF_SUPER_RESOLUTIONS = tuple(f"IF{kind}SuperResolutionPipeline" for kind in ("", "Img2Img", "Inpainting"))
 IF_PIPELINES = (*IF_FIRST_PIPELINES, *IF_SUPER_RESOLUTIONS)
+GLIDE_PIPELINE, GLIDE_UPSAMPLER = "GlidePipeline", "GlideUpsamplerPipeline"
+GLIDE_PIPELINES = (GLIDE_PIPELINE, GLIDE_UPSAMPLER)
+"""Of single files, which no class of diffusers runs."""
 KANDINSKY_PIPELINE, KANDINSKY_PRIOR_PIPELINE = "KandinskyV22Pipeline", "KandinskyV22PriorPipeline"
 PIXEL_SPACE_PIPELINES = ("DDPMPipeline", DDIM_PIPELINE, "ConsistencyModelPipeline")
 UNCONDITIONAL_PIPELINES = (LDM_PIPELINE, SUPER_RESOLUTION_PIPELINE, *PIXEL_SPACE_PIPELINES)
@@ -123,6 +126,7 @@ UNCONDITIONAL_PIPELINES = (LDM_PIPELINE, SUPER_RESOLUTION_PIPELINE, *PIXEL_SPACE
 _UNCLIP_KEYS = {"class_embed_type": "projection"}
 _IF_KEYS = {"addition_embed_type": "text", "encoder_hid_dim_type": "text_proj"}
 _IF_NOISED_KEYS = {**_IF_KEYS, "class_embed_type": "timestep"}
+_GLIDE_KEYS = {"class_embed_type": "identity"}
 _KANDINSKY_KEYS = {"addition_embed_type": "image", "encoder_hid_dim_type": "image_proj"}
 
 
@@ -159,6 +163,8 @@ FAMILIES: tuple[Family, ...] = (
     _of_class("ddpm", 1000, 1.0, "DDPMPipeline", label="DDPM"),
     _of_class("ddim", 50, 1.0, DDIM_PIPELINE, label="DDIM"),
     _of_class("consistency", 1, 1.0, "ConsistencyModelPipeline", label="consistency models"),
+    _of_class("glide", 100, 3.0, GLIDE_PIPELINE, label="GLIDE", unet_keys=_GLIDE_KEYS),
+    _of_class("glide-upsampler", 27, 1.0, GLIDE_UPSAMPLER, label="GLIDE", unet_keys=_GLIDE_KEYS),
     _of_class("kandinsky", 100, 4.0, KANDINSKY_PIPELINE, label="Kandinsky 2.2", unet_keys=_KANDINSKY_KEYS),
     _of_class("sd2-unclip-prior", 20, 10.0, TEXT_UNCLIP_PIPELINE, label="stable unCLIP", unet_keys=_UNCLIP_KEYS),
     Family(
@@ -269,7 +275,7 @@ _NETWORKS: dict[str, tuple[str, ...]] = {
     TEXT_UNCLIP_PIPELINE: ("unet", "vae", "text_encoder", IMAGE_NORMALIZER, PRIOR, PRIOR_TEXT_ENCODER),
     **dict.fromkeys((PIXEL_PIPELINE, LDM_PIPELINE, SUPER_RESOLUTION_PIPELINE, KANDINSKY_PIPELINE), ("unet", "vae")),
     **dict.fromkeys(PIXEL_SPACE_PIPELINES, ("unet",)),
-    **dict.fromkeys(IF_PIPELINES, ("unet", "text_encoder")),
+    **dict.fromkeys((*IF_PIPELINES, *GLIDE_PIPELINES), ("unet", "text_encoder")),
     KANDINSKY_PRIOR_PIPELINE: (PRIOR, "text_encoder", IMAGE_ENCODER),
 }
 """The networks of a pipeline of diffusers that are not those of Stable Diffusion."""

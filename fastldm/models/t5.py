@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastldm.models.clip import CLIPText, Embedding
-from fastldm.models.config import T5_ENCODER, TextConfig
+from fastldm.models.clip import Embedding
+from fastldm.models.config import TextConfig
 from fastldm.models.config_fields import EPSILON, WIDTH, only
 from fastldm.models.layers import Layers, Linear, parameter
 from fastldm.reading import Field, Integer, OneOf, read_fields
@@ -43,6 +43,7 @@ _T5 = only({"model_type": ("t5",), "is_decoder": (None, False)}) | {
 class T5Config(TextConfig):
     """T5's encoder: no positions are embedded, but a distance's bucket has a bias for each head."""
 
+    kind: ClassVar[str] = "T5"
     buckets: int = 32
     max_distance: int = 128
     pad_token_id: int = 0
@@ -204,15 +205,3 @@ def distance_buckets(length: int, count: int, max_distance: int, device: torch.d
     growth = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
     far = (exact + (growth * (half - exact)).long()).clamp(max=half - 1)
     return (offset > 0) * half + torch.where(distance < exact, distance, far)
-
-
-def text_config(cfg: Mapping[str, Any], source: str = "config.json") -> TextConfig:
-    """Read a text encoder's config.json, of any class that there is."""
-    architectures = cfg.get("architectures")
-    of_t5 = isinstance(architectures, list | tuple) and T5_ENCODER in architectures
-    return (T5Config if of_t5 else TextConfig).from_dict(cfg, source)
-
-
-def text_encoder(config: TextConfig) -> CLIPText | T5Text:
-    """The network of a text encoder's config."""
-    return T5Text(config) if isinstance(config, T5Config) else CLIPText(config)

@@ -62,6 +62,7 @@ class UNetConfig:
     out_norm: bool = True  # whether there is a norm before the last convolution
     skips_between: bool = True  # whether the first convolution's output and those of halvings are skip connections too
     learns_variance: bool = False  # whether the second half of its outputs is the logarithm of the steps' variance
+    adds_pooled: bool = False  # whether pooled text is the class that enters the time embedding as it is, as of GLIDE
     enlarges_latents: bool = False
     """Whether it is that of the latent x2 upscaler: behind the latents it reads an image's of half their size, and
     pooled text with the time; of its outputs the last is not read, and the others are v with the opposite sign."""
@@ -254,19 +255,23 @@ class UNetConfig:
 
     @property
     def resizes(self) -> bool:
-        """Whether that small picture may have any size, as of DeepFloyd IF: it is made as large as the image."""
-        return self.pools_text and self.in_channels == 2 * self.latent_channels
+        """Whether that small picture may have any size, as of DeepFloyd IF and GLIDE: it is made as large as the
+        image."""
+        reads = self.pools_text or self.adds_pooled
+        return reads and self.in_channels == 2 * self.latent_channels
 
     @property
     def reads_pooled(self) -> bool:
         """Whether time rows need pooled text."""
-        return self.needs_added or self.enlarges_latents
+        return self.needs_added or self.enlarges_latents or self.adds_pooled
 
     @property
     def pooled_width(self) -> int:
         """Channels of the pooled text, if it reads some."""
         if self.enlarges_latents:
             return (self.time_cond_proj_dim or 0) - NOISE_LEVEL_CHANNELS
+        if self.adds_pooled:
+            return self.time_embedding_dim
         return self.addition_input_dim - self.added_ids * self.addition_time_embed_dim
 
     @property

@@ -22,16 +22,17 @@ from fastldm.adapters.selection import Parameter
 from fastldm.kernels.dispatch import Cost, Op, Target, device_type, observe, targeting
 from fastldm.loading.prepare import prepare
 from fastldm.loading.spec import autoencoder
-from fastldm.models.clip import CLIPText
 from fastldm.models.clip_vision import CLIPVision, VisionConfig
 from fastldm.models.config import AutoencoderConfig, TextConfig, UNetConfig
 from fastldm.models.controlnet import ControlNet, ControlNetConfig
+from fastldm.models.glide import GlideConfig
 from fastldm.models.ip_adapter import IPAdapter, IPAdapterConfig
 from fastldm.models.latents import unscaled
 from fastldm.models.layers import Linear, Pointwise
 from fastldm.models.prior import Prior, PriorConfig
 from fastldm.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
-from fastldm.models.t5 import T5_WINDOW, T5Config, T5Text
+from fastldm.models.t5 import T5_WINDOW, T5Config
+from fastldm.models.text_encoders import text_encoder
 from fastldm.models.unet import AddedConditions, Features, UNet
 from fastldm.models.vae import TILE, Decode, decode_pieces, finish
 from fastldm.runtime.pages import Pages
@@ -49,7 +50,7 @@ def network(config: Config, dtype: torch.dtype) -> nn.Module:
 
 @functools.lru_cache(maxsize=16)
 def _network(config: Config, dtype: torch.dtype, device: str) -> nn.Module:
-    encoders = {TextConfig: CLIPText, T5Config: T5Text, VisionConfig: CLIPVision}
+    encoders = {**dict.fromkeys((TextConfig, T5Config, GlideConfig), text_encoder), VisionConfig: CLIPVision}
     controls = {ControlNetConfig: ControlNet, T2IAdapterConfig: T2IAdapter, IPAdapterConfig: IPAdapter}
     classes = {UNetConfig: UNet, PriorConfig: Prior, **encoders, **controls}
     build: Callable[[Any], nn.Module] = classes.get(type(config), autoencoder)
@@ -86,8 +87,8 @@ def time_rows(config: UNetConfig, *, count: int, dtype: torch.dtype) -> DryRun:
     if config.reads_image_embeds:
         more["image_embeds"] = _empty(count, config.encoder_hid_dim or 0, dtype=dtype)
     labels = _empty(count) if config.needs_class else None
-    if config.class_input_dim is not None:
-        labels = _empty(count, config.class_input_dim, dtype=dtype)
+    if config.class_input_dim is not None or config.adds_pooled:
+        labels = _empty(count, config.class_input_dim or config.pooled_width, dtype=dtype)
 
     def run() -> object:
         with torch.device("meta"):  # the network computes LCM's guidance embedding on the default device

@@ -16,7 +16,6 @@ from fastldm.errors import InputError
 from fastldm.mask_crop import check_mask_crop
 from fastldm.models.config import AutoencoderConfig, PixelResidualConfig, UNetConfig
 from fastldm.models.families import Family
-from fastldm.models.t5 import T5Config
 from fastldm.request import PER_PROMPT, Request, as_list, picture_seeds
 from fastldm.runtime.controls import ControlSelection
 from fastldm.runtime.guidance import apg_field, apg_of
@@ -48,8 +47,10 @@ def complete(
         raise InputError("prompt is None: give a text, a list of texts, or prompt_embeds")
     scored = unet.needs_added and unet.added_ids == 5
     conditioning.check(request, unet.needs_added, scored=scored, reads_pooled=unet.reads_pooled)
-    if request.clip_skip and isinstance(spec.text[0] if spec.text else None, T5Config):
-        raise InputError(f"clip_skip is {request.clip_skip}: this model's text encoder is T5: leave it out")
+    if request.clip_skip and spec.text and spec.text[0].kind:
+        raise InputError(
+            f"clip_skip is {request.clip_skip}: this model's text encoder is {spec.text[0].kind}: leave it out"
+        )
     check_mask_crop(request)
     for name in ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"):
         embeds = getattr(request, name)

@@ -427,6 +427,8 @@ class Stages:
         if embeds.add_text_embeds is not None and embeds.add_time_ids is not None:
             rows, steps = len(embeds.add_text_embeds), len(table)
             added = AddedConditions(embeds.add_text_embeds.repeat(steps, 1), embeds.add_time_ids.repeat(steps, 1))
+        elif embeds.add_text_embeds is not None and self.unet.config.adds_pooled:
+            rows = len(embeds.add_text_embeds)
         elif embeds.add_text_embeds is not None:
             rows = len(embeds.add_text_embeds)
             more["timestep_cond"] = pooled_condition(embeds.add_text_embeds).repeat(len(table), 1)
@@ -440,6 +442,8 @@ class Stages:
             text = text[:, 0]  # (R, D)
             rows = len(text)
             more["image_embeds"] = text.repeat(len(table), 1)
+        if self.unet.config.adds_pooled and embeds.add_text_embeds is not None:
+            labels = embeds.add_text_embeds.repeat(len(table), 1)
         if run.vectors is not None:  # of negatives zeros
             rows = len(embeds.prompt_embeds)
             negatives = run.vectors.new_zeros((rows - run.batch, run.vectors.shape[1]))

@@ -119,7 +119,8 @@ def start_run(
             small = send(start, device)
         elif unet.resizes:
             small = send(images.load_image(request.image), device)
-            small = torch.nn.functional.interpolate(small, (height, width), mode="bilinear", align_corners=True)
+            corners = unet.pools_text  # IF's are aligned, GLIDE's are not
+            small = torch.nn.functional.interpolate(small, (height, width), mode="bilinear", align_corners=corners)
             small = each(small)
         else:
             small = send(images.load_image(request.image, small_size, resample=resample), device)

@@ -26,6 +26,9 @@ class ScheduleConfig:
     timestep_spacing: str = "linspace"
     steps_offset: int = 0
     set_alpha_to_one: bool = True
+    use_clipped_model_output: bool = False  # of DDIM: whether the noise is that of the clamped latent
+    own_timesteps: tuple[float, ...] = ()  # of a model, where as many steps are asked for as it has
+    noise_scale: float = 1.0  # of a start from noise alone
     clip: float = 0.0  # the denoised latent is clamped to -clip..clip; 0: it is not
     threshold: tuple[float, float] | None = None  # it is dynamically: the quantile, and the most that it may be
     variance_type: str = "fixed_small"

@@ -31,6 +31,8 @@ _FIELDS: dict[str, Field] = {
     "beta_end": Field(_BETA),
     "trained_betas": Field(Maybe(ListOf(_BETA, 1, _MAX_STEPS))),
     "steps_offset": Field(_STEP),
+    "own_timesteps": Field(Maybe(ListOf(_STEP, 1, _MAX_STEPS))),
+    "noise_scale": Field(Number(1e-3, 10)),
     "sigma_min": Field(_SIGMA),
     "sigma_max": Field(_SIGMA),
     "clip_sample_range": Field(Number(1e-6, 1e6)),
@@ -74,6 +76,7 @@ _FIELDS: dict[str, Field] = {
             "set_alpha_to_one",
             "skip_prk_steps",
             "thresholding",
+            "use_clipped_model_output",
             "use_beta_sigmas",
             "use_dynamic_shifting",
             "use_exponential_sigmas",
@@ -260,6 +263,9 @@ def config_of(name: str, options: Mapping[str, Any], model: ScheduleConfig | Non
         raise InputError(f"{name}: algorithm_type {show(algorithm)} needs final_sigmas_type 'sigma_min', not 'zero'.")
     if algorithm == "sde-dpmsolver" and values["solver_order"] == 3:
         raise InputError(f"{name}: algorithm_type {show(algorithm)} has no third order; set solver_order 2.")
+    own = options.get("own_timesteps")
+    values |= {key: options[key] for key in ("use_clipped_model_output", "noise_scale") if key in options}
+    values |= {} if own is None else {"own_timesteps": tuple(map(float, own))}
     if options.get("clip_sample") and "clip_sample" in entry.keys:
         values["clip"] = float(options.get("clip_sample_range") or 1.0)
     if thresholds:

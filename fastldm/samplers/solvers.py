@@ -60,6 +60,8 @@ def ddim(grid: Grid, cfg_pp: bool = False, inverse: bool = False) -> Iterator[So
         if grid.config.clip:  # the denoised latent is clamped; the noise is that of the unchanged output
             p, q = grid.noise(alpha, sigma)
             clamped = math.sqrt(after) * M0 + noise * p * X + deviation * N
+            if grid.config.use_clipped_model_output:  # or that of the clamped latent
+                clamped, q = math.sqrt(after) * M0 + noise * (X - alpha * M0) / sigma + deviation * N, 0.0
             row = SolverRow(i - grid.begin, t, (alpha, sigma), clamped, draws=eta > 0)
             yield _clamped(grid, row, grid.denoised(alpha, sigma), noise * q)
             continue

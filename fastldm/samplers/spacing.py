@@ -134,6 +134,8 @@ def scheduled(schedule: str, n: int, trained: Array) -> Array:
 def on_timesteps(config: ScheduleConfig, request: StepRequest) -> GridArrays:
     """Whole timesteps of the training schedule."""
     bar, custom = alphas_cumprod(config).astype(np.float64), request.timesteps
+    if custom is None and len(config.own_timesteps) == request.steps:
+        custom = np.array(config.own_timesteps)
     timesteps = _spaced(config, request.steps, len(bar)).round() if custom is None else np.trunc(custom)
     return {"begin": request.begin, "alpha_bar": bar, "timesteps": timesteps}
 

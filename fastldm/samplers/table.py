@@ -206,6 +206,7 @@ def make_table(
         highest = float(arrays["sigmas"].max())
         if spacing is on_preconditioned or (spacing is on_sigmas and config.timestep_spacing == "leading"):
             highest = math.hypot(highest, 1)
+    highest *= config.noise_scale
     return StepTable(
         sampler=sampler_name(config),
         timesteps=np.array([row.t for row in rows], np.float32),
