@@ -14,7 +14,8 @@ from peer_networks import TOLERANCE, error, give
 from fastldm.conditioning.tokenizer import T5Tokenizer
 from fastldm.errors import CheckpointError, InputError
 from fastldm.loading.state import fit_names
-from fastldm.models.t5 import T5Text, distance_buckets, text_config, text_encoder
+from fastldm.models.t5 import T5Text, distance_buckets
+from fastldm.models.text_encoders import text_config, text_encoder
 
 TEXTS = (
     "a photo of squirrels, eating!",

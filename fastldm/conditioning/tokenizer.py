@@ -320,8 +320,8 @@ class GlideTokenizer(Tokenizer):
     def _vocabulary(self, folder: Path, serialized: Any) -> tuple[dict[str, int], list[tuple[str, str]]]:
         if serialized is not None:
             return _serialized_bpe(folder, serialized)
-        names = ("encoder.json", "vocab.bpe")
-        files = [next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None) for name in names]
+        paths = [(folder / name, folder / f"{name}.gz") for name in ("encoder.json", "vocab.bpe")]
+        files = [next((path for path in pair if path.is_file()), None) for pair in paths]
         if None in files:
             if (folder / "merges.txt").is_file():
                 return _read_bpe(folder)

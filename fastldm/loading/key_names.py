@@ -222,16 +222,83 @@ def ldm_bert_name(key: str) -> Names | None:
     return (f"text_model.encoder.layers.{match[1]}.{_LDM_BERT_LAYER[match[2]]}.{end}",)
 
 
+HEAD = 64
+"""Channels of GLIDE's heads, of each of which queries, keys and values lie side by side."""
+_INTERLEAVED = re.compile(r"(?:qkv|encoder_kv)\.(?:weight|bias)")
+_GLIDE_ATTENTION = {
+    "norm": ("group_norm",),
+    "qkv": ("to_q", "to_k", "to_v"),
+    "encoder_kv": ("add_k_proj", "add_v_proj"),
+    "proj_out": ("to_out.0",),
+}
+_GLIDE_TEXT_ENDS = {
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "padding_embedding": "text_model.embeddings.padding_embedding.weight",
+    **{f"final_ln.{end}": f"text_model.final_layer_norm.{end}" for end in ("weight", "bias")},
+    **{f"transformer_proj.{end}": f"text_projection.{end}" for end in ("weight", "bias")},
+}
+_GLIDE_TEXT_BLOCK = {
+    "attn.c_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.c_proj": ("self_attn.out_proj",),
+    "ln_1": ("layer_norm1",),
+    "ln_2": ("layer_norm2",),
+    "mlp.c_fc": ("mlp.fc1",),
+    "mlp.c_proj": ("mlp.fc2",),
+}
+
+
+def glide_unet_name(key: str, layers_per_block: int) -> Names | None:
+    """diffusers' names of a key of GLIDE's U-Net, which is ADM's: resnets resize, and attention adds keys of the text
+    (SimpleCrossAttnDownBlock2D)."""
+    stem, _, end = key.rpartition(".")
+    match = re.fullmatch(r"(?:(input|output)_blocks\.(\d+)|middle_block)\.(\d)\.(.+)", stem)
+    if match is None:
+        return unet_name(key, layers_per_block)
+    side, slot, rest = match[1], int(match[3]), match[4]
+    place, layer = "mid_block", 0
+    if side is not None:
+        block, layer = divmod(int(match[2]) - (side == "input"), layers_per_block + 1)
+        place = f"{'down' if side == 'input' else 'up'}_blocks.{block}"
+    if rest in _GLIDE_ATTENTION:
+        return tuple(f"{place}.attentions.{layer}.{name}.{end}" for name in _GLIDE_ATTENTION[rest])
+    if rest in _UNET_RESNET and side == "input" and layer == layers_per_block:
+        return (f"{place}.downsamplers.0.{_UNET_RESNET[rest]}.{end}",)
+    if rest in _UNET_RESNET and side == "output" and slot > 0:
+        return (f"{place}.upsamplers.0.{_UNET_RESNET[rest]}.{end}",)
+    return unet_name(key, layers_per_block)
+
+
+def glide_text_name(key: str) -> Names | None:
+    """The names of a key of GLIDE's text transformer in models/glide.py; () for the words that it was trained to
+    predict."""
+    if key in _GLIDE_TEXT_ENDS:
+        return (_GLIDE_TEXT_ENDS[key],)
+    if key.startswith("unemb."):
+        return ()
+    match = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)\.(weight|bias)", key)
+    if match is None or match[2] not in _GLIDE_TEXT_BLOCK:
+        return None
+    layer = f"text_model.encoder.layers.{match[1]}"
+    return tuple(f"{layer}.{name}.{match[3]}" for name in _GLIDE_TEXT_BLOCK[match[2]])
+
+
 def convert(tensors: Mapping[str, Tensor], names: Mapping[str, Names]) -> dict[str, Tensor]:
     """Tensors by their new names: views of the old ones, except for CLIP's small projections, which are transposed.
 
-    A fused (3C, ...) q, k, v is split in three; the VAE's attention weights, stored as 1x1 convolutions
+    A fused (3C, ...) q, k, v is split in three, GLIDE's head by head; weights of convolutions over tokens, (C, C, 1),
+    become (C, C); the VAE's attention weights, stored as 1x1 convolutions
     (C, C, 1, 1), become (C, C).
     """
     state: dict[str, Tensor] = {}
     for key, targets in names.items():
         tensor = tensors[key]
-        if len(targets) == 3:
+        if tensor.ndim == 3:
+            tensor = tensor.flatten(1)
+        if _INTERLEAVED.search(key):
+            heads = tensor.reshape(-1, len(targets), HEAD, *tensor.shape[1:])
+            state.update({name: heads[:, k].flatten(0, 1) for k, name in enumerate(targets)})
+        elif len(targets) == 3:
             state.update(zip(targets, tensor.chunk(3), strict=True))
         elif key.endswith(("text_projection", ".visual.proj")):
             state[targets[0]] = tensor.T.contiguous()

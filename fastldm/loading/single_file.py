@@ -12,18 +12,18 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from fastldm.checks import show
 from fastldm.errors import CheckpointError, InputError
 from fastldm.loading import relatives
 from fastldm.loading.checkpoint import Checkpoint, Component, Loaded, TokenizerFiles
 from fastldm.loading.formats import Config, PathLike
+from fastldm.loading.glide import glide_layout, is_glide
 from fastldm.loading.key_names import (
     Names,
     is_dropped_layer,
@@ -33,6 +33,7 @@ from fastldm.loading.key_names import (
     unet_name,
     vae_name,
 )
+from fastldm.loading.layout import Layout, OriginalComponent, component, count, stripped
 from fastldm.loading.tensors import Shapes, read_shapes
 from fastldm.models.families import (
     DEPTH_PIPELINE,
@@ -52,40 +53,7 @@ _VISION = "embedder.model."
 _FIRST_CONV = f"{_UNET}input_blocks.0.0.weight"
 
 
-@dataclass(frozen=True)
-class OriginalComponent:
-    """One component of a single file: class and config as in diffusers or transformers, and each original key with the
-    new name or names of its tensor."""
-
-    class_name: str
-    config: Config
-    names: dict[str, Names]
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    """Weights that the file does not have, since they are the same in all."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A single file: its components, scheduler configs, each tokenizer's pad token, model_index, and ignored keys."""
-
-    components: dict[str, OriginalComponent]
-    scheduler: Config
-    low_res_scheduler: Config | None
-    pad_tokens: dict[str, str]
-    index: Config
-    ignored: list[str]
-
-
 # --- Configs from shapes ---
-
-
-def _stripped(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
-    return {key[len(prefix) :]: shape for key, shape in shapes.items() if key.startswith(prefix)}
-
-
-def _count(keys: Collection[str], pattern: str) -> int:
-    """One more than the highest number that the pattern's group matches, or 0."""
-    return 1 + max((int(match[1]) for key in keys if (match := re.match(pattern, key))), default=-1)
 
 
 def _unet_config(shapes: Shapes, sample_size: int, *, linear: bool) -> Config:
@@ -97,10 +65,10 @@ def _unet_config(shapes: Shapes, sample_size: int, *, linear: bool) -> Config:
     """
 
     def depth(block: str) -> int:
-        return _count(shapes, rf"{re.escape(block)}\.1\.transformer_blocks\.(\d+)\.")
+        return count(shapes, rf"{re.escape(block)}\.1\.transformer_blocks\.(\d+)\.")
 
     levels: list[list[tuple[int, int]]] = [[]]  # (channels, transformer depth) of each layer of each level
-    for i in range(1, _count(shapes, r"input_blocks\.(\d+)\.")):
+    for i in range(1, count(shapes, r"input_blocks\.(\d+)\.")):
         if f"input_blocks.{i}.0.op.weight" in shapes:
             levels.append([])
         else:
@@ -111,7 +79,7 @@ def _unet_config(shapes: Shapes, sample_size: int, *, linear: bool) -> Config:
     channels, depths = [level[0][0] for level in levels], [level[0][1] for level in levels]
     if not any(depths):
         raise ValueError("it has no cross-attention")
-    up_depths = [depth(f"output_blocks.{i}") for i in range(_count(shapes, r"output_blocks\.(\d+)\."))]
+    up_depths = [depth(f"output_blocks.{i}") for i in range(count(shapes, r"output_blocks\.(\d+)\."))]
     if up_depths != [d for d in reversed(depths) for _ in range(layers_per_block + 1)]:
         raise ValueError("its decoder does not mirror its encoder")
     mid = depth("middle_block")
@@ -153,7 +121,7 @@ def _unet_config(shapes: Shapes, sample_size: int, *, linear: bool) -> Config:
 
 def _vae_config(shapes: Shapes, sample_size: int, scaling_factor: float) -> Config:
     """AutoencoderKL's config from the shapes of a VAE's keys without prefix; `sample_size` is in latents."""
-    levels = _count(shapes, r"encoder\.down\.(\d+)\.")
+    levels = count(shapes, r"encoder\.down\.(\d+)\.")
     return {
         "_class_name": "AutoencoderKL",
         "act_fn": "silu",
@@ -161,7 +129,7 @@ def _vae_config(shapes: Shapes, sample_size: int, scaling_factor: float) -> Conf
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "in_channels": shapes["encoder.conv_in.weight"][1],
         "latent_channels": shapes["decoder.conv_in.weight"][1],
-        "layers_per_block": _count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
+        "layers_per_block": count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
         "norm_num_groups": 32,
         "out_channels": shapes["decoder.conv_out.weight"][0],
         "sample_size": sample_size * 2 ** (levels - 1),
@@ -194,7 +162,7 @@ def _text_config(state: Shapes, text: _Text) -> Config:
         "max_position_embeddings": state[positions][0],
         "model_type": "clip_text_model",
         "num_attention_heads": max(1, hidden // 64),
-        "num_hidden_layers": _count(remaining, rf"{layer}\.(\d+)\."),
+        "num_hidden_layers": count(remaining, rf"{layer}\.(\d+)\."),
         "pad_token_id": 1,
         "projection_dim": projected,
         "vocab_size": vocabulary,
@@ -204,7 +172,7 @@ def _text_config(state: Shapes, text: _Text) -> Config:
 def _vision_config(shapes: Shapes) -> Config:
     """CLIPVisionModelWithProjection's config from the shapes of the original keys, `visual.*` and beside them, where it
     is of OpenAI's whole CLIP, those of its text encoder."""
-    state, openai = _stripped(shapes, "visual."), any(key.startswith("transformer.") for key in shapes)
+    state, openai = stripped(shapes, "visual."), any(key.startswith("transformer.") for key in shapes)
     (hidden, _, patch, _), (positions, _) = state["conv1.weight"], state["positional_embedding"]
     return {
         "hidden_act": "quick_gelu" if openai else "gelu",
@@ -214,7 +182,7 @@ def _vision_config(shapes: Shapes) -> Config:
         "layer_norm_eps": 1e-5,
         "model_type": "clip_vision_model",
         "num_attention_heads": max(1, hidden // (64 if openai else 80)),  # of L/14, and of OpenCLIP's H/14
-        "num_hidden_layers": _count(state, r"transformer\.resblocks\.(\d+)\."),
+        "num_hidden_layers": count(state, r"transformer\.resblocks\.(\d+)\."),
         "patch_size": patch,
         "projection_dim": state["proj"][1],
     }
@@ -305,6 +273,8 @@ def read_layout(
     """
     if prediction_type is not None and prediction_type not in PREDICTION_TYPES:
         raise InputError(f"prediction_type is {show(prediction_type)}; expected one of {', '.join(PREDICTION_TYPES)}.")
+    if is_glide(shapes):
+        return glide_layout(shapes, source=source, prediction_type=prediction_type)
     family, texts = _family(shapes, source)
     is_sdxl, is_sd2, is_x4 = family in (_SDXL, _REFINER), family in (_SD2, _UNCLIP), family is _X4
     is_unclip = family is _UNCLIP
@@ -323,15 +293,15 @@ def read_layout(
             )
     sample_size = 96 if is_sd2 and prediction == "v_prediction" else family.sample_size
 
-    unet, vae = _stripped(shapes, _UNET), _stripped(shapes, _VAE)
+    unet, vae = stripped(shapes, _UNET), stripped(shapes, _VAE)
     try:
         unet_config = _unet_config(unet, sample_size, linear=family is not _SD1)
         if is_unclip:
             channels = unet["label_emb.0.0.weight"][1]
             unet_config |= {"class_embed_type": "projection", "projection_class_embeddings_input_dim": channels}
-            vision_config = _vision_config(_stripped(shapes, _VISION))
+            vision_config = _vision_config(stripped(shapes, _VISION))
         vae_config = _vae_config(vae, sample_size, family.scaling_factor)
-        text_configs = {name: _text_config(_stripped(shapes, text.prefix), text) for name, text in texts.items()}
+        text_configs = {name: _text_config(stripped(shapes, text.prefix), text) for name, text in texts.items()}
     except (KeyError, IndexError, ValueError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise CheckpointError(
@@ -354,14 +324,14 @@ def read_layout(
     layers_per_block, levels = unet_config["layers_per_block"], len(vae_config["block_out_channels"])
     label = "class_embedding" if is_unclip else "add_embedding"
     components = {
-        "unet": _component(unet_config, shapes, _UNET, lambda key: unet_name(key, layers_per_block, label), source),
-        "vae": _component(vae_config, shapes, _VAE, lambda key: vae_name(key, levels), source),
+        "unet": component(unet_config, shapes, _UNET, lambda key: unet_name(key, layers_per_block, label), source),
+        "vae": component(vae_config, shapes, _VAE, lambda key: vae_name(key, levels), source),
     }
     for name, text in texts.items():
-        components[name] = _component(text_configs[name], shapes, text.prefix, text.name, source)
+        components[name] = component(text_configs[name], shapes, text.prefix, text.name, source)
     if is_unclip:
         name = IMAGE_ENCODER_CLASSES[0]
-        components[IMAGE_ENCODER] = _component(vision_config, shapes, _VISION, open_clip_vision_name, source, name)
+        components[IMAGE_ENCODER] = component(vision_config, shapes, _VISION, open_clip_vision_name, source, name)
         components[IMAGE_NORMALIZER] = _normalizer(shapes, vision_config, source)
     used = {key for component in components.values() for key in component.names}
     is_sd2_v = is_sd2 and prediction == "v_prediction"
@@ -459,26 +429,6 @@ def _stated_prediction_type(shapes: Shapes, metadata: Mapping[str, str]) -> str 
     return "epsilon" if stated == "epsilon" else None
 
 
-def _component(
-    config: Config,
-    shapes: Shapes,
-    prefix: str,
-    rename: Callable[[str], Names | None],
-    source: str,
-    class_name: str | None = None,
-) -> OriginalComponent:
-    targets = {key: rename(key[len(prefix) :]) for key in shapes if key.startswith(prefix)}
-    unknown = [key for key, names in targets.items() if names is None]
-    if unknown:
-        raise CheckpointError(
-            f"{source} holds {unknown[0]}, which no Stable Diffusion checkpoint has (and {len(unknown) - 1} more such "
-            "keys); it belongs to another family, or is quantised."
-        )
-    if class_name is None:
-        class_name = config["_class_name"] if "_class_name" in config else config["architectures"][0]
-    return OriginalComponent(class_name, config, {key: names for key, names in targets.items() if names})
-
-
 def _normalizer(shapes: Shapes, vision: Config, source: str) -> OriginalComponent:
     """The mean and deviation of a picture's vectors, which few files have: OpenCLIP's H/14 goes without, OpenAI's L/14
     has a file of its own for them."""
@@ -522,6 +472,7 @@ def open_single_file(path: PathLike, *, prediction_type: str | None = None, allo
         else Loaded(name, original.class_name, original.config, (), source, tensors=original.tensors)
         for name, original in layout.components.items()
     }
-    tokenizers = {name: TokenizerFiles(None, pad) for name, pad in layout.pad_tokens.items()}
+    pads = layout.pad_tokens
+    tokenizers = {name: TokenizerFiles(path.parent if pads[name] is None else None, pads[name]) for name in pads}
     schedulers = layout.scheduler, layout.low_res_scheduler
     return Checkpoint(source, components, schedulers[0], tokenizers, layout.index, schedulers[1])

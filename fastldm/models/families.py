@@ -294,7 +294,7 @@ def network_classes(pipeline: object) -> dict[str, tuple[str, ...]]:
 
 def pipeline_classes() -> frozenset[str]:
     """diffusers' classes that fastldm's pipelines replace: they differ only in their arguments."""
-    return frozenset(name for family in FAMILIES for name in family.pipelines)
+    return frozenset(name for family in FAMILIES for name in family.pipelines).difference(GLIDE_PIPELINES)
 
 
 def what_runs() -> str:

@@ -1,5 +1,5 @@
-"""GLIDE's text transformer (arXiv:2112.10741, section 2.3): the layers of CLIP's without a causal mask, over a window in
-which a learned vector of each place stands for padding.
+"""GLIDE's text transformer (arXiv:2112.10741, section 2.3): the layers of CLIP's without a causal mask, over a window
+in which a learned vector of each place stands for padding.
 
 The U-Net attends to its states, and reads the last one, projected, with the time. Parameter names are those of
 transformers' CLIPTextModelWithProjection, where there are such.
@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastldm.models.clip import CLIPText, Embedding
+from fastldm.models.clip import CLIPText, Embedding, TextEmbeddings
 from fastldm.models.config import TextConfig, heads_of
 from fastldm.models.config_fields import WIDTH, only
 from fastldm.models.layers import Linear
@@ -64,27 +64,26 @@ class GlideConfig(TextConfig):
 
 
 class GlideText(CLIPText):
-    """Token ids to hidden states, and to the projected state of the window's last place."""
+    """Token ids to hidden states, and to the projected state of the window's last place, whatever is there."""
 
     def __init__(self, config: GlideConfig) -> None:
         super().__init__(config)
         self.text_projection = Linear(config.hidden, config.projection_dim or 0)
-        self.text_model.embeddings.padding_embedding = Embedding(config.max_position, config.hidden)
+        self.text_model.embeddings = GlideEmbeddings(config)
 
-    def forward(
-        self, input_ids: Tensor, embeds: Tensor | None = None, skip: int = 0, final_norm: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        """input_ids (B, T) integers -> hidden (B, T, D), pooled (B, P). embeds: (B, T, D) in place of the table's rows.
+    def ends(self, input_ids: Tensor) -> Tensor:
+        """The last index of each text in input_ids (B, T): (B,)."""
+        return torch.full((len(input_ids),), input_ids.shape[1] - 1, device=input_ids.device)
 
-        hidden is the output of all layers except the last `skip`, with final_norm normalised; pooled is of all.
-        """
-        text = self.text_model
-        padding = text.embeddings.padding_embedding.weight[: input_ids.shape[1]]
-        is_padding = (input_ids == self.config.eos_token_id)[..., None]
-        x = torch.where(is_padding, padding, text.embeddings(input_ids, embeds))
-        x = text.encoder(x, skip)
-        hidden = text.final_layer_norm(x) if final_norm else x
-        for layer in text.encoder.layers[self.config.layers - skip :]:
-            x = layer(x)
-        assert self.text_projection is not None
-        return hidden, self.text_projection(text.final_layer_norm(x[:, -1]))
+
+class GlideEmbeddings(TextEmbeddings):
+    """Embeddings of tokens and their places, and of padding another for each place."""
+
+    def __init__(self, config: GlideConfig) -> None:
+        super().__init__(config)
+        self.padding_embedding = Embedding(config.max_position, config.hidden)
+        self.padding = config.eos_token_id
+
+    def forward(self, input_ids: Tensor, embeds: Tensor | None = None) -> Tensor:
+        padding = self.padding_embedding.weight[: input_ids.shape[1]]
+        return torch.where((input_ids == self.padding)[..., None], padding, super().forward(input_ids, embeds))

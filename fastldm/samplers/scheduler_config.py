@@ -263,9 +263,8 @@ def config_of(name: str, options: Mapping[str, Any], model: ScheduleConfig | Non
         raise InputError(f"{name}: algorithm_type {show(algorithm)} needs final_sigmas_type 'sigma_min', not 'zero'.")
     if algorithm == "sde-dpmsolver" and values["solver_order"] == 3:
         raise InputError(f"{name}: algorithm_type {show(algorithm)} has no third order; set solver_order 2.")
-    own = options.get("own_timesteps")
     values |= {key: options[key] for key in ("use_clipped_model_output", "noise_scale") if key in options}
-    values |= {} if own is None else {"own_timesteps": tuple(map(float, own))}
+    values["own_timesteps"] = tuple(options.get("own_timesteps") or ())
     if options.get("clip_sample") and "clip_sample" in entry.keys:
         values["clip"] = float(options.get("clip_sample_range") or 1.0)
     if thresholds:
