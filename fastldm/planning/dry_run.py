@@ -50,9 +50,9 @@ def network(config: Config, dtype: torch.dtype) -> nn.Module:
 
 @functools.lru_cache(maxsize=16)
 def _network(config: Config, dtype: torch.dtype, device: str) -> nn.Module:
-    encoders = {**dict.fromkeys((TextConfig, T5Config, GlideConfig), text_encoder), VisionConfig: CLIPVision}
+    text: dict[type, Callable[[Any], nn.Module]] = dict.fromkeys((TextConfig, T5Config, GlideConfig), text_encoder)
     controls = {ControlNetConfig: ControlNet, T2IAdapterConfig: T2IAdapter, IPAdapterConfig: IPAdapter}
-    classes = {UNetConfig: UNet, PriorConfig: Prior, **encoders, **controls}
+    classes = {UNetConfig: UNet, PriorConfig: Prior, VisionConfig: CLIPVision, **text, **controls}
     build: Callable[[Any], nn.Module] = classes.get(type(config), autoencoder)
     with torch.device("meta"):
         module = build(config).to(dtype)
