@@ -34,12 +34,13 @@ from fastldm.image import to_pixels
 from fastldm.loading.spec import Spec
 from fastldm.models.controlnet import ControlNetConfig
 from fastldm.request import Request
-from fastldm.runtime.complete import needed_images
+from fastldm.runtime.complete import sample_request
 from fastldm.runtime.stages import Stages
 from fastldm.runtime.whole_picture import picture_inputs
 
 Named = dict[str, Tensor]
 
+PROMPT = "a photograph of a red apple"
 PRECISIONS = {"float32": ("float32", "bfloat16"), "float16": ("float16", "float32", "bfloat16")}
 """Precisions in which a bundle of a dtype may be computed: OpenVINO has float32 and bfloat16 for all files."""
 
@@ -281,17 +282,17 @@ def _picture_requests(stages: Stages, fresh: bool = False) -> list[Request]:
     """Small pictures by several samplers: guided and not, from noise and from a picture with a mask, one and two."""
     factor = stages.vae.config.factor
     height, width = (factor * _fraction(axis, 1, 4) for axis in stages.latents[0])
-    shared: dict[str, Any] = {"prompt": "a photograph of a red apple", "output_type": "pt", "seed": 0}
+    shared: dict[str, Any] = {"output_type": "pt", "seed": 0}
     shared |= {"height": height, "width": width, "num_inference_steps": 3}
     start = torch.randn(1, stages.latent_channels, height // factor, width // factor, generator=_seeded(1))
     mask = np.zeros((height, width), dtype=np.float32)
     mask[: height // 2] = 1
     from_picture: dict[str, Any] = {"image": start, "mask_image": mask, "strength": 0.7}
-    needed = needed_images(stages.spec, height, width)
-    if needed:
-        shared |= needed
+    needed = sample_request(stages.spec, height, width, PROMPT)
+    shared |= needed
+    if needed.keys() != {"prompt"}:
         from_picture = {"image_guidance_scale": 1.2} if stages.spec.unet.edits else {}
-    negative = {} if "prompt" in needed else {"negative_prompt": "blurry"}
+    negative = {"negative_prompt": "blurry"} if needed["prompt"] else {}
     if "mask_image" in needed:
         shared["mask_image"] = mask
     if fresh:
@@ -318,9 +319,9 @@ def _made(stages: Stages, request: Request) -> Tensor:
 
 def fixed_image(stages: Stages, inputs: Mapping[str, Tensor]) -> Tensor:
     """The image (1, 3, H, W) in 0..1 of a fixed prompt, from these latents."""
-    options: dict[str, Any] = {"prompt": "a photograph of a red apple", "num_inference_steps": 3, "output_type": "pt"}
+    options: dict[str, Any] = {"num_inference_steps": 3, "output_type": "pt"}
     height, width = (int(n) * stages.vae.config.factor for n in inputs["latents"].shape[2:])
-    options |= needed_images(stages.spec, height, width)
+    options |= sample_request(stages.spec, height, width, PROMPT)
     return stages.make(Request(**options, seed=0, latents=inputs["latents"])).float().cpu()
 
 

@@ -33,7 +33,7 @@ from fastldm.priors import KandinskyPrior
 from fastldm.reading import check_path
 from fastldm.request import MAX_IMAGES, MAX_SIDE, Request, Result
 from fastldm.runtime import eight_bits
-from fastldm.runtime.complete import needed_images
+from fastldm.runtime.complete import sample_request, sampled
 from fastldm.runtime.graph import WARM_UPS
 from fastldm.runtime.stages import Stages
 from fastldm.serving.callback import Calls, CallState, Steered, StepCallback, tensor_names
@@ -344,12 +344,11 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         if self.refiner is not None:
             self.refiner.warmup([(width, height) for width, height in sizes], counts, **options)
             options["refiner_switch_at"] = 1.0
-        prompt = "a prompt" if self.text_stages else ""
-        shared = {"prompt": prompt, "num_inference_steps": repeats, "output_type": "pt", "seed": 0}
+        shared = {"num_inference_steps": repeats, "output_type": "pt", "seed": 0}
         for width, height, count in sorted(workloads, key=math.prod, reverse=True):
-            pictures = needed_images(self.stages.spec, height, width)
+            sample = sample_request(self.stages.spec, height, width)
             for _ in range(repeats):
-                self(**{**shared, **pictures, **options}, width=width, height=height, num_images_per_prompt=count)
+                self(**{**shared, **sample, **options}, width=width, height=height, num_images_per_prompt=count)
 
     def weights_changed(self) -> list[str]:
         """Update what was derived from weights that have been replaced or changed since. Returns their names.
@@ -398,16 +397,17 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
             options = {"source": None, "name": self.name, **more, **options}
             return writing.export(model, out, **options).folder
 
-    def enable_fp8(self, prompt: Prompt = "a photograph", **options: Any) -> int:
+    def enable_fp8(self, prompt: Prompt = None, **options: Any) -> int:
         """Multiply by the U-Net's large linear layers in eight bits (e4m3), which GPUs of Ada and later do at twice the
         rate. Returns how many layers do; `disable_fp8` goes back.
 
         Inputs are scaled by what they are in all steps of one request, which is made first: prompt and options as of a
-        call. Requests that are under way go on as they were. Off by default: pictures differ a little, and how much
-        faster it is has not been measured. On a CPU it computes the same pictures, more slowly.
+        call; by default a red apple, or what else the model reads. Requests that are under way go on as they were. Off
+        by default: pictures differ a little, and how much faster it is has not been measured. On a CPU it computes the
+        same pictures, more slowly.
         InputError for a GPU without such units, a bundle, and a model whose layers are too small to gain.
         """
-        request = Request.of(prompt, options)
+        request = sampled(self.stages.spec, prompt, options)
         return self.session.call(lambda: eight_bits.enable(self.stages, self.stages.complete(request)))
 
     def disable_fp8(self) -> None:

@@ -26,7 +26,9 @@ from fastldm.cli.report import reported
 
 @click.command()
 @model_option
-@click.option("--prompt", metavar="TEXT", help="What the pictures are of.  [default: a red apple]")
+@click.option(
+    "--prompt", metavar="TEXT", help="What the pictures are of.  [default: a red apple, where the model reads a text]"
+)
 @click.option("--size", type=Size(), help="In pixels, such as 1024x1024.  [default: the model's]")
 @click.option(
     "-n", "--n", "--batch", "batch", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures at once."
@@ -103,8 +105,6 @@ def profile(
             "height": height,
         }
         request = {name: value for name, value in arguments.items() if value is not None} | controlled
-        if prompt is None:
-            prompt = "a red apple" if pipe.text_stages else ""
         result = measure(pipe, prompt, rounds=rounds, first=first, **request)
 
         contents: dict[str, Callable[[], str]] = {

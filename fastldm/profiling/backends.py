@@ -13,7 +13,7 @@ from fastldm.export import auto
 from fastldm.export.auto import Measured
 from fastldm.export.bundle import Bundle
 from fastldm.pipeline import Pipeline
-from fastldm.runtime.complete import needed_images
+from fastldm.runtime.complete import sample_request
 
 
 def measure(bundle: Bundle, backend: str, device: torch.device, dtype: str | torch.dtype | None = None) -> Measured:
@@ -27,8 +27,8 @@ def measure(bundle: Bundle, backend: str, device: torch.device, dtype: str | tor
     start = perf_counter()
     pipe = load()
     start_up = perf_counter() - start
-    arguments: dict[str, Any] = {"prompt": "a photograph", "num_inference_steps": 2, "seed": 0, "output_type": "pt"}
-    arguments |= needed_images(pipe.stages.spec, *pipe.stages.spec.default_size[::-1])
+    arguments: dict[str, Any] = {"num_inference_steps": 2, "seed": 0, "output_type": "pt"}
+    arguments |= sample_request(pipe.stages.spec)
     for _ in range(2):
         timings = pipe(**arguments).timings
     steps = pipe.family.num_inference_steps * median(timings.steps)

@@ -35,6 +35,7 @@ from fastldm.planning.timing import Ceilings
 from fastldm.profiling.clock import Call, Clock, Span
 from fastldm.profiling.results import NETWORKS, OUTSIDE, STAGES, Event, Profile, Row, Spread, Stage
 from fastldm.request import Request, Result
+from fastldm.runtime.complete import sampled
 from fastldm.runtime.graph import WARM_UPS
 from fastldm.serving.session import Session
 from fastldm.system import machine
@@ -97,7 +98,7 @@ def _trial(session: Session, request: Request, clock: Clock) -> Trial:
 
 def profile(
     pipe: Pipeline,
-    request: str | Request = "a red apple",
+    request: str | Request | None = None,
     *,
     rounds: int | None = None,
     first: dict[str, float] | None = None,
@@ -105,13 +106,15 @@ def profile(
 ) -> Profile:
     """Make images and report where their time went. Nobody else should use the pipeline or the machine meanwhile.
 
-    request: a prompt, or a full Request; options are its other fields. Its seed is 0 unless it has another.
+    request: a prompt, or a full Request; options are its other fields. By default of what the
+    model reads, such as a red apple. Its seed is 0 unless it has another.
     rounds: images that count; as many as take ten seconds where it is None, at least 3 and at most 20.
     first: seconds that were spent before, by name, such as {"import": 2.1, "load": 0.8}; for `Profile.first`.
 
     Raises what making the images raises.
     """
-    request = Request.of(request, {"seed": 0, **options} if isinstance(request, str) else options)
+    options = options if isinstance(request, Request) else {"seed": 0, **options}
+    request = sampled(pipe.stages.spec, request, options)
     completed = pipe.stages.complete(request)
     on_torch = pipe.backend == "torch"
     workload = memory.Workload.of_request(pipe.stages, completed) if on_torch else None  # before weights are copied

@@ -44,7 +44,7 @@ from fastldm.export.spec import DATA, NetworkSpec
 from fastldm.export.verify import Goldens, fixed_image
 from fastldm.image import to_pixels
 from fastldm.request import Request
-from fastldm.runtime.complete import needed_images
+from fastldm.runtime.complete import sample_request
 from fastldm.runtime.stages import Stages
 from fastldm.system import machine
 
@@ -352,8 +352,8 @@ def _side(stages: Stages, axis: int, divisor: int = 1) -> int:
 def _request(stages: Stages, prompt: str, seed: int, **options: Any) -> Request:
     height, width = _side(stages, 0), _side(stages, 1)
     shared: dict[str, Any] = {"height": height, "width": width, "num_inference_steps": STEPS, **options}
-    shared |= needed_images(stages.spec, shared["height"], shared["width"])
-    return Request(**{"prompt": prompt, "seed": seed, "output_type": "pt", **shared})
+    shared |= sample_request(stages.spec, shared["height"], shared["width"], prompt)
+    return Request(**{"seed": seed, "output_type": "pt", **shared})
 
 
 def _pictures(stages: Stages, prompts: Sequence[str]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -164,6 +164,24 @@ def _class_labels(request: Request, unet: UNetConfig) -> tuple[int, ...] | None:
     if max(given) >= classes:
         raise InputError(f"class_labels is {checks.show(labels)}: expected classes from 0 to {classes - 1}")
     return given
+
+
+def sample_request(
+    spec: Spec, height: int | None = None, width: int | None = None, prompt: str = "a red apple"
+) -> dict[str, Any]:
+    """Fields of `Request` for an image that nobody has asked for, to warm up with, to measure or to compare: what the
+    model cannot do without, and a prompt if it reads one. height, width: in pixels; by default the model's own."""
+    own_width, own_height = spec.default_size
+    return {"prompt": prompt if spec.text else "", **needed_images(spec, height or own_height, width or own_width)}
+
+
+def sampled(spec: Spec, prompt: str | Sequence[str] | Request | None, options: Mapping[str, Any]) -> Request:
+    """A request as of `Request.of`; one that is not whole already has all that the model cannot do without."""
+    if isinstance(prompt, Request):
+        return Request.of(prompt, dict(options))
+    fields = {**sample_request(spec, options.get("height"), options.get("width")), **options}
+    fields |= {} if prompt is None else {"prompt": prompt}
+    return Request.of(fields.pop("prompt"), fields)
 
 
 def needed_images(spec: Spec, height: int, width: int) -> dict[str, Any]:
