@@ -17,6 +17,7 @@ from fastldm.batches.maker import ProcessDied, SubmitsLines
 from fastldm.batches.sheet import contact_sheet
 from fastldm.errors import InputError
 from fastldm.files import check_folder, whole_file
+from fastldm.request import Request
 
 _DEATHS = 2  # after which a line is set aside
 
@@ -85,7 +86,7 @@ class Batch:
     def _end(self, results: IO[bytes], outcome: Outcome, *, set_aside: bool = False) -> Outcome:
         line = outcome.line
         record: dict[str, Any] = {"line": line.number, "key": line.key}
-        if line.request is not None:
+        if line.request is not None and line.request.prompt is not None:
             record["prompt"] = line.request.prompt
         if outcome.error is not None:
             record["error"] = outcome.error
@@ -106,10 +107,10 @@ class Batch:
                 path.unlink(missing_ok=True)
 
     def write_grid(self, path: Path, *, columns: int = 8, rows: int = 32, cell: int = 256) -> list[Path]:
-        """All pictures that are done, in the order of their lines, each with its prompt below; in files of so many
-        rows, which are returned."""
+        """All pictures that are done, in the order of their lines, each with its prompt or its class below; in files of
+        so many rows, which are returned."""
         pictures = [
-            (self.out / name, line.request.prompt)
+            (self.out / name, _label(line.request))
             for line in self.lines
             if line.request is not None
             for name in self.files.get(line.key, ())
@@ -159,3 +160,9 @@ def _locked(path: Path) -> Iterator[IO[bytes]]:
                 if written.read(1) != b"\n":  # of a process that died meanwhile
                     file.write(b"\n")
         yield file
+
+
+def _label(request: Request) -> str:
+    """What is written below a picture."""
+    label = request.prompt if request.class_labels is None else f"class {request.class_labels}"
+    return str(label or "")

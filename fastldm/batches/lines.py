@@ -46,11 +46,14 @@ class Outcome:
     error: str | None = None
 
 
-def read_lines(path: str | os.PathLike[str], defaults: Mapping[str, Any] | None = None) -> list[Line]:
+def read_lines(
+    path: str | os.PathLike[str], defaults: Mapping[str, Any] | None = None, *, reads_text: bool = True
+) -> list[Line]:
     """The lines of a .jsonl file (an object with fields of `Request`, or a text), of a .csv file with a header of such
     fields, or of a .txt file, a prompt a line. Empty ones are none. Pictures are files beside it, or absolute.
 
-    defaults: fields for lines that do not have them. A line without a seed gets one from its number and its text, so
+    defaults: fields for lines that do not have them. reads_text: whether the model does: then a line without an image
+    has a prompt. A line without a seed gets one from its number and its text, so
     that it is the same when it is read again. One that is wrong has an `error`, and costs nothing else.
 
     InputError for a file that cannot be read, or is of another kind.
@@ -64,7 +67,8 @@ def read_lines(path: str | os.PathLike[str], defaults: Mapping[str, Any] | None 
     readers = {".jsonl": _of_jsonl, ".txt": _of_txt, ".csv": _of_csv}
     if path.suffix.lower() not in readers:
         raise InputError(f"{path} is not a file of prompts: expected one of {', '.join(readers)}")
-    return [_line(number, fields, defaults or {}, path.parent) for number, fields in readers[path.suffix.lower()](text)]
+    found = readers[path.suffix.lower()](text)
+    return [_line(number, fields, defaults or {}, path.parent, reads_text) for number, fields in found]
 
 
 def _of_txt(text: str) -> Iterator[tuple[int, Any]]:
@@ -114,7 +118,7 @@ def _value(name: str, cell: str) -> Any:
         return cell
 
 
-def _line(number: int, fields: Any, defaults: Mapping[str, Any], folder: Path) -> Line:
+def _line(number: int, fields: Any, defaults: Mapping[str, Any], folder: Path, reads_text: bool) -> Line:
     try:
         if isinstance(fields, InputError):
             raise fields
@@ -124,9 +128,10 @@ def _line(number: int, fields: Any, defaults: Mapping[str, Any], folder: Path) -
             raise InputError(f"there is no field {show(unknown[0])}: see fastldm.Request")
         if "output_type" in fields:
             raise InputError("output_type is for programs: pictures are files here")
-        if fields.get("prompt") is None:
-            raise InputError("prompt is missing")
         values = {**defaults, **{name: value for name, value in fields.items() if value is not None}}
+        if reads_text and not values.keys() & {"prompt", "image"}:
+            raise InputError("prompt is missing")
+        values.setdefault("prompt", "")
         for name in _PICTURES:
             if name in values:
                 values[name] = _beside(folder, values[name])

@@ -78,6 +78,7 @@ def _batch(prompts: str, out: Path, options: dict[str, Any]) -> bool:
 
     from fastldm import batches
     from fastldm.cli import loras
+    from fastldm.cli.generate import reads_text
 
     width, height = options["size"] or (None, None)
     given = {
@@ -89,7 +90,8 @@ def _batch(prompts: str, out: Path, options: dict[str, Any]) -> bool:
         "height": height,
         "num_images_per_prompt": options["count"],
     }
-    lines = batches.read_lines(prompts, {name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    lines = batches.read_lines(prompts, given, reads_text=reads_text(options["model"], options["allow_pickle"]))
     part = ""
     if options["shard"]:
         lines, part = batches.shard(lines, *options["shard"]), "-{}-of-{}".format(*options["shard"])

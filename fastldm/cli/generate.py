@@ -243,7 +243,7 @@ def generate(
     """
     if prompt is None:
         with reported(debug):
-            needed = options["image"] is None and _reads_text(model, options)
+            needed = options["image"] is None and reads_text(model, options["allow_pickle"], variant=options["variant"])
         if needed:
             raise click.UsageError("Missing argument 'PROMPT'.")
         prompt = ""
@@ -251,12 +251,13 @@ def generate(
         _generate(prompt, output, model, count, as_json, options)
 
 
-def _reads_text(model: str, options: dict[str, Any]) -> bool:
+def reads_text(model: str, allow_pickle: bool, *, variant: str | None = None) -> bool:
+    """Whether a model reads a prompt, or a picture in its place."""
     if model == "default":
         return True
     from fastldm.model import describe
 
-    return bool(describe(model, variant=options["variant"], allow_pickle=options["allow_pickle"]).encoders)
+    return bool(describe(model, variant=variant, allow_pickle=allow_pickle).encoders)
 
 
 def _generate(prompt: str, output: str | None, model: str, count: int, as_json: bool, options: dict[str, Any]) -> None:
@@ -340,6 +341,11 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
     placed["backend"] = backend_for(model, options["backend"], on_torch=on_torch)
     if options["switch_at"] is not None and options["refiner"] is None:
         raise InputError("--switch-at was given without --refiner: say which model goes on")
+    if model != "default":
+        from fastldm.model import describe
+        from fastldm.runtime import complete
+
+        complete.check(request, describe(model, variant=options["variant"], allow_pickle=options["allow_pickle"]))
     pipe = Pipeline.from_pretrained(model, refiner=options["refiner"], ranker=options["ranker"], **placed)
     if options["embeddings"]:
         pipe.load_textual_inversion(options["embeddings"], allow_pickle=options["allow_pickle"])

@@ -84,17 +84,13 @@ def profile(
         pictured = options["controls"], options["control_images"]
         controls.check(*pictured)
         adapters = loras.find(options["loras"])
+        from fastldm.model import describe
         from fastldm.pipeline import Pipeline
         from fastldm.profiling import page as profile_page
         from fastldm.profiling import report as profile_report
         from fastldm.profiling.profile import profile as measure
+        from fastldm.runtime import complete
 
-        after_imports = perf_counter()
-        selected = {} if options["backend"] == "auto" else {"backend": options["backend"]}
-        pipe = Pipeline.from_pretrained(model, device=options["device"], dtype=options["dtype"], **selected)
-        loras.load(pipe, adapters)
-        controlled = controls.attach(pipe, *pictured)
-        first = {"import": after_imports - start, "load": perf_counter() - after_imports}
         width, height = size or (None, None)
         arguments = {
             "num_inference_steps": options["steps"],
@@ -104,8 +100,17 @@ def profile(
             "width": width,
             "height": height,
         }
-        request = {name: value for name, value in arguments.items() if value is not None} | controlled
-        result = measure(pipe, prompt, rounds=rounds, first=first, **request)
+        after_imports = perf_counter()
+        given = {name: value for name, value in arguments.items() if value is not None}
+        spec = describe(model)
+        request = complete.sampled(spec, prompt, {"seed": 0, **given})
+        complete.check(request, spec)
+        selected = {} if options["backend"] == "auto" else {"backend": options["backend"]}
+        pipe = Pipeline.from_pretrained(model, device=options["device"], dtype=options["dtype"], **selected)
+        loras.load(pipe, adapters)
+        controlled = controls.attach(pipe, *pictured)
+        first = {"import": after_imports - start, "load": perf_counter() - after_imports}
+        result = measure(pipe, request.replace(**controlled), rounds=rounds, first=first)
 
         contents: dict[str, Callable[[], str]] = {
             "json": lambda: json.dumps(result.to_dict(), indent=1),

@@ -19,6 +19,7 @@ from fastldm.models.families import Family
 from fastldm.request import PER_PROMPT, Request, as_list, picture_seeds
 from fastldm.runtime.controls import ControlSelection
 from fastldm.runtime.guidance import apg_field, apg_of
+from fastldm.runtime.read_picture import check_prior, read_vectors
 from fastldm.samplers.names import for_xl, is_cfg_pp
 
 if TYPE_CHECKING:
@@ -127,6 +128,17 @@ def complete(
         strength=strength if request.strength is None else request.strength,
         noise_level=family.noise_level if spec.low_res and request.noise_level is None else request.noise_level,
     )
+
+
+def check(request: Request, spec: Spec) -> None:
+    """InputError for what a model cannot run, as far as its configs alone say: before any weights are read."""
+    if spec.unet.reads_image_embeds:
+        request = read_vectors(request, spec.unet.text_width)
+    elif spec.vision is not None:  # its encoder prepares pictures
+        return
+    elif spec.prior is not None:
+        check_prior(request)
+    complete(request, spec, spec.vae, spec.family)
 
 
 def _without_text(request: Request, unet: UNetConfig) -> Request:

@@ -35,3 +35,14 @@ def save(name: str, root: Path) -> Path:
     """A family's folder, root/name."""
     MAKERS[name]().save_pretrained(root / name)
     return root / name
+
+
+class Folders:
+    """Families' folders, each written when it is first asked for."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def __call__(self, name: str) -> Path:
+        path = self._root / name
+        return path if path.exists() else save(name, self._root)
