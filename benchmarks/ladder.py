@@ -141,7 +141,7 @@ def rungs(pipe: Pipeline, model: Model, steps: int, compiled: bool) -> dict[str,
     completed = request(pipe, model, steps)
     run = pipe.stages.prepare(completed)
     conditioning = pipe.stages.encode(completed)
-    hidden, pooled = conditioning.network_rows()
+    hidden, pooled, _ = conditioning.network_rows()
     added = None
     if pooled is not None and model.unet.needs_added:
         ids = torch.tensor([[model.size, model.size, 0, 0, model.size, model.size]], device=pipe.device)

@@ -85,10 +85,10 @@ def export(
     BundleError if a network does not compute what PyTorch does or the disk is full; EngineError if ONNX Runtime cannot
     run it.
     """
+    if model.not_exported is not None:
+        raise InputError(f"{model.checkpoint.source}: {model.not_exported}")
     if (beyond := model.unet.beyond_standard) is not None:
         raise InputError(f"the U-Net has {beyond}: exports are of Stable Diffusion's networks")
-    if model.prior is not None:
-        raise InputError(f"{model.checkpoint.source}: a prior makes what its U-Net reads, and is not exported")
     if not model.encoders:
         raise InputError(f"the family {model.family.name} reads no text: exports are of models that read a prompt")
     if getattr(model.vae, "conditioned", False):

@@ -348,6 +348,7 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "class_labels": ("Class", int),
     "prior_num_inference_steps": ("Prior steps", int),
     "prior_guidance_scale": ("Prior CFG scale", float),
+    "super_res_num_inference_steps": ("Super-resolution steps", int),
     "timesteps": ("Timesteps", _list_of(_number)),
     "sigmas": ("Sigmas", _list_of(float)),
     "aesthetic_score": ("Aesthetic score", float),

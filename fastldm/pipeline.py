@@ -333,18 +333,20 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         sizes: (width, height) in pixels, the model's own when None. batches: images per request. options: other fields
         of Request, such as guidance_scale=1. The largest goes first: its memory then serves the rest.
         """
-        height, width = (size * self.vae.config.factor for size in self.unet.config.sample_size)
-        sizes = [(width, height)] if sizes is None else checks.listed("sizes", sizes, 1000, "sizes (width, height)")
+        spec = self.stages.spec
+        sizes = [spec.default_size] if sizes is None else checks.listed("sizes", sizes, 1000, "sizes (width, height)")
         sizes = [checks.pair(f"sizes[{k}]", size, 1, MAX_SIDE, "(width, height)") for k, size in enumerate(sizes)]
         counts = checks.listed("batches", batches, 1000, "numbers of pictures")
         counts = [checks.whole(f"batches[{k}]", count, 1, MAX_IMAGES, "pictures") for k, count in enumerate(counts)]
         workloads = [(width, height, count) for width, height in sizes for count in counts]
         # A step is captured after two; so are text and decoder, which run once a request.
         repeats = WARM_UPS + 1 if self.stages.graphs is not None else 1
+        # Of UnCLIP's schedule, from the last timestep to the first, there are two steps or more.
+        steps = max(repeats, 2) if spec.schedule.class_name == "UnCLIPScheduler" else repeats
         if self.refiner is not None:
             self.refiner.warmup([(width, height) for width, height in sizes], counts, **options)
             options["refiner_switch_at"] = 1.0
-        shared = {"num_inference_steps": repeats, "output_type": "pt", "seed": 0}
+        shared = {"num_inference_steps": steps, "output_type": "pt", "seed": 0}
         for width, height, count in sorted(workloads, key=math.prod, reverse=True):
             sample = sample_request(self.stages.spec, height, width)
             for _ in range(repeats):
@@ -357,7 +359,8 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         step on.
         Raises InputError for a parameter of another shape, dtype or device.
         """
-        return self.session.call(self.stages.prepared.weights_changed)
+        stages = (self.stages, *self.stages.follows)
+        return self.session.call(lambda: [name for each in stages for name in each.prepared.weights_changed()])
 
     def export(self, out: str | os.PathLike[str], **options: Any) -> Path:
         """Write the model as a bundle, with the weights that it has now, adopted, merged or edited ones too, with its
@@ -371,8 +374,8 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         self.stages.need_torch("which has no weights to export: copy it")
         if eight_bits.is_on(self.stages):
             raise InputError("fp8 is on, and is not exported: call disable_fp8 first")
-        if self.stages.spec.prior is not None:
-            raise InputError(f"{self.stages.name}: a prior makes what its U-Net reads, and is not exported")
+        if (reason := self.stages.spec.not_exported) is not None:
+            raise InputError(f"{self.stages.name}: {reason}")
         self.weights_changed()
         need_exporter()
         selection = self.stages.adapters.select(None)

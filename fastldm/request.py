@@ -42,6 +42,8 @@ UNSUPPORTED = {
     "adaptive_projected_guidance_momentum": ": it is apg_momentum",
     "adaptive_projected_guidance_norm_dim": ": apg_rescale is of all of a picture",
     "use_clipped_model_output": ": a sampler clips as its checkpoint says",
+    "text_model_output": ": give prompt",
+    "text_attention_mask": ": give prompt",
     "clean_caption": ": prompts are read as they are, but for IF's in lower case",
     "clip_prompt": ": give guidance_fn=CLIPGuidance(scale, prompt)",
     "num_cutouts": ": give guidance_fn=CLIPGuidance(scale, num_cutouts=4)",
@@ -187,6 +189,10 @@ class Request:
     prior_latents: torch.Tensor | None = None
     """Noise (B, D) that the prior starts from, or (2B, D) where it makes vectors of negative prompts too, those
     last."""
+    super_res_num_inference_steps: int | None = None
+    """Of Karlo, the steps of its super-resolution, of which another network takes the last; 7 if None."""
+    super_res_latents: torch.Tensor | None = None
+    """Of Karlo, noise (B, 3, 256, 256) that its super-resolution starts from, instead of random noise."""
     strength: float | None = None
     """How much `image` is changed, 0 (not at all) to 1 (completely); None is 0.8, with SDXL's refiner 0.3, and 1 with
     `mask_image`; of DeepFloyd IF 0.7 and 1, of its super-resolution 0.8. Models that edit `image` start from noise, and
@@ -340,6 +346,7 @@ class Request:
             if options[name] is not None and options[name] is not False:
                 raise InputError(f"{name} is not supported{UNSUPPORTED[name]}")
             options = {key: value for key, value in options.items() if key != name}
+        options = _renamed(options)
         if "batch_size" in options:
             options = _counted(prompt, options)
         checks.known(options, list(_DEFAULTS))
@@ -394,7 +401,9 @@ class Request:
 
     def alone(self, k: int) -> Request:
         """One image of prompt k: what its text is read from. It has neither seed, generator nor latents."""
-        changes: dict[str, Any] = dict.fromkeys(("seed", "generator", "latents", "class_labels", "prior_latents"))
+        changes: dict[str, Any] = dict.fromkeys(
+            ("seed", "generator", "latents", "class_labels", "prior_latents", "super_res_latents")
+        )
         for name in (*PER_PROMPT, "image_embeds", "negative_image_embeds"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
@@ -455,6 +464,27 @@ def as_list(texts: str | Sequence[str] | None) -> list[str]:
 
 
 Check = Callable[[str, Any], Any]
+
+
+_OTHER_NAMES = {
+    "decoder_num_inference_steps": "num_inference_steps",
+    "decoder_guidance_scale": "guidance_scale",
+    "decoder_latents": "latents",
+    "image_embeddings": "image_embeds",
+}
+"""What diffusers' pipelines of Karlo call fields that have another name elsewhere."""
+
+
+def _renamed(options: dict[str, Any]) -> dict[str, Any]:
+    """Options by the names that they have here. InputError for one that is given by both."""
+    renamed = {}
+    for name, value in options.items():
+        own = _OTHER_NAMES.get(name, name)
+        if own != name and options.get(own) is not None and value is not None:
+            raise InputError(f"{name} and {own} were both given, which are one: give one of them")
+        if own == name or value is not None:
+            renamed[own] = value
+    return renamed
 
 
 def _counted(prompt: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -733,6 +763,8 @@ _CHECKS: dict[str, Check] = {
     "guidance_scale": _real(0.0, MAX_GUIDANCE),
     "prior_num_inference_steps": _whole(1, MAX_STEPS, "steps"),
     "prior_guidance_scale": _real(0.0, MAX_GUIDANCE),
+    "super_res_num_inference_steps": _whole(1, MAX_STEPS, "steps"),
+    "super_res_latents": lambda name, value: checks.finite(name, checks.tensor(name, value, (None,) * 4)),
     "prior_latents": lambda name, value: checks.finite(name, checks.tensor(name, value, (None, None))),
     "image_guidance_scale": _real(0.0, MAX_GUIDANCE),
     "pag_scale": _real(0.0, MAX_GUIDANCE),

@@ -325,7 +325,7 @@ def test_slots_and_eager_batches_change_alike(pipes: Any) -> None:
             if k == 0:
                 embeds = embeds._replace(prompt_embeds=embeds.prompt_embeds * 0.5)
             if k == 1:
-                embeds, scale = type(embeds)(*(x[-1:] for x in embeds)), 0.0
+                embeds, scale = type(embeds)(*(x if x is None else x[-1:] for x in embeds)), 0.0
             if k < 2:
                 with torch.no_grad():
                     ours.stages.change(batch, pair[0], Change(scale, 0.0, embeds=embeds))

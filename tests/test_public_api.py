@@ -45,7 +45,8 @@ FIELDS = {
         guidance_fn clip_guidance_scale
         guidance_rescale guidance_interval sampler timesteps sigmas eta s_churn s_tmin s_tmax s_noise noise_sampler_seed
         reuse num_images_per_prompt candidates keep seed generator latents image image_embeds negative_image_embeds
-        original_image prior_num_inference_steps prior_guidance_scale prior_latents strength
+        original_image prior_num_inference_steps prior_guidance_scale prior_latents
+        super_res_num_inference_steps super_res_latents strength
         denoising_start denoising_end depth_map class_labels noise_level
         refiner_switch_at hires_scale hires_height hires_width hires_strength hires_steps hires_upscaler
         mask_image padding_mask_crop

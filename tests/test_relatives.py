@@ -59,6 +59,19 @@ def test_supported_classes_are_accepted() -> None:
     own["KandinskyV22Pipeline"] = {**none_of_text, "vae": none, "movq": ["diffusers", "VQModel"]}
     own |= {name: {**plain, **codes} for name in ("LDMPipeline", "LDMSuperResolutionPipeline")}
     own["IFPipeline"] = {"vae": none, "text_encoder": ["transformers", "T5EncoderModel"]}
+    karlo: Any = {
+        **{"unet": none, "vae": none, "scheduler": none, "decoder": ["diffusers", "UNet2DConditionModel"]},
+        **{f"super_res_{which}": ["diffusers", "UNet2DModel"] for which in ("first", "last")},
+        **{f"{name}_scheduler": ["diffusers", "UnCLIPScheduler"] for name in ("decoder", "super_res")},
+        "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+        "text_proj": ["unclip", "UnCLIPTextProjModel"],
+    }
+    own["UnCLIPImageVariationPipeline"] = {**karlo, **vision}
+    own["UnCLIPPipeline"] = {
+        **karlo,
+        "prior": ["diffusers", "PriorTransformer"],
+        "prior_scheduler": ["diffusers", "UnCLIPScheduler"],
+    }
     noising = {"image_noising_scheduler": ["diffusers", "DDPMScheduler"]}
     own["IFSuperResolutionPipeline"] = {**own["IFPipeline"], **noising}
     for name in pipeline_classes() - {"PixelUpscalePipeline"}:  # which is fastldm's own
@@ -80,7 +93,7 @@ def test_other_classes_are_refused_by_name() -> None:
     ("name", "message"),
     [
         ("IFImg2ImgSuperResolutionPipeline", "an upscaler"),
-        ("UnCLIPImageVariationPipeline", "unCLIP"),
+        ("VersatileDiffusionImageVariationPipeline", "image variation by Versatile Diffusion"),
         ("KandinskyV22Img2ImgPipeline", "another of Kandinsky's than the decoder of 2.2"),
         ("MarigoldDepthPipeline", "Marigold"),
         ("LEditsPPPipelineStableDiffusionXL", "a way of editing .* load them as a StableDiffusionPipeline"),

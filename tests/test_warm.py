@@ -7,6 +7,7 @@ from typing import Any
 
 import controls
 import ip_adapters
+import karlo
 import picture_readers
 import pytest
 import tiny
@@ -23,7 +24,7 @@ from fastldm.loading.spec import Spec, describe
 from fastldm.models.controlnet import ControlNetConfig
 from fastldm.planning import warm
 
-OTHERS = ("sdxl-refiner", "sd1-inpaint", "sd1-edit", "sdxl-edit", "sd2-depth", "variations", "unclip", "lcm")
+OTHERS = ("sdxl-refiner", "sd1-inpaint", "sd1-edit", "sdxl-edit", "sd2-depth", "variations", "unclip", "lcm", "karlo")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
@@ -119,6 +120,9 @@ def test_rows_are_those_that_graphs_have(tmp_path: Path, monkeypatch: pytest.Mon
 def test_every_kind_of_model_is_warmed(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if family == "upscaler":
         spec = describe(tiny.save_pixel_upscaler(tmp_path / "model"))
+    elif family == "karlo":
+        karlo.karlo().save_pretrained(tmp_path / "model")
+        spec = describe(tmp_path / "model")
     elif family in ("variations", "unclip"):
         getattr(picture_readers, family)().save_pretrained(tmp_path / "model")
         spec = describe(tmp_path / "model")

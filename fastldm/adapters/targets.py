@@ -16,7 +16,6 @@ from fastldm.loading.spec import Spec
 from fastldm.models.clip import Embedding
 from fastldm.models.config import TextConfig, UNetConfig
 from fastldm.models.embeddings import ClassEmbedding
-from fastldm.models.families import encoder_names
 from fastldm.models.text_encoders import text_encoder
 from fastldm.models.unet import UNet
 
@@ -95,7 +94,7 @@ def from_original(name: str, layers_per_block: int) -> str | None:
 
 def modules_of(spec: Spec) -> Modules:
     """The modules of a model, from its configs: no weights are read."""
-    return of_configs(spec.unet, tuple(zip(encoder_names(spec.text), spec.text, strict=True)))
+    return of_configs(spec.unet, tuple(zip(spec.encoder_names, spec.text, strict=True)))
 
 
 @lru_cache(maxsize=4)

@@ -141,6 +141,12 @@ def _list_things(ctx: click.Context, param: click.Parameter, group: str | None) 
     help="Of DeepFloyd IF's super-resolution: what to start from, where --image is the small picture.",
 )
 @click.option(
+    "--super-res-steps",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Of Karlo: steps of its super-resolution.  [default: 7]",
+)
+@click.option(
     "--strength", type=float, help="How much of --image is redone, 0 to 1.  [default: the model's, 0.8 as a rule]"
 )
 @click.option(
@@ -238,6 +244,7 @@ def generate(
     fastldm generate "a white cat" -m ./x4-upscaler --image small.png
     fastldm generate -m ./sd-image-variations --image cat.png --n 4
     fastldm generate -m ./ddpm-cat-256 --steps 100
+    fastldm generate "a cat" -m ./karlo-v1-alpha --super-res-steps 7
     fastldm generate "a cat" -m ./sdxl --refiner ./sdxl-refiner --switch-at 0.8
     fastldm generate "a cat" -m ./sd15-onnx --backend openvino
     """
@@ -292,6 +299,7 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
         "denoising_start": options["denoising_start"],
         "denoising_end": options["denoising_end"],
         "noise_level": options["noise_level"],
+        "super_res_num_inference_steps": options["super_res_steps"],
         "class_labels": _one_or_each(options["class_labels"]),
         "depth_map": options["depth_map"],
         "mask_image": options["mask"],

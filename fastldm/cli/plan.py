@@ -158,6 +158,13 @@ def plan(
         opened = functools.partial(_opened, device=target_device, here=arch is None, needs_torch=needs_torch)
         spec, options, check_range, name = opened(model, backend, dtype=dtype)
         width, height = size or spec.default_size
+        if spec.follows:
+            refused = {"--size": (width, height) != spec.default_size, "--hires-scale": hires_scale is not None}
+            refused |= {"--refiner": refiner is not None, "--init-image": init_image, "--mask": mask}
+            for option in (name for name, given in refused.items() if given):
+                fixed = "x".join(map(str, spec.default_size))
+                raise InputError(f"{option} is not for this model, whose own networks make pictures of {fixed}")
+            width, height = spec.own_size
         init_image = init_image or mask
         enlarged = (width, height) == enlarged_size(name, spec) and not (init_image or hires_scale or refiner)
         if enlarged:
@@ -221,9 +228,12 @@ def plan(
             stages.append((refiner, Workload.of_spec(spec, width=width, height=height, **shared, **options)))
         of_latents = [0] * (upscaler is not None and upscaler.reads == "latent")
         of_latents += [len(stages) - 2] * (refiner is not None)
-        planned = cascade.plan(stages, of_latents=of_latents, sharing=[1] * (upscaler is not None))
+        if spec.follows:
+            planned = cascade.of_model(spec, model, first, **shared, dtype=options["dtype"])
+        else:
+            planned = cascade.plan(stages, of_latents=of_latents, sharing=[1] * (upscaler is not None))
         free = memory.free_bytes(target_device) if arch is None else None
-        alone = len(stages) == 1
+        alone = len(planned.stages) == 1
         whole = planned.stages[0].plan if alone else planned
         if as_json:
             fits = None if free is None else {"fits": whole.fits(free), "free": free}

@@ -39,7 +39,7 @@ def tune(model: str, output: str, size: tuple[int, int] | None, batch: int, dtyp
         tune.read_table(path)
         tune.check_gpu()
         spec = describe(model)
-        width, height = size or spec.default_size
+        width, height = size or spec.own_size
         shapes = tune.shapes_of(spec, width=width, height=height, batch=batch, dtype=getattr(torch, dtype))
         with tqdm(total=len(shapes), unit=" shapes", disable=not sys.stderr.isatty()) as bar:
             table = tune.tune(shapes, on_done=lambda op, shape, entry: bar.update())

@@ -92,7 +92,10 @@ def warm(
         for name in arch:
             warm.parse_arch(name)
         spec = describe(model)
-        sizes = list(size or [spec.default_size])
+        if spec.follows and (set(size) - {spec.default_size} or hires_scale is not None or refiner is not None):
+            fixed = "x".join(map(str, spec.default_size))
+            raise InputError(f"this model's own networks make pictures of {fixed}: leave out other sizes and models")
+        sizes = [spec.own_size] if spec.follows else list(size or [spec.default_size])
         enlarged = enlarged_size(model_name(model), spec)
         if enlarged in sizes:  # made at the model's own size, and by another model from there
             sizes.append(spec.default_size)
@@ -111,6 +114,7 @@ def warm(
         models = [(spec, [*sizes, *large], own)]
         if enlarged in sizes:
             models.append((describe("upscaler"), [enlarged], {}))
+        models += [(each, [each.own_size], {}) for each in spec.follows]
         if refiner is not None:
             models.append((describe(refiner), large, guided))
         for name in arch:

@@ -1,4 +1,4 @@
-"""Text as unCLIP's prior reads it: the states, the projected vector and the length of each prompt."""
+"""Text as unCLIP's prior and its decoder read it: the states, the projected vector and the length of each prompt."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastldm.samplers.config import ScheduleConfig
 
 @dataclass(frozen=True)
 class PriorTexts:
-    """What a prior reads of N texts."""
+    """What a prior, or unCLIP's decoder, reads of N texts."""
 
     hidden: Tensor  # (N, T, D) the text encoder's states
     vectors: Tensor  # (N, P) what it projects the text to
@@ -40,18 +40,9 @@ class TextPrior:
     normalizer: Normalizer | None = None  # of stable unCLIP
     image_encoder: CLIPVision | None = None  # of Kandinsky, which makes the vector of a black picture
 
-    @torch.no_grad()
     def read(self, texts: Sequence[str], *, literal: bool = False) -> PriorTexts:
-        """Texts, as a text encoder with a projection reads them: without weights, and as far as the first window goes.
-        literal: brackets are text."""
-        plain = ["".join(text for section in parse(each, literal=literal) for text, _ in section) for each in texts]
-        (rows,) = split_windows([self.text], [(text, text) for text in plain], True, None)
-        model = self.text.model
-        assert isinstance(model, CLIPText)
-        ids = send_numbers([row[0].ids for row in rows], torch.int64, model.device)
-        hidden, vectors = model(ids)
-        assert vectors is not None
-        return PriorTexts(hidden, vectors, (model.ends(ids) + 1).int())
+        """As `read_texts`."""
+        return read_texts(self.text, texts, literal=literal)
 
     @torch.no_grad()
     def zero_embeds(self) -> Tensor:
@@ -60,3 +51,17 @@ class TextPrior:
         assert encoder is not None
         side = encoder.config.image_size
         return encoder(send(torch.zeros(1, 3, side, side), encoder.device, encoder.dtype)).float()
+
+
+@torch.no_grad()
+def read_texts(stage: TextStage, texts: Sequence[str], *, literal: bool = False) -> PriorTexts:
+    """Texts, as a text encoder with a projection reads them: without weights, and as far as the first window goes.
+    literal: brackets are text."""
+    plain = ["".join(text for section in parse(each, literal=literal) for text, _ in section) for each in texts]
+    (rows,) = split_windows([stage], [(text, text) for text in plain], True, None)
+    model = stage.model
+    assert isinstance(model, CLIPText)
+    ids = send_numbers([row[0].ids for row in rows], torch.int64, model.device)
+    hidden, vectors = model(ids)
+    assert vectors is not None
+    return PriorTexts(hidden, vectors, (model.ends(ids) + 1).int())

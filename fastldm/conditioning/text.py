@@ -46,10 +46,12 @@ class Conditioning:
     pooled: Tensor | None = None  # (B, P), SDXL
     negative_hidden: Tensor | None = None  # (B, T, D)
     negative_pooled: Tensor | None = None  # (B, P), SDXL
+    lengths: Tensor | None = None  # (B,) int32: of T tokens those that are read, of Karlo; None: all
+    negative_lengths: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
         """Apply `function` to every tensor that is not None."""
-        optional = (self.pooled, self.negative_hidden, self.negative_pooled)
+        optional = (self.pooled, self.negative_hidden, self.negative_pooled, self.lengths, self.negative_lengths)
         return Conditioning(function(self.hidden), *(None if x is None else function(x) for x in optional))
 
     def repeat(self, count: int) -> Conditioning:
@@ -60,16 +62,15 @@ class Conditioning:
         """Only these prompts, in this order: (len(rows), ...)."""
         return self.map(lambda x: x[list(rows)])
 
-    def network_rows(self) -> tuple[Tensor, Tensor | None]:
-        """Hidden states (R, T, D) and pooled vectors (R, P) of the U-Net's rows: all negatives if there are any, then
-        all prompts.
+    def network_rows(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Hidden states (R, T, D), pooled vectors (R, P) and lengths (R,) of the U-Net's rows: all negatives if there
+        are any, then all prompts.
         """
         if self.negative_hidden is None:
-            return self.hidden, self.pooled
-        hidden = torch.cat((self.negative_hidden, self.hidden))
-        if self.pooled is None or self.negative_pooled is None:
-            return hidden, None
-        return hidden, torch.cat((self.negative_pooled, self.pooled))
+            return self.hidden, self.pooled, self.lengths
+        pairs = ((self.negative_pooled, self.pooled), (self.negative_lengths, self.lengths))
+        pooled, lengths = (None if a is None or b is None else torch.cat((a, b)) for a, b in pairs)
+        return torch.cat((self.negative_hidden, self.hidden)), pooled, lengths
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,6 +25,7 @@ from fastldm.loading.formats import (
     NOISING,
     PRIOR_SCHEDULER,
     SCHEDULERS,
+    SUPER_RESOLUTION_SCHEDULER,
     TOKENIZERS,
     Config,
     component_classes,
@@ -61,7 +62,7 @@ def describe_diffusers(pipe: Any) -> Checkpoint:
     loaded = {component_name(source, name): component for name, component in loaded.items()}
     networks = {name: loaded[name] for name in classes if name in network_classes(source)}
     tokenizers = {name: loaded[name] for name in classes if name in TOKENIZERS}
-    _check_unchanged(pipe, networks, tokenizers, source)
+    _check_unchanged(pipe, loaded, networks, tokenizers, source)
     _check_kinds(networks, source)
     if loaded.get("safety_checker") is not None:
         logger.warning("%s: its safety checker is not run: images are not filtered", source)
@@ -82,6 +83,7 @@ def describe_diffusers(pipe: Any) -> Checkpoint:
     noising = next((schedulers[name] for name in NOISING if name in schedulers), None)
     more: dict[str, Any] = {"loaded": True, "preprocessor": preprocessor, "depth": depth}
     more["prior_scheduler"] = schedulers.get(PRIOR_SCHEDULER)
+    more["super_res_scheduler"] = schedulers.get(SUPER_RESOLUTION_SCHEDULER)
     return Checkpoint(source, components, schedulers["scheduler"], files, index, noising, **more)
 
 
@@ -100,11 +102,13 @@ def adopt(module: Module, other: nn.Module) -> Module:
     return module.requires_grad_(False).eval()
 
 
-def _check_unchanged(pipe: Any, networks: dict[str, Any], tokenizers: dict[str, Any], source: str) -> None:
+def _check_unchanged(
+    pipe: Any, loaded: dict[str, Any], networks: dict[str, Any], tokenizers: dict[str, Any], source: str
+) -> None:
     differences = list(changes.of_pipeline(pipe))
     for name in SCHEDULERS:
-        if getattr(pipe, name, None) is not None:
-            differences += changes.of_scheduler(getattr(pipe, name))
+        if loaded.get(name) is not None:
+            differences += changes.of_scheduler(loaded[name])
     for name, module in networks.items():
         differences += changes.of_network(name, module)
     for name, tokenizer in tokenizers.items():

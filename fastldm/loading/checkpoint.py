@@ -13,7 +13,7 @@ from torch import Tensor
 from fastldm.conditioning.depth import DepthEstimator
 from fastldm.conditioning.tokenizer import BertTokenizer, GlideTokenizer, T5Tokenizer, Tokenizer
 from fastldm.errors import CheckpointError
-from fastldm.loading.formats import NOISING, PRIOR_SCHEDULER, Config
+from fastldm.loading.formats import NOISING, PRIOR_SCHEDULER, SUPER_RESOLUTION_SCHEDULER, Config
 from fastldm.loading.key_names import Names, convert
 from fastldm.loading.tensors import read_tensors
 from fastldm.models.config import GLIDE_TEXT, LDM_BERT, T5_ENCODER
@@ -120,6 +120,8 @@ class Checkpoint:
     """Of a model that reads pictures, how they are prepared: the content of preprocessor_config.json."""
     prior_scheduler: Config | None = None
     """Of text to image by unCLIP."""
+    super_res_scheduler: Config | None = None
+    """Of unCLIP whose pictures are enlarged by networks of its own."""
 
     @property
     def schedulers(self) -> dict[str, Config]:
@@ -127,6 +129,8 @@ class Checkpoint:
         own = {"scheduler": self.scheduler}
         if self.prior_scheduler is not None:
             own[PRIOR_SCHEDULER] = self.prior_scheduler
+        if self.super_res_scheduler is not None:
+            own[SUPER_RESOLUTION_SCHEDULER] = self.super_res_scheduler
         noising = NOISING[IMAGE_NORMALIZER in self.components or "vae" not in self.components]
         return own if self.low_res_scheduler is None else {**own, noising: self.low_res_scheduler}
 

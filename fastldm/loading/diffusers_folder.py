@@ -16,6 +16,7 @@ from fastldm.loading.formats import (
     PREPROCESSOR,
     PRIOR_SCHEDULER,
     SCHEDULERS,
+    SUPER_RESOLUTION_SCHEDULER,
     TOKENIZERS,
     Config,
     PathLike,
@@ -65,7 +66,7 @@ def open_diffusers(folder: PathLike, variant: str | None = None, *, allow_pickle
             config = named_config(read_json(folders[name] / "config.json"), classes[name])
             components[name] = Component(name, classes[name], config, (), str(folders[name]))
     schedulers = {
-        name: {"_class_name": classes[name], **read_json(folder / name / "scheduler_config.json")}
+        name: {"_class_name": classes[name], **read_json(folders[name] / "scheduler_config.json")}
         for name in SCHEDULERS
         if name in classes
     }
@@ -83,6 +84,7 @@ def open_diffusers(folder: PathLike, variant: str | None = None, *, allow_pickle
         DepthEstimator(folder) if DEPTH in listed_classes(index) else None,
         preprocessor=_preprocessor(folder) if IMAGE_ENCODER in classes else {},
         prior_scheduler=schedulers.get(PRIOR_SCHEDULER),
+        super_res_scheduler=schedulers.get(SUPER_RESOLUTION_SCHEDULER),
     )
 
 

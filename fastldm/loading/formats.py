@@ -16,10 +16,9 @@ from fastldm.models.config import LDM_BERT, T5_ENCODER
 from fastldm.models.families import (
     DEPTH_PIPELINE,
     IF_SUPER_RESOLUTIONS,
-    IMAGE_ENCODER,
-    IMAGE_NORMALIZER,
     KANDINSKY_PRIOR_PIPELINE,
-    PRIOR_CLASSES,
+    KARLO_PIPELINE,
+    KARLO_VARIATION_PIPELINE,
     TEXT_ENCODERS,
     TEXT_UNCLIP_PIPELINE,
     UNCLIP_PIPELINE,
@@ -41,7 +40,8 @@ NOISING = ("low_res_scheduler", "image_noising_scheduler")
 """Those of noise that is added to what is read: to the x4 upscaler's small picture; to unCLIP's vector of a picture,
 and to the small picture of DeepFloyd IF."""
 PRIOR_SCHEDULER, PRIOR_TOKENIZER = "prior_scheduler", "prior_tokenizer"
-SCHEDULERS = ("scheduler", *NOISING, PRIOR_SCHEDULER)
+SUPER_RESOLUTION_SCHEDULER = "super_res_scheduler"
+SCHEDULERS = ("scheduler", *NOISING, PRIOR_SCHEDULER, SUPER_RESOLUTION_SCHEDULER)
 DEPTH = "depth_estimator"
 TOKENIZERS = ("tokenizer", "tokenizer_2", PRIOR_TOKENIZER)
 NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
@@ -87,8 +87,10 @@ def component_classes(index: Config, source: str) -> dict[str, str]:
     others: dict[str, tuple[str, ...]] = {UPSCALE_PIPELINE: NOISING[:1]}
     others |= dict.fromkeys((UNCLIP_PIPELINE, *IF_SUPER_RESOLUTIONS), NOISING[1:])
     others[TEXT_UNCLIP_PIPELINE] = (*NOISING[1:], PRIOR_SCHEDULER, PRIOR_TOKENIZER)
+    others[KARLO_PIPELINE] = (PRIOR_SCHEDULER, SUPER_RESOLUTION_SCHEDULER)
+    others[KARLO_VARIATION_PIPELINE] = (SUPER_RESOLUTION_SCHEDULER,)
     networks = network_classes(pipeline)
-    alone = (name for name in ("unet", "vae", IMAGE_ENCODER, IMAGE_NORMALIZER, *PRIOR_CLASSES) if name in networks)
+    alone = (name for name in networks if name not in TEXT_ENCODERS)
     needed = (*alone, "scheduler", *others.get(str(pipeline), ()))
     of_text = (*TEXT_ENCODERS, *TOKENIZERS[:2]) if "text_encoder" in networks else ()
     names = [name for name in (*networks, *TOKENIZERS, *SCHEDULERS) if name in (*needed, *of_text)]

@@ -154,7 +154,7 @@ def _needed_files(
     known = network_classes(index.get("_class_name"))
     networks = {name: files_of[name] for name in classes if name in known and classes[name] not in WEIGHTLESS}
     selected = choose_weights(networks, variant, allow_pickle, source)
-    needed = [INDEX, *(f"{name}/scheduler_config.json" for name in SCHEDULERS if name in classes)]
+    needed = [INDEX, *(f"{folders[name]}/scheduler_config.json" for name in SCHEDULERS if name in classes)]
     for name in classes:
         if name in known:
             weights = selected[name].names if name in selected else ()

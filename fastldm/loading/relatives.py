@@ -24,6 +24,7 @@ from fastldm.models.families import (
     IF_SUPER_RESOLUTIONS,
     KANDINSKY_PIPELINE,
     KANDINSKY_PRIOR_PIPELINE,
+    KARLO_PIPELINES,
     LATENT_UPSCALE_PIPELINE,
     PIXEL_PIPELINE,
     SUPER_RESOLUTION_PIPELINE,
@@ -49,9 +50,9 @@ RELATIVES = (  # the first match counts
     Relative(r"AnimateDiff|PIA|Video|I2VGen", "a model for video"),
     Relative(r"Depth2Img", "depth to image, whose U-Net reads a depth map"),
     Relative(r"Upscale|SuperResolution", "an upscaler, whose U-Net reads a small image"),
-    Relative(r"UnCLIP", "unCLIP, whose U-Net reads the embedding of an image"),
+    Relative(r"UnCLIP", "another of unCLIP's than Karlo, UnCLIPPipeline, and stable unCLIP, StableUnCLIPPipeline"),
     Relative(r"Kandinsky", "another of Kandinsky's than the decoder of 2.2, KandinskyV22Pipeline"),
-    Relative(r"ImageVariation", "image variation by Versatile Diffusion or unCLIP"),
+    Relative(r"ImageVariation", "image variation by Versatile Diffusion"),
     Relative(r"PaintByExample", "Paint by Example, which reads an image in place of a prompt"),
     Relative(r"Marigold", "Marigold, which estimates depth, normals or materials of an image"),
     Relative(r"LDM3D", "LDM3D, whose autoencoder holds depth beside colour"),
@@ -137,6 +138,13 @@ def check_standard(unet: UNetConfig, source: str, pipeline: Any = None) -> None:
             raise CheckpointError(
                 f"{source} is no U-Net of a {pipeline}, which reads pictures' vectors by 'addition_embed_type' 'image' "
                 "and 'encoder_hid_dim_type' 'image_proj'"
+            )
+        return
+    if pipeline in KARLO_PIPELINES:
+        if not (unet.needs_projection and unet.reads_text and unet.addition_embed_type is None):
+            raise CheckpointError(
+                f"{source} is no decoder of a {pipeline}, which reads text, and the vector of a picture by "
+                "'class_embed_type' 'identity', and has no 'addition_embed_type'"
             )
         return
     if pipeline in GLIDE_PIPELINES:  # whose config is of its file's keys

@@ -25,7 +25,14 @@ from fastldm.conditioning.prior import TextPrior
 from fastldm.errors import CheckpointError, InputError
 from fastldm.loading import relatives
 from fastldm.loading.checkpoint import Checkpoint
-from fastldm.loading.formats import INDEX, NOISING, PREPROCESSOR, PRIOR_SCHEDULER, PRIOR_TOKENIZER
+from fastldm.loading.formats import (
+    INDEX,
+    NOISING,
+    PREPROCESSOR,
+    PRIOR_SCHEDULER,
+    PRIOR_TOKENIZER,
+    SUPER_RESOLUTION_SCHEDULER,
+)
 from fastldm.loading.image_encoder import preprocessing_of
 from fastldm.loading.open_checkpoint import open_checkpoint
 from fastldm.loading.prepare import Prepared, prepare
@@ -49,18 +56,24 @@ from fastldm.models.families import (
     IMAGE_NORMALIZER,
     KANDINSKY_PIPELINE,
     KANDINSKY_PRIOR_PIPELINE,
+    KARLO_PIPELINES,
     LATENT_UPSCALE_PIPELINE,
     PRIOR,
     PRIOR_TEXT_ENCODER,
+    SUPER_RESOLUTION,
+    SUPER_RESOLUTION_FAMILY,
     SUPER_RESOLUTION_PIPELINE,
     TEXT_ENCODERS,
+    TEXT_PROJECTION,
     UPSCALE_PIPELINE,
     Family,
+    encoder_names,
     recognise,
 )
 from fastldm.models.interfaces import Autoencoder, Denoiser
 from fastldm.models.prior import Prior, PriorConfig
 from fastldm.models.text_encoders import text_config, text_encoder
+from fastldm.models.text_projection import TextProjection, TextProjectionConfig
 from fastldm.models.unet import UNet
 from fastldm.models.unet_config import NOISE_LEVEL_CHANNELS, VECTOR_TOKENS
 from fastldm.models.vae import AutoencoderKL, PixelResidual, TinyAutoencoder
@@ -82,13 +95,13 @@ class PriorSpec:
     """The configs of unCLIP's prior, of the text encoder that it reads, and its own sampling schedule."""
 
     model: PriorConfig
-    text: TextConfig
+    text: TextConfig | None  # None: the model's own
     schedule: ScheduleConfig
 
     @property
-    def networks(self) -> tuple[PriorConfig, TextConfig]:
+    def networks(self) -> tuple[PriorConfig | TextConfig, ...]:
         """What they are of."""
-        return self.model, self.text
+        return (self.model,) if self.text is None else (self.model, self.text)
 
 
 @dataclass(frozen=True)
@@ -110,6 +123,13 @@ class Spec:
     preprocessing: Preprocessing | None = None
     prior: PriorSpec | None = None
     """Of unCLIP that makes the vector of a picture of a text."""
+    projection: TextProjectionConfig | None = None
+    """Of unCLIP's decoder, what makes of texts and vectors what it reads."""
+    follows: tuple[Spec, ...] = ()
+    """The networks of the same checkpoint that go on with the pictures, one after the other: the first enlarges them,
+    and each of the rest takes the last step of the one before."""
+    component: str = "unet"
+    """Which component of the checkpoint its U-Net is."""
 
     @property
     def encoders(self) -> tuple[TextConfig | VisionConfig, ...]:
@@ -120,6 +140,26 @@ class Spec:
     def conditioned(self) -> bool:
         """Whether a request says what images show, by texts, pictures or their vectors: there is guidance by it."""
         return bool(self.encoders) or self.unet.reads_image_embeds
+
+    @property
+    def encoder_names(self) -> tuple[str, ...]:
+        """The components that its text encoders are."""
+        return encoder_names(self.text) if self.projection is None else TEXT_ENCODERS[: len(self.text)]
+
+    @property
+    def beside(self) -> tuple[PriorConfig | TextConfig | TextProjectionConfig, ...]:
+        """The networks beside U-Net, autoencoder and encoders, which run once a request."""
+        networks = self.prior.networks if self.prior else ()
+        return networks if self.projection is None else (*networks, self.projection)
+
+    @property
+    def not_exported(self) -> str | None:
+        """What no bundle holds of it, for errors."""
+        if self.prior is not None:
+            return "a prior makes what its U-Net reads, and is not exported"
+        if self.projection is not None:
+            return "a text projection makes what its U-Net reads, and is not exported"
+        return None
 
     @property
     def enlarges(self) -> int:
@@ -144,16 +184,23 @@ class Spec:
 
     @property
     def window(self) -> int:
-        """Tokens of a text; 1 of models that read a picture in its place, or none; 32 that Kandinsky makes of one."""
+        """Tokens of a text, with those that Karlo makes of a vector; 1 of models that read a picture in its place, or
+        none; 32 that Kandinsky makes of one."""
         if self.unet.reads_image_embeds:
             return VECTOR_TOKENS
-        return self.text[0].max_position if self.text else 1
+        of_vector = 0 if self.projection is None else self.projection.tokens
+        return of_vector + self.text[0].max_position if self.text else 1
+
+    @property
+    def own_size(self) -> tuple[int, int]:
+        """Width and height in pixels that its U-Net was trained with."""
+        height, width = self.unet.sample_size
+        return width * self.vae.factor, height * self.vae.factor
 
     @property
     def default_size(self) -> tuple[int, int]:
-        """Width and height in pixels that the model was trained with."""
-        height, width = self.unet.sample_size
-        return width * self.vae.factor, height * self.vae.factor
+        """Width and height in pixels that the model was trained with, of what follows if anything does."""
+        return self.follows[-1].own_size if self.follows else self.own_size
 
     @property
     def parameters(self) -> int:
@@ -162,8 +209,9 @@ class Spec:
             networks: list[torch.nn.Module] = [UNet(self.unet), autoencoder(self.vae), *map(text_encoder, self.text)]
             networks += [CLIPVision(self.vision)] if self.vision else []
             networks += [Normalizer((self.unet.class_input_dim or 0) // 2)] if self.unet.needs_vector else []
-            networks += [Prior(self.prior.model), CLIPText(self.prior.text)] if self.prior else []
-        return sum(p.numel() for network in networks for p in network.parameters())
+            networks += [built(config) for config in self.beside]
+        own = sum(p.numel() for network in networks for p in network.parameters())
+        return own + sum(each.parameters for each in self.follows)
 
 
 def enlarged_size(name: str, spec: Spec) -> tuple[int, int] | None:
@@ -277,6 +325,9 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
     if IMAGE_ENCODER in configs:
         vision = VisionConfig.from_dict(configs[IMAGE_ENCODER], sources[IMAGE_ENCODER])
         preprocessing = preprocessing_of(vision, checkpoint.preprocessor, f"{checkpoint.source}: {PREPROCESSOR[1]}")
+    projection = None
+    if TEXT_PROJECTION in configs:
+        projection = TextProjectionConfig.from_dict(configs[TEXT_PROJECTION], sources[TEXT_PROJECTION])
     prior = _prior_of(checkpoint, configs, sources) if PRIOR in configs else None
     # Of the next: as diffusers' schedulers recognise a variance that the network makes beside its prediction.
     learned = schedule.raw.get("variance_type") == "learned_range" or named in (*IF_PIPELINES, KANDINSKY_PIPELINE)
@@ -285,7 +336,7 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
     if named == LATENT_UPSCALE_PIPELINE:
         unet, text = replace(unet, enlarges_latents=True), tuple(replace(each, pools=True) for each in text)
     unet = replace(unet, adds_pooled=named in GLIDE_PIPELINES)
-    _check_fit(unet, vae, text, names, checkpoint.source, vision, prior)
+    _check_fit(unet, vae, text, names, checkpoint.source, vision, prior, projection)
     if schedule.variance_type == "learned_range" and not unet.learns_variance:
         raise CheckpointError(
             f"{checkpoint.config_source('scheduler')}: variance_type is 'learned_range', and the U-Net makes "
@@ -295,16 +346,60 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
     highest = 0 if low_res is None else index["max_noise_level"]
     if (unet.needs_vector or unet.resizes) and low_res is not None:
         highest = low_res.num_train_timesteps - 1
-    return Spec(checkpoint, unet, vae, text, family, schedule, low_res, highest, vision, preprocessing, prior)
+    follows: tuple[Spec, ...] = ()
+    if named in KARLO_PIPELINES:
+        _need_unclip_scheduler(schedule, checkpoint.config_source("scheduler"), named)
+        follows = _super_resolution(checkpoint)
+    more: dict[str, Any] = {"projection": projection, "follows": follows}
+    return Spec(checkpoint, unet, vae, text, family, schedule, low_res, highest, vision, preprocessing, prior, **more)
+
+
+def _need_unclip_scheduler(schedule: ScheduleConfig, source: str, pipeline: Any) -> None:
+    """CheckpointError for another, which diffusers' pipeline cannot step."""
+    if schedule.class_name != "UnCLIPScheduler":
+        raise CheckpointError(f"{source} is a {schedule.class_name}: a {pipeline} has an UnCLIPScheduler")
+
+
+def _super_resolution(checkpoint: Checkpoint) -> tuple[Spec, ...]:
+    """Those of SUPER_RESOLUTION. CheckpointError for what is not implemented, and where they do not fit each other."""
+    raw, scheduler = checkpoint.super_res_scheduler or {}, checkpoint.config_source(SUPER_RESOLUTION_SCHEDULER)
+    schedule = read_scheduler(raw, None, scheduler)
+    _need_unclip_scheduler(schedule, scheduler, checkpoint.index.get("_class_name"))
+    learns, latents = schedule.variance_type == "learned_range", PIXEL_SPACE.latent_channels
+    expected = 2 * latents, latents * (1 + learns)
+    own = replace(checkpoint, scheduler=raw, preprocessor={}, prior_scheduler=None)
+    specs: list[Spec] = []
+    for name in SUPER_RESOLUTION:
+        source = checkpoint.config_source(name)
+        unet = UNetConfig.from_dict(checkpoint.components[name].config, source)
+        if (unet.in_channels, unet.out_channels) != expected or unet.reads_text:
+            raise CheckpointError(
+                f"{source} has {unet.in_channels} input channels ('in_channels') and makes {unet.out_channels} "
+                f"('out_channels'): expected {expected[0]}, pixels and those of a small picture, and {expected[1]}, "
+                f"with the scheduler's 'variance_type' {schedule.variance_type!r}"
+            )
+        if unet.needs_class or unet.class_embed_type is not None:
+            raise CheckpointError(f"{source} reads a class, and enlarges a picture: nothing says of which class it is")
+        unet = replace(unet, resizes_by="bicubic", learns_variance=learns)
+        if specs and unet.sample_size != specs[0].unet.sample_size:
+            raise CheckpointError(
+                f"{source}: 'sample_size' is {unet.sample_size}, expected {specs[0].unet.sample_size}, that of "
+                f"{specs[0].component}, whose last step it takes"
+            )
+        specs.append(Spec(own, unet, PIXEL_SPACE, (), SUPER_RESOLUTION_FAMILY, schedule, component=name))
+    return tuple(specs)
 
 
 def _prior_of(checkpoint: Checkpoint, configs: Mapping[str, Any], sources: Mapping[str, str]) -> PriorSpec:
     """CheckpointError for what is not implemented, and for parts that do not fit each other."""
     model = PriorConfig.from_dict(configs[PRIOR], sources[PRIOR])
-    text = TextConfig.from_dict(configs[PRIOR_TEXT_ENCODER], sources[PRIOR_TEXT_ENCODER])
-    source = checkpoint.config_source(PRIOR_SCHEDULER)
+    encoder = PRIOR_TEXT_ENCODER if PRIOR_TEXT_ENCODER in configs else TEXT_ENCODERS[0]
+    text = TextConfig.from_dict(configs[encoder], sources[encoder])
+    source, pipeline = checkpoint.config_source(PRIOR_SCHEDULER), checkpoint.index.get("_class_name")
     schedule = read_scheduler(checkpoint.prior_scheduler or {}, None, source)
-    if schedule.class_name == "UnCLIPScheduler":
+    if pipeline in KARLO_PIPELINES:
+        _need_unclip_scheduler(schedule, source, pipeline)
+    elif schedule.class_name == "UnCLIPScheduler":
         raise CheckpointError(
             f"{source} is an UnCLIPScheduler, whose steps diffusers' StableUnCLIPPipeline takes for steps of one: give "
             "DDPMScheduler.from_config of it, as its documentation does"
@@ -313,10 +408,10 @@ def _prior_of(checkpoint: Checkpoint, configs: Mapping[str, Any], sources: Mappi
     if not fits or model.tokens != text.max_position:
         raise CheckpointError(
             f"{checkpoint.source}: the prior reads {model.tokens} tokens of {model.text_dim} channels and a vector of "
-            f"{model.vector_dim}, and makes one of {model.out_dim}; prior_text_encoder makes {text.max_position} of "
+            f"{model.vector_dim}, and makes one of {model.out_dim}; {encoder} makes {text.max_position} of "
             f"{text.hidden}, and a vector of {text.projection_dim}: its components are not of one model"
         )
-    return PriorSpec(model, text, schedule)
+    return PriorSpec(model, text if encoder == PRIOR_TEXT_ENCODER else None, schedule)
 
 
 def _check_noise_levels(unet: UNetConfig, low_res: ScheduleConfig | None, highest: int, source: str) -> None:
@@ -376,6 +471,7 @@ def _check_fit(
     source: str,
     vision: VisionConfig | None = None,
     prior: PriorSpec | None = None,
+    projection: TextProjectionConfig | None = None,
 ) -> None:
     """CheckpointError if components belong to different models: each would load, but not work with the others."""
 
@@ -384,6 +480,9 @@ def _check_fit(
             raise CheckpointError(f"{source}: {problem}: its components are not of one model")
 
     text_channels, latent_channels = [encoder.hidden for encoder in text], vae.latent_channels
+    if projection is not None:
+        _check_projection(unet, vae, text, vision, prior, projection, check)
+        return
     check(
         unet.needs_vector == bool((vision or prior) and text),
         "the U-Net reads the vector of a picture beside text ('class_embed_type'), and there is no image_encoder, or "
@@ -481,11 +580,49 @@ def _check_fit(
     )
 
 
+def _check_projection(
+    unet: UNetConfig,
+    vae: AutoencoderConfig,
+    text: Sequence[TextConfig],
+    vision: VisionConfig | None,
+    prior: PriorSpec | None,
+    projection: TextProjectionConfig,
+    check: Callable[[bool, str], None],
+) -> None:
+    """What the decoder of unCLIP, its text projection and what makes vectors have to agree on."""
+    widths = {text[0].hidden, text[0].projection_dim or 0}
+    widths |= {vision.projection_dim} if vision else {prior.model.out_dim} if prior else set()
+    check(
+        widths == {projection.vector_dim},
+        f"text_proj reads vectors and texts of {projection.vector_dim} channels ('clip_embeddings_dim'), and those of "
+        f"the encoders, and of the prior if there is one, have {', '.join(map(str, sorted(widths)))}",
+    )
+    check(
+        (projection.time_dim, projection.context) == (unet.time_embedding_dim, unet.cross_attention_dim),
+        f"text_proj makes {projection.time_dim} channels for the time ('time_embed_dim') and a text of "
+        f"{projection.context} ('cross_attention_dim'), and the decoder reads {unet.time_embedding_dim} and "
+        f"{unet.cross_attention_dim}",
+    )
+    check(
+        unet.in_channels == unet.latent_channels == vae.latent_channels,
+        f"the decoder reads {unet.in_channels} channels ('in_channels') and makes {unet.out_channels} "
+        f"('out_channels'): expected {vae.latent_channels}, a picture's, and as many or, with the scheduler's "
+        "'variance_type' 'learned_range', twice as many",
+    )
+
+
 def autoencoder(config: AutoencoderConfig) -> AutoencoderKL | TinyAutoencoder | PixelResidual:
     """The autoencoder of a config, its weights not set."""
     if isinstance(config, PixelResidualConfig):
         return PixelResidual(config)
     return TinyAutoencoder(config) if isinstance(config, TinyVAEConfig) else AutoencoderKL(config)
+
+
+def built(config: PriorConfig | TextConfig | TextProjectionConfig) -> torch.nn.Module:
+    """The network of one of `Spec.beside`, its weights not set."""
+    if isinstance(config, TextConfig):
+        return text_encoder(config)
+    return Prior(config) if isinstance(config, PriorConfig) else TextProjection(config)
 
 
 @dataclass(frozen=True)
@@ -515,6 +652,10 @@ class LoadedModel:
     """Of a model that reads a picture."""
     prior: TextPrior | None = None
     """Of one that makes the vector of a picture of a text."""
+    projection: TextProjection | None = None
+    """Of unCLIP's decoder."""
+    follows: tuple[LoadedModel, ...] = ()
+    """As of `Spec.follows`."""
 
 
 def load(
@@ -524,7 +665,7 @@ def load(
 
     sharing: by component name, the modules of an adopted pipeline, which keep sharing the weights.
     """
-    names = [name for name in TEXT_ENCODERS if name in spec.checkpoint.components]
+    names = spec.encoder_names
     with torch.device("meta"):
         unet, vae, encoders = UNet(spec.unet), autoencoder(spec.vae), [text_encoder(config) for config in spec.text]
     tokenizers = [spec.checkpoint.tokenizer(name.replace("text_encoder", "tokenizer")) for name in names]
@@ -538,7 +679,7 @@ def load(
         text.TextStage(tokenizer, fill(encoder, name))
         for name, encoder, tokenizer in zip(names, encoders, tokenizers, strict=True)
     )
-    unet, vae = fill(unet, "unet"), vae if isinstance(vae, PixelResidual) else fill(vae, "vae")
+    unet, vae = fill(unet, spec.component), vae if isinstance(vae, PixelResidual) else fill(vae, "vae")
     networks = {"unet": unet, "vae": vae} | {name: stage.model for name, stage in zip(names, stages, strict=True)}
     image_encoder = None
     if spec.vision is not None and spec.preprocessing is not None:
@@ -551,16 +692,25 @@ def load(
                 normalizer = Normalizer(spec.vision.projection_dim)
             networks[IMAGE_NORMALIZER] = normalizer = fill(normalizer, IMAGE_NORMALIZER)
         image_encoder = ImageEncoder(vision, spec.preprocessing, spec.checkpoint.source, normalizer)
-    prior = None
+    prior = projection = None
     if spec.prior is not None:
         with torch.device("meta"):
-            model, encoder = Prior(spec.prior.model), CLIPText(spec.prior.text)
-            normalizer = Normalizer(spec.prior.model.out_dim)
-        networks |= {PRIOR: fill(model, PRIOR), PRIOR_TEXT_ENCODER: fill(encoder, PRIOR_TEXT_ENCODER)}
-        networks[IMAGE_NORMALIZER] = normalizer = fill(normalizer, IMAGE_NORMALIZER)
-        stage = text.TextStage(spec.checkpoint.tokenizer(PRIOR_TOKENIZER), networks[PRIOR_TEXT_ENCODER])
+            model = Prior(spec.prior.model)
+        networks[PRIOR], stage, normalizer = fill(model, PRIOR), stages[0], None
+        if spec.prior.text is not None:
+            with torch.device("meta"):
+                encoder, normalizer = CLIPText(spec.prior.text), Normalizer(spec.prior.model.out_dim)
+            networks[PRIOR_TEXT_ENCODER] = fill(encoder, PRIOR_TEXT_ENCODER)
+            networks[IMAGE_NORMALIZER] = normalizer = fill(normalizer, IMAGE_NORMALIZER)
+            stage = text.TextStage(spec.checkpoint.tokenizer(PRIOR_TOKENIZER), networks[PRIOR_TEXT_ENCODER])
         prior = TextPrior(stage, networks[PRIOR], spec.prior.schedule, normalizer)
+    if spec.projection is not None:
+        with torch.device("meta"):
+            projection = TextProjection(spec.projection)
+        networks[TEXT_PROJECTION] = projection = fill(projection, TEXT_PROJECTION)
     weight = unet.conv_in.weight
     prepared = prepare(networks, (sharing or {}).values())
     to: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-    return LoadedModel(unet, vae, stages, prepared, **to, image_encoder=image_encoder, prior=prior)
+    more: dict[str, Any] = {"image_encoder": image_encoder, "prior": prior, "projection": projection}
+    more["follows"] = tuple(load(each, fill, sharing) for each in spec.follows)
+    return LoadedModel(unet, vae, stages, prepared, **to, **more)

@@ -19,6 +19,9 @@ IMAGE_ENCODER = "image_encoder"
 IMAGE_ENCODER_CLASSES = ("CLIPVisionModelWithProjection",)
 IMAGE_NORMALIZER = "image_normalizer"
 IMAGE_NORMALIZER_CLASSES = ("StableUnCLIPImageNormalizer",)
+TEXT_PROJECTION = "text_proj"
+SUPER_RESOLUTION = ("super_res_first", "super_res_last")
+"""Networks that enlarge what the U-Net makes, and of which the second takes the last step."""
 PRIOR, PRIOR_TEXT_ENCODER = "prior", "prior_text_encoder"
 PRIOR_CLASSES = {PRIOR: ("PriorTransformer",), PRIOR_TEXT_ENCODER: ("CLIPTextModelWithProjection",)}
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -118,12 +121,15 @@ IF_PIPELINES = (*IF_FIRST_PIPELINES, *IF_SUPER_RESOLUTIONS)
 GLIDE_PIPELINE, GLIDE_UPSAMPLER = "GlidePipeline", "GlideUpsamplerPipeline"
 GLIDE_PIPELINES = (GLIDE_PIPELINE, GLIDE_UPSAMPLER)
 """Of single files, which no class of diffusers runs."""
+KARLO_PIPELINE, KARLO_VARIATION_PIPELINE = "UnCLIPPipeline", "UnCLIPImageVariationPipeline"
+KARLO_PIPELINES = (KARLO_PIPELINE, KARLO_VARIATION_PIPELINE)
 KANDINSKY_PIPELINE, KANDINSKY_PRIOR_PIPELINE = "KandinskyV22Pipeline", "KandinskyV22PriorPipeline"
 PIXEL_SPACE_PIPELINES = ("DDPMPipeline", DDIM_PIPELINE, "ConsistencyModelPipeline")
 UNCONDITIONAL_PIPELINES = (LDM_PIPELINE, SUPER_RESOLUTION_PIPELINE, *PIXEL_SPACE_PIPELINES)
 """Those of diffusers' UNet2DModel, which reads no text."""
 
 _UNCLIP_KEYS = {"class_embed_type": "projection"}
+_KARLO_KEYS = {"class_embed_type": "identity"}
 _IF_KEYS = {"addition_embed_type": "text", "encoder_hid_dim_type": "text_proj"}
 _IF_NOISED_KEYS = {**_IF_KEYS, "class_embed_type": "timestep"}
 _GLIDE_KEYS = {"class_embed_type": "identity"}
@@ -165,6 +171,16 @@ FAMILIES: tuple[Family, ...] = (
     _of_class("consistency", 1, 1.0, "ConsistencyModelPipeline", label="consistency models"),
     _of_class("glide", 100, 3.0, GLIDE_PIPELINE, label="GLIDE", unet_keys=_GLIDE_KEYS),
     _of_class("glide-upsampler", 27, 1.0, GLIDE_UPSAMPLER, label="GLIDE", unet_keys=_GLIDE_KEYS),
+    _of_class("karlo", 25, 8.0, KARLO_PIPELINE, label="Karlo", unet_keys=_KARLO_KEYS),
+    _of_class(
+        "karlo-variation",
+        25,
+        8.0,
+        KARLO_VARIATION_PIPELINE,
+        label="Karlo",
+        reads_picture=True,
+        unet_keys=_KARLO_KEYS,
+    ),
     _of_class("kandinsky", 100, 4.0, KANDINSKY_PIPELINE, label="Kandinsky 2.2", unet_keys=_KANDINSKY_KEYS),
     _of_class("sd2-unclip-prior", 20, 10.0, TEXT_UNCLIP_PIPELINE, label="stable unCLIP", unet_keys=_UNCLIP_KEYS),
     Family(
@@ -240,10 +256,14 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
+SUPER_RESOLUTION_FAMILY = _of_class("karlo-super-resolution", 7, 1.0, label="Karlo")
+"""That of SUPER_RESOLUTION, which have no pipeline of their own."""
+
 _FOLDER_NAMES = {
     LDM_TEXT_PIPELINE: {"vae": "vqvae", "text_encoder": "bert"},
     **{name: {"vae": "vqvae"} for name in (LDM_PIPELINE, SUPER_RESOLUTION_PIPELINE)},
     KANDINSKY_PIPELINE: {"vae": "movq"},
+    **{name: {"unet": "decoder", "scheduler": "decoder_scheduler"} for name in KARLO_PIPELINES},
 }
 """What components are called by pipelines that have other names for them."""
 
@@ -277,6 +297,8 @@ _NETWORKS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(PIXEL_SPACE_PIPELINES, ("unet",)),
     **dict.fromkeys((*IF_PIPELINES, *GLIDE_PIPELINES), ("unet", "text_encoder")),
     KANDINSKY_PRIOR_PIPELINE: (PRIOR, "text_encoder", IMAGE_ENCODER),
+    KARLO_PIPELINE: ("unet", "text_encoder", TEXT_PROJECTION, PRIOR, *SUPER_RESOLUTION),
+    KARLO_VARIATION_PIPELINE: ("unet", "text_encoder", TEXT_PROJECTION, IMAGE_ENCODER, *SUPER_RESOLUTION),
 }
 """The networks of a pipeline of diffusers that are not those of Stable Diffusion."""
 
@@ -284,11 +306,14 @@ _NETWORKS: dict[str, tuple[str, ...]] = {
 def network_classes(pipeline: object) -> dict[str, tuple[str, ...]]:
     """The classes of the networks that a pipeline of diffusers runs, by component."""
     classes = NETWORK_CLASSES | {IMAGE_ENCODER: IMAGE_ENCODER_CLASSES, IMAGE_NORMALIZER: IMAGE_NORMALIZER_CLASSES}
-    classes |= PRIOR_CLASSES
+    classes |= PRIOR_CLASSES | {TEXT_PROJECTION: ("UnCLIPTextProjModel",)}
+    classes |= dict.fromkeys(SUPER_RESOLUTION, ("UNet2DModel",))
     if pipeline in UNCONDITIONAL_PIPELINES:
         classes |= {"unet": ("UNet2DModel",)}
     if pipeline in IF_PIPELINES:
         classes |= {"text_encoder": (T5_ENCODER,)}
+    if pipeline in KARLO_PIPELINES:
+        classes |= {"text_encoder": PRIOR_CLASSES[PRIOR_TEXT_ENCODER]}
     return {name: classes[name] for name in _NETWORKS.get(str(pipeline), tuple(NETWORK_CLASSES))}
 
 

@@ -63,6 +63,7 @@ class UNetConfig:
     skips_between: bool = True  # whether the first convolution's output and those of halvings are skip connections too
     learns_variance: bool = False  # whether the second half of its outputs is the logarithm of the steps' variance
     adds_pooled: bool = False  # whether pooled text is the class that enters the time embedding as it is, as of GLIDE
+    resizes_by: str | None = None  # the filter by which a small picture is made as large as the image, as of Karlo
     enlarges_latents: bool = False
     """Whether it is that of the latent x2 upscaler: behind the latents it reads an image's of half their size, and
     pooled text with the time; of its outputs the last is not read, and the others are v with the opposite sign."""
@@ -255,10 +256,9 @@ class UNetConfig:
 
     @property
     def resizes(self) -> bool:
-        """Whether that small picture may have any size, as of DeepFloyd IF and GLIDE: it is made as large as the
-        image."""
+        """Whether that picture may have any size, as of IF, GLIDE and Karlo: it is made as large as the image."""
         reads = self.pools_text or self.adds_pooled
-        return reads and self.in_channels == 2 * self.latent_channels
+        return self.resizes_by is not None or (reads and self.in_channels == 2 * self.latent_channels)
 
     @property
     def reads_pooled(self) -> bool:
@@ -295,9 +295,14 @@ class UNetConfig:
         return self.class_input_dim is not None
 
     @property
+    def needs_projection(self) -> bool:
+        """Whether a text projection makes what time rows need and attentions read (text_projection.py), as of Karlo."""
+        return self.class_embed_type == "identity" and not self.adds_pooled
+
+    @property
     def needs_rows(self) -> bool:
         """Whether time rows are others for each U-Net row."""
-        own = self.reads_pooled or self.needs_vector or self.needs_label
+        own = self.reads_pooled or self.needs_vector or self.needs_projection or self.needs_label
         return own or self.pools_text or self.reads_image_embeds
 
     @property

@@ -17,6 +17,7 @@ from fastldm.models.clip_vision import VisionConfig
 from fastldm.models.config import TextConfig
 from fastldm.models.ip_adapter import IPAdapter, IPAdapterConfig
 from fastldm.models.prior import PriorConfig
+from fastldm.models.text_projection import TextProjectionConfig
 from fastldm.planning import dry_run
 from fastldm.request import Request
 from fastldm.runtime.image_prompts import PictureSelection, PictureUse, start_pictures
@@ -46,8 +47,9 @@ class Beside:
     """That IP-Adapters read."""
     prompts: tuple[int, ...] = ()
     """Pictures of each IP-Adapter that are encoded."""
-    prior: tuple[PriorConfig, TextConfig] | None = None
-    """unCLIP's, and the text encoder that it reads. Their activations are less than those of a step of the U-Net."""
+    once: tuple[PriorConfig | TextConfig | TextProjectionConfig, ...] = ()
+    """unCLIP's prior, with the text encoder that it reads, and text projection: `Spec.beside`. Their activations are
+    less than those of a step of the U-Net."""
 
     @classmethod
     def of_stages(cls, stages: Stages) -> Beside:
@@ -57,7 +59,7 @@ class Beside:
             ranker=None if ranker is None else ranker.config,
             adapters=tuple(adapter.network.config for adapter in loaded.adapters),
             encoder=None if loaded.encoder is None else loaded.encoder.model.config,
-            prior=None if stages.spec.prior is None else stages.spec.prior.networks,
+            once=stages.spec.beside,
         )
 
     @classmethod
@@ -74,7 +76,7 @@ class Beside:
             depth=None if depth is None else depth.config,
             adapters=own.adapters,
             encoder=own.encoder,
-            prior=own.prior,
+            once=own.once,
             prompts=tuple(counts.get(adapter, 0) for adapter in stages.image_prompts.loaded.adapters),
         )
 
@@ -95,9 +97,8 @@ class Beside:
             networks[f"IP-Adapter {number}"] = dry_run.network(config, dtype)
         if self.encoder is not None:
             networks["IP-Adapters' image encoder"] = dry_run.network(self.encoder, dtype)
-        if self.prior is not None:
-            networks |= {"prior": dry_run.network(self.prior[0], dtype)}
-            networks["prior's text encoder"] = dry_run.network(self.prior[1], dtype)
+        names = {PriorConfig: "prior", TextConfig: "prior's text encoder", TextProjectionConfig: "text projection"}
+        networks |= {names[type(config)]: dry_run.network(config, dtype) for config in self.once}
         return networks
 
     @staticmethod

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastldm.planning import memory
 from fastldm.planning.memory import Line, MemoryPlan, Workload
+
+if TYPE_CHECKING:
+    from fastldm.loading.spec import Spec
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,19 @@ def plan(
             for i, (model, workload) in enumerate(stages)
         )
     )
+
+
+def of_model(spec: Spec, model: str, first: Workload, **shared: Any) -> CascadePlan:
+    """The plan of a model's request, with what goes on with its pictures. model: its name. first: of its own U-Net.
+    shared: fields of all workloads."""
+    stages = [(model, first)]
+    for k, each in enumerate(spec.follows):
+        width, height = each.own_size
+        steps = 1 if k else each.family.num_inference_steps  # each but the first takes the last step of the one before
+        stages.append(
+            (each.component, Workload.of_spec(each, width=width, height=height, **{**shared, "steps": steps}))
+        )
+    return plan(stages, of_latents=range(1, len(stages) - 1), sharing=())
 
 
 def _has_decode(plan: MemoryPlan) -> bool:

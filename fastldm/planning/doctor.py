@@ -99,12 +99,11 @@ def _adapters(problems: list[str]) -> dict[str, list[str]]:
     from fastldm.adapters.read import read_adapter
     from fastldm.adapters.textual_inversion import read_textual_inversion
     from fastldm.model import describe
-    from fastldm.models.families import encoder_names
 
     spec = describe("default")
 
     def embedding(path: Path) -> None:
-        widths = {name: text.hidden for name, text in zip(encoder_names(spec.text), spec.text, strict=True)}
+        widths = {name: text.hidden for name, text in zip(spec.encoder_names, spec.text, strict=True)}
         read_textual_inversion(path).fit(widths, "small", None, torch.float32)
 
     readers: dict[Kind, Callable[[Path], object]] = {
@@ -142,8 +141,8 @@ def op_paths(spec: Spec, dtype: torch.dtype, arch: str | None, *, lora: bool = F
         reasons[verdict.reason] += 1
 
     latents: dict[str, Any] = {
-        "height": spec.default_size[1] // spec.vae.factor,
-        "width": spec.default_size[0] // spec.vae.factor,
+        "height": spec.own_size[1] // spec.vae.factor,
+        "width": spec.own_size[0] // spec.vae.factor,
     }
     with dispatch.targeting(on_gpu), dispatch.observe(watch):
         dry_run.run_unet(spec.unet, rows=2, tokens=spec.window, dtype=dtype, **latents, lora=lora)

@@ -33,13 +33,15 @@ from fastldm.models.prior import Prior, PriorConfig
 from fastldm.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from fastldm.models.t5 import T5_WINDOW, T5Config
 from fastldm.models.text_encoders import text_encoder
+from fastldm.models.text_projection import TextProjection, TextProjectionConfig
 from fastldm.models.unet import AddedConditions, Features, UNet
 from fastldm.models.vae import TILE, Decode, decode_pieces, finish
 from fastldm.runtime.pages import Pages
 from fastldm.runtime.slots import FEATURES, Slots, StaticBuffers
 
 ControlConfig = ControlNetConfig | T2IAdapterConfig
-Config = UNetConfig | AutoencoderConfig | TextConfig | VisionConfig | ControlConfig | IPAdapterConfig | PriorConfig
+OnceConfig = PriorConfig | TextProjectionConfig
+Config = UNetConfig | AutoencoderConfig | TextConfig | VisionConfig | ControlConfig | IPAdapterConfig | OnceConfig
 DryRun = Callable[[], object]
 
 
@@ -52,7 +54,8 @@ def network(config: Config, dtype: torch.dtype) -> nn.Module:
 def _network(config: Config, dtype: torch.dtype, device: str) -> nn.Module:
     text: dict[type, Callable[[Any], nn.Module]] = dict.fromkeys((TextConfig, T5Config, GlideConfig), text_encoder)
     controls = {ControlNetConfig: ControlNet, T2IAdapterConfig: T2IAdapter, IPAdapterConfig: IPAdapter}
-    classes = {UNetConfig: UNet, PriorConfig: Prior, VisionConfig: CLIPVision, **text, **controls}
+    once = {PriorConfig: Prior, TextProjectionConfig: TextProjection}
+    classes = {UNetConfig: UNet, VisionConfig: CLIPVision, **once, **text, **controls}
     build: Callable[[Any], nn.Module] = classes.get(type(config), autoencoder)
     with torch.device("meta"):
         module = build(config).to(dtype)
@@ -89,6 +92,8 @@ def time_rows(config: UNetConfig, *, count: int, dtype: torch.dtype) -> DryRun:
     labels = _empty(count) if config.needs_class else None
     if config.class_input_dim is not None or config.adds_pooled:
         labels = _empty(count, config.class_input_dim or config.pooled_width, dtype=dtype)
+    elif config.needs_projection:
+        labels = _empty(count, config.time_embedding_dim, dtype=dtype)
 
     def run() -> object:
         with torch.device("meta"):  # the network computes LCM's guidance embedding on the default device
@@ -329,6 +334,13 @@ def run_encoder(config: AutoencoderConfig, *, height: int, width: int, batch: in
 def run_text(configs: Sequence[TextConfig | VisionConfig], *, batch: int, dtype: torch.dtype) -> None:
     """One window of text for each of `batch` prompts, through all encoders."""
     text(configs, batch=batch, dtype=dtype)()
+
+
+def run_projection(config: TextProjectionConfig, *, rows: int, tokens: int, dtype: torch.dtype) -> None:
+    """The text projection of unCLIP's decoder, of so many texts, with tokens that it makes of vectors among theirs."""
+    module, width = network(config, dtype), config.vector_dim
+    vectors, states = _empty(rows, width, dtype=dtype), _empty(rows, tokens - config.tokens, width, dtype=dtype)
+    torch.no_grad()(module)(vectors, vectors, states)
 
 
 # -------------------------------------------------------------------------------------------------------- costs

@@ -112,8 +112,7 @@ class Workload:
             "batch": batch,
         }
         options = {"beside": NOTHING, **defaults, **overrides}
-        if spec.prior is not None:
-            options["beside"] = replace(options["beside"], prior=spec.prior.networks)
+        options["beside"] = replace(options["beside"], once=spec.beside)
         return cls(spec.unet, spec.vae, spec.encoders, **shape, dtype=dtype, arch=arch, **options)
 
     @classmethod

@@ -80,9 +80,11 @@ def warm(
     ends += [{"rare": rare, "averages": True} for rare in (False, True)] if apg_momentum else []
     with targeting(ahead):
         dry_run.run_text(spec.encoders, batch=1, dtype=dtype)
+        if spec.projection is not None:
+            dry_run.run_projection(spec.projection, rows=1 + guided, tokens=spec.window, dtype=dtype)
         for batch in batches:
             beside = Beside(ranker=ranker, ranked=batch)
-            own = {"guided": guided, "size": spec.default_size, "batch": batch, "dtype": dtype, "arch": ahead.arch}
+            own = {"guided": guided, "size": spec.own_size, "batch": batch, "dtype": dtype, "arch": ahead.arch}
             for phase in beside.phases(spec.text, **own).values():
                 phase()()
         for width, height in sizes:

@@ -203,7 +203,7 @@ def needed_images(spec: Spec, height: int, width: int) -> dict[str, Any]:
     if spec.unet.reads_image_embeds:
         vector = torch.zeros(1, spec.unet.text_width)
         return {"image_embeds": vector, "negative_image_embeds": vector, "prompt": ""}
-    if spec.vision and not spec.text:
+    if spec.vision and (spec.projection is not None or not spec.text):
         return {"image": grey, "prompt": ""}
     if spec.unet.edits or spec.unet.upscales or spec.vision:
         return {"image": grey}

@@ -140,6 +140,7 @@ class Embeds(NamedTuple):
     prompt_embeds: Tensor  # (R, T, D)
     add_text_embeds: Tensor | None = None  # (R, P), SDXL's pooled vectors
     add_time_ids: Tensor | None = None  # (R, 6), SDXL's sizes
+    lengths: Tensor | None = None  # (R,) int32: of T tokens those that are read; None: all
 
     def split(self, images: int) -> list[Embeds]:
         """Those of each of so many images: one row, or with negatives two."""

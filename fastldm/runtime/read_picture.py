@@ -68,6 +68,14 @@ def check_prior(request: Request) -> None:
             raise InputError(f"{name} was given, and this model's prior reads a prompt, and starts from noise")
 
 
+def check_projected(request: Request) -> None:
+    """InputError for what the decoder of unCLIP, which is led away from an empty text, does not read."""
+    for name in ("negative_prompt", "negative_prompt_embeds", "clip_skip"):
+        value = getattr(request, name)
+        if value is not None and (name != "negative_prompt" or any(as_list(value))):
+            raise InputError(f"{name} was given, and this model reads prompts alone, and guides away from an empty one")
+
+
 def read_vectors(request: Request, width: int, prior: bool = False) -> Request:
     """A request of Kandinsky 2.2, whose vectors (n, width), each an image's in place of a prompt, are checked and on
     the host; or with a prior, which makes them, one with prompts. InputError for bad ones, for none, and for what such

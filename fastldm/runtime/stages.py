@@ -24,6 +24,7 @@ from torch import Tensor
 from fastldm import spans
 from fastldm.adapters.selection import Selection
 from fastldm.conditioning import encode as conditioning
+from fastldm.conditioning.prior import read_texts
 from fastldm.conditioning.text import Conditioning, TextStage
 from fastldm.device import send
 from fastldm.errors import InputError
@@ -33,11 +34,10 @@ from fastldm.loading import spec as loading
 from fastldm.loading.mapped import Mapped
 from fastldm.models.controlnet import ControlNet
 from fastldm.models.embeddings import pooled_condition
-from fastldm.models.families import encoder_names
 from fastldm.models.t2i_adapter import T2IAdapter
 from fastldm.models.unet import AddedConditions, UNet
 from fastldm.models.vae import PixelResidual, finish
-from fastldm.request import Request, Result, Timings, picture_seeds
+from fastldm.request import Request, Result, Timings, as_list, picture_seeds
 from fastldm.runtime import candidates
 from fastldm.runtime.adapted import Adapted
 from fastldm.runtime.batch import Batch, BatchInvariant, EagerBatch
@@ -52,7 +52,7 @@ from fastldm.runtime.guidance import apg_field, apg_of, guidance_of, pag_default
 from fastldm.runtime.image_prompts import ImagePrompts, PictureSelection, per_image, start_pictures
 from fastldm.runtime.prior import FIELDS as PRIOR_FIELDS
 from fastldm.runtime.prior import PriorStages
-from fastldm.runtime.read_picture import PictureRead, check_prior, read_picture, read_vectors
+from fastldm.runtime.read_picture import PictureRead, check_prior, check_projected, read_picture, read_vectors
 from fastldm.runtime.slots import Slots, StaticBuffers, graph_rows, step_capacity
 from fastldm.runtime.start import start_run
 from fastldm.runtime.steps import StepsBatch
@@ -62,6 +62,8 @@ from fastldm.samplers.table import StepTable
 
 logger = logging.getLogger("fastldm")
 
+OF_FOLLOWS = ("super_res_num_inference_steps", "super_res_latents")
+"""Fields of a request that are of what goes on with the pictures."""
 _GRAPH_MEMORY = 0.25  # the fraction of a GPU's memory that graphs may take
 _OPERATIONS_PER_THREAD = 1e9  # multiply-adds of a step, about
 
@@ -91,6 +93,10 @@ class Stages:
         self.image_encoder = networks.image_encoder
         self.prior = None if networks.prior is None else PriorStages(networks.prior)
         """What makes the vectors of pictures that the U-Net reads, of texts: unCLIP's own, or Kandinsky's, attached."""
+        self.projection = networks.projection
+        pairs = zip(spec.follows, networks.follows, strict=True)
+        self.follows = tuple(Stages(own, loaded, own.component, mapped) for own, loaded in pairs)
+        """Those that go on with its pictures: see `Spec.follows`."""
         self.schedule = spec.schedule
         self._pag = pag_defaults(spec.checkpoint.index) if networks.backend == "torch" else {}
         self.zero_negative = bool(spec.checkpoint.index.get("force_zeros_for_empty_prompt", False))
@@ -133,7 +139,7 @@ class Stages:
     @property
     def encoders(self) -> dict[str, TextStage]:
         """The text stages by component."""
-        return dict(zip(encoder_names(self.spec.text), self.text_stages, strict=True))
+        return dict(zip(self.spec.encoder_names, self.text_stages, strict=True))
 
     @property
     def revision(self) -> int:
@@ -145,13 +151,15 @@ class Stages:
         """Bytes of the networks' weights; engines keep theirs to themselves."""
         encoder = self.image_encoder
         pictures = [x for x in (encoder.model, encoder.normalizer) if x is not None] if encoder else []
+        beside: list[Any] = [*pictures, self.projection]
         if (prior := self.prior) is not None:
-            own = prior.loaded
-            pictures = [own.model, own.text.model, own.normalizer, own.image_encoder]  # type: ignore[list-item]
-        networks = [self.unet, self.vae, *(stage.model for stage in self.text_stages), *pictures]
+            loaded = prior.loaded
+            beside += [loaded.model, loaded.text.model, loaded.normalizer, loaded.image_encoder]
+        networks = [self.unet, self.vae, *(stage.model for stage in self.text_stages), *beside]
         modules = [network for network in networks if isinstance(network, torch.nn.Module)]
         storages = [p.untyped_storage() for module in modules for p in (*module.parameters(), *module.buffers())]
-        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        own = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        return own + sum(each.weight_bytes for each in self.follows)
 
     def layers_changed(self) -> None:
         """Layers compute another way from now on."""
@@ -179,6 +187,10 @@ class Stages:
             request = self.prior.complete(request)
         elif unread := [name for name in PRIOR_FIELDS if getattr(request, name) is not None]:
             raise InputError(f"{unread[0]} was given, and no prior makes what this request reads: leave it out")
+        if self.projection is not None:
+            check_projected(request)
+        if not self.follows and (unread := [name for name in OF_FOLLOWS if getattr(request, name) is not None]):
+            raise InputError(f"{unread[0]} was given, and this model has no super-resolution of its own: leave it out")
         request = self.controls.complete(request, self.unet.config.needs_added)
         if request.reuse > 1:
             self._check_reuse(request.reuse)
@@ -347,9 +359,9 @@ class Stages:
         return run
 
     def _embeds(self, request: Request, encoded: Conditioning) -> Embeds:
-        hidden, pooled = encoded.network_rows()  # (R, T, D), (R, P): all negatives, then all prompts
+        hidden, pooled, lengths = encoded.network_rows()  # (R, T, D), (R, P), (R,): all negatives, then all prompts
         if pooled is None or not self.unet.config.needs_added:
-            return Embeds(hidden, pooled)
+            return Embeds(hidden, pooled, lengths=lengths)
         scored = self.unet.config.added_ids == 5
         return Embeds(hidden, pooled, conditioning.size_ids(request, len(pooled), scored=scored, device=self.device))
 
@@ -363,6 +375,8 @@ class Stages:
                 negatives = send(request.negative_image_embeds, self.device, self.dtype)
             read = conditioning.of_pictures(embeds, self.guided(request), negatives)
             return read.repeat(request.num_images_per_prompt)
+        if config.needs_projection:
+            return self._read(request)
         if isinstance(request.image_embeds, PictureRead) and not config.needs_vector:
             embeds = request.image_embeds.embeds(self.dtype, self.device)
             return conditioning.of_pictures(embeds, self.guided(request)).repeat(request.num_images_per_prompt)
@@ -388,6 +402,17 @@ class Stages:
             run=run,
         )
         return encoded.repeat(request.num_images_per_prompt)
+
+    def _read(self, request: Request) -> Conditioning:
+        """Of unCLIP's decoder, a row for each image: an encoder's last states and vectors, of no text for negatives."""
+        prompts = read_texts(self.text_stages[0], as_list(request.prompt), literal=request.literal_prompt)
+        texts, none = prompts.repeat(request.num_images_per_prompt), None
+        if not self.guided(request):
+            return Conditioning(texts.hidden, texts.vectors, lengths=texts.lengths)
+        none = read_texts(self.text_stages[0], [""]).repeat(request.batch)
+        return Conditioning(
+            texts.hidden, texts.vectors, none.hidden, none.vectors, texts.lengths, negative_lengths=none.lengths
+        )
 
     def table(self, request: Request) -> StepTable:
         """The sampler's table of a completed request."""
@@ -422,11 +447,18 @@ class Stages:
         table = run.table
         timesteps = send(torch.from_numpy(table.timesteps), self.device)  # (S,)
         rows = 1  # a step: the network's rows differ only where their conditioning enters the time embedding
-        added = scale = None
+        added = scale = labels = None
+        text = embeds.prompt_embeds
         more: dict[str, Any] = {}
         if embeds.add_text_embeds is not None and embeds.add_time_ids is not None:
             rows, steps = len(embeds.add_text_embeds), len(table)
             added = AddedConditions(embeds.add_text_embeds.repeat(steps, 1), embeds.add_time_ids.repeat(steps, 1))
+        elif self.projection is not None:
+            rows, vectors = len(embeds.prompt_embeds), run.vectors
+            assert vectors is not None
+            assert embeds.add_text_embeds is not None
+            text, labels = self.projection(vectors, embeds.add_text_embeds, embeds.prompt_embeds)
+            labels = labels.repeat(len(table), 1)
         elif embeds.add_text_embeds is not None and self.unet.config.adds_pooled:
             rows = len(embeds.add_text_embeds)
         elif embeds.add_text_embeds is not None:
@@ -437,14 +469,13 @@ class Stages:
             more["encoder_hidden_states"] = embeds.prompt_embeds
         if self.unet.config.needs_guidance:
             scale = torch.full((len(table) * rows,), guidance_scale, device=self.device)
-        labels, text = None, embeds.prompt_embeds
         if self.unet.config.reads_image_embeds:
             text = text[:, 0]  # (R, D)
             rows = len(text)
             more["image_embeds"] = text.repeat(len(table), 1)
         if self.unet.config.adds_pooled and embeds.add_text_embeds is not None:
             labels = embeds.add_text_embeds.repeat(len(table), 1)
-        if run.vectors is not None:  # of negatives zeros
+        if run.vectors is not None and self.projection is None:  # of negatives zeros
             rows = len(embeds.prompt_embeds)
             negatives = run.vectors.new_zeros((rows - run.batch, run.vectors.shape[1]))
             labels = torch.cat((negatives, run.vectors)).repeat(len(table), 1)
@@ -459,6 +490,8 @@ class Stages:
         if self.unet.config.cross_widths:
             text_kv = self.run("text keys and values", self.unet.cross_kv, text)
         run.temb, run.text_kv, run.embeds = temb.unflatten(0, (len(table), rows)), text_kv, embeds
+        if embeds.lengths is not None:
+            run.text_len = embeds.lengths + (text.shape[1] - embeds.prompt_embeds.shape[1])
         for control in run.controls:
             network = control.network
             temb = network.time_rows(timesteps, added=added if network.needs_added else None)

@@ -100,6 +100,10 @@ def start_run(
     pictures = request.image_embeds
     if prior is not None and prior.loaded.normalizer is not None:
         vectors, normalizer = send(pictures, device, torch.float32), prior.loaded.normalizer
+    elif unet.needs_projection:  # which reads them as they are
+        made = isinstance(pictures, PictureRead)
+        vectors = pictures.embeds(dtype, device, one_by_one) if made else send(pictures, device, dtype)
+        vectors = vectors.repeat_interleave(request.batch // len(vectors), 0)
     elif isinstance(pictures, PictureRead) and pictures.encoder.normalizer is not None:
         vectors, normalizer = pictures.embeds(dtype, device, one_by_one), pictures.encoder.normalizer
         if request.generator is None:  # as each picture would be drawn for alone
@@ -119,8 +123,8 @@ def start_run(
             small = send(start, device)
         elif unet.resizes:
             small = send(images.load_image(request.image), device)
-            corners = unet.pools_text  # IF's are aligned, GLIDE's are not
-            small = torch.nn.functional.interpolate(small, (height, width), mode="bilinear", align_corners=corners)
+            filtering = unet.resizes_by or ("aligned" if unet.pools_text else "bilinear")
+            small = torch.nn.functional.interpolate(small, (height, width), **_FILTERS[filtering])
             small = each(small)
         else:
             small = send(images.load_image(request.image, small_size, resample=resample), device)
@@ -204,6 +208,14 @@ def start_run(
     if request.class_labels is not None:  # a tuple of a completed request
         run.labels = send(torch.tensor(request.class_labels), device)
     return run
+
+
+_FILTERS: dict[str, dict[str, Any]] = {
+    "aligned": {"mode": "bilinear", "align_corners": True},  # IF's
+    "bilinear": {"mode": "bilinear", "align_corners": False},  # GLIDE's
+    "bicubic": {"mode": "bicubic", "align_corners": False, "antialias": True},
+}
+"""By which a small picture is made as large as the image: arguments of PyTorch's `interpolate`, as in diffusers."""
 
 
 def _encode(

@@ -18,7 +18,7 @@ from fastldm.kernels.dispatch import device_capability
 from fastldm.loading.ranker import find_ranker
 from fastldm.model import backend_device, backend_for, describe
 from fastldm.pipeline import Pipeline
-from fastldm.planning import memory
+from fastldm.planning import cascade, memory
 from fastldm.server.errors import ApiError
 from fastldm.server.settings import Settings
 from fastldm.serving.session import MAX_QUEUE, Session
@@ -46,9 +46,8 @@ class Model:
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels that it was made for."""
         assert self.pipe is not None
-        height, width = self.pipe.unet.config.sample_size
-        factor = self.pipe.vae.config.factor
-        return height * factor, width * factor
+        width, height = self.pipe.stages.spec.default_size
+        return height, width
 
     @property
     def enlarges(self) -> int:
@@ -180,11 +179,11 @@ class Models:
         if free is None or is_bundle(model.path):  # an engine does not say what it takes
             return
         spec = describe(model.path, allow_pickle=self._settings.allow_pickle)
-        width, height = spec.default_size
+        width, height = spec.own_size
         arch = device_capability(device.index or 0) if device.type == "cuda" else 0
         dtype = choose_dtype(self._settings.dtype, device)
         workload = memory.Workload.of_spec(spec, width=width, height=height, batch=1, dtype=dtype, arch=arch)
-        plan = memory.plan(workload)
+        plan = cascade.of_model(spec, model.name, workload, batch=1, dtype=dtype, arch=arch)
         if not plan.fits(free):
             needed, there = memory.size(plan.needed), memory.size(free)
             raise OutOfMemory(f"model {model.name} needs {needed} for a picture, and {there} are free")

@@ -76,13 +76,12 @@ class ImageFields(BaseModel):
     apg_rescale: float | None = Field(None, description="Adaptive projected guidance.")
     apg_eta: float | None = None
     apg_momentum: float | None = None
-    use_original_formulation: bool | None = Field(
-        None, description="Whether guidance_scale counts from 0, as in papers."
-    )
+    use_original_formulation: bool | None = Field(None, description="Whether guidance_scale counts from 0: papers'.")
     clip_guidance_scale: float | None = Field(None, description="CLIP guidance by gradient, such as 100; 0 is off.")
     sampler: str | None = Field(None, max_length=200)
     strength: float | None = None
     noise_level: int | None = Field(None, ge=0, description="Noise of what an upscaler or unCLIP reads of the picture.")
+    super_res_num_inference_steps: int | None = Field(None, ge=2, description="Of Karlo: its super-resolution's; 7.")
     class_labels: int | list[int] | None = Field(None, description="Classes that the pictures show: one, or one each.")
     clip_skip: int | None = None
     reuse: int | None = Field(None, ge=1, description="Of so many calls of the U-Net the first computes all of it.")
@@ -118,6 +117,7 @@ class EditFields(ImageFields):
 _MORE = (
     *("pag_scale", "pag_adaptive_scale", "apg_rescale", "apg_eta", "apg_momentum", "use_original_formulation"),
     *("clip_skip", "adapters", "reuse", "noise_level", "clip_guidance_scale", "class_labels"),
+    "super_res_num_inference_steps",
 )
 
 

@@ -132,7 +132,8 @@ class Service:
             if dialect == "a1111":  # whose front ends send all, as its models read the one or the other
                 from_noise = unet.edits or unet.upscales or reads_picture
                 unread = ["image_guidance_scale"] * (not unet.edits) + ["strength"] * from_noise
-                unread += ["width", "height"] * (unet.upscales or (spec.fits_pictures and "image" in arguments))
+                own_size = unet.upscales or bool(spec.follows)
+                unread += ["width", "height"] * (own_size or (spec.fits_pictures and "image" in arguments))
                 arguments = {name: value for name, value in arguments.items() if name not in unread}
             own_size = unet.upscales or reads_picture or spec.fits_pictures
             if isinstance(image := arguments.get("image"), Image.Image) and not own_size:
@@ -184,8 +185,9 @@ class Service:
         if request.batch > settings.max_n:
             name = "n" if request.candidates is None else "best_of"
             raise InputError(f"{name} is {request.batch}: expected at most {settings.max_n}")
-        if (request.hires_steps or 0) > settings.max_steps:
-            raise InputError(f"hires_steps is {request.hires_steps}: expected at most {settings.max_steps}")
+        for name in ("hires_steps", "super_res_num_inference_steps"):
+            if (getattr(request, name) or 0) > settings.max_steps:
+                raise InputError(f"{name} is {getattr(request, name)}: expected at most {settings.max_steps}")
         if isinstance(request.image, Image.Image) and (times := model.pipe.stages.spec.enlarges) > 1:
             height, width = request.image.height * times, request.image.width * times
         tall, wide = request.height or height, request.width or width

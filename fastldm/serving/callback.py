@@ -99,7 +99,8 @@ class CallState:
             latents = _checked(LATENTS, latents, tuple(step.latents.shape))
         embeds = self._embeds(step.embeds, changed) if changed else None
         after = self._scales()
-        self._check_rows(embeds or step.embeds, len(step.latents))
+        if embeds is not None or before != after:  # else they are those of a stage that may be unguided
+            self._check_rows(embeds or step.embeds, len(step.latents))
         if self.interrupt:
             self.generation.interrupt()
         if before != after and embeds is None and self.embedded_guidance:

@@ -3,6 +3,8 @@
     base, to 0.8 of the noise  ->  the refiner, from there              the same latents go on
     64x64                      ->  the same model at 128x128            latents or pixels, enlarged and noised again
     the default model, 64x64   ->  its upscaler, 128x128                pixels, which that reads
+    Karlo's decoder, 64x64     ->  super-resolution, 256x256            pixels, which that reads
+                               ->  another network for its last step    the same pixels go on
 
 A stage is a model, a request of that model, and how it takes what the stage before it made. It is queued with the other
 requests of its model and size, so that cascades and requests of many users share the batches of each stage; between
@@ -29,7 +31,7 @@ from fastldm.models.config import AutoencoderConfig
 from fastldm.request import Request
 from fastldm.runtime import enlarge
 from fastldm.runtime.prior import PriorStages
-from fastldm.runtime.stages import Stages
+from fastldm.runtime.stages import OF_FOLLOWS, Stages
 
 SWITCH_AT = 0.8  # where the refiner goes on, as in diffusers' documentation
 _HIRES_STRENGTH = 0.7
@@ -47,6 +49,8 @@ class CascadeModel(Generic[S]):
     stages: S
     queue: Any
     """The session's buckets."""
+    follows: tuple[CascadeModel[Stages], ...] = ()
+    """Those that go on with its pictures: see `Spec.follows`."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,8 @@ class CascadeStage:
     """Completed for its model; a placeholder stands for what the stage before makes."""
     take: Callable[[Tensor], Mapping[str, Any]] = lambda made: {"image": made}
     """From what the stage before made to fields of `request`."""
+    keeps: tuple[str, ...] = ()
+    """Fields of `request` that are as the stage before had them."""
     rows: int = 0
     """Of its table, for who waits."""
 
@@ -65,6 +71,8 @@ class CascadeStage:
 def complete(request: Request, base: CascadeModel[Stages], refiner: CascadeModel[Stages] | None) -> Request:
     """A request completed for the model that it was sent to, and where its stages meet. InputError for what they do not
     take."""
+    if base.follows:
+        return _complete_followed(request, base, refiner)
     completed = base.stages.complete(request)
     switch = request.refiner_switch_at
     if switch is None:
@@ -85,6 +93,29 @@ def complete(request: Request, base: CascadeModel[Stages], refiner: CascadeModel
     )
 
 
+def _complete_followed(request: Request, base: CascadeModel[Stages], refiner: CascadeModel[Stages] | None) -> Request:
+    """Of a model whose pictures go on through others, and are of one size. InputError for what that excludes."""
+    size = base.stages.spec.default_size
+    for name, own in (("width", size[0]), ("height", size[1])):
+        if getattr(request, name) not in (None, own):
+            raise InputError(f"{name} is {getattr(request, name)}: expected {own}, the size of this model's pictures")
+    for name in ("denoising_start", "denoising_end", *_OF_HIRES):
+        if getattr(request, name) is not None:
+            raise InputError(f"{name} was given, and networks of its own enlarge this model's pictures: leave it out")
+    if refiner is not None and request.refiner_switch_at != 1:
+        raise InputError("a refiner is attached, and networks of its own enlarge this model's pictures: detach_refiner")
+    completed = base.stages.complete(request.replace(width=None, height=None))
+    steps = request.super_res_num_inference_steps
+    first = base.follows[0].stages
+    completed = completed.replace(
+        refiner_switch_at=None, super_res_num_inference_steps=steps or first.family.num_inference_steps
+    )
+    latents = request.super_res_latents
+    if latents is not None and latents.shape != (shape := (completed.batch, first.latent_channels, *size[::-1])):
+        raise InputError(f"super_res_latents have shape {tuple(latents.shape)}: expected {shape}")
+    return completed.replace(width=size[0], height=size[1])
+
+
 def stages_of(
     completed: Request,
     sampler: str | None,
@@ -101,6 +132,10 @@ def stages_of(
     """
     upscaler, switch = enlarge.wanted(completed), completed.refiner_switch_at
     stages = [CascadeStage(base, completed.replace(**_OFF))]
+    if base.follows:
+        width, height = base.stages.spec.own_size
+        own = stages[0].request.replace(width=width, height=height, output_type="pt", **dict.fromkeys(OF_FOLLOWS))
+        stages = [CascadeStage(base, own)]
     if prior is not None and completed.image_embeds is None:
         if base.stages.unet.config.reads_image_embeds and (upscaler is not None or switch is not None):
             name = "a high-resolution pass" if upscaler is not None else "a refiner"
@@ -110,6 +145,7 @@ def stages_of(
         first = stages.pop()
         stages.append(replace(first, request=first.request.replace(output_type=upscaler.reads)))
         stages.append(_hires(completed, first.request, base, upscaler))
+    stages += _following(completed, base)
     if enlarger is not None:
         stages = _enlarged(stages[0].request, base, enlarger)
     if switch is not None:
@@ -156,6 +192,38 @@ def _enlarged(completed: Request, base: CascadeModel[Stages], enlarger: CascadeM
         output_type=completed.output_type,
     )
     return [CascadeStage(base, small), CascadeStage(enlarger, enlarger.stages.complete(large))]
+
+
+def _following(completed: Request, base: CascadeModel[Stages]) -> list[CascadeStage]:
+    """The models that go on with the pictures of one: the first enlarges them, and each of the rest takes the last step
+    of the one before, with the same latents, and no noise added."""
+    if not base.follows:
+        return []
+    first, *rest = base.follows
+    trained = first.stages.schedule.num_train_timesteps
+    width, height = base.stages.spec.own_size
+    request = Request(
+        image=_placeholder(completed.batch, 3, height, width),
+        num_inference_steps=completed.super_res_num_inference_steps,
+        latents=completed.super_res_latents,
+        seed=completed.seed,
+        generator=completed.generator,
+        output_type=completed.output_type,
+    )
+    stages = [CascadeStage(first, first.stages.complete(request))]
+    for model in rest:
+        last = stages.pop()
+        start = float(last.model.stages.table(last.request).timesteps[-2])  # of the step that is its last one
+        cut = 1 - start / trained
+        stages.append(replace(last, request=last.request.replace(denoising_end=cut, output_type="latent")))
+        request = request.replace(latents=_latents(last.request, model.stages), denoising_start=cut)
+        stages.append(CascadeStage(model, model.stages.complete(request), _as_latents, keeps=("image",)))
+    return stages
+
+
+def _as_latents(made: Tensor) -> Mapping[str, Any]:
+    """What the stage before made, of which a stage goes on."""
+    return {"latents": made}
 
 
 _OF_HIRES = ("hires_scale", "hires_width", "hires_height", "hires_strength", "hires_steps", "hires_upscaler")

@@ -253,7 +253,8 @@ class Generation(Future[Result]):
         """Go over to the next stage. made: by the one before."""
         self.stage, self.generators = self.stage + 1, generators
         stage = self.cascade[self.stage]
-        self.part = stage.request.replace(**stage.take(made))
+        kept = {name: getattr(self.part, name) for name in stage.keeps}
+        self.part = stage.request.replace(**kept, **stage.take(made))
         return stage
 
     def next_part(self) -> CascadeStage:

@@ -77,7 +77,7 @@ class Session:
         self.batch_invariant = checks.flag("batch_invariant", batch_invariant)
         self._worker = Worker.of(stages.device)
         self._buckets = self._worker.buckets(stages, self.max_batch, self.batch_invariant)
-        self._model = cascade.CascadeModel(stages, self._buckets)
+        self._model = cascade.CascadeModel(stages, self._buckets, tuple(map(self._queued, stages.follows)))
         self._refiner: Session | None = getattr(pipe, "refiner_session", None)
         self._enlarger: cascade.CascadeModel[Stages] | None = None
         self._prior: cascade.CascadeModel[PriorStages] | None = None
