@@ -86,9 +86,11 @@ def read_adapter(path: PathLike, spec: Spec, *, strict: bool = True, allow_pickl
     checks.flag("strict", strict)
     checks.flag("allow_pickle", allow_pickle)
     source = str(file)
-    if (beyond := spec.unet.beyond_standard) is not None:
+    if not spec.unet.conditional or spec.unet.adds_pooled:
+        network = "GLIDE's" if spec.unet.adds_pooled else "a UNet2DModel"
         raise CheckpointError(
-            f"{source}: adapters are made for Stable Diffusion's networks, and {spec.checkpoint.source} has {beyond}."
+            f"{source}: adapters are of diffusers' UNet2DConditionModel, and the network of {spec.checkpoint.source} "
+            f"is {network}."
         )
     shapes, metadata = read_shapes(file, allow_pickle)
     check_keys(shapes, source)

@@ -11,6 +11,7 @@ interval, {"scale": 0.8, "start": 0.0, "end": 0.5}: the steps between those frac
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -23,6 +24,7 @@ from fastldm.adapters.targets import Target
 from fastldm.checks import show
 from fastldm.errors import InputError
 from fastldm.models.config import UNetConfig
+from fastldm.models.unet_config import TimeNorm
 
 Weight = float | Mapping[str, Any]
 Part = Literal["text", "conditions", "step"]
@@ -37,10 +39,13 @@ class Parameter(NamedTuple):
     module: str
     leaf: str  # "weight" or "bias"
     of_text: bool = False  # whether it is in a first attention that reads the text, as second ones do
+    time_norm: TimeNorm = "shift"  # of its U-Net
 
     @staticmethod
     def of(component: str, module: str, leaf: str, config: UNetConfig) -> Parameter:
-        return Parameter(component, module, leaf, component == "unet" and config.reads_text_first(module))
+        if component != "unet":
+            return Parameter(component, module, leaf)
+        return Parameter(component, module, leaf, config.reads_text_first(module), config.time_norm)
 
     def __str__(self) -> str:
         return ".".join(self[:3])
@@ -49,12 +54,23 @@ class Parameter(NamedTuple):
     def part(self) -> Part:
         if self.component != "unet":
             return "text"
-        once = self.module.startswith(("time_embedding.", "add_embedding.")) or self.module.endswith(
-            (".attn2.to_k", ".attn2.to_v", ".time_emb_proj", *((".to_k", ".to_v") if self.of_text else ()))
+        once = self.module.startswith(_EMBEDDINGS) or self.module.endswith(
+            (*_READERS, *((".to_k", ".to_v") if self.of_text else ()))
         )
-        # the bias of a resnet's first convolution is a part of its time rows (models/unet.py)
-        return "conditions" if once or (self.module.endswith(".conv1") and self.leaf == "bias") else "step"
+        # What time rows are folded with (models/resnet.py): a resnet's first bias, or its second norm.
+        if self.time_norm == "shift":
+            once |= self.module.endswith(".conv1") and self.leaf == "bias"
+        elif self.time_norm == "scale":
+            once |= _SECOND_NORM.search(self.module) is not None
+        return "conditions" if once else "step"
 
+
+_EMBEDDINGS = ("time_embedding.", "add_embedding.", "class_embedding.", "encoder_hid_proj")
+_READERS = (  # of the text, and of the time
+    *(".attn2.to_k", ".attn2.to_v", ".add_k_proj", ".add_v_proj", ".norm_cross"),
+    *(".time_emb_proj", ".norm1.linear", ".norm2.linear"),
+)
+_SECOND_NORM = re.compile(r"(resnets|samplers)\.\d+\.norm2$")
 
 Deltas = tuple[tuple[Form, float], ...]
 """What is added to a parameter: forms with the user's scales."""

@@ -93,8 +93,9 @@ def from_original(name: str, layers_per_block: int) -> str | None:
 
 
 def modules_of(spec: Spec) -> Modules:
-    """The modules of a model, from its configs: no weights are read."""
-    return of_configs(spec.unet, tuple(zip(spec.encoder_names, spec.text, strict=True)))
+    """The modules of a model, from its configs: no weights are read. Of text encoders CLIP's alone, as in diffusers."""
+    texts = zip(spec.encoder_names, spec.text, strict=True)
+    return of_configs(spec.unet, tuple((name, text) for name, text in texts if not text.kind))
 
 
 @lru_cache(maxsize=4)

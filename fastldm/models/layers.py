@@ -430,6 +430,9 @@ class Attention(nn.Module):
     perturbed (B,) bool: the rows in which each pixel attends to itself alone, of perturbed-attention guidance.
     """
 
+    by_qkv = False
+    """Whether the caller projects by `qkv` alone."""
+
     def __init__(self, channels: int, heads: int, context: int, bias: bool = False) -> None:
         super().__init__()
         self.to_q = Linear(channels, channels, bias)

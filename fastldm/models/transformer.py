@@ -109,6 +109,7 @@ class TransformerLayer(nn.Module):
         self.only_cross = level.only_cross
         self.norm1 = LayerNorm(channels)
         self.attn1 = Attention(channels, level.heads, level.context if level.only_cross else channels)
+        self.attn1.by_qkv = not level.only_cross
         self.norm2 = LayerNorm(channels)
         self.attn2 = Attention(channels, level.heads, level.context)
         self.norm3 = LayerNorm(channels)
@@ -169,6 +170,7 @@ class PixelAttention(Attention):
     """
 
     cross_attentions: tuple[Attention, ...] = ()
+    by_qkv = True
 
     def __init__(self, channels: int, heads: int, groups: int | None, eps: float, scale: float = 1.0) -> None:
         super().__init__(channels, heads, context=channels, bias=True)
@@ -204,6 +206,7 @@ class AddedAttention(Attention):
         grouped = config.cross_attention_norm == "group_norm"
         self.norm_cross = GroupNorm(32, level.context, eps=1e-5) if grouped else None
         self.only_cross = level.only_cross
+        self.by_qkv = not self.only_cross
         if self.only_cross:
             del self.to_k, self.to_v
 
@@ -263,6 +266,7 @@ class AdaptiveAttention(nn.Module):
         if level.self_attention:
             self.norm1 = AdaptiveNorm(groups, channels, 1e-5, config.time_embedding_dim)
             self.attn1 = Attention(channels, heads, channels, bias=True)
+            self.attn1.by_qkv = True
         self.norm2 = AdaptiveNorm(groups, channels, 1e-5, config.time_embedding_dim)
         self.attn2 = NormedAttention(channels, heads, level.context)
         self.norms = ("norm1", "norm2") if level.self_attention else ("norm2",)

@@ -174,7 +174,7 @@ class Pages(Pool):
         name = path.rpartition(".")[2]
         parent = self._unet.get_submodule(path.rpartition(".")[0])
         names = [path]
-        if isinstance(parent, Attention) and name in (joint := ("to_q", "to_k", "to_v")) and ".attn1." in path:
+        if isinstance(parent, Attention) and parent.by_qkv and name in (joint := ("to_q", "to_k", "to_v")):
             names = [f"{path.rpartition('.')[0]}.{each}" for each in joint]
         weight = self._unet.get_parameter(f"{path}.weight")
         up = weight.new_zeros(self._count, len(names) * weight.shape[0], RANK)
