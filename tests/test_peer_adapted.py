@@ -1,4 +1,4 @@
-"""LoRA of networks beyond Stable Diffusion's beside peft at work in diffusers' pipelines, on the same random weights."""
+"""LoRA of networks beyond Stable Diffusion's against peft at work in diffusers' pipelines, on the same weights."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ def adapted(pipe: Any, path: Path, wanted: tuple[str, ...], seed: int = 0, rank:
     return live
 
 
-@pytest.fixture(scope="module", params=[*FAMILIES])
+@pytest.fixture(
+    scope="module", params=["if", *(pytest.param(name, marks=pytest.mark.full) for name in FAMILIES if name != "if")]
+)
 def family(request: pytest.FixtureRequest) -> tuple[str, Any, Pipeline, Options]:
     make, options = FAMILIES[request.param]
     theirs = make()
