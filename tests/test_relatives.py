@@ -16,7 +16,13 @@ from fastldm import Pipeline
 from fastldm.errors import CheckpointError
 from fastldm.loading import spec as loading
 from fastldm.loading.formats import component_classes
-from fastldm.models.families import PIXEL_SPACE_PIPELINES, UNCONDITIONAL_PIPELINES, pipeline_classes
+from fastldm.models.families import (
+    IF_FIRST_PIPELINES,
+    IF_SUPER_RESOLUTIONS,
+    PIXEL_SPACE_PIPELINES,
+    UNCONDITIONAL_PIPELINES,
+    pipeline_classes,
+)
 
 XL_INDEX = {
     **SD_INDEX,
@@ -58,7 +64,8 @@ def test_supported_classes_are_accepted() -> None:
     own |= {name: {**plain, "vae": none} for name in PIXEL_SPACE_PIPELINES}
     own["KandinskyV22Pipeline"] = {**none_of_text, "vae": none, "movq": ["diffusers", "VQModel"]}
     own |= {name: {**plain, **codes} for name in ("LDMPipeline", "LDMSuperResolutionPipeline")}
-    own["IFPipeline"] = {"vae": none, "text_encoder": ["transformers", "T5EncoderModel"]}
+    of_if: Any = {"vae": none, "text_encoder": ["transformers", "T5EncoderModel"]}
+    own |= dict.fromkeys(IF_FIRST_PIPELINES, of_if)
     karlo: Any = {
         **{"unet": none, "vae": none, "scheduler": none, "decoder": ["diffusers", "UNet2DConditionModel"]},
         **{f"super_res_{which}": ["diffusers", "UNet2DModel"] for which in ("first", "last")},
@@ -73,7 +80,7 @@ def test_supported_classes_are_accepted() -> None:
         "prior_scheduler": ["diffusers", "UnCLIPScheduler"],
     }
     noising = {"image_noising_scheduler": ["diffusers", "DDPMScheduler"]}
-    own["IFSuperResolutionPipeline"] = {**own["IFPipeline"], **noising}
+    own |= {name: {**of_if, **noising} for name in IF_SUPER_RESOLUTIONS}
     for name in pipeline_classes() - {"PixelUpscalePipeline"}:  # which is fastldm's own
         index = {**(XL_INDEX if "XL" in name else SD_INDEX), **own.get(name, {})}
         expected = "UNet2DModel" if name in UNCONDITIONAL_PIPELINES else "UNet2DConditionModel"
@@ -92,7 +99,7 @@ def test_other_classes_are_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("IFImg2ImgSuperResolutionPipeline", "an upscaler"),
+        ("StableDiffusionXXLUpscalePipeline", "an upscaler"),
         ("VersatileDiffusionImageVariationPipeline", "image variation by Versatile Diffusion"),
         ("KandinskyV22Img2ImgPipeline", "another of Kandinsky's than the decoder of 2.2"),
         ("MarigoldDepthPipeline", "Marigold"),

@@ -285,6 +285,7 @@ def _peak(pipe: Pipeline, request: Request) -> int:
     torch.set_num_threads(1)  # the session's thread has a pool of its own, and two compete for the cores
     try:  # in this thread: the profiler sees no other
         with torch.no_grad(), torch_profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            request, _ = pipe.stages.with_vectors(request)
             run = pipe.stages.prepare(request)
             batch = pipe.stages.new_batch(run, request.batch)
             batch.admit(run)

@@ -19,7 +19,7 @@ from fastldm.models.families import Family
 from fastldm.request import PER_PROMPT, Request, as_list, picture_seeds
 from fastldm.runtime.controls import ControlSelection
 from fastldm.runtime.guidance import apg_field, apg_of
-from fastldm.runtime.read_picture import check_prior, read_vectors
+from fastldm.runtime.read_picture import check_prior, check_projected, read_vectors
 from fastldm.samplers.names import for_xl, is_cfg_pp
 
 if TYPE_CHECKING:
@@ -132,6 +132,10 @@ def complete(
 
 def check(request: Request, spec: Spec) -> None:
     """InputError for what a model cannot run, as far as its configs alone say: before any weights are read."""
+    if spec.follows:
+        request = of_first(request, spec)
+    if spec.projection is not None:
+        check_projected(request)
     if spec.unet.reads_image_embeds:
         request = read_vectors(request, spec.unet.text_width)
     elif spec.vision is not None:  # its encoder prepares pictures
@@ -139,6 +143,18 @@ def check(request: Request, spec: Spec) -> None:
     elif spec.prior is not None:
         check_prior(request)
     complete(request, spec, spec.vae, spec.family)
+
+
+def of_first(request: Request, spec: Spec) -> Request:
+    """Of a model whose own networks go on with its pictures, which are of one size: the request of the first of them.
+    InputError for what that excludes."""
+    for name, own in zip(("width", "height"), spec.default_size, strict=True):
+        if getattr(request, name) not in (None, own):
+            raise InputError(f"{name} is {getattr(request, name)}: expected {own}, the size of this model's pictures")
+    for name in ("denoising_start", "denoising_end", "hires_scale", "hires_height", "hires_width"):
+        if getattr(request, name) is not None:
+            raise InputError(f"{name} was given, and networks of its own enlarge this model's pictures: leave it out")
+    return request.replace(width=None, height=None)
 
 
 def _without_text(request: Request, unet: UNetConfig) -> Request:

@@ -606,14 +606,19 @@ class Stages:
         """Channels of a latent: 4 for Stable Diffusion."""
         return self.vae.config.latent_channels
 
+    def with_vectors(self, request: Request) -> tuple[Request, Sequence[torch.Generator] | None]:
+        """A completed request with the vectors that a prior makes of its prompts, made in this thread, and the
+        generators of its seeds behind what that drew; where no prior has to make any, as it is, and None."""
+        if self.prior is None or request.image_embeds is not None:
+            return request, None
+        own = self.prior.request_of(request)
+        vectors, generators = self.prior.make(own, batch_invariant=self.batch_invariant)
+        return self.of_vectors(request).replace(**self.prior.fields(vectors, request.batch)), generators
+
     @torch.no_grad()
     def make(self, request: Request) -> Any:
         """The images of one request, made from end to end in this thread."""
-        request, generators = self.complete(request), None
-        if self.prior is not None and request.image_embeds is None:
-            own = self.prior.request_of(request)
-            vectors, generators = self.prior.make(own, batch_invariant=self.batch_invariant)
-            request = self.of_vectors(request).replace(**self.prior.fields(vectors, request.batch))
+        request, generators = self.with_vectors(self.complete(request))
         run = self.prepare(request, batch_invariant=self.batch_invariant, generators=generators)
         batch = self.new_batch(run, run.batch)
         if not self.adapters.enter(run):

@@ -30,6 +30,7 @@ from fastldm.errors import InputError
 from fastldm.models.config import AutoencoderConfig
 from fastldm.request import Request
 from fastldm.runtime import enlarge
+from fastldm.runtime.complete import of_first
 from fastldm.runtime.prior import PriorStages
 from fastldm.runtime.stages import OF_FOLLOWS, Stages
 
@@ -95,25 +96,19 @@ def complete(request: Request, base: CascadeModel[Stages], refiner: CascadeModel
 
 def _complete_followed(request: Request, base: CascadeModel[Stages], refiner: CascadeModel[Stages] | None) -> Request:
     """Of a model whose pictures go on through others, and are of one size. InputError for what that excludes."""
-    size = base.stages.spec.default_size
-    for name, own in (("width", size[0]), ("height", size[1])):
-        if getattr(request, name) not in (None, own):
-            raise InputError(f"{name} is {getattr(request, name)}: expected {own}, the size of this model's pictures")
-    for name in ("denoising_start", "denoising_end", *_OF_HIRES):
-        if getattr(request, name) is not None:
-            raise InputError(f"{name} was given, and networks of its own enlarge this model's pictures: leave it out")
+    width, height = base.stages.spec.default_size
     if refiner is not None and request.refiner_switch_at != 1:
         raise InputError("a refiner is attached, and networks of its own enlarge this model's pictures: detach_refiner")
-    completed = base.stages.complete(request.replace(width=None, height=None))
+    completed = base.stages.complete(of_first(request, base.stages.spec))
     steps = request.super_res_num_inference_steps
     first = base.follows[0].stages
     completed = completed.replace(
         refiner_switch_at=None, super_res_num_inference_steps=steps or first.family.num_inference_steps
     )
     latents = request.super_res_latents
-    if latents is not None and latents.shape != (shape := (completed.batch, first.latent_channels, *size[::-1])):
+    if latents is not None and latents.shape != (shape := (completed.batch, first.latent_channels, height, width)):
         raise InputError(f"super_res_latents have shape {tuple(latents.shape)}: expected {shape}")
-    return completed.replace(width=size[0], height=size[1])
+    return completed.replace(width=width, height=height)
 
 
 def stages_of(

@@ -9,6 +9,7 @@ from typing import Any
 
 import deepfloyd
 import kandinsky
+import karlo
 import other_networks
 import picture_readers
 import tiny
@@ -23,6 +24,8 @@ MAKERS: dict[str, Callable[[], Any]] = {
     "x2-upscaler": other_networks.latent_upscaler,
     "sd2-unclip-prior": picture_readers.unclip_of_text,
     "kandinsky": kandinsky.decoder,
+    "karlo": karlo.karlo,
+    "karlo-variation": lambda: karlo.karlo(variation=True),
     "if": deepfloyd.first_stage,
     "if-super-resolution": deepfloyd.super_resolution,
 }
