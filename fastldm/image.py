@@ -571,6 +571,8 @@ def result_parameters(result: Result, model: str) -> list[str]:
     extra = {"Version": f"fastldm {__version__}", "Backend": f"{result.backend} {result.dtype}"}
     if result.refiner:
         extra["Refiner"] = result.refiner
+    if result.upscalers:
+        extra["Upscalers"] = ", ".join(result.upscalers)
     seeds = result.seeds or (None,) * result.request.batch
     scores = [{"Score": f"{score:.4f}"} for score in result.scores] or [{}] * len(seeds)
     return [

@@ -106,6 +106,8 @@ def parameters_text(
         value = _as_tuple(getattr(request, name))
         if name.endswith("prompt_2"):
             value = _nth(value, picture, request.kept)
+        if name == "upscaler_options" and value is not None:
+            value = json.dumps(value, ensure_ascii=False)
         if name == "class_labels" and isinstance(value, tuple):  # one for each image
             value = value[picture]
         values[label] = None if value == _as_tuple(type(request).__dataclass_fields__[name].default) else value
@@ -303,6 +305,11 @@ def _weights(text: str) -> dict[str, Any]:
     return weights
 
 
+def _upscaler_options(text: str) -> Any:
+    options = json.loads(text)
+    return tuple(options) if isinstance(options, list) else options
+
+
 _READERS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "Steps": ("num_inference_steps", int),
     "Sampler": ("sampler", _unlabelled),
@@ -334,6 +341,7 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "hires_width": ("Hires width", int),
     "hires_steps": ("Hires steps", int),
     "hires_upscaler": ("Hires upscaler", str),
+    "upscaler_options": ("Upscaler options", _upscaler_options),
     "denoising_start": ("Denoising start", float),
     "denoising_end": ("Denoising end", float),
     "eta": ("Eta", float),

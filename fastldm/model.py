@@ -64,7 +64,7 @@ def open_model(
         return _open_bundle(path_or_id, backend, device, dtype)
     backend = choose_backend(backend, path_or_id, device, dtype)
     if is_bundle(path_or_id):
-        unused = [name for name, value in options.items() if value]
+        unused = [name for name, value in options.items() if (value is None if name == "text_encoder" else value)]
         if unused:
             raise InputError(f"{', '.join(unused)}: not for a bundle, which was exported from one checkpoint")
         if backend != "torch":

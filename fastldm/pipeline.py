@@ -20,6 +20,7 @@ import torch
 from fastldm import checks, openmp
 from fastldm.adapters.selection import Selection
 from fastldm.adapting import Adapting
+from fastldm.cascading import CascadeLoader
 from fastldm.controlling import ControlLoader, as_list, without_controls
 from fastldm.errors import CheckpointError, InputError
 from fastldm.image_prompting import IPAdapterLoader
@@ -29,7 +30,6 @@ from fastldm.loading.mapped import Mapped
 from fastldm.loading.ranker import find_ranker
 from fastldm.model import need_exporter, open_model
 from fastldm.models.families import IMAGE_ENCODER, IMAGE_NORMALIZER, folder_name
-from fastldm.priors import KandinskyPrior
 from fastldm.reading import check_path
 from fastldm.request import MAX_IMAGES, MAX_SIDE, Request, Result
 from fastldm.runtime import eight_bits
@@ -51,7 +51,7 @@ def _of_stages(name: str, doc: str) -> Any:
     )
 
 
-class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapterLoader):
+class Pipeline(Steered, Adapting, CascadeLoader, ControlLoader, TextualInversionLoader, IPAdapterLoader):
     """A loaded model, ready to be called, by several threads at once too."""
 
     name = _of_stages("name", "What the model is called: its folder's name, as a rule.")
@@ -82,7 +82,6 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         self.stages = Stages(spec, networks, name, mapped)
         self.stages.batch_invariant = batch_invariant
         self._session = Session(self.stages)
-        self._refiner: Pipeline | None = None
         self.calls = Calls()
         self.stages.enlarged_size = loading.enlarged_size(name, spec)
         if self.stages.enlarged_size is not None:
@@ -110,6 +109,7 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         ranker: str | os.PathLike[str] | None = None,
         refiner: Any = None,
         prior: Any = None,
+        upscaler: Any = None,
         **where: Any,
     ) -> Pipeline:
         """A pipeline from a diffusers folder, a hub id, a .safetensors file, a bundle that `fastldm export` wrote, or
@@ -128,7 +128,9 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         ranker: a CLIP model that ranks `candidates`: what `load_ranker` takes.
         refiner: what `attach_refiner` takes, to be loaded with the same device, dtype, backend and `where`.
         prior: what `attach_prior` takes, for Kandinsky 2.2, likewise.
-        where: variant, revision, cache_dir, local_files_only, allow_pickle and prediction_type, see `loading.describe`.
+        upscaler: what `attach_upscaler` takes, or a list of such, one after the other, likewise.
+        where: variant, revision, cache_dir, local_files_only, allow_pickle, prediction_type and text_encoder, see
+            `loading.describe`.
 
         Raises CheckpointError for what is not a model that fastldm can run, InputError for a device or dtype there
         is not, BundleError for a bundle that is damaged, EngineError for a backend that is not installed or cannot
@@ -148,6 +150,8 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
             ranker = find_ranker(ranker, **options)
         alone = controlnet is None and adapter is None  # a bundle has its own, and takes no other
         model = open_model(path_or_id, device=device, dtype=dtype, backend=backend, prepared=alone, **where)
+        if where.get("text_encoder", True) is None and model[0].text:
+            raise InputError("text_encoder is None: only DeepFloyd IF's super-resolution goes without its own")
         pipe = cls(*model, batch_invariant=batch_invariant)
         for control in (*as_list(controlnet), *as_list(adapter)):
             pipe.attach_control(control, **options)
@@ -159,6 +163,8 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
             )
         if prior is not None:
             pipe.attach_prior(prior, **options)
+        for each in as_list(upscaler):
+            pipe.attach_upscaler(each, device=device, dtype=dtype, batch_invariant=batch_invariant, **where)
         return pipe
 
     @classmethod
@@ -202,65 +208,15 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
             adopted.attach_control(control)
         return adopted
 
-    # --- a refiner
-
-    @property
-    def refiner(self) -> Pipeline | None:
-        """The model that goes on where this one stops, if one is attached."""
-        return self._refiner
-
-    @property
-    def refiner_session(self) -> Session | None:
-        """Its session, which requests of its own share with those that come from here."""
-        return self._session.refiner
-
-    def attach_refiner(self, path_or_pipeline: str | os.PathLike[str] | Pipeline, **options: Any) -> None:
-        """Have another model go on with the latents of each request from now on, at `refiner_switch_at` of the noise,
-        as SDXL's refiner does with its base's: a loaded pipeline, or what `from_pretrained` takes with options.
-
-        InputError for one that is on another device, or whose latents are not this model's; and what loading raises.
-        """
-        refiner = path_or_pipeline
-        if not isinstance(refiner, Pipeline):
-            placed = {"device": self.device, "dtype": self.dtype if self.backend == "torch" else None}
-            options = {name: value for name, value in options.items() if value is not None}
-            refiner = Pipeline.from_pretrained(refiner, **{**placed, **options})
-        self._session.refiner = refiner.session
-        self._refiner = refiner
-
-    def detach_refiner(self) -> None:
-        """Make requests from now on alone; those that were submitted keep it."""
-        self._session.refiner = self._refiner = None
-
-    # --- a prior
-
-    def attach_prior(self, path_or_prior: str | os.PathLike[str] | KandinskyPrior, **options: Any) -> None:
-        """Have a prior make the vectors that Kandinsky 2.2 reads, of the prompts of each request from now on: a loaded
-        one, or what `KandinskyPrior.from_pretrained` takes with options. Its steps are shared as a model's are.
-
-        InputError for another kind of model, and for a prior that is on another device or makes other vectors; and what
-        loading raises.
-        """
-        unet = self.stages.spec.unet
-        if not unet.reads_image_embeds:
-            raise InputError(f"{self.name} reads no vectors that a prior makes: prior is for Kandinsky 2.2's decoder")
-        prior = path_or_prior
-        if not isinstance(prior, KandinskyPrior):
-            placed = {"device": self.device, "dtype": self.dtype if self.backend == "torch" else None}
-            prior = KandinskyPrior.from_pretrained(prior, **{**placed, **options})
-        if prior.stages.device != self.device:
-            raise InputError(
-                f"the prior is on {prior.stages.device}, and the model on {self.device}: load both on one device"
-            )
-        if (width := prior.stages.model.config.out_dim) != unet.text_width:
-            raise InputError(f"the prior makes vectors of {width}, and the model reads some of {unet.text_width}")
-        self.stages.prior = prior.stages
-
-    def detach_prior(self) -> None:
-        """Read vectors from now on, and no prompts; requests that were submitted keep the prior."""
-        if self.stages.spec.prior is not None:
-            raise InputError(f"{self.name} has a prior of its own, without which it reads nothing")
-        self.stages.prior = None
+    def _beside(self, source: Any, options: dict[str, Any], *, shares_text: bool = False) -> Pipeline:
+        if isinstance(source, Pipeline):
+            return source
+        placed = {"device": self.device, "dtype": self.dtype if self.backend == "torch" else None}
+        placed |= {name: value for name, value in options.items() if value is not None}
+        if not shares_text:
+            return Pipeline.from_pretrained(source, **placed)
+        batch_invariant = placed.pop("batch_invariant", False)
+        return Pipeline(*open_model(source, **placed, text_encoder=None), batch_invariant=batch_invariant)
 
     # --- a call
 
@@ -346,6 +302,8 @@ class Pipeline(Steered, Adapting, ControlLoader, TextualInversionLoader, IPAdapt
         if self.refiner is not None:
             self.refiner.warmup([(width, height) for width, height in sizes], counts, **options)
             options["refiner_switch_at"] = 1.0
+        if self.upscalers:
+            options.setdefault("upscaler_options", {"num_inference_steps": repeats})
         shared = {"num_inference_steps": steps, "output_type": "pt", "seed": 0}
         for width, height, count in sorted(workloads, key=math.prod, reverse=True):
             sample = sample_request(self.stages.spec, height, width)

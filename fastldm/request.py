@@ -59,6 +59,13 @@ UPSCALERS = (
 )
 """Of latents, and of pixels; AUTOMATIC1111's names."""
 
+UPSCALER_FIELDS = (
+    *("prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "guidance_rescale", "noise_level"),
+    *("strength", "sampler", "timesteps", "sigmas", "eta"),
+)
+"""What `upscaler_options` may hold."""
+MAX_UPSCALERS = 10
+
 PER_PROMPT = tuple(
     f"{sign}{name}"
     for sign in ("", "negative_")
@@ -229,6 +236,9 @@ class Request:
     """Steps that it takes; as many as num_inference_steps if None."""
     hires_upscaler: str | None = None
     """What enlarges, a name of UPSCALERS, as in AUTOMATIC1111: "Latent" if None."""
+    upscaler_options: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None
+    """Of attached upscalers, what each has in place of its own defaults, as a dictionary of fields of UPSCALER_FIELDS:
+    one for all, or a list of one for each. Prompts are the request's where it has none."""
     mask_image: Any = None
     """White is repainted, black stays; needs `image`. Types as for `image`, or (H, W), see `image.load_mask`."""
     padding_mask_crop: int | None = None
@@ -456,6 +466,8 @@ class Result:
     """Of a request with `candidates`, one per image: the cosine of picture and prompt, -1 to 1."""
     refiner: str = ""
     """The name of the model that went on with the latents; "" for none."""
+    upscalers: tuple[str, ...] = ()
+    """The names of the models that enlarged the images, in this order."""
 
 
 def as_list(texts: str | Sequence[str] | None) -> list[str]:
@@ -615,6 +627,23 @@ def _check_generators(request: Request) -> None:
             f"generator is {checks.show(value)}: expected a torch.Generator, or a list of one for each of "
             f"{request.batch} pictures"
         )
+
+
+def _upscaler_options(name: str, value: Any) -> Any:
+    """A dictionary of fields, or a list of one for each upscaler. Returns a copy."""
+    if not isinstance(value, Mapping):
+        items = checks.listed(name, value, MAX_UPSCALERS, "dictionaries, one for each upscaler")
+        return tuple(_upscaler_options(f"{name}[{k}]", item) for k, item in enumerate(items))
+    for key in value:
+        if key not in UPSCALER_FIELDS:
+            raise InputError(f"{name} has {checks.show(key)}: expected some of {', '.join(UPSCALER_FIELDS)}")
+    texts = {key: value[key] for key in ("prompt", "negative_prompt") if value.get(key) is not None}
+    for key, text in texts.items():
+        if not isinstance(text, str):
+            raise InputError(f"{name}[{key!r}] is {checks.show(text)}: expected one text")
+    Request(**texts)  # which checks their lengths
+    checked = {key: _CHECKS[key](f"{name}[{key!r}]", value[key]) for key in value if key in _CHECKS}
+    return {**texts, **{key: item for key, item in checked.items() if value[key] is not None}}
 
 
 def _adapters(name: str, value: Any) -> Mapping[str, Any]:
@@ -793,6 +822,7 @@ _CHECKS: dict[str, Check] = {
     "hires_strength": _real(0.0, 1.0),
     "hires_steps": _whole(1, MAX_STEPS, "steps"),
     "hires_upscaler": _upscaler,
+    "upscaler_options": _upscaler_options,
     "aesthetic_score": _real(-1000.0, 1000.0),
     "negative_aesthetic_score": _real(-1000.0, 1000.0),
     "padding_mask_crop": _whole(0, MAX_SIDE, "pixels"),

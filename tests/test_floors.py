@@ -21,6 +21,7 @@ FLOORS = [  # top first
     ["__main__", "cli"],
     ["batches", "profiling", "server"],
     ["pipeline"],
+    ["cascading"],
     ["adapting", "controlling", "image_prompting", "priors", "textual_inversion"],
     ["serving"],
     ["planning"],

@@ -49,7 +49,7 @@ FIELDS = {
         super_res_num_inference_steps super_res_latents strength
         denoising_start denoising_end depth_map class_labels noise_level
         refiner_switch_at hires_scale hires_height hires_width hires_strength hires_steps hires_upscaler
-        mask_image padding_mask_crop
+        upscaler_options mask_image padding_mask_crop
         control_image controlnet_conditioning_scale control_guidance_start control_guidance_end guess_mode
         adapter_conditioning_scale adapter_conditioning_factor clip_skip
         literal_prompt prompt_embeds negative_prompt_embeds pooled_prompt_embeds negative_pooled_prompt_embeds prompt_2
@@ -58,14 +58,14 @@ FIELDS = {
         adapters cross_attention_kwargs ip_adapter_image ip_adapter_image_embeds ip_adapter_scale""",
     "ClassifierGuidance": "model class_labels scale",
     "CLIPGuidance": "scale prompt num_cutouts through_unet decoder",
-    "Result": "images seeds timings backend dtype request adapters embeddings scores refiner",
+    "Result": "images seeds timings backend dtype request adapters embeddings scores refiner upscalers",
 }
 ARGUMENTS = {
     "Generation.result": "self timeout",
     "Pipeline.export": "self out options",
     "Pipeline.from_pretrained": """
         cls path_or_id device dtype torch_dtype backend batch_invariant controlnet adapter ranker refiner prior
-        where""",
+        upscaler where""",
     "Pipeline.from_single_file": "cls path options",
     "Pipeline.load_ip_adapter": """
         self pretrained_model_name_or_path_or_dict subfolder weight_name image_encoder_folder allow_pickle where""",
@@ -75,7 +75,7 @@ ARGUMENTS = {
     "Pipeline.warmup": "self sizes batches options",
     "Session.__init__": "self pipe max_batch max_queue batch_invariant",
     "Session.close": "self cancel",
-    "Session.submit": "self prompt priority deadline preview id refiner options",
+    "Session.submit": "self prompt priority deadline preview id refiner upscalers options",
 }
 MODULES = {"heap": "keep", "kernels": "OPS observe use", "kernels.geglu": "geglu", "errors": "FastLDMError InputError"}
 SPREAD = "median p90 p99 least most mean count"

@@ -176,6 +176,18 @@ def _list_things(ctx: click.Context, param: click.Parameter, group: str | None) 
     metavar="NAME",
     help="AUTOMATIC1111's: 'Latent (bicubic)', Lanczos, ...  [default: Latent]",
 )
+@click.option(
+    "--upscaler",
+    "upscalers",
+    multiple=True,
+    metavar="MODEL",
+    help="A model that enlarges the picture: DeepFloyd IF's second stage, the x4 or the latent x2 upscaler. "
+    "Repeatable: one after the other.",
+)
+@click.option("--upscaler-steps", type=int, multiple=True, metavar="N", help="Its steps; repeated, each one's.")
+@click.option("--upscaler-guidance", type=float, multiple=True, metavar="G", help="Likewise, as --guidance.")
+@click.option("--upscaler-strength", type=float, multiple=True, metavar="X", help="Likewise, as --strength.")
+@click.option("--upscaler-noise-level", type=int, multiple=True, metavar="N", help="Likewise, as --noise-level.")
 @click.option("--mask", metavar="FILE", help="Repaint only where this picture is white; needs --image.")
 @click.option(
     "--padding-mask-crop",
@@ -246,6 +258,7 @@ def generate(
     fastldm generate -m ./ddpm-cat-256 --steps 100
     fastldm generate "a cat" -m ./karlo-v1-alpha --super-res-steps 7
     fastldm generate "a cat" -m ./sdxl --refiner ./sdxl-refiner --switch-at 0.8
+    fastldm generate "a kangaroo" -m ./IF-I-XL-v1.0 --upscaler ./IF-II-L-v1.0 --upscaler ./x4-upscaler
     fastldm generate "a cat" -m ./sd15-onnx --backend openvino
     """
     if prompt is None:
@@ -296,6 +309,7 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
         "strength": options["strength"],
         "refiner_switch_at": options["switch_at"],
         **{name: options[name] for name in ("hires_scale", "hires_strength", "hires_steps", "hires_upscaler")},
+        "upscaler_options": _of_upscalers(options),
         "denoising_start": options["denoising_start"],
         "denoising_end": options["denoising_end"],
         "noise_level": options["noise_level"],
@@ -354,7 +368,8 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
         from fastldm.runtime import complete
 
         complete.check(request, describe(model, variant=options["variant"], allow_pickle=options["allow_pickle"]))
-    pipe = Pipeline.from_pretrained(model, refiner=options["refiner"], ranker=options["ranker"], **placed)
+    others = {"refiner": options["refiner"], "ranker": options["ranker"], "upscaler": list(options["upscalers"])}
+    pipe = Pipeline.from_pretrained(model, **others, **placed)
     if options["embeddings"]:
         pipe.load_textual_inversion(options["embeddings"], allow_pickle=options["allow_pickle"])
     if options["ip_adapter"]:
@@ -391,6 +406,27 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
         f"{result.backend} {result.dtype} on {pipe.device}: {timings.total:.2f} s (text {timings.text:.2f}, "
         f"{steps} steps {sum(timings.steps):.2f}, decode {timings.decode:.2f})"
     )
+
+
+def _of_upscalers(options: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Each upscaler's options."""
+    names = {
+        "steps": "num_inference_steps",
+        "guidance": "guidance_scale",
+        "strength": "strength",
+        "noise_level": "noise_level",
+    }
+    count = len(options["upscalers"])
+    each: list[dict[str, Any]] = [{} for _ in range(count)]
+    for name, field in names.items():
+        values, option = options[f"upscaler_{name}"], f"--upscaler-{name.replace('_', '-')}"
+        if values and not count:
+            raise InputError(f"{option} was given without --upscaler: say which model enlarges the picture")
+        if len(values) not in (0, 1, count):
+            raise InputError(f"{option} was given {len(values)} times for {count} upscalers: give one, or one each")
+        for own, value in zip(each, values * (count if len(values) == 1 else 1), strict=False):
+            own[field] = value
+    return each if any(each) else None
 
 
 def _one_or_each(numbers: tuple[int, ...]) -> int | tuple[int, ...] | None:

@@ -64,6 +64,13 @@ if TYPE_CHECKING:
 @click.option("--pag-layer", "pag_layers", multiple=True, metavar="NAME", help="What it perturbs.  [default: mid]")
 @click.option("--apg-momentum", type=float, metavar="M", help="Of projected guidance: a latent more for each picture.")
 @click.option("--refiner", metavar="MODEL", help="A model that goes on with the latents, such as SDXL's refiner.")
+@click.option(
+    "--upscaler",
+    "upscalers",
+    multiple=True,
+    metavar="MODEL",
+    help="A model that enlarges the picture, as of `generate`.",
+)
 @click.option("--hires-scale", type=float, metavar="S", help="The picture is enlarged so many times, and sampled on.")
 @click.option("--hires-upscaler", metavar="NAME", help="What enlarges it, as of `generate`.  [default: Latent]")
 @click.option("--arch", metavar="A", help="A GPU that need not be here, such as sm_90.  [default: this machine's]")
@@ -92,6 +99,7 @@ def plan(
     pag_layers: tuple[str, ...],
     apg_momentum: float | None,
     refiner: str | None,
+    upscalers: tuple[str, ...],
     hires_scale: float | None,
     hires_upscaler: str | None,
     arch: str | None,
@@ -111,6 +119,7 @@ def plan(
     fastldm plan --best-of 8                              what ranks, beside four pictures at a time
     fastldm plan -m ./sd15 --ip-adapter ip-adapter.safetensors
     fastldm plan -m ./sdxl --refiner ./sdxl-refiner       all stages: all weights, and the largest one's activations
+    fastldm plan -m ./IF-I-XL-v1.0 --upscaler ./IF-II-L-v1.0 --upscaler ./x4-upscaler
     fastldm plan --hires-scale 2
     fastldm plan -m ./sd15 --clip-guidance                activations are kept for the way back
     fastldm plan -m ./sdxl --pag-scale 3 --apg-momentum -0.5
@@ -228,10 +237,19 @@ def plan(
             stages.append((refiner, Workload.of_spec(spec, width=width, height=height, **shared, **options)))
         of_latents = [0] * (upscaler is not None and upscaler.reads == "latent")
         of_latents += [len(stages) - 2] * (refiner is not None)
-        if spec.follows:
-            planned = cascade.of_model(spec, model, first, **shared, dtype=options["dtype"])
-        else:
-            planned = cascade.plan(stages, of_latents=of_latents, sharing=[1] * (upscaler is not None))
+        followed = cascade.of_model(spec, model, first, **shared, dtype=options["dtype"]) if spec.follows else None
+        for name in upscalers:
+            before, shares_text = spec, spec.unet.pools_text
+            spec, options, check_range, _ = opened(name, "auto", dtype=dtype, shares_text=shares_text)
+            if not spec.unet.upscales:
+                raise InputError(f"{name} enlarges no picture: give an upscaler, or a super-resolution model")
+            of_latents += [len(stages) - 1] * spec.unet.enlarges_latents
+            width, height = spec.enlarged((width, height), before.default_size)
+            check_range(width, height)
+            stages.append((name, Workload.of_spec(spec, width=width, height=height, **shared, **options)))
+        planned = cascade.plan(stages, of_latents=of_latents, sharing=[1] * (upscaler is not None))
+        if followed is not None:
+            planned = cascade.CascadePlan((*followed.stages, *planned.stages[1:]))
         free = memory.free_bytes(target_device) if arch is None else None
         alone = len(planned.stages) == 1
         whole = planned.stages[0].plan if alone else planned
@@ -246,10 +264,18 @@ def plan(
 
 
 def _opened(
-    name: str, backend: str, device: torch.device, *, dtype: str | None, here: bool, needs_torch: Sequence[str]
+    name: str,
+    backend: str,
+    device: torch.device,
+    *,
+    dtype: str | None,
+    here: bool,
+    needs_torch: Sequence[str],
+    shares_text: bool = False,
 ) -> tuple[Spec, dict[str, Any], Callable[[int, int], None], str]:
     """A model, fields of its workloads, what raises InputError for a size that it does not run, and what it is called.
-    here: whether the device is this machine's. needs_torch: options that no bundle has."""
+    here: whether the device is this machine's. needs_torch: options that no bundle has. shares_text: whether it goes
+    without a text encoder, if it can."""
     from fastldm import sizes
     from fastldm.device import choose_dtype
     from fastldm.model import choose_backend, describe, latents, model_name, or_prepared, precisions
@@ -257,7 +283,7 @@ def _opened(
     path: str | os.PathLike[str] = name
     if here:
         path, backend = or_prepared(name, backend, device, dtype)
-    spec = describe(path)
+    spec = describe(path, text_encoder=None) if shares_text else describe(path)
     selected = choose_backend(backend, path, device, dtype)
     if selected == "torch":
         return spec, {"dtype": choose_dtype(dtype, device)}, lambda width, height: None, model_name(path)

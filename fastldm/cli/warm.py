@@ -28,6 +28,13 @@ from fastldm.errors import InputError
 @click.option("--pag", is_flag=True, help="Those of --pag-scale, a third row of the U-Net for each picture, too.")
 @click.option("--apg-momentum", is_flag=True, help="Those of projected guidance with momentum, too.")
 @click.option("--refiner", metavar="MODEL", help="The model that goes on with the latents, too, at the same sizes.")
+@click.option(
+    "--upscaler",
+    "upscalers",
+    multiple=True,
+    metavar="MODEL",
+    help="A model that enlarges the pictures, as of `generate`, too.",
+)
 @click.option("--hires-scale", type=float, metavar="S", help="Each size so many times as large, too.")
 @click.option("--best-of", type=click.IntRange(min=1), metavar="N", help="What ranks candidates, too, and their steps.")
 @click.option("--ranker", metavar="FOLDER_OR_ID", help="What ranks them, as of `generate`.  [default: the model's own]")
@@ -44,6 +51,7 @@ def warm(
     pag: bool,
     apg_momentum: bool,
     refiner: str | None,
+    upscalers: tuple[str, ...],
     hires_scale: float | None,
     best_of: int | None,
     ranker: str | None,
@@ -58,6 +66,7 @@ def warm(
     \b
     fastldm warm -m ./sd15 --arch sm_90 --arch sm_89
     fastldm warm -m ./sdxl --arch sm_90 --refiner ./sdxl-refiner
+    fastldm warm -m ./IF-I-XL-v1.0 --arch sm_90 --upscaler ./IF-II-L-v1.0 --upscaler ./x4-upscaler
     fastldm warm -m ./sd15 --arch sm_90 --hires-scale 2 --pag --best-of 8 --ranker ./clip
     fastldm warm --arch sm_90 --size 128x128              both models: the one of 64x64, and what enlarges
     fastldm warm -m ./x4-upscaler --arch sm_90 --size 2048x2048      of the large picture
@@ -117,6 +126,12 @@ def warm(
         models += [(each, [each.own_size], {}) for each in spec.follows]
         if refiner is not None:
             models.append((describe(refiner), large, guided))
+        for upscaler in upscalers:
+            before, sizes, *_ = models[-1]
+            each = describe(upscaler, text_encoder=None) if before.unet.pools_text else describe(upscaler)
+            if not each.unet.upscales:
+                raise InputError(f"{upscaler} enlarges no picture: give an upscaler, or a super-resolution model")
+            models.append((each, [each.enlarged(own_size, before.default_size) for own_size in sizes], {}))
         for name in arch:
             with tqdm(desc=name, bar_format="{desc}: {elapsed} {postfix}", disable=not sys.stderr.isatty()) as bar:
                 shared: dict[str, Any] = {"dtype": getattr(torch, dtype), "batches": list(dict.fromkeys(batches))}

@@ -72,6 +72,7 @@ def encode(
     stages: Sequence[TextStage],
     *,
     width: int,
+    window: int,
     pooled_width: int | None,
     guided: bool,
     zero_negative: bool,
@@ -81,8 +82,9 @@ def encode(
 ) -> Conditioning:
     """The Conditioning of a request's prompts, one row per prompt: not yet repeated for several images per prompt.
 
-    width: of the texts that the U-Net reads. pooled_width: of SDXL's pooled text, else None. guided: whether negatives
-    are needed. zero_negative: use zeros if there are no negatives (SDXL's `force_zeros_for_empty_prompt`).
+    width: of the texts that the U-Net reads. window: tokens that the encoder reads at once. pooled_width: of SDXL's
+    pooled text, else None. guided: whether negatives are needed. zero_negative: use zeros if there are no negatives
+    (SDXL's `force_zeros_for_empty_prompt`).
 
     Each branch (positive, negative) is either texts or tensors. With prompt_embeds of T tokens, negative texts are read
     in windows of T, if that is less than the encoder's, as in diffusers; branches of unequal length are repeated to a
@@ -138,7 +140,7 @@ def encode(
         dtype=dtype,
         device=device,
     )
-    return _with_equal_lengths(conditioning, stages[0].window)
+    return _with_equal_lengths(conditioning, window)
 
 
 def used_embeddings(request: Request, stages: Sequence[TextStage]) -> dict[str, str]:

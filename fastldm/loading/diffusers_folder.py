@@ -25,6 +25,7 @@ from fastldm.loading.formats import (
     component_classes,
     listed_classes,
     named_config,
+    without_text,
 )
 from fastldm.loading.relatives import adapter_advice, adapter_label
 from fastldm.loading.tensors import read_shapes
@@ -34,18 +35,22 @@ from fastldm.reading import Field, MapOf, Text, read_fields, read_json
 logger = logging.getLogger("fastldm")
 
 
-def open_diffusers(folder: PathLike, variant: str | None = None, *, allow_pickle: bool = False) -> Checkpoint:
+def open_diffusers(
+    folder: PathLike, variant: str | None = None, *, allow_pickle: bool = False, text_encoder: bool | None = True
+) -> Checkpoint:
     """Open a folder as diffusers' `save_pretrained` writes it. Reads no weights.
 
     variant: the precision in the names of weight files, such as "fp16". A network without such a file is loaded without
         a variant, as long as another network has one.
     allow_pickle: also accept pickled weights, of which only tensors are read.
+    text_encoder: None leaves out that of DeepFloyd IF's super-resolution, whose files need not be there then.
     Raises CheckpointError for a folder that is no such model or one that fastldm cannot run, saying what it is.
     """
     folder = Path(folder).expanduser()
     _check_folder(folder)
     source = str(folder)
     index = read_json(folder / INDEX)
+    index = without_text(index) if text_encoder is None else index
     classes = component_classes(index, source)
     ignored = [name for name in NOT_NEEDED if name in listed_classes(index) and name not in classes]
     if ignored:

@@ -98,8 +98,9 @@ def component_classes(index: Config, source: str) -> dict[str, str]:
     optional = {DEPTH_PIPELINE: DEPTH, KANDINSKY_PRIOR_PIPELINE: "image_processor"}
     not_needed = (*NOT_NEEDED, *(name for key, name in optional.items() if key == pipeline))
     unknown = [f"{name} ({listed[name]})" for name in listed if name not in names and name not in not_needed]
-    texts = [name for name in TEXT_ENCODERS if name in listed] or ["text_encoder"]  # the refiner has the second alone
-    texts = texts if of_text else []
+    texts = [name for name in TEXT_ENCODERS if name in listed]  # the refiner has the second alone
+    if not texts and of_text and pipeline not in IF_SUPER_RESOLUTIONS:  # which may read another model's text states
+        texts = ["text_encoder"]
     required = (*needed, *(name for text in texts for name in (text, text.replace("text_encoder", "tokenizer"))))
     missing = [folder_name(pipeline, name) for name in required if name not in listed]
     if unknown or missing:
@@ -115,6 +116,12 @@ def component_classes(index: Config, source: str) -> dict[str, str]:
             )
     relatives.check_known(pipeline, source)
     return {name: listed[name] for name in names if name in listed}
+
+
+def without_text(index: Config) -> Config:
+    """Of DeepFloyd IF's super-resolution the index without its text encoder, and of any other model as it is."""
+    left_out = {name: [None, None] for name in ("text_encoder", "tokenizer")}
+    return {**index, **left_out} if index.get("_class_name") in IF_SUPER_RESOLUTIONS else index
 
 
 def named_config(config: Config, class_name: str) -> Config:

@@ -23,6 +23,7 @@ from fastldm.loading.formats import (
     choose_weights,
     component_classes,
     listed_classes,
+    without_text,
 )
 from fastldm.models.families import IMAGE_ENCODER, WEIGHTLESS, folder_name, network_classes
 from fastldm.reading import check_path, read_json
@@ -38,12 +39,13 @@ def resolve(
     local_files_only: bool = False,
     variant: str | None = None,
     allow_pickle: bool = False,
+    text_encoder: bool | None = True,
 ) -> Path:
     """The local path of a model. A path that exists is returned unchanged, without network access.
 
     Otherwise "owner/name" is a hub id: the files that fastldm needs of that repository (configs, tokenizers, and each
     network's weights in one variant and one format) are downloaded to huggingface_hub's cache, or only looked up there
-    if `local_files_only` or HF_HUB_OFFLINE is set.
+    if `local_files_only` or HF_HUB_OFFLINE is set. text_encoder: as of `open_diffusers`.
 
     Raises CheckpointError for a path that does not exist, and for all errors of the hub.
     """
@@ -57,7 +59,7 @@ def resolve(
         raise CheckpointError(
             f"{text} does not exist here. Give a model folder, a .safetensors file, or a hub id (owner/name)."
         )
-    return _from_hub(text, revision, cache_dir, local_files_only, variant, allow_pickle)
+    return _from_hub(text, revision, cache_dir, local_files_only, variant, allow_pickle, text_encoder)
 
 
 def is_id(text: str) -> bool:
@@ -114,6 +116,7 @@ def _from_hub(
     local_files_only: bool,
     variant: str | None,
     allow_pickle: bool,
+    text_encoder: bool | None,
 ) -> Path:
     import huggingface_hub
     from huggingface_hub import constants
@@ -126,6 +129,7 @@ def _from_hub(
         )
     snapshot = Path(index_file).parent
     index, commit = read_json(snapshot / INDEX), snapshot.name  # later downloads use the same commit
+    index = without_text(index) if text_encoder is None else index
     if not offline:
         try:
             names = _names(repo, commit)

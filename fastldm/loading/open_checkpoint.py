@@ -26,6 +26,7 @@ def open_checkpoint(
     local_files_only: bool = False,
     allow_pickle: bool = False,
     prediction_type: str | None = None,
+    text_encoder: bool | None = True,
 ) -> Checkpoint:
     """Open a diffusers folder, a hub id or a single file. Reads no weights.
 
@@ -39,9 +40,10 @@ def open_checkpoint(
         local_files_only=local_files_only,
         variant=variant,
         allow_pickle=allow_pickle,
+        text_encoder=text_encoder,
     )
     if path.is_dir():
         if prediction_type is not None:
             raise InputError(f"prediction_type is for single files; {path} has it in its scheduler_config.json.")
-        return open_diffusers(path, variant, allow_pickle=allow_pickle)
+        return open_diffusers(path, variant, allow_pickle=allow_pickle, text_encoder=text_encoder)
     return open_single_file(path, prediction_type=prediction_type, allow_pickle=allow_pickle)

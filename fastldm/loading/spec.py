@@ -72,6 +72,7 @@ from fastldm.models.families import (
 )
 from fastldm.models.interfaces import Autoencoder, Denoiser
 from fastldm.models.prior import Prior, PriorConfig
+from fastldm.models.t5 import T5_WINDOW
 from fastldm.models.text_encoders import text_config, text_encoder
 from fastldm.models.text_projection import TextProjection, TextProjectionConfig
 from fastldm.models.unet import UNet
@@ -139,7 +140,7 @@ class Spec:
     @property
     def conditioned(self) -> bool:
         """Whether a request says what images show, by texts, pictures or their vectors: there is guidance by it."""
-        return bool(self.encoders) or self.unet.reads_image_embeds
+        return bool(self.encoders) or self.unet.reads_image_embeds or self.unet.pools_text
 
     @property
     def encoder_names(self) -> tuple[str, ...]:
@@ -170,6 +171,12 @@ class Spec:
             return 2
         return self.vae.factor if self.unet.upscales else 1
 
+    def enlarged(self, size: tuple[int, int], own: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) of what it makes, as an upscaler, of an image of `size`, by a model whose own size is
+        `own`."""
+        times = min(self.default_size) / min(own) if self.unet.resizes else self.enlarges
+        return int(size[0] * times), int(size[1] * times)
+
     @property
     def picture_multiple(self) -> int:
         """What a small picture's sides are made a multiple of, in pixels, before it is read: as in diffusers 32 of
@@ -188,6 +195,8 @@ class Spec:
         none; 32 that Kandinsky makes of one."""
         if self.unet.reads_image_embeds:
             return VECTOR_TOKENS
+        if self.unet.pools_text:  # with or without an encoder of its own
+            return T5_WINDOW
         of_vector = 0 if self.projection is None else self.projection.tokens
         return of_vector + self.text[0].max_position if self.text else 1
 
@@ -231,8 +240,11 @@ def describe(
     local_files_only: bool = False,
     allow_pickle: bool = False,
     prediction_type: str | None = None,
+    text_encoder: bool | None = True,
 ) -> Spec:
     """Describe a diffusers folder, a hub id, a single-file checkpoint, "default" or "upscaler". Loads no weights.
+    text_encoder: None leaves out that of DeepFloyd IF's super-resolution, which then reads `prompt_embeds`, or the text
+    of what it is the upscaler of.
 
     Raises CheckpointError for anything that is not a model fastldm can run, saying what it is instead.
     """
@@ -243,6 +255,7 @@ def describe(
         "local_files_only": local_files_only,
         "allow_pickle": allow_pickle,
         "prediction_type": prediction_type,
+        "text_encoder": text_encoder,
     }
     check_options(options)
     path = DEFAULT_MODEL if str(path_or_id) == "default" else path_or_id
@@ -251,7 +264,7 @@ def describe(
     return spec_of(open_checkpoint(path, **options))
 
 
-OPTIONS = ("variant", "revision", "cache_dir", "local_files_only", "allow_pickle", "prediction_type")
+OPTIONS = ("variant", "revision", "cache_dir", "local_files_only", "allow_pickle", "prediction_type", "text_encoder")
 """Names of the options of `describe`."""
 
 
@@ -262,6 +275,9 @@ def check_options(options: Mapping[str, Any]) -> None:
             checks.flag(name, value)
         elif value is None:
             continue
+        elif name == "text_encoder":
+            if value is not True:
+                raise InputError(f"text_encoder is {show(value)}: expected None, which leaves it out")
         elif name == "cache_dir":
             check_path(value, name)
         elif not (isinstance(value, str) and 0 < len(value) < 256 and value.isprintable()):
@@ -507,7 +523,7 @@ def _check_fit(
             f"the U-Net reads {unet.cross_attention_dim} channels ('cross_attention_dim'), and the image encoder makes "
             f"{vision.projection_dim} ('projection_dim')",
         )
-    reads = bool(text or vision) or unet.reads_image_embeds
+    reads = bool(text or vision) or unet.reads_image_embeds or unet.resizes
     check(reads or not unet.reads_text, "the U-Net reads text, and there is no text_encoder")
     check(
         unet.reads_text or not reads,

@@ -219,6 +219,9 @@ def needed_images(spec: Spec, height: int, width: int) -> dict[str, Any]:
     if spec.unet.reads_image_embeds:
         vector = torch.zeros(1, spec.unet.text_width)
         return {"image_embeds": vector, "negative_image_embeds": vector, "prompt": ""}
+    if spec.unet.pools_text and not spec.text:
+        states = torch.zeros(1, spec.window, spec.unet.text_width)
+        return {"image": grey, "prompt": None, "prompt_embeds": states, "negative_prompt_embeds": states}
     if spec.vision and (spec.projection is not None or not spec.text):
         return {"image": grey, "prompt": ""}
     if spec.unet.edits or spec.unet.upscales or spec.vision:
@@ -300,7 +303,7 @@ def _size(request: Request, spec: Spec, vae: AutoencoderConfig) -> tuple[int, in
         height, width = controls.size(factor)
     elif request.original_image is not None:
         _check_counts(request, "original_image")
-        height, width = _fitted(request.original_image, "original_image", (height, width))
+        height, width = fitted(request.original_image, "original_image", (height, width))
     if measured is not None and spec.enlarges > 1:
         height, width = measured  # latents have to be for them
     height, width = request.height or height, request.width or width
@@ -343,7 +346,7 @@ def _measured(request: Request, spec: Spec, vae: AutoencoderConfig) -> tuple[int
     if request.mask_image is not None:
         _check_counts(request, "mask_image", images.measure(request.mask_image, "mask_image", mask=True)[0])
     if spec.fits_pictures:
-        return _fitted(request.image, "image", spec.unet.sample_size)
+        return fitted(request.image, "image", spec.unet.sample_size)
     if isinstance(vae, PixelResidualConfig):
         factor //= vae.upscale_factor  # the small picture's pixels
     if spec.picture_multiple > 1:  # of a tensor as diffusers, which takes it as it is
@@ -382,7 +385,7 @@ def _check_counts(request: Request, name: str, count: int | None = None) -> None
         )
 
 
-def _fitted(source: Any, name: str, size: tuple[int, int]) -> tuple[int, int]:
+def fitted(source: Any, name: str, size: tuple[int, int]) -> tuple[int, int]:
     """(height, width) that a picture to start from gets, see `Spec.fits_pictures`: of arrays and tensors their own."""
     _, height, width = images.measure(source, name)
     if any(

@@ -211,6 +211,8 @@ class Stages:
         if request.gradient is not None:
             self._check_gradient(request)
         lacks_negatives = request.image_embeds is not None and request.negative_image_embeds is None
+        if unet.pools_text and not self.text_stages:
+            self._check_states(request)
         if unet.reads_image_embeds and lacks_negatives and self.guided(request):
             raise InputError(
                 f"negative_image_embeds is None, and guidance_scale is {request.guidance_scale:g}: give what guidance "
@@ -235,6 +237,29 @@ class Stages:
         """How well images of a request show what its prompts say, see `conditioning.ranking`."""
         ranker = self.ranking.need(self.text_stages, self.backend)
         return candidates.scores(ranker, request, images, self.text_stages[0])
+
+    def _check_states(self, request: Request) -> None:
+        """InputError for texts that no text encoder is there to read."""
+        names = ("prompt_embeds", "negative_prompt_embeds") if self.guided(request) else ("prompt_embeds",)
+        for name in names:
+            if getattr(request, name) is None:
+                raise InputError(
+                    f"{name} is None, and {self.name} has no text encoder to read texts: give it, or make this model "
+                    "the upscaler of IF's first stage, whose text it then reads"
+                )
+
+    def share_text(self, other: Stages) -> None:
+        """Read texts by another model's text encoder from now on, if this one has none of its own and can: DeepFloyd
+        IF's super-resolution by that of the first stage. InputError for text states of another width."""
+        ours, theirs = self.spec.unet, other.spec.unet
+        if self.text_stages or not ours.pools_text or not other.text_stages:
+            return
+        if not theirs.pools_text or ours.text_width != theirs.text_width:
+            raise InputError(
+                f"{self.name} has no text encoder, and reads text of {ours.text_width} channels; {other.name} has "
+                f"{theirs.text_width}: load it with its own"
+            )
+        self.spec, self.text_stages = dataclasses.replace(self.spec, text=other.spec.text), other.text_stages
 
     def _check_reuse(self, reuse: int) -> None:
         self.need_torch(
@@ -380,7 +405,7 @@ class Stages:
         if isinstance(request.image_embeds, PictureRead) and not config.needs_vector:
             embeds = request.image_embeds.embeds(self.dtype, self.device)
             return conditioning.of_pictures(embeds, self.guided(request)).repeat(request.num_images_per_prompt)
-        if not self.text_stages:
+        if not self.text_stages and not config.pools_text:
             return Conditioning(torch.zeros(request.batch, 1, 1, dtype=self.dtype, device=self.device))
         pooled_width = config.pooled_width if config.reads_pooled else None
         if config.enlarges_latents and request.guidance_scale == 0 and request.prompt is not None:
@@ -394,6 +419,7 @@ class Stages:
             request,
             self.text_stages,
             width=config.text_width,
+            window=self.spec.window,
             pooled_width=pooled_width,
             guided=self.guided(request),
             zero_negative=self.zero_negative,

@@ -334,7 +334,7 @@ class Bucket:
     def _go_on(self, generation: Generation, made: Any, run: Run | None) -> None:
         """Queue it for its next stage, with the requests of that stage's model and size, or for its next candidates."""
         assert run is not None
-        stage = generation.next_stage(made, run.generators) if generation.later else generation.next_part()
+        stage = generation.next_stage(made, run) if generation.later else generation.next_part()
         with self.host.changed:
             self.host.submit(stage.model.queue, generation, generation.priority)
 
@@ -367,8 +367,10 @@ class Bucket:
             total=now - generation.submitted,
         )
         backend = generation.ran_on.pop() if len(generation.ran_on) == 1 else generation.record.backend
-        refiner = "" if request.refiner_switch_at is None else generation.cascade[-1].model.stages.name
-        made = {"images": images, "timings": timings, "backend": backend, "refiner": refiner}
+        names = [(stage.role, stage.model.stages.name) for stage in generation.cascade]
+        made: dict[str, Any] = {"images": images, "timings": timings, "backend": backend}
+        made["refiner"] = next((name for role, name in names if role == "refiner"), "")
+        made["upscalers"] = tuple(name for role, name in names if role == "upscaler")
         result = replace(generation.record, **made)
         if request.candidates is None:
             return result

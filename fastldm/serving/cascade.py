@@ -5,6 +5,7 @@
     the default model, 64x64   ->  its upscaler, 128x128                pixels, which that reads
     Karlo's decoder, 64x64     ->  super-resolution, 256x256            pixels, which that reads
                                ->  another network for its last step    the same pixels go on
+    any of those               ->  upscalers that are attached          pixels, or latents, which those read
 
 A stage is a model, a request of that model, and how it takes what the stage before it made. It is queued with the other
 requests of its model and size, so that cascades and requests of many users share the batches of each stage; between
@@ -19,7 +20,7 @@ anything runs; `take` turns what that stage made, as its request's output_type s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -27,10 +28,11 @@ import torch
 from torch import Tensor
 
 from fastldm.errors import InputError
+from fastldm.loading.spec import Spec
 from fastldm.models.config import AutoencoderConfig
 from fastldm.request import Request
 from fastldm.runtime import enlarge
-from fastldm.runtime.complete import of_first
+from fastldm.runtime.complete import fitted, of_first
 from fastldm.runtime.prior import PriorStages
 from fastldm.runtime.stages import OF_FOLLOWS, Stages
 
@@ -65,6 +67,10 @@ class CascadeStage:
     """From what the stage before made to fields of `request`."""
     keeps: tuple[str, ...] = ()
     """Fields of `request` that are as the stage before had them."""
+    role: str = ""
+    """"refiner" or "upscaler" of a model that the base's requests go on with."""
+    reads_text: bool = False
+    """Whether its text states are those that the stage before read."""
     rows: int = 0
     """Of its table, for who waits."""
 
@@ -119,9 +125,11 @@ def stages_of(
     enlarger: CascadeModel[Stages] | None = None,
     several: bool = False,
     prior: CascadeModel[PriorStages] | None = None,
+    upscalers: Sequence[CascadeModel[Stages]] = (),
 ) -> tuple[CascadeStage, ...]:
     """The stages of a request that `complete` completed: one, as a rule. sampler: what was asked for. enlarger: of one
-    that `is_enlarged`. several: whether it is a part of several. prior: that of the model.
+    that `is_enlarged`. several: whether it is a part of several. prior: that of the model. upscalers: those that
+    enlarge the images, one after the other.
 
     InputError for what a model of them cannot run.
     """
@@ -149,6 +157,8 @@ def stages_of(
         cut = last.request.replace(denoising_end=switch, output_type="latent")
         stages.append(CascadeStage(base, cut, last.take))
         stages.append(_refiner(completed, sampler, cut, refiner))
+    for model, options in zip(upscalers, _options_of(completed, len(upscalers)), strict=True):
+        stages[-1:] = _upscaled(stages[-1], completed, model, options)
     if len(stages) == 1 and not several:  # whose table is made when it starts
         return (CascadeStage(base, stages[0].request, rows=int(completed.num_inference_steps or 1)),)
     return tuple(replace(stage, rows=len(stage.model.stages.table(stage.request))) for stage in stages)
@@ -222,7 +232,7 @@ def _as_latents(made: Tensor) -> Mapping[str, Any]:
 
 
 _OF_HIRES = ("hires_scale", "hires_width", "hires_height", "hires_strength", "hires_steps", "hires_upscaler")
-_OFF = dict.fromkeys(("refiner_switch_at", *_OF_HIRES))
+_OFF = dict.fromkeys(("refiner_switch_at", "upscaler_options", *_OF_HIRES))
 
 
 def _placeholder(*shape: int) -> Tensor:
@@ -279,7 +289,7 @@ def _refiner(completed: Request, sampler: str | None, cut: Request, refiner: Cas
         fields |= {name: getattr(cut, name) for name in _NOT_SCORED}
     more = {"image": _latents(cut, refiner.stages), "denoising_start": cut.denoising_end, "sampler": sampler}
     fields |= {**more, "output_type": completed.output_type}
-    return CascadeStage(refiner, refiner.stages.complete(Request(**fields)))
+    return CascadeStage(refiner, refiner.stages.complete(Request(**fields)), role="refiner")
 
 
 def check_refiner(base: Stages, refiner: Stages) -> None:
@@ -291,11 +301,98 @@ def check_refiner(base: Stages, refiner: Stages) -> None:
     check_latents(base.vae.config, refiner.vae.config)
 
 
-def check_latents(ours: AutoencoderConfig, theirs: AutoencoderConfig) -> None:
-    """InputError for a refiner whose latents are others."""
-    for name in ("latent_channels", "factor", "scaling_factor"):
-        if getattr(ours, name) != getattr(theirs, name):
+def check_latents(ours: AutoencoderConfig, theirs: AutoencoderConfig, name: str = "refiner") -> None:
+    """InputError for a refiner, or what `name` says, whose latents are others."""
+    for key in ("latent_channels", "factor", "scaling_factor"):
+        if getattr(ours, key) != getattr(theirs, key):
             raise InputError(
-                f"the refiner's latents are not this model's: {name} is {getattr(theirs, name)}, expected "
-                f"{getattr(ours, name)}"
+                f"the {name}'s latents are not this model's: {key} is {getattr(theirs, key)}, expected "
+                f"{getattr(ours, key)}"
             )
+
+
+def _options_of(completed: Request, count: int) -> Sequence[Mapping[str, Any]]:
+    """Of each upscaler. InputError for options of others than there are."""
+    options = completed.upscaler_options
+    if isinstance(options, Mapping):
+        options = (options,) * max(1, count)
+    if options is not None and len(options) != count:
+        attached = f"{count} upscalers are attached" if count else "no upscaler is attached"
+        raise InputError(
+            f"upscaler_options are of {len(options)} upscalers, and {attached}: attach_upscaler attaches one"
+        )
+    if count and completed.padding_mask_crop is not None:
+        raise InputError(
+            "padding_mask_crop was given, and upscalers are attached, which read whole pictures: leave it out"
+        )
+    return ({},) * count if options is None else options
+
+
+_OF_UPSCALER = ("num_images_per_prompt", "seed", "generator", "literal_prompt", "output_type")
+"""What an upscaler has of the request that its base is asked."""
+
+
+def _upscaled(
+    last: CascadeStage, completed: Request, model: CascadeModel[Stages], options: Mapping[str, Any]
+) -> tuple[CascadeStage, CascadeStage]:
+    """The last stage, and a model that enlarges its images, with the request's prompts, seeds and pictures."""
+    made, base, stages, spec = last.request, last.model.stages, model.stages, model.stages.spec
+    assert isinstance(base, Stages)
+    latents = spec.unet.enlarges_latents
+    fields: dict[str, Any] = {name: getattr(completed, name) for name in _OF_UPSCALER}
+    size = int(made.height or 0), int(made.width or 0)
+    fields["image"] = _latents(made, base) if latents else _placeholder(made.batch, 3, *size)
+    before = base.spec.unet
+    width, texts = spec.unet.text_width, {"prompt", "negative_prompt"} & {*options}
+    reads_text = spec.unet.pools_text and before.pools_text and before.text_width == width and not texts
+    if reads_text:
+        states = _placeholder(made.batch, spec.window, width)
+        fields |= {"prompt_embeds": states, "num_images_per_prompt": 1}
+        guided = base.guided(made)
+        fields |= {"negative_prompt_embeds": states} if guided else {"negative_prompt": completed.negative_prompts}
+    elif spec.conditioned:
+        if completed.prompt is None and "prompt" not in options:
+            raise InputError(
+                f"prompt_embeds were given, which {stages.name} cannot read: give prompt, or a 'prompt' of it in "
+                "upscaler_options"
+            )
+        fields |= {"prompt": completed.prompt, "negative_prompt": completed.negative_prompt}
+        if "prompt" in options:
+            fields["prompt"] = (options["prompt"],) * completed.count
+    if spec.unet.resizes:
+        fields |= _start_of(base, made, completed, spec)
+    request = Request(**{**fields, **{name: value for name, value in options.items() if name != "prompt"}})
+    enlarged = stages.complete(request)
+    if min(int(enlarged.height or 0) - size[0], int(enlarged.width or 0) - size[1]) <= 0:
+        raise InputError(
+            f"{stages.name} makes {enlarged.width}x{enlarged.height} pixels of {size[1]}x{size[0]}: expected a model "
+            "that enlarges them"
+        )
+    first = replace(last, request=made.replace(output_type="latent" if latents else "pt"))
+    return first, CascadeStage(model, enlarged, role="upscaler", reads_text=reads_text)
+
+
+def _start_of(base: Stages, made: Request, completed: Request, spec: Spec) -> dict[str, Any]:
+    """What DeepFloyd IF's second stage has of the picture that the first one started from, and its size: as many times
+    the first one's as their own sizes are."""
+    width, height = spec.enlarged((int(made.width or 0), int(made.height or 0)), base.spec.default_size)
+    sized: dict[str, Any] = {"width": width, "height": height}
+    if completed.image is None or completed.latents is not None or base.spec.unet.upscales:
+        return sized
+    start = {"original_image": completed.image, "mask_image": completed.mask_image}
+    own = base.spec.fits_pictures and fitted(completed.image, "image", base.spec.unet.sample_size)
+    return start if own == (made.height, made.width) else start | sized
+
+
+def check_upscaler(base: Stages, upscaler: Stages) -> None:
+    """InputError for a model that cannot enlarge what another makes."""
+    if base is upscaler:
+        raise InputError("the upscaler is the model itself: give another one")
+    if not upscaler.spec.unet.upscales:
+        raise InputError(f"{upscaler.name} enlarges no picture: give an upscaler, or a super-resolution model")
+    if base.device != upscaler.device:
+        raise InputError(
+            f"the upscaler is on {upscaler.device}, and the model on {base.device}: load both on one device"
+        )
+    if upscaler.spec.unet.enlarges_latents:
+        check_latents(base.vae.config, upscaler.vae.config, "upscaler")

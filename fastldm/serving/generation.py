@@ -249,12 +249,17 @@ class Generation(Future[Result]):
         parts = self.cascades[len(self.sampled) + 1 :]
         return sum(stage.rows for stages in (self.later, *parts) for stage in stages)
 
-    def next_stage(self, made: Any, generators: Sequence[torch.Generator] | None) -> CascadeStage:
-        """Go over to the next stage. made: by the one before."""
-        self.stage, self.generators = self.stage + 1, generators
+    def next_stage(self, made: Any, run: Run) -> CascadeStage:
+        """Go over to the next stage. made: by the one before, which was `run`."""
+        self.stage, self.generators = self.stage + 1, run.generators
         stage = self.cascade[self.stage]
-        kept = {name: getattr(self.part, name) for name in stage.keeps}
-        self.part = stage.request.replace(**kept, **stage.take(made))
+        fields = {name: getattr(self.part, name) for name in stage.keeps} | dict(stage.take(made))
+        if stage.reads_text and run.embeds is not None:
+            states, batch = run.embeds.prompt_embeds, stage.request.batch  # negatives first, if there are any
+            fields["prompt_embeds"] = states[-batch:]
+            if stage.request.negative_prompt_embeds is not None:
+                fields["negative_prompt_embeds"] = states[:batch]
+        self.part = stage.request.replace(**fields)
         return stage
 
     def next_part(self) -> CascadeStage:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import wait
 from contextlib import suppress
 from typing import Any, Protocol, TypeVar
@@ -81,6 +81,7 @@ class Session:
         self._refiner: Session | None = getattr(pipe, "refiner_session", None)
         self._enlarger: cascade.CascadeModel[Stages] | None = None
         self._prior: cascade.CascadeModel[PriorStages] | None = None
+        self._upscalers: tuple[Session, ...] = tuple(getattr(pipe, "upscaler_sessions", ()))
         self._weight_bytes = stages.weight_bytes
         self._closed = False
 
@@ -95,6 +96,22 @@ class Session:
             cascade.check_refiner(self.stages, session.stages)
         self._refiner = session
 
+    @property
+    def upscalers(self) -> tuple[Session, ...]:
+        """Those of the models that enlarge this one's images, one after the other."""
+        return self._upscalers
+
+    @upscalers.setter
+    def upscalers(self, sessions: Sequence[Session]) -> None:
+        self._upscalers = self._checked(sessions)
+
+    def _checked(self, sessions: Sequence[Session]) -> tuple[Session, ...]:
+        """Upscalers' sessions, of which those that have no text encoder read the text of the one before."""
+        for before, session in zip((self, *sessions), sessions, strict=False):
+            cascade.check_upscaler(before.stages, session.stages)
+            session.stages.share_text(self.stages)
+        return tuple(sessions)
+
     def submit(
         self,
         prompt: str | list[str] | Request | None = None,
@@ -104,6 +121,7 @@ class Session:
         preview: bool | int = False,
         id: str | None = None,
         refiner: Session | None = None,
+        upscalers: Sequence[Session] | None = None,
         **options: Any,
     ) -> Generation:
         """Queue a request: a text, a list of texts, or a whole Request; options are the other fields of Request.
@@ -112,6 +130,7 @@ class Session:
         the request fails with DeadlineExceeded; infinity is none. preview: whether `Progress` has small images of each
         step; a number is of how many steps, evenly spread. id: what logs name it by, at most 200 characters; None is a
         random one. refiner: the session of a model that goes on with the latents, in place of the pipeline's own.
+        upscalers: likewise those of models that enlarge the images.
 
         Raises InputError for what cannot be run, QueueFull, and OutOfMemory for what cannot fit.
         """
@@ -125,6 +144,7 @@ class Session:
             preview=preview if isinstance(preview, bool) else checks.whole("preview", preview, 0, MAX_STEPS),
             id=None if id is None else checks.short_text("id", id, "a name of at most 200 characters"),
             refiner=refiner,
+            upscalers=upscalers,
         )
 
     def submit_request(
@@ -137,18 +157,21 @@ class Session:
         waits_for_answer: bool = False,
         id: str | None = None,
         refiner: Session | None = None,
+        upscalers: Sequence[Session] | None = None,
     ) -> Generation:
-        """waits_for_answer: whether the request waits after each step until `Generation.answer` is called. refiner:
-        that of a model, in place of the session's."""
+        """waits_for_answer: whether the request waits after each step until `Generation.answer` is called. refiner,
+        upscalers: those of models, in place of the session's."""
         if refiner is None:
             refiner = self.refiner
         else:
             cascade.check_refiner(self.stages, refiner.stages)
+        upscalers = self._upscalers if upscalers is None else self._checked(upscalers)
         models = self._model, None if refiner is None else refiner._model
         completed = cascade.complete(request, *models)
         parts = completed.parts(self.max_batch)
         options: dict[str, Any] = {"enlarger": self._enlarger_of(completed), "several": len(parts) > 1}
         options["prior"] = self._prior_of()
+        options["upscalers"] = [session._model for session in upscalers]
         cascades = [cascade.stages_of(part, request.sampler, *models, **options) for part in parts]
         for stage in cascades[0]:
             held, ranked = stage.model.queue.held(stage.request), completed.candidates is not None
