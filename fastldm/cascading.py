@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastldm.errors import InputError
 from fastldm.priors import KandinskyPrior
 from fastldm.runtime.stages import Stages
 from fastldm.serving.session import Session
-
-if TYPE_CHECKING:
-    from fastldm.pipeline import Pipeline
 
 
 class CascadeLoader:
@@ -19,10 +16,10 @@ class CascadeLoader:
 
     stages: Stages
     _session: Session
-    _refiner: Pipeline | None = None
-    _upscalers: tuple[Pipeline, ...] = ()
+    _refiner: Any = None
+    _upscalers: tuple[Any, ...] = ()
 
-    def _beside(self, source: Any, options: dict[str, Any], *, shares_text: bool = False) -> Pipeline:
+    def _beside(self, source: Any, options: dict[str, Any], *, shares_text: bool = False) -> Any:
         """A loaded pipeline, or what `from_pretrained` takes with options, on this one's device and in its dtype.
         shares_text: without a text encoder, if it may read this one's text."""
         raise NotImplementedError
@@ -30,16 +27,11 @@ class CascadeLoader:
     # --- a refiner
 
     @property
-    def refiner(self) -> Pipeline | None:
-        """The model that goes on where this one stops, if one is attached."""
-        return self._refiner
-
-    @property
     def refiner_session(self) -> Session | None:
         """Its session, which requests of its own share with those that come from here."""
         return self._session.refiner
 
-    def attach_refiner(self, path_or_pipeline: str | os.PathLike[str] | Pipeline, **options: Any) -> None:
+    def attach_refiner(self, path_or_pipeline: Any, **options: Any) -> None:
         """Have another model go on with the latents of each request from now on, at `refiner_switch_at` of the noise,
         as SDXL's refiner does with its base's: a loaded pipeline, or what `from_pretrained` takes with options.
 
@@ -86,16 +78,11 @@ class CascadeLoader:
     # --- upscalers
 
     @property
-    def upscalers(self) -> tuple[Pipeline, ...]:
-        """The models that enlarge this one's images, one after the other."""
-        return self._upscalers
-
-    @property
     def upscaler_sessions(self) -> tuple[Session, ...]:
         """Their sessions, which requests of their own share with those that come from here."""
         return self._session.upscalers
 
-    def attach_upscaler(self, path_or_pipeline: str | os.PathLike[str] | Pipeline, **options: Any) -> None:
+    def attach_upscaler(self, path_or_pipeline: Any, **options: Any) -> None:
         """Have another model enlarge the images of each request from now on, behind those that do already: a loaded
         pipeline, or what `from_pretrained` takes with options. It reads the same prompts, and has its own defaults, see
         `Request.upscaler_options`. DeepFloyd IF's second stage is loaded without a text encoder then, for it reads the

@@ -208,6 +208,16 @@ class Pipeline(Steered, Adapting, CascadeLoader, ControlLoader, TextualInversion
             adopted.attach_control(control)
         return adopted
 
+    @property
+    def refiner(self) -> Pipeline | None:
+        """The model that goes on where this one stops, if one is attached."""
+        return self._refiner
+
+    @property
+    def upscalers(self) -> tuple[Pipeline, ...]:
+        """The models that enlarge this one's images, one after the other."""
+        return self._upscalers
+
     def _beside(self, source: Any, options: dict[str, Any], *, shares_text: bool = False) -> Pipeline:
         if isinstance(source, Pipeline):
             return source
