@@ -288,7 +288,8 @@ class Stages:
                 "fp8 is on, through which there is no gradient: call disable_fp8, or leave CLIP guidance out"
             )
         if options.decoder is None and isinstance(self.vae, PixelResidual):
-            raise InputError("CLIP guidance sees decoded latents, and this model's are of what a small picture lacks")
+            has = "of what a small picture lacks" if self.spec.enlarges > 1 else "pixels, which nothing decodes"
+            raise InputError(f"CLIP guidance sees decoded latents, and this model's are {has}")
         ranker = self.ranking.need(self.text_stages, self.backend, "CLIP guidance goes")
         if ranker.text is None and not self.text_stages:
             raise InputError("CLIP guidance reads a text, and this model has no text encoder: load a whole CLIPModel")

@@ -99,7 +99,7 @@ class ImageFields(BaseModel):
 class GenerationBody(ImageFields):
     """The body of `/v1/images/generations` and `/v1/jobs`."""
 
-    prompt: str = Field(description="(word:1.3) and [word] weight words.")
+    prompt: str | None = Field(None, description="(word:1.3) and [word] weight words; none of models that read none.")
 
 
 class PictureBody(BaseModel):
@@ -111,7 +111,7 @@ class PictureBody(BaseModel):
 class EditFields(ImageFields):
     """The texts in the form of `/v1/images/edits`."""
 
-    prompt: str
+    prompt: str | None = None
 
 
 _MORE = (
@@ -128,7 +128,7 @@ def router(service: Service, jobs: Jobs) -> APIRouter:
     @routes.post("/images/generations", responses=_EVENTS)
     async def generations(fields: GenerationBody, request: HTTPRequest) -> Response:
         """Pictures for a prompt; with `stream`, as events."""
-        arguments = {"prompt": fields.prompt, **await _controlled(service, fields)}
+        arguments = {**_prompted(fields), **await _controlled(service, fields)}
         return await _respond(service, jobs, request, fields, arguments)
 
     @routes.post("/images/edits", responses=_EVENTS, openapi_extra=_form(EditFields, mask=True))
@@ -169,9 +169,7 @@ def router(service: Service, jobs: Jobs) -> APIRouter:
     @routes.post("/jobs", status_code=202, tags=["jobs"])
     async def submit(fields: GenerationBody, request: HTTPRequest) -> dict[str, Any]:
         """The body of `/v1/images/generations`, without waiting: the answer has the job's id."""
-        return await _begin(
-            service, jobs, request, fields, {"prompt": fields.prompt, **await _controlled(service, fields)}
-        )
+        return await _begin(service, jobs, request, fields, {**_prompted(fields), **await _controlled(service, fields)})
 
     @routes.post("/jobs/edits", status_code=202, tags=["jobs"], openapi_extra=_form(EditFields, mask=True))
     async def submit_edit(request: HTTPRequest) -> dict[str, Any]:
@@ -193,7 +191,13 @@ def router(service: Service, jobs: Jobs) -> APIRouter:
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": service.started, "owned_by": "fastldm"}
+    about = {"id": name, "object": "model", "created": service.started, "owned_by": "fastldm"}
+    reads = next(model.reads for model in service.models if model.name == name)
+    return {**about, "reads": reads} if reads else about
+
+
+def _prompted(fields: GenerationBody | EditFields) -> dict[str, Any]:
+    return {} if fields.prompt is None else {"prompt": fields.prompt}
 
 
 # --- what is asked
@@ -271,7 +275,7 @@ async def _edit(service: Service, request: HTTPRequest) -> tuple[EditFields, dic
         controlled = await _controlled(service, fields, form)
     given = {"original_image": original, "mask_image": mask}
     given = {name: picture for name, picture in given.items() if picture is not None}
-    return fields, {"prompt": fields.prompt, "image": image, **given, **controlled}
+    return fields, {**_prompted(fields), "image": image, **given, **controlled}
 
 
 async def _controlled(service: Service, fields: ImageFields, form: FormData | None = None) -> dict[str, Any]:
