@@ -113,7 +113,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str | None, str]] = {
         None,
         "this model's are pixels, which nothing decodes",
     ),
-    "another sampler": ({"model": "consistency", "sampler": "euler a"}, "sampler", "is for other models, and this is a consistency model"),
+    "another sampler": ({"model": "consistency", "sampler": "euler a"}, "sampler", "for other models"),
 }
 
 
