@@ -65,8 +65,10 @@ def router(service: Service) -> APIRouter:
     async def settings(fields: PictureBody) -> dict[str, Any]:
         """How a picture was made, as its PNG says, in the fields of `/v1/images/generations`."""
         request, _ = read_parameters(await service.picture(decoded(fields.image, "image"), "image"))
-        names = ("prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale", "sampler", "strength")
-        names += ("image_guidance_scale", "pag_scale", "clip_skip", "noise_level", "class_labels")
+        names = (
+            *("prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale", "sampler", "strength"),
+            *("image_guidance_scale", "pag_scale", "clip_skip", "noise_level", "class_labels"),
+        )
         found = {name: getattr(request, name) for name in names}
         found["size"] = f"{request.width}x{request.height}" if request.width and request.height else None
         if request.reuse > 1:
