@@ -128,7 +128,7 @@ def router(service: Service, jobs: Jobs) -> APIRouter:
     @routes.post("/images/generations", responses=_EVENTS)
     async def generations(fields: GenerationBody, request: HTTPRequest) -> Response:
         """Pictures for a prompt; with `stream`, as events."""
-        arguments = {**_prompted(fields), **await _controlled(service, fields)}
+        arguments = await _controlled(service, fields)
         return await _respond(service, jobs, request, fields, arguments)
 
     @routes.post("/images/edits", responses=_EVENTS, openapi_extra=_form(EditFields, mask=True))
@@ -169,7 +169,7 @@ def router(service: Service, jobs: Jobs) -> APIRouter:
     @routes.post("/jobs", status_code=202, tags=["jobs"])
     async def submit(fields: GenerationBody, request: HTTPRequest) -> dict[str, Any]:
         """The body of `/v1/images/generations`, without waiting: the answer has the job's id."""
-        return await _begin(service, jobs, request, fields, {**_prompted(fields), **await _controlled(service, fields)})
+        return await _begin(service, jobs, request, fields, await _controlled(service, fields))
 
     @routes.post("/jobs/edits", status_code=202, tags=["jobs"], openapi_extra=_form(EditFields, mask=True))
     async def submit_edit(request: HTTPRequest) -> dict[str, Any]:
@@ -196,17 +196,13 @@ def _model(service: Service, name: str) -> dict[str, Any]:
     return {**about, "reads": reads} if reads else about
 
 
-def _prompted(fields: GenerationBody | EditFields) -> dict[str, Any]:
-    return {} if fields.prompt is None else {"prompt": fields.prompt}
-
-
 # --- what is asked
 
 
 def arguments_of(fields: ImageFields, of: Image.Image | None = None) -> dict[str, Any]:
     """The fields of `fastldm.Request`. of: the picture that it starts from."""
     names = ("negative_prompt", "num_inference_steps", "guidance_scale", "image_guidance_scale", "sampler", "strength")
-    values: dict[str, Any] = {name: getattr(fields, name) for name in (*names, *_MORE)}
+    values: dict[str, Any] = {name: getattr(fields, name, None) for name in ("prompt", *names, *_MORE)}
     counts = {"num_images_per_prompt": fields.n} if fields.best_of is None else {"keep": fields.n}
     values |= {**counts, "candidates": fields.best_of, "seed": None if fields.seed == -1 else fields.seed}
     if fields.size not in (None, "auto"):
@@ -275,7 +271,7 @@ async def _edit(service: Service, request: HTTPRequest) -> tuple[EditFields, dic
         controlled = await _controlled(service, fields, form)
     given = {"original_image": original, "mask_image": mask}
     given = {name: picture for name, picture in given.items() if picture is not None}
-    return fields, {**_prompted(fields), "image": image, **given, **controlled}
+    return fields, {"image": image, **given, **controlled}
 
 
 async def _controlled(service: Service, fields: ImageFields, form: FormData | None = None) -> dict[str, Any]:
