@@ -229,6 +229,11 @@ class Stages:
                 f"sampler is {request.sampler!r}: with the scheduler's variance_type 'learned_range' it reads a "
                 "variance that the network makes, and this one makes none: take another sampler"
             )
+        if unet.timesteps is not None and not set(self.table(request).timesteps.tolist()) <= {*range(unet.timesteps)}:
+            raise InputError(
+                f"sampler is {request.sampler!r}: this model has a vector for each of {unet.timesteps} whole timesteps "
+                "('num_train_timesteps'), and this sampler takes others: take DDPM or DDIM"
+            )
         if request.candidates is not None:
             self.ranking.need(self.text_stages, self.backend)
         return self.image_prompts.complete(request, self.guided(request))
