@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from fastldm.errors import InputError
-from fastldm.priors import KandinskyPrior
+from fastldm.priors import KandinskyPrior, check_fits, describe_prior
 from fastldm.runtime.stages import Stages
 from fastldm.serving.session import Session
 
@@ -54,19 +54,16 @@ class CascadeLoader:
         InputError for another kind of model, and for a prior that is on another device or makes other vectors; and what
         loading raises.
         """
-        stages, unet = self.stages, self.stages.spec.unet
-        if not unet.reads_image_embeds:
-            raise InputError(f"{stages.name} reads no vectors that a prior makes: prior is for Kandinsky 2.2's decoder")
-        prior = path_or_prior
+        stages, unet, prior = self.stages, self.stages.spec.unet, path_or_prior
         if not isinstance(prior, KandinskyPrior):
+            describe_prior(prior, unet, **options)  # a mistake is found before a weight is read
             placed = {"device": stages.device, "dtype": stages.dtype if stages.backend == "torch" else None}
             prior = KandinskyPrior.from_pretrained(prior, **{**placed, **options})
         if prior.stages.device != stages.device:
             raise InputError(
                 f"the prior is on {prior.stages.device}, and the model on {stages.device}: load both on one device"
             )
-        if (width := prior.stages.model.config.out_dim) != unet.text_width:
-            raise InputError(f"the prior makes vectors of {width}, and the model reads some of {unet.text_width}")
+        check_fits(prior.stages.model.config, unet)
         stages.prior = prior.stages
 
     def detach_prior(self) -> None:

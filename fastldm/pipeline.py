@@ -314,9 +314,11 @@ class Pipeline(Steered, Adapting, CascadeLoader, ControlLoader, TextualInversion
             options["refiner_switch_at"] = 1.0
         if self.upscalers:
             options.setdefault("upscaler_options", {"num_inference_steps": repeats})
+        prior = self.stages.prior is not None
+        options |= {"prior_num_inference_steps": max(2, repeats)} if prior else {}
         shared = {"num_inference_steps": steps, "output_type": "pt", "seed": 0}
         for width, height, count in sorted(workloads, key=math.prod, reverse=True):
-            sample = sample_request(self.stages.spec, height, width)
+            sample = sample_request(self.stages.spec, height, width, prior=prior)
             for _ in range(repeats):
                 self(**{**shared, **sample, **options}, width=width, height=height, num_images_per_prompt=count)
 

@@ -10,14 +10,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastldm.conditioning.prior import PriorConfigs
 from fastldm.device import choose_device, choose_dtype
 from fastldm.errors import InputError
 from fastldm.loading import adoption
 from fastldm.loading.checkpoint import Checkpoint
 from fastldm.loading.open_checkpoint import open_checkpoint
-from fastldm.loading.prior import load_prior
+from fastldm.loading.prior import load_prior, spec_of_prior
 from fastldm.loading.spec import check_options
 from fastldm.loading.state import load_module
+from fastldm.models.config import UNetConfig
+from fastldm.models.prior import PriorConfig
 from fastldm.request import Request
 from fastldm.runtime.prior import SCALE, STEPS, PriorStages
 from fastldm.serving.worker import Worker
@@ -117,3 +120,20 @@ class KandinskyPrior:
             own = own.replace(seed=None, generator=several)
         made = Worker.of(self.stages.device).call(lambda: self.stages.fields(self.stages.make(own)[0], batch))
         return PriorVectors(**made)
+
+
+def describe_prior(path_or_id: str | os.PathLike[str], unet: UNetConfig, **where: Any) -> PriorConfigs:
+    """What the networks of a prior for a U-Net are, before any weight is read. InputError for one that does not fit,
+    CheckpointError as of `KandinskyPrior.from_pretrained`."""
+    check_options(where)
+    spec = spec_of_prior(open_checkpoint(path_or_id, **where))
+    check_fits(spec.model, unet)
+    return spec.networks
+
+
+def check_fits(prior: PriorConfig, unet: UNetConfig) -> None:
+    """InputError for a prior whose vectors a U-Net does not read."""
+    if not unet.reads_image_embeds:
+        raise InputError("this model reads no vectors that a prior makes: prior is for Kandinsky 2.2's decoder")
+    if prior.out_dim != unet.text_width:
+        raise InputError(f"the prior makes vectors of {prior.out_dim}, and the model reads some of {unet.text_width}")

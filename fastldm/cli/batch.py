@@ -34,6 +34,7 @@ class Shard(click.ParamType):
 @click.option("--sampler", metavar="NAME", help="Likewise.  [default: the model's]")
 @click.option("--size", type=Size(), help="Likewise, in pixels, such as 768x512.  [default: the model's]")
 @click.option("--n", "count", type=click.IntRange(min=1), help="Likewise, how many pictures of a line.  [default: 1]")
+@click.option("--prior", metavar="MODEL", help="Kandinsky's prior, which makes of prompts what its decoder reads.")
 @lora_option
 @click.option("--shard", type=Shard(), help="Every N-th line, from number I: a part of them for each of N machines.")
 @click.option(
@@ -91,7 +92,8 @@ def _batch(prompts: str, out: Path, options: dict[str, Any]) -> bool:
         "num_images_per_prompt": options["count"],
     }
     given = {name: value for name, value in given.items() if value is not None}
-    lines = batches.read_lines(prompts, given, reads_text=reads_text(options["model"], options["allow_pickle"]))
+    reads = options["prior"] is not None or reads_text(options["model"], options["allow_pickle"])
+    lines = batches.read_lines(prompts, given, reads_text=reads)
     part = ""
     if options["shard"]:
         lines, part = batches.shard(lines, *options["shard"]), "-{}-of-{}".format(*options["shard"])
@@ -143,7 +145,7 @@ def _open_maker(options: dict[str, Any]) -> Any:
 
     placement = {name: options[name] for name in ("device", "dtype", "backend", "allow_pickle")}
     placement["backend"] = backend_for(options["model"], options["backend"], on_torch=bool(options["loras"]))
-    pipe = Pipeline.from_pretrained(options["model"], **placement)
+    pipe = Pipeline.from_pretrained(options["model"], prior=options["prior"], **placement)
     adapters = loras.find(options["loras"], allow_pickle=options["allow_pickle"])
     loras.load(pipe, adapters, allow_pickle=options["allow_pickle"])
     kind = FORMATS[f".{options['kind']}"]

@@ -166,6 +166,9 @@ def _list_things(ctx: click.Context, param: click.Parameter, group: str | None) 
 @click.option(
     "--depth-map", metavar="FILE", help="Of depth to image: a grey picture, white near.  [default: it is estimated]"
 )
+@click.option("--prior", metavar="MODEL", help="Kandinsky's prior, which makes of PROMPT what its decoder reads.")
+@click.option("--prior-steps", type=int, metavar="N", help="Of a prior, sampler steps.  [default: 25]")
+@click.option("--prior-guidance", type=float, metavar="G", help="Likewise guidance.  [default: 4]")
 @click.option("--refiner", metavar="MODEL", help="A model that goes on with the latents, such as SDXL's refiner.")
 @click.option("--switch-at", type=float, metavar="X", help="Where --refiner does, a part of the noise.  [default: 0.8]")
 @click.option("--hires-scale", type=float, metavar="S", help="Enlarge the picture so many times, and sample on.")
@@ -257,6 +260,7 @@ def generate(
     fastldm generate -m ./sd-image-variations --image cat.png --n 4
     fastldm generate -m ./ddpm-cat-256 --steps 100
     fastldm generate "a cat" -m ./karlo-v1-alpha --super-res-steps 7
+    fastldm generate "a red cat" -m ./kandinsky-2-2-decoder --prior ./kandinsky-2-2-prior
     fastldm generate "a cat" -m ./sdxl --refiner ./sdxl-refiner --switch-at 0.8
     fastldm generate "a kangaroo" -m ./IF-I-XL-v1.0 --upscaler ./IF-II-L-v1.0 --upscaler ./x4-upscaler
     fastldm generate "a cat" -m ./sd15-onnx --backend openvino
@@ -307,6 +311,8 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
         "image": options["image"],
         "original_image": options["original_image"],
         "strength": options["strength"],
+        "prior_num_inference_steps": options["prior_steps"],
+        "prior_guidance_scale": options["prior_guidance"],
         "refiner_switch_at": options["switch_at"],
         **{name: options[name] for name in ("hires_scale", "hires_strength", "hires_steps", "hires_upscaler")},
         "upscaler_options": _of_upscalers(options),
@@ -367,8 +373,10 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
         from fastldm.model import describe
         from fastldm.runtime import complete
 
-        complete.check(request, describe(model, variant=options["variant"], allow_pickle=options["allow_pickle"]))
-    others = {"refiner": options["refiner"], "ranker": options["ranker"], "upscaler": list(options["upscalers"])}
+        spec = describe(model, variant=options["variant"], allow_pickle=options["allow_pickle"])
+        complete.check(request, spec, prior=options["prior"] is not None)
+    others = {name: options[name] for name in ("refiner", "prior", "ranker")}
+    others["upscaler"] = list(options["upscalers"])
     pipe = Pipeline.from_pretrained(model, **others, **placed)
     if options["embeddings"]:
         pipe.load_textual_inversion(options["embeddings"], allow_pickle=options["allow_pickle"])

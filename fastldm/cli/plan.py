@@ -63,6 +63,7 @@ if TYPE_CHECKING:
 )
 @click.option("--pag-layer", "pag_layers", multiple=True, metavar="NAME", help="What it perturbs.  [default: mid]")
 @click.option("--apg-momentum", type=float, metavar="M", help="Of projected guidance: a latent more for each picture.")
+@click.option("--prior", metavar="MODEL", help="Kandinsky's prior, beside its decoder.")
 @click.option("--refiner", metavar="MODEL", help="A model that goes on with the latents, such as SDXL's refiner.")
 @click.option(
     "--upscaler",
@@ -98,6 +99,7 @@ def plan(
     pag_scale: float | None,
     pag_layers: tuple[str, ...],
     apg_momentum: float | None,
+    prior: str | None,
     refiner: str | None,
     upscalers: tuple[str, ...],
     hires_scale: float | None,
@@ -120,6 +122,7 @@ def plan(
     fastldm plan -m ./sd15 --ip-adapter ip-adapter.safetensors
     fastldm plan -m ./sdxl --refiner ./sdxl-refiner       all stages: all weights, and the largest one's activations
     fastldm plan -m ./IF-I-XL-v1.0 --upscaler ./IF-II-L-v1.0 --upscaler ./x4-upscaler
+    fastldm plan -m ./kandinsky-2-2-decoder --prior ./kandinsky-2-2-prior
     fastldm plan --hires-scale 2
     fastldm plan -m ./sd15 --clip-guidance                activations are kept for the way back
     fastldm plan -m ./sdxl --pag-scale 3 --apg-momentum -0.5
@@ -203,7 +206,7 @@ def plan(
         options["repainted"] = mask and memory.is_conditioned(spec.vae)
         if options["repainted"] and decode == "tiled":
             raise InputError("this model's asymmetric VAE decodes what is repainted as a whole, and not in tiles")
-        selected: dict[str, Any] = {"depth_map": depth_map, "ip_adapter": ip_adapter}
+        selected: dict[str, Any] = {"depth_map": depth_map, "ip_adapter": ip_adapter, "prior": prior}
         if best_of is not None or clip_guidance:
             selected["ranker"] = ranker or own_ranker(Path(spec.checkpoint.source), options.get("backend", "torch"))
         ranked = 0 if best_of is None else batch
@@ -295,7 +298,13 @@ def _opened(
 
 
 def _beside(
-    spec: Spec, ranked: int, *, depth_map: bool, ip_adapter: str | None, ranker: str | Path | None = None
+    spec: Spec,
+    ranked: int,
+    *,
+    depth_map: bool,
+    ip_adapter: str | None,
+    ranker: str | Path | None = None,
+    prior: str | None = None,
 ) -> tuple[Beside, tuple[int, ...]]:
     """What runs beside a model's networks, and for how many tokens of pictures slots have room. ranked: candidates at a
     time."""
@@ -306,10 +315,11 @@ def _beside(
     from fastldm.loading.ranker import describe_ranker, find_ranker
     from fastldm.models.clip_vision import VisionConfig
     from fastldm.planning.beside import Beside
+    from fastldm.priors import describe_prior
     from fastldm.reading import read_json
     from fastldm.runtime.image_prompts import token_room
 
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {} if prior is None else {"once": describe_prior(prior, spec.unet)}
     room: tuple[int, ...] = ()
     if ranker is not None:
         options |= {"ranker": describe_ranker(find_ranker(ranker)), "ranked": ranked}

@@ -87,6 +87,7 @@ _SECONDS, _COUNT = click.FloatRange(min=0), click.IntRange(min=1)
     help="The CLIP model that ranks what best_of samples, of all models, such as openai/clip-vit-large-patch14.  "
     "[default: each model's own]",
 )
+@click.option("--prior", metavar="FOLDER_OR_ID", help="Kandinsky's prior, for each model that is its decoder.")
 @click.option(
     "--load",
     type=click.Choice(["start", "first"]),

@@ -27,6 +27,7 @@ from fastldm.errors import InputError
 @control_option
 @click.option("--pag", is_flag=True, help="Those of --pag-scale, a third row of the U-Net for each picture, too.")
 @click.option("--apg-momentum", is_flag=True, help="Those of projected guidance with momentum, too.")
+@click.option("--prior", metavar="MODEL", help="Kandinsky's prior, beside its decoder, too.")
 @click.option("--refiner", metavar="MODEL", help="The model that goes on with the latents, too, at the same sizes.")
 @click.option(
     "--upscaler",
@@ -50,6 +51,7 @@ def warm(
     controls: tuple[tuple[str, float], ...],
     pag: bool,
     apg_momentum: bool,
+    prior: str | None,
     refiner: str | None,
     upscalers: tuple[str, ...],
     hires_scale: float | None,
@@ -84,6 +86,7 @@ def warm(
         from fastldm.loading.spec import enlarged_size
         from fastldm.model import describe, model_name
         from fastldm.planning import warm
+        from fastldm.priors import describe_prior
         from fastldm.request import Request
         from fastldm.runtime import enlarge
         from fastldm.runtime.candidates import own_ranker
@@ -114,6 +117,7 @@ def warm(
             large = [enlarge.size(request, spec.vae.factor)[::-1] for request in asked]
         guided = {"pag": pag or bool(pag_defaults(spec.checkpoint.index)), "apg_momentum": apg_momentum}
         own: dict[str, Any] = {"lora": lora, **guided}
+        own["prior"] = () if prior is None else describe_prior(prior, spec.unet)
         own["controls"] = list(dict.fromkeys(describe_control(source, spec) for source, _ in controls))
         batches = list(batch)
         if best_of is not None:

@@ -12,9 +12,13 @@ from fastldm.conditioning.prompt import parse
 from fastldm.conditioning.text import TextStage, split_windows
 from fastldm.device import send, send_numbers
 from fastldm.models.clip import CLIPText
-from fastldm.models.clip_vision import CLIPVision, Normalizer
-from fastldm.models.prior import Prior
+from fastldm.models.clip_vision import CLIPVision, Normalizer, VisionConfig
+from fastldm.models.config import TextConfig
+from fastldm.models.prior import Prior, PriorConfig
 from fastldm.samplers.config import ScheduleConfig
+
+PriorConfigs = tuple[PriorConfig | TextConfig | VisionConfig, ...]
+"""Of a prior, of the text encoder that it reads, and of Kandinsky's image encoder."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,13 @@ class TextPrior:
     normalizer: Normalizer | None = None  # of stable unCLIP
     image_encoder: CLIPVision | None = None  # of Kandinsky, which makes the vector of a black picture
 
+    @property
+    def configs(self) -> PriorConfigs:
+        """Those of its networks."""
+        own = self.model.config, self.text.model.config
+        return own if self.image_encoder is None else (*own, self.image_encoder.config)
+
+    @torch.no_grad()
     def read(self, texts: Sequence[str], *, literal: bool = False) -> PriorTexts:
         """As `read_texts`."""
         return read_texts(self.text, texts, literal=literal)

@@ -21,7 +21,7 @@ from fastldm import checks
 from fastldm.checks import show
 from fastldm.conditioning import text
 from fastldm.conditioning.image_encoder import ImageEncoder, Preprocessing
-from fastldm.conditioning.prior import TextPrior
+from fastldm.conditioning.prior import PriorConfigs, TextPrior
 from fastldm.errors import CheckpointError, InputError
 from fastldm.loading import relatives
 from fastldm.loading.checkpoint import Checkpoint
@@ -93,16 +93,18 @@ UPSCALER = ASSETS / "upscaler"
 
 @dataclass(frozen=True)
 class PriorSpec:
-    """The configs of unCLIP's prior, of the text encoder that it reads, and its own sampling schedule."""
+    """The configs of unCLIP's or Kandinsky's prior, of what it reads, and its own sampling schedule."""
 
     model: PriorConfig
     text: TextConfig | None  # None: the model's own
     schedule: ScheduleConfig
+    vision: VisionConfig | None = None
+    """Of the image encoder of Kandinsky's."""
 
     @property
-    def networks(self) -> tuple[PriorConfig | TextConfig, ...]:
+    def networks(self) -> PriorConfigs:
         """What they are of."""
-        return (self.model,) if self.text is None else (self.model, self.text)
+        return (self.model, *(each for each in (self.text, self.vision) if each is not None))
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ class Spec:
         return encoder_names(self.text) if self.projection is None else TEXT_ENCODERS[: len(self.text)]
 
     @property
-    def beside(self) -> tuple[PriorConfig | TextConfig | TextProjectionConfig, ...]:
+    def beside(self) -> tuple[PriorConfig | TextConfig | VisionConfig | TextProjectionConfig, ...]:
         """The networks beside U-Net, autoencoder and encoders, which run once a request."""
         networks = self.prior.networks if self.prior else ()
         return networks if self.projection is None else (*networks, self.projection)
@@ -634,10 +636,12 @@ def autoencoder(config: AutoencoderConfig) -> AutoencoderKL | TinyAutoencoder | 
     return TinyAutoencoder(config) if isinstance(config, TinyVAEConfig) else AutoencoderKL(config)
 
 
-def built(config: PriorConfig | TextConfig | TextProjectionConfig) -> torch.nn.Module:
+def built(config: PriorConfig | TextConfig | VisionConfig | TextProjectionConfig) -> torch.nn.Module:
     """The network of one of `Spec.beside`, its weights not set."""
     if isinstance(config, TextConfig):
         return text_encoder(config)
+    if isinstance(config, VisionConfig):
+        return CLIPVision(config)
     return Prior(config) if isinstance(config, PriorConfig) else TextProjection(config)
 
 

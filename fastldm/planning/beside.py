@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from fastldm.models.text_projection import TextProjectionConfig
 from fastldm.planning import dry_run
 from fastldm.request import Request
 from fastldm.runtime.image_prompts import PictureSelection, PictureUse, start_pictures
+from fastldm.runtime.prior import STEPS
 
 if TYPE_CHECKING:
     from fastldm.runtime.stages import Stages
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 PHASES = {
     "depth": "the depth of the image, by what the checkpoint has for that",
     "image prompts": "pictures of IP-Adapters, through the image encoder",
+    "prior": "what the prior computes of texts and times, and a step of it",
     "rank": "candidates, by the CLIP model that ranks them",
 }
 _DEPTH_BOUND = 2**29  # bytes of activations a picture, of DPT at 384 pixels
@@ -47,9 +50,8 @@ class Beside:
     """That IP-Adapters read."""
     prompts: tuple[int, ...] = ()
     """Pictures of each IP-Adapter that are encoded."""
-    once: tuple[PriorConfig | TextConfig | TextProjectionConfig, ...] = ()
-    """unCLIP's prior, with the text encoder that it reads, and text projection: `Spec.beside`. Their activations are
-    less than those of a step of the U-Net."""
+    once: tuple[PriorConfig | TextConfig | VisionConfig | TextProjectionConfig, ...] = ()
+    """unCLIP's prior or Kandinsky's, with the encoders that it reads, and text projection: `Spec.beside`."""
 
     @classmethod
     def of_stages(cls, stages: Stages) -> Beside:
@@ -59,7 +61,7 @@ class Beside:
             ranker=None if ranker is None else ranker.config,
             adapters=tuple(adapter.network.config for adapter in loaded.adapters),
             encoder=None if loaded.encoder is None else loaded.encoder.model.config,
-            once=stages.spec.beside,
+            once=stages.spec.beside or (() if stages.prior is None else stages.prior.loaded.configs),
         )
 
     @classmethod
@@ -98,6 +100,7 @@ class Beside:
         if self.encoder is not None:
             networks["IP-Adapters' image encoder"] = dry_run.network(self.encoder, dtype)
         names = {PriorConfig: "prior", TextConfig: "prior's text encoder", TextProjectionConfig: "text projection"}
+        names |= {VisionConfig: "prior's image encoder"}
         networks |= {names[type(config)]: dry_run.network(config, dtype) for config in self.once}
         return networks
 
@@ -116,6 +119,9 @@ class Beside:
             phases["depth"] = lambda: _depth(depth, size, batch)
         if any(self.prompts) and self.encoder is not None:
             phases["image prompts"] = lambda: self._prompts(guided, dtype)
+        for config in self.once:
+            if isinstance(config, PriorConfig):
+                phases["prior"] = functools.partial(self._prior, config, batch, dtype)
         if self.ranker is not None and self.ranked:
             own = next((config for config in texts if isinstance(config, TextConfig)), None)
             phases["rank"] = lambda: self._rank(own, dtype, arch)
@@ -135,6 +141,14 @@ class Beside:
             uses.append(PictureUse(ImageAdapter("", "", None, network), scales, pixels, None, encoder))
         request = Request("", ip_adapter_image=PictureSelection(tuple(uses)))
         return torch.no_grad()(lambda: start_pictures(request, guided, torch.device("meta"), dtype))
+
+    def _prior(self, config: PriorConfig, batch: int, dtype: torch.dtype) -> dry_run.DryRun:
+        """By the defaults: 25 steps, and guided; Kandinsky's makes the vectors of negative prompts too."""
+        encoders = [each for each in self.once if isinstance(each, TextConfig | VisionConfig)]
+        texts = dry_run.text(encoders, batch=1, dtype=dtype)
+        rows = 2 * batch * (1 + any(isinstance(each, VisionConfig) for each in encoders))
+        prior = dry_run.prior(config, rows=rows, steps=STEPS, dtype=dtype)
+        return lambda: (texts(), prior())
 
     def _rank(self, text: TextConfig | None, dtype: torch.dtype, arch: int) -> dry_run.DryRun:
         """One text, and so many pictures at a time."""

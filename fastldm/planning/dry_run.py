@@ -37,6 +37,7 @@ from fastldm.models.text_projection import TextProjection, TextProjectionConfig
 from fastldm.models.unet import AddedConditions, Features, UNet
 from fastldm.models.vae import TILE, Decode, decode_pieces, finish
 from fastldm.runtime.pages import Pages
+from fastldm.runtime.prior import ROWS_AT_ONCE
 from fastldm.runtime.slots import FEATURES, Slots, StaticBuffers
 
 ControlConfig = ControlNetConfig | T2IAdapterConfig
@@ -204,6 +205,26 @@ def _with_pages(unet: UNet, run: DryRun) -> None:
         run()
     finally:
         pages.close()
+
+
+def prior(config: PriorConfig, *, rows: int, steps: int, dtype: torch.dtype) -> DryRun:
+    """What a prior computes of `rows` texts and the times of so many steps, and one of these."""
+    model: Prior = network(config, dtype)  # type: ignore[assignment]
+    shape: dict[str, Any] = {"height": 1, "width": config.text_dim, "tokens": config.tokens + 1, "device": "meta"}
+    buffers = StaticBuffers.empty(config, slots=rows, rows=rows, steps=1, dtype=dtype, **shape)
+    text, vectors = (rows, config.tokens, config.text_dim), (rows, config.vector_dim)
+    count = min(ROWS_AT_ONCE, rows * steps)
+    lengths, slots = _empty(rows, dtype=torch.int32), _empty(count, dtype=torch.int32)
+
+    def run() -> None:
+        kv = model.cross_kv(_empty(*text, dtype=dtype), _empty(*vectors, dtype=dtype), lengths)
+        temb = model.time_rows(_empty(count), kv, kv_len=lengths, slots=slots)
+        if device_type(temb) != "cpu":
+            Slots(model, buffers).body(rows, False)
+        else:
+            model.step(buffers.step.u, _empty(rows, config.time_channels, dtype=dtype), kv, kv_len=lengths)
+
+    return torch.no_grad()(run)
 
 
 def decode(

@@ -112,7 +112,7 @@ class Workload:
             "batch": batch,
         }
         options = {"beside": NOTHING, **defaults, **overrides}
-        options["beside"] = replace(options["beside"], once=spec.beside)
+        options["beside"] = replace(options["beside"], once=(*options["beside"].once, *spec.beside))
         return cls(spec.unet, spec.vae, spec.encoders, **shape, dtype=dtype, arch=arch, **options)
 
     @classmethod

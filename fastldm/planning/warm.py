@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fastldm.conditioning.prior import PriorConfigs
 from fastldm.conditioning.ranking import RankerConfig
 from fastldm.errors import InputError
 from fastldm.loading.spec import Spec
@@ -48,6 +49,7 @@ def warm(
     pag: bool = False,
     apg_momentum: bool = False,
     ranker: RankerConfig | None = None,
+    prior: PriorConfigs = (),
     on_kernel: Callable[[str], None] | None = None,
 ) -> int:
     """Compile every kernel that requests of these sizes, (width, height) in pixels, and batches launch on `arch`.
@@ -55,8 +57,8 @@ def warm(
     The result is in Triton's cache (TRITON_CACHE_DIR, else ~/.triton/cache), for the same versions of fastldm, torch
     and Triton. lora: with those of adapters beside the weights. controls: with those of each of these. pag: with those
     of perturbed-attention guidance, in the middle block. apg_momentum: with those of projected guidance with momentum.
-    ranker: with those of ranking the pictures. on_kernel is called with each kernel's name when it is compiled. Returns
-    the number of kernels.
+    ranker: with those of ranking the pictures. prior: with those of one that is attached. on_kernel is called
+    with each kernel's name when it is compiled. Returns the number of kernels.
     """
     if importlib.util.find_spec("triton") is None:
         raise InputError("there is nothing to warm: triton is not installed; pip install triton")
@@ -83,7 +85,7 @@ def warm(
         if spec.projection is not None:
             dry_run.run_projection(spec.projection, rows=1 + guided, tokens=spec.window, dtype=dtype)
         for batch in batches:
-            beside = Beside(ranker=ranker, ranked=batch)
+            beside = Beside(ranker=ranker, ranked=batch, once=prior or (spec.prior.networks if spec.prior else ()))
             own = {"guided": guided, "size": spec.own_size, "batch": batch, "dtype": dtype, "arch": ahead.arch}
             for phase in beside.phases(spec.text, **own).values():
                 phase()()

@@ -19,7 +19,7 @@ from fastldm.models.families import Family
 from fastldm.request import PER_PROMPT, Request, as_list, picture_seeds
 from fastldm.runtime.controls import ControlSelection
 from fastldm.runtime.guidance import apg_field, apg_of
-from fastldm.runtime.read_picture import check_prior, check_projected, read_vectors
+from fastldm.runtime.read_picture import check_prior, check_prior_fields, check_projected, read_vectors
 from fastldm.samplers.names import for_xl, is_cfg_pp
 
 if TYPE_CHECKING:
@@ -130,14 +130,16 @@ def complete(
     )
 
 
-def check(request: Request, spec: Spec) -> None:
-    """InputError for what a model cannot run, as far as its configs alone say: before any weights are read."""
+def check(request: Request, spec: Spec, prior: bool = False) -> None:
+    """InputError for what a model cannot run, as far as its configs alone say: before any weights are read. prior:
+    whether one will be attached."""
+    check_prior_fields(request, prior or spec.prior is not None)
     if spec.follows:
         request = of_first(request, spec)
     if spec.projection is not None:
         check_projected(request)
     if spec.unet.reads_image_embeds:
-        request = read_vectors(request, spec.unet.text_width)
+        request = read_vectors(request, spec.unet.text_width, prior)
     elif spec.vision is not None:  # its encoder prepares pictures
         return
     elif spec.prior is not None:
@@ -195,12 +197,14 @@ def _class_labels(request: Request, unet: UNetConfig) -> tuple[int, ...] | None:
 
 
 def sample_request(
-    spec: Spec, height: int | None = None, width: int | None = None, prompt: str = "a red apple"
+    spec: Spec, height: int | None = None, width: int | None = None, prompt: str = "a red apple", prior: bool = False
 ) -> dict[str, Any]:
     """Fields of `Request` for an image that nobody has asked for, to warm up with, to measure or to compare: what the
-    model cannot do without, and a prompt if it reads one. height, width: in pixels; by default the model's own."""
+    model cannot do without, and a prompt if it reads one. height, width: in pixels; by default the model's own.
+    prior: whether one is attached, which makes vectors of prompts."""
     own_width, own_height = spec.default_size
-    return {"prompt": prompt if spec.text else "", **needed_images(spec, height or own_height, width or own_width)}
+    needed = needed_images(spec, height or own_height, width or own_width, prior)
+    return {"prompt": prompt if spec.text or prior else "", **needed}
 
 
 def sampled(spec: Spec, prompt: str | Sequence[str] | Request | None, options: Mapping[str, Any]) -> Request:
@@ -212,10 +216,12 @@ def sampled(spec: Spec, prompt: str | Sequence[str] | Request | None, options: M
     return Request.of(fields.pop("prompt"), fields)
 
 
-def needed_images(spec: Spec, height: int, width: int) -> dict[str, Any]:
+def needed_images(spec: Spec, height: int, width: int, prior: bool = False) -> dict[str, Any]:
     """The pictures that a model cannot do without, grey, for an image of this size in pixels, and no prompt where it
-    reads a picture in its place: fields of `Request`, for a trial."""
+    reads a picture in its place: fields of `Request`, for a trial. prior: whether one makes what it reads."""
     grey = np.full((height // spec.enlarges, width // spec.enlarges, 3), 0.5, dtype=np.float32)
+    if spec.unet.reads_image_embeds and prior:
+        return {}
     if spec.unet.reads_image_embeds:
         vector = torch.zeros(1, spec.unet.text_width)
         return {"image_embeds": vector, "negative_image_embeds": vector, "prompt": ""}

@@ -33,9 +33,9 @@ from fastldm.samplers.table import StepTable, make_table
 
 STEPS, SCALE = 25, 4.0
 """Of a prior, as in diffusers."""
-FIELDS = ("prior_num_inference_steps", "prior_guidance_scale", "prior_latents")
-"""Of a request, that a prior reads."""
 
+ROWS_AT_ONCE = 64
+"""Of times, each of which reads a copy of its prompt's keys and values."""
 _GRAPH_MEMORY = 0.05  # the fraction of a GPU's memory that its graphs may take
 _OPERATIONS_PER_THREAD = 1e9  # as of a U-Net's step
 
@@ -198,8 +198,9 @@ class PriorStages:
         steps, rows = len(run.table), len(hidden)
         times = send(torch.from_numpy(run.table.timesteps), self.device).repeat_interleave(rows)
         slots = torch.arange(rows, dtype=torch.int32, device=self.device).repeat(steps)
-        temb = self.model.time_rows(times, run.text_kv, kv_len=run.text_len, slots=slots)
-        run.temb = temb.unflatten(0, (steps, rows))
+        parts = zip(times.split(ROWS_AT_ONCE), slots.split(ROWS_AT_ONCE), strict=True)
+        temb = [self.model.time_rows(t, run.text_kv, kv_len=run.text_len, slots=own) for t, own in parts]
+        run.temb = torch.cat(temb).unflatten(0, (steps, rows))
 
     def new_batch(self, run: Run, max_batch: int) -> Batch:
         """As `Stages.new_batch`."""
@@ -242,7 +243,8 @@ class PriorStages:
         config, steps = self.model.config, int(request.num_inference_steps or STEPS)
         rows, width = request.batch * (1 + ((request.guidance_scale or 0) > 1)), config.channels
         numbers = (config.tokens + 1) * (2 * sum(config.cross_widths) + 16 * width) + steps * config.time_channels
-        return int(2 * self.dtype.itemsize * rows * numbers)
+        copies = min(ROWS_AT_ONCE, steps * rows) * (config.tokens + 1) * 8 * width
+        return int(2 * self.dtype.itemsize * (rows * numbers + copies))
 
     def release_memory(self) -> None:
         """As `Stages.release_memory`."""

@@ -59,6 +59,17 @@ def noise_vectors(
     return normalizer(embeds, noise, rates, rates.new_full((len(embeds),), level))
 
 
+PRIOR_FIELDS = ("prior_num_inference_steps", "prior_guidance_scale", "prior_latents")
+"""Of a request, that a prior reads."""
+
+
+def check_prior_fields(request: Request, prior: bool) -> None:
+    """InputError for those where there is no prior."""
+    unread = [name for name in PRIOR_FIELDS if getattr(request, name) is not None]
+    if unread and not prior:
+        raise InputError(f"{unread[0]} was given, and no prior makes what this request reads: leave it out")
+
+
 def check_prior(request: Request) -> None:
     """InputError for what unCLIP's text to image does not read."""
     if request.image_embeds is not None:
@@ -89,12 +100,13 @@ def read_vectors(request: Request, width: int, prior: bool = False) -> Request:
             raise InputError("negative_image_embeds was given without image_embeds: give both, or negative_prompt")
         return request
     if any(as_list(request.prompt)):
-        advice = "leave out the one or the other" if prior else "Pipeline.from_pretrained(..., prior=) attaches one"
+        attach = "Pipeline.from_pretrained(..., prior=) or --prior attaches one"
+        advice = "leave out the one or the other" if prior else attach
         raise InputError(f"prompt was given, and this model reads image_embeds, which a prior makes of it: {advice}")
     if request.image_embeds is None:
         raise InputError(
             "image_embeds is None: this model reads what its prior makes, (n, D) with negative_image_embeds; "
-            "Pipeline.from_pretrained(..., prior=) attaches one, which makes them of prompts"
+            "Pipeline.from_pretrained(..., prior=) or --prior attaches one, which makes them of prompts"
         )
     given = {"image_embeds": request.image_embeds, "negative_image_embeds": request.negative_image_embeds}
     vectors: dict[str, Tensor] = {}

@@ -50,9 +50,16 @@ from fastldm.runtime.gradient import CLIPGradient, Function, Gradient, clip_text
 from fastldm.runtime.graph import CUDA, Graphs
 from fastldm.runtime.guidance import apg_field, apg_of, guidance_of, pag_defaults, perturbed_layers
 from fastldm.runtime.image_prompts import ImagePrompts, PictureSelection, per_image, start_pictures
-from fastldm.runtime.prior import FIELDS as PRIOR_FIELDS
 from fastldm.runtime.prior import PriorStages
-from fastldm.runtime.read_picture import PictureRead, check_prior, check_projected, read_picture, read_vectors
+from fastldm.runtime.read_picture import (
+    PRIOR_FIELDS,
+    PictureRead,
+    check_prior,
+    check_prior_fields,
+    check_projected,
+    read_picture,
+    read_vectors,
+)
 from fastldm.runtime.slots import Slots, StaticBuffers, graph_rows, step_capacity
 from fastldm.runtime.start import start_run
 from fastldm.runtime.steps import StepsBatch
@@ -185,8 +192,8 @@ class Stages:
             request = read_picture(request, self.image_encoder)
         if self.prior is not None and request.image_embeds is None:
             request = self.prior.complete(request)
-        elif unread := [name for name in PRIOR_FIELDS if getattr(request, name) is not None]:
-            raise InputError(f"{unread[0]} was given, and no prior makes what this request reads: leave it out")
+        else:
+            check_prior_fields(request, False)
         if self.projection is not None:
             check_projected(request)
         if not self.follows and (unread := [name for name in OF_FOLLOWS if getattr(request, name) is not None]):
@@ -228,11 +235,6 @@ class Stages:
             raise InputError(
                 f"sampler is {request.sampler!r}: with the scheduler's variance_type 'learned_range' it reads a "
                 "variance that the network makes, and this one makes none: take another sampler"
-            )
-        if unet.timesteps is not None and not set(self.table(request).timesteps.tolist()) <= {*range(unet.timesteps)}:
-            raise InputError(
-                f"sampler is {request.sampler!r}: this model has a vector for each of {unet.timesteps} whole timesteps "
-                "('num_train_timesteps'), and this sampler takes others: take DDPM or DDIM"
             )
         if request.candidates is not None:
             self.ranking.need(self.text_stages, self.backend)
@@ -293,8 +295,7 @@ class Stages:
                 "fp8 is on, through which there is no gradient: call disable_fp8, or leave CLIP guidance out"
             )
         if options.decoder is None and isinstance(self.vae, PixelResidual):
-            has = "of what a small picture lacks" if self.spec.enlarges > 1 else "pixels, which nothing decodes"
-            raise InputError(f"CLIP guidance sees decoded latents, and this model's are {has}")
+            raise InputError("CLIP guidance sees decoded latents, and this model's are of what a small picture lacks")
         ranker = self.ranking.need(self.text_stages, self.backend, "CLIP guidance goes")
         if ranker.text is None and not self.text_stages:
             raise InputError("CLIP guidance reads a text, and this model has no text encoder: load a whole CLIPModel")

@@ -19,7 +19,8 @@ from fastldm.loading.ranker import find_ranker
 from fastldm.model import backend_device, backend_for, describe
 from fastldm.pipeline import Pipeline
 from fastldm.planning import cascade, memory
-from fastldm.runtime.complete import sample_request
+from fastldm.planning.beside import Beside
+from fastldm.priors import KandinskyPrior, describe_prior
 from fastldm.server.errors import ApiError
 from fastldm.server.settings import Settings
 from fastldm.serving.session import MAX_QUEUE, Session
@@ -51,28 +52,6 @@ class Model:
         return height, width
 
     @property
-    def reads(self) -> dict[str, Any]:
-        """What its requests have, for clients that ask: {} of a model that is not loaded."""
-        if self.pipe is None:
-            return {}
-        stages = self.pipe.stages
-        spec, unet = stages.spec, stages.spec.unet
-        needed = sample_request(spec, 64, 64)
-        image = "needed" if "image" in needed else "optional"
-        if spec.prior is not None or unet.reads_image_embeds:  # which start from noise
-            image = "none"
-        from_noise = unet.edits or unet.upscales or stages.family.reads_picture or image == "none"
-        return {
-            "prompt": bool(needed["prompt"]) or (unet.reads_image_embeds and stages.prior is not None),
-            "guidance": spec.conditioned,
-            "image": image,
-            "strength": not from_noise,
-            "classes": (unet.num_class_embeds or 0) if unet.needs_label else 0,
-            "noise_level": None if spec.low_res is None else spec.max_noise_level,
-            "enlarges": spec.enlarges,
-        }
-
-    @property
     def enlarges(self) -> int:
         """How many times as wide its picture is as the one that it reads; 1 of models that enlarge none, and of those
         that are not loaded."""
@@ -100,6 +79,7 @@ class Models:
         if settings.ranker is not None:
             self._ranker_folder = find_ranker(settings.ranker, allow_pickle=settings.allow_pickle)
         self._ranker: Ranker | None = None
+        self._prior: KandinskyPrior | None = None
         self._by_name = {name: Model(name, path) for name, path in settings.models.items()}
         self._counter, self._loading = 0, asyncio.Lock()
         for name, pipe in (pipelines or {}).items():
@@ -205,8 +185,13 @@ class Models:
         width, height = spec.own_size
         arch = device_capability(device.index or 0) if device.type == "cuda" else 0
         dtype = choose_dtype(self._settings.dtype, device)
-        workload = memory.Workload.of_spec(spec, width=width, height=height, batch=1, dtype=dtype, arch=arch)
-        plan = cascade.of_model(spec, model.name, workload, batch=1, dtype=dtype, arch=arch)
+        shape: dict[str, Any] = {"batch": 1, "dtype": dtype, "arch": arch}
+        options: dict[str, Any] = {}
+        if spec.unet.reads_image_embeds and self._settings.prior is not None and self._prior is None:
+            where = {"allow_pickle": self._settings.allow_pickle}
+            options["beside"] = Beside(once=describe_prior(self._settings.prior, spec.unet, **where))
+        workload = memory.Workload.of_spec(spec, width=width, height=height, **shape, **options)
+        plan = cascade.of_model(spec, model.name, workload, **shape)
         if not plan.fits(free):
             needed, there = memory.size(plan.needed), memory.size(free)
             raise OutOfMemory(f"model {model.name} needs {needed} for a picture, and {there} are free")
@@ -220,6 +205,11 @@ class Models:
                 logger.info("%s is not for %s: %s", name, model.name, error)
         if self._ranker_folder is not None:
             self._load_ranker(pipe)
+        if pipe.stages.spec.unet.reads_image_embeds and self._settings.prior is not None:
+            if self._prior is None:  # all decoders share one
+                placed = {"device": pipe.device, "dtype": pipe.dtype, "allow_pickle": self._settings.allow_pickle}
+                self._prior = KandinskyPrior.from_pretrained(self._settings.prior, **placed)
+            pipe.attach_prior(self._prior)
         # The server bounds all queues together, so that no session's own bound is met before.
         model.pipe, model.session = pipe, Session(pipe, max_batch=self._settings.max_batch, max_queue=MAX_QUEUE)
         if self._settings.load == "start":

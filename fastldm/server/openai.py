@@ -2,6 +2,8 @@
 
 Fields that OpenAI does not have are those of `fastldm.Request`, by its names. What is not known is ignored, as newer
 clients send newer fields; what is known, would change the picture and is not done is refused.
+
+Over 500 lines, for the fields of requests and what each endpoint makes of them are read together.
 """
 
 from __future__ import annotations
@@ -78,6 +80,8 @@ class ImageFields(BaseModel):
     apg_momentum: float | None = None
     use_original_formulation: bool | None = Field(None, description="Whether guidance_scale counts from 0: papers'.")
     clip_guidance_scale: float | None = Field(None, description="CLIP guidance by gradient, such as 100; 0 is off.")
+    prior_num_inference_steps: int | None = Field(None, ge=1, description="Of a model with a prior, that one's.")
+    prior_guidance_scale: float | None = Field(None, description="Likewise.")
     sampler: str | None = Field(None, max_length=200)
     strength: float | None = None
     noise_level: int | None = Field(None, ge=0, description="Noise of what an upscaler or unCLIP reads of the picture.")
@@ -99,7 +103,7 @@ class ImageFields(BaseModel):
 class GenerationBody(ImageFields):
     """The body of `/v1/images/generations` and `/v1/jobs`."""
 
-    prompt: str | None = Field(None, description="(word:1.3) and [word] weight words; none of models that read none.")
+    prompt: str = Field(description="(word:1.3) and [word] weight words.")
 
 
 class PictureBody(BaseModel):
@@ -111,13 +115,13 @@ class PictureBody(BaseModel):
 class EditFields(ImageFields):
     """The texts in the form of `/v1/images/edits`."""
 
-    prompt: str | None = None
+    prompt: str
 
 
 _MORE = (
     *("pag_scale", "pag_adaptive_scale", "apg_rescale", "apg_eta", "apg_momentum", "use_original_formulation"),
     *("clip_skip", "adapters", "reuse", "noise_level", "clip_guidance_scale", "class_labels"),
-    "super_res_num_inference_steps",
+    *("super_res_num_inference_steps", "prior_num_inference_steps", "prior_guidance_scale"),
 )
 
 
@@ -128,7 +132,7 @@ def router(service: Service, jobs: Jobs) -> APIRouter:
     @routes.post("/images/generations", responses=_EVENTS)
     async def generations(fields: GenerationBody, request: HTTPRequest) -> Response:
         """Pictures for a prompt; with `stream`, as events."""
-        arguments = await _controlled(service, fields)
+        arguments = {"prompt": fields.prompt, **await _controlled(service, fields)}
         return await _respond(service, jobs, request, fields, arguments)
 
     @routes.post("/images/edits", responses=_EVENTS, openapi_extra=_form(EditFields, mask=True))
@@ -169,7 +173,9 @@ def router(service: Service, jobs: Jobs) -> APIRouter:
     @routes.post("/jobs", status_code=202, tags=["jobs"])
     async def submit(fields: GenerationBody, request: HTTPRequest) -> dict[str, Any]:
         """The body of `/v1/images/generations`, without waiting: the answer has the job's id."""
-        return await _begin(service, jobs, request, fields, await _controlled(service, fields))
+        return await _begin(
+            service, jobs, request, fields, {"prompt": fields.prompt, **await _controlled(service, fields)}
+        )
 
     @routes.post("/jobs/edits", status_code=202, tags=["jobs"], openapi_extra=_form(EditFields, mask=True))
     async def submit_edit(request: HTTPRequest) -> dict[str, Any]:
@@ -191,9 +197,7 @@ def router(service: Service, jobs: Jobs) -> APIRouter:
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:
-    about = {"id": name, "object": "model", "created": service.started, "owned_by": "fastldm"}
-    reads = next(model.reads for model in service.models if model.name == name)
-    return {**about, "reads": reads} if reads else about
+    return {"id": name, "object": "model", "created": service.started, "owned_by": "fastldm"}
 
 
 # --- what is asked
@@ -202,7 +206,7 @@ def _model(service: Service, name: str) -> dict[str, Any]:
 def arguments_of(fields: ImageFields, of: Image.Image | None = None) -> dict[str, Any]:
     """The fields of `fastldm.Request`. of: the picture that it starts from."""
     names = ("negative_prompt", "num_inference_steps", "guidance_scale", "image_guidance_scale", "sampler", "strength")
-    values: dict[str, Any] = {name: getattr(fields, name, None) for name in ("prompt", *names, *_MORE)}
+    values: dict[str, Any] = {name: getattr(fields, name) for name in (*names, *_MORE)}
     counts = {"num_images_per_prompt": fields.n} if fields.best_of is None else {"keep": fields.n}
     values |= {**counts, "candidates": fields.best_of, "seed": None if fields.seed == -1 else fields.seed}
     if fields.size not in (None, "auto"):
@@ -271,7 +275,7 @@ async def _edit(service: Service, request: HTTPRequest) -> tuple[EditFields, dic
         controlled = await _controlled(service, fields, form)
     given = {"original_image": original, "mask_image": mask}
     given = {name: picture for name, picture in given.items() if picture is not None}
-    return fields, {"image": image, **given, **controlled}
+    return fields, {"prompt": fields.prompt, "image": image, **given, **controlled}
 
 
 async def _controlled(service: Service, fields: ImageFields, form: FormData | None = None) -> dict[str, Any]:

@@ -34,6 +34,8 @@ class Settings:
     """Likewise ControlNets and T2I-Adapters, for requests that send what they read."""
     ranker: str | None = None
     """The CLIP model, a folder or a hub id, that ranks what `best_of` samples; None is the models' own."""
+    prior: str | None = None
+    """Kandinsky's prior, a folder or a hub id, for each model that is its decoder."""
     load: str = "start"
     """When models are loaded: "start", or "first" use, where idle ones make room if memory is short."""
     device: str | None = None
