@@ -142,7 +142,7 @@ OTHER_PIPELINES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "unconditional": (
         {"_class_name": "ScoreSdeVePipeline", **{k: SD_INDEX[k] for k in ("unet", "scheduler")}},
-        "is a ScoreSdeVePipeline and has no vae, no text_encoder, no tokenizer: fastldm cannot run it",
+        "is a ScoreSdeVePipeline: score SDE",
     ),
     "no text encoder": ({**SD_INDEX, "text_encoder": [None, None]}, "and has no text_encoder: fastldm cannot run it"),
     "T5": (

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import all_families
 import clients
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.skipif(
 )
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 KEY = "a-key-of-letters"
+FAMILIES = ("consistency", "ldm-super-resolution")
 
 
 @pytest.fixture(scope="module")
@@ -332,3 +334,30 @@ def test_it_fits_every_screen(browser: Any, url: str, scheme: str, width: int) -
                     || one.getAttribute("aria-label") || one.closest(".tile"))).map((one) => one.outerHTML)"""
         )
         assert unnamed == []
+
+
+def test_fields_are_those_that_a_model_reads(browser: Any, pipe: Pipeline, tmp_path: Path) -> None:
+    """Of one without a prompt, which reads a class, and of one that enlarges a picture."""
+    pipes = {name: Pipeline.from_diffusers(all_families.MAKERS[name]()) for name in FAMILIES}
+    with in_thread(clients.application({"small": pipe, **pipes})) as url, opened(browser, url) as page:
+        page.wait_for_selector("#num_inference_steps[placeholder='4']")
+        assert not page.is_visible("#class_labels")
+        page.select_option("#model", "consistency")
+        assert [page.is_visible(f"#{name}") for name in ("prompt", "guidance_scale", "class_labels")] == [0, 0, 1]
+        page.fill("#class_labels", "3")
+        page.fill("#seed", "5")
+        page.click("#generate")
+        expected = pipes["consistency"](class_labels=3, seed=5).images[0]
+        assert np.abs(np.asarray(shown(page)).astype(int) - np.asarray(expected).astype(int)).max() <= 1
+        assert settings(page)["Class"] == "3"
+        page.select_option("#model", "ldm-super-resolution")
+        page.click("#generate")
+        assert "Choose the picture" in page.wait_for_selector("#image-drop-error").text_content()
+        photo = Image.effect_noise((32, 32), 80).convert("RGB")
+        page.set_input_files("#image-file", file(tmp_path, photo))
+        page.fill("#num_inference_steps", "2")
+        assert not page.is_visible("#strength")
+        page.click("#generate")
+        page.wait_for_selector("#about:not([hidden]) dd:text-is('ldm-super-resolution')", timeout=60_000)
+        expected = pipes["ldm-super-resolution"](image=photo, seed=5, num_inference_steps=2).images[0]
+        assert np.abs(np.asarray(shown(page)).astype(int) - np.asarray(expected).astype(int)).max() <= 1

@@ -96,6 +96,17 @@ def test_plain_model_equals_diffusers(name: str, options: Options, pairs: Pairs)
     close(*images)
 
 
+def test_table_of_timesteps_equals_diffusers() -> None:
+    """`time_embedding_type` "learned": whole timesteps alone."""
+    unet = tiny.plain_unet(time_embedding_type="learned", num_train_timesteps=1000)
+    theirs = tiny.plain("DDPMPipeline", unet=unet)
+    ours = Pipeline.from_diffusers(theirs)
+    options: Options = {"num_inference_steps": 3, "output_type": "np"}
+    close(*(each(**options, generator=generator()).images for each in (ours, theirs)))
+    with pytest.raises(InputError, match="a vector for each of 1000 whole timesteps"):
+        ours(**options, sampler="euler", timesteps=[900.5, 20.0])
+
+
 @pytest.mark.parametrize("name", ["DDPMPipeline", "ConsistencyModelPipeline"])
 def test_a_list_of_generators_equals_diffusers(name: str, pairs: Pairs) -> None:
     theirs, ours = pairs(name)
@@ -275,7 +286,7 @@ def test_what_plain_models_do_not_read_is_named(name: str, options: Options, mes
         ("DDPMPipeline", {"unet": ["diffusers", "UNet2DConditionModel"]}, "unet is a UNet2DConditionModel"),
         ("DDPMPipeline", {"vae": ["diffusers", "AutoencoderKL"]}, "has vae"),
         ("LDMPipeline", {"vqvae": [None, None]}, "has no vqvae"),
-        ("DDPMPipeline", {"_class_name": "ScoreSdeVePipeline"}, "is a ScoreSdeVePipeline .* fastldm cannot run it"),
+        ("DDPMPipeline", {"_class_name": "ScoreSdeVePipeline"}, "is a ScoreSdeVePipeline: score SDE"),
         ("LDMPipeline", {"_class_name": "LDMSuperResolutionPipeline"}, "has 3 input channels .* has 6"),
         ("LDMSuperResolutionPipeline", {"_class_name": "LDMPipeline"}, "has 6 input channels .* has 3"),
     ],

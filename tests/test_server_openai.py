@@ -241,7 +241,7 @@ def test_bad_forms_say_what_is_wrong(http: TestClient) -> None:
         ({"prompt": "x"}, {}, "image is missing: expected a file"),
         ({"prompt": "x"}, {"image": b"no picture"}, "image cannot be read as a picture"),
         ({"prompt": "x"}, {"image": b""}, "image is empty"),
-        ({}, {"image": good}, "prompt: Field required"),
+        ({}, {"image": good}, "prompt is missing: this model reads one"),
         ({"prompt": "x", "n": "many"}, {"image": good}, "n: Input should be a valid integer"),
         ({"prompt": "x"}, {"image": good, "mask": clear}, "mask is 32x32 and image 64x64"),
         ({"prompt": "x"}, {"image": good, "mask": good}, "mask has no transparent pixels"),

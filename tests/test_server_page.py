@@ -102,6 +102,10 @@ def test_options_are_what_requests_may_have(http: TestClient, pipe: Pipeline) ->
     (model,) = options["models"]
     assert model == {
         "id": "default", "size": "64x64", "multiple": 4, "num_inference_steps": 4, "guidance_scale": 2.0,
+        "reads": {
+            "prompt": True, "guidance": True, "image": "optional", "strength": True, "classes": 0, "noise_level": None,
+            "enlarges": 1,
+        },
         "adapters": ["sketch"], "controls": ["outline"],
     }  # fmt: skip
     assert (options["adapters"], options["controls"]) == (["sketch"], ["outline"])

@@ -186,7 +186,7 @@ def test_a_model_is_sampled_as_it_was_trained() -> None:
     for config, sampler, message in (
         (plain, "EDMEulerScheduler", "is for EDM models, and this is a model that is not"),
         (plain, "CMStochasticIterativeScheduler", "is for consistency models"),
-        (consistent, "euler", "this is a consistency model: leave the sampler out"),
+        (consistent, "euler", "this is a consistency model: leave it out"),
         (edm, "ddim", "steps on timesteps of training, which models in EDM's preconditioning have none of"),
         (edm, "euler simple", "simple spaces timesteps of training"),
         (edm, "CMStochasticIterativeScheduler", "is for consistency models"),

@@ -67,6 +67,8 @@ RELATIVES = (  # the first match counts
         "a way of editing with Stable Diffusion",
         same_networks=True,
     ),
+    Relative(r"ScoreSde", "score SDE (NCSN++), whose corrector takes steps by the norms of score and noise, no table"),
+    Relative(r"KarrasVe", "Karras et al.'s stochastic sampler of a network that reads half the noise level"),
     Relative(r"KDiffusion|Paradigms", "Stable Diffusion with samplers of its own", same_networks=True),
 )
 

@@ -30,6 +30,8 @@ class Conditions(nn.Module):
         self.time_proj: nn.Module
         if config.time_embedding_type == "fourier":
             self.time_proj, width = Fourier(out // 2, config.flip_sin_to_cos), out
+        elif config.timesteps is not None:
+            self.time_proj, width = ClassEmbedding(config.timesteps, channels), channels
         else:
             self.time_proj, width = Sinusoids(channels, config.flip_sin_to_cos, config.freq_shift), channels
         # UNet2DModel's embeddings have SiLU, whatever the resnets have.
@@ -140,7 +142,7 @@ class TimeEmbedding(nn.Module):
 
 
 class ClassEmbedding(nn.Module):
-    """A vector for each class; torch's Embedding without its initialisation."""
+    """A vector for each class, or whole timestep; torch's Embedding without its initialisation."""
 
     def __init__(self, classes: int, channels: int) -> None:
         super().__init__()

@@ -50,7 +50,8 @@ class UNetConfig:
     act_fn: str = "silu"  # of the resnets; or "gelu"
     time_norm: TimeNorm = "shift"
     """How time enters a resnet: added between its convolutions; as scale and shift of its second norm; or of both."""
-    time_embedding_type: str = "positional"  # or "fourier", by trained frequencies
+    time_embedding_type: str = "positional"  # or "fourier", by trained frequencies, or "learned", a table
+    timesteps: int | None = None  # of that table
     time_embedding_act: str | None = None  # of the whole embedding, beside that of each resnet
     timestep_post_act: str | None = None  # of the time's own embedding
     addition_heads: int = 64  # of the attention that pools the text of "text"

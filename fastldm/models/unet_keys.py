@@ -390,7 +390,8 @@ _PIXELS_ONLY: dict[str, tuple[Any, ...]] = {
     "downsample_type": ("conv", "resnet"),
     "upsample_type": ("conv", "resnet"),
     "mid_block_type": ("UNetMidBlock2D", None),
-    "time_embedding_type": ("positional",),
+    # "fourier" is NCSN++'s, whose blocks and sampler are not there
+    "time_embedding_type": ("positional", "learned"),
 }
 _PIXELS = {
     "attention_head_dim": Field(Maybe(WIDTH), 8),  # channels of a head; null: one head
@@ -407,7 +408,10 @@ def _read_pixel_unet(cfg: Mapping[str, Any], source: str) -> dict[str, Any]:
     values = read_fields(cfg, only(_PIXELS_ONLY) | _shared_fields(3) | _PIXELS, source)
     usual = ("DownBlock2D", *["AttnDownBlock2D"] * 3)
     down_blocks, up_blocks = _block_types(cfg, source, _PIXEL_BLOCKS, last + 1, usual)
-    _check_frequencies(channels[0], values["freq_shift"], source)
+    learned = values["time_embedding_type"] == "learned"
+    timesteps = read_fields(cfg, {"num_train_timesteps": Field(Integer(1, 2**20))}, source) if learned else {}
+    if not learned:
+        _check_frequencies(channels[0], values["freq_shift"], source)
     groups, layers = values["norm_num_groups"], values["layers_per_block"]
 
     def heads(width: int) -> int:
@@ -449,6 +453,8 @@ def _read_pixel_unet(cfg: Mapping[str, Any], source: str) -> dict[str, Any]:
         "addition_time_embed_dim": 0,
         "addition_input_dim": 0,
         "class_embed_type": values["class_embed_type"],
+        "time_embedding_type": values["time_embedding_type"],
+        "timesteps": timesteps.get("num_train_timesteps"),
         "conditional": False,
     }
 

@@ -236,6 +236,11 @@ class Stages:
                 f"sampler is {request.sampler!r}: with the scheduler's variance_type 'learned_range' it reads a "
                 "variance that the network makes, and this one makes none: take another sampler"
             )
+        if unet.timesteps is not None and not set(self.table(request).timesteps.tolist()) <= {*range(unet.timesteps)}:
+            raise InputError(
+                f"sampler is {request.sampler!r}: this model has a vector for each of {unet.timesteps} whole timesteps "
+                "('num_train_timesteps'), and this sampler takes others: take DDPM or DDIM"
+            )
         if request.candidates is not None:
             self.ranking.need(self.text_stages, self.backend)
         return self.image_prompts.complete(request, self.guided(request))
@@ -295,7 +300,8 @@ class Stages:
                 "fp8 is on, through which there is no gradient: call disable_fp8, or leave CLIP guidance out"
             )
         if options.decoder is None and isinstance(self.vae, PixelResidual):
-            raise InputError("CLIP guidance sees decoded latents, and this model's are of what a small picture lacks")
+            has = "of what a small picture lacks" if self.spec.enlarges > 1 else "pixels, which nothing decodes"
+            raise InputError(f"CLIP guidance sees decoded latents, and this model's are {has}")
         ranker = self.ranking.need(self.text_stages, self.backend, "CLIP guidance goes")
         if ranker.text is None and not self.text_stages:
             raise InputError("CLIP guidance reads a text, and this model has no text encoder: load a whole CLIPModel")

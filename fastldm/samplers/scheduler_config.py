@@ -215,7 +215,7 @@ def config_of(name: str, options: Mapping[str, Any], model: ScheduleConfig | Non
     kind = entry.model if model is None else CLASSES[model.class_name].model
     if entry.model not in ("", kind) or (kind == "consistency" and not entry.model):
         own = "a consistency model" if kind == "consistency" else "a model that is not"
-        raise InputError(f"{name} is for {entry.model or 'other'} models, and this is {own}: leave the sampler out.")
+        raise InputError(f"sampler: {name} is for {entry.model or 'other'} models, and this is {own}: leave it out.")
     if kind == "EDM" and entry.spacing not in (on_sigmas, on_lambdas, on_preconditioned):
         raise InputError(f"{name} steps on timesteps of training, which models in EDM's preconditioning have none of.")
     values: dict[str, Any] = {**entry.keys, **{key: value for key, value in options.items() if key in entry.keys}}

@@ -67,6 +67,8 @@ class Text2Image(_Body):
     send_images: bool | None = True
     best_of: int | None = Field(None, ge=1)
     """Not AUTOMATIC1111's: sample so many, and answer the best of them by the model's ranking."""
+    class_labels: int | list[int] | None = None
+    """Not AUTOMATIC1111's either: of class-conditional models, what the pictures show."""
 
     # Not there: errors where they are switched on.
     restore_faces: bool | None = None
@@ -291,6 +293,7 @@ def _arguments(fields: Text2Image) -> dict[str, Any]:
         "width": fields.width,
         "height": fields.height,
         "eta": fields.eta,
+        "class_labels": fields.class_labels,
         "clip_skip": skip - 1 or None,
         "adapters": dict(adapters) or None,
     }

@@ -114,9 +114,10 @@ def api_error(error: BaseException, request_id: str) -> ApiError:
 
 
 def _field_of(message: str) -> str | None:
-    """The field that an InputError is about: its messages begin with it."""
-    name = re.match(r"\w+", message)
-    return name[0] if name and name[0] in (*Request.__dataclass_fields__, "n", "size", "mask", "control") else None
+    """The field that an InputError is about: its messages begin with it, or say to give it."""
+    known = (*Request.__dataclass_fields__, "n", "size", "mask", "control")
+    names = re.findall(r"^\w+|(?<=: give it )\w+|(?<=: give )\w+", message)
+    return next((name for name in names if name in known), None)
 
 
 def _invalid(error: RequestValidationError) -> ApiError:

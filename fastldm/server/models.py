@@ -21,6 +21,7 @@ from fastldm.pipeline import Pipeline
 from fastldm.planning import cascade, memory
 from fastldm.planning.beside import Beside
 from fastldm.priors import KandinskyPrior, describe_prior
+from fastldm.runtime.complete import sample_request
 from fastldm.server.errors import ApiError
 from fastldm.server.settings import Settings
 from fastldm.serving.session import MAX_QUEUE, Session
@@ -50,6 +51,28 @@ class Model:
         assert self.pipe is not None
         width, height = self.pipe.stages.spec.default_size
         return height, width
+
+    @property
+    def reads(self) -> dict[str, Any]:
+        """What its requests have, for clients that ask: {} of a model that is not loaded."""
+        if self.pipe is None:
+            return {}
+        stages = self.pipe.stages
+        spec, unet = stages.spec, stages.spec.unet
+        needed = sample_request(spec, 64, 64)
+        image = "needed" if "image" in needed else "optional"
+        if spec.prior is not None or unet.reads_image_embeds:  # which start from noise
+            image = "none"
+        from_noise = unet.edits or unet.upscales or stages.family.reads_picture or image == "none"
+        return {
+            "prompt": bool(needed["prompt"]) or (unet.reads_image_embeds and stages.prior is not None),
+            "guidance": spec.conditioned,
+            "image": image,
+            "strength": not from_noise,
+            "classes": (unet.num_class_embeds or 0) if unet.needs_label else 0,
+            "noise_level": None if spec.low_res is None else spec.max_noise_level,
+            "enlarges": spec.enlarges,
+        }
 
     @property
     def enlarges(self) -> int:

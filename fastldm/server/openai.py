@@ -103,7 +103,7 @@ class ImageFields(BaseModel):
 class GenerationBody(ImageFields):
     """The body of `/v1/images/generations` and `/v1/jobs`."""
 
-    prompt: str = Field(description="(word:1.3) and [word] weight words.")
+    prompt: str | None = Field(None, description="(word:1.3) and [word] weight words; none of models that read none.")
 
 
 class PictureBody(BaseModel):
@@ -115,7 +115,7 @@ class PictureBody(BaseModel):
 class EditFields(ImageFields):
     """The texts in the form of `/v1/images/edits`."""
 
-    prompt: str
+    prompt: str | None = None
 
 
 _MORE = (
@@ -132,7 +132,7 @@ def router(service: Service, jobs: Jobs) -> APIRouter:
     @routes.post("/images/generations", responses=_EVENTS)
     async def generations(fields: GenerationBody, request: HTTPRequest) -> Response:
         """Pictures for a prompt; with `stream`, as events."""
-        arguments = {"prompt": fields.prompt, **await _controlled(service, fields)}
+        arguments = await _controlled(service, fields)
         return await _respond(service, jobs, request, fields, arguments)
 
     @routes.post("/images/edits", responses=_EVENTS, openapi_extra=_form(EditFields, mask=True))
@@ -173,9 +173,7 @@ def router(service: Service, jobs: Jobs) -> APIRouter:
     @routes.post("/jobs", status_code=202, tags=["jobs"])
     async def submit(fields: GenerationBody, request: HTTPRequest) -> dict[str, Any]:
         """The body of `/v1/images/generations`, without waiting: the answer has the job's id."""
-        return await _begin(
-            service, jobs, request, fields, {"prompt": fields.prompt, **await _controlled(service, fields)}
-        )
+        return await _begin(service, jobs, request, fields, await _controlled(service, fields))
 
     @routes.post("/jobs/edits", status_code=202, tags=["jobs"], openapi_extra=_form(EditFields, mask=True))
     async def submit_edit(request: HTTPRequest) -> dict[str, Any]:
@@ -197,7 +195,9 @@ def router(service: Service, jobs: Jobs) -> APIRouter:
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": service.started, "owned_by": "fastldm"}
+    about = {"id": name, "object": "model", "created": service.started, "owned_by": "fastldm"}
+    reads = next(model.reads for model in service.models if model.name == name)
+    return {**about, "reads": reads} if reads else about
 
 
 # --- what is asked
@@ -206,7 +206,7 @@ def _model(service: Service, name: str) -> dict[str, Any]:
 def arguments_of(fields: ImageFields, of: Image.Image | None = None) -> dict[str, Any]:
     """The fields of `fastldm.Request`. of: the picture that it starts from."""
     names = ("negative_prompt", "num_inference_steps", "guidance_scale", "image_guidance_scale", "sampler", "strength")
-    values: dict[str, Any] = {name: getattr(fields, name) for name in (*names, *_MORE)}
+    values: dict[str, Any] = {name: getattr(fields, name, None) for name in ("prompt", *names, *_MORE)}
     counts = {"num_images_per_prompt": fields.n} if fields.best_of is None else {"keep": fields.n}
     values |= {**counts, "candidates": fields.best_of, "seed": None if fields.seed == -1 else fields.seed}
     if fields.size not in (None, "auto"):
@@ -275,7 +275,7 @@ async def _edit(service: Service, request: HTTPRequest) -> tuple[EditFields, dic
         controlled = await _controlled(service, fields, form)
     given = {"original_image": original, "mask_image": mask}
     given = {name: picture for name, picture in given.items() if picture is not None}
-    return fields, {"prompt": fields.prompt, "image": image, **given, **controlled}
+    return fields, {"image": image, **given, **controlled}
 
 
 async def _controlled(service: Service, fields: ImageFields, form: FormData | None = None) -> dict[str, Any]:

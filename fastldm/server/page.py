@@ -65,8 +65,11 @@ def router(service: Service) -> APIRouter:
     async def settings(fields: PictureBody) -> dict[str, Any]:
         """How a picture was made, as its PNG says, in the fields of `/v1/images/generations`."""
         request, _ = read_parameters(await service.picture(decoded(fields.image, "image"), "image"))
-        names = ("prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale", "sampler", "strength")
-        found = {name: getattr(request, name) for name in (*names, "image_guidance_scale", "pag_scale", "clip_skip")}
+        names = (
+            *("prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale", "sampler", "strength"),
+            *("image_guidance_scale", "pag_scale", "clip_skip", "noise_level", "class_labels"),
+        )
+        found = {name: getattr(request, name) for name in names}
         found["size"] = f"{request.width}x{request.height}" if request.width and request.height else None
         if request.reuse > 1:
             found["reuse"] = request.reuse
@@ -88,6 +91,7 @@ def _about(model: Model) -> dict[str, Any]:
         "multiple": model.pipe.vae.config.factor,
         "num_inference_steps": stages.family.num_inference_steps,
         "guidance_scale": stages.family.guidance_scale,
+        "reads": model.reads,
         "adapters": list(stages.adapters.loaded),
         "controls": list(model.pipe.controls),
     }

@@ -132,12 +132,17 @@ class Service:
             if dialect == "a1111":  # whose front ends send all, as its models read the one or the other
                 from_noise = unet.edits or unet.upscales or reads_picture
                 unread = ["image_guidance_scale"] * (not unet.edits) + ["strength"] * from_noise
+                unread += ["guidance_scale"] * (not spec.conditioned)
                 own_size = unet.upscales or bool(spec.follows)
                 unread += ["width", "height"] * (own_size or (spec.fits_pictures and "image" in arguments))
                 arguments = {name: value for name, value in arguments.items() if name not in unread}
             own_size = unet.upscales or reads_picture or spec.fits_pictures
             if isinstance(image := arguments.get("image"), Image.Image) and not own_size:
                 arguments = {**size_of(image), **arguments}
+            if arguments.get("prompt") is None:
+                if found.reads["prompt"]:
+                    raise InputError("prompt is missing: this model reads one, which may be empty")
+                arguments = {**arguments, "prompt": ""}
             request = self._checked(found, arguments)
             self._check_room(owner)
             self._arriving[owner] += 1
@@ -181,7 +186,8 @@ class Service:
         assert model.pipe is not None
         steps = request.num_inference_steps or model.pipe.stages.family.num_inference_steps
         if steps > settings.max_steps:
-            raise InputError(f"num_inference_steps is {steps}: expected at most {settings.max_steps}")
+            own = "" if request.num_inference_steps else ", the model's own number"
+            raise InputError(f"num_inference_steps is {steps}{own}: expected at most {settings.max_steps}")
         if (request.prior_num_inference_steps or 0) > settings.max_steps:
             raise InputError(
                 f"prior_num_inference_steps is {request.prior_num_inference_steps}: expected at most "
@@ -310,7 +316,7 @@ class Service:
             assert model.pipe is not None
             try:
                 await asyncio.to_thread(model.pipe.warmup, batches=(self.settings.max_batch, 1))
-                if model.pipe.stages.ranking.loaded is not None and not model.pipe.family.reads_picture:
+                if model.pipe.stages.ranking.loaded is not None and model.reads["prompt"]:
                     await asyncio.to_thread(model.pipe.warmup, candidates=self.settings.max_batch)
             except FastLDMError as error:
                 logger.warning("%s could not be warmed up: %s", model.name, error)

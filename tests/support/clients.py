@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
 from typing import Any
@@ -18,16 +18,18 @@ from fastldm.server.settings import Settings
 
 
 @contextmanager
-def client(pipe: Pipeline | None = None, **settings: Any) -> Iterator[TestClient]:
-    """Of a server with these settings. pipe: all its models, if they are loaded already."""
+def client(pipe: Pipeline | Mapping[str, Pipeline] | None = None, **settings: Any) -> Iterator[TestClient]:
+    """Of a server with these settings. pipe: all its models, or each by its name, if they are loaded already."""
     app = application(pipe, **settings)
     with TestClient(app, raise_server_exceptions=False) as one:
         yield one
 
 
-def application(pipe: Pipeline | None = None, **settings: Any) -> FastAPI:
+def application(pipe: Pipeline | Mapping[str, Pipeline] | None = None, **settings: Any) -> FastAPI:
+    if isinstance(pipe, Mapping):
+        settings = {"models": dict.fromkeys(pipe, "default"), **settings}
     checked = Settings(**{"log": "off", **settings})
-    return create_app(checked, None if pipe is None else dict.fromkeys(checked.models, pipe))
+    return create_app(checked, dict.fromkeys(checked.models, pipe) if isinstance(pipe, Pipeline) else pipe)
 
 
 def picture(content: str | bytes) -> Image.Image:

@@ -88,6 +88,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "up_block_types": ("UNetResAttnUpBlock2D", "UNetResAttnUpBlock2D", "UNetResUpBlock2D"),
         "time_embedding_dim": 24,
     },
+    "learned": {**_PIXELS, "time_embedding_type": "learned", "num_train_timesteps": 1000},
     "no-middle": {**_PIXELS, "mid_block_type": None},
     "adm": _ADM,
     # What its first versions were: without a norm before the middle's attention. A class in place of a table's row.

@@ -19,21 +19,26 @@ const painter = new Painter($("mask"), () => {
 
 // --- what is asked for
 
-const NUMBERS = ["width", "height", "n", "num_inference_steps", "guidance_scale", "seed"];
+const NUMBERS = ["width", "height", "n", "num_inference_steps", "guidance_scale", "seed", "class_labels", "noise_level"];
 const TEXTS = ["prompt", "negative_prompt", "model", "sampler", "schedule"];
 
 /** What the form says; fields that are empty are left out. */
 function readForm() {
   const settings = {};
-  for (const name of TEXTS) if ($(name).value.trim()) settings[name] = $(name).value.trim();
+  const reads = readsOf($("model").value);
+  for (const name of TEXTS) if (!$(name).closest("[hidden]") || name === "model") if ($(name).value.trim()) settings[name] = $(name).value.trim();
   for (const name of NUMBERS) {
+    if ($(name).closest("[hidden]")) continue;
     if ($(name).validity.badInput) throw new Refused(400, { message: "This is no number.", param: name });
     if ($(name).value !== "") settings[name] = Number($(name).value);
   }
   for (const name of ["width", "height", "n"]) {
     if (!(settings[name] > 0)) throw new Refused(400, { message: "Write a number above 0.", param: name });
   }
-  if (!settings.prompt && !painter.image) {
+  if (reads.image === "needed" && !painter.image) {
+    throw new Refused(400, { message: "Choose the picture that this model reads.", param: "image" });
+  }
+  if (reads.prompt && !settings.prompt && !painter.image) {
     throw new Refused(400, { message: "Write what the picture should show.", param: "prompt" });
   }
   const adapters = Object.fromEntries(
@@ -42,7 +47,7 @@ function readForm() {
       .map((row) => [row.dataset.name, Number(row.querySelector("[type=range]").value)]),
   );
   if (Object.keys(adapters).length) settings.adapters = adapters;
-  if (painter.image) settings.strength = Number($("strength").value);
+  if (painter.image && reads.strength) settings.strength = Number($("strength").value);
   if (control) {
     settings.control = $("control").value;
     settings.control_scale = Number($("control_scale").value);
@@ -53,7 +58,9 @@ function readForm() {
 /** The fields of the API. */
 function bodyOf({ width, height, schedule, strength, ...fields }) {
   if (fields.sampler && schedule) fields.sampler += ` ${schedule}`;
-  return { prompt: "", ...fields, size: `${width}x${height}` };
+  // What enlarges a picture makes it so many times as large, whatever is asked for.
+  const size = readsOf(fields.model).enlarges > 1 ? {} : { size: `${width}x${height}` };
+  return { prompt: "", ...fields, ...size };
 }
 
 async function submit(settings) {
@@ -63,9 +70,12 @@ async function submit(settings) {
     let record;
     if (control) body.control_image = control.base64;
     if (painter.image) {
-      const { picture, mask } = await painter.files(settings.width, settings.height);
+      const times = readsOf(settings.model).enlarges;
+      const sides = [settings.width, settings.height].map((side) => Math.max(1, Math.round(side / times)));
+      const { picture, mask } = await painter.files(...sides);
       const data = new FormData();
-      for (const [name, value] of Object.entries({ ...body, strength: settings.strength })) {
+      const strength = settings.strength === undefined ? {} : { strength: settings.strength };
+      for (const [name, value] of Object.entries({ ...body, ...strength })) {
         if (name === "adapters") for (const [one, scale] of Object.entries(value)) data.append(`adapters[${one}]`, scale);
         else data.append(name, value);
       }
@@ -273,6 +283,8 @@ const NAMES = [
   ["num_inference_steps", "Steps"],
   ["guidance_scale", "Guidance"],
   ["sampler", "Sampler"],
+  ["class_labels", "Class"],
+  ["noise_level", "Noise"],
   ["adapters", "LoRAs"],
   ["strength", "Change"],
   ["control", "Control"],
@@ -421,6 +433,11 @@ function noControl() {
 
 // --- models
 
+// Of a model that is not loaded yet nobody knows more than its name.
+const UNKNOWN = { prompt: true, guidance: true, image: "optional", strength: true, classes: 0, noise_level: null, enlarges: 1 };
+
+const readsOf = (name) => modelOf(name || $("model").value)?.reads ?? UNKNOWN;
+
 const modelOf = (name) => options?.models.find((model) => model.id === name);
 
 function setModel(name) {
@@ -429,6 +446,24 @@ function setModel(name) {
   const [width, height] = (model.size ?? "512x512").split("x");
   if (!sizeChosen) Object.assign($("width"), { value: width }) && ($("height").value = height);
   for (const side of ["width", "height"]) $(side).step = $(side).min = model.multiple ?? 8;
+  const reads = readsOf(model.id);
+  const shown = {
+    prompt: reads.prompt,
+    negative_prompt: reads.prompt && reads.guidance,
+    guidance_scale: reads.guidance,
+    class_labels: reads.classes > 0,
+    noise_level: reads.noise_level !== null,
+    strength: reads.strength,
+  };
+  for (const [name, there] of Object.entries(shown)) $(name).closest(".field").hidden = !there;
+  $("class_labels").max = reads.classes - 1;
+  $("noise_level").max = reads.noise_level ?? 0;
+  $("start").hidden = reads.image === "none";
+  if ($("start").hidden) noStart();
+  $("empty").textContent = { needed: "Choose a picture, and press Generate." }[reads.image] ?? (reads.prompt ? "Describe a picture, and press Generate." : "Press Generate.");
+  // A default beyond what the server allows would be refused.
+  const most = options.limits.max_steps;
+  if (model.num_inference_steps > most && !$("num_inference_steps").value) $("num_inference_steps").value = most;
   $("num_inference_steps").placeholder = model.num_inference_steps ?? "";
   $("guidance_scale").placeholder = model.guidance_scale ?? "";
   const fits = (kind) => options[kind].filter((one) => (model[kind] ?? options[kind]).includes(one));
