@@ -91,7 +91,7 @@ ENLARGING: dict[str, Options] = {
 @pytest.mark.parametrize("case", [*ENLARGING])
 def test_upsampler_equals_its_equations(case: str, upsampler: Pipeline) -> None:
     options = ENLARGING[case]
-    steps, size = options.get("num_inference_steps", 27), options.get("height", 16)
+    steps, size = options.get("num_inference_steps", 27), options.get("height", 32)
     times = fast27() if steps == 27 else np.linspace(0, 999, steps).round()[::-1].astype(int).tolist()
     weights, low = glide.state(glide.UPSAMPLER), SMALL * 2 - 1
     expected = glide.enlarge(weights, [PROMPT], low, size, times, drawing(1, size, size))
@@ -108,10 +108,10 @@ def test_fast27_is_the_published_list() -> None:
 
 
 def test_defaults_are_the_published_ones(base: Pipeline, upsampler: Pipeline) -> None:
-    for pipe, expected in ((base, ("glide", 100, 3.0)), (upsampler, ("glide-upsampler", 27, 1.0))):
+    for pipe, side, expected in ((base, 16, ("glide", 100, 3.0)), (upsampler, 32, ("glide-upsampler", 27, 1.0))):
         family = pipe.family
         assert (family.name, family.num_inference_steps, family.guidance_scale) == expected
-        assert pipe.stages.spec.default_size == (16, 16)
+        assert pipe.stages.spec.default_size == (side, side)
 
 
 @pytest.mark.parametrize("name", [*glide.PUBLISHED])
@@ -173,6 +173,29 @@ def test_embeds_replace_texts(base: Pipeline) -> None:
     assert np.abs(base(**embeds, **options).images - base(PROMPT, **options).images).max() < 1e-4
 
 
+def test_both_stages_are_one_request(base: Pipeline, upsampler: Pipeline) -> None:
+    """Equal to two calls, whose picture has whole bytes in between; of several requests they share steps."""
+    options: Options = {"num_inference_steps": 3, "seed": 4}
+    base.attach_upscaler(upsampler)
+    try:
+        both = base(PROMPT, **options, num_images_per_prompt=2, output_type="np").images
+        alone = base("a cat", **options, output_type="np").images
+        with Session(base, max_batch=4) as session:
+            together = [session.submit(prompt, **options, output_type="np") for prompt in (PROMPT, "a cat")]
+            made = [each.result().images[0] for each in together]
+    finally:
+        base.detach_upscalers()
+    assert both.shape == (2, 32, 32, 3)
+    assert np.abs(made[0] - both[0]).max() < 1e-3
+    assert np.abs(made[1] - alone[0]).max() < 1e-3
+    small = base(PROMPT, **options).images[0]
+    g = torch.Generator().manual_seed(4)
+    for _ in range(3):  # the start and two steps of the first stage draw before the second
+        torch.randn(1, 3, 16, 16, generator=g)
+    apart = upsampler(PROMPT, image=small, generator=g, output_type="np").images
+    assert np.abs(both[0] - apart[0]).max() < 1e-3
+
+
 def test_what_glide_does_not_read_is_named(base: Pipeline, upsampler: Pipeline, tmp_path: Path) -> None:
     refused: dict[str, tuple[Pipeline, Options]] = {
         "clip_skip is 1: .* GLIDE's": (base, {"clip_skip": 1}),
@@ -231,6 +254,9 @@ def test_command_makes_both_stages(folder: Path, tmp_path: Path, monkeypatch: py
     assert done.exit_code == 0, done.stderr
     done = run("generate", PROMPT, "-m", second, "--image", "small.png", "--steps", "2", "-o", "large.png")
     assert done.exit_code == 0, done.stderr
-    assert Image.open("large.png").size == (16, 16)
+    assert Image.open("large.png").size == (32, 32)
+    done = run("generate", PROMPT, "-m", first, "--upscaler", second, "--steps", "2", "--seed", "4", "-o", "both.png")
+    assert done.exit_code == 0, done.stderr
+    assert Image.open("both.png").size == (32, 32)
     planned = run("plan", "-m", first, "--device", "cpu")
     assert planned.exit_code == 0, planned.stderr

@@ -56,6 +56,10 @@ class CascadeModel(Generic[S]):
     """Those that go on with its pictures: see `Spec.follows`."""
 
 
+def _as_pictures(made: Tensor) -> Mapping[str, Any]:
+    return {"image": made}
+
+
 @dataclass(frozen=True)
 class CascadeStage:
     """A stage of a cascade."""
@@ -63,7 +67,7 @@ class CascadeStage:
     model: CascadeModel[AnyStages]
     request: Request
     """Completed for its model; a placeholder stands for what the stage before makes."""
-    take: Callable[[Tensor], Mapping[str, Any]] = lambda made: {"image": made}
+    take: Callable[[Tensor], Mapping[str, Any]] = _as_pictures
     """From what the stage before made to fields of `request`."""
     keeps: tuple[str, ...] = ()
     """Fields of `request` that are as the stage before had them."""
@@ -226,6 +230,11 @@ def _following(completed: Request, base: CascadeModel[Stages]) -> list[CascadeSt
     return stages
 
 
+def _rounded(made: Tensor) -> Mapping[str, Any]:
+    """Pictures in whole bytes, as GLIDE's second stage reads them."""
+    return {"image": (made * 255).round() / 255}
+
+
 def _as_latents(made: Tensor) -> Mapping[str, Any]:
     """What the stage before made, of which a stage goes on."""
     return {"latents": made}
@@ -369,7 +378,8 @@ def _upscaled(
             "that enlarges them"
         )
     first = replace(last, request=made.replace(output_type="latent" if latents else "pt"))
-    return first, CascadeStage(model, enlarged, role="upscaler", reads_text=reads_text)
+    take = _rounded if spec.unet.adds_pooled else _as_pictures
+    return first, CascadeStage(model, enlarged, take, role="upscaler", reads_text=reads_text)
 
 
 def _start_of(base: Stages, made: Request, completed: Request, spec: Spec) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class Size:
     words: int = 256 + len(WORDS) + 1
 
 
-BASE, UPSAMPLER = Size(), Size(inputs=6, mult=(1, 1), attends=(1,))
+BASE, UPSAMPLER = Size(), Size(inputs=6, mult=(1, 1, 1), attends=(2,))
 PUBLISHED = {
     "base": Size(192, (1, 2, 3, 4), 3, (1, 2, 3), 3, 512, 16, 128, 50257),
     "upsample": Size(192, (1, 1, 2, 2, 4, 4), 2, (3, 4, 5), 6, 512, 16, 128, 50257),
