@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import clients
 import deepfloyd
 import numpy as np
 import pytest
@@ -241,3 +242,26 @@ def test_requests_keep_a_copy_of_options() -> None:
     request = Request("a cat", upscaler_options=options)
     options["noise_level"] = 4
     assert request.upscaler_options == {"noise_level": 3}
+
+
+def test_server_enlarges_by_its_models(folders: list[str], stages: Cascade) -> None:
+    models = {"first": folders[0], "third": folders[2]}
+    body: Options = {"prompt": PROMPT, "seed": 3, "num_inference_steps": 2, "model": "first"}
+    cascade: Options = {"upscalers": ["third"], "upscaler_options": {"num_inference_steps": 2}}
+    with clients.client(models=models, dtype="float32", max_pixels=2000) as http:
+        answer = http.post("/v1/images/generations", json={**body, **cascade})
+        too_many = http.post("/v1/images/generations", json={**body, "upscalers": ["third"] * 2})
+        unknown = http.post("/v1/images/generations", json={**body, "upscalers": ["fourth"]})
+        steps = http.post(
+            "/v1/images/generations", json={**body, **cascade, "upscaler_options": {"num_inference_steps": 900}}
+        )
+    assert answer.status_code == 200, answer.text
+    alone = Pipeline.from_diffusers(stages.first)
+    alone.attach_upscaler(Pipeline.from_diffusers(stages.third))
+    expected = alone(PROMPT, seed=3, num_inference_steps=2, upscaler_options={"num_inference_steps": 2}).images[0]
+    made = clients.picture(answer.json()["data"][0]["b64_json"])
+    assert made.size == (32, 32)
+    assert np.abs(np.asarray(made).astype(int) - np.asarray(expected).astype(int)).max() <= 1
+    assert "width times height is 16384" in too_many.text
+    assert "there is no model 'fourth'" in unknown.text
+    assert "num_inference_steps of third is 900" in steps.text

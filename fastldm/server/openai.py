@@ -50,6 +50,16 @@ def _adapters(value: Any) -> Any:
     return value
 
 
+def _listed(value: Any) -> Any:
+    """A list; in forms as JSON, or one name."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.lstrip()[:1] in ("[", "{") else [value]
+    except (ValueError, RecursionError):
+        raise ValueError("expected JSON") from None
+
+
 class ImageFields(BaseModel):
     """What all image endpoints take."""
 
@@ -87,6 +97,12 @@ class ImageFields(BaseModel):
     noise_level: int | None = Field(None, ge=0, description="Noise of what an upscaler or unCLIP reads of the picture.")
     super_res_num_inference_steps: int | None = Field(None, ge=2, description="Of Karlo: its super-resolution's; 7.")
     class_labels: int | list[int] | None = Field(None, description="Classes that the pictures show: one, or one each.")
+    upscalers: Annotated[list[Annotated[str, Field(max_length=200)]] | None, BeforeValidator(_listed)] = Field(
+        None, max_length=10, description="Models of this server that enlarge the pictures, one after the other."
+    )
+    upscaler_options: Annotated[dict[str, Any] | list[dict[str, Any]] | None, BeforeValidator(_listed)] = Field(
+        None, description="Fields in place of their defaults: for all, or a list of one for each."
+    )
     clip_skip: int | None = None
     reuse: int | None = Field(None, ge=1, description="Of so many calls of the U-Net the first computes all of it.")
     best_of: int | None = Field(None, ge=1, description="Sample so many, and answer the n best by the model's ranking.")
@@ -120,7 +136,7 @@ class EditFields(ImageFields):
 
 _MORE = (
     *("pag_scale", "pag_adaptive_scale", "apg_rescale", "apg_eta", "apg_momentum", "use_original_formulation"),
-    *("clip_skip", "adapters", "reuse", "noise_level", "clip_guidance_scale", "class_labels"),
+    *("clip_skip", "adapters", "reuse", "noise_level", "clip_guidance_scale", "class_labels", "upscaler_options"),
     *("super_res_num_inference_steps", "prior_num_inference_steps", "prior_guidance_scale"),
 )
 
@@ -398,6 +414,7 @@ async def start(service: Service, request: HTTPRequest, fields: ImageFields, arg
         priority=fields.priority or 0,
         deadline=fields.deadline,
         previews=(fields.partial_images or 0) if fields.stream else 0,
+        upscalers=fields.upscalers or (),
     )
 
 

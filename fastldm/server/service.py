@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -24,6 +24,7 @@ from starlette.types import Receive
 from fastldm.errors import Cancelled, FastLDMError, InputError
 from fastldm.image import decode_image, encode_image, result_parameters
 from fastldm.request import Request, Result
+from fastldm.runtime.complete import fitted
 from fastldm.server.errors import ApiError, api_error, retry_after, stopping
 from fastldm.server.metrics import Metrics
 from fastldm.server.models import Model, Models
@@ -117,12 +118,15 @@ class Service:
         previews: int = 0,
         dialect: str = "openai",
         refiner: str | None = None,
+        upscalers: Sequence[str] = (),
     ) -> Work:
-        """Queue a request with fields of `fastldm.Request`. refiner: the model that goes on. id: the HTTP request's.
+        """Queue a request with fields of `fastldm.Request`. refiner: the model that goes on. upscalers: those that
+        enlarge the images. id: the HTTP request's.
         previews: how many of its steps have one. ApiError, or what `Session.submit` raises."""
         async with AsyncExitStack() as stack:
             found = await stack.enter_async_context(self.models.use(model, arguments.get("adapters") or ()))
             second = None if refiner is None else await stack.enter_async_context(self.models.use(refiner))
+            enlarging = [await stack.enter_async_context(self.models.use(name)) for name in upscalers]
             if self.draining:
                 raise stopping()
             assert found.session is not None
@@ -143,13 +147,14 @@ class Service:
                 if found.reads["prompt"]:
                     raise InputError("prompt is missing: this model reads one, which may be empty")
                 arguments = {**arguments, "prompt": ""}
-            request = self._checked(found, arguments)
+            request = self._checked(found, arguments, enlarging)
             self._check_room(owner)
             self._arriving[owner] += 1
             try:
                 # In a thread: what does not fit is told how it would, from a dry run of a second.
                 options: dict[str, Any] = {"priority": priority, "deadline": deadline, "preview": previews, "id": id}
                 options["refiner"] = None if second is None else second.session
+                options["upscalers"] = [each.session for each in enlarging] or None
                 submit = partial(found.session.submit, request, **options)
                 generation = await asyncio.get_running_loop().run_in_executor(self._submitting, submit)
             finally:
@@ -175,7 +180,7 @@ class Service:
             return
         raise ApiError(429, message, code, kind="rate_limit_error", headers=retry_after(self._next_free()))
 
-    def _checked(self, model: Model, arguments: Mapping[str, Any]) -> Request:
+    def _checked(self, model: Model, arguments: Mapping[str, Any], upscalers: Sequence[Model] = ()) -> Request:
         """InputError for what the server does not allow."""
         settings = self.settings
         request = Request(**arguments)
@@ -201,13 +206,28 @@ class Service:
                 raise InputError(f"{name} is {getattr(request, name)}: expected at most {settings.max_steps}")
         if isinstance(request.image, Image.Image) and (times := model.pipe.stages.spec.enlarges) > 1:
             height, width = request.image.height * times, request.image.width * times
+        spec = model.pipe.stages.spec
+        start = request.original_image if spec.unet.resizes else request.image
+        if spec.fits_pictures and start is not None:
+            height, width = fitted(start, "image", spec.unet.sample_size)
         tall, wide = request.height or height, request.width or width
         scales = (
             request.hires_scale or 1.0,
             (request.hires_height or tall) / tall,
             (request.hires_width or wide) / wide,
         )
-        if (pixels := int(tall * wide * max(scales) ** 2)) > settings.max_pixels:
+        size = int(wide * max(scales)), int(tall * max(scales))
+        options = request.upscaler_options or {}
+        each = [options] * len(upscalers) if isinstance(options, Mapping) else options
+        for upscaler, own in zip(upscalers, each, strict=False):  # of other numbers the session says so
+            assert upscaler.pipe is not None
+            before, spec = spec, upscaler.pipe.stages.spec
+            size = spec.enlarged(size, before.default_size)
+            if (steps := own.get("num_inference_steps") or spec.family.num_inference_steps) > settings.max_steps:
+                raise InputError(
+                    f"num_inference_steps of {upscaler.name} is {steps}: expected at most {settings.max_steps}"
+                )
+        if (pixels := math.prod(size)) > settings.max_pixels:
             raise InputError(f"width times height is {pixels}: expected at most {settings.max_pixels} pixels")
         return request
 
