@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastldm import checks
 from fastldm.adapters.family import family_of_spec
-from fastldm.adapters.textual_inversion import check_token, read_textual_inversion
+from fastldm.adapters.textual_inversion import check_encoders, check_token, read_textual_inversion
 from fastldm.checks import show
 from fastldm.conditioning.text import TextStage
 from fastldm.errors import InputError
@@ -89,6 +89,7 @@ class TextualInversionLoader:
         InputError for a token that the tokenizer knows, for a bundle, and for arguments that do not fit.
         """
         self.stages.need_torch("whose text encoder takes no new tokens: load them into the model, and export that")
+        check_encoders(self.stages.spec.text)
         sources, tokens = _listed(pretrained_model_name_or_path, token)
         encoder = self._encoder(tokenizer, text_encoder)
         checks.known(where, ("revision", "cache_dir", "local_files_only"))

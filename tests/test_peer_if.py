@@ -183,6 +183,8 @@ def test_what_first_stage_does_not_read_is_named(pipe: Pipeline, tmp_path: Path)
     for message, options in refused.items():
         with pytest.raises(InputError, match=message):
             pipe(PROMPT, **options)
+    with pytest.raises(InputError, match=r"textual inversion is of CLIP's and BERT's text encoders, and this .* is T5"):
+        pipe.load_textual_inversion(torch.zeros(deepfloyd.T5_WIDTH), token="<toy>")
     with pytest.raises(InputError, match="exports are of Stable Diffusion"):
         pipe.export(tmp_path / "out")
 
@@ -201,6 +203,8 @@ def test_command_makes_a_first_stage(folder: Path, tmp_path: Path, monkeypatch: 
     done = run("generate", PROMPT, "-m", str(folder), "--steps", "2", "--seed", "4", "-o", "a.png")
     assert done.exit_code == 0, done.stderr
     assert Image.open("a.png").size == (16, 16)
+    refused = run("generate", PROMPT, "-m", str(folder), "--embedding", "smiley", "-o", "b.png")
+    assert "textual inversion is of CLIP's and BERT's text encoders" in refused.stderr
     planned = run("plan", "-m", str(folder), "--device", "cpu")
     assert planned.exit_code == 0, planned.stderr
 
@@ -314,3 +318,38 @@ def test_diffusers_has_no_other_parts() -> None:
     names = diffusers.IFPipeline.__init__.__code__.co_varnames[1:9]
     assert {"tokenizer", "text_encoder", "unet", "scheduler"} <= set(names)
     assert "vae" not in names
+
+
+# ------------------------------------------------------------------------------------------------- half precision
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.full)])
+def test_half_precision_is_adopted_as_transformers_loads_it(
+    dtype: torch.dtype, pipe: Pipeline, folder: Path, tmp_path: Path
+) -> None:
+    theirs = diffusers.IFPipeline.from_pretrained(folder, torch_dtype=dtype)
+    theirs.set_progress_bar_config(disable=True)
+    kept = {key for key, weight in theirs.text_encoder.state_dict().items() if weight.dtype == torch.float32}
+    assert len(kept) == (3 if dtype == torch.float16 else 0)  # T5's `wo`, of each layer
+    ours = Pipeline.from_diffusers(theirs)
+    wo = ours.text_stages[0].model.get_submodule("encoder.block.0.layer.1.DenseReluDense.wo").weight
+    assert wo.data_ptr() == theirs.text_encoder.encoder.block[0].layer[1].DenseReluDense.wo.weight.data_ptr()
+    assert ours.precision == str(dtype).removeprefix("torch.")
+    options: Options = {"num_inference_steps": 3, "output_type": "np"}
+    exact = pipe(PROMPT, **options, generator=generator()).images
+    expected = theirs(PROMPT, **options, generator=generator(), clean_caption=False).images
+    made = ours(PROMPT, **options, generator=generator()).images
+    rounding = np.abs(expected - exact).max()
+    assert 0 < rounding < 0.1
+    assert np.abs(made - exact).max() < 1.5 * rounding
+    assert np.abs(made - expected).max() < 3 * rounding
+    theirs.save_pretrained(tmp_path, variant="fp16")
+    loaded = Pipeline.from_pretrained(tmp_path, variant="fp16", dtype="float32")
+    assert np.abs(loaded(PROMPT, **options, generator=generator()).images - exact).max() < 1.5 * rounding
+
+
+def test_other_weights_in_float32_are_refused(folder: Path) -> None:
+    theirs = diffusers.IFPipeline.from_pretrained(folder, torch_dtype=torch.float16)
+    theirs.text_encoder.shared.float()
+    with pytest.raises(CheckpointError, match=r"weights in float16 .*, float32 on cpu \(text_encoder\)"):
+        Pipeline.from_diffusers(theirs)

@@ -12,7 +12,7 @@ Source of the formats: diffusers' loaders/textual_inversion.py, AUTOMATIC1111's 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from fastldm.checks import show
 from fastldm.errors import CheckpointError, FastLDMError, InputError
 from fastldm.loading.formats import PathLike
 from fastldm.loading.tensors import is_pickle, read_pickle, read_shapes, read_tensors
+from fastldm.models.config import TextConfig
 from fastldm.reading import check_file
 
 MAX_VECTORS = 1024
@@ -182,6 +183,16 @@ def _vectors(tensor: Tensor, source: str, error: type[FastLDMError] = Checkpoint
     if not bool(vectors.isfinite().all()):
         raise error(f"{source} has vectors with NaN or infinity.")
     return vectors if vectors.ndim == 2 else vectors[None]
+
+
+def check_encoders(configs: Sequence[TextConfig]) -> None:
+    """InputError for text encoders that textual inversion is not of."""
+    for config in configs:
+        if config.kind:
+            raise InputError(
+                f"textual inversion is of CLIP's and BERT's text encoders, and this model's is {config.kind}: describe "
+                "it in the prompt, or train a LoRA"
+            )
 
 
 def check_token(token: Any, source: str | None = None) -> str:

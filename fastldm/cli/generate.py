@@ -355,7 +355,7 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
             measure(path, name)
 
     adapters = loras.find(wanted, allow_pickle=options["allow_pickle"])
-    from fastldm.adapters.textual_inversion import read_textual_inversion
+    from fastldm.adapters.textual_inversion import check_encoders, read_textual_inversion
     from fastldm.model import backend_for
     from fastldm.pipeline import Pipeline
 
@@ -375,6 +375,8 @@ def _generate(prompt: str, output: str | None, model: str, count: int, as_json: 
 
         spec = describe(model, variant=options["variant"], allow_pickle=options["allow_pickle"])
         complete.check(request, spec, prior=options["prior"] is not None)
+        if options["embeddings"]:
+            check_encoders(spec.text)
     others = {name: options[name] for name in ("refiner", "prior", "ranker")}
     others["upscaler"] = list(options["upscalers"])
     pipe = Pipeline.from_pretrained(model, **others, **placed)

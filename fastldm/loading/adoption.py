@@ -13,6 +13,7 @@ import logging
 import sys
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from fastldm.conditioning.depth import DepthEstimator
@@ -66,7 +67,7 @@ def describe_diffusers(pipe: Any) -> Checkpoint:
     _check_kinds(networks, source)
     if loaded.get("safety_checker") is not None:
         logger.warning("%s: its safety checker is not run: images are not filtered", source)
-    if getattr(pipe, "watermark", None) is not None:
+    if getattr(pipe, "watermark", None) is not None or loaded.get("watermarker") is not None:
         logger.warning("%s: its invisible watermark is not written", source)
 
     components = {}
@@ -122,9 +123,12 @@ def _check_kinds(networks: dict[str, nn.Module], source: str) -> None:
     kinds: dict[str, list[str]] = {}
     usable = True
     for name, module in networks.items():
-        for _, tensor in changes.tensors(module):
+        tensors = list(changes.tensors(module))
+        dtypes = [tensor.dtype for key, tensor in tensors if not _stays_in_float32(module, key, tensor)]
+        for key, tensor in tensors:
             usable &= tensor.dtype in DTYPES and tensor.device.type != "meta"
-            names = kinds.setdefault(f"{tensor.dtype} on {tensor.device}".removeprefix("torch."), [])
+            dtype = dtypes[0] if dtypes and _stays_in_float32(module, key, tensor) else tensor.dtype
+            names = kinds.setdefault(f"{dtype} on {tensor.device}".removeprefix("torch."), [])
             if name not in names:
                 names.append(name)
     if len(kinds) != 1 or not usable:
@@ -133,6 +137,13 @@ def _check_kinds(networks: dict[str, nn.Module], source: str) -> None:
             f"{source[0].upper()}{source[1:]} has weights in {listed}; they must be float32, float16 or bfloat16, all "
             "in one dtype on one device. Undo offloading or quantisation first, or call pipe.to(device, dtype)."
         )
+
+
+def _stays_in_float32(module: nn.Module, key: str, tensor: torch.Tensor) -> bool:
+    """Whether transformers loads a tensor in float32 whatever it loads the others in: T5's `wo`, whose products
+    float16 does not hold."""
+    names = getattr(module, "_keep_in_fp32_modules", None) or ()
+    return tensor.dtype == torch.float32 and not {*key.split(".")}.isdisjoint(names)
 
 
 def _scheduler_config(scheduler: Any) -> Config:

@@ -176,7 +176,8 @@ class Perceptron(nn.Module):
             x = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)
         else:
             x = F.relu(self.wi(x))
-        if x.dtype == torch.float16:  # in which the products of version 1.1 overflow, as transformers knows
+        # In float16 the products of version 1.1 overflow: transformers keeps these weights in float32 then.
+        if x.dtype == torch.float16 or x.dtype != self.wo.weight.dtype:
             return F.linear(x.float(), self.wo.weight.float())
         return self.wo(x).float()
 
