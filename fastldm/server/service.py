@@ -219,11 +219,11 @@ class Service:
         size = int(wide * max(scales)), int(tall * max(scales))
         options = request.upscaler_options or {}
         each = [options] * len(upscalers) if isinstance(options, Mapping) else options
-        for upscaler, own in zip(upscalers, each, strict=False):  # of other numbers the session says so
+        for upscaler, wanted in zip(upscalers, each, strict=False):  # of other numbers the session says so
             assert upscaler.pipe is not None
             before, spec = spec, upscaler.pipe.stages.spec
             size = spec.enlarged(size, before.default_size)
-            if (steps := own.get("num_inference_steps") or spec.family.num_inference_steps) > settings.max_steps:
+            if (steps := wanted.get("num_inference_steps") or spec.family.num_inference_steps) > settings.max_steps:
                 raise InputError(
                     f"num_inference_steps of {upscaler.name} is {steps}: expected at most {settings.max_steps}"
                 )
