@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import all_families
 import controls
 import pytest
 import tiny
@@ -26,16 +27,18 @@ from torch.utils._pytree import tree_leaves
 
 import fastldm
 from benchmarks.networks import CLIP_L, SD15, SDXL, VAE
-from fastldm import OutOfMemory, Pipeline
+from fastldm import OutOfMemory, Pipeline, Request
 from fastldm import image as images
 from fastldm.kernels.step import StepState
 from fastldm.loading import spec as loading
 from fastldm.loading.prepare import prepare
+from fastldm.model import describe
 from fastldm.models.unet import AddedConditions, Features
 from fastldm.models.vae import decode_pieces, finish
 from fastldm.planning import memory
 from fastldm.planning.allocator import MIB
 from fastldm.planning.memory import MemoryPlan, Workload, plan, refuse
+from fastldm.runtime.complete import sample_request
 from fastldm.runtime.slots import StaticBuffers
 
 ROOT = Path(fastldm.__file__).resolve().parent.parent
@@ -404,3 +407,27 @@ print(planned.needed, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     needed, grown = map(int, done.stdout.split())
     assert needed > 12 * 2**30
     assert grown < 32 * MIB
+
+
+FEW = ("consistency", "x2-upscaler", "if-super-resolution")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FEW else pytest.param(name, marks=pytest.mark.full) for name in all_families.MAKERS]
+)
+def test_plans_of_configs_are_those_of_requests(name: str, tmp_path: Path) -> None:
+    """Of every family beside Stable Diffusion, weights, buffers and phases, with what its request cannot do without;
+    weights are those that the pipeline has."""
+    pipe = Pipeline.from_pretrained(all_families.save(name, tmp_path), device="cpu", dtype="float32")
+    spec = describe(tmp_path / name)
+    width, height = spec.own_size  # of Karlo not that of its pictures
+    request = pipe.stages.complete(Request(**sample_request(spec), num_inference_steps=3, seed=0))
+    asked = memory.plan(memory.Workload.of_request(pipe.stages, request))
+    sizes: dict[str, Any] = {"width": width, "height": height, "batch": 1, "dtype": torch.float32, "arch": 0}
+    planned = memory.plan(memory.Workload.of_spec(spec, **sizes, steps=3))
+    assert planned.weights == asked.weights
+    assert planned.buffers == asked.buffers
+    assert planned.phases == asked.phases
+    assert sum(line.bytes for line in planned.weights) >= 4 * spec.parameters
+    assert ("encode" in {line.name for line in planned.phases}) == (name == "x2-upscaler")
+    assert all(line.bytes for line in planned.phases if line.name in ("conditions", "step", "decode"))

@@ -202,7 +202,7 @@ def plan(
             options["attached"] = tuple(config for config, _ in configs)
             options["controls"] = tuple(config for config, scale in configs if scale)
         given = init_image or spec.unet.edits or spec.unet.reads_depth
-        options["encode"] = given and not spec.unet.upscales
+        options["encode"] = spec.unet.enlarges_latents or (given and not spec.unet.upscales)
         options["repainted"] = mask and memory.is_conditioned(spec.vae)
         if options["repainted"] and decode == "tiled":
             raise InputError("this model's asymmetric VAE decodes what is repainted as a whole, and not in tiles")
@@ -350,13 +350,13 @@ def _plan_table(plan: MemoryPlan) -> str:
     for title, lines in (("weights", plan.weights), ("buffers", plan.buffers), ("libraries", plan.libraries)):
         if not (total := sum(line.bytes for line in lines)):
             continue
-        small = [line for line in lines if line.bytes < 50 * 1024]
+        small = [line for line in lines if 0 < line.bytes < 50 * 1024]
         rows.append((title, total, ""))
-        rows += [(f"  {line.name}", line.bytes, line.note) for line in lines if line not in small]
+        rows += [(f"  {line.name}", line.bytes, line.note) for line in lines if line.bytes >= 50 * 1024]
         if small:
             rows.append(("  others", sum(line.bytes for line in small), ", ".join(line.name for line in small)))
     rows.append(("all the time", plan.resident, ""))
-    rows += [(f"  and in {line.name}", line.bytes, line.note) for line in plan.phases]
+    rows += [(f"  and in {line.name}", line.bytes, line.note) for line in plan.phases if line.bytes]
     largest = max(plan.phases, key=lambda line: line.bytes)
     rows += [("needed", plan.needed, f"all the time, and in {largest.name}"), plan.cached, ("peak", plan.peak, "")]
     return "\n".join([_heading(plan), "", *_aligned(rows)])

@@ -106,6 +106,7 @@ class Workload:
         guided = spec.family.guidance_scale > 1 and not spec.unet.needs_guidance
         defaults = {"guided": guided, "steps": spec.family.num_inference_steps, "tokens": spec.window}
         defaults |= {"third": guided, "encode": True} if spec.unet.edits else {}
+        defaults |= {"encode": True} if spec.unet.enlarges_latents else {}
         shape: dict[str, Any] = {
             "height": height // spec.vae.factor,
             "width": width // spec.vae.factor,
@@ -142,7 +143,7 @@ class Workload:
             "steps": int(request.num_inference_steps or 1),
             "decode": stages.decoder.mode,
             "encode": request.image is not None
-            and not stages.spec.unet.upscales
+            and (stages.spec.unet.enlarges_latents or not stages.spec.unet.upscales)
             and start_latents(request, stages.latent_channels) is None,
             "attached": tuple(control.network.config for control in stages.controls.attached.values()),
             "controls": controls.configs if isinstance(controls, ControlSelection) else (),
@@ -436,13 +437,15 @@ _PHASES = {
 
 def _phases(workload: Workload) -> dict[str, Callable[[], dry_run.DryRun]]:
     shape: dict[str, Any] = {"height": workload.height, "width": workload.width, "dtype": workload.dtype}
+    times = 2 if workload.unet.enlarges_latents else 1
+    small = {**shape, "height": workload.height // times, "width": workload.width // times}
     text: dict[str, Any] = {"rows": workload.texts, "tokens": workload.tokens}
     step: dict[str, Any] = {**shape, **text, "rows": workload.step_rows, "controls": workload.controls}
     step |= {name: getattr(workload, name) for name in ("reuse", "perturbed", "averages")}
     phases: dict[str, Callable[[], dry_run.DryRun]] = {
         "text": lambda: dry_run.text(workload.text, batch=workload.texts, dtype=workload.dtype),
         "conditions": lambda: dry_run.conditions(workload.unet, steps=workload.steps, dtype=workload.dtype, **text),
-        "encode": lambda: dry_run.encode(workload.vae, batch=workload.batch, **shape),
+        "encode": lambda: dry_run.encode(workload.vae, batch=workload.batch, **small),
         "control": lambda: _controls(workload),
         "step": lambda: dry_run.step(workload.unet, **step),
         "gradient": lambda: dry_run.gradient(
