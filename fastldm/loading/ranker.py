@@ -97,7 +97,8 @@ def read_ranker(
     state = component.state()
     if config.text is None:
         projection = state[_PROJECTION].to(device, dtype)
-        if len(own) != 1 or not isinstance(own[0].model, CLIPText) or own[0].model.config.hidden != projection.shape[1]:
+        fits = len(own) == 1 and isinstance(own[0].model, CLIPText) and not own[0].model.config.kind
+        if not fits or own[0].model.config.hidden != projection.shape[1]:
             raise CheckpointError(
                 f"{folder} has no text encoder, and its projection reads {projection.shape[1]} channels, which this "
                 "model's text encoder does not have: give the folder of a whole CLIPModel"
