@@ -86,10 +86,12 @@ class TextualInversionLoader:
             revision, cache_dir and local_files_only.
 
         All is loaded, or on an error nothing. CheckpointError for a file that is damaged or for another model;
-        InputError for a token that the tokenizer knows, for a bundle, and for arguments that do not fit.
+        InputError for a token that the tokenizer knows, for a bundle, for Karlo, and for arguments that do not fit.
         """
         self.stages.need_torch("whose text encoder takes no new tokens: load them into the model, and export that")
         check_encoders(self.stages.spec.text)
+        if self.stages.projection is not None:
+            raise InputError("textual inversion is not for unCLIP's networks, which read texts without added tokens")
         sources, tokens = _listed(pretrained_model_name_or_path, token)
         encoder = self._encoder(tokenizer, text_encoder)
         checks.known(where, ("revision", "cache_dir", "local_files_only"))

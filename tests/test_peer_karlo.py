@@ -259,6 +259,10 @@ def test_exports_and_adapters_are_refused(pipe: Pipeline, folder: Path, tmp_path
         pipe.export(tmp_path / "bundle")
     with pytest.raises(InputError, match=r"a refiner is attached|the refiner's latents"):
         pipe.session.submit("a cat", refiner=Pipeline.default(dtype="float32").session)
+    with pytest.raises(CheckpointError, match="and that of UnCLIPPipeline is unCLIP's"):
+        pipe.load_lora_weights("sketch")
+    with pytest.raises(InputError, match="textual inversion is not for unCLIP's networks"):
+        pipe.load_textual_inversion(torch.zeros(WIDTH), token="<t>")
     exported = run("export", "-m", str(folder), str(tmp_path / "out"))
     assert exported.exit_code != 0
     assert "is not exported" in exported.stderr

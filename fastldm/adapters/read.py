@@ -86,10 +86,11 @@ def read_adapter(path: PathLike, spec: Spec, *, strict: bool = True, allow_pickl
     checks.flag("strict", strict)
     checks.flag("allow_pickle", allow_pickle)
     source = str(file)
-    if not spec.unet.conditional or spec.unet.adds_pooled:
-        network = "GLIDE's" if spec.unet.adds_pooled else "a UNet2DModel"
+    unet = spec.unet
+    others = {"a UNet2DModel": not unet.conditional, "GLIDE's": unet.adds_pooled, "unCLIP's": unet.needs_projection}
+    for network in (name for name, applies in others.items() if applies):
         raise CheckpointError(
-            f"{source}: adapters are of diffusers' UNet2DConditionModel, and the network of {spec.checkpoint.source} "
+            f"{source}: adapters are of networks that diffusers loads some for, and that of {spec.checkpoint.source} "
             f"is {network}."
         )
     shapes, metadata = read_shapes(file, allow_pickle)
