@@ -20,6 +20,7 @@ from PIL import Image
 from fastldm import Pipeline, Session
 from fastldm.errors import CheckpointError, InputError
 from fastldm.model import describe
+from fastldm.models.unet import UNet
 from fastldm.planning import cascade, memory, warm
 from fastldm.request import Request
 
@@ -302,6 +303,57 @@ def test_plans_count_all_networks(peer: Any, pipe: Pipeline, folder: Path) -> No
     assert {line.name for line in memory.plan(loaded).weights} >= {"prior", "text projection"}
 
 
+_LEVELS: Options = {"layers_per_block": 3, "block_out_channels": [320, 640, 960, 1280]}
+PUBLISHED: dict[str, Options] = {  # of kakaobrain/karlo-v1-alpha
+    "decoder": {
+        **_LEVELS,
+        "sample_size": 64,
+        "down_block_types": ["ResnetDownsampleBlock2D", *["SimpleCrossAttnDownBlock2D"] * 3],
+        "up_block_types": [*["SimpleCrossAttnUpBlock2D"] * 3, "ResnetUpsampleBlock2D"],
+        "cross_attention_dim": 1536,
+        "attention_head_dim": 64,
+        "norm_num_groups": 32,
+    },
+    **{
+        name: {
+            **_LEVELS,
+            "sample_size": 256,
+            "down_block_types": ["ResnetDownsampleBlock2D"] * 4,
+            "up_block_types": ["ResnetUpsampleBlock2D"] * 4,
+            "norm_num_groups": 32,
+            "resnet_time_scale_shift": "default",
+        }
+        for name in ("super_res_first", "super_res_last")
+    },
+    "text_proj": {
+        "clip_extra_context_tokens": 4,
+        "clip_embeddings_dim": 768,
+        "time_embed_dim": 1280,
+        "cross_attention_dim": 1536,
+    },
+    "prior": {"num_attention_heads": 32, "attention_head_dim": 64, "num_layers": 20, "embedding_dim": 768},
+    "text_encoder": {"hidden_size": 768, "projection_dim": 768, "num_hidden_layers": 12, "intermediate_size": 3072},
+}
+
+
+@pytest.mark.full
+def test_published_sizes_are_planned(folder: Path, tmp_path: Path) -> None:
+    """Of configs alone, without the weights."""
+    for k, (name, values) in enumerate(PUBLISHED.items()):
+        (tmp_path / str(k)).mkdir()
+        folder = changed_copy(folder, tmp_path / str(k), f"{name}/config.json", values)
+    spec = describe(folder)
+    assert (spec.own_size, spec.default_size, spec.window) == ((64, 64), (256, 256), 81)
+    with torch.device("meta"):
+        decoder = UNet(spec.unet)
+    assert round(sum(p.numel() for p in decoder.parameters()) / 1e6) == 885
+    assert spec.prior is not None
+    planned = run("plan", "-m", str(folder), "--arch", "sm_90")
+    assert planned.exit_code == 0, planned.stderr
+    assert "1 x 256x256, 7 steps" in planned.stdout
+    assert "1 x 64x64, guided, 25 steps" in planned.stdout
+
+
 def test_commands_make_and_plan(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     options = ("--steps", "2", "--super-res-steps", "2", "--seed", "4", "-o", "a.png")
@@ -320,7 +372,8 @@ def test_command_makes_variations(variation: tuple[Pipeline, Any], tmp_path: Pat
     monkeypatch.chdir(tmp_path)
     karlo.karlo(variation=True).save_pretrained("karlo")
     picture().save("in.png")
-    done = run("generate", "-m", "karlo", "--image", "in.png", "--steps", "2", "--n", "2", "--seed", "4", "-o", "a.png")
+    options = ("--steps", "2", "--n", "2", "--seed", "4", "--dtype", "float32", "-o", "a.png")
+    done = run("generate", "-m", "karlo", "--image", "in.png", *options)
     assert done.exit_code == 0, done.stderr
     made = variation[0](image=picture(), num_inference_steps=2, num_images_per_prompt=2, seed=4).images
     read = [np.asarray(Image.open(path)).astype(int) for path in sorted(tmp_path.glob("a*.png"))]
