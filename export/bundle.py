@@ -44,6 +44,7 @@ from fastldm.loading.checkpoint import Checkpoint, Component, Loaded, TokenizerF
 from fastldm.loading.formats import PREPROCESSOR, SCHEDULERS, TOKENIZER_FILES, TOKENIZERS
 from fastldm.models.clip import CLIPText
 from fastldm.models.controlnet import ControlNetConfig
+from fastldm.models.families import TEXT_ENCODERS, network_classes
 from fastldm.models.vae import HALF_EXPONENT, AutoencoderKL, rescale_for_half
 from fastldm.samplers.table import COLUMNS
 
@@ -167,8 +168,8 @@ class Bundle:
             for name, config in configs.items()
         }
         tokenizers = {name: TokenizerFiles(self.folder / name) for name in TOKENIZERS if (self.folder / name).is_dir()}
-        for name in ("unet", "vae", "scheduler"):
-            if name not in manifest["config"]:
+        for name in ("unet", "scheduler", *network_classes(manifest["index"].get("_class_name"))):
+            if name not in manifest["config"] and name not in TEXT_ENCODERS:
                 raise CheckpointError(f"'config.{name}' is missing")
         scheduler, *noising = (manifest["config"].get(name) for name in SCHEDULERS)
         return loading.spec_of(

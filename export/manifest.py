@@ -120,9 +120,9 @@ FIELDS = {
     "adapter_rank": Field(Integer(0, MAX_RANK), 0),  # of those that are taken beside them
     "adapter_inputs": Field(MapOf(ListOf(_SLICE, 1, 100_000), 0, len(RUN)), {}),  # by network, `packing.Slice.to_dict`
     "controls": Field(ListOf(_CONTROL, 0, MAX_CONTROLS), []),  # that are networks of their own
-    "weights": Field(MapOf(Digest(), 3, 10)),
+    "weights": Field(MapOf(Digest(), 1, 10)),
     "tokenizers": Field(MapOf(Digest(), 0, 10)),
-    "config": Field(MapOf(Object({}), 4, 10)),
+    "config": Field(MapOf(Object({}), 2, 10)),
     "index": Field(Object({})),
     "networks": Field(MapOf(_network(1), 1, len(RUN) + 4 * MAX_CONTROLS)),
     "graphs": Field(MapOf(_network(0), 0, len(FILES)), {}),  # several steps and a whole picture as one network

@@ -37,14 +37,15 @@ from fastldm.kernels.lora import Rows
 from fastldm.loading import spec as loading
 from fastldm.loading.prepare import prepare
 from fastldm.models.clip_vision import VisionConfig
-from fastldm.models.config import AutoencoderConfig, TextConfig, UNetConfig
+from fastldm.models.config import AutoencoderConfig, PixelResidualConfig, TextConfig, UNetConfig
 from fastldm.models.controlnet import ControlNetConfig
 from fastldm.models.embeddings import guidance_embedding
 from fastldm.models.families import IMAGE_ENCODER, IMAGE_NORMALIZER
+from fastldm.models.interfaces import Autoencoder
 from fastldm.models.layers import Beside
 from fastldm.models.t2i_adapter import T2IAdapterConfig
 from fastldm.models.unet import AddedConditions, Features, Residuals, add_rows
-from fastldm.models.vae import Layer
+from fastldm.models.vae import Layer, PixelResidual
 
 
 @dataclass(frozen=True)
@@ -158,11 +159,15 @@ def load(
         for name, config in zip(names, spec.text, strict=True)
     )
     if bundle.manifest["split"]:
-        split = [network(name) for name in ("text_kv", "time_rows", "unet_step")]
-        unet: ExportedUNet = SplitUNet(spec.unet, *split)
+        of_text = {name: network(name) for name in ("text_kv", "text_time") if name in bundle.specs}
+        unet: ExportedUNet = SplitUNet(spec.unet, network("time_rows"), network("unet_step"), **of_text)
     else:
         unet = FullUNet(spec.unet, network("unet"))
-    vae = ExportedAutoencoder(spec.vae, network("vae_decoder"), lambda: network("vae_encoder"))
+    vae: Autoencoder
+    if isinstance(spec.vae, PixelResidualConfig):
+        vae = PixelResidual(spec.vae)
+    else:
+        vae = ExportedAutoencoder(spec.vae, network("vae_decoder"), lambda: network("vae_encoder"))
     image_encoder = None
     if spec.vision is not None and spec.preprocessing is not None:
         normalizer: Any = ExportedNormalizer(network(IMAGE_NORMALIZER)) if IMAGE_NORMALIZER in bundle.specs else None
@@ -250,7 +255,7 @@ class ExportedText:
             name = f"hidden_states.{self.config.layers - skip}"
         else:
             name = f"clip_skip.{skip}" if skip else "last_hidden_state"
-        return outputs[name], outputs.get("text_embeds")
+        return outputs[name], outputs.get("pooler_output" if self.config.pools else "text_embeds")
 
 
 class ExportedVision:
@@ -299,9 +304,9 @@ class ExportedUNet(ABC):
     """Replaces models.unet.UNet."""
 
     def __init__(self, config: UNetConfig, step: Network, text: str) -> None:
-        """step: the network that runs in each step. text: its input with the axis of tokens."""
+        """step: the network that runs in each step. text: its input with the axis of tokens, if it reads a text."""
         self.config, self._step, self.beside = config, step, Beside()
-        self._tokens = next(port.axes[1] for port in step.inputs if port.name == text)
+        self._tokens = next((port.axes[1] for port in step.inputs if port.name == text and 1 in port.axes), None)
         self.latents = _latents(step.specs)
 
     @abstractmethod
@@ -311,14 +316,17 @@ class ExportedUNet(ABC):
         *,
         added: AddedConditions | None = None,
         guidance: Tensor | None = None,
-        class_labels: Tensor | None = None,
-    ) -> Tensor: ...
+        **conditions: Tensor | None,
+    ) -> Tensor:
+        """As `models.unet.UNet.time_rows`."""
 
     def cross_kv(self, encoder_hidden_states: Tensor) -> tuple[Tensor, ...]:
-        tokens, limit = encoder_hidden_states.shape[1], self._tokens.most
-        if tokens > limit:
+        """Of a text, or of vectors of pictures (B, D): as `models.unet.UNet.cross_kv`."""
+        tokens = encoder_hidden_states.shape[1]
+        if self._tokens is not None and tokens > self._tokens.most:
             raise InputError(
-                f"the text has {tokens} tokens and this bundle takes {limit}: shorten the prompt, or run on PyTorch"
+                f"the text has {tokens} tokens and this bundle takes {self._tokens.most}: shorten the prompt, or run "
+                "on PyTorch"
             )
         return self._cross_kv(encoder_hidden_states)
 
@@ -352,9 +360,17 @@ class ExportedUNet(ABC):
 class SplitUNet(ExportedUNet):
     """The U-Net of a bundle that was exported with --split."""
 
-    def __init__(self, config: UNetConfig, text_kv: Network, time_rows: Network, unet_step: Network) -> None:
+    def __init__(
+        self,
+        config: UNetConfig,
+        time_rows: Network,
+        unet_step: Network,
+        text_kv: Network | None = None,
+        text_time: Network | None = None,
+    ) -> None:
+        """text_kv, text_time: of what reads a text, and of what reads it with the time."""
         super().__init__(config, unet_step, "kv.0")
-        self._text_kv, self._time_rows = text_kv, time_rows
+        self._text_kv, self._text_time, self._time_rows = text_kv, text_time, time_rows
         self._zeros: dict[str, Tensor] = {}
 
     def time_rows(
@@ -363,14 +379,20 @@ class SplitUNet(ExportedUNet):
         *,
         added: AddedConditions | None = None,
         guidance: Tensor | None = None,
-        class_labels: Tensor | None = None,
+        **conditions: Tensor | None,
     ) -> Tensor:
-        inputs = {"timesteps": timesteps, **({} if added is None else vars(added))}
-        inputs |= {} if guidance is None else {"guidance": guidance}
-        return self._time_rows.only(**inputs, **({} if class_labels is None else {"class_labels": class_labels}))
+        text = conditions.pop("encoder_hidden_states", None)
+        if text is not None and self._text_time is not None:  # of the rows of one step
+            pooled = self._text_time.only(encoder_hidden_states=text)
+            conditions["text_embedding"] = pooled.repeat(len(timesteps) // len(pooled), 1)
+        conditions |= {"guidance": guidance, **({} if added is None else vars(added))}
+        inputs = {name: x for name, x in conditions.items() if x is not None}
+        return self._time_rows.only(timesteps=timesteps, **inputs)
 
     def _cross_kv(self, hidden: Tensor) -> tuple[Tensor, ...]:
-        outputs = self._text_kv(encoder_hidden_states=hidden)
+        assert self._text_kv is not None
+        (port,) = self._text_kv.inputs
+        outputs = self._text_kv(**{port.name: hidden})
         return tuple(outputs[f"kv.{i}"] for i in range(len(outputs)))
 
     def _inputs(
@@ -419,6 +441,8 @@ class FullUNet(ExportedUNet):
     def __init__(self, config: UNetConfig, unet: Network) -> None:
         super().__init__(config, unet, "encoder_hidden_states")
         names = ("timestep", "class_labels", "timestep_cond", "time_ids", "text_embeds")
+        texts = ("encoder_hidden_states", "image_embeds")
+        self._text = next((port.name for port in unet.inputs if port.name in texts), None)
         widths = {port.name: port.shape[1:] for port in unet.inputs}
         self._numbers = [name for name in names if widths.get(name) == ()]  # one for each row
         self._row_columns = {name: int(*widths[name]) if widths[name] else 1 for name in names if name in widths}
@@ -429,25 +453,27 @@ class FullUNet(ExportedUNet):
         *,
         added: AddedConditions | None = None,
         guidance: Tensor | None = None,
-        class_labels: Tensor | None = None,
+        **conditions: Tensor | None,
     ) -> Tensor:
-        columns = {"timestep": timesteps[:, None]}
-        if class_labels is not None:
-            columns["class_labels"] = class_labels.reshape(len(timesteps), -1)
+        columns = {name: x for name, x in conditions.items() if x is not None} | {"timestep": timesteps}
         if guidance is not None and self.config.time_cond_proj_dim is not None:
             columns["timestep_cond"] = guidance_embedding(guidance, self.config.time_cond_proj_dim)
         if added is not None:
             columns |= vars(added)
-        return torch.cat([columns[name].float() for name in self._row_columns], dim=1)
+        # A text or a picture's vector that enters with the time is what each step reads anyway.
+        rows = [columns[name].reshape(len(timesteps), -1).float() for name in self._row_columns]
+        return torch.cat(rows, dim=1)
 
     def _cross_kv(self, hidden: Tensor) -> tuple[Tensor, ...]:
-        return (hidden,)
+        return (hidden if hidden.ndim == 3 else hidden[:, None],)
 
     def _evaluate(self, inputs: Mapping[str, Tensor], kv: Sequence[Tensor]) -> Tensor:
         columns = inputs["temb_row"].split(list(self._row_columns.values()), dim=1)
         row = dict(zip(self._row_columns, columns, strict=True))
         row |= {name: row[name].flatten() for name in self._numbers}
-        return self._step.only(sample=inputs["sample"], encoder_hidden_states=kv[0], **row)
+        if self._text:
+            row[self._text] = kv[0] if self._text == "encoder_hidden_states" else kv[0][:, 0]
+        return self._step.only(sample=inputs["sample"], **row)
 
 
 def _by_length(

@@ -28,7 +28,7 @@ from fastldm.loading.state import load_module
 from fastldm.models.clip import CLIPText
 from fastldm.models.clip_vision import CLIPVision, Normalizer
 from fastldm.models.controlnet import ControlNet
-from fastldm.models.embeddings import GuidanceSinusoids, Sinusoids
+from fastldm.models.embeddings import Fourier, GuidanceSinusoids, Sinusoids
 from fastldm.models.families import IMAGE_ENCODER, IMAGE_NORMALIZER, encoder_names
 from fastldm.models.layers import Adaptable, Beside, LowRank
 from fastldm.models.t2i_adapter import T2IAdapter
@@ -226,7 +226,7 @@ def _rounded(module: nn.Module, precision: str) -> Iterator[None]:
         return mode.pointwise(output)
 
     for layer in module.modules():
-        if isinstance(layer, Sinusoids | GuidanceSinusoids) and precision != "bfloat16":
+        if isinstance(layer, Sinusoids | GuidanceSinusoids | Fourier) and precision != "bfloat16":
             hooks += [layer.register_forward_pre_hook(begin), layer.register_forward_hook(end)]
     try:
         with mode:
@@ -304,7 +304,7 @@ def _text_encoder(model: CLIPText, inputs: Named) -> dict[str, Tensor]:
     outputs = {"last_hidden_state": last, "pooler_output": pooled}
     if model.text_projection is not None:
         outputs["text_embeds"] = model.text_projection(pooled)
-    outputs |= {f"hidden_states.{i}": state for i, state in enumerate(states[:-1])}
+    outputs |= {f"hidden_states.{i}": state for i, state in enumerate(states)}
     return outputs | {f"clip_skip.{n}": text.final_layer_norm(states[-1 - n]) for n in range(1, len(states) - 1)}
 
 
@@ -324,12 +324,14 @@ def _added(inputs: Named) -> AddedConditions | None:
 
 def _unet(unet: UNet, inputs: Named) -> dict[str, Tensor]:
     added = _added(inputs)
+    given = {} if added is None else vars(added)
+    given |= {"image_embeds": inputs["image_embeds"]} if "image_embeds" in inputs else {}
     out = unet(
         inputs["sample"],
         _per_row(inputs["timestep"], inputs["sample"]),
-        inputs["encoder_hidden_states"],
+        inputs.get("encoder_hidden_states"),
         inputs.get("timestep_cond"),
-        None if added is None else vars(added),
+        given,
         inputs.get("class_labels"),
     )
     return {"out_sample": out}
@@ -344,11 +346,16 @@ def _per_row(timestep: Tensor, sample: Tensor) -> Tensor:
 
 
 def _text_kv(unet: UNet, inputs: Named) -> dict[str, Tensor]:
-    return {f"kv.{i}": kv for i, kv in enumerate(unet.cross_kv(inputs["encoder_hidden_states"]))}
+    (text,) = inputs.values()
+    return {f"kv.{i}": kv for i, kv in enumerate(unet.cross_kv(text))}
+
+
+def _text_time(unet: UNet, inputs: Named) -> dict[str, Tensor]:
+    return {"text_embedding": unet.text_embedding(inputs["encoder_hidden_states"])}
 
 
 def _time_rows(unet: UNet, inputs: Named) -> dict[str, Tensor]:
-    conditions = {name: inputs[name] for name in ("guidance", "class_labels") if name in inputs}
+    conditions = {name: x for name, x in inputs.items() if name not in ("timesteps", "text_embeds", "time_ids")}
     return {"temb_rows": unet.time_rows(inputs["timesteps"], added=_added(inputs), **conditions)}
 
 
@@ -400,6 +407,7 @@ RUN: dict[str, Callable[..., dict[str, Tensor]]] = {
     IMAGE_NORMALIZER: _image_normalizer,
     "unet": _unet,
     "text_kv": _text_kv,
+    "text_time": _text_time,
     "time_rows": _time_rows,
     "unet_step": _unet_step,
     "vae_decoder": _vae_decoder,

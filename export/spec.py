@@ -6,19 +6,30 @@ optimum's and diffusers' exports, so that their pipelines can load bundles:
     text_encoder, text_encoder_2    input_ids -> last_hidden_state, pooler_output or text_embeds, hidden_states.N
     image_encoder                   pixel_values -> image_embeds (models that read a picture)
     image_normalizer                image_embeds, noise, rates, noise_level -> class_labels (unCLIP)
-    unet                            sample, timestep, encoder_hidden_states (SDXL: text_embeds, time_ids; LCM:
-                                    timestep_cond; an upscaler, unCLIP: class_labels) -> out_sample
+    unet                            sample, timestep, and what else it reads -> out_sample
     vae_decoder                     latent_sample -> sample
     vae_encoder                     sample -> latent_sample, latent_parameters (a tiny autoencoder: the first alone)
 
-Both are supported where they differ: diffusers passes token ids in int32, and optimum in the dtype of the input;
-diffusers reads the latent from an encoder's first output, and optimum the mean and log variance by name.
+A model whose latents are pixels has no autoencoder. What a U-Net reads beside latents and time follows from its config,
+whatever the model is (`UNetConfig`):
+
+    encoder_hidden_states    a text, by `cross_widths`; or image_embeds, a picture's vector, by `encoder_hid_dim_type`
+    text_embeds, time_ids    pooled text and sizes, by `needs_added`
+    image_embeds             a picture's vector with the time, by `addition_embed_type`
+    class_labels             a class or noise level, by `num_class_embeds`; a time or a vector, by `class_embed_type`
+    timestep_cond            by `time_cond_proj_dim`: LCM's embedded guidance, or pooled text of the x2 upscaler
+
+Optimum and diffusers are both supported where they differ: diffusers passes token ids in int32, and optimum in the
+dtype of the input; diffusers reads the latent from an encoder's first output, optimum mean and log variance by name.
 
 In the split form, the U-Net is three networks, as `models.unet` runs it:
 
-    text_kv      encoder_hidden_states -> kv.0, kv.1, ...: keys | values of each cross-attention, per prompt
-    time_rows    timesteps (SDXL: text_embeds, time_ids; LCM: guidance; an upscaler, unCLIP: class_labels) ->
-                 temb_rows, per schedule
+    text_kv      encoder_hidden_states, or image_embeds -> kv.0, kv.1, ...: keys | values of each cross-attention, per
+                 prompt; none where there is no cross-attention
+    text_time    encoder_hidden_states -> text_embedding: what the time embedding has of a text, per prompt, of networks
+                 that pool it (`pools_text`)
+    time_rows    timesteps, and what else enters with the time (text_embedding for a text; guidance for timestep_cond
+                 where the network reads that scale) -> temb_rows, per schedule
     unet_step    sample, temb_row, kv.0, kv.1, ... -> out_sample, per step
 
 A control that was exported with such a model is networks of its own, k being its number from 1 on, and the step reads
@@ -49,10 +60,11 @@ from torch import Tensor
 
 from fastldm.adapters.packing import DOWN, SCALE, UP, Layout, layouts
 from fastldm.models.clip_vision import VisionConfig
-from fastldm.models.config import AutoencoderConfig, TextConfig, UNetConfig
+from fastldm.models.config import AutoencoderConfig, PixelResidualConfig, TextConfig, UNetConfig
 from fastldm.models.controlnet import ControlNetConfig
 from fastldm.models.families import IMAGE_ENCODER, IMAGE_NORMALIZER, encoder_names
 from fastldm.models.t2i_adapter import T2IAdapterConfig, feature_places
+from fastldm.models.unet_config import VECTOR_TOKENS
 from fastldm.sizes import Axis
 
 DType = Literal["float32", "float16", "int32"]
@@ -159,7 +171,8 @@ def specs(
     """All networks of a model by name. dtype: "float32" or "float16", of weights and activations. Of a model that is
     split, adapter_rank is of the adapters that its networks take, together; 0 is none. controls: configs of those that
     are exported with it. vision: of a model that reads a picture."""
-    normalised = all(text.projection_dim is None for text in texts[-1:])  # as in `conditioning.text`: SDXL's are not
+    # As in `conditioning.text`: SDXL's are not, nor are those of the x2 upscaler.
+    normalised = all(text.projection_dim is None and not text.pools for text in texts[-1:])
     networks = [
         _text_encoder(name, text, dtype, normalised) for name, text in zip(encoder_names(texts), texts, strict=True)
     ]
@@ -172,7 +185,8 @@ def specs(
             networks += _controlnet(name, control, unet, window, dtype)
         else:
             networks.append(_t2i_adapter(name, control, unet, vae.factor, dtype))
-    networks += [_vae_decoder(unet, vae, dtype), _vae_encoder(unet, vae, dtype)]
+    if not isinstance(vae, PixelResidualConfig):
+        networks += [_vae_decoder(unet, vae, dtype), _vae_encoder(unet, vae, dtype)]
     packed = layouts(unet, texts, adapter_rank) if adapter_rank else {}
     return {network.name: _with_factors(network, packed.get(network.name, ()), dtype) for network in networks}
 
@@ -254,7 +268,7 @@ def _text_encoder(name: str, config: TextConfig, dtype: DType, normalised: bool)
         outputs = [Port("text_embeds", dtype, (_BATCH, config.projection_dim)), last]
     else:
         outputs = [last, Port("pooler_output", dtype, (_BATCH, config.hidden))]
-    outputs += [Port(f"hidden_states.{i}", dtype, hidden) for i in range(config.layers)]
+    outputs += [Port(f"hidden_states.{i}", dtype, hidden) for i in range(config.layers + config.pools)]
     if normalised:
         # Read by clip_skip N; without the final norm, that is one of the hidden states.
         outputs += [Port(f"clip_skip.{n}", dtype, hidden) for n in range(1, config.layers)]
@@ -284,7 +298,8 @@ def _latents(config: UNetConfig, name: str) -> Axis:
     stride, trained = config.stride, config.sample_size[name == "width"]
 
     def steps(size: int) -> int:
-        return max(1, size // stride) * stride
+        # A blur reflects what it pads, for which there have to be two pixels.
+        return max(2 if config.even_sizes else 1, size // stride) * stride
 
     return Axis(name, steps(trained // 4), steps(trained), steps(2 * trained), stride)
 
@@ -299,9 +314,39 @@ def _pooled(config: UNetConfig, rows: Axis, dtype: DType) -> list[Port]:
 
 
 def _class_labels(config: UNetConfig, rows: Axis, dtype: DType) -> list[Port]:
-    if config.class_input_dim is not None:
-        return [Port("class_labels", dtype, (rows, config.class_input_dim))]
-    return [] if config.num_class_embeds is None else [Port("class_labels", "int32", (rows,), config.num_class_embeds)]
+    if config.num_class_embeds is not None:
+        return [Port("class_labels", "int32", (rows,), config.num_class_embeds)]
+    if config.class_embed_type == "timestep":
+        return [Port("class_labels", "float32", (rows,), 1000)]
+    if config.class_embed_type == "identity":
+        return [Port("class_labels", dtype, (rows, config.time_embedding_dim))]
+    return [] if config.class_input_dim is None else [Port("class_labels", dtype, (rows, config.class_input_dim))]
+
+
+def _text(config: UNetConfig, tokens: Axis, dtype: DType) -> list[Port]:
+    """What its cross-attentions read, of which they make `_kv`."""
+    if config.encoder_hid_dim_type == "image_proj":
+        return [Port("image_embeds", dtype, (_BATCH, config.text_width))]
+    if not config.reads_text:
+        return []
+    return [Port("encoder_hidden_states", dtype, (_BATCH, tokens, config.text_width))]
+
+
+def _with_time(config: UNetConfig, rows: Axis, dtype: DType, *, split: bool) -> list[Port]:
+    """What enters with the time. split: as of `time_rows`, which has what the text and the guidance scale make of it,
+    where the whole network has the text, and the scale embedded."""
+    ports = _pooled(config, rows, dtype) if config.needs_added else []
+    if config.pools_text and split:
+        ports.append(Port("text_embedding", dtype, (rows, config.time_embedding_dim)))
+    if config.addition_embed_type in ("image", "image_hint"):
+        ports.append(Port("image_embeds", dtype, (rows, config.encoder_hid_dim or 0)))
+    condition = (
+        [] if config.time_cond_proj_dim is None else [Port("timestep_cond", dtype, (rows, config.time_cond_proj_dim))]
+    )
+    if config.needs_guidance and split:
+        ports.append(Port("guidance", "float32", (rows,), 10))
+        condition = []
+    return [*ports, *_class_labels(config, rows, dtype), *condition]
 
 
 def _unet(config: UNetConfig, window: int, dtype: DType) -> NetworkSpec:
@@ -309,38 +354,30 @@ def _unet(config: UNetConfig, window: int, dtype: DType) -> NetworkSpec:
         Port("sample", dtype, _image(config, config.in_channels)),
         # float32, since samplers have fractional timesteps, with its own axis: one for all rows, or one per row.
         Port("timestep", "float32", (Axis("steps", 1, 1, _BATCH.most),), 1000),
-        Port("encoder_hidden_states", dtype, (_BATCH, _tokens(window), config.cross_attention_dim)),
+        *_text(config, _tokens(window), dtype),
     ]
-    if config.needs_added:
-        inputs += _pooled(config, _BATCH, dtype)
-    inputs += _class_labels(config, _BATCH, dtype)
-    if config.time_cond_proj_dim is not None:
-        inputs.append(Port("timestep_cond", dtype, (_BATCH, config.time_cond_proj_dim)))
-    return NetworkSpec("unet", tuple(inputs), (Port("out_sample", dtype, _image(config, config.out_channels)),))
+    inputs += [port for port in _with_time(config, _BATCH, dtype, split=False) if port not in inputs]
+    return NetworkSpec("unet", tuple(inputs), (Port("out_sample", dtype, _image(config, config.step_channels)),))
 
 
-def _kv(widths: Sequence[int], tokens: Axis, dtype: DType) -> list[Port]:
+def _kv(widths: Sequence[int], tokens: int | Axis, dtype: DType) -> list[Port]:
     return [Port(f"kv.{i}", dtype, (_BATCH, tokens, 2 * channels)) for i, channels in enumerate(widths)]
 
 
-def _text_kv(name: str, context: int, kv: Sequence[Port], tokens: Axis, dtype: DType) -> NetworkSpec:
-    return NetworkSpec(name, (Port("encoder_hidden_states", dtype, (_BATCH, tokens, context)),), tuple(kv))
+def _text_kv(name: str, text: Sequence[Port], kv: Sequence[Port]) -> list[NetworkSpec]:
+    return [NetworkSpec(name, tuple(text), tuple(kv))] if kv else []
 
 
 def _time_rows(name: str, config: UNetConfig, channels: int, dtype: DType) -> NetworkSpec:
     rows = Axis("rows", 1, 32, 1024)  # of all rows of all steps
-    conditions = [Port("timesteps", "float32", (rows,), 1000)]
-    if config.needs_added:
-        conditions += _pooled(config, rows, dtype)
-    if config.needs_guidance:
-        conditions.append(Port("guidance", "float32", (rows,), 10))
-    conditions += _class_labels(config, rows, dtype)
-    return NetworkSpec(name, tuple(conditions), (Port("temb_rows", dtype, (rows, channels)),))
+    inputs = Port("timesteps", "float32", (rows,), 1000), *_with_time(config, rows, dtype, split=True)
+    return NetworkSpec(name, inputs, (Port("temb_rows", dtype, (rows, channels)),))
 
 
 def _split_unet(config: UNetConfig, window: int, dtype: DType, controls: Sequence[Control]) -> list[NetworkSpec]:
     tokens = _tokens(window)
-    kv = _kv(config.cross_widths, tokens, dtype)
+    text = _text(config, tokens, dtype)
+    kv = _kv(config.cross_widths, VECTOR_TOKENS if config.encoder_hid_dim_type == "image_proj" else tokens, dtype)
     step = [
         Port("sample", dtype, _image(config, config.in_channels)),
         Port("temb_row", dtype, (_BATCH, config.time_channels)),
@@ -350,10 +387,14 @@ def _split_unet(config: UNetConfig, window: int, dtype: DType, controls: Sequenc
         step += _residuals(config, dtype)
     if not all(isinstance(control, ControlNetConfig) for control in controls):
         step += _features(config, dtype)
+    networks = _text_kv("text_kv", text, kv)
+    if config.pools_text:
+        pooled = Port("text_embedding", dtype, (_BATCH, config.time_embedding_dim))
+        networks.append(NetworkSpec("text_time", tuple(text), (pooled,)))
     return [
-        _text_kv("text_kv", config.cross_attention_dim, kv, tokens, dtype),
+        *networks,
         _time_rows("time_rows", config, config.time_channels, dtype),
-        NetworkSpec("unet_step", tuple(step), (Port("out_sample", dtype, _image(config, config.out_channels)),)),
+        NetworkSpec("unet_step", tuple(step), (Port("out_sample", dtype, _image(config, config.step_channels)),)),
     ]
 
 
@@ -417,7 +458,7 @@ def _controlnet(name: str, config: ControlNetConfig, unet: UNetConfig, window: i
     ]
     return [
         NetworkSpec(f"{name}_hint", (image,), (hint,)),
-        *([_text_kv(f"{name}_text_kv", own.cross_attention_dim, kv, tokens, dtype)] if kv else []),
+        *_text_kv(f"{name}_text_kv", _text(own, tokens, dtype), kv),
         _time_rows(f"{name}_time_rows", replace(own, time_cond_proj_dim=None), config.time_channels, dtype),
         NetworkSpec(f"{name}_step", tuple(step), tuple(_residuals(unet, dtype, config.global_pool))),
     ]

@@ -40,6 +40,7 @@ from fastldm.kernels.columns import COLUMNS
 from fastldm.loading.checkpoint import Loaded, TokenizerFiles
 from fastldm.loading.formats import PREPROCESSOR, TOKENIZER_FILES
 from fastldm.loading.spec import Spec
+from fastldm.models.families import WEIGHTLESS
 from fastldm.reading import check_path
 from fastldm.version import __version__
 
@@ -87,16 +88,14 @@ def export(
     """
     if model.not_exported is not None:
         raise InputError(f"{model.checkpoint.source}: {model.not_exported}")
-    if (beyond := model.unet.beyond_standard) is not None:
-        raise InputError(f"the U-Net has {beyond}: exports are of Stable Diffusion's networks")
-    if not model.encoders:
-        raise InputError(f"the family {model.family.name} reads no text: exports are of models that read a prompt")
     if getattr(model.vae, "conditioned", False):
         raise InputError("the VAE is asymmetric, and its decoder reads what is repainted: no bundle holds it")
     controls = controls or {}
     for reason, given in (("fused_ops", fused_ops), ("adapter_rank", adapter_rank), ("controls", controls)):
         if checks.flag("whole_picture", whole_picture) and given:
             raise InputError(f"whole_picture does not go with {reason}: leave one of them out")
+    if whole_picture and (not model.encoders or model.unet.enlarges_latents):
+        raise InputError(f"whole_picture: the family {model.family.name} has no graph of a whole picture: leave it out")
     if whole_picture and model.unet.learns_variance:
         raise InputError(
             "whole_picture: this model's U-Net makes a variance beside its prediction ('learned_range'), which the "
@@ -229,7 +228,7 @@ def _head(
 ) -> dict[str, Any]:
     """The manifest's fields for model and options: bundles with equal heads are the same."""
     components = model.checkpoint.components.values()
-    if not all(part.files or isinstance(part, Loaded) for part in components):
+    if not all(part.files or isinstance(part, Loaded) for part in components if part.class_name not in WEIGHTLESS):
         raise InputError(f"{source} has no weights for PyTorch, as a bundle: give the model that it was exported from")
     configs = [control.network.config for control in controls.values()]
     form: dict[str, Any] = {"split": split, "adapter_rank": adapter_rank, "controls": configs}

@@ -4,14 +4,22 @@ others use."""
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from other_networks import NETWORKS, judge
 
+from fastldm.export.engine import open_engine
 from fastldm.export.reference import ReferenceNetworks
 from fastldm.export.spec import Axis, NetworkSpec, Port, sample, specs
 from fastldm.loading import spec as loading
+from fastldm.loading.checkpoint import Checkpoint, Loaded
+from fastldm.models.config import PIXEL_SPACE
+from fastldm.models.families import FAMILIES
+from fastldm.models.unet_config import UNetConfig
+from fastldm.samplers.config import ScheduleConfig
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +129,44 @@ def test_narrowed_outputs_use_their_own_unit(models: dict[str, loading.Spec]) ->
     assert [axis.best for axis in axes[0]] == [5, 6]  # it was 8
     assert fewer.shape(fewer.outputs[0], {"height": 3}) == (1, 3, 3 * factor, 6 * factor)
     assert fewer.axes["batch"] == decoder.axes["batch"]
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("name", [*NETWORKS])
+def test_inputs_follow_from_the_config(name: str, split: bool) -> None:
+    """Whatever the family: what each kind of network reads beside latents and time is an input, and what it makes has
+    the shapes of its spec."""
+    networks = ReferenceNetworks(lone(name), "float32", split=split)
+    sizes = {"batch": 3, "tokens": 4, "rows": 5, "steps": 3}
+    for own, network in networks.specs.items():
+        outputs = networks.run(own, sample(network, sizes))
+        assert {port.name: network.shape(port, sizes) for port in network.outputs} == {
+            key: tuple(x.shape) for key, x in outputs.items()
+        }
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("name", [*NETWORKS])
+def test_all_kinds_of_networks_are_traced(name: str, split: bool, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("fastldm.export.onnx", reason="needs fastldm[onnx]", exc_type=ImportError)
+    networks = ReferenceNetworks(lone(name), "float32", split=split)
+    sizes = {"batch": 3, "tokens": 2, "rows": 7, "steps": 3}
+    for own, network in networks.specs.items():
+        onnx.write(networks, own, tmp_path / own)
+        inputs = sample(network, sizes, seed=3)
+        expected = networks.run(own, inputs)
+        for backend in ("onnxruntime", "openvino"):
+            engine = open_engine(backend, tmp_path / own / "model.onnx", network, precision="float32")
+            for key, x in engine(inputs).items():
+                assert float((x - expected[key]).abs().max()) < 1e-4 * float(expected[key].abs().max()), (backend, key)
+            engine.close()
+
+
+def lone(name: str) -> loading.Spec:
+    """A small network of other_networks.py as a model of its own."""
+    module = judge(name)
+    config = UNetConfig.from_dict({**module.config, "_class_name": type(module).__name__})
+    part = Loaded("unet", "", {}, (), name, tensors=module.state_dict())
+    checkpoint = Checkpoint(name, {"unet": part}, {}, {}, {})
+    return loading.Spec(checkpoint, config, PIXEL_SPACE, (), FAMILIES[-1], ScheduleConfig("DDIMScheduler"))

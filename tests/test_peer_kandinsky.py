@@ -139,7 +139,7 @@ def test_plans_and_trials_know_vectors(pipe: Pipeline) -> None:
 
 
 def test_exports_are_refused(pipe: Pipeline, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="exports are of Stable Diffusion's networks"):
+    with pytest.raises(InputError, match="its U-Net reads pictures' vectors"):
         pipe.export(tmp_path / "bundle")
 
 

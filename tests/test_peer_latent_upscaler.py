@@ -180,11 +180,9 @@ def test_components_that_do_not_fit_are_named(component: dict[str, Any], message
         Pipeline.from_diffusers(latent_upscaler(**component))
 
 
-def test_it_is_planned_and_warmed_and_no_bundle(pair: Any, tmp_path: Path) -> None:
+def test_it_is_planned_and_warmed(pair: Any, tmp_path: Path) -> None:
     spec = loading.describe(Path(pair[0].save_pretrained(tmp_path / "x2") or tmp_path / "x2"))
     assert (spec.enlarges, spec.default_size) == (2, (128, 128))
     for arch in (0, 90):
         memory.plan(memory.Workload.of_spec(spec, width=128, height=128, batch=2, dtype=torch.float16, arch=arch))
     pair[1].warmup([(128, 128)])
-    with pytest.raises(InputError, match="exports are of Stable Diffusion's networks"):
-        pair[1].export(tmp_path / "bundle")

@@ -162,6 +162,10 @@ class Spec:
             return "a prior makes what its U-Net reads, and is not exported"
         if self.projection is not None:
             return "a text projection makes what its U-Net reads, and is not exported"
+        if self.unet.pools_text or any(type(text) is not TextConfig for text in self.text):
+            return "its text encoder is not one that a bundle holds: run it on PyTorch"
+        if self.unet.reads_image_embeds:
+            return "its U-Net reads pictures' vectors, of which no bundle is: run it on PyTorch"
         return None
 
     @property

@@ -74,11 +74,12 @@ class Conditions(nn.Module):
         condition: Tensor | None = None,
         class_labels: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
+        text_embedding: Tensor | None = None,
         image_embeds: Tensor | None = None,
     ) -> Tensor:
         """The embedding (R, time_embedding_dim) of R rows. InputError for what is missing: see
         `UNet.time_rows`. condition: (R, time_cond_proj_dim). encoder_hidden_states: of R rows, or of the rows of
-        one step, which are those of all."""
+        one step, which are those of all; or text_embedding of R rows."""
         addition, class_type, _ = self.kinds
         dtype = self.time_embedding.linear_1.weight.dtype
         embedding = self.time_embedding(self.time_proj(timesteps).to(dtype), condition)
@@ -99,15 +100,21 @@ class Conditions(nn.Module):
             sizes = sizes.unflatten(0, added.time_ids.shape).flatten(1)  # (R, 6 * addition_time_embed_dim)
             embedding = embedding + self.add_embedding(torch.cat((added.text_embeds, sizes), dim=1).to(dtype))
         elif addition == "text":
-            if encoder_hidden_states is None:
-                raise InputError("this network (IF) reads text with the time: encoder_hidden_states is None")
-            pooled = self.add_embedding(encoder_hidden_states)
-            embedding = embedding + pooled.repeat(len(embedding) // len(pooled), 1)
+            if text_embedding is None:
+                if encoder_hidden_states is None:
+                    raise InputError("this network (IF) reads text with the time: encoder_hidden_states is None")
+                pooled = self.text_embedding(encoder_hidden_states)
+                text_embedding = pooled.repeat(len(embedding) // len(pooled), 1)
+            embedding = embedding + text_embedding
         elif addition is not None:
             if image_embeds is None:
                 raise InputError("this network (Kandinsky) reads a picture's vector: image_embeds is None")
             embedding = embedding + self.add_embedding(image_embeds.to(dtype))
         return embedding if self.time_embedding_act is None else ACTIVATIONS[self.time_embedding_act](embedding)
+
+    def text_embedding(self, encoder_hidden_states: Tensor) -> Tensor:
+        """What `embed` adds of texts (B, T, D), of a network that `pools_text`: (B, time_embedding_dim)."""
+        return self.add_embedding(encoder_hidden_states)
 
     def read(self, encoder_hidden_states: Tensor) -> Tensor:
         """What the text encoder makes, (B, T, encoder_hid_dim), or a picture's vector (B, encoder_hid_dim), as

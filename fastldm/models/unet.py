@@ -94,7 +94,8 @@ class UNetEncoder(Conditions):
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)
-        self.act_fn, self.skips_between = config.act_fn, config.skips_between
+        self.act_fn = None if config.time_norm == "adaptive" else config.act_fn  # of the embedding, before rows
+        self.skips_between = config.skips_between
         self.conv_in = Conv(config.in_channels, config.down[0].channels, config.conv_in_kernel)
         *levels, middle = config.encoder_layers
         self.down_blocks: Layers[Block] = Layers()
@@ -188,7 +189,7 @@ class UNetEncoder(Conditions):
 
     def _rows(self, embedding: Tensor) -> Tensor:
         """Rows (R, S) of embeddings (R, time_embedding_dim)."""
-        activated = ACTIVATIONS[self.act_fn](embedding)
+        activated = embedding if self.act_fn is None else ACTIVATIONS[self.act_fn](embedding)
         return torch.cat([reader.row(embedding, activated) for reader in self.row_readers()], dim=1)
 
     def cross_kv(self, encoder_hidden_states: Tensor) -> tuple[Tensor, ...]:
@@ -345,6 +346,7 @@ class UNet(UNetEncoder):
         class_labels: Tensor | None = None,
         timestep_cond: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
+        text_embedding: Tensor | None = None,
         image_embeds: Tensor | None = None,
     ) -> Tensor:
         """What the network reads of time and conditioning: timesteps (R,) -> (R, S), one row per step and U-Net row.
@@ -354,8 +356,8 @@ class UNet(UNetEncoder):
         `guidance` (R,), the guidance scale (LCM); `class_labels`, (R,) whole numbers (an upscaler's noise level, ADM's
         class), (R,) timesteps, or vectors (R, class_input_dim) (unCLIP: a picture's, and its noise level's) or (R,
         time_embedding_dim); `timestep_cond` (R, time_cond_proj_dim) (the x2 upscaler); `encoder_hidden_states`
-        (R, T, D), before its projection, or those of one step, which are those of all (IF); `image_embeds` (R,
-        encoder_hid_dim) (Kandinsky).
+        (R, T, D), before its projection, or those of one step, which are those of all, or `text_embedding` of them
+        (R, time_embedding_dim) (IF); `image_embeds` (R, encoder_hid_dim) (Kandinsky).
         """
         condition = timestep_cond
         if self.config.needs_guidance and condition is None:
@@ -373,6 +375,7 @@ class UNet(UNetEncoder):
             condition=condition,
             class_labels=class_labels,
             encoder_hidden_states=encoder_hidden_states,
+            text_embedding=text_embedding,
             image_embeds=image_embeds,
         )
         return self._rows(embedding)

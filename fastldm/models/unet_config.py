@@ -77,6 +77,11 @@ class UNetConfig:
         return self.out_channels // 2 if self.learns_variance else self.out_channels
 
     @property
+    def step_channels(self) -> int:
+        """Channels of what a step of it makes: the latents', and behind them those of a variance that it learns."""
+        return self.latent_channels if self.enlarges_latents else self.out_channels
+
+    @property
     def levels(self) -> int:
         return len(self.down)
 

@@ -219,7 +219,9 @@ def sampled(spec: Spec, prompt: str | Sequence[str] | Request | None, options: M
 def needed_images(spec: Spec, height: int, width: int, prior: bool = False) -> dict[str, Any]:
     """The pictures that a model cannot do without, grey, for an image of this size in pixels, and no prompt where it
     reads a picture in its place: fields of `Request`, for a trial. prior: whether one makes what it reads."""
-    grey = np.full((height // spec.enlarges, width // spec.enlarges, 3), 0.5, dtype=np.float32)
+    grey: Any = np.full((height // spec.enlarges, width // spec.enlarges, 3), 0.5, dtype=np.float32)
+    if spec.picture_multiple > 1:  # of a tensor it is not asked for
+        grey = torch.from_numpy(grey).permute(2, 0, 1)[None]
     if spec.unet.reads_image_embeds and prior:
         return {}
     if spec.unet.reads_image_embeds:
