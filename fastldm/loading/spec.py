@@ -529,7 +529,7 @@ def _check_fit(
             f"the U-Net reads {unet.cross_attention_dim} channels ('cross_attention_dim'), and the image encoder makes "
             f"{vision.projection_dim} ('projection_dim')",
         )
-    reads = bool(text or vision) or unet.reads_image_embeds or unet.resizes
+    reads = bool(text or vision) or unet.reads_image_embeds or unet.reads_original
     check(reads or not unet.reads_text, "the U-Net reads text, and there is no text_encoder")
     check(
         unet.reads_text or not reads,

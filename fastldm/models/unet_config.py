@@ -267,6 +267,12 @@ class UNetConfig:
         return self.resizes_by is not None or (reads and self.in_channels == 2 * self.latent_channels)
 
     @property
+    def reads_original(self) -> bool:
+        """Whether steps may start from a large picture beside that small one, as of DeepFloyd IF's super-resolution,
+        which reads the text states of its first stage too."""
+        return self.resizes and self.pools_text
+
+    @property
     def reads_pooled(self) -> bool:
         """Whether time rows need pooled text."""
         return self.needs_added or self.enlarges_latents or self.adds_pooled

@@ -62,7 +62,7 @@ def complete(
     image_scale = request.image_guidance_scale
     if unet.edits or unet.upscales:
         _check_reading(request, unet)
-    if request.original_image is not None and not unet.resizes:
+    if request.original_image is not None and not unet.reads_original:
         raise InputError("original_image was given: only DeepFloyd IF's super-resolution reads it, this model image")
     if unet.upscales and not unet.needs_class and request.noise_level is not None:
         raise InputError(f"noise_level is {request.noise_level}: this model enlarges a picture without noise")
@@ -267,12 +267,12 @@ def _check_reading(request: Request, unet: UNetConfig) -> None:
         raise InputError(f"this model {verb} an image: give it image{also}")
     if request.pag_scale and unet.edits:
         raise InputError(f"pag_scale is {request.pag_scale:g}: this model's guidance has three rows of its own")
-    if unet.resizes and request.original_image is not None:
+    if request.original_image is not None:
         if request.padding_mask_crop is not None:
             raise InputError("padding_mask_crop was given: this model repaints all of original_image, leave it out")
         return
     if request.mask_image is not None:
-        instead = "give original_image, which it changes" if unet.resizes else "inpainting needs another model"
+        instead = "give original_image, which it changes" if unet.reads_original else "inpainting needs another model"
         raise InputError(f"mask_image was given: this model {verb} all of image, and {instead}")
     if request.denoising_start is not None and request.latents is None:
         raise InputError(

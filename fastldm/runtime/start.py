@@ -93,8 +93,8 @@ def start_run(
     init = mask = extra = repainted = None
     unet = spec.unet
     start = start_latents(request, channels)
-    name = "original_image" if unet.resizes else "image"
-    picture = getattr(request, name) if unet.resizes or not unet.upscales else None  # that steps start from
+    name = "original_image" if unet.upscales else "image"
+    picture = getattr(request, name)  # that steps start from
     filtered = Resampling.BICUBIC if spec.fits_pictures else Resampling.LANCZOS
     vectors = vector_noise = None
     pictures = request.image_embeds
@@ -125,7 +125,7 @@ def start_run(
             small = send(images.load_image(request.image), device)
             filtering = unet.resizes_by or ("aligned" if unet.pools_text else "bilinear")
             small = torch.nn.functional.interpolate(small, (height, width), **_FILTERS[filtering])
-            small = each(small)
+            small = small.repeat_interleave(request.batch // len(small), 0)
         else:
             small = send(images.load_image(request.image, small_size, resample=resample), device)
         if unet.enlarges_latents:

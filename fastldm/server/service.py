@@ -207,7 +207,7 @@ class Service:
         if isinstance(request.image, Image.Image) and (times := model.pipe.stages.spec.enlarges) > 1:
             height, width = request.image.height * times, request.image.width * times
         spec = model.pipe.stages.spec
-        start = request.original_image if spec.unet.resizes else request.image
+        start = request.original_image if spec.unet.upscales else request.image
         if spec.fits_pictures and start is not None:
             height, width = fitted(start, "image", spec.unet.sample_size)
         tall, wide = request.height or height, request.width or width

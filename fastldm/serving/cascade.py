@@ -383,11 +383,12 @@ def _upscaled(
 
 
 def _start_of(base: Stages, made: Request, completed: Request, spec: Spec) -> dict[str, Any]:
-    """What DeepFloyd IF's second stage has of the picture that the first one started from, and its size: as many times
-    the first one's as their own sizes are."""
+    """The size of an upscaler that is of any: as many times the last stage's as their own sizes are; and what DeepFloyd
+    IF's second stage has of the picture that the first one started from."""
     width, height = spec.enlarged((int(made.width or 0), int(made.height or 0)), base.spec.default_size)
     sized: dict[str, Any] = {"width": width, "height": height}
-    if completed.image is None or completed.latents is not None or base.spec.unet.upscales:
+    given = completed.image is not None and completed.latents is None and not base.spec.unet.upscales
+    if not (given and spec.unet.reads_original):
         return sized
     start = {"original_image": completed.image, "mask_image": completed.mask_image}
     own = base.spec.fits_pictures and fitted(completed.image, "image", base.spec.unet.sample_size)
