@@ -29,7 +29,8 @@ from fastldm.loading import spec as loading
 from fastldm.loading.mapped import Mapped
 from fastldm.loading.ranker import find_ranker
 from fastldm.model import need_exporter, open_model
-from fastldm.models.families import IMAGE_ENCODER, IMAGE_NORMALIZER, folder_name
+from fastldm.models.families import IMAGE_ENCODER, IMAGE_NORMALIZER, KANDINSKY_COMBINED, folder_name
+from fastldm.priors import KandinskyPrior
 from fastldm.reading import check_path
 from fastldm.request import MAX_IMAGES, MAX_SIDE, Request, Result
 from fastldm.runtime import eight_bits
@@ -192,6 +193,10 @@ class Pipeline(Steered, Adapting, CascadeLoader, ControlLoader, TextualInversion
         than its class, its weights and its configs: by FreeU, hooks, adapters, replaced methods, changed layers.
         """
         checks.flag("batch_invariant", batch_invariant)
+        if type(pipe).__name__ in KANDINSKY_COMBINED:
+            adopted = cls.from_diffusers(pipe.decoder_pipe, batch_invariant=batch_invariant)
+            adopted.attach_prior(KandinskyPrior.from_diffusers(pipe.prior_pipe))
+            return adopted
         pipe, controls = without_controls(pipe)
         spec = loading.spec_of(adoption.describe_diffusers(pipe))
         components = {

@@ -108,7 +108,7 @@ def test_a_folder_has_all_that_is_read(folder: Path, tmp_path: Path, pipe: Pipel
     [
         ({"prompt": "a cat"}, "prompt was given, and this model reads image_embeds, .* prior="),
         ({}, "image_embeds is None: this model reads what its prior makes"),
-        ({**vectors(), "image": np.zeros((64, 64, 3), np.uint8)}, "image was given, and this model reads image_embeds"),
+        ({**vectors(), "strength": 0.5}, "strength was given, and this model reads image_embeds"),
         ({**vectors(), "negative_prompt": "bad"}, "negative_prompt was given"),
         ({**vectors(), "candidates": 2}, "candidates was given"),
         ({"image_embeds": vectors()["image_embeds"]}, "negative_image_embeds is None, and guidance_scale is 4"),

@@ -49,10 +49,8 @@ def combined(their_prior: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def whole(combined: Any, prior: KandinskyPrior) -> Pipeline:
-    pipe = Pipeline.from_diffusers(combined.decoder_pipe)
-    pipe.attach_prior(prior)
-    return pipe
+def whole(combined: Any) -> Pipeline:
+    return Pipeline.from_diffusers(combined)
 
 
 PRIOR_STEPS = {"prior_num_inference_steps": 4}
@@ -190,6 +188,72 @@ def test_priors_that_do_not_fit_are_refused(prior: KandinskyPrior, combined: Any
     attached.detach_prior()
     with pytest.raises(InputError, match="prompt was given, and this model reads image_embeds"):
         attached("a cat")
+
+
+# ------------------------------------------------------------------------------------------------- from a picture
+
+
+def picture(k: int = 0, side: int = 64) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(k).integers(0, 256, (side, side, 3), np.uint8))
+
+
+def hole() -> Image.Image:
+    white = np.zeros((64, 64), np.uint8)
+    white[16:40, 8:48] = 255
+    return Image.fromarray(white)
+
+
+@pytest.fixture(scope="module", params=["Img2Img", "Inpaint"])
+def from_picture(request: pytest.FixtureRequest, their_prior: Any) -> tuple[str, Any, Pipeline]:
+    changes = {"in_channels": 9} if request.param == "Inpaint" else {}
+    theirs = kandinsky.combined(their_prior, request.param, **changes)
+    return request.param, theirs, Pipeline.from_diffusers(theirs)
+
+
+def test_pictures_are_redone_and_repainted_as_by_diffusers(from_picture: tuple[str, Any, Pipeline]) -> None:
+    kind, theirs, ours = from_picture
+    own: dict[str, Any] = {"strength": 0.7} if kind == "Img2Img" else {"mask_image": hole()}
+    options = {**BASE, **PRIOR_STEPS, **own, "prompt": ["a cat", "a small dog"], "image": [picture(1)] * 2}
+    if kind == "Inpaint":  # which blends all with the first
+        options |= {"mask_image": [hole()] * 2}
+    made, expected = (np.asarray(each(generator=seeded(), **options).images) for each in (ours, theirs))
+    assert made.shape == expected.shape == (2, 64, 64, 3)
+    assert np.abs(made - np.clip(expected, 0, 1)).max() < 1e-3
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_pictures_with_vectors_equal_diffusers(from_picture: tuple[str, Any, Pipeline], guidance: float) -> None:
+    kind, theirs, ours = from_picture
+    own: dict[str, Any] = {"strength": 0.5} if kind == "Img2Img" else {"mask_image": hole()}
+    options = {**BASE, **own, **vectors(1), "image": picture(2), "guidance_scale": guidance}
+    made, expected = (np.asarray(each(generator=seeded(), **options).images) for each in (ours, theirs.decoder_pipe))
+    assert np.abs(made - np.clip(expected, 0, 1)).max() < 1e-3
+
+
+@pytest.mark.full
+def test_each_vector_has_its_picture(from_picture: tuple[str, Any, Pipeline]) -> None:
+    kind, theirs, ours = from_picture
+    if kind == "Inpaint":
+        return
+    options = {**BASE, **vectors(2), "image": [picture(1), picture(2)], "num_images_per_prompt": 2, "strength": 0.6}
+    made, expected = (np.asarray(each(generator=seeded(), **options).images) for each in (ours, theirs.decoder_pipe))
+    assert np.abs(made - expected).max() < 1e-3
+
+
+def test_pictures_that_do_not_fit_are_refused(from_picture: tuple[str, Any, Pipeline]) -> None:
+    kind, _, ours = from_picture
+    wrong: list[tuple[dict[str, Any], str]] = [({"strength": 0.5}, "strength was given")]
+    if kind == "Inpaint":
+        repainted = {"image": picture(), "mask_image": hole(), "strength": 0.5}
+        wrong += [({}, "this model is for inpainting"), (repainted, "strength is 0.5: this model repaints from noise")]
+    else:
+        wrong += [({"image": picture(), "mask_image": hole()}, "mask_image was given, and this model reads")]
+        assert ours.session.submit("a cat", image=picture(0, 100), seed=1).request.strength == 0.3
+    for fields, message in wrong:
+        with pytest.raises(InputError, match=message):
+            ours("a cat", **fields)
+    ours.warmup(sizes=[(64, 64)])
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from fastldm.conditioning.tokenizer import BERT_OPTIONS
-from fastldm.models.families import LATENT_UPSCALE_PIPELINE, UPSCALE_PIPELINE
+from fastldm.models.families import KANDINSKY_PIPELINES, LATENT_UPSCALE_PIPELINE, UPSCALE_PIPELINE
 
 _PACKAGES = ("torch", "diffusers", "transformers")
 _WRAPPERS = ("huggingface_hub", "typing_extensions")  # decorators of those packages' methods
@@ -418,7 +418,9 @@ def of_pipeline(pipe: Any) -> Iterator[str]:
     for change in _of_methods("pipe", pipe):
         if change.split(" is ")[0].removeprefix("pipe.") not in _METHODS_WITHOUT_EFFECT:
             yield change
-    own = {"resample": "bicubic"} if type(pipe).__name__ in (UPSCALE_PIPELINE, LATENT_UPSCALE_PIPELINE) else {}
+    bicubic = type(pipe).__name__ in (UPSCALE_PIPELINE, LATENT_UPSCALE_PIPELINE, KANDINSKY_PIPELINES[1])
+    own: dict[str, Any] = {"resample": "bicubic"} if bicubic else {}
+    own |= {"reducing_gap": 1} if type(pipe).__name__ == KANDINSKY_PIPELINES[1] else {}
     for name, options in _IMAGE_PROCESSORS.items():
         processor = getattr(pipe, name, None)
         if processor is None or name in pipe.components:  # of Kandinsky's prior it prepares what nothing reads

@@ -22,7 +22,7 @@ from fastldm.models.families import (
     GLIDE_UPSAMPLER,
     IF_PIPELINES,
     IF_SUPER_RESOLUTIONS,
-    KANDINSKY_PIPELINE,
+    KANDINSKY_PIPELINES,
     KANDINSKY_PRIOR_PIPELINE,
     KARLO_PIPELINES,
     LATENT_UPSCALE_PIPELINE,
@@ -51,7 +51,10 @@ RELATIVES = (  # the first match counts
     Relative(r"Depth2Img", "depth to image, whose U-Net reads a depth map"),
     Relative(r"Upscale|SuperResolution", "an upscaler, whose U-Net reads a small image"),
     Relative(r"UnCLIP", "another of unCLIP's than Karlo, UnCLIPPipeline, and stable unCLIP, StableUnCLIPPipeline"),
-    Relative(r"Kandinsky", "another of Kandinsky's than the decoder of 2.2, KandinskyV22Pipeline"),
+    Relative(
+        r"Kandinsky",
+        "another of Kandinsky's than those of 2.2 without a ControlNet; of a combined pipeline save decoder and prior",
+    ),
     Relative(r"ImageVariation", "image variation by Versatile Diffusion"),
     Relative(r"PaintByExample", "Paint by Example, which reads an image in place of a prompt"),
     Relative(r"Marigold", "Marigold, which estimates depth, normals or materials of an image"),
@@ -135,7 +138,7 @@ def check_standard(unet: UNetConfig, source: str, pipeline: Any = None) -> None:
                 f"{source} has 'class_embed_type' {unet.class_embed_type!r}: a {pipeline} with a table of classes runs"
             )
         return
-    if pipeline == KANDINSKY_PIPELINE:
+    if pipeline in KANDINSKY_PIPELINES:
         if not unet.reads_image_embeds:
             raise CheckpointError(
                 f"{source} is no U-Net of a {pipeline}, which reads pictures' vectors by 'addition_embed_type' 'image' "

@@ -54,7 +54,7 @@ from fastldm.models.families import (
     IF_PIPELINES,
     IMAGE_ENCODER,
     IMAGE_NORMALIZER,
-    KANDINSKY_PIPELINE,
+    KANDINSKY_PIPELINES,
     KANDINSKY_PRIOR_PIPELINE,
     KARLO_PIPELINES,
     LATENT_UPSCALE_PIPELINE,
@@ -326,7 +326,7 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
     if "vae" in configs:
         vae_class = AUTOENCODERS.get(str(configs["vae"].get("_class_name")), VAEConfig)
         vae = vae_class.from_dict(_with_scale(configs["vae"], named, pipeline, sources["vae"]), sources["vae"])
-    if named == KANDINSKY_PIPELINE and isinstance(vae, VAEConfig):
+    if named in KANDINSKY_PIPELINES and isinstance(vae, VAEConfig):
         vae = replace(vae, takes_nearest=False)
     relatives.check_channels(
         unet.in_channels,
@@ -352,7 +352,7 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
         projection = TextProjectionConfig.from_dict(configs[TEXT_PROJECTION], sources[TEXT_PROJECTION])
     prior = _prior_of(checkpoint, configs, sources) if PRIOR in configs else None
     # Of the next: as diffusers' schedulers recognise a variance that the network makes beside its prediction.
-    learned = schedule.raw.get("variance_type") == "learned_range" or named in (*IF_PIPELINES, KANDINSKY_PIPELINE)
+    learned = schedule.raw.get("variance_type") == "learned_range" or named in (*IF_PIPELINES, *KANDINSKY_PIPELINES)
     learns = unet.out_channels == 2 * vae.latent_channels and learned
     unet = replace(unet, added_ids=5 if index["requires_aesthetics_score"] else 6, learns_variance=learns)
     if named == LATENT_UPSCALE_PIPELINE:
@@ -456,7 +456,7 @@ def _with_scale(config: Mapping[str, Any], named: Any, pipeline: str | None, sou
     """A VAE's config with scaling_factor as diffusers' upscalers set it, whatever the file has: latent diffusion's
     super-resolution has none, nor has Kandinsky. named: the pipeline's class, also where `pipeline` is None, as of a
     loaded one."""
-    if named in (SUPER_RESOLUTION_PIPELINE, KANDINSKY_PIPELINE):
+    if named in (SUPER_RESOLUTION_PIPELINE, *KANDINSKY_PIPELINES):
         return {**config, "scaling_factor": 1.0}
     if pipeline != UPSCALE_PIPELINE or config.get("scaling_factor") == 0.08333:
         return config

@@ -123,7 +123,10 @@ GLIDE_PIPELINES = (GLIDE_PIPELINE, GLIDE_UPSAMPLER)
 """Of single files, which no class of diffusers runs."""
 KARLO_PIPELINE, KARLO_VARIATION_PIPELINE = "UnCLIPPipeline", "UnCLIPImageVariationPipeline"
 KARLO_PIPELINES = (KARLO_PIPELINE, KARLO_VARIATION_PIPELINE)
-KANDINSKY_PIPELINE, KANDINSKY_PRIOR_PIPELINE = "KandinskyV22Pipeline", "KandinskyV22PriorPipeline"
+KANDINSKY_PIPELINES = tuple(f"KandinskyV22{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint"))
+KANDINSKY_PRIOR_PIPELINE = "KandinskyV22PriorPipeline"
+KANDINSKY_COMBINED = tuple(f"KandinskyV22{kind}CombinedPipeline" for kind in ("", "Img2Img", "Inpaint"))
+"""Of a decoder and a prior."""
 PIXEL_SPACE_PIPELINES = ("DDPMPipeline", DDIM_PIPELINE, "ConsistencyModelPipeline")
 UNCONDITIONAL_PIPELINES = (LDM_PIPELINE, SUPER_RESOLUTION_PIPELINE, *PIXEL_SPACE_PIPELINES)
 """Those of diffusers' UNet2DModel, which reads no text."""
@@ -181,7 +184,16 @@ FAMILIES: tuple[Family, ...] = (
         reads_picture=True,
         unet_keys=_KARLO_KEYS,
     ),
-    _of_class("kandinsky", 100, 4.0, KANDINSKY_PIPELINE, label="Kandinsky 2.2", unet_keys=_KANDINSKY_KEYS),
+    _of_class(
+        "kandinsky",
+        100,
+        4.0,
+        *KANDINSKY_PIPELINES,
+        label="Kandinsky 2.2",
+        unet_keys=_KANDINSKY_KEYS,
+        of_image=Defaults(100, 4.0, 0.3),
+        of_mask=Defaults(100, 4.0, 1.0),
+    ),
     _of_class("sd2-unclip-prior", 20, 10.0, TEXT_UNCLIP_PIPELINE, label="stable unCLIP", unet_keys=_UNCLIP_KEYS),
     Family(
         name="sd2-unclip",
@@ -262,7 +274,7 @@ SUPER_RESOLUTION_FAMILY = _of_class("karlo-super-resolution", 7, 1.0, label="Kar
 _FOLDER_NAMES = {
     LDM_TEXT_PIPELINE: {"vae": "vqvae", "text_encoder": "bert"},
     **{name: {"vae": "vqvae"} for name in (LDM_PIPELINE, SUPER_RESOLUTION_PIPELINE)},
-    KANDINSKY_PIPELINE: {"vae": "movq"},
+    **{name: {"vae": "movq"} for name in KANDINSKY_PIPELINES},
     **{name: {"unet": "decoder", "scheduler": "decoder_scheduler"} for name in KARLO_PIPELINES},
 }
 """What components are called by pipelines that have other names for them."""
@@ -293,7 +305,7 @@ _NETWORKS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(_VARIATION_PIPELINES, ("unet", "vae", IMAGE_ENCODER)),
     UNCLIP_PIPELINE: ("unet", "vae", "text_encoder", IMAGE_ENCODER, IMAGE_NORMALIZER),
     TEXT_UNCLIP_PIPELINE: ("unet", "vae", "text_encoder", IMAGE_NORMALIZER, PRIOR, PRIOR_TEXT_ENCODER),
-    **dict.fromkeys((PIXEL_PIPELINE, LDM_PIPELINE, SUPER_RESOLUTION_PIPELINE, KANDINSKY_PIPELINE), ("unet", "vae")),
+    **dict.fromkeys((PIXEL_PIPELINE, LDM_PIPELINE, SUPER_RESOLUTION_PIPELINE, *KANDINSKY_PIPELINES), ("unet", "vae")),
     **dict.fromkeys(PIXEL_SPACE_PIPELINES, ("unet",)),
     **dict.fromkeys((*IF_PIPELINES, *GLIDE_PIPELINES), ("unet", "text_encoder")),
     KANDINSKY_PRIOR_PIPELINE: (PRIOR, "text_encoder", IMAGE_ENCODER),

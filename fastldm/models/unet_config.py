@@ -233,7 +233,7 @@ class UNetConfig:
     @property
     def inpaints(self) -> bool:
         """Whether a mask and the masked image's latents are read behind the latents."""
-        return self.is_standard and self.in_channels == 2 * self.latent_channels + 1
+        return (self.is_standard or self.reads_image_embeds) and self.in_channels == 2 * self.latent_channels + 1
 
     @property
     def edits(self) -> bool:

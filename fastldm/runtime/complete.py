@@ -139,7 +139,7 @@ def check(request: Request, spec: Spec, prior: bool = False) -> None:
     if spec.projection is not None:
         check_projected(request)
     if spec.unet.reads_image_embeds:
-        request = read_vectors(request, spec.unet.text_width, prior)
+        request = read_vectors(request, spec.unet, prior)
     elif spec.vision is not None:  # its encoder prepares pictures
         return
     elif spec.prior is not None:
@@ -222,11 +222,10 @@ def needed_images(spec: Spec, height: int, width: int, prior: bool = False) -> d
     grey: Any = np.full((height // spec.enlarges, width // spec.enlarges, 3), 0.5, dtype=np.float32)
     if spec.picture_multiple > 1:  # of a tensor it is not asked for
         grey = torch.from_numpy(grey).permute(2, 0, 1)[None]
-    if spec.unet.reads_image_embeds and prior:
-        return {}
     if spec.unet.reads_image_embeds:
         vector = torch.zeros(1, spec.unet.text_width)
-        return {"image_embeds": vector, "negative_image_embeds": vector, "prompt": ""}
+        read = {} if prior else {"image_embeds": vector, "negative_image_embeds": vector, "prompt": ""}
+        return {**read, "image": grey, "mask_image": grey[..., 0] * 2} if spec.unet.inpaints else read
     if spec.unet.pools_text and not spec.text:
         states = torch.zeros(1, spec.window, spec.unet.text_width)
         return {"image": grey, "prompt": None, "prompt_embeds": states, "negative_prompt_embeds": states}
@@ -359,6 +358,8 @@ def _measured(request: Request, spec: Spec, vae: AutoencoderConfig) -> tuple[int
         factor //= vae.upscale_factor  # the small picture's pixels
     if spec.picture_multiple > 1:  # of a tensor as diffusers, which takes it as it is
         factor = spec.unet.stride if isinstance(request.image, Tensor) else spec.picture_multiple
+    if spec.unet.reads_image_embeds:
+        factor *= factor
     smallest = factor
     if spec.unet.enlarges_latents and spec.unet.even_sizes:
         # Latents are halved evenly, to no less than two, which a blur's reflected border needs.

@@ -21,6 +21,7 @@ from fastldm.conditioning.image_encoder import ImageEncoder, read_pictures
 from fastldm.device import send
 from fastldm.errors import InputError
 from fastldm.models.clip_vision import Normalizer
+from fastldm.models.config import UNetConfig
 from fastldm.request import Request, as_list
 from fastldm.runtime.noise import noise_rates
 from fastldm.samplers.config import ScheduleConfig
@@ -87,14 +88,18 @@ def check_projected(request: Request) -> None:
             raise InputError(f"{name} was given, and this model reads prompts alone, and guides away from an empty one")
 
 
-def read_vectors(request: Request, width: int, prior: bool = False) -> Request:
-    """A request of Kandinsky 2.2, whose vectors (n, width), each an image's in place of a prompt, are checked and on
-    the host; or with a prior, which makes them, one with prompts. InputError for bad ones, for none, and for what such
-    a model does not read."""
-    of_prompt = prior and request.image_embeds is None
-    for name in ("image", *_START, *_TEXT):
-        if getattr(request, name) is not None and not (of_prompt and name == "negative_prompt"):
+def read_vectors(request: Request, unet: UNetConfig, prior: bool = False) -> Request:
+    """A request of Kandinsky 2.2, whose vectors (n, D), each an image's in place of a prompt, are checked and on the
+    host; or with a prior, which makes them, one with prompts. InputError for bad ones, for none, and for what such a
+    model does not read."""
+    of_prompt, width = prior and request.image_embeds is None, unet.text_width
+    reads = ["strength"] * (request.image is not None) + ["mask_image"] * unet.inpaints
+    reads += ["negative_prompt"] * of_prompt
+    for name in (*_START, *_TEXT):
+        if getattr(request, name) is not None and name not in reads:
             raise InputError(f"{name} was given, and this model reads image_embeds, which a prior makes of a prompt")
+    if unet.inpaints and request.strength not in (None, 1.0):
+        raise InputError(f"strength is {request.strength:g}: this model repaints from noise alone, leave it out")
     if of_prompt:
         if request.negative_image_embeds is not None:
             raise InputError("negative_image_embeds was given without image_embeds: give both, or negative_prompt")

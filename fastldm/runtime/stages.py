@@ -185,7 +185,7 @@ class Stages:
         self.adapters.check(adapters)
         request = request.replace(adapters=adapters, cross_attention_kwargs=None)
         if (network := self.spec.unet).reads_image_embeds:
-            request = read_vectors(request, network.text_width, self.prior is not None)
+            request = read_vectors(request, network, self.prior is not None)
         elif self.prior is not None:
             check_prior(request)
         else:

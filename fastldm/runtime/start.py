@@ -74,6 +74,8 @@ def start_run(
     def each(inputs: Tensor, count: int = request.batch) -> Tensor:
         """n images as so many, in turn: the first, ..., the last, the first, ...; with IF the first of all, ..., the
         last."""
+        if unet.reads_image_embeds and len(inputs) == request.count:  # Kandinsky's, each of a vector
+            inputs = inputs.repeat_interleave(request.num_images_per_prompt, 0)
         if spec.fits_pictures:
             return inputs.repeat_interleave(count // len(inputs), 0)
         return inputs.repeat(count // len(inputs), 1, 1, 1)
@@ -159,8 +161,9 @@ def start_run(
         init = each(send(start, device))
     elif picture is not None and not noised:
         picture = picture if crop is None else crop.cut(crop.image)
-        source = prepared(send(images.load_image(picture, (height, width), name=name, resample=filtered), device))
-        if goes_on or not (unet.inpaints and from_noise):
+        resample = Resampling.BICUBIC if unet.reads_image_embeds else filtered
+        source = prepared(send(images.load_image(picture, (height, width), name=name, resample=resample), device))
+        if goes_on or not (unet.inpaints and from_noise) or unet.reads_image_embeds:
             init = each(encode(source))
     if request.latents is not None:
         noise = send(request.latents, device, torch.float32)
@@ -176,7 +179,10 @@ def start_run(
             if start is not None:
                 raise InputError("image is latents: an asymmetric VAE reads the pixels of what is repainted")
             repainted = each(source).to(dtype), each(full_mask).to(dtype)
-        if start is None:
+        if unet.reads_image_embeds and init is not None:  # Kandinsky's, which reads what stays, and is blended too
+            mask = _grown(mask)
+            extra = torch.cat([init * (1 - mask), 1 - mask], dim=1).to(dtype)
+        elif start is None:
             counts = sorted((len(source), len(full_mask)))
             count = request.batch if counts[1] % counts[0] else counts[1]
             if unet.inpaints:
@@ -200,7 +206,7 @@ def start_run(
         x = r * init + s * noise
     if stays and mask is not None and init is not None:
         x = (1 - mask) * init + mask * x
-    blended = mask is not None and init is not None and not unet.inpaints
+    blended = mask is not None and init is not None and (not unet.inpaints or unet.reads_image_embeds)
     inpainting = Inpainting(mask, init, noise) if blended else None  # type: ignore[arg-type]
     run = Run(table, x, step_noise, guidance, inpainting, extra, dtype, noise_level=int(request.noise_level or 0))
     run.generators = sources if request.generator is None else None
@@ -216,6 +222,15 @@ _FILTERS: dict[str, dict[str, Any]] = {
     "bicubic": {"mode": "bicubic", "align_corners": False, "antialias": True},
 }
 """By which a small picture is made as large as the image: arguments of PyTorch's `interpolate`, as in diffusers."""
+
+
+def _grown(mask: Tensor) -> Tensor:
+    """A mask (B, 1, h, w) with the latents around: those beside, below, above, and two of the four at corners, as of
+    diffusers' `prepare_mask`."""
+    height, width = mask.shape[2:]
+    padded = torch.nn.functional.pad(mask, (1, 1, 1, 1))
+    around = ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2), (0, 0), (2, 2))
+    return torch.stack([padded[..., y : y + height, x : x + width] for y, x in around]).amax(0)
 
 
 def _encode(

@@ -61,7 +61,7 @@ class Model:
         spec, unet = stages.spec, stages.spec.unet
         needed = sample_request(spec, 64, 64)
         image = "needed" if "image" in needed else "optional"
-        if spec.prior is not None or unet.reads_image_embeds:  # which start from noise
+        if spec.prior is not None:  # which starts from noise
             image = "none"
         from_noise = unet.edits or unet.upscales or stages.family.reads_picture or image == "none"
         return {

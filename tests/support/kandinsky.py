@@ -56,8 +56,8 @@ def _quiet(pipe: Any) -> Any:
     return pipe
 
 
-def combined(prior: Any, cls: str = "KandinskyV22CombinedPipeline") -> Any:
-    """A decoder that reads what a prior makes, and that, as one pipeline."""
-    parts = decoder(encoder_hid_dim=ip_adapters.PROJECTED).components
+def combined(prior: Any, kind: str = "", **changes: Any) -> Any:
+    """A decoder that reads what a prior makes, and that, as one pipeline. kind: of the classes' names."""
+    parts = decoder(encoder_hid_dim=ip_adapters.PROJECTED, **changes).components
     own = {f"prior_{name}": part for name, part in prior.components.items()}
-    return _quiet(getattr(tiny.peer("diffusers"), cls)(**parts, **own))
+    return _quiet(getattr(tiny.peer("diffusers"), f"KandinskyV22{kind}CombinedPipeline")(**parts, **own))
