@@ -62,7 +62,8 @@ def test_supported_classes_are_accepted() -> None:
     none_of_text: Any = {"text_encoder": none, "tokenizer": none}
     plain: Any = {**none_of_text, "unet": ["diffusers", "UNet2DModel"]}
     own |= {name: {**plain, "vae": none} for name in PIXEL_SPACE_PIPELINES}
-    own["KandinskyV22Pipeline"] = {**none_of_text, "vae": none, "movq": ["diffusers", "VQModel"]}
+    for kind in ("", "Img2Img", "Inpaint"):
+        own[f"KandinskyV22{kind}Pipeline"] = {**none_of_text, "vae": none, "movq": ["diffusers", "VQModel"]}
     own |= {name: {**plain, **codes} for name in ("LDMPipeline", "LDMSuperResolutionPipeline")}
     of_if: Any = {"vae": none, "text_encoder": ["transformers", "T5EncoderModel"]}
     own |= dict.fromkeys(IF_FIRST_PIPELINES, of_if)
@@ -101,7 +102,7 @@ def test_other_classes_are_refused_by_name() -> None:
     [
         ("StableDiffusionXXLUpscalePipeline", "an upscaler"),
         ("VersatileDiffusionImageVariationPipeline", "image variation by Versatile Diffusion"),
-        ("KandinskyV22Img2ImgPipeline", "another of Kandinsky's than the decoder of 2.2"),
+        ("KandinskyV22ControlnetPipeline", "another of Kandinsky's than those of 2.2"),
         ("MarigoldDepthPipeline", "Marigold"),
         ("LEditsPPPipelineStableDiffusionXL", "a way of editing .* load them as a StableDiffusionPipeline"),
         ("HunyuanDiTPAGPipeline", "perturbed-attention guidance of a kind"),
