@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,38 @@ def test_prompt_and_vector_reach_the_pictures(pipe: Pipeline) -> None:
         assert np.abs(np.asarray(made[0].result().images) - alone).max() < 1e-5
     pairs = pipe(["a dog", "a cat"], **{**options, "seed": [1, 3]})
     assert np.abs(np.asarray(pairs.images)[1:] - alone).max() < 1e-5
+
+
+def test_requests_share_the_steps_of_every_stage(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: dict[str, list[int]] = {}
+    assert pipe.stages.prior is not None
+    networks = {"prior": pipe.stages.prior.model, "decoder": pipe.unet}
+    networks |= {each.name: each.unet for each in pipe.stages.follows}
+    for name, network in networks.items():
+
+        def step(x: torch.Tensor, *rest: Any, own: Any = network.step, name: str = name, **options: Any) -> Any:
+            rows.setdefault(name, []).append(len(x))
+            return own(x, *rest, **options)
+
+        monkeypatch.setattr(network, "step", step)
+    submitted = threading.Event()
+    with Session(pipe) as session:
+        waiting = threading.Thread(target=session.call, args=(submitted.wait,))
+        waiting.start()  # until both are there
+        steps = {**PRIOR_STEPS, "super_res_num_inference_steps": 9}
+        made = [session.submit(text, seed=3, **steps) for text in ("a cat", "a dog on a mat")]
+        submitted.set()
+        assert all(each.result().images for each in made)
+        waiting.join()
+    # The second joins a step behind the first. Of prior and decoder two rows are a picture's, of the others one.
+    most = {name: max(counts) for name, counts in rows.items() if name != "super_res_last"}
+    assert most == {"prior": 4, "decoder": 4, "super_res_first": 2}
+    assert {name: sum(counts) for name, counts in rows.items()} == {
+        "prior": 12,
+        "decoder": 12,
+        "super_res_first": 16,
+        "super_res_last": 2,
+    }
 
 
 def test_steps_of_all_stages_are_told(pipe: Pipeline) -> None:
