@@ -35,6 +35,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], Options]] = {
     "if": (deepfloyd.first_stage, TEXT),
     "if super-resolution": (deepfloyd.super_resolution, {**TEXT, "image": PICTURE}),
     "kandinsky": (kandinsky.decoder, {"image_embeds": VECTORS[:1], "negative_image_embeds": VECTORS[1:]}),
+    "latent diffusion": (lambda: tiny.ldm_text(vqvae=tiny.vae("sd1", 1)), {"prompt": "a cat", "guidance_scale": 3.0}),
     "x2 upscaler": (
         latent_upscaler,
         {"prompt": "a cat", "image": torch.rand(1, 3, 64, 64, generator=generator(2)) * 2 - 1},
