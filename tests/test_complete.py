@@ -105,3 +105,10 @@ def test_batches_of_models_without_a_prompt(folders: all_families.Folders, tmp_p
     assert "line 2: this model enlarges an image: give it image" in done.stderr
     (made,) = (tmp_path / "large").glob("0*.png")
     assert Image.open(made).size == (128, 128)
+
+
+def test_bench_names_what_it_does_not_compare(folders: all_families.Folders) -> None:
+    for name in ("ddim", "ldm-super-resolution"):
+        done = run("bench", "-m", str(folders(name)))
+        assert (done.exit_code, f"is {name}, and what is compared are pictures of a prompt" in done.stderr) == (2, True)
+        assert f"`fastldm profile -m {folders(name)}`" in done.stderr

@@ -172,6 +172,7 @@ def _task(model: str, options: dict[str, Any]) -> Task:
     from fastldm.export.engine import is_bundle
     from fastldm.model import describe
     from fastldm.profiling import compare
+    from fastldm.runtime.complete import sample_request
 
     if is_bundle(model):
         raise InputError(f"{model} is a bundle, which diffusers cannot load: give it as --bundle, and its model as -m")
@@ -181,6 +182,12 @@ def _task(model: str, options: dict[str, Any]) -> Task:
     if sampler is not None and not hasattr(diffusers, sampler):
         raise InputError(f"--sampler {sampler!r}: expected a scheduler of diffusers, such as EulerDiscreteScheduler")
     spec = describe(model)
+    sample = sample_request(spec, 64, 64)
+    if spec.family.by_class or sample.keys() != {"prompt"} or not sample["prompt"]:
+        raise InputError(
+            f"{model} is {spec.family.name}, and what is compared are pictures of a prompt alone by Stable Diffusion's "
+            f"pipelines: `fastldm profile -m {model}` says where its time goes"
+        )
     if options["what"] == "step" and (spec.unet.needs_added or spec.unet.time_cond_proj_dim is not None):
         raise InputError(f"--what step is for U-Nets that read a text alone, not for {spec.family.name}: leave it out")
     width, height = options["size"] or spec.default_size
