@@ -21,7 +21,9 @@ from PIL import Image
 from fastldm import Pipeline, Request, Session
 from fastldm.errors import CheckpointError, InputError
 from fastldm.image import result_parameters
+from fastldm.loading.spec import Spec
 from fastldm.metadata import parse_parameters
+from fastldm.planning import warm
 from fastldm.serving.bucket import Bucket
 
 WIDE = picture(4, 12, 8)
@@ -226,15 +228,19 @@ def test_command_makes_plans_and_warms_a_cascade(
     assert "--upscaler-steps was given without --upscaler" in refused.stderr
 
 
-@pytest.mark.full
-def test_warm_compiles_all_stages(folders: list[str], tmp_path: Path) -> None:
-    alone = ("warm", "-m", folders[0], "--arch", "sm_90", "--cache", str(tmp_path / "a"))
-    counts = []
-    for more in ((), ("--upscaler", folders[1], "--upscaler", folders[2])):
-        done = run(*alone, *more)
-        assert done.exit_code == 0, done.stderr
-        counts.append(int(done.stdout.split(":")[1].split()[0]))
-    assert counts[1] > counts[0]
+def test_warm_is_of_all_stages(folders: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    warmed: list[tuple[str, list[tuple[int, int]], int]] = []
+
+    def spied(spec: Spec, arch: str, *, sizes: list[tuple[int, int]], **options: Any) -> int:
+        warmed.append((spec.family.name, sizes, len(spec.text)))
+        return 1
+
+    monkeypatch.setattr(warm, "warm", spied)
+    done = run("warm", "-m", folders[0], "--arch", "sm_90", "--upscaler", folders[1], "--upscaler", folders[2])
+    assert done.exit_code == 0, done.stderr
+    assert warmed == [("if", [(8, 8)], 1), ("if-super-resolution", [(16, 16)], 0), ("x4-upscaler", [(64, 64)], 1)]
+    refused = run("warm", "-m", folders[0], "--arch", "sm_90", "--upscaler", folders[0])
+    assert "enlarges no picture" in refused.stderr
 
 
 def test_requests_keep_a_copy_of_options() -> None:
