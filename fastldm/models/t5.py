@@ -5,15 +5,19 @@ Parameter names are those of transformers' T5EncoderModel.
 
 from __future__ import annotations
 
+import bisect
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastldm.errors import CheckpointError
 from fastldm.models.clip import Embedding
 from fastldm.models.config import TextConfig
 from fastldm.models.config_fields import EPSILON, WIDTH, only
@@ -30,7 +34,7 @@ _T5 = only({"model_type": ("t5",), "is_decoder": (None, False)}) | {
     "d_ff": Field(Integer(1, 2**20), 2048),
     "num_layers": Field(Integer(1, 256), 6),
     "num_heads": Field(WIDTH, 8),
-    "relative_attention_num_buckets": Field(Integer(4, 2**16), 32),
+    "relative_attention_num_buckets": Field(Integer(4, 1024), 32),
     "relative_attention_max_distance": Field(Integer(4, 2**20), 128),
     "layer_norm_epsilon": Field(EPSILON, 1e-6),
     "feed_forward_proj": Field(OneOf("relu", "gated-gelu"), "relu"),
@@ -52,6 +56,12 @@ class T5Config(TextConfig):
     def from_dict(cls, cfg: Mapping[str, Any], source: str = "config.json") -> T5Config:
         """Read transformers' text_encoder/config.json; CheckpointError if it needs what is not implemented."""
         values = read_fields(cfg, _T5, source)
+        buckets, distance = values["relative_attention_num_buckets"], values["relative_attention_max_distance"]
+        if distance <= buckets // 4:
+            raise CheckpointError(
+                f"{source}: 'relative_attention_max_distance' is {distance}, expected more than {buckets // 4}, the "
+                "distances that have a bucket of their own ('relative_attention_num_buckets')"
+            )
         return cls(
             vocab=values["vocab_size"],
             hidden=values["d_model"],
@@ -67,8 +77,8 @@ class T5Config(TextConfig):
             causal=False,
             qkv_bias=False,
             head_dim=values["d_kv"],
-            buckets=values["relative_attention_num_buckets"],
-            max_distance=values["relative_attention_max_distance"],
+            buckets=buckets,
+            max_distance=distance,
             pad_token_id=values["pad_token_id"],
         )
 
@@ -200,9 +210,25 @@ def distance_buckets(length: int, count: int, max_distance: int, device: torch.d
     those after it; of those half one for each of the nearest, and the others logarithmically up to max_distance."""
     places = torch.arange(length, device=device)
     offset = places[None] - places[:, None]
+    bucket = (offset > 0) * (count // 2)
+    # Compared, not computed: the last bit of a logarithm would be another bucket where another library computes it.
+    for least in least_distances(count, max_distance):
+        bucket = bucket + (offset.abs() >= least)
+    return bucket
+
+
+@functools.cache
+def least_distances(count: int, max_distance: int) -> tuple[int, ...]:
+    """The least distance in each bucket of a half but the first: transformers' formula, whose numbers are float32."""
     half = count // 2
     exact = half // 2
-    distance = offset.abs()
-    growth = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
-    far = (exact + (growth * (half - exact)).long()).clamp(max=half - 1)
-    return (offset > 0) * half + torch.where(distance < exact, distance, far)
+
+    def bucket(distance: int) -> int:
+        if distance < exact:
+            return distance
+        growth = np.float32(math.log(np.float32(distance) / np.float32(exact))) / np.float32(
+            math.log(max_distance / exact)
+        )
+        return exact + int(growth * np.float32(half - exact))
+
+    return tuple(bisect.bisect_left(range(max_distance + 1), k, key=bucket) for k in range(1, half))
