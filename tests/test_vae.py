@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import kandinsky
 import pytest
 import tiny
 import torch
@@ -227,9 +228,7 @@ def test_vq_model_equals_diffusers(changes: dict[str, Any]) -> None:
 @pytest.fixture(scope="module")
 def movq() -> Any:
     """Of factor 4, whose norms read the latents much."""
-    theirs = tiny.vq(
-        norm_type="spatial", block_out_channels=(32, 32, 64), latent_channels=4, vq_embed_dim=4, norm_num_groups=8
-    )
+    theirs = tiny.vq(**kandinsky.movq_blocks(32, 32, 64))
     for name, parameter in theirs.named_parameters():
         if "conv_y" in name or "conv_b" in name:
             parameter.data *= 5
@@ -270,6 +269,9 @@ def test_movq_of_other_widths_is_refused() -> None:
         VAEConfig.from_dict({**config, "block_out_channels": (8, 32, 64)})
     with pytest.raises(CheckpointError, match="'vq_embed_dim' is 5 and 'latent_channels' 3"):
         VAEConfig.from_dict({**config, "vq_embed_dim": 5})
+    attention = {**kandinsky.movq_blocks(32, 32, 64), "down_block_types": ["AttnDownEncoderBlock2D"] * 3}
+    with pytest.raises(CheckpointError, match=r"'down_block_types\[0\]' is 'AttnDownEncoderBlock2D'; .* resolution of"):
+        VAEConfig.from_dict({**config, **attention})
     with pytest.raises(CheckpointError, match="'norm_type' is 'spatial'"):
         VAEConfig.from_dict({**tiny.vae().config, "norm_type": "spatial"})
 

@@ -99,6 +99,8 @@ class VAEConfig:
     codes: int = 0  # vectors of a codebook, of which the decoder takes the nearest to each latent; 0: there is none
     spatial: bool = False  # whether the decoder's norms read the latents (MoVQ)
     takes_nearest: bool = True  # whether the decoder does that; else it decodes latents as they are
+    attends: tuple[bool, bool] = (False, False)
+    """Whether attention follows each resnet at the latents' resolution, of the encoder, and of the decoder."""
 
     @property
     def factor(self) -> int:
@@ -127,10 +129,11 @@ class VAEConfig:
             cfg |= {"use_quant_conv": True, "use_post_quant_conv": True}
         channels = channels_of(cfg, source)
         types = {
-            key: Field(per_level(OneOf(kind), len(channels), scalar=False), None)
+            key: Field(per_level(OneOf(kind, f"Attn{kind}"), len(channels), scalar=False), None)
             for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D"))
         }
         values = read_fields(cfg, only(_VAE_ONLY) | types | _LATENTS | _VAE | _STATISTICS, source)
+        attends = _attends(values, conditioned, source)
         statistics = [tuple(values[key] or ()) for key in _STATISTICS]
         for key, numbers in zip(_STATISTICS, statistics, strict=True):
             if len(numbers) != (values["latent_channels"] if any(statistics) else 0):
@@ -154,6 +157,7 @@ class VAEConfig:
         return cls(
             **decoder,
             spatial=spatial,
+            attends=attends,
             conditioned=conditioned,
             in_channels=values["in_channels"],
             out_channels=values["out_channels"],
@@ -171,6 +175,22 @@ class VAEConfig:
             latents_mean=statistics[0],
             latents_std=statistics[1],
         )
+
+
+def _attends(values: Mapping[str, Any], conditioned: bool, source: str) -> tuple[bool, bool]:
+    """`VAEConfig.attends`. CheckpointError for attention at another resolution, which no published model has."""
+    found = []
+    for key, inner in (("down_block_types", -1), ("up_block_types", 0)):
+        kinds = [str(kind).startswith("Attn") for kind in values[key] or ()]
+        own = bool(kinds) and kinds[inner]
+        if any(kinds) and (sum(kinds) > own or conditioned):
+            level = kinds.index(True)
+            raise CheckpointError(
+                f"{source}: '{key}[{level}]' is {values[key][level]!r}; fastldm implements it at the resolution of the "
+                "latents alone, of networks whose decoder reads them alone"
+            )
+        found.append(own)
+    return found[0], found[1]
 
 
 def _asymmetric(cfg: Mapping[str, Any], source: str) -> dict[str, Any]:

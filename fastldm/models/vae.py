@@ -7,7 +7,7 @@ are those of diffusers' AutoencoderKL, VQModel and AutoencoderTiny.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from functools import partial
 from typing import Literal
 
@@ -99,8 +99,10 @@ class Encoder(nn.Module):
         self.conv_in = Conv(config.in_channels, width)
         self.down_blocks: Layers[Block] = Layers()
         for i, channels in enumerate(config.channels):
-            block = Block(config, width, channels, config.layers_per_block)
-            if i < len(config.channels) - 1:
+            innermost = i == len(config.channels) - 1
+            attends = innermost and config.attends[0]
+            block = Block(config, width, channels, config.layers_per_block, attends=attends)
+            if not innermost:
                 block.downsamplers.append(Downsample(channels, padding=0))
             self.down_blocks.append(block)
             width = channels
@@ -110,7 +112,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
-        for layer in (layer for block in self.down_blocks for layer in (*block.resnets, *block.downsamplers)):
+        for layer in (layer for block in self.down_blocks for layer in (*block.layers(), *block.downsamplers)):
             x = layer(x)
         for layer in self.mid_block.layers():
             x = layer(x)
@@ -126,7 +128,8 @@ class Decoder(nn.Module):
         self.mid_block = MidBlock(config, width, codes)
         self.up_blocks: Layers[Block] = Layers()
         for i, channels in enumerate(reversed(config.decoder_channels)):
-            block = Block(config, width, channels, config.decoder_layers + 1, codes)
+            attends = i == 0 and config.attends[1]
+            block = Block(config, width, channels, config.decoder_layers + 1, codes, attends=attends)
             if i < len(config.decoder_channels) - 1:
                 block.upsamplers.append(Upsample(channels))
             self.up_blocks.append(block)
@@ -138,15 +141,13 @@ class Decoder(nn.Module):
 
     def low(self, norm: Norm) -> list[Layer]:
         first, *_ = self.up_blocks
-        resnets = [partial(resnet, norm=norm) for resnet in first.resnets]
-        return [self.conv_in, *self.mid_block.layers(norm), *resnets]
+        return [self.conv_in, *self.mid_block.layers(norm), *first.layers(norm)]
 
     def high(self, norm: Norm) -> list[Layer]:
         first, *rest = self.up_blocks
         layers: list[Layer] = [*first.upsamplers]
         for block in rest:
-            layers += [partial(resnet, norm=norm) for resnet in block.resnets]
-            layers += block.upsamplers
+            layers += [*block.layers(norm), *block.upsamplers]
 
         def to_pixels(x: Tensor) -> Tensor:
             return self.conv_out(norm(self.conv_norm_out, x, silu=True))
@@ -155,14 +156,32 @@ class Decoder(nn.Module):
 
 
 class Block(nn.Module):
-    """The resnets of one resolution, then down- or upsampling. codes: channels of latents that their norms read."""
+    """The resnets of one resolution, each followed by attention or not, then down- or upsampling. codes: channels of
+    latents that their norms read."""
 
-    def __init__(self, config: VAEConfig, width: int, channels: int, layers: int, codes: int | None = None) -> None:
+    def __init__(
+        self,
+        config: VAEConfig,
+        width: int,
+        channels: int,
+        layers: int,
+        codes: int | None = None,
+        *,
+        attends: bool = False,
+    ) -> None:
         super().__init__()
         widths = [width] + [channels] * (layers - 1)
         self.resnets: Layers[Resnet] = Layers(_resnet(config, width, channels, codes) for width in widths)
+        self.attentions: Layers[PixelAttention] = Layers(_attention(config, channels, codes) for _ in widths if attends)
         self.downsamplers: Layers[Downsample] = Layers()
         self.upsamplers: Layers[Upsample] = Layers()
+
+    def layers(self, norm: Norm = GroupNorm.__call__) -> list[Layer]:
+        """All but down- and upsampling."""
+        resnets, attentions = _normed(self.resnets, norm), _normed(self.attentions, norm)
+        if not attentions:
+            return resnets
+        return [layer for pair in zip(resnets, attentions, strict=True) for layer in pair]
 
 
 def _resnet(config: VAEConfig, in_channels: int, channels: int, codes: int | None) -> Resnet:
@@ -171,25 +190,34 @@ def _resnet(config: VAEConfig, in_channels: int, channels: int, codes: int | Non
     return Resnet(in_channels, channels, config.norm_groups, _EPS)
 
 
+def _attention(config: VAEConfig, channels: int, codes: int | None) -> PixelAttention:
+    if codes is not None:
+        return SpatialAttention(channels, codes)
+    return PixelAttention(channels, 1, config.norm_groups, _EPS)
+
+
+def _normed(layers: Iterable[nn.Module], norm: Norm) -> list[Layer]:
+    """Layers whose norms are applied so: not that of attention, which reads the full image, unless it is spatial."""
+    return [
+        layer
+        if isinstance(layer, PixelAttention) and not isinstance(layer, SpatialAttention)
+        else partial(layer, norm=norm)
+        for layer in layers
+    ]
+
+
 class MidBlock(nn.Module):
     """codes: as of `Block`."""
 
     def __init__(self, config: VAEConfig, channels: int, codes: int | None = None) -> None:
         super().__init__()
         self.resnets: Layers[Resnet] = Layers(_resnet(config, channels, channels, codes) for _ in range(2))
-        self.attentions: Layers[PixelAttention] = Layers()
-        if config.mid_attention and codes is not None:
-            self.attentions.append(SpatialAttention(channels, codes))
-        elif config.mid_attention:
-            self.attentions.append(PixelAttention(channels, 1, config.norm_groups, _EPS))
+        attentions = (_attention(config, channels, codes) for _ in range(config.mid_attention))
+        self.attentions: Layers[PixelAttention] = Layers(attentions)
 
     def layers(self, norm: Norm = GroupNorm.__call__) -> list[Layer]:
-        first, last = (partial(resnet, norm=norm) for resnet in self.resnets)
-        attentions = [
-            partial(attention, norm=norm) if isinstance(attention, SpatialAttention) else attention
-            for attention in self.attentions
-        ]
-        return [first, *attentions, last]
+        first, last = _normed(self.resnets, norm)
+        return [first, *_normed(self.attentions, norm), last]
 
 
 def rescale_for_half(vae: AutoencoderKL, exponent: int = HALF_EXPONENT) -> list[str]:

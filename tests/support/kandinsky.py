@@ -25,12 +25,25 @@ KARLO = {  # the prior's: prediction of the sample, clamped to 5
 }
 
 
-def decoder(scheduler: Any = None, **changes: Any) -> Any:
+def movq_blocks(*channels: int) -> dict[str, Any]:
+    """The config of a MoVQ, which as the published one attends at the latents' resolution."""
+    kinds = [["DownEncoderBlock2D"] * len(channels), ["UpDecoderBlock2D"] * len(channels)]
+    kinds[0][-1], kinds[1][0] = "AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D"
+    return {
+        "norm_type": "spatial",
+        "block_out_channels": channels,
+        "down_block_types": kinds[0],
+        "up_block_types": kinds[1],
+        "latent_channels": 4,
+        "vq_embed_dim": 4,
+        "norm_num_groups": 8,
+    }
+
+
+def decoder(scheduler: Any = None, movq: Any = None, **changes: Any) -> Any:
     """diffusers' KandinskyV22Pipeline. changes: of its U-Net's config."""
     diffusers = tiny.peer("diffusers")
-    movq = tiny.vq(
-        norm_type="spatial", block_out_channels=(32, 32, 64), latent_channels=4, vq_embed_dim=4, norm_num_groups=8
-    )
+    movq = movq or tiny.vq(**movq_blocks(32, 32, 64))
     unet = other_networks.network("kandinsky", **changes)
     return _quiet(diffusers.KandinskyV22Pipeline(unet, scheduler or diffusers.DDPMScheduler(**PUBLISHED), movq))
 
