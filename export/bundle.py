@@ -104,7 +104,7 @@ class Bundle:
             raise BundleError(f"{folder / MANIFEST}: {error}") from error
         form = {"split": manifest["split"], "adapter_rank": rank, "controls": controls}
         options = {"dtype": manifest["dtype"], **form}
-        networks = specs(model.unet, model.vae, model.text, vision=model.vision, **options)
+        networks = specs(model.unet, model.vae, model.text, vision=model.vision, prior=model.prior, **options)
         manifests.check_networks(folder, bundle.specs, networks)
         bundle.check_graphs()
         manifests.check_adapters(folder, manifest, bundle.layouts)
@@ -171,7 +171,7 @@ class Bundle:
         for name in ("unet", "scheduler", *network_classes(manifest["index"].get("_class_name"))):
             if name not in manifest["config"] and name not in TEXT_ENCODERS:
                 raise CheckpointError(f"'config.{name}' is missing")
-        scheduler, *noising = (manifest["config"].get(name) for name in SCHEDULERS)
+        scheduler, *noising, of_prior = (manifest["config"].get(name) for name in SCHEDULERS)
         return loading.spec_of(
             Checkpoint(
                 source,
@@ -182,6 +182,7 @@ class Bundle:
                 next((config for config in noising if config is not None), None),
                 depth=DepthEstimator(self.folder) if (self.folder / depth.FOLDERS[0]).is_dir() else None,
                 preprocessor=manifest["config"].get(PREPROCESSOR[0], {}),
+                prior_scheduler=of_prior,
             )
         )
 

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastldm.kernels.attention import attention_reference
+
 DOMAIN = "fastldm"
 
 
@@ -79,9 +81,11 @@ def _attention(
     heads: int,
     scale: float | None = None,
     causal: bool = False,
-    kv_len: None = None,  # exported networks have no padding
+    kv_len: Tensor | None = None,
     slots: None = None,
 ) -> Tensor:
+    if kv_len is not None:  # of a prior alone: no node masks keys
+        return attention_reference(q, k, v, heads, scale, causal, kv_len)
     scale = (q.shape[-1] // heads) ** -0.5 if scale is None else scale
     return _node("Causal" * causal + "HeadAttention", [q, k, v], tuple(q.shape), heads=heads, scale=scale)
 

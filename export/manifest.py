@@ -69,7 +69,7 @@ def _network(least: int) -> Object:
             "dtype": Field(OneOf("float32", "float16", "int32")),
             "shape": Field(ListOf(Either(_FLAT, axis), 1, 5)),
             "below": Field(Maybe(Integer())),
-            "like": Field(OneOf("normal", "latents", "picture", "factors", "scales")),
+            "like": Field(OneOf("normal", "latents", "picture", "factors", "scales", "padded")),
             "scale": Field(Number(0)),
         }
     )

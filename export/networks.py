@@ -24,6 +24,7 @@ from fastldm import openmp, spans
 from fastldm.adapters.control import Control
 from fastldm.adapters.packing import DOWN, SCALE, UP, Packed
 from fastldm.conditioning.image_encoder import ImageEncoder
+from fastldm.conditioning.prior import TextPrior
 from fastldm.conditioning.text import TextStage
 from fastldm.device import choose_dtype
 from fastldm.errors import BundleError, CheckpointError, InputError
@@ -35,14 +36,16 @@ from fastldm.export.reference import component
 from fastldm.export.spec import Axis, NetworkSpec, named_controls
 from fastldm.kernels.lora import Rows
 from fastldm.loading import spec as loading
+from fastldm.loading.formats import PRIOR_TOKENIZER
 from fastldm.loading.prepare import prepare
 from fastldm.models.clip_vision import VisionConfig
 from fastldm.models.config import AutoencoderConfig, PixelResidualConfig, TextConfig, UNetConfig
 from fastldm.models.controlnet import ControlNetConfig
 from fastldm.models.embeddings import guidance_embedding
-from fastldm.models.families import IMAGE_ENCODER, IMAGE_NORMALIZER
+from fastldm.models.families import IMAGE_ENCODER, IMAGE_NORMALIZER, PRIOR, PRIOR_TEXT_ENCODER
 from fastldm.models.interfaces import Autoencoder
 from fastldm.models.layers import Beside
+from fastldm.models.prior import PriorConfig
 from fastldm.models.t2i_adapter import T2IAdapterConfig
 from fastldm.models.unet import AddedConditions, Features, Residuals, add_rows
 from fastldm.models.vae import Layer, PixelResidual
@@ -104,8 +107,8 @@ def precision(bundle: Bundle, backend: str, device: torch.device, dtype: str | t
 def precision_of(network: str, computed: str) -> str:
     """The precision of one network, if the bundle is computed in `computed`. OpenVINO computes sinusoids in bfloat16
     too, where an angle of 1,000 has no fractional digits: time_rows, which runs once per schedule, stays float32, and
-    with it a normalizer and the graph of a whole picture."""
-    in_float32 = network.endswith("time_rows") or network in (IMAGE_NORMALIZER, WHOLE_PICTURE)
+    with it a prior's step, a normalizer and the graph of a whole picture."""
+    in_float32 = network.endswith("time_rows") or network in ("prior_step", IMAGE_NORMALIZER, WHOLE_PICTURE)
     return "float32" if in_float32 and computed == "bfloat16" else computed
 
 
@@ -173,6 +176,13 @@ def load(
         normalizer: Any = ExportedNormalizer(network(IMAGE_NORMALIZER)) if IMAGE_NORMALIZER in bundle.specs else None
         vision: Any = ExportedVision(spec.vision, network(IMAGE_ENCODER))
         image_encoder = ImageEncoder(vision, spec.preprocessing, str(bundle.folder), normalizer)
+    prior = None
+    if spec.prior is not None and spec.prior.text is not None:
+        text = ExportedText(spec.prior.text, device, network(PRIOR_TEXT_ENCODER))
+        of_prior = {part: network(f"{PRIOR}_{part}") for part in ("kv", "step", "vectors")}
+        model = ExportedPrior(spec.prior.model, device, stored, of_prior)
+        stage = TextStage(spec.checkpoint.tokenizer(PRIOR_TOKENIZER), text)
+        prior = TextPrior(stage, model, spec.prior.schedule, ExportedNormalizer(network(IMAGE_NORMALIZER)))
     controls = {}
     entries = bundle.manifest.get("controls", ())
     for entry, (name, config) in zip(entries, named_controls(bundle.controls).items(), strict=True):
@@ -194,6 +204,7 @@ def load(
         controls=controls,
         steps=steps,
         image_encoder=image_encoder,
+        prior=prior,
     )
 
 
@@ -276,6 +287,48 @@ class ExportedNormalizer:
 
     def __call__(self, embeds: Tensor, noise: Tensor, rates: Tensor, level: Tensor) -> Tensor:
         return self._network.only(image_embeds=embeds, noise=noise, rates=rates, noise_level=level)
+
+
+class ExportedPrior:
+    """Replaces models.prior.Prior. The time is read in each step: its "rows" are the times."""
+
+    def __init__(
+        self, config: PriorConfig, device: torch.device, dtype: torch.dtype, networks: Mapping[str, Network]
+    ) -> None:
+        """networks: by the ends of their names."""
+        self.config, self.device, self.dtype, self._networks = config, device, dtype, networks
+        self.beside = Beside()
+
+    def cross_kv(
+        self, encoder_hidden_states: Tensor, proj_embedding: Tensor, text_len: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        count, tokens = encoder_hidden_states.shape[:2]
+        visible = torch.full((count,), tokens, device=self.device) if text_len is None else text_len
+        text = {"encoder_hidden_states": encoder_hidden_states, "proj_embedding": proj_embedding, "text_len": visible}
+        outputs = self._networks["kv"](**text)
+        return tuple(outputs[f"kv.{i}"] for i in range(len(outputs)))
+
+    def time_rows(
+        self,
+        timesteps: Tensor,
+        cross_kv: Sequence[Tensor],
+        *,
+        kv_len: Tensor | None = None,
+        slots: Tensor | None = None,
+    ) -> Tensor:
+        return timesteps[:, None]
+
+    def step(
+        self, model_input: Tensor, temb_row: Tensor, cross_kv: Sequence[Tensor], *, kv_len: Tensor | None = None
+    ) -> Tensor:
+        count, keys = cross_kv[0].shape[:2]
+        visible = torch.full((count,), keys, device=self.device) if kv_len is None else kv_len
+        text = {"kv_len": visible, **{f"kv.{i}": kv for i, kv in enumerate(cross_kv)}}
+        made = self._networks["step"].only(hidden_states=model_input.flatten(1), timestep=temb_row[:, 0], **text)
+        return made.view(*model_input.shape[:-1], -1)
+
+    def post_process_latents(self, prior_latents: Tensor) -> Tensor:
+        return self._networks["vectors"].only(prior_latents=prior_latents)
 
 
 class ExportedAutoencoder:

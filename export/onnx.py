@@ -19,15 +19,16 @@ import onnx_ir as ir
 import onnxscript.optimizer
 import onnxscript.rewriter
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from fastldm.errors import BundleError, InputError
 from fastldm.export import fused
 from fastldm.export.reference import ReferenceNetworks
 from fastldm.export.spec import DATA, MODEL, Axis, NetworkSpec, sample
 from fastldm.kernels import observe, use
-from fastldm.kernels.dispatch import replace_references
+from fastldm.kernels.dispatch import Op, replace_references
 
 OPSETS = (21, 23)
 """21: GroupNormalization and Gelu are single nodes. 23: Attention too, which not all backends support."""
@@ -159,36 +160,31 @@ def _dimension(axis: Axis) -> str:
     return axis.name if axis.multiple_of == 1 else f"{axis.multiple_of}*{axis.name}"
 
 
-_DECOMPOSED = ("InstanceNormalization", "Erf", "ReduceMean")  # ops of norms and GELUs that are not one node
-
-
-class _Counted(TorchDispatchMode):
-    """Counts the ops that PyTorch runs, by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ops: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.ops.update([func.overloadpacket.__name__])
-        return func(*args, **(kwargs or {}))
+_DECOMPOSED = ("InstanceNormalization", "Erf")  # ops of norms and GELUs that are not one node
 
 
 def check_graph(model: ir.Model, networks: ReferenceNetworks, name: str, opset: int) -> None:
-    """BundleError unless each GroupNorm and GELU of the network is one node, and at opset 23 or with fused ops each
-    attention: backends have kernels for these nodes, but not for their decompositions."""
-    calls: Counter[str] = Counter()
+    """BundleError unless each GroupNorm, GELU and mean of the network is one node, and at opset 23 or with fused ops
+    each attention: backends have kernels for these nodes, but not for their decompositions."""
+    fused_attention = 0
+
+    def called(op: Op[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal fused_attention
+        fused_attention += op.name == "attention" and kwargs.get("kv_len") is None
+
     inputs = sample(networks.specs[name], trace_sizes(networks.specs[name]) | {"steps": 1})
     networks.module(name)  # loaded outside
-    with use("torch"), observe(lambda op, args, kwargs: calls.update([op.name])), _Counted() as counted:
+    with use("torch"), observe(called), _Calls() as calls:
         networks.run(name, inputs)
     expected = dict.fromkeys(_DECOMPOSED, 0) | {
-        "GroupNormalization": calls["group_norm"],
-        "Gelu": counted.ops["gelu"],
-        "ReduceMean": counted.ops["mean"],
+        "GroupNormalization": calls.of(F.group_norm),
+        "Gelu": calls.of(F.gelu),
+        "ReduceMean": calls.of(Tensor.mean, torch.mean),
     }
-    if opset >= 23 or model.functions:
-        expected["Attention"] = calls["attention"]
+    if opset >= 23:
+        expected["Attention"] = calls.of(F.scaled_dot_product_attention)
+    elif model.functions:
+        expected["Attention"] = fused_attention
     counts = Counter(fused.core_op(node) for node in model.graph.all_nodes())
     for op, count in expected.items():
         if counts[op] != count:
@@ -196,3 +192,18 @@ def check_graph(model: ir.Model, networks: ReferenceNetworks, name: str, opset: 
                 f"{name}: the traced graph has {counts[op]} {op} nodes, expected {count}: "
                 f"torch {torch.__version__} traces it differently from the versions that fastldm was tested with"
             )
+
+
+class _Calls(TorchFunctionMode):
+    """Counts what is called of PyTorch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._counts: Counter[Any] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._counts[func] += 1
+        return func(*args, **(kwargs or {}))
+
+    def of(self, *functions: Any) -> int:
+        return sum(self._counts[function] for function in functions)

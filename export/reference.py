@@ -29,9 +29,12 @@ from fastldm.models.clip import CLIPText
 from fastldm.models.clip_vision import CLIPVision, Normalizer
 from fastldm.models.controlnet import ControlNet
 from fastldm.models.embeddings import Fourier, GuidanceSinusoids, Sinusoids
-from fastldm.models.families import IMAGE_ENCODER, IMAGE_NORMALIZER, encoder_names
+from fastldm.models.families import IMAGE_ENCODER, IMAGE_NORMALIZER, PRIOR, PRIOR_TEXT_ENCODER, encoder_names
 from fastldm.models.layers import Adaptable, Beside, LowRank
+from fastldm.models.prior import Prior
 from fastldm.models.t2i_adapter import T2IAdapter
+from fastldm.models.t5 import T5Text
+from fastldm.models.text_encoders import text_encoder
 from fastldm.models.unet import AddedConditions, Features, Residuals, UNet
 from fastldm.models.vae import HALF_EXPONENT, AutoencoderKL, TinyAutoencoder, rescale_for_half
 
@@ -61,7 +64,9 @@ class ReferenceNetworks:
         those that are not given cannot be run. whole_picture: whether there are `export.graphs` too, of which the steps
         can be run."""
         options: dict[str, Any] = {"split": split, "adapter_rank": adapter_rank, "controls": controls}
-        self.specs = specs(model.unet, model.vae, model.text, dtype=dtype, vision=model.vision, **options)
+        self.specs = specs(
+            model.unet, model.vae, model.text, dtype=dtype, vision=model.vision, prior=model.prior, **options
+        )
         self._controls = dict(zip(named_controls(controls), control_networks, strict=False))
         self.layouts = layouts(model.unet, model.text, adapter_rank) if adapter_rank else {}
         self.graphs = graph_specs(self.specs, dtype, edits=model.unet.edits) if whole_picture else {}
@@ -99,10 +104,14 @@ class ReferenceNetworks:
                 built = loading.autoencoder(model.vae)
             elif name == IMAGE_ENCODER and model.vision is not None:
                 built = CLIPVision(model.vision)
-            elif name == IMAGE_NORMALIZER and model.vision is not None:
-                built = Normalizer(model.vision.projection_dim)
+            elif name == IMAGE_NORMALIZER:
+                built = Normalizer((model.unet.class_input_dim or 0) // 2)
+            elif name == PRIOR and model.prior is not None:
+                built = Prior(model.prior.model)
+            elif name == PRIOR_TEXT_ENCODER and model.prior is not None and model.prior.text is not None:
+                built = CLIPText(model.prior.text)
             else:
-                built = CLIPText(dict(zip(encoder_names(model.text), model.text, strict=True))[name])
+                built = text_encoder(dict(zip(encoder_names(model.text), model.text, strict=True))[name])
         part = model.checkpoint.components[name]
         dtype = getattr(torch, self.dtype)
         rescaled = dtype == torch.float16 and isinstance(built, AutoencoderKL)
@@ -236,6 +245,10 @@ def _rounded(module: nn.Module, precision: str) -> Iterator[None]:
             hook.remove()
 
 
+_SELECTING = (torch.ops.aten.masked_fill, torch.ops.aten.where, torch.ops.aten.scalar_tensor)
+"""Ops that compute nothing: masks of attention, whose numbers are at the end of float32's range, are made of them."""
+
+
 class _Rounding(TorchDispatchMode):
     """Rounds results of pointwise ops by `pointwise`, those of other ops, and weights, by `rounded`."""
 
@@ -251,6 +264,8 @@ class _Rounding(TorchDispatchMode):
             view = func(*args, **kwargs)
             return tree_map(self._round, view) if any(map(_is_weight, tree_leaves((args, kwargs)))) else view
         out = func(*tree_map(self._weight, args), **tree_map(self._weight, kwargs))
+        if func.overloadpacket in _SELECTING:
+            return out
         rounded = self.pointwise if torch.Tag.pointwise in func.tags else self._rounded
         for x in tree_leaves(out):
             if isinstance(x, Tensor) and x.dtype == torch.float32:
@@ -294,8 +309,11 @@ class _LargestActivation(TorchDispatchMode):
 # ------------------------------------------------------------------------------- networks by the names of their spec
 
 
-def _text_encoder(model: CLIPText, inputs: Named) -> dict[str, Tensor]:
-    ids, text = inputs["input_ids"], model.text_model
+def _text_encoder(model: CLIPText | T5Text, inputs: Named) -> dict[str, Tensor]:
+    ids = inputs["input_ids"]
+    if isinstance(model, T5Text):
+        return {"last_hidden_state": model(ids)[0]}
+    text = model.text_model
     states = [text.embeddings(ids)]
     for layer in text.encoder.layers:
         states.append(layer(states[-1]))
@@ -316,6 +334,21 @@ def _image_normalizer(model: Normalizer, inputs: Named) -> dict[str, Tensor]:
     embeds = inputs["image_embeds"]
     labels = model(embeds, inputs["noise"], inputs["rates"], inputs["noise_level"])
     return {"class_labels": labels.to(embeds.dtype)}
+
+
+def _prior_kv(prior: Prior, inputs: Named) -> dict[str, Tensor]:
+    kv = prior.cross_kv(inputs["encoder_hidden_states"], inputs["proj_embedding"], inputs["text_len"])
+    return {f"kv.{i}": each for i, each in enumerate(kv)}
+
+
+def _prior_step(prior: Prior, inputs: Named) -> dict[str, Tensor]:
+    kv, kv_len = _numbered(inputs, "kv"), inputs["kv_len"]
+    rows = prior.time_rows(inputs["timestep"], kv, kv_len=kv_len)
+    return {"predicted_image_embedding": prior.step(inputs["hidden_states"], rows, kv, kv_len=kv_len)}
+
+
+def _prior_vectors(prior: Prior, inputs: Named) -> dict[str, Tensor]:
+    return {"image_embeds": prior.post_process_latents(inputs["prior_latents"])}
 
 
 def _added(inputs: Named) -> AddedConditions | None:
@@ -403,6 +436,10 @@ def _vae_encoder(vae: AutoencoderKL | TinyAutoencoder, inputs: Named) -> dict[st
 RUN: dict[str, Callable[..., dict[str, Tensor]]] = {
     "text_encoder": _text_encoder,
     "text_encoder_2": _text_encoder,
+    PRIOR_TEXT_ENCODER: _text_encoder,
+    "prior_kv": _prior_kv,
+    "prior_step": _prior_step,
+    "prior_vectors": _prior_vectors,
     IMAGE_ENCODER: _image_encoder,
     IMAGE_NORMALIZER: _image_normalizer,
     "unet": _unet,
@@ -424,8 +461,10 @@ _OF_CONTROL = re.compile(r"(controlnet_[1-9]\d?)_(hint|text_kv|time_rows|step)|(
 
 def component(name: str) -> str:
     """The checkpoint component of a network, or its control."""
-    if name.startswith("text_encoder") or name in (IMAGE_ENCODER, IMAGE_NORMALIZER):
+    if name.startswith("text_encoder") or name in (IMAGE_ENCODER, IMAGE_NORMALIZER, PRIOR_TEXT_ENCODER):
         return name
+    if name.startswith("prior_"):
+        return PRIOR
     if match := _OF_CONTROL.fullmatch(name):
         return match[1] or match[3]
     return "vae" if name.startswith("vae") else "unet"

@@ -6,6 +6,11 @@ optimum's and diffusers' exports, so that their pipelines can load bundles:
     text_encoder, text_encoder_2    input_ids -> last_hidden_state, pooler_output or text_embeds, hidden_states.N
     image_encoder                   pixel_values -> image_embeds (models that read a picture)
     image_normalizer                image_embeds, noise, rates, noise_level -> class_labels (unCLIP)
+    prior_text_encoder              as text_encoder_2 (unCLIP of texts, as are the next)
+    prior_kv                        encoder_hidden_states, proj_embedding, text_len -> kv.0, kv.1, ...: keys | values of
+                                    each layer, of the vector and the text, per prompt
+    prior_step                      hidden_states, timestep, kv.0, kv.1, ..., kv_len -> predicted_image_embedding
+    prior_vectors                   prior_latents -> image_embeds
     unet                            sample, timestep, and what else it reads -> out_sample
     vae_decoder                     latent_sample -> sample
     vae_encoder                     sample -> latent_sample, latent_parameters (a tiny autoencoder: the first alone)
@@ -53,7 +58,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -62,13 +67,17 @@ from fastldm.adapters.packing import DOWN, SCALE, UP, Layout, layouts
 from fastldm.models.clip_vision import VisionConfig
 from fastldm.models.config import AutoencoderConfig, PixelResidualConfig, TextConfig, UNetConfig
 from fastldm.models.controlnet import ControlNetConfig
-from fastldm.models.families import IMAGE_ENCODER, IMAGE_NORMALIZER, encoder_names
+from fastldm.models.families import IMAGE_ENCODER, IMAGE_NORMALIZER, PRIOR_TEXT_ENCODER, encoder_names
 from fastldm.models.t2i_adapter import T2IAdapterConfig, feature_places
+from fastldm.models.t5 import T5_WINDOW, T5Config
 from fastldm.models.unet_config import VECTOR_TOKENS
 from fastldm.sizes import Axis
 
+if TYPE_CHECKING:
+    from fastldm.loading.spec import PriorSpec
+
 DType = Literal["float32", "float16", "int32"]
-Like = Literal["normal", "latents", "picture", "factors", "scales"]
+Like = Literal["normal", "latents", "picture", "factors", "scales", "padded"]
 MODEL, DATA = "model.onnx", "model.onnx_data"
 """The files of an exported network: graph and weights."""
 
@@ -83,7 +92,7 @@ class Port:
     below: int | None = None  # sample inputs are in 0..below; if None, see `like`
     like: Like = "normal"
     """Sample inputs: normally distributed, latents of an autoencoder, an image in -1..1, factors of adapters, or their
-    scales, of which half are 0."""
+    scales, of which half are 0; token ids without padding, or with some of id 0 behind them."""
     scale: float = 1.0  # standard deviation of what is not below a number
 
     @property
@@ -167,18 +176,24 @@ def specs(
     adapter_rank: int = 0,
     controls: Sequence[Control] = (),
     vision: VisionConfig | None = None,
+    prior: PriorSpec | None = None,
 ) -> dict[str, NetworkSpec]:
     """All networks of a model by name. dtype: "float32" or "float16", of weights and activations. Of a model that is
     split, adapter_rank is of the adapters that its networks take, together; 0 is none. controls: configs of those that
-    are exported with it. vision: of a model that reads a picture."""
+    are exported with it. vision: of a model that reads a picture. prior: of one that makes its vector of a text."""
     # As in `conditioning.text`: SDXL's are not, nor are those of the x2 upscaler.
     normalised = all(text.projection_dim is None and not text.pools for text in texts[-1:])
     networks = [
         _text_encoder(name, text, dtype, normalised) for name, text in zip(encoder_names(texts), texts, strict=True)
     ]
-    window = min((text.max_position for text in texts), default=1)  # a picture in place of a text is one token
+    # A picture in place of a text is one token; of a text whose encoder is another model's the embeddings are given.
+    window = min((text.max_position for text in texts), default=T5_WINDOW if unet.pools_text else 1)
     if vision is not None:
-        networks += _image_encoder(vision, dtype, normalizes=unet.needs_vector)
+        networks.append(_image_encoder(vision, dtype))
+    if prior is not None:
+        networks += _prior(prior, dtype)
+    if unet.needs_vector:
+        networks.append(_normalizer((unet.class_input_dim or 0) // 2, dtype))
     networks += _split_unet(unet, window, dtype, controls) if split else [_unet(unet, window, dtype)]
     for name, control in named_controls(controls).items():
         if isinstance(control, ControlNetConfig):
@@ -207,6 +222,8 @@ def sample(spec: NetworkSpec, sizes: Mapping[str, int] | None = None, seed: int 
             if len(shape) > 1:  # token ids
                 ends = torch.rand(shape, generator=generator).topk(min(2, shape[1]), dim=1).indices
                 values.scatter_(1, ends, port.below - 1)
+            if port.like == "padded":
+                values[: 1 + shape[0] // 2, 1 + shape[1] // 2 :] = 0
         elif port.below is not None:
             values = port.below * torch.rand(shape, generator=generator)
         elif port.like == "normal":
@@ -262,8 +279,10 @@ def _with_factors(network: NetworkSpec, layout: Layout, dtype: DType) -> Network
 
 def _text_encoder(name: str, config: TextConfig, dtype: DType, normalised: bool) -> NetworkSpec:
     tokens = Axis("tokens", 3, config.max_position, config.max_position)  # at least bos, a token and eos
-    hidden = (_BATCH, tokens, config.hidden)
+    ids, hidden = Port("input_ids", "int32", (_BATCH, tokens), config.vocab), (_BATCH, tokens, config.hidden)
     last = Port("last_hidden_state", dtype, hidden)
+    if isinstance(config, T5Config):
+        return NetworkSpec(name, (replace(ids, like="padded"),), (last,))
     if config.projection_dim is not None:
         outputs = [Port("text_embeds", dtype, (_BATCH, config.projection_dim)), last]
     else:
@@ -272,20 +291,47 @@ def _text_encoder(name: str, config: TextConfig, dtype: DType, normalised: bool)
     if normalised:
         # Read by clip_skip N; without the final norm, that is one of the hidden states.
         outputs += [Port(f"clip_skip.{n}", dtype, hidden) for n in range(1, config.layers)]
-    return NetworkSpec(name, (Port("input_ids", "int32", (_BATCH, tokens), config.vocab),), tuple(outputs))
+    return NetworkSpec(name, (ids,), tuple(outputs))
 
 
-def _image_encoder(config: VisionConfig, dtype: DType, *, normalizes: bool) -> list[NetworkSpec]:
+def _image_encoder(config: VisionConfig, dtype: DType) -> NetworkSpec:
     pixels = Port("pixel_values", dtype, (_BATCH, 3, config.image_size, config.image_size), like="latents")
-    embeds = Port("image_embeds", dtype, (_BATCH, config.projection_dim))
-    networks = [NetworkSpec(IMAGE_ENCODER, (pixels,), (embeds,))]
-    if normalizes:
-        noise = Port("noise", "float32", embeds.shape)
-        rates = Port("rates", "float32", (_BATCH, 2), below=1)
-        inputs = (embeds, noise, rates, Port("noise_level", "float32", (_BATCH,), below=1000))
-        outputs = (Port("class_labels", dtype, (_BATCH, 2 * config.projection_dim)),)
-        networks.append(NetworkSpec(IMAGE_NORMALIZER, inputs, outputs))
-    return networks
+    return NetworkSpec(IMAGE_ENCODER, (pixels,), (Port("image_embeds", dtype, (_BATCH, config.projection_dim)),))
+
+
+def _normalizer(width: int, dtype: DType) -> NetworkSpec:
+    inputs = (
+        Port("image_embeds", dtype, (_BATCH, width)),
+        Port("noise", "float32", (_BATCH, width)),
+        Port("rates", "float32", (_BATCH, 2), below=1),
+        Port("noise_level", "float32", (_BATCH,), below=1000),
+    )
+    return NetworkSpec(IMAGE_NORMALIZER, inputs, (Port("class_labels", dtype, (_BATCH, 2 * width)),))
+
+
+def _prior(prior: PriorSpec, dtype: DType) -> list[NetworkSpec]:
+    """Texts have all their tokens, and a number of those that are visible."""
+    assert prior.text is not None  # that of models that are exported is its own
+    config, tokens = prior.model, prior.model.tokens
+    kv = [Port(f"kv.{i}", dtype, (_BATCH, 1 + tokens, 2 * config.channels)) for i in range(config.layers)]
+    text = (
+        Port("encoder_hidden_states", dtype, (_BATCH, tokens, config.text_dim)),
+        Port("proj_embedding", dtype, (_BATCH, config.vector_dim)),
+        Port("text_len", "int32", (_BATCH,), tokens + 1),
+    )
+    step = (
+        Port("hidden_states", dtype, (_BATCH, config.text_dim)),
+        Port("timestep", "float32", (_BATCH,), 1000),
+        *kv,
+        Port("kv_len", "int32", (_BATCH,), tokens + 2),
+    )
+    made = Port("predicted_image_embedding", dtype, (_BATCH, config.out_dim))
+    return [
+        _text_encoder(PRIOR_TEXT_ENCODER, prior.text, dtype, normalised=False),
+        NetworkSpec("prior_kv", text, tuple(kv)),
+        NetworkSpec("prior_step", step, (made,)),
+        NetworkSpec("prior_vectors", (replace(made, name="prior_latents"),), (replace(made, name="image_embeds"),)),
+    ]
 
 
 def _tokens(window: int) -> Axis:

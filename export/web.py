@@ -29,7 +29,7 @@ import torch
 
 from fastldm import checks
 from fastldm.errors import BundleError, InputError
-from fastldm.export import lighter, networks
+from fastldm.export import lighter, networks, writing
 from fastldm.export.bundle import Bundle
 from fastldm.export.graphs import WHOLE_PICTURE
 from fastldm.export.manifest import write_json
@@ -68,6 +68,8 @@ def check(model: Spec) -> None:
         raise InputError(f"the family {model.family.name} reads sizes beside a prompt: --to web runs others")
     if model.unet.in_channels > model.vae.latent_channels or model.vision is not None:
         raise InputError(f"the family {model.family.name} reads a picture: --to web runs models for text to images")
+    if reason := writing.lacks_whole_picture(model):
+        raise InputError(f"{reason}: --to web runs models that have that graph")
     total = 4 * model.parameters
     if total > LARGEST:
         raise InputError(

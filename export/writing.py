@@ -94,14 +94,14 @@ def export(
     for reason, given in (("fused_ops", fused_ops), ("adapter_rank", adapter_rank), ("controls", controls)):
         if checks.flag("whole_picture", whole_picture) and given:
             raise InputError(f"whole_picture does not go with {reason}: leave one of them out")
-    if whole_picture and (not model.encoders or model.unet.enlarges_latents):
-        raise InputError(f"whole_picture: the family {model.family.name} has no graph of a whole picture: leave it out")
-    if whole_picture and model.unet.learns_variance:
-        raise InputError(
-            "whole_picture: this model's U-Net makes a variance beside its prediction ('learned_range'), which the "
-            "graph of a whole picture does not read: leave it out"
-        )
+    if whole_picture and (lacking := lacks_whole_picture(model)):
+        raise InputError(f"whole_picture: {lacking}: leave it out")
     adapter_rank = checks.whole("adapter_rank", adapter_rank, 0, manifests.MAX_RANK, "a rank")
+    if adapter_rank and (beyond := model.unet.beyond_standard) is not None:
+        raise InputError(
+            f"adapter_rank is {adapter_rank}, and the U-Net has {beyond}: bundles that take adapters are of Stable "
+            "Diffusion's networks; merge them into the weights"
+        )
     split = bool(split or whole_picture or adapter_rank or controls)
     out, partial = _paths(out)
     form: dict[str, Any] = {"dtype": dtype, "opset": opset, "split": split, "adapter_rank": adapter_rank}
@@ -131,6 +131,20 @@ def export(
             "and the same command continues there"
         ) from error
     return Bundle.open(out)
+
+
+def lacks_whole_picture(model: Spec) -> str | None:
+    """Why there is no graph of a model's whole picture; None where there is one."""
+    if not model.encoders or model.unet.enlarges_latents:
+        return f"the family {model.family.name} has no graph of a whole picture"
+    if model.unet.learns_variance:
+        return (
+            "this model's U-Net makes a variance beside its prediction ('learned_range'), which the graph of a whole "
+            "picture does not read"
+        )
+    if model.prior is not None:
+        return "a prior makes what this model's U-Net reads, in steps of its own that no graph of a whole picture takes"
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------ paths
@@ -232,7 +246,7 @@ def _head(
         raise InputError(f"{source} has no weights for PyTorch, as a bundle: give the model that it was exported from")
     configs = [control.network.config for control in controls.values()]
     form: dict[str, Any] = {"split": split, "adapter_rank": adapter_rank, "controls": configs}
-    networks = specs(model.unet, model.vae, model.text, dtype=dtype, vision=model.vision, **form)
+    networks = specs(model.unet, model.vae, model.text, dtype=dtype, vision=model.vision, prior=model.prior, **form)
     taken: dict[str, Any] = {}
     if controls:
         taken["controls"] = [control_identity(name, control) for name, control in controls.items()]
@@ -437,8 +451,8 @@ def _write_tokenizer(files: TokenizerFiles, folder: Path) -> None:
         special_tokens = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": files.pad_token or EOS}
         config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": CLIP_WINDOW, **special_tokens}
         write_json(folder / "tokenizer_config.json", config)
-    if not any((folder / name).exists() for name in ("vocab.json", "vocab.txt")):
-        # transformers 5 writes one file, 4 reads two; of BERT it reads that one
+    if not any((folder / name).exists() for name in ("vocab.json", "vocab.txt", "spiece.model")):
+        # transformers 5 writes one file, 4 reads two; of BERT and T5 it reads that one
         model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
         if "merges" not in model:
             return

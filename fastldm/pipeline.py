@@ -29,7 +29,14 @@ from fastldm.loading import spec as loading
 from fastldm.loading.mapped import Mapped
 from fastldm.loading.ranker import find_ranker
 from fastldm.model import need_exporter, open_model
-from fastldm.models.families import IMAGE_ENCODER, IMAGE_NORMALIZER, KANDINSKY_COMBINED, folder_name
+from fastldm.models.families import (
+    IMAGE_ENCODER,
+    IMAGE_NORMALIZER,
+    KANDINSKY_COMBINED,
+    PRIOR,
+    PRIOR_TEXT_ENCODER,
+    folder_name,
+)
 from fastldm.priors import KandinskyPrior
 from fastldm.reading import check_path
 from fastldm.request import MAX_IMAGES, MAX_SIDE, Request, Result
@@ -364,6 +371,9 @@ class Pipeline(Steered, Adapting, CascadeLoader, ControlLoader, TextualInversion
         spec = self.stages.spec
         if (encoder := self.stages.image_encoder) is not None:
             modules |= {IMAGE_ENCODER: encoder.model, IMAGE_NORMALIZER: encoder.normalizer}
+        if spec.prior is not None and self.stages.prior is not None:
+            prior = self.stages.prior.loaded
+            modules |= {PRIOR: prior.model, PRIOR_TEXT_ENCODER: prior.text.model, IMAGE_NORMALIZER: prior.normalizer}
         for name, stage in self.stages.encoders.items():
             modules[name] = stage.model
             if stage.added:

@@ -92,9 +92,9 @@ def test_plans_count_the_prior(pipe: Pipeline) -> None:
         assert lines["prior's text encoder"] > 0
 
 
-def test_exports_are_refused(pipe: Pipeline, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="a prior makes what its U-Net reads, and is not exported"):
-        pipe.export(tmp_path / "bundle")
+def test_graphs_of_whole_pictures_are_refused(pipe: Pipeline, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="whole_picture: a prior makes what this model's U-Net reads"):
+        pipe.export(tmp_path / "bundle", whole_picture=True)
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,8 @@ def export(
             configs = [control.network.config for control in attached.attached.values()]
             form: dict[str, Any] = {"dtype": dtype, "adapter_rank": adapter_rank, "controls": configs}
             form["split"] = split or whole_picture or adapter_rank > 0 or bool(controls)
-            tensorrt.image_profiles(specs(spec.unet, spec.vae, spec.text, vision=spec.vision, **form), sizes)
+            form |= {"vision": spec.vision, "prior": spec.prior}
+            tensorrt.image_profiles(specs(spec.unet, spec.vae, spec.text, **form), sizes)
         shared: dict[str, Any] = {
             "dtype": dtype,
             "opset": int(opset),

@@ -11,10 +11,11 @@ from torch import Tensor
 from fastldm.conditioning.prompt import parse
 from fastldm.conditioning.text import TextStage, split_windows
 from fastldm.device import send, send_numbers
-from fastldm.models.clip import CLIPText
-from fastldm.models.clip_vision import CLIPVision, Normalizer, VisionConfig
+from fastldm.models.clip import ends
+from fastldm.models.clip_vision import CLIPVision, VisionConfig
 from fastldm.models.config import TextConfig
-from fastldm.models.prior import Prior, PriorConfig
+from fastldm.models.interfaces import PriorNetwork, VectorNormalizer
+from fastldm.models.prior import PriorConfig
 from fastldm.samplers.config import ScheduleConfig
 
 PriorConfigs = tuple[PriorConfig | TextConfig | VisionConfig, ...]
@@ -39,9 +40,9 @@ class TextPrior:
     """A prior with the text encoder that it reads, and what its vectors may be noised by. It never changes."""
 
     text: TextStage
-    model: Prior
+    model: PriorNetwork
     schedule: ScheduleConfig
-    normalizer: Normalizer | None = None  # of stable unCLIP
+    normalizer: VectorNormalizer | None = None  # of stable unCLIP
     image_encoder: CLIPVision | None = None  # of Kandinsky, which makes the vector of a black picture
 
     @property
@@ -71,8 +72,7 @@ def read_texts(stage: TextStage, texts: Sequence[str], *, literal: bool = False)
     plain = ["".join(text for section in parse(each, literal=literal) for text, _ in section) for each in texts]
     (rows,) = split_windows([stage], [(text, text) for text in plain], True, None)
     model = stage.model
-    assert isinstance(model, CLIPText)
     ids = send_numbers([row[0].ids for row in rows], torch.int64, model.device)
     hidden, vectors = model(ids)
     assert vectors is not None
-    return PriorTexts(hidden, vectors, (model.ends(ids) + 1).int())
+    return PriorTexts(hidden, vectors, (ends(model.config, ids) + 1).int())

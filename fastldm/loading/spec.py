@@ -72,7 +72,7 @@ from fastldm.models.families import (
 )
 from fastldm.models.interfaces import Autoencoder, Denoiser
 from fastldm.models.prior import Prior, PriorConfig
-from fastldm.models.t5 import T5_WINDOW
+from fastldm.models.t5 import T5_WINDOW, T5Config
 from fastldm.models.text_encoders import text_config, text_encoder
 from fastldm.models.text_projection import TextProjection, TextProjectionConfig
 from fastldm.models.unet import UNet
@@ -158,14 +158,10 @@ class Spec:
     @property
     def not_exported(self) -> str | None:
         """What no bundle holds of it, for errors."""
-        if self.prior is not None:
-            return "a prior makes what its U-Net reads, and is not exported"
         if self.projection is not None:
             return "a text projection makes what its U-Net reads, and is not exported"
-        if self.unet.pools_text or any(type(text) is not TextConfig for text in self.text):
+        if any(type(text) not in (TextConfig, T5Config) for text in self.text):
             return "its text encoder is not one that a bundle holds: run it on PyTorch"
-        if self.unet.reads_image_embeds:
-            return "its U-Net reads pictures' vectors, of which no bundle is: run it on PyTorch"
         return None
 
     @property

@@ -67,10 +67,15 @@ class CLIPText(nn.Module):
         return torch.where((input_ids < first)[..., None], embeds, added)
 
     def ends(self, input_ids: Tensor) -> Tensor:
-        """The index of the first end-of-text token of each text in input_ids (B, T): (B,)."""
-        # In configs from before transformers 4.31, eos_token_id = 2 means the highest id: CLIP's end of text.
-        eos = self.config.eos_token_id
-        return (input_ids if eos == 2 else (input_ids == eos).int()).argmax(dim=1)  # the first of equals
+        """`ends` of this encoder."""
+        return ends(self.config, input_ids)
+
+
+def ends(config: TextConfig, input_ids: Tensor) -> Tensor:
+    """The index of the first end-of-text token of each text in input_ids (B, T): (B,)."""
+    # In configs from before transformers 4.31, eos_token_id = 2 means the highest id: CLIP's end of text.
+    eos = config.eos_token_id
+    return (input_ids if eos == 2 else (input_ids == eos).int()).argmax(dim=1)  # the first of equals
 
 
 class TextTransformer(nn.Module):

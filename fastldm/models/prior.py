@@ -146,6 +146,16 @@ class Prior(nn.Module):
         self.clip_mean, self.clip_std = parameter(1, config.out_dim), parameter(1, config.out_dim)
         self.beside = Beside()
 
+    @property
+    def device(self) -> torch.device:
+        """The device of its weights."""
+        return self.proj_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of its weights."""
+        return self.proj_in.weight.dtype
+
     def cross_kv(
         self, encoder_hidden_states: Tensor, proj_embedding: Tensor, text_len: Tensor | None = None
     ) -> tuple[Tensor, ...]:
@@ -170,9 +180,11 @@ class Prior(nn.Module):
             q, k, v = layer.attn1.qkv(layer.norm1(text))
             own, own_k, own_v = layer.attn1.qkv(layer.norm1(vector))
             k, v = torch.cat((own_k, k), dim=1), torch.cat((own_v, v), dim=1)
+            kv.append(torch.cat((k, v), dim=2))
+            if len(kv) == self.config.layers:  # what the last one makes nobody reads
+                break
             text = layer.rest(text, attention(q, k[:, 1:], v[:, 1:], layer.attn1.heads, causal=True))
             vector = layer.rest(vector, attention(own, k, v, layer.attn1.heads, kv_len=kv_len))
-            kv.append(torch.cat((k, v), dim=2))
         return tuple(kv)
 
     def time_rows(
@@ -191,10 +203,12 @@ class Prior(nn.Module):
         rows = []
         for layer, kv in zip(self.transformer_blocks, cross_kv, strict=True):
             q, *own = layer.attn1.qkv(layer.norm1(time))
+            rows += [own[0][:, 0], own[1][:, 0]]
+            if len(rows) == 2 * self.config.layers:
+                break
             k, v = (torch.cat(pair, dim=1) for pair in zip(own, _chosen(kv, slots).chunk(2, dim=2), strict=True))
             attended = attention(q, k, v, layer.attn1.heads, kv_len=None if kv_len is None else kv_len + 1)
             time = layer.rest(time, attended)
-            rows += [own[0][:, 0], own[1][:, 0]]
         return torch.cat(rows, dim=1)
 
     def step(

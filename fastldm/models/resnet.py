@@ -83,6 +83,11 @@ class TimedResnet(Resnet):
         self.register_buffer("phases", None, persistent=False)
         self.is_plain = (self.kind, resize, self.act, self.scale) == ("shift", None, "silu", 1)
 
+    @property
+    def reads_activated(self) -> bool:
+        """Whether `row` reads an embedding's activation, and not the embedding itself."""
+        return self.kind != "adaptive" and not self.skip_time_act
+
     def row(self, embedding: Tensor, activated: Tensor) -> Tensor:
         """Its part (R, row_channels) of rows, of embeddings (R, time_channels), with an activation and without."""
         if isinstance(self.norm1, AdaptiveNorm) and isinstance(self.norm2, AdaptiveNorm):

@@ -259,6 +259,8 @@ class AdaptiveAttention(nn.Module):
     """Self-attention of the pixels of (B, C, H, W), if the level has it, and attention to the text, each after an
     AdaptiveNorm and with a residual; diffusers' KAttentionBlock."""
 
+    reads_activated = False  # as of TimedResnet
+
     def __init__(self, config: UNetConfig, level: Level, layer: Layer) -> None:
         super().__init__()
         channels = layer.out_channels

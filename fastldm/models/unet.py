@@ -94,8 +94,7 @@ class UNetEncoder(Conditions):
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)
-        self.act_fn = None if config.time_norm == "adaptive" else config.act_fn  # of the embedding, before rows
-        self.skips_between = config.skips_between
+        self.act_fn, self.skips_between = config.act_fn, config.skips_between
         self.conv_in = Conv(config.in_channels, config.down[0].channels, config.conv_in_kernel)
         *levels, middle = config.encoder_layers
         self.down_blocks: Layers[Block] = Layers()
@@ -189,8 +188,11 @@ class UNetEncoder(Conditions):
 
     def _rows(self, embedding: Tensor) -> Tensor:
         """Rows (R, S) of embeddings (R, time_embedding_dim)."""
-        activated = embedding if self.act_fn is None else ACTIVATIONS[self.act_fn](embedding)
-        return torch.cat([reader.row(embedding, activated) for reader in self.row_readers()], dim=1)
+        readers = self.row_readers()
+        activated = embedding
+        if any(reader.reads_activated for reader in readers):
+            activated = ACTIVATIONS[self.act_fn](embedding)
+        return torch.cat([reader.row(embedding, activated) for reader in readers], dim=1)
 
     def cross_kv(self, encoder_hidden_states: Tensor) -> tuple[Tensor, ...]:
         """Keys and values of texts (B, T, D): a tensor (B, T, 2C) = (k | v) per cross-attention, in network order; none

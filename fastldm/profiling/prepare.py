@@ -26,9 +26,9 @@ def prepare(
     backend_names: tuple[str, ...] = ("onnxruntime", "openvino"),
     say: Callable[[str], object] = lambda text: None,
 ) -> str:
-    """Export a model with the graph of a whole picture, verify it on the installed backends, and measure these and
-    PyTorch on this CPU. Returns what `backend="auto"` takes for the model from now on; what was prepared before, of the
-    same weights, is measured anew.
+    """Export a model, with the graph of a whole picture where it can have one, verify it on the installed backends, and
+    measure these and PyTorch on this CPU. Returns what `backend="auto"` takes for the model from now on; what was
+    prepared before, of the same weights, is measured anew.
 
     options: of `loading.describe`. say: gets a line for each thing that is done. Raises what `writing.export` raises.
     """
@@ -38,7 +38,9 @@ def prepare(
     folder.parent.mkdir(parents=True, exist_ok=True)
     kept = {name: value for name, value in options.items() if name in ("variant", "revision", "prediction_type")}
     kept["allow_pickle"] = bool(options.get("allow_pickle"))
-    bundle = writing.export(spec, folder, source=source, options=kept, whole_picture=True, on_network=say)
+    whole = writing.lacks_whole_picture(spec) is None
+    form = {"split": True, "whole_picture": whole}
+    bundle = writing.export(spec, folder, source=source, options=kept, **form, on_network=say)
     say(f"{folder}: exported")
     _measure(bundle, "torch", say)
     for backend in backend_names:
@@ -47,7 +49,7 @@ def prepare(
         except EngineError as error:  # not installed
             say(f"{backend}: {error}")
             continue
-        for name in related(backend):
+        for name in [name for name in related(backend) if whole or name == backend]:
             several = takes_several_steps(name)
             wrong = [check.problem for check in problems if several or not _of_graphs(check, backend)]
             if wrong:

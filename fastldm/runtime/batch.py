@@ -24,8 +24,7 @@ from fastldm.runtime.controls import RunControl, evaluate
 from fastldm.runtime.denoise import Branches, Guidance, Run, State, added_output
 
 if TYPE_CHECKING:
-    from fastldm.models.interfaces import Denoiser
-    from fastldm.models.prior import Prior
+    from fastldm.models.interfaces import Denoiser, PriorNetwork
 
 
 class Batch(Protocol):
@@ -66,7 +65,7 @@ class EagerBatch:
 
     nbytes = 0  # what it holds is the runs'
 
-    def __init__(self, unet: Denoiser | Prior, backend: str = "torch", *, together: bool = True) -> None:
+    def __init__(self, unet: Denoiser | PriorNetwork, backend: str = "torch", *, together: bool = True) -> None:
         """backend: what runs it. together: whether all runs share a call of the network; else each has its own."""
         self.unet, self.backend, self.together = unet, backend, together
         self._states: dict[Run, State] = {}
@@ -247,7 +246,9 @@ def _out_of_place(residuals: Residuals) -> Residuals:
     return Residuals(skips, mid, first=None)
 
 
-def _beside(network: Denoiser | Prior, runs: Sequence[Run], inputs: Sequence[Tensor]) -> AbstractContextManager[None]:
+def _beside(
+    network: Denoiser | PriorNetwork, runs: Sequence[Run], inputs: Sequence[Tensor]
+) -> AbstractContextManager[None]:
     """Inside, the network's rows have the adapters that the runs have beside its weights."""
     if not any(run.beside for run in runs):
         return nullcontext()

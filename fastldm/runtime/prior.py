@@ -59,15 +59,14 @@ class PriorStages:
 
     def __init__(self, loaded: TextPrior, name: str = "prior") -> None:
         self.loaded, self.name = loaded, name
-        self.model: Prior = loaded.model
-        weight = self.model.proj_in.weight
-        self.device, self.dtype = weight.device, weight.dtype
+        self.model = loaded.model
+        self.device, self.dtype = self.model.device, self.model.dtype
         self.graphs: Graphs | None = None
         if self.device.type == "cuda":
             total = torch.cuda.get_device_properties(self.device).total_memory
             self.graphs = Graphs(CUDA(self.device), budget=int(_GRAPH_MEMORY * total))
         self._zero_embeds: Tensor | None = None
-        self._size = sum(p.numel() for p in self.model.parameters())
+        self._size = sum(p.numel() for p in self.model.parameters()) if isinstance(self.model, Prior) else 0
 
     @property
     def makes_negatives(self) -> bool:
@@ -205,7 +204,8 @@ class PriorStages:
     def new_batch(self, run: Run, max_batch: int) -> Batch:
         """As `Stages.new_batch`."""
         apart = bool(run.images)
-        if not fuses(run.latents) or (apart and self.dtype.itemsize != 2):
+        eager = not fuses(run.latents) or (apart and self.dtype.itemsize != 2)
+        if eager or not isinstance(self.model, Prior):
             batch: Batch = EagerBatch(self.model, together=not apart)
             return BatchInvariant(batch) if apart else batch
         vectors = max(run.batch, max_batch)

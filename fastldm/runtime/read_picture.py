@@ -20,8 +20,8 @@ from fastldm.checks import MAX_IMAGES
 from fastldm.conditioning.image_encoder import ImageEncoder, read_pictures
 from fastldm.device import send
 from fastldm.errors import InputError
-from fastldm.models.clip_vision import Normalizer
 from fastldm.models.config import UNetConfig
+from fastldm.models.interfaces import VectorNormalizer
 from fastldm.request import Request, as_list
 from fastldm.runtime.noise import noise_rates
 from fastldm.samplers.config import ScheduleConfig
@@ -52,7 +52,7 @@ class PictureRead:
 
 
 def noise_vectors(
-    normalizer: Normalizer, embeds: Tensor, noise: Tensor, level: int, schedule: ScheduleConfig
+    normalizer: VectorNormalizer, embeds: Tensor, noise: Tensor, level: int, schedule: ScheduleConfig
 ) -> Tensor:
     """unCLIP's input (n, 2D) of vectors (n, D): those with noise (n, D) of a level, a timestep of the schedule, and the
     level itself as sinusoids."""

@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import controls
+import deepfloyd
+import kandinsky
 import numpy as np
+import other_networks
 import picture_readers
 import pytest
 import tiny
@@ -50,6 +53,33 @@ NO_TEXT = "sd1-variation"
 """The family that reads a picture in place of a prompt."""
 
 
+FEW: dict[str, Any] = {
+    "block_out_channels": (16, 32),
+    "down_block_types": (other_networks.RESNET_DOWN, other_networks.SIMPLE_DOWN),
+    "up_block_types": (other_networks.SIMPLE_UP, other_networks.RESNET_UP),
+    "layers_per_block": 1,
+}
+"""As LEVELS, of the blocks of IF and Kandinsky."""
+
+
+def _reader(family: str, components: dict[str, Any]) -> Any:
+    """The smallest of READERS. components: of Stable Diffusion's smallest."""
+    if family == "sd2-unclip-prior":
+        return picture_readers.unclip_of_text(unet=picture_readers.unet("sd2-unclip", **LEVELS), **components)
+    if family == "kandinsky":
+        return kandinsky.decoder(movq=tiny.vq(**kandinsky.movq_blocks(64, 128)), **FEW)
+    make, name = {"if": (deepfloyd.first_stage, "if-1"), "if-super-resolution": (deepfloyd.super_resolution, "if-2")}[
+        family
+    ]
+    only = {"only_cross_attention": (True, True)} if family == "if-super-resolution" else {}
+    width = {"cross_attention_dim": 128}  # with fewer the norm of a single token's groups is of two numbers
+    return make(unet=other_networks.network(name, **FEW, **only, **width), text_encoder=deepfloyd.t5(1, num_layers=2))
+
+
+READERS = ("sd2-unclip-prior", "if", "if-super-resolution", "kandinsky")
+"""Families that read T5's states, or vectors that a prior makes."""
+
+
 def smallest(family: str, folder: Path) -> Path:
     """A diffusers folder of the family's kind: two levels of one layer and nothing in the middle, a text encoder of two
     layers, an autoencoder of factor 2 without attention."""
@@ -62,6 +92,9 @@ def smallest(family: str, folder: Path) -> Path:
     components: dict[str, Any] = {"vae": tiny.vae(family, 1, **vae)}
     if family not in (NO_TEXT, "sdxl-refiner"):
         components["text_encoder"] = tiny.text_encoder("l", 2, num_hidden_layers=2)
+    if family in READERS:
+        _reader(family, components).save_pretrained(folder)
+        return folder
     if family in picture_readers.FAMILIES:
         make = picture_readers.variations if family == NO_TEXT else picture_readers.unclip
         make(unet=picture_readers.unet(family, **LEVELS), **components).save_pretrained(folder)
@@ -77,14 +110,23 @@ def for_family(family: str, query: dict[str, Any]) -> dict[str, Any]:
     height, width, prompts = query["height"], query["width"], query.get("prompt")
     photo = np.random.default_rng(9).random((height, width, 3), dtype=np.float32)
     photos = [photo[::-1] * 0.9**k for k in range(len(prompts))] if isinstance(prompts, list) else photo
+    own: dict[str, Any]
     if family == "sd1-inpaint":
         return {"image": photo, "mask_image": np.eye(height, width, dtype=np.float32), **query}
+    if family == "kandinsky":
+        g, count = torch.Generator().manual_seed(4), len(prompts) if isinstance(prompts, list) else 1
+        names = ("image_embeds", "negative_image_embeds")[: 1 + (query.get("guidance_scale") != 1)]
+        own = {name: value for name, value in query.items() if name not in ("prompt", "negative_prompt")}
+        return own | {name: torch.randn(count, 40, generator=g) for name in names}
+    if family in READERS:
+        own = {"if-super-resolution": {"image": photo, "noise_level": 120}, "sd2-unclip-prior": {"noise_level": 300}}
+        return {**query, **own.get(family, {})}
     if not (family in picture_readers.FAMILIES or family.endswith(("-edit", "-depth"))):
         return query
     dropped = {"mask_image"} if family.endswith("-depth") else {"mask_image", "strength"}
     if family == NO_TEXT:
         dropped |= {"prompt", "negative_prompt", "clip_skip"}
-    own: dict[str, Any] = {name: value for name, value in query.items() if name not in dropped} | {"image": photos}
+    own = {name: value for name, value in query.items() if name not in dropped} | {"image": photos}
     if family.endswith("-edit"):
         own["image_guidance_scale"] = 1.3
     if family.endswith("-depth"):
