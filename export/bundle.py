@@ -41,7 +41,7 @@ from fastldm.export.spec import MODEL, NetworkSpec, specs
 from fastldm.kernels.columns import COLUMNS as GRAPH_COLUMNS
 from fastldm.loading import spec as loading
 from fastldm.loading.checkpoint import Checkpoint, Component, Loaded, TokenizerFiles
-from fastldm.loading.formats import PREPROCESSOR, SCHEDULERS, TOKENIZER_FILES, TOKENIZERS
+from fastldm.loading.formats import NOISING, PREPROCESSOR, PRIOR_SCHEDULER, SCHEDULERS, TOKENIZER_FILES, TOKENIZERS
 from fastldm.models.clip import CLIPText
 from fastldm.models.controlnet import ControlNetConfig
 from fastldm.models.families import TEXT_ENCODERS, network_classes
@@ -171,18 +171,18 @@ class Bundle:
         for name in ("unet", "scheduler", *network_classes(manifest["index"].get("_class_name"))):
             if name not in manifest["config"] and name not in TEXT_ENCODERS:
                 raise CheckpointError(f"'config.{name}' is missing")
-        scheduler, *noising, of_prior = (manifest["config"].get(name) for name in SCHEDULERS)
+        schedulers = {name: manifest["config"].get(name) for name in SCHEDULERS}
         return loading.spec_of(
             Checkpoint(
                 source,
                 components,
-                scheduler,
+                schedulers["scheduler"],
                 tokenizers,
                 manifest["index"],
-                next((config for config in noising if config is not None), None),
+                next((config for name in NOISING if (config := schedulers[name]) is not None), None),
                 depth=DepthEstimator(self.folder) if (self.folder / depth.FOLDERS[0]).is_dir() else None,
                 preprocessor=manifest["config"].get(PREPROCESSOR[0], {}),
-                prior_scheduler=of_prior,
+                prior_scheduler=schedulers[PRIOR_SCHEDULER],
             )
         )
 
