@@ -14,8 +14,8 @@ from fastldm.device import send, send_numbers
 from fastldm.models.clip import ends
 from fastldm.models.clip_vision import CLIPVision, VisionConfig
 from fastldm.models.config import TextConfig
-from fastldm.models.interfaces import PriorNetwork, VectorNormalizer
-from fastldm.models.prior import PriorConfig
+from fastldm.models.interfaces import VectorNormalizer
+from fastldm.models.prior import PriorConfig, PriorNetwork
 from fastldm.samplers.config import ScheduleConfig
 
 PriorConfigs = tuple[PriorConfig | TextConfig | VisionConfig, ...]

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fastldm.models.config import AutoencoderConfig, TextConfig, UNetConfig
 from fastldm.models.layers import Beside
-
-if TYPE_CHECKING:
-    from fastldm.models.prior import PriorConfig
 
 Layer = Callable[[Tensor], Tensor]
 
@@ -73,40 +70,6 @@ class Autoencoder(Protocol):
     def decode(self, z: Tensor) -> Tensor: ...
 
     def decoding(self) -> list[Layer]: ...
-
-
-class PriorNetwork(Protocol):
-    """See models.prior.Prior."""
-
-    beside: Beside
-
-    @property
-    def config(self) -> PriorConfig: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    def cross_kv(
-        self, encoder_hidden_states: Tensor, proj_embedding: Tensor, text_len: Tensor | None = None
-    ) -> tuple[Tensor, ...]: ...
-
-    def time_rows(
-        self,
-        timesteps: Tensor,
-        cross_kv: Sequence[Tensor],
-        *,
-        kv_len: Tensor | None = None,
-        slots: Tensor | None = None,
-    ) -> Tensor: ...
-
-    def step(
-        self, model_input: Tensor, temb_row: Tensor, cross_kv: Sequence[Tensor], *, kv_len: Tensor | None = None
-    ) -> Tensor: ...
-
-    def post_process_latents(self, prior_latents: Tensor) -> Tensor: ...
 
 
 class VectorNormalizer(Protocol):

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -285,6 +285,40 @@ class Prior(nn.Module):
         """Tokens (B, N, C) at their places, the first of which is given."""
         x = x + self.positional_embedding[:, first : first + x.shape[1]]
         return x if self.norm_in is None else self.norm_in(x)
+
+
+class PriorNetwork(Protocol):
+    """What replaces a Prior, as the networks of a bundle do."""
+
+    beside: Beside
+
+    @property
+    def config(self) -> PriorConfig: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def cross_kv(
+        self, encoder_hidden_states: Tensor, proj_embedding: Tensor, text_len: Tensor | None = None
+    ) -> tuple[Tensor, ...]: ...
+
+    def time_rows(
+        self,
+        timesteps: Tensor,
+        cross_kv: Sequence[Tensor],
+        *,
+        kv_len: Tensor | None = None,
+        slots: Tensor | None = None,
+    ) -> Tensor: ...
+
+    def step(
+        self, model_input: Tensor, temb_row: Tensor, cross_kv: Sequence[Tensor], *, kv_len: Tensor | None = None
+    ) -> Tensor: ...
+
+    def post_process_latents(self, prior_latents: Tensor) -> Tensor: ...
 
 
 class PriorLayer(nn.Module):

@@ -24,7 +24,8 @@ from fastldm.runtime.controls import RunControl, evaluate
 from fastldm.runtime.denoise import Branches, Guidance, Run, State, added_output
 
 if TYPE_CHECKING:
-    from fastldm.models.interfaces import Denoiser, PriorNetwork
+    from fastldm.models.interfaces import Denoiser
+    from fastldm.models.prior import PriorNetwork
 
 
 class Batch(Protocol):
