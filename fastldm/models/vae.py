@@ -3,6 +3,8 @@ layout, and one without weights, whose latents are pixels.
 
 Images are (B, 3, H, W) in -1..1. Latents z are unscaled; a U-Net works on those of `latents.scaled`. Parameter names
 are those of diffusers' AutoencoderKL, VQModel and AutoencoderTiny.
+
+Over 500 lines, for decoding in pieces is of all of them.
 """
 
 from __future__ import annotations
