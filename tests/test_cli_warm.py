@@ -25,7 +25,8 @@ def test_each_arch_is_warmed_for_all_sizes(tmp_path: Path, monkeypatch: pytest.M
     calls = []
 
     def warmed(spec: Any, arch: str, *, sizes: Any, batches: Any, dtype: Any, controls: Any, **options: Any) -> int:
-        assert options == {"lora": False, "pag": False, "apg_momentum": False, "on_kernel": options["on_kernel"]}
+        own = {"lora": False, "pag": False, "apg_momentum": False, "prior": ()}
+        assert options == {**own, "on_kernel": options["on_kernel"]}
         calls.append((spec.family.name, arch, list(sizes), tuple(batches), dtype, [type(each) for each in controls]))
         return 7
 

@@ -104,7 +104,7 @@ def test_the_queue_is_the_servers(http: TestClient, service: Service, held: thre
         ({"prompt": "x" * 101}, "prompt has 101 characters: expected at most 100"),
         ({"negative_prompt": "x" * 101}, "negative_prompt has 101 characters"),
         ({"num_inference_steps": 21}, "num_inference_steps is 21: expected at most 20"),
-        ({"num_inference_steps": None}, "num_inference_steps is 30: expected at most 20"),  # the model's own
+        ({"num_inference_steps": None}, "num_inference_steps is 30, the model's own number: expected at most 20"),
         ({"n": 3}, "n is 3: expected at most 2"),
         ({"size": "72x64"}, "width times height is 4608: expected at most 4096 pixels"),
         ({"size": "8x8000"}, "width times height is 64000"),
