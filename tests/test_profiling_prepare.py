@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import all_families
 import bundles
 import pytest
 import torch
@@ -133,3 +134,14 @@ def test_controls_take_the_model_itself(source: Path, tmp_path: Path) -> None:
     path = tmp_path / "edges"
     bundles.small_controlnet("sd1").save_pretrained(path)
     assert Pipeline.from_pretrained(source, device="cpu", controlnet=str(path)).backend == "torch"
+
+
+@pytest.mark.full
+def test_models_without_a_prompt_are_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have no graph of a whole picture, which no backend is then asked for."""
+    monkeypatch.setenv("FASTLDM_CACHE", str(tmp_path / "cache"))
+    said: list[str] = []
+    source = all_families.save("ddim", tmp_path)
+    assert prepare(str(source), backend_names=("onnxruntime",), say=said.append) in ("onnxruntime", "torch")
+    assert any(line.startswith("onnxruntime float32: ") for line in said), said
+    assert not [line for line in said if "graph:" in line or "cannot be measured" in line]
