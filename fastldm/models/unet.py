@@ -409,15 +409,14 @@ class UNet(UNetEncoder):
         timesteps = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         given = added_cond_kwargs or {}
         added = AddedConditions(given["text_embeds"], given["time_ids"]) if self.needs_added and given else None
-        pooled = None  # a row each, where a trace would divide the two numbers of rows
-        if self.config.pools_text and encoder_hidden_states is not None:
-            pooled = self.text_embedding(encoder_hidden_states)
+        # Its text is a row each, where a trace would divide the two numbers of rows.
+        pooled = self.config.pools_text and encoder_hidden_states is not None
         embedding = self.embed(
             timesteps,
             added=added,
             condition=timestep_cond,
             class_labels=class_labels,
-            text_embedding=pooled,
+            text_embedding=self.text_embedding(encoder_hidden_states) if pooled else None,  # type: ignore[arg-type]
             image_embeds=given.get("image_embeds"),
         )
         if "hint" in given:
