@@ -211,7 +211,7 @@ def build_ahead(
     Raises InputError for a size that the networks do not take or if another process is building, EngineError if a
     network cannot be built or its engine cannot be written.
     """
-    profiles = image_profiles(bundle.specs, sizes)
+    profiles = image_profiles(bundle.specs, sizes, bundle.model.vae.factor)
     engines, targets = Engines(bundle.folder), " ".join(f"sm_{capability}" for capability in capabilities)
     stored_capabilities = tuple(capabilities)
     if trt.__name__ == "tensorrt":  # builds for this machine's GPU
@@ -240,27 +240,31 @@ def build_ahead(
             yield record, time.monotonic() - start
 
 
-def image_profiles(specs: Mapping[str, NetworkSpec], sizes: Sequence[tuple[int, int]]) -> dict[str, Sequence[Ranges]]:
+def image_profiles(
+    specs: Mapping[str, NetworkSpec], sizes: Sequence[tuple[int, int]], factor: int = 1
+) -> dict[str, Sequence[Ranges]]:
     """For each network, a profile per image size; or a single one with all its ranges, if there are no sizes or it
-    does not depend on them. InputError for a size that the networks do not take."""
-    by_size = [image_ranges(specs, size) for size in dict.fromkeys(sizes)]
+    does not depend on them. factor: pixels of a latent, where no network makes images of latents. InputError for a size
+    that the networks do not take."""
+    by_size = [image_ranges(specs, size, factor) for size in dict.fromkeys(sizes)]
     return {name: [ranges[name] for ranges in by_size if ranges[name]] or ({},) for name in specs}
 
 
-def image_ranges(specs: Mapping[str, NetworkSpec], size: tuple[int, int]) -> dict[str, Ranges]:
+def image_ranges(specs: Mapping[str, NetworkSpec], size: tuple[int, int], factor: int = 1) -> dict[str, Ranges]:
     """Ranges of each network for images of one size, width and height in pixels.
 
     Networks of images have this size and the best of all other axes, except for what varies for a single image: rows,
     one or two with guidance; timesteps, one for all rows or one per row; and smaller images to decode, for previews.
     Other networks keep their ranges.
     """
-    encoder = specs["vae_encoder"]
+    latents = specs["unet_step" if "unet_step" in specs else "unet"].axes["height"].best
+    pixels_high = specs["vae_encoder"].axes["height"].best if "vae_encoder" in specs else factor * latents
     result: dict[str, Ranges] = {}
     for name, spec in specs.items():
         if "height" not in spec.axes:
             result[name] = {}
             continue
-        unit = encoder.axes["height"].best // spec.axes["height"].best  # pixels of what it takes: latents or images
+        unit = pixels_high // spec.axes["height"].best  # pixels of what it takes: latents or images
         axes = [spec.axes["width"], spec.axes["height"]]
         allowed = [nearest(axis, pixels // unit) * unit for axis, pixels in zip(axes, size, strict=True)]
         if allowed != list(size):

@@ -64,6 +64,8 @@ def check(model: Spec) -> None:
     """InputError for a model that the module does not run."""
     if len(model.text) > 1:
         raise InputError(f"the family {model.family.name} has two text encoders: --to web runs models with one")
+    if not model.conditioned:
+        raise InputError(f"the family {model.family.name} reads no text: --to web runs models for text to images")
     if model.unet.needs_added:
         raise InputError(f"the family {model.family.name} reads sizes beside a prompt: --to web runs others")
     if model.unet.in_channels > model.vae.latent_channels or model.vision is not None:

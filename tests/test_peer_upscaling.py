@@ -222,13 +222,21 @@ def test_what_a_pixel_upscaler_does_not_read_is_named(
         pixels[1](**options)
 
 
-def test_pixel_upscaler_is_planned_and_no_bundle(pixels: tuple[Path, Pipeline], tmp_path: Path) -> None:
+def test_pixel_upscaler_is_planned(pixels: tuple[Path, Pipeline]) -> None:
     spec = loading.describe(pixels[0])
     assert spec.default_size == (64, 64)
     for arch in (0, 90):
         memory.plan(memory.Workload.of_spec(spec, width=64, height=64, batch=2, dtype=torch.float16, arch=arch))
-    with pytest.raises(InputError, match="reads no text"):
-        pixels[1].export(tmp_path / "bundle")
+
+
+@pytest.mark.full
+def test_bundle_of_a_pixel_upscaler_enlarges(pixels: tuple[Path, Pipeline], tmp_path: Path) -> None:
+    pytest.importorskip("fastldm.export.onnx", reason="exporting needs fastldm[onnx]", exc_type=ImportError)
+    out = pixels[1].export(tmp_path / "out", split=True)
+    assert {path.parent.name for path in out.rglob("model.onnx")} == {"time_rows", "unet_step"}
+    options = {"image": picture(), "seed": 3, "output_type": "np"}
+    made = Pipeline.from_pretrained(out, backend="onnxruntime", device="cpu")(**options).images
+    assert np.abs(made - pixels[1](**options).images).max() < 1e-4
 
 
 def test_slots_run_a_network_without_text(pixels: tuple[Path, Pipeline]) -> None:

@@ -142,6 +142,9 @@ def export(
     fastldm export --to web ./web
     python -m http.server -d ./web
 
+    Models without a prompt, with classes and those that enlarge a picture are exported too, but for --whole-picture and
+    --to web.
+
     \b
     --split        text and time steps are computed once, not at each step; without, optimum reads the folder too
     --whole-picture   the backends onnxruntime-graph and openvino-graph take several steps a call; picture.onnx has it
@@ -199,7 +202,7 @@ def export(
             form: dict[str, Any] = {"dtype": dtype, "adapter_rank": adapter_rank, "controls": configs}
             form["split"] = split or whole_picture or adapter_rank > 0 or bool(controls)
             form |= {"vision": spec.vision, "prior": spec.prior}
-            tensorrt.image_profiles(specs(spec.unet, spec.vae, spec.text, **form), sizes)
+            tensorrt.image_profiles(specs(spec.unet, spec.vae, spec.text, **form), sizes, spec.vae.factor)
         shared: dict[str, Any] = {
             "dtype": dtype,
             "opset": int(opset),
