@@ -67,7 +67,7 @@ def graph_specs(
 ) -> dict[str, NetworkSpec]:
     """Inputs and outputs of both, of a model whose split networks these are, for tables with these columns. edits:
     whether it is InstructPix2Pix, with three rows of the U-Net for an image."""
-    step, text_kv = networks["unet_step"], networks["text_kv"]
+    step = networks["unet_step"]
     max_images = step.inputs[0].axes[0].most // (3 if edits else 2)
     images_axis = Axis("images", 1, 1, max_images)
     sample, temb, *kv = step.inputs
@@ -109,7 +109,7 @@ def graph_specs(
     prompts = []
     for text, suffix in zip(texts, ("", "_2"), strict=False):
         ids = text.inputs[0]
-        tokens = text_kv.inputs[0].axes[1]
+        tokens = networks["text_kv"].inputs[0].axes[1]
         window = Axis("tokens", 1, tokens.best, tokens.best)
         prompts.append(replace(ids, name=f"input_ids{suffix}", shape=(images_axis, window)))
         prompts.append(replace(ids, name=f"negative_ids{suffix}", shape=(negatives, window)))
@@ -133,8 +133,9 @@ def graph_specs(
         if port.name == "class_labels" and IMAGE_NORMALIZER not in networks
     ]
     prompts.append(Port("decode", "int32", (1,), below=2))
-    (sampled,) = networks["vae_decoder"].outputs
-    image = Port("image", "float32", (images_axis, *sampled.shape[1:]))
+    # Without a decoder latents are pixels.
+    shape = networks["vae_decoder"].outputs[0].shape if "vae_decoder" in networks else out.shape
+    image = Port("image", "float32", (images_axis, *shape[1:]))
     whole = NetworkSpec(WHOLE_PICTURE, (*state, *prompts, *tables, *rest), (image, *after))
     return {STEPS: steps, WHOLE_PICTURE: whole}
 

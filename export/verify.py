@@ -290,7 +290,7 @@ def _picture_requests(stages: Stages, fresh: bool = False) -> list[Request]:
     from_picture: dict[str, Any] = {"image": start, "mask_image": mask, "strength": 0.7}
     needed = sample_request(stages.spec, height, width, PROMPT)
     shared |= needed
-    if needed.keys() != {"prompt"}:
+    if needed.keys() != {"prompt"} or not stages.spec.conditioned:
         from_picture = {"image_guidance_scale": 1.2} if stages.spec.unet.edits else {}
     negative = {"negative_prompt": "blurry"} if needed["prompt"] else {}
     if "mask_image" in needed:
@@ -306,6 +306,8 @@ def _picture_requests(stages: Stages, fresh: bool = False) -> list[Request]:
             {"sampler": "euler a", "guidance_scale": 1.0, "num_images_per_prompt": 2},
             {"sampler": "dpm++ 2m", "guidance_scale": 4.0, "guidance_rescale": 0.7, **from_picture},
         ]
+    if not stages.spec.conditioned:  # nor guided
+        options = [{k: x for k, x in own.items() if not k.startswith("guidance")} for own in options]
     return [Request(**{**shared, **own}) for own in options]
 
 

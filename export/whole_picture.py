@@ -75,7 +75,8 @@ class Composer:
         images, zero = main("Shape", "latents", start=0, end=1), main.constant([0])
         encoders = [name for name in ("text_encoder", "text_encoder_2") if name in self.networks]
         hidden, pooled, negative = [], "", "negative_ids" if encoders else "negative_image_embeds"
-        negatives = main("Shape", negative, start=0, end=1)  # N
+        # N: none where nothing is read that guidance could lead away from
+        negatives = main("Shape", negative, start=0, end=1) if negative in self.inputs else zero
         embeds = ""
         if IMAGE_ENCODER in self.networks:
             encoder = self.networks[IMAGE_ENCODER]
@@ -88,16 +89,16 @@ class Composer:
             pooled = encoded.get("text_embeds", "")
         twice = main("Mul", negatives, main.constant([2])) if self.unet.edits else negatives
         rows = main("Add", images, twice)  # R
-        if not hidden:  # a picture is a text of one token
+        if embeds and not hidden:  # a picture is a text of one token
             hidden.append(main("Unsqueeze", main("Concat", negative, embeds, axis=0), main.constant([1])))
-        text = hidden[0] if len(hidden) == 1 else main("Concat", *hidden, axis=2)
+        text = main("Concat", *hidden, axis=2) if len(hidden) > 1 else "".join(hidden)
         if self.unet.needs_added:  # negatives may be zeros
             kept = main("Expand", main.constant([1.0], np.float32), images)
             own = main("Concat", main("Expand", "negative_weight", negatives), kept, axis=0)  # (R,)
             weights = main("Cast", own, to=self._element("text_kv"))
             text = main("Mul", text, main("Reshape", weights, main.constant([-1, 1, 1])))
             pooled = main("Mul", pooled, main("Reshape", weights, main.constant([-1, 1])))
-        kv = main.network(self.networks["text_kv"], "text_kv", {"encoder_hidden_states": text})
+        kv = main.network(self.networks["text_kv"], "text_kv", {"encoder_hidden_states": text}) if text else {}
 
         def each_branch(value: str) -> str:
             """(N + B, ...) as (R, ...): of what edits, the negatives twice."""
@@ -148,10 +149,12 @@ class Composer:
         scaled = then("Div", scaled, then.constant(self.vae.scaling_factor, np.float32))
         if self.vae.latents_mean:
             scaled = then("Add", scaled, then.constant(_by_channel(self.vae.latents_mean), np.float32))
-        element = self._element("vae_decoder")
-        scaled = then("Cast", scaled, to=element) if element != TensorProto.FLOAT else scaled
-        decoded = then.network(self.networks["vae_decoder"], "vae_decoder", {"latent_sample": scaled})["sample"]
-        decoded = then("Cast", decoded, to=TensorProto.FLOAT) if element != TensorProto.FLOAT else decoded
+        decoded = scaled
+        if "vae_decoder" in self.networks:
+            element = self._element("vae_decoder")
+            scaled = then("Cast", scaled, to=element) if element != TensorProto.FLOAT else scaled
+            decoded = then.network(self.networks["vae_decoder"], "vae_decoder", {"latent_sample": scaled})["sample"]
+            decoded = then("Cast", decoded, to=TensorProto.FLOAT) if element != TensorProto.FLOAT else decoded
         empty = none("ConstantOfShape", none.constant([0, 3, 1, 1]))
         branches = {
             "then_branch": helper.make_graph(then.nodes, "decoder", [], [_floats(decoded, ["B", 3, "H", "W"])]),

@@ -40,8 +40,11 @@ from fastldm.kernels.columns import COLUMNS
 from fastldm.loading.checkpoint import Loaded, TokenizerFiles
 from fastldm.loading.formats import PREPROCESSOR, TOKENIZER_FILES
 from fastldm.loading.spec import Spec
+from fastldm.models.config import PIXEL_SPACE, PixelResidualConfig
 from fastldm.models.families import WEIGHTLESS
 from fastldm.reading import check_path
+from fastldm.samplers.table import COLUMNS as TABLE
+from fastldm.samplers.table import make_table
 from fastldm.version import __version__
 
 _VERSIONS = ("torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime")
@@ -135,8 +138,9 @@ def export(
 
 def lacks_whole_picture(model: Spec) -> str | None:
     """Why there is no graph of a model's whole picture; None where there is one."""
-    if not model.encoders or model.unet.enlarges_latents:
-        return f"the family {model.family.name} has no graph of a whole picture"
+    family = f"the family {model.family.name}"
+    if model.unet.enlarges_latents or (isinstance(model.vae, PixelResidualConfig) and model.vae != PIXEL_SPACE):
+        return f"{family} reads a small picture in a way that the graph does not know"
     if model.unet.learns_variance:
         return (
             "this model's U-Net makes a variance beside its prediction ('learned_range'), which the graph of a whole "
@@ -144,6 +148,11 @@ def lacks_whole_picture(model: Spec) -> str | None:
         )
     if model.prior is not None:
         return "a prior makes what this model's U-Net reads, in steps of its own that no graph of a whole picture takes"
+    if not model.encoders:  # whose own sampler may be the only one that the network knows
+        table = make_table(model.schedule, model.family.num_inference_steps, sampler=model.family.sampler)
+        columns = zip(TABLE, table.rows.T, strict=True)
+        if used := [name for name, own in columns if name in ("clip", "o", "d_ratio") and own.any()]:
+            return f"{family} has a sampler whose {used[0]!r} the graph does not know"
     return None
 
 

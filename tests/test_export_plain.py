@@ -104,7 +104,10 @@ def test_what_a_plain_bundle_is_not_is_named(tmp_path: Path) -> None:
     assert [*written.specs] == ["time_rows", "unet_step"]
     assert set(written.manifest["config"]) == {"unet", "scheduler"}
     pipe = Pipeline.from_pretrained(out, backend="onnxruntime", device="cpu")
-    for options, message in (({"prompt": "a cat"}, "reads no text"), ({"width": 12, "height": 7}, "height")):
+    for options, message in (
+        ({"prompt": "a cat"}, "reads no text"),
+        ({"width": 12, "height": 7}, "this bundle runs 4x4 to 32x32"),
+    ):
         with pytest.raises(InputError, match=message):
             pipe(num_inference_steps=1, **options)
     made = pipe(batch_size=2, seed=[3, 4], num_inference_steps=2, output_type="np").images
@@ -123,8 +126,31 @@ def test_browsers_run_what_reads_text_alone(tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["DDPMPipeline", X2])
-def test_graphs_of_whole_pictures_are_refused(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "reason"), [("DDPMPipeline", "'clip'"), (X2, "reads a small picture")])
+def test_graphs_that_would_lack_something_are_refused(name: str, reason: str, tmp_path: Path) -> None:
     judge(name).save_pretrained(tmp_path / name)
-    with pytest.raises(InputError, match="has no graph of a whole picture: leave it out"):
+    with pytest.raises(InputError, match=f"whole_picture: the family .*{reason}.*: leave it out"):
         writing.export(loading.describe(tmp_path / name), tmp_path / "out", source=None, whole_picture=True)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["LDMPipeline", "LDMSuperResolutionPipeline", "DDIMPipeline"])
+def test_whole_pictures_equal_diffusers(name: str, tmp_path: Path) -> None:
+    """Of DDIM's pixels with a sampler that clamps nothing: the graph needs neither text nor decoder."""
+    diffusers = tiny.peer("diffusers")
+    replaced = {"scheduler": diffusers.DDIMScheduler(clip_sample=False)} if name == "DDIMPipeline" else {}
+    theirs = tiny.plain(name, **replaced)
+    theirs.save_pretrained(tmp_path / "model")
+    source, out = tmp_path / "model", tmp_path / "out"
+    writing.export(loading.describe(source), out, source=str(source), whole_picture=True)
+    for backend in BACKENDS:
+        pytest.importorskip(backend)
+        verified = run("verify", str(out), "--dtype", "float32", "--backend", backend)
+        assert verified.exit_code == 0, verified.stderr
+        ours = Pipeline.from_pretrained(out, backend=f"{backend}-graph", device="cpu", dtype="float32")
+        images = []
+        for each in (ours, theirs):
+            torch.manual_seed(3)
+            call = {"num_inference_steps": 3, "output_type": "np", **REQUESTS[name][0]}
+            images.append(each(**call, generator=torch.default_generator).images)
+        close(*images)

@@ -142,8 +142,8 @@ def export(
     fastldm export --to web ./web
     python -m http.server -d ./web
 
-    Models without a prompt, with classes and those that enlarge a picture are exported too, but for --whole-picture and
-    --to web.
+    Models without a prompt, with classes and those that enlarge a picture are exported too, but for --to web, and where
+    a sampler clamps for --whole-picture.
 
     \b
     --split        text and time steps are computed once, not at each step; without, optimum reads the folder too

@@ -114,7 +114,7 @@ class StepsBatch:
     def _calls(self, runs: Sequence[Run]) -> list[tuple[bool, tuple[Piece, ...]]]:
         calls: list[tuple[tuple[bool, int, Run | None], list[Piece]]] = []
         for run in runs:
-            key = (len(run.branches) > 1, run.text_kv[0].shape[1], None if self.together else run)
+            key = (len(run.branches) > 1, run.tokens, None if self.together else run)
             for first in range(0, run.batch, self._max_images):
                 piece = (run, first, min(first + self._max_images, run.batch))
                 images = piece[2] - first

@@ -37,6 +37,8 @@ def picture_inputs(stages: Stages, request: Request, spec: NetworkSpec) -> dict[
     if stages.unet.config.needs_guidance:
         inputs["guidance"] = torch.full((count, images), float(request.guidance_scale or 0))
     inputs["class_labels"] = torch.full((count, images), run.noise_level)
+    if run.labels is not None:
+        inputs["class_labels"] = run.labels.expand(count, -1)
     if isinstance(read, PictureRead):
         inputs["pixel_values"] = read.source.repeat_interleave(images // len(read.source), 0)
         width = read.encoder.model.config.projection_dim
