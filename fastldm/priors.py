@@ -10,8 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastldm import checks
+from fastldm.checks import MAX_IMAGES
+from fastldm.conditioning.image_encoder import ImageEncoder, read_pictures
 from fastldm.conditioning.prior import PriorConfigs
-from fastldm.device import choose_device, choose_dtype
+from fastldm.device import choose_device, choose_dtype, send
 from fastldm.errors import InputError
 from fastldm.loading import adoption
 from fastldm.loading.checkpoint import Checkpoint
@@ -24,6 +27,8 @@ from fastldm.models.prior import PriorConfig
 from fastldm.request import Request
 from fastldm.runtime.prior import SCALE, STEPS, PriorStages
 from fastldm.serving.worker import Worker
+
+_MAX_WEIGHT = 1000.0
 
 
 class PriorVectors(NamedTuple):
@@ -120,6 +125,55 @@ class KandinskyPrior:
             own = own.replace(seed=None, generator=several)
         made = Worker.of(self.stages.device).call(lambda: self.stages.fields(self.stages.make(own)[0], batch))
         return PriorVectors(**made)
+
+    def interpolate(
+        self,
+        images_and_prompts: Sequence[Any],
+        weights: Sequence[float],
+        *,
+        negative_prior_prompt: str | None = None,
+        negative_prompt: str = "",
+        num_images_per_prompt: int = 1,
+        **options: Any,
+    ) -> PriorVectors:
+        """Vectors (num_images_per_prompt, D) between those of prompts and of pictures: their sum by weights, as of
+        diffusers' KandinskyV22PriorPipeline.interpolate.
+
+        images_and_prompts: texts, of which the prior makes vectors, and pictures, or tensors (1, 3, S, S) as the image
+        encoder reads them, of which that does. negative_prior_prompt: what the prior is led away from.
+        negative_prompt: of which the negatives are made; "" is none. options: the other arguments of a call, of each.
+        InputError for bad arguments, and as many weights as there are texts and pictures not being given.
+        """
+        given = checks.listed("images_and_prompts", images_and_prompts, MAX_IMAGES, "texts and pictures")
+        numbers = [
+            checks.real(f"weights[{k}]", weight, -_MAX_WEIGHT, _MAX_WEIGHT)
+            for k, weight in enumerate(checks.listed("weights", weights, MAX_IMAGES, "numbers"))
+        ]
+        if len(numbers) != len(given) or not given:
+            raise InputError(
+                f"weights has {len(numbers)} numbers for {len(given)} texts and pictures: give one for each"
+            )
+        options |= {"num_images_per_prompt": num_images_per_prompt, "negative_prompt": negative_prior_prompt}
+        vectors = [
+            self(each, **options).image_embeds
+            if isinstance(each, str)
+            else self._of_picture(each, f"images_and_prompts[{k}]").repeat(num_images_per_prompt, 1)
+            for k, each in enumerate(given)
+        ]
+        away = self(negative_prompt, **options)
+        negatives = away.image_embeds if negative_prompt else away.negative_image_embeds
+        total = torch.stack([weight * vector for weight, vector in zip(numbers, vectors, strict=True)]).sum(0)
+        return PriorVectors(total, negatives)
+
+    def _of_picture(self, picture: Any, name: str) -> Tensor:
+        """The image encoder's vector (1, D) float32 of a picture."""
+        loaded = self.stages.loaded
+        assert loaded.image_encoder is not None
+        assert loaded.preprocessing is not None
+        encoder = ImageEncoder(loaded.image_encoder, loaded.preprocessing, self.stages.name)
+        pixels = encoder.pixels(read_pictures(picture, name, 1), name)
+        sent = send(pixels, self.stages.device, self.stages.dtype)
+        return Worker.of(self.stages.device).call(lambda: encoder.embeds(sent)).float()
 
 
 def describe_prior(path_or_id: str | os.PathLike[str], unet: UNetConfig, **where: Any) -> PriorConfigs:

@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from judged import changed_copy, hub_copy, judged
+from PIL import Image
 
 from fastldm import CheckpointError, InputError, KandinskyPrior, Pipeline, Session
 from fastldm.model import describe
@@ -249,3 +250,21 @@ def test_prior_refuses_bad_arguments(prior: KandinskyPrior, peer: Any, folder: P
         KandinskyPrior.from_diffusers(peer)
     with pytest.raises(CheckpointError, match="is a KandinskyV22Pipeline, expected a KandinskyV22PriorPipeline"):
         KandinskyPrior.from_pretrained(folder)
+
+
+def test_interpolation_equals_diffusers(their_prior: Any, prior: KandinskyPrior) -> None:
+    """Of texts, a picture and the image encoder's own input, with and without negatives."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    for case in ({}, {"negative_prompt": "bad"}, {"negative_prior_prompt": "bad", "num_images_per_prompt": 2}):
+        options = {"num_inference_steps": 4, **case}
+        given = (["a cat", picture, pixels], [0.3, 0.5, -0.2])
+        made, expected = (each.interpolate(*given, generator=seeded(), **options) for each in (prior, their_prior))
+        for name in ("image_embeds", "negative_image_embeds"):
+            own, judge = getattr(made, name), getattr(expected, name)
+            assert own.shape == judge.shape
+            assert float((own - judge).abs().max() / judge.abs().max()) < 1e-4
+    with pytest.raises(InputError, match="weights has 1 numbers for 2 texts and pictures"):
+        prior.interpolate(["a cat", "a dog"], [1.0])
+    with pytest.raises(InputError, match=r"images_and_prompts\[0\] is a tensor of shape"):
+        prior.interpolate([torch.zeros(1, 3, 8, 8)], [1.0])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastldm.conditioning.image_encoder import Preprocessing
 from fastldm.conditioning.prompt import parse
 from fastldm.conditioning.text import TextStage, split_windows
 from fastldm.device import send, send_numbers
@@ -44,6 +45,7 @@ class TextPrior:
     schedule: ScheduleConfig
     normalizer: VectorNormalizer | None = None  # of stable unCLIP
     image_encoder: CLIPVision | None = None  # of Kandinsky, which makes the vector of a black picture
+    preprocessing: Preprocessing | None = None  # of pictures for that
 
     @property
     def configs(self) -> PriorConfigs:

@@ -87,14 +87,14 @@ def open_diffusers(
         index,
         next((schedulers[name] for name in NOISING if name in schedulers), None),
         DepthEstimator(folder) if DEPTH in listed_classes(index) else None,
-        preprocessor=_preprocessor(folder) if IMAGE_ENCODER in classes else {},
+        preprocessor=_preprocessor(folder, index) if IMAGE_ENCODER in classes else {},
         prior_scheduler=schedulers.get(PRIOR_SCHEDULER),
         super_res_scheduler=schedulers.get(SUPER_RESOLUTION_SCHEDULER),
     )
 
 
-def _preprocessor(folder: Path) -> Config:
-    path = folder.joinpath(*PREPROCESSOR)
+def _preprocessor(folder: Path, index: Config) -> Config:
+    path = folder / folder_name(index.get("_class_name"), PREPROCESSOR[0]) / PREPROCESSOR[1]
     return read_json(path) if path.exists() else {}
 
 

@@ -16,7 +16,6 @@ from fastldm.models.config import LDM_BERT, T5_ENCODER
 from fastldm.models.families import (
     DEPTH_PIPELINE,
     IF_SUPER_RESOLUTIONS,
-    KANDINSKY_PRIOR_PIPELINE,
     KARLO_PIPELINE,
     KARLO_VARIATION_PIPELINE,
     TEXT_ENCODERS,
@@ -94,9 +93,7 @@ def component_classes(index: Config, source: str) -> dict[str, str]:
     needed = (*alone, "scheduler", *others.get(str(pipeline), ()))
     of_text = (*TEXT_ENCODERS, *TOKENIZERS[:2]) if "text_encoder" in networks else ()
     names = [name for name in (*networks, *TOKENIZERS, *SCHEDULERS) if name in (*needed, *of_text)]
-    # A request brings a map, or not; Kandinsky's prior reads no picture but a black one.
-    optional = {DEPTH_PIPELINE: DEPTH, KANDINSKY_PRIOR_PIPELINE: "image_processor"}
-    not_needed = (*NOT_NEEDED, *(name for key, name in optional.items() if key == pipeline))
+    not_needed = (*NOT_NEEDED, *([DEPTH] if pipeline == DEPTH_PIPELINE else []))  # a request brings a map, or not
     unknown = [f"{name} ({listed[name]})" for name in listed if name not in names and name not in not_needed]
     texts = [name for name in TEXT_ENCODERS if name in listed]  # the refiner has the second alone
     if not texts and of_text and pipeline not in IF_SUPER_RESOLUTIONS:  # which may read another model's text states

@@ -169,7 +169,7 @@ def _needed_files(
         inside = (f"{DEPTH}/", "feature_extractor/")
         needed += [name for name in names if name.startswith(inside) and name.endswith((".json", ".safetensors"))]
     if IMAGE_ENCODER in classes:
-        needed.append("/".join(PREPROCESSOR))
+        needed.append(f"{folder_name(index.get('_class_name'), PREPROCESSOR[0])}/{PREPROCESSOR[1]}")
     return needed
 
 

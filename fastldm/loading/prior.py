@@ -11,6 +11,8 @@ from fastldm.conditioning.prior import TextPrior
 from fastldm.conditioning.text import TextStage
 from fastldm.errors import CheckpointError
 from fastldm.loading.checkpoint import Checkpoint
+from fastldm.loading.formats import PREPROCESSOR
+from fastldm.loading.image_encoder import preprocessing_of
 from fastldm.loading.spec import PriorSpec
 from fastldm.models.clip import CLIPText
 from fastldm.models.clip_vision import CLIPVision, VisionConfig
@@ -53,4 +55,6 @@ def load_prior(checkpoint: Checkpoint, fill: Callable[[torch.nn.Module, str], An
         networks[IMAGE_ENCODER] = CLIPVision(spec.vision)
     filled = {name: fill(network, name) for name, network in networks.items()}
     stage = TextStage(checkpoint.tokenizer("tokenizer"), filled["text_encoder"])
-    return TextPrior(stage, filled[PRIOR], spec.schedule, image_encoder=filled[IMAGE_ENCODER])
+    preprocessing = preprocessing_of(spec.vision, checkpoint.preprocessor, f"{checkpoint.source}: {PREPROCESSOR[1]}")
+    pictures = {"image_encoder": filled[IMAGE_ENCODER], "preprocessing": preprocessing}
+    return TextPrior(stage, filled[PRIOR], spec.schedule, **pictures)

@@ -275,6 +275,7 @@ _FOLDER_NAMES = {
     LDM_TEXT_PIPELINE: {"vae": "vqvae", "text_encoder": "bert"},
     **{name: {"vae": "vqvae"} for name in (LDM_PIPELINE, SUPER_RESOLUTION_PIPELINE)},
     **{name: {"vae": "movq"} for name in KANDINSKY_PIPELINES},
+    KANDINSKY_PRIOR_PIPELINE: {"feature_extractor": "image_processor"},
     **{name: {"unet": "decoder", "scheduler": "decoder_scheduler"} for name in KARLO_PIPELINES},
 }
 """What components are called by pipelines that have other names for them."""
