@@ -161,7 +161,7 @@ class ReferenceNetworks:
         """A network's module on its inputs, as it is traced."""
         module = self.module(name)
         with _adapted(module, self.layouts.get(name, ()), inputs):
-            return runner(name)(module, inputs)
+            return runner(name)(module, {key: x for key, x in inputs.items() if key not in (DOWN, UP, SCALE)})
 
 
 @contextlib.contextmanager

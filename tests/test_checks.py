@@ -62,6 +62,7 @@ def refused(call: Any, name: str) -> bool:
 
 PICTURES = (
     "image",
+    "original_image",
     "mask_image",
     "control_image",
     "ip_adapter_image",

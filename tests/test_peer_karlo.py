@@ -289,7 +289,7 @@ def test_variations_refuse_prompts_and_priors(variation: tuple[Pipeline, Any], t
 
 
 def test_exports_and_adapters_are_refused(pipe: Pipeline, folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="a prior makes what its U-Net reads, and is not exported"):
+    with pytest.raises(InputError, match="a text projection makes what its U-Net reads, and is not exported"):
         pipe.export(tmp_path / "bundle")
     with pytest.raises(InputError, match=r"a refiner is attached|the refiner's latents"):
         pipe.session.submit("a cat", refiner=Pipeline.default(dtype="float32").session)
